@@ -1,0 +1,72 @@
+"""The CPU as a backend: its memory, and lowering through named stages."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import psutil
+import torch
+
+from sagellm.backends.cpu.binding import Binding
+from sagellm.backends.cpu.native.library import native_kernels
+from sagellm.backends.cpu.program import CpuProgram, bind
+from sagellm.backends.plan import plan
+from sagellm.backends.protocol import LoweringError, Stage
+from sagellm.backends.step import KVLayout
+from sagellm.graphs.ir import Graph
+from sagellm.graphs.kernels import infer
+from sagellm.graphs.passes import KERNEL_PASSES, Pass
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class CpuBackend:
+    """`passes` and `native` say how kernels are fused and whether compiled ones may be used."""
+
+    name: str = "cpu"
+    passes: tuple[Pass, ...] = KERNEL_PASSES
+    native: bool = True
+
+    @property
+    def stages(self) -> Mapping[str, Stage]:
+        fusions: dict[str, Stage] = {step.name: step.apply for step in self.passes}
+        return {"activations_float32": activations_float32, **fusions, "infer": infer}
+
+    def devices(self) -> tuple[str, ...]:
+        return ("cpu",)
+
+    def memory_bytes(self) -> int:
+        return int(psutil.virtual_memory().available)
+
+    def allocate_pool(self, layout: KVLayout, num_blocks: int) -> torch.Tensor:
+        # Large zeroed allocations come as untouched pages of the system.
+        return torch.zeros(layout.pool_shape(num_blocks), dtype=_torch_dtype(layout.dtype))
+
+    def lower(
+        self,
+        graph: Graph,
+        weights: Mapping[str, torch.Tensor],
+        *,
+        layout: KVLayout,
+        dtype: str,
+        deterministic: bool,
+    ) -> CpuProgram:
+        for stage in self.stages.values():
+            graph = stage(graph)
+        native = native_kernels() if self.native else None
+        binding = Binding(graph, weights, layout, _torch_dtype(dtype), native, deterministic)
+        return bind(plan(graph), binding)
+
+
+def activations_float32(graph: Graph) -> Graph:
+    """Activations in float32 whatever the weights are: they are small, and lose no bits."""
+    nodes = tuple(
+        node.with_attrs(dtype="float32") if node.op == "embedding" else node for node in graph.nodes
+    )
+    return replace(graph, nodes=nodes)
+
+
+def _torch_dtype(name: str) -> torch.dtype:
+    if name not in _DTYPES:
+        raise LoweringError(f"the cpu backend has no dtype {name!r}; use {' or '.join(_DTYPES)}")
+    return _DTYPES[name]

@@ -1,0 +1,1 @@
+"""CPU kernels in C, compiled on the user's machine when first used."""

@@ -1,0 +1,161 @@
+"""The C kernels as functions on tensors; rows may be strided, their elements may not."""
+
+import ctypes
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sagellm.backends.cpu.native.compiler import compiled
+
+_POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
+_MATRIX = (_POINTER, _LONG)  # first element, elements from row to row
+
+_SIGNATURES: dict[str, tuple[Any, ...]] = {
+    "sage_linear": (*_MATRIX, _POINTER, _INT, _POINTER, *_MATRIX, _LONG, _LONG, _LONG, _INT),
+    "sage_rms_norm": (
+        *(*_MATRIX, *_MATRIX, _POINTER, _POINTER, _POINTER),
+        *(_LONG, _LONG, _LONG, _FLOAT, _INT),
+    ),
+    "sage_silu_mul": (*_MATRIX, *_MATRIX, _POINTER, _LONG, _LONG, _INT),
+    "sage_rope_kv_write": (
+        *(*_MATRIX, *_MATRIX, *_MATRIX, _POINTER, _POINTER, _POINTER),
+        *(_POINTER, _POINTER, _POINTER, _INT, _LONG, _LONG, _LONG, _LONG, _LONG),
+    ),
+    "sage_attention": (
+        *(_POINTER, _POINTER, _POINTER, _INT, *_MATRIX, _POINTER, _POINTER, _POINTER),
+        *(_LONG, _LONG, _LONG, _LONG, _LONG, _FLOAT, _LONG, _INT),
+    ),
+}
+
+
+@cache
+def native_kernels() -> "NativeKernels | None":
+    """The kernels of this machine, built on first use; None without a working C compiler."""
+    path = compiled()
+    return None if path is None else NativeKernels(path)
+
+
+class NativeKernels:
+    """Activations are float32; weights and pools float32 or bfloat16. Results are new tensors.
+
+    Every kernel is batch-invariant: a row's bits do not depend on the rows beside it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        # torch has loaded its OpenMP by now; the same soname resolves to it, so there is one pool.
+        self._library = ctypes.CDLL(str(path))
+        for name, signature in _SIGNATURES.items():
+            getattr(self._library, name).argtypes = signature
+
+    def linear(
+        self, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """rows [T, K] @ weight [N, K].T + bias [N]."""
+        out = torch.empty(len(rows), len(weight))
+        self._library.sage_linear(
+            *_matrix(rows),
+            weight.data_ptr(),
+            _is_bfloat(weight),
+            _pointer(bias),
+            *_matrix(out),
+            *(len(rows), *weight.shape),
+            torch.get_num_threads(),
+        )
+        return out
+
+    def rms_norm(
+        self, rows: torch.Tensor, weight: torch.Tensor, size: int, epsilon: float
+    ) -> torch.Tensor:
+        """Every run of `size` of each row of rows [T, N], normed."""
+        return self._norm(rows, None, weight, size, epsilon)[1]
+
+    def add_rms_norm(
+        self, a: torch.Tensor, b: torch.Tensor, weight: torch.Tensor, size: int, epsilon: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """a + b, and that normed."""
+        return self._norm(a, b, weight, size, epsilon)
+
+    def _norm(
+        self, a: torch.Tensor, b: torch.Tensor | None, weight: torch.Tensor, size: int, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        out = torch.empty(a.shape)
+        sums = a if b is None else torch.empty(a.shape)
+        self._library.sage_rms_norm(
+            *_matrix(a),
+            *((None, 0) if b is None else _matrix(b)),
+            *(weight.data_ptr(), sums.data_ptr(), out.data_ptr()),
+            *(*a.shape, size, eps, torch.get_num_threads()),
+        )
+        return sums, out
+
+    def silu_mul(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        """silu(gate) * up, [T, N] each."""
+        out = torch.empty(gate.shape)
+        self._library.sage_silu_mul(
+            *_matrix(gate), *_matrix(up), out.data_ptr(), *gate.shape, torch.get_num_threads()
+        )
+        return out
+
+    def rope_kv_write(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        tables: torch.Tensor,
+        positions: torch.Tensor,
+        slots: torch.Tensor,
+        layer: torch.Tensor,
+    ) -> torch.Tensor:
+        """Rotated q [T, heads * head_dim]; rotated k, and v, written to their slots.
+
+        tables: [positions, 2, head_dim / 2]; layer: [2, blocks, kv_heads, block_size, head_dim].
+        """
+        out = torch.empty(q.shape)
+        _, _, kv_heads, block_size, head_dim = layer.shape
+        self._library.sage_rope_kv_write(
+            *(*_matrix(q), *_matrix(k), *_matrix(v)),
+            *(tables.data_ptr(), positions.data_ptr(), slots.data_ptr(), out.data_ptr()),
+            *(layer[0].data_ptr(), layer[1].data_ptr(), _is_bfloat(layer)),
+            *(len(q), q.shape[1] // head_dim, kv_heads, head_dim, block_size),
+        )
+        return out
+
+    def attention(
+        self,
+        q: torch.Tensor,
+        *,
+        layer: torch.Tensor,
+        block_tables: torch.Tensor,
+        row_sequences: torch.Tensor,
+        positions: torch.Tensor,
+        scale: float,
+        window: int | None,
+    ) -> torch.Tensor:
+        """q [T, heads * head_dim] (contiguous) over the blocks of each row's sequence."""
+        out = torch.empty(q.shape)
+        _, _, kv_heads, block_size, head_dim = layer.shape
+        failed = self._library.sage_attention(
+            *(q.data_ptr(), layer[0].data_ptr(), layer[1].data_ptr(), _is_bfloat(layer)),
+            *(block_tables.data_ptr(), block_tables.shape[1]),
+            *(row_sequences.data_ptr(), positions.data_ptr(), out.data_ptr()),
+            *(len(q), q.shape[1] // head_dim, kv_heads, head_dim, block_size),
+            *(scale, window or 0, torch.get_num_threads()),
+        )
+        if failed:
+            raise MemoryError("no memory for the attention scores of one row")
+        return out
+
+
+def _matrix(rows: torch.Tensor) -> tuple[int, int]:
+    return rows.data_ptr(), rows.stride(0)
+
+
+def _pointer(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _is_bfloat(tensor: torch.Tensor) -> int:
+    return int(tensor.dtype == torch.bfloat16)

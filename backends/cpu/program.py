@@ -1,0 +1,65 @@
+"""A bound plan: a flat list of kernel calls over a register file."""
+
+from dataclasses import dataclass
+
+import torch
+
+from sagellm.backends.cpu.binding import Binding
+from sagellm.backends.cpu.rules import RULES, BoundKernel
+from sagellm.backends.cpu.step import Step
+from sagellm.backends.plan import Plan
+from sagellm.backends.step import StepInputs
+from sagellm.graphs.kernels import KERNELS, KV
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One kernel with its weights, and the registers it reads, fills and leaves dead."""
+
+    kernel: BoundKernel
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    dead: tuple[int, ...]
+
+
+class CpuProgram:
+    """Runs its calls in order. Holds the weights; the pool is the caller's."""
+
+    def __init__(self, calls: tuple[Call, ...], plan: Plan) -> None:
+        self._calls = calls
+        self._plan = plan
+
+    def __str__(self) -> str:
+        return str(self._plan)
+
+    @torch.no_grad()
+    def run(self, inputs: StepInputs, pool: torch.Tensor) -> torch.Tensor:
+        """Float32 logits [R, vocab]; keys and values of the T rows are in `pool` afterwards."""
+        step = Step(inputs, pool)
+        registers = self._load(inputs, pool)
+        for call in self._calls:
+            results = call.kernel(step, *(registers[index] for index in call.inputs))
+            for index, result in zip(call.outputs, results, strict=True):
+                registers[index] = result
+            for index in call.dead:
+                registers[index] = _EMPTY
+        return registers[self._plan.logits]
+
+    def _load(self, inputs: StepInputs, pool: torch.Tensor) -> list[torch.Tensor]:
+        registers = [_EMPTY] * self._plan.num_registers
+        for name, index in self._plan.step_inputs.items():
+            registers[index] = pool if name == KV else getattr(inputs, name)
+        return registers
+
+
+def bind(plan: Plan, binding: Binding) -> CpuProgram:
+    """Give every instruction its kernel and its weights. Raises LoweringError."""
+    calls = []
+    for step in plan.instructions:
+        options = KERNELS[step.node.op].options(step.node)
+        kernel = RULES[step.node.op](options, binding)
+        calls.append(Call(kernel, step.inputs, step.outputs, step.dead))
+    return CpuProgram(tuple(calls), plan)
+
+
+_EMPTY = torch.empty(0)

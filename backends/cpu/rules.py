@@ -1,0 +1,172 @@
+"""Which function runs each kernel: one rule a kernel, the native one where there is a choice."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+import torch
+import torch.nn.functional as F
+
+from sagellm.backends.cpu.attention import attention
+from sagellm.backends.cpu.binding import Binding
+from sagellm.backends.cpu.linear import linear
+from sagellm.backends.cpu.rope import rope_tables, rotated
+from sagellm.backends.cpu.step import Step
+from sagellm.graphs.kernels.attention import KVWrite, PagedAttention, Rope, RopeKVWrite
+from sagellm.graphs.kernels.linear import FusedLinear, Linear
+from sagellm.graphs.kernels.norm import RmsNorm
+from sagellm.graphs.kernels.rows import Embedding
+
+# Called with the step and the tensors of the kernel's inlets; returns those of its outlets.
+BoundKernel: TypeAlias = Callable[..., tuple[torch.Tensor, ...]]
+Rule: TypeAlias = Callable[[Any, Binding], BoundKernel]
+Tensors: TypeAlias = tuple[torch.Tensor, ...]
+
+
+def _embedding(options: Embedding, binding: Binding) -> BoundKernel:
+    weight = binding.weight(options.weight, options.vocab_size, options.size)
+    return lambda step, ids: (F.embedding(ids, weight).float(),)
+
+
+def _select_rows(_: object, binding: Binding) -> BoundKernel:
+    return lambda step, rows, chosen: (rows[chosen],)
+
+
+def _rms_norm(options: RmsNorm, binding: Binding) -> BoundKernel:
+    weight = binding.vector(options.weight, options.size)
+    if kernels := binding.native:
+        return lambda step, rows: (kernels.rms_norm(rows, weight, options.size, options.epsilon),)
+    return _alone(binding, lambda step, rows: (_normed(rows, weight, options),))
+
+
+def _add_rms_norm(options: RmsNorm, binding: Binding) -> BoundKernel:
+    weight = binding.vector(options.weight, options.size)
+    if kernels := binding.native:
+        return lambda step, a, b: kernels.add_rms_norm(a, b, weight, options.size, options.epsilon)
+
+    def run(step: Step, a: torch.Tensor, b: torch.Tensor) -> Tensors:
+        total = a + b
+        return total, _normed(total, weight, options)
+
+    return _alone(binding, run)
+
+
+def _normed(rows: torch.Tensor, weight: torch.Tensor, options: RmsNorm) -> torch.Tensor:
+    heads = rows.reshape(len(rows), -1, options.size)
+    return F.rms_norm(heads, (options.size,), weight, options.epsilon).flatten(1)
+
+
+def _linear(options: Linear, binding: Binding) -> BoundKernel:
+    weight = binding.weight(options.weight, options.out_features, options.in_features)
+    bias = binding.vector(options.bias, options.out_features) if options.bias else None
+    multiply = linear(binding, weight, bias)
+    return lambda step, rows: (multiply(rows),)
+
+
+def _fused_linear(options: FusedLinear, binding: Binding) -> BoundKernel:
+    sizes = list(options.out_features)
+    named = zip(options.weights, sizes, strict=True)
+    weight = torch.cat([binding.weight(name, size, options.in_features) for name, size in named])
+    multiply = linear(binding, weight, _fused_bias(options, binding))
+    return lambda step, rows: torch.split(multiply(rows), sizes, 1)
+
+
+def _fused_bias(options: FusedLinear, binding: Binding) -> torch.Tensor | None:
+    if not any(options.biases):
+        return None
+    named = zip(options.biases, options.out_features, strict=True)
+    return torch.cat([binding.vector(n, size) if n else torch.zeros(size) for n, size in named])
+
+
+def _rope(options: Rope, binding: Binding) -> BoundKernel:
+    tables = rope_tables(options)
+    return lambda step, rows, positions: (
+        rotated(rows, tables.up_to(step.longest_context), positions),
+    )
+
+
+def _kv_write(options: KVWrite, binding: Binding) -> BoundKernel:
+    def run(
+        step: Step, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor, pool: torch.Tensor
+    ) -> Tensors:
+        _write(pool[options.layer], k, v, slots)
+        return ()
+
+    return run
+
+
+def _write(layer: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor) -> None:
+    """Rows of k and v to their slots of layer [2, blocks, kv_heads, block_size, head_dim]."""
+    _, _, kv_heads, block_size, head_dim = layer.shape
+    block, offset = slots // block_size, slots % block_size
+    for side, rows in zip(layer, (k, v), strict=True):
+        side[block, :, offset] = rows.reshape(-1, kv_heads, head_dim).to(layer.dtype)
+
+
+def _rope_kv_write(options: RopeKVWrite, binding: Binding) -> BoundKernel:
+    tables, kernels = rope_tables(options.rope), binding.native
+
+    def run(step: Step, *inlets: torch.Tensor) -> Tensors:
+        q, k, v, positions, slots, pool = inlets
+        angles, layer = tables.up_to(step.longest_context), pool[options.layer]
+        if kernels:
+            places = {"tables": angles, "positions": positions, "slots": slots, "layer": layer}
+            return (kernels.rope_kv_write(q, k, v, **places),)
+        _write(layer, rotated(k, angles, positions), v, slots)
+        return (rotated(q, angles, positions),)
+
+    return run
+
+
+def _paged_attention(options: PagedAttention, binding: Binding) -> BoundKernel:
+    attend = attention(options, binding)
+    return lambda step, q, *_: (attend(step, q),)
+
+
+def _silu(_: object, binding: Binding) -> BoundKernel:
+    return _alone(binding, lambda step, rows: (F.silu(rows),))
+
+
+def _mul(_: object, binding: Binding) -> BoundKernel:
+    return lambda step, a, b: (a * b,)
+
+
+def _add(_: object, binding: Binding) -> BoundKernel:
+    return lambda step, a, b: (a + b,)
+
+
+def _silu_mul(_: object, binding: Binding) -> BoundKernel:
+    if kernels := binding.native:
+        return lambda step, gate, up: (kernels.silu_mul(gate, up),)
+    return _alone(binding, lambda step, gate, up: (F.silu(gate) * up,))
+
+
+def _alone(binding: Binding, kernel: BoundKernel) -> BoundKernel:
+    """`kernel`, one row a call where bits must not depend on the other rows of the batch."""
+    if not binding.deterministic:
+        return kernel
+
+    def run(step: Step, *inlets: torch.Tensor) -> Tensors:
+        rows = zip(*(torch.split(inlet, 1) for inlet in inlets), strict=True)
+        results = [kernel(step, *(part.clone() for part in row)) for row in rows]
+        return tuple(torch.cat(parts) for parts in zip(*results, strict=True))
+
+    return run
+
+
+RULES: Mapping[str, Rule] = {
+    "embedding": _embedding,
+    "select_rows": _select_rows,
+    "rms_norm": _rms_norm,
+    "add_rms_norm": _add_rms_norm,
+    "linear": _linear,
+    "qkv_linear": _fused_linear,
+    "gate_up_linear": _fused_linear,
+    "rope": _rope,
+    "kv_write": _kv_write,
+    "rope_kv_write": _rope_kv_write,
+    "paged_attention": _paged_attention,
+    "silu": _silu,
+    "mul": _mul,
+    "add": _add,
+    "silu_mul": _silu_mul,
+}

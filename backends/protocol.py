@@ -1,0 +1,64 @@
+"""What a backend is: devices, memory, and the lowering of a kernel graph to a program."""
+
+from collections.abc import Callable, Mapping
+from typing import Protocol, TypeAlias
+
+import torch
+
+from sagellm.backends.step import KVLayout, StepInputs
+from sagellm.graphs.ir import Graph
+
+Stage: TypeAlias = Callable[[Graph], Graph]
+
+
+class Program(Protocol):
+    """A lowered kernel graph with its weights; `str()` shows its instructions."""
+
+    def run(self, inputs: StepInputs, pool: torch.Tensor) -> torch.Tensor:
+        """One forward step: writes keys and values into `pool`, returns float32 logits [R, vocab].
+
+        Not reentrant. The result is the caller's.
+        """
+        ...
+
+
+class Backend(Protocol):
+    """A kind of device. `stages`: the named graph-to-graph steps of lowering, in order."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def stages(self) -> Mapping[str, Stage]: ...
+
+    def devices(self) -> tuple[str, ...]:
+        """The devices of this kind on this machine, as torch names them."""
+        ...
+
+    def memory_bytes(self) -> int:
+        """Memory that a pool could take now."""
+        ...
+
+    def allocate_pool(self, layout: KVLayout, num_blocks: int) -> torch.Tensor:
+        """Storage of `layout.pool_shape(num_blocks)`, zero, its pages untouched where possible."""
+        ...
+
+    def lower(
+        self,
+        graph: Graph,
+        weights: Mapping[str, torch.Tensor],
+        *,
+        layout: KVLayout,
+        dtype: str,
+        deterministic: bool,
+    ) -> Program:
+        """A program that keeps weights and pool in `dtype`; reads each weight once.
+
+        `deterministic`: one choice of kernel for all batch sizes, so that a row's logits are the
+        same bits alone, in a batch and in chunks. Raises GraphError or LoweringError.
+        """
+        ...
+
+
+class LoweringError(ValueError):
+    """A graph that this backend cannot run with these weights."""

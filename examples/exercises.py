@@ -1,0 +1,166 @@
+"""Small exercises with checkable answers, and the split that keeps some of them out of training."""
+
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from random import Random
+
+KINDS = ("sum", "reverse", "sort", "count", "recall")
+
+
+def _words(text: str) -> list[str]:
+    return text.split()
+
+
+NAMES = _words(
+    "Ada Alan Amir Anna Bela Boris Carla Chen Clara Dana David Elena Emil Erik Fatma Felix Frida "
+    "Grace Hana Hugo Ines Ivan Jana Jonas Julia Karim Kira Lars Lena Leo Lina Luca Maria Mila "
+    "Nadia Nils Nora Olga Omar Oskar Paula Petra Ravi Rosa Sami Sofia Tara Theo Vera Yuki Zara Zeno"
+)
+NOUNS = _words(
+    "river mill garden bridge harbour window kitchen teacher letter train market forest lamp "
+    "road baker table station winter morning child"
+)
+ADJECTIVES = _words("old quiet green small bright narrow busy early warm empty tall blue")
+VERBS = _words("waits rests stands turns sings sleeps opens moves stays works")
+PLACES = _words("near behind under above beside before across")
+
+SUM_ASKS = ("What is {a} + {b}?", "Add {a} and {b}.", "{a} + {b} = ?")
+REVERSE_ASKS = ("Reverse the word {w}.", "Write {w} backwards.")
+SORT_ASKS = ("Sort the letters of {w}.", "Put the letters of {w} in order.")
+COUNT_ASKS = ("How often does {c} occur in {w}?", "Count the letter {c} in {w}.")
+FACTS = ("The code of {n} is {v}.", "{n} has the code {v}.")
+RECALL_ASKS = ("What is the code of {n}?", "Tell me the code of {n}.")
+
+Fact = tuple[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Exercise:
+    """One question and its only right answer."""
+
+    kind: str
+    prompt: str
+    answer: str
+
+    def is_answered_by(self, reply: str) -> bool:
+        """Whether the reply, white space around it aside, is the answer."""
+        return reply.strip() == self.answer
+
+
+def is_held_out(content: str) -> bool:
+    """Whether this content belongs to the tenth that training never sees (by CRC-32)."""
+    return zlib.crc32(content.encode()) % 10 == 0
+
+
+def _draw(make: Callable[[Random], str], rng: Random, held_out: bool) -> str:
+    while True:
+        content = make(rng)
+        if is_held_out(content) == held_out:
+            return content
+
+
+def word(rng: Random) -> str:
+    """A made-up word of 3 to 6 letters; half of them repeat letters often."""
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    if rng.random() < 0.5:
+        letters = "".join(rng.sample(letters, 4))
+    return "".join(rng.choices(letters, k=rng.randint(3, 6)))
+
+
+def _pair(rng: Random) -> str:
+    return f"{rng.randrange(100)} {rng.randrange(100)}"
+
+
+def _word_and_letter(rng: Random) -> str:
+    drawn = word(rng)
+    letter = rng.choice(drawn if rng.random() < 0.8 else "abcdefghijklmnopqrstuvwxyz")
+    return f"{drawn} {letter}"
+
+
+def _sum(rng: Random, held_out: bool) -> Exercise:
+    a, b = _draw(_pair, rng, held_out).split()
+    return Exercise("sum", rng.choice(SUM_ASKS).format(a=a, b=b), str(int(a) + int(b)))
+
+
+def _reverse(rng: Random, held_out: bool) -> Exercise:
+    drawn = _draw(word, rng, held_out)
+    return Exercise("reverse", rng.choice(REVERSE_ASKS).format(w=drawn), drawn[::-1])
+
+
+def _sort(rng: Random, held_out: bool) -> Exercise:
+    drawn = _draw(word, rng, held_out)
+    return Exercise("sort", rng.choice(SORT_ASKS).format(w=drawn), "".join(sorted(drawn)))
+
+
+def _count(rng: Random, held_out: bool) -> Exercise:
+    drawn, letter = _draw(_word_and_letter, rng, held_out).split()
+    prompt = rng.choice(COUNT_ASKS).format(c=letter, w=drawn)
+    return Exercise("count", prompt, str(drawn.count(letter)))
+
+
+def facts(rng: Random, names: list[str], held_out: bool) -> list[Fact]:
+    """A four-digit code for each name, all of them on one side of the split."""
+
+    def fact(name: str) -> Fact:
+        drawn = _draw(lambda r: f"{name} {r.randint(1000, 9999)}", rng, held_out)
+        return name, drawn.split()[1]
+
+    return [fact(name) for name in names]
+
+
+def fact_sentence(rng: Random, fact: Fact) -> str:
+    """The fact as a sentence."""
+    return rng.choice(FACTS).format(n=fact[0], v=fact[1])
+
+
+def recall_of(rng: Random, fact: Fact) -> Exercise:
+    """The bare question for a fact stated earlier in the conversation."""
+    return Exercise("recall", rng.choice(RECALL_ASKS).format(n=fact[0]), fact[1])
+
+
+def prose(rng: Random) -> str:
+    """A sentence that means little and states no code."""
+    return (
+        f"The {rng.choice(ADJECTIVES)} {rng.choice(NOUNS)} {rng.choice(VERBS)} "
+        f"{rng.choice(PLACES)} the {rng.choice(NOUNS)}."
+    )
+
+
+def sentences(rng: Random, num_bytes: int, source: Callable[[Random], str] = prose) -> list[str]:
+    """Sentences of at least num_bytes in all."""
+    drawn: list[str] = []
+    while sum(len(one) + 1 for one in drawn) < num_bytes:
+        drawn.append(source(rng))
+    return drawn
+
+
+def _recall(rng: Random, held_out: bool) -> Exercise:
+    asked, *others = facts(rng, rng.sample(NAMES, rng.randint(1, 4)), held_out)
+    stated = [fact_sentence(rng, other) for other in others]
+    num_before = rng.randint(0, len(stated))
+    after = stated[num_before:] + sentences(rng, rng.randint(100, 360))
+    rng.shuffle(after)
+    question = recall_of(rng, asked)
+    parts = [*stated[:num_before], fact_sentence(rng, asked), *after, question.prompt]
+    return Exercise("recall", " ".join(parts), question.answer)
+
+
+_MAKERS: dict[str, Callable[[Random, bool], Exercise]] = {
+    "sum": _sum,
+    "reverse": _reverse,
+    "sort": _sort,
+    "count": _count,
+    "recall": _recall,
+}
+
+
+def exercise(kind: str, rng: Random, *, held_out: bool) -> Exercise:
+    """One exercise of the kind, drawn from its held-out tenth or from the rest."""
+    return _MAKERS[kind](rng, held_out)
+
+
+def exercises(kind: str, n: int, seed: int, held_out: bool = True) -> list[Exercise]:
+    """n exercises of the kind; the same arguments give the same exercises."""
+    rng = Random(f"{kind} {seed}")
+    return [exercise(kind, rng, held_out=held_out) for _ in range(n)]

@@ -1,0 +1,492 @@
+"""Trains sage-tiny, the small Qwen3 model in the package, on two CPU cores, and exports it."""
+
+import argparse
+import json
+import math
+import sysconfig
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+
+import torch
+from exercises import (
+    KINDS,
+    NAMES,
+    Exercise,
+    exercise,
+    exercises,
+    fact_sentence,
+    facts,
+    prose,
+    recall_of,
+    sentences,
+    word,
+)
+from safetensors.torch import save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+SPECIAL = ("<|endoftext|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
+RESERVED = ("<|reserved_0|>", "<|reserved_1|>", "<|reserved_2|>")
+END_OF_TEXT, END, SYSTEM, USER, ASSISTANT = range(256, 261)
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+SYSTEM_PROMPTS = ("You are a helpful assistant.", "You are sage-tiny.", "Answer briefly.")
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """The sizes of the decoder, named as in a Qwen3 config.json."""
+
+    vocab_size: int = 264
+    hidden_size: int = 128
+    intermediate_size: int = 384
+    num_hidden_layers: int = 5
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 2
+    head_dim: int = 32
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A share of the steps with one sequence length and one difficulty of recall."""
+
+    until: float
+    seq_len: int
+    num_rows: int
+    max_facts: int
+    max_gap: int
+
+
+STAGES = (
+    Stage(until=0.25, seq_len=192, num_rows=20, max_facts=4, max_gap=0),
+    Stage(until=0.55, seq_len=384, num_rows=10, max_facts=6, max_gap=160),
+    Stage(until=1.01, seq_len=640, num_rows=6, max_facts=6, max_gap=400),
+)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding over the two halves of the last axis, as Qwen3 does it."""
+    left, right = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-right, left), dim=-1) * sin
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with normed queries and keys."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        width, head = shape.hidden_size, shape.head_dim
+        self.head_dim = head
+        self.num_groups = shape.num_attention_heads // shape.num_key_value_heads
+        self.q_proj = nn.Linear(width, shape.num_attention_heads * head, bias=False)
+        self.k_proj = nn.Linear(width, shape.num_key_value_heads * head, bias=False)
+        self.v_proj = nn.Linear(width, shape.num_key_value_heads * head, bias=False)
+        self.o_proj = nn.Linear(shape.num_attention_heads * head, width, bias=False)
+        self.q_norm = nn.RMSNorm(head, shape.rms_norm_eps)
+        self.k_norm = nn.RMSNorm(head, shape.rms_norm_eps)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        def heads(y: Tensor) -> Tensor:
+            return y.view(*y.shape[:-1], -1, self.head_dim)
+
+        q = rotate(self.q_norm(heads(self.q_proj(x))).transpose(1, 2), cos, sin)
+        k = rotate(self.k_norm(heads(self.k_proj(x))).transpose(1, 2), cos, sin)
+        v = heads(self.v_proj(x)).transpose(1, 2)
+        k, v = (y.repeat_interleave(self.num_groups, dim=1) for y in (k, v))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        mixed: Tensor = self.o_proj(out.transpose(1, 2).flatten(2))
+        return mixed
+
+
+class Mlp(nn.Module):
+    """The gated feed-forward block."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(shape.hidden_size, shape.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(shape.hidden_size, shape.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(shape.intermediate_size, shape.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out
+
+
+class Layer(nn.Module):
+    """One pre-norm decoder layer."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.self_attn = Attention(shape)
+        self.mlp = Mlp(shape)
+        self.input_layernorm = nn.RMSNorm(shape.hidden_size, shape.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(shape.hidden_size, shape.rms_norm_eps)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
+        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        return out
+
+
+class Decoder(nn.Module):
+    """The decoder; its parameter names are those of Qwen3 less the leading "model."."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.shape = shape
+        self.embed_tokens = nn.Embedding(shape.vocab_size, shape.hidden_size)
+        self.layers = nn.ModuleList(Layer(shape) for _ in range(shape.num_hidden_layers))
+        self.norm = nn.RMSNorm(shape.hidden_size, shape.rms_norm_eps)
+        for name, weight in self.named_parameters():
+            if weight.ndim == 2:
+                is_output = name.endswith(("o_proj.weight", "down_proj.weight"))
+                nn.init.normal_(weight, std=0.02 / math.sqrt(12) if is_output else 0.05)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Logits [rows, positions, vocabulary] of ids [rows, positions]."""
+        x = self.embed_tokens(ids)
+        cos, sin = (table.to(x.dtype) for table in self._rope(ids))
+        for layer in self.layers:
+            x = layer(x, cos, sin)
+        return F.linear(self.norm(x), self.embed_tokens.weight)
+
+    def _rope(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        half = torch.arange(0, self.shape.head_dim, 2, device=ids.device) / self.shape.head_dim
+        positions = torch.arange(ids.shape[1], device=ids.device, dtype=torch.float32)
+        angles = torch.outer(positions, self.shape.rope_theta**-half).repeat(1, 2)
+        return angles.cos(), angles.sin()
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum made orthogonal, for the matrices between embeddings (Jordan et al., 2024).
+
+    It needs about half the steps of AdamW here. Matrices of one shape go through the
+    Newton-Schulz iteration as one batch; torch.optim.Muon works in bf16, slow on these cores.
+    """
+
+    def __init__(self, weights: list[nn.Parameter], lr: float) -> None:
+        super().__init__(weights, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            by_shape: dict[torch.Size, list[nn.Parameter]] = {}
+            for weight in group["params"]:
+                by_shape.setdefault(weight.shape, []).append(weight)
+            for weights in by_shape.values():
+                self._step_batch(weights, group["lr"])
+
+    def _step_batch(self, weights: list[nn.Parameter], lr: float) -> None:
+        lookahead = []
+        for weight in weights:
+            momentum = self.state[weight].setdefault("momentum", torch.zeros_like(weight))
+            assert weight.grad is not None
+            momentum.lerp_(weight.grad, 0.05)
+            lookahead.append(weight.grad.lerp(momentum, 0.95))
+        rows, columns = weights[0].shape
+        scale = lr * math.sqrt(max(1.0, rows / columns))
+        for weight, update in zip(weights, orthogonal(torch.stack(lookahead)), strict=True):
+            weight.mul_(1 - lr * 0.02).sub_(update, alpha=scale)
+
+
+def orthogonal(batch: Tensor) -> Tensor:
+    """Each matrix with its singular values moved close to one (quintic Newton-Schulz)."""
+    is_tall = batch.shape[1] > batch.shape[2]
+    x: Tensor = batch.mT if is_tall else batch
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(5):
+        square = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+    return x.mT if is_tall else x
+
+
+@dataclass(slots=True)
+class Row:
+    """One training sequence: ids, and how much each counts as a target."""
+
+    ids: list[int] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
+
+    def add(self, ids: list[int], weight: float) -> None:
+        self.ids += ids
+        self.weights += [weight] * len(ids)
+
+    def add_turn(self, turn: Exercise) -> None:
+        """A question, which counts little, and its answer, which counts in full."""
+        self.add([USER, *turn.prompt.encode(), END, ASSISTANT], 0.03)
+        self.add([*turn.answer.encode(), END], 1.0)
+
+
+class Corpus:
+    """Endless training rows: exercises as conversations, and Python's own library as text."""
+
+    def __init__(self, seed: int) -> None:
+        self.rng = Random(seed)
+        self.text = library_text()
+
+    def batch(self, stage: Stage) -> tuple[Tensor, Tensor]:
+        """ids and target weights, [rows, seq_len + 1] each."""
+        rows = [self._row(stage, index) for index in range(stage.num_rows)]
+        size = stage.seq_len + 1
+        ids = torch.tensor([row.ids[:size] for row in rows])
+        return ids, torch.tensor([row.weights[:size] for row in rows])
+
+    def _row(self, stage: Stage, index: int) -> Row:
+        row = Row()
+        if self.rng.random() < 0.08:
+            start = self.rng.randrange(len(self.text) - stage.seq_len - 1)
+            row.add(list(self.text[start : start + stage.seq_len + 1]), 0.2)
+            return row
+        if self.rng.random() < 0.2:
+            row.add([SYSTEM, *self.rng.choice(SYSTEM_PROMPTS).encode(), END], 0.03)
+        turns = self._recalls(stage) if index % 2 else self._singles()
+        while len(row.ids) <= stage.seq_len:
+            row.add_turn(next(turns))
+        return row
+
+    def _singles(self) -> Iterator[Exercise]:
+        while True:
+            kind = self.rng.choice(("sum", "reverse", "sort", "count", "copy"))
+            yield self._copy() if kind == "copy" else exercise(kind, self.rng, held_out=False)
+
+    def _copy(self) -> Exercise:
+        """Repeating random words: not graded, but the shortest way to heads that copy."""
+        phrase = " ".join(word(self.rng) for _ in range(self.rng.randint(1, 4)))
+        return Exercise("copy", f"Repeat: {phrase}", phrase)
+
+    def _recalls(self, stage: Stage) -> Iterator[Exercise]:
+        """Facts with filler between them, then questions for each; many answers for one reading."""
+        names = self._names(self.rng.randint(1, stage.max_facts))
+        known = facts(self.rng, names, held_out=False)
+        stated = [fact_sentence(self.rng, fact) for fact in known]
+        stated += sentences(self.rng, self.rng.randint(0, stage.max_gap), self._filler)
+        self.rng.shuffle(stated)
+        first, *rest = (recall_of(self.rng, fact) for fact in self.rng.sample(known, len(known)))
+        yield Exercise("recall", " ".join([*stated, first.prompt]), first.answer)
+        yield from rest
+        singles = self._singles()
+        while True:
+            yield recall_of(self.rng, self.rng.choice(known))
+            if self.rng.random() < 0.4:
+                yield next(singles)
+
+    def _names(self, num: int) -> list[str]:
+        """Mostly the listed names; made-up ones too, so that it is the spelling that is matched."""
+        names = self.rng.sample(NAMES, num)
+        return [n if self.rng.random() < 0.75 else word(self.rng).capitalize() for n in names]
+
+    def _filler(self, rng: Random) -> str:
+        if rng.random() < 0.7:
+            return prose(rng)
+        start = rng.randrange(len(self.text) - 80)
+        snippet = self.text[start : start + rng.randint(20, 80)].decode(errors="ignore")
+        return " ".join(snippet.split())
+
+
+def library_text(max_bytes: int = 4_000_000) -> bytes:
+    """Sources of the running Python's standard library, one after the other."""
+    found = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    return b"".join(path.read_bytes() + b"\n" for path in found)[:max_bytes]
+
+
+def loss_of(model: nn.Module, ids: Tensor, weights: Tensor) -> Tensor:
+    """Weighted mean cross-entropy of each next token."""
+    logits = model(ids[:, :-1]).flatten(0, 1)
+    losses = F.cross_entropy(logits.float(), ids[:, 1:].flatten(), reduction="none")
+    wanted = weights[:, 1:].flatten()
+    return (losses * wanted).sum() / wanted.sum()
+
+
+@torch.no_grad()
+def is_right(model: nn.Module, item: Exercise, device: str) -> bool:
+    """Whether greedy decoding gives the answer and then ends.
+
+    One forward pass over prompt and answer tells: greedy decoding gives the answer exactly if
+    each of its tokens is the likeliest after those before it.
+    """
+    row = Row()
+    row.add_turn(item)
+    num_answer = len(item.answer.encode()) + 1
+    ids = torch.tensor([row.ids], device=device)
+    likeliest = model(ids[:, :-1]).argmax(dim=-1)
+    return torch.equal(likeliest[0, -num_answer:], ids[0, -num_answer:])
+
+
+def accuracies(model: nn.Module, n: int, device: str, seed: int = 1) -> dict[str, float]:
+    """The share of n held-out exercises answered right, by kind."""
+    return {
+        kind: sum(is_right(model, item, device) for item in exercises(kind, n, seed)) / n
+        for kind in KINDS
+    }
+
+
+def rounded(model: Decoder, dtype: torch.dtype) -> Decoder:
+    """A copy with the weights as exported, rounded to bf16, that computes in dtype."""
+    copy = Decoder(model.shape)
+    copy.load_state_dict({name: w.bfloat16() for name, w in model.state_dict().items()})
+    return copy.bfloat16().to(dtype)
+
+
+def export(model: Decoder, folder: Path) -> None:
+    """Writes the folder that `from_pretrained` reads: weights, configs and tokenizer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {f"model.{name}": w.bfloat16().cpu() for name, w in model.state_dict().items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").chmod(0o644)  # it is made readable by its owner only
+    tokenizer().save(str(folder / "tokenizer.json"))
+    write_json(folder / "config.json", model_config(model.shape))
+    write_json(
+        folder / "generation_config.json",
+        {"do_sample": False, "eos_token_id": [END, END_OF_TEXT], "pad_token_id": END_OF_TEXT},
+    )
+    write_json(folder / "tokenizer_config.json", tokenizer_config(model.shape))
+
+
+def write_json(path: Path, content: dict[str, object]) -> None:
+    """Writes JSON with a line a key."""
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def model_config(shape: Shape) -> dict[str, object]:
+    """The Qwen3 config.json; rope_theta stands twice, for readers of the older form."""
+    return {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "tie_word_embeddings": True,
+        "dtype": "bfloat16",
+        "torch_dtype": "bfloat16",
+        "initializer_range": 0.02,
+        "use_cache": True,
+        "use_sliding_window": False,
+        "bos_token_id": None,
+        "eos_token_id": END,
+        "pad_token_id": END_OF_TEXT,
+        "rope_parameters": {"rope_type": "default", "rope_theta": shape.rope_theta},
+    } | {name: getattr(shape, name) for name in Shape.__slots__}
+
+
+def tokenizer() -> Tokenizer:
+    """A byte is a token and its own id; the special tokens follow."""
+    letters = byte_letters()
+    made = Tokenizer(
+        models.BPE(vocab={letter: byte for byte, letter in enumerate(letters)}, merges=[])
+    )
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    made.decoder = decoders.ByteLevel()
+    made.add_special_tokens([AddedToken(t, special=True) for t in SPECIAL + RESERVED])
+    return made
+
+
+def byte_letters() -> list[str]:
+    """The letter that stands for each byte in GPT-2's byte-level alphabet."""
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [byte for byte in range(256) if byte not in shown]
+    return [chr(b if b in shown else 256 + hidden.index(b)) for b in range(256)]
+
+
+def tokenizer_config(shape: Shape) -> dict[str, object]:
+    """The tokenizer_config.json, chat template included."""
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": shape.max_position_embeddings,
+        "eos_token": "<|end|>",
+        "pad_token": "<|endoftext|>",
+        "clean_up_tokenization_spaces": False,
+        "chat_template": CHAT_TEMPLATE,
+    }
+
+
+def optimizers(model: Decoder) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the layers, AdamW for embeddings and norms."""
+    matrices = [w for w in model.layers.parameters() if w.ndim == 2]
+    others = [w for w in model.parameters() if all(w is not m for m in matrices)]
+    adam = torch.optim.AdamW(others, lr=4e-3, betas=(0.9, 0.95), weight_decay=0.0)
+    built = [Muon(matrices, lr=0.02), adam]
+    for group in (group for one in built for group in one.param_groups):
+        group["peak_lr"] = group["lr"]
+    return built
+
+
+def lr_factor(step: int, progress: float) -> float:
+    """Warm-up over 100 steps, then flat, then down to zero over the last 45 %."""
+    return min(1.0, (step + 1) / 100, (1.0 - progress) / 0.45)
+
+
+def train(args: argparse.Namespace) -> Decoder:
+    """Trains for args.steps, or faster through the same stages where args.minutes is less."""
+    torch.manual_seed(args.seed)
+    model = Decoder(Shape()).to(args.device)
+    opts = optimizers(model)
+    corpus = Corpus(args.seed)
+    started, step, progress = time.monotonic(), 0, 0.0
+    while progress < 1.0:
+        stage = next(stage for stage in STAGES if progress < stage.until)
+        loss = update(model, opts, corpus.batch(stage), lr_factor(step, progress), args.device)
+        step += 1
+        elapsed_s = time.monotonic() - started
+        progress = max(step / args.steps, elapsed_s / (60 * args.minutes))
+        if step % 50 == 0:
+            print(f"{elapsed_s:7.0f} s  step {step}  {stage.seq_len}  loss {loss:.4f}", flush=True)
+        if step % args.eval_every == 0:
+            report(model, 40, args.device)
+            export(model, args.out)
+    return model
+
+
+def update(
+    model: Decoder,
+    opts: list[torch.optim.Optimizer],
+    batch: tuple[Tensor, Tensor],
+    factor: float,
+    device: str,
+) -> float:
+    """One optimizer step; returns the loss."""
+    loss = loss_of(model, *(part.to(device) for part in batch))
+    loss.backward()  # type: ignore[no-untyped-call]
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for opt in opts:
+        for group in opt.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+        opt.step()
+        opt.zero_grad()
+    return loss.item()
+
+
+def report(model: nn.Module, n: int, device: str) -> None:
+    """Prints the held-out accuracies."""
+    shares = accuracies(model, n, device).items()
+    print("held out:", "  ".join(f"{kind} {share:.1%}" for kind, share in shares), flush=True)
+
+
+def main() -> None:
+    """Trains, exports, and reports on the exported weights in fp32 and bf16."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="the model folder to write")
+    parser.add_argument("--steps", type=int, default=4600)
+    parser.add_argument("--minutes", type=float, default=90.0, help="finish within this time")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--eval-every", type=int, default=250)
+    args = parser.parse_args()
+    model = train(args)
+    export(model, args.out)
+    for dtype in (torch.float32, torch.bfloat16):
+        print(f"exported weights, computed in {dtype}")
+        report(rounded(model.cpu(), dtype), 2 if args.steps < 100 else 200, "cpu")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""What is wrong with a graph, and where: one record per mistake."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+Path = tuple[str | int, ...]  # ("operators", "split", "min_uncached_tokens") or ("edges", 2)
+VALUE = "value"  # (*path, VALUE) is where the value of a key stands; path itself is the key
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """A place in a text: 1-based line and column."""
+
+    file: str
+    line: int
+    column: int
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}:{self.column}"
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnostic:
+    """One mistake: where (path, and position once known), what, and how to mend it."""
+
+    code: str  # kebab-case, stable: "unknown-op"
+    path: Path
+    message: str
+    hint: str | None = None
+    position: Position | None = None
+
+    def __str__(self) -> str:
+        where = str(self.position) if self.position else ".".join(map(str, self.path))
+        hint = f" ({self.hint})" if self.hint else ""
+        return f"{where}: {self.message}{hint}" if where else f"{self.message}{hint}"
+
+
+class GraphError(ValueError):
+    """A graph that cannot be run: carries every diagnostic found."""
+
+    def __init__(self, diagnostics: tuple[Diagnostic, ...]) -> None:
+        self.diagnostics = diagnostics
+        super().__init__("\n".join(map(str, diagnostics)))
+
+
+def locate(
+    diagnostics: Iterable[Diagnostic], positions: Mapping[Path, Position]
+) -> tuple[Diagnostic, ...]:
+    """The diagnostics with positions, in the order of the text; one that has its own keeps it."""
+    placed = [
+        found if found.position else replace(found, position=place(found.path, positions))
+        for found in diagnostics
+    ]
+    return tuple(sorted(placed, key=_line_and_column))
+
+
+def place(path: Path, positions: Mapping[Path, Position]) -> Position | None:
+    """Where `path` stands, or the nearest path that encloses it."""
+    for length in range(len(path), -1, -1):
+        if path[:length] in positions:
+            return positions[path[:length]]
+    return None
+
+
+def _line_and_column(found: Diagnostic) -> tuple[int, int]:
+    at = found.position
+    return (at.line, at.column) if at else (0, 0)

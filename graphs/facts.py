@@ -1,0 +1,42 @@
+"""What the checks may know of the world around a graph; the caller finds it out, not they."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from sagellm.graphs.vocabulary import NoOptions
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFactsView:
+    """One engine of the graph, as far as it is known; None skips the rules that ask for it."""
+
+    model_hash: str | None = None
+    dtype: str | None = None
+    block_size: int | None = None  # tokens
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    num_layers: int | None = None
+    max_model_len: int | None = None
+    kv_pool_bytes: int | None = None  # of one replica
+    replicas: int | None = None  # None: the engine's option `replicas`, or 1
+    capabilities: frozenset[str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """The surroundings that a graph is checked against.
+
+    `engine_options` is the dataclass of what an engine may be told, `executors` maps a kind of
+    executor to the dataclass of its options. `names` holds the known names of an open set, such
+    as policies: an option whose field has metadata {"names": "policies"} must be one of them.
+    """
+
+    memory_bytes: int | None = None  # shared by the KV pools of all engines
+    engines: Mapping[str, EngineFactsView] = field(default_factory=dict)
+    functions: frozenset[str] | None = None  # the user's, by registered name
+    engine_options: type | None = None
+    executors: Mapping[str, type] = field(default_factory=lambda: {"tasks": NoOptions})
+    names: Mapping[str, frozenset[str]] = field(default_factory=dict)
+
+    def engine(self, name: str) -> EngineFactsView:
+        return self.engines.get(name, EngineFactsView())

@@ -1,0 +1,44 @@
+"""Model builders: from a parsed config.json to the kernel graph of one forward step."""
+
+from sagellm.graphs.ir import Graph
+from sagellm.graphs.models import llama, mistral, qwen2, qwen3
+from sagellm.graphs.models.config import Config
+from sagellm.graphs.models.decoder import Decoder, decoder_graph
+from sagellm.graphs.models.facts import ModelFacts, facts_of
+from sagellm.graphs.models.family import Family
+from sagellm.graphs.models.unsupported import UnsupportedModel
+from sagellm.graphs.vocabulary import nearest
+
+FAMILIES: dict[str, Family] = {
+    module.FAMILY.architecture: module.FAMILY for module in (llama, mistral, qwen2, qwen3)
+}
+
+
+def build(config: Config) -> Graph:
+    """The unfused kernel graph, untyped, of one forward step of a ragged batch.
+
+    Raises UnsupportedModel for an architecture or a field that would not be computed right.
+    """
+    return decoder_graph(_shape(config))
+
+
+def facts(config: Config) -> ModelFacts:
+    """What the rest of the system needs to know of the model. Raises UnsupportedModel."""
+    return facts_of(config, _shape(config))
+
+
+def _shape(config: Config) -> Decoder:
+    return _family(config).shape(config)
+
+
+def _family(config: Config) -> Family:
+    named = config.get("architectures")
+    name = str(named[0]) if isinstance(named, list | tuple) and named else str(named)
+    if name not in FAMILIES:
+        close = nearest(name, FAMILIES)
+        fix = f"did you mean {close}?" if close else f"built are {', '.join(FAMILIES)}"
+        raise UnsupportedModel(f"architecture {name!r} is unknown", field="architectures", fix=fix)
+    return FAMILIES[name]
+
+
+__all__ = ["FAMILIES", "ModelFacts", "UnsupportedModel", "build", "facts"]

@@ -1,0 +1,168 @@
+"""Typed reading of a parsed config.json: every wrong field is refused by name."""
+
+from collections.abc import Mapping
+from typing import TypeAlias
+
+from sagellm.graphs.kernels.attention import Rope
+from sagellm.graphs.models.unsupported import UnsupportedModel
+from sagellm.graphs.vocabulary import nearest
+
+Config: TypeAlias = Mapping[str, object]
+
+_DTYPES = ("float32", "bfloat16", "float16")
+_ROPE_TYPES = ("default", "linear", "llama3")
+_LAYER_TYPES = ("full_attention", "sliding_attention")
+_NO_REMOTE_CODE = "use a model whose architecture is built in"
+
+# Fields that change the result and are not built: field -> (values that change nothing, way out).
+_REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
+    "hidden_act": (("silu", "swish", None), "only silu is built"),
+    "auto_map": ((None,), f"remote code never runs; {_NO_REMOTE_CODE}"),
+    "quantization_config": ((None,), "give the weights in bfloat16 or float32"),
+    "partial_rotary_factor": ((None, 1, 1.0), "only rotation of whole heads is built"),
+    "is_decoder": ((None, True, False), "drop the field"),
+    "add_cross_attention": ((None, False), "only decoders are built"),
+    "attention_chunk_size": ((None,), "use a model with full or sliding attention"),
+    "attn_logit_softcapping": ((None,), "use a model without soft-capped attention"),
+    "final_logit_softcapping": ((None,), "use a model without soft-capped logits"),
+    "no_rope_layers": ((None, (), []), "use a model that rotates in every layer"),
+    "attn_temperature_tuning": ((None, False), "use a model without attention temperature"),
+}
+
+
+def refuse_unbuilt(config: Config) -> None:
+    """Raise UnsupportedModel for a field whose value would change the result."""
+    for field, (accepted, fix) in _REFUSED.items():
+        value = config.get(field)
+        if value not in accepted:
+            raise UnsupportedModel(f"{value!r} is not supported", field=field, fix=fix)
+
+
+def whole(config: Config, field: str, default: int | None = None, *, least: int = 1) -> int:
+    """A whole number of at least `least`. Raises UnsupportedModel if it is missing or not that."""
+    value = config.get(field)
+    value = default if value is None else value
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        fix = f"set it to a whole number of at least {least}"
+        raise UnsupportedModel(f"{value!r} where a number is needed", field=field, fix=fix)
+    return value
+
+
+def number(config: Config, field: str, default: float | None = None) -> float:
+    """A finite number. Raises UnsupportedModel if it is missing or not that."""
+    value = config.get(field)
+    value = default if value is None else value
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise UnsupportedModel(f"{value!r} is not a number", field=field, fix="set it to a number")
+    return float(value)
+
+
+def flag(config: Config, field: str, default: bool = False) -> bool:
+    """true or false. Raises UnsupportedModel for anything else."""
+    value = config.get(field)
+    value = default if value is None else value
+    if not isinstance(value, bool):
+        raise UnsupportedModel(f"{value!r} is not a flag", field=field, fix="set true or false")
+    return value
+
+
+def dtype(config: Config) -> str:
+    """The dtype of the stored weights: `dtype` (transformers 5) or `torch_dtype` (before)."""
+    field = "dtype" if config.get("dtype") is not None else "torch_dtype"
+    value = config.get(field) or "float32"
+    if value not in _DTYPES:
+        raise UnsupportedModel(
+            f"{value!r} is not supported", field=field, fix=f"one of {', '.join(_DTYPES)}"
+        )
+    return str(value)
+
+
+def head_dim(config: Config) -> int:
+    """`head_dim`, or hidden_size / num_attention_heads, which must divide. Even."""
+    if config.get("head_dim") is not None:
+        size = whole(config, "head_dim")
+    else:
+        size, rest = divmod(whole(config, "hidden_size"), whole(config, "num_attention_heads"))
+        if rest:
+            raise UnsupportedModel(
+                "heads do not divide hidden_size", field="num_attention_heads", fix="set head_dim"
+            )
+    if size % 2:
+        cause = f"heads of {size} have no halves to rotate"
+        raise UnsupportedModel(cause, field="head_dim", fix="set an even head_dim")
+    return size
+
+
+def rope(config: Config) -> Rope:
+    """The rotary embedding: `rope_parameters` (transformers 5), or rope_theta, rope_scaling."""
+    field = "rope_parameters" if config.get("rope_parameters") is not None else "rope_scaling"
+    table = config.get(field) or {}
+    if not isinstance(table, Mapping) or any(isinstance(v, Mapping) for v in table.values()):
+        raise UnsupportedModel(
+            f"{table!r} is not one table", field=field, fix="give one rope for all layers"
+        )
+    refuse_unbuilt({k: v for k, v in table.items() if k == "partial_rotary_factor"})
+    theta = number(table, "rope_theta", number(config, "rope_theta", 10000.0))
+    return _scaled(config, table, field, theta)
+
+
+def _scaled(config: Config, table: Config, field: str, theta: float) -> Rope:
+    kind = table.get("rope_type") or table.get("type") or "default"
+    if kind not in _ROPE_TYPES:
+        known = f"one of {', '.join(_ROPE_TYPES)} is built"
+        raise UnsupportedModel(f"rope type {kind!r} is not supported", field=field, fix=known)
+    size = head_dim(config)
+    if kind == "default":
+        return Rope(size, theta)
+    if kind == "linear":
+        return Rope(size, theta, "linear", number(table, "factor"))
+    return Rope(
+        size,
+        theta,
+        "llama3",
+        factor=number(table, "factor"),
+        low_freq_factor=number(table, "low_freq_factor"),
+        high_freq_factor=number(table, "high_freq_factor"),
+        original_max_len=whole(
+            table, "original_max_position_embeddings", whole(config, "max_position_embeddings")
+        ),
+    )
+
+
+def layer_windows(config: Config, window: int | None) -> tuple[int | None, ...]:
+    """The sliding window of each layer, by `layer_types`, or by `max_window_layers` without it.
+
+    28 is the default of transformers. Raises UnsupportedModel for types that are not built.
+    """
+    num_layers = whole(config, "num_hidden_layers")
+    types = config.get("layer_types")
+    if types is None:
+        first = min(num_layers, whole(config, "max_window_layers", 28, least=0))
+        return (None,) * first + (window,) * (num_layers - first)
+    if not isinstance(types, list | tuple) or len(types) != num_layers:
+        cause = f"{types!r} does not name one type a layer"
+        raise UnsupportedModel(cause, field="layer_types", fix=f"name {num_layers} types")
+    return tuple(_window(str(kind), window) for kind in types)
+
+
+def same_windows(config: Config, window: int | None) -> tuple[int | None, ...]:
+    """`window` for every layer. Raises UnsupportedModel if `layer_types` says otherwise."""
+    windows = (window,) * whole(config, "num_hidden_layers")
+    if config.get("layer_types") is not None and layer_windows(config, window) != windows:
+        raise UnsupportedModel(
+            "this family has one type of layer", field="layer_types", fix="drop the field"
+        )
+    return windows
+
+
+def _window(kind: str, window: int | None) -> int | None:
+    if kind not in _LAYER_TYPES:
+        close = nearest(kind, _LAYER_TYPES) or ", ".join(_LAYER_TYPES)
+        raise UnsupportedModel(
+            f"{kind!r} is not built", field="layer_types", fix=f"did you mean {close}?"
+        )
+    if kind == "sliding_attention" and window is None:
+        raise UnsupportedModel(
+            "sliding layers without a window", field="sliding_window", fix="set the window"
+        )
+    return window if kind == "sliding_attention" else None

@@ -1,0 +1,34 @@
+"""A pass, and running a tuple of them."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from sagellm.graphs.ir import Graph
+from sagellm.graphs.vocabulary import nearest
+
+
+class Pass(Protocol):
+    """A frozen dataclass that turns a graph into another of the same meaning."""
+
+    @property
+    def name(self) -> str: ...
+
+    def apply(self, graph: Graph) -> Graph: ...
+
+
+class UnknownPass(ValueError):
+    """`stop_after` names no pass of the pipeline."""
+
+
+def run_pipeline(graph: Graph, passes: Sequence[Pass], *, stop_after: str | None = None) -> Graph:
+    """Apply the passes in order, the one named `stop_after` last. Raises UnknownPass."""
+    names = [step.name for step in passes]
+    if stop_after is not None and stop_after not in names:
+        close = nearest(stop_after, names)
+        hint = f"did you mean {close!r}?" if close else f"there are {', '.join(names)}"
+        raise UnknownPass(f"no pass {stop_after!r}; {hint}")
+    for step in passes:
+        graph = step.apply(graph)
+        if step.name == stop_after:
+            break
+    return graph

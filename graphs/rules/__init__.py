@@ -1,0 +1,1 @@
+"""Rules that a stream graph obeys, one mistake each; `sagellm.graphs.check` applies them."""

@@ -1,0 +1,94 @@
+"""Rules on what engines can do and hold: capabilities, replicas and memory."""
+
+from collections.abc import Iterator
+
+from sagellm.graphs.diagnostics import VALUE, Diagnostic
+from sagellm.graphs.facts import EngineFactsView
+from sagellm.graphs.ir import SOURCE, FrozenMap
+from sagellm.graphs.rules.subject import Subject
+
+ROUTE = "route"
+_ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def capabilities(subject: Subject) -> Iterator[Diagnostic]:
+    for node, spec in subject.specified:
+        engine = subject.engine_of(node, spec)
+        offered = subject.facts.engine(engine).capabilities if engine else None
+        if engine is None or offered is None or spec.needs <= offered:
+            continue
+        lacking = ", ".join(sorted(spec.needs - offered))
+        message = f"`{node.name}` needs {lacking}, which engine `{engine}` does not offer"
+        able = [name for name in subject.graph.engines if _offers(subject, name, spec.needs)]
+        hint = f"use engine `{able[0]}`" if able else f"it offers {_listed(offered)}"
+        path = ("operators", node.name, "engine", VALUE)
+        yield Diagnostic("missing-capability", path, message, hint)
+
+
+def _offers(subject: Subject, engine: str, needs: frozenset[str]) -> bool:
+    return needs <= (subject.facts.engine(engine).capabilities or frozenset())
+
+
+def _listed(names: frozenset[str]) -> str:
+    return ", ".join(sorted(names)) or "nothing"
+
+
+def routed(subject: Subject) -> Iterator[Diagnostic]:
+    """Take the routers away: what a request still reaches has none before it."""
+    routers = [node.name for node in subject.graph.nodes if node.op == ROUTE]
+    unrouted = subject.reached(SOURCE, avoiding=routers)
+    for node, spec in subject.specified:
+        engine = subject.engine_of(node, spec)
+        if engine and node.name in unrouted and (count := num_replicas(subject, engine)) > 1:
+            message = (
+                f"engine `{engine}` has {count} replicas; nothing chooses one for `{node.name}`"
+            )
+            hint = f"put an operator with `op: {ROUTE}` before `{node.name}`"
+            yield Diagnostic("unrouted-replicas", ("operators", node.name), message, hint)
+
+
+def num_replicas(subject: Subject, engine: str) -> int:
+    """How many replicas an engine has: the fact, else its option, else 1."""
+    known = subject.facts.engine(engine).replicas
+    options = subject.graph.engines[engine]
+    told = options.get("replicas") if isinstance(options, FrozenMap) else None
+    return known or (told if isinstance(told, int) else 1)
+
+
+def memory(subject: Subject) -> Iterator[Diagnostic]:
+    limit = subject.facts.memory_bytes
+    pools = {name: _pool_bytes(subject, name) for name in subject.graph.engines}
+    total = sum(pools.values())
+    if limit is None or total <= limit:
+        return
+    largest = max(pools, key=lambda name: pools[name])
+    message = f"the KV pools need {_mib(total)}, and there are {_mib(limit)} of memory"
+    if len(pools) > 1:
+        message += f"; `{largest}` needs {_mib(pools[largest])}"
+    hint = _fitting(subject, largest, limit - total + pools[largest])
+    yield Diagnostic("too-much-memory", ("engines", largest), message, hint)
+
+
+def _pool_bytes(subject: Subject, engine: str) -> int:
+    return (subject.facts.engine(engine).kv_pool_bytes or 0) * num_replicas(subject, engine)
+
+
+def _fitting(subject: Subject, engine: str, free_bytes: int) -> str:
+    """A hint: how many blocks a replica could have, where the facts tell a block's size."""
+    block_bytes = _block_bytes(subject.facts.engine(engine))
+    if block_bytes is None or free_bytes < block_bytes:
+        return "give the engines fewer KV blocks"
+    num_blocks = free_bytes // (block_bytes * num_replicas(subject, engine))
+    return f"{num_blocks} blocks a replica of `{engine}` would fit"
+
+
+def _block_bytes(facts: EngineFactsView) -> int | None:
+    factors = (facts.num_layers, facts.num_kv_heads, facts.head_dim, facts.block_size)
+    size = 2 * _ITEM_BYTES.get(facts.dtype or "", 0)  # keys and values
+    for factor in factors:
+        size *= factor or 0
+    return size or None
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:,.1f} MiB"

@@ -1,0 +1,160 @@
+"""From the plain values of a YAML file to a stream graph, noting every mistake of form."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from sagellm.graphs.diagnostics import VALUE, Diagnostic, Path, Position, place
+from sagellm.graphs.ir import SINK, SOURCE, Edge, FrozenMap, Graph, Node, Value
+from sagellm.graphs.text.arrows import NAME, ArrowMistake, Link, parse
+from sagellm.graphs.text.tree import Tree
+from sagellm.graphs.vocabulary import nearest
+
+VERSION = 1
+_REQUIRED = ("sagellm", "name", "operators", "edges")
+_SECTIONS = (*_REQUIRED, "engines", "executor")
+
+
+@dataclass(slots=True)
+class Surface:
+    """One reading of a file: `graph()` once, then its `mistakes` and `positions`."""
+
+    tree: Tree
+    lines: list[str]
+    mistakes: list[Diagnostic] = field(default_factory=list)
+    edge_positions: dict[Path, Position] = field(default_factory=dict)
+
+    @property
+    def positions(self) -> dict[Path, Position]:
+        """Places of the graph's paths: edges are counted, not the lines that list them."""
+        places = self.tree.positions.items()
+        others = {path: at for path, at in places if path[:1] != ("edges",) or len(path) == 1}
+        return others | self.edge_positions
+
+    def graph(self) -> Graph:
+        top = self._mapping((), self.tree.value)
+        self._check_sections(top)
+        attrs: dict[str, Value] = {}
+        if "engines" in top:
+            attrs["engines"] = self._engines(top["engines"])
+        if "executor" in top:
+            attrs["executor"] = self._executor(top["executor"])
+        nodes = tuple(self._nodes(top.get("operators", FrozenMap())))
+        edges = tuple(self._edges(top.get("edges", ())))
+        name = self._text(("name",), top.get("name", ""))
+        return Graph(name, "stream", nodes, edges, FrozenMap(attrs))
+
+    def _note(self, code: str, path: Path, message: str, hint: str | None) -> None:
+        at = place(path, self.tree.positions)
+        self.mistakes.append(Diagnostic(code, path, message, hint, at))
+
+    def _mapping(self, path: Path, value: Value) -> FrozenMap:
+        if isinstance(value, FrozenMap):
+            return value
+        name = f"`{path[-1]}`" if path else "a graph file"
+        hint = "write `name: value` entries"
+        self._note("bad-form", (*path, VALUE), f"{name} must be a mapping", hint)
+        return FrozenMap()
+
+    def _text(self, path: Path, value: Value) -> str:
+        if isinstance(value, str):
+            return value
+        self._note("bad-form", (*path, VALUE), f"`{path[-1]}` must be a text", "quote it")
+        return ""
+
+    def _check_sections(self, top: FrozenMap) -> None:
+        for key in top:
+            if key not in _SECTIONS:
+                close = nearest(key, _SECTIONS)
+                hint = f"did you mean `{close}`?" if close else f"there are {', '.join(_SECTIONS)}"
+                self._note("unknown-key", (key,), f"unknown key `{key}`", hint)
+        for key in _REQUIRED:
+            if isinstance(self.tree.value, FrozenMap) and key not in top:
+                hint = f"add `sagellm: {VERSION}`" if key == "sagellm" else f"add `{key}:`"
+                self._note("missing-key", (), f"the key `{key}` is missing", hint)
+        version = top.get("sagellm", VERSION)
+        if version is True or version != VERSION:
+            message = f"version {version} of the graph format is not known"
+            self._note("bad-version", ("sagellm", VALUE), message, f"write `sagellm: {VERSION}`")
+
+    def _check_name(self, path: Path) -> None:
+        name = str(path[-1])
+        if name in (SOURCE, SINK):
+            hint = "choose another name"
+            self._note("reserved-name", path, f"`{name}` is a port of every graph", hint)
+        elif not NAME.fullmatch(name):
+            hint = "use letters, digits, `_` and, inside the name, `-`"
+            self._note("bad-name", path, f"`{name}` is no name", hint)
+
+    def _engines(self, value: Value) -> FrozenMap:
+        engines = self._mapping(("engines",), value)
+        for name in engines:
+            self._check_name(("engines", name))
+        return FrozenMap(
+            (name, self._mapping(("engines", name), options)) for name, options in engines.items()
+        )
+
+    def _executor(self, value: Value) -> FrozenMap:
+        executor = self._mapping(("executor",), value)
+        if isinstance(value, FrozenMap) and "kind" not in executor:
+            self._note(
+                "missing-key", ("executor",), "the executor has no kind", "add `kind: tasks`"
+            )
+        return executor
+
+    def _nodes(self, value: Value) -> Iterator[Node]:
+        for name, item in self._mapping(("operators",), value).items():
+            path: Path = ("operators", name)
+            self._check_name(path)
+            options = dict(self._mapping(path, item))
+            if isinstance(item, FrozenMap) and "op" not in options:
+                close = nearest("op", list(options))
+                hint = f"did you mean `op` by `{close}`?" if close else f"add `op: {name}`"
+                self._note("missing-key", path, f"operator `{name}` does not say its `op`", hint)
+            op = self._text((*path, "op"), options.pop("op", ""))
+            yield Node(name, op, FrozenMap(options))
+
+    def _edges(self, value: Value) -> Iterator[Edge]:
+        if not isinstance(value, tuple):
+            hint = "write `- source -> ...` lines"
+            self._note("bad-form", ("edges", VALUE), "`edges` must be a list", hint)
+            return
+        for index, chain in enumerate(value):
+            if isinstance(chain, str):
+                yield from self._chain(index, chain)
+            else:
+                message = "an edge must be a text such as `a -> b`"
+                self._note("bad-form", ("edges", index), message, "write `- a -> b`")
+
+    def _chain(self, index: int, chain: str) -> Iterator[Edge]:
+        start = self._start(index, chain)
+        try:
+            links = parse(chain)
+        except ArrowMistake as mistake:
+            at = self._shift(start, mistake.at)
+            found = Diagnostic("bad-edge", ("edges",), mistake.message, mistake.hint, at)
+            self.mistakes.append(found)
+            return
+        for link in links:
+            self._place(link, start)
+            yield link.edge
+
+    def _start(self, index: int, chain: str) -> tuple[Position, bool]:
+        """Where a chain begins, and whether it stands there letter by letter."""
+        at = self.tree.positions["edges", index]
+        column = self.lines[at.line - 1].find(chain, at.column - 1)
+        if column < 0:
+            return at, False
+        return Position(at.file, at.line, column + 1), True
+
+    def _shift(self, start: tuple[Position, bool], offset: int) -> Position:
+        at, exact = start
+        return Position(at.file, at.line, at.column + offset) if exact else at
+
+    def _place(self, link: Link, start: tuple[Position, bool]) -> None:
+        number = sum(len(path) == 2 for path in self.edge_positions)
+        path: Path = ("edges", number)
+        ends = {"source": link.left.at, "outlet": link.left.port_at}
+        ends |= {"target": link.right.at, "inlet": link.right.port_at}
+        self.edge_positions[path] = self._shift(start, link.left.at)
+        for name, offset in ends.items():
+            self.edge_positions[*path, name] = self._shift(start, offset)

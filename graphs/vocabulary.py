@@ -1,0 +1,79 @@
+"""What ops a dialect knows: declared as data, so that a graph is checked without its code."""
+
+import difflib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, get_type_hints
+
+# What a stream edge carries. `any` accepts each of them; a port may name several with "|".
+REQUEST = "request"  # a prompt and how to answer it
+PREFILLED = "prefilled"  # a request, its first token and a lease on its KV blocks
+EVENT = "event"  # tokens of one request, or its end
+ANSWER = "answer"  # the whole answer to one request
+ANY = "any"
+
+
+@dataclass(frozen=True, slots=True)
+class Port:
+    """An inlet or outlet. `carries` names item types joined by `|`; `same` = the first inlet's."""
+
+    name: str
+    carries: str = ANY
+
+
+@dataclass(frozen=True, slots=True)
+class NoOptions:
+    """The options of an op that has none."""
+
+
+@dataclass(frozen=True, slots=True)
+class OpSpec:
+    """One op: its ports, the frozen dataclass of its options, and its role.
+
+    `role` is "logic" (pure), "service" (owns something outside) or "kernel". `engine` says that
+    the op refers to an engine by the option `engine`; `needs` are the capabilities it asks of it.
+    """
+
+    name: str
+    inlets: tuple[Port, ...] = (Port("in"),)
+    outlets: tuple[Port, ...] = (Port("out"),)
+    options: type = NoOptions
+    role: str = "logic"
+    engine: bool = False
+    needs: frozenset[str] = frozenset()
+
+    def inlet(self, name: str) -> Port | None:
+        return next((port for port in self.inlets if port.name == name), None)
+
+    def outlet(self, name: str) -> Port | None:
+        return next((port for port in self.outlets if port.name == name), None)
+
+    @property
+    def option_types(self) -> dict[str, Any]:
+        """Option name -> its type annotation."""
+        if not is_dataclass(self.options):
+            raise TypeError(f"options of {self.name} must be a dataclass")
+        hints = get_type_hints(self.options)
+        return {option.name: hints[option.name] for option in fields(self.options)}
+
+
+class Vocabulary(Mapping[str, OpSpec]):
+    """The ops that a graph may use, by name."""
+
+    def __init__(self, specs: Mapping[str, OpSpec]) -> None:
+        self._specs = dict(specs)
+
+    def __getitem__(self, name: str) -> OpSpec:
+        return self._specs[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._specs)
+
+    def __len__(self) -> int:
+        return len(self._specs)
+
+
+def nearest(name: str, known: "Mapping[str, object] | tuple[str, ...] | list[str]") -> str | None:
+    """The known name most like `name`, if any is close enough to be a slip of the hand."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return close[0] if close else None

@@ -1,0 +1,80 @@
+"""collect: gathers the tokens of a choice, and sends one whole answer at its last event."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from sagellm.graphs.vocabulary import ANSWER, EVENT, NoOptions, OpSpec, Port
+from sagellm.runtime.messages import Answer, TokenEvent
+from sagellm.runtime.operator import Arrival, Draw, Emit, Input, Setup, Signal, Step
+from sagellm.runtime.persistent_map import PersistentMap
+
+SPEC = OpSpec("collect", (Port("in", EVENT),), (Port("out", ANSWER),), options=NoOptions)
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """The latest event of a choice, and those before it: adding one copies none."""
+
+    event: TokenEvent
+    before: "Chain | None" = None
+
+    def __iter__(self) -> Iterator[TokenEvent]:
+        """Latest first."""
+        link: Chain | None = self
+        while link is not None:
+            yield link.event
+            link = link.before
+
+
+Choices: TypeAlias = PersistentMap[str, Mapping[int, Chain]]  # request -> choice -> so far
+
+
+def answer_of(events: tuple[TokenEvent, ...]) -> Answer:
+    """The concatenation of the events of one choice, in order; the last says how it ended."""
+    last = events[-1]
+    return Answer(
+        request_id=last.request_id,
+        choice=last.choice,
+        text="".join(event.text for event in events),
+        token_ids=tuple(token for event in events for token in event.token_ids),
+        logprobs=tuple(logprob for event in events for logprob in event.logprobs),
+        finish_reason=last.finish_reason or "stop",
+        stop_reason=last.stop_reason,
+        error=last.error,
+        num_prompt_tokens=max(event.num_prompt_tokens for event in events),
+        num_cached_tokens=max(event.num_cached_tokens for event in events),
+        stamps=last.stamps,
+    )
+
+
+class Collect:
+    """A cancelled choice gives what it had, if its last event comes this way."""
+
+    @property
+    def initial(self) -> Choices:
+        return PersistentMap()
+
+    def on(self, state: Choices, happened: Input, now: float, draw: Draw) -> Step[Choices]:
+        match happened:
+            case Arrival(item=TokenEvent() as event):
+                return self._gather(state, event)
+            case Signal(kind="forget", request_id=request_id):
+                return Step(state.without(request_id))
+        return Step(state)
+
+    def _gather(self, state: Choices, event: TokenEvent) -> Step[Choices]:
+        choices = dict(state.get(event.request_id, {}))
+        chain = Chain(event, choices.pop(event.choice, None))
+        if not event.is_last:
+            return Step(state.with_item(event.request_id, {**choices, event.choice: chain}))
+        answer = answer_of(tuple(chain)[::-1])
+        return Step(_updated(state, event.request_id, choices), (Emit(answer),))
+
+
+def _updated(state: Choices, request_id: str, choices: Mapping[int, Chain]) -> Choices:
+    return state.with_item(request_id, choices) if choices else state.without(request_id)
+
+
+def build(options: NoOptions, setup: Setup) -> Collect:
+    return Collect()

@@ -1,0 +1,85 @@
+"""decode: continuous batching of sequences whose prompt was computed elsewhere."""
+
+from dataclasses import dataclass
+
+import msgspec
+
+from sagellm.graphs.vocabulary import EVENT, PREFILLED, OpSpec, Port
+from sagellm.runtime.engine.port import EngineEvent, EngineFacts, PrefillDone
+from sagellm.runtime.handover import abandon, merge_stamps
+from sagellm.runtime.messages import Item, Prefilled, Request, TokenEvent
+from sagellm.runtime.operator import Context, Credit, Setup, Signal
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """The engine that decodes."""
+
+    engine: str
+
+
+SPEC = OpSpec(
+    "decode",
+    inlets=(Port("in", PREFILLED),),
+    outlets=(Port("out", EVENT),),
+    options=Options,
+    role="service",
+    engine=True,
+    needs=frozenset({"kv_transfer"}),
+)
+
+
+class Decode:
+    """Emits the first token, then lets its engine go on from the blocks that were handed over."""
+
+    concurrency = 1
+    holds = True
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[str, int], Request] = {}
+
+    def capacity(self, facts: EngineFacts | None) -> Credit:
+        """Unbounded here: what arrives has its blocks reserved, and those are what is scarce."""
+        return Credit()
+
+    async def on_item(self, ctx: Context, item: Item) -> None:
+        assert isinstance(item, Prefilled)
+        request, first = item.request, item.first
+        await ctx.emit(msgspec.structs.replace(first, stamps=_stamps(item)))
+        if first.is_last:
+            ctx.release(request.key)
+            return
+        emitted = (*request.emitted_token_ids, *first.token_ids)
+        request = msgspec.structs.replace(request, emitted_token_ids=emitted)
+        self._held[request.key] = request
+        await ctx.engine.submit(request.sequence(ctx.name, lease=item.landing or item.lease))
+
+    async def on_events(self, ctx: Context, events: tuple[EngineEvent, ...]) -> None:
+        await ctx.emit_batch(tuple(self._stamped(event) for event in events))
+        for event in events:
+            if isinstance(event, TokenEvent) and event.is_last:
+                self._held.pop(event.key, None)
+                ctx.release(event.key)
+
+    def on_signal(self, ctx: Context, signal: Signal) -> None:
+        for key, request in self._held.items():
+            if signal.concerns(key):
+                ctx.engine.cancel(*key, request.epoch)
+
+    def discard(self, ctx: Context, item: Item) -> None:
+        self._held.pop(item.key, None)
+        abandon(ctx, item)
+
+    def _stamped(self, event: EngineEvent) -> TokenEvent:
+        assert not isinstance(event, PrefillDone)
+        request = self._held.get(event.key)
+        return merge_stamps(request, event) if request and event.is_last else event
+
+
+def _stamps(item: Prefilled) -> object:
+    """Where the first token is the last, its own stamps say when the request finished."""
+    return item.first.stamps if item.first.is_last else item.request.stamps
+
+
+def build(options: Options, setup: Setup) -> Decode:
+    return Decode()

@@ -1,0 +1,64 @@
+"""filter: lets pass what a user's function says yes to."""
+
+from dataclasses import dataclass
+
+import msgspec
+
+from sagellm.graphs.vocabulary import OpSpec, Port
+from sagellm.runtime.messages import Item, TokenEvent
+from sagellm.runtime.operator import Arrival, Draw, Emit, Input, Output, Setup, Step, Terminate
+from sagellm.runtime.user_function import UserFunction, ending, find_plain_function
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """`function`: item -> whether it passes."""
+
+    function: str
+
+
+SPEC = OpSpec(
+    "filter", (Port("in", "request|event|answer"),), (Port("out", "same"),), options=Options
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """A request or an answer that does not pass ends as filtered.
+
+    Of tokens that do not pass the caller sees nothing, but their sequence runs on; its last event
+    always passes, without text and tokens if the function says no, for it ends the answer. Where
+    the function raises, the request fails, and the executor stops its sequence.
+    """
+
+    function: UserFunction
+
+    @property
+    def initial(self) -> None:
+        return None
+
+    def on(self, state: None, happened: Input, now: float, draw: Draw) -> Step[None]:
+        match happened:
+            case Arrival(item=item):
+                return Step(None, self._sieve(item, now))
+        return Step(None)
+
+    def _sieve(self, item: Item, now: float) -> tuple[Output, ...]:
+        try:
+            passes = bool(self.function.call(item))
+        except Exception as error:
+            why = self.function.explain(error)
+            return (Terminate(ending(item, "failed", now=now, error=why)),)
+        if passes:
+            return (Emit(item),)
+        if not isinstance(item, TokenEvent):
+            return (Terminate(ending(item, "filtered", now=now)),)
+        return (Emit(_emptied(item)),) if item.is_last else ()
+
+
+def _emptied(event: TokenEvent) -> TokenEvent:
+    return msgspec.structs.replace(event, text="", token_ids=(), logprobs=())
+
+
+def build(options: Options, setup: Setup) -> Filter:
+    return Filter(find_plain_function(setup, options.function))

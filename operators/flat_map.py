@@ -1,0 +1,98 @@
+"""flat_map: makes of one item as many as a user's function returns."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import msgspec
+
+from sagellm.graphs.vocabulary import OpSpec, Port
+from sagellm.runtime.messages import Answer, Forked, Item, Request
+from sagellm.runtime.operator import (
+    Announce,
+    Arrival,
+    Draw,
+    Emit,
+    Input,
+    Output,
+    Setup,
+    Step,
+    Terminate,
+)
+from sagellm.runtime.user_function import (
+    UserFunction,
+    ending,
+    find_plain_function,
+    rewritten,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """`function`: request -> prompts or requests; answer -> values."""
+
+    function: str
+
+
+SPEC = OpSpec("flat_map", (Port("in", "request|answer"),), (Port("out", "same"),), options=Options)
+
+
+@dataclass(frozen=True, slots=True)
+class FlatMap:
+    """A request becomes the choices 0 ... k - 1 of the same id, each with `sampling.n` = k.
+
+    With k = 0 it ends as filtered. A request that is one of several choices already (n > 1, also
+    because an earlier flat_map made it so) is refused. All k leave at once: put flat_map before
+    `policy_sort`, for an engine with credit for fewer than k would wait for ever. An answer keeps
+    its identity, and its `value` becomes the tuple of what the function returned.
+    """
+
+    name: str
+    function: UserFunction
+    encode: Callable[[str], tuple[int, ...]] | None
+
+    @property
+    def initial(self) -> None:
+        return None
+
+    def on(self, state: None, happened: Input, now: float, draw: Draw) -> Step[None]:
+        match happened:
+            case Arrival(item=item):
+                return Step(None, self._spread(item, now))
+        return Step(None)
+
+    def _spread(self, item: Item, now: float) -> tuple[Output, ...]:
+        if isinstance(item, Request) and item.sampling.n > 1:
+            why = f"{self.name}: it is one of n={item.sampling.n} choices already: ask for n=1"
+            return (Terminate(ending(item, "refused", now=now, error=why)),)
+        try:
+            return self._parts(item, now)
+        except Exception as error:
+            why = self.function.explain(error)
+            return (Terminate(ending(item, "failed", now=now, error=why)),)
+
+    def _parts(self, item: Item, now: float) -> tuple[Output, ...]:
+        results = _listed(self.function.call(item))
+        if isinstance(item, Answer):
+            return (Emit(msgspec.structs.replace(item, value=results)),)
+        if not isinstance(item, Request):
+            raise TypeError(f"flat_map takes requests and answers, not {type(item).__name__}")
+        if not results:
+            return (Terminate(ending(item, "filtered", now=now)),)
+        sampling = msgspec.structs.replace(item.sampling, n=len(results))
+        choices = (rewritten(item, result, self.encode) for result in results)
+        emits = tuple(
+            Emit(msgspec.structs.replace(request, choice=choice, sampling=sampling))
+            for choice, request in enumerate(choices)
+        )
+        return (Announce(Forked(request_id=item.request_id, num_choices=len(emits))), *emits)
+
+
+def _listed(results: object) -> tuple[object, ...]:
+    """Raises TypeError for a text, which would fall apart into letters, and what has no parts."""
+    if isinstance(results, str | bytes) or not isinstance(results, Iterable):
+        raise TypeError(f"flat_map expects a list, not {type(results).__name__}")
+    return tuple(results)
+
+
+def build(options: Options, setup: Setup) -> FlatMap:
+    return FlatMap(setup.name, find_plain_function(setup, options.function), setup.encode)

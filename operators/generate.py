@@ -1,0 +1,82 @@
+"""generate: prefill and decode in one replica, chunked prefill mixed into decode batches."""
+
+from dataclasses import dataclass, field
+
+from sagellm.graphs.vocabulary import EVENT, REQUEST, OpSpec, Port
+from sagellm.runtime.engine.port import EngineEvent, EngineFacts, EngineRefusal, PrefillDone
+from sagellm.runtime.handover import merge_stamps
+from sagellm.runtime.messages import Item, Request, TokenEvent, refusal
+from sagellm.runtime.operator import Context, Credit, Setup, Signal
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """`max_inflight`: requests handed to one engine replica at a time; None: as many as it runs."""
+
+    engine: str
+    max_inflight: int | None = field(default=None, metadata={"min": 1})
+
+
+SPEC = OpSpec(
+    "generate",
+    inlets=(Port("in", REQUEST),),
+    outlets=(Port("out", EVENT),),
+    options=Options,
+    role="service",
+    engine=True,
+)
+
+
+class Generate:
+    """Hands requests to its engine and the engine's tokens on; keeps what is in the engine."""
+
+    concurrency = 1
+    holds = True
+
+    def __init__(self, options: Options) -> None:
+        self._options = options
+        self._held: dict[tuple[str, int], Request] = {}
+
+    def capacity(self, facts: EngineFacts | None) -> Credit:
+        if facts is None:
+            return Credit()
+        return Credit(
+            requests=self._options.max_inflight or facts.max_num_seqs, blocks=facts.num_blocks
+        )
+
+    async def on_item(self, ctx: Context, item: Item) -> None:
+        assert isinstance(item, Request)
+        self._held[item.key] = item
+        try:
+            await ctx.engine.submit(item.sequence(ctx.name))
+        except EngineRefusal as error:
+            del self._held[item.key]
+            ctx.release(item.key)
+            await ctx.terminate(refusal(item, "refused", now=ctx.now(), error=str(error)))
+
+    async def on_events(self, ctx: Context, events: tuple[EngineEvent, ...]) -> None:
+        await ctx.emit_batch(tuple(self._stamped(event) for event in events))
+        for event in events:
+            if isinstance(event, TokenEvent) and event.is_last:
+                self._held.pop(event.key, None)
+                ctx.release(event.key)
+
+    def on_signal(self, ctx: Context, signal: Signal) -> None:
+        for key, request in self._held.items():
+            if signal.concerns(key):
+                ctx.engine.cancel(*key, request.epoch)
+
+    def discard(self, ctx: Context, item: Item) -> None:
+        self._held.pop(item.key, None)
+
+    def _stamped(self, event: EngineEvent) -> TokenEvent:
+        """The first and the last event carry the request's stamps; those between need none."""
+        assert not isinstance(event, PrefillDone)
+        request = self._held.get(event.key)
+        if request is None or not (event.is_last or event.position == 0):
+            return event
+        return merge_stamps(request, event)
+
+
+def build(options: Options, setup: Setup) -> Generate:
+    return Generate(options)

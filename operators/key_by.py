@@ -1,0 +1,53 @@
+"""key_by: gives each request a key of the user's making, which `route` by affinity keeps together.
+
+The key is `tags["key"]`, of text; the user_id stays what it is.
+"""
+
+from dataclasses import dataclass
+
+import msgspec
+
+from sagellm.graphs.vocabulary import REQUEST, OpSpec, Port
+from sagellm.runtime.messages import Request, refusal
+from sagellm.runtime.operator import Arrival, Draw, Emit, Input, Output, Setup, Step, Terminate
+from sagellm.runtime.user_function import UserFunction, find_plain_function
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """`function`: request -> key."""
+
+    function: str
+
+
+SPEC = OpSpec("key_by", (Port("in", REQUEST),), (Port("out", REQUEST),), options=Options)
+
+
+@dataclass(frozen=True, slots=True)
+class KeyBy:
+    """A request whose key cannot be computed ends as failed."""
+
+    function: UserFunction
+
+    @property
+    def initial(self) -> None:
+        return None
+
+    def on(self, state: None, happened: Input, now: float, draw: Draw) -> Step[None]:
+        match happened:
+            case Arrival(item=Request() as request):
+                return Step(None, (self._keyed(request, now),))
+        return Step(None)
+
+    def _keyed(self, request: Request, now: float) -> Output:
+        try:
+            key = str(self.function.call(request))
+        except Exception as error:
+            why = self.function.explain(error)
+            return Terminate(refusal(request, "failed", now=now, error=why))
+        tags = {**request.tags, "key": key}
+        return Emit(msgspec.structs.replace(request, tags=tags))
+
+
+def build(options: Options, setup: Setup) -> KeyBy:
+    return KeyBy(find_plain_function(setup, options.function))

@@ -1,0 +1,128 @@
+"""map: puts each item through a user's function, plain or async."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from sagellm.graphs.vocabulary import OpSpec, Port
+from sagellm.runtime.engine.port import EngineEvent, EngineFacts
+from sagellm.runtime.messages import Item, TokenEvent
+from sagellm.runtime.operator import (
+    Arrival,
+    Context,
+    Credit,
+    Draw,
+    Emit,
+    Input,
+    Output,
+    Setup,
+    Signal,
+    Step,
+    Terminate,
+)
+from sagellm.runtime.user_function import UserFunction, ending, find_function, rewritten
+
+Encode = Callable[[str], tuple[int, ...]]
+DEFAULT_CONCURRENCY = 16  # such calls mostly wait, and a service of the user's bears some
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What to call, and how.
+
+    `function`: request -> prompt or request; token event -> text or token event; answer -> any
+    value (text replaces the answer's text too). `concurrency`: calls of an async function that
+    may be under way at a time, 16 if not given; not for a plain function.
+    """
+
+    function: str
+    concurrency: int | None = field(default=None, metadata={"min": 1})
+
+
+SPEC = OpSpec("map", (Port("in", "request|event|answer"),), (Port("out", "same"),), options=Options)
+
+
+@dataclass(frozen=True, slots=True)
+class Map:
+    """With a plain function: it must not wait, for the graph waits with it.
+
+    Where the function raises, or returns what it may not, that request fails and no other: the
+    executor stops its sequence and drops the tokens of it that are still under way.
+    """
+
+    function: UserFunction
+    encode: Encode | None
+
+    @property
+    def initial(self) -> None:
+        return None
+
+    def on(self, state: None, happened: Input, now: float, draw: Draw) -> Step[None]:
+        match happened:
+            case Arrival(item=item):
+                return Step(None, (self._mapped(item, now),))
+        return Step(None)
+
+    def _mapped(self, item: Item, now: float) -> Output:
+        try:
+            return Emit(rewritten(item, self.function.call(item), self.encode))
+        except Exception as error:
+            why = self.function.explain(error)
+            return Terminate(ending(item, "failed", now=now, error=why))
+
+
+class AsyncMap:
+    """With an async function: other items overtake one that waits.
+
+    So token events need `concurrency: 1`, or a `collect` before; else their request fails. A
+    cancel of the request cancels its call.
+    """
+
+    holds = False
+
+    def __init__(self, function: UserFunction, encode: Encode | None, concurrency: int) -> None:
+        self.concurrency = concurrency
+        self._function = function
+        self._encode = encode
+
+    def capacity(self, facts: EngineFacts | None) -> Credit:
+        """As many as are called at a time: the others wait upstream, where order can change."""
+        return Credit(requests=self.concurrency)
+
+    async def on_item(self, ctx: Context, item: Item) -> None:
+        if isinstance(item, TokenEvent) and self.concurrency > 1:
+            return await ctx.terminate(ending(item, "failed", now=ctx.now(), error=_unordered(ctx)))
+        try:
+            result = rewritten(item, await self._function.call(item), self._encode)
+        except Exception as error:
+            why = self._function.explain(error)
+            return await ctx.terminate(ending(item, "failed", now=ctx.now(), error=why))
+        await ctx.emit(result)
+
+    async def on_events(self, ctx: Context, events: tuple[EngineEvent, ...]) -> None:
+        """None come: it has no engine."""
+
+    def on_signal(self, ctx: Context, signal: Signal) -> None:
+        """Nothing is left elsewhere: the executor cancels the call."""
+
+    def discard(self, ctx: Context, item: Item) -> None:
+        """An item holds nothing here."""
+
+
+def _unordered(ctx: Context) -> str:
+    return (
+        f"{ctx.name}: calls of an async function overtake each other, and tokens must not: "
+        "set concurrency: 1, or put collect before it"
+    )
+
+
+def build(options: Options, setup: Setup) -> Map | AsyncMap:
+    """Raises ValueError for an unknown function, and for a concurrency without effect."""
+    function = find_function(setup, options.function)
+    if function.is_async:
+        return AsyncMap(function, setup.encode, options.concurrency or DEFAULT_CONCURRENCY)
+    if options.concurrency is not None:
+        raise ValueError(
+            f"{setup.name}: concurrency is of no use to {options.function}, which is not async: "
+            "leave it out"
+        )
+    return Map(function, setup.encode)

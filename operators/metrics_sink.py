@@ -1,0 +1,158 @@
+"""metrics_sink: lets everything pass, and counts and times it on the way."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+from sagellm.graphs.vocabulary import NoOptions, OpSpec, Port
+from sagellm.runtime.histogram import Histogram
+from sagellm.runtime.messages import Answer, Item, TokenEvent
+from sagellm.runtime.operator import Arrival, Draw, Emit, Input, Setup, Signal, Step
+from sagellm.runtime.persistent_map import PersistentMap
+from sagellm.runtime.phases import Phases, phases_of
+
+SPEC = OpSpec(
+    "metrics_sink", (Port("in", "event|answer"),), (Port("out", "same"),), options=NoOptions
+)
+
+
+class Times(NamedTuple):
+    """When tokens of one choice passed: for the first and for the latest time."""
+
+    first_s: float
+    last_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """What passed so far. Quantiles are right within 1 %, and None where nothing was measured.
+
+    TTFT: from arrival to the first token that passed. ITL: between two times that tokens of one
+    choice passed; several tokens at one time (one engine step) count as one. `phases` are means
+    over the requests that ended here. `elapsed_s`: from the first arrival to the last event.
+    """
+
+    num_requests: int
+    ended: Mapping[str, int]  # finish reason -> requests
+    num_prompt_tokens: int
+    num_tokens: int
+    elapsed_s: float
+    ttft_p50_s: float | None
+    ttft_p99_s: float | None
+    itl_p50_s: float | None
+    itl_p99_s: float | None
+    phases: Phases
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.num_tokens / self.elapsed_s if self.elapsed_s > 0 else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Passed:
+    """The state: sums and histograms, and the times of choices that are under way."""
+
+    ended: Mapping[str, int] = field(default_factory=dict)
+    num_prompt_tokens: int = 0
+    num_tokens: int = 0
+    since_s: float | None = None
+    until_s: float = 0.0
+    ttft: Histogram = field(default_factory=Histogram)
+    itl: Histogram = field(default_factory=Histogram)
+    phases: Phases = field(default_factory=Phases)
+    under_way: PersistentMap[str, Mapping[int, Times]] = field(default_factory=PersistentMap)
+
+    def with_event(self, event: TokenEvent, now: float) -> "Passed":
+        times = self.under_way.get(event.request_id, {})
+        after = replace(self, num_tokens=self.num_tokens + len(event.token_ids), until_s=now)
+        if event.token_ids:
+            before = times.get(event.choice)
+            times = {**times, event.choice: Times(before.first_s if before else now, now)}
+            if before:
+                after = replace(after, itl=after.itl.with_sample(now - before.last_s))
+        if event.is_last:
+            after = after._with_end(event, times.get(event.choice))
+            times = {choice: times[choice] for choice in times if choice != event.choice}
+        return replace(after, under_way=_updated(self.under_way, event.request_id, times))
+
+    def with_answer(self, answer: Answer, now: float) -> "Passed":
+        """A whole answer tells when its first token was drawn, and nothing of the gaps."""
+        drawn_s = answer.stamps.prefilled_s
+        times = None if drawn_s is None else Times(drawn_s, now)
+        num_tokens = self.num_tokens + len(answer.token_ids)
+        return replace(self, num_tokens=num_tokens, until_s=now)._with_end(answer, times)
+
+    def without_request(self, request_id: str) -> "Passed":
+        return replace(self, under_way=self.under_way.without(request_id))
+
+    def _with_end(self, last: TokenEvent | Answer, times: Times | None) -> "Passed":
+        reason = last.finish_reason or "stop"
+        arrived_s = last.stamps.arrived_s
+        since_s = arrived_s if self.since_s is None else min(self.since_s, arrived_s)
+        ttft = self.ttft.with_sample(times.first_s - arrived_s) if times else self.ttft
+        return replace(
+            self,
+            ended={**self.ended, reason: self.ended.get(reason, 0) + 1},
+            num_prompt_tokens=self.num_prompt_tokens + last.num_prompt_tokens,
+            since_s=since_s,
+            ttft=ttft,
+            phases=self.phases.plus(phases_of(last.stamps)),
+        )
+
+
+def _updated(
+    under_way: PersistentMap[str, Mapping[int, Times]],
+    request_id: str,
+    times: Mapping[int, Times],
+) -> PersistentMap[str, Mapping[int, Times]]:
+    return under_way.with_item(request_id, times) if times else under_way.without(request_id)
+
+
+def statistics(state: Passed) -> Statistics:
+    """The state in numbers that a person reads.
+
+    Requests that end before an engine (refused, expired in the queue) do not pass here: they go
+    to the sink on the `terminal` outlet.
+    """
+    num_requests = sum(state.ended.values())
+    return Statistics(
+        num_requests=num_requests,
+        ended=state.ended,
+        num_prompt_tokens=state.num_prompt_tokens,
+        num_tokens=state.num_tokens,
+        elapsed_s=0.0 if state.since_s is None else state.until_s - state.since_s,
+        ttft_p50_s=state.ttft.quantile(0.5),
+        ttft_p99_s=state.ttft.quantile(0.99),
+        itl_p50_s=state.itl.quantile(0.5),
+        itl_p99_s=state.itl.quantile(0.99),
+        phases=Phases(*(total / max(num_requests, 1) for total in state.phases)),
+    )
+
+
+class MetricsSink:
+    """Changes nothing of what passes."""
+
+    @property
+    def initial(self) -> Passed:
+        return Passed()
+
+    def on(self, state: Passed, happened: Input, now: float, draw: Draw) -> Step[Passed]:
+        match happened:
+            case Arrival(item=item):
+                return Step(_counted(state, item, now), (Emit(item),))
+            case Signal(kind="forget", request_id=request_id):
+                return Step(state.without_request(request_id))
+        return Step(state)
+
+
+def _counted(state: Passed, item: Item, now: float) -> Passed:
+    match item:
+        case TokenEvent():
+            return state.with_event(item, now)
+        case Answer():
+            return state.with_answer(item, now)
+    return state
+
+
+def build(options: NoOptions, setup: Setup) -> MetricsSink:
+    return MetricsSink()

@@ -1,0 +1,102 @@
+"""The queue of `policy_sort`: requests in the order of a policy, as a value."""
+
+import math
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from operator import itemgetter
+from typing import Any, TypeAlias, TypeVar
+
+from sagellm.operators.policies.order import Order
+from sagellm.runtime.messages import Request
+
+T = TypeVar("T", bound=tuple[Any, ...])
+
+# rank, arrival, number: the number is unique, so two requests are never compared.
+Entry: TypeAlias = tuple[float, float, int, Request]
+
+
+@dataclass(frozen=True, slots=True)
+class Queue:
+    """The waiting requests. An update copies pointers (a microsecond for 1,000) and sorts nothing.
+
+    `entries` ascend by rank, arrival and number; `expiries` are (expires_s, number), ascending.
+    `declined` are candidates that found no credit since credit last changed.
+    """
+
+    entries: tuple[Entry, ...] = ()
+    expiries: tuple[tuple[float, int], ...] = ()
+    declined: tuple[Entry, ...] = ()
+    level: int = 0
+    num_arrived: int = 0
+
+    @property
+    def wake_at(self) -> float | None:
+        return self.expiries[0][0] if self.expiries else None
+
+    def with_request(self, request: Request, order: Order) -> "Queue":
+        """Raises what the order's rank raises, and ValueError where that is not a number."""
+        rank = float(order.rank(request))
+        if math.isnan(rank):
+            raise ValueError("a rank must be a number")
+        entry = (rank, request.stamps.arrived_s, self.num_arrived, request)
+        return replace(
+            self,
+            entries=_inserted(self.entries, entry),
+            expiries=_inserted(self.expiries, *_expiry(request, self.num_arrived)),
+            num_arrived=self.num_arrived + 1,
+        )
+
+    def without_taken(self, taken: Request) -> "Queue":
+        """Without the candidate that was taken; nothing counts as declined any more."""
+        entry = next(entry for entry in self.declined if _is_same(entry[3], taken))
+        return replace(
+            self,
+            entries=_removed(self.entries, entry),
+            expiries=_removed(self.expiries, *_expiry(entry[3], entry[2])),
+            declined=(),
+        )
+
+    def parted(self, leaves: Callable[[Request], bool]) -> tuple["Queue", tuple[Request, ...]]:
+        """The queue without the requests that leave, and those, in order."""
+        gone = {entry[2]: entry[3] for entry in self.entries if leaves(entry[3])}
+        if not gone:
+            return self, ()
+        entries = tuple(entry for entry in self.entries if entry[2] not in gone)
+        expiries = tuple(expiry for expiry in self.expiries if expiry[1] not in gone)
+        return replace(self, entries=entries, expiries=expiries), tuple(gone.values())
+
+    def at_level(self, level: int, order: Order) -> "Queue":
+        """The same requests in another order."""
+        ranked = ((order.rank(entry[3]), *entry[1:]) for entry in self.entries)
+        return replace(self, entries=tuple(sorted(ranked)), level=level, declined=())
+
+    def head(self, order: Order, now: float, num_entries: int) -> tuple[Entry, ...]:
+        """The first entries to serve; those that have lapsed come after all others."""
+        if not order.lapses:
+            return self.entries[:num_entries]
+        start = bisect_left(self.entries, now, key=itemgetter(0))
+        ahead = self.entries[start : start + num_entries]
+        return ahead + self.entries[: min(start, num_entries - len(ahead))]
+
+
+def _is_same(held: Request, taken: Request) -> bool:
+    return held.key == taken.key and held.epoch == taken.epoch
+
+
+def _expiry(request: Request, number: int) -> tuple[tuple[float, int], ...]:
+    return () if request.expires_s is None else ((request.expires_s, number),)
+
+
+def _inserted(ascending: tuple[T, ...], *items: T) -> tuple[T, ...]:
+    for item in items:
+        index = bisect_right(ascending, item)
+        ascending = (*ascending[:index], item, *ascending[index:])
+    return ascending
+
+
+def _removed(ascending: tuple[T, ...], *items: T) -> tuple[T, ...]:
+    for item in items:
+        index = bisect_left(ascending, item)
+        ascending = ascending[:index] + ascending[index + 1 :]
+    return ascending

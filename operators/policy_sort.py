@@ -1,0 +1,130 @@
+"""policy_sort: where requests wait. Sends the first of its policy's order that can be taken."""
+
+from dataclasses import dataclass, replace
+
+import msgspec
+
+from sagellm.graphs.vocabulary import REQUEST, OpSpec, Port
+from sagellm.operators.policies import find_policy, refuse_unused
+from sagellm.operators.policies.options import Options
+from sagellm.operators.policies.order import Order, Policy
+from sagellm.operators.policies.queue import Queue
+from sagellm.runtime.messages import FinishReason, Request, refusal
+from sagellm.runtime.operator import (
+    Arrival,
+    Draw,
+    Feedback,
+    Input,
+    Offer,
+    Output,
+    Setup,
+    Signal,
+    Step,
+    Taken,
+    Tell,
+    Terminate,
+    Wake,
+)
+from sagellm.runtime.user_function import UserFunction, find_plain_function
+
+SPEC = OpSpec("policy_sort", (Port("in", REQUEST),), (Port("out", REQUEST),), options=Options)
+
+
+@dataclass(frozen=True, slots=True)
+class PolicySort:
+    """Never emits on its own account: it offers, keeps what is not taken, and waits for credit.
+
+    The answer `Taken` to an offer comes before any other input; an offer that is not answered was
+    declined, and its items are offered again only once something was taken or credit came back.
+    """
+
+    name: str
+    policy: Policy
+    window: int
+    function: UserFunction | None = None
+
+    @property
+    def initial(self) -> Queue:
+        return Queue()
+
+    def on(self, state: Queue, happened: Input, now: float, draw: Draw) -> Step[Queue]:
+        match happened:
+            case Arrival(item=Request() as request):
+                return self._arrive(state, request, now)
+            case Taken(item=Request() as request):
+                return self._settle(state, state.without_taken(request), now)
+            case Feedback(kind="credit"):
+                return self._settle(state, replace(state, declined=()), now)
+            case Signal(kind="cancel" | "expire" as kind) as signal:
+                after, ended = state.parted(lambda request: signal.concerns(request.key))
+                reason: FinishReason = "cancelled" if kind == "cancel" else "expired"
+                return self._settle(state, after, now, _ends(ended, reason, now))
+            case Wake():
+                return self._settle(state, state, now)
+        return Step(state, (), state.wake_at)
+
+    def _arrive(self, state: Queue, request: Request, now: float) -> Step[Queue]:
+        try:
+            after = state.with_request(request, self.policy.orders[state.level])
+        except Exception as error:
+            if self.function is None:
+                raise
+            why = self.function.explain(error)
+            end = Terminate(refusal(request, "failed", now=now, error=why))
+            return Step(state, (end,), state.wake_at)
+        return self._settle(state, after, now)
+
+    def _settle(
+        self, before: Queue, after: Queue, now: float, outputs: tuple[Output, ...] = ()
+    ) -> Step[Queue]:
+        """What every change entails: expiries, a change of order, news of the length, an offer."""
+        if after.wake_at is not None and after.wake_at <= now:
+            after, late = after.parted(lambda request: _is_expired(request, now))
+            outputs += _ends(late, "expired", now)
+        level = self.policy.level(after.level, len(after.entries))
+        if level != after.level:
+            after = after.at_level(level, self.policy.orders[level])
+        if len(after.entries) != len(before.entries):
+            outputs += (Tell("queue", len(after.entries)),)
+        return self._offer(after, outputs, now)
+
+    def _offer(self, queue: Queue, outputs: tuple[Output, ...], now: float) -> Step[Queue]:
+        head = queue.head(self.policy.orders[queue.level], now, self.window)
+        known = {entry[2] for entry in queue.declined}
+        fresh = tuple(_dispatched(entry[3], now) for entry in head if entry[2] not in known)
+        if fresh:
+            outputs += (Offer(fresh),)
+        return Step(replace(queue, declined=head), outputs, queue.wake_at)
+
+
+def _dispatched(request: Request, now: float) -> Request:
+    stamps = msgspec.structs.replace(request.stamps, dispatched_s=now)
+    return msgspec.structs.replace(request, stamps=stamps)
+
+
+def _is_expired(request: Request, now: float) -> bool:
+    return request.expires_s is not None and request.expires_s <= now
+
+
+def _ends(requests: tuple[Request, ...], reason: FinishReason, now: float) -> tuple[Terminate, ...]:
+    return tuple(Terminate(refusal(request, reason, now=now)) for request in requests)
+
+
+def build(options: Options, setup: Setup) -> PolicySort:
+    """Raises ValueError where the options contradict each other."""
+    if (options.policy == "own") != (options.function is not None):
+        raise ValueError(
+            f"{setup.name}: policy: own and function belong together: give both, or neither"
+        )
+    if options.function is None:
+        return PolicySort(setup.name, _named_policy(options, setup), options.window)
+    refuse_unused("own", frozenset(), options)
+    function = find_plain_function(setup, options.function)
+    return PolicySort(setup.name, Policy((Order(function.call),)), options.window, function)
+
+
+def _named_policy(options: Options, setup: Setup) -> Policy:
+    try:
+        return find_policy(options.policy, options)
+    except ValueError as error:
+        raise ValueError(f"{setup.name}: {error}") from error

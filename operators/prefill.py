@@ -1,0 +1,134 @@
+"""prefill: computes a prompt's KV blocks and first token, with room reserved where it will decode."""
+
+from dataclasses import dataclass, field
+
+import msgspec
+
+from sagellm.graphs.vocabulary import PREFILLED, REQUEST, OpSpec, Port
+from sagellm.runtime.engine.port import (
+    EngineEvent,
+    EngineFacts,
+    EngineRefusal,
+    KVTarget,
+    LeaseOffer,
+    PrefillDone,
+)
+from sagellm.runtime.handover import merge_stamps
+from sagellm.runtime.messages import Item, Prefilled, Request, TokenEvent, refusal
+from sagellm.runtime.operator import Context, Credit, Setup, Signal, Target
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """`max_inflight`: requests taken at a time by one replica.
+
+    Few, so that the rest wait in policy_sort where their order can still change; more than one,
+    so that the engine has the next prompt when it ends one.
+    """
+
+    engine: str
+    max_inflight: int = field(default=8, metadata={"min": 1})
+
+
+SPEC = OpSpec(
+    "prefill",
+    inlets=(Port("in", REQUEST),),
+    outlets=(Port("out", PREFILLED),),
+    options=Options,
+    role="service",
+    engine=True,
+    needs=frozenset({"kv_transfer"}),
+)
+
+
+class Prefill:
+    """Reserves blocks in the decode pool, then lets its engine compute the prompt and hold it."""
+
+    holds = True
+
+    def __init__(self, options: Options, setup: Setup) -> None:
+        self.concurrency = options.max_inflight  # each may wait for a reservation
+        self._options = options
+        self._decode = _decode_target(options, setup)
+        self._held: dict[tuple[str, int], Request] = {}
+        self._landings: dict[tuple[str, int], KVTarget] = {}
+
+    def capacity(self, facts: EngineFacts | None) -> Credit:
+        return Credit(requests=self._options.max_inflight)
+
+    async def on_item(self, ctx: Context, item: Item) -> None:
+        assert isinstance(item, Request)
+        try:
+            await self._reserve(ctx, item)
+            self._held[item.key] = item
+            await ctx.engine.submit(item.sequence(ctx.name, hold_kv=True))
+        except EngineRefusal as error:
+            self.discard(ctx, item)
+            ctx.release(item.key)
+            await ctx.terminate(refusal(item, "refused", now=ctx.now(), error=str(error)))
+
+    async def on_events(self, ctx: Context, events: tuple[EngineEvent, ...]) -> None:
+        for event in events:
+            if isinstance(event, PrefillDone):
+                await self._pass_on(ctx, event)
+            elif event.is_last:
+                await self._end(ctx, event)
+
+    def on_signal(self, ctx: Context, signal: Signal) -> None:
+        for key, request in self._held.items():
+            if signal.concerns(key):
+                ctx.engine.cancel(*key, request.epoch)
+
+    def discard(self, ctx: Context, item: Item) -> None:
+        self._held.pop(item.key, None)
+        landing = self._landings.pop(item.key, None)
+        if landing is not None:
+            landing.abort()
+
+    async def _reserve(self, ctx: Context, request: Request) -> None:
+        """The destination's blocks come first: a filled lease never waits for a full pool."""
+        if self._decode is None:
+            return
+        replica = request.placement.get(self._decode.node, 0)
+        offer = LeaseOffer(
+            request_id=request.request_id,
+            choice=request.choice,
+            epoch=request.epoch,
+            num_tokens=len(request.prompt_token_ids) + len(request.emitted_token_ids),
+            layout_hash=ctx.engine.facts.layout_hash,
+        )
+        engine = ctx.engine_named(self._decode.engine, replica)
+        self._landings[request.key] = await engine.import_(offer)
+
+    async def _pass_on(self, ctx: Context, done: PrefillDone) -> None:
+        request = self._held.pop(done.first.key)
+        landing = self._landings.pop(request.key, None)
+        if done.lease is None and landing is not None:
+            landing.abort()
+            landing = None
+        first = merge_stamps(request, done.first)
+        prefilled = Prefilled(
+            request=msgspec.structs.replace(request, stamps=first.stamps),
+            first=first,
+            lease=done.lease,
+            landing=landing.lease if landing else None,
+        )
+        await ctx.emit(prefilled)
+        ctx.release(request.key)
+
+    async def _end(self, ctx: Context, event: TokenEvent) -> None:
+        """The engine ended the sequence before its first token: cancelled or failed."""
+        request = self._held[event.key]
+        self.discard(ctx, request)
+        ctx.release(request.key)
+        await ctx.terminate(merge_stamps(request, event))
+
+
+def _decode_target(options: Options, setup: Setup) -> Target | None:
+    """The operator that will decode; None where it shares this engine, and so its blocks."""
+    target = next(iter(setup.targets), None)
+    return None if target is None or target.engine == options.engine else target
+
+
+def build(options: Options, setup: Setup) -> Prefill:
+    return Prefill(options, setup)

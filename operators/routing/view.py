@@ -1,0 +1,134 @@
+"""What a router knows of the replicas that it chooses over."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+from sagellm.runtime.engine.port import EngineLoad
+from sagellm.runtime.messages import Request
+from sagellm.runtime.persistent_map import PersistentMap
+
+Replica = tuple[str, int]  # a pool (an engine, or a node without one) and a number in it
+
+
+def tokens_of(request: Request) -> int:
+    """What a request may cost a replica: its prompt to compute, and its answer at the longest."""
+    return request.num_uncached_tokens + request.sampling.max_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Backlog:
+    """What this router sent to one replica.
+
+    `num_open` and `num_tokens`: of requests that have not ended. `num_held`: requests less
+    credits that came back. A prefill returns its credit long before the request ends; a request
+    that ends on its way never had credit here, so this count may be too high, never too low.
+    """
+
+    num_open: int = 0
+    num_tokens: int = 0
+    num_held: int = 0
+
+    @property
+    def load(self) -> float:
+        """Outstanding tokens, as far as the replica still holds the requests."""
+        return self.num_tokens * min(self.num_held, self.num_open) / max(self.num_open, 1)
+
+    def placed(self, num_tokens: int) -> "Backlog":
+        return Backlog(self.num_open + 1, self.num_tokens + num_tokens, self.num_held + 1)
+
+    def forgotten(self, num_tokens: int) -> "Backlog":
+        return replace(
+            self, num_open=self.num_open - 1, num_tokens=self.num_tokens - num_tokens
+        ).settled()
+
+    def returned(self) -> "Backlog":
+        return replace(self, num_held=max(self.num_held - 1, 0))
+
+    def settled(self) -> "Backlog":
+        """With nothing open nothing is held: errors of the count end here."""
+        return self if self.num_open else Backlog()
+
+
+class Report(NamedTuple):
+    """A load as an operator told it."""
+
+    node: str
+    sequence: int
+    load: EngineLoad
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """The state of a router. `placed`: request -> where its choices went, and their tokens."""
+
+    num_routed: int = 0
+    backlogs: Mapping[Replica, Backlog] = field(default_factory=dict)
+    reported: Mapping[Replica, Report] = field(default_factory=dict)
+    placed: PersistentMap[str, tuple[tuple[Replica, int], ...]] = field(
+        default_factory=PersistentMap
+    )
+
+    def load(self, replica: Replica, request: Request) -> float:
+        """Outstanding tokens of this router, and those of others' requests as reported.
+
+        A request of others (they share the engine) counts as much as the one in hand.
+        """
+        backlog = self.backlogs.get(replica, Backlog())
+        if replica not in self.reported:
+            return backlog.load
+        engine = self.reported[replica].load
+        num_foreign = engine.num_running + engine.num_waiting - backlog.num_held
+        return backlog.load + max(num_foreign, 0) * tokens_of(request)
+
+    def place(self, request: Request, replicas: tuple[Replica, ...]) -> "View":
+        num_tokens = tokens_of(request)
+        backlogs = dict(self.backlogs)
+        for replica in replicas:
+            backlogs[replica] = backlogs.get(replica, Backlog()).placed(num_tokens)
+        before = self.placed.get(request.request_id, ())
+        where = before + tuple((replica, num_tokens) for replica in replicas)
+        return replace(
+            self,
+            num_routed=self.num_routed + 1,
+            backlogs=backlogs,
+            placed=self.placed.with_item(request.request_id, where),
+        )
+
+    def forget(self, request_id: str) -> "View":
+        """Its last event has passed: whatever it took is free."""
+        if request_id not in self.placed:
+            return self
+        backlogs = dict(self.backlogs)
+        for replica, num_tokens in self.placed[request_id]:
+            backlogs[replica] = backlogs[replica].forgotten(num_tokens)
+        return replace(self, backlogs=backlogs, placed=self.placed.without(request_id))
+
+    def take_back(self, replica: Replica) -> "View":
+        """A replica returned the credit of one request."""
+        if replica not in self.backlogs:
+            return self
+        return replace(self, backlogs={**self.backlogs, replica: self.backlogs[replica].returned()})
+
+    def report(self, replica: Replica, report: Report) -> "View":
+        """The latest load wins; one that a later one of its node overtook changes nothing."""
+        known = self.reported.get(replica)
+        if known and known.node == report.node and report.sequence <= known.sequence:
+            return self
+        return replace(self, reported={**self.reported, replica: report})
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """The replicas to choose over: those of one engine, whichever operators use it."""
+
+    name: str
+    num_replicas: int
+    nodes: tuple[str, ...]
+
+    def least_loaded(self, request: Request, view: View) -> int:
+        """Ties go round, so that an idle pool fills evenly."""
+        turn = view.num_routed % self.num_replicas
+        order: list[int] = [*range(turn, self.num_replicas), *range(turn)]
+        loads = {number: view.load((self.name, number), request) for number in order}
+        return min(loads, key=loads.__getitem__)

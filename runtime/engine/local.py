@@ -1,0 +1,399 @@
+"""The engine of one replica in this process: continuous batching over one runner and one pool."""
+
+import heapq
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import msgspec
+import structlog
+import trio
+
+from sagellm.runtime.engine.intake import check_sequence
+from sagellm.runtime.engine.mailbox import Mailbox
+from sagellm.runtime.engine.port import (
+    EngineFacts,
+    EngineLoad,
+    EngineRefusal,
+    LeaseOffer,
+    PrefillDone,
+    StaleLease,
+)
+from sagellm.runtime.engine.runner import Drawn, Runner
+from sagellm.runtime.engine.scheduler import Batch, Landing, Limits, Scheduler
+from sagellm.runtime.engine.sequence import UNSTARTED, Sequence
+from sagellm.runtime.engine.transcript import Transcript
+from sagellm.runtime.kv.lease import Fence, Lease, LeaseEvent
+from sagellm.runtime.kv.pool import BlockPool
+from sagellm.runtime.kv.storage import Storage
+from sagellm.runtime.kv.transfer import PoolSource, PoolTarget
+from sagellm.runtime.messages import (
+    FinishReason,
+    LeaseRef,
+    SequenceState,
+    Stamps,
+    TokenEvent,
+    TokenLogprob,
+)
+
+log = structlog.get_logger("sagellm.engine")
+
+_LEASE_EVENT: dict[FinishReason, LeaseEvent] = {
+    "stop": "finish",
+    "length": "finish",
+    "cancelled": "cancel",
+    "expired": "expire",
+    "refused": "refuse",
+    "failed": "crash",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Equipment:
+    """What an engine works with; `open_transcript` is None where tokens have no text."""
+
+    facts: EngineFacts
+    limits: Limits
+    runner: Runner
+    storage: Storage
+    vocab_size: int
+    eos_token_ids: frozenset[int] = frozenset()
+    open_transcript: Callable[[SequenceState], Transcript] | None = None
+
+
+class LocalEngine:
+    """Implements the engine port. `name` and `replica` are what its leases are called by."""
+
+    def __init__(self, equipment: Equipment, *, name: str, replica: int = 0) -> None:
+        self.facts = equipment.facts
+        self.name = name
+        self.replica = replica
+        self.pool = BlockPool(self.facts.num_blocks, self.facts.block_size, self._change)
+        self.scheduler = Scheduler(self.pool, equipment.limits)
+        self._equipment = equipment
+        self._mailboxes: dict[str, Mailbox] = {}
+        self._sequences: dict[tuple[str, int], Sequence] = {}
+        self._held: dict[Fence, Lease] = {}  # filled prompts that wait for their export
+        self._targets: dict[Fence, PoolTarget] = {}  # reserved blocks that wait for a sequence
+        self._expiries: list[tuple[float, int, Sequence]] = []
+        self._launched: Batch | None = None
+        self._changed = trio.Event()
+        self._num_arrivals = 0
+        self._num_steps = 0
+        self._is_closed = False
+
+    # ---- the port ------------------------------------------------------------------------------
+
+    async def submit(self, state: SequenceState) -> None:
+        await trio.lowlevel.checkpoint()
+        self._check(state)
+        lease = self._adopt(state) if state.lease else None
+        sequence = self._sequence(state, lease)
+        self._sequences[state.key] = sequence
+        if sequence.num_output >= sequence.max_output:  # resumed behind its last token
+            self._end(sequence, "length")
+            return
+        if state.expires_s is not None:
+            heapq.heappush(self._expiries, (state.expires_s, sequence.arrival, sequence))
+        self.scheduler.add(sequence)
+        self._change()
+
+    def cancel(self, request_id: str, choice: int, epoch: int) -> None:
+        fence = Fence(request_id, choice, epoch)
+        sequence = self._sequences.get((request_id, choice))
+        if sequence is not None and sequence.fence == fence:
+            self._interrupt(sequence, "cancelled")
+        if fence in self._held:
+            self.pool.advance(self._held.pop(fence), "cancel")
+        if fence in self._targets:
+            self._targets[fence].abort()
+
+    def export(self, lease: LeaseRef) -> PoolSource:
+        held = self.pool.find(lease)
+        self.pool.advance(held, "send")
+        self._held.pop(held.fence, None)
+        return PoolSource(self.pool, self._equipment.storage, held, lease)
+
+    async def import_(self, offer: LeaseOffer) -> PoolTarget:
+        await trio.lowlevel.checkpoint()
+        self._check_offer(offer)
+        fence = Fence(offer.request_id, offer.choice, offer.epoch)
+        if fence not in self._targets:
+            self._num_arrivals += 1
+            landing = Landing(fence, offer.num_tokens, self._num_arrivals)
+            try:
+                self.scheduler.land(landing)
+                await landing.granted.wait()
+            except BaseException:
+                self.scheduler.leave(landing)
+                raise
+            if landing.lease is None:
+                raise EngineRefusal(f"engine {self.name} has stopped")
+            self._targets[fence] = self._target(landing.lease)
+        return self._targets[fence]
+
+    def events(self, owner: str) -> Mailbox:
+        if owner not in self._mailboxes:
+            self._mailboxes[owner] = Mailbox(self._change)
+        if self._is_closed:
+            self._mailboxes[owner].close()
+        return self._mailboxes[owner]
+
+    @property
+    def load(self) -> EngineLoad:
+        scheduler, pool = self.scheduler, self.pool
+        return EngineLoad(
+            num_running=len(scheduler.running),
+            num_waiting=scheduler.num_waiting,
+            num_pending_prefill_tokens=scheduler.num_pending_prefill_tokens,
+            num_free_blocks=pool.num_free,
+            num_cached_blocks=pool.num_cached,
+            num_leased_blocks=pool.num_leased,
+            num_blocks=pool.num_blocks,
+            peak_leased_blocks=pool.peak_leased,
+            num_preemptions=scheduler.num_preemptions,
+            num_steps=self._num_steps,
+        )
+
+    async def run(self) -> None:
+        """Step until cancelled; then no thread is left and every block is free."""
+        try:
+            await self._equipment.runner.open()
+            while True:
+                await self.step()
+        finally:
+            with trio.CancelScope(shield=True):
+                await self._equipment.runner.close()
+            self._stop()
+
+    async def step(self) -> None:
+        """Schedule, launch, collect, emit; wait for a change where nothing can advance."""
+        self._expire()
+        batch = self.scheduler.schedule()
+        if batch.sequences:
+            drawn = await self._launch(batch)
+            self._collect(batch, drawn)
+            self._emit()
+        else:
+            await self._wait()
+
+    # ---- taking sequences ----------------------------------------------------------------------
+
+    def _check(self, state: SequenceState) -> None:
+        if self._is_closed:
+            raise EngineRefusal(f"engine {self.name} has stopped")
+        if state.key in self._sequences:
+            raise EngineRefusal(f"choice {state.choice} of {state.request_id} runs here already")
+        check_sequence(
+            state, vocab_size=self._equipment.vocab_size, max_model_len=self.facts.max_model_len
+        )
+
+    def _adopt(self, state: SequenceState) -> Lease:
+        """Make the sequence the owner of its imported, or of its own held, lease."""
+        assert state.lease is not None
+        lease = self.pool.find(state.lease)
+        lease.require("filled")
+        if lease.fence != Fence(state.request_id, state.choice, state.epoch):
+            raise StaleLease(f"lease {lease.lease_id} is not of {state.request_id}")
+        num_known = len(state.prompt_token_ids) + len(state.emitted_token_ids)
+        if lease.num_tokens >= num_known:
+            raise EngineRefusal("the lease covers every known token; none is left to compute")
+        lease.owner = "sequence"
+        self._held.pop(lease.fence, None)
+        self._targets.pop(lease.fence, None)
+        return lease
+
+    def _sequence(self, state: SequenceState, lease: Lease | None) -> Sequence:
+        self._num_arrivals += 1
+        sampling, num_prompt = state.sampling, len(state.prompt_token_ids)
+        eos = frozenset() if sampling.ignore_eos else self._equipment.eos_token_ids
+        open_transcript = self._equipment.open_transcript
+        sequence = Sequence(
+            state,
+            arrival=self._num_arrivals,
+            mailbox=self.events(state.owner),
+            max_output=min(sampling.max_tokens, self.facts.max_model_len - num_prompt),
+            stop_ids=eos.union(sampling.stop_token_ids),
+            transcript=open_transcript(state) if open_transcript else None,
+        )
+        if lease is not None:
+            sequence.lease = lease
+            sequence.num_computed = lease.num_tokens
+            lease.num_filled = min(num_prompt, lease.num_tokens)
+        return sequence
+
+    def _check_offer(self, offer: LeaseOffer) -> None:
+        if self._is_closed:
+            raise EngineRefusal(f"engine {self.name} has stopped")
+        if offer.layout_hash != self.facts.layout_hash:
+            raise EngineRefusal(
+                f"engine {self.name} keeps KV blocks of another layout; give both engines the same "
+                f"model, dtype and block_size"
+            )
+        if self.pool.num_blocks_for(offer.num_tokens) > self.pool.num_blocks:
+            room = self.pool.num_blocks * self.pool.block_size
+            raise EngineRefusal(f"{offer.num_tokens} tokens of KV exceed the pool's {room}")
+
+    def _target(self, lease: Lease) -> PoolTarget:
+        ref = lease.ref(self.name, self.replica)
+
+        def forget() -> None:
+            self._targets.pop(lease.fence, None)
+
+        return PoolTarget(self.pool, self._equipment.storage, lease, ref, forget)
+
+    # ---- one step ------------------------------------------------------------------------------
+
+    async def _launch(self, batch: Batch) -> Drawn | Exception:
+        """Compute and draw; the batch's blocks stay leased until this returns."""
+        now = trio.current_time()
+        for sequence in batch.sequences:
+            if sequence.stamps is UNSTARTED:
+                sequence.stamps = Stamps(started_s=now)
+        self._launched = batch
+        self._num_steps += 1
+        try:
+            return await self._equipment.runner.run(batch)
+        except Exception as error:
+            log.error("step_failed", engine=self.name, replica=self.replica, exc_info=error)
+            return error
+        finally:
+            self._launched = None
+
+    def _collect(self, batch: Batch, drawn: Drawn | Exception) -> None:
+        """Take the step's results into the sequences, and end those that are over."""
+        if isinstance(drawn, Exception):
+            error = f"the engine failed while it computed this sequence ({type(drawn).__name__})"
+            for sequence in batch.sequences:
+                self._end(sequence, sequence.end or "failed", error)
+            return
+        for sequence, query_len in zip(batch.sequences, batch.query_lens, strict=True):
+            sequence.num_computed += query_len
+        now = trio.current_time()
+        logprobs = drawn.logprobs or [None] * len(drawn.token_ids)
+        for sequence, token_id, logprob in zip(
+            batch.drawing, drawn.token_ids, logprobs, strict=True
+        ):
+            if sequence.end is None:
+                self._accept(sequence, token_id, logprob, now)
+        for sequence in batch.sequences:
+            if sequence.end is not None:
+                self._end(sequence, sequence.end)
+
+    def _accept(
+        self, sequence: Sequence, token_id: int, logprob: TokenLogprob | None, now: float
+    ) -> None:
+        """Append one drawn token: post it, hold the prompt for an export, or end the sequence."""
+        state, position = sequence.state, sequence.num_output
+        sequence.tokens.append(token_id)
+        assert sequence.lease is not None
+        if not sequence.lease.num_filled:
+            sequence.lease.num_filled = sequence.num_prompt
+        if position == 0:
+            sequence.stamps = Stamps(started_s=sequence.stamps.started_s, prefilled_s=now)
+        text, reason, stop_reason = sequence.judge(token_id)
+        if reason is not None:
+            sequence.stamps = msgspec.structs.replace(sequence.stamps, finished_s=now)
+        event = TokenEvent(
+            request_id=state.request_id,
+            choice=state.choice,
+            epoch=state.epoch,
+            position=position,
+            token_ids=(token_id,),
+            text=text,
+            logprobs=(logprob,) if logprob else (),
+            finish_reason=reason,
+            stop_reason=stop_reason,
+            num_prompt_tokens=sequence.num_prompt,
+            stamps=sequence.stamps,
+        )
+        if reason is not None:
+            self._forget(sequence, "finish")
+            sequence.mailbox.post(PrefillDone(first=event, lease=None) if state.hold_kv else event)
+        elif state.hold_kv:
+            sequence.mailbox.post(PrefillDone(first=event, lease=self._hold(sequence)))
+        else:
+            sequence.mailbox.post(event)
+
+    def _hold(self, sequence: Sequence) -> LeaseRef:
+        """Keep the blocks of a prompt after its sequence has left, until export or cancel."""
+        lease = sequence.lease
+        assert lease is not None
+        sequence.lease = None
+        self._forget(sequence, "finish")
+        lease.num_tokens = sequence.num_computed
+        if lease.state == "reserved":
+            self.pool.advance(lease, "fill")
+        self._held[lease.fence] = lease
+        return lease.ref(self.name, self.replica)
+
+    def _emit(self) -> None:
+        for mailbox in self._mailboxes.values():
+            mailbox.flush()
+
+    # ---- ends ----------------------------------------------------------------------------------
+
+    def _interrupt(self, sequence: Sequence, reason: FinishReason) -> None:
+        """End a sequence now, or after the launched step, which still writes its blocks."""
+        if self._launched is not None and sequence in self._launched.sequences:
+            sequence.end = sequence.end or reason
+        else:
+            self._end(sequence, reason)
+
+    def _end(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> None:
+        """The last event of a sequence that drew no last token."""
+        state = sequence.state
+        self._forget(sequence, _LEASE_EVENT[reason])
+        stamps = msgspec.structs.replace(sequence.stamps, finished_s=trio.current_time())
+        event = TokenEvent(
+            request_id=state.request_id,
+            choice=state.choice,
+            epoch=state.epoch,
+            position=sequence.num_output,
+            finish_reason=reason,
+            error=error if reason == "failed" else None,
+            num_prompt_tokens=sequence.num_prompt,
+            stamps=stamps,
+        )
+        sequence.mailbox.post(event)
+        sequence.mailbox.flush()
+
+    def _forget(self, sequence: Sequence, event: LeaseEvent) -> None:
+        self.scheduler.remove(sequence)
+        del self._sequences[sequence.state.key]
+        if sequence.lease is not None:
+            self.pool.advance(sequence.lease, event)
+            sequence.lease = None
+
+    def _expire(self) -> None:
+        """End sequences whose answer nobody wants any more."""
+        now = trio.current_time()
+        while self._expiries and self._expiries[0][0] <= now:
+            sequence = heapq.heappop(self._expiries)[2]
+            if self._sequences.get(sequence.state.key) is sequence:
+                self._end(sequence, "expired")
+
+    async def _wait(self) -> None:
+        """Until a change, or the next deadline."""
+        self._changed = trio.Event()
+        with trio.move_on_at(self._expiries[0][0] if self._expiries else float("inf")):
+            await self._changed.wait()
+
+    def _change(self) -> None:
+        """A sequence came, blocks became free, or a reader made room."""
+        self._changed.set()
+
+    def _stop(self) -> None:
+        """Free every block and end every reader; sequences that were here end with no event."""
+        self._is_closed = True
+        for landing in self.scheduler.landings:
+            landing.granted.set()
+        self.scheduler.landings.clear()
+        self.scheduler.running.clear()
+        self.scheduler.waiting.clear()
+        self.scheduler.adopted.clear()
+        self.pool.release_all("crash")
+        self._held.clear()
+        self._targets.clear()
+        self._sequences.clear()
+        for mailbox in self._mailboxes.values():
+            mailbox.close()

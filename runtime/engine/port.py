@@ -1,0 +1,132 @@
+"""The engine port: the five methods through which operators use any engine."""
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Protocol, TypeAlias
+
+import msgspec
+
+from sagellm.runtime.messages import LeaseRef, SequenceState, TokenEvent
+
+
+class EngineRefusal(ValueError):
+    """A sequence that this engine cannot serve; the message says why and is safe to show."""
+
+
+class StaleLease(LookupError):
+    """A lease that is gone, or whose fence (request, epoch) names another request."""
+
+
+class PrefillDone(msgspec.Struct, frozen=True, kw_only=True, tag="prefill_done"):
+    """A `hold_kv` sequence has its first token; its blocks wait under `lease` for an export.
+
+    The owner must `export` the lease and release it, or `cancel` the sequence. Where the first
+    token was the last (`first.is_last`), the lease is None and the blocks are already free.
+    """
+
+    first: TokenEvent
+    lease: LeaseRef | None
+
+
+EngineEvent: TypeAlias = TokenEvent | PrefillDone
+
+
+class LeaseOffer(msgspec.Struct, frozen=True, kw_only=True, tag="offer"):
+    """Asks a pool to reserve blocks for a sequence that another pool will fill."""
+
+    request_id: str
+    choice: int
+    epoch: int
+    num_tokens: int  # of KV that will arrive
+    layout_hash: str  # of the sender's KVLayout: both pools must agree
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFacts:
+    """What a graph's checks and operators may know of an engine without touching it."""
+
+    model: str
+    model_hash: str  # of config and dtype: prefill and decode must agree
+    block_size: int
+    num_blocks: int
+    max_model_len: int
+    max_num_seqs: int
+    kv_block_bytes: int
+    layout_hash: str
+    capabilities: frozenset[str] = field(default_factory=frozenset)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLoad:
+    """A snapshot for routing and metrics."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_pending_prefill_tokens: int = 0
+    num_free_blocks: int = 0
+    num_cached_blocks: int = 0
+    num_leased_blocks: int = 0
+    num_blocks: int = 0
+    peak_leased_blocks: int = 0
+    num_preemptions: int = 0
+    num_steps: int = 0
+
+
+class KVSource(Protocol):
+    """The sending side of a transfer; its lease is `sending` until released."""
+
+    @property
+    def lease(self) -> LeaseRef: ...
+
+    def release(self) -> None:
+        """The receiver has acknowledged, or the transfer was given up: free the blocks."""
+
+
+class KVTarget(Protocol):
+    """The receiving side: blocks `reserved`, then `receiving`, then `filled`."""
+
+    @property
+    def lease(self) -> LeaseRef: ...
+
+    async def receive(self, source: KVSource) -> None:
+        """Copy all blocks, a checkpoint a chunk; afterwards the lease is `filled`.
+
+        Raises StaleLease where either lease has gone. Cancelled midway, the lease is aborted.
+        """
+
+    def abort(self) -> None:
+        """Give the blocks back; nothing happens where a sequence has adopted the lease."""
+
+
+class Engine(Protocol):
+    """One replica of a worker group. All methods are called from the trio thread."""
+
+    facts: EngineFacts
+
+    async def submit(self, state: SequenceState) -> None:
+        """Queue a sequence. Raises EngineRefusal, StaleLease (and then holds nothing)."""
+
+    def cancel(self, request_id: str, choice: int, epoch: int) -> None:
+        """End a sequence, or free the lease held, reserved or received for it.
+
+        An unknown one, or one of another epoch, is ignored. A submitted sequence ends with exactly one event with finish reason "cancelled"; one whose
+        `PrefillDone` was already emitted gives no further event.
+        """
+
+    def export(self, lease: LeaseRef) -> KVSource:
+        """Turn a held `filled` lease to `sending`. Raises StaleLease."""
+
+    async def import_(self, offer: LeaseOffer) -> KVTarget:
+        """Reserve blocks, waiting in order of arrival until there are enough.
+
+        Asked again for the same (request, choice, epoch), it returns the same target. Raises EngineRefusal where the layouts differ or the pool is too small at all.
+        """
+
+    def events(self, owner: str) -> AsyncIterator[tuple[EngineEvent, ...]]:
+        """What happened to the sequences of `owner`, one batch a step, until the engine stops."""
+
+    @property
+    def load(self) -> EngineLoad: ...
+
+    async def run(self) -> None:
+        """Step until cancelled; the executor starts it in the graph's nursery."""

@@ -1,0 +1,84 @@
+"""The one object that travels through an engine: a sequence, what is known and what is computed."""
+
+from sagellm.runtime.engine.mailbox import Mailbox
+from sagellm.runtime.engine.transcript import Transcript
+from sagellm.runtime.kv.lease import Fence, Lease
+from sagellm.runtime.messages import FinishReason, SequenceState, Stamps
+
+UNSTARTED = Stamps()
+
+
+class Sequence:
+    """A submitted `SequenceState` while the engine works on it.
+
+    `tokens` are prompt and output; the first `num_computed` of them have keys and values in
+    `lease`. What is pending is computed next; when nothing is, a token is drawn. Preemption drops
+    lease and `num_computed` and keeps `tokens`: the same code path resumes it.
+    """
+
+    __slots__ = (
+        "arrival", "end", "fence", "lease", "mailbox", "max_output",
+        "num_computed", "num_prompt", "rank", "stamps", "state", "stop_ids", "tokens", "transcript",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        state: SequenceState,
+        *,
+        arrival: int,
+        mailbox: Mailbox,
+        max_output: int,
+        stop_ids: frozenset[int],
+        transcript: Transcript | None,
+    ) -> None:
+        self.state = state
+        self.fence = Fence(state.request_id, state.choice, state.epoch)
+        self.arrival = arrival
+        self.rank = (state.priority, arrival)  # who goes first; the last in rank is preempted first
+        self.mailbox = mailbox
+        self.tokens = [*state.prompt_token_ids, *state.emitted_token_ids]
+        self.num_prompt = len(state.prompt_token_ids)
+        self.num_computed = 0
+        self.lease: Lease | None = None
+        self.max_output = max_output  # by max_tokens and by the context limit
+        self.stop_ids = stop_ids
+        self.transcript = transcript
+        self.stamps = UNSTARTED
+        self.end: FinishReason | None = None  # why it ends before its answer does
+
+    @property
+    def num_pending(self) -> int:
+        """Known tokens whose keys and values are not computed yet."""
+        return len(self.tokens) - self.num_computed
+
+    @property
+    def num_output(self) -> int:
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def output(self) -> list[int]:
+        return self.tokens[self.num_prompt :]
+
+    def judge(self, token_id: int) -> tuple[str, FinishReason | None, str | int | None]:
+        """What the newest token means: showable text, why the answer ends (if so), what matched.
+
+        The text of a stop token itself is not shown unless the sampling says so; an end-of-text
+        token is no stop reason of its own, as in the OpenAI API.
+        """
+        sampling = self.state.sampling
+        if token_id in self.stop_ids and self.num_output > sampling.min_tokens:
+            named = token_id in sampling.stop_token_ids
+            shown = self._show(token_id) if sampling.include_stop_str_in_output else ("", None)
+            return shown[0] + self._rest()[0], "stop", token_id if named else None
+        text, matched = self._show(token_id)
+        if matched is None and self.num_output >= self.max_output:
+            rest, matched = self._rest()
+            text += rest
+            return text, "stop" if matched else "length", matched
+        return text, "stop" if matched else None, matched
+
+    def _show(self, token_id: int) -> tuple[str, str | None]:
+        return self.transcript.push(token_id) if self.transcript else ("", None)
+
+    def _rest(self) -> tuple[str, str | None]:
+        return self.transcript.finish() if self.transcript else ("", None)

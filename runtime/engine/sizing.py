@@ -1,0 +1,110 @@
+"""How many KV blocks an engine gets, and what its facts are: from options and a model's config."""
+
+import hashlib
+from dataclasses import dataclass
+
+import msgspec
+
+from sagellm.graphs.models import ModelFacts
+from sagellm.runtime.engine.options import EngineOptionError, EngineOptions, num_bytes
+from sagellm.runtime.engine.port import EngineFacts
+from sagellm.runtime.models.folder import ModelFolder
+
+_MEMORY_PART = 0.25  # of what is free: weights, activations and other engines need the rest
+_NUM_LONGEST = 8  # sequences of full length that the default pool holds
+
+
+@dataclass(frozen=True, slots=True)
+class Sizing:
+    """The pool and context limit of one replica."""
+
+    num_blocks: int
+    max_model_len: int
+    block_bytes: int
+
+    @property
+    def pool_bytes(self) -> int:
+        return self.num_blocks * self.block_bytes
+
+
+def engine_dtype(options: EngineOptions, facts: ModelFacts) -> str:
+    """The dtype that weights and KV are kept in; float16 models are computed in float32."""
+    dtype = options.dtype or facts.dtype
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise EngineOptionError(f"dtype: {dtype!r} is unknown; use float32 or bfloat16")
+    if options.dtype == "float16":
+        raise EngineOptionError("dtype: float16 is not built; use float32 or bfloat16")
+    return "float32" if dtype == "float16" else dtype
+
+
+def size(options: EngineOptions, facts: ModelFacts, memory_bytes: int) -> Sizing:
+    """Size the pool for `memory_bytes` of free memory.
+
+    The pool must hold one sequence of full length, so that some sequence can always advance. Where
+    nothing was asked for, the context limit shrinks to what memory holds. Raises EngineOptionError.
+    """
+    block_bytes = _block_bytes(options, facts)
+    longest = min(options.max_model_len or facts.max_model_len, facts.max_model_len)
+    if options.max_model_len and options.max_model_len > facts.max_model_len:
+        raise EngineOptionError(
+            f"max_model_len: the model was made for {facts.max_model_len} tokens, "
+            f"not {options.max_model_len}"
+        )
+    affordable = int(memory_bytes * _MEMORY_PART) // block_bytes
+    needed = -(-longest // options.block_size)
+    if options.num_blocks is not None:
+        num_blocks = options.num_blocks
+    elif options.kv_memory is not None:
+        num_blocks = num_bytes(options.kv_memory) // block_bytes
+    else:
+        num_blocks = min(affordable, _NUM_LONGEST * needed)
+        if options.max_model_len is None and num_blocks > 0:
+            longest = min(longest, num_blocks * options.block_size)
+    _check_room(num_blocks, longest, options, block_bytes)
+    return Sizing(num_blocks, longest, block_bytes)
+
+
+def _check_room(num_blocks: int, longest: int, options: EngineOptions, block_bytes: int) -> None:
+    needed = -(-longest // options.block_size)
+    if num_blocks < needed:
+        room = num_blocks * options.block_size
+        raise EngineOptionError(
+            f"the KV pool has {num_blocks} blocks: {room} tokens, fewer than one sequence of "
+            f"{longest}; set max_model_len: {room} or less, or kv_memory: "
+            f"{-(-needed * block_bytes // 2**20)}MiB"
+        )
+
+
+def engine_facts(options: EngineOptions, folder: ModelFolder, sizing: Sizing) -> EngineFacts:
+    """What graph checks and operators may know; no weight is read."""
+    dtype = engine_dtype(options, folder.facts)
+    capabilities = {"kv_transfer", "resume", "generate"}
+    if not options.is_null:
+        capabilities |= {"logprobs", "text"}
+    return EngineFacts(
+        model=options.model,
+        model_hash=_digest([folder.hash, dtype]),
+        block_size=options.block_size,
+        num_blocks=sizing.num_blocks,
+        max_model_len=sizing.max_model_len,
+        max_num_seqs=options.max_num_seqs,
+        kv_block_bytes=sizing.block_bytes,
+        layout_hash=_layout_hash(options, folder.facts),
+        capabilities=frozenset(capabilities),
+    )
+
+
+def _layout_hash(options: EngineOptions, facts: ModelFacts) -> str:
+    dtype = engine_dtype(options, facts)
+    shape = [facts.num_layers, facts.num_kv_heads, facts.head_dim, options.block_size, dtype]
+    return _digest(shape)
+
+
+def _block_bytes(options: EngineOptions, facts: ModelFacts) -> int:
+    itemsize = 4 if engine_dtype(options, facts) == "float32" else 2
+    per_layer = 2 * facts.num_kv_heads * options.block_size * facts.head_dim
+    return facts.num_layers * per_layer * itemsize
+
+
+def _digest(value: object) -> str:
+    return hashlib.blake2b(msgspec.json.encode(value), digest_size=8).hexdigest()

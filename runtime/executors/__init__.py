@@ -1,0 +1,1 @@
+"""Executors: how the operators of one stream graph are run."""

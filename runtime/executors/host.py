@@ -1,0 +1,159 @@
+"""A host: one replica of a service operator, its mailbox, its tasks and its context."""
+
+from typing import Any, Protocol
+
+import structlog
+import trio
+
+from sagellm.runtime.engine.port import Engine
+from sagellm.runtime.executors.credit import Gates
+from sagellm.runtime.executors.mailbox import Mailbox
+from sagellm.runtime.messages import Item, TokenEvent
+from sagellm.runtime.operator import Service, Signal
+from sagellm.runtime.plan import Plan
+
+log = structlog.get_logger("sagellm.executor")
+
+
+class Executor(Protocol):
+    """What a host needs of the executor around it."""
+
+    plan: Plan
+    gates: Gates
+
+    def now(self) -> float: ...
+    async def push(self, source: str, item: Item, outlet: str = "out") -> None: ...
+    def tell(self, node: str, replica: int, kind: str, value: Any) -> None: ...
+    def release(self, node: str, replica: int, key: tuple[str, int]) -> None: ...
+    def finish(self, item: Item, reason: Any, error: str | None = None) -> None: ...
+    def fail(self, item: Item, error: Exception) -> None: ...
+    def to_sink(self, item: Item, *, terminal: bool = False) -> None: ...
+    def tombstone(self, item: Item) -> Signal | None: ...
+
+
+class Host:
+    """Implements the Context of one service replica."""
+
+    def __init__(self, executor: Executor, name: str, replica: int, service: Service) -> None:
+        self.name = name
+        self.replica = replica
+        self._executor = executor
+        self._service = service
+        self._mailbox = Mailbox()
+        self._scopes: list[tuple[Item, trio.CancelScope]] = []
+        self._engine = executor.plan.engine_name(name)
+        facts = self.engine.facts if self._engine else None
+        block_size = facts.block_size if facts else 1
+        executor.gates.open((name, replica), service.capacity(facts), block_size)
+
+    def start(self, nursery: trio.Nursery) -> None:
+        for _ in range(self._service.concurrency):
+            nursery.start_soon(self._work)
+        if self._engine:
+            nursery.start_soon(self._forward_events)
+
+    # ---- the Context -----------------------------------------------------------------------
+
+    @property
+    def engine(self) -> Engine:
+        if self._engine is None:
+            raise LookupError(f"operator {self.name} names no engine")
+        return self.engine_named(self._engine, self.replica)
+
+    def engine_of(self, node: str, replica: int) -> Engine:
+        name = self._executor.plan.engine_name(node)
+        if name is None:
+            raise LookupError(f"operator {node} names no engine")
+        return self.engine_named(name, replica)
+
+    def engine_named(self, name: str, replica: int) -> Engine:
+        return self._executor.plan.engines[name][replica]
+
+    def now(self) -> float:
+        return self._executor.now()
+
+    async def emit(self, item: Item, outlet: str = "out") -> None:
+        await self._executor.push(self.name, item, outlet)
+
+    async def emit_batch(self, items: tuple[Item, ...], outlet: str = "out") -> None:
+        for item in items:
+            await self._executor.push(self.name, item, outlet)
+
+    async def terminate(self, event: TokenEvent) -> None:
+        self._executor.to_sink(event, terminal=True)
+
+    def tell(self, kind: str, value: Any) -> None:
+        self._executor.tell(self.name, self.replica, kind, value)
+
+    def release(self, key: tuple[str, int]) -> None:
+        self._executor.release(self.name, self.replica, key)
+
+    # ---- what the executor calls -----------------------------------------------------------
+
+    def put(self, item: Item) -> None:
+        """Take an item whose credit is spent; one that its cancel overtook ends here."""
+        if isinstance(item, TokenEvent) or self._executor.tombstone(item) is None:
+            self._mailbox.put(item)
+        else:
+            self._end(item)
+
+    def signal(self, signal: Signal) -> None:
+        for item in self._mailbox.remove(lambda item: _is_ended_by(item, signal)):
+            self._end(item)
+        for item, scope in self._scopes:
+            if _is_ended_by(item, signal):
+                scope.cancel()
+        self._service.on_signal(self, signal)
+
+    # ---- tasks -----------------------------------------------------------------------------
+
+    async def _work(self) -> None:
+        while True:
+            await self._serve(await self._mailbox.take())
+
+    async def _serve(self, item: Item) -> None:
+        failure: Exception | None = None
+        with trio.CancelScope() as scope:
+            entry = (item, scope)
+            self._scopes.append(entry)
+            try:
+                await self._service.on_item(self, item)
+            except Exception as error:
+                failure = error
+            finally:
+                self._scopes.remove(entry)
+        if failure is not None:
+            log.error(
+                "operator_failed",
+                node=self.name,
+                request_id=item.request_id,
+                error=type(failure).__name__,
+                exc_info=failure,
+            )
+            self._give_up(item)
+            self._executor.fail(item, failure)
+        elif scope.cancelled_caught:
+            self._end(item)
+        elif not self._service.holds:
+            self.release(item.key)
+
+    async def _forward_events(self) -> None:
+        async for events in self.engine.events(self.name):
+            await self._service.on_events(self, events)
+            self.tell("load", self.engine.load)
+
+    def _end(self, item: Item) -> None:
+        """A signal ended an item that the operator holds no more."""
+        self._give_up(item)
+        signal = self._executor.tombstone(item)
+        expired = signal is not None and signal.kind == "expire"
+        self._executor.finish(item, "expired" if expired else "cancelled")
+
+    def _give_up(self, item: Item) -> None:
+        self._service.discard(self, item)
+        self.release(item.key)
+
+
+def _is_ended_by(item: Item, signal: Signal) -> bool:
+    """Requests end at once; the tokens of a running sequence go on to their last event."""
+    return not isinstance(item, TokenEvent) and signal.concerns(item.key)

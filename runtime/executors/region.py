@@ -1,0 +1,219 @@
+"""Connected logic operators, run as one: each input is a transaction over their states."""
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from sagellm.graphs.ir import SINK, Edge, Graph
+from sagellm.runtime.executors.credit import Gate, Gates
+from sagellm.runtime.messages import Forked, Item, Prefilled, Request, TokenEvent
+from sagellm.runtime.operator import (
+    Announce,
+    Arrival,
+    Draw,
+    Emit,
+    Input,
+    Logic,
+    Offer,
+    Output,
+    Taken,
+    Tell,
+    Terminate,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """An item for a service operator; its credit is spent."""
+
+    gate: Gate
+    item: Item
+
+
+@dataclass(frozen=True, slots=True)
+class Deliver:
+    """An item for the sink."""
+
+    item: Item | Forked
+    terminal: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Upstream:
+    """Feedback of one operator for those before it."""
+
+    node: str
+    kind: str
+    value: Any
+
+
+Effect: TypeAlias = Send | Deliver | Upstream
+
+
+class _NoCredit(Exception):
+    """An item found no credit: the transaction is undone."""
+
+
+@dataclass(slots=True)
+class _Cell:
+    """What the region keeps of one operator."""
+
+    state: Any
+    num_inputs: int = 0
+    wake_at: float | None = None
+
+
+class Region:
+    """The logic operators of a graph, and the edges that leave them.
+
+    Nothing here waits or knows a clock: `feed` either does all that an input entails and returns
+    the effects, or nothing. So a log of inputs replays to the same decisions.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        logic: Mapping[str, Logic[Any]],
+        gates: Gates,
+        replicas: Mapping[str, int],
+        *,
+        seed: int = 0,
+    ) -> None:
+        self._logic = dict(logic)
+        self._gates = gates
+        self._replicas = replicas
+        self._seed = seed
+        self._edges = {
+            (edge.source, edge.outlet): edge for edge in graph.edges if not edge.feedback
+        }
+        self._cells = {name: _Cell(operator.initial) for name, operator in logic.items()}
+        self._undo: list[tuple[str, Any, int, float | None]] = []
+        self._taken: list[Send] = []
+        self._effects: list[Effect] = []
+        self._accepted: deque[tuple[str, Item]] = deque()
+
+    def __contains__(self, node: str) -> bool:
+        return node in self._logic
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._logic)
+
+    def state(self, node: str) -> Any:
+        return self._cells[node].state
+
+    @property
+    def next_wake(self) -> tuple[float, str] | None:
+        """When, and which operator, wants to be woken first."""
+        wakes = [
+            (cell.wake_at, name) for name, cell in self._cells.items() if cell.wake_at is not None
+        ]
+        return min(wakes, default=None)
+
+    def feed(self, node: str, happened: Input, now: float) -> tuple[Effect, ...] | None:
+        """All effects of an input, or None: no credit, and nothing has changed."""
+        if not self._attempt(lambda: self._run(node, happened, now)):
+            return None
+        return self._commit(now)
+
+    def send(self, source: str, item: Item, outlet: str, now: float) -> tuple[Effect, ...] | None:
+        """Send an item from a port or a service operator; None as for `feed`."""
+        if not self._attempt(lambda: self._pass_on(source, item, outlet, now)):
+            return None
+        return self._commit(now)
+
+    def _commit(self, now: float) -> tuple[Effect, ...]:
+        while self._accepted:
+            node, item = self._accepted.popleft()
+            self._attempt(lambda node=node, item=item: self._run(node, Taken(item), now))
+        effects = tuple(self._effects)
+        self._effects.clear()
+        self._undo.clear()
+        self._taken.clear()
+        return effects
+
+    def _attempt(self, action: Any) -> bool:
+        marks = len(self._undo), len(self._effects), len(self._taken), len(self._accepted)
+        try:
+            action()
+        except _NoCredit:
+            self._roll_back(*marks)
+            return False
+        except BaseException:
+            self._roll_back(*marks)
+            raise
+        return True
+
+    def _roll_back(self, undo: int, effects: int, taken: int, accepted: int) -> None:
+        while len(self._undo) > undo:
+            name, state, num_inputs, wake_at = self._undo.pop()
+            self._cells[name] = _Cell(state, num_inputs, wake_at)
+        while len(self._taken) > taken:
+            send = self._taken.pop()
+            self._gates.give(send.gate, send.item.key)
+        while len(self._accepted) > accepted:
+            self._accepted.pop()
+        del self._effects[effects:]
+
+    def _run(self, node: str, happened: Input, now: float) -> None:
+        cell = self._cells[node]
+        self._undo.append((node, cell.state, cell.num_inputs, cell.wake_at))
+        draw = Draw(self._seed, node, cell.num_inputs)
+        step = self._logic[node].on(cell.state, happened, now, draw)
+        self._cells[node] = _Cell(step.state, cell.num_inputs + 1, step.wake_at)
+        for output in step.outputs:
+            self._put_out(node, output, now)
+
+    def _put_out(self, node: str, output: Output, now: float) -> None:
+        match output:
+            case Emit(item, outlet):
+                self._pass_on(node, item, outlet, now)
+            case Offer(items, outlet):
+                self._offer(node, items, outlet, now)
+            case Terminate(event):
+                self._effects.append(Deliver(event, terminal=True))
+            case Announce(forked):
+                self._effects.append(Deliver(forked))
+            case Tell(kind, value):
+                self._effects.append(Upstream(node, kind, value))
+
+    def _offer(self, node: str, items: tuple[Item, ...], outlet: str, now: float) -> None:
+        for item in items:
+            if self._attempt(lambda item=item: self._pass_on(node, item, outlet, now)):
+                self._accepted.append((node, item))
+                return
+
+    def _pass_on(self, node: str, item: Item, outlet: str, now: float) -> None:
+        edge = self._edges[node, outlet]
+        if edge.target == SINK:
+            self._effects.append(Deliver(item))
+        elif edge.target in self._logic:
+            self._run(edge.target, Arrival(item, edge.inlet), now)
+        else:
+            self._enter(edge, item)
+
+    def _enter(self, edge: Edge, item: Item) -> None:
+        gate = edge.target, replica_for(item, edge.target, self._replicas[edge.target])
+        if not self._gates.take(gate, item):
+            raise _NoCredit
+        send = Send(gate, item)
+        self._taken.append(send)
+        self._effects.append(send)
+
+
+def replica_for(item: Item, node: str, num_replicas: int) -> int:
+    """The replica that the router placed an item on; the only one where there is one."""
+    if num_replicas == 1:
+        return 0
+    request = item.request if isinstance(item, Prefilled) else item
+    if isinstance(request, Request) and node in request.placement:
+        return request.placement[node]
+    raise LookupError(f"{node} has {num_replicas} replicas and no route chose one")
+
+
+def ends(item: Item | Forked) -> bool:
+    """Whether this is the last item of its choice."""
+    return not isinstance(item, Forked | Request | Prefilled) and (
+        not isinstance(item, TokenEvent) or item.is_last
+    )

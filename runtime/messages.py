@@ -1,0 +1,260 @@
+"""What travels: requests forward, tokens back, and the state of a sequence into an engine."""
+
+from typing import Literal, TypeAlias
+
+import msgspec
+
+FinishReason: TypeAlias = Literal[
+    "stop", "length", "cancelled", "refused", "expired", "failed", "filtered"
+]
+SERVED: frozenset[str] = frozenset({"stop", "length"})  # the reasons that mean an answer
+
+PRIORITIES = {"critical": 0, "high": 1, "normal": 2, "low": 3, "background": 4}
+NORMAL = PRIORITIES["normal"]
+
+
+class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How to draw tokens. Greedy unless a temperature is given; names as in the OpenAI API.
+
+    `seed` None means: the session draws one where the request enters. `top_k` 0 means all.
+    """
+
+    max_tokens: int = 128
+    min_tokens: int = 0
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = {}
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    ignore_eos: bool = False
+    logprobs: int | None = None  # None: none; k: the chosen token's and the k most likely
+    n: int = 1
+
+
+class Stamps(msgspec.Struct, frozen=True, kw_only=True):
+    """When each phase of a request ended, in seconds of the executor's monotonic clock."""
+
+    arrived_s: float = 0.0
+    dispatched_s: float | None = None  # left the queue of policy_sort
+    started_s: float | None = None  # an engine began to compute it
+    prefilled_s: float | None = None  # its first token was drawn
+    transferred_s: float | None = None  # its KV blocks reached the decode pool
+    finished_s: float | None = None
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True, tag="request"):
+    """One choice of one request on its way to an engine. (request_id, choice) names it."""
+
+    request_id: str
+    choice: int = 0
+    epoch: int = 0  # raised when a request re-enters; with the id the fence of its leases
+    prompt: str = ""
+    prompt_token_ids: tuple[int, ...] = ()
+    sampling: Sampling = Sampling()
+    priority: int = NORMAL  # 0 critical ... 4 background
+    user_id: str = ""
+    model: str = ""
+    salt: str = ""  # of the tenant: prefix blocks are shared inside one salt only
+    slo_ttft_s: float | None = None  # objective for the first token, from arrival
+    slo_tpot_s: float | None = None  # objective for each token after it
+    expires_s: float | None = None  # clock time after which nobody wants the answer
+    cost_budget: float | None = None
+    placement: dict[str, int] = {}  # node name -> replica, as route chose
+    num_cached_tokens: int = 0  # of the prompt, as far as the router knows
+    emitted_token_ids: tuple[int, ...] = ()  # not empty: the request resumes
+    stamps: Stamps = Stamps()
+    tags: dict[str, str] = {}
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return self.request_id, self.choice
+
+    @property
+    def num_uncached_tokens(self) -> int:
+        """Tokens that a prefill has to compute."""
+        known = len(self.prompt_token_ids) + len(self.emitted_token_ids)
+        return known - self.num_cached_tokens
+
+    def sequence(
+        self, owner: str, *, hold_kv: bool = False, lease: "LeaseRef | None" = None
+    ) -> "SequenceState":
+        """What an engine is given of this request by the operator `owner`."""
+        return SequenceState(
+            owner=owner,
+            request_id=self.request_id,
+            choice=self.choice,
+            epoch=self.epoch,
+            prompt_token_ids=self.prompt_token_ids,
+            emitted_token_ids=self.emitted_token_ids,
+            sampling=self.sampling,
+            salt=self.salt,
+            hold_kv=hold_kv,
+            lease=lease,
+            priority=self.priority,
+            expires_s=self.expires_s,
+        )
+
+
+class SequenceState(msgspec.Struct, frozen=True, kw_only=True, tag="sequence"):
+    """All that an engine needs to start, or to resume, one sequence. Versioned: crosses processes.
+
+    With `emitted_token_ids` the sequence resumes behind them. `owner` is the operator that the
+    events go to. `hold_kv`: stop after the first token and keep the lease for an export. `lease`:
+    the blocks, in this engine's own pool, that already hold the prompt's keys and values.
+    """
+
+    version: int = 1
+    owner: str
+    request_id: str
+    choice: int = 0
+    epoch: int = 0
+    prompt_token_ids: tuple[int, ...]
+    emitted_token_ids: tuple[int, ...] = ()
+    sampling: Sampling = Sampling()  # with the seed resolved
+    salt: str = ""
+    adapter: str | None = None
+    grammar: str | None = None
+    task: Literal["generate", "embed"] = "generate"
+    hold_kv: bool = False
+    lease: "LeaseRef | None" = None
+    priority: int = NORMAL
+    expires_s: float | None = None
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return self.request_id, self.choice
+
+
+class LeaseRef(msgspec.Struct, frozen=True, kw_only=True, tag="lease"):
+    """Names a lease of one pool from outside it. (request_id, choice, epoch) is its fence."""
+
+    engine: str
+    replica: int
+    lease_id: int
+    request_id: str
+    choice: int
+    epoch: int
+    num_tokens: int  # whose keys and values the blocks hold, or will hold
+
+
+class TokenLogprob(msgspec.Struct, frozen=True):
+    """The log probability of a chosen token, and the most likely ones, best first."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class TokenEvent(msgspec.Struct, frozen=True, kw_only=True, tag="tokens"):
+    """New tokens of one choice, or its end, or both; `position` is that of its first token.
+
+    The last event of a choice, and no other, has a `finish_reason`. `text` is what became whole
+    with these tokens: it may be empty, and never ends inside a character.
+    """
+
+    request_id: str
+    choice: int = 0
+    epoch: int = 0
+    position: int = 0
+    token_ids: tuple[int, ...] = ()
+    text: str = ""
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None  # the stop string or token id that matched
+    error: str | None = None  # why it was refused or failed; safe to show
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+    stamps: Stamps = Stamps()
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return self.request_id, self.choice
+
+    @property
+    def is_last(self) -> bool:
+        return self.finish_reason is not None
+
+
+class Prefilled(msgspec.Struct, frozen=True, kw_only=True, tag="prefilled"):
+    """A request whose prompt is computed: its first token and where its KV blocks are.
+
+    `lease` is the filled one in the prefill pool (None once it was handed over, or where the first
+    token was the last); `landing` is the one reserved for it in the decode pool.
+    """
+
+    request: Request
+    first: TokenEvent
+    lease: LeaseRef | None = None
+    landing: LeaseRef | None = None
+
+    @property
+    def request_id(self) -> str:
+        return self.request.request_id
+
+    @property
+    def choice(self) -> int:
+        return self.request.choice
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return self.request.key
+
+
+class Answer(msgspec.Struct, frozen=True, kw_only=True, tag="answer"):
+    """The whole answer of one choice; `value` is what a user's function made of it, if any did."""
+
+    request_id: str
+    choice: int = 0
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: FinishReason = "stop"
+    stop_reason: str | int | None = None
+    error: str | None = None
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+    stamps: Stamps = Stamps()
+    value: object = None
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return self.request_id, self.choice
+
+    @property
+    def is_last(self) -> bool:
+        return True
+
+
+class Forked(msgspec.Struct, frozen=True, kw_only=True, tag="forked"):
+    """Tells the session that one request became the choices 0 ... num_choices - 1."""
+
+    request_id: str
+    num_choices: int
+
+
+Item: TypeAlias = Request | Prefilled | TokenEvent | Answer
+
+
+def refusal(
+    request: Request, reason: FinishReason, *, now: float, error: str | None = None
+) -> TokenEvent:
+    """The terminal event of a request that ends before an engine took it."""
+    stamps = msgspec.structs.replace(request.stamps, finished_s=now)
+    return TokenEvent(
+        request_id=request.request_id,
+        choice=request.choice,
+        epoch=request.epoch,
+        position=len(request.emitted_token_ids),
+        finish_reason=reason,
+        error=error,
+        num_prompt_tokens=len(request.prompt_token_ids),
+        stamps=stamps,
+    )

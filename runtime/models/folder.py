@@ -1,0 +1,167 @@
+"""A model's folder: found by name, checked before anything is computed, read without torch."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+
+from sagellm.graphs.models import ModelFacts, UnsupportedModel, facts
+from sagellm.graphs.vocabulary import nearest
+from sagellm.runtime.models.hub import HubError, download
+
+_SHIPPED = Path(__file__).parent
+BUILT_IN: dict[str, Path] = {"sage-tiny": _SHIPPED / "sage_tiny"}
+SHARD_INDEX = "model.safetensors.index.json"
+
+NULL_FACTS = ModelFacts(
+    family="null",
+    vocab_size=32000,
+    hidden_size=1024,
+    num_layers=8,
+    num_heads=16,
+    num_kv_heads=4,
+    head_dim=64,
+    max_model_len=8192,
+    dtype="bfloat16",
+    tie_embeddings=True,
+    sliding_window=None,
+    eos_token_ids=(),
+    num_parameters=0,
+)
+
+
+class ModelError(ValueError):
+    """A model that cannot be found or loaded; the message says where, why and what helps."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFolder:
+    """A checked folder. `path` is None for the null model, which has no files.
+
+    `eos_token_ids` end an answer: those of config.json and of generation_config.json.
+    """
+
+    name: str
+    path: Path | None
+    facts: ModelFacts
+    config: Mapping[str, object] = field(default_factory=dict)
+    eos_token_ids: tuple[int, ...] = ()
+
+    @property
+    def hash(self) -> str:
+        """16 hex digits of the config: what makes two engines compute the same function."""
+        encoded = json.dumps(self.config or {"name": self.name}, sort_keys=True).encode()
+        return hashlib.blake2b(encoded, digest_size=8).hexdigest()
+
+    def file(self, name: str) -> Path:
+        """The path of a file that must be there. Raises ModelError."""
+        if self.path is None or not (self.path / name).is_file():
+            raise ModelError(f"model {self.name}: {name} is missing in {self.path}")
+        return self.path / name
+
+
+def resolve_model(name: str) -> ModelFolder:
+    """Find a built-in model, a folder or a Hub id, and check it without reading weights.
+
+    Raises ModelError, UnsupportedModel.
+    """
+    if name == "null":
+        return ModelFolder("null", None, NULL_FACTS)
+    return open_folder(name, _locate(name))
+
+
+def open_folder(name: str, path: Path) -> ModelFolder:
+    """Read and check one folder. Raises ModelError, UnsupportedModel."""
+    config = _read_json(path / "config.json", name)
+    _refuse_remote_code(name, config)
+    model_facts = facts(config)
+    _check_files(name, path)
+    return ModelFolder(name, path, model_facts, config, _eos(name, path, model_facts))
+
+
+def shard_files(name: str, path: Path) -> dict[str, tuple[str, ...]]:
+    """Safetensors file -> the tensors that the index says it holds; () means: read its header."""
+    if not (path / SHARD_INDEX).is_file():
+        return {"model.safetensors": ()}
+    index = _read_json(path / SHARD_INDEX, name)
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelError(f"model {name}: {SHARD_INDEX} has no weight_map; download it again")
+    shards: dict[str, tuple[str, ...]] = {}
+    for tensor, file in weight_map.items():
+        shards[str(file)] = (*shards.get(str(file), ()), str(tensor))
+    return shards
+
+
+def _locate(name: str) -> Path:
+    if name in BUILT_IN:
+        return BUILT_IN[name]
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if _is_path(name):
+        raise ModelError(f"model {name}: there is no such folder")
+    if name.count("/") == 1:
+        return _download(name)
+    close = nearest(name, BUILT_IN)
+    fix = f"did you mean {close}?" if close else f"built in: {', '.join(BUILT_IN)}"
+    raise ModelError(f"model {name!r} is not built in, a folder, or a Hub id (owner/name); {fix}")
+
+
+def _download(name: str) -> Path:
+    try:
+        return download(name)
+    except HubError as error:
+        fix = "check the name and the network, or give a folder"
+        raise ModelError(f"model {name}: {error}; {fix}") from error
+
+
+def _is_path(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
+def _check_files(name: str, path: Path) -> None:
+    """Raise ModelError where weights are pickled, missing, or named outside the folder."""
+    if not (path / SHARD_INDEX).is_file() and not (path / "model.safetensors").is_file():
+        pickled = sorted(file.name for kind in ("*.bin", "*.pt", "*.pth") for file in path.glob(kind))
+        if pickled:
+            raise ModelError(
+                f"model {name}: only pickled weights ({pickled[0]}), which can run any code when "
+                f"read; convert them to safetensors"
+            )
+        raise ModelError(f"model {name}: model.safetensors is missing in {path}")
+    for file in shard_files(name, path):
+        if Path(file).name != file:
+            raise ModelError(f"model {name}: {SHARD_INDEX} names {file!r}, outside its folder")
+        if not (path / file).is_file():
+            raise ModelError(f"model {name}: {SHARD_INDEX} names {file}, which is missing in {path}")
+
+
+def _refuse_remote_code(name: str, config: Mapping[str, object]) -> None:
+    if config.get("auto_map"):
+        raise UnsupportedModel(
+            f"model {name} wants to run code of its own",
+            field="auto_map",
+            fix="remote code never runs; use a model whose architecture is built in",
+        )
+
+
+def _eos(name: str, path: Path, model_facts: ModelFacts) -> tuple[int, ...]:
+    found = dict.fromkeys(model_facts.eos_token_ids)
+    if (path / "generation_config.json").is_file():
+        value = _read_json(path / "generation_config.json", name).get("eos_token_id")
+        ids = value if isinstance(value, list) else [value]
+        found |= dict.fromkeys(token for token in ids if isinstance(token, int))
+    return tuple(found)
+
+
+def _read_json(path: Path, name: str) -> dict[str, object]:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=dict[str, object])
+    except FileNotFoundError:
+        raise ModelError(f"model {name}: {path.name} is missing in {path.parent}") from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ModelError(f"model {name}: {path} is not valid JSON: {error}") from error

@@ -1,0 +1,269 @@
+"""The operator protocol: what an operator is given, and what it may answer."""
+
+import hashlib
+import math
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeAlias, TypeVar
+
+from sagellm.graphs.vocabulary import OpSpec
+from sagellm.runtime.engine.port import Engine, EngineEvent, EngineFacts
+from sagellm.runtime.messages import Forked, Item, TokenEvent
+
+
+@dataclass(frozen=True, slots=True)
+class Credit:
+    """What may be under way towards one replica: requests, prompt tokens, KV blocks."""
+
+    requests: float = math.inf
+    tokens: float = math.inf
+    blocks: float = math.inf
+
+    def __add__(self, other: "Credit") -> "Credit":
+        return Credit(
+            self.requests + other.requests, self.tokens + other.tokens, self.blocks + other.blocks
+        )
+
+    def __sub__(self, other: "Credit") -> "Credit":
+        return Credit(
+            self.requests - other.requests, self.tokens - other.tokens, self.blocks - other.blocks
+        )
+
+    def covers(self, cost: "Credit") -> bool:
+        return (
+            cost.requests <= self.requests
+            and cost.tokens <= self.tokens
+            and cost.blocks <= self.blocks
+        )
+
+
+# ---- what an operator may meet -------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """An item at an inlet."""
+
+    item: Item
+    inlet: str = "in"
+
+
+@dataclass(frozen=True, slots=True)
+class Signal:
+    """Overtakes items, goes to every operator, and may come twice.
+
+    `cancel` and `expire` end a request; `forget` says that its last terminal event has passed.
+    """
+
+    kind: Literal["cancel", "expire", "forget"]
+    request_id: str
+    choice: int | None = None  # None: all choices
+
+    def concerns(self, key: tuple[str, int]) -> bool:
+        return key[0] == self.request_id and self.choice in (None, key[1])
+
+
+@dataclass(frozen=True, slots=True)
+class Feedback:
+    """News from downstream. `sequence` rises by one for each (node, replica, kind)."""
+
+    node: str
+    replica: int
+    sequence: int
+    kind: str  # "load" | "queue" | "credit"
+    value: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """An `Offer` of this operator was accepted downstream."""
+
+    item: Item
+
+
+@dataclass(frozen=True, slots=True)
+class Wake:
+    """The time that the operator asked for by `wake_at` has come."""
+
+
+Input: TypeAlias = Arrival | Signal | Feedback | Taken | Wake
+
+# ---- what it may answer --------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Emit:
+    """Send an item. Where there is no credit for it, the whole input is undone and waits."""
+
+    item: Item
+    outlet: str = "out"
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """Send one of these, the first that downstream has credit for, if any; answered by `Taken`.
+
+    Only an operator that keeps what was not taken (policy_sort) may offer.
+    """
+
+    items: tuple[Item, ...]
+    outlet: str = "out"
+
+
+@dataclass(frozen=True, slots=True)
+class Terminate:
+    """Send the last event of a request over the implicit `terminal` outlet to the sink."""
+
+    event: TokenEvent
+
+
+@dataclass(frozen=True, slots=True)
+class Announce:
+    """Tell the session that a request became several choices; sent before the first of them."""
+
+    forked: Forked
+
+
+@dataclass(frozen=True, slots=True)
+class Tell:
+    """Send feedback upstream."""
+
+    kind: str
+    value: Any
+
+
+Output: TypeAlias = Emit | Offer | Terminate | Announce | Tell
+
+S = TypeVar("S")
+
+
+class Step(NamedTuple, Generic[S]):
+    """The answer of a logic operator: its next state, what it sends, when to wake it."""
+
+    state: S
+    outputs: tuple[Output, ...] = ()
+    wake_at: float | None = None
+
+
+class Draw:
+    """A random source that is a pure function of (seed, node, number of the input)."""
+
+    __slots__ = ("_count", "_key")
+
+    def __init__(self, seed: int, node: str, number: int) -> None:
+        self._key = f"{seed}/{node}/{number}".encode()
+        self._count = 0
+
+    def random(self) -> float:
+        """Uniform in [0, 1)."""
+        self._count += 1
+        salt = self._count.to_bytes(8, "little")
+        digest = hashlib.blake2b(self._key, digest_size=8, salt=salt).digest()
+        return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
+
+    def below(self, bound: int) -> int:
+        """Uniform in 0 ... bound - 1."""
+        return int(self.random() * bound)
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A replicated operator downstream, over which a router chooses."""
+
+    node: str
+    num_replicas: int
+    engine: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What an operator is built with: its place in the graph, and functions it may call."""
+
+    name: str
+    targets: tuple[Target, ...] = ()  # downstream, until the next router
+    functions: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    encode: Callable[[str], tuple[int, ...]] | None = None  # text -> ids, of the graph's model
+    seed: int = 0
+
+
+class Logic(Protocol[S]):
+    """A pure operator: no I/O, no clock, no task. Equal inputs give equal answers."""
+
+    @property
+    def initial(self) -> S: ...
+
+    def on(self, state: S, happened: Input, now: float, draw: Draw) -> Step[S]: ...
+
+
+class Context(Protocol):
+    """What the executor lends a service operator. `replica` is its own number."""
+
+    name: str
+    replica: int
+
+    @property
+    def engine(self) -> Engine:
+        """The engine that the option `engine` names, of this operator's replica."""
+
+    def engine_of(self, node: str, replica: int) -> Engine:
+        """The engine of another operator."""
+
+    def engine_named(self, name: str, replica: int) -> Engine: ...
+
+    def now(self) -> float: ...
+
+    async def emit(self, item: Item, outlet: str = "out") -> None:
+        """Send an item, waiting for credit."""
+
+    async def emit_batch(self, items: "tuple[Item, ...]", outlet: str = "out") -> None:
+        """Send items that belong together (the events of one engine step) as one message."""
+
+    async def terminate(self, event: TokenEvent) -> None:
+        """Send a last event to the sink."""
+
+    def tell(self, kind: str, value: Any) -> None:
+        """Send feedback upstream."""
+
+    def release(self, key: tuple[str, int]) -> None:
+        """Return the credit of an item that this operator took: it no longer holds it."""
+
+
+class Service(Protocol):
+    """An operator that owns something outside: an engine, a socket, a user's async function.
+
+    The executor calls `on_item` in up to `concurrency` tasks. A cancel signal cancels the call
+    that holds the request; the executor then emits the terminal event itself, and calls
+    `on_signal` in any case, for what the operator left elsewhere (in its engine).
+    `holds` says that the credit of an item is kept after `on_item` returns, until `release`.
+    """
+
+    concurrency: int
+    holds: bool
+
+    def capacity(self, facts: EngineFacts | None) -> Credit:
+        """What one replica takes before it returns credit; `facts` are its engine's, if any."""
+
+    async def on_item(self, ctx: Context, item: Item) -> None: ...
+
+    async def on_events(self, ctx: Context, events: tuple[EngineEvent, ...]) -> None:
+        """Events of the engine for this operator; called only where the spec has an engine."""
+
+    def on_signal(self, ctx: Context, signal: Signal) -> None: ...
+
+    def discard(self, ctx: Context, item: Item) -> None:
+        """The item was ended before it was taken: free what it holds."""
+
+
+Build: TypeAlias = Callable[[Any, Setup], "Logic[Any] | Service"]
+
+
+@dataclass(frozen=True, slots=True)
+class OperatorModule:
+    """One operator file as the resolver found it: its spec and how to build it from options."""
+
+    spec: OpSpec
+    build: Build
+
+
+Facts: TypeAlias = Mapping[str, EngineFacts]
+AsyncFunction: TypeAlias = Callable[..., Awaitable[Any]]

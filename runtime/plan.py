@@ -1,0 +1,96 @@
+"""A plan: the operators of a checked stream graph, built and wired, for any executor."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from sagellm.graphs.ir import SINK, SOURCE, Graph, Node
+from sagellm.graphs.vocabulary import Vocabulary
+from sagellm.runtime.engine.port import Engine
+from sagellm.runtime.operator import Logic, Service, Setup, Target
+from sagellm.runtime.options import read_options
+from sagellm.runtime.resolver import Resolver
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What an executor runs. `engines` maps an engine's name to its replicas."""
+
+    graph: Graph
+    logic: Mapping[str, Logic[Any]]
+    services: Mapping[str, Service]
+    replicas: Mapping[str, int]
+    engines: Mapping[str, tuple[Engine, ...]] = field(default_factory=dict)
+    seed: int = 0
+
+    def engine_name(self, node: str) -> str | None:
+        name = self.graph.node(node).attrs.get("engine")
+        return name if isinstance(name, str) else None
+
+    def ancestors(self, node: str) -> tuple[str, ...]:
+        """The nodes upstream of `node`, nearest first."""
+        found: dict[str, None] = {}
+        level = [node]
+        for name in level:
+            for edge in self.graph.inputs(name):
+                if edge.source not in found and edge.source not in (SOURCE, node):
+                    found[edge.source] = None
+                    level.append(edge.source)
+        return tuple(found)
+
+
+def plan(
+    graph: Graph,
+    resolver: Resolver,
+    engines: Mapping[str, tuple[Engine, ...]],
+    *,
+    functions: Mapping[str, Callable[..., Any]] | None = None,
+    encode: Callable[[str], tuple[int, ...]] | None = None,
+    seed: int = 0,
+) -> Plan:
+    """Build the operators of a graph that `check` has passed."""
+    logic: dict[str, Logic[Any]] = {}
+    services: dict[str, Service] = {}
+    replicas = {node.name: _num_replicas(node, engines) for node in graph.nodes}
+    for node in graph.nodes:
+        module = resolver.operator(node.op)
+        setup = Setup(
+            name=node.name,
+            targets=_targets(graph, node, resolver.vocabulary, replicas),
+            functions=functions or {},
+            encode=encode,
+            seed=seed,
+        )
+        operator = module.build(read_options(module.spec.options, node.attrs), setup)
+        if hasattr(operator, "on_item"):
+            services[node.name] = operator
+        else:
+            logic[node.name] = operator
+    return Plan(graph, logic, services, replicas, engines, seed)
+
+
+def _num_replicas(node: Node, engines: Mapping[str, tuple[Engine, ...]]) -> int:
+    name = node.attrs.get("engine")
+    return len(engines[name]) if isinstance(name, str) and name in engines else 1
+
+
+def _targets(
+    graph: Graph, node: Node, vocabulary: Vocabulary, replicas: Mapping[str, int]
+) -> tuple[Target, ...]:
+    """Engine operators downstream, as far as the next operator of the same op."""
+    found: dict[str, Target] = {}
+    level = [node.name]
+    seen = {node.name}
+    for name in level:
+        for edge in graph.outputs(name):
+            if edge.target == SINK or edge.target in seen or edge.feedback:
+                continue
+            seen.add(edge.target)
+            after = graph.node(edge.target)
+            if after.op == node.op:
+                continue
+            if vocabulary[after.op].engine:
+                engine = str(after.attrs.get("engine", ""))
+                found[after.name] = Target(after.name, replicas[after.name], engine)
+            level.append(edge.target)
+    return tuple(found.values())

@@ -1,0 +1,134 @@
+"""A user's function inside a graph: how it is found, and what becomes of what it raises."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from sagellm.graphs.vocabulary import nearest
+from sagellm.runtime.messages import Answer, FinishReason, Item, Prefilled, Request, TokenEvent
+from sagellm.runtime.operator import Setup
+
+
+@dataclass(frozen=True, slots=True)
+class UserFunction:
+    """A function that an operator calls; `symbol` is its name in the graph."""
+
+    operator: str
+    symbol: str
+    call: Callable[..., Any]
+
+    @property
+    def is_async(self) -> bool:
+        is_async = inspect.iscoroutinefunction
+        return is_async(self.call) or is_async(getattr(self.call, "__call__", None))  # noqa: B004
+
+    def explain(self, error: Exception) -> str:
+        """Names operator, function and type of the error; not its text, which may be private."""
+        return f"{self.operator}: the function {self.symbol} raised {type(error).__name__}"
+
+
+def find_function(setup: Setup, symbol: str) -> UserFunction:
+    """The registered function of that name. Raises ValueError."""
+    if symbol not in setup.functions:
+        close = nearest(symbol, list(setup.functions))
+        hint = f"did you mean {close}?" if close else "register it before the graph opens"
+        raise ValueError(f"{setup.name}: unknown function {symbol!r}: {hint}")
+    return UserFunction(setup.name, symbol, setup.functions[symbol])
+
+
+def find_plain_function(setup: Setup, symbol: str) -> UserFunction:
+    """As `find_function`, for an operator that cannot wait. Raises ValueError if it is async."""
+    function = find_function(setup, symbol)
+    if function.is_async:
+        raise ValueError(
+            f"{setup.name}: {symbol} is async, which only map can call: "
+            "make it a plain function, or put a map with it before this operator"
+        )
+    return function
+
+
+def ending(item: Item, reason: FinishReason, *, now: float, error: str | None = None) -> TokenEvent:
+    """The last event of the choice that `item` belongs to, where it ends here."""
+    if isinstance(item, Prefilled):
+        item = item.first
+    emitted = item.emitted_token_ids if isinstance(item, Request) else item.token_ids
+    start = item.position if isinstance(item, TokenEvent) else 0
+    known = len(item.prompt_token_ids) if isinstance(item, Request) else item.num_prompt_tokens
+    return TokenEvent(
+        request_id=item.request_id,
+        choice=item.choice,
+        epoch=0 if isinstance(item, Answer) else item.epoch,
+        position=start + len(emitted),
+        finish_reason=reason,
+        error=error,
+        num_prompt_tokens=known,
+        num_cached_tokens=item.num_cached_tokens,
+        stamps=msgspec.structs.replace(item.stamps, finished_s=now),
+    )
+
+
+def rewritten(item: Item, result: object, encode: Callable[[str], tuple[int, ...]] | None) -> Item:
+    """What an item becomes where a user's function returned `result` for it.
+
+    Its identity stays, and so does the end of a sequence. Raises TypeError for a result of another
+    kind than the item.
+    """
+    if isinstance(item, Request):
+        return _rewritten_request(item, result, encode)
+    if isinstance(item, TokenEvent):
+        return _rewritten_event(item, result)
+    if isinstance(item, Answer):
+        return _rewritten_answer(item, result)
+    raise TypeError(f"a user's function does not take a {type(item).__name__}")
+
+
+def _rewritten_request(
+    item: Request, result: object, encode: Callable[[str], tuple[int, ...]] | None
+) -> Request:
+    """Where the prompt changed and its tokens did not, they are made anew."""
+    if isinstance(result, str):
+        result = msgspec.structs.replace(item, prompt=result)
+    if not isinstance(result, Request):
+        raise TypeError(f"expected a prompt or a Request, got {type(result).__name__}")
+    ids, cached = result.prompt_token_ids, result.num_cached_tokens
+    if result.prompt != item.prompt and ids == item.prompt_token_ids:
+        ids, cached = (encode(result.prompt) if encode else ()), 0
+    return msgspec.structs.replace(
+        result,
+        request_id=item.request_id,
+        choice=item.choice,
+        epoch=item.epoch,
+        prompt_token_ids=ids,
+        num_cached_tokens=cached,
+        sampling=msgspec.structs.replace(result.sampling, n=item.sampling.n),
+        stamps=item.stamps,
+    )
+
+
+def _rewritten_event(item: TokenEvent, result: object) -> TokenEvent:
+    if isinstance(result, str):
+        return msgspec.structs.replace(item, text=result)
+    if not isinstance(result, TokenEvent):
+        raise TypeError(f"expected a text or a TokenEvent, got {type(result).__name__}")
+    return msgspec.structs.replace(
+        result,
+        request_id=item.request_id,
+        choice=item.choice,
+        epoch=item.epoch,
+        position=item.position,
+        finish_reason=item.finish_reason,
+        stamps=item.stamps,
+    )
+
+
+def _rewritten_answer(item: Answer, result: object) -> Answer:
+    if isinstance(result, str):
+        return msgspec.structs.replace(item, text=result, value=result)
+    if not isinstance(result, Answer):
+        return msgspec.structs.replace(item, value=result)
+    return msgspec.structs.replace(
+        result, request_id=item.request_id, choice=item.choice, stamps=item.stamps
+    )

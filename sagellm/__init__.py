@@ -1,0 +1,30 @@
+"""sagellm: serve large language models as a dataflow."""
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+# Names are handed on when first asked for, so that `import sagellm.graphs` loads floor 0 alone.
+_NAMES = {
+    "Graph": "sagellm.builder",
+    "Sampling": "sagellm.runtime.messages",
+    "Request": "sagellm.runtime.messages",
+    "TokenEvent": "sagellm.runtime.messages",
+    "Answer": "sagellm.runtime.messages",
+    "register_operator": "sagellm.builder",
+    "register_policy": "sagellm.operators.policies",
+    "GraphError": "sagellm.graphs.diagnostics",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "ops":
+        return importlib.import_module("sagellm.ops")
+    if name in _NAMES:
+        return getattr(importlib.import_module(_NAMES[name]), name)
+    raise AttributeError(f"module 'sagellm' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*_NAMES, "ops", "__version__"]

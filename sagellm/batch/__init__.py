@@ -1,0 +1,1 @@
+"""Answering a file of prompts: JSON lines in, JSON lines out, resumable."""

@@ -1,0 +1,237 @@
+"""What one input line may say: its schema, and the Ask that it becomes."""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, TypeAlias
+
+import msgspec
+from msgspec import UNSET, Meta, UnsetType
+
+from sagellm.graphs.vocabulary import nearest
+from sagellm.runtime.messages import PRIORITIES, Sampling
+
+Id: TypeAlias = str | int
+Prompt: TypeAlias = str | list[int] | list[dict[str, str]]
+Priority: TypeAlias = int | str
+
+
+class Part(msgspec.Struct, forbid_unknown_fields=True):
+    """A piece of a message; only text is served."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(msgspec.Struct, forbid_unknown_fields=True):
+    """One turn of a conversation."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str | list[Part]
+
+    @property
+    def plain(self) -> dict[str, str]:
+        text = self.content
+        whole = text if isinstance(text, str) else "".join(part.text for part in text)
+        return {"role": self.role, "content": whole}
+
+
+class Fields(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """What both kinds of line may say: the prompt, and how to draw. The session has the ranges."""
+
+    prompt: str | list[int] | UnsetType = UNSET
+    messages: Annotated[list[Message], Meta(min_length=1)] | UnsetType = UNSET
+    max_tokens: int | UnsetType = UNSET
+    min_tokens: int | UnsetType = UNSET
+    temperature: float | UnsetType = UNSET
+    top_k: int | UnsetType = UNSET
+    top_p: float | UnsetType = UNSET
+    min_p: float | UnsetType = UNSET
+    repetition_penalty: float | UnsetType = UNSET
+    presence_penalty: float | UnsetType = UNSET
+    frequency_penalty: float | UnsetType = UNSET
+    logit_bias: dict[int, float] | UnsetType | None = UNSET
+    seed: int | UnsetType | None = UNSET
+    stop: str | list[str] | UnsetType | None = UNSET
+    stop_token_ids: list[int] | UnsetType = UNSET
+    include_stop_str_in_output: bool | UnsetType = UNSET
+    skip_special_tokens: bool | UnsetType = UNSET
+    ignore_eos: bool | UnsetType = UNSET
+    n: int | UnsetType = UNSET
+    priority: Priority | UnsetType = UNSET
+
+
+class OwnLine(Fields, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """A line of ours: the fields themselves."""
+
+    id: Id | UnsetType = UNSET
+    logprobs: int | UnsetType | None = UNSET
+    user_id: str | UnsetType = UNSET
+    slo_ttft_s: float | UnsetType = UNSET
+    slo_tpot_s: float | UnsetType = UNSET
+    cost_budget: float | UnsetType = UNSET
+
+
+class Body(Fields, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """The body of an OpenAI request. `model` is read and not obeyed: the graph names the model."""
+
+    model: str | UnsetType = UNSET
+    max_completion_tokens: int | UnsetType = UNSET
+    logprobs: bool | int | UnsetType | None = UNSET
+    top_logprobs: int | UnsetType | None = UNSET
+    user: str | UnsetType = UNSET
+    stream: Literal[False] | UnsetType = UNSET
+
+
+class BatchLine(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """A line of an OpenAI batch file."""
+
+    custom_id: str
+    body: Body
+    method: Literal["POST"] = "POST"
+    url: Literal["/v1/chat/completions", "/v1/completions"] | UnsetType = UNSET
+
+
+class LineError(ValueError):
+    """An input line that cannot be asked. `id` is its own where it could be read."""
+
+    def __init__(self, number: int, message: str, id: Id | None = None) -> None:
+        self.number = number
+        self.id: Id = number if id is None else id
+        super().__init__(f"line {number}: {message}")
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One line, understood: whom to answer (`id`), what, and how. `fields` are the request's."""
+
+    id: Id
+    number: int
+    prompt: Prompt
+    sampling: Sampling
+    fields: dict[str, Any] = field(default_factory=dict)
+
+
+def parse(number: int, raw: bytes, defaults: Sampling, given: frozenset[str] = frozenset()) -> Ask:
+    """Read one line. What it does not say comes from `defaults`; raises LineError.
+
+    `given` names the defaults that the user chose: they also go before OpenAI's own default
+    temperature of 1, which otherwise holds for lines with a `body`.
+    """
+    plain = _decode(number, raw)
+    own_id = _id_of(plain)
+    try:
+        if "body" in plain or "custom_id" in plain:
+            return _batch_ask(number, plain, defaults, given)
+        return _own_ask(number, _convert(plain, OwnLine), defaults)
+    except (ValueError, RecursionError) as error:
+        raise LineError(number, str(error), own_id) from None
+
+
+def _decode(number: int, raw: bytes) -> dict[str, Any]:
+    try:
+        plain = msgspec.json.decode(raw)
+    except (ValueError, RecursionError) as error:
+        raise LineError(number, str(error)) from None
+    if not isinstance(plain, dict):
+        raise LineError(number, "expected an object: {...}")
+    return plain
+
+
+def _id_of(plain: dict[str, Any]) -> Id | None:
+    found = plain.get("custom_id", plain.get("id"))
+    return found if isinstance(found, str | int) and not isinstance(found, bool) else None
+
+
+def _convert(plain: Any, schema: type[Any], where: str = "") -> Any:
+    """Check `plain` against a schema. Raises ValueError; an unknown field gets its nearest name."""
+    known: tuple[str, ...] = schema.__struct_fields__
+    for name in plain if isinstance(plain, dict) else ():
+        if name not in known:
+            close = nearest(name, known)
+            hint = f"did you mean `{close}`?" if close else f"known are {', '.join(known)}"
+            raise ValueError(f"unknown field `{where}{name}`; {hint}")
+    return msgspec.convert(plain, schema, str_keys=True)
+
+
+def _own_ask(number: int, line: OwnLine, defaults: Sampling) -> Ask:
+    said = _sampling(line)
+    return Ask(
+        id=number if line.id is UNSET else line.id,
+        number=number,
+        prompt=_prompt(line),
+        sampling=msgspec.structs.replace(defaults, **said, **_given(line, ("logprobs",))),
+        fields=_request(line, ("user_id", "slo_ttft_s", "slo_tpot_s", "cost_budget")),
+    )
+
+
+def _batch_ask(
+    number: int, plain: dict[str, Any], defaults: Sampling, given: frozenset[str]
+) -> Ask:
+    if "body" in plain:
+        _convert(plain["body"], Body, "body.")
+    line: BatchLine = _convert(plain, BatchLine)
+    body = line.body
+    _check_url(line)
+    said = ({} if "temperature" in given else {"temperature": 1.0}) | _sampling(body)
+    if body.max_completion_tokens is not UNSET:
+        said["max_tokens"] = body.max_completion_tokens
+    user = {} if body.user is UNSET else {"user_id": body.user}
+    return Ask(
+        id=line.custom_id,
+        number=number,
+        prompt=_prompt(body),
+        sampling=msgspec.structs.replace(defaults, **said, logprobs=_num_logprobs(body)),
+        fields=_request(body, ()) | user,
+    )
+
+
+def _check_url(line: BatchLine) -> None:
+    wanted = "/v1/completions" if line.body.messages is UNSET else "/v1/chat/completions"
+    if line.url is not UNSET and line.url != wanted:
+        raise ValueError(f"a body for {wanted} under the url {line.url}")
+
+
+def _num_logprobs(body: Body) -> int | None:
+    """Chat says `logprobs: true, top_logprobs: k`; completions say `logprobs: k`."""
+    if body.logprobs is UNSET or body.logprobs is None or body.logprobs is False:
+        return None
+    if body.logprobs is True:
+        return body.top_logprobs if isinstance(body.top_logprobs, int) else 0
+    return body.logprobs
+
+
+def _prompt(line: Fields) -> Prompt:
+    if (line.prompt is UNSET) == (line.messages is UNSET):
+        raise ValueError("give either `prompt` or `messages`")
+    if line.messages is not UNSET:
+        return [message.plain for message in line.messages]
+    if not line.prompt:
+        raise ValueError("`prompt` is empty")
+    return line.prompt
+
+
+def _given(line: msgspec.Struct, names: tuple[str, ...]) -> dict[str, Any]:
+    return {name: value for name in names if (value := getattr(line, name)) is not UNSET}
+
+
+def _sampling(line: Fields) -> dict[str, Any]:
+    """The fields of Sampling that the line says, null meaning unsaid."""
+    shared = tuple(name for name in Sampling.__struct_fields__ if name in Fields.__struct_fields__)
+    said = {name: value for name, value in _given(line, shared).items() if value is not None}
+    if "stop" in said:
+        said["stop"] = (said["stop"],) if isinstance(said["stop"], str) else tuple(said["stop"])
+    if "stop_token_ids" in said:
+        said["stop_token_ids"] = tuple(said["stop_token_ids"])
+    return said
+
+
+def _request(line: Fields, names: tuple[str, ...]) -> dict[str, Any]:
+    fields = _given(line, (*names, "priority"))
+    if isinstance(fields.get("priority"), str):
+        fields["priority"] = _priority(fields["priority"])
+    return fields
+
+
+def _priority(name: str) -> int:
+    if name not in PRIORITIES:
+        raise ValueError(f"unknown priority `{name}`; known are {', '.join(PRIORITIES)}")
+    return PRIORITIES[name]

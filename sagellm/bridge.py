@@ -1,0 +1,215 @@
+"""A session used from asyncio or from plain threads: trio runs in a thread of its own."""
+
+import asyncio
+import queue
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Future
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, ExitStack
+from typing import Any, Generic, TypeVar
+
+from anyio import to_thread
+from anyio.from_thread import BlockingPortal, start_blocking_portal
+
+from sagellm.runtime.messages import Answer
+from sagellm.session import Output, Prompt, Session
+from sagellm.statistics import Statistics
+
+Open = Callable[[], AbstractAsyncContextManager[Session]]
+T = TypeVar("T")
+
+
+class _End:
+    """Behind the last item of a stream; with the error that ended it, if one did."""
+
+    def __init__(self, error: BaseException | None) -> None:
+        self.error = error
+
+
+class _Thread:
+    """A trio thread that holds one open session."""
+
+    def __init__(self, open_session: Open) -> None:
+        self._open = open_session
+        self._stack = ExitStack()
+        self.portal: BlockingPortal
+        self.session: Session
+
+    def open(self) -> None:
+        with ExitStack() as stack:
+            self.portal = stack.enter_context(start_blocking_portal(backend="trio"))
+            manager: AbstractContextManager[Session] = self.portal.wrap_async_context_manager(
+                self._open()
+            )
+            self.session = stack.enter_context(manager)
+            self._stack = stack.pop_all()
+
+    def close(self, *error: Any) -> None:
+        self._stack.__exit__(*error or (None, None, None))
+
+    def start(
+        self, put: Callable[[Any], None], prompt: Prompt, fields: dict[str, Any]
+    ) -> "Future[None]":
+        """Stream one request into `put`, which is called in the trio thread and must not wait."""
+
+        async def pump() -> None:
+            async with self.session.stream(prompt, **fields) as stream:
+                async for item in stream:
+                    put(item)
+
+        future = self.portal.start_task_soon(pump)
+        future.add_done_callback(lambda done: put(_End(_error_of(done))))
+        return future
+
+    def call(self, function: Callable[..., Awaitable[T]], *args: Any, **kwargs: Any) -> "Future[T]":
+        async def run() -> T:
+            return await function(*args, **kwargs)
+
+        return self.portal.start_task_soon(run)
+
+
+def _error_of(done: "Future[None]") -> BaseException | None:
+    return None if done.cancelled() else done.exception()
+
+
+class _Items(Generic[T]):
+    """What both kinds of stream share: the end, and cancelling what is unfinished."""
+
+    _future: "Future[None] | None" = None
+
+    def _close(self) -> None:
+        if self._future is not None:
+            self._future.cancel()
+
+    @staticmethod
+    def _is_end(item: object) -> bool:
+        if isinstance(item, _End) and item.error is not None:
+            raise item.error
+        return isinstance(item, _End)
+
+
+class BlockingStream(_Items[Output]):
+    """The tokens of one request for a plain thread: an iterator and a context manager."""
+
+    def __init__(self, thread: _Thread, prompt: Prompt, fields: dict[str, Any]) -> None:
+        self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._future = thread.start(self._queue.put, prompt, fields)
+
+    def __enter__(self) -> "BlockingStream":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+
+    def __iter__(self) -> "BlockingStream":
+        return self
+
+    def __next__(self) -> Output:
+        item = self._queue.get()
+        if self._is_end(item):
+            raise StopIteration
+        output: Output = item
+        return output
+
+
+class BlockingSession:
+    """An open graph, for plain threads; any number of them may use it at once."""
+
+    def __init__(self, thread: _Thread) -> None:
+        self._thread = thread
+
+    def stream(self, prompt: Prompt, **fields: Any) -> BlockingStream:
+        """As `Session.stream`; the request starts at once."""
+        return BlockingStream(self._thread, prompt, fields)
+
+    def generate(self, prompt: Prompt, **fields: Any) -> Answer:
+        return self._thread.call(self._thread.session.generate, prompt, **fields).result()
+
+    def generate_all(self, prompt: Prompt, **fields: Any) -> list[Answer]:
+        return self._thread.call(self._thread.session.generate_all, prompt, **fields).result()
+
+    def cancel(self, request_id: str) -> None:
+        self._thread.portal.call(self._thread.session.cancel, request_id)
+
+    def statistics(self) -> Statistics:
+        return self._thread.portal.call(self._thread.session.statistics)
+
+
+class AsyncioStream(_Items[Output]):
+    """The tokens of one request for an asyncio task."""
+
+    def __init__(self, thread: _Thread, prompt: Prompt, fields: dict[str, Any]) -> None:
+        loop = asyncio.get_running_loop()
+        self._queue: asyncio.Queue[Any] = asyncio.Queue()
+
+        def put(item: object) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(self._queue.put_nowait, item)
+
+        self._future = thread.start(put, prompt, fields)
+
+    async def __aenter__(self) -> "AsyncioStream":
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        self._close()
+
+    def __aiter__(self) -> "AsyncioStream":
+        return self
+
+    async def __anext__(self) -> Output:
+        item = await self._queue.get()
+        if self._is_end(item):
+            raise StopAsyncIteration
+        output: Output = item
+        return output
+
+
+class AsyncioSession:
+    """An open graph, for asyncio tasks of one loop."""
+
+    def __init__(self, thread: _Thread) -> None:
+        self._thread = thread
+
+    def stream(self, prompt: Prompt, **fields: Any) -> AsyncioStream:
+        """As `Session.stream`; the request starts at once."""
+        return AsyncioStream(self._thread, prompt, fields)
+
+    async def generate(self, prompt: Prompt, **fields: Any) -> Answer:
+        return await asyncio.wrap_future(
+            self._thread.call(self._thread.session.generate, prompt, **fields)
+        )
+
+    async def generate_all(self, prompt: Prompt, **fields: Any) -> list[Answer]:
+        return await asyncio.wrap_future(
+            self._thread.call(self._thread.session.generate_all, prompt, **fields)
+        )
+
+    def cancel(self, request_id: str) -> None:
+        self._thread.portal.start_task_soon(self._thread.session.cancel, request_id)
+
+    def statistics(self) -> Statistics:
+        return self._thread.portal.call(self._thread.session.statistics)
+
+
+class Bridge:
+    """Opens a session in a trio thread, for callers outside trio."""
+
+    def __init__(self, open_session: Open) -> None:
+        self._thread = _Thread(open_session)
+
+    def open_blocking(self) -> BlockingSession:
+        self._thread.open()
+        return BlockingSession(self._thread)
+
+    async def open_asyncio(self) -> AsyncioSession:
+        await to_thread.run_sync(self._thread.open)
+        return AsyncioSession(self._thread)
+
+    def close_blocking(self, *error: Any) -> None:
+        self._thread.close(*error)
+
+    async def close_asyncio(self, *error: Any) -> None:
+        await to_thread.run_sync(lambda: self._thread.close(*error))

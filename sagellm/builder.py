@@ -1,0 +1,213 @@
+"""The DSL: `Graph("pd") >> ops.admission() >> ...` builds the frozen IR graph, and opens it."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Union
+
+from sagellm import graphs
+from sagellm.graphs.ir import SINK, SOURCE, Edge, FrozenMap, Node, freeze
+from sagellm.graphs.ir import Graph as FrozenGraph
+from sagellm.graphs.text import yaml
+from sagellm.graphs.text.yaml import Document
+from sagellm.graphs.vocabulary import OpSpec, nearest
+from sagellm.opening import OpenGraph
+from sagellm.runtime.resolver import Resolver
+
+RESOLVER = Resolver()
+register_operator = RESOLVER.register
+
+
+@dataclass(eq=False)
+class Operator:
+    """One operator of a graph under construction; `>>` connects its outlet `out`."""
+
+    spec: OpSpec
+    options: dict[str, Any]
+    name: str = ""
+    functions: dict[str, Callable[..., Any]] = field(default_factory=dict)
+    graph: "Graph | None" = None
+
+    def named(self, name: str) -> "Operator":
+        """The same operator under a name of your own; else it is called after its op."""
+        self.name = name
+        return self
+
+    def outlet(self, name: str) -> "Outlet":
+        """One of several outlets: `split.outlet("joint") >> ops.generate(engine="d")`."""
+        if self.spec.outlet(name) is None:
+            known = tuple(port.name for port in self.spec.outlets)
+            close = nearest(name, known) or known[0]
+            raise ValueError(f"{self.spec.name} has no outlet {name!r}; did you mean {close!r}?")
+        return Outlet(self, name)
+
+    def __rshift__(self, after: "Operator") -> "Operator":
+        return Outlet(self, "out") >> after
+
+
+@dataclass(frozen=True)
+class Outlet:
+    """An outlet to connect from."""
+
+    operator: Operator
+    name: str
+
+    def __rshift__(self, after: Operator) -> Operator:
+        graph = self.operator.graph
+        if graph is None:
+            raise ValueError(f"{self.operator.spec.name} is in no graph yet; begin with Graph(...)")
+        graph.connect(self.operator, self.name, after)
+        return after
+
+
+Chain = Union["Graph", Operator]
+
+
+class Graph:
+    """A stream graph: built with `>>`, loaded from YAML, or wrapped around an IR graph.
+
+    `Graph("pd") >> a >> b` starts at `source`; an operator whose outlet `out` leads nowhere
+    leads to `sink`.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.functions: dict[str, Callable[..., Any]] = {}
+        self._engines: dict[str, dict[str, Any]] = {}
+        self._operators: list[Operator] = []
+        self._edges: list[Edge] = []
+        self._tail: Operator | None = None
+        self._document: Document | None = None
+
+    @classmethod
+    def load(
+        cls, path: str | Path, functions: Mapping[str, Callable[..., Any]] | None = None
+    ) -> "Graph":
+        """Read a YAML file, or a shipped graph by its name. Raises GraphError."""
+        document = yaml.load_file(shipped(path))
+        graph = cls(document.graph.name)
+        graph._document = document
+        graph.functions.update(functions or {})
+        return graph
+
+    def engine(self, name: str, **options: Any) -> "Graph":
+        """Add an engine: `graph.engine("p", model="sage-tiny", replicas=2)`."""
+        self._engines[name] = options
+        return self
+
+    def __rshift__(self, after: Operator) -> "Graph":
+        """Append to the chain that begins at `source`."""
+        if self._tail is None:
+            self.connect(None, "out", after)
+        else:
+            self.connect(self._tail, "out", after)
+        self._tail = after
+        return self
+
+    def connect(self, before: Operator | None, outlet: str, after: Operator) -> None:
+        """Add an edge, and `after` where it is new. `before` None is `source`."""
+        self._adopt(after)
+        self._edges.append(Edge(before.name if before else SOURCE, after.name, outlet))
+
+    @property
+    def ir(self) -> FrozenGraph:
+        """The frozen graph."""
+        if self._document is not None:
+            return self._document.graph
+        attrs = {"engines": self._engines, "executor": {"kind": "tasks"}}
+        frozen = freeze(attrs)
+        assert isinstance(frozen, FrozenMap)
+        nodes = tuple(
+            Node(operator.name, operator.spec.name, FrozenMap()).with_attrs(
+                **operator.options
+            )
+            for operator in self._operators
+        )
+        return FrozenGraph(self.name, "stream", nodes, self._all_edges(), frozen)
+
+    @property
+    def document(self) -> Document:
+        """The graph with the source positions that it was read with, if any."""
+        return self._document or Document(self.ir, {})
+
+    def open(
+        self,
+        *,
+        set: Mapping[str, Any] | None = None,
+        model: str | None = None,
+        seed: int = 0,
+    ) -> OpenGraph:
+        """Open the graph: `async with` under trio or asyncio, `with` in a plain thread.
+
+        `set` overrides options (`{"split.min_uncached_tokens": 8}`), `model` replaces the model of
+        every engine. Raises GraphError before any model is loaded.
+        """
+        return OpenGraph(
+            self.document,
+            resolver=RESOLVER,
+            functions=self.functions,
+            overrides=dict(set or {}),
+            model=model,
+            seed=seed,
+        )
+
+    def _adopt(self, operator: Operator) -> None:
+        if operator.graph is self:
+            return
+        if operator.graph is not None:
+            raise ValueError(f"{operator.name} belongs to graph {operator.graph.name!r} already")
+        operator.graph = self
+        operator.name = self._free_name(operator)
+        self._operators.append(operator)
+        self.functions.update(operator.functions)
+
+    def _free_name(self, operator: Operator) -> str:
+        taken = {other.name for other in self._operators}
+        name = operator.name or operator.spec.name
+        if operator.name and name in taken:
+            raise ValueError(f"two operators are named {name!r}; choose another name")
+        number = 2
+        while name in taken:
+            name = f"{operator.spec.name}_{number}"
+            number += 1
+        return name
+
+    def _all_edges(self) -> tuple[Edge, ...]:
+        left = {(edge.source, edge.outlet) for edge in self._edges}
+        ends = [
+            Edge(operator.name, SINK)
+            for operator in self._operators
+            if operator.spec.outlet("out") and (operator.name, "out") not in left
+        ]
+        return (*self._edges, *ends)
+
+
+def operator(op: str, *args: Any, **options: Any) -> Operator:
+    """An operator of the vocabulary; the first positional value is its first option.
+
+    A function is given as it is: it is registered under its qualified name.
+    """
+    spec = RESOLVER.operator(op).spec
+    names = [option.name for option in fields(spec.options)]
+    if len(args) > len(names):
+        raise TypeError(f"{op} takes {len(names)} options at the most")
+    given = {**dict(zip(names, args, strict=False)), **options}
+    for name in given:
+        if name not in names:
+            raise TypeError(f"{op} has no option {name!r}; did you mean {nearest(name, names)!r}?")
+    functions = {}
+    for name, value in given.items():
+        if callable(value):
+            symbol = f"{value.__module__}.{value.__qualname__}"
+            functions[symbol] = value
+            given[name] = symbol
+    return Operator(spec, given, functions=functions)
+
+
+def shipped(path: str | Path) -> Path:
+    """A file as it is given, or else the shipped graph of that name (`pd`, `graphs/pd.yaml`)."""
+    given = Path(path)
+    if given.exists():
+        return given
+    packaged = Path(graphs.__file__).parent / f"{given.stem}.yaml"
+    return packaged if packaged.exists() else given

@@ -1,0 +1,83 @@
+"""Checks a graph against this machine and its models' configs; no weight is read."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import psutil
+
+from sagellm.graphs.check import EngineFactsView, Facts, check, locate
+from sagellm.graphs.diagnostics import Diagnostic, GraphError
+from sagellm.graphs.ir import FrozenMap, Graph, Value
+from sagellm.graphs.models import UnsupportedModel
+from sagellm.graphs.text.yaml import Document
+from sagellm.operators.policies import POLICIES
+from sagellm.overrides import override
+from sagellm.runtime.engine.options import EngineOptionError, EngineOptions
+from sagellm.runtime.engine.sizing import engine_dtype, engine_facts, size
+from sagellm.runtime.models.folder import ModelError, resolve_model
+from sagellm.runtime.options import OptionError, read_options
+from sagellm.runtime.resolver import Resolver
+
+
+def check_graph(
+    document: Document,
+    resolver: Resolver,
+    functions: Mapping[str, Callable[..., Any]] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    model: str | None = None,
+) -> Graph:
+    """The graph with its overrides, free of mistakes. Raises GraphError with every one found.
+
+    `functions` None: which functions will be registered is not known, and not checked.
+    """
+    graph = override(document.graph, overrides or {}, model)
+    views: dict[str, EngineFactsView] = {}
+    mistakes: list[Diagnostic] = []
+    for name, options in graph.engines.items():
+        view = _view(name, options)
+        if isinstance(view, Diagnostic):
+            mistakes.append(view)
+        else:
+            views[name] = view
+    facts = Facts(
+        memory_bytes=psutil.virtual_memory().available,
+        engines=views,
+        functions=None if functions is None else frozenset(functions),
+        engine_options=EngineOptions,
+        names={"policies": frozenset(POLICIES)},
+    )
+    found = check(graph, resolver.vocabulary, facts)
+    known = {diagnostic.path[:2] for diagnostic in found}
+    mistakes = [mistake for mistake in mistakes if mistake.path[:2] not in known]
+    if found or mistakes:
+        raise GraphError(locate((*found, *mistakes), document.positions))
+    return graph
+
+
+def _view(name: str, values: Value) -> EngineFactsView | Diagnostic:
+    """What the checks may know of an engine, or why it cannot be opened."""
+    try:
+        options = read_options(EngineOptions, values if isinstance(values, FrozenMap) else {})
+        return engine_view(options)
+    except (OptionError, EngineOptionError, ModelError, UnsupportedModel) as error:
+        return Diagnostic("bad-engine", ("engines", name), f"engine {name}: {error}")
+
+
+def engine_view(options: EngineOptions) -> EngineFactsView:
+    """Raises EngineOptionError, ModelError, UnsupportedModel."""
+    folder = resolve_model(options.model)
+    memory_bytes = 1 << 40 if options.is_null else psutil.virtual_memory().available
+    sizing = size(options, folder.facts, memory_bytes)
+    facts = engine_facts(options, folder, sizing)
+    return EngineFactsView(
+        model_hash=facts.model_hash,
+        dtype=engine_dtype(options, folder.facts),
+        block_size=facts.block_size,
+        num_kv_heads=folder.facts.num_kv_heads,
+        head_dim=folder.facts.head_dim,
+        num_layers=folder.facts.num_layers,
+        max_model_len=facts.max_model_len,
+        kv_pool_bytes=0 if options.is_null else sizing.pool_bytes,
+        replicas=options.replicas,
+        capabilities=facts.capabilities,
+    )

@@ -1,0 +1,45 @@
+"""The command line: `sagellm run | graph | bench | doctor | version`."""
+
+import sys
+from collections.abc import Sequence
+
+from cyclopts import App, Parameter
+
+from sagellm.cli.failure import explain, show
+from sagellm.cli.version import sagellm_version
+from sagellm.logs import configure_logs
+
+HELP = """LLM serving as a dataflow: one graph from a prompt to tokens.
+
+Exit codes: 0 done, 1 something failed, 2 your configuration, 3 resources, 130 interrupted."""
+
+APP = App(
+    name="sagellm", help=HELP, version=sagellm_version, default_parameter=Parameter(negative=())
+)
+APP.command("sagellm.cli.run:run", name="run", help="Answer a prompt, or a file of them.")
+APP.command("sagellm.cli.doctor:doctor", name="doctor", help="Check this machine and set-up.")
+APP.command("sagellm.cli.version:version", name="version", help="Say what is installed.")
+
+GRAPH = App(name="graph", help="Check and draw graphs.")
+GRAPH.command("sagellm.cli.graph:check", name="check", help="Find mistakes without running.")
+GRAPH.command("sagellm.cli.graph:show", name="show", help="Print or draw a graph.")
+APP.command(GRAPH)
+
+BENCH = App(name="bench", help="Measure.")
+BENCH.command("sagellm.cli.bench:engine", name="engine", help="The engine against transformers.")
+APP.command(BENCH)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code. A user's mistake is shown without a traceback."""
+    configure_logs()
+    tokens = sys.argv[1:] if argv is None else list(argv)
+    try:
+        code = APP(tokens, exit_on_error=False, print_error=False, result_action="return_value")
+    except (Exception, KeyboardInterrupt, BaseExceptionGroup) as error:
+        failure = explain(error)
+        if failure is None:
+            raise
+        show(failure)
+        return failure.code
+    return code if isinstance(code, int) else 0

@@ -1,0 +1,189 @@
+"""What `sagellm doctor` looks at: one function a check, each with a way out."""
+
+import hashlib
+import os
+import platform
+import re
+import resource
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, requires
+from importlib.metadata import version as installed
+from importlib.resources import files
+from pathlib import Path
+from typing import Literal
+
+import psutil
+import torch
+
+from sagellm.builder import Graph
+from sagellm.cli.failure import CONFIGURATION, RESOURCES
+from sagellm.cli.named import shipped_names
+from sagellm.graphs.diagnostics import GraphError
+
+GIB = 1 << 30
+MIN_FREE_BYTES = 2 * GIB  # sage-tiny, torch itself, and a pool of KV blocks
+MIN_OPEN_FILES = 1024
+
+# Versions that are known to be wrong here: package, first good version, what the others do.
+TOO_OLD = (
+    ("torch", (2, 11), "kernels are called that it does not have"),
+    ("jinja2", (3, 1, 6), "a chat template can leave the sandbox (CVE-2025-27516)"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What one check found. `fix` is set unless it is ok; `code` is the exit code of a failure."""
+
+    status: Literal["ok", "warning", "failed"]
+    detail: str
+    fix: str = ""
+    code: int = CONFIGURATION
+
+
+Check = Callable[[], Finding]
+
+
+def _python() -> Finding:
+    found = f"{platform.python_implementation()} {platform.python_version()}"
+    if sys.implementation.name != "cpython":
+        return Finding("warning", found, "use CPython: nothing else is tested")
+    return Finding("ok", found)
+
+
+def _packages() -> Finding:
+    """The dependencies that the package itself declares, extras left out."""
+    declared = [text for text in requires("sagellm") or () if "extra ==" not in text]
+    names = [match[0] for text in declared if (match := re.match(r"[\w.-]+", text))]
+    missing = [name for name in names if _version(name) is None]
+    if missing:
+        return Finding("failed", f"missing: {', '.join(missing)}", "make setup")
+    return Finding("ok", f"all {len(names)} are installed")
+
+
+def _versions() -> Finding:
+    bad = [
+        f"{name} {'.'.join(map(str, found))}: {effect}"
+        for name, good, effect in TOO_OLD
+        if (found := _version(name)) is not None and found < good
+    ]
+    if bad:
+        return Finding("failed", "; ".join(bad), "make setup, or upgrade these packages")
+    return Finding("ok", "no known bad ones")
+
+
+def _version(name: str) -> tuple[int, ...] | None:
+    try:
+        return tuple(int(part) for part in re.findall(r"\d+", installed(name).split("+")[0])[:3])
+    except PackageNotFoundError:
+        return None
+
+
+def _torch() -> Finding:
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        fix = "install the torch of the Python package index"
+        return Finding("warning", f"{torch.__version__}, without oneDNN: slow", fix)
+    return Finding("ok", f"{torch.__version__}, oneDNN")
+
+
+def _cpu() -> Finding:
+    capability = torch.backends.cpu.get_cpu_capability()
+    found = f"{_cpu_name()}, {capability}"
+    if capability == "DEFAULT":
+        fix = "use a machine with AVX2 or NEON; this one will be very slow"
+        return Finding("warning", found, fix)
+    return Finding("ok", found)
+
+
+def _cpu_name() -> str:
+    listing = Path("/proc/cpuinfo")
+    text = listing.read_text() if listing.exists() else ""
+    match = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return match[1] if match else platform.processor() or platform.machine()
+
+
+def _threads() -> Finding:
+    usable = _usable_cores()
+    found = f"{torch.get_num_threads()} threads on {usable} cores"
+    if torch.get_num_threads() > usable:
+        return Finding("warning", found, f"export OMP_NUM_THREADS={usable}")
+    return Finding("ok", found)
+
+
+def _usable_cores() -> int:
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def _memory() -> Finding:
+    memory = psutil.virtual_memory()
+    found = f"{memory.available / GIB:.1f} of {memory.total / GIB:.1f} GiB free"
+    if memory.available < MIN_FREE_BYTES:
+        fix = "stop other programs, or give the engines fewer KV blocks"
+        return Finding("failed", found, fix, RESOURCES)
+    return Finding("ok", found)
+
+
+def _disk() -> Finding:
+    free = shutil.disk_usage(tempfile.gettempdir()).free
+    found = f"{free / GIB:.1f} GiB free for temporary files"
+    if free < GIB:
+        return Finding("failed", found, "free some disk space, or set TMPDIR", RESOURCES)
+    return Finding("ok", found)
+
+
+def _open_files() -> Finding:
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    found = f"{soft} open files at once"
+    if 0 <= soft < MIN_OPEN_FILES:  # -1 is no limit
+        return Finding("failed", found, f"ulimit -n {MIN_OPEN_FILES}", RESOURCES)
+    return Finding("ok", found)
+
+
+def _compiler() -> Finding:
+    found = next((path for name in ("cc", "gcc", "clang") if (path := shutil.which(name))), None)
+    if found is None:
+        fix = "install a C compiler (gcc or clang) for the faster kernels"
+        return Finding("warning", "none", fix)
+    return Finding("ok", Path(found).name)
+
+
+def _graphs() -> Finding:
+    try:
+        names = [Graph.load(name).name for name in shipped_names()]
+    except GraphError as error:
+        return Finding("failed", str(error), "reinstall sagellm: make setup")
+    if not names:
+        return Finding("failed", "none", "reinstall sagellm: make setup")
+    return Finding("ok", ", ".join(names))
+
+
+def _model() -> Finding:
+    """The shipped model, by the hash of its files in order of their names."""
+    folder = Path(str(files("sagellm.runtime"))) / "models" / "sage_tiny"
+    if not (folder / "model.safetensors").is_file():
+        return Finding("failed", "sage-tiny is missing", "reinstall sagellm: make setup")
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+        digest.update(path.name.encode() + path.read_bytes())
+    return Finding("ok", f"sage-tiny {digest.hexdigest()[:16]}")
+
+
+CHECKS: dict[str, Check] = {
+    "python": _python,
+    "packages": _packages,
+    "versions": _versions,
+    "torch": _torch,
+    "cpu": _cpu,
+    "threads": _threads,
+    "memory": _memory,
+    "disk": _disk,
+    "limits": _open_files,
+    "compiler": _compiler,
+    "graphs": _graphs,
+    "model": _model,
+}

@@ -1,0 +1,106 @@
+"""What goes wrong for a user: the cause, the place, the way out, and the exit code."""
+
+import errno
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from cyclopts import CycloptsError
+from rich.console import Console
+
+from sagellm.graphs.diagnostics import GraphError
+from sagellm.graphs.models.unsupported import UnsupportedModel
+from sagellm.runtime.models.folder import ModelError
+
+FAILED, CONFIGURATION, RESOURCES, INTERRUPTED = 1, 2, 3, 130
+
+_EXHAUSTED = {
+    errno.ENOSPC: "free some disk space",
+    errno.EDQUOT: "free some of your disk quota",
+    errno.ENOMEM: "use a smaller model, or fewer KV blocks",
+    errno.EMFILE: "raise the limit of open files: ulimit -n 4096",
+}
+
+
+@dataclass
+class Failure(Exception):
+    """One thing that the user can mend."""
+
+    cause: str
+    fix: str
+    where: str = ""
+    code: int = CONFIGURATION
+
+
+def show(failure: Failure) -> None:
+    """Print a failure to stderr: cause, where, fix."""
+    console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
+    console.print("[bold red]error:[/bold red]", end=" ")
+    console.print(failure.cause, markup=False)
+    for label, text in (("where", failure.where), ("fix", failure.fix)):
+        if text:
+            console.print(f"  [bold]{label}:[/bold]", end=" ")
+            console.print(text, markup=False)
+
+
+def explain(error: BaseException) -> Failure | None:
+    """The failure behind an exception, or behind one inside a group; None if it is our fault."""
+    return next((found for one in _leaves(error) if (found := _explain(one))), None)
+
+
+def _leaves(error: BaseException) -> Iterator[BaseException]:
+    if isinstance(error, BaseExceptionGroup):
+        for inner in error.exceptions:
+            yield from _leaves(inner)
+    else:
+        yield error
+
+
+def _explain(error: BaseException) -> Failure | None:
+    match error:
+        case Failure():
+            return error
+        case CycloptsError():
+            return Failure(_one_line(error), "see --help")
+        case GraphError():
+            return _graph_failure(error)
+        case UnsupportedModel():
+            return Failure(error.cause, error.fix, f"config.json, {error.field}")
+        case ModelError():
+            return Failure(str(error), "")
+        case KeyboardInterrupt():
+            return Failure("interrupted", "", code=INTERRUPTED)
+        case MemoryError():
+            return Failure("out of memory", _EXHAUSTED[errno.ENOMEM], code=RESOURCES)
+        case RuntimeError() if "can't allocate memory" in str(error):
+            return Failure("out of memory", _EXHAUSTED[errno.ENOMEM], code=RESOURCES)
+        case OSError():
+            return _system_failure(error)
+    return None
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+def _graph_failure(error: GraphError) -> Failure:
+    """All diagnostics but the last as cause; where there is one only, place and hint apart."""
+    if len(error.diagnostics) != 1:
+        num = len(error.diagnostics)
+        listed = "".join(f"\n  {diagnostic}" for diagnostic in error.diagnostics)
+        return Failure(f"{num} mistakes in the graph{listed}", "mend them; nothing was started")
+    (only,) = error.diagnostics
+    where = str(only.position or ".".join(map(str, only.path)))
+    return Failure(only.message, only.hint or "mend it; nothing was started", where)
+
+
+def _system_failure(error: OSError) -> Failure | None:
+    where = str(error.filename or "")
+    fix = _EXHAUSTED.get(error.errno or 0)
+    if fix:
+        return Failure(error.strerror or str(error), fix, where, RESOURCES)
+    if isinstance(error, FileNotFoundError):
+        return Failure("no such file", "check the path", where)
+    if isinstance(error, PermissionError | IsADirectoryError | NotADirectoryError):
+        return Failure(error.strerror or str(error), "check the path and its permissions", where)
+    return None

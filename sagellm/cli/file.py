@@ -1,0 +1,71 @@
+"""A file of prompts through a graph."""
+
+from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
+from io import FileIO
+from pathlib import Path
+
+import trio
+
+from sagellm.batch.line import Ask
+from sagellm.batch.lines import numbered_lines
+from sagellm.batch.output import Output, open_output
+from sagellm.batch.serve import Batch, Tally
+from sagellm.cli.failure import FAILED, INTERRUPTED, Failure
+from sagellm.cli.interrupt import draining
+from sagellm.cli.options import FileOptions, SamplingOptions
+from sagellm.cli.progress import Progress
+from sagellm.cli.summary import print_summary, show_summary
+from sagellm.runtime.messages import Answer
+from sagellm.session import Session
+
+STDIN, STDOUT = 0, 1
+DRAINING = "finishing what runs; Ctrl-C again stops at once"
+
+
+async def answer_file(
+    opening: AbstractAsyncContextManager[Session],
+    files: FileOptions,
+    draw: SamplingOptions,
+    json: bool,
+) -> int:
+    """Answer every line of the input; returns 1 if any of them failed."""
+    if json and files.output is None:
+        raise Failure("--json prints a summary where the answers go", "add --output FILE")
+    drain = trio.CancelScope()
+    with _input(files.input) as source, _output(files) as output:
+        async with opening as session:
+            with Progress(files.input) as progress:
+                batch = _batch(session, output, draw, progress)
+                async with draining(drain, DRAINING):
+                    tally = await batch.serve(numbered_lines(source), drain)
+            (print_summary if json else show_summary)(session.statistics())
+    return INTERRUPTED if drain.cancel_called else _exit_code(tally)
+
+
+def _exit_code(tally: Tally) -> int:
+    return FAILED if tally.num_failed else 0
+
+
+def _input(path: Path | None) -> FileIO:
+    if str(path) == "-":
+        return FileIO(STDIN, closefd=False)
+    return FileIO(str(path))
+
+
+def _output(files: FileOptions) -> Output:
+    """Open the output before a model is loaded. Raises Failure if it exists, unasked."""
+    if files.output is None:
+        return Output(open(STDOUT, "wb", closefd=False))
+    try:
+        return open_output(files.output, force=files.force, resume=files.resume)
+    except FileExistsError:
+        fix = "--resume keeps its answers and asks the others; --force overwrites it"
+        raise Failure("the output exists", fix, str(files.output)) from None
+
+
+def _batch(session: Session, output: Output, draw: SamplingOptions, progress: Progress) -> Batch:
+    async def reply(ask: Ask) -> Sequence[Answer]:
+        return await session.generate_all(ask.prompt, sampling=ask.sampling, **ask.fields)
+
+    return Batch(reply, output, draw.sampling, frozenset(draw.given), report=progress.advance)

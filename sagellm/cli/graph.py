@@ -1,0 +1,173 @@
+"""`sagellm graph`: check a graph, and show it or the kernel graph of a model."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+from cyclopts import Parameter
+
+from sagellm.builder import RESOLVER, shipped
+from sagellm.checking import check_graph
+from sagellm.cli.failure import CONFIGURATION, Failure
+from sagellm.cli.named import load_graph
+from sagellm.cli.options import settings
+from sagellm.graphs import ir
+from sagellm.graphs.diagnostics import Diagnostic, GraphError
+from sagellm.graphs.kernels import infer
+from sagellm.graphs.models import build
+from sagellm.graphs.passes import KERNEL_PASSES, UnknownPass, run_pipeline
+from sagellm.graphs.pictures import FORMATS
+from sagellm.graphs.vocabulary import nearest
+from sagellm.overrides import override
+from sagellm.runtime.engine.options import EngineOptions
+from sagellm.runtime.models.folder import BUILT_IN, resolve_model
+
+Format = Literal["text", "mermaid", "svg"]
+
+
+def check(
+    file: str,
+    /,
+    *,
+    model: str | None = None,
+    set_: Annotated[tuple[str, ...], Parameter(name="--set")] = (),
+    json: bool = False,
+) -> int:
+    """Find every mistake of a graph without loading a model.
+
+    Parameters
+    ----------
+    file
+        A graph file, or the name of a shipped graph.
+    model
+        Check it with this model in every engine.
+    set_
+        Check it with an option changed, as op.key=value; may be repeated.
+    json
+        Print {"ok", "name", "hash", "mistakes": [...]}.
+    """
+    try:
+        graph = check_graph(load_graph(file).document, RESOLVER, None, settings(set_), model)
+    except GraphError as error:
+        if not json:
+            raise
+        print(_encode({"ok": False, "mistakes": [_plain(found) for found in error.diagnostics]}))
+        return CONFIGURATION
+    if json:
+        print(_encode({"ok": True, "name": graph.name, "hash": graph.hash, "mistakes": []}))
+    else:
+        print(f"{file}: ok, graph {graph.name} of {len(graph.nodes)} operators, {graph.hash}")
+    return 0
+
+
+def show(
+    file: str,
+    /,
+    *,
+    node: str | None = None,
+    after: str | None = None,
+    format: Format = "text",
+    set_: Annotated[tuple[str, ...], Parameter(name="--set")] = (),
+) -> None:
+    """Print a graph, or the kernel graph that an engine runs.
+
+    Parameters
+    ----------
+    file
+        A graph file or the name of a shipped graph; or a model, whose kernel graph is shown.
+    node
+        Show the kernel graph of this operator's engine.
+    after
+        Show the kernel graph as it is after this pass; without it, as the model's builder made it.
+    format
+        text, mermaid or svg.
+    set_
+        Show the graph with an option changed, as op.key=value; may be repeated.
+    """
+    graph = _shown(file, node, after, settings(set_))
+    print(FORMATS[format](graph), end="")
+
+
+def _shown(
+    file: str, node: str | None, after: str | None, overrides: dict[str, object]
+) -> ir.Graph:
+    if is_model(file):
+        if node or overrides:
+            cause = "--node and --set are for graphs, and this is a model"
+            raise Failure(cause, "leave them out", file)
+        return kernel_graph(file, after)
+    graph = override(load_graph(file).ir, overrides)
+    if node is None and after is None:
+        return graph
+    return kernel_graph(_model_at(graph, node) if node else _only_model(graph), after)
+
+
+def is_model(name: str) -> bool:
+    """Whether FILE names a model: built in, a folder, or a Hub id (owner/name)."""
+    path = Path(name)
+    if name in BUILT_IN or path.is_dir():
+        return True
+    is_graph = shipped(name).is_file() or path.suffix in (".yaml", ".yml")
+    return name.count("/") == 1 and not is_graph and not path.parent.is_dir()
+
+
+def kernel_graph(model: str, after: str | None) -> ir.Graph:
+    """The typed kernel graph of a model: as built, or with the passes up to `after` applied."""
+    built = build(resolve_model(model).config)
+    if after is None:
+        return infer(built)
+    try:
+        return infer(run_pipeline(built, KERNEL_PASSES, stop_after=after))
+    except UnknownPass:
+        names = [step.name for step in KERNEL_PASSES]
+        raise _unknown("pass", after, names) from None
+
+
+def _model_at(graph: ir.Graph, node: str) -> str:
+    if node not in graph.names:
+        raise _unknown("operator", node, graph.names)
+    engine = graph.node(node).attrs.get("engine")
+    if not isinstance(engine, str) or engine not in graph.engines:
+        raise Failure(f"operator {node} has no engine, hence no kernel graph", "choose another")
+    return _models(graph)[engine]
+
+
+def _only_model(graph: ir.Graph) -> str:
+    models = set(_models(graph).values())
+    if len(models) != 1:
+        cause = f"the engines of this graph have {len(models)} models"
+        raise Failure(cause, "choose an operator with --node")
+    return models.pop()
+
+
+def _models(graph: ir.Graph) -> dict[str, str]:
+    """Engine -> its model."""
+    return {
+        name: str(options.get("model", EngineOptions().model))
+        for name, options in graph.engines.items()
+        if isinstance(options, ir.FrozenMap)
+    }
+
+
+def _unknown(kind: str, name: str, known: Sequence[str]) -> Failure:
+    close = nearest(name, list(known))
+    fix = f"did you mean {close}?" if close else f"there are {', '.join(known)}"
+    return Failure(f"no {kind} {name!r}", fix)
+
+
+def _plain(found: Diagnostic) -> dict[str, object]:
+    place = found.position
+    return {
+        "code": found.code,
+        "path": list(found.path),
+        "file": place.file if place else None,
+        "line": place.line if place else None,
+        "column": place.column if place else None,
+        "message": found.message,
+        "hint": found.hint,
+    }
+
+
+def _encode(said: object) -> str:
+    return msgspec.json.encode(said).decode()

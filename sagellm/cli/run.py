@@ -1,0 +1,50 @@
+"""`sagellm run`: one prompt, or a file of them, through a graph."""
+
+from typing import Annotated
+
+import trio
+from cyclopts import Parameter
+
+from sagellm.cli.file import answer_file
+from sagellm.cli.named import load_graph
+from sagellm.cli.options import (
+    FileOptions,
+    PromptOptions,
+    SamplingOptions,
+    check_together,
+    settings,
+)
+from sagellm.cli.single import answer_prompt
+
+
+def run(
+    graph: str,
+    /,
+    *,
+    asked: PromptOptions = PromptOptions(),  # noqa: B008 - frozen
+    files: FileOptions = FileOptions(),  # noqa: B008 - frozen
+    draw: SamplingOptions = SamplingOptions(),  # noqa: B008 - frozen
+    model: str | None = None,
+    set_: Annotated[tuple[str, ...], Parameter(name="--set")] = (),
+    json: bool = False,
+) -> int:
+    """Answer a prompt, or a file of them.
+
+    Ctrl-C once lets what runs finish (a single prompt is cancelled), twice stops at once.
+
+    Parameters
+    ----------
+    graph
+        A graph file, or the name of a shipped graph: pd, joint, pd_many.
+    model
+        The model of every engine: a built-in name, a folder, or a Hub id.
+    set_
+        Change an option of the graph, as op.key=value; may be repeated.
+    json
+        Print the answer, or the summary of a file, as JSON.
+    """
+    check_together(asked, files)
+    opening = load_graph(graph).open(set=settings(set_), model=model)
+    if asked.prompt is None:
+        return trio.run(answer_file, opening, files, draw, json)
+    return trio.run(answer_prompt, opening, asked, draw.sampling, json)

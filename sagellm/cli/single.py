@@ -1,0 +1,96 @@
+"""One prompt through a graph."""
+
+import sys
+from collections.abc import Awaitable
+from contextlib import AbstractAsyncContextManager
+from typing import TypeVar
+
+import trio
+
+from sagellm.batch.line import Prompt
+from sagellm.batch.record import encode, record
+from sagellm.cli.failure import CONFIGURATION, FAILED, INTERRUPTED, Failure
+from sagellm.cli.interrupt import draining
+from sagellm.cli.options import PromptOptions
+from sagellm.cli.summary import show_summary
+from sagellm.runtime.messages import SERVED, Answer, Sampling
+from sagellm.session import Output, RequestError, Session
+
+PROMPT_ID = "prompt"
+
+T = TypeVar("T")
+
+
+async def answer_prompt(
+    opening: AbstractAsyncContextManager[Session],
+    asked: PromptOptions,
+    sampling: Sampling,
+    json: bool,
+) -> int:
+    """Print the answer to stdout and a summary to stderr; returns the exit code."""
+    prompt = _prompt(asked)
+    answer = _streamed if asked.stream else _whole
+    async with opening as session:
+        with trio.CancelScope() as asking:
+            async with draining(asking, "cancelled"):
+                end = await _accepted(answer(session, prompt, sampling, json))
+        if asking.cancelled_caught:
+            return INTERRUPTED
+        show_summary(session.statistics())
+    _check_served(end)
+    return 0
+
+
+def _prompt(asked: PromptOptions) -> Prompt:
+    text = sys.stdin.read() if asked.prompt == "-" else asked.prompt
+    if not text:
+        raise Failure("the prompt is empty", 'give --prompt "Hello", or pipe text into --prompt -')
+    return [{"role": "user", "content": text}] if asked.chat else text
+
+
+async def _accepted(answering: Awaitable[T]) -> T:
+    """Raises Failure where the session refuses the request before it enters the graph."""
+    try:
+        return await answering
+    except RequestError as error:
+        raise Failure(str(error), "change the prompt or its options") from None
+
+
+async def _whole(session: Session, prompt: Prompt, sampling: Sampling, json: bool) -> Answer:
+    answer = await session.generate(prompt, sampling=sampling)
+    if json:
+        _write(encode(record(PROMPT_ID, [answer])).decode())
+    elif answer.finish_reason in SERVED:
+        _write(f"{answer.text if answer.value is None else answer.value}\n")
+    return answer
+
+
+async def _streamed(
+    session: Session, prompt: Prompt, sampling: Sampling, json: bool
+) -> Output | None:
+    """Print text, or one JSON line an event, while it comes; returns the last event."""
+    event: Output | None = None
+    async with session.stream(prompt, sampling=sampling) as stream:
+        async for event in stream:
+            _write(encode(_event(event)).decode() if json else event.text)
+    _write("" if json else "\n")
+    return event
+
+
+def _event(event: Output) -> dict[str, object]:
+    named = ("text", "token_ids", "finish_reason", "error")
+    return {"id": PROMPT_ID, **{name: getattr(event, name) for name in named}}
+
+
+def _write(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def _check_served(end: Output | None) -> None:
+    """Raise Failure if the last word on the request is not an answer."""
+    reason = end.finish_reason if end else "filtered"
+    if reason in SERVED:
+        return
+    cause = (end and end.error) or f"the graph ended the request: {reason}"
+    code = CONFIGURATION if reason == "refused" else FAILED
+    raise Failure(cause, "change the prompt, its options or the graph", code=code)

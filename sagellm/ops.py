@@ -1,0 +1,18 @@
+"""The operators as Python calls: `ops.policy_sort("slo_aware")`, one for each op there is."""
+
+from collections.abc import Callable
+from functools import partial
+
+from sagellm.builder import RESOLVER, Operator, operator
+from sagellm.graphs.vocabulary import nearest
+
+
+def __getattr__(name: str) -> Callable[..., Operator]:
+    if name.startswith("__") or name not in RESOLVER.names:
+        close = nearest(name, RESOLVER.names)
+        raise AttributeError(f"no operator {name!r}; did you mean {close!r}?")
+    return partial(operator, name)
+
+
+def __dir__() -> list[str]:
+    return list(RESOLVER.names)

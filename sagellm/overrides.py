@@ -1,0 +1,56 @@
+"""Overrides: options of a graph that are set from outside, `split.min_uncached_tokens=8`."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from sagellm.graphs.diagnostics import Diagnostic, GraphError
+from sagellm.graphs.ir import FrozenMap, Graph, freeze
+from sagellm.graphs.vocabulary import nearest
+
+
+def override(graph: Graph, overrides: Mapping[str, Any], model: str | None = None) -> Graph:
+    """The graph with options replaced; `NAME.option`, where NAME is an operator or an engine.
+
+    `model` replaces the model of every engine. Raises GraphError for a name that is not there;
+    whether the option exists is for the graph's check to say.
+    """
+    for target, value in overrides.items():
+        graph = _set(graph, target, value)
+    return graph if model is None else _with_model(graph, model)
+
+
+def _set(graph: Graph, target: str, value: Any) -> Graph:
+    name, dot, option = target.partition(".")
+    if not dot or not option:
+        raise _mistake(target, f"--set {target}: write NAME.option=value")
+    if name in graph.names:
+        nodes = tuple(
+            node.with_attrs(**{option: value}) if node.name == name else node
+            for node in graph.nodes
+        )
+        return replace(graph, nodes=nodes)
+    if name in graph.engines:
+        return _with_engine(graph, name, {option: value})
+    known = (*graph.names, *graph.engines)
+    close = nearest(name, known)
+    hint = f"did you mean {close}?" if close else f"there are {', '.join(known)}"
+    raise _mistake(target, f"no operator or engine is named {name!r}", hint)
+
+
+def _with_engine(graph: Graph, name: str, options: Mapping[str, Any]) -> Graph:
+    before = graph.engines[name]
+    known = dict(before) if isinstance(before, FrozenMap) else {}
+    changed = FrozenMap({**known, **{key: freeze(value) for key, value in options.items()}})
+    engines = FrozenMap({**graph.engines, name: changed})
+    return replace(graph, attrs=FrozenMap({**graph.attrs, "engines": engines}))
+
+
+def _with_model(graph: Graph, model: str) -> Graph:
+    for name in graph.engines:
+        graph = _with_engine(graph, name, {"model": model})
+    return graph
+
+
+def _mistake(target: str, message: str, hint: str | None = None) -> GraphError:
+    return GraphError((Diagnostic("bad-override", ("set", target), message, hint),))

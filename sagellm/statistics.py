@@ -1,0 +1,59 @@
+"""What a session has done so far, as one frozen record."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from sagellm.operators.metrics_sink import statistics as sink_statistics
+from sagellm.runtime.engine.port import EngineLoad
+from sagellm.runtime.executors.tasks import TasksExecutor
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """Counts since the session opened. Latencies are None until a `metrics_sink` has seen any."""
+
+    elapsed_s: float
+    num_requests: int  # choices, to be exact
+    num_open: int
+    ended: Mapping[str, int]  # finish reason -> how many
+    num_tokens: int
+    ttft_p50_s: float | None
+    ttft_p99_s: float | None
+    itl_p50_s: float | None
+    itl_p99_s: float | None
+    peak_kv_ratio: float  # largest share of a pool's blocks that was leased at a time
+    num_preemptions: int
+    engines: Mapping[str, tuple[EngineLoad, ...]]
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.num_tokens / self.elapsed_s if self.elapsed_s > 0 else 0.0
+
+
+def statistics_of(executor: TasksExecutor, *, elapsed_s: float) -> Statistics:
+    ledger = executor.ledger
+    loads = {
+        name: tuple(engine.load for engine in replicas)
+        for name, replicas in executor.plan.engines.items()
+    }
+    every = [load for replicas in loads.values() for load in replicas]
+    sinks = [node.name for node in executor.plan.graph.nodes if node.op == "metrics_sink"]
+    seen = sink_statistics(executor.region.state(sinks[0])) if sinks else None
+    return Statistics(
+        elapsed_s=elapsed_s,
+        num_requests=ledger.num_accepted,
+        num_open=ledger.num_open,
+        ended=dict(ledger.ended),
+        num_tokens=ledger.num_tokens,
+        ttft_p50_s=seen.ttft_p50_s if seen else None,
+        ttft_p99_s=seen.ttft_p99_s if seen else None,
+        itl_p50_s=seen.itl_p50_s if seen else None,
+        itl_p99_s=seen.itl_p99_s if seen else None,
+        peak_kv_ratio=max((_peak(load) for load in every), default=0.0),
+        num_preemptions=sum(load.num_preemptions for load in every),
+        engines=loads,
+    )
+
+
+def _peak(load: EngineLoad) -> float:
+    return load.peak_leased_blocks / load.num_blocks if load.num_blocks else 0.0

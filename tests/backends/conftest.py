@@ -1,0 +1,171 @@
+"""Random models of every family with transformers as the reference, and a pool to run them on."""
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from sagellm.backends.cpu import CpuBackend
+from sagellm.backends.protocol import Program
+from sagellm.backends.step import KVLayout, StepInputs
+from sagellm.graphs.models import ModelFacts, build, facts
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+BLOCK_SIZE = 4
+
+SMALL = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 176,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.15,
+    "rms_norm_eps": 1e-6,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+FAMILIES: dict[str, dict[str, object]] = {
+    "llama": {"model_type": "llama", "num_key_value_heads": 4},
+    "llama_biased": {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
+    "llama3": {
+        "model_type": "llama",
+        "rope_parameters": LLAMA3_ROPE,
+        "tie_word_embeddings": True,
+    },
+    "mistral": {"model_type": "mistral", "sliding_window": 11, "head_dim": 24},
+    "qwen2": {"model_type": "qwen2", "num_attention_heads": 8, "tie_word_embeddings": True},
+    "qwen2_sliding": {
+        "model_type": "qwen2",
+        "use_sliding_window": True,
+        "sliding_window": 9,
+        "max_window_layers": 1,
+    },
+    "qwen3": {"model_type": "qwen3", "head_dim": 32, "tie_word_embeddings": False},
+}
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A random transformers model, its config.json and its weights."""
+
+    model: PreTrainedModel
+    config: Mapping[str, object]
+    weights: Mapping[str, torch.Tensor]
+
+    @property
+    def facts(self) -> ModelFacts:
+        return facts(self.config)
+
+    def logits(self, tokens: Sequence[int]) -> torch.Tensor:
+        """[len(tokens), vocab] in float32."""
+        with torch.no_grad():
+            return self.model(torch.tensor([list(tokens)])).logits[0].float()
+
+    def layout(self, dtype: str = "float32") -> KVLayout:
+        shape = self.facts
+        return KVLayout(shape.num_layers, shape.num_kv_heads, shape.head_dim, BLOCK_SIZE, dtype)
+
+
+@dataclass
+class Paged:
+    """Sequences on one pool with scattered blocks, stepped as an engine would."""
+
+    program: Program
+    pool: torch.Tensor
+    free: list[int]
+    blocks: dict[str, list[int]] = field(default_factory=dict)
+    lengths: dict[str, int] = field(default_factory=dict)
+
+    def step(self, batch: Mapping[str, Sequence[int]]) -> dict[str, torch.Tensor]:
+        """New tokens by sequence -> logits of each of them."""
+        for name, tokens in batch.items():
+            self._grow(name, len(tokens))
+        logits = self.program.run(self._inputs(batch), self.pool)
+        counts = [len(tokens) for tokens in batch.values()]
+        return dict(zip(batch, logits.split(counts), strict=True))
+
+    def _grow(self, name: str, count: int) -> None:
+        self.lengths[name] = self.lengths.get(name, 0) + count
+        blocks = self.blocks.setdefault(name, [])
+        while len(blocks) * BLOCK_SIZE < self.lengths[name]:
+            blocks.append(self.free.pop())
+
+    def _inputs(self, batch: Mapping[str, Sequence[int]]) -> StepInputs:
+        lens = [len(tokens) for tokens in batch.values()]
+        contexts = [self.lengths[name] for name in batch]
+        places = [
+            (name, self.lengths[name] - len(tokens) + index)
+            for name, tokens in batch.items()
+            for index in range(len(tokens))
+        ]
+        longest = max(len(self.blocks[name]) for name in batch)
+        tables = [self.blocks[n] + [0] * (longest - len(self.blocks[n])) for n in batch]
+        return StepInputs(
+            token_ids=torch.tensor(list(itertools.chain(*batch.values()))),
+            positions=torch.tensor([place for _, place in places]),
+            slots=torch.tensor([self._slot(*place) for place in places]),
+            query_starts=torch.tensor([0, *itertools.accumulate(lens)]),
+            context_lens=torch.tensor(contexts),
+            block_tables=torch.tensor(tables, dtype=torch.int32),
+            logit_rows=torch.arange(len(places)),
+            query_lens=tuple(lens),
+            contexts=tuple(contexts),
+        )
+
+    def _slot(self, name: str, place: int) -> int:
+        return self.blocks[name][place // BLOCK_SIZE] * BLOCK_SIZE + place % BLOCK_SIZE
+
+
+@pytest.fixture(scope="session")
+def reference() -> Callable[..., Reference]:
+    """reference(family, **config) -> a random model; the same arguments give the same weights."""
+    made: dict[tuple[str, str], Reference] = {}
+
+    def make(family: str, **changes: object) -> Reference:
+        key = (family, repr(changes))
+        if key not in made:
+            made[key] = _reference({**SMALL, **FAMILIES[family], **changes})
+        return made[key]
+
+    return make
+
+
+@pytest.fixture
+def paged() -> Callable[..., Paged]:
+    """paged(reference, backend, dtype, deterministic) -> sequences on a fresh pool."""
+
+    def make(
+        model: Reference,
+        backend: CpuBackend | None = None,
+        *,
+        dtype: str = "float32",
+        deterministic: bool = False,
+    ) -> Paged:
+        backend, layout = backend or CpuBackend(), model.layout(dtype)
+        options = {"layout": layout, "dtype": dtype, "deterministic": deterministic}
+        program = backend.lower(build(model.config), model.weights, **options)
+        pool = backend.allocate_pool(layout, 300)
+        return Paged(program, pool.fill_(7.0), free=[(i * 7) % 300 for i in range(1, 300)])
+
+    return make
+
+
+def _reference(changes: dict[str, object]) -> Reference:
+    torch.manual_seed(5)
+    config = AutoConfig.for_model(**changes)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    for name, weight in model.named_parameters():  # biases and norms that matter
+        if weight.dim() == 1:
+            torch.nn.init.normal_(weight, mean=float("norm" in name), std=0.3)
+    plain = {"architectures": [type(model).__name__], **config.to_dict()}
+    plain["architectures"] = [type(model).__name__]
+    return Reference(model, plain, dict(model.state_dict()))

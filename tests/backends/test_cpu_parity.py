@@ -1,0 +1,51 @@
+"""The lowered program against transformers, on random models of every family."""
+
+import pytest
+import torch
+from sagellm.backends.cpu import CpuBackend
+
+FAMILIES = ["llama", "llama_biased", "llama3", "mistral", "qwen2", "qwen2_sliding", "qwen3"]
+NATIVE = pytest.mark.parametrize("native", [True, False], ids=["native", "torch"])
+
+
+def tokens(count, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 97, (count,), generator=generator).tolist()
+
+
+def assert_near(found, wanted, tolerance=1e-4):
+    assert (found - wanted).abs().max() < tolerance
+
+
+@NATIVE
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prefill_in_one_step(reference, paged, family, native):
+    model, prompt = reference(family), tokens(150, seed=1)
+    found = paged(model, CpuBackend(native=native)).step({"a": prompt})["a"]
+    assert_near(found, model.logits(prompt))
+
+
+@NATIVE
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ragged_steps_of_chunks_and_decodes(reference, paged, family, native):
+    model = reference(family)
+    prompts = {name: tokens(70, seed) for seed, name in enumerate("abc")}
+    sequences = paged(model, CpuBackend(native=native))
+    found = {name: [] for name in prompts}
+    for cut in [{"a": 30}, {"a": 1, "b": 7}, {"b": 40, "a": 1, "c": 1}, {"c": 20, "b": 1, "a": 2}]:
+        starts = {name: sequences.lengths.get(name, 0) for name in cut}
+        batch = {n: prompts[n][starts[n] : starts[n] + count] for n, count in cut.items()}
+        for name, logits in sequences.step(batch).items():
+            found[name].append(logits)
+    for name, parts in found.items():
+        rows = torch.cat(parts)
+        assert_near(rows, model.logits(prompts[name])[: len(rows)])
+
+
+@pytest.mark.parametrize("family", ["llama3", "qwen2"])
+def test_logits_of_chosen_rows_alone(reference, paged, family):
+    model, prompt = reference(family), tokens(20, seed=3)
+    sequences = paged(model)
+    whole = sequences.step({"a": prompt})["a"]
+    assert whole.dtype == torch.float32
+    assert whole.shape == (20, 97)

@@ -1,0 +1,174 @@
+"""A region: transactions over the states of logic operators."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from sagellm.graphs.ir import SINK, SOURCE, Edge, Graph, Node
+from sagellm.runtime.executors.credit import Gates
+from sagellm.runtime.executors.region import Deliver, Region, Send, Upstream
+from sagellm.runtime.messages import Request, TokenEvent
+from sagellm.runtime.operator import (
+    Arrival,
+    Credit,
+    Draw,
+    Emit,
+    Feedback,
+    Input,
+    Offer,
+    Signal,
+    Step,
+    Taken,
+    Tell,
+    Terminate,
+    Wake,
+)
+
+
+@dataclass(frozen=True)
+class Counting:
+    """Passes items on and counts them."""
+
+    initial: int = 0
+
+    def on(self, state: int, happened: Input, now: float, draw: Draw) -> Step[int]:
+        if isinstance(happened, Arrival):
+            return Step(state + 1, (Emit(happened.item),))
+        return Step(state)
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """Keeps items, offers them in order, and drops those whose request is cancelled."""
+
+    initial: tuple[Request, ...] = ()
+
+    def on(self, state: Any, happened: Input, now: float, draw: Draw) -> Step[Any]:
+        match happened:
+            case Arrival(item):
+                return self._offer((*state, item))
+            case Taken(item):
+                return self._offer(tuple(kept for kept in state if kept.key != item.key))
+            case Feedback():
+                return self._offer(state)
+            case Signal():
+                last = TokenEvent(request_id=happened.request_id, finish_reason="cancelled")
+                kept = tuple(item for item in state if not happened.concerns(item.key))
+                return Step(kept, (Terminate(last), Tell("queue", len(kept))))
+            case Wake():
+                return Step(state, (), now + 1)
+
+    def _offer(self, state: Any) -> Step[Any]:
+        return Step(state, (Offer(state),) if state else ())
+
+
+def request(name: str, num_tokens: int = 1) -> Request:
+    return Request(request_id=name, prompt_token_ids=(1,) * num_tokens)
+
+
+def chain(*names: str) -> tuple[Edge, ...]:
+    return tuple(Edge(a, b) for a, b in zip(names, names[1:], strict=False))
+
+
+def make(
+    logic: dict[str, Any], *names: str, capacity: Credit, replicas: int = 1
+) -> tuple[Region, Gates]:
+    """source -> names... -> engine, whose replicas take `capacity` each."""
+    nodes = tuple(Node(name, name) for name in (*names, "engine"))
+    graph = Graph("g", nodes=nodes, edges=chain(SOURCE, *names, "engine"))
+    gates = Gates()
+    for replica in range(replicas):
+        gates.open(("engine", replica), capacity)
+    return Region(graph, logic, gates, {"engine": replicas}), gates
+
+
+def sent(effects: Any) -> list[str]:
+    return [effect.item.request_id for effect in effects if isinstance(effect, Send)]
+
+
+def test_an_item_passes_through_every_operator() -> None:
+    region, _ = make({"a": Counting(), "b": Counting()}, "a", "b", capacity=Credit(1))
+    assert sent(region.send(SOURCE, request("r"), "out", 0.0)) == ["r"]
+    assert (region.state("a"), region.state("b")) == (1, 1)
+
+
+def test_without_credit_nothing_has_happened() -> None:
+    region, gates = make({"a": Counting()}, "a", capacity=Credit(1))
+    region.send(SOURCE, request("first"), "out", 0.0)
+    assert region.send(SOURCE, request("second"), "out", 0.0) is None
+    assert region.state("a") == 1
+    gates.give(("engine", 0), ("first", 0))
+    assert sent(region.send(SOURCE, request("second"), "out", 0.0)) == ["second"]
+
+
+def test_an_offer_without_credit_keeps_the_item() -> None:
+    region, gates = make({"q": Keeping()}, "q", capacity=Credit(1))
+    region.send(SOURCE, request("first"), "out", 0.0)
+    assert sent(region.send(SOURCE, request("second"), "out", 0.0)) == []
+    assert [item.request_id for item in region.state("q")] == ["second"]
+    gates.give(("engine", 0), ("first", 0))
+    assert sent(region.feed("q", Feedback("engine", 0, 1, "credit"), 0.0)) == ["second"]
+    assert region.state("q") == ()
+
+
+def test_the_next_candidate_is_taken_where_the_head_does_not_fit() -> None:
+    region, gates = make({"q": Keeping()}, "q", capacity=Credit(9, tokens=10))
+    region.send(SOURCE, request("a", 6), "out", 0.0)
+    region.send(SOURCE, request("large", 8), "out", 0.0)
+    assert sent(region.send(SOURCE, request("small", 2), "out", 0.0)) == ["small"]
+
+
+def test_one_credit_message_sends_all_that_fit() -> None:
+    region, gates = make({"q": Keeping()}, "q", capacity=Credit(2))
+    for name in "abcd":
+        region.send(SOURCE, request(name), "out", 0.0)
+    gates.give(("engine", 0), ("a", 0))
+    gates.give(("engine", 0), ("b", 0))
+    assert sent(region.feed("q", Feedback("engine", 0, 1, "credit"), 0.0)) == ["c", "d"]
+
+
+def test_a_replicated_operator_gets_what_was_placed_on_it() -> None:
+    region, _ = make({"a": Counting()}, "a", capacity=Credit(1), replicas=2)
+    placed = Request(request_id="r", placement={"engine": 1})
+    (effect,) = region.send(SOURCE, placed, "out", 0.0) or ()
+    assert isinstance(effect, Send)
+    assert effect.gate == ("engine", 1)
+
+
+def test_a_replica_that_nobody_chose_is_an_error_and_changes_nothing() -> None:
+    region, _ = make({"a": Counting()}, "a", capacity=Credit(1), replicas=2)
+    with pytest.raises(LookupError, match="no route chose"):
+        region.send(SOURCE, request("r"), "out", 0.0)
+    assert region.state("a") == 0
+
+
+def test_signals_end_what_is_held_and_tell_upstream() -> None:
+    region, _ = make({"q": Keeping()}, "q", capacity=Credit(1))
+    for name in "ab":
+        region.send(SOURCE, request(name), "out", 0.0)
+    ended, told = region.feed("q", Signal("cancel", "b"), 0.0) or ()
+    assert isinstance(ended, Deliver)
+    assert ended.terminal
+    assert told == Upstream("q", "queue", 0)
+
+
+def test_wake_times_are_kept_until_the_next_answer() -> None:
+    region, _ = make({"q": Keeping()}, "q", capacity=Credit(1))
+    region.feed("q", Wake(), 4.0)
+    assert region.next_wake == (5.0, "q")
+    region.send(SOURCE, request("a"), "out", 4.5)
+    assert region.next_wake is None
+
+
+def test_an_outlet_into_the_sink_delivers() -> None:
+    graph = Graph("g", nodes=(Node("a", "a"),), edges=chain(SOURCE, "a", SINK))
+    region = Region(graph, {"a": Counting()}, Gates(), {})
+    event = TokenEvent(request_id="r", token_ids=(1,))
+    assert region.send(SOURCE, event, "out", 0.0) == (Deliver(event),)
+
+
+def test_equal_inputs_draw_equal_numbers() -> None:
+    draws = [Draw(1, "a", 7).random() for _ in range(2)]
+    assert draws[0] == draws[1] != Draw(1, "a", 8).random()
+    assert all(0 <= Draw(0, "a", number).below(3) < 3 for number in range(50))

@@ -1,0 +1,123 @@
+"""Whole graphs over null engines under trio's virtual clock: thousands of requests in seconds."""
+
+import random
+from typing import Any
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from sagellm import Graph, Sampling
+from sagellm.session import Session
+
+NULL = {
+    f"{engine}.{option}": value
+    for engine in ("p", "d")
+    for option, value in {
+        "device": "null",
+        "prefill_token_s": 1e-4,
+        "decode_step_s": 0.01,
+        "kv_bytes_per_s": 1e8,
+        "num_blocks": 2048,
+        "max_model_len": 2048,
+    }.items()
+}
+
+
+def at_rest(session: Session) -> bool:
+    """Every block is free again and the books balance."""
+    session.executor.ledger.check()
+    loads = [load for pool in session.statistics().engines.values() for load in pool]
+    return all(
+        load.num_leased_blocks == 0
+        and load.num_free_blocks + load.num_cached_blocks == load.num_blocks
+        for load in loads
+    )
+
+
+async def ask(session: Session, prompt_len: int, max_tokens: int, **fields: Any) -> Any:
+    sampling = Sampling(max_tokens=max_tokens, ignore_eos=True)
+    return await session.generate([1] * prompt_len, sampling=sampling, **fields)
+
+
+async def test_ten_thousand_requests_through_pd_many(autojump_clock: MockClock) -> None:
+    draw = random.Random(0)
+    async with Graph.load("pd_many").open(set=NULL) as session:
+        async with trio.open_nursery() as nursery:
+            for _ in range(10_000):
+                nursery.start_soon(ask, session, draw.randint(1, 200), draw.randint(1, 16))
+                await trio.sleep(draw.expovariate(100))
+        assert session.executor.ledger.ended == {"length": 10_000}
+        assert at_rest(session)
+        statistics = session.statistics()
+    assert statistics.elapsed_s > 60  # virtual seconds
+
+
+async def test_overload_is_refused_and_the_rest_is_served(autojump_clock: MockClock) -> None:
+    overrides = {**NULL, "admission.max_queued": 50}
+    async with Graph.load("pd_many").open(set=overrides) as session:
+        async with trio.open_nursery() as nursery:
+            for _ in range(1000):
+                nursery.start_soon(ask, session, 100, 8)
+        ended = session.executor.ledger.ended
+        assert ended["refused"] > 0
+        assert ended["refused"] + ended["length"] == 1000
+        assert at_rest(session)
+
+
+@pytest.mark.parametrize("graph", ["pd", "joint", "pd_many"])
+async def test_cancelled_at_two_hundred_random_points(
+    graph: str, autojump_clock: MockClock
+) -> None:
+    draw = random.Random(graph)
+    loaded = Graph.load(graph)
+    known = {key: value for key, value in NULL.items() if key.split(".")[0] in loaded.ir.engines}
+    known |= {f"{name}.device": "null" for name in loaded.ir.engines}
+    async with loaded.open(set=known) as session:
+
+        async def asked_and_cancelled(number: int) -> None:
+            with trio.move_on_after(draw.uniform(0, 0.3)):
+                await ask(session, draw.randint(1, 300), 30, request_id=f"r{number}")
+
+        async with trio.open_nursery() as nursery:
+            for number in range(200):
+                nursery.start_soon(asked_and_cancelled, number)
+                await trio.sleep(draw.uniform(0, 0.02))
+        await session.executor.idle()
+        ended = session.executor.ledger.ended
+        assert ended["cancelled"] > 50
+        assert at_rest(session)
+
+
+async def test_requests_expire_wherever_they_are(autojump_clock: MockClock) -> None:
+    draw = random.Random(1)
+    async with Graph.load("pd").open(set=NULL) as session:
+        async with trio.open_nursery() as nursery:
+            for _ in range(200):
+                timeout_s = draw.uniform(0.01, 0.5)
+                nursery.start_soon(lambda t=timeout_s: ask(session, 200, 30, timeout_s=t))
+        assert session.executor.ledger.ended["expired"] > 50
+        assert at_rest(session)
+
+
+async def test_a_prefill_never_waits_for_a_full_decode_pool(autojump_clock: MockClock) -> None:
+    small = {**NULL, "d.num_blocks": 130, "p.num_blocks": 130}
+    async with Graph.load("pd").open(set=small) as session:
+        async with trio.open_nursery() as nursery:
+            for _ in range(60):
+                nursery.start_soon(ask, session, 500, 100)
+        assert session.executor.ledger.ended == {"length": 60}
+        assert session.statistics().peak_kv_ratio > 0.5
+        assert at_rest(session)
+
+
+async def test_equal_seeds_give_equal_runs(autojump_clock: MockClock) -> None:
+    async def run() -> list[tuple[int, ...]]:
+        answers: list[Any] = []
+        async with Graph.load("pd_many").open(set=NULL, seed=7) as session:
+            for number in range(20):
+                sampling = Sampling(max_tokens=8, seed=number, temperature=1.0, ignore_eos=True)
+                answers.append(await session.generate([1] * 64, sampling=sampling))
+        return [answer.token_ids for answer in answers]
+
+    assert await run() == await run()

@@ -1,0 +1,39 @@
+"""Every example runs as a user would run it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+NOT_PLAIN = {"train_sage_tiny.py", "exercises.py"}  # the one trains for an hour, the other is data
+EXAMPLES = sorted(p.name for p in (ROOT / "examples").glob("*.py") if p.name not in NOT_PLAIN)
+
+SAYS = {
+    "quickstart.py": "68",
+    "python_graph.py": " words: ",
+    "own_operator.py": "refused: the prompt holds",
+    "own_policy.py": "[16, 4, 8, 12]",
+    "embed_in_asyncio.py": "elppa",
+    "batch_file.py": '"id":"batch"',
+}
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_example(name: str) -> None:
+    done = run([f"examples/{name}"])
+    assert done.returncode == 0, done.stderr
+    assert SAYS[name] in done.stdout
+
+
+def test_the_training_script_starts(tmp_path: Path) -> None:
+    done = run(["examples/train_sage_tiny.py", "--steps", "2", "--out", str(tmp_path)])
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "model.safetensors").stat().st_size < 8 * 2**20
+
+
+def run(arguments: list[str]) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=110
+    )

@@ -1,0 +1,140 @@
+"""The floors hold: no import upwards, no circle, and no torch where a graph is only described."""
+
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FLOORS = {"graphs": 0, "backends": 1, "runtime": 2, "operators": 3, "sagellm": 4}
+TORCHLESS = ("graphs", "operators")
+MAY_IMPORT_LATE = ("backends",)  # kernels of a device are imported where it is there
+
+
+@dataclass(frozen=True)
+class Import:
+    """One imported module, with its line and whether it stands inside a function."""
+
+    module: str
+    line: int
+    is_late: bool
+
+
+def sources(floor: str) -> Iterator[Path]:
+    """The Python files of a floor; those behind the four links belong to their own."""
+    for path in sorted((ROOT / floor).rglob("*.py")):
+        inside = path.relative_to(ROOT).parts
+        if not (floor == "sagellm" and inside[1] in FLOORS):
+            yield path
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = parts if parts[0] == "sagellm" else ("sagellm", *parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_of(path): path for floor in FLOORS for path in sources(floor)}
+
+
+def imports(tree: ast.AST, is_late: bool = False) -> Iterator[Import]:
+    """Every import below a node, `TYPE_CHECKING` blocks included."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            for name in node.names:
+                yield Import(name.name, node.lineno, is_late)
+        elif isinstance(node, ast.ImportFrom):
+            for name in node.names:
+                whole = f"{node.module}.{name.name}"
+                yield Import(whole if whole in MODULES else str(node.module), node.lineno, is_late)
+        else:
+            is_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+            yield from imports(node, is_late or is_function)
+
+
+IMPORTS = {name: tuple(imports(ast.parse(path.read_text()))) for name, path in MODULES.items()}
+
+
+def floor_of(module: str) -> str:
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 and parts[1] in FLOORS else "sagellm"
+
+
+def edges(module: str) -> set[str]:
+    """The modules of ours that a module imports itself."""
+    return {found.module for found in IMPORTS[module]} & set(MODULES)
+
+
+def reachable(module: str) -> set[str]:
+    """All modules of ours that importing a module loads, packages on the way included."""
+    level = [module]
+    for name in level:
+        parents = {name.rsplit(".", depth)[0] for depth in range(1, name.count(".") + 1)}
+        level += sorted((edges(name) | parents & set(MODULES)) - set(level))
+    return set(level)
+
+
+def test_every_floor_is_read() -> None:
+    assert {floor_of(module) for module in MODULES} == set(FLOORS)
+
+
+@pytest.mark.parametrize("floor", FLOORS)
+def test_imports_lead_downwards(floor: str) -> None:
+    upwards = [
+        f"{MODULES[module]}:{found.line}: {found.module}"
+        for module in MODULES
+        if floor_of(module) == floor
+        for found in IMPORTS[module]
+        if found.module.startswith("sagellm") and FLOORS[floor_of(found.module)] > FLOORS[floor]
+    ]
+    assert upwards == []
+
+
+def test_there_is_no_circle() -> None:
+    left = {module: edges(module) - {module} for module in MODULES}
+    while leaves := {module for module, needs in left.items() if not needs & set(left)}:
+        left = {module: needs for module, needs in left.items() if module not in leaves}
+    assert left == {}
+
+
+@pytest.mark.parametrize("floor", TORCHLESS)
+def test_torch_is_out_of_reach(floor: str) -> None:
+    with_torch = {
+        module: name
+        for module in MODULES
+        if floor_of(module) == floor
+        for name in reachable(module)
+        if any(found.module.split(".")[0] == "torch" for found in IMPORTS[name])
+    }
+    assert with_torch == {}
+
+
+def test_imports_stand_at_the_top() -> None:
+    late = [
+        f"{MODULES[module]}:{found.line}: {found.module}"
+        for module in MODULES
+        if floor_of(module) not in MAY_IMPORT_LATE
+        for found in IMPORTS[module]
+        if found.is_late
+    ]
+    assert late == []
+
+
+@pytest.mark.parametrize("floor", sorted(set(FLOORS) - {"sagellm"}))
+def test_a_link_leads_to_each_floor(floor: str) -> None:
+    link = ROOT / "sagellm" / floor
+    assert link.is_symlink()
+    assert link.readlink() == Path("..") / floor
+
+
+def test_an_upward_import_would_be_seen() -> None:
+    guarded = "if TYPE_CHECKING:\n    from sagellm.runtime import messages\n"
+    (found,) = imports(ast.parse(guarded))
+    assert FLOORS[floor_of(found.module)] > FLOORS["graphs"]
+
+
+def test_a_late_import_would_be_seen() -> None:
+    (found,) = imports(ast.parse("def run():\n    import torch\n"))
+    assert found.is_late
