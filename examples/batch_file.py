@@ -9,7 +9,10 @@ from sagellm.cli import main
 PROMPTS = [
     {"id": "sum", "messages": [{"role": "user", "content": "What is 12 + 30?"}], "max_tokens": 8},
     {"id": "code", "prompt": "import ", "max_tokens": 8},
-    {"custom_id": "batch", "body": {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4}},
+    {
+        "custom_id": "batch",
+        "body": {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4},
+    },
 ]
 
 if __name__ == "__main__":

@@ -13,7 +13,10 @@ async def main() -> None:
             print(token.text, end="", flush=True)
         print()
         answers = await asyncio.gather(
-            *(session.generate(f"def f{number}(", sampling=Sampling(max_tokens=8)) for number in "ab")
+            *(
+                session.generate(f"def f{number}(", sampling=Sampling(max_tokens=8))
+                for number in "ab"
+            )
         )
         print([answer.text for answer in answers])
 

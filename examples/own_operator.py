@@ -31,7 +31,9 @@ class Guard:
         match happened:
             case Arrival(item=Request() as request) if self.word in request.prompt:
                 error = f"the prompt holds {self.word!r}"
-                return Step(state + 1, (Terminate(refusal(request, "refused", now=now, error=error)),))
+                return Step(
+                    state + 1, (Terminate(refusal(request, "refused", now=now, error=error)),)
+                )
             case Arrival(item):
                 return Step(state, (Emit(item),))
         return Step(state)

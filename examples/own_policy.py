@@ -2,7 +2,7 @@
 
 import trio
 
-from sagellm import Graph, Request, Sampling, ops, register_policy
+from sagellm import Graph, Request, Sampling, ops
 
 
 def answer_len(request: Request) -> float:
@@ -10,12 +10,10 @@ def answer_len(request: Request) -> float:
     return float(request.sampling.max_tokens)
 
 
-register_policy("shortest_answer", answer_len)
-
-
 async def main() -> None:
     graph = Graph("short_first").engine("g", model="sage-tiny", max_num_seqs=1)
-    graph >> ops.policy_sort("shortest_answer") >> ops.generate(engine="g") >> ops.metrics_sink()
+    sort = ops.policy_sort("own", function=answer_len)
+    graph >> sort >> ops.generate(engine="g") >> ops.metrics_sink()
     finished = []
     async with graph.open() as session, trio.open_nursery() as nursery:
 

@@ -1,8 +1,12 @@
 """metrics_sink: lets everything pass, and counts and times it on the way."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import NamedTuple
+
+import msgspec
+from msgspec import field
+from msgspec.structs import replace
 
 from sagellm.graphs.vocabulary import NoOptions, OpSpec, Port
 from sagellm.runtime.histogram import Histogram
@@ -48,8 +52,7 @@ class Statistics:
         return self.num_tokens / self.elapsed_s if self.elapsed_s > 0 else 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class Passed:
+class Passed(msgspec.Struct, frozen=True):
     """The state: sums and histograms, and the times of choices that are under way."""
 
     ended: Mapping[str, int] = field(default_factory=dict)

@@ -1,6 +1,6 @@
 """policy_sort: where requests wait. Sends the first of its policy's order that can be taken."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import msgspec
 
@@ -54,7 +54,7 @@ class PolicySort:
             case Taken(item=Request() as request):
                 return self._settle(state, state.without_taken(request), now)
             case Feedback(kind="credit"):
-                return self._settle(state, replace(state, declined=()), now)
+                return self._settle(state, msgspec.structs.replace(state, declined=()), now)
             case Signal(kind="cancel" | "expire" as kind) as signal:
                 after, ended = state.parted(lambda request: signal.concerns(request.key))
                 reason: FinishReason = "cancelled" if kind == "cancel" else "expired"
@@ -94,7 +94,7 @@ class PolicySort:
         fresh = tuple(_dispatched(entry[3], now) for entry in head if entry[2] not in known)
         if fresh:
             outputs += (Offer(fresh),)
-        return Step(replace(queue, declined=head), outputs, queue.wake_at)
+        return Step(msgspec.structs.replace(queue, declined=head), outputs, queue.wake_at)
 
 
 def _dispatched(request: Request, now: float) -> Request:

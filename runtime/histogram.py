@@ -1,7 +1,8 @@
 """A histogram of durations as a value: each sample gives a new one."""
 
 import math
-from dataclasses import dataclass, field, replace
+
+import msgspec
 
 from sagellm.runtime.persistent_map import PersistentMap
 
@@ -10,17 +11,16 @@ _LEAST = 1e-9  # what is shorter, zero too, falls into the first bucket
 _LOG_GROWTH = math.log(GROWTH)
 
 
-@dataclass(frozen=True, slots=True)
-class Histogram:
+class Histogram(msgspec.Struct, frozen=True):
     """Counts per bucket; some hundred buckets span nanoseconds to days."""
 
-    counts: PersistentMap[int, int] = field(default_factory=PersistentMap)
+    counts: PersistentMap[int, int] = msgspec.field(default_factory=PersistentMap)
     num_samples: int = 0
 
     def with_sample(self, value: float) -> "Histogram":
         bucket = max(math.floor(math.log(max(value, _LEAST) / _LEAST) / _LOG_GROWTH), 0)
         counts = self.counts.with_item(bucket, self.counts.get(bucket, 0) + 1)
-        return replace(self, counts=counts, num_samples=self.num_samples + 1)
+        return msgspec.structs.replace(self, counts=counts, num_samples=self.num_samples + 1)
 
     def quantile(self, share: float) -> float | None:
         """The value that at least `share` (0 ... 1) of the samples do not pass; None of none."""

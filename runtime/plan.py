@@ -4,10 +4,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from sagellm.graphs.diagnostics import Diagnostic, GraphError
 from sagellm.graphs.ir import SINK, SOURCE, Graph, Node
 from sagellm.graphs.vocabulary import Vocabulary
 from sagellm.runtime.engine.port import Engine
-from sagellm.runtime.operator import Logic, Service, Setup, Target
+from sagellm.runtime.operator import Logic, OperatorModule, Service, Setup, Target
 from sagellm.runtime.options import read_options
 from sagellm.runtime.resolver import Resolver
 
@@ -48,7 +49,7 @@ def plan(
     encode: Callable[[str], tuple[int, ...]] | None = None,
     seed: int = 0,
 ) -> Plan:
-    """Build the operators of a graph that `check` has passed."""
+    """Build the operators of a graph that `check` has passed. Raises GraphError."""
     logic: dict[str, Logic[Any]] = {}
     services: dict[str, Service] = {}
     replicas = {node.name: _num_replicas(node, engines) for node in graph.nodes}
@@ -61,12 +62,21 @@ def plan(
             encode=encode,
             seed=seed,
         )
-        operator = module.build(read_options(module.spec.options, node.attrs), setup)
+        operator = _build(module, node, setup)
         if hasattr(operator, "on_item"):
             services[node.name] = operator
         else:
             logic[node.name] = operator
     return Plan(graph, logic, services, replicas, engines, seed)
+
+
+def _build(module: OperatorModule, node: Node, setup: Setup) -> "Logic[Any] | Service":
+    """Raises GraphError for options that contradict each other, which only the operator knows."""
+    try:
+        return module.build(read_options(module.spec.options, node.attrs), setup)
+    except ValueError as error:
+        path = ("operators", node.name)
+        raise GraphError((Diagnostic("bad-options", path, str(error)),)) from error
 
 
 def _num_replicas(node: Node, engines: Mapping[str, tuple[Engine, ...]]) -> int:

@@ -13,7 +13,6 @@ _NAMES = {
     "TokenEvent": "sagellm.runtime.messages",
     "Answer": "sagellm.runtime.messages",
     "register_operator": "sagellm.builder",
-    "register_policy": "sagellm.operators.policies",
     "GraphError": "sagellm.graphs.diagnostics",
 }
 

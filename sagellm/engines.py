@@ -1,32 +1,34 @@
-"""Opens the engines of a checked graph."""
+"""Opens the engines of a checked graph, and the tokenizer that speaks for them."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import trio
 
 from sagellm.graphs.ir import FrozenMap, Graph
-from sagellm.runtime.engine.opening import open_null
+from sagellm.runtime.engine.opening import open_engine
 from sagellm.runtime.engine.options import EngineOptions
 from sagellm.runtime.engine.port import Engine
+from sagellm.runtime.models.folder import resolve_model
+from sagellm.runtime.models.tokenizer import Tokenizer, load_tokenizer
 from sagellm.runtime.options import read_options
-from sagellm.session import Encoder, RequestError
 
 
-class NoText:
-    """The encoder of a graph whose engines have no tokenizer."""
+async def open_engines(graph: Graph) -> tuple[dict[str, tuple[Engine, ...]], Tokenizer]:
+    """Every replica of every engine, and the tokenizer of the first engine's model.
 
-    def encode(self, text: str) -> Sequence[int]:
-        raise RequestError("this graph's engines have no tokenizer; give token ids")
-
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> Sequence[int]:
-        raise RequestError("this graph's engines have no chat template; give token ids")
-
-
-async def open_engines(graph: Graph) -> tuple[dict[str, tuple[Engine, ...]], Encoder]:
-    """Every replica of every engine, and the tokenizer of the first that has one."""
+    Raises ModelError, EngineOptionError.
+    """
     engines: dict[str, tuple[Engine, ...]] = {}
     for name, values in graph.engines.items():
         options = read_options(EngineOptions, values if isinstance(values, FrozenMap) else {})
         engines[name] = tuple(
-            open_null(options, name=name, replica=replica) for replica in range(options.replicas)
+            [await _opened(options, name, replica) for replica in range(options.replicas)]
         )
-    return engines, NoText()
+    first = next(iter(graph.engines.values()))
+    model = str(first.get("model", "sage-tiny")) if isinstance(first, FrozenMap) else "sage-tiny"
+    return engines, load_tokenizer(resolve_model(model))
+
+
+async def _opened(options: EngineOptions, name: str, replica: int) -> Engine:
+    """Loading weights takes seconds, in a thread; the null engine is there at once."""
+    if options.is_null:
+        return open_engine(options, name=name, replica=replica)
+    return await trio.to_thread.run_sync(lambda: open_engine(options, name=name, replica=replica))

@@ -2,6 +2,7 @@
 
 import itertools
 import secrets
+import weakref
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
@@ -96,7 +97,19 @@ class Stream:
     async def _start(self) -> None:
         if not self._is_started:
             self._is_started = True
-            await self._session.submit(self._requests, self.put)
+            await self._session.submit(self._requests, _weakly(self))
+
+
+def _weakly(stream: Stream) -> Callable[[Item | Forked], None]:
+    """What the session calls; it does not keep alive a stream that its reader has dropped."""
+    reference = weakref.ref(stream)
+
+    def put(item: Item | Forked) -> None:
+        alive = reference()
+        if alive is not None:
+            alive.put(item)
+
+    return put
 
 
 class Session:

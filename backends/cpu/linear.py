@@ -11,8 +11,8 @@ from sagellm.backends.cpu.native.library import NativeKernels
 
 Linear: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 
-_BLOCK_NUMBERS = 1 << 22  # of a weight at a time in float32: 16 MiB
-_TALL = 96  # rows from which a float32 copy of each block of the weight pays
+_BLOCK_NUMBERS = 1 << 20  # of a weight at a time in float32: 16 MiB
+_TALL = 256  # rows from which a float32 copy of each block of the weight pays
 
 
 def linear(binding: Binding, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
@@ -78,7 +78,7 @@ def upcast(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
         top = 0
         for block in blocks:
             wide = scratch[: len(block)].copy_(block)
-            out[:, top : top + len(block)] = rows @ wide.T
+            torch.mm(rows, wide.T, out=out[:, top : top + len(block)])
             top += len(block)
         return out if bias is None else out.add_(bias)
 

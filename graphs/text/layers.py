@@ -203,15 +203,12 @@ class _Ways:
     centres: Mapping[Cell, float]
     spans: Sequence[tuple[float, float]]
 
-    def through(self, thread: Thread) -> Route:
+    def through(self, number: int) -> Route:
         """From the bottom of a box to the top of another, straight through each row between."""
+        thread = self.threads[number]
         first, last = self.boxes[str(thread[0])], self.boxes[str(thread[-1])]
-        leaving = [other for other in self.threads if other and other[0] == thread[0]]
-        entering = [other for other in self.threads if other and other[-1] == thread[-1]]
-        leaving.sort(key=lambda other: self.centres[other[1]])
-        entering.sort(key=lambda other: self.centres[other[-2]])
-        start = _port(first, leaving.index(thread), len(leaving)), first.bottom
-        stop = _port(last, entering.index(thread), len(entering)), last.y
+        start = self._port(first, number, at=0, towards=1), first.bottom
+        stop = self._port(last, number, at=-1, towards=-2), last.y
         between = [
             (self.centres[cell], y)
             for cell in thread[1:-1]
@@ -219,6 +216,13 @@ class _Ways:
             for y in self.spans[cell[1]]
         ]
         return Route((start, *between, stop), is_back=False)
+
+    def _port(self, box: Box, number: int, *, at: int, towards: int) -> float:
+        """The x where an edge meets a box: edges at one side stand apart, ordered by their ways."""
+        mine = self.threads[number][at]
+        beside = [n for n, thread in enumerate(self.threads) if thread and thread[at] == mine]
+        beside.sort(key=lambda n: self.centres[self.threads[n][towards]])
+        return box.x + box.width * (beside.index(number) + 1) / (len(beside) + 1)
 
     def around(self, link: Link, lane: float) -> Route:
         """From the right side of a box to that of another, along a lane right of everything."""
@@ -228,18 +232,14 @@ class _Ways:
         return Route(((right, out), (lane, out), (lane, back), (left, back)), is_back=True)
 
 
-def _port(box: Box, index: int, count: int) -> float:
-    """The x of one of `count` edges at a side of a box."""
-    return box.x + box.width * (index + 1) / (count + 1)
-
-
 def _routed(links: Sequence[Link], ways: _Ways) -> Layout:
     edges = [box.x + box.width for box in ways.boxes.values()]
     threads = [x for cell, x in ways.centres.items() if isinstance(cell, tuple)]
     lane = max([*edges, *threads], default=0.0)
     routes = []
-    for link, thread in zip(links, ways.threads, strict=True):
-        lane += 0 if thread else COLUMN_GAP
-        routes.append(ways.through(thread) if thread else ways.around(link, lane))
+    for number, link in enumerate(links):
+        is_back = not ways.threads[number]
+        lane += COLUMN_GAP if is_back else 0
+        routes.append(ways.around(link, lane) if is_back else ways.through(number))
     bottom = max((bottom for _, bottom in ways.spans), default=MARGIN)
     return Layout(ways.boxes, tuple(routes), lane + MARGIN, bottom + MARGIN)

@@ -1,11 +1,12 @@
 """Draws a graph as SVG: boxes for nodes, curves for edges, dashes for feedback."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from xml.sax.saxutils import escape
 
 from sagellm.graphs.ir import SINK, SOURCE, Edge, Graph, Node
-from sagellm.graphs.text.layers import Box, Layout, Link, Point, Route, lay_out
+from sagellm.graphs.text.layers import MARGIN, Box, Layout, Link, Point, Route, lay_out
 from sagellm.graphs.text.phrases import entry_inlets, port_label, shortened, told_options
 
 _LETTER_WIDTH = 7.3  # of 12 px monospace, rounded up
@@ -16,7 +17,7 @@ _STYLE = (
     ".box{fill:#f5f7fa;stroke:#52606d}.end{fill:#d9e2ec;stroke:#52606d}"
     ".name{font-weight:bold}.quiet{fill:#52606d}"
     ".edge{fill:none;stroke:#52606d}.feedback{stroke-dasharray:5 4}"
-    ".label{font-size:11px;paint-order:stroke;stroke:#fff;stroke-width:4px}"
+    ".label{font-size:11px;text-anchor:middle;paint-order:stroke;stroke:#fff;stroke-width:4px}"
 )
 _ARROW = (
     '<marker id="arrow" viewBox="0 0 8 8" refX="8" refY="4" markerWidth="8" markerHeight="8" '
@@ -33,7 +34,9 @@ def as_svg(graph: Graph) -> str:
     texts = {name: tuple(lines) for name, lines in _boxes(graph)}
     edges = [edge for edge in graph.edges if edge.source in texts and edge.target in texts]
     links = [Link(edge.source, edge.target, edge.feedback) for edge in edges]
-    layout = lay_out({name: _size(lines) for name, lines in texts.items()}, links)
+    needed = _label_widths(edges)
+    sizes = {name: _size(lines, needed.get(name, 0.0)) for name, lines in texts.items()}
+    layout = lay_out(sizes, links)
     return "\n".join(_document(graph, layout, texts, edges)) + "\n"
 
 
@@ -59,8 +62,20 @@ def _lines(graph: Graph, node: Node) -> Iterator[str]:
         yield f"body: {len(node.body.nodes)} nodes"
 
 
-def _size(lines: tuple[str, ...]) -> tuple[float, float]:
-    width = max(map(len, lines)) * _LETTER_WIDTH + 2 * _PADDING
+def _label_widths(edges: list[Edge]) -> dict[str, float]:
+    """How wide boxes must be for the labels of edges that run side by side between them."""
+    pairs = Counter((edge.source, edge.target) for edge in edges)
+    widths: dict[str, float] = {}
+    for edge in edges:
+        count = pairs[edge.source, edge.target]
+        needed = (count + 1) * len(port_label(edge)) * _LETTER_WIDTH if count > 1 else 0.0
+        for name in (edge.source, edge.target):
+            widths[name] = max(widths.get(name, 0.0), needed)
+    return widths
+
+
+def _size(lines: tuple[str, ...], least: float) -> tuple[float, float]:
+    width = max(least, max(map(len, lines)) * _LETTER_WIDTH + 2 * _PADDING)
     return width, len(lines) * _LINE_HEIGHT + 2 * _PADDING - 4
 
 
@@ -69,7 +84,7 @@ def _document(
 ) -> Iterator[str]:
     labels = [port_label(edge) for edge in edges]
     reach = [
-        _label_point(route)[0] + 6 + len(label) * _LETTER_WIDTH
+        _label_point(route)[0] + len(label) * _LETTER_WIDTH / 2 + MARGIN
         for route, label in zip(layout.routes, labels, strict=True)
     ]
     width, height = max([layout.width, *reach]), layout.height
@@ -107,9 +122,9 @@ def _at(point: Point) -> str:
 
 
 def _label_point(route: Route) -> Point:
-    """Beside the beginning of an edge, below the box or right of it."""
-    x, y = route.points[0]
-    return (x + 5, y - 5) if route.is_back else (x + 5, y + 15)
+    """The middle of a label: where an edge first bends, or over its beginning if it goes back."""
+    (x, y), (next_x, next_y) = route.points[:2]
+    return ((x + next_x) / 2, y - 5) if route.is_back else ((x + next_x) / 2, (y + next_y) / 2 + 2)
 
 
 def _drawn(box: Box, lines: tuple[str, ...], style: str) -> Iterator[str]:

@@ -3,9 +3,11 @@
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from operator import itemgetter
 from typing import Any, TypeAlias, TypeVar
+
+import msgspec
+from msgspec.structs import replace
 
 from sagellm.operators.policies.order import Order
 from sagellm.runtime.messages import Request
@@ -16,8 +18,7 @@ T = TypeVar("T", bound=tuple[Any, ...])
 Entry: TypeAlias = tuple[float, float, int, Request]
 
 
-@dataclass(frozen=True, slots=True)
-class Queue:
+class Queue(msgspec.Struct, frozen=True):
     """The waiting requests. An update copies pointers (a microsecond for 1,000) and sorts nothing.
 
     `entries` ascend by rank, arrival and number; `expiries` are (expires_s, number), ascending.

@@ -1,8 +1,11 @@
 """What a router knows of the replicas that it chooses over."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import NamedTuple
+
+import msgspec
+from msgspec.structs import replace
 
 from sagellm.runtime.engine.port import EngineLoad
 from sagellm.runtime.messages import Request
@@ -16,8 +19,7 @@ def tokens_of(request: Request) -> int:
     return request.num_uncached_tokens + request.sampling.max_tokens
 
 
-@dataclass(frozen=True, slots=True)
-class Backlog:
+class Backlog(msgspec.Struct, frozen=True):
     """What this router sent to one replica.
 
     `num_open` and `num_tokens`: of requests that have not ended. `num_held`: requests less
@@ -58,14 +60,13 @@ class Report(NamedTuple):
     load: EngineLoad
 
 
-@dataclass(frozen=True, slots=True)
-class View:
+class View(msgspec.Struct, frozen=True):
     """The state of a router. `placed`: request -> where its choices went, and their tokens."""
 
     num_routed: int = 0
-    backlogs: Mapping[Replica, Backlog] = field(default_factory=dict)
-    reported: Mapping[Replica, Report] = field(default_factory=dict)
-    placed: PersistentMap[str, tuple[tuple[Replica, int], ...]] = field(
+    backlogs: Mapping[Replica, Backlog] = msgspec.field(default_factory=dict)
+    reported: Mapping[Replica, Report] = msgspec.field(default_factory=dict)
+    placed: PersistentMap[str, tuple[tuple[Replica, int], ...]] = msgspec.field(
         default_factory=PersistentMap
     )
 

@@ -3,6 +3,7 @@
 import heapq
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import msgspec
 import structlog
@@ -35,6 +36,8 @@ from sagellm.runtime.messages import (
     TokenLogprob,
 )
 
+OpenTranscript: TypeAlias = Callable[[SequenceState], Transcript]
+
 log = structlog.get_logger("sagellm.engine")
 
 _LEASE_EVENT: dict[FinishReason, LeaseEvent] = {
@@ -57,7 +60,7 @@ class Equipment:
     storage: Storage
     vocab_size: int
     eos_token_ids: frozenset[int] = frozenset()
-    open_transcript: Callable[[SequenceState], Transcript] | None = None
+    open_transcript: OpenTranscript | None = None
 
 
 class LocalEngine:

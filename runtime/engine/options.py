@@ -3,7 +3,16 @@
 import re
 from dataclasses import dataclass, field
 
-_UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+_UNITS = {
+    "": 1,
+    "B": 1,
+    "KiB": 2**10,
+    "MiB": 2**20,
+    "GiB": 2**30,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 
 
@@ -16,7 +25,9 @@ def num_bytes(size: str) -> int:
     match = _SIZE.fullmatch(size)
     if match is None or match[2] not in _UNITS:
         units = ", ".join(unit for unit in _UNITS if unit)
-        raise EngineOptionError(f"kv_memory: {size!r} is not a size; write a number and one of {units}")
+        raise EngineOptionError(
+            f"kv_memory: {size!r} is not a size; write a number and one of {units}"
+        )
     return int(float(match[1]) * _UNITS[match[2]])
 
 
@@ -68,4 +79,6 @@ class EngineOptions:
         costs = ("prefill_token_s", "decode_step_s", "kv_bytes_per_s")
         given = [name for name in costs if getattr(self, name) is not None]
         if given and not self.is_null:
-            raise EngineOptionError(f"{given[0]}: only device null takes the time it is told; drop it")
+            raise EngineOptionError(
+                f"{given[0]}: only device null takes the time it is told; drop it"
+            )

@@ -109,8 +109,9 @@ class Engine(Protocol):
     def cancel(self, request_id: str, choice: int, epoch: int) -> None:
         """End a sequence, or free the lease held, reserved or received for it.
 
-        An unknown one, or one of another epoch, is ignored. A submitted sequence ends with exactly one event with finish reason "cancelled"; one whose
-        `PrefillDone` was already emitted gives no further event.
+        An unknown one, or one of another epoch, is ignored. A submitted sequence ends with exactly
+        one event with finish reason "cancelled"; one whose `PrefillDone` was already emitted gives
+        no further event.
         """
 
     def export(self, lease: LeaseRef) -> KVSource:
@@ -119,7 +120,8 @@ class Engine(Protocol):
     async def import_(self, offer: LeaseOffer) -> KVTarget:
         """Reserve blocks, waiting in order of arrival until there are enough.
 
-        Asked again for the same (request, choice, epoch), it returns the same target. Raises EngineRefusal where the layouts differ or the pool is too small at all.
+        Asked again for the same (request, choice, epoch), it returns the same target. Raises
+        EngineRefusal where the layouts differ or the pool is too small at all.
         """
 
     def events(self, owner: str) -> AsyncIterator[tuple[EngineEvent, ...]]:

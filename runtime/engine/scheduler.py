@@ -61,7 +61,7 @@ class Scheduler:
     blocks; then the running sequence last in rank (priority, arrival) is preempted, and recomputed
     later. The first in rank is never preempted for another, and a pool holds the longest sequence:
     so some sequence always advances. Blocks that become free go to waiting sequences and landings
-    in order of arrival; a sequence that adopted a landing holds its blocks and waits for a slot only.
+    in order of arrival; a sequence that adopted a landing holds its blocks and waits for a slot.
     """
 
     def __init__(self, pool: BlockPool, limits: Limits) -> None:
@@ -214,7 +214,7 @@ class Scheduler:
         return num_blocks + spare <= self.pool.num_free
 
     def _add_decodes(self, batch: Batch, decodes: list[Sequence], *, is_shared: bool) -> None:
-        """One token each. Where they exceed the budget they take turns, and leave prefills a part."""
+        """One token each; past the budget they take turns, and leave prefills a part."""
         budget = self.limits.max_step_tokens
         room = budget - max(1, budget // 4) if is_shared and budget > 1 else budget
         batch.sequences = decodes[:room]

@@ -124,7 +124,9 @@ class BlockPool:
 
     def _take(self, count: int) -> list[int]:
         if count > len(self._free):
-            raise PoolExhausted(f"{count} blocks wanted, {len(self._free)} of {self.num_blocks} free")
+            raise PoolExhausted(
+                f"{count} blocks wanted, {len(self._free)} of {self.num_blocks} free"
+            )
         if count <= 0:
             return []
         taken = self._free[-count:]

@@ -126,7 +126,9 @@ def _is_path(name: str) -> bool:
 def _check_files(name: str, path: Path) -> None:
     """Raise ModelError where weights are pickled, missing, or named outside the folder."""
     if not (path / SHARD_INDEX).is_file() and not (path / "model.safetensors").is_file():
-        pickled = sorted(file.name for kind in ("*.bin", "*.pt", "*.pth") for file in path.glob(kind))
+        pickled = sorted(
+            file.name for kind in ("*.bin", "*.pt", "*.pth") for file in path.glob(kind)
+        )
         if pickled:
             raise ModelError(
                 f"model {name}: only pickled weights ({pickled[0]}), which can run any code when "
@@ -137,7 +139,9 @@ def _check_files(name: str, path: Path) -> None:
         if Path(file).name != file:
             raise ModelError(f"model {name}: {SHARD_INDEX} names {file!r}, outside its folder")
         if not (path / file).is_file():
-            raise ModelError(f"model {name}: {SHARD_INDEX} names {file}, which is missing in {path}")
+            raise ModelError(
+                f"model {name}: {SHARD_INDEX} names {file}, which is missing in {path}"
+            )
 
 
 def _refuse_remote_code(name: str, config: Mapping[str, object]) -> None:

@@ -39,7 +39,7 @@ async def answer_file(
                 batch = _batch(session, output, draw, progress)
                 async with draining(drain, DRAINING):
                     tally = await batch.serve(numbered_lines(source), drain)
-            (print_summary if json else show_summary)(session.statistics())
+            (print_summary if json else show_summary)(session.statistics(), tally)
     return INTERRUPTED if drain.cancel_called else _exit_code(tally)
 
 

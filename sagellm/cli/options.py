@@ -32,7 +32,7 @@ class PromptOptions:
 class FileOptions:
     """Answer JSON lines."""
 
-    input: Path | None = None
+    input: Annotated[Path | None, Parameter(allow_leading_hyphen=True)] = None
     """JSON lines with `prompt` or `messages`, or an OpenAI batch file; `-` is stdin."""
 
     output: Path | None = None

@@ -30,8 +30,8 @@ class Progress:
         """One line is done; `line` is what was written for it, None if it was skipped."""
         self._bar.advance(self._task)
         if line and "error" in line:
-            shown = f"{line['id']}: {line['error']['message']}"
-            self._console.print(shown, markup=False, style="red")
+            console = self._console
+            console.print(f"{line['id']}: {line['error']['message']}", markup=False, style="red")
 
     def __enter__(self) -> "Progress":
         self._bar.start()

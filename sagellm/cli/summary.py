@@ -6,14 +6,14 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from sagellm.runtime.messages import SERVED
+from sagellm.batch.serve import Tally
 from sagellm.statistics import Statistics
 
 
-def show_summary(statistics: Statistics) -> None:
+def show_summary(statistics: Statistics, tally: Tally | None = None) -> None:
     """A table on stderr; plain lines where that is not a terminal."""
     console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
-    rows = rows_of(statistics)
+    rows = rows_of(statistics, tally)
     if not console.is_terminal:
         for label, value in rows:
             console.print(f"{label}: {value}", markup=False)
@@ -23,10 +23,12 @@ def show_summary(statistics: Statistics) -> None:
     console.print(table)
 
 
-def print_summary(statistics: Statistics) -> None:
+def print_summary(statistics: Statistics, tally: Tally) -> None:
     """The same as one JSON object on stdout; seconds, and None for what was not measured."""
     said = {
-        "requests": statistics.num_requests,
+        "answered": tally.num_answered,
+        "failed": tally.num_failed,
+        "skipped": tally.num_skipped,
         "ended": dict(statistics.ended),
         "tokens": statistics.num_tokens,
         "elapsed_s": statistics.elapsed_s,
@@ -39,10 +41,10 @@ def print_summary(statistics: Statistics) -> None:
     print(msgspec.json.encode(said).decode())
 
 
-def rows_of(statistics: Statistics) -> list[tuple[str, str]]:
-    """Label and value of each figure."""
+def rows_of(statistics: Statistics, tally: Tally | None = None) -> list[tuple[str, str]]:
+    """Label and value of each figure; without a tally it was one request."""
     return [
-        ("requests", _requests(statistics)),
+        ("requests", _requests(tally) if tally else "1"),
         ("tokens", str(statistics.num_tokens)),
         ("tokens/s", f"{statistics.tokens_per_s:.1f}"),
         ("TTFT p50/p99", _pair(statistics.ttft_p50_s, statistics.ttft_p99_s)),
@@ -51,10 +53,10 @@ def rows_of(statistics: Statistics) -> list[tuple[str, str]]:
     ]
 
 
-def _requests(statistics: Statistics) -> str:
-    unserved = [f"{num} {why}" for why, num in statistics.ended.items() if why not in SERVED]
-    extra = f" ({', '.join(unserved)})" if unserved else ""
-    return f"{statistics.num_requests}{extra}"
+def _requests(tally: Tally) -> str:
+    apart = (("failed", tally.num_failed), ("answered before", tally.num_skipped))
+    extra = ", ".join(f"{num} {what}" for what, num in apart if num)
+    return f"{tally.num_answered + tally.num_failed}" + (f" ({extra})" if extra else "")
 
 
 def _pair(p50_s: float | None, p99_s: float | None) -> str:

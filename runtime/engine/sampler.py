@@ -1,0 +1,162 @@
+"""Drawing tokens from logits: penalties, filters, and randomness that batching cannot change."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence as Rows
+
+import torch
+
+from sagellm.runtime.engine.runner import Drawn
+from sagellm.runtime.engine.sequence import Sequence
+from sagellm.runtime.messages import Sampling, TokenLogprob
+
+_GREEDY_BELOW = 1e-5  # dividing by a smaller temperature overflows; as vLLM
+_NEVER = float("-inf")
+
+
+def uniform(seed: int, choice: int, position: int) -> float:
+    """In [0, 1), a function of (seed, choice, position) alone; 53 bits of BLAKE2b."""
+    key = f"{seed}/{choice}/{position}".encode()
+    digest = hashlib.blake2b(key, digest_size=8).digest()
+    return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
+
+
+def draw(logits: torch.Tensor, rows: Rows[Sequence]) -> Drawn:
+    """One token a row of `logits` [R, vocab], float32.
+
+    Every operation works on one row at a time or on all alike, so that a row's token does not
+    depend on its neighbours. Raises ArithmeticError where a row has no largest finite logit.
+    """
+    if not rows:
+        return Drawn([])
+    best, token_ids = logits.max(dim=-1)
+    if not bool(torch.isfinite(best).all()):
+        raise ArithmeticError("logits are not finite; the weights or their dtype are wrong")
+    special = [index for index, row in enumerate(rows) if not _is_plain(row)]
+    if special:
+        chosen = [rows[index] for index in special]
+        token_ids[special] = _draw_processed(logits[special], chosen)
+    ids: list[int] = token_ids.tolist()
+    if all(row.state.sampling.logprobs is None for row in rows):
+        return Drawn(ids)
+    return Drawn(ids, _logprobs(logits, rows, ids))
+
+
+def _is_plain(row: Sequence) -> bool:
+    """Whether the largest logit decides."""
+    sampling = row.state.sampling
+    return sampling.temperature < _GREEDY_BELOW and not (
+        sampling.logit_bias or _has_penalty(sampling) or row.num_output < sampling.min_tokens
+    )
+
+
+def _has_penalty(sampling: Sampling) -> bool:
+    penalties = (
+        sampling.repetition_penalty - 1,
+        sampling.presence_penalty,
+        sampling.frequency_penalty,
+    )
+    return any(penalties)
+
+
+def _draw_processed(logits: torch.Tensor, rows: Rows[Sequence]) -> torch.Tensor:
+    """Order of steps as in vLLM: bias and masks, penalties, temperature, min_p, top_k, top_p."""
+    for index, row in enumerate(rows):
+        _bias(logits[index], row)
+        if _has_penalty(row.state.sampling):
+            _penalise(logits[index], row)
+    token_ids = logits.argmax(dim=-1)
+    warm = [
+        index for index, row in enumerate(rows) if row.state.sampling.temperature >= _GREEDY_BELOW
+    ]
+    if warm:
+        chosen = [rows[index] for index in warm]
+        token_ids[warm] = _draw_random(logits[warm], chosen)
+    return token_ids
+
+
+def _bias(logits: torch.Tensor, row: Sequence) -> None:
+    sampling = row.state.sampling
+    if sampling.logit_bias:
+        ids = torch.tensor(list(sampling.logit_bias))
+        logits[ids] += torch.tensor(list(sampling.logit_bias.values()))
+    if row.num_output < sampling.min_tokens and row.stop_ids:
+        logits[torch.tensor(sorted(row.stop_ids))] = _NEVER
+
+
+def _penalise(logits: torch.Tensor, row: Sequence) -> None:
+    """Repetition (CTRL, arXiv:1909.05858) over prompt and output; the others over the output."""
+    sampling = row.state.sampling
+    seen = torch.tensor(sorted(set(row.tokens)))
+    scores = logits[seen]
+    factor = sampling.repetition_penalty
+    logits[seen] = torch.where(scores > 0, scores / factor, scores * factor)
+    counts = Counter(row.output)
+    if counts:
+        times = torch.tensor(list(counts.values()))
+        penalty = sampling.presence_penalty + sampling.frequency_penalty * times
+        logits[torch.tensor(list(counts))] -= penalty
+
+
+def _draw_random(logits: torch.Tensor, rows: Rows[Sequence]) -> torch.Tensor:
+    """Invert the distribution function at one uniform number a row."""
+    samplings = [row.state.sampling for row in rows]
+    logits = logits / _column([sampling.temperature for sampling in samplings])
+    _keep_min_p(logits, samplings)
+    _keep_top_k(logits, samplings)
+    _keep_top_p(logits, samplings)
+    # Float64, so that rounding moves no boundary by more than the logits' own last bits.
+    cumulated = logits.double().softmax(dim=-1).cumsum(dim=-1)
+    numbers = [
+        uniform(row.state.sampling.seed or 0, row.state.choice, row.num_output) for row in rows
+    ]
+    aims = torch.tensor(numbers, dtype=torch.float64).unsqueeze(1) * cumulated[:, -1:]
+    return torch.searchsorted(cumulated, aims, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
+
+
+def _keep_min_p(logits: torch.Tensor, samplings: Rows[Sampling]) -> None:
+    """Drop tokens less likely than `min_p` times the most likely (arXiv:2407.01082)."""
+    if any(sampling.min_p for sampling in samplings):
+        floors = _column([sampling.min_p for sampling in samplings]).log()
+        logits.masked_fill_(logits < logits.amax(dim=-1, keepdim=True) + floors, _NEVER)
+
+
+def _keep_top_k(logits: torch.Tensor, samplings: Rows[Sampling]) -> None:
+    """Keep the k most likely, and what is as likely as the last of them."""
+    for index, sampling in enumerate(samplings):
+        if 0 < sampling.top_k < logits.shape[1]:
+            least = logits[index].topk(sampling.top_k).values[-1]
+            logits[index].masked_fill_(logits[index] < least, _NEVER)
+
+
+def _keep_top_p(logits: torch.Tensor, samplings: Rows[Sampling]) -> None:
+    """Keep the smallest set of the most likely with probability `top_p` (arXiv:1904.09751)."""
+    for index, sampling in enumerate(samplings):
+        if sampling.top_p < 1:
+            row = logits[index]
+            ordered = row.sort(descending=True).values
+            before = ordered.softmax(dim=-1).cumsum(dim=-1).roll(1)
+            before[0] = 0
+            least = ordered[before < sampling.top_p][-1]
+            row.masked_fill_(row < least, _NEVER)
+
+
+def _column(values: list[float]) -> torch.Tensor:
+    return torch.tensor(values).unsqueeze(1)
+
+
+def _logprobs(
+    logits: torch.Tensor, rows: Rows[Sequence], token_ids: list[int]
+) -> list[TokenLogprob | None]:
+    """Of the model's own distribution, before any processing, as vLLM's default."""
+    found: list[TokenLogprob | None] = []
+    for row, scores, token_id in zip(rows, logits, token_ids, strict=True):
+        count = row.state.sampling.logprobs
+        if count is None:
+            found.append(None)
+            continue
+        logprobs = scores.log_softmax(dim=-1)
+        values, ids = logprobs.topk(min(count, len(logprobs)))
+        top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
+        found.append(TokenLogprob(token_id, float(logprobs[token_id]), top))
+    return found

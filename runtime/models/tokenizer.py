@@ -1,0 +1,124 @@
+"""Text to token ids and back: the model's tokenizer.json, special tokens and chat template."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import msgspec
+import tokenizers
+
+from sagellm.runtime.models.chat import ChatTemplate, ChatTemplateError, find_template
+from sagellm.runtime.models.folder import ModelError, ModelFolder
+
+Messages = Sequence[Mapping[str, Any]]
+
+
+class Tokenizer(Protocol):
+    """What prompts and answers need of a model's tokenizer."""
+
+    eos_token_ids: tuple[int, ...]
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]: ...
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str: ...
+
+    def apply_chat_template(self, messages: Messages) -> str:
+        """The prompt of a conversation. Raises ChatTemplateError."""
+        ...
+
+    def encode_chat(self, messages: Messages) -> tuple[int, ...]:
+        """Its tokens; the template brings its own special tokens. Raises ChatTemplateError."""
+        ...
+
+
+class FolderTokenizer:
+    """The tokenizer of a model folder. Raises ModelError where its files are damaged."""
+
+    def __init__(self, folder: ModelFolder) -> None:
+        self.eos_token_ids = folder.eos_token_ids
+        self._name = folder.name
+        self._tokenizer = _read_tokenizer(folder)
+        assert folder.path is not None
+        config = _read_config(folder)
+        template = find_template(folder.path, config)
+        special = _special_tokens(config)
+        self._template = None if template is None else ChatTemplate(template, special)
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
+        return tuple(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
+
+    def apply_chat_template(self, messages: Messages) -> str:
+        if self._template is None:
+            raise ChatTemplateError(
+                f"model {self._name} has no chat template; give a plain prompt instead"
+            )
+        return self._template.render(messages)
+
+    def encode_chat(self, messages: Messages) -> tuple[int, ...]:
+        return self.encode(self.apply_chat_template(messages), add_special_tokens=False)
+
+
+class ByteTokenizer:
+    """One token a UTF-8 byte: for the null model, whose tokens mean nothing."""
+
+    eos_token_ids: tuple[int, ...] = ()
+    vocab_size = 256
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
+        return tuple(text.encode())
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        return bytes(token % 256 for token in token_ids).decode(errors="replace")
+
+    def apply_chat_template(self, messages: Messages) -> str:
+        return "".join(f"{message['role']}: {message['content']}\n" for message in messages)
+
+    def encode_chat(self, messages: Messages) -> tuple[int, ...]:
+        return self.encode(self.apply_chat_template(messages))
+
+
+def load_tokenizer(folder: ModelFolder) -> Tokenizer:
+    """The tokenizer of a checked folder. Raises ModelError, ChatTemplateError."""
+    return ByteTokenizer() if folder.path is None else FolderTokenizer(folder)
+
+
+def _read_tokenizer(folder: ModelFolder) -> tokenizers.Tokenizer:
+    path = folder.file("tokenizer.json")
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise ModelError(f"model {folder.name}: {path} cannot be read: {error}") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _read_config(folder: ModelFolder) -> dict[str, Any]:
+    assert folder.path is not None
+    path = folder.path / "tokenizer_config.json"
+    if not path.is_file():
+        return {}
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+    except msgspec.DecodeError as error:
+        raise ModelError(f"model {folder.name}: {path} is not valid JSON: {error}") from error
+
+
+def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    """Special tokens by role ("bos_token"), given as text or as {"content": text}."""
+    found = {}
+    for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
+        value = config.get(name)
+        value = value.get("content") if isinstance(value, Mapping) else value
+        if isinstance(value, str):
+            found[name] = value
+    return found

@@ -1,0 +1,52 @@
+"""A plan: what each operator is told of its place in the graph."""
+
+import pytest
+
+from sagellm.graphs.diagnostics import GraphError
+from sagellm.graphs.ir import FrozenMap, Graph, Node
+from sagellm.graphs.text.yaml import load_file
+from sagellm.runtime.engine.opening import open_engine
+from sagellm.runtime.engine.options import EngineOptions
+from sagellm.runtime.operator import Target
+from sagellm.runtime.plan import Plan, plan
+from sagellm.runtime.resolver import Resolver
+
+NULL = EngineOptions(model="null", device="null")
+
+
+def planned(name: str, replicas: int = 1) -> Plan:
+    graph = load_file(f"graphs/{name}.yaml").graph
+    engines = {
+        engine: tuple(open_engine(NULL, name=engine, replica=i) for i in range(replicas))
+        for engine in graph.engines
+    }
+    return plan(graph, Resolver(), engines)
+
+
+def test_logic_and_services_are_told_apart() -> None:
+    made = planned("pd")
+    assert set(made.services) == {"prefill", "transfer", "decode", "generate"}
+    assert set(made.logic) == {"admission", "sort", "split", "route", "metrics"}
+
+
+def test_an_operator_has_as_many_replicas_as_its_engine() -> None:
+    made = planned("pd_many", replicas=2)
+    assert made.replicas["prefill"] == made.replicas["generate"] == 2
+    assert made.replicas["transfer"] == 1
+
+
+def test_a_router_sees_the_engines_until_the_next_router() -> None:
+    route = planned("pd_many", replicas=2).logic["route"]
+    assert tuple(route.targets) == (Target("prefill", 2, "p"), Target("decode", 2, "d"))  # type: ignore[attr-defined]
+
+
+def test_ancestors_are_all_that_lies_upstream() -> None:
+    made = planned("pd")
+    assert set(made.ancestors("generate")) == {"split", "sort", "admission"}
+    assert set(made.ancestors("transfer")) == {"prefill", "route", "split", "sort", "admission"}
+
+
+def test_options_that_contradict_each_other_are_a_graph_error() -> None:
+    node = Node("sort", "policy_sort", FrozenMap({"policy": "own"}))
+    with pytest.raises(GraphError, match="sort"):
+        plan(Graph("g", nodes=(node,)), Resolver(), {})

@@ -1,0 +1,73 @@
+import errno
+
+import pytest
+
+from sagellm.cli.failure import CONFIGURATION, INTERRUPTED, RESOURCES, Failure, explain, show
+from sagellm.graphs.diagnostics import Diagnostic, GraphError, Position
+from sagellm.graphs.models.unsupported import UnsupportedModel
+from sagellm.runtime.models.folder import ModelError
+
+WRONG = Diagnostic("unknown-op", ("operators", "a"), "no op prefil", "did you mean prefill?")
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (GraphError((WRONG,)), CONFIGURATION),
+        (UnsupportedModel("no", field="dtype", fix="do"), CONFIGURATION),
+        (ModelError("no folder"), CONFIGURATION),
+        (FileNotFoundError(errno.ENOENT, "No such file", "x.jsonl"), CONFIGURATION),
+        (PermissionError(errno.EACCES, "Permission denied", "x.jsonl"), CONFIGURATION),
+        (OSError(errno.ENOSPC, "No space left on device"), RESOURCES),
+        (OSError(errno.EMFILE, "Too many open files"), RESOURCES),
+        (MemoryError(), RESOURCES),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), RESOURCES),
+        (KeyboardInterrupt(), INTERRUPTED),
+    ],
+    ids=repr,
+)
+def test_what_a_user_can_mend_has_an_exit_code(error: BaseException, code: int) -> None:
+    failure = explain(error)
+    assert failure is not None
+    assert failure.code == code
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), RuntimeError("bug"), OSError(errno.EIO, "eh")])
+def test_our_own_faults_keep_their_traceback(error: Exception) -> None:
+    assert explain(error) is None
+
+
+def test_the_failure_inside_groups_is_found() -> None:
+    inner = BaseExceptionGroup("inner", [KeyboardInterrupt()])
+    failure = explain(BaseExceptionGroup("outer", [inner]))
+    assert failure is not None
+    assert failure.code == INTERRUPTED
+
+
+def test_one_mistake_says_cause_place_and_fix() -> None:
+    placed = Diagnostic(WRONG.code, WRONG.path, WRONG.message, WRONG.hint, Position("g.yaml", 3, 9))
+    failure = explain(GraphError((placed,)))
+    assert failure == Failure("no op prefil", "did you mean prefill?", "g.yaml:3:9")
+
+
+def test_several_mistakes_are_all_listed() -> None:
+    failure = explain(GraphError((WRONG, WRONG)))
+    assert failure is not None
+    assert failure.cause.count("no op prefil") == 2
+    assert failure.cause.startswith("2 mistakes")
+
+
+def test_a_failure_is_shown_on_stderr_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    show(Failure("no [bold] such graph", "did you mean pd?", "pdd"))
+    shown = capsys.readouterr()
+    expected = "error: no [bold] such graph\n  where: pdd\n  fix: did you mean pd?\n"
+    assert (shown.err, shown.out) == (expected, "")
+
+
+def test_no_color_is_honoured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("NO_COLOR", "1")
+    show(Failure("cause", "fix"))
+    assert "\x1b[31" not in capsys.readouterr().err

@@ -1,0 +1,113 @@
+"""The DSL builds the same graph that YAML does, and refuses what makes no sense."""
+
+from pathlib import Path
+
+import pytest
+
+from sagellm import Graph, GraphError, Request, ops
+from sagellm.graphs.ir import SINK, SOURCE
+from sagellm.graphs.text import yaml
+
+
+def pd() -> Graph:
+    """pd.yaml, in Python."""
+    graph = Graph("pd").engine("p", model="sage-tiny", device="cpu")
+    graph.engine("d", model="sage-tiny", device="cpu")
+    split = ops.pd_split(min_uncached_tokens=32).named("split")
+    metrics = ops.metrics_sink().named("metrics")
+    graph >> ops.admission(max_queued=1024) >> ops.policy_sort("slo_aware").named("sort") >> split
+    route = split.outlet("disaggregated") >> ops.route(strategy="load_balanced")
+    transfer = route >> ops.prefill(engine="p") >> ops.kv_transfer().named("transfer")
+    transfer >> ops.decode(engine="d") >> metrics
+    split.outlet("joint") >> ops.generate(engine="d") >> metrics
+    return graph
+
+
+def test_python_and_yaml_give_the_same_graph() -> None:
+    built, loaded = pd().ir, Graph.load("pd").ir
+    assert set(built.edges) == set(loaded.edges)
+    assert set(built.nodes) == set(loaded.nodes)
+    assert built.attrs == loaded.attrs
+
+
+def test_a_built_graph_can_be_written_and_read() -> None:
+    graph = pd().ir
+    assert yaml.load(yaml.dump(graph), file="pd.yaml").graph == graph
+
+
+def test_a_chain_begins_at_source_and_ends_at_sink() -> None:
+    graph = Graph("g") >> ops.admission() >> ops.metrics_sink()
+    assert [str(edge) for edge in graph.ir.edges] == [
+        f"{SOURCE} -> admission",
+        "admission -> metrics_sink",
+        f"metrics_sink -> {SINK}",
+    ]
+
+
+def test_operators_of_one_op_get_numbers() -> None:
+    graph = Graph("g") >> ops.route() >> ops.route()
+    assert graph.ir.names == ("route", "route_2")
+
+
+def test_a_name_of_ones_own_is_taken_once() -> None:
+    graph = Graph("g") >> ops.route().named("r")
+    with pytest.raises(ValueError, match="two operators are named 'r'"):
+        graph >> ops.route().named("r")
+
+
+@pytest.mark.parametrize(
+    ("mistake", "hint"),
+    [
+        (lambda: ops.admision(), "did you mean 'admission'"),
+        (lambda: ops.admission(max_queue=3), "did you mean 'max_queued'"),
+        (lambda: ops.pd_split().outlet("join"), "did you mean 'joint'"),
+        (lambda: ops.kv_transfer(1, 2, 3), "takes 1 options"),
+        (lambda: ops.admission() >> ops.route(), "begin with Graph"),
+    ],
+)
+def test_mistakes_are_named_where_they_are_made(mistake: object, hint: str) -> None:
+    with pytest.raises((AttributeError, TypeError, ValueError), match=hint):
+        mistake()  # type: ignore[operator]
+
+
+def test_an_operator_belongs_to_one_graph() -> None:
+    shared = ops.admission()
+    Graph("a") >> shared
+    with pytest.raises(ValueError, match="belongs to graph 'a'"):
+        Graph("b") >> shared
+
+
+def test_a_function_is_registered_under_its_name() -> None:
+    def shout(request: Request) -> str:
+        return request.prompt.upper()
+
+    graph = Graph("g") >> ops.map(shout)
+    (symbol,) = graph.functions
+    assert graph.ir.node("map").attrs["function"] == symbol
+    assert graph.functions[symbol] is shout
+
+
+def test_a_missing_file_is_an_os_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        Graph.load(tmp_path / "nothing.yaml")
+
+
+async def test_mistakes_are_found_before_anything_is_loaded() -> None:
+    graph = Graph("g").engine("g", model="sage-tiny", block_sise=3)
+    graph >> ops.generate(engine="h")
+    with pytest.raises(GraphError) as caught:
+        await graph.open().__aenter__()
+    text = str(caught.value)
+    assert "block_size" in text
+    assert "engine" in text
+
+
+async def test_an_override_names_what_is_there() -> None:
+    with pytest.raises(GraphError, match="did you mean split"):
+        await Graph.load("pd").open(set={"splt.min_uncached_tokens": 1}).__aenter__()
+
+
+async def test_contradicting_options_are_a_graph_error() -> None:
+    graph = Graph.load("pd")
+    with pytest.raises(GraphError, match="aging_s"):
+        await graph.open(set={"sort.aging_s": 5.0, "p.device": "null", "d.device": "null"}).__aenter__()
