@@ -65,3 +65,8 @@ def place(path: Path, positions: Mapping[Path, Position]) -> Position | None:
 def _line_and_column(found: Diagnostic) -> tuple[int, int]:
     at = found.position
     return (at.line, at.column) if at else (0, 0)
+
+
+def shortened(text: str, longest: int = 44) -> str:
+    """The text, its end cut off where it is long."""
+    return text if len(text) <= longest else text[: longest - 3] + "..."

@@ -191,7 +191,9 @@ def _plain_node(node: Node) -> dict[str, object]:
 
 def _plain_edge(edge: Edge) -> dict[str, object]:
     kind = edge.type
-    shown = {"shape": list(kind.shape), "dtype": kind.dtype} if isinstance(kind, TensorType) else kind
+    shown = (
+        {"shape": list(kind.shape), "dtype": kind.dtype} if isinstance(kind, TensorType) else kind
+    )
     return {
         "source": edge.source,
         "outlet": edge.outlet,

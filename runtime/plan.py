@@ -57,7 +57,7 @@ def plan(
         module = resolver.operator(node.op)
         setup = Setup(
             name=node.name,
-            targets=_targets(graph, node, resolver.vocabulary, replicas),
+            targets=targets_of(graph, node, resolver.vocabulary, replicas),
             functions=functions or {},
             encode=encode,
             seed=seed,
@@ -84,7 +84,7 @@ def _num_replicas(node: Node, engines: Mapping[str, tuple[Engine, ...]]) -> int:
     return len(engines[name]) if isinstance(name, str) and name in engines else 1
 
 
-def _targets(
+def targets_of(
     graph: Graph, node: Node, vocabulary: Vocabulary, replicas: Mapping[str, int]
 ) -> tuple[Target, ...]:
     """Engine operators downstream, as far as the next operator of the same op."""

@@ -118,7 +118,7 @@ def reference_gaps(
     return reference(folder, prompts, max_new).gaps
 
 
-def random_prompts(lengths: Sequence[int], seed: int = 0) -> list[tuple[int, ...]]:
+def random_prompts(lengths: Sequence[int], seed: int = 2) -> list[tuple[int, ...]]:
     """Prompts of those lengths over all ids but <|eos|>."""
     generator = torch.Generator().manual_seed(seed)
     return [

@@ -11,7 +11,7 @@ from sagellm.backends.cpu.native.library import NativeKernels
 
 Linear: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 
-_BLOCK_NUMBERS = 1 << 20  # of a weight at a time in float32: 16 MiB
+_BLOCK_NUMBERS = 1 << 21  # of a weight at a time in float32: 8 MiB, within the cache
 _TALL = 256  # rows from which a float32 copy of each block of the weight pays
 
 

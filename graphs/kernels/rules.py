@@ -1,12 +1,12 @@
 """What every kernel graph obeys, as a table of rules; each yields what it finds wrong."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import msgspec
 
 from sagellm.graphs.diagnostics import Diagnostic
-from sagellm.graphs.ir import SINK, SOURCE, Graph, Node
+from sagellm.graphs.ir import SINK, SOURCE, Edge, Graph, Node
 from sagellm.graphs.kernels.kernel import KV
 from sagellm.graphs.kernels.vocabulary import KERNELS, STEP_INPUTS, STEP_OUTPUTS
 from sagellm.graphs.vocabulary import nearest
@@ -41,13 +41,8 @@ def known_options(graph: Graph) -> Iterator[Diagnostic]:
 def known_ports(graph: Graph) -> Iterator[Diagnostic]:
     outlets, inlets = _outlets(graph), _inlets(graph)
     for edge in graph.edges:
-        for name, port, ports in (
-            (edge.source, edge.outlet, outlets),
-            (edge.target, edge.inlet, inlets),
-        ):
-            if port not in ports.get(name, ()):
-                known = ports.get(name, ())
-                yield _fault("unknown-port", name, f"{edge}: no port {port!r}", port, known)
+        yield from _known_port(graph, edge, edge.source, edge.outlet, outlets)
+        yield from _known_port(graph, edge, edge.target, edge.inlet, inlets)
 
 
 def acyclic(graph: Graph) -> Iterator[Diagnostic]:
@@ -88,6 +83,17 @@ def states_linear(graph: Graph) -> Iterator[Diagnostic]:
 
 NAMES: tuple[Rule, ...] = (known_kernels, unique_names, known_options, known_ports)
 WIRING: tuple[Rule, ...] = (acyclic, fed_once, outlets_used, states_linear)
+
+
+def _known_port(
+    graph: Graph, edge: Edge, name: str, port: str, ports: Mapping[str, tuple[str, ...]]
+) -> Iterator[Diagnostic]:
+    """Nodes of an unknown kernel have been reported, and their ports are anyone's guess."""
+    if name in graph.names and name not in ports:
+        return
+    known = ports.get(name, ())
+    if port not in known:
+        yield _fault("unknown-port", name, f"{edge}: no port {port!r}", port, known)
 
 
 def _options(node: Node) -> Iterator[Diagnostic]:

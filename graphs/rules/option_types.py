@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
+from sagellm.graphs.diagnostics import shortened
 from sagellm.graphs.ir import FrozenMap, Value
 
 _WORDS = {
@@ -87,4 +88,4 @@ def shown(value: object) -> str:
         return str(value).lower()
     if isinstance(value, tuple):
         return "a list"
-    return "a mapping" if isinstance(value, Mapping) else f"`{value}`"
+    return "a mapping" if isinstance(value, Mapping) else f"`{shortened(str(value))}`"

@@ -63,9 +63,10 @@ def known_engines(subject: Subject) -> Iterator[Diagnostic]:
 
 
 def used_engines(subject: Subject) -> Iterator[Diagnostic]:
-    """An engine that nobody uses would load a model for nothing; excused by a misspelt name."""
-    named = {node.attrs.get("engine") for node in subject.graph.nodes}
-    if any(isinstance(name, str) and name not in subject.graph.engines for name in named):
+    """An engine that nobody uses would load a model for nothing; excused by a wrong reference."""
+    named = {subject.engine_of(node, spec) for node, spec in subject.specified if spec.engine}
+    unspecified = any(node.op not in subject.vocabulary for node in subject.graph.nodes)
+    if None in named or unspecified:
         return
     for name in subject.graph.engines:
         if name not in named:

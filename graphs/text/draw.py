@@ -3,9 +3,10 @@
 import re
 from collections.abc import Iterator, Sequence
 
+from sagellm.graphs.diagnostics import shortened
 from sagellm.graphs.ir import SINK, SOURCE, Edge, FrozenMap, Graph, Node, Value
 from sagellm.graphs.text.arrows import chains
-from sagellm.graphs.text.phrases import port_label, shortened, told_body, told_options
+from sagellm.graphs.text.phrases import port_label, told_body, told_options
 from sagellm.graphs.text.svg import as_svg
 from sagellm.graphs.text.writing import flow
 

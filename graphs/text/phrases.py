@@ -6,16 +6,10 @@ from collections.abc import Iterator, Mapping
 from sagellm.graphs.ir import SOURCE, Edge, Graph, Node, Value
 from sagellm.graphs.text.writing import flow, scalar
 
-_LONGEST = 44
-
 
 def told_options(options: Mapping[str, Value]) -> Iterator[str]:
     """Each option as `name: value`."""
     return (f"{scalar(name)}: {flow(value)}" for name, value in options.items())
-
-
-def shortened(text: str, longest: int = _LONGEST) -> str:
-    return text if len(text) <= longest else text[: longest - 3] + "..."
 
 
 def port_label(edge: Edge) -> str:

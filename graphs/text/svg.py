@@ -5,9 +5,10 @@ from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from xml.sax.saxutils import escape
 
+from sagellm.graphs.diagnostics import shortened
 from sagellm.graphs.ir import SINK, SOURCE, Edge, Graph, Node
 from sagellm.graphs.text.layers import MARGIN, Box, Layout, Link, Point, Route, lay_out
-from sagellm.graphs.text.phrases import entry_inlets, port_label, shortened, told_options
+from sagellm.graphs.text.phrases import entry_inlets, port_label, told_options
 
 _LETTER_WIDTH = 7.3  # of 12 px monospace, rounded up
 _LINE_HEIGHT = 16.0

@@ -17,7 +17,7 @@ from ruamel.yaml.events import (
     StreamEndEvent,
 )
 
-from sagellm.graphs.diagnostics import VALUE, Diagnostic, GraphError, Path, Position
+from sagellm.graphs.diagnostics import VALUE, Diagnostic, GraphError, Path, Position, shortened
 from sagellm.graphs.ir import FrozenMap, Value
 
 MAX_CHARACTERS = 65_536  # about a second to read; a graph of a thousand operators
@@ -168,8 +168,8 @@ class _Reader:
         key = self._node(event, ())
         if isinstance(key, str) and not (key == "<<" and event.style is None):
             return key
-        hint = "repeat the entries" if key == "<<" else f'quote it: "{event.value}"'
-        self._note(event, "bad-key", f"`{event.value}` is no name for a key", hint)
+        hint = "repeat the entries" if key == "<<" else f'quote it: "{shortened(event.value)}"'
+        self._note(event, "bad-key", f"`{shortened(event.value)}` is no name for a key", hint)
         return None
 
     def _repeated(self, event: Any, path: Path, key: str) -> None:
@@ -195,21 +195,31 @@ class _Reader:
             return None
         if not event.implicit[0]:  # quoted, or a block
             return text
-        if _NOT_FINITE.fullmatch(text) or _is_infinite(text):
-            self._note(event, "not-finite", f"`{text}` is no finite number", "write a number")
-            return None
         return self._number(event, text)
 
     def _number(self, event: Any, text: str) -> Value:
-        value = plain_scalar(text)
-        if isinstance(value, int) and value not in _INT64:
-            self._note(event, "too-large", f"{text} does not fit 64 bits", "write a smaller number")
+        if not _fits(text):
+            message = f"`{shortened(text)}` does not fit 64 bits"
+            self._note(event, "too-large", message, "write a smaller number")
             return None
-        return value
+        if not _is_finite(text):
+            message = f"`{shortened(text)}` is no finite number"
+            self._note(event, "not-finite", message, "write a number")
+            return None
+        return plain_scalar(text)
 
 
-def _is_infinite(text: str) -> bool:
-    return _FLOAT.fullmatch(text) is not None and math.isinf(float(text))
+def _fits(text: str) -> bool:
+    """False for an integer beyond 64 bits; Python itself refuses to read thousands of digits."""
+    if not _INT.fullmatch(text):
+        return True
+    return len(text.lstrip("+-0ox")) <= 64 and plain_scalar(text) in _INT64
+
+
+def _is_finite(text: str) -> bool:
+    if _NOT_FINITE.fullmatch(text):
+        return False
+    return _FLOAT.fullmatch(text) is None or math.isfinite(float(text))
 
 
 def plain_scalar(text: str) -> Value:

@@ -11,7 +11,7 @@ from sagellm.graphs.text.arrows import NAME, chains
 from sagellm.graphs.text.surface import VERSION
 from sagellm.graphs.text.tree import MAX_DEPTH, plain_scalar
 
-_PLAIN = re.compile(r"[A-Za-z_~./](?:[\w./@+~-]*[\w/])?", re.ASCII)
+_PLAIN = re.compile(r"(?:~/|\.{1,2}/|/)?[A-Za-z_](?:[\w./@+~-]*[\w/])?", re.ASCII)
 _SYMBOL = re.compile(r"[A-Za-z_]\w*(?:[.:][A-Za-z_]\w*)*")
 
 

@@ -17,12 +17,12 @@ from sagellm.runtime.engine.port import (
     EngineRefusal,
     LeaseOffer,
     PrefillDone,
-    StaleLease,
 )
 from sagellm.runtime.engine.runner import Drawn, Runner
 from sagellm.runtime.engine.scheduler import Batch, Landing, Limits, Scheduler
 from sagellm.runtime.engine.sequence import UNSTARTED, Sequence
 from sagellm.runtime.engine.transcript import Transcript
+from sagellm.runtime.kv.exchange import Exchange
 from sagellm.runtime.kv.lease import Fence, Lease, LeaseEvent
 from sagellm.runtime.kv.pool import BlockPool
 from sagellm.runtime.kv.storage import Storage
@@ -32,7 +32,6 @@ from sagellm.runtime.messages import (
     LeaseRef,
     SequenceState,
     Stamps,
-    TokenEvent,
     TokenLogprob,
 )
 
@@ -75,8 +74,7 @@ class LocalEngine:
         self._equipment = equipment
         self._mailboxes: dict[str, Mailbox] = {}
         self._sequences: dict[tuple[str, int], Sequence] = {}
-        self._held: dict[Fence, Lease] = {}  # filled prompts that wait for their export
-        self._targets: dict[Fence, PoolTarget] = {}  # reserved blocks that wait for a sequence
+        self._exchange = Exchange(self.pool, equipment.storage, engine=name, replica=replica)
         self._expiries: list[tuple[float, int, Sequence]] = []
         self._launched: Batch | None = None
         self._changed = trio.Event()
@@ -105,34 +103,16 @@ class LocalEngine:
         sequence = self._sequences.get((request_id, choice))
         if sequence is not None and sequence.fence == fence:
             self._interrupt(sequence, "cancelled")
-        if fence in self._held:
-            self.pool.advance(self._held.pop(fence), "cancel")
-        if fence in self._targets:
-            self._targets[fence].abort()
+        self._exchange.cancel(fence)
 
     def export(self, lease: LeaseRef) -> PoolSource:
-        held = self.pool.find(lease)
-        self.pool.advance(held, "send")
-        self._held.pop(held.fence, None)
-        return PoolSource(self.pool, self._equipment.storage, held, lease)
+        return self._exchange.export(lease)
 
     async def import_(self, offer: LeaseOffer) -> PoolTarget:
         await trio.lowlevel.checkpoint()
         self._check_offer(offer)
         fence = Fence(offer.request_id, offer.choice, offer.epoch)
-        if fence not in self._targets:
-            self._num_arrivals += 1
-            landing = Landing(fence, offer.num_tokens, self._num_arrivals)
-            try:
-                self.scheduler.land(landing)
-                await landing.granted.wait()
-            except BaseException:
-                self.scheduler.leave(landing)
-                raise
-            if landing.lease is None:
-                raise EngineRefusal(f"engine {self.name} has stopped")
-            self._targets[fence] = self._target(landing.lease)
-        return self._targets[fence]
+        return self._exchange.target(fence) or await self._land(fence, offer.num_tokens)
 
     def events(self, owner: str) -> Mailbox:
         if owner not in self._mailboxes:
@@ -191,19 +171,13 @@ class LocalEngine:
         )
 
     def _adopt(self, state: SequenceState) -> Lease:
-        """Make the sequence the owner of its imported, or of its own held, lease."""
+        """The blocks that the sequence came with; nothing is adopted where it is refused."""
         assert state.lease is not None
-        lease = self.pool.find(state.lease)
-        lease.require("filled")
-        if lease.fence != Fence(state.request_id, state.choice, state.epoch):
-            raise StaleLease(f"lease {lease.lease_id} is not of {state.request_id}")
         num_known = len(state.prompt_token_ids) + len(state.emitted_token_ids)
-        if lease.num_tokens >= num_known:
+        if state.lease.num_tokens >= num_known:
             raise EngineRefusal("the lease covers every known token; none is left to compute")
-        lease.owner = "sequence"
-        self._held.pop(lease.fence, None)
-        self._targets.pop(lease.fence, None)
-        return lease
+        fence = Fence(state.request_id, state.choice, state.epoch)
+        return self._exchange.adopt(state.lease, fence)
 
     def _sequence(self, state: SequenceState, lease: Lease | None) -> Sequence:
         self._num_arrivals += 1
@@ -236,13 +210,19 @@ class LocalEngine:
             room = self.pool.num_blocks * self.pool.block_size
             raise EngineRefusal(f"{offer.num_tokens} tokens of KV exceed the pool's {room}")
 
-    def _target(self, lease: Lease) -> PoolTarget:
-        ref = lease.ref(self.name, self.replica)
-
-        def forget() -> None:
-            self._targets.pop(lease.fence, None)
-
-        return PoolTarget(self.pool, self._equipment.storage, lease, ref, forget)
+    async def _land(self, fence: Fence, num_tokens: int) -> PoolTarget:
+        """Wait in line for blocks. Cancelled, it leaves the line, or gives them back."""
+        self._num_arrivals += 1
+        landing = Landing(fence, num_tokens, self._num_arrivals)
+        try:
+            self.scheduler.land(landing)
+            await landing.granted.wait()
+        except BaseException:
+            self.scheduler.leave(landing)
+            raise
+        if landing.lease is None:
+            raise EngineRefusal(f"engine {self.name} has stopped")
+        return self._exchange.open_target(landing.lease)
 
     # ---- one step ------------------------------------------------------------------------------
 
@@ -286,34 +266,25 @@ class LocalEngine:
         self, sequence: Sequence, token_id: int, logprob: TokenLogprob | None, now: float
     ) -> None:
         """Append one drawn token: post it, hold the prompt for an export, or end the sequence."""
-        state, position = sequence.state, sequence.num_output
+        position = sequence.num_output
         sequence.tokens.append(token_id)
-        assert sequence.lease is not None
-        if not sequence.lease.num_filled:
-            sequence.lease.num_filled = sequence.num_prompt
-        if position == 0:
-            sequence.stamps = Stamps(started_s=sequence.stamps.started_s, prefilled_s=now)
+        sequence.mark_prefilled(now)
         text, reason, stop_reason = sequence.judge(token_id)
         if reason is not None:
             sequence.stamps = msgspec.structs.replace(sequence.stamps, finished_s=now)
-        event = TokenEvent(
-            request_id=state.request_id,
-            choice=state.choice,
-            epoch=state.epoch,
+        event = sequence.event(
             position=position,
             token_ids=(token_id,),
             text=text,
             logprobs=(logprob,) if logprob else (),
             finish_reason=reason,
             stop_reason=stop_reason,
-            num_prompt_tokens=sequence.num_prompt,
-            stamps=sequence.stamps,
         )
         if reason is not None:
             self._forget(sequence, "finish")
-            sequence.mailbox.post(PrefillDone(first=event, lease=None) if state.hold_kv else event)
-        elif state.hold_kv:
-            sequence.mailbox.post(PrefillDone(first=event, lease=self._hold(sequence)))
+        if sequence.state.hold_kv:
+            lease = None if reason is not None else self._hold(sequence)
+            sequence.mailbox.post(PrefillDone(first=event, lease=lease))
         else:
             sequence.mailbox.post(event)
 
@@ -323,11 +294,7 @@ class LocalEngine:
         assert lease is not None
         sequence.lease = None
         self._forget(sequence, "finish")
-        lease.num_tokens = sequence.num_computed
-        if lease.state == "reserved":
-            self.pool.advance(lease, "fill")
-        self._held[lease.fence] = lease
-        return lease.ref(self.name, self.replica)
+        return self._exchange.hold(lease, sequence.num_computed)
 
     def _emit(self) -> None:
         for mailbox in self._mailboxes.values():
@@ -344,20 +311,16 @@ class LocalEngine:
 
     def _end(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> None:
         """The last event of a sequence that drew no last token."""
-        state = sequence.state
         self._forget(sequence, _LEASE_EVENT[reason])
-        stamps = msgspec.structs.replace(sequence.stamps, finished_s=trio.current_time())
-        event = TokenEvent(
-            request_id=state.request_id,
-            choice=state.choice,
-            epoch=state.epoch,
-            position=sequence.num_output,
-            finish_reason=reason,
-            error=error if reason == "failed" else None,
-            num_prompt_tokens=sequence.num_prompt,
-            stamps=stamps,
+        now = trio.current_time()
+        sequence.stamps = msgspec.structs.replace(sequence.stamps, finished_s=now)
+        sequence.mailbox.post(
+            sequence.event(
+                position=sequence.num_output,
+                finish_reason=reason,
+                error=error if reason == "failed" else None,
+            )
         )
-        sequence.mailbox.post(event)
         sequence.mailbox.flush()
 
     def _forget(self, sequence: Sequence, event: LeaseEvent) -> None:
@@ -395,8 +358,7 @@ class LocalEngine:
         self.scheduler.waiting.clear()
         self.scheduler.adopted.clear()
         self.pool.release_all("crash")
-        self._held.clear()
-        self._targets.clear()
+        self._exchange.clear()
         self._sequences.clear()
         for mailbox in self._mailboxes.values():
             mailbox.close()

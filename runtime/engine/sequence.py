@@ -3,7 +3,7 @@
 from sagellm.runtime.engine.mailbox import Mailbox
 from sagellm.runtime.engine.transcript import Transcript
 from sagellm.runtime.kv.lease import Fence, Lease
-from sagellm.runtime.messages import FinishReason, SequenceState, Stamps
+from sagellm.runtime.messages import FinishReason, SequenceState, Stamps, TokenEvent, TokenLogprob
 
 UNSTARTED = Stamps()
 
@@ -58,6 +58,41 @@ class Sequence:
     @property
     def output(self) -> list[int]:
         return self.tokens[self.num_prompt :]
+
+    def mark_prefilled(self, now: float) -> None:
+        """The prompt is computed: other choices may share it; `now` counts for a first token."""
+        assert self.lease is not None
+        if not self.lease.num_filled:
+            self.lease.num_filled = self.num_prompt
+        if self.num_output == 1:
+            self.stamps = Stamps(started_s=self.stamps.started_s, prefilled_s=now)
+
+    def event(
+        self,
+        *,
+        position: int,
+        token_ids: tuple[int, ...] = (),
+        text: str = "",
+        logprobs: tuple[TokenLogprob, ...] = (),
+        finish_reason: FinishReason | None = None,
+        stop_reason: str | int | None = None,
+        error: str | None = None,
+    ) -> TokenEvent:
+        """An event of this sequence, with its stamps so far."""
+        return TokenEvent(
+            request_id=self.state.request_id,
+            choice=self.state.choice,
+            epoch=self.state.epoch,
+            position=position,
+            token_ids=token_ids,
+            text=text,
+            logprobs=logprobs,
+            finish_reason=finish_reason,
+            stop_reason=stop_reason,
+            error=error,
+            num_prompt_tokens=self.num_prompt,
+            stamps=self.stamps,
+        )
 
     def judge(self, token_id: int) -> tuple[str, FinishReason | None, str | int | None]:
         """What the newest token means: showable text, why the answer ends (if so), what matched.

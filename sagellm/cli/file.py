@@ -33,9 +33,10 @@ async def answer_file(
     if json and files.output is None:
         raise Failure("--json prints a summary where the answers go", "add --output FILE")
     drain = trio.CancelScope()
-    with _input(files.input) as source, _output(files) as output:
+    _check_output(files)
+    with _input(files.input) as source:
         async with opening as session:
-            with Progress(files.input) as progress:
+            with _output(files) as output, Progress(files.input) as progress:
                 batch = _batch(session, output, draw, progress)
                 async with draining(drain, DRAINING):
                     tally = await batch.serve(numbered_lines(source), drain)
@@ -53,15 +54,18 @@ def _input(path: Path | None) -> FileIO:
     return FileIO(str(path))
 
 
+def _check_output(files: FileOptions) -> None:
+    """Raise Failure if the output exists, unasked: before a model is loaded."""
+    if files.output and files.output.exists() and not (files.force or files.resume):
+        fix = "--resume keeps its answers and asks the others; --force overwrites it"
+        raise Failure("the output exists", fix, str(files.output))
+
+
 def _output(files: FileOptions) -> Output:
-    """Open the output before a model is loaded. Raises Failure if it exists, unasked."""
+    """Opened once the graph is, so that a graph that cannot be leaves no empty file."""
     if files.output is None:
         return Output(open(STDOUT, "wb", closefd=False))
-    try:
-        return open_output(files.output, force=files.force, resume=files.resume)
-    except FileExistsError:
-        fix = "--resume keeps its answers and asks the others; --force overwrites it"
-        raise Failure("the output exists", fix, str(files.output)) from None
+    return open_output(files.output, force=files.force, resume=files.resume)
 
 
 def _batch(session: Session, output: Output, draw: SamplingOptions, progress: Progress) -> Batch:

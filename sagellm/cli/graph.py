@@ -1,6 +1,6 @@
 """`sagellm graph`: check a graph, and show it or the kernel graph of a model."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -17,11 +17,15 @@ from sagellm.graphs.diagnostics import Diagnostic, GraphError
 from sagellm.graphs.kernels import infer
 from sagellm.graphs.models import build
 from sagellm.graphs.passes import KERNEL_PASSES, UnknownPass, run_pipeline
-from sagellm.graphs.pictures import FORMATS
+from sagellm.graphs.passes.attach_bodies import AttachBodies
+from sagellm.graphs.text.draw import as_mermaid, as_svg, as_text
 from sagellm.graphs.vocabulary import nearest
 from sagellm.overrides import override
 from sagellm.runtime.engine.options import EngineOptions
 from sagellm.runtime.models.folder import BUILT_IN, resolve_model
+
+ATTACH = AttachBodies().name
+PASS_NAMES = (ATTACH, *(step.name for step in KERNEL_PASSES))
 
 Format = Literal["text", "mermaid", "svg"]
 
@@ -79,7 +83,8 @@ def show(
     node
         Show the kernel graph of this operator's engine.
     after
-        Show the kernel graph as it is after this pass; without it, as the model's builder made it.
+        Show kernel graphs as they are after this pass; those of a graph's engines below it.
+        attach_bodies leaves them as built; then come the passes that fuse kernels.
     format
         text, mermaid or svg.
     set_
@@ -87,6 +92,19 @@ def show(
     """
     graph = _shown(file, node, after, settings(set_))
     print(FORMATS[format](graph), end="")
+
+
+def _as_texts(graph: ir.Graph) -> str:
+    """The graph, and below it each different body of its nodes."""
+    bodies = {inner.body.hash: inner.body for inner in graph.nodes if inner.body}
+    return "\n".join(as_text(one) for one in (graph, *bodies.values()))
+
+
+FORMATS: dict[Format, Callable[[ir.Graph], str]] = {
+    "text": _as_texts,
+    "mermaid": as_mermaid,
+    "svg": as_svg,
+}
 
 
 def _shown(
@@ -98,9 +116,16 @@ def _shown(
             raise Failure(cause, "leave them out", file)
         return kernel_graph(file, after)
     graph = override(load_graph(file).ir, overrides)
-    if node is None and after is None:
-        return graph
-    return kernel_graph(_model_at(graph, node) if node else _only_model(graph), after)
+    if node is not None:
+        return kernel_graph(_model_at(graph, node), after)
+    return graph if after is None else _with_bodies(graph, after)
+
+
+def _with_bodies(graph: ir.Graph, after: str) -> ir.Graph:
+    """The stream graph whose engine operators hold their kernel graphs, as after a pass."""
+    until = None if after == ATTACH else after
+    bodies = {engine: kernel_graph(model, until) for engine, model in _models(graph).items()}
+    return AttachBodies(bodies).apply(graph)
 
 
 def is_model(name: str) -> bool:
@@ -120,8 +145,7 @@ def kernel_graph(model: str, after: str | None) -> ir.Graph:
     try:
         return infer(run_pipeline(built, KERNEL_PASSES, stop_after=after))
     except UnknownPass:
-        names = [step.name for step in KERNEL_PASSES]
-        raise _unknown("pass", after, names) from None
+        raise _unknown("pass", after, PASS_NAMES) from None
 
 
 def _model_at(graph: ir.Graph, node: str) -> str:
@@ -131,14 +155,6 @@ def _model_at(graph: ir.Graph, node: str) -> str:
     if not isinstance(engine, str) or engine not in graph.engines:
         raise Failure(f"operator {node} has no engine, hence no kernel graph", "choose another")
     return _models(graph)[engine]
-
-
-def _only_model(graph: ir.Graph) -> str:
-    models = set(_models(graph).values())
-    if len(models) != 1:
-        cause = f"the engines of this graph have {len(models)} models"
-        raise Failure(cause, "choose an operator with --node")
-    return models.pop()
 
 
 def _models(graph: ir.Graph) -> dict[str, str]:

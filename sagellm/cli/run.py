@@ -5,6 +5,8 @@ from typing import Annotated
 import trio
 from cyclopts import Parameter
 
+from sagellm.backends import LoweringError, UnknownBackend
+from sagellm.cli.failure import Failure
 from sagellm.cli.file import answer_file
 from sagellm.cli.named import load_graph
 from sagellm.cli.options import (
@@ -15,6 +17,7 @@ from sagellm.cli.options import (
     settings,
 )
 from sagellm.cli.single import answer_prompt
+from sagellm.runtime.engine.options import EngineOptionError
 
 
 def run(
@@ -45,6 +48,9 @@ def run(
     """
     check_together(asked, files)
     opening = load_graph(graph).open(set=settings(set_), model=model)
-    if asked.prompt is None:
-        return trio.run(answer_file, opening, files, draw, json)
-    return trio.run(answer_prompt, opening, asked, draw.sampling, json)
+    try:
+        if asked.prompt is None:
+            return trio.run(answer_file, opening, files, draw, json)
+        return trio.run(answer_prompt, opening, asked, draw.sampling, json)
+    except (UnknownBackend, LoweringError, EngineOptionError) as error:
+        raise Failure(str(error), "mend the engines of the graph", graph) from None

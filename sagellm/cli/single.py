@@ -14,6 +14,7 @@ from sagellm.cli.interrupt import draining
 from sagellm.cli.options import PromptOptions
 from sagellm.cli.summary import show_summary
 from sagellm.runtime.messages import SERVED, Answer, Sampling
+from sagellm.runtime.models.chat import ChatTemplateError
 from sagellm.session import Output, RequestError, Session
 
 PROMPT_ID = "prompt"
@@ -52,7 +53,7 @@ async def _accepted(answering: Awaitable[T]) -> T:
     """Raises Failure where the session refuses the request before it enters the graph."""
     try:
         return await answering
-    except RequestError as error:
+    except (RequestError, ChatTemplateError) as error:
         raise Failure(str(error), "change the prompt or its options") from None
 
 

@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
 from sagellm.backends.cpu import CpuBackend
 from sagellm.backends.protocol import Program
 from sagellm.backends.step import KVLayout, StepInputs
 from sagellm.graphs.models import ModelFacts, build, facts
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 BLOCK_SIZE = 4
 

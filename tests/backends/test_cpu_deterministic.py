@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from sagellm.backends.cpu import CpuBackend
 
 CASES = pytest.mark.parametrize(

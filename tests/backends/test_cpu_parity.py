@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from sagellm.backends.cpu import CpuBackend
 
 FAMILIES = ["llama", "llama_biased", "llama3", "mistral", "qwen2", "qwen2_sliding", "qwen3"]

@@ -1,33 +1,41 @@
 """Whatever a graph holds, its text forms give it back."""
 
+from contextlib import suppress
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sagellm.graphs.diagnostics import GraphError
 from sagellm.graphs.ir import Edge, FrozenMap, Graph, Node, TensorType, freeze
 from sagellm.graphs.text.codec import from_json, from_msgpack, to_json, to_msgpack
 from sagellm.graphs.text.yaml import dump, load
 
-texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=4)
 numbers = st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False, allow_infinity=False)
 values = st.recursive(
     st.none() | st.booleans() | numbers | texts,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
-    max_leaves=6,
+    max_leaves=4,
 ).map(freeze)
 names = st.from_regex(r"[A-Za-z_]([A-Za-z0-9_-]{0,4}[A-Za-z0-9_])?", fullmatch=True).filter(
     lambda name: name not in ("source", "sink")
 )
-options = st.dictionaries(texts.filter(lambda name: name not in ("op", "function")), values)
+options = st.dictionaries(
+    texts.filter(lambda name: name not in ("op", "function")), values, max_size=3
+)
 tables = st.dictionaries(names, options.map(FrozenMap), max_size=3).map(FrozenMap)
-types = st.none() | texts | st.builds(TensorType, st.lists(st.integers(0) | texts).map(tuple), texts)
+shapes = st.lists(st.integers(0, 2**40) | texts, max_size=3).map(tuple)
+types = st.none() | texts | st.builds(TensorType, shapes, texts)
 
 
 @st.composite
 def surface_graphs(draw: st.DrawFn) -> Graph:
-    nodes = draw(st.lists(st.builds(Node, names, texts, options.map(FrozenMap)), unique_by=_name))
+    nodes = draw(
+        st.lists(st.builds(Node, names, texts, options.map(FrozenMap)), unique_by=_name, max_size=4)
+    )
     ports = names | st.sampled_from(["in", "out"])
     ends = st.sampled_from(["source", "sink", *(node.name for node in nodes)])
-    edges = draw(st.lists(st.builds(Edge, ends, ends, ports, ports, st.booleans())))
+    edges = draw(st.lists(st.builds(Edge, ends, ends, ports, ports, st.booleans()), max_size=6))
     kinds = options.map(lambda chosen: FrozenMap({**chosen, "kind": "tasks"}))
     optional = {"engines": tables, "executor": kinds}
     attrs = draw(st.fixed_dictionaries({}, optional=optional))
@@ -48,7 +56,7 @@ def lowered(bodies: st.SearchStrategy[Graph | None]) -> st.SearchStrategy[Graph]
 any_graphs = lowered(st.none() | lowered(st.none()))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(surface_graphs())
 def test_yaml_gives_the_graph_back(graph: Graph) -> None:
     again = load(dump(graph), file="x").graph
@@ -57,7 +65,7 @@ def test_yaml_gives_the_graph_back(graph: Graph) -> None:
     assert again.hash == graph.hash
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(any_graphs)
 def test_json_and_messagepack_give_the_graph_back(graph: Graph) -> None:
     for again in (from_json(to_json(graph)), from_msgpack(to_msgpack(graph))):
@@ -65,11 +73,9 @@ def test_json_and_messagepack_give_the_graph_back(graph: Graph) -> None:
         assert again.hash == graph.hash
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(st.binary(max_size=60) | any_graphs.map(to_msgpack).map(lambda whole: whole[:-1]))
-def test_broken_bytes_are_a_graph_error_or_a_graph(content: bytes) -> None:
+def test_broken_bytes_are_a_graph_or_a_graph_error(content: bytes) -> None:
     for read in (from_json, from_msgpack):
-        try:
-            read(content)
-        except ValueError as error:
-            assert "not a graph" in str(error)
+        with suppress(GraphError):
+            assert isinstance(read(content), Graph)

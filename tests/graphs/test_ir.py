@@ -1,12 +1,14 @@
 """The frozen graph: its values, its order and its hash."""
 
+from itertools import pairwise
+
 import pytest
 
 from sagellm.graphs.ir import Edge, FrozenMap, Graph, Node, TensorType, freeze, thaw
 
 
 def chain(*names: str) -> Graph:
-    edges = tuple(Edge(left, right) for left, right in zip(names, names[1:], strict=False))
+    edges = tuple(Edge(left, right) for left, right in pairwise(names))
     return Graph("chain", nodes=tuple(Node(name, "map") for name in names), edges=edges)
 
 
@@ -68,7 +70,9 @@ def test_nodes_and_edges_are_found_by_name() -> None:
 
 def test_engines_are_empty_unless_given() -> None:
     assert Graph("x").engines == {}
-    assert Graph("x", attrs=FrozenMap({"engines": FrozenMap({"p": FrozenMap()})})).engines == {"p": {}}
+    assert Graph("x", attrs=FrozenMap({"engines": FrozenMap({"p": FrozenMap()})})).engines == {
+        "p": {}
+    }
 
 
 def test_topological_order_follows_edges_not_nodes() -> None:
@@ -94,7 +98,9 @@ def golden() -> Graph:
     )
     node = Node("prefill", "prefill", FrozenMap({"engine": "p", "max_inflight": 8}), body)
     edges = (Edge("source", "prefill", type="request"), Edge("prefill", "sink", outlet="late"))
-    return Graph("pd", "stream", (node,), edges, FrozenMap({"executor": FrozenMap({"kind": "tasks"})}))
+    return Graph(
+        "pd", "stream", (node,), edges, FrozenMap({"executor": FrozenMap({"kind": "tasks"})})
+    )
 
 
 def test_the_hash_is_the_same_on_every_machine() -> None:

@@ -34,7 +34,7 @@ def test_a_bomb_is_refused_quickly(text: str, word: str) -> None:
     start = time.monotonic()
     with pytest.raises(GraphError, match=word):
         load(text, file="bomb.yaml")
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < 10  # unbounded, each would take minutes or all memory
 
 
 def test_as_many_values_as_fit_are_read() -> None:

@@ -8,7 +8,7 @@ from sagellm.graphs.text.yaml import load_file
 from sagellm.runtime.engine.opening import open_engine
 from sagellm.runtime.engine.options import EngineOptions
 from sagellm.runtime.operator import Target
-from sagellm.runtime.plan import Plan, plan
+from sagellm.runtime.plan import Plan, plan, targets_of
 from sagellm.runtime.resolver import Resolver
 
 NULL = EngineOptions(model="null", device="null")
@@ -36,8 +36,9 @@ def test_an_operator_has_as_many_replicas_as_its_engine() -> None:
 
 
 def test_a_router_sees_the_engines_until_the_next_router() -> None:
-    route = planned("pd_many", replicas=2).logic["route"]
-    assert tuple(route.targets) == (Target("prefill", 2, "p"), Target("decode", 2, "d"))  # type: ignore[attr-defined]
+    made = planned("pd_many", replicas=2)
+    targets = targets_of(made.graph, made.graph.node("route"), Resolver().vocabulary, made.replicas)
+    assert targets == (Target("prefill", 2, "p"), Target("decode", 2, "d"))
 
 
 def test_ancestors_are_all_that_lies_upstream() -> None:

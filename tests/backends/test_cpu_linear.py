@@ -1,0 +1,53 @@
+"""Every way to multiply gives the same numbers, within float32."""
+
+import pytest
+import torch
+
+from sagellm.backends.cpu import linear as ways
+from sagellm.backends.cpu.native.library import native_kernels
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+ROWS = pytest.mark.parametrize("rows", [1, 6, 300])
+
+
+def operands(rows, dtype):
+    torch.manual_seed(2)
+    x, weight, bias = torch.randn(rows, 48), torch.randn(70, 48).to(dtype), torch.randn(70)
+    return x, weight, bias, (x.double() @ weight.double().T + bias).float()
+
+
+@DTYPES
+@ROWS
+@pytest.mark.parametrize("way", [ways.upcast, ways.row_by_row])
+def test_ways_in_torch(way, rows, dtype):
+    x, weight, bias, wanted = operands(rows, dtype)
+    assert torch.allclose(way(weight, bias)(x), wanted, atol=1e-4)
+
+
+def test_upcast_goes_by_blocks_of_the_weight(monkeypatch):
+    monkeypatch.setattr(ways, "_BLOCK_NUMBERS", 48 * 9)
+    x, weight, bias, wanted = operands(5, torch.bfloat16)
+    assert torch.allclose(ways.upcast(weight, bias)(x), wanted, atol=1e-4)
+
+
+@ROWS
+def test_packed_by_onednn(rows):
+    x, weight, bias, wanted = operands(rows, torch.float32)
+    assert torch.allclose(ways.packed(weight, bias)(x), wanted, atol=1e-4)
+
+
+@pytest.mark.skipif(not ways.has_bfloat16_products(), reason="a CPU without bfloat16 products")
+@ROWS
+def test_packed_in_bfloat16(rows):
+    x, weight, bias, wanted = operands(rows, torch.bfloat16)
+    found = ways.packed(weight, bias)(x)
+    assert found.dtype == torch.float32
+    assert (found - wanted).abs().max() < 0.02 * wanted.abs().max()
+
+
+@pytest.mark.skipif(native_kernels() is None, reason="no C compiler on this machine")
+@ROWS
+def test_native_or_tall(rows):
+    x, weight, bias, wanted = operands(rows, torch.bfloat16)
+    found = ways.native_or_tall(native_kernels(), weight, bias)(x)
+    assert torch.allclose(found, wanted, atol=1e-4)

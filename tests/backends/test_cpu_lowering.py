@@ -1,0 +1,76 @@
+"""Lowering to the CPU: which weights it reads, what it refuses, the memory it gives."""
+
+import pytest
+import torch
+
+from sagellm.backends import LoweringError
+from sagellm.backends.cpu import CpuBackend
+from sagellm.graphs.models import build
+
+
+class Counted(dict):
+    """Weights that count how often each is read."""
+
+    def __init__(self, weights):
+        super().__init__(weights)
+        self.reads = dict.fromkeys(weights, 0)
+
+    def __getitem__(self, name):
+        self.reads[name] += 1
+        return super().__getitem__(name)
+
+
+def lowered(model, weights, dtype="float32"):
+    options = {"layout": model.layout(dtype), "dtype": dtype, "deterministic": False}
+    return CpuBackend().lower(build(model.config), weights, **options)
+
+
+@pytest.mark.parametrize("family", ["llama3", "qwen3"])
+def test_each_weight_is_read_once(reference, family):
+    model = reference(family)
+    weights = Counted(model.weights)
+    lowered(model, weights)
+    tied = {"lm_head.weight": 0} if model.facts.tie_embeddings else {}
+    assert weights.reads == {**dict.fromkeys(weights, 1), **tied}
+
+
+def test_a_missing_weight_is_named(reference):
+    model = reference("llama")
+    weights = {k: v for k, v in model.weights.items() if "up_proj" not in k}
+    with pytest.raises(LoweringError, match=r"no weight 'model.layers.0.mlp.up_proj.weight'"):
+        lowered(model, weights)
+
+
+def test_a_weight_of_another_shape_is_named(reference):
+    model = reference("llama")
+    weights = {**model.weights, "lm_head.weight": torch.zeros(96, 64)}
+    with pytest.raises(LoweringError, match=r"'lm_head.weight' is \[96, 64\].* says \[97, 64\]"):
+        lowered(model, weights)
+
+
+def test_an_unknown_dtype_is_refused(reference):
+    with pytest.raises(LoweringError, match="no dtype 'float16'; use float32 or bfloat16"):
+        lowered(reference("llama"), {}, "float16")
+
+
+@pytest.mark.parametrize("native", [True, False], ids=["native", "torch"])
+def test_bfloat16_weights_and_pool_stay_near_float32(reference, paged, native):
+    model, prompt = reference("qwen3"), list(range(40))
+    backend = CpuBackend(native=native)
+    found = paged(model, backend, dtype="bfloat16").step({"a": prompt})["a"]
+    wanted = model.logits(prompt)
+    assert (found - wanted).abs().mean() < 0.03 * wanted.abs().mean()
+    assert found.dtype == torch.float32
+
+
+def test_a_pool_is_zero_and_of_the_layouts_shape(reference):
+    layout = reference("llama").layout("bfloat16")
+    pool = CpuBackend().allocate_pool(layout, 5)
+    assert pool.shape == layout.pool_shape(5)
+    assert pool.dtype == torch.bfloat16
+    assert not pool.any()
+
+
+def test_there_is_memory_on_one_device():
+    assert CpuBackend().devices() == ("cpu",)
+    assert CpuBackend().memory_bytes() > 0

@@ -1,0 +1,94 @@
+"""The C kernels against their torch definitions, at sizes that leave remainders everywhere."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sagellm.backends.cpu.native import compiler
+from sagellm.backends.cpu.native.library import native_kernels
+
+KERNELS = native_kernels()
+pytestmark = pytest.mark.skipif(KERNELS is None, reason="no C compiler on this machine")
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(3)
+
+
+@DTYPES
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 67, 130])
+@pytest.mark.parametrize(("width", "depth"), [(1, 8), (7, 77), (64, 1024), (33, 2061)])
+def test_linear(dtype, rows, width, depth):
+    x, weight, bias = torch.randn(rows, depth), torch.randn(width, depth), torch.randn(width)
+    weight = weight.to(dtype)
+    wanted = x.double() @ weight.double().T + bias
+    assert torch.allclose(KERNELS.linear(x, weight, bias).double(), wanted, atol=2e-3, rtol=1e-5)
+
+
+@DTYPES
+@pytest.mark.parametrize("depth", [77, 2061])
+def test_linear_gives_a_row_the_same_bits_at_any_place_of_any_batch(dtype, depth):
+    x, weight = torch.randn(23, depth), torch.randn(31, depth).to(dtype)
+    whole = KERNELS.linear(x, weight, None)
+    for size in (1, 2, 3, 4, 5, 9):
+        parts = [KERNELS.linear(part, weight, None) for part in torch.split(x, size)]
+        assert torch.equal(torch.cat(parts), whole)
+
+
+def test_linear_takes_strided_rows():
+    x, weight = torch.randn(6, 40), torch.randn(5, 16)
+    found = KERNELS.linear(x[:, 8:24], weight, None)
+    assert torch.equal(found, KERNELS.linear(x[:, 8:24].contiguous(), weight, None))
+
+
+@pytest.mark.parametrize(("width", "size"), [(40, 40), (36, 12), (13, 13)])
+def test_rms_norm_alone_and_behind_an_add(width, size):
+    a, b, weight = torch.randn(5, width), torch.randn(5, width), torch.randn(size)
+    runs = (a + b).view(5, -1, size)
+    wanted = F.rms_norm(runs, (size,), weight, 1e-5).flatten(1)
+    total, found = KERNELS.add_rms_norm(a, b, weight, size, 1e-5)
+    assert torch.equal(total, a + b)
+    assert torch.allclose(found, wanted, atol=1e-5)
+    assert torch.equal(KERNELS.rms_norm(total, weight, size, 1e-5), found)
+
+
+@pytest.mark.parametrize("width", [8, 21])
+def test_silu_mul(width):
+    both = 30 * torch.randn(9, 2 * width)
+    both[0, 0], both[0, 1] = 200.0, -200.0
+    gate, up = torch.split(both, width, 1)
+    found = KERNELS.silu_mul(gate, up)
+    assert torch.allclose(found, F.silu(gate) * up, rtol=1e-5, atol=1e-6)
+
+
+def test_bfloat16_is_rounded_to_nearest_even_as_in_torch():
+    values = torch.randn(2, 64) * torch.logspace(-20, 20, 64)
+    layer = torch.zeros(2, 1, 1, 4, 64, dtype=torch.bfloat16)
+    still = torch.stack([torch.ones(4, 32), torch.zeros(4, 32)], 1)
+    places = torch.tensor([0, 1])
+    options = {"tables": still, "positions": places, "slots": places, "layer": layer}
+    KERNELS.rope_kv_write(values, values, values, **options)
+    assert torch.equal(layer[:, 0, 0, :2], values.bfloat16().expand(2, 2, 64))
+
+
+def test_a_machine_without_a_compiler_has_no_native_kernels(monkeypatch):
+    monkeypatch.setenv("CC", "no-such-compiler")
+    assert compiler.compiled() is None
+
+
+def test_a_compiler_that_fails_is_no_error(monkeypatch, tmp_path):
+    monkeypatch.setenv("CC", "false")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert compiler.compiled() is None
+    assert not list(tmp_path.rglob("*.so"))
+
+
+def test_a_library_is_built_once(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    first = compiler.compiled()
+    built = first.stat().st_mtime_ns
+    assert compiler.compiled() == first
+    assert first.stat().st_mtime_ns == built
+    assert first.parent == tmp_path / "sagellm" / "native"

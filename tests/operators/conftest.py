@@ -1,0 +1,29 @@
+"""An operator without an executor: inputs in, outputs out, its state kept between."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from sagellm.runtime.operator import Draw, Input, Logic, Output
+
+
+class Running:
+    """Gives inputs to one logic operator, one after the other."""
+
+    def __init__(self, operator: Logic[Any]) -> None:
+        self.operator = operator
+        self.state = operator.initial
+        self.wake_at: float | None = None
+        self._num_inputs = 0
+
+    def __call__(self, happened: Input, now: float = 0.0) -> tuple[Output, ...]:
+        draw = Draw(0, "test", self._num_inputs)
+        self._num_inputs += 1
+        self.state, outputs, self.wake_at = self.operator.on(self.state, happened, now, draw)
+        return outputs
+
+
+@pytest.fixture(scope="session")
+def running() -> Callable[[Logic[Any]], Running]:
+    return Running

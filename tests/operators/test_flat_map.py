@@ -1,0 +1,53 @@
+import pytest
+
+from sagellm.operators.flat_map import Options, build
+from sagellm.runtime.messages import Answer, Forked, Request, Sampling
+from sagellm.runtime.operator import Announce, Arrival, Emit, Setup
+
+
+def spread(running, function, item):
+    setup = Setup("fan", functions={"f": function}, encode=lambda text: tuple(map(ord, text)))
+    return running(build(Options("f"), setup))(Arrival(item))
+
+
+def test_a_request_becomes_choices_after_the_session_is_told(running):
+    request = Request(request_id="r", prompt="ab", user_id="u")
+    announced, *emits = spread(running, lambda request: list(request.prompt), request)
+    assert announced == Announce(Forked(request_id="r", num_choices=2))
+    items = [emit.item for emit in emits]
+    assert [item.key for item in items] == [("r", 0), ("r", 1)]
+    assert [item.prompt_token_ids for item in items] == [(97,), (98,)]
+    assert all(item.sampling.n == 2 and item.user_id == "u" for item in items)
+
+
+def test_requests_may_be_returned_too(running):
+    def twice(request):
+        return (request, Request(request_id="other", prompt_token_ids=(5,)))
+
+    _, *emits = spread(running, twice, Request(request_id="r", prompt_token_ids=(1,)))
+    assert [emit.item.key for emit in emits] == [("r", 0), ("r", 1)]
+    assert [emit.item.prompt_token_ids for emit in emits] == [(1,), (5,)]
+
+
+def test_nothing_ends_the_request(running):
+    (output,) = spread(running, lambda request: [], Request(request_id="r"))
+    assert output.event.finish_reason == "filtered"
+
+
+def test_one_of_several_choices_is_refused(running):
+    request = Request(request_id="r", sampling=Sampling(n=3))
+    (output,) = spread(running, lambda request: ["a"], request)
+    assert output.event.finish_reason == "refused"
+    assert "ask for n=1" in output.event.error
+
+
+def test_the_values_of_an_answer_become_its_value(running):
+    answer = Answer(request_id="r", text="a b")
+    (emit,) = spread(running, lambda answer: answer.text.split(), answer)
+    assert emit == Emit(Answer(request_id="r", text="a b", value=("a", "b")))
+
+
+@pytest.mark.parametrize("function", [lambda item: "ab", lambda item: 3, lambda item: [3]])
+def test_a_wrong_result_fails_the_request(running, function):
+    (output,) = spread(running, function, Request(request_id="r"))
+    assert output.event.error == "fan: the function f raised TypeError"

@@ -1,0 +1,231 @@
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sagellm.operators.policies import POLICIES
+from sagellm.operators.policy_sort import Options, build
+from sagellm.runtime.messages import Request, Stamps
+from sagellm.runtime.operator import (
+    Arrival,
+    Feedback,
+    Offer,
+    Setup,
+    Signal,
+    Taken,
+    Tell,
+    Terminate,
+    Wake,
+)
+
+CREDIT = Feedback("prefill", 0, 1, "credit")
+
+
+def ask(name, arrived_s=0.0, **fields):
+    return Request(request_id=name, stamps=Stamps(arrived_s=arrived_s), **fields)
+
+
+def offered(outputs):
+    return [
+        item.request_id for output in outputs if isinstance(output, Offer) for item in output.items
+    ]
+
+
+def ended(outputs):
+    events = [output.event for output in outputs if isinstance(output, Terminate)]
+    return {event.key: event.finish_reason for event in events}
+
+
+def told(outputs):
+    return [output.value for output in outputs if isinstance(output, Tell)]
+
+
+def drain(sort, outputs=(), now=0.0):
+    """Take the first of each offer until there is none."""
+    taken = []
+    outputs = outputs or sort(CREDIT, now)
+    while offers := [output for output in outputs if isinstance(output, Offer)]:
+        item = offers[0].items[0]
+        taken.append(item.request_id)
+        outputs = sort(Taken(item), now)
+    return taken
+
+
+@pytest.fixture
+def sort(running):
+    return running(build(Options(window=2), Setup("sort")))
+
+
+def test_a_newcomer_is_offered_and_stamped(sort):
+    (tell, offer) = sort(Arrival(ask("a", arrived_s=1.0)), 3.0)
+    assert tell == Tell("queue", 1)
+    assert offer.items[0].stamps == Stamps(arrived_s=1.0, dispatched_s=3.0)
+    assert sort.state.entries[0][3].stamps.dispatched_s is None
+
+
+def test_taken_is_removed_and_the_rest_is_offered(sort):
+    sort(Arrival(ask("a")))
+    offer = sort(Arrival(ask("b")))[-1]
+    outputs = sort(Taken(offer.items[0]))
+    assert told(outputs) == [1]
+    assert offered(outputs) == ["a"]
+    assert drain(sort) == ["a"]
+    assert sort.state.entries == ()
+
+
+def test_what_was_declined_is_not_offered_until_credit_changes(sort):
+    assert offered(sort(Arrival(ask("a")))) == ["a"]
+    assert offered(sort(Arrival(ask("b")))) == ["b"]
+    assert offered(sort(Arrival(ask("c")))) == []  # behind the window
+    assert offered(sort(Feedback("prefill", 0, 1, "load"))) == []
+    assert offered(sort(CREDIT)) == ["a", "b"]
+
+
+def test_a_candidate_that_enters_the_window_is_offered(sort):
+    for name in "abc":
+        sort(Arrival(ask(name)))
+    assert offered(sort(Signal("cancel", "a"))) == ["c"]
+
+
+def test_cancel_ends_every_choice_held_and_nothing_else(sort):
+    for choice in range(2):
+        sort(Arrival(ask("a", choice=choice)))
+    sort(Arrival(ask("b")))
+    outputs = sort(Signal("cancel", "a"))
+    assert ended(outputs) == {("a", 0): "cancelled", ("a", 1): "cancelled"}
+    assert told(outputs) == [1]
+    assert sort(Signal("cancel", "a")) == ()
+
+
+def test_a_signal_may_concern_one_choice(sort):
+    for choice in range(2):
+        sort(Arrival(ask("a", choice=choice)))
+    assert ended(sort(Signal("expire", "a", choice=1))) == {("a", 1): "expired"}
+
+
+def test_it_wakes_for_the_earliest_expiry(sort):
+    sort(Arrival(ask("late", expires_s=9.0)))
+    sort(Arrival(ask("soon", expires_s=5.0)))
+    assert sort.wake_at == 5.0
+    assert ended(sort(Wake(), 5.0)) == {("soon", 0): "expired"}
+    assert sort.wake_at == 9.0
+
+
+def test_an_expired_request_is_never_offered(sort):
+    outputs = sort(Arrival(ask("a", expires_s=1.0)), 1.0)
+    assert ended(outputs) == {("a", 0): "expired"}
+    assert offered(outputs) == []
+    assert sort.wake_at is None
+
+
+def test_taken_forgets_the_expiry(sort):
+    offer = sort(Arrival(ask("a", expires_s=1.0)))[-1]
+    sort(Taken(offer.items[0]))
+    assert sort.wake_at is None
+
+
+def test_a_reentered_request_keeps_its_turn(sort):
+    for name, arrived_s in (("b", 2.0), ("c", 3.0), ("a", 1.0)):
+        sort(Arrival(ask(name, arrived_s)))
+    assert drain(sort) == ["a", "b", "c"]
+
+
+def test_lapsed_requests_go_behind_all_others(running):
+    sort = running(build(Options(policy="slo_aware", window=3), Setup("sort")))
+    sort(Arrival(ask("lost", slo_ttft_s=1.0)))
+    sort(Arrival(ask("free")))
+    sort(Arrival(ask("tight", slo_ttft_s=5.0)))
+    assert offered(sort(CREDIT, 0.0)) == ["lost", "tight", "free"]
+    assert offered(sort(CREDIT, 2.0)) == ["tight", "free", "lost"]
+
+
+def test_adaptive_changes_the_order_of_those_that_wait(running):
+    options = Options(policy="adaptive", busy_queued=2, overloaded_queued=9)
+    sort = running(build(options, Setup("sort")))
+    sort(Arrival(ask("free", 0.0)))
+    outputs = sort(Arrival(ask("tight", 1.0, slo_ttft_s=1.0)), 1.0)
+    assert offered(outputs) == ["tight", "free"]
+    assert drain(sort, now=1.0) == ["tight", "free"]
+    assert sort.state.level == 0
+
+
+def test_a_users_order(running):
+    functions = {"longest": lambda request: -len(request.prompt)}
+    options = Options(policy="own", function="longest")
+    sort = running(build(options, Setup("sort", functions=functions)))
+    for prompt in ("x", "xxx", "xx"):
+        sort(Arrival(ask(prompt, prompt=prompt)))
+    assert drain(sort) == ["xxx", "xx", "x"]
+
+
+@pytest.mark.parametrize("function", [lambda r: 1 / 0, lambda r: "high", lambda r: float("nan")])
+def test_a_rank_that_is_none_fails_its_request_only(running, function):
+    options = Options(policy="own", function="rank")
+    sort = running(build(options, Setup("sort", functions={"rank": function})))
+    (output,) = sort(Arrival(ask("a")))
+    assert output.event.finish_reason == "failed"
+    assert "sort: the function rank raised" in output.event.error
+    assert sort.state.entries == ()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (Options(policy="own"), "belong together"),
+        (Options(function="rank"), "belong together"),
+        (Options(aging_s=1.0), "fifo does not use aging_s.*priority"),
+        (Options(policy="own", function="rank", aging_s=1.0), "own does not use aging_s"),
+        (Options(policy="own", function="rnak"), "did you mean rank"),
+        (Options(policy="adaptive", busy_queued=200), "sort: busy_queued=200 must be below"),
+        (replace(Options(), policy="fifi"), "did you mean fifo"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        build(options, Setup("sort", functions={"rank": lambda request: 0}))
+
+
+REQUESTS = st.lists(
+    st.tuples(
+        st.floats(0, 10),
+        st.integers(0, 4),
+        st.integers(0, 50),
+        st.none() | st.floats(0, 10),
+        st.none() | st.floats(0, 4),
+    ),
+    max_size=40,
+)
+STEPS = st.lists(st.sampled_from(["take", "decline", "cancel"]), max_size=40)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(sorted(POLICIES)), REQUESTS, STEPS)
+def test_no_request_is_lost_or_doubled(running, policy, drawn, steps):
+    thresholds = {"busy_queued": 3, "overloaded_queued": 9} if policy == "adaptive" else {}
+    sort = running(build(Options(policy=policy, window=3, **thresholds), Setup("sort")))
+    seen, steps = [], iter(steps)
+    for number, (arrived_s, priority, length, expires_s, weight) in enumerate(drawn):
+        request = ask(
+            str(number),
+            arrived_s,
+            priority=priority,
+            prompt_token_ids=(1,) * length,
+            expires_s=expires_s,
+            cost_budget=weight,
+        )
+        outputs = sort(Arrival(request), number / 4)
+        step = next(steps, "decline")
+        if step == "cancel":
+            seen += [key[0] for key in ended(outputs)]
+            outputs = sort(Signal("cancel", str(number // 2)), number / 4)
+        while step == "take" and (offers := [o for o in outputs if isinstance(o, Offer)]):
+            seen += [key[0] for key in ended(outputs)]
+            seen.append(offers[-1].items[-1].request_id)
+            outputs = sort(Taken(offers[-1].items[-1]), number / 4)
+        seen += [key[0] for key in ended(outputs)]
+    held = [entry[3].request_id for entry in sort.state.entries]
+    assert sorted(seen + held) == sorted(str(number) for number in range(len(drawn)))
+    assert list(sort.state.entries) == sorted(sort.state.entries)
+    expiring = [entry for entry in sort.state.entries if entry[3].expires_s is not None]
+    assert sorted(number for _, number in sort.state.expiries) == sorted(e[2] for e in expiring)

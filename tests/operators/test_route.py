@@ -1,0 +1,138 @@
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sagellm.operators.route import Options, build, pools_of
+from sagellm.operators.routing import STRATEGIES
+from sagellm.runtime.engine.port import EngineLoad
+from sagellm.runtime.messages import Request, Sampling
+from sagellm.runtime.operator import Arrival, Feedback, Setup, Signal, Target
+
+TARGETS = (Target("prefill", 2, "p"), Target("decode", 3, "d"))
+
+
+@pytest.fixture
+def route(running):
+    def open_route(strategy="load_balanced", targets=TARGETS):
+        return running(build(Options(strategy), Setup("route", targets=targets)))
+
+    return open_route
+
+
+def ask(name, num_tokens=10, **fields):
+    return Request(
+        request_id=name,
+        prompt_token_ids=(1,) * num_tokens,
+        sampling=Sampling(max_tokens=10),
+        **fields,
+    )
+
+
+def place(route, name="r", **fields):
+    (emit,) = route(Arrival(ask(name, **fields)))
+    return emit.item.placement
+
+
+def test_every_target_gets_a_replica_and_others_stay(route):
+    placement = place(route(), placement={"before": 7})
+    assert placement == {"before": 7, "prefill": 0, "decode": 0}
+
+
+def test_operators_of_one_engine_share_a_replica(route):
+    targets = (Target("decode", 2, "d"), Target("generate", 2, "d"), Target("other", 1))
+    assert [pool.nodes for pool in pools_of(targets)] == [("decode", "generate"), ("other",)]
+    router = route("random", targets)
+    for number in range(20):
+        placement = place(router, str(number))
+        assert placement["decode"] == placement["generate"]
+
+
+def test_without_targets_a_request_passes(route):
+    assert place(route(targets=())) == {}
+
+
+def test_the_heavier_replica_is_spared(route):
+    router = route(targets=(Target("prefill", 2, "p"),))
+    assert place(router, "big", num_tokens=500) == {"prefill": 0}
+    assert [place(router, str(n))["prefill"] for n in range(5)] == [1] * 5
+
+
+def test_an_ended_request_weighs_nothing(route):
+    router = route(targets=(Target("prefill", 2, "p"),))
+    place(router, "big", num_tokens=500)
+    place(router, "small")
+    router(Signal("forget", "big"))
+    assert place(router, "next") == {"prefill": 0}
+    for name in ("small", "next"):
+        router(Signal("forget", name))
+    assert all(backlog.load == 0 for backlog in router.state.backlogs.values())
+    assert len(router.state.placed) == 0
+
+
+def test_a_replica_that_returned_its_credit_is_idle(route):
+    router = route(targets=(Target("prefill", 2, "p"),))
+    place(router, "big", num_tokens=500)
+    place(router, "small")
+    router(Feedback("prefill", 0, 1, "credit"))  # big is in decode by now
+    assert place(router, "next") == {"prefill": 0}
+
+
+def test_requests_of_others_count_as_reported(route):
+    router = route(targets=(Target("decode", 2, "d"),))
+    router(Feedback("decode", 0, 2, "load", EngineLoad(num_running=3, num_waiting=1)))
+    assert [place(router, str(n))["decode"] for n in range(4)] == [1] * 4
+
+
+def test_own_requests_are_not_counted_twice(route):
+    router = route(targets=(Target("decode", 2, "d"),))
+    assert [place(router, str(n))["decode"] for n in range(2)] == [0, 1]
+    for replica in range(2):
+        router(Feedback("decode", replica, 1, "load", EngineLoad(num_running=1)))
+    loads = [router.state.load(("d", replica), ask("x")) for replica in range(2)]
+    assert loads == [20, 20]
+
+
+def test_the_latest_report_wins(route):
+    router = route(targets=(Target("decode", 2, "d"),))
+    router(Feedback("decode", 0, 5, "load", EngineLoad()))
+    router(Feedback("decode", 0, 4, "load", EngineLoad(num_running=9)))
+    assert router.state.load(("d", 0), ask("x")) == 0
+
+
+def test_reports_of_two_operators_of_one_engine_do_not_hide_each_other(route):
+    router = route(targets=(Target("decode", 2, "d"), Target("generate", 2, "d")))
+    router(Feedback("decode", 0, 5, "load", EngineLoad()))
+    router(Feedback("generate", 0, 1, "load", EngineLoad(num_running=1)))
+    assert router.state.load(("d", 0), ask("x")) == 20
+
+
+def test_news_of_strangers_change_nothing(route):
+    router = route()
+    before = router.state
+    router(Feedback("elsewhere", 0, 1, "load", EngineLoad()))
+    router(Feedback("elsewhere", 0, 1, "credit"))
+    router(Signal("forget", "unknown"))
+    assert router.state == before
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.sampled_from(sorted(STRATEGIES)),
+    st.integers(1, 5),
+    st.lists(st.tuples(st.integers(0, 9), st.sampled_from(["place", "forget", "credit"]))),
+)
+def test_only_replicas_that_exist_are_chosen(running, strategy, num_replicas, steps):
+    targets = (Target("prefill", num_replicas, "p"), Target("decode", 2, "d"))
+    router = running(build(Options(strategy), Setup("route", targets=targets)))
+    for number, step in steps:
+        if step == "place":
+            placement = place(router, str(number), user_id=str(number % 3))
+            assert 0 <= placement["prefill"] < num_replicas
+            assert 0 <= placement["decode"] < 2
+        elif step == "forget":
+            router(Signal("forget", str(number)))
+        else:
+            router(Feedback("decode", number % 2, number, "credit"))
+    for backlog in router.state.backlogs.values():
+        assert backlog.load >= 0
+        assert backlog.num_open >= 0

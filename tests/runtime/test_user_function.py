@@ -1,0 +1,64 @@
+from functools import partial
+
+import pytest
+
+from sagellm.runtime.messages import Answer, Prefilled, Request, TokenEvent
+from sagellm.runtime.operator import Setup
+from sagellm.runtime.user_function import ending, find_function, rewritten
+
+FIRST = TokenEvent(request_id="r", choice=1, epoch=2, position=4, token_ids=(7,))
+REQUEST = Request(
+    request_id="r", choice=1, epoch=2, prompt_token_ids=(1, 2), emitted_token_ids=(3,)
+)
+
+
+@pytest.mark.parametrize(
+    ("item", "position"),
+    [
+        (REQUEST, 1),
+        (FIRST, 5),
+        (Prefilled(request=REQUEST, first=FIRST), 5),
+        (Answer(request_id="r", choice=1, token_ids=(1, 2)), 2),
+    ],
+)
+def test_an_ending_continues_where_the_item_stopped(item, position):
+    event = ending(item, "failed", now=3.0, error="why")
+    assert event.key == ("r", 1)
+    assert event.position == position
+    assert (event.finish_reason, event.error, event.stamps.finished_s) == ("failed", "why", 3.0)
+
+
+def test_an_unknown_function_has_a_hint():
+    setup = Setup("m", functions={"rewrite": str})
+    with pytest.raises(ValueError, match="did you mean rewrite"):
+        find_function(setup, "rewrit")
+    with pytest.raises(ValueError, match="register it before"):
+        find_function(setup, "x")
+
+
+def test_async_is_seen_through_partial_and_call():
+    async def later(a, b):
+        return a
+
+    class Callable:
+        async def __call__(self, item):
+            return item
+
+    functions = {"partial": partial(later, 1), "object": Callable(), "plain": str}
+    setup = Setup("m", functions=functions)
+    assert [find_function(setup, name).is_async for name in functions] == [True, True, False]
+
+
+def test_without_a_model_there_are_no_ids_to_make():
+    assert rewritten(REQUEST, "new", None).prompt_token_ids == ()
+
+
+def test_the_number_of_choices_is_not_the_functions_to_change():
+    other = Request(request_id="r", sampling=REQUEST.sampling.__class__(n=5, max_tokens=3))
+    sampling = rewritten(REQUEST, other, None).sampling
+    assert (sampling.n, sampling.max_tokens) == (1, 3)
+
+
+def test_what_no_function_takes_is_refused():
+    with pytest.raises(TypeError, match="Prefilled"):
+        rewritten(Prefilled(request=REQUEST, first=FIRST), "text", None)

@@ -1,0 +1,78 @@
+import io
+import json
+
+import pytest
+
+from sagellm.cli import main
+
+ASK = ("run", "pd", "--prompt", "What is 2 + 3?", "--max-tokens", "4")
+
+
+def test_the_answer_is_all_that_goes_to_stdout(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*ASK, "--chat"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out.endswith("\n")
+    assert shown.err.startswith("requests: 1\n")
+
+
+def test_json_is_the_line_that_a_file_would_get(capsys: pytest.CaptureFixture[str]) -> None:
+    main([*ASK, "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert set(found) == {"id", "text", "token_ids", "finish_reason", "usage", "timing"}
+    assert found["usage"]["completion_tokens"] == len(found["token_ids"]) <= 4
+
+
+def test_a_stream_adds_up_to_the_answer(capsys: pytest.CaptureFixture[str]) -> None:
+    main([*ASK])
+    whole = capsys.readouterr().out
+    main([*ASK, "--stream"])
+    assert capsys.readouterr().out == whole
+
+
+def test_a_stream_as_json_is_one_line_an_event(capsys: pytest.CaptureFixture[str]) -> None:
+    main([*ASK, "--stream", "--json"])
+    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(events) > 1
+    assert [event["finish_reason"] for event in events[:-1]] == [None] * (len(events) - 1)
+    assert events[-1]["finish_reason"] in ("stop", "length")
+
+
+def test_a_seed_makes_a_sample_repeatable(capsys: pytest.CaptureFixture[str]) -> None:
+    sampled = (*ASK, "--temperature", "2", "--seed", "7")
+    main(list(sampled))
+    first = capsys.readouterr().out
+    main([*sampled, "--set", "split.min_uncached_tokens=8"])
+    assert capsys.readouterr().out == first
+
+
+def test_a_dash_reads_the_prompt_from_stdin(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("What is 2 + 3?"))
+    main(["run", "pd", "--prompt", "-", "--max-tokens", "4"])
+    piped = capsys.readouterr().out
+    main(list(ASK))
+    assert capsys.readouterr().out == piped
+
+
+@pytest.mark.parametrize(
+    ("argv", "cause"),
+    [
+        (["run", "pdd", "--prompt", "x"], "did you mean pd?"),
+        (["run", "pd", "--prompt", ""], "the prompt is empty"),
+        (["run", "pd", "--prompt", "x", "--model", "frob"], "'frob' is not built in"),
+        (["run", "pd", "--prompt", "x", "--set", "p.device=cuba"], "no backend 'cuba'"),
+        (["run", "pd", "--prompt", "x", "--set", "splt.a=1"], "did you mean split?"),
+        (["run", "pd", "--prompt", "x", "--set", "sort.policy=slo"], "slo_aware"),
+        (["run", "pd", "--prompt", "x" * 5000], "5000"),
+    ],
+)
+def test_a_users_mistake_is_two_and_no_traceback(
+    argv: list[str], cause: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(argv) == 2
+    shown = capsys.readouterr()
+    assert cause in shown.err
+    assert "fix:" in shown.err
+    assert "Traceback" not in shown.err
+    assert shown.out == ""
