@@ -72,6 +72,7 @@ class Scheduler:
         self.adopted: deque[Sequence] = deque()
         self.landings: deque[Landing] = deque()
         self.num_preemptions = 0
+        self._is_sitting_out = False  # the first prefill in rank got nothing in the last step
         self._starved: int | None = None  # arrival of the sequence that waits for blocks
         # Keeps decodes from running dry right after an admission; vLLM's watermark of one per cent.
         self._watermark = pool.num_blocks // 100
@@ -228,19 +229,23 @@ class Scheduler:
     def _add_prefills(self, batch: Batch, prefills: list[Sequence], budget: int) -> None:
         """Half of the budget to the first in rank, the rest to the shortest first.
 
-        So a short prompt does not wait for a long one, and none starves.
+        So a short prompt does not wait for a long one, and none starves. Where a prompt can be
+        finished in this step, the first in rank sits it out, though never twice running: a first
+        token then waits for the step under way and a short one, not for two full ones.
         """
         first = min(prefills, key=lambda sequence: sequence.rank)
         others = [sequence for sequence in prefills if sequence is not first]
         others.sort(key=lambda sequence: (sequence.state.priority, sequence.num_pending))
         half = self._chunk(first, (budget + 1) // 2)
         rest = budget - half
-        for sequence in others:
+        ending = [sequence for sequence in others if sequence.num_pending <= rest]
+        self._is_sitting_out = bool(ending) and first.num_pending > half and not self._is_sitting_out
+        for sequence in ending if self._is_sitting_out else others:
             chunk = self._chunk(sequence, rest)
             if chunk:
                 batch.add(sequence, chunk)
             rest -= chunk
-        whole = self._chunk(first, half + rest)
+        whole = 0 if self._is_sitting_out else self._chunk(first, half + rest)
         if whole:
             batch.add(first, whole)
 

@@ -60,7 +60,7 @@ def test_the_unbroken_file_is_right(vocabulary: Vocabulary) -> None:
         ("max_queued: ", "max_queud: ", 7, 30, "no option `max_queud`", "`max_queued`"),
         ("max_queued: 1024", "max_queued: yes", 7, 42, "an integer, not `yes`", "an integer"),
         ("max_queued: 1024", "max_queued: 0", 7, 42, "at least 1", "at least 1"),
-        ("policy: slo_aware", "policy: slo_awar", 8, 39, "one of `fifo`", "`slo_aware`"),
+        ("policy: slo_aware", "policy: slo_awar", 8, 40, "one of `fifo`", "`slo_aware`"),
         ("policy: slo_aware", "window: 99", 8, 40, "from 1 to 64, not `99`", "from 1 to 64"),
         ("policy: slo_aware", "share: high", 8, 39, "a number or null", "a number or null"),
         (", engine: p", "", 11, 3, "needs `engine`", "add `engine: a text`"),

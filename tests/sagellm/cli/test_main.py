@@ -8,7 +8,6 @@ from sagellm import __version__
 from sagellm.cli import main
 
 
-
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["version"]) == 0
     assert capsys.readouterr().out == f"sagellm {__version__}\n"
@@ -22,7 +21,9 @@ def test_version_as_json(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_version_loads_no_torch() -> None:
-    code = "import sys; from sagellm.cli import main; main(['version']); print('torch' in sys.modules)"
+    code = (
+        "import sys; from sagellm.cli import main; main(['version']); print('torch' in sys.modules)"
+    )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.splitlines()[-1] == "False"
 

@@ -5,11 +5,11 @@ import pytest
 
 from sagellm.cli import main
 
-ASK = ("run", "pd", "--prompt", "What is 2 + 3?", "--max-tokens", "4")
+ASK = ("run", "pd", "--chat", "--prompt", "What is 20 + 31?", "--max-tokens", "4")
 
 
 def test_the_answer_is_all_that_goes_to_stdout(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*ASK, "--chat"]) == 0
+    assert main([*ASK]) == 0
     shown = capsys.readouterr()
     assert shown.out.endswith("\n")
     assert shown.err.startswith("requests: 1\n")
@@ -48,8 +48,8 @@ def test_a_seed_makes_a_sample_repeatable(capsys: pytest.CaptureFixture[str]) ->
 def test_a_dash_reads_the_prompt_from_stdin(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("sys.stdin", io.StringIO("What is 2 + 3?"))
-    main(["run", "pd", "--prompt", "-", "--max-tokens", "4"])
+    monkeypatch.setattr("sys.stdin", io.StringIO("What is 20 + 31?"))
+    main(["run", "pd", "--chat", "--prompt", "-", "--max-tokens", "4"])
     piped = capsys.readouterr().out
     main(list(ASK))
     assert capsys.readouterr().out == piped

@@ -1,0 +1,74 @@
+import json
+
+import pytest
+
+from sagellm.cli import checks, main
+from sagellm.cli.checks import CHECKS, Finding
+from sagellm.cli.doctor import doctor, examine, exit_code, report
+
+OK = Finding("ok", "fine")
+SLOW = Finding("warning", "slow", "be quick")
+OLD = Finding("failed", "old", "renew it")
+FULL = Finding("failed", "full", "tidy up", code=3)
+
+
+def test_every_check_says_how_to_mend_what_it_finds() -> None:
+    for name, finding in examine(CHECKS).items():
+        assert finding.detail, name
+        assert (finding.status == "ok") != bool(finding.fix), name
+
+
+@pytest.mark.parametrize(
+    ("findings", "code"), [([OK, OK], 0), ([OK, SLOW], 0), ([OLD, OK], 2), ([OLD, FULL], 3)]
+)
+def test_the_exit_code_is_that_of_the_worst(findings: list[Finding], code: int) -> None:
+    assert exit_code(dict(zip("ab", findings, strict=True))) == code
+
+
+def test_a_report_has_no_exit_codes_in_it() -> None:
+    assert report({"a": FULL}) == {
+        "ok": False,
+        "checks": [{"name": "a", "status": "failed", "detail": "full", "fix": "tidy up"}],
+    }
+
+
+def test_doctor_prints_each_check_with_its_fix(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sagellm.cli.doctor.CHECKS", {"a": lambda: OK, "disk": lambda: FULL})
+    assert doctor() == 3
+    shown = capsys.readouterr().out
+    assert shown == "ok      a         fine\nfailed  disk      full\n" + " " * 18 + "fix: tidy up\n"
+
+
+def test_doctor_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    code = main(["doctor", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["ok"] == (code == 0)
+    assert {"python", "torch", "memory", "disk", "limits", "model"} <= {
+        check["name"] for check in found["checks"]
+    }
+
+
+def test_an_old_package_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "installed", lambda name: "3.1.2")
+    monkeypatch.setattr(checks, "TOO_OLD", (("jinja2", (3, 1, 6), "leaves the sandbox"),))
+    finding = CHECKS["versions"]()
+    assert (finding.status, finding.detail) == ("failed", "jinja2 3.1.2: leaves the sandbox")
+
+
+def test_a_local_build_of_a_package_is_its_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "installed", lambda name: "2.11.0+cpu")
+    monkeypatch.setattr(checks, "TOO_OLD", (("torch", (2, 11), "old"),))
+    assert CHECKS["versions"]().status == "ok"
+
+
+def test_too_many_threads_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "_usable_cores", lambda: 0)
+    assert CHECKS["threads"]().fix == "export OMP_NUM_THREADS=0"
+
+
+@pytest.mark.parametrize(("soft", "status"), [(256, "failed"), (1024, "ok"), (-1, "ok")])
+def test_the_limit_of_open_files(monkeypatch: pytest.MonkeyPatch, soft: int, status: str) -> None:
+    monkeypatch.setattr("resource.getrlimit", lambda which: (soft, soft))
+    assert CHECKS["limits"]().status == status
