@@ -1,0 +1,1 @@
+"""Measurements against other engines and the machine's limits; run from the repository."""

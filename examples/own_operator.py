@@ -1,4 +1,4 @@
-"""An operator of your own: a guard that refuses prompts with a forbidden word, before any engine."""
+"""An operator of your own: a guard that refuses prompts with a forbidden word."""
 
 from dataclasses import dataclass
 

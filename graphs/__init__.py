@@ -1,1 +1,1 @@
-"""Floor 0, what a graph is: the IR, its vocabulary and types, passes, text forms and model builders."""
+"""Floor 0, what a graph is: IR, vocabulary, checks, passes, text forms, model builders."""

@@ -38,7 +38,7 @@ class FrozenMap(Mapping[str, "Value"]):
         return f"FrozenMap({self._items!r})"
 
 
-Value: TypeAlias = "None | bool | int | float | str | tuple[Value, ...] | FrozenMap"
+Value: TypeAlias = "bool | int | float | str | tuple[Value, ...] | FrozenMap | None"
 
 
 def freeze(value: object) -> Value:

@@ -32,6 +32,7 @@ class OpSpec:
 
     `role` is "logic" (pure), "service" (owns something outside) or "kernel". `engine` says that
     the op refers to an engine by the option `engine`; `needs` are the capabilities it asks of it.
+    `hears` are the kinds of feedback that reach it; others pass it by.
     """
 
     name: str
@@ -41,6 +42,7 @@ class OpSpec:
     role: str = "logic"
     engine: bool = False
     needs: frozenset[str] = frozenset()
+    hears: frozenset[str] = frozenset()
 
     def inlet(self, name: str) -> Port | None:
         return next((port for port in self.inlets if port.name == name), None)

@@ -24,7 +24,13 @@ class Options:
     max_queued: int = field(default=1024, metadata={"min": 1})
 
 
-SPEC = OpSpec("admission", (Port("in", REQUEST),), (Port("out", REQUEST),), options=Options)
+SPEC = OpSpec(
+    "admission",
+    (Port("in", REQUEST),),
+    (Port("out", REQUEST),),
+    options=Options,
+    hears=frozenset({"queue"}),
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,13 @@ from sagellm.runtime.operator import (
 )
 from sagellm.runtime.user_function import UserFunction, find_plain_function
 
-SPEC = OpSpec("policy_sort", (Port("in", REQUEST),), (Port("out", REQUEST),), options=Options)
+SPEC = OpSpec(
+    "policy_sort",
+    (Port("in", REQUEST),),
+    (Port("out", REQUEST),),
+    options=Options,
+    hears=frozenset({"credit"}),
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""prefill: computes a prompt's KV blocks and first token, with room reserved where it will decode."""
+"""prefill: computes a prompt's KV blocks and first token, once there is room to decode it."""
 
 from dataclasses import dataclass, field
 

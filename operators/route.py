@@ -32,7 +32,13 @@ class Options:
     )
 
 
-SPEC = OpSpec("route", (Port("in", REQUEST),), (Port("out", REQUEST),), options=Options)
+SPEC = OpSpec(
+    "route",
+    (Port("in", REQUEST),),
+    (Port("out", REQUEST),),
+    options=Options,
+    hears=frozenset({"credit", "load"}),
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,16 @@ import hashlib
 import math
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeAlias, TypeVar
+from typing import (
+    Any,
+    Generic,
+    Literal,
+    NamedTuple,
+    Protocol,
+    TypeAlias,
+    TypeVar,
+    runtime_checkable,
+)
 
 from sagellm.graphs.vocabulary import OpSpec
 from sagellm.runtime.engine.port import Engine, EngineEvent, EngineFacts
@@ -228,6 +237,7 @@ class Context(Protocol):
         """Return the credit of an item that this operator took: it no longer holds it."""
 
 
+@runtime_checkable
 class Service(Protocol):
     """An operator that owns something outside: an engine, a socket, a user's async function.
 

@@ -22,6 +22,7 @@ class Plan:
     services: Mapping[str, Service]
     replicas: Mapping[str, int]
     engines: Mapping[str, tuple[Engine, ...]] = field(default_factory=dict)
+    hears: Mapping[str, frozenset[str]] = field(default_factory=dict)  # kinds of feedback
     seed: int = 0
 
     def engine_name(self, node: str) -> str | None:
@@ -63,11 +64,12 @@ def plan(
             seed=seed,
         )
         operator = _build(module, node, setup)
-        if hasattr(operator, "on_item"):
+        if isinstance(operator, Service):
             services[node.name] = operator
         else:
             logic[node.name] = operator
-    return Plan(graph, logic, services, replicas, engines, seed)
+    hears = {node.name: resolver.operator(node.op).spec.hears for node in graph.nodes}
+    return Plan(graph, logic, services, replicas, engines, hears, seed)
 
 
 def _build(module: OperatorModule, node: Node, setup: Setup) -> "Logic[Any] | Service":

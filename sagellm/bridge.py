@@ -127,6 +127,10 @@ class BlockingSession:
     def generate_all(self, prompt: Prompt, **fields: Any) -> list[Answer]:
         return self._thread.call(self._thread.session.generate_all, prompt, **fields).result()
 
+    def idle(self) -> None:
+        """Wait until every request has ended."""
+        self._thread.call(self._thread.session.idle).result()
+
     def cancel(self, request_id: str) -> None:
         self._thread.portal.call(self._thread.session.cancel, request_id)
 
@@ -186,6 +190,10 @@ class AsyncioSession:
         return await asyncio.wrap_future(
             self._thread.call(self._thread.session.generate_all, prompt, **fields)
         )
+
+    async def idle(self) -> None:
+        """Wait until every request has ended."""
+        await asyncio.wrap_future(self._thread.call(self._thread.session.idle))
 
     def cancel(self, request_id: str) -> None:
         self._thread.portal.start_task_soon(self._thread.session.cancel, request_id)

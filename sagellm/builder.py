@@ -118,9 +118,7 @@ class Graph:
         frozen = freeze(attrs)
         assert isinstance(frozen, FrozenMap)
         nodes = tuple(
-            Node(operator.name, operator.spec.name, FrozenMap()).with_attrs(
-                **operator.options
-            )
+            Node(operator.name, operator.spec.name, FrozenMap()).with_attrs(**operator.options)
             for operator in self._operators
         )
         return FrozenGraph(self.name, "stream", nodes, self._all_edges(), frozen)

@@ -155,11 +155,15 @@ class Session:
     def statistics(self) -> Statistics:
         return statistics_of(self.executor, elapsed_s=trio.current_time() - self._opened_s)
 
+    async def idle(self) -> None:
+        """Wait until every request has ended."""
+        await self.executor.idle()
+
     async def close(self) -> None:
         """End what is unfinished, and wait until everything has ended."""
         for request_id in tuple(self._callers):
             self.forget(request_id)
-        await self.executor.idle()
+        await self.idle()
 
     # ---- what streams use ------------------------------------------------------------------
 

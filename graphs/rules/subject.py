@@ -40,14 +40,14 @@ class Subject:
 
     def reached(self, start: str, avoiding: Iterable[str] = ()) -> set[str]:
         """All that forward edges lead to from `start`, itself included, not through `avoiding`."""
-        closed = set(avoiding)
-        found, waiting = {start}, [start]
+        successors: dict[str, list[str]] = {}
+        for _, edge in self.forward:
+            successors.setdefault(edge.source, []).append(edge.target)
+        found, closed, waiting = {start}, set(avoiding), [start]
         while waiting:
-            name = waiting.pop()
-            for _, edge in self.forward:
-                if edge.source == name and edge.target not in found | closed:
-                    found.add(edge.target)
-                    waiting.append(edge.target)
+            new = set(successors.get(waiting.pop(), ())) - found - closed
+            found |= new
+            waiting += new
         return found
 
     def engine_of(self, node: Node, spec: OpSpec) -> str | None:

@@ -24,6 +24,17 @@ MAX_CHARACTERS = 65_536  # about a second to read; a graph of a thousand operato
 MAX_VALUES = 20_000  # with each alias counted at its full size
 MAX_DEPTH = 24
 
+_SYNTAX_HINTS = {  # a word of the parser's complaint -> how to mend it
+    "'\\t'": "indent with spaces, not with tabs",
+    "mapping values": "quote a text that holds `: `, or check the indentation",
+    "expected ',' or": "what begins in line {line} is not closed",
+    "end of stream": "the quote in line {line} is not closed",
+    "<block end>": "check the indentation against line {line}",
+    "could not find expected ':'": "write `name: value`",
+    "cannot start any token": "quote the text",
+    "escape": "double the backslash, or use single quotes",
+}
+
 _NULL = frozenset({"", "~", "null", "Null", "NULL"})
 _BOOL = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
 _INT = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
@@ -58,11 +69,10 @@ def read(text: str, *, file: str) -> Tree:
 
 
 def _syntax_hint(error: MarkedYAMLError) -> str | None:
-    problem = str(error.problem)
-    if "'\\t'" in problem:
-        return "indent with spaces, not with tabs"
-    if "mapping values" in problem:
-        return "quote a text that holds `: `, or check the indentation"
+    for word, hint in _SYNTAX_HINTS.items():
+        if word in str(error.problem):
+            line = error.context_mark.line + 1 if error.context_mark else 1
+            return hint.format(line=line)
     return None
 
 

@@ -1,5 +1,7 @@
 """What an engine refuses to take, and why."""
 
+import math
+
 from sagellm.runtime.engine.port import EngineRefusal
 from sagellm.runtime.messages import Sampling, SequenceState
 
@@ -35,6 +37,7 @@ def check_sampling(sampling: Sampling, vocab_size: int) -> None:
         ("presence_penalty", abs(sampling.presence_penalty) <= 2, "in -2 ... 2"),
         ("frequency_penalty", abs(sampling.frequency_penalty) <= 2, "in -2 ... 2"),
         ("logprobs", 0 <= (sampling.logprobs or 0) <= MAX_LOGPROBS, f"in 0 ... {MAX_LOGPROBS}"),
+        ("logit_bias", all(map(math.isfinite, sampling.logit_bias.values())), "finite"),
         ("stop", "" not in sampling.stop, "without empty strings"),
     ):
         if not is_right:

@@ -75,7 +75,7 @@ class LocalEngine:
         self._mailboxes: dict[str, Mailbox] = {}
         self._sequences: dict[tuple[str, int], Sequence] = {}
         self._exchange = Exchange(self.pool, equipment.storage, engine=name, replica=replica)
-        self._expiries: list[tuple[float, int, Sequence]] = []
+        self._expiries: list[tuple[float, tuple[str, int], int]] = []
         self._launched: Batch | None = None
         self._changed = trio.Event()
         self._num_arrivals = 0
@@ -94,7 +94,7 @@ class LocalEngine:
             self._end(sequence, "length")
             return
         if state.expires_s is not None:
-            heapq.heappush(self._expiries, (state.expires_s, sequence.arrival, sequence))
+            heapq.heappush(self._expiries, (state.expires_s, state.key, sequence.arrival))
         self.scheduler.add(sequence)
         self._change()
 
@@ -334,8 +334,9 @@ class LocalEngine:
         """End sequences whose answer nobody wants any more."""
         now = trio.current_time()
         while self._expiries and self._expiries[0][0] <= now:
-            sequence = heapq.heappop(self._expiries)[2]
-            if self._sequences.get(sequence.state.key) is sequence:
+            _, key, arrival = heapq.heappop(self._expiries)
+            sequence = self._sequences.get(key)
+            if sequence is not None and sequence.arrival == arrival:
                 self._end(sequence, "expired")
 
     async def _wait(self) -> None:

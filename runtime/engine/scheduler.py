@@ -239,7 +239,9 @@ class Scheduler:
         half = self._chunk(first, (budget + 1) // 2)
         rest = budget - half
         ending = [sequence for sequence in others if sequence.num_pending <= rest]
-        self._is_sitting_out = bool(ending) and first.num_pending > half and not self._is_sitting_out
+        self._is_sitting_out = (
+            bool(ending) and first.num_pending > half and not self._is_sitting_out
+        )
         for sequence in ending if self._is_sitting_out else others:
             chunk = self._chunk(sequence, rest)
             if chunk:

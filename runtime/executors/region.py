@@ -88,6 +88,7 @@ class Region:
             (edge.source, edge.outlet): edge for edge in graph.edges if not edge.feedback
         }
         self._cells = {name: _Cell(operator.initial) for name, operator in logic.items()}
+        self._wakes: dict[str, float] = {}
         self._undo: list[tuple[str, Any, int, float | None]] = []
         self._taken: list[Send] = []
         self._effects: list[Effect] = []
@@ -106,27 +107,21 @@ class Region:
     @property
     def next_wake(self) -> tuple[float, str] | None:
         """When, and which operator, wants to be woken first."""
-        wakes = [
-            (cell.wake_at, name) for name, cell in self._cells.items() if cell.wake_at is not None
-        ]
-        return min(wakes, default=None)
+        return min(((at, name) for name, at in self._wakes.items()), default=None)
 
     def feed(self, node: str, happened: Input, now: float) -> tuple[Effect, ...] | None:
         """All effects of an input, or None: no credit, and nothing has changed."""
-        if not self._attempt(lambda: self._run(node, happened, now)):
+        if not self._attempt(lambda: self._meet(node, happened, now)):
             return None
-        return self._commit(now)
+        return self._commit()
 
     def send(self, source: str, item: Item, outlet: str, now: float) -> tuple[Effect, ...] | None:
         """Send an item from a port or a service operator; None as for `feed`."""
         if not self._attempt(lambda: self._pass_on(source, item, outlet, now)):
             return None
-        return self._commit(now)
+        return self._commit()
 
-    def _commit(self, now: float) -> tuple[Effect, ...]:
-        while self._accepted:
-            node, item = self._accepted.popleft()
-            self._attempt(lambda node=node, item=item: self._run(node, Taken(item), now))
+    def _commit(self) -> tuple[Effect, ...]:
         effects = tuple(self._effects)
         self._effects.clear()
         self._undo.clear()
@@ -148,7 +143,7 @@ class Region:
     def _roll_back(self, undo: int, effects: int, taken: int, accepted: int) -> None:
         while len(self._undo) > undo:
             name, state, num_inputs, wake_at = self._undo.pop()
-            self._cells[name] = _Cell(state, num_inputs, wake_at)
+            self._set(name, _Cell(state, num_inputs, wake_at))
         while len(self._taken) > taken:
             send = self._taken.pop()
             self._gates.give(send.gate, send.item.key)
@@ -156,14 +151,28 @@ class Region:
             self._accepted.pop()
         del self._effects[effects:]
 
+    def _meet(self, node: str, happened: Input, now: float) -> None:
+        """Run an input, and answer the offers that it led to before the next input."""
+        self._run(node, happened, now)
+        while self._accepted:
+            offering, item = self._accepted.popleft()
+            self._run(offering, Taken(item), now)
+
     def _run(self, node: str, happened: Input, now: float) -> None:
         cell = self._cells[node]
         self._undo.append((node, cell.state, cell.num_inputs, cell.wake_at))
         draw = Draw(self._seed, node, cell.num_inputs)
         step = self._logic[node].on(cell.state, happened, now, draw)
-        self._cells[node] = _Cell(step.state, cell.num_inputs + 1, step.wake_at)
+        self._set(node, _Cell(step.state, cell.num_inputs + 1, step.wake_at))
         for output in step.outputs:
             self._put_out(node, output, now)
+
+    def _set(self, node: str, cell: _Cell) -> None:
+        self._cells[node] = cell
+        if cell.wake_at is not None:
+            self._wakes[node] = cell.wake_at
+        elif self._wakes:
+            self._wakes.pop(node, None)
 
     def _put_out(self, node: str, output: Output, now: float) -> None:
         match output:
@@ -189,7 +198,7 @@ class Region:
         if edge.target == SINK:
             self._effects.append(Deliver(item))
         elif edge.target in self._logic:
-            self._run(edge.target, Arrival(item, edge.inlet), now)
+            self._meet(edge.target, Arrival(item, edge.inlet), now)
         else:
             self._enter(edge, item)
 

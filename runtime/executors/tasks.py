@@ -39,7 +39,7 @@ class TasksExecutor:
             for node, service in plan.services.items()
             for replica in range(plan.replicas[node])
         }
-        self._ancestors = {node.name: plan.ancestors(node.name) for node in plan.graph.nodes}
+        self._listeners = {node.name: self._listeners_above(node.name) for node in plan.graph.nodes}
         self._num_told: dict[tuple[str, int, str], int] = {}
         self._open: dict[str, int] = {}  # request -> choices without a last event
         self._tombstones: dict[str, Signal] = {}
@@ -124,14 +124,16 @@ class TasksExecutor:
             await self._blocked.park()
 
     def tell(self, node: str, replica: int, kind: str, value: Any) -> None:
-        """Feedback to every logic operator upstream of `node`."""
+        """Feedback to the logic operators upstream of `node` that hear this kind."""
+        listeners = self._listeners[node].get(kind)
+        if not listeners:
+            return
         number = self._num_told[node, replica, kind] = (
             self._num_told.get((node, replica, kind), 0) + 1
         )
         feedback = Feedback(node, replica, number, kind, value)
-        for name in self._ancestors[node]:
-            if name in self.region:
-                self._feed(name, feedback)
+        for name in listeners:
+            self._feed(name, feedback)
 
     def release(self, node: str, replica: int, key: tuple[str, int]) -> None:
         """Return credit, and let those who wait for it try again."""
@@ -171,6 +173,14 @@ class TasksExecutor:
             self._close(item, terminal=terminal)
 
     # ---- inside ----------------------------------------------------------------------------
+
+    def _listeners_above(self, node: str) -> dict[str, list[str]]:
+        """Kind of feedback -> operators upstream that hear it, nearest first."""
+        listeners: dict[str, list[str]] = {}
+        for name in self.plan.ancestors(node):
+            for kind in self.plan.hears.get(name, ()) if name in self.region else ():
+                listeners.setdefault(kind, []).append(name)
+        return listeners
 
     def _renamed(self, item: Item) -> Item:
         """An engine calls every end from outside `cancelled`; the signal knows better."""

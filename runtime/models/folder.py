@@ -14,6 +14,7 @@ from sagellm.runtime.models.hub import HubError, download
 
 _SHIPPED = Path(__file__).parent
 BUILT_IN: dict[str, Path] = {"sage-tiny": _SHIPPED / "sage_tiny"}
+_NUM_SAMPLES, _SAMPLE_BYTES = 64, 4096  # of each file: milliseconds, whatever its size
 SHARD_INDEX = "model.safetensors.index.json"
 
 NULL_FACTS = ModelFacts(
@@ -41,7 +42,8 @@ class ModelError(ValueError):
 class ModelFolder:
     """A checked folder. `path` is None for the null model, which has no files.
 
-    `eos_token_ids` end an answer: those of config.json and of generation_config.json.
+    `eos_token_ids` end an answer: those of config.json and of generation_config.json. `hash`, 16
+    hex digits, tells models apart that would not continue each other's answers.
     """
 
     name: str
@@ -49,12 +51,7 @@ class ModelFolder:
     facts: ModelFacts
     config: Mapping[str, object] = field(default_factory=dict)
     eos_token_ids: tuple[int, ...] = ()
-
-    @property
-    def hash(self) -> str:
-        """16 hex digits of the config: what makes two engines compute the same function."""
-        encoded = json.dumps(self.config or {"name": self.name}, sort_keys=True).encode()
-        return hashlib.blake2b(encoded, digest_size=8).hexdigest()
+    hash: str = "null"
 
     def file(self, name: str) -> Path:
         """The path of a file that must be there. Raises ModelError."""
@@ -79,7 +76,8 @@ def open_folder(name: str, path: Path) -> ModelFolder:
     _refuse_remote_code(name, config)
     model_facts = facts(config)
     _check_files(name, path)
-    return ModelFolder(name, path, model_facts, config, _eos(name, path, model_facts))
+    eos = _eos(name, path, model_facts)
+    return ModelFolder(name, path, model_facts, config, eos, _hash(name, path, config))
 
 
 def shard_files(name: str, path: Path) -> dict[str, tuple[str, ...]]:
@@ -151,6 +149,19 @@ def _refuse_remote_code(name: str, config: Mapping[str, object]) -> None:
             field="auto_map",
             fix="remote code never runs; use a model whose architecture is built in",
         )
+
+
+def _hash(name: str, path: Path, config: Mapping[str, object]) -> str:
+    """Of the config and of samples of every weight file: fine-tunes of one model differ."""
+    digest = hashlib.blake2b(json.dumps(config, sort_keys=True).encode(), digest_size=8)
+    for file in sorted(shard_files(name, path)):
+        num_bytes = (path / file).stat().st_size
+        digest.update(str(num_bytes).encode())
+        with (path / file).open("rb") as stream:
+            for part in range(_NUM_SAMPLES):
+                stream.seek(num_bytes * part // _NUM_SAMPLES)
+                digest.update(stream.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
 
 
 def _eos(name: str, path: Path, model_facts: ModelFacts) -> tuple[int, ...]:

@@ -86,6 +86,18 @@ def test_engines_that_exchange_nothing_may_differ(vocabulary: Vocabulary) -> Non
     assert check(graph, vocabulary, facts(block_size=1)) == ()
 
 
+@pytest.mark.parametrize(("last", "expected"), [("d", ["missing-transfer"]), ("p", [])])
+def test_leases_change_engines_by_a_transfer_only(
+    vocabulary: Vocabulary, last: str, expected: list[str]
+) -> None:
+    options = {"prefill": {"engine": "p"}, "map": {"function": "f"}, "decode": {"engine": last}}
+    graph = chain(*options)
+    nodes = tuple(node.with_attrs(**options[node.op]) for node in graph.nodes)
+    engines = freeze_engines({name: {} for name in dict.fromkeys(("p", last))})
+    graph = replace(graph, nodes=nodes, attrs=FrozenMap({"engines": engines}))
+    assert codes(check(graph, vocabulary, facts())) == expected
+
+
 def test_a_missing_capability_names_an_engine_that_has_it(vocabulary: Vocabulary) -> None:
     unable = replace(ENGINE, capabilities=frozenset({"logprobs"}))
     (found,) = check(PD, vocabulary, Facts(engines={"p": unable, "d": ENGINE}))

@@ -187,6 +187,25 @@ def test_a_text_that_is_no_mapping_is_refused(text: str, line: int, column: int)
     assert found.position == Position("f.yaml", line, column)
 
 
+@pytest.mark.parametrize(
+    ("text", "place", "hint"),
+    [
+        ("a: {b: 1\nc: 2\n", (2, 2), "line 1 is not closed"),
+        ("a: 'x\nb: 1\n", (3, 1), "quote in line 1"),
+        ("a:\n  - b\n c: 1\n", (3, 2), "indentation against line 1"),
+        ("a:\n\t- b\n", (2, 1), "not with tabs"),
+        ("a: b: c\n", (1, 5), "quote a text"),
+        ("a: @b\n", (1, 4), "quote the text"),
+        ('a: "\\q"\n', (1, 6), "double the backslash"),
+    ],
+)
+def test_broken_yaml_comes_with_a_hint(text: str, place: tuple[int, int], hint: str) -> None:
+    (found,) = mistakes(text)
+    assert found.position == Position("f.yaml", *place)
+    assert found.hint is not None
+    assert hint in found.hint
+
+
 def test_all_mistakes_are_told_in_the_order_of_lines() -> None:
     text = TEXT.replace("executor:", "exector:").replace("op: pd_split", "oops: 1")
     found = mistakes(text.replace("- source ->", "- source =>"))

@@ -1,3 +1,5 @@
+from typing import Any
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -6,11 +8,11 @@ from sagellm.runtime.messages import Stamps, TokenEvent, TokenLogprob
 from sagellm.runtime.operator import Arrival, Emit, Setup, Signal
 
 
-def open_collect(running):
+def open_collect(running: Any) -> Any:
     return running(build(SPEC.options(), Setup("collect")))
 
 
-def test_an_answer_holds_all_that_its_events_held(running):
+def test_an_answer_holds_all_that_its_events_held(running: Any) -> None:
     collect = open_collect(running)
     logprob = TokenLogprob(2, -0.5)
     first = TokenEvent(request_id="r", token_ids=(1,), text="a", num_prompt_tokens=9)
@@ -32,13 +34,13 @@ def test_an_answer_holds_all_that_its_events_held(running):
     assert (answer.num_prompt_tokens, answer.stamps.finished_s) == (9, 4.0)
 
 
-def test_a_failure_keeps_its_cause(running):
+def test_a_failure_keeps_its_cause(running: Any) -> None:
     last = TokenEvent(request_id="r", finish_reason="failed", error="why")
     (emit,) = open_collect(running)(Arrival(last))
     assert (emit.item.finish_reason, emit.item.error) == ("failed", "why")
 
 
-def test_a_forgotten_request_leaves_nothing(running):
+def test_a_forgotten_request_leaves_nothing(running: Any) -> None:
     collect = open_collect(running)
     for choice in range(2):
         collect(Arrival(TokenEvent(request_id="r", choice=choice, text="a")))
@@ -49,7 +51,7 @@ def test_a_forgotten_request_leaves_nothing(running):
 @given(
     st.lists(st.tuples(st.sampled_from("xyz"), st.integers(0, 1), st.text(max_size=3))),
 )
-def test_answers_are_concatenations_however_events_interleave(running, parts):
+def test_answers_are_concatenations_however_events_interleave(running: Any, parts: Any) -> None:
     collect = open_collect(running)
     expected = {}
     for name, choice, text in parts:

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 
 from sagellm.operators.pd_split import Options, build
@@ -5,35 +7,37 @@ from sagellm.runtime.messages import Request, Sampling
 from sagellm.runtime.operator import Arrival, Setup, Signal
 
 
-def outlet(running, options, **fields):
+def outlet(running: Any, options: Any, **fields: Any) -> Any:
     (emit,) = running(build(options, Setup("split")))(Arrival(Request(request_id="r", **fields)))
     return emit.outlet
 
 
 @pytest.mark.parametrize(("length", "expected"), [(31, "joint"), (32, "disaggregated")])
-def test_the_threshold_itself_is_disaggregated(running, length, expected):
+def test_the_threshold_itself_is_disaggregated(running: Any, length: int, expected: Any) -> None:
     assert outlet(running, Options(), prompt_token_ids=(1,) * length) == expected
 
 
-def test_cached_tokens_do_not_count_and_emitted_ones_do(running):
+def test_cached_tokens_do_not_count_and_emitted_ones_do(running: Any) -> None:
     long = (1,) * 40
     assert outlet(running, Options(), prompt_token_ids=long, num_cached_tokens=9) == "joint"
     resumed = {"prompt_token_ids": (1,) * 30, "emitted_token_ids": (2, 2)}
     assert outlet(running, Options(), **resumed) == "disaggregated"
 
 
-def test_zero_disaggregates_everything(running):
+def test_zero_disaggregates_everything(running: Any) -> None:
     assert outlet(running, Options(min_uncached_tokens=0)) == "disaggregated"
 
 
 @pytest.mark.parametrize(("max_tokens", "expected"), [(10, "disaggregated"), (11, "joint")])
-def test_the_ratio_of_prompt_to_answer_counts_if_given(running, max_tokens, expected):
+def test_the_ratio_of_prompt_to_answer_counts_if_given(
+    running: Any, max_tokens: int, expected: Any
+) -> None:
     options = Options(min_prompt_ratio=4.0)
     sampling = Sampling(max_tokens=max_tokens)
     assert outlet(running, options, prompt_token_ids=(1,) * 40, sampling=sampling) == expected
 
 
-def test_the_item_is_not_changed(running):
+def test_the_item_is_not_changed(running: Any) -> None:
     request = Request(request_id="r")
     split = running(build(Options(), Setup("split")))
     assert split(Arrival(request))[0].item is request

@@ -1,4 +1,5 @@
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -22,26 +23,26 @@ from sagellm.runtime.operator import (
 CREDIT = Feedback("prefill", 0, 1, "credit")
 
 
-def ask(name, arrived_s=0.0, **fields):
+def ask(name: str, arrived_s: float = 0.0, **fields: Any) -> Any:
     return Request(request_id=name, stamps=Stamps(arrived_s=arrived_s), **fields)
 
 
-def offered(outputs):
+def offered(outputs: Any) -> Any:
     return [
         item.request_id for output in outputs if isinstance(output, Offer) for item in output.items
     ]
 
 
-def ended(outputs):
+def ended(outputs: Any) -> Any:
     events = [output.event for output in outputs if isinstance(output, Terminate)]
     return {event.key: event.finish_reason for event in events}
 
 
-def told(outputs):
+def told(outputs: Any) -> Any:
     return [output.value for output in outputs if isinstance(output, Tell)]
 
 
-def drain(sort, outputs=(), now=0.0):
+def drain(sort: Any, outputs: Any = (), now: float = 0.0) -> Any:
     """Take the first of each offer until there is none."""
     taken = []
     outputs = outputs or sort(CREDIT, now)
@@ -53,18 +54,18 @@ def drain(sort, outputs=(), now=0.0):
 
 
 @pytest.fixture
-def sort(running):
+def sort(running: Any) -> Any:
     return running(build(Options(window=2), Setup("sort")))
 
 
-def test_a_newcomer_is_offered_and_stamped(sort):
+def test_a_newcomer_is_offered_and_stamped(sort: Any) -> None:
     (tell, offer) = sort(Arrival(ask("a", arrived_s=1.0)), 3.0)
     assert tell == Tell("queue", 1)
     assert offer.items[0].stamps == Stamps(arrived_s=1.0, dispatched_s=3.0)
     assert sort.state.entries[0][3].stamps.dispatched_s is None
 
 
-def test_taken_is_removed_and_the_rest_is_offered(sort):
+def test_taken_is_removed_and_the_rest_is_offered(sort: Any) -> None:
     sort(Arrival(ask("a")))
     offer = sort(Arrival(ask("b")))[-1]
     outputs = sort(Taken(offer.items[0]))
@@ -74,7 +75,7 @@ def test_taken_is_removed_and_the_rest_is_offered(sort):
     assert sort.state.entries == ()
 
 
-def test_what_was_declined_is_not_offered_until_credit_changes(sort):
+def test_what_was_declined_is_not_offered_until_credit_changes(sort: Any) -> None:
     assert offered(sort(Arrival(ask("a")))) == ["a"]
     assert offered(sort(Arrival(ask("b")))) == ["b"]
     assert offered(sort(Arrival(ask("c")))) == []  # behind the window
@@ -82,13 +83,13 @@ def test_what_was_declined_is_not_offered_until_credit_changes(sort):
     assert offered(sort(CREDIT)) == ["a", "b"]
 
 
-def test_a_candidate_that_enters_the_window_is_offered(sort):
+def test_a_candidate_that_enters_the_window_is_offered(sort: Any) -> None:
     for name in "abc":
         sort(Arrival(ask(name)))
     assert offered(sort(Signal("cancel", "a"))) == ["c"]
 
 
-def test_cancel_ends_every_choice_held_and_nothing_else(sort):
+def test_cancel_ends_every_choice_held_and_nothing_else(sort: Any) -> None:
     for choice in range(2):
         sort(Arrival(ask("a", choice=choice)))
     sort(Arrival(ask("b")))
@@ -98,13 +99,13 @@ def test_cancel_ends_every_choice_held_and_nothing_else(sort):
     assert sort(Signal("cancel", "a")) == ()
 
 
-def test_a_signal_may_concern_one_choice(sort):
+def test_a_signal_may_concern_one_choice(sort: Any) -> None:
     for choice in range(2):
         sort(Arrival(ask("a", choice=choice)))
     assert ended(sort(Signal("expire", "a", choice=1))) == {("a", 1): "expired"}
 
 
-def test_it_wakes_for_the_earliest_expiry(sort):
+def test_it_wakes_for_the_earliest_expiry(sort: Any) -> None:
     sort(Arrival(ask("late", expires_s=9.0)))
     sort(Arrival(ask("soon", expires_s=5.0)))
     assert sort.wake_at == 5.0
@@ -112,26 +113,26 @@ def test_it_wakes_for_the_earliest_expiry(sort):
     assert sort.wake_at == 9.0
 
 
-def test_an_expired_request_is_never_offered(sort):
+def test_an_expired_request_is_never_offered(sort: Any) -> None:
     outputs = sort(Arrival(ask("a", expires_s=1.0)), 1.0)
     assert ended(outputs) == {("a", 0): "expired"}
     assert offered(outputs) == []
     assert sort.wake_at is None
 
 
-def test_taken_forgets_the_expiry(sort):
+def test_taken_forgets_the_expiry(sort: Any) -> None:
     offer = sort(Arrival(ask("a", expires_s=1.0)))[-1]
     sort(Taken(offer.items[0]))
     assert sort.wake_at is None
 
 
-def test_a_reentered_request_keeps_its_turn(sort):
+def test_a_reentered_request_keeps_its_turn(sort: Any) -> None:
     for name, arrived_s in (("b", 2.0), ("c", 3.0), ("a", 1.0)):
         sort(Arrival(ask(name, arrived_s)))
     assert drain(sort) == ["a", "b", "c"]
 
 
-def test_lapsed_requests_go_behind_all_others(running):
+def test_lapsed_requests_go_behind_all_others(running: Any) -> None:
     sort = running(build(Options(policy="slo_aware", window=3), Setup("sort")))
     sort(Arrival(ask("lost", slo_ttft_s=1.0)))
     sort(Arrival(ask("free")))
@@ -140,7 +141,7 @@ def test_lapsed_requests_go_behind_all_others(running):
     assert offered(sort(CREDIT, 2.0)) == ["tight", "free", "lost"]
 
 
-def test_adaptive_changes_the_order_of_those_that_wait(running):
+def test_adaptive_changes_the_order_of_those_that_wait(running: Any) -> None:
     options = Options(policy="adaptive", busy_queued=2, overloaded_queued=9)
     sort = running(build(options, Setup("sort")))
     sort(Arrival(ask("free", 0.0)))
@@ -150,7 +151,7 @@ def test_adaptive_changes_the_order_of_those_that_wait(running):
     assert sort.state.level == 0
 
 
-def test_a_users_order(running):
+def test_a_users_order(running: Any) -> None:
     functions = {"longest": lambda request: -len(request.prompt)}
     options = Options(policy="own", function="longest")
     sort = running(build(options, Setup("sort", functions=functions)))
@@ -160,7 +161,7 @@ def test_a_users_order(running):
 
 
 @pytest.mark.parametrize("function", [lambda r: 1 / 0, lambda r: "high", lambda r: float("nan")])
-def test_a_rank_that_is_none_fails_its_request_only(running, function):
+def test_a_rank_that_is_none_fails_its_request_only(running: Any, function: Any) -> None:
     options = Options(policy="own", function="rank")
     sort = running(build(options, Setup("sort", functions={"rank": function})))
     (output,) = sort(Arrival(ask("a")))
@@ -181,7 +182,7 @@ def test_a_rank_that_is_none_fails_its_request_only(running, function):
         (replace(Options(), policy="fifi"), "did you mean fifo"),
     ],
 )
-def test_options_that_contradict_each_other_are_refused(options, message):
+def test_options_that_contradict_each_other_are_refused(options: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build(options, Setup("sort", functions={"rank": lambda request: 0}))
 
@@ -201,7 +202,7 @@ STEPS = st.lists(st.sampled_from(["take", "decline", "cancel"]), max_size=40)
 
 @settings(max_examples=60, deadline=None)
 @given(st.sampled_from(sorted(POLICIES)), REQUESTS, STEPS)
-def test_no_request_is_lost_or_doubled(running, policy, drawn, steps):
+def test_no_request_is_lost_or_doubled(running: Any, policy: str, drawn: Any, steps: Any) -> None:
     thresholds = {"busy_queued": 3, "overloaded_queued": 9} if policy == "adaptive" else {}
     sort = running(build(Options(policy=policy, window=3, **thresholds), Setup("sort")))
     seen, steps = [], iter(steps)

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,14 +14,14 @@ TARGETS = (Target("prefill", 2, "p"), Target("decode", 3, "d"))
 
 
 @pytest.fixture
-def route(running):
-    def open_route(strategy="load_balanced", targets=TARGETS):
+def route(running: Any) -> Any:
+    def open_route(strategy: str = "load_balanced", targets: Any = TARGETS) -> Any:
         return running(build(Options(strategy), Setup("route", targets=targets)))
 
     return open_route
 
 
-def ask(name, num_tokens=10, **fields):
+def ask(name: str, num_tokens: int = 10, **fields: Any) -> Any:
     return Request(
         request_id=name,
         prompt_token_ids=(1,) * num_tokens,
@@ -28,17 +30,17 @@ def ask(name, num_tokens=10, **fields):
     )
 
 
-def place(route, name="r", **fields):
+def place(route: Any, name: str = "r", **fields: Any) -> Any:
     (emit,) = route(Arrival(ask(name, **fields)))
     return emit.item.placement
 
 
-def test_every_target_gets_a_replica_and_others_stay(route):
+def test_every_target_gets_a_replica_and_others_stay(route: Any) -> None:
     placement = place(route(), placement={"before": 7})
     assert placement == {"before": 7, "prefill": 0, "decode": 0}
 
 
-def test_operators_of_one_engine_share_a_replica(route):
+def test_operators_of_one_engine_share_a_replica(route: Any) -> None:
     targets = (Target("decode", 2, "d"), Target("generate", 2, "d"), Target("other", 1))
     assert [pool.nodes for pool in pools_of(targets)] == [("decode", "generate"), ("other",)]
     router = route("random", targets)
@@ -47,17 +49,17 @@ def test_operators_of_one_engine_share_a_replica(route):
         assert placement["decode"] == placement["generate"]
 
 
-def test_without_targets_a_request_passes(route):
+def test_without_targets_a_request_passes(route: Any) -> None:
     assert place(route(targets=())) == {}
 
 
-def test_the_heavier_replica_is_spared(route):
+def test_the_heavier_replica_is_spared(route: Any) -> None:
     router = route(targets=(Target("prefill", 2, "p"),))
     assert place(router, "big", num_tokens=500) == {"prefill": 0}
     assert [place(router, str(n))["prefill"] for n in range(5)] == [1] * 5
 
 
-def test_an_ended_request_weighs_nothing(route):
+def test_an_ended_request_weighs_nothing(route: Any) -> None:
     router = route(targets=(Target("prefill", 2, "p"),))
     place(router, "big", num_tokens=500)
     place(router, "small")
@@ -69,7 +71,7 @@ def test_an_ended_request_weighs_nothing(route):
     assert len(router.state.placed) == 0
 
 
-def test_a_replica_that_returned_its_credit_is_idle(route):
+def test_a_replica_that_returned_its_credit_is_idle(route: Any) -> None:
     router = route(targets=(Target("prefill", 2, "p"),))
     place(router, "big", num_tokens=500)
     place(router, "small")
@@ -77,13 +79,13 @@ def test_a_replica_that_returned_its_credit_is_idle(route):
     assert place(router, "next") == {"prefill": 0}
 
 
-def test_requests_of_others_count_as_reported(route):
+def test_requests_of_others_count_as_reported(route: Any) -> None:
     router = route(targets=(Target("decode", 2, "d"),))
     router(Feedback("decode", 0, 2, "load", EngineLoad(num_running=3, num_waiting=1)))
     assert [place(router, str(n))["decode"] for n in range(4)] == [1] * 4
 
 
-def test_own_requests_are_not_counted_twice(route):
+def test_own_requests_are_not_counted_twice(route: Any) -> None:
     router = route(targets=(Target("decode", 2, "d"),))
     assert [place(router, str(n))["decode"] for n in range(2)] == [0, 1]
     for replica in range(2):
@@ -92,21 +94,28 @@ def test_own_requests_are_not_counted_twice(route):
     assert loads == [20, 20]
 
 
-def test_the_latest_report_wins(route):
+def test_a_report_older_than_a_placement_takes_nothing_off(route: Any) -> None:
+    router = route(targets=(Target("decode", 2, "d"),))
+    router(Feedback("decode", 0, 1, "load", EngineLoad()))
+    place(router, "heavy", num_tokens=90)
+    assert router.state.load(("d", 0), ask("x")) == 100
+
+
+def test_the_latest_report_wins(route: Any) -> None:
     router = route(targets=(Target("decode", 2, "d"),))
     router(Feedback("decode", 0, 5, "load", EngineLoad()))
     router(Feedback("decode", 0, 4, "load", EngineLoad(num_running=9)))
     assert router.state.load(("d", 0), ask("x")) == 0
 
 
-def test_reports_of_two_operators_of_one_engine_do_not_hide_each_other(route):
+def test_reports_of_two_operators_of_one_engine_do_not_hide_each_other(route: Any) -> None:
     router = route(targets=(Target("decode", 2, "d"), Target("generate", 2, "d")))
     router(Feedback("decode", 0, 5, "load", EngineLoad()))
     router(Feedback("generate", 0, 1, "load", EngineLoad(num_running=1)))
     assert router.state.load(("d", 0), ask("x")) == 20
 
 
-def test_news_of_strangers_change_nothing(route):
+def test_news_of_strangers_change_nothing(route: Any) -> None:
     router = route()
     before = router.state
     router(Feedback("elsewhere", 0, 1, "load", EngineLoad()))
@@ -121,7 +130,9 @@ def test_news_of_strangers_change_nothing(route):
     st.integers(1, 5),
     st.lists(st.tuples(st.integers(0, 9), st.sampled_from(["place", "forget", "credit"]))),
 )
-def test_only_replicas_that_exist_are_chosen(running, strategy, num_replicas, steps):
+def test_only_replicas_that_exist_are_chosen(
+    running: Any, strategy: str, num_replicas: int, steps: Any
+) -> None:
     targets = (Target("prefill", num_replicas, "p"), Target("decode", 2, "d"))
     router = running(build(Options(strategy), Setup("route", targets=targets)))
     for number, step in steps:

@@ -10,7 +10,10 @@ KEY = ("r", 0)
 
 def tokens(position: int, *token_ids: int, end: str | None = None) -> TokenEvent:
     return TokenEvent(
-        request_id="r", position=position, token_ids=token_ids, finish_reason=end  # type: ignore[arg-type]
+        request_id="r",
+        position=position,
+        token_ids=token_ids,
+        finish_reason=end,  # type: ignore[arg-type]
     )
 
 

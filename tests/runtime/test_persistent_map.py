@@ -1,3 +1,5 @@
+from typing import Any
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -7,7 +9,7 @@ STEPS = st.lists(st.tuples(st.integers(0, 99), st.none() | st.integers()))
 
 
 @given(STEPS)
-def test_it_is_what_a_dict_is_at_every_step(steps):
+def test_it_is_what_a_dict_is_at_every_step(steps: Any) -> None:
     changing, history = {}, []
     shared = PersistentMap()
     for key, value in steps:
@@ -23,7 +25,7 @@ def test_it_is_what_a_dict_is_at_every_step(steps):
         assert len(then) == len(expected)
 
 
-def test_what_changes_nothing_copies_nothing():
+def test_what_changes_nothing_copies_nothing() -> None:
     mapping = PersistentMap([("a", 1)])
     assert mapping.without("b") is mapping
     assert repr(mapping) == "PersistentMap({'a': 1})"

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 
 from sagellm.runtime.messages import Stamps
@@ -17,11 +19,11 @@ FULL = {"started_s": 2.0, "prefilled_s": 4.0, "transferred_s": 4.5, "finished_s"
         ({}, (0.0, 0.0, 0.0, 0.0)),
     ],
 )
-def test_phases_add_up_to_the_whole(passed, expected):
+def test_phases_add_up_to_the_whole(passed: Any, expected: Any) -> None:
     stamps = Stamps(arrived_s=1.0, **passed)
     assert phases_of(stamps) == expected
     assert sum(expected) == (stamps.finished_s or 1.0) - 1.0
 
 
-def test_phases_add():
+def test_phases_add() -> None:
     assert Phases(1, 2, 3, 4).plus(Phases(queue_s=1)) == (2, 2, 3, 4)

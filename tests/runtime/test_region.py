@@ -1,6 +1,7 @@
 """A region: transactions over the states of logic operators."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -68,7 +69,7 @@ def request(name: str, num_tokens: int = 1) -> Request:
 
 
 def chain(*names: str) -> tuple[Edge, ...]:
-    return tuple(Edge(a, b) for a, b in zip(names, names[1:], strict=False))
+    return tuple(Edge(a, b) for a, b in pairwise(names))
 
 
 def make(
@@ -113,7 +114,7 @@ def test_an_offer_without_credit_keeps_the_item() -> None:
 
 
 def test_the_next_candidate_is_taken_where_the_head_does_not_fit() -> None:
-    region, gates = make({"q": Keeping()}, "q", capacity=Credit(9, tokens=10))
+    region, _ = make({"q": Keeping()}, "q", capacity=Credit(9, tokens=10))
     region.send(SOURCE, request("a", 6), "out", 0.0)
     region.send(SOURCE, request("large", 8), "out", 0.0)
     assert sent(region.send(SOURCE, request("small", 2), "out", 0.0)) == ["small"]

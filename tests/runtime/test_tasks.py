@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -61,7 +62,7 @@ class Relay(Answering):
 async def running(**services: Any) -> AsyncIterator[tuple[TasksExecutor, list[Any]]]:
     """source -> services in order -> sink; the books balance afterwards."""
     names = (SOURCE, *services, SINK)
-    edges = tuple(Edge(a, b) for a, b in zip(names, names[1:], strict=False))
+    edges = tuple(Edge(a, b) for a, b in pairwise(names))
     graph = Graph("g", nodes=tuple(Node(name, name) for name in services), edges=edges)
     plan = Plan(graph, {}, services, dict.fromkeys(services, 1))
     delivered: list[Any] = []

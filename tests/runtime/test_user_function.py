@@ -1,4 +1,5 @@
 from functools import partial
+from typing import Any
 
 import pytest
 
@@ -21,14 +22,14 @@ REQUEST = Request(
         (Answer(request_id="r", choice=1, token_ids=(1, 2)), 2),
     ],
 )
-def test_an_ending_continues_where_the_item_stopped(item, position):
+def test_an_ending_continues_where_the_item_stopped(item: Any, position: int) -> None:
     event = ending(item, "failed", now=3.0, error="why")
     assert event.key == ("r", 1)
     assert event.position == position
     assert (event.finish_reason, event.error, event.stamps.finished_s) == ("failed", "why", 3.0)
 
 
-def test_an_unknown_function_has_a_hint():
+def test_an_unknown_function_has_a_hint() -> None:
     setup = Setup("m", functions={"rewrite": str})
     with pytest.raises(ValueError, match="did you mean rewrite"):
         find_function(setup, "rewrit")
@@ -36,12 +37,12 @@ def test_an_unknown_function_has_a_hint():
         find_function(setup, "x")
 
 
-def test_async_is_seen_through_partial_and_call():
-    async def later(a, b):
+def test_async_is_seen_through_partial_and_call() -> None:
+    async def later(a: Any, b: Any) -> Any:
         return a
 
     class Callable:
-        async def __call__(self, item):
+        async def __call__(self, item: Any) -> Any:
             return item
 
     functions = {"partial": partial(later, 1), "object": Callable(), "plain": str}
@@ -49,16 +50,16 @@ def test_async_is_seen_through_partial_and_call():
     assert [find_function(setup, name).is_async for name in functions] == [True, True, False]
 
 
-def test_without_a_model_there_are_no_ids_to_make():
+def test_without_a_model_there_are_no_ids_to_make() -> None:
     assert rewritten(REQUEST, "new", None).prompt_token_ids == ()
 
 
-def test_the_number_of_choices_is_not_the_functions_to_change():
+def test_the_number_of_choices_is_not_the_functions_to_change() -> None:
     other = Request(request_id="r", sampling=REQUEST.sampling.__class__(n=5, max_tokens=3))
     sampling = rewritten(REQUEST, other, None).sampling
     assert (sampling.n, sampling.max_tokens) == (1, 3)
 
 
-def test_what_no_function_takes_is_refused():
+def test_what_no_function_takes_is_refused() -> None:
     with pytest.raises(TypeError, match="Prefilled"):
         rewritten(Prefilled(request=REQUEST, first=FIRST), "text", None)

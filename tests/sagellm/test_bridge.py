@@ -42,8 +42,7 @@ def test_leaving_an_asyncio_stream_cancels_it() -> None:
             async with session.stream([1], sampling=Sampling(max_tokens=8000)) as stream:
                 async for _ in stream:
                     break
-            while session.statistics().num_open:
-                await asyncio.sleep(0.01)
+            await session.idle()
             return dict(session.statistics().ended)
 
     assert asyncio.run(main()) == {"cancelled": 1}
@@ -53,16 +52,14 @@ def test_an_asyncio_task_that_is_cancelled_ends_its_request() -> None:
     async def main() -> dict[str, int]:
         async with joint().open() as session:
             task = asyncio.create_task(session.generate([1], sampling=Sampling(max_tokens=8000)))
-            while not session.statistics().num_open:
-                await asyncio.sleep(0.01)
+            await session.generate([1], sampling=SHORT)  # by now the first one runs too
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
-            while session.statistics().num_open:
-                await asyncio.sleep(0.01)
+            await session.idle()
             return dict(session.statistics().ended)
 
-    assert asyncio.run(main()) == {"cancelled": 1}
+    assert asyncio.run(main()) == {"cancelled": 1, "length": 1}
 
 
 def test_a_thread_streams_and_generates() -> None:

@@ -108,6 +108,6 @@ async def test_an_override_names_what_is_there() -> None:
 
 
 async def test_contradicting_options_are_a_graph_error() -> None:
-    graph = Graph.load("pd")
+    settings = {"sort.aging_s": 5.0, "p.device": "null", "d.device": "null"}
     with pytest.raises(GraphError, match="aging_s"):
-        await graph.open(set={"sort.aging_s": 5.0, "p.device": "null", "d.device": "null"}).__aenter__()
+        await Graph.load("pd").open(set=settings).__aenter__()

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import trio
 from models_on_the_fly import FAMILIES, Reference, make_model, random_prompts, reference
+
 from sagellm import Graph, Sampling
 from sagellm.session import Session
 

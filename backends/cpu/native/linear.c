@@ -12,13 +12,18 @@
 #define FEW 4       /* rows for which weights are used once, so not worth unpacking */
 #define COLS 3      /* weight rows side by side: 4 x 3 sums fill the registers of AVX2 */
 
-INLINE void tile(const float *x, long ldx, const void *w, long ldw, int bfloat, long k_len,
-                 int rows, int cols, float *sums) {
+/* `ahead`: the weights are streamed, so those of the next tile are asked for: hardware stops at the
+ * end of a page. */
+INLINE void tile(const float *x, long ldx, const void *w, long ldw, int bfloat, int ahead,
+                 long k_len, int rows, int cols, float *sums) {
     vec acc[FEW][COLS] = {{{0}}};
     long k = 0;
     for (; k + LANES <= k_len; k += LANES) {
         vec wide[COLS];
         for (int c = 0; c < cols; c++) wide[c] = load(w, c * ldw + k, bfloat);
+        if (ahead && k % 32 == 0) /* a cache line of bfloat16 */
+            for (int c = 0; c < cols; c++)
+                __builtin_prefetch((const char *)w + ((c + COLS) * ldw + k) * (bfloat ? 2 : 4));
         for (int r = 0; r < rows; r++) {
             vec row = load_float(x + r * ldx + k);
             for (int c = 0; c < cols; c++) acc[r][c] = fused(row, wide[c], acc[r][c]);
@@ -34,11 +39,11 @@ INLINE void tile(const float *x, long ldx, const void *w, long ldw, int bfloat, 
 }
 
 /* The shapes of a tile as constants, so that the sums stay in registers. */
-INLINE void sized_tile(const float *x, long ldx, const void *w, long ldw, int bfloat, long k_len,
-                       int rows, int cols, float *sums) {
-#define CASE(R, C)                                               \
-    case R * 8 + C:                                              \
-        tile(x, ldx, w, ldw, bfloat, k_len, R, C, sums);         \
+INLINE void sized_tile(const float *x, long ldx, const void *w, long ldw, int bfloat, int ahead,
+                       long k_len, int rows, int cols, float *sums) {
+#define CASE(R, C)                                              \
+    case R * 8 + C:                                             \
+        tile(x, ldx, w, ldw, bfloat, ahead, k_len, R, C, sums); \
         break;
     switch (rows * 8 + cols) {
         CASE(1, 1) CASE(1, 2) CASE(1, 3) CASE(2, 1) CASE(2, 2) CASE(2, 3)
@@ -76,7 +81,7 @@ INLINE void few_rows(const Product *p, long first, long last, int bfloat) {
         for (long k = 0; k < p->k; k += CHUNK) {
             int cols = (int)least(COLS, last - col);
             const char *w = (const char *)p->w + (col * p->k + k) * (bfloat ? 2 : 4);
-            sized_tile(p->x + k, p->ldx, w, p->k, bfloat, least(CHUNK, p->k - k),
+            sized_tile(p->x + k, p->ldx, w, p->k, bfloat, 1, least(CHUNK, p->k - k),
                        (int)p->num_rows, cols, sums);
             add_tile(p, 0, col, k, sums, (int)p->num_rows, cols);
         }
@@ -100,7 +105,7 @@ static void many_rows(const Product *p, long first, long last) {
                 unpack(wide, p, col, k, cols, k_len);
                 for (long row = top; row < end; row += FEW) {
                     int rows = (int)least(FEW, end - row);
-                    sized_tile(p->x + row * p->ldx + k, p->ldx, wide, CHUNK, 0, k_len, rows, cols,
+                    sized_tile(p->x + row * p->ldx + k, p->ldx, wide, CHUNK, 0, 0, k_len, rows, cols,
                                sums);
                     add_tile(p, row, col, k, sums, rows, cols);
                 }

@@ -2,6 +2,7 @@
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -13,60 +14,60 @@ from sagellm.operators.policies.order import Order, Policy
 from sagellm.runtime.messages import PRIORITIES, Request, Stamps
 
 
-def ask(arrived_s=0.0, num_tokens=1, **fields):
+def ask(arrived_s: float = 0.0, num_tokens: int = 1, **fields: Any) -> Any:
     ids = (1,) * num_tokens
     return Request(
         request_id="r", stamps=Stamps(arrived_s=arrived_s), prompt_token_ids=ids, **fields
     )
 
 
-def order(name, level=0, **options):
+def order(name: str, level: int = 0, **options: Any) -> Any:
     return find_policy(name, Options(policy=name, **options)).orders[level]
 
 
-def ascend(rank, *requests):
+def ascend(rank: Any, *requests: Any) -> Any:
     return all(rank(one) < rank(other) for one, other in pairwise(requests))
 
 
-def test_fifo_serves_by_arrival():
+def test_fifo_serves_by_arrival() -> None:
     assert ascend(order("fifo").rank, ask(1.0, priority=4), ask(2.0, priority=0))
 
 
-def test_priority_goes_before_arrival():
+def test_priority_goes_before_arrival() -> None:
     rank = order("priority").rank
     assert ascend(rank, *(ask(-level / 10, priority=level) for level in range(5)))
     assert ascend(rank, ask(1.0), ask(2.0))
 
 
-def test_waiting_outweighs_priority_in_time():
+def test_waiting_outweighs_priority_in_time() -> None:
     rank = order("priority", aging_s=2.0).rank
     background = ask(0.0, priority=PRIORITIES["background"])
     assert rank(ask(7.9, priority=0)) < rank(background) < rank(ask(8.1, priority=0))
 
 
-def test_slack_is_what_is_left_after_prefill():
+def test_slack_is_what_is_left_after_prefill() -> None:
     slo_aware = order("slo_aware", prefill_tokens_per_s=100.0)
     assert slo_aware.lapses
     assert slo_aware.rank(ask(1.0, num_tokens=200, slo_ttft_s=5.0)) == 4.0
     assert slo_aware.rank(ask(1.0, num_tokens=200, num_cached_tokens=100, slo_ttft_s=5.0)) == 5.0
 
 
-def test_an_objective_comes_before_an_expiry_and_none_is_the_far_future():
+def test_an_objective_comes_before_an_expiry_and_none_is_the_far_future() -> None:
     rank = order("slo_aware", prefill_tokens_per_s=1.0).rank
     assert rank(ask(1.0, slo_ttft_s=5.0, expires_s=3.0)) == 5.0
     assert rank(ask(1.0, expires_s=3.0)) == 2.0
     assert rank(ask(1.0)) == math.inf
 
 
-def test_cost_optimized_is_smiths_rule():
+def test_cost_optimized_is_smiths_rule() -> None:
     rank = order("cost_optimized").rank
     ratios = [(8.0, 10), (3.0, 6), (None, 4), (1.0, 30), (0.0, 1)]  # value / token descends
     assert ascend(rank, *(ask(num_tokens=n, cost_budget=value) for value, n in ratios))
 
 
 @given(st.permutations([(1.0, 3), (2.0, 2), (5.0, 9), (0.5, 1)]))
-def test_smiths_rule_minimises_weighted_completion(jobs):
-    def cost(sequence):
+def test_smiths_rule_minimises_weighted_completion(jobs: Any) -> None:
+    def cost(sequence: int) -> Any:
         finished = [sum(n for _, n in sequence[: i + 1]) for i in range(len(sequence))]
         return sum(job[0] * end for job, end in zip(sequence, finished, strict=True))
 
@@ -75,7 +76,7 @@ def test_smiths_rule_minimises_weighted_completion(jobs):
     assert cost(best) <= cost(jobs)
 
 
-def test_adaptive_is_fifo_then_slack_then_shortest():
+def test_adaptive_is_fifo_then_slack_then_shortest() -> None:
     calm, busy, overloaded = find_policy("adaptive", Options(policy="adaptive")).orders
     assert calm == order("fifo")
     assert busy.lapses
@@ -84,7 +85,7 @@ def test_adaptive_is_fifo_then_slack_then_shortest():
     assert ascend(overloaded.rank, ask(9.9), waited, ask(10.1))
 
 
-def test_a_level_holds_until_the_load_has_halved():
+def test_a_level_holds_until_the_load_has_halved() -> None:
     policy = find_policy("adaptive", Options(policy="adaptive", busy_queued=4, overloaded_queued=8))
     level, levels = 0, []
     for num_waiting in (3, 4, 2, 1, 8, 5, 4, 3, 1):
@@ -93,11 +94,11 @@ def test_a_level_holds_until_the_load_has_halved():
     assert levels == [0, 1, 1, 0, 2, 2, 2, 1, 0]
 
 
-def test_a_policy_of_one_order_has_one_level():
+def test_a_policy_of_one_order_has_one_level() -> None:
     assert Policy((Order(lambda request: 0.0),)).level(0, 10**6) == 0
 
 
-def test_each_policy_names_itself_and_options_that_exist():
+def test_each_policy_names_itself_and_options_that_exist() -> None:
     for name, module in POLICIES.items():
         assert module.__doc__.startswith(f"{name}: ")
         for option in module.USES:
@@ -106,6 +107,6 @@ def test_each_policy_names_itself_and_options_that_exist():
 
 
 @pytest.mark.parametrize(("name", "hint"), [("slo_awar", "did you mean slo_aware"), ("?", "known")])
-def test_an_unknown_policy_is_refused(name, hint):
+def test_an_unknown_policy_is_refused(name: str, hint: str) -> None:
     with pytest.raises(ValueError, match=hint):
         find_policy(name, Options())

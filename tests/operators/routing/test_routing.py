@@ -1,6 +1,7 @@
 """Each strategy against the definition in its docstring."""
 
 from collections import Counter
+from typing import Any
 
 import pytest
 
@@ -13,7 +14,7 @@ from sagellm.runtime.operator import Draw
 POOL = Pool("p", 4, ("prefill",))
 
 
-def choices(strategy, requests):
+def choices(strategy: str, requests: Any) -> Any:
     """Where each request goes; each is noted as placed."""
     view, chosen = View(), []
     for number, request in enumerate(requests):
@@ -23,37 +24,37 @@ def choices(strategy, requests):
     return chosen
 
 
-def ask(number, **fields):
+def ask(number: int, **fields: Any) -> Any:
     return Request(request_id=str(number), prompt_token_ids=(1,), **fields)
 
 
-def test_round_robin_takes_turns():
+def test_round_robin_takes_turns() -> None:
     assert choices("round_robin", map(ask, range(6))) == [0, 1, 2, 3, 0, 1]
 
 
-def test_load_balanced_fills_an_idle_pool_evenly():
+def test_load_balanced_fills_an_idle_pool_evenly() -> None:
     assert choices("load_balanced", map(ask, range(8))) == [0, 1, 2, 3] * 2
 
 
-def test_random_is_uniform_and_follows_the_seed():
+def test_random_is_uniform_and_follows_the_seed() -> None:
     chosen = choices("random", map(ask, range(400)))
     assert all(70 < count < 130 for count in Counter(chosen).values())
     assert chosen == choices("random", map(ask, range(400)))
 
 
-def test_affinity_keeps_a_user_in_one_place():
+def test_affinity_keeps_a_user_in_one_place() -> None:
     requests = [ask(number, user_id=str(number % 50)) for number in range(100)]
     chosen = choices("affinity", requests)
     assert chosen[:50] == chosen[50:]
     assert set(chosen) == {0, 1, 2, 3}
 
 
-def test_affinity_prefers_the_key_to_the_user():
+def test_affinity_prefers_the_key_to_the_user() -> None:
     requests = [ask(n, user_id=str(n), tags={"key": "same"}) for n in range(9)]
     assert len(set(choices("affinity", requests))) == 1
 
 
-def test_locality_tells_models_and_users_apart():
+def test_locality_tells_models_and_users_apart() -> None:
     one = [ask(n, model="m", user_id="u") for n in range(9)]
     many = [ask(n, model=f"m{n}", user_id="u") for n in range(50)]
     assert len(set(choices("locality", one))) == 1
@@ -61,27 +62,27 @@ def test_locality_tells_models_and_users_apart():
 
 
 @pytest.mark.parametrize("strategy", ["affinity", "locality"])
-def test_without_a_key_the_load_decides(strategy):
+def test_without_a_key_the_load_decides(strategy: str) -> None:
     assert choices(strategy, map(ask, range(4))) == [0, 1, 2, 3]
 
 
-def test_a_new_replica_takes_its_share_and_moves_no_other_key():
+def test_a_new_replica_takes_its_share_and_moves_no_other_key() -> None:
     keys = [f"user-{number}" for number in range(1000)]
     moved = [key for key in keys if choose_by_key(key, 4) != choose_by_key(key, 5)]
     assert all(choose_by_key(key, 5) == 4 for key in moved)
     assert 150 < len(moved) < 250
 
 
-def test_the_hash_is_the_same_in_every_process():
+def test_the_hash_is_the_same_in_every_process() -> None:
     assert [choose_by_key(key, 8) for key in ("", "a", "b", "user")] == [2, 6, 7, 1]
 
 
-def test_each_strategy_names_itself():
+def test_each_strategy_names_itself() -> None:
     for name, strategy in STRATEGIES.items():
         assert strategy.__module__ == f"sagellm.operators.routing.{name}"
 
 
 @pytest.mark.parametrize(("name", "hint"), [("locallity", "did you mean locality"), ("?", "known")])
-def test_an_unknown_strategy_is_refused(name, hint):
+def test_an_unknown_strategy_is_refused(name: str, hint: str) -> None:
     with pytest.raises(ValueError, match=hint):
         find_strategy(name)

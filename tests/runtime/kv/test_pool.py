@@ -2,7 +2,7 @@
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -153,10 +153,7 @@ class PoolMachine(RuleBasedStateMachine):
         parent = data.draw(st.sampled_from(self.leases))
         num_shared = data.draw(st.integers(0, len(parent.blocks)))
         num_tokens = num_shared * 4 + extra
-        if (
-            parent.state != "released"
-            and self.pool.num_blocks_for(extra) <= self.pool.num_free
-        ):
+        if parent.state != "released" and self.pool.num_blocks_for(extra) <= self.pool.num_free:
             self.leases.append(self.pool.fork(parent, self.fence(), num_shared, num_tokens))
 
     @precondition(lambda self: self.leases)
@@ -176,3 +173,4 @@ class PoolMachine(RuleBasedStateMachine):
 
 
 TestPoolMachine = PoolMachine.TestCase
+TestPoolMachine.settings = settings(max_examples=30, stateful_step_count=30)

@@ -29,7 +29,7 @@ def test_a_value_may_hold_an_equals_sign() -> None:
 
 @pytest.mark.parametrize("wrong", ["a.b", "ab=1", ".=1", ""])
 def test_a_setting_says_op_key_value(wrong: str) -> None:
-    with pytest.raises(Failure, match="op.key=value"):
+    with pytest.raises(Failure, match=r"op\.key=value"):
         settings((wrong,))
 
 

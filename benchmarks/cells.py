@@ -1,0 +1,69 @@
+"""What is measured: cells of the table, and one run of one of them."""
+
+import random
+from dataclasses import dataclass
+from typing import Protocol
+
+VOCAB_SIZE = 151936
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """`num_sequences` requests at once, each of `prompt_len` tokens in and `num_out` out.
+
+    `kind` says what rate counts: "prefill" (prompt tokens until the first token), "decode" (tokens
+    after the first), "batch" (output tokens over the whole time, prefill included).
+    """
+
+    name: str
+    kind: str
+    num_sequences: int
+    prompt_len: int
+    num_out: int
+
+    def prompts(self, number: int) -> list[list[int]]:
+        """The prompts of round `number`: random, so that no prefix is met twice."""
+        draw = random.Random(f"{self.name}/{number}")
+        lengths = [self.prompt_len] * self.num_sequences
+        return [[draw.randrange(VOCAB_SIZE) for _ in range(length)] for length in lengths]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """How long one run took. `first_s`: until the first token of the first sequence.
+
+    `num_measured` output tokens a sequence were really made; where that is fewer than the cell
+    asks for, the rest of `total_s` is extrapolated from the last half of the steps.
+    """
+
+    first_s: float
+    total_s: float
+    num_measured: int
+
+
+class Engine(Protocol):
+    """Something that can run a cell."""
+
+    name: str
+
+    def run(self, cell: Cell, number: int) -> Run: ...
+
+
+def cells(num_out: int) -> tuple[Cell, ...]:
+    """The table's columns; decode and batch cells have `num_out` tokens out a sequence."""
+    return (
+        Cell("prefill-512", "prefill", 1, 512, 1),
+        Cell("prefill-2048", "prefill", 1, 2048, 1),
+        Cell("decode-1", "decode", 1, 128, num_out),
+        Cell("batch-16", "batch", 16, 128, num_out),
+        Cell("batch-32", "batch", 32, 128, num_out),
+    )
+
+
+def rate(cell: Cell, run: Run) -> float:
+    """Tokens a second, as the cell counts them."""
+    if cell.kind == "prefill":
+        return cell.num_sequences * cell.prompt_len / run.first_s
+    if cell.kind == "decode":
+        return (cell.num_out - 1) / (run.total_s - run.first_s)
+    return cell.num_sequences * cell.num_out / run.total_s

@@ -1,0 +1,43 @@
+"""sagellm's engine, through the smallest graph that has one."""
+
+import time
+from pathlib import Path
+
+from benchmarks.cells import Cell, Run
+from sagellm import Graph, Sampling, ops
+from sagellm.bridge import BlockingSession
+
+# 32 sequences of 256 tokens, and 2,048 of one prompt, with room to spare.
+NUM_BLOCKS = 1024
+
+
+def bench_graph(model: Path, threads: int) -> Graph:
+    """source -> generate -> sink."""
+    graph = Graph("bench")
+    graph.engine("g", model=str(model), threads=threads, num_blocks=NUM_BLOCKS)
+    return graph >> ops.generate(engine="g")
+
+
+class Ours:
+    """Runs a cell through an open session."""
+
+    name = "sagellm"
+
+    def __init__(self, session: BlockingSession) -> None:
+        self._session = session
+
+    def run(self, cell: Cell, number: int) -> Run:
+        sampling = Sampling(max_tokens=cell.num_out, ignore_eos=True)
+        started = time.perf_counter()
+        streams = [
+            self._session.stream(prompt, sampling=sampling) for prompt in cell.prompts(number)
+        ]
+        num_tokens, firsts = 0, []
+        for stream in streams:
+            for event in stream:
+                firsts.append(time.perf_counter())
+                num_tokens += len(event.token_ids)
+        total_s = time.perf_counter() - started
+        if num_tokens != cell.num_sequences * cell.num_out:
+            raise RuntimeError(f"{cell.name}: {num_tokens} tokens came out")
+        return Run(firsts[0] - started, total_s, cell.num_out)

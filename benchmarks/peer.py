@@ -1,0 +1,57 @@
+"""transformers' `generate`, as its users call it: bfloat16, its default attention, greedy."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteriaList
+
+from benchmarks.cells import Cell, Run
+
+
+class Clock(StoppingCriteria):  # type: ignore[misc]
+    """Notes the time of every step, and stops when the run has taken `cap_s`."""
+
+    def __init__(self, cap_s: float) -> None:
+        self.started = time.perf_counter()
+        self.steps: list[float] = []
+        self._cap_s = cap_s
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        self.steps.append(time.perf_counter() - self.started)
+        is_late = self.steps[-1] - self.steps[0] > self._cap_s and len(self.steps) > 2
+        return torch.full((input_ids.shape[0],), is_late)
+
+
+class Transformers:
+    """Runs a cell with the same weights; a run whose decoding passes `cap_s` is cut short."""
+
+    name = "transformers"
+
+    def __init__(self, model: Path, cap_s: float) -> None:
+        self._model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).eval()
+        self._cap_s = cap_s
+
+    def run(self, cell: Cell, number: int) -> Run:
+        token_ids = torch.tensor(cell.prompts(number))
+        clock = Clock(self._cap_s)
+        self._model.generate(
+            token_ids,
+            attention_mask=torch.ones_like(token_ids),
+            max_new_tokens=cell.num_out,
+            min_new_tokens=cell.num_out,
+            do_sample=False,
+            pad_token_id=0,
+            stopping_criteria=StoppingCriteriaList([clock]),
+        )
+        return whole_run(clock.steps, cell.num_out)
+
+
+def whole_run(steps: list[float], num_out: int) -> Run:
+    """A run of all its steps: those that are missing take what the last half took on average."""
+    total_s, missing = steps[-1], num_out - len(steps)
+    if missing > 0:
+        middle = len(steps) // 2
+        total_s += missing * (steps[-1] - steps[middle]) / (len(steps) - 1 - middle)
+    return Run(steps[0], total_s, len(steps))

@@ -1,0 +1,181 @@
+"""The sampler: each option does what its name says, and rows do not see their neighbours."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sagellm.runtime.engine.mailbox import Mailbox
+from sagellm.runtime.engine.sampler import draw, uniform
+from sagellm.runtime.engine.sequence import Sequence
+from sagellm.runtime.messages import Sampling, SequenceState
+
+LOGITS = torch.tensor([0.5, 2.0, 1.0, -1.0, 1.9, 0.0])
+
+
+def row(output=(), prompt=(0,), choice=0, stop_ids=(), **sampling):
+    state = SequenceState(
+        owner="o",
+        request_id="r",
+        choice=choice,
+        prompt_token_ids=tuple(prompt),
+        emitted_token_ids=tuple(output),
+        sampling=Sampling(**{"seed": 1, **sampling}),
+    )
+    return Sequence(
+        state,
+        arrival=1,
+        mailbox=Mailbox(lambda: None),
+        max_output=100,
+        stop_ids=frozenset(stop_ids),
+        transcript=None,
+    )
+
+
+def draw_one(sequence, logits=LOGITS):
+    return draw(logits.clone().unsqueeze(0), [sequence]).token_ids[0]
+
+
+def drawn_set(logits=LOGITS, count=300, **sampling):
+    """Every token that comes up over many seeds."""
+    rows = [row(**{"temperature": 1.0, **sampling, "seed": seed}) for seed in range(count)]
+    return set(draw(logits.repeat(count, 1), rows).token_ids)
+
+
+def test_greedy_takes_the_largest():
+    assert draw_one(row()) == 1
+
+
+def test_no_rows_draw_nothing():
+    assert draw(torch.empty(0, 6), []).token_ids == []
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_logits_that_are_no_numbers_are_refused(wrong):
+    logits = LOGITS.clone()
+    logits[2] = wrong
+    with pytest.raises(ArithmeticError, match="not finite"):
+        draw_one(row(), logits)
+
+
+def test_the_input_is_not_changed():
+    logits = LOGITS.repeat(2, 1)
+    draw(logits, [row(temperature=1.0, top_k=2), row(logit_bias={3: 50.0})])
+    assert torch.equal(logits, LOGITS.repeat(2, 1))
+
+
+def test_logit_bias_moves_the_largest():
+    assert draw_one(row(logit_bias={3: 10.0})) == 3
+    assert draw_one(row(logit_bias={1: -100.0})) == 4
+
+
+def test_min_tokens_mask_the_end():
+    assert draw_one(row(output=(2,), min_tokens=2, stop_ids=(1, 4))) == 2
+    assert draw_one(row(output=(2, 2), min_tokens=2, stop_ids=(1, 4))) == 1
+
+
+def test_presence_penalty_counts_once_and_in_the_output_only():
+    assert draw_one(row(output=(1,), presence_penalty=0.2)) == 4
+    assert draw_one(row(prompt=(1,), presence_penalty=0.2)) == 1
+    assert draw_one(row(output=(1, 1, 1), presence_penalty=0.05)) == 1
+
+
+def test_frequency_penalty_counts_each():
+    assert draw_one(row(output=(1,), frequency_penalty=0.06)) == 1
+    assert draw_one(row(output=(1, 1), frequency_penalty=0.06)) == 4
+
+
+def test_repetition_penalty_weighs_prompt_and_output():
+    assert draw_one(row(prompt=(1,), repetition_penalty=1.2)) == 4
+    assert draw_one(row(output=(1,), repetition_penalty=1.2)) == 4
+    negative = torch.tensor([-1.0, -1.1])
+    assert draw_one(row(prompt=(0,), repetition_penalty=1.2), negative) == 1
+
+
+def test_temperature_zero_and_nearly_zero_are_greedy():
+    assert draw_one(row(temperature=1e-6)) == 1
+
+
+def test_top_k_keeps_k():
+    assert drawn_set(top_k=1) == {1}
+    assert drawn_set(top_k=2) == {1, 4}
+
+
+def test_top_k_keeps_what_is_as_likely_as_the_last():
+    assert drawn_set(torch.tensor([1.0, 1.0, 0.0]), top_k=1) == {0, 1}
+
+
+def test_top_p_keeps_the_smallest_set():
+    probabilities = torch.tensor([0.5, 0.3, 0.15, 0.05])
+    assert drawn_set(probabilities.log(), top_p=0.79) == {0, 1}
+    assert drawn_set(probabilities.log(), top_p=0.81) == {0, 1, 2}
+    assert drawn_set(probabilities.log(), top_p=1e-9) == {0}
+
+
+def test_min_p_is_relative_to_the_most_likely():
+    probabilities = torch.tensor([0.5, 0.3, 0.15, 0.05])
+    assert drawn_set(probabilities.log(), min_p=0.5) == {0, 1}
+    assert drawn_set(probabilities.log(), min_p=0.2) == {0, 1, 2}
+
+
+def test_filters_use_the_tempered_distribution():
+    probabilities = torch.tensor([0.5, 0.3, 0.15, 0.05])
+    assert drawn_set(probabilities.log(), temperature=0.2, top_p=0.9) == {0}
+
+
+def test_frequencies_follow_the_distribution():
+    rows = [row(temperature=1.0, seed=seed) for seed in range(4000)]
+    counts = torch.tensor(draw(LOGITS.repeat(4000, 1), rows).token_ids).bincount(minlength=6)
+    assert (counts / 4000 - LOGITS.softmax(0)).abs().max() < 0.03
+
+
+def test_uniform_depends_on_each_of_its_arguments():
+    numbers = {uniform(*key) for key in [(1, 0, 0), (2, 0, 0), (1, 1, 0), (1, 0, 1), (-1, 0, 0)]}
+    assert len(numbers) == 5
+    assert all(0 <= number < 1 for number in numbers)
+    assert uniform(7, 2, 9) == uniform(7, 2, 9)
+
+
+def test_choices_of_one_request_differ():
+    rows = [row(temperature=1.5, choice=choice) for choice in range(40)]
+    assert len(set(draw(LOGITS.repeat(40, 1), rows).token_ids)) > 2
+
+
+SAMPLINGS = st.fixed_dictionaries(
+    {
+        "temperature": st.sampled_from([0.0, 0.7, 1.3]),
+        "top_k": st.sampled_from([0, 1, 3]),
+        "top_p": st.sampled_from([0.3, 0.9, 1.0]),
+        "min_p": st.sampled_from([0.0, 0.2]),
+        "presence_penalty": st.sampled_from([0.0, 1.0]),
+        "seed": st.integers(0, 99),
+    }
+)
+
+
+@settings(max_examples=60)
+@given(st.lists(SAMPLINGS, min_size=1, max_size=6), st.integers(0, 1000))
+def test_a_row_does_not_see_its_neighbours(samplings, seed):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(len(samplings), 50, generator=generator) * 3
+    rows = [row(output=(1, 2, 3), **sampling) for sampling in samplings]
+    together = draw(logits, rows).token_ids
+    assert together == [draw_one(one, scores) for one, scores in zip(rows, logits, strict=True)]
+
+
+def test_logprobs_are_of_the_raw_distribution():
+    rows = [row(logprobs=2, temperature=1.0, logit_bias={3: 100.0}), row()]
+    drawn = draw(LOGITS.repeat(2, 1), rows)
+    first, second = drawn.logprobs
+    right = LOGITS.log_softmax(0)
+    assert second is None
+    assert first.token_id == 3
+    assert first.logprob == pytest.approx(right[3].item())
+    assert [token for token, _ in first.top] == [1, 4]
+    assert first.top[0][1] == pytest.approx(right[1].item())
+
+
+def test_logprobs_zero_gives_the_chosen_token_alone():
+    assert draw(LOGITS.unsqueeze(0), [row(logprobs=0)]).logprobs[0].top == ()

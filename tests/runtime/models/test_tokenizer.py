@@ -1,0 +1,138 @@
+"""Tokenizers and chat templates: as transformers would, with errors that say what is wrong."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from models_on_the_fly import EOS, VOCAB_SIZE, make_model
+from transformers import AutoTokenizer
+
+from sagellm.runtime.models.chat import ChatTemplate, ChatTemplateError
+from sagellm.runtime.models.folder import ModelError, resolve_model
+from sagellm.runtime.models.tokenizer import ByteTokenizer, load_tokenizer
+
+MESSAGES = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "größe? 😀"}]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return make_model("llama", tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(made):
+    return load_tokenizer(resolve_model(str(made)))
+
+
+@pytest.fixture
+def model(made, tmp_path):
+    for file in made.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    return tmp_path
+
+
+def load(path):
+    return load_tokenizer(resolve_model(str(path)))
+
+
+def configure(model, **changes):
+    (model / "tokenizer_config.json").write_text(json.dumps(changes))
+
+
+@given(text=st.text(max_size=40))
+def test_decoding_gives_the_text_back(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_special_tokens_are_shown_on_demand(tokenizer):
+    assert tokenizer.decode([EOS]) == ""
+    assert tokenizer.decode([EOS], skip_special_tokens=False) == "<|eos|>"
+    assert tokenizer.eos_token_ids == (EOS,)
+    assert tokenizer.vocab_size == VOCAB_SIZE
+
+
+def test_chat_is_rendered_with_an_opening_for_the_answer(tokenizer):
+    text = tokenizer.apply_chat_template(MESSAGES)
+    assert text == "<system>be brief</><user>größe? 😀</><assistant>"
+    assert tokenizer.decode(tokenizer.encode_chat(MESSAGES)) == text
+
+
+def test_sage_tiny_is_tokenized_as_by_transformers():
+    folder = resolve_model("sage-tiny")
+    ours, theirs = load_tokenizer(folder), AutoTokenizer.from_pretrained(folder.path)
+    right = theirs.apply_chat_template(MESSAGES, add_generation_prompt=True, tokenize=False)
+    assert ours.apply_chat_template(MESSAGES) == right
+    assert list(ours.encode_chat(MESSAGES)) == theirs(right, add_special_tokens=False).input_ids
+    assert list(ours.encode("2 + 2")) == theirs("2 + 2").input_ids
+
+
+def test_a_template_file_comes_first(model):
+    (model / "chat_template.jinja").write_text("{{ messages[0].content }} {{ eos_token }}")
+    assert load(model).apply_chat_template(MESSAGES) == "be brief <|eos|>"
+
+
+def test_the_default_of_several_templates(model):
+    templates = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]
+    configure(model, chat_template=templates, eos_token={"content": "<|eos|>"})
+    assert load(model).apply_chat_template(MESSAGES) == "d"
+
+
+def test_without_a_template_chat_is_refused(model):
+    configure(model)
+    with pytest.raises(ChatTemplateError, match="has no chat template; give a plain prompt"):
+        load(model).encode_chat(MESSAGES)
+
+
+def test_a_missing_tokenizer_is_named(model):
+    (model / "tokenizer.json").unlink()
+    with pytest.raises(ModelError, match=r"tokenizer\.json is missing"):
+        load(model)
+
+
+def test_a_broken_tokenizer_is_named(model):
+    (model / "tokenizer.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"tokenizer\.json cannot be read"):
+        load(model)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{{ messages[7].content }}", "refused"),
+        ("{{ ''.__class__.__mro__ }}", "unsafe"),
+        ("{{ messages.append(1) }}", "unsafe"),
+    ],
+)
+def test_refusals_of_a_template_are_passed_on(text, reason):
+    with pytest.raises(ChatTemplateError, match=reason):
+        ChatTemplate(text, {}).render(MESSAGES)
+
+
+def test_a_broken_template_is_refused_at_once():
+    with pytest.raises(ChatTemplateError, match="the chat template is broken"):
+        ChatTemplate("{% for %}", {})
+
+
+def test_an_empty_conversation_is_refused():
+    with pytest.raises(ChatTemplateError, match="at least one message"):
+        ChatTemplate("x", {}).render([])
+
+
+def test_blocks_are_trimmed_and_json_keeps_its_letters():
+    text = "  {% if true %}\n{{ messages[0] | tojson }}\n  {% endif %}\n"
+    right = '{"role": "user", "content": "größe <b>"}\n'
+    assert ChatTemplate(text, {}).render([{"role": "user", "content": "größe <b>"}]) == right
+
+
+def test_templates_may_ask_the_date_and_leave_loops():
+    text = "{{ strftime_now('%Y') }}{% for m in messages %}{% break %}{% endfor %}"
+    assert ChatTemplate(text, {}).render(MESSAGES).isdigit()
+
+
+def test_the_null_model_speaks_bytes():
+    tokenizer = load_tokenizer(resolve_model("null"))
+    assert isinstance(tokenizer, ByteTokenizer)
+    assert tokenizer.decode(tokenizer.encode("größe")) == "größe"
+    assert tokenizer.encode_chat(MESSAGES)[:6] == tuple(b"system")

@@ -1,0 +1,79 @@
+"""Weights: lazy, over one or many files, and complete before anything is computed."""
+
+import json
+
+import pytest
+import torch
+from models_on_the_fly import make_model
+from safetensors.torch import load_file, save_file
+
+from sagellm.graphs.models import build
+from sagellm.runtime.engine.opening import open_engine
+from sagellm.runtime.engine.options import EngineOptions
+from sagellm.runtime.models.folder import SHARD_INDEX, ModelError, resolve_model
+from sagellm.runtime.models.weights import Weights, weight_names
+
+
+@pytest.fixture
+def model(tmp_path):
+    return make_model("qwen2", tmp_path)
+
+
+def split(model):
+    """Cut the one file into two shards with an index."""
+    tensors = load_file(model / "model.safetensors")
+    names = sorted(tensors)
+    (model / "model.safetensors").unlink()
+    shards = {"one.safetensors": names[::2], "two.safetensors": names[1::2]}
+    for file, held in shards.items():
+        save_file({name: tensors[name] for name in held}, model / file)
+    weight_map = {name: file for file, held in shards.items() for name in held}
+    (model / SHARD_INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    return tensors
+
+
+def test_one_file(model):
+    weights, right = Weights(resolve_model(str(model))), load_file(model / "model.safetensors")
+    assert set(weights) == set(right)
+    assert len(weights) == len(right)
+    assert all(torch.equal(weights[name], tensor) for name, tensor in right.items())
+
+
+def test_many_files(model):
+    right = split(model)
+    weights = Weights(resolve_model(str(model)))
+    assert all(torch.equal(weights[name], tensor) for name, tensor in right.items())
+
+
+def test_a_shard_that_lacks_a_promised_tensor(model):
+    split(model)
+    index = json.loads((model / SHARD_INDEX).read_text())
+    index["weight_map"]["model.extra"] = "two.safetensors"
+    (model / SHARD_INDEX).write_text(json.dumps(index))
+    with pytest.raises(ModelError, match=r"two\.safetensors lacks tensor model\.extra"):
+        Weights(resolve_model(str(model)))
+
+
+def test_a_damaged_file_is_named(model):
+    (model / "model.safetensors").write_bytes(b"\x00" * 20)
+    with pytest.raises(ModelError, match=r"model\.safetensors cannot be read"):
+        Weights(resolve_model(str(model)))
+
+
+def test_a_missing_tensor_is_named_before_anything_is_lowered(model, monkeypatch):
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.mlp.up_projj.weight"] = tensors.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(tensors, model / "model.safetensors")
+    monkeypatch.setattr(Weights, "__getitem__", lambda self, name: pytest.fail("a weight was read"))
+    with pytest.raises(ModelError, match=r"up_proj\.weight is missing; the nearest"):
+        open_engine(EngineOptions(model=str(model)), name="e")
+
+
+def test_the_graph_names_every_tensor_of_the_folder(model):
+    folder = resolve_model(str(model))
+    assert set(weight_names(build(folder.config))) == set(Weights(folder))
+
+
+def test_the_null_model_has_no_weights():
+    with pytest.raises(ModelError, match="has no weights"):
+        Weights(resolve_model("null"))
