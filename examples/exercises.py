@@ -78,6 +78,15 @@ def _word_and_letter(rng: Random) -> str:
     return f"{drawn} {letter}"
 
 
+def drill(kind: str, rng: Random) -> tuple[str, str]:
+    """A sum or a count of the trained part in few bytes: ("23+45=", "68") or ("banana a ", "3")."""
+    if kind == "sum":
+        a, b = _draw(_pair, rng, False).split()
+        return rng.choice(("{a}+{b}=", "{a} + {b} = ")).format(a=a, b=b), str(int(a) + int(b))
+    drawn, letter = _draw(_word_and_letter, rng, False).split()
+    return f"{drawn} {letter} ", str(drawn.count(letter))
+
+
 def _sum(rng: Random, held_out: bool) -> Exercise:
     a, b = _draw(_pair, rng, held_out).split()
     return Exercise("sum", rng.choice(SUM_ASKS).format(a=a, b=b), str(int(a) + int(b)))

@@ -157,17 +157,18 @@ class Step(NamedTuple, Generic[S]):
 class Draw:
     """A random source that is a pure function of (seed, node, number of the input)."""
 
-    __slots__ = ("_count", "_key")
+    __slots__ = ("_count", "_source")
 
     def __init__(self, seed: int, node: str, number: int) -> None:
-        self._key = f"{seed}/{node}/{number}".encode()
+        self._source = seed, node, number
         self._count = 0
 
     def random(self) -> float:
         """Uniform in [0, 1)."""
         self._count += 1
         salt = self._count.to_bytes(8, "little")
-        digest = hashlib.blake2b(self._key, digest_size=8, salt=salt).digest()
+        key = "/".join(map(str, self._source)).encode()
+        digest = hashlib.blake2b(key, digest_size=8, salt=salt).digest()
         return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
     def below(self, bound: int) -> int:

@@ -1,5 +1,6 @@
 """The DSL: `Graph("pd") >> ops.admission() >> ...` builds the frozen IR graph, and opens it."""
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -16,6 +17,7 @@ from sagellm.runtime.resolver import Resolver
 
 RESOLVER = Resolver()
 register_operator = RESOLVER.register
+_NUMBERS = itertools.count(1)  # for functions that have no name of their own
 
 
 @dataclass(eq=False)
@@ -183,7 +185,8 @@ class Graph:
 def operator(op: str, *args: Any, **options: Any) -> Operator:
     """An operator of the vocabulary; the first positional value is its first option.
 
-    A function is given as it is: it is registered under its qualified name.
+    A function is given as it is, and registered under its qualified name; one without a name of its
+    own (a lambda, an object) gets a number, and so a graph that cannot be written to YAML.
     """
     spec = RESOLVER.operator(op).spec
     names = [option.name for option in fields(spec.options)]
@@ -196,10 +199,18 @@ def operator(op: str, *args: Any, **options: Any) -> Operator:
     functions = {}
     for name, value in given.items():
         if callable(value):
-            symbol = f"{value.__module__}.{value.__qualname__}"
+            given[name] = symbol = _symbol(value)
             functions[symbol] = value
-            given[name] = symbol
     return Operator(spec, given, functions=functions)
+
+
+def _symbol(function: Callable[..., Any]) -> str:
+    """A name in the graph for a function; two lambdas of one line get two names."""
+    module = getattr(function, "__module__", "") or ""
+    name = getattr(function, "__qualname__", type(function).__qualname__)
+    if "<" in name or not hasattr(function, "__qualname__"):  # a lambda, a closure, an object
+        name = f"{name}.{next(_NUMBERS)}"
+    return f"{module}.{name}"
 
 
 def shipped(path: str | Path) -> Path:

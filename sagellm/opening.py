@@ -15,7 +15,7 @@ from sagellm.graphs.text.yaml import Document
 from sagellm.runtime.executors.tasks import TasksExecutor
 from sagellm.runtime.plan import plan
 from sagellm.runtime.resolver import Resolver
-from sagellm.session import Session
+from sagellm.session import Session, encode_prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,16 +81,16 @@ async def open_session(recipe: Recipe) -> AsyncIterator[Session]:
     graph = check_graph(
         recipe.document, recipe.resolver, recipe.functions, recipe.overrides, recipe.model
     )
-    engines, encoder = await open_engines(graph)
+    engines, tokenizer = await open_engines(graph)
     ready = plan(
         graph,
         recipe.resolver,
         engines,
         functions=recipe.functions,
-        encode=lambda text: tuple(encoder.encode(text)),
+        encode=lambda text: encode_prompt(tokenizer, text),
         seed=recipe.seed,
     )
-    session = Session(encoder, lambda deliver: TasksExecutor(ready, deliver))
+    session = Session(tokenizer, lambda deliver: TasksExecutor(ready, deliver))
     async with _unwrapped(), trio.open_nursery() as nursery:
         await nursery.start(session.executor.run)
         try:

@@ -5,7 +5,7 @@ import secrets
 import weakref
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 import msgspec
 import trio
@@ -14,6 +14,7 @@ from sagellm.graphs.vocabulary import nearest
 from sagellm.runtime.executors.region import ends
 from sagellm.runtime.executors.tasks import TasksExecutor
 from sagellm.runtime.messages import Answer, Forked, Item, Request, Sampling, Stamps, TokenEvent
+from sagellm.runtime.models.tokenizer import Tokenizer
 from sagellm.runtime.operator import Signal
 from sagellm.statistics import Statistics, statistics_of
 
@@ -24,13 +25,6 @@ _FIELDS = (
     "request_id", "priority", "user_id", "model", "salt", "slo_ttft_s", "slo_tpot_s",
     "timeout_s", "cost_budget", "tags",
 )  # fmt: skip
-
-
-class Encoder(Protocol):
-    """What a session needs of the tokenizer of the graph's model."""
-
-    def encode(self, text: str) -> Sequence[int]: ...
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> Sequence[int]: ...
 
 
 class RequestError(ValueError):
@@ -115,8 +109,8 @@ def _weakly(stream: Stream) -> Callable[[Item | Forked], None]:
 class Session:
     """An open graph, for callers inside trio. `stream`, `generate` and `cancel` are the door."""
 
-    def __init__(self, encoder: Encoder, make_executor: Callable[..., TasksExecutor]) -> None:
-        self._encoder = encoder
+    def __init__(self, tokenizer: Tokenizer, make_executor: Callable[..., TasksExecutor]) -> None:
+        self._tokenizer = tokenizer
         self._callers: dict[str, Callable[[Item | Forked], None]] = {}
         self._numbers = itertools.count()
         self.executor = make_executor(self._deliver)
@@ -209,18 +203,26 @@ class Session:
         return [msgspec.structs.replace(first, choice=choice) for choice in range(sampling.n)]
 
     def _encode(self, prompt: Prompt) -> tuple[str, tuple[int, ...]]:
+        """The prompt's text, which a `map` before the model may rewrite, and its tokens."""
         if isinstance(prompt, str):
-            token_ids = tuple(self._encoder.encode(prompt))
-            text = prompt
+            text, token_ids = prompt, self._tokenizer.encode(prompt)
         elif prompt and isinstance(prompt[0], Mapping):
             messages: Any = prompt
-            token_ids, text = tuple(self._encoder.encode_chat(messages)), ""
+            text = self._tokenizer.apply_chat_template(messages)
+            token_ids = self._tokenizer.encode(text, add_special_tokens=False)
         else:
             ids: Any = prompt
-            token_ids, text = tuple(ids), ""
+            token_ids = tuple(ids)
+            text = self._tokenizer.decode(token_ids, skip_special_tokens=False)
         if not token_ids:
             raise RequestError("the prompt is empty; give at least one token")
         return text, token_ids
+
+
+def encode_prompt(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
+    """Tokens of a prompt that may begin with its own special tokens (a rendered conversation)."""
+    plain, full = tokenizer.encode(text, add_special_tokens=False), tokenizer.encode(text)
+    return plain if plain[:1] == full[:1] else full
 
 
 def _arriving(request: Request, now: float) -> Request:
@@ -271,5 +273,12 @@ def gather(parts: Sequence[Output]) -> Answer:
         error=last.error,
         num_prompt_tokens=max(event.num_prompt_tokens for event in events),
         num_cached_tokens=max(event.num_cached_tokens for event in events),
-        stamps=last.stamps,
+        stamps=_stamps(events[0], last),
     )
+
+
+def _stamps(first: TokenEvent, last: TokenEvent) -> Stamps:
+    """Where a request was ended from outside its engine, its first event knows how it began."""
+    if first is not last and last.stamps.started_s is None:
+        return msgspec.structs.replace(first.stamps, finished_s=last.stamps.finished_s)
+    return last.stamps

@@ -98,8 +98,8 @@ class TasksExecutor:
         self._blocked.unpark_all()
 
     async def idle(self) -> None:
-        """Wait until every accepted request has ended, or the executor has stopped."""
-        while self._open and not self._is_stopped:
+        """Wait until every request has ended and left its engine, or the executor has stopped."""
+        while (self._open or self._abandoned) and not self._is_stopped:
             await self._at_rest.park()
 
     # ---- what hosts use --------------------------------------------------------------------
@@ -140,6 +140,7 @@ class TasksExecutor:
         if self.gates.give((node, replica), key):
             if key in self._abandoned and not self._is_held(key):
                 self._abandoned.discard(key)
+                self._at_rest.unpark_all()
             self.tell(node, replica, "credit", None)
             self._blocked.unpark_all()
 

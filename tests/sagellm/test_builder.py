@@ -1,5 +1,6 @@
 """The DSL builds the same graph that YAML does, and refuses what makes no sense."""
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -111,3 +112,15 @@ async def test_contradicting_options_are_a_graph_error() -> None:
     settings = {"sort.aging_s": 5.0, "p.device": "null", "d.device": "null"}
     with pytest.raises(GraphError, match="aging_s"):
         await Graph.load("pd").open(set=settings).__aenter__()
+
+
+def test_two_lambdas_are_two_functions() -> None:
+    graph = Graph("g") >> ops.map(lambda item: "one") >> ops.map(lambda item: "two")
+    first, second = (graph.ir.node(name).attrs["function"] for name in ("map", "map_2"))
+    assert graph.functions[str(first)](None) == "one"
+    assert graph.functions[str(second)](None) == "two"
+
+
+def test_a_callable_object_has_a_name_too() -> None:
+    graph = Graph("g") >> ops.map(functools.partial(str.upper))
+    assert len(graph.functions) == 1

@@ -209,3 +209,30 @@ async def test_a_request_can_become_several(autojump_clock: MockClock) -> None:
     async with opened(joint(before=(ops.flat_map(twice),))) as session:
         answers = await session.generate_all([1], sampling=LONG)
     assert [answer.choice for answer in answers] == [0, 1]
+
+
+def add_a_word(request: Request) -> str:
+    return request.prompt + "!"
+
+
+@pytest.mark.parametrize("prompt", ["abc", [97, 98, 99]])
+async def test_a_function_rewrites_text_and_token_prompts(
+    prompt: Any, autojump_clock: MockClock
+) -> None:
+    graph = joint(before=(ops.map(add_a_word),), model="null")
+    async with opened(graph) as session:
+        answer = await session.generate(prompt, sampling=LONG)
+    assert answer.num_prompt_tokens == 4
+
+
+async def test_a_request_that_a_function_ended_knows_when_it_began(
+    autojump_clock: MockClock,
+) -> None:
+    def fail_at_five(event: TokenEvent) -> str:
+        return event.text if event.position < 5 else broken(event)
+
+    async with opened(joint(ops.map(fail_at_five))) as session:
+        await trio.sleep(3)
+        answer = await session.generate([1], sampling=LONG)
+    assert answer.stamps.arrived_s == 3
+    assert len(answer.token_ids) == 5

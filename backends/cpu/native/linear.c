@@ -112,8 +112,8 @@ static void many_rows(const Product *p, long first, long last) {
             }
 }
 
-void sage_linear(const float *x, long ldx, const void *w, int bfloat, const float *bias, float *out,
-                 long ldo, long num_rows, long num_cols, long k, int threads) {
+void sage_linear(const float *x, long ldx, const void *w, int bfloat, const float *bias,
+                 float *out, long ldo, long num_rows, long num_cols, long k, int threads) {
     Product p = {x, ldx, w, bfloat, bias, out, ldo, num_rows, num_cols, k};
     long share = (num_cols + threads - 1) / threads;
 #pragma omp parallel for num_threads(threads) schedule(static)
