@@ -278,7 +278,9 @@ def gather(parts: Sequence[Output]) -> Answer:
 
 
 def _stamps(first: TokenEvent, last: TokenEvent) -> Stamps:
-    """Where a request was ended from outside its engine, its first event knows how it began."""
-    if first is not last and last.stamps.started_s is None:
-        return msgspec.structs.replace(first.stamps, finished_s=last.stamps.finished_s)
-    return last.stamps
+    """How the request began, as its first event says (the last may come from outside its engine),
+    and when it ended.
+    """
+    began = msgspec.structs.asdict(first.stamps)
+    known = {name: at for name, at in began.items() if at is not None and name != "finished_s"}
+    return msgspec.structs.replace(last.stamps, **known)
