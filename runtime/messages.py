@@ -64,7 +64,6 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, tag="request"):
     model: str = ""
     salt: str = ""  # of the tenant: prefix blocks are shared inside one salt only
     slo_ttft_s: float | None = None  # objective for the first token, from arrival
-    slo_tpot_s: float | None = None  # objective for each token after it
     expires_s: float | None = None  # clock time after which nobody wants the answer
     cost_budget: float | None = None
     placement: dict[str, int] = {}  # node name -> replica, as route chose

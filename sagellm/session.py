@@ -22,7 +22,7 @@ Prompt: TypeAlias = str | Sequence[int] | Sequence[Mapping[str, Any]]
 Output: TypeAlias = TokenEvent | Answer
 
 _FIELDS = (
-    "request_id", "priority", "user_id", "model", "salt", "slo_ttft_s", "slo_tpot_s",
+    "request_id", "priority", "user_id", "model", "slo_ttft_s",
     "timeout_s", "cost_budget", "tags",
 )  # fmt: skip
 
@@ -37,9 +37,12 @@ class Stream:
     Leaving the `async with`, `aclose`, or losing the last reference cancels what is unfinished.
     """
 
-    def __init__(self, session: "Session", requests: Sequence[Request]) -> None:
+    def __init__(
+        self, session: "Session", requests: Sequence[Request], timeout_s: float | None = None
+    ) -> None:
         self._session = session
         self._requests = requests
+        self._timeout_s = timeout_s
         self._items: deque[Output] = deque()
         self._arrived = trio.lowlevel.ParkingLot()
         self._num_open = len(requests)
@@ -91,7 +94,7 @@ class Stream:
     async def _start(self) -> None:
         if not self._is_started:
             self._is_started = True
-            await self._session.submit(self._requests, _weakly(self))
+            await self._session.submit(self._requests, _weakly(self), self._timeout_s)
 
 
 def _weakly(stream: Stream) -> Callable[[Item | Forked], None]:
@@ -120,10 +123,11 @@ class Session:
         """Start one request when the stream is first read.
 
         `prompt` is a text, token ids, or chat messages. Further fields: request_id, priority,
-        user_id, model, salt, slo_ttft_s, slo_tpot_s, timeout_s, cost_budget, tags. Raises
+        user_id, model, slo_ttft_s, timeout_s, cost_budget, tags. Raises
         RequestError for what is wrong with them.
         """
-        return Stream(self, self.requests(prompt, sampling or Sampling(), fields))
+        timeout_s = fields.pop("timeout_s", None)
+        return Stream(self, self._requests(prompt, sampling or Sampling(), fields), timeout_s)
 
     async def generate(
         self, prompt: Prompt, *, sampling: Sampling | None = None, **fields: Any
@@ -162,15 +166,22 @@ class Session:
     # ---- what streams use ------------------------------------------------------------------
 
     async def submit(
-        self, requests: Sequence[Request], caller: Callable[[Item | Forked], None]
+        self,
+        requests: Sequence[Request],
+        caller: Callable[[Item | Forked], None],
+        timeout_s: float | None,
     ) -> None:
+        """Let all choices of one request in; it arrives, and its time begins, now."""
         request_id = requests[0].request_id
         if request_id in self._callers:
             raise RequestError(f"request {request_id!r} is running already; choose another id")
         self._callers[request_id] = caller
         now = trio.current_time()
+        stamps, expires_s = Stamps(arrived_s=now), None if timeout_s is None else now + timeout_s
         for request in requests:
-            await self.executor.submit(_arriving(request, now))
+            await self.executor.submit(
+                msgspec.structs.replace(request, stamps=stamps, expires_s=expires_s)
+            )
 
     def forget(self, request_id: str) -> None:
         """The caller has gone: end what is unfinished and deliver nothing more."""
@@ -182,7 +193,7 @@ class Session:
         if caller is not None:
             caller(item)
 
-    def requests(
+    def _requests(
         self, prompt: Prompt, sampling: Sampling, fields: Mapping[str, Any]
     ) -> list[Request]:
         """One request a choice, with ids, tokens and the seed resolved."""
@@ -190,15 +201,11 @@ class Session:
         validate(sampling)
         text, token_ids = self._encode(prompt)
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
-        known = {name: value for name, value in fields.items() if name != "timeout_s"}
-        known.setdefault("request_id", f"req-{next(self._numbers)}")
-        timeout_s = fields.get("timeout_s")
         first = Request(
-            **known,
+            **{"request_id": f"req-{next(self._numbers)}", **fields},
             prompt=text,
             prompt_token_ids=token_ids,
             sampling=msgspec.structs.replace(sampling, seed=seed, n=1),
-            expires_s=None if timeout_s is None else timeout_s,
         )
         return [msgspec.structs.replace(first, choice=choice) for choice in range(sampling.n)]
 
@@ -223,11 +230,6 @@ def encode_prompt(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
     """Tokens of a prompt that may begin with its own special tokens (a rendered conversation)."""
     plain, full = tokenizer.encode(text, add_special_tokens=False), tokenizer.encode(text)
     return plain if plain[:1] == full[:1] else full
-
-
-def _arriving(request: Request, now: float) -> Request:
-    expires_s = None if request.expires_s is None else now + request.expires_s
-    return msgspec.structs.replace(request, stamps=Stamps(arrived_s=now), expires_s=expires_s)
 
 
 def _refuse_unknown(fields: Mapping[str, Any]) -> None:

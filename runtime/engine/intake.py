@@ -2,7 +2,7 @@
 
 import math
 
-from sagellm.runtime.engine.port import EngineRefusal
+from sagellm.runtime.engine.port import EngineFacts, EngineRefusal, LeaseOffer
 from sagellm.runtime.messages import Sampling, SequenceState
 
 MAX_LOGPROBS = 100  # most likely tokens that one event may carry for each position
@@ -20,8 +20,23 @@ def check_sequence(state: SequenceState, *, vocab_size: int, max_model_len: int)
             f"the prompt has {num_prompt} tokens and the context limit is {max_model_len}; "
             f"shorten it to {max_model_len - 1}, or raise max_model_len"
         )
+    num_known = num_prompt + len(state.emitted_token_ids)
+    if state.lease is not None and state.lease.num_tokens >= num_known:
+        raise EngineRefusal("the lease covers every known token; none is left to compute")
     _check_ids("the prompt", (*state.prompt_token_ids, *state.emitted_token_ids), vocab_size)
     check_sampling(state.sampling, vocab_size)
+
+
+def check_offer(offer: LeaseOffer, facts: EngineFacts) -> None:
+    """Raise EngineRefusal for blocks that this engine could not hold, or not read."""
+    if offer.layout_hash != facts.layout_hash:
+        raise EngineRefusal(
+            "the sender keeps KV blocks of another layout; give both engines the same model, "
+            "dtype and block_size"
+        )
+    room = facts.num_blocks * facts.block_size
+    if offer.num_tokens > room:
+        raise EngineRefusal(f"{offer.num_tokens} tokens of KV exceed the pool's {room}")
 
 
 def check_sampling(sampling: Sampling, vocab_size: int) -> None:

@@ -9,7 +9,7 @@ import msgspec
 import structlog
 import trio
 
-from sagellm.runtime.engine.intake import check_sequence
+from sagellm.runtime.engine.intake import check_offer, check_sequence
 from sagellm.runtime.engine.mailbox import Mailbox
 from sagellm.runtime.engine.port import (
     EngineFacts,
@@ -23,7 +23,7 @@ from sagellm.runtime.engine.scheduler import Batch, Landing, Limits, Scheduler
 from sagellm.runtime.engine.sequence import UNSTARTED, Sequence
 from sagellm.runtime.engine.transcript import Transcript
 from sagellm.runtime.kv.exchange import Exchange
-from sagellm.runtime.kv.lease import Fence, Lease, LeaseEvent
+from sagellm.runtime.kv.lease import Fence, LeaseEvent
 from sagellm.runtime.kv.pool import BlockPool
 from sagellm.runtime.kv.storage import Storage
 from sagellm.runtime.kv.transfer import PoolSource, PoolTarget
@@ -73,9 +73,9 @@ class LocalEngine:
         self.scheduler = Scheduler(self.pool, equipment.limits)
         self._equipment = equipment
         self._mailboxes: dict[str, Mailbox] = {}
-        self._sequences: dict[tuple[str, int], Sequence] = {}
+        self._sequences: dict[Fence, Sequence] = {}
         self._exchange = Exchange(self.pool, equipment.storage, engine=name, replica=replica)
-        self._expiries: list[tuple[float, tuple[str, int], int]] = []
+        self._expiries: list[tuple[float, int, Fence]] = []
         self._launched: Batch | None = None
         self._changed = trio.Event()
         self._num_arrivals = 0
@@ -87,22 +87,22 @@ class LocalEngine:
     async def submit(self, state: SequenceState) -> None:
         await trio.lowlevel.checkpoint()
         self._check(state)
-        lease = self._adopt(state) if state.lease else None
-        sequence = self._sequence(state, lease)
-        self._sequences[state.key] = sequence
+        sequence = self._sequence(state)
+        if state.lease is not None:
+            sequence.adopt(self._exchange.adopt(state.lease, sequence.fence))
+        self._sequences[sequence.fence] = sequence
         if sequence.num_output >= sequence.max_output:  # resumed behind its last token
             self._end(sequence, "length")
             return
         if state.expires_s is not None:
-            heapq.heappush(self._expiries, (state.expires_s, state.key, sequence.arrival))
+            heapq.heappush(self._expiries, (state.expires_s, sequence.arrival, sequence.fence))
         self.scheduler.add(sequence)
         self._change()
 
     def cancel(self, request_id: str, choice: int, epoch: int) -> None:
         fence = Fence(request_id, choice, epoch)
-        sequence = self._sequences.get((request_id, choice))
-        if sequence is not None and sequence.fence == fence:
-            self._interrupt(sequence, "cancelled")
+        if fence in self._sequences:
+            self._interrupt(self._sequences[fence], "cancelled")
         self._exchange.cancel(fence)
 
     def export(self, lease: LeaseRef) -> PoolSource:
@@ -110,7 +110,9 @@ class LocalEngine:
 
     async def import_(self, offer: LeaseOffer) -> PoolTarget:
         await trio.lowlevel.checkpoint()
-        self._check_offer(offer)
+        if self._is_closed:
+            raise EngineRefusal(f"engine {self.name} has stopped")
+        check_offer(offer, self.facts)
         fence = Fence(offer.request_id, offer.choice, offer.epoch)
         return self._exchange.target(fence) or await self._land(fence, offer.num_tokens)
 
@@ -164,27 +166,18 @@ class LocalEngine:
     def _check(self, state: SequenceState) -> None:
         if self._is_closed:
             raise EngineRefusal(f"engine {self.name} has stopped")
-        if state.key in self._sequences:
+        if Fence(state.request_id, state.choice, state.epoch) in self._sequences:
             raise EngineRefusal(f"choice {state.choice} of {state.request_id} runs here already")
         check_sequence(
             state, vocab_size=self._equipment.vocab_size, max_model_len=self.facts.max_model_len
         )
 
-    def _adopt(self, state: SequenceState) -> Lease:
-        """The blocks that the sequence came with; nothing is adopted where it is refused."""
-        assert state.lease is not None
-        num_known = len(state.prompt_token_ids) + len(state.emitted_token_ids)
-        if state.lease.num_tokens >= num_known:
-            raise EngineRefusal("the lease covers every known token; none is left to compute")
-        fence = Fence(state.request_id, state.choice, state.epoch)
-        return self._exchange.adopt(state.lease, fence)
-
-    def _sequence(self, state: SequenceState, lease: Lease | None) -> Sequence:
+    def _sequence(self, state: SequenceState) -> Sequence:
         self._num_arrivals += 1
         sampling, num_prompt = state.sampling, len(state.prompt_token_ids)
         eos = frozenset() if sampling.ignore_eos else self._equipment.eos_token_ids
         open_transcript = self._equipment.open_transcript
-        sequence = Sequence(
+        return Sequence(
             state,
             arrival=self._num_arrivals,
             mailbox=self.events(state.owner),
@@ -192,23 +185,6 @@ class LocalEngine:
             stop_ids=eos.union(sampling.stop_token_ids),
             transcript=open_transcript(state) if open_transcript else None,
         )
-        if lease is not None:
-            sequence.lease = lease
-            sequence.num_computed = lease.num_tokens
-            lease.num_filled = min(num_prompt, lease.num_tokens)
-        return sequence
-
-    def _check_offer(self, offer: LeaseOffer) -> None:
-        if self._is_closed:
-            raise EngineRefusal(f"engine {self.name} has stopped")
-        if offer.layout_hash != self.facts.layout_hash:
-            raise EngineRefusal(
-                f"engine {self.name} keeps KV blocks of another layout; give both engines the same "
-                f"model, dtype and block_size"
-            )
-        if self.pool.num_blocks_for(offer.num_tokens) > self.pool.num_blocks:
-            room = self.pool.num_blocks * self.pool.block_size
-            raise EngineRefusal(f"{offer.num_tokens} tokens of KV exceed the pool's {room}")
 
     async def _land(self, fence: Fence, num_tokens: int) -> PoolTarget:
         """Wait in line for blocks. Cancelled, it leaves the line, or gives them back."""
@@ -222,7 +198,10 @@ class LocalEngine:
             raise
         if landing.lease is None:
             raise EngineRefusal(f"engine {self.name} has stopped")
-        return self._exchange.open_target(landing.lease)
+        twin = self._exchange.target(fence)  # of another call that waited for the same
+        if twin is not None:
+            self.scheduler.leave(landing)
+        return twin or self._exchange.open_target(landing.lease)
 
     # ---- one step ------------------------------------------------------------------------------
 
@@ -325,7 +304,7 @@ class LocalEngine:
 
     def _forget(self, sequence: Sequence, event: LeaseEvent) -> None:
         self.scheduler.remove(sequence)
-        del self._sequences[sequence.state.key]
+        del self._sequences[sequence.fence]
         if sequence.lease is not None:
             self.pool.advance(sequence.lease, event)
             sequence.lease = None
@@ -334,8 +313,8 @@ class LocalEngine:
         """End sequences whose answer nobody wants any more."""
         now = trio.current_time()
         while self._expiries and self._expiries[0][0] <= now:
-            _, key, arrival = heapq.heappop(self._expiries)
-            sequence = self._sequences.get(key)
+            _, arrival, fence = heapq.heappop(self._expiries)
+            sequence = self._sequences.get(fence)
             if sequence is not None and sequence.arrival == arrival:
                 self._end(sequence, "expired")
 

@@ -59,6 +59,12 @@ class Sequence:
     def output(self) -> list[int]:
         return self.tokens[self.num_prompt :]
 
+    def adopt(self, lease: Lease) -> None:
+        """Begin behind the tokens that an imported, or held, lease covers."""
+        self.lease = lease
+        self.num_computed = lease.num_tokens
+        lease.num_filled = min(self.num_prompt, lease.num_tokens)
+
     def mark_prefilled(self, now: float) -> None:
         """The prompt is computed: other choices may share it; `now` counts for a first token."""
         assert self.lease is not None

@@ -105,8 +105,8 @@ static void many_rows(const Product *p, long first, long last) {
                 unpack(wide, p, col, k, cols, k_len);
                 for (long row = top; row < end; row += FEW) {
                     int rows = (int)least(FEW, end - row);
-                    sized_tile(p->x + row * p->ldx + k, p->ldx, wide, CHUNK, 0, 0, k_len, rows, cols,
-                               sums);
+                    const float *x = p->x + row * p->ldx + k;
+                    sized_tile(x, p->ldx, wide, CHUNK, 0, 0, k_len, rows, cols, sums);
                     add_tile(p, row, col, k, sums, rows, cols);
                 }
             }

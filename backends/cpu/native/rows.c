@@ -70,9 +70,9 @@ static void copy(const float *head, void *out, long size, int bfloat) {
 /* keys, values: one layer of the pool, [blocks, kv_heads, block_size, head_dim].
  * tables: [positions, 2, head_dim / 2], cosines then sines. */
 void sage_rope_kv_write(const float *q, long ldq, const float *k, long ldk, const float *v,
-                        long ldv, const float *tables, const int64_t *positions, const int64_t *slots,
-                        float *out, void *keys, void *values, int bfloat, long num_rows,
-                        long heads, long kv_heads, long head_dim, long block_size) {
+                        long ldv, const float *tables, const int64_t *positions,
+                        const int64_t *slots, float *out, void *keys, void *values, int bfloat,
+                        long num_rows, long heads, long kv_heads, long head_dim, long block_size) {
     long itemsize = bfloat ? 2 : 4;
     for (long row = 0; row < num_rows; row++) {
         const float *cosine = tables + positions[row] * head_dim, *sine = cosine + head_dim / 2;

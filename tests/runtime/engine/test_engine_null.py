@@ -5,7 +5,7 @@ import random
 import msgspec
 import pytest
 import trio
-from engine_driver import hand_over, running
+from engine_driver import Driver, hand_over, running
 
 from sagellm.runtime.engine.opening import open_engine
 from sagellm.runtime.engine.options import EngineOptions
@@ -230,6 +230,47 @@ async def test_import_is_asked_twice_for_one_target(autojump_clock):
         driver.engine.cancel("r", 0, 0)
         assert await driver.engine.import_(offer(driver.engine)) is not target
         driver.engine.cancel("r", 0, 0)
+
+
+async def test_two_imports_of_one_request_wait_for_one_target(autojump_clock):
+    async with running(open_null(num_blocks=8, max_model_len=128)) as [driver]:
+        engine, targets = driver.engine, []
+        held = await engine.import_(offer(engine, "first", 100))
+
+        async def land():
+            targets.append(await engine.import_(offer(engine, "r", 60)))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(land)
+            nursery.start_soon(land)
+            await trio.testing.wait_all_tasks_blocked()
+            held.abort()
+        assert targets[0] is targets[1]
+        targets[0].abort()
+
+
+async def test_a_lease_that_covers_all_is_refused_and_stays_with_its_owner(autojump_clock):
+    async with running(open_null()) as [driver]:
+        target = await driver.engine.import_(offer(driver.engine))
+        with pytest.raises(EngineRefusal, match="covers every known token"):
+            await driver.submit("r", PROMPT, lease=target.lease)
+        target.abort()
+
+
+async def test_a_request_may_return_while_its_older_epoch_ends(autojump_clock):
+    async with running(open_null()) as [driver]:
+        old = await driver.submit("r", PROMPT, max_tokens=1000)
+        await trio.sleep(0.1)
+        driver.engine.cancel("r", 0, 0)
+        other = Driver(driver.engine, "other")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(other.read)
+            new = await other.submit("r", PROMPT, epoch=1, max_tokens=5)
+            await driver.all_done()
+            await other.all_done()
+            nursery.cancel_scope.cancel()
+    assert old.last.finish_reason == "cancelled"
+    assert new.last.finish_reason == "length"
 
 
 @pytest.mark.parametrize(

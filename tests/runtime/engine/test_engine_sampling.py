@@ -1,5 +1,6 @@
 """Answers of the torch engine as its callers see them: seeds, ends, text, sharing, threads."""
 
+import random
 import threading
 
 import pytest
@@ -210,3 +211,22 @@ async def test_a_short_prompt_behind_a_long_one_waits_two_steps(folder):
         reply = await driver.submit("short", short, max_tokens=2)
         await driver.all_done()
         assert reply.first_step - before <= 2
+
+
+@pytest.mark.parametrize("seed", range(2))
+async def test_cancelling_two_computing_engines_anywhere_frees_every_block(folder, seed):
+    chance = random.Random(seed)
+    small = {"num_blocks": 16, "max_step_tokens": 32}
+    async with running(open_on(folder, **small), open_on(folder, **small)) as drivers:
+
+        async def serve(index):
+            with trio.move_on_after(chance.random() * 0.5):
+                await hand_over(*drivers, str(index), PROMPTS[index % 4], max_tokens=30)
+            for driver in drivers:
+                driver.engine.cancel(str(index), 0, 0)
+
+        async with trio.open_nursery() as nursery:
+            for index in range(20):
+                nursery.start_soon(serve, index)
+        while any(driver.engine.pool.num_leased for driver in drivers):  # steps under way
+            await trio.lowlevel.checkpoint()
