@@ -4,7 +4,7 @@ import random
 from dataclasses import dataclass
 from typing import Protocol
 
-VOCAB_SIZE = 151936
+from benchmarks.shape import VOCAB_SIZE
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,3 +67,12 @@ def rate(cell: Cell, run: Run) -> float:
     if cell.kind == "decode":
         return (cell.num_out - 1) / (run.total_s - run.first_s)
     return cell.num_sequences * cell.num_out / run.total_s
+
+
+def whole_run(steps: list[float], num_out: int) -> Run:
+    """A run from the times of its steps: those that are missing take what the last half took."""
+    total_s, missing = steps[-1], num_out - len(steps)
+    if missing > 0:
+        middle = len(steps) // 2
+        total_s += missing * (steps[-1] - steps[middle]) / (len(steps) - 1 - middle)
+    return Run(steps[0], total_s, len(steps))

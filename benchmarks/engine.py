@@ -6,10 +6,10 @@ import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from cyclopts import App
+from cyclopts import App, Parameter
 
 from benchmarks.cells import Cell, Engine, Run, cells
 from benchmarks.machine import Limits, cpu_name, describe, measure_limits
@@ -17,6 +17,7 @@ from benchmarks.ours import Ours, bench_graph
 from benchmarks.peer import Transformers
 from benchmarks.report import Runs, measured, table, write
 from benchmarks.weights import model_folder
+from sagellm.cli.failure import Failure, show
 
 RESULTS = Path(__file__).parent / "results"
 APP = App(name="sagellm bench engine", help=__doc__)
@@ -25,7 +26,7 @@ APP = App(name="sagellm bench engine", help=__doc__)
 @APP.default
 def engine(
     *,
-    only: tuple[str, ...] = (),
+    only: Annotated[tuple[str, ...], Parameter(name="--cells", negative=())] = (),
     rounds: int = 3,
     out_tokens: int = 128,
     threads: int = 2,
@@ -38,21 +39,26 @@ def engine(
     Parameters
     ----------
     only
-        The cells to measure, all unless given: prefill-512, prefill-2048, decode-1, ...
+        A cell to measure, may be repeated; all unless given: prefill-512, prefill-2048, decode-1,
+        batch-16, batch-32.
     rounds
-        Rounds of each cell and engine; an engine that has spent `spend_s` on a cell does no more.
+        Rounds of each cell and engine; transformers stops after `spend_s` on a cell.
     out_tokens
         Tokens out of the decode and batch cells.
     threads
         Threads of each engine.
     spend_s
-        Seconds after which an engine's decoding is cut short, and its further rounds left out.
+        Seconds after which transformers' decoding is cut short, and its further rounds left out.
     peer
         Measure transformers as well.
     output
         The folder for engine-CPU.json and engine-CPU.md.
     """
-    chosen = [cell for cell in cells(out_tokens) if not only or cell.name in only]
+    known = {cell.name: cell for cell in cells(out_tokens)}
+    if unknown := set(only) - set(known):
+        cause = f"no cell {', '.join(sorted(unknown))}"
+        raise Failure(cause, f"there are {', '.join(known)}")
+    chosen = [known[name] for name in only or known]
     torch.set_num_threads(threads)
     model = model_folder()
     peers: tuple[Engine, ...] = (Transformers(model, spend_s),) if peer else ()
@@ -68,12 +74,12 @@ def engine(
 def measure(
     cell: Cell, engines: Sequence[Engine], limits: Limits, rounds: int, spend_s: float
 ) -> dict[str, Any]:
-    """One cell, the engines in turn; each at least once."""
+    """One cell, the engines in turn: the first does all rounds, the others while they have time."""
     runs: Runs = {engine.name: [] for engine in engines}
     spent_s = dict.fromkeys(runs, 0.0)
     for number in range(rounds):
         for engine in engines:
-            if number == 0 or spent_s[engine.name] < spend_s:
+            if engine is engines[0] or number == 0 or spent_s[engine.name] < spend_s:
                 started = time.perf_counter()
                 runs[engine.name].append(_timed(engine, cell, number))
                 spent_s[engine.name] += time.perf_counter() - started
@@ -109,5 +115,15 @@ def _record(found: list[dict[str, Any]], limits: Limits) -> dict[str, Any]:
     }
 
 
+def main() -> int:
+    """Measure; a user's mistake is shown as `sagellm` shows it."""
+    try:
+        APP(result_action="return_none")
+    except Failure as failure:
+        show(failure)
+        return failure.code
+    return 0
+
+
 if __name__ == "__main__":
-    APP()
+    sys.exit(main())

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.cells import Cell
-from benchmarks.weights import BYTES_A_TOKEN, prefill_flops
+from benchmarks.shape import BYTES_A_TOKEN, HIDDEN, INTERMEDIATE, prefill_flops
 
 READ_BYTES = 1 << 29
 NUM_TRIES = 5
@@ -47,8 +47,9 @@ def measure_limits() -> Limits:
 
 def _matmul_flops(dtype: torch.dtype) -> float:
     """512 rows through the widest linear of the model."""
-    rows, weight = torch.randn(512, 896).to(dtype), torch.randn(4864, 896).to(dtype)
-    return 2 * 512 * 896 * 4864 / _best(lambda: torch.nn.functional.linear(rows, weight))
+    rows, weight = torch.randn(512, HIDDEN).to(dtype), torch.randn(INTERMEDIATE, HIDDEN).to(dtype)
+    num_operations = 2 * 512 * HIDDEN * INTERMEDIATE
+    return num_operations / _best(lambda: torch.nn.functional.linear(rows, weight))
 
 
 def _best(work: Callable[[], object]) -> float:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteriaList
 
-from benchmarks.cells import Cell, Run
+from benchmarks.cells import Cell, Run, whole_run
 
 
 class Clock(StoppingCriteria):  # type: ignore[misc]
@@ -46,12 +46,3 @@ class Transformers:
             stopping_criteria=StoppingCriteriaList([clock]),
         )
         return whole_run(clock.steps, cell.num_out)
-
-
-def whole_run(steps: list[float], num_out: int) -> Run:
-    """A run of all its steps: those that are missing take what the last half took on average."""
-    total_s, missing = steps[-1], num_out - len(steps)
-    if missing > 0:
-        middle = len(steps) // 2
-        total_s += missing * (steps[-1] - steps[middle]) / (len(steps) - 1 - middle)
-    return Run(steps[0], total_s, len(steps))

@@ -9,25 +9,20 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from benchmarks.cells import VOCAB_SIZE
+from benchmarks.shape import HIDDEN, INTERMEDIATE, KV_WIDTH, NUM_LAYERS, VOCAB_SIZE
 
 CONFIG = Qwen2Config(
     vocab_size=VOCAB_SIZE,
-    hidden_size=896,
-    intermediate_size=4864,
-    num_hidden_layers=24,
-    num_attention_heads=14,
-    num_key_value_heads=2,
+    hidden_size=HIDDEN,
+    intermediate_size=INTERMEDIATE,
+    num_hidden_layers=NUM_LAYERS,
+    num_attention_heads=HIDDEN // 64,
+    num_key_value_heads=KV_WIDTH // 64,
     max_position_embeddings=4096,
     tie_word_embeddings=True,
     eos_token_id=0,
     dtype="bfloat16",
 )
-
-# Every layer's linears and the output layer, which reads the tied embedding.
-_LAYER = 2 * 896 * 896 + 2 * 896 * 128 + 3 * 896 * 4864
-NUM_READ_A_TOKEN = 24 * _LAYER + VOCAB_SIZE * 896
-BYTES_A_TOKEN = 2 * NUM_READ_A_TOKEN
 
 
 def model_folder() -> Path:
@@ -47,10 +42,3 @@ def _tokenizer() -> Tokenizer:
     tokenizer = Tokenizer(WordLevel(words, unk_token="w0"))
     tokenizer.pre_tokenizer = Whitespace()
     return tokenizer
-
-
-def prefill_flops(prompt_len: int) -> float:
-    """Floating-point operations until the first token; logits are needed of one row only."""
-    linears = 2.0 * 24 * _LAYER * prompt_len + 2.0 * VOCAB_SIZE * 896
-    attention = 2.0 * 24 * 896 * prompt_len**2  # two products over the causal half
-    return linears + attention

@@ -79,12 +79,19 @@ def _word_and_letter(rng: Random) -> str:
 
 
 def drill(kind: str, rng: Random) -> tuple[str, str]:
-    """A sum or a count of the trained part in few bytes: ("23+45=", "68") or ("banana a ", "3")."""
+    """A sum, count or sort of the trained part in few bytes: ("23+45=", "68"), ("a banana ", "3").
+
+    The letter stands before the word, as in the questions: each letter of the word can then see
+    whether it is the one that counts.
+    """
     if kind == "sum":
         a, b = _draw(_pair, rng, False).split()
         return rng.choice(("{a}+{b}=", "{a} + {b} = ")).format(a=a, b=b), str(int(a) + int(b))
+    if kind == "sort":
+        drawn = _draw(word, rng, False)
+        return f"{drawn}>", "".join(sorted(drawn))
     drawn, letter = _draw(_word_and_letter, rng, False).split()
-    return f"{drawn} {letter} ", str(drawn.count(letter))
+    return f"{letter} {drawn} ", str(drawn.count(letter))
 
 
 def _sum(rng: Random, held_out: bool) -> Exercise:

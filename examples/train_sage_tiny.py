@@ -59,26 +59,39 @@ class Shape:
 
 
 @dataclass(frozen=True, slots=True)
+class Recall:
+    """A share of the rows, with up to so many facts and so many bytes of filler between them."""
+
+    share: float
+    max_facts: int
+    max_gap: int
+
+
+@dataclass(frozen=True, slots=True)
 class Stage:
-    """A share of the steps with one sequence length and one difficulty of recall."""
+    """A part of the training, up to a share of its time: sizes, and what rows are made of."""
 
     until: float
     seq_len: int
     num_rows: int
-    max_facts: int
-    max_gap: int
-    recall: float
-    drills: float
+    recall: Recall
+    drills: float  # share of the rows
+    turns: dict[str, float]  # kinds of question
+    drill_kinds: dict[str, float]
 
 
-# What is learnt slowly comes often (sums), what has few answer tokens weighs more (counts).
-TURNS = {"sum": 0.4, "count": 0.25, "sort": 0.15, "reverse": 0.12, "copy": 0.08}
 ANSWER_WEIGHTS = {"sum": 2.0, "count": 3.0}
 
+# What is learnt slowly comes often, and first what is learnt late: sums and copying, then counts.
+EARLY = {"sum": 0.4, "count": 0.25, "sort": 0.15, "reverse": 0.12, "copy": 0.08}
+LATE = {"sum": 0.12, "count": 0.38, "sort": 0.3, "reverse": 0.1, "copy": 0.1}
+EARLY_DRILLS = {"sum": 0.5, "count": 0.5}
+LATE_DRILLS = {"sum": 0.15, "count": 0.5, "sort": 0.35}
+
 STAGES = (
-    Stage(until=0.20, seq_len=192, num_rows=20, max_facts=4, max_gap=0, recall=0.35, drills=0.4),
-    Stage(until=0.45, seq_len=192, num_rows=20, max_facts=4, max_gap=60, recall=0.4, drills=0.3),
-    Stage(until=1.01, seq_len=640, num_rows=6, max_facts=6, max_gap=400, recall=0.6, drills=0.2),
+    Stage(0.20, 192, 20, Recall(0.35, 4, 0), 0.4, EARLY, EARLY_DRILLS),
+    Stage(0.45, 192, 20, Recall(0.4, 4, 60), 0.3, EARLY, EARLY_DRILLS),
+    Stage(1.01, 640, 6, Recall(0.55, 6, 400), 0.25, LATE, LATE_DRILLS),
 )
 
 
@@ -237,7 +250,13 @@ class Row:
     def add_drill(self, kind: str, asked: str, answer: str) -> None:
         """The same exercise without the words around it: more answers for the time."""
         self.add([*asked.encode()], 0.0)
-        self.add([*answer.encode(), ord("\n")], ANSWER_WEIGHTS[kind])
+        self.add([*answer.encode(), ord("\n")], ANSWER_WEIGHTS.get(kind, 1.0))
+
+
+def pick(rng: Random, shares: dict[str, float]) -> str:
+    """One of the names, as often as its share says."""
+    (name,) = rng.choices(list(shares), list(shares.values()))
+    return name
 
 
 class Corpus:
@@ -261,20 +280,22 @@ class Corpus:
             row.add(list(self.text[start : start + stage.seq_len + 1]), 0.2)
             return row
         if self.rng.random() < stage.drills:
-            kind = self.rng.choice(tuple(ANSWER_WEIGHTS))
+            row.add([ASSISTANT], 0.0)  # not to be taken for plain text
             while len(row.ids) <= stage.seq_len:
+                kind = pick(self.rng, stage.drill_kinds)
                 row.add_drill(kind, *drill(kind, self.rng))
             return row
         if self.rng.random() < 0.2:
             row.add([SYSTEM, *self.rng.choice(SYSTEM_PROMPTS).encode(), END], 0.03)
-        turns = self._recalls(stage) if self.rng.random() < stage.recall else self._singles()
+        is_recall = self.rng.random() < stage.recall.share
+        turns = self._recalls(stage) if is_recall else self._singles(stage)
         while len(row.ids) <= stage.seq_len:
             row.add_turn(next(turns))
         return row
 
-    def _singles(self) -> Iterator[Exercise]:
+    def _singles(self, stage: Stage) -> Iterator[Exercise]:
         while True:
-            (kind,) = self.rng.choices(list(TURNS), list(TURNS.values()))
+            kind = pick(self.rng, stage.turns)
             yield self._copy() if kind == "copy" else exercise(kind, self.rng, held_out=False)
 
     def _copy(self) -> Exercise:
@@ -284,15 +305,15 @@ class Corpus:
 
     def _recalls(self, stage: Stage) -> Iterator[Exercise]:
         """Facts with filler between them, then questions for each; many answers for one reading."""
-        names = self._names(self.rng.randint(1, stage.max_facts))
+        names = self._names(self.rng.randint(1, stage.recall.max_facts))
         known = facts(self.rng, names, held_out=False)
         stated = [fact_sentence(self.rng, fact) for fact in known]
-        stated += sentences(self.rng, self.rng.randint(0, stage.max_gap), self._filler)
+        stated += sentences(self.rng, self.rng.randint(0, stage.recall.max_gap), self._filler)
         self.rng.shuffle(stated)
         first, *rest = (recall_of(self.rng, fact) for fact in self.rng.sample(known, len(known)))
         yield Exercise("recall", " ".join([*stated, first.prompt]), first.answer)
         yield from rest
-        singles = self._singles()
+        singles = self._singles(stage)
         while True:
             yield recall_of(self.rng, self.rng.choice(known))
             if self.rng.random() < 0.4:

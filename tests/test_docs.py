@@ -16,16 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 README, GRAPHS, STRUCTURE = (
     (ROOT / name).read_text() for name in ("README.md", "docs/graphs.md", "docs/structure.md")
 )
-FLOORS = (
-    "graphs",
-    "backends",
-    "runtime",
-    "operators",
-    "sagellm",
-    "tests",
-    "examples",
-    "benchmarks",
-)
+FLOORS = ("graphs", "backends", "runtime", "operators", "sagellm")
 
 
 def block(text: str, first_words: str) -> str:
@@ -53,9 +44,7 @@ def test_the_program_in_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> N
     assert capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "command", [line for line in re.findall(r"    sagellm (graph .+|doctor)", README)]
-)
+@pytest.mark.parametrize("command", re.findall(r"    sagellm (graph .+|doctor)", README))
 def test_the_commands_in_the_readme_run(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(command.split("#")[0].split()) == 0
 
@@ -70,15 +59,11 @@ def test_options_in_the_docs_are_those_there_are() -> None:
 
 
 def test_every_folder_is_in_the_structure() -> None:
-    folders = {
-        path.parent.relative_to(ROOT).as_posix()
-        for floor in FLOORS[:5]
-        for path in (ROOT / floor).rglob("*.py")
-        if not path.is_relative_to(ROOT / "sagellm")
-        or path.parts[len(ROOT.parts) + 1] not in FLOORS
-    }
-    inner = {folder for folder in folders if "native" not in folder}
-    assert {folder for folder in inner if f"`{folder}/`" not in STRUCTURE} == set()
+    """`rglob` does not follow the links in sagellm/."""
+    files = (path for floor in FLOORS for path in (ROOT / floor).rglob("*.py"))
+    folders = {path.parent.relative_to(ROOT).as_posix() for path in files}
+    missing = {folder for folder in folders if f"`{folder}/`" not in STRUCTURE}
+    assert missing <= {"backends/cpu/native"}
 
 
 def test_every_file_named_in_the_structure_is_there() -> None:

@@ -66,7 +66,6 @@ class OwnLine(Fields, kw_only=True, frozen=True, forbid_unknown_fields=True):
     logprobs: int | UnsetType | None = UNSET
     user_id: str | UnsetType = UNSET
     slo_ttft_s: float | UnsetType = UNSET
-    slo_tpot_s: float | UnsetType = UNSET
     cost_budget: float | UnsetType = UNSET
 
 
@@ -159,7 +158,7 @@ def _own_ask(number: int, line: OwnLine, defaults: Sampling) -> Ask:
         number=number,
         prompt=_prompt(line),
         sampling=msgspec.structs.replace(defaults, **said, **_given(line, ("logprobs",))),
-        fields=_request(line, ("user_id", "slo_ttft_s", "slo_tpot_s", "cost_budget")),
+        fields=_request(line, ("user_id", "slo_ttft_s", "cost_budget")),
     )
 
 

@@ -64,6 +64,18 @@ class Keeping:
         return Step(state, (Offer(state),) if state else ())
 
 
+@dataclass(frozen=True)
+class Doubling:
+    """Tells upstream, then sends each item twice."""
+
+    initial: int = 0
+
+    def on(self, state: int, happened: Input, now: float, draw: Draw) -> Step[int]:
+        if isinstance(happened, Arrival):
+            return Step(state + 1, (Tell("queue", 1), Emit(happened.item), Emit(happened.item)))
+        return Step(state, (Tell("queue", 0),))
+
+
 def request(name: str, num_tokens: int = 1) -> Request:
     return Request(request_id=name, prompt_token_ids=(1,) * num_tokens)
 
@@ -101,6 +113,13 @@ def test_without_credit_nothing_has_happened() -> None:
     assert region.state("a") == 1
     gates.give(("engine", 0), ("first", 0))
     assert sent(region.send(SOURCE, request("second"), "out", 0.0)) == ["second"]
+
+
+def test_what_an_undone_input_sent_is_taken_back() -> None:
+    region, gates = make({"a": Doubling()}, "a", capacity=Credit(1))
+    assert region.send(SOURCE, request("r"), "out", 0.0) is None  # the second one finds no credit
+    assert gates.num_taken(("engine", 0)) == 0
+    assert region.feed("a", Wake(), 0.0) == (Upstream("a", "queue", 0),)
 
 
 def test_an_offer_without_credit_keeps_the_item() -> None:

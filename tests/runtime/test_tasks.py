@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -12,7 +13,16 @@ from trio.testing import wait_all_tasks_blocked
 from sagellm.graphs.ir import SINK, SOURCE, Edge, Graph, Node
 from sagellm.runtime.executors.tasks import TasksExecutor
 from sagellm.runtime.messages import Request, TokenEvent
-from sagellm.runtime.operator import Context, Credit, Signal
+from sagellm.runtime.operator import (
+    Arrival,
+    Context,
+    Credit,
+    Draw,
+    Input,
+    Service,
+    Signal,
+    Step,
+)
 from sagellm.runtime.plan import Plan
 
 
@@ -64,7 +74,9 @@ async def running(**services: Any) -> AsyncIterator[tuple[TasksExecutor, list[An
     names = (SOURCE, *services, SINK)
     edges = tuple(Edge(a, b) for a, b in pairwise(names))
     graph = Graph("g", nodes=tuple(Node(name, name) for name in services), edges=edges)
-    plan = Plan(graph, {}, services, dict.fromkeys(services, 1))
+    logic = {name: made for name, made in services.items() if not isinstance(made, Service)}
+    tasks = {name: made for name, made in services.items() if name not in logic}
+    plan = Plan(graph, logic, tasks, dict.fromkeys(services, 1))
     delivered: list[Any] = []
     executor = TasksExecutor(plan, delivered.append)
     async with trio.open_nursery() as nursery:
@@ -73,7 +85,7 @@ async def running(**services: Any) -> AsyncIterator[tuple[TasksExecutor, list[An
         await executor.idle()
         nursery.cancel_scope.cancel()
     executor.ledger.check()
-    assert not any(executor.gates.num_taken((name, 0)) for name in services)
+    assert not any(executor.gates.num_taken((name, 0)) for name in tasks)
 
 
 def request(name: str, prompt: str = "") -> Request:
@@ -131,6 +143,25 @@ async def test_a_cancel_that_overtakes_its_request_is_not_lost() -> None:
         await executor.submit(request("r"))
         executor._tombstones["r"] = Signal("cancel", "r")  # it has passed `a` already
         first.gate.set()
+    assert reasons(delivered) == {"r": "cancelled"}
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """A logic operator that keeps what it gets, for ever."""
+
+    initial: int = 0
+
+    def on(self, state: int, happened: Input, now: float, draw: Draw) -> Step[int]:
+        return Step(state + isinstance(happened, Arrival))
+
+
+async def test_a_cancel_ends_a_request_before_an_operator_that_would_keep_it() -> None:
+    relay = Relay(is_open=False)
+    async with running(a=relay, b=Keeping()) as (executor, delivered):
+        await executor.submit(request("r"))
+        executor._tombstones["r"] = Signal("cancel", "r")  # it has passed `a` already
+        relay.gate.set()
     assert reasons(delivered) == {"r": "cancelled"}
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import trio
 from exercises import KINDS, Exercise, exercises
+
 from sagellm import Graph, Sampling
 from sagellm.graphs.models import facts
 from sagellm.runtime.models.folder import resolve_model

@@ -1,0 +1,238 @@
+"""The engine operators: what they ask of engines, and what they free when a request ends."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from sagellm.operators import decode, generate, kv_transfer, prefill
+from sagellm.runtime.engine.port import EngineFacts, EngineRefusal, LeaseOffer, PrefillDone
+from sagellm.runtime.messages import LeaseRef, Prefilled, Request, Stamps, TokenEvent
+from sagellm.runtime.operator import Setup, Signal, Target
+
+FACTS = EngineFacts("m", "h", 16, 100, 1024, 8, 1024, "layout")
+
+
+def lease(engine: str) -> LeaseRef:
+    return LeaseRef(
+        engine=engine, replica=0, lease_id=1, request_id="r", choice=0, epoch=3, num_tokens=4
+    )
+
+
+@dataclass
+class Blocks:
+    """A reservation that notes what becomes of it."""
+
+    lease: LeaseRef
+    log: list[str]
+
+    async def receive(self, source: Any) -> None:
+        self.log.append("received")
+        if "break" in self.log:
+            raise RuntimeError
+
+    def abort(self) -> None:
+        self.log.append("aborted")
+
+    def release(self) -> None:
+        self.log.append("released")
+
+
+@dataclass
+class Engine:
+    """Notes what it is asked; refuses where told to."""
+
+    name: str
+    log: list[str] = field(default_factory=list)
+    refuses: bool = False
+    facts: EngineFacts = FACTS
+    submitted: list[Any] = field(default_factory=list)
+
+    async def submit(self, state: Any) -> None:
+        if self.refuses:
+            raise EngineRefusal("too long")
+        self.submitted.append(state)
+
+    def cancel(self, request_id: str, choice: int, epoch: int) -> None:
+        self.log.append(f"cancel {request_id} {choice} {epoch}")
+
+    def export(self, source: LeaseRef) -> Blocks:
+        return Blocks(source, self.log)
+
+    async def import_(self, offer: LeaseOffer) -> Blocks:
+        self.log.append(f"reserve {offer.num_tokens}")
+        return Blocks(lease(self.name), self.log)
+
+
+class Context:
+    """Two engines, and a note of what was sent."""
+
+    name, replica = "op", 0
+
+    def __init__(self, **refuses: bool) -> None:
+        self.engines = {name: Engine(name, refuses=refuses.get(name, False)) for name in "pd"}
+        self.engine = self.engines["p"]
+        self.sent: list[Any] = []
+        self.ended: list[TokenEvent] = []
+        self.released: list[tuple[str, int]] = []
+
+    def engine_named(self, name: str, replica: int) -> Engine:
+        return self.engines[name]
+
+    def now(self) -> float:
+        return 9.0
+
+    async def emit(self, item: Any, outlet: str = "out") -> None:
+        self.sent.append(item)
+
+    async def emit_batch(self, items: Any, outlet: str = "out") -> None:
+        self.sent += items
+
+    async def terminate(self, event: TokenEvent) -> None:
+        self.ended.append(event)
+
+    def release(self, key: tuple[str, int]) -> None:
+        self.released.append(key)
+
+
+REQUEST = Request(
+    request_id="r", epoch=3, prompt_token_ids=(1, 2, 3, 4), stamps=Stamps(arrived_s=1.0)
+)
+FIRST = TokenEvent(request_id="r", token_ids=(7,), stamps=Stamps(started_s=2.0, prefilled_s=3.0))
+LAST = TokenEvent(request_id="r", position=1, token_ids=(8,), finish_reason="stop")
+ENDED = TokenEvent(request_id="r", finish_reason="cancelled")
+SPLIT = Setup("prefill", targets=(Target("decode", 1, "d"),))
+
+
+def prefilled(**changes: Any) -> Prefilled:
+    known = {"lease": lease("p"), "landing": lease("d"), **changes}
+    return Prefilled(request=REQUEST, first=known.pop("first", FIRST), **known)
+
+
+async def test_prefill_reserves_where_it_will_decode_before_it_computes() -> None:
+    ctx: Any = Context()
+    await prefill.build(prefill.Options("p"), SPLIT).on_item(ctx, REQUEST)
+    assert ctx.engines["d"].log == ["reserve 4"]
+    (state,) = ctx.engine.submitted
+    assert (state.hold_kv, state.owner) == (True, "op")
+
+
+async def test_prefill_hands_on_both_leases() -> None:
+    ctx: Any = Context()
+    operator = prefill.build(prefill.Options("p"), SPLIT)
+    await operator.on_item(ctx, REQUEST)
+    await operator.on_events(ctx, (PrefillDone(first=FIRST, lease=lease("p")),))
+    (item,) = ctx.sent
+    assert (item.lease, item.landing) == (lease("p"), lease("d"))
+    assert item.request.stamps == Stamps(arrived_s=1.0, started_s=2.0, prefilled_s=3.0)
+    assert ctx.released == [("r", 0)]
+
+
+async def test_a_first_token_that_is_the_last_needs_no_landing() -> None:
+    ctx: Any = Context()
+    operator = prefill.build(prefill.Options("p"), SPLIT)
+    await operator.on_item(ctx, REQUEST)
+    await operator.on_events(ctx, (PrefillDone(first=LAST, lease=None),))
+    assert ctx.engines["d"].log == ["reserve 4", "aborted"]
+    assert ctx.sent[0].landing is None
+
+
+async def test_a_refused_prefill_gives_its_reservation_back() -> None:
+    ctx: Any = Context(p=True)
+    await prefill.build(prefill.Options("p"), SPLIT).on_item(ctx, REQUEST)
+    assert ctx.engines["d"].log == ["reserve 4", "aborted"]
+    assert (ctx.ended[0].finish_reason, ctx.ended[0].error) == ("refused", "too long")
+
+
+async def test_a_cancelled_prefill_gives_its_reservation_back() -> None:
+    ctx: Any = Context()
+    operator = prefill.build(prefill.Options("p"), SPLIT)
+    await operator.on_item(ctx, REQUEST)
+    operator.on_signal(ctx, Signal("cancel", "r"))
+    assert ctx.engine.log == ["cancel r 0 3"]
+    await operator.on_events(ctx, (ENDED,))
+    assert ctx.engines["d"].log == ["reserve 4", "aborted"]
+    assert [event.finish_reason for event in ctx.ended] == ["cancelled"]
+
+
+async def test_prefill_and_decode_of_one_engine_need_no_reservation() -> None:
+    ctx: Any = Context()
+    shared = Setup("prefill", targets=(Target("decode", 1, "p"),))
+    await prefill.build(prefill.Options("p"), shared).on_item(ctx, REQUEST)
+    assert ctx.engines["d"].log == []
+
+
+async def test_a_transfer_frees_the_source_once_the_destination_has_all() -> None:
+    ctx: Any = Context()
+    await kv_transfer.build(kv_transfer.Options(), Setup("t")).on_item(ctx, prefilled())
+    assert ctx.engines["p"].log == ["released"]
+    assert ctx.engines["d"].log == ["reserve 4", "received"]
+    (item,) = ctx.sent
+    assert (item.lease, item.landing, item.request.stamps.transferred_s) == (None, lease("d"), 9.0)
+
+
+async def test_a_broken_transfer_frees_the_source() -> None:
+    ctx: Any = Context()
+    ctx.engines["d"].log.append("break")
+    with pytest.raises(RuntimeError):
+        await kv_transfer.build(kv_transfer.Options(), Setup("t")).on_item(ctx, prefilled())
+    assert ctx.engines["p"].log == ["released"]
+
+
+async def test_nothing_is_transferred_for_a_request_that_has_ended() -> None:
+    ctx: Any = Context()
+    ended = prefilled(lease=None, landing=None, first=LAST)
+    await kv_transfer.build(kv_transfer.Options(), Setup("t")).on_item(ctx, ended)
+    assert ctx.sent == [ended]
+
+
+@pytest.mark.parametrize("module", [kv_transfer, decode])
+def test_a_discarded_item_frees_both_leases(module: Any) -> None:
+    ctx: Any = Context()
+    options = kv_transfer.Options() if module is kv_transfer else decode.Options("d")
+    module.build(options, Setup("op")).discard(ctx, prefilled())
+    assert ctx.engines["p"].log == ctx.engines["d"].log == ["cancel r 0 3"]
+
+
+async def test_decode_goes_on_behind_the_first_token() -> None:
+    ctx: Any = Context()
+    await decode.build(decode.Options("d"), Setup("op")).on_item(ctx, prefilled(lease=None))
+    assert [event.token_ids for event in ctx.sent] == [(7,)]
+    (state,) = ctx.engine.submitted
+    assert (state.emitted_token_ids, state.lease) == ((7,), lease("d"))
+
+
+async def test_decode_of_an_ended_request_only_says_so() -> None:
+    ctx: Any = Context()
+    ended = prefilled(lease=None, landing=None, first=LAST)
+    await decode.build(decode.Options("d"), Setup("op")).on_item(ctx, ended)
+    assert ctx.sent[0].is_last
+    assert ctx.engine.submitted == []
+    assert ctx.released == [("r", 0)]
+
+
+@pytest.mark.parametrize("module", [generate, decode])
+async def test_credit_comes_back_with_the_last_event(module: Any) -> None:
+    ctx: Any = Context()
+    operator = module.build(module.Options("p"), Setup("op"))
+    await operator.on_item(ctx, REQUEST if module is generate else prefilled())
+    await operator.on_events(ctx, (FIRST,))
+    assert ctx.released == []
+    await operator.on_events(ctx, (LAST,))
+    assert ctx.released == [("r", 0)]
+    assert ctx.sent[-1].stamps.arrived_s == 1.0
+
+
+async def test_a_refused_request_is_told_why() -> None:
+    ctx: Any = Context(p=True)
+    await generate.build(generate.Options("p"), Setup("op")).on_item(ctx, REQUEST)
+    assert ctx.ended[0].error == "too long"
+    assert ctx.released == [("r", 0)]
+
+
+def test_generate_takes_as_many_as_its_engine_runs() -> None:
+    operator = generate.build(generate.Options("p"), Setup("op"))
+    assert operator.capacity(FACTS).requests == 8
+    assert operator.capacity(FACTS).blocks == 100
+    small = generate.build(generate.Options("p", max_inflight=2), Setup("op"))
+    assert small.capacity(FACTS).requests == 2
