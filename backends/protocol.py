@@ -1,12 +1,13 @@
 """What a backend is: devices, memory, and the lowering of a kernel graph to a program."""
 
 from collections.abc import Callable, Mapping
-from typing import Protocol, TypeAlias
-
-import torch
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from sagellm.backends.step import KVLayout, StepInputs
 from sagellm.graphs.ir import Graph
+
+if TYPE_CHECKING:  # graphs are checked, and the null engine runs, without loading torch
+    import torch
 
 Stage: TypeAlias = Callable[[Graph], Graph]
 
@@ -14,7 +15,7 @@ Stage: TypeAlias = Callable[[Graph], Graph]
 class Program(Protocol):
     """A lowered kernel graph with its weights; `str()` shows its instructions."""
 
-    def run(self, inputs: StepInputs, pool: torch.Tensor) -> torch.Tensor:
+    def run(self, inputs: StepInputs, pool: "torch.Tensor") -> "torch.Tensor":
         """One forward step: writes keys and values into `pool`, returns float32 logits [R, vocab].
 
         Not reentrant. The result is the caller's.
@@ -39,14 +40,14 @@ class Backend(Protocol):
         """Memory that a pool could take now."""
         ...
 
-    def allocate_pool(self, layout: KVLayout, num_blocks: int) -> torch.Tensor:
+    def allocate_pool(self, layout: KVLayout, num_blocks: int) -> "torch.Tensor":
         """Storage of `layout.pool_shape(num_blocks)`, zero, its pages untouched where possible."""
         ...
 
     def lower(
         self,
         graph: Graph,
-        weights: Mapping[str, torch.Tensor],
+        weights: Mapping[str, "torch.Tensor"],
         *,
         layout: KVLayout,
         dtype: str,

@@ -1,8 +1,10 @@
 """The inputs and outputs of one forward step: what a lowered kernel graph is called with."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:  # graphs are checked, and the null engine runs, without loading torch
+    import torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,13 +15,13 @@ class StepInputs:
     of logits wanted. All on the backend's device; integers are int64, `block_tables` int32.
     """
 
-    token_ids: torch.Tensor  # [T]
-    positions: torch.Tensor  # [T] position of each token in its sequence
-    slots: torch.Tensor  # [T] where its key and value go: block * block_size + offset
-    query_starts: torch.Tensor  # [B + 1] offsets into T
-    context_lens: torch.Tensor  # [B] tokens of the sequence after this step, new ones included
-    block_tables: torch.Tensor  # [B, M] blocks in order; padded with 0
-    logit_rows: torch.Tensor  # [R] which of the T rows need logits
+    token_ids: "torch.Tensor"  # [T]
+    positions: "torch.Tensor"  # [T] position of each token in its sequence
+    slots: "torch.Tensor"  # [T] where its key and value go: block * block_size + offset
+    query_starts: "torch.Tensor"  # [B + 1] offsets into T
+    context_lens: "torch.Tensor"  # [B] tokens of the sequence after this step, new ones included
+    block_tables: "torch.Tensor"  # [B, M] blocks in order; padded with 0
+    logit_rows: "torch.Tensor"  # [R] which of the T rows need logits
     query_lens: tuple[int, ...]  # the same as query_starts and context_lens, for the host
     contexts: tuple[int, ...]
 

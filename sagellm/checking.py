@@ -5,11 +5,13 @@ from typing import Any
 
 import psutil
 
+from sagellm.backends import list_available_backends
 from sagellm.graphs.check import EngineFactsView, Facts, check, locate
 from sagellm.graphs.diagnostics import Diagnostic, GraphError
 from sagellm.graphs.ir import FrozenMap, Graph, Value
 from sagellm.graphs.models import UnsupportedModel
 from sagellm.graphs.text.yaml import Document
+from sagellm.graphs.vocabulary import nearest
 from sagellm.operators.policies import POLICIES
 from sagellm.overrides import override
 from sagellm.runtime.engine.options import EngineOptionError, EngineOptions
@@ -65,6 +67,10 @@ def _view(name: str, values: Value) -> EngineFactsView | Diagnostic:
 
 def engine_view(options: EngineOptions) -> EngineFactsView:
     """Raises EngineOptionError, ModelError, UnsupportedModel."""
+    if options.device not in list_available_backends():
+        close = nearest(options.device, list_available_backends())
+        hint = f"did you mean {close}?" if close else "see `sagellm doctor`"
+        raise EngineOptionError(f"device: {options.device!r} is not built; {hint}")
     folder = resolve_model(options.model)
     memory_bytes = 1 << 40 if options.is_null else psutil.virtual_memory().available
     sizing = size(options, folder.facts, memory_bytes)

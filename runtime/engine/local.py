@@ -10,6 +10,7 @@ import structlog
 import trio
 
 from sagellm.runtime.engine.intake import check_offer, check_sequence
+from sagellm.runtime.engine.limits import Limits
 from sagellm.runtime.engine.mailbox import Mailbox
 from sagellm.runtime.engine.port import (
     EngineFacts,
@@ -19,7 +20,7 @@ from sagellm.runtime.engine.port import (
     PrefillDone,
 )
 from sagellm.runtime.engine.runner import Drawn, Runner
-from sagellm.runtime.engine.scheduler import Batch, Landing, Limits, Scheduler
+from sagellm.runtime.engine.scheduler import Batch, Landing, Scheduler
 from sagellm.runtime.engine.sequence import UNSTARTED, Sequence
 from sagellm.runtime.engine.transcript import Transcript
 from sagellm.runtime.kv.exchange import Exchange

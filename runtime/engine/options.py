@@ -3,6 +3,8 @@
 import re
 from dataclasses import dataclass, field
 
+from sagellm.runtime.engine.limits import Limits
+
 _UNITS = {
     "": 1,
     "B": 1,
@@ -70,6 +72,10 @@ class EngineOptions:
         if self.kv_memory is not None:
             num_bytes(self.kv_memory)
         self._check_costs()
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(self.max_num_seqs, self.max_step_tokens, self.prefill_chunk)
 
     @property
     def is_null(self) -> bool:

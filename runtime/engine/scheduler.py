@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import trio
 
+from sagellm.runtime.engine.limits import Limits
 from sagellm.runtime.engine.sequence import Sequence
 from sagellm.runtime.kv.lease import Fence, Lease
 from sagellm.runtime.kv.pool import BlockPool
@@ -31,15 +32,6 @@ class Batch:
     @property
     def num_tokens(self) -> int:
         return sum(self.query_lens)
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What one step may hold. `prefill_chunk` None: as many tokens of one prompt as fit."""
-
-    max_num_seqs: int
-    max_step_tokens: int
-    prefill_chunk: int | None = None
 
 
 @dataclass(slots=True, eq=False)

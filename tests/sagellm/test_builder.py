@@ -1,6 +1,8 @@
 """The DSL builds the same graph that YAML does, and refuses what makes no sense."""
 
 import functools
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -124,3 +126,13 @@ def test_two_lambdas_are_two_functions() -> None:
 def test_a_callable_object_has_a_name_too() -> None:
     graph = Graph("g") >> ops.map(functools.partial(str.upper))
     assert len(graph.functions) == 1
+
+
+async def test_an_unknown_device_is_a_graph_error() -> None:
+    with pytest.raises(GraphError, match="did you mean cpu"):
+        await Graph.load("joint").open(set={"g.device": "cpuu"}).__aenter__()
+
+
+def test_graphs_are_checked_without_loading_torch() -> None:
+    code = "import sys, sagellm.cli.graph, sagellm.builder; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

@@ -1,0 +1,12 @@
+"""What one step of an engine may hold."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one step may hold. `prefill_chunk` None: as many tokens of one prompt as fit."""
+
+    max_num_seqs: int
+    max_step_tokens: int
+    prefill_chunk: int | None = None

@@ -1,0 +1,97 @@
+"""What an engine works with on a device that computes: program, pool, tokenizer."""
+
+import threading
+from weakref import WeakValueDictionary
+
+from sagellm.backends import KVLayout, get_backend
+from sagellm.graphs.models import build
+from sagellm.runtime.engine.detokenizer import IncrementalDetokenizer
+from sagellm.runtime.engine.local import Equipment, OpenTranscript
+from sagellm.runtime.engine.options import EngineOptions
+from sagellm.runtime.engine.port import EngineFacts
+from sagellm.runtime.engine.sizing import engine_dtype
+from sagellm.runtime.engine.torch_runner import SharedProgram, TorchRunner
+from sagellm.runtime.engine.transcript import Transcript
+from sagellm.runtime.kv.tensor_storage import TensorStorage
+from sagellm.runtime.messages import SequenceState
+from sagellm.runtime.models.folder import ModelFolder
+from sagellm.runtime.models.tokenizer import Tokenizer, load_tokenizer
+from sagellm.runtime.models.weights import Weights, weight_names
+
+# Engines of one process that compute the same function share weights and program as long as one
+# of them lives; what is in here is never changed, so nothing can go stale.
+_programs: "WeakValueDictionary[tuple[object, ...], SharedProgram]" = WeakValueDictionary()
+_loading = threading.Lock()
+
+
+def equip(options: EngineOptions, folder: ModelFolder, facts: EngineFacts) -> Equipment:
+    """Load, lower and allocate. Raises ModelError, UnknownBackend, LoweringError."""
+    layout = _layout(options, folder)
+    tokenizer = load_tokenizer(folder)
+    program = _program(options, folder, layout)
+    pool = get_backend(options.device).allocate_pool(layout, facts.num_blocks)
+    return Equipment(
+        facts,
+        options.limits,
+        TorchRunner(program, pool, options.block_size, options.threads),
+        TensorStorage(pool),
+        folder.facts.vocab_size,
+        frozenset(folder.eos_token_ids),
+        _transcripts(tokenizer),
+    )
+
+
+def _program(options: EngineOptions, folder: ModelFolder, layout: KVLayout) -> SharedProgram:
+    key = (folder.path, folder.hash, options.device, layout, options.deterministic)
+    with _loading:
+        program = _programs.get(key)
+        if program is None:
+            program = _programs[key] = _lower(options, folder, layout)
+        return program
+
+
+def _lower(options: EngineOptions, folder: ModelFolder, layout: KVLayout) -> SharedProgram:
+    graph = build(folder.config)
+    weights = Weights(folder)
+    weights.require(weight_names(graph))
+    return SharedProgram(
+        get_backend(options.device).lower(
+            graph,
+            weights,
+            layout=layout,
+            dtype=layout.dtype,
+            deterministic=options.deterministic,
+        )
+    )
+
+
+def _layout(options: EngineOptions, folder: ModelFolder) -> KVLayout:
+    facts = folder.facts
+    return KVLayout(
+        num_layers=facts.num_layers,
+        num_kv_heads=facts.num_kv_heads,
+        head_dim=facts.head_dim,
+        block_size=options.block_size,
+        dtype=engine_dtype(options, facts),
+    )
+
+
+def _transcripts(tokenizer: Tokenizer) -> OpenTranscript:
+    """How to begin the text of a sequence, behind what it has already emitted."""
+
+    def open_transcript(state: SequenceState) -> Transcript:
+        sampling = state.sampling
+
+        def decode(token_ids: list[int]) -> str:
+            return tokenizer.decode(token_ids, skip_special_tokens=sampling.skip_special_tokens)
+
+        transcript = Transcript(
+            IncrementalDetokenizer(decode),
+            sampling.stop,
+            min_tokens=sampling.min_tokens,
+            keep_stop=sampling.include_stop_str_in_output,
+        )
+        transcript.replay(state.emitted_token_ids)
+        return transcript
+
+    return open_transcript
