@@ -1,6 +1,7 @@
 """Checks a graph against this machine and its models' configs; no weight is read."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import psutil
@@ -30,29 +31,24 @@ def check_graph(
 ) -> Graph:
     """The graph with its overrides, free of mistakes. Raises GraphError with every one found.
 
-    `functions` None: which functions will be registered is not known, and not checked.
+    `functions` None: which functions will be registered is not known, and not checked. Models are
+    looked up, and fetched where they are not here, only for a graph that makes sense without them.
     """
     graph = override(document.graph, overrides or {}, model)
-    views: dict[str, EngineFactsView] = {}
-    mistakes: list[Diagnostic] = []
-    for name, options in graph.engines.items():
-        view = _view(name, options)
-        if isinstance(view, Diagnostic):
-            mistakes.append(view)
-        else:
-            views[name] = view
     facts = Facts(
         memory_bytes=psutil.virtual_memory().available,
-        engines=views,
         functions=None if functions is None else frozenset(functions),
         engine_options=EngineOptions,
         names={"policies": frozenset(POLICIES)},
     )
     found = check(graph, resolver.vocabulary, facts)
-    known = {diagnostic.path[:2] for diagnostic in found}
-    mistakes = [mistake for mistake in mistakes if mistake.path[:2] not in known]
-    if found or mistakes:
-        raise GraphError(locate((*found, *mistakes), document.positions))
+    if not found:
+        views = {name: _view(name, options) for name, options in graph.engines.items()}
+        known = {name: view for name, view in views.items() if isinstance(view, EngineFactsView)}
+        found = tuple(view for view in views.values() if isinstance(view, Diagnostic))
+        found += check(graph, resolver.vocabulary, replace(facts, engines=known))
+    if found:
+        raise GraphError(locate(found, document.positions))
     return graph
 
 

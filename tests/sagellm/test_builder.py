@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sagellm import Graph, GraphError, Request, ops
+from sagellm import Graph, GraphError, Request, checking, ops
 from sagellm.graphs.ir import SINK, SOURCE
 from sagellm.graphs.text import yaml
 
@@ -136,3 +136,13 @@ async def test_an_unknown_device_is_a_graph_error() -> None:
 def test_graphs_are_checked_without_loading_torch() -> None:
     code = "import sys, sagellm.cli.graph, sagellm.builder; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+async def test_no_model_is_fetched_for_a_graph_that_makes_no_sense(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(checking, "resolve_model", asked.append)
+    with pytest.raises(GraphError, match="max_queued"):
+        await Graph.load("pd").open(set={"admission.max_queue": 1}, model="a/b").__aenter__()
+    assert asked == []
