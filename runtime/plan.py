@@ -35,10 +35,20 @@ class Plan:
         level = [node]
         for name in level:
             for edge in self.graph.inputs(name):
-                if edge.source not in found and edge.source not in (SOURCE, node):
+                if not edge.feedback and edge.source not in found and edge.source != SOURCE:
                     found[edge.source] = None
                     level.append(edge.source)
         return tuple(found)
+
+    def hearers(self, node: str, kind: str) -> tuple[str, ...]:
+        """The logic operators that feedback of `node` reaches: those upstream that hear the kind,
+        nearest first, and those that a feedback edge leads to.
+        """
+        led = tuple(edge.target for edge in self.graph.outputs(node) if edge.feedback)
+        reached = dict.fromkeys((*self.ancestors(node), *led))
+        return tuple(
+            name for name in reached if name in self.logic and kind in self.hears.get(name, ())
+        )
 
 
 def plan(

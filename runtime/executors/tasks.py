@@ -39,7 +39,7 @@ class TasksExecutor:
             for node, service in plan.services.items()
             for replica in range(plan.replicas[node])
         }
-        self._listeners = {node.name: self._listeners_above(node.name) for node in plan.graph.nodes}
+        self._hearers: dict[tuple[str, str], tuple[str, ...]] = {}
         self._num_told: dict[tuple[str, int, str], int] = {}
         self._open: dict[str, int] = {}  # request -> choices without a last event
         self._tombstones: dict[str, Signal] = {}
@@ -124,15 +124,17 @@ class TasksExecutor:
             await self._blocked.park()
 
     def tell(self, node: str, replica: int, kind: str, value: Any) -> None:
-        """Feedback to the logic operators upstream of `node` that hear this kind."""
-        listeners = self._listeners[node].get(kind)
-        if not listeners:
+        """Feedback of `node` to the operators that hear it."""
+        hearers = self._hearers.get((node, kind))
+        if hearers is None:
+            hearers = self._hearers[node, kind] = self.plan.hearers(node, kind)
+        if not hearers:
             return
         number = self._num_told[node, replica, kind] = (
             self._num_told.get((node, replica, kind), 0) + 1
         )
         feedback = Feedback(node, replica, number, kind, value)
-        for name in listeners:
+        for name in hearers:
             self._feed(name, feedback)
 
     def release(self, node: str, replica: int, key: tuple[str, int]) -> None:
@@ -174,14 +176,6 @@ class TasksExecutor:
             self._close(item, terminal=terminal)
 
     # ---- inside ----------------------------------------------------------------------------
-
-    def _listeners_above(self, node: str) -> dict[str, list[str]]:
-        """Kind of feedback -> operators upstream that hear it, nearest first."""
-        listeners: dict[str, list[str]] = {}
-        for name in self.plan.ancestors(node):
-            for kind in self.plan.hears.get(name, ()) if name in self.region else ():
-                listeners.setdefault(kind, []).append(name)
-        return listeners
 
     def _renamed(self, item: Item) -> Item:
         """An engine calls every end from outside `cancelled`; the signal knows better."""

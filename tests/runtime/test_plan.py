@@ -1,9 +1,11 @@
 """A plan: what each operator is told of its place in the graph."""
 
+from dataclasses import replace
+
 import pytest
 
 from sagellm.graphs.diagnostics import GraphError
-from sagellm.graphs.ir import FrozenMap, Graph, Node
+from sagellm.graphs.ir import Edge, FrozenMap, Graph, Node
 from sagellm.graphs.text.yaml import load_file
 from sagellm.runtime.engine.opening import open_engine
 from sagellm.runtime.engine.options import EngineOptions
@@ -51,3 +53,18 @@ def test_options_that_contradict_each_other_are_a_graph_error() -> None:
     node = Node("sort", "policy_sort", FrozenMap({"policy": "own"}))
     with pytest.raises(GraphError, match="sort"):
         plan(Graph("g", nodes=(node,)), Resolver(), {})
+
+
+def test_feedback_reaches_those_upstream_that_hear_it() -> None:
+    made = planned("pd")
+    assert made.hearers("prefill", "load") == ("route",)
+    assert made.hearers("generate", "credit") == ("sort",)
+    assert made.hearers("sort", "queue") == ("admission",)
+
+
+def test_a_feedback_edge_leads_feedback_elsewhere() -> None:
+    made = planned("pd")
+    edge = Edge("generate", "route", feedback=True)
+    graph = replace(made.graph, edges=(*made.graph.edges, edge))
+    assert replace(made, graph=graph).hearers("generate", "credit") == ("sort", "route")
+    assert "route" not in replace(made, graph=graph).ancestors("generate")
