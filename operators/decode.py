@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import msgspec
 
 from sagellm.graphs.vocabulary import EVENT, PREFILLED, OpSpec, Port
-from sagellm.runtime.engine.port import EngineEvent, EngineFacts, PrefillDone
+from sagellm.runtime.engine.port import EngineEvent, EngineFacts, EngineRefusal, PrefillDone
 from sagellm.runtime.handover import abandon, merge_stamps
-from sagellm.runtime.messages import Item, Prefilled, Request, TokenEvent
+from sagellm.runtime.messages import Item, Prefilled, Request, TokenEvent, refusal
 from sagellm.runtime.operator import Context, Credit, Setup, Signal
 
 
@@ -52,7 +52,12 @@ class Decode:
         emitted = (*request.emitted_token_ids, *first.token_ids)
         request = msgspec.structs.replace(request, emitted_token_ids=emitted)
         self._held[request.key] = request
-        await ctx.engine.submit(request.sequence(ctx.name, lease=item.landing or item.lease))
+        try:
+            await ctx.engine.submit(request.sequence(ctx.name, lease=item.landing or item.lease))
+        except EngineRefusal as error:
+            self.discard(ctx, item)
+            ctx.release(request.key)
+            await ctx.terminate(refusal(request, "refused", now=ctx.now(), error=str(error)))
 
     async def on_events(self, ctx: Context, events: tuple[EngineEvent, ...]) -> None:
         await ctx.emit_batch(tuple(self._stamped(event) for event in events))

@@ -13,7 +13,7 @@ from sagellm.runtime.engine.port import (
     LeaseOffer,
     PrefillDone,
 )
-from sagellm.runtime.handover import merge_stamps
+from sagellm.runtime.handover import abandon, merge_stamps
 from sagellm.runtime.messages import Item, Prefilled, Request, TokenEvent, refusal
 from sagellm.runtime.operator import Context, Credit, Setup, Signal, Target
 
@@ -84,6 +84,7 @@ class Prefill:
         landing = self._landings.pop(item.key, None)
         if landing is not None:
             landing.abort()
+        abandon(ctx, item)
 
     async def _reserve(self, ctx: Context, request: Request) -> None:
         """The destination's blocks come first: a filled lease never waits for a full pool."""

@@ -226,7 +226,7 @@ class Context(Protocol):
         """Send an item, waiting for credit."""
 
     async def emit_batch(self, items: "tuple[Item, ...]", outlet: str = "out") -> None:
-        """Send items that belong together (the events of one engine step) as one message."""
+        """Send items that belong together, such as the events of one engine step, in order."""
 
     async def terminate(self, event: TokenEvent) -> None:
         """Send a last event to the sink."""

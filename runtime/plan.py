@@ -8,7 +8,7 @@ from sagellm.graphs.diagnostics import Diagnostic, GraphError
 from sagellm.graphs.ir import SINK, SOURCE, Graph, Node
 from sagellm.graphs.vocabulary import Vocabulary
 from sagellm.runtime.engine.port import Engine
-from sagellm.runtime.operator import Logic, OperatorModule, Service, Setup, Target
+from sagellm.runtime.operator import Logic, Service, Setup, Target
 from sagellm.runtime.options import read_options
 from sagellm.runtime.resolver import Resolver
 
@@ -61,34 +61,39 @@ def plan(
     seed: int = 0,
 ) -> Plan:
     """Build the operators of a graph that `check` has passed. Raises GraphError."""
-    logic: dict[str, Logic[Any]] = {}
-    services: dict[str, Service] = {}
     replicas = {node.name: _num_replicas(node, engines) for node in graph.nodes}
-    for node in graph.nodes:
-        module = resolver.operator(node.op)
-        setup = Setup(
-            name=node.name,
-            targets=targets_of(graph, node, resolver.vocabulary, replicas),
-            functions=functions or {},
-            encode=encode,
-            seed=seed,
-        )
-        operator = _build(module, node, setup)
-        if isinstance(operator, Service):
-            services[node.name] = operator
-        else:
-            logic[node.name] = operator
+    made = build_operators(graph, resolver, replicas, functions or {}, encode, seed)
+    services = {name: one for name, one in made.items() if isinstance(one, Service)}
+    logic = {name: one for name, one in made.items() if not isinstance(one, Service)}
     hears = {node.name: resolver.operator(node.op).spec.hears for node in graph.nodes}
     return Plan(graph, logic, services, replicas, engines, hears, seed)
 
 
-def _build(module: OperatorModule, node: Node, setup: Setup) -> "Logic[Any] | Service":
-    """Raises GraphError for options that contradict each other, which only the operator knows."""
-    try:
-        return module.build(read_options(module.spec.options, node.attrs), setup)
-    except ValueError as error:
-        path = ("operators", node.name)
-        raise GraphError((Diagnostic("bad-options", path, str(error)),)) from error
+def build_operators(
+    graph: Graph,
+    resolver: Resolver,
+    replicas: Mapping[str, int],
+    functions: Mapping[str, Callable[..., Any]],
+    encode: Callable[[str], tuple[int, ...]] | None = None,
+    seed: int = 0,
+) -> "dict[str, Logic[Any] | Service]":
+    """Every operator by name. Raises GraphError with all options that contradict each other,
+    which only their operators know.
+    """
+    made: dict[str, Logic[Any] | Service] = {}
+    mistakes: list[Diagnostic] = []
+    vocabulary = resolver.vocabulary
+    for node in graph.nodes:
+        module = resolver.operator(node.op)
+        targets = targets_of(graph, node, vocabulary, replicas)
+        setup = Setup(node.name, targets, functions, encode, seed)
+        try:
+            made[node.name] = module.build(read_options(module.spec.options, node.attrs), setup)
+        except ValueError as error:
+            mistakes.append(Diagnostic("bad-options", ("operators", node.name), str(error)))
+    if mistakes:
+        raise GraphError(tuple(mistakes))
+    return made
 
 
 def _num_replicas(node: Node, engines: Mapping[str, tuple[Engine, ...]]) -> int:

@@ -8,8 +8,17 @@ from typing import Any
 import msgspec
 
 from sagellm.graphs.vocabulary import nearest
-from sagellm.runtime.messages import Answer, FinishReason, Item, Prefilled, Request, TokenEvent
+from sagellm.runtime.messages import (
+    Answer,
+    FinishReason,
+    Item,
+    Prefilled,
+    Request,
+    Sampling,
+    TokenEvent,
+)
 from sagellm.runtime.operator import Setup
+from sagellm.runtime.sampling import fault_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,9 +112,24 @@ def _rewritten_request(
         epoch=item.epoch,
         prompt_token_ids=ids,
         num_cached_tokens=cached,
-        sampling=msgspec.structs.replace(result.sampling, n=item.sampling.n),
+        sampling=_sampling(item, result),
         stamps=item.stamps,
+        placement=item.placement,
+        expires_s=item.expires_s,
+        emitted_token_ids=item.emitted_token_ids,
+        salt=item.salt,
     )
+
+
+def _sampling(item: Request, result: Request) -> Sampling:
+    """A function may ask for other parameters; the seed stays unless it gives one."""
+    wanted = result.sampling
+    seed = item.sampling.seed if wanted.seed is None else wanted.seed
+    sampling = msgspec.structs.replace(wanted, n=item.sampling.n, seed=seed)
+    fault = fault_of(sampling)
+    if fault is not None:
+        raise ValueError(fault)
+    return sampling
 
 
 def _rewritten_event(item: TokenEvent, result: object) -> TokenEvent:

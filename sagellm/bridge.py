@@ -43,8 +43,8 @@ class _Thread:
             self.session = stack.enter_context(manager)
             self._stack = stack.pop_all()
 
-    def close(self, *error: Any) -> None:
-        self._stack.__exit__(*error or (None, None, None))
+    def close(self) -> None:
+        self._stack.close()
 
     def start(
         self, put: Callable[[Any], None], prompt: Prompt, fields: dict[str, Any]
@@ -75,16 +75,17 @@ class _Items(Generic[T]):
     """What both kinds of stream share: the end, and cancelling what is unfinished."""
 
     _future: "Future[None] | None" = None
+    _is_over = False
 
     def _close(self) -> None:
         if self._future is not None:
             self._future.cancel()
 
-    @staticmethod
-    def _is_end(item: object) -> bool:
+    def _is_end(self, item: object) -> bool:
+        self._is_over = isinstance(item, _End)
         if isinstance(item, _End) and item.error is not None:
             raise item.error
-        return isinstance(item, _End)
+        return self._is_over
 
 
 class BlockingStream(_Items[Output]):
@@ -104,6 +105,8 @@ class BlockingStream(_Items[Output]):
         return self
 
     def __next__(self) -> Output:
+        if self._is_over:
+            raise StopIteration
         item = self._queue.get()
         if self._is_end(item):
             raise StopIteration
@@ -164,6 +167,8 @@ class AsyncioStream(_Items[Output]):
         return self
 
     async def __anext__(self) -> Output:
+        if self._is_over:
+            raise StopAsyncIteration
         item = await self._queue.get()
         if self._is_end(item):
             raise StopAsyncIteration
@@ -216,8 +221,8 @@ class Bridge:
         await to_thread.run_sync(self._thread.open)
         return AsyncioSession(self._thread)
 
-    def close_blocking(self, *error: Any) -> None:
-        self._thread.close(*error)
+    def close_blocking(self) -> None:
+        self._thread.close()
 
-    async def close_asyncio(self, *error: Any) -> None:
-        await to_thread.run_sync(lambda: self._thread.close(*error))
+    async def close_asyncio(self) -> None:
+        await to_thread.run_sync(self._thread.close)

@@ -1,5 +1,6 @@
 """The DSL: `Graph("pd") >> ops.admission() >> ...` builds the frozen IR graph, and opens it."""
 
+import inspect
 import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
@@ -94,6 +95,7 @@ class Graph:
 
     def engine(self, name: str, **options: Any) -> "Graph":
         """Add an engine: `graph.engine("p", model="sage-tiny", replicas=2)`."""
+        self._refuse_loaded()
         self._engines[name] = options
         return self
 
@@ -108,6 +110,7 @@ class Graph:
 
     def connect(self, before: Operator | None, outlet: str, after: Operator) -> None:
         """Add an edge, and `after` where it is new. `before` None is `source`."""
+        self._refuse_loaded()
         self._adopt(after)
         self._edges.append(Edge(before.name if before else SOURCE, after.name, outlet))
 
@@ -150,6 +153,10 @@ class Graph:
             model=model,
             seed=seed,
         )
+
+    def _refuse_loaded(self) -> None:
+        if self._document is not None:
+            raise ValueError(f"graph {self.name} was read from a file; change it by open(set=...)")
 
     def _adopt(self, operator: Operator) -> None:
         if operator.graph is self:
@@ -208,9 +215,14 @@ def _symbol(function: Callable[..., Any]) -> str:
     """A name in the graph for a function; two lambdas of one line get two names."""
     module = getattr(function, "__module__", "") or ""
     name = getattr(function, "__qualname__", type(function).__qualname__)
-    if "<" in name or not hasattr(function, "__qualname__"):  # a lambda, a closure, an object
+    is_plain = inspect.isfunction(function) and "<" not in name and not _is_wrapper(function)
+    if not is_plain:  # a lambda, a closure, a method of some object, an object
         name = f"{name}.{next(_NUMBERS)}"
     return f"{module}.{name}"
+
+
+def _is_wrapper(function: Callable[..., Any]) -> bool:
+    return hasattr(function, "__wrapped__")
 
 
 def shipped(path: str | Path) -> Path:

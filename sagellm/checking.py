@@ -19,6 +19,7 @@ from sagellm.runtime.engine.options import EngineOptionError, EngineOptions
 from sagellm.runtime.engine.sizing import engine_dtype, engine_facts, size
 from sagellm.runtime.models.folder import ModelError, resolve_model
 from sagellm.runtime.options import OptionError, read_options
+from sagellm.runtime.plan import build_operators
 from sagellm.runtime.resolver import Resolver
 
 
@@ -47,9 +48,53 @@ def check_graph(
         known = {name: view for name, view in views.items() if isinstance(view, EngineFactsView)}
         found = tuple(view for view in views.values() if isinstance(view, Diagnostic))
         found += check(graph, resolver.vocabulary, replace(facts, engines=known))
+        found += _mixed_tokenizers(graph, views)
+    if not found:
+        found = _unbuildable(graph, resolver, functions)
     if found:
         raise GraphError(locate(found, document.positions))
     return graph
+
+
+class _AnyFunction(dict[str, Callable[..., Any]]):
+    """Stands for functions that will be registered later."""
+
+    def __contains__(self, name: object) -> bool:
+        return True
+
+    def __missing__(self, name: str) -> Callable[..., Any]:
+        return lambda item: item
+
+
+def _unbuildable(
+    graph: Graph, resolver: Resolver, functions: Mapping[str, Callable[..., Any]] | None
+) -> tuple[Diagnostic, ...]:
+    """Options that contradict each other: found by building every operator, and nothing else."""
+    replicas = dict.fromkeys(graph.names, 1)
+    known = _AnyFunction() if functions is None else functions
+    try:
+        build_operators(graph, resolver, replicas, known)
+    except GraphError as error:
+        return error.diagnostics
+    return ()
+
+
+def _mixed_tokenizers(
+    graph: Graph, views: Mapping[str, EngineFactsView | Diagnostic]
+) -> tuple[Diagnostic, ...]:
+    """Engines that read the same token ids as different text; a request is encoded once."""
+    seen: dict[str, str] = {}
+    for name, view in views.items():
+        values = graph.engines[name]
+        if isinstance(view, EngineFactsView) and isinstance(values, FrozenMap):
+            folder = resolve_model(read_options(EngineOptions, values).model)
+            seen.setdefault(folder.tokenizer_hash, name)
+    if len(seen) < 2:
+        return ()
+    first, other, *_ = seen.values()
+    message = f"engines {first} and {other} have different tokenizers"
+    hint = "a request is encoded once: give them models of one family, or a graph each"
+    return (Diagnostic("mixed-tokenizers", ("engines", other), message, hint),)
 
 
 def _view(name: str, values: Value) -> EngineFactsView | Diagnostic:

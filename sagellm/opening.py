@@ -12,6 +12,7 @@ from sagellm.bridge import AsyncioSession, BlockingSession, Bridge
 from sagellm.checking import check_graph
 from sagellm.engines import open_engines
 from sagellm.graphs.text.yaml import Document
+from sagellm.logs import configure_logs
 from sagellm.runtime.executors.tasks import TasksExecutor
 from sagellm.runtime.plan import plan
 from sagellm.runtime.resolver import Resolver
@@ -78,6 +79,7 @@ class OpenGraph:
 @asynccontextmanager
 async def open_session(recipe: Recipe) -> AsyncIterator[Session]:
     """Run the graph in a nursery of its own for as long as the session is open."""
+    configure_logs()
     graph = check_graph(
         recipe.document, recipe.resolver, recipe.functions, recipe.overrides, recipe.model
     )

@@ -5,26 +5,35 @@ import secrets
 import weakref
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
+from contextlib import suppress
+from typing import Annotated, Any, TypeAlias
 
 import msgspec
 import trio
 
 from sagellm.graphs.vocabulary import nearest
 from sagellm.runtime.executors.region import ends
-from sagellm.runtime.executors.tasks import TasksExecutor
-from sagellm.runtime.messages import Answer, Forked, Item, Request, Sampling, Stamps, TokenEvent
+from sagellm.runtime.executors.tasks import ExecutorStopped, TasksExecutor
+from sagellm.runtime.messages import (
+    NORMAL,
+    PRIORITIES,
+    Answer,
+    Forked,
+    Item,
+    Request,
+    Sampling,
+    Stamps,
+    TokenEvent,
+)
+from sagellm.runtime.models.chat import ChatTemplateError
 from sagellm.runtime.models.tokenizer import Tokenizer
 from sagellm.runtime.operator import Signal
+from sagellm.runtime.sampling import fault_of
 from sagellm.statistics import Statistics, statistics_of
 
 Prompt: TypeAlias = str | Sequence[int] | Sequence[Mapping[str, Any]]
 Output: TypeAlias = TokenEvent | Answer
-
-_FIELDS = (
-    "request_id", "priority", "user_id", "model", "slo_ttft_s",
-    "timeout_s", "cost_budget", "tags",
-)  # fmt: skip
+Caller: TypeAlias = Callable[[Item | Forked], None]
 
 
 class RequestError(ValueError):
@@ -34,7 +43,8 @@ class RequestError(ValueError):
 class Stream:
     """The tokens of one request as they come: an async iterator, entered or not.
 
-    Leaving the `async with`, `aclose`, or losing the last reference cancels what is unfinished.
+    Leaving the `async with`, `aclose`, or losing the last reference cancels what is unfinished;
+    the stream is then at its end. Cancelled before it was let in, a request ends as cancelled.
     """
 
     def __init__(
@@ -47,6 +57,7 @@ class Stream:
         self._arrived = trio.lowlevel.ParkingLot()
         self._num_open = len(requests)
         self._is_started = False
+        self._caller = _weakly(self)
 
     @property
     def request_id(self) -> str:
@@ -74,11 +85,15 @@ class Stream:
 
     async def aclose(self) -> None:
         """Cancel what is unfinished; the blocks are free within one engine step."""
-        self._session.forget(self.request_id)
+        self._is_started = True
+        self._session.forget(self.request_id, self._caller)
+        self._items.clear()
+        self._num_open = 0
+        self._arrived.unpark_all()
 
     def __del__(self) -> None:
         if self._is_started and self._num_open:
-            self._session.forget(self.request_id)
+            self._session.forget_soon(self.request_id, self._caller)
 
     def put(self, item: Item | Forked) -> None:
         """Called by the session for each item of this request."""
@@ -88,16 +103,20 @@ class Stream:
             self._items.append(item)
             self._num_open -= ends(item)
         if self._num_open == 0:
-            self._session.forget(self.request_id)
+            self._session.forget(self.request_id, self._caller)
         self._arrived.unpark_all()
 
     async def _start(self) -> None:
         if not self._is_started:
             self._is_started = True
-            await self._session.submit(self._requests, _weakly(self), self._timeout_s)
+            try:
+                await self._session.submit(self._requests, self._caller, self._timeout_s)
+            except RequestError:
+                self._num_open = 0
+                raise
 
 
-def _weakly(stream: Stream) -> Callable[[Item | Forked], None]:
+def _weakly(stream: Stream) -> Caller:
     """What the session calls; it does not keep alive a stream that its reader has dropped."""
     reference = weakref.ref(stream)
 
@@ -114,7 +133,8 @@ class Session:
 
     def __init__(self, tokenizer: Tokenizer, make_executor: Callable[..., TasksExecutor]) -> None:
         self._tokenizer = tokenizer
-        self._callers: dict[str, Callable[[Item | Forked], None]] = {}
+        self._callers: dict[str, Caller] = {}
+        self._token = trio.lowlevel.current_trio_token()
         self._numbers = itertools.count()
         self.executor = make_executor(self._deliver)
         self._opened_s = trio.current_time()
@@ -126,8 +146,9 @@ class Session:
         user_id, model, slo_ttft_s, timeout_s, cost_budget, tags. Raises
         RequestError for what is wrong with them.
         """
-        timeout_s = fields.pop("timeout_s", None)
-        return Stream(self, self._requests(prompt, sampling or Sampling(), fields), timeout_s)
+        known = _read_fields(fields)
+        timeout_s = known.pop("timeout_s", None)
+        return Stream(self, self._requests(prompt, sampling or Sampling(), known), timeout_s)
 
     async def generate(
         self, prompt: Prompt, *, sampling: Sampling | None = None, **fields: Any
@@ -160,33 +181,44 @@ class Session:
     async def close(self) -> None:
         """End what is unfinished, and wait until everything has ended."""
         for request_id in tuple(self._callers):
-            self.forget(request_id)
+            self.cancel(request_id)
         await self.idle()
 
     # ---- what streams use ------------------------------------------------------------------
 
     async def submit(
-        self,
-        requests: Sequence[Request],
-        caller: Callable[[Item | Forked], None],
-        timeout_s: float | None,
+        self, requests: Sequence[Request], caller: Caller, timeout_s: float | None
     ) -> None:
-        """Let all choices of one request in; it arrives, and its time begins, now."""
+        """Let all choices of one request in; it arrives, and its time begins, now.
+
+        Raises RequestError where its id is in use, or the session has ended.
+        """
         request_id = requests[0].request_id
-        if request_id in self._callers:
+        if request_id in self._callers or request_id in self.executor.register:
             raise RequestError(f"request {request_id!r} is running already; choose another id")
-        self._callers[request_id] = caller
         now = trio.current_time()
         stamps, expires_s = Stamps(arrived_s=now), None if timeout_s is None else now + timeout_s
-        for request in requests:
-            await self.executor.submit(
-                msgspec.structs.replace(request, stamps=stamps, expires_s=expires_s)
-            )
+        choices = [
+            msgspec.structs.replace(request, stamps=stamps, expires_s=expires_s)
+            for request in requests
+        ]
+        self._callers[request_id] = caller
+        try:
+            await self.executor.submit(*choices)
+        except ExecutorStopped as error:
+            del self._callers[request_id]
+            raise RequestError(str(error)) from error
 
-    def forget(self, request_id: str) -> None:
-        """The caller has gone: end what is unfinished and deliver nothing more."""
-        if self._callers.pop(request_id, None) is not None:
+    def forget(self, request_id: str, caller: Caller) -> None:
+        """This caller has gone: end what is unfinished and deliver nothing more to it."""
+        if self._callers.get(request_id) is caller:
+            del self._callers[request_id]
             self.cancel(request_id)
+
+    def forget_soon(self, request_id: str, caller: Caller) -> None:
+        """As `forget`, from wherever a stream was collected: any thread, any moment."""
+        with suppress(trio.RunFinishedError):
+            self._token.run_sync_soon(self.forget, request_id, caller)
 
     def _deliver(self, item: Item | Forked) -> None:
         caller = self._callers.get(item.request_id)
@@ -197,29 +229,40 @@ class Session:
         self, prompt: Prompt, sampling: Sampling, fields: Mapping[str, Any]
     ) -> list[Request]:
         """One request a choice, with ids, tokens and the seed resolved."""
-        _refuse_unknown(fields)
-        validate(sampling)
+        sampling = _read_sampling(sampling)
+        fault = fault_of(sampling)
+        if fault is not None:
+            raise RequestError(fault)
         text, token_ids = self._encode(prompt)
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
         first = Request(
-            **{"request_id": f"req-{next(self._numbers)}", **fields},
+            **{"request_id": self._free_id(), **fields},
             prompt=text,
             prompt_token_ids=token_ids,
             sampling=msgspec.structs.replace(sampling, seed=seed, n=1),
         )
         return [msgspec.structs.replace(first, choice=choice) for choice in range(sampling.n)]
 
+    def _free_id(self) -> str:
+        while (request_id := f"req-{next(self._numbers)}") in self._callers:
+            pass
+        return request_id
+
     def _encode(self, prompt: Prompt) -> tuple[str, tuple[int, ...]]:
         """The prompt's text, which a `map` before the model may rewrite, and its tokens."""
         if isinstance(prompt, str):
-            text, token_ids = prompt, self._tokenizer.encode(prompt)
+            text, token_ids = prompt, self._tokenizer.encode(_encodable(prompt))
+        elif not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray):
+            raise RequestError(f"a prompt is text, token ids or messages, not {_kind(prompt)}")
         elif prompt and isinstance(prompt[0], Mapping):
             messages: Any = prompt
-            text = self._tokenizer.apply_chat_template(messages)
+            try:
+                text = _encodable(self._tokenizer.apply_chat_template(messages))
+            except ChatTemplateError as error:
+                raise RequestError(str(error)) from error
             token_ids = self._tokenizer.encode(text, add_special_tokens=False)
         else:
-            ids: Any = prompt
-            token_ids = tuple(ids)
+            token_ids = _read_ids(prompt)
             text = self._tokenizer.decode(token_ids, skip_special_tokens=False)
         if not token_ids:
             raise RequestError("the prompt is empty; give at least one token")
@@ -232,30 +275,62 @@ def encode_prompt(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
     return plain if plain[:1] == full[:1] else full
 
 
-def _refuse_unknown(fields: Mapping[str, Any]) -> None:
+class _Fields(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a caller may say of a request, beside its prompt and sampling."""
+
+    request_id: Annotated[str, msgspec.Meta(min_length=1, max_length=256)] = ""
+    priority: Annotated[int, msgspec.Meta(ge=0, le=4)] = NORMAL
+    user_id: str = ""
+    model: str = ""
+    slo_ttft_s: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    timeout_s: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    cost_budget: Annotated[float, msgspec.Meta(ge=0)] | None = None
+    tags: dict[str, str] = {}
+
+
+def _read_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields with their types checked. Raises RequestError."""
     for name in fields:
-        if name not in _FIELDS:
-            close = nearest(name, _FIELDS)
+        if name not in _Fields.__struct_fields__:
+            close = nearest(name, _Fields.__struct_fields__)
             raise RequestError(f"a request has no field {name!r}; did you mean {close!r}?")
+    if fields.get("priority") in PRIORITIES:
+        fields = {**fields, "priority": PRIORITIES[fields["priority"]]}
+    try:
+        read = msgspec.convert(fields, _Fields)
+    except msgspec.ValidationError as error:
+        raise RequestError(f"a field of the request is wrong: {error}") from error
+    return {name: getattr(read, name) for name in fields}
 
 
-_RANGES: dict[str, tuple[float, float]] = {
-    "max_tokens": (1, 1 << 20), "min_tokens": (0, 1 << 20), "temperature": (0, 100),
-    "top_k": (0, 1 << 30), "top_p": (1e-9, 1), "min_p": (0, 1), "repetition_penalty": (1e-3, 100),
-    "presence_penalty": (-2, 2), "frequency_penalty": (-2, 2), "n": (1, 128), "logprobs": (0, 20),
-}  # fmt: skip
+def _read_sampling(sampling: Sampling) -> Sampling:
+    """The parameters with their types checked: msgspec structs do not check what they are given."""
+    if not isinstance(sampling, Sampling):
+        raise RequestError(f"sampling is a Sampling, not {_kind(sampling)}")
+    try:
+        return msgspec.convert(msgspec.structs.asdict(sampling), Sampling)
+    except msgspec.ValidationError as error:
+        raise RequestError(f"sampling is wrong: {error}") from error
 
 
-def validate(sampling: Sampling) -> None:
-    """Raises RequestError for a value outside its range (NaN is outside every range)."""
-    for name, (low, high) in _RANGES.items():
-        value = getattr(sampling, name)
-        if value is not None and not low <= value <= high:
-            raise RequestError(f"{name} is {value}; it must be from {low} to {high}")
-    if any(not text for text in sampling.stop):
-        raise RequestError("a stop string is empty; leave it out")
-    if sampling.min_tokens > sampling.max_tokens:
-        raise RequestError("min_tokens is larger than max_tokens")
+def _encodable(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(f"the prompt is not Unicode text: {error.reason}") from error
+    return text
+
+
+def _kind(value: object) -> str:
+    return type(value).__name__
+
+
+def _read_ids(prompt: Sequence[Any]) -> tuple[int, ...]:
+    """Token ids as plain integers. Whether the model knows them, its engine says."""
+    for token in prompt:
+        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < 1 << 31:
+            raise RequestError(f"the prompt has {token!r} where a token id should be")
+    return tuple(prompt)
 
 
 def gather(parts: Sequence[Output]) -> Answer:

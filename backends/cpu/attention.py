@@ -149,6 +149,7 @@ def decode(
     keys, values = (_dense(step.pool[options.layer, side], batch.tables) for side in (0, 1))
     grouped = q.view(len(q), options.num_kv_heads, -1, options.head_dim) * options.scale
     scores = (grouped @ keys.transpose(2, 3)).masked_fill_(batch.hidden, -torch.inf)
+    values.masked_fill_(batch.hidden.transpose(2, 3), 0)  # 0 * NaN of a block's last user is NaN
     return (scores.softmax(-1) @ values).view(len(q), -1)
 
 

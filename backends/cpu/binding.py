@@ -8,7 +8,9 @@ import torch
 from sagellm.backends.cpu.native.library import NativeKernels
 from sagellm.backends.protocol import LoweringError
 from sagellm.backends.step import KVLayout
-from sagellm.graphs.ir import Graph
+from sagellm.graphs.ir import SINK, Graph
+
+_STORED = (torch.float32, torch.bfloat16, torch.float16)  # float8 and whole numbers need scales
 
 
 class Binding:
@@ -33,14 +35,25 @@ class Binding:
         self._weights = weights
         self._num_users = Counter(node.attrs.get("weight") for node in graph.nodes)
         self._shared: dict[str, torch.Tensor] = {}
+        heads = [graph.node(edge.source) for edge in graph.inputs(SINK) if edge.inlet == "logits"]
+        self._heads = {node.attrs.get("weight") for node in heads}
 
     def weight(self, name: str, *shape: int) -> torch.Tensor:
-        """A weight of that shape, contiguous. Raises LoweringError if it is absent or another."""
+        """A weight of that shape, contiguous. Raises LoweringError if it is absent or another.
+
+        So it does for a weight that is stored quantised.
+        """
         if name in self._shared:
             return self._shared[name]
         if name not in self._weights:
             raise LoweringError(f"the model folder has no weight {name!r} that its graph needs")
         found = self._weights[name]
+        if found.dtype not in _STORED:
+            stored = str(found.dtype).removeprefix("torch.")
+            raise LoweringError(
+                f"weight {name!r} is stored as {stored}; quantised weights are not built; "
+                f"give the weights in bfloat16 or float32"
+            )
         if tuple(found.shape) != shape:
             raise LoweringError(
                 f"weight {name!r} is {list(found.shape)}; config.json says {list(shape)}"
@@ -54,5 +67,6 @@ class Binding:
         """A weight of one dimension, in float32: norms and biases."""
         return self.weight(name, size).float()
 
-    def is_shared(self, name: str) -> bool:
-        return self._num_users[name] > 1
+    def makes_logits(self, name: str) -> bool:
+        """Whether rows times this weight are the logits."""
+        return name in self._heads

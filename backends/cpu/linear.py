@@ -15,14 +15,17 @@ _BLOCK_NUMBERS = 1 << 21  # of a weight at a time in float32: 8 MiB, within the 
 _TALL = 256  # rows from which a float32 copy of each block of the weight pays
 
 
-def linear(binding: Binding, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
+def linear(
+    binding: Binding, weight: torch.Tensor, bias: torch.Tensor | None, *, exact: bool = False
+) -> Linear:
     """rows [T, K] float32 -> [T, N] float32, for weight [N, K] and bias [N] float32.
 
-    bfloat16 weights are multiplied in float32 unless the CPU has bfloat16 products.
+    bfloat16 weights are multiplied in float32 unless the CPU has bfloat16 products, whose results
+    are rounded to bfloat16; `exact` forbids those.
     """
     if binding.deterministic:
         return native(binding.native, weight, bias) if binding.native else row_by_row(weight, bias)
-    if weight.dtype == torch.float32 or has_bfloat16_products():
+    if weight.dtype == torch.float32 or (has_bfloat16_products() and not exact):
         return packed(weight, bias) if torch._C._has_mkldnn else plain(weight, bias)
     if binding.native:
         return native_or_tall(binding.native, weight, bias)
@@ -30,8 +33,16 @@ def linear(binding: Binding, weight: torch.Tensor, bias: torch.Tensor | None) ->
 
 
 def has_bfloat16_products() -> bool:
-    """Whether oneDNN multiplies bfloat16 natively here (AVX512-BF16, AMX)."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    """Whether oneDNN multiplies bfloat16 natively here, by AVX512-BF16 or AMX.
+
+    It takes bfloat16 on older CPUs as well, where it is slower than float32.
+    """
+    return bool(torch._C._has_mkldnn) and any(map(_cpu_has, ("avx512_bf16", "amx_tile")))
+
+
+def _cpu_has(feature: str) -> bool:
+    """What torch knows of this CPU; older versions of it ask for fewer features."""
+    return bool(getattr(torch.cpu, f"_is_{feature}_supported", bool)())
 
 
 def plain(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:

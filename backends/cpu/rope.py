@@ -22,9 +22,10 @@ class RopeTables:
 
     def up_to(self, num_positions: int) -> torch.Tensor:
         """Tables that hold at least so many positions."""
-        if num_positions > len(self._tables):
-            self._tables = self._made(1 << (num_positions - 1).bit_length())
-        return self._tables
+        tables = self._tables  # engines on other threads may put shorter ones there meanwhile
+        if num_positions > len(tables):
+            tables = self._tables = self._made(1 << (num_positions - 1).bit_length())
+        return tables
 
     def _made(self, num_positions: int) -> torch.Tensor:
         places = torch.arange(num_positions, dtype=torch.float32)

@@ -51,14 +51,14 @@ def _add_rms_norm(options: RmsNorm, binding: Binding) -> BoundKernel:
 
 
 def _normed(rows: torch.Tensor, weight: torch.Tensor, options: RmsNorm) -> torch.Tensor:
-    heads = rows.reshape(len(rows), -1, options.size)
+    heads = rows.reshape(len(rows), rows.shape[1] // options.size, options.size)  # of 0 rows too
     return F.rms_norm(heads, (options.size,), weight, options.epsilon).flatten(1)
 
 
 def _linear(options: Linear, binding: Binding) -> BoundKernel:
     weight = binding.weight(options.weight, options.out_features, options.in_features)
     bias = binding.vector(options.bias, options.out_features) if options.bias else None
-    multiply = linear(binding, weight, bias)
+    multiply = linear(binding, weight, bias, exact=binding.makes_logits(options.weight))
     return lambda step, rows: (multiply(rows),)
 
 

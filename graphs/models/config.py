@@ -1,5 +1,6 @@
 """Typed reading of a parsed config.json: every wrong field is refused by name."""
 
+import sys
 from collections.abc import Mapping
 from typing import TypeAlias
 
@@ -19,6 +20,7 @@ _REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
     "hidden_act": (("silu", "swish", None), "only silu is built"),
     "auto_map": ((None,), f"remote code never runs; {_NO_REMOTE_CODE}"),
     "quantization_config": ((None,), "give the weights in bfloat16 or float32"),
+    "compression_config": ((None,), "give the weights in bfloat16 or float32"),
     "partial_rotary_factor": ((None, 1, 1.0), "only rotation of whole heads is built"),
     "is_decoder": ((None, True, False), "drop the field"),
     "add_cross_attention": ((None, False), "only decoders are built"),
@@ -54,6 +56,8 @@ def number(config: Config, field: str, default: float | None = None) -> float:
     value = default if value is None else value
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise UnsupportedModel(f"{value!r} is not a number", field=field, fix="set it to a number")
+    if not abs(value) <= sys.float_info.max:  # nor is NaN
+        raise UnsupportedModel("it is not finite", field=field, fix="set a finite number")
     return float(value)
 
 
@@ -94,8 +98,11 @@ def head_dim(config: Config) -> int:
 
 
 def rope(config: Config) -> Rope:
-    """The rotary embedding: `rope_parameters` (transformers 5), or rope_theta, rope_scaling."""
-    field = "rope_parameters" if config.get("rope_parameters") is not None else "rope_scaling"
+    """The rotary embedding: `rope_parameters` (transformers 5), or rope_theta, rope_scaling.
+
+    rope_scaling counts where both are given, as in transformers.
+    """
+    field = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
     table = config.get(field) or {}
     if not isinstance(table, Mapping) or any(isinstance(v, Mapping) for v in table.values()):
         raise UnsupportedModel(
@@ -115,18 +122,30 @@ def _scaled(config: Config, table: Config, field: str, theta: float) -> Rope:
     if kind == "default":
         return Rope(size, theta)
     if kind == "linear":
-        return Rope(size, theta, "linear", number(table, "factor"))
+        return Rope(size, theta, "linear", _factor(table))
+    low, high = number(table, "low_freq_factor"), number(table, "high_freq_factor")
+    if low == high:
+        cause = "it equals low_freq_factor: nothing to blend between them"
+        raise UnsupportedModel(cause, field="high_freq_factor", fix="set it above low_freq_factor")
     return Rope(
         size,
         theta,
         "llama3",
-        factor=number(table, "factor"),
-        low_freq_factor=number(table, "low_freq_factor"),
-        high_freq_factor=number(table, "high_freq_factor"),
+        factor=_factor(table),
+        low_freq_factor=low,
+        high_freq_factor=high,
         original_max_len=whole(
             table, "original_max_position_embeddings", whole(config, "max_position_embeddings")
         ),
     )
+
+
+def _factor(table: Config) -> float:
+    factor = number(table, "factor")
+    if factor <= 0:
+        cause = f"{factor} does not stretch a context"
+        raise UnsupportedModel(cause, field="factor", fix="set a factor above 0")
+    return factor
 
 
 def layer_windows(config: Config, window: int | None) -> tuple[int | None, ...]:

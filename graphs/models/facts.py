@@ -41,7 +41,7 @@ def facts_of(config: Config, shape: Decoder) -> ModelFacts:
         dtype=shape.dtype,
         tie_embeddings=shape.tie_embeddings,
         sliding_window=shape.windows[0] if len(set(shape.windows)) == 1 else None,
-        eos_token_ids=_eos(config),
+        eos_token_ids=_eos(config, shape.vocab_size),
         num_parameters=num_parameters(shape),
     )
 
@@ -61,10 +61,11 @@ def _layer_parameters(shape: Decoder) -> int:
     return weights + biases + 2 * shape.head_dim * shape.qk_norm
 
 
-def _eos(config: Config) -> tuple[int, ...]:
+def _eos(config: Config, vocab_size: int) -> tuple[int, ...]:
+    """Ids outside the vocabulary are left out: they are never sampled."""
     value = config.get("eos_token_id")
     ids = value if isinstance(value, list | tuple) else () if value is None else (value,)
-    if not all(isinstance(token, int) for token in ids):
+    if not all(type(token) is int for token in ids):  # true is no id
         fix = "give one token id or a list of them"
         raise UnsupportedModel(f"{value!r} is not a token id", field="eos_token_id", fix=fix)
-    return tuple(int(token) for token in ids)
+    return tuple(token for token in ids if 0 <= token < vocab_size)

@@ -4,7 +4,9 @@ from collections.abc import Callable
 
 # What decoders put where bytes are no character yet. A text that ends so is held back until the
 # next token shows whether the character is completed or wrong.
-_BROKEN = "�"
+_BROKEN = "\N{REPLACEMENT CHARACTER}"
+_CHARACTER_BYTES = 4  # of UTF-8, at most; a token that has any bytes at all has one or more
+_NUM_HELD = 4 * _CHARACTER_BYTES  # tokens that may wait for a character to become whole
 
 
 class IncrementalDetokenizer:
@@ -12,22 +14,25 @@ class IncrementalDetokenizer:
 
     The window keeps what a decoder derives from neighbours (a leading space, a character in
     several tokens) right without decoding the whole answer at each step; after vLLM and
-    text-generation-inference. `decode` gives the text of a list of tokens.
+    text-generation-inference. `decode` gives the text of a list of tokens. Tokens without text
+    never enter the window, and broken bytes leave it, so that it stays short whatever comes.
     """
 
     def __init__(self, decode: Callable[[list[int]], str]) -> None:
         self._decode = decode
         self._window: list[int] = []
         self._num_shown = 0  # tokens of the window whose text was given out
-        self._shown = ""  # their text
+        self._shown = ""  # what the window decodes to, as far as it was given out
 
     def push(self, token_id: int) -> str:
         """The characters that became whole with this token."""
         self._window.append(token_id)
         text = self._decode(self._window)
-        if text.endswith(_BROKEN) or len(text) <= len(self._shown):
-            return ""
-        return self._advance(text)
+        if not text.endswith(_BROKEN) and len(text) > len(self._shown):
+            return self._advance(text)
+        if not self._decode([token_id, token_id]):  # twice: one leading space may be stripped
+            self._window.pop()
+        return self._release() if len(self._window) - self._num_shown > _NUM_HELD else ""
 
     def flush(self) -> str:
         """What was held back, broken characters included: no token follows."""
@@ -40,3 +45,25 @@ class IncrementalDetokenizer:
         self._num_shown = len(self._window)
         self._shown = self._decode(self._window)
         return fresh
+
+    def _release(self) -> str:
+        """Give out what no further byte can mend: all before the last character.
+
+        It is read where the text is shortest: byte fallback shows a run of bytes that ends inside
+        a character as one broken character a byte, those of the whole characters included.
+        """
+        ends = range(len(self._window) - _CHARACTER_BYTES, len(self._window))
+        end = min(ends, key=lambda end: len(self._decode(self._window[:end])))
+        text = self._decode(self._window[:end])
+        fresh = text[len(self._shown) : -1]
+        start = self._start(end, text)
+        self._shown = self._decode(self._window[start:end])[:-1]
+        self._num_shown = 0
+        del self._window[:start]
+        return fresh
+
+    def _start(self, end: int, text: str) -> int:
+        """Where the window may begin: at a character if there is one, and before the last one."""
+        starts = range(end - _CHARACTER_BYTES, max(end - 2 * _CHARACTER_BYTES, -1), -1)
+        fitting = (one for one in starts if text.endswith(self._decode(self._window[one:end])))
+        return next(fitting, starts[0])

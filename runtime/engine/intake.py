@@ -1,15 +1,18 @@
 """What an engine refuses to take, and why."""
 
-import math
-
 from sagellm.runtime.engine.port import EngineFacts, EngineRefusal, LeaseOffer
 from sagellm.runtime.messages import Sampling, SequenceState
+from sagellm.runtime.sampling import fault_of
 
-MAX_LOGPROBS = 100  # most likely tokens that one event may carry for each position
+VERSION = 1  # of SequenceState
 
 
 def check_sequence(state: SequenceState, *, vocab_size: int, max_model_len: int) -> None:
     """Raise EngineRefusal where the sequence could not be computed as it asks."""
+    if state.version != VERSION:
+        raise EngineRefusal(
+            f"the sequence has version {state.version}; this engine reads {VERSION}"
+        )
     if state.task != "generate" or state.adapter or state.grammar:
         raise EngineRefusal("this engine generates text, without adapters and grammars")
     num_prompt = len(state.prompt_token_ids)
@@ -41,22 +44,9 @@ def check_offer(offer: LeaseOffer, facts: EngineFacts) -> None:
 
 def check_sampling(sampling: Sampling, vocab_size: int) -> None:
     """Raise EngineRefusal for a value outside its range; the message names it."""
-    for name, is_right, wanted in (
-        ("max_tokens", sampling.max_tokens >= 1, "at least 1"),
-        ("min_tokens", 0 <= sampling.min_tokens <= sampling.max_tokens, "in 0 ... max_tokens"),
-        ("temperature", 0 <= sampling.temperature < float("inf"), "at least 0"),
-        ("top_k", sampling.top_k >= 0, "at least 0 (0 means all)"),
-        ("top_p", 0 < sampling.top_p <= 1, "above 0 and at most 1"),
-        ("min_p", 0 <= sampling.min_p <= 1, "in 0 ... 1"),
-        ("repetition_penalty", 0 < sampling.repetition_penalty < float("inf"), "above 0"),
-        ("presence_penalty", abs(sampling.presence_penalty) <= 2, "in -2 ... 2"),
-        ("frequency_penalty", abs(sampling.frequency_penalty) <= 2, "in -2 ... 2"),
-        ("logprobs", 0 <= (sampling.logprobs or 0) <= MAX_LOGPROBS, f"in 0 ... {MAX_LOGPROBS}"),
-        ("logit_bias", all(map(math.isfinite, sampling.logit_bias.values())), "finite"),
-        ("stop", "" not in sampling.stop, "without empty strings"),
-    ):
-        if not is_right:
-            raise EngineRefusal(f"{name} is {getattr(sampling, name)!r}; it must be {wanted}")
+    fault = fault_of(sampling)
+    if fault is not None:
+        raise EngineRefusal(fault)
     _check_ids("logit_bias", tuple(sampling.logit_bias), vocab_size)
     _check_ids("stop_token_ids", sampling.stop_token_ids, vocab_size)
 

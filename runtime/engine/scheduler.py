@@ -171,7 +171,7 @@ class Scheduler:
         """Whether another choice is computing the same prompt, so that its blocks can be shared."""
         return any(
             lease.owner == "sequence" and lease.state == "reserved" and not lease.num_filled
-            for lease in self.pool.siblings(sequence.fence)
+            for lease in self._twins(sequence)
         )
 
     def _reserve(self, sequence: Sequence) -> bool:
@@ -186,8 +186,14 @@ class Scheduler:
             sequence.lease = self.pool.reserve(sequence.fence, num_tokens)
         else:
             sequence.lease = self.pool.fork(parent, sequence.fence, num_shared, num_tokens)
+        sequence.lease.prompt = sequence.state.prompt_token_ids
         sequence.num_computed = num_shared * self.pool.block_size
         return True
+
+    def _twins(self, sequence: Sequence) -> list[Lease]:
+        """Leases of other choices with the same prompt: a user's function may have changed one."""
+        prompt = sequence.state.prompt_token_ids
+        return [lease for lease in self.pool.siblings(sequence.fence) if lease.prompt == prompt]
 
     def _parent(self, sequence: Sequence) -> tuple[Lease | None, int]:
         """A lease whose blocks hold this prompt, and how many full ones can be shared.
@@ -196,7 +202,7 @@ class Scheduler:
         is computed anew, which costs less than a step, and spares a copy.
         """
         num_common = min(sequence.num_prompt, len(sequence.tokens) - 1)
-        for lease in self.pool.siblings(sequence.fence):
+        for lease in self._twins(sequence):
             num_shared = min(num_common, lease.num_filled) // self.pool.block_size
             if num_shared and lease.state != "receiving":
                 return lease, num_shared

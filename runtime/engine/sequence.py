@@ -64,6 +64,7 @@ class Sequence:
         self.lease = lease
         self.num_computed = lease.num_tokens
         lease.num_filled = min(self.num_prompt, lease.num_tokens)
+        lease.prompt = self.state.prompt_token_ids
 
     def mark_prefilled(self, now: float) -> None:
         """The prompt is computed: other choices may share it; `now` counts for a first token."""

@@ -2,17 +2,15 @@
 
 from typing import Any, Protocol
 
-import structlog
 import trio
 
 from sagellm.runtime.engine.port import Engine
 from sagellm.runtime.executors.credit import Gates
+from sagellm.runtime.executors.faults import log_fault
 from sagellm.runtime.executors.mailbox import Mailbox
 from sagellm.runtime.messages import Item, TokenEvent
 from sagellm.runtime.operator import Service, Signal
 from sagellm.runtime.plan import Plan
-
-log = structlog.get_logger("sagellm.executor")
 
 
 class Executor(Protocol):
@@ -22,7 +20,7 @@ class Executor(Protocol):
     gates: Gates
 
     def now(self) -> float: ...
-    async def push(self, source: str, item: Item, outlet: str = "out") -> None: ...
+    async def push(self, source: str, item: Item, outlet: str = "out") -> bool: ...
     def tell(self, node: str, replica: int, kind: str, value: Any) -> None: ...
     def release(self, node: str, replica: int, key: tuple[str, int]) -> None: ...
     def finish(self, item: Item, reason: Any, error: str | None = None) -> None: ...
@@ -73,11 +71,12 @@ class Host:
         return self._executor.now()
 
     async def emit(self, item: Item, outlet: str = "out") -> None:
-        await self._executor.push(self.name, item, outlet)
+        if not await self._executor.push(self.name, item, outlet):
+            self._service.discard(self, item)
 
     async def emit_batch(self, items: tuple[Item, ...], outlet: str = "out") -> None:
         for item in items:
-            await self._executor.push(self.name, item, outlet)
+            await self.emit(item, outlet)
 
     async def terminate(self, event: TokenEvent) -> None:
         self._executor.to_sink(event, terminal=True)
@@ -123,13 +122,7 @@ class Host:
             finally:
                 self._scopes.remove(entry)
         if failure is not None:
-            log.error(
-                "operator_failed",
-                node=self.name,
-                request_id=item.request_id,
-                error=type(failure).__name__,
-                exc_info=failure,
-            )
+            log_fault(failure, node=self.name, request_id=item.request_id)
             self._give_up(item)
             self._executor.fail(item, failure)
         elif scope.cancelled_caught:

@@ -109,6 +109,11 @@ class Region:
         """When, and which operator, wants to be woken first."""
         return min(((at, name) for name, at in self._wakes.items()), default=None)
 
+    def forget_wake(self, node: str) -> None:
+        """Its time has come: whatever the operator makes of it, it asks anew for the next."""
+        self._cells[node].wake_at = None
+        self._wakes.pop(node, None)
+
     def feed(self, node: str, happened: Input, now: float) -> tuple[Effect, ...] | None:
         """All effects of an input, or None: no credit, and nothing has changed."""
         if not self._attempt(lambda: self._meet(node, happened, now)):

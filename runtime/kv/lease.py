@@ -58,6 +58,7 @@ class Lease:
     num_tokens: int
     capacity: int  # tokens that the blocks can hold
     num_filled: int = 0
+    prompt: tuple[int, ...] = ()  # what those tokens are: only an equal prompt may share them
     state: LeaseState = "reserved"
 
     def next_state(self, event: LeaseEvent) -> LeaseState:

@@ -53,6 +53,13 @@ class ModelFolder:
     eos_token_ids: tuple[int, ...] = ()
     hash: str = "null"
 
+    @property
+    def tokenizer_hash(self) -> str:
+        """Of tokenizer.json: models with equal ones read token ids alike."""
+        file = self.path / "tokenizer.json" if self.path else None
+        content = file.read_bytes() if file and file.is_file() else b""
+        return hashlib.blake2b(content, digest_size=8).hexdigest()
+
     def file(self, name: str) -> Path:
         """The path of a file that must be there. Raises ModelError."""
         if self.path is None or not (self.path / name).is_file():
@@ -169,7 +176,8 @@ def _eos(name: str, path: Path, model_facts: ModelFacts) -> tuple[int, ...]:
     if (path / "generation_config.json").is_file():
         value = _read_json(path / "generation_config.json", name).get("eos_token_id")
         ids = value if isinstance(value, list) else [value]
-        found |= dict.fromkeys(token for token in ids if isinstance(token, int))
+        whole = [token for token in ids if type(token) is int]  # true is no id
+        found |= dict.fromkeys(token for token in whole if 0 <= token < model_facts.vocab_size)
     return tuple(found)
 
 
@@ -178,5 +186,5 @@ def _read_json(path: Path, name: str) -> dict[str, object]:
         return msgspec.json.decode(path.read_bytes(), type=dict[str, object])
     except FileNotFoundError:
         raise ModelError(f"model {name}: {path.name} is missing in {path.parent}") from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ModelError(f"model {name}: {path} is not valid JSON: {error}") from error

@@ -87,7 +87,7 @@ class ByteTokenizer:
 
 
 def load_tokenizer(folder: ModelFolder) -> Tokenizer:
-    """The tokenizer of a checked folder. Raises ModelError, ChatTemplateError."""
+    """The tokenizer of a checked folder. Raises ModelError."""
     return ByteTokenizer() if folder.path is None else FolderTokenizer(folder)
 
 
@@ -109,7 +109,7 @@ def _read_config(folder: ModelFolder) -> dict[str, Any]:
         return {}
     try:
         return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ModelError(f"model {folder.name}: {path} is not valid JSON: {error}") from error
 
 

@@ -13,6 +13,8 @@ Id: TypeAlias = str | int
 Prompt: TypeAlias = str | list[int] | list[dict[str, str]]
 Priority: TypeAlias = int | str
 
+MAX_LINE_BYTES = 64 << 20  # far beyond any prompt that a model takes
+
 
 class Part(msgspec.Struct, forbid_unknown_fields=True):
     """A piece of a message; only text is served."""
@@ -70,7 +72,7 @@ class OwnLine(Fields, kw_only=True, frozen=True, forbid_unknown_fields=True):
 
 
 class Body(Fields, kw_only=True, frozen=True, forbid_unknown_fields=True):
-    """The body of an OpenAI request. `model` is read and not obeyed: the graph names the model."""
+    """The body of an OpenAI request. `model` goes with the request; the graph names what runs."""
 
     model: str | UnsetType = UNSET
     max_completion_tokens: int | UnsetType = UNSET
@@ -115,6 +117,8 @@ def parse(number: int, raw: bytes, defaults: Sampling, given: frozenset[str] = f
     `given` names the defaults that the user chose: they also go before OpenAI's own default
     temperature of 1, which otherwise holds for lines with a `body`.
     """
+    if len(raw) > MAX_LINE_BYTES:
+        raise LineError(number, f"longer than {MAX_LINE_BYTES >> 20} MiB")
     plain = _decode(number, raw)
     own_id = _id_of(plain)
     try:
@@ -179,7 +183,7 @@ def _batch_ask(
         number=number,
         prompt=_prompt(body),
         sampling=msgspec.structs.replace(defaults, **said, logprobs=_num_logprobs(body)),
-        fields=_request(body, ()) | user,
+        fields=_request(body, ("model",)) | user,
     )
 
 
@@ -191,11 +195,12 @@ def _check_url(line: BatchLine) -> None:
 
 def _num_logprobs(body: Body) -> int | None:
     """Chat says `logprobs: true, top_logprobs: k`; completions say `logprobs: k`."""
-    if body.logprobs is UNSET or body.logprobs is None or body.logprobs is False:
-        return None
+    top = body.top_logprobs if isinstance(body.top_logprobs, int) else None
     if body.logprobs is True:
-        return body.top_logprobs if isinstance(body.top_logprobs, int) else 0
-    return body.logprobs
+        return top or 0
+    if top is not None:
+        raise ValueError("`top_logprobs` needs `logprobs`: true")
+    return body.logprobs if isinstance(body.logprobs, int) and body.logprobs is not False else None
 
 
 def _prompt(line: Fields) -> Prompt:

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -27,6 +28,18 @@ def engine(*tokens: Annotated[str, Parameter(allow_leading_hyphen=True)]) -> int
     if not (ROOT / "benchmarks" / "engine.py").is_file():
         cause = "the benchmarks are in the repository, not in the installed package"
         raise Failure(cause, "clone the repository and type `make bench` there")
-    command = [sys.executable, "-m", "benchmarks.engine", *tokens]
-    threads = {"OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2"}
-    return subprocess.run(command, cwd=ROOT, env={**os.environ, **threads}, check=False).returncode
+    chosen = _chosen_threads(tokens)
+    threads = chosen or os.environ.get("OMP_NUM_THREADS") or "2"
+    options = tokens if chosen else (*tokens, "--threads", threads)
+    command = [sys.executable, "-m", "benchmarks.engine", *options]
+    env = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+    return subprocess.run(command, cwd=ROOT, env=env, check=False).returncode
+
+
+def _chosen_threads(tokens: Sequence[str]) -> str | None:
+    """What `--threads 4` or `--threads=4` says."""
+    for token, following in zip(tokens, (*tokens, "")[1:], strict=True):
+        name, equals, value = token.partition("=")
+        if name == "--threads":
+            return value if equals else following
+    return None

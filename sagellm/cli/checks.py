@@ -19,6 +19,7 @@ from typing import Literal
 import psutil
 import torch
 
+from sagellm.backends.cpu.native.compiler import c_compiler
 from sagellm.builder import Graph
 from sagellm.cli.failure import CONFIGURATION, RESOURCES
 from sagellm.cli.named import shipped_names
@@ -145,11 +146,11 @@ def _open_files() -> Finding:
 
 
 def _compiler() -> Finding:
-    found = next((path for name in ("cc", "gcc", "clang") if (path := shutil.which(name))), None)
-    if found is None:
+    found = c_compiler()
+    if not found:
         fix = "install a C compiler (gcc or clang) for the faster kernels"
         return Finding("warning", "none", fix)
-    return Finding("ok", Path(found).name)
+    return Finding("ok", Path(found[0]).name)
 
 
 def _graphs() -> Finding:

@@ -1,6 +1,7 @@
 """What goes wrong for a user: the cause, the place, the way out, and the exit code."""
 
 import errno
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,9 +11,11 @@ from rich.console import Console
 
 from sagellm.graphs.diagnostics import GraphError
 from sagellm.graphs.models.unsupported import UnsupportedModel
+from sagellm.runtime.models.chat import ChatTemplateError
 from sagellm.runtime.models.folder import ModelError
 
 FAILED, CONFIGURATION, RESOURCES, INTERRUPTED = 1, 2, 3, 130
+UNREAD = 128 + 13  # as a shell says that SIGPIPE ended a command
 
 _EXHAUSTED = {
     errno.ENOSPC: "free some disk space",
@@ -33,7 +36,12 @@ class Failure(Exception):
 
 
 def show(failure: Failure) -> None:
-    """Print a failure to stderr: cause, where, fix."""
+    """Print a failure to stderr: cause, where, fix. Where the reader of stdout has left, print
+    nothing, and point stdout nowhere, so that what it still holds can be flushed.
+    """
+    if failure.code == UNREAD:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return
     console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
     console.print("[bold red]error:[/bold red]", end=" ")
     console.print(failure.cause, markup=False)
@@ -68,12 +76,16 @@ def _explain(error: BaseException) -> Failure | None:
             return Failure(error.cause, error.fix, f"config.json, {error.field}")
         case ModelError():
             return Failure(str(error), "")
+        case ChatTemplateError():
+            return Failure(str(error), "give a plain prompt, or mend the model's chat template")
         case KeyboardInterrupt():
             return Failure("interrupted", "", code=INTERRUPTED)
         case MemoryError():
             return Failure("out of memory", _EXHAUSTED[errno.ENOMEM], code=RESOURCES)
         case RuntimeError() if "can't allocate memory" in str(error):
             return Failure("out of memory", _EXHAUSTED[errno.ENOMEM], code=RESOURCES)
+        case BrokenPipeError():
+            return Failure("the reader of the output has left", "", code=UNREAD)
         case OSError():
             return _system_failure(error)
     return None
@@ -101,6 +113,8 @@ def _system_failure(error: OSError) -> Failure | None:
         return Failure(error.strerror or str(error), fix, where, RESOURCES)
     if isinstance(error, FileNotFoundError):
         return Failure("no such file", "check the path", where)
-    if isinstance(error, PermissionError | IsADirectoryError | NotADirectoryError):
+    if isinstance(error, FileExistsError):
+        return Failure("the file exists", "choose another name, or remove it", where)
+    if isinstance(error, PermissionError | IsADirectoryError | NotADirectoryError) or where:
         return Failure(error.strerror or str(error), "check the path and its permissions", where)
     return None

@@ -1,5 +1,6 @@
 """A file of prompts through a graph."""
 
+import os
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from io import FileIO
@@ -48,15 +49,24 @@ def _exit_code(tally: Tally) -> int:
     return FAILED if tally.num_failed else 0
 
 
+def _source(path: Path | None) -> int | str:
+    return STDIN if str(path) == "-" else str(path)
+
+
 def _input(path: Path | None) -> FileIO:
-    if str(path) == "-":
-        return FileIO(STDIN, closefd=False)
-    return FileIO(str(path))
+    source = _source(path)
+    return FileIO(source, closefd=source != STDIN)
 
 
 def _check_output(files: FileOptions) -> None:
-    """Raise Failure if the output exists, unasked: before a model is loaded."""
-    if files.output and files.output.exists() and not (files.force or files.resume):
+    """Raise Failure if the output is the input, or exists, unasked: before a model is loaded."""
+    if files.output is None or not files.output.exists():
+        return
+    if files.output.is_file() and os.path.samestat(
+        os.stat(_source(files.input)), files.output.stat()
+    ):
+        raise Failure("the output is the input", "choose another --output", str(files.output))
+    if not (files.force or files.resume):
         fix = "--resume keeps its answers and asks the others; --force overwrites it"
         raise Failure("the output exists", fix, str(files.output))
 

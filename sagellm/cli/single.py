@@ -43,10 +43,21 @@ async def answer_prompt(
 
 
 def _prompt(asked: PromptOptions) -> Prompt:
-    text = sys.stdin.read() if asked.prompt == "-" else asked.prompt
+    text = _text(asked.prompt)
     if not text:
         raise Failure("the prompt is empty", 'give --prompt "Hello", or pipe text into --prompt -')
     return [{"role": "user", "content": text}] if asked.chat else text
+
+
+def _text(prompt: str | None) -> str:
+    """The prompt itself, or stdin for `-`. Bytes of a command line that are no UTF-8 are lone
+    surrogates here, which no tokenizer takes."""
+    try:
+        raw = sys.stdin.buffer.read() if prompt == "-" else (prompt or "").encode()
+        return raw.decode()
+    except UnicodeError as error:
+        where = "stdin" if prompt == "-" else "--prompt"
+        raise Failure(f"the prompt is not UTF-8: {error}", "convert it to UTF-8", where) from None
 
 
 async def _accepted(answering: Awaitable[T]) -> T:

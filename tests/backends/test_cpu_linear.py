@@ -36,6 +36,15 @@ def test_packed_by_onednn(rows):
     assert torch.allclose(ways.packed(weight, bias)(x), wanted, atol=1e-4)
 
 
+@pytest.mark.parametrize("feature", ["avx512_bf16", "amx_tile"])
+def test_bfloat16_products_need_their_instructions(monkeypatch, feature):
+    for name in ("avx512_bf16", "amx_tile"):
+        monkeypatch.delattr(torch.cpu, f"_is_{name}_supported", raising=False)
+    assert not ways.has_bfloat16_products()
+    monkeypatch.setattr(torch.cpu, f"_is_{feature}_supported", lambda: True, raising=False)
+    assert ways.has_bfloat16_products() == torch._C._has_mkldnn
+
+
 @pytest.mark.skipif(not ways.has_bfloat16_products(), reason="a CPU without bfloat16 products")
 @ROWS
 def test_packed_in_bfloat16(rows):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sagellm.backends import LoweringError
-from sagellm.backends.cpu import CpuBackend
+from sagellm.backends.cpu import CpuBackend, linear
 from sagellm.graphs.models import build
 
 
@@ -46,6 +46,24 @@ def test_a_weight_of_another_shape_is_named(reference):
     weights = {**model.weights, "lm_head.weight": torch.zeros(96, 64)}
     with pytest.raises(LoweringError, match=r"'lm_head.weight' is \[96, 64\].* says \[97, 64\]"):
         lowered(model, weights)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_a_quantised_weight_is_refused(reference, dtype):
+    model = reference("llama")
+    weights = {**model.weights, "lm_head.weight": model.weights["lm_head.weight"].to(dtype)}
+    with pytest.raises(LoweringError, match=r"'lm_head.weight' is stored as \w+; quantised"):
+        lowered(model, weights)
+
+
+@pytest.mark.parametrize("family", ["llama", "llama3"])
+def test_logits_alone_are_not_rounded_to_bfloat16(reference, monkeypatch, family):
+    model, rounded = reference(family), []
+    monkeypatch.setattr(linear, "has_bfloat16_products", lambda: True)
+    monkeypatch.setattr(linear, "packed", lambda weight, bias: rounded.append(len(weight)))
+    lowered(model, model.weights, "bfloat16")
+    assert len(rounded) == 4 * model.facts.num_layers
+    assert model.facts.vocab_size not in rounded
 
 
 def test_an_unknown_dtype_is_refused(reference):

@@ -3,8 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from structlog.testing import capture_logs
 
-from sagellm.backends.cpu.native import compiler
+from sagellm.backends.cpu.native import compiler, library
 from sagellm.backends.cpu.native.library import native_kernels
 
 KERNELS = native_kernels()
@@ -78,18 +79,100 @@ def test_a_machine_without_a_compiler_has_no_native_kernels(monkeypatch):
     assert compiler.compiled() is None
 
 
-def test_a_compiler_that_fails_is_no_error(monkeypatch, tmp_path):
-    monkeypatch.setenv("CC", "false")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert compiler.compiled() is None
-    assert not list(tmp_path.rglob("*.so"))
-
-
-def test_a_library_is_built_once(monkeypatch, tmp_path):
+@pytest.fixture
+def cache(monkeypatch, tmp_path):
+    """An empty cache, and a build that takes no time."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(compiler, "_FLAGS", ("-O0", "-shared", "-fPIC", "-Wno-psabi"))
+    return tmp_path / "sagellm" / "native"
+
+
+def executable(path, text):
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o700)
+    return str(path)
+
+
+def test_a_compiler_that_fails_is_no_error(monkeypatch, cache, tmp_path):
+    monkeypatch.setenv("CC", executable(tmp_path / "bad", "echo no room left >&2; exit 1"))
+    with capture_logs() as logs:
+        assert compiler.compiled() is None
+    assert logs[-1]["log_level"] == "warning"
+    assert logs[-1]["cause"].endswith("no room left")
+    assert not list(cache.rglob("*.so"))
+
+
+def test_the_compiler_may_come_with_arguments(monkeypatch, tmp_path):
+    path = executable(tmp_path / "my cc", "")
+    monkeypatch.setenv("CC", f"'{path}' -m64")
+    assert compiler.c_compiler() == (path, "-m64")
+    monkeypatch.setenv("CC", "'unended")
+    assert compiler.c_compiler() == ()
+
+
+@pytest.mark.parametrize("name", ["gcc", "clang"])
+def test_a_compiler_of_another_name_is_found(monkeypatch, tmp_path, name):
+    path = executable(tmp_path / name, "")
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert compiler.c_compiler() == (path,)
+
+
+def test_another_compiler_or_c_library_gets_another_library(monkeypatch, tmp_path):
+    path = tmp_path / "cc"
+    first = compiler._key((executable(path, "echo 1; echo built today"),))
+    assert compiler._key((executable(path, "echo 1; echo built yesterday"),)) == first
+    second = compiler._key((executable(path, "echo 2"),))
+    monkeypatch.setattr("platform.libc_ver", lambda: ("glibc", "0.1"))
+    assert len({first, second, compiler._key((str(path),))}) == 3
+
+
+def test_a_library_that_does_not_load_is_built_once_more(cache):
+    broken = compiler.compiled()
+    broken.write_bytes(broken.read_bytes()[:100])
+    with capture_logs() as logs:
+        assert native_kernels.__wrapped__() is not None
+    assert [log["event"] for log in logs] == ["native_kernels_broken"]
+
+
+def test_libraries_that_never_load_are_given_up(monkeypatch, tmp_path):
+    broken = [tmp_path / name for name in "ab"]
+    for path in broken:
+        path.write_text("no library")
+    builds = iter(broken)
+    monkeypatch.setattr(library, "compiled", lambda: next(builds))
+    assert native_kernels.__wrapped__() is None
+    assert not any(path.exists() for path in broken)
+
+
+@pytest.mark.parametrize("writable", ["folder", "file"])
+def test_what_others_may_write_is_not_loaded(cache, writable):
+    planted = compiler.compiled()
+    planted.write_text("planted")
+    (planted if writable == "file" else cache).chmod(0o777)
+    found = compiler.compiled()
+    assert found.read_bytes() != b"planted"
+    assert found.stat().st_mode & 0o022 == found.parent.stat().st_mode & 0o022 == 0
+
+
+def test_what_another_user_owns_is_not_loaded(monkeypatch, cache):
+    planted = compiler.compiled()
+    monkeypatch.setattr("os.getuid", lambda: planted.stat().st_uid + 1)
+    assert compiler.compiled().parent != cache
+
+
+def test_a_user_without_a_home_gets_a_temporary_folder(monkeypatch, cache):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr("pathlib.Path.home", homeless)
+    assert compiler.compiled().is_file()
+
+
+def test_a_library_is_built_once(cache):
     first = compiler.compiled()
     built = first.stat().st_mtime_ns
     assert compiler.compiled() == first
     assert first.stat().st_mtime_ns == built
-    assert first.parent == tmp_path / "sagellm" / "native"
+    assert first.parent == cache

@@ -1,5 +1,7 @@
 """The lowered program against transformers, on random models of every family."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -41,6 +43,26 @@ def test_ragged_steps_of_chunks_and_decodes(reference, paged, family, native):
     for name, parts in found.items():
         rows = torch.cat(parts)
         assert_near(rows, model.logits(prompts[name])[: len(rows)])
+
+
+@NATIVE
+def test_a_step_without_logit_rows(reference, paged, native):
+    model = reference("llama")
+    sequences = paged(model, CpuBackend(native=native))
+    sequences._grow("a", 3)
+    none = torch.empty(0, dtype=torch.int64)
+    inputs = replace(sequences._inputs({"a": [1, 2, 3]}), logit_rows=none)
+    assert sequences.program.run(inputs, sequences.pool).shape == (0, 97)
+
+
+@NATIVE
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_what_a_block_held_before_does_not_spread(reference, paged, family, native):
+    model, prompt = reference(family), tokens(14, seed=4)
+    sequences = paged(model, CpuBackend(native=native))
+    sequences.pool.fill_(torch.nan)
+    found = [sequences.step({"a": part})["a"] for part in (prompt[:13], prompt[13:])]
+    assert_near(torch.cat(found), model.logits(prompt))
 
 
 @pytest.mark.parametrize("family", ["llama3", "qwen2"])

@@ -80,6 +80,7 @@ def windows(**changes):
     [
         ({"architecture": "MistralForCausalLM", "sliding_window": 7}, [7, 7]),
         ({"architecture": "MistralForCausalLM", "sliding_window": None}, [None, None]),
+        ({"architecture": "MistralForCausalLM"}, [4096, 4096]),
         ({"architecture": "Qwen2ForCausalLM", "sliding_window": 7}, [None, None]),
         (
             {
@@ -121,6 +122,13 @@ def test_both_spellings_of_rope_and_dtype_say_the_same():
     assert attrs(build(new), "layer0_q_rope")["theta"] == 5e5
 
 
+def test_rope_scaling_counts_where_rope_parameters_are_given_too():
+    both = {"rope_scaling": LLAMA3, "rope_parameters": {"rope_type": "linear", "factor": 2.0}}
+    assert attrs(build(config(**both)), "layer0_q_rope")["scaling"] == "llama3"
+    both["rope_scaling"] = {}
+    assert attrs(build(config(**both)), "layer0_q_rope")["scaling"] == "linear"
+
+
 def test_linear_rope_scaling_of_old_configs():
     graph = build(config(rope_scaling={"type": "linear", "factor": 2.0}))
     assert attrs(graph, "layer0_k_rope")["scaling"] == "linear"
@@ -130,9 +138,16 @@ REFUSED = [
     ("rope_scaling", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}),
     ("factor", {"rope_scaling": {"rope_type": "linear"}}),
     ("rope_parameters", {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}),
+    ("factor", {"rope_scaling": {"rope_type": "linear", "factor": 0}}),
+    ("factor", {"rope_scaling": {**LLAMA3, "factor": -8.0}}),
+    ("factor", {"rope_scaling": {**LLAMA3, "factor": float("inf")}}),
+    ("rope_theta", {"rope_theta": float("nan")}),
+    ("rope_theta", {"rope_theta": 10**400}),
+    ("high_freq_factor", {"rope_scaling": {**LLAMA3, "high_freq_factor": 1.0}}),
     ("partial_rotary_factor", {"rope_parameters": {"partial_rotary_factor": 0.5}}),
     ("hidden_act", {"hidden_act": "gelu"}),
     ("quantization_config", {"quantization_config": {"quant_method": "gptq"}}),
+    ("compression_config", {"compression_config": {"quant_method": "compressed-tensors"}}),
     ("auto_map", {"auto_map": {"AutoModel": "x.Y"}}),
     ("sliding_window", {"layer_types": ["full_attention", "sliding_attention"]}),
     ("layer_types", {"architecture": "Qwen2ForCausalLM", "layer_types": ["linear_attention"] * 2}),
@@ -174,6 +189,11 @@ def test_facts_without_torch():
     assert facts(config()).eos_token_ids == ()
 
 
-def test_a_wrong_eos_is_refused():
+def test_end_tokens_outside_the_vocabulary_are_left_out():
+    assert facts(config(eos_token_id=[-1, 0, 31, 32])).eos_token_ids == (0, 31)
+
+
+@pytest.mark.parametrize("token", ["</s>", True, [1, False]])
+def test_a_wrong_eos_is_refused(token):
     with pytest.raises(UnsupportedModel, match="eos_token_id"):
-        facts(config(eos_token_id="</s>"))
+        facts(config(eos_token_id=token))

@@ -11,17 +11,19 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from sagellm.graphs.ir import SINK, SOURCE, Edge, Graph, Node
-from sagellm.runtime.executors.tasks import TasksExecutor
+from sagellm.runtime.executors.tasks import ExecutorStopped, TasksExecutor
 from sagellm.runtime.messages import Request, TokenEvent
 from sagellm.runtime.operator import (
     Arrival,
     Context,
     Credit,
     Draw,
+    Emit,
     Input,
     Service,
     Signal,
     Step,
+    Wake,
 )
 from sagellm.runtime.plan import Plan
 
@@ -141,7 +143,7 @@ async def test_a_cancel_that_overtakes_its_request_is_not_lost() -> None:
     first, second = Relay(is_open=False), Answering()
     async with running(a=first, b=second) as (executor, delivered):
         await executor.submit(request("r"))
-        executor._tombstones["r"] = Signal("cancel", "r")  # it has passed `a` already
+        executor.register.bury(Signal("cancel", "r"))  # it has passed `a` already
         first.gate.set()
     assert reasons(delivered) == {"r": "cancelled"}
 
@@ -160,7 +162,7 @@ async def test_a_cancel_ends_a_request_before_an_operator_that_would_keep_it() -
     relay = Relay(is_open=False)
     async with running(a=relay, b=Keeping()) as (executor, delivered):
         await executor.submit(request("r"))
-        executor._tombstones["r"] = Signal("cancel", "r")  # it has passed `a` already
+        executor.register.bury(Signal("cancel", "r"))  # it has passed `a` already
         relay.gate.set()
     assert reasons(delivered) == {"r": "cancelled"}
 
@@ -199,6 +201,75 @@ async def test_a_request_expires(autojump_clock: trio.testing.MockClock) -> None
         await executor.idle()
         assert trio.current_time() == pytest.approx(late.expires_s)
     assert reasons(delivered) == {"r": "expired"}
+
+
+@dataclass(frozen=True)
+class Delaying:
+    """A logic operator that passes each request on five seconds later."""
+
+    initial: tuple[Request, ...] = ()
+
+    def on(self, state: Any, happened: Input, now: float, draw: Draw) -> Step[Any]:
+        match happened:
+            case Arrival(item):
+                return Step((*state, item), (), now + 5)
+            case Wake():
+                return Step((), tuple(Emit(item) for item in state))
+        return Step(state, (), now + 5 if state else None)
+
+
+async def test_an_operator_is_woken_when_it_asks(autojump_clock: trio.testing.MockClock) -> None:
+    async with running(a=Delaying(), b=Answering()) as (executor, delivered):
+        await executor.submit(request("r"))
+        await executor.idle()
+        assert trio.current_time() == pytest.approx(5)
+    assert reasons(delivered) == {"r": "stop"}
+
+
+async def test_what_a_wake_up_found_no_credit_for_comes_later(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    slow = Answering(capacity=1, is_open=False)
+    async with running(a=Delaying(), b=slow) as (executor, delivered):
+        await executor.submit(request("first"))
+        await trio.sleep(6)
+        await executor.submit(request("second"))
+        await trio.sleep(6)
+        slow.gate.set()
+    assert reasons(delivered) == {"first": "stop", "second": "stop"}
+
+
+@dataclass(frozen=True)
+class Faulty:
+    """A logic operator that cannot take signals."""
+
+    initial: int = 0
+
+    def on(self, state: int, happened: Input, now: float, draw: Draw) -> Step[int]:
+        if isinstance(happened, Signal):
+            raise RuntimeError("secret")
+        return Step(state, (Emit(happened.item),) if isinstance(happened, Arrival) else ())
+
+
+async def test_a_fault_in_a_signal_takes_nothing_down() -> None:
+    async with running(a=Faulty(), b=Answering()) as (executor, delivered):
+        await executor.submit(request("r"))
+        executor.signal(Signal("cancel", "r"))
+    assert reasons(delivered) == {"r": "cancelled"}
+
+
+async def test_a_stopped_executor_ends_what_is_open_and_takes_nothing_more() -> None:
+    graph = Graph("g", nodes=(Node("a", "a"),), edges=(Edge(SOURCE, "a"), Edge("a", SINK)))
+    delivered: list[Any] = []
+    slow = Answering(is_open=False)
+    executor = TasksExecutor(Plan(graph, {}, {"a": slow}, {"a": 1}), delivered.append)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(executor.run)
+        await executor.submit(request("r"))
+        nursery.cancel_scope.cancel()
+    assert reasons(delivered) == {"r": "failed"}
+    with pytest.raises(ExecutorStopped):
+        await executor.submit(request("s"))
 
 
 async def test_idle_returns_when_the_executor_dies() -> None:

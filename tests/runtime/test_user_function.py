@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 
-from sagellm.runtime.messages import Answer, Prefilled, Request, TokenEvent
+from sagellm.runtime.messages import Answer, Prefilled, Request, Sampling, TokenEvent
 from sagellm.runtime.operator import Setup
 from sagellm.runtime.user_function import ending, find_function, rewritten
 
@@ -63,3 +63,25 @@ def test_the_number_of_choices_is_not_the_functions_to_change() -> None:
 def test_what_no_function_takes_is_refused() -> None:
     with pytest.raises(TypeError, match="Prefilled"):
         rewritten(Prefilled(request=REQUEST, first=FIRST), "text", None)
+
+
+def test_a_rewritten_request_keeps_what_belongs_to_the_session():
+    item = Request(
+        request_id="r",
+        prompt="a",
+        prompt_token_ids=(1,),
+        sampling=Sampling(seed=7),
+        expires_s=9.0,
+        placement={"decode": 1},
+    )
+    changed = rewritten(
+        item, Request(request_id="x", prompt="a", sampling=Sampling(top_p=0.5)), None
+    )
+    assert (changed.request_id, changed.expires_s, changed.placement) == ("r", 9.0, {"decode": 1})
+    assert (changed.sampling.seed, changed.sampling.top_p) == (7, 0.5)
+
+
+def test_a_rewritten_request_has_valid_sampling():
+    item = Request(request_id="r", prompt="a", prompt_token_ids=(1,))
+    with pytest.raises(ValueError, match="top_p"):
+        rewritten(item, Request(request_id="r", sampling=Sampling(top_p=3.0)), None)

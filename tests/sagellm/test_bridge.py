@@ -62,6 +62,20 @@ def test_an_asyncio_task_that_is_cancelled_ends_its_request() -> None:
     assert asyncio.run(main()) == {"cancelled": 1, "length": 1}
 
 
+def test_a_stream_is_read_to_its_end_twice() -> None:
+    with joint().open() as session:
+        stream = session.stream([1], sampling=SHORT)
+        assert len(list(stream)) == 5
+        assert list(stream) == []
+
+
+def test_leaving_ends_a_stream_that_nobody_reads_on() -> None:
+    with joint().open() as session:
+        stream = session.stream([1], sampling=Sampling(max_tokens=8000))
+        next(stream)
+    assert [event.finish_reason for event in stream][-1] == "cancelled"
+
+
 def test_a_thread_streams_and_generates() -> None:
     with joint().open() as session:
         assert [event.position for event in session.stream([1], sampling=SHORT)] == [0, 1, 2, 3, 4]

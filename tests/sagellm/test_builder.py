@@ -6,10 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from models_on_the_fly import make_model
 
 from sagellm import Graph, GraphError, Request, checking, ops
+from sagellm.builder import RESOLVER
 from sagellm.graphs.ir import SINK, SOURCE
 from sagellm.graphs.text import yaml
+from sagellm.graphs.text.yaml import Document
+from sagellm.overrides import override
 
 
 def pd() -> Graph:
@@ -111,9 +115,19 @@ async def test_an_override_names_what_is_there() -> None:
 
 
 async def test_contradicting_options_are_a_graph_error() -> None:
-    settings = {"sort.aging_s": 5.0, "p.device": "null", "d.device": "null"}
-    with pytest.raises(GraphError, match="aging_s"):
-        await Graph.load("pd").open(set=settings).__aenter__()
+    with pytest.raises(GraphError, match=r"pd.yaml:\d+:\d+: .*aging_s"):
+        checking.check_graph(overridden("sort.aging_s", 5.0), RESOLVER)
+
+
+def overridden(option: str, value: object) -> Document:
+    loaded = Graph.load("pd").document
+    return Document(override(loaded.graph, {option: value}), loaded.positions)
+
+
+async def test_engines_of_one_graph_read_tokens_alike(tmp_path: Path) -> None:
+    other = str(make_model("llama", tmp_path))
+    with pytest.raises(GraphError, match="different tokenizers"):
+        await Graph.load("pd").open(set={"p.model": other}).__aenter__()
 
 
 def test_two_lambdas_are_two_functions() -> None:
@@ -121,6 +135,27 @@ def test_two_lambdas_are_two_functions() -> None:
     first, second = (graph.ir.node(name).attrs["function"] for name in ("map", "map_2"))
     assert graph.functions[str(first)](None) == "one"
     assert graph.functions[str(second)](None) == "two"
+
+
+class Greeter:
+    def __init__(self, word: str) -> None:
+        self.word = word
+
+    def greet(self, item: object) -> str:
+        return self.word
+
+
+def test_methods_of_two_objects_are_two_functions() -> None:
+    graph = Graph("g") >> ops.map(Greeter("a").greet) >> ops.map(Greeter("b").greet)
+    called = [graph.functions[str(node.attrs["function"])](None) for node in graph.ir.nodes]
+    assert called == ["a", "b"]
+
+
+def test_a_graph_from_a_file_is_not_built_on() -> None:
+    with pytest.raises(ValueError, match="read from a file"):
+        Graph.load("pd").engine("x", model="sage-tiny")
+    with pytest.raises(ValueError, match="read from a file"):
+        Graph.load("pd") >> ops.admission()
 
 
 def test_a_callable_object_has_a_name_too() -> None:

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import trio
 from models_on_the_fly import FAMILIES, Reference, make_model, random_prompts, reference
+from msgspec import structs
 
-from sagellm import Graph, Sampling
+from sagellm import Graph, Request, Sampling, ops
 from sagellm.session import Session
 
 LENGTHS = (1, 2, 5, 17, 40, 90, 180, 300)
@@ -92,6 +93,22 @@ async def test_seeded_sampling_is_the_same_alone_batched_split_and_preempted(exa
             answer = await session.generate(prompt, sampling=sampling)
             alone.append(list(answer.token_ids))
     assert all(run == alone for run in runs)
+
+
+@pytest.mark.parametrize("exam", ["llama"], indirect=True)
+async def test_the_choices_of_a_forked_request_keep_their_own_prompts(exam: Exam) -> None:
+    sampling = Sampling(max_tokens=20, ignore_eos=True)
+    both = [exam.prompts[4], exam.prompts[5]]
+
+    def fork(request: Request) -> list[Request]:
+        return [structs.replace(request, prompt_token_ids=prompt) for prompt in both]
+
+    graph = Graph("forked").engine("g", model=str(exam.folder), deterministic=True)
+    graph >> ops.flat_map(fork) >> ops.generate(engine="g")
+    async with graph.open() as session:
+        answers = await session.generate_all(exam.prompts[0], sampling=sampling)
+        check_at_rest(session)
+    assert [list(a.token_ids) for a in answers] == [exam.right.tokens[i][:20] for i in (4, 5)]
 
 
 @pytest.mark.parametrize("exam", ["llama"], indirect=True)

@@ -109,13 +109,80 @@ async def test_an_error_in_the_block_comes_out_as_it_is(autojump_clock: MockCloc
             raise KeyError("mine")
 
 
-async def test_one_id_runs_once(autojump_clock: MockClock) -> None:
+async def test_one_id_runs_once_and_the_first_goes_on(autojump_clock: MockClock) -> None:
     async with opened(joint()) as session:
         first = session.stream([1], sampling=LONG, request_id="r")
         await first.__anext__()
         with pytest.raises(RequestError, match="running already"):
             await session.generate([1], request_id="r")
+        await session.stream([1], request_id="r").aclose()  # it never began
+        assert [event.finish_reason async for event in first][-1] == "length"
+
+
+async def test_an_id_is_free_once_its_request_has_left_the_engine(
+    autojump_clock: MockClock,
+) -> None:
+    async with opened(joint()) as session:
+        first = session.stream([1], sampling=LONG, request_id="r")
+        await first.__anext__()
         await first.aclose()
+        with pytest.raises(RequestError, match="running already"):
+            await session.generate([1], request_id="r")
+        await session.idle()
+        again = await session.generate([1], sampling=LONG, request_id="r")
+    assert again.finish_reason == "length"
+
+
+async def test_a_closed_stream_is_at_its_end(autojump_clock: MockClock) -> None:
+    async with opened(joint()) as session:
+        stream = session.stream([1], sampling=LONG)
+        await stream.__anext__()
+        await stream.aclose()
+        assert [event async for event in stream] == []
+
+
+async def test_a_stream_outlives_its_session_at_its_end(autojump_clock: MockClock) -> None:
+    async with joint().open() as session:
+        stream = session.stream([1], sampling=LONG)
+        await stream.__anext__()
+    assert [event.finish_reason async for event in stream][-1] == "cancelled"
+    with pytest.raises(RequestError, match="stopped"):
+        await session.generate([1])
+
+
+async def test_cancelled_before_all_choices_are_in_every_choice_ends(
+    autojump_clock: MockClock,
+) -> None:
+    graph = Graph("g").engine("g", device="null")
+    graph >> ops.generate(engine="g", max_inflight=1)  # nothing queues: the source waits
+    async with opened(graph) as session:
+        many = Sampling(max_tokens=50, n=3, ignore_eos=True)
+        stream = session.stream([1], sampling=many)
+        with trio.move_on_after(0.1):
+            await stream.__anext__()
+        reasons = [event.finish_reason async for event in stream if event.is_last]
+    assert reasons == ["cancelled"] * 3
+
+
+async def test_a_cancel_ends_choices_that_wait_at_the_source(autojump_clock: MockClock) -> None:
+    graph = Graph("g").engine("g", device="null")
+    graph >> ops.generate(engine="g", max_inflight=1)
+    async with opened(graph) as session, trio.open_nursery() as nursery:
+        many = Sampling(max_tokens=50, n=3, ignore_eos=True)
+        nursery.start_soon(lambda: session.generate_all([1], sampling=many, request_id="r"))
+        await trio.sleep(0.1)
+        session.cancel("r")
+        await session.idle()
+        assert session.executor.ledger.ended == {"cancelled": 3}
+
+
+async def test_a_time_limit_ends_with_its_request(autojump_clock: MockClock) -> None:
+    async with opened(joint()) as session:
+        await session.generate([1], sampling=Sampling(max_tokens=2), request_id="r", timeout_s=1)
+        answer = await session.generate(
+            [1], sampling=Sampling(max_tokens=200, ignore_eos=True), request_id="r"
+        )
+    assert answer.finish_reason == "length"
 
 
 @pytest.mark.parametrize(
@@ -126,8 +193,17 @@ async def test_one_id_runs_once(autojump_clock: MockClock) -> None:
         ({"sampling": Sampling(top_p=0)}, "top_p is 0"),
         ({"sampling": Sampling(max_tokens=0)}, "max_tokens is 0"),
         ({"sampling": Sampling(n=0)}, "n is 0"),
-        ({"sampling": Sampling(stop=("",))}, "stop string is empty"),
-        ({"sampling": Sampling(min_tokens=9, max_tokens=8)}, "min_tokens is larger"),
+        ({"sampling": Sampling(temperature="hot")}, "temperature"),  # type: ignore[arg-type]
+        ({"sampling": Sampling(logit_bias={1: 1e308})}, "logit_bias"),
+        ({"sampling": {"temperature": 1}}, "sampling is a Sampling, not dict"),
+        ({"timeout_s": float("nan")}, "timeout_s"),
+        ({"timeout_s": "5"}, "timeout_s"),
+        ({"priority": "urgent"}, "priority"),
+        ({"priority": 9}, "priority"),
+        ({"request_id": 5}, "request_id"),
+        ({"tags": [1]}, "tags"),
+        ({"sampling": Sampling(stop=("",))}, "stop holds an empty string"),
+        ({"sampling": Sampling(min_tokens=9, max_tokens=8)}, "more than max_tokens"),
     ],
 )
 async def test_bad_fields_are_refused_before_they_enter(
@@ -139,10 +215,39 @@ async def test_bad_fields_are_refused_before_they_enter(
         assert session.executor.ledger.num_accepted == 0
 
 
-async def test_an_empty_prompt_is_refused(autojump_clock: MockClock) -> None:
+@pytest.mark.parametrize(
+    ("prompt", "says"),
+    [
+        ([], "empty"),
+        ([-1], "-1"),
+        ([1 << 40], "token id"),
+        ([1.5], "1.5"),
+        ([True], "True"),
+        (["a"], "'a'"),
+        (None, "NoneType"),
+        (b"abc", "bytes"),
+        ("\ud800", "Unicode"),
+    ],
+)
+async def test_what_is_no_prompt_is_refused(
+    prompt: Any, says: str, autojump_clock: MockClock
+) -> None:
     async with opened(joint()) as session:
-        with pytest.raises(RequestError, match="empty"):
-            session.stream([])
+        with pytest.raises(RequestError, match=says):
+            session.stream(prompt)
+
+
+async def test_a_priority_may_be_named(autojump_clock: MockClock) -> None:
+    async with opened(joint()) as session, trio.open_nursery() as nursery:
+        for priority in ("high", 3):
+            nursery.start_soon(lambda p=priority: session.generate([1], sampling=LONG, priority=p))
+
+
+async def test_a_token_that_the_model_does_not_know_is_refused(autojump_clock: MockClock) -> None:
+    async with opened(joint()) as session:
+        answer = await session.generate([1 << 20], sampling=LONG)
+    assert answer.finish_reason == "refused"
+    assert str(1 << 20) in (answer.error or "")
 
 
 async def test_a_prompt_too_long_for_the_model_is_refused(autojump_clock: MockClock) -> None:
@@ -203,6 +308,50 @@ async def test_a_function_that_raises_mid_stream_stops_the_engine(
         (load,) = session.statistics().engines["g"]
         assert (load.num_running, load.num_leased_blocks) == (0, 0)
         assert load.num_steps < 10
+
+
+@pytest.mark.parametrize("at", [0, 3])
+async def test_a_function_that_raises_on_a_split_path_ends_its_request_once(
+    at: int, autojump_clock: MockClock
+) -> None:
+    def raising(event: TokenEvent) -> str:
+        return broken(event) if event.position == at else event.text
+
+    graph = Graph("g").engine("p", device="null").engine("d", device="null")
+    for operator in (
+        ops.prefill(engine="p"),
+        ops.kv_transfer(),
+        ops.decode(engine="d"),
+        ops.map(raising),
+    ):
+        graph >> operator
+    async with opened(graph) as session:
+        for _ in range(2):  # the id is free again afterwards
+            answer = await session.generate([1], sampling=LONG, request_id="r")
+            assert answer.finish_reason == "failed"
+            await session.idle()
+
+
+@pytest.mark.parametrize("how", ["cancel", "expire", "leave"])
+async def test_an_answer_in_a_function_can_be_cancelled(
+    how: str, autojump_clock: MockClock
+) -> None:
+    async with opened(joint(ops.collect(), ops.map(name_slowly))) as session:
+        timeout_s = 0.8 if how == "expire" else None
+        fields = {"request_id": "r"} | ({"timeout_s": timeout_s} if timeout_s else {})
+        stream = session.stream([1], sampling=LONG, **fields)
+        async with stream, trio.open_nursery() as nursery:
+
+            @nursery.start_soon
+            async def end() -> None:
+                await trio.sleep(0.8)  # the answer is whole, the function still reads it
+                if how == "cancel":
+                    session.cancel("r")
+                elif how == "leave":
+                    await stream.aclose()
+
+            reasons = [item.finish_reason async for item in stream]
+        assert reasons == {"cancel": ["cancelled"], "expire": ["expired"], "leave": []}[how]
 
 
 async def test_a_request_can_become_several(autojump_clock: MockClock) -> None:

@@ -1,13 +1,17 @@
 """The C kernels as functions on tensors; rows may be strided, their elements may not."""
 
 import ctypes
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import structlog
 import torch
 
 from sagellm.backends.cpu.native.compiler import compiled
+
+_log = structlog.get_logger(__name__)
 
 _POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 _MATRIX = (_POINTER, _LONG)  # first element, elements from row to row
@@ -32,9 +36,21 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
 
 @cache
 def native_kernels() -> "NativeKernels | None":
-    """The kernels of this machine, built on first use; None without a working C compiler."""
-    path = compiled()
-    return None if path is None else NativeKernels(path)
+    """The kernels of this machine, built on first use; None without a working C compiler.
+
+    A library that does not load, such as one cut short by a full disk, is built once more.
+    """
+    for _ in range(2):
+        path = compiled()
+        if path is None:
+            return None
+        try:
+            return NativeKernels(path)
+        except OSError as error:
+            _log.warning("native_kernels_broken", cause=str(error), fix="see the compiler's output")
+            with suppress(OSError):
+                path.unlink()
+    return None
 
 
 class NativeKernels:

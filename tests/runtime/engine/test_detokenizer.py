@@ -1,5 +1,6 @@
 """Text while it comes: whole characters only, in sum what decoding all tokens gives."""
 
+import pytest
 import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
@@ -31,6 +32,16 @@ def sentencepiece_tokenizer():
 
 
 SENTENCEPIECE = sentencepiece_tokenizer()
+
+
+PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+OTHERS = [byte for byte in range(256) if byte not in PRINTABLE]
+
+
+def byte_id(byte):
+    """The token of one byte; byte-level BPE writes unprintable ones as letters from 256 on."""
+    letter = chr(byte if byte in PRINTABLE else 256 + OTHERS.index(byte))
+    return byte_tokenizer().token_to_id(letter)
 
 
 def stream(tokenizer, token_ids, skip_special_tokens=True):
@@ -72,6 +83,35 @@ def test_streamed_text_is_the_text(text):
 @given(st.lists(st.integers(0, VOCAB_SIZE - 1), max_size=40))
 def test_any_tokens_stream_to_their_decoding(ids):
     assert "".join(stream(byte_tokenizer(), ids)) == byte_tokenizer().decode(ids)
+
+
+@pytest.mark.parametrize("ids", [[EOS], [0x80], [0xE2, 0x82], [EOS, 0xFF], [0xEF, 0xBF, 0xBD]])
+@pytest.mark.parametrize("behind", [[], [0xE2, 0x82, 0xAC]])
+def test_the_window_stays_short_whatever_comes(ids, behind):
+    tokenizer, lengths = byte_tokenizer(), []
+
+    def decode(window):
+        lengths.append(len(window))
+        return tokenizer.decode(window)
+
+    detokenizer = IncrementalDetokenizer(decode)
+    tokens = [one if one == EOS else byte_id(one) for one in [0x61, *ids * 100, *behind]]
+    parts = [*map(detokenizer.push, tokens), detokenizer.flush()]
+    assert max(lengths) <= 32
+    assert "".join(parts) == tokenizer.decode(tokens)
+
+
+def test_sentencepiece_keeps_replacement_characters():
+    ids = [SENTENCEPIECE.token_to_id("▁"), *[8 + byte for byte in "�".encode() * 20]]
+    assert "".join(stream(SENTENCEPIECE, ids)) == SENTENCEPIECE.decode(ids) == "�" * 20
+
+
+@given(
+    st.lists(st.sampled_from([EOS, 0x61, 0x80, 0xF0, 0x9F, 0xE2, 0xBF, 0xBD, 0xEF]), max_size=99)
+)
+def test_broken_bytes_stream_to_their_decoding(ids):
+    tokens = [one if one == EOS else byte_id(one) for one in ids]
+    assert "".join(stream(byte_tokenizer(), tokens)) == byte_tokenizer().decode(tokens)
 
 
 def test_sentencepiece_keeps_its_spaces():

@@ -76,7 +76,7 @@ async def test_the_context_limit_ends_an_answer(autojump_clock):
         ((1,), {"max_tokens": 0}, "max_tokens is 0"),
         ((1,), {"temperature": float("nan")}, "temperature is nan"),
         ((1,), {"logit_bias": {-1: 1.0}}, "logit_bias has token -1"),
-        ((1,), {"logit_bias": {1: float("inf")}}, "it must be finite"),
+        ((1,), {"logit_bias": {1: float("inf")}}, "outside -100 to 100"),
         ((1,), {"stop": ("",)}, "without empty strings"),
     ],
 )

@@ -102,20 +102,20 @@ async def test_a_choice_that_shares_is_the_choice_alone(folder):
 
 
 async def test_end_of_text_stops_without_text_or_reason(engine):
-    reply = await answer(engine, PROMPTS[0], logit_bias={EOS: 1000.0})
+    reply = await answer(engine, PROMPTS[0], logit_bias={EOS: 100.0})
     assert reply.token_ids == [EOS]
     assert (reply.text, reply.last.finish_reason, reply.last.stop_reason) == ("", "stop", None)
 
 
 async def test_ignore_eos_goes_on(engine):
-    bias = {EOS: 1000.0}
+    bias = {EOS: 100.0}
     reply = await answer(engine, PROMPTS[0], logit_bias=bias, ignore_eos=True, max_tokens=4)
     assert reply.token_ids == [EOS] * 4
     assert reply.last.finish_reason == "length"
 
 
 async def test_min_tokens_delay_the_end(engine):
-    reply = await answer(engine, PROMPTS[0], logit_bias={EOS: 1000.0}, min_tokens=3)
+    reply = await answer(engine, PROMPTS[0], logit_bias={EOS: 100.0}, min_tokens=3)
     assert len(reply.token_ids) == 4
     assert reply.token_ids.index(EOS) == 3
 
@@ -134,7 +134,7 @@ async def test_a_stop_string_over_three_tokens(engine, keep, text):
     reply = await answer(
         engine,
         PROMPTS[0],
-        logit_bias={token: 1000.0},
+        logit_bias={token: 100.0},
         stop=("zzz",),
         include_stop_str_in_output=keep,
     )

@@ -55,6 +55,12 @@ def test_end_tokens_of_both_configs_count(model):
     assert resolve_model(str(model)).eos_token_ids == (299, 7)
 
 
+def test_what_is_no_token_ends_nothing(model):
+    ids = [True, -1, 7, 300, "</s>"]
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+    assert resolve_model(str(model)).eos_token_ids == (299, 7)
+
+
 def test_the_hash_follows_the_config(model):
     before = resolve_model(str(model)).hash
     assert resolve_model(str(model)).hash == before

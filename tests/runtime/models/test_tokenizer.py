@@ -78,6 +78,27 @@ def test_the_default_of_several_templates(model):
     assert load(model).apply_chat_template(MESSAGES) == "d"
 
 
+def test_templates_without_a_name_are_passed_over(model):
+    configure(model, chat_template=["x", {"name": "default", "template": "d"}])
+    assert load(model).apply_chat_template(MESSAGES) == "d"
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("tokenizer_config.json", b'{"a": "\xff"}'),
+        ("tokenizer_config.json", b'{"a": ' + b"[" * 100_000),
+        ("chat_template.jinja", b"\xff"),
+        ("config.json", b'{"a": "\xff"}'),
+        ("config.json", b'{"a": ' + b"[" * 100_000),
+    ],
+)
+def test_a_file_that_is_no_text_is_named(model, file, content):
+    (model / file).write_bytes(content)
+    with pytest.raises(ModelError, match=file):
+        load(model)
+
+
 def test_without_a_template_chat_is_refused(model):
     configure(model)
     with pytest.raises(ChatTemplateError, match="has no chat template; give a plain prompt"):
@@ -101,6 +122,7 @@ def test_a_broken_tokenizer_is_named(model):
     [
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
         ("{{ messages[7].content }}", "refused"),
+        ("{{ 1 / 0 }}", "refused"),
         ("{{ ''.__class__.__mro__ }}", "unsafe"),
         ("{{ messages.append(1) }}", "unsafe"),
     ],
@@ -110,9 +132,16 @@ def test_refusals_of_a_template_are_passed_on(text, reason):
         ChatTemplate(text, {}).render(MESSAGES)
 
 
-def test_a_broken_template_is_refused_at_once():
+@pytest.mark.parametrize("text", ["{% for %}", "{% for a in b %}" * 30 + "{% endfor %}" * 30])
+def test_a_broken_template_is_refused_when_a_chat_is_asked_for(text):
+    template = ChatTemplate(text, {})
     with pytest.raises(ChatTemplateError, match="the chat template is broken"):
-        ChatTemplate("{% for %}", {})
+        template.render(MESSAGES)
+
+
+def test_a_broken_template_leaves_plain_prompts_alone(model):
+    configure(model, chat_template="{% for %}")
+    assert load(model).encode("a")
 
 
 def test_an_empty_conversation_is_refused():

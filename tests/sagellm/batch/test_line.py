@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sagellm.batch.line import Ask, LineError, parse
+from sagellm.batch.line import MAX_LINE_BYTES, Ask, LineError, parse
 from sagellm.runtime.messages import PRIORITIES, Sampling
 
 DEFAULTS = Sampling(max_tokens=9)
@@ -82,12 +82,23 @@ def test_max_completion_tokens_is_the_newer_name() -> None:
         ({"logprobs": True, "top_logprobs": 3}, 3),
         ({"logprobs": True}, 0),
         ({"logprobs": 4}, 4),
-        ({"logprobs": False, "top_logprobs": 3}, None),
+        ({"logprobs": False, "top_logprobs": None}, None),
+        ({"logprobs": 0}, 0),
         ({}, None),
     ],
 )
 def test_logprobs_of_chat_and_of_completions(said: dict[str, Any], num: int | None) -> None:
     assert ask(**body(prompt="hi", **said)).sampling.logprobs == num
+
+
+@pytest.mark.parametrize("said", [{}, {"logprobs": False}, {"logprobs": None}, {"logprobs": 2}])
+def test_top_logprobs_alone_are_refused(said: dict[str, Any]) -> None:
+    with pytest.raises(LineError, match="`top_logprobs` needs `logprobs`: true"):
+        ask(**body(prompt="hi", top_logprobs=3, **said))
+
+
+def test_the_model_of_openai_goes_with_the_request() -> None:
+    assert ask(**body(prompt="hi", model="m")).fields == {"model": "m"}
 
 
 def test_the_user_of_openai_is_our_user_id() -> None:
@@ -98,6 +109,7 @@ def test_the_user_of_openai_is_our_user_id() -> None:
     ("line", "message"),
     [
         (b"{", "line 7: Input data was truncated"),
+        (b" " * (MAX_LINE_BYTES + 1), "line 7: longer than 64 MiB"),
         (b"[1]", "line 7: expected an object"),
         (b"\xff", "line 7: "),
         (b"[" * 100_000, "line 7: "),

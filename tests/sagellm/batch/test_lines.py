@@ -49,3 +49,35 @@ async def test_a_silent_pipe_can_be_left() -> None:
             raise AssertionError
     os.close(sink)
     assert scope.cancelled_caught
+
+
+async def test_a_line_that_is_too_long_is_cut_and_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lines, "MAX_LINE_BYTES", 4)
+    monkeypatch.setattr(lines, "CHUNK_BYTES", 3)
+    path = tmp_path / "in"
+    path.write_bytes(b"      seven\nfour\n")
+    assert await read(path) == [(1, b"     "), (2, b"four")]
+
+
+class Chunk(bytes):
+    """Refuses to be put behind a copy of what came before."""
+
+    def __radd__(self, rest: bytes) -> bytes:
+        raise AssertionError
+
+
+class Chunked(FileIO):
+    def read(self, size: int | None = -1, /) -> Chunk:
+        return Chunk(super().read(size))
+
+
+async def test_a_long_line_is_not_copied_with_each_chunk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lines, "CHUNK_BYTES", 2)
+    path = tmp_path / "in"
+    path.write_bytes(b"a long line")
+    with Chunked(str(path)) as file:
+        assert [line async for line in numbered_lines(file)] == [(1, b"a long line")]

@@ -68,6 +68,15 @@ def test_too_many_threads_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert CHECKS["threads"]().fix == "export OMP_NUM_THREADS=0"
 
 
+def test_the_compiler_is_the_one_that_the_kernels_are_built_with(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("CC", "no-such-compiler")
+    assert CHECKS["compiler"]().status == "warning"
+    monkeypatch.setenv("CC", "true --fast")
+    assert CHECKS["compiler"]().detail == "true"
+
+
 @pytest.mark.parametrize(("soft", "status"), [(256, "failed"), (1024, "ok"), (-1, "ok")])
 def test_the_limit_of_open_files(monkeypatch: pytest.MonkeyPatch, soft: int, status: str) -> None:
     monkeypatch.setattr("resource.getrlimit", lambda which: (soft, soft))

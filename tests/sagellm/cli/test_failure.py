@@ -2,9 +2,18 @@ import errno
 
 import pytest
 
-from sagellm.cli.failure import CONFIGURATION, INTERRUPTED, RESOURCES, Failure, explain, show
+from sagellm.cli.failure import (
+    CONFIGURATION,
+    INTERRUPTED,
+    RESOURCES,
+    UNREAD,
+    Failure,
+    explain,
+    show,
+)
 from sagellm.graphs.diagnostics import Diagnostic, GraphError, Position
 from sagellm.graphs.models.unsupported import UnsupportedModel
+from sagellm.runtime.models.chat import ChatTemplateError
 from sagellm.runtime.models.folder import ModelError
 
 WRONG = Diagnostic("unknown-op", ("operators", "a"), "no op prefil", "did you mean prefill?")
@@ -18,6 +27,11 @@ WRONG = Diagnostic("unknown-op", ("operators", "a"), "no op prefil", "did you me
         (ModelError("no folder"), CONFIGURATION),
         (FileNotFoundError(errno.ENOENT, "No such file", "x.jsonl"), CONFIGURATION),
         (PermissionError(errno.EACCES, "Permission denied", "x.jsonl"), CONFIGURATION),
+        (FileExistsError(errno.EEXIST, "File exists", "x.jsonl"), CONFIGURATION),
+        (OSError(errno.EROFS, "Read-only file system", "x.jsonl"), CONFIGURATION),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "x.jsonl"), CONFIGURATION),
+        (ChatTemplateError("no template"), CONFIGURATION),
+        (BrokenPipeError(errno.EPIPE, "Broken pipe"), UNREAD),
         (OSError(errno.ENOSPC, "No space left on device"), RESOURCES),
         (OSError(errno.EMFILE, "Too many open files"), RESOURCES),
         (MemoryError(), RESOURCES),

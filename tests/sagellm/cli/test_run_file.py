@@ -114,6 +114,19 @@ def test_resume_asks_only_what_has_no_answer(files: Files) -> None:
     assert files.answers[2] == kept
 
 
+@pytest.mark.parametrize("option", [(), ("--force",), ("--resume",)])
+@pytest.mark.parametrize("link", [Path.symlink_to, Path.hardlink_to])
+def test_the_input_is_never_the_output(
+    files: Files, option: tuple[str, ...], link: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files.ask(prompt(1))
+    before = files.input.read_text()
+    link(files.output, files.input)
+    assert main(files.argv(*option)) == 2
+    assert "the output is the input" in capsys.readouterr().err
+    assert files.input.read_text() == before
+
+
 @pytest.mark.parametrize("missing", ["absent.jsonl", "."])
 def test_an_input_that_cannot_be_read_is_the_users_mistake(
     files: Files, missing: str, capsys: pytest.CaptureFixture[str]

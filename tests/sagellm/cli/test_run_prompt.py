@@ -1,5 +1,7 @@
 import io
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -48,7 +50,7 @@ def test_a_seed_makes_a_sample_repeatable(capsys: pytest.CaptureFixture[str]) ->
 def test_a_dash_reads_the_prompt_from_stdin(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("sys.stdin", io.StringIO("What is 20 + 31?"))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"What is 20 + 31?")))
     main(["run", "pd", "--chat", "--prompt", "-", "--max-tokens", "4"])
     piped = capsys.readouterr().out
     main(list(ASK))
@@ -61,7 +63,7 @@ def test_a_dash_reads_the_prompt_from_stdin(
         (["run", "pdd", "--prompt", "x"], "did you mean pd?"),
         (["run", "pd", "--prompt", ""], "the prompt is empty"),
         (["run", "pd", "--prompt", "x", "--model", "frob"], "'frob' is not built in"),
-        (["run", "pd", "--prompt", "x", "--set", "p.device=cuba"], "no backend 'cuba'"),
+        (["run", "pd", "--prompt", "x", "--set", "p.device=cuba"], "device: 'cuba' is not built"),
         (["run", "pd", "--prompt", "x", "--set", "splt.a=1"], "did you mean split?"),
         (["run", "pd", "--prompt", "x", "--set", "sort.policy=slo"], "slo_aware"),
         (["run", "pd", "--prompt", "x" * 5000], "5000"),
@@ -76,3 +78,26 @@ def test_a_users_mistake_is_two_and_no_traceback(
     assert "fix:" in shown.err
     assert "Traceback" not in shown.err
     assert shown.out == ""
+
+
+def test_stdin_that_is_no_text_is_a_users_mistake(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff")))
+    assert main(["run", "pd", "--prompt", "-"]) == 2
+    assert "where: stdin" in capsys.readouterr().err
+
+
+def test_a_prompt_that_is_no_text_is_a_users_mistake(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "pd", "--prompt", "\udcff"]) == 2
+    assert "the prompt is not UTF-8" in capsys.readouterr().err
+
+
+def test_a_reader_that_leaves_ends_it_quietly() -> None:
+    command = [sys.executable, "-m", "sagellm", *ASK, "--stream"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.stderr is not None
+    assert process.stderr.read() == b""
+    assert process.wait() == 141

@@ -1,0 +1,43 @@
+"""What sampling parameters may be: one table, for whoever takes them from outside."""
+
+from sagellm.runtime.messages import Sampling
+
+MAX_LOGPROBS = 20  # most likely tokens at each position, as in the OpenAI API
+MAX_CHOICES = 128
+_LARGE = 1 << 20
+
+# name -> smallest, largest. NaN is outside every range.
+RANGES: dict[str, tuple[float, float]] = {
+    "max_tokens": (1, _LARGE),
+    "min_tokens": (0, _LARGE),
+    "temperature": (0, 100),
+    "top_k": (0, 1 << 31),  # 0: all
+    "top_p": (1e-9, 1),
+    "min_p": (0, 1),
+    "repetition_penalty": (1e-3, 100),
+    "presence_penalty": (-2, 2),
+    "frequency_penalty": (-2, 2),
+    "logprobs": (0, MAX_LOGPROBS),
+    "n": (1, MAX_CHOICES),
+    "seed": (-(1 << 63), (1 << 63) - 1),
+}
+_BIAS = 100.0  # as in the OpenAI API
+
+
+def fault_of(sampling: Sampling) -> str | None:
+    """What is wrong with the parameters, the model aside: name, value and range; or None."""
+    for name, (low, high) in RANGES.items():
+        value = getattr(sampling, name)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return f"{name} is {value!r}; it must be a number"
+        if not low <= value <= high:
+            return f"{name} is {value}; it must be from {low:g} to {high:g}"
+    if sampling.min_tokens > sampling.max_tokens:
+        return f"min_tokens is {sampling.min_tokens}, more than max_tokens ({sampling.max_tokens})"
+    if not all(isinstance(text, str) and text for text in sampling.stop):
+        return "stop holds an empty string, or no string; leave it out"
+    if not all(abs(bias) <= _BIAS for bias in sampling.logit_bias.values()):
+        return f"logit_bias has a value outside {-_BIAS:g} to {_BIAS:g}"
+    return None

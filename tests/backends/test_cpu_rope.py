@@ -1,0 +1,27 @@
+"""The shared tables of angles: long enough for whoever asks, whatever others do meanwhile."""
+
+from sagellm.backends.cpu.rope import RopeTables
+from sagellm.graphs.kernels.attention import Rope
+
+
+class Raced(RopeTables):
+    """Another thread puts the first tables back whenever longer ones are stored."""
+
+    @property
+    def _tables(self):
+        return self._first
+
+    @_tables.setter
+    def _tables(self, made):
+        self._first = made[:256]
+
+
+def test_another_thread_cannot_shorten_tables_that_were_asked_for():
+    assert len(Raced(Rope(8, 10000.0)).up_to(1000)) == 1024
+
+
+def test_tables_grow_and_stay():
+    tables = RopeTables(Rope(8, 10000.0))
+    grown = tables.up_to(300)
+    assert grown.shape == (512, 2, 4)
+    assert tables.up_to(5) is grown
