@@ -49,21 +49,18 @@ class IncrementalDetokenizer:
     def _release(self) -> str:
         """Give out what no further byte can mend: all before the last character.
 
-        It is read where the text is shortest: byte fallback shows a run of bytes that ends inside
-        a character as one broken character a byte, those of the whole characters included.
+        Cut where the text is shortest: byte fallback shows a run of bytes that begins or ends
+        inside a character as one broken character a byte, those of whole characters included.
         """
-        ends = range(len(self._window) - _CHARACTER_BYTES, len(self._window))
-        end = min(ends, key=lambda end: len(self._decode(self._window[:end])))
-        text = self._decode(self._window[:end])
-        fresh = text[len(self._shown) : -1]
-        start = self._start(end, text)
-        self._shown = self._decode(self._window[start:end])[:-1]
+        num, size = len(self._window), _CHARACTER_BYTES
+        end = min(range(num - size, num), key=lambda end: len(self._text(0, end)))
+        starts = range(end - size, end - 2 * size, -1)
+        start = min(starts, key=lambda start: len(self._text(start, end)))
+        fresh = self._text(0, end)[len(self._shown) : -1]
+        self._shown = self._text(start, end)[:-1]
         self._num_shown = 0
         del self._window[:start]
         return fresh
 
-    def _start(self, end: int, text: str) -> int:
-        """Where the window may begin: at a character if there is one, and before the last one."""
-        starts = range(end - _CHARACTER_BYTES, max(end - 2 * _CHARACTER_BYTES, -1), -1)
-        fitting = (one for one in starts if text.endswith(self._decode(self._window[one:end])))
-        return next(fitting, starts[0])
+    def _text(self, start: int, end: int) -> str:
+        return self._decode(self._window[start:end])
