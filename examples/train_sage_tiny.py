@@ -518,7 +518,7 @@ def main() -> None:
     """Trains, exports, and reports on the exported weights in fp32 and bf16."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="the model folder to write")
-    parser.add_argument("--steps", type=int, default=5400)
+    parser.add_argument("--steps", type=int, default=4400)
     parser.add_argument("--minutes", type=float, default=90.0, help="finish within this time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
