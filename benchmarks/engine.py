@@ -65,10 +65,12 @@ def engine(
     with bench_graph(model, threads).open() as session:
         engines = (Ours(session), *peers)
         limits = measure_limits()
-        found = [measure(cell, engines, limits, rounds, spend_s) for cell in chosen]
-    record = _record(found, limits)
-    write(record, output, f"engine-{re.sub('[^a-z0-9]+', '-', cpu_name().lower())}")
-    print(table(record))
+        name = f"engine-{re.sub('[^a-z0-9]+', '-', cpu_name().lower())}"
+        found: list[dict[str, Any]] = []
+        for cell in chosen:  # each is kept at once: the whole takes some twenty minutes
+            found.append(measure(cell, engines, limits, rounds, spend_s))
+            write(_record(found, limits), output, name)
+    print(table(_record(found, limits)))
 
 
 def measure(
