@@ -72,12 +72,12 @@ async def test_the_context_limit_ends_an_answer(autojump_clock):
         ((), {}, "prompt is empty"),
         ((1,) * 48, {}, "48 tokens and the context limit is 48; shorten it to 47"),
         ((1, 32000), {}, "token 32000; the model knows 0 ... 31999"),
-        ((1,), {"top_p": 0.0}, "top_p is 0.0; it must be above 0"),
+        ((1,), {"top_p": 0.0}, "top_p is 0.0; it must be from 1e-09 to 1"),
         ((1,), {"max_tokens": 0}, "max_tokens is 0"),
         ((1,), {"temperature": float("nan")}, "temperature is nan"),
         ((1,), {"logit_bias": {-1: 1.0}}, "logit_bias has token -1"),
         ((1,), {"logit_bias": {1: float("inf")}}, "outside -100 to 100"),
-        ((1,), {"stop": ("",)}, "without empty strings"),
+        ((1,), {"stop": ("",)}, "stop holds an empty string"),
     ],
 )
 async def test_refusals_name_the_cause(prompt, sampling, reason):
