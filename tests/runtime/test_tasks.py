@@ -281,3 +281,4 @@ async def test_idle_returns_when_the_executor_dies() -> None:
         await executor.submit(request("r"))
         nursery.cancel_scope.cancel()
     await executor.idle()
+    assert executor.register.is_empty

@@ -238,9 +238,13 @@ async def test_what_is_no_prompt_is_refused(
 
 
 async def test_a_priority_may_be_named(autojump_clock: MockClock) -> None:
-    async with opened(joint()) as session, trio.open_nursery() as nursery:
-        for priority in ("high", 3):
-            nursery.start_soon(lambda p=priority: session.generate([1], sampling=LONG, priority=p))
+    async with opened(joint()) as session:
+        async with trio.open_nursery() as nursery:
+            for priority in ("high", 3):
+                nursery.start_soon(
+                    lambda p=priority: session.generate([1], sampling=LONG, priority=p)
+                )
+        assert session.executor.ledger.ended == {"length": 2}
 
 
 async def test_a_token_that_the_model_does_not_know_is_refused(autojump_clock: MockClock) -> None:
