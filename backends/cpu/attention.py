@@ -81,7 +81,8 @@ def _native(
     )
     return kernels.attention(
         q.contiguous(),
-        layer=step.pool[options.layer],
+        pool=step.pool,
+        layer=options.layer,
         block_tables=step.inputs.block_tables,
         row_sequences=places[0],
         positions=places[1],

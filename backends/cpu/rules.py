@@ -107,11 +107,11 @@ def _rope_kv_write(options: RopeKVWrite, binding: Binding) -> BoundKernel:
 
     def run(step: Step, *inlets: torch.Tensor) -> Tensors:
         q, k, v, positions, slots, pool = inlets
-        angles, layer = tables.up_to(step.longest_context), pool[options.layer]
+        angles, layer = tables.up_to(step.longest_context), options.layer
         if kernels:
-            places = {"tables": angles, "positions": positions, "slots": slots, "layer": layer}
-            return (kernels.rope_kv_write(q, k, v, **places),)
-        _write(layer, rotated(k, angles, positions), v, slots)
+            places = {"tables": angles, "positions": positions, "slots": slots, "pool": pool}
+            return (kernels.rope_kv_write(q, k, v, **places, layer=layer),)
+        _write(pool[layer], rotated(k, angles, positions), v, slots)
         return (rotated(q, angles, positions),)
 
     return run

@@ -22,8 +22,8 @@ class _Job(Generic[T]):
 class Worker:
     """A thread between `start` and `stop`; the same one for all jobs.
 
-    The same one, because OpenMP keeps a team of threads for each thread that opens parallel
-    regions: trio's own cache of threads would make a team for every thread of its cache.
+    The same one, because OpenMP and the C kernels keep a team of threads for each thread that
+    calls them: trio's own cache of threads would make a team for every thread of its cache.
     """
 
     def __init__(self, name: str) -> None:

@@ -66,12 +66,13 @@ def test_silu_mul(width):
 
 def test_bfloat16_is_rounded_to_nearest_even_as_in_torch():
     values = torch.randn(2, 64) * torch.logspace(-20, 20, 64)
-    layer = torch.zeros(2, 1, 1, 4, 64, dtype=torch.bfloat16)
+    pool = torch.zeros(3, 2, 1, 1, 4, 64, dtype=torch.bfloat16)
     still = torch.stack([torch.ones(4, 32), torch.zeros(4, 32)], 1)
     places = torch.tensor([0, 1])
-    options = {"tables": still, "positions": places, "slots": places, "layer": layer}
-    KERNELS.rope_kv_write(values, values, values, **options)
-    assert torch.equal(layer[:, 0, 0, :2], values.bfloat16().expand(2, 2, 64))
+    options = {"tables": still, "positions": places, "slots": places, "pool": pool}
+    KERNELS.rope_kv_write(values, values, values, **options, layer=1)
+    assert torch.equal(pool[1, :, 0, 0, :2], values.bfloat16().expand(2, 2, 64))
+    assert not pool[[0, 2]].any()
 
 
 def test_a_machine_without_a_compiler_has_no_native_kernels(monkeypatch):

@@ -4,8 +4,10 @@
  * same bits whatever else is in the batch.
  */
 #include <math.h>
+#include <stdatomic.h>
 #include <stdlib.h>
 
+#include "team.h"
 #include "vector.h"
 
 typedef struct {
@@ -16,8 +18,10 @@ typedef struct {
     long table_len;
     const int64_t *sequences, *positions;
     float *out;
-    long heads, kv_heads, head_dim, block_size, window;
+    long num_rows, heads, kv_heads, head_dim, block_size, window;
     float scale;
+    atomic_long next; /* of row * kv_heads + head: contexts differ, so threads take what is left */
+    atomic_int failed;
 } Attention;
 
 INLINE float dot(const float *a, const void *b, long from, long size, int bfloat) {
@@ -82,29 +86,33 @@ INLINE void group(const Attention *a, long row, long head, float *scores, long s
     }
 }
 
+static void groups(void *job, int number, int threads) {
+    (void)number, (void)threads;
+    Attention *a = job;
+    long stride = (a->table_len * a->block_size + LANES) / LANES * LANES, next;
+    float *scores = malloc(sizeof(float) * stride * (a->heads / a->kv_heads));
+    if (!scores) {
+        atomic_store(&a->failed, 1);
+        return;
+    }
+    while ((next = atomic_fetch_add(&a->next, 1)) < a->num_rows * a->kv_heads)
+        if (a->bfloat)
+            group(a, next / a->kv_heads, next % a->kv_heads, scores, stride, 1);
+        else
+            group(a, next / a->kv_heads, next % a->kv_heads, scores, stride, 0);
+    free(scores);
+}
+
 /* Returns 0, or 1 if memory for the scores of one row ran out. */
 int sage_attention(const float *q, const void *keys, const void *values, int bfloat,
                    const int32_t *tables, long table_len, const int64_t *sequences,
                    const int64_t *positions, float *out, long num_rows, long heads, long kv_heads,
                    long head_dim, long block_size, float scale, long window, int threads) {
-    Attention a = {q,   keys,  values,   bfloat,   tables,     table_len, sequences, positions,
-                   out, heads, kv_heads, head_dim, block_size, window,    scale};
-    long stride = (table_len * block_size + LANES) / LANES * LANES;
-    int failed = 0;
-#pragma omp parallel num_threads(threads) reduction(| : failed)
-    {
-        float *scores = malloc(sizeof(float) * stride * (heads / kv_heads));
-        failed |= scores == NULL;
-#pragma omp for collapse(2) schedule(dynamic)
-        for (long row = 0; row < num_rows; row++)
-            for (long head = 0; head < kv_heads; head++) {
-                if (!scores) continue;
-                if (bfloat)
-                    group(&a, row, head, scores, stride, 1);
-                else
-                    group(&a, row, head, scores, stride, 0);
-            }
-        free(scores);
-    }
-    return failed;
+    Attention job = {.q = q, .keys = keys, .values = values, .bfloat = bfloat, .tables = tables,
+                     .table_len = table_len, .sequences = sequences, .positions = positions,
+                     .out = out, .num_rows = num_rows, .heads = heads, .kv_heads = kv_heads,
+                     .head_dim = head_dim, .block_size = block_size, .window = window,
+                     .scale = scale};
+    team_run(groups, &job, threads);
+    return atomic_load(&job.failed);
 }

@@ -15,7 +15,7 @@ import structlog
 
 _SOURCES = Path(__file__).parent
 _FLAGS = (
-    *("-O3", "-march=native", "-ffp-contract=off", "-fopenmp"),
+    *("-O3", "-march=native", "-ffp-contract=off", "-pthread"),
     *("-shared", "-fPIC", "-Wno-psabi"),
 )
 _TIMEOUT_S = 120.0

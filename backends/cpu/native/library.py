@@ -60,7 +60,6 @@ class NativeKernels:
     """
 
     def __init__(self, path: Path) -> None:
-        # torch has loaded its OpenMP by now; the same soname resolves to it, so there is one pool.
         self._library = ctypes.CDLL(str(path))
         for name, signature in _SIGNATURES.items():
             getattr(self._library, name).argtypes = signature
@@ -123,18 +122,20 @@ class NativeKernels:
         tables: torch.Tensor,
         positions: torch.Tensor,
         slots: torch.Tensor,
-        layer: torch.Tensor,
+        pool: torch.Tensor,
+        layer: int,
     ) -> torch.Tensor:
         """Rotated q [T, heads * head_dim]; rotated k, and v, written to their slots.
 
-        tables: [positions, 2, head_dim / 2]; layer: [2, blocks, kv_heads, block_size, head_dim].
+        tables: [positions, 2, head_dim / 2]; pool: [layers, 2, blocks, kv_heads, block_size,
+        head_dim].
         """
         out = torch.empty(q.shape)
-        _, _, kv_heads, block_size, head_dim = layer.shape
+        _, _, _, kv_heads, block_size, head_dim = pool.shape
         self._library.sage_rope_kv_write(
             *(*_matrix(q), *_matrix(k), *_matrix(v)),
             *(tables.data_ptr(), positions.data_ptr(), slots.data_ptr(), out.data_ptr()),
-            *(layer[0].data_ptr(), layer[1].data_ptr(), _is_bfloat(layer)),
+            *_keys_and_values(pool, layer),
             *(len(q), q.shape[1] // head_dim, kv_heads, head_dim, block_size),
         )
         return out
@@ -143,7 +144,8 @@ class NativeKernels:
         self,
         q: torch.Tensor,
         *,
-        layer: torch.Tensor,
+        pool: torch.Tensor,
+        layer: int,
         block_tables: torch.Tensor,
         row_sequences: torch.Tensor,
         positions: torch.Tensor,
@@ -152,9 +154,9 @@ class NativeKernels:
     ) -> torch.Tensor:
         """q [T, heads * head_dim] (contiguous) over the blocks of each row's sequence."""
         out = torch.empty(q.shape)
-        _, _, kv_heads, block_size, head_dim = layer.shape
+        _, _, _, kv_heads, block_size, head_dim = pool.shape
         failed = self._library.sage_attention(
-            *(q.data_ptr(), layer[0].data_ptr(), layer[1].data_ptr(), _is_bfloat(layer)),
+            *(q.data_ptr(), *_keys_and_values(pool, layer)),
             *(block_tables.data_ptr(), block_tables.shape[1]),
             *(row_sequences.data_ptr(), positions.data_ptr(), out.data_ptr()),
             *(len(q), q.shape[1] // head_dim, kv_heads, head_dim, block_size),
@@ -167,6 +169,13 @@ class NativeKernels:
 
 def _matrix(rows: torch.Tensor) -> tuple[int, int]:
     return rows.data_ptr(), rows.stride(0)
+
+
+def _keys_and_values(pool: torch.Tensor, layer: int) -> tuple[int, int, int]:
+    """Where one layer's begin, and whether they are bfloat16; slices of tensors would cost more."""
+    side, size = pool.stride(1), pool.element_size()
+    first = pool.data_ptr() + pool.stride(0) * layer * size
+    return first, first + side * size, _is_bfloat(pool)
 
 
 def _pointer(tensor: torch.Tensor | None) -> int | None:

@@ -3,16 +3,16 @@
  * The order of additions for one (m, n) is the same whatever the number of rows: eight lanes along
  * k, summed at the end of each chunk of k, chunks added in order. So results are batch-invariant.
  */
-#include <stdlib.h>
-
+#include "team.h"
 #include "vector.h"
 
 #define CHUNK 1024  /* of k: 32 rows of x at a time stay in the second-level cache */
 #define ROWS 64     /* of x per pass over the weights of a chunk */
 #define FEW 4       /* rows for which weights are used once, so not worth unpacking */
+#define AHEAD 4     /* tiles: 20 KiB of bfloat16 at k = 896, what memory takes to answer */
 #define COLS 3      /* weight rows side by side: 4 x 3 sums fill the registers of AVX2 */
 
-/* `ahead`: the weights are streamed, so those of the next tile are asked for: hardware stops at the
+/* `ahead`: the weights are streamed, so those of a later tile are asked for: hardware stops at the
  * end of a page. */
 INLINE void tile(const float *x, long ldx, const void *w, long ldw, int bfloat, int ahead,
                  long k_len, int rows, int cols, float *sums) {
@@ -23,7 +23,7 @@ INLINE void tile(const float *x, long ldx, const void *w, long ldw, int bfloat, 
         for (int c = 0; c < cols; c++) wide[c] = load(w, c * ldw + k, bfloat);
         if (ahead && k % 32 == 0) /* a cache line of bfloat16 */
             for (int c = 0; c < cols; c++)
-                __builtin_prefetch((const char *)w + ((c + COLS) * ldw + k) * (bfloat ? 2 : 4));
+                __builtin_prefetch((const char *)w + ((c + AHEAD * COLS) * ldw + k) * (bfloat ? 2 : 4));
         for (int r = 0; r < rows; r++) {
             vec row = load_float(x + r * ldx + k);
             for (int c = 0; c < cols; c++) acc[r][c] = fused(row, wide[c], acc[r][c]);
@@ -112,18 +112,21 @@ static void many_rows(const Product *p, long first, long last) {
             }
 }
 
+/* A thread's columns. */
+static void columns(void *job, int number, int threads) {
+    const Product *p = job;
+    long each = (p->num_cols + threads - 1) / threads;
+    long first = least(number * each, p->num_cols), last = least(first + each, p->num_cols);
+    if (p->num_rows > FEW)
+        many_rows(p, first, last);
+    else if (p->bfloat)
+        few_rows(p, first, last, 1);
+    else
+        few_rows(p, first, last, 0);
+}
+
 void sage_linear(const float *x, long ldx, const void *w, int bfloat, const float *bias,
                  float *out, long ldo, long num_rows, long num_cols, long k, int threads) {
     Product p = {x, ldx, w, bfloat, bias, out, ldo, num_rows, num_cols, k};
-    long share = (num_cols + threads - 1) / threads;
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int thread = 0; thread < threads; thread++) {
-        long first = thread * share, last = least(first + share, num_cols);
-        if (num_rows > FEW)
-            many_rows(&p, first, last);
-        else if (bfloat)
-            few_rows(&p, first, last, 1);
-        else
-            few_rows(&p, first, last, 0);
-    }
+    team_run(columns, &p, threads);
 }

@@ -1,6 +1,7 @@
 /* Kernels that go row by row: norms, silu * mul, rotation with the write to the pool. */
 #include <math.h>
 
+#include "team.h"
 #include "vector.h"
 
 static float mean_square(const float *row, long size) {
@@ -20,36 +21,67 @@ static void normed(const float *row, const float *weight, float *out, long size,
     for (long i = 0; i < size; i++) out[i] = row[i] * scale * weight[i];
 }
 
+/* Which of `count` rows are a thread's: first <= row < last. */
+static void share_of(long count, int number, int threads, long *first, long *last) {
+    *first = count * number / threads;
+    *last = count * (number + 1) / threads;
+}
+
+typedef struct {
+    const float *a, *b, *weight;
+    float *sum, *out;
+    long lda, ldb, num_rows, width, size;
+    float epsilon;
+} Norm;
+
+static void norm_rows(void *job, int number, int threads) {
+    const Norm *n = job;
+    long row, last;
+    for (share_of(n->num_rows, number, threads, &row, &last); row < last; row++) {
+        const float *from = n->a + row * n->lda;
+        if (n->b) {
+            float *to = n->sum + row * n->width;
+            for (long i = 0; i < n->width; i++) to[i] = from[i] + n->b[row * n->ldb + i];
+            from = to;
+        }
+        for (long i = 0; i < n->width; i += n->size)
+            normed(from + i, n->weight, n->out + row * n->width + i, n->size, n->epsilon);
+    }
+}
+
 /* sum = a + b where b is given (else a is normed); every run of `size` of a row is normed. */
 void sage_rms_norm(const float *a, long lda, const float *b, long ldb, const float *weight,
                    float *sum, float *out, long num_rows, long width, long size, float epsilon,
                    int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static) if (num_rows * width > 16384)
-    for (long row = 0; row < num_rows; row++) {
-        const float *from = a + row * lda;
-        if (b) {
-            float *to = sum + row * width;
-            for (long i = 0; i < width; i++) to[i] = from[i] + b[row * ldb + i];
-            from = to;
-        }
-        for (long i = 0; i < width; i += size)
-            normed(from + i, weight, out + row * width + i, size, epsilon);
-    }
+    Norm job = {a, b, weight, sum, out, lda, ldb, num_rows, width, size, epsilon};
+    team_run(norm_rows, &job, num_rows * width > 16384 ? threads : 1);
 }
+
+typedef struct {
+    const float *gate, *up;
+    float *out;
+    long ldg, ldu, num_rows, width;
+} SiluMul;
 
 INLINE vec silu_times(vec gate, vec up) { return gate / (lanes_exp(-gate) + 1.0f) * up; }
 
+static void silu_mul_rows(void *job, int number, int threads) {
+    const SiluMul *s = job;
+    long row, last;
+    for (share_of(s->num_rows, number, threads, &row, &last); row < last; row++) {
+        const float *g = s->gate + row * s->ldg, *u = s->up + row * s->ldu;
+        float *to = s->out + row * s->width;
+        long i = 0;
+        for (; i + LANES <= s->width; i += LANES)
+            store_float(to + i, silu_times(load_float(g + i), load_float(u + i)));
+        for (; i < s->width; i++) to[i] = silu_times(fill(g[i]), fill(u[i]))[0];
+    }
+}
+
 void sage_silu_mul(const float *gate, long ldg, const float *up, long ldu, float *out,
                    long num_rows, long width, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static) if (num_rows * width > 8192)
-    for (long row = 0; row < num_rows; row++) {
-        const float *g = gate + row * ldg, *u = up + row * ldu;
-        float *to = out + row * width;
-        long i = 0;
-        for (; i + LANES <= width; i += LANES)
-            store_float(to + i, silu_times(load_float(g + i), load_float(u + i)));
-        for (; i < width; i++) to[i] = silu_times(fill(g[i]), fill(u[i]))[0];
-    }
+    SiluMul job = {gate, up, out, ldg, ldu, num_rows, width};
+    team_run(silu_mul_rows, &job, num_rows * width > 8192 ? threads : 1);
 }
 
 /* Halves rotated: (a, b) -> (a cos - b sin, b cos + a sin). */

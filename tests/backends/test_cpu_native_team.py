@@ -1,0 +1,98 @@
+"""The helpers of the C kernels: as many as asked for, one set a thread, none after it."""
+
+import os
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from sagellm.backends.cpu.native.library import native_kernels
+
+KERNELS = native_kernels()
+TASKS = Path("/proc/self/task")
+pytestmark = [
+    pytest.mark.skipif(KERNELS is None, reason="no C compiler on this machine"),
+    pytest.mark.skipif(not TASKS.exists(), reason="threads are counted in /proc"),
+]
+
+
+def num_threads():
+    """Of this process, those of the kernels included."""
+    return len(os.listdir(TASKS))
+
+
+def product(threads, depth=64):
+    """A product on so many threads, and whether it is right."""
+    torch.set_num_threads(threads)
+    x, weight = torch.ones(1, depth), torch.arange(7.0)[:, None].expand(7, depth).contiguous()
+    return torch.equal(KERNELS.linear(x, weight, None), depth * torch.arange(7.0)[None])
+
+
+@pytest.fixture
+def kept_threads():
+    """torch's number of threads, as it was before."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def in_a_thread(function):
+    """What `function` returns on a thread that ends with it."""
+    found = []
+    thread = threading.Thread(target=lambda: found.append(function()))
+    thread.start()
+    thread.join(60.0)
+    return found[0]
+
+
+def settled(number):
+    """Whether the process comes down to `number` threads: an ended one is listed a moment more."""
+    until = time.monotonic() + 10.0
+    while num_threads() > number and time.monotonic() < until:
+        time.sleep(0.01)
+    return num_threads() <= number
+
+
+def test_helpers_come_as_they_are_needed_and_stay_for_the_next_kernel(kept_threads):
+    def run():
+        before, counts = num_threads(), []
+        for threads in (1, 3, 2, 5, 3, 1):
+            assert all(product(threads) for _ in range(20))
+            counts.append(num_threads() - before)
+        return counts
+
+    assert in_a_thread(run) == [0, 2, 2, 4, 4, 4]
+
+
+def test_helpers_end_with_the_thread_that_they_helped(kept_threads):
+    before = num_threads()
+    for _ in range(5):
+        assert in_a_thread(lambda: product(4))
+    assert settled(before)
+
+
+def test_helpers_that_fell_asleep_wake_for_the_next_kernel(kept_threads):
+    def run():
+        right = []
+        for _ in range(10):
+            right.append(product(3))
+            time.sleep(0.002)  # they look out for a tenth of that
+        return all(right)
+
+    assert in_a_thread(run)
+
+
+def test_threads_that_run_kernels_at_once_do_not_disturb_each_other(kept_threads):
+    torch.set_num_threads(2)
+    weight = torch.randn(300, 64)
+
+    def run(number):
+        x = torch.full((1, 64), float(number))
+        wanted = KERNELS.linear(x, weight, None)
+        return all(torch.equal(KERNELS.linear(x, weight, None), wanted) for _ in range(300))
+
+    with ThreadPoolExecutor(6) as pool:
+        assert all(pool.map(run, range(24)))
