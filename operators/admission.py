@@ -1,8 +1,34 @@
-"""admission: the door. Lets a request in while there is room to wait, and refuses it otherwise."""
+"""admission: the door. Lets a request in while it can be served in time, and refuses it otherwise.
 
+A request with several choices is judged once, at its first, and counts with all of them. Where
+nothing waits, every request enters: a refusal would gain nothing, and what is served keeps the
+evidence fresh. Otherwise it is refused, at once, with the time after which to try again, where
+
+    queue_full        more than `max_queued` requests, or `max_queued_tokens`, would wait
+    slo_unreachable   its first token would come later than its objective allows:
+                      waited + (prompt tokens that wait / tokens served a second) * margin
+                      + first token
+
+The prediction takes all that waits as ahead of the newcomer. Its rate is what left the queue while
+something waited, with a memory of ten busy seconds; the margin is two standard deviations of such
+a wait, 1 + 2 / sqrt(requests that wait); the last term is the mean time from there to a first
+token. Before eight requests have waited and been served nothing is predicted.
+
+Under load the less urgent go first. Of each bound (requests, tokens, objective) a priority may use
+
+    critical 100 %   high 90 %   normal 80 %   low 60 %   background 40 %
+
+so that what is left of the queue is kept for the more urgent, and a critical request is refused
+only where the queue is full, when all others have been refused for long.
+"""
+
+import math
 from dataclasses import dataclass, field
 
+import msgspec
+
 from sagellm.graphs.vocabulary import REQUEST, OpSpec, Port
+from sagellm.runtime.backlog import Backlog, Pace
 from sagellm.runtime.messages import Request, refusal
 from sagellm.runtime.operator import (
     Arrival,
@@ -12,16 +38,28 @@ from sagellm.runtime.operator import (
     Input,
     Output,
     Setup,
+    Signal,
     Step,
     Terminate,
 )
+from sagellm.runtime.persistent_map import PersistentMap
+
+SHARES = (1.0, 0.9, 0.8, 0.6, 0.4)  # of each bound, by priority: 0 critical ... 4 background
+_RETRY_S = 1.0  # where nothing is known of how fast the queue is served
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """`max_queued`: requests that may wait in `policy_sort` before new ones are refused."""
+    """`max_queued`: requests that may wait in `policy_sort` before new ones are refused.
+
+    `max_queued_tokens`: the same for tokens: the uncached prompt and `max_tokens` of each choice.
+    None: no bound. `slo_ttft_s`: the objective of requests that bring none, for this operator and
+    for those behind it. None: only requests with an objective of their own are refused for it.
+    """
 
     max_queued: int = field(default=1024, metadata={"min": 1})
+    max_queued_tokens: int | None = field(default=None, metadata={"min": 1})
+    slo_ttft_s: float | None = field(default=None, metadata={"min": 1e-3})
 
 
 SPEC = OpSpec(
@@ -29,48 +67,148 @@ SPEC = OpSpec(
     (Port("in", REQUEST),),
     (Port("out", REQUEST),),
     options=Options,
-    hears=frozenset({"queue"}),
+    hears=frozenset({"queue", "first_token"}),
 )
+
+
+class Verdict(msgspec.Struct, frozen=True):
+    """Why a request is refused; no code: it is not. `num_left` of its choices are still to come."""
+
+    code: str = ""
+    error: str = ""
+    retry_after_s: float | None = None
+    num_left: int = 0
+
+
+class Seen(msgspec.Struct, frozen=True):
+    """The state: the queue as it was last told, and verdicts on requests with choices to come."""
+
+    pace: Pace = Pace()
+    verdicts: PersistentMap[str, Verdict] = msgspec.field(default_factory=PersistentMap)
 
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """Its state is the number of waiting requests, as `policy_sort` last told it.
-
-    Inside one region that number is exact at every arrival: what an input caused, feedback
-    included, is over before the executor takes the next input. Where an operator between the two
-    can wait (a map with an async function), the requests in that operator are not counted yet;
-    its credits bound how many that are. Where nothing downstream tells "queue", nothing waits
+    """Inside one region what it knows of the queue is exact at every arrival: what an input caused,
+    feedback included, is over before the executor takes the next input. Where an operator between
+    the two can wait (a map with an async function), the requests in that operator are not counted
+    yet; its credits bound how many that are. Where nothing downstream tells "queue", nothing waits
     unboundedly either, for the source itself is held back: everything passes.
     """
 
     name: str
-    max_queued: int
+    options: Options
 
     @property
-    def initial(self) -> int:
-        return 0
+    def initial(self) -> Seen:
+        return Seen()
 
-    def on(self, state: int, happened: Input, now: float, draw: Draw) -> Step[int]:
+    def on(self, state: Seen, happened: Input, now: float, draw: Draw) -> Step[Seen]:
         match happened:
-            case Feedback(kind="queue", value=int(num_waiting)):
-                return Step(num_waiting)
             case Arrival(item=Request() as request):
-                return Step(state, (self._judge(state, request, now),))
+                return self._arrive(state, request, now)
+            case Feedback(kind="queue", value=Backlog() as backlog):
+                return Step(_with_pace(state, state.pace.with_backlog(backlog)))
+            case Feedback(kind="first_token", value=float(seconds)):
+                return Step(_with_pace(state, state.pace.with_first_token(seconds)))
+            case Signal(kind="forget", request_id=request_id):
+                return Step(_with_verdicts(state, state.verdicts.without(request_id)))
         return Step(state)
 
-    def _judge(self, num_waiting: int, request: Request, now: float) -> Output:
+    def _arrive(self, state: Seen, request: Request, now: float) -> Step[Seen]:
         if request.expires_s is not None and request.expires_s <= now:
             late = f"{self.name}: it expired before it was admitted: allow it more time"
-            return Terminate(refusal(request, "expired", now=now, error=late))
-        if num_waiting >= self.max_queued:
-            full = (
-                f"{self.name}: {num_waiting} requests wait already (max_queued={self.max_queued}): "
-                "try again later, or raise max_queued"
+            return Step(state, (Terminate(refusal(request, "expired", now=now, error=late)),))
+        verdict = state.verdicts.get(request.request_id) or self._judge(state.pace, request, now)
+        verdicts = _followed(state.verdicts, request.request_id, verdict)
+        return Step(_with_verdicts(state, verdicts), (self._answer(request, verdict, now),))
+
+    def _answer(self, request: Request, verdict: Verdict, now: float) -> Output:
+        if verdict.code:
+            event = refusal(
+                request,
+                "refused",
+                now=now,
+                error=verdict.error,
+                code=verdict.code,
+                retry_after_s=verdict.retry_after_s,
             )
-            return Terminate(refusal(request, "refused", now=now, error=full))
+            return Terminate(event)
+        if request.slo_ttft_s is None and self.options.slo_ttft_s is not None:
+            request = msgspec.structs.replace(request, slo_ttft_s=self.options.slo_ttft_s)
         return Emit(request)
+
+    def _judge(self, pace: Pace, request: Request, now: float) -> Verdict:
+        num_choices = max(request.sampling.n, 1)
+        code, error = self._fault(pace, request, now) if pace.backlog.num_requests else ("", "")
+        retry_after_s = (pace.wait_s or _RETRY_S) if code else None
+        return Verdict(code, error and f"{self.name}: {error}", retry_after_s, num_choices)
+
+    def _fault(self, pace: Pace, request: Request, now: float) -> tuple[str, str]:
+        """Code and reason of a refusal, or nothing twice."""
+        full = self._overflow(pace.backlog, request)
+        if full:
+            return "queue_full", full
+        objective_s = request.slo_ttft_s or self.options.slo_ttft_s
+        wait_s = pace.long_wait_s
+        if objective_s is None or wait_s is None:
+            return "", ""
+        waited_s = max(now - request.stamps.arrived_s, 0.0)
+        predicted_s = waited_s + wait_s + pace.first_token_s
+        if predicted_s <= _share(request) * objective_s:
+            return "", ""
+        return "slo_unreachable", (
+            f"its first token might take {predicted_s:.1f} s, and the objective is "
+            f"{objective_s:g} s{_says_share(request)}: try again later"
+        )
+
+    def _overflow(self, backlog: Backlog, request: Request) -> str:
+        options, share = self.options, _share(request)
+        num_choices = max(request.sampling.n, 1)
+        if backlog.num_requests + num_choices > math.ceil(share * options.max_queued):
+            return (
+                f"{backlog.num_requests} requests wait already (max_queued={options.max_queued}"
+                f"{_says_share(request)}): try again later, or raise max_queued"
+            )
+        most = options.max_queued_tokens
+        num_tokens = num_choices * (request.num_uncached_tokens + request.sampling.max_tokens)
+        if most is not None and backlog.num_tokens + num_tokens > share * most:
+            return (
+                f"requests of {backlog.num_tokens} tokens wait already, and this one has "
+                f"{num_tokens} (max_queued_tokens={most}{_says_share(request)}): "
+                "try again later, or raise max_queued_tokens"
+            )
+        return ""
+
+
+def _share(request: Request) -> float:
+    return SHARES[min(max(request.priority, 0), len(SHARES) - 1)]
+
+
+def _says_share(request: Request) -> str:
+    share = _share(request)
+    return "" if share == 1 else f", of which priority {request.priority} may use {share:.0%}"
+
+
+def _followed(
+    verdicts: PersistentMap[str, Verdict], request_id: str, verdict: Verdict
+) -> PersistentMap[str, Verdict]:
+    """One choice fewer is to come."""
+    if verdict.num_left <= 1:
+        return verdicts.without(request_id)
+    rest = msgspec.structs.replace(verdict, num_left=verdict.num_left - 1)
+    return verdicts.with_item(request_id, rest)
+
+
+def _with_pace(state: Seen, pace: Pace) -> Seen:
+    return msgspec.structs.replace(state, pace=pace)
+
+
+def _with_verdicts(state: Seen, verdicts: PersistentMap[str, Verdict]) -> Seen:
+    if verdicts is state.verdicts:
+        return state
+    return msgspec.structs.replace(state, verdicts=verdicts)
 
 
 def build(options: Options, setup: Setup) -> Admission:
-    return Admission(setup.name, options.max_queued)
+    return Admission(setup.name, options)

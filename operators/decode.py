@@ -6,8 +6,8 @@ import msgspec
 
 from sagellm.graphs.vocabulary import EVENT, PREFILLED, OpSpec, Port
 from sagellm.runtime.engine.port import EngineEvent, EngineFacts, EngineRefusal, PrefillDone
-from sagellm.runtime.handover import abandon, merge_stamps
-from sagellm.runtime.messages import Item, Prefilled, Request, TokenEvent, refusal
+from sagellm.runtime.handover import abandon, merge_stamps, refused, tell_first_token
+from sagellm.runtime.messages import Item, Prefilled, Request, TokenEvent
 from sagellm.runtime.operator import Context, Credit, Setup, Signal
 
 
@@ -46,6 +46,7 @@ class Decode:
         assert isinstance(item, Prefilled)
         request, first = item.request, item.first
         await ctx.emit(msgspec.structs.replace(first, stamps=_stamps(item)))
+        tell_first_token(ctx, request, first)
         if first.is_last:
             ctx.release(request.key)
             return
@@ -57,7 +58,7 @@ class Decode:
         except EngineRefusal as error:
             self.discard(ctx, item)
             ctx.release(request.key)
-            await ctx.terminate(refusal(request, "refused", now=ctx.now(), error=str(error)))
+            await ctx.terminate(refused(request, error, ctx.now()))
 
     async def on_events(self, ctx: Context, events: tuple[EngineEvent, ...]) -> None:
         await ctx.emit_batch(tuple(self._stamped(event) for event in events))

@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 
 from sagellm.graphs.vocabulary import EVENT, REQUEST, OpSpec, Port
 from sagellm.runtime.engine.port import EngineEvent, EngineFacts, EngineRefusal, PrefillDone
-from sagellm.runtime.handover import merge_stamps
-from sagellm.runtime.messages import Item, Request, TokenEvent, refusal
+from sagellm.runtime.handover import merge_stamps, refused, tell_first_token
+from sagellm.runtime.messages import Item, Request, TokenEvent
 from sagellm.runtime.operator import Context, Credit, Setup, Signal
 
 
@@ -52,14 +52,13 @@ class Generate:
         except EngineRefusal as error:
             del self._held[item.key]
             ctx.release(item.key)
-            await ctx.terminate(refusal(item, "refused", now=ctx.now(), error=str(error)))
+            await ctx.terminate(refused(item, error, ctx.now()))
 
     async def on_events(self, ctx: Context, events: tuple[EngineEvent, ...]) -> None:
         await ctx.emit_batch(tuple(self._stamped(event) for event in events))
         for event in events:
-            if isinstance(event, TokenEvent) and event.is_last:
-                self._held.pop(event.key, None)
-                ctx.release(event.key)
+            if isinstance(event, TokenEvent):
+                self._note(ctx, event)
 
     def on_signal(self, ctx: Context, signal: Signal) -> None:
         for key, request in self._held.items():
@@ -68,6 +67,14 @@ class Generate:
 
     def discard(self, ctx: Context, item: Item) -> None:
         self._held.pop(item.key, None)
+
+    def _note(self, ctx: Context, event: TokenEvent) -> None:
+        request = self._held.get(event.key)
+        if request is not None:
+            tell_first_token(ctx, request, event)
+        if event.is_last:
+            self._held.pop(event.key, None)
+            ctx.release(event.key)
 
     def _stamped(self, event: EngineEvent) -> TokenEvent:
         """The first and the last event carry the request's stamps; those between need none."""

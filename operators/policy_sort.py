@@ -42,6 +42,7 @@ class PolicySort:
 
     The answer `Taken` to an offer comes before any other input; an offer that is not answered was
     declined, and its items are offered again only once something was taken or credit came back.
+    What waits is told upstream whenever it changes, as a `Backlog`.
     """
 
     name: str
@@ -54,6 +55,7 @@ class PolicySort:
         return Queue()
 
     def on(self, state: Queue, happened: Input, now: float, draw: Draw) -> Step[Queue]:
+        state = state.at(now)
         match happened:
             case Arrival(item=Request() as request):
                 return self._arrive(state, request, now)
@@ -91,7 +93,7 @@ class PolicySort:
         if level != after.level:
             after = after.at_level(level, self.policy.orders[level])
         if len(after.entries) != len(before.entries):
-            outputs += (Tell("queue", len(after.entries)),)
+            outputs += (Tell("queue", after.backlog),)
         return self._offer(after, outputs, now)
 
     def _offer(self, queue: Queue, outputs: tuple[Output, ...], now: float) -> Step[Queue]:

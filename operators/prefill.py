@@ -13,8 +13,8 @@ from sagellm.runtime.engine.port import (
     LeaseOffer,
     PrefillDone,
 )
-from sagellm.runtime.handover import abandon, merge_stamps
-from sagellm.runtime.messages import Item, Prefilled, Request, TokenEvent, refusal
+from sagellm.runtime.handover import abandon, merge_stamps, refused
+from sagellm.runtime.messages import Item, Prefilled, Request, TokenEvent
 from sagellm.runtime.operator import Context, Credit, Setup, Signal, Target
 
 
@@ -65,7 +65,7 @@ class Prefill:
         except EngineRefusal as error:
             self.discard(ctx, item)
             ctx.release(item.key)
-            await ctx.terminate(refusal(item, "refused", now=ctx.now(), error=str(error)))
+            await ctx.terminate(refused(item, error, ctx.now()))
 
     async def on_events(self, ctx: Context, events: tuple[EngineEvent, ...]) -> None:
         for event in events:

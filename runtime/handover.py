@@ -1,9 +1,9 @@
-"""How a prefilled request gives up the KV blocks that are kept for it."""
+"""Where operators hand requests to engines: giving up KV blocks, stamps, and refusals."""
 
 import msgspec
 
-from sagellm.runtime.engine.port import Engine
-from sagellm.runtime.messages import Item, Prefilled, Request, Stamps, TokenEvent
+from sagellm.runtime.engine.port import Engine, EngineRefusal
+from sagellm.runtime.messages import Item, Prefilled, Request, Stamps, TokenEvent, refusal
 from sagellm.runtime.operator import Context
 
 
@@ -27,3 +27,18 @@ def merge_stamps(request: Request, event: TokenEvent) -> TokenEvent:
     after = msgspec.structs.asdict(event.stamps)
     known = {name: value for name, value in before.items() if value is not None}
     return msgspec.structs.replace(event, stamps=Stamps(**{**after, **known}))
+
+
+def refused(request: Request, error: EngineRefusal, now: float) -> TokenEvent:
+    """The end of a request that its engine would not take."""
+    return refusal(request, "refused", now=now, error=str(error), code=error.code)
+
+
+def tell_first_token(ctx: Context, request: Request, event: TokenEvent) -> None:
+    """Tell upstream, once for each request, how long its first token took from leaving its queue
+    to leaving this operator.
+    """
+    dispatched_s = request.stamps.dispatched_s
+    is_first = bool(event.token_ids) and event.position == len(request.emitted_token_ids)
+    if is_first and dispatched_s is not None:
+        ctx.tell("first_token", ctx.now() - dispatched_s)

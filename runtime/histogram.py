@@ -20,7 +20,7 @@ class Histogram(msgspec.Struct, frozen=True):
     def with_sample(self, value: float) -> "Histogram":
         bucket = max(math.floor(math.log(max(value, _LEAST) / _LEAST) / _LOG_GROWTH), 0)
         counts = self.counts.with_item(bucket, self.counts.get(bucket, 0) + 1)
-        return msgspec.structs.replace(self, counts=counts, num_samples=self.num_samples + 1)
+        return Histogram(counts, self.num_samples + 1)
 
     def quantile(self, share: float) -> float | None:
         """The value that at least `share` (0 ... 1) of the samples do not pass; None of none."""

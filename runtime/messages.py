@@ -7,6 +7,14 @@ import msgspec
 FinishReason: TypeAlias = Literal[
     "stop", "length", "cancelled", "refused", "expired", "failed", "filtered"
 ]
+# Why a request ended, for programs: what a gateway answers, and whether a retry may help.
+CODES: dict[str, str] = {
+    "bad_request": "the request itself cannot be served",
+    "queue_full": "too many requests or tokens wait",
+    "slo_unreachable": "its first token would come too late",
+    "slow_reader": "its reader did not read",
+    "shutting_down": "the graph is being closed",
+}
 SERVED: frozenset[str] = frozenset({"stop", "length"})  # the reasons that mean an answer
 
 PRIORITIES = {"critical": 0, "high": 1, "normal": 2, "low": 3, "background": 4}
@@ -36,6 +44,7 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     skip_special_tokens: bool = True
     ignore_eos: bool = False
     logprobs: int | None = None  # None: none; k: the chosen token's and the k most likely
+    prompt_logprobs: int | None = None  # the same for the prompt's tokens, in the first event
     n: int = 1
 
 
@@ -166,9 +175,12 @@ class TokenEvent(msgspec.Struct, frozen=True, kw_only=True, tag="tokens"):
     token_ids: tuple[int, ...] = ()
     text: str = ""
     logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()  # of the prompt's tokens but the first
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None  # the stop string or token id that matched
     error: str | None = None  # why it was refused or failed; safe to show
+    code: str = ""  # the same for programs: a key of CODES, or nothing
+    retry_after_s: float | None = None  # when a refused request may be tried again
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
     stamps: Stamps = Stamps()
@@ -215,9 +227,12 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True, tag="answer"):
     text: str = ""
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: FinishReason = "stop"
     stop_reason: str | int | None = None
     error: str | None = None
+    code: str = ""
+    retry_after_s: float | None = None
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
     stamps: Stamps = Stamps()
@@ -243,7 +258,13 @@ Item: TypeAlias = Request | Prefilled | TokenEvent | Answer
 
 
 def refusal(
-    request: Request, reason: FinishReason, *, now: float, error: str | None = None
+    request: Request,
+    reason: FinishReason,
+    *,
+    now: float,
+    error: str | None = None,
+    code: str = "",
+    retry_after_s: float | None = None,
 ) -> TokenEvent:
     """The terminal event of a request that ends before an engine took it."""
     stamps = msgspec.structs.replace(request.stamps, finished_s=now)
@@ -254,6 +275,8 @@ def refusal(
         position=len(request.emitted_token_ids),
         finish_reason=reason,
         error=error,
+        code=code,
+        retry_after_s=retry_after_s,
         num_prompt_tokens=len(request.prompt_token_ids),
         stamps=stamps,
     )

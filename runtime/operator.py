@@ -79,7 +79,7 @@ class Feedback:
     node: str
     replica: int
     sequence: int
-    kind: str  # "load" | "queue" | "credit"
+    kind: str  # "load" | "queue" (a Backlog) | "credit" | "first_token" (seconds in its engine)
     value: Any = None
 
 

@@ -18,9 +18,13 @@ RANGES: dict[str, tuple[float, float]] = {
     "presence_penalty": (-2, 2),
     "frequency_penalty": (-2, 2),
     "logprobs": (0, MAX_LOGPROBS),
+    "prompt_logprobs": (0, MAX_LOGPROBS),
     "n": (1, MAX_CHOICES),
     "seed": (-(1 << 63), (1 << 63) - 1),
 }
+_WHOLE = frozenset(
+    {"max_tokens", "min_tokens", "top_k", "logprobs", "prompt_logprobs", "n", "seed"}
+)
 _BIAS = 100.0  # as in the OpenAI API
 
 
@@ -30,8 +34,10 @@ def fault_of(sampling: Sampling) -> str | None:
         value = getattr(sampling, name)
         if value is None:
             continue
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            return f"{name} is {value!r}; it must be a number"
+        kinds = int if name in _WHOLE else int | float
+        if isinstance(value, bool) or not isinstance(value, kinds):
+            kind = "whole number" if name in _WHOLE else "number"
+            return f"{name} is {value!r}; it must be a {kind}"
         if not low <= value <= high:
             return f"{name} is {value}; it must be from {low:g} to {high:g}"
     if sampling.min_tokens > sampling.max_tokens:

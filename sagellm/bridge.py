@@ -10,6 +10,7 @@ from typing import Any, Generic, TypeVar
 from anyio import to_thread
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
+from sagellm.health import Health
 from sagellm.runtime.messages import Answer
 from sagellm.session import Output, Prompt, Session
 from sagellm.statistics import Statistics
@@ -134,11 +135,19 @@ class BlockingSession:
         """Wait until every request has ended."""
         self._thread.call(self._thread.session.idle).result()
 
-    def cancel(self, request_id: str) -> None:
-        self._thread.portal.call(self._thread.session.cancel, request_id)
+    def cancel(self, request_id: str) -> bool:
+        """End a request; False where it is not known."""
+        return self._thread.portal.call(self._thread.session.cancel, request_id)
+
+    @property
+    def max_model_len(self) -> int:
+        return self._thread.session.max_model_len
 
     def statistics(self) -> Statistics:
         return self._thread.portal.call(self._thread.session.statistics)
+
+    def health(self) -> Health:
+        return self._thread.portal.call(self._thread.session.health)
 
 
 class AsyncioStream(_Items[Output]):
@@ -203,8 +212,15 @@ class AsyncioSession:
     def cancel(self, request_id: str) -> None:
         self._thread.portal.start_task_soon(self._thread.session.cancel, request_id)
 
+    @property
+    def max_model_len(self) -> int:
+        return self._thread.session.max_model_len
+
     def statistics(self) -> Statistics:
         return self._thread.portal.call(self._thread.session.statistics)
+
+    def health(self) -> Health:
+        return self._thread.portal.call(self._thread.session.health)
 
 
 class Bridge:

@@ -1,10 +1,28 @@
-"""Where logs go: to stderr as JSON lines, unless the application has configured structlog."""
+"""Where logs go: to stderr as JSON lines, unless the application has configured structlog.
+
+A line is one line: whatever was in its values is escaped, secrets are taken out of it, and of a
+prompt it holds a length and a keyed hash. Request ids come from structlog's context variables.
+"""
 
 import logging
 import sys
+import traceback
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import structlog
+from structlog.typing import EventDict, Processor
+
+from sagellm.redaction import Redactor
+
+_NUM_FRAMES = 12
+LEVELS = {
+    "debug": logging.DEBUG,
+    "info": logging.INFO,
+    "warning": logging.WARNING,
+    "error": logging.ERROR,
+}
 
 
 class _Stderr:
@@ -19,17 +37,99 @@ class _Stderr:
 
 def configure_logs(level: int = logging.WARNING) -> None:
     """Idempotent, and silent where structlog is configured already."""
-    if structlog.is_configured():
-        return
+    if not structlog.is_configured():
+        _configure(level, Redactor())
+
+
+@contextmanager
+def own_logs(level: int, *, key: bytes = b"", known: Iterable[str] = ()) -> Iterator[None]:
+    """While entered, all that this process logs goes there: what libraries log too.
+
+    For programs of our own: it replaces what structlog and the standard module were set up with.
+    `key` keys the hashes of prompts; `known` are secrets that no line may hold. The text of an
+    exception, which may hold anything, is logged at level debug only.
+    """
+    redactor, before = Redactor(key, known), structlog.get_config()
+    explain = structlog.processors.format_exc_info if level <= logging.DEBUG else without_text
+    _configure(level, redactor, explain)
+    try:
+        with _routed(_handler(redactor, explain), level):
+            yield
+    finally:
+        structlog.configure(**before)
+
+
+def without_text(_: object, __: str, line: EventDict) -> EventDict:
+    """Of an exception its kind and where it came from, innermost last."""
+    found = line.pop("exc_info", None)
+    error = sys.exc_info()[1] if found is True else found[1] if isinstance(found, tuple) else found
+    if isinstance(error, BaseException):
+        frames = traceback.walk_tb(error.__traceback__)
+        places = [f"{frame.f_globals.get('__name__')}:{number}" for frame, number in frames]
+        line["exception"] = " > ".join([*places[-_NUM_FRAMES:], type(error).__name__])
+    return line
+
+
+def _configure(
+    level: int,
+    redactor: Redactor,
+    explain: Processor = structlog.processors.format_exc_info,
+) -> None:
     stderr: Any = _Stderr()
     structlog.configure(
-        processors=[
-            structlog.contextvars.merge_contextvars,
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso"),
-            structlog.processors.format_exc_info,
-            structlog.processors.JSONRenderer(),
-        ],
+        processors=[*_common(redactor, explain), structlog.processors.JSONRenderer()],
         wrapper_class=structlog.make_filtering_bound_logger(level),
         logger_factory=structlog.PrintLoggerFactory(stderr),
     )
+
+
+def _handler(redactor: Redactor, explain: Processor) -> logging.Handler:
+    """What writes a record of the standard module as a line like ours."""
+    handler = logging.StreamHandler(_Stderr())
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=[
+                structlog.stdlib.add_logger_name,
+                structlog.stdlib.ExtraAdder(),
+                *_common(redactor, explain),
+            ],
+            processors=[
+                structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+                structlog.processors.JSONRenderer(),
+            ],
+        )
+    )
+    return handler
+
+
+@contextmanager
+def _routed(handler: logging.Handler, level: int) -> Iterator[None]:
+    """The one handler of all loggers, in place of theirs."""
+    before = [(each, each.handlers[:], each.propagate) for each in _loggers()]
+    root_level = logging.root.level
+    for each, _, _ in before:
+        each.handlers, each.propagate = [], True
+    logging.root.handlers = [handler]
+    logging.root.setLevel(level)
+    try:
+        yield
+    finally:
+        logging.root.setLevel(root_level)
+        for each, handlers, propagate in before:
+            each.handlers, each.propagate = handlers, propagate
+
+
+def _common(redactor: Redactor, explain: Processor) -> list[Any]:
+    """The traceback becomes text before the redactor, so that it reads that too."""
+    return [
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso"),
+        explain,
+        redactor,
+    ]
+
+
+def _loggers() -> list[logging.Logger]:
+    named = logging.root.manager.loggerDict.values()
+    return [logging.root, *(each for each in named if isinstance(each, logging.Logger))]

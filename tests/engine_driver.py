@@ -111,8 +111,10 @@ async def hand_over(
         landing.abort()
         return first, first
     sender = source.engine.export(first.lease)
-    await landing.receive(sender)
-    sender.release()
+    try:
+        await landing.receive(sender)
+    finally:
+        sender.release()
     emitted = tuple(first.token_ids)
     rest = await target.submit(
         request_id, prompt, lease=landing.lease, emitted_token_ids=emitted, **fields

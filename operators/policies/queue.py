@@ -10,6 +10,7 @@ import msgspec
 from msgspec.structs import replace
 
 from sagellm.operators.policies.order import Order
+from sagellm.runtime.backlog import Backlog
 from sagellm.runtime.messages import Request
 
 T = TypeVar("T", bound=tuple[Any, ...])
@@ -30,10 +31,20 @@ class Queue(msgspec.Struct, frozen=True):
     declined: tuple[Entry, ...] = ()
     level: int = 0
     num_arrived: int = 0
+    backlog: Backlog = Backlog()  # of the entries
+    busy_since_s: float = 0.0  # when something began to wait
+    told_s: float = 0.0  # until when `backlog.busy_s` counts
 
     @property
     def wake_at(self) -> float | None:
         return self.expiries[0][0] if self.expiries else None
+
+    def at(self, now: float) -> "Queue":
+        """The same queue, its busy time counted until now."""
+        if not self.entries:
+            return replace(self, busy_since_s=now, told_s=now)
+        busy_s = self.backlog.busy_s + max(now - self.told_s, 0.0)
+        return replace(self, backlog=replace(self.backlog, busy_s=busy_s), told_s=now)
 
     def with_request(self, request: Request, order: Order) -> "Queue":
         """Raises what the order's rank raises, and ValueError where that is not a number."""
@@ -45,17 +56,26 @@ class Queue(msgspec.Struct, frozen=True):
             self,
             entries=_inserted(self.entries, entry),
             expiries=_inserted(self.expiries, *_expiry(request, self.num_arrived)),
+            backlog=_counted(self.backlog, request, 1),
             num_arrived=self.num_arrived + 1,
         )
 
     def without_taken(self, taken: Request) -> "Queue":
         """Without the candidate that was taken; nothing counts as declined any more."""
         entry = next(entry for entry in self.declined if _is_same(entry[3], taken))
+        backlog = _counted(self.backlog, entry[3], -1)
+        if self.told_s > self.busy_since_s:  # it, or one before it, has waited
+            backlog = replace(
+                backlog,
+                num_served=backlog.num_served + 1,
+                num_served_tokens=backlog.num_served_tokens + entry[3].num_uncached_tokens,
+            )
         return replace(
             self,
             entries=_removed(self.entries, entry),
             expiries=_removed(self.expiries, *_expiry(entry[3], entry[2])),
             declined=(),
+            backlog=backlog,
         )
 
     def parted(self, leaves: Callable[[Request], bool]) -> tuple["Queue", tuple[Request, ...]]:
@@ -65,7 +85,11 @@ class Queue(msgspec.Struct, frozen=True):
             return self, ()
         entries = tuple(entry for entry in self.entries if entry[2] not in gone)
         expiries = tuple(expiry for expiry in self.expiries if expiry[1] not in gone)
-        return replace(self, entries=entries, expiries=expiries), tuple(gone.values())
+        backlog = self.backlog
+        for request in gone.values():
+            backlog = _counted(backlog, request, -1)
+        after = replace(self, entries=entries, expiries=expiries, backlog=backlog)
+        return after, tuple(gone.values())
 
     def at_level(self, level: int, order: Order) -> "Queue":
         """The same requests in another order."""
@@ -79,6 +103,18 @@ class Queue(msgspec.Struct, frozen=True):
         start = bisect_left(self.entries, now, key=itemgetter(0))
         ahead = self.entries[start : start + num_entries]
         return ahead + self.entries[: min(start, num_entries - len(ahead))]
+
+
+def _counted(backlog: Backlog, request: Request, sign: int) -> Backlog:
+    """The backlog with a request more, or less."""
+    num_prompt_tokens = sign * request.num_uncached_tokens
+    num_tokens = num_prompt_tokens + sign * request.sampling.max_tokens
+    return replace(
+        backlog,
+        num_requests=backlog.num_requests + sign,
+        num_tokens=backlog.num_tokens + num_tokens,
+        num_prompt_tokens=backlog.num_prompt_tokens + num_prompt_tokens,
+    )
 
 
 def _is_same(held: Request, taken: Request) -> bool:

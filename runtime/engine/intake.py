@@ -1,5 +1,7 @@
 """What an engine refuses to take, and why."""
 
+import math
+
 from sagellm.runtime.engine.port import EngineFacts, EngineRefusal, LeaseOffer
 from sagellm.runtime.messages import Sampling, SequenceState
 from sagellm.runtime.sampling import fault_of
@@ -23,11 +25,21 @@ def check_sequence(state: SequenceState, *, vocab_size: int, max_model_len: int)
             f"the prompt has {num_prompt} tokens and the context limit is {max_model_len}; "
             f"shorten it to {max_model_len - 1}, or raise max_model_len"
         )
-    num_known = num_prompt + len(state.emitted_token_ids)
-    if state.lease is not None and state.lease.num_tokens >= num_known:
-        raise EngineRefusal("the lease covers every known token; none is left to compute")
+    if state.expires_s is not None and math.isnan(state.expires_s):
+        raise EngineRefusal("expires_s is not a time")
     _check_ids("the prompt", (*state.prompt_token_ids, *state.emitted_token_ids), vocab_size)
     check_sampling(state.sampling, vocab_size)
+    _check_lease(state)
+
+
+def _check_lease(state: SequenceState) -> None:
+    """That what an adopted lease covers leaves something to compute, and nothing to ask for."""
+    if state.lease is None:
+        return
+    if state.lease.num_tokens >= len(state.prompt_token_ids) + len(state.emitted_token_ids):
+        raise EngineRefusal("the lease covers every known token; none is left to compute")
+    if state.sampling.prompt_logprobs is not None and not state.emitted_token_ids:
+        raise EngineRefusal("prompt_logprobs need the whole prompt computed here; give no lease")
 
 
 def check_offer(offer: LeaseOffer, facts: EngineFacts) -> None:
@@ -35,8 +47,11 @@ def check_offer(offer: LeaseOffer, facts: EngineFacts) -> None:
     if offer.layout_hash != facts.layout_hash:
         raise EngineRefusal(
             "the sender keeps KV blocks of another layout; give both engines the same model, "
-            "dtype and block_size"
+            "dtype and block_size",
+            code="",
         )
+    if offer.num_tokens < 1:
+        raise EngineRefusal("the prompt is empty; give at least one token")
     room = facts.num_blocks * facts.block_size
     if offer.num_tokens > room:
         raise EngineRefusal(f"{offer.num_tokens} tokens of KV exceed the pool's {room}")
@@ -52,6 +67,10 @@ def check_sampling(sampling: Sampling, vocab_size: int) -> None:
 
 
 def _check_ids(where: str, token_ids: tuple[int, ...], vocab_size: int) -> None:
-    if token_ids and not (min(token_ids) >= 0 and max(token_ids) < vocab_size):
+    if not token_ids:
+        return
+    if set(map(type, token_ids)) != {int}:
+        raise EngineRefusal(f"{where} has something that is no token id")
+    if not (min(token_ids) >= 0 and max(token_ids) < vocab_size):
         wrong = next(token for token in token_ids if not 0 <= token < vocab_size)
         raise EngineRefusal(f"{where} has token {wrong}; the model knows 0 ... {vocab_size - 1}")

@@ -1,32 +1,31 @@
 """The engine of one replica in this process: continuous batching over one runner and one pool."""
 
 import heapq
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TypeAlias
 
 import msgspec
 import structlog
 import trio
 
+from sagellm.runtime.buckets import Buckets
+from sagellm.runtime.engine.batch import Batch, Landing
+from sagellm.runtime.engine.equipment import Equipment
 from sagellm.runtime.engine.intake import check_offer, check_sequence
-from sagellm.runtime.engine.limits import Limits
 from sagellm.runtime.engine.mailbox import Mailbox
 from sagellm.runtime.engine.port import (
-    EngineFacts,
+    EngineHealth,
     EngineLoad,
     EngineRefusal,
     LeaseOffer,
     PrefillDone,
+    StaleLease,
 )
-from sagellm.runtime.engine.runner import Drawn, Runner
-from sagellm.runtime.engine.scheduler import Batch, Landing, Scheduler
+from sagellm.runtime.engine.pulse import Pulse
+from sagellm.runtime.engine.runner import Drawn
+from sagellm.runtime.engine.scheduler import Scheduler
 from sagellm.runtime.engine.sequence import UNSTARTED, Sequence
-from sagellm.runtime.engine.transcript import Transcript
 from sagellm.runtime.kv.exchange import Exchange
 from sagellm.runtime.kv.lease import Fence, LeaseEvent
 from sagellm.runtime.kv.pool import BlockPool
-from sagellm.runtime.kv.storage import Storage
 from sagellm.runtime.kv.transfer import PoolSource, PoolTarget
 from sagellm.runtime.messages import (
     FinishReason,
@@ -36,10 +35,11 @@ from sagellm.runtime.messages import (
     TokenLogprob,
 )
 
-OpenTranscript: TypeAlias = Callable[[SequenceState], Transcript]
-
 log = structlog.get_logger("sagellm.engine")
 
+STEP_TOKENS = (1, *(8 << power for power in range(12)))  # 8 ... 16384, the buckets of vLLM
+
+_BROKEN = "its logits are not finite; the weights or their dtype are wrong"
 _LEASE_EVENT: dict[FinishReason, LeaseEvent] = {
     "stop": "finish",
     "length": "finish",
@@ -48,19 +48,6 @@ _LEASE_EVENT: dict[FinishReason, LeaseEvent] = {
     "refused": "refuse",
     "failed": "crash",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Equipment:
-    """What an engine works with; `open_transcript` is None where tokens have no text."""
-
-    facts: EngineFacts
-    limits: Limits
-    runner: Runner
-    storage: Storage
-    vocab_size: int
-    eos_token_ids: frozenset[int] = frozenset()
-    open_transcript: OpenTranscript | None = None
 
 
 class LocalEngine:
@@ -79,8 +66,10 @@ class LocalEngine:
         self._expiries: list[tuple[float, int, Fence]] = []
         self._launched: Batch | None = None
         self._changed = trio.Event()
+        self._pulse = Pulse()
         self._num_arrivals = 0
         self._num_steps = 0
+        self.step_tokens = Buckets(STEP_TOKENS)  # computed in one step
         self._is_closed = False
 
     # ---- the port ------------------------------------------------------------------------------
@@ -91,6 +80,8 @@ class LocalEngine:
         sequence = self._sequence(state)
         if state.lease is not None:
             sequence.adopt(self._exchange.adopt(state.lease, sequence.fence))
+        if not self._sequences:
+            self._pulse.move(trio.current_time())
         self._sequences[sequence.fence] = sequence
         if sequence.num_output >= sequence.max_output:  # resumed behind its last token
             self._end(sequence, "length")
@@ -111,15 +102,14 @@ class LocalEngine:
 
     async def import_(self, offer: LeaseOffer) -> PoolTarget:
         await trio.lowlevel.checkpoint()
-        if self._is_closed:
-            raise EngineRefusal(f"engine {self.name} has stopped")
+        self._check_open()
         check_offer(offer, self.facts)
         fence = Fence(offer.request_id, offer.choice, offer.epoch)
         return self._exchange.target(fence) or await self._land(fence, offer.num_tokens)
 
     def events(self, owner: str) -> Mailbox:
         if owner not in self._mailboxes:
-            self._mailboxes[owner] = Mailbox(self._change)
+            self._mailboxes[owner] = Mailbox(self._make_room)
         if self._is_closed:
             self._mailboxes[owner].close()
         return self._mailboxes[owner]
@@ -139,6 +129,11 @@ class LocalEngine:
             num_preemptions=scheduler.num_preemptions,
             num_steps=self._num_steps,
         )
+
+    @property
+    def health(self) -> EngineHealth:
+        has_work = any(not sequence.mailbox.is_full for sequence in self._sequences.values())
+        return self._pulse.health(trio.current_time(), has_work=has_work)
 
     async def run(self) -> None:
         """Step until cancelled; then no thread is left and every block is free."""
@@ -164,14 +159,20 @@ class LocalEngine:
 
     # ---- taking sequences ----------------------------------------------------------------------
 
-    def _check(self, state: SequenceState) -> None:
+    def _check_open(self) -> None:
         if self._is_closed:
-            raise EngineRefusal(f"engine {self.name} has stopped")
+            raise EngineRefusal(f"engine {self.name} has stopped", "shutting_down")
+
+    def _check(self, state: SequenceState) -> None:
+        self._check_open()
         if Fence(state.request_id, state.choice, state.epoch) in self._sequences:
             raise EngineRefusal(f"choice {state.choice} of {state.request_id} runs here already")
         check_sequence(
             state, vocab_size=self._equipment.vocab_size, max_model_len=self.facts.max_model_len
         )
+        ref = state.lease
+        if ref is not None and ref != self.pool.find(ref).ref(self.name, self.replica):
+            raise StaleLease(f"lease {ref.lease_id} is not as {ref} says")
 
     def _sequence(self, state: SequenceState) -> Sequence:
         self._num_arrivals += 1
@@ -198,7 +199,8 @@ class LocalEngine:
             self.scheduler.leave(landing)
             raise
         if landing.lease is None:
-            raise EngineRefusal(f"engine {self.name} has stopped")
+            self._check_open()
+        assert landing.lease is not None
         twin = self._exchange.target(fence)  # of another call that waited for the same
         if twin is not None:
             self.scheduler.leave(landing)
@@ -214,6 +216,8 @@ class LocalEngine:
                 sequence.stamps = Stamps(started_s=now)
         self._launched = batch
         self._num_steps += 1
+        self.step_tokens.observe(batch.num_tokens)
+        self._pulse.start(now)
         try:
             return await self._equipment.runner.run(batch)
         except Exception as error:
@@ -221,6 +225,7 @@ class LocalEngine:
             return error
         finally:
             self._launched = None
+            self._pulse.finish(trio.current_time())
 
     def _collect(self, batch: Batch, drawn: Drawn | Exception) -> None:
         """Take the step's results into the sequences, and end those that are over."""
@@ -231,16 +236,21 @@ class LocalEngine:
             return
         for sequence, query_len in zip(batch.sequences, batch.query_lens, strict=True):
             sequence.num_computed += query_len
-        now = trio.current_time()
-        logprobs = drawn.logprobs or [None] * len(drawn.token_ids)
-        for sequence, token_id, logprob in zip(
-            batch.drawing, drawn.token_ids, logprobs, strict=True
-        ):
-            if sequence.end is None:
-                self._accept(sequence, token_id, logprob, now)
+        for scoring, found in zip(batch.scoring, drawn.prompt_logprobs, strict=True):
+            scoring.sequence.take_scores(scoring.positions, found)
+        self._accept_all(batch, drawn, trio.current_time())
         for sequence in batch.sequences:
             if sequence.end is not None:
-                self._end(sequence, sequence.end)
+                self._end(sequence, sequence.end, _BROKEN)
+
+    def _accept_all(self, batch: Batch, drawn: Drawn, now: float) -> None:
+        logprobs = drawn.logprobs or [None] * len(drawn.token_ids)
+        rows = zip(batch.drawing, drawn.token_ids, logprobs, strict=True)
+        for row, (sequence, token_id, logprob) in enumerate(rows):
+            if sequence.end is None and row in drawn.broken:
+                sequence.end = "failed"
+            elif sequence.end is None:
+                self._accept(sequence, token_id, logprob, now)
 
     def _accept(
         self, sequence: Sequence, token_id: int, logprob: TokenLogprob | None, now: float
@@ -257,6 +267,7 @@ class LocalEngine:
             token_ids=(token_id,),
             text=text,
             logprobs=(logprob,) if logprob else (),
+            prompt_logprobs=sequence.give_scores(),
             finish_reason=reason,
             stop_reason=stop_reason,
         )
@@ -328,6 +339,11 @@ class LocalEngine:
     def _change(self) -> None:
         """A sequence came, blocks became free, or a reader made room."""
         self._changed.set()
+
+    def _make_room(self) -> None:
+        """A reader did: until then its sequences could not go on, through no fault of ours."""
+        self._pulse.move(trio.current_time())
+        self._change()
 
     def _stop(self) -> None:
         """Free every block and end every reader; sequences that were here end with no event."""

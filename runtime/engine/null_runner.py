@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import trio
 
+from sagellm.runtime.engine.batch import Batch
 from sagellm.runtime.engine.runner import Drawn
-from sagellm.runtime.engine.scheduler import Batch
 
 _MASK = (1 << 64) - 1
 
@@ -30,17 +30,16 @@ class NullRunner:
         num_decodes = batch.query_lens.count(1)
         num_prefill_tokens = batch.num_tokens - num_decodes
         await trio.sleep(self.decode_step_s + num_prefill_tokens * self.prefill_token_s)
-        return Drawn(
-            [
-                null_token(
-                    sequence.state.sampling.seed or 0,
-                    sequence.state.choice,
-                    len(sequence.tokens) - sequence.num_prompt,
-                    self.vocab_size,
-                )
-                for sequence in batch.drawing
-            ]
-        )
+        token_ids = [
+            null_token(
+                sequence.state.sampling.seed or 0,
+                sequence.state.choice,
+                len(sequence.tokens) - sequence.num_prompt,
+                self.vocab_size,
+            )
+            for sequence in batch.drawing
+        ]
+        return Drawn(token_ids, prompt_logprobs=[[] for _ in batch.scoring])
 
     async def open(self) -> None:
         await trio.lowlevel.checkpoint()

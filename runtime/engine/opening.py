@@ -4,7 +4,8 @@ import importlib
 from collections.abc import Callable
 
 from sagellm.backends import get_backend
-from sagellm.runtime.engine.local import Equipment, LocalEngine
+from sagellm.runtime.engine.equipment import Equipment
+from sagellm.runtime.engine.local import LocalEngine
 from sagellm.runtime.engine.null_runner import NullRunner
 from sagellm.runtime.engine.options import EngineOptions
 from sagellm.runtime.engine.port import EngineFacts

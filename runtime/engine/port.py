@@ -10,7 +10,14 @@ from sagellm.runtime.messages import LeaseRef, SequenceState, TokenEvent
 
 
 class EngineRefusal(ValueError):
-    """A sequence that this engine cannot serve; the message says why and is safe to show."""
+    """A sequence that this engine cannot serve; the message says why and is safe to show.
+
+    `code`: a key of CODES, or nothing where neither the request nor the moment is at fault.
+    """
+
+    def __init__(self, message: str, code: str = "bad_request") -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class StaleLease(LookupError):
@@ -72,6 +79,19 @@ class EngineLoad:
     num_steps: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class EngineHealth:
+    """Whether an engine makes progress. `step_p99_s` is None before its first step has ended.
+
+    `is_hung`: it has work, be it computed or only waiting, and for long nothing has moved.
+    """
+
+    busy_for_s: float = 0.0  # what the running step has taken; 0 where none runs
+    step_p99_s: float | None = None
+    num_steps: int = 0
+    is_hung: bool = False
+
+
 class KVSource(Protocol):
     """The sending side of a transfer; its lease is `sending` until released."""
 
@@ -129,6 +149,9 @@ class Engine(Protocol):
 
     @property
     def load(self) -> EngineLoad: ...
+
+    @property
+    def health(self) -> EngineHealth: ...
 
     async def run(self) -> None:
         """Step until cancelled; the executor starts it in the graph's nursery."""

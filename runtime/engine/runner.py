@@ -1,18 +1,24 @@
 """What computes a batch: the protocol between the engine's loop and a device."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
-from sagellm.runtime.engine.scheduler import Batch
+from sagellm.runtime.engine.batch import Batch
 from sagellm.runtime.messages import TokenLogprob
 
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """The tokens of one step, in the order of `Batch.drawing`; `logprobs` where any was asked."""
+    """The tokens of one step, in the order of `Batch.drawing`; `logprobs` where any was asked.
+
+    `broken`: rows whose logits are no numbers; their tokens mean nothing. `prompt_logprobs`: in
+    the order of `Batch.scoring`.
+    """
 
     token_ids: list[int]
     logprobs: list[TokenLogprob | None] | None = None
+    broken: frozenset[int] = frozenset()
+    prompt_logprobs: list[list[TokenLogprob]] = field(default_factory=list)
 
 
 class Runner(Protocol):

@@ -12,6 +12,7 @@ from sagellm.runtime.messages import Sampling, TokenLogprob
 
 _GREEDY_BELOW = 1e-5  # dividing by a smaller temperature overflows; as vLLM
 _NEVER = float("-inf")
+_NUCLEUS = 256  # tokens looked at before a row is sorted whole
 
 
 def uniform(seed: int, choice: int, position: int) -> float:
@@ -25,21 +26,25 @@ def draw(logits: torch.Tensor, rows: Rows[Sequence]) -> Drawn:
     """One token a row of `logits` [R, vocab], float32.
 
     Every operation works on one row at a time or on all alike, so that a row's token does not
-    depend on its neighbours. Raises ArithmeticError where a row has no largest finite logit.
+    depend on its neighbours. Rows without a largest finite logit are `broken`, and drawn as if
+    all their logits were zero.
     """
     if not rows:
         return Drawn([])
     best, token_ids = logits.max(dim=-1)
-    if not bool(torch.isfinite(best).all()):
-        raise ArithmeticError("logits are not finite; the weights or their dtype are wrong")
+    is_finite = torch.isfinite(best)
+    broken: frozenset[int] = frozenset()
+    if not bool(is_finite.all()):
+        broken = frozenset((~is_finite).nonzero().flatten().tolist())
+        logits = logits.where(is_finite.unsqueeze(1), 0.0)
     special = [index for index, row in enumerate(rows) if not _is_plain(row)]
     if special:
         chosen = [rows[index] for index in special]
         token_ids[special] = _draw_processed(logits[special], chosen)
     ids: list[int] = token_ids.tolist()
     if all(row.state.sampling.logprobs is None for row in rows):
-        return Drawn(ids)
-    return Drawn(ids, _logprobs(logits, rows, ids))
+        return Drawn(ids, broken=broken)
+    return Drawn(ids, _logprobs(logits, rows, ids), broken)
 
 
 def _is_plain(row: Sequence) -> bool:
@@ -123,22 +128,49 @@ def _keep_min_p(logits: torch.Tensor, samplings: Rows[Sampling]) -> None:
 
 def _keep_top_k(logits: torch.Tensor, samplings: Rows[Sampling]) -> None:
     """Keep the k most likely, and what is as likely as the last of them."""
-    for index, sampling in enumerate(samplings):
-        if 0 < sampling.top_k < logits.shape[1]:
-            least = logits[index].topk(sampling.top_k).values[-1]
-            logits[index].masked_fill_(logits[index] < least, _NEVER)
+    counts = [sampling.top_k for sampling in samplings]
+    most = max((count for count in counts if count < logits.shape[1]), default=0)
+    if most:
+        best = logits.topk(most, dim=-1).values
+        last = [count - 1 if 0 < count <= most else 0 for count in counts]
+        least = best.gather(1, torch.tensor(last).unsqueeze(1))
+        least[[index for index, count in enumerate(counts) if not 0 < count <= most]] = _NEVER
+        logits.masked_fill_(logits < least, _NEVER)
 
 
 def _keep_top_p(logits: torch.Tensor, samplings: Rows[Sampling]) -> None:
-    """Keep the smallest set of the most likely with probability `top_p` (arXiv:1904.09751)."""
-    for index, sampling in enumerate(samplings):
-        if sampling.top_p < 1:
-            row = logits[index]
-            ordered = row.sort(descending=True).values
-            before = ordered.softmax(dim=-1).cumsum(dim=-1).roll(1)
-            before[0] = 0
-            least = ordered[before < sampling.top_p][-1]
-            row.masked_fill_(row < least, _NEVER)
+    """Keep the smallest set of the most likely with probability `top_p` (arXiv:1904.09751).
+
+    Most such sets are small: the most likely few are looked at first, and a row is sorted whole
+    only where they fall short. Each row's own total makes that choice change no result.
+    """
+    chosen = [index for index, sampling in enumerate(samplings) if sampling.top_p < 1]
+    if not chosen:
+        return
+    rows = logits[chosen]
+    shares = _column([samplings[index].top_p for index in chosen])
+    totals = rows.logsumexp(dim=-1, keepdim=True)
+    least, is_enough = _least_kept(rows, totals, shares, min(_NUCLEUS, rows.shape[1]))
+    rest = (~is_enough).nonzero().flatten()
+    if len(rest):
+        whole, _ = _least_kept(rows[rest], totals[rest], shares[rest], rows.shape[1])
+        least[rest] = whole
+    logits[chosen] = rows.masked_fill(rows < least, _NEVER)
+
+
+def _least_kept(
+    rows: torch.Tensor, totals: torch.Tensor, shares: torch.Tensor, num_best: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The smallest logit [R, 1] that is kept among the `num_best` largest of each row, and for
+    which rows [R] those reach the share.
+    """
+    best = rows.topk(num_best, dim=-1).values
+    cumulated = (best - totals).exp().cumsum(dim=-1)
+    before = cumulated.roll(1, dims=-1)
+    before[:, 0] = 0
+    num_kept = (before < shares).sum(dim=-1, keepdim=True).clamp(min=1)
+    is_enough = (cumulated[:, -1:] >= shares).squeeze(1)
+    return best.gather(1, num_kept - 1), is_enough
 
 
 def _column(values: list[float]) -> torch.Tensor:

@@ -2,47 +2,12 @@
 
 from bisect import insort
 from collections import deque
-from dataclasses import dataclass, field
 
-import trio
-
+from sagellm.runtime.engine.batch import SCORED_ROWS, Batch, Landing
 from sagellm.runtime.engine.limits import Limits
 from sagellm.runtime.engine.sequence import Sequence
-from sagellm.runtime.kv.lease import Fence, Lease
+from sagellm.runtime.kv.lease import Lease
 from sagellm.runtime.kv.pool import BlockPool
-
-
-@dataclass(slots=True)
-class Batch:
-    """One step: `query_lens[i]` new tokens of `sequences[i]`, the next pending ones of each.
-
-    `drawing` are those that have nothing pending after this step, and so draw a token.
-    """
-
-    sequences: list[Sequence] = field(default_factory=list)
-    query_lens: list[int] = field(default_factory=list)
-    drawing: list[Sequence] = field(default_factory=list)
-
-    def add(self, sequence: Sequence, query_len: int) -> None:
-        self.sequences.append(sequence)
-        self.query_lens.append(query_len)
-        if query_len == sequence.num_pending:
-            self.drawing.append(sequence)
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(self.query_lens)
-
-
-@dataclass(slots=True, eq=False)
-class Landing:
-    """Somebody who waits for blocks that another pool will fill."""
-
-    fence: Fence
-    num_tokens: int
-    arrival: int
-    granted: trio.Event = field(default_factory=trio.Event)
-    lease: Lease | None = None
 
 
 class Scheduler:
@@ -64,6 +29,7 @@ class Scheduler:
         self.adopted: deque[Sequence] = deque()
         self.landings: deque[Landing] = deque()
         self.num_preemptions = 0
+        self._scored: dict[Sequence, int] = {}  # what prompts that are scored may compute now
         self._is_sitting_out = False  # the first prefill in rank got nothing in the last step
         self._starved: int | None = None  # arrival of the sequence that waits for blocks
         # Keeps decodes from running dry right after an admission; vLLM's watermark of one per cent.
@@ -109,6 +75,7 @@ class Scheduler:
             for sequence in self.running
             if sequence.num_pending > 1 and not sequence.mailbox.is_full
         ]
+        prefills = self._share_scoring(prefills)
         self._add_decodes(batch, decodes, is_shared=bool(prefills))
         if prefills:
             self._add_prefills(batch, prefills, self.limits.max_step_tokens - batch.num_tokens)
@@ -169,7 +136,7 @@ class Scheduler:
 
     def _awaits_sibling(self, sequence: Sequence) -> bool:
         """Whether another choice is computing the same prompt, so that its blocks can be shared."""
-        return any(
+        return not sequence.is_scoring and any(
             lease.owner == "sequence" and lease.state == "reserved" and not lease.num_filled
             for lease in self._twins(sequence)
         )
@@ -199,8 +166,11 @@ class Scheduler:
         """A lease whose blocks hold this prompt, and how many full ones can be shared.
 
         At least one known token stays to be computed: it gives the logits. The partial last block
-        is computed anew, which costs less than a step, and spares a copy.
+        is computed anew, which costs less than a step, and spares a copy. A prompt that is scored
+        is computed whole: only its own logits say how likely its tokens are.
         """
+        if sequence.is_scoring:
+            return None, 0
         num_common = min(sequence.num_prompt, len(sequence.tokens) - 1)
         for lease in self._twins(sequence):
             num_shared = min(num_common, lease.num_filled) // self.pool.block_size
@@ -249,8 +219,18 @@ class Scheduler:
         if whole:
             batch.add(first, whole)
 
+    def _share_scoring(self, prefills: list[Sequence]) -> list[Sequence]:
+        """Those that may compute in this step: prompts that are scored share its rows by rank."""
+        self._scored, room = {}, SCORED_ROWS
+        scoring = [sequence for sequence in prefills if sequence.is_scoring]
+        for sequence in sorted(scoring, key=lambda scoring: scoring.rank):
+            self._scored[sequence] = min(room, sequence.num_pending)
+            room -= self._scored[sequence]
+        return [sequence for sequence in prefills if self._scored.get(sequence) != 0]
+
     def _chunk(self, sequence: Sequence, budget: int) -> int:
-        return min(sequence.num_pending, self.limits.prefill_chunk or budget, budget)
+        most = self._scored.get(sequence, budget)
+        return min(sequence.num_pending, self.limits.prefill_chunk or budget, budget, most)
 
     def land(self, landing: Landing) -> None:
         """Queue for blocks that another pool will fill; `landing.granted` is set with the lease."""

@@ -18,7 +18,8 @@ class Sequence:
 
     __slots__ = (
         "arrival", "end", "fence", "lease", "mailbox", "max_output",
-        "num_computed", "num_prompt", "rank", "stamps", "state", "stop_ids", "tokens", "transcript",
+        "num_computed", "num_prompt", "num_scored", "rank", "scores", "stamps", "state",
+        "stop_ids", "tokens", "transcript",
     )  # fmt: skip
 
     def __init__(
@@ -45,6 +46,9 @@ class Sequence:
         self.transcript = transcript
         self.stamps = UNSTARTED
         self.end: FinishReason | None = None  # why it ends before its answer does
+        # Prompt tokens that need no logprob (any more); the first has none.
+        self.num_scored = 1 if _is_to_be_scored(state) else self.num_prompt
+        self.scores: list[TokenLogprob] = []
 
     @property
     def num_pending(self) -> int:
@@ -58,6 +62,27 @@ class Sequence:
     @property
     def output(self) -> list[int]:
         return self.tokens[self.num_prompt :]
+
+    @property
+    def is_scoring(self) -> bool:
+        """Whether logprobs of the prompt are wanted that are not known yet."""
+        return self.num_scored < self.num_prompt
+
+    def unscored(self, query_len: int) -> range:
+        """Positions whose logprobs the next `query_len` pending tokens give: a token's logits are
+        those of the token behind it. What is computed again after a preemption is not scored again.
+        """
+        start, end = self.num_computed + 1, self.num_computed + query_len + 1
+        return range(max(start, self.num_scored), min(end, self.num_prompt))
+
+    def take_scores(self, positions: range, scores: list[TokenLogprob]) -> None:
+        self.scores += scores
+        self.num_scored = positions.stop
+
+    def give_scores(self) -> tuple[TokenLogprob, ...]:
+        """The prompt's logprobs, for the first event; afterwards they are forgotten."""
+        scores, self.scores = tuple(self.scores), []
+        return scores
 
     def adopt(self, lease: Lease) -> None:
         """Begin behind the tokens that an imported, or held, lease covers."""
@@ -81,6 +106,7 @@ class Sequence:
         token_ids: tuple[int, ...] = (),
         text: str = "",
         logprobs: tuple[TokenLogprob, ...] = (),
+        prompt_logprobs: tuple[TokenLogprob, ...] = (),
         finish_reason: FinishReason | None = None,
         stop_reason: str | int | None = None,
         error: str | None = None,
@@ -94,6 +120,7 @@ class Sequence:
             token_ids=token_ids,
             text=text,
             logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
             finish_reason=finish_reason,
             stop_reason=stop_reason,
             error=error,
@@ -124,3 +151,8 @@ class Sequence:
 
     def _rest(self) -> tuple[str, str | None]:
         return self.transcript.finish() if self.transcript else ("", None)
+
+
+def _is_to_be_scored(state: SequenceState) -> bool:
+    """A resumed sequence gave the logprobs of its prompt before its first token."""
+    return state.sampling.prompt_logprobs is not None and not state.emitted_token_ids

@@ -6,7 +6,7 @@ from weakref import WeakValueDictionary
 from sagellm.backends import KVLayout, get_backend
 from sagellm.graphs.models import build
 from sagellm.runtime.engine.detokenizer import IncrementalDetokenizer
-from sagellm.runtime.engine.local import Equipment, OpenTranscript
+from sagellm.runtime.engine.equipment import Equipment, OpenTranscript
 from sagellm.runtime.engine.options import EngineOptions
 from sagellm.runtime.engine.port import EngineFacts
 from sagellm.runtime.engine.sizing import engine_dtype

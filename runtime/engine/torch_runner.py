@@ -1,14 +1,15 @@
 """The runner that computes with a lowered program, on a thread of its own."""
 
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from sagellm.backends import Program, StepInputs
+from sagellm.runtime.engine.batch import Batch, Scoring
 from sagellm.runtime.engine.runner import Drawn
 from sagellm.runtime.engine.sampler import draw
-from sagellm.runtime.engine.scheduler import Batch
+from sagellm.runtime.engine.scoring import score
 from sagellm.runtime.engine.sequence import Sequence
 from sagellm.runtime.engine.worker import Worker
 
@@ -52,15 +53,20 @@ class TorchRunner:
     @torch.inference_mode()
     def _compute(self, batch: Batch) -> Drawn:
         logits = self._program.run(step_inputs(batch, self._block_size), self._pool)
-        return draw(logits, batch.drawing)
+        num_drawing = len(batch.drawing)
+        drawn = draw(logits[:num_drawing], batch.drawing)
+        return replace(drawn, prompt_logprobs=score(logits[num_drawing:], batch.scoring))
 
 
 def step_inputs(batch: Batch, block_size: int) -> StepInputs:
-    """The ragged tensors of a batch."""
+    """The ragged tensors of a batch. Rows of logits: those that draw, then those that score."""
+    scored = {scoring.sequence: scoring for scoring in batch.scoring}
     token_ids: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
-    starts, contexts, logit_rows = [0], [], []
+    starts, contexts = [0], []
+    draw_rows: list[int] = []
+    score_rows: list[int] = []
     for sequence, query_len in zip(batch.sequences, batch.query_lens, strict=True):
         start, end = sequence.num_computed, sequence.num_computed + query_len
         token_ids += sequence.tokens[start:end]
@@ -69,7 +75,9 @@ def step_inputs(batch: Batch, block_size: int) -> StepInputs:
         starts.append(len(token_ids))
         contexts.append(end)
         if end == len(sequence.tokens):
-            logit_rows.append(len(token_ids) - 1)
+            draw_rows.append(len(token_ids) - 1)
+        if sequence in scored:
+            score_rows += _score_rows(scored[sequence], starts[-2])
     return StepInputs(
         token_ids=torch.tensor(token_ids),
         positions=torch.tensor(positions),
@@ -77,10 +85,16 @@ def step_inputs(batch: Batch, block_size: int) -> StepInputs:
         query_starts=torch.tensor(starts),
         context_lens=torch.tensor(contexts),
         block_tables=_block_tables(batch, contexts, block_size),
-        logit_rows=torch.tensor(logit_rows, dtype=torch.int64),
+        logit_rows=torch.tensor(draw_rows + score_rows, dtype=torch.int64),
         query_lens=tuple(batch.query_lens),
         contexts=tuple(contexts),
     )
+
+
+def _score_rows(scoring: Scoring, start: int) -> range:
+    """Of the tokens before those that are scored; the sequence's first row is `start`."""
+    first = start - scoring.sequence.num_computed - 1
+    return range(first + scoring.positions.start, first + scoring.positions.stop)
 
 
 def _slots(sequence: Sequence, start: int, end: int, block_size: int) -> list[int]:

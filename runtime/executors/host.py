@@ -8,6 +8,7 @@ from sagellm.runtime.engine.port import Engine
 from sagellm.runtime.executors.credit import Gates
 from sagellm.runtime.executors.faults import log_fault
 from sagellm.runtime.executors.mailbox import Mailbox
+from sagellm.runtime.executors.meter import Meter
 from sagellm.runtime.messages import Item, TokenEvent
 from sagellm.runtime.operator import Service, Signal
 from sagellm.runtime.plan import Plan
@@ -18,9 +19,15 @@ class Executor(Protocol):
 
     plan: Plan
     gates: Gates
+    meter: Meter
 
     def now(self) -> float: ...
-    async def push(self, source: str, item: Item, outlet: str = "out") -> bool: ...
+    async def push(
+        self, source: str, item: Item, outlet: str = "out", *, replica: int = 0
+    ) -> bool: ...
+    def try_push(
+        self, source: str, item: Item, outlet: str = "out", *, replica: int = 0
+    ) -> bool | None: ...
     def tell(self, node: str, replica: int, kind: str, value: Any) -> None: ...
     def release(self, node: str, replica: int, key: tuple[str, int]) -> None: ...
     def finish(self, item: Item, reason: Any, error: str | None = None) -> None: ...
@@ -39,6 +46,7 @@ class Host:
         self._service = service
         self._mailbox = Mailbox()
         self._scopes: list[tuple[Item, trio.CancelScope]] = []
+        self._meter = executor.meter.services[name, replica]
         self._engine = executor.plan.engine_name(name)
         facts = self.engine.facts if self._engine else None
         block_size = facts.block_size if facts else 1
@@ -71,14 +79,20 @@ class Host:
         return self._executor.now()
 
     async def emit(self, item: Item, outlet: str = "out") -> None:
-        if not await self._executor.push(self.name, item, outlet):
+        if not await self._executor.push(self.name, item, outlet, replica=self.replica):
             self._service.discard(self, item)
 
     async def emit_batch(self, items: tuple[Item, ...], outlet: str = "out") -> None:
-        for item in items:
-            await self.emit(item, outlet)
+        push = self._executor.try_push
+        for item in items:  # most find credit at once: one step's tokens are one turn of the loop
+            sent = push(self.name, item, outlet, replica=self.replica)
+            if sent is None:
+                await self.emit(item, outlet)
+            elif not sent:
+                self._service.discard(self, item)
 
     async def terminate(self, event: TokenEvent) -> None:
+        self._meter.num_ended += 1
         self._executor.to_sink(event, terminal=True)
 
     def tell(self, kind: str, value: Any) -> None:
@@ -89,8 +103,14 @@ class Host:
 
     # ---- what the executor calls -----------------------------------------------------------
 
+    @property
+    def num_waiting(self) -> int:
+        return len(self._mailbox)
+
     def put(self, item: Item) -> None:
         """Take an item whose credit is spent; one that its cancel overtook ends here."""
+        self._meter.num_in += 1
+        self._meter.held.enter()
         if isinstance(item, TokenEvent) or self._executor.tombstone(item) is None:
             self._mailbox.put(item)
         else:
@@ -112,6 +132,7 @@ class Host:
 
     async def _serve(self, item: Item) -> None:
         failure: Exception | None = None
+        begun_s = self._executor.meter.clock()
         with trio.CancelScope() as scope:
             entry = (item, scope)
             self._scopes.append(entry)
@@ -121,7 +142,9 @@ class Host:
                 failure = error
             finally:
                 self._scopes.remove(entry)
+                self._meter.process_s += self._executor.meter.clock() - begun_s
         if failure is not None:
+            self._meter.num_errors += 1
             log_fault(failure, node=self.name, request_id=item.request_id)
             self._give_up(item)
             self._executor.fail(item, failure)
@@ -132,7 +155,9 @@ class Host:
 
     async def _forward_events(self) -> None:
         async for events in self.engine.events(self.name):
+            begun_s = self._executor.meter.clock()
             await self._service.on_events(self, events)
+            self._meter.process_s += self._executor.meter.clock() - begun_s
             self.tell("load", self.engine.load)
 
     def _end(self, item: Item) -> None:

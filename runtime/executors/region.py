@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 
 from sagellm.graphs.ir import SINK, Edge, Graph
 from sagellm.runtime.executors.credit import Gate, Gates
+from sagellm.runtime.executors.meter import Meter, Tally
 from sagellm.runtime.messages import Forked, Item, Prefilled, Request, TokenEvent
 from sagellm.runtime.operator import (
     Announce,
@@ -79,13 +80,18 @@ class Region:
         replicas: Mapping[str, int],
         *,
         seed: int = 0,
+        meter: Meter | None = None,
     ) -> None:
         self._logic = dict(logic)
         self._gates = gates
         self._replicas = replicas
         self._seed = seed
+        meter = meter or Meter(graph, logic, replicas)
+        self._meters, self._clock = meter.logic, meter.clock
         self._edges = {
-            (edge.source, edge.outlet): edge for edge in graph.edges if not edge.feedback
+            (edge.source, edge.outlet): (edge, meter.edges[edge.source, edge.outlet])
+            for edge in graph.edges
+            if not edge.feedback
         }
         self._cells = {name: _Cell(operator.initial) for name, operator in logic.items()}
         self._wakes: dict[str, float] = {}
@@ -93,6 +99,8 @@ class Region:
         self._taken: list[Send] = []
         self._effects: list[Effect] = []
         self._accepted: deque[tuple[str, Item]] = deque()
+        self._passed: list[Tally] = []  # what to count once all is done
+        self.undone: tuple[str, ...] = ()  # the operators whose input found no credit the last time
 
     def __contains__(self, node: str) -> bool:
         return node in self._logic
@@ -107,6 +115,8 @@ class Region:
     @property
     def next_wake(self) -> tuple[float, str] | None:
         """When, and which operator, wants to be woken first."""
+        if not self._wakes:
+            return None
         return min(((at, name) for name, at in self._wakes.items()), default=None)
 
     def forget_wake(self, node: str) -> None:
@@ -128,6 +138,9 @@ class Region:
 
     def _commit(self) -> tuple[Effect, ...]:
         effects = tuple(self._effects)
+        for tally in self._passed:
+            tally.count += 1
+        self._passed.clear()
         self._effects.clear()
         self._undo.clear()
         self._taken.clear()
@@ -135,12 +148,16 @@ class Region:
 
     def _attempt(self, action: Any) -> bool:
         marks = len(self._undo), len(self._effects), len(self._taken), len(self._accepted)
+        num_passed = len(self._passed)
         try:
             action()
         except _NoCredit:
+            self.undone = tuple(entry[0] for entry in self._undo[marks[0] :])
+            del self._passed[num_passed:]
             self._roll_back(*marks)
             return False
         except BaseException:
+            del self._passed[num_passed:]
             self._roll_back(*marks)
             raise
         return True
@@ -167,7 +184,13 @@ class Region:
         cell = self._cells[node]
         self._undo.append((node, cell.state, cell.num_inputs, cell.wake_at))
         draw = Draw(self._seed, node, cell.num_inputs)
-        step = self._logic[node].on(cell.state, happened, now, draw)
+        meter, begun_s = self._meters[node], self._clock()
+        try:
+            step = self._logic[node].on(cell.state, happened, now, draw)
+        except Exception:
+            meter.errors.count += 1
+            raise
+        meter.process_s += self._clock() - begun_s
         self._set(node, _Cell(step.state, cell.num_inputs + 1, step.wake_at))
         for output in step.outputs:
             self._put_out(node, output, now)
@@ -186,11 +209,18 @@ class Region:
             case Offer(items, outlet):
                 self._offer(node, items, outlet, now)
             case Terminate(event):
+                self._count_end(node, event)
                 self._effects.append(Deliver(event, terminal=True))
             case Announce(forked):
                 self._effects.append(Deliver(forked))
             case Tell(kind, value):
                 self._effects.append(Upstream(node, kind, value))
+
+    def _count_end(self, node: str, event: TokenEvent) -> None:
+        meter = self._meters[node]
+        self._passed.append(meter.ended)
+        if event.finish_reason == "failed":
+            self._passed.append(meter.errors)
 
     def _offer(self, node: str, items: tuple[Item, ...], outlet: str, now: float) -> None:
         for item in items:
@@ -199,7 +229,8 @@ class Region:
                 return
 
     def _pass_on(self, node: str, item: Item, outlet: str, now: float) -> None:
-        edge = self._edges[node, outlet]
+        edge, tally = self._edges[node, outlet]
+        self._passed.append(tally)
         if edge.target == SINK:
             self._effects.append(Deliver(item))
         elif edge.target in self._logic:
@@ -228,6 +259,6 @@ def replica_for(item: Item, node: str, num_replicas: int) -> int:
 
 def ends(item: Item | Forked) -> bool:
     """Whether this is the last item of its choice."""
-    return not isinstance(item, Forked | Request | Prefilled) and (
-        not isinstance(item, TokenEvent) or item.is_last
-    )
+    if isinstance(item, TokenEvent):  # nearly all are
+        return item.is_last
+    return not isinstance(item, Forked | Request | Prefilled)

@@ -1,6 +1,7 @@
 """The `tasks` executor: one graph as trio tasks of one process, in one nursery."""
 
 from collections.abc import Callable, Sequence
+from math import inf
 from typing import Any
 
 import msgspec
@@ -10,6 +11,8 @@ from sagellm.graphs.ir import SOURCE
 from sagellm.runtime.executors.credit import Gates
 from sagellm.runtime.executors.faults import log_fault
 from sagellm.runtime.executors.host import Host
+from sagellm.runtime.executors.meter import Meter, Stopwatch
+from sagellm.runtime.executors.reading import Reading, read
 from sagellm.runtime.executors.region import Deliver, Effect, Region, Send, Upstream, ends
 from sagellm.runtime.executors.register import Register
 from sagellm.runtime.ledger import Ledger
@@ -24,6 +27,9 @@ _USER_OPS = {"map", "filter", "flat_map"}  # they may leave tokens out
 class ExecutorStopped(RuntimeError):
     """A request for a graph that runs no more."""
 
+    def __init__(self) -> None:
+        super().__init__("the graph has stopped; open it again")
+
 
 class TasksExecutor:
     """Runs a plan. Logic operators run inside the task that feeds them; service operators have
@@ -35,7 +41,11 @@ class TasksExecutor:
         self.plan = plan
         self.ledger = Ledger(gaps=any(node.op in _USER_OPS for node in plan.graph.nodes))
         self.gates = Gates()
-        self.region = Region(plan.graph, plan.logic, self.gates, plan.replicas, seed=plan.seed)
+        clock = trio.lowlevel.current_clock().current_time
+        self.meter = Meter(plan.graph, plan.logic, plan.replicas, clock)
+        self.region = Region(
+            plan.graph, plan.logic, self.gates, plan.replicas, seed=plan.seed, meter=self.meter
+        )
         self.register = Register()
         self._deliver = deliver
         self._hosts = {
@@ -45,10 +55,11 @@ class TasksExecutor:
         }
         self._hearers: dict[tuple[str, str], tuple[str, ...]] = {}
         self._num_told: dict[tuple[str, int, str], int] = {}
-        self._undone: list[tuple[str, Input]] = []  # they found no credit, and are tried again
+        # Inputs that found no credit, and are tried again; what times how long operators wait.
+        self._undone: list[tuple[str, Input, list[Stopwatch]]] = []
         self._blocked = trio.lowlevel.ParkingLot()
         self._at_rest = trio.lowlevel.ParkingLot()
-        self._sleeps_until = float("inf")
+        self._sleeps_until = inf
         self._timer_moved = trio.Event()
         self._is_stopped = False
 
@@ -76,6 +87,10 @@ class TasksExecutor:
 
     # ---- the border ------------------------------------------------------------------------
 
+    @property
+    def is_stopped(self) -> bool:
+        return self._is_stopped
+
     async def submit(self, *choices: Request) -> None:
         """Let all choices of one request in through `source`.
 
@@ -84,7 +99,7 @@ class TasksExecutor:
         """
         first = choices[0]
         if self._is_stopped:
-            raise ExecutorStopped("the graph has stopped; open it again")
+            raise ExecutorStopped
         if first.request_id in self.register:
             raise ValueError(f"request {first.request_id!r} is running already")
         numbers = {request.choice for request in choices}
@@ -107,35 +122,52 @@ class TasksExecutor:
         while not self.register.is_empty and not self._is_stopped:
             await self._at_rest.park()
 
+    def reading(self) -> Reading:
+        """What operators and edges have done so far."""
+        waiting = {gate: host.num_waiting for gate, host in self._hosts.items()}
+        return read(self.meter, self.plan, self.gates, waiting)
+
     # ---- what hosts use --------------------------------------------------------------------
 
     def tombstone(self, item: Item) -> Signal | None:
         return self.register.tombstone(item.request_id)
 
-    async def push(self, source: str, item: Item, outlet: str = "out") -> bool:
+    async def push(self, source: str, item: Item, outlet: str = "out", *, replica: int = 0) -> bool:
         """Send an item along an edge, waiting for credit; a tombstone ends a request instead.
 
         False where an operator raised: the item has ended as failed, and is the caller's to free.
         """
         await trio.lowlevel.checkpoint_if_cancelled()
-        while True:
+        while (sent := self.try_push(source, item, outlet, replica=replica)) is None:
+            with self.meter.waiting(source, replica, self.region.undone):
+                await self._blocked.park()
+        return sent
+
+    def try_push(
+        self, source: str, item: Item, outlet: str = "out", *, replica: int = 0
+    ) -> bool | None:
+        """As `push`; None where there is no credit, and then nothing has changed."""
+        if isinstance(item, Request):
             signal = self.tombstone(item)
-            if isinstance(item, Request) and (signal or not self.register.is_open(item.key)):
+            if signal or not self.register.is_open(item.key):
                 self.finish(item, _reason(signal))
                 return True
-            try:
-                effects = self.region.send(source, item, outlet, self.now())
-            except Exception as error:  # an operator's own fault must not take the graph down
-                log_fault(error, node=source, request_id=item.request_id)
-                self.fail(item, error)
-                return False
-            if effects is not None:
-                self._apply(effects)
-                return True
-            await self._blocked.park()
+        try:
+            effects = self.region.send(source, item, outlet, self.now())
+        except Exception as error:  # an operator's own fault must not take the graph down
+            log_fault(error, node=source, request_id=item.request_id)
+            self.fail(item, error)
+            return False
+        if effects is None:
+            return None
+        self.meter.sent(source, replica)
+        self._apply(effects)
+        return True
 
     def tell(self, node: str, replica: int, kind: str, value: Any) -> None:
         """Feedback of `node` to the operators that hear it."""
+        if kind == "queue":
+            self.meter.queue(node, value)
         hearers = self._hearers.get((node, kind))
         if hearers is None:
             hearers = self._hearers[node, kind] = self.plan.hearers(node, kind)
@@ -150,6 +182,7 @@ class TasksExecutor:
         """Return credit, and let those who wait for it try again."""
         if not self.gates.give((node, replica), key):
             return
+        self.meter.services[node, replica].held.leave()
         if key in self.register.abandoned and not self._is_held(key):
             self.register.abandoned.discard(key)
             self._at_rest.unpark_all()
@@ -244,13 +277,18 @@ class TasksExecutor:
             log_fault(error, node=node, request_id=getattr(happened, "request_id", ""))
             return
         if effects is None:
-            self._undone.append((node, happened))
+            watches = self.meter.blocked_watches(self.region.undone)
+            for watch in watches:
+                watch.enter()
+            self._undone.append((node, happened, watches))
         else:
             self._apply(effects)
 
     def _try_again(self) -> None:
         undone, self._undone = self._undone, []
-        for node, happened in undone:
+        for node, happened, watches in undone:
+            for watch in watches:
+                watch.leave()
             self._feed(node, happened)
         self._blocked.unpark_all()
 
@@ -271,8 +309,8 @@ class TasksExecutor:
 
     def _next_time(self) -> float:
         wake, expiry = self.region.next_wake, self.register.next_expiry
-        times = ([wake[0]] if wake else []) + ([expiry] if expiry is not None else [])
-        return min(times, default=float("inf"))
+        at = inf if wake is None else wake[0]
+        return at if expiry is None else min(at, expiry)
 
     async def _keep_time(self) -> None:
         """Wake operators and expire requests at their time."""

@@ -1,5 +1,6 @@
 """Text to token ids and back: the model's tokenizer.json, special tokens and chat template."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -11,6 +12,21 @@ from sagellm.runtime.models.folder import ModelError, ModelFolder
 
 Messages = Sequence[Mapping[str, Any]]
 
+_FALLBACK = re.compile("<0x([0-9A-F]{2})>")  # how SentencePiece spells a byte
+_WORD_BEGINS = "\N{LOWER ONE EIGHTH BLOCK}"  # its spelling of the space before a word
+
+
+def _byte_level() -> dict[str, int]:
+    """Byte-level BPE spells each byte as one printable character (GPT-2, `bytes_to_unicode`)."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = (byte for byte in range(256) if byte not in plain)
+    return {chr(byte): byte for byte in plain} | {
+        chr(256 + number): byte for number, byte in enumerate(others)
+    }
+
+
+_BYTE_OF = _byte_level()
+
 
 class Tokenizer(Protocol):
     """What prompts and answers need of a model's tokenizer."""
@@ -19,6 +35,24 @@ class Tokenizer(Protocol):
 
     @property
     def vocab_size(self) -> int: ...
+
+    @property
+    def special_tokens(self) -> Mapping[str, str]:
+        """Their text by role ("eos_token"), as far as the model names them."""
+        ...
+
+    @property
+    def chat_template(self) -> str | None:
+        """Its Jinja text, if there is one."""
+        ...
+
+    def token(self, token_id: int) -> str:
+        """How the vocabulary spells it; "" where it has no such token."""
+        ...
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What it adds to a text, which may be a part of a character."""
+        ...
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]: ...
 
@@ -42,13 +76,32 @@ class FolderTokenizer:
         self._tokenizer = _read_tokenizer(folder)
         assert folder.path is not None
         config = _read_config(folder)
-        template = find_template(folder.path, config)
-        special = _special_tokens(config)
-        self._template = None if template is None else ChatTemplate(template, special)
+        self.chat_template: str | None = find_template(folder.path, config)
+        self.special_tokens: Mapping[str, str] = _special_tokens(config)
+        self._template = (
+            ChatTemplate(self.chat_template, self.special_tokens)
+            if self.chat_template is not None
+            else None
+        )
+        self._added = self._tokenizer.get_added_tokens_decoder()
+        self._is_byte_level = "ByteLevel" in repr(self._tokenizer.decoder)
 
     @property
     def vocab_size(self) -> int:
         return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
+
+    def token(self, token_id: int) -> str:
+        return self._tokenizer.id_to_token(token_id) or ""
+
+    def token_bytes(self, token_id: int) -> bytes:
+        token = self.token(token_id)
+        if token_id in self._added:
+            return token.encode()
+        if self._is_byte_level and all(character in _BYTE_OF for character in token):
+            return bytes(_BYTE_OF[character] for character in token)
+        if byte := _FALLBACK.fullmatch(token):
+            return bytes.fromhex(byte[1])
+        return token.replace(_WORD_BEGINS, " ").encode()
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
         return tuple(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
@@ -72,6 +125,14 @@ class ByteTokenizer:
 
     eos_token_ids: tuple[int, ...] = ()
     vocab_size = 256
+    special_tokens: Mapping[str, str] = {}
+    chat_template: str | None = None
+
+    def token(self, token_id: int) -> str:
+        return f"<0x{token_id % 256:02X}>"
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return bytes([token_id % 256])
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
         return tuple(text.encode())

@@ -1,12 +1,15 @@
 from typing import Any
 
-from sagellm.operators.admission import Options, build
-from sagellm.runtime.messages import Request
-from sagellm.runtime.operator import Arrival, Emit, Feedback, Setup, Terminate
+import pytest
+
+from sagellm.operators.admission import Options, Seen, build
+from sagellm.runtime.backlog import Backlog
+from sagellm.runtime.messages import Request, Sampling, Stamps
+from sagellm.runtime.operator import Arrival, Emit, Feedback, Setup, Signal, Terminate
 
 
 def waiting(number: int, sequence: int = 1) -> Any:
-    return Feedback("sort", 0, sequence, "queue", number)
+    return Feedback("sort", 0, sequence, "queue", Backlog(num_requests=number))
 
 
 def test_a_request_enters_while_there_is_room(running: Any) -> None:
@@ -46,4 +49,149 @@ def test_an_expired_request_does_not_enter(running: Any) -> None:
 def test_other_feedback_changes_nothing(running: Any) -> None:
     admission = running(build(Options(max_queued=1), Setup("admission")))
     assert admission(Feedback("decode", 0, 1, "credit")) == ()
-    assert admission.state == 0
+    assert admission.state == Seen()
+
+
+# ---- bounds, predictions, priorities -------------------------------------------------------------
+
+ROOMY = Options(max_queued=10_000, slo_ttft_s=1.0)
+
+
+def told(num_requests: int, **fields: Any) -> Any:
+    return Feedback("sort", 0, 1, "queue", Backlog(num_requests=num_requests, **fields))
+
+
+MARGIN = 1.1  # of a wait for 400 requests
+
+
+def served(num_prompt_tokens: float) -> Any:
+    """400 requests in a queue that has served 1000 prompt tokens a second for two busy seconds."""
+    return told(
+        400,
+        num_prompt_tokens=int(num_prompt_tokens),
+        num_served=20,
+        num_served_tokens=2000,
+        busy_s=2.0,
+    )
+
+
+def asked(**fields: Any) -> Any:
+    return Arrival(Request(**{"request_id": "r", **fields}))
+
+
+def code_of(outputs: Any) -> str:
+    (output,) = outputs
+    return output.event.code if isinstance(output, Terminate) else ""
+
+
+def test_tokens_that_wait_are_bounded(running: Any) -> None:
+    admission = running(build(Options(max_queued_tokens=1000), Setup("door")))
+    sampling = Sampling(max_tokens=50)
+    admission(told(3, num_tokens=700))
+    assert code_of(admission(asked(prompt_token_ids=(1,) * 50, sampling=sampling))) == ""
+    (output,) = admission(asked(prompt_token_ids=(1,) * 51, sampling=sampling))
+    assert output.event.code == "queue_full"
+    assert "max_queued_tokens=1000" in output.event.error
+
+
+def test_what_waits_for_nothing_enters(running: Any) -> None:
+    admission = running(build(Options(max_queued_tokens=10, slo_ttft_s=0.01), Setup("door")))
+    admission(Feedback("generate", 0, 1, "first_token", 9.0))
+    assert code_of(admission(asked(prompt_token_ids=(1,) * 500))) == ""
+
+
+def test_a_first_token_that_would_come_too_late_is_refused(running: Any) -> None:
+    admission = running(build(ROOMY, Setup("door")))
+    admission(served(700))
+    assert code_of(admission(asked())) == ""
+    admission(served(900))
+    (output,) = admission(asked())
+    assert output.event.code == "slo_unreachable"
+    assert output.event.retry_after_s == pytest.approx(0.9)
+    assert "1.0 s" in output.event.error
+
+
+def test_a_request_may_bring_its_own_objective(running: Any) -> None:
+    admission = running(build(Options(), Setup("door")))
+    admission(served(900))
+    assert code_of(admission(asked())) == ""
+    assert code_of(admission(asked(slo_ttft_s=1.0))) == "slo_unreachable"
+    assert code_of(admission(asked(slo_ttft_s=2.0))) == ""
+
+
+def test_the_default_objective_goes_with_the_request(running: Any) -> None:
+    admission = running(build(ROOMY, Setup("door")))
+    (output,) = admission(asked())
+    assert output.item.slo_ttft_s == 1.0
+    (output,) = admission(asked(slo_ttft_s=3.0))
+    assert output.item.slo_ttft_s == 3.0
+
+
+def test_time_that_has_passed_and_the_first_token_count(running: Any) -> None:
+    admission = running(build(ROOMY, Setup("door")))
+    admission(served(500))
+    late = asked(stamps=Stamps(arrived_s=9.0))
+    assert code_of(admission(late, 9.2)) == ""
+    assert code_of(admission(late, 9.4)) == "slo_unreachable"
+    admission(Feedback("generate", 0, 1, "first_token", 0.4))
+    assert code_of(admission(late, 9.0)) == "slo_unreachable"
+
+
+def test_without_evidence_nothing_is_predicted(running: Any) -> None:
+    admission = running(build(ROOMY, Setup("door")))
+    fields = {"num_prompt_tokens": 10**6, "num_served": 7, "num_served_tokens": 70, "busy_s": 9.0}
+    admission(told(400, **fields))
+    assert code_of(admission(asked())) == ""
+    admission(told(400, **{**fields, "num_served": 8}))
+    assert code_of(admission(asked())) == "slo_unreachable"
+
+
+def test_the_rate_follows_the_load(running: Any) -> None:
+    admission = running(build(ROOMY, Setup("door")))
+    admission(served(900))
+    assert code_of(admission(asked())) == "slo_unreachable"
+    fields = {"num_prompt_tokens": 900, "num_served": 99, "num_served_tokens": 302_000}
+    admission(told(400, **fields, busy_s=32.0))  # ten times as fast, for half a minute
+    assert code_of(admission(asked())) == ""
+
+
+@pytest.mark.parametrize(("priority", "limit"), list(enumerate((100, 90, 80, 60, 40))))
+def test_the_less_urgent_are_refused_first(running: Any, priority: int, limit: int) -> None:
+    admission = running(build(Options(max_queued=100), Setup("door")))
+    admission(waiting(limit - 1))
+    assert code_of(admission(asked(priority=priority))) == ""
+    admission(waiting(limit))
+    assert code_of(admission(asked(priority=priority))) == "queue_full"
+    roomy = running(build(ROOMY, Setup("door")))
+    roomy(served(limit * 10 / MARGIN - 5))
+    assert code_of(roomy(asked(priority=priority))) == ""
+    roomy(served(limit * 10 / MARGIN + 5))
+    assert code_of(roomy(asked(priority=priority))) == "slo_unreachable"
+
+
+@pytest.mark.parametrize(("num_waiting", "code"), [(7, "queue_full"), (4, "")])
+def test_choices_enter_together_or_not_at_all(running: Any, num_waiting: int, code: str) -> None:
+    admission = running(build(Options(max_queued=10), Setup("door")))
+    admission(waiting(num_waiting))
+    for choice in range(4):
+        outputs = admission(asked(choice=choice, sampling=Sampling(n=4)))
+        assert code_of(outputs) == code
+        admission(waiting(num_waiting + choice + 1 if not code else 0))
+    assert admission.state.verdicts == {}
+
+
+def test_a_request_that_ends_early_leaves_no_verdict(running: Any) -> None:
+    admission = running(build(Options(), Setup("door")))
+    admission(asked(sampling=Sampling(n=4)))
+    assert len(admission.state.verdicts) == 1
+    admission(Signal("forget", "r"))
+    assert admission.state.verdicts == {}
+
+
+def test_equal_inputs_give_equal_answers(running: Any) -> None:
+    def run() -> Any:
+        admission = running(build(ROOMY, Setup("door")))
+        inputs = [served(700), asked(), Feedback("g", 0, 1, "first_token", 0.2), asked()]
+        return [admission(happened, float(at)) for at, happened in enumerate(inputs)]
+
+    assert run() == run()

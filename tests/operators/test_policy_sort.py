@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from sagellm.operators.policies import POLICIES
 from sagellm.operators.policy_sort import Options, build
+from sagellm.runtime.backlog import Backlog
 from sagellm.runtime.messages import Request, Stamps
 from sagellm.runtime.operator import (
     Arrival,
@@ -39,7 +40,7 @@ def ended(outputs: Any) -> Any:
 
 
 def told(outputs: Any) -> Any:
-    return [output.value for output in outputs if isinstance(output, Tell)]
+    return [output.value.num_requests for output in outputs if isinstance(output, Tell)]
 
 
 def drain(sort: Any, outputs: Any = (), now: float = 0.0) -> Any:
@@ -60,7 +61,7 @@ def sort(running: Any) -> Any:
 
 def test_a_newcomer_is_offered_and_stamped(sort: Any) -> None:
     (tell, offer) = sort(Arrival(ask("a", arrived_s=1.0)), 3.0)
-    assert tell == Tell("queue", 1)
+    assert tell == Tell("queue", Backlog(num_requests=1, num_tokens=128))
     assert offer.items[0].stamps == Stamps(arrived_s=1.0, dispatched_s=3.0)
     assert sort.state.entries[0][3].stamps.dispatched_s is None
 

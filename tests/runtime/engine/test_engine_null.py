@@ -1,5 +1,6 @@
 """The engine's loop on the null device, in virtual time: events, ends, cancellation, transfers."""
 
+import dataclasses
 import random
 
 import msgspec
@@ -317,6 +318,31 @@ async def test_a_failed_step_fails_its_sequences_and_no_more(autojump_clock, mon
     assert broken.last.finish_reason == "failed"
     assert "RuntimeError" in broken.last.error
     assert "secret" not in broken.last.error
+    assert fine.last.finish_reason == "length"
+
+
+@pytest.mark.parametrize("hold_kv", [False, True])
+async def test_logits_that_are_no_numbers_fail_their_sequence_only(
+    autojump_clock, monkeypatch, hold_kv
+):
+    engine = open_null()
+    run = type(engine._equipment.runner).run
+
+    async def poisoned(self, batch):
+        drawn = await run(self, batch)
+        names = [sequence.state.request_id for sequence in batch.drawing]
+        broken = frozenset({names.index("a")}) if "a" in names else frozenset()
+        return dataclasses.replace(drawn, broken=broken)
+
+    monkeypatch.setattr(type(engine._equipment.runner), "run", poisoned)
+    async with running(engine) as [driver]:
+        broken = await driver.submit("a", PROMPT, hold_kv=hold_kv)
+        fine = await driver.submit("b", PROMPT, max_tokens=3)
+        await broken.done.wait()
+        await fine.done.wait()
+    assert broken.last.finish_reason == "failed"
+    assert "not finite" in broken.last.error
+    assert broken.token_ids == []
     assert fine.last.finish_reason == "length"
 
 

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sagellm.runtime.engine import sampler
 from sagellm.runtime.engine.mailbox import Mailbox
 from sagellm.runtime.engine.sampler import draw, uniform
 from sagellm.runtime.engine.sequence import Sequence
@@ -53,11 +54,16 @@ def test_no_rows_draw_nothing():
 
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf])
-def test_logits_that_are_no_numbers_are_refused(wrong):
-    logits = LOGITS.clone()
-    logits[2] = wrong
-    with pytest.raises(ArithmeticError, match="not finite"):
-        draw_one(row(), logits)
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "top_p": 0.5, "logprobs": 2}])
+def test_logits_that_are_no_numbers_break_their_own_row(wrong, sampling):
+    logits = LOGITS.repeat(3, 1)
+    logits[1, 2] = wrong
+    rows = [row(**sampling), row(**sampling), row(**sampling)]
+    drawn = draw(logits, rows)
+    assert drawn.broken == {1}
+    whole = draw(LOGITS.repeat(3, 1), rows)
+    assert drawn.token_ids[::2] == whole.token_ids[::2]
+    assert whole.broken == frozenset()
 
 
 def test_the_input_is_not_changed():
@@ -112,6 +118,20 @@ def test_top_p_keeps_the_smallest_set():
     assert drawn_set(probabilities.log(), top_p=0.79) == {0, 1}
     assert drawn_set(probabilities.log(), top_p=0.81) == {0, 1, 2}
     assert drawn_set(probabilities.log(), top_p=1e-9) == {0}
+
+
+@pytest.mark.parametrize("share", [0.2, 0.7, 0.95, 0.999])
+def test_top_p_is_the_same_however_many_tokens_it_keeps(share):
+    logits = torch.randn(20, 3000, generator=torch.Generator().manual_seed(1))
+    logits[::2] *= 4  # peaked, and nearly flat: a few tokens, and thousands
+    kept = logits.clone()
+    sampler._keep_top_p(kept, [Sampling(top_p=share)] * 20)
+    for scores, left in zip(logits, kept, strict=True):
+        ordered = scores.double().softmax(0).sort(descending=True)
+        right = int((ordered.values.cumsum(0) < share).sum()) + 1
+        kept_ids = left.isfinite().nonzero().flatten().tolist()
+        assert len(kept_ids) == pytest.approx(right, abs=1)  # a sum in float32 rounds
+        assert set(kept_ids) == set(ordered.indices[: len(kept_ids)].tolist())
 
 
 def test_min_p_is_relative_to_the_most_likely():

@@ -4,9 +4,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sagellm.runtime.engine.batch import Landing
 from sagellm.runtime.engine.limits import Limits
 from sagellm.runtime.engine.mailbox import MAX_BATCHES, Mailbox
-from sagellm.runtime.engine.scheduler import Landing, Scheduler
+from sagellm.runtime.engine.scheduler import Scheduler
 from sagellm.runtime.engine.sequence import Sequence
 from sagellm.runtime.kv.lease import Fence
 from sagellm.runtime.kv.pool import BlockPool

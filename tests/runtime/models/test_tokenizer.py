@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 from models_on_the_fly import EOS, VOCAB_SIZE, make_model
@@ -165,3 +166,28 @@ def test_the_null_model_speaks_bytes():
     assert isinstance(tokenizer, ByteTokenizer)
     assert tokenizer.decode(tokenizer.encode("größe")) == "größe"
     assert tokenizer.encode_chat(MESSAGES)[:6] == tuple(b"system")
+
+
+def test_bytes_of_tokens_join_to_the_text():
+    tokenizer = load_tokenizer(resolve_model("sage-tiny"))
+    text = "na\u00efve \N{GRINNING FACE} 2+2"
+    token_ids = tokenizer.encode(text)
+    assert b"".join(map(tokenizer.token_bytes, token_ids)) == text.encode()
+    assert tokenizer.token_bytes(tokenizer.eos_token_ids[0]) == b"<|end|>"
+    assert tokenizer.token(10**6) == ""
+    assert tokenizer.token_bytes(10**6) == b""
+
+
+def test_bytes_of_tokens_as_sentencepiece_spells_them(model):
+    vocab = [["<unk>", 0.0], ["<0xE2>", -1.0], ["\u2581hi", -1.0], ["\u00e9", -1.0]]
+    spelt = tokenizers.Tokenizer(tokenizers.models.Unigram([tuple(one) for one in vocab], 0, True))
+    spelt.decoder = tokenizers.decoders.Sequence(
+        [tokenizers.decoders.ByteFallback(), tokenizers.decoders.Metaspace()]
+    )
+    spelt.save(str(model / "tokenizer.json"))
+    tokenizer = load(model)
+    assert [tokenizer.token_bytes(token) for token in (1, 2, 3)] == [
+        b"\xe2",
+        b" hi",
+        "\u00e9".encode(),
+    ]

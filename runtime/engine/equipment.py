@@ -1,0 +1,27 @@
+"""What an engine works with: facts, limits, a runner, storage, and how tokens become text."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from sagellm.runtime.engine.limits import Limits
+from sagellm.runtime.engine.port import EngineFacts
+from sagellm.runtime.engine.runner import Runner
+from sagellm.runtime.engine.transcript import Transcript
+from sagellm.runtime.kv.storage import Storage
+from sagellm.runtime.messages import SequenceState
+
+OpenTranscript: TypeAlias = Callable[[SequenceState], Transcript]
+
+
+@dataclass(frozen=True, slots=True)
+class Equipment:
+    """What an engine works with; `open_transcript` is None where tokens have no text."""
+
+    facts: EngineFacts
+    limits: Limits
+    runner: Runner
+    storage: Storage
+    vocab_size: int
+    eos_token_ids: frozenset[int] = frozenset()
+    open_transcript: OpenTranscript | None = None

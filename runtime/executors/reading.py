@@ -1,0 +1,180 @@
+"""What the meters of an executor show at one moment, and how operators spent the time between."""
+
+import math
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from sagellm.graphs.ir import SINK, Node
+from sagellm.runtime.executors.credit import Gate, Gates
+from sagellm.runtime.executors.meter import Meter
+from sagellm.runtime.plan import Plan
+
+TERMINAL = "terminal"  # the implicit outlet of every operator, to the sink
+
+
+@dataclass(frozen=True, slots=True)
+class OperatorReading:
+    """One operator, or one replica of it, since the graph was opened.
+
+    `num_out` counts all outlets, the implicit `terminal` too. `process_s` adds up its calls, which
+    may overlap; `busy_s`, `backpressured_s` and the idle rest add up to the time that has passed.
+    """
+
+    node: str
+    op: str
+    replica: int
+    num_in: int
+    num_out: int
+    num_errors: int
+    num_in_flight: int
+    queue_depth: int
+    queue_capacity: int | None  # None: unbounded, or no queue
+    process_s: float
+    busy_s: float
+    backpressured_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class EdgeReading:
+    """One edge; the implicit ones to the sink too."""
+
+    source: str
+    outlet: str
+    target: str
+    num_items: int
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """All meters at one moment of the executor's clock."""
+
+    at_s: float
+    operators: tuple[OperatorReading, ...]
+    edges: tuple[EdgeReading, ...]
+
+
+def read(meter: Meter, plan: Plan, gates: Gates, waiting: Mapping[Gate, int]) -> Reading:
+    """`waiting`: how many items each service operator has before it. Changes nothing."""
+    edges = _edges(meter, plan)
+    operators: list[OperatorReading] = []
+    for node in plan.graph.nodes:
+        if node.name in meter.logic:
+            operators.append(_logic(meter, plan, node, edges))
+        else:
+            operators += [
+                _service(meter, node.op, gate, gates, waiting.get(gate, 0))
+                for gate in meter.services
+                if gate[0] == node.name
+            ]
+    return Reading(meter.clock(), tuple(operators), edges)
+
+
+def _logic(meter: Meter, plan: Plan, node: Node, edges: tuple[EdgeReading, ...]) -> OperatorReading:
+    logic = meter.logic[node.name]
+    return OperatorReading(
+        node=node.name,
+        op=node.op,
+        replica=0,
+        num_in=sum(edge.num_items for edge in edges if edge.target == node.name),
+        num_out=sum(edge.num_items for edge in edges if edge.source == node.name),
+        num_errors=logic.errors.count,
+        num_in_flight=logic.num_queued,
+        queue_depth=logic.num_queued,
+        queue_capacity=_bound(plan, node.name) if logic.is_queue else None,
+        process_s=logic.process_s,
+        busy_s=logic.process_s,
+        backpressured_s=logic.blocked.seconds,
+    )
+
+
+def _service(meter: Meter, op: str, gate: Gate, gates: Gates, num_waiting: int) -> OperatorReading:
+    service, capacity = meter.services[gate], gates.capacity(gate).requests
+    blocked_s = service.blocked.seconds
+    return OperatorReading(
+        node=gate[0],
+        op=op,
+        replica=gate[1],
+        num_in=service.num_in,
+        num_out=service.num_sent + service.num_ended,
+        num_errors=service.num_errors,
+        num_in_flight=service.held.level,
+        queue_depth=num_waiting,
+        queue_capacity=None if math.isinf(capacity) else int(capacity),
+        process_s=service.process_s,
+        busy_s=max(service.held.seconds - blocked_s, 0.0),
+        backpressured_s=blocked_s,
+    )
+
+
+def _edges(meter: Meter, plan: Plan) -> tuple[EdgeReading, ...]:
+    drawn = [
+        EdgeReading(
+            edge.source, edge.outlet, edge.target, meter.edges[edge.source, edge.outlet].count
+        )
+        for edge in plan.graph.edges
+        if not edge.feedback
+    ]
+    ended = {name: logic.ended.count for name, logic in meter.logic.items()}
+    for (name, _), service in meter.services.items():
+        ended[name] = ended.get(name, 0) + service.num_ended
+    implicit = [EdgeReading(name, TERMINAL, SINK, count) for name, count in ended.items()]
+    return (*drawn, *implicit)
+
+
+def _bound(plan: Plan, node: str) -> int | None:
+    """How many may wait at `node`, as the nearest operator says that bounds a queue."""
+    for name in (node, *plan.ancestors(node)):
+        bound = option_of(plan, name, "max_queued")
+        if isinstance(bound, int):
+            return bound
+    return None
+
+
+def option_of(plan: Plan, node: str, option: str) -> Any:
+    """An option of a logic operator that keeps its `options`; None where there is none."""
+    return getattr(getattr(plan.logic.get(node), "options", None), option, None)
+
+
+class Shares(NamedTuple):
+    """How an operator spent a span of time; the three add up to one."""
+
+    busy: float
+    idle: float
+    backpressured: float
+
+
+def shares(before: OperatorReading, after: OperatorReading, elapsed_s: float) -> Shares:
+    """Idle where no time has passed."""
+    if elapsed_s <= 0:
+        return Shares(0.0, 1.0, 0.0)
+    busy = min(max((after.busy_s - before.busy_s) / elapsed_s, 0.0), 1.0)
+    blocked = (after.backpressured_s - before.backpressured_s) / elapsed_s
+    backpressured = min(max(blocked, 0.0), 1.0 - busy)
+    return Shares(busy, max(1.0 - busy - backpressured, 0.0), backpressured)
+
+
+class Window:
+    """The readings of the last `span_s` seconds, for shares that do not depend on who asks when."""
+
+    def __init__(self, span_s: float) -> None:
+        self._span_s = span_s
+        self._readings: deque[Reading] = deque()
+
+    def add(self, reading: Reading) -> None:
+        """Keep a reading, newer than all before; one that is a whole span old stays."""
+        self._readings.append(reading)
+        while len(self._readings) > 1 and self._readings[1].at_s <= reading.at_s - self._span_s:
+            self._readings.popleft()
+
+    def shares(self, now: Reading) -> dict[tuple[str, int], Shares]:
+        """(operator, replica) -> how it spent the time since the oldest reading."""
+        since = self._readings[0] if self._readings else now
+        before = {(one.node, one.replica): one for one in since.operators}
+        return {
+            (one.node, one.replica): shares(
+                before[one.node, one.replica], one, now.at_s - since.at_s
+            )
+            for one in now.operators
+        }

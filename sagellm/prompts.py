@@ -1,0 +1,140 @@
+"""What a caller gives a session, read and checked: prompts, sampling and fields of a request."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeAlias
+
+import msgspec
+
+from sagellm.graphs.vocabulary import nearest
+from sagellm.runtime.messages import NORMAL, PRIORITIES, Sampling
+from sagellm.runtime.models.chat import ChatTemplateError
+from sagellm.runtime.models.tokenizer import Tokenizer
+from sagellm.runtime.sampling import fault_of
+
+_SPAN = 1 << 31  # no model knows more tokens
+
+
+class RequestError(ValueError):
+    """A request that was wrong before it entered the graph: the message says what and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A prompt whose text and tokens are both known: neither is made anew of the other."""
+
+    text: str
+    token_ids: tuple[int, ...]
+
+
+Prompt: TypeAlias = str | Encoded | Sequence[int] | Sequence[Mapping[str, Any]]
+
+
+def encode(tokenizer: Tokenizer, prompt: Prompt) -> Encoded:
+    """The prompt's text, which a `map` before the model may rewrite, and its tokens.
+
+    Raises RequestError for what is no prompt, and for an empty one.
+    """
+    encoded = _encoded(tokenizer, prompt)
+    if not encoded.token_ids:
+        raise RequestError("the prompt is empty; give at least one token")
+    return encoded
+
+
+def encode_prompt(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
+    """Tokens of a prompt that may begin with its own special tokens (a rendered conversation)."""
+    plain, full = tokenizer.encode(text, add_special_tokens=False), tokenizer.encode(text)
+    return plain if plain[:1] == full[:1] else full
+
+
+def _encoded(tokenizer: Tokenizer, prompt: Prompt) -> Encoded:
+    if isinstance(prompt, Encoded):
+        return Encoded(_unicode(prompt.text), _read_ids(prompt.token_ids))
+    if isinstance(prompt, str):
+        return Encoded(prompt, tokenizer.encode(_unicode(prompt)))
+    if not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray):
+        raise RequestError(f"a prompt is text, token ids or messages, not {_kind(prompt)}")
+    if prompt and isinstance(prompt[0], Mapping):
+        text = _rendered(tokenizer, prompt)
+        return Encoded(text, tokenizer.encode(text, add_special_tokens=False))
+    token_ids = _read_ids(prompt)
+    return Encoded(tokenizer.decode(token_ids, skip_special_tokens=False), token_ids)
+
+
+def _rendered(tokenizer: Tokenizer, messages: Any) -> str:
+    try:
+        return _unicode(tokenizer.apply_chat_template(messages))
+    except ChatTemplateError as error:
+        raise RequestError(str(error)) from error
+
+
+def _unicode(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(f"the prompt is not Unicode text: {error.reason}") from error
+    return text
+
+
+def _read_ids(prompt: Sequence[Any]) -> tuple[int, ...]:
+    """Token ids as plain integers. Whether the model knows them, its engine says."""
+    for token in prompt:
+        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < _SPAN:
+            raise RequestError(f"the prompt has {token!r} where a token id should be")
+    return tuple(prompt)
+
+
+def _kind(value: object) -> str:
+    return type(value).__name__
+
+
+class _Fields(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a caller may say of a request, beside its prompt and sampling."""
+
+    request_id: Annotated[str, msgspec.Meta(min_length=1, max_length=256)] = ""
+    priority: Annotated[int, msgspec.Meta(ge=0, le=4)] = NORMAL
+    user_id: str = ""
+    model: str = ""
+    salt: Annotated[str, msgspec.Meta(max_length=256)] = ""
+    trace: Annotated[str, msgspec.Meta(max_length=512)] = ""
+    slo_ttft_s: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    timeout_s: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    cost_budget: Annotated[float, msgspec.Meta(ge=0)] | None = None
+    tags: dict[str, str] = {}
+
+
+def read_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields with their types checked, as `Request` has them, and `timeout_s`.
+
+    A `trace` becomes the tag "traceparent". Raises RequestError.
+    """
+    for name in fields:
+        if name not in _Fields.__struct_fields__:
+            close = nearest(name, _Fields.__struct_fields__)
+            raise RequestError(f"a request has no field {name!r}; did you mean {close!r}?")
+    if fields.get("priority") in PRIORITIES:
+        fields = {**fields, "priority": PRIORITIES[fields["priority"]]}
+    try:
+        read = msgspec.convert(fields, _Fields)
+    except msgspec.ValidationError as error:
+        raise RequestError(f"a field of the request is wrong: {error}") from error
+    known = {name: getattr(read, name) for name in fields}
+    if known.pop("trace", ""):
+        known["tags"] = {**read.tags, "traceparent": read.trace}
+    return known
+
+
+def read_sampling(sampling: Sampling) -> Sampling:
+    """The parameters with types and ranges checked: msgspec structs do not check what they are
+    given. Raises RequestError.
+    """
+    if not isinstance(sampling, Sampling):
+        raise RequestError(f"sampling is a Sampling, not {_kind(sampling)}")
+    try:
+        read = msgspec.convert(msgspec.structs.asdict(sampling), Sampling)
+    except msgspec.ValidationError as error:
+        raise RequestError(f"sampling is wrong: {error}") from error
+    fault = fault_of(read)
+    if fault is not None:
+        raise RequestError(fault)
+    return read

@@ -1,0 +1,251 @@
+"""The tokens of one request on their way to its reader, and the answer that they add up to."""
+
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol, TypeAlias
+
+import msgspec
+import trio
+
+from sagellm.prompts import RequestError
+from sagellm.runtime.executors.region import ends
+from sagellm.runtime.messages import (
+    Answer,
+    Forked,
+    Item,
+    Request,
+    Stamps,
+    TokenEvent,
+    TokenLogprob,
+)
+
+Output: TypeAlias = TokenEvent | Answer
+Caller: TypeAlias = Callable[[Item | Forked], None]
+_LOGPROB_BYTES = 16  # an id and a number
+
+
+class Upstream(Protocol):
+    """What a stream asks of the session that it belongs to."""
+
+    async def submit(
+        self, requests: Sequence[Request], caller: Caller, timeout_s: float | None
+    ) -> None: ...
+    def dismiss(self, request_id: str, caller: Caller) -> None: ...
+    def forget(self, request_id: str, caller: Caller) -> None: ...
+    def forget_soon(self, request_id: str, caller: Caller) -> None: ...
+    def end(self, request_id: str, code: str) -> None: ...
+
+
+class Limits(NamedTuple):
+    """What may wait unread of one request. None: as much as comes."""
+
+    tokens: int | None = None
+    bytes: int | None = None
+
+
+class Stream:
+    """The tokens of one request as they come: an async iterator, entered or not.
+
+    Leaving the `async with`, `aclose`, or losing the last reference cancels what is unfinished;
+    the stream is then at its end. Cancelled before it was let in, a request ends as cancelled.
+
+    Where more than `limits` waits unread, the request is cancelled in its engine at once. What
+    waits can still be read; each choice that it cut short ends as cancelled, with the code
+    "slow_reader". Counted are the tokens of events and the bytes of their text and logprobs, not
+    logprobs of the prompt and whole answers, which come in one piece however fast the reader is.
+    """
+
+    def __init__(
+        self,
+        session: Upstream,
+        requests: Sequence[Request],
+        timeout_s: float | None = None,
+        limits: Limits = Limits(),  # noqa: B008 (an immutable value)
+    ) -> None:
+        self._session = session
+        self._requests = requests
+        self._timeout_s = timeout_s
+        self._unread = _Unread(limits)
+        self._arrived = trio.lowlevel.ParkingLot()
+        self._num_open = len(requests)
+        self._is_started = False
+        self._is_overrun = False
+        self._caller = _weakly(self)
+        self.on_arrival: Callable[[], None] | None = None  # called for whatever comes
+
+    @property
+    def request_id(self) -> str:
+        return self._requests[0].request_id
+
+    async def __aenter__(self) -> "Stream":
+        await self._start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    def __aiter__(self) -> "Stream":
+        return self
+
+    async def __anext__(self) -> Output:
+        """The next event or answer. Cancelled here, the request goes on until closed."""
+        await self._wait()
+        if not self._unread:
+            raise StopAsyncIteration
+        return self._unread.pop()
+
+    async def take(self) -> tuple[Output, ...]:
+        """All that waits, at least one; none where the stream is at its end.
+
+        What one engine step yields comes together. Cancelled, it takes nothing.
+        """
+        await self._wait()
+        return self._unread.pop_all()
+
+    def take_nowait(self) -> tuple[Output, ...]:
+        """All that waits, which may be nothing."""
+        return self._unread.pop_all()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all has come; it may still wait to be read."""
+        return self._num_open == 0
+
+    async def aclose(self) -> None:
+        """Cancel what is unfinished; the blocks are free within one engine step."""
+        self._is_started = True
+        self._session.forget(self.request_id, self._caller)
+        self._unread.pop_all()
+        self._num_open = 0
+        self._arrived.unpark_all()
+
+    def __del__(self) -> None:
+        if self._is_started and self._num_open:
+            self._session.forget_soon(self.request_id, self._caller)
+
+    def put(self, item: Item | Forked) -> None:
+        """Called by the session for each item of this request."""
+        if isinstance(item, Forked):
+            self._num_open += item.num_choices - 1
+        elif isinstance(item, TokenEvent | Answer):
+            self._unread.put(item)
+            self._num_open -= ends(item)
+        if self._num_open == 0:
+            self._session.dismiss(self.request_id, self._caller)
+        elif self._unread.is_too_much and not self._is_overrun:
+            self._is_overrun = True
+            self._session.end(self.request_id, "slow_reader")
+        self._arrived.unpark_all()
+        if self.on_arrival is not None:
+            self.on_arrival()
+
+    async def _wait(self) -> None:
+        """Until something waits, or nothing can come any more."""
+        await self._start()
+        await trio.lowlevel.checkpoint_if_cancelled()
+        while not self._unread and self._num_open:
+            await self._arrived.park()
+
+    async def _start(self) -> None:
+        if not self._is_started:
+            self._is_started = True
+            try:
+                await self._session.submit(self._requests, self._caller, self._timeout_s)
+            except RequestError:
+                self._num_open = 0
+                raise
+
+
+class _Unread:
+    """What a reader has not taken yet, and how much of it counts."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._items: deque[Output] = deque()
+        self._limits = limits
+        self._num_tokens = 0
+        self._num_bytes = 0
+
+    def __bool__(self) -> bool:
+        return bool(self._items)
+
+    @property
+    def is_too_much(self) -> bool:
+        tokens, size = self._limits
+        return (tokens is not None and self._num_tokens > tokens) or (
+            size is not None and self._num_bytes > size
+        )
+
+    def put(self, item: Output) -> None:
+        self._items.append(item)
+        self._count(item, 1)
+
+    def pop(self) -> Output:
+        item = self._items.popleft()
+        self._count(item, -1)
+        return item
+
+    def pop_all(self) -> tuple[Output, ...]:
+        items = tuple(self._items)
+        self._items.clear()
+        self._num_tokens = self._num_bytes = 0
+        return items
+
+    def _count(self, item: Output, sign: int) -> None:
+        if self._limits != Limits() and isinstance(item, TokenEvent):
+            self._num_tokens += sign * len(item.token_ids)
+            self._num_bytes += sign * _num_bytes(item)
+
+
+def _num_bytes(event: TokenEvent) -> int:
+    num_logprobs = sum(1 + len(logprob.top) for logprob in event.logprobs)
+    return len(event.text.encode(errors="replace")) + _LOGPROB_BYTES * num_logprobs
+
+
+def _weakly(stream: Stream) -> Caller:
+    """What the session calls; it does not keep alive a stream that its reader has dropped."""
+    reference = weakref.ref(stream)
+
+    def put(item: Item | Forked) -> None:
+        alive = reference()
+        if alive is not None:
+            alive.put(item)
+
+    return put
+
+
+def gather(parts: Sequence[Output]) -> Answer:
+    """The answer that one choice's events add up to."""
+    last = parts[-1]
+    if isinstance(last, Answer):
+        return last
+    events = [part for part in parts if isinstance(part, TokenEvent)]
+    return Answer(
+        request_id=last.request_id,
+        choice=last.choice,
+        text="".join(event.text for event in events),
+        token_ids=tuple(token for event in events for token in event.token_ids),
+        logprobs=tuple(logprob for event in events for logprob in event.logprobs),
+        prompt_logprobs=_prompt_logprobs(events),
+        finish_reason=last.finish_reason or "failed",
+        stop_reason=last.stop_reason,
+        error=last.error,
+        code=last.code,
+        retry_after_s=last.retry_after_s,
+        num_prompt_tokens=max(event.num_prompt_tokens for event in events),
+        num_cached_tokens=max(event.num_cached_tokens for event in events),
+        stamps=_stamps(events[0], last),
+    )
+
+
+def _prompt_logprobs(events: Sequence[TokenEvent]) -> tuple[TokenLogprob, ...]:
+    return tuple(logprob for event in events for logprob in event.prompt_logprobs)
+
+
+def _stamps(first: TokenEvent, last: TokenEvent) -> Stamps:
+    """How the request began, as its first event says (the last may come from outside its engine),
+    and when it ended.
+    """
+    began = msgspec.structs.asdict(first.stamps)
+    known = {name: at for name, at in began.items() if at is not None and name != "finished_s"}
+    return msgspec.structs.replace(last.stamps, **known)

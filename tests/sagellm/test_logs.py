@@ -1,0 +1,180 @@
+"""Log lines: one line each, as JSON, with nothing that a user wrote and no secret."""
+
+import json
+import logging
+from collections.abc import Iterator
+
+import pytest
+import structlog
+
+from sagellm.logs import LEVELS, configure_logs, own_logs
+from sagellm.redaction import Redactor
+
+FORGED = '\r\n{"level": "error", "event": "forged"}\x1b[31m\x1b]0;title\x07\u2028</script>\x7f\x85'
+
+
+class Stderr:
+    """All that was written to stderr so far."""
+
+    def __init__(self, captured: pytest.CaptureFixture[str]) -> None:
+        self._captured = captured
+        self._text = ""
+
+    def getvalue(self) -> str:
+        self._text += self._captured.readouterr().err
+        return self._text
+
+
+@pytest.fixture
+def stderr(capsys: pytest.CaptureFixture[str]) -> Iterator[Stderr]:
+    """structlog is as it was before, afterwards."""
+    structlog.reset_defaults()
+    yield Stderr(capsys)
+    structlog.contextvars.clear_contextvars()
+    structlog.reset_defaults()
+
+
+def lines(stderr: Stderr) -> list[dict[str, object]]:
+    return [json.loads(line) for line in stderr.getvalue().splitlines()]
+
+
+def test_a_line_is_one_line_whatever_is_in_it(stderr: Stderr) -> None:
+    configure_logs()
+    structlog.get_logger().error("call_ended", path=FORGED)
+    raw = stderr.getvalue()
+    assert len(raw.splitlines()) == 1
+    assert raw[:-1].isascii()
+    assert raw[:-1].isprintable()
+    assert lines(stderr)[0]["path"] == FORGED
+
+
+def test_request_ids_come_from_the_context(stderr: Stderr) -> None:
+    configure_logs()
+    with structlog.contextvars.bound_contextvars(request_id="r1"):
+        structlog.get_logger().error("one")
+    structlog.get_logger().error("two")
+    assert [line.get("request_id") for line in lines(stderr)] == ["r1", None]
+
+
+@pytest.mark.parametrize("name", ["prompt", "messages", "content", "input", "prompt_token_ids"])
+def test_a_prompt_is_a_length_and_a_hash(stderr: Stderr, name: str) -> None:
+    configure_logs()
+    structlog.get_logger().error("arrived", **{name: "my secret plan"})
+    (line,) = lines(stderr)
+    assert "plan" not in stderr.getvalue()
+    assert line[name]["len"] == 14  # type: ignore[index]
+
+
+def test_hashes_need_the_key() -> None:
+    first, same, other = Redactor(b"k"), Redactor(b"k"), Redactor(b"other")
+    assert first.describe("p") == same.describe("p")
+    assert first.describe("p")["hash"] != other.describe("p")["hash"]
+    assert first.describe("p")["hash"] != Redactor().describe("p")["hash"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["api_key", "apikey", "Authorization", "x-api-key", "admin_key", "hf_token", "token",
+     "set_cookie", "password", "salt_key"],
+)  # fmt: skip
+def test_secrets_are_found_by_name(stderr: Stderr, name: str) -> None:
+    configure_logs()
+    structlog.get_logger().error("x", **{name: "hunter2"}, nested={name: ["hunter2"]})
+    assert "hunter2" not in stderr.getvalue()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["Bearer abcdef123456", "basic YWxhZGRpbjpvcGVu", "sk-abcdefghijkl", "hf_abcdefghijkl",
+     "api_key=abcdefghijkl", '"token": "abcdefghijkl"', "GET /?api-key=abcdefghijkl HTTP/1.1"],
+)  # fmt: skip
+def test_secrets_are_found_by_their_look(text: str) -> None:
+    cleaned = Redactor().clean({"headers": [f"a {text} b"]})
+    assert "abcdef" not in str(cleaned)
+    assert "YWxh" not in str(cleaned)
+    assert "redacted" in str(cleaned)
+
+
+def test_known_secrets_are_taken_out_wherever_they_are(stderr: Stderr) -> None:
+    with own_logs(logging.INFO, known=["tenant-key", "tenant-key-longer", ""]):
+        try:
+            raise ValueError("wrong key tenant-key-longer")
+        except ValueError as error:
+            deep = {"a": [("tenant-key",)]}
+            structlog.get_logger().error("at tenant-key", exc_info=error, deep=deep)
+    assert "tenant-key" not in stderr.getvalue()
+    assert "-longer" not in stderr.getvalue()
+    assert "ValueError" in stderr.getvalue()
+
+
+def test_numbers_of_tokens_are_no_secrets() -> None:
+    line = {"num_tokens": 7, "max_tokens": 12, "event": "tokens", "seconds": 0.5}
+    assert Redactor()(None, "info", dict(line)) == line
+
+
+def test_deep_and_odd_values_do_no_harm() -> None:
+    deep: list[object] = []
+    deep.append(deep)
+    assert "redacted" not in str(Redactor().clean(deep))
+    assert Redactor().clean({1: object}) == {"1": "<class 'object'>"}
+
+
+def test_an_application_that_has_configured_structlog_keeps_it(stderr: Stderr) -> None:
+    structlog.configure(processors=[structlog.processors.KeyValueRenderer()])
+    configure_logs()
+    structlog.get_logger().warning("mine")
+    assert stderr.getvalue() == ""
+
+
+@pytest.mark.parametrize(("name", "shown"), [("debug", 2), ("error", 1)])
+def test_the_level_decides(stderr: Stderr, name: str, shown: int) -> None:
+    configure_logs(LEVELS[name])
+    structlog.get_logger().info("info")
+    structlog.get_logger().error("error")
+    assert len(lines(stderr)) == shown
+
+
+def test_what_libraries_log_goes_the_same_way(stderr: Stderr) -> None:
+    theirs = logging.getLogger("uvicorn.access")
+    theirs.setLevel(logging.NOTSET)  # a server that ran before may have set one
+    own = logging.NullHandler()
+    theirs.addHandler(own)
+    theirs.propagate = False
+    with own_logs(logging.INFO, known=["tenant-key"]):
+        structlog.contextvars.bind_contextvars(request_id="r1")
+        theirs.info('"%s" %d', f"GET /?key=tenant-key{FORGED}", 200)
+        logging.getLogger("hypercorn.error").warning("Bearer abcdef", extra={"prompt": "plan"})
+        logging.getLogger("hypercorn.error").debug("not shown")
+    first, second = lines(stderr)
+    assert first["logger"] == "uvicorn.access"
+    assert first["request_id"] == "r1"
+    assert "tenant-key" not in stderr.getvalue()
+    assert "abcdef" not in stderr.getvalue()
+    assert second["prompt"]["len"] == 4  # type: ignore[index]
+    assert theirs.handlers == [own]
+    assert not theirs.propagate
+    theirs.removeHandler(own)
+    theirs.propagate = True
+
+
+def test_own_logs_replace_what_was_configured_and_give_it_back(stderr: Stderr) -> None:
+    configure_logs(logging.ERROR)
+    with own_logs(logging.INFO):
+        structlog.get_logger().info("inside")
+    structlog.get_logger().info("outside")
+    assert [line["event"] for line in lines(stderr)] == ["inside"]
+
+
+@pytest.mark.parametrize(("level", "has_text"), [(logging.INFO, False), (logging.DEBUG, True)])
+def test_the_text_of_an_exception_is_for_debugging_only(
+    stderr: Stderr, level: int, has_text: bool
+) -> None:
+    with own_logs(level):
+        for log in (structlog.get_logger(), logging.getLogger("library")):
+            try:
+                raise ValueError("a prompt, and /a/path")
+            except ValueError:
+                log.error("failed", exc_info=True)
+    found = lines(stderr)
+    assert [("a prompt" in line) for line in map(str, found)] == [has_text, has_text]
+    assert all("ValueError" in str(line["exception"]) for line in found)

@@ -1,0 +1,196 @@
+"""Ten times more than a graph can serve, in virtual time: bounds, early refusals, goodput."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from sagellm import Answer, Graph, Sampling
+from sagellm.runtime.messages import PRIORITIES, SERVED
+from sagellm.session import Session
+
+OBJECTIVE_S = 1.0
+CAPACITY = 20.0  # requests a second: 8 at a time, each some 0.4 s
+MAX_QUEUED = 200
+NULL = {
+    "g.device": "null",
+    "g.prefill_token_s": 1e-5,
+    "g.decode_step_s": 0.02,
+    "generate.max_inflight": 8,
+    "admission.max_queued": MAX_QUEUED,
+    "admission.slo_ttft_s": OBJECTIVE_S,
+}
+
+SPLIT = {  # 10 requests a second: a prompt takes the prefill engine some 0.1 s
+    "p.device": "null",
+    "d.device": "null",
+    "p.prefill_token_s": 1e-3,
+    "p.decode_step_s": 0.0,
+    "d.prefill_token_s": 1e-5,
+    "d.decode_step_s": 0.01,
+    "admission.max_queued": MAX_QUEUED,
+    "admission.slo_ttft_s": 2 * OBJECTIVE_S,
+}
+
+
+@dataclass
+class Load:
+    """What became of the requests of one spell of load."""
+
+    seconds: float
+    objective_s: float = OBJECTIVE_S
+    answers: list[Answer] = field(default_factory=list)
+    priorities: dict[str, int] = field(default_factory=dict)
+    most_queued: int = 0
+
+    @property
+    def ttfts(self) -> list[float]:
+        stamps = [answer.stamps for answer in self.answers if answer.finish_reason in SERVED]
+        return sorted((stamp.prefilled_s or 0.0) - stamp.arrived_s for stamp in stamps)
+
+    @property
+    def goodput(self) -> float:
+        """Tokens a second of answers whose first token came in time."""
+        good = [
+            len(answer.token_ids)
+            for answer in self.answers
+            if answer.finish_reason in SERVED
+            and (answer.stamps.prefilled_s or 0.0) - answer.stamps.arrived_s <= self.objective_s
+        ]
+        return sum(good) / self.seconds
+
+    @property
+    def refused(self) -> list[Answer]:
+        return [answer for answer in self.answers if answer.finish_reason == "refused"]
+
+    def ttft_s(self, share: float) -> float:
+        return self.ttfts[int(share * len(self.ttfts))]
+
+
+async def loaded(
+    session: Session, rate: float, seconds: float, priorities: Sequence[int] = (2,)
+) -> Load:
+    """Poisson arrivals for so long; returns once all have ended."""
+    draw = random.Random(rate)
+    load = Load(seconds, session.executor.plan.logic["admission"].options.slo_ttft_s)
+
+    async def ask(priority: int) -> None:
+        sampling = Sampling(max_tokens=draw.randint(8, 32), ignore_eos=True)
+        prompt = [1] * draw.randint(50, 150)
+        answer = await session.generate(prompt, sampling=sampling, priority=priority)
+        load.answers.append(answer)
+        load.priorities[answer.request_id] = priority
+
+    async with trio.open_nursery() as nursery:
+        stop_s = trio.current_time() + seconds
+        while trio.current_time() < stop_s:
+            nursery.start_soon(ask, draw.choice(priorities))
+            await trio.sleep(draw.expovariate(rate))
+            waiting = session.executor.region.state("sort").backlog.num_requests
+            load.most_queued = max(load.most_queued, waiting)
+    session.executor.ledger.check()
+    pools = session.statistics().engines.values()
+    assert all(one.num_leased_blocks == 0 for pool in pools for one in pool)
+    return load
+
+
+async def peak_goodput(graph: str, options: dict[str, object], capacity: float) -> float:
+    """Of a sweep over rates that can be served."""
+    peaks = []
+    for part in (0.5, 0.8, 1.0):
+        async with Graph.load(graph).open(set=options) as session:
+            peaks.append((await loaded(session, part * capacity, 10)).goodput)
+    return max(peaks)
+
+
+@pytest.mark.parametrize(
+    ("graph", "options", "capacity"), [("joint", NULL, CAPACITY), ("pd", SPLIT, 10.0)]
+)
+async def test_ten_times_overload_keeps_goodput_and_promises(
+    graph: str, options: dict[str, object], capacity: float, autojump_clock: MockClock
+) -> None:
+    peak = await peak_goodput(graph, options, capacity)
+    async with Graph.load(graph).open(set=options) as session:
+        await loaded(session, capacity, 5)  # a graph that has served before: there is evidence
+        load = await loaded(session, 10 * capacity, 30)
+    assert load.most_queued <= MAX_QUEUED
+    assert load.goodput >= 0.9 * peak
+    assert load.ttft_s(0.99) <= 1.5 * load.objective_s
+    assert len(load.refused) > 0.8 * len(load.answers)
+    assert {answer.code for answer in load.refused} == {"slo_unreachable"}
+    assert all((answer.retry_after_s or 0) > 0 for answer in load.refused)
+    assert all(answer.stamps.finished_s == answer.stamps.arrived_s for answer in load.refused)
+
+
+async def test_a_graph_that_has_served_nothing_yet_refuses_only_what_does_not_fit(
+    autojump_clock: MockClock,
+) -> None:
+    async with Graph.load("joint").open(set=NULL) as session:
+        load = await loaded(session, 2000 * CAPACITY, 0.02)
+    assert len(load.answers) > MAX_QUEUED
+    assert 0 < load.most_queued <= 0.8 * MAX_QUEUED
+    assert {answer.code for answer in load.refused} == {"queue_full"}
+    assert len(load.answers) - len(load.refused) >= 0.8 * MAX_QUEUED
+
+
+async def test_after_a_burst_all_is_as_before(autojump_clock: MockClock) -> None:
+    async with Graph.load("joint").open(set=NULL) as session:
+        before = await loaded(session, 0.5 * CAPACITY, 10)
+        await loaded(session, 10 * CAPACITY, 5)
+        after = await loaded(session, 0.5 * CAPACITY, 10)
+    assert after.refused == before.refused == []
+    assert after.ttft_s(0.5) == pytest.approx(before.ttft_s(0.5), abs=0.04)
+
+
+async def test_waiting_tokens_are_bounded_too(autojump_clock: MockClock) -> None:
+    most = 2000
+    options = {**NULL, "admission.slo_ttft_s": 1000.0, "admission.max_queued_tokens": most}
+    async with Graph.load("joint").open(set=options) as session:
+        seen = []
+
+        async def watch() -> None:
+            while True:
+                seen.append(session.executor.region.state("sort").backlog.num_tokens)
+                await trio.sleep(0.01)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(watch)
+            load = await loaded(session, 5 * CAPACITY, 10)
+            nursery.cancel_scope.cancel()
+    assert 0.5 * most < max(seen) <= most
+    assert {answer.code for answer in load.refused} == {"queue_full"}
+
+
+CRITICAL, BACKGROUND = PRIORITIES["critical"], PRIORITIES["background"]
+
+
+async def test_critical_requests_are_served_while_others_can_be_shed(
+    autojump_clock: MockClock,
+) -> None:
+    mixed = (CRITICAL, *(BACKGROUND,) * 4)  # critical: three fifths of what can be served
+    roomy = {**NULL, "admission.slo_ttft_s": 3 * OBJECTIVE_S}  # chance fills no queue of that size
+    async with Graph.load("joint").open(set=roomy) as session:
+        await loaded(session, CAPACITY, 5)
+        load = await loaded(session, 3 * CAPACITY, 30, mixed)
+    assert {load.priorities[answer.request_id] for answer in load.refused} == {BACKGROUND}
+
+
+async def test_a_critical_request_is_refused_only_where_all_others_are(
+    autojump_clock: MockClock,
+) -> None:
+    async with Graph.load("joint").open(set=NULL) as session:
+        await loaded(session, CAPACITY, 5)
+        load = await loaded(session, 3 * CAPACITY, 30, (CRITICAL, BACKGROUND))
+    critical = [one for one in load.refused if load.priorities[one.request_id] == CRITICAL]
+    assert critical
+    first_s = min(answer.stamps.arrived_s for answer in critical)
+    later = [
+        answer
+        for answer in load.answers
+        if load.priorities[answer.request_id] == BACKGROUND and answer.stamps.arrived_s > first_s
+    ]
+    assert len(later) > 500
+    assert {answer.finish_reason for answer in later} == {"refused"}
