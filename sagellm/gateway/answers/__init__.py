@@ -1,0 +1,1 @@
+"""What is sent back: token events as the chunks and answers of the OpenAI API."""

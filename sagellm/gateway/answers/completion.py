@@ -1,0 +1,99 @@
+"""/v1/completions: what is sent back."""
+
+from collections.abc import Iterable
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+from sagellm.gateway.answers.frame import Frame
+from sagellm.gateway.answers.logprobs import CompletionLogprobsWriter, TokenTexts, joined
+from sagellm.gateway.answers.reply import FINISH, Asked, Indexed
+from sagellm.gateway.answers.sse import event as sse_event
+from sagellm.gateway.answers.structs import (
+    Completion,
+    CompletionChoice,
+    CompletionChunk,
+    CompletionLogprobs,
+    Usage,
+)
+from sagellm.gateway.encoding import Prompt
+from sagellm.runtime.messages import TokenEvent
+
+
+class CompletionForm:
+    """Writes the choices of one call. With echo, a choice begins with its prompt."""
+
+    def __init__(self, asked: Asked, texts: TokenTexts) -> None:
+        self._asked = asked
+        self._texts = texts
+        self._choices: dict[int, CompletionLogprobsWriter] = {}  # those begun
+        self._frames: dict[int, Frame] = {}
+        self._usage: UnsetType | None = None if asked.has_usage else UNSET
+        self._is_plain = not (asked.has_logprobs or asked.has_token_ids or asked.is_echo)
+
+    def opening(self, usage: Usage | None) -> bytes:
+        return b""
+
+    def chunk(self, index: int, event: TokenEvent, usage: Usage | None) -> bytes:
+        if self._is_plain and event.finish_reason is None and usage is None:
+            return self._frame(index).with_text(event.text)
+        chunk = self._chunk([self._choice(index, event)], usage)
+        return sse_event(msgspec.json.encode(chunk))
+
+    def usage(self, usage: Usage) -> bytes:
+        return sse_event(msgspec.json.encode(self._chunk([], usage)))
+
+    def whole(self, choices: Iterable[Indexed], usage: Usage) -> bytes:
+        asked = self._asked
+        completion = Completion(
+            id=asked.id,
+            created=asked.created,
+            model=asked.model,
+            choices=[self._choice(index, event) for index, event in choices],
+            usage=usage,
+        )
+        return msgspec.json.encode(completion)
+
+    def _chunk(self, choices: list[CompletionChoice], usage: Usage | None) -> CompletionChunk:
+        asked = self._asked
+        return CompletionChunk(
+            id=asked.id,
+            created=asked.created,
+            model=asked.model,
+            choices=choices,
+            usage=self._usage if usage is None else usage,
+        )
+
+    def _frame(self, index: int) -> Frame:
+        frame = self._frames.get(index)
+        if frame is None:
+            chunk = self._chunk([CompletionChoice(index, Frame.MARK)], None)
+            frame = self._frames[index] = Frame(chunk)
+        return frame
+
+    def _choice(self, index: int, event: TokenEvent) -> CompletionChoice:
+        asked, is_first = self._asked, index not in self._choices
+        writer = self._choices.setdefault(index, CompletionLogprobsWriter(self._texts))
+        prompt = asked.prompts[min(index // asked.num_choices, len(asked.prompts) - 1)]
+        is_echoed = is_first and asked.is_echo
+        return CompletionChoice(
+            index=index,
+            text=prompt.text + event.text if is_echoed else event.text,
+            logprobs=_logprobs(writer, event, prompt if is_echoed else None)
+            if asked.has_logprobs
+            else None,
+            finish_reason=FINISH[event.finish_reason],
+            stop_reason=event.stop_reason,
+            prompt_token_ids=prompt.token_ids if asked.has_token_ids and is_first else UNSET,
+            token_ids=event.token_ids if asked.has_token_ids else UNSET,
+        )
+
+
+def _logprobs(
+    writer: CompletionLogprobsWriter, event: TokenEvent, prompt: Prompt | None
+) -> CompletionLogprobs:
+    """Of an event's tokens, behind those of the prompt where it is echoed."""
+    if prompt is None:
+        return writer.tokens(event.logprobs)
+    echoed = writer.prompt(prompt.token_ids, event.prompt_logprobs)
+    return joined(echoed, writer.tokens(event.logprobs))

@@ -1,0 +1,118 @@
+"""Log probabilities of tokens, in the form of either API."""
+
+import codecs
+from collections.abc import Sequence
+
+from sagellm.gateway.answers.structs import (
+    ChatLogprob,
+    ChatLogprobs,
+    CompletionLogprobs,
+    TopLogprob,
+)
+from sagellm.runtime.messages import TokenLogprob
+from sagellm.runtime.models.tokenizer import Tokenizer
+
+_LEAST = -9999.0  # JSON has no infinity; what vLLM and OpenAI show instead
+
+
+class TokenTexts:
+    """Tokens as bytes and as text, each looked up once. Part of a character is spelt in bytes."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._bytes: dict[int, bytes] = {}
+        self._texts: dict[int, str] = {}
+
+    def bytes(self, token_id: int) -> bytes:
+        found = self._bytes.get(token_id)
+        if found is None:
+            found = self._bytes[token_id] = self._tokenizer.token_bytes(token_id)
+        return found
+
+    def text(self, token_id: int) -> str:
+        """As the OpenAI API writes it: `bytes:\\xf0\\x9f` where that is no whole character."""
+        found = self._texts.get(token_id)
+        if found is None:
+            found = self._texts[token_id] = _spelt(self.bytes(token_id))
+        return found
+
+
+def _spelt(content: bytes) -> str:
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)
+
+
+class CompletionLogprobsWriter:
+    """The logprobs of one choice's pieces; offsets run on from piece to piece."""
+
+    def __init__(self, texts: TokenTexts) -> None:
+        self._texts = texts
+        self._offset = 0
+        self._characters = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def prompt(
+        self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprob]
+    ) -> CompletionLogprobs:
+        """Of an echoed prompt: all tokens, of which the first has no probability."""
+        unknown = len(token_ids) - len(logprobs)
+        padded: list[TokenLogprob | None] = [*[None] * unknown, *logprobs]
+        return self._write(token_ids, padded)
+
+    def tokens(self, logprobs: Sequence[TokenLogprob]) -> CompletionLogprobs:
+        return self._write([entry.token_id for entry in logprobs], logprobs)
+
+    def _write(
+        self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprob | None]
+    ) -> CompletionLogprobs:
+        return CompletionLogprobs(
+            tokens=[self._texts.text(token_id) for token_id in token_ids],
+            token_logprobs=[None if entry is None else _shown(entry.logprob) for entry in logprobs],
+            top_logprobs=[None if entry is None else self._top(entry) for entry in logprobs],
+            text_offset=[self._next_offset(token_id) for token_id in token_ids],
+        )
+
+    def _top(self, entry: TokenLogprob) -> dict[str, float]:
+        """The most likely tokens, and the chosen one in any case."""
+        text = self._texts.text
+        top: dict[str, float] = {}
+        for token_id, logprob in (*entry.top, (entry.token_id, entry.logprob)):
+            top.setdefault(text(token_id), _shown(logprob))
+        return top
+
+    def _next_offset(self, token_id: int) -> int:
+        offset = self._offset
+        self._offset += len(self._characters.decode(self._texts.bytes(token_id)))
+        return offset
+
+
+def joined(first: CompletionLogprobs, second: CompletionLogprobs) -> CompletionLogprobs:
+    return CompletionLogprobs(
+        tokens=first.tokens + second.tokens,
+        token_logprobs=first.token_logprobs + second.token_logprobs,
+        top_logprobs=first.top_logprobs + second.top_logprobs,
+        text_offset=first.text_offset + second.text_offset,
+    )
+
+
+def chat_logprobs(texts: TokenTexts, logprobs: Sequence[TokenLogprob]) -> ChatLogprobs:
+    """Of one piece of a chat's choice."""
+    return ChatLogprobs([_chat_logprob(texts, entry) for entry in logprobs])
+
+
+def _chat_logprob(texts: TokenTexts, entry: TokenLogprob) -> ChatLogprob:
+    token_id = entry.token_id
+    return ChatLogprob(
+        token=texts.text(token_id),
+        logprob=_shown(entry.logprob),
+        bytes=list(texts.bytes(token_id)),
+        top_logprobs=[
+            TopLogprob(texts.text(top_id), _shown(logprob), list(texts.bytes(top_id)))
+            for top_id, logprob in entry.top
+        ],
+    )
+
+
+def _shown(logprob: float) -> float:
+    return logprob if logprob > _LEAST else _LEAST

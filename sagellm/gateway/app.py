@@ -1,0 +1,149 @@
+"""The ASGI application: every call passes the same layers, in this order, on trio and asyncio."""
+
+from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import replace
+
+import anyio
+import structlog
+from starlette.requests import Request
+from starlette.types import Message, Receive, Scope, Send
+
+from sagellm.gateway.call import Call, OpenCalls
+from sagellm.gateway.gateway import Gateway
+from sagellm.gateway.layers.auth import Keys
+from sagellm.gateway.layers.body import Body, check_body
+from sagellm.gateway.layers.draining import draining
+from sagellm.gateway.layers.errors import failure_of, response_of
+from sagellm.gateway.layers.headers import check_headers
+from sagellm.gateway.layers.origin import Hosts
+from sagellm.gateway.layers.request_id import echo, new_call
+from sagellm.gateway.routes import ROUTES
+from sagellm.gateway.table import Route, Table
+
+LOG = structlog.get_logger("sagellm.gateway")
+CLIENT_LEFT = 499
+
+
+def build_app(gateway: Gateway) -> "App":
+    """The app of one open graph, with all routes."""
+    return App(gateway, ROUTES)
+
+
+class App:
+    """Answers HTTP; refuses WebSockets. `calls` are those that a drain waits for."""
+
+    def __init__(self, gateway: Gateway, routes: Iterable[Route]) -> None:
+        self.gateway = gateway
+        self.table = Table(routes)
+        self.calls = OpenCalls()
+        self._hosts = Hosts(gateway.settings)
+        self._keys = Keys(gateway.settings)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            await self._http(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await receive()
+            await send({"type": "websocket.close", "code": 1008})
+        else:
+            await _lifespan(receive, send)
+
+    async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
+        call = new_call(scope)
+        route = self.table.find(scope)
+        body = Body(scope, receive, self.gateway.settings.limits, call.started_s)
+        sending = _Sending(send, call, body)
+        scope["state"] = {"call": call, "calls": self.calls}
+        self.gateway.meters.request_started(route.path, scope["method"])
+        try:
+            with nullcontext() if route.while_draining else self.calls.open():
+                await self._answer(route, scope, body, sending)
+        finally:
+            self._ended(route, scope, sending)
+
+    async def _answer(self, route: Route, scope: Scope, body: Body, sending: "_Sending") -> None:
+        """An answer that fails once it has begun is cut off: it never ends as if it were whole."""
+        try:
+            self._check(route, scope)
+            request = Request(scope, body.receive, sending.send)
+            response = await route.endpoint(self.gateway, request)
+            await response(scope, body.receive, sending.send)
+        except Exception as error:
+            refusal = failure_of(error, sending.call.request_id)
+            if refusal is not None and not sending.status:
+                await response_of(refusal)(scope, body.receive, sending.send)
+
+    def _check(self, route: Route, scope: Scope) -> None:
+        """All that can be said before the body is read. Raises ApiError."""
+        settings = self.gateway.settings
+        check_headers(scope, settings.limits)
+        self._hosts.check(scope)
+        caller = self._keys.caller(scope, route.access)
+        state = scope["state"]
+        state["call"] = replace(state["call"], tenant=caller.tenant, is_admin=caller.is_admin)
+        if self.gateway.is_draining and not route.while_draining:
+            raise draining()
+        check_body(scope, settings.limits)
+
+    def _ended(self, route: Route, scope: Scope, sending: "_Sending") -> None:
+        call, method, status = scope["state"]["call"], scope["method"], sending.end_status
+        seconds = anyio.current_time() - call.started_s
+        self.gateway.meters.request_ended(route.path, method, status, seconds)
+        LOG.info(
+            "call_ended",
+            request_id=call.request_id,
+            tenant=call.tenant,
+            route=route.path,
+            status=status,
+            seconds=round(seconds, 6),
+        )
+
+
+class _Sending:
+    """Wraps `send`. `status` is 0 until an answer has begun."""
+
+    def __init__(self, send: Send, call: Call, body: Body) -> None:
+        self._send = send
+        self._body = body
+        self._is_whole = False
+        self.call = call
+        self.status = 0
+
+    @property
+    def end_status(self) -> int:
+        return self.status if self._is_whole else CLIENT_LEFT
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            message["headers"] = [*message.get("headers", ()), *echo(self.call)]
+        elif not message.get("more_body", False):
+            self._is_whole = True  # before: servers end a call while its last send is under way
+            await self._send_last(message)
+            return
+        await self._send(message)
+
+    async def _send_last(self, message: Message) -> None:
+        """Hypercorn makes its connection ready for the next call in here, and tells the app that
+        the client has gone: who is cancelled by that would leave it half made, and for ever open.
+
+        Servers hand out the end of an answer only while somebody reads the rest of the body.
+        """
+        with anyio.CancelScope(shield=True):  # bounded: a client that does not read is cut off
+            if self._body.is_whole:
+                await self._send(message)
+                return
+            async with anyio.create_task_group() as reading:
+                reading.start_soon(self._body.discard)
+                await self._send(message)
+                reading.cancel_scope.cancel()
+
+
+async def _lifespan(receive: Receive, send: Send) -> None:
+    """Who opens the gateway closes it; a server has nothing to start or stop here."""
+    while True:
+        message = await receive()
+        await send({"type": f"{message['type']}.complete"})
+        if message["type"] == "lifespan.shutdown":
+            return

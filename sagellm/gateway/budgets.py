@@ -1,0 +1,128 @@
+"""What one tenant may have under way, and how many refused calls are told to try again."""
+
+from collections.abc import Callable
+from types import TracebackType
+
+import anyio
+
+from sagellm.gateway.failure import ApiError
+from sagellm.gateway.settings import Budget
+
+RETRY_RATIO = 0.1  # retries that admitted calls pay for: load grows by no more than that
+RETRY_BURST = 10.0
+BUSY_RETRY_S = 1.0
+
+
+class Bucket:
+    """A token bucket: `rate` tokens a second, `burst` at the most. It may go into debt."""
+
+    def __init__(self, burst: float, *, rate: float = 0.0) -> None:
+        self._burst, self._rate = burst, rate
+        self._level, self._at_s = burst, 0.0
+
+    def level(self, now: float) -> float:
+        self._level = min(self._burst, self._level + self._rate * max(0.0, now - self._at_s))
+        self._at_s = max(self._at_s, now)
+        return self._level
+
+    def add(self, tokens: float, now: float) -> None:
+        """Negative `tokens` are taken."""
+        self._level = min(self._burst, self.level(now) + tokens)
+
+
+class _Tenant:
+    """What one key has under way."""
+
+    def __init__(self, budget: Budget) -> None:
+        self.num_open = 0
+        self.num_waiting = 0
+        self.cancels = Bucket(budget.cancels_per_s, rate=budget.cancels_per_s)
+
+
+class Budgets:
+    """Tenants are named by keys that the operator gave: there are only so many."""
+
+    def __init__(self, budget: Budget, now: Callable[[], float] = anyio.current_time) -> None:
+        self._budget = budget
+        self._now = now
+        self._tenants: dict[str, _Tenant] = {}
+        self._retries = Bucket(RETRY_BURST)
+
+    def hold(self, tenant: str) -> "Hold":
+        """A place for one call, given back at the end of the `with` block.
+
+        Entering raises ApiError 429 where the tenant has too much under way, or has cancelled too
+        much of late. A block that ends by cancellation counts as a cancel.
+        """
+        known = self._tenants.setdefault(tenant, _Tenant(self._budget))
+        return Hold(self, known)
+
+    def may_retry(self, tenant: str = "") -> bool:
+        """Whether one refused call is told to try again: x-should-retry. Spends of the budget."""
+        now = self._now()
+        if self._retries.level(now) < 1:
+            return False
+        self._retries.add(-1, now)
+        return True
+
+    def num_open(self, tenant: str) -> int:
+        known = self._tenants.get(tenant)
+        return known.num_open if known else 0
+
+    # ---- what holds use ----------------------------------------------------------------------
+
+    def enter(self, tenant: _Tenant) -> None:
+        budget, now = self._budget, self._now()
+        if tenant.num_open >= budget.num_open:
+            raise self._too_much(f"this key has {budget.num_open} requests under way")
+        if tenant.num_waiting >= budget.num_waiting:
+            raise self._too_much(f"this key has {budget.num_waiting} requests waiting")
+        debt = -tenant.cancels.level(now)
+        if debt >= 0:
+            wait_s = (debt + 1) / budget.cancels_per_s
+            raise self._too_much("this key cancels too many requests", wait_s)
+        tenant.num_open += 1
+        tenant.num_waiting += 1
+        self._retries.add(RETRY_RATIO, now)
+
+    def cancelled(self, tenant: _Tenant) -> None:
+        tenant.cancels.add(-1, self._now())
+
+    def _too_much(self, message: str, retry_after_s: float = BUSY_RETRY_S) -> ApiError:
+        return ApiError(
+            429,
+            message,
+            code="rate_limit_exceeded",
+            retry_after_s=retry_after_s,
+            should_retry=self.may_retry(),
+        )
+
+
+class Hold:
+    """A place in a tenant's budget."""
+
+    def __init__(self, budgets: Budgets, tenant: _Tenant) -> None:
+        self._budgets, self._tenant = budgets, tenant
+        self._is_waiting = False
+
+    def first_token(self) -> None:
+        """The call waits no longer. May be called more than once."""
+        if self._is_waiting:
+            self._is_waiting = False
+            self._tenant.num_waiting -= 1
+
+    def __enter__(self) -> "Hold":
+        self._budgets.enter(self._tenant)
+        self._is_waiting = True
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.first_token()
+        self._tenant.num_open -= 1
+        if kind is not None and not issubclass(kind, Exception):
+            self._budgets.cancelled(self._tenant)

@@ -1,0 +1,248 @@
+"""The door of an app on an asyncio loop to a session whose trio loop is in another thread.
+
+Nothing waits for the other side: requests and cancels go over as callbacks in the trio loop, and
+all that one engine step yields comes back in one callback of the asyncio loop.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+import trio
+
+from sagellm.gateway.door import Entry
+from sagellm.gateway.door_session import closed, event_of, stream_of
+from sagellm.gateway.failure import ApiError
+from sagellm.gateway.settings import Streaming
+from sagellm.prompts import RequestError
+from sagellm.runtime.messages import TokenEvent
+from sagellm.session import Output, Session
+from sagellm.stream import Stream
+
+_WINDOW = 4  # this part of what may wait unread waits in the asyncio loop, the rest in the stream
+
+
+@asynccontextmanager
+async def open_portal(session: Session, streaming: Streaming) -> AsyncIterator["PortalDoor"]:
+    """A door for one asyncio loop, open for as long as this trio context is.
+
+    Leaving it cancels what is unfinished; its readers are told that the server shuts down.
+    """
+    async with trio.open_nursery() as nursery:
+        door = PortalDoor(session, streaming, nursery)
+        try:
+            yield door
+        finally:
+            door.is_closed = True
+            nursery.cancel_scope.cancel()
+
+
+class PortalDoor:
+    """Made in the trio thread; `enter` and `cancel` are called in the loop of the app."""
+
+    def __init__(self, session: Session, streaming: Streaming, nursery: trio.Nursery) -> None:
+        self.session = session
+        self.streaming = streaming
+        self.is_closed = False
+        self._nursery = nursery
+        self._token = trio.lowlevel.current_trio_token()
+        self._ferry: _Ferry | None = None
+
+    def enter(self, entry: Entry) -> "Entered":
+        if self._ferry is None:
+            self._ferry = _Ferry(asyncio.get_running_loop())
+        return Entered(self, entry, self._ferry)
+
+    async def cancel(self, request_id: str) -> bool:
+        loop = asyncio.get_running_loop()
+        known: asyncio.Future[bool] = loop.create_future()
+
+        def tell(is_known: bool) -> None:
+            if not known.done():
+                known.set_result(is_known)
+
+        def ask() -> None:
+            is_known = self.session.cancel(request_id)
+            with suppress(RuntimeError):  # the loop was closed meanwhile
+                loop.call_soon_threadsafe(tell, is_known)
+
+        self.call(ask)
+        return await known
+
+    def call(self, function: Any, *args: Any) -> None:
+        """Run a function in the trio thread, soon. Raises ApiError where that has ended."""
+        try:
+            self._token.run_sync_soon(function, *args)
+        except trio.RunFinishedError as error:
+            raise closed() from error
+
+    def start(self, entered: "Entered", entry: Entry) -> None:
+        """In the trio thread."""
+        if self.is_closed:
+            entered.ferry.send(entered, (), closed())
+            return
+        if entered.ferry.departure is None:
+            entered.ferry.departure = trio.Event()
+            self._nursery.start_soon(entered.ferry.run)
+        self._nursery.start_soon(_carry, self, entered, entry)
+
+
+class _Ferry:
+    """Brings batches to the asyncio loop. All that one turn of the trio loop yields goes over with
+    one wake-up: a wake-up in the middle would make the threads take turns at every event.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.departure: trio.Event | None = None  # set when something waits; None: it does not run
+        self._loop = loop
+        self._waiting: deque[tuple[Entered, Sequence[Output], ApiError | bool]] = deque()
+
+    def send(self, to: "Entered", outputs: Sequence[Output], end: ApiError | bool) -> None:
+        """In the trio thread. `end`: whether, or with which error, nothing comes after."""
+        self._waiting.append((to, outputs, end))
+        if self.departure is not None:
+            self.departure.set()
+        else:
+            self._depart()
+
+    async def run(self) -> None:
+        """Until cancelled; what is sent after that goes over one by one."""
+        try:
+            while True:
+                assert self.departure is not None
+                await self.departure.wait()
+                self.departure = trio.Event()
+                self._depart()
+        finally:
+            self.departure = None
+            self._depart()
+
+    def _depart(self) -> None:
+        with suppress(RuntimeError):  # the loop was closed: nobody reads any more
+            self._loop.call_soon_threadsafe(self._land)
+
+    def _land(self) -> None:
+        while self._waiting:
+            to, outputs, end = self._waiting.popleft()
+            to.put(outputs, end)
+
+
+class Entered:
+    """One request that was let in, seen from the asyncio loop."""
+
+    def __init__(self, door: PortalDoor, entry: Entry, ferry: _Ferry) -> None:
+        self.ferry = ferry
+        self.crossing: _Crossing | None = None  # set in the trio thread
+        self.is_left = False
+        self.num_taken = 0  # tokens; written in the asyncio loop only
+        self._door = door
+        self._entry = entry
+        self._unread: list[Output] = []
+        self._end: ApiError | bool = False
+        self._arrived = asyncio.Event()
+
+    async def __aenter__(self) -> "Entered":
+        self._door.call(self._door.start, self, self._entry)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.is_left = True
+        if not self._end:
+            with suppress(ApiError):
+                self._door.call(_leave, self)
+
+    def __aiter__(self) -> "Entered":
+        return self
+
+    async def __anext__(self) -> Sequence[TokenEvent]:
+        while not self._unread:
+            if isinstance(self._end, ApiError):
+                raise self._end
+            if self._end:
+                raise StopAsyncIteration
+            self._arrived.clear()
+            await self._arrived.wait()
+        return self._take()
+
+    def put(self, outputs: Sequence[Output], end: ApiError | bool) -> None:
+        """Called by the ferry."""
+        self._unread.extend(outputs)
+        self._end = self._end or end
+        self._arrived.set()
+
+    def _take(self) -> list[TokenEvent]:
+        taken, self._unread = self._unread, []
+        self.num_taken += _num_tokens(taken)
+        crossing = self.crossing
+        if crossing is not None and crossing.is_held:
+            with suppress(ApiError):
+                self._door.call(crossing.flush)
+        return [event_of(output) for output in taken]
+
+
+class _Crossing:
+    """Lives in the trio thread: sends a stream's events over as they come, while there is room.
+
+    What finds no room stays in the stream, and counts against its limits.
+    """
+
+    def __init__(self, stream: Stream, to: Entered, window: int) -> None:
+        self.stream = stream
+        self.scope = trio.CancelScope()  # over when all was sent, or the reader has left
+        self.is_held = False
+        self.is_finished = False
+        self._to = to
+        self._window = window
+        self._num_sent = 0  # tokens; written in the trio thread only
+        stream.on_arrival = self.flush
+
+    def flush(self) -> None:
+        """Send what waits. While the window is full nothing is sent: reading calls this again."""
+        if self._is_full:
+            self.is_held = True
+            if self._is_full:  # still: it may have been read before `is_held` could be seen
+                return
+        self.is_held = False
+        outputs, self.is_finished = self.stream.take_nowait(), self.stream.is_over
+        self._num_sent += _num_tokens(outputs)
+        self._to.ferry.send(self._to, outputs, self.is_finished)
+        if self.is_finished:
+            self.scope.cancel()
+
+    @property
+    def _is_full(self) -> bool:
+        return self._num_sent - self._to.num_taken >= self._window
+
+
+async def _carry(door: PortalDoor, entered: Entered, entry: Entry) -> None:
+    """One request's task in the trio thread, which sleeps but for its start and its end."""
+    tokens, size = door.streaming.num_buffered_tokens, door.streaming.num_buffered_bytes
+    window = max(1, tokens // _WINDOW)
+    end = closed()
+    try:
+        stream = stream_of(door.session, entry, tokens - window, size - size // _WINDOW)
+        crossing = entered.crossing = _Crossing(stream, entered, window)
+        if entered.is_left:
+            return
+        with crossing.scope:
+            async with stream:
+                await trio.sleep_forever()
+    except ApiError as error:
+        end = error
+    except RequestError:
+        end = closed()
+    finally:
+        if entered.crossing is None or not entered.crossing.is_finished:
+            entered.ferry.send(entered, (), end)
+
+
+def _leave(entered: Entered) -> None:
+    """In the trio thread: the reader has gone."""
+    if entered.crossing is not None:
+        entered.crossing.scope.cancel()
+
+
+def _num_tokens(outputs: Sequence[Output]) -> int:
+    return sum(len(output.token_ids) for output in outputs)

@@ -1,0 +1,92 @@
+"""Prompts to text and token ids; what may take long is done in a worker thread, with a deadline."""
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import TypeVar
+
+import anyio
+import anyio.to_thread
+import msgspec
+
+from sagellm.gateway.failure import ApiError, wrong
+from sagellm.runtime.models.chat import ChatTemplateError
+from sagellm.runtime.models.tokenizer import Messages, Tokenizer
+
+TEMPLATE_S = 0.25
+TOKENIZE_S = 10.0
+_SHORT_LEN = 2048  # characters, or tokens, that are worked faster than a thread is woken for
+_NUM_THREADS = 4  # of each kind; one that outlives its deadline keeps its place until it ends
+T = TypeVar("T")
+
+
+class Prompt(msgspec.Struct, frozen=True):
+    """A prompt ready for the graph."""
+
+    text: str
+    token_ids: tuple[int, ...]
+
+
+class Encoder:
+    """Encodes prompts on any event loop without stalling it. Never empty: that is a 400."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    # Made where they are first used: the gateway may be built on another loop than it runs on.
+    @cached_property
+    def _rendering(self) -> anyio.CapacityLimiter:
+        return anyio.CapacityLimiter(_NUM_THREADS)
+
+    @cached_property
+    def _tokenizing(self) -> anyio.CapacityLimiter:
+        return anyio.CapacityLimiter(_NUM_THREADS)
+
+    async def text(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
+        """Tokens of a text. Raises ApiError where that takes too long."""
+
+        def encode() -> tuple[int, ...]:
+            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+        return await self._tokenize(encode, len(text))
+
+    async def ids(self, token_ids: tuple[int, ...], *, skip_special_tokens: bool = False) -> str:
+        """The text of tokens. Raises ApiError where that takes too long."""
+
+        def decode() -> str:
+            return self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+        return await self._tokenize(decode, len(token_ids))
+
+    async def chat(self, messages: Messages, *, add_special_tokens: bool = False) -> Prompt:
+        """The prompt of a conversation. Raises ApiError where its template does not admit it."""
+        text = await self._render(messages)
+        return Prompt(text, await self.text(text, add_special_tokens=add_special_tokens))
+
+    async def _render(self, messages: Messages) -> str:
+        """In a thread always: how long a template loops is no matter of how long a message is."""
+        try:
+            with anyio.fail_after(TEMPLATE_S):
+                return await anyio.to_thread.run_sync(
+                    self._tokenizer.apply_chat_template,
+                    messages,
+                    abandon_on_cancel=True,
+                    limiter=self._rendering,
+                )
+        except TimeoutError:
+            late = f"the chat template took longer than {TEMPLATE_S:g} s"
+            raise wrong("messages", late) from None
+        except ChatTemplateError:
+            refused = "the model's chat template does not admit them, or it has none"
+            raise wrong("messages", refused) from None
+
+    async def _tokenize(self, work: Callable[[], T], size: int) -> T:
+        if size <= _SHORT_LEN:
+            return work()
+        try:
+            with anyio.fail_after(TOKENIZE_S):
+                return await anyio.to_thread.run_sync(
+                    work, abandon_on_cancel=True, limiter=self._tokenizing
+                )
+        except TimeoutError:
+            late = "the prompt could not be tokenised in time"
+            raise ApiError(503, late, code="tokenizer_busy", retry_after_s=1.0) from None

@@ -1,0 +1,37 @@
+"""POST /v1/chat/completions: a conversation to its next message."""
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from sagellm.gateway.answers.chat import ChatForm
+from sagellm.gateway.encoding import Prompt
+from sagellm.gateway.endpoints.generation import Work, respond
+from sagellm.gateway.endpoints.models import check_model
+from sagellm.gateway.gateway import Gateway
+from sagellm.gateway.protocol.chat import ChatRequest, read_chat
+from sagellm.gateway.protocol.sampling import kept_ids, sampling_of
+
+
+async def chat(gateway: Gateway, request: Request) -> Response:
+    asked = read_chat(await request.body(), gateway.settings.limits)
+    check_model(gateway, asked.model)
+    prompt = await _prompt(gateway, asked)
+    work = Work(
+        request=asked,
+        prompts=(prompt,),
+        samplings=(sampling_of(asked, gateway.model.facts, len(prompt.token_ids)),),
+        make_form=ChatForm,
+        prefix="chatcmpl-",
+    )
+    return await respond(gateway, request, work)
+
+
+async def _prompt(gateway: Gateway, asked: ChatRequest) -> Prompt:
+    """The conversation as the model's template writes it, or its part that is kept."""
+    prompt = await gateway.encoder.chat(
+        asked.conversation, add_special_tokens=asked.add_special_tokens
+    )
+    kept = kept_ids(asked, prompt.token_ids, gateway.model.facts)
+    if len(kept) == len(prompt.token_ids):
+        return prompt
+    return Prompt(await gateway.encoder.ids(kept), kept)

@@ -1,0 +1,42 @@
+"""POST /v1/completions: text or token ids, one prompt or many, to text."""
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from sagellm.gateway.answers.completion import CompletionForm
+from sagellm.gateway.encoding import Prompt
+from sagellm.gateway.endpoints.generation import Work, respond
+from sagellm.gateway.endpoints.models import check_model
+from sagellm.gateway.gateway import Gateway
+from sagellm.gateway.protocol.completions import CompletionRequest, read_completion
+from sagellm.gateway.protocol.sampling import check_ids, kept_ids, sampling_of
+
+
+async def completions(gateway: Gateway, request: Request) -> Response:
+    asked = read_completion(await request.body(), gateway.settings.limits)
+    check_model(gateway, asked.model)
+    facts = gateway.model.facts
+    prompts = [await _prompt(gateway, asked, given) for given in asked.prompts]
+    work = Work(
+        request=asked,
+        prompts=tuple(prompts),
+        samplings=tuple(sampling_of(asked, facts, len(prompt.token_ids)) for prompt in prompts),
+        make_form=CompletionForm,
+        prefix="cmpl-",
+        is_echo=asked.echo,
+    )
+    return await respond(gateway, request, work)
+
+
+async def _prompt(
+    gateway: Gateway, asked: CompletionRequest, given: str | tuple[int, ...]
+) -> Prompt:
+    """Its text and tokens; the text of what is left where it is truncated."""
+    if not isinstance(given, str):
+        check_ids("prompt", given, gateway.model.facts)
+        kept = kept_ids(asked, given, gateway.model.facts)
+        return Prompt(await gateway.encoder.ids(kept), kept)
+    token_ids = await gateway.encoder.text(given, add_special_tokens=asked.add_special_tokens)
+    kept = kept_ids(asked, token_ids, gateway.model.facts)
+    text = given if len(kept) == len(token_ids) else await gateway.encoder.ids(kept)
+    return Prompt(text, kept)

@@ -1,0 +1,157 @@
+"""A call that generates: its prompts enter the graph, its answer leaves as a stream or whole."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from time import time
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from sagellm.gateway.answers.attending import attended
+from sagellm.gateway.answers.refusals import error_of
+from sagellm.gateway.answers.reply import Asked, Batch, MakeForm, Reply
+from sagellm.gateway.answers.sse import DONE, EventStream, Outlet
+from sagellm.gateway.call import Call
+from sagellm.gateway.door import Entry
+from sagellm.gateway.encoding import Prompt
+from sagellm.gateway.entering import entered
+from sagellm.gateway.failure import ApiError
+from sagellm.gateway.gateway import Gateway, Hold
+from sagellm.gateway.protocol.request import Generation
+from sagellm.runtime.messages import NORMAL, Sampling
+
+CLIENT_LEFT = 499  # for the log: nobody is there to read it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """A checked call: one sampling a prompt; `prefix` is that of the answer's id."""
+
+    request: Generation
+    prompts: tuple[Prompt, ...]
+    samplings: tuple[Sampling, ...]
+    make_form: MakeForm
+    prefix: str
+    is_echo: bool = False
+
+
+async def respond(gateway: Gateway, request: Request, work: Work) -> Response:
+    """The answer, streamed or whole. Raises ApiError where nothing of it can be served."""
+    running = _Running(gateway, request.state.call, work)
+    on_gone = gateway.meters.disconnected
+    if work.request.stream:
+        return EventStream(running.tell, gateway.settings.streaming, on_gone)
+    content = await attended(request.receive, running.whole)
+    if content is None:
+        on_gone()
+        return Response(status_code=CLIENT_LEFT)
+    return Response(content, media_type="application/json")
+
+
+class _Running:
+    """One call between its start and its end."""
+
+    def __init__(self, gateway: Gateway, call: Call, work: Work) -> None:
+        self._gateway = gateway
+        self._call = call
+        self._work = work
+
+    async def tell(self, outlet: Outlet) -> None:
+        """Stream. A refusal before the first event is raised, so that it has its own status."""
+        with self._started() as (ids, reply, hold):
+            async with entered(self._gateway.door, self._entries(ids)) as batches:
+                last = b""  # as a rule only the end is missing behind it, and goes along
+                async for batch in batches:
+                    hold.first_token()
+                    served, error = self._split(batch)
+                    if error is not None and not outlet.is_started:
+                        raise error
+                    content = last + (reply.chunks(served) if served else b"")
+                    last = content if reply.is_finished and error is None else b""
+                    if content and not last:
+                        await outlet.send(content)
+                    if error is not None:
+                        raise error
+            _check_finished(reply)
+            await outlet.send(last + reply.ending() + DONE, is_last=True)
+
+    async def whole(self) -> bytes:
+        with self._started() as (ids, reply, hold):
+            async with entered(self._gateway.door, self._entries(ids)) as batches:
+                async for batch in batches:
+                    hold.first_token()
+                    served, error = self._split(batch)
+                    if error is not None:
+                        raise error
+                    reply.add(served)
+            _check_finished(reply)
+            return reply.whole()
+
+    @contextmanager
+    def _started(self) -> Iterator[tuple[tuple[str, ...], Reply, Hold]]:
+        """Ids for the graph, where the answer is gathered, and a place in the tenant's budget."""
+        gateway, work = self._gateway, self._work
+        wanted = work.request.request_id or self._call.request_id
+        with (
+            gateway.budgets.hold(self._call.tenant) as hold,
+            gateway.claim(wanted, len(work.prompts)) as claimed,
+        ):
+            asked = self._asked(claimed.id)
+            yield claimed.request_ids, Reply(asked, work.make_form(asked, gateway.tokens)), hold
+
+    def _asked(self, claimed_id: str) -> Asked:
+        work, request = self._work, self._work.request
+        return Asked(
+            id=work.prefix + claimed_id,
+            created=int(time()),
+            model=self._gateway.model.id,
+            prompts=work.prompts,
+            num_choices=request.n,
+            has_logprobs=work.samplings[0].logprobs is not None,
+            has_token_ids=request.return_token_ids,
+            has_usage=request.has_usage,
+            has_continuous_usage=request.has_continuous_usage,
+            is_echo=work.is_echo,
+        )
+
+    def _entries(self, ids: Sequence[str]) -> list[Entry]:
+        request, call, gateway = self._work.request, self._call, self._gateway
+        salt = gateway.salt_of(call.tenant, request.cache_salt)
+        return [
+            Entry(
+                request_id=request_id,
+                text=prompt.text,
+                token_ids=prompt.token_ids,
+                sampling=sampling,
+                priority=NORMAL if request.priority is None else request.priority,
+                tenant=call.tenant,
+                model=gateway.model.id,
+                salt=salt,
+                slo_ttft_s=request.slo_ttft_s,
+                timeout_s=request.timeout_s,
+                trace=call.traceparent,
+                operation="chat" if self._work.prefix == "chatcmpl-" else "text_completion",
+            )
+            for request_id, prompt, sampling in zip(
+                ids, self._work.prompts, self._work.samplings, strict=True
+            )
+        ]
+
+    def _split(self, batch: Batch) -> tuple[Batch, ApiError | None]:
+        """What came before the first event that says that its choice was not served; and why."""
+        for number, (_, event) in enumerate(batch):
+            if event.finish_reason is not None:
+                error = error_of(event, self._call.request_id, self._may_retry)
+                if error is not None:
+                    return batch[:number], error
+        return batch, None
+
+    def _may_retry(self) -> bool:
+        return self._gateway.budgets.may_retry(self._call.tenant)
+
+
+def _check_finished(reply: Reply) -> None:
+    """An answer never ends as if it were whole."""
+    if not reply.is_finished:
+        raise ApiError(503, "the server is shutting down", code="shutting_down", retry_after_s=1.0)

@@ -1,0 +1,63 @@
+"""POST /tokenize, /detokenize, GET /tokenizer_info: for clients that count as the server does."""
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from sagellm.gateway.answers.structs import Detokenized, TokenizerFacts, Tokens
+from sagellm.gateway.endpoints.models import check_model, json_response
+from sagellm.gateway.gateway import Gateway
+from sagellm.gateway.protocol.sampling import check_ids
+from sagellm.gateway.protocol.tokenize import (
+    TokenizePrompt,
+    TokenizeRequest,
+    read_detokenize,
+    read_tokenize,
+)
+
+
+async def tokenize(gateway: Gateway, request: Request) -> Response:
+    asked = read_tokenize(await request.body(), gateway.settings.limits)
+    check_model(gateway, asked.model)
+    token_ids = await _token_ids(gateway, asked)
+    spelt = [gateway.tokenizer.token(token_id) for token_id in token_ids]
+    return json_response(
+        Tokens(
+            count=len(token_ids),
+            max_model_len=gateway.model.max_model_len,
+            tokens=token_ids,
+            token_strs=spelt if asked.return_token_strs else None,
+        )
+    )
+
+
+async def detokenize(gateway: Gateway, request: Request) -> Response:
+    asked = read_detokenize(await request.body(), gateway.settings.limits)
+    check_model(gateway, asked.model)
+    check_ids("tokens", asked.tokens, gateway.model.facts)
+    return json_response(Detokenized(await gateway.encoder.ids(tuple(asked.tokens))))
+
+
+async def tokenizer_info(gateway: Gateway, request: Request) -> Response:
+    tokenizer = gateway.tokenizer
+    special = tokenizer.special_tokens
+    eos = tokenizer.eos_token_ids
+    return json_response(
+        TokenizerFacts(
+            tokenizer_class=type(tokenizer).__name__,
+            vocab_size=tokenizer.vocab_size,
+            model_max_length=gateway.model.max_model_len,
+            bos_token=special.get("bos_token"),
+            eos_token=special.get("eos_token") or (tokenizer.token(eos[0]) if eos else None),
+            unk_token=special.get("unk_token"),
+            pad_token=special.get("pad_token"),
+            chat_template=tokenizer.chat_template,
+        )
+    )
+
+
+async def _token_ids(gateway: Gateway, asked: TokenizeRequest) -> tuple[int, ...]:
+    add = asked.add_special_tokens
+    if isinstance(asked, TokenizePrompt):
+        return await gateway.encoder.text(asked.prompt, add_special_tokens=add)
+    prompt = await gateway.encoder.chat(asked.conversation, add_special_tokens=add)
+    return prompt.token_ids

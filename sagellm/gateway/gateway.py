@@ -1,0 +1,135 @@
+"""The gateway: the one object that the app's layers and endpoints share, for one open graph."""
+
+import secrets
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from typing import NamedTuple, Protocol
+
+from sagellm.gateway.answers.logprobs import TokenTexts
+from sagellm.gateway.door import Door
+from sagellm.gateway.encoding import Encoder
+from sagellm.gateway.metrics.meters import Meters
+from sagellm.gateway.protocol.sampling import ModelFacts
+from sagellm.gateway.settings import Settings
+from sagellm.graphs.ir import Graph
+from sagellm.runtime.models.tokenizer import Tokenizer
+
+_SALT_BYTES = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelCard:
+    """The model that is served. `names` are what clients may call it, the first in answers."""
+
+    names: tuple[str, ...]
+    root: str
+    max_model_len: int
+    vocab_size: int
+    created: int  # seconds of the wall clock, as the API has it
+
+    @property
+    def id(self) -> str:
+        return self.names[0]
+
+    @property
+    def facts(self) -> ModelFacts:
+        return ModelFacts(self.vocab_size, self.max_model_len)
+
+
+class Claimed(NamedTuple):
+    """The id of a call, unique among those under way, and those of its requests in the graph."""
+
+    id: str
+    request_ids: tuple[str, ...]
+
+
+class Readiness(Protocol):
+    """Whether tokens are being produced end to end."""
+
+    @property
+    def is_ready(self) -> bool: ...
+
+    @property
+    def reason(self) -> str: ...
+
+
+class Hold(Protocol):
+    """A place in a tenant's budget."""
+
+    def first_token(self) -> None:
+        """The call waits no longer."""
+
+
+class Budgets(Protocol):
+    """What each tenant may have under way."""
+
+    def hold(self, tenant: str) -> AbstractContextManager[Hold]:
+        """A place, given back at the end. Raises ApiError 429 where there is none."""
+
+    def may_retry(self, tenant: str) -> bool:
+        """Whether a call that the graph refused is told to try again: x-should-retry."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Gateway:
+    """One open graph behind HTTP. Lives on one event loop; all that changes is here or beside it.
+
+    `is_draining`: new requests are refused, those under way go on.
+    """
+
+    settings: Settings
+    door: Door
+    tokenizer: Tokenizer
+    model: ModelCard
+    readiness: Readiness
+    budgets: Budgets
+    meters: Meters
+    graph: Graph | None = None
+    is_draining: bool = False
+    encoder: Encoder = field(init=False)
+    tokens: TokenTexts = field(init=False)
+    _open_ids: dict[str, int] = field(default_factory=dict)  # with the number of their requests
+    _salt_key: bytes = b""
+
+    def __post_init__(self) -> None:
+        self.encoder = Encoder(self.tokenizer)
+        self.tokens = TokenTexts(self.tokenizer)
+        self._salt_key = self.settings.salt_key[:64] or secrets.token_bytes(32)
+
+    @contextmanager
+    def claim(self, request_id: str, num_requests: int = 1) -> Iterator[Claimed]:
+        """The id of one call, which is `request_id` unless that is in use now, for the `with`
+        block; the requests of a call that has several have numbers behind it.
+        """
+        while request_id in self._open_ids:
+            request_id = secrets.token_hex(16)
+        self._open_ids[request_id] = num_requests
+        try:
+            yield Claimed(request_id, _numbered(request_id, num_requests))
+        finally:
+            del self._open_ids[request_id]
+
+    def requests_of(self, request_id: str) -> tuple[str, ...]:
+        """The graph's requests of an open call, by its id or by that of its answer; or none."""
+        plain = request_id.removeprefix("chatcmpl-").removeprefix("cmpl-")
+        for known in (request_id, plain):
+            if known in self._open_ids:
+                return _numbered(known, self._open_ids[known])
+        return ()
+
+    def salt_of(self, tenant: str, cache_salt: str | None = None) -> str:
+        """What keeps the prefix blocks of tenants, and of salts inside a tenant, apart.
+
+        Equal for equal arguments in one process (or under one `salt_key`); says nothing of them.
+        """
+        named = f"{len(tenant)}:{tenant}{cache_salt or ''}".encode(errors="surrogatepass")
+        return blake2b(named, key=self._salt_key, digest_size=_SALT_BYTES).hexdigest()
+
+
+def _numbered(request_id: str, num_requests: int) -> tuple[str, ...]:
+    """What a call names has no slash, so that the ids of one call never equal another's."""
+    if num_requests == 1:
+        return (request_id,)
+    return tuple(f"{request_id}/{number}" for number in range(num_requests))

@@ -1,0 +1,1 @@
+"""What every call passes before its endpoint: one file a concern, on plain ASGI."""

@@ -1,0 +1,72 @@
+"""The body of a request: bounded in size and time while it comes, and read to its end."""
+
+from math import inf
+
+import anyio
+from starlette.types import Message, Receive, Scope
+
+from sagellm.gateway.failure import ApiError
+from sagellm.gateway.settings import Limits
+
+
+class Body:
+    """Wraps `receive`. `is_whole`: nothing of the body is on its way any more."""
+
+    def __init__(self, scope: Scope, receive: Receive, limits: Limits, started_s: float) -> None:
+        self._receive = receive
+        self._limits = limits
+        self._deadline_s = started_s + limits.body_s
+        self._num_bytes = 0
+        self.is_whole = not _has_body(scope)
+
+    async def receive(self) -> Message:
+        """Raises ApiError 413 as soon as the body is too large, 408 where it takes too long."""
+        if self.is_whole:
+            return await self._receive()
+        with anyio.CancelScope(deadline=self._deadline_s) as late:
+            return self._counted(await self._receive())
+        assert late.cancelled_caught
+        raise ApiError(408, f"the body took longer than {self._limits.body_s:g} s")
+
+    def _counted(self, message: Message) -> Message:
+        self._num_bytes += len(message.get("body", b""))
+        self.is_whole = not message.get("more_body", False)
+        if self._num_bytes > self._limits.body_bytes:
+            raise too_large(self._limits)
+        return message
+
+    async def discard(self) -> None:
+        """Read what nobody wants until the body ends, the client leaves, or the time is over.
+
+        Without it a server that waits for its app to read could not end the call.
+        """
+        with anyio.CancelScope(deadline=self._deadline_s):
+            more = not self.is_whole
+            while more:
+                more = (await self._receive()).get("more_body", False)
+            self.is_whole = True
+
+
+def check_body(scope: Scope, limits: Limits) -> None:
+    """Raises ApiError for what the headers say of the body: 413 too large, 415 compressed."""
+    for name, value in scope["headers"]:
+        if name == b"content-encoding" and value.strip().lower() not in (b"", b"identity"):
+            raise ApiError(415, "compressed bodies are not taken", param="content-encoding")
+        if name == b"content-length" and _length(value) > limits.body_bytes:
+            raise too_large(limits)
+
+
+def too_large(limits: Limits) -> ApiError:
+    return ApiError(413, f"the body is larger than {limits.body_bytes} bytes")
+
+
+def _length(value: bytes) -> float:
+    """More digits than any length has are not worth converting."""
+    digits = value.lstrip(b"0")
+    return inf if len(digits) > 18 else int(digits or b"0")
+
+
+def _has_body(scope: Scope) -> bool:
+    """HTTP/2 needs no header to send one."""
+    named = any(name in (b"content-length", b"transfer-encoding") for name, _ in scope["headers"])
+    return named or scope["http_version"] == "2"

@@ -1,0 +1,129 @@
+"""The meters of one gateway, and their text for Prometheus."""
+
+import threading
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from functools import partial
+
+import anyio
+import anyio.from_thread
+import anyio.lowlevel
+import anyio.to_thread
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import Metric
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.process_collector import ProcessCollector
+
+from sagellm.gateway.metrics.bounds import lengths
+from sagellm.gateway.metrics.lag import LoopLag
+from sagellm.gateway.metrics.meters import HttpMeters
+from sagellm.gateway.metrics.observer import KVShape, Observer
+from sagellm.gateway.metrics.own import graph_families, http_families
+from sagellm.gateway.metrics.snapshot import Snapshot, read_engines
+from sagellm.gateway.metrics.vllm import vllm_families
+from sagellm.runtime.executors.reading import Window, option_of
+from sagellm.session import Session
+
+WINDOW_S = 10.0  # over which operators are busy, idle or back-pressured
+
+
+class _Scrape:
+    """A collector: what the registry shows is what it was given last."""
+
+    def __init__(self) -> None:
+        self.families: Iterable[Metric] = ()
+
+    def collect(self) -> Iterator[Metric]:
+        yield from self.families
+
+
+class GatewayMeters(HttpMeters):
+    """Counts what a session and its gateway do.
+
+    Made on the session's loop, where `run` samples; the calls of the HTTP layers and `exposition`
+    belong to the app's loop, which may be in another thread. The registry is its own: nothing of
+    the process around shows in it, but the process's memory and time.
+
+    `models`: the names that clients may use; the metrics use the first for all of them.
+    `endpoints`: the paths of the route table. `compat`: "vllm" adds what vLLM calls its own.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        *,
+        models: Sequence[str],
+        endpoints: Iterable[str],
+        compat: Collection[str] = ("vllm",),
+    ) -> None:
+        super().__init__(endpoints)
+        self._session = session
+        self._model = models[0]
+        self._is_vllm = "vllm" in compat
+        self._thread, self._token = threading.get_ident(), anyio.lowlevel.current_token()
+        self._window = Window(WINDOW_S)
+        self._sample()
+        self._observer = _observer(session, models)
+        session.observers.append(self._observer)
+        self._graph_lag = LoopLag(tick=self._sample)
+        self._app_lag = LoopLag()
+        self._scrape = _Scrape()
+        self._registry = CollectorRegistry()
+        self._registry.register(self._scrape)
+        ProcessCollector(registry=self._registry)
+
+    async def run(self) -> None:
+        """Sample the session's loop and its operators until cancelled."""
+        await self._graph_lag.run()
+
+    async def watch_app_loop(self) -> None:
+        await self._app_lag.run()
+
+    async def exposition(self, accept: str = "") -> tuple[bytes, str]:
+        encode, content_type = choose_encoder(accept)
+        shown = await self.snapshot()
+        self._scrape.families = self._families(shown)
+        return encode(self._registry), content_type
+
+    async def snapshot(self) -> Snapshot:
+        """The graph at one moment; from any loop."""
+        if threading.get_ident() == self._thread:
+            return self._take()
+        cross = partial(anyio.from_thread.run_sync, self._take, token=self._token)
+        return await anyio.to_thread.run_sync(cross)
+
+    def _take(self) -> Snapshot:
+        executor = self._session.executor
+        reading = executor.reading()
+        return Snapshot(
+            graph=executor.plan.graph.name,
+            model=self._model,
+            num_open=executor.ledger.num_open,
+            counts=self._observer.snapshot(),
+            reading=reading,
+            shares=self._window.shares(reading),
+            engines=read_engines(executor),
+            graph_lag=self._graph_lag.seconds.copy(),
+        )
+
+    def _sample(self) -> None:
+        self._window.add(self._session.executor.reading())
+
+    def _families(self, shown: Snapshot) -> Iterator[Metric]:
+        if self._is_vllm:
+            yield from vllm_families(shown)
+        yield from graph_families(shown)
+        lags = [("graph", shown.graph_lag)]
+        if self._app_lag.seconds.num_samples:
+            lags.append(("app", self._app_lag.seconds))
+        yield from http_families(self, lags)
+
+
+def _observer(session: Session, models: Sequence[str]) -> Observer:
+    executor = session.executor
+    facts = [engine.facts for pool in executor.plan.engines.values() for engine in pool]
+    longest = max((each.max_model_len for each in facts), default=1)
+    kv = KVShape(facts[0].block_size, facts[0].kv_block_bytes) if facts else KVShape()
+    table = {"": models[0]} | dict.fromkeys(models, models[0])
+    objectives = [option_of(executor.plan, name, "slo_ttft_s") for name in executor.region.names]
+    objective_s = next((each for each in objectives if each is not None), None)
+    return Observer(executor.now, table, lengths(longest), kv, objective_s)

@@ -1,0 +1,90 @@
+"""What the HTTP layers tell the meters: calls begun and ended, clients gone."""
+
+from collections.abc import Iterable
+from typing import NamedTuple, Protocol
+
+from sagellm.gateway.metrics.bounds import CALL_S
+from sagellm.runtime.buckets import Buckets
+
+UNKNOWN = "unknown"  # for whatever a client named that is in no table
+_METHODS = frozenset({"GET", "POST", "HEAD", "PUT", "DELETE", "OPTIONS", "PATCH"})
+
+
+class Meters(Protocol):
+    """Called on the app's loop. `endpoint` is a path of the route table, never what a client wrote;
+    whatever is in no table counts as "unknown".
+    """
+
+    def request_started(self, endpoint: str, method: str) -> None:
+        """A call came in; exactly one `request_ended` follows."""
+
+    def request_ended(self, endpoint: str, method: str, status: int, seconds: float) -> None:
+        """A call is over; `status` 499 where the client went first."""
+
+    def disconnected(self) -> None:
+        """A client left before its answer was whole."""
+
+    async def exposition(self, accept: str = "") -> tuple[bytes, str]:
+        """The text of /metrics and its content type, as the Accept header wants it."""
+
+    async def watch_app_loop(self) -> None:
+        """Measure how late the app's loop is, until cancelled; for a loop that has no session."""
+
+
+class Call(NamedTuple):
+    endpoint: str
+    method: str
+
+
+class HttpMeters:
+    """Counts calls by endpoint. Lives on the app's loop, and is read there."""
+
+    def __init__(self, endpoints: Iterable[str]) -> None:
+        self._endpoints = frozenset(endpoints)
+        self.num_active = 0
+        self.num_disconnects = 0
+        self.requests: dict[Call, int] = {}
+        self.responses: dict[tuple[Call, int], int] = {}
+        self.seconds: dict[str, Buckets] = {}
+
+    def request_started(self, endpoint: str, method: str) -> None:
+        call = self._call(endpoint, method)
+        self.num_active += 1
+        self.requests[call] = self.requests.get(call, 0) + 1
+
+    def request_ended(self, endpoint: str, method: str, status: int, seconds: float) -> None:
+        call = self._call(endpoint, method)
+        key = call, status if 100 <= status < 600 else 0
+        self.num_active -= 1
+        self.responses[key] = self.responses.get(key, 0) + 1
+        if call.endpoint not in self.seconds:
+            self.seconds[call.endpoint] = Buckets(CALL_S)
+        self.seconds[call.endpoint].observe(seconds)
+
+    def disconnected(self) -> None:
+        self.num_disconnects += 1
+
+    def _call(self, endpoint: str, method: str) -> Call:
+        return Call(self._known(endpoint), method if method in _METHODS else UNKNOWN)
+
+    def _known(self, endpoint: str) -> str:
+        return endpoint if endpoint in self._endpoints else UNKNOWN
+
+
+class NoMeters:
+    """Measures nothing."""
+
+    def request_started(self, endpoint: str, method: str) -> None:
+        """Nothing."""
+
+    def request_ended(self, endpoint: str, method: str, status: int, seconds: float) -> None:
+        """Nothing."""
+
+    def disconnected(self) -> None:
+        """Nothing."""
+
+    async def exposition(self, accept: str = "") -> tuple[bytes, str]:
+        return b"", "text/plain; version=0.0.4; charset=utf-8"
+
+    async def watch_app_loop(self) -> None:
+        """Nothing."""

@@ -1,0 +1,198 @@
+"""The session's observer: counts requests and tokens as they enter and as they are delivered."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from sagellm.gateway.metrics.counts import Counts
+from sagellm.gateway.metrics.meters import UNKNOWN
+from sagellm.runtime.messages import SERVED, Answer, Forked, Item, Request, Stamps, TokenEvent
+
+PROBE = "probe"  # the tenant of the gateway's own requests, which no client sent
+_NO_STAMPS = Stamps()
+
+
+@dataclass(slots=True)
+class _Call:
+    """All choices of one request."""
+
+    num_open: int
+    longest: int = 0
+
+
+@dataclass(slots=True)
+class _Track:
+    """One open choice."""
+
+    counts: Counts
+    call: _Call
+    request: Request
+    arrived_s: float
+    num_tokens: int = 0
+    first_s: float = 0.0
+    last_s: float = 0.0
+    stamps: Stamps = _NO_STAMPS  # of its first event: the last may come from outside its engine
+
+
+@dataclass(frozen=True, slots=True)
+class KVShape:
+    """What a transfer moves."""
+
+    block_size: int = 1
+    block_bytes: int = 0
+
+    def num_bytes(self, num_tokens: int) -> int:
+        return math.ceil(num_tokens / self.block_size) * self.block_bytes
+
+
+class Observer:
+    """Some microseconds a request and one a token; lives on the session's loop, and is read there.
+
+    `models` maps the names that clients may use to the name that the metrics use. Whatever else a
+    request names counts as "unknown": no client makes a label. `now` is the executor's clock.
+    `slo_ttft_s` is the objective of requests that bring none.
+    """
+
+    def __init__(
+        self,
+        now: Callable[[], float],
+        models: Mapping[str, str],
+        lengths: tuple[int, ...],
+        kv: KVShape,
+        slo_ttft_s: float | None = None,
+    ) -> None:
+        self._now = now
+        self._models = dict(models)
+        self._kv = kv
+        self._slo_ttft_s = slo_ttft_s
+        self._open: dict[tuple[str, int], _Track] = {}
+        self._counts = {name: Counts(lengths) for name in (*models.values(), UNKNOWN)}
+
+    @property
+    def num_open(self) -> int:
+        return len(self._open)
+
+    def snapshot(self) -> dict[str, Counts]:
+        """Counts by model name; the unknown only once one was asked for."""
+        return {
+            name: counts.snapshot()
+            for name, counts in self._counts.items()
+            if name != UNKNOWN or counts.num_accepted
+        }
+
+    def submitted(self, requests: Sequence[Request]) -> None:
+        """All choices of one request were accepted. The gateway's own probes are not counted."""
+        first = requests[0]
+        if first.user_id == PROBE:
+            return
+        counts = self._counts[self._models.get(first.model, UNKNOWN)]
+        call = _Call(len(requests))
+        counts.num_accepted += len(requests)
+        counts.num_choices.observe(len(requests))
+        for request in requests:
+            self._open[request.key] = _Track(counts, call, request, request.stamps.arrived_s)
+
+    def delivered(self, item: Item | Forked) -> None:
+        """An item reached the sink. One of a request that was never submitted is not counted."""
+        if isinstance(item, Forked):
+            self._fork(item)
+            return
+        key = item.key
+        track = self._open.get(key)
+        if track is None or not isinstance(item, TokenEvent | Answer):
+            return
+        now = self._now()
+        if item.token_ids:
+            self._take_tokens(track, item, now)
+        if item.finish_reason is not None:
+            del self._open[key]
+            self._end(track, item, now)
+
+    def _fork(self, forked: Forked) -> None:
+        """The one choice of a request became several."""
+        track = self._open.get((forked.request_id, 0))
+        if track is None:
+            return
+        for choice in range(forked.num_choices):
+            key = forked.request_id, choice
+            if key not in self._open:
+                track.call.num_open += 1
+                track.counts.num_accepted += 1
+                self._open[key] = _Track(track.counts, track.call, track.request, track.arrived_s)
+
+    def _take_tokens(self, track: _Track, item: TokenEvent | Answer, now: float) -> None:
+        counts, num_tokens = track.counts, len(item.token_ids)
+        if track.num_tokens:
+            counts.itl.observe(now - track.last_s)
+        else:
+            track.first_s = _first_token_s(item, now)
+            track.stamps = item.stamps
+            counts.ttft.observe(track.first_s - track.arrived_s)
+            counts.prompt_tokens += item.num_prompt_tokens
+            counts.cached_tokens += item.num_cached_tokens
+        track.num_tokens += num_tokens
+        track.last_s = now
+        counts.generation_tokens += num_tokens
+
+    def _end(self, track: _Track, last: TokenEvent | Answer, now: float) -> None:
+        counts, call, reason = track.counts, track.call, last.finish_reason or "failed"
+        counts.end(reason)
+        if reason == "refused":
+            code = last.code if isinstance(last, TokenEvent) else ""
+            counts.reject(code, track.request.priority)
+        stamps = last.stamps if last.stamps.started_s is not None else track.stamps
+        counts.e2e.observe(now - track.arrived_s)
+        finished_s = last.stamps.finished_s
+        _observe_phases(counts, stamps, track.arrived_s, now if finished_s is None else finished_s)
+        if track.num_tokens:
+            self._end_answer(track, last, reason)
+            if stamps.transferred_s is not None:
+                num_moved = last.num_prompt_tokens + len(track.request.emitted_token_ids)
+                counts.kv_transfer_bytes += self._kv.num_bytes(num_moved)
+        call.num_open -= 1
+        call.longest = max(call.longest, track.num_tokens)
+        if not call.num_open and call.longest:
+            counts.longest_len.observe(call.longest)
+
+    def _end_answer(self, track: _Track, last: TokenEvent | Answer, reason: str) -> None:
+        """What only a request has that got tokens."""
+        counts, num_tokens, request = track.counts, track.num_tokens, track.request
+        counts.prompt_len.observe(last.num_prompt_tokens)
+        counts.computed_len.observe(last.num_prompt_tokens - last.num_cached_tokens)
+        counts.generation_len.observe(num_tokens)
+        counts.max_tokens.observe(request.sampling.max_tokens)
+        if num_tokens > 1:
+            counts.tpot.observe((track.last_s - track.first_s) / (num_tokens - 1))
+        ttft_s = track.first_s - track.arrived_s
+        slo_s = self._slo_ttft_s if request.slo_ttft_s is None else request.slo_ttft_s
+        if reason in SERVED and (slo_s is None or ttft_s <= slo_s):
+            counts.goodput_tokens += num_tokens
+
+
+def _first_token_s(item: TokenEvent | Answer, now: float) -> float:
+    """A whole answer says itself when its first token was drawn."""
+    drawn_s = item.stamps.prefilled_s
+    return drawn_s if isinstance(item, Answer) and drawn_s is not None else now
+
+
+def _observe_phases(counts: Counts, stamps: Stamps, arrived_s: float, finished_s: float) -> None:
+    """Each phase that the request reached; one that ended in the queue spent all its time there."""
+    started_s, prefilled_s, phases = stamps.started_s, stamps.prefilled_s, counts.phases
+    queue_s = (finished_s if started_s is None else started_s) - arrived_s
+    phases["queue"].observe(queue_s)
+    if started_s is None:
+        return
+    counts.queue.observe(queue_s)
+    counts.inference.observe(finished_s - started_s)
+    prefill_s = (finished_s if prefilled_s is None else prefilled_s) - started_s
+    counts.prefill.observe(prefill_s)
+    phases["prefill"].observe(prefill_s)
+    if prefilled_s is None:
+        return
+    decoding_s = prefilled_s
+    if stamps.transferred_s is not None:
+        decoding_s = stamps.transferred_s
+        counts.kv_transfer.observe(decoding_s - prefilled_s)
+        phases["transfer"].observe(decoding_s - prefilled_s)
+    counts.decode.observe(finished_s - decoding_s)
+    phases["decode"].observe(finished_s - decoding_s)

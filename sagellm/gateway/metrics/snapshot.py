@@ -1,0 +1,77 @@
+"""What a scrape shows of the graph: everything of one moment, taken on the session's own loop."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from sagellm.gateway.metrics.counts import Counts
+from sagellm.runtime.buckets import Buckets
+from sagellm.runtime.engine.port import Engine, EngineFacts, EngineHealth, EngineLoad
+from sagellm.runtime.executors.reading import Reading, Shares
+from sagellm.runtime.executors.tasks import TasksExecutor
+
+
+@runtime_checkable
+class CountingSteps(Protocol):
+    """An engine that counts the tokens of its steps."""
+
+    @property
+    def step_tokens(self) -> Buckets: ...
+
+
+@dataclass(frozen=True, slots=True)
+class EngineReading:
+    """One replica of one engine."""
+
+    name: str
+    replica: int
+    facts: EngineFacts
+    load: EngineLoad
+    health: EngineHealth
+    step_tokens: Buckets | None
+
+    @property
+    def kv_usage(self) -> float:
+        load = self.load
+        return load.num_leased_blocks / load.num_blocks if load.num_blocks else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """`counts` by model name; `num_open` are choices that the graph has not ended yet."""
+
+    graph: str
+    model: str  # the first of the served names
+    num_open: int
+    counts: Mapping[str, Counts]
+    reading: Reading
+    shares: Mapping[tuple[str, int], Shares]
+    engines: tuple[EngineReading, ...]
+    graph_lag: Buckets
+
+    @property
+    def num_running(self) -> int:
+        return sum(engine.load.num_running for engine in self.engines)
+
+    @property
+    def num_waiting(self) -> int:
+        """Open and computed by no engine: in a queue of the graph, an engine's, or in transfer."""
+        return max(self.num_open - self.num_running, 0)
+
+    @property
+    def kv_usage(self) -> float:
+        """Of the fullest pool."""
+        return max((engine.kv_usage for engine in self.engines), default=0.0)
+
+
+def read_engines(executor: TasksExecutor) -> tuple[EngineReading, ...]:
+    return tuple(
+        _reading(name, replica, engine)
+        for name, replicas in executor.plan.engines.items()
+        for replica, engine in enumerate(replicas)
+    )
+
+
+def _reading(name: str, replica: int, engine: Engine) -> EngineReading:
+    steps = engine.step_tokens.copy() if isinstance(engine, CountingSteps) else None
+    return EngineReading(name, replica, engine.facts, engine.load, engine.health, steps)

@@ -1,0 +1,134 @@
+"""The metrics that vLLM has too, under its names: its boards, routers and autoscalers fit.
+
+The whole graph is one engine to them, "0": what they ask is how much one address has to do.
+"""
+
+from collections.abc import Callable, Iterator
+
+from prometheus_client.core import Metric
+
+from sagellm.gateway.metrics.counts import Counts
+from sagellm.gateway.metrics.families import Labels, counter, gauge, histogram
+from sagellm.gateway.metrics.snapshot import EngineReading, Snapshot
+from sagellm.runtime.buckets import Buckets
+
+ENGINE = "0"
+_FINISHED = {
+    "stop": "stop",
+    "length": "length",
+    "cancelled": "abort",
+    "expired": "abort",
+    "filtered": "abort",
+    "failed": "error",
+}
+_REJECTED = {"queue_full": "max_num_queued_reqs"}
+_SLEEP_STATES = {"awake": 1, "weights_offloaded": 0, "discard_all": 0}
+
+_COUNTERS: dict[str, tuple[str, Callable[[Counts], int]]] = {
+    "prompt_tokens": ("Prompt tokens of requests that were prefilled.", lambda c: c.prompt_tokens),
+    "prompt_tokens_cached": ("Prompt tokens found in a cache.", lambda c: c.cached_tokens),
+    "prefix_cache_queries": ("Prompt tokens looked up in a cache.", lambda c: c.prompt_tokens),
+    "prefix_cache_hits": ("Prompt tokens found.", lambda c: c.cached_tokens),
+    "generation_tokens": ("Tokens delivered.", lambda c: c.generation_tokens),
+}
+_HISTOGRAMS: dict[str, tuple[str, Callable[[Counts], Buckets]]] = {
+    "time_to_first_token_seconds": ("From arrival to the first token.", lambda c: c.ttft),
+    "inter_token_latency_seconds": ("Between two deliveries of tokens.", lambda c: c.itl),
+    "request_time_per_output_token_seconds": ("Mean time a token.", lambda c: c.tpot),
+    "e2e_request_latency_seconds": ("From arrival to the end.", lambda c: c.e2e),
+    "request_queue_time_seconds": ("From arrival to an engine.", lambda c: c.queue),
+    "request_inference_time_seconds": ("In engines.", lambda c: c.inference),
+    "request_prefill_time_seconds": ("Until the first token was drawn.", lambda c: c.prefill),
+    "request_decode_time_seconds": ("From the first token to the end.", lambda c: c.decode),
+    "request_prompt_tokens": ("Length of prompts.", lambda c: c.prompt_len),
+    "request_prefill_kv_computed_tokens": ("Prompt tokens computed.", lambda c: c.computed_len),
+    "request_generation_tokens": ("Length of answers.", lambda c: c.generation_len),
+    "request_max_num_generation_tokens": ("Longest choice.", lambda c: c.longest_len),
+    "request_params_max_tokens": ("The parameter max_tokens.", lambda c: c.max_tokens),
+    "request_params_n": ("The parameter n.", lambda c: c.num_choices),
+}
+
+
+def vllm_families(shown: Snapshot) -> Iterator[Metric]:
+    yield from _gauges(shown)
+    yield from _counters(shown)
+    for name, (documentation, of) in _HISTOGRAMS.items():
+        values = [(_labels(model), of(counts)) for model, counts in shown.counts.items()]
+        yield histogram(f"vllm:{name}", documentation, values)
+    yield from _steps(shown)
+
+
+def _labels(model: str, **more: str) -> Labels:
+    return {"model_name": model, "engine": ENGINE, **more}
+
+
+def _gauges(shown: Snapshot) -> Iterator[Metric]:
+    here = _labels(shown.model)
+    waiting = [(_labels(shown.model, reason="capacity"), shown.num_waiting)]
+    sleep = [(_labels(shown.model, sleep_state=state), on) for state, on in _SLEEP_STATES.items()]
+    cache = [(_cache_labels(shown.model, engine), 1) for engine in shown.engines]
+    yield gauge("vllm:num_requests_running", "In an engine.", [(here, shown.num_running)])
+    yield gauge("vllm:num_requests_waiting", "Not in an engine.", [(here, shown.num_waiting)])
+    yield gauge("vllm:num_requests_waiting_by_reason", "Not in an engine, by reason.", waiting)
+    yield gauge("vllm:kv_cache_usage_perc", "Leased, 0 to 1.", [(here, shown.kv_usage)])
+    yield gauge("vllm:engine_sleep_state", "1 for the state that holds.", sleep)
+    yield gauge("vllm:cache_config_info", "The KV pools, one a replica of an engine.", cache)
+
+
+def _cache_labels(model: str, engine: EngineReading) -> Labels:
+    facts = engine.facts
+    return _labels(
+        model,
+        pool=f"{engine.name}/{engine.replica}",
+        block_size=str(facts.block_size),
+        num_gpu_blocks=str(facts.num_blocks),
+    )
+
+
+def _counters(shown: Snapshot) -> Iterator[Metric]:
+    for name, (documentation, of) in _COUNTERS.items():
+        values = [(_labels(model), of(counts)) for model, counts in shown.counts.items()]
+        yield counter(f"vllm:{name}", documentation, values)
+    yield counter("vllm:prompt_tokens_by_source", "Where they came from.", _by_source(shown))
+    yield counter("vllm:request_success", "Requests that ended.", _by_reason(shown))
+    yield counter("vllm:admission_rejections", "Refused while it was full.", _rejections(shown))
+    preemptions = sum(engine.load.num_preemptions for engine in shown.engines)
+    yield counter(
+        "vllm:num_preemptions", "Sequences put back.", [(_labels(shown.model), preemptions)]
+    )
+
+
+def _by_source(shown: Snapshot) -> Iterator[tuple[Labels, float]]:
+    for model, counts in shown.counts.items():
+        num_computed = counts.prompt_tokens - counts.cached_tokens
+        yield _labels(model, source="local_compute"), num_computed
+        yield _labels(model, source="local_cache_hit"), counts.cached_tokens
+
+
+def _by_reason(shown: Snapshot) -> Iterator[tuple[Labels, float]]:
+    """What was refused is no ended request to vLLM, but a rejection."""
+    for model, counts in shown.counts.items():
+        totals = dict.fromkeys(_FINISHED.values(), 0)
+        for reason, number in counts.ended.items():
+            if reason in _FINISHED:
+                totals[_FINISHED[reason]] += number
+        for reason, number in totals.items():
+            yield _labels(model, finished_reason=reason), number
+
+
+def _rejections(shown: Snapshot) -> Iterator[tuple[Labels, float]]:
+    for model, counts in shown.counts.items():
+        for code, reason in _REJECTED.items():
+            number = sum(n for (known, _), n in counts.rejected.items() if known == code)
+            yield {"model_name": model, "reason": reason}, number
+
+
+def _steps(shown: Snapshot) -> Iterator[Metric]:
+    """Steps of all engines together; not of engines that do not count them."""
+    counted = [engine.step_tokens for engine in shown.engines if engine.step_tokens is not None]
+    if counted:
+        total = counted[0].copy()
+        for other in counted[1:]:
+            total.add(other)
+        values = [(_labels(shown.model), total)]
+        yield histogram("vllm:iteration_tokens_total", "Tokens computed in one step.", values)

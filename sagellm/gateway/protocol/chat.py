@@ -1,0 +1,43 @@
+"""/v1/chat/completions: a conversation, answered with one more message."""
+
+from typing import Annotated
+
+from msgspec import Meta
+
+from sagellm.gateway.failure import wrong
+from sagellm.gateway.protocol.convert import convert
+from sagellm.gateway.protocol.messages import Message, read_messages
+from sagellm.gateway.protocol.reading import read_fields
+from sagellm.gateway.protocol.request import Effort, Generation
+from sagellm.gateway.protocol.sizes import check_generation
+from sagellm.gateway.settings import Limits
+from sagellm.runtime.sampling import MAX_LOGPROBS
+
+
+class ChatRequest(Generation, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The body of a chat. `logprobs` asks for those of the answer's tokens, `top_logprobs` k for
+    those of the k most likely as well. `reasoning_effort` is a hint.
+    """
+
+    messages: Annotated[list[Message], Meta(min_length=1)]
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
+    add_special_tokens: bool = False  # beside those that the template brings
+    reasoning_effort: Effort | None = None
+
+    @property
+    def conversation(self) -> list[dict[str, str]]:
+        """The messages as a chat template takes them."""
+        return [message.plain for message in self.messages]
+
+
+def read_chat(body: bytes, limits: Limits) -> ChatRequest:
+    """Raises ApiError (400) that names the field; what depends on the model is not checked yet."""
+    said = read_fields(body, ChatRequest, limits)
+    if "messages" in said:
+        said["messages"] = read_messages(said["messages"], limits)
+    request = convert(said, ChatRequest)
+    check_generation(request, limits)
+    if request.top_logprobs and not request.logprobs:
+        raise wrong("top_logprobs", "needs `logprobs`: true")
+    return request

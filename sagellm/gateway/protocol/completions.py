@@ -1,0 +1,63 @@
+"""/v1/completions: prompts as text or token ids, one or many."""
+
+from typing import Annotated, Any, TypeAlias
+
+from msgspec import Meta
+
+from sagellm.gateway.failure import wrong
+from sagellm.gateway.protocol.convert import convert
+from sagellm.gateway.protocol.reading import read_fields
+from sagellm.gateway.protocol.request import Generation, Text, TokenId
+from sagellm.gateway.protocol.sizes import at_most, check_generation
+from sagellm.gateway.settings import Limits
+
+MAX_LOGPROBS = 5  # as in the OpenAI API
+
+TokenIds: TypeAlias = Annotated[list[TokenId], Meta(min_length=1)]
+# A list is all text, all ids, or all lists of ids; a type cannot say it, `_check_prompt` does.
+Prompt: TypeAlias = Text | Annotated[list[Text | TokenId | TokenIds], Meta(min_length=1)]
+
+
+class CompletionRequest(Generation, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The body of a completion. `logprobs` k: those of the chosen and the k most likely tokens,
+    with `echo` of the prompt's tokens too.
+    """
+
+    prompt: Prompt
+    echo: bool = False
+    logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
+    best_of: int | None = None  # built where it is `n`: then nothing is left to choose
+    add_special_tokens: bool = True
+
+    @property
+    def prompts(self) -> tuple[str | tuple[int, ...], ...]:
+        """Each prompt: text, or token ids."""
+        if isinstance(self.prompt, str):
+            return (self.prompt,)
+        if isinstance(self.prompt[0], int):
+            return (_ids(self.prompt),)
+        return tuple(one if isinstance(one, str) else _ids(one) for one in self.prompt)
+
+
+def read_completion(body: bytes, limits: Limits) -> CompletionRequest:
+    """Raises ApiError (400) that names the field; what depends on the model is not checked yet."""
+    request = convert(read_fields(body, CompletionRequest, limits), CompletionRequest)
+    check_generation(request, limits)
+    _check_prompt(request.prompt, limits)
+    if request.best_of not in (None, request.n):
+        raise wrong("best_of", f"is {request.best_of}; only the value of n ({request.n}) is served")
+    return request
+
+
+def _ids(prompt: Any) -> tuple[int, ...]:
+    return tuple(prompt)
+
+
+def _check_prompt(prompt: str | list[Any], limits: Limits) -> None:
+    if isinstance(prompt, str):
+        return
+    kinds = {type(one) for one in prompt}
+    if len(kinds) > 1:
+        raise wrong("prompt", "mixes text, token ids and lists of them; use one kind")
+    if int not in kinds:
+        at_most("prompt", len(prompt), limits.num_prompts, "prompts")

@@ -1,0 +1,136 @@
+"""The JSON of a request body, read strictly and in linear time: plain values, or a 400."""
+
+import json
+import math
+import re
+from collections import Counter
+from typing import Any
+
+from sagellm.gateway.failure import ApiError
+from sagellm.gateway.protocol.names import shown
+
+# How long a body holds the loop: the parser and the checks behind it run for each of these.
+MAX_BRACKETS = 1 << 17
+MOST = {",": 1 << 20, ":": 1 << 17, ".": 1 << 16, "e": 1 << 16, "E": 1 << 16}
+MAX_QUOTES = 1 << 19
+_EXACT = 1 << 53  # up to here a float is exactly the integer that it shows
+_INT_DIGITS = 19  # of the largest 64-bit integer
+
+_OUTLINE = bytes.maketrans(b"{}123456789", b"[]000000000")  # brackets alike, digits alike
+_BUT_BRACKETS = bytes(byte for byte in range(256) if byte not in b"[]")
+_LONG_RUN = b"0" * (_INT_DIGITS + 1)
+_LONG_INT = re.compile(rb"(?<![0-9.eE+])-?[0-9]{%d,}(?![0-9.eE])" % (_INT_DIGITS + 1))
+_MINUS_ZERO = re.compile(rb"-0(?![0-9.eE])")
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
+def read_json(body: bytes, *, max_depth: int) -> Any:
+    """The value of `body`: UTF-8, each key once, numbers of 64 bits, no NUL, no half characters.
+
+    Raises ApiError (400), whose message holds nothing of the body but the name of a key.
+    """
+    text = _decode(body)
+    escapes = body.replace(rb"\\", b"")  # each backslash that is left escapes what follows it
+    if rb"\u0000" in escapes:
+        raise ApiError(400, "the body has a NUL in a string; leave it out")
+    outside = _outside_strings(escapes)
+    outline = outside.translate(_OUTLINE)
+    _check_integers(outside, outline)
+    _check_outline(outline, max_depth)
+    value = _parse(text)
+    if _SURROGATE.search(escapes):
+        _check_unicode(value)
+    return value
+
+
+def _decode(body: bytes) -> str:
+    if not body.strip():
+        raise ApiError(400, "the body is empty; send a JSON object")
+    if body.startswith(b"\xef\xbb\xbf"):
+        raise ApiError(400, "the body starts with a byte order mark; send UTF-8 without one")
+    try:
+        return body.decode()
+    except UnicodeDecodeError:
+        fault = "the body is not UTF-8"
+    raise ApiError(400, fault)  # out here, so that it does not carry the body as its context
+
+
+def _outside_strings(escapes: bytes) -> bytes:
+    """What stands outside strings, as far as the body is JSON; a parser goes no further."""
+    plain = escapes.replace(rb"\"", b"")
+    if plain.count(b'"') > MAX_QUOTES:
+        raise ApiError(400, f"the body has more than {MAX_QUOTES // 2} strings")
+    return b"".join(plain.split(b'"')[::2])
+
+
+def _check_integers(outside: bytes, outline: bytes) -> None:
+    if _MINUS_ZERO.search(outside):
+        raise ApiError(400, "the body has the integer -0; write 0")
+    if _LONG_RUN in outline and _LONG_INT.search(outside):
+        raise ApiError(400, f"the body has an integer of more than {_INT_DIGITS} digits")
+
+
+def _check_outline(outline: bytes, max_depth: int) -> None:
+    for mark, most in MOST.items():
+        if outline.count(mark.encode()) > most:
+            raise ApiError(400, f"the body has more than {most} times `{mark}` outside strings")
+    brackets = outline.translate(None, _BUT_BRACKETS)
+    if len(brackets) > MAX_BRACKETS:
+        limit = MAX_BRACKETS // 2
+        raise ApiError(400, f"the body has more than {limit} objects and arrays")
+    for _ in range(max_depth):  # each turn takes the innermost level away
+        brackets = brackets.replace(b"[]", b"")
+    if brackets:
+        raise ApiError(
+            400, f"the body is nested deeper than {max_depth} levels, or a bracket is left open"
+        )
+
+
+def _parse(text: str) -> Any:
+    try:
+        return _DECODER.decode(text)
+    except json.JSONDecodeError as error:
+        fault = f"the body is not valid JSON: {_reason(error)} at character {error.pos}"
+    except (ValueError, RecursionError):
+        fault = "the body is not valid JSON"
+    raise ApiError(400, fault)
+
+
+def _reason(error: json.JSONDecodeError) -> str:
+    """The parser's own phrase, without what it may quote."""
+    return error.msg.partition(":")[0].removesuffix(" at").lower()
+
+
+def _check_unicode(value: Any) -> None:
+    """Raise where a string has half of a surrogate pair, which no UTF-8 can hold."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+        return
+    except UnicodeEncodeError:
+        fault = "the body has a lone surrogate in a string; it is no character"
+    raise ApiError(400, fault)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) == len(pairs):
+        return found
+    ((twice, _),) = Counter(name for name, _ in pairs).most_common(1)
+    raise ApiError(400, f"the body has the key {shown(twice)} twice in one object")
+
+
+def _constant(_: str) -> float:
+    raise ApiError(400, "the body has NaN or Infinity, which are no JSON")
+
+
+def _float(text: str) -> float | int:
+    value = float(text)
+    if math.isinf(value):
+        raise ApiError(400, "the body has a number beyond the range of 64-bit floats")
+    # 16.0 is an integer to JSON Schema and to many clients; and there is no -0.0.
+    return int(value) if value.is_integer() and abs(value) <= _EXACT else value
+
+
+_DECODER = json.JSONDecoder(
+    object_pairs_hook=_object, parse_constant=_constant, parse_float=_float, strict=True
+)

@@ -1,0 +1,161 @@
+"""The OpenAPI 3.1 document: what every path takes and answers, ranges and refusals included."""
+
+import re
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+from sagellm.gateway.protocol.operations import OPERATIONS, Operation
+from sagellm.gateway.protocol.schemas import Schema, Struct, reference, schemas_of
+from sagellm.gateway.settings import Limits
+
+# What any call may be refused with, then what else a call with a body may.
+_REFUSALS = {
+    400: "The request is wrong; `param` names the field",
+    401: "A valid API key is needed",
+    403: "This key, or this origin, may not",
+    404: "There is no such model, request or path",
+    405: "The path does not answer to this method",
+    421: "The server is not known by this name",
+    429: "Too many requests of this key are open",
+    431: "The headers are too many or too large",
+    500: "The server failed; the message names the request for the operator",
+    503: "The server is overloaded, draining or not ready",
+}
+_BODY_REFUSALS = {
+    408: "The body came too slowly",
+    413: "The body is too large",
+    415: "The body is encoded",
+    504: "The request took longer than it may",
+}
+_WAITS = (429, 503)
+_PARAMETER = re.compile(r"{(\w+)(?::path)?}")
+_ERROR = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": ["string", "null"]},
+            },
+        }
+    },
+}
+_KEYS = {
+    "user": "an API key",
+    "admin": "the admin key",
+}
+
+
+class Route(Protocol):
+    """What is read of a route."""
+
+    @property
+    def method(self) -> str: ...
+
+    @property
+    def path(self) -> str: ...
+
+    @property
+    def access(self) -> str:
+        """ "open", "user", "admin" or "metrics"."""
+        ...
+
+
+def openapi(
+    routes: Iterable[Route], version: str, limits: Limits | None = None, *, needs_key: bool = True
+) -> dict[str, Any]:
+    """The document for these routes. `needs_key`: whether the server asks users for a key."""
+    structs = [one for known in OPERATIONS.values() for one in (*known.takes, *known.gives)]
+    schemas = schemas_of(dict.fromkeys(structs), limits or Limits())
+    paths: dict[str, Schema] = {}
+    for route in routes:
+        path = _PARAMETER.sub(r"{\1}", route.path)
+        paths.setdefault(path, {})[route.method.lower()] = _operation(route, path, needs_key)
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "sagellm", "version": version},
+        "paths": paths,
+        "components": {
+            "schemas": {**schemas, "Error": _ERROR},
+            "responses": _refusals(),
+            "securitySchemes": _security_schemes(),
+        },
+    }
+
+
+def _operation(route: Route, path: str, needs_key: bool) -> Schema:
+    """One method of one path; a path that no table knows answers some JSON."""
+    known = OPERATIONS.get(path) or Operation(path)
+    parameters = [_parameter(name) for name in _PARAMETER.findall(path)]
+    operation: Schema = {
+        "summary": known.summary,
+        "operationId": f"{route.method.lower()}{re.sub(r'[^a-zA-Z0-9]+', '_', path)}",
+        "responses": {"200": _answer(known)} | _refusal_references(known),
+        "security": _security(route, needs_key),
+    }
+    if parameters:
+        operation["parameters"] = parameters
+    if known.takes:
+        content = {"application/json": {"schema": _either(known.takes)}}
+        operation["requestBody"] = {"required": True, "content": content}
+    return operation
+
+
+def _answer(known: Operation) -> Schema:
+    if known.is_empty:
+        return {"description": known.summary}
+    content: Schema = {known.also: {"schema": {"type": "string"}}} if known.also else {}
+    if known.gives or not known.also:
+        content["application/json"] = {"schema": _either(known.gives)}
+    return {"description": known.summary, "content": content}
+
+
+def _either(structs: tuple[Struct, ...]) -> Schema:
+    references = [reference(struct) for struct in structs]
+    return references[0] if len(references) == 1 else {"anyOf": references} if references else {}
+
+
+def _parameter(name: str) -> Schema:
+    schema = {"type": "string", "minLength": 1}
+    return {"name": name, "in": "path", "required": True, "schema": schema}
+
+
+def _refusal_references(known: Operation) -> Schema:
+    codes = [*_REFUSALS, *(_BODY_REFUSALS if known.takes else ())]
+    return {str(code): {"$ref": f"#/components/responses/{code}"} for code in sorted(codes)}
+
+
+def _refusals() -> Schema:
+    return {
+        str(code): _refusal(code, why) for code, why in sorted((_REFUSALS | _BODY_REFUSALS).items())
+    }
+
+
+def _refusal(code: int, why: str) -> Schema:
+    error = {"schema": {"$ref": "#/components/schemas/Error"}}
+    refusal: Schema = {"description": why, "content": {"application/json": error}}
+    if code in _WAITS:
+        seconds = {"description": "seconds", "schema": {"type": "integer", "minimum": 1}}
+        refusal["headers"] = {"Retry-After": seconds}
+    return refusal
+
+
+def _security_schemes() -> Schema:
+    return {
+        name: {"type": "http", "scheme": "bearer", "description": what}
+        for name, what in _KEYS.items()
+    }
+
+
+def _security(route: Route, needs_key: bool) -> list[Schema]:
+    """Each entry is one way in; none at all means that the way is open."""
+    if route.access == "admin":
+        return [{"admin": []}]
+    if route.access == "open" or not needs_key:
+        return []
+    return [{"user": []}, {"admin": []}]

@@ -1,0 +1,102 @@
+"""What completions and chats have in common: how to draw, when to stop, how to send."""
+
+from typing import Annotated, Literal, TypeAlias
+
+import msgspec
+from msgspec import Meta
+
+from sagellm.runtime.messages import PRIORITIES
+from sagellm.runtime.sampling import RANGES
+
+
+def within(name: str) -> Meta:
+    """The range that every engine holds a sampling parameter to."""
+    low, high = RANGES[name]
+    return Meta(ge=low, le=high)
+
+
+MAX_STOP_TOKEN_IDS = 1024
+MAX_SALT_LEN = 64
+MAX_HINT_LEN = 512
+MAX_WAIT_S = 86_400.0
+
+TokenId: TypeAlias = Annotated[int, Meta(ge=0, lt=1 << 31)]
+Text: TypeAlias = Annotated[str, Meta(min_length=1)]
+Hint: TypeAlias = Annotated[str, Meta(max_length=MAX_HINT_LEN)]
+Seconds: TypeAlias = Annotated[float, Meta(gt=0, le=MAX_WAIT_S)]
+TokenKey: TypeAlias = Annotated[str, Meta(pattern="^(0|[1-9][0-9]{0,9})$")]
+Bias: TypeAlias = Annotated[float, Meta(ge=-100, le=100)]
+Side: TypeAlias = Literal["left", "right"]
+Effort: TypeAlias = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+RequestId: TypeAlias = Annotated[str, Meta(pattern="^[A-Za-z0-9._-]{1,128}$")]
+
+
+class StreamOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a stream says beside its tokens."""
+
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+
+
+class Generation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Fields of the OpenAI API, then vLLM's, then ours; null and unsaid are one.
+
+    `max_tokens` and `max_completion_tokens` are two spellings of one number. A `priority` is from
+    0 (critical) to 4 (background). The hints change no token: servers need not act upon them.
+    """
+
+    model: str | None = None
+    max_tokens: Annotated[int, within("max_tokens")] | None = None
+    max_completion_tokens: Annotated[int, within("max_tokens")] | None = None
+    n: Annotated[int, within("n")] = 1
+    temperature: Annotated[float, within("temperature")] = 1.0
+    top_p: Annotated[float, within("top_p")] = 1.0
+    presence_penalty: Annotated[float, within("presence_penalty")] = 0.0
+    frequency_penalty: Annotated[float, within("frequency_penalty")] = 0.0
+    logit_bias: dict[TokenKey, Bias] = {}
+    seed: Annotated[int, within("seed")] | None = None
+    stop: Text | list[Text] = []
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    # vLLM
+    top_k: Annotated[int, Meta(ge=-1, le=int(RANGES["top_k"][1]))] = 0  # -1 and 0: all
+    min_p: Annotated[float, within("min_p")] = 0.0
+    repetition_penalty: Annotated[float, within("repetition_penalty")] = 1.0
+    min_tokens: Annotated[int, within("min_tokens")] = 0
+    stop_token_ids: Annotated[list[TokenId], Meta(max_length=MAX_STOP_TOKEN_IDS)] = []
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    ignore_eos: bool = False
+    truncate_prompt_tokens: Annotated[int, Meta(ge=-1, lt=1 << 31)] | None = None
+    truncation_side: Side = "left"
+    return_token_ids: bool = False
+    priority: Annotated[int, Meta(ge=0, le=max(PRIORITIES.values()))] | None = None
+    request_id: RequestId | None = None
+    cache_salt: Annotated[str, Meta(min_length=1, max_length=MAX_SALT_LEN)] | None = None
+    # ours
+    slo_ttft_s: Seconds | None = None
+    timeout_s: Seconds | None = None
+    # hints
+    user: Hint | None = None
+    safety_identifier: Hint | None = None
+    prompt_cache_key: Hint | None = None
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The stop strings, however many were given."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    @property
+    def asked_tokens(self) -> int | None:
+        """How many tokens an answer may have, in either spelling; None: not said."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def has_usage(self) -> bool:
+        """Whether a stream ends with an event of its usage."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def has_continuous_usage(self) -> bool:
+        """Whether every event of a stream has the usage so far."""
+        return self.stream_options is not None and self.stream_options.continuous_usage_stats

@@ -1,0 +1,114 @@
+"""What a request asks of a model: checked against the model's vocabulary and context."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from sagellm.gateway.failure import ApiError, wrong
+from sagellm.gateway.protocol.chat import ChatRequest
+from sagellm.gateway.protocol.completions import CompletionRequest
+from sagellm.gateway.protocol.request import Generation
+from sagellm.runtime.messages import Sampling
+from sagellm.runtime.sampling import RANGES, fault_of
+
+_COMPLETION_TOKENS = 16  # unless said, as in the OpenAI API; a chat may fill the context
+# Fields that mean to an engine what they mean to a client.
+_SAME = (
+    "min_tokens",
+    "temperature",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "seed",
+    "include_stop_str_in_output",
+    "skip_special_tokens",
+    "ignore_eos",
+    "n",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What of a model bounds a request: ids are 0 ... vocab_size - 1."""
+
+    vocab_size: int
+    max_model_len: int
+
+
+def sampling_of(
+    request: CompletionRequest | ChatRequest, facts: ModelFacts, num_prompt_tokens: int
+) -> Sampling:
+    """How to answer a prompt of so many tokens. Raises ApiError (400) with field and numbers."""
+    max_tokens = _max_tokens(request, facts, num_prompt_tokens)
+    check_ids("stop_token_ids", request.stop_token_ids, facts)
+    bias = {int(token): value for token, value in request.logit_bias.items()}
+    check_ids("logit_bias", bias, facts)
+    same: dict[str, Any] = {name: getattr(request, name) for name in _SAME}
+    sampling = Sampling(
+        **same,
+        max_tokens=max_tokens,
+        top_k=max(0, request.top_k),
+        logit_bias=bias,
+        stop=request.stops,
+        stop_token_ids=tuple(request.stop_token_ids),
+        logprobs=_num_logprobs(request),
+        prompt_logprobs=_num_prompt_logprobs(request),
+    )
+    fault = fault_of(sampling)
+    if fault is not None:
+        param, _, what = fault.partition(" ")
+        raise wrong(param, what)
+    return sampling
+
+
+def kept_ids(request: Generation, token_ids: tuple[int, ...], facts: ModelFacts) -> tuple[int, ...]:
+    """The prompt's tokens that `truncate_prompt_tokens` keeps, from the side that is not cut.
+
+    -1 keeps what leaves room for the answer.
+    """
+    limit = request.truncate_prompt_tokens
+    if limit is None:
+        return token_ids
+    if limit < 0:
+        limit = max(1, facts.max_model_len - (request.asked_tokens or 1))
+    return token_ids[:limit] if request.truncation_side == "right" else token_ids[-limit:]
+
+
+def check_ids(param: str, token_ids: Iterable[int], facts: ModelFacts) -> None:
+    """Raise ApiError (400) for the first id that the model does not know."""
+    unknown = next((token for token in token_ids if not 0 <= token < facts.vocab_size), None)
+    if unknown is not None:
+        raise wrong(param, f"has token {unknown}; the model knows 0 ... {facts.vocab_size - 1}")
+
+
+def _max_tokens(
+    request: CompletionRequest | ChatRequest, facts: ModelFacts, num_prompt_tokens: int
+) -> int:
+    """As asked, or the default, cut to what the context leaves."""
+    prompt = "messages" if isinstance(request, ChatRequest) else "prompt"
+    if num_prompt_tokens == 0:
+        raise wrong(prompt, "has 0 tokens; give at least one")
+    room = facts.max_model_len - num_prompt_tokens
+    if (request.asked_tokens or 1) > room:
+        raise _too_long(prompt, num_prompt_tokens, request.asked_tokens, facts)
+    default = room if isinstance(request, ChatRequest) else _COMPLETION_TOKENS
+    return request.asked_tokens or min(default, room, int(RANGES["max_tokens"][1]))
+
+
+def _too_long(prompt: str, num_prompt: int, asked: int | None, facts: ModelFacts) -> ApiError:
+    answer = "" if asked is None else f" and max_tokens is {asked}"
+    message = f"has {num_prompt} tokens{answer}; the context limit is {facts.max_model_len} in all"
+    return wrong(prompt, message, "context_length_exceeded")
+
+
+def _num_logprobs(request: CompletionRequest | ChatRequest) -> int | None:
+    if isinstance(request, CompletionRequest):
+        return request.logprobs
+    return (request.top_logprobs or 0) if request.logprobs else None
+
+
+def _num_prompt_logprobs(request: CompletionRequest | ChatRequest) -> int | None:
+    is_echo = isinstance(request, CompletionRequest) and request.echo
+    return _num_logprobs(request) if is_echo else None

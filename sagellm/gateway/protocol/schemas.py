@@ -1,0 +1,111 @@
+"""JSON schemas of the structs that travel, with the ranges that this gateway's limits set."""
+
+from collections.abc import Iterable, Iterator
+from copy import deepcopy
+from inspect import cleandoc
+from typing import Any, TypeAlias
+
+import msgspec
+
+from sagellm.gateway.protocol.chat import ChatRequest
+from sagellm.gateway.protocol.completions import CompletionRequest
+from sagellm.gateway.protocol.messages import MAX_PARTS, Message, TextPart
+from sagellm.gateway.protocol.request import StreamOptions
+from sagellm.gateway.protocol.tokenize import DetokenizeRequest, TokenizeChat, TokenizePrompt
+from sagellm.gateway.protocol.unbuilt import MESSAGE, PART, REQUEST, STREAM_OPTIONS, Unbuilt
+from sagellm.gateway.settings import Limits
+
+Schema: TypeAlias = dict[str, Any]
+Struct: TypeAlias = type[msgspec.Struct]
+
+_PLACE = "#/components/schemas/{name}"
+_NULL: Schema = {"type": "null"}
+# What clients send, with the fields that may stand there as long as they ask for nothing.
+_SENT: dict[Struct, Unbuilt] = {
+    CompletionRequest: REQUEST,
+    ChatRequest: REQUEST,
+    TokenizePrompt: REQUEST,
+    TokenizeChat: REQUEST,
+    DetokenizeRequest: REQUEST,
+    StreamOptions: STREAM_OPTIONS,
+    Message: MESSAGE,
+    TextPart: PART,
+}
+
+
+def schemas_of(structs: Iterable[Struct], limits: Limits) -> dict[str, Schema]:
+    """The schema of each struct, and of those inside it, by name."""
+    _, schemas = msgspec.json.schema_components(structs, ref_template=_PLACE)
+    for struct, unbuilt in _SENT.items():
+        if struct.__name__ in schemas:
+            _open(schemas[struct.__name__], unbuilt)
+    for schema in schemas.values():
+        schema["description"] = cleandoc(schema.get("description", schema["title"]))
+        _bound(schema.get("properties", {}), limits)
+    return schemas
+
+
+def reference(struct: Struct) -> Schema:
+    return {"$ref": _PLACE.format(name=struct.__name__)}
+
+
+def _open(schema: Schema, unbuilt: Unbuilt) -> None:
+    """Where a field need not be said, null is as good; and so is asking an unbuilt one nothing."""
+    properties, required = schema["properties"], schema.get("required", ())
+    for name, known in properties.items():
+        if name not in required:
+            properties[name] = _or_null(known)
+    for name, harmless in unbuilt.items():
+        properties.setdefault(name, {"enum": [None, *deepcopy(harmless)]})
+
+
+def _or_null(schema: Schema) -> Schema:
+    if _NULL in schema.get("anyOf", ()):
+        return schema
+    default = {"default": schema["default"]} if "default" in schema else {}
+    plain = {name: value for name, value in schema.items() if name != "default"}
+    return {"anyOf": [*plain.get("anyOf", [plain]), _NULL], **default}
+
+
+def _bound(properties: dict[str, Schema], limits: Limits) -> None:
+    """Ranges that the types leave open, because the operator sets them."""
+    bounds: dict[str, Schema] = {
+        "logit_bias": {"maxProperties": limits.num_logit_bias},
+        "messages": {"maxItems": limits.num_messages},
+        "content": {"maxItems": MAX_PARTS},
+    }
+    for name, bound in bounds.items():
+        for schema in _branches(properties.get(name, {})):
+            if schema.get("type") in ("array", "object"):
+                schema.update(bound)
+    for schema in _branches(properties.get("n", {})):
+        if "maximum" in schema:
+            schema["maximum"] = min(schema["maximum"], limits.num_choices)
+    if "stop" in properties:
+        properties["stop"] = _stop(limits)
+    if "echo" in properties:
+        properties["prompt"] = _prompt(limits)
+        properties["best_of"] = {"enum": [None]} | {"description": "or the value of `n`"}
+
+
+def _branches(schema: Schema) -> Iterator[Schema]:
+    """The schema itself, or each that it may be."""
+    yield from schema.get("anyOf", [schema])
+
+
+def _stop(limits: Limits) -> Schema:
+    text = {"type": "string", "minLength": 1, "maxLength": limits.stop_bytes}
+    several = {"type": "array", "items": text, "maxItems": limits.num_stop}
+    return {"anyOf": [text, several, _NULL], "default": []}
+
+
+def _prompt(limits: Limits) -> Schema:
+    """One kind at a time, which the struct's type cannot say."""
+    text: Schema = {"type": "string", "minLength": 1}
+    ids = {
+        "type": "array",
+        "minItems": 1,
+        "items": {"type": "integer", "minimum": 0, "exclusiveMaximum": 1 << 31},
+    }
+    several = {"type": "array", "minItems": 1, "maxItems": limits.num_prompts}
+    return {"anyOf": [text, ids, {**several, "items": text}, {**several, "items": ids}]}

@@ -1,0 +1,108 @@
+"""Whether tokens are being produced: a probe through the door, then a watch over the engines."""
+
+import secrets
+from collections.abc import Callable
+from typing import Protocol
+
+import anyio
+import structlog
+
+from sagellm.gateway.door import Door, Entry
+from sagellm.runtime.messages import PRIORITIES, SERVED, Sampling
+
+LOG = structlog.get_logger("sagellm.gateway")
+
+PROBE_S = 5.0  # a probe that takes longer has failed
+RETRY_S = 1.0
+WATCH_S = 0.1
+
+
+class Health(Protocol):
+    """What the watch asks of the graph."""
+
+    @property
+    def is_hung(self) -> bool:
+        """Whether an engine has work and makes no progress."""
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether the graph runs no more."""
+
+
+class Readiness:
+    """True once a token came through the whole graph, and until an engine hangs; then again.
+
+    The watch is a task of its own on the loop that `door` belongs to; the answers may be read from
+    any thread.
+    """
+
+    def __init__(self) -> None:
+        self.is_ready = False
+        self.reason = "starting"
+
+    async def watch(
+        self, door: Door, health: Callable[[], Health], prompt_ids: tuple[int, ...], text: str
+    ) -> None:
+        """Probe until a token comes, watch until an engine hangs, and again. Never returns."""
+        while True:
+            entry = probe(f"probe-{secrets.token_hex(8)}", prompt_ids, text)
+            if not _fault(health()) and await self._probed(door, entry):
+                self._become(True, "")
+                self._become(False, await _next_fault(health))
+            await anyio.sleep(RETRY_S)
+
+    async def _probed(self, door: Door, entry: Entry) -> bool:
+        """Whether the graph answers; what it says instead becomes the reason."""
+        reason = "no token came in time"
+        with anyio.move_on_after(PROBE_S):
+            reason = await _answered(door, entry)
+        if reason:
+            self._become(False, reason)
+        return not reason
+
+    def _become(self, is_ready: bool, reason: str) -> None:
+        before = self.is_ready, self.reason
+        self.is_ready, self.reason = is_ready, reason
+        if before != (is_ready, reason):
+            (LOG.info if is_ready else LOG.warning)("readiness", is_ready=is_ready, reason=reason)
+
+
+def _fault(health: Health) -> str:
+    if health.is_stopped:
+        return "the graph has stopped"
+    return "an engine makes no progress" if health.is_hung else ""
+
+
+async def _next_fault(health: Callable[[], Health]) -> str:
+    """Wait until there is one. Nothing tells of a hang but that nothing happens: so ask."""
+    while not (fault := _fault(health())):  # noqa: ASYNC110
+        await anyio.sleep(WATCH_S)
+    return fault
+
+
+def probe(request_id: str, prompt_ids: tuple[int, ...], text: str) -> Entry:
+    """One token, before everybody else."""
+    return Entry(
+        request_id=request_id,
+        text=text,
+        token_ids=prompt_ids,
+        sampling=Sampling(max_tokens=1),
+        priority=PRIORITIES["critical"],
+        tenant="probe",
+    )
+
+
+async def _answered(door: Door, entry: Entry) -> str:
+    """Nothing where the graph served the probe, or filtered it out; else why not."""
+    reason = "the graph let no token out"
+    try:
+        async with door.enter(entry) as batches:
+            async for events in batches:
+                end = events[-1].finish_reason
+                if end in SERVED or end == "filtered":
+                    return ""
+                reason = f"the graph ended the probe: {end}"
+    except Exception as error:  # whatever it is, the gateway is not ready
+        LOG.error("probe_failed", exc_info=error)
+        return "the graph failed the probe"
+    return reason

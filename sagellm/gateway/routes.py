@@ -1,0 +1,57 @@
+"""Every route of the gateway, who may use it, and whether it answers while draining."""
+
+from functools import lru_cache
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from sagellm.gateway.endpoints.admin import cancel, graph
+from sagellm.gateway.endpoints.chat import chat
+from sagellm.gateway.endpoints.completions import completions
+from sagellm.gateway.endpoints.health import VERSION, health, live, load, ready, version
+from sagellm.gateway.endpoints.invocations import invocations
+from sagellm.gateway.endpoints.metrics import metrics
+from sagellm.gateway.endpoints.models import model, models
+from sagellm.gateway.endpoints.tokenize import detokenize, tokenize, tokenizer_info
+from sagellm.gateway.gateway import Gateway
+from sagellm.gateway.protocol.openapi import openapi
+from sagellm.gateway.settings import Limits
+from sagellm.gateway.table import Route
+
+
+async def described(gateway: Gateway, request: Request) -> Response:
+    """The OpenAPI document of these routes."""
+    settings = gateway.settings
+    return Response(_document(settings.limits, bool(settings.api_keys)), media_type=_JSON)
+
+
+@lru_cache
+def _document(limits: Limits, needs_key: bool) -> bytes:
+    return msgspec.json.encode(openapi(ROUTES, VERSION, limits, needs_key=needs_key))
+
+
+_JSON = "application/json"
+
+ROUTES = (
+    Route("GET", "/live", live, access="open", while_draining=True),
+    Route("GET", "/ready", ready, access="open", while_draining=True),
+    Route("GET", "/health", health, while_draining=True),
+    Route("GET", "/ping", health, while_draining=True),
+    Route("POST", "/ping", health, while_draining=True),
+    Route("GET", "/version", version, while_draining=True),
+    Route("GET", "/load", load, while_draining=True),
+    Route("GET", "/metrics", metrics, access="metrics", while_draining=True),
+    Route("GET", "/openapi.json", described, while_draining=True),
+    Route("GET", "/v1/models", models),
+    Route("GET", "/v1/models/{id:path}", model),
+    Route("POST", "/v1/completions", completions),
+    Route("POST", "/v1/chat/completions", chat),
+    Route("POST", "/invocations", invocations),
+    Route("POST", "/tokenize", tokenize),
+    Route("POST", "/detokenize", detokenize),
+    Route("GET", "/tokenizer_info", tokenizer_info),
+    Route("GET", "/v1/sagellm/graph", graph, access="admin", while_draining=True),
+    Route("POST", "/v1/sagellm/requests/{id}/cancel", cancel, access="admin", while_draining=True),
+)
+PATHS = tuple(dict.fromkeys(route.path for route in ROUTES))

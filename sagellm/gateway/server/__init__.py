@@ -1,0 +1,1 @@
+"""The two servers that the app runs under, their sockets, and how they stop."""

@@ -1,0 +1,137 @@
+"""A gateway before an open session: built, probed, served, drained."""
+
+import signal
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
+from importlib import import_module
+from socket import socket
+
+import trio
+
+from sagellm.gateway.app import App, build_app
+from sagellm.gateway.budgets import Budgets
+from sagellm.gateway.door import Door
+from sagellm.gateway.door_portal import open_portal
+from sagellm.gateway.door_session import SessionDoor
+from sagellm.gateway.gateway import Gateway, ModelCard
+from sagellm.gateway.metrics.exposition import GatewayMeters
+from sagellm.gateway.readiness import Readiness
+from sagellm.gateway.routes import PATHS
+from sagellm.gateway.server.drain import Server, serve
+from sagellm.gateway.server.listen import url_of
+from sagellm.gateway.settings import Settings
+from sagellm.session import Session
+from sagellm.tracing import open_tracing
+
+PROBE_TEXT = "Hello"
+_SERVERS = {  # loaded when chosen: uvicorn is an extra
+    "hypercorn": ("sagellm.gateway.server.hypercorn", "HypercornServer"),
+    "uvicorn": ("sagellm.gateway.server.uvicorn", "UvicornServer"),
+}
+
+
+def server_class(name: str) -> Callable[[App, Settings, socket], Server]:
+    """Raises ModuleNotFoundError where the extra of that server is not installed."""
+    module, attribute = _SERVERS[name]
+    found: Callable[[App, Settings, socket], Server] = getattr(import_module(module), attribute)
+    return found
+
+
+async def serve_graph(
+    opening: AbstractAsyncContextManager[Session],
+    settings: Settings,
+    sock: socket,
+    tell: Callable[[str], None],
+) -> None:
+    """Open the graph and serve it on a bound socket, until SIGTERM or SIGINT end it.
+
+    `tell` is given one line once the gateway answers.
+    """
+    async with opening as session:
+        with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+            await serve_session(session, settings, sock, signals, tell)
+
+
+async def serve_session(
+    session: Session,
+    settings: Settings,
+    sock: socket,
+    signals: AsyncIterator[int],
+    tell: Callable[[str], None],
+) -> None:
+    """As `serve_graph`, for a session that is open; `signals` end it."""
+    async with (
+        _traced(session, settings),
+        _door(session, settings) as door,
+        trio.open_nursery() as nursery,
+    ):
+        meters = meters_of(session, settings)
+        gateway = gateway_of(session, settings, door, meters)
+        app = build_app(gateway)
+        server = server_class(settings.server)(app, settings, sock)
+        line = f"sagellm serves {gateway.model.id} at {url_of(sock, settings)}"
+        nursery.start_soon(meters.run)
+        nursery.start_soon(_watch, gateway, session)
+        await serve(server, app, signals, session.close, lambda: tell(line))
+        nursery.cancel_scope.cancel()
+
+
+def gateway_of(session: Session, settings: Settings, door: Door, meters: GatewayMeters) -> Gateway:
+    return Gateway(
+        settings=settings,
+        door=door,
+        tokenizer=session.tokenizer,
+        model=model_card(session, settings),
+        readiness=Readiness(),
+        budgets=Budgets(settings.budget),
+        meters=meters,
+        graph=session.executor.plan.graph,
+    )
+
+
+def meters_of(session: Session, settings: Settings) -> GatewayMeters:
+    return GatewayMeters(
+        session,
+        models=settings.served_models,
+        endpoints=PATHS,
+        compat=settings.metrics_compat,
+    )
+
+
+def model_card(session: Session, settings: Settings) -> ModelCard:
+    """What clients are told of the model; the length is that of the shortest engine."""
+    engines = session.executor.plan.engines
+    facts = [engine.facts for replicas in engines.values() for engine in replicas]
+    return ModelCard(
+        names=settings.served_models,
+        root=settings.served_models[0],
+        max_model_len=min(each.max_model_len for each in facts),
+        vocab_size=session.tokenizer.vocab_size,
+        created=int(time.time()),
+    )
+
+
+@asynccontextmanager
+async def _door(session: Session, settings: Settings) -> AsyncIterator[Door]:
+    """For the loop of the app: this one, or uvicorn's in its own thread."""
+    if settings.server == "hypercorn":
+        yield SessionDoor(session, settings.streaming)
+        return
+    async with open_portal(session, settings.streaming) as door:
+        yield door
+
+
+def _traced(session: Session, settings: Settings) -> AbstractAsyncContextManager[None]:
+    if settings.otlp_endpoint is None:
+        return nullcontext()
+    model, sample = settings.served_models[0], settings.trace_sample
+    return open_tracing(session, endpoint=settings.otlp_endpoint, model=model, sample=sample)
+
+
+async def _watch(gateway: Gateway, session: Session) -> None:
+    """Probes go through a door of this loop: the graph is the same."""
+    readiness, streaming = gateway.readiness, gateway.settings.streaming
+    assert isinstance(readiness, Readiness)
+    token_ids = session.tokenizer.encode(PROBE_TEXT)
+    await readiness.watch(SessionDoor(session, streaming), session.health, token_ids, PROBE_TEXT)

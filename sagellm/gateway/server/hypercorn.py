@@ -1,0 +1,197 @@
+"""Hypercorn's protocols on trio, in the nursery of the session; with limits that it has not."""
+
+import errno
+from itertools import chain
+from socket import socket
+from typing import Any
+
+import h11
+import structlog
+import trio
+from hypercorn.app_wrappers import ASGIWrapper
+from hypercorn.config import Config
+from hypercorn.events import Event, Updated
+from hypercorn.protocol import ProtocolWrapper
+from hypercorn.protocol.h11 import H11Protocol
+from hypercorn.trio.tcp_server import TCPServer
+from hypercorn.trio.worker_context import WorkerContext
+from hypercorn.typing import ConnectionState
+
+from sagellm.gateway.app import App
+from sagellm.gateway.server.connection import Connection
+from sagellm.gateway.server.listen import BACKLOG, max_connections
+from sagellm.gateway.server.refusal import refusal
+from sagellm.gateway.settings import Settings
+
+LOG = structlog.get_logger("sagellm.gateway")
+FULL_S = 0.1  # how long to wait where the system has no file descriptor left
+_FULL = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
+
+
+class HypercornServer:
+    """Serves from `run` until `stop`, and then until the last connection is done.
+
+    Hypercorn's own `serve` lets one broken connection end all, waits for ever in a send that
+    nobody takes, and accepts until no file descriptor is left: so the connections are ours.
+    """
+
+    def __init__(self, app: App, settings: Settings, sock: socket) -> None:
+        self._app = ASGIWrapper(app)  # type: ignore[arg-type]
+        self._config = configure(settings)
+        self._tls = self._config.create_ssl_context()
+        self._stall_s = settings.streaming.stall_s
+        self._sock = sock
+        self._accepting = trio.CancelScope()
+        self._context = WorkerContext(None)
+        self._open: set[Connection] = set()
+        self._closed = trio.lowlevel.ParkingLot()
+        self._free = trio.Semaphore(max_connections())
+
+    def stop(self) -> None:
+        """Take no more connections, and close those that are idle."""
+        self._accepting.cancel()
+
+    def call_soon(self, function: Any, *args: Any) -> None:
+        """Call on the loop of the app: this one."""
+        function(*args)
+
+    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Cancelled, it closes every connection at once."""
+        self._sock.listen(BACKLOG)
+        listener = trio.SocketListener(trio.socket.from_stdlib_socket(self._sock))
+        async with trio.open_nursery() as connections:
+            try:
+                task_status.started()
+                with self._accepting:
+                    await self._accept(listener, connections)
+                listener.socket.close()
+                await self._context.terminated.set()
+                await self._none_open()
+            finally:
+                listener.socket.close()
+                self._kill()  # sends are shielded: only a closed socket ends them
+
+    async def _accept(self, listener: trio.SocketListener, connections: trio.Nursery) -> None:
+        """One after the other; while there are too many, new ones wait in the kernel's queue."""
+        while True:
+            await self._free.acquire()
+            try:
+                stream = await listener.accept()
+            except OSError as error:
+                self._free.release()
+                if error.errno not in _FULL:
+                    raise
+                LOG.warning("accept_paused", reason=error.strerror)
+                await trio.sleep(FULL_S)
+            except BaseException:
+                self._free.release()
+                raise
+            else:
+                connections.start_soon(self._serve, Connection(stream, self._stall_s))
+
+    async def _serve(self, connection: Connection) -> None:
+        """A fault in one connection ends that one alone."""
+        self._open.add(connection)
+        stream: Any = connection
+        if self._tls is not None:
+            stream = trio.SSLStream(connection, self._tls, server_side=True, https_compatible=True)
+        try:
+            state = ConnectionState({})
+            await _Server(self._app, self._config, self._context, state, stream).run()
+        except* Exception as group:
+            LOG.warning("connection_failed", exc_info=group)
+        finally:
+            connection.kill()
+            self._open.discard(connection)
+            self._free.release()
+            self._closed.unpark_all()
+
+    async def _none_open(self) -> None:
+        while self._open:
+            await self._closed.park()
+
+    def _kill(self) -> None:
+        for connection in self._open:
+            connection.kill()
+
+
+def configure(settings: Settings) -> Config:
+    """No read time-out: a client that waits for its answer sends nothing. Headers have
+    `keep_alive_timeout` seconds, bodies those of our own layer.
+    """
+    config = Config()
+    config.accesslog = config.errorlog = None
+    config.include_server_header = False
+    config.keep_alive_timeout = settings.limits.header_s
+    config.ssl_handshake_timeout = settings.limits.header_s
+    config.h11_max_incomplete_size = settings.limits.header_bytes
+    config.h2_max_header_list_size = settings.limits.header_bytes
+    config.h2_max_concurrent_streams = 100
+    if settings.tls_certificate is not None and settings.tls_key is not None:
+        config.certfile, config.keyfile = str(settings.tls_certificate), str(settings.tls_key)
+    return config
+
+
+class _Server(TCPServer):
+    """Hypercorn's connection, with our HTTP/1.1. A client that has left takes no place: else its
+    connection would stay open until the idle time is over.
+    """
+
+    _has_left = False
+
+    async def _read_data(self) -> None:
+        await super()._read_data()
+        self._has_left = True
+        await self.idle_task.stop()
+
+    async def protocol_send(self, event: Event) -> None:
+        if not (self._has_left and isinstance(event, Updated)):
+            await super().protocol_send(event)
+
+    @property
+    def protocol(self) -> ProtocolWrapper:
+        return self._protocol
+
+    @protocol.setter
+    def protocol(self, made: ProtocolWrapper) -> None:
+        if isinstance(made.protocol, H11Protocol):
+            made.protocol = _Http1(
+                made.app,
+                made.config,
+                made.context,
+                made.task_group,
+                made.state,
+                made.ssl,
+                made.client,
+                made.server,
+                made.send,
+            )
+        self._protocol = made
+
+
+class _Http1(H11Protocol):
+    """Refuses what is no HTTP as everything else is refused. It stays HTTP/1.1 whatever the Upgrade
+    header says, which proxies in front hand on unread.
+    """
+
+    async def _check_protocol(self, event: h11.Request) -> None:
+        if event.method == b"PRI":
+            await super()._check_protocol(event)
+
+    async def _create_stream(self, request: h11.Request) -> None:
+        plain = [(name, value) for name, value in request.headers if name != b"upgrade"]
+        if len(plain) < len(request.headers):
+            request = h11.Request(
+                method=request.method,
+                headers=plain,
+                target=request.target,
+                http_version=request.http_version,
+            )
+        await super()._create_stream(request)
+
+    async def _send_error_response(self, status_code: int) -> None:
+        headers, body = refusal(status_code)
+        own = chain(headers, self.config.response_headers("h11"))
+        await self._send_h11_event(h11.Response(status_code=status_code, headers=list(own)))
+        await self._send_h11_event(h11.Data(data=body))
+        await self._send_h11_event(h11.EndOfMessage())

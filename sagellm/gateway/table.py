@@ -1,0 +1,115 @@
+"""A route, and the table that finds one: exact paths, as they came over the wire."""
+
+import re
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TypeAlias
+from urllib.parse import unquote
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Scope
+
+from sagellm.gateway.failure import ApiError
+from sagellm.gateway.gateway import Gateway
+from sagellm.gateway.layers.auth import Access
+from sagellm.gateway.layers.errors import response_of
+
+Endpoint: TypeAlias = Callable[[Gateway, Request], Awaitable[Response]]
+
+_PARAMETER = re.compile(r"{(\w+)(:path)?}")
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """What one path answers to. Whoever forgets `access` has a route that needs the key.
+
+    `{name}` in a path is one segment, `{name:path}` may hold slashes. `while_draining`: it answers
+    until the process ends.
+    """
+
+    method: str
+    path: str
+    endpoint: Endpoint
+    access: Access = "user"
+    while_draining: bool = False
+
+
+async def not_found(gateway: Gateway, request: Request) -> Response:
+    """What there is no route for; a caller without a key learns only that it needs one."""
+    raise ApiError(404, "there is no such path")
+
+
+async def not_allowed(gateway: Gateway, request: Request) -> Response:
+    response = response_of(ApiError(405, f"this path does not answer to {_word(request.method)}"))
+    response.headers["allow"] = ", ".join(request.scope["allowed_methods"])
+    return response
+
+
+NOT_FOUND = Route("GET", "", not_found, while_draining=True)
+
+
+class Table:
+    """Paths are compared byte for byte, before any decoding: //v1, /V1 and %2e%2e are no routes,
+    and so need a key and lead nowhere.
+    """
+
+    def __init__(self, routes: Iterable[Route]) -> None:
+        self._exact: dict[bytes, dict[str, Route]] = {}
+        self._open: list[tuple[re.Pattern[str], dict[str, Route]]] = []
+        self.paths: tuple[str, ...] = ()
+        for route in routes:
+            methods = self._methods(route.path)
+            methods[route.method] = route
+            if route.method == "GET":
+                methods.setdefault("HEAD", route)
+
+    def find(self, scope: Scope) -> Route:
+        """The route of a request; sets `path_params` in the scope. Never fails."""
+        methods, parameters = self._lookup(scope.get("raw_path") or b"")
+        scope["path_params"] = parameters
+        if not methods:
+            return NOT_FOUND
+        route = methods.get(scope["method"])
+        if route is not None:
+            return route
+        scope["allowed_methods"] = tuple(methods)
+        any_route = next(iter(methods.values()))
+        return Route(scope["method"], any_route.path, not_allowed, any_route.access, True)
+
+    def _methods(self, path: str) -> dict[str, Route]:
+        """The routes of one path, which is new or known."""
+        if path in self.paths:
+            return self._lookup(path.encode())[0]
+        self.paths += (path,)
+        methods: dict[str, Route] = {}
+        if "{" in path:
+            self._open.append((_pattern(path), methods))
+        else:
+            self._exact[path.encode()] = methods
+        return methods
+
+    def _lookup(self, raw_path: bytes) -> tuple[dict[str, Route], Mapping[str, str]]:
+        known = self._exact.get(raw_path)
+        if known is not None:
+            return known, {}
+        text = raw_path.decode("latin-1")
+        for pattern, methods in self._open:
+            match = pattern.fullmatch(text)
+            if match:
+                return methods, {name: unquote(value) for name, value in match.groupdict().items()}
+        return {}, {}
+
+
+def _pattern(path: str) -> re.Pattern[str]:
+    parts, end = [], 0
+    for match in _PARAMETER.finditer(path):
+        value = ".+" if match[2] else "[^/]+"
+        parts += [re.escape(path[end : match.start()]), f"(?P<{match[1]}>{value})"]
+        end = match.end()
+    return re.compile("".join([*parts, re.escape(path[end:])]))
+
+
+def _word(method: str) -> str:
+    """A method fit for an answer."""
+    return method if method.isalpha() and len(method) <= 16 else "this method"

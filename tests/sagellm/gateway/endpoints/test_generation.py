@@ -1,0 +1,182 @@
+"""What enters the graph of a call, and what the call holds while it is under way."""
+
+from typing import Any
+
+import anyio
+import pytest
+from gateway_calls import Client, event, gateway_before, last, playing, post
+from starlette.requests import Request
+
+from sagellm.gateway.budgets import Budgets
+from sagellm.gateway.door import Entry
+from sagellm.gateway.endpoints.chat import chat
+from sagellm.gateway.endpoints.completions import completions
+from sagellm.gateway.endpoints.invocations import invocations
+from sagellm.gateway.failure import ApiError
+from sagellm.gateway.settings import Budget, Settings
+
+COMPLETION = {"model": "m", "prompt": "hey"}
+CHAT = {"model": "m", "messages": [{"role": "user", "content": "hey"}]}
+BOTH = pytest.mark.parametrize(("endpoint", "body"), [(completions, COMPLETION), (chat, CHAT)])
+
+
+async def entry_of(endpoint: Any, body: Any, **call: Any) -> Entry:
+    door = playing([last("a")])
+    answered = await Client(body).call(endpoint, gateway_before(door), **call)
+    assert answered.status == 200, answered.json
+    return door.entries[0]
+
+
+@BOTH
+async def test_the_facts_of_the_call_go_with_it(endpoint, body):
+    entry = await entry_of(
+        endpoint,
+        {**body, "priority": 4, "slo_ttft_s": 2.0, "timeout_s": 9.0, "seed": 5},
+        tenant="acme",
+        traceparent="00-a-b-01",
+    )
+    assert (entry.tenant, entry.trace, entry.model) == ("acme", "00-a-b-01", "m")
+    assert (entry.priority, entry.slo_ttft_s, entry.timeout_s) == (4, 2.0, 9.0)
+    assert entry.sampling.seed == 5
+
+
+@BOTH
+async def test_unsaid_the_priority_is_normal(endpoint, body):
+    assert (await entry_of(endpoint, body)).priority == 2
+
+
+async def test_a_text_prompt_enters_with_its_tokens():
+    entry = await entry_of(completions, COMPLETION)
+    assert (entry.text, entry.token_ids) == ("hey", tuple(b"hey"))
+
+
+async def test_token_ids_enter_as_they_are():
+    entry = await entry_of(completions, {"prompt": [104, 255]})
+    assert (entry.text, entry.token_ids) == ("h\N{REPLACEMENT CHARACTER}", (104, 255))
+
+
+async def test_a_conversation_enters_as_the_template_writes_it():
+    entry = await entry_of(chat, CHAT)
+    assert (entry.text, entry.token_ids) == ("user: hey\n", tuple(b"user: hey\n"))
+
+
+async def test_a_truncated_prompt_enters_with_the_text_that_is_left():
+    entry = await entry_of(completions, {**COMPLETION, "truncate_prompt_tokens": 2})
+    assert (entry.text, entry.token_ids) == ("ey", tuple(b"ey"))
+    entry = await entry_of(chat, {**CHAT, "truncate_prompt_tokens": 4})
+    assert (entry.text, entry.token_ids) == ("hey\n", tuple(b"hey\n"))
+
+
+@pytest.mark.parametrize("prompt", [[256], [[1], [256]]])
+async def test_ids_that_the_model_does_not_know_are_refused(prompt):
+    answered = await post(completions, playing(), {"prompt": prompt})
+    assert answered.status == 400
+    assert answered.json["error"]["param"] == "prompt"
+
+
+@BOTH
+async def test_prefixes_are_shared_inside_a_tenant_and_a_salt_only(endpoint, body):
+    gateway = gateway_before(playing([last("a")]))
+
+    async def salt(tenant: str, **fields: Any) -> str:
+        await Client({**body, **fields}).call(endpoint, gateway, tenant=tenant)
+        return gateway.door.entries[-1].salt
+
+    plain = await salt("t")
+    others = [await salt("u"), await salt("t", cache_salt="x"), await salt("tx")]
+    assert await salt("t") == plain
+    assert len({plain, *others}) == 4
+    assert plain != gateway_before(playing()).salt_of("t")  # another start, another key
+
+
+def test_salts_under_one_key_are_the_same_at_every_start():
+    settings = Settings(salt_key=b"k", served_models=("m",))
+    first, second = (gateway_before(playing(), settings=settings) for _ in range(2))
+    assert first.salt_of("t", "x") == second.salt_of("t", "x")
+    assert first.salt_of("1:t") != first.salt_of("1", "t")
+
+
+async def test_the_id_of_a_body_comes_first():
+    assert (await entry_of(completions, {**COMPLETION, "request_id": "mine"})).request_id == "mine"
+
+
+async def test_a_call_whose_id_is_in_use_gets_another():
+    more = anyio.Event()
+    door = playing(more, [last("a")])
+    gateway, first, second = gateway_before(door), Client(COMPLETION), Client(COMPLETION)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(first.call, completions, gateway)
+        tasks.start_soon(second.call, completions, gateway)
+        while len(door.entries) < 2:
+            await anyio.lowlevel.checkpoint()
+        more.set()
+    ids = {client.answered.json["id"] for client in (first, second)}
+    assert len(ids) == 2
+    assert "cmpl-abc" in ids
+    assert gateway.requests_of("abc") == ()
+
+
+@BOTH
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_tenant_over_its_budget_is_refused(endpoint, body, stream):
+    door = playing(anyio.Event())
+    gateway = gateway_before(door, budgets=Budgets(Budget(num_open=1)))
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(Client(body).call, endpoint, gateway)
+        while not door.entries:
+            await anyio.lowlevel.checkpoint()
+        answered = await Client({**body, "stream": stream}).call(endpoint, gateway)
+        tasks.cancel_scope.cancel()
+    assert answered.status == 429
+    assert len(door.entries) == 1
+    assert gateway.budgets.num_open("t") == 0
+
+
+@BOTH
+async def test_a_call_with_a_token_waits_no_longer(endpoint, body):
+    door = playing([event("a")], anyio.Event())
+    gateway = gateway_before(door, budgets=Budgets(Budget(num_waiting=1)))
+    async with anyio.create_task_group() as tasks:
+        client = Client({**body, "stream": True})
+        tasks.start_soon(client.call, endpoint, gateway)
+        await client.received(1)
+        second = Client({**body, "stream": True})
+        tasks.start_soon(second.call, endpoint, gateway)
+        await second.received(1)
+        tasks.cancel_scope.cancel()
+    assert len(door.entries) == 2
+
+
+async def test_an_overload_says_when_to_come_back():
+    def script(entry: Entry) -> Any:
+        return [[last("", "refused", code="queue_full", retry_after_s=2.5)]]
+
+    door = playing()
+    door.script = script
+    gateway = gateway_before(door)
+
+    async def refused() -> Any:
+        client = Client(COMPLETION)
+        with pytest.raises(ApiError) as caught:
+            await completions(gateway, Request(client.scope(), client._receive))
+        return caught.value
+
+    error = await refused()
+    assert (error.status, error.retry_after_s, error.should_retry) == (503, 2.5, True)
+    for _ in range(20):
+        error = await refused()
+    assert error.should_retry is False
+
+
+async def test_invocations_go_by_the_shape_of_the_body():
+    whole = await post(invocations, playing([last("a")]), CHAT)
+    assert whole.json["object"] == "chat.completion"
+    whole = await post(invocations, playing([last("a")]), COMPLETION)
+    assert whole.json["object"] == "text_completion"
+
+
+@pytest.mark.parametrize("body", [{}, {"prompt": None}, [], 5, {"input": "a"}])
+async def test_an_invocation_of_no_known_shape_is_refused(body):
+    content = b"[]" if body == [] else body
+    answered = await post(invocations, playing(), content)
+    assert answered.status == 400

@@ -1,0 +1,170 @@
+"""What is decided by the head of a request alone: headers, host, origin, ids, routes."""
+
+from typing import Any
+
+import pytest
+from starlette.requests import Request
+from starlette.responses import Response
+
+from sagellm.gateway.call import read_request_id, read_traceparent
+from sagellm.gateway.failure import ApiError
+from sagellm.gateway.gateway import Gateway
+from sagellm.gateway.layers.body import check_body
+from sagellm.gateway.layers.headers import check_headers
+from sagellm.gateway.layers.origin import Hosts
+from sagellm.gateway.routes import ROUTES
+from sagellm.gateway.settings import Limits, Settings
+from sagellm.gateway.table import NOT_FOUND, Route, Table
+
+HOST = (b"host", b"localhost:8000")
+
+
+def scope(*headers: tuple[bytes, bytes], path: bytes = b"/", **fields: Any) -> dict[str, Any]:
+    known = {"headers": list(headers), "raw_path": path, "query_string": b"", "method": "GET"}
+    return {**known, "http_version": "1.1", **fields}
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ([HOST], 200),
+        ([], 400),
+        ([HOST, HOST], 400),
+        ([(b"host", b"")], 400),
+        ([HOST, (b"content-length", b"1"), (b"transfer-encoding", b"chunked")], 400),
+        ([HOST, (b"content-length", b"1"), (b"content-length", b"1")], 400),
+        ([HOST, (b"content-length", b"-1")], 400),
+        ([HOST, (b"transfer-encoding", b"gzip, chunked")], 400),
+        ([HOST, (b"transfer-encoding", b"Chunked")], 200),
+        ([HOST, *[(b"x", b"1")] * 100], 431),
+        ([HOST, (b"x", b"a" * 16384)], 431),
+    ],
+)
+def test_headers(headers: list[tuple[bytes, bytes]], status: int) -> None:
+    assert _status(check_headers, scope(*headers), Limits()) == status
+
+
+def test_a_long_path_counts_as_headers() -> None:
+    assert _status(check_headers, scope(HOST, path=b"/" * 20000), Limits()) == 431
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("localhost", 200),
+        ("LocalHost:8000", 200),
+        ("127.0.0.1:8000", 200),
+        ("[::1]:8000", 200),
+        ("10.1.2.3", 200),
+        ("gateway.internal:443", 200),
+        ("evil.com", 421),
+        ("localhost.evil.com", 421),
+        ("127.0.0.1.evil.com", 421),
+        ("localhost:0", 421),
+        ("localhost:port", 421),
+        ("localhost/x", 421),
+        ("a@localhost", 421),
+        ("[::1", 421),
+    ],
+)
+def test_hosts(host: str, status: int) -> None:
+    hosts = Hosts(Settings(allowed_hosts=("gateway.internal",)))
+    assert _status(hosts.check, scope((b"host", host.encode()))) == status
+
+
+def test_any_host_may_be_allowed() -> None:
+    assert _status(Hosts(Settings(allowed_hosts=("*",))).check, scope((b"host", b"x.org"))) == 200
+
+
+@pytest.mark.parametrize(
+    ("origin", "status"),
+    [
+        ("http://localhost:8000", 200),
+        ("https://localhost:8000", 200),
+        ("https://app.example", 200),
+        ("http://localhost", 403),
+        ("http://evil.com", 403),
+        ("null", 403),
+        ("", 403),
+        ("ftp://localhost:8000", 403),
+        ("http://localhost:8000,http://evil.com", 403),
+    ],
+)
+def test_origins(origin: str, status: int) -> None:
+    hosts = Hosts(Settings(allowed_origins=("https://app.example",)))
+    assert _status(hosts.check, scope(HOST, (b"origin", origin.encode()))) == status
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ([(b"content-length", b"8388608")], 200),
+        ([(b"content-length", b"8388609")], 413),
+        ([(b"content-length", b"9" * 5000)], 413),
+        ([(b"content-length", b"0" * 5000 + b"1")], 200),
+        ([(b"content-encoding", b"identity")], 200),
+        ([(b"content-encoding", b"gzip")], 415),
+    ],
+)
+def test_what_is_said_of_a_body(headers: list[tuple[bytes, bytes]], status: int) -> None:
+    assert _status(check_body, scope(*headers), Limits()) == status
+
+
+@pytest.mark.parametrize("given", ["a", "A-z.0_9", "x" * 128])
+def test_a_plain_id_is_kept(given: str) -> None:
+    assert read_request_id([(b"x-request-id", given.encode())]) == given
+
+
+@pytest.mark.parametrize("given", [[], [b""], [b"x" * 129], [b"a b"], [b"a\x00"], [b"a", b"b"]])
+def test_any_other_id_is_replaced(given: list[bytes]) -> None:
+    headers = [(b"x-request-id", value) for value in given]
+    first, second = read_request_id(headers), read_request_id(headers)
+    assert first != second
+    assert first.isalnum()
+
+
+def test_a_trace_context_is_kept_only_where_it_is_one() -> None:
+    good = b"00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    assert read_traceparent([(b"traceparent", good)]) == good.decode()
+    assert read_traceparent([(b"traceparent", good + b"\n")]) == ""
+    assert read_traceparent([(b"traceparent", b"00-zz")]) == ""
+
+
+async def _endpoint(gateway: Gateway, request: Request) -> Response:
+    return Response()
+
+
+def test_a_route_needs_the_key_unless_it_says_otherwise() -> None:
+    assert Route("GET", "/x", _endpoint).access == "user"
+    assert {route.path for route in ROUTES if route.access == "open"} == {"/live", "/ready"}
+    assert NOT_FOUND.access == "user"
+
+
+@pytest.mark.parametrize(
+    "path", [b"//live", b"/live/", b"/LIVE", b"/%6cive", b"/x/../live", b"/live%00", b"live", b""]
+)
+def test_only_the_exact_path_is_the_route(path: bytes) -> None:
+    assert Table(ROUTES).find(scope(path=path)) is NOT_FOUND
+    assert Table(ROUTES).find(scope(path=b"/live")).access == "open"
+
+
+def test_a_parameter_is_decoded_and_may_have_slashes_where_the_route_says_so() -> None:
+    asked = scope(path=b"/v1/models/Qwen%2FQwen3/x")
+    assert Table(ROUTES).find(asked).path == "/v1/models/{id:path}"
+    assert asked["path_params"] == {"id": "Qwen/Qwen3/x"}
+    deep = scope(path=b"/v1/sagellm/requests/a/b/cancel", method="POST")
+    assert Table(ROUTES).find(deep) is NOT_FOUND
+
+
+def test_a_method_that_a_path_has_not_keeps_its_access() -> None:
+    asked = scope(path=b"/v1/sagellm/graph", method="DELETE")
+    route = Table(ROUTES).find(asked)
+    assert (route.access, asked["allowed_methods"]) == ("admin", ("GET", "HEAD"))
+
+
+def _status(check: Any, *args: Any) -> int:
+    try:
+        check(*args)
+    except ApiError as error:
+        return error.status
+    return 200

@@ -1,0 +1,181 @@
+"""The OpenAPI document: sound, with ranges that hold, and no surprise for what it allows."""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import jsonschema_rs
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from sagellm.gateway.failure import ApiError
+from sagellm.gateway.protocol.chat import read_chat
+from sagellm.gateway.protocol.completions import read_completion
+from sagellm.gateway.protocol.openapi import openapi
+from sagellm.gateway.protocol.operations import OPERATIONS
+from sagellm.gateway.protocol.tokenize import read_detokenize, read_tokenize
+from sagellm.gateway.settings import Limits
+
+
+@dataclass(frozen=True)
+class Route:
+    method: str
+    path: str
+    access: str = "user"
+
+
+READERS = {
+    "/v1/completions": read_completion,
+    "/v1/chat/completions": read_chat,
+    "/tokenize": read_tokenize,
+    "/detokenize": read_detokenize,
+}
+ROUTES = [
+    *(Route("POST" if known.takes else "GET", path) for path, known in OPERATIONS.items()),
+    Route("POST", "/ping", "open"),
+    Route("POST", "/v1/sagellm/{deep:path}", "admin"),
+]
+DOCUMENT = openapi(ROUTES, "1.2.3")
+LOADED = schemathesis.openapi.from_dict(DOCUMENT)
+
+
+def validator(path: str) -> Any:
+    content = DOCUMENT["paths"][path]["post"]["requestBody"]["content"]
+    schema = {**content["application/json"]["schema"], "components": DOCUMENT["components"]}
+    return jsonschema_rs.Draft202012Validator(schema)
+
+
+def test_every_reference_leads_somewhere() -> None:
+    text = json.dumps(DOCUMENT)
+    for part in text.split('"$ref": "#/components/')[1:]:
+        kind, _, name = part.partition('"')[0].partition("/")
+        assert name in DOCUMENT["components"][kind]
+
+
+def test_every_schema_is_one() -> None:
+    for schema in DOCUMENT["components"]["schemas"].values():
+        jsonschema_rs.meta.validate(schema)
+
+
+def test_every_route_is_there() -> None:
+    assert DOCUMENT["openapi"] == "3.1.0"
+    assert DOCUMENT["info"]["version"] == "1.2.3"
+    assert set(DOCUMENT["paths"]["/ping"]) == {"get", "post"}
+    deep = DOCUMENT["paths"]["/v1/sagellm/{deep}"]["post"]
+    assert [one["name"] for one in deep["parameters"]] == ["deep"]
+    ids = [one["operationId"] for methods in DOCUMENT["paths"].values() for one in methods.values()]
+    assert len(ids) == len(set(ids)) == len(ROUTES)
+
+
+@pytest.mark.parametrize(
+    ("access", "needs_key", "ways"),
+    [
+        ("user", True, ["user", "admin"]),
+        ("metrics", True, ["user", "admin"]),
+        ("open", True, []),
+        ("user", False, []),
+        ("admin", True, ["admin"]),
+        ("admin", False, ["admin"]),
+    ],
+)
+def test_who_may_enter_is_said(access: str, needs_key: bool, ways: list[str]) -> None:
+    document = openapi([Route("GET", "/x", access)], "1", needs_key=needs_key)
+    security = document["paths"]["/x"]["get"]["security"]
+    assert [name for way in security for name in way] == ways
+    assert set(ways) <= set(document["components"]["securitySchemes"])
+
+
+def test_the_operators_limits_are_in_it() -> None:
+    limits = Limits(num_choices=3, num_stop=2, num_prompts=4, num_messages=5, num_logit_bias=6)
+    document = openapi([], "1", limits)
+    chat = document["components"]["schemas"]["ChatRequest"]["properties"]
+    text = json.dumps(chat)
+    for bound in ('"maximum": 3', '"maxItems": 2', '"maxItems": 5', '"maxProperties": 6'):
+        assert bound in text
+    prompt = document["components"]["schemas"]["CompletionRequest"]["properties"]["prompt"]
+    assert json.dumps(prompt).count('"maxItems": 4') == 2
+
+
+GOOD: list[tuple[str, Any]] = [
+    ("/v1/completions", {"prompt": "a"}),
+    ("/v1/completions", {"prompt": ["a", "b"], "n": 16, "stop": None}),
+    ("/v1/completions", {"prompt": "a", "n": None, "temperature": None, "max_tokens": None}),
+    ("/v1/completions", {"prompt": [1, 2], "logit_bias": {"5": 1.5}, "best_of": None}),
+    ("/v1/completions", {"prompt": [[1], [2]], "tools": None, "store": False}),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}]}),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": [], "refusal": None}]}),
+    ("/tokenize", {"prompt": "a"}),
+    ("/tokenize", {"messages": [{"role": "user", "content": "a"}], "chat_template": None}),
+    ("/detokenize", {"tokens": [1]}),
+]
+BAD: list[tuple[str, Any]] = [
+    ("/v1/completions", {}),
+    ("/v1/completions", {"prompt": ""}),
+    ("/v1/completions", {"prompt": ["a", 1]}),
+    ("/v1/completions", {"prompt": ["a"] * 129}),
+    ("/v1/completions", {"prompt": "a", "n": 17}),
+    ("/v1/completions", {"prompt": "a", "n": 0}),
+    ("/v1/completions", {"prompt": "a", "temperature": -1}),
+    ("/v1/completions", {"prompt": "a", "top_p": 0}),
+    ("/v1/completions", {"prompt": "a", "logprobs": 6}),
+    ("/v1/completions", {"prompt": "a", "stop": ["x"] * 17}),
+    ("/v1/completions", {"prompt": "a", "logit_bias": {"a": 1}}),
+    ("/v1/completions", {"prompt": "a", "suffix": "b"}),
+    ("/v1/completions", {"prompt": "a", "max_tokns": 1}),
+    ("/v1/chat/completions", {"messages": []}),
+    ("/v1/chat/completions", {"messages": [{"role": "function", "content": "a"}]}),
+    ("/v1/chat/completions", {"messages": [{"role": "user"}]}),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], "tools": [{}]}),
+    ("/tokenize", {"prompt": 5}),
+    ("/detokenize", {"tokens": [-1]}),
+]
+
+
+@pytest.mark.parametrize(("path", "body"), GOOD)
+def test_the_schema_allows_what_is_read(path: str, body: Any) -> None:
+    READERS[path](json.dumps(body).encode(), Limits())
+    assert validator(path).is_valid(body)
+
+
+@pytest.mark.parametrize(("path", "body"), BAD)
+def test_the_schema_forbids_what_is_refused(path: str, body: Any) -> None:
+    with pytest.raises(ApiError):
+        READERS[path](json.dumps(body).encode(), Limits())
+    assert not validator(path).is_valid(body)
+
+
+# What no schema says: fields that need each other, and characters that JSON cannot carry well.
+UNSAID = (
+    "stream_options: needs",
+    "top_logprobs: needs",
+    "max_completion_tokens is",
+    "truncate_prompt_tokens: is 0",
+    "bytes in one string",
+    "there is none with a name",
+    "has a NUL",
+    "lone surrogate",
+    "integer -0",
+    "64-bit floats",
+)
+
+
+def surprise(path: str, body: Any) -> str | None:
+    """Why the body was refused, unless no schema could have said it."""
+    try:
+        READERS[path](json.dumps(body).encode(), Limits())
+    except ApiError as error:
+        return None if any(why in error.message for why in UNSAID) else error.message
+    return None
+
+
+@pytest.mark.parametrize("path", READERS)
+def test_what_the_schema_allows_is_no_surprise(path: str) -> None:
+    @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(st.data())
+    def holds(data: st.DataObject) -> None:
+        case = data.draw(LOADED[path]["POST"].as_strategy())
+        assert surprise(path, case.body) is None
+
+    holds()

@@ -1,0 +1,202 @@
+"""What no server enforces by itself: times, counts, and what one client costs the others."""
+
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from os import listdir
+from typing import Any
+
+import pytest
+import trio
+from gateway_served import ENDLESS, SERVERS, STREAM, Served, get, read_reply, serving
+from h2.config import H2Configuration
+from h2.connection import H2Connection
+
+from sagellm.gateway.settings import Limits, Streaming
+
+SHORT = Limits(header_s=0.1, body_s=0.1)
+
+
+async def _is_closed(stream: trio.SocketStream) -> bool:
+    with trio.move_on_after(5):
+        try:
+            while await stream.receive_some():
+                pass
+        except trio.BrokenResourceError:
+            pass
+        return True
+    return False
+
+
+async def _drip(stream: trio.SocketStream, text: bytes) -> None:
+    """One byte after the other until the server has had enough."""
+    for byte in text:
+        try:
+            await stream.send_all(bytes([byte]))
+        except trio.BrokenResourceError:
+            return
+        await trio.sleep(0.02)
+
+
+@pytest.mark.parametrize("server", SERVERS)
+@pytest.mark.parametrize("sent", [b"", b"GET /live HTTP/1.1\r\nX-Slow: "])
+async def test_slow_headers_are_cut_off(server: str, sent: bytes) -> None:
+    async with serving(server, limits=SHORT) as served, await served.connect() as stream:
+        await stream.send_all(sent or b"G")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_drip, stream, b"a" * 1000)
+            assert await _is_closed(stream)
+            nursery.cancel_scope.cancel()
+        assert (await served.ask(get("/live"))).status == 200
+
+
+@pytest.mark.parametrize("server", SERVERS)
+async def test_a_connection_that_says_nothing_is_closed(server: str) -> None:
+    async with serving(server, limits=SHORT) as served, await served.connect() as stream:
+        assert await _is_closed(stream)
+
+
+@pytest.mark.parametrize("server", SERVERS)
+async def test_a_slow_body_is_refused(server: str) -> None:
+    async with serving(server, limits=SHORT) as served, await served.connect() as stream:
+        head = b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n"
+        await stream.send_all(head)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_drip, stream, b" " * 1000)
+            with trio.fail_after(5):
+                assert (await read_reply(stream)).status == 408
+            nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("server", SERVERS)
+async def test_a_header_without_end_is_refused(server: str) -> None:
+    async with serving(server) as served, await served.connect() as stream:
+        await stream.send_all(b"GET /live HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 40000)
+        reply = await read_reply(stream)
+        assert reply.status == 431
+        assert reply.headers["x-request-id"]
+        assert reply.error["message"]
+
+
+@contextmanager
+def files_limited_to(number: int) -> Iterator[None]:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (number, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+async def _connections(served: Served, number: int) -> list[trio.SocketStream]:
+    found = []
+    for _ in range(number):
+        found.append(await served.connect())
+    return found
+
+
+async def _answers(served: Served) -> bool:
+    with trio.move_on_after(5):
+        while True:
+            try:
+                if (await served.ask(get("/live"))).status == 200:
+                    return True
+            except OSError:
+                await trio.sleep(0.01)
+    return False
+
+
+@pytest.mark.parametrize("server", SERVERS)
+async def test_more_connections_than_files_are_survived(
+    server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Further ones wait or are refused; when some have gone the next are answered."""
+    for module in ("hypercorn", "uvicorn"):
+        monkeypatch.setattr(f"sagellm.gateway.server.{module}.max_connections", lambda: 4)
+    async with serving(server) as served:
+        streams = await _connections(served, 12)
+        await streams[0].send_all(get("/live"))
+        assert (await read_reply(streams[0])).status == 200
+        for stream in streams:
+            await stream.aclose()
+        assert await _answers(served)
+
+
+async def test_accept_pauses_where_no_file_is_left() -> None:
+    async with serving("hypercorn") as served:
+        streams = await _connections(served, 4)
+        with files_limited_to(len(listdir("/proc/self/fd"))):  # listdir itself had the last one
+            late = await served.connect()
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            await streams[0].send_all(get("/live"))
+            assert (await read_reply(streams[0])).status == 200
+        streams.append(late)
+        await late.send_all(get("/live"))
+        with trio.fail_after(2):
+            assert (await read_reply(late)).status == 200
+        for stream in streams:
+            await stream.aclose()
+
+
+@pytest.mark.parametrize("server", SERVERS)
+async def test_a_client_that_does_not_read_is_cut_off(server: str) -> None:
+    """Its call ends, though its socket takes nothing and its sender is shielded."""
+    patient = Streaming(stall_s=0.1)
+    async with (
+        serving(server, streaming=patient, routes=[ENDLESS]) as served,
+        await served.connect() as stream,
+    ):
+        await stream.send_all(get("/endless"))
+        assert await stream.receive_some(1)
+        await served.idle()
+        assert (await served.ask(get("/live"))).status == 200
+
+
+async def test_a_finished_connection_does_not_stay_for_ever() -> None:
+    """The end of a stream makes it ready for the next call, with a time-out of its own."""
+    async with serving("hypercorn", limits=SHORT) as served, await served.connect() as stream:
+        await stream.send_all(STREAM)
+        while not served.door.held:
+            await trio.testing.wait_all_tasks_blocked()
+        await served.let_go()
+        assert await _is_closed(stream)
+
+
+GET = [(b":method", b"GET"), (b":scheme", b"http"), (b":authority", b"localhost")]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        [*GET, (b":path", b"/\xfc")],
+        [(b":method", b"CONNECT"), (b":authority", b"localhost")],
+        [(b":method", b"G\xfcT"), *GET[1:], (b":path", b"/")],
+    ],
+    ids=["path", "connect", "method"],
+)
+async def test_a_fault_in_one_connection_ends_that_one_alone(fields: list[Any]) -> None:
+    """What passes the parser of HTTP/2, and Hypercorn cannot read: it would end the server."""
+    anything = H2Configuration(validate_outbound_headers=False, normalize_outbound_headers=False)
+    async with serving("hypercorn") as served, await served.connect() as stream:
+        client = H2Connection(anything)
+        client.initiate_connection()
+        client.send_headers(1, fields, end_stream=True)
+        await stream.send_all(client.data_to_send())
+        assert await _is_closed(stream)
+        await stream.aclose()
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        assert (await served.ask(get("/live"))).status == 200
+
+
+async def test_rapid_resets_end_the_connection() -> None:
+    """CVE-2023-44487: a stream opened and reset costs the server more than the client."""
+    async with serving("hypercorn") as served, await served.connect() as stream:
+        client = H2Connection()
+        client.initiate_connection()
+        with suppress(trio.BrokenResourceError):
+            for number in range(1, 6001, 2):
+                client.send_headers(number, [*GET, (b":path", b"/live")])
+                client.reset_stream(number)
+                await stream.send_all(client.data_to_send())
+        assert await _is_closed(stream)
+        assert (await served.ask(get("/live"))).status == 200

@@ -1,0 +1,97 @@
+"""Budgets of tenants, and of retries."""
+
+from contextlib import ExitStack
+
+import pytest
+
+from sagellm.gateway.budgets import Budgets
+from sagellm.gateway.failure import ApiError
+from sagellm.gateway.settings import Budget
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now_s = 100.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def budgets(clock: Clock | None = None, **limits: float) -> Budgets:
+    return Budgets(Budget(**limits), clock or Clock())  # type: ignore[arg-type]
+
+
+def refused(budgets: Budgets, tenant: str = "a") -> ApiError | None:
+    try:
+        with budgets.hold(tenant):
+            return None
+    except ApiError as error:
+        return error
+
+
+def test_open_calls_are_bounded_for_each_tenant() -> None:
+    some = budgets(num_open=2)
+    with some.hold("a"), some.hold("a"):
+        error = refused(some)
+        assert error is not None
+        assert (error.status, error.retry_after_s, error.should_retry) == (429, 1.0, True)
+        assert refused(some, "b") is None
+    assert refused(some) is None
+
+
+def test_waiting_ends_with_the_first_token() -> None:
+    some = budgets(num_waiting=1)
+    with some.hold("a") as hold:
+        assert refused(some) is not None
+        hold.first_token()
+        hold.first_token()
+        assert refused(some) is None
+        with some.hold("a"):
+            assert refused(some) is not None
+    assert refused(some) is None
+
+
+def cancel(some: Budgets, num: int) -> None:
+    for _ in range(num):
+        with pytest.raises(KeyboardInterrupt), some.hold("a"):
+            raise KeyboardInterrupt  # as every cancellation, no Exception
+
+
+def test_cancels_are_bounded_over_time() -> None:
+    clock = Clock()
+    some = budgets(clock, cancels_per_s=4)
+    cancel(some, 4)
+    error = refused(some)
+    assert error is not None
+    assert error.retry_after_s == pytest.approx(0.25)
+    assert refused(some, "b") is None
+    clock.now_s += 0.25
+    assert refused(some) is None
+
+
+def test_an_error_is_no_cancel() -> None:
+    some = budgets(cancels_per_s=1)
+    for _ in range(5):
+        with pytest.raises(LookupError), some.hold("a"):
+            raise LookupError
+    assert refused(some) is None
+    assert some.num_open("a") == 0
+
+
+def test_retries_are_a_tenth_of_what_was_admitted() -> None:
+    """However many calls are refused, no more than that are told to come again."""
+    some = budgets()
+    while some.may_retry():
+        pass
+    for _ in range(100):
+        with some.hold("a"):
+            pass
+    assert sum(some.may_retry() for _ in range(1000)) == pytest.approx(10, abs=1)
+
+
+def test_a_full_tenant_spends_the_same_retries() -> None:
+    some = budgets(num_open=1)
+    with ExitStack() as stack:
+        stack.enter_context(some.hold("a"))
+        told = [refused(some) for _ in range(50)]
+    assert sum(bool(error and error.should_retry) for error in told) == 10

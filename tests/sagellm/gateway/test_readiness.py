@@ -1,0 +1,95 @@
+"""Readiness: what has to be seen before it, and what ends it."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import anyio
+import pytest
+import trio
+from gateway_calls import ScriptedDoor, event, last, playing
+from trio.testing import MockClock
+
+from sagellm.gateway.door import Door
+from sagellm.gateway.failure import ApiError
+from sagellm.gateway.readiness import PROBE_S, RETRY_S, WATCH_S, Readiness
+from sagellm.runtime.messages import TokenEvent
+
+
+@dataclass
+class Health:
+    is_hung: bool = False
+    is_stopped: bool = False
+
+
+@asynccontextmanager
+async def watched(door: Door, health: Health) -> AsyncIterator[Readiness]:
+    readiness = Readiness()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(readiness.watch, door, lambda: health, (1,), "x")
+        await trio.testing.wait_all_tasks_blocked()
+        yield readiness
+        nursery.cancel_scope.cancel()
+
+
+async def test_it_is_not_ready_before_a_token_came() -> None:
+    assert Readiness().is_ready is False
+    async with watched(playing([event("a")], [last("b")]), Health()) as readiness:
+        assert (readiness.is_ready, readiness.reason) == (True, "")
+
+
+async def test_the_probe_is_one_token_before_all_others() -> None:
+    door = playing([last("b")])
+    async with watched(door, Health()):
+        (entry,) = door.entries
+    assert (entry.sampling.max_tokens, entry.priority, entry.token_ids) == (1, 0, (1,))
+    assert door.left == [entry.request_id]
+
+
+async def test_a_refused_probe_is_tried_again(autojump_clock: MockClock) -> None:
+    answers: list[TokenEvent] = [last(reason="refused"), last("b")]
+    door = ScriptedDoor(lambda entry: [[answers.pop(0)]])
+    async with watched(door, Health()) as readiness:
+        assert not readiness.is_ready
+        assert "refused" in readiness.reason
+        await trio.sleep(RETRY_S + 0.1)
+        assert readiness.is_ready
+
+
+async def test_a_probe_without_end_fails(autojump_clock: MockClock) -> None:
+    door = ScriptedDoor(lambda entry: [anyio.Event()])
+    async with watched(door, Health()) as readiness:
+        await trio.sleep(PROBE_S + 0.1)
+        assert readiness.reason == "no token came in time"
+        assert door.left == [door.entries[0].request_id]
+
+
+@pytest.mark.parametrize("raised", [ApiError(503, "x"), RuntimeError("secret")])
+async def test_a_door_that_fails_says_nothing_of_why(raised: Exception) -> None:
+    def script(entry: object) -> list[list[TokenEvent]]:
+        raise raised
+
+    async with watched(ScriptedDoor(script), Health()) as readiness:
+        assert (readiness.is_ready, readiness.reason) == (False, "the graph failed the probe")
+
+
+async def test_a_hang_is_seen_at_once_and_needs_a_new_probe(autojump_clock: MockClock) -> None:
+    health, door = Health(), playing([last("b")])
+    async with watched(door, health) as readiness:
+        health.is_hung = True
+        await trio.sleep(WATCH_S + 0.01)
+        assert (readiness.is_ready, readiness.reason) == (False, "an engine makes no progress")
+        await trio.sleep(60)
+        assert len(door.entries) == 1
+        health.is_hung = False
+        await trio.sleep(RETRY_S + 0.1)
+        assert readiness.is_ready
+        assert len(door.entries) == 2
+
+
+async def test_a_graph_that_has_stopped_is_not_ready(autojump_clock: MockClock) -> None:
+    health = Health()
+    async with watched(playing([last("b")]), health) as readiness:
+        health.is_stopped = True
+        await trio.sleep(WATCH_S + 0.01)
+        assert (readiness.is_ready, readiness.reason) == (False, "the graph has stopped")
