@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 2
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup run test lint format bench clean
+.PHONY: setup run test soak clients lint format bench clean
 
 setup: $(STAMPS)/test $(STAMPS)/lint
 
@@ -31,6 +31,30 @@ run: $(STAMPS)/run
 test: $(STAMPS)/test
 	$(BIN)/pytest
 
+# What takes minutes: load tenfold, churn, fuzzing for SAGELLM_FUZZ_S seconds. Not a part of `test`.
+soak: export SAGELLM_FUZZ_S ?= 600
+soak: $(STAMPS)/test
+	$(BIN)/pytest -o addopts='-v -rP --strict-markers --import-mode=importlib' \
+		tests/soak tests/sagellm/gateway/test_fuzz.py
+
+# Clients whose pins contradict ours, each in an environment of its own, against our server.
+CLIENTS := .venv-clients
+openai2_NEEDS := 'openai<3'
+langchain_NEEDS := langchain-openai 'openai>=3'
+
+clients: $(STAMPS)/test $(CLIENTS)/openai2/.ready $(CLIENTS)/langchain/.ready
+	@for name in openai2 langchain; do \
+		echo "$$name:"; \
+		SAGELLM_BIN=$(CURDIR)/$(BIN)/sagellm $(CLIENTS)/$$name/bin/python -m pytest \
+			-c /dev/null --rootdir tests/clients --confcutdir tests/clients \
+			-p no:cacheprovider --timeout 120 -q -rs tests/clients || exit; \
+	done
+
+$(CLIENTS)/%/.ready: Makefile
+	$(PYTHON) -m venv $(CLIENTS)/$*
+	$(CLIENTS)/$*/bin/python -m pip install --quiet pytest pytest-timeout $($*_NEEDS)
+	@touch $@
+
 lint: $(STAMPS)/test $(STAMPS)/lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -44,4 +68,4 @@ bench: $(STAMPS)/test
 	$(BIN)/sagellm bench engine
 
 clean:
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
+	rm -rf .venv .venv-clients .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist

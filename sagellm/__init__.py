@@ -14,6 +14,9 @@ _NAMES = {
     "Answer": "sagellm.runtime.messages",
     "register_operator": "sagellm.builder",
     "GraphError": "sagellm.graphs.diagnostics",
+    "UnifiedInferenceClient": "sagellm.client.unified",
+    "AsyncUnifiedInferenceClient": "sagellm.client.unified_async",
+    "ClientError": "sagellm.client.failure",
 }
 
 

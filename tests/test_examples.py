@@ -17,6 +17,7 @@ SAYS = {
     "own_policy.py": "[16, 4, 8, 12]",
     "embed_in_asyncio.py": "elppa",
     "batch_file.py": '"id":"batch"',
+    "client.py": "400 max_tokens",
 }
 
 

@@ -1,4 +1,4 @@
-"""The command line: `sagellm run | graph | bench | doctor | version`."""
+"""The command line: `sagellm run | serve | graph | bench | doctor | version`."""
 
 import sys
 from collections.abc import Sequence
@@ -17,6 +17,9 @@ APP = App(
     name="sagellm", help=HELP, version=sagellm_version, default_parameter=Parameter(negative=())
 )
 APP.command("sagellm.cli.run:run", name="run", help="Answer a prompt, or a file of them.")
+APP.command("sagellm.cli.serve:serve", name="serve", help="Serve a graph to OpenAI clients.")
+APP.command("sagellm.cli.chat:chat", name="chat", help="Talk to a model on any server.")
+APP.command("sagellm.cli.complete:complete", name="complete", help="What follows a text.")
 APP.command("sagellm.cli.doctor:doctor", name="doctor", help="Check this machine and set-up.")
 APP.command("sagellm.cli.version:version", name="version", help="Say what is installed.")
 
@@ -27,6 +30,10 @@ APP.command(GRAPH)
 
 BENCH = App(name="bench", help="Measure.")
 BENCH.command("sagellm.cli.bench:engine", name="engine", help="The engine against transformers.")
+BENCH.command(
+    "sagellm.cli.bench:gateway", name="gateway", help="The gateway beside the bare server."
+)
+BENCH.command("sagellm.cli.bench_serve:serve", name="serve", help="Load on any server.")
 APP.command(BENCH)
 
 

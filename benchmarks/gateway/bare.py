@@ -1,0 +1,66 @@
+"""The bare server: Starlette, one route, chunks of the same bytes; no limits, keys or engine.
+
+python -m benchmarks.gateway.bare SERVER PORT NUM_CHUNKS
+"""
+
+import sys
+from collections.abc import AsyncIterator
+
+import anyio.lowlevel
+import trio
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+CHUNK = (
+    b'data: {"id":"cmpl-0123456789abcdef0123456789abcdef","object":"text_completion",'
+    b'"created":1795000000,"model":"null","choices":[{"index":0,"text":"x","logprobs":null,'
+    b'"finish_reason":null,"stop_reason":null}]}\n\n'
+)
+ANSWER = {"id": "cmpl-0", "object": "text_completion", "choices": [{"index": 0, "text": "x"}]}
+
+
+def app(num_chunks: int) -> Starlette:
+    """Answers as the gateway does: a stream where it is asked for, else one JSON object."""
+
+    async def stream() -> AsyncIterator[bytes]:
+        for _ in range(num_chunks):
+            await anyio.lowlevel.checkpoint()  # each chunk is an event of its own, as in a server
+            yield CHUNK
+        yield b"data: [DONE]\n\n"
+
+    async def completions(request: Request) -> Response:
+        asked = await request.json()
+        if asked.get("stream"):
+            return StreamingResponse(stream(), media_type="text/event-stream")
+        return JSONResponse(ANSWER)
+
+    async def ready(request: Request) -> Response:
+        return Response()
+
+    return Starlette(
+        routes=[
+            Route("/v1/completions", completions, methods=["POST"]),
+            Route("/ready", ready),
+        ]
+    )
+
+
+def main() -> None:
+    server, port, num_chunks = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    if server == "uvicorn":
+        import uvicorn
+
+        uvicorn.run(app(num_chunks), port=port, loop="uvloop", http="httptools", log_level="error")
+        return
+    from hypercorn.config import Config
+    from hypercorn.trio import serve
+
+    config = Config()
+    config.bind = [f"127.0.0.1:{port}"]
+    trio.run(serve, app(num_chunks), config)  # type: ignore[arg-type]
+
+
+if __name__ == "__main__":
+    main()

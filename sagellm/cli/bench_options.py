@@ -1,0 +1,227 @@
+"""The options of `sagellm bench serve`, in groups, and what they mean together."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from cyclopts import Parameter
+from cyclopts.validators import Number
+
+from sagellm.cli.failure import Failure
+from sagellm.load.prompts import Kind, Prompts
+from sagellm.load.report import TABLE, WHOLE
+from sagellm.load.sender import Target
+from sagellm.load.summary import Objective
+from sagellm.load.trace import Arrival, TraceError, read_trace
+from sagellm.load.workload import closed, poisson, replay, within
+
+CONCURRENCY, NUM_REQUESTS = 8, 100  # where nothing is said
+INPUT_LEN, OUTPUT_LEN, VOCAB_SIZE = 128, 64, 256
+_OF_A_TRACE = ("max_input_len", "max_output_len")
+_NOT_OF_A_TRACE = ("input_len", "output_len", "spread")
+COUNT, POSITIVE = Number(gte=1), Number(gt=0)
+
+
+@Parameter(name="*", group="When")
+@dataclass(frozen=True, kw_only=True)
+class WhenOptions:
+    """One of: so many at a time, so many a second, or a trace."""
+
+    concurrency: Annotated[int | None, Parameter(validator=COUNT)] = None
+    """Closed loop: so many requests at a time [default: 8]."""
+
+    rate: Annotated[float | None, Parameter(validator=POSITIVE)] = None
+    """Open loop: requests a second, as a Poisson process, however slow the server is."""
+
+    trace: Path | None = None
+    """Open loop: a trace in Azure's (CSV) or Mooncake's (JSON lines) format."""
+
+    speedup: Annotated[float | None, Parameter(validator=POSITIVE)] = None
+    """Replay the trace so many times as fast [default: 1]."""
+
+    num_requests: Annotated[int | None, Parameter(validator=COUNT)] = None
+    """How many requests [default: 100, or the whole trace, unless --duration is given]."""
+
+    duration: Annotated[float | None, Parameter(validator=POSITIVE)] = None
+    """Send for so many seconds; what is under way then is waited for."""
+
+    warmup: Annotated[int, Parameter(validator=Number(gte=0))] = 1
+    """Requests before, which are not counted; if one fails, nothing is measured."""
+
+
+@Parameter(name="*", group="What")
+@dataclass(frozen=True, kw_only=True)
+class WhatOptions:
+    """What is asked."""
+
+    endpoint: Literal["completions", "chat"] = "completions"
+    """/v1/completions or /v1/chat/completions."""
+
+    prompts: Kind | None = None
+    """Random token ids or words [default: ids; words for a chat, which takes no ids]."""
+
+    vocab_size: Annotated[int | None, Parameter(validator=COUNT)] = None
+    """Ids are below this [default: 256, which every model knows]."""
+
+    input_len: Annotated[int | None, Parameter(validator=COUNT)] = None
+    """Tokens (or words) of a prompt [default: 128]."""
+
+    output_len: Annotated[int | None, Parameter(validator=COUNT)] = None
+    """Tokens of an answer [default: 64]."""
+
+    spread: Annotated[float | None, Parameter(validator=Number(gte=0, lte=1))] = None
+    """Lengths are drawn from length * (1 - spread) to length * (1 + spread) [default: 0]."""
+
+    max_input_len: Annotated[int | None, Parameter(validator=COUNT)] = None
+    """Clip the prompts of the trace."""
+
+    max_output_len: Annotated[int | None, Parameter(validator=COUNT)] = None
+    """Clip the answers of the trace."""
+
+    temperature: Annotated[float, Parameter(validator=Number(gte=0))] = 0.0
+    """As the OpenAI API has it."""
+
+    stop_at_eos: bool = False
+    """Let answers end before their length: `ignore_eos`, vLLM's extra field, is not sent."""
+
+    retries: Annotated[int, Parameter(validator=Number(gte=0))] = 0
+    """Try a request that was refused (429, 503) so many times again, when the server says."""
+
+    request_timeout: Annotated[float, Parameter(validator=POSITIVE)] = 600.0
+    """Give a request up after so many seconds."""
+
+    seed: int = 0
+    """Equal seeds send equal requests at equal times."""
+
+    @property
+    def kind(self) -> Kind:
+        return self.prompts or ("words" if self.endpoint == "chat" else "ids")
+
+
+@Parameter(name="*", group="Results")
+@dataclass(frozen=True, kw_only=True)
+class ResultOptions:
+    """What is said and kept."""
+
+    slo_ttft: Annotated[float | None, Parameter(validator=POSITIVE)] = None
+    """Goodput: the first token within so many seconds."""
+
+    slo_itl: Annotated[float | None, Parameter(validator=POSITIVE)] = None
+    """Goodput: a mean of so many seconds for each token behind the first."""
+
+    output: Path | None = None
+    """A folder for bench.json (settings, summary, every request) and requests.csv."""
+
+    plot: bool = False
+    """Draw cdf.png there too; needs matplotlib."""
+
+    force: bool = False
+    """Overwrite what the folder holds of an earlier run."""
+
+    json: bool = False
+    """Print the summary as JSON."""
+
+    @property
+    def objective(self) -> Objective | None:
+        if self.slo_ttft is None and self.slo_itl is None:
+            return None
+        return Objective(self.slo_ttft, self.slo_itl)
+
+
+def check_together(when: WhenOptions, what: WhatOptions, results: ResultOptions) -> None:
+    """Raise Failure for options that contradict each other, or would be ignored."""
+    loops = [name for name in ("concurrency", "rate", "trace") if getattr(when, name) is not None]
+    if len(loops) > 1:
+        raise Failure(f"--{loops[0]} and --{loops[1]} contradict each other", "give one of them")
+    _check_trace(when, what)
+    if what.endpoint == "chat" and what.prompts == "ids":
+        raise Failure("a chat takes no token ids", "leave --prompts out, or say --prompts words")
+    if what.kind == "words" and what.vocab_size is not None:
+        raise Failure("--vocab-size is of token ids, and words are asked", "leave it out")
+    if results.output is None and (results.plot or results.force):
+        raise Failure("--plot and --force need a folder", "add --output FOLDER")
+    _check_free(results)
+
+
+def _check_trace(when: WhenOptions, what: WhatOptions) -> None:
+    """A trace has lengths of its own, and nothing else can be clipped or replayed faster."""
+    if when.trace is None and when.speedup is not None:
+        raise Failure("--speedup is of a trace, and there is none", "add --trace FILE")
+    for name in _OF_A_TRACE if when.trace is None else _NOT_OF_A_TRACE:
+        if getattr(what, name) is not None:
+            option = f"--{name.replace('_', '-')}"
+            if when.trace is None:
+                raise Failure(f"{option} clips a trace, and there is none", "add --trace FILE")
+            raise Failure(f"{option} contradicts --trace, which has lengths", "leave it out")
+
+
+def _check_free(results: ResultOptions) -> None:
+    if results.output is None or results.force:
+        return
+    for name in (WHOLE, TABLE):
+        if (results.output / name).exists():
+            fix = "--force overwrites it; or choose another folder"
+            raise Failure("the folder holds results", fix, str(results.output / name))
+
+
+def target_of(what: WhatOptions, model: str) -> Target:
+    """What every request has in common."""
+    options: dict[str, Any] = {"temperature": what.temperature}
+    if not what.stop_at_eos:
+        options["ignore_eos"] = True
+    return Target(
+        model=model,
+        is_chat=what.endpoint == "chat",
+        options=options,
+        num_retries=what.retries,
+        timeout_s=what.request_timeout,
+        seed=what.seed,
+    )
+
+
+def prompts_of(what: WhatOptions) -> Prompts:
+    return Prompts(what.kind, seed=what.seed, vocab_size=what.vocab_size or VOCAB_SIZE)
+
+
+def arrivals_of(when: WhenOptions, what: WhatOptions) -> Iterator[Arrival]:
+    """The requests of the load, in order. Raises Failure for a trace that cannot be read."""
+    if when.trace is not None:
+        arrivals = replay(
+            _read(when.trace),
+            speedup=when.speedup or 1.0,
+            max_input_len=what.max_input_len,
+            max_output_len=what.max_output_len,
+        )
+    else:
+        lengths = what.input_len or INPUT_LEN, what.output_len or OUTPUT_LEN
+        arrivals = closed(*lengths, what.spread or 0.0, what.seed)
+        if when.rate is not None:
+            arrivals = poisson(arrivals, when.rate, what.seed)
+    if is_open(when) and when.duration is not None:
+        arrivals = within(arrivals, when.duration)
+    return islice(arrivals, _num_requests(when))
+
+
+def warmup_of(when: WhenOptions, what: WhatOptions) -> Iterator[Arrival]:
+    """Requests as long as the load's first, which share no prefix with any of them."""
+    for arrival in islice(arrivals_of(when, what), when.warmup):
+        yield Arrival(0.0, arrival.input_len, arrival.output_len)
+
+
+def is_open(when: WhenOptions) -> bool:
+    return when.rate is not None or when.trace is not None
+
+
+def _num_requests(when: WhenOptions) -> int | None:
+    if when.num_requests is None and when.duration is None and when.trace is None:
+        return NUM_REQUESTS
+    return when.num_requests
+
+
+def _read(path: Path) -> list[Arrival]:
+    try:
+        return read_trace(path)
+    except TraceError as error:
+        raise Failure(str(error), "mend the trace", str(path)) from None

@@ -1,0 +1,146 @@
+"""`sagellm chat`: a conversation on the terminal with any OpenAI-compatible server."""
+
+import sys
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from importlib import import_module
+from typing import Annotated, Any
+
+import trio
+from cyclopts import Parameter
+
+from sagellm.cli.answer import Told, print_json, show_cost, tell
+from sagellm.cli.complete import read_text
+from sagellm.cli.failure import INTERRUPTED, Failure, show
+from sagellm.cli.remote import DrawOptions, ServerOptions, explained
+from sagellm.client.asking import first_of
+
+with suppress(ImportError):  # it edits lines of `input` once it is loaded; not everywhere
+    import_module("readline")
+
+PROMPT = "> "
+HINT = "Ctrl-C stops an answer, Ctrl-D leaves"
+
+
+def chat(
+    *,
+    server: ServerOptions = ServerOptions(),  # noqa: B008 - frozen
+    draw: DrawOptions = DrawOptions(),  # noqa: B008 - frozen
+    system: str | None = None,
+    question: Annotated[
+        str | None, Parameter(name=("--question", "-q"), allow_leading_hyphen=True)
+    ] = None,
+    stats: bool = False,
+    json: bool = False,
+) -> int:
+    """Talk to a model. Ctrl-C stops an answer, Ctrl-D leaves.
+
+    Parameters
+    ----------
+    system
+        What the model is told first.
+    question
+        Ask this alone, print the answer and leave; `-` reads it from stdin.
+    stats
+        Say on stderr after each answer how many tokens came, when the first, how many a second.
+    json
+        With --question: print one object: model, text, finish_reason, usage, timing.
+    """
+    if json and question is None:
+        raise Failure("--json needs a question", "add --question TEXT")
+    asked = None if question is None else read_text(question, "--question")
+    talk = _found(Talk(server, draw, has_usage=stats or json))
+    if system is not None:
+        talk.say("system", system)
+    return _converse(talk, stats) if asked is None else _once(talk, asked, stats, json)
+
+
+@dataclass
+class Talk:
+    """A conversation so far; an answer that was stopped is kept as far as it came."""
+
+    server: ServerOptions
+    draw: DrawOptions
+    has_usage: bool = False
+    messages: list[dict[str, str]] = field(default_factory=list)
+
+    def say(self, role: str, content: str) -> None:
+        self.messages.append({"role": role, "content": content})
+
+    def ask(self, question: str, *, silent: bool = False) -> Told:
+        """The answer, printed while it comes; a question without any is forgotten.
+
+        Raises Failure.
+        """
+        self.say("user", question)
+        try:
+            with explained():
+                told = trio.run(self._answer, silent)
+        except BaseException:
+            self.messages.pop()
+            raise
+        if told.text:
+            self.say("assistant", told.text)
+        else:
+            self.messages.pop()
+        return told
+
+    async def _answer(self, silent: bool) -> Told:
+        options: dict[str, Any] = {**self.draw.given}
+        if self.has_usage:
+            options["stream_options"] = {"include_usage": True}
+        async with self.server.client() as client:
+            asking = client.chat(self.messages, self.server.model, stream=True, **options)
+            return await tell(asking, silent=silent)
+
+
+def _found(talk: Talk) -> Talk:
+    """With URL and model settled, so that they stay for the whole conversation."""
+
+    async def find() -> ServerOptions:
+        async with talk.server.client() as client:
+            url, model = client.url, talk.server.model or first_of(await client.models())
+            return replace(talk.server, url=url, model=model)
+
+    with explained():
+        return replace(talk, server=trio.run(find))
+
+
+def _once(talk: Talk, question: str, stats: bool, json: bool) -> int:
+    told = talk.ask(question, silent=json)
+    if json and not told.is_stopped:
+        print_json(told, str(talk.server.model))
+    if stats:
+        show_cost(told)
+    return INTERRUPTED if told.is_stopped else 0
+
+
+def _converse(talk: Talk, stats: bool) -> int:
+    """Until stdin ends. A question that fails is said, and asked again by whoever wants to."""
+    is_terminal = sys.stdin.isatty()
+    if is_terminal:
+        print(f"{talk.server.model} at {talk.server.url}. {HINT}.", file=sys.stderr)
+    while (line := _line(is_terminal)) is not None:
+        if not line.strip():
+            continue
+        try:
+            told = talk.ask(line)
+        except Failure as failure:
+            show(failure)
+            continue
+        if stats:
+            show_cost(told)
+    return 0
+
+
+def _line(is_terminal: bool) -> str | None:
+    """The next line; None at the end."""
+    while True:
+        try:
+            return input(PROMPT if is_terminal else "")
+        except EOFError:
+            return None
+        except KeyboardInterrupt:
+            if not is_terminal:
+                raise
+            print(f"\n{HINT}", file=sys.stderr)

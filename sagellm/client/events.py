@@ -1,0 +1,156 @@
+"""The calls of the OpenAI API in terms of a session, for a graph that is open in this process."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from sagellm.client.answers import (
+    Body,
+    Choice,
+    Message,
+    Piece,
+    PromptDetails,
+    Reply,
+    Usage,
+    piece,
+    reply,
+)
+from sagellm.client.asking import CHAT, encode_plain
+from sagellm.client.failure import CUT_OFF, NOT_OFFERED, ClientError
+from sagellm.gateway.failure import ApiError, wrong
+from sagellm.gateway.protocol.chat import read_chat
+from sagellm.gateway.protocol.completions import read_completion
+from sagellm.gateway.protocol.sampling import ModelFacts, sampling_of
+from sagellm.gateway.settings import Limits
+from sagellm.runtime.messages import SERVED, Answer, Sampling, TokenEvent
+from sagellm.session import Output, Prompt
+
+_ANY_ID = 1 << 31  # which ids the model knows, its engine checks
+_FIELDS = ("request_id", "priority", "slo_ttft_s", "timeout_s")
+_READ = frozenset(
+    {*Sampling.__struct_fields__, *_FIELDS, "max_completion_tokens", "user", "stream_options"}
+) - {"logprobs", "prompt_logprobs"}
+_STATUS = {"bad_request": 400, "queue_full": 503, "slo_unreachable": 503, "shutting_down": 503}
+_ENDED = {"refused": 400, "expired": 504, "failed": 500}
+
+
+class Call(msgspec.Struct, frozen=True):
+    """One call as a session takes it."""
+
+    prompt: Prompt
+    sampling: Sampling
+    fields: dict[str, Any]
+
+
+def read_call(
+    path: str, call: Mapping[str, Any], options: Mapping[str, Any], max_model_len: int
+) -> Call:
+    """Checked as the gateway checks the same call. Raises ClientError."""
+    _check_names(options)
+    try:
+        return _read(path, encode_plain({**call, **options}), max_model_len)
+    except ApiError as error:
+        raise ClientError(
+            error.message,
+            status=error.status,
+            code=error.code,
+            type=error.type,
+            param=error.param,
+        ) from None
+
+
+def _check_names(options: Mapping[str, Any]) -> None:
+    for name in options:
+        if name not in _READ:
+            cause = f"{name}: is not served by a graph in this process; serve it over HTTP"
+            raise ClientError(cause, status=400, code=NOT_OFFERED, param=name)
+
+
+def _read(path: str, body: bytes, max_model_len: int) -> Call:
+    """How long the prompt is, only its engine knows: it cuts the answer, or refuses."""
+    facts = ModelFacts(_ANY_ID, max_model_len)
+    if path == CHAT:
+        chat = read_chat(body, Limits())
+        return Call(chat.conversation, sampling_of(chat, facts, 1), _fields(chat))
+    completion = read_completion(body, Limits())
+    if len(completion.prompts) != 1:
+        raise wrong("prompt", "is a list of them; give one")
+    (prompt,) = completion.prompts
+    return Call(prompt, sampling_of(completion, facts, 1), _fields(completion))
+
+
+def _fields(request: Any) -> dict[str, Any]:
+    said = {name: getattr(request, name) for name in _FIELDS}
+    return {name: value for name, value in said.items() if value is not None}
+
+
+class Tally:
+    """Makes pieces of a stream's events, and the usage that its last piece has."""
+
+    def __init__(self, num_choices: int) -> None:
+        self._num_open = num_choices
+        self._num_prompt = self._num_cached = self._num_drawn = 0
+
+    def piece_of(self, event: Output) -> Piece:
+        """Raises ClientError where the event ends a choice unserved."""
+        check(event)
+        self._num_open -= event.is_last
+        self._num_drawn += len(event.token_ids)
+        self._num_prompt = max(self._num_prompt, event.num_prompt_tokens)
+        self._num_cached = max(self._num_cached, event.num_cached_tokens)
+        return piece(
+            event.text,
+            choice=event.choice,
+            finish_reason=event.finish_reason,
+            stop_reason=event.stop_reason,
+            usage=None if self._num_open else self._usage,
+        )
+
+    @property
+    def _usage(self) -> Usage:
+        return _usage(self._num_prompt, self._num_cached, self._num_drawn)
+
+
+def reply_of(answers: Sequence[Answer], model: str) -> Reply:
+    """The whole answer. Raises ClientError where a choice ended unserved."""
+    for answer in answers:
+        check(answer)
+    choices = tuple(
+        Choice(
+            index=answer.choice,
+            message=Message("assistant", answer.text),
+            finish_reason=answer.finish_reason,
+            stop_reason=answer.stop_reason,
+        )
+        for answer in answers
+    )
+    return reply(Body(answers[0].request_id, model, choices, usage_of(answers)))
+
+
+def usage_of(answers: Sequence[Answer]) -> Usage:
+    """Tokens of all choices; the prompt is counted once, as the OpenAI API does."""
+    return _usage(
+        max(answer.num_prompt_tokens for answer in answers),
+        max(answer.num_cached_tokens for answer in answers),
+        sum(len(answer.token_ids) for answer in answers),
+    )
+
+
+def _usage(num_prompt: int, num_cached: int, num_drawn: int) -> Usage:
+    return Usage(num_prompt, num_drawn, num_prompt + num_drawn, PromptDetails(num_cached))
+
+
+def check(end: Output) -> None:
+    """Raise ClientError for the end of a choice that is no answer."""
+    reason = end.finish_reason
+    if reason is None or reason in SERVED:
+        return
+    code = end.code if isinstance(end, TokenEvent) else ""
+    retry_after_s = end.retry_after_s if isinstance(end, TokenEvent) else None
+    raise ClientError(
+        end.error or f"the graph ended the request: {reason}",
+        status=_STATUS.get(code, _ENDED.get(reason)),
+        code=code or (CUT_OFF if reason == "cancelled" else reason),
+        retry_after_s=retry_after_s,
+    )

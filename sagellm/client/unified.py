@@ -1,0 +1,160 @@
+"""`UnifiedInferenceClient`: chat, generate and embed, wherever the model is served."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import import_module
+from typing import Any, Literal, Protocol, overload
+
+from sagellm.client.answers import Reply
+from sagellm.client.asking import CHAT, COMPLETIONS, Messages, Prompt, texts_of
+from sagellm.client.finding import check_embedded, given_key, given_url
+from sagellm.client.server import Server, find_server
+from sagellm.client.streams import Stream
+
+TIMEOUT_S = 60.0
+
+
+class Served(Protocol):
+    """Whatever answers: a server over HTTP, or a graph in this process."""
+
+    def ask(
+        self,
+        path: str,
+        call: Mapping[str, Any],
+        options: Mapping[str, Any],
+        model: str | None,
+        stream: bool,
+    ) -> Reply | Stream: ...
+
+    def models(self) -> list[str]: ...
+
+    def status(self) -> dict[str, Any]: ...
+
+    def embed(self, texts: Sequence[str], model: str | None) -> list[list[float]]: ...
+
+    def close(self) -> None: ...
+
+
+class UnifiedInferenceClient:
+    """A client for plain threads; any number of them may use it at once.
+
+    Every call raises ClientError where it is not answered. Options of `chat` and `generate` have
+    the names of the OpenAI API and go to the server as they are. `timeout` is how many seconds the
+    server may be silent. Nothing is tried twice: `ClientError.retry_after_s` says when to.
+    """
+
+    def __init__(
+        self,
+        served: Served,
+        *,
+        default_llm_model: str | None = None,
+        default_embedding_model: str | None = None,
+    ) -> None:
+        self._served = served
+        self._llm = default_llm_model
+        self._embedding = default_embedding_model
+
+    @classmethod
+    def create(
+        cls,
+        control_plane_url: str | None = None,
+        *,
+        embedded: bool = False,
+        default_llm_model: str | None = None,
+        default_embedding_model: str | None = None,
+        timeout: float = TIMEOUT_S,
+        api_key: str | None = None,
+    ) -> "UnifiedInferenceClient":
+        """A client of the server at a URL; else of SAGELLM_URL; else of a server on this machine.
+
+        `embedded` opens the shipped graph `joint` in this process instead, with
+        `default_llm_model` as its model. The key is `api_key` or SAGELLM_API_KEY. A call without a
+        model takes the default, or else the first that the server names. Raises ClientError where
+        no server is found.
+        """
+        served: Served
+        if embedded:
+            check_embedded(control_plane_url)
+            served = import_module("sagellm.client.embedded").Embedded(default_llm_model)
+        else:
+            url = given_url(control_plane_url) or find_server()
+            served = Server(url, given_key(api_key), timeout)
+        return cls(
+            served,
+            default_llm_model=default_llm_model,
+            default_embedding_model=default_embedding_model,
+        )
+
+    @overload
+    def chat(
+        self,
+        messages: Messages,
+        model: str | None = None,
+        *,
+        stream: Literal[False] = False,
+        **options: Any,
+    ) -> Reply: ...
+    @overload
+    def chat(
+        self,
+        messages: Messages,
+        model: str | None = None,
+        *,
+        stream: Literal[True],
+        **options: Any,
+    ) -> Stream: ...
+    def chat(
+        self,
+        messages: Messages,
+        model: str | None = None,
+        *,
+        stream: bool = False,
+        **options: Any,
+    ) -> Reply | Stream:
+        """The next message of a conversation: its text, or with `stream` its pieces as they come.
+
+        The text is a `str` that knows `finish_reason`, `usage` and, for n > 1, `choices`.
+        """
+        call = {"messages": list(messages)}
+        return self._served.ask(CHAT, call, options, model or self._llm, stream)
+
+    @overload
+    def generate(
+        self,
+        prompt: Prompt,
+        model: str | None = None,
+        *,
+        stream: Literal[False] = False,
+        **options: Any,
+    ) -> Reply: ...
+    @overload
+    def generate(
+        self, prompt: Prompt, model: str | None = None, *, stream: Literal[True], **options: Any
+    ) -> Stream: ...
+    def generate(
+        self, prompt: Prompt, model: str | None = None, *, stream: bool = False, **options: Any
+    ) -> Reply | Stream:
+        """What follows a prompt (text or token ids), as `chat` gives it."""
+        call = {"prompt": prompt}
+        return self._served.ask(COMPLETIONS, call, options, model or self._llm, stream)
+
+    def embed(self, texts: str | Iterable[str], model: str | None = None) -> list[list[float]]:
+        """A vector for each text. Raises ClientError where the server has no embeddings."""
+        return self._served.embed(texts_of(texts), model or self._embedding)
+
+    def models(self) -> list[str]:
+        """The names of the models that are served."""
+        return self._served.models()
+
+    def get_status(self) -> dict[str, Any]:
+        """mode, url, is_ready, models, server_load (open requests), version; None: not told."""
+        return self._served.status()
+
+    def close(self) -> None:
+        """End what runs, and leave the server or close the graph. Idempotent."""
+        self._served.close()
+
+    def __enter__(self) -> "UnifiedInferenceClient":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

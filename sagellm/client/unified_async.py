@@ -1,0 +1,184 @@
+"""`AsyncUnifiedInferenceClient`: the same client for trio and asyncio."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import import_module
+from typing import Any, Literal, Protocol, overload
+
+from sagellm.client.answers import Reply
+from sagellm.client.asking import CHAT, COMPLETIONS, Messages, Prompt, texts_of
+from sagellm.client.failure import NOT_OFFERED, ClientError
+from sagellm.client.finding import check_embedded, given_key, given_url
+from sagellm.client.server_async import AsyncServer, find_server
+from sagellm.client.streams import AsyncStream
+from sagellm.client.unified import TIMEOUT_S
+
+
+class AsyncServed(Protocol):
+    """Whatever answers: a server over HTTP, or a graph in this process."""
+
+    async def ask(
+        self,
+        path: str,
+        call: Mapping[str, Any],
+        options: Mapping[str, Any],
+        model: str | None,
+        stream: bool,
+    ) -> Reply | AsyncStream: ...
+
+    async def models(self) -> list[str]: ...
+
+    async def status(self) -> dict[str, Any]: ...
+
+    async def embed(self, texts: Sequence[str], model: str | None) -> list[list[float]]: ...
+
+    async def aclose(self) -> None: ...
+
+
+class AsyncUnifiedInferenceClient:
+    """As `UnifiedInferenceClient`, for the tasks of one event loop.
+
+    A server is found when it is first needed; a graph in this process is opened and closed by
+    `async with`, in one task. `await client.chat(messages, stream=True)` gives a stream, which
+    `async with` closes. A cancelled call cancels its request.
+    """
+
+    def __init__(
+        self,
+        *,
+        url: str | None,
+        api_key: str | None,
+        embedded: bool,
+        default_llm_model: str | None,
+        default_embedding_model: str | None,
+        timeout: float,
+    ) -> None:
+        self._url = url
+        self._api_key = api_key
+        self._is_embedded = embedded
+        self._llm = default_llm_model
+        self._embedding = default_embedding_model
+        self._timeout_s = timeout
+        self._found: AsyncServed | None = None
+
+    @classmethod
+    def create(
+        cls,
+        control_plane_url: str | None = None,
+        *,
+        embedded: bool = False,
+        default_llm_model: str | None = None,
+        default_embedding_model: str | None = None,
+        timeout: float = TIMEOUT_S,
+        api_key: str | None = None,
+    ) -> "AsyncUnifiedInferenceClient":
+        """As `UnifiedInferenceClient.create`; does not wait, and so does not look for a server."""
+        if embedded:
+            check_embedded(control_plane_url)
+        return cls(
+            url=None if embedded else given_url(control_plane_url),
+            api_key=given_key(api_key),
+            embedded=embedded,
+            default_llm_model=default_llm_model,
+            default_embedding_model=default_embedding_model,
+            timeout=timeout,
+        )
+
+    @overload
+    async def chat(
+        self,
+        messages: Messages,
+        model: str | None = None,
+        *,
+        stream: Literal[False] = False,
+        **options: Any,
+    ) -> Reply: ...
+    @overload
+    async def chat(
+        self,
+        messages: Messages,
+        model: str | None = None,
+        *,
+        stream: Literal[True],
+        **options: Any,
+    ) -> AsyncStream: ...
+    async def chat(
+        self,
+        messages: Messages,
+        model: str | None = None,
+        *,
+        stream: bool = False,
+        **options: Any,
+    ) -> Reply | AsyncStream:
+        """The next message of a conversation: its text, or with `stream` its pieces as they come.
+
+        The text is a `str` that knows `finish_reason`, `usage` and, for n > 1, `choices`.
+        """
+        served, call = await self._served(), {"messages": list(messages)}
+        return await served.ask(CHAT, call, options, model or self._llm, stream)
+
+    @overload
+    async def generate(
+        self,
+        prompt: Prompt,
+        model: str | None = None,
+        *,
+        stream: Literal[False] = False,
+        **options: Any,
+    ) -> Reply: ...
+    @overload
+    async def generate(
+        self, prompt: Prompt, model: str | None = None, *, stream: Literal[True], **options: Any
+    ) -> AsyncStream: ...
+    async def generate(
+        self, prompt: Prompt, model: str | None = None, *, stream: bool = False, **options: Any
+    ) -> Reply | AsyncStream:
+        """What follows a prompt (text or token ids), as `chat` gives it."""
+        served, call = await self._served(), {"prompt": prompt}
+        return await served.ask(COMPLETIONS, call, options, model or self._llm, stream)
+
+    async def embed(
+        self, texts: str | Iterable[str], model: str | None = None
+    ) -> list[list[float]]:
+        """A vector for each text. Raises ClientError where the server has no embeddings."""
+        return await (await self._served()).embed(texts_of(texts), model or self._embedding)
+
+    async def models(self) -> list[str]:
+        """The names of the models that are served."""
+        return await (await self._served()).models()
+
+    async def get_status(self) -> dict[str, Any]:
+        """mode, url, is_ready, models, server_load (open requests), version; None: not told."""
+        return await (await self._served()).status()
+
+    @property
+    def url(self) -> str | None:
+        """Where the server is; None before it is found, and for a graph in this process."""
+        return self._url
+
+    async def aclose(self) -> None:
+        """End what runs, and leave the server or close the graph. Idempotent."""
+        found, self._found = self._found, None
+        if found is not None:
+            await found.aclose()
+
+    async def __aenter__(self) -> "AsyncUnifiedInferenceClient":
+        if self._is_embedded:
+            opened = import_module("sagellm.client.embedded").AsyncEmbedded(self._llm)
+            await opened.open()
+            self._found = opened
+        else:
+            await self._served()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    async def _served(self) -> AsyncServed:
+        """What answers, found at the first call."""
+        if self._found is None and self._is_embedded:
+            cause = "an embedded graph is opened by `async with`; enter the client first"
+            raise ClientError(cause, code=NOT_OFFERED)
+        if self._found is None:
+            self._url = self._url or await find_server()
+            self._found = self._found or AsyncServer(self._url, self._api_key, self._timeout_s)
+        return self._found

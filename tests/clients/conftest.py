@@ -1,0 +1,82 @@
+"""A real server in a process of its own, for clients that are not ours.
+
+Nothing here imports sagellm: `make clients` runs these tests in environments that hold a client and
+pytest alone. SAGELLM_BIN names the server's command there.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+from socket import create_server
+from urllib.error import URLError
+
+import pytest
+
+KEY = "sk-of-the-tests"
+START_S = 60.0
+
+
+def free_port():
+    """A port that nobody listens on now."""
+    with create_server(("127.0.0.1", 0)) as probe:
+        return probe.getsockname()[1]
+
+
+def command():
+    """The `sagellm` of this environment, or the one that SAGELLM_BIN names."""
+    beside = Path(sys.executable).with_name("sagellm")
+    return os.environ.get("SAGELLM_BIN") or (str(beside) if beside.exists() else "sagellm")
+
+
+def is_ready(url):
+    try:
+        with urllib.request.urlopen(f"{url}/ready", timeout=5):
+            return True
+    except (URLError, OSError):
+        return False
+
+
+@pytest.fixture(scope="session", params=["hypercorn", "uvicorn"])
+def url(request, tmp_path_factory):
+    """Where graphs/pd.yaml is served with sage-tiny; stopped when all tests are over."""
+    port = free_port()
+    log = tmp_path_factory.mktemp("server") / f"{request.param}.log"
+    options = ["--port", str(port), "--api-key", KEY, "--server", request.param]
+    with log.open("wb") as errors:
+        process = subprocess.Popen([command(), "serve", "pd", *options], stderr=errors)
+    base = f"http://127.0.0.1:{port}"
+    until = time.monotonic() + START_S
+    while not is_ready(base):
+        if process.poll() is not None or time.monotonic() > until:
+            process.kill()
+            pytest.fail(f"the server did not start: {log.read_text()[-2000:]}")
+        time.sleep(0.1)
+    yield base
+    process.terminate()
+    code = process.wait(30)
+    assert code == 0, log.read_text()[-2000:]
+
+
+@pytest.fixture
+def num_open(url):
+    """A function: how many requests the server has under way."""
+
+    def ask():
+        request = urllib.request.Request(f"{url}/load", headers={"Authorization": f"Bearer {KEY}"})
+        with urllib.request.urlopen(request, timeout=5) as answer:
+            return int(answer.read().decode().partition(":")[2].strip(" }\n"))
+
+    return ask
+
+
+@pytest.fixture
+def curl():
+    """The path of curl."""
+    found = shutil.which("curl")
+    if found is None:
+        pytest.skip("no curl on this machine")
+    return found

@@ -1,0 +1,147 @@
+import io
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+
+import pytest
+from scripted_server import MODEL, Call, Server, delta, error, scripted, telling
+
+from sagellm.cli import main
+from sagellm.cli.chat import PROMPT
+
+
+def say(monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
+    """What the user types, and then Ctrl-D."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+
+
+def talk(server: Server, *options: str) -> int:
+    return main(["chat", "--url", server.url, *options])
+
+
+def test_a_question_is_answered_once(capsys: pytest.CaptureFixture[str]) -> None:
+    with scripted(telling("Good", " day")) as server:
+        assert talk(server, "-q", "Hello?", "--system", "Be kind.") == 0
+    assert capsys.readouterr().out == "Good day\n"
+    assert server.asked[0]["messages"] == [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "Hello?"},
+    ]
+
+
+def test_json_is_one_object(capsys: pytest.CaptureFixture[str]) -> None:
+    with scripted(telling("Good", " day")) as server:
+        assert talk(server, "-q", "Hello?", "--json") == 0
+    said = json.loads(capsys.readouterr().out)
+    assert (said["model"], said["text"], said["usage"]["prompt_tokens"]) == (MODEL, "Good day", 3)
+
+
+def test_a_conversation_keeps_its_history(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    say(monkeypatch, "one", "", "two")
+    with scripted(telling("yes")) as server:
+        assert talk(server) == 0
+    assert capsys.readouterr().out == "yes\nyes\n"
+    first, second = server.asked
+    assert [message["content"] for message in first["messages"]] == ["one"]
+    assert [message["content"] for message in second["messages"]] == ["one", "yes", "two"]
+    assert second["messages"][1]["role"] == "assistant"
+
+
+def test_a_question_that_fails_is_forgotten_and_the_talk_goes_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def moody(call: Call) -> None:
+        if call.json["messages"][-1]["content"] == "bad":
+            return await call.whole(error("will not", 500), 500)
+        await telling("yes")(call)
+
+    say(monkeypatch, "bad", "good")
+    with scripted(moody) as server:
+        assert talk(server, "--stats") == 0
+    shown = capsys.readouterr()
+    assert shown.out == "yes\n"
+    assert "will not" in shown.err
+    assert "TTFT" in shown.err
+    assert [message["content"] for message in server.asked[-1]["messages"]] == ["good"]
+
+
+def test_ctrl_c_stops_the_answer_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hung_up = []
+
+    async def slow_once(call: Call) -> None:
+        if hung_up:
+            return await telling("yes")(call)
+        await call.events(delta("half"))
+        os.kill(os.getpid(), signal.SIGINT)
+        await call.gone()
+        hung_up.append(call)
+
+    say(monkeypatch, "one", "two")
+    with scripted(slow_once) as server:
+        assert talk(server) == 0
+    shown = capsys.readouterr()
+    assert "stopped" in shown.err
+    assert shown.out.endswith("yes\n")
+    assert len(hung_up) == 1
+
+
+def test_no_server_ends_it_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["chat", "--url", "http://127.0.0.1:9"]) == 1
+    assert "sagellm serve" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [(["--json"], "--json needs a question"), (["-q", ""], "the text is empty")],
+)
+def test_a_users_mistake_is_two(
+    options: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["chat", *options]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_on_a_terminal_ctrl_c_at_the_prompt_only_hints_and_ctrl_d_leaves() -> None:
+    with scripted(telling("yes")) as server:
+        command = [sys.executable, "-m", "sagellm", "chat", "--url", server.url]
+        ours, theirs = pty.openpty()
+        with subprocess.Popen(
+            command, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True
+        ) as process:
+            os.close(theirs)
+            try:
+                read_until(ours, PROMPT)
+                interrupt_until(ours, process.pid, "Ctrl-D leaves")
+                os.write(ours, b"hello\n")
+                assert "yes" in read_until(ours, PROMPT)
+                os.write(ours, b"\x04")
+                assert process.wait(20) == 0
+            finally:
+                process.kill()
+        os.close(ours)
+    assert [message["content"] for message in server.asked[0]["messages"]] == ["hello"]
+
+
+def interrupt_until(terminal: int, pid: int, said: str) -> None:
+    """Again and again: Python loses a signal that comes just before it waits for a key."""
+    shown = ""
+    while said not in shown or not shown.endswith(PROMPT):
+        os.kill(pid, signal.SIGINT)
+        while select.select([terminal], [], [], 0.5)[0]:
+            shown += os.read(terminal, 4096).decode()
+
+
+def read_until(terminal: int, end: str) -> str:
+    """What the terminal shows until it shows this at the end of all."""
+    shown = ""
+    while not shown.endswith(end):
+        shown += os.read(terminal, 4096).decode()
+    return shown

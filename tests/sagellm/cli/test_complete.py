@@ -1,0 +1,120 @@
+import json
+import signal
+from typing import Any
+
+import pytest
+from scripted_server import MODEL, Call, Script, error, scripted, telling, text
+
+from sagellm.cli import main
+
+
+def run(script: Script, *argv: str) -> tuple[int, list[Any]]:
+    """The exit code of a command against a scripted server, and what was asked."""
+    with scripted(script) as server:
+        return main([*argv, "--url", server.url]), server.asked
+
+
+def test_the_answer_is_all_that_goes_to_stdout(capsys: pytest.CaptureFixture[str]) -> None:
+    code, asked = run(telling("Good", " day"), "complete", "Say", "--max-tokens", "5")
+    shown = capsys.readouterr()
+    assert (code, shown.out, shown.err) == (0, "Good day\n", "")
+    assert asked == [{"model": MODEL, "prompt": "Say", "max_tokens": 5, "stream": True}]
+
+
+def test_options_go_to_the_server() -> None:
+    options = ("--temperature", "0.5", "--top-p", "0.9", "--seed", "7", "--model", "mine")
+    _, (asked,) = run(telling("a"), "complete", "Say", *options)
+    assert (asked["temperature"], asked["top_p"], asked["seed"]) == (0.5, 0.9, 7)
+    assert asked["model"] == "mine"
+
+
+def test_stats_are_of_the_servers_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    _, (asked,) = run(telling("Good", " day"), "complete", "Say", "--stats")
+    said = capsys.readouterr().err
+    assert said.startswith("prompt 3 tokens, 2 tokens, TTFT ")
+    assert "tokens/s" in said
+    assert asked["stream_options"] == {"include_usage": True}
+
+
+def test_json_is_one_object(capsys: pytest.CaptureFixture[str]) -> None:
+    run(telling("Good", " day"), "complete", "Say", "--json")
+    said = json.loads(capsys.readouterr().out)
+    assert (said["model"], said["text"], said["finish_reason"]) == (MODEL, "Good day", "stop")
+    assert said["usage"]["completion_tokens"] == 2
+    assert said["timing"]["ttft_s"] > 0
+
+
+async def full(call: Call) -> None:
+    await call.whole(error("too many wait", 429), 429, Retry_After="2")
+
+
+async def locked(call: Call) -> None:
+    await call.whole(error("wrong key", 401), 401)
+
+
+async def wrong(call: Call) -> None:
+    await call.whole(error("is too long", 400, param="prompt"), 400)
+
+
+async def dying(call: Call) -> None:
+    await call.events(text("a"), error("died", 500))
+    await call.done()
+
+
+async def cutting(call: Call) -> None:
+    await call.events(text("a"))
+    await call.cut()
+
+
+@pytest.mark.parametrize(
+    ("script", "code", "said"),
+    [
+        (full, 3, "try again in 2 s"),
+        (locked, 2, "SAGELLM_API_KEY"),
+        (wrong, 2, "where: prompt"),
+        (dying, 1, "died"),
+        (cutting, 1, "broke"),
+    ],
+)
+def test_a_failure_is_said_with_its_code(
+    script: Script, code: int, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(script, "complete", "Say")[0] == code
+    shown = capsys.readouterr().err
+    assert said in shown
+    assert "Traceback" not in shown
+
+
+def test_nobody_there_says_how_to_start_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["complete", "Say", "--url", "http://127.0.0.1:9"]) == 1
+    assert "sagellm serve" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["complete", ""], "the text is empty"),
+        (["complete", "\udcff"], "not UTF-8"),
+        (["complete", "a", "--url", "ftp://x"], "not the URL"),
+        (["complete", "a", "--temperature", "-1"], "Must be >= 0"),
+    ],
+)
+def test_a_users_mistake_is_two(
+    argv: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(argv) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_ctrl_c_stops_and_hangs_up(capsys: pytest.CaptureFixture[str]) -> None:
+    left = []
+
+    async def endless(call: Call) -> None:
+        await call.events(text("a"))
+        signal.raise_signal(signal.SIGINT)  # as Ctrl-C does
+        await call.gone()
+        left.append(call)
+
+    assert run(endless, "complete", "Say", "--stats")[0] == 130
+    assert "stopped" in capsys.readouterr().err
+    assert len(left) == 1

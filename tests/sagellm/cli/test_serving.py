@@ -1,0 +1,155 @@
+"""What the options of `sagellm serve` mean, and which are refused."""
+
+import sys
+
+import pytest
+
+from sagellm.cli import main
+from sagellm.cli.failure import Failure
+from sagellm.cli.serving import (
+    ListenOptions,
+    ModelOptions,
+    WatchOptions,
+    check_installed,
+    choose_graph,
+    listening,
+    overrides,
+    read_keys,
+    read_settings,
+    served_names,
+)
+from sagellm.gateway.settings import Settings
+
+
+@pytest.fixture(autouse=True)
+def _no_keys_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SAGELLM_API_KEY", raising=False)
+    monkeypatch.delenv("SAGELLM_ADMIN_KEY", raising=False)
+
+
+def test_keys_have_names() -> None:
+    assert read_keys(["alice=s3cret", "plain", "YWJj=="]) == {
+        "alice": "s3cret",
+        "key-2": "plain",
+        "key-3": "YWJj==",
+    }
+
+
+@pytest.mark.parametrize("given", ["", "a=b c", "admin=x", "a b=x", "a=\x01"])
+def test_a_key_that_is_none_is_refused(given: str) -> None:
+    with pytest.raises(Failure):
+        read_keys([given])
+
+
+def test_a_name_is_given_once() -> None:
+    with pytest.raises(Failure):
+        read_keys(["a=x", "a=y"])
+
+
+def test_keys_come_from_the_environment_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SAGELLM_API_KEY", "alice=from-outside")
+    monkeypatch.setenv("SAGELLM_ADMIN_KEY", "root")
+    settings = read_settings(ListenOptions(), ("m",))
+    assert (settings.api_keys, settings.admin_key) == ({"alice": "from-outside"}, "root")
+    given = read_settings(ListenOptions(api_key=("k",), admin_key="a"), ("m",))
+    assert (given.api_keys, given.admin_key) == ({"key-1": "k"}, "a")
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.7", "example.com"])
+def test_an_open_address_needs_a_key(host: str) -> None:
+    with pytest.raises(Failure, match="no API key"):
+        read_settings(ListenOptions(host=host), ("m",))
+    assert read_settings(ListenOptions(host=host, insecure=True), ("m",)).host == host
+    assert read_settings(ListenOptions(host=host, api_key=("k",)), ("m",)).host == host
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.9.9.9", "::1", "localhost"])
+def test_loopback_needs_none(host: str) -> None:
+    assert read_settings(ListenOptions(host=host), ("m",)).api_keys == {}
+
+
+def test_a_model_gets_the_default_graph() -> None:
+    graph, model = choose_graph("sage-tiny", None)
+    assert (graph.name, model) == ("joint", "sage-tiny")
+    assert served_names(graph, model, ModelOptions()) == ("sage-tiny",)
+
+
+def test_a_graph_keeps_its_models() -> None:
+    graph, model = choose_graph("graphs/pd.yaml", None)
+    assert (graph.name, model) == ("pd", None)
+    assert served_names(graph, model, ModelOptions()) == ("sage-tiny",)
+
+
+def test_a_graph_and_a_model_exclude_each_other() -> None:
+    with pytest.raises(Failure):
+        choose_graph("sage-tiny", "sage-tiny")
+    with pytest.raises(Failure, match="no such graph"):
+        choose_graph("nothing.yaml", None)
+
+
+def test_a_folder_is_served_by_its_name(tmp_path: object) -> None:
+    graph, _ = choose_graph("joint", None)
+    assert served_names(graph, f"{tmp_path}/", ModelOptions())[0] not in ("", str(tmp_path))
+    named = ModelOptions(served_model_name=("a", "b"))
+    assert served_names(graph, str(tmp_path), named) == ("a", "b")
+
+
+def test_the_length_goes_to_every_engine() -> None:
+    graph, _ = choose_graph("pd", None)
+    changed = overrides(graph, ModelOptions(max_model_len=64))
+    assert changed == {"p.max_model_len": 64, "d.max_model_len": 64}
+    assert overrides(graph, ModelOptions()) == {}
+
+
+@pytest.mark.parametrize(
+    "options", [ModelOptions(tensor_parallel_size=2), ModelOptions(gpu_memory_utilization=0.9)]
+)
+def test_what_nothing_obeys_is_refused(options: ModelOptions) -> None:
+    graph, _ = choose_graph("pd", None)
+    with pytest.raises(Failure):
+        overrides(graph, options)
+
+
+def test_a_port_that_is_taken_ends_it_before_any_weight(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sagellm.opening.open_engines", None)
+    with listening(Settings(port=0)) as sock:
+        sock.listen()
+        port = sock.getsockname()[1]
+        assert main(["serve", "pd", "--port", str(port)]) == 2
+    shown = capsys.readouterr().err
+    assert "the port is in use" in shown
+    assert "--port" in shown
+    assert "Traceback" not in shown
+
+
+def test_an_address_of_another_machine_is_told() -> None:
+    with pytest.raises(Failure, match="no such address"), listening(Settings(host="192.0.2.7")):
+        pass
+
+
+def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "sagellm.gateway.server.uvicorn", raising=False)
+    monkeypatch.setitem(sys.modules, "uvloop", None)
+    with pytest.raises(Failure, match="uvloop"):
+        check_installed("uvicorn")
+
+
+@pytest.mark.parametrize(
+    ("watch", "named"),
+    [
+        (WatchOptions(otlp_endpoint="collector:4318"), "--otlp-endpoint"),
+        (WatchOptions(otlp_endpoint="http://collector:4318", trace_sample=2.0), "--trace-sample"),
+        (WatchOptions(trace_sample=0.5), "--trace-sample"),
+    ],
+)
+def test_traces_that_cannot_be_sent_are_refused_at_once(watch, named):
+    with pytest.raises(Failure, match=named):
+        read_settings(ListenOptions(), ("m",), watch)
+
+
+def test_traces_go_where_they_are_asked_to_go():
+    watch = WatchOptions(otlp_endpoint="http://collector:4318", trace_sample=0.5)
+    settings = read_settings(ListenOptions(), ("m",), watch)
+    assert (settings.otlp_endpoint, settings.trace_sample) == ("http://collector:4318", 0.5)

@@ -1,0 +1,140 @@
+from typing import Any
+
+import anyio
+import pytest
+
+from sagellm import AsyncUnifiedInferenceClient, ClientError, UnifiedInferenceClient
+from sagellm.client.events import check
+from sagellm.client.failure import NOT_OFFERED
+from sagellm.runtime.messages import TokenEvent
+
+ASK = [{"role": "user", "content": "What is 23 + 45?"}]
+
+
+@pytest.fixture(scope="module")
+def client() -> Any:
+    """The shipped joint graph, opened in this process."""
+    with UnifiedInferenceClient.create(embedded=True) as opened:
+        yield opened
+
+
+def test_a_chat_is_answered(client: Any) -> None:
+    answer = client.chat(ASK, temperature=0)
+    assert answer == "68"
+    assert (answer.finish_reason, answer.model) == ("stop", "sage-tiny")
+    usage = answer.usage
+    assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
+
+
+def test_a_stream_adds_up_to_the_answer_and_its_usage(client: Any) -> None:
+    whole = client.generate("def f(", max_tokens=12, temperature=0)
+    with client.generate("def f(", max_tokens=12, temperature=0, stream=True) as stream:
+        assert "".join(stream) == whole
+    assert stream.finish_reason == whole.finish_reason
+    assert stream.usage.completion_tokens == whole.usage.completion_tokens
+
+
+def test_every_choice_is_answered(client: Any) -> None:
+    answer = client.chat(ASK, temperature=0, n=2)
+    assert answer.choices == ("68", "68")
+    with client.chat(ASK, temperature=0, n=2, stream=True) as stream:
+        pieces = list(stream)
+    for choice in (0, 1):
+        assert "".join(piece for piece in pieces if piece.choice == choice) == "68"
+
+
+def test_leaving_a_stream_frees_the_graph(client: Any) -> None:
+    with client.generate("a", max_tokens=1000, ignore_eos=True, stream=True) as stream:
+        next(stream)
+        assert client.get_status()["server_load"] == 1
+    client._served._session.idle()
+    assert client.get_status() == {
+        "mode": "embedded",
+        "url": None,
+        "is_ready": True,
+        "models": ["sage-tiny"],
+        "server_load": 0,
+        "version": "0.1.0",
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "param"),
+    [
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"temperature": -1}, "temperature"),
+        ({"echo": True}, "echo"),
+        ({"logprobs": 1}, "logprobs"),
+        ({"temprature": 1}, "temprature"),
+    ],
+)
+def test_what_is_wrong_or_not_served_is_a_400_that_names_it(
+    client: Any, options: dict[str, Any], param: str
+) -> None:
+    with pytest.raises(ClientError, match=param) as caught:
+        client.generate("a", **options)
+    assert (caught.value.status, caught.value.param) == (400, param)
+
+
+def test_a_prompt_that_is_too_long_is_refused_before_a_stream_begins(client: Any) -> None:
+    for stream in (False, True):
+        with pytest.raises(ClientError, match="context limit") as caught:
+            client.generate([1] * 5000, stream=stream)
+        assert caught.value.status == 400
+
+
+def test_another_model_is_not_found(client: Any) -> None:
+    with pytest.raises(ClientError, match="'other'") as caught:
+        client.chat(ASK, model="other")
+    assert (caught.value.status, caught.value.code) == (404, "model_not_found")
+
+
+def test_there_are_no_embeddings(client: Any) -> None:
+    with pytest.raises(ClientError, match="no embeddings") as caught:
+        client.embed("a")
+    assert caught.value.code == NOT_OFFERED
+
+
+def test_a_url_beside_a_graph_is_refused() -> None:
+    for kind in (UnifiedInferenceClient, AsyncUnifiedInferenceClient):
+        with pytest.raises(ClientError, match="no URL"):
+            kind.create("http://a", embedded=True)
+
+
+@pytest.mark.parametrize("backend", ["trio", "asyncio"])
+def test_the_same_for_async_code(backend: str) -> None:
+    async def main() -> list[Any]:
+        async with AsyncUnifiedInferenceClient.create(embedded=True) as client:
+            async with await client.chat(ASK, temperature=0, stream=True) as stream:
+                pieces = [piece async for piece in stream]
+            whole = await client.chat(ASK, temperature=0)
+            with pytest.raises(ClientError, match="context limit"):
+                await client.generate([1] * 5000, stream=True)
+            return ["".join(pieces), whole, (await client.get_status())["mode"]]
+
+    assert anyio.run(main, backend=backend) == ["68", "68", "embedded"]
+
+
+async def test_an_async_graph_must_be_entered() -> None:
+    with pytest.raises(ClientError, match="async with"):
+        await AsyncUnifiedInferenceClient.create(embedded=True).models()
+
+
+@pytest.mark.parametrize(
+    ("reason", "code", "status"),
+    [
+        ("refused", "bad_request", 400),
+        ("refused", "queue_full", 503),
+        ("refused", "slo_unreachable", 503),
+        ("cancelled", "shutting_down", 503),
+        ("expired", "", 504),
+        ("failed", "", 500),
+    ],
+)
+def test_an_end_that_is_no_answer_has_the_status_of_the_gateway(
+    reason: Any, code: str, status: int
+) -> None:
+    end = TokenEvent(request_id="r", finish_reason=reason, code=code, retry_after_s=2.0)
+    with pytest.raises(ClientError) as caught:
+        check(end)
+    assert (caught.value.status, caught.value.retry_after_s) == (status, 2.0)
