@@ -177,7 +177,8 @@ class _Reading:
 async def received(stream: trio.SocketStream) -> bytes:
     """The next bytes, which there must be."""
     data = bytes(await stream.receive_some())
-    assert data, "the server has closed"
+    if not data:
+        raise AssertionError("the server has closed")
     return data
 
 
@@ -259,7 +260,8 @@ def null_gateway(server: str, **fields: Any) -> Iterator[int]:
         thread = threading.Thread(target=trio.run, args=(run,))
         thread.start()
         try:
-            assert started.wait(30)
+            is_started = started.wait(30)  # apart: `python -O` leaves asserts of this file out
+            assert is_started
             yield port
         finally:
             for _ in range(2):

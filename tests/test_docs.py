@@ -1,21 +1,44 @@
 """What README and docs/ show works as it stands there."""
 
+import json
 import re
+import shlex
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from gateway_process import served_process
 
 from sagellm import Graph
 from sagellm.builder import RESOLVER
 from sagellm.checking import check_graph
 from sagellm.cli import main
+from sagellm.gateway.encoding import TEMPLATE_S, TOKENIZE_S
+from sagellm.gateway.protocol.chat import ChatRequest
+from sagellm.gateway.protocol.completions import CompletionRequest
+from sagellm.gateway.protocol.json import MAX_BRACKETS, MAX_QUOTES, MOST
+from sagellm.gateway.protocol.messages import MAX_PARTS
+from sagellm.gateway.protocol.request import (
+    MAX_HINT_LEN,
+    MAX_SALT_LEN,
+    MAX_STOP_TOKEN_IDS,
+    MAX_WAIT_S,
+)
+from sagellm.gateway.routes import ROUTES
+from sagellm.gateway.settings import Budget, Limits, Streaming
 from sagellm.graphs.text.yaml import load
+from sagellm.runtime.messages import CODES
 
 ROOT = Path(__file__).resolve().parent.parent
-README, GRAPHS, STRUCTURE = (
-    (ROOT / name).read_text() for name in ("README.md", "docs/graphs.md", "docs/structure.md")
+README = (ROOT / "README.md").read_text()
+GRAPHS, STRUCTURE, SERVING, SECURITY = (
+    (ROOT / "docs" / f"{name}.md").read_text()
+    for name in ("graphs", "structure", "serving", "security")
 )
+LIMITS = SECURITY.split("## Limits")[1].split("\n## ")[0]
+SERVED_AT = "http://127.0.0.1:8000"
 FLOORS = ("graphs", "backends", "runtime", "operators", "sagellm")
 
 
@@ -70,3 +93,98 @@ def test_every_file_named_in_the_structure_is_there() -> None:
     named = re.findall(r"`([\w/]+/\w+\.py)`", STRUCTURE)
     assert named
     assert [name for name in named if not (ROOT / name).is_file()] == []
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    """Of what the README starts."""
+    with served_process(graph="graphs/pd.yaml") as served:
+        yield served.url
+
+
+def test_the_curl_line_in_the_readme_is_answered(url: str) -> None:
+    line = block(README, "curl ").replace(SERVED_AT, url).replace("\\\n", " ")
+    done = subprocess.run(shlex.split(line), capture_output=True, text=True, timeout=30)
+    assert json.loads(done.stdout)["choices"][0]["message"]["content"] == "68"
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        pytest.param(block(README, "from openai"), id="readme, openai"),
+        pytest.param(block(README, "from sagellm import Unified"), id="readme, own client"),
+        pytest.param(block(SERVING, "from sagellm import Unified"), id="serving, own client"),
+    ],
+)
+def test_the_clients_in_the_docs_get_answers(
+    program: str, url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exec(program.replace(SERVED_AT, url), {})
+    assert capsys.readouterr().out.startswith("68")
+
+
+def commands(text: str) -> list[str]:
+    return [line.split(" #")[0].strip() for line in re.findall(r"^    sagellm (.+)", text, re.M)]
+
+
+@pytest.mark.parametrize("command", [*commands(README), *commands(SERVING)])
+def test_the_options_in_the_docs_are_known(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, *rest = command.split()
+    name = f"{name} {rest[0]}" if name in ("bench", "graph") else name
+    assert main([*name.split(), "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert [one for one in re.findall(r"--[a-z-]+", command) if one not in shown] == []
+
+
+def test_every_option_of_serve_is_in_the_docs(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["serve", "--help"])
+    known = set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out))
+    assert known - set(re.findall(r"--[a-z][a-z-]+", SERVING)) == set()
+
+
+def test_every_endpoint_is_in_the_docs_with_its_access() -> None:
+    table = SERVING.split("## Endpoints")[1].split("###")[0]
+    rows = [row.split(" | ") for row in table.splitlines() if row.startswith("| `")]
+    access = {path: words for cell, words, *_ in rows for path in re.findall(r"/[\w/{}.]+", cell)}
+    for route in ROUTES:
+        said = access[route.path.replace(":path", "")]
+        assert said == ("key" if route.access in ("user", "metrics") else route.access), route
+
+
+def test_every_field_of_a_request_is_in_the_docs() -> None:
+    table = SERVING.split("### Fields")[1].split("**Refused**")[0]
+    named = set(re.findall(r"`(\w+)`", table))
+    fields = {*ChatRequest.__struct_fields__, *CompletionRequest.__struct_fields__}
+    assert fields - named == set()
+
+
+def test_the_limits_in_the_docs_are_those_that_hold() -> None:
+    limits, stream, budget = Limits(), Streaming(), Budget()
+    for number in (
+        limits.header_bytes >> 10, limits.num_headers, limits.header_s, limits.body_bytes >> 20,
+        limits.body_s, limits.json_depth, limits.num_prompts, limits.num_messages, MAX_PARTS,
+        limits.num_choices, limits.num_stop, limits.stop_bytes, limits.num_logit_bias,
+        limits.model_name_len, MAX_STOP_TOKEN_IDS, MAX_SALT_LEN, MAX_HINT_LEN, MAX_WAIT_S,
+        MAX_BRACKETS // 2, MAX_QUOTES // 2, *MOST.values(), TEMPLATE_S, TOKENIZE_S,
+        stream.num_buffered_tokens, stream.num_buffered_bytes >> 10, stream.stall_s,
+        budget.num_open, budget.num_waiting, budget.cancels_per_s,
+    ):  # fmt: skip
+        shown = f"{number:,}".removesuffix(".0")
+        assert re.search(rf"(?<![\d.,]){shown}(?!\d)", LIMITS), number
+
+
+def test_every_code_of_an_error_is_in_the_docs() -> None:
+    table = SERVING.split("## Errors")[1].split("## Overload")[0]
+    sources = (path.read_text() for path in (ROOT / "sagellm" / "gateway").rglob("*.py"))
+    codes = {code for text in sources for code in re.findall(r'code="(\w+)"', text)}
+    codes |= CODES.keys() - {"bad_request"}  # which has no code for clients
+    assert len(codes) > 12
+    assert {code for code in codes if f"`{code}`" not in table} == set()
+
+
+def test_links_in_the_docs_lead_somewhere() -> None:
+    for page in (ROOT / "README.md", ROOT / "GUARANTEES.md", *(ROOT / "docs").glob("*.md")):
+        for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"

@@ -1,4 +1,4 @@
-"""The command line: `sagellm run | serve | graph | bench | doctor | version`."""
+"""The command line: `sagellm run | serve | chat | complete | graph | bench | ...`."""
 
 import sys
 from collections.abc import Sequence

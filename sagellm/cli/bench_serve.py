@@ -62,9 +62,11 @@ def serve(
     if not load.records:
         raise Failure("no request was sent", "raise --duration, or --rate")
     summary = load.summarise(results)
-    _say(summary, results)
-    if results.output is not None:
-        _keep(results.output, load, summary, plot)
+    try:
+        if results.output is not None:
+            _keep(results.output, load, summary, plot)
+    finally:  # neither a full disk nor a reader of stdout that has left costs both
+        _say(summary, results)
     if load.is_interrupted:
         return INTERRUPTED
     return FAILED if summary.num_failed else 0

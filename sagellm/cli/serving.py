@@ -15,15 +15,18 @@ from cyclopts.validators import Number
 
 from sagellm.builder import Graph, shipped
 from sagellm.cli.failure import Failure
-from sagellm.cli.named import load_graph, no_graph
+from sagellm.cli.named import load_graph, no_graph, shipped_names
 from sagellm.gateway.server.front import server_class
 from sagellm.gateway.server.listen import bind, is_loopback
 from sagellm.gateway.settings import Settings
 from sagellm.graphs.ir import FrozenMap
+from sagellm.graphs.vocabulary import nearest
 from sagellm.logs import LEVELS, own_logs
+from sagellm.runtime.models.folder import BUILT_IN
 from sagellm.tracing import TracingError, check_tracing
 
 DEFAULT_GRAPH = "joint"
+NULL = "null"  # a model without weights, for device null
 API_KEY, ADMIN_KEY = "SAGELLM_API_KEY", "SAGELLM_ADMIN_KEY"
 LogLevel = Literal["debug", "info", "warning", "error"]
 
@@ -115,7 +118,19 @@ def choose_graph(name: str, model: str | None) -> tuple[Graph, str | None]:
     if model is not None:
         cause = f"{name} is no graph, and --model names the model of a graph"
         raise Failure(cause, "give one of them, or a graph file and --model")
+    _check_model_name(name)
     return load_graph(DEFAULT_GRAPH), name
+
+
+def _check_model_name(name: str) -> None:
+    """Raise Failure for a plain word that is neither built in nor a folder: a slip, as a rule."""
+    if "/" in name or name in (*BUILT_IN, NULL) or Path(name).exists():
+        return
+    graphs, models = shipped_names(), tuple(BUILT_IN)
+    close = nearest(name, (*graphs, *models))
+    listed = f"graphs: {', '.join(graphs)}, a file; models: {', '.join(models)}, a folder, a Hub id"
+    fix = f"did you mean {close}?" if close else listed
+    raise Failure("there is no graph and no model of that name", fix, name)
 
 
 def overrides(graph: Graph, served: ModelOptions) -> dict[str, object]:

@@ -80,10 +80,14 @@ def _check_outline(outline: bytes, max_depth: int) -> None:
         raise ApiError(400, f"the body has more than {limit} objects and arrays")
     for _ in range(max_depth):  # each turn takes the innermost level away
         brackets = brackets.replace(b"[]", b"")
-    if brackets:
+    num_open = brackets.count(b"[")
+    if num_open != brackets.count(b"]") and num_open <= max_depth:
         raise ApiError(
-            400, f"the body is nested deeper than {max_depth} levels, or a bracket is left open"
+            400, "the body is not valid JSON: a bracket is left open, or is one too many"
         )
+    if brackets:
+        deep = f"the body is nested deeper than {max_depth} levels, or its brackets do not match"
+        raise ApiError(400, deep)
 
 
 def _parse(text: str) -> Any:

@@ -215,3 +215,16 @@ def test_without_matplotlib_a_plot_is_refused_before_anything_is_sent(
         assert bench(server, "--plot", "--output", str(tmp_path)) == 3
     assert "sagellm[plot]" in capsys.readouterr().err
     assert server.calls == []
+
+
+def test_results_are_kept_though_the_reader_of_stdout_has_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def left(*_: object) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("sagellm.cli.bench_serve._say", left)
+    monkeypatch.setattr("sagellm.cli.show", lambda failure: None)
+    with scripted(GOOD) as server:
+        bench(server, "--num-requests", "2", "--output", str(tmp_path))
+    assert len(json.loads((tmp_path / "bench.json").read_text())["requests"]) == 2

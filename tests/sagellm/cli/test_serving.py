@@ -87,6 +87,15 @@ def test_a_graph_and_a_model_exclude_each_other() -> None:
         choose_graph("nothing.yaml", None)
 
 
+@pytest.mark.parametrize(
+    ("name", "fix"), [("sage-tny", "did you mean sage-tiny"), ("nothing-like-it", "graphs: joint")]
+)
+def test_a_name_of_nothing_says_what_there_is(name: str, fix: str) -> None:
+    with pytest.raises(Failure, match="no graph and no model") as caught:
+        choose_graph(name, None)
+    assert fix in caught.value.fix
+
+
 def test_a_folder_is_served_by_its_name(tmp_path: object) -> None:
     graph, _ = choose_graph("joint", None)
     assert served_names(graph, f"{tmp_path}/", ModelOptions())[0] not in ("", str(tmp_path))

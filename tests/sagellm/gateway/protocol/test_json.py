@@ -76,6 +76,8 @@ def refusal(body: bytes, max_depth: int = 32) -> ApiError:
         (b'{"a": 01}', "not valid JSON"),
         (b'{"a": +1}', "not valid JSON"),
         (b'{"a": 1,}', "not valid JSON"),
+        (b'{"a": [1}', "a bracket is left open"),
+        (b'{"a": 1}}', "one too many"),
         (b'{"a": "\n"}', "invalid control character"),
         (b'{"a": "\\x41"}', "invalid \\escape"),
         (b"{} {}", "extra data"),
