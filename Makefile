@@ -36,6 +36,7 @@ soak: export SAGELLM_FUZZ_S ?= 600
 soak: $(STAMPS)/test
 	$(BIN)/pytest -o addopts='-v -rP --strict-markers --import-mode=importlib' \
 		tests/soak tests/sagellm/gateway/test_fuzz.py
+	$(BIN)/python -O -m pytest -W ignore::pytest.PytestConfigWarning tests/security
 
 # Clients whose pins contradict ours, each in an environment of its own, against our server.
 CLIENTS := .venv-clients
@@ -66,6 +67,7 @@ format: $(STAMPS)/lint
 
 bench: $(STAMPS)/test
 	$(BIN)/sagellm bench engine
+	$(BIN)/sagellm bench gateway
 
 clean:
 	rm -rf .venv .venv-clients .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist

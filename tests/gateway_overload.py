@@ -22,13 +22,15 @@ from sagellm.load.sender import Sender, Target
 from sagellm.load.summary import Objective, Summary, percentile, summarise
 from sagellm.load.workload import closed, poisson, within
 
-MEAN_TOKENS = 20
+MEAN_TOKENS = 32
 STEP_S = 0.02
 NUM_INFLIGHT = 4
-CAPACITY = NUM_INFLIGHT / (MEAN_TOKENS * STEP_S)  # requests a second: 10
+CAPACITY = NUM_INFLIGHT / (MEAN_TOKENS * STEP_S)  # requests a second: 6.25
 OBJECTIVE_S = 1.0
 MAX_QUEUED = 16
+REFUSED_S = 0.05
 SAMPLE_S = 0.1
+LATE_S = 0.05  # of a client that waits for nobody: its machine is too busy to measure on
 COSTS = {
     "g.device": "null",
     "g.decode_step_s": STEP_S,
@@ -89,6 +91,12 @@ class Overload:
         )
 
     @property
+    def late_s(self) -> float:
+        """How late, at p99, this client sent what it need not wait for: what the machine costs."""
+        spread = self.summary.lag_s
+        return spread.p99 if spread is not None else 0.0
+
+    @property
     def goodput(self) -> float:
         """Tokens a second of what met the objective."""
         good = Objective(ttft_s=OBJECTIVE_S)
@@ -111,21 +119,20 @@ class Overload:
         found = sorted(one.ttft_s for one in self.records if one.ttft_s is not None)
         return percentile(found, share)
 
-    @property
-    def refused_p99_s(self) -> float:
+    def refused_s(self, share: float) -> float:
+        """How long refusals took."""
         refused = [one.e2e_s for one in self.records if one.status in REFUSALS]
-        return percentile(sorted(refused), 0.99) if refused else 0.0
+        return percentile(sorted(refused), share) if refused else 0.0
 
     @property
     def says(self) -> str:
         summary = self.summary
-        spread = summary.lag_s
         return (
             f"{self.rate:.0f}/s: {summary.num_sent} sent, {summary.num_ok} served, "
             f"{summary.errors}; goodput {self.goodput:.0f} tokens/s; TTFT p99 "
-            f"{self.ttft_p99_s:.3f} s; refusal p99 {1e3 * self.refused_p99_s:.1f} ms; deepest "
+            f"{self.ttft_p99_s:.3f} s; refusal p99 {1e3 * self.refused_s(0.99):.1f} ms; deepest "
             f"queue {max(self.depths)}; client {summary.client.cpu_ratio:.0%} of a core, sent "
-            f"{1e3 * (spread.p99 if spread else 0):.1f} ms late at p99"
+            f"{1e3 * self.late_s:.1f} ms late at p99"
         )
 
 
@@ -177,13 +184,12 @@ async def peak_goodput(served: ServedProcess, seconds: float, parts: tuple[float
 
 
 def check_overload(load: Overload, peak: float) -> None:
-    """The promises, at ten times what can be served."""
-    assert load.summary.sent_per_s >= 0.95 * load.rate
+    """The promises at ten times what can be served; how fast refusals are is the caller's."""
+    assert load.summary.sent_per_s >= 0.9 * load.rate
     assert set(load.summary.errors) == {"http_503"}
     assert len(load.depths) >= 0.9 * load.seconds / SAMPLE_S
     assert max(load.depths) <= MAX_QUEUED
     assert load.goodput >= 0.9 * peak
     assert load.ttft_p99_s <= 1.5 * OBJECTIVE_S
-    assert load.refused_p99_s <= 0.05
     assert len(load.retry_after) == load.summary.num_failed
     assert all(text.isdecimal() and int(text) >= 1 for text in load.retry_after)

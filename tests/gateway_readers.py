@@ -32,11 +32,21 @@ def completion(max_tokens: int, num_choices: int = 1) -> bytes:
 
 @dataclass
 class Readers:
-    """`seconds`: from the request to the end of the answer, of each that read it."""
+    """`seconds`: from the request to the end of the answer, of each that read it.
+
+    Leaving the `async with` closes the connections of those that did not read.
+    """
 
     served: ServedSession
     seconds: list[float] = field(default_factory=list)
     slow: list[trio.SocketStream] = field(default_factory=list)
+
+    async def __aenter__(self) -> "Readers":
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for stream in self.slow:
+            await trio.aclose_forcefully(stream)
 
     async def read(self, num_tokens: int) -> None:
         started_s, content = trio.current_time(), b""
@@ -71,11 +81,10 @@ class Readers:
         await self.served.session.idle()
         return trio.current_time() - started_s
 
-    async def close(self) -> None:
-        """What the slow ones got does not end as if it were whole."""
+    async def check_slow(self) -> None:
+        """What they got does not end as if it were whole."""
         for stream in self.slow:
-            async with stream:
-                assert b"[DONE]" not in await rest_of(stream)
+            assert b"[DONE]" not in await rest_of(stream)
 
 
 async def rest_of(stream: trio.SocketStream) -> bytes:

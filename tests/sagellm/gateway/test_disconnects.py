@@ -84,8 +84,9 @@ class Leavers:
         phase, is_known = self.phase(request_id), self.is_held(request_id)
         await leave(stream, by_reset=draw.random() < 0.5)
         left_s = trio.current_time()
-        while self.is_held(request_id):
-            await self.freed.park()
+        with trio.fail_after(10):
+            while self.is_held(request_id):
+                await self.freed.park()
         if is_known:
             self.phases[phase] += 1
             self.seconds.append(trio.current_time() - left_s)

@@ -12,8 +12,11 @@ NUM_TOKENS = 100
 
 @pytest.mark.parametrize("server", SERVERS)
 async def test_clients_that_do_not_read_are_bounded_and_ended(server: str) -> None:
-    async with served_session(server, "joint", COSTS, SEND_BYTES, streaming=STREAMING) as served:
-        readers, process = Readers(served), psutil.Process()
+    process = psutil.Process()
+    async with (
+        served_session(server, "joint", COSTS, SEND_BYTES, streaming=STREAMING) as served,
+        Readers(served) as readers,
+    ):
         await readers.run(28, 0, 5)  # memory that is taken once
         before_bytes = process.memory_info().rss
         await readers.run(28, 4, NUM_TOKENS)
@@ -21,7 +24,7 @@ async def test_clients_that_do_not_read_are_bounded_and_ended(server: str) -> No
             await readers.ended()
         grown_bytes = process.memory_info().rss - before_bytes
         assert served.is_at_rest
-        await readers.close()
+        await readers.check_slow()
         assert await served.is_answering()
     assert len(readers.seconds) == 2 * 28
     assert grown_bytes < 16 << 20
