@@ -11,7 +11,7 @@ import pytest
 from sagellm.cli import main
 
 EVENTS_PER_S = 2000
-TINY = Path(__file__).with_name("tiny_server.py")
+TINY = Path(__file__).parents[1] / "sagellm" / "load" / "tiny_server.py"
 
 
 @pytest.fixture
