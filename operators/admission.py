@@ -9,10 +9,12 @@ evidence fresh. Otherwise it is refused, at once, with the time after which to t
                       waited + (prompt tokens that wait / tokens served a second) * margin
                       + first token
 
-The prediction takes all that waits as ahead of the newcomer. Its rate is what left the queue while
-something waited, with a memory of ten busy seconds; the margin is two standard deviations of such
-a wait, 1 + 2 / sqrt(requests that wait); the last term is the mean time from there to a first
-token. Before eight requests have waited and been served nothing is predicted.
+The prediction takes all that waits as ahead of the newcomer, but where `policy_sort` serves by
+objective (slo_aware) not the requests that have none. Its rate is what left the queue while
+something waited, with a memory of ten busy seconds, or of eight requests where those took longer;
+several queues count as one, as fast as their mean. The margin is two standard deviations of such a
+wait, 1 + 2 / sqrt(requests that wait); the last term is the mean time from there to a first token.
+Before eight requests have waited and been served nothing is predicted.
 
 Under load the less urgent go first. Of each bound (requests, tokens, objective) a priority may use
 
@@ -23,12 +25,13 @@ only where the queue is full, when all others have been refused for long.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import msgspec
 
 from sagellm.graphs.vocabulary import REQUEST, OpSpec, Port
-from sagellm.runtime.backlog import Backlog, Pace
+from sagellm.runtime.backlog import Backlog, Pace, together
 from sagellm.runtime.messages import Request, refusal
 from sagellm.runtime.operator import (
     Arrival,
@@ -81,9 +84,13 @@ class Verdict(msgspec.Struct, frozen=True):
 
 
 class Seen(msgspec.Struct, frozen=True):
-    """The state: the queue as it was last told, and verdicts on requests with choices to come."""
+    """The state: the queues as they were last told, and verdicts on requests with choices to come.
+
+    `backlogs` are by operator; `pace` is that of all together.
+    """
 
     pace: Pace = Pace()
+    backlogs: Mapping[str, Backlog] = msgspec.field(default_factory=dict)
     verdicts: PersistentMap[str, Verdict] = msgspec.field(default_factory=PersistentMap)
 
 
@@ -107,8 +114,8 @@ class Admission:
         match happened:
             case Arrival(item=Request() as request):
                 return self._arrive(state, request, now)
-            case Feedback(kind="queue", value=Backlog() as backlog):
-                return Step(_with_pace(state, state.pace.with_backlog(backlog)))
+            case Feedback(kind="queue", node=node, value=Backlog() as backlog):
+                return Step(_with_backlog(state, node, backlog))
             case Feedback(kind="first_token", value=float(seconds)):
                 return Step(_with_pace(state, state.pace.with_first_token(seconds)))
             case Signal(kind="forget", request_id=request_id):
@@ -198,6 +205,12 @@ def _followed(
         return verdicts.without(request_id)
     rest = msgspec.structs.replace(verdict, num_left=verdict.num_left - 1)
     return verdicts.with_item(request_id, rest)
+
+
+def _with_backlog(state: Seen, node: str, backlog: Backlog) -> Seen:
+    backlogs = {**state.backlogs, node: backlog}
+    pace = state.pace.with_backlog(together(backlogs.values()))
+    return msgspec.structs.replace(state, pace=pace, backlogs=backlogs)
 
 
 def _with_pace(state: Seen, pace: Pace) -> Seen:

@@ -61,11 +61,7 @@ class Decode:
             await ctx.terminate(refused(request, error, ctx.now()))
 
     async def on_events(self, ctx: Context, events: tuple[EngineEvent, ...]) -> None:
-        await ctx.emit_batch(tuple(self._stamped(event) for event in events))
-        for event in events:
-            if isinstance(event, TokenEvent) and event.is_last:
-                self._held.pop(event.key, None)
-                ctx.release(event.key)
+        await ctx.emit_batch(map(self._stamped, events), self._note)
 
     def on_signal(self, ctx: Context, signal: Signal) -> None:
         for key, request in self._held.items():
@@ -75,6 +71,11 @@ class Decode:
     def discard(self, ctx: Context, item: Item) -> None:
         self._held.pop(item.key, None)
         abandon(ctx, item)
+
+    def _note(self, ctx: Context, event: TokenEvent) -> None:
+        if event.is_last:
+            self._held.pop(event.key, None)
+            ctx.release(event.key)
 
     def _stamped(self, event: EngineEvent) -> TokenEvent:
         assert not isinstance(event, PrefillDone)

@@ -55,10 +55,7 @@ class Generate:
             await ctx.terminate(refused(item, error, ctx.now()))
 
     async def on_events(self, ctx: Context, events: tuple[EngineEvent, ...]) -> None:
-        await ctx.emit_batch(tuple(self._stamped(event) for event in events))
-        for event in events:
-            if isinstance(event, TokenEvent):
-                self._note(ctx, event)
+        await ctx.emit_batch(map(self._stamped, events), self._note)
 
     def on_signal(self, ctx: Context, signal: Signal) -> None:
         for key, request in self._held.items():

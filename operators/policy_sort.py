@@ -85,15 +85,15 @@ class PolicySort:
     def _settle(
         self, before: Queue, after: Queue, now: float, outputs: tuple[Output, ...] = ()
     ) -> Step[Queue]:
-        """What every change entails: expiries, a change of order, news of the length, an offer."""
+        """What every change entails: expiries, a change of order, news of the backlog, an offer."""
         if after.wake_at is not None and after.wake_at <= now:
             after, late = after.parted(lambda request: _is_expired(request, now))
             outputs += _ends(late, "expired", now)
         level = self.policy.level(after.level, len(after.entries))
         if level != after.level:
             after = after.at_level(level, self.policy.orders[level])
-        if len(after.entries) != len(before.entries):
-            outputs += (Tell("queue", after.backlog),)
+        if after.backlog != before.backlog:
+            outputs += (Tell("queue", after.told(self.policy.orders[level])),)
         return self._offer(after, outputs, now)
 
     def _offer(self, queue: Queue, outputs: tuple[Output, ...], now: float) -> Step[Queue]:

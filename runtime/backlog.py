@@ -1,12 +1,13 @@
 """What waits in a queue, as it tells those before it, and how long a newcomer would wait there."""
 
 import math
+from collections.abc import Collection
 
 import msgspec
-from msgspec.structs import replace
+from msgspec.structs import astuple, replace
 
 _MEMORY_S = 10.0  # of busy time: what was served longer ago counts less and less
-_EVIDENCE = 8  # requests that must have been served before anything is predicted
+_EVIDENCE = 8  # requests that must have been served before anything is predicted, or forgotten
 _WEIGHT = 1 / 8  # of the latest first token in their mean
 _DEVIATIONS = 2.0
 
@@ -22,31 +23,47 @@ class Backlog(msgspec.Struct, frozen=True):
     num_requests: int = 0
     num_tokens: int = 0  # of prompts, uncached, and max_tokens
     num_prompt_tokens: int = 0
+    num_patient: int = 0  # of the requests: those that let every one with an objective go first
+    num_patient_tokens: int = 0  # of their prompts
     num_served: int = 0
     num_served_tokens: int = 0  # of prompts
     busy_s: float = 0.0
 
 
+def together(backlogs: Collection[Backlog]) -> Backlog:
+    """What waits in several queues; what they served, and how long they were busy, adds up."""
+    if len(backlogs) == 1:
+        return next(iter(backlogs))
+    return Backlog(*map(sum, zip(*map(astuple, backlogs), strict=True)))
+
+
 class Pace(msgspec.Struct, frozen=True):
     """How fast a queue is served, learned from its backlogs and from first tokens; a value.
 
-    `tokens` and `seconds` fade with busy time, so that their quotient follows the load.
+    `tokens` and `seconds` fade with busy time, so that their quotient follows the load, but never
+    faster than others are served: where long answers hold every place, nothing leaves for minutes,
+    and what is known of the pace must outlast that. `silent_s` has passed since the last left.
     """
 
     backlog: Backlog = Backlog()
     tokens: float = 0.0
     seconds: float = 0.0
+    silent_s: float = 0.0
     first_token_s: float = 0.0  # mean, from leaving the queue to the first token
 
     def with_backlog(self, backlog: Backlog) -> "Pace":
-        seconds = backlog.busy_s - self.backlog.busy_s
+        silent_s = self.silent_s + backlog.busy_s - self.backlog.busy_s
+        num_served = backlog.num_served - self.backlog.num_served
+        if not num_served:
+            return replace(self, backlog=backlog, silent_s=silent_s)
         tokens = backlog.num_served_tokens - self.backlog.num_served_tokens
-        faded = math.exp(-seconds / _MEMORY_S)
+        faded = math.exp(-min(silent_s / _MEMORY_S, num_served / _EVIDENCE))
         return replace(
             self,
             backlog=backlog,
             tokens=self.tokens * faded + tokens,
-            seconds=self.seconds * faded + seconds,
+            seconds=self.seconds * faded + silent_s,
+            silent_s=0.0,
         )
 
     def with_first_token(self, seconds: float) -> "Pace":
@@ -57,16 +74,26 @@ class Pace(msgspec.Struct, frozen=True):
 
     @property
     def long_wait_s(self) -> float | None:
-        """The wait that all but a few in a hundred stay below: departures are taken as Poisson, so
-        that the time of n of them has a standard deviation of 1 / sqrt(n) of itself.
+        """The wait behind those that are not patient, which all but a few in a hundred stay below:
+        departures are taken as Poisson, so that the time of n of them has a standard deviation of
+        1 / sqrt(n) of itself.
         """
-        if self.wait_s is None:
+        backlog, token_s = self.backlog, self._token_s
+        if token_s is None:
             return None
-        return self.wait_s * (1 + _DEVIATIONS / math.sqrt(max(self.backlog.num_requests, 1)))
+        wait_s = (backlog.num_prompt_tokens - backlog.num_patient_tokens) * token_s
+        num_ahead = backlog.num_requests - backlog.num_patient
+        return wait_s * (1 + _DEVIATIONS / math.sqrt(max(num_ahead, 1)))
 
     @property
     def wait_s(self) -> float | None:
-        """How long what waits now takes to leave the queue; None before there is evidence."""
-        if self.backlog.num_served < _EVIDENCE or not (self.tokens > 0 and self.seconds > 0):
+        """How long all that waits now takes to leave the queue; None before there is evidence."""
+        token_s = self._token_s
+        return None if token_s is None else self.backlog.num_prompt_tokens * token_s
+
+    @property
+    def _token_s(self) -> float | None:
+        seconds = self.seconds + self.silent_s
+        if self.backlog.num_served < _EVIDENCE or not (self.tokens > 0 and seconds > 0):
             return None
-        return self.backlog.num_prompt_tokens * self.seconds / self.tokens
+        return seconds / self.tokens

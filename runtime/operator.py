@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import (
     Any,
@@ -225,8 +225,10 @@ class Context(Protocol):
     async def emit(self, item: Item, outlet: str = "out") -> None:
         """Send an item, waiting for credit."""
 
-    async def emit_batch(self, items: "tuple[Item, ...]", outlet: str = "out") -> None:
-        """Send items that belong together, such as the events of one engine step, in order."""
+    async def emit_batch(self, items: Iterable[TokenEvent], done: "Sent") -> None:
+        """Send the events of one engine step, in order; `done` is called for each once it is sent,
+        before anybody can answer to it: its id may be in use again while the others wait.
+        """
 
     async def terminate(self, event: TokenEvent) -> None:
         """Send a last event to the sink."""
@@ -236,6 +238,9 @@ class Context(Protocol):
 
     def release(self, key: tuple[str, int]) -> None:
         """Return the credit of an item that this operator took: it no longer holds it."""
+
+
+Sent: TypeAlias = Callable[[Context, TokenEvent], None]
 
 
 @runtime_checkable

@@ -141,7 +141,7 @@ class Session:
         Raises RequestError where its id is in use, or the session has ended.
         """
         request_id = requests[0].request_id
-        if request_id in self._callers or request_id in self.executor.register:
+        if self._is_in_use(request_id):
             raise RequestError(f"request {request_id!r} is running already; choose another id")
         if self.executor.is_stopped:
             raise RequestError(str(ExecutorStopped()))
@@ -215,6 +215,9 @@ class Session:
         return [msgspec.structs.replace(first, choice=choice) for choice in range(sampling.n)]
 
     def _free_id(self) -> str:
-        while (request_id := f"req-{next(self._numbers)}") in self._callers:
-            pass
-        return request_id
+        numbered = (f"req-{number}" for number in self._numbers)
+        return next(request_id for request_id in numbered if not self._is_in_use(request_id))
+
+    def _is_in_use(self, request_id: str) -> bool:
+        """Also one whose caller has gone, until its engine has let go of it."""
+        return request_id in self._callers or request_id in self.executor.register

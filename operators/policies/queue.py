@@ -96,6 +96,12 @@ class Queue(msgspec.Struct, frozen=True):
         ranked = ((order.rank(entry[3]), *entry[1:]) for entry in self.entries)
         return replace(self, entries=tuple(sorted(ranked)), level=level, declined=())
 
+    def told(self, order: Order) -> Backlog:
+        """What waits, as those before it should know it: an order may make no one patient."""
+        if order.lapses:
+            return self.backlog
+        return replace(self.backlog, num_patient=0, num_patient_tokens=0)
+
     def head(self, order: Order, now: float, num_entries: int) -> tuple[Entry, ...]:
         """The first entries to serve; those that have lapsed come after all others."""
         if not order.lapses:
@@ -109,11 +115,14 @@ def _counted(backlog: Backlog, request: Request, sign: int) -> Backlog:
     """The backlog with a request more, or less."""
     num_prompt_tokens = sign * request.num_uncached_tokens
     num_tokens = num_prompt_tokens + sign * request.sampling.max_tokens
+    is_patient = request.slo_ttft_s is None
     return replace(
         backlog,
         num_requests=backlog.num_requests + sign,
         num_tokens=backlog.num_tokens + num_tokens,
         num_prompt_tokens=backlog.num_prompt_tokens + num_prompt_tokens,
+        num_patient=backlog.num_patient + sign * is_patient,
+        num_patient_tokens=backlog.num_patient_tokens + num_prompt_tokens * is_patient,
     )
 
 

@@ -80,7 +80,7 @@ class LocalEngine:
         sequence = self._sequence(state)
         if state.lease is not None:
             sequence.adopt(self._exchange.adopt(state.lease, sequence.fence))
-        if not self._sequences:
+        if not self._has_work and self._launched is None:
             self._pulse.move(trio.current_time())
         self._sequences[sequence.fence] = sequence
         if sequence.num_output >= sequence.max_output:  # resumed behind its last token
@@ -132,8 +132,12 @@ class LocalEngine:
 
     @property
     def health(self) -> EngineHealth:
-        has_work = any(not sequence.mailbox.is_full for sequence in self._sequences.values())
-        return self._pulse.health(trio.current_time(), has_work=has_work)
+        return self._pulse.health(trio.current_time(), has_work=self._has_work)
+
+    @property
+    def _has_work(self) -> bool:
+        """Whether there are sequences whose readers take what is drawn for them."""
+        return any(not sequence.mailbox.is_full for sequence in self._sequences.values())
 
     async def run(self) -> None:
         """Step until cancelled; then no thread is left and every block is free."""

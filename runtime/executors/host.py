@@ -1,5 +1,6 @@
 """A host: one replica of a service operator, its mailbox, its tasks and its context."""
 
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 import trio
@@ -10,7 +11,7 @@ from sagellm.runtime.executors.faults import log_fault
 from sagellm.runtime.executors.mailbox import Mailbox
 from sagellm.runtime.executors.meter import Meter
 from sagellm.runtime.messages import Item, TokenEvent
-from sagellm.runtime.operator import Service, Signal
+from sagellm.runtime.operator import Sent, Service, Signal
 from sagellm.runtime.plan import Plan
 
 
@@ -82,14 +83,15 @@ class Host:
         if not await self._executor.push(self.name, item, outlet, replica=self.replica):
             self._service.discard(self, item)
 
-    async def emit_batch(self, items: tuple[Item, ...], outlet: str = "out") -> None:
+    async def emit_batch(self, items: Iterable[TokenEvent], done: Sent) -> None:
         push = self._executor.try_push
         for item in items:  # most find credit at once: one step's tokens are one turn of the loop
-            sent = push(self.name, item, outlet, replica=self.replica)
+            sent = push(self.name, item, replica=self.replica)
             if sent is None:
-                await self.emit(item, outlet)
+                await self.emit(item)
             elif not sent:
                 self._service.discard(self, item)
+            done(self, item)
 
     async def terminate(self, event: TokenEvent) -> None:
         self._meter.num_ended += 1

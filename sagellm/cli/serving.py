@@ -168,12 +168,15 @@ def read_settings(
     if not keys and not listen.insecure and not is_loopback(listen.host):
         cause = f"--host {listen.host} lets others in, and there is no API key"
         raise Failure(cause, "add --api-key KEY, or --insecure if everybody may use it")
+    admin_key = listen.admin_key or next(iter(_from_environment(ADMIN_KEY)), None)
+    if len({*keys.values(), admin_key}) <= len(keys):
+        raise Failure("one API key is given twice, or is the admin key too", "give each its own")
     return Settings(
         host=listen.host,
         port=listen.port,
         server=listen.server,
         api_keys=keys,
-        admin_key=listen.admin_key or next(iter(_from_environment(ADMIN_KEY)), None),
+        admin_key=admin_key,
         served_models=names,
         allowed_hosts=listen.allowed_host,
         drain_s=listen.drain_s,

@@ -95,7 +95,11 @@ class Embedded:
     def _streamed(self, prompt: Any, sampling: Any, fields: dict[str, Any]) -> Stream:
         tally = Tally(sampling.n)
         events = self._session.stream(prompt, sampling=sampling, **fields)
-        first = tally.piece_of(next(events))
+        try:
+            first = tally.piece_of(next(events))
+        except BaseException:  # nobody has the stream yet who would close it
+            events.__exit__()
+            raise
 
         def pieces() -> Iterator[Piece]:
             yield first
@@ -171,5 +175,9 @@ class AsyncEmbedded:
     async def _streamed(self, prompt: Any, sampling: Any, fields: dict[str, Any]) -> AsyncStream:
         tally = Tally(sampling.n)
         events = self._session.stream(prompt, sampling=sampling, **fields)
-        first = tally.piece_of(await anext(events))
+        try:
+            first = tally.piece_of(await anext(events))
+        except BaseException:  # nobody has the stream yet who would close it
+            await events.aclose()
+            raise
         return AsyncStream(_Pieces(first, events, tally), events.aclose)

@@ -23,7 +23,7 @@ from sagellm.gateway.protocol.chat import read_chat
 from sagellm.gateway.protocol.completions import read_completion
 from sagellm.gateway.protocol.sampling import ModelFacts, sampling_of
 from sagellm.gateway.settings import Limits
-from sagellm.runtime.messages import SERVED, Answer, Sampling, TokenEvent
+from sagellm.runtime.messages import SERVED, Answer, Sampling
 from sagellm.session import Output, Prompt
 
 _ANY_ID = 1 << 31  # which ids the model knows, its engine checks
@@ -146,11 +146,9 @@ def check(end: Output) -> None:
     reason = end.finish_reason
     if reason is None or reason in SERVED:
         return
-    code = end.code if isinstance(end, TokenEvent) else ""
-    retry_after_s = end.retry_after_s if isinstance(end, TokenEvent) else None
     raise ClientError(
         end.error or f"the graph ended the request: {reason}",
-        status=_STATUS.get(code, _ENDED.get(reason)),
-        code=code or (CUT_OFF if reason == "cancelled" else reason),
-        retry_after_s=retry_after_s,
+        status=_STATUS.get(end.code, _ENDED.get(reason)),
+        code=end.code or (CUT_OFF if reason == "cancelled" else reason),
+        retry_after_s=end.retry_after_s,
     )

@@ -13,6 +13,7 @@ class _Account(Generic[C]):
 
     finish_reason: str | None = None
     usage: Usage | None = None
+    _is_closed = False
 
     def __init__(self, close: Callable[[], C]) -> None:
         self._close = close
@@ -39,10 +40,13 @@ class Stream(_Account[None]):
         return self
 
     def __next__(self) -> Piece:
+        if self._is_closed:
+            raise StopIteration
         return self._note(next(self._pieces))
 
     def close(self) -> None:
-        """Idempotent."""
+        """Idempotent; afterwards the stream is at its end."""
+        self._is_closed = True
         self._close()
 
     def __enter__(self) -> "Stream":
@@ -66,10 +70,13 @@ class AsyncStream(_Account[Awaitable[None]]):
         return self
 
     async def __anext__(self) -> Piece:
+        if self._is_closed:
+            raise StopAsyncIteration
         return self._note(await anext(self._pieces))
 
     async def aclose(self) -> None:
-        """Idempotent."""
+        """Idempotent; afterwards the stream is at its end."""
+        self._is_closed = True
         await self._close()
 
     async def __aenter__(self) -> "AsyncStream":

@@ -1,6 +1,6 @@
 """The ASGI application: every call passes the same layers, in this order, on trio and asyncio."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -23,6 +23,7 @@ from sagellm.gateway.table import Route, Table
 
 LOG = structlog.get_logger("sagellm.gateway")
 CLIENT_LEFT = 499
+PIECE_BYTES = 64 << 10
 
 
 def build_app(gateway: Gateway) -> "App":
@@ -118,11 +119,16 @@ class _Sending:
         if message["type"] == "http.response.start":
             self.status = message["status"]
             message["headers"] = [*message.get("headers", ()), *echo(self.call)]
-        elif not message.get("more_body", False):
-            self._is_whole = True  # before: servers end a call while its last send is under way
-            await self._send_last(message)
+            await self._send(message)
             return
-        await self._send(message)
+        *parts, last = _parts(message)
+        for part in parts:
+            await self._send(part)
+        if last.get("more_body", False):
+            await self._send(last)
+            return
+        self._is_whole = True  # before: servers end a call while its last send is under way
+        await self._send_last(last)
 
     async def _send_last(self, message: Message) -> None:
         """Hypercorn makes its connection ready for the next call in here, and tells the app that
@@ -138,6 +144,16 @@ class _Sending:
                 reading.start_soon(self._body.discard)
                 await self._send(message)
                 reading.cancel_scope.cancel()
+
+
+def _parts(message: Message) -> Iterator[Message]:
+    """A large body in pieces: a client has the servers' time for each of them, not for all."""
+    body = message.get("body", b"")
+    end = 0
+    for end in range(PIECE_BYTES, len(body), PIECE_BYTES):
+        piece = body[end - PIECE_BYTES : end]
+        yield {"type": "http.response.body", "body": piece, "more_body": True}
+    yield {**message, "body": body[end:]} if end else message
 
 
 async def _lifespan(receive: Receive, send: Send) -> None:

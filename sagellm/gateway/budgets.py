@@ -48,14 +48,15 @@ class Budgets:
         self._tenants: dict[str, _Tenant] = {}
         self._retries = Bucket(RETRY_BURST)
 
-    def hold(self, tenant: str) -> "Hold":
-        """A place for one call, given back at the end of the `with` block.
+    def hold(self, tenant: str, num_requests: int = 1) -> "Hold":
+        """Places for the requests of one call, given back at the end of the `with` block.
 
         Entering raises ApiError 429 where the tenant has too much under way, or has cancelled too
-        much of late. A block that ends by cancellation counts as a cancel.
+        much of late; a call that is larger than the budget is let in alone. A block that ends by
+        cancellation counts as a cancel.
         """
         known = self._tenants.setdefault(tenant, _Tenant(self._budget))
-        return Hold(self, known)
+        return Hold(self, known, num_requests)
 
     def may_retry(self, tenant: str = "") -> bool:
         """Whether one refused call is told to try again: x-should-retry. Spends of the budget."""
@@ -71,19 +72,22 @@ class Budgets:
 
     # ---- what holds use ----------------------------------------------------------------------
 
-    def enter(self, tenant: _Tenant) -> None:
+    def enter(self, tenant: _Tenant, num_requests: int) -> None:
         budget, now = self._budget, self._now()
-        if tenant.num_open >= budget.num_open:
-            raise self._too_much(f"this key has {budget.num_open} requests under way")
-        if tenant.num_waiting >= budget.num_waiting:
-            raise self._too_much(f"this key has {budget.num_waiting} requests waiting")
+        if tenant.num_open and tenant.num_open + num_requests > budget.num_open:
+            raise self._too_much(f"this key may have {budget.num_open} requests under way")
+        if tenant.num_waiting and tenant.num_waiting + num_requests > budget.num_waiting:
+            raise self._too_much(f"this key may have {budget.num_waiting} requests waiting")
         debt = -tenant.cancels.level(now)
         if debt >= 0:
             wait_s = (debt + 1) / budget.cancels_per_s
             raise self._too_much("this key cancels too many requests", wait_s)
-        tenant.num_open += 1
-        tenant.num_waiting += 1
-        self._retries.add(RETRY_RATIO, now)
+        tenant.num_open += num_requests
+        tenant.num_waiting += num_requests
+
+    def served(self) -> None:
+        """A call has its first token, and pays for retries of others."""
+        self._retries.add(RETRY_RATIO, self._now())
 
     def cancelled(self, tenant: _Tenant) -> None:
         tenant.cancels.add(-1, self._now())
@@ -99,21 +103,26 @@ class Budgets:
 
 
 class Hold:
-    """A place in a tenant's budget."""
+    """Places in a tenant's budget."""
 
-    def __init__(self, budgets: Budgets, tenant: _Tenant) -> None:
+    def __init__(self, budgets: Budgets, tenant: _Tenant, num_requests: int) -> None:
         self._budgets, self._tenant = budgets, tenant
-        self._is_waiting = False
+        self._num_requests = num_requests
+        self._num_waiting = 0
 
     def first_token(self) -> None:
         """The call waits no longer. May be called more than once."""
-        if self._is_waiting:
-            self._is_waiting = False
-            self._tenant.num_waiting -= 1
+        if self._num_waiting:
+            self._wait_no_longer()
+            self._budgets.served()
+
+    def _wait_no_longer(self) -> None:
+        self._tenant.num_waiting -= self._num_waiting
+        self._num_waiting = 0
 
     def __enter__(self) -> "Hold":
-        self._budgets.enter(self._tenant)
-        self._is_waiting = True
+        self._budgets.enter(self._tenant, self._num_requests)
+        self._num_waiting = self._num_requests
         return self
 
     def __exit__(
@@ -122,7 +131,7 @@ class Hold:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.first_token()
-        self._tenant.num_open -= 1
+        self._wait_no_longer()
+        self._tenant.num_open -= self._num_requests
         if kind is not None and not issubclass(kind, Exception):
             self._budgets.cancelled(self._tenant)

@@ -1,5 +1,6 @@
 """Prompts to text and token ids; what may take long is done in a worker thread, with a deadline."""
 
+import threading
 from collections.abc import Callable
 from functools import cached_property
 from typing import TypeVar
@@ -57,6 +58,14 @@ class Encoder:
 
         return await self._tokenize(decode, len(token_ids))
 
+    async def spelt(self, token_ids: tuple[int, ...]) -> list[str]:
+        """Each token as the vocabulary spells it. Raises ApiError where that takes too long."""
+
+        def spell() -> list[str]:
+            return [self._tokenizer.token(token_id) for token_id in token_ids]
+
+        return await self._tokenize(spell, len(token_ids))
+
     async def chat(self, messages: Messages, *, add_special_tokens: bool = False) -> Prompt:
         """The prompt of a conversation. Raises ApiError where its template does not admit it."""
         text = await self._render(messages)
@@ -64,15 +73,20 @@ class Encoder:
 
     async def _render(self, messages: Messages) -> str:
         """In a thread always: how long a template loops is no matter of how long a message is."""
+        begun = threading.Event()
+
+        def render() -> str:
+            begun.set()
+            return self._tokenizer.apply_chat_template(messages)
+
         try:
             with anyio.fail_after(TEMPLATE_S):
                 return await anyio.to_thread.run_sync(
-                    self._tokenizer.apply_chat_template,
-                    messages,
-                    abandon_on_cancel=True,
-                    limiter=self._rendering,
+                    render, abandon_on_cancel=True, limiter=self._rendering
                 )
         except TimeoutError:
+            if not begun.is_set():  # others have all the threads: no fault of these messages
+                raise _busy() from None
             late = f"the chat template took longer than {TEMPLATE_S:g} s"
             raise wrong("messages", late) from None
         except ChatTemplateError:
@@ -88,5 +102,9 @@ class Encoder:
                     work, abandon_on_cancel=True, limiter=self._tokenizing
                 )
         except TimeoutError:
-            late = "the prompt could not be tokenised in time"
-            raise ApiError(503, late, code="tokenizer_busy", retry_after_s=1.0) from None
+            raise _busy() from None
+
+
+def _busy() -> ApiError:
+    late = "the prompt could not be tokenised in time"
+    return ApiError(503, late, code="tokenizer_busy", retry_after_s=1.0)

@@ -17,6 +17,7 @@ from sagellm.graphs.ir import Graph
 from sagellm.runtime.models.tokenizer import Tokenizer
 
 _SALT_BYTES = 16
+_NUM_BROKEN = 4096  # more calls than break off while the graph ends one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +57,7 @@ class Readiness(Protocol):
 
 
 class Hold(Protocol):
-    """A place in a tenant's budget."""
+    """Places in a tenant's budget."""
 
     def first_token(self) -> None:
         """The call waits no longer."""
@@ -65,8 +66,8 @@ class Hold(Protocol):
 class Budgets(Protocol):
     """What each tenant may have under way."""
 
-    def hold(self, tenant: str) -> AbstractContextManager[Hold]:
-        """A place, given back at the end. Raises ApiError 429 where there is none."""
+    def hold(self, tenant: str, num_requests: int = 1) -> AbstractContextManager[Hold]:
+        """Places, given back at the end. Raises ApiError 429 where there are none."""
 
     def may_retry(self, tenant: str) -> bool:
         """Whether a call that the graph refused is told to try again: x-should-retry."""
@@ -91,6 +92,7 @@ class Gateway:
     encoder: Encoder = field(init=False)
     tokens: TokenTexts = field(init=False)
     _open_ids: dict[str, int] = field(default_factory=dict)  # with the number of their requests
+    _broken_ids: dict[str, None] = field(default_factory=dict)  # oldest first
     _salt_key: bytes = b""
 
     def __post_init__(self) -> None:
@@ -102,12 +104,20 @@ class Gateway:
     def claim(self, request_id: str, num_requests: int = 1) -> Iterator[Claimed]:
         """The id of one call, which is `request_id` unless that is in use now, for the `with`
         block; the requests of a call that has several have numbers behind it.
+
+        An id counts as in use also after a block that was broken off: the graph may not have ended
+        its requests yet.
         """
-        while request_id in self._open_ids:
+        while request_id in self._open_ids or request_id in self._broken_ids:
             request_id = secrets.token_hex(16)
         self._open_ids[request_id] = num_requests
         try:
             yield Claimed(request_id, _numbered(request_id, num_requests))
+        except BaseException:
+            self._broken_ids[request_id] = None
+            if len(self._broken_ids) > _NUM_BROKEN:
+                del self._broken_ids[next(iter(self._broken_ids))]
+            raise
         finally:
             del self._open_ids[request_id]
 

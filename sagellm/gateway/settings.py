@@ -49,7 +49,8 @@ class Settings:
 
     `served_models`: the names that clients may use, the first of them in answers. `admin_key` opens
     the admin routes, which are closed to all where there is none. `salt_key` keys the prefix salts
-    and the hashes in logs; drawn anew at each start unless given.
+    and the hashes in logs; drawn anew at each start unless given. Raises ValueError for half of a
+    TLS setup, which would be served in the clear.
     """
 
     host: str = "127.0.0.1"
@@ -72,3 +73,7 @@ class Settings:
     limits: Limits = Limits()
     streaming: Streaming = Streaming()
     budget: Budget = Budget()
+
+    def __post_init__(self) -> None:
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("TLS needs both a certificate and its key")

@@ -74,8 +74,8 @@ class Sender:
             try:
                 return await self._attempt(content, record)
             except ClientError as error:
-                if error.status not in REFUSALS:
-                    raise
+                if error.status not in REFUSALS or record.first_s is not None:
+                    raise  # also where it says so in the middle of an answer
                 record.num_refusals += 1
                 if record.num_attempts > self._target.num_retries or error.should_retry is False:
                     raise

@@ -2,7 +2,7 @@
 
 import csv
 from collections.abc import Iterable, Iterator
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -75,7 +75,12 @@ def _azure(lines: Iterable[str]) -> Iterator[Arrival]:
         at, *lengths = (row[name] or "" for name in _AZURE)
         try:
             input_len, output_len = map(int, lengths)
-            at_s = datetime.fromisoformat(at.strip()).timestamp()
+            at_s = _utc(datetime.fromisoformat(at.strip())).timestamp()
         except ValueError as error:
             raise TraceError(f"line {rows.line_num}: {error}") from None
         yield Arrival(at_s, max(1, input_len), max(1, output_len))
+
+
+def _utc(at: datetime) -> datetime:
+    """A time without a zone is no time of this machine's zone, where hours come twice or never."""
+    return at if at.tzinfo else at.replace(tzinfo=UTC)

@@ -195,3 +195,53 @@ def test_equal_inputs_give_equal_answers(running: Any) -> None:
         return [admission(happened, float(at)) for at, happened in enumerate(inputs)]
 
     assert run() == run()
+
+
+def test_a_silence_between_two_departures_is_not_the_end_of_all_service(running: Any) -> None:
+    """A request of 1000 tokens leaves once a minute, and others come all the time."""
+    admission = running(build(Options(slo_ttft_s=400.0), Setup("door")))
+
+    def told_at(seconds: float) -> None:
+        num_served = int(seconds // 60)
+        admission(
+            told(
+                1,
+                num_prompt_tokens=1000,
+                num_served=num_served,
+                num_served_tokens=1000 * num_served,
+                busy_s=seconds,
+            )
+        )
+
+    waits = []
+    for seconds in range(0, 1200, 5):
+        told_at(seconds)
+        waits.append(admission.state.pace.wait_s)
+    assert all(60 <= wait <= 75 for wait in waits[-12:])
+
+
+def test_after_a_long_silence_a_retry_makes_sense_within_as_long(running: Any) -> None:
+    admission = running(build(ROOMY, Setup("door")))
+    admission(served(900))
+    for busy_s in range(3, 3600):
+        admission(
+            told(400, num_prompt_tokens=900, num_served=20, num_served_tokens=2000, busy_s=busy_s)
+        )
+    (output,) = admission(asked())
+    assert 1 <= output.event.retry_after_s <= 3600
+
+
+def test_several_queues_count_together(running: Any) -> None:
+    admission = running(build(Options(max_queued=10), Setup("door")))
+
+    def tell(node: str, num_requests: int, busy_s: float) -> None:
+        backlog = Backlog(num_requests=num_requests, num_served=8, busy_s=busy_s)
+        admission(Feedback(node, 0, 1, "queue", backlog))
+
+    tell("long", 8, 10_000.0)
+    tell("short", 0, 1.0)
+    assert code_of(admission(asked(priority=0))) == ""
+    tell("short", 2, 2.0)
+    assert code_of(admission(asked(priority=0))) == "queue_full"
+    tell("long", 0, 10_001.0)
+    assert code_of(admission(asked(priority=0))) == ""

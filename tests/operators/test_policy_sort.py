@@ -231,3 +231,11 @@ def test_no_request_is_lost_or_doubled(running: Any, policy: str, drawn: Any, st
     assert list(sort.state.entries) == sorted(sort.state.entries)
     expiring = [entry for entry in sort.state.entries if entry[3].expires_s is not None]
     assert sorted(number for _, number in sort.state.expiries) == sorted(e[2] for e in expiring)
+
+
+def test_one_that_expires_as_another_comes_is_told_of(sort: Any) -> None:
+    """The number that waits stays the same, and what waits does not."""
+    sort(Arrival(ask("a", prompt_token_ids=(1,) * 1000, expires_s=5.0)))
+    outputs = sort(Arrival(ask("b", prompt_token_ids=(1,) * 10)), 5.0)
+    (backlog,) = [output.value for output in outputs if isinstance(output, Tell)]
+    assert (backlog.num_requests, backlog.num_prompt_tokens) == (1, 10)

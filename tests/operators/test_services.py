@@ -85,8 +85,10 @@ class Context:
     async def emit(self, item: Any, outlet: str = "out") -> None:
         self.sent.append(item)
 
-    async def emit_batch(self, items: Any, outlet: str = "out") -> None:
-        self.sent += items
+    async def emit_batch(self, items: Any, done: Any) -> None:
+        for item in items:
+            self.sent.append(item)
+            done(self, item)
 
     async def terminate(self, event: TokenEvent) -> None:
         self.ended.append(event)

@@ -3,6 +3,8 @@
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from math import inf
 
 import pytest
 import trio
@@ -194,3 +196,24 @@ async def test_a_critical_request_is_refused_only_where_all_others_are(
     ]
     assert len(later) > 500
     assert {answer.finish_reason for answer in later} == {"refused"}
+
+
+@pytest.mark.parametrize(("policy", "is_served"), [("slo_aware", True), ("fifo", False)])
+async def test_requests_that_can_wait_are_not_in_the_way_of_those_that_cannot(
+    policy: str, is_served: bool, autojump_clock: MockClock
+) -> None:
+    """Seven seconds of work without an objective wait; where order allows it, others pass it."""
+    options = {**NULL, "sort.policy": policy}
+    del options["admission.slo_ttft_s"]
+    sampling = Sampling(max_tokens=20, ignore_eos=True)
+    async with Graph.load("joint").open(set=options) as session, trio.open_nursery() as nursery:
+        for _ in range(150):
+            nursery.start_soon(partial(session.generate, [1] * 50, sampling=sampling))
+        await trio.sleep(2)
+        for _ in range(5):
+            answer = await session.generate([1] * 50, sampling=sampling, slo_ttft_s=OBJECTIVE_S)
+            stamps = answer.stamps
+            if is_served:
+                assert (stamps.prefilled_s or inf) - stamps.arrived_s <= OBJECTIVE_S
+            else:
+                assert (answer.finish_reason, answer.code) == ("refused", "slo_unreachable")

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import trio
-from trio.testing import MockClock
+from trio.testing import MockClock, wait_all_tasks_blocked
 
 from sagellm import Answer, Graph, Request, Sampling, TokenEvent, ops
 from sagellm.session import RequestError, Session, gather
@@ -389,3 +389,13 @@ async def test_a_request_that_a_function_ended_knows_when_it_began(
         answer = await session.generate([1], sampling=LONG)
     assert answer.stamps.arrived_s == 3
     assert len(answer.token_ids) == 5
+
+
+async def test_an_id_that_is_still_ending_is_not_given_again(autojump_clock: MockClock) -> None:
+    async with opened(joint()) as session:
+        stream = session.stream([1], sampling=LONG, request_id="req-1")
+        await stream.take()
+        await wait_all_tasks_blocked()  # a step is under way: the request stays until its end
+        await stream.aclose()
+        assert "req-1" in session.executor.register
+        assert (await session.generate([1], sampling=LONG)).request_id == "req-2"

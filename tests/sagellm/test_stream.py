@@ -91,7 +91,7 @@ class NoTokenizer:
 async def test_an_encoded_prompt_is_neither_encoded_nor_decoded(autojump_clock: MockClock) -> None:
     notes = Notes()
     async with opened(joint()) as session:
-        session._tokenizer = NoTokenizer()  # type: ignore[assignment]
+        session.tokenizer = NoTokenizer()  # type: ignore[assignment]
         session.observers.append(notes)
         await session.generate(Encoded("hello", (5, 6)), sampling=LONG)
     assert [(request.prompt, request.prompt_token_ids) for request in notes.requests] == [
@@ -247,3 +247,32 @@ async def test_what_ends_by_itself_is_not_cancelled_as_well(
         await session.generate([1], sampling=LONG)
         await wait_all_tasks_blocked()
     assert signals == []
+
+
+# ---- ids that are used again -------------------------------------------------------------------
+
+
+async def test_an_id_in_use_again_is_not_taken_for_its_last_user(
+    autojump_clock: MockClock,
+) -> None:
+    """Three requests end in one step, and a slow map lets their last events pass one by one."""
+
+    async def slow_at_the_end(event: TokenEvent) -> TokenEvent:
+        await trio.sleep(event.is_last)
+        return event
+
+    async with opened(joint(ops.map(slow_at_the_end, concurrency=1))) as session:
+
+        async def ask(request_id: str, num_tokens: int) -> None:
+            sampling = Sampling(max_tokens=num_tokens, ignore_eos=True)
+            await session.generate([1], sampling=sampling, request_id=request_id)
+
+        async with trio.open_nursery() as nursery:
+            for request_id in ("s", "t"):
+                nursery.start_soon(ask, request_id, 1)
+            await ask("r", 2)
+            async with session.stream([1], sampling=LONG, request_id="r") as again:
+                await again.take()
+                assert num_leased(session) > 0
+            await trio.sleep(2 * STEP_S)
+            assert num_leased(session) == 0

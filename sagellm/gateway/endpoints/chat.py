@@ -13,17 +13,22 @@ from sagellm.gateway.protocol.sampling import kept_ids, sampling_of
 
 
 async def chat(gateway: Gateway, request: Request) -> Response:
-    asked = read_chat(await request.body(), gateway.settings.limits)
+    with gateway.budgets.hold(request.state.call.tenant):  # to read and encode it costs, too
+        work = await _work(gateway, await request.body())
+    return await respond(gateway, request, work)
+
+
+async def _work(gateway: Gateway, body: bytes) -> Work:
+    asked = read_chat(body, gateway.settings.limits)
     check_model(gateway, asked.model)
     prompt = await _prompt(gateway, asked)
-    work = Work(
+    return Work(
         request=asked,
         prompts=(prompt,),
         samplings=(sampling_of(asked, gateway.model.facts, len(prompt.token_ids)),),
         make_form=ChatForm,
         prefix="chatcmpl-",
     )
-    return await respond(gateway, request, work)
 
 
 async def _prompt(gateway: Gateway, asked: ChatRequest) -> Prompt:

@@ -1,5 +1,6 @@
 """POST /v1/completions: text or token ids, one prompt or many, to text."""
 
+import anyio.lowlevel
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -13,11 +14,17 @@ from sagellm.gateway.protocol.sampling import check_ids, kept_ids, sampling_of
 
 
 async def completions(gateway: Gateway, request: Request) -> Response:
-    asked = read_completion(await request.body(), gateway.settings.limits)
+    with gateway.budgets.hold(request.state.call.tenant):  # to read and encode it costs, too
+        work = await _work(gateway, await request.body())
+    return await respond(gateway, request, work)
+
+
+async def _work(gateway: Gateway, body: bytes) -> Work:
+    asked = read_completion(body, gateway.settings.limits)
     check_model(gateway, asked.model)
     facts = gateway.model.facts
-    prompts = [await _prompt(gateway, asked, given) for given in asked.prompts]
-    work = Work(
+    prompts = await _prompts(gateway, asked)
+    return Work(
         request=asked,
         prompts=tuple(prompts),
         samplings=tuple(sampling_of(asked, facts, len(prompt.token_ids)) for prompt in prompts),
@@ -25,7 +32,16 @@ async def completions(gateway: Gateway, request: Request) -> Response:
         prefix="cmpl-",
         is_echo=asked.echo,
     )
-    return await respond(gateway, request, work)
+
+
+async def _prompts(gateway: Gateway, asked: CompletionRequest) -> list[Prompt]:
+    """Between any two of them others have their turn: each alone may be encoded in place."""
+    prompts: list[Prompt] = []
+    for given in asked.prompts:
+        if prompts:
+            await anyio.lowlevel.checkpoint()
+        prompts.append(await _prompt(gateway, asked, given))
+    return prompts
 
 
 async def _prompt(

@@ -90,11 +90,11 @@ class _Running:
 
     @contextmanager
     def _started(self) -> Iterator[tuple[tuple[str, ...], Reply, Hold]]:
-        """Ids for the graph, where the answer is gathered, and a place in the tenant's budget."""
+        """Ids for the graph, where the answer is gathered, and places in the tenant's budget."""
         gateway, work = self._gateway, self._work
         wanted = work.request.request_id or self._call.request_id
         with (
-            gateway.budgets.hold(self._call.tenant) as hold,
+            gateway.budgets.hold(self._call.tenant, len(work.prompts) * work.request.n) as hold,
             gateway.claim(wanted, len(work.prompts)) as claimed,
         ):
             asked = self._asked(claimed.id)

@@ -12,7 +12,8 @@ from sagellm.gateway.protocol.json import read_json
 
 async def invocations(gateway: Gateway, request: Request) -> Response:
     """A chat where the body has `messages`, a completion where it has a `prompt`."""
-    body = read_json(await request.body(), max_depth=gateway.settings.limits.json_depth)
+    with gateway.budgets.hold(request.state.call.tenant):
+        body = read_json(await request.body(), max_depth=gateway.settings.limits.json_depth)
     if isinstance(body, dict) and body.get("messages") is not None:
         return await chat(gateway, request)
     if isinstance(body, dict) and body.get("prompt") is not None:

@@ -16,25 +16,28 @@ from sagellm.gateway.protocol.tokenize import (
 
 
 async def tokenize(gateway: Gateway, request: Request) -> Response:
-    asked = read_tokenize(await request.body(), gateway.settings.limits)
-    check_model(gateway, asked.model)
-    token_ids = await _token_ids(gateway, asked)
-    spelt = [gateway.tokenizer.token(token_id) for token_id in token_ids]
-    return json_response(
-        Tokens(
-            count=len(token_ids),
-            max_model_len=gateway.model.max_model_len,
-            tokens=token_ids,
-            token_strs=spelt if asked.return_token_strs else None,
-        )
-    )
+    with gateway.budgets.hold(request.state.call.tenant):
+        return json_response(await _tokens(gateway, await request.body()))
 
 
 async def detokenize(gateway: Gateway, request: Request) -> Response:
-    asked = read_detokenize(await request.body(), gateway.settings.limits)
+    with gateway.budgets.hold(request.state.call.tenant):
+        asked = read_detokenize(await request.body(), gateway.settings.limits)
+        check_model(gateway, asked.model)
+        check_ids("tokens", asked.tokens, gateway.model.facts)
+        return json_response(Detokenized(await gateway.encoder.ids(tuple(asked.tokens))))
+
+
+async def _tokens(gateway: Gateway, body: bytes) -> Tokens:
+    asked = read_tokenize(body, gateway.settings.limits)
     check_model(gateway, asked.model)
-    check_ids("tokens", asked.tokens, gateway.model.facts)
-    return json_response(Detokenized(await gateway.encoder.ids(tuple(asked.tokens))))
+    token_ids = await _token_ids(gateway, asked)
+    return Tokens(
+        count=len(token_ids),
+        max_model_len=gateway.model.max_model_len,
+        tokens=token_ids,
+        token_strs=await gateway.encoder.spelt(token_ids) if asked.return_token_strs else None,
+    )
 
 
 async def tokenizer_info(gateway: Gateway, request: Request) -> Response:

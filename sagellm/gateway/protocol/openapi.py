@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable
 from typing import Any, Protocol
 
-from sagellm.gateway.protocol.operations import OPERATIONS, Operation
+from sagellm.gateway.protocol.operations import EVENTS, OPERATIONS, TEXT, Operation
 from sagellm.gateway.protocol.schemas import Schema, Struct, reference, schemas_of
 from sagellm.gateway.settings import Limits
 
@@ -27,6 +27,8 @@ _BODY_REFUSALS = {
     415: "The body is encoded",
     504: "The request took longer than it may",
 }
+# A stream of events is no string to a reader of this document, and 3.1 has no words for one.
+_ALSO: dict[str, Schema] = {EVENTS: {}, TEXT: {"schema": {"type": "string"}}}
 _WAITS = (429, 503)
 _PARAMETER = re.compile(r"{(\w+)(?::path)?}")
 _ERROR = {
@@ -109,7 +111,7 @@ def _operation(route: Route, path: str, needs_key: bool) -> Schema:
 def _answer(known: Operation) -> Schema:
     if known.is_empty:
         return {"description": known.summary}
-    content: Schema = {known.also: {"schema": {"type": "string"}}} if known.also else {}
+    content: Schema = {known.also: _ALSO[known.also]} if known.also else {}
     if known.gives or not known.also:
         content["application/json"] = {"schema": _either(known.gives)}
     return {"description": known.summary, "content": content}

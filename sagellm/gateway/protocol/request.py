@@ -28,7 +28,9 @@ TokenKey: TypeAlias = Annotated[str, Meta(pattern=r"^(0|[1-9][0-9]{0,9})$(?!\n)"
 Bias: TypeAlias = Annotated[float, Meta(ge=-100, le=100)]
 Side: TypeAlias = Literal["left", "right"]
 Effort: TypeAlias = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
-RequestId: TypeAlias = Annotated[str, Meta(pattern=r"^[A-Za-z0-9._-]{1,128}$(?!\n)")]  # "$" alone lets one line end pass
+RequestId: TypeAlias = Annotated[
+    str, Meta(pattern=r"^[A-Za-z0-9._-]{1,128}$(?!\n)")
+]  # "$" alone lets one line end pass
 
 
 class StreamOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -32,6 +32,7 @@ class Http1(HttpToolsProtocol):
         self._max_connections = config.max_connections
         self._reading: asyncio.TimerHandle | None = None
         self._writing: asyncio.TimerHandle | None = None
+        self._closing: asyncio.TimerHandle | None = None
         self._in_head = self._in_body = self._has_ended_one = self._is_refused = False
         self._num_head_bytes = 0
 
@@ -44,7 +45,20 @@ class Http1(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._rest()
         self.resume_writing()
+        if self._closing is not None:
+            self._closing.cancel()
         super().connection_lost(exc)
+
+    def eof_received(self) -> None:
+        self.close()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.transport.is_closing():
+            self.close()
+
+    def timeout_keep_alive_handler(self) -> None:
+        self.close()
 
     def data_received(self, data: bytes) -> None:
         if self._is_refused:
@@ -99,7 +113,13 @@ class Http1(HttpToolsProtocol):
             self.cycle.disconnected = True
             self.cycle.message_event.set()
         self._rest()
-        self._reading = self.loop.call_later(LINGER_S, self.transport.close)
+        self._reading = self.loop.call_later(LINGER_S, self.close)
+
+    def close(self) -> None:
+        """Close once what is left has been taken, or cut off who does not take it."""
+        self.transport.close()
+        if self._closing is None:
+            self._closing = self.loop.call_later(self._stall_s, self.transport.abort)
 
     def _expect(self, seconds: float) -> None:
         self._rest()
@@ -116,4 +136,4 @@ class Http1(HttpToolsProtocol):
         if is_answering and not self._in_body:
             self._expect(self._limits.header_s)
         else:
-            self.transport.close()
+            self.close()

@@ -1,26 +1,22 @@
 """Hypercorn's protocols on trio, in the nursery of the session; with limits that it has not."""
 
 import errno
-from itertools import chain
 from socket import socket
 from typing import Any
 
-import h11
 import structlog
 import trio
 from hypercorn.app_wrappers import ASGIWrapper
-from hypercorn.config import Config
 from hypercorn.events import Event, Updated
 from hypercorn.protocol import ProtocolWrapper
-from hypercorn.protocol.h11 import H11Protocol
 from hypercorn.trio.tcp_server import TCPServer
 from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import ConnectionState
 
 from sagellm.gateway.app import App
 from sagellm.gateway.server.connection import Connection
+from sagellm.gateway.server.hypercorn_protocols import Config, Protocols
 from sagellm.gateway.server.listen import BACKLOG, max_connections
-from sagellm.gateway.server.refusal import refusal
 from sagellm.gateway.settings import Settings
 
 LOG = structlog.get_logger("sagellm.gateway")
@@ -120,6 +116,7 @@ def configure(settings: Settings) -> Config:
     `keep_alive_timeout` seconds, bodies those of our own layer.
     """
     config = Config()
+    config.stall_s = settings.streaming.stall_s
     config.accesslog = config.errorlog = None
     config.include_server_header = False
     config.keep_alive_timeout = settings.limits.header_s
@@ -133,7 +130,7 @@ def configure(settings: Settings) -> Config:
 
 
 class _Server(TCPServer):
-    """Hypercorn's connection, with our HTTP/1.1. A client that has left takes no place: else its
+    """Hypercorn's connection, with our protocols. A client that has left takes no place: else its
     connection would stay open until the idle time is over.
     """
 
@@ -154,44 +151,4 @@ class _Server(TCPServer):
 
     @protocol.setter
     def protocol(self, made: ProtocolWrapper) -> None:
-        if isinstance(made.protocol, H11Protocol):
-            made.protocol = _Http1(
-                made.app,
-                made.config,
-                made.context,
-                made.task_group,
-                made.state,
-                made.ssl,
-                made.client,
-                made.server,
-                made.send,
-            )
-        self._protocol = made
-
-
-class _Http1(H11Protocol):
-    """Refuses what is no HTTP as everything else is refused. It stays HTTP/1.1 whatever the Upgrade
-    header says, which proxies in front hand on unread.
-    """
-
-    async def _check_protocol(self, event: h11.Request) -> None:
-        if event.method == b"PRI":
-            await super()._check_protocol(event)
-
-    async def _create_stream(self, request: h11.Request) -> None:
-        plain = [(name, value) for name, value in request.headers if name != b"upgrade"]
-        if len(plain) < len(request.headers):
-            request = h11.Request(
-                method=request.method,
-                headers=plain,
-                target=request.target,
-                http_version=request.http_version,
-            )
-        await super()._create_stream(request)
-
-    async def _send_error_response(self, status_code: int) -> None:
-        headers, body = refusal(status_code)
-        own = chain(headers, self.config.response_headers("h11"))
-        await self._send_h11_event(h11.Response(status_code=status_code, headers=list(own)))
-        await self._send_h11_event(h11.Data(data=body))
-        await self._send_h11_event(h11.EndOfMessage())
+        self._protocol = Protocols(made)

@@ -35,8 +35,9 @@ class UvicornServer:
 
     def call_soon(self, function: Callable[..., Any], *args: Any) -> None:
         """Call on the loop of the app."""
-        with suppress(RuntimeError):  # the loop has ended, and with it every call
-            self._server.loop.call_soon_threadsafe(function, *args)
+        if self._server.loop is not None:
+            with suppress(RuntimeError):  # the loop has ended, and with it every call
+                self._server.loop.call_soon_threadsafe(function, *args)
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Cancelled, it closes every connection at once."""
@@ -50,6 +51,7 @@ class UvicornServer:
                 task_status.started()
                 await ended.wait()
             finally:
+                self._server.should_exit = self._server.force_exit = True  # still starting, too
                 self.call_soon(self._server.abort)
 
     async def _run_thread(self, ended: trio.Event) -> None:
@@ -89,19 +91,18 @@ def configure(app: App, settings: Settings) -> Config:
 
 class _Server(uvicorn.Server):
     config: Config
-    loop: asyncio.AbstractEventLoop
+    loop: asyncio.AbstractEventLoop | None = None  # until it runs
     watching: asyncio.Task[None]
     tell_started: Callable[[], None]
 
     async def startup(self, sockets: list[socket] | None = None) -> None:
         await super().startup(sockets)
-        self.loop = asyncio.get_running_loop()
-        self.watching = self.loop.create_task(self.config.watch())  # ended with the loop
+        self.loop = loop = asyncio.get_running_loop()
+        self.watching = loop.create_task(self.config.watch())  # ended with the loop
         self.tell_started()
 
     def abort(self) -> None:
         """End now: every connection is closed, and every call hears of it."""
-        self.should_exit = self.force_exit = True
         for connection in tuple(self.server_state.connections):
             connection.transport.abort()
         for task in self.server_state.tasks:

@@ -111,3 +111,22 @@ async def test_a_reader_that_does_not_read_is_no_hang_of_the_engine(autojump_clo
                 break
         nursery.cancel_scope.cancel()
     assert engine.pool.num_leased == 0
+
+
+async def test_work_of_one_owner_is_no_hang_because_another_has_not_read(autojump_clock):
+    engine = open_null(decode_step_s=1.0)
+    sampling = Sampling(max_tokens=20, ignore_eos=True)
+    states = [
+        SequenceState(owner=owner, request_id=owner, prompt_token_ids=(1, 2), sampling=sampling)
+        for owner in ("idle", OWNER)
+    ]
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(engine.run)
+        await engine.submit(states[0])
+        await trio.sleep(100)
+        await engine.submit(states[1])
+        assert not engine.health.is_hung
+        await trio.sleep(0.5)
+        assert engine.health.busy_for_s == pytest.approx(0.5)
+        assert not engine.health.is_hung
+        nursery.cancel_scope.cancel()

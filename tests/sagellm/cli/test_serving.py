@@ -55,6 +55,13 @@ def test_keys_come_from_the_environment_too(monkeypatch: pytest.MonkeyPatch) -> 
     assert (given.api_keys, given.admin_key) == ({"key-1": "k"}, "a")
 
 
+@pytest.mark.parametrize("keys", [("a=k", "b=k"), ("admin-key",)])
+def test_no_two_callers_have_one_key(keys: tuple[str, ...]) -> None:
+    """A user whose key is the admin's would be one."""
+    with pytest.raises(Failure, match="twice"):
+        read_settings(ListenOptions(api_key=keys, admin_key="admin-key"), ("m",))
+
+
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.7", "example.com"])
 def test_an_open_address_needs_a_key(host: str) -> None:
     with pytest.raises(Failure, match="no API key"):

@@ -6,7 +6,7 @@ import pytest
 from sagellm import AsyncUnifiedInferenceClient, ClientError, UnifiedInferenceClient
 from sagellm.client.events import check
 from sagellm.client.failure import NOT_OFFERED
-from sagellm.runtime.messages import TokenEvent
+from sagellm.runtime.messages import Answer, TokenEvent
 
 ASK = [{"role": "user", "content": "What is 23 + 45?"}]
 
@@ -134,7 +134,55 @@ async def test_an_async_graph_must_be_entered() -> None:
 def test_an_end_that_is_no_answer_has_the_status_of_the_gateway(
     reason: Any, code: str, status: int
 ) -> None:
-    end = TokenEvent(request_id="r", finish_reason=reason, code=code, retry_after_s=2.0)
-    with pytest.raises(ClientError) as caught:
-        check(end)
-    assert (caught.value.status, caught.value.retry_after_s) == (status, 2.0)
+    for kind in (TokenEvent, Answer):
+        end = kind(request_id="r", finish_reason=reason, code=code, retry_after_s=2.0)
+        with pytest.raises(ClientError) as caught:
+            check(end)
+        assert (caught.value.status, caught.value.retry_after_s) == (status, 2.0)
+
+
+class Ends:
+    """An observer that keeps how requests ended."""
+
+    def __init__(self) -> None:
+        self.reasons: list[str] = []
+
+    def submitted(self, requests: Any) -> None:
+        """All of them end."""
+
+    def delivered(self, item: Any) -> None:
+        if item.is_last:
+            self.reasons.append(item.finish_reason)
+
+
+@pytest.mark.parametrize("backend", ["trio", "asyncio"])
+def test_a_call_cancelled_before_its_first_token_cancels_its_request(backend: str) -> None:
+    async def main() -> list[str]:
+        ends = Ends()
+        async with AsyncUnifiedInferenceClient.create(embedded=True) as client:
+            session: Any = client._found._session  # type: ignore[union-attr]
+            (session if backend == "trio" else session._thread.session).observers.append(ends)
+            with anyio.CancelScope() as scope:
+                scope.cancel()
+                await client.generate("a", max_tokens=200, ignore_eos=True, stream=True)
+            await session.idle()
+        return ends.reasons
+
+    assert set(anyio.run(main, backend=backend)) <= {"cancelled"}
+
+
+def test_a_stream_that_begins_with_an_error_is_closed(client: Any, monkeypatch: Any) -> None:
+    refused = TokenEvent(request_id="r", finish_reason="refused", code="queue_full")
+    closed: list[bool] = []
+
+    class Events:
+        def __next__(self) -> TokenEvent:
+            return refused
+
+        def __exit__(self, *_: object) -> None:
+            closed.append(True)
+
+    monkeypatch.setattr(client._served._session, "stream", lambda *_, **__: Events())
+    with pytest.raises(ClientError):
+        client.generate("a", stream=True, n=2)
+    assert closed == [True]

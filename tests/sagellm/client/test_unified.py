@@ -255,3 +255,13 @@ def test_a_server_without_embeddings_says_so() -> None:
     ):
         client.embed("a")
     assert (caught.value.code, caught.value.status) == (NOT_OFFERED, 404)
+
+
+@pytest.mark.parametrize("num_read", [0, 1])
+def test_a_closed_stream_is_at_its_end(told: Any, num_read: int) -> None:
+    client, _ = told
+    stream = client.generate("a", stream=True)
+    for _ in range(num_read):
+        next(stream)
+    stream.close()
+    assert list(stream) == []

@@ -84,8 +84,9 @@ def test_retries_are_a_tenth_of_what_was_admitted() -> None:
     while some.may_retry():
         pass
     for _ in range(100):
-        with some.hold("a"):
-            pass
+        with some.hold("a") as hold:
+            hold.first_token()
+            hold.first_token()
     assert sum(some.may_retry() for _ in range(1000)) == pytest.approx(10, abs=1)
 
 
@@ -95,3 +96,32 @@ def test_a_full_tenant_spends_the_same_retries() -> None:
         stack.enter_context(some.hold("a"))
         told = [refused(some) for _ in range(50)]
     assert sum(bool(error and error.should_retry) for error in told) == 10
+
+
+def test_what_is_refused_behind_the_budget_pays_for_no_retry() -> None:
+    some = budgets()
+    while some.may_retry():
+        pass
+    for _ in range(100):
+        with some.hold("a"):
+            pass
+    assert not some.may_retry()
+
+
+@pytest.mark.parametrize("limit", ["num_open", "num_waiting"])
+def test_each_request_of_a_call_counts(limit: str) -> None:
+    some = budgets(**{limit: 4})
+    with some.hold("a", 3):
+        with pytest.raises(ApiError), some.hold("a", 2):
+            pass
+        with some.hold("a", 1):
+            assert some.num_open("a") == 4
+    assert some.num_open("a") == 0
+
+
+def test_a_call_larger_than_the_budget_runs_alone() -> None:
+    some = budgets(num_open=4, num_waiting=4)
+    with some.hold("a", 9):
+        assert refused(some) is not None
+        assert refused(some, "b") is None
+    assert refused(some) is None

@@ -3,8 +3,9 @@
 import threading
 from typing import Any
 
+import anyio
 import pytest
-from gateway_calls import playing, post
+from gateway_calls import Client, gateway_before, playing, post
 
 from sagellm.gateway.encoding import Encoder
 from sagellm.gateway.endpoints.chat import chat
@@ -76,6 +77,37 @@ def test_a_template_that_takes_too_long_is_given_up(run):
     assert answered.status == 400
     assert answered.json["error"]["param"] == "messages"
     assert "0.25 s" in answered.json["error"]["message"]
+
+
+def test_who_waits_for_others_templates_is_not_to_blame(run):
+    tokenizer = Watched()
+    tokenizer.goes_on.clear()
+    body = {"messages": MESSAGES}
+
+    async def ask() -> list[int]:
+        gateway = gateway_before(playing(), tokenizer=tokenizer)
+        clients = [Client(body) for _ in range(5)]  # one more than there are threads
+        try:
+            async with anyio.create_task_group() as tasks:
+                for client in clients:
+                    tasks.start_soon(client.call, chat, gateway)
+        finally:
+            tokenizer.goes_on.set()
+        return [client.answered.status for client in clients]
+
+    assert sorted(run(ask)) == [400, 400, 400, 400, 503]
+
+
+def test_spellings_of_many_tokens_are_looked_up_in_a_thread(run):
+    class Spelling(Watched):
+        def token(self, token_id: int) -> str:
+            self.threads.add(_kind())
+            return super().token(token_id)
+
+    tokenizer = Spelling()
+    spelt = run(lambda: Encoder(tokenizer).spelt((120,) * 5000))
+    assert spelt == ["<0x78>"] * 5000
+    assert tokenizer.threads == {"worker"}
 
 
 async def test_what_a_template_says_of_its_messages_is_not_repeated():

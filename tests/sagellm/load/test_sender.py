@@ -169,3 +169,12 @@ async def test_a_server_that_does_not_end_its_body_is_not_waited_for(
     assert record.is_ok
     assert record.e2e_s == pytest.approx(0.1)
     assert trio.current_time() < 5
+
+
+async def test_a_refusal_in_the_middle_of_an_answer_is_not_tried_again(
+    autojump_clock: MockClock,
+) -> None:
+    broken = stream((0.1, text("a")), (0.1, {"error": {"message": "full", "code": 503}}))
+    record, asked = await send(broken, stream((0.1, text("b", "stop"))), num_retries=1)
+    assert len(asked) == 1
+    assert (record.error, record.num_events, record.num_refusals) == ("http_503", 1, 0)

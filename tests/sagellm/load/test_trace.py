@@ -1,4 +1,6 @@
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -71,3 +73,14 @@ def test_the_published_traces_are_read_as_they_are(name: str, num: int) -> None:
     found = read_trace(TRACES / name)
     assert len(found) == num
     assert found[0].at_s == 0
+
+
+def test_times_without_a_zone_are_of_none(tmp_path: Path, monkeypatch: Any) -> None:
+    """Between these two the clocks of Berlin are put forward by an hour."""
+    text = f"{AZURE.splitlines()[0]}\n2024-03-31 01:59:59,1,1\n2024-03-31 03:00:01,1,1\n"
+    with monkeypatch.context() as patched:
+        patched.setenv("TZ", "Europe/Berlin")
+        time.tzset()
+        found = read_trace(write(tmp_path, text))
+    time.tzset()
+    assert found[1].at_s == 3602.0

@@ -80,6 +80,19 @@ async def test_clients_that_leave_at_random_points_leave_nothing(autojump_clock:
         assert not gateway.requests_of("abc")
 
 
+async def test_a_client_that_left_may_come_again_with_the_same_id(autojump_clock: MockClock):
+    """Its engine ends the first call at the next step only."""
+    async with before() as (gateway, _), trio.open_nursery() as nursery:
+        first = Client({**PROMPT, "stream": True})
+        nursery.start_soon(first.call, completions, gateway)
+        await first.received(1)
+        first.gone.set()
+        while gateway.requests_of("abc"):
+            await trio.lowlevel.checkpoint()
+        again = await Client({**PROMPT, "stream": False}).call(completions, gateway)
+    assert again.status == 200, again.body
+
+
 async def test_a_client_that_does_not_read_loses_its_place_long_before_its_connection(
     autojump_clock: MockClock,
 ):

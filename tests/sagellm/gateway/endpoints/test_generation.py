@@ -3,15 +3,17 @@
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 import pytest
 from gateway_calls import Client, event, gateway_before, last, playing, post
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
 from sagellm.gateway.budgets import Budgets
 from sagellm.gateway.door import Entry
 from sagellm.gateway.endpoints.chat import chat
 from sagellm.gateway.endpoints.completions import completions
 from sagellm.gateway.endpoints.invocations import invocations
+from sagellm.gateway.endpoints.tokenize import detokenize, tokenize
 from sagellm.gateway.failure import ApiError
 from sagellm.gateway.settings import Budget, Settings
 
@@ -129,6 +131,37 @@ async def test_a_tenant_over_its_budget_is_refused(endpoint, body, stream):
         tasks.cancel_scope.cancel()
     assert answered.status == 429
     assert len(door.entries) == 1
+    assert gateway.budgets.num_open("t") == 0
+
+
+async def test_each_choice_of_each_prompt_counts_against_the_budget():
+    door = playing(anyio.Event())
+    gateway = gateway_before(door)
+    async with anyio.create_task_group() as tasks:
+        body = {"prompt": ["a", "b", "c"], "n": 2}
+        tasks.start_soon(Client(body).call, completions, gateway)
+        while len(door.entries) < 3:
+            await anyio.lowlevel.checkpoint()
+        assert gateway.budgets.num_open("t") == 6
+        tasks.cancel_scope.cancel()
+    assert gateway.budgets.num_open("t") == 0
+
+
+@pytest.mark.parametrize("endpoint", [completions, chat, invocations, tokenize, detokenize])
+async def test_a_body_on_its_way_has_a_place_in_the_budget(endpoint):
+    """To read and encode prompts costs memory and threads, which others need too."""
+    gateway, slow = gateway_before(playing(), budgets=Budgets(Budget(num_open=1))), Client()
+    slow._is_read = True  # nothing of its body ever comes
+
+    async def ask() -> None:
+        with pytest.raises(ClientDisconnect):
+            await slow.call(endpoint, gateway)
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(ask)
+        await anyio.wait_all_tasks_blocked()
+        assert (await Client(COMPLETION).call(completions, gateway)).status == 429
+        slow.gone.set()
     assert gateway.budgets.num_open("t") == 0
 
 

@@ -8,11 +8,15 @@ from typing import Any
 
 import pytest
 import trio
-from gateway_served import ENDLESS, SERVERS, STREAM, Served, get, read_reply, serving
+from gateway_served import ENDLESS, SERVERS, STREAM, Served, get, read_reply, received, serving
 from h2.config import H2Configuration
 from h2.connection import H2Connection
+from starlette.requests import Request
+from starlette.responses import Response
 
+from sagellm.gateway.gateway import Gateway
 from sagellm.gateway.settings import Limits, Streaming
+from sagellm.gateway.table import Route
 
 SHORT = Limits(header_s=0.1, body_s=0.1)
 
@@ -200,3 +204,57 @@ async def test_rapid_resets_end_the_connection() -> None:
                 await stream.send_all(client.data_to_send())
         assert await _is_closed(stream)
         assert (await served.ask(get("/live"))).status == 200
+
+
+def _unsent_bytes(served: Served) -> int:
+    """What the client has not taken, of all connections."""
+    server: Any = served.server
+    connections = tuple(server._server.server_state.connections)
+    return sum(one.transport.get_write_buffer_size() for one in connections)
+
+
+async def piece(gateway: Gateway, request: Request) -> Response:
+    return Response(bytes(24 << 10))
+
+
+@pytest.mark.parametrize("ending", ["Connection: keep-alive", "Connection: close"])
+async def test_the_end_of_an_answer_does_not_wait_for_ever(
+    ending: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is left is too little to hold the server back: it is done with it, and would close."""
+    monkeypatch.setattr("sagellm.gateway.server.uvicorn.KEEP_ALIVE_S", 0.1)
+    patient, routes = Streaming(stall_s=0.2), [Route("GET", "/piece", piece)]
+    async with (
+        serving("uvicorn", streaming=patient, routes=routes) as served,
+        await served.connect() as stream,
+    ):
+        while not _unsent_bytes(served):
+            await stream.send_all(get("/piece"))
+            await trio.sleep(0.005)
+        await stream.send_all(get("/piece", ending))
+        with trio.fail_after(5):
+            while _unsent_bytes(served):  # noqa: ASYNC110 - uvloop tells nobody
+                await trio.sleep(0.05)
+
+
+LARGE_BYTES = 12 << 20
+
+
+async def large(gateway: Gateway, request: Request) -> Response:
+    return Response(bytes(LARGE_BYTES))
+
+
+@pytest.mark.parametrize("server", SERVERS)
+async def test_a_client_that_reads_slowly_but_steadily_gets_all(server: str) -> None:
+    """The whole takes it several times as long as it may stand still."""
+    patient, routes = Streaming(stall_s=0.25), [Route("GET", "/large", large)]
+    async with (
+        serving(server, streaming=patient, routes=routes) as served,
+        await served.connect() as stream,
+    ):
+        await stream.send_all(get("/large"))
+        num_bytes = 0
+        with trio.fail_after(20):
+            while num_bytes < LARGE_BYTES:
+                num_bytes += len(await received(stream))
+                await trio.sleep(0.005)

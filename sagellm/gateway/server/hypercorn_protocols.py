@@ -1,0 +1,115 @@
+"""Hypercorn's HTTP/1.1 and HTTP/2, which leave nothing behind of a client that does not read."""
+
+from itertools import chain
+from typing import Any
+
+import h11
+import hypercorn
+import trio
+from h2.errors import ErrorCodes
+from hypercorn.protocol import ProtocolWrapper
+from hypercorn.protocol.events import Body, EndBody
+from hypercorn.protocol.events import Event as StreamEvent
+from hypercorn.protocol.h2 import H2Protocol
+from hypercorn.protocol.h11 import H11Protocol
+
+from sagellm.gateway.server.refusal import refusal
+
+
+class Config(hypercorn.Config):
+    """Carries our limit to where Hypercorn makes its protocols."""
+
+    stall_s: float
+
+
+class Http1(H11Protocol):
+    """Refuses what is no HTTP as everything else is refused. It stays HTTP/1.1 whatever the Upgrade
+    header says, which proxies in front hand on unread.
+    """
+
+    async def _check_protocol(self, event: h11.Request) -> None:
+        if event.method == b"PRI":
+            await super()._check_protocol(event)
+
+    async def _create_stream(self, request: h11.Request) -> None:
+        plain = [(name, value) for name, value in request.headers if name != b"upgrade"]
+        if len(plain) < len(request.headers):
+            request = h11.Request(
+                method=request.method,
+                headers=plain,
+                target=request.target,
+                http_version=request.http_version,
+            )
+        await super()._create_stream(request)
+
+    async def _send_error_response(self, status_code: int) -> None:
+        headers, body = refusal(status_code)
+        own = chain(headers, self.config.response_headers("h11"))
+        await self._send_h11_event(h11.Response(status_code=status_code, headers=list(own)))
+        await self._send_h11_event(h11.Data(data=body))
+        await self._send_h11_event(h11.EndOfMessage())
+
+
+class Http2(H2Protocol):
+    """Resets a stream that ends early, or whose client lets none of it come for `stall_s`.
+
+    Hypercorn says nothing of either; and who sends waits there for the window of a client that has
+    reset its stream, or is gone, for ever.
+    """
+
+    config: Config
+
+    async def stream_send(self, event: StreamEvent) -> None:
+        if not isinstance(event, Body | EndBody):
+            return await super().stream_send(event)
+        with trio.move_on_after(self.config.stall_s):
+            return await super().stream_send(event)
+        await self._close_stream(event.stream_id)
+
+    async def _close_stream(self, stream_id: int) -> None:
+        await super()._close_stream(stream_id)
+        buffer = self.stream_buffers.get(stream_id)
+        if buffer is None or buffer.complete:
+            return
+        await buffer.close()  # lets go who waits for room in it
+        await self._window_updated(stream_id)  # wakes the task that drops it
+        if not self.closed and not self.connection.streams[stream_id].closed:
+            self.connection.reset_stream(stream_id, ErrorCodes.INTERNAL_ERROR)
+            await self._flush()
+
+
+class Protocols(ProtocolWrapper):
+    """Whichever of the two a connection speaks, and may change to."""
+
+    def __init__(self, made: ProtocolWrapper) -> None:
+        super().__init__(
+            made.app,
+            made.config,
+            made.context,
+            made.task_group,
+            made.state,
+            made.ssl,
+            made.client,
+            made.server,
+            made.send,
+            "h2" if isinstance(made.protocol, H2Protocol) else None,
+        )
+
+    @property
+    def protocol(self) -> Http1 | Http2:
+        return self._protocol
+
+    @protocol.setter
+    def protocol(self, made: H11Protocol | H2Protocol) -> None:
+        ours: Any = Http2 if isinstance(made, H2Protocol) else Http1
+        self._protocol: Http1 | Http2 = ours(
+            self.app,
+            self.config,
+            self.context,
+            self.task_group,
+            self.state,
+            self.ssl,
+            self.client,
+            self.server,
+            self.send,
+        )
