@@ -56,23 +56,29 @@ class Outlet:
         self.is_sending, self.since_s = True, anyio.current_time()
         if self._quiet is not None:
             await self._quiet.wait()
-        if not self.is_started:
-            self.is_started = True
-            await self._put({"type": "http.response.start", "status": 200, "headers": _RAW})
+        await self._begin()
         await self._put({"type": "http.response.body", "body": content, "more_body": not is_last})
         self.is_sending = False
 
     async def keep_alive(self) -> None:
-        """A comment, once the stream has begun; events that come meanwhile wait behind it."""
+        """A comment; events that come meanwhile wait behind it.
+
+        Before the first event it begins the stream: what waits so long has been admitted, so that a
+        refusal with a status of its own is hardly to come any more.
+        """
         self.since_s = anyio.current_time()
-        if not self.is_started:
-            return
         quiet = self._quiet = anyio.Event()
         try:
+            await self._begin()
             await self._put({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})
         finally:
             self._quiet = None
             quiet.set()
+
+    async def _begin(self) -> None:
+        if not self.is_started:
+            self.is_started = True
+            await self._put({"type": "http.response.start", "status": 200, "headers": _RAW})
 
     async def _put(self, message: Message) -> None:
         try:

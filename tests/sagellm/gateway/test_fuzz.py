@@ -25,7 +25,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-FUZZ_S = float(os.environ.get("SAGELLM_FUZZ_S", "10"))
+FUZZ_S = float(os.environ.get("SAGELLM_FUZZ_S", "20"))
 NUM_CALLS = 6  # of one operation and mode in one round
 TIMEOUT_S = 20.0
 USER, ADMIN = "user-key", "admin-key"

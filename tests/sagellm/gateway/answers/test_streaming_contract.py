@@ -195,16 +195,34 @@ async def test_a_quiet_stream_is_kept_alive_every_five_seconds(autojump_clock: M
     assert client.answered.text() == "ab"
 
 
-async def test_nothing_is_sent_before_the_first_token(autojump_clock: MockClock):
+@pytest.mark.parametrize(("waits_s", "status"), [(4.0, 503), (12.0, 200)])
+async def test_a_refusal_that_comes_at_once_has_its_own_status(
+    waits_s: float, status: int, autojump_clock: MockClock
+):
     more = anyio.Event()
     client = Client(COMPLETION)
     gateway = gateway_before(playing(more, [last("b", "refused", code="queue_full")]))
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(client.call, completions, gateway)
-        await anyio.sleep(60)
-        assert not client.answered.sends
+        await anyio.sleep(waits_s)
+        assert client.answered.sends == [KEEP_ALIVE] * int(waits_s // 5)
         more.set()
-    assert client.answered.status == 503
+    assert client.answered.status == status
+    assert b'"code":"queue_full"' in client.answered.body.replace(b" ", b"")
+
+
+async def test_who_waits_for_a_first_token_hears_that_we_are_still_there(
+    autojump_clock: MockClock,
+):
+    more, client = anyio.Event(), Client(COMPLETION)
+    gateway = gateway_before(playing(more, [event("a")], [last("b")]))
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(client.call, completions, gateway)
+        await anyio.sleep(11)
+        more.set()
+    assert client.answered.sends[:2] == [KEEP_ALIVE, KEEP_ALIVE]
+    assert client.answered.text() == "ab"
+    assert client.answered.is_whole
 
 
 def test_keep_alive_on_both_loops(run):
