@@ -104,19 +104,21 @@ def _handler(redactor: Redactor, explain: Processor) -> logging.Handler:
 
 @contextmanager
 def _routed(handler: logging.Handler, level: int) -> Iterator[None]:
-    """The one handler of all loggers, in place of theirs."""
-    before = [(each, each.handlers[:], each.propagate) for each in _loggers()]
-    root_level = logging.root.level
-    for each, _, _ in before:
-        each.handlers, each.propagate = [], True
+    """The one handler and the one level of all loggers, in place of theirs."""
+    before = [
+        (each, each.handlers[:], each.propagate, each.level, each.disabled) for each in _loggers()
+    ]
+    for each, *_ in before:
+        each.handlers, each.propagate, each.disabled = [], True, False
+        each.setLevel(logging.NOTSET)
     logging.root.handlers = [handler]
     logging.root.setLevel(level)
     try:
         yield
     finally:
-        logging.root.setLevel(root_level)
-        for each, handlers, propagate in before:
-            each.handlers, each.propagate = handlers, propagate
+        for each, handlers, propagate, own_level, disabled in before:
+            each.handlers, each.propagate, each.disabled = handlers, propagate, disabled
+            each.setLevel(own_level)
 
 
 def _common(redactor: Redactor, explain: Processor) -> list[Any]:

@@ -136,10 +136,12 @@ def test_the_level_decides(stderr: Stderr, name: str, shown: int) -> None:
 
 def test_what_libraries_log_goes_the_same_way(stderr: Stderr) -> None:
     theirs = logging.getLogger("uvicorn.access")
-    theirs.setLevel(logging.NOTSET)  # a server that ran before may have set one
     own = logging.NullHandler()
     theirs.addHandler(own)
     theirs.propagate = False
+    theirs.setLevel(logging.CRITICAL)
+    handlers = theirs.handlers[:]
+    logging.getLogger("hypercorn.error").disabled = True
     with own_logs(logging.INFO, known=["tenant-key"]):
         structlog.contextvars.bind_contextvars(request_id="r1")
         theirs.info('"%s" %d', f"GET /?key=tenant-key{FORGED}", 200)
@@ -151,10 +153,12 @@ def test_what_libraries_log_goes_the_same_way(stderr: Stderr) -> None:
     assert "tenant-key" not in stderr.getvalue()
     assert "abcdef" not in stderr.getvalue()
     assert second["prompt"]["len"] == 4  # type: ignore[index]
-    assert theirs.handlers == [own]
-    assert not theirs.propagate
+    assert (theirs.handlers, theirs.propagate, theirs.level) == (handlers, False, logging.CRITICAL)
+    assert logging.getLogger("hypercorn.error").disabled
     theirs.removeHandler(own)
     theirs.propagate = True
+    theirs.setLevel(logging.NOTSET)
+    logging.getLogger("hypercorn.error").disabled = False
 
 
 def test_own_logs_replace_what_was_configured_and_give_it_back(stderr: Stderr) -> None:
