@@ -23,7 +23,8 @@ INLINE void tile(const float *x, long ldx, const void *w, long ldw, int bfloat, 
         for (int c = 0; c < cols; c++) wide[c] = load(w, c * ldw + k, bfloat);
         if (ahead && k % 32 == 0) /* a cache line of bfloat16 */
             for (int c = 0; c < cols; c++)
-                __builtin_prefetch((const char *)w + ((c + AHEAD * COLS) * ldw + k) * (bfloat ? 2 : 4));
+                __builtin_prefetch((const char *)w +
+                                   ((c + AHEAD * COLS) * ldw + k) * (bfloat ? 2 : 4));
         for (int r = 0; r < rows; r++) {
             vec row = load_float(x + r * ldx + k);
             for (int c = 0; c < cols; c++) acc[r][c] = fused(row, wide[c], acc[r][c]);

@@ -17,7 +17,7 @@ typedef struct {
     share *work;
     void *job;
     int threads;
-    atomic_uint round;     /* of work; odd numbers are as good as even ones */
+    atomic_uint round;     /* of work; a new one begins where the number changes */
     atomic_int unfinished; /* helpers that have not ended this round */
     atomic_int sleepers;
     int num_helpers, is_over;

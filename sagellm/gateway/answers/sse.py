@@ -52,7 +52,7 @@ class Outlet:
         self.since_s = anyio.current_time()  # that it sends, or has nothing to send
 
     async def send(self, content: bytes, *, is_last: bool = False) -> None:
-        """Waits for as long as the client does not read. The first call sends the headers."""
+        """Waits for as long as the client does not read."""
         self.is_sending, self.since_s = True, anyio.current_time()
         if self._quiet is not None:
             await self._quiet.wait()
