@@ -7,8 +7,10 @@ STAMPS := .venv/.stamps
 export OMP_NUM_THREADS ?= 2
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
+# Without kept bytecode every process that is started would compile torch anew: seconds each.
+unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup run test soak clients lint format bench clean
+.PHONY: setup run test soak clients lint format bench bench-peers clean
 
 setup: $(STAMPS)/test $(STAMPS)/lint
 
@@ -28,8 +30,10 @@ $(BIN)/python:
 run: $(STAMPS)/run
 	$(BIN)/sagellm run graphs/pd.yaml --chat --prompt "What is 23 + 45?"
 
+# A worker a core, but no more than the memory of a small machine has room for. Each begins with
+# its share of the tests, and when it is done takes over some of another's.
 test: $(STAMPS)/test
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 
 # What takes minutes: load tenfold, churn, fuzzing for SAGELLM_FUZZ_S seconds. Not a part of `test`.
 soak: export SAGELLM_FUZZ_S ?= 600
@@ -69,5 +73,10 @@ bench: $(STAMPS)/test
 	$(BIN)/sagellm bench engine
 	$(BIN)/sagellm bench gateway
 
+# The engine beside others, each in .venv-peers/NAME: made when it is first needed, then reused.
+# PEERS="--peers llama.cpp --rows bf16 --cells decode-1" and the like narrow it; all of it takes hours.
+bench-peers: $(STAMPS)/test
+	env -u OMP_WAIT_POLICY $(BIN)/sagellm bench peers -- $(PEERS)
+
 clean:
-	rm -rf .venv .venv-clients .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
+	rm -rf .venv .venv-clients .venv-peers .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
+from sagellm.backends.quantised import QuantisedWeight
 from sagellm.backends.step import KVLayout, StepInputs
 from sagellm.graphs.ir import Graph
 
@@ -10,6 +11,7 @@ if TYPE_CHECKING:  # graphs are checked, and the null engine runs, without loadi
     import torch
 
 Stage: TypeAlias = Callable[[Graph], Graph]
+Weights: TypeAlias = Mapping[str, "torch.Tensor | QuantisedWeight"]
 
 
 class Program(Protocol):
@@ -30,6 +32,11 @@ class Backend(Protocol):
     def name(self) -> str: ...
 
     @property
+    def quantizations(self) -> tuple[str, ...]:
+        """The modes of quantising weights on load that `lower` takes."""
+        ...
+
+    @property
     def stages(self) -> Mapping[str, Stage]: ...
 
     def devices(self) -> tuple[str, ...]:
@@ -47,13 +54,16 @@ class Backend(Protocol):
     def lower(
         self,
         graph: Graph,
-        weights: Mapping[str, "torch.Tensor"],
+        weights: Weights,
         *,
         layout: KVLayout,
         dtype: str,
         deterministic: bool,
+        quantization: str | None = None,
     ) -> Program:
         """A program that keeps weights and pool in `dtype`; reads each weight once.
+
+        `quantization`: one of `quantizations`, for the weights of linears; None: as stored.
 
         `deterministic`: one choice of kernel for all batch sizes, so that a row's logits are the
         same bits alone, in a batch and in chunks. Raises GraphError or LoweringError.

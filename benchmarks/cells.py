@@ -4,7 +4,7 @@ import random
 from dataclasses import dataclass
 from typing import Protocol
 
-from benchmarks.shape import VOCAB_SIZE
+from benchmarks.shape import QWEN05
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,11 +21,11 @@ class Cell:
     prompt_len: int
     num_out: int
 
-    def prompts(self, number: int) -> list[list[int]]:
+    def prompts(self, number: int, vocab_size: int = QWEN05.vocab_size) -> list[list[int]]:
         """The prompts of round `number`: random, so that no prefix is met twice."""
         draw = random.Random(f"{self.name}/{number}")
         lengths = [self.prompt_len] * self.num_sequences
-        return [[draw.randrange(VOCAB_SIZE) for _ in range(length)] for length in lengths]
+        return [[draw.randrange(vocab_size) for _ in range(length)] for length in lengths]
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from cyclopts import App, Parameter
 from benchmarks.cells import Cell, Engine, Run, cells
 from benchmarks.machine import Limits, cpu_name, describe, measure_limits
 from benchmarks.ours import Ours, bench_graph
+from benchmarks.overhead import measure_overhead
 from benchmarks.peer import Transformers
 from benchmarks.report import Runs, measured, table, write
 from benchmarks.weights import model_folder
@@ -32,6 +33,7 @@ def engine(
     threads: int = 2,
     spend_s: float = 60.0,
     peer: bool = True,
+    overhead: bool = True,
     output: Path = RESULTS,
 ) -> None:
     """Measure, print the table, and keep it.
@@ -51,6 +53,8 @@ def engine(
         Seconds after which transformers' decoding is cut short, and its further rounds left out.
     peer
         Measure transformers as well.
+    overhead
+        Measure what a step costs outside its kernels as well, at batch 32 of two shapes.
     output
         The folder for engine-CPU.json and engine-CPU.md.
     """
@@ -62,15 +66,18 @@ def engine(
     torch.set_num_threads(threads)
     model = model_folder()
     peers: tuple[Engine, ...] = (Transformers(model, spend_s),) if peer else ()
+    name = f"engine-{re.sub('[^a-z0-9]+', '-', cpu_name().lower())}"
     with bench_graph(model, threads).open() as session:
         engines = (Ours(session), *peers)
         limits = measure_limits()
-        name = f"engine-{re.sub('[^a-z0-9]+', '-', cpu_name().lower())}"
-        found: list[dict[str, Any]] = []
+        record = _record(limits)
         for cell in chosen:  # each is kept at once: the whole takes some twenty minutes
-            found.append(measure(cell, engines, limits, rounds, spend_s))
-            write(_record(found, limits), output, name)
-    print(table(_record(found, limits)))
+            record["cells"].append(measure(cell, engines, limits, rounds, spend_s))
+            write(record, output, name)
+    if overhead:
+        record["overhead"] = measure_overhead(threads)
+        write(record, output, name)
+    print(table(record))
 
 
 def measure(
@@ -103,7 +110,7 @@ def _command(options: list[str]) -> str:
     return " ".join(["sagellm bench engine", *kept])
 
 
-def _record(found: list[dict[str, Any]], limits: Limits) -> dict[str, Any]:
+def _record(limits: Limits) -> dict[str, Any]:
     return {
         "command": _command(sys.argv[1:]),
         "date": datetime.now(UTC).date().isoformat(),
@@ -113,7 +120,7 @@ def _record(found: list[dict[str, Any]], limits: Limits) -> dict[str, Any]:
             "fp32_gflops": round(limits.fp32_flops_per_s / 1e9, 1),
             "bf16_gflops": round(limits.bf16_flops_per_s / 1e9, 1),
         },
-        "cells": found,
+        "cells": [],
     }
 
 

@@ -11,10 +11,11 @@ from pathlib import Path
 import torch
 
 from benchmarks.cells import Cell
-from benchmarks.shape import BYTES_A_TOKEN, HIDDEN, INTERMEDIATE, prefill_flops
+from benchmarks.shape import BF16_BYTES, QWEN05, Shape
 
 READ_BYTES = 1 << 29
 NUM_TRIES = 5
+SPEEDS = ("prefill", "ttft", "decode", "batch")
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,30 +26,78 @@ class Limits:
     fp32_flops_per_s: float
     bf16_flops_per_s: float
 
-    def of(self, cell: Cell) -> float | None:
-        """Tokens a second that no engine can pass with these weights; None for a batch."""
+    def of(
+        self, cell: Cell, shape: Shape = QWEN05, bytes_a_weight: float = BF16_BYTES
+    ) -> float | None:
+        """What no engine can pass with these weights, in the unit of the cell's kind.
+
+        None where arithmetic bounds it and the weights are not bfloat16: their speed is not known.
+        """
+        if cell.kind not in SPEEDS:
+            return None
+        prefill_s = cell.num_sequences * shape.prefill_flops(cell.prompt_len) / self._flops_per_s
         if cell.kind == "decode":
-            return self.read_bytes_per_s / BYTES_A_TOKEN
+            middle = cell.prompt_len + cell.num_out // 2
+            step_s = self.step_s(shape, cell.num_sequences, middle, bytes_a_weight)
+            return cell.num_sequences / step_s
+        if bytes_a_weight != BF16_BYTES:
+            return None
         if cell.kind == "prefill":
-            fastest = max(self.fp32_flops_per_s, self.bf16_flops_per_s)
-            return cell.prompt_len / (prefill_flops(cell.prompt_len) / fastest)
-        return None
+            return cell.num_sequences * cell.prompt_len / prefill_s
+        if cell.kind == "ttft":
+            return 1e3 * prefill_s
+        lengths = range(cell.prompt_len + 1, cell.prompt_len + cell.num_out)
+        steps_s = sum(self.step_s(shape, cell.num_sequences, length) for length in lengths)
+        return cell.num_sequences * cell.num_out / (prefill_s + steps_s)
+
+    def step_s(
+        self,
+        shape: Shape,
+        num_sequences: int,
+        context_len: int,
+        bytes_a_weight: float = BF16_BYTES,
+    ) -> float:
+        """A decode step at best: reading weights, keys and values, or arithmetic if that is more.
+
+        Arithmetic counts for bfloat16 weights only.
+        """
+        cached = num_sequences * context_len * shape.kv_bytes_a_token
+        read_s = (shape.num_weights * bytes_a_weight + cached) / self.read_bytes_per_s
+        if bytes_a_weight != BF16_BYTES:
+            return read_s
+        flops = num_sequences * shape.decode_flops(context_len)
+        return max(read_s, flops / self._flops_per_s)
+
+    @property
+    def _flops_per_s(self) -> float:
+        return max(self.fp32_flops_per_s, self.bf16_flops_per_s)
 
 
 def measure_limits() -> Limits:
     """A few seconds of reading and multiplying; the best of several tries each."""
-    buffer = torch.ones(READ_BYTES // 4)
     return Limits(
-        read_bytes_per_s=READ_BYTES / _best(buffer.sum),
+        read_bytes_per_s=Bandwidth().measure(),
         fp32_flops_per_s=_matmul_flops(torch.float32),
         bf16_flops_per_s=_matmul_flops(torch.bfloat16),
     )
 
 
+class Bandwidth:
+    """Measures reading again and again, from a buffer that is made once."""
+
+    def __init__(self) -> None:
+        self._buffer = torch.ones(READ_BYTES // 4)
+
+    def measure(self) -> float:
+        """Bytes a second."""
+        return READ_BYTES / _best(self._buffer.sum)
+
+
 def _matmul_flops(dtype: torch.dtype) -> float:
     """512 rows through the widest linear of the model."""
-    rows, weight = torch.randn(512, HIDDEN).to(dtype), torch.randn(INTERMEDIATE, HIDDEN).to(dtype)
-    num_operations = 2 * 512 * HIDDEN * INTERMEDIATE
+    hidden, intermediate = QWEN05.hidden, QWEN05.intermediate
+    rows, weight = torch.randn(512, hidden).to(dtype), torch.randn(intermediate, hidden).to(dtype)
+    num_operations = 2 * 512 * hidden * intermediate
     return num_operations / _best(lambda: torch.nn.functional.linear(rows, weight))
 
 

@@ -4,17 +4,24 @@ import time
 from pathlib import Path
 
 from benchmarks.cells import Cell, Run
+from benchmarks.shape import QWEN05
 from sagellm import Graph, Sampling, ops
 from sagellm.bridge import BlockingSession
 
-# 32 sequences of 256 tokens, and 2,048 of one prompt, with room to spare.
-NUM_BLOCKS = 1024
+# One sequence of full length: more than any cell needs, and taken only once it is written.
+NUM_BLOCKS = QWEN05.max_len // 16
 
 
 def bench_graph(model: Path, threads: int) -> Graph:
     """source -> generate -> sink."""
     graph = Graph("bench")
-    graph.engine("g", model=str(model), threads=threads, num_blocks=NUM_BLOCKS)
+    graph.engine(
+        "g",
+        model=str(model),
+        threads=threads,
+        num_blocks=NUM_BLOCKS,
+        prefix_caching=False,  # a cell that is run again would find its own prompts
+    )
     return graph >> ops.generate(engine="g")
 
 
@@ -23,14 +30,16 @@ class Ours:
 
     name = "sagellm"
 
-    def __init__(self, session: BlockingSession) -> None:
+    def __init__(self, session: BlockingSession, vocab_size: int = QWEN05.vocab_size) -> None:
         self._session = session
+        self._vocab_size = vocab_size
 
     def run(self, cell: Cell, number: int) -> Run:
         sampling = Sampling(max_tokens=cell.num_out, ignore_eos=True)
         started = time.perf_counter()
         streams = [
-            self._session.stream(prompt, sampling=sampling) for prompt in cell.prompts(number)
+            self._session.stream(prompt, sampling=sampling)
+            for prompt in cell.prompts(number, self._vocab_size)
         ]
         num_tokens, firsts = 0, []
         for stream in streams:

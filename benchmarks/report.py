@@ -58,7 +58,24 @@ def table(record: dict[str, Any]) -> str:
     ]
     if any(_is_cut(cell) for cell in record["cells"]):
         lines += ["", "* cut short, and extrapolated from the steps that were measured."]
+    if "overhead" in record:
+        lines += _overhead(record["overhead"])
     return "\n".join(lines) + "\n"
+
+
+def _overhead(found: list[dict[str, Any]]) -> list[str]:
+    """Of each shape: a step, its program, and the share of the step that is outside it."""
+    heads = "| model | sequences | step, ms | its program, ms | share outside |"
+    names = ("model", "batch", "step_ms", "program_ms", "share_outside")
+    rows = [f"| {' | '.join(str(one[name]) for name in names)} |" for one in found]
+    return [
+        "",
+        "A decode step, and what of it is outside the kernels:",
+        "",
+        heads,
+        "|---" * 5 + "|",
+        *rows,
+    ]
 
 
 def _row(cell: dict[str, Any]) -> str:

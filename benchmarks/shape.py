@@ -1,19 +1,68 @@
-"""The shape of Qwen2.5-0.5B, and what a token costs at least."""
+"""The shapes of the models that are measured, and what their tokens cost at least."""
 
-VOCAB_SIZE = 151936
-HIDDEN = 896
-INTERMEDIATE = 4864
-KV_WIDTH = 128
-NUM_LAYERS = 24
+from dataclasses import dataclass
 
-# The linears of every layer, and the output layer, which reads the tied embedding.
-_LAYER = 2 * HIDDEN * HIDDEN + 2 * HIDDEN * KV_WIDTH + 3 * HIDDEN * INTERMEDIATE
-_OUTPUT = VOCAB_SIZE * HIDDEN
-BYTES_A_TOKEN = 2 * (NUM_LAYERS * _LAYER + _OUTPUT)  # of bfloat16 weights, read once a step
+BF16_BYTES = 2
 
 
-def prefill_flops(prompt_len: int) -> float:
-    """Floating-point operations until the first token; logits are needed of one row only."""
-    linears = 2.0 * NUM_LAYERS * _LAYER * prompt_len + 2.0 * _OUTPUT
-    attention = 2.0 * NUM_LAYERS * HIDDEN * prompt_len**2  # two products over the causal half
-    return linears + attention
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A decoder with tied embeddings: `family` is "qwen2" (biases of Q, K and V) or "llama"."""
+
+    name: str
+    family: str
+    vocab_size: int
+    hidden: int
+    intermediate: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    max_len: int
+
+    @property
+    def kv_width(self) -> int:
+        """Of the keys of one token in one layer."""
+        return self.num_kv_heads * self.hidden // self.num_heads
+
+    @property
+    def kv_bytes_a_token(self) -> int:
+        """Of keys and values in bfloat16."""
+        return 2 * BF16_BYTES * self.num_layers * self.kv_width
+
+    @property
+    def num_weights(self) -> int:
+        """What a decode step reads: the linears of every layer and the output layer."""
+        return self.num_layers * self._layer + self._output
+
+    @property
+    def bytes_a_token(self) -> int:
+        """Of bfloat16 weights, read once a step."""
+        return BF16_BYTES * self.num_weights
+
+    @property
+    def _layer(self) -> int:
+        attention = 2 * self.hidden * self.hidden + 2 * self.hidden * self.kv_width
+        return attention + 3 * self.hidden * self.intermediate
+
+    @property
+    def _output(self) -> int:
+        return self.vocab_size * self.hidden
+
+    def prefill_flops(self, prompt_len: int) -> float:
+        """Operations until the first token; logits are needed of one row only."""
+        linears = 2.0 * self.num_layers * self._layer * prompt_len + 2.0 * self._output
+        # Two products, over the causal half.
+        attention = 2.0 * self.num_layers * self.hidden * prompt_len**2
+        return linears + attention
+
+    def decode_flops(self, context_len: int) -> float:
+        """Operations of one further token of a sequence."""
+        return 2.0 * self.num_weights + 4.0 * self.num_layers * self.hidden * context_len
+
+
+QWEN05 = Shape("qwen05", "qwen2", 151936, 896, 4864, 24, 14, 2, 32768)
+LLAMA15M = Shape("llama15m", "llama", 32000, 288, 768, 6, 6, 6, 4096)
+# Of the first, two layers and a long context: what attention over it costs, in affordable time.
+QWEN05_2L = Shape("qwen05-2-layers", "qwen2", 151936, 896, 4864, 2, 14, 2, 40960)
+# So small that a server costs more than its model.
+ONE_LAYER = Shape("one-layer", "llama", 512, 64, 128, 1, 4, 4, 512)

@@ -1,44 +1,55 @@
-"""The model that is measured: the shape of Qwen2.5-0.5B, random weights, bfloat16; made once."""
+"""The models that are measured: random weights in bfloat16, made once."""
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from benchmarks.shape import HIDDEN, INTERMEDIATE, KV_WIDTH, NUM_LAYERS, VOCAB_SIZE
-
-CONFIG = Qwen2Config(
-    vocab_size=VOCAB_SIZE,
-    hidden_size=HIDDEN,
-    intermediate_size=INTERMEDIATE,
-    num_hidden_layers=NUM_LAYERS,
-    num_attention_heads=HIDDEN // 64,
-    num_key_value_heads=KV_WIDTH // 64,
-    max_position_embeddings=4096,
-    tie_word_embeddings=True,
-    eos_token_id=0,
-    dtype="bfloat16",
-)
+from benchmarks.shape import QWEN05, Shape
 
 
-def model_folder() -> Path:
+def model_folder(shape: Shape = QWEN05) -> Path:
     """The folder of the model, in the user's cache; made where it is not there."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    folder = cache / "sagellm" / "random-qwen2.5-0.5b"
+    folder = cache_folder() / f"random-{shape.name}"
     if not (folder / "tokenizer.json").exists():  # written last
         torch.manual_seed(0)
-        Qwen2ForCausalLM(CONFIG).to(torch.bfloat16).save_pretrained(folder)
-        _tokenizer().save(str(folder / "tokenizer.json"))
+        model = AutoModelForCausalLM.from_config(_config(shape))
+        model.to(torch.bfloat16).save_pretrained(folder)
+        _tokenizer(shape).save(str(folder / "tokenizer.json"))
     return folder
 
 
-def _tokenizer() -> Tokenizer:
+def cache_folder() -> Path:
+    """Where models and what is made of them are kept between runs."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    return cache / "sagellm"
+
+
+def _config(shape: Shape) -> Any:
+    return AutoConfig.for_model(
+        shape.family,
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.num_layers,
+        num_attention_heads=shape.num_heads,
+        num_key_value_heads=shape.num_kv_heads,
+        max_position_embeddings=shape.max_len,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=0,
+        dtype="bfloat16",
+    )
+
+
+def _tokenizer(shape: Shape) -> Tokenizer:
     """One word a token: detokenising costs what it costs with any table."""
-    words = {f"w{number}": number for number in range(VOCAB_SIZE)}
+    words = {f"w{number}": number for number in range(shape.vocab_size)}
     tokenizer = Tokenizer(WordLevel(words, unk_token="w0"))
     tokenizer.pre_tokenizer = Whitespace()
     return tokenizer

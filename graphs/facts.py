@@ -12,6 +12,7 @@ class EngineFactsView:
 
     model_hash: str | None = None
     dtype: str | None = None
+    quantization: str | None = None  # "none" for weights as they are stored
     block_size: int | None = None  # tokens
     num_kv_heads: int | None = None
     head_dim: int | None = None

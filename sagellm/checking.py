@@ -17,6 +17,7 @@ from sagellm.operators.policies import POLICIES
 from sagellm.overrides import override
 from sagellm.runtime.engine.options import EngineOptionError, EngineOptions
 from sagellm.runtime.engine.sizing import engine_dtype, engine_facts, size
+from sagellm.runtime.engine.speculation.draft_folder import draft_folder
 from sagellm.runtime.models.folder import ModelError, resolve_model
 from sagellm.runtime.options import OptionError, read_options
 from sagellm.runtime.plan import build_operators
@@ -113,12 +114,14 @@ def engine_view(options: EngineOptions) -> EngineFactsView:
         hint = f"did you mean {close}?" if close else "see `sagellm doctor`"
         raise EngineOptionError(f"device: {options.device!r} is not built; {hint}")
     folder = resolve_model(options.model)
+    draft_folder(options, folder)
     memory_bytes = 1 << 40 if options.is_null else psutil.virtual_memory().available
     sizing = size(options, folder.facts, memory_bytes)
     facts = engine_facts(options, folder, sizing)
     return EngineFactsView(
         model_hash=facts.model_hash,
         dtype=engine_dtype(options, folder.facts),
+        quantization=options.quantization or "none",
         block_size=facts.block_size,
         num_kv_heads=folder.facts.num_kv_heads,
         head_dim=folder.facts.head_dim,

@@ -1,5 +1,9 @@
 """Opens the engines of a checked graph, and the tokenizer that speaks for them."""
 
+import gc
+import importlib
+import sys
+
 import trio
 
 from sagellm.graphs.ir import FrozenMap, Graph
@@ -31,4 +35,26 @@ async def _opened(options: EngineOptions, name: str, replica: int) -> Engine:
     """Loading weights takes seconds, in a thread; the null engine is there at once."""
     if options.is_null:
         return open_engine(options, name=name, replica=replica)
-    return await trio.to_thread.run_sync(lambda: open_engine(options, name=name, replica=replica))
+    return await trio.to_thread.run_sync(lambda: _loaded(options, name, replica))
+
+
+def _loaded(options: EngineOptions, name: str, replica: int) -> Engine:
+    _import_torch()
+    return open_engine(options, name=name, replica=replica)
+
+
+def _import_torch() -> None:
+    """Once a process, before anything else is loaded, and without collections of cycles.
+
+    They would go over its hundreds of thousands of objects again and again, which stay: now, and
+    whenever a server collects later. So these are frozen, with whatever else is alive.
+    """
+    if "torch" in sys.modules or not gc.isenabled():
+        return
+    gc.collect()  # what is garbage now would be frozen too
+    gc.disable()
+    try:
+        importlib.import_module("torch")
+        gc.freeze()
+    finally:
+        gc.enable()

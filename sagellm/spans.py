@@ -122,11 +122,12 @@ def _asked(request: Request, model: str, num_choices: int) -> Attributes:
 
 def _used(opened: OpenRequest) -> Attributes:
     lasts = [choice.last for choice in opened.choices.values() if choice.last]
+    firsts = [choice.first for choice in opened.choices.values() if choice.first]
     return {
         "gen_ai.usage.input_tokens": max((last.num_prompt_tokens for last in lasts), default=0),
         "gen_ai.usage.output_tokens": sum(each.num_tokens for each in opened.choices.values()),
         "gen_ai.usage.cache_read.input_tokens": max(
-            (last.num_cached_tokens for last in lasts), default=0
+            (event.num_cached_tokens for event in (*firsts, *lasts)), default=0
         ),
     }
 

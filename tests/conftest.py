@@ -1,6 +1,41 @@
-"""Settings of every test: a busy machine is no failure."""
+"""Settings of every test: a busy machine is no failure, and what measures time has it to itself."""
 
+import fcntl
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
 from hypothesis import HealthCheck, settings
 
 settings.register_profile("sagellm", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("sagellm")
+
+
+@contextmanager
+def locked(path: Path, kind: int) -> Iterator[None]:
+    with path.open("w") as file:  # closing it frees the lock
+        fcntl.flock(file, kind)
+        yield
+
+
+@contextmanager
+def room(folder: Path, *, alone: bool) -> Iterator[None]:
+    """Holds while no test that is alone runs beside another, whichever worker has it.
+
+    All come through the door, where one that is to be alone waits until the room is empty: else
+    the others, who may come in together, would keep it out for as long as there are any.
+    """
+    with ExitStack() as inside:
+        with locked(folder / "door", fcntl.LOCK_EX):
+            inside.enter_context(locked(folder / "room", fcntl.LOCK_EX if alone else fcntl.LOCK_SH))
+        yield
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # around the time-out: to wait is not to hang
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    if not hasattr(item.config, "workerinput"):
+        return (yield)
+    folder = item.config.cache.mkdir("alone")
+    with room(folder, alone=item.get_closest_marker("alone") is not None):
+        return (yield)

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from socket import create_server
 from typing import Any
 from urllib.error import URLError
 
@@ -78,15 +77,15 @@ def served_process(
     *options: str, graph: Path | str = NULL, key: str = "", **popen: Any
 ) -> Iterator[ServedProcess]:
     """`sagellm serve` until the block ends; it must have survived that, and end with 0."""
-    port = _free_port()
-    command = [sys.executable, "-m", "sagellm", "serve", str(graph), "--port", str(port)]
+    command = [sys.executable, "-m", "sagellm", "serve", str(graph), "--port", "0"]
     command += ["--log-level", "error", *(("--api-key", key) if key else ()), *options]
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, stderr=log, **popen)
         try:
             headers = {"Authorization": f"Bearer {key}"} if key else {}
-            served = ServedProcess(port, psutil.Process(process.pid), headers)
-            _wait_until_ready(served, process)
+            served = ServedProcess(0, psutil.Process(process.pid), headers)
+            if not _becomes_ready(served, process):
+                raise RuntimeError(f"no gateway answers: {_tail(log)!r}")
             yield served
             assert process.poll() is None, _tail(log)
             process.terminate()
@@ -104,17 +103,20 @@ def _tail(log: Any) -> bytes:
     return bytes(log.read())
 
 
-def _free_port() -> int:
-    with create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
-
-
-def _wait_until_ready(served: ServedProcess, process: "subprocess.Popen[bytes]") -> None:
+def _becomes_ready(served: ServedProcess, process: "subprocess.Popen[bytes]") -> bool:
+    """And knows its port, which the system chose: one that was free before may be so no more."""
     until = time.monotonic() + START_S
     while time.monotonic() < until and process.poll() is None:
         try:
+            served.port = served.port or _listening_port(served.process)
             served.get("/ready", 1.0)
-            return
-        except (URLError, OSError):
+            return True
+        except (URLError, OSError, psutil.Error):
             time.sleep(0.05)  # nothing tells another process that it is ready
-    raise RuntimeError(f"no gateway answers on port {served.port}")
+    return False
+
+
+def _listening_port(process: psutil.Process) -> int:
+    """0: it does not listen yet."""
+    found = process.net_connections("tcp")
+    return next((int(one.laddr.port) for one in found if one.status == psutil.CONN_LISTEN), 0)

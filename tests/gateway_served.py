@@ -89,7 +89,7 @@ class Served:
         idle, token = trio.Event(), trio.lowlevel.current_trio_token()
         tell = partial(token.run_sync_soon, idle.set)
         self.server.call_soon(self.app.calls.when_idle, tell)
-        with trio.fail_after(5):
+        with trio.fail_after(20):
             await idle.wait()
 
     async def connect(self) -> trio.SocketStream:

@@ -60,7 +60,8 @@ class ServedSession:
         if not self.session.executor.register.is_empty or self.session.health().num_open:
             return False
         self.session.executor.ledger.check()
-        return all(engine.pool.num_free == engine.pool.num_blocks for engine in self.engines)
+        pools = [engine.pool for engine in self.engines]
+        return all(pool.num_available == pool.num_blocks for pool in pools)
 
     def on_free(self, tell: Callable[[], None]) -> None:
         """Call `tell` whenever blocks became free."""

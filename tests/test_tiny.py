@@ -2,11 +2,14 @@
 
 import time
 
+import pytest
+
 from sagellm import Graph, Sampling
 
 QUESTION = [{"role": "user", "content": "What is 23 + 45?"}]
 
 
+@pytest.mark.alone
 async def test_a_prompt_becomes_an_answer_within_a_second() -> None:
     async with Graph.load("graphs/pd.yaml").open(set={"split.min_uncached_tokens": 8}) as pd:
         started = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Paged attention: short queries together, long ones in chunks of rows; in torch and in C."""
+"""Paged attention: in C, or in torch: single rows together, more of them in chunks."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,55 +13,62 @@ from sagellm.backends.cpu.step import Step
 from sagellm.graphs.kernels.attention import PagedAttention
 
 _CHUNK = 64  # query rows at a time: scores stay in the cache
-_SHORT = 16  # new rows of a sequence up to which the C kernel beats gathering its blocks
 
 # From q [T, heads * head_dim] to the same shape, over the pool as it is now.
 Attention: TypeAlias = Callable[[Step, torch.Tensor], torch.Tensor]
-# The same for some rows of a step: (step, q of those rows, numbers of those rows).
-Rows: TypeAlias = Callable[[Step, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def attention(options: PagedAttention, binding: Binding) -> Attention:
     """How this program attends: the C kernel where it may be used, else torch."""
-    kernels = binding.native
-    native = partial(_native, options, kernels) if kernels else None
+    if binding.native:
+        return partial(_native, options, binding.native)
     if binding.deterministic:
-        rows = native or partial(row_by_row, options)
-        return lambda step, q: rows(step, q, step.all_rows)
-    if native:
-        return partial(_split, options, native, _SHORT)
-    return partial(_split, options, partial(decode, options), 1)
+        return lambda step, q: row_by_row(options, step, q)
+    return partial(_split, options)
+
+
+def _native(
+    options: PagedAttention, kernels: NativeKernels, step: Step, q: torch.Tensor
+) -> torch.Tensor:
+    return kernels.attention(
+        q,
+        pool=step.pool,
+        layer=options.layer,
+        block_tables=step.inputs.block_tables,
+        query_starts=step.inputs.query_starts,
+        context_lens=step.inputs.context_lens,
+        scale=options.scale,
+        window=options.window,
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """The rows of sequences with few new rows, and (sequence, rows) of each of the others."""
+    """The rows of sequences with one new row, and (sequence, rows) of each of the others."""
 
     short: torch.Tensor
     long: tuple[tuple[int, slice], ...]
 
 
-def _split(
-    options: PagedAttention, short: Rows, most: int, step: Step, q: torch.Tensor
-) -> torch.Tensor:
-    """Sequences with up to `most` new rows by `short`, all at once; the others one by one."""
-    split = step.once(("split", most), lambda: _split_of(step, most))
+def _split(options: PagedAttention, step: Step, q: torch.Tensor) -> torch.Tensor:
+    """Sequences with one new row all at once; the others one by one."""
+    split = step.once("split", lambda: _split_of(step))
     if not split.long:
-        return short(step, q, split.short)
+        return decode(options, step, q, split.short)
     out = torch.empty_like(q)
     if len(split.short):
-        out[split.short] = short(step, q[split.short], split.short)
+        out[split.short] = decode(options, step, q[split.short], split.short)
     for sequence, rows in split.long:
         out[rows] = attend(options, step, q[rows], sequence, step.inputs.contexts[sequence])
     return out
 
 
-def _split_of(step: Step, most: int) -> Split:
+def _split_of(step: Step) -> Split:
     short: list[int] = []
     long, start = [], 0
     for sequence, num_rows in enumerate(step.inputs.query_lens):
         rows = range(start, start + num_rows)
-        if num_rows <= most:
+        if num_rows == 1:
             short += rows
         else:
             long.append((sequence, slice(rows.start, rows.stop)))
@@ -69,34 +76,10 @@ def _split_of(step: Step, most: int) -> Split:
     return Split(torch.tensor(short, dtype=torch.int64), tuple(long))
 
 
-def _native(
-    options: PagedAttention,
-    kernels: NativeKernels,
-    step: Step,
-    q: torch.Tensor,
-    rows: torch.Tensor,
-) -> torch.Tensor:
-    places = step.once(
-        ("places", len(rows)), lambda: (step.row_sequences[rows], step.inputs.positions[rows])
-    )
-    return kernels.attention(
-        q.contiguous(),
-        pool=step.pool,
-        layer=options.layer,
-        block_tables=step.inputs.block_tables,
-        row_sequences=places[0],
-        positions=places[1],
-        scale=options.scale,
-        window=options.window,
-    )
-
-
-def row_by_row(
-    options: PagedAttention, step: Step, q: torch.Tensor, rows: torch.Tensor
-) -> torch.Tensor:
+def row_by_row(options: PagedAttention, step: Step, q: torch.Tensor) -> torch.Tensor:
     """Each row over its own context: shapes do not depend on the batch, so bits do not either."""
-    sequences = step.row_sequences[rows].tolist()
-    contexts = (step.inputs.positions[rows] + 1).tolist()
+    sequences = step.row_sequences.tolist()
+    contexts = (step.inputs.positions + 1).tolist()
     each = zip(torch.split(q, 1), sequences, contexts, strict=True)
     return torch.cat([attend(options, step, row.clone(), *place) for row, *place in each])
 

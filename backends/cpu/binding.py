@@ -1,12 +1,16 @@
 """What a kernel is bound to when a program is made: weights, dtype, pool layout, native code."""
 
+import ctypes
+import itertools
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from sagellm.backends.cpu.native.library import NativeKernels
-from sagellm.backends.protocol import LoweringError
+from sagellm.backends.protocol import LoweringError, Weights
+from sagellm.backends.quantised import QuantisedWeight
 from sagellm.backends.step import KVLayout
 from sagellm.graphs.ir import SINK, Graph
 
@@ -22,19 +26,22 @@ class Binding:
     def __init__(
         self,
         graph: Graph,
-        weights: Mapping[str, torch.Tensor],
+        weights: Weights,
         layout: KVLayout,
         dtype: torch.dtype,
         native: NativeKernels | None,
         deterministic: bool,
+        quantization: str | None = None,
     ) -> None:
         self.layout = layout
         self.dtype = dtype
         self.native = native
         self.deterministic = deterministic
+        self.quantization = quantization
         self._weights = weights
         self._num_users = Counter(node.attrs.get("weight") for node in graph.nodes)
         self._shared: dict[str, torch.Tensor] = {}
+        self._looked_at: dict[str, torch.Tensor] = {}
         heads = [graph.node(edge.source) for edge in graph.inputs(SINK) if edge.inlet == "logits"]
         self._heads = {node.attrs.get("weight") for node in heads}
 
@@ -45,22 +52,50 @@ class Binding:
         """
         if name in self._shared:
             return self._shared[name]
-        if name not in self._weights:
-            raise LoweringError(f"the model folder has no weight {name!r} that its graph needs")
-        found = self._weights[name]
+        found = self._found(name, shape)
+        if isinstance(found, QuantisedWeight):
+            raise LoweringError(f"weight {name!r} is quantised; only weights of linears may be")
         if found.dtype not in _STORED:
             stored = str(found.dtype).removeprefix("torch.")
             raise LoweringError(
-                f"weight {name!r} is stored as {stored}; quantised weights are not built; "
-                f"give the weights in bfloat16 or float32"
-            )
-        if tuple(found.shape) != shape:
-            raise LoweringError(
-                f"weight {name!r} is {list(found.shape)}; config.json says {list(shape)}"
+                f"weight {name!r} is stored as {stored}; quantised weights are read as GPTQ and "
+                f"AWQ store them; give the weights in bfloat16 or float32"
             )
         found = found.to(self.dtype).contiguous()
         if self._num_users[name] > 1:
             self._shared[name] = found
+        return found
+
+    def joined(self, names: Sequence[str], sizes: Sequence[int], size: int) -> torch.Tensor:
+        """Weights [N, K] one behind the other, N as `sizes` say: [sum of sizes, K].
+
+        No copy is made of those that lie so in the file. Raises as `weight` does.
+        """
+        parts = [self.weight(name, rows, size) for name, rows in zip(names, sizes, strict=True)]
+        ends = itertools.pairwise(parts)
+        if all(part.data_ptr() + part.nbytes == after.data_ptr() for part, after in ends):
+            return _spanning(parts)
+        return torch.cat(parts)
+
+    def stored(self, name: str, *shape: int) -> QuantisedWeight | None:
+        """A weight that is stored quantised, of that shape; None if it is in floats."""
+        if name in self._shared:
+            return None
+        found = self._found(name, shape)
+        if isinstance(found, QuantisedWeight):
+            return found
+        self._looked_at[name] = found  # `weight` comes next, and is not to read it again
+        return None
+
+    def _found(self, name: str, shape: tuple[int, ...]) -> torch.Tensor | QuantisedWeight:
+        if name not in self._weights:
+            raise LoweringError(f"the model folder has no weight {name!r} that its graph needs")
+        looked_at = self._looked_at.pop(name, None)
+        found = self._weights[name] if looked_at is None else looked_at
+        if tuple(found.shape) != shape:
+            raise LoweringError(
+                f"weight {name!r} is {list(found.shape)}; config.json says {list(shape)}"
+            )
         return found
 
     def vector(self, name: str, size: int) -> torch.Tensor:
@@ -70,3 +105,12 @@ class Binding:
     def makes_logits(self, name: str) -> bool:
         """Whether rows times this weight are the logits."""
         return name in self._heads
+
+
+def _spanning(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The memory of contiguous tensors that touch, as one tensor, which keeps them."""
+    num_bytes = sum(part.nbytes for part in parts)
+    memory: Any = (ctypes.c_char * num_bytes).from_address(parts[0].data_ptr())
+    memory.kept = list(parts)
+    whole = torch.frombuffer(memory, dtype=parts[0].dtype)
+    return whole.view(-1, *parts[0].shape[1:])

@@ -2,15 +2,18 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import prod
+from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 
 import psutil
 import torch
 
 from sagellm.backends.cpu.binding import Binding
 from sagellm.backends.cpu.native.library import native_kernels
-from sagellm.backends.cpu.program import CpuProgram, bind
+from sagellm.backends.cpu.program import bind
 from sagellm.backends.plan import plan
-from sagellm.backends.protocol import LoweringError, Stage
+from sagellm.backends.protocol import LoweringError, Program, Stage, Weights
+from sagellm.backends.quantised import MODES
 from sagellm.backends.step import KVLayout
 from sagellm.graphs.ir import Graph
 from sagellm.graphs.kernels import infer
@@ -28,6 +31,10 @@ class CpuBackend:
     native: bool = True
 
     @property
+    def quantizations(self) -> tuple[str, ...]:
+        return tuple(MODES)
+
+    @property
     def stages(self) -> Mapping[str, Stage]:
         fusions: dict[str, Stage] = {step.name: step.apply for step in self.passes}
         return {"activations_float32": activations_float32, **fusions, "infer": infer}
@@ -39,22 +46,27 @@ class CpuBackend:
         return int(psutil.virtual_memory().available)
 
     def allocate_pool(self, layout: KVLayout, num_blocks: int) -> torch.Tensor:
-        # Large zeroed allocations come as untouched pages of the system.
-        return torch.zeros(layout.pool_shape(num_blocks), dtype=_torch_dtype(layout.dtype))
+        shape, dtype = layout.pool_shape(num_blocks), _torch_dtype(layout.dtype)
+        # Fresh pages of the system are zero, and taken only once they are written; torch.zeros
+        # writes them all.
+        pages = mmap(-1, prod(shape) * dtype.itemsize, flags=MAP_PRIVATE | MAP_ANONYMOUS)
+        return torch.frombuffer(pages, dtype=dtype).view(shape)
 
     def lower(
         self,
         graph: Graph,
-        weights: Mapping[str, torch.Tensor],
+        weights: Weights,
         *,
         layout: KVLayout,
         dtype: str,
         deterministic: bool,
-    ) -> CpuProgram:
+        quantization: str | None = None,
+    ) -> Program:
         for stage in self.stages.values():
             graph = stage(graph)
         native = native_kernels() if self.native else None
-        binding = Binding(graph, weights, layout, _torch_dtype(dtype), native, deterministic)
+        how = _torch_dtype(dtype), native, deterministic, quantization
+        binding = Binding(graph, weights, layout, *how)
         return bind(plan(graph), binding)
 
 

@@ -8,11 +8,11 @@ import torch.nn.functional as F
 
 from sagellm.backends.cpu.binding import Binding
 from sagellm.backends.cpu.native.library import NativeKernels
+from sagellm.backends.cpu.native.packed import pack
 
 Linear: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 
 _BLOCK_NUMBERS = 1 << 21  # of a weight at a time in float32: 8 MiB, within the cache
-_TALL = 256  # rows from which a float32 copy of each block of the weight pays
 
 
 def linear(
@@ -20,15 +20,17 @@ def linear(
 ) -> Linear:
     """rows [T, K] float32 -> [T, N] float32, for weight [N, K] and bias [N] float32.
 
-    bfloat16 weights are multiplied in float32 unless the CPU has bfloat16 products, whose results
-    are rounded to bfloat16; `exact` forbids those.
+    Where the CPU has products of bfloat16, rows are rounded to bfloat16 before they meet weights of
+    that dtype; oneDNN rounds its results as well, which `exact` forbids.
     """
+    is_wide = weight.dtype == torch.float32
+    is_rounded = not is_wide and not exact and not binding.deterministic
+    if binding.native and not (is_rounded and has_tiles()):
+        return native(binding.native, weight, bias)
     if binding.deterministic:
-        return native(binding.native, weight, bias) if binding.native else row_by_row(weight, bias)
-    if weight.dtype == torch.float32 or (has_bfloat16_products() and not exact):
+        return row_by_row(weight, bias)
+    if is_wide or (is_rounded and has_bfloat16_products()):
         return packed(weight, bias) if torch._C._has_mkldnn else plain(weight, bias)
-    if binding.native:
-        return native_or_tall(binding.native, weight, bias)
     return upcast(weight, bias)
 
 
@@ -37,7 +39,12 @@ def has_bfloat16_products() -> bool:
 
     It takes bfloat16 on older CPUs as well, where it is slower than float32.
     """
-    return bool(torch._C._has_mkldnn) and any(map(_cpu_has, ("avx512_bf16", "amx_tile")))
+    return has_tiles() or (bool(torch._C._has_mkldnn) and _cpu_has("avx512_bf16"))
+
+
+def has_tiles() -> bool:
+    """Whether oneDNN has AMX here, whose products of matrices no kernel of ours matches."""
+    return bool(torch._C._has_mkldnn) and _cpu_has("amx_tile")
 
 
 def _cpu_has(feature: str) -> bool:
@@ -66,16 +73,8 @@ def packed(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
 
 
 def native(kernels: NativeKernels, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
-    """The C kernel: reads weights in place, the same bits for any number of rows."""
-    return lambda rows: kernels.linear(rows, weight, bias)
-
-
-def native_or_tall(
-    kernels: NativeKernels, weight: torch.Tensor, bias: torch.Tensor | None
-) -> Linear:
-    """The C kernel for few rows, float32 blocks for many."""
-    tall = upcast(weight, bias)
-    return lambda rows: tall(rows) if len(rows) >= _TALL else kernels.linear(rows, weight, bias)
+    """The C kernel with the weight in its own order: the same bits for any number of rows."""
+    return pack(kernels, weight, bias)
 
 
 def upcast(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:

@@ -5,9 +5,11 @@ from dataclasses import dataclass
 import torch
 
 from sagellm.backends.cpu.binding import Binding
+from sagellm.backends.cpu.native_program import NativeProgram
 from sagellm.backends.cpu.rules import RULES, BoundKernel
 from sagellm.backends.cpu.step import Step
-from sagellm.backends.plan import Plan
+from sagellm.backends.cpu.translation import UntranslatableError, translate
+from sagellm.backends.plan import Instruction, Plan
 from sagellm.backends.step import StepInputs
 from sagellm.graphs.kernels import KERNELS, KV
 
@@ -52,14 +54,29 @@ class CpuProgram:
         return registers
 
 
-def bind(plan: Plan, binding: Binding) -> CpuProgram:
-    """Give every instruction its kernel and its weights. Raises LoweringError."""
-    calls = []
-    for step in plan.instructions:
-        options = KERNELS[step.node.op].options(step.node)
-        kernel = RULES[step.node.op](options, binding)
-        calls.append(Call(kernel, step.inputs, step.outputs, step.dead))
-    return CpuProgram(tuple(calls), plan)
+def bind(plan: Plan, binding: Binding) -> CpuProgram | NativeProgram:
+    """Give every instruction its kernel and its weights. Raises LoweringError.
+
+    The native step runs the plan where every kernel has a form for it.
+    """
+    # What makes the logits comes first: its weight is the largest, and in memory twice while it is
+    # copied, when as yet little else is there.
+    *others, last = plan.instructions
+    head = _call(last, binding)
+    calls = (*(_call(step, binding) for step in others), head)
+    program = CpuProgram(calls, plan)
+    if not binding.native:
+        return program
+    try:
+        translation = translate(plan, [call.kernel for call in calls])
+    except UntranslatableError:
+        return program
+    return NativeProgram(translation, binding.native, program)
+
+
+def _call(step: Instruction, binding: Binding) -> Call:
+    kernel = RULES[step.node.op](KERNELS[step.node.op].options(step.node), binding)
+    return Call(kernel, step.inputs, step.outputs, step.dead)
 
 
 _EMPTY = torch.empty(0)

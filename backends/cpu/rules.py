@@ -1,6 +1,6 @@
-"""Which function runs each kernel: one rule a kernel, the native one where there is a choice."""
+"""What runs each kernel: one rule a kernel, with the native form where there is one."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from sagellm.backends.cpu.attention import attention
 from sagellm.backends.cpu.binding import Binding
 from sagellm.backends.cpu.linear import linear
+from sagellm.backends.cpu.native_kernel import NativeKernel
+from sagellm.backends.cpu.quantised.linear import few_bits
 from sagellm.backends.cpu.rope import rope_tables, rotated
 from sagellm.backends.cpu.step import Step
 from sagellm.graphs.kernels.attention import KVWrite, PagedAttention, Rope, RopeKVWrite
@@ -24,24 +26,38 @@ Tensors: TypeAlias = tuple[torch.Tensor, ...]
 
 def _embedding(options: Embedding, binding: Binding) -> BoundKernel:
     weight = binding.weight(options.weight, options.vocab_size, options.size)
-    return lambda step, ids: (F.embedding(ids, weight).float(),)
+    bfloat = weight.dtype == torch.bfloat16
+    fields = {"weight": weight.data_ptr(), "size": options.vocab_size, "bfloat": bfloat}
+
+    def run(step: Step, ids: torch.Tensor) -> Tensors:
+        return (F.embedding(ids, weight).float(),)
+
+    return NativeKernel(run, fields, widths=(options.size,))
 
 
 def _select_rows(_: object, binding: Binding) -> BoundKernel:
-    return lambda step, rows, chosen: (rows[chosen],)
+    return NativeKernel(lambda step, rows, chosen: (rows[chosen],))
 
 
 def _rms_norm(options: RmsNorm, binding: Binding) -> BoundKernel:
     weight = binding.vector(options.weight, options.size)
     if kernels := binding.native:
-        return lambda step, rows: (kernels.rms_norm(rows, weight, options.size, options.epsilon),)
+        size, epsilon = options.size, options.epsilon
+        return NativeKernel(
+            lambda step, rows: (kernels.rms_norm(rows, weight, size, epsilon),),
+            _norm_fields(options, weight),
+        )
     return _alone(binding, lambda step, rows: (_normed(rows, weight, options),))
 
 
 def _add_rms_norm(options: RmsNorm, binding: Binding) -> BoundKernel:
     weight = binding.vector(options.weight, options.size)
     if kernels := binding.native:
-        return lambda step, a, b: kernels.add_rms_norm(a, b, weight, options.size, options.epsilon)
+        size, epsilon = options.size, options.epsilon
+        return NativeKernel(
+            lambda step, a, b: kernels.add_rms_norm(a, b, weight, size, epsilon),
+            _norm_fields(options, weight),
+        )
 
     def run(step: Step, a: torch.Tensor, b: torch.Tensor) -> Tensors:
         total = a + b
@@ -50,24 +66,40 @@ def _add_rms_norm(options: RmsNorm, binding: Binding) -> BoundKernel:
     return _alone(binding, run)
 
 
+def _norm_fields(options: RmsNorm, weight: torch.Tensor) -> dict[str, int | float | None]:
+    return {"weight": weight.data_ptr(), "size": options.size, "epsilon": options.epsilon}
+
+
 def _normed(rows: torch.Tensor, weight: torch.Tensor, options: RmsNorm) -> torch.Tensor:
     heads = rows.reshape(len(rows), rows.shape[1] // options.size, options.size)  # of 0 rows too
     return F.rms_norm(heads, (options.size,), weight, options.epsilon).flatten(1)
 
 
 def _linear(options: Linear, binding: Binding) -> BoundKernel:
-    weight = binding.weight(options.weight, options.out_features, options.in_features)
     bias = binding.vector(options.bias, options.out_features) if options.bias else None
-    multiply = linear(binding, weight, bias, exact=binding.makes_logits(options.weight))
-    return lambda step, rows: (multiply(rows),)
+    sizes = options.out_features, options.in_features
+    multiply = few_bits(binding, (options.weight,), sizes[:1], sizes[1], bias)
+    if multiply is None:
+        weight = binding.weight(options.weight, *sizes)
+        multiply = linear(binding, weight, bias, exact=binding.makes_logits(options.weight))
+    return _product(lambda step, rows: (multiply(rows),), multiply, sizes[:1])
 
 
 def _fused_linear(options: FusedLinear, binding: Binding) -> BoundKernel:
-    sizes = list(options.out_features)
-    named = zip(options.weights, sizes, strict=True)
-    weight = torch.cat([binding.weight(name, size, options.in_features) for name, size in named])
-    multiply = linear(binding, weight, _fused_bias(options, binding))
-    return lambda step, rows: torch.split(multiply(rows), sizes, 1)
+    sizes, size = list(options.out_features), options.in_features
+    bias = _fused_bias(options, binding)
+    multiply = few_bits(binding, options.weights, sizes, size, bias)
+    if multiply is None:
+        multiply = linear(binding, binding.joined(options.weights, sizes, size), bias)
+    return _product(lambda step, rows: torch.split(multiply(rows), sizes, 1), multiply, sizes)
+
+
+def _product(run: BoundKernel, multiply: object, widths: Sequence[int]) -> BoundKernel:
+    """`run`, which multiplies by `multiply`, with its native form if that has an `address`."""
+    address: int | None = getattr(multiply, "address", None)
+    if address is None:
+        return run
+    return NativeKernel(run, {"weight": address}, tuple(widths), keep=multiply)
 
 
 def _fused_bias(options: FusedLinear, binding: Binding) -> torch.Tensor | None:
@@ -79,9 +111,11 @@ def _fused_bias(options: FusedLinear, binding: Binding) -> torch.Tensor | None:
 
 def _rope(options: Rope, binding: Binding) -> BoundKernel:
     tables = rope_tables(options)
-    return lambda step, rows, positions: (
-        rotated(rows, tables.up_to(step.longest_context), positions),
-    )
+
+    def run(step: Step, rows: torch.Tensor, positions: torch.Tensor) -> Tensors:
+        return (rotated(rows, tables.up_to(step.longest_context), positions),)
+
+    return NativeKernel(run, {"size": options.head_dim}, rope=options)
 
 
 def _kv_write(options: KVWrite, binding: Binding) -> BoundKernel:
@@ -91,7 +125,7 @@ def _kv_write(options: KVWrite, binding: Binding) -> BoundKernel:
         _write(pool[options.layer], k, v, slots)
         return ()
 
-    return run
+    return NativeKernel(run, {"layer": options.layer, "size": options.head_dim})
 
 
 def _write(layer: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor) -> None:
@@ -114,29 +148,31 @@ def _rope_kv_write(options: RopeKVWrite, binding: Binding) -> BoundKernel:
         _write(pool[layer], rotated(k, angles, positions), v, slots)
         return (rotated(q, angles, positions),)
 
-    return run
+    fields = {"layer": options.layer, "size": options.rope.head_dim}
+    return NativeKernel(run, fields, rope=options.rope)
 
 
 def _paged_attention(options: PagedAttention, binding: Binding) -> BoundKernel:
     attend = attention(options, binding)
-    return lambda step, q, *_: (attend(step, q),)
+    fields = {"layer": options.layer}
+    return NativeKernel(lambda step, q, *_: (attend(step, q),), fields, attention=options)
 
 
 def _silu(_: object, binding: Binding) -> BoundKernel:
-    return _alone(binding, lambda step, rows: (F.silu(rows),))
+    return NativeKernel(_alone(binding, lambda step, rows: (F.silu(rows),)))
 
 
 def _mul(_: object, binding: Binding) -> BoundKernel:
-    return lambda step, a, b: (a * b,)
+    return NativeKernel(lambda step, a, b: (a * b,))
 
 
 def _add(_: object, binding: Binding) -> BoundKernel:
-    return lambda step, a, b: (a + b,)
+    return NativeKernel(lambda step, a, b: (a + b,))
 
 
 def _silu_mul(_: object, binding: Binding) -> BoundKernel:
     if kernels := binding.native:
-        return lambda step, gate, up: (kernels.silu_mul(gate, up),)
+        return NativeKernel(lambda step, gate, up: (kernels.silu_mul(gate, up),))
     return _alone(binding, lambda step, gate, up: (F.silu(gate) * up,))
 
 

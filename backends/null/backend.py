@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sagellm.backends.protocol import Stage
+from sagellm.backends.protocol import Stage, Weights
 from sagellm.backends.step import KVLayout, StepInputs
 from sagellm.graphs.ir import Graph, TensorType
 from sagellm.graphs.kernels import infer, logits_type
@@ -30,6 +30,10 @@ class NullBackend:
     name: str = "null"
 
     @property
+    def quantizations(self) -> tuple[str, ...]:
+        return ()
+
+    @property
     def stages(self) -> Mapping[str, Stage]:
         return {"infer": infer}
 
@@ -46,11 +50,12 @@ class NullBackend:
     def lower(
         self,
         graph: Graph,
-        weights: Mapping[str, torch.Tensor],
+        weights: Weights,
         *,
         layout: KVLayout,
         dtype: str,
         deterministic: bool,
+        quantization: str | None = None,
     ) -> NullProgram:
         logits = logits_type(infer(graph))
         if not isinstance(logits, TensorType) or not isinstance(logits.shape[-1], int):

@@ -1,12 +1,14 @@
 """The bare server: Starlette, one route, chunks of the same bytes; no limits, keys or engine.
 
-python -m benchmarks.gateway.bare SERVER PORT NUM_CHUNKS
+    python -m benchmarks.gateway.bare SERVER PORT NUM_CHUNKS PACE_S
+
+A chunk, or a whole answer, comes every PACE_S seconds; 0: as fast as it can.
 """
 
 import sys
 from collections.abc import AsyncIterator
 
-import anyio.lowlevel
+import anyio
 import trio
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -21,12 +23,12 @@ CHUNK = (
 ANSWER = {"id": "cmpl-0", "object": "text_completion", "choices": [{"index": 0, "text": "x"}]}
 
 
-def app(num_chunks: int) -> Starlette:
+def app(num_chunks: int, pace_s: float) -> Starlette:
     """Answers as the gateway does: a stream where it is asked for, else one JSON object."""
 
     async def stream() -> AsyncIterator[bytes]:
         for _ in range(num_chunks):
-            await anyio.lowlevel.checkpoint()  # each chunk is an event of its own, as in a server
+            await anyio.sleep(pace_s)  # each chunk is an event of its own, as in a server
             yield CHUNK
         yield b"data: [DONE]\n\n"
 
@@ -34,6 +36,7 @@ def app(num_chunks: int) -> Starlette:
         asked = await request.json()
         if asked.get("stream"):
             return StreamingResponse(stream(), media_type="text/event-stream")
+        await anyio.sleep(pace_s)
         return JSONResponse(ANSWER)
 
     async def ready(request: Request) -> Response:
@@ -48,18 +51,19 @@ def app(num_chunks: int) -> Starlette:
 
 
 def main() -> None:
-    server, port, num_chunks = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    server, port = sys.argv[1], int(sys.argv[2])
+    answering = app(num_chunks=int(sys.argv[3]), pace_s=float(sys.argv[4]))
     if server == "uvicorn":
         import uvicorn
 
-        uvicorn.run(app(num_chunks), port=port, loop="uvloop", http="httptools", log_level="error")
+        uvicorn.run(answering, port=port, loop="uvloop", http="httptools", log_level="error")
         return
     from hypercorn.config import Config
     from hypercorn.trio import serve
 
     config = Config()
     config.bind = [f"127.0.0.1:{port}"]
-    trio.run(serve, app(num_chunks), config)  # type: ignore[arg-type]
+    trio.run(serve, answering, config)  # type: ignore[arg-type]
 
 
 if __name__ == "__main__":

@@ -2,12 +2,14 @@
 
     python -m benchmarks.gateway.load PORT CONNECTIONS SECONDS BODY
 
-Prints one JSON line: requests, events, failures, seconds, latencies in ms.
+Prints one JSON line: requests, events, failures, connections that ended unanswered, seconds,
+latencies in ms.
 """
 
 import json
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import trio
@@ -19,43 +21,65 @@ class Tally:
 
     num_events: int = 0
     num_failed: int = 0
+    num_unanswered: int = 0
     latencies_s: list[float] = field(default_factory=list)
 
 
+class Unanswered(ConnectionError):
+    """The connection ended before a byte of the answer: as keep-alive allows it to."""
+
+
 async def converse(port: int, request: bytes, until: float, tally: Tally) -> None:
-    """One connection: ask, read the whole answer, ask again."""
-    stream = await trio.open_tcp_stream("127.0.0.1", port)
-    async with stream:
-        while time.perf_counter() < until:
-            started = time.perf_counter()
-            await stream.send_all(request)
-            answer = await _answer(stream)
-            tally.latencies_s.append(time.perf_counter() - started)
-            tally.num_events += answer.count(b"data: ")
-            tally.num_failed += not answer.startswith(b"HTTP/1.1 200")
+    """Ask, read the whole answer, ask again; over one connection for as long as it lives."""
+    while time.perf_counter() < until:
+        async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
+            with suppress(Unanswered):
+                while time.perf_counter() < until:
+                    await ask(stream, request, tally)
 
 
-async def _answer(stream: trio.SocketStream) -> bytes:
-    """The bytes of one answer: chunked, or with a length."""
-    read = await stream.receive_some(65536)
+async def ask(stream: trio.abc.Stream, request: bytes, tally: Tally) -> None:
+    """One request and its whole answer. Raises Unanswered; ConnectionError for half an answer."""
+    started = time.perf_counter()
+    try:
+        await stream.send_all(request)
+        read = await _part(stream)
+    except (ConnectionError, trio.BrokenResourceError):
+        tally.num_unanswered += 1
+        raise Unanswered from None
+    answer = await _answer(stream, read)
+    tally.latencies_s.append(time.perf_counter() - started)
+    tally.num_events += answer.count(b"data: ")
+    tally.num_failed += not answer.startswith(b"HTTP/1.1 200")
+
+
+async def _answer(stream: trio.abc.Stream, read: bytes) -> bytes:
+    """The bytes of one answer, chunked or with a length, of which `read` are there.
+
+    Raises ConnectionError at an early end.
+    """
     while b"\r\n\r\n" not in read:
-        read += await stream.receive_some(65536)
-    head, _, _ = read.partition(b"\r\n\r\n")
+        read += await _part(stream)
+    head, _, body = read.partition(b"\r\n\r\n")
     length = next(
         (int(line[15:]) for line in head.lower().split(b"\r\n") if line[:15] == b"content-length:"),
         None,
     )
-    parts = [read]
-    total, wanted = len(read), None if length is None else len(head) + 4 + length
-    tail = read[-5:]
-    while (total < wanted) if wanted is not None else (tail != b"0\r\n\r\n"):
-        part = await stream.receive_some(65536)
-        if not part:
-            raise ConnectionError("the server ended the connection")
+    parts, total = [read], len(body)
+    tail = body[-5:]  # of the body only: a head may end with the same bytes, as "max=100" does
+    while (total < length) if length is not None else (tail != b"0\r\n\r\n"):
+        part = await _part(stream)
         parts.append(part)
         total += len(part)
         tail = (tail + part)[-5:]
     return b"".join(parts)
+
+
+async def _part(stream: trio.abc.Stream) -> bytes:
+    part = await stream.receive_some(65536)
+    if not part:
+        raise ConnectionError("the server ended the connection")
+    return bytes(part)
 
 
 async def main() -> None:
@@ -75,6 +99,7 @@ async def main() -> None:
                 "requests": len(ordered),
                 "events": tally.num_events,
                 "failed": tally.num_failed,
+                "unanswered": tally.num_unanswered,
                 "seconds": taken,
                 "p50_ms": 1e3 * ordered[len(ordered) // 2],
                 "p99_ms": 1e3 * ordered[int(0.99 * (len(ordered) - 1))],

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import TypeAlias
 
 from sagellm.graphs.kernels.attention import Rope
+from sagellm.graphs.models.quantisation import stored_quantisation
 from sagellm.graphs.models.unsupported import UnsupportedModel
 from sagellm.graphs.vocabulary import nearest
 
@@ -19,7 +20,6 @@ _NO_REMOTE_CODE = "use a model whose architecture is built in"
 _REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
     "hidden_act": (("silu", "swish", None), "only silu is built"),
     "auto_map": ((None,), f"remote code never runs; {_NO_REMOTE_CODE}"),
-    "quantization_config": ((None,), "give the weights in bfloat16 or float32"),
     "compression_config": ((None,), "give the weights in bfloat16 or float32"),
     "partial_rotary_factor": ((None, 1, 1.0), "only rotation of whole heads is built"),
     "is_decoder": ((None, True, False), "drop the field"),
@@ -38,6 +38,7 @@ def refuse_unbuilt(config: Config) -> None:
         value = config.get(field)
         if value not in accepted:
             raise UnsupportedModel(f"{value!r} is not supported", field=field, fix=fix)
+    stored_quantisation(config)
 
 
 def whole(config: Config, field: str, default: int | None = None, *, least: int = 1) -> int:

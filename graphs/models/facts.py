@@ -5,12 +5,16 @@ from dataclasses import dataclass
 from sagellm.graphs.models import config as read
 from sagellm.graphs.models.config import Config
 from sagellm.graphs.models.decoder import Decoder
+from sagellm.graphs.models.quantisation import stored_quantisation
 from sagellm.graphs.models.unsupported import UnsupportedModel
 
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """`max_model_len` in tokens; `sliding_window` only where every layer has it."""
+    """`max_model_len` in tokens; `sliding_window` only where every layer has it.
+
+    `weight_bits`: of a linear's weight with its share of scales, where it is stored quantised.
+    """
 
     family: str
     vocab_size: int
@@ -25,10 +29,12 @@ class ModelFacts:
     sliding_window: int | None
     eos_token_ids: tuple[int, ...]
     num_parameters: int
+    weight_bits: float | None = None
 
 
 def facts_of(config: Config, shape: Decoder) -> ModelFacts:
     """The facts of the model that `shape` was read from. Raises UnsupportedModel."""
+    stored = stored_quantisation(config)
     return ModelFacts(
         family=shape.family,
         vocab_size=shape.vocab_size,
@@ -43,6 +49,7 @@ def facts_of(config: Config, shape: Decoder) -> ModelFacts:
         sliding_window=shape.windows[0] if len(set(shape.windows)) == 1 else None,
         eos_token_ids=_eos(config, shape.vocab_size),
         num_parameters=num_parameters(shape),
+        weight_bits=stored.weight_bits if stored else None,
     )
 
 

@@ -12,6 +12,7 @@ from sagellm.graphs.vocabulary import PREFILLED, OpSpec
 TRANSFER = "kv_transfer"
 _AGREED = {  # a fact that both engines share -> its name in a message
     "dtype": "dtype",
+    "quantization": "quantization",
     "block_size": "block size",
     "num_layers": "number of layers",
     "num_kv_heads": "number of KV heads",
@@ -88,7 +89,8 @@ def _disagreements(subject: Subject, handover: Handover) -> Iterator[Diagnostic]
     giving, taking = subject.facts.engine(p), subject.facts.engine(d)
     ends = f"`{handover.giver}` (engine `{p}`) and `{handover.taker}` (engine `{d}`)"
     differing = {name: words for name, words in _AGREED.items() if _differ(giving, taking, name)}
-    if _differ(giving, taking, "model_hash") and "dtype" not in differing:
+    explained = "dtype" in differing or "quantization" in differing
+    if _differ(giving, taking, "model_hash") and not explained:
         hint = f"give `{p}` and `{d}` the same `model`"
         message = f"{ends} run different models"
         yield Diagnostic("pd-mismatch", ("engines", d, "model"), message, hint)

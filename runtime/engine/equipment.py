@@ -6,7 +6,8 @@ from typing import TypeAlias
 
 from sagellm.runtime.engine.limits import Limits
 from sagellm.runtime.engine.port import EngineFacts
-from sagellm.runtime.engine.runner import Runner
+from sagellm.runtime.engine.runner import Lookahead, Runner
+from sagellm.runtime.engine.speculation.speculation import Speculation
 from sagellm.runtime.engine.transcript import Transcript
 from sagellm.runtime.kv.storage import Storage
 from sagellm.runtime.messages import SequenceState
@@ -16,7 +17,9 @@ OpenTranscript: TypeAlias = Callable[[SequenceState], Transcript]
 
 @dataclass(frozen=True, slots=True)
 class Equipment:
-    """What an engine works with; `open_transcript` is None where tokens have no text."""
+    """What an engine works with; `open_transcript` is None where tokens have no text, `speculation`
+    where no tokens are drafted, `lookahead` where steps begin only once the last was collected.
+    """
 
     facts: EngineFacts
     limits: Limits
@@ -25,3 +28,5 @@ class Equipment:
     vocab_size: int
     eos_token_ids: frozenset[int] = frozenset()
     open_transcript: OpenTranscript | None = None
+    speculation: Speculation | None = None
+    lookahead: Lookahead | None = None

@@ -1,12 +1,16 @@
-"""What one step of an engine may hold."""
+"""What a scheduler may do."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one step may hold. `prefill_chunk` None: as many tokens of one prompt as fit."""
+    """What one step may hold, and whether prefixes are kept.
+
+    `prefill_chunk` None: as many tokens of one prompt as fit.
+    """
 
     max_num_seqs: int
     max_step_tokens: int
     prefill_chunk: int | None = None
+    prefix_caching: bool = True

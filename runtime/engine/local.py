@@ -2,52 +2,37 @@
 
 import heapq
 
-import msgspec
 import structlog
 import trio
 
 from sagellm.runtime.buckets import Buckets
-from sagellm.runtime.engine.batch import Batch, Landing
+from sagellm.runtime.engine.batch import Landing
+from sagellm.runtime.engine.collecting import Collector
 from sagellm.runtime.engine.equipment import Equipment
 from sagellm.runtime.engine.intake import check_offer, check_sequence
 from sagellm.runtime.engine.mailbox import Mailbox
 from sagellm.runtime.engine.port import (
+    NO_DRAFTS,
     EngineHealth,
     EngineLoad,
     EngineRefusal,
     LeaseOffer,
-    PrefillDone,
     StaleLease,
 )
-from sagellm.runtime.engine.pulse import Pulse
-from sagellm.runtime.engine.runner import Drawn
 from sagellm.runtime.engine.scheduler import Scheduler
-from sagellm.runtime.engine.sequence import UNSTARTED, Sequence
+from sagellm.runtime.engine.sequence import Sequence
+from sagellm.runtime.engine.stepping import Stepping
 from sagellm.runtime.kv.exchange import Exchange
-from sagellm.runtime.kv.lease import Fence, LeaseEvent
+from sagellm.runtime.kv.lease import Fence
 from sagellm.runtime.kv.pool import BlockPool
 from sagellm.runtime.kv.transfer import PoolSource, PoolTarget
 from sagellm.runtime.messages import (
     FinishReason,
     LeaseRef,
     SequenceState,
-    Stamps,
-    TokenLogprob,
 )
 
 log = structlog.get_logger("sagellm.engine")
-
-STEP_TOKENS = (1, *(8 << power for power in range(12)))  # 8 ... 16384, the buckets of vLLM
-
-_BROKEN = "its logits are not finite; the weights or their dtype are wrong"
-_LEASE_EVENT: dict[FinishReason, LeaseEvent] = {
-    "stop": "finish",
-    "length": "finish",
-    "cancelled": "cancel",
-    "expired": "expire",
-    "refused": "refuse",
-    "failed": "crash",
-}
 
 
 class LocalEngine:
@@ -57,19 +42,22 @@ class LocalEngine:
         self.facts = equipment.facts
         self.name = name
         self.replica = replica
-        self.pool = BlockPool(self.facts.num_blocks, self.facts.block_size, self._change)
+        self.pool = BlockPool(
+            self.facts.num_blocks,
+            self.facts.block_size,
+            self._change,
+            keeps_prefixes=equipment.limits.prefix_caching,
+        )
         self.scheduler = Scheduler(self.pool, equipment.limits)
         self._equipment = equipment
+        self._speculation = equipment.speculation
         self._mailboxes: dict[str, Mailbox] = {}
-        self._sequences: dict[Fence, Sequence] = {}
         self._exchange = Exchange(self.pool, equipment.storage, engine=name, replica=replica)
+        self._collector = Collector(self.scheduler, self._exchange, equipment.speculation)
+        self._stepping = Stepping(self.scheduler, self._collector, name=name, replica=replica)
         self._expiries: list[tuple[float, int, Fence]] = []
-        self._launched: Batch | None = None
         self._changed = trio.Event()
-        self._pulse = Pulse()
         self._num_arrivals = 0
-        self._num_steps = 0
-        self.step_tokens = Buckets(STEP_TOKENS)  # computed in one step
         self._is_closed = False
 
     # ---- the port ------------------------------------------------------------------------------
@@ -80,11 +68,12 @@ class LocalEngine:
         sequence = self._sequence(state)
         if state.lease is not None:
             sequence.adopt(self._exchange.adopt(state.lease, sequence.fence))
-        if not self._has_work and self._launched is None:
-            self._pulse.move(trio.current_time())
+            self.scheduler.reuse.publish(sequence)
+        if not self._has_work and self._collector.launched is None:
+            self._stepping.pulse.move(trio.current_time())
         self._sequences[sequence.fence] = sequence
         if sequence.num_output >= sequence.max_output:  # resumed behind its last token
-            self._end(sequence, "length")
+            self._collector.end(sequence, "length")
             return
         if state.expires_s is not None:
             heapq.heappush(self._expiries, (state.expires_s, sequence.arrival, sequence.fence))
@@ -127,12 +116,30 @@ class LocalEngine:
             num_blocks=pool.num_blocks,
             peak_leased_blocks=pool.peak_leased,
             num_preemptions=scheduler.num_preemptions,
-            num_steps=self._num_steps,
+            num_steps=self._stepping.num_steps,
+            num_prefix_queries=scheduler.reuse.num_queried_tokens,
+            num_prefix_hits=scheduler.reuse.num_hit_tokens,
+            num_evicted_blocks=pool.num_evicted,
+            drafts=self._speculation.counts if self._speculation else NO_DRAFTS,
         )
 
     @property
     def health(self) -> EngineHealth:
-        return self._pulse.health(trio.current_time(), has_work=self._has_work)
+        return self._stepping.pulse.health(trio.current_time(), has_work=self._has_work)
+
+    @property
+    def step_tokens(self) -> Buckets:
+        """How many tokens steps have computed."""
+        return self._stepping.step_tokens
+
+    @property
+    def has_launched(self) -> bool:
+        """Whether a step computes now; its blocks are leased, also of sequences that have ended."""
+        return self._collector.launched is not None
+
+    @property
+    def _sequences(self) -> dict[Fence, Sequence]:
+        return self._collector.sequences
 
     @property
     def _has_work(self) -> bool:
@@ -153,11 +160,12 @@ class LocalEngine:
     async def step(self) -> None:
         """Schedule, launch, collect, emit; wait for a change where nothing can advance."""
         self._expire()
-        batch = self.scheduler.schedule()
+        batch = self._stepping.next()
         if batch.sequences:
-            drawn = await self._launch(batch)
-            self._collect(batch, drawn)
-            self._emit()
+            drawn = await self._stepping.run(batch, self._equipment)
+            self._collector.collect(batch, drawn)
+            for mailbox in self._mailboxes.values():
+                mailbox.flush()
         else:
             await self._wait()
 
@@ -210,120 +218,11 @@ class LocalEngine:
             self.scheduler.leave(landing)
         return twin or self._exchange.open_target(landing.lease)
 
-    # ---- one step ------------------------------------------------------------------------------
-
-    async def _launch(self, batch: Batch) -> Drawn | Exception:
-        """Compute and draw; the batch's blocks stay leased until this returns."""
-        now = trio.current_time()
-        for sequence in batch.sequences:
-            if sequence.stamps is UNSTARTED:
-                sequence.stamps = Stamps(started_s=now)
-        self._launched = batch
-        self._num_steps += 1
-        self.step_tokens.observe(batch.num_tokens)
-        self._pulse.start(now)
-        try:
-            return await self._equipment.runner.run(batch)
-        except Exception as error:
-            log.error("step_failed", engine=self.name, replica=self.replica, exc_info=error)
-            return error
-        finally:
-            self._launched = None
-            self._pulse.finish(trio.current_time())
-
-    def _collect(self, batch: Batch, drawn: Drawn | Exception) -> None:
-        """Take the step's results into the sequences, and end those that are over."""
-        if isinstance(drawn, Exception):
-            error = f"the engine failed while it computed this sequence ({type(drawn).__name__})"
-            for sequence in batch.sequences:
-                self._end(sequence, sequence.end or "failed", error)
-            return
-        for sequence, query_len in zip(batch.sequences, batch.query_lens, strict=True):
-            sequence.num_computed += query_len
-        for scoring, found in zip(batch.scoring, drawn.prompt_logprobs, strict=True):
-            scoring.sequence.take_scores(scoring.positions, found)
-        self._accept_all(batch, drawn, trio.current_time())
-        for sequence in batch.sequences:
-            if sequence.end is not None:
-                self._end(sequence, sequence.end, _BROKEN)
-
-    def _accept_all(self, batch: Batch, drawn: Drawn, now: float) -> None:
-        logprobs = drawn.logprobs or [None] * len(drawn.token_ids)
-        rows = zip(batch.drawing, drawn.token_ids, logprobs, strict=True)
-        for row, (sequence, token_id, logprob) in enumerate(rows):
-            if sequence.end is None and row in drawn.broken:
-                sequence.end = "failed"
-            elif sequence.end is None:
-                self._accept(sequence, token_id, logprob, now)
-
-    def _accept(
-        self, sequence: Sequence, token_id: int, logprob: TokenLogprob | None, now: float
-    ) -> None:
-        """Append one drawn token: post it, hold the prompt for an export, or end the sequence."""
-        position = sequence.num_output
-        sequence.tokens.append(token_id)
-        sequence.mark_prefilled(now)
-        text, reason, stop_reason = sequence.judge(token_id)
-        if reason is not None:
-            sequence.stamps = msgspec.structs.replace(sequence.stamps, finished_s=now)
-        event = sequence.event(
-            position=position,
-            token_ids=(token_id,),
-            text=text,
-            logprobs=(logprob,) if logprob else (),
-            prompt_logprobs=sequence.give_scores(),
-            finish_reason=reason,
-            stop_reason=stop_reason,
-        )
-        if reason is not None:
-            self._forget(sequence, "finish")
-        if sequence.state.hold_kv:
-            lease = None if reason is not None else self._hold(sequence)
-            sequence.mailbox.post(PrefillDone(first=event, lease=lease))
-        else:
-            sequence.mailbox.post(event)
-
-    def _hold(self, sequence: Sequence) -> LeaseRef:
-        """Keep the blocks of a prompt after its sequence has left, until export or cancel."""
-        lease = sequence.lease
-        assert lease is not None
-        sequence.lease = None
-        self._forget(sequence, "finish")
-        return self._exchange.hold(lease, sequence.num_computed)
-
-    def _emit(self) -> None:
-        for mailbox in self._mailboxes.values():
-            mailbox.flush()
-
-    # ---- ends ----------------------------------------------------------------------------------
+    # ---- ends and changes ----------------------------------------------------------------------
 
     def _interrupt(self, sequence: Sequence, reason: FinishReason) -> None:
-        """End a sequence now, or after the launched step, which still writes its blocks."""
-        if self._launched is not None and sequence in self._launched.sequences:
-            sequence.end = sequence.end or reason
-        else:
-            self._end(sequence, reason)
-
-    def _end(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> None:
-        """The last event of a sequence that drew no last token."""
-        self._forget(sequence, _LEASE_EVENT[reason])
-        now = trio.current_time()
-        sequence.stamps = msgspec.structs.replace(sequence.stamps, finished_s=now)
-        sequence.mailbox.post(
-            sequence.event(
-                position=sequence.num_output,
-                finish_reason=reason,
-                error=error if reason == "failed" else None,
-            )
-        )
-        sequence.mailbox.flush()
-
-    def _forget(self, sequence: Sequence, event: LeaseEvent) -> None:
-        self.scheduler.remove(sequence)
-        del self._sequences[sequence.fence]
-        if sequence.lease is not None:
-            self.pool.advance(sequence.lease, event)
-            sequence.lease = None
+        if not self._collector.interrupt(sequence, reason):
+            self._stepping.recall()
 
     def _expire(self) -> None:
         """End sequences whose answer nobody wants any more."""
@@ -332,7 +231,7 @@ class LocalEngine:
             _, arrival, fence = heapq.heappop(self._expiries)
             sequence = self._sequences.get(fence)
             if sequence is not None and sequence.arrival == arrival:
-                self._end(sequence, "expired")
+                self._interrupt(sequence, "expired")
 
     async def _wait(self) -> None:
         """Until a change, or the next deadline."""
@@ -342,11 +241,14 @@ class LocalEngine:
 
     def _change(self) -> None:
         """A sequence came, blocks became free, or a reader made room."""
+        self.scheduler.stir()
+        if self.scheduler.is_due:
+            self._stepping.recall()
         self._changed.set()
 
     def _make_room(self) -> None:
         """A reader did: until then its sequences could not go on, through no fault of ours."""
-        self._pulse.move(trio.current_time())
+        self._stepping.pulse.move(trio.current_time())
         self._change()
 
     def _stop(self) -> None:
@@ -360,6 +262,8 @@ class LocalEngine:
         self.scheduler.adopted.clear()
         self.pool.release_all("crash")
         self._exchange.clear()
-        self._sequences.clear()
+        self._collector.clear()
+        if self._speculation is not None:
+            self._speculation.clear()
         for mailbox in self._mailboxes.values():
             mailbox.close()

@@ -31,6 +31,11 @@ class Mailbox:
     def is_full(self) -> bool:
         return len(self._batches) >= MAX_BATCHES
 
+    @property
+    def num_free(self) -> int:
+        """Batches that it still takes."""
+        return max(0, MAX_BATCHES - len(self._batches))
+
     def post(self, event: EngineEvent) -> None:
         self._posted.append(event)
 

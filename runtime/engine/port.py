@@ -64,8 +64,32 @@ class EngineFacts:
 
 
 @dataclass(frozen=True, slots=True)
+class DraftCounts:
+    """Speculation since the start; empty where an engine does not speculate.
+
+    `accepted_at[i]`: drafts whose token i was right, with all before it.
+    """
+
+    num_drafts: int = 0
+    num_draft_tokens: int = 0
+    accepted_at: tuple[int, ...] = ()
+
+    @property
+    def num_accepted_tokens(self) -> int:
+        return sum(self.accepted_at)
+
+
+NO_DRAFTS = DraftCounts()
+
+
+@dataclass(frozen=True, slots=True)
 class EngineLoad:
-    """A snapshot for routing and metrics."""
+    """A snapshot for routing and metrics.
+
+    Blocks are free, cached (kept for a prefix that may be met again, and free where blocks run out)
+    or leased. `num_prefix_queries`, `num_prefix_hits`: tokens of sequences when they first got
+    blocks, and how many of them needed not be computed.
+    """
 
     num_running: int = 0
     num_waiting: int = 0
@@ -77,6 +101,10 @@ class EngineLoad:
     peak_leased_blocks: int = 0
     num_preemptions: int = 0
     num_steps: int = 0
+    num_prefix_queries: int = 0
+    num_prefix_hits: int = 0
+    num_evicted_blocks: int = 0
+    drafts: DraftCounts = NO_DRAFTS
 
 
 @dataclass(frozen=True, slots=True)

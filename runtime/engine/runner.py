@@ -9,7 +9,7 @@ from sagellm.runtime.messages import TokenLogprob
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """The tokens of one step, in the order of `Batch.drawing`; `logprobs` where any was asked.
+    """The tokens of one step, in the order of `Batch.rows`; `logprobs` where any was asked.
 
     `broken`: rows whose logits are no numbers; their tokens mean nothing. `prompt_logprobs`: in
     the order of `Batch.scoring`.
@@ -19,6 +19,11 @@ class Drawn:
     logprobs: list[TokenLogprob | None] | None = None
     broken: frozenset[int] = frozenset()
     prompt_logprobs: list[list[TokenLogprob]] = field(default_factory=list)
+
+    def logprobs_of(self, rows: range) -> tuple[TokenLogprob, ...]:
+        """Those of some rows; none where none were asked for."""
+        found = [self.logprobs[row] for row in rows] if self.logprobs else []
+        return tuple(logprob for logprob in found if logprob is not None)
 
 
 class Runner(Protocol):
@@ -37,4 +42,20 @@ class Runner(Protocol):
 
     async def close(self) -> None:
         """Leave nothing running. Shielded from cancellation, and brief."""
+        ...
+
+
+class Lookahead(Protocol):
+    """The same device's way to begin a batch the moment the one before it has drawn its tokens."""
+
+    def queue(self, batch: Batch) -> None:
+        """Begin a batch now, or, where it is `behind` the one queued before, when that has drawn.
+
+        It is the caller's to `run` all that were queued and not recalled, in that order. One that
+        is behind another fails where that one failed.
+        """
+        ...
+
+    def recall(self) -> bool:
+        """Take back the batch behind the one that runs; False where it has begun, or none is."""
         ...

@@ -3,16 +3,35 @@
 import hashlib
 from collections import Counter
 from collections.abc import Sequence as Rows
+from typing import Protocol
 
 import torch
 
 from sagellm.runtime.engine.runner import Drawn
-from sagellm.runtime.engine.sequence import Sequence
-from sagellm.runtime.messages import Sampling, TokenLogprob
+from sagellm.runtime.messages import Sampling, SequenceState, TokenLogprob
 
 _GREEDY_BELOW = 1e-5  # dividing by a smaller temperature overflows; as vLLM
 _NEVER = float("-inf")
 _NUCLEUS = 256  # tokens looked at before a row is sorted whole
+
+
+class Row(Protocol):
+    """What a draw looks at: a sequence, or one as it will be behind tokens that are drafted."""
+
+    @property
+    def state(self) -> SequenceState: ...
+
+    @property
+    def stop_ids(self) -> frozenset[int]: ...
+
+    @property
+    def num_output(self) -> int: ...
+
+    @property
+    def tokens(self) -> list[int]: ...
+
+    @property
+    def output(self) -> list[int]: ...
 
 
 def uniform(seed: int, choice: int, position: int) -> float:
@@ -22,7 +41,7 @@ def uniform(seed: int, choice: int, position: int) -> float:
     return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
 
-def draw(logits: torch.Tensor, rows: Rows[Sequence]) -> Drawn:
+def draw(logits: torch.Tensor, rows: Rows[Row]) -> Drawn:
     """One token a row of `logits` [R, vocab], float32.
 
     Every operation works on one row at a time or on all alike, so that a row's token does not
@@ -31,8 +50,8 @@ def draw(logits: torch.Tensor, rows: Rows[Sequence]) -> Drawn:
     """
     if not rows:
         return Drawn([])
-    best, token_ids = logits.max(dim=-1)
-    is_finite = torch.isfinite(best)
+    token_ids = _largest(logits)
+    is_finite = logits.gather(1, token_ids.unsqueeze(1)).squeeze(1).isfinite()
     broken: frozenset[int] = frozenset()
     if not bool(is_finite.all()):
         broken = frozenset((~is_finite).nonzero().flatten().tolist())
@@ -47,30 +66,40 @@ def draw(logits: torch.Tensor, rows: Rows[Sequence]) -> Drawn:
     return Drawn(ids, _logprobs(logits, rows, ids), broken)
 
 
-def _is_plain(row: Sequence) -> bool:
+def _largest(logits: torch.Tensor) -> torch.Tensor:
+    """Where each row is largest, or first no number. On CPUs numpy's search is vectorised, torch's
+    is not: it takes ten times as long.
+    """
+    if logits.device.type == "cpu":
+        return torch.from_numpy(logits.numpy().argmax(axis=-1))
+    return logits.argmax(dim=-1)
+
+
+def _is_plain(row: Row) -> bool:
     """Whether the largest logit decides."""
     sampling = row.state.sampling
-    return sampling.temperature < _GREEDY_BELOW and not (
-        sampling.logit_bias or _has_penalty(sampling) or row.num_output < sampling.min_tokens
+    return (
+        sampling.temperature < _GREEDY_BELOW
+        and row.num_output >= sampling.min_tokens
+        and not (sampling.logit_bias or _has_penalty(sampling))
     )
 
 
 def _has_penalty(sampling: Sampling) -> bool:
-    penalties = (
-        sampling.repetition_penalty - 1,
-        sampling.presence_penalty,
-        sampling.frequency_penalty,
+    return (
+        sampling.repetition_penalty != 1
+        or sampling.presence_penalty != 0
+        or sampling.frequency_penalty != 0
     )
-    return any(penalties)
 
 
-def _draw_processed(logits: torch.Tensor, rows: Rows[Sequence]) -> torch.Tensor:
+def _draw_processed(logits: torch.Tensor, rows: Rows[Row]) -> torch.Tensor:
     """Order of steps as in vLLM: bias and masks, penalties, temperature, min_p, top_k, top_p."""
     for index, row in enumerate(rows):
         _bias(logits[index], row)
         if _has_penalty(row.state.sampling):
             _penalise(logits[index], row)
-    token_ids = logits.argmax(dim=-1)
+    token_ids = _largest(logits)
     warm = [
         index for index, row in enumerate(rows) if row.state.sampling.temperature >= _GREEDY_BELOW
     ]
@@ -80,7 +109,7 @@ def _draw_processed(logits: torch.Tensor, rows: Rows[Sequence]) -> torch.Tensor:
     return token_ids
 
 
-def _bias(logits: torch.Tensor, row: Sequence) -> None:
+def _bias(logits: torch.Tensor, row: Row) -> None:
     sampling = row.state.sampling
     if sampling.logit_bias:
         ids = torch.tensor(list(sampling.logit_bias))
@@ -89,7 +118,7 @@ def _bias(logits: torch.Tensor, row: Sequence) -> None:
         logits[torch.tensor(sorted(row.stop_ids))] = _NEVER
 
 
-def _penalise(logits: torch.Tensor, row: Sequence) -> None:
+def _penalise(logits: torch.Tensor, row: Row) -> None:
     """Repetition (CTRL, arXiv:1909.05858) over prompt and output; the others over the output."""
     sampling = row.state.sampling
     seen = torch.tensor(sorted(set(row.tokens)))
@@ -103,7 +132,7 @@ def _penalise(logits: torch.Tensor, row: Sequence) -> None:
         logits[torch.tensor(list(counts))] -= penalty
 
 
-def _draw_random(logits: torch.Tensor, rows: Rows[Sequence]) -> torch.Tensor:
+def _draw_random(logits: torch.Tensor, rows: Rows[Row]) -> torch.Tensor:
     """Invert the distribution function at one uniform number a row."""
     samplings = [row.state.sampling for row in rows]
     logits = logits / _column([sampling.temperature for sampling in samplings])
@@ -178,7 +207,7 @@ def _column(values: list[float]) -> torch.Tensor:
 
 
 def _logprobs(
-    logits: torch.Tensor, rows: Rows[Sequence], token_ids: list[int]
+    logits: torch.Tensor, rows: Rows[Row], token_ids: list[int]
 ) -> list[TokenLogprob | None]:
     """Of the model's own distribution, before any processing, as vLLM's default."""
     found: list[TokenLogprob | None] = []

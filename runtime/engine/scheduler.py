@@ -5,6 +5,7 @@ from collections import deque
 
 from sagellm.runtime.engine.batch import SCORED_ROWS, Batch, Landing
 from sagellm.runtime.engine.limits import Limits
+from sagellm.runtime.engine.reuse import PrefixReuse
 from sagellm.runtime.engine.sequence import Sequence
 from sagellm.runtime.kv.lease import Lease
 from sagellm.runtime.kv.pool import BlockPool
@@ -19,16 +20,19 @@ class Scheduler:
     later. The first in rank is never preempted for another, and a pool holds the longest sequence:
     so some sequence always advances. Blocks that become free go to waiting sequences and landings
     in order of arrival; a sequence that adopted a landing holds its blocks and waits for a slot.
+    What others have computed of a prompt, or compute right now, is not computed again (`reuse`).
     """
 
     def __init__(self, pool: BlockPool, limits: Limits) -> None:
         self.pool = pool
         self.limits = limits
+        self.reuse = PrefixReuse(pool)
         self.running: list[Sequence] = []
         self.waiting: list[Sequence] = []  # in rank order
         self.adopted: deque[Sequence] = deque()
         self.landings: deque[Landing] = deque()
         self.num_preemptions = 0
+        self.is_due = False  # what came since the last schedule may change who computes
         self._scored: dict[Sequence, int] = {}  # what prompts that are scored may compute now
         self._is_sitting_out = False  # the first prefill in rank got nothing in the last step
         self._starved: int | None = None  # arrival of the sequence that waits for blocks
@@ -41,22 +45,31 @@ class Scheduler:
 
     @property
     def num_pending_prefill_tokens(self) -> int:
-        waiting = sum(sequence.num_pending for sequence in self.waiting)
+        """What waiting and running prompts will cost, less what was found when last looked for."""
+        found = sum(len(sequence.found) for sequence in self.waiting) * self.pool.block_size
+        waiting = sum(sequence.num_pending for sequence in self.waiting) - found
         running = (sequence.num_pending for sequence in self.running)
         return waiting + sum(pending for pending in running if pending > 1)
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence; one that has a lease already only waits for a slot."""
         if sequence.lease is None:
+            self.reuse.find(sequence)
             insort(self.waiting, sequence, key=lambda waiting: waiting.rank)
         else:
             self.adopted.append(sequence)
+
+    def stir(self) -> None:
+        """Something came, or became free: whoever waits may be able to go on."""
+        if self.waiting or self.adopted or self.landings:
+            self.is_due = True
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence, wherever it is; its lease is the caller's to end."""
         for queue in (self.running, self.waiting, self.adopted):
             if sequence in queue:
                 queue.remove(sequence)
+                self.stir()
                 return
 
     def schedule(self) -> Batch:
@@ -79,7 +92,24 @@ class Scheduler:
         self._add_decodes(batch, decodes, is_shared=bool(prefills))
         if prefills:
             self._add_prefills(batch, prefills, self.limits.max_step_tokens - batch.num_tokens)
+        self.is_due = False
         return batch
+
+    def extend(self, sequences: list[Sequence]) -> bool:
+        """Lease room for one token more than are known of each, where that takes free blocks only;
+        else nothing is taken.
+        """
+        short = []
+        for sequence in sequences:
+            lease = sequence.lease
+            assert lease is not None
+            if len(sequence.tokens) >= lease.capacity:
+                short.append((lease, len(sequence.tokens) + 1))
+        if len(short) > self.pool.num_available:
+            return False
+        for lease, num_tokens in short:
+            self.pool.grow(lease, num_tokens)
+        return True
 
     def _adopt(self) -> None:
         """Sequences that came with their blocks run first: others may wait for those blocks."""
@@ -98,7 +128,7 @@ class Scheduler:
 
     def _make_room(self, sequence: Sequence, lease: Lease) -> bool:
         """Give a decode its next block, at the cost of those behind it in rank."""
-        while not self.pool.num_free:
+        while not self.pool.num_available:
             victim = max(self.running, key=lambda running: running.rank)
             self._preempt(victim)
             if victim is sequence:
@@ -119,68 +149,40 @@ class Scheduler:
         """Start waiting sequences while slots and blocks last; those with one pending token."""
         self._starved = None
         num_slots = self.limits.max_num_seqs - len(self.running)
+        if not self.waiting or num_slots < 1:
+            return []
+        computing = self.reuse.computing(self.running)
         admitted: list[Sequence] = []
         for sequence in self.waiting:
             if len(admitted) >= num_slots:
                 break
-            if sequence.mailbox.is_full or self._awaits_sibling(sequence):
+            if sequence.mailbox.is_full:
+                continue
+            self.reuse.find(sequence)
+            if self.reuse.is_awaited(sequence, computing):
                 continue
             if not self._reserve(sequence):
                 self._starved = sequence.arrival
                 break
             admitted.append(sequence)
+            self.reuse.note_computing(computing, sequence)
         if admitted:
             self.running += admitted
             self.waiting = [waiting for waiting in self.waiting if waiting.lease is None]
         return [sequence for sequence in admitted if sequence.num_pending == 1]
 
-    def _awaits_sibling(self, sequence: Sequence) -> bool:
-        """Whether another choice is computing the same prompt, so that its blocks can be shared."""
-        return not sequence.is_scoring and any(
-            lease.owner == "sequence" and lease.state == "reserved" and not lease.num_filled
-            for lease in self._twins(sequence)
-        )
-
     def _reserve(self, sequence: Sequence) -> bool:
-        """Lease blocks for all known tokens and the next, sharing full blocks of the prompt."""
+        """Lease blocks for all known tokens and the next, beginning with those that were found."""
         if self.landings and self.landings[0].arrival < sequence.arrival:
             return False
-        parent, num_shared = self._parent(sequence)
-        num_tokens = len(sequence.tokens)
-        if not self._fits(self.pool.num_blocks_for(num_tokens) - num_shared):
+        if not self._fits(self.pool.num_wanted(len(sequence.tokens), sequence.found)):
             return False
-        if parent is None:
-            sequence.lease = self.pool.reserve(sequence.fence, num_tokens)
-        else:
-            sequence.lease = self.pool.fork(parent, sequence.fence, num_shared, num_tokens)
-        sequence.lease.prompt = sequence.state.prompt_token_ids
-        sequence.num_computed = num_shared * self.pool.block_size
+        self.reuse.lease(sequence)
         return True
-
-    def _twins(self, sequence: Sequence) -> list[Lease]:
-        """Leases of other choices with the same prompt: a user's function may have changed one."""
-        prompt = sequence.state.prompt_token_ids
-        return [lease for lease in self.pool.siblings(sequence.fence) if lease.prompt == prompt]
-
-    def _parent(self, sequence: Sequence) -> tuple[Lease | None, int]:
-        """A lease whose blocks hold this prompt, and how many full ones can be shared.
-
-        At least one known token stays to be computed: it gives the logits. The partial last block
-        is computed anew, which costs less than a step, and spares a copy. A prompt that is scored
-        is computed whole: only its own logits say how likely its tokens are.
-        """
-        if sequence.is_scoring:
-            return None, 0
-        num_common = min(sequence.num_prompt, len(sequence.tokens) - 1)
-        for lease in self._twins(sequence):
-            num_shared = min(num_common, lease.num_filled) // self.pool.block_size
-            if num_shared and lease.state != "receiving":
-                return lease, num_shared
-        return None, 0
 
     def _fits(self, num_blocks: int) -> bool:
         spare = self._watermark if self.pool.num_leased else 0
-        return num_blocks + spare <= self.pool.num_free
+        return num_blocks + spare <= self.pool.num_available
 
     def _add_decodes(self, batch: Batch, decodes: list[Sequence], *, is_shared: bool) -> None:
         """One token each; past the budget they take turns, and leave prefills a part."""
@@ -189,10 +191,24 @@ class Scheduler:
         batch.sequences = decodes[:room]
         batch.query_lens = [1] * len(batch.sequences)
         batch.drawing = decodes[:room]
+        batch.num_decodes = len(batch.sequences)
         if len(decodes) > room:
             for sequence in decodes[:room]:
                 self.running.remove(sequence)
                 self.running.append(sequence)
+
+    def reach(self, sequence: Sequence, num_ahead: int) -> int:
+        """How many tokens behind its known ones a sequence may compute, `num_ahead` at most.
+
+        Its lease grows by blocks that are free and that nobody waits for; it keeps them.
+        """
+        lease, num_known = sequence.lease, len(sequence.tokens)
+        assert lease is not None
+        if num_known + num_ahead > lease.capacity:
+            num_blocks = self.pool.num_blocks_for(num_known + num_ahead) - len(lease.blocks)
+            if self._starved is None and not self.landings and self._fits(num_blocks):
+                self.pool.grow(lease, num_known + num_ahead)
+        return min(num_ahead, lease.capacity - num_known)
 
     def _add_prefills(self, batch: Batch, prefills: list[Sequence], budget: int) -> None:
         """Half of the budget to the first in rank, the rest to the shortest first.
@@ -236,6 +252,7 @@ class Scheduler:
         """Queue for blocks that another pool will fill; `landing.granted` is set with the lease."""
         self.landings.append(landing)
         self.grant()
+        self.stir()
 
     def leave(self, landing: Landing) -> None:
         """Stop waiting, or give a granted lease back."""

@@ -1,8 +1,12 @@
 """The one object that travels through an engine: a sequence, what is known and what is computed."""
 
+from collections.abc import Sequence as Items
+
 from sagellm.runtime.engine.mailbox import Mailbox
 from sagellm.runtime.engine.transcript import Transcript
+from sagellm.runtime.kv.block_key import BlockKey
 from sagellm.runtime.kv.lease import Fence, Lease
+from sagellm.runtime.kv.prefix_tree import Node
 from sagellm.runtime.messages import FinishReason, SequenceState, Stamps, TokenEvent, TokenLogprob
 
 UNSTARTED = Stamps()
@@ -17,9 +21,9 @@ class Sequence:
     """
 
     __slots__ = (
-        "arrival", "end", "fence", "lease", "mailbox", "max_output",
-        "num_computed", "num_prompt", "num_scored", "rank", "scores", "stamps", "state",
-        "stop_ids", "tokens", "transcript",
+        "arrival", "end", "fence", "found", "keys", "lease", "mailbox", "max_output",
+        "num_cached", "num_computed", "num_prompt", "num_scored", "rank", "scores", "stamps",
+        "state", "stop_ids", "tokens", "transcript",
     )  # fmt: skip
 
     def __init__(
@@ -41,6 +45,9 @@ class Sequence:
         self.num_prompt = len(state.prompt_token_ids)
         self.num_computed = 0
         self.lease: Lease | None = None
+        self.keys: list[BlockKey] = []  # of its full blocks, as far as they were asked for
+        self.found: list[Node] = []  # while it waits: the prefix that need not be computed
+        self.num_cached: int | None = None  # prompt tokens that it found when it first got blocks
         self.max_output = max_output  # by max_tokens and by the context limit
         self.stop_ids = stop_ids
         self.transcript = transcript
@@ -88,14 +95,10 @@ class Sequence:
         """Begin behind the tokens that an imported, or held, lease covers."""
         self.lease = lease
         self.num_computed = lease.num_tokens
-        lease.num_filled = min(self.num_prompt, lease.num_tokens)
-        lease.prompt = self.state.prompt_token_ids
+        self.num_cached = 0  # whoever computed them has said so
 
     def mark_prefilled(self, now: float) -> None:
-        """The prompt is computed: other choices may share it; `now` counts for a first token."""
-        assert self.lease is not None
-        if not self.lease.num_filled:
-            self.lease.num_filled = self.num_prompt
+        """The prompt is computed; `now` counts for a first token."""
         if self.num_output == 1:
             self.stamps = Stamps(started_s=self.stamps.started_s, prefilled_s=now)
 
@@ -125,8 +128,24 @@ class Sequence:
             stop_reason=stop_reason,
             error=error,
             num_prompt_tokens=self.num_prompt,
+            num_cached_tokens=self.num_cached or 0,
             stamps=self.stamps,
         )
+
+    def take(self, token_ids: Items[int]) -> tuple[int, str, FinishReason | None, str | int | None]:
+        """Append drawn tokens up to the one that ends the answer: how many were taken, and `judge`
+        of them all. Keys and values of all but the last are computed.
+        """
+        text, reason, stop_reason, num_taken = "", None, None, 0
+        for token_id in token_ids:
+            self.tokens.append(token_id)
+            num_taken += 1
+            fresh, reason, stop_reason = self.judge(token_id)
+            text += fresh
+            if reason is not None:
+                break
+        self.num_computed += num_taken - 1
+        return num_taken, text, reason, stop_reason
 
     def judge(self, token_id: int) -> tuple[str, FinishReason | None, str | int | None]:
         """What the newest token means: showable text, why the answer ends (if so), what matched.

@@ -5,22 +5,25 @@ from dataclasses import dataclass
 
 import msgspec
 
+from sagellm.backends.quantised import GROUP, MODES
 from sagellm.graphs.models import ModelFacts
 from sagellm.runtime.engine.options import EngineOptionError, EngineOptions, num_bytes
 from sagellm.runtime.engine.port import EngineFacts
 from sagellm.runtime.models.folder import ModelFolder
 
 _MEMORY_PART = 0.25  # of what is free: weights, activations and other engines need the rest
+_LEAST_PART = 0.05  # where the weights seem to leave less: another engine may have them already
 _NUM_LONGEST = 8  # sequences of full length that the default pool holds
 
 
 @dataclass(frozen=True, slots=True)
 class Sizing:
-    """The pool and context limit of one replica."""
+    """The pool and context limit of one replica; `weight_bytes` are shared by all of a model."""
 
     num_blocks: int
     max_model_len: int
     block_bytes: int
+    weight_bytes: int
 
     @property
     def pool_bytes(self) -> int:
@@ -50,7 +53,9 @@ def size(options: EngineOptions, facts: ModelFacts, memory_bytes: int) -> Sizing
             f"max_model_len: the model was made for {facts.max_model_len} tokens, "
             f"not {options.max_model_len}"
         )
-    affordable = int(memory_bytes * _MEMORY_PART) // block_bytes
+    weights = weight_bytes(options, facts)
+    left = max(memory_bytes - weights, memory_bytes * _LEAST_PART)
+    affordable = int(min(memory_bytes * _MEMORY_PART, left)) // block_bytes
     needed = -(-longest // options.block_size)
     if options.num_blocks is not None:
         num_blocks = options.num_blocks
@@ -61,7 +66,7 @@ def size(options: EngineOptions, facts: ModelFacts, memory_bytes: int) -> Sizing
         if options.max_model_len is None and num_blocks > 0:
             longest = min(longest, num_blocks * options.block_size)
     _check_room(num_blocks, longest, options, block_bytes)
-    return Sizing(num_blocks, longest, block_bytes)
+    return Sizing(num_blocks, longest, block_bytes, weights)
 
 
 def _check_room(num_blocks: int, longest: int, options: EngineOptions, block_bytes: int) -> None:
@@ -75,15 +80,40 @@ def _check_room(num_blocks: int, longest: int, options: EngineOptions, block_byt
         )
 
 
+def weight_bytes(options: EngineOptions, facts: ModelFacts) -> int:
+    """What the weights take once they are loaded, norms and biases as weights of a linear.
+
+    The embedding stays as it is stored, also where its copy for the logits is quantised.
+    """
+    itemsize = 4 if engine_dtype(options, facts) == "float32" else 2
+    table = facts.vocab_size * facts.hidden_size
+    layers = facts.num_parameters - table * (1 if facts.tie_embeddings else 2)
+    if options.quantization is not None:
+        bits = MODES[options.quantization].weight_bits
+        return int(table * itemsize + table * _weight_bytes(8) + layers * _weight_bytes(bits))
+    stored = facts.weight_bits / 8 if facts.weight_bits else itemsize
+    return int((facts.num_parameters - layers) * itemsize + layers * stored)
+
+
+def _weight_bytes(bits: int) -> float:
+    """Of one weight and its share of the group's scale in float16."""
+    return (bits + 16 / GROUP) / 8
+
+
 def engine_facts(options: EngineOptions, folder: ModelFolder, sizing: Sizing) -> EngineFacts:
-    """What graph checks and operators may know; no weight is read."""
+    """What graph checks and operators may know; no weight is read. Raises EngineOptionError."""
     dtype = engine_dtype(options, folder.facts)
+    if options.quantization is not None and folder.facts.weight_bits:
+        raise EngineOptionError(
+            f"quantization: the weights of {options.model} are stored in few bits already; drop it"
+        )
+    how = [] if options.quantization is None else [options.quantization]
     capabilities = {"kv_transfer", "resume", "generate"}
     if not options.is_null:
         capabilities |= {"logprobs", "text"}
     return EngineFacts(
         model=options.model,
-        model_hash=_digest([folder.hash, dtype]),
+        model_hash=_digest([folder.hash, dtype, *how]),
         block_size=options.block_size,
         num_blocks=sizing.num_blocks,
         max_model_len=sizing.max_model_len,

@@ -7,16 +7,23 @@ from sagellm.backends import KVLayout, get_backend
 from sagellm.graphs.models import build
 from sagellm.runtime.engine.detokenizer import IncrementalDetokenizer
 from sagellm.runtime.engine.equipment import Equipment, OpenTranscript
-from sagellm.runtime.engine.options import EngineOptions
+from sagellm.runtime.engine.options import EngineOptionError, EngineOptions
 from sagellm.runtime.engine.port import EngineFacts
 from sagellm.runtime.engine.sizing import engine_dtype
+from sagellm.runtime.engine.speculation.draft_folder import draft_folder
+from sagellm.runtime.engine.speculation.draft_model import DraftLimits, ModelDrafter
+from sagellm.runtime.engine.speculation.drafter import Drafter
+from sagellm.runtime.engine.speculation.ngram import NgramDrafter
+from sagellm.runtime.engine.speculation.speculation import Speculation
 from sagellm.runtime.engine.torch_runner import SharedProgram, TorchRunner
 from sagellm.runtime.engine.transcript import Transcript
+from sagellm.runtime.kv.pool import BlockPool
 from sagellm.runtime.kv.tensor_storage import TensorStorage
 from sagellm.runtime.messages import SequenceState
 from sagellm.runtime.models.folder import ModelFolder
+from sagellm.runtime.models.quantised import open_weights
 from sagellm.runtime.models.tokenizer import Tokenizer, load_tokenizer
-from sagellm.runtime.models.weights import Weights, weight_names
+from sagellm.runtime.models.weights import weight_names
 
 # Engines of one process that compute the same function share weights and program as long as one
 # of them lives; what is in here is never changed, so nothing can go stale.
@@ -25,24 +32,62 @@ _loading = threading.Lock()
 
 
 def equip(options: EngineOptions, folder: ModelFolder, facts: EngineFacts) -> Equipment:
-    """Load, lower and allocate. Raises ModelError, UnknownBackend, LoweringError."""
+    """Load, lower and allocate.
+
+    Raises EngineOptionError, ModelError, UnknownBackend, LoweringError.
+    """
     layout = _layout(options, folder)
     tokenizer = load_tokenizer(folder)
     program = _program(options, folder, layout)
     pool = get_backend(options.device).allocate_pool(layout, facts.num_blocks)
+    runner = TorchRunner(program, pool, options.block_size, options.threads)
     return Equipment(
         facts,
         options.limits,
-        TorchRunner(program, pool, options.block_size, options.threads),
+        runner,
         TensorStorage(pool),
         folder.facts.vocab_size,
         frozenset(folder.eos_token_ids),
         _transcripts(tokenizer),
+        _speculation(options, folder, facts, runner),
+        runner if options.speculation is None else None,  # drafts are guessed from the last tokens
+    )
+
+
+def _speculation(
+    options: EngineOptions, folder: ModelFolder, facts: EngineFacts, runner: TorchRunner
+) -> Speculation | None:
+    if options.speculation is None:
+        return None
+    draft = draft_folder(options, folder)
+    drafter: Drafter = NgramDrafter()
+    if draft is not None:
+        drafter = _model_drafter(options, draft, folder.facts.vocab_size, facts, runner)
+    return Speculation(drafter, options.num_drafted)
+
+
+def _model_drafter(
+    options: EngineOptions,
+    draft: ModelFolder,
+    vocab_size: int,
+    facts: EngineFacts,
+    runner: TorchRunner,
+) -> ModelDrafter:
+    """A pool of as many blocks as the engine's own, of the smaller model."""
+    layout = _layout(options, draft)
+    vocab_size = min(vocab_size, draft.facts.vocab_size)
+    return ModelDrafter(
+        _program(options, draft, layout),
+        get_backend(options.device).allocate_pool(layout, facts.num_blocks),
+        BlockPool(facts.num_blocks, options.block_size),
+        DraftLimits(vocab_size, draft.facts.max_model_len, options.max_step_tokens),
+        runner.on_thread,
     )
 
 
 def _program(options: EngineOptions, folder: ModelFolder, layout: KVLayout) -> SharedProgram:
-    key = (folder.path, folder.hash, options.device, layout, options.deterministic)
+    how = options.deterministic, options.quantization
+    key = (folder.path, folder.hash, options.device, layout, *how)
     with _loading:
         program = _programs.get(key)
         if program is None:
@@ -51,18 +96,24 @@ def _program(options: EngineOptions, folder: ModelFolder, layout: KVLayout) -> S
 
 
 def _lower(options: EngineOptions, folder: ModelFolder, layout: KVLayout) -> SharedProgram:
-    graph = build(folder.config)
-    weights = Weights(folder)
-    weights.require(weight_names(graph))
-    return SharedProgram(
-        get_backend(options.device).lower(
-            graph,
-            weights,
-            layout=layout,
-            dtype=layout.dtype,
-            deterministic=options.deterministic,
+    graph, backend = build(folder.config), get_backend(options.device)
+    if options.quantization not in (None, *backend.quantizations):
+        offered = ", ".join(backend.quantizations) or "none"
+        raise EngineOptionError(
+            f"quantization: device {backend.name} has no {options.quantization}; it has {offered}"
         )
+    weights = open_weights(folder)
+    weights.require(weight_names(graph))
+    program = backend.lower(
+        graph,
+        weights,
+        layout=layout,
+        dtype=layout.dtype,
+        deterministic=options.deterministic,
+        quantization=options.quantization,
     )
+    weights.give_back()  # most of them were copied; the rows of an embedding come as they are read
+    return SharedProgram(program)
 
 
 def _layout(options: EngineOptions, folder: ModelFolder) -> KVLayout:

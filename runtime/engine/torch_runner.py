@@ -1,17 +1,23 @@
 """The runner that computes with a lowered program, on a thread of its own."""
 
 import threading
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import torch
 
 from sagellm.backends import Program, StepInputs
-from sagellm.runtime.engine.batch import Batch, Scoring
+from sagellm.runtime.engine.batch import Batch
 from sagellm.runtime.engine.runner import Drawn
 from sagellm.runtime.engine.sampler import draw
 from sagellm.runtime.engine.scoring import score
-from sagellm.runtime.engine.sequence import Sequence
-from sagellm.runtime.engine.worker import Worker
+from sagellm.runtime.engine.step_inputs import step_inputs
+from sagellm.runtime.engine.worker import Job, Worker
+
+T = TypeVar("T")
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
@@ -26,8 +32,24 @@ class SharedProgram:
             return self.program.run(inputs, pool)
 
 
+class RecalledError(RuntimeError):
+    """A batch that was recalled, or that stands behind one that failed, draws nothing."""
+
+
+@dataclass(slots=True, eq=False)
+class _Queued:
+    """A batch on its way; whoever takes the lock of one that is `behind` begins or recalls it."""
+
+    batch: Batch
+    job: Job[Drawn]
+    claim: threading.Lock
+
+
 class TorchRunner:
-    """Runs forward and sampling on one thread; `threads` is what torch may use below it."""
+    """Runs forward and sampling on one thread; `threads` is what torch may use below it.
+
+    A batch is queued with its inputs made: between two programs the thread only draws.
+    """
 
     def __init__(
         self, program: SharedProgram, pool: torch.Tensor, block_size: int, threads: int | None
@@ -37,6 +59,8 @@ class TorchRunner:
         self._block_size = block_size
         self._threads = threads
         self._worker = Worker("sagellm-engine")
+        self._queued: deque[_Queued] = deque()
+        self._drawn: Drawn | None = None  # by the newest batch that has run; None: it failed
 
     async def open(self) -> None:
         self._worker.start()
@@ -45,72 +69,58 @@ class TorchRunner:
             await self._worker.run(lambda: torch.set_num_threads(threads))
 
     async def close(self) -> None:
+        self.recall()
+        for queued in self._queued:
+            with suppress(Exception):
+                await queued.job.outcome()
+        self._queued.clear()
         self._worker.stop()
 
     async def run(self, batch: Batch) -> Drawn:
-        return await self._worker.run(lambda: self._compute(batch))
+        if not self._queued:
+            self.queue(batch)
+        queued = self._queued.popleft()
+        assert queued.batch is batch
+        return await queued.job.outcome()
+
+    async def on_thread(self, compute: Callable[[], T]) -> T:
+        """Something else on the same thread, between two batches."""
+        return await self._worker.run(compute)
+
+    def queue(self, batch: Batch) -> None:
+        claim = threading.Lock()
+        if batch.is_behind:
+            inputs = step_inputs(batch, self._block_size)
+            job = self._worker.put(lambda: self._follow(batch, inputs, claim))
+        else:
+            job = self._worker.put(lambda: self._begin(batch))
+        self._queued.append(_Queued(batch, job, claim))
+
+    def recall(self) -> bool:
+        if not self._queued or not self._queued[-1].batch.is_behind:
+            return False
+        if not self._queued[-1].claim.acquire(blocking=False):
+            return False
+        self._queued.pop()
+        return True
+
+    def _begin(self, batch: Batch) -> Drawn:
+        self._drawn = None
+        return self._compute(batch, step_inputs(batch, self._block_size))
+
+    def _follow(self, batch: Batch, inputs: StepInputs, claim: threading.Lock) -> Drawn:
+        drawn = self._drawn
+        if not claim.acquire(blocking=False) or drawn is None:
+            raise RecalledError
+        self._drawn = None
+        inputs.token_ids.numpy()[:] = batch.feed(drawn.token_ids)
+        return self._compute(batch, inputs)
 
     @torch.inference_mode()
-    def _compute(self, batch: Batch) -> Drawn:
-        logits = self._program.run(step_inputs(batch, self._block_size), self._pool)
-        num_drawing = len(batch.drawing)
-        drawn = draw(logits[:num_drawing], batch.drawing)
-        return replace(drawn, prompt_logprobs=score(logits[num_drawing:], batch.scoring))
-
-
-def step_inputs(batch: Batch, block_size: int) -> StepInputs:
-    """The ragged tensors of a batch. Rows of logits: those that draw, then those that score."""
-    scored = {scoring.sequence: scoring for scoring in batch.scoring}
-    token_ids: list[int] = []
-    positions: list[int] = []
-    slots: list[int] = []
-    starts, contexts = [0], []
-    draw_rows: list[int] = []
-    score_rows: list[int] = []
-    for sequence, query_len in zip(batch.sequences, batch.query_lens, strict=True):
-        start, end = sequence.num_computed, sequence.num_computed + query_len
-        token_ids += sequence.tokens[start:end]
-        positions += range(start, end)
-        slots += _slots(sequence, start, end, block_size)
-        starts.append(len(token_ids))
-        contexts.append(end)
-        if end == len(sequence.tokens):
-            draw_rows.append(len(token_ids) - 1)
-        if sequence in scored:
-            score_rows += _score_rows(scored[sequence], starts[-2])
-    return StepInputs(
-        token_ids=torch.tensor(token_ids),
-        positions=torch.tensor(positions),
-        slots=torch.tensor(slots),
-        query_starts=torch.tensor(starts),
-        context_lens=torch.tensor(contexts),
-        block_tables=_block_tables(batch, contexts, block_size),
-        logit_rows=torch.tensor(draw_rows + score_rows, dtype=torch.int64),
-        query_lens=tuple(batch.query_lens),
-        contexts=tuple(contexts),
-    )
-
-
-def _score_rows(scoring: Scoring, start: int) -> range:
-    """Of the tokens before those that are scored; the sequence's first row is `start`."""
-    first = start - scoring.sequence.num_computed - 1
-    return range(first + scoring.positions.start, first + scoring.positions.stop)
-
-
-def _slots(sequence: Sequence, start: int, end: int, block_size: int) -> list[int]:
-    assert sequence.lease is not None
-    blocks = sequence.lease.blocks
-    return [
-        blocks[position // block_size] * block_size + position % block_size
-        for position in range(start, end)
-    ]
-
-
-def _block_tables(batch: Batch, contexts: list[int], block_size: int) -> torch.Tensor:
-    num_blocks = [-(-context // block_size) for context in contexts]
-    width = max(num_blocks)
-    rows = []
-    for sequence, used in zip(batch.sequences, num_blocks, strict=True):
-        assert sequence.lease is not None
-        rows.append(sequence.lease.blocks[:used] + [0] * (width - used))
-    return torch.tensor(rows, dtype=torch.int32)
+    def _compute(self, batch: Batch, inputs: StepInputs) -> Drawn:
+        logits = self._program.run(inputs, self._pool)
+        rows = batch.rows
+        drawn = draw(logits[: len(rows)], rows)
+        scores = score(logits[len(rows) :], batch.scoring) if batch.scoring else []
+        self._drawn = replace(drawn, prompt_logprobs=scores)
+        return self._drawn

@@ -12,11 +12,26 @@ T = TypeVar("T")
 
 
 @dataclass(slots=True)
-class _Job(Generic[T]):
+class Job(Generic[T]):
+    """A call on its way: `outcome` waits for it."""
+
     function: Callable[[], T]
     done: trio.Event = field(default_factory=trio.Event)
     result: T | None = None
     error: BaseException | None = None
+
+    async def outcome(self) -> T:
+        """What the function returns; raises what it raises.
+
+        Shielded: a computation cannot be interrupted, and what it writes must not be freed before
+        it ends. A cancellation is delivered afterwards.
+        """
+        with trio.CancelScope(shield=True):
+            await self.done.wait()
+        await trio.lowlevel.checkpoint_if_cancelled()
+        if self.error is not None:
+            raise self.error
+        return self.result  # type: ignore[return-value]
 
 
 class Worker:
@@ -28,7 +43,7 @@ class Worker:
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._jobs: queue.SimpleQueue[_Job[object] | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[Job[object] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
@@ -43,20 +58,15 @@ class Worker:
             self._thread.join()
             self._thread = None
 
-    async def run(self, function: Callable[[], T]) -> T:
-        """Call `function` on the thread; raises what it raises.
-
-        Shielded: a computation cannot be interrupted, and what it writes must not be freed before
-        it ends. A cancellation is delivered afterwards.
-        """
-        job: _Job[T] = _Job(function)
+    def put(self, function: Callable[[], T]) -> Job[T]:
+        """Call `function` on the thread, behind what was put before."""
+        job: Job[T] = Job(function)
         self._jobs.put(job)  # type: ignore[arg-type]
-        with trio.CancelScope(shield=True):
-            await job.done.wait()
-        await trio.lowlevel.checkpoint_if_cancelled()
-        if job.error is not None:
-            raise job.error
-        return job.result  # type: ignore[return-value]
+        return job
+
+    async def run(self, function: Callable[[], T]) -> T:
+        """Call `function` on the thread; shielded, and raises what it raises."""
+        return await self.put(function).outcome()
 
     def _work(self, token: trio.lowlevel.TrioToken) -> None:
         while (job := self._jobs.get()) is not None:

@@ -1,9 +1,10 @@
 """A lease on KV blocks: its life cycle as a transition table, and the record that obeys it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from sagellm.runtime.engine.port import StaleLease
+from sagellm.runtime.kv.prefix_tree import Node
 from sagellm.runtime.messages import LeaseRef
 
 LeaseState: TypeAlias = Literal["reserved", "receiving", "filled", "sending", "released"]
@@ -47,8 +48,8 @@ class Fence:
 class Lease:
     """References to blocks of one pool, with exactly one owner. Only its pool changes it.
 
-    `num_tokens` is the length it was asked for; `num_filled` how many leading tokens have keys and
-    values that other choices of the request may share.
+    `num_tokens` is the length it was asked for; `path` what is published of its leading blocks:
+    other sequences may refer to those, and nobody writes them any more.
     """
 
     lease_id: int
@@ -57,8 +58,7 @@ class Lease:
     blocks: list[int]
     num_tokens: int
     capacity: int  # tokens that the blocks can hold
-    num_filled: int = 0
-    prompt: tuple[int, ...] = ()  # what those tokens are: only an equal prompt may share them
+    path: list[Node] = field(default_factory=list)
     state: LeaseState = "reserved"
 
     def next_state(self, event: LeaseEvent) -> LeaseState:

@@ -12,6 +12,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from sagellm.runtime.models.folder import ModelError
 
+TEMPLATE_FILE = "chat_template.jinja"
+
 # What Python raises for a template's own faults: a wrong call, a missing key, a division by zero.
 _RENDERING = (TypeError, ValueError, LookupError, ArithmeticError, RecursionError)
 
@@ -81,7 +83,7 @@ def find_template(path: Path, tokenizer_config: Mapping[str, Any]) -> str | None
 
     Raises ModelError where the file is not UTF-8.
     """
-    file = path / "chat_template.jinja"
+    file = path / TEMPLATE_FILE
     if file.is_file():
         return _read_text(file)
     given = tokenizer_config.get("chat_template")

@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-import huggingface_hub
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+import huggingface_hub  # which imports its HTTP client, and its errors, when it is asked for a file
 
 PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer*"]
 REFUSED = ["*.py", "*.bin", "*.pt", "*.pth", "*/*"]
@@ -19,8 +18,8 @@ def download(name: str) -> Path:
         folder = huggingface_hub.snapshot_download(
             name, allow_patterns=PATTERNS, ignore_patterns=REFUSED
         )
-    except LocalEntryNotFoundError as error:
+    except huggingface_hub.errors.LocalEntryNotFoundError as error:
         raise HubError("the Hub cannot be reached and the model is not cached") from error
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except (huggingface_hub.errors.HfHubHTTPError, OSError, ValueError) as error:
         raise HubError(f"the Hub refused it ({type(error).__name__})") from error
     return Path(folder)

@@ -2,15 +2,25 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
+from weakref import WeakValueDictionary
 
 import msgspec
 import tokenizers
 
-from sagellm.runtime.models.chat import ChatTemplate, ChatTemplateError, find_template
+from sagellm.runtime.models.chat import (
+    TEMPLATE_FILE,
+    ChatTemplate,
+    ChatTemplateError,
+    find_template,
+)
 from sagellm.runtime.models.folder import ModelError, ModelFolder
 
 Messages = Sequence[Mapping[str, Any]]
+
+_TOKENS, _CONFIG = "tokenizer.json", "tokenizer_config.json"
+_FILES = (_TOKENS, _CONFIG, TEMPLATE_FILE)
 
 _FALLBACK = re.compile("<0x([0-9A-F]{2})>")  # how SentencePiece spells a byte
 _WORD_BEGINS = "\N{LOWER ONE EIGHTH BLOCK}"  # its spelling of the space before a word
@@ -147,13 +157,33 @@ class ByteTokenizer:
         return self.encode(self.apply_chat_template(messages))
 
 
+# Whoever asks for the same files gets the same tokenizer as long as somebody keeps it: reading one
+# takes tenths of a second. They are never changed, and a file that was is read again.
+_tokenizers: "WeakValueDictionary[tuple[object, ...], FolderTokenizer]" = WeakValueDictionary()
+
+
 def load_tokenizer(folder: ModelFolder) -> Tokenizer:
     """The tokenizer of a checked folder. Raises ModelError."""
-    return ByteTokenizer() if folder.path is None else FolderTokenizer(folder)
+    if folder.path is None:
+        return ByteTokenizer()
+    key = (folder.name, folder.eos_token_ids, *(_state(folder.path / name) for name in _FILES))
+    found = _tokenizers.get(key)
+    if found is None:
+        found = _tokenizers[key] = FolderTokenizer(folder)
+    return found
+
+
+def _state(file: Path) -> tuple[object, ...]:
+    """What changes whenever the file does."""
+    try:
+        held = file.resolve().stat()
+    except OSError:
+        return (file,)
+    return file, held.st_dev, held.st_ino, held.st_size, held.st_mtime_ns, held.st_ctime_ns
 
 
 def _read_tokenizer(folder: ModelFolder) -> tokenizers.Tokenizer:
-    path = folder.file("tokenizer.json")
+    path = folder.file(_TOKENS)
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
@@ -165,7 +195,7 @@ def _read_tokenizer(folder: ModelFolder) -> tokenizers.Tokenizer:
 
 def _read_config(folder: ModelFolder) -> dict[str, Any]:
     assert folder.path is not None
-    path = folder.path / "tokenizer_config.json"
+    path = folder.path / _CONFIG
     if not path.is_file():
         return {}
     try:

@@ -1,6 +1,7 @@
 """A model's weights: a lazy mapping over one or many safetensors files."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Protocol, cast
 
 import torch
@@ -9,6 +10,9 @@ from safetensors import SafetensorError, safe_open
 from sagellm.graphs.ir import Graph
 from sagellm.graphs.vocabulary import nearest
 from sagellm.runtime.models.folder import ModelError, ModelFolder, shard_files
+from sagellm.runtime.models.pages import give_back
+
+_HELD_BYTES = 32 << 20  # of mapped pages in memory, before they are given back
 
 
 class _Shard(Protocol):
@@ -22,6 +26,9 @@ class _Shard(Protocol):
 class Weights(Mapping[str, torch.Tensor]):
     """Tensor by name, read from disk each time it is asked for; headers are read at once.
 
+    Pages that were read are given back every now and then, so that a model which makes copies of
+    its weights does not hold them twice. The tensors stay good, but nobody may write to them.
+
     Raises ModelError where a file is damaged, or lacks a tensor that the index says it holds.
     """
 
@@ -30,21 +37,36 @@ class Weights(Mapping[str, torch.Tensor]):
             raise ModelError(f"model {folder.name} has no weights")
         self._folder = folder.name
         self._files: dict[str, _Shard] = {}
+        self._paths: list[Path] = []
+        self._unreturned_bytes = 0
         for file, promised in shard_files(folder.name, folder.path).items():
             held = self._open(folder.path / file, file)
             missing = sorted(set(promised) - set(held.keys()))
             if missing:
                 raise ModelError(f"model {folder.name}: {file} lacks tensor {missing[0]}")
             self._files.update(dict.fromkeys(held.keys(), held))
+            self._paths.append(folder.path / file)
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        return self._files[name].get_tensor(name)
+        tensor = self._files[name].get_tensor(name)
+        if self._unreturned_bytes >= _HELD_BYTES:
+            self.give_back()
+        self._unreturned_bytes += tensor.nbytes
+        return tensor
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._files  # without reading it
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
 
     def __len__(self) -> int:
         return len(self._files)
+
+    def give_back(self) -> None:
+        """The pages of all tensors; those that are read again come again."""
+        give_back(self._paths)
+        self._unreturned_bytes = 0
 
     def require(self, names: Iterable[str]) -> None:
         """Raise ModelError for the first name that no file holds."""

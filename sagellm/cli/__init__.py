@@ -33,6 +33,8 @@ BENCH.command("sagellm.cli.bench:engine", name="engine", help="The engine agains
 BENCH.command(
     "sagellm.cli.bench:gateway", name="gateway", help="The gateway beside the bare server."
 )
+BENCH.command("sagellm.cli.bench:peers", name="peers", help="The engine beside other engines.")
+BENCH.command("sagellm.cli.bench:size", name="size", help="The engine over batch and context.")
 BENCH.command("sagellm.cli.bench_serve:serve", name="serve", help="Load on any server.")
 APP.command(BENCH)
 

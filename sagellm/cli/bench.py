@@ -25,13 +25,31 @@ def engine(*tokens: Annotated[str, Parameter(allow_leading_hyphen=True)]) -> int
     tokens
         Options of the measurement; `sagellm bench engine -- --help` lists them.
     """
-    _check_repository()
-    chosen = _chosen_threads(tokens)
-    threads = chosen or os.environ.get("OMP_NUM_THREADS") or "2"
-    options = tokens if chosen else (*tokens, "--threads", threads)
-    command = [sys.executable, "-m", "benchmarks.engine", *options]
-    env = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
-    return subprocess.run(command, cwd=ROOT, env=env, check=False).returncode
+    return _with_threads("benchmarks.engine", tokens)
+
+
+def peers(*tokens: Annotated[str, Parameter(allow_leading_hyphen=True)]) -> int:
+    """Measure the engine beside llama.cpp, OpenVINO, vLLM and transformers.
+
+    Each gets an environment of its own under .venv-peers, made when it is first needed.
+
+    Parameters
+    ----------
+    tokens
+        Options of the measurement; `sagellm bench peers -- --help` lists them.
+    """
+    return _with_threads("benchmarks.peers.measure", tokens)
+
+
+def size(*tokens: Annotated[str, Parameter(allow_leading_hyphen=True)]) -> int:
+    """Measure tokens a second over batch and context: JSON, and a plot.
+
+    Parameters
+    ----------
+    tokens
+        Options of the measurement; `sagellm bench size -- --help` lists them.
+    """
+    return _with_threads("benchmarks.size", tokens)
 
 
 def gateway(*tokens: Annotated[str, Parameter(allow_leading_hyphen=True)]) -> int:
@@ -45,6 +63,17 @@ def gateway(*tokens: Annotated[str, Parameter(allow_leading_hyphen=True)]) -> in
     _check_repository()
     command = [sys.executable, "-m", "benchmarks.gateway.measure", *tokens]
     return subprocess.run(command, cwd=ROOT, check=False).returncode
+
+
+def _with_threads(module: str, tokens: Sequence[str]) -> int:
+    """Run it in a process whose libraries know the number of threads from the start."""
+    _check_repository()
+    chosen = _chosen_threads(tokens)
+    threads = chosen or os.environ.get("OMP_NUM_THREADS") or "2"
+    options = tokens if chosen else (*tokens, "--threads", threads)
+    command = [sys.executable, "-m", module, *options]
+    env = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+    return subprocess.run(command, cwd=ROOT, env=env, check=False).returncode
 
 
 def _check_repository() -> None:

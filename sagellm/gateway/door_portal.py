@@ -141,7 +141,7 @@ class Entered:
         self._entry = entry
         self._unread: list[Output] = []
         self._end: ApiError | bool = False
-        self._arrived = asyncio.Event()
+        self._arrival: asyncio.Future[None] | None = None  # what a reader waits for
 
     async def __aenter__(self) -> "Entered":
         self._door.call(self._door.start, self, self._entry)
@@ -162,15 +162,16 @@ class Entered:
                 raise self._end
             if self._end:
                 raise StopAsyncIteration
-            self._arrived.clear()
-            await self._arrived.wait()
+            self._arrival = asyncio.get_running_loop().create_future()
+            await self._arrival
         return self._take()
 
     def put(self, outputs: Sequence[Output], end: ApiError | bool) -> None:
         """Called by the ferry."""
         self._unread.extend(outputs)
         self._end = self._end or end
-        self._arrived.set()
+        if self._arrival is not None and not self._arrival.done():
+            self._arrival.set_result(None)
 
     def _take(self) -> list[TokenEvent]:
         taken, self._unread = self._unread, []

@@ -2,14 +2,13 @@
 
 import threading
 from collections.abc import Callable
-from functools import cached_property
 from typing import TypeVar
 
 import anyio
-import anyio.to_thread
 import msgspec
 
 from sagellm.gateway.failure import ApiError, wrong
+from sagellm.gateway.threads import Threads
 from sagellm.runtime.models.chat import ChatTemplateError
 from sagellm.runtime.models.tokenizer import Messages, Tokenizer
 
@@ -32,15 +31,8 @@ class Encoder:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-
-    # Made where they are first used: the gateway may be built on another loop than it runs on.
-    @cached_property
-    def _rendering(self) -> anyio.CapacityLimiter:
-        return anyio.CapacityLimiter(_NUM_THREADS)
-
-    @cached_property
-    def _tokenizing(self) -> anyio.CapacityLimiter:
-        return anyio.CapacityLimiter(_NUM_THREADS)
+        self._rendering = Threads(_NUM_THREADS)
+        self._tokenizing = Threads(_NUM_THREADS)
 
     async def text(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
         """Tokens of a text. Raises ApiError where that takes too long."""
@@ -81,9 +73,7 @@ class Encoder:
 
         try:
             with anyio.fail_after(TEMPLATE_S):
-                return await anyio.to_thread.run_sync(
-                    render, abandon_on_cancel=True, limiter=self._rendering
-                )
+                return await self._rendering.run(render)
         except TimeoutError:
             if not begun.is_set():  # others have all the threads: no fault of these messages
                 raise _busy() from None
@@ -98,9 +88,7 @@ class Encoder:
             return work()
         try:
             with anyio.fail_after(TOKENIZE_S):
-                return await anyio.to_thread.run_sync(
-                    work, abandon_on_cancel=True, limiter=self._tokenizing
-                )
+                return await self._tokenizing.run(work)
         except TimeoutError:
             raise _busy() from None
 

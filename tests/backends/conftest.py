@@ -1,7 +1,7 @@
 """Random models of every family with transformers as the reference, and a pool to run them on."""
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import pytest
@@ -142,7 +142,7 @@ def reference() -> Callable[..., Reference]:
 
 @pytest.fixture
 def paged() -> Callable[..., Paged]:
-    """paged(reference, backend, dtype, deterministic) -> sequences on a fresh pool."""
+    """paged(reference, backend, dtype, deterministic, quantization): sequences on a fresh pool."""
 
     def make(
         model: Reference,
@@ -150,14 +150,24 @@ def paged() -> Callable[..., Paged]:
         *,
         dtype: str = "float32",
         deterministic: bool = False,
+        quantization: str | None = None,
     ) -> Paged:
         backend, layout = backend or CpuBackend(), model.layout(dtype)
         options = {"layout": layout, "dtype": dtype, "deterministic": deterministic}
+        options["quantization"] = quantization
         program = backend.lower(build(model.config), model.weights, **options)
         pool = backend.allocate_pool(layout, 300)
         return Paged(program, pool.fill_(7.0), free=[(i * 7) % 300 for i in range(1, 300)])
 
     return make
+
+
+@pytest.fixture
+def kept_threads() -> Iterator[None]:
+    """torch's number of threads, as it was before."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 def _reference(changes: dict[str, object]) -> Reference:

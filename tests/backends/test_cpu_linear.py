@@ -1,10 +1,11 @@
 """Every way to multiply gives the same numbers, within float32."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from sagellm.backends.cpu import linear as ways
-from sagellm.backends.cpu.native.library import native_kernels
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 ROWS = pytest.mark.parametrize("rows", [1, 6, 300])
@@ -54,9 +55,27 @@ def test_packed_in_bfloat16(rows):
     assert (found - wanted).abs().max() < 0.02 * wanted.abs().max()
 
 
-@pytest.mark.skipif(native_kernels() is None, reason="no C compiler on this machine")
-@ROWS
-def test_native_or_tall(rows):
-    x, weight, bias, wanted = operands(rows, torch.bfloat16)
-    found = ways.native_or_tall(native_kernels(), weight, bias)(x)
-    assert torch.allclose(found, wanted, atol=1e-4)
+@pytest.mark.parametrize(
+    ("native", "tiles", "products", "bfloat16", "exact", "whole", "deterministic"),
+    [
+        (True, False, False, "native", "native", "native", "native"),
+        (True, False, True, "native", "native", "native", "native"),
+        (True, True, True, "packed", "native", "native", "native"),
+        (False, False, False, "upcast", "upcast", "packed", "row_by_row"),
+        (False, False, True, "packed", "upcast", "packed", "row_by_row"),
+        (False, True, True, "packed", "upcast", "packed", "row_by_row"),
+    ],
+)
+def test_choice(monkeypatch, native, tiles, products, bfloat16, exact, whole, deterministic):
+    for way in ("packed", "native", "upcast", "row_by_row"):
+        monkeypatch.setattr(ways, way, lambda *_, way=way: way)
+    monkeypatch.setattr(ways, "has_bfloat16_products", lambda: products)
+    monkeypatch.setattr(ways, "has_tiles", lambda: tiles)
+    monkeypatch.setattr(torch._C, "_has_mkldnn", True)
+    binding = SimpleNamespace(native=native, deterministic=False)
+    half, single = torch.zeros(2, 2, dtype=torch.bfloat16), torch.zeros(2, 2)
+    assert ways.linear(binding, half, None) == bfloat16
+    assert ways.linear(binding, half, None, exact=True) == exact
+    assert ways.linear(binding, single, None) == whole
+    binding.deterministic = True
+    assert {ways.linear(binding, weight, None) for weight in (half, single)} == {deterministic}

@@ -1,9 +1,10 @@
 """Lowering to the CPU: which weights it reads, what it refuses, the memory it gives."""
 
+import psutil
 import pytest
 import torch
 
-from sagellm.backends import LoweringError
+from sagellm.backends import KVLayout, LoweringError
 from sagellm.backends.cpu import CpuBackend, linear
 from sagellm.graphs.models import build
 
@@ -59,7 +60,7 @@ def test_a_quantised_weight_is_refused(reference, dtype):
 @pytest.mark.parametrize("family", ["llama", "llama3"])
 def test_logits_alone_are_not_rounded_to_bfloat16(reference, monkeypatch, family):
     model, rounded = reference(family), []
-    monkeypatch.setattr(linear, "has_bfloat16_products", lambda: True)
+    monkeypatch.setattr(linear, "has_tiles", lambda: True)
     monkeypatch.setattr(linear, "packed", lambda weight, bias: rounded.append(len(weight)))
     lowered(model, model.weights, "bfloat16")
     assert len(rounded) == 4 * model.facts.num_layers
@@ -87,6 +88,15 @@ def test_a_pool_is_zero_and_of_the_layouts_shape(reference):
     assert pool.shape == layout.pool_shape(5)
     assert pool.dtype == torch.bfloat16
     assert not pool.any()
+
+
+def test_a_pool_takes_memory_only_where_it_is_written():
+    layout = KVLayout(num_layers=8, num_kv_heads=8, head_dim=64, block_size=16, dtype="bfloat16")
+    before = psutil.Process().memory_info().rss
+    pool = CpuBackend().allocate_pool(layout, 4096)  # 1 GiB
+    pool[3, 1, 17] = 1.0
+    assert pool[3, 1, 16:19].sum() == 8 * 16 * 64  # and zeros around it
+    assert psutil.Process().memory_info().rss - before < pool.nbytes / 100
 
 
 def test_there_is_memory_on_one_device():

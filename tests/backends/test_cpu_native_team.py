@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from sagellm.backends.cpu.native.library import native_kernels
+from sagellm.backends.cpu.native.packed import pack
 
 KERNELS = native_kernels()
 TASKS = Path("/proc/self/task")
@@ -28,15 +29,7 @@ def product(threads, depth=64):
     """A product on so many threads, and whether it is right."""
     torch.set_num_threads(threads)
     x, weight = torch.ones(1, depth), torch.arange(7.0)[:, None].expand(7, depth).contiguous()
-    return torch.equal(KERNELS.linear(x, weight, None), depth * torch.arange(7.0)[None])
-
-
-@pytest.fixture
-def kept_threads():
-    """torch's number of threads, as it was before."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
+    return torch.equal(pack(KERNELS, weight, None)(x), depth * torch.arange(7.0)[None])
 
 
 def in_a_thread(function):
@@ -87,12 +80,12 @@ def test_helpers_that_fell_asleep_wake_for_the_next_kernel(kept_threads):
 
 def test_threads_that_run_kernels_at_once_do_not_disturb_each_other(kept_threads):
     torch.set_num_threads(2)
-    weight = torch.randn(300, 64)
+    linear = pack(KERNELS, torch.randn(300, 64), None)
 
     def run(number):
         x = torch.full((1, 64), float(number))
-        wanted = KERNELS.linear(x, weight, None)
-        return all(torch.equal(KERNELS.linear(x, weight, None), wanted) for _ in range(300))
+        wanted = linear(x)
+        return all(torch.equal(linear(x), wanted) for _ in range(300))
 
     with ThreadPoolExecutor(6) as pool:
         assert all(pool.map(run, range(24)))

@@ -2,7 +2,7 @@ import pytest
 
 from benchmarks.cells import Cell, Run, cells, rate, whole_run
 from benchmarks.machine import Limits
-from benchmarks.shape import BYTES_A_TOKEN, prefill_flops
+from benchmarks.shape import LLAMA15M, QWEN05
 
 PREFILL, DECODE, BATCH = (Cell("c", kind, 2, 100, 11) for kind in ("prefill", "decode", "batch"))
 LIMITS = Limits(read_bytes_per_s=10e9, fp32_flops_per_s=1e11, bf16_flops_per_s=2e10)
@@ -30,10 +30,32 @@ def test_prompts_differ_by_round_and_repeat_by_name() -> None:
 
 
 def test_decoding_is_bound_by_reading_and_prefill_by_arithmetic() -> None:
-    assert LIMITS.of(DECODE) == 10e9 / BYTES_A_TOKEN
-    assert LIMITS.of(PREFILL) == pytest.approx(100 / (prefill_flops(100) / 1e11))
-    assert LIMITS.of(BATCH) is None
+    few = Cell("c", "decode", 1, 100, 11)
+    read = QWEN05.bytes_a_token + 105 * QWEN05.kv_bytes_a_token
+    assert LIMITS.of(few) == pytest.approx(10e9 / read)
+    assert LIMITS.of(PREFILL) == pytest.approx(100 / (QWEN05.prefill_flops(100) / 1e11))
 
 
-def test_the_shape_is_half_a_billion() -> None:
-    assert pytest.approx(0.99e9, rel=0.01) == BYTES_A_TOKEN
+def test_many_sequences_are_bound_by_arithmetic_and_pay_for_their_prefill() -> None:
+    many = Cell("c", "batch", 32, 128, 128)
+    prefill_s = 32 * QWEN05.prefill_flops(128) / 1e11
+    decode_s = sum(32 * QWEN05.decode_flops(length) for length in range(129, 256)) / 1e11
+    assert LIMITS.of(many) == pytest.approx(32 * 128 / (prefill_s + decode_s))
+
+
+def test_time_to_the_first_token_is_in_milliseconds() -> None:
+    cell = Cell("c", "ttft", 1, 128, 1)
+    assert LIMITS.of(cell, LLAMA15M) == pytest.approx(1e3 * LLAMA15M.prefill_flops(128) / 1e11)
+
+
+def test_quantised_weights_are_read_faster_and_their_arithmetic_is_not_known() -> None:
+    few = Cell("c", "decode", 1, 100, 11)
+    whole, quantised = LIMITS.of(few), LIMITS.of(few, bytes_a_weight=1.0)
+    assert whole is not None
+    assert quantised == pytest.approx(2 * whole, rel=0.01)
+    assert LIMITS.of(PREFILL, bytes_a_weight=1.0) is None
+    assert LIMITS.of(BATCH, bytes_a_weight=0.5) is None
+
+
+def test_start_and_memory_have_no_limit() -> None:
+    assert LIMITS.of(Cell("c", "start", 1, 128, 1)) is None

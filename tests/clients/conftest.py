@@ -5,13 +5,13 @@ pytest alone. SAGELLM_BIN names the server's command there.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
 import urllib.request
 from pathlib import Path
-from socket import create_server
 from urllib.error import URLError
 
 import pytest
@@ -20,16 +20,16 @@ KEY = "sk-of-the-tests"
 START_S = 60.0
 
 
-def free_port():
-    """A port that nobody listens on now."""
-    with create_server(("127.0.0.1", 0)) as probe:
-        return probe.getsockname()[1]
-
-
 def command():
     """The `sagellm` of this environment, or the one that SAGELLM_BIN names."""
     beside = Path(sys.executable).with_name("sagellm")
     return os.environ.get("SAGELLM_BIN") or (str(beside) if beside.exists() else "sagellm")
+
+
+def url_in(log):
+    """What the server says once it answers; None before."""
+    said = re.search(r" at (http:\S+:\d+)$", log.read_text(), re.MULTILINE)
+    return said and said[1]
 
 
 def is_ready(url):
@@ -43,14 +43,12 @@ def is_ready(url):
 @pytest.fixture(scope="session", params=["hypercorn", "uvicorn"])
 def url(request, tmp_path_factory):
     """Where graphs/pd.yaml is served with sage-tiny; stopped when all tests are over."""
-    port = free_port()
     log = tmp_path_factory.mktemp("server") / f"{request.param}.log"
-    options = ["--port", str(port), "--api-key", KEY, "--server", request.param]
+    options = ["--port", "0", "--api-key", KEY, "--server", request.param]
     with log.open("wb") as errors:
         process = subprocess.Popen([command(), "serve", "pd", *options], stderr=errors)
-    base = f"http://127.0.0.1:{port}"
     until = time.monotonic() + START_S
-    while not is_ready(base):
+    while (base := url_in(log)) is None or not is_ready(base):
         if process.poll() is not None or time.monotonic() > until:
             process.kill()
             pytest.fail(f"the server did not start: {log.read_text()[-2000:]}")

@@ -81,7 +81,7 @@ async def loaded(
 
     async def ask(priority: int) -> None:
         sampling = Sampling(max_tokens=draw.randint(8, 32), ignore_eos=True)
-        prompt = [1] * draw.randint(50, 150)
+        prompt = draw.choices(range(256), k=draw.randint(50, 150))
         answer = await session.generate(prompt, sampling=sampling, priority=priority)
         load.answers.append(answer)
         load.priorities[answer.request_id] = priority

@@ -50,11 +50,12 @@ async def step_s(session: Session) -> float:
     return (trio.current_time() - asked) / 4
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("kind", ["a prompt of 700 tokens", "an answer of 700 tokens"])
 async def test_a_short_request_does_not_wait_for_a_long_one(kind: str, folder: str) -> None:
     (short,) = random_prompts([4])
     long_prompt, long_answer = ([1] * 700, 4) if "prompt" in kind else ([1] * 8, 700)
-    limits = {"g.max_step_tokens": 64, "g.max_model_len": 1024}
+    limits = {"g.max_step_tokens": 64, "g.max_model_len": 1024, "g.prefix_caching": False}
     async with Graph.load("joint").open(set=limits, model=folder) as session:
         for _ in range(2):
             await ttft_s(session, short)

@@ -1,118 +1,193 @@
-/* Attention of each row over the blocks of its sequence, read where they lie in the pool.
+/* Attention over the blocks of a sequence, read where they lie in the pool: blocks of keys and
+ * values are brought to the cache as floats, for all query heads of their KV head at once, and
+ * softmax is summed up as they go by (Milakov and Gimelshein 2018, arXiv:1805.02867; Dao 2022,
+ * arXiv:2205.14135).
  *
- * A row's result depends on its query and its context alone, in one order of additions: it is the
- * same bits whatever else is in the batch.
+ * A row's result depends on its query and its context alone: blocks and spans begin at multiples of
+ * a constant, keys that a row does not see weigh exactly 0, and sums are brought together in order.
+ * So it is the same bits whatever else is in the batch, however a prompt is cut, on any number of
+ * threads.
  */
+#include "attention.h"
+
 #include <math.h>
-#include <stdatomic.h>
 #include <stdlib.h>
 
+#include "block_pairs.h"
+#include "blocks.h"
 #include "team.h"
-#include "vector.h"
 
-typedef struct {
-    const float *q;
-    const void *keys, *values; /* one layer: [blocks, kv_heads, block_size, head_dim] */
-    int bfloat;
-    const int32_t *tables;
-    long table_len;
-    const int64_t *sequences, *positions;
-    float *out;
-    long num_rows, heads, kv_heads, head_dim, block_size, window;
-    float scale;
-    atomic_long next; /* of row * kv_heads + head: contexts differ, so threads take what is left */
-    atomic_int failed;
-} Attention;
+#define NOTHING -1e30f /* the largest score where none was seen */
 
-INLINE float dot(const float *a, const void *b, long from, long size, int bfloat) {
-    vec acc = {0};
-    long i = 0;
-    for (; i + LANES <= size; i += LANES)
-        acc = fused(load_float(a + i), load(b, from + i, bfloat), acc);
-    float sum = lanes_sum(acc);
-    for (; i < size; i++) sum = fused_one(a[i], load_one(b, from + i, bfloat), sum);
-    return sum;
+static void clear(Sums *sums, long rows, long width) {
+    for (long r = 0; r < rows; r++) sums->largest[r] = NOTHING;
+    memset(sums->sum, 0, sizeof(float) * rows);
+    memset(sums->values, 0, sizeof(float) * rows * width);
 }
 
-INLINE void add_scaled(float *out, const void *row, long from, float by, long size, int bfloat) {
-    long i = 0;
-    for (; i + LANES <= size; i += LANES)
-        store_float(out + i, fused(load(row, from + i, bfloat), fill(by), load_float(out + i)));
-    for (; i < size; i++) out[i] = fused_one(load_one(row, from + i, bfloat), by, out[i]);
+INLINE void scale_row(float *row, long width, float by) {
+    for (long i = 0; i < width; i += LANES) store_float(row + i, load_float(row + i) * by);
 }
 
-/* In place: scores -> exp(score - largest); returns their sum. Padded to whole vectors. */
-static float softmax(float *scores, long count) {
-    float largest = scores[0];
-    for (long i = 1; i < count; i++) largest = scores[i] > largest ? scores[i] : largest;
-    while (count % LANES) scores[count++] = -INFINITY;
-    vec sum = {0};
-    for (long i = 0; i < count; i += LANES) {
-        vec power = lanes_exp(load_float(scores + i) - largest);
-        store_float(scores + i, power);
-        sum += power;
-    }
-    return lanes_sum(sum);
-}
-
-INLINE long place(const Attention *a, const int32_t *table, long head, long position) {
-    long block = table[position / a->block_size], offset = position % a->block_size;
-    return ((block * a->kv_heads + head) * a->block_size + offset) * a->head_dim;
-}
-
-/* The query heads of one row that share one KV head. `scores`: group x stride. */
-INLINE void group(const Attention *a, long row, long head, float *scores, long stride, int bfloat) {
-    long size = a->head_dim, members = a->heads / a->kv_heads;
-    long position = a->positions[row], first = 0;
-    if (a->window && position >= a->window) first = position - a->window + 1;
-    long count = position + 1 - first;
-    const int32_t *table = a->tables + a->sequences[row] * a->table_len;
-    const float *q = a->q + (row * a->heads + head * members) * size;
-    float *out = a->out + (row * a->heads + head * members) * size;
-    for (long i = 0; i < count; i++) {
-        long at = place(a, table, head, first + i);
-        for (long m = 0; m < members; m++)
-            scores[m * stride + i] = a->scale * dot(q + m * size, a->keys, at, size, bfloat);
-    }
-    memset(out, 0, sizeof(float) * members * size);
-    for (long m = 0; m < members; m++) {
-        float by = 1.0f / softmax(scores + m * stride, count);
-        for (long i = 0; i < count; i++) scores[m * stride + i] *= by;
-    }
-    for (long i = 0; i < count; i++) {
-        long at = place(a, table, head, first + i);
-        for (long m = 0; m < members; m++)
-            add_scaled(out + m * size, a->values, at, scores[m * stride + i], size, bfloat);
+/* total += sums, as if their keys had come one behind the other. */
+static void join(Sums *total, const Sums *sums, long rows, long width) {
+    for (long r = 0; r < rows; r++) {
+        float largest = fmaxf(total->largest[r], sums->largest[r]);
+        float by = power(sums->largest[r] - largest);
+        float kept = power(total->largest[r] - largest);
+        total->largest[r] = largest;
+        total->sum[r] = total->sum[r] * kept + sums->sum[r] * by;
+        float *to = total->values + r * width;
+        const float *from = sums->values + r * width;
+        for (long i = 0; i < width; i += LANES)
+            store_float(to + i, fused(load_float(from + i), fill(by), load_float(to + i) * kept));
     }
 }
 
-static void groups(void *job, int number, int threads) {
-    (void)number, (void)threads;
-    Attention *a = job;
-    long stride = (a->table_len * a->block_size + LANES) / LANES * LANES, next;
-    float *scores = malloc(sizeof(float) * stride * (a->heads / a->kv_heads));
-    if (!scores) {
-        atomic_store(&a->failed, 1);
+static long least(long a, long b) { return a < b ? a : b; }
+static long greatest(long a, long b) { return a > b ? a : b; }
+
+/* The keys first .. last of the block at `start` into the tile's sums. */
+static void add_block(Work *w, long start, long first, long last) {
+    const Heads *h = &w->plan->heads;
+    long group = h->heads / h->kv_heads, num_keys = last - start;
+    long padded = (num_keys + w->plan->lanes - 1) / w->plan->lanes * w->plan->lanes;
+    int pairs = w->plan->lanes != LANES;
+    pairs ? score_pairs(w, padded) : score(w, padded);
+    for (long r = 0; r < w->rows; r++) {
+        long position = w->tile->position + r / group;
+        long low = h->window ? greatest(position - h->window + 1 - start, 0) : 0;
+        long end = least(position + 1 - start, num_keys);
+        low = least(greatest(low, first - start), padded);
+        end = greatest(end, low);
+        float by = pairs ? soften_pairs(w, r, low, end, padded) : soften(w, r, low, end, padded);
+        if (by != 1.0f) scale_row(w->sums.values + r * w->width, w->width, by);
+    }
+    pairs ? weigh_pairs(w, num_keys) : weigh(w, num_keys);
+}
+
+/* Keys first .. last, all of one span. */
+static void add_span(Work *w, long first, long last) {
+    clear(&w->sums, w->rows, w->width);
+    long start = first / BLOCK * BLOCK, end = least(start + BLOCK, last);
+    find_rows(w, start, first, end, &w->next);
+    while (start < last) {
+        w->rows_at = w->next;
+        find_rows(w, end, end, least(end + BLOCK, last), &w->next);
+        add_block(w, start, greatest(start, first), end);
+        start = end;
+        end = least(start + BLOCK, last);
+    }
+}
+
+static void store(const Work *w, const Sums *sums) {
+    const Heads *h = &w->plan->heads;
+    long group = h->heads / h->kv_heads, size = h->head_dim, pairs = w->plan->lanes != LANES;
+    for (long r = 0; r < w->rows; r++) {
+        float *to = w->layer->out + (w->tile->row + r / group) * w->layer->ldo +
+                    (w->head * group + r % group) * size;
+        const float *from = sums->values + r * w->width;
+        float by = 1.0f / sums->sum[r];
+        for (long i = 0; i < size; i++) to[i] = from[pairs ? place_of_pair(i) : i] * by;
+    }
+}
+
+static Sums partial(const Work *w, long span) {
+    const Attention *p = w->plan;
+    long number = w->tile->partial + span * p->heads.kv_heads + w->head;
+    float *from = p->partials + number * p->partial_len;
+    return (Sums){from, from + p->tile_rows, from + 2 * p->tile_rows};
+}
+
+/* One span of a tile that several threads share; who ends last brings all together. */
+static void add_shared(Work *w, const Piece *piece) {
+    w->sums = partial(w, piece->span);
+    add_span(w, piece->first, piece->last);
+    atomic_int *finished = w->plan->finished + w->tile->finished + w->head;
+    if (atomic_fetch_add(finished, 1) < w->tile->num_spans - 1) return;
+    atomic_store(finished, 0); /* for the next layer */
+    clear(&w->total, w->rows, w->width);
+    for (long span = 0; span < w->tile->num_spans; span++) {
+        Sums sums = partial(w, span);
+        join(&w->total, &sums, w->rows, w->width);
+    }
+    store(w, &w->total);
+}
+
+static void add_alone(Work *w, const Piece *piece) {
+    if (w->tile->num_spans == 1) {
+        add_span(w, piece->first, piece->last);
+        store(w, &w->sums);
         return;
     }
-    while ((next = atomic_fetch_add(&a->next, 1)) < a->num_rows * a->kv_heads)
-        if (a->bfloat)
-            group(a, next / a->kv_heads, next % a->kv_heads, scores, stride, 1);
-        else
-            group(a, next / a->kv_heads, next % a->kv_heads, scores, stride, 0);
-    free(scores);
+    clear(&w->total, w->rows, w->width);
+    for (long first = piece->first, last; first < piece->last; first = last) {
+        last = least((first / SPAN + 1) * SPAN, piece->last);
+        add_span(w, first, last);
+        join(&w->total, &w->sums, w->rows, w->width);
+    }
+    store(w, &w->total);
 }
 
-/* Returns 0, or 1 if memory for the scores of one row ran out. */
-int sage_attention(const float *q, const void *keys, const void *values, int bfloat,
-                   const int32_t *tables, long table_len, const int64_t *sequences,
-                   const int64_t *positions, float *out, long num_rows, long heads, long kv_heads,
-                   long head_dim, long block_size, float scale, long window, int threads) {
-    Attention job = {.q = q, .keys = keys, .values = values, .bfloat = bfloat, .tables = tables,
-                     .table_len = table_len, .sequences = sequences, .positions = positions,
-                     .out = out, .num_rows = num_rows, .heads = heads, .kv_heads = kv_heads,
-                     .head_dim = head_dim, .block_size = block_size, .window = window,
-                     .scale = scale};
-    team_run(groups, &job, threads);
-    return atomic_load(&job.failed);
+static float *floats(char **memory, long count) {
+    float *found = (float *)*memory;
+    *memory += sizeof(float) * count;
+    return found;
+}
+
+/* The parts whose rows are whole vectors come first, so that those begin at vectors. */
+static void place(Work *w, char *memory) {
+    long rows = w->plan->tile_rows, width = w->width = w->plan->width;
+    w->panels = floats(&memory, (width + PANEL) * BLOCK);
+    w->q = floats(&memory, num_parts(rows) * TILE_ROWS * width);
+    w->scores = floats(&memory, rows * BLOCK);
+    w->sums.values = floats(&memory, rows * width);
+    w->total.values = floats(&memory, rows * width);
+    w->zeros = floats(&memory, width);
+    w->weights = (uint16_t *)floats(&memory, rows * BLOCK / 2);
+    w->sums.largest = floats(&memory, rows);
+    w->sums.sum = floats(&memory, rows);
+    w->total.largest = floats(&memory, rows);
+    w->total.sum = floats(&memory, rows);
+    memset(w->zeros, 0, sizeof(float) * width);
+}
+
+void attention_share(const Attention *p, const Layer *layer, atomic_long *next, long base,
+                     int number) {
+    Work w = {.plan = p, .layer = layer};
+    place(&w, p->scratch + p->scratch_len * number);
+    Sums own = w.sums;
+    long kv_heads = p->heads.kv_heads, ticket;
+    while ((ticket = atomic_fetch_add(next, 1) - base) < p->num_pieces * kv_heads) {
+        const Piece *piece = p->pieces + ticket / kv_heads;
+        w.tile = p->tiles + piece->tile;
+        w.head = ticket % kv_heads;
+        w.rows = w.tile->num_tokens * (p->heads.heads / kv_heads);
+        w.sums = own;
+        w.plan->lanes == LANES ? load_queries(&w) : load_query_pairs(&w);
+        w.tile->partial < 0 ? add_alone(&w, piece) : add_shared(&w, piece);
+    }
+}
+
+typedef struct {
+    Attention plan;
+    Layer layer;
+    atomic_long next;
+} Job;
+
+static void pieces(void *job, int number, int threads) {
+    (void)threads;
+    Job *j = job;
+    attention_share(&j->plan, &j->layer, &j->next, 0, number);
+}
+
+/* Returns 0, or 1 if memory ran out. */
+int sage_attention(const Heads *heads, const Batch *batch, const Layer *layer, int threads) {
+    Job job = {.layer = *layer};
+    char *memory = malloc((size_t)attention_plan(&job.plan, heads, batch, threads));
+    if (!memory) return 1;
+    attention_place(&job.plan, memory);
+    team_run(pieces, &job, threads);
+    free(memory);
+    return 0;
 }

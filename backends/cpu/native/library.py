@@ -4,20 +4,27 @@ import ctypes
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import structlog
 import torch
 
 from sagellm.backends.cpu.native.compiler import compiled
+from sagellm.backends.cpu.native.structs import Batch, Heads, Layer, Step
 
 _log = structlog.get_logger(__name__)
 
 _POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 _MATRIX = (_POINTER, _LONG)  # first element, elements from row to row
 
+PanelKind: TypeAlias = Literal["float", "bfloat", "pairs"]
+_KINDS: tuple[PanelKind, ...] = ("float", "bfloat", "pairs")  # in the order of panel.h
+
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
-    "sage_linear": (*_MATRIX, _POINTER, _INT, _POINTER, *_MATRIX, _LONG, _LONG, _LONG, _INT),
+    "sage_linear": (_POINTER, *_MATRIX, *_MATRIX, _LONG, _INT),
+    "sage_has_pairs": (),
+    "sage_packed_bytes": (_LONG, _LONG, _INT),
+    "sage_pack": (_POINTER, _INT, _POINTER, _LONG, _LONG, _INT),
     "sage_rms_norm": (
         *(*_MATRIX, *_MATRIX, _POINTER, _POINTER, _POINTER),
         *(_LONG, _LONG, _LONG, _FLOAT, _INT),
@@ -27,9 +34,12 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
         *(*_MATRIX, *_MATRIX, *_MATRIX, _POINTER, _POINTER, _POINTER),
         *(_POINTER, _POINTER, _POINTER, _INT, _LONG, _LONG, _LONG, _LONG, _LONG),
     ),
-    "sage_attention": (
-        *(_POINTER, _POINTER, _POINTER, _INT, *_MATRIX, _POINTER, _POINTER, _POINTER),
-        *(_LONG, _LONG, _LONG, _LONG, _LONG, _FLOAT, _LONG, _INT),
+    "sage_attention": (_POINTER, _POINTER, _POINTER, _INT),
+    "sage_step_run": (_POINTER, _INT),
+    "sage_step_close": (_POINTER,),
+    "sage_quant_make": (
+        *(_POINTER, _INT, _POINTER, _INT, _POINTER, _POINTER),
+        *(_INT, _LONG, _LONG, _INT),
     ),
 }
 
@@ -63,21 +73,48 @@ class NativeKernels:
         self._library = ctypes.CDLL(str(path))
         for name, signature in _SIGNATURES.items():
             getattr(self._library, name).argtypes = signature
+        self._library.sage_packed_bytes.restype = _LONG
 
-    def linear(
-        self, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-    ) -> torch.Tensor:
-        """rows [T, K] @ weight [N, K].T + bias [N]."""
-        out = torch.empty(len(rows), len(weight))
-        self._library.sage_linear(
-            *_matrix(rows),
-            weight.data_ptr(),
-            _is_bfloat(weight),
-            _pointer(bias),
-            *_matrix(out),
-            *(len(rows), *weight.shape),
+    def function(self, name: str) -> int:
+        """Where a C function is, for a struct that names it."""
+        return ctypes.cast(getattr(self._library, name), _POINTER).value or 0
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether this CPU multiplies pairs of bfloat16."""
+        return bool(self._library.sage_has_pairs())
+
+    def pack(self, weight: torch.Tensor, kind: PanelKind) -> torch.Tensor:
+        """weight [N, K], contiguous, in an order of panel.h: a vector of its dtype."""
+        number = _KINDS.index(kind)
+        num_bytes = self._library.sage_packed_bytes(*weight.shape, number)
+        packed = torch.empty(num_bytes // weight.element_size(), dtype=weight.dtype)
+        self._library.sage_pack(
+            *(weight.data_ptr(), number, packed.data_ptr()),
+            *(*weight.shape, torch.get_num_threads()),
+        )
+        return packed
+
+    def quantise(
+        self, weight: torch.Tensor, bits: int, tries: tuple[float, ...]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes and scales (float16) of a weight [N, K], float32 or bfloat16, in groups of 32."""
+        num_rows, size = weight.shape
+        codes = torch.empty(num_rows, size, dtype=torch.uint8 if bits == 4 else torch.int8)
+        scales = torch.empty(num_rows, -(-size // 32), dtype=torch.float16)
+        self._library.sage_quant_make(
+            *(weight.data_ptr(), _is_bfloat(weight)),
+            *((_FLOAT * len(tries))(*tries), len(tries)),
+            *(codes.data_ptr(), scales.data_ptr(), bits, num_rows, size),
             torch.get_num_threads(),
         )
+        return codes, scales
+
+    def linear(self, linear: int, rows: torch.Tensor, num_cols: int) -> torch.Tensor:
+        """rows [T, K] times the weight of the C `Linear` at that address: [T, num_cols]."""
+        out = torch.empty(len(rows), num_cols)
+        threads = torch.get_num_threads()
+        self._library.sage_linear(linear, *_matrix(rows), *_matrix(out), len(rows), threads)
         return out
 
     def rms_norm(
@@ -147,24 +184,41 @@ class NativeKernels:
         pool: torch.Tensor,
         layer: int,
         block_tables: torch.Tensor,
-        row_sequences: torch.Tensor,
-        positions: torch.Tensor,
+        query_starts: torch.Tensor,
+        context_lens: torch.Tensor,
         scale: float,
         window: int | None,
     ) -> torch.Tensor:
-        """q [T, heads * head_dim] (contiguous) over the blocks of each row's sequence."""
+        """q [T, heads * head_dim] over the blocks of each row's sequence."""
         out = torch.empty(q.shape)
         _, _, _, kv_heads, block_size, head_dim = pool.shape
-        failed = self._library.sage_attention(
-            *(q.data_ptr(), *_keys_and_values(pool, layer)),
-            *(block_tables.data_ptr(), block_tables.shape[1]),
-            *(row_sequences.data_ptr(), positions.data_ptr(), out.data_ptr()),
-            *(len(q), q.shape[1] // head_dim, kv_heads, head_dim, block_size),
-            *(scale, window or 0, torch.get_num_threads()),
+        keys, values, bfloat = _keys_and_values(pool, layer)
+        heads = Heads(q.shape[1] // head_dim, kv_heads, head_dim, window or 0, scale)
+        batch = Batch(
+            *(block_tables.data_ptr(), block_tables.shape[1], len(context_lens), block_size),
+            *(query_starts.data_ptr(), context_lens.data_ptr(), bfloat),
         )
-        if failed:
-            raise MemoryError("no memory for the attention scores of one row")
+        place = Layer(q.data_ptr(), keys, values, out.data_ptr(), q.stride(0), out.stride(0))
+        structures = (ctypes.byref(part) for part in (heads, batch, place))
+        if self._library.sage_attention(*structures, torch.get_num_threads()):
+            raise MemoryError("no memory for the sums of attention")
         return out
+
+    def run_step(self, step: Step) -> None:
+        """All instructions of a step. Raises IndexError for a token outside of the vocabulary."""
+        failed = self._library.sage_step_run(ctypes.byref(step), torch.get_num_threads())
+        if failed:
+            raise _STEP_ERRORS[failed]
+
+    def close_step(self, step: Step) -> None:
+        """Frees what C kept for the next step."""
+        self._library.sage_step_close(ctypes.byref(step))
+
+
+_STEP_ERRORS = {  # by the codes of step.h
+    1: MemoryError("no memory for the sums of attention"),
+    2: IndexError("a token id is outside of the vocabulary"),
+}
 
 
 def _matrix(rows: torch.Tensor) -> tuple[int, int]:

@@ -1,133 +1,232 @@
-/* out[m][n] = sum_k x[m][k] * w[n][k] + bias[n]: weights float or bfloat16, sums in float.
+/* Rows times a weight in panels: float or bfloat16 weights, sums in float.
  *
- * The order of additions for one (m, n) is the same whatever the number of rows: eight lanes along
- * k, summed at the end of each chunk of k, chunks added in order. So results are batch-invariant.
+ * One (m, n) is summed in one order whatever the number of rows and threads: along k within a
+ * chunk, chunks added in order to the bias. So results are batch-invariant. Lanes run along the
+ * columns, so that no sum crosses lanes. Of PAIRS, x is rounded to bfloat16 first.
  */
+#include "linear.h"
+
+#include "pairs.h"
+#include "panel.h"
 #include "team.h"
-#include "vector.h"
 
-#define CHUNK 1024  /* of k: 32 rows of x at a time stay in the second-level cache */
-#define ROWS 64     /* of x per pass over the weights of a chunk */
-#define FEW 4       /* rows for which weights are used once, so not worth unpacking */
-#define AHEAD 4     /* tiles: 20 KiB of bfloat16 at k = 896, what memory takes to answer */
-#define COLS 3      /* weight rows side by side: 4 x 3 sums fill the registers of AVX2 */
+#if WIDE == 16
+#define TILE_ROWS 12 /* x a panel: 24 sums, 2 weights and a value of x, of 32 registers */
+#else
+#define TILE_ROWS 6 /* 12 sums, 2 weights, a value of x and a mask fill AVX2 */
+#endif
+#define TILE_COLS 4          /* panels side by side where rows are few: sums enough that none waits */
+#define CHUNK 512            /* of k: 16 or 32 KiB of a bfloat16 panel, which stay near */
+#define ROWS 48              /* of x, at most, that share a chunk of a panel while it is there */
+#define SPAN (64 << 10)      /* numbers of x that stay in the second cache, beside the next chunk */
 
-/* `ahead`: the weights are streamed, so those of a later tile are asked for: hardware stops at the
- * end of a page. */
-INLINE void tile(const float *x, long ldx, const void *w, long ldw, int bfloat, int ahead,
-                 long k_len, int rows, int cols, float *sums) {
-    vec acc[FEW][COLS] = {{{0}}};
-    long k = 0;
-    for (; k + LANES <= k_len; k += LANES) {
-        vec wide[COLS];
-        for (int c = 0; c < cols; c++) wide[c] = load(w, c * ldw + k, bfloat);
-        if (ahead && k % 32 == 0) /* a cache line of bfloat16 */
-            for (int c = 0; c < cols; c++)
-                __builtin_prefetch((const char *)w +
-                                   ((c + AHEAD * COLS) * ldw + k) * (bfloat ? 2 : 4));
+typedef wide Sums[TILE_ROWS][2 * TILE_COLS];
+
+typedef struct {
+    const Linear *linear;
+    const float *x;
+    uint16_t *rounded; /* of PAIRS: x of the block at work, [chunk, row, CHUNK] */
+    float *out;
+    long ldx, ldo;
+    long apart;            /* bytes from one panel to the next */
+    long first, last;      /* panels of this thread */
+    long top, rows, begin; /* the block of x at work: its rows, and its first k */
+} Product;
+
+/* One tile of sums: rows x panels over k_len of k. */
+typedef struct {
+    long row, panel, k, k_len;
+    const char *ahead; /* what to ask memory for meanwhile, */
+    long hop;          /* so many bytes for every two of k */
+} Place;
+
+static inline long least(long a, long b) { return a < b ? a : b; }
+
+static inline long parts(long whole, long most) { return (whole + most - 1) / most; }
+
+INLINE const char *weights_at(const Product *p, long panel, long k, Kind kind) {
+    return (const char *)p->linear->weight + panel * p->apart + k * bytes_of_k(kind);
+}
+
+INLINE void add_one_k(const Product *p, const float *x, const char *w, int rows, int panels,
+                      Kind kind, Sums sums) {
+    for (int c = 0; c < panels; c++) {
+        wide low, high;
+        load_panel(w + c * p->apart, kind, &low, &high);
         for (int r = 0; r < rows; r++) {
-            vec row = load_float(x + r * ldx + k);
-            for (int c = 0; c < cols; c++) acc[r][c] = fused(row, wide[c], acc[r][c]);
+            wide value = fill_wide(x[r * p->ldx]);
+            sums[r][2 * c] = fused_wide(value, low, sums[r][2 * c]);
+            sums[r][2 * c + 1] = fused_wide(value, high, sums[r][2 * c + 1]);
         }
     }
-    for (int r = 0; r < rows; r++)
-        for (int c = 0; c < cols; c++) {
-            float sum = lanes_sum(acc[r][c]);
-            for (long rest = k; rest < k_len; rest++)
-                sum = fused_one(x[r * ldx + rest], load_one(w, c * ldw + rest, bfloat), sum);
-            sums[r * COLS + c] = sum;
+}
+
+/* Two of k at once. */
+INLINE void add_pair(const Product *p, const uint16_t *x, const char *w, int rows, int panels,
+                     Sums sums) {
+    for (int c = 0; c < panels; c++) {
+        wide_bits low, high;
+        memcpy(&low, w + c * p->apart, sizeof low);
+        memcpy(&high, w + c * p->apart + sizeof low, sizeof high);
+        for (int r = 0; r < rows; r++) {
+            int32_t pair;
+            memcpy(&pair, x + r * CHUNK, sizeof pair);
+            sums[r][2 * c] = add_products(sums[r][2 * c], low, pair);
+            sums[r][2 * c + 1] = add_products(sums[r][2 * c + 1], high, pair);
         }
+    }
+}
+
+/* The first chunk's sums are added to the bias, later ones to what is there. */
+INLINE void add_to_out(const Product *p, const Place *at, int rows, int panels, Sums sums) {
+    const Linear *l = p->linear;
+    long col = at->panel * PANEL, cols = least(panels * PANEL, l->num_cols - col);
+    for (int r = 0; r < rows; r++) {
+        float *out = p->out + (at->row + r) * p->ldo + col;
+        const float *before = at->k ? out : l->bias ? l->bias + col : NULL;
+        if (cols == panels * PANEL) {
+            for (int c = 0; c < 2 * panels; c++) {
+                wide sum = sums[r][c] + (before ? load_wide(before + c * WIDE) : (wide){0});
+                memcpy(out + c * WIDE, &sum, sizeof sum);
+            }
+        } else {
+            float part[PANEL * TILE_COLS];
+            for (int c = 0; c < 2 * panels; c++) memcpy(part + c * WIDE, &sums[r][c], sizeof(wide));
+            for (long i = 0; i < cols; i++) out[i] = part[i] + (before ? before[i] : 0.0f);
+        }
+    }
+}
+
+INLINE void tile(const Product *p, const Place *at, int rows, int panels, Kind kind) {
+    const float *x = p->x + at->row * p->ldx + at->k;
+    const uint16_t *pairs = p->rounded + (at->k - p->begin) * p->rows + (at->row - p->top) * CHUNK;
+    const char *w = weights_at(p, at->panel, at->k, kind), *ahead = at->ahead;
+    Sums sums = {{{0}}};
+    long i = 0, step = bytes_of_k(kind);
+    for (; i + 2 <= at->k_len; i += 2, w += 2 * step, ahead += at->hop) {
+        for (int c = 0; c < panels; c++)
+            for (long line = 0; line < 2 * step; line += 64)
+                __builtin_prefetch(ahead + c * p->apart + line, 0, 2);
+        if (kind == PAIRS) {
+            add_pair(p, pairs + i, w, rows, panels, sums);
+        } else {
+            add_one_k(p, x + i, w, rows, panels, kind, sums);
+            add_one_k(p, x + i + 1, w + step, rows, panels, kind, sums);
+        }
+    }
+    if (i < at->k_len) {
+        if (kind == PAIRS)
+            add_pair(p, pairs + i, w, rows, panels, sums);
+        else
+            add_one_k(p, x + i, w, rows, panels, kind, sums);
+    }
+    add_to_out(p, at, rows, panels, sums);
 }
 
 /* The shapes of a tile as constants, so that the sums stay in registers. */
-INLINE void sized_tile(const float *x, long ldx, const void *w, long ldw, int bfloat, int ahead,
-                       long k_len, int rows, int cols, float *sums) {
-#define CASE(R, C)                                              \
-    case R * 8 + C:                                             \
-        tile(x, ldx, w, ldw, bfloat, ahead, k_len, R, C, sums); \
+INLINE void sized_tile(const Product *p, const Place *at, int rows, int panels, Kind kind) {
+#define CASE(R, C)               \
+    case R * 8 + C:              \
+        tile(p, at, R, C, kind); \
         break;
-    switch (rows * 8 + cols) {
-        CASE(1, 1) CASE(1, 2) CASE(1, 3) CASE(2, 1) CASE(2, 2) CASE(2, 3)
-        CASE(3, 1) CASE(3, 2) CASE(3, 3) CASE(4, 1) CASE(4, 2) CASE(4, 3)
+    switch (rows * 8 + panels) {
+        CASE(1, 1) CASE(2, 1) CASE(3, 1) CASE(4, 1) CASE(5, 1) CASE(6, 1) CASE(1, 4) CASE(2, 2)
+#if TILE_ROWS == 12
+        CASE(7, 1) CASE(8, 1) CASE(9, 1) CASE(10, 1) CASE(11, 1) CASE(12, 1)
+#endif
     }
 #undef CASE
 }
 
-typedef struct {
-    const float *x;
-    long ldx;
-    const void *w;
-    int bfloat;
-    const float *bias;
-    float *out;
-    long ldo, num_rows, num_cols, k;
-} Product;
-
-INLINE void add_tile(const Product *p, long row, long col, long k, const float *sums, int rows,
-                     int cols) {
-    for (int r = 0; r < rows; r++)
-        for (int c = 0; c < cols; c++) {
-            float *out = p->out + (row + r) * p->ldo + col + c;
-            float before = k ? *out : (p->bias ? p->bias[col + c] : 0.0f);
-            *out = before + sums[r * COLS + c];
-        }
-}
-
-static long least(long a, long b) { return a < b ? a : b; }
-
-/* Columns first .. last, few rows: weights stream through the registers once. */
-INLINE void few_rows(const Product *p, long first, long last, int bfloat) {
-    float sums[FEW * COLS];
-    for (long col = first; col < last; col += COLS)
-        for (long k = 0; k < p->k; k += CHUNK) {
-            int cols = (int)least(COLS, last - col);
-            const char *w = (const char *)p->w + (col * p->k + k) * (bfloat ? 2 : 4);
-            sized_tile(p->x + k, p->ldx, w, p->k, bfloat, 1, least(CHUNK, p->k - k),
-                       (int)p->num_rows, cols, sums);
-            add_tile(p, 0, col, k, sums, (int)p->num_rows, cols);
-        }
-}
-
-static void unpack(float *to, const Product *p, long col, long k, int cols, long k_len) {
-    for (int c = 0; c < cols; c++) {
-        long from = (col + c) * p->k + k;
-        for (long i = 0; i < k_len; i++) to[c * CHUNK + i] = load_one(p->w, from + i, p->bfloat);
+/* One chunk of panels times the block of rows, while the `next` weights come from memory. */
+INLINE void block_of_rows(const Product *p, Place at, const char *next, int panels, Kind kind) {
+    long tiles = parts(p->rows, TILE_ROWS);
+    at.hop = parts(2 * bytes_of_k(kind), tiles);
+    for (long t = 0; t < tiles; t++) {
+        long row = p->rows * t / tiles, end = p->rows * (t + 1) / tiles;
+        at.row = p->top + row;
+        at.ahead = next + t * at.hop * (at.k_len / 2);
+        sized_tile(p, &at, (int)(end - row), panels, kind);
     }
 }
 
-/* Columns first .. last, many rows: weights are unpacked once for ROWS rows. */
-static void many_rows(const Product *p, long first, long last) {
-    float wide[COLS * CHUNK], sums[FEW * COLS];
-    for (long top = 0; top < p->num_rows; top += ROWS)
-        for (long k = 0; k < p->k; k += CHUNK)
-            for (long col = first; col < last; col += COLS) {
-                int cols = (int)least(COLS, last - col);
-                long k_len = least(CHUNK, p->k - k), end = least(top + ROWS, p->num_rows);
-                unpack(wide, p, col, k, cols, k_len);
-                for (long row = top; row < end; row += FEW) {
-                    int rows = (int)least(FEW, end - row);
-                    const float *x = p->x + row * p->ldx + k;
-                    sized_tile(x, p->ldx, wide, CHUNK, 0, 0, k_len, rows, cols, sums);
-                    add_tile(p, row, col, k, sums, rows, cols);
-                }
-            }
+/* The block's x in bfloat16, for this thread alone. */
+INLINE void round_block(const Product *p, long end) {
+    uint16_t *to = p->rounded;
+    for (long k = p->begin; k < end; k += CHUNK)
+        for (long row = p->top; row < p->top + p->rows; row++, to += CHUNK) {
+            long k_len = least(CHUNK, end - k);
+            round_all(p->x + row * p->ldx + k, to, k_len);
+            if (k_len & 1) to[k_len] = 0; /* the other half of the last pair */
+        }
 }
 
-/* A thread's columns. */
-static void columns(void *job, int number, int threads) {
-    const Product *p = job;
-    long each = (p->num_cols + threads - 1) / threads;
-    long first = least(number * each, p->num_cols), last = least(first + each, p->num_cols);
-    if (p->num_rows > FEW)
-        many_rows(p, first, last);
-    else if (p->bfloat)
-        few_rows(p, first, last, 1);
-    else
-        few_rows(p, first, last, 0);
+/* All of this thread's panels, from the block's first k to `end`. */
+INLINE void span_of_k(const Product *p, long end, Kind kind) {
+    int most = p->rows == 1 ? 4 : p->rows == 2 ? 2 : 1, panels;
+    if (kind == PAIRS) round_block(p, end);
+    for (long panel = p->first; panel < p->last; panel += panels) {
+        panels = p->last - panel < most ? 1 : most;
+        for (long k = p->begin; k < end; k += CHUNK) {
+            Place at = {p->top, panel, k, least(CHUNK, end - k), NULL, 0};
+            long then = k + at.k_len;
+            const char *next = then < end ? weights_at(p, panel, then, kind)
+                                          : weights_at(p, panel + panels, p->begin, kind);
+            block_of_rows(p, at, next, panels, kind);
+        }
+    }
 }
 
-void sage_linear(const float *x, long ldx, const void *w, int bfloat, const float *bias,
-                 float *out, long ldo, long num_rows, long num_cols, long k, int threads) {
-    Product p = {x, ldx, w, bfloat, bias, out, ldo, num_rows, num_cols, k};
-    team_run(columns, &p, threads);
+INLINE void product(const Linear *linear, const float *x, long ldx, float *out, long ldo,
+                    long num_rows, int number, int threads, Kind kind) {
+    static _Thread_local uint16_t rounding[SPAN];
+    long k = linear->k, blocks = parts(num_rows, ROWS);
+    Product p = {.linear = linear, .x = x, .rounded = rounding, .out = out, .ldx = ldx, .ldo = ldo,
+                 .apart = panel_bytes(k, kind)};
+    share_of(num_panels(linear->num_cols), number, threads, &p.first, &p.last);
+    for (long b = 0; b < blocks; b++) {
+        p.top = num_rows * b / blocks, p.rows = num_rows * (b + 1) / blocks - p.top;
+        long span = SPAN / p.rows / CHUNK * CHUNK;
+        for (p.begin = 0; p.begin < k; p.begin += span)
+            span_of_k(&p, least(p.begin + span, k), kind);
+    }
+}
+
+#define MULTIPLY(name, kind)                                                             \
+    void name(const Linear *linear, const float *x, long ldx, float *out, long ldo,      \
+              long num_rows, int number, int threads) {                                  \
+        product(linear, x, ldx, out, ldo, num_rows, number, threads, kind);              \
+    }
+MULTIPLY(sage_multiply_float, FLOATS)
+MULTIPLY(sage_multiply_bfloat, BFLOATS)
+MULTIPLY(sage_multiply_pairs, PAIRS)
+#undef MULTIPLY
+
+/* Whether this CPU has products of bfloat16, so that PAIRS are faster than BFLOATS. */
+int sage_has_pairs(void) {
+#ifdef __AVX512BF16__
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+typedef struct {
+    const Linear *linear;
+    const float *x;
+    long ldx;
+    float *out;
+    long ldo, num_rows;
+} Run;
+
+static void run_share(void *job, int number, int threads) {
+    const Run *r = job;
+    r->linear->run(r->linear, r->x, r->ldx, r->out, r->ldo, r->num_rows, number, threads);
+}
+
+/* Any weight times rows, by its own kernel on a team of `threads`. */
+void sage_linear(const Linear *linear, const float *x, long ldx, float *out, long ldo,
+                 long num_rows, int threads) {
+    Run job = {linear, x, ldx, out, ldo, num_rows};
+    team_run(run_share, &job, threads);
 }

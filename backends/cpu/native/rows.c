@@ -1,4 +1,5 @@
-/* Kernels that go row by row: norms, silu * mul, rotation with the write to the pool. */
+#include "rows.h"
+
 #include <math.h>
 
 #include "team.h"
@@ -21,71 +22,67 @@ static void normed(const float *row, const float *weight, float *out, long size,
     for (long i = 0; i < size; i++) out[i] = row[i] * scale * weight[i];
 }
 
-/* Which of `count` rows are a thread's: first <= row < last. */
-static void share_of(long count, int number, int threads, long *first, long *last) {
-    *first = count * number / threads;
-    *last = count * (number + 1) / threads;
-}
-
-typedef struct {
-    const float *a, *b, *weight;
-    float *sum, *out;
-    long lda, ldb, num_rows, width, size;
-    float epsilon;
-} Norm;
-
-static void norm_rows(void *job, int number, int threads) {
-    const Norm *n = job;
+void norm_rows(void *norm, int number, int threads) {
+    const Norm *n = norm;
     long row, last;
     for (share_of(n->num_rows, number, threads, &row, &last); row < last; row++) {
         const float *from = n->a + row * n->lda;
         if (n->b) {
-            float *to = n->sum + row * n->width;
-            for (long i = 0; i < n->width; i++) to[i] = from[i] + n->b[row * n->ldb + i];
+            const float *more = n->b + row * n->ldb;
+            float *to = n->sum + row * n->lds;
+            for (long i = 0; i < n->width; i++) to[i] = from[i] + more[i];
             from = to;
         }
         for (long i = 0; i < n->width; i += n->size)
-            normed(from + i, n->weight, n->out + row * n->width + i, n->size, n->epsilon);
+            normed(from + i, n->weight, n->out + row * n->ldo + i, n->size, n->epsilon);
     }
 }
 
-/* sum = a + b where b is given (else a is normed); every run of `size` of a row is normed. */
-void sage_rms_norm(const float *a, long lda, const float *b, long ldb, const float *weight,
-                   float *sum, float *out, long num_rows, long width, long size, float epsilon,
-                   int threads) {
-    Norm job = {a, b, weight, sum, out, lda, ldb, num_rows, width, size, epsilon};
-    team_run(norm_rows, &job, num_rows * width > 16384 ? threads : 1);
-}
+INLINE vec silu(vec gate) { return gate / (lanes_exp(-gate) + 1.0f); }
 
-typedef struct {
-    const float *gate, *up;
-    float *out;
-    long ldg, ldu, num_rows, width;
-} SiluMul;
-
-INLINE vec silu_times(vec gate, vec up) { return gate / (lanes_exp(-gate) + 1.0f) * up; }
-
-static void silu_mul_rows(void *job, int number, int threads) {
-    const SiluMul *s = job;
-    long row, last;
-    for (share_of(s->num_rows, number, threads, &row, &last); row < last; row++) {
-        const float *g = s->gate + row * s->ldg, *u = s->up + row * s->ldu;
-        float *to = s->out + row * s->width;
-        long i = 0;
-        for (; i + LANES <= s->width; i += LANES)
-            store_float(to + i, silu_times(load_float(g + i), load_float(u + i)));
-        for (; i < s->width; i++) to[i] = silu_times(fill(g[i]), fill(u[i]))[0];
+INLINE vec combined(Pointwise kind, vec a, vec b) {
+    switch (kind) {
+        case ADD: return a + b;
+        case MUL: return a * b;
+        case SILU: return silu(a);
+        default: return silu(a) * b;
     }
 }
 
-void sage_silu_mul(const float *gate, long ldg, const float *up, long ldu, float *out,
-                   long num_rows, long width, int threads) {
-    SiluMul job = {gate, up, out, ldg, ldu, num_rows, width};
-    team_run(silu_mul_rows, &job, num_rows * width > 8192 ? threads : 1);
+INLINE void combine(Pointwise kind, const float *a, const float *b, float *out, long size) {
+    long i = 0;
+    for (; i + LANES <= size; i += LANES)
+        store_float(out + i, combined(kind, load_float(a + i), load_float(b + i)));
+    for (; i < size; i++) out[i] = combined(kind, fill(a[i]), fill(b[i]))[0];
+}
+
+static void combine_some(Pointwise kind, const float *a, const float *b, float *out, long size) {
+    switch (kind) {
+        case ADD: combine(ADD, a, b, out, size); break;
+        case MUL: combine(MUL, a, b, out, size); break;
+        case SILU: combine(SILU, a, a, out, size); break;
+        case SILU_MUL: combine(SILU_MUL, a, b, out, size); break;
+    }
+}
+
+/* Whole rows where there is one for each thread, else parts of each row. */
+void pointwise(void *elements, int number, int threads) {
+    const Elements *e = elements;
+    long row = 0, last_row = e->num_rows, first = 0, last = e->width;
+    if (e->num_rows >= threads) {
+        share_of(e->num_rows, number, threads, &row, &last_row);
+    } else {
+        share_of((e->width + LANES - 1) / LANES, number, threads, &first, &last);
+        first *= LANES;
+        last = last * LANES < e->width ? last * LANES : e->width;
+    }
+    for (; row < last_row; row++)
+        combine_some(e->kind, e->a + row * e->lda + first, e->b + row * e->ldb + first,
+                     e->out + row * e->ldo + first, last - first);
 }
 
 /* Halves rotated: (a, b) -> (a cos - b sin, b cos + a sin). */
-static void rotate(const float *head, const float *cosine, const float *sine, void *out, long size,
+INLINE void rotate(const float *head, const float *cosine, const float *sine, void *out, long size,
                    int bfloat) {
     long half = size / 2;
     for (long i = 0; i < half; i++) {
@@ -95,27 +92,75 @@ static void rotate(const float *head, const float *cosine, const float *sine, vo
     }
 }
 
-static void copy(const float *head, void *out, long size, int bfloat) {
+INLINE void copy(const float *head, void *out, long size, int bfloat) {
     for (long i = 0; i < size; i++) store_one(out, i, head[i], bfloat);
 }
 
-/* keys, values: one layer of the pool, [blocks, kv_heads, block_size, head_dim].
- * tables: [positions, 2, head_dim / 2], cosines then sines. */
+/* Key and value of one row and KV head. */
+INLINE void write_head(const Turn *t, long row, long head, const float *cosine, int bfloat) {
+    const Cache *c = &t->cache;
+    long size = c->head_dim, block = t->slots[row] / c->block_size;
+    long offset = t->slots[row] % c->block_size;
+    long at = ((block * c->kv_heads + head) * c->block_size + offset) * size * (bfloat ? 2 : 4);
+    const float *key = t->k + row * t->ldk + head * size;
+    if (cosine)
+        rotate(key, cosine, cosine + size / 2, (char *)c->keys + at, size, bfloat);
+    else
+        copy(key, (char *)c->keys + at, size, bfloat);
+    copy(t->v + row * t->ldv + head * size, (char *)c->values + at, size, bfloat);
+}
+
+void turn_rows(void *turn, int number, int threads) {
+    const Turn *t = turn;
+    long size = t->cache.head_dim, turned = t->q ? t->heads : 0, one, last;
+    long each = turned + (t->k ? t->cache.kv_heads : 0);
+    for (share_of(t->num_rows * each, number, threads, &one, &last); one < last; one++) {
+        long row = one / each, head = one % each;
+        const float *cosine = t->tables ? t->tables + t->positions[row] * size : NULL;
+        if (head < turned)
+            rotate(t->q + row * t->ldq + head * size, cosine, cosine + size / 2,
+                   t->out + row * t->ldo + head * size, size, 0);
+        else if (t->cache.bfloat)
+            write_head(t, row, head - turned, cosine, 1);
+        else
+            write_head(t, row, head - turned, cosine, 0);
+    }
+}
+
+void pick_rows(void *pick, int number, int threads) {
+    const Pick *p = pick;
+    long row, last;
+    for (share_of(p->num_rows, number, threads, &row, &last); row < last; row++) {
+        long from = p->chosen[row] * p->ldt;
+        float *to = p->out + row * p->ldo;
+        if (p->bfloat)
+            for (long i = 0; i < p->width; i++) to[i] = load_one(p->table, from + i, 1);
+        else
+            memcpy(to, (const float *)p->table + from, sizeof(float) * p->width);
+    }
+}
+
+/* Below: the same alone, with dense results. */
+
+void sage_rms_norm(const float *a, long lda, const float *b, long ldb, const float *weight,
+                   float *sum, float *out, long num_rows, long width, long size, float epsilon,
+                   int threads) {
+    Norm job = {a, b, weight, sum, out, lda, ldb, width, width, num_rows, width, size, epsilon};
+    team_run(norm_rows, &job, num_rows * width > 16384 ? threads : 1);
+}
+
+void sage_silu_mul(const float *gate, long ldg, const float *up, long ldu, float *out,
+                   long num_rows, long width, int threads) {
+    Elements job = {SILU_MUL, gate, up, out, ldg, ldu, width, num_rows, width};
+    team_run(pointwise, &job, num_rows * width > 8192 ? threads : 1);
+}
+
 void sage_rope_kv_write(const float *q, long ldq, const float *k, long ldk, const float *v,
                         long ldv, const float *tables, const int64_t *positions,
                         const int64_t *slots, float *out, void *keys, void *values, int bfloat,
                         long num_rows, long heads, long kv_heads, long head_dim, long block_size) {
-    long itemsize = bfloat ? 2 : 4;
-    for (long row = 0; row < num_rows; row++) {
-        const float *cosine = tables + positions[row] * head_dim, *sine = cosine + head_dim / 2;
-        for (long h = 0; h < heads; h++)
-            rotate(q + row * ldq + h * head_dim, cosine, sine,
-                   out + (row * heads + h) * head_dim, head_dim, 0);
-        long block = slots[row] / block_size, offset = slots[row] % block_size;
-        for (long h = 0; h < kv_heads; h++) {
-            long at = ((block * kv_heads + h) * block_size + offset) * head_dim * itemsize;
-            rotate(k + row * ldk + h * head_dim, cosine, sine, (char *)keys + at, head_dim, bfloat);
-            copy(v + row * ldv + h * head_dim, (char *)values + at, head_dim, bfloat);
-        }
-    }
+    Cache cache = {keys, values, kv_heads, head_dim, block_size, bfloat};
+    Turn job = {q, k, v, tables, out, positions, slots, cache, ldq, ldk, ldv, heads * head_dim,
+                num_rows, heads};
+    turn_rows(&job, 0, 1);
 }

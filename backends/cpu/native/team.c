@@ -6,11 +6,11 @@
 
 #include <pthread.h>
 #include <sched.h>
-#include <stdatomic.h>
 #include <stdlib.h>
 #include <time.h>
 
 #define LOOK_OUT_NS 200000 /* for the next kernel, before sleeping */
+#define LOOKS 2000         /* at a barrier, some 50 us, before giving way */
 #define PATIENCE_NS 50000  /* for the others to end, before giving way */
 
 typedef struct {
@@ -124,6 +124,18 @@ static void grow(Team *team, int wanted) {
         }
         team->num_helpers++;
     }
+}
+
+void barrier_wait(Barrier *barrier, int threads) {
+    unsigned round = atomic_load(&barrier->round);
+    if (atomic_fetch_add(&barrier->arrived, 1) == threads - 1) {
+        atomic_store(&barrier->arrived, 0);
+        atomic_store(&barrier->round, round + 1);
+        return;
+    }
+    for (long tries = 0; tries < LOOKS; tries++, breathe())
+        if (atomic_load(&barrier->round) != round) return;
+    while (atomic_load(&barrier->round) == round) sched_yield();
 }
 
 void team_run(share *work, void *job, int threads) {

@@ -1,11 +1,12 @@
-/* Eight floats at a time, in the vector extension that gcc and clang share. */
+/* Eight floats at a time, in the vector extension that gcc and clang share; WIDE for products. */
 #ifndef SAGELLM_VECTOR_H
 #define SAGELLM_VECTOR_H
 
+#include <stddef.h>
 #include <stdint.h>
 #include <string.h>
 
-#ifdef __FMA__
+#ifdef __AVX__
 #include <immintrin.h>
 #endif
 
@@ -26,6 +27,36 @@ INLINE vec fused(vec a, vec b, vec c) {
 #endif
 }
 
+/* As many floats as a register of this CPU holds, eight at the least. */
+#ifndef WIDE
+#ifdef __AVX512F__
+#define WIDE 16
+#else
+#define WIDE 8
+#endif
+#endif
+
+typedef float wide __attribute__((vector_size(4 * WIDE)));
+typedef int32_t wide_bits __attribute__((vector_size(4 * WIDE)));
+
+INLINE wide fused_wide(wide a, wide b, wide c) {
+#if WIDE == 8
+    return (wide)fused((vec)a, (vec)b, (vec)c);
+#elif defined(__AVX512F__)
+    return (wide)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#else
+    return a * b + c;
+#endif
+}
+
+INLINE wide load_wide(const float *from) {
+    wide value;
+    memcpy(&value, from, sizeof value);
+    return value;
+}
+
+INLINE wide fill_wide(float value) { return value - (wide){0}; } /* no sum: -0.0 stays */
+
 INLINE float fused_one(float a, float b, float c) {
 #ifdef __FMA__
     return __builtin_fmaf(a, b, c);
@@ -44,9 +75,14 @@ INLINE void store_float(float *to, vec value) { memcpy(to, &value, sizeof value)
 
 /* bfloat16 is the upper half of a float. */
 INLINE vec load_bfloat(const uint16_t *from) {
+#ifdef __AVX2__ /* compilers make two conversions of it by themselves */
+    __m128i half = _mm_loadu_si128((const __m128i *)from);
+    return (vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16);
+#else
     half_vec half;
     memcpy(&half, from, sizeof half);
     return (vec)(__builtin_convertvector(half, ivec) << 16);
+#endif
 }
 
 INLINE vec load(const void *from, long index, int bfloat) {
@@ -81,7 +117,16 @@ INLINE float lanes_sum(vec value) {
     return a + b;
 }
 
-INLINE vec fill(float value) { return (vec){0} + value; }
+INLINE float lanes_max(vec value) {
+    float four[4], two[2];
+    for (int i = 0; i < 4; i++) four[i] = value[i] > value[i + 4] ? value[i] : value[i + 4];
+    for (int i = 0; i < 2; i++) two[i] = four[i] > four[i + 2] ? four[i] : four[i + 2];
+    return two[0] > two[1] ? two[0] : two[1];
+}
+
+INLINE vec fill(float value) {
+    return (vec){value, value, value, value, value, value, value, value};
+}
 
 INLINE vec choose(ivec mask, vec yes, vec no) {
     return (vec)((mask & (ivec)yes) | (~mask & (ivec)no));

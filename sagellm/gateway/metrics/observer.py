@@ -29,6 +29,7 @@ class _Track:
     request: Request
     arrived_s: float
     num_tokens: int = 0
+    num_cached: int = 0
     first_s: float = 0.0
     last_s: float = 0.0
     stamps: Stamps = _NO_STAMPS  # of its first event: the last may come from outside its engine
@@ -122,6 +123,8 @@ class Observer:
 
     def _take_tokens(self, track: _Track, item: TokenEvent | Answer, now: float) -> None:
         counts, num_tokens = track.counts, len(item.token_ids)
+        # Only the engine that computed the prompt knows: not the one that ends it, perhaps.
+        track.num_cached = max(track.num_cached, item.num_cached_tokens)
         if track.num_tokens:
             counts.itl.observe(now - track.last_s)
         else:
@@ -158,7 +161,7 @@ class Observer:
         """What only a request has that got tokens."""
         counts, num_tokens, request = track.counts, track.num_tokens, track.request
         counts.prompt_len.observe(last.num_prompt_tokens)
-        counts.computed_len.observe(last.num_prompt_tokens - last.num_cached_tokens)
+        counts.computed_len.observe(last.num_prompt_tokens - track.num_cached)
         counts.generation_len.observe(num_tokens)
         counts.max_tokens.observe(request.sampling.max_tokens)
         if num_tokens > 1:

@@ -37,12 +37,19 @@ _ENGINE_LEVELS: dict[str, tuple[str, Callable[[EngineReading], float]]] = {
     "kv_usage_ratio": ("Share of its blocks that is leased.", lambda engine: engine.kv_usage),
     "kv_blocks": ("Blocks of its pool.", lambda engine: engine.load.num_blocks),
     "kv_free_blocks": ("Blocks that hold nothing.", lambda engine: engine.load.num_free_blocks),
+    "kv_cached_blocks": (
+        "Blocks of no sequence, kept for their prefix.",
+        lambda engine: engine.load.num_cached_blocks,
+    ),
     "step_p99_seconds": ("Of its steps, so far.", lambda engine: engine.health.step_p99_s or 0.0),
     "hung": ("1 where it has work and nothing moves.", lambda engine: engine.health.is_hung),
 }
 _ENGINE_TOTALS: dict[str, tuple[str, Callable[[EngineReading], float]]] = {
     "steps": ("Steps that it ran.", lambda engine: engine.load.num_steps),
     "preemptions": ("Sequences that it put back.", lambda engine: engine.load.num_preemptions),
+    "prefix_queried_tokens": ("Looked up in its cache.", lambda e: e.load.num_prefix_queries),
+    "prefix_hit_tokens": ("Found in its cache.", lambda e: e.load.num_prefix_hits),
+    "kv_evicted_blocks": ("Cached, then reused.", lambda e: e.load.num_evicted_blocks),
 }
 _COUNTED: dict[str, tuple[str, Callable[[Counts], float]]] = {
     "requests_accepted": ("Choices let in.", lambda counts: counts.num_accepted),

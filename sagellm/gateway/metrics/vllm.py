@@ -4,6 +4,7 @@ The whole graph is one engine to them, "0": what they ask is how much one addres
 """
 
 from collections.abc import Callable, Iterator
+from itertools import zip_longest
 
 from prometheus_client.core import Metric
 
@@ -11,6 +12,7 @@ from sagellm.gateway.metrics.counts import Counts
 from sagellm.gateway.metrics.families import Labels, counter, gauge, histogram
 from sagellm.gateway.metrics.snapshot import EngineReading, Snapshot
 from sagellm.runtime.buckets import Buckets
+from sagellm.runtime.engine.port import DraftCounts, EngineLoad
 
 ENGINE = "0"
 _FINISHED = {
@@ -27,9 +29,17 @@ _SLEEP_STATES = {"awake": 1, "weights_offloaded": 0, "discard_all": 0}
 _COUNTERS: dict[str, tuple[str, Callable[[Counts], int]]] = {
     "prompt_tokens": ("Prompt tokens of requests that were prefilled.", lambda c: c.prompt_tokens),
     "prompt_tokens_cached": ("Prompt tokens found in a cache.", lambda c: c.cached_tokens),
-    "prefix_cache_queries": ("Prompt tokens looked up in a cache.", lambda c: c.prompt_tokens),
-    "prefix_cache_hits": ("Prompt tokens found.", lambda c: c.cached_tokens),
     "generation_tokens": ("Tokens delivered.", lambda c: c.generation_tokens),
+}
+_ENGINE_COUNTERS: dict[str, tuple[str, Callable[[EngineLoad], int]]] = {
+    "prefix_cache_queries": ("Tokens looked up in a cache.", lambda e: e.num_prefix_queries),
+    "prefix_cache_hits": ("Tokens found in a cache.", lambda e: e.num_prefix_hits),
+    "num_preemptions": ("Sequences put back.", lambda e: e.num_preemptions),
+}
+_DRAFTS: dict[str, tuple[str, Callable[[DraftCounts], int]]] = {
+    "drafts": ("Drafts that were verified.", lambda d: d.num_drafts),
+    "draft_tokens": ("Tokens in them.", lambda d: d.num_draft_tokens),
+    "accepted_tokens": ("Tokens in them that were right.", lambda d: d.num_accepted_tokens),
 }
 _HISTOGRAMS: dict[str, tuple[str, Callable[[Counts], Buckets]]] = {
     "time_to_first_token_seconds": ("From arrival to the first token.", lambda c: c.ttft),
@@ -92,10 +102,27 @@ def _counters(shown: Snapshot) -> Iterator[Metric]:
     yield counter("vllm:prompt_tokens_by_source", "Where they came from.", _by_source(shown))
     yield counter("vllm:request_success", "Requests that ended.", _by_reason(shown))
     yield counter("vllm:admission_rejections", "Refused while it was full.", _rejections(shown))
-    preemptions = sum(engine.load.num_preemptions for engine in shown.engines)
-    yield counter(
-        "vllm:num_preemptions", "Sequences put back.", [(_labels(shown.model), preemptions)]
-    )
+    here = _labels(shown.model)
+    for name, (documentation, of_load) in _ENGINE_COUNTERS.items():
+        total = sum(of_load(engine.load) for engine in shown.engines)
+        yield counter(f"vllm:{name}", documentation, [(here, total)])
+    yield from _drafts(shown)
+
+
+def _drafts(shown: Snapshot) -> Iterator[Metric]:
+    """Of the engines that speculate; nothing where none does, as in vLLM."""
+    every = [engine.load.drafts for engine in shown.engines if engine.load.drafts.accepted_at]
+    if not every:
+        return
+    for name, (documentation, of) in _DRAFTS.items():
+        values = [(_labels(shown.model), sum(map(of, every)))]
+        yield counter(f"vllm:spec_decode_num_{name}", documentation, values)
+    places: list[tuple[Labels, float]] = [
+        (_labels(shown.model, position=str(at)), sum(numbers))
+        for at, numbers in enumerate(zip_longest(*(d.accepted_at for d in every), fillvalue=0))
+    ]
+    name = "vllm:spec_decode_num_accepted_tokens_per_pos"
+    yield counter(name, "Draft tokens that were right, by place in the draft.", places)
 
 
 def _by_source(shown: Snapshot) -> Iterator[tuple[Labels, float]]:

@@ -34,6 +34,15 @@ def test_what_is_no_size(text):
         ({"max_step_tokens": 1}, "max_step_tokens"),
         ({"num_blocks": 4, "kv_memory": "1GiB"}, "both size the KV pool"),
         ({"decode_step_s": 0.1}, "decode_step_s: only device null"),
+        ({"speculation": "ngrm"}, "speculation: 'ngrm' is unknown; did you mean ngram?"),
+        ({"speculation": "42"}, "use ngram or draft"),
+        ({"speculation": "draft"}, "draft needs draft_model"),
+        ({"speculation": "ngram", "draft_model": "sage-tiny"}, "set speculation: draft, or drop"),
+        ({"draft_model": "sage-tiny"}, "draft_model: nothing is drafted without speculation"),
+        ({"num_draft_tokens": 4}, "num_draft_tokens: nothing is drafted without speculation"),
+        ({"speculation": "ngram", "num_draft_tokens": 0}, "give at least 1"),
+        ({"speculation": "ngram", "max_step_tokens": 4}, "exceed max_step_tokens: 4; give fewer"),
+        ({"speculation": "ngram", "device": "null"}, "device null computes nothing"),
     ],
 )
 def test_options_that_cannot_be_obeyed(options, reason):

@@ -1,5 +1,7 @@
 """Who computes when: budgets, fairness, admission, preemption, landings."""
 
+import zlib
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,19 +19,21 @@ from sagellm.runtime.messages import SequenceState, TokenEvent
 class Bench:
     """A scheduler, and what an engine would do between its steps."""
 
-    def __init__(self, num_blocks=64, max_num_seqs=8, budget=64, chunk=None):
-        self.pool = BlockPool(num_blocks, 4)
+    def __init__(self, num_blocks=64, max_num_seqs=8, budget=64, chunk=None, is_kept=True):
+        self.pool = BlockPool(num_blocks, 4, keeps_prefixes=is_kept)
         self.scheduler = Scheduler(self.pool, Limits(max_num_seqs, budget, chunk))
         self.mailbox = Mailbox(lambda: None)
         self.arrivals = 0
 
     def add(self, num_prompt, *, request_id=None, choice=0, priority=2):
+        """A prompt unlike all others, but for those of the same request id."""
         self.arrivals += 1
+        request_id = request_id or str(self.arrivals)
         state = SequenceState(
             owner="o",
-            request_id=request_id or str(self.arrivals),
+            request_id=request_id,
             choice=choice,
-            prompt_token_ids=(1,) * num_prompt,
+            prompt_token_ids=(zlib.crc32(request_id.encode()),) * num_prompt,
             priority=priority,
         )
         sequence = Sequence(
@@ -50,6 +54,7 @@ class Bench:
         for sequence, query_len in zip(batch.sequences, batch.query_lens, strict=True):
             sequence.num_computed += query_len
             assert sequence.num_computed <= sequence.lease.capacity
+            self.scheduler.reuse.publish(sequence)
         for sequence in batch.drawing:
             assert sequence.num_pending == 0
             sequence.tokens.append(1)
@@ -160,8 +165,9 @@ def test_priority_goes_first():
     assert set(bench.step()) == {urgent}
 
 
-def test_the_last_in_rank_is_preempted_and_recomputed():
-    bench = Bench(num_blocks=4)
+@pytest.mark.parametrize(("is_kept", "num_computed_again"), [(True, 4), (False, 8)])
+def test_the_last_in_rank_is_preempted_and_recomputed(is_kept, num_computed_again):
+    bench = Bench(num_blocks=4, is_kept=is_kept)
     first, second = bench.add(8), bench.add(7)
     bench.step()
     bench.step()
@@ -170,7 +176,7 @@ def test_the_last_in_rank_is_preempted_and_recomputed():
     assert second.num_output == 1
     assert bench.scheduler.num_preemptions == 1
     bench.finish(first)
-    assert bench.step() == {second: 8}
+    assert bench.step() == {second: num_computed_again}
     assert second.num_output == 2
 
 
@@ -192,8 +198,9 @@ def test_a_prompt_waits_until_all_its_blocks_are_free():
     assert set(bench.step()) == {second}
 
 
-def test_choices_share_the_full_blocks_of_their_prompt():
-    bench = Bench()
+@pytest.mark.parametrize("is_kept", [True, False])
+def test_choices_share_the_full_blocks_of_their_prompt(is_kept):
+    bench = Bench(is_kept=is_kept)
     first = bench.add(10, request_id="r")
     second = bench.add(10, request_id="r", choice=1)
     assert set(bench.step()) == {first}  # the second waits: the prompt is being computed

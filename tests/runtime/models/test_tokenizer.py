@@ -106,6 +106,28 @@ def test_without_a_template_chat_is_refused(model):
         load(model).encode_chat(MESSAGES)
 
 
+def test_a_tokenizer_is_read_once(model):
+    assert load(model) is not None
+    kept = load(model)
+    assert load(model) is kept
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
+def test_a_tokenizer_is_read_again_where_a_file_has_changed(model, file):
+    kept = load(model)
+    (model / "new").write_text("{}" if file == "tokenizer_config.json" else "changed")
+    if file == "tokenizer.json":
+        (model / "new").write_bytes((model / file).read_bytes() + b" ")
+    (model / "new").replace(model / file)
+    assert load(model) is not kept
+
+
+def test_other_ends_of_text_make_another_tokenizer(model):
+    kept = load(model)
+    (model / "generation_config.json").write_text('{"eos_token_id": [1, 2]}')
+    assert load(model).eos_token_ids == (*kept.eos_token_ids, 1, 2)
+
+
 def test_a_missing_tokenizer_is_named(model):
     (model / "tokenizer.json").unlink()
     with pytest.raises(ModelError, match=r"tokenizer\.json is missing"):

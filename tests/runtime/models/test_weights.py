@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from sagellm.graphs.models import build
 from sagellm.runtime.engine.opening import open_engine
 from sagellm.runtime.engine.options import EngineOptions
+from sagellm.runtime.models import weights as module
 from sagellm.runtime.models.folder import SHARD_INDEX, ModelError, resolve_model
 from sagellm.runtime.models.weights import Weights, weight_names
 
@@ -77,3 +78,28 @@ def test_the_graph_names_every_tensor_of_the_folder(model):
 def test_the_null_model_has_no_weights():
     with pytest.raises(ModelError, match="has no weights"):
         Weights(resolve_model("null"))
+
+
+def test_asking_for_a_name_reads_nothing(model, monkeypatch):
+    weights = Weights(resolve_model(str(model)))
+    monkeypatch.setattr(Weights, "__getitem__", lambda self, name: pytest.fail(f"read {name}"))
+    assert "model.norm.weight" in weights
+    assert "model.norm.bias" not in weights
+
+
+def test_what_was_read_is_given_back_every_now_and_then(model, monkeypatch):
+    given = []
+    monkeypatch.setattr(module, "give_back", given.append)
+    monkeypatch.setattr(module, "_HELD_BYTES", 1 << 20)
+    weights = Weights(resolve_model(str(model)))
+    held = [weights[name] for _ in range(20) for name in weights]
+    read = sum(tensor.nbytes for tensor in held)
+    assert read // (2 << 20) <= len(given) <= read // (1 << 20)
+    assert given[0] == [model / "model.safetensors"]
+
+
+def test_a_loaded_engine_has_given_all_back(model, monkeypatch):
+    given = []
+    monkeypatch.setattr(module, "give_back", given.append)
+    open_engine(EngineOptions(model=str(model)), name="e")
+    assert given == [[model / "model.safetensors"]]

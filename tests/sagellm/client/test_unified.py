@@ -89,15 +89,15 @@ def test_leaving_a_stream_hangs_up() -> None:
     with talking(endless) as (client, _):
         with client.generate("a", "m", stream=True) as stream:
             assert next(stream) == "a"
-        assert left.wait(10)
+        assert left.wait(30)
         left.clear()
         unread = client.generate("a", "m", stream=True)
         unread.close()
-        assert left.wait(10)
+        assert left.wait(30)
         left.clear()
         lost = client.generate("a", "m", stream=True)
         del lost
-        assert left.wait(10)
+        assert left.wait(30)
 
 
 async def refusing(call: Call) -> None:

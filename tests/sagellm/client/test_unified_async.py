@@ -68,7 +68,7 @@ def test_leaving_or_cancelling_a_stream_hangs_up(talk: Any) -> None:
                 await anext(stream)
 
     talk(endless, main)
-    assert all(left.acquire(timeout=10) for _ in range(3))
+    assert all(left.acquire(timeout=30) for _ in range(3))
 
 
 def test_failures_are_client_errors(talk: Any) -> None:

@@ -35,7 +35,7 @@ async def test_nothing_expires(server: str, jump_s: float, monkeypatch: pytest.M
 async def asked(served: ServedSession, path: str) -> str:
     async with await served.connect() as stream:
         await stream.send_all(get(path))
-        with trio.fail_after(5):
+        with trio.fail_after(20):
             reply = await read_reply(stream)
     assert reply.status == 200
     return reply.body.decode()

@@ -16,6 +16,8 @@ from gateway_overload import (
 from gateway_process import ServedProcess, served_process
 from gateway_retries import AMPLIFICATION, amplification
 
+pytestmark = pytest.mark.alone
+
 
 @pytest.fixture(scope="module")
 def served() -> Iterator[ServedProcess]:

@@ -22,7 +22,7 @@ async def test_a_thread_that_cannot_start_says_why(tmp_path: Path) -> None:
     missing = tmp_path / "none.pem"
     settings = Settings(server="uvicorn", tls_certificate=missing, tls_key=missing)
     app = build_app(gateway_before(playing(), settings=settings))
-    with bind("127.0.0.1", 0) as sock, trio.fail_after(10):
+    with bind("127.0.0.1", 0) as sock, trio.fail_after(20):
         server = server_class("uvicorn")(app, settings, sock)
         with pytest.RaisesGroup(FileNotFoundError):
             await server.run()

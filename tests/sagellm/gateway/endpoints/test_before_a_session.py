@@ -163,3 +163,36 @@ async def test_streamed_is_whole_for_a_model_of_bytes():
     assert "\N{REPLACEMENT CHARACTER}" in texts[0]
     assert len(whole.json["choices"][0]["logprobs"]["content"]) == 60
     assert whole.json["usage"]["completion_tokens"] == 120
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_no_tenant_and_no_salt_finds_what_another_computed(
+    stream: bool, autojump_clock: MockClock
+):
+    async with before() as (gateway, session):
+
+        async def cached(tenant: str, **fields: Any) -> int:
+            """What usage says; the engine's own count of hits says the same."""
+            hits = num_hits(session)
+            client = Client({**PROMPT, "stream": stream, **USAGE[stream], **fields})
+            answered = await client.call(completions, gateway, tenant=tenant)
+            usage = answered.events[-1]["usage"] if stream else answered.json["usage"]
+            found: int = usage["prompt_tokens_details"]["cached_tokens"]
+            assert num_hits(session) - hits == found
+            return found
+
+        assert [await cached("a"), await cached("a")] == [0, 96]
+        assert [await cached("b"), await cached("a", cache_salt="x")] == [0, 0]
+        assert [await cached("b"), await cached("a", cache_salt="x")] == [96, 96]
+        assert [await cached("b", cache_salt="x"), await cached("")] == [0, 0]
+
+
+USAGE: dict[bool, dict[str, Any]] = {
+    True: {"stream_options": {"include_usage": True}},
+    False: {},
+}
+
+
+def num_hits(session: Session) -> int:
+    pools = session.statistics().engines.values()
+    return sum(load.num_prefix_hits for pool in pools for load in pool)

@@ -53,7 +53,8 @@ async def scrape(meters: GatewayMeters) -> Samples:
 async def test_requests_and_tokens(opened: Any, autojump_clock: MockClock) -> None:
     async with opened() as (session, meters):
         for number in range(3):
-            await session.generate([1] * 100, sampling=TEN, model=("m", "alias", "x")[number])
+            prompt = [number] * 100
+            await session.generate(prompt, sampling=TEN, model=("m", "alias", "x")[number])
         shown = await scrape(meters)
     assert shown("vllm:request_success_total", finished_reason="length", model_name="m") == 2
     assert shown("vllm:generation_tokens_total", model_name="m") == 20
@@ -66,6 +67,23 @@ async def test_requests_and_tokens(opened: Any, autojump_clock: MockClock) -> No
     assert shown("sagellm_operator_in_total", operator="admission") == 3
     assert shown("sagellm_edge_items_total", source="prefill") == 3
     assert shown("vllm:iteration_tokens_total_sum") >= 300
+
+
+@pytest.mark.parametrize("graph", ["joint", "pd"])
+async def test_what_prefixes_spared(opened: Any, graph: str, autojump_clock: MockClock) -> None:
+    async with opened(graph) as (session, meters):
+        for _ in range(3):
+            await session.generate([1] * 100, sampling=TEN, model="m")
+        shown = await scrape(meters)
+    assert shown("vllm:prefix_cache_queries_total") == 300
+    assert shown("vllm:prefix_cache_hits_total") == 2 * 96
+    assert shown("vllm:prompt_tokens_cached_total") == 2 * 96
+    assert shown("vllm:prompt_tokens_by_source_total", source="local_cache_hit") == 2 * 96
+    assert shown("vllm:prompt_tokens_by_source_total", source="local_compute") == 300 - 192
+    assert shown("vllm:request_prefill_kv_computed_tokens_sum") == 300 - 192
+    assert shown("sagellm_engine_prefix_hit_tokens_total") == 2 * 96
+    assert shown("sagellm_engine_kv_cached_blocks") > 0
+    assert shown("vllm:kv_cache_usage_perc") == 0
 
 
 async def test_gauges_show_the_moment(opened: Any, autojump_clock: MockClock) -> None:
@@ -196,6 +214,7 @@ async def test_a_hundred_thousand_model_names_are_two_labels(
     assert len(shown) == once < 2 * before
 
 
+@pytest.mark.alone
 async def test_a_scrape_takes_milliseconds(opened: Any, autojump_clock: MockClock) -> None:
     async with opened() as (session, meters):
         await session.generate([1] * 100, sampling=TEN)

@@ -44,7 +44,7 @@ def observe(session: Session) -> Observer:
 @pytest.mark.parametrize("graph", ["pd", "pd_many"])
 async def test_counters_equal_the_ledger(graph: str, autojump_clock: MockClock) -> None:
     """Served, cancelled wherever they are, refused at the door, expired, and several choices."""
-    draw = random.Random(graph)
+    draw, tokens = random.Random(graph), random.Random(1)
     async with Graph.load(graph).open(set={**NULL, "admission.max_queued": 30}) as session:
         observer = observe(session)
 
@@ -52,7 +52,7 @@ async def test_counters_equal_the_ledger(graph: str, autojump_clock: MockClock) 
             sampling = Sampling(
                 max_tokens=draw.randint(1, 30), n=draw.randint(1, 3), ignore_eos=True
             )
-            prompt = [1] * draw.randint(1, 300)
+            prompt = tokens.choices(range(256), k=draw.randint(1, 300))
             fields: dict[str, Any] = {"model": draw.choice(["m", "alias", "other"])}
             if draw.random() < 0.2:
                 fields["timeout_s"] = draw.uniform(0.001, 0.5)

@@ -176,6 +176,7 @@ def test_the_worst_bodies_do_not_hold_the_loop(name: str) -> None:
     assert time.process_time() - started < 2
 
 
+@pytest.mark.alone
 def test_an_ordinary_body_costs_little() -> None:
     """100 KiB of chat; measured: 1.2 ms."""
     message = {"role": "user", "content": 'lorem ipsum "dolor" sit amet\n' * 7}

@@ -1,0 +1,160 @@
+/* What a thread works with in attention, and how blocks of keys and values come to its cache. */
+#ifndef SAGELLM_BLOCKS_H
+#define SAGELLM_BLOCKS_H
+
+#include <math.h>
+
+#include "attention.h"
+#include "matrix.h"
+
+/* Softmax on its way: per row the largest score, the sum of powers, the weighed values. */
+typedef struct {
+    float *largest, *sum, *values;
+} Sums;
+
+/* Where keys and values of a block lie in the pool; those that no row sees are zeros. */
+typedef struct {
+    const char *keys[BLOCK], *values[BLOCK];
+} Rows;
+
+typedef struct {
+    const Attention *plan;
+    const Layer *layer;
+    const Tile *tile;
+    long head, rows, width;
+    float *q, *scores, *panels, *zeros; /* panels: of keys, then of values, of a block */
+    uint16_t *weights;                  /* scores, rounded, where products are of pairs */
+    Sums sums, total;
+    Rows rows_at, next; /* of this block and of the one behind it */
+} Work;
+
+/* Where the keys first .. last of the block at `start` lie. */
+static void find_rows(const Work *w, long start, long first, long last, Rows *rows) {
+    const Batch *b = &w->plan->batch;
+    const Heads *h = &w->plan->heads;
+    const int32_t *table = b->tables + w->tile->sequence * b->table_len;
+    long row_bytes = h->head_dim * (b->bfloat ? 2 : 4);
+    const char *nothing = (const char *)w->zeros;
+    for (long i = 0; i < first - start; i++) rows->keys[i] = rows->values[i] = nothing;
+    for (long i = last - start; i < BLOCK; i++) rows->keys[i] = rows->values[i] = nothing;
+    for (long at = first, end; at < last; at = end) {
+        long block = at / b->block_size, offset = at % b->block_size;
+        end = at - offset + b->block_size < last ? at - offset + b->block_size : last;
+        long row = (table[block] * h->kv_heads + w->head) * b->block_size + offset;
+        const char *key = (const char *)w->layer->keys + row * row_bytes;
+        const char *value = (const char *)w->layer->values + row * row_bytes;
+        for (long i = at - start; i < end - start; i++, key += row_bytes, value += row_bytes)
+            rows->keys[i] = key, rows->values[i] = value;
+    }
+}
+
+/* The query of a row of the tile: a head's of a new token. */
+INLINE const float *query(const Work *w, long row) {
+    const Heads *h = &w->plan->heads;
+    long group = h->heads / h->kv_heads;
+    return w->layer->q + (w->tile->row + row / group) * w->layer->ldq +
+           (w->head * group + row % group) * h->head_dim;
+}
+
+/* Asks for what lies where the next block will be read. */
+INLINE void ask_for(const char *row, long bytes) {
+    for (long i = 0; i < bytes; i += 64) __builtin_prefetch(row + i, 0, 2);
+}
+
+/* Keys as columns of panels, in floats, up to whole vectors of keys. */
+INLINE void load_keys(Work *w, long num_keys, int bfloat, int whole) {
+    long size = w->plan->heads.head_dim, width = w->width, bytes = size * (bfloat ? 2 : 4);
+    for (long k = 0; k < num_keys; k += LANES) {
+        float *to = w->panels + k / PANEL * PANEL * width + k % PANEL;
+        for (int l = 0; l < LANES; l++) ask_for(w->next.keys[k + l], bytes);
+        for (long i = 0; i < width; i += LANES) {
+            vec corner[LANES];
+            for (int l = 0; l < LANES; l++)
+                corner[l] = load_padded(w->rows_at.keys[k + l], i, size, bfloat, whole);
+            transpose(corner);
+            for (int l = 0; l < LANES; l++) store_float(to + (i + l) * PANEL, corner[l]);
+        }
+    }
+}
+
+/* Values as rows of panels, in floats. */
+INLINE void load_values(Work *w, long num_keys, int bfloat, int whole) {
+    long size = w->plan->heads.head_dim, width = w->width, bytes = size * (bfloat ? 2 : 4);
+    for (long k = 0; k < num_keys; k++) {
+        const char *row = w->rows_at.values[k];
+        float *to = w->panels + k * PANEL;
+        ask_for(w->next.values[k], bytes);
+        for (long i = 0; i < width; i += PANEL, to += PANEL * BLOCK) {
+            store_float(to, load_padded(row, i, size, bfloat, whole));
+            if (i + LANES < width)
+                store_float(to + LANES, load_padded(row, i + LANES, size, bfloat, whole));
+        }
+    }
+}
+
+/* `load` with what it is asked for as constants. */
+#define SPECIALISED(load, w, num_keys)                                     \
+    switch ((w->plan->batch.bfloat ? 2 : 0) + (w->plan->heads.head_dim == w->width)) { \
+        case 0: load(w, num_keys, 0, 0); break;                            \
+        case 1: load(w, num_keys, 0, 1); break;                            \
+        case 2: load(w, num_keys, 1, 0); break;                            \
+        case 3: load(w, num_keys, 1, 1); break;                            \
+    }
+
+/* Queries of the tile, scaled: rows (token, head of the group), in parts as `product` takes them,
+ * each [width][TILE_ROWS]. */
+static void load_queries(Work *w) {
+    const Heads *h = &w->plan->heads;
+    long parts = num_parts(w->rows);
+    for (long part = 0; part < parts; part++) {
+        float *to = w->q + part * TILE_ROWS * w->width;
+        long first = w->rows * part / parts, last = w->rows * (part + 1) / parts;
+        for (long r = first; r < last; r++) {
+            const float *from = query(w, r);
+            for (long i = 0; i < w->width; i++)
+                to[i * TILE_ROWS + r - first] = i < h->head_dim ? from[i] * h->scale : 0.0f;
+        }
+    }
+}
+
+/* scores = queries times keys, up to whole vectors of keys. */
+static void score(Work *w, long num_keys) {
+    SPECIALISED(load_keys, w, num_keys)
+    product(w->q, TILE_ROWS, 1, TILE_ROWS * w->width, w->panels, PANEL * w->width, w->scores, BLOCK,
+            w->rows, num_keys / LANES, w->width, 0);
+}
+
+static float power(float x) { return lanes_exp(fill(x))[0]; }
+
+/* A row's scores become powers of their distance from the largest so far; those outside of
+ * first .. last become 0. Returns what earlier sums are to be multiplied by. */
+static float soften(Work *w, long row, long first, long last, long padded) {
+    float *scores = w->scores + row * BLOCK, *largest = w->sums.largest + row;
+    for (long i = 0; i < first; i++) scores[i] = -INFINITY;
+    for (long i = last; i < padded; i++) scores[i] = -INFINITY;
+    vec most = load_float(scores);
+    for (long i = LANES; i < padded; i += LANES) {
+        vec more = load_float(scores + i);
+        most = choose(more > most, more, most);
+    }
+    float before = *largest, found = lanes_max(most);
+    if (found > before) *largest = found;
+    vec added = {0};
+    for (long i = 0; i < padded; i += LANES) {
+        vec raised = lanes_exp(load_float(scores + i) - *largest);
+        store_float(scores + i, raised);
+        added += raised;
+    }
+    float by = before == *largest ? 1.0f : power(before - *largest);
+    w->sums.sum[row] = w->sums.sum[row] * by + lanes_sum(added);
+    return by;
+}
+
+/* sums += scores times values. */
+static void weigh(Work *w, long num_keys) {
+    SPECIALISED(load_values, w, num_keys)
+    product(w->scores, 1, BLOCK, 0, w->panels, PANEL * BLOCK, w->sums.values, w->width, w->rows,
+            w->width / LANES, num_keys, 1);
+}
+
+#endif

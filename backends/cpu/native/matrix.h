@@ -1,0 +1,107 @@
+/* Products of small matrices that lie in the cache, and bringing keys and values there. */
+#ifndef SAGELLM_MATRIX_H
+#define SAGELLM_MATRIX_H
+
+#include "vector.h"
+
+#define TILE_ROWS 6 /* times TILE_VECS sums, TILE_VECS vectors and a row's number: 15 registers */
+#define TILE_VECS 2
+#define PANEL (TILE_VECS * LANES) /* columns of a panel, which lie together: [depth][PANEL] */
+
+/* Compilers would load it again for each use, and loads are what there are too few of. */
+#ifdef __AVX__
+#define IN_REGISTER(value) __asm__("" : "+x"(value))
+#else
+#define IN_REGISTER(value) (void)(value)
+#endif
+
+/* `across`, `down`: how far apart the numbers of a row, and of a column, of a are. */
+INLINE void product_tile(const float *a, long across, long down, const float *panel, float *c,
+                         long ldc, long depth, int rows, int vecs, int add) {
+    vec acc[TILE_ROWS][TILE_VECS];
+    for (int r = 0; r < rows; r++)
+        for (int v = 0; v < vecs; v++)
+            acc[r][v] = add ? load_float(c + r * ldc + v * LANES) : (vec){0};
+    for (long i = 0; i < depth; i++) {
+        vec right[TILE_VECS];
+        for (int v = 0; v < vecs; v++) {
+            right[v] = load_float(panel + i * PANEL + v * LANES);
+            IN_REGISTER(right[v]);
+        }
+        for (int r = 0; r < rows; r++) {
+            vec left = fill(a[r * down + i * across]);
+            for (int v = 0; v < vecs; v++) acc[r][v] = fused(left, right[v], acc[r][v]);
+        }
+    }
+    for (int r = 0; r < rows; r++)
+        for (int v = 0; v < vecs; v++) store_float(c + r * ldc + v * LANES, acc[r][v]);
+}
+
+/* Rows are taken in parts of about the same size, TILE_ROWS at most. */
+INLINE long num_parts(long rows) { return (rows + TILE_ROWS - 1) / TILE_ROWS; }
+
+/* c (rows x 8 vecs) = a (rows x depth) times panels of b, `panel_len` apart; added to c if `add`.
+ * Parts of a are `part` apart, where that is not 0.
+ *
+ * One element is one sum in the order of depth, wherever it lies: more rows change no bit. */
+INLINE void product(const float *a, long across, long down, long part, const float *b,
+                    long panel_len, float *c, long ldc, long rows, long vecs, long depth, int add) {
+    long parts = num_parts(rows);
+    for (long v = 0; v < vecs; v += TILE_VECS, b += panel_len)
+        for (long p = 0; p < parts; p++) {
+            long r = rows * p / parts, rows_now = rows * (p + 1) / parts - r;
+            const float *left = part ? a + p * part : a + r * down;
+            float *out = c + r * ldc + v * LANES;
+#define CASE(R)                                                           \
+    case R * 2:                                                           \
+        product_tile(left, across, down, b, out, ldc, depth, R, 1, add); \
+        break;                                                            \
+    case R * 2 + 1:                                                       \
+        product_tile(left, across, down, b, out, ldc, depth, R, 2, add); \
+        break;
+            switch (rows_now * 2 + (v + 1 < vecs)) {
+                CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
+            }
+#undef CASE
+        }
+}
+
+/* Numbers i .. i + 8 of a row of `size`: zeros behind its end, unless rows are `whole` vectors. */
+INLINE vec load_padded(const void *row, long i, long size, int bfloat, int whole) {
+    if (whole || i + LANES <= size) return load(row, i, bfloat);
+    vec value = {0};
+    for (long l = 0; i + l < size; l++) value[l] = load_one(row, i + l, bfloat);
+    return value;
+}
+
+#ifdef __AVX__
+/* Rows become columns. */
+INLINE void transpose(vec rows[LANES]) {
+    __m256 pairs[LANES], fours[LANES];
+    for (int i = 0; i < 4; i++) {
+        pairs[2 * i] = _mm256_unpacklo_ps((__m256)rows[2 * i], (__m256)rows[2 * i + 1]);
+        pairs[2 * i + 1] = _mm256_unpackhi_ps((__m256)rows[2 * i], (__m256)rows[2 * i + 1]);
+    }
+    for (int i = 0; i < 2; i++)
+        for (int j = 0; j < 2; j++) {
+            __m256 a = pairs[4 * i + j], b = pairs[4 * i + j + 2];
+            fours[4 * i + 2 * j] = _mm256_shuffle_ps(a, b, 0x44);
+            fours[4 * i + 2 * j + 1] = _mm256_shuffle_ps(a, b, 0xee);
+        }
+    for (int i = 0; i < 4; i++) {
+        rows[i] = (vec)_mm256_permute2f128_ps(fours[i], fours[i + 4], 0x20);
+        rows[i + 4] = (vec)_mm256_permute2f128_ps(fours[i], fours[i + 4], 0x31);
+    }
+}
+#else
+INLINE void transpose(vec rows[LANES]) {
+    for (int i = 0; i < LANES; i++)
+        for (int j = i + 1; j < LANES; j++) {
+            float kept = rows[i][j];
+            rows[i][j] = rows[j][i];
+            rows[j][i] = kept;
+        }
+}
+#endif
+
+#endif

@@ -1,0 +1,61 @@
+/* Products of pairs of bfloat16: two numbers along the sum side by side in 32 bits. */
+#ifndef SAGELLM_PAIRS_H
+#define SAGELLM_PAIRS_H
+
+#include "vector.h"
+
+#ifdef __AVX512BF16__
+#define PAIR_LANES 16
+#else
+#define PAIR_LANES LANES
+#endif
+
+/* sums + both products of each column's pair with one pair of x. */
+INLINE wide add_products(wide sums, wide_bits columns, int32_t x) {
+#ifdef __AVX512BF16__
+    return (wide)_mm512_dpbf16_ps((__m512)sums, (__m512bh)columns, (__m512bh)_mm512_set1_epi32(x));
+#else
+    const wide_bits upper = (wide_bits){0} + (int32_t)0xffff0000, both = (wide_bits){0} + x;
+    sums = fused_wide((wide)(both << 16), (wide)(columns << 16), sums);
+    return fused_wide((wide)(both & upper), (wide)(columns & upper), sums);
+#endif
+}
+
+/* To bfloat16: to nearest even, and what is no number stays none. */
+INLINE uint16_t rounded(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    uint32_t half = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return (uint16_t)(value != value ? 0x7fc0 : half);
+}
+
+INLINE void round_all(const float *from, uint16_t *to, long count) {
+    for (long i = 0; i < count; i++) to[i] = rounded(from[i]);
+}
+
+#ifdef __AVX512BF16__
+/* Rows of 16 become columns. */
+INLINE void transpose_wide(__m512i rows[16]) {
+    __m512i fours[16];
+    for (int i = 0; i < 16; i += 4) {
+        __m512i a = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+        __m512i b = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+        __m512i c = _mm512_unpacklo_epi32(rows[i + 2], rows[i + 3]);
+        __m512i d = _mm512_unpackhi_epi32(rows[i + 2], rows[i + 3]);
+        fours[i] = _mm512_unpacklo_epi64(a, c), fours[i + 1] = _mm512_unpackhi_epi64(a, c);
+        fours[i + 2] = _mm512_unpacklo_epi64(b, d), fours[i + 3] = _mm512_unpackhi_epi64(b, d);
+    }
+    for (int j = 0; j < 4; j++) {
+        __m512i a = _mm512_shuffle_i32x4(fours[j], fours[4 + j], 0x44);
+        __m512i b = _mm512_shuffle_i32x4(fours[8 + j], fours[12 + j], 0x44);
+        __m512i c = _mm512_shuffle_i32x4(fours[j], fours[4 + j], 0xee);
+        __m512i d = _mm512_shuffle_i32x4(fours[8 + j], fours[12 + j], 0xee);
+        rows[j] = _mm512_shuffle_i32x4(a, b, 0x88);
+        rows[4 + j] = _mm512_shuffle_i32x4(a, b, 0xdd);
+        rows[8 + j] = _mm512_shuffle_i32x4(c, d, 0x88);
+        rows[12 + j] = _mm512_shuffle_i32x4(c, d, 0xdd);
+    }
+}
+#endif
+
+#endif

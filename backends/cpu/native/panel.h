@@ -1,0 +1,38 @@
+/* How a packed weight lies in memory: panels of PANEL columns, each panel in order of k.
+ *
+ * A column is a row of the weight [num_cols, k]. Of BFLOATS, columns c and c + WIDE lie side by
+ * side: one load, a shift and a mask give both halves in float. Of PAIRS, also bfloat16, k and
+ * k + 1 of a column do, as the CPU's own products want them. Zeros fill up the last panel, and the
+ * last pair. */
+#ifndef SAGELLM_PANEL_H
+#define SAGELLM_PANEL_H
+
+#include "linear.h"
+#include "vector.h"
+
+#define PANEL (2 * WIDE)
+
+typedef enum { FLOATS, BFLOATS, PAIRS } Kind;
+
+INLINE long bytes_of_k(Kind kind) { return PANEL * (kind == FLOATS ? 4 : 2); }
+
+INLINE long panel_bytes(long k, Kind kind) {
+    return (kind == PAIRS ? (k + 1) / 2 * 2 : k) * bytes_of_k(kind);
+}
+
+static inline long num_panels(long num_cols) { return (num_cols + PANEL - 1) / PANEL; }
+
+/* Both halves of the columns of one k. */
+INLINE void load_panel(const char *from, Kind kind, wide *low, wide *high) {
+    if (kind == BFLOATS) {
+        wide_bits both;
+        memcpy(&both, from, sizeof both);
+        *low = (wide)(both << 16);
+        *high = (wide)(both & (int32_t)0xffff0000);
+    } else {
+        memcpy(low, from, sizeof *low);
+        memcpy(high, from + sizeof *low, sizeof *high);
+    }
+}
+
+#endif

@@ -1,0 +1,246 @@
+/* Products with weights of 4 or 8 bits: whole numbers within a block of 32, floats between blocks.
+ *
+ * weight[n][k] = (code[n][k] - zero[n][k / group]) * scale[n][k / group]. Activations become whole
+ * numbers of 8 or 16 bits with a scale for each block: 16 bits lose nothing that float32 sums keep.
+ * The sum of a block is exact, and blocks are added in order, so that results are batch-invariant.
+ *
+ * Panels of 16 columns lie one behind the other, 4 codes along k side by side for each column:
+ * codes [panel][k / 4][16][4], or in 4 bits [panel][k / 8][16][4] with the later 4 in the upper
+ * half of each byte, less their zero (8) where they have no zeros of their own. Scales (float16)
+ * and zeros (int16): [panel][group][16]. The number of panels is even.
+ */
+#include "linear.h"
+#include "quant_rows.h"
+#include "team.h"
+
+#define ROOM (256 << 10) /* bytes of activations: half of a second-level cache, or less */
+#define MOST_ROWS 256    /* of x per pass over the weights */
+#define OWN_ROWS 64      /* a thread, at the least, where threads share rows and not columns */
+#define CHUNK 16         /* blocks of weights that stay in the first cache for all rows */
+#define AHEAD 4096       /* bytes of weights: what memory takes to answer */
+
+typedef struct {
+    Linear linear;
+    const int32_t *order; /* k as the codes have it, or NULL */
+} Quant;
+
+typedef struct {
+    char codes[ROOM];
+    float scales[ROOM / BLOCK];
+    int32_t sums[ROOM / BLOCK], starts[ROOM / BLOCK];
+} Rows;
+
+/* A thread's rows and panels; blocks of k: the weight's, and those of the rows that are kept. */
+typedef struct {
+    const Linear *linear;
+    const Rows *rows;
+    float *out;
+    long ldo, num_rows, all_blocks, first, num_blocks;
+} Part;
+
+/* Rows row .. row + rows of some panels, blocks from .. to of the part. */
+typedef struct {
+    long row, panel, from, to;
+    long ahead;                /* bytes from the weights of a block to those to ask memory for, */
+    long ahead_from, ahead_to; /* at these blocks; */
+    long skips;                /* from this block on those lie beyond the other panels */
+} Place;
+
+static _Thread_local Rows kept; /* a thread's own */
+
+static long least(long a, long b) { return a < b ? a : b; }
+
+static long parts(long whole, long most) { return (whole + most - 1) / most; }
+
+/* Block `block` of the part of a row; k beyond the last is 0. */
+INLINE void quantise_one(const Quant *q, const Part *p, const float *row, long block, long at,
+                         int zero, int x_bits) {
+    float own[BLOCK];
+    long k = (p->first + block) * BLOCK, count = least(BLOCK, q->linear.k - k);
+    const float *from = row + k;
+    if (q->order || count < BLOCK) {
+        for (long i = 0; i < BLOCK; i++)
+            own[i] = i < count ? row[q->order ? q->order[k + i] : k + i] : 0.0f;
+        from = own;
+    }
+    quantise_block(from, kept.codes + at * x_bits * 4, kept.scales + at, kept.sums + at, x_bits);
+    kept.starts[at] = -zero * kept.sums[at];
+}
+
+/* Rows of x into `kept`, in the order in which tiles want them: [tile][block][row]. */
+INLINE void quantise(const Quant *q, const Part *p, const float *x, long ldx, int bits,
+                     int x_bits) {
+    int zero = bits == 8 ? UNSIGNED_ZERO : q->linear.zeros ? 0 : 8;
+    long tiles = parts(p->num_rows, TILE);
+    for (long t = 0; t < tiles; t++) {
+        long top, end;
+        share_of(p->num_rows, (int)t, (int)tiles, &top, &end);
+        for (long row = top; row < end; row++)
+            for (long block = 0; block < p->num_blocks; block++)
+                quantise_one(q, p, x + row * ldx, block,
+                             top * p->num_blocks + block * (end - top) + row - top, zero, x_bits);
+    }
+}
+
+/* Zeros of vector v's columns, as numbers of 32 bits. */
+INLINE ints load_zeros(const int16_t *from) {
+    int32_t zeros[INTS];
+    for (int i = 0; i < INTS; i++) zeros[i] = from[i];
+    return load_ints(zeros);
+}
+
+INLINE void ask_for(const uint8_t *w, long apart, int panels, int bits) {
+    for (int panel = 0; panel < panels; panel++)
+        for (int line = 0; line < bits; line++)
+            __builtin_prefetch(w + panel * apart + line * 64, 0, 2);
+}
+
+/* out += (sums - zeros * row's sum) * scales of both; `at`: those of the first row, or vector. */
+INLINE void add_block(const Part *p, ints sums[TILE][VECS], long at, long apart, long row,
+                      int rows, floats out[TILE][VECS]) {
+    const Linear *l = p->linear;
+    floats scales[VECS];
+    if (l->zeros)
+        UNROLL for (int v = 0; v < VECS; v++) {
+            ints zero = load_zeros((const int16_t *)l->zeros + at + v * apart);
+            UNROLL for (int r = 0; r < rows; r++)
+                sums[r][v] = less32(sums[r][v], times32(zero, splat(p->rows->sums + row + r)));
+        }
+    UNROLL for (int v = 0; v < VECS; v++)
+        scales[v] = load_halves((const uint16_t *)l->scales + at + v * apart);
+    UNROLL for (int r = 0; r < rows; r++)
+        UNROLL for (int v = 0; v < VECS; v++) {
+            floats scale = scales[v] * p->rows->scales[row + r];
+            out[r][v] = add_product(to_floats(sums[r][v]), scale, out[r][v]);
+        }
+}
+
+/* Adds the products of a place to `out`. */
+INLINE void add_blocks(const Part *p, const Place *a, int rows, int bits, int x_bits,
+                       floats out[TILE][VECS]) {
+    const Linear *l = p->linear;
+    long each = l->group / BLOCK, num_groups = parts(p->all_blocks, each);
+    long block_bytes = BLOCK * COLS * bits / 8, panel_bytes = p->all_blocks * block_bytes;
+    long apart = PANELS > 1 ? panel_bytes : INTS * 4, scales_apart = INTS;
+    if (PANELS > 1) scales_apart = num_groups * COLS;
+    long block = p->first + a->from, group = block / each, left = each - block % each;
+    long row = a->row * p->num_blocks + a->from * rows;
+    const uint8_t *w = (const uint8_t *)l->weight + a->panel * panel_bytes + block * block_bytes;
+    for (long b = a->from; b < a->to; b++, w += block_bytes, row += rows) {
+        ints sums[TILE][VECS];
+        long skip = b < a->skips ? 0 : (PANELS - 1) * panel_bytes;
+        if (b >= a->ahead_from && b < a->ahead_to)
+            ask_for(w + a->ahead + skip, panel_bytes, PANELS, bits);
+        block_sums(w, apart, p->rows->codes + row * x_bits * 4, p->rows->starts + row, rows,
+                   bits, x_bits, sums);
+        add_block(p, sums, (a->panel * num_groups + group) * COLS, scales_apart, row, rows, out);
+        if (--left == 0) group++, left = each;
+    }
+}
+
+/* What `out` holds so far, or the bias before the first block; and its sums back. Columns that lie
+ * in no panel as a whole go by way of `padded`. */
+INLINE void tile(const Part *p, const Place *a, int rows, int bits, int x_bits) {
+    floats sums[TILE][VECS];
+    float padded[TILE][PANELS * COLS] = {{0}};
+    long col = a->panel * COLS, cols = least(VECS * INTS, p->linear->num_cols - col);
+    float *out = p->out + a->row * p->ldo + col;
+    const float *before = out;
+    long ldb = p->ldo;
+    if (p->first + a->from == 0) before = p->linear->bias ? p->linear->bias + col : NULL, ldb = 0;
+    if (cols < VECS * INTS) {
+        for (int r = 0; before && r < rows; r++)
+            memcpy(padded[r], before + r * ldb, (size_t)cols * sizeof *out);
+        before = padded[0], ldb = PANELS * COLS;
+    }
+    UNROLL for (int r = 0; r < rows; r++)
+        UNROLL for (int v = 0; v < VECS; v++)
+            sums[r][v] = before ? load_floats(before + r * ldb + v * INTS) : (floats){0};
+    add_blocks(p, a, rows, bits, x_bits, sums);
+    int is_whole = cols == VECS * INTS;
+    UNROLL for (int r = 0; r < rows; r++)
+        UNROLL for (int v = 0; v < VECS; v++)
+            store_floats(is_whole ? out + r * p->ldo + v * INTS : padded[r] + v * INTS, sums[r][v]);
+    for (int r = 0; !is_whole && r < rows; r++)
+        memcpy(out + r * p->ldo, padded[r], (size_t)cols * sizeof *out);
+}
+
+/* The number of rows as a constant, so that the sums stay in registers. */
+INLINE void sized_tile(const Part *p, const Place *a, int rows, int bits, int x_bits) {
+#define CASE(R)                      \
+    case R:                          \
+        tile(p, a, R, bits, x_bits); \
+        break;
+    switch (rows) {
+        CASE(1) CASE(2) CASE(3) CASE(4)
+#if TILE == 6
+        CASE(5) CASE(6)
+#endif
+    }
+#undef CASE
+}
+
+/* All rows of a part times some panels. */
+INLINE void panels_part(const Part *p, long panel, int bits, int x_bits) {
+    long tiles = parts(p->num_rows, TILE), chunks = tiles > 1 ? parts(p->num_blocks, CHUNK) : 1;
+    long block_bytes = BLOCK * COLS * bits / 8;
+    for (long c = 0; c < chunks; c++) {
+        Place a = {.panel = panel, .from = p->num_blocks * c / chunks,
+                   .to = p->num_blocks * (c + 1) / chunks, .ahead = AHEAD};
+        long count = a.to - a.from;
+        a.skips = tiles > 1 ? a.to : a.to - AHEAD / block_bytes;
+        if (c + 1 < chunks)
+            a.ahead = count * block_bytes;
+        else if (tiles > 1)
+            a.ahead = (PANELS * p->all_blocks - a.from) * block_bytes;
+        for (long t = 0; t < tiles; t++) {
+            a.row = p->num_rows * t / tiles;
+            a.ahead_from = a.from + count * t / tiles;
+            a.ahead_to = a.from + count * (t + 1) / tiles;
+            sized_tile(p, &a, (int)(p->num_rows * (t + 1) / tiles - a.row), bits, x_bits);
+        }
+    }
+}
+
+/* Some panels times some rows. Parts of k are as long as the rows leave room for. */
+INLINE void product(Part p, const float *x, long ldx, long first, long last, int bits,
+                    int x_bits) {
+    long num_parts = parts(p.all_blocks * p.num_rows * BLOCK * (x_bits / 8), ROOM);
+    if (num_parts > 1) num_parts = parts(p.all_blocks, ROOM / BLOCK / (x_bits / 8) / p.num_rows);
+    for (long part = 0; part < num_parts; part++) {
+        p.first = p.all_blocks * part / num_parts;
+        p.num_blocks = p.all_blocks * (part + 1) / num_parts - p.first;
+        quantise((const Quant *)p.linear, &p, x, ldx, bits, x_bits);
+        for (long panel = first; panel < last; panel += PANELS)
+            panels_part(&p, panel, bits, x_bits);
+    }
+}
+
+/* A thread's share: of the columns where rows are few, else of the rows, for which each is made
+ * whole numbers but once. */
+INLINE void multiply_share(const Linear *l, const float *x, long ldx, float *out, long ldo,
+                           long num_rows, int number, int threads, int bits, int x_bits) {
+    long pairs = parts(l->num_cols, 2 * COLS), top = 0, end = num_rows, first = 0, last = pairs;
+    if (num_rows >= threads * OWN_ROWS)
+        share_of(num_rows, number, threads, &top, &end);
+    else
+        share_of(pairs, number, threads, &first, &last);
+    long blocks = first < last ? parts(end - top, MOST_ROWS) : 0;
+    for (long b = 0; b < blocks; b++) {
+        long row = top + (end - top) * b / blocks, next = top + (end - top) * (b + 1) / blocks;
+        Part p = {.linear = l, .rows = &kept, .out = out + row * ldo, .ldo = ldo,
+                  .num_rows = next - row, .all_blocks = parts(l->k, BLOCK)};
+        product(p, x + row * ldx, ldx, 2 * first, least(2 * last, parts(l->num_cols, COLS)), bits,
+                x_bits);
+    }
+}
+
+#define MULTIPLY(bits, x_bits)                                                               \
+    void sage_quant_##bits##_##x_bits(const Linear *l, const float *x, long ldx, float *out, \
+                                      long ldo, long num_rows, int number, int threads) {    \
+        multiply_share(l, x, ldx, out, ldo, num_rows, number, threads, bits, x_bits);        \
+    }
+MULTIPLY(4, 8)
+MULTIPLY(4, 16)
+MULTIPLY(8, 8)
+MULTIPLY(8, 16)

@@ -1,0 +1,123 @@
+/* Activations as whole numbers of 8 or 16 bits: a scale for each block of 32. */
+#ifndef SAGELLM_QUANT_ROWS_H
+#define SAGELLM_QUANT_ROWS_H
+
+#include "quant.h"
+#if INTS == 16
+#include "quant_vnni.h"
+#else
+#include "quant_pairs.h"
+#endif
+
+#define BLOCK 32
+#define LARGEST 32639.0f /* 127 x 256 + 127: two bytes with sign */
+
+/* 32 whole numbers as bytes, or as halves in the order in which they meet the even, then the odd
+ * bytes of a four: a c b d. */
+INLINE void store_block(void *codes, const ivec whole[4], int bits) {
+#ifdef __AVX2__
+    __m256i w[4];
+    memcpy(w, whole, sizeof w);
+    if (bits == 16)
+        for (int i = 0; i < 4; i++) w[i] = _mm256_shuffle_epi32(w[i], _MM_SHUFFLE(3, 1, 2, 0));
+    __m256i left = _mm256_packs_epi32(w[0], w[1]), right = _mm256_packs_epi32(w[2], w[3]);
+    if (bits == 8) {
+        const __m256i turned = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+        left = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(left, right), turned);
+        memcpy(codes, &left, sizeof left);
+    } else {
+        left = _mm256_permute4x64_epi64(left, _MM_SHUFFLE(3, 1, 2, 0));
+        right = _mm256_permute4x64_epi64(right, _MM_SHUFFLE(3, 1, 2, 0));
+        memcpy(codes, &left, sizeof left);
+        memcpy((char *)codes + sizeof left, &right, sizeof right);
+    }
+#else
+    static const int places[] = {0, 2, 1, 3};
+    for (int i = 0; i < BLOCK; i++) {
+        int from = bits == 8 ? i : i / 4 * 4 + places[i % 4];
+        int32_t code = whole[from / LANES][from % LANES];
+        if (bits == 8)
+            ((int8_t *)codes)[i] = (int8_t)code;
+        else
+            ((int16_t *)codes)[i] = (int16_t)code;
+    }
+#endif
+}
+
+INLINE vec larger(vec a, vec b) {
+#ifdef __AVX2__
+    return (vec)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+    return choose(a > b, a, b);
+#endif
+}
+
+/* The largest size, whatever the sign. */
+INLINE float largest(const vec x[4]) {
+    vec most = {0};
+    for (int i = 0; i < 4; i++) most = larger((vec)((ivec)x[i] & 0x7fffffff), most);
+#ifdef __AVX2__
+    __m256 turned = _mm256_permute2f128_ps((__m256)most, (__m256)most, 1);
+    most = larger(most, (vec)turned);
+    most = larger(most, (vec)_mm256_permute_ps((__m256)most, _MM_SHUFFLE(1, 0, 3, 2)));
+    most = larger(most, (vec)_mm256_permute_ps((__m256)most, _MM_SHUFFLE(2, 3, 0, 1)));
+    return most[0];
+#else
+    float found = 0.0f;
+    for (int i = 0; i < LANES; i++) found = most[i] > found ? most[i] : found;
+    return found;
+#endif
+}
+
+INLINE int32_t whole_sum(ivec value) {
+#ifdef __AVX2__
+    __m128i half = _mm_add_epi32(_mm256_castsi256_si128((__m256i)value),
+                                 _mm256_extracti128_si256((__m256i)value, 1));
+    half = _mm_add_epi32(half, _mm_shuffle_epi32(half, _MM_SHUFFLE(1, 0, 3, 2)));
+    half = _mm_add_epi32(half, _mm_shuffle_epi32(half, _MM_SHUFFLE(2, 3, 0, 1)));
+    return _mm_cvtsi128_si32(half);
+#else
+    int32_t sum = 0;
+    for (int lane = 0; lane < LANES; lane++) sum += value[lane];
+    return sum;
+#endif
+}
+
+#if INTS == 16
+/* 32 whole numbers as bytes, or as the upper bytes and then the lower bytes of halves. */
+INLINE void quantise_block(const float *from, char *codes, float *scale, int32_t *sum, int bits) {
+    __m512 x[2] = {_mm512_loadu_ps(from), _mm512_loadu_ps(from + 16)};
+    float most = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(x[0]), _mm512_abs_ps(x[1])));
+    float top = bits == 8 ? 127.0f : LARGEST;
+    float by = most > 1e-30f ? top / most : 0.0f; /* else it could overflow */
+    __m512i whole[2];
+    for (int i = 0; i < 2; i++) {
+        whole[i] = _mm512_cvtps_epi32(_mm512_mul_ps(x[i], _mm512_set1_ps(by)));
+        if (bits == 16) {
+            ints upper = _mm512_srai_epi32(add32(whole[i], _mm512_set1_epi32(128)), 8);
+            _mm_storeu_si128((__m128i *)(codes + i * 16), _mm512_cvtepi32_epi8(upper));
+        }
+        _mm_storeu_si128((__m128i *)(codes + (bits == 16 ? BLOCK : 0) + i * 16),
+                         _mm512_cvtepi32_epi8(whole[i]));
+    }
+    *scale = most / top;
+    *sum = _mm512_reduce_add_epi32(add32(whole[0], whole[1]));
+}
+#else
+INLINE void quantise_block(const float *from, void *codes, float *scale, int32_t *sum, int bits) {
+    vec x[4];
+    ivec whole[4], total = {0};
+    memcpy(x, from, sizeof x);
+    float most = largest(x), top = bits == 8 ? 127.0f : LARGEST;
+    float by = most > 1e-30f ? top / most : 0.0f; /* else it could overflow */
+    for (int i = 0; i < 4; i++) {
+        whole[i] = (ivec)(x[i] * by + 12582912.0f) - 0x4b400000; /* to nearest even */
+        total += whole[i];
+    }
+    store_block(codes, whole, bits);
+    *scale = most / top;
+    *sum = whole_sum(total);
+}
+#endif
+
+#endif

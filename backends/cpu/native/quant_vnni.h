@@ -1,0 +1,55 @@
+/* Sums of one block of 32 by AVX512-VNNI: one instruction for 64 products.
+ *
+ * It multiplies bytes without sign by bytes with sign, and only the latter may be four bytes of
+ * memory for all columns. So weights become numbers without sign: 8-bit codes by 128 more, for
+ * which a sum starts 128 sums of x lower. Halves of x are two bytes with sign: 256 a + b. */
+#ifndef SAGELLM_QUANT_VNNI_H
+#define SAGELLM_QUANT_VNNI_H
+
+#include "quant.h"
+
+#define TILE 6            /* rows side by side: 12 sums of blocks, 12 of floats, and 2 weights */
+#define UNSIGNED_ZERO 128 /* what 8-bit codes are met as, less what they are */
+
+INLINE ints add_fours(ints sums, ints a, ints b) { return _mm512_dpbusd_epi32(sums, a, b); }
+
+/* 64 bytes of codes times four, or in 4 bits eight, bytes of each row. */
+INLINE void add_step(const ints codes[VECS], const char *x, long ldx, int rows, int bits,
+                     ints sums[TILE][VECS]) {
+    const ints low = splat("\x0f\x0f\x0f\x0f"), high = splat("\x80\x80\x80\x80");
+    for (int half = 0; half < (bits == 8 ? 1 : 2); half++) {
+        ints now[VECS];
+        UNROLL for (int v = 0; v < VECS; v++) {
+            if (bits == 8)
+                now[v] = either(codes[v], high);
+            else
+                now[v] = both(half ? RIGHT16(codes[v], 4) : codes[v], low);
+        }
+        UNROLL for (int r = 0; r < rows; r++) {
+            ints four = splat(x + r * ldx + half * 4);
+            UNROLL for (int v = 0; v < VECS; v++) sums[r][v] = add_fours(sums[r][v], now[v], four);
+        }
+    }
+}
+
+/* sums[r][v] = starts[r] + codes times row r of one block. w: codes of vector v are v * apart bytes
+ * from there; x: those of the rows, one behind the other. */
+INLINE void block_sums(const uint8_t *w, long apart, const char *x, const int32_t *starts, int rows,
+                       int bits, int x_bits, ints sums[TILE][VECS]) {
+    ROLLED for (int part = 0; part < x_bits / 8; part++) {
+        UNROLL for (int r = 0; r < rows; r++) {
+            int32_t start = part == x_bits / 8 - 1 ? starts[r] : 0;
+            UNROLL for (int v = 0; v < VECS; v++)
+                sums[r][v] = part ? add32(_mm512_slli_epi32(sums[r][v], 8), splat(&start))
+                                  : splat(&start);
+        }
+        UNROLL for (int step = 0; step < bits; step++) {
+            ints codes[VECS];
+            UNROLL for (int v = 0; v < VECS; v++)
+                codes[v] = load_ints(w + step * COLS * 4 + v * apart);
+            add_step(codes, x + part * 32 + step * 32 / bits, x_bits * 4, rows, bits, sums);
+        }
+    }
+}
+
+#endif

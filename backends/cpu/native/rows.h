@@ -1,0 +1,56 @@
+/* Kernels that go row by row, as shares of a team: every thread calls them with the same arguments,
+ * and none reads what another writes. Rows of a matrix are ld.. floats apart. */
+#ifndef SAGELLM_ROWS_H
+#define SAGELLM_ROWS_H
+
+#include <stdint.h>
+
+/* sum = a + b where b is given (else a is normed); every run of `size` of a row is normed. */
+typedef struct {
+    const float *a, *b, *weight;
+    float *sum, *out;
+    long lda, ldb, lds, ldo, num_rows, width, size;
+    float epsilon;
+} Norm;
+void norm_rows(void *norm, int number, int threads);
+
+typedef enum { ADD, MUL, SILU, SILU_MUL } Pointwise;
+
+/* SILU leaves b alone; out may be a. */
+typedef struct {
+    Pointwise kind;
+    const float *a, *b;
+    float *out;
+    long lda, ldb, ldo, num_rows, width;
+} Elements;
+void pointwise(void *elements, int number, int threads);
+
+/* Keys and values of one layer of the pool: [blocks, kv_heads, block_size, head_dim]. */
+typedef struct {
+    void *keys, *values;
+    long kv_heads, head_dim, block_size;
+    int bfloat;
+} Cache;
+
+/* tables: [positions, 2, head_dim / 2], cosines then sines; of no use where only v is given. q is
+ * rotated into out; k, rotated if there are tables, and v go to their slots. q or k may be NULL. */
+typedef struct {
+    const float *q, *k, *v, *tables;
+    float *out;
+    const int64_t *positions, *slots;
+    Cache cache;
+    long ldq, ldk, ldv, ldo, num_rows, heads;
+} Turn;
+void turn_rows(void *turn, int number, int threads);
+
+/* Rows `chosen` of a table of `width` numbers a row, which are bfloat16 or float. */
+typedef struct {
+    const void *table;
+    const int64_t *chosen;
+    float *out;
+    long ldt, ldo, num_rows, width;
+    int bfloat;
+} Pick;
+void pick_rows(void *pick, int number, int threads);
+
+#endif

@@ -1,0 +1,171 @@
+/* All instructions of a step in one round of the team: threads meet between instructions where one
+ * reads what another wrote, and go back to their caller once, at the end. */
+#include "step.h"
+
+#include <stdlib.h>
+#include <time.h>
+
+#include "rows.h"
+#include "team.h"
+
+typedef struct {
+    const Step *step;
+    Attention *attentions; /* one a kind */
+    Barrier barrier;
+    _Alignas(64) atomic_long next; /* piece of attention */
+} Run;
+
+static float *at(const Step *s, const View *v) {
+    return v->first < 0 ? s->logits : s->arena + v->first * s->capacity + v->column;
+}
+
+static Cache cache_of(const Step *s, long layer) {
+    char *keys = s->pool + layer * s->layer_bytes;
+    return (Cache){keys, keys + s->side_bytes, s->kv_heads, s->head_dim, s->batch.block_size,
+                   s->batch.bfloat};
+}
+
+static long rows_of(const Step *s, const Instruction *i) {
+    return i->chosen ? s->num_logit_rows : s->num_rows;
+}
+
+static void run_pick(const Step *s, const Instruction *i, int number, int threads) {
+    Pick embed = {i->weight, s->token_ids, at(s, i->out), i->width, i->out[0].width,
+                  s->num_rows, i->width, i->bfloat};
+    Pick select = {at(s, i->in), s->logit_rows, at(s, i->out), i->in[0].width, i->out[0].width,
+                   s->num_logit_rows, i->width, 0};
+    pick_rows(i->op == EMBEDDING ? &embed : &select, number, threads);
+}
+
+static void run_norm(const Step *s, const Instruction *i, int number, int threads) {
+    int adds = i->op == ADD_RMS_NORM;
+    const View *out = i->out + adds, *sum = i->out;
+    Norm job = {at(s, i->in), adds ? at(s, i->in + 1) : NULL, i->weight, at(s, sum), at(s, out),
+                i->in[0].width, i->in[1].width, sum->width, out->width, rows_of(s, i), i->width,
+                i->size, i->epsilon};
+    norm_rows(&job, number, threads);
+}
+
+static void run_linear(const Step *s, const Instruction *i, int number, int threads) {
+    const Linear *linear = i->weight;
+    linear->run(linear, at(s, i->in), i->in[0].width, at(s, i->out), i->out[0].width,
+                rows_of(s, i), number, threads);
+}
+
+static void run_turn(const Step *s, const Instruction *i, int number, int threads) {
+    const View *q = i->in, *k = i->op == KV_WRITE ? i->in : i->in + 1, *v = k + 1;
+    Turn job = {.tables = i->op == KV_WRITE ? NULL : s->tables[i->table],
+                .positions = s->positions, .slots = s->slots, .num_rows = s->num_rows,
+                .cache = cache_of(s, i->layer)};
+    if (i->op != KV_WRITE) {
+        job.q = at(s, q), job.ldq = q->width;
+        job.out = at(s, i->out), job.ldo = i->out[0].width;
+        job.heads = i->width / i->size;
+        job.cache.head_dim = i->size;
+    }
+    if (i->op != ROPE) {
+        job.k = at(s, k), job.ldk = k->width;
+        job.v = at(s, v), job.ldv = v->width;
+    }
+    turn_rows(&job, number, threads);
+}
+
+static void run_pointwise(const Step *s, const Instruction *i, int number, int threads) {
+    const View *b = i->op == OP_SILU ? i->in : i->in + 1;
+    Elements job = {(Pointwise)(i->op - OP_ADD), at(s, i->in), at(s, b), at(s, i->out),
+                    i->in[0].width, b->width, i->out[0].width, rows_of(s, i), i->width};
+    pointwise(&job, number, threads);
+}
+
+static void run_attention(Run *run, const Instruction *i, long *base, int number, int threads) {
+    const Step *s = run->step;
+    Cache cache = cache_of(s, i->layer);
+    Layer layer = {at(s, i->in), cache.keys, cache.values, at(s, i->out), i->in[0].width,
+                   i->out[0].width};
+    attention_share(run->attentions + i->table, &layer, &run->next, *base, number);
+    *base += attention_tickets(run->attentions + i->table, threads);
+}
+
+static int64_t now_ns(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return now.tv_sec * 1000000000L + now.tv_nsec;
+}
+
+static void run_share(void *job, int number, int threads) {
+    Run *run = job;
+    const Step *s = run->step;
+    long base = 0;
+    for (long n = 0; n < s->num_instructions; n++) {
+        const Instruction *i = s->instructions + n;
+        if (i->waits || s->times) barrier_wait(&run->barrier, threads);
+        if (s->times && !number) s->times[n] = now_ns();
+        switch ((Op)i->op) {
+            case EMBEDDING:
+            case SELECT_ROWS: run_pick(s, i, number, threads); break;
+            case RMS_NORM:
+            case ADD_RMS_NORM: run_norm(s, i, number, threads); break;
+            case LINEAR: run_linear(s, i, number, threads); break;
+            case ROPE:
+            case KV_WRITE:
+            case ROPE_KV_WRITE: run_turn(s, i, number, threads); break;
+            case PAGED_ATTENTION: run_attention(run, i, &base, number, threads); break;
+            case OP_ADD:
+            case OP_MUL:
+            case OP_SILU:
+            case OP_SILU_MUL: run_pointwise(s, i, number, threads); break;
+        }
+    }
+}
+
+/* Plans every kind of attention, in memory that the step keeps. Returns NULL where there is none. */
+static Attention *planned(Step *s, int threads) {
+    long head = (s->num_heads * (long)sizeof(Attention) + 64) / 64 * 64, bytes = head;
+    Attention plan;
+    for (long kind = 0; kind < s->num_heads; kind++)
+        bytes += (attention_plan(&plan, s->heads + kind, &s->batch, threads) + 63) / 64 * 64;
+    if (bytes > s->memory_bytes) {
+        free(s->memory);
+        s->memory = aligned_alloc(64, (size_t)bytes);
+        s->memory_bytes = s->memory ? bytes : 0;
+        if (!s->memory) return NULL;
+    }
+    Attention *plans = (Attention *)s->memory;
+    char *memory = s->memory + head;
+    for (long kind = 0; kind < s->num_heads; kind++) {
+        long size = attention_plan(plans + kind, s->heads + kind, &s->batch, threads);
+        attention_place(plans + kind, memory);
+        memory += (size + 63) / 64 * 64;
+    }
+    return plans;
+}
+
+static int are_tokens(const Step *s) {
+    for (long n = 0; n < s->num_instructions; n++)
+        if (s->instructions[n].op == EMBEDDING)
+            for (long row = 0; row < s->num_rows; row++)
+                if (s->token_ids[row] < 0 || s->token_ids[row] >= s->instructions[n].size) return 0;
+    return 1;
+}
+
+int sage_step_run(Step *step, int threads) {
+    if (!are_tokens(step)) return NO_SUCH_TOKEN;
+    Run run = {.step = step, .attentions = planned(step, threads)};
+    if (!run.attentions) return NO_MEMORY;
+    team_run(run_share, &run, threads);
+    if (step->times) step->times[step->num_instructions] = now_ns();
+    return DONE;
+}
+
+void sage_step_close(Step *step) {
+    free(step->memory);
+    step->memory = NULL;
+    step->memory_bytes = 0;
+}
+
+/* Bytes of what Python fills in: it sees that both mean the same. */
+void sage_sizes(long *sizes) {
+    long found[] = {sizeof(Step), sizeof(Instruction), sizeof(Linear),
+                    sizeof(Heads), sizeof(Batch), sizeof(Layer)};
+    for (int i = 0; i < 6; i++) sizes[i] = found[i];
+}

@@ -1,0 +1,1 @@
+"""Quantised weights on the CPU: making them, and multiplying by them."""

@@ -1,0 +1,213 @@
+"""A bound plan as instructions of the native step: matrices in an arena, waits between threads."""
+
+import ctypes
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from sagellm.backends.cpu.buffers import LOGITS, Buffers, Place
+from sagellm.backends.cpu.native import structs
+from sagellm.backends.cpu.native_kernel import NativeKernel
+from sagellm.backends.plan import Instruction, Plan
+from sagellm.graphs.kernels import KERNELS, KV
+from sagellm.graphs.kernels.attention import PagedAttention, Rope
+
+_LINEAR = "linear"
+_OPS = (  # in the order of step.h
+    *("embedding", "select_rows", "rms_norm", "add_rms_norm", _LINEAR, "rope", "kv_write"),
+    *("rope_kv_write", "paged_attention", "add", "mul", "silu", "silu_mul"),
+)
+_SAME = {"qkv_linear": _LINEAR, "gate_up_linear": _LINEAR}
+_IN_PLACE = (
+    "add",
+    "mul",
+    "silu",
+    "silu_mul",
+    "add_rms_norm",
+)  # the first result over the first inlet
+_STEP_PORTS = {
+    ("embedding", "in"): "token_ids",
+    ("select_rows", "rows"): "logit_rows",
+    **{
+        (op, name): name
+        for op in ("rope", "kv_write", "rope_kv_write", "paged_attention")
+        for name in ("positions", "slots", "query_starts", "context_lens", "block_tables", KV)
+    },
+}
+_EVERY_ROW = ("rope", "kv_write", "rope_kv_write", "paged_attention")
+
+
+class UntranslatableError(Exception):
+    """A plan that only the interpreter on tensors can run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Translation:
+    """`instructions` point to `kernels`' weights; the arena takes `num_floats` a row."""
+
+    instructions: "ctypes.Array[structs.Instruction]"
+    kernels: tuple[NativeKernel, ...]
+    ropes: tuple[Rope, ...]
+    attentions: tuple[structs.Heads, ...]
+    names: tuple[str, ...]
+    num_floats: int
+    num_logits: int
+    is_chosen: bool  # logits are those of chosen rows
+
+
+@dataclass(frozen=True, slots=True)
+class _Value:
+    """A matrix of floats; `chosen` has a row for each row of logits."""
+
+    place: Place
+    chosen: bool
+
+
+def translate(plan: Plan, kernels: Sequence[object]) -> Translation:
+    """Raises UntranslatableError where a kernel has one form only, or wires are unusual."""
+    native = tuple(kernel for kernel in kernels if isinstance(kernel, NativeKernel))
+    if len(native) < len(kernels):
+        raise UntranslatableError("a kernel is not the C library's")
+    translator = _Translator(plan)
+    for step, kernel in zip(plan.instructions, native, strict=True):
+        translator.add(step, kernel)
+    return translator.translation(native)
+
+
+class _Translator:
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._buffers = Buffers()
+        self._values: dict[int, _Value] = {}
+        self._steps: list[tuple[NativeKernel, str, list[_Value], list[_Value]]] = []
+        self._ropes: dict[Rope, int] = {}
+        self._attentions: dict[PagedAttention, int] = {}
+
+    def add(self, step: Instruction, kernel: NativeKernel) -> None:
+        op = _SAME.get(step.node.op, step.node.op)
+        if op not in _OPS:
+            raise UntranslatableError(f"{op} is no instruction")
+        registers = list(self._activations(step))
+        inlets = [self._value(index) for index in registers]
+        if op in _EVERY_ROW and any(value.chosen for value in inlets):
+            raise UntranslatableError(f"{step.node.name} reads rows of logits")
+        outlets = self._outlets(step, kernel, op, registers, inlets)
+        for index in step.dead:
+            if index in self._values:
+                self._buffers.drop(self._values.pop(index).place)
+        self._values.update(zip(step.outputs, outlets, strict=True))
+        self._steps.append((kernel, op, inlets, outlets))
+
+    def _activations(self, step: Instruction) -> Iterable[int]:
+        """Registers of the inlets that hold matrices; the others must be what C takes them for."""
+        ports = KERNELS[step.node.op].spec.inlets
+        for port, index in zip(ports, step.inputs, strict=True):
+            expected = _STEP_PORTS.get((step.node.op, port.name))
+            if expected is None:
+                yield index
+            elif index != self._plan.step_inputs[expected]:
+                raise UntranslatableError(f"{step.node.name}.{port.name} is not {expected}")
+
+    def _value(self, register: int) -> _Value:
+        if register not in self._values:
+            raise UntranslatableError("a kernel reads an input of the step in another way")
+        return self._values[register]
+
+    def _outlets(
+        self,
+        step: Instruction,
+        kernel: NativeKernel,
+        op: str,
+        registers: Sequence[int],
+        inlets: Sequence[_Value],
+    ) -> list[_Value]:
+        chosen = op == "select_rows" or any(value.chosen for value in inlets)
+        widths = kernel.widths or tuple(inlets[0].place.width for _ in step.outputs)
+        if step is self._plan.instructions[-1]:
+            if step.outputs != (self._plan.logits,):
+                raise UntranslatableError("logits are not the last result")
+            return [_Value(Place(LOGITS, 0, widths[0]), chosen)]
+        if op == _LINEAR:
+            return [_Value(place, chosen) for place in self._buffers.take(widths)]
+        places = [] if op == "kv_write" else [*self._over(step, op, registers)]
+        for width in widths[len(places) : len(step.outputs)]:
+            places += self._buffers.take([width])
+        return [_Value(place, chosen) for place in places]
+
+    def _over(self, step: Instruction, op: str, registers: Sequence[int]) -> Iterable[Place]:
+        """The first inlet, where nothing else reads it: its place goes to the first result."""
+        first = registers[0] if registers else -1
+        if op in _IN_PLACE and first in step.dead and registers.count(first) == 1:
+            yield self._values.pop(first).place
+
+    def translation(self, kernels: tuple[NativeKernel, ...]) -> Translation:
+        firsts = self._buffers.firsts()
+        made = (structs.Instruction * len(self._steps))()
+        touched = _Touched()
+        for target, (kernel, op, inlets, outlets) in zip(made, self._steps, strict=True):
+            for name, value in kernel.fields.items():
+                setattr(target, name, value)
+            target.op = _OPS.index(op)
+            target.chosen = any(value.chosen for value in outlets)
+            target.width = (outlets or inlets)[0].place.width
+            target.table = self._table(kernel)
+            for views, values in ((target.inlets, inlets), (target.outlets, outlets)):
+                for view, held in zip(views, values, strict=False):
+                    self._locate(view, held.place, firsts)
+            target.waits = touched.must_wait(op, inlets, outlets)
+        (logits,) = self._steps[-1][3]
+        kinds = tuple(map(_heads, self._attentions))
+        ropes = tuple(self._ropes)
+        names = tuple(step.node.name for step in self._plan.instructions)
+        sizes = (firsts[-1], logits.place.width, logits.chosen)
+        return Translation(made, kernels, ropes, kinds, names, *sizes)
+
+    def _table(self, kernel: NativeKernel) -> int:
+        if kernel.rope:
+            return self._ropes.setdefault(kernel.rope, len(self._ropes))
+        if kernel.attention:
+            return self._attentions.setdefault(_kind(kernel.attention), len(self._attentions))
+        return 0
+
+    def _locate(self, view: structs.View, place: Place, firsts: Sequence[int]) -> None:
+        if place.buffer == LOGITS:
+            view.first, view.column, view.width = -1, 0, place.width
+            return
+        view.first, view.column = firsts[place.buffer], place.column
+        view.width = self._buffers.stride(place.buffer)
+
+
+class _Touched:
+    """Which buffers were read and written since all threads last met."""
+
+    def __init__(self) -> None:
+        self._read: set[int] = set()
+        self._written: set[int] = set()
+
+    def must_wait(self, op: str, inlets: Sequence[_Value], outlets: Sequence[_Value]) -> bool:
+        """Whether this kernel touches what another wrote, or writes what another reads."""
+        read = {value.place.buffer for value in inlets}
+        written = {value.place.buffer for value in outlets}
+        clash = self._written & (read | written) or self._read & written
+        waits = bool(clash) or op == "paged_attention"  # reads the pool; its pieces are counted on
+        if waits:
+            self._read, self._written = set(), set()
+        self._read |= read
+        self._written |= written
+        return waits
+
+
+def _kind(options: PagedAttention) -> PagedAttention:
+    """The same for all layers that attend alike."""
+    return PagedAttention(
+        0,
+        options.num_heads,
+        options.num_kv_heads,
+        options.head_dim,
+        options.scale,
+        options.window,
+    )
+
+
+def _heads(options: PagedAttention) -> structs.Heads:
+    sizes = (options.num_heads, options.num_kv_heads, options.head_dim)
+    return structs.Heads(*sizes, options.window or 0, options.scale)

@@ -1,0 +1,133 @@
+"""One run of one server: started, warmed up, loaded by a client, stopped; what its CPU did."""
+
+import json
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from socket import create_server
+from statistics import median
+from typing import Any
+from urllib.error import URLError
+
+import psutil
+
+CHUNKS = 64
+START_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """One kind of request: `stream` events of an answer, or one short answer as a whole."""
+
+    name: str
+    stream: bool
+    temperature: float = 1.0
+
+    @property
+    def body(self) -> str:
+        asked: dict[str, Any] = {"model": "null", "prompt": [1, 2, 3], "ignore_eos": True}
+        asked |= {"max_tokens": CHUNKS if self.stream else 1, "stream": self.stream}
+        return json.dumps({**asked, "temperature": self.temperature})
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """One run: CPU of the server's process over what it answered, and what its clients saw."""
+
+    cpu_us_per_request: float
+    cpu_us_per_event: float | None
+    requests_per_s: float
+    events_per_s: float | None
+    p50_ms: float
+    p99_ms: float
+
+    @property
+    def rate(self) -> float:
+        """Events a second, of streams; else answers."""
+        return self.events_per_s or self.requests_per_s
+
+
+def run_once(
+    command: Callable[[int], Sequence[str]],
+    load: Load,
+    connections: int,
+    seconds: float,
+    ready: str = "/ready",
+) -> Figures:
+    """Start the server that `command` names for a port, warm it up, load it, stop it."""
+    with served(command, ready) as (process, port):
+        _load(port, connections, 1.0, load)
+        before = _cpu_s(process)
+        seen = _load(port, connections, seconds, load)
+        cpu_us = 1e6 * (_cpu_s(process) - before)
+    if seen["failed"]:
+        raise RuntimeError(f"{seen['failed']} requests failed")
+    events = seen["events"] if load.stream else 0
+    return Figures(
+        cpu_us_per_request=cpu_us / seen["requests"],
+        cpu_us_per_event=cpu_us / events if events else None,
+        requests_per_s=seen["requests"] / seen["seconds"],
+        events_per_s=events / seen["seconds"] if events else None,
+        p50_ms=seen["p50_ms"],
+        p99_ms=seen["p99_ms"],
+    )
+
+
+@contextmanager
+def served(
+    command: Callable[[int], Sequence[str]], ready: str = "/ready"
+) -> Iterator[tuple[psutil.Process, int]]:
+    """A server in a process of its own, until the block ends."""
+    port = _free_port()
+    process = subprocess.Popen(command(port))
+    try:
+        _wait_until_ready(f"http://127.0.0.1:{port}{ready}", process)
+        yield psutil.Process(process.pid), port
+    finally:
+        process.terminate()
+        try:
+            process.wait(10.0)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def _load(port: int, connections: int, seconds: float, load: Load) -> dict[str, Any]:
+    arguments = [str(port), str(connections), str(seconds), load.body]
+    command = [sys.executable, "-m", "benchmarks.gateway.load", *arguments]
+    told = subprocess.check_output(command, timeout=seconds + START_S)
+    seen: dict[str, Any] = json.loads(told)
+    return seen
+
+
+def _cpu_s(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return float(times.user + times.system)
+
+
+def _free_port() -> int:
+    with create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
+def _wait_until_ready(url: str, process: "subprocess.Popen[bytes]") -> None:
+    until = time.monotonic() + START_S
+    while time.monotonic() < until and process.poll() is None:
+        try:
+            with urllib.request.urlopen(url, timeout=1):
+                return
+        except (URLError, OSError):
+            time.sleep(0.05)
+    raise RuntimeError(f"no server answered at {url}")
+
+
+def median_of(found: Sequence[Figures]) -> dict[str, Any]:
+    """Of each figure."""
+    runs = [asdict(figures) for figures in found]
+    return {
+        name: None if runs[0][name] is None else round(median(run[name] for run in runs), 2)
+        for name in runs[0]
+    }

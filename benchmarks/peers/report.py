@@ -1,0 +1,132 @@
+"""The figures of the peers as a record to keep, and as a table to read."""
+
+from collections.abc import Iterable, Mapping
+from statistics import median
+from typing import Any
+
+from benchmarks.cells import Cell
+from benchmarks.peers.engines import OURS
+from benchmarks.peers.rounds import Found
+from benchmarks.peers.timing import LOWER_IS_BETTER, UNITS, ratio
+
+
+def cell_record(
+    cell: Cell, model: str, row: str, found: Found, failed: Mapping[str, str], limit: float | None
+) -> dict[str, Any]:
+    """One cell: medians, ratios (above 1 we are better; None without a figure), what is missing."""
+    medians = {
+        name: rounded(median(one.value for one in figures))
+        for name, figures in found.figures.items()
+    }
+    ours = medians.pop(OURS, None)
+    best = best_of(cell.kind, medians)
+    return {
+        "cell": cell.name,
+        "model": model,
+        "row": row,
+        "unit": UNITS[cell.kind],
+        "better": "lower" if cell.kind in LOWER_IS_BETTER else "higher",
+        "ours": ours,
+        "peers": medians,
+        "best_peer": best,
+        "ratio_to_best_peer": _ratio(cell.kind, ours, medians.get(best or "")),
+        "limit": None if limit is None else rounded(limit),
+        "ratio_to_limit": _ratio(cell.kind, ours, limit),
+        "rounds": {
+            name: [rounded(one.value) for one in figures] for name, figures in found.figures.items()
+        },
+        "extrapolated_from_tokens": _cut(found),
+        "missing": dict(failed),
+        "bandwidth_gb_per_s": [round(one / 1e9, 1) for one in found.bandwidths],
+        "moved_rounds": [number + 1 for number in found.moved],
+    }
+
+
+def best_of(kind: str, medians: Mapping[str, float]) -> str | None:
+    """The peer with the best figure."""
+    choose = min if kind in LOWER_IS_BETTER else max
+    return choose(medians, key=lambda name: medians[name], default=None)
+
+
+def rounded(value: float) -> float:
+    """Four digits: more is noise."""
+    return float(f"{value:.4g}")
+
+
+def _ratio(kind: str, ours: float | None, other: float | None) -> float | None:
+    return round(ratio(kind, ours, other), 3) if ours and other else None
+
+
+def _cut(found: Found) -> dict[str, int]:
+    """By engine: of the rounds that were cut short, the fewest tokens a sequence."""
+    cuts = {
+        name: [one.extrapolated_from for one in figures if one.extrapolated_from is not None]
+        for name, figures in found.figures.items()
+    }
+    return {name: min(of_one) for name, of_one in cuts.items() if of_one}
+
+
+def table(record: Mapping[str, Any]) -> str:
+    """The record as Markdown: a table a model, and why figures are missing."""
+    machine, peers = record["machine"], record["peers"]
+    lines = [
+        f"# Peers on {machine['cpu']}",
+        "",
+        f"{record['date']}, `{record['command']}`: {machine['cores']} cores, "
+        f"{machine['threads']} threads, {machine['capability']}. Random weights, greedy, fixed "
+        "lengths; medians of interleaved rounds. Ratios above 1: sagellm is better. Only ratios "
+        "within one run mean anything. Bold: the best peer. OpenVINO's row bf16 has weights in "
+        "fp16 and its own choice of what it computes and caches in: compare the logit errors.",
+    ]
+    for model in dict.fromkeys(cell["model"] for cell in record["cells"]):
+        cells = [cell for cell in record["cells"] if cell["model"] == model]
+        lines += ["", f"## {model}", "", *_rows(cells, peers)]
+    lines += _notes(record["cells"])
+    return "\n".join(lines) + "\n"
+
+
+def _rows(cells: Iterable[dict[str, Any]], peers: Iterable[str]) -> list[str]:
+    heads = ["row", "cell", "unit", OURS, *peers, "ratio to best peer", "limit", "share of limit"]
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    for cell in cells:
+        shown = [_shown(cell, name) for name in (OURS, *peers)]
+        ratios = [_number(cell[name]) for name in ("ratio_to_best_peer", "limit", "ratio_to_limit")]
+        named = cell["cell"] + (" (moved)" if cell["moved_rounds"] else "")
+        lines.append(f"| {' | '.join([cell['row'], named, cell['unit'], *shown, *ratios])} |")
+    return lines
+
+
+def _shown(cell: dict[str, Any], name: str) -> str:
+    if name in cell["missing"]:
+        built = "not built" if "NotBuilt" in cell["missing"][name] else "-"
+        return built
+    value = cell["ours"] if name == OURS else cell["peers"].get(name)
+    if value is None:
+        return ""
+    mark = "\\*" if name in cell["extrapolated_from_tokens"] else ""
+    return f"**{value:g}**{mark}" if name == cell["best_peer"] else f"{value:g}{mark}"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:g}"
+
+
+def _notes(cells: Iterable[dict[str, Any]]) -> list[str]:
+    """What the marks mean, and each reason once."""
+    cells = list(cells)
+    lines = []
+    if any(cell["extrapolated_from_tokens"] for cell in cells):
+        lines += ["", "\\* cut short, and extrapolated from the tokens that were measured."]
+    if any(cell["moved_rounds"] for cell in cells):
+        lines += ["", "(moved): the machine's bandwidth moved by more than 10 % in a round, twice."]
+    reasons = {
+        f"- {name}, {cell['model']} {cell['row']}: {why}"
+        for cell in cells
+        for name, why in cell["missing"].items()
+    }
+    reasons |= {
+        f"- {cell['model']} {cell['cell']}: {cell['left_out']}"
+        for cell in cells
+        if "left_out" in cell
+    }
+    return [*lines, "", "Missing:", "", *sorted(reasons)] if reasons else lines

@@ -1,0 +1,105 @@
+"""How a folder's weights are stored in few bits: `quantization_config` of config.json."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sagellm.graphs.models.unsupported import UnsupportedModel
+from sagellm.graphs.vocabulary import nearest
+
+_FIELD = "quantization_config"
+_METHODS = ("gptq", "awq")
+_FORMATS = {"gptq": ("gptq", "gptq_v2"), "awq": ("gemm",)}
+_BITS = {"gptq": (4, 8), "awq": (4,)}
+_BLOCK = 32  # codes along k that kernels take at a time
+
+
+@dataclass(frozen=True, slots=True)
+class StoredQuantisation:
+    """`group_size` None: one group a row. `zero_offset`: what zeros are stored less by.
+
+    `reorders`: the groups may be of rows out of order, and the folder says which they are.
+    """
+
+    method: str
+    bits: int
+    group_size: int | None
+    zero_offset: int = 0
+    reorders: bool = False
+
+    @property
+    def weight_bits(self) -> float:
+        """Bits a weight, scale (float16) and zero included."""
+        return self.bits + (32 / self.group_size if self.group_size else 0.0)
+
+
+def stored_quantisation(config: Mapping[str, object]) -> StoredQuantisation | None:
+    """None for weights in floats. Raises UnsupportedModel for what is not built."""
+    table = config.get(_FIELD)
+    if table is None:
+        return None
+    if not isinstance(table, Mapping):
+        raise _unsupported(f"{table!r} is not a table", "give the weights in bfloat16 or float32")
+    method = _method(table)
+    form = _format(table, method)
+    _refuse_variants(table)
+    offset = 1 if form == "gptq" else 0
+    group = _group_size(table)
+    return StoredQuantisation(method, _bits(table, method), group, offset, _reorders(table))
+
+
+def _method(table: Mapping[Any, Any]) -> str:
+    method = str(table.get("quant_method")).lower()
+    if method not in _METHODS:
+        close = nearest(method, _METHODS)
+        fix = f"did you mean {close}?" if close else "gptq and awq are built"
+        raise _unsupported(f"quant_method {method!r} is not built", fix)
+    return method
+
+
+def _format(table: Mapping[Any, Any], method: str) -> str:
+    """GPTQ: `checkpoint_format`, in older folders nothing, or a flag. AWQ: `version`."""
+    names = ("checkpoint_format", "format") if method == "gptq" else ("version", "format")
+    given = next((table[name] for name in names if table.get(name) is not None), None)
+    form = str(given or _FORMATS[method][0]).lower()
+    if table.get("is_marlin_format"):
+        form = "marlin"
+    if form not in _FORMATS[method]:
+        fix = f"convert the weights to {' or '.join(_FORMATS[method])}"
+        raise _unsupported(f"{method} in the format {form!r} is not built", fix)
+    return form
+
+
+def _bits(table: Mapping[Any, Any], method: str) -> int:
+    bits = table.get("bits", table.get("w_bit"))
+    if type(bits) is not int or bits not in _BITS[method]:
+        known = " and ".join(map(str, _BITS[method]))
+        raise _unsupported(f"{method} of {bits!r} bits is not built", f"{known} bits are")
+    return bits
+
+
+def _group_size(table: Mapping[Any, Any]) -> int | None:
+    size = table.get("group_size", table.get("q_group_size"))
+    if size in (-1, None):
+        return None
+    if type(size) is not int or size <= 0 or size % _BLOCK:
+        raise _unsupported(f"group_size {size!r} is not built", "give a multiple of 32, or -1")
+    return size
+
+
+def _reorders(table: Mapping[Any, Any]) -> bool:
+    return bool(table.get("desc_act"))
+
+
+def _refuse_variants(table: Mapping[Any, Any]) -> None:
+    """What would be read wrong: settings that differ by layer, and words of another width."""
+    if table.get("dynamic"):
+        raise _unsupported("settings by layer (dynamic) are not built", "quantise all alike")
+    if str(table.get("pack_dtype") or "int32") != "int32":
+        raise _unsupported(f"pack_dtype {table['pack_dtype']!r} is not built", "pack in int32")
+    if table.get("zero_point") is False:
+        raise _unsupported("awq without zero points is not built", "set zero_point: true")
+
+
+def _unsupported(cause: str, fix: str) -> UnsupportedModel:
+    return UnsupportedModel(cause, field=_FIELD, fix=fix)

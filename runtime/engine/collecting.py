@@ -1,0 +1,178 @@
+"""What becomes of sequences: the outcome of a step, and every way to end."""
+
+import msgspec
+import trio
+
+from sagellm.runtime.engine.batch import Batch
+from sagellm.runtime.engine.port import PrefillDone
+from sagellm.runtime.engine.runner import Drawn
+from sagellm.runtime.engine.scheduler import Scheduler
+from sagellm.runtime.engine.sequence import Sequence
+from sagellm.runtime.engine.speculation.speculation import Speculation
+from sagellm.runtime.engine.speculation.verifying import verified
+from sagellm.runtime.kv.exchange import Exchange
+from sagellm.runtime.kv.lease import Fence, Lease, LeaseEvent
+from sagellm.runtime.messages import FinishReason, LeaseRef
+
+_BROKEN = "its logits are not finite; the weights or their dtype are wrong"
+_LEASE_EVENT: dict[FinishReason, LeaseEvent] = {
+    "stop": "finish",
+    "length": "finish",
+    "cancelled": "cancel",
+    "expired": "expire",
+    "refused": "refuse",
+    "failed": "crash",
+}
+
+
+class Collector:
+    """Keeps the sequences of an engine until they end.
+
+    `launched` is the batch that computes now, None between two steps: what it writes stays leased
+    until it is collected, also where its sequence has ended before.
+    """
+
+    def __init__(
+        self, scheduler: Scheduler, exchange: Exchange, speculation: Speculation | None
+    ) -> None:
+        self.sequences: dict[Fence, Sequence] = {}
+        self.launched: Batch | None = None
+        self._scheduler = scheduler
+        self._exchange = exchange
+        self._speculation = speculation
+        self._left: list[tuple[Lease, LeaseEvent]] = []  # by sequences that ended before their step
+
+    def collect(self, batch: Batch, drawn: Drawn | Exception) -> None:
+        """Take a step's outcome into the sequences, and end those that are over.
+
+        What it drew for sequences that ended before it did, and hold no lease any more, is thrown
+        away.
+        """
+        left, self._left = self._left, []
+        for lease, event in left:
+            self._scheduler.pool.advance(lease, event)
+        if isinstance(drawn, Exception):
+            self._fail(batch, drawn)
+            return
+        self._advance(batch, drawn)
+        for scoring, found in zip(batch.scoring, drawn.prompt_logprobs, strict=True):
+            scoring.sequence.take_scores(scoring.positions, found)
+        self._accept_all(batch, drawn, trio.current_time())
+        for sequence in batch.sequences:
+            if sequence.end is not None and sequence.lease is not None:
+                self.end(sequence, sequence.end, _BROKEN)
+
+    def interrupt(self, sequence: Sequence, reason: FinishReason) -> bool:
+        """End a sequence now, or after the launched step, which still writes its blocks; whether
+        it is over.
+        """
+        if self._is_written(sequence):
+            sequence.end = sequence.end or reason
+            return False
+        self.end(sequence, reason)
+        return True
+
+    def end(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> None:
+        """The last event of a sequence that drew no last token."""
+        self._forget(sequence, _LEASE_EVENT[reason])
+        now = trio.current_time()
+        sequence.stamps = msgspec.structs.replace(sequence.stamps, finished_s=now)
+        sequence.mailbox.post(
+            sequence.event(
+                position=sequence.num_output,
+                finish_reason=reason,
+                error=error if reason == "failed" else None,
+            )
+        )
+        sequence.mailbox.flush()
+
+    def clear(self) -> None:
+        """Forget all without an event; the pool ends the leases."""
+        self.sequences.clear()
+        self._left.clear()
+
+    def _fail(self, batch: Batch, cause: Exception) -> None:
+        error = f"the engine failed while it computed this sequence ({type(cause).__name__})"
+        for sequence in batch.sequences:
+            if sequence.lease is not None:
+                self.end(sequence, sequence.end or "failed", error)
+
+    def _advance(self, batch: Batch, drawn: Drawn) -> None:
+        """Count what is computed now, and let others find it."""
+        rows = batch.rows if drawn.broken else []
+        broken = {rows[row].fence for row in drawn.broken}
+        for sequence, query_len in zip(batch.sequences, batch.query_lens, strict=True):
+            if sequence.lease is None:
+                continue
+            sequence.num_computed += query_len - len(batch.drafts.get(sequence, ()))
+            if sequence.fence not in broken:
+                self._publish(sequence)
+
+    def _publish(self, sequence: Sequence) -> None:
+        """Blocks that the next step reads already are not exchanged for others that hold the same:
+        that waits for the end of a step that nothing computes behind.
+        """
+        is_still = not self._is_written(sequence)
+        if not self._scheduler.reuse.publish(sequence, may_swap=is_still):
+            self._scheduler.is_due = True
+
+    def _accept_all(self, batch: Batch, drawn: Drawn, now: float) -> None:
+        for sequence, rows, is_broken in verified(batch, drawn):
+            if sequence.end is not None or sequence.lease is None:
+                continue
+            if sequence in batch.drafts and self._speculation is not None:
+                self._speculation.learn(
+                    sequence, len(batch.drafts[sequence]), max(0, len(rows) - 1)
+                )
+            if rows:
+                self._accept(sequence, drawn, rows, now)
+            if is_broken and sequence.lease is not None:
+                sequence.end = "failed"
+
+    def _accept(self, sequence: Sequence, drawn: Drawn, rows: range, now: float) -> None:
+        """Append drawn tokens: post them, hold the prompt for an export, or end the sequence."""
+        position = sequence.num_output
+        token_ids = drawn.token_ids[rows.start : rows.stop]
+        num_taken, text, reason, stop_reason = sequence.take(token_ids)
+        sequence.mark_prefilled(now)
+        if reason is not None:
+            sequence.stamps = msgspec.structs.replace(sequence.stamps, finished_s=now)
+        event = sequence.event(
+            position=position,
+            token_ids=tuple(token_ids[:num_taken]),
+            text=text,
+            logprobs=drawn.logprobs_of(rows[:num_taken]),
+            prompt_logprobs=sequence.give_scores(),
+            finish_reason=reason,
+            stop_reason=stop_reason,
+        )
+        if reason is not None:
+            self._forget(sequence, "finish")
+        if sequence.state.hold_kv:
+            lease = None if reason is not None else self._hold(sequence)
+            sequence.mailbox.post(PrefillDone(first=event, lease=lease))
+        else:
+            sequence.mailbox.post(event)
+
+    def _hold(self, sequence: Sequence) -> LeaseRef:
+        """Keep the blocks of a prompt after its sequence has left, until export or cancel."""
+        lease = sequence.lease
+        assert lease is not None
+        sequence.lease = None
+        self._forget(sequence, "finish")
+        return self._exchange.hold(lease, sequence.num_computed)
+
+    def _forget(self, sequence: Sequence, event: LeaseEvent) -> None:
+        self._scheduler.remove(sequence)
+        del self.sequences[sequence.fence]
+        if self._speculation is not None:
+            self._speculation.forget(sequence)
+        if sequence.lease is not None:
+            if self._is_written(sequence):
+                self._left.append((sequence.lease, event))
+            else:
+                self._scheduler.pool.advance(sequence.lease, event)
+            sequence.lease = None
+
+    def _is_written(self, sequence: Sequence) -> bool:
+        return self.launched is not None and sequence in self.launched.sequences

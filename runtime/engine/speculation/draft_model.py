@@ -1,0 +1,168 @@
+"""Drafts from a smaller model: greedy, in a pool of its own, kept in step with the sequences."""
+
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+import trio
+
+from sagellm.runtime.engine.batch import Batch
+from sagellm.runtime.engine.sequence import Sequence
+from sagellm.runtime.engine.step_inputs import step_inputs
+from sagellm.runtime.engine.torch_runner import SharedProgram
+from sagellm.runtime.kv.pool import BlockPool
+
+_WEIGHT = 0.2  # of the newest measurement
+
+
+@dataclass(frozen=True, slots=True)
+class DraftLimits:
+    """Token ids that both models know, the draft model's context, the rows of a pass at most."""
+
+    vocab_size: int
+    max_model_len: int
+    max_step_tokens: int
+
+
+class ModelDrafter:
+    """A draft sequence beside each sequence, with a lease of its own.
+
+    Its tokens are those of the sequence and the drafts behind them; what was drafted wrongly is
+    computed anew the next time, and a prompt in the parts that one pass may hold, so that a
+    sequence gets its first drafts some steps late. A sequence that is preempted keeps its draft
+    blocks until others want them. `on_thread` runs a function on the engine's own thread.
+    """
+
+    def __init__(
+        self,
+        program: SharedProgram,
+        tensor: torch.Tensor,
+        pool: BlockPool,
+        limits: DraftLimits,
+        on_thread: Callable[[Callable[[], None]], Awaitable[None]],
+    ) -> None:
+        self.pool = pool
+        self.token_s = 0.0
+        self._program = program
+        self._tensor = tensor
+        self._limits = limits
+        self._on_thread = on_thread
+        self._twins: dict[Sequence, Sequence] = {}  # the one used last at the end
+        self._num_known: dict[Sequence, int] = {}  # of a twin's tokens that were no drafts
+
+    async def draft(self, wanted: Mapping[Sequence, int]) -> dict[Sequence, list[int]]:
+        twins = {
+            sequence: twin
+            for sequence, count in wanted.items()
+            if (twin := self._ready(sequence, count, wanted)) is not None
+        }
+        is_late = any(twin.num_pending > 2 for twin in twins.values())
+        drafts: dict[Sequence, list[int]] = {twin: [] for twin in twins.values()}
+        counts = {twin: wanted[sequence] for sequence, twin in twins.items()}
+        if twins:
+            started_s = trio.current_time()
+            await self._on_thread(lambda: self._compute(drafts, counts))
+            if not is_late:  # reading a prompt is paid once
+                self._learn(trio.current_time() - started_s, sum(map(len, drafts.values())))
+        return {sequence: drafts[twin] for sequence, twin in twins.items()}
+
+    def forget(self, sequence: Sequence) -> None:
+        twin = self._twins.pop(sequence, None)
+        if twin is not None:
+            del self._num_known[twin]
+            if twin.lease is not None:
+                self.pool.advance(twin.lease, "finish")
+
+    def clear(self) -> None:
+        for sequence in tuple(self._twins):
+            self.forget(sequence)
+
+    def _learn(self, seconds: float, num_tokens: int) -> None:
+        token_s = seconds / max(1, num_tokens)
+        self.token_s += _WEIGHT * (token_s - self.token_s) if self.token_s else token_s
+
+    # ---- keeping in step -------------------------------------------------------------------------
+
+    def _ready(
+        self, sequence: Sequence, count: int, wanted: Mapping[Sequence, int]
+    ) -> Sequence | None:
+        """The twin with the sequence's tokens and blocks for drafts; None where it has none."""
+        num_tokens = len(sequence.tokens) + count
+        if num_tokens > self._limits.max_model_len:
+            return None
+        twin = self._twins.pop(sequence, None) or self._twin(sequence)
+        self._twins[sequence] = twin
+        if not self._catch_up(twin, sequence.tokens):
+            return None
+        return twin if self._reserve(twin, num_tokens, wanted) else None
+
+    def _twin(self, sequence: Sequence) -> Sequence:
+        twin = Sequence(
+            sequence.state,
+            arrival=sequence.arrival,
+            mailbox=sequence.mailbox,
+            max_output=sequence.max_output,
+            stop_ids=sequence.stop_ids,
+            transcript=None,
+        )
+        twin.num_scored = twin.num_prompt  # nobody asks how likely a prompt is to a draft model
+        twin.tokens = []
+        self._num_known[twin] = 0
+        return twin
+
+    def _catch_up(self, twin: Sequence, tokens: list[int]) -> bool:
+        """Keep the drafts that were right, and take the tokens behind them; whether it can."""
+        num_known = num_right = self._num_known[twin]
+        if max(tokens[num_known:], default=0) >= self._limits.vocab_size:
+            return False
+        for guess, token_id in zip(twin.tokens[num_known:], tokens[num_known:], strict=False):
+            if guess != token_id:
+                break
+            num_right += 1
+        twin.tokens[num_right:] = tokens[num_right:]
+        twin.num_computed = min(twin.num_computed, num_right, len(tokens) - 1)
+        self._num_known[twin] = len(tokens)
+        return True
+
+    def _reserve(self, twin: Sequence, num_tokens: int, wanted: Iterable[Sequence]) -> bool:
+        """Blocks for so many tokens, at the cost of twins that wait longest for a step."""
+        held = len(twin.lease.blocks) if twin.lease else 0
+        num_blocks = self.pool.num_blocks_for(num_tokens) - held
+        for sequence in tuple(self._twins):
+            if self.pool.num_free >= num_blocks:
+                break
+            if sequence not in wanted:
+                self.forget(sequence)
+        if self.pool.num_free < num_blocks:
+            return False
+        if twin.lease is None:
+            twin.lease = self.pool.reserve(twin.fence, num_tokens)
+        elif num_tokens > twin.lease.capacity:
+            self.pool.grow(twin.lease, num_tokens)
+        return True
+
+    # ---- on the engine's thread ------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def _compute(self, drafts: dict[Sequence, list[int]], counts: dict[Sequence, int]) -> None:
+        """Pass after pass, until every twin that has caught up has its drafts."""
+        batch = self._batch(drafts)
+        while batch.sequences:
+            logits = self._program.run(step_inputs(batch, self.pool.block_size), self._tensor)
+            for twin, query_len in zip(batch.sequences, batch.query_lens, strict=True):
+                twin.num_computed += query_len
+            token_ids = logits[:, : self._limits.vocab_size].argmax(dim=-1).tolist()
+            for twin, token_id in zip(batch.drawing, token_ids, strict=True):
+                twin.tokens.append(token_id)
+                drafts[twin].append(token_id)
+            batch = self._batch(twin for twin in batch.drawing if len(drafts[twin]) < counts[twin])
+
+    def _batch(self, twins: Iterable[Sequence]) -> Batch:
+        """As much of what is pending as one pass may hold, the shortest first."""
+        batch, room = Batch(), self._limits.max_step_tokens
+        for twin in sorted(twins, key=lambda twin: twin.num_pending):
+            query_len = min(twin.num_pending, room)
+            if query_len:
+                batch.add(twin, query_len)
+                room -= query_len
+        return batch

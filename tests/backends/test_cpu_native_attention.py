@@ -1,0 +1,146 @@
+"""Attention in C against its torch definition, and that no batch, cut or team changes a bit."""
+
+import itertools
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from sagellm.backends.cpu.attention import row_by_row
+from sagellm.backends.cpu.native.library import native_kernels
+from sagellm.backends.cpu.step import Step
+from sagellm.backends.step import StepInputs
+from sagellm.graphs.kernels.attention import PagedAttention
+
+KERNELS = native_kernels()
+pytestmark = pytest.mark.skipif(KERNELS is None, reason="no C compiler on this machine")
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+WINDOWS = pytest.mark.parametrize("window", [None, 1, 70, 700])
+NONE = torch.empty(0, dtype=torch.int64)
+
+
+@dataclass
+class Case:
+    """A pool that three sequences share, and the queries of all their positions."""
+
+    pool: torch.Tensor
+    queries: list[torch.Tensor]
+    blocks: list[list[int]]
+    options: PagedAttention
+
+    def inputs(self, rows):
+        """Steps on `rows`: (sequence, first position, position behind the last)."""
+        starts = [0, *itertools.accumulate(last - first for _, first, last in rows)]
+        longest = max(len(self.blocks[sequence]) for sequence, *_ in rows)
+        tables = [self.blocks[s] + [0] * (longest - len(self.blocks[s])) for s, *_ in rows]
+        return StepInputs(
+            token_ids=NONE,
+            positions=torch.cat([torch.arange(first, last) for _, first, last in rows]),
+            slots=NONE,
+            query_starts=torch.tensor(starts),
+            context_lens=torch.tensor([last for *_, last in rows]),
+            block_tables=torch.tensor(tables, dtype=torch.int32),
+            logit_rows=NONE,
+            query_lens=tuple(last - first for _, first, last in rows),
+            contexts=tuple(last for *_, last in rows),
+        )
+
+    def run(self, rows):
+        """Results of the C kernel, one tensor an entry of `rows`."""
+        q, inputs = self._queries(rows), self.inputs(rows)
+        found = KERNELS.attention(
+            q,
+            pool=self.pool,
+            layer=1,
+            block_tables=inputs.block_tables,
+            query_starts=inputs.query_starts,
+            context_lens=inputs.context_lens,
+            scale=self.options.scale,
+            window=self.options.window,
+        )
+        return found.split(list(inputs.query_lens))
+
+    @property
+    def is_rounded(self):
+        """Whether queries and weights of the softmax are, because the CPU multiplies such pairs."""
+        return self.pool.dtype == torch.bfloat16 and KERNELS.has_pairs
+
+    def wanted(self, rows):
+        inputs, q = self.inputs(rows), self._queries(rows)
+        if self.is_rounded:
+            q = (q * self.options.scale).bfloat16().float() / self.options.scale
+        found = row_by_row(self.options, Step(inputs, self.pool), q)
+        return found.split(list(inputs.query_lens))
+
+    def _queries(self, rows):
+        return torch.cat([self.queries[s][first:last] for s, first, last in rows])
+
+
+def case(lens=(1200, 90, 7), heads=6, kv_heads=2, head_dim=16, block_size=16, **options):
+    torch.manual_seed(4)
+    dtype, window = options.get("dtype", torch.float32), options.get("window")
+    counts = [-(-length // block_size) for length in lens]
+    order = iter((torch.randperm(sum(counts)) + 1).tolist())
+    blocks = [list(itertools.islice(order, count)) for count in counts]
+    pool = torch.full((2, 2, sum(counts) + 1, kv_heads, block_size, head_dim), torch.nan)
+    for length, mine in zip(lens, blocks, strict=True):
+        for index, block in enumerate(mine):
+            used = min(block_size, length - index * block_size)
+            pool[1, :, block, :, :used] = torch.randn(2, kv_heads, used, head_dim)
+    queries = [2 * torch.randn(length, heads * head_dim) for length in lens]
+    attention = PagedAttention(1, heads, kv_heads, head_dim, head_dim**-0.5, window)
+    return Case(pool.to(dtype), queries, blocks, attention)
+
+
+DECODE = [(0, 1199, 1200), (1, 89, 90), (2, 6, 7), (1, 0, 1), (0, 511, 512), (0, 512, 513)]
+RAGGED = [(0, 450, 600), (2, 0, 7), (1, 60, 90), (0, 1190, 1200)]
+
+
+@DTYPES
+@WINDOWS
+@pytest.mark.parametrize("rows", [DECODE, RAGGED], ids=["decode", "ragged"])
+def test_it_agrees_with_torch(rows, window, dtype):
+    batch = case(window=window, dtype=dtype)
+    for found, wanted in zip(batch.run(rows), batch.wanted(rows), strict=True):
+        assert torch.allclose(found, wanted, atol=4e-3 if batch.is_rounded else 2e-5)
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "block_size"),
+    [(1, 1, 8, 1), (5, 5, 24, 3), (14, 2, 64, 32), (9, 1, 10, 16), (70, 1, 7, 5), (8, 4, 128, 128)],
+)
+def test_any_shape_of_heads_and_blocks(heads, kv_heads, head_dim, block_size):
+    batch = case((150, 40), heads, kv_heads, head_dim, block_size)
+    rows = [(0, 149, 150), (1, 3, 40), (0, 0, 100)]
+    for found, wanted in zip(batch.run(rows), batch.wanted(rows), strict=True):
+        assert torch.allclose(found, wanted, atol=2e-5)
+
+
+@DTYPES
+@WINDOWS
+def test_a_row_has_the_same_bits_in_a_prompt_in_a_chunk_and_alone(window, dtype):
+    batch = case(window=window, dtype=dtype)
+    (whole,) = batch.run([(0, 0, 1200)])
+    chunks = [batch.run([(2, 0, 7), (0, at, at + 150)])[1] for at in range(0, 1200, 150)]
+    assert torch.equal(torch.cat(chunks), whole)
+    for position in (0, 63, 64, 511, 512, 1023, 1024, 1199):
+        rows = [(0, position, position + 1)]
+        assert torch.equal(batch.run(rows)[0], whole[position : position + 1])
+        assert torch.equal(batch.run([*DECODE, *rows])[-1], whole[position : position + 1])
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5, 16])
+def test_no_number_of_threads_changes_a_bit(kept_threads, threads):
+    batch = case()
+    torch.set_num_threads(2)
+    wanted = batch.run(DECODE + RAGGED)
+    torch.set_num_threads(threads)
+    for _ in range(5):
+        assert all(map(torch.equal, batch.run(DECODE + RAGGED), wanted))
+
+
+def test_a_batch_that_is_too_large_to_share_contexts_has_the_same_bits():
+    """Sums of all its spans would take 67 MiB."""
+    batch = case((1200,), heads=64, kv_heads=1, head_dim=128)
+    (alone,) = batch.run([(0, 1199, 1200)])
+    assert all(torch.equal(found, alone) for found in batch.run([(0, 1199, 1200)] * 700))

@@ -1,0 +1,163 @@
+"""The step in one native call against its kernels one by one; when it is used, what it keeps."""
+
+import ctypes
+import gc
+import weakref
+from dataclasses import replace
+
+import pytest
+import torch
+
+from sagellm.backends.cpu import CpuBackend, linear
+from sagellm.backends.cpu.native import structs
+from sagellm.backends.cpu.native.library import native_kernels
+from sagellm.backends.cpu.native_program import NativeProgram
+from sagellm.backends.cpu.program import CpuProgram
+
+KERNELS = native_kernels()
+pytestmark = pytest.mark.skipif(KERNELS is None, reason="no C compiler on this machine")
+FAMILIES = ["llama", "llama_biased", "llama3", "mistral", "qwen2", "qwen2_sliding", "qwen3"]
+DTYPES = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+
+
+def tokens(count, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 97, (count,), generator=generator).tolist()
+
+
+def native(paged, model, dtype="float32", passes=None):
+    backend = CpuBackend() if passes is None else CpuBackend(passes=passes)
+    sequences = paged(model, backend, dtype=dtype, deterministic=True)
+    assert isinstance(sequences.program, NativeProgram)
+    return sequences
+
+
+def on_tensors(paged, model, dtype="float32"):
+    """The same kernels, one by one."""
+    sequences = native(paged, model, dtype)
+    sequences.program = sequences.program._on_tensors
+    return sequences
+
+
+RAGGED = [
+    {"a": 30, "b": 1},
+    {"a": 1, "b": 7, "c": 1},
+    {"c": 40, "b": 1, "a": 1},
+    {"a": 2, "b": 1, "c": 1},
+    {"d": 130, "a": 1},
+    {"d": 1},
+]
+
+
+@DTYPES
+@pytest.mark.parametrize("passes", [None, ()], ids=["fused", "unfused"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ragged_steps_agree_with_kernels_one_by_one(reference, paged, family, passes, dtype):
+    model = reference(family)
+    prompts = {name: tokens(150, seed) for seed, name in enumerate("abcd")}
+    step, kernels = native(paged, model, dtype, passes), on_tensors(paged, model, dtype)
+    for cut in RAGGED:
+        starts = {name: step.lengths.get(name, 0) for name in cut}
+        batch = {n: prompts[n][starts[n] : starts[n] + count] for n, count in cut.items()}
+        found, wanted = step.step(batch), kernels.step(batch)
+        for name in cut:
+            assert torch.allclose(found[name], wanted[name], atol=5e-2 if dtype[0] == "b" else 1e-4)
+    used = [block for blocks in step.blocks.values() for block in blocks]
+    pools = (step.pool[:, :, used].float(), kernels.pool[:, :, used].float())
+    assert torch.allclose(*pools, atol=5e-2 if dtype[0] == "b" else 1e-4)
+
+
+@DTYPES
+def test_any_number_of_rows_after_any_other(reference, paged, dtype):
+    model, prompt = reference("qwen2"), tokens(300, seed=1)
+    whole = native(paged, model, dtype).step({"a": prompt})["a"]
+    sequences = native(paged, model, dtype)
+    for count in (1, 16, 2, 17, 3, 40, 4, 15, 5, 33, 6, 7, 8, 9, 1):
+        start = sequences.lengths.get("a", 0)
+        found = sequences.step({"a": prompt[start : start + count]})["a"]
+        assert torch.equal(found, whole[start : start + count])
+
+
+@DTYPES
+@pytest.mark.parametrize("threads", [1, 3, 8])
+def test_no_number_of_threads_changes_a_bit(reference, paged, kept_threads, dtype, threads):
+    model, batch = reference("mistral"), {"a": tokens(40, 1), "b": [5], "c": tokens(9, 2)}
+    torch.set_num_threads(2)
+    wanted = native(paged, model, dtype).step(batch)
+    torch.set_num_threads(threads)
+    sequences = native(paged, model, dtype)
+    found = sequences.step(batch)
+    assert all(torch.equal(found[name], wanted[name]) for name in batch)
+
+
+def test_results_are_the_callers(reference, paged):
+    sequences = native(paged, reference("llama"))
+    first = sequences.step({"a": [1, 2, 3]})["a"]
+    kept = first.clone()
+    sequences.step({"b": [4, 5, 6]})
+    assert torch.equal(first, kept)
+
+
+def test_a_row_may_be_wanted_twice_and_none_at_all(reference, paged):
+    sequences = native(paged, reference("llama"))
+    whole = sequences.step({"a": [1, 2, 3]})["a"]
+    inputs = sequences._inputs({"a": [1, 2, 3]})
+    for chosen in ([2, 0, 2, 2, 1, 0, *[1] * 30], []):
+        rows = torch.tensor(chosen, dtype=torch.int64)
+        found = sequences.program.run(replace(inputs, logit_rows=rows), sequences.pool)
+        assert torch.equal(found, whole[rows])
+
+
+@pytest.mark.parametrize("token", [-1, 97])
+def test_a_token_outside_of_the_vocabulary_is_refused(reference, paged, token):
+    sequences = native(paged, reference("llama"))
+    with pytest.raises(IndexError, match="outside of the vocabulary"):
+        sequences.step({"a": [1, token]})
+
+
+def test_a_program_says_how_it_runs(reference, paged):
+    model = reference("llama")
+    assert str(native(paged, model).program).startswith("# in one native call\n")
+    without = paged(model, CpuBackend(native=False), deterministic=True).program
+    assert isinstance(without, CpuProgram)
+    assert not str(without).startswith("#")
+
+
+def test_products_of_bfloat16_by_onednn_run_kernel_by_kernel(reference, paged, monkeypatch):
+    monkeypatch.setattr(linear, "has_tiles", lambda: True)
+    monkeypatch.setattr(linear, "packed", lambda weight, bias: lambda rows: rows)
+    assert isinstance(paged(reference("llama"), dtype="bfloat16").program, CpuProgram)
+
+
+def test_a_profile_names_each_instruction(reference, paged):
+    sequences = native(paged, reference("llama"))
+    sequences._grow("a", 3)
+    inputs = sequences._inputs({"a": [1, 2, 3]})
+    wanted = sequences.program.run(inputs, sequences.pool)
+    profile = sequences.program.profile(inputs, sequences.pool)
+    lines = str(sequences.program).splitlines()[1:]
+    assert all(name in line for (name, _), line in zip(profile, lines, strict=True))
+    assert all(nanoseconds > 0 for _, nanoseconds in profile)
+    assert torch.equal(sequences.program.run(inputs, sequences.pool), wanted)
+
+
+def test_memory_goes_with_the_program(reference, paged, monkeypatch):
+    closed = []
+    monkeypatch.setattr(type(KERNELS), "close_step", lambda self, step: closed.append(step))
+    sequences = native(paged, reference("llama"))
+    sequences.step({"a": [1, 2]})
+    program = weakref.ref(sequences.program)
+    del sequences
+    gc.collect()
+    assert program() is None
+    (step,) = closed
+    assert step.memory_bytes > 0
+    monkeypatch.undo()
+    KERNELS.close_step(step)
+    assert (step.memory, step.memory_bytes) == (None, 0)
+
+
+def test_python_and_c_mean_the_same_structures():
+    sizes = (ctypes.c_long * len(structs.SIZED))()
+    KERNELS._library.sage_sizes(sizes)
+    assert list(sizes) == [ctypes.sizeof(kind) for kind in structs.SIZED]

@@ -1,0 +1,141 @@
+"""Weights in panels: torch's numbers at awkward shapes, the same bits for any batch and team."""
+
+import ctypes
+import gc
+
+import pytest
+import torch
+
+from sagellm.backends.cpu.native.library import native_kernels
+from sagellm.backends.cpu.native.packed import PackedLinear, pack
+from sagellm.backends.cpu.native.structs import Linear
+
+KERNELS = native_kernels()
+pytestmark = pytest.mark.skipif(KERNELS is None, reason="no C compiler on this machine")
+KINDS = pytest.mark.parametrize("kind", ["float", "bfloat", "pairs"])
+SHAPES = pytest.mark.parametrize(
+    ("width", "depth"), [(1, 8), (7, 77), (16, 1), (48, 513), (64, 1024), (33, 2061), (150, 30)]
+)
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(3)
+
+
+@pytest.fixture
+def threads():
+    """Sets torch's number of threads; sets it back."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def operands(rows, width, depth, kind):
+    dtype = torch.float32 if kind == "float" else torch.bfloat16
+    return torch.randn(rows, depth), torch.randn(width, depth).to(dtype), torch.randn(width)
+
+
+def packed(weight, bias, kind):
+    return pack(KERNELS, weight, bias, kind)
+
+
+@KINDS
+@SHAPES
+@pytest.mark.parametrize("bias", [True, False])
+def test_products_of_any_number_of_rows(kind, width, depth, bias):
+    x, weight, offset = operands(230, width, depth, kind)
+    linear = packed(weight, offset if bias else None, kind)
+    seen = x.bfloat16() if kind == "pairs" else x
+    wanted = seen.double() @ weight.double().T + (offset if bias else 0.0)
+    for rows in [*range(71), 96, 97, 192, 193, 230]:
+        found = linear(x[:rows]).double()
+        assert torch.allclose(found, wanted[:rows], atol=2e-4, rtol=1e-5), rows
+
+
+@KINDS
+@SHAPES
+def test_a_row_has_the_same_bits_in_any_batch(kind, width, depth):
+    x, weight, bias = operands(203, width, depth, kind)
+    linear = packed(weight, bias, kind)
+    whole = linear(x)
+    for size in (1, 2, 3, 4, 5, 6, 7, 9, 16, 50, 100):
+        parts = [linear(part) for part in torch.split(x, size)]
+        assert torch.equal(torch.cat(parts), whole), size
+
+
+@KINDS
+@pytest.mark.parametrize("rows", [1, 2, 5, 40])
+def test_a_product_has_the_same_bits_on_any_number_of_threads(threads, kind, rows):
+    x, weight, bias = operands(rows, 149, 700, kind)
+    threads(1)
+    alone = packed(weight, bias, kind)(x)
+    for number in (2, 3, 5, 13):
+        threads(number)
+        assert torch.equal(packed(weight, bias, kind)(x), alone), number
+
+
+@KINDS
+@pytest.mark.parametrize("rows", [1, 2, 6, 29])
+def test_strided_rows(kind, rows):
+    x, weight, bias = operands(rows, 21, 16, kind)
+    wide = torch.randn(rows, 40)
+    wide[:, 8:24] = x
+    linear = packed(weight, bias, kind)
+    assert torch.equal(linear(wide[:, 8:24]), linear(x))
+
+
+@KINDS
+def test_what_lies_beside_the_columns_of_out_stays(kind):
+    x, weight, bias = operands(8, 21, 600, kind)
+    linear, around = packed(weight, bias, kind), torch.full((8, 40), 7.0)
+    arguments = (x.data_ptr(), 600, around[:, 8:].data_ptr(), 40)
+    for rows in (1, 2, 8):
+        KERNELS._library.sage_linear(linear.address, *arguments, rows, 2)
+        assert torch.equal(around[:rows, 8:29], linear(x[:rows]))
+    around[:, 8:29] = 7.0
+    assert (around == 7.0).all()
+
+
+@KINDS
+def test_numbers_that_are_none_reach_their_own_row_and_column_alone(kind):
+    x, weight, bias = operands(9, 20, 40, kind)
+    usual = packed(weight, bias, kind)(x)
+    x[4, 3], weight[6, 5] = float("nan"), float("inf")
+    found = packed(weight, bias, kind)(x)
+    spared = torch.ones(9, 20, dtype=torch.bool)
+    spared[4], spared[:, 6] = False, False
+    assert torch.equal(found[spared], usual[spared])
+    assert not found[~spared].isfinite().any()
+
+
+def test_the_struct_names_what_the_c_kernels_read():
+    weight, bias = torch.randn(5, 3), torch.randn(5)
+    linear = pack(KERNELS, weight, bias)
+    found = Linear.from_address(linear.address)
+    assert (found.num_cols, found.k, found.group) == (*linear.shape, 0)
+    assert (found.scales, found.zeros, found.bias) == (None, None, bias.data_ptr())
+    assert found.run == ctypes.cast(KERNELS._library.sage_multiply_float, ctypes.c_void_p).value
+
+
+def test_what_a_struct_points_to_lives_as_long_as_it():
+    weight = torch.randn(300, 100)
+    wanted = torch.randn(4, 100)
+    linear = pack(KERNELS, weight.clone(), torch.zeros(300))
+    gc.collect()
+    rubbish = [torch.full((300, 100), 9.0) for _ in range(8)]
+    assert torch.allclose(linear(wanted), wanted @ weight.T, atol=1e-4)
+    assert len(rubbish) == 8
+
+
+def test_a_kernel_that_is_not_there_is_an_error():
+    with pytest.raises(AttributeError, match="sage_multiply_nothing"):
+        PackedLinear(KERNELS, "sage_multiply_nothing", torch.zeros(1), (1, 1))
+
+
+@pytest.mark.parametrize(("has_pairs", "kernel"), [(True, "pairs"), (False, "bfloat")])
+def test_bfloat16_is_multiplied_in_pairs_where_the_cpu_can(monkeypatch, has_pairs, kernel):
+    monkeypatch.setattr(type(KERNELS), "has_pairs", has_pairs)
+    linear = pack(KERNELS, torch.randn(5, 3).bfloat16(), None)
+    chosen = KERNELS.function(f"sage_multiply_{kernel}")
+    assert Linear.from_address(linear.address).run == chosen

@@ -1,0 +1,188 @@
+"""The C kernels of quantised weights against torch, at sizes that leave remainders everywhere."""
+
+import functools
+import subprocess
+
+import pytest
+import torch
+
+from sagellm.backends.cpu.native import compiler
+from sagellm.backends.cpu.native.library import NativeKernels, native_kernels
+from sagellm.backends.cpu.quantised.dequantising import dequantising, rounded
+from sagellm.backends.cpu.quantised.packing import Packed
+from sagellm.backends.quantised import QuantisedWeight
+
+KERNELS = native_kernels()
+pytestmark = pytest.mark.skipif(KERNELS is None, reason="no C compiler on this machine")
+FORMS = pytest.mark.parametrize(("bits", "row_bits"), [(8, 16), (8, 8), (4, 16), (4, 8)])
+SIZES = pytest.mark.parametrize(
+    ("width", "depth", "group"), [(1, 32, 32), (7, 77, 32), (33, 2061, 64), (48, 1024, 128)]
+)
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(4)
+
+
+def random_weight(bits, width, depth, group=32, *, zeros=False, order=False):
+    groups = -(-depth // group)
+    low, high = (0, 16) if bits == 4 else (-127, 128)
+    return QuantisedWeight(
+        bits,
+        group,
+        torch.randint(low, high, (width, depth)).to(torch.uint8 if bits == 4 else torch.int8),
+        (torch.rand(width, groups) / 100 + 1e-3).half(),
+        torch.randint(low, high + 1, (width, groups)).short() if zeros else None,
+        torch.randperm(depth).int() if order else None,
+    )
+
+
+def wanted(weight, x, bias, row_bits):
+    if weight.order is None:
+        seen = rounded(x, row_bits)
+    else:
+        seen = torch.empty_like(x)
+        seen[:, weight.order.long()] = rounded(x[:, weight.order.long()], row_bits)
+    product = seen.double() @ weight.dequantised().double().T
+    return product if bias is None else product + bias
+
+
+def error(found, right):
+    return float((found - right).norm() / right.norm())
+
+
+@FORMS
+@SIZES
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 67, 130])
+def test_products_are_those_of_the_rounded_rows(bits, row_bits, width, depth, group, rows):
+    weight, x, bias = random_weight(bits, width, depth, group), torch.randn(rows, depth), None
+    if width > 1:
+        bias = torch.randn(width)
+    found = Packed(KERNELS, weight, bias, row_bits)(x)
+    assert error(found, wanted(weight, x, bias, row_bits)) < 1e-5
+
+
+@FORMS
+@SIZES
+def test_zeros_and_order(bits, row_bits, width, depth, group):
+    weight = random_weight(bits, width, depth, group, zeros=True, order=True)
+    x = torch.randn(6, depth)
+    found = Packed(KERNELS, weight, None, row_bits)(x)
+    assert error(found, wanted(weight, x, None, row_bits)) < 1e-5
+
+
+@FORMS
+def test_the_largest_numbers_do_not_overflow(bits, row_bits):
+    x = torch.cat([torch.ones(1, 64), -torch.ones(1, 64), torch.ones(1, 64) * 1e6])
+    for code in (0, 15) if bits == 4 else (-127, 127):
+        weight = random_weight(bits, 16, 64)
+        weight.codes.fill_(code)
+        found = Packed(KERNELS, weight, None, row_bits)(x)
+        assert error(found, x.double() @ weight.dequantised().double().T) < 1e-6
+
+
+@FORMS
+@pytest.mark.parametrize("scale", [0.0, 1e-38, 1e-20, 1e20])
+def test_rows_of_any_size(bits, row_bits, scale):
+    weight, x = random_weight(bits, 5, 96), torch.randn(3, 96) * scale
+    found = Packed(KERNELS, weight, None, row_bits)(x)
+    assert torch.allclose(found.double(), wanted(weight, x, None, row_bits), rtol=1e-3, atol=1e-30)
+
+
+def test_rows_of_16_bits_lose_next_to_nothing():
+    weight, x = random_weight(8, 40, 896), torch.randn(4, 896)
+    found = Packed(KERNELS, weight, None, 16)(x)
+    assert error(found, x.double() @ weight.dequantised().double().T) < 3e-5
+
+
+@FORMS
+@pytest.mark.parametrize("depth", [77, 2061])
+def test_a_row_has_the_same_bits_at_any_place_of_any_batch(bits, row_bits, depth):
+    x = torch.randn(600, depth)  # more than a thread keeps at a time
+    packed = Packed(KERNELS, random_weight(bits, 31, depth, zeros=True), None, row_bits)
+    whole = packed(x)
+    for size in (1, 2, 3, 4, 5, 6, 9, 127, 200):
+        parts = [packed(part) for part in torch.split(x, size)]
+        assert torch.equal(torch.cat(parts), whole)
+
+
+def test_rows_may_be_strided_and_threads_more_than_panels():
+    packed = Packed(KERNELS, random_weight(4, 5, 64), None, 8)
+    x, before = torch.randn(6, 100), torch.get_num_threads()
+    found = packed(x[:, 8:72])
+    assert torch.equal(found, packed(x[:, 8:72].contiguous()))
+    try:
+        torch.set_num_threads(7)
+        assert torch.equal(packed(x[:, 8:72]), found)
+    finally:
+        torch.set_num_threads(before)
+
+
+@FORMS
+@pytest.mark.parametrize("num_rows", [1, 64, 200])
+def test_threads_share_rows_or_columns_and_change_no_bit(bits, row_bits, num_rows):
+    packed = Packed(KERNELS, random_weight(bits, 97, 301), torch.randn(97), row_bits)
+    x, before = torch.randn(num_rows, 301), torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(packed(x))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, found[0]) for one in found)
+
+
+@FORMS
+@pytest.mark.parametrize("alone", [False, True])
+def test_torch_alone_agrees(bits, row_bits, alone):
+    weight, x = random_weight(bits, 70, 77, order=True), torch.randn(5, 77)
+    bias = torch.randn(70)
+    quick = Packed(KERNELS, weight, bias, row_bits)(x)
+    slow = dequantising(weight, bias, row_bits, alone=alone)
+    exact = 1e-5 if bits == row_bits else 1e-2  # it leaves rows as they are, but in w8a8
+    assert error(slow(x), quick) < exact
+    parts = torch.cat([slow(row) for row in x.split(1)])
+    assert torch.equal(parts, slow(x)) if alone else torch.allclose(parts, slow(x), atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """built(flags) -> the kernels as the compiler makes them with these flags."""
+    common = ("-O1", "-ffp-contract=off", "-pthread", "-shared", "-fPIC", "-Wno-psabi")
+
+    @functools.cache
+    def build(flags):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+            patch.setattr(compiler, "_FLAGS", (*common, *flags))
+            return NativeKernels(compiler.compiled())
+
+    return build
+
+
+@pytest.mark.parametrize("flags", [(), ("-mavx2", "-mfma", "-mf16c")], ids=["plain C", "AVX2"])
+@FORMS
+def test_other_cpus_get_the_same(flags, bits, row_bits, built):
+    if flags and not torch.cpu._is_avx2_supported():
+        pytest.skip("a CPU without AVX2")
+    other = built(flags)
+    weight = random_weight(bits, 33, 301, 64, zeros=True)
+    weight.scales[0, :3] = torch.tensor([1e-7, 6e4, -3e-5])  # subnormal, huge, negative
+    x = torch.randn(5, 301)
+    found, own = (Packed(k, weight, None, row_bits)(x) for k in (other, KERNELS))
+    assert error(found, own) < 1e-6
+
+
+def test_the_code_for_vnni_compiles(tmp_path):
+    """Where the CPU has none; where it has them, it is what all tests here run."""
+    command = [*compiler.c_compiler(), "-march=icelake-server", "-O1", "-Wno-psabi", "-c"]
+    probe = tmp_path / "probe.c"
+    probe.write_text("int sagellm;")
+    target = ["-o", str(tmp_path / "out.o")]
+    if subprocess.run([*command, str(probe), *target], capture_output=True).returncode:
+        pytest.skip("a compiler for other CPUs")
+    source = str(compiler._SOURCES / "quant.c")
+    done = subprocess.run([*command, "-Wall", "-Werror", source, *target], capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()

@@ -1,0 +1,338 @@
+"""The step ahead: the same answers, nothing of it reaches a reader that should not, no block early.
+
+A scripted device runs steps when it is told to, so that each moment between two of them is met.
+"""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import pytest
+import trio
+from engine_driver import OWNER, running
+from models_on_the_fly import make_model, random_prompts
+from trio.testing import wait_all_tasks_blocked
+
+from sagellm.runtime.engine.batch import Batch
+from sagellm.runtime.engine.mailbox import MAX_BATCHES
+from sagellm.runtime.engine.opening import open_engine
+from sagellm.runtime.engine.options import EngineOptions
+from sagellm.runtime.engine.runner import Drawn
+from sagellm.runtime.messages import Sampling, SequenceState
+
+STOP = 9
+
+
+@dataclass(repr=False)
+class Scripted:
+    """Draws `token(request id, position)`, a step a permit; one begins when the last is over."""
+
+    token: Callable[[str, int], int] = lambda name, position: 100 + position
+    permits: trio.Semaphore = field(default_factory=lambda: trio.Semaphore(0))
+    batches: list[Batch] = field(default_factory=list)
+    fails_at: int | None = None
+    _queued: list[Batch] = field(default_factory=list)
+    _blocks: list[list[list[int]]] = field(default_factory=list)  # of each queued batch
+    _last: list[int] | None = None
+
+    def queue(self, batch):
+        self._queued.append(batch)
+        self._blocks.append([list(sequence.lease.blocks) for sequence in batch.sequences])
+
+    def recall(self):
+        if len(self._queued) < 2:
+            return False
+        self._queued.pop()
+        self._blocks.pop()
+        return True
+
+    async def run(self, batch):
+        if not self._queued:
+            self.queue(batch)
+        assert self._queued[0] is batch
+        self.batches.append(batch)
+        if not (batch.is_behind and self._last is None):
+            await self.permits.acquire()
+        self._queued.pop(0)
+        for sequence, blocks in zip(batch.sequences, self._blocks.pop(0), strict=True):
+            assert sequence.lease is None or sequence.lease.blocks[: len(blocks)] == blocks
+        if len(self.batches) == self.fails_at or (batch.is_behind and self._last is None):
+            self._last = None
+            raise RuntimeError("broken")
+        if batch.is_behind:
+            batch.feed(self._last)
+        rows = batch.rows
+        self._last = [self.token(row.state.request_id, row.num_output) for row in rows]
+        return Drawn(self._last)
+
+    async def open(self):
+        await trio.lowlevel.checkpoint()
+
+    async def close(self):
+        self._queued.clear()
+
+
+def scripted(**options):
+    """A null engine on a scripted device that looks ahead."""
+    values = {"model": "null", "num_blocks": 32, "block_size": 4, "max_model_len": 64, **options}
+    engine = open_engine(EngineOptions(**values), name="e")
+    device = Scripted()
+    engine._equipment = replace(engine._equipment, runner=device, lookahead=device)
+    return engine, device
+
+
+async def steps(device, count=1):
+    for _ in range(count):
+        device.permits.release()
+        await wait_all_tasks_blocked()
+
+
+def names(batch):
+    return [sequence.state.request_id for sequence in batch.sequences]
+
+
+def sampled(max_tokens, **fields):
+    return Sampling(max_tokens=max_tokens, ignore_eos=True, seed=1, **fields)
+
+
+async def test_a_step_behind_another_takes_its_tokens():
+    engine, device = scripted()
+    async with running(engine) as [driver]:
+        reply = await driver.submit("r", (1, 2), sampling=sampled(5))
+        await wait_all_tasks_blocked()
+        await steps(device, 5)
+        assert reply.token_ids == [100, 101, 102, 103, 104]
+        assert [batch.is_behind for batch in device.batches] == [False, True, True, True, True]
+        assert [row.token_id for batch in device.batches[1:] for row in batch.behind] == (
+            reply.token_ids[:-1]
+        )
+
+
+async def test_blocks_of_an_ended_sequence_stay_leased_until_the_step_ahead_is_over():
+    engine, device = scripted()
+    device.token = lambda name, position: STOP if position == 1 else 100
+    async with running(engine) as [driver]:
+        reply = await driver.submit("r", (1, 2), sampling=sampled(9, stop_token_ids=(STOP,)))
+        await wait_all_tasks_blocked()
+        await steps(device, 2)
+        assert reply.last.finish_reason == "stop"
+        assert len(device.batches) == 3
+        assert engine.pool.num_leased == 1
+        engine.pool.check()
+        await steps(device)
+        assert engine.pool.num_leased == 0
+    assert reply.token_ids == [100, STOP]  # `running` has read on: nothing came behind the end
+    assert len(device.batches) == 3
+
+
+async def test_a_new_sequence_may_take_the_name_of_one_whose_step_is_not_over():
+    engine, device = scripted()
+    device.token = lambda name, position: STOP if position == 1 else 100
+    async with running(engine) as [driver]:
+        first = await driver.submit("r", (1, 2), sampling=sampled(9, stop_token_ids=(STOP,)))
+        await wait_all_tasks_blocked()
+        await steps(device, 2)
+        assert first.done.is_set()
+        second = await driver.submit("r", (1, 2), sampling=sampled(1))
+        await steps(device)
+        assert second.token_ids == []  # that was the step of the first
+        await steps(device)
+        assert second.token_ids == [100]
+
+
+async def test_who_ends_by_length_is_not_computed_once_more():
+    engine, device = scripted()
+    async with running(engine) as [driver]:
+        await driver.submit("short", (1, 2), sampling=sampled(2))
+        await driver.submit("long", (1, 2), sampling=sampled(4))
+        await wait_all_tasks_blocked()
+        await steps(device, 5)
+        await driver.all_done()
+    assert sum("short" in names(batch) for batch in device.batches) == 2
+    assert sum("long" in names(batch) for batch in device.batches) == 4
+
+
+async def test_an_arrival_recalls_the_step_ahead_and_joins_in_its_place():
+    engine, device = scripted()
+    async with running(engine) as [driver]:
+        await driver.submit("a", (1, 2), sampling=sampled(6))
+        await wait_all_tasks_blocked()
+        await steps(device, 2)
+        await driver.submit("b", (1, 2), sampling=sampled(2))
+        await steps(device)
+        assert "b" in names(device.batches[-1])
+        assert not device.batches[-1].is_behind
+        await steps(device, 5)
+        await driver.all_done()
+        assert driver.replies["a", 0].token_ids == [100, 101, 102, 103, 104, 105]
+
+
+async def test_a_cancel_recalls_the_step_ahead_and_frees_the_blocks_after_the_launched_one():
+    engine, device = scripted()
+    async with running(engine) as [driver]:
+        reply = await driver.submit("a", (1, 2), sampling=sampled(6))
+        await wait_all_tasks_blocked()
+        await steps(device, 1)
+        engine.cancel("a", 0, 0)
+        assert engine.pool.num_leased > 0
+        await steps(device)
+        assert engine.pool.num_leased == 0
+        assert reply.last.finish_reason == "cancelled"
+        assert reply.token_ids == [100]
+    assert len(device.batches) == 2
+
+
+async def test_a_reader_that_does_not_read_has_no_more_drawn_for_it_than_its_mailbox_holds():
+    engine, device = scripted()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(engine.run)
+        await engine.submit(
+            SequenceState(
+                owner=OWNER, request_id="r", prompt_token_ids=(1, 2), sampling=sampled(40)
+            )
+        )
+        await wait_all_tasks_blocked()
+        await steps(device, 2 * MAX_BATCHES)
+        assert len(device.batches) == MAX_BATCHES
+        nursery.cancel_scope.cancel()
+
+
+async def test_the_step_behind_one_that_fails_fails_with_it_and_the_engine_goes_on():
+    engine, device = scripted()
+    device.fails_at = 2
+    async with running(engine) as [driver]:
+        broken = await driver.submit("a", (1, 2), sampling=sampled(6))
+        await wait_all_tasks_blocked()
+        await steps(device, 2)
+        assert broken.last.finish_reason == "failed"
+        assert engine.pool.num_leased == 0
+        fine = await driver.submit("b", (1, 2), sampling=sampled(2))
+        await wait_all_tasks_blocked()
+        await steps(device, 2)
+        assert fine.token_ids == [100, 101]
+
+
+async def test_where_blocks_run_out_the_scheduler_says_who_is_preempted():
+    engine, device = scripted(num_blocks=4, max_model_len=16)
+    async with running(engine) as [driver]:
+        for number, name in enumerate("ab"):
+            await driver.submit(name, (1, 2, number), sampling=sampled(9))
+        await wait_all_tasks_blocked()
+        await steps(device, 30)
+        await driver.all_done()
+        assert engine.load.num_preemptions > 0
+        assert all(len(reply.token_ids) == 9 for reply in driver.replies.values())
+
+
+async def test_equal_blocks_are_merged_but_never_beneath_a_step_that_reads_them():
+    engine, device = scripted()
+    async with running(engine) as [driver]:
+        for name in "ab":
+            await driver.submit(name, (1, 2, 3), sampling=sampled(12))
+        await wait_all_tasks_blocked()
+        await steps(device, 2)
+        first, second = (lease.blocks for lease in engine.pool.leases)
+        is_merged = []
+        for _ in range(8):  # the device itself sees to it that no block of a step is exchanged
+            is_merged.append(first[0] == second[0])
+            await steps(device)
+        assert not is_merged[0]
+        assert is_merged[-1]
+        await steps(device, 8)
+        await driver.all_done()
+
+
+# ---- on a device that computes ---------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_model("qwen3", tmp_path_factory.mktemp("qwen3"))
+
+
+def open_on(folder, *, looks_ahead, **options):
+    options = {"model": str(folder), "deterministic": True, "max_model_len": 256, **options}
+    engine = open_engine(EngineOptions(**options), name="e")
+    if not looks_ahead:
+        engine._equipment = replace(engine._equipment, lookahead=None)
+    return engine
+
+
+def some_sampling(draw):
+    """Greedy, seeded, with penalties, with stops: whatever a draw may depend on."""
+    fields = {"max_tokens": draw.randrange(4, 40), "ignore_eos": draw.random() < 0.5, "seed": 3}
+    if draw.random() < 0.6:
+        fields |= {"temperature": 2.0, "top_k": 40, "top_p": 0.95}
+    if draw.random() < 0.4:
+        fields |= {"repetition_penalty": 1.3, "frequency_penalty": 0.5, "presence_penalty": 0.2}
+    if draw.random() < 0.4:
+        fields |= {"stop_token_ids": tuple(range(60, 90)), "min_tokens": 3}
+    if draw.random() < 0.3:
+        fields |= {"logprobs": 2, "prompt_logprobs": 1}
+    return Sampling(**fields)
+
+
+async def traffic(engine, seed):
+    """What comes back for random arrivals, some of them cancelled on the way."""
+    draw = random.Random(seed)
+    prompts = random_prompts((3, 20, 45, 90))
+    num_ahead, run = 0, engine._equipment.runner.run
+
+    async def counting(batch):
+        nonlocal num_ahead
+        num_ahead += batch.is_behind
+        return await run(batch)
+
+    engine._equipment.runner.run = counting
+    cancelled = set()
+    async with running(engine) as [driver]:
+        for number in range(24):
+            name, sampling = str(number), some_sampling(draw)
+            await driver.submit(name, draw.choice(prompts), sampling=sampling)
+            is_cancelled, pause = draw.random() < 0.2, draw.choice((0, 1, 5, 40))
+            for _ in range(pause):
+                await trio.sleep(0.0005)
+                engine.pool.check()
+            if is_cancelled:
+                cancelled.add(name)
+                engine.cancel(name, 0, 0)
+        await driver.all_done()
+    return driver.replies, cancelled, num_ahead
+
+
+@pytest.mark.parametrize("options", [{}, {"num_blocks": 16, "max_step_tokens": 32}])
+@pytest.mark.parametrize("seed", range(3))
+async def test_answers_are_the_same_with_and_without_the_step_ahead(folder, seed, options):
+    ahead, cancelled, count = await traffic(open_on(folder, looks_ahead=True, **options), seed)
+    alone, _, none = await traffic(open_on(folder, looks_ahead=False, **options), seed)
+    assert count > 20
+    assert none == 0
+    for (name, choice), reply in ahead.items():
+        other = alone[name, choice]
+        if name in cancelled:
+            size = min(len(reply.token_ids), len(other.token_ids))
+            assert reply.token_ids[:size] == other.token_ids[:size]
+            continue
+        assert reply.token_ids == other.token_ids
+        assert reply.text == other.text
+        assert reply.last.finish_reason == other.last.finish_reason
+        assert reply.last.stop_reason == other.last.stop_reason
+        logprobs = [[one.token_id for one in event.logprobs] for event in reply.events]
+        assert logprobs == [[one.token_id for one in event.logprobs] for event in other.events]
+
+
+async def test_an_engine_that_stops_between_two_steps_leaves_nothing_running(folder):
+    for pause in range(8):
+        engine = open_on(folder, looks_ahead=True)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(engine.run)
+            await engine.submit(
+                SequenceState(
+                    owner=OWNER, request_id="r", prompt_token_ids=(1, 2), sampling=sampled(90)
+                )
+            )
+            engine.events(OWNER)
+            await trio.sleep(0.0007 * pause)
+            nursery.cancel_scope.cancel()
+        assert engine.pool.num_leased == 0
+        engine.pool.check()

@@ -1,0 +1,65 @@
+"""Hung work keeps its place: threads stay bounded whoever gives up on them, on either loop."""
+
+import threading
+
+import anyio
+import pytest
+
+from sagellm.gateway.threads import Threads
+
+
+@pytest.fixture
+def gate():
+    """Work waits for it; open when the test ends, so that no thread outlives it."""
+    event = threading.Event()
+    yield event
+    event.set()
+
+
+async def given_up(threads: Threads, gate: threading.Event) -> None:
+    with anyio.move_on_after(0.02):
+        await threads.run(gate.wait)
+
+
+def test_abandoned_work_keeps_its_place_until_it_ends(run, gate):
+    async def check() -> tuple[bool, str]:
+        threads = Threads(1)
+        await given_up(threads, gate)
+        with anyio.move_on_after(0.05) as wait:
+            await threads.run(lambda: "too early")
+        gate.set()
+        with anyio.fail_after(20):
+            return wait.cancelled_caught, await threads.run(lambda: "after it")
+
+    assert run(check) == (True, "after it")
+
+
+def test_one_that_waits_goes_on_when_the_abandoned_work_ends(run, gate):
+    async def check() -> str:
+        threads = Threads(1)
+        await given_up(threads, gate)
+        opener = threading.Timer(0.05, gate.set)
+        opener.start()
+        with anyio.fail_after(20):
+            return await threads.run(lambda: "let in")
+
+    assert run(check) == "let in"
+
+
+def test_an_error_reaches_the_caller_and_frees_the_place(run):
+    async def check() -> str:
+        threads = Threads(1)
+        with pytest.raises(ZeroDivisionError):
+            await threads.run(lambda: 1 / 0)
+        with anyio.fail_after(20):
+            return await threads.run(lambda: "free")
+
+    assert run(check) == "free"
+
+
+def test_a_loop_that_closes_before_its_work_ends_is_no_trouble(run, gate):
+    async def check() -> None:
+        await given_up(Threads(1), gate)
+
+    run(check)
+    gate.set()

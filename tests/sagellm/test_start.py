@@ -1,0 +1,84 @@
+"""What happens until the first token: which packages are loaded, and how much memory is taken."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from models_on_the_fly import make_model
+from safetensors.torch import load_file, save_file
+
+FIRST_TOKEN = """
+import sys
+import trio
+from sagellm import Graph, Sampling
+
+async def main():
+    async with Graph.load("joint").open(model=sys.argv[1]) as session:
+        answer = await session.generate([1] * 16, sampling=Sampling(max_tokens=1))
+        assert answer.finish_reason in ("stop", "length"), answer
+
+trio.run(main)
+"""
+MODULES = FIRST_TOKEN + "print(*sys.modules)"
+PEAK = (
+    FIRST_TOKEN + "print([l for l in open('/proc/self/status') if l[:5] == 'VmHWM'][0].split()[1])"
+)
+
+# Each takes from tenths of a second to seconds, and none is needed for an answer.
+NOT_NEEDED = {
+    *("transformers", "torch._dynamo", "torch._inductor", "sympy", "accelerate", "scipy"),
+    *("httpx", "httpx2", "requests", "aiohttp", "openai", "huggingface_hub.errors"),
+    *("starlette", "hypercorn", "uvicorn", "cyclopts", "pydantic", "prometheus_client"),
+    *("opentelemetry", "matplotlib", "pandas"),
+}
+SLACK_BYTES = 48 << 20  # pages that are read, and not given back yet; oneDNN's own code
+
+
+def said(code: str, model: str) -> str:
+    command = [sys.executable, "-c", code, model]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    return done.stdout
+
+
+def test_the_first_token_needs_no_heavy_package() -> None:
+    loaded = set(said(MODULES, "sage-tiny").split())
+    assert "torch" in loaded
+    assert sorted(loaded & NOT_NEEDED) == []
+
+
+def test_collections_of_cycles_go_on_without_what_torch_brought() -> None:
+    now = "import gc; print(gc.isenabled(), gc.get_freeze_count(), len(gc.get_objects()))"
+    is_enabled, num_frozen, num_others = said(FIRST_TOKEN + now, "sage-tiny").split()
+    assert is_enabled == "True"
+    assert int(num_frozen) > 5 * int(num_others)
+
+
+def test_whoever_collects_by_hand_is_left_to_it() -> None:
+    now = "print(gc.isenabled(), gc.get_freeze_count())"
+    assert said(f"import gc; gc.disable()\n{FIRST_TOKEN}{now}", "sage-tiny").split() == [
+        "False",
+        "0",
+    ]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_weights_are_in_memory_once(tmp_path: Path) -> None:
+    """Neither is the table of embeddings, which the model shares with its logits, there twice."""
+    shape = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 6}
+    model = make_model("qwen2", tmp_path, vocab_size=98304, **shape)
+    in_bfloat16(model)
+    num_bytes = (model / "model.safetensors").stat().st_size
+    assert num_bytes > 140e6
+    taken = 1024 * (int(said(PEAK, str(model))) - int(said(PEAK, "sage-tiny")))
+    assert taken < num_bytes + SLACK_BYTES
+
+
+def in_bfloat16(model: Path) -> None:
+    tensors = load_file(model / "model.safetensors")
+    save_file(
+        {name: tensor.bfloat16() for name, tensor in tensors.items()}, model / "model.safetensors"
+    )
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
