@@ -25,6 +25,11 @@ class Plan:
     hears: Mapping[str, frozenset[str]] = field(default_factory=dict)  # kinds of feedback
     seed: int = 0
 
+    @property
+    def all_engines(self) -> tuple[Engine, ...]:
+        """The replicas of every engine."""
+        return tuple(engine for replicas in self.engines.values() for engine in replicas)
+
     def engine_name(self, node: str) -> str | None:
         name = self.graph.node(node).attrs.get("engine")
         return name if isinstance(name, str) else None

@@ -112,8 +112,7 @@ class Session:
     @property
     def max_model_len(self) -> int:
         """Tokens of the shortest context among the engines: prompt and answer together."""
-        pools = self.executor.plan.engines.values()
-        return min(engine.facts.max_model_len for replicas in pools for engine in replicas)
+        return min(engine.facts.max_model_len for engine in self.executor.plan.all_engines)
 
     def statistics(self) -> Statistics:
         return statistics_of(self.executor, elapsed_s=trio.current_time() - self._opened_s)
@@ -122,7 +121,7 @@ class Session:
         return health_of(self.executor)
 
     async def idle(self) -> None:
-        """Wait until every request has ended."""
+        """Wait until every request has ended and every block is free."""
         await self.executor.idle()
 
     async def close(self) -> None:

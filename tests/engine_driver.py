@@ -76,8 +76,7 @@ class Driver:
     async def at_rest(self) -> None:
         """Every block is free, once a step is over that began before its sequences had ended."""
         with trio.fail_after(10):
-            while self.engine.has_launched:
-                await trio.lowlevel.checkpoint()
+            await self.engine.idle()
         assert self.engine.pool.num_leased == 0
 
     async def all_done(self) -> None:

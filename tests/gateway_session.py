@@ -50,8 +50,7 @@ class ServedSession:
 
     @property
     def engines(self) -> list[LocalEngine]:
-        pools = self.session.executor.plan.engines.values()
-        found = [engine for replicas in pools for engine in replicas]
+        found = self.session.executor.plan.all_engines
         return [engine for engine in found if isinstance(engine, LocalEngine)]
 
     @property

@@ -90,6 +90,7 @@ class Collector:
         """Forget all without an event; the pool ends the leases."""
         self.sequences.clear()
         self._left.clear()
+        self.launched = None
 
     def _fail(self, batch: Batch, cause: Exception) -> None:
         error = f"the engine failed while it computed this sequence ({type(cause).__name__})"

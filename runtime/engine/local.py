@@ -57,6 +57,7 @@ class LocalEngine:
         self._stepping = Stepping(self.scheduler, self._collector, name=name, replica=replica)
         self._expiries: list[tuple[float, int, Fence]] = []
         self._changed = trio.Event()
+        self._at_rest = trio.lowlevel.ParkingLot()
         self._num_arrivals = 0
         self._is_closed = False
 
@@ -133,11 +134,6 @@ class LocalEngine:
         return self._stepping.step_tokens
 
     @property
-    def has_launched(self) -> bool:
-        """Whether a step computes now; its blocks are leased, also of sequences that have ended."""
-        return self._collector.launched is not None
-
-    @property
     def _sequences(self) -> dict[Fence, Sequence]:
         return self._collector.sequences
 
@@ -145,6 +141,10 @@ class LocalEngine:
     def _has_work(self) -> bool:
         """Whether there are sequences whose readers take what is drawn for them."""
         return any(not sequence.mailbox.is_full for sequence in self._sequences.values())
+
+    async def idle(self) -> None:
+        while self._collector.launched is not None:
+            await self._at_rest.park()
 
     async def run(self) -> None:
         """Step until cancelled; then no thread is left and every block is free."""
@@ -166,6 +166,8 @@ class LocalEngine:
             self._collector.collect(batch, drawn)
             for mailbox in self._mailboxes.values():
                 mailbox.flush()
+            if self._collector.launched is None:
+                self._at_rest.unpark_all()
         else:
             await self._wait()
 
@@ -267,3 +269,4 @@ class LocalEngine:
             self._speculation.clear()
         for mailbox in self._mailboxes.values():
             mailbox.close()
+        self._at_rest.unpark_all()

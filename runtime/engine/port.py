@@ -181,5 +181,8 @@ class Engine(Protocol):
     @property
     def health(self) -> EngineHealth: ...
 
+    async def idle(self) -> None:
+        """Wait until no step computes: one may hold blocks of sequences that have ended already."""
+
     async def run(self) -> None:
         """Step until cancelled; the executor starts it in the graph's nursery."""

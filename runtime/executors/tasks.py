@@ -70,7 +70,7 @@ class TasksExecutor:
         """
         try:
             async with trio.open_nursery() as nursery:
-                for engine in (engine for pool in self.plan.engines.values() for engine in pool):
+                for engine in self.plan.all_engines:
                     nursery.start_soon(engine.run)
                 for host in self._hosts.values():
                     host.start(nursery)
@@ -118,9 +118,11 @@ class TasksExecutor:
         self._try_again()
 
     async def idle(self) -> None:
-        """Wait until every request has ended and left its engine, or the executor has stopped."""
+        """Wait until all requests have ended and every block is free, or the executor stops."""
         while not self.register.is_empty and not self._is_stopped:
             await self._at_rest.park()
+        for engine in self.plan.all_engines:
+            await engine.idle()
 
     def reading(self) -> Reading:
         """What operators and edges have done so far."""

@@ -55,7 +55,8 @@ async def together(
     return answers
 
 
-def check_at_rest(session: Session) -> None:
+async def check_at_rest(session: Session) -> None:
+    await session.idle()
     session.executor.ledger.check()
     for pool in session.statistics().engines.values():
         assert all(load.num_leased_blocks == 0 for load in pool)
@@ -67,7 +68,7 @@ async def test_greedy_tokens_equal_transformers(graph: str, exam: Exam) -> None:
     opening = Graph.load(graph).open(set=exact(graph), model=str(exam.folder))
     async with opening as session:
         assert await together(session, exam.prompts, sampling) == exam.right.tokens
-        check_at_rest(session)
+        await check_at_rest(session)
 
 
 async def test_greedy_tokens_survive_preemption(exam: Exam) -> None:
@@ -76,7 +77,7 @@ async def test_greedy_tokens_survive_preemption(exam: Exam) -> None:
     async with Graph.load("pd").open(set=tight, model=str(exam.folder)) as session:
         assert await together(session, exam.prompts, sampling) == exam.right.tokens
         assert session.statistics().num_preemptions > 0
-        check_at_rest(session)
+        await check_at_rest(session)
 
 
 @pytest.mark.parametrize("exam", ["qwen3"], indirect=True)
@@ -107,7 +108,7 @@ async def test_the_choices_of_a_forked_request_keep_their_own_prompts(exam: Exam
     graph >> ops.flat_map(fork) >> ops.generate(engine="g")
     async with graph.open() as session:
         answers = await session.generate_all(exam.prompts[0], sampling=sampling)
-        check_at_rest(session)
+        await check_at_rest(session)
     assert [list(a.token_ids) for a in answers] == [exam.right.tokens[i][:20] for i in (4, 5)]
 
 
@@ -124,4 +125,4 @@ async def test_the_choices_of_one_request_equal_requests_of_their_own(
         again = await session.generate_all(prompt, sampling=sampling)
         assert [a.token_ids for a in once] == [a.token_ids for a in again]
         assert len({a.token_ids for a in once}) == 3
-        check_at_rest(session)
+        await check_at_rest(session)

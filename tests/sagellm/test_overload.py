@@ -93,6 +93,7 @@ async def loaded(
             await trio.sleep(draw.expovariate(rate))
             waiting = session.executor.region.state("sort").backlog.num_requests
             load.most_queued = max(load.most_queued, waiting)
+    await session.idle()
     session.executor.ledger.check()
     pools = session.statistics().engines.values()
     assert all(one.num_leased_blocks == 0 for pool in pools for one in pool)

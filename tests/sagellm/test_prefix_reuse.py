@@ -52,8 +52,9 @@ async def together(
     return answers
 
 
-def num_hits(session: Session) -> int:
+async def num_hits(session: Session) -> int:
     """Tokens found in all pools; no block is leased, and the ledgers balance."""
+    await session.idle()
     session.executor.ledger.check()
     loads = [load for pool in session.statistics().engines.values() for load in pool]
     for load in loads:
@@ -66,10 +67,10 @@ def num_hits(session: Session) -> int:
 async def test_a_shared_beginning_changes_no_token(graph: str, exam: Exam) -> None:
     async with opening(graph, exam) as session:
         assert await together(session, exam.prompts) == exam.tokens
-        num_shared = num_hits(session)
+        num_shared = await num_hits(session)
         assert num_shared >= 6 * 192  # two replicas each compute it once, at most
         assert await together(session, exam.prompts) == exam.tokens
-        assert num_hits(session) - num_shared >= 8 * 192
+        assert await num_hits(session) - num_shared >= 8 * 192
 
 
 @pytest.mark.parametrize("graph", ["joint", "pd"])
@@ -77,7 +78,7 @@ async def test_switched_off_the_tokens_are_the_same(graph: str, exam: Exam) -> N
     async with opening(graph, exam, prefix_caching=False) as session:
         assert await together(session, exam.prompts) == exam.tokens
         assert await together(session, exam.prompts) == exam.tokens
-        assert num_hits(session) == 0
+        assert await num_hits(session) == 0
 
 
 @pytest.mark.parametrize("is_on", [True, False])
@@ -87,7 +88,7 @@ async def test_a_small_pool_changes_no_token(is_on: bool, exam: Exam) -> None:
     async with opening("joint", exam, **small) as session:
         for _ in range(2):
             assert await together(session, exam.prompts[::-1]) == exam.tokens[::-1]
-        assert (num_hits(session) > 0) == is_on
+        assert (await num_hits(session) > 0) == is_on
 
 
 @pytest.mark.parametrize("is_on", [True, False])
@@ -100,7 +101,7 @@ async def test_preemption_changes_no_token(is_on: bool, exam: Exam) -> None:
         assert await together(session, prompts) == tokens
         assert session.statistics().num_preemptions > 0
         assert await together(session, prompts) == tokens
-        assert (num_hits(session) > 0) == is_on
+        assert (await num_hits(session) > 0) == is_on
 
 
 @pytest.mark.parametrize("graph", ["joint", "pd"])
@@ -121,10 +122,10 @@ async def test_the_turns_of_a_chat_hit_what_was_said(graph: str, exam: Exam) -> 
     async with opening(graph, exam) as session:
         for end in random_prompts([40, 40, 40], seed=9):
             turns.append(said)
-            before = num_hits(session)
+            before = await num_hits(session)
             answer = await session.generate(said, sampling=GREEDY)
             hits.append(answer.num_cached_tokens)
-            assert num_hits(session) - before == answer.num_cached_tokens
+            assert await num_hits(session) - before == answer.num_cached_tokens
             said = (*said, *answer.token_ids, *end)
             turns[-1] = (turns[-1], list(answer.token_ids))
     prompts = [prompt for prompt, _ in turns]

@@ -38,6 +38,7 @@ async def test_held_out_exercises_are_answered(mode):
     asked = [one for kind in KINDS for one in exercises(kind, NUM_EXERCISES, seed=3)]
     async with Graph.load("pd").open(set=settings(mode)) as session:
         found = await answers(session, asked)
+        await session.idle()
         pools = session.statistics().engines.values()
         assert all(load.num_leased_blocks == 0 for pool in pools for load in pool)
     right = sum(one.is_answered_by(text) for one, text in zip(asked, found, strict=True))

@@ -24,7 +24,8 @@ def folder(tmp_path_factory: Any) -> str:
     )  # fmt: skip
 
 
-def check_at_rest(session: Session) -> None:
+async def check_at_rest(session: Session) -> None:
+    await session.idle()
     session.executor.ledger.check()
     for pool in session.statistics().engines.values():
         for load in pool:
@@ -70,7 +71,7 @@ async def test_a_short_request_does_not_wait_for_a_long_one(kind: str, folder: s
                 assert long._num_open  # still running
         assert statistics.median(behind) <= 2 * alone + one_step
         await session.executor.idle()
-        check_at_rest(session)
+        await check_at_rest(session)
 
 
 @pytest.mark.parametrize("graph", ["pd", "pd_many"])
@@ -90,7 +91,7 @@ async def test_cancelled_at_random_points(graph: str, folder: str) -> None:
                 await trio.sleep(draw.uniform(0, 0.02))
         await session.executor.idle()
         assert session.executor.ledger.ended["cancelled"] > 10
-        check_at_rest(session)
+        await check_at_rest(session)
 
 
 async def test_an_answer_ends_at_the_context_limit(folder: str) -> None:

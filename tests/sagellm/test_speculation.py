@@ -56,6 +56,7 @@ async def test_answers_are_those_without(
             )
             async with opening as session:
                 found.append(await together(session, sampling))
+                await session.idle()
                 statistics = session.statistics()
                 loads = [load for pool in statistics.engines.values() for load in pool]
                 assert all(load.num_leased_blocks == 0 for load in loads)

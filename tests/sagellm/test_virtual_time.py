@@ -24,8 +24,9 @@ NULL = {
 }
 
 
-def at_rest(session: Session) -> bool:
+async def at_rest(session: Session) -> bool:
     """Every block is free again and the books balance."""
+    await session.idle()
     session.executor.ledger.check()
     loads = [load for pool in session.statistics().engines.values() for load in pool]
     return all(
@@ -48,7 +49,7 @@ async def test_ten_thousand_requests_through_pd_many(autojump_clock: MockClock) 
                 nursery.start_soon(ask, session, draw.randint(1, 200), draw.randint(1, 16))
                 await trio.sleep(draw.expovariate(100))
         assert session.executor.ledger.ended == {"length": 10_000}
-        assert at_rest(session)
+        assert await at_rest(session)
         statistics = session.statistics()
     assert statistics.elapsed_s > 60  # virtual seconds
 
@@ -62,7 +63,7 @@ async def test_overload_is_refused_and_the_rest_is_served(autojump_clock: MockCl
         ended = session.executor.ledger.ended
         assert ended["refused"] > 0
         assert ended["refused"] + ended["length"] == 1000
-        assert at_rest(session)
+        assert await at_rest(session)
 
 
 @pytest.mark.parametrize("graph", ["pd", "joint", "pd_many"])
@@ -86,7 +87,7 @@ async def test_cancelled_at_two_hundred_random_points(
         await session.executor.idle()
         ended = session.executor.ledger.ended
         assert ended["cancelled"] > 50
-        assert at_rest(session)
+        assert await at_rest(session)
 
 
 async def test_requests_expire_wherever_they_are(autojump_clock: MockClock) -> None:
@@ -97,7 +98,7 @@ async def test_requests_expire_wherever_they_are(autojump_clock: MockClock) -> N
                 timeout_s = draw.uniform(0.01, 0.5)
                 nursery.start_soon(lambda t=timeout_s: ask(session, 200, 30, timeout_s=t))
         assert session.executor.ledger.ended["expired"] > 50
-        assert at_rest(session)
+        assert await at_rest(session)
 
 
 async def test_a_prefill_never_waits_for_a_full_decode_pool(autojump_clock: MockClock) -> None:
@@ -108,7 +109,7 @@ async def test_a_prefill_never_waits_for_a_full_decode_pool(autojump_clock: Mock
                 nursery.start_soon(ask, session, 500, 100)
         assert session.executor.ledger.ended == {"length": 60}
         assert session.statistics().peak_kv_ratio > 0.5
-        assert at_rest(session)
+        assert await at_rest(session)
 
 
 async def test_equal_seeds_give_equal_runs(autojump_clock: MockClock) -> None:

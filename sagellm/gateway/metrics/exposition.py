@@ -120,7 +120,7 @@ class GatewayMeters(HttpMeters):
 
 def _observer(session: Session, models: Sequence[str]) -> Observer:
     executor = session.executor
-    facts = [engine.facts for pool in executor.plan.engines.values() for engine in pool]
+    facts = [engine.facts for engine in executor.plan.all_engines]
     longest = max((each.max_model_len for each in facts), default=1)
     kv = KVShape(facts[0].block_size, facts[0].kv_block_bytes) if facts else KVShape()
     table = {"": models[0]} | dict.fromkeys(models, models[0])

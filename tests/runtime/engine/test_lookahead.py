@@ -111,7 +111,13 @@ async def test_a_step_behind_another_takes_its_tokens():
 async def test_blocks_of_an_ended_sequence_stay_leased_until_the_step_ahead_is_over():
     engine, device = scripted()
     device.token = lambda name, position: STOP if position == 1 else 100
-    async with running(engine) as [driver]:
+    idle_with = []
+
+    async def idle():
+        await engine.idle()
+        idle_with.append(engine.pool.num_leased)
+
+    async with running(engine) as [driver], trio.open_nursery() as nursery:
         reply = await driver.submit("r", (1, 2), sampling=sampled(9, stop_token_ids=(STOP,)))
         await wait_all_tasks_blocked()
         await steps(device, 2)
@@ -119,8 +125,11 @@ async def test_blocks_of_an_ended_sequence_stay_leased_until_the_step_ahead_is_o
         assert len(device.batches) == 3
         assert engine.pool.num_leased == 1
         engine.pool.check()
+        nursery.start_soon(idle)
+        await wait_all_tasks_blocked()
+        assert not idle_with
         await steps(device)
-        assert engine.pool.num_leased == 0
+        assert idle_with == [0]
     assert reply.token_ids == [100, STOP]  # `running` has read on: nothing came behind the end
     assert len(device.batches) == 3
 
