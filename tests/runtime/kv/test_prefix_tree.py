@@ -96,6 +96,17 @@ def test_of_one_age_the_less_critical_goes_first():
     assert list(dict.fromkeys(left)) == [(1, 1, 1), (1, 0, 1), (1, 0, 0), (0, 0, 0)]
 
 
+def test_what_a_critical_block_stands_on_is_as_critical():
+    kept = Kept(64)
+    lease = kept.lease([1], priority=2)
+    kept.pool.grow(lease, 2 * SIZE)
+    kept.pool.publish(lease, kept.path([1, 2])[1:], 0)
+    kept.pool.advance(lease, "finish")
+    kept.pool.reserve(Fence("x", 0, 0), 63 * SIZE)
+    assert kept.known([1, 2]) == [1]
+    kept.pool.check()
+
+
 def test_nothing_stays_for_its_priority_alone():
     kept = Kept(64)
     kept.keep([1] * 4, priority=0)
