@@ -94,6 +94,17 @@ def _fused_linear(options: FusedLinear, binding: Binding) -> BoundKernel:
     return _product(lambda step, rows: torch.split(multiply(rows), sizes, 1), multiply, sizes)
 
 
+def _gated_linear(options: FusedLinear, binding: Binding) -> BoundKernel:
+    product, gate = _fused_linear(options, binding), _silu_mul(options, binding)
+
+    def run(step: Step, rows: torch.Tensor) -> Tensors:
+        return gate(step, *product(step, rows))
+
+    if isinstance(product, NativeKernel):
+        return NativeKernel(run, product.fields, product.widths[:1], keep=product.keep)
+    return run
+
+
 def _product(run: BoundKernel, multiply: object, widths: Sequence[int]) -> BoundKernel:
     """`run`, which multiplies by `multiply`, with its native form if that has an `address`."""
     address: int | None = getattr(multiply, "address", None)
@@ -197,6 +208,7 @@ RULES: Mapping[str, Rule] = {
     "linear": _linear,
     "qkv_linear": _fused_linear,
     "gate_up_linear": _fused_linear,
+    "gated_linear": _gated_linear,
     "rope": _rope,
     "kv_write": _kv_write,
     "rope_kv_write": _rope_kv_write,

@@ -11,10 +11,10 @@ from sagellm.backends.plan import Instruction, Plan
 from sagellm.graphs.kernels import KERNELS, KV
 from sagellm.graphs.kernels.attention import PagedAttention, Rope
 
-_LINEAR = "linear"
+_LINEAR, _GATED = "linear", "gated_linear"
 _OPS = (  # in the order of step.h
-    *("embedding", "select_rows", "rms_norm", "add_rms_norm", _LINEAR, "rope", "kv_write"),
-    *("rope_kv_write", "paged_attention", "add", "mul", "silu", "silu_mul"),
+    *("embedding", "select_rows", "rms_norm", "add_rms_norm", _LINEAR, _GATED, "rope"),
+    *("kv_write", "rope_kv_write", "paged_attention", "add", "mul", "silu", "silu_mul"),
 )
 _SAME = {"qkv_linear": _LINEAR, "gate_up_linear": _LINEAR}
 _IN_PLACE = (
@@ -91,11 +91,12 @@ class _Translator:
         if op in _EVERY_ROW and any(value.chosen for value in inlets):
             raise UntranslatableError(f"{step.node.name} reads rows of logits")
         outlets = self._outlets(step, kernel, op, registers, inlets)
+        scratch = self._scratch(op, outlets)
         for index in step.dead:
             if index in self._values:
                 self._buffers.drop(self._values.pop(index).place)
         self._values.update(zip(step.outputs, outlets, strict=True))
-        self._steps.append((kernel, op, inlets, outlets))
+        self._steps.append((kernel, op, inlets, [*outlets, *scratch]))
 
     def _activations(self, step: Instruction) -> Iterable[int]:
         """Registers of the inlets that hold matrices; the others must be what C takes them for."""
@@ -126,12 +127,20 @@ class _Translator:
             if step.outputs != (self._plan.logits,):
                 raise UntranslatableError("logits are not the last result")
             return [_Value(Place(LOGITS, 0, widths[0]), chosen)]
-        if op == _LINEAR:
+        if op in (_LINEAR, _GATED):
             return [_Value(place, chosen) for place in self._buffers.take(widths)]
         places = [] if op == "kv_write" else [*self._over(step, op, registers)]
         for width in widths[len(places) : len(step.outputs)]:
             places += self._buffers.take([width])
         return [_Value(place, chosen) for place in places]
+
+    def _scratch(self, op: str, outlets: Sequence[_Value]) -> list[_Value]:
+        """Room beside its result that a kernel needs, and nothing reads afterwards."""
+        if op != _GATED:
+            return []
+        (place,) = self._buffers.take([2 * outlets[0].place.width])
+        self._buffers.drop(place)
+        return [_Value(place, outlets[0].chosen)]
 
     def _over(self, step: Instruction, op: str, registers: Sequence[int]) -> Iterable[Place]:
         """The first inlet, where nothing else reads it: its place goes to the first result."""

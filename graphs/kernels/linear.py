@@ -1,10 +1,10 @@
-"""Matrix products with a weight: `linear`, and several that read the same rows as one."""
+"""Matrix products with a weight: `linear`, several that read the same rows as one, and gated."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from sagellm.graphs.ir import TensorType
-from sagellm.graphs.kernels.kernel import Infer, expect_last, kernel
+from sagellm.graphs.kernels.kernel import Infer, expect_last, expect_same, kernel
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +19,7 @@ class Linear:
 
 @dataclass(frozen=True, slots=True)
 class FusedLinear:
-    """Several linears over the same rows; one entry an outlet, in the order of the outlets."""
+    """Several linears over the same rows; one entry each. Ungated, in the order of the outlets."""
 
     weights: tuple[str, ...]
     in_features: int
@@ -43,6 +43,11 @@ def _fused(*outlets: str) -> Infer:
     return infer
 
 
+def _gated(options: FusedLinear, inlets: Mapping[str, TensorType]) -> dict[str, TensorType]:
+    return {"out": expect_same(_fused("gate", "up")(options, inlets))}
+
+
 LINEAR = kernel("linear", "in", "out", Linear, _linear)
 QKV_LINEAR = kernel("qkv_linear", "in", "q k v", FusedLinear, _fused("q", "k", "v"))
 GATE_UP_LINEAR = kernel("gate_up_linear", "in", "gate up", FusedLinear, _fused("gate", "up"))
+GATED_LINEAR = kernel("gated_linear", "in", "out", FusedLinear, _gated)  # silu(gate) * up

@@ -4,7 +4,7 @@ from sagellm.graphs.ir import EdgeType, TensorType
 from sagellm.graphs.kernels.attention import KV_WRITE, PAGED_ATTENTION, ROPE, ROPE_KV_WRITE
 from sagellm.graphs.kernels.elementwise import ADD, MUL, SILU, SILU_MUL
 from sagellm.graphs.kernels.kernel import KV, Kernel
-from sagellm.graphs.kernels.linear import GATE_UP_LINEAR, LINEAR, QKV_LINEAR
+from sagellm.graphs.kernels.linear import GATE_UP_LINEAR, GATED_LINEAR, LINEAR, QKV_LINEAR
 from sagellm.graphs.kernels.norm import ADD_RMS_NORM, RMS_NORM
 from sagellm.graphs.kernels.rows import EMBEDDING, SELECT_ROWS
 from sagellm.graphs.vocabulary import Vocabulary
@@ -24,6 +24,7 @@ KERNELS: dict[str, Kernel] = {
         SELECT_ROWS,
         QKV_LINEAR,
         GATE_UP_LINEAR,
+        GATED_LINEAR,
         ADD_RMS_NORM,
         SILU_MUL,
         ROPE_KV_WRITE,

@@ -1,6 +1,7 @@
 """Passes over graphs, and the pipeline that prepares a kernel graph for a backend."""
 
 from sagellm.graphs.passes.fuse_add_norm import FuseAddNorm
+from sagellm.graphs.passes.fuse_gated_linear import FuseGatedLinear
 from sagellm.graphs.passes.fuse_linears import FuseGateUp, FuseQkv
 from sagellm.graphs.passes.fuse_rope_kv_write import FuseRopeKvWrite
 from sagellm.graphs.passes.fuse_silu_mul import FuseSiluMul
@@ -12,6 +13,7 @@ KERNEL_PASSES: tuple[Pass, ...] = (
     FuseGateUp(),
     FuseAddNorm(),
     FuseSiluMul(),
+    FuseGatedLinear(),
     FuseRopeKvWrite(),
 )
 

@@ -109,6 +109,44 @@ def test_numbers_that_are_none_reach_their_own_row_and_column_alone(kind):
     assert not found[~spared].isfinite().any()
 
 
+SHARE = ctypes.CFUNCTYPE(  # `multiply` of linear.h
+    *(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_long, ctypes.c_void_p, ctypes.c_long),
+    *(ctypes.c_long, ctypes.c_int, ctypes.c_int),
+)
+
+
+def gated(linear, x, width, threads):
+    """By the gated kernel, into columns 1 .. width + 1 of a wider matrix."""
+    out = torch.full((len(x), width + 3), torch.nan)
+    multiply = SHARE(Linear.from_address(linear.address).gated)
+    for number in range(threads):
+        place = out.data_ptr() + out.element_size()
+        sizes = x.stride(0), place, out.stride(0), len(x)
+        multiply(linear.address, x.data_ptr(), *sizes, number, threads)
+    assert torch.isnan(out[:, [0, -2, -1]]).all()
+    return out[:, 1 : width + 1]
+
+
+@KINDS
+@pytest.mark.parametrize("depth", [1, 513, 2048, 4101])
+@pytest.mark.parametrize("bias", [True, False])
+def test_gated_is_what_the_halves_of_the_columns_give(kind, depth, bias):
+    x, weight, offset = operands(101, 2 * 96, depth, kind)
+    linear = packed(weight, offset if bias else None, kind)
+    gate, up = linear(x).split(96, 1)
+    wanted = KERNELS.silu_mul(gate, up)
+    for rows, threads in [(1, 1), (1, 2), (2, 3), (5, 2), (13, 4), (48, 1), (49, 2), (101, 5)]:
+        assert torch.equal(gated(linear, x[:rows], 96, threads), wanted[:rows]), rows
+
+
+@pytest.mark.parametrize(("width", "depth"), [(2 * 95, 64), (2 * 16 + 2, 64), (128, 1 << 20)])
+def test_a_shape_without_a_gated_kernel_has_none(width, depth):
+    assert not KERNELS.is_gated(width, depth)
+    if depth == 64:
+        linear = packed(torch.randn(width, depth), None, "float")
+        assert Linear.from_address(linear.address).gated is None
+
+
 def test_the_struct_names_what_the_c_kernels_read():
     weight, bias = torch.randn(5, 3), torch.randn(5)
     linear = pack(KERNELS, weight, bias)

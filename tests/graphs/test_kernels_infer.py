@@ -59,11 +59,22 @@ def test_fused_linear_has_a_type_per_outlet():
     assert logits_type(graph) == TensorType(("T", 6), "bfloat16")
 
 
+def test_what_is_gated_has_one_outlet_for_two_weights():
+    gated = Node("gated", "gated_linear").with_attrs(
+        weights=("g", "u"), in_features=8, out_features=(6, 6), biases=(None, None)
+    )
+    assert logits_type(infer(chain(EMBED, gated))) == TensorType(("T", 6), "bfloat16")
+
+
 def mismatches():
     norm = Node("norm", "rms_norm").with_attrs(weight="n", size=3, epsilon=1e-6)
     rope = Node("rope", "rope").with_attrs(head_dim=6, theta=1e4)
     places = Edge(SOURCE, "rope", "positions", "positions")
     wide = LINEAR.with_attrs(in_features=9)
+    halves = Node("halves", "gated_linear").with_attrs(
+        weights=("g", "u"), in_features=8, out_features=(6, 5), biases=(None, None)
+    )
+    yield "halves", chain(EMBED, halves), "inlets must agree"
     yield "head", chain(EMBED, wide), "last dimension must be 9"
     yield "norm", chain(EMBED, norm), "multiple of 3"
     yield "rope", chain(EMBED, rope, extra=[places]), "whole heads of 6"

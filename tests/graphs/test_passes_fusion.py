@@ -9,6 +9,7 @@ from sagellm.graphs.ir import SINK, Edge, TensorType
 from sagellm.graphs.kernels import infer, logits_type, verify
 from sagellm.graphs.models import FAMILIES, build
 from sagellm.graphs.passes import KERNEL_PASSES, UnknownPass, run_pipeline
+from sagellm.graphs.passes.fuse_gated_linear import FuseGatedLinear
 
 SMALL = {
     "vocab_size": 32,
@@ -85,6 +86,26 @@ def test_an_add_is_fused_with_the_norm_behind_it_and_hands_on_the_sum():
 def test_silu_and_mul_become_one():
     counts = ops(after("fuse_silu_mul"))
     assert (counts["silu_mul"], counts["silu"], counts["mul"]) == (2, 0, 0)
+
+
+def test_gate_up_and_their_product_become_one():
+    graph = after("fuse_gated_linear", graph_of("LlamaForCausalLM", mlp_bias=True))
+    counts, node = ops(graph), graph.node("layer1_gated")
+    assert (counts["gated_linear"], counts["gate_up_linear"], counts["silu_mul"]) == (2, 0, 0)
+    names = [str(weight).split(".")[-2] for weight in node.attrs["weights"]]
+    assert names == ["gate_proj", "up_proj"]
+    assert all(node.attrs["biases"])
+
+
+def test_a_product_of_something_else_is_left_alone():
+    before = after("fuse_silu_mul", graph_of(num_hidden_layers=1))
+    to_product = [edge for edge in before.edges if edge.target == "layer0_silu_mul"]
+    others = [edge for edge in before.edges if edge not in to_product]
+    gate, up = to_product
+    crossed = replace(gate, inlet=up.inlet), replace(up, inlet=gate.inlet)
+    graph = replace(before, edges=(*others, *crossed))
+    assert verify(graph) == ()
+    assert FuseGatedLinear().apply(graph) == graph
 
 
 def test_rope_and_write_become_one_between_the_same_states():

@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeAlias
 import structlog
 import torch
 
+from sagellm.backends.cpu.large_pages import empty_in_large_pages
 from sagellm.backends.cpu.native.compiler import compiled
 from sagellm.backends.cpu.native.structs import Batch, Heads, Layer, Step
 
@@ -23,6 +24,7 @@ _KINDS: tuple[PanelKind, ...] = ("float", "bfloat", "pairs")  # in the order of 
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "sage_linear": (_POINTER, *_MATRIX, *_MATRIX, _LONG, _INT),
     "sage_has_pairs": (),
+    "sage_is_gated": (_LONG, _LONG),
     "sage_packed_bytes": (_LONG, _LONG, _INT),
     "sage_pack": (_POINTER, _INT, _POINTER, _LONG, _LONG, _INT),
     "sage_rms_norm": (
@@ -84,11 +86,15 @@ class NativeKernels:
         """Whether this CPU multiplies pairs of bfloat16."""
         return bool(self._library.sage_has_pairs())
 
+    def is_gated(self, num_cols: int, size: int) -> bool:
+        """Whether weights [num_cols, size] have a gated kernel."""
+        return bool(self._library.sage_is_gated(num_cols, size))
+
     def pack(self, weight: torch.Tensor, kind: PanelKind) -> torch.Tensor:
         """weight [N, K], contiguous, in an order of panel.h: a vector of its dtype."""
         number = _KINDS.index(kind)
         num_bytes = self._library.sage_packed_bytes(*weight.shape, number)
-        packed = torch.empty(num_bytes // weight.element_size(), dtype=weight.dtype)
+        packed = empty_in_large_pages(num_bytes // weight.element_size(), weight.dtype)
         self._library.sage_pack(
             *(weight.data_ptr(), number, packed.data_ptr()),
             *(*weight.shape, torch.get_num_threads()),

@@ -3,6 +3,9 @@
  * One (m, n) is summed in one order whatever the number of rows and threads: along k within a
  * chunk, chunks added in order to the bias. So results are batch-invariant. Lanes run along the
  * columns, so that no sum crosses lanes. Of PAIRS, x is rounded to bfloat16 first.
+ *
+ * Gated, the columns are a gate and, behind it, as many that it opens: silu(gate) * up. Both have
+ * all their sums before either is written.
  */
 #include "linear.h"
 
@@ -16,9 +19,10 @@
 #define TILE_ROWS 6 /* 12 sums, 2 weights, a value of x and a mask fill AVX2 */
 #endif
 #define TILE_COLS 4          /* panels side by side where rows are few: sums enough that none waits */
-#define CHUNK 512            /* of k: 16 or 32 KiB of a bfloat16 panel, which stay near */
+#define CHUNK 2048           /* of k: a part of a panel in the second cache, at the most */
+#define APART (CHUNK + 32)   /* rounded rows: a cache line more, so that they share no set */
 #define ROWS 48              /* of x, at most, that share a chunk of a panel while it is there */
-#define SPAN (64 << 10)      /* numbers of x that stay in the second cache, beside the next chunk */
+#define SPAN (128 << 10)     /* numbers of x that stay in the second cache, beside the next chunk */
 
 typedef wide Sums[TILE_ROWS][2 * TILE_COLS];
 
@@ -28,6 +32,7 @@ typedef struct {
     uint16_t *rounded; /* of PAIRS: x of the block at work, [chunk, row, CHUNK] */
     float *out;
     long ldx, ldo;
+    long first_row, first_col; /* where out begins */
     long apart;            /* bytes from one panel to the next */
     long first, last;      /* panels of this thread */
     long top, rows, begin; /* the block of x at work: its rows, and its first k */
@@ -70,7 +75,7 @@ INLINE void add_pair(const Product *p, const uint16_t *x, const char *w, int row
         memcpy(&high, w + c * p->apart + sizeof low, sizeof high);
         for (int r = 0; r < rows; r++) {
             int32_t pair;
-            memcpy(&pair, x + r * CHUNK, sizeof pair);
+            memcpy(&pair, x + r * APART, sizeof pair);
             sums[r][2 * c] = add_products(sums[r][2 * c], low, pair);
             sums[r][2 * c + 1] = add_products(sums[r][2 * c + 1], high, pair);
         }
@@ -82,7 +87,7 @@ INLINE void add_to_out(const Product *p, const Place *at, int rows, int panels, 
     const Linear *l = p->linear;
     long col = at->panel * PANEL, cols = least(panels * PANEL, l->num_cols - col);
     for (int r = 0; r < rows; r++) {
-        float *out = p->out + (at->row + r) * p->ldo + col;
+        float *out = p->out + (at->row - p->first_row + r) * p->ldo + col - p->first_col;
         const float *before = at->k ? out : l->bias ? l->bias + col : NULL;
         if (cols == panels * PANEL) {
             for (int c = 0; c < 2 * panels; c++) {
@@ -99,7 +104,8 @@ INLINE void add_to_out(const Product *p, const Place *at, int rows, int panels, 
 
 INLINE void tile(const Product *p, const Place *at, int rows, int panels, Kind kind) {
     const float *x = p->x + at->row * p->ldx + at->k;
-    const uint16_t *pairs = p->rounded + (at->k - p->begin) * p->rows + (at->row - p->top) * CHUNK;
+    const uint16_t *pairs =
+        p->rounded + ((at->k - p->begin) / CHUNK * p->rows + at->row - p->top) * APART;
     const char *w = weights_at(p, at->panel, at->k, kind), *ahead = at->ahead;
     Sums sums = {{{0}}};
     long i = 0, step = bytes_of_k(kind);
@@ -154,53 +160,98 @@ INLINE void block_of_rows(const Product *p, Place at, const char *next, int pane
 INLINE void round_block(const Product *p, long end) {
     uint16_t *to = p->rounded;
     for (long k = p->begin; k < end; k += CHUNK)
-        for (long row = p->top; row < p->top + p->rows; row++, to += CHUNK) {
+        for (long row = p->top; row < p->top + p->rows; row++, to += APART) {
             long k_len = least(CHUNK, end - k);
             round_all(p->x + row * p->ldx + k, to, k_len);
             if (k_len & 1) to[k_len] = 0; /* the other half of the last pair */
         }
 }
 
+/* Some panels, from the block's first k to `end`; `then` is the panel that comes next. */
+INLINE void panels_of_k(const Product *p, long panel, long then, long end, int panels, Kind kind) {
+    for (long k = p->begin; k < end; k += CHUNK) {
+        Place at = {p->top, panel, k, least(CHUNK, end - k), NULL, 0};
+        long more = k + at.k_len;
+        const char *next = more < end ? weights_at(p, panel, more, kind)
+                                      : weights_at(p, then, p->begin, kind);
+        block_of_rows(p, at, next, panels, kind);
+    }
+}
+
+/* How many panels the tiles of this block are wide. */
+INLINE int panels_at(const Product *p, long panel) {
+    int most = p->rows == 1 ? 4 : p->rows == 2 ? 2 : 1;
+    return p->last - panel < most ? 1 : most;
+}
+
 /* All of this thread's panels, from the block's first k to `end`. */
 INLINE void span_of_k(const Product *p, long end, Kind kind) {
-    int most = p->rows == 1 ? 4 : p->rows == 2 ? 2 : 1, panels;
+    int panels;
     if (kind == PAIRS) round_block(p, end);
     for (long panel = p->first; panel < p->last; panel += panels) {
-        panels = p->last - panel < most ? 1 : most;
-        for (long k = p->begin; k < end; k += CHUNK) {
-            Place at = {p->top, panel, k, least(CHUNK, end - k), NULL, 0};
-            long then = k + at.k_len;
-            const char *next = then < end ? weights_at(p, panel, then, kind)
-                                          : weights_at(p, panel + panels, p->begin, kind);
-            block_of_rows(p, at, next, panels, kind);
+        panels = panels_at(p, panel);
+        panels_of_k(p, panel, panel + panels, end, panels, kind);
+    }
+}
+
+/* All of this thread's panels of the gate, and those that they open. */
+INLINE void gated_panels(const Product *p, Kind kind) {
+    float gate[ROWS * PANEL], up[ROWS * PANEL];
+    long half = num_panels(p->linear->num_cols) / 2, k = p->linear->k;
+    Product own = *p;
+    int panels;
+    if (kind == PAIRS) round_block(p, k);
+    own.first_row = p->top;
+    for (long panel = p->first; panel < p->last; panel += panels) {
+        panels = panels_at(p, panel);
+        long width = own.ldo = panels * PANEL;
+        own.out = gate, own.first_col = panel * PANEL;
+        panels_of_k(&own, panel, half + panel, k, panels, kind);
+        own.out = up, own.first_col += half * PANEL;
+        panels_of_k(&own, half + panel, panel + panels, k, panels, kind);
+        for (long r = 0; r < p->rows; r++) {
+            float *out = p->out + (p->top + r) * p->ldo + panel * PANEL;
+            for (long i = r * width; i < (r + 1) * width; i += LANES, out += LANES)
+                store_float(out, silu(load_float(gate + i)) * load_float(up + i));
         }
     }
 }
 
 INLINE void product(const Linear *linear, const float *x, long ldx, float *out, long ldo,
-                    long num_rows, int number, int threads, Kind kind) {
-    static _Thread_local uint16_t rounding[SPAN];
-    long k = linear->k, blocks = parts(num_rows, ROWS);
+                    long num_rows, int number, int threads, Kind kind, int gated) {
+    static _Thread_local uint16_t rounding[SPAN / CHUNK * APART];
+    long k = linear->k, most = gated ? least(ROWS, SPAN / (parts(k, CHUNK) * CHUNK)) : ROWS;
+    long blocks = parts(num_rows, most), panels = num_panels(linear->num_cols);
     Product p = {.linear = linear, .x = x, .rounded = rounding, .out = out, .ldx = ldx, .ldo = ldo,
                  .apart = panel_bytes(k, kind)};
-    share_of(num_panels(linear->num_cols), number, threads, &p.first, &p.last);
+    share_of(gated ? panels / 2 : panels, number, threads, &p.first, &p.last);
     for (long b = 0; b < blocks; b++) {
         p.top = num_rows * b / blocks, p.rows = num_rows * (b + 1) / blocks - p.top;
+        if (gated) {
+            gated_panels(&p, kind);
+            continue;
+        }
         long span = SPAN / p.rows / CHUNK * CHUNK;
         for (p.begin = 0; p.begin < k; p.begin += span)
             span_of_k(&p, least(p.begin + span, k), kind);
     }
 }
 
-#define MULTIPLY(name, kind)                                                             \
+#define MULTIPLY(name, kind, gated)                                                      \
     void name(const Linear *linear, const float *x, long ldx, float *out, long ldo,      \
               long num_rows, int number, int threads) {                                  \
-        product(linear, x, ldx, out, ldo, num_rows, number, threads, kind);              \
+        product(linear, x, ldx, out, ldo, num_rows, number, threads, kind, gated);       \
     }
-MULTIPLY(sage_multiply_float, FLOATS)
-MULTIPLY(sage_multiply_bfloat, BFLOATS)
-MULTIPLY(sage_multiply_pairs, PAIRS)
+MULTIPLY(sage_multiply_float, FLOATS, 0)
+MULTIPLY(sage_multiply_bfloat, BFLOATS, 0)
+MULTIPLY(sage_multiply_pairs, PAIRS, 0)
+MULTIPLY(sage_gated_float, FLOATS, 1)
+MULTIPLY(sage_gated_bfloat, BFLOATS, 1)
+MULTIPLY(sage_gated_pairs, PAIRS, 1)
 #undef MULTIPLY
+
+/* Whether a weight of that shape has a gated form: halves of whole panels, rows that fit. */
+int sage_is_gated(long num_cols, long k) { return num_cols % (2 * PANEL) == 0 && k <= SPAN; }
 
 /* Whether this CPU has products of bfloat16, so that PAIRS are faster than BFLOATS. */
 int sage_has_pairs(void) {

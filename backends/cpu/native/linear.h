@@ -13,6 +13,7 @@ typedef void multiply(const Linear *linear, const float *x, long ldx, float *out
 
 struct Linear {
     multiply *run;
+    multiply *gated; /* silu(first half of the columns) * second half, num_cols / 2; or NULL */
     const void *weight; /* in the kernel's own order */
     const void *scales; /* of quantised weights, else NULL */
     const void *zeros;  /* of asymmetric ones, else NULL */

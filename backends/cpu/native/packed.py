@@ -11,9 +11,9 @@ from sagellm.backends.cpu.native.structs import Linear
 class PackedLinear:
     """rows [T, K] float32 -> [T, N] float32; rows may be strided, their elements may not.
 
-    `kernel` names a `multiply` of the library; `weight`, `scales` and `zeros` are in its order, and
-    live as long as this does, as `bias` [N] float32 does. `address` is where its C `Linear` is, for
-    callers in C: good as long as this lives.
+    `kernel` names a `multiply` of the library, and `gated` its gated form; `weight`, `scales` and
+    `zeros` are in its order, and live as long as this does, as `bias` [N] float32 does. `address`
+    is where its C `Linear` is, for callers in C: good as long as this lives.
     """
 
     def __init__(
@@ -23,6 +23,7 @@ class PackedLinear:
         weight: torch.Tensor,
         shape: tuple[int, int],
         *,
+        gated: str | None = None,
         bias: torch.Tensor | None = None,
         scales: torch.Tensor | None = None,
         zeros: torch.Tensor | None = None,
@@ -32,7 +33,8 @@ class PackedLinear:
         self._kernels = kernels
         self._kept = (weight, scales, zeros, bias)
         pointers = [None if part is None else part.data_ptr() for part in self._kept]
-        self._struct = Linear(kernels.function(kernel), *pointers, *shape, group)
+        run = kernels.function(kernel), kernels.function(gated) if gated else None
+        self._struct = Linear(*run, *pointers, *shape, group)
         self.address = ctypes.addressof(self._struct)
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
@@ -53,5 +55,11 @@ def pack(
         bfloat: PanelKind = "pairs" if kernels.has_pairs else "bfloat"
         kind = bfloat if weight.dtype == torch.bfloat16 else "float"
     shape = (weight.shape[0], weight.shape[1])
-    name = f"sage_multiply_{kind}"
-    return PackedLinear(kernels, name, kernels.pack(weight, kind), shape, bias=bias)
+    return PackedLinear(
+        kernels,
+        f"sage_multiply_{kind}",
+        kernels.pack(weight, kind),
+        shape,
+        gated=f"sage_gated_{kind}" if kernels.is_gated(*shape) else None,
+        bias=bias,
+    )

@@ -30,7 +30,14 @@ INLINE uint16_t rounded(float value) {
 }
 
 INLINE void round_all(const float *from, uint16_t *to, long count) {
-    for (long i = 0; i < count; i++) to[i] = rounded(from[i]);
+    long i = 0;
+#ifdef __AVX512BF16__
+    for (; i + WIDE <= count; i += WIDE) {
+        __m256bh half = _mm512_cvtneps_pbh(_mm512_loadu_ps(from + i));
+        memcpy(to + i, &half, sizeof half);
+    }
+#endif
+    for (; i < count; i++) to[i] = rounded(from[i]);
 }
 
 #ifdef __AVX512BF16__

@@ -38,8 +38,6 @@ void norm_rows(void *norm, int number, int threads) {
     }
 }
 
-INLINE vec silu(vec gate) { return gate / (lanes_exp(-gate) + 1.0f); }
-
 INLINE vec combined(Pointwise kind, vec a, vec b) {
     switch (kind) {
         case ADD: return a + b;

@@ -52,6 +52,27 @@ static void run_linear(const Step *s, const Instruction *i, int number, int thre
                 rows_of(s, i), number, threads);
 }
 
+/* silu(gate) * up of one matrix, both halves of which all threads have made. */
+static void run_gate(const Step *s, const Instruction *i, int number, int threads) {
+    const View *both = i->out + 1;
+    const float *gate = at(s, both);
+    Elements job = {SILU_MUL, gate, gate + i->width, at(s, i->out), both->width, both->width,
+                    i->out[0].width, rows_of(s, i), i->width};
+    pointwise(&job, number, threads);
+}
+
+static void run_gated(Run *run, const Instruction *i, int number, int threads) {
+    const Step *s = run->step;
+    const Linear *linear = i->weight;
+    const View *out = i->out + !linear->gated;
+    multiply *multiply_rows = linear->gated ? linear->gated : linear->run;
+    multiply_rows(linear, at(s, i->in), i->in[0].width, at(s, out), out->width, rows_of(s, i),
+                  number, threads);
+    if (linear->gated) return;
+    barrier_wait(&run->barrier, threads);
+    run_gate(s, i, number, threads);
+}
+
 static void run_turn(const Step *s, const Instruction *i, int number, int threads) {
     const View *q = i->in, *k = i->op == KV_WRITE ? i->in : i->in + 1, *v = k + 1;
     Turn job = {.tables = i->op == KV_WRITE ? NULL : s->tables[i->table],
@@ -106,6 +127,7 @@ static void run_share(void *job, int number, int threads) {
             case RMS_NORM:
             case ADD_RMS_NORM: run_norm(s, i, number, threads); break;
             case LINEAR: run_linear(s, i, number, threads); break;
+            case GATED_LINEAR: run_gated(run, i, number, threads); break;
             case ROPE:
             case KV_WRITE:
             case ROPE_KV_WRITE: run_turn(s, i, number, threads); break;

@@ -11,6 +11,7 @@ typedef enum {
     RMS_NORM,
     ADD_RMS_NORM,
     LINEAR,
+    GATED_LINEAR, /* out[1]: room for what it multiplies to where its kernel does not gate */
     ROPE,
     KV_WRITE,
     ROPE_KV_WRITE,
@@ -33,7 +34,7 @@ typedef struct {
     int32_t chosen;  /* it has a row for each row of logits, not for each new token */
     int32_t bfloat;  /* the weight of EMBEDDING */
     View in[3], out[2];
-    const void *weight; /* of norms and EMBEDDING; Linear of LINEAR */
+    const void *weight; /* of norms and EMBEDDING; Linear of linears */
     long width;         /* of its results */
     long size;          /* runs that are normed; rows of EMBEDDING; head_dim of ROPE and KV_WRITE */
     long layer;

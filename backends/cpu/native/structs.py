@@ -40,7 +40,7 @@ class Linear(ctypes.Structure):
     """linear.h: a weight as its kernel wants it, and the kernel."""
 
     _fields_: ClassVar[list[tuple[str, Any]]] = [
-        *((name, _POINTER) for name in ("run", "weight", "scales", "zeros", "bias")),
+        *((name, _POINTER) for name in ("run", "gated", "weight", "scales", "zeros", "bias")),
         *((name, _LONG) for name in ("num_cols", "k", "group")),
     ]
 

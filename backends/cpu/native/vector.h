@@ -149,4 +149,6 @@ INLINE vec lanes_exp(vec x) {
     return choose(x < low, (vec){0}, p * (vec)power);
 }
 
+INLINE vec silu(vec gate) { return gate / (lanes_exp(-gate) + 1.0f); }
+
 #endif

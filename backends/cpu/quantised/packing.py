@@ -5,8 +5,8 @@ import ctypes
 import torch
 from torch.nn.functional import pad
 
+from sagellm.backends.cpu.large_pages import in_large_pages
 from sagellm.backends.cpu.native.library import NativeKernels
-from sagellm.backends.cpu.quantised.pages import in_large_pages
 from sagellm.backends.quantised import ZERO, QuantisedWeight
 
 BLOCK = 32  # codes along k whose products are summed as whole numbers
@@ -18,8 +18,8 @@ class Quant(ctypes.Structure):
     """`Quant` of quant.c: a `Linear`, and the order of k."""
 
     _fields_ = (
-        *(("run", _POINTER), ("weight", _POINTER), ("scales", _POINTER), ("zeros", _POINTER)),
-        *(("bias", _POINTER), ("num_cols", _LONG), ("k", _LONG), ("group", _LONG)),
+        *((name, _POINTER) for name in ("run", "gated", "weight", "scales", "zeros", "bias")),
+        *((name, _LONG) for name in ("num_cols", "k", "group")),
         ("order", _POINTER),
     )
 
@@ -45,7 +45,7 @@ class Packed:
         self._kept = (codes, _groups(weight.scales.half()), zeros, bias, order)
         numbers, scales, *optional = (_address(tensor) for tensor in self._kept)
         run = kernels.function(f"sage_quant_{weight.bits}_{row_bits}")
-        self._struct = Quant(run, numbers, scales, optional[0], optional[1], *self.shape)
+        self._struct = Quant(run, None, numbers, scales, optional[0], optional[1], *self.shape)
         self._struct.group, self._struct.order = weight.group, optional[2]
         self._kernels = kernels
         self.address = ctypes.addressof(self._struct)
