@@ -7,7 +7,7 @@
 
 #define BLOCK 64  /* keys at a time; begins at multiples of it */
 #define SPAN 512  /* keys that one thread sums up before sums are brought together; ditto */
-#define MOST 64   /* rows of a tile (new tokens x query heads of one KV head) where there is choice */
+#define MOST 128  /* rows of a tile (new tokens x query heads of one KV head) where there is choice */
 #define FEW 16    /* new tokens of a sequence up to which its context may be shared by threads */
 
 typedef struct {
