@@ -65,7 +65,7 @@ def test_a_row_has_the_same_bits_in_any_batch(kind, width, depth):
 
 
 @KINDS
-@pytest.mark.parametrize("rows", [1, 2, 5, 40])
+@pytest.mark.parametrize("rows", [1, 2, 5, 40, 300])
 def test_a_product_has_the_same_bits_on_any_number_of_threads(threads, kind, rows):
     x, weight, bias = operands(rows, 149, 700, kind)
     threads(1)
@@ -131,11 +131,11 @@ def gated(linear, x, width, threads):
 @pytest.mark.parametrize("depth", [1, 513, 2048, 4101])
 @pytest.mark.parametrize("bias", [True, False])
 def test_gated_is_what_the_halves_of_the_columns_give(kind, depth, bias):
-    x, weight, offset = operands(101, 2 * 96, depth, kind)
+    x, weight, offset = operands(260, 2 * 96, depth, kind)
     linear = packed(weight, offset if bias else None, kind)
     gate, up = linear(x).split(96, 1)
     wanted = KERNELS.silu_mul(gate, up)
-    for rows, threads in [(1, 1), (1, 2), (2, 3), (5, 2), (13, 4), (48, 1), (49, 2), (101, 5)]:
+    for rows, threads in [(1, 1), (1, 2), (2, 3), (5, 2), (13, 4), (48, 1), (49, 2), (101, 5), (260, 2)]:
         assert torch.equal(gated(linear, x[:rows], 96, threads), wanted[:rows]), rows
 
 

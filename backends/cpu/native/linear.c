@@ -22,6 +22,7 @@
 #define CHUNK 2048           /* of k: a part of a panel in the second cache, at the most */
 #define APART (CHUNK + 32)   /* rounded rows: a cache line more, so that they share no set */
 #define ROWS 48              /* of x, at most, that share a chunk of a panel while it is there */
+#define OWN_ROWS 128         /* a thread, at the least, where threads share rows and not columns */
 #define SPAN (128 << 10)     /* numbers of x that stay in the second cache, beside the next chunk */
 
 typedef wide Sums[TILE_ROWS][2 * TILE_COLS];
@@ -211,8 +212,10 @@ INLINE void gated_panels(const Product *p, Kind kind) {
         panels_of_k(&own, half + panel, panel + panels, k, panels, kind);
         for (long r = 0; r < p->rows; r++) {
             float *out = p->out + (p->top + r) * p->ldo + panel * PANEL;
-            for (long i = r * width; i < (r + 1) * width; i += LANES, out += LANES)
-                store_float(out, silu(load_float(gate + i)) * load_float(up + i));
+            for (long i = r * width; i < (r + 1) * width; i += WIDE, out += WIDE) {
+                wide opened = wide_silu(load_wide(gate + i)) * load_wide(up + i);
+                memcpy(out, &opened, sizeof opened);
+            }
         }
     }
 }
@@ -221,12 +224,16 @@ INLINE void product(const Linear *linear, const float *x, long ldx, float *out, 
                     long num_rows, int number, int threads, Kind kind, int gated) {
     static _Thread_local uint16_t rounding[SPAN / CHUNK * APART];
     long k = linear->k, most = gated ? least(ROWS, SPAN / (parts(k, CHUNK) * CHUNK)) : ROWS;
-    long blocks = parts(num_rows, most), panels = num_panels(linear->num_cols);
+    long panels = num_panels(linear->num_cols) / (gated ? 2 : 1), start = 0, end = num_rows;
     Product p = {.linear = linear, .x = x, .rounded = rounding, .out = out, .ldx = ldx, .ldo = ldo,
                  .apart = panel_bytes(k, kind)};
-    share_of(gated ? panels / 2 : panels, number, threads, &p.first, &p.last);
+    if (num_rows >= threads * OWN_ROWS)
+        share_of(num_rows, number, threads, &start, &end), p.last = panels;
+    else
+        share_of(panels, number, threads, &p.first, &p.last);
+    long count = end - start, blocks = parts(count, most);
     for (long b = 0; b < blocks; b++) {
-        p.top = num_rows * b / blocks, p.rows = num_rows * (b + 1) / blocks - p.top;
+        p.top = start + count * b / blocks, p.rows = start + count * (b + 1) / blocks - p.top;
         if (gated) {
             gated_panels(&p, kind);
             continue;

@@ -4,7 +4,7 @@
 
 typedef struct Linear Linear;
 
-/* out[m][n] = sum_k x[m][k] * weight[n][k] + bias[n], of this thread's share of the columns.
+/* out[m][n] = sum_k x[m][k] * weight[n][k] + bias[n], of this thread's share of rows or columns.
  *
  * All `threads` threads of a team call it with the same arguments; none reads what another writes,
  * so that no barrier is needed inside. Rows of x and out are ldx and ldo floats apart. */

@@ -132,23 +132,31 @@ INLINE vec choose(ivec mask, vec yes, vec no) {
     return (vec)((mask & (ivec)yes) | (~mask & (ivec)no));
 }
 
-/* exp, clamped above 88, 0 below -87; relative error under 2e-7 (Cephes expf). */
-INLINE vec lanes_exp(vec x) {
-    const vec low = fill(-87.0f), high = fill(88.0f);
-    vec z = choose(x < low, low, choose(x > high, high, x));
-    vec n = (z * 1.44269504f + 12582912.0f) - 12582912.0f; /* rounds to a whole number */
-    vec r = fused(n, fill(2.12194440e-4f), fused(n, fill(-0.693359375f), z));
-    vec p = fill(1.9875691500e-4f);
-    p = fused(p, r, fill(1.3981999507e-3f));
-    p = fused(p, r, fill(8.3334519073e-3f));
-    p = fused(p, r, fill(4.1665795894e-2f));
-    p = fused(p, r, fill(1.6666665459e-1f));
-    p = fused(p, r, fill(5.0000001201e-1f));
-    p = fused(p, r * r, r) + 1.0f;
-    ivec power = (__builtin_convertvector(n, ivec) + 127) << 23;
-    return choose(x < low, (vec){0}, p * (vec)power);
+INLINE wide choose_wide(wide_bits mask, wide yes, wide no) {
+    return (wide)((mask & (wide_bits)yes) | (~mask & (wide_bits)no));
 }
 
-INLINE vec silu(vec gate) { return gate / (lanes_exp(-gate) + 1.0f); }
+/* exp, clamped above 88, 0 below -87, relative error under 2e-7 (Cephes expf); and silu. The same
+ * bits in any number of lanes. */
+#define EXP_AND_SILU(exp_name, silu_name, reals, wholes, fuse, pick)                      \
+    INLINE reals exp_name(reals x) {                                                      \
+        const reals zero = {0}, low = zero - 87.0f, high = zero + 88.0f;                  \
+        reals z = pick(x < low, low, pick(x > high, high, x));                            \
+        reals n = (z * 1.44269504f + 12582912.0f) - 12582912.0f; /* to a whole number */  \
+        reals r = fuse(n, zero + 2.12194440e-4f, fuse(n, zero - 0.693359375f, z));        \
+        reals p = zero + 1.9875691500e-4f;                                                \
+        p = fuse(p, r, zero + 1.3981999507e-3f);                                          \
+        p = fuse(p, r, zero + 8.3334519073e-3f);                                          \
+        p = fuse(p, r, zero + 4.1665795894e-2f);                                          \
+        p = fuse(p, r, zero + 1.6666665459e-1f);                                          \
+        p = fuse(p, r, zero + 5.0000001201e-1f);                                          \
+        p = fuse(p, r * r, r) + 1.0f;                                                     \
+        wholes power = (__builtin_convertvector(n, wholes) + 127) << 23;                  \
+        return pick(x < low, zero, p * (reals)power);                                     \
+    }                                                                                     \
+    INLINE reals silu_name(reals gate) { return gate / (exp_name(-gate) + 1.0f); }
+EXP_AND_SILU(lanes_exp, silu, vec, ivec, fused, choose)
+EXP_AND_SILU(wide_exp, wide_silu, wide, wide_bits, fused_wide, choose_wide)
+#undef EXP_AND_SILU
 
 #endif
