@@ -44,7 +44,7 @@ class Sagellm:
     async def _run(self, asked: Ask) -> list[list[float]]:
         clock, spare = Clock(asked), 0
         if asked.together:
-            spare = len(asked.prompts) * -(-len(asked.prompts[0]) // PREFILL_STEP)
+            spare = _spare(len(asked.prompts), len(asked.prompts[0]))
         sampling = Sampling(max_tokens=asked.num_out + spare, ignore_eos=True)
         async with trio.open_nursery() as nursery:
 
@@ -71,10 +71,16 @@ class Sagellm:
         return found
 
 
+def _spare(num_sequences: int, prompt_len: int) -> int:
+    """How many tokens the first sequence draws, at most, until the last one has begun."""
+    return num_sequences * -(-prompt_len // PREFILL_STEP)
+
+
 def _options(asked: Load) -> dict[str, Any]:
     config = json.loads((Path(asked.path) / "config.json").read_bytes())
     # One sequence of full length must fit; blocks take memory only once they are written.
-    num_tokens = max(asked.max_tokens, config["max_position_embeddings"])
+    spare = asked.max_seqs * _spare(asked.max_seqs, asked.max_len)
+    num_tokens = max(asked.max_tokens + spare, config["max_position_embeddings"])
     options: dict[str, Any] = {
         "threads": asked.threads,
         "num_blocks": -(-num_tokens // BLOCK) + asked.max_seqs,
