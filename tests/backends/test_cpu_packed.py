@@ -135,7 +135,17 @@ def test_gated_is_what_the_halves_of_the_columns_give(kind, depth, bias):
     linear = packed(weight, offset if bias else None, kind)
     gate, up = linear(x).split(96, 1)
     wanted = KERNELS.silu_mul(gate, up)
-    for rows, threads in [(1, 1), (1, 2), (2, 3), (5, 2), (13, 4), (48, 1), (49, 2), (101, 5), (260, 2)]:
+    for rows, threads in [
+        (1, 1),
+        (1, 2),
+        (2, 3),
+        (5, 2),
+        (13, 4),
+        (48, 1),
+        (49, 2),
+        (101, 5),
+        (260, 2),
+    ]:
         assert torch.equal(gated(linear, x[:rows], 96, threads), wanted[:rows]), rows
 
 
