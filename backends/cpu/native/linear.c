@@ -18,25 +18,25 @@
 #else
 #define TILE_ROWS 6 /* 12 sums, 2 weights, a value of x and a mask fill AVX2 */
 #endif
-#define TILE_COLS 4          /* panels side by side where rows are few: sums enough that none waits */
-#define CHUNK 2048           /* of k: a part of a panel in the second cache, at the most */
-#define APART (CHUNK + 32)   /* rounded rows: a cache line more, so that they share no set */
-#define ROWS 48              /* of x, at most, that share a chunk of a panel while it is there */
-#define OWN_ROWS 128         /* a thread, at the least, where threads share rows and not columns */
-#define SPAN (128 << 10)     /* numbers of x that stay in the second cache, beside the next chunk */
+#define TILE_COLS 4        /* panels side by side where rows are few: sums enough that none waits */
+#define CHUNK 2048         /* of k, at most, of a panel that stays in the second cache */
+#define APART (CHUNK + 32) /* rounded rows: a cache line more, so that they share no set */
+#define ROWS 48            /* of x, at most, that share a chunk of a panel while it is there */
+#define OWN_ROWS 128       /* a thread, at the least, where threads share rows and not columns */
+#define SPAN (128 << 10)   /* numbers of x that stay in the second cache, beside the next chunk */
 
 typedef wide Sums[TILE_ROWS][2 * TILE_COLS];
 
 typedef struct {
     const Linear *linear;
     const float *x;
-    uint16_t *rounded; /* of PAIRS: x of the block at work, [chunk, row, CHUNK] */
+    uint16_t *rounded; /* of PAIRS: x of the block at work, [chunk, row, APART] */
     float *out;
     long ldx, ldo;
     long first_row, first_col; /* where out begins */
-    long apart;            /* bytes from one panel to the next */
-    long first, last;      /* panels of this thread */
-    long top, rows, begin; /* the block of x at work: its rows, and its first k */
+    long apart;                /* bytes from one panel to the next */
+    long first, last;          /* panels of this thread */
+    long top, rows, begin;     /* the block of x at work: its rows, and its first k */
 } Product;
 
 /* One tile of sums: rows x panels over k_len of k. */
