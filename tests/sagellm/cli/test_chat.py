@@ -110,9 +110,18 @@ def test_a_users_mistake_is_two(
     assert said in capsys.readouterr().err
 
 
+# Whoever starts the tests in a shell's background has SIGINT ignored, in all that they start.
+HEARS_CTRL_C = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from sagellm.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 def test_on_a_terminal_ctrl_c_at_the_prompt_only_hints_and_ctrl_d_leaves() -> None:
     with scripted(telling("yes")) as server:
-        command = [sys.executable, "-m", "sagellm", "chat", "--url", server.url]
+        command = [sys.executable, "-c", HEARS_CTRL_C, "chat", "--url", server.url]
         ours, theirs = pty.openpty()
         with subprocess.Popen(
             command, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True
