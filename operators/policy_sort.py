@@ -94,10 +94,10 @@ class PolicySort:
             after = after.at_level(level, self.policy.orders[level])
         if after.backlog != before.backlog:
             outputs += (Tell("queue", after.told(self.policy.orders[level])),)
-        return self._offer(after, outputs, now)
+        return self._offer(after.lapsed(self.policy.orders[level], now), outputs, now)
 
     def _offer(self, queue: Queue, outputs: tuple[Output, ...], now: float) -> Step[Queue]:
-        head = queue.head(self.policy.orders[queue.level], now, self.window)
+        head = queue.entries[: self.window]
         known = {entry[2] for entry in queue.declined}
         fresh = tuple(_dispatched(entry[3], now) for entry in head if entry[2] not in known)
         if fresh:

@@ -1,5 +1,6 @@
 """What a policy is: one or more orders over waiting requests, and when which of them holds."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,12 +12,22 @@ class Order:
     """Lowest rank first, then arrival.
 
     The rank of a request must not change while it waits: so a queue is sorted once, by insertion.
-    What depends on time fits in all the same: where `lapses` is set, the rank is a clock time,
-    and requests whose time has passed go behind all others.
+    What depends on time fits in all the same: where `grace_s` is set, the rank is a clock time. A
+    request whose time has passed takes the later one, rank + grace_s, as its rank, and once that
+    has passed too it is in no hurry any more: its rank is infinite.
     """
 
     rank: Callable[[Request], float]
-    lapses: bool = False
+    grace_s: Callable[[Request], float] | None = None
+
+    @property
+    def lapses(self) -> bool:
+        return self.grace_s is not None
+
+    def later_rank(self, request: Request, now: float) -> float:
+        """Of a request whose rank has passed."""
+        later_s = self.rank(request) + (self.grace_s(request) if self.grace_s is not None else 0.0)
+        return later_s if later_s >= now else math.inf
 
 
 @dataclass(frozen=True, slots=True)

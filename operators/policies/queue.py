@@ -102,13 +102,20 @@ class Queue(msgspec.Struct, frozen=True):
             return self.backlog
         return replace(self.backlog, num_patient=0, num_patient_tokens=0)
 
-    def head(self, order: Order, now: float, num_entries: int) -> tuple[Entry, ...]:
-        """The first entries to serve; those that have lapsed come after all others."""
-        if not order.lapses:
-            return self.entries[:num_entries]
-        start = bisect_left(self.entries, now, key=itemgetter(0))
-        ahead = self.entries[start : start + num_entries]
-        return ahead + self.entries[: min(start, num_entries - len(ahead))]
+    def lapsed(self, order: Order, now: float) -> "Queue":
+        """The same requests, those whose time has passed at their later ranks."""
+        num_late = bisect_left(self.entries, now, key=itemgetter(0)) if order.lapses else 0
+        if not num_late:
+            return self
+        moved = {
+            entry[2]: (order.later_rank(entry[3], now), *entry[1:])
+            for entry in self.entries[:num_late]
+        }
+        return replace(
+            self,
+            entries=tuple(sorted((*self.entries[num_late:], *moved.values()))),
+            declined=tuple(moved.get(entry[2], entry) for entry in self.declined),
+        )
 
 
 def _counted(backlog: Backlog, request: Request, sign: int) -> Backlog:

@@ -133,13 +133,33 @@ def test_a_reentered_request_keeps_its_turn(sort: Any) -> None:
     assert drain(sort) == ["a", "b", "c"]
 
 
-def test_lapsed_requests_go_behind_all_others(running: Any) -> None:
-    sort = running(build(Options(policy="slo_aware", window=3), Setup("sort")))
-    sort(Arrival(ask("lost", slo_ttft_s=1.0)))
+def test_a_request_that_is_late_gives_way_for_half_its_objective(running: Any) -> None:
+    sort = running(build(Options(policy="slo_aware", window=4), Setup("sort")))
+    sort(Arrival(ask("late", slo_ttft_s=1.0)))
+    sort(Arrival(ask("tight", 0.5, slo_ttft_s=0.7)))
     sort(Arrival(ask("free")))
-    sort(Arrival(ask("tight", slo_ttft_s=5.0)))
-    assert offered(sort(CREDIT, 0.0)) == ["lost", "tight", "free"]
-    assert offered(sort(CREDIT, 2.0)) == ["tight", "free", "lost"]
+    sort(Arrival(ask("loose", 0.5, slo_ttft_s=5.0)))
+    assert offered(sort(CREDIT, 0.9)) == ["late", "tight", "loose", "free"]
+    assert offered(sort(CREDIT, 1.1)) == ["tight", "late", "loose", "free"]
+    assert drain(sort, now=1.1) == ["tight", "late", "loose", "free"]
+
+
+def test_a_request_that_is_very_late_is_in_no_hurry_any_more(running: Any) -> None:
+    sort = running(build(Options(policy="slo_aware", window=4), Setup("sort")))
+    sort(Arrival(ask("early", 0.0)))
+    sort(Arrival(ask("lost", 0.5, slo_ttft_s=1.0)))
+    sort(Arrival(ask("free", 1.0)))
+    assert offered(sort(CREDIT, 1.9)) == ["lost", "early", "free"]
+    sort(Arrival(ask("loose", 2.0, slo_ttft_s=5.0)), 2.0)
+    assert drain(sort, now=2.1) == ["loose", "early", "lost", "free"]
+
+
+def test_what_was_declined_can_be_taken_after_its_time_has_passed(running: Any) -> None:
+    sort = running(build(Options(policy="slo_aware"), Setup("sort")))
+    (item,) = sort(Arrival(ask("late", slo_ttft_s=1.0)))[-1].items
+    sort(Arrival(ask("other", slo_ttft_s=9.0)), 1.2)
+    sort(Taken(item), 1.2)
+    assert [entry[3].request_id for entry in sort.state.entries] == ["other"]
 
 
 def test_adaptive_changes_the_order_of_those_that_wait(running: Any) -> None:

@@ -52,6 +52,14 @@ def test_slack_is_what_is_left_after_prefill() -> None:
     assert slo_aware.rank(ask(1.0, num_tokens=200, num_cached_tokens=100, slo_ttft_s=5.0)) == 5.0
 
 
+def test_a_late_request_has_half_its_objective_more() -> None:
+    slo_aware = order("slo_aware", prefill_tokens_per_s=100.0)
+    late = ask(1.0, num_tokens=200, slo_ttft_s=5.0)
+    assert slo_aware.later_rank(late, 6.5) == 6.5
+    assert slo_aware.later_rank(late, 6.6) == math.inf
+    assert slo_aware.later_rank(ask(1.0, num_tokens=100, expires_s=3.0), 2.5) == math.inf
+
+
 def test_an_objective_comes_before_an_expiry_and_none_is_the_far_future() -> None:
     rank = order("slo_aware", prefill_tokens_per_s=1.0).rank
     assert rank(ask(1.0, slo_ttft_s=5.0, expires_s=3.0)) == 5.0
