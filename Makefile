@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # Without kept bytecode every process that is started would compile torch anew: seconds each.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup run test soak clients lint format bench bench-peers clean
+.PHONY: setup run test soak chaos clients lint format bench bench-peers clean
 
 setup: $(STAMPS)/test $(STAMPS)/lint
 
@@ -41,6 +41,12 @@ soak: $(STAMPS)/test
 	$(BIN)/pytest -o addopts='-v -rP --strict-markers --import-mode=importlib' \
 		tests/soak tests/sagellm/gateway/test_fuzz.py
 	$(BIN)/python -O -m pytest -W ignore::pytest.PytestConfigWarning tests/security
+
+# Workers that die for SAGELLM_CHAOS_HOURS virtual hours, once for each of SAGELLM_CHAOS_SEEDS seeds: hours.
+chaos: export SAGELLM_CHAOS_HOURS ?= 24
+chaos: export SAGELLM_CHAOS_SEEDS ?= 200
+chaos: $(STAMPS)/test
+	$(BIN)/pytest --numprocesses logical --maxprocesses 4 tests/sagellm/test_virtual_chaos.py
 
 # Clients whose pins contradict ours, each in an environment of its own, against our server.
 CLIENTS := .venv-clients

@@ -47,8 +47,12 @@ class Backend(Protocol):
         """Memory that a pool could take now."""
         ...
 
-    def allocate_pool(self, layout: KVLayout, num_blocks: int) -> "torch.Tensor":
-        """Storage of `layout.pool_shape(num_blocks)`, zero, its pages untouched where possible."""
+    def allocate_pool(
+        self, layout: KVLayout, num_blocks: int, memory: "memoryview | None" = None
+    ) -> "torch.Tensor":
+        """Storage of `layout.pool_shape(num_blocks)`, zero, its pages untouched where possible; in
+        the caller's `memory`, which is zero, if given.
+        """
         ...
 
     def lower(

@@ -32,7 +32,8 @@ class OpSpec:
 
     `role` is "logic" (pure), "service" (owns something outside) or "kernel". `engine` says that
     the op refers to an engine by the option `engine`; `needs` are the capabilities it asks of it.
-    `hears` are the kinds of feedback that reach it; others pass it by.
+    `hears` are the kinds of feedback that reach it; others pass it by. `queues`: requests wait in
+    it, and one whose engine was lost comes back to it.
     """
 
     name: str
@@ -43,6 +44,7 @@ class OpSpec:
     engine: bool = False
     needs: frozenset[str] = frozenset()
     hears: frozenset[str] = frozenset()
+    queues: bool = False
 
     def inlet(self, name: str) -> Port | None:
         return next((port for port in self.inlets if port.name == name), None)

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import msgspec
 
 from sagellm.graphs.vocabulary import EVENT, PREFILLED, OpSpec, Port
-from sagellm.runtime.engine.port import EngineEvent, EngineFacts, EngineRefusal, PrefillDone
-from sagellm.runtime.handover import abandon, merge_stamps, refused, tell_first_token
+from sagellm.runtime.engine.port import EngineEvent, EngineFacts, EngineRefusal
+from sagellm.runtime.handover import Held, abandon, merge_stamps, refused, tell_first_token
 from sagellm.runtime.messages import Item, Prefilled, Request, TokenEvent
 from sagellm.runtime.operator import Context, Credit, Setup, Signal
 
@@ -36,7 +36,7 @@ class Decode:
     holds = True
 
     def __init__(self) -> None:
-        self._held: dict[tuple[str, int], Request] = {}
+        self._held = Held()
 
     def capacity(self, facts: EngineFacts | None) -> Credit:
         """Unbounded here: what arrives has its blocks reserved, and those are what is scarce."""
@@ -52,7 +52,7 @@ class Decode:
             return
         emitted = (*request.emitted_token_ids, *first.token_ids)
         request = msgspec.structs.replace(request, emitted_token_ids=emitted)
-        self._held[request.key] = request
+        self._held.add(request)
         try:
             await ctx.engine.submit(request.sequence(ctx.name, lease=item.landing or item.lease))
         except EngineRefusal as error:
@@ -64,21 +64,22 @@ class Decode:
         await ctx.emit_batch(map(self._stamped, events), self._note)
 
     def on_signal(self, ctx: Context, signal: Signal) -> None:
-        for key, request in self._held.items():
-            if signal.concerns(key):
-                ctx.engine.cancel(*key, request.epoch)
+        self._held.cancel(ctx, signal)
+
+    def recall(self, ctx: Context, key: tuple[str, int]) -> Request | None:
+        return self._held.recall(key)
 
     def discard(self, ctx: Context, item: Item) -> None:
-        self._held.pop(item.key, None)
+        self._held.drop(item.key)
         abandon(ctx, item)
 
     def _note(self, ctx: Context, event: TokenEvent) -> None:
+        self._held.note(event)
         if event.is_last:
-            self._held.pop(event.key, None)
             ctx.release(event.key)
 
     def _stamped(self, event: EngineEvent) -> TokenEvent:
-        assert not isinstance(event, PrefillDone)
+        assert isinstance(event, TokenEvent)
         request = self._held.get(event.key)
         return merge_stamps(request, event) if request and event.is_last else event
 

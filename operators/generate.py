@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 
 from sagellm.graphs.vocabulary import EVENT, REQUEST, OpSpec, Port
-from sagellm.runtime.engine.port import EngineEvent, EngineFacts, EngineRefusal, PrefillDone
-from sagellm.runtime.handover import merge_stamps, refused, tell_first_token
+from sagellm.runtime.engine.port import EngineEvent, EngineFacts, EngineRefusal
+from sagellm.runtime.handover import Held, merge_stamps, refused, tell_first_token
 from sagellm.runtime.messages import Item, Request, TokenEvent
 from sagellm.runtime.operator import Context, Credit, Setup, Signal
 
@@ -35,7 +35,7 @@ class Generate:
 
     def __init__(self, options: Options) -> None:
         self._options = options
-        self._held: dict[tuple[str, int], Request] = {}
+        self._held = Held()
 
     def capacity(self, facts: EngineFacts | None) -> Credit:
         if facts is None:
@@ -46,11 +46,11 @@ class Generate:
 
     async def on_item(self, ctx: Context, item: Item) -> None:
         assert isinstance(item, Request)
-        self._held[item.key] = item
+        self._held.add(item)
         try:
             await ctx.engine.submit(item.sequence(ctx.name))
         except EngineRefusal as error:
-            del self._held[item.key]
+            self._held.drop(item.key)
             ctx.release(item.key)
             await ctx.terminate(refused(item, error, ctx.now()))
 
@@ -58,24 +58,25 @@ class Generate:
         await ctx.emit_batch(map(self._stamped, events), self._note)
 
     def on_signal(self, ctx: Context, signal: Signal) -> None:
-        for key, request in self._held.items():
-            if signal.concerns(key):
-                ctx.engine.cancel(*key, request.epoch)
+        self._held.cancel(ctx, signal)
+
+    def recall(self, ctx: Context, key: tuple[str, int]) -> Request | None:
+        return self._held.recall(key)
 
     def discard(self, ctx: Context, item: Item) -> None:
-        self._held.pop(item.key, None)
+        self._held.drop(item.key)
 
     def _note(self, ctx: Context, event: TokenEvent) -> None:
         request = self._held.get(event.key)
         if request is not None:
             tell_first_token(ctx, request, event)
+        self._held.note(event)
         if event.is_last:
-            self._held.pop(event.key, None)
             ctx.release(event.key)
 
     def _stamped(self, event: EngineEvent) -> TokenEvent:
         """The first and the last event carry the request's stamps; those between need none."""
-        assert not isinstance(event, PrefillDone)
+        assert isinstance(event, TokenEvent)
         request = self._held.get(event.key)
         if request is None or not (event.is_last or event.position == 0):
             return event

@@ -7,7 +7,7 @@ import msgspec
 from sagellm.graphs.vocabulary import PREFILLED, OpSpec, Port
 from sagellm.runtime.engine.port import EngineEvent, EngineFacts, LeaseOffer
 from sagellm.runtime.handover import abandon
-from sagellm.runtime.messages import Item, LeaseRef, Prefilled
+from sagellm.runtime.messages import Item, LeaseRef, Prefilled, Request
 from sagellm.runtime.operator import Context, Credit, Setup, Signal
 
 
@@ -53,6 +53,10 @@ class KVTransfer:
 
     def on_signal(self, ctx: Context, signal: Signal) -> None:
         """The executor cancels the transfer itself."""
+
+    def recall(self, ctx: Context, key: tuple[str, int]) -> Request | None:
+        """It has no engine of its own."""
+        return None
 
     def discard(self, ctx: Context, item: Item) -> None:
         abandon(ctx, item)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from sagellm.graphs.vocabulary import OpSpec, Port
 from sagellm.runtime.engine.port import EngineEvent, EngineFacts
-from sagellm.runtime.messages import Item, TokenEvent
+from sagellm.runtime.messages import Item, Request, TokenEvent
 from sagellm.runtime.operator import (
     Arrival,
     Context,
@@ -103,6 +103,10 @@ class AsyncMap:
 
     def on_signal(self, ctx: Context, signal: Signal) -> None:
         """Nothing is left elsewhere: the executor cancels the call."""
+
+    def recall(self, ctx: Context, key: tuple[str, int]) -> Request | None:
+        """It has no engine of its own."""
+        return None
 
     def discard(self, ctx: Context, item: Item) -> None:
         """An item holds nothing here."""

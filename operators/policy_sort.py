@@ -32,7 +32,8 @@ SPEC = OpSpec(
     (Port("in", REQUEST),),
     (Port("out", REQUEST),),
     options=Options,
-    hears=frozenset({"credit"}),
+    hears=frozenset({"credit", "health"}),
+    queues=True,
 )
 
 
@@ -61,7 +62,7 @@ class PolicySort:
                 return self._arrive(state, request, now)
             case Taken(item=Request() as request):
                 return self._settle(state, state.without_taken(request), now)
-            case Feedback(kind="credit"):
+            case Feedback(kind="credit" | "health"):
                 return self._settle(state, msgspec.structs.replace(state, declined=()), now)
             case Signal(kind="cancel" | "expire" as kind) as signal:
                 after, ended = state.parted(lambda request: signal.concerns(request.key))

@@ -71,13 +71,19 @@ class Prefill:
         for event in events:
             if isinstance(event, PrefillDone):
                 await self._pass_on(ctx, event)
-            elif event.is_last:
+            elif isinstance(event, TokenEvent) and event.is_last:
                 await self._end(ctx, event)
 
     def on_signal(self, ctx: Context, signal: Signal) -> None:
         for key, request in self._held.items():
             if signal.concerns(key):
                 ctx.engine.cancel(*key, request.epoch)
+
+    def recall(self, ctx: Context, key: tuple[str, int]) -> Request | None:
+        request = self._held.get(key)
+        if request is not None:
+            self.discard(ctx, request)
+        return request
 
     def discard(self, ctx: Context, item: Item) -> None:
         self._held.pop(item.key, None)

@@ -4,7 +4,50 @@ import msgspec
 
 from sagellm.runtime.engine.port import Engine, EngineRefusal
 from sagellm.runtime.messages import Item, Prefilled, Request, Stamps, TokenEvent, refusal
-from sagellm.runtime.operator import Context
+from sagellm.runtime.operator import Context, Signal
+
+
+class Held:
+    """The requests that one operator has in its engine, and what that has emitted of them."""
+
+    def __init__(self) -> None:
+        self._requests: dict[tuple[str, int], Request] = {}
+        self._emitted: dict[tuple[str, int], list[int]] = {}
+
+    def add(self, request: Request) -> None:
+        self._requests[request.key] = request
+        self._emitted[request.key] = []
+
+    def get(self, key: tuple[str, int]) -> Request | None:
+        return self._requests.get(key)
+
+    def note(self, event: TokenEvent) -> None:
+        """An event was emitted; with its last one a request is held no more."""
+        emitted = self._emitted.get(event.key)
+        if emitted is None:
+            return
+        emitted += event.token_ids
+        if event.is_last:
+            self.drop(event.key)
+
+    def drop(self, key: tuple[str, int]) -> None:
+        self._requests.pop(key, None)
+        self._emitted.pop(key, None)
+
+    def recall(self, key: tuple[str, int]) -> Request | None:
+        """Drop a request, and return it with all that was emitted of it."""
+        request = self._requests.get(key)
+        if request is None:
+            return None
+        emitted = (*request.emitted_token_ids, *self._emitted[key])
+        self.drop(key)
+        return msgspec.structs.replace(request, emitted_token_ids=emitted)
+
+    def cancel(self, ctx: Context, signal: Signal) -> None:
+        """End in the engine what a signal concerns."""
+        for key, request in self._requests.items():
+            if signal.concerns(key):
+                ctx.engine.cancel(*key, request.epoch)
 
 
 def abandon(ctx: Context, item: Item) -> None:

@@ -14,6 +14,8 @@ CODES: dict[str, str] = {
     "slo_unreachable": "its first token would come too late",
     "slow_reader": "its reader did not read",
     "shutting_down": "the graph is being closed",
+    "unavailable": "no engine is there that could serve it",
+    "request_quarantined": "engines died of it, or of its like",
 }
 SERVED: frozenset[str] = frozenset({"stop", "length"})  # the reasons that mean an answer
 

@@ -17,7 +17,7 @@ from typing import (
 
 from sagellm.graphs.vocabulary import OpSpec
 from sagellm.runtime.engine.port import Engine, EngineEvent, EngineFacts
-from sagellm.runtime.messages import Forked, Item, TokenEvent
+from sagellm.runtime.messages import Forked, Item, Request, TokenEvent
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,9 @@ class Feedback:
     node: str
     replica: int
     sequence: int
-    kind: str  # "load" | "queue" (a Backlog) | "credit" | "first_token" (seconds in its engine)
+    # "load" | "queue" (a Backlog) | "credit" | "first_token" (seconds in its engine) | "health"
+    # (bool: whether its engine is there)
+    kind: str
     value: Any = None
 
 
@@ -265,6 +267,11 @@ class Service(Protocol):
         """Events of the engine for this operator; called only where the spec has an engine."""
 
     def on_signal(self, ctx: Context, signal: Signal) -> None: ...
+
+    def recall(self, ctx: Context, key: tuple[str, int]) -> Request | None:
+        """The engine lost that sequence: forget it, and return its request with all that was
+        emitted of it. None where this operator holds no such.
+        """
 
     def discard(self, ctx: Context, item: Item) -> None:
         """The item was ended before it was taken: free what it holds."""

@@ -1,11 +1,11 @@
 """A plan: the operators of a checked stream graph, built and wired, for any executor."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from sagellm.graphs.diagnostics import Diagnostic, GraphError
-from sagellm.graphs.ir import SINK, SOURCE, Graph, Node
+from sagellm.graphs.ir import SINK, SOURCE, Edge, Graph, Node
 from sagellm.graphs.vocabulary import Vocabulary
 from sagellm.runtime.engine.port import Engine
 from sagellm.runtime.operator import Logic, Service, Setup, Target
@@ -23,6 +23,7 @@ class Plan:
     replicas: Mapping[str, int]
     engines: Mapping[str, tuple[Engine, ...]] = field(default_factory=dict)
     hears: Mapping[str, frozenset[str]] = field(default_factory=dict)  # kinds of feedback
+    queues: frozenset[str] = frozenset()  # the operators in which requests wait
     seed: int = 0
 
     @property
@@ -44,6 +45,55 @@ class Plan:
                     found[edge.source] = None
                     level.append(edge.source)
         return tuple(found)
+
+    def entrance(self, node: str) -> "str | Edge":
+        """Where a request goes in again that an engine of `node` lost: at the nearest operator
+        upstream that queues, or else over the edge to the first of the operators that place it.
+        """
+        for name in (node, *self.ancestors(node)):
+            if name in self.queues:
+                return name
+        edge = self._request_edge(node)
+        while edge.source in self.logic and "health" in self.hears[edge.source]:
+            edge = self._edge_to(edge.source)
+        return edge
+
+    def _request_edge(self, node: str) -> Edge:
+        """The edge over which requests come to `node`, or to the prefill before it."""
+        edge = self._edge_to(node)
+        while edge.source in self.services:
+            edge = self._edge_to(edge.source)
+        return edge
+
+    def _edge_to(self, node: str) -> Edge:
+        return next(edge for edge in self.graph.inputs(node) if not edge.feedback)
+
+    def gates_without(self, lost: Collection[tuple[str, int]]) -> frozenset[tuple[str, int]]:
+        """The replicas of operators that cannot serve while these replicas of engines are lost:
+        their own, and where no replica of an engine is left, those before it: what they compute
+        would find nowhere to go.
+        """
+        shut = set()
+        for node in self.services:
+            engine = self.engine_name(node)
+            if engine is None:
+                continue
+            numbers = range(len(self.engines[engine]))
+            mine = [number for number in numbers if (engine, number) in lost]
+            shut |= {(node, number) for number in mine}
+            if len(mine) == len(numbers):
+                before = [name for name in self.ancestors(node) if self.engine_name(name)]
+                shut |= {(name, n) for name in before for n in range(self.replicas[name])}
+        return frozenset(shut)
+
+    def is_cut(self, lost: Collection[tuple[str, int]]) -> bool:
+        """Whether no way through the graph is left while these replicas of engines are lost."""
+        shut = self.gates_without(lost)
+        engines = [node for node in self.services if self.engine_name(node)]
+        before = {name for node in engines for name in self.ancestors(node)}
+        last = [node for node in engines if node not in before]
+        ends = [(node, number) for node in last for number in range(self.replicas[node])]
+        return bool(ends) and all(gate in shut for gate in ends)
 
     def hearers(self, node: str, kind: str) -> tuple[str, ...]:
         """The logic operators that feedback of `node` reaches: those upstream that hear the kind,
@@ -71,7 +121,8 @@ def plan(
     services = {name: one for name, one in made.items() if isinstance(one, Service)}
     logic = {name: one for name, one in made.items() if not isinstance(one, Service)}
     hears = {node.name: resolver.operator(node.op).spec.hears for node in graph.nodes}
-    return Plan(graph, logic, services, replicas, engines, hears, seed)
+    queues = frozenset(node.name for node in graph.nodes if resolver.operator(node.op).spec.queues)
+    return Plan(graph, logic, services, replicas, engines, hears, queues, seed)
 
 
 def build_operators(

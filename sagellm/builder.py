@@ -138,18 +138,21 @@ class Graph:
         *,
         set: Mapping[str, Any] | None = None,
         model: str | None = None,
+        executor: str | None = None,
         seed: int = 0,
     ) -> OpenGraph:
         """Open the graph: `async with` under trio or asyncio, `with` in a plain thread.
 
         `set` overrides options (`{"split.min_uncached_tokens": 8}`), `model` replaces the model of
-        every engine. Raises GraphError before any model is loaded.
+        every engine, `executor` says how it runs: `tasks` in this process, `processes` with a
+        worker process a replica of each engine. Raises GraphError before any model is loaded.
         """
+        chosen = {} if executor is None else {"executor.kind": executor}
         return OpenGraph(
             self.document,
             resolver=RESOLVER,
             functions=self.functions,
-            overrides=dict(set or {}),
+            overrides={**chosen, **(set or {})},
             model=model,
             seed=seed,
         )

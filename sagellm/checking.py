@@ -15,6 +15,7 @@ from sagellm.graphs.text.yaml import Document
 from sagellm.graphs.vocabulary import nearest
 from sagellm.operators.policies import POLICIES
 from sagellm.overrides import override
+from sagellm.runtime.cluster.options import EXECUTORS
 from sagellm.runtime.engine.options import EngineOptionError, EngineOptions
 from sagellm.runtime.engine.sizing import engine_dtype, engine_facts, size
 from sagellm.runtime.engine.speculation.draft_folder import draft_folder
@@ -41,6 +42,7 @@ def check_graph(
         memory_bytes=psutil.virtual_memory().available,
         functions=None if functions is None else frozenset(functions),
         engine_options=EngineOptions,
+        executors=EXECUTORS,
         names={"policies": frozenset(POLICIES)},
     )
     found = check(graph, resolver.vocabulary, facts)

@@ -7,6 +7,7 @@ import sys
 import trio
 
 from sagellm.graphs.ir import FrozenMap, Graph
+from sagellm.runtime.engine.local import LocalEngine
 from sagellm.runtime.engine.opening import open_engine
 from sagellm.runtime.engine.options import EngineOptions
 from sagellm.runtime.engine.port import Engine
@@ -15,32 +16,42 @@ from sagellm.runtime.models.tokenizer import Tokenizer, load_tokenizer
 from sagellm.runtime.options import read_options
 
 
-async def open_engines(graph: Graph) -> tuple[dict[str, tuple[Engine, ...]], Tokenizer]:
-    """Every replica of every engine, and the tokenizer of the first engine's model.
-
-    Raises ModelError, EngineOptionError.
-    """
+async def open_engines(graph: Graph) -> dict[str, tuple[Engine, ...]]:
+    """Every replica of every engine, in this process. Raises ModelError, EngineOptionError."""
     engines: dict[str, tuple[Engine, ...]] = {}
-    for name, values in graph.engines.items():
-        options = read_options(EngineOptions, values if isinstance(values, FrozenMap) else {})
+    for name in graph.engines:
+        options = engine_options(graph, name)
         engines[name] = tuple(
             [await _opened(options, name, replica) for replica in range(options.replicas)]
         )
-    first = next(iter(graph.engines.values()))
-    model = str(first.get("model", "sage-tiny")) if isinstance(first, FrozenMap) else "sage-tiny"
-    return engines, load_tokenizer(resolve_model(model))
+    return engines
+
+
+def engine_options(graph: Graph, name: str) -> EngineOptions:
+    """Raises EngineOptionError."""
+    values = graph.engines[name]
+    return read_options(EngineOptions, values if isinstance(values, FrozenMap) else {})
+
+
+def load_tokenizer_of(graph: Graph) -> Tokenizer:
+    """Of the first engine's model, which speaks for all. Raises ModelError."""
+    return load_tokenizer(resolve_model(engine_options(graph, next(iter(graph.engines))).model))
 
 
 async def _opened(options: EngineOptions, name: str, replica: int) -> Engine:
     """Loading weights takes seconds, in a thread; the null engine is there at once."""
     if options.is_null:
         return open_engine(options, name=name, replica=replica)
-    return await trio.to_thread.run_sync(lambda: _loaded(options, name, replica))
+    return await trio.to_thread.run_sync(load_replica, options, name, replica)
 
 
-def _loaded(options: EngineOptions, name: str, replica: int) -> Engine:
-    _import_torch()
-    return open_engine(options, name=name, replica=replica)
+def load_replica(
+    options: EngineOptions, name: str, replica: int, *, shares: bool = False
+) -> LocalEngine:
+    """One replica, ready to run; takes seconds where it computes. See `open_engine`."""
+    if not options.is_null:
+        _import_torch()
+    return open_engine(options, name=name, replica=replica, shares=shares)
 
 
 def _import_torch() -> None:

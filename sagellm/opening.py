@@ -1,22 +1,33 @@
 """Opening a graph: check it, load its engines, build its operators, run its executor."""
 
+import importlib
+import math
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import sniffio
 import trio
 
 from sagellm.bridge import AsyncioSession, BlockingSession, Bridge
 from sagellm.checking import check_graph
-from sagellm.engines import open_engines
+from sagellm.engines import load_tokenizer_of, open_engines
+from sagellm.graphs.ir import FrozenMap, Graph
 from sagellm.graphs.text.yaml import Document
 from sagellm.logs import configure_logs
+from sagellm.runtime.cluster.options import ProcessesOptions
+from sagellm.runtime.engine.port import Engine
 from sagellm.runtime.executors.tasks import TasksExecutor
+from sagellm.runtime.options import read_options
 from sagellm.runtime.plan import plan
 from sagellm.runtime.resolver import Resolver
 from sagellm.session import Session, encode_prompt
+
+_WORKERS = "sagellm.workers"  # whose import takes a tenth of a second that others do without
+
+if TYPE_CHECKING:
+    from sagellm.runtime.cluster.supervisor import Supervisor
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,24 +94,51 @@ async def open_session(recipe: Recipe) -> AsyncIterator[Session]:
     graph = check_graph(
         recipe.document, recipe.resolver, recipe.functions, recipe.overrides, recipe.model
     )
-    engines, tokenizer = await open_engines(graph)
-    ready = plan(
-        graph,
-        recipe.resolver,
-        engines,
-        functions=recipe.functions,
-        encode=lambda text: encode_prompt(tokenizer, text),
-        seed=recipe.seed,
-    )
-    session = Session(tokenizer, lambda deliver: TasksExecutor(ready, deliver))
+    tokenizer = load_tokenizer_of(graph)
     async with _unwrapped(), trio.open_nursery() as nursery:
+        processes = _processes(graph)
+        engines, supervisor = await _engines(graph, processes, nursery)
+        ready = plan(
+            graph,
+            recipe.resolver,
+            engines,
+            functions=recipe.functions,
+            encode=lambda text: encode_prompt(tokenizer, text),
+            seed=recipe.seed,
+        )
+        max_hold_s = processes.max_hold_s if processes else math.inf
+        session = Session(
+            tokenizer, lambda deliver: TasksExecutor(ready, deliver, max_hold_s=max_hold_s)
+        )
+        session.supervisor = supervisor
         await nursery.start(session.executor.run)
+        if supervisor is not None:
+            supervisor.watch(session.executor.mark)
         try:
             yield session
         finally:
             with trio.CancelScope(shield=True):  # brief: an engine step at the most
                 await session.close()
             nursery.cancel_scope.cancel()
+
+
+def _processes(graph: Graph) -> ProcessesOptions | None:
+    """The options of executor `processes`; None where it is not asked for."""
+    executor = graph.attrs.get("executor")
+    options = dict(executor) if isinstance(executor, FrozenMap) else {}
+    is_asked = options.pop("kind", "tasks") == "processes"
+    return read_options(ProcessesOptions, options) if is_asked else None
+
+
+async def _engines(
+    graph: Graph, processes: ProcessesOptions | None, nursery: trio.Nursery
+) -> "tuple[Mapping[str, tuple[Engine, ...]], Supervisor | None]":
+    """The engines, in this process or each in a worker of its own."""
+    if processes is None:
+        return await open_engines(graph), None
+    start_workers = importlib.import_module(_WORKERS).start_workers
+    supervisor: Supervisor = await start_workers(graph, processes, nursery)
+    return supervisor.engines, supervisor
 
 
 @asynccontextmanager

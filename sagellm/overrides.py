@@ -24,6 +24,8 @@ def _set(graph: Graph, target: str, value: Any) -> Graph:
     name, dot, option = target.partition(".")
     if not dot or not option:
         raise _mistake(target, f"--set {target}: write NAME.option=value")
+    if name == "executor":
+        return _with_executor(graph, option, value)
     if name in graph.names:
         nodes = tuple(
             node.with_attrs(**{option: value}) if node.name == name else node
@@ -36,6 +38,14 @@ def _set(graph: Graph, target: str, value: Any) -> Graph:
     close = nearest(name, known)
     hint = f"did you mean {close}?" if close else f"there are {', '.join(known)}"
     raise _mistake(target, f"no operator or engine is named {name!r}", hint)
+
+
+def _with_executor(graph: Graph, option: str, value: Any) -> Graph:
+    """Another kind takes no option of the one that the file names."""
+    before = graph.attrs.get("executor")
+    known = dict(before) if isinstance(before, FrozenMap) and option != "kind" else {}
+    changed = FrozenMap({**known, option: freeze(value)})
+    return replace(graph, attrs=FrozenMap({**graph.attrs, "executor": changed}))
 
 
 def _with_engine(graph: Graph, name: str, options: Mapping[str, Any]) -> Graph:

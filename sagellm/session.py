@@ -4,7 +4,7 @@ import itertools
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 import structlog
@@ -39,6 +39,9 @@ __all__ = [
     "gather",
 ]
 
+if TYPE_CHECKING:
+    from sagellm.runtime.cluster.supervisor import Supervisor
+
 log = structlog.get_logger("sagellm.session")
 
 
@@ -63,6 +66,7 @@ class Session:
         self._token = trio.lowlevel.current_trio_token()
         self._numbers = itertools.count()
         self.executor = make_executor(self._deliver)
+        self.supervisor: Supervisor | None = None  # of the graph's workers, where it has some
         self._opened_s = trio.current_time()
 
     def stream(

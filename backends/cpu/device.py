@@ -45,11 +45,14 @@ class CpuBackend:
     def memory_bytes(self) -> int:
         return int(psutil.virtual_memory().available)
 
-    def allocate_pool(self, layout: KVLayout, num_blocks: int) -> torch.Tensor:
+    def allocate_pool(
+        self, layout: KVLayout, num_blocks: int, memory: memoryview | None = None
+    ) -> torch.Tensor:
         shape, dtype = layout.pool_shape(num_blocks), _torch_dtype(layout.dtype)
         # Fresh pages of the system are zero, and taken only once they are written; torch.zeros
         # writes them all.
-        pages = mmap(-1, prod(shape) * dtype.itemsize, flags=MAP_PRIVATE | MAP_ANONYMOUS)
+        flags = MAP_PRIVATE | MAP_ANONYMOUS
+        pages = memory or mmap(-1, prod(shape) * dtype.itemsize, flags=flags)
         return torch.frombuffer(pages, dtype=dtype).view(shape)
 
     def lower(

@@ -43,7 +43,9 @@ class NullBackend:
     def memory_bytes(self) -> int:
         return _MEMORY_BYTES
 
-    def allocate_pool(self, layout: KVLayout, num_blocks: int) -> torch.Tensor:
+    def allocate_pool(
+        self, layout: KVLayout, num_blocks: int, memory: memoryview | None = None
+    ) -> torch.Tensor:
         dtype = getattr(torch, layout.dtype)
         return torch.empty(layout.pool_shape(num_blocks), dtype=dtype, device="meta")
 

@@ -13,4 +13,4 @@ def choose(request: Request, pool: Pool, view: View, draw: Draw) -> int:
     key = request.tags.get("key") or request.user_id
     if not key:
         return pool.least_loaded(request, view)
-    return choose_by_key(key, pool.num_replicas)
+    return choose_by_key(key, pool.live(view))

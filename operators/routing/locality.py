@@ -12,4 +12,4 @@ from sagellm.runtime.operator import Draw
 def choose(request: Request, pool: Pool, view: View, draw: Draw) -> int:
     if not request.model and not request.user_id:
         return pool.least_loaded(request, view)
-    return choose_by_key(f"{request.model}:{request.user_id}", pool.num_replicas)
+    return choose_by_key(f"{request.model}:{request.user_id}", pool.live(view))

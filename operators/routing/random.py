@@ -6,4 +6,5 @@ from sagellm.runtime.operator import Draw
 
 
 def choose(request: Request, pool: Pool, view: View, draw: Draw) -> int:
-    return draw.below(pool.num_replicas)
+    live = pool.live(view)
+    return live[draw.below(len(live))]

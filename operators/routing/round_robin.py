@@ -6,4 +6,5 @@ from sagellm.runtime.operator import Draw
 
 
 def choose(request: Request, pool: Pool, view: View, draw: Draw) -> int:
-    return view.num_routed % pool.num_replicas
+    live = pool.live(view)
+    return live[view.num_routed % len(live)]

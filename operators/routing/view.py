@@ -66,6 +66,7 @@ class View(msgspec.Struct, frozen=True):
     num_routed: int = 0
     backlogs: Mapping[Replica, Backlog] = msgspec.field(default_factory=dict)
     reported: Mapping[Replica, Report] = msgspec.field(default_factory=dict)
+    down: frozenset[Replica] = frozenset()  # whose engine is lost, until it is back
     placed: PersistentMap[str, tuple[tuple[Replica, int], ...]] = msgspec.field(
         default_factory=PersistentMap
     )
@@ -111,6 +112,10 @@ class View(msgspec.Struct, frozen=True):
             return self
         return replace(self, backlogs={**self.backlogs, replica: self.backlogs[replica].returned()})
 
+    def mark(self, replica: Replica, *, is_up: bool) -> "View":
+        """Its engine is back, or is lost."""
+        return replace(self, down=self.down - {replica} if is_up else self.down | {replica})
+
     def report(self, replica: Replica, report: Report) -> "View":
         """The latest load wins; one that a later one of its node overtook changes nothing."""
         known = self.reported.get(replica)
@@ -127,9 +132,17 @@ class Pool:
     num_replicas: int
     nodes: tuple[str, ...]
 
+    def live(self, view: View) -> tuple[int, ...]:
+        """The replicas whose engine is there; all, where none is: the request waits for one."""
+        every = tuple(range(self.num_replicas))
+        if not view.down:
+            return every
+        return tuple(number for number in every if (self.name, number) not in view.down) or every
+
     def least_loaded(self, request: Request, view: View) -> int:
         """Ties go round, so that an idle pool fills evenly."""
-        turn = view.num_routed % self.num_replicas
-        order: list[int] = [*range(turn, self.num_replicas), *range(turn)]
+        live = self.live(view)
+        turn = view.num_routed % len(live)
+        order = live[turn:] + live[:turn]
         loads = {number: view.load((self.name, number), request) for number in order}
         return min(loads, key=loads.__getitem__)

@@ -25,6 +25,7 @@ from sagellm.runtime.engine.stepping import Stepping
 from sagellm.runtime.kv.exchange import Exchange
 from sagellm.runtime.kv.lease import Fence
 from sagellm.runtime.kv.pool import BlockPool
+from sagellm.runtime.kv.shared import SharedBlocks
 from sagellm.runtime.kv.transfer import PoolSource, PoolTarget
 from sagellm.runtime.messages import (
     FinishReason,
@@ -96,6 +97,13 @@ class LocalEngine:
         check_offer(offer, self.facts)
         fence = Fence(offer.request_id, offer.choice, offer.epoch)
         return self._exchange.target(fence) or await self._land(fence, offer.num_tokens)
+
+    async def receive(self, lease: LeaseRef, source: SharedBlocks) -> None:
+        """Fill a reserved lease from another process. Raises StaleLease, DamagedBlocks."""
+        target = self._exchange.target(Fence(lease.request_id, lease.choice, lease.epoch))
+        if target is None or target.lease != lease:
+            raise StaleLease(f"lease {lease.lease_id} of request {lease.request_id} is gone")
+        await target.fetch(source)
 
     def events(self, owner: str) -> Mailbox:
         if owner not in self._mailboxes:

@@ -1,7 +1,6 @@
 """Opening an engine: from its options to what it works with."""
 
 import importlib
-from collections.abc import Callable
 
 from sagellm.backends import get_backend
 from sagellm.runtime.engine.equipment import Equipment
@@ -19,18 +18,22 @@ NULL_MEMORY_BYTES = 1 << 40  # nothing is stored
 _TORCH = "sagellm.runtime.engine.torch_equipment"
 
 
-def open_engine(options: EngineOptions, *, name: str, replica: int = 0) -> LocalEngine:
+def open_engine(
+    options: EngineOptions, *, name: str, replica: int = 0, shares: bool = False
+) -> LocalEngine:
     """One replica, ready for `run`: loads weights, lowers the kernel graph, allocates the pool.
 
+    `shares`: the pool lies where other processes of this host can read it.
     Takes seconds without a checkpoint. Raises EngineOptionError, ModelError, UnsupportedModel,
     UnknownBackend, LoweringError.
     """
     folder = resolve_model(options.model)
-    equip: Callable[[EngineOptions, ModelFolder, EngineFacts], Equipment]
-    equip = _null_equipment if options.is_null else importlib.import_module(_TORCH).equip
-    return LocalEngine(
-        equip(options, folder, facts_of(options, folder)), name=name, replica=replica
-    )
+    facts = facts_of(options, folder)
+    if options.is_null:
+        equipment = _null_equipment(options, folder, facts)
+    else:
+        equipment = importlib.import_module(_TORCH).equip(options, folder, facts, shares=shares)
+    return LocalEngine(equipment, name=name, replica=replica)
 
 
 def facts_of(options: EngineOptions, folder: ModelFolder) -> EngineFacts:

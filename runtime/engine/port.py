@@ -24,6 +24,17 @@ class StaleLease(LookupError):
     """A lease that is gone, or whose fence (request, epoch) names another request."""
 
 
+class DamagedBlocks(RuntimeError):
+    """Blocks that came other than they were sent, again and again."""
+
+
+class EngineLost(ConnectionError):
+    """The process of an engine replica is gone, with all that it held; another takes its place."""
+
+    def __init__(self, name: str, replica: int) -> None:
+        super().__init__(f"replica {replica} of engine {name} is gone")
+
+
 class PrefillDone(msgspec.Struct, frozen=True, kw_only=True, tag="prefill_done"):
     """A `hold_kv` sequence has its first token; its blocks wait under `lease` for an export.
 
@@ -35,7 +46,21 @@ class PrefillDone(msgspec.Struct, frozen=True, kw_only=True, tag="prefill_done")
     lease: LeaseRef | None
 
 
-EngineEvent: TypeAlias = TokenEvent | PrefillDone
+class Lost(msgspec.Struct, frozen=True, kw_only=True, tag="lost"):
+    """The engine is gone, and this sequence with it: no more events come. What it emitted before
+    is behind this event, so whoever has that can submit the sequence again, anywhere.
+    """
+
+    request_id: str
+    choice: int
+    epoch: int
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return self.request_id, self.choice
+
+
+EngineEvent: TypeAlias = TokenEvent | PrefillDone | Lost
 
 
 class LeaseOffer(msgspec.Struct, frozen=True, kw_only=True, tag="offer"):
@@ -139,7 +164,8 @@ class KVTarget(Protocol):
     async def receive(self, source: KVSource) -> None:
         """Copy all blocks, a checkpoint a chunk; afterwards the lease is `filled`.
 
-        Raises StaleLease where either lease has gone. Cancelled midway, the lease is aborted.
+        Raises StaleLease where either lease has gone, EngineLost, DamagedBlocks. Cancelled midway,
+        the lease is aborted.
         """
 
     def abort(self) -> None:
@@ -152,7 +178,7 @@ class Engine(Protocol):
     facts: EngineFacts
 
     async def submit(self, state: SequenceState) -> None:
-        """Queue a sequence. Raises EngineRefusal, StaleLease (and then holds nothing)."""
+        """Queue a sequence. Raises EngineRefusal, StaleLease, EngineLost; then it holds nothing."""
 
     def cancel(self, request_id: str, choice: int, epoch: int) -> None:
         """End a sequence, or free the lease held, reserved or received for it.
@@ -169,7 +195,7 @@ class Engine(Protocol):
         """Reserve blocks, waiting in order of arrival until there are enough.
 
         Asked again for the same (request, choice, epoch), it returns the same target. Raises
-        EngineRefusal where the layouts differ or the pool is too small at all.
+        EngineRefusal where the layouts differ or the pool is too small at all, EngineLost.
         """
 
     def events(self, owner: str) -> AsyncIterator[tuple[EngineEvent, ...]]:

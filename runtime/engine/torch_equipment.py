@@ -18,6 +18,7 @@ from sagellm.runtime.engine.speculation.speculation import Speculation
 from sagellm.runtime.engine.torch_runner import SharedProgram, TorchRunner
 from sagellm.runtime.engine.transcript import Transcript
 from sagellm.runtime.kv.pool import BlockPool
+from sagellm.runtime.kv.shared import SharedMemory
 from sagellm.runtime.kv.tensor_storage import TensorStorage
 from sagellm.runtime.messages import SequenceState
 from sagellm.runtime.models.folder import ModelFolder
@@ -31,21 +32,26 @@ _programs: "WeakValueDictionary[tuple[object, ...], SharedProgram]" = WeakValueD
 _loading = threading.Lock()
 
 
-def equip(options: EngineOptions, folder: ModelFolder, facts: EngineFacts) -> Equipment:
-    """Load, lower and allocate.
+def equip(
+    options: EngineOptions, folder: ModelFolder, facts: EngineFacts, *, shares: bool
+) -> Equipment:
+    """Load, lower and allocate; where it `shares`, in memory that other processes can read.
 
     Raises EngineOptionError, ModelError, UnknownBackend, LoweringError.
     """
     layout = _layout(options, folder)
     tokenizer = load_tokenizer(folder)
     program = _program(options, folder, layout)
-    pool = get_backend(options.device).allocate_pool(layout, facts.num_blocks)
+    memory = SharedMemory(facts.num_blocks * facts.kv_block_bytes) if shares else None
+    pool = get_backend(options.device).allocate_pool(
+        layout, facts.num_blocks, memory.view if memory else None
+    )
     runner = TorchRunner(program, pool, options.block_size, options.threads)
     return Equipment(
         facts,
         options.limits,
         runner,
-        TensorStorage(pool),
+        TensorStorage(pool, memory),
         folder.facts.vocab_size,
         frozenset(folder.eos_token_ids),
         _transcripts(tokenizer),

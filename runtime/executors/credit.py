@@ -25,6 +25,7 @@ class Gates:
         self._left: dict[Gate, Credit] = {}
         self._block_size: dict[Gate, int] = {}
         self._spent: dict[Gate, dict[tuple[str, int], list[Credit]]] = {}
+        self.shut: frozenset[Gate] = frozenset()  # those of replicas that cannot serve now
 
     def open(self, gate: Gate, capacity: Credit, block_size: int = 1) -> None:
         self._capacity[gate] = self._left[gate] = capacity
@@ -32,7 +33,11 @@ class Gates:
         self._spent[gate] = {}
 
     def take(self, gate: Gate, item: Item) -> bool:
-        """Spend the item's cost if there is credit; an item larger than all passes alone."""
+        """Spend the item's cost if there is credit; an item larger than all passes alone. Through
+        a gate that is shut nothing passes.
+        """
+        if gate in self.shut:
+            return False
         cost = cost_of(item, self._block_size[gate])
         alone = not self._spent[gate]
         if not alone and not self._left[gate].covers(cost):

@@ -5,12 +5,19 @@ from typing import Any, Protocol
 
 import trio
 
-from sagellm.runtime.engine.port import Engine
+from sagellm.runtime.engine.port import (
+    DamagedBlocks,
+    Engine,
+    EngineEvent,
+    EngineLost,
+    Lost,
+    StaleLease,
+)
 from sagellm.runtime.executors.credit import Gates
 from sagellm.runtime.executors.faults import log_fault
 from sagellm.runtime.executors.mailbox import Mailbox
 from sagellm.runtime.executors.meter import Meter
-from sagellm.runtime.messages import Item, TokenEvent
+from sagellm.runtime.messages import Item, Prefilled, Request, TokenEvent
 from sagellm.runtime.operator import Sent, Service, Signal
 from sagellm.runtime.plan import Plan
 
@@ -33,6 +40,7 @@ class Executor(Protocol):
     def release(self, node: str, replica: int, key: tuple[str, int]) -> None: ...
     def finish(self, item: Item, reason: Any, error: str | None = None) -> None: ...
     def fail(self, item: Item, error: Exception) -> None: ...
+    def reenter(self, node: str, request: Request, *, was_computed: bool) -> None: ...
     def to_sink(self, item: Item, *, terminal: bool = False) -> None: ...
     def tombstone(self, item: Item) -> Signal | None: ...
 
@@ -140,6 +148,10 @@ class Host:
             self._scopes.append(entry)
             try:
                 await self._service.on_item(self, item)
+            except (EngineLost, StaleLease, DamagedBlocks) as error:
+                self._send_back(item, error)
+                await trio.lowlevel.checkpoint()
+                return
             except Exception as error:
                 failure = error
             finally:
@@ -157,10 +169,32 @@ class Host:
 
     async def _forward_events(self) -> None:
         async for events in self.engine.events(self.name):
+            if isinstance(events[0], Lost):
+                self._recall(events)
+                continue
             begun_s = self._executor.meter.clock()
             await self._service.on_events(self, events)
             self._meter.process_s += self._executor.meter.clock() - begun_s
             self.tell("load", self.engine.load)
+
+    def _recall(self, lost: tuple[EngineEvent, ...]) -> None:
+        """The engine is gone: what it held goes in again."""
+        for event in lost:
+            assert isinstance(event, Lost)
+            request = self._service.recall(self, event.key)
+            if request is not None:
+                self.release(event.key)
+                self._executor.reenter(self.name, request, was_computed=True)
+
+    def _send_back(self, item: Item, error: Exception) -> None:
+        """An engine was lost, or what it held, while this operator had the item."""
+        recalled = self._service.recall(self, item.key)
+        request = recalled or _request_of(item)
+        self._give_up(item)
+        if request is None:
+            self._executor.fail(item, error)
+        else:
+            self._executor.reenter(self.name, request, was_computed=recalled is not None)
 
     def _end(self, item: Item) -> None:
         """A signal ended an item that the operator holds no more."""
@@ -172,6 +206,12 @@ class Host:
     def _give_up(self, item: Item) -> None:
         self._service.discard(self, item)
         self.release(item.key)
+
+
+def _request_of(item: Item) -> Request | None:
+    if isinstance(item, Prefilled):
+        return item.request
+    return item if isinstance(item, Request) else None
 
 
 def _is_ended_by(item: Item, signal: Signal) -> bool:

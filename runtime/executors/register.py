@@ -1,7 +1,7 @@
 """The register of an executor: which requests are open, and what has been signalled to them."""
 
 import heapq
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from sagellm.runtime.operator import Signal
 
@@ -15,6 +15,7 @@ class Entry:
     choices: set[int]
     expires_s: float | None = None
     tombstone: Signal | None = None
+    unavailable: set[int] = field(default_factory=set)  # choices that waited too long for an engine
 
 
 class Register:

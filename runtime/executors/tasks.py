@@ -13,14 +13,24 @@ from sagellm.runtime.executors.faults import log_fault
 from sagellm.runtime.executors.host import Host
 from sagellm.runtime.executors.meter import Meter, Stopwatch
 from sagellm.runtime.executors.reading import Reading, read
+from sagellm.runtime.executors.recovery import Recovery
 from sagellm.runtime.executors.region import Deliver, Effect, Region, Send, Upstream, ends
 from sagellm.runtime.executors.register import Register
 from sagellm.runtime.ledger import Ledger
-from sagellm.runtime.messages import FinishReason, Forked, Item, Request, TokenEvent
-from sagellm.runtime.operator import Feedback, Input, Signal, Wake
+from sagellm.runtime.messages import (
+    Answer,
+    FinishReason,
+    Forked,
+    Item,
+    Request,
+    TokenEvent,
+    refusal,
+)
+from sagellm.runtime.operator import Arrival, Feedback, Input, Signal, Wake
 from sagellm.runtime.plan import Plan
 from sagellm.runtime.user_function import ending
 
+_NO_ENGINE = "no engine is there to serve it: try again later"
 _USER_OPS = {"map", "filter", "flat_map"}  # they may leave tokens out
 
 
@@ -37,7 +47,13 @@ class TasksExecutor:
     wait: what one request may pile up there is bounded by its `max_tokens`.
     """
 
-    def __init__(self, plan: Plan, deliver: Callable[[Item | Forked], None]) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        deliver: Callable[[Item | Forked], None],
+        *,
+        max_hold_s: float = inf,
+    ) -> None:
         self.plan = plan
         self.ledger = Ledger(gaps=any(node.op in _USER_OPS for node in plan.graph.nodes))
         self.gates = Gates()
@@ -61,6 +77,11 @@ class TasksExecutor:
         self._at_rest = trio.lowlevel.ParkingLot()
         self._sleeps_until = inf
         self._timer_moved = trio.Event()
+        self._nursery: trio.Nursery | None = None
+        self._lost: set[tuple[str, int]] = set()  # replicas of engines
+        self._missing: dict[str, float] = {}  # engines without a replica, and until when to wait
+        self._max_hold_s = max_hold_s
+        self.recovery = Recovery(self.now)
         self._is_stopped = False
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -70,6 +91,7 @@ class TasksExecutor:
         """
         try:
             async with trio.open_nursery() as nursery:
+                self._nursery = nursery
                 for engine in self.plan.all_engines:
                     nursery.start_soon(engine.run)
                 for host in self._hosts.values():
@@ -114,6 +136,8 @@ class TasksExecutor:
         if signal.request_id not in self.register.entries:
             return
         self.register.bury(signal)
+        for request in self.recovery.drop(signal.concerns):
+            self.finish(request, _reason(signal))
         self._spread(signal)
         self._try_again()
 
@@ -198,6 +222,50 @@ class TasksExecutor:
     def fail(self, item: Item, error: Exception) -> None:
         self.finish(item, "failed", f"{type(error).__name__} in the graph; see the log")
 
+    def reenter(self, node: str, request: Request, *, was_computed: bool) -> None:
+        """Send in again a request whose engine was lost, behind what it has emitted already."""
+        signal = self.tombstone(request)
+        if signal or not self.register.is_open(request.key):
+            self.finish(request, _reason(signal))
+            return
+        verdict = self.recovery.judge(node, request, was_computed=was_computed)
+        if verdict == "now":
+            self._enter_again(node, request)
+        elif verdict == "never":
+            self.to_sink(_quarantined(request, self.now()), terminal=True)
+        self._try_next()
+
+    def _enter_again(self, node: str, request: Request) -> None:
+        self.recovery.num_migrated += 1
+        again = msgspec.structs.replace(
+            request, epoch=request.epoch + 1, placement={}, num_cached_tokens=0
+        )
+        entrance = self.plan.entrance(node)
+        if isinstance(entrance, str):
+            self._feed(entrance, Arrival(again))
+        else:
+            assert self._nursery is not None
+            self._nursery.start_soon(self.push, entrance.source, again, entrance.outlet)
+
+    def _try_next(self) -> None:
+        """The next of the requests that are tried one at a time, if it is its turn."""
+        while (due := self.recovery.next()) is not None:
+            self._enter_again(*due)
+
+    def mark(self, engine: str, replica: int, *, is_up: bool) -> None:
+        """A replica of an engine is lost, or is back: shut the ways to it, or open them."""
+        (self._lost.discard if is_up else self._lost.add)((engine, replica))
+        self.gates.shut = self.plan.gates_without(self._lost)
+        if is_up:
+            self._missing.pop(engine, None)
+        elif all((engine, n) in self._lost for n in range(len(self.plan.engines[engine]))):
+            self._missing[engine] = self.now() + self._max_hold_s
+        for node in self.plan.services:
+            if self.plan.engine_name(node) == engine:
+                self.tell(node, replica, "health", is_up)
+        self._try_again()
+        self._set_timer()
+
     def to_sink(self, item: Item | Forked, *, terminal: bool = False) -> None:
         """Hand an item to the session, and close the books of a choice with its last one.
 
@@ -209,6 +277,9 @@ class TasksExecutor:
             item = self._renamed(item)
             self.ledger.record(item)
             self._deliver(item)
+            if self.recovery.is_under_way:
+                self.recovery.note(item)
+                self._try_next()
             if ends(item):
                 self._close(item, terminal=terminal)
 
@@ -217,12 +288,24 @@ class TasksExecutor:
     async def _enter(self, choices: Sequence[Request]) -> None:
         try:
             for request in choices:
-                await self.push(SOURCE, request)
+                refused = self._unfit(request)
+                if refused is None:
+                    await self.push(SOURCE, request)
+                else:
+                    self.to_sink(refused, terminal=True)
         except BaseException:
             for request in choices:  # those that went in end by the signal, the others here
                 self.signal(Signal("cancel", request.request_id))
                 self.finish(request, "cancelled")
             raise
+
+    def _unfit(self, request: Request) -> TokenEvent | None:
+        """Why a request is not let in, whatever the operators would say."""
+        if self.recovery.is_blocked(request):
+            return _quarantined(request, self.now())
+        if self._lost and self.plan.is_cut(self._lost):
+            return _unavailable(request, self.now())
+        return None
 
     def _fork(self, forked: Forked) -> None:
         entry = self.register.entries.get(forked.request_id)
@@ -233,13 +316,21 @@ class TasksExecutor:
 
     def _renamed(self, item: Item) -> Item:
         """An engine calls every end from outside `cancelled`; the signal knows better."""
+        if not isinstance(item, TokenEvent | Answer) or item.finish_reason != "cancelled":
+            return item
+        entry = self.register.entries[item.request_id]
+        if item.choice in entry.unavailable:
+            return msgspec.structs.replace(
+                item, finish_reason="refused", error=_NO_ENGINE, code="unavailable"
+            )
         signal = self.tombstone(item)
-        if signal and signal.kind == "expire" and getattr(item, "finish_reason", "") == "cancelled":
+        if signal and signal.kind == "expire":
             return msgspec.structs.replace(item, finish_reason="expired")
         return item
 
     def _close(self, item: Item, *, terminal: bool) -> None:
         is_last = self.register.close(item.key)
+        self.recovery.forget(item.key)
         if terminal and self._is_held(item.key):
             # It ended outside its engine (a user's function failed): stop the engine too.
             self.register.abandoned.add(item.key)
@@ -311,7 +402,8 @@ class TasksExecutor:
 
     def _next_time(self) -> float:
         wake, expiry = self.region.next_wake, self.register.next_expiry
-        at = inf if wake is None else wake[0]
+        at = min(self._missing.values(), default=inf)
+        at = at if wake is None else min(at, wake[0])
         return at if expiry is None else min(at, expiry)
 
     async def _keep_time(self) -> None:
@@ -324,12 +416,42 @@ class TasksExecutor:
             for request_id in self.register.take_expired(self.now()):
                 self.signal(Signal("expire", request_id))
             self._wake_due()
+            self._end_hold()
+
+    def _end_hold(self) -> None:
+        """What has waited long enough for an engine of which no replica is there ends."""
+        now = self.now()
+        late = [engine for engine, until_s in self._missing.items() if until_s <= now]
+        for engine in late:
+            self._missing[engine] = now + self._max_hold_s
+        if late:
+            for request_id, entry in tuple(self.register.entries.items()):
+                for choice in tuple(entry.choices):
+                    if not self._is_held((request_id, choice)):
+                        entry.unavailable.add(choice)
+                        self._end_waiting(request_id, choice)
+
+    def _end_waiting(self, request_id: str, choice: int) -> None:
+        """Wherever it waits; who is asked to end it says `cancelled`, and `_renamed` why."""
+        signal = Signal("cancel", request_id, choice)
+        for request in self.recovery.drop(signal.concerns):
+            self.finish(request, "cancelled")
+        self._spread(signal)
 
     def _wake_due(self) -> None:
         wake = self.region.next_wake
         if wake and wake[0] <= self.now():
             self.region.forget_wake(wake[1])
             self._feed(wake[1], Wake())
+
+
+def _unavailable(request: Request, now: float) -> TokenEvent:
+    return refusal(request, "refused", now=now, error=_NO_ENGINE, code="unavailable")
+
+
+def _quarantined(request: Request, now: float) -> TokenEvent:
+    error = "engines died of this request, or of its like: it is not tried again"
+    return refusal(request, "failed", now=now, error=error, code="request_quarantined")
 
 
 def _reason(signal: Signal | None) -> FinishReason:

@@ -209,7 +209,7 @@ class BlockPool:
             return []
         while len(self._free) < count:
             self._free.append(self._tree.evict())
-        taken = self._free[-count:]
+        taken = self._free[: -count - 1 : -1]  # in the order of memory, where they are fresh
         del self._free[-count:]
         for block in taken:
             self._references[block] = 1

@@ -1,10 +1,12 @@
 """Where a pool's keys and values are, as far as copying between pools needs to know."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
 import trio
+
+from sagellm.runtime.kv.shared import SharedBlocks
 
 Pairs: TypeAlias = list[tuple[int, int]]  # (block of the sender, block of the receiver)
 
@@ -18,7 +20,17 @@ class Storage(Protocol):
         `check` is called before each chunk, without a checkpoint between it and the copy: it raises
         where either lease has gone, so that nothing is copied from or to blocks of somebody else.
         """
-        ...
+
+    async def share(self, blocks: Sequence[int]) -> SharedBlocks:
+        """How another process finds those blocks. Only where the memory is shared."""
+
+    async def fetch(
+        self, source: SharedBlocks, blocks: Sequence[int], check: Callable[[], None]
+    ) -> None:
+        """Copy another process's blocks into these, as `receive` does, and compare checksums.
+
+        Raises StaleLease where that process is gone, DamagedBlocks.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,3 +43,13 @@ class NullStorage:
     async def receive(self, sender: Storage, pairs: Pairs, check: Callable[[], None]) -> None:
         check()
         await trio.sleep(len(pairs) * self.block_bytes / self.bytes_per_s)
+
+    async def share(self, blocks: Sequence[int]) -> SharedBlocks:
+        await trio.lowlevel.checkpoint()
+        return SharedBlocks(pid=0, descriptor=-1, size=0, blocks=tuple(blocks))
+
+    async def fetch(
+        self, source: SharedBlocks, blocks: Sequence[int], check: Callable[[], None]
+    ) -> None:
+        check()
+        await trio.sleep(len(blocks) * self.block_bytes / self.bytes_per_s)

@@ -1,11 +1,12 @@
-"""Both ends of a copy between two block pools of one process."""
+"""Both ends of a copy between two block pools, of one process or of two."""
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from sagellm.runtime.engine.port import KVSource
+from sagellm.runtime.engine.port import KVSource, StaleLease
 from sagellm.runtime.kv.lease import Lease
 from sagellm.runtime.kv.pool import BlockPool
+from sagellm.runtime.kv.shared import SharedBlocks
 from sagellm.runtime.kv.storage import Storage
 from sagellm.runtime.messages import LeaseRef
 
@@ -18,6 +19,11 @@ class PoolSource:
     storage: Storage
     held: Lease
     lease: LeaseRef
+
+    async def share(self) -> SharedBlocks:
+        """How a receiver in another process finds the blocks."""
+        num_blocks = self.pool.num_blocks_for(self.lease.num_tokens)
+        return await self.storage.share(self.held.blocks[:num_blocks])
 
     def release(self) -> None:
         """Free the blocks; nothing happens where they are free already."""
@@ -42,19 +48,38 @@ class PoolTarget:
         """Copy all blocks. Raises StaleLease; aborts its own lease where it does not succeed."""
         if not isinstance(source, PoolSource):
             raise TypeError(f"a pool receives from a pool of its process, not {type(source)}")
-        try:
-            self.pool.advance(self.held, "receive")
-            await self._copy(source)
-            self.pool.advance(self.held, "arrive")
-        except BaseException:
-            self.abort()
-            raise
+        await self._receive(lambda: self._copy(source))
+
+    async def fetch(self, source: SharedBlocks) -> None:
+        """Copy all blocks from another process, which keeps them until it is told. Raises
+        StaleLease, DamagedBlocks; aborts its own lease where it does not succeed.
+        """
+        await self._receive(lambda: self._fetch(source))
 
     def abort(self) -> None:
         """Give the blocks back, unless a sequence has adopted them."""
         if self.held.owner == "transfer":
             self.pool.advance(self.held, "cancel")
             self.on_abort()
+
+    async def _receive(self, copy: Callable[[], Awaitable[None]]) -> None:
+        try:
+            self.pool.advance(self.held, "receive")
+            await copy()
+            self.pool.advance(self.held, "arrive")
+        except BaseException:
+            self.abort()
+            raise
+
+    async def _fetch(self, source: SharedBlocks) -> None:
+        def check() -> None:
+            self.held.require("receiving")
+
+        num_blocks = self.pool.num_blocks_for(self.held.num_tokens)
+        if len(source.blocks) != num_blocks:
+            raise StaleLease(f"{len(source.blocks)} blocks were sent for {num_blocks}")
+        await self.storage.fetch(source, self.held.blocks[:num_blocks], check)
+        check()
 
     async def _copy(self, source: PoolSource) -> None:
         def check() -> None:

@@ -20,6 +20,9 @@ APP.command("sagellm.cli.run:run", name="run", help="Answer a prompt, or a file 
 APP.command("sagellm.cli.serve:serve", name="serve", help="Serve a graph to OpenAI clients.")
 APP.command("sagellm.cli.chat:chat", name="chat", help="Talk to a model on any server.")
 APP.command("sagellm.cli.complete:complete", name="complete", help="What follows a text.")
+APP.command("sagellm.cli.workers:ps", name="ps", help="Who works for the graphs that run.")
+APP.command("sagellm.cli.workers:restart", name="restart", help="Replace an operator's workers.")
+APP.command("sagellm.cli.workers:drain", name="drain", help="Give a worker nothing new.")
 APP.command("sagellm.cli.doctor:doctor", name="doctor", help="Check this machine and set-up.")
 APP.command("sagellm.cli.version:version", name="version", help="Say what is installed.")
 
@@ -34,6 +37,7 @@ BENCH.command(
     "sagellm.cli.bench:gateway", name="gateway", help="The gateway beside the bare server."
 )
 BENCH.command("sagellm.cli.bench:peers", name="peers", help="The engine beside other engines.")
+BENCH.command("sagellm.cli.bench:processes", name="processes", help="What processes cost.")
 BENCH.command("sagellm.cli.bench:size", name="size", help="The engine over batch and context.")
 BENCH.command("sagellm.cli.bench_serve:serve", name="serve", help="Load on any server.")
 APP.command(BENCH)

@@ -41,6 +41,17 @@ def peers(*tokens: Annotated[str, Parameter(allow_leading_hyphen=True)]) -> int:
     return _with_threads("benchmarks.peers.measure", tokens)
 
 
+def processes(*tokens: Annotated[str, Parameter(allow_leading_hyphen=True)]) -> int:
+    """Measure executor `processes` beside `tasks`.
+
+    Parameters
+    ----------
+    tokens
+        Options of the measurement; `sagellm bench processes -- --help` lists them.
+    """
+    return _plainly("benchmarks.processes", tokens)
+
+
 def size(*tokens: Annotated[str, Parameter(allow_leading_hyphen=True)]) -> int:
     """Measure tokens a second over batch and context: JSON, and a plot.
 
@@ -60,8 +71,12 @@ def gateway(*tokens: Annotated[str, Parameter(allow_leading_hyphen=True)]) -> in
     tokens
         Options of the measurement; `sagellm bench gateway -- --help` lists them.
     """
+    return _plainly("benchmarks.gateway.measure", tokens)
+
+
+def _plainly(module: str, tokens: Sequence[str]) -> int:
     _check_repository()
-    command = [sys.executable, "-m", "benchmarks.gateway.measure", *tokens]
+    command = [sys.executable, "-m", module, *tokens]
     return subprocess.run(command, cwd=ROOT, check=False).returncode
 
 

@@ -28,6 +28,7 @@ def run(
     files: FileOptions = FileOptions(),  # noqa: B008 - frozen
     draw: SamplingOptions = SamplingOptions(),  # noqa: B008 - frozen
     model: str | None = None,
+    executor: str | None = None,
     set_: Annotated[tuple[str, ...], Parameter(name="--set")] = (),
     json: bool = False,
 ) -> int:
@@ -41,13 +42,15 @@ def run(
         A graph file, or the name of a shipped graph: pd, joint, pd_many.
     model
         The model of every engine: a built-in name, a folder, or a Hub id.
+    executor
+        How the graph runs: tasks, in this process; or processes, a worker for each engine replica.
     set_
         Change an option of the graph, as op.key=value; may be repeated.
     json
         Print the answer, or the summary of a file, as JSON.
     """
     check_together(asked, files)
-    opening = load_graph(graph).open(set=settings(set_), model=model)
+    opening = load_graph(graph).open(set=settings(set_), model=model, executor=executor)
     try:
         if asked.prompt is None:
             return trio.run(answer_file, opening, files, draw, json)

@@ -33,6 +33,7 @@ def serve(
     listen: ListenOptions = ListenOptions(),  # noqa: B008 - frozen
     served: ModelOptions = ModelOptions(),  # noqa: B008 - frozen
     model: str | None = None,
+    executor: str | None = None,
     set_: Annotated[tuple[str, ...], Parameter(name="--set")] = (),
     watch: WatchOptions = WatchOptions(),  # noqa: B008 - frozen
 ) -> int:
@@ -47,6 +48,8 @@ def serve(
         a folder, or a Hub id.
     model
         The model of every engine of a graph.
+    executor
+        How the graph runs: tasks, in this process; or processes, a worker for each engine replica.
     set_
         Change an option of the graph, as op.key=value; may be repeated.
     """
@@ -54,7 +57,9 @@ def serve(
     names = served_names(chosen, model, served)
     settings = read_settings(listen, names, watch)
     check_installed(settings.server)
-    opening = chosen.open(set=overrides(chosen, served) | assignments(set_), model=model)
+    opening = chosen.open(
+        set=overrides(chosen, served) | assignments(set_), model=model, executor=executor
+    )
     with logs_of(watch.log_level, settings), listening(settings) as sock:
         try:
             trio.run(serve_graph, opening, settings, sock, _tell)

@@ -31,7 +31,14 @@ _FIELDS = ("request_id", "priority", "slo_ttft_s", "timeout_s")
 _READ = frozenset(
     {*Sampling.__struct_fields__, *_FIELDS, "max_completion_tokens", "user", "stream_options"}
 ) - {"logprobs", "prompt_logprobs"}
-_STATUS = {"bad_request": 400, "queue_full": 503, "slo_unreachable": 503, "shutting_down": 503}
+_STATUS = {
+    "bad_request": 400,
+    "queue_full": 503,
+    "slo_unreachable": 503,
+    "shutting_down": 503,
+    "unavailable": 503,
+    "request_quarantined": 500,
+}
 _ENDED = {"refused": 400, "expired": 504, "failed": 500}
 
 

@@ -63,6 +63,9 @@ class Timed:
     def on_signal(self, ctx: Context, signal: Signal) -> None:
         """Nothing is elsewhere."""
 
+    def recall(self, ctx: Context, key: tuple[str, int]) -> None:
+        return None
+
     def discard(self, ctx: Context, item: Any) -> None:
         """Nothing is held."""
 

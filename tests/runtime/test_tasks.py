@@ -58,6 +58,9 @@ class Answering:
     def on_signal(self, ctx: Context, signal: Signal) -> None:
         self.signals.append(signal.kind)
 
+    def recall(self, ctx: Context, key: tuple[str, int]) -> None:
+        return None
+
     def discard(self, ctx: Context, item: Any) -> None:
         self.discarded.append(item.request_id)
 

@@ -8,6 +8,7 @@ from sagellm.runtime.messages import SERVED, TokenEvent
 _OVERLOADED = {
     "queue_full": "the server has too much to do; try again later",
     "slo_unreachable": "the first token would come too late; try again later",
+    "unavailable": "no engine is there to serve the request; try again later",
 }
 _RETRY_S = 1.0  # where the graph does not say when
 MayRetry = Callable[[], bool]
@@ -24,6 +25,9 @@ def error_of(event: TokenEvent, request_id: str, may_retry: MayRetry) -> ApiErro
         return ApiError(504, "the time that the request allowed is over", code="timeout")
     if reason == "cancelled":
         return _cancelled(event.code)
+    if event.code == "request_quarantined":
+        told = "the request made engines fail, and is not tried again"
+        return ApiError(500, told, code=event.code, should_retry=False)
     told = f"internal error; the operator finds it under request {request_id}"
     return ApiError(500, told, code="engine_failed")
 

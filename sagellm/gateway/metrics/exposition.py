@@ -103,6 +103,8 @@ class GatewayMeters(HttpMeters):
             shares=self._window.shares(reading),
             engines=read_engines(executor),
             graph_lag=self._graph_lag.seconds.copy(),
+            num_migrated=executor.recovery.num_migrated,
+            migration_gaps=executor.recovery.gaps_s.copy(),
         )
 
     def _sample(self) -> None:

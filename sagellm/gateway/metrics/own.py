@@ -42,9 +42,11 @@ _ENGINE_LEVELS: dict[str, tuple[str, Callable[[EngineReading], float]]] = {
         lambda engine: engine.load.num_cached_blocks,
     ),
     "step_p99_seconds": ("Of its steps, so far.", lambda engine: engine.health.step_p99_s or 0.0),
+    "up": ("0 where its worker is missing.", lambda engine: engine.is_up),
     "hung": ("1 where it has work and nothing moves.", lambda engine: engine.health.is_hung),
 }
 _ENGINE_TOTALS: dict[str, tuple[str, Callable[[EngineReading], float]]] = {
+    "restarts": ("Workers that took the place of another.", lambda engine: engine.num_restarts),
     "steps": ("Steps that it ran.", lambda engine: engine.load.num_steps),
     "preemptions": ("Sequences that it put back.", lambda engine: engine.load.num_preemptions),
     "prefix_queried_tokens": ("Looked up in its cache.", lambda e: e.load.num_prefix_queries),
@@ -130,6 +132,10 @@ def _requests(shown: Snapshot) -> Iterator[Metric]:
     yield histogram("sagellm_request_phase_seconds", "Time of each phase.", _phases(shown))
     transfers = [({"model_name": model}, counts.kv_transfer) for model, counts in by_model]
     yield histogram("sagellm_kv_transfer_seconds", "From prefill to decode.", transfers)
+    migrated = [({"graph": shown.graph}, shown.num_migrated)]
+    yield counter("sagellm_migrations", "Requests that went in again, engines lost.", migrated)
+    gaps = [({"graph": shown.graph}, shown.migration_gaps)]
+    yield histogram("sagellm_migration_gap_seconds", "From a loss to the next token.", gaps)
     failed = sum(one.num_errors for one in shown.reading.operators if one.op == "kv_transfer")
     failures = [({"graph": shown.graph}, failed)]
     yield counter("sagellm_kv_transfer_failures", "Transfers that failed.", failures)

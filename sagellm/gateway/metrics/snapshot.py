@@ -19,6 +19,16 @@ class CountingSteps(Protocol):
     def step_tokens(self) -> Buckets: ...
 
 
+@runtime_checkable
+class Replaceable(Protocol):
+    """An engine whose worker may be missing, and be replaced."""
+
+    num_lives: int
+
+    @property
+    def is_lost(self) -> bool: ...
+
+
 @dataclass(frozen=True, slots=True)
 class EngineReading:
     """One replica of one engine."""
@@ -29,6 +39,8 @@ class EngineReading:
     load: EngineLoad
     health: EngineHealth
     step_tokens: Buckets | None
+    is_up: bool
+    num_restarts: int
 
     @property
     def kv_usage(self) -> float:
@@ -48,6 +60,8 @@ class Snapshot:
     shares: Mapping[tuple[str, int], Shares]
     engines: tuple[EngineReading, ...]
     graph_lag: Buckets
+    num_migrated: int
+    migration_gaps: Buckets
 
     @property
     def num_running(self) -> int:
@@ -74,4 +88,14 @@ def read_engines(executor: TasksExecutor) -> tuple[EngineReading, ...]:
 
 def _reading(name: str, replica: int, engine: Engine) -> EngineReading:
     steps = engine.step_tokens.copy() if isinstance(engine, CountingSteps) else None
-    return EngineReading(name, replica, engine.facts, engine.load, engine.health, steps)
+    worker = engine if isinstance(engine, Replaceable) else None
+    return EngineReading(
+        name,
+        replica,
+        engine.facts,
+        engine.load,
+        engine.health,
+        steps,
+        is_up=worker is None or not worker.is_lost,
+        num_restarts=0 if worker is None else worker.num_lives - 1,
+    )

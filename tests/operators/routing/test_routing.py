@@ -68,13 +68,13 @@ def test_without_a_key_the_load_decides(strategy: str) -> None:
 
 def test_a_new_replica_takes_its_share_and_moves_no_other_key() -> None:
     keys = [f"user-{number}" for number in range(1000)]
-    moved = [key for key in keys if choose_by_key(key, 4) != choose_by_key(key, 5)]
-    assert all(choose_by_key(key, 5) == 4 for key in moved)
+    moved = [key for key in keys if choose_by_key(key, range(4)) != choose_by_key(key, range(5))]
+    assert all(choose_by_key(key, range(5)) == 4 for key in moved)
     assert 150 < len(moved) < 250
 
 
 def test_the_hash_is_the_same_in_every_process() -> None:
-    assert [choose_by_key(key, 8) for key in ("", "a", "b", "user")] == [2, 6, 7, 1]
+    assert [choose_by_key(key, range(8)) for key in ("", "a", "b", "user")] == [2, 6, 7, 1]
 
 
 def test_each_strategy_names_itself() -> None:
@@ -86,3 +86,28 @@ def test_each_strategy_names_itself() -> None:
 def test_an_unknown_strategy_is_refused(name: str, hint: str) -> None:
     with pytest.raises(ValueError, match=hint):
         find_strategy(name)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_no_strategy_chooses_a_replica_whose_engine_is_lost(strategy: str) -> None:
+    view = View().mark(("p", 1), is_up=False).mark(("p", 2), is_up=False)
+    chosen = set()
+    for number in range(100):
+        request = ask(number, user_id=str(number), model="m")
+        chosen.add(STRATEGIES[strategy](request, POOL, view, Draw(0, "route", number)))
+        view = view.place(request, ())
+    assert chosen <= {0, 3}
+    assert view.mark(("p", 1), is_up=True).down == {("p", 2)}
+
+
+def test_where_every_engine_is_lost_a_request_is_placed_and_waits() -> None:
+    view = View()
+    for number in range(4):
+        view = view.mark(("p", number), is_up=False)
+    assert POOL.live(view) == (0, 1, 2, 3)
+
+
+def test_a_lost_replica_moves_its_own_keys_only() -> None:
+    before = {key: choose_by_key(key, range(4)) for key in map(str, range(200))}
+    after = {key: choose_by_key(key, (0, 2, 3)) for key in before}
+    assert all(after[key] == before[key] for key in before if before[key] != 1)

@@ -1,0 +1,1 @@
+"""Processes of a graph: how they are started, watched, restarted and ended."""

@@ -1,0 +1,5 @@
+"""What may be wrong with a worker, as far as others need to know."""
+
+
+class WorkerUnfit(RuntimeError):
+    """A worker that cannot open its engine, or dies before it has; the message says why."""

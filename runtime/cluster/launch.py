@@ -1,0 +1,148 @@
+"""How the life of a worker begins: as a process of this machine, or as tasks of this very loop."""
+
+import secrets
+import shutil
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from time import perf_counter
+from typing import Protocol
+
+import trio
+
+from sagellm.runtime.cluster.process import Process
+from sagellm.runtime.cluster.start import OpenEngine, Start, work
+from sagellm.runtime.comm.channel import Channel, ChannelClosed, MemoryChannel, memory_channels
+from sagellm.runtime.comm.zeromq import Hub
+
+
+class Life(Protocol):
+    """A worker that runs; `channel` leads to it."""
+
+    @property
+    def pid(self) -> int: ...
+
+    @property
+    def channel(self) -> Channel: ...
+
+    async def wait(self) -> int:
+        """The exit code, negative for a signal, once it has ended."""
+
+    def kill(self) -> None:
+        """End it at once; nothing happens where it has ended."""
+
+    def close(self) -> None:
+        """Forget one that has ended; nothing that it said is heard any more."""
+
+
+class Launcher(Protocol):
+    """Starts workers while `run` runs."""
+
+    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None: ...
+
+    def launch(self, epoch: int) -> Life:
+        """Begin a life. Raises OSError."""
+
+
+class ProcessLife:
+    """A process, and the link to it."""
+
+    def __init__(self, process: Process, channel: Channel) -> None:
+        self._process = process
+        self.channel = channel
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    async def wait(self) -> int:
+        return await self._process.wait()
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def close(self) -> None:
+        self._process.close()
+        self.channel.close()
+
+
+class Processes:
+    """Workers as processes that run `module`, which calls `serve` (see `start.py`).
+
+    `folder` is of this user alone, and holds the socket that they connect to.
+    """
+
+    def __init__(self, module: str) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="sagellm-"))
+        self._module = module
+        self._hub = Hub()
+        self._endpoint = ""
+
+    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        try:
+            self._endpoint = self._hub.bind(f"ipc://{self.folder}/hub")
+            task_status.started()
+            await self._hub.run()
+        finally:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def launch(self, epoch: int) -> ProcessLife:
+        name = secrets.token_bytes(16)
+        # What trio's clock is ahead of the one that all processes of this machine read.
+        offset_s = trio.current_time() - perf_counter()
+        process = Process(self._module, Start(self._endpoint, name.hex(), epoch, offset_s).env)
+        return ProcessLife(process, self._hub.link(name, epoch))
+
+
+class TaskLife:
+    """A worker as a task of this loop."""
+
+    def __init__(self, pid: int, channel: MemoryChannel) -> None:
+        self.pid = pid
+        self.channel = channel
+        self._scope = trio.CancelScope()
+        self._ended = trio.Event()
+        self._code = 0
+
+    async def live(self, channel: MemoryChannel, open_engine: OpenEngine) -> None:
+        """The worker's side: until it is told to stop, or killed."""
+        try:
+            with self._scope, suppress(ChannelClosed):
+                await work(channel, open_engine, ())
+        finally:
+            channel.close()
+            self._ended.set()
+
+    async def wait(self) -> int:
+        await self._ended.wait()
+        return self._code
+
+    def kill(self) -> None:
+        if not self._ended.is_set():
+            self._code = -9
+            self._scope.cancel()
+
+    def close(self) -> None:
+        self.channel.close()
+
+
+class Tasks:
+    """Workers as tasks, linked by memory: in virtual time, and to be killed at a whim."""
+
+    def __init__(self, open_engine: OpenEngine) -> None:
+        self._open_engine = open_engine
+        self._nursery: trio.Nursery | None = None
+        self._num_launched = 0
+
+    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        async with trio.open_nursery() as self._nursery:
+            task_status.started()
+            await trio.sleep_forever()
+
+    def launch(self, epoch: int) -> TaskLife:
+        assert self._nursery is not None
+        self._num_launched += 1
+        here, there = memory_channels()
+        life = TaskLife(self._num_launched, here)
+        self._nursery.start_soon(life.live, there, self._open_engine)
+        return life

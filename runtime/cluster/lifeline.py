@@ -1,0 +1,24 @@
+"""A worker ends with the process that started it, even if that was killed."""
+
+import os
+import shutil
+import sys
+import threading
+from pathlib import Path
+
+
+def hold_lifeline(folder: Path) -> None:
+    """Watch standard input, which whoever started us keeps open; at its end, end this process.
+
+    `folder` holds the sockets: nobody is left to remove it. A thread watches, so that no loop that
+    is busy, or stuck, keeps us alive.
+    """
+
+    def watch(descriptor: int) -> None:
+        while os.read(descriptor, 1):
+            pass
+        shutil.rmtree(folder, ignore_errors=True)
+        os._exit(1)
+
+    descriptor = os.dup(sys.stdin.fileno())
+    threading.Thread(target=watch, args=(descriptor,), name="lifeline", daemon=True).start()

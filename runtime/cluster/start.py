@@ -1,0 +1,94 @@
+"""How a worker process begins: what it is told, on which clock it runs, and what it does."""
+
+import os
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import TypeAlias
+
+import msgspec
+import trio
+
+from sagellm.graphs.ir import Graph
+from sagellm.graphs.text.codec import from_msgpack
+from sagellm.runtime.cluster.lifeline import hold_lifeline
+from sagellm.runtime.comm.channel import Channel, ChannelClosed
+from sagellm.runtime.comm.protocol import Open, Stop, Unfit
+from sagellm.runtime.comm.zeromq import Dealer
+from sagellm.runtime.engine.local import LocalEngine
+from sagellm.runtime.engine.serving import EngineServer
+
+_VARIABLE = "SAGELLM_WORKER"  # an environment is for the eyes of its user alone, arguments are not
+
+# graph, engine, replica, blocks of its pool in an earlier life
+OpenEngine: TypeAlias = Callable[[Graph, str, int, int | None], Awaitable[LocalEngine]]
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Where to connect, under which name, in which life; and what the clock is ahead."""
+
+    endpoint: str
+    name: str
+    epoch: int
+    clock_offset_s: float
+
+    @property
+    def env(self) -> Mapping[str, str]:
+        return {_VARIABLE: msgspec.json.encode(self).decode()}
+
+
+class SharedClock(trio.abc.Clock):
+    """The clock of the process that started this one."""
+
+    def __init__(self, offset_s: float) -> None:
+        self._offset_s = offset_s
+
+    def start_clock(self) -> None:
+        pass
+
+    def current_time(self) -> float:
+        return perf_counter() + self._offset_s
+
+    def deadline_to_sleep_time(self, deadline: float) -> float:
+        return deadline - self.current_time()
+
+
+def serve(open_engine: OpenEngine, unfit: tuple[type[Exception], ...]) -> None:
+    """Be a worker until told to stop, or until whoever started it is gone.
+
+    `open_engine` loads one replica; what it raises of `unfit` is told, and safe to
+    show. Anything else ends the process with a traceback.
+    """
+    start = msgspec.json.decode(os.environ.pop(_VARIABLE), type=Start)
+    hold_lifeline(Path(start.endpoint.removeprefix("ipc://")).parent)
+    trio.run(_serve, start, open_engine, unfit, clock=SharedClock(start.clock_offset_s))
+
+
+async def _serve(start: Start, open_engine: OpenEngine, unfit: tuple[type[Exception], ...]) -> None:
+    dealer = Dealer(start.endpoint, bytes.fromhex(start.name), start.epoch)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(dealer.run)
+        with suppress(ChannelClosed):  # nobody is left to serve
+            await work(dealer.link, open_engine, unfit)
+        nursery.cancel_scope.cancel()
+
+
+async def work(
+    channel: Channel, open_engine: OpenEngine, unfit: tuple[type[Exception], ...]
+) -> None:
+    """What a worker does, whatever it runs in: open the engine that it is told, and serve it."""
+    message = await channel.receive()
+    if not isinstance(message, Open):
+        return
+    asked = from_msgpack(message.graph), message.engine, message.replica, message.num_blocks
+    try:
+        engine = await open_engine(*asked)
+    except unfit as error:
+        channel.put(Unfit(error=str(error)))
+        while not isinstance(await channel.receive(), Stop):
+            pass
+        return
+    await EngineServer(engine, channel).run()

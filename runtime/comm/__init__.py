@@ -1,0 +1,1 @@
+"""Links between processes: frames, channels, and what is said over them."""

@@ -1,0 +1,173 @@
+"""What a graph and the worker of one engine replica say to each other.
+
+The graph asks (`Ask`, each with a `call` that the answer repeats) and tells; the worker answers,
+and tells of events and of itself. Both read one clock: a worker is told its offset when it starts.
+"""
+
+from typing import Literal, TypeAlias
+
+import msgspec
+
+from sagellm.runtime.engine.port import (
+    EngineFacts,
+    EngineHealth,
+    EngineLoad,
+    LeaseOffer,
+    PrefillDone,
+)
+from sagellm.runtime.kv.shared import SharedBlocks
+from sagellm.runtime.messages import LeaseRef, SequenceState, TokenEvent
+
+
+class _Said(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One thing said."""
+
+
+# ---- by the graph --------------------------------------------------------------------------
+
+
+class Open(_Said, frozen=True, kw_only=True, tag="open"):
+    """Load one replica of an engine of this graph (MessagePack); answered by `Ready`.
+
+    `num_blocks`: of its pool in an earlier life, if it had one.
+    """
+
+    graph: bytes
+    engine: str
+    replica: int
+    num_blocks: int | None = None
+
+
+class Submit(_Said, frozen=True, kw_only=True, tag="submit"):
+    """Answered by `Done` or `Refused`."""
+
+    call: int
+    state: SequenceState
+
+
+class Cancel(_Said, frozen=True, kw_only=True, tag="cancel"):
+    """The port's `cancel`."""
+
+    request_id: str
+    choice: int
+    epoch: int
+
+
+class Import(_Said, frozen=True, kw_only=True, tag="import"):
+    """Reserve blocks; answered, in order of arrival, by `Landing` or `Refused`."""
+
+    call: int
+    offer: LeaseOffer
+
+
+class Export(_Said, frozen=True, kw_only=True, tag="export"):
+    """Turn a held lease to `sending`; answered by `Exported` or `Refused`."""
+
+    call: int
+    lease: LeaseRef
+
+
+class Receive(_Said, frozen=True, kw_only=True, tag="receive"):
+    """Copy those blocks into a reserved lease; answered by `Done` or `Refused`."""
+
+    call: int
+    lease: LeaseRef
+    source: SharedBlocks
+
+
+class Release(_Said, frozen=True, kw_only=True, tag="release"):
+    """The receiver has acknowledged, or given up: free the blocks of an exported lease."""
+
+    lease: LeaseRef
+
+
+class Drop(_Said, frozen=True, kw_only=True, tag="drop"):
+    """Nobody waits for that call any more; it is answered all the same."""
+
+    call: int
+
+
+class Grant(_Said, frozen=True, kw_only=True, tag="grant"):
+    """The reader of `owner` took a batch of events: one more may be sent."""
+
+    owner: str
+
+
+class Idle(_Said, frozen=True, kw_only=True, tag="idle"):
+    """Answered by `Done` when no step computes."""
+
+    call: int
+
+
+class Ping(_Said, frozen=True, kw_only=True, tag="ping"):
+    """Answered by `Pong`."""
+
+
+class Stop(_Said, frozen=True, kw_only=True, tag="stop"):
+    """End the engine, and the process."""
+
+
+# ---- by the worker -------------------------------------------------------------------------
+
+
+class Ready(_Said, frozen=True, kw_only=True, tag="ready"):
+    """The engine is open."""
+
+    facts: EngineFacts
+
+
+class Unfit(_Said, frozen=True, kw_only=True, tag="unfit"):
+    """The engine cannot be opened: a fault of options, model or memory, safe to show."""
+
+    error: str
+
+
+class Done(_Said, frozen=True, kw_only=True, tag="done"):
+    """The call has returned."""
+
+    call: int
+
+
+class Refused(_Said, frozen=True, kw_only=True, tag="refused"):
+    """The call raised EngineRefusal, StaleLease or DamagedBlocks."""
+
+    call: int
+    kind: Literal["refusal", "stale", "damaged"]
+    error: str
+    code: str = ""
+
+
+class Landing(_Said, frozen=True, kw_only=True, tag="landing"):
+    """Blocks are reserved under that lease."""
+
+    call: int
+    lease: LeaseRef
+
+
+class Exported(_Said, frozen=True, kw_only=True, tag="exported"):
+    """Where the blocks are."""
+
+    call: int
+    source: SharedBlocks
+
+
+class Events(_Said, frozen=True, kw_only=True, tag="events"):
+    """What one step did to the sequences of `owner`; uses up one grant."""
+
+    owner: str
+    events: tuple[TokenEvent | PrefillDone, ...]
+    load: EngineLoad
+
+
+class Pong(_Said, frozen=True, kw_only=True, tag="pong"):
+    """A sign of life, and how the engine is."""
+
+    load: EngineLoad
+    health: EngineHealth
+
+
+FromGraph: TypeAlias = (
+    Open | Submit | Cancel | Import | Export | Receive | Release | Drop | Grant | Idle | Ping | Stop
+)
+FromWorker: TypeAlias = Ready | Unfit | Done | Refused | Landing | Exported | Events | Pong
+Message: TypeAlias = FromGraph | FromWorker

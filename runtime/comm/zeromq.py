@@ -1,0 +1,250 @@
+"""Channels over ZeroMQ: a hub where the graph is, one dealer in each worker, over ipc or tcp.
+
+The hub is a ROUTER that knows its peers by a name that only they were told; what strangers send is
+dropped and counted. Sockets are bounded (`ROOM`, `MAX_FRAME_BYTES`), linger for nobody, and an end
+that finds its peer full, silent or garbled closes: it does not wait in the dark.
+"""
+
+import math
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import structlog
+import trio
+import zmq
+
+from sagellm.runtime.comm.channel import ROOM, ChannelClosed
+from sagellm.runtime.comm.frame import MAX_FRAME_BYTES, Frame, FrameError, decode, encode
+from sagellm.runtime.comm.protocol import FromGraph, FromWorker, Message
+
+log = structlog.get_logger("sagellm.comm")
+
+_BUNDLE = 256  # frames taken in one turn, so that other tasks run between two
+_RETRY_S = 0.005  # until what found no peer, or no room, is tried again
+_OPTIONS = {
+    zmq.LINGER: 0,
+    zmq.SNDHWM: ROOM,
+    zmq.RCVHWM: ROOM,
+    zmq.IMMEDIATE: 1,
+    zmq.MAXMSGSIZE: MAX_FRAME_BYTES,
+}
+_FROM_GRAPH = msgspec.msgpack.Decoder(FromGraph)
+_FROM_WORKER = msgspec.msgpack.Decoder(FromWorker)
+
+
+class Link:
+    """One end of a channel over a socket that others may share; implements Channel.
+
+    `post` hands a frame to the socket, and says whether there was room.
+    """
+
+    def __init__(
+        self, post: Callable[[bytes], bool], decoder: "msgspec.msgpack.Decoder[Any]", epoch: int
+    ) -> None:
+        self.epoch = epoch
+        self.on_close: Callable[[], None] = lambda: None
+        self._post = post
+        self._decoder = decoder
+        self._encoder = msgspec.msgpack.Encoder()
+        self._inbox: deque[Message] = deque()
+        self._outbox: deque[bytes] = deque()
+        self._num_sent = 0
+        self._num_received = 0
+        self._stirred = trio.lowlevel.ParkingLot()
+        self._ended: str | None = None
+        self._heard_s = -math.inf
+
+    def put(self, message: Message) -> None:
+        if self._ended is not None:
+            raise ChannelClosed(self._ended)
+        frame = encode(Frame(self.epoch, self._num_sent, self._encoder.encode(message)))
+        self._num_sent += 1
+        self._outbox.append(frame)
+        self.flush()
+        if len(self._outbox) > ROOM:
+            self.close("its peer takes no messages")
+            raise ChannelClosed("its peer takes no messages")
+
+    async def receive(self) -> Message:
+        await trio.lowlevel.checkpoint()
+        while not self._inbox:
+            if self._ended is not None:
+                raise ChannelClosed(self._ended)
+            await self._stirred.park()
+        return self._inbox.popleft()
+
+    @property
+    def heard_s(self) -> float:
+        return self._heard_s
+
+    @property
+    def is_flushed(self) -> bool:
+        return not self._outbox
+
+    def close(self, why: str = "it was closed") -> None:
+        if self._ended is None:
+            self._ended = why
+            self._outbox.clear()
+            self.on_close()
+        self._stirred.unpark_all()
+
+    def flush(self) -> None:
+        """Hand over what waits, as far as there is room."""
+        while self._outbox and self._post(self._outbox[0]):
+            self._outbox.popleft()
+
+    def take(self, data: bytes) -> bool:
+        """A frame came from the peer; False, and it is dropped, where it is none of this life."""
+        try:
+            frame = decode(data)
+        except FrameError as error:
+            log.warning("frame_dropped", error=str(error))
+            return False
+        if frame.epoch != self.epoch or self._ended is not None:
+            return False
+        if frame.number != self._num_received:
+            self.close(f"frame {frame.number} came where {self._num_received} was due")
+            return False
+        self._num_received += 1
+        try:
+            message = self._decoder.decode(frame.body)
+        except (msgspec.DecodeError, ValueError) as error:
+            self.close(f"its peer said what nobody understands: {type(error).__name__}")
+            return False
+        if len(self._inbox) >= ROOM:
+            self.close("its peer says more than was asked for")
+            return False
+        self._inbox.append(message)
+        self._heard_s = trio.current_time()
+        self._stirred.unpark()
+        return True
+
+
+class _Port:
+    """A socket under trio: what is sent is sent at once, or not at all.
+
+    Its descriptor becomes readable when something has changed since the socket was last used, in
+    whichever way: so a call that sends has to take what came meanwhile, too.
+    """
+
+    def __init__(self, kind: int, take: Callable[[list[bytes]], None]) -> None:
+        self.socket: zmq.Socket[bytes] = zmq.Context.instance().socket(kind)
+        for option, value in _OPTIONS.items():
+            self.socket.setsockopt(option, value)
+        self._take = take
+
+    def send(self, parts: list[bytes]) -> bool:
+        """Whether there was a peer, and room for it."""
+        try:
+            self.socket.send_multipart(parts, zmq.NOBLOCK)
+        except zmq.ZMQError as error:
+            if error.errno not in (zmq.EAGAIN, zmq.EHOSTUNREACH):
+                raise
+            return False
+        finally:
+            self._drain()
+        return True
+
+    async def pump(self, flush: Callable[[], bool]) -> None:
+        """Take what comes until cancelled. `flush` sends what waits, and says whether all of it
+        went: room for the rest is looked for again and again, for it may not show.
+        """
+        descriptor = self.socket.fileno()
+        while True:
+            is_dry = self._drain()
+            is_flushed = flush()
+            if not is_dry or self.socket.poll(0):
+                await trio.lowlevel.checkpoint()
+                continue
+            with trio.move_on_after(math.inf if is_flushed else _RETRY_S):
+                await trio.lowlevel.wait_readable(descriptor)
+
+    def close(self) -> None:
+        self.socket.close(linger=0)
+
+    def _drain(self) -> bool:
+        """Take what is there, up to a bundle; whether that was all."""
+        for _ in range(_BUNDLE):
+            try:
+                parts = self.socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return True
+            self._take(parts)
+        return False
+
+
+class Hub:
+    """The graph's end of the links to all its workers: one bound socket.
+
+    `num_strange` frames came from nobody that was announced, or were none of the life they should
+    be of.
+    """
+
+    def __init__(self) -> None:
+        self.num_strange = 0
+        self._links: dict[bytes, Link] = {}
+        self._port = _Port(zmq.ROUTER, self._take)
+        self._port.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+
+    def bind(self, endpoint: str) -> str:
+        """Returns the endpoint to connect to. Raises OSError."""
+        self._port.socket.bind(endpoint)
+        return self._port.socket.getsockopt_string(zmq.LAST_ENDPOINT)
+
+    def link(self, name: bytes, epoch: int) -> Link:
+        """A link to the peer that will connect under `name`; what is put waits until it does."""
+        link = Link(lambda data: self._port.send([name, data]), _FROM_WORKER, epoch)
+        link.on_close = lambda: self._forget(name)
+        self._links[name] = link
+        return link
+
+    async def run(self) -> None:
+        """Carry what is said until cancelled; then every link has ended."""
+        try:
+            await self._port.pump(self._flush)
+        finally:
+            for link in tuple(self._links.values()):
+                link.close()
+            self._port.close()
+
+    def _take(self, parts: list[bytes]) -> None:
+        link = self._links.get(parts[0])
+        if link is None or len(parts) != 2 or not link.take(parts[1]):
+            self.num_strange += 1
+
+    def _forget(self, name: bytes) -> None:
+        self._links.pop(name, None)
+
+    def _flush(self) -> bool:
+        links = tuple(self._links.values())
+        for link in links:
+            link.flush()
+        return all(link.is_flushed for link in links)
+
+
+class Dealer:
+    """A worker's end: one link, to the hub at `endpoint`, under the name that the hub expects."""
+
+    def __init__(self, endpoint: str, name: bytes, epoch: int) -> None:
+        self._port = _Port(zmq.DEALER, self._take)
+        self._port.socket.setsockopt(zmq.ROUTING_ID, name)
+        self.link = Link(lambda data: self._port.send([data]), _FROM_GRAPH, epoch)
+        self._port.socket.connect(endpoint)
+
+    async def run(self) -> None:
+        """Carry what is said until cancelled; then the link has ended."""
+        try:
+            await self._port.pump(self._flush)
+        finally:
+            self.link.close()
+            self._port.close()
+
+    def _take(self, parts: list[bytes]) -> None:
+        if len(parts) == 1:
+            self.link.take(parts[0])
+
+    def _flush(self) -> bool:
+        self.link.flush()
+        return self.link.is_flushed

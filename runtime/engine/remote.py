@@ -1,0 +1,332 @@
+"""The engine port, spoken over a channel to a worker in another process."""
+
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import trio
+
+from sagellm.runtime.comm.channel import Channel, ChannelClosed
+from sagellm.runtime.comm.protocol import (
+    Cancel,
+    Done,
+    Drop,
+    Events,
+    Export,
+    Exported,
+    Grant,
+    Idle,
+    Import,
+    Landing,
+    Pong,
+    Receive,
+    Refused,
+    Release,
+    Submit,
+)
+from sagellm.runtime.engine.mailbox import Mailbox
+from sagellm.runtime.engine.port import (
+    DamagedBlocks,
+    EngineEvent,
+    EngineFacts,
+    EngineHealth,
+    EngineLoad,
+    EngineLost,
+    EngineRefusal,
+    KVSource,
+    LeaseOffer,
+    Lost,
+    PrefillDone,
+    StaleLease,
+)
+from sagellm.runtime.kv.lease import Fence
+from sagellm.runtime.kv.shared import SharedBlocks
+from sagellm.runtime.messages import LeaseRef, SequenceState, TokenEvent
+
+
+@dataclass(slots=True)
+class _Call:
+    """A question under way: `answer`, or the loss of the worker, sets `done`."""
+
+    done: trio.Event = field(default_factory=trio.Event)
+    answer: Done | Landing | Exported | Refused | None = None  # None: lost
+
+
+class RemoteEngine:
+    """One replica that a worker runs; the worker may be replaced, and is missing meanwhile.
+
+    Nothing of one life reaches the next: what was open ends as `Lost`, what was asked as
+    EngineLost, and a new life begins with no sequence and no lease.
+    """
+
+    def __init__(
+        self,
+        facts: EngineFacts,
+        *,
+        name: str,
+        replica: int = 0,
+        on_change: Callable[[bool], None] = lambda is_up: None,
+    ) -> None:
+        self.facts = facts
+        self.name = name
+        self.replica = replica
+        self._on_change = on_change
+        self.num_lives = 0
+        self._channel: Channel | None = None
+        self._numbers: Iterator[int] = itertools.count()
+        self._calls: dict[int, _Call] = {}
+        self._mailboxes: dict[str, Mailbox] = {}
+        self._open: dict[Fence, str] = {}  # sequences under way, and their owners
+        self._submitting: set[Fence] = set()  # of those: who submits them hears of it himself
+        self._load = EngineLoad(num_blocks=facts.num_blocks, num_free_blocks=facts.num_blocks)
+        self._health = EngineHealth()
+
+    # ---- the port ------------------------------------------------------------------------------
+
+    async def submit(self, state: SequenceState) -> None:
+        fence = Fence(state.request_id, state.choice, state.epoch)
+        self._require()
+        if fence in self._open:
+            raise EngineRefusal(f"choice {state.choice} of {state.request_id} runs here already")
+        self._open[fence] = state.owner  # its first events may come with the answer
+        self._submitting.add(fence)
+        try:
+            with trio.CancelScope(shield=True):  # brief; a cancel is heard behind it
+                await self.ask(lambda call: Submit(call=call, state=state))
+        except (EngineRefusal, StaleLease, EngineLost):
+            self._open.pop(fence, None)
+            raise
+        finally:
+            self._submitting.discard(fence)
+
+    def cancel(self, request_id: str, choice: int, epoch: int) -> None:
+        self.say(Cancel(request_id=request_id, choice=choice, epoch=epoch))
+
+    def export(self, lease: LeaseRef) -> "RemoteSource":
+        return RemoteSource(self, lease)
+
+    async def import_(self, offer: LeaseOffer) -> "RemoteTarget":
+        try:
+            answer = await self.ask(lambda call: Import(call=call, offer=offer))
+        except trio.Cancelled:
+            self.cancel(offer.request_id, offer.choice, offer.epoch)  # it may have had them already
+            raise
+        assert isinstance(answer, Landing)
+        return RemoteTarget(self, answer.lease)
+
+    def events(self, owner: str) -> "_Reader":
+        return _Reader(self, owner, self._mailbox(owner))
+
+    @property
+    def load(self) -> EngineLoad:
+        return self._load
+
+    @property
+    def health(self) -> EngineHealth:
+        return self._health
+
+    async def idle(self) -> None:
+        try:
+            await self.ask(lambda call: Idle(call=call))
+        except EngineLost:
+            await trio.lowlevel.checkpoint()
+
+    async def run(self) -> None:
+        """The supervisor runs the worker; here is nothing to step."""
+        await trio.sleep_forever()
+
+    # ---- lives ---------------------------------------------------------------------------------
+
+    @property
+    def is_lost(self) -> bool:
+        return self._channel is None
+
+    async def live(self, channel: Channel) -> None:
+        """One life: until the channel ends, or this is cancelled."""
+        self._channel = channel
+        self.num_lives += 1
+        self._on_change(True)
+        try:
+            while True:
+                self._hear(await channel.receive())
+        except ChannelClosed:
+            pass
+        finally:
+            self._lose()
+
+    def _lose(self) -> None:
+        """The worker is gone, with all that it held."""
+        self._channel = None
+        self._on_change(False)  # first, so that what re-enters goes elsewhere
+        calls, self._calls = self._calls, {}
+        for call in calls.values():
+            call.done.set()
+        self._lose_sequences()
+        num_blocks = self.facts.num_blocks
+        self._load = EngineLoad(num_blocks=num_blocks, num_free_blocks=num_blocks)
+        self._health = EngineHealth()
+
+    def _lose_sequences(self) -> None:
+        """Behind all events that have come: none comes after it. Whoever is just submitting one
+        hears of it himself.
+        """
+        lost = {fence: own for fence, own in self._open.items() if fence not in self._submitting}
+        for fence, owner in lost.items():
+            del self._open[fence]
+            event = Lost(request_id=fence.request_id, choice=fence.choice, epoch=fence.epoch)
+            self._mailbox(owner).post(event)
+        for mailbox in self._mailboxes.values():
+            mailbox.flush()
+
+    def evict(self) -> None:
+        """Let go of every sequence, as if the worker were lost, while it goes on: the caller has
+        seen to it that nothing new comes.
+        """
+        for fence in self._open:
+            self.cancel(fence.request_id, fence.choice, fence.epoch)
+        self._lose_sequences()
+
+    def _hear(self, message: object) -> None:
+        match message:
+            case Events(owner=owner, events=events, load=load):
+                self._load = load
+                self._take(owner, events)
+            case Done(call=call) | Landing(call=call) | Exported(call=call) | Refused(call=call):
+                waiting = self._calls.pop(call, None)
+                if waiting is not None:
+                    waiting.answer = message
+                    waiting.done.set()
+            case Pong(load=load, health=health):
+                self._load, self._health = load, health
+
+    def _take(self, owner: str, events: tuple[TokenEvent | PrefillDone, ...]) -> None:
+        mailbox, is_empty = self._mailbox(owner), True
+        for event in events:
+            token = event.first if isinstance(event, PrefillDone) else event
+            fence = Fence(token.request_id, token.choice, token.epoch)
+            if fence not in self._open:
+                continue  # it was evicted
+            mailbox.post(event)
+            is_empty = False
+            if token is not event or token.is_last:
+                del self._open[fence]
+        mailbox.flush()
+        if is_empty:  # no reader will take it
+            self.say(Grant(owner=owner))
+
+    def _mailbox(self, owner: str) -> Mailbox:
+        if owner not in self._mailboxes:
+            self._mailboxes[owner] = Mailbox(lambda: None)
+        return self._mailboxes[owner]
+
+    # ---- asking --------------------------------------------------------------------------------
+
+    def _require(self) -> Channel:
+        if self._channel is None:
+            raise EngineLost(self.name, self.replica)
+        return self._channel
+
+    def say(self, message: Cancel | Release | Grant | Drop) -> None:
+        """Tell the worker, if there is one; one that is gone has nothing left to do it to."""
+        if self._channel is not None:
+            with suppress(ChannelClosed):  # whoever receives from it learns so, too
+                self._channel.put(message)
+
+    async def ask(self, question: "Question") -> Done | Landing | Exported:
+        """The answer. Raises EngineLost, and what the worker raised.
+
+        Cancelled, the worker is told, and its answer awaited all the same: until then it may still
+        read or write the blocks that the caller is about to free.
+        """
+        await trio.lowlevel.checkpoint_if_cancelled()
+        channel, number = self._require(), next(self._numbers)
+        call = self._calls[number] = _Call()
+        try:
+            channel.put(question(number))
+        except ChannelClosed:
+            del self._calls[number]
+            raise EngineLost(self.name, self.replica) from None
+        try:
+            await call.done.wait()
+        except trio.Cancelled:
+            self.say(Drop(call=number))
+            with trio.CancelScope(shield=True):
+                await call.done.wait()
+            raise
+        if call.answer is None:
+            raise EngineLost(self.name, self.replica)
+        if isinstance(call.answer, Refused):
+            raise _raised(call.answer)
+        return call.answer
+
+
+Question: TypeAlias = Callable[[int], Submit | Import | Export | Receive | Idle]
+
+
+def _raised(refused: Refused) -> Exception:
+    """What the call raised, over there."""
+    if refused.kind == "stale":
+        return StaleLease(refused.error)
+    if refused.kind == "damaged":
+        return DamagedBlocks(refused.error)
+    return EngineRefusal(refused.error, refused.code)
+
+
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    """The events of one owner; each batch that was taken makes room for one more."""
+
+    engine: RemoteEngine
+    owner: str
+    mailbox: Mailbox
+
+    def __aiter__(self) -> "_Reader":
+        return self
+
+    async def __anext__(self) -> tuple[EngineEvent, ...]:
+        batch = await self.mailbox.__anext__()
+        if not isinstance(batch[0], Lost):
+            self.engine.say(Grant(owner=self.owner))
+        return batch
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteSource:
+    """The sending side of a transfer. Its worker is asked when the receiver begins."""
+
+    engine: RemoteEngine
+    lease: LeaseRef
+
+    async def locate(self) -> SharedBlocks:
+        """Where the blocks are; from now on they are `sending`. Raises StaleLease, EngineLost."""
+        with trio.CancelScope(shield=True):
+            answer = await self.engine.ask(lambda call: Export(call=call, lease=self.lease))
+        assert isinstance(answer, Exported)
+        return answer.source
+
+    def release(self) -> None:
+        self.engine.say(Release(lease=self.lease))
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteTarget:
+    """The receiving side: its worker copies, from where the sender's worker says the blocks are."""
+
+    engine: RemoteEngine
+    lease: LeaseRef
+
+    async def receive(self, source: KVSource) -> None:
+        if not isinstance(source, RemoteSource):
+            raise TypeError(f"a worker receives from a worker, not from {type(source).__name__}")
+        try:
+            located = await source.locate()
+            await self.engine.ask(lambda call: Receive(call=call, lease=self.lease, source=located))
+        except BaseException:
+            self.abort()
+            raise
+
+    def abort(self) -> None:
+        lease = self.lease
+        self.engine.cancel(lease.request_id, lease.choice, lease.epoch)

@@ -1,0 +1,144 @@
+"""The worker's half of the engine port: does what a channel asks of one local engine."""
+
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+
+import trio
+
+from sagellm.runtime.comm.channel import Channel, ChannelClosed
+from sagellm.runtime.comm.protocol import (
+    Cancel,
+    Done,
+    Drop,
+    Events,
+    Export,
+    Exported,
+    FromWorker,
+    Grant,
+    Idle,
+    Import,
+    Landing,
+    Ping,
+    Pong,
+    Ready,
+    Receive,
+    Refused,
+    Release,
+    Stop,
+    Submit,
+)
+from sagellm.runtime.engine.local import LocalEngine
+from sagellm.runtime.engine.port import DamagedBlocks, EngineRefusal, Lost, StaleLease
+from sagellm.runtime.kv.transfer import PoolSource
+from sagellm.runtime.messages import LeaseRef
+
+WINDOW = 4  # batches of events under way to one reader
+LEASE_S = 10.0  # an exported lease ends then, where nobody acknowledges
+
+
+class EngineServer:
+    """Runs `engine` until it is told to stop, or its channel ends."""
+
+    def __init__(self, engine: LocalEngine, channel: Channel) -> None:
+        self._engine = engine
+        self._channel = channel
+        self._scopes: dict[int, trio.CancelScope] = {}  # of calls that may wait
+        self._windows: dict[str, trio.Semaphore] = {}
+        self._sources: dict[LeaseRef, PoolSource] = {}
+
+    async def run(self) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._engine.run)
+            self._channel.put(Ready(facts=self._engine.facts))
+            with suppress(ChannelClosed):  # nobody is left to serve
+                while not isinstance(message := await self._channel.receive(), Stop):
+                    await self._obey(message, nursery)
+            nursery.cancel_scope.cancel()
+
+    async def _obey(self, message: object, nursery: trio.Nursery) -> None:
+        engine = self._engine
+        match message:
+            case Submit(call=call, state=state):
+                if state.owner not in self._windows:
+                    self._windows[state.owner] = trio.Semaphore(WINDOW)
+                    nursery.start_soon(self._forward, state.owner)
+                await self._answer(call, lambda: self._submit(call, message))
+            case Cancel(request_id=request_id, choice=choice, epoch=epoch):
+                engine.cancel(request_id, choice, epoch)
+            case Grant(owner=owner):
+                self._windows[owner].release()
+            case Export(call=call, lease=lease):
+                await self._answer(call, lambda: self._export(call, lease, nursery))
+            case Release(lease=lease):
+                self._release(lease)
+            case Import(call=call):
+                nursery.start_soon(self._answer, call, lambda: self._import(message))
+            case Receive(call=call):
+                nursery.start_soon(self._answer, call, lambda: self._receive(message))
+            case Idle(call=call):
+                nursery.start_soon(self._answer, call, lambda: self._idle(call))
+            case Drop(call=call):
+                if call in self._scopes:
+                    self._scopes[call].cancel()
+            case Ping():
+                self._say(Pong(load=engine.load, health=engine.health))
+
+    async def _answer(self, call: int, action: Callable[[], Awaitable[FromWorker]]) -> None:
+        """Say what became of a call: every one is answered once, dropped ones too."""
+        answer: FromWorker = Refused(call=call, kind="refusal", error="the call was dropped")
+        with trio.CancelScope() as scope:
+            self._scopes[call] = scope
+            try:
+                answer = await action()
+            except EngineRefusal as error:
+                answer = Refused(call=call, kind="refusal", error=str(error), code=error.code)
+            except StaleLease as error:
+                answer = Refused(call=call, kind="stale", error=str(error))
+            except DamagedBlocks as error:
+                answer = Refused(call=call, kind="damaged", error=str(error))
+            finally:
+                del self._scopes[call]
+        self._say(answer)
+
+    async def _submit(self, call: int, message: Submit) -> Done:
+        await self._engine.submit(message.state)
+        return Done(call=call)
+
+    async def _import(self, message: Import) -> Landing:
+        target = await self._engine.import_(message.offer)
+        return Landing(call=message.call, lease=target.lease)
+
+    async def _export(self, call: int, lease: LeaseRef, nursery: trio.Nursery) -> Exported:
+        source = self._engine.export(lease)
+        self._sources[lease] = source
+        nursery.start_soon(self._expire, lease)
+        return Exported(call=call, source=await source.share())
+
+    async def _receive(self, message: Receive) -> Done:
+        await self._engine.receive(message.lease, message.source)
+        return Done(call=message.call)
+
+    async def _idle(self, call: int) -> Done:
+        await self._engine.idle()
+        self._say(Pong(load=self._engine.load, health=self._engine.health))
+        return Done(call=call)
+
+    def _release(self, lease: LeaseRef) -> None:
+        source = self._sources.pop(lease, None)
+        if source is not None:
+            source.release()
+
+    async def _expire(self, lease: LeaseRef) -> None:
+        await trio.sleep(LEASE_S)
+        self._release(lease)
+
+    async def _forward(self, owner: str) -> None:
+        """The events of one owner, as fast as its reader takes them."""
+        async for events in self._engine.events(owner):
+            await self._windows[owner].acquire()
+            told = tuple(event for event in events if not isinstance(event, Lost))
+            self._say(Events(owner=owner, events=told, load=self._engine.load))
+
+    def _say(self, message: FromWorker) -> None:
+        with suppress(ChannelClosed):  # whoever receives from it learns so, too
+            self._channel.put(message)

@@ -1,0 +1,148 @@
+"""`sagellm ps`, `restart` and `drain`: the workers of this user's running graphs."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import trio
+from cyclopts import Parameter
+from cyclopts.validators import Number
+from rich.console import Console
+from rich.table import Table
+
+from sagellm.cli.failure import Failure
+from sagellm.runtime.cluster.control import Answered, Asked, Row, ask, running
+
+_NONE_RUNS = "sagellm serve GRAPH --executor processes runs one with workers"
+_COLUMNS = (
+    "graph",
+    "graph pid",
+    "operator",
+    "replica",
+    "pid",
+    "state",
+    "restarts",
+    "running",
+    "waiting",
+    "kv",
+)
+
+Replica = Annotated[int | None, Parameter(validator=Number(gte=0))]
+
+
+def ps(*, json: bool = False) -> int:
+    """List the workers of every graph of yours that runs on this machine.
+
+    Parameters
+    ----------
+    json
+        Print a list of objects: operator, replica, pid, state, restarts, and what it does.
+    """
+    rows = [row for rows in _rows_of(trio.run(_answers, Asked("ps"))) for row in rows]
+    if json:
+        print(msgspec.json.encode(rows).decode())
+    else:
+        _print(rows)
+    return 0
+
+
+def restart(
+    operator: str, /, *, replica: Replica = None, graph_pid: int | None = None, json: bool = False
+) -> int:
+    """Replace the workers of an operator, one after the other; returns once they are ready.
+
+    What runs goes on at a sibling, or waits for the new worker.
+
+    Parameters
+    ----------
+    operator
+        A name of the graph that has an engine, such as decode.
+    replica
+        This one alone.
+    graph_pid
+        The process of the graph that is meant, where several run; `sagellm ps` lists them.
+    json
+        Print them as `ps` does.
+    """
+    return _change(Asked("restart", operator, replica), graph_pid, json)
+
+
+def drain(
+    operator: str, /, *, replica: Replica = None, graph_pid: int | None = None, json: bool = False
+) -> int:
+    """Give the workers of an operator nothing new, until they are restarted.
+
+    What runs goes on at a sibling; where there is none, it ends where it is.
+
+    Parameters
+    ----------
+    operator
+        A name of the graph that has an engine, such as decode.
+    replica
+        This one alone.
+    graph_pid
+        The process of the graph that is meant, where several run; `sagellm ps` lists them.
+    json
+        Print them as `ps` does.
+    """
+    return _change(Asked("drain", operator, replica), graph_pid, json)
+
+
+def _change(asked: Asked, graph_pid: int | None, json: bool) -> int:
+    done = trio.run(_asked_of_one, asked, graph_pid).rows
+    if json:
+        print(msgspec.json.encode(done).decode())
+    else:
+        _print(done)
+    failed = [row for row in done if row.state == "failed"]
+    if failed:
+        raise Failure(f"{failed[0].operator}[{failed[0].replica}]: {failed[0].why}", "mend that")
+    return 0
+
+
+async def _asked_of_one(asked: Asked, graph_pid: int | None) -> Answered:
+    """The answer of the one graph that is meant. Raises Failure."""
+    listed = await _answers(Asked("ps"))
+    if not listed:
+        raise Failure("no graph with workers runs here", _NONE_RUNS)
+    meant = {
+        path: answer.rows[0]
+        for path, answer in listed.items()
+        if answer.rows and graph_pid in (None, answer.rows[0].graph_pid)
+    }
+    if len(meant) != 1:
+        known = ", ".join(f"{rows[0].graph} ({rows[0].graph_pid})" for rows in _rows_of(listed))
+        raise Failure(f"which graph? There are {known}", "name one of them by --graph-pid")
+    answer = await ask(next(iter(meant)), asked)
+    if answer.error:
+        raise Failure(answer.error, "sagellm ps lists them")
+    return answer
+
+
+def _rows_of(listed: Mapping[Path, Answered]) -> list[tuple[Row, ...]]:
+    return [answer.rows for answer in listed.values() if answer.rows]
+
+
+async def _answers(asked: Asked) -> dict[Path, Answered]:
+    """Of every graph that still runs."""
+    found = {}
+    for path in running():
+        with suppress(OSError, trio.BrokenResourceError):  # it has just ended, or was killed
+            found[path] = await ask(path, asked)
+    return found
+
+
+def _print(rows: Sequence[Row]) -> None:
+    if not rows:
+        Console(stderr=True).print("no graph with workers runs here", markup=False)
+        return
+    table = Table(*_COLUMNS, box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(
+            *(row.graph, str(row.graph_pid), row.operator, str(row.replica)),
+            *(str(row.pid or "-"), row.state),
+            *(str(row.restarts), str(row.num_running), str(row.num_waiting), f"{row.kv_ratio:.0%}"),
+        )
+    Console(highlight=False, soft_wrap=True).print(table)

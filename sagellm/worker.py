@@ -1,0 +1,33 @@
+"""What a worker process of a graph runs: one replica of one engine, behind a channel."""
+
+from dataclasses import replace
+
+import trio
+
+from sagellm.engines import engine_options, load_replica
+from sagellm.graphs.ir import Graph
+from sagellm.graphs.models import UnsupportedModel
+from sagellm.logs import configure_logs
+from sagellm.runtime.cluster.start import serve
+from sagellm.runtime.engine.local import LocalEngine
+from sagellm.runtime.engine.options import EngineOptionError
+from sagellm.runtime.models.folder import ModelError
+
+
+async def open_engine(graph: Graph, name: str, replica: int, num_blocks: int | None) -> LocalEngine:
+    """The engine as the graph has it; with as many blocks as in an earlier life, if it had one."""
+    options = engine_options(graph, name)
+    if num_blocks is not None:
+        options = replace(options, num_blocks=num_blocks, kv_memory=None)
+    return await trio.to_thread.run_sync(
+        lambda: load_replica(options, name, replica, shares=True)  # seconds
+    )
+
+
+def main() -> None:
+    configure_logs()
+    serve(open_engine, (ModelError, EngineOptionError, UnsupportedModel))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,32 @@
+"""Starts the engines of a graph as worker processes, under a supervisor."""
+
+import os
+
+import trio
+
+from sagellm.engines import engine_options
+from sagellm.graphs.ir import Graph
+from sagellm.graphs.passes.share_cores import ShareCores
+from sagellm.runtime.cluster.control import Control
+from sagellm.runtime.cluster.launch import Processes
+from sagellm.runtime.cluster.options import ProcessesOptions
+from sagellm.runtime.cluster.supervisor import Supervisor
+from sagellm.runtime.cluster.worker import Watch
+
+MODULE = "sagellm.worker"
+
+
+async def start_workers(
+    graph: Graph, options: ProcessesOptions, nursery: trio.Nursery
+) -> Supervisor:
+    """Returns once every worker is ready; they run until the nursery ends. Raises WorkerUnfit."""
+    launcher = Processes(MODULE)
+    supervisor = Supervisor(
+        ShareCores(len(os.sched_getaffinity(0))).apply(graph),
+        {name: engine_options(graph, name).replicas for name in graph.engines},
+        launcher,
+        watch=Watch(ping_s=options.ping_s, silent_s=options.silent_s),
+    )
+    await nursery.start(supervisor.run)
+    await nursery.start(Control(supervisor, launcher.folder).run)
+    return supervisor

@@ -1,0 +1,52 @@
+"""Restarts: delays that double, with jitter; an intensity limit; a healthy life begins anew."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sagellm.runtime.cluster.backoff import RestartPolicy, Restarts
+
+
+def died(restarts: Restarts, now: float, **fields: float | None) -> float | None:
+    return restarts.died(now, **{"ready_s": None, "draw": 0.5, **fields})  # type: ignore[arg-type]
+
+
+def test_delays_double_up_to_the_longest() -> None:
+    restarts = Restarts(RestartPolicy(most=100))
+    found = [died(restarts, float(now)) for now in range(8)]
+    assert found == [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0]
+    assert restarts.count == 8
+
+
+@given(st.floats(0, 1, exclude_max=True))
+def test_a_delay_is_up_to_a_fifth_longer_or_shorter(draw: float) -> None:
+    delay_s = died(Restarts(), 0.0, draw=draw)
+    assert delay_s is not None
+    assert 0.4 <= delay_s <= 0.6
+
+
+def test_more_than_five_deaths_in_a_minute_are_too_many() -> None:
+    restarts = Restarts()
+    assert all(died(restarts, now) is not None for now in (0.0, 10.0, 20.0, 30.0, 59.0))
+    assert died(restarts, 60.0) is None
+    assert restarts.count == 5
+
+
+def test_deaths_of_long_ago_do_not_count() -> None:
+    restarts = Restarts()
+    assert all(died(restarts, 20.0 * n) is not None for n in range(50))
+
+
+@pytest.mark.parametrize(("lived_s", "delay_s"), [(59.0, 1.0), (60.0, 0.5)])
+def test_a_healthy_life_begins_anew(lived_s: float, delay_s: float) -> None:
+    restarts = Restarts()
+    died(restarts, 0.0)
+    assert died(restarts, 100.0, ready_s=100.0 - lived_s) == delay_s
+
+
+def test_what_is_forgiven_counts_no_more() -> None:
+    restarts = Restarts(RestartPolicy(most=1))
+    died(restarts, 0.0)
+    assert died(restarts, 1.0) is None
+    restarts.forgive()
+    assert died(restarts, 2.0) == 0.5

@@ -1,0 +1,85 @@
+"""The control socket: who works, restarting and draining; and what it does not understand."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from sagellm.graphs.ir import FrozenMap, Graph, Node
+from sagellm.runtime.cluster.control import Asked, Control, ask, running
+from sagellm.runtime.cluster.launch import Processes
+from sagellm.runtime.cluster.supervisor import Supervisor
+from sagellm.runtime.cluster.worker import Watch
+
+ENGINES = {"e": FrozenMap({"model": "null", "device": "null", "replicas": 2})}
+NODES = tuple(
+    Node(name, "decode", FrozenMap({"engine": "e"} if name != "sort" else {}))
+    for name in ("sort", "decode", "generate")
+)
+GRAPH = Graph("g", "stream", NODES, (), FrozenMap({"engines": FrozenMap(ENGINES)}))
+
+
+@asynccontextmanager
+async def controlled() -> AsyncIterator[tuple[Supervisor, Path]]:
+    launcher = Processes("sagellm.worker")
+    supervisor = Supervisor(GRAPH, {"e": 2}, launcher, watch=Watch(ping_s=0.02))
+    async with trio.open_nursery() as nursery:
+        await nursery.start(supervisor.run)
+        await nursery.start(Control(supervisor, launcher.folder).run)
+        yield supervisor, launcher.folder
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_running_graph_tells_who_works_changes_it_and_refuses_what_it_does_not_know() -> (
+    None
+):
+    async with controlled() as (supervisor, folder):
+        (path,) = [path for path in running() if path.parent == folder]
+        listed = await ask(path, Asked("ps"))
+        assert [(row.operator, row.replica, row.state) for row in listed.rows] == [
+            *(("decode", 0, "ready"), ("decode", 1, "ready")),
+            *(("generate", 0, "ready"), ("generate", 1, "ready")),
+        ]
+        assert [row.pid for row in listed.rows[:2]] == [one.pid for one in supervisor.workers]
+
+        (drained,) = (await ask(path, Asked("drain", "decode", 1))).rows
+        assert (drained.state, drained.pid) == ("drained", listed.rows[1].pid)
+
+        back = (await ask(path, Asked("restart", "generate"))).rows
+        assert [(row.replica, row.state, row.restarts) for row in back] == [
+            *((0, "ready", 0), (1, "ready", 0))
+        ]
+        assert not {row.pid for row in back} & {row.pid for row in listed.rows}
+
+        assert "did you mean decode?" in (await ask(path, Asked("drain", "decod"))).error
+        assert "no replica 7" in (await ask(path, Asked("drain", "decode", 7))).error
+        for garbage in (b"{}\n", b"ps\n", b'{"command": "stop"}\n', b"x" * 10_000, b""):
+            assert b"not understood" in await said(str(path), garbage)
+    assert folder not in [path.parent for path in running()]
+
+
+async def said(path: str, line: bytes) -> bytes:
+    async with await trio.open_unix_socket(path) as stream:
+        try:
+            await stream.send_all(line)
+            await stream.send_eof()
+        except trio.BrokenResourceError:
+            pass  # it has read enough
+        found = b""
+        try:
+            async for part in stream:
+                found += part
+        except trio.BrokenResourceError:
+            pass
+        return found or b"not understood"
+
+
+@pytest.mark.parametrize("fields", [{"command": "stop"}, {"command": "ps", "all": True}])
+def test_only_what_is_known_can_be_asked(fields: dict[str, Any]) -> None:
+    import msgspec
+
+    with pytest.raises(msgspec.ValidationError):
+        msgspec.convert(fields, Asked)

@@ -1,0 +1,164 @@
+"""Real worker processes, of an engine that computes nothing: their lives, and that none is left."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import trio
+
+from sagellm.graphs.ir import FrozenMap, Graph
+from sagellm.runtime.cluster.backoff import RestartPolicy
+from sagellm.runtime.cluster.faults import WorkerUnfit
+from sagellm.runtime.cluster.launch import Processes
+from sagellm.runtime.cluster.supervisor import Supervisor
+from sagellm.runtime.cluster.worker import Watch, Worker
+
+FOLDERS: dict[Supervisor, Path] = {}
+QUICK = Watch(ping_s=0.02, silent_s=0.4, stop_s=5.0)
+
+
+def graph(**options: Any) -> Graph:
+    engines = FrozenMap({"e": FrozenMap({"model": "null", "device": "null", **options})})
+    return Graph("g", "stream", (), (), FrozenMap({"engines": engines}))
+
+
+@asynccontextmanager
+async def supervised(
+    replicas: int = 1, *, policy: RestartPolicy | None = None, **options: Any
+) -> AsyncIterator[Supervisor]:
+    launcher = Processes("sagellm.worker")
+    supervisor = Supervisor(
+        graph(**options),
+        {"e": replicas},
+        launcher,
+        watch=QUICK,
+        policy=policy or RestartPolicy(first_s=0.05),
+    )
+    folder = FOLDERS[supervisor] = launcher.folder
+    async with trio.open_nursery() as nursery:
+        await nursery.start(supervisor.run)
+        pids = [worker.pid for worker in supervisor.workers]
+        try:
+            yield supervisor
+        finally:
+            pids += [worker.pid for worker in supervisor.workers]
+            nursery.cancel_scope.cancel()
+    assert not any(pid is not None and psutil.pid_exists(pid) for pid in pids)
+    assert not folder.exists()
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    with trio.fail_after(30):
+        while not condition():  # noqa: ASYNC110 - of other processes
+            await trio.sleep(0.01)
+
+
+async def reborn(worker: Worker, epoch: int = 2) -> None:
+    await until(lambda: worker.epoch >= epoch and worker.state == "ready")
+
+
+async def test_workers_start_side_by_side_and_stop_in_order() -> None:
+    async with supervised(3) as supervisor:
+        assert [str(worker) for worker in supervisor.workers] == ["e[0]", "e[1]", "e[2]"]
+        assert {worker.state for worker in supervisor.workers} == {"ready"}
+        assert len({worker.pid for worker in supervisor.workers}) == 3
+        assert FOLDERS[supervisor].stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSEGV, signal.SIGTERM])
+async def test_a_worker_that_dies_is_noticed_at_once_and_replaced(sent: signal.Signals) -> None:
+    async with supervised() as supervisor:
+        (worker,) = supervisor.workers
+        seen: list[tuple[str, float]] = []
+        supervisor.on_change = lambda worker: seen.append((worker.state, trio.current_time()))
+        first = worker.pid
+        assert first is not None
+        killed_s = trio.current_time()
+        os.kill(first, sent)
+        await reborn(worker)
+        assert [state for state, _ in seen] == ["dead", "ready"]
+        assert seen[0][1] - killed_s < 0.25
+        assert worker.restarts.count == 1
+        assert worker.pid != first
+        assert worker.why == "it ended"
+
+
+async def test_a_worker_that_is_frozen_is_killed_and_replaced() -> None:
+    async with supervised() as supervisor:
+        (worker,) = supervisor.workers
+        first = worker.pid
+        assert first is not None
+        frozen_s = trio.current_time()
+        os.kill(first, signal.SIGSTOP)
+        await until(lambda: worker.state != "ready")
+        assert trio.current_time() - frozen_s < QUICK.silent_s + 0.5
+        await reborn(worker)
+        assert not psutil.pid_exists(first)
+
+
+async def test_a_worker_that_dies_again_and_again_is_given_up() -> None:
+    policy = RestartPolicy(first_s=0.02, longest_s=0.02, most=2)
+    async with supervised(policy=policy) as supervisor:
+        (worker,) = supervisor.workers
+        for epoch in (1, 2, 3):
+            await reborn(worker, epoch)
+            assert worker.pid is not None
+            os.kill(worker.pid, signal.SIGKILL)
+        await until(lambda: worker.state == "failed")
+        assert worker.pid is None
+        await supervisor.restart([worker])
+        assert worker.is_serving
+
+
+async def test_an_engine_that_cannot_be_opened_says_why() -> None:
+    with pytest.raises(ExceptionGroup) as raised:
+        async with supervised(num_blocks=1, max_model_len=4000):
+            pass
+    (unfit,) = leaves(raised.value)
+    assert isinstance(unfit, WorkerUnfit)
+    assert "engine e[0]: the KV pool has 1 blocks" in str(unfit)
+
+
+def leaves(error: BaseException) -> list[BaseException]:
+    if isinstance(error, BaseExceptionGroup):
+        return [leaf for part in error.exceptions for leaf in leaves(part)]
+    return [error]
+
+
+PARENT = """
+    import sys, trio
+    sys.path.insert(0, {tests!r})
+    from test_supervisor import FOLDERS, supervised
+
+    async def main():
+        async with supervised(2) as supervisor:
+            print(FOLDERS[supervisor], *(worker.pid for worker in supervisor.workers), flush=True)
+            await trio.sleep_forever()
+
+    trio.run(main)
+"""
+
+
+@pytest.mark.parametrize("is_frozen", [False, True])
+async def test_workers_do_not_outlive_a_killed_parent(is_frozen: bool) -> None:
+    program = textwrap.dedent(PARENT).format(tests=str(Path(__file__).parent))
+    with subprocess.Popen(  # noqa: ASYNC220 - brief
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True
+    ) as parent:
+        assert parent.stdout is not None
+        folder, *pids = (await trio.to_thread.run_sync(parent.stdout.readline)).split()
+        if is_frozen:
+            os.kill(int(pids[0]), signal.SIGSTOP)
+        parent.kill()
+    if is_frozen:
+        os.kill(int(pids[0]), signal.SIGCONT)
+    await until(lambda: not any(psutil.pid_exists(int(pid)) for pid in pids))
+    await until(lambda: not Path(folder).exists())

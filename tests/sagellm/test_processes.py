@@ -1,0 +1,281 @@
+"""Graphs as processes: the same answers as in one process, whichever worker is killed."""
+
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import pytest
+import trio
+from poisoned_worker import POISON
+
+from sagellm import Graph, Sampling, ops
+from sagellm.runtime.cluster.worker import Worker
+from sagellm.runtime.messages import SERVED
+from sagellm.session import Session
+
+NUM_STREAMS = 12
+NUM_TOKENS = 120
+PROMPTS = [
+    f"Story {n}: once upon a time a fox met {n} friends at the sea, and then" for n in range(99)
+]
+EXACT = {"deterministic": True, "max_model_len": 512}
+GREEDY = Sampling(max_tokens=NUM_TOKENS, ignore_eos=True)
+SEEDED = Sampling(max_tokens=NUM_TOKENS, ignore_eos=True, temperature=1.0, seed=5)
+
+
+@asynccontextmanager
+async def opened(graph: str, executor: str = "processes", **options: Any) -> AsyncIterator[Session]:
+    loaded = Graph.load(graph)
+    engines = loaded.ir.engines
+    exact = {f"{name}.{option}": value for name in engines for option, value in EXACT.items()}
+    async with loaded.open(set={**exact, **options}, executor=executor) as session:
+        yield session
+        await session.idle()
+        session.executor.ledger.check()
+        loads = [load for replicas in session.statistics().engines.values() for load in replicas]
+        assert all(load.num_leased_blocks == 0 for load in loads)
+
+
+@dataclass
+class Streams:
+    """What came of many streams at once; `gaps_s`: the longest wait of each between two events."""
+
+    tokens: dict[int, list[int]] = field(default_factory=dict)
+    reasons: dict[int, str] = field(default_factory=dict)
+    codes: dict[int, str] = field(default_factory=dict)
+    gaps_s: dict[int, float] = field(default_factory=dict)
+
+    async def run(self, session: Session, number: int, sampling: Sampling, prompt: Any) -> None:
+        self.tokens[number] = []
+        heard_s = None
+        async with session.stream(prompt, sampling=sampling) as stream:
+            async for event in stream:
+                now = trio.current_time()
+                if heard_s is not None:
+                    self.gaps_s[number] = max(self.gaps_s.get(number, 0.0), now - heard_s)
+                heard_s = now
+                self.tokens[number] += event.token_ids
+                if event.finish_reason is not None:
+                    self.reasons[number], self.codes[number] = event.finish_reason, event.code
+
+
+async def stream_all(
+    session: Session,
+    sampling: Sampling,
+    meanwhile: Callable[[Streams], Any] | None = None,
+    prompts: Mapping[int, Any] = dict(enumerate(PROMPTS[:NUM_STREAMS])),
+) -> Streams:
+    streams = Streams()
+    async with trio.open_nursery() as nursery:
+        for number, prompt in prompts.items():
+            nursery.start_soon(streams.run, session, number, sampling, prompt)
+        if meanwhile is not None:
+            await meanwhile(streams)
+    return streams
+
+
+def worker_of(session: Session, name: str) -> Worker:
+    assert session.supervisor is not None
+    return next(worker for worker in session.supervisor.workers if str(worker) == name)
+
+
+async def killed(session: Session, name: str, streams: Streams, *, after: int = 10) -> None:
+    """Kill a worker once every stream has had so many tokens."""
+    while not (streams.tokens and min(map(len, streams.tokens.values())) >= after):  # noqa: ASYNC110
+        await trio.sleep(0.001)
+    pid = worker_of(session, name).pid
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+
+
+KNOWN: dict[tuple[str, float], dict[int, list[int]]] = {}
+
+
+async def right(graph: str, sampling: Sampling) -> dict[int, list[int]]:
+    """The answers of the graph in one process."""
+    key = graph, sampling.temperature
+    if key not in KNOWN:
+        async with opened(graph, "tasks") as session:
+            KNOWN[key] = (await stream_all(session, sampling)).tokens
+    return KNOWN[key]
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SEEDED], ids=["greedy", "seeded"])
+@pytest.mark.parametrize("graph", ["joint", "pd", "pd_many"])
+async def test_answers_are_those_of_one_process(graph: str, sampling: Sampling) -> None:
+    async with opened(graph) as session:
+        found = await stream_all(session, sampling)
+    assert found.tokens == await right(graph, sampling)
+    assert set(found.reasons.values()) == {"length"}
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SEEDED], ids=["greedy", "seeded"])
+@pytest.mark.parametrize("victim", ["d[0]", "p[1]"])
+async def test_a_killed_worker_loses_and_repeats_no_token(victim: str, sampling: Sampling) -> None:
+    async with opened("pd_many") as session:
+        found = await stream_all(session, sampling, partial(killed, session, victim))
+        num_migrated = session.executor.recovery.num_migrated
+    assert found.tokens == await right("pd_many", sampling)
+    assert set(found.reasons.values()) == {"length"}
+    assert max(found.gaps_s.values()) < 2.0
+    assert (num_migrated > 0) == (victim == "d[0]")  # prefill had handed all over
+
+
+@pytest.mark.parametrize("after_s", [0.0, 0.01, 0.02, 0.03, 0.05])
+async def test_a_prefill_worker_killed_at_work_loses_nothing(after_s: float) -> None:
+    """Computing, sending, and with others waiting for it: each is computed again."""
+    prompts = {number: [*range(number, 140 + number)] for number in range(32)}
+    async with opened("pd_many") as session:
+
+        async def kill(streams: Streams) -> None:
+            await trio.sleep(after_s)
+            pid = worker_of(session, "p[0]").pid
+            assert pid is not None
+            os.kill(pid, signal.SIGKILL)
+
+        found = await stream_all(session, GREEDY, kill, prompts=prompts)
+        right = await stream_all(session, GREEDY, prompts=prompts)
+    assert found.tokens == right.tokens
+    assert set(found.reasons.values()) == {"length"}
+
+
+async def test_streams_wait_for_the_only_worker_and_new_requests_do_not() -> None:
+    async with opened("joint") as session:
+        refused: list[Any] = []
+
+        async def kill(streams: Streams) -> None:
+            await killed(session, "g[0]", streams)
+            while worker_of(session, "g[0]").state == "ready":  # noqa: ASYNC110
+                await trio.sleep(0.001)
+            refused.append(await session.generate("And then", sampling=GREEDY))
+
+        found = await stream_all(session, SEEDED, kill)
+        again = await session.generate("And then", sampling=GREEDY)
+    assert found.tokens == await right("joint", SEEDED)
+    assert (refused[0].finish_reason, refused[0].code) == ("refused", "unavailable")
+    assert again.finish_reason in SERVED
+
+
+async def test_streams_that_have_waited_long_enough_end() -> None:
+    held = {"executor.max_hold_s": 0.2}
+    async with opened("joint", **held) as session:
+        found = await stream_all(session, GREEDY, partial(killed, session, "g[0]"))
+    assert set(found.codes.values()) == {"unavailable"}
+    assert all(len(tokens) < NUM_TOKENS for tokens in found.tokens.values())
+
+
+async def test_a_frozen_worker_is_given_up_and_says_nothing_twice() -> None:
+    quick = {"executor.ping_s": 0.02, "executor.silent_s": 0.3}
+    async with opened("pd_many", **quick) as session:
+
+        async def freeze(streams: Streams) -> None:
+            pid = worker_of(session, "d[1]").pid
+            assert pid is not None
+            os.kill(pid, signal.SIGSTOP)
+
+        found = await stream_all(session, GREEDY, freeze)
+    assert found.tokens == await right("pd_many", GREEDY)
+    assert max(found.gaps_s.values()) < 2.0
+
+
+async def test_workers_that_are_killed_one_after_the_other() -> None:
+    async with opened("pd_many") as session:
+
+        async def kill(streams: Streams) -> None:
+            for after, victim in ((5, "d[0]"), (20, "p[0]"), (40, "d[1]"), (60, "p[1]")):
+                await killed(session, victim, streams, after=after)
+
+        found = await stream_all(session, SEEDED, kill)
+    assert found.tokens == await right("pd_many", SEEDED)
+
+
+async def test_workers_are_replaced_one_after_the_other_under_load() -> None:
+    async with opened("pd_many") as session:
+        supervisor = session.supervisor
+        assert supervisor is not None
+        before = [worker.pid for worker in supervisor.workers]
+
+        async def restart(streams: Streams) -> None:
+            await supervisor.restart(supervisor.workers)
+
+        found = await stream_all(session, SEEDED, restart)
+        after = [worker.pid for worker in supervisor.workers]
+        assert [worker.restarts.count for worker in supervisor.workers] == [0] * 4
+    assert found.tokens == await right("pd_many", SEEDED)
+    assert max(found.gaps_s.values()) < 2.0
+    assert not set(before) & set(after)
+
+
+@pytest.mark.parametrize("graph", ["joint", "pd_many"])
+async def test_a_drained_worker_takes_nothing_new_and_loses_nothing(graph: str) -> None:
+    """At a sibling streams go on; without one they end where they are."""
+    name = {"joint": "g[0]", "pd_many": "d[0]"}[graph]
+    async with opened(graph) as session:
+        assert session.supervisor is not None
+        later: list[Any] = []
+
+        async def drain(streams: Streams) -> None:
+            while not (streams.tokens and min(map(len, streams.tokens.values())) >= 10):  # noqa: ASYNC110
+                await trio.sleep(0.001)
+            session.supervisor.drain(worker_of(session, name))
+            later.append(await session.generate("And then", sampling=GREEDY))
+
+        found = await stream_all(session, GREEDY, drain)
+        engine = worker_of(session, name).engine
+        assert engine is not None
+        assert engine.load.num_running == 0
+        await session.supervisor.restart([worker_of(session, name)])
+        again = await session.generate("And then", sampling=GREEDY)
+    assert found.tokens == await right(graph, GREEDY)
+    assert later[0].code == ("unavailable" if graph == "joint" else "")
+    assert again.finish_reason in SERVED
+
+
+async def test_a_request_that_kills_workers_is_quarantined(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("sagellm.workers.MODULE", "poisoned_worker")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    poison = [POISON, *range(20, 60)]
+    async with opened("pd_many") as session:
+        prompts = {**dict(enumerate(PROMPTS[:NUM_STREAMS])), NUM_STREAMS: poison}
+        found = await stream_all(session, GREEDY, prompts=prompts)
+        assert session.supervisor is not None
+        num_deaths = sum(worker.restarts.count for worker in session.supervisor.workers)
+        again = await session.generate(poison, sampling=GREEDY)
+    assert found.codes.pop(NUM_STREAMS) == "request_quarantined"
+    assert found.tokens.pop(NUM_STREAMS) == []
+    assert found.tokens == await right("pd_many", GREEDY)
+    assert num_deaths <= 2
+    assert (again.finish_reason, again.code) == ("failed", "request_quarantined")
+
+
+@pytest.mark.parametrize("after_s", [0.0, 0.005, 0.02, 0.1])
+async def test_cancelled_requests_leave_nothing_in_a_worker(after_s: float) -> None:
+    long = Sampling(max_tokens=400, ignore_eos=True)
+    async with opened("pd") as session:
+        with trio.move_on_after(after_s):
+            await stream_all(session, long)
+        with trio.fail_after(5):
+            await session.idle()
+        assert session.statistics().num_open == 0
+
+
+async def test_a_lambda_stays_in_the_process_of_the_graph() -> None:
+    graph = Graph("shout").engine("g", model="sage-tiny", **EXACT)
+    graph >> ops.generate(engine="g") >> ops.map(lambda event: event.text.upper())
+    async with graph.open(executor="processes") as session:
+        answer = await session.generate("Once upon a time", sampling=GREEDY)
+    assert answer.text
+    assert answer.text == answer.text.upper()
+
+
+def test_it_works_from_asyncio_and_from_plain_threads() -> None:
+    with Graph.load("pd").open(executor="processes") as session:
+        answer = session.generate("Once upon a time", sampling=GREEDY)
+    assert len(answer.token_ids) == NUM_TOKENS

@@ -1,0 +1,53 @@
+"""Workers that die, fall silent, garble and are restarted for a virtual hour: nothing is lost."""
+
+import os
+
+import pytest
+import trio
+import trio._core._run as core
+from trio.testing import MockClock
+from virtual_workers import bursts, chaotic
+
+from sagellm.runtime.engine.null_runner import null_token
+
+HOURS = float(os.environ.get("SAGELLM_CHAOS_HOURS", "1"))  # virtual ones, a seed
+SEEDS = range(int(os.environ.get("SAGELLM_CHAOS_SEEDS", "20")))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.timeout(120 + 60 * HOURS)
+def test_hours_of_faults_lose_no_request_and_no_token(seed: int) -> None:
+    replay(seed, 3600 * HOURS)
+
+
+def test_a_seed_replays_exactly() -> None:
+    assert replay(7, 900.0) == replay(7, 900.0)
+
+
+def replay(seed: int, seconds: float) -> object:
+    """In virtual time; the order in which trio runs tasks is drawn from the seed, too."""
+    before = core._ALLOW_DETERMINISTIC_SCHEDULING
+    core._ALLOW_DETERMINISTIC_SCHEDULING = True  # type: ignore[misc]
+    core._r.seed(seed)
+    try:
+        return trio.run(survives, seed, seconds, clock=MockClock(autojump_threshold=0))
+    finally:
+        core._ALLOW_DETERMINISTIC_SCHEDULING = before  # type: ignore[misc]
+
+
+async def survives(seed: int, seconds: float) -> object:
+    """Every answer is as long as was asked for, and what its seed says, whoever computed it."""
+    graph = ("pd_many", "pd", "joint")[seed % 3]
+    async with chaotic(graph, seed) as chaos, trio.open_nursery() as nursery:
+        nursery.start_soon(chaos.run, 40.0)
+        record = await bursts(chaos.session, seed, seconds, 30.0)
+        nursery.cancel_scope.cancel()
+    vocab_size = chaos.lives.engines[0]._equipment.vocab_size
+    for number, answer in record.answers.items():
+        asked = range(record.asked[number])
+        right = tuple(null_token(number, 0, position, vocab_size) for position in asked)
+        assert answer == right, (seed, number, chaos.done)
+    assert set(record.reasons) <= {"length", "unavailable"}, (seed, record.reasons)
+    assert len(chaos.done) > seconds / 80
+    assert len(record.answers) > seconds / 30
+    return chaos.done, record

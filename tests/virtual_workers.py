@@ -1,0 +1,155 @@
+"""A graph whose workers are tasks, in virtual time, and what may happen to them."""
+
+import random
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import trio
+
+from sagellm import Graph, Sampling
+from sagellm.builder import RESOLVER
+from sagellm.checking import check_graph
+from sagellm.engines import engine_options, load_replica, load_tokenizer_of
+from sagellm.graphs.ir import Graph as FrozenGraph
+from sagellm.runtime.cluster.backoff import RestartPolicy
+from sagellm.runtime.cluster.launch import TaskLife, Tasks
+from sagellm.runtime.cluster.supervisor import Supervisor
+from sagellm.runtime.cluster.worker import Watch
+from sagellm.runtime.engine.local import LocalEngine
+from sagellm.runtime.executors.tasks import TasksExecutor
+from sagellm.runtime.plan import plan
+from sagellm.session import Session
+
+# Deaths end a task, and are noticed by that; only silence needs asking, and may take its time.
+WATCH = Watch(ping_s=4.0, silent_s=9.0, stop_s=1.0)
+OPTIONS = {"device": "null", "model": "null", "decode_step_s": 0.02, "prefill_token_s": 1e-3}
+
+
+class Lives(Tasks):
+    """Notes the lives that it begins, so that they can be ended."""
+
+    def __init__(self) -> None:
+        self.engines: list[LocalEngine] = []
+        self.lives: list[TaskLife] = []
+        super().__init__(self._open)
+
+    async def _open(
+        self, graph: FrozenGraph, name: str, replica: int, _: int | None
+    ) -> LocalEngine:
+        await trio.sleep(2.0)  # what loading takes
+        self.engines.append(load_replica(engine_options(graph, name), name, replica))
+        return self.engines[-1]
+
+    def launch(self, epoch: int) -> TaskLife:
+        self.lives.append(super().launch(epoch))
+        return self.lives[-1]
+
+
+@dataclass
+class Chaos:
+    """What is done to workers: one thing at a time, after a random while, drawn from one seed."""
+
+    session: Session
+    supervisor: Supervisor
+    lives: Lives
+    draw: random.Random
+    done: list[tuple[float, str, str]] = field(default_factory=list)
+
+    async def run(self, mean_s: float) -> None:
+        while True:
+            await trio.sleep(self.draw.expovariate(1 / mean_s))
+            action = self.draw.choice(("kill", "kill", "kill two", "mute", "garble", "restart"))
+            await self._do(action)
+
+    async def _do(self, action: str) -> None:
+        workers = self.draw.sample(self.supervisor.workers, min(2, len(self.supervisor.workers)))
+        self.done.append((trio.current_time(), action, str(workers[0])))
+        lives = [life for one in workers if (life := self._life(one.pid)) is not None]
+        match action:
+            case "kill" if lives:
+                lives[0].kill()
+            case "kill two":
+                for life in lives:
+                    life.kill()
+            case "mute" if lives:  # frozen: nothing that it says arrives any more
+                lives[0].channel._take = lambda message: None  # type: ignore[method-assign]
+            case "garble" if lives:  # the link ends, and the worker lives on for a while
+                lives[0].channel.close("its checksum is wrong")
+            case "restart":
+                await self.supervisor.restart(workers[:1])
+
+    def _life(self, pid: int | None) -> TaskLife | None:
+        return next((life for life in self.lives.lives if life.pid == pid), None)
+
+
+@asynccontextmanager
+async def chaotic(name: str, seed: int) -> AsyncIterator[Chaos]:
+    loaded = Graph.load(name)
+    given = {f"{e}.{key}": value for e in loaded.ir.engines for key, value in OPTIONS.items()}
+    graph = check_graph(loaded.document, RESOLVER, {}, given)
+    lives, draw = Lives(), random.Random(seed)
+    supervisor = Supervisor(
+        graph,
+        {engine: engine_options(graph, engine).replicas for engine in graph.engines},
+        lives,
+        watch=WATCH,
+        policy=RestartPolicy(most=10**6),
+        draw=draw.random,
+    )
+    async with trio.open_nursery() as nursery:
+        await nursery.start(supervisor.run)
+        ready = plan(graph, RESOLVER, supervisor.engines, seed=seed)
+        tokenizer = load_tokenizer_of(graph)
+        session = Session(
+            tokenizer, lambda deliver: TasksExecutor(ready, deliver, max_hold_s=1000.0)
+        )
+        await nursery.start(session.executor.run)
+        supervisor.watch(session.executor.mark)
+        yield Chaos(session, supervisor, lives, draw)
+        await session.close()
+        session.executor.ledger.check()
+        nursery.cancel_scope.cancel()
+    for engine in lives.engines:
+        engine.pool.check()
+        assert engine.pool.num_leased == 0
+
+
+@dataclass
+class Record:
+    """What became of the requests of one run."""
+
+    asked: dict[int, int] = field(default_factory=dict)  # tokens
+    answers: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    reasons: Counter[str] = field(default_factory=Counter)
+
+
+async def bursts(session: Session, seed: int, seconds: float, mean_s: float) -> Record:
+    """Bursts of up to eight requests; some callers lose patience."""
+    draw, record, until_s = random.Random(f"load {seed}"), Record(), trio.current_time() + seconds
+
+    async def ask(number: int, fields: dict[str, Any]) -> None:
+        sampling = Sampling(max_tokens=fields["tokens"], ignore_eos=True, seed=number)
+        with trio.move_on_after(fields["patience_s"]):
+            answer = await session.generate([1] * fields["prompt"], sampling=sampling)
+            record.reasons[answer.code or answer.finish_reason] += 1
+            if answer.code != "unavailable" or answer.token_ids:  # it came while nobody was there
+                record.answers[number] = answer.token_ids
+
+    number = 0
+    async with trio.open_nursery() as nursery:
+        while trio.current_time() < until_s:
+            for _ in range(draw.randint(1, 8)):
+                fields = {
+                    "tokens": draw.randint(1, 100),
+                    "prompt": draw.choice((5, 50, 500)),
+                    "patience_s": draw.choice((1.0, 3.0, 1e6, 1e6)),
+                }
+                record.asked[number] = fields["tokens"]
+                nursery.start_soon(ask, number, fields)
+                number += 1
+            await trio.sleep(draw.expovariate(1 / mean_s))
+    await session.idle()
+    return record
