@@ -1,6 +1,6 @@
 """A plan: the operators of a checked stream graph, built and wired, for any executor."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,33 +67,6 @@ class Plan:
 
     def _edge_to(self, node: str) -> Edge:
         return next(edge for edge in self.graph.inputs(node) if not edge.feedback)
-
-    def gates_without(self, lost: Collection[tuple[str, int]]) -> frozenset[tuple[str, int]]:
-        """The replicas of operators that cannot serve while these replicas of engines are lost:
-        their own, and where no replica of an engine is left, those before it: what they compute
-        would find nowhere to go.
-        """
-        shut = set()
-        for node in self.services:
-            engine = self.engine_name(node)
-            if engine is None:
-                continue
-            numbers = range(len(self.engines[engine]))
-            mine = [number for number in numbers if (engine, number) in lost]
-            shut |= {(node, number) for number in mine}
-            if len(mine) == len(numbers):
-                before = [name for name in self.ancestors(node) if self.engine_name(name)]
-                shut |= {(name, n) for name in before for n in range(self.replicas[name])}
-        return frozenset(shut)
-
-    def is_cut(self, lost: Collection[tuple[str, int]]) -> bool:
-        """Whether no way through the graph is left while these replicas of engines are lost."""
-        shut = self.gates_without(lost)
-        engines = [node for node in self.services if self.engine_name(node)]
-        before = {name for node in engines for name in self.ancestors(node)}
-        last = [node for node in engines if node not in before]
-        ends = [(node, number) for node in last for number in range(self.replicas[node])]
-        return bool(ends) and all(gate in shut for gate in ends)
 
     def hearers(self, node: str, kind: str) -> tuple[str, ...]:
         """The logic operators that feedback of `node` reaches: those upstream that hear the kind,

@@ -1,21 +1,26 @@
-"""A worker that dies of a prompt: the likes of a fault in a kernel."""
+"""A worker that dies of a prompt, or hangs with it: the likes of a fault in a kernel."""
 
 import os
 import signal
 from typing import Any
 
+import trio
+
 from sagellm import worker
 from sagellm.runtime.engine.stepping import Stepping
 
-POISON = 13  # as the first token of a prompt
+POISON, HANG = 13, 14  # as the first token of a prompt
 
 
 def main() -> None:
     run = Stepping.run
 
     async def deadly(self: Stepping, batch: Any, *rest: Any) -> Any:
-        if any(sequence.tokens[0] == POISON for sequence in batch.sequences):
+        firsts = {sequence.tokens[0] for sequence in batch.sequences}
+        if POISON in firsts:
             os.kill(os.getpid(), signal.SIGKILL)
+        if HANG in firsts:
+            await trio.sleep_forever()  # its loop lives, and answers when it is asked
         return await run(self, batch, *rest)
 
     Stepping.run = deadly  # type: ignore[method-assign]

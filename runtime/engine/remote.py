@@ -4,7 +4,6 @@ import itertools
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TypeAlias
 
 import trio
 
@@ -14,14 +13,12 @@ from sagellm.runtime.comm.protocol import (
     Done,
     Drop,
     Events,
-    Export,
     Exported,
     Grant,
     Idle,
     Import,
     Landing,
     Pong,
-    Receive,
     Refused,
     Release,
     Submit,
@@ -35,14 +32,13 @@ from sagellm.runtime.engine.port import (
     EngineLoad,
     EngineLost,
     EngineRefusal,
-    KVSource,
     LeaseOffer,
     Lost,
     PrefillDone,
     StaleLease,
 )
+from sagellm.runtime.engine.remote_transfer import Question, RemoteSource, RemoteTarget
 from sagellm.runtime.kv.lease import Fence
-from sagellm.runtime.kv.shared import SharedBlocks
 from sagellm.runtime.messages import LeaseRef, SequenceState, TokenEvent
 
 
@@ -104,10 +100,10 @@ class RemoteEngine:
     def cancel(self, request_id: str, choice: int, epoch: int) -> None:
         self.say(Cancel(request_id=request_id, choice=choice, epoch=epoch))
 
-    def export(self, lease: LeaseRef) -> "RemoteSource":
+    def export(self, lease: LeaseRef) -> RemoteSource:
         return RemoteSource(self, lease)
 
-    async def import_(self, offer: LeaseOffer) -> "RemoteTarget":
+    async def import_(self, offer: LeaseOffer) -> RemoteTarget:
         try:
             answer = await self.ask(lambda call: Import(call=call, offer=offer))
         except trio.Cancelled:
@@ -234,7 +230,7 @@ class RemoteEngine:
             with suppress(ChannelClosed):  # whoever receives from it learns so, too
                 self._channel.put(message)
 
-    async def ask(self, question: "Question") -> Done | Landing | Exported:
+    async def ask(self, question: Question) -> Done | Landing | Exported:
         """The answer. Raises EngineLost, and what the worker raised.
 
         Cancelled, the worker is told, and its answer awaited all the same: until then it may still
@@ -262,9 +258,6 @@ class RemoteEngine:
         return call.answer
 
 
-Question: TypeAlias = Callable[[int], Submit | Import | Export | Receive | Idle]
-
-
 def _raised(refused: Refused) -> Exception:
     """What the call raised, over there."""
     if refused.kind == "stale":
@@ -290,43 +283,3 @@ class _Reader:
         if not isinstance(batch[0], Lost):
             self.engine.say(Grant(owner=self.owner))
         return batch
-
-
-@dataclass(frozen=True, slots=True)
-class RemoteSource:
-    """The sending side of a transfer. Its worker is asked when the receiver begins."""
-
-    engine: RemoteEngine
-    lease: LeaseRef
-
-    async def locate(self) -> SharedBlocks:
-        """Where the blocks are; from now on they are `sending`. Raises StaleLease, EngineLost."""
-        with trio.CancelScope(shield=True):
-            answer = await self.engine.ask(lambda call: Export(call=call, lease=self.lease))
-        assert isinstance(answer, Exported)
-        return answer.source
-
-    def release(self) -> None:
-        self.engine.say(Release(lease=self.lease))
-
-
-@dataclass(frozen=True, slots=True)
-class RemoteTarget:
-    """The receiving side: its worker copies, from where the sender's worker says the blocks are."""
-
-    engine: RemoteEngine
-    lease: LeaseRef
-
-    async def receive(self, source: KVSource) -> None:
-        if not isinstance(source, RemoteSource):
-            raise TypeError(f"a worker receives from a worker, not from {type(source).__name__}")
-        try:
-            located = await source.locate()
-            await self.engine.ask(lambda call: Receive(call=call, lease=self.lease, source=located))
-        except BaseException:
-            self.abort()
-            raise
-
-    def abort(self) -> None:
-        lease = self.lease
-        self.engine.cancel(lease.request_id, lease.choice, lease.epoch)

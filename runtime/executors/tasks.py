@@ -8,6 +8,7 @@ import msgspec
 import trio
 
 from sagellm.graphs.ir import SOURCE
+from sagellm.runtime.executors.absence import Absence
 from sagellm.runtime.executors.credit import Gates
 from sagellm.runtime.executors.faults import log_fault
 from sagellm.runtime.executors.host import Host
@@ -78,9 +79,7 @@ class TasksExecutor:
         self._sleeps_until = inf
         self._timer_moved = trio.Event()
         self._nursery: trio.Nursery | None = None
-        self._lost: set[tuple[str, int]] = set()  # replicas of engines
-        self._missing: dict[str, float] = {}  # engines without a replica, and until when to wait
-        self._max_hold_s = max_hold_s
+        self.absence = Absence(plan, max_hold_s)
         self.recovery = Recovery(self.now)
         self._is_stopped = False
 
@@ -254,12 +253,8 @@ class TasksExecutor:
 
     def mark(self, engine: str, replica: int, *, is_up: bool) -> None:
         """A replica of an engine is lost, or is back: shut the ways to it, or open them."""
-        (self._lost.discard if is_up else self._lost.add)((engine, replica))
-        self.gates.shut = self.plan.gates_without(self._lost)
-        if is_up:
-            self._missing.pop(engine, None)
-        elif all((engine, n) in self._lost for n in range(len(self.plan.engines[engine]))):
-            self._missing[engine] = self.now() + self._max_hold_s
+        self.absence.mark(engine, replica, self.now(), is_up=is_up)
+        self.gates.shut = self.absence.shut
         for node in self.plan.services:
             if self.plan.engine_name(node) == engine:
                 self.tell(node, replica, "health", is_up)
@@ -303,7 +298,7 @@ class TasksExecutor:
         """Why a request is not let in, whatever the operators would say."""
         if self.recovery.is_blocked(request):
             return _quarantined(request, self.now())
-        if self._lost and self.plan.is_cut(self._lost):
+        if self.absence.is_cut:
             return _unavailable(request, self.now())
         return None
 
@@ -402,8 +397,7 @@ class TasksExecutor:
 
     def _next_time(self) -> float:
         wake, expiry = self.region.next_wake, self.register.next_expiry
-        at = min(self._missing.values(), default=inf)
-        at = at if wake is None else min(at, wake[0])
+        at = self.absence.next_end_s if wake is None else min(self.absence.next_end_s, wake[0])
         return at if expiry is None else min(at, expiry)
 
     async def _keep_time(self) -> None:
@@ -420,16 +414,13 @@ class TasksExecutor:
 
     def _end_hold(self) -> None:
         """What has waited long enough for an engine of which no replica is there ends."""
-        now = self.now()
-        late = [engine for engine, until_s in self._missing.items() if until_s <= now]
-        for engine in late:
-            self._missing[engine] = now + self._max_hold_s
-        if late:
-            for request_id, entry in tuple(self.register.entries.items()):
-                for choice in tuple(entry.choices):
-                    if not self._is_held((request_id, choice)):
-                        entry.unavailable.add(choice)
-                        self._end_waiting(request_id, choice)
+        if not self.absence.take_due(self.now()):
+            return
+        for request_id, entry in tuple(self.register.entries.items()):
+            for choice in tuple(entry.choices):
+                if not self._is_held((request_id, choice)):
+                    entry.unavailable.add(choice)
+                    self._end_waiting(request_id, choice)
 
     def _end_waiting(self, request_id: str, choice: int) -> None:
         """Wherever it waits; who is asked to end it says `cancelled`, and `_renamed` why."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from sagellm.runtime.kv.storage import Pairs, Storage
 _CHUNK_BYTES = 4 * 2**20
 _MOST_COPIES = 3  # of a chunk that comes damaged
 
+Run: TypeAlias = tuple[slice, slice]  # blocks of the sender, and of the receiver
 Bytes: TypeAlias = "np.ndarray[tuple[int, int, int, int], np.dtype[np.uint8]]"
 
 
@@ -39,16 +40,22 @@ class TensorStorage:
     async def receive(self, sender: Storage, pairs: Pairs, check: Callable[[], None]) -> None:
         if not isinstance(sender, TensorStorage):
             raise TypeError(f"tensors receive from tensors, not from {type(sender).__name__}")
-        for start in range(0, len(pairs), self._chunk):
+        runs = _runs(pairs)
+        for layers in self._chunks(len(pairs)):
             check()
-            self._copy(sender._bytes, pairs[start : start + self._chunk])
+            for sent, landed in runs:
+                self._bytes[layers, :, landed] = sender._bytes[layers, :, sent]
             await trio.lowlevel.checkpoint()
 
     async def share(self, blocks: Sequence[int]) -> SharedBlocks:
         assert self.memory is not None, "this pool's memory is not shared"
-        sums = []
-        for chunk in _chunks(blocks, self._chunk):
-            sums.append(self._sum(chunk))
+        runs, sums = _runs([(block, block) for block in blocks]), []
+        for layers in self._chunks(len(blocks)):
+            hashed = xxhash.xxh3_64()
+            for kind in self._kinds(self._bytes, layers):
+                for run, _ in runs:
+                    hashed.update(kind[run].data)
+            sums.append(hashed.intdigest())
             await trio.lowlevel.checkpoint()
         return self.memory.tell(blocks, sums)
 
@@ -56,36 +63,36 @@ class TensorStorage:
         self, source: SharedBlocks, blocks: Sequence[int], check: Callable[[], None]
     ) -> None:
         sender = self._map(source)
-        chunks = zip(_chunks(source.blocks, self._chunk), _chunks(blocks, self._chunk), strict=True)
-        for (sent, landed), wanted in zip(chunks, source.sums, strict=True):
+        runs = _runs(list(zip(source.blocks, blocks, strict=True)))
+        for layers, wanted in zip(self._chunks(len(blocks)), source.sums, strict=True):
             for _ in range(_MOST_COPIES):
                 check()
-                self._copy(sender, list(zip(sent, landed, strict=True)))
-                found = self._sum(landed)
+                found = self._copy(sender, layers, runs)
                 await trio.lowlevel.checkpoint()
                 if found == wanted:
                     break
             else:
-                raise DamagedBlocks(f"{len(sent)} blocks came damaged {_MOST_COPIES} times")
+                raise DamagedBlocks(f"{len(blocks)} blocks came damaged {_MOST_COPIES} times")
 
-    @property
-    def _chunk(self) -> int:
-        """Blocks between two checkpoints."""
-        return max(1, _CHUNK_BYTES // (self._bytes.nbytes // self._bytes.shape[2]))
+    def _chunks(self, num_blocks: int) -> Iterator[slice]:
+        """The layers, as many at a time as may pass between two checkpoints."""
+        num_layers, num_kinds, _, block_bytes = self._bytes.shape
+        step = max(1, _CHUNK_BYTES // (num_kinds * num_blocks * block_bytes))
+        return (slice(start, start + step) for start in range(0, num_layers, step))
 
-    def _copy(self, source: Bytes, pairs: Pairs) -> None:
-        for sent, landed in _runs(pairs):
-            self._bytes[:, :, landed] = source[:, :, sent]
-
-    def _sum(self, blocks: Sequence[int]) -> int:
-        """A checksum of the bytes of these blocks, in order, layer by layer."""
-        runs = [landed for _, landed in _runs([(block, block) for block in blocks])]
+    def _copy(self, source: Bytes, layers: slice, runs: Sequence[Run]) -> int:
+        """The checksum of what has arrived: looked at while it is still in the CPU's cache."""
         hashed = xxhash.xxh3_64()
-        for layer in self._bytes:
-            for kind in layer:
-                for run in runs:
-                    hashed.update(kind[run])
+        kinds = zip(self._kinds(source, layers), self._kinds(self._bytes, layers), strict=True)
+        for theirs, ours in kinds:
+            for sent, landed in runs:
+                ours[landed] = theirs[sent]
+                hashed.update(ours[landed].data)
         return hashed.intdigest()
+
+    def _kinds(self, pool: Bytes, layers: slice) -> "Iterator[np.ndarray[Any, np.dtype[np.uint8]]]":
+        """Keys, then values, of one layer after the other."""
+        return (kind for layer in pool[layers] for kind in layer)
 
     def _map(self, source: SharedBlocks) -> Bytes:
         """The pool of another process, of our layout: only its number of blocks may differ."""
@@ -98,18 +105,15 @@ class TensorStorage:
         return self._mapped[where]
 
 
-def _chunks(blocks: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    return (blocks[start : start + size] for start in range(0, len(blocks), size))
-
-
-def _runs(pairs: Pairs) -> Iterator[tuple[slice, slice]]:
+def _runs(pairs: Pairs) -> list[Run]:
     """The pairs as slices: as long as both blocks rise by one."""
-    start = 0
+    runs, start = [], 0
     for end in range(1, len(pairs) + 1):
         if end < len(pairs) and all(
             after == before + 1 for before, after in zip(pairs[end - 1], pairs[end], strict=True)
         ):
             continue
         (sent, landed), count = pairs[start], end - start
-        yield slice(sent, sent + count), slice(landed, landed + count)
+        runs.append((slice(sent, sent + count), slice(landed, landed + count)))
         start = end
+    return runs

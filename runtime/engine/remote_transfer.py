@@ -1,0 +1,74 @@
+"""Both ends of a transfer between two workers, as the graph holds them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
+
+import trio
+
+from sagellm.runtime.comm.protocol import (
+    Done,
+    Export,
+    Exported,
+    Idle,
+    Import,
+    Landing,
+    Receive,
+    Release,
+    Submit,
+)
+from sagellm.runtime.engine.port import KVSource
+from sagellm.runtime.kv.shared import SharedBlocks
+from sagellm.runtime.messages import LeaseRef
+
+Question: TypeAlias = Callable[[int], Submit | Import | Export | Receive | Idle]
+
+
+class Asked(Protocol):
+    """What an end needs of its engine."""
+
+    async def ask(self, question: Question) -> Done | Landing | Exported: ...
+
+    def say(self, message: Release) -> None: ...
+
+    def cancel(self, request_id: str, choice: int, epoch: int) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteSource:
+    """The sending side of a transfer. Its worker is asked when the receiver begins."""
+
+    engine: Asked
+    lease: LeaseRef
+
+    async def locate(self) -> SharedBlocks:
+        """Where the blocks are; from now on they are `sending`. Raises StaleLease, EngineLost."""
+        with trio.CancelScope(shield=True):
+            answer = await self.engine.ask(lambda call: Export(call=call, lease=self.lease))
+        assert isinstance(answer, Exported)
+        return answer.source
+
+    def release(self) -> None:
+        self.engine.say(Release(lease=self.lease))
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteTarget:
+    """The receiving side: its worker copies, from where the sender's worker says the blocks are."""
+
+    engine: Asked
+    lease: LeaseRef
+
+    async def receive(self, source: KVSource) -> None:
+        if not isinstance(source, RemoteSource):
+            raise TypeError(f"a worker receives from a worker, not from {type(source).__name__}")
+        try:
+            located = await source.locate()
+            await self.engine.ask(lambda call: Receive(call=call, lease=self.lease, source=located))
+        except BaseException:
+            self.abort()
+            raise
+
+    def abort(self) -> None:
+        lease = self.lease
+        self.engine.cancel(lease.request_id, lease.choice, lease.epoch)

@@ -1,0 +1,71 @@
+"""Which engines are missing, what cannot be reached without them, and how long that is borne."""
+
+import math
+
+from sagellm.runtime.executors.credit import Gate
+from sagellm.runtime.plan import Plan
+
+
+class Absence:
+    """`max_hold_s`: how long requests wait for an engine of which no replica is there."""
+
+    def __init__(self, plan: Plan, max_hold_s: float) -> None:
+        self._plan = plan
+        self._max_hold_s = max_hold_s
+        self._lost: set[tuple[str, int]] = set()  # replicas of engines
+        self._until_s: dict[str, float] = {}  # of engines without any
+
+    def mark(self, engine: str, replica: int, now: float, *, is_up: bool) -> None:
+        """A replica of an engine is lost, or is back."""
+        (self._lost.discard if is_up else self._lost.add)((engine, replica))
+        if not self._is_missing(engine):
+            self._until_s.pop(engine, None)
+        else:
+            self._until_s.setdefault(engine, now + self._max_hold_s)
+
+    @property
+    def shut(self) -> frozenset[Gate]:
+        """The replicas of operators that cannot serve: those whose engine is lost, and where no
+        replica of an engine is left, all before it: what they compute would find nowhere to go.
+        """
+        plan, shut = self._plan, set[Gate]()
+        for node in self._engine_nodes if self._lost else ():
+            engine = plan.engine_name(node) or ""
+            shut |= {(node, number) for name, number in self._lost if name == engine}
+            if self._is_missing(engine):
+                before = [name for name in plan.ancestors(node) if plan.engine_name(name)]
+                shut |= {(name, number) for name in before for number in self._numbers(name)}
+        return frozenset(shut)
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether no way through the graph is left."""
+        if not self._until_s:
+            return False
+        nodes, shut = self._engine_nodes, self.shut
+        before = {name for node in nodes for name in self._plan.ancestors(node)}
+        last = [node for node in nodes if node not in before]
+        return all((node, number) in shut for node in last for number in self._numbers(node))
+
+    @property
+    def next_end_s(self) -> float:
+        """When somebody has waited long enough."""
+        return min(self._until_s.values(), default=math.inf)
+
+    def take_due(self, now: float) -> bool:
+        """Whether that is now; then the wait of those that come later begins."""
+        late = [engine for engine, until_s in self._until_s.items() if until_s <= now]
+        for engine in late:
+            self._until_s[engine] = now + self._max_hold_s
+        return bool(late)
+
+    @property
+    def _engine_nodes(self) -> tuple[str, ...]:
+        return tuple(node for node in self._plan.services if self._plan.engine_name(node))
+
+    def _numbers(self, node: str) -> range:
+        return range(self._plan.replicas[node])
+
+    def _is_missing(self, engine: str) -> bool:
+        numbers = range(len(self._plan.engines.get(engine, ())))
+        return bool(numbers) and all((engine, number) in self._lost for number in numbers)
