@@ -47,6 +47,7 @@ async def test_answers_are_those_of_one_process(graph: str, sampling: Sampling) 
     assert set(found.reasons.values()) == {"length"}
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("sampling", [GREEDY, SEEDED], ids=["greedy", "seeded"])
 @pytest.mark.parametrize("victim", ["d[0]", "p[1]"])
 async def test_a_killed_worker_loses_and_repeats_no_token(victim: str, sampling: Sampling) -> None:
@@ -102,8 +103,9 @@ async def test_streams_that_have_waited_long_enough_end() -> None:
     assert all(len(tokens) < NUM_TOKENS for tokens in found.tokens.values())
 
 
+@pytest.mark.alone
 async def test_a_frozen_worker_is_given_up_and_says_nothing_twice() -> None:
-    quick = {"executor.ping_s": 0.02, "executor.silent_s": 0.3}
+    quick = {"executor.ping_s": 0.02, "executor.silent_s": 0.8}
     async with opened("pd_many", **quick) as session:
 
         async def freeze(streams: Streams) -> None:
@@ -127,6 +129,7 @@ async def test_workers_that_are_killed_one_after_the_other() -> None:
     assert found.tokens == await right("pd_many", SEEDED)
 
 
+@pytest.mark.alone
 async def test_workers_are_replaced_one_after_the_other_under_load() -> None:
     async with opened("pd_many") as session:
         supervisor = session.supervisor

@@ -22,7 +22,7 @@ from sagellm.runtime.cluster.supervisor import Supervisor
 from sagellm.runtime.cluster.worker import Watch, Worker
 
 FOLDERS: dict[Supervisor, Path] = {}
-QUICK = Watch(ping_s=0.02, silent_s=0.4, stop_s=5.0)
+QUICK = Watch(ping_s=0.02, silent_s=0.8, stop_s=5.0)
 
 
 def graph(**options: Any) -> Graph:
