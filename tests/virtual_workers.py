@@ -86,8 +86,7 @@ class Chaos:
 
 
 @asynccontextmanager
-async def chaotic(name: str, seed: int) -> AsyncIterator[Chaos]:
-    loaded = Graph.load(name)
+async def chaotic(loaded: Graph, seed: int) -> AsyncIterator[Chaos]:
     given = {f"{e}.{key}": value for e in loaded.ir.engines for key, value in OPTIONS.items()}
     graph = check_graph(loaded.document, RESOLVER, {}, given)
     lives, draw = Lives(), random.Random(seed)

@@ -8,6 +8,7 @@ import trio._core._run as core
 from trio.testing import MockClock
 from virtual_workers import bursts, chaotic
 
+from sagellm import Graph, ops
 from sagellm.runtime.engine.null_runner import null_token
 
 HOURS = float(os.environ.get("SAGELLM_CHAOS_HOURS", "1"))  # virtual ones, a seed
@@ -18,6 +19,12 @@ SEEDS = range(int(os.environ.get("SAGELLM_CHAOS_SEEDS", "20")))
 @pytest.mark.timeout(120 + 60 * HOURS)
 def test_hours_of_faults_lose_no_request_and_no_token(seed: int) -> None:
     replay(seed, 3600 * HOURS)
+
+
+def queueless() -> Graph:
+    """Requests wait at the door, and those whose engine was lost before the router."""
+    graph = Graph("queueless").engine("g", replicas=2)
+    return graph >> ops.route() >> ops.generate(engine="g")
 
 
 def test_a_seed_replays_exactly() -> None:
@@ -37,7 +44,7 @@ def replay(seed: int, seconds: float) -> object:
 
 async def survives(seed: int, seconds: float) -> object:
     """Every answer is as long as was asked for, and what its seed says, whoever computed it."""
-    graph = ("pd_many", "pd", "joint")[seed % 3]
+    graph = Graph.load(("pd_many", "pd", "joint")[seed % 3]) if seed % 4 else queueless()
     async with chaotic(graph, seed) as chaos, trio.open_nursery() as nursery:
         nursery.start_soon(chaos.run, 40.0)
         record = await bursts(chaos.session, seed, seconds, 30.0)
