@@ -205,7 +205,7 @@ async def _fetch_s(num_blocks: int) -> float:
         pools.append(TensorStorage(pool, memory))
     blocks, times = range(num_blocks, 2 * num_blocks), []
     for _ in range(9):
-        source = await pools[0].share(blocks)
+        source = await pools[0].share(blocks, lambda: None)
         began_s = time.perf_counter()
         await pools[1].fetch(source, blocks, lambda: None)
         times.append(time.perf_counter() - began_s)

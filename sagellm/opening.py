@@ -13,6 +13,7 @@ import trio
 from sagellm.bridge import AsyncioSession, BlockingSession, Bridge
 from sagellm.checking import check_graph
 from sagellm.engines import load_tokenizer_of, open_engines
+from sagellm.graphs.diagnostics import Diagnostic, GraphError
 from sagellm.graphs.ir import FrozenMap, Graph
 from sagellm.graphs.text.yaml import Document
 from sagellm.logs import configure_logs
@@ -123,11 +124,17 @@ async def open_session(recipe: Recipe) -> AsyncIterator[Session]:
 
 
 def _processes(graph: Graph) -> ProcessesOptions | None:
-    """The options of executor `processes`; None where it is not asked for."""
+    """The options of executor `processes`; None where it is not asked for. Raises GraphError."""
     executor = graph.attrs.get("executor")
     options = dict(executor) if isinstance(executor, FrozenMap) else {}
-    is_asked = options.pop("kind", "tasks") == "processes"
-    return read_options(ProcessesOptions, options) if is_asked else None
+    if options.pop("kind", "tasks") == "tasks":
+        return None
+    read = read_options(ProcessesOptions, options)
+    if read.silent_s < 2 * read.ping_s:
+        message = f"silent_s: {read.silent_s:g} is less than two pings of {read.ping_s:g} s"
+        hint = "raise silent_s, or lower ping_s: every worker would be taken for dead"
+        raise GraphError((Diagnostic("bad-options", ("executor", "silent_s"), message, hint),))
+    return read
 
 
 async def _engines(

@@ -25,7 +25,7 @@ async def start_workers(
         ShareCores(len(os.sched_getaffinity(0))).apply(graph),
         {name: engine_options(graph, name).replicas for name in graph.engines},
         launcher,
-        watch=Watch(ping_s=options.ping_s, silent_s=options.silent_s),
+        watch=Watch(options.ping_s, options.silent_s, options.hang_s),
     )
     await nursery.start(supervisor.run)
     await nursery.start(Control(supervisor, launcher.folder).run)

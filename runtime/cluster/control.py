@@ -4,6 +4,7 @@ It lies in the folder of the workers' socket, which is of its user alone: who ca
 One line of JSON asks, one answers.
 """
 
+import math
 import os
 import socket
 import tempfile
@@ -13,11 +14,14 @@ from pathlib import Path
 from typing import Literal
 
 import msgspec
+import structlog
 import trio
 
 from sagellm.graphs.vocabulary import nearest
 from sagellm.runtime.cluster.supervisor import Supervisor
 from sagellm.runtime.cluster.worker import Worker
+
+log = structlog.get_logger("sagellm.cluster")
 
 _NAME = "control"
 _MOST_BYTES = 4096  # of a question
@@ -72,18 +76,24 @@ class Control:
         await trio.serve_listeners(self._serve, [trio.SocketListener(listening)])
 
     async def _serve(self, stream: trio.SocketStream) -> None:
-        with trio.move_on_after(_PATIENCE_S):
-            try:
-                question = await _line(stream)
-                asked = msgspec.json.decode(question, type=Asked)
-            except (msgspec.DecodeError, trio.BrokenResourceError) as error:
-                answer = Answered(error=f"not understood: {error}")
-            else:
-                with trio.CancelScope(shield=True):  # a restart takes its time
-                    answer = await self.obey(asked)
-            with suppress(trio.BrokenResourceError):  # nobody waits for it
-                await stream.send_all(msgspec.json.encode(answer) + b"\n")
-        await stream.aclose()
+        async with stream:
+            with trio.move_on_after(_PATIENCE_S) as asking:
+                answer = await self._answer(stream, asking)
+                with suppress(trio.BrokenResourceError):  # nobody waits for it
+                    await stream.send_all(msgspec.json.encode(answer) + b"\n")
+
+    async def _answer(self, stream: trio.SocketStream, asking: trio.CancelScope) -> Answered:
+        """Whatever is asked, and goes wrong: the graph goes on."""
+        try:
+            asked = msgspec.json.decode(await _line(stream), type=Asked)
+        except (ValueError, trio.BrokenResourceError) as error:
+            return Answered(error=f"not understood: {error}")
+        asking.deadline = math.inf  # a restart takes its time
+        try:
+            return await self.obey(asked)
+        except Exception as error:
+            log.error("control_failed", command=asked.command, exc_info=error)
+            return Answered(error=f"{asked.command} failed; see the log")
 
     async def obey(self, asked: Asked) -> Answered:
         rows = tuple(self._rows(asked))

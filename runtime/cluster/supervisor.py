@@ -90,7 +90,9 @@ class Supervisor:
         """Give it nothing new. What runs goes on at a sibling, or ends here where there is none."""
         if worker.is_serving:
             self._turn(worker, "drained")
-            self._move(worker)
+            siblings = [one for one in self.workers if one.engine_name == worker.engine_name]
+            if worker.engine is not None and any(one.is_serving for one in siblings):
+                worker.engine.evict()
 
     async def restart(self, workers: Sequence[Worker]) -> None:
         """One after the other, each once the one before is ready: siblings take over meanwhile."""
@@ -99,16 +101,11 @@ class Supervisor:
             worker.restarts.forgive()
             if worker.is_serving:
                 self._turn(worker, "drained")
-                self._move(worker)
+            if worker.engine is not None:
+                worker.engine.evict()
             worker.leave()
             while worker.epoch == epoch or worker.state not in ("ready", "failed"):  # noqa: ASYNC110
                 await trio.sleep(self._watch.ping_s)
-
-    def _move(self, worker: Worker) -> None:
-        """Send its sequences elsewhere, if there is a place."""
-        siblings = [one for one in self.workers if one.engine_name == worker.engine_name]
-        if any(one.is_serving for one in siblings) and worker.engine is not None:
-            worker.engine.evict()
 
     # ---- inside ----------------------------------------------------------------------------
 
@@ -162,7 +159,7 @@ class Supervisor:
                     nursery.start_soon(self._ask, worker, life.channel, nursery.cancel_scope)
                     if worker.epoch == 1:
                         task_status.started()
-                    await worker.engine.live(life.channel)
+                    worker.why = await worker.engine.live(life.channel)
                 nursery.cancel_scope.cancel()
         finally:
             worker.life = None
@@ -208,7 +205,7 @@ class Supervisor:
     async def _ask(self, worker: Worker, channel: Channel, scope: trio.CancelScope) -> None:
         """Ask for signs of life; end a life that gives none, or whose engine is hung."""
         assert worker.engine is not None
-        since_s = trio.current_time()
+        since_s = moved_s = trio.current_time()
         while True:
             asked_s = trio.current_time()
             with suppress(ChannelClosed):
@@ -221,7 +218,9 @@ class Supervisor:
             if silent_s > self._watch.silent_s:
                 worker.why = f"no sign of life for {silent_s:.1f} s"
                 scope.cancel()
-            if worker.engine.health.is_hung:
+            if not worker.engine.health.is_hung:
+                moved_s = now
+            if now - moved_s > self._watch.hang_s:
                 worker.why = "its engine hung"
                 scope.cancel()
 

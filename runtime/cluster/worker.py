@@ -17,12 +17,13 @@ class Watch:
     """How a worker is watched, in seconds.
 
     It is asked every `ping_s` for a sign of life; any message is one. Without one for `silent_s` it
-    counts as dead, and is killed: so is one whose engine is hung. Loading may take `start_s`,
-    ending `stop_s`.
+    counts as dead, and is killed: so is one whose engine has been hung for `hang_s`, for a first or
+    a long step may take a while. Loading may take `start_s`, ending `stop_s`.
     """
 
     ping_s: float = 0.25
     silent_s: float = 1.0
+    hang_s: float = 30.0
     start_s: float = 600.0
     stop_s: float = 5.0
 

@@ -8,7 +8,8 @@ import trio
 
 from sagellm.runtime.comm.protocol import Message
 
-ROOM = 1024  # messages that a channel holds for a peer that does not take them
+ROOM = 1024  # messages that a socket holds, either way
+MOST_WAITING = 64 * ROOM  # messages that a channel holds for a peer, or a reader, that is slow
 
 
 class ChannelClosed(ConnectionError):
@@ -19,7 +20,7 @@ class Channel(Protocol):
     """Messages in order, each once, or the link breaks: it never loses one silently.
 
     How much may be under way is the business of those who talk: what asks is answered, and events
-    wait for credit. `ROOM` is the last resort, where a peer does not take what it is sent.
+    wait for credit. `MOST_WAITING` is the last resort, where a peer does not take what it is sent.
     """
 
     def put(self, message: Message) -> None:
@@ -49,7 +50,7 @@ class MemoryChannel:
     def put(self, message: Message) -> None:
         if self._ended is not None:
             raise ChannelClosed(self._ended)
-        if len(self._peer._inbox) >= ROOM:
+        if len(self._peer._inbox) >= MOST_WAITING:
             self.close("its peer takes no messages")
             raise ChannelClosed("its peer takes no messages")
         if self._peer._ended is None:

@@ -15,7 +15,7 @@ import structlog
 import trio
 import zmq
 
-from sagellm.runtime.comm.channel import ROOM, ChannelClosed
+from sagellm.runtime.comm.channel import MOST_WAITING, ROOM, ChannelClosed
 from sagellm.runtime.comm.frame import MAX_FRAME_BYTES, Frame, FrameError, decode, encode
 from sagellm.runtime.comm.protocol import FromGraph, FromWorker, Message
 
@@ -63,7 +63,7 @@ class Link:
         self._num_sent += 1
         self._outbox.append(frame)
         self.flush()
-        if len(self._outbox) > ROOM:
+        if len(self._outbox) > MOST_WAITING:
             self.close("its peer takes no messages")
             raise ChannelClosed("its peer takes no messages")
 
@@ -113,7 +113,7 @@ class Link:
         except (msgspec.DecodeError, ValueError) as error:
             self.close(f"its peer said what nobody understands: {type(error).__name__}")
             return False
-        if len(self._inbox) >= ROOM:
+        if len(self._inbox) >= MOST_WAITING:
             self.close("its peer says more than was asked for")
             return False
         self._inbox.append(message)

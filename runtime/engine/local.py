@@ -105,6 +105,10 @@ class LocalEngine:
             raise StaleLease(f"lease {lease.lease_id} of request {lease.request_id} is gone")
         await target.fetch(source)
 
+    def forget_gone(self) -> None:
+        """Let go of the memory of other processes that are gone."""
+        self._equipment.storage.forget_gone()
+
     def events(self, owner: str) -> Mailbox:
         if owner not in self._mailboxes:
             self._mailboxes[owner] = Mailbox(self._make_room)

@@ -48,12 +48,14 @@ class PrefillDone(msgspec.Struct, frozen=True, kw_only=True, tag="prefill_done")
 
 class Lost(msgspec.Struct, frozen=True, kw_only=True, tag="lost"):
     """The engine is gone, and this sequence with it: no more events come. What it emitted before
-    is behind this event, so whoever has that can submit the sequence again, anywhere.
+    is behind this event, so whoever has that can submit the sequence again, anywhere. `by_death`:
+    the sequence may be what the engine died of; else it was sent away.
     """
 
     request_id: str
     choice: int
     epoch: int
+    by_death: bool
 
     @property
     def key(self) -> tuple[str, int]:

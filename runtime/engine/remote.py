@@ -75,7 +75,9 @@ class RemoteEngine:
         self._calls: dict[int, _Call] = {}
         self._mailboxes: dict[str, Mailbox] = {}
         self._open: dict[Fence, str] = {}  # sequences under way, and their owners
-        self._submitting: set[Fence] = set()  # of those: who submits them hears of it himself
+        self._submitting: set[Fence] = set()  # asked for, and not answered yet
+        self._gone: dict[Fence, bool] = {}  # of those: lost meanwhile, by a death or not
+        self._num_ungranted: dict[str, int] = {}  # batches of this life that a reader has to take
         self._load = EngineLoad(num_blocks=facts.num_blocks, num_free_blocks=facts.num_blocks)
         self._health = EngineHealth()
 
@@ -94,8 +96,12 @@ class RemoteEngine:
         except (EngineRefusal, StaleLease, EngineLost):
             self._open.pop(fence, None)
             raise
+        else:
+            if fence in self._gone:  # behind its answer: its first events may be here already
+                self._post_lost(fence, state.owner, by_death=self._gone[fence])
         finally:
             self._submitting.discard(fence)
+            self._gone.pop(fence, None)
 
     def cancel(self, request_id: str, choice: int, epoch: int) -> None:
         self.say(Cancel(request_id=request_id, choice=choice, epoch=epoch))
@@ -139,16 +145,16 @@ class RemoteEngine:
     def is_lost(self) -> bool:
         return self._channel is None
 
-    async def live(self, channel: Channel) -> None:
-        """One life: until the channel ends, or this is cancelled."""
+    async def live(self, channel: Channel) -> str:
+        """One life: until this is cancelled, or the channel ends; why it did."""
         self._channel = channel
         self.num_lives += 1
         self._on_change(True)
         try:
             while True:
                 self._hear(await channel.receive())
-        except ChannelClosed:
-            pass
+        except ChannelClosed as error:
+            return str(error)
         finally:
             self._lose()
 
@@ -159,22 +165,32 @@ class RemoteEngine:
         calls, self._calls = self._calls, {}
         for call in calls.values():
             call.done.set()
-        self._lose_sequences()
+        self._lose_sequences(by_death=True)
+        self._num_ungranted.clear()
         num_blocks = self.facts.num_blocks
         self._load = EngineLoad(num_blocks=num_blocks, num_free_blocks=num_blocks)
         self._health = EngineHealth()
 
-    def _lose_sequences(self) -> None:
-        """Behind all events that have come: none comes after it. Whoever is just submitting one
-        hears of it himself.
-        """
-        lost = {fence: own for fence, own in self._open.items() if fence not in self._submitting}
+    def _lose_sequences(self, *, by_death: bool) -> None:
+        """Behind all events that have come: none comes after it."""
+        lost, self._open = self._open, {}
         for fence, owner in lost.items():
-            del self._open[fence]
-            event = Lost(request_id=fence.request_id, choice=fence.choice, epoch=fence.epoch)
-            self._mailbox(owner).post(event)
-        for mailbox in self._mailboxes.values():
-            mailbox.flush()
+            if fence in self._submitting:
+                self._gone[fence] = by_death
+            else:
+                self._post_lost(fence, owner, by_death=by_death)
+
+    def _post_lost(self, fence: Fence, owner: str, *, by_death: bool) -> None:
+        mailbox = self._mailbox(owner)
+        mailbox.post(
+            Lost(
+                request_id=fence.request_id,
+                choice=fence.choice,
+                epoch=fence.epoch,
+                by_death=by_death,
+            )
+        )
+        mailbox.flush()
 
     def evict(self) -> None:
         """Let go of every sequence, as if the worker were lost, while it goes on: the caller has
@@ -182,7 +198,7 @@ class RemoteEngine:
         """
         for fence in self._open:
             self.cancel(fence.request_id, fence.choice, fence.epoch)
-        self._lose_sequences()
+        self._lose_sequences(by_death=False)
 
     def _hear(self, message: object) -> None:
         match message:
@@ -209,7 +225,14 @@ class RemoteEngine:
             if token is not event or token.is_last:
                 del self._open[fence]
         mailbox.flush()
+        self._num_ungranted[owner] = self._num_ungranted.get(owner, 0) + 1
         if is_empty:  # no reader will take it
+            self.grant(owner)
+
+    def grant(self, owner: str) -> None:
+        """A batch was taken: one more may be sent. Of an earlier life, none is owed."""
+        if self._num_ungranted.get(owner):
+            self._num_ungranted[owner] -= 1
             self.say(Grant(owner=owner))
 
     def _mailbox(self, owner: str) -> Mailbox:
@@ -281,5 +304,5 @@ class _Reader:
     async def __anext__(self) -> tuple[EngineEvent, ...]:
         batch = await self.mailbox.__anext__()
         if not isinstance(batch[0], Lost):
-            self.engine.say(Grant(owner=self.owner))
+            self.engine.grant(self.owner)
         return batch

@@ -65,10 +65,10 @@ class EngineServer:
                 await self._answer(call, lambda: self._submit(call, message))
             case Cancel(request_id=request_id, choice=choice, epoch=epoch):
                 engine.cancel(request_id, choice, epoch)
-            case Grant(owner=owner):
+            case Grant(owner=owner) if owner in self._windows:
                 self._windows[owner].release()
             case Export(call=call, lease=lease):
-                await self._answer(call, lambda: self._export(call, lease, nursery))
+                nursery.start_soon(self._answer, call, lambda: self._export(call, lease, nursery))
             case Release(lease=lease):
                 self._release(lease)
             case Import(call=call):
@@ -81,6 +81,7 @@ class EngineServer:
                 if call in self._scopes:
                     self._scopes[call].cancel()
             case Ping():
+                engine.forget_gone()
                 self._say(Pong(load=engine.load, health=engine.health))
 
     async def _answer(self, call: int, action: Callable[[], Awaitable[FromWorker]]) -> None:

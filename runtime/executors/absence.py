@@ -5,13 +5,15 @@ import math
 from sagellm.runtime.executors.credit import Gate
 from sagellm.runtime.plan import Plan
 
+_LOOKS = 8  # within the time that requests wait
+
 
 class Absence:
     """`max_hold_s`: how long requests wait for an engine of which no replica is there."""
 
     def __init__(self, plan: Plan, max_hold_s: float) -> None:
         self._plan = plan
-        self._max_hold_s = max_hold_s
+        self.max_hold_s = max_hold_s
         self._lost: set[tuple[str, int]] = set()  # replicas of engines
         self._until_s: dict[str, float] = {}  # of engines without any
 
@@ -21,7 +23,7 @@ class Absence:
         if not self._is_missing(engine):
             self._until_s.pop(engine, None)
         else:
-            self._until_s.setdefault(engine, now + self._max_hold_s)
+            self._until_s.setdefault(engine, now + self.max_hold_s)
 
     @property
     def shut(self) -> frozenset[Gate]:
@@ -53,10 +55,10 @@ class Absence:
         return min(self._until_s.values(), default=math.inf)
 
     def take_due(self, now: float) -> bool:
-        """Whether that is now; then the wait of those that come later begins."""
+        """Whether that is now; it is looked at again soon, for those that came later."""
         late = [engine for engine, until_s in self._until_s.items() if until_s <= now]
         for engine in late:
-            self._until_s[engine] = now + self._max_hold_s
+            self._until_s[engine] = now + self.max_hold_s / _LOOKS
         return bool(late)
 
     @property

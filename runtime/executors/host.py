@@ -184,7 +184,7 @@ class Host:
             request = self._service.recall(self, event.key)
             if request is not None:
                 self.release(event.key)
-                self._executor.reenter(self.name, request, was_computed=True)
+                self._executor.reenter(self.name, request, was_computed=event.by_death)
 
     def _send_back(self, item: Item, error: Exception) -> None:
         """An engine was lost, or what it held, while this operator had the item."""

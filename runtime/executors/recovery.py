@@ -74,6 +74,10 @@ class Recovery:
         self._on_trial = request.key
         return node, request
 
+    def lost_s(self, key: Key) -> float | None:
+        """When a request was lost that has not come through since."""
+        return self._lost_s.get(key)
+
     @property
     def is_under_way(self) -> bool:
         """Whether any request has not come through yet."""

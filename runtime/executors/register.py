@@ -15,6 +15,7 @@ class Entry:
     choices: set[int]
     expires_s: float | None = None
     tombstone: Signal | None = None
+    arrived_s: float = 0.0
     unavailable: set[int] = field(default_factory=set)  # choices that waited too long for an engine
 
 
@@ -36,14 +37,21 @@ class Register:
     def is_empty(self) -> bool:
         return not self.entries and not self.abandoned
 
-    def open(self, request_id: str, choices: set[int], expires_s: float | None) -> None:
-        self.entries[request_id] = Entry(choices, expires_s)
+    def open(
+        self, request_id: str, choices: set[int], expires_s: float | None, *, now: float
+    ) -> None:
+        self.entries[request_id] = Entry(choices, expires_s, arrived_s=now)
         if expires_s is not None:
             heapq.heappush(self._expiries, (expires_s, request_id))
 
     def is_open(self, key: Key) -> bool:
         entry = self.entries.get(key[0])
         return entry is not None and key[1] in entry.choices
+
+    def is_over(self, key: Key) -> bool:
+        """Whether a choice has ended, or is to end wherever it waits."""
+        entry = self.entries.get(key[0])
+        return entry is None or key[1] not in entry.choices or key[1] in entry.unavailable
 
     def close(self, key: Key) -> bool:
         """Strike a choice out; True where it was the request's last."""

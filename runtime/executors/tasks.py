@@ -124,7 +124,7 @@ class TasksExecutor:
         if first.request_id in self.register:
             raise ValueError(f"request {first.request_id!r} is running already")
         numbers = {request.choice for request in choices}
-        self.register.open(first.request_id, numbers, first.expires_s)
+        self.register.open(first.request_id, numbers, first.expires_s, now=self.now())
         for request in choices:
             self.ledger.accept(request.key, position=len(request.emitted_token_ids))
         self._set_timer()
@@ -174,7 +174,7 @@ class TasksExecutor:
         """As `push`; None where there is no credit, and then nothing has changed."""
         if isinstance(item, Request):
             signal = self.tombstone(item)
-            if signal or not self.register.is_open(item.key):
+            if signal or self.register.is_over(item.key):
                 self.finish(item, _reason(signal))
                 return True
         try:
@@ -414,13 +414,17 @@ class TasksExecutor:
 
     def _end_hold(self) -> None:
         """What has waited long enough for an engine of which no replica is there ends."""
-        if not self.absence.take_due(self.now()):
+        now = self.now()
+        if not self.absence.take_due(now):
             return
         for request_id, entry in tuple(self.register.entries.items()):
             for choice in tuple(entry.choices):
-                if not self._is_held((request_id, choice)):
+                key = request_id, choice
+                since_s = self.recovery.lost_s(key) or entry.arrived_s
+                if not self._is_held(key) and now - since_s >= self.absence.max_hold_s:
                     entry.unavailable.add(choice)
                     self._end_waiting(request_id, choice)
+        self._try_again()
 
     def _end_waiting(self, request_id: str, choice: int) -> None:
         """Wherever it waits; who is asked to end it says `cancelled`, and `_renamed` why."""

@@ -45,6 +45,14 @@ class SharedMemory:
         )
 
 
+def is_there(pid: int, descriptor: int, size: int) -> bool:
+    """Whether a process still has that memory open."""
+    try:
+        return os.stat(f"/proc/{pid}/fd/{descriptor}").st_size == size
+    except OSError:
+        return False
+
+
 def map_shared(pid: int, descriptor: int, size: int) -> memoryview:
     """Another process's memory, to read. Raises StaleLease where the process is gone, or what it
     has open there is not that.

@@ -21,8 +21,13 @@ class Storage(Protocol):
         where either lease has gone, so that nothing is copied from or to blocks of somebody else.
         """
 
-    async def share(self, blocks: Sequence[int]) -> SharedBlocks:
-        """How another process finds those blocks. Only where the memory is shared."""
+    async def share(self, blocks: Sequence[int], check: Callable[[], None]) -> SharedBlocks:
+        """How another process finds those blocks. Only where the memory is shared; `check` is
+        called before each chunk is looked at, as in `receive`.
+        """
+
+    def forget_gone(self) -> None:
+        """Let go of the memory of processes that are gone."""
 
     async def fetch(
         self, source: SharedBlocks, blocks: Sequence[int], check: Callable[[], None]
@@ -44,9 +49,13 @@ class NullStorage:
         check()
         await trio.sleep(len(pairs) * self.block_bytes / self.bytes_per_s)
 
-    async def share(self, blocks: Sequence[int]) -> SharedBlocks:
+    async def share(self, blocks: Sequence[int], check: Callable[[], None]) -> SharedBlocks:
         await trio.lowlevel.checkpoint()
+        check()
         return SharedBlocks(pid=0, descriptor=-1, size=0, blocks=tuple(blocks))
+
+    def forget_gone(self) -> None:
+        """There is none."""
 
     async def fetch(
         self, source: SharedBlocks, blocks: Sequence[int], check: Callable[[], None]

@@ -10,7 +10,7 @@ import trio
 import xxhash
 
 from sagellm.runtime.engine.port import DamagedBlocks
-from sagellm.runtime.kv.shared import SharedBlocks, SharedMemory, map_shared
+from sagellm.runtime.kv.shared import SharedBlocks, SharedMemory, is_there, map_shared
 from sagellm.runtime.kv.storage import Pairs, Storage
 
 # Copied between two checkpoints: about a millisecond of memory traffic, so that other tasks of the
@@ -47,10 +47,11 @@ class TensorStorage:
                 self._bytes[layers, :, landed] = sender._bytes[layers, :, sent]
             await trio.lowlevel.checkpoint()
 
-    async def share(self, blocks: Sequence[int]) -> SharedBlocks:
+    async def share(self, blocks: Sequence[int], check: Callable[[], None]) -> SharedBlocks:
         assert self.memory is not None, "this pool's memory is not shared"
         runs, sums = _runs([(block, block) for block in blocks]), []
         for layers in self._chunks(len(blocks)):
+            check()
             hashed = xxhash.xxh3_64()
             for kind in self._kinds(self._bytes, layers):
                 for run, _ in runs:
@@ -94,11 +95,15 @@ class TensorStorage:
         """Keys, then values, of one layer after the other."""
         return (kind for layer in pool[layers] for kind in layer)
 
+    def forget_gone(self) -> None:
+        for where in tuple(self._mapped):
+            if not is_there(*where):
+                del self._mapped[where]
+
     def _map(self, source: SharedBlocks) -> Bytes:
         """The pool of another process, of our layout: only its number of blocks may differ."""
         where = source.pid, source.descriptor, source.size
         if where not in self._mapped:
-            self._mapped.clear()  # of processes that may be gone
             layers, kinds, _, block_bytes = self._bytes.shape
             shared = np.frombuffer(map_shared(*where), dtype=np.uint8)
             self._mapped[where] = shared.reshape(layers, kinds, -1, block_bytes)

@@ -21,9 +21,10 @@ class PoolSource:
     lease: LeaseRef
 
     async def share(self) -> SharedBlocks:
-        """How a receiver in another process finds the blocks."""
+        """How a receiver in another process finds the blocks. Raises StaleLease."""
         num_blocks = self.pool.num_blocks_for(self.lease.num_tokens)
-        return await self.storage.share(self.held.blocks[:num_blocks])
+        blocks = self.held.blocks[:num_blocks]
+        return await self.storage.share(blocks, lambda: self.held.require("sending"))
 
     def release(self) -> None:
         """Free the blocks; nothing happens where they are free already."""

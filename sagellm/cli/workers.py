@@ -115,7 +115,10 @@ async def _asked_of_one(asked: Asked, graph_pid: int | None) -> Answered:
     if len(meant) != 1:
         known = ", ".join(f"{rows[0].graph} ({rows[0].graph_pid})" for rows in _rows_of(listed))
         raise Failure(f"which graph? There are {known}", "name one of them by --graph-pid")
-    answer = await ask(next(iter(meant)), asked)
+    try:
+        answer = await ask(next(iter(meant)), asked)
+    except (OSError, trio.BrokenResourceError):
+        raise Failure("the graph ended meanwhile", "sagellm ps lists what runs") from None
     if answer.error:
         raise Failure(answer.error, "sagellm ps lists them")
     return answer

@@ -77,6 +77,6 @@ def test_the_wait_begins_with_the_last_replica_and_begins_anew_once_it_is_over()
     assert missing.next_end_s == 35.0
     assert not missing.take_due(34.9)
     assert missing.take_due(35.0)
-    assert missing.next_end_s == 65.0
+    assert missing.next_end_s == 35.0 + HOLD_S / 8
     missing.mark("g", 0, 40.0, is_up=True)
     assert missing.next_end_s == math.inf

@@ -6,11 +6,12 @@ import pytest
 import trio
 import trio._core._run as core
 from trio.testing import MockClock
-from virtual_workers import bursts, chaotic
+from virtual_workers import EXCUSED, bursts, chaotic
 
-from sagellm import Graph, ops
+from sagellm import Graph, Sampling, ops
 from sagellm.runtime.engine.null_runner import null_token
 
+LONG = Sampling(max_tokens=1000, ignore_eos=True)
 HOURS = float(os.environ.get("SAGELLM_CHAOS_HOURS", "1"))  # virtual ones, a seed
 SEEDS = range(int(os.environ.get("SAGELLM_CHAOS_SEEDS", "20")))
 
@@ -25,6 +26,30 @@ def queueless() -> Graph:
     """Requests wait at the door, and those whose engine was lost before the router."""
     graph = Graph("queueless").engine("g", replicas=2)
     return graph >> ops.route() >> ops.generate(engine="g")
+
+
+@pytest.mark.parametrize("name", ["joint", "pd", "queueless"])
+async def test_nobody_waits_for_ever_for_what_does_not_come_back(
+    name: str, autojump_clock: MockClock
+) -> None:
+    """Wherever it waits: in a queue, or before a door that is shut."""
+    graph = queueless() if name == "queueless" else Graph.load(name)
+    async with chaotic(graph, 1, max_hold_s=20.0, most_deaths=0) as chaos:
+        answers = []
+
+        async def ask() -> None:
+            answers.append(await chaos.session.generate([1] * 100, sampling=LONG))
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(5):
+                nursery.start_soon(ask)
+            await trio.sleep(3)
+            for life in chaos.lives.lives:
+                life.kill()
+            killed_s = trio.current_time()
+        waited_s = trio.current_time() - killed_s
+    assert {answer.code for answer in answers} == {"unavailable"}
+    assert 20.0 <= waited_s < 26.0
 
 
 def test_a_seed_replays_exactly() -> None:
@@ -54,7 +79,8 @@ async def survives(seed: int, seconds: float) -> object:
         asked = range(record.asked[number])
         right = tuple(null_token(number, 0, position, vocab_size) for position in asked)
         assert answer == right, (seed, number, chaos.done)
-    assert set(record.reasons) <= {"length", "unavailable"}, (seed, record.reasons)
+    assert set(record.reasons) <= {"length", *EXCUSED}, (seed, record.reasons)
+    assert record.reasons["request_quarantined"] <= len(record.answers) / 1000, record.reasons
     assert len(chaos.done) > seconds / 80
     assert len(record.answers) > seconds / 30
     return chaos.done, record

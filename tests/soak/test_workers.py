@@ -42,7 +42,7 @@ async def test_an_engine_that_hangs_is_replaced(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("sagellm.workers.MODULE", "poisoned_worker")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     prompts: dict[int, Any] = {**dict(enumerate(PROMPTS[:12])), 12: [HANG, *range(20, 60)]}
-    async with opened("pd_many") as session:
+    async with opened("pd_many", **{"executor.hang_s": 0.5}) as session:
         right = await stream_all(session, GREEDY)
         found = await stream_all(session, GREEDY, prompts=prompts)
         assert session.supervisor is not None

@@ -1,7 +1,7 @@
 """The control socket: who works, restarting and draining; and what it does not understand."""
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +56,29 @@ async def test_a_running_graph_tells_who_works_changes_it_and_refuses_what_it_do
 
         assert "did you mean decode?" in (await ask(path, Asked("drain", "decod"))).error
         assert "no replica 7" in (await ask(path, Asked("drain", "decode", 7))).error
-        for garbage in (b"{}\n", b"ps\n", b'{"command": "stop"}\n', b"x" * 10_000, b""):
+        for garbage in (b"{}\n", b"ps\n", b'{"command": "\xff"}\n', b"x" * 10_000, b""):
             assert b"not understood" in await said(str(path), garbage)
     assert folder not in [path.parent for path in running()]
+
+
+async def test_a_restart_takes_as_long_as_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sagellm.runtime.cluster.control._PATIENCE_S", 0.05)
+    async with controlled() as (_, folder):
+        rows = (await ask(folder / "control", Asked("restart", "decode"))).rows
+        assert [row.state for row in rows] == ["ready", "ready"]
+
+
+async def test_a_restart_does_not_keep_a_graph_from_ending() -> None:
+    with trio.fail_after(20):
+        async with controlled() as (_, folder), trio.open_nursery() as nursery:
+
+            @nursery.start_soon
+            async def restart() -> None:
+                with suppress(trio.BrokenResourceError, OSError):
+                    await ask(folder / "control", Asked("restart"))
+
+            await trio.sleep(0.2)
+            nursery.cancel_scope.cancel()
 
 
 async def said(path: str, line: bytes) -> bytes:

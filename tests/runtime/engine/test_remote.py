@@ -243,7 +243,7 @@ async def test_a_loss_ends_all_that_was_open(autojump_clock: MockClock) -> None:
         with trio.move_on_after(1):
             async for events in read:
                 seen += events
-        assert seen[-1] == Lost(request_id="a", choice=0, epoch=0)
+        assert seen[-1] == Lost(request_id="a", choice=0, epoch=0, by_death=True)
         assert sum(isinstance(event, Lost) for event in seen) == 1
         assert changes == [False]
         assert pair.remote.is_lost
@@ -251,6 +251,58 @@ async def test_a_loss_ends_all_that_was_open(autojump_clock: MockClock) -> None:
             await pair.remote.submit(sequence("c"))
         pair.remote.cancel("a", 0, 0)
         await pair.remote.idle()
+
+
+@pytest.mark.parametrize("num_turns", range(10))
+@pytest.mark.parametrize("ends", ["lost", "evicted"])
+async def test_who_submits_as_all_is_lost_hears_of_it_once(
+    ends: str, num_turns: int, autojump_clock: MockClock
+) -> None:
+    async with served(open_null()) as [pair], trio.open_nursery() as nursery:
+        heard: list[Any] = []
+
+        async def submit() -> None:
+            try:
+                await pair.remote.submit(sequence(max_tokens=50))
+            except EngineLost:
+                heard.append("raised")
+
+        async def read() -> None:
+            async for events in pair.remote.events("test"):
+                heard.extend(event for event in events if isinstance(event, Lost))
+                heard.extend(event.finish_reason for event in events if is_last(event))
+
+        nursery.start_soon(submit)
+        nursery.start_soon(read)
+        for _ in range(num_turns):
+            await trio.lowlevel.checkpoint()
+        (pair.lose if ends == "lost" else pair.remote.evict)()
+        await trio.sleep(10)
+        assert len(heard) == 1
+        assert heard != ["cancelled"]
+        nursery.cancel_scope.cancel()
+
+
+def is_last(event: Any) -> bool:
+    return getattr(event, "finish_reason", None) is not None
+
+
+async def test_what_was_read_late_asks_nothing_of_the_next_life(autojump_clock: MockClock) -> None:
+    async with served(open_null(decode_step_s=0.01)) as [pair], trio.open_nursery() as nursery:
+        await pair.remote.submit(sequence(max_tokens=1000))
+        await trio.sleep(5)  # nobody reads: batches wait
+        pair.lose()
+        await wait_all_tasks_blocked()
+        live(pair.remote, open_null(), nursery)
+        await wait_all_tasks_blocked()
+        events = pair.remote.events("test")
+        while not isinstance((await events.__anext__())[0], Lost):
+            pass
+        driver = Driver(pair.remote, "other")
+        nursery.start_soon(driver.read)
+        reply = await driver.submit("r", PROMPT, max_tokens=5)
+        await reply.done.wait()
+        nursery.cancel_scope.cancel()
 
 
 async def test_what_is_evicted_is_lost_here_and_cancelled_there(autojump_clock: MockClock) -> None:
@@ -269,7 +321,7 @@ async def test_what_is_evicted_is_lost_here_and_cancelled_there(autojump_clock: 
             pair.remote.evict()
             await pair.remote.idle()
             assert pair.remote.load.num_leased_blocks == 0
-            assert seen[-1] == Lost(request_id="r", choice=0, epoch=epoch)
+            assert seen[-1] == Lost(request_id="r", choice=0, epoch=epoch, by_death=False)
         await pair.remote.submit(sequence("last", max_tokens=50))
         await trio.sleep(5)
         assert seen[-1].finish_reason == "length"

@@ -37,7 +37,7 @@ def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
 
 async def test_blocks_arrive_bit_for_bit_and_no_others(chunk: None) -> None:
     sender, receiver = shared_pool(), empty_pool()
-    await receiver.fetch(await sender.share(SENT), LANDED, lambda: None)
+    await receiver.fetch(await sender.share(SENT, lambda: None), LANDED, lambda: None)
     assert torch.equal(receiver.pool[:, :, LANDED], sender.pool[:, :, SENT])
     others = [block for block in range(SHAPE[2]) if block not in LANDED]
     assert not receiver.pool[:, :, others].any()
@@ -55,7 +55,7 @@ async def test_damaged_blocks_are_copied_again_and_never_kept(
         return copy(self, *given) ^ num_copies % 2
 
     monkeypatch.setattr(TensorStorage, "_copy", damaging)
-    source = await sender.share(SENT)
+    source = await sender.share(SENT, lambda: None)
     await receiver.fetch(source, LANDED, lambda: None)
     assert num_copies == 2 * len(source.sums)
     assert torch.equal(receiver.pool[:, :, LANDED], sender.pool[:, :, SENT])
@@ -63,7 +63,7 @@ async def test_damaged_blocks_are_copied_again_and_never_kept(
 
 async def test_blocks_that_stay_damaged_are_an_error(chunk: None) -> None:
     sender, receiver = shared_pool(), empty_pool()
-    source = await sender.share(SENT)
+    source = await sender.share(SENT, lambda: None)
     sender.pool[2, 1, SENT[-1], 0, 0, 0] += 1  # somebody wrote a block that was sent
     with pytest.raises(DamagedBlocks):
         await receiver.fetch(source, LANDED, lambda: None)
@@ -75,7 +75,7 @@ async def test_a_lease_that_ends_stops_the_copy(chunk: None) -> None:
 
     sender, receiver = shared_pool(), empty_pool()
     with pytest.raises(StaleLease):
-        await receiver.fetch(await sender.share(SENT), LANDED, check)
+        await receiver.fetch(await sender.share(SENT, lambda: None), LANDED, check)
     assert not receiver.pool.any()
 
 
