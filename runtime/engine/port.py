@@ -29,10 +29,14 @@ class DamagedBlocks(RuntimeError):
 
 
 class EngineLost(ConnectionError):
-    """The process of an engine replica is gone, with all that it held; another takes its place."""
+    """The process of an engine replica is gone, with all that it held; another takes its place.
 
-    def __init__(self, name: str, replica: int) -> None:
+    `was_asked`: it was still there when it was asked, and may have died of the question.
+    """
+
+    def __init__(self, name: str, replica: int, *, was_asked: bool = False) -> None:
         super().__init__(f"replica {replica} of engine {name} is gone")
+        self.was_asked = was_asked
 
 
 class PrefillDone(msgspec.Struct, frozen=True, kw_only=True, tag="prefill_done"):

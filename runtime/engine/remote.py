@@ -275,7 +275,7 @@ class RemoteEngine:
                 await call.done.wait()
             raise
         if call.answer is None:
-            raise EngineLost(self.name, self.replica)
+            raise EngineLost(self.name, self.replica, was_asked=True)
         if isinstance(call.answer, Refused):
             raise _raised(call.answer)
         return call.answer

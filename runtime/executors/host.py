@@ -194,7 +194,9 @@ class Host:
         if request is None:
             self._executor.fail(item, error)
         else:
-            self._executor.reenter(self.name, request, was_computed=recalled is not None)
+            was_asked = isinstance(error, EngineLost) and error.was_asked
+            was_computed = recalled is not None and was_asked
+            self._executor.reenter(self.name, request, was_computed=was_computed)
 
     def _end(self, item: Item) -> None:
         """A signal ended an item that the operator holds no more."""

@@ -287,6 +287,24 @@ def is_last(event: Any) -> bool:
     return getattr(event, "finish_reason", None) is not None
 
 
+async def test_only_an_engine_that_was_asked_may_have_died_of_it(autojump_clock: MockClock) -> None:
+    async with served(open_null()) as [pair], trio.open_nursery() as nursery:
+
+        @nursery.start_soon
+        async def submit() -> None:
+            with pytest.raises(EngineLost) as lost:
+                await pair.remote.submit(sequence())
+            assert lost.value.was_asked
+
+        pair.channel._peer._take = lambda message: None  # type: ignore[method-assign]  # no answer
+        await wait_all_tasks_blocked()
+        pair.lose()
+        await wait_all_tasks_blocked()
+        with pytest.raises(EngineLost) as lost:
+            await pair.remote.submit(sequence())
+        assert not lost.value.was_asked
+
+
 async def test_what_was_read_late_asks_nothing_of_the_next_life(autojump_clock: MockClock) -> None:
     async with served(open_null(decode_step_s=0.01)) as [pair], trio.open_nursery() as nursery:
         await pair.remote.submit(sequence(max_tokens=1000))
