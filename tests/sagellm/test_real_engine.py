@@ -1,7 +1,6 @@
 """Whole graphs over the CPU engine: latency under load, cancelling, answers of sage-tiny."""
 
 import random
-import statistics
 from typing import Any
 
 import pytest
@@ -60,16 +59,17 @@ async def test_a_short_request_does_not_wait_for_a_long_one(kind: str, folder: s
     async with Graph.load("joint").open(set=limits, model=folder) as session:
         for _ in range(2):
             await ttft_s(session, short)
-        alone = statistics.median([await ttft_s(session, short) for _ in range(5)])
-        one_step = await step_s(session)
+        # The best of five of each: what else runs on the machine only ever adds.
+        alone = min([await ttft_s(session, short) for _ in range(5)])
+        one_step = min([await step_s(session) for _ in range(5)])
         behind = []
-        for _ in range(3):
+        for _ in range(5):
             sampling = Sampling(max_tokens=long_answer, ignore_eos=True)
             async with session.stream(long_prompt, sampling=sampling) as long:
                 await trio.testing.wait_all_tasks_blocked()  # its first step is under way
                 behind.append(await ttft_s(session, short))
                 assert long._num_open  # still running
-        assert statistics.median(behind) <= 2 * alone + one_step
+        assert min(behind) <= 2 * alone + one_step
         await session.executor.idle()
         await check_at_rest(session)
 
