@@ -23,8 +23,8 @@ from benchmarks.shape import QWEN05
 from benchmarks.weights import model_folder
 from sagellm import Graph, Sampling
 from sagellm.runtime.engine.remote import RemoteEngine
-from sagellm.runtime.kv.shared import SharedMemory
-from sagellm.runtime.kv.tensor_storage import TensorStorage
+from sagellm.runtime.kv.pool_bytes import PoolBytes
+from sagellm.runtime.kv.shared import SharedMemory, SharedTransport
 from sagellm.session import Session
 
 RESULTS = Path(__file__).parent / "results"
@@ -202,10 +202,10 @@ async def _fetch_s(num_blocks: int) -> float:
     for _ in range(2):
         memory = SharedMemory(2 * math.prod(shape))
         pool = torch.frombuffer(memory.view, dtype=torch.bfloat16).view(shape).fill_(1.5)
-        pools.append(TensorStorage(pool, memory))
+        pools.append(SharedTransport(PoolBytes(pool), memory))
     blocks, times = range(num_blocks, 2 * num_blocks), []
     for _ in range(9):
-        source = await pools[0].share(blocks, lambda: None)
+        source = await pools[0].offer(blocks, lambda: None)
         began_s = time.perf_counter()
         await pools[1].fetch(source, blocks, lambda: None)
         times.append(time.perf_counter() - began_s)

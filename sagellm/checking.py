@@ -15,7 +15,7 @@ from sagellm.graphs.text.yaml import Document
 from sagellm.graphs.vocabulary import nearest
 from sagellm.operators.policies import POLICIES
 from sagellm.overrides import override
-from sagellm.runtime.cluster.options import EXECUTORS
+from sagellm.runtime.cluster.options import EXECUTORS, processes_options
 from sagellm.runtime.engine.options import EngineOptionError, EngineOptions
 from sagellm.runtime.engine.sizing import engine_dtype, engine_facts, size
 from sagellm.runtime.engine.speculation.draft_folder import draft_folder
@@ -53,10 +53,21 @@ def check_graph(
         found += check(graph, resolver.vocabulary, replace(facts, engines=known))
         found += _mixed_tokenizers(graph, views)
     if not found:
+        found = _mistaken_executor(graph)
+    if not found:
         found = _unbuildable(graph, resolver, functions)
     if found:
         raise GraphError(locate(found, document.positions))
     return graph
+
+
+def _mistaken_executor(graph: Graph) -> tuple[Diagnostic, ...]:
+    """Options of the executor that do not go together."""
+    options = processes_options(graph)
+    return tuple(
+        Diagnostic("bad-options", ("executor", option), f"{option}: {message}", hint)
+        for option, message, hint in (options.mistakes() if options is not None else ())
+    )
 
 
 class _AnyFunction(dict[str, Callable[..., Any]]):

@@ -11,6 +11,7 @@ from sagellm.runtime.engine.local import LocalEngine
 from sagellm.runtime.engine.opening import open_engine
 from sagellm.runtime.engine.options import EngineOptions
 from sagellm.runtime.engine.port import Engine
+from sagellm.runtime.kv.transport import Sharing
 from sagellm.runtime.models.folder import resolve_model
 from sagellm.runtime.models.tokenizer import Tokenizer, load_tokenizer
 from sagellm.runtime.options import read_options
@@ -46,12 +47,12 @@ async def _opened(options: EngineOptions, name: str, replica: int) -> Engine:
 
 
 def load_replica(
-    options: EngineOptions, name: str, replica: int, *, shares: bool = False
+    options: EngineOptions, name: str, replica: int, sharing: Sharing | None = None
 ) -> LocalEngine:
     """One replica, ready to run; takes seconds where it computes. See `open_engine`."""
     if not options.is_null:
         _import_torch()
-    return open_engine(options, name=name, replica=replica, shares=shares)
+    return open_engine(options, name=name, replica=replica, sharing=sharing)
 
 
 def _import_torch() -> None:

@@ -13,14 +13,12 @@ import trio
 from sagellm.bridge import AsyncioSession, BlockingSession, Bridge
 from sagellm.checking import check_graph
 from sagellm.engines import load_tokenizer_of, open_engines
-from sagellm.graphs.diagnostics import Diagnostic, GraphError
-from sagellm.graphs.ir import FrozenMap, Graph
+from sagellm.graphs.ir import Graph
 from sagellm.graphs.text.yaml import Document
 from sagellm.logs import configure_logs
-from sagellm.runtime.cluster.options import ProcessesOptions
+from sagellm.runtime.cluster.options import ProcessesOptions, processes_options
 from sagellm.runtime.engine.port import Engine
 from sagellm.runtime.executors.tasks import TasksExecutor
-from sagellm.runtime.options import read_options
 from sagellm.runtime.plan import plan
 from sagellm.runtime.resolver import Resolver
 from sagellm.session import Session, encode_prompt
@@ -97,7 +95,7 @@ async def open_session(recipe: Recipe) -> AsyncIterator[Session]:
     )
     tokenizer = load_tokenizer_of(graph)
     async with _unwrapped(), trio.open_nursery() as nursery:
-        processes = _processes(graph)
+        processes = processes_options(graph)
         engines, supervisor = await _engines(graph, processes, nursery)
         ready = plan(
             graph,
@@ -121,20 +119,6 @@ async def open_session(recipe: Recipe) -> AsyncIterator[Session]:
             with trio.CancelScope(shield=True):  # brief: an engine step at the most
                 await session.close()
             nursery.cancel_scope.cancel()
-
-
-def _processes(graph: Graph) -> ProcessesOptions | None:
-    """The options of executor `processes`; None where it is not asked for. Raises GraphError."""
-    executor = graph.attrs.get("executor")
-    options = dict(executor) if isinstance(executor, FrozenMap) else {}
-    if options.pop("kind", "tasks") == "tasks":
-        return None
-    read = read_options(ProcessesOptions, options)
-    if read.silent_s < 2 * read.ping_s:
-        message = f"silent_s: {read.silent_s:g} is less than two pings of {read.ping_s:g} s"
-        hint = "raise silent_s, or lower ping_s: every worker would be taken for dead"
-        raise GraphError((Diagnostic("bad-options", ("executor", "silent_s"), message, hint),))
-    return read
 
 
 async def _engines(

@@ -8,9 +8,11 @@ from sagellm.engines import engine_options, load_replica
 from sagellm.graphs.ir import Graph
 from sagellm.graphs.models import UnsupportedModel
 from sagellm.logs import configure_logs
+from sagellm.runtime.cluster.options import processes_options
 from sagellm.runtime.cluster.start import serve
 from sagellm.runtime.engine.local import LocalEngine
 from sagellm.runtime.engine.options import EngineOptionError
+from sagellm.runtime.kv.transport import Sharing
 from sagellm.runtime.models.folder import ModelError
 
 
@@ -19,9 +21,9 @@ async def open_engine(graph: Graph, name: str, replica: int, num_blocks: int | N
     options = engine_options(graph, name)
     if num_blocks is not None:
         options = replace(options, num_blocks=num_blocks, kv_memory=None)
-    return await trio.to_thread.run_sync(
-        lambda: load_replica(options, name, replica, shares=True)  # seconds
-    )
+    links = processes_options(graph)
+    sharing = Sharing(links.kv, links.host) if links is not None else Sharing()
+    return await trio.to_thread.run_sync(load_replica, options, name, replica, sharing)  # seconds
 
 
 def main() -> None:

@@ -19,8 +19,10 @@ MODULE = "sagellm.worker"
 async def start_workers(
     graph: Graph, options: ProcessesOptions, nursery: trio.Nursery
 ) -> Supervisor:
-    """Returns once every worker is ready; they run until the nursery ends. Raises WorkerUnfit."""
-    launcher = Processes(MODULE)
+    """Returns once every worker is ready; they run until the nursery ends. Raises WorkerUnfit,
+    BadKeys.
+    """
+    launcher = Processes(MODULE, options.address, options.keys)
     supervisor = Supervisor(
         ShareCores(len(os.sched_getaffinity(0))).apply(graph),
         {name: engine_options(graph, name).replicas for name in graph.engines},

@@ -10,9 +10,11 @@ from typing import Protocol
 
 import trio
 
+from sagellm.runtime.cluster.options import IPC
 from sagellm.runtime.cluster.process import Process
 from sagellm.runtime.cluster.start import OpenEngine, Start, work
 from sagellm.runtime.comm.channel import Channel, ChannelClosed, MemoryChannel, memory_channels
+from sagellm.runtime.comm.keys import load_keys
 from sagellm.runtime.comm.zeromq import Hub
 
 
@@ -69,18 +71,21 @@ class ProcessLife:
 class Processes:
     """Workers as processes that run `module`, which calls `serve` (see `start.py`).
 
-    `folder` is of this user alone, and holds the socket that they connect to.
+    They connect to `address`: that of a network (tcp), which takes the `keys` of a folder; else a
+    socket in `folder`, which is of this user alone. Raises BadKeys.
     """
 
-    def __init__(self, module: str) -> None:
+    def __init__(self, module: str, address: str = IPC, keys: str | None = None) -> None:
+        hub_keys = load_keys(Path(keys), "graph") if keys is not None else None
         self.folder = Path(tempfile.mkdtemp(prefix="sagellm-"))
         self._module = module
-        self._hub = Hub()
-        self._endpoint = ""
+        self._keys = keys
+        self._hub = Hub(hub_keys)
+        self._endpoint = f"ipc://{self.folder}/hub" if address == IPC else address
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         try:
-            self._endpoint = self._hub.bind(f"ipc://{self.folder}/hub")
+            self._endpoint = self._hub.bind(self._endpoint)
             task_status.started()
             await self._hub.run()
         finally:
@@ -90,8 +95,10 @@ class Processes:
         name = secrets.token_bytes(16)
         # What trio's clock is ahead of the one that all processes of this machine read.
         offset_s = trio.current_time() - perf_counter()
-        process = Process(self._module, Start(self._endpoint, name.hex(), epoch, offset_s).env)
-        return ProcessLife(process, self._hub.link(name, epoch))
+        start = Start(
+            self._endpoint, name.hex(), epoch, offset_s, folder=str(self.folder), keys=self._keys
+        )
+        return ProcessLife(Process(self._module, start.env), self._hub.link(name, epoch))
 
 
 class TaskLife:

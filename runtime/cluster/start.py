@@ -15,6 +15,7 @@ from sagellm.graphs.ir import Graph
 from sagellm.graphs.text.codec import from_msgpack
 from sagellm.runtime.cluster.lifeline import hold_lifeline
 from sagellm.runtime.comm.channel import Channel, ChannelClosed
+from sagellm.runtime.comm.keys import load_keys
 from sagellm.runtime.comm.protocol import Open, Stop, Unfit
 from sagellm.runtime.comm.zeromq import Dealer
 from sagellm.runtime.engine.local import LocalEngine
@@ -28,12 +29,16 @@ OpenEngine: TypeAlias = Callable[[Graph, str, int, int | None], Awaitable[LocalE
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Where to connect, under which name, in which life; and what the clock is ahead."""
+    """Where to connect, under which name, in which life; what the clock is ahead; the folder that
+    goes with the graph's process; and that of the keys, where links have any.
+    """
 
     endpoint: str
     name: str
     epoch: int
     clock_offset_s: float
+    folder: str
+    keys: str | None = None
 
     @property
     def env(self) -> Mapping[str, str]:
@@ -63,12 +68,13 @@ def serve(open_engine: OpenEngine, unfit: tuple[type[Exception], ...]) -> None:
     show. Anything else ends the process with a traceback.
     """
     start = msgspec.json.decode(os.environ.pop(_VARIABLE), type=Start)
-    hold_lifeline(Path(start.endpoint.removeprefix("ipc://")).parent)
+    hold_lifeline(Path(start.folder))
     trio.run(_serve, start, open_engine, unfit, clock=SharedClock(start.clock_offset_s))
 
 
 async def _serve(start: Start, open_engine: OpenEngine, unfit: tuple[type[Exception], ...]) -> None:
-    dealer = Dealer(start.endpoint, bytes.fromhex(start.name), start.epoch)
+    keys = load_keys(Path(start.keys), "worker") if start.keys is not None else None
+    dealer = Dealer(start.endpoint, bytes.fromhex(start.name), start.epoch, keys)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(dealer.run)
         with suppress(ChannelClosed):  # nobody is left to serve

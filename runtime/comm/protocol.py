@@ -15,7 +15,7 @@ from sagellm.runtime.engine.port import (
     LeaseOffer,
     PrefillDone,
 )
-from sagellm.runtime.kv.shared import SharedBlocks
+from sagellm.runtime.kv.located import Located
 from sagellm.runtime.messages import LeaseRef, SequenceState, TokenEvent
 
 
@@ -72,7 +72,7 @@ class Receive(_Said, frozen=True, kw_only=True, tag="receive"):
 
     call: int
     lease: LeaseRef
-    source: SharedBlocks
+    source: Located
 
 
 class Release(_Said, frozen=True, kw_only=True, tag="release"):
@@ -148,7 +148,7 @@ class Exported(_Said, frozen=True, kw_only=True, tag="exported"):
     """Where the blocks are."""
 
     call: int
-    source: SharedBlocks
+    source: Located
 
 
 class Events(_Said, frozen=True, kw_only=True, tag="events"):

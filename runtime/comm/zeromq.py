@@ -1,7 +1,8 @@
 """Channels over ZeroMQ: a hub where the graph is, one dealer in each worker, over ipc or tcp.
 
 The hub is a ROUTER that knows its peers by a name that only they were told; what strangers send is
-dropped and counted. Sockets are bounded (`ROOM`, `MAX_FRAME_BYTES`), linger for nobody, and an end
+dropped and counted. Over tcp all of it is encrypted, and who has no key is not let in (CURVE, see
+`keys`). Sockets are bounded (`ROOM`, `MAX_FRAME_BYTES`), linger for nobody, and an end
 that finds its peer full, silent or garbled closes: it does not wait in the dark.
 """
 
@@ -17,6 +18,7 @@ import zmq
 
 from sagellm.runtime.comm.channel import MOST_WAITING, ROOM, ChannelClosed
 from sagellm.runtime.comm.frame import MAX_FRAME_BYTES, Frame, FrameError, decode, encode
+from sagellm.runtime.comm.keys import Gate, Keys
 from sagellm.runtime.comm.protocol import FromGraph, FromWorker, Message
 
 log = structlog.get_logger("sagellm.comm")
@@ -129,19 +131,27 @@ class _Port:
     whichever way: so a call that sends has to take what came meanwhile, too.
     """
 
-    def __init__(self, kind: int, take: Callable[[list[bytes]], None]) -> None:
-        self.socket: zmq.Socket[bytes] = zmq.Context.instance().socket(kind)
+    def __init__(
+        self,
+        kind: int,
+        take: Callable[[list[bytes]], None],
+        context: "zmq.Context[zmq.Socket[bytes]] | None" = None,
+    ) -> None:
+        self.socket = (context or zmq.Context.instance()).socket(kind)
         for option, value in _OPTIONS.items():
             self.socket.setsockopt(option, value)
         self._take = take
+        self._wait = trio.CancelScope()  # that of `pump` for something to come
 
     def send(self, parts: list[bytes]) -> bool:
-        """Whether there was a peer, and room for it."""
+        """Whether there was a peer, and room for it; if not, `pump` tries again before long."""
         try:
             self.socket.send_multipart(parts, zmq.NOBLOCK)
         except zmq.ZMQError as error:
             if error.errno not in (zmq.EAGAIN, zmq.EHOSTUNREACH):
                 raise
+            # What would show that there is room now may be what is drained below.
+            self._wait.deadline = min(self._wait.deadline, trio.current_time() + _RETRY_S)
             return False
         finally:
             self._drain()
@@ -158,7 +168,7 @@ class _Port:
             if not is_dry or self.socket.poll(0):
                 await trio.lowlevel.checkpoint()
                 continue
-            with trio.move_on_after(math.inf if is_flushed else _RETRY_S):
+            with trio.move_on_after(math.inf if is_flushed else _RETRY_S) as self._wait:
                 await trio.lowlevel.wait_readable(descriptor)
 
     def close(self) -> None:
@@ -176,21 +186,28 @@ class _Port:
 
 
 class Hub:
-    """The graph's end of the links to all its workers: one bound socket.
+    """The graph's end of the links to all its workers: one bound socket, with `keys` over tcp.
 
     `num_strange` frames came from nobody that was announced, or were none of the life they should
     be of.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, keys: Keys | None = None) -> None:
         self.num_strange = 0
         self._links: dict[bytes, Link] = {}
-        self._port = _Port(zmq.ROUTER, self._take)
+        self._gate = Gate(keys) if keys is not None else None
+        self._port = _Port(zmq.ROUTER, self._take, self._gate.context if self._gate else None)
         self._port.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        if keys is not None:
+            keys.secure_server(self._port.socket)
 
     def bind(self, endpoint: str) -> str:
-        """Returns the endpoint to connect to. Raises OSError."""
-        self._port.socket.bind(endpoint)
+        """Returns the endpoint to connect to. Raises OSError; then it is closed."""
+        try:
+            self._port.socket.bind(endpoint)
+        except zmq.ZMQError as error:
+            self._close()
+            raise OSError(error.errno, f"{error.strerror}: {endpoint}") from None
         return self._port.socket.getsockopt_string(zmq.LAST_ENDPOINT)
 
     def link(self, name: bytes, epoch: int) -> Link:
@@ -205,9 +222,14 @@ class Hub:
         try:
             await self._port.pump(self._flush)
         finally:
-            for link in tuple(self._links.values()):
-                link.close()
-            self._port.close()
+            self._close()
+
+    def _close(self) -> None:
+        for link in tuple(self._links.values()):
+            link.close()
+        self._port.close()
+        if self._gate is not None:
+            self._gate.close()
 
     def _take(self, parts: list[bytes]) -> None:
         link = self._links.get(parts[0])
@@ -227,8 +249,10 @@ class Hub:
 class Dealer:
     """A worker's end: one link, to the hub at `endpoint`, under the name that the hub expects."""
 
-    def __init__(self, endpoint: str, name: bytes, epoch: int) -> None:
+    def __init__(self, endpoint: str, name: bytes, epoch: int, keys: Keys | None = None) -> None:
         self._port = _Port(zmq.DEALER, self._take)
+        if keys is not None:
+            keys.secure_client(self._port.socket)
         self._port.socket.setsockopt(zmq.ROUTING_ID, name)
         self.link = Link(lambda data: self._port.send([data]), _FROM_GRAPH, epoch)
         self._port.socket.connect(endpoint)

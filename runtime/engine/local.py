@@ -24,8 +24,8 @@ from sagellm.runtime.engine.sequence import Sequence
 from sagellm.runtime.engine.stepping import Stepping
 from sagellm.runtime.kv.exchange import Exchange
 from sagellm.runtime.kv.lease import Fence
+from sagellm.runtime.kv.located import Located
 from sagellm.runtime.kv.pool import BlockPool
-from sagellm.runtime.kv.shared import SharedBlocks
 from sagellm.runtime.kv.transfer import PoolSource, PoolTarget
 from sagellm.runtime.messages import (
     FinishReason,
@@ -98,7 +98,7 @@ class LocalEngine:
         fence = Fence(offer.request_id, offer.choice, offer.epoch)
         return self._exchange.target(fence) or await self._land(fence, offer.num_tokens)
 
-    async def receive(self, lease: LeaseRef, source: SharedBlocks) -> None:
+    async def receive(self, lease: LeaseRef, source: Located) -> None:
         """Fill a reserved lease from another process. Raises StaleLease, DamagedBlocks."""
         target = self._exchange.target(Fence(lease.request_id, lease.choice, lease.epoch))
         if target is None or target.lease != lease:
@@ -106,8 +106,12 @@ class LocalEngine:
         await target.fetch(source)
 
     def forget_gone(self) -> None:
-        """Let go of the memory of other processes that are gone."""
+        """Let go of what belonged to other processes that are gone."""
         self._equipment.storage.forget_gone()
+
+    async def serve_blocks(self) -> None:
+        """Let other processes fetch what is exported, until cancelled."""
+        await self._equipment.storage.serve()
 
     def events(self, owner: str) -> Mailbox:
         if owner not in self._mailboxes:

@@ -10,6 +10,7 @@ from sagellm.runtime.engine.options import EngineOptions
 from sagellm.runtime.engine.port import EngineFacts
 from sagellm.runtime.engine.sizing import engine_facts, size
 from sagellm.runtime.kv.storage import NullStorage
+from sagellm.runtime.kv.transport import Sharing
 from sagellm.runtime.models.folder import ModelFolder, resolve_model
 
 NULL_MEMORY_BYTES = 1 << 40  # nothing is stored
@@ -19,11 +20,11 @@ _TORCH = "sagellm.runtime.engine.torch_equipment"
 
 
 def open_engine(
-    options: EngineOptions, *, name: str, replica: int = 0, shares: bool = False
+    options: EngineOptions, *, name: str, replica: int = 0, sharing: Sharing | None = None
 ) -> LocalEngine:
     """One replica, ready for `run`: loads weights, lowers the kernel graph, allocates the pool.
 
-    `shares`: the pool lies where other processes of this host can read it.
+    `sharing`: other processes reach the pool through that.
     Takes seconds without a checkpoint. Raises EngineOptionError, ModelError, UnsupportedModel,
     UnknownBackend, LoweringError.
     """
@@ -32,7 +33,7 @@ def open_engine(
     if options.is_null:
         equipment = _null_equipment(options, folder, facts)
     else:
-        equipment = importlib.import_module(_TORCH).equip(options, folder, facts, shares=shares)
+        equipment = importlib.import_module(_TORCH).equip(options, folder, facts, sharing)
     return LocalEngine(equipment, name=name, replica=replica)
 
 

@@ -18,7 +18,7 @@ from sagellm.runtime.comm.protocol import (
     Submit,
 )
 from sagellm.runtime.engine.port import KVSource
-from sagellm.runtime.kv.shared import SharedBlocks
+from sagellm.runtime.kv.located import Located
 from sagellm.runtime.messages import LeaseRef
 
 Question: TypeAlias = Callable[[int], Submit | Import | Export | Receive | Idle]
@@ -41,7 +41,7 @@ class RemoteSource:
     engine: Asked
     lease: LeaseRef
 
-    async def locate(self) -> SharedBlocks:
+    async def locate(self) -> Located:
         """Where the blocks are; from now on they are `sending`. Raises StaleLease, EngineLost."""
         with trio.CancelScope(shield=True):
             answer = await self.engine.ask(lambda call: Export(call=call, lease=self.lease))

@@ -49,6 +49,7 @@ class EngineServer:
     async def run(self) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._engine.run)
+            nursery.start_soon(self._engine.serve_blocks)
             self._channel.put(Ready(facts=self._engine.facts))
             with suppress(ChannelClosed):  # nobody is left to serve
                 while not isinstance(message := await self._channel.receive(), Stop):

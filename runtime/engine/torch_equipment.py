@@ -18,8 +18,11 @@ from sagellm.runtime.engine.speculation.speculation import Speculation
 from sagellm.runtime.engine.torch_runner import SharedProgram, TorchRunner
 from sagellm.runtime.engine.transcript import Transcript
 from sagellm.runtime.kv.pool import BlockPool
+from sagellm.runtime.kv.pool_bytes import PoolBytes
 from sagellm.runtime.kv.shared import SharedMemory
 from sagellm.runtime.kv.tensor_storage import TensorStorage
+from sagellm.runtime.kv.transport import Sharing
+from sagellm.runtime.kv.transports import open_transport
 from sagellm.runtime.messages import SequenceState
 from sagellm.runtime.models.folder import ModelFolder
 from sagellm.runtime.models.quantised import open_weights
@@ -33,25 +36,29 @@ _loading = threading.Lock()
 
 
 def equip(
-    options: EngineOptions, folder: ModelFolder, facts: EngineFacts, *, shares: bool
+    options: EngineOptions, folder: ModelFolder, facts: EngineFacts, sharing: Sharing | None
 ) -> Equipment:
-    """Load, lower and allocate; where it `shares`, in memory that other processes can read.
+    """Load, lower and allocate; with `sharing`, so that other processes can read the pool.
 
     Raises EngineOptionError, ModelError, UnknownBackend, LoweringError.
     """
     layout = _layout(options, folder)
     tokenizer = load_tokenizer(folder)
     program = _program(options, folder, layout)
-    memory = SharedMemory(facts.num_blocks * facts.kv_block_bytes) if shares else None
+    memory = None
+    if sharing is not None and sharing.kind == "memory":
+        memory = SharedMemory(facts.num_blocks * facts.kv_block_bytes)
     pool = get_backend(options.device).allocate_pool(
         layout, facts.num_blocks, memory.view if memory else None
     )
+    as_bytes = PoolBytes(pool)
+    transport = open_transport(sharing, as_bytes, memory) if sharing is not None else None
     runner = TorchRunner(program, pool, options.block_size, options.threads)
     return Equipment(
         facts,
         options.limits,
         runner,
-        TensorStorage(pool, memory),
+        TensorStorage(as_bytes, transport),
         folder.facts.vocab_size,
         frozenset(folder.eos_token_ids),
         _transcripts(tokenizer),

@@ -1,4 +1,4 @@
-"""A block pool's memory that other processes of this host can read, and how they find it.
+"""Blocks through memory that processes of one host share: one copy, and no message.
 
 The memory is a file without a name: it is reached through the process that made it, by whoever may
 look into that process, and is gone with the last process that has it open. So none is ever left
@@ -7,23 +7,15 @@ behind, and nobody guesses a name.
 
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-import msgspec
+import trio
+import xxhash
 
 from sagellm.runtime.engine.port import StaleLease
-
-
-class SharedBlocks(msgspec.Struct, frozen=True, kw_only=True, tag="shared_blocks"):
-    """The blocks of an exported lease: `blocks`, in order, of the pool of `size` bytes that process
-    `pid` has open as `descriptor`. `sums`: a checksum of each chunk of them as it was exported.
-    """
-
-    pid: int
-    descriptor: int
-    size: int
-    blocks: tuple[int, ...]
-    sums: tuple[int, ...] = ()
+from sagellm.runtime.kv.located import Located, SharedBlocks
+from sagellm.runtime.kv.pool_bytes import Bytes, PoolBytes, Run, kinds_of, runs_of
+from sagellm.runtime.kv.transport import MOST_COPIES, damaged
 
 
 class SharedMemory:
@@ -35,14 +27,72 @@ class SharedMemory:
         self.size = size
         self.view = memoryview(mmap.mmap(self.descriptor, size))
 
-    def tell(self, blocks: Sequence[int], sums: Sequence[int]) -> SharedBlocks:
+
+class SharedTransport:
+    """Implements Transport for a pool that lies in shared memory."""
+
+    def __init__(self, pool: PoolBytes, memory: SharedMemory) -> None:
+        self.num_damaged = 0
+        self._pool = pool
+        self._memory = memory
+        self._mapped: dict[tuple[int, int, int], Bytes] = {}
+
+    async def offer(self, blocks: Sequence[int], check: Callable[[], None]) -> SharedBlocks:
+        sums = []
+        for layers in self._pool.chunks(len(blocks)):
+            check()
+            sums.append(self._pool.sum(layers, blocks))
+            await trio.lowlevel.checkpoint()
         return SharedBlocks(
             pid=os.getpid(),
-            descriptor=self.descriptor,
-            size=self.size,
+            descriptor=self._memory.descriptor,
+            size=self._memory.size,
             blocks=tuple(blocks),
             sums=tuple(sums),
         )
+
+    async def fetch(
+        self, source: Located, blocks: Sequence[int], check: Callable[[], None]
+    ) -> None:
+        if not isinstance(source, SharedBlocks):
+            raise TypeError(f"memory fetches from memory, not from {type(source).__name__}")
+        sender = self._map(source)
+        runs = runs_of(list(zip(source.blocks, blocks, strict=True)))
+        for layers, wanted in zip(self._pool.chunks(len(blocks)), source.sums, strict=True):
+            for _ in range(MOST_COPIES):
+                check()
+                found = self._copy(sender, layers, runs)
+                await trio.lowlevel.checkpoint()
+                if found == wanted:
+                    break
+                self.num_damaged += 1
+            else:
+                raise damaged(len(blocks))
+
+    def forget_gone(self) -> None:
+        for where in tuple(self._mapped):
+            if not is_there(*where):
+                del self._mapped[where]
+
+    async def run(self) -> None:
+        """Others read without being served."""
+        await trio.sleep_forever()
+
+    def _copy(self, source: Bytes, layers: range, runs: Sequence[Run]) -> int:
+        """The checksum of what has arrived: looked at while it is still in the CPU's cache."""
+        hashed = xxhash.xxh3_64()
+        kinds = zip(kinds_of(source, layers), kinds_of(self._pool.array, layers), strict=True)
+        for theirs, ours in kinds:
+            for sent, landed in runs:
+                ours[landed] = theirs[sent]
+                hashed.update(ours[landed].data)
+        return hashed.intdigest()
+
+    def _map(self, source: SharedBlocks) -> Bytes:
+        where = source.pid, source.descriptor, source.size
+        if where not in self._mapped:
+            self._mapped[where] = self._pool.like(map_shared(*where))
+        return self._mapped[where]
 
 
 def is_there(pid: int, descriptor: int, size: int) -> bool:

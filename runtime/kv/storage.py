@@ -6,13 +6,16 @@ from typing import Protocol, TypeAlias
 
 import trio
 
-from sagellm.runtime.kv.shared import SharedBlocks
+from sagellm.runtime.kv.located import Located, SharedBlocks
 
 Pairs: TypeAlias = list[tuple[int, int]]  # (block of the sender, block of the receiver)
 
 
 class Storage(Protocol):
-    """The memory of one block pool."""
+    """The memory of one block pool. `num_damaged`: see Transport."""
+
+    @property
+    def num_damaged(self) -> int: ...
 
     async def receive(self, sender: "Storage", pairs: Pairs, check: Callable[[], None]) -> None:
         """Copy blocks, chunk by chunk, a checkpoint after each.
@@ -21,21 +24,17 @@ class Storage(Protocol):
         where either lease has gone, so that nothing is copied from or to blocks of somebody else.
         """
 
-    async def share(self, blocks: Sequence[int], check: Callable[[], None]) -> SharedBlocks:
-        """How another process finds those blocks. Only where the memory is shared; `check` is
-        called before each chunk is looked at, as in `receive`.
-        """
+    # What follows is for a pool that other processes reach; see Transport.
 
-    def forget_gone(self) -> None:
-        """Let go of the memory of processes that are gone."""
+    async def share(self, blocks: Sequence[int], check: Callable[[], None]) -> Located: ...
 
     async def fetch(
-        self, source: SharedBlocks, blocks: Sequence[int], check: Callable[[], None]
-    ) -> None:
-        """Copy another process's blocks into these, as `receive` does, and compare checksums.
+        self, source: Located, blocks: Sequence[int], check: Callable[[], None]
+    ) -> None: ...
 
-        Raises StaleLease where that process is gone, DamagedBlocks.
-        """
+    def forget_gone(self) -> None: ...
+
+    async def serve(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,21 +43,25 @@ class NullStorage:
 
     block_bytes: int
     bytes_per_s: float
+    num_damaged: int = 0
 
     async def receive(self, sender: Storage, pairs: Pairs, check: Callable[[], None]) -> None:
         check()
         await trio.sleep(len(pairs) * self.block_bytes / self.bytes_per_s)
 
-    async def share(self, blocks: Sequence[int], check: Callable[[], None]) -> SharedBlocks:
+    async def share(self, blocks: Sequence[int], check: Callable[[], None]) -> Located:
         await trio.lowlevel.checkpoint()
         check()
         return SharedBlocks(pid=0, descriptor=-1, size=0, blocks=tuple(blocks))
 
-    def forget_gone(self) -> None:
-        """There is none."""
-
     async def fetch(
-        self, source: SharedBlocks, blocks: Sequence[int], check: Callable[[], None]
+        self, source: Located, blocks: Sequence[int], check: Callable[[], None]
     ) -> None:
         check()
         await trio.sleep(len(blocks) * self.block_bytes / self.bytes_per_s)
+
+    def forget_gone(self) -> None:
+        """There is none."""
+
+    async def serve(self) -> None:
+        await trio.sleep_forever()

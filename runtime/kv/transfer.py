@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from sagellm.runtime.engine.port import KVSource, StaleLease
 from sagellm.runtime.kv.lease import Lease
+from sagellm.runtime.kv.located import Located
 from sagellm.runtime.kv.pool import BlockPool
-from sagellm.runtime.kv.shared import SharedBlocks
 from sagellm.runtime.kv.storage import Storage
 from sagellm.runtime.messages import LeaseRef
 
@@ -20,7 +20,7 @@ class PoolSource:
     held: Lease
     lease: LeaseRef
 
-    async def share(self) -> SharedBlocks:
+    async def share(self) -> Located:
         """How a receiver in another process finds the blocks. Raises StaleLease."""
         num_blocks = self.pool.num_blocks_for(self.lease.num_tokens)
         blocks = self.held.blocks[:num_blocks]
@@ -51,7 +51,7 @@ class PoolTarget:
             raise TypeError(f"a pool receives from a pool of its process, not {type(source)}")
         await self._receive(lambda: self._copy(source))
 
-    async def fetch(self, source: SharedBlocks) -> None:
+    async def fetch(self, source: Located) -> None:
         """Copy all blocks from another process, which keeps them until it is told. Raises
         StaleLease, DamagedBlocks; aborts its own lease where it does not succeed.
         """
@@ -72,13 +72,13 @@ class PoolTarget:
             self.abort()
             raise
 
-    async def _fetch(self, source: SharedBlocks) -> None:
+    async def _fetch(self, source: Located) -> None:
         def check() -> None:
             self.held.require("receiving")
 
         num_blocks = self.pool.num_blocks_for(self.held.num_tokens)
-        if len(source.blocks) != num_blocks:
-            raise StaleLease(f"{len(source.blocks)} blocks were sent for {num_blocks}")
+        if source.num_blocks != num_blocks:
+            raise StaleLease(f"{source.num_blocks} blocks were sent for {num_blocks}")
         await self.storage.fetch(source, self.held.blocks[:num_blocks], check)
         check()
 

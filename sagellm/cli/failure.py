@@ -12,6 +12,7 @@ from rich.console import Console
 from sagellm.graphs.diagnostics import GraphError
 from sagellm.graphs.models.unsupported import UnsupportedModel
 from sagellm.runtime.cluster.faults import WorkerUnfit
+from sagellm.runtime.comm.faults import BadKeys
 from sagellm.runtime.models.chat import ChatTemplateError
 from sagellm.runtime.models.folder import ModelError
 
@@ -75,6 +76,8 @@ def _explain(error: BaseException) -> Failure | None:
             return _graph_failure(error)
         case UnsupportedModel():
             return Failure(error.cause, error.fix, f"config.json, {error.field}")
+        case BadKeys():
+            return Failure(str(error), "`sagellm keys FOLDER` makes keys", "executor.keys")
         case WorkerUnfit():
             return Failure(str(error), "mend that; the worker's own lines are above")
         case ModelError():

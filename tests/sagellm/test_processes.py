@@ -1,9 +1,11 @@
 """Graphs as processes: the same answers as in one process, whichever worker is killed."""
 
+import importlib.util
 import os
 import signal
 import sys
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +26,8 @@ from process_streams import (
 )
 
 from sagellm import Graph, Sampling, ops
+from sagellm.graphs.diagnostics import GraphError
+from sagellm.runtime.comm.keys import create_keys
 from sagellm.runtime.messages import SERVED
 
 KNOWN: dict[tuple[str, float], dict[int, list[int]]] = {}
@@ -45,6 +49,61 @@ async def test_answers_are_those_of_one_process(graph: str, sampling: Sampling) 
         found = await stream_all(session, sampling)
     assert found.tokens == await right(graph, sampling)
     assert set(found.reasons.values()) == {"length"}
+
+
+@pytest.fixture(params=["tcp", "nixl"])
+def links(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Any]:
+    """Options of an executor whose workers are linked as those of several hosts would be."""
+    create_keys(tmp_path / "keys")
+    return {
+        "executor.address": "tcp://127.0.0.1:0",
+        "executor.keys": str(tmp_path / "keys"),
+        "executor.kv": request.param,
+    }
+
+
+async def test_answers_over_tcp_are_those_of_one_process(links: dict[str, Any]) -> None:
+    async with opened("pd_many", **links) as session:
+        found = await stream_all(session, SEEDED)
+    assert found.tokens == await right("pd_many", SEEDED)
+
+
+async def test_workers_killed_behind_tcp_lose_nothing(links: dict[str, Any]) -> None:
+    async with opened("pd_many", **links) as session:
+
+        async def kill(streams: Streams) -> None:
+            await killed(session, "p[0]", streams, after=3)
+            await killed(session, "d[1]", streams, after=20)
+
+        found = await stream_all(session, GREEDY, kill)
+    assert found.tokens == await right("pd_many", GREEDY)
+
+
+@pytest.mark.parametrize(
+    ("options", "wrong"),
+    [
+        ({"executor.address": "tcp://127.0.0.1:0"}, "links over tcp need keys"),
+        ({"executor.address": "tcp://*:1", "executor.keys": "k"}, "neither ipc nor an address"),
+        ({"executor.address": "tcp://0.0.0.0:1", "executor.keys": "k"}, "neither ipc nor an"),
+        ({"executor.address": "tcp://h:99999", "executor.keys": "k"}, "neither ipc nor an address"),
+        ({"executor.address": "udp://h:1"}, "neither ipc nor an address"),
+        ({"executor.silent_s": 0.1}, "less than two pings"),
+        ({"executor.kv": "rdma"}, "kv"),
+    ],
+)
+async def test_links_that_make_no_sense_are_refused(options: dict[str, Any], wrong: str) -> None:
+    with pytest.raises(GraphError, match=wrong):
+        async with opened("pd", **options):
+            pass
+
+
+async def test_a_transport_that_is_not_installed_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(GraphError, match="NIXL is not installed"):
+        async with opened("pd", **{"executor.kv": "nixl"}):
+            pass
 
 
 @pytest.mark.alone

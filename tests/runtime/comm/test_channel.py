@@ -3,7 +3,7 @@
 import pickle
 import secrets
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,9 @@ import trio
 import zmq
 
 from sagellm.runtime.comm.channel import ROOM, Channel, ChannelClosed, memory_channels
+from sagellm.runtime.comm.faults import BadKeys
 from sagellm.runtime.comm.frame import MAX_FRAME_BYTES, Frame, encode
+from sagellm.runtime.comm.keys import Keys, create_keys, load_keys
 from sagellm.runtime.comm.protocol import Cancel, Done, Ping, Pong
 from sagellm.runtime.comm.zeromq import Dealer, Hub
 from sagellm.runtime.engine.port import EngineHealth, EngineLoad
@@ -26,14 +28,19 @@ def cancel(number: int) -> Cancel:
 
 
 class Zeromq:
-    """A hub with one announced peer, and that peer."""
+    """A hub with one announced peer, and that peer; over tcp with keys."""
 
-    def __init__(self, folder: Path) -> None:
-        self.hub = Hub()
-        self.endpoint = self.hub.bind(f"ipc://{folder}/hub")
+    def __init__(self, folder: Path, *, is_tcp: bool = False) -> None:
+        hub_keys = worker_keys = None
+        if is_tcp:
+            create_keys(folder / "keys")
+            hub_keys = load_keys(folder / "keys", "graph")
+            worker_keys = load_keys(folder / "keys", "worker")
+        self.hub = Hub(hub_keys)
+        self.endpoint = self.hub.bind("tcp://127.0.0.1:0" if is_tcp else f"ipc://{folder}/hub")
         self.name = secrets.token_bytes(16)
         self.link = self.hub.link(self.name, 3)
-        self.dealer = Dealer(self.endpoint, self.name, 3)
+        self.dealer = Dealer(self.endpoint, self.name, 3, worker_keys)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator["Zeromq"]:
@@ -44,9 +51,13 @@ class Zeromq:
             nursery.cancel_scope.cancel()
 
     @asynccontextmanager
-    async def stranger(self, name: bytes) -> AsyncIterator["zmq.Socket[bytes]"]:
+    async def stranger(
+        self, name: bytes, keys: Keys | None = None
+    ) -> AsyncIterator["zmq.Socket[bytes]"]:
         socket = zmq.Context.instance().socket(zmq.DEALER)
         socket.setsockopt(zmq.ROUTING_ID, name)
+        if keys is not None:
+            keys.secure_client(socket)
         socket.connect(self.endpoint)
         try:
             yield socket
@@ -60,10 +71,22 @@ async def zeromq(tmp_path: Path) -> AsyncIterator[Zeromq]:
         yield running
 
 
-@pytest.fixture(params=["memory", "zeromq"])
-async def sides(request: pytest.FixtureRequest, zeromq: Zeromq) -> tuple[Channel, Channel]:
+@pytest.fixture
+async def tcp(tmp_path: Path) -> AsyncIterator[Zeromq]:
+    async with Zeromq(tmp_path, is_tcp=True).running() as running:
+        yield running
+
+
+@pytest.fixture(params=["memory", "ipc", "tcp"])
+async def sides(
+    request: pytest.FixtureRequest, tmp_path: Path
+) -> AsyncIterator[tuple[Channel, Channel]]:
     """The graph's, and the worker's."""
-    return memory_channels() if request.param == "memory" else (zeromq.link, zeromq.dealer.link)
+    if request.param == "memory":
+        yield memory_channels()
+        return
+    async with Zeromq(tmp_path, is_tcp=request.param == "tcp").running() as running:
+        yield running.link, running.dealer.link
 
 
 async def test_messages_come_in_order_and_once(sides: tuple[Channel, Channel]) -> None:
@@ -122,7 +145,9 @@ async def test_what_came_is_a_sign_of_life(sides: tuple[Channel, Channel]) -> No
 async def test_a_closed_side_says_and_hears_nothing(sides: tuple[Channel, Channel]) -> None:
     graph, worker = sides
     worker.put(PONG)
-    await trio.sleep(0.05)
+    with trio.fail_after(10):
+        while graph.heard_s < 0:  # noqa: ASYNC110 - it is not received yet
+            await trio.sleep(0.01)
     graph.close("it was enough")
     assert await graph.receive() == PONG  # what came before the end
     with pytest.raises(ChannelClosed, match="enough"):
@@ -150,7 +175,7 @@ async def test_a_peer_that_takes_nothing_ends_the_link(sides: tuple[Channel, Cha
     graph, _ = sides
 
     def flood() -> None:
-        for number in range(100 * ROOM):
+        for number in range(400 * ROOM):  # the kernel holds some, over tcp
             graph.put(cancel(number))
 
     with pytest.raises(ChannelClosed, match="takes no messages"):
@@ -237,3 +262,102 @@ async def test_what_is_said_before_the_peer_is_there_reaches_it(tmp_path: Path) 
         nursery.start_soon(dealer.run)
         assert await dealer.link.receive() == Ping()
         nursery.cancel_scope.cancel()
+
+
+# ---- over tcp only -------------------------------------------------------------------------
+
+
+def stolen(folder: Path) -> dict[str, Keys | None]:
+    """What somebody may have who knows the address, the name and the public keys, but no secret."""
+    create_keys(folder / "others")
+    graph, worker = (load_keys(folder / "keys", side) for side in ("graph", "worker"))
+    others = load_keys(folder / "others", "worker")
+    return {
+        "no keys": None,
+        "keys of another graph": others,
+        "a pair of their own": Keys(others.public, others.secret, graph.public),
+        "the graph's own pair": Keys(graph.public, graph.secret, graph.public),
+        "half of a pair": Keys(worker.public, others.secret, graph.public),
+    }
+
+
+@pytest.mark.parametrize(
+    "has",
+    [
+        "no keys",
+        "keys of another graph",
+        "a pair of their own",
+        "the graph's own pair",
+        "half of a pair",
+    ],
+)
+async def test_who_has_no_key_is_not_let_in(has: str, tcp: Zeromq, tmp_path: Path) -> None:
+    async with tcp.stranger(tcp.name, stolen(tmp_path)[has]) as socket:
+        frame = encode(
+            Frame(3, 0, msgspec.msgpack.encode(Cancel(request_id="r", choice=0, epoch=0)))
+        )
+        with suppress(zmq.Again):
+            socket.send(frame, zmq.NOBLOCK)
+        tcp.dealer.link.put(PONG)
+        assert await tcp.link.receive() == PONG
+        await trio.sleep(0.1)
+        assert socket.poll(0) == 0
+    assert tcp.hub.num_strange == 0  # what it sent was never read
+
+
+async def test_what_is_said_over_tcp_cannot_be_read(tmp_path: Path) -> None:
+    said = "a prompt that nobody else reads"
+    heard = bytearray()
+    secured = Zeromq(tmp_path, is_tcp=True)
+    port = int(secured.endpoint.rsplit(":", 1)[1])
+
+    async def eavesdrop(stream: trio.SocketStream) -> None:
+        async with await trio.open_tcp_stream("127.0.0.1", port) as onward:
+
+            async def copy(source: trio.SocketStream, sink: trio.SocketStream) -> None:
+                with suppress(trio.BrokenResourceError):
+                    async for data in source:
+                        heard.extend(data)
+                        await sink.send_all(data)
+
+            async with trio.open_nursery() as both:
+                both.start_soon(copy, stream, onward)
+                both.start_soon(copy, onward, stream)
+
+    async with trio.open_nursery() as nursery:
+        (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        nursery.start_soon(trio.serve_listeners, eavesdrop, [listener])
+        between = f"tcp://127.0.0.1:{listener.socket.getsockname()[1]}"
+        name = secrets.token_bytes(16)
+        link = secured.hub.link(name, 1)
+        dealer = Dealer(between, name, 1, load_keys(tmp_path / "keys", "worker"))
+        nursery.start_soon(secured.hub.run)
+        nursery.start_soon(secured.dealer.run)
+        nursery.start_soon(dealer.run)
+        link.put(Cancel(request_id=said, choice=0, epoch=0))
+        assert await dealer.link.receive() == Cancel(request_id=said, choice=0, epoch=0)
+        assert len(heard) > 100
+        assert said.encode() not in heard
+        nursery.cancel_scope.cancel()
+
+
+def test_keys_that_others_can_read_are_refused(tmp_path: Path) -> None:
+    create_keys(tmp_path / "keys")
+    assert (tmp_path / "keys").stat().st_mode & 0o777 == 0o700
+    secret = tmp_path / "keys" / "graph.key_secret"
+    secret.chmod(0o640)
+    with pytest.raises(BadKeys, match="can be read by others"):
+        load_keys(tmp_path / "keys", "graph")
+
+
+@pytest.mark.parametrize("text", ["", "nothing", 'curve\n  public-key = "short"\n'])
+def test_what_is_no_key_is_refused(text: str, tmp_path: Path) -> None:
+    create_keys(tmp_path / "keys")
+    (tmp_path / "keys" / "worker.key").write_text(text)
+    with pytest.raises(BadKeys, match="no key"):
+        load_keys(tmp_path / "keys", "graph")
+
+
+def test_keys_that_are_not_there_say_how_to_make_them(tmp_path: Path) -> None:
+    with pytest.raises(BadKeys, match="sagellm keys"):
+        load_keys(tmp_path, "graph")

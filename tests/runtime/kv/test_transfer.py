@@ -9,6 +9,7 @@ from sagellm.runtime.engine.port import StaleLease
 from sagellm.runtime.kv.exchange import Exchange
 from sagellm.runtime.kv.lease import Fence
 from sagellm.runtime.kv.pool import BlockPool
+from sagellm.runtime.kv.pool_bytes import PoolBytes
 from sagellm.runtime.kv.storage import NullStorage
 from sagellm.runtime.kv.tensor_storage import TensorStorage
 
@@ -33,7 +34,7 @@ class Side:
 
 
 def tensors(fill):
-    return TensorStorage(torch.rand(SHAPE) if fill else torch.zeros(SHAPE))
+    return TensorStorage(PoolBytes(torch.rand(SHAPE) if fill else torch.zeros(SHAPE)))
 
 
 async def test_blocks_arrive_bit_for_bit():
@@ -43,14 +44,14 @@ async def test_blocks_arrive_bit_for_bit():
     sent, landed = source.held.blocks, target.held.blocks
     await target.receive(source)
     assert sent != landed
-    assert torch.equal(right.storage.pool[:, :, landed], left.storage.pool[:, :, sent])
+    assert torch.equal(right.storage.pool.pool[:, :, landed], left.storage.pool.pool[:, :, sent])
     assert target.held.state == "filled"
     source.release()
     assert source.held.state == "released"
 
 
 async def test_a_source_that_is_cancelled_midway_aborts_the_target(monkeypatch):
-    monkeypatch.setattr("sagellm.runtime.kv.tensor_storage._CHUNK_BYTES", 1)
+    monkeypatch.setattr("sagellm.runtime.kv.pool_bytes._CHUNK_BYTES", 1)
     left, right = Side("p", tensors(True)), Side("d", tensors(False))
     source, target = left.send(), right.land()
     async with trio.open_nursery() as nursery:

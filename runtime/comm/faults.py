@@ -1,0 +1,5 @@
+"""What links cannot be made of."""
+
+
+class BadKeys(ValueError):
+    """Keys that are not there, or not to be trusted; the message says which, and how to mend it."""

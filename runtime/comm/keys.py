@@ -1,0 +1,95 @@
+"""CURVE keys: who may link to a graph over a network, made once and kept in a folder.
+
+Both sides have a pair: the graph's end proves who it is, and accepts whoever has the worker's.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+import zmq.auth
+from zmq.auth.thread import ThreadAuthenticator
+
+from sagellm.runtime.comm.faults import BadKeys
+
+Side: TypeAlias = Literal["graph", "worker"]
+SIDES: tuple[Side, ...] = ("graph", "worker")
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """What one side has: its own pair, and the public key of the other. All are Z85 text."""
+
+    public: bytes
+    secret: bytes
+    peer: bytes
+
+    def secure_server(self, socket: "zmq.Socket[bytes]") -> None:
+        """Only who has the peer's pair may connect; see `Gate`."""
+        socket.curve_server = True
+        self._show(socket)
+
+    def secure_client(self, socket: "zmq.Socket[bytes]") -> None:
+        """Connect to nobody but the peer."""
+        socket.curve_serverkey = self.peer
+        self._show(socket)
+
+    def callback(self, domain: str, key: bytes) -> bool:
+        """Called by the authenticator's thread: whether that public key may connect."""
+        return key == self.peer
+
+    def _show(self, socket: "zmq.Socket[bytes]") -> None:
+        socket.curve_publickey, socket.curve_secretkey = self.public, self.secret
+
+
+class Gate:
+    """A context whose servers admit the peer of those keys, and nobody else.
+
+    It is open before any of its sockets is bound: without one, libzmq lets in every key. Contexts
+    have one each, and graphs of one process other keys.
+    """
+
+    def __init__(self, keys: Keys) -> None:
+        self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._authenticator = ThreadAuthenticator(self.context)
+        self._authenticator.start()
+        self._authenticator.configure_curve_callback(credentials_provider=keys)
+
+    def close(self) -> None:
+        """Once its sockets are closed."""
+        self._authenticator.stop()
+        self.context.term()
+
+
+def create_keys(folder: Path) -> None:
+    """Make the pairs of both sides in a folder of its own. Raises FileExistsError, OSError."""
+    folder.mkdir(mode=0o700, parents=True)
+    for side in SIDES:
+        _, secret = zmq.auth.create_certificates(folder, side)
+        Path(secret).chmod(0o600)
+
+
+def load_keys(folder: Path, side: Side) -> Keys:
+    """Raises BadKeys."""
+    (peer,) = set(SIDES) - {side}
+    own, secret = _load(folder / f"{side}.key_secret", is_secret=True)
+    other, _ = _load(folder / f"{peer}.key", is_secret=False)
+    return Keys(own, secret, other)
+
+
+def _load(path: Path, *, is_secret: bool) -> tuple[bytes, bytes]:
+    try:
+        is_open = path.stat().st_mode & 0o077
+        public, secret = zmq.auth.load_certificate(path)
+    except FileNotFoundError:
+        raise BadKeys(f"there is no {path}: `sagellm keys {path.parent}` makes it") from None
+    except (OSError, ValueError) as error:
+        raise BadKeys(f"{path} holds no key: {type(error).__name__}") from None
+    if is_secret and is_open:
+        raise BadKeys(f"{path} can be read by others: chmod 600 it, or make new keys")
+    for key in (public, secret):
+        if key is not None and len(key) != 40:
+            raise BadKeys(f"{path} holds no key: a key has 40 characters")
+    if is_secret and not secret:
+        raise BadKeys(f"{path} holds no secret key")
+    return public, secret or b""

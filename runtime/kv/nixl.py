@@ -1,0 +1,185 @@
+"""Blocks through NIXL (`sagellm[nixl]`): RDMA where the hosts have it, UCX over what there is else.
+
+The receiver reads. It reads into memory of its own first: a transfer under way cannot be called
+back, and must not land in blocks that were given to somebody else meanwhile.
+"""
+
+import hashlib
+import logging
+import secrets
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import nixl_cu12._bindings as _bindings
+import numpy as np
+import structlog
+import trio
+import xxhash
+from nixl_cu12 import nixl_agent, nixl_agent_config
+
+from sagellm.runtime.engine.port import StaleLease
+from sagellm.runtime.kv.located import Located, NixlBlocks
+from sagellm.runtime.kv.pool_bytes import PoolBytes, Run, runs_of
+from sagellm.runtime.kv.transport import MOST_COPIES, damaged
+
+log = structlog.get_logger("sagellm.kv")
+
+logging.getLogger("nixl").setLevel(logging.WARNING)  # the rest goes to standard output
+_LOOK_S = 50e-6  # between two looks at a transfer
+_STALL_S = 5.0  # for one chunk: the other side is gone
+_DRAM = "DRAM"
+
+
+_UNREACHABLE = (
+    _bindings.nixlBackendError,
+    _bindings.nixlRemoteDisconnectError,
+    _bindings.nixlNotFoundError,
+    _bindings.nixlCancelledError,
+    _bindings.nixlInvalidParamError,
+    _bindings.nixlMismatchError,
+)
+
+
+def _gone(why: object) -> StaleLease:
+    log.warning("kv_peer_gone", why=str(why))
+    return StaleLease("the worker that holds the blocks is gone")
+
+
+class NixlTransport:
+    """Implements Transport."""
+
+    def __init__(self, pool: PoolBytes) -> None:
+        self.num_damaged = 0
+        self._pool = pool
+        self._agent = nixl_agent(secrets.token_hex(16), nixl_agent_config(backends=["UCX"]))
+        self._agent.register_memory([(pool.address, pool.array.nbytes, 0, "")], _DRAM)
+        self._metadata: bytes = self._agent.get_agent_metadata()
+        self._peers: dict[bytes, str] = {}
+        self._landing = np.empty(0, dtype=np.uint8)
+        self._landing_registered: Any = None
+        self._abandoned: list[Any] = []
+        self._lock = trio.Lock()  # of the landing
+
+    async def offer(self, blocks: Sequence[int], check: Callable[[], None]) -> NixlBlocks:
+        sums = []
+        for layers in self._pool.chunks(len(blocks)):
+            check()
+            sums.append(self._pool.sum(layers, blocks))
+            await trio.lowlevel.checkpoint()
+        return NixlBlocks(
+            agent=self._metadata,
+            address=self._pool.address,
+            pool_blocks=self._pool.array.shape[2],
+            blocks=tuple(blocks),
+            sums=tuple(sums),
+        )
+
+    async def fetch(
+        self, source: Located, blocks: Sequence[int], check: Callable[[], None]
+    ) -> None:
+        if not isinstance(source, NixlBlocks):
+            raise TypeError(f"NIXL fetches from NIXL, not from {type(source).__name__}")
+        peer = self._peer(source.agent)
+        runs = runs_of(list(zip(source.blocks, blocks, strict=True)))
+        async with self._lock:
+            for layers, wanted in zip(self._pool.chunks(len(blocks)), source.sums, strict=True):
+                for _ in range(MOST_COPIES):
+                    await self._read(peer, source, layers, runs)
+                    if self._land(layers, blocks, wanted, check):
+                        break
+                    self.num_damaged += 1
+                else:
+                    raise damaged(len(blocks))
+
+    def forget_gone(self) -> None:
+        """An agent that is gone costs some names until this one is; none is asked for again."""
+
+    async def run(self) -> None:
+        """The agent has a thread of its own."""
+        await trio.sleep_forever()
+
+    def _peer(self, metadata: bytes) -> str:
+        key = hashlib.blake2b(metadata).digest()
+        if key not in self._peers:
+            try:
+                name = self._agent.add_remote_agent(metadata)
+            except _UNREACHABLE as error:
+                raise _gone(error) from None
+            self._peers[key] = name.decode() if isinstance(name, bytes) else name
+        return self._peers[key]
+
+    async def _read(
+        self, peer: str, source: NixlBlocks, layers: range, runs: Sequence[Run]
+    ) -> None:
+        """Fill the landing with a chunk: what `PoolBytes.views` gives, one after the other."""
+        theirs = list(self._theirs(source, layers, runs))
+        self._make_room(sum(size for _, size in theirs))
+        ours, at = [], self._landing.ctypes.data
+        for _, size in theirs:
+            ours.append((at, size, 0))
+            at += size
+        with trio.CancelScope(shield=True):  # until it has ended, the landing is not ours
+            try:
+                handle = self._agent.initialize_xfer(
+                    "READ",
+                    self._agent.get_xfer_descs(ours, _DRAM),
+                    self._agent.get_xfer_descs([(*place, 0) for place in theirs], _DRAM),
+                    peer,
+                )
+                state = self._agent.transfer(handle)
+                with trio.move_on_after(_STALL_S):
+                    while state == "PROC":
+                        await trio.sleep(_LOOK_S)
+                        state = self._agent.check_xfer_state(handle)
+                self._agent.release_xfer_handle(handle)
+            except _UNREACHABLE as error:
+                self._leave_landing()
+                raise _gone(error) from None
+        await trio.lowlevel.checkpoint()
+        if state != "DONE":
+            self._leave_landing()
+            raise _gone(state)
+
+    def _leave_landing(self) -> None:
+        """What comes late must not land in what is used next: that memory is never used again."""
+        self._abandoned.append(self._landing)
+        self._landing, self._landing_registered = np.empty(0, dtype=np.uint8), None
+
+    def _theirs(
+        self, source: NixlBlocks, layers: range, runs: Sequence[Run]
+    ) -> "list[tuple[int, int]]":
+        """Address and size of each run in the sender's pool."""
+        _, num_kinds, _, block_bytes = self._pool.array.shape
+        return [
+            (
+                source.address
+                + ((layer * num_kinds + kind) * source.pool_blocks + sent.start) * block_bytes,
+                (sent.stop - sent.start) * block_bytes,
+            )
+            for layer in layers
+            for kind in range(num_kinds)
+            for sent, _ in runs
+        ]
+
+    def _make_room(self, size: int) -> None:
+        if len(self._landing) < size:
+            if self._landing_registered is not None:
+                self._agent.deregister_memory(self._landing_registered)
+            self._landing = np.empty(size, dtype=np.uint8)
+            self._landing_registered = self._agent.register_memory(
+                [(self._landing.ctypes.data, size, 0, "")], _DRAM
+            )
+
+    def _land(
+        self, layers: range, blocks: Sequence[int], wanted: int, check: Callable[[], None]
+    ) -> bool:
+        """Copy the landing into the blocks, if it came as it was sent."""
+        views, at = self._pool.views(layers, blocks), 0
+        size = sum(map(len, views))
+        check()
+        if xxhash.xxh3_64_intdigest(self._landing[:size].data) != wanted:
+            return False
+        for view in views:
+            view[:] = self._landing[at : at + len(view)].data
+            at += len(view)
+        return True

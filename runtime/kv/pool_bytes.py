@@ -1,0 +1,77 @@
+"""A block pool's memory as bytes: chunks that are moved at once, and the runs of blocks in them."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+import xxhash
+
+from sagellm.runtime.kv.storage import Pairs
+
+# Moved between two checkpoints: about a millisecond of memory traffic, so that other tasks of the
+# thread wait no longer than that.
+_CHUNK_BYTES = 4 * 2**20
+
+Run: TypeAlias = tuple[slice, slice]  # blocks of the sender, and of the receiver
+Bytes: TypeAlias = "np.ndarray[tuple[int, int, int, int], np.dtype[np.uint8]]"
+
+
+@dataclass(slots=True)
+class PoolBytes:
+    """`pool` has the shape of `KVLayout.pool_shape`: blocks are its third dimension."""
+
+    pool: torch.Tensor
+    array: Bytes = field(init=False)  # layers, keys and values, blocks, bytes of a block
+
+    def __post_init__(self) -> None:
+        layers, kinds, num_blocks = self.pool.shape[:3]
+        self.array = self.pool.view(torch.uint8).numpy().reshape(layers, kinds, num_blocks, -1)
+
+    @property
+    def address(self) -> int:
+        return self.pool.data_ptr()
+
+    def like(self, memory: memoryview) -> Bytes:
+        """Memory of a pool of the same layout: only its number of blocks may differ."""
+        layers, kinds, _, block_bytes = self.array.shape
+        return np.frombuffer(memory, dtype=np.uint8).reshape(layers, kinds, -1, block_bytes)
+
+    def chunks(self, num_blocks: int) -> list[range]:
+        """The layers, as many at a time as may pass between two checkpoints."""
+        num_layers, num_kinds, _, block_bytes = self.array.shape
+        step = max(1, _CHUNK_BYTES // (num_kinds * num_blocks * block_bytes))
+        starts = range(0, num_layers, step)
+        return [range(start, min(start + step, num_layers)) for start in starts]
+
+    def views(self, layers: range, blocks: Sequence[int]) -> list[memoryview]:
+        """The bytes of those blocks: of the keys, then the values, of one layer after the other."""
+        runs = [run for run, _ in runs_of([(block, block) for block in blocks])]
+        return [kind[run].data.cast("B") for kind in kinds_of(self.array, layers) for run in runs]
+
+    def sum(self, layers: range, blocks: Sequence[int]) -> int:
+        """Their checksum."""
+        hashed = xxhash.xxh3_64()
+        for view in self.views(layers, blocks):
+            hashed.update(view)
+        return hashed.intdigest()
+
+
+def kinds_of(pool: Bytes, layers: range) -> "Iterator[np.ndarray[Any, np.dtype[np.uint8]]]":
+    """Keys, then values, of one layer after the other."""
+    return (kind for layer in pool[layers.start : layers.stop] for kind in layer)
+
+
+def runs_of(pairs: Pairs) -> list[Run]:
+    """The pairs as slices: as long as both blocks rise by one."""
+    runs, start = [], 0
+    for end in range(1, len(pairs) + 1):
+        if end < len(pairs) and all(
+            after == before + 1 for before, after in zip(pairs[end - 1], pairs[end], strict=True)
+        ):
+            continue
+        (sent, landed), count = pairs[start], end - start
+        runs.append((slice(sent, sent + count), slice(landed, landed + count)))
+        start = end
+    return runs

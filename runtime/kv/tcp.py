@@ -1,0 +1,235 @@
+"""Blocks through plain tcp connections, sealed chunk by chunk.
+
+    receiver -> sender    magic 4 | version 1 | export 16                  once
+    sender -> receiver    salt 8                                           once
+    receiver -> sender    chunk 4 | seal 16                                for each that it wants
+    sender -> receiver    chunk 4 | size 8 | seal 16 | bytes               for each, in order
+
+All numbers are big-endian. Seals are keyed (see `sealed`): each export has a key of its own, which
+its receiver is told over the links of the graph. Bytes go from the sender's pool straight into the
+receiver's; a chunk whose seal is wrong is asked for again. Nothing is encrypted: who can listen on
+the network between workers sees keys and values, but can neither ask for them nor change them.
+"""
+
+import secrets
+import socket
+import struct
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+
+import structlog
+import trio
+
+from sagellm.runtime.engine.port import StaleLease
+from sagellm.runtime.kv.located import Located, TcpBlocks
+from sagellm.runtime.kv.pool_bytes import PoolBytes
+from sagellm.runtime.kv.sealed import KEY_BYTES, SALT_BYTES, SEAL_BYTES, Sealer
+from sagellm.runtime.kv.transport import MOST_COPIES, damaged
+from sagellm.runtime.kv.wire import Broken, Wire
+
+log = structlog.get_logger("sagellm.kv")
+
+_MAGIC, _VERSION = b"SGKV", 1
+_HELLO = struct.Struct(">4sB16s")
+_ASK = struct.Struct(">I")
+_HEAD = struct.Struct(">IQ")
+_MOST_CONNECTIONS = 64  # more wait to be accepted
+_GREETING_S = 2.0  # for a stranger to show that it is none
+_STALL_S = 5.0  # without a byte: the other side is gone
+
+
+@dataclass(frozen=True, slots=True)
+class _Export:
+    key: bytes
+    blocks: tuple[int, ...]
+    check: Callable[[], None]
+
+    @property
+    def is_over(self) -> bool:
+        try:
+            self.check()
+        except StaleLease:
+            return True
+        return False
+
+
+class TcpTransport:
+    """Implements Transport: listens on a port of `host`, any that is free. Raises OSError."""
+
+    def __init__(self, pool: PoolBytes, host: str) -> None:
+        self.num_damaged = 0
+        self._pool = pool
+        self._exports: dict[bytes, _Export] = {}
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._listener = socket.create_server((host, 0), family=family)
+        self._host, self._port = host, self._listener.getsockname()[1]
+
+    async def offer(self, blocks: Sequence[int], check: Callable[[], None]) -> TcpBlocks:
+        await trio.lowlevel.checkpoint()
+        check()
+        self.forget_gone()
+        name = secrets.token_bytes(16)
+        export = _Export(secrets.token_bytes(KEY_BYTES), tuple(blocks), check)
+        self._exports[name] = export
+        return TcpBlocks(
+            host=self._host, port=self._port, export=name, key=export.key, num_blocks=len(blocks)
+        )
+
+    async def fetch(
+        self, source: Located, blocks: Sequence[int], check: Callable[[], None]
+    ) -> None:
+        if not isinstance(source, TcpBlocks):
+            raise TypeError(f"tcp fetches from tcp, not from {type(source).__name__}")
+        chunks = self._pool.chunks(len(blocks))
+        wanted = [
+            (number, self._pool.views(layers, blocks)) for number, layers in enumerate(chunks)
+        ]
+        receiver = _Receiver(source, wanted, check)
+        try:
+            while not receiver.is_done:
+                await receiver.receive()
+        finally:
+            self.num_damaged += receiver.num_damaged
+
+    def forget_gone(self) -> None:
+        for name, export in tuple(self._exports.items()):
+            if export.is_over:
+                del self._exports[name]
+
+    async def run(self) -> None:
+        self._listener.setblocking(False)
+        places = trio.Semaphore(_MOST_CONNECTIONS)
+        with closing(self._listener):
+            async with trio.open_nursery() as nursery:
+                while True:
+                    await places.acquire()
+                    wire = await self._accept()
+                    nursery.start_soon(self._serve, wire, places)
+
+    async def _accept(self) -> Wire:
+        while True:
+            await trio.lowlevel.wait_readable(self._listener)
+            try:
+                return Wire(self._listener.accept()[0])
+            except BlockingIOError:
+                continue
+            except OSError as error:  # it has left already, or there is no descriptor for it
+                log.warning("kv_not_accepted", error=error.strerror)
+                await trio.sleep(0.1)
+
+    async def _serve(self, wire: Wire, places: trio.Semaphore) -> None:
+        with closing(wire):
+            try:
+                await self._send(wire)
+            except (Broken, StaleLease, trio.TooSlowError):
+                pass  # the receiver asks again, or knows why it does not
+            finally:
+                places.release()
+
+    async def _send(self, wire: Wire) -> None:
+        with trio.fail_after(_GREETING_S):
+            magic, version, name = _HELLO.unpack(await wire.take(_HELLO.size))
+        export = self._exports.get(name)
+        if (magic, version) != (_MAGIC, _VERSION) or export is None:
+            return
+        export.check()
+        salt = secrets.token_bytes(SALT_BYTES)
+        await wire.send([salt])
+        asks = Sealer(export.key, salt, to_server=True)
+        answers = Sealer(export.key, salt, to_server=False)
+        chunks = self._pool.chunks(len(export.blocks))
+        while True:
+            with trio.fail_after(_STALL_S):
+                asked, seal = await wire.take(_ASK.size), await wire.take(SEAL_BYTES)
+            (number,) = _ASK.unpack(asked)
+            if not asks.is_sealed(seal, [asked]) or number >= len(chunks):
+                return
+            export.check()
+            views = self._pool.views(chunks[number], export.blocks)
+            head = _HEAD.pack(number, sum(map(len, views)))
+            with trio.fail_after(_STALL_S):
+                await wire.send([head, answers.seal([head, *views]), *views], export.check)
+
+
+class _Receiver:
+    """One transfer, through as many connections as it takes. `wanted`: chunks not yet arrived."""
+
+    def __init__(
+        self,
+        source: TcpBlocks,
+        wanted: Sequence[tuple[int, list[memoryview]]],
+        check: Callable[[], None],
+    ) -> None:
+        self.num_damaged = 0
+        self._source = source
+        self._wanted = deque(wanted)
+        self._check = check
+        self._num_copies: Counter[int] = Counter()
+        self._num_breaks = 0
+
+    @property
+    def is_done(self) -> bool:
+        return not self._wanted
+
+    async def receive(self) -> None:
+        """Get what is wanted over one connection, as far as it lasts."""
+        with closing(await self._connect()) as wire:
+            asks, answers = await self._greet(wire)
+            try:
+                with trio.fail_after(_STALL_S):
+                    for number, _ in self._wanted:
+                        await self._ask(wire, asks, number)
+                while self._wanted:
+                    with trio.fail_after(_STALL_S):
+                        if not await self._take(wire, answers):
+                            await self._ask(wire, asks, self._wanted[-1][0])
+            except (Broken, trio.TooSlowError):
+                self._num_breaks += 1
+                if self._num_breaks >= MOST_COPIES:
+                    raise StaleLease("the connection to the sender broke again and again") from None
+
+    async def _connect(self) -> Wire:
+        with trio.move_on_after(_GREETING_S):
+            try:
+                stream = await trio.open_tcp_stream(self._source.host, self._source.port)
+            except OSError:
+                raise StaleLease("the worker that holds the blocks is gone") from None
+            return Wire(socket.socket(fileno=stream.socket.detach()))
+        raise StaleLease("the worker that holds the blocks does not answer")
+
+    async def _greet(self, wire: Wire) -> tuple[Sealer, Sealer]:
+        try:
+            with trio.fail_after(_GREETING_S):
+                await wire.send([_HELLO.pack(_MAGIC, _VERSION, self._source.export)])
+                salt = await wire.take(SALT_BYTES)
+        except (Broken, trio.TooSlowError):
+            raise StaleLease("the lease of the blocks has ended") from None
+        key = self._source.key
+        return Sealer(key, salt, to_server=True), Sealer(key, salt, to_server=False)
+
+    async def _ask(self, wire: Wire, asks: Sealer, number: int) -> None:
+        asked = _ASK.pack(number)
+        await wire.send([asked + asks.seal([asked])])
+
+    async def _take(self, wire: Wire, answers: Sealer) -> bool:
+        """Whether the next chunk came as it was sent; if not, it goes to the end of the queue."""
+        number, views = self._wanted[0]
+        expected = _HEAD.pack(number, sum(map(len, views)))
+        if await wire.take(_HEAD.size) != expected:
+            raise Broken("another chunk came than was asked for")
+        seal = await wire.take(SEAL_BYTES)
+        await wire.fill(views, self._check)
+        self._wanted.popleft()
+        if answers.is_sealed(seal, [expected, *views]):
+            return True
+        self._wanted.append((number, views))
+        self._count_damage(number)
+        return False
+
+    def _count_damage(self, number: int) -> None:
+        self.num_damaged += 1
+        self._num_copies[number] += 1
+        if self._num_copies[number] >= MOST_COPIES:
+            raise damaged(self._source.num_blocks)

@@ -1,0 +1,188 @@
+"""KV over tcp: what is changed, cut or replayed on the way is noticed, and never served."""
+
+import pickle
+import secrets
+from collections.abc import AsyncIterator
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+import trio
+from kv_sender import opened
+from toxic_proxy import Toxic, ToxicProxy, cutting, flipping
+
+from sagellm.runtime.engine.port import DamagedBlocks, StaleLease
+from sagellm.runtime.kv import pool_bytes, tcp
+from sagellm.runtime.kv.located import TcpBlocks
+
+SENT = [3, 4, 5, 9, 8, 20, 21, 60]
+LANDED = [1, 2, 3, 4, 5, 40, 41, 42]
+CHUNK = 4 + 8 + 16 + 2 * 8 * 256  # one layer: header, seal, keys and values of eight blocks
+ALL = 8 + 3 * CHUNK  # salt, and three layers
+
+
+def fine() -> None:
+    """A lease that is held."""
+
+
+class Tcp:
+    """A pool that sends through a proxy, and one that receives."""
+
+    def __init__(self) -> None:
+        self.sent, self.sender = opened("tcp", seed=1)
+        self.landed, self.receiver = opened("tcp", seed=None, num_blocks=48)
+        self.proxy = ToxicProxy("127.0.0.1", 0)
+
+    async def offer(self) -> TcpBlocks:
+        source = await self.sender.offer(SENT, fine)
+        assert isinstance(source, TcpBlocks)
+        self.proxy.port = source.port
+        return msgspec.structs.replace(source, port=self.proxy.listens_at)
+
+    @property
+    def is_right(self) -> bool:
+        others = [block for block in range(48) if block not in LANDED]
+        arrived = torch.equal(self.landed.pool[:, :, LANDED], self.sent.pool[:, :, SENT])
+        return arrived and not self.landed.pool[:, :, others].any()
+
+
+@pytest.fixture
+async def ends(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Tcp]:
+    monkeypatch.setattr(pool_bytes, "_CHUNK_BYTES", 1)
+    both = Tcp()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(both.sender.run)
+        nursery.start_soon(both.receiver.run)
+        await nursery.start(both.proxy.run)
+        yield both
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("at", [*range(8, ALL, 997), 8, 12, 19, 20, 35, ALL - 1])
+async def test_one_flipped_bit_is_noticed_and_sent_again(at: int, ends: Tcp) -> None:
+    ends.proxy.answers = [flipping(at)]
+    await ends.receiver.fetch(await ends.offer(), LANDED, fine)
+    assert ends.is_right
+    in_header = (at - 8) % CHUNK < 12  # then it is not known where the next chunk begins
+    assert ends.receiver.num_damaged == (0 if in_header else 1)
+    assert len(ends.proxy.seen) == (2 if in_header else 1)
+    if not in_header:
+        assert len(ends.proxy.seen[0]) == ALL + CHUNK  # this chunk again, and no other
+
+
+@pytest.mark.parametrize("at", [0, 7, 8, 20, 36, 37, CHUNK, CHUNK + 9, ALL - 1])
+async def test_a_connection_that_breaks_goes_on_where_it_was(at: int, ends: Tcp) -> None:
+    ends.proxy.answers = [cutting(at)]
+    if at < 8:  # before it is known that there is a lease at all
+        with pytest.raises(StaleLease):
+            await ends.receiver.fetch(await ends.offer(), LANDED, fine)
+        return
+    await ends.receiver.fetch(await ends.offer(), LANDED, fine)
+    assert ends.is_right
+    arrived = (at - 8) // CHUNK
+    assert len(ends.proxy.seen[1]) == 8 + (3 - arrived) * CHUNK
+
+
+async def test_what_stays_damaged_is_an_error(ends: Tcp) -> None:
+    def flip_all(so_far: int, data: bytes) -> bytes | None:
+        return data[:-1] + bytes([data[-1] ^ 1]) if so_far + len(data) > 100 else data
+
+    ends.proxy.answers = [flip_all] * 9
+    with pytest.raises((DamagedBlocks, StaleLease)):
+        await ends.receiver.fetch(await ends.offer(), LANDED, fine)
+
+
+def replaying(recorded: bytes) -> Toxic:
+    """After the salt, what was said to another connection."""
+    said = bytearray(recorded)
+
+    def replay(so_far: int, data: bytes) -> bytes | None:
+        fresh = data[: max(0, 8 - so_far)]
+        rest = len(data) - len(fresh)
+        old, said[:rest] = bytes(said[:rest]), b""
+        return fresh + old
+
+    return replay
+
+
+def swapping(so_far: int, data: bytes) -> bytes | None:
+    """The first two chunks in the other order, which the kernel happens to give in one piece."""
+    one, two = slice(8, 8 + CHUNK), slice(8 + CHUNK, 8 + 2 * CHUNK)
+    return data[:8] + data[two] + data[one] + data[8 + 2 * CHUNK :] if len(data) == ALL else data
+
+
+async def test_chunks_of_another_transfer_are_refused(ends: Tcp) -> None:
+    """Another export, as large, of other blocks: its chunks have the right form and size."""
+    await ends.receiver.fetch(await ends.offer(), LANDED, fine)
+    recorded = bytes(ends.proxy.seen[0][8:])
+    ends.landed.pool.zero_()
+    ends.sent.pool.add_(1)
+    ends.proxy.answers = [replaying(recorded)]
+    await ends.receiver.fetch(await ends.offer(), LANDED, fine)
+    assert ends.is_right
+    assert ends.receiver.num_damaged == 3
+
+
+async def test_chunks_in_another_order_are_refused(ends: Tcp) -> None:
+    ends.proxy.answers = [swapping]
+    await ends.receiver.fetch(await ends.offer(), LANDED, fine)
+    assert ends.is_right
+
+
+def greetings(source: TcpBlocks) -> dict[str, bytes]:
+    hello = tcp._HELLO.pack(b"SGKV", 1, source.export)
+    ask = tcp._ASK.pack(0)
+    return {
+        "nothing": b"",
+        "garbage": secrets.token_bytes(4096),
+        "pickle": pickle.dumps({"a": 1}) * 40,
+        "http": b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
+        "another version": tcp._HELLO.pack(b"SGKV", 2, source.export) + ask + bytes(16),
+        "an unknown export": tcp._HELLO.pack(b"SGKV", 1, bytes(16)) + ask + bytes(16),
+        "no seal": hello + ask + bytes(16),
+        "another's seal": hello + ask + secrets.token_bytes(16),
+        "no such chunk": hello + tcp._ASK.pack(2**32 - 1) + bytes(16),
+    }
+
+
+@pytest.mark.parametrize("kind", ["nothing", "garbage", "pickle", "http", "another version",
+                                  "an unknown export", "no seal", "another's seal",
+                                  "no such chunk"])  # fmt: skip
+async def test_strangers_learn_nothing_and_harm_nobody(
+    kind: str, ends: Tcp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tcp, "_GREETING_S", 0.2)
+    source = await ends.offer()
+    heard = bytearray()
+    async with await trio.open_tcp_stream("127.0.0.1", ends.proxy.port) as stream:
+        await stream.send_all(greetings(source)[kind])
+        with trio.fail_after(5):
+            try:
+                async for data in stream:
+                    heard.extend(data)
+            except trio.BrokenResourceError:
+                pass
+    assert len(heard) <= 8  # a salt
+    await ends.receiver.fetch(source, LANDED, fine)
+    assert ends.is_right
+
+
+async def test_more_connections_than_there_is_room_for_wait(
+    ends: Tcp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tcp, "_GREETING_S", 0.3)
+    source = await ends.offer()
+    strangers = [await trio.open_tcp_stream("127.0.0.1", ends.proxy.port) for _ in range(100)]
+    monkeypatch.setattr(tcp, "_GREETING_S", 5.0)
+    await ends.receiver.fetch(source, LANDED, fine)
+    assert ends.is_right
+    for stream in strangers:
+        await stream.aclose()
+
+
+def test_a_key_is_never_shown() -> None:
+    key = secrets.token_bytes(32)
+    told: Any = TcpBlocks(host="h", port=1, export=b"e", key=key, num_blocks=3)
+    assert key.hex() not in repr(told)
+    assert repr(key) not in repr(told)
