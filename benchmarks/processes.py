@@ -20,6 +20,7 @@ from cyclopts import App
 
 from benchmarks.machine import cpu_name, describe
 from benchmarks.shape import QWEN05
+from benchmarks.transports import transports
 from benchmarks.weights import model_folder
 from sagellm import Graph, Sampling
 from sagellm.runtime.engine.remote import RemoteEngine
@@ -28,7 +29,7 @@ from sagellm.runtime.kv.shared import SharedMemory, SharedTransport
 from sagellm.session import Session
 
 RESULTS = Path(__file__).parent / "results"
-PARTS = ("tokens", "cost", "hop", "handover", "itl")
+PARTS = ("tokens", "cost", "hop", "handover", "transports", "itl")
 APP = App(name="sagellm bench processes", help=__doc__)
 NULL = {"g.model": "null", "g.device": "null", "g.prefill_token_s": 0, "g.decode_step_s": 0}
 
@@ -41,14 +42,17 @@ def processes(*, parts: tuple[str, ...] = PARTS, rounds: int = 3, output: Path =
     ----------
     parts
         May be repeated; all unless given: tokens (the same answers, and how fast), cost (CPU of the
-        graph's process), hop (to a worker and back), handover (of KV blocks), itl (waits between
-        tokens while long prompts come).
+        graph's process), hop (to a worker and back), handover (of KV blocks), transports (for
+        these, beside ZeroMQ), itl (waits between tokens while long prompts come).
     rounds
         Of each measurement; the medians count.
     output
         The folder for processes-CPU.json.
     """
-    measured = {"tokens": tokens, "cost": cost, "hop": hop, "handover": handover, "itl": itl}
+    measured = {
+        **{"tokens": tokens, "cost": cost, "hop": hop},
+        **{"handover": handover, "transports": transports, "itl": itl},
+    }
     unknown = [part for part in parts if part not in measured]
     if unknown:
         raise SystemExit(f"no part {unknown[0]!r}: there are {', '.join(PARTS)}")

@@ -6,6 +6,7 @@ from typing import Any
 
 from sagellm.graphs.diagnostics import Diagnostic, GraphError
 from sagellm.graphs.ir import SINK, SOURCE, Edge, Graph, Node
+from sagellm.graphs.rules.resources import unrouted_nodes
 from sagellm.graphs.vocabulary import Vocabulary
 from sagellm.runtime.engine.port import Engine
 from sagellm.runtime.operator import Logic, Service, Setup, Target
@@ -20,8 +21,8 @@ class Plan:
     graph: Graph
     logic: Mapping[str, Logic[Any]]
     services: Mapping[str, Service]
-    replicas: Mapping[str, int]
-    engines: Mapping[str, tuple[Engine, ...]] = field(default_factory=dict)
+    replicas: dict[str, int]
+    engines: dict[str, tuple[Engine, ...]] = field(default_factory=dict)
     hears: Mapping[str, frozenset[str]] = field(default_factory=dict)  # kinds of feedback
     queues: frozenset[str] = frozenset()  # the operators in which requests wait
     seed: int = 0
@@ -30,6 +31,21 @@ class Plan:
     def all_engines(self) -> tuple[Engine, ...]:
         """The replicas of every engine."""
         return tuple(engine for replicas in self.engines.values() for engine in replicas)
+
+    def add(self, name: str, engine: Engine) -> int:
+        """One more replica of an engine; its number. Whoever runs the plan makes room for it."""
+        self.engines[name] = (*self.engines[name], engine)
+        for node in self.nodes_of(name):
+            self.replicas[node] = len(self.engines[name])
+        return len(self.engines[name]) - 1
+
+    def nodes_of(self, engine: str) -> tuple[str, ...]:
+        """The operators that an engine works for."""
+        return tuple(node for node in self.services if self.engine_name(node) == engine)
+
+    def is_routed(self, engine: str) -> bool:
+        """Whether somebody chooses a replica of it for each request, whichever way that comes."""
+        return not set(self.nodes_of(engine)) & unrouted_nodes(self.graph)
 
     def engine_name(self, node: str) -> str | None:
         name = self.graph.node(node).attrs.get("engine")
@@ -95,7 +111,7 @@ def plan(
     logic = {name: one for name, one in made.items() if not isinstance(one, Service)}
     hears = {node.name: resolver.operator(node.op).spec.hears for node in graph.nodes}
     queues = frozenset(node.name for node in graph.nodes if resolver.operator(node.op).spec.queues)
-    return Plan(graph, logic, services, replicas, engines, hears, queues, seed)
+    return Plan(graph, logic, services, replicas, dict(engines), hears, queues, seed)
 
 
 def build_operators(

@@ -112,7 +112,7 @@ async def open_session(recipe: Recipe) -> AsyncIterator[Session]:
         session.supervisor = supervisor
         await nursery.start(session.executor.run)
         if supervisor is not None:
-            supervisor.watch(session.executor.mark)
+            supervisor.watch(session.executor)
         try:
             yield session
         finally:

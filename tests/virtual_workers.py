@@ -110,7 +110,7 @@ async def chaotic(
             tokenizer, lambda deliver: TasksExecutor(ready, deliver, max_hold_s=max_hold_s)
         )
         await nursery.start(session.executor.run)
-        supervisor.watch(session.executor.mark)
+        supervisor.watch(session.executor)
         yield Chaos(session, supervisor, lives, draw)
         await session.close()
         session.executor.ledger.check()

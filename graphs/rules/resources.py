@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 from sagellm.graphs.diagnostics import VALUE, Diagnostic
 from sagellm.graphs.facts import EngineFactsView
-from sagellm.graphs.ir import SOURCE, FrozenMap
-from sagellm.graphs.rules.subject import Subject
+from sagellm.graphs.ir import SOURCE, FrozenMap, Graph
+from sagellm.graphs.rules.subject import Subject, reached
 
 ROUTE = "route"
 _ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -34,9 +34,7 @@ def _listed(names: frozenset[str]) -> str:
 
 
 def routed(subject: Subject) -> Iterator[Diagnostic]:
-    """Take the routers away: what a request still reaches has none before it."""
-    routers = [node.name for node in subject.graph.nodes if node.op == ROUTE]
-    unrouted = subject.reached(SOURCE, avoiding=routers)
+    unrouted = unrouted_nodes(subject.graph)
     for node, spec in subject.specified:
         engine = subject.engine_of(node, spec)
         if engine and node.name in unrouted and (count := num_replicas(subject, engine)) > 1:
@@ -45,6 +43,12 @@ def routed(subject: Subject) -> Iterator[Diagnostic]:
             )
             hint = f"put an operator with `op: {ROUTE}` before `{node.name}`"
             yield Diagnostic("unrouted-replicas", ("operators", node.name), message, hint)
+
+
+def unrouted_nodes(graph: Graph) -> set[str]:
+    """Take the routers away: what a request still reaches has none before it."""
+    routers = [node.name for node in graph.nodes if node.op == ROUTE]
+    return reached(graph, SOURCE, avoiding=routers)
 
 
 def num_replicas(subject: Subject, engine: str) -> int:

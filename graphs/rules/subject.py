@@ -38,18 +38,6 @@ class Subject:
         """The numbered edges that items travel along downstream."""
         return ((n, edge) for n, edge in enumerate(self.graph.edges) if not edge.feedback)
 
-    def reached(self, start: str, avoiding: Iterable[str] = ()) -> set[str]:
-        """All that forward edges lead to from `start`, itself included, not through `avoiding`."""
-        successors: dict[str, list[str]] = {}
-        for _, edge in self.forward:
-            successors.setdefault(edge.source, []).append(edge.target)
-        found, closed, waiting = {start}, set(avoiding), [start]
-        while waiting:
-            new = set(successors.get(waiting.pop(), ())) - found - closed
-            found |= new
-            waiting += new
-        return found
-
     def engine_of(self, node: Node, spec: OpSpec) -> str | None:
         """The engine that a node refers to, if it does and the graph has it."""
         name = node.attrs.get("engine")
@@ -68,3 +56,17 @@ def choice(name: object, known: Iterable[str]) -> str:
     if close is not None:
         return f"did you mean `{close}`?"
     return f"there are {', '.join(names)}" if names else "there are none"
+
+
+def reached(graph: Graph, start: str, avoiding: Iterable[str] = ()) -> set[str]:
+    """All that forward edges lead to from `start`, itself included, not through `avoiding`."""
+    successors: dict[str, list[str]] = {}
+    for edge in graph.edges:
+        if not edge.feedback:
+            successors.setdefault(edge.source, []).append(edge.target)
+    found, closed, waiting = {start}, set(avoiding), [start]
+    while waiting:
+        new = set(successors.get(waiting.pop(), ())) - found - closed
+        found |= new
+        waiting += new
+    return found

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from sagellm.graphs.diagnostics import Diagnostic
 from sagellm.graphs.ir import SINK, SOURCE, Edge
-from sagellm.graphs.rules.subject import Subject
+from sagellm.graphs.rules.subject import Subject, reached
 
 
 def source_and_sink(subject: Subject) -> Iterator[Diagnostic]:
@@ -62,11 +62,11 @@ def reachable(subject: Subject) -> Iterator[Diagnostic]:
     """Nodes without any edge, and islands; what hangs on an unfed inlet is told by that rule."""
     if not _has_source(subject):
         return
-    reached = subject.reached(SOURCE)
+    found = reached(subject.graph, SOURCE)
     roots = set(subject.graph.names) - {edge.target for _, edge in subject.forward}
-    excused = set().union(*(subject.reached(root) for root in roots & _wired(subject)))
+    excused = set().union(*(reached(subject.graph, root) for root in roots & _wired(subject)))
     for name in subject.graph.names:
-        if name not in reached | excused:
+        if name not in found | excused:
             message = f"no request ever reaches `{name}`"
             hint = f"write `... -> {name}`, or remove it"
             yield Diagnostic("unreachable", ("operators", name), message, hint)

@@ -67,6 +67,7 @@ class View(msgspec.Struct, frozen=True):
     backlogs: Mapping[Replica, Backlog] = msgspec.field(default_factory=dict)
     reported: Mapping[Replica, Report] = msgspec.field(default_factory=dict)
     down: frozenset[Replica] = frozenset()  # whose engine is lost, until it is back
+    added: Mapping[str, int] = msgspec.field(default_factory=dict)  # pool -> replicas it has by now
     placed: PersistentMap[str, tuple[tuple[Replica, int], ...]] = msgspec.field(
         default_factory=PersistentMap
     )
@@ -113,8 +114,16 @@ class View(msgspec.Struct, frozen=True):
         return replace(self, backlogs={**self.backlogs, replica: self.backlogs[replica].returned()})
 
     def mark(self, replica: Replica, *, is_up: bool) -> "View":
-        """Its engine is back, or is lost."""
-        return replace(self, down=self.down - {replica} if is_up else self.down | {replica})
+        """Its engine is back, or is lost: either way without what it had. One that nobody knew is
+        there from now on.
+        """
+        pool, number = replica
+        return replace(
+            self,
+            down=self.down - {replica} if is_up else self.down | {replica},
+            reported={known: report for known, report in self.reported.items() if known != replica},
+            added={**self.added, pool: max(self.added.get(pool, 0), number + 1)},
+        )
 
     def report(self, replica: Replica, report: Report) -> "View":
         """The latest load wins; one that a later one of its node overtook changes nothing."""
@@ -126,7 +135,10 @@ class View(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class Pool:
-    """The replicas to choose over: those of one engine, whichever operators use it."""
+    """The replicas to choose over: those of one engine, whichever operators use it.
+
+    `num_replicas`: at first; see `View.added`.
+    """
 
     name: str
     num_replicas: int
@@ -134,7 +146,7 @@ class Pool:
 
     def live(self, view: View) -> tuple[int, ...]:
         """The replicas whose engine is there; all, where none is: the request waits for one."""
-        every = tuple(range(self.num_replicas))
+        every = tuple(range(max(self.num_replicas, view.added.get(self.name, 0))))
         if not view.down:
             return every
         return tuple(number for number in every if (self.name, number) not in view.down) or every

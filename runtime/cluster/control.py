@@ -1,4 +1,4 @@
-"""The control socket of a running graph: who works for it, and restarting or draining them.
+"""The control socket of a running graph: who works for it; restarting, draining, scaling them.
 
 It lies in the folder of the workers' socket, which is of its user alone: who can connect may do it.
 One line of JSON asks, one answers.
@@ -18,6 +18,7 @@ import structlog
 import trio
 
 from sagellm.graphs.vocabulary import nearest
+from sagellm.runtime.cluster.faults import CannotScale, WorkerUnfit
 from sagellm.runtime.cluster.supervisor import Supervisor
 from sagellm.runtime.cluster.worker import Worker
 
@@ -31,9 +32,10 @@ _PATIENCE_S = 10.0  # for one
 class Asked(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One question. `operator` is a name of the graph, or all where it is None."""
 
-    command: Literal["ps", "drain", "restart"]
+    command: Literal["ps", "drain", "restart", "scale"]
     operator: str | None = None
     replica: int | None = None
+    count: int | None = None  # of replicas, for `scale`
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):
@@ -110,6 +112,11 @@ class Control:
                 self._supervisor.drain(worker)
         elif asked.command == "restart":
             await self._supervisor.restart(workers)
+        elif asked.command == "scale" and asked.count is not None:
+            try:
+                await self._supervisor.scale(rows[0].engine, asked.count)
+            except (CannotScale, WorkerUnfit) as error:
+                return Answered(error=str(error))
         return Answered(rows=tuple(self._rows(asked)))
 
     def _rows(self, asked: Asked) -> Iterator[Row]:

@@ -3,3 +3,7 @@
 
 class WorkerUnfit(RuntimeError):
     """A worker that cannot open its engine, or dies before it has; the message says why."""
+
+
+class CannotScale(ValueError):
+    """An engine cannot have so many replicas; the message says why."""

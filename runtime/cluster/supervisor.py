@@ -11,7 +11,7 @@ import trio
 from sagellm.graphs.ir import Graph
 from sagellm.graphs.text.codec import to_msgpack
 from sagellm.runtime.cluster.backoff import RestartPolicy, Restarts
-from sagellm.runtime.cluster.faults import WorkerUnfit
+from sagellm.runtime.cluster.faults import CannotScale, WorkerUnfit
 from sagellm.runtime.cluster.launch import Launcher, Life
 from sagellm.runtime.cluster.worker import Watch, Worker, WorkerState
 from sagellm.runtime.comm.channel import Channel, ChannelClosed
@@ -21,8 +21,17 @@ from sagellm.runtime.engine.remote import RemoteEngine
 log = structlog.get_logger("sagellm.cluster")
 
 
-class Mark(Protocol):
-    def __call__(self, engine: str, replica: int, *, is_up: bool) -> None: ...
+class Dispatcher(Protocol):
+    """What sends requests to engines, and is told which are there."""
+
+    def is_routed(self, engine: str) -> bool:
+        """Whether it can choose among several replicas."""
+
+    def add(self, name: str, engine: RemoteEngine) -> None:
+        """One more replica; it is marked up later."""
+
+    def mark(self, engine: str, replica: int, *, is_up: bool) -> None:
+        """A replica is lost, or is back."""
 
 
 class Supervisor:
@@ -39,15 +48,22 @@ class Supervisor:
         draw: Callable[[], float] = random.random,
     ) -> None:
         self.graph = graph
-        self.workers = tuple(
-            Worker(name, replica, Restarts(policy or RestartPolicy()))
-            for name, count in replicas.items()
-            for replica in range(count)
-        )
+        self._policy = policy or RestartPolicy()
+        self._all = [
+            self._new(name, replica) for name, count in replicas.items() for replica in range(count)
+        ]
         self.on_change: Callable[[Worker], None] = lambda worker: None
         self._launcher = launcher
         self._watch = watch or Watch()
         self._draw = draw
+        self._dispatcher: Dispatcher | None = None
+        self._nursery: trio.Nursery | None = None
+        self._scaling = trio.Lock()
+
+    @property
+    def workers(self) -> tuple[Worker, ...]:
+        """Those that are wanted, engine by engine."""
+        return tuple(worker for worker in self._all if worker.is_wanted)
 
     @property
     def engines(self) -> dict[str, tuple[RemoteEngine, ...]]:
@@ -58,9 +74,10 @@ class Supervisor:
             found[worker.engine_name] = (*found.get(worker.engine_name, ()), worker.engine)
         return found
 
-    def watch(self, mark: Mark) -> None:
-        """Tell `mark(engine, replica, is_up=...)` of every engine that is lost, or back."""
-        self.on_change = lambda worker: mark(
+    def watch(self, dispatcher: Dispatcher) -> None:
+        """Tell it of every engine that is lost, back, or new."""
+        self._dispatcher = dispatcher
+        self.on_change = lambda worker: dispatcher.mark(
             worker.engine_name, worker.replica, is_up=worker.is_serving
         )
         for worker in self.workers:
@@ -76,10 +93,10 @@ class Supervisor:
             links = trio.CancelScope(shield=True)  # workers are told to stop over them
             await launching.start(self._launch, links)
             try:
-                async with trio.open_nursery() as nursery:
+                async with trio.open_nursery() as self._nursery:
                     async with trio.open_nursery() as starting:
                         for worker in self.workers:
-                            starting.start_soon(nursery.start, self._keep, worker)
+                            starting.start_soon(self._nursery.start, self._keep, worker)
                     task_status.started()
             finally:
                 links.cancel()
@@ -104,10 +121,63 @@ class Supervisor:
             if worker.engine is not None:
                 worker.engine.evict()
             worker.leave()
-            while worker.epoch == epoch or worker.state not in ("ready", "failed"):  # noqa: ASYNC110
+            while worker.is_wanted and (  # noqa: ASYNC110
+                worker.epoch == epoch or worker.state not in ("ready", "failed")
+            ):
                 await trio.sleep(self._watch.ping_s)
 
+    async def scale(self, engine: str, count: int) -> None:
+        """Have so many replicas of an engine, from one on; returns once they are ready, or gone.
+
+        What runs in one that goes is taken over by the others. Raises CannotScale, WorkerUnfit;
+        then there are as many as before.
+        """
+        async with self._scaling:
+            wanted = [worker for worker in self.workers if worker.engine_name == engine]
+            if count < 1:
+                raise CannotScale(f"engine {engine} needs a replica: drain gives it nothing new")
+            if count > 1 and self._dispatcher and not self._dispatcher.is_routed(engine):
+                raise CannotScale(
+                    f"nothing chooses among replicas of engine {engine}: "
+                    "put an operator with `op: route` before its operators"
+                )
+            await self._remove(wanted[count:])
+            await self._add(engine, count - len(wanted))
+
     # ---- inside ----------------------------------------------------------------------------
+
+    def _new(self, engine: str, replica: int) -> Worker:
+        return Worker(engine, replica, Restarts(self._policy))
+
+    async def _add(self, engine: str, count: int) -> None:
+        """One after the other: those that were removed before, then new ones, by their numbers."""
+        assert self._nursery is not None
+        added: list[Worker] = []
+        try:
+            while len(added) < count:
+                known = [worker for worker in self._all if worker.engine_name == engine]
+                worker = next((one for one in known if not one.is_wanted), None)
+                if worker is None:
+                    worker = self._new(engine, len(known))
+                    self._all.append(worker)
+                worker.want()
+                added.append(worker)
+                await self._nursery.start(self._keep, worker)
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await self._remove(added)
+            raise
+
+    async def _remove(self, workers: Sequence[Worker]) -> None:
+        """What runs there is taken over by others; returns once their processes are gone."""
+        for worker in workers:
+            self._turn(worker, "removed")
+            if worker.engine is not None:
+                worker.engine.is_removed = True
+                worker.engine.evict()
+            worker.leave()
+        for worker in workers:
+            await worker.gone.wait()
 
     async def _launch(
         self,
@@ -120,28 +190,39 @@ class Supervisor:
     async def _keep(
         self, worker: Worker, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
     ) -> None:
-        """One life after the other."""
-        while True:
-            worker.stirred = trio.Event()
-            ready_s = await self._live(worker, task_status)
-            if worker.engine is None:
-                raise WorkerUnfit(f"engine {worker}: {worker.why}")
-            if worker.is_leaving:
-                worker.is_leaving = False
-                continue
-            delay_s = worker.restarts.died(trio.current_time(), ready_s=ready_s, draw=self._draw())
-            log.warning("worker_died", worker=str(worker), why=worker.why, restart_in_s=delay_s)
-            if delay_s is None:
-                self._turn(worker, "failed")
+        """One life after the other, for as long as it is wanted."""
+        try:
+            while worker.is_wanted:
+                worker.stirred = trio.Event()
+                await self._keep_one(worker, task_status)
+        finally:
+            worker.gone.set()
+
+    async def _keep_one(self, worker: Worker, task_status: trio.TaskStatus[None]) -> None:
+        """One life, and the wait for the next."""
+        ready_s = await self._live(worker, task_status)
+        if not worker.is_wanted:
+            return
+        if not worker.was_ready:
+            raise WorkerUnfit(f"engine {worker}: {worker.why}")
+        if worker.is_leaving:
+            worker.is_leaving = False
+            return
+        delay_s = worker.restarts.died(trio.current_time(), ready_s=ready_s, draw=self._draw())
+        log.warning("worker_died", worker=str(worker), why=worker.why, restart_in_s=delay_s)
+        if delay_s is None:
+            self._turn(worker, "failed")
+            await worker.stirred.wait()
+        else:
+            with trio.move_on_after(delay_s):
                 await worker.stirred.wait()
-            else:
-                with trio.move_on_after(delay_s):
-                    await worker.stirred.wait()
 
     async def _live(self, worker: Worker, task_status: trio.TaskStatus[None]) -> float | None:
         """One life; when it became ready, if it did."""
         worker.epoch += 1
-        worker.state, worker.why = "starting", "it ended"
+        worker.why = "it ended"
+        if worker.is_wanted:
+            worker.state = "starting"
         ready_s = None
         try:
             life = self._launcher.launch(worker.epoch)
@@ -157,7 +238,8 @@ class Supervisor:
                     ready_s = trio.current_time()
                     assert worker.engine is not None
                     nursery.start_soon(self._ask, worker, life.channel, nursery.cancel_scope)
-                    if worker.epoch == 1:
+                    if not worker.was_ready:
+                        worker.was_ready = True
                         task_status.started()
                     worker.why = await worker.engine.live(life.channel)
                 nursery.cancel_scope.cancel()
@@ -173,7 +255,7 @@ class Supervisor:
             graph=to_msgpack(self.graph),
             engine=worker.engine_name,
             replica=worker.replica,
-            num_blocks=worker.engine.facts.num_blocks if worker.engine else None,
+            num_blocks=self._num_blocks(worker),
         )
         channel.put(opening)
         worker.why = f"it was not ready within {self._watch.start_s:g} s"
@@ -194,8 +276,15 @@ class Supervisor:
                         replica=worker.replica,
                         on_change=lambda is_up: self._turn(worker, "ready" if is_up else "dead"),
                     )
+                    if self._dispatcher is not None:
+                        self._dispatcher.add(worker.engine_name, worker.engine)
                 return True
         return False
+
+    def _num_blocks(self, worker: Worker) -> int | None:
+        """Of its pool: as in an earlier life, or as its siblings have; None: not known yet."""
+        engines = [one.engine for one in self._all if one.engine_name == worker.engine_name]
+        return next((engine.facts.num_blocks for engine in engines if engine is not None), None)
 
     async def _await_end(self, worker: Worker, life: Life, scope: trio.CancelScope) -> None:
         code = await life.wait()
@@ -237,5 +326,6 @@ class Supervisor:
         worker.pid = None
 
     def _turn(self, worker: Worker, state: WorkerState) -> None:
-        worker.state = state
+        if worker.is_wanted:
+            worker.state = state
         self.on_change(worker)

@@ -8,8 +8,9 @@ import trio
 from sagellm.runtime.cluster.backoff import Restarts
 from sagellm.runtime.engine.remote import RemoteEngine
 
-# starting -> ready -> dead -> starting ...; ready -> drained, until restarted; failed: given up
-WorkerState: TypeAlias = Literal["starting", "ready", "drained", "dead", "failed"]
+# starting -> ready -> dead -> starting ...; ready -> drained, until restarted; failed: given up;
+# removed: not wanted any more
+WorkerState: TypeAlias = Literal["starting", "ready", "drained", "dead", "failed", "removed"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +42,10 @@ class Worker:
     engine: RemoteEngine | None = None
     why: str = ""  # the last life ended
     is_leaving: bool = False  # this life was asked to end: no death
+    was_ready: bool = False  # since it was last wanted
     life: trio.CancelScope | None = None
     stirred: trio.Event = field(default_factory=trio.Event)  # somebody wants it back now
+    gone: trio.Event = field(default_factory=trio.Event)  # it was removed, and has ended
 
     def __str__(self) -> str:
         return f"{self.engine_name}[{self.replica}]"
@@ -50,6 +53,18 @@ class Worker:
     @property
     def is_serving(self) -> bool:
         return self.state == "ready"
+
+    @property
+    def is_wanted(self) -> bool:
+        return self.state != "removed"
+
+    def want(self) -> None:
+        """It was removed, or is new: begin again as if nothing had been."""
+        self.state, self.was_ready, self.is_leaving = "starting", False, False
+        self.gone = trio.Event()
+        self.restarts.forgive()
+        if self.engine is not None:
+            self.engine.is_removed = False
 
     def leave(self) -> None:
         """End this life, in order, or the wait for the next one."""

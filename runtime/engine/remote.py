@@ -70,6 +70,7 @@ class RemoteEngine:
         self.replica = replica
         self._on_change = on_change
         self.num_lives = 0
+        self.is_removed = False  # nobody is to take the place of its last worker
         self._channel: Channel | None = None
         self._numbers: Iterator[int] = itertools.count()
         self._calls: dict[int, _Call] = {}

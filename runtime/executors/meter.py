@@ -98,12 +98,14 @@ class Meter:
             (edge.source, edge.outlet): Tally() for edge in graph.edges if not edge.feedback
         }
         self.logic = {name: LogicMeter(Stopwatch(clock)) for name in logic}
-        self.services = {
-            (node.name, replica): ServiceMeter(Stopwatch(clock), Stopwatch(clock))
-            for node in graph.nodes
-            if node.name not in self.logic
-            for replica in range(replicas.get(node.name, 1))
-        }
+        self.services: dict[tuple[str, int], ServiceMeter] = {}
+        for node in graph.nodes:
+            for replica in range(replicas.get(node.name, 1)) if node.name not in self.logic else ():
+                self.add(node.name, replica)
+
+    def add(self, node: str, replica: int) -> None:
+        """One more replica of a service operator."""
+        self.services[node, replica] = ServiceMeter(Stopwatch(self.clock), Stopwatch(self.clock))
 
     def sent(self, source: str, replica: int) -> None:
         """A service operator, or the source, got rid of an item."""

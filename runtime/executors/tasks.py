@@ -8,6 +8,7 @@ import msgspec
 import trio
 
 from sagellm.graphs.ir import SOURCE
+from sagellm.runtime.engine.port import Engine
 from sagellm.runtime.executors.absence import Absence
 from sagellm.runtime.executors.credit import Gates
 from sagellm.runtime.executors.faults import log_fault
@@ -251,13 +252,26 @@ class TasksExecutor:
         while (due := self.recovery.next()) is not None:
             self._enter_again(*due)
 
+    def add(self, name: str, engine: Engine) -> None:
+        """One more replica of an engine that is routed to; nothing reaches it before `mark`."""
+        assert self._nursery is not None
+        replica = self.plan.add(name, engine)
+        self._nursery.start_soon(engine.run)
+        for node in self.plan.nodes_of(name):
+            self.meter.add(node, replica)
+            host = Host(self, node, replica, self.plan.services[node])
+            self._hosts[node, replica] = host
+            host.start(self._nursery)
+
+    def is_routed(self, engine: str) -> bool:
+        return self.plan.is_routed(engine)
+
     def mark(self, engine: str, replica: int, *, is_up: bool) -> None:
         """A replica of an engine is lost, or is back: shut the ways to it, or open them."""
         self.absence.mark(engine, replica, self.now(), is_up=is_up)
         self.gates.shut = self.absence.shut
-        for node in self.plan.services:
-            if self.plan.engine_name(node) == engine:
-                self.tell(node, replica, "health", is_up)
+        for node in self.plan.nodes_of(engine):
+            self.tell(node, replica, "health", is_up)
         self._try_again()
         self._set_timer()
 

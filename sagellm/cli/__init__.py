@@ -23,6 +23,7 @@ APP.command("sagellm.cli.complete:complete", name="complete", help="What follows
 APP.command("sagellm.cli.workers:ps", name="ps", help="Who works for the graphs that run.")
 APP.command("sagellm.cli.workers:restart", name="restart", help="Replace an operator's workers.")
 APP.command("sagellm.cli.workers:drain", name="drain", help="Give a worker nothing new.")
+APP.command("sagellm.cli.workers:scale", name="scale", help="Have more or fewer replicas.")
 APP.command("sagellm.cli.keys:keys", name="keys", help="Make keys for links over a network.")
 APP.command("sagellm.cli.doctor:doctor", name="doctor", help="Check this machine and set-up.")
 APP.command("sagellm.cli.version:version", name="version", help="Say what is installed.")

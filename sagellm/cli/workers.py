@@ -1,4 +1,4 @@
-"""`sagellm ps`, `restart` and `drain`: the workers of this user's running graphs."""
+"""`sagellm ps`, `restart`, `drain` and `scale`: the workers of this user's running graphs."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -88,6 +88,32 @@ def drain(
         Print them as `ps` does.
     """
     return _change(Asked("drain", operator, replica), graph_pid, json)
+
+
+def scale(
+    operator: str,
+    count: Annotated[int, Parameter(validator=Number(gte=1))],
+    /,
+    *,
+    graph_pid: int | None = None,
+    json: bool = False,
+) -> int:
+    """Change how many replicas the engine of an operator has; returns once they are ready, or gone.
+
+    What runs in a worker that goes is taken over by the others.
+
+    Parameters
+    ----------
+    operator
+        A name of the graph that has an engine, such as decode.
+    count
+        How many there are to be.
+    graph_pid
+        The process of the graph that is meant, where several run; `sagellm ps` lists them.
+    json
+        Print them as `ps` does.
+    """
+    return _change(Asked("scale", operator, count=count), graph_pid, json)
 
 
 def _change(asked: Asked, graph_pid: int | None, json: bool) -> int:

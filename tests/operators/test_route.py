@@ -147,3 +147,26 @@ def test_only_replicas_that_exist_are_chosen(
     for backlog in router.state.backlogs.values():
         assert backlog.load >= 0
         assert backlog.num_open >= 0
+
+
+def health(route: Any, node: str, number: int, *, is_up: bool) -> None:
+    route(Feedback(node, number, 0, "health", is_up))
+
+
+@pytest.mark.parametrize("strategy", ["load_balanced", "round_robin", "random"])
+def test_a_replica_that_came_later_is_chosen_too(route: Any, strategy: str) -> None:
+    router = route(strategy, (Target("prefill", 1, "p"),))
+    assert {place(router, f"a{n}")["prefill"] for n in range(9)} == {0}
+    health(router, "prefill", 1, is_up=True)
+    assert {place(router, f"b{n}")["prefill"] for n in range(30)} == {0, 1}
+    health(router, "prefill", 1, is_up=False)
+    assert {place(router, f"c{n}")["prefill"] for n in range(9)} == {0}
+
+
+def test_what_a_lost_replica_had_is_not_held_against_it(route: Any) -> None:
+    router = route(targets=(Target("prefill", 2, "p"),))
+    router(Feedback("prefill", 1, 1, "load", EngineLoad(num_running=50)))
+    assert place(router, "a")["prefill"] == 0
+    health(router, "prefill", 1, is_up=False)
+    health(router, "prefill", 1, is_up=True)
+    assert place(router, "b")["prefill"] == 1

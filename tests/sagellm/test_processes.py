@@ -27,6 +27,7 @@ from process_streams import (
 
 from sagellm import Graph, Sampling, ops
 from sagellm.graphs.diagnostics import GraphError
+from sagellm.runtime.cluster.faults import CannotScale
 from sagellm.runtime.comm.keys import create_keys
 from sagellm.runtime.messages import SERVED
 
@@ -229,6 +230,53 @@ async def test_a_drained_worker_takes_nothing_new_and_loses_nothing(graph: str) 
     assert found.tokens == await right(graph, GREEDY)
     assert later[0].code == ("unavailable" if graph == "joint" else "")
     assert again.finish_reason in SERVED
+
+
+async def test_replicas_come_and_go_under_load() -> None:
+    async with opened("pd_many") as session:
+        supervisor = session.supervisor
+        assert supervisor is not None
+
+        def there(engine: str) -> list[int]:
+            return [one.replica for one in supervisor.workers if one.engine_name == engine]
+
+        async def scale(streams: Streams) -> None:
+            while not (streams.tokens and min(map(len, streams.tokens.values())) >= 5):  # noqa: ASYNC110
+                await trio.sleep(0.001)
+            await supervisor.scale("d", 1)
+            assert there("d") == [0]
+            await supervisor.scale("d", 3)
+            assert there("d") == [0, 1, 2]
+            await supervisor.scale("p", 1)
+
+        found = await stream_all(session, SEEDED, scale)
+        more = await stream_all(session, GREEDY)
+        loads = [session.executor.plan.engines["d"][number].load for number in range(3)]
+        assert all(load.num_steps for load in loads)  # the new ones have work, too
+        assert len(session.executor.plan.engines["p"]) == 2
+        assert there("p") == [0]
+    assert found.tokens == await right("pd_many", SEEDED)
+    assert more.tokens == await right("pd_many", GREEDY)
+
+
+async def test_a_replica_that_was_added_may_die_like_any_other() -> None:
+    async with opened("pd_many") as session:
+        assert session.supervisor is not None
+        await session.supervisor.scale("d", 3)
+        found = await stream_all(session, SEEDED, partial(killed, session, "d[2]"))
+        assert worker_of(session, "d[2]").restarts.count == 1
+    assert found.tokens == await right("pd_many", SEEDED)
+
+
+async def test_replicas_that_nobody_chooses_are_refused() -> None:
+    async with opened("pd") as session:  # `generate` shares d, and has no router before it
+        assert session.supervisor is not None
+        with pytest.raises(CannotScale, match="op: route"):
+            await session.supervisor.scale("d", 2)
+        with pytest.raises(CannotScale, match="needs a replica"):
+            await session.supervisor.scale("d", 0)
+        answer = await session.generate("Once", sampling=GREEDY)
+    assert len(answer.token_ids) == NUM_TOKENS
 
 
 async def test_a_request_that_kills_workers_is_quarantined(

@@ -24,6 +24,7 @@ class Replaceable(Protocol):
     """An engine whose worker may be missing, and be replaced."""
 
     num_lives: int
+    is_removed: bool
 
     @property
     def is_lost(self) -> bool: ...
@@ -83,6 +84,7 @@ def read_engines(executor: TasksExecutor) -> tuple[EngineReading, ...]:
         _reading(name, replica, engine)
         for name, replicas in executor.plan.engines.items()
         for replica, engine in enumerate(replicas)
+        if not (isinstance(engine, Replaceable) and engine.is_removed)
     )
 
 

@@ -54,6 +54,10 @@ async def test_a_running_graph_tells_who_works_changes_it_and_refuses_what_it_do
         ]
         assert not {row.pid for row in back} & {row.pid for row in listed.rows}
 
+        fewer = (await ask(path, Asked("scale", "decode", count=1))).rows
+        assert [(row.operator, row.replica, row.state) for row in fewer] == [("decode", 0, "ready")]
+        assert "needs a replica" in (await ask(path, Asked("scale", "decode", count=0))).error
+
         assert "did you mean decode?" in (await ask(path, Asked("drain", "decod"))).error
         assert "no replica 7" in (await ask(path, Asked("drain", "decode", 7))).error
         for garbage in (b"{}\n", b"ps\n", b'{"command": "\xff"}\n', b"x" * 10_000, b""):

@@ -55,6 +55,49 @@ async def supervised(
     assert not folder.exists()
 
 
+async def test_workers_that_are_not_wanted_any_more_are_gone() -> None:
+    async with supervised(2) as supervisor:
+        first, second = supervisor.workers
+        gone = second.pid
+        await supervisor.scale("e", 1)
+        assert supervisor.workers == (first,)
+        assert gone is not None
+        assert not psutil.pid_exists(gone)
+        assert second.engine is not None
+        assert second.engine.is_removed
+        await supervisor.scale("e", 3)
+        assert [str(worker) for worker in supervisor.workers] == ["e[0]", "e[1]", "e[2]"]
+        assert {worker.state for worker in supervisor.workers} == {"ready"}
+        assert not second.engine.is_removed
+
+
+async def test_one_that_waits_for_its_restart_can_be_removed() -> None:
+    async with supervised(2, policy=RestartPolicy(first_s=60.0)) as supervisor:
+        worker = supervisor.workers[1]
+        assert worker.pid is not None
+        os.kill(worker.pid, signal.SIGKILL)
+        await until(lambda: worker.state == "dead")
+        with trio.fail_after(5):
+            await supervisor.scale("e", 1)
+            await supervisor.scale("e", 2)
+        assert worker.state == "ready"
+
+
+async def test_a_replica_that_cannot_be_opened_leaves_all_as_it_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with supervised(1) as supervisor:
+        monkeypatch.setenv("PYTHONPATH", "/nowhere")
+        monkeypatch.setattr(supervisor._launcher, "_module", "no_such_module")
+        with pytest.raises(WorkerUnfit, match=r"e\[1\]: exit code 1"):
+            await supervisor.scale("e", 2)
+        assert [str(worker) for worker in supervisor.workers] == ["e[0]"]
+        assert supervisor.workers[0].state == "ready"
+        monkeypatch.undo()
+        await supervisor.scale("e", 2)
+        assert [worker.state for worker in supervisor.workers] == ["ready", "ready"]
+
+
 async def until(condition: Callable[[], bool]) -> None:
     with trio.fail_after(30):
         while not condition():  # noqa: ASYNC110 - of other processes

@@ -37,6 +37,11 @@ def workers(command: str = "ps", *arguments: str) -> list[dict[str, Any]]:
     return listed
 
 
+def up_metrics(served: ServedProcess) -> list[str]:
+    lines = served.get("/metrics").decode().splitlines()
+    return [line for line in lines if line.startswith("sagellm_engine_up")]
+
+
 def pid_of(served: ServedProcess, operator: str, replica: int) -> int:
     ours = {child.pid for child in served.process.children()}
     (pid,) = [
@@ -84,8 +89,16 @@ async def test_clients_notice_neither_a_death_nor_a_restart(served: ServedProces
         rows = await trio.to_thread.run_sync(workers, "restart", "prefill", *which)
         assert {row["state"] for row in rows} == {"ready"}
 
+    async def scale() -> None:
+        which = "--graph-pid", str(served.process.pid)
+        for count in (1, 2):
+            rows = await trio.to_thread.run_sync(workers, "scale", "decode", str(count), *which)
+            assert len(rows) == count
+            assert len(up_metrics(served)) == 2 + count
+
     right = await stream_all(served)
     assert all(right)
+    assert await stream_all(served, scale) == right
     assert await stream_all(served, kill) == right
     assert await stream_all(served, restart) == right
     assert served.complete()["choices"][0]["finish_reason"] == "length"
