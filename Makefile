@@ -42,10 +42,12 @@ soak: $(STAMPS)/test
 		tests/soak tests/sagellm/gateway/test_fuzz.py
 	$(BIN)/python -O -m pytest -W ignore::pytest.PytestConfigWarning tests/security
 
-# Workers that die for SAGELLM_CHAOS_HOURS virtual hours, once for each of SAGELLM_CHAOS_SEEDS seeds: hours.
+# Every scenario of examples/chaos over real processes; then workers that die for
+# SAGELLM_CHAOS_HOURS virtual hours, once for each of SAGELLM_CHAOS_SEEDS seeds: hours.
 chaos: export SAGELLM_CHAOS_HOURS ?= 24
 chaos: export SAGELLM_CHAOS_SEEDS ?= 200
 chaos: $(STAMPS)/test
+	$(BIN)/sagellm chaos run examples/chaos/*.yaml
 	$(BIN)/pytest --numprocesses logical --maxprocesses 4 tests/sagellm/test_virtual_chaos.py
 
 # Clients whose pins contradict ours, each in an environment of its own, against our server.

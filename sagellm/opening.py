@@ -4,8 +4,8 @@ import importlib
 import math
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import sniffio
 import trio
@@ -26,7 +26,10 @@ from sagellm.session import Session, encode_prompt
 _WORKERS = "sagellm.workers"  # whose import takes a tenth of a second that others do without
 
 if TYPE_CHECKING:
+    from sagellm.runtime.cluster.launch import Processes
     from sagellm.runtime.cluster.supervisor import Supervisor
+
+Launch: TypeAlias = "Callable[[ProcessesOptions], Processes]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +42,7 @@ class Recipe:
     overrides: Mapping[str, Any]
     model: str | None
     seed: int
+    launch: "Launch | None" = None  # how worker processes are started
 
 
 class OpenGraph:
@@ -61,6 +65,10 @@ class OpenGraph:
         self._recipe = Recipe(document, resolver, functions, overrides, model, seed)
         self._opened: AbstractAsyncContextManager[Session] | None = None
         self._bridge: Bridge | None = None
+
+    def launch_by(self, launch: "Launch") -> None:
+        """Start worker processes, if there are any, by that instead."""
+        self._recipe = replace(self._recipe, launch=launch)
 
     async def __aenter__(self) -> Any:  # Session under trio, AsyncioSession under asyncio
         if sniffio.current_async_library() == "trio":
@@ -96,7 +104,7 @@ async def open_session(recipe: Recipe) -> AsyncIterator[Session]:
     tokenizer = load_tokenizer_of(graph)
     async with _unwrapped(), trio.open_nursery() as nursery:
         processes = processes_options(graph)
-        engines, supervisor = await _engines(graph, processes, nursery)
+        engines, supervisor = await _engines(graph, processes, nursery, recipe.launch)
         ready = plan(
             graph,
             recipe.resolver,
@@ -122,13 +130,16 @@ async def open_session(recipe: Recipe) -> AsyncIterator[Session]:
 
 
 async def _engines(
-    graph: Graph, processes: ProcessesOptions | None, nursery: trio.Nursery
+    graph: Graph,
+    processes: ProcessesOptions | None,
+    nursery: trio.Nursery,
+    launch: "Launch | None",
 ) -> "tuple[Mapping[str, tuple[Engine, ...]], Supervisor | None]":
     """The engines, in this process or each in a worker of its own."""
     if processes is None:
         return await open_engines(graph), None
     start_workers = importlib.import_module(_WORKERS).start_workers
-    supervisor: Supervisor = await start_workers(graph, processes, nursery)
+    supervisor: Supervisor = await start_workers(graph, processes, nursery, launch)
     return supervisor.engines, supervisor
 
 

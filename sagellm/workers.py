@@ -1,6 +1,7 @@
 """Starts the engines of a graph as worker processes, under a supervisor."""
 
 import os
+from collections.abc import Callable
 
 import trio
 
@@ -17,12 +18,15 @@ MODULE = "sagellm.worker"
 
 
 async def start_workers(
-    graph: Graph, options: ProcessesOptions, nursery: trio.Nursery
+    graph: Graph,
+    options: ProcessesOptions,
+    nursery: trio.Nursery,
+    launch: Callable[[ProcessesOptions], Processes] | None = None,
 ) -> Supervisor:
     """Returns once every worker is ready; they run until the nursery ends. Raises WorkerUnfit,
     BadKeys.
     """
-    launcher = Processes(MODULE, options.address, options.keys)
+    launcher = (launch or _launcher)(options)
     supervisor = Supervisor(
         ShareCores(len(os.sched_getaffinity(0))).apply(graph),
         {name: engine_options(graph, name).replicas for name in graph.engines},
@@ -32,3 +36,7 @@ async def start_workers(
     await nursery.start(supervisor.run)
     await nursery.start(Control(supervisor, launcher.folder).run)
     return supervisor
+
+
+def _launcher(options: ProcessesOptions) -> Processes:
+    return Processes(MODULE, options.address, options.keys)

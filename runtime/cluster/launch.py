@@ -96,9 +96,13 @@ class Processes:
         # What trio's clock is ahead of the one that all processes of this machine read.
         offset_s = trio.current_time() - perf_counter()
         start = Start(
-            self._endpoint, name.hex(), epoch, offset_s, folder=str(self.folder), keys=self._keys
+            self._door(), name.hex(), epoch, offset_s, folder=str(self.folder), keys=self._keys
         )
         return ProcessLife(Process(self._module, start.env), self._hub.link(name, epoch))
+
+    def _door(self) -> str:
+        """What the next worker connects to."""
+        return self._endpoint
 
 
 class TaskLife:

@@ -137,6 +137,7 @@ class LocalEngine:
             num_prefix_queries=scheduler.reuse.num_queried_tokens,
             num_prefix_hits=scheduler.reuse.num_hit_tokens,
             num_evicted_blocks=pool.num_evicted,
+            num_damaged_chunks=self._equipment.storage.num_damaged,
             drafts=self._speculation.counts if self._speculation else NO_DRAFTS,
         )
 

@@ -135,6 +135,7 @@ class EngineLoad:
     num_prefix_queries: int = 0
     num_prefix_hits: int = 0
     num_evicted_blocks: int = 0
+    num_damaged_chunks: int = 0  # of blocks from other workers, that were asked for again
     drafts: DraftCounts = NO_DRAFTS
 
 

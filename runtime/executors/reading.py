@@ -169,12 +169,14 @@ class Window:
             self._readings.popleft()
 
     def shares(self, now: Reading) -> dict[tuple[str, int], Shares]:
-        """(operator, replica) -> how it spent the time since the oldest reading."""
+        """(operator, replica) -> how it spent the time since the oldest reading; one that is newer
+        counts as idle.
+        """
         since = self._readings[0] if self._readings else now
         before = {(one.node, one.replica): one for one in since.operators}
         return {
             (one.node, one.replica): shares(
-                before[one.node, one.replica], one, now.at_s - since.at_s
+                before.get((one.node, one.replica), one), one, now.at_s - since.at_s
             )
             for one in now.operators
         }

@@ -33,6 +33,10 @@ GRAPH.command("sagellm.cli.graph:check", name="check", help="Find mistakes witho
 GRAPH.command("sagellm.cli.graph:show", name="show", help="Print or draw a graph.")
 APP.command(GRAPH)
 
+CHAOS = App(name="chaos", help="Make things go wrong on purpose.")
+CHAOS.command("sagellm.cli.chaos:run", name="run", help="Run scenarios, and check what holds.")
+APP.command(CHAOS)
+
 BENCH = App(name="bench", help="Measure.")
 BENCH.command("sagellm.cli.bench:engine", name="engine", help="The engine against transformers.")
 BENCH.command(

@@ -81,7 +81,7 @@ class GatewayMeters(HttpMeters):
     async def exposition(self, accept: str = "") -> tuple[bytes, str]:
         encode, content_type = choose_encoder(accept)
         shown = await self.snapshot()
-        self._scrape.families = self._families(shown)
+        self._scrape.families = self.families(shown)
         return encode(self._registry), content_type
 
     async def snapshot(self) -> Snapshot:
@@ -110,7 +110,8 @@ class GatewayMeters(HttpMeters):
     def _sample(self) -> None:
         self._window.add(self._session.executor.reading())
 
-    def _families(self, shown: Snapshot) -> Iterator[Metric]:
+    def families(self, shown: Snapshot) -> Iterator[Metric]:
+        """What is shown of that moment."""
         if self._is_vllm:
             yield from vllm_families(shown)
         yield from graph_families(shown)

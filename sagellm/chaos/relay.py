@@ -1,0 +1,104 @@
+"""A relay on the link between a graph and one worker, which does to it what a bad network does."""
+
+import math
+import random
+import socket
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import trio
+
+Connect: TypeAlias = Callable[[], "trio.socket.SocketType"]
+
+_ROOM = 256  # chunks under way in one direction
+_RESET = struct.pack("ii", 1, 0)  # closing sends RST, and forgets what was not sent
+
+
+@dataclass(slots=True)
+class Faults:
+    """See `scenario.Toxic`. `is_cut`: nothing passes, and nothing is lost; `num_to_flip`: of the
+    next chunks, each one bit.
+    """
+
+    is_cut: bool = False
+    delay_s: float = 0.0
+    bytes_per_s: float = math.inf
+    chunk_bytes: int = 65_536
+    reset_every: int | None = None
+    flip: float = 0.0
+    num_to_flip: int = 0
+
+
+@dataclass(slots=True)
+class Relay:
+    """Passes on what comes to `listening`, over a connection of its own to `address`."""
+
+    listening: socket.socket
+    family: socket.AddressFamily
+    address: str | tuple[str, int]
+    draw: random.Random
+    faults: Faults = field(default_factory=Faults)
+    num_resets: int = 0
+    num_flipped: int = 0
+    _num_passed: int = 0
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        listener = trio.SocketListener(trio.socket.from_stdlib_socket(self.listening))
+        await trio.serve_listeners(self._serve, [listener])
+
+    async def _serve(self, worker: trio.SocketStream) -> None:
+        onward = trio.socket.socket(self.family, socket.SOCK_STREAM)
+        await onward.connect(self.address)
+        graph = trio.SocketStream(onward)
+        async with worker, graph, trio.open_nursery() as nursery:
+            for source, sink in ((worker, graph), (graph, worker)):
+                put, take = trio.open_memory_channel[tuple[float, bytes]](_ROOM)
+                nursery.start_soon(self._read, source, put)
+                nursery.start_soon(self._write, take, sink, nursery.cancel_scope)
+
+    async def _read(
+        self, source: trio.SocketStream, put: "trio.MemorySendChannel[tuple[float, bytes]]"
+    ) -> None:
+        async with put:
+            try:
+                while data := await source.receive_some(self.faults.chunk_bytes):
+                    await put.send((trio.current_time() + self.faults.delay_s, bytes(data)))
+            except trio.BrokenResourceError:
+                pass
+
+    async def _write(
+        self,
+        take: "trio.MemoryReceiveChannel[tuple[float, bytes]]",
+        sink: trio.SocketStream,
+        scope: trio.CancelScope,
+    ) -> None:
+        async with take:
+            async for due_s, data in take:
+                await trio.sleep_until(max(due_s, trio.current_time()))
+                while self.faults.is_cut:  # noqa: ASYNC110 - of no event loop's making
+                    await trio.sleep(0.01)
+                if not math.isinf(self.faults.bytes_per_s):
+                    await trio.sleep(len(data) / self.faults.bytes_per_s)
+                self._num_passed += 1
+                if self.faults.reset_every and self._num_passed % self.faults.reset_every == 0:
+                    self.num_resets += 1
+                    sink.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+                    break
+                try:
+                    await sink.send_all(self._flipped(data))
+                except trio.BrokenResourceError:
+                    break
+        scope.cancel()
+
+    def _flipped(self, data: bytes) -> bytes:
+        if self.faults.num_to_flip:
+            self.faults.num_to_flip -= 1
+        elif self.draw.random() >= self.faults.flip:
+            return data
+        self.num_flipped += 1
+        changed = bytearray(data)
+        changed[self.draw.randrange(len(data))] ^= 1 << self.draw.randrange(8)
+        return bytes(changed)

@@ -1,0 +1,180 @@
+"""Scenarios: YAML files of what is asked of a graph, what happens to it, and what must hold."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from sagellm.graphs.diagnostics import GraphError
+from sagellm.graphs.ir import thaw
+from sagellm.graphs.text.tree import read
+from sagellm.graphs.vocabulary import nearest
+
+_MOST_BYTES = 65_536
+_UNKNOWN = re.compile(r"unknown field `(.+?)`")
+
+
+class ScenarioError(ValueError):
+    """A scenario that cannot be run; the message says what, where and what instead."""
+
+
+class _Part(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A mapping of the file."""
+
+
+class Load(_Part, frozen=True, kw_only=True):
+    """Streams that begin at once, each with a prompt and a seed of its own."""
+
+    streams: int = 16
+    prompt_tokens: int = 40
+    max_tokens: int = 100
+    temperature: float = 0.0
+    seed: int = 0
+
+
+class Toxic(_Part, frozen=True, kw_only=True):
+    """What the link of a worker does to all that passes, either way; times are in seconds.
+
+    `chunk_bytes` pass at a time; every `reset_every` of these the connection is reset; of each, one
+    bit is flipped with probability `flip`.
+    """
+
+    worker: str
+    delay_s: float = 0.0
+    bytes_per_s: float | None = None
+    chunk_bytes: int = 65_536
+    reset_every: int | None = None
+    flip: float = 0.0
+
+
+class FdLimit(_Part, frozen=True, kw_only=True):
+    """How many files the process of a worker, or of the graph, may have open."""
+
+    of: str = "graph"
+    files: int
+
+
+class Scale(_Part, frozen=True, kw_only=True):
+    """See `sagellm scale`."""
+
+    engine: str
+    replicas: int
+
+
+class Event(_Part, frozen=True, kw_only=True):
+    """One thing that happens, and when: `at_s` after the start, or once every stream that runs has
+    had `after_tokens`. What lasts is undone `for_s` later.
+
+    Workers are called as in a log: `d[0]` is replica 0 of engine d.
+    """
+
+    at_s: float | None = None
+    after_tokens: int | None = None
+    for_s: float | None = None
+    load: Load | None = None
+    kill: str | None = None
+    sigterm: str | None = None
+    stop: str | None = None
+    cont: str | None = None
+    partition: str | None = None
+    toxic: Toxic | None = None
+    corrupt: str | None = None
+    fd_limit: FdLimit | None = None
+    clock_jump_s: float | None = None
+    drain: str | None = None
+    restart: str | None = None
+    scale: Scale | None = None
+
+    @property
+    def kind(self) -> str:
+        return self._kinds[0]
+
+    @property
+    def _kinds(self) -> list[str]:
+        when = ("at_s", "after_tokens", "for_s")
+        names = [name for name in self.__struct_fields__ if name not in when]
+        return [name for name in names if getattr(self, name) is not None]
+
+    def mistake(self) -> str | None:
+        if len(self._kinds) != 1:
+            return f"one thing happens at a time, not {' and '.join(self._kinds) or 'nothing'}"
+        if self.at_s is not None and self.after_tokens is not None:
+            return "at_s or after_tokens, not both"
+        if self.for_s is not None and self.kind not in LASTING:
+            return f"{self.kind} does not last: only {', '.join(LASTING)} do"
+        return None
+
+
+LASTING = ("stop", "partition", "toxic", "fd_limit", "clock_jump_s")
+
+
+class Scenario(_Part, frozen=True, kw_only=True):
+    """`graph`: a shipped name, or a file beside the scenario. `set`: options, by their names.
+
+    `kv_damage`: the share of KV chunks of which one bit is flipped on the way, each time they are
+    moved. `checks`: see `checks.py`; the ledger is checked whatever they say.
+    """
+
+    sagellm_chaos: int
+    name: str
+    graph: str
+    set: dict[str, str | int | float | bool | None] = {}
+    kv_damage: float = 0.0
+    events: tuple[Event, ...]
+    checks: tuple[str, ...] = ("identical",)
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A scenario and where it was."""
+
+    scenario: Scenario
+    path: Path
+
+    @property
+    def graph(self) -> str:
+        """A file beside the scenario, or a shipped name."""
+        beside = self.path.parent / self.scenario.graph
+        return str(beside) if beside.is_file() else self.scenario.graph
+
+
+def load_scenario(path: Path) -> Loaded:
+    """Raises ScenarioError, OSError."""
+    with path.open("rb") as file:
+        content = file.read(_MOST_BYTES + 1)
+    if len(content) > _MOST_BYTES:
+        raise ScenarioError(f"{path}: more than {_MOST_BYTES} bytes")
+    try:
+        tree = read(content.decode("utf-8-sig"), file=str(path))
+        if tree.mistakes:
+            raise ScenarioError(f"{path}: {tree.mistakes[0].message}")
+        scenario = msgspec.convert(thaw(tree.value), Scenario)
+    except UnicodeDecodeError:
+        raise ScenarioError(f"{path}: it is not UTF-8") from None
+    except GraphError as error:
+        raise ScenarioError(f"{path}: {error.diagnostics[0].message}") from None
+    except msgspec.ValidationError as error:
+        raise ScenarioError(f"{path}: {_explained(str(error))}") from None
+    if scenario.sagellm_chaos != 1:
+        raise ScenarioError(f"{path}: this release knows sagellm_chaos: 1")
+    for number, event in enumerate(scenario.events):
+        mistake = event.mistake()
+        if mistake is not None:
+            raise ScenarioError(f"{path}: event {number + 1}: {mistake}")
+    if not any(event.load for event in scenario.events):
+        raise ScenarioError(f"{path}: no event is a load: nothing would be asked of the graph")
+    return Loaded(scenario, path)
+
+
+def _explained(message: str) -> str:
+    found = _UNKNOWN.search(message)
+    if found is None:
+        return message
+    known = [
+        name
+        for part in (Event, Scenario, Load, Toxic, FdLimit, Scale)
+        for name in part.__struct_fields__
+    ]
+    close = nearest(found[1], known)
+    return f"{message}; did you mean {close}?" if close else message

@@ -1,0 +1,55 @@
+"""`sagellm chaos run`: what a graph does when things go wrong on purpose."""
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import msgspec
+import trio
+
+from sagellm.chaos.run import Report, run_scenario
+from sagellm.chaos.scenario import ScenarioError, load_scenario
+from sagellm.cli.failure import FAILED, Failure
+
+
+def run(*scenarios: Path, seed: int = 0, json: bool = False) -> int:
+    """Run scenarios, one after the other: the graph as worker processes, and what happens to it.
+
+    Every stream must give the tokens that it gives in one process without faults, unless the
+    scenario's checks say otherwise. Exit code 1 where a check fails.
+
+    Parameters
+    ----------
+    scenarios
+        YAML files; examples/chaos has some.
+    seed
+        Of which bits are flipped, where any are.
+    json
+        Print one JSON object a scenario.
+    """
+    if not scenarios:
+        raise Failure("no scenario is given", "name a YAML file, such as examples/chaos/kill.yaml")
+    reports = [_run(path, seed, json) for path in scenarios]
+    return 0 if all(report.is_passed for report in reports) else FAILED
+
+
+def _run(path: Path, seed: int, json: bool) -> Report:
+    try:
+        report = trio.run(run_scenario, load_scenario(path), seed)
+    except* ScenarioError as group:
+        raise Failure(_first(group), "docs/operations.md has what a scenario may say") from None
+    if json:
+        print(msgspec.json.encode(asdict(report)).decode())
+    else:
+        print(f"{'passed' if report.is_passed else 'FAILED'}: {report.name}")
+        figures = (f"{name} {value:g}" for name, value in report.figures().items())
+        print(f"  {', '.join(figures)}")
+        for failed in report.failed:
+            print(f"  {failed}", file=sys.stderr)
+    return report
+
+
+def _first(group: BaseExceptionGroup[ScenarioError]) -> str:
+    """What is wrong, behind however many groups."""
+    first = group.exceptions[0]
+    return _first(first) if isinstance(first, BaseExceptionGroup) else str(first)

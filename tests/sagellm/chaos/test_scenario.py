@@ -1,0 +1,108 @@
+"""What a scenario may say; what makes no sense is refused with the way out."""
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from sagellm.chaos.checks import metric_value, read_check
+from sagellm.chaos.run import Report
+from sagellm.chaos.scenario import ScenarioError, load_scenario
+from sagellm.gateway.metrics.families import counter
+
+EXAMPLES = Path(__file__).parents[3] / "examples" / "chaos"
+GOOD = """
+sagellm_chaos: 1
+name: x
+graph: pd
+events:
+  - load: {streams: 2}
+  - {after_tokens: 3, kill: "d[0]"}
+"""
+FIGURES = Report("x").figures()
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_examples_make_sense(path: Path) -> None:
+    loaded = load_scenario(path)
+    for text in loaded.scenario.checks:
+        read_check(text, FIGURES)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "wrong"),
+    [
+        ("kill:", "kil:", "did you mean kill"),
+        ("streams:", "stream:", "did you mean streams"),
+        ('kill: "d[0]"', 'kill: "d[0]", stop: "d[0]"', "not kill and stop"),
+        ('after_tokens: 3, kill: "d[0]"', "after_tokens: 3", "not nothing"),
+        ("after_tokens: 3", "after_tokens: 3, at_s: 1", "not both"),
+        ("after_tokens: 3", "after_tokens: 3, for_s: 1", "kill does not last"),
+        ("after_tokens: 3", "after_tokens: three", "Expected `int"),
+        ("  - load: {streams: 2}\n", "", "no event is a load"),
+        ("sagellm_chaos: 1", "sagellm_chaos: 2", "knows sagellm_chaos: 1"),
+        ("name: x", "name: [x", "not closed|expected"),
+        ("graph: pd\n", "", "missing required field `graph`"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(old: str, new: str, wrong: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    assert old in GOOD
+    path.write_text(GOOD.replace(old, new))
+    with pytest.raises(ScenarioError, match=wrong):
+        load_scenario(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "wrong"),
+    [
+        ("identicl", "write `identical`"),
+        ("num_unserve == 0", "did you mean num_unserved"),
+        ("longest_gap_s < two", "write `identical`"),
+        ("longest_gap_s =< 2", "write `identical`"),
+        ('sagellm_engine_up{engine "d"} == 1', "labels are written"),
+        ("__import__('os').system('x') == 0", "write `identical`"),
+    ],
+)
+def test_checks_that_make_no_sense_are_refused(text: str, wrong: str) -> None:
+    with pytest.raises(ScenarioError, match=wrong):
+        read_check(text, FIGURES)
+
+
+@pytest.mark.parametrize(
+    ("text", "found", "holds"),
+    [
+        ("identical", 0, True),
+        ("identical", 1, False),
+        ("longest_gap_s < 2.5", 2.4, True),
+        ("longest_gap_s < 2.5", 2.5, False),
+        ("num_migrated != 0", 0, False),
+        ("num_migrated >= 3", 3, True),
+    ],
+)
+def test_a_check_compares(text: str, found: float, holds: bool) -> None:
+    assert read_check(text, FIGURES).holds(found) == holds
+
+
+def test_a_metric_is_the_sum_of_the_series_that_are_meant() -> None:
+    values: Any = [({"engine": "d", "replica": "0"}, 2.0), ({"engine": "d", "replica": "1"}, 3.0)]
+    values += [({"engine": "p", "replica": "0"}, 7.0)]
+    families = [counter("sagellm_engine_restarts", "Of workers.", values)]
+
+    def value(labels: str) -> float | None:
+        return metric_value(families, read_check(f"sagellm_engine_restarts_total{labels} > 0", ()))
+
+    assert value("") == 12
+    assert value('{engine="d"}') == 5
+    assert value("{engine=d, replica=1}") == 3
+    assert value('{engine="x"}') is None
+
+
+def test_options_of_a_scenario_are_plain_values(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text(GOOD + "set: {d.threads: [1]}\n")
+    with pytest.raises(ScenarioError, match=r"set"):
+        load_scenario(path)
+    path.write_text(GOOD + "set: {d.threads: 1}\n")
+    assert msgspec.structs.asdict(load_scenario(path).scenario)["set"] == {"d.threads": 1}
