@@ -1,15 +1,39 @@
-"""Settings of every test: a busy machine is no failure, and what measures time has it to itself."""
+"""Settings of every test: a busy machine is no failure, and what measures time has it to itself.
+
+With SAGELLM_TEST_EXECUTOR=processes, every graph that a test opens is one of worker processes.
+"""
 
 import fcntl
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
 
+from sagellm.builder import Graph
+from sagellm.opening import OpenGraph
+
+EXECUTOR = os.environ.get("SAGELLM_TEST_EXECUTOR")
 settings.register_profile("sagellm", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("sagellm")
+
+
+@pytest.fixture(autouse=EXECUTOR is not None)
+def executor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a graph is opened with by those who do not say."""
+    if {"autojump_clock", "mock_clock"} & set(request.fixturenames):
+        pytest.skip("processes do not run in virtual time")
+    if request.node.get_closest_marker("in_process") is not None:
+        pytest.skip("it looks into engines of this process")
+    opened = Graph.open
+
+    def open_graph(self: Graph, **asked: Any) -> OpenGraph:
+        return opened(self, **{"executor": EXECUTOR, **asked})
+
+    monkeypatch.setattr(Graph, "open", open_graph)
 
 
 @contextmanager

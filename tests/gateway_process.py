@@ -78,7 +78,11 @@ def served_process(
 ) -> Iterator[ServedProcess]:
     """`sagellm serve` until the block ends; it must have survived that, and end with 0."""
     command = [sys.executable, "-m", "sagellm", "serve", str(graph), "--port", "0"]
-    command += ["--log-level", "error", *(("--api-key", key) if key else ()), *options]
+    command += ["--log-level", "error", *(("--api-key", key) if key else ())]
+    executor = os.environ.get("SAGELLM_TEST_EXECUTOR")  # see conftest
+    if executor is not None and "--executor" not in options:
+        command += ["--executor", executor]
+    command += options
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, stderr=log, **popen)
         try:

@@ -160,10 +160,14 @@ class Events(_Said, frozen=True, kw_only=True, tag="events"):
 
 
 class Pong(_Said, frozen=True, kw_only=True, tag="pong"):
-    """A sign of life, and how the engine is."""
+    """A sign of life, and how the engine is. `step_tokens`: its steps by the tokens that they
+    computed, counted in buckets; `num_step_tokens`: of all of them.
+    """
 
     load: EngineLoad
     health: EngineHealth
+    step_tokens: tuple[int, ...] = ()
+    num_step_tokens: float = 0.0
 
 
 FromGraph: TypeAlias = (

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import trio
 
+from sagellm.runtime.buckets import Buckets
 from sagellm.runtime.comm.channel import Channel, ChannelClosed
 from sagellm.runtime.comm.protocol import (
     Cancel,
@@ -38,6 +39,7 @@ from sagellm.runtime.engine.port import (
     StaleLease,
 )
 from sagellm.runtime.engine.remote_transfer import Question, RemoteSource, RemoteTarget
+from sagellm.runtime.engine.stepping import STEP_TOKENS
 from sagellm.runtime.kv.lease import Fence
 from sagellm.runtime.messages import LeaseRef, SequenceState, TokenEvent
 
@@ -81,6 +83,8 @@ class RemoteEngine:
         self._num_ungranted: dict[str, int] = {}  # batches of this life that a reader has to take
         self._load = EngineLoad(num_blocks=facts.num_blocks, num_free_blocks=facts.num_blocks)
         self._health = EngineHealth()
+        self._earlier_steps = Buckets(STEP_TOKENS)  # of earlier lives
+        self._steps = Buckets(STEP_TOKENS)
 
     # ---- the port ------------------------------------------------------------------------------
 
@@ -130,6 +134,13 @@ class RemoteEngine:
     def health(self) -> EngineHealth:
         return self._health
 
+    @property
+    def step_tokens(self) -> Buckets:
+        """Tokens that a step computed, of all lives."""
+        steps = self._earlier_steps.copy()
+        steps.add(self._steps)
+        return steps
+
     async def idle(self) -> None:
         try:
             await self.ask(lambda call: Idle(call=call))
@@ -171,6 +182,7 @@ class RemoteEngine:
         num_blocks = self.facts.num_blocks
         self._load = EngineLoad(num_blocks=num_blocks, num_free_blocks=num_blocks)
         self._health = EngineHealth()
+        self._earlier_steps, self._steps = self.step_tokens, Buckets(STEP_TOKENS)
 
     def _lose_sequences(self, *, by_death: bool) -> None:
         """Behind all events that have come: none comes after it."""
@@ -211,8 +223,10 @@ class RemoteEngine:
                 if waiting is not None:
                     waiting.answer = message
                     waiting.done.set()
-            case Pong(load=load, health=health):
+            case Pong(load=load, health=health, step_tokens=counts, num_step_tokens=total):
                 self._load, self._health = load, health
+                if len(counts) == len(self._steps.counts):
+                    self._steps.counts, self._steps.total = list(counts), total
 
     def _take(self, owner: str, events: tuple[TokenEvent | PrefillDone, ...]) -> None:
         mailbox, is_empty = self._mailbox(owner), True

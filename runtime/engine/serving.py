@@ -83,7 +83,7 @@ class EngineServer:
                     self._scopes[call].cancel()
             case Ping():
                 engine.forget_gone()
-                self._say(Pong(load=engine.load, health=engine.health))
+                self._say(self._pong())
 
     async def _answer(self, call: int, action: Callable[[], Awaitable[FromWorker]]) -> None:
         """Say what became of a call: every one is answered once, dropped ones too."""
@@ -120,9 +120,18 @@ class EngineServer:
         await self._engine.receive(message.lease, message.source)
         return Done(call=message.call)
 
+    def _pong(self) -> Pong:
+        engine = self._engine
+        return Pong(
+            load=engine.load,
+            health=engine.health,
+            step_tokens=tuple(engine.step_tokens.counts),
+            num_step_tokens=engine.step_tokens.total,
+        )
+
     async def _idle(self, call: int) -> Done:
         await self._engine.idle()
-        self._say(Pong(load=self._engine.load, health=self._engine.health))
+        self._say(self._pong())
         return Done(call=call)
 
     def _release(self, lease: LeaseRef) -> None:

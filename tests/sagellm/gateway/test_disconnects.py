@@ -131,6 +131,7 @@ async def settled(served: ServedSession, most: Held | None = None) -> Held:
 
 
 @pytest.mark.alone
+@pytest.mark.in_process
 @pytest.mark.parametrize("server", SERVERS)
 async def test_whoever_leaves_leaves_nothing_behind(server: str) -> None:
     async with served_session(server, "pd", SLOW) as served:

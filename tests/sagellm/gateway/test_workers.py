@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -75,6 +76,25 @@ async def stream_all(served: ServedProcess, meanwhile: Any = None) -> list[str]:
         if meanwhile is not None:
             nursery.start_soon(meanwhile)
     return texts
+
+
+def test_nothing_listens_but_the_gateway_and_files_of_this_user(served: ServedProcess) -> None:
+    processes = [served.process, *served.process.children(recursive=True)]
+    listening = {
+        found.laddr
+        for process in processes
+        for found in process.net_connections("inet")
+        if found.status in (psutil.CONN_LISTEN, psutil.CONN_NONE)
+    }
+    assert listening == {("127.0.0.1", served.port)}
+    files = {
+        Path(found.laddr)
+        for process in processes
+        for found in process.net_connections("unix")
+        if found.laddr and found.laddr.startswith("/")
+    }
+    assert files
+    assert {path.parent.stat().st_mode & 0o777 for path in files} == {0o700}
 
 
 async def test_clients_notice_neither_a_death_nor_a_restart(served: ServedProcess) -> None:
