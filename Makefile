@@ -38,7 +38,7 @@ test: $(STAMPS)/test
 # What takes minutes: load tenfold, churn, fuzzing for SAGELLM_FUZZ_S seconds, and the gateway's
 # tests again with engines in worker processes. Not a part of `test`.
 soak: export SAGELLM_FUZZ_S ?= 600
-soak: $(STAMPS)/test
+soak: $(STAMPS)/test $(STAMPS)/fuzz
 	$(BIN)/pytest -o addopts='-v -rP --strict-markers --import-mode=importlib' \
 		tests/soak tests/sagellm/gateway/test_fuzz.py
 	$(BIN)/python -O -m pytest -W ignore::pytest.PytestConfigWarning tests/security
