@@ -14,6 +14,7 @@ from typing import Any
 import structlog
 from structlog.typing import EventDict, Processor
 
+from sagellm.log_writer import LogWriter
 from sagellm.redaction import Redactor
 
 _NUM_FRAMES = 12
@@ -35,10 +36,18 @@ class _Stderr:
         sys.stderr.flush()
 
 
+WRITERS: list[LogWriter] = []  # of this process; there is one at a time
+
+
 def configure_logs(level: int = logging.WARNING) -> None:
     """Idempotent, and silent where structlog is configured already."""
     if not structlog.is_configured():
-        _configure(level, Redactor())
+        _configure(level, Redactor(), _Stderr())
+
+
+def num_dropped_lines() -> int:
+    """Log lines of this process that nobody took."""
+    return sum(writer.num_dropped for writer in WRITERS)
 
 
 @contextmanager
@@ -47,16 +56,21 @@ def own_logs(level: int, *, key: bytes = b"", known: Iterable[str] = ()) -> Iter
 
     For programs of our own: it replaces what structlog and the standard module were set up with.
     `key` keys the hashes of prompts; `known` are secrets that no line may hold. The text of an
-    exception, which may hold anything, is logged at level debug only.
+    exception, which may hold anything, is logged at level debug only. Lines are written by a
+    thread: logging waits for nobody.
     """
     redactor, before = Redactor(key, known), structlog.get_config()
     explain = structlog.processors.format_exc_info if level <= logging.DEBUG else without_text
-    _configure(level, redactor, explain)
+    writer = LogWriter()
+    WRITERS.append(writer)
+    _configure(level, redactor, writer, explain)
     try:
-        with _routed(_handler(redactor, explain), level):
+        with _routed(_handler(redactor, writer, explain), level):
             yield
     finally:
         structlog.configure(**before)
+        writer.close()
+        WRITERS.remove(writer)
 
 
 def without_text(_: object, __: str, line: EventDict) -> EventDict:
@@ -73,19 +87,19 @@ def without_text(_: object, __: str, line: EventDict) -> EventDict:
 def _configure(
     level: int,
     redactor: Redactor,
+    sink: Any,
     explain: Processor = structlog.processors.format_exc_info,
 ) -> None:
-    stderr: Any = _Stderr()
     structlog.configure(
         processors=[*_common(redactor, explain), structlog.processors.JSONRenderer()],
         wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=structlog.PrintLoggerFactory(stderr),
+        logger_factory=structlog.WriteLoggerFactory(sink),
     )
 
 
-def _handler(redactor: Redactor, explain: Processor) -> logging.Handler:
+def _handler(redactor: Redactor, sink: Any, explain: Processor) -> logging.Handler:
     """What writes a record of the standard module as a line like ours."""
-    handler = logging.StreamHandler(_Stderr())
+    handler = logging.StreamHandler(sink)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=[

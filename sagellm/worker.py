@@ -1,5 +1,6 @@
 """What a worker process of a graph runs: one replica of one engine, behind a channel."""
 
+import logging
 from dataclasses import replace
 
 import trio
@@ -7,7 +8,7 @@ import trio
 from sagellm.engines import engine_options, load_replica
 from sagellm.graphs.ir import Graph
 from sagellm.graphs.models import UnsupportedModel
-from sagellm.logs import configure_logs
+from sagellm.logs import own_logs
 from sagellm.runtime.cluster.options import processes_options
 from sagellm.runtime.cluster.start import serve
 from sagellm.runtime.engine.local import LocalEngine
@@ -27,8 +28,8 @@ async def open_engine(graph: Graph, name: str, replica: int, num_blocks: int | N
 
 
 def main() -> None:
-    configure_logs()
-    serve(open_engine, (ModelError, EngineOptionError, UnsupportedModel))
+    with own_logs(logging.WARNING):
+        serve(open_engine, (ModelError, EngineOptionError, UnsupportedModel))
 
 
 if __name__ == "__main__":

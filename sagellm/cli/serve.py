@@ -1,7 +1,6 @@
 """`sagellm serve`: a graph, or one model, behind the OpenAI API."""
 
 import gc
-import sys
 from typing import Annotated
 
 import trio
@@ -23,6 +22,7 @@ from sagellm.cli.serving import (
     served_names,
 )
 from sagellm.gateway.server.front import serve_graph
+from sagellm.log_writer import write_line
 from sagellm.runtime.engine.options import EngineOptionError
 
 
@@ -71,4 +71,4 @@ def serve(
 def _tell(line: str) -> None:
     gc.collect()
     gc.freeze()  # what was loaded stays: to walk it all again would stall every stream for 50 ms
-    print(line, file=sys.stderr, flush=True)
+    write_line(f"{line}\n".encode())  # served all the same, where nobody can read that
