@@ -5,8 +5,9 @@ from collections.abc import Callable
 
 import trio
 
-from sagellm.engines import engine_options
 from sagellm.graphs.ir import Graph
+from sagellm.graphs.passes.pipeline import run_pipeline
+from sagellm.graphs.passes.place import Place, replicas_of
 from sagellm.graphs.passes.share_cores import ShareCores
 from sagellm.runtime.cluster.control import Control
 from sagellm.runtime.cluster.launch import Processes
@@ -26,10 +27,12 @@ async def start_workers(
     """Returns once every worker is ready; they run until the nursery ends. Raises WorkerUnfit,
     BadKeys.
     """
+    cores = len(os.sched_getaffinity(0))
+    placed = run_pipeline(graph, (ShareCores(cores), Place()))
     launcher = (launch or _launcher)(options)
     supervisor = Supervisor(
-        ShareCores(len(os.sched_getaffinity(0))).apply(graph),
-        {name: engine_options(graph, name).replicas for name in graph.engines},
+        placed,
+        replicas_of(placed),
         launcher,
         watch=Watch(options.ping_s, options.silent_s, options.hang_s),
     )

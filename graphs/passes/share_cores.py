@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 
 from sagellm.graphs.ir import FrozenMap, Graph
+from sagellm.graphs.passes.place import num_replicas
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,15 +21,10 @@ class ShareCores:
             name: values if isinstance(values, FrozenMap) else FrozenMap()
             for name, values in graph.engines.items()
         }
-        num_replicas = sum(_replicas(values) for values in engines.values())
+        num_replicas = sum(num_replicas(values) for values in engines.values())
         threads = max(1, self.num_cores // max(num_replicas, 1))
         placed = {
             name: values if values.get("threads") else FrozenMap({**values, "threads": threads})
             for name, values in engines.items()
         }
         return replace(graph, attrs=FrozenMap({**graph.attrs, "engines": FrozenMap(placed)}))
-
-
-def _replicas(values: FrozenMap) -> int:
-    count = values.get("replicas", 1)
-    return count if isinstance(count, int) else 1

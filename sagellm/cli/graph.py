@@ -18,6 +18,7 @@ from sagellm.graphs.kernels import infer
 from sagellm.graphs.models import build
 from sagellm.graphs.passes import KERNEL_PASSES, UnknownPass, run_pipeline
 from sagellm.graphs.passes.attach_bodies import AttachBodies
+from sagellm.graphs.passes.place import Place
 from sagellm.graphs.text.draw import as_mermaid, as_svg, as_text
 from sagellm.graphs.vocabulary import nearest
 from sagellm.overrides import override
@@ -84,7 +85,8 @@ def show(
         Show the kernel graph of this operator's engine.
     after
         Show kernel graphs as they are after this pass; those of a graph's engines below it.
-        attach_bodies leaves them as built; then come the passes that fuse kernels.
+        attach_bodies leaves them as built; then come the passes that fuse kernels. place shows the
+        processes of a graph under executor processes.
     format
         text, mermaid or svg.
     set_
@@ -118,11 +120,15 @@ def _shown(
     graph = override(load_graph(file).ir, overrides)
     if node is not None:
         return kernel_graph(_model_at(graph, node), after)
+    if after == Place().name:
+        return Place().apply(graph)
     return graph if after is None else _with_bodies(graph, after)
 
 
 def _with_bodies(graph: ir.Graph, after: str) -> ir.Graph:
     """The stream graph whose engine operators hold their kernel graphs, as after a pass."""
+    if after not in (*PASS_NAMES, ATTACH):
+        raise _unknown("pass", after, (Place().name, *PASS_NAMES))
     until = None if after == ATTACH else after
     bodies = {engine: kernel_graph(model, until) for engine, model in _models(graph).items()}
     return AttachBodies(bodies).apply(graph)

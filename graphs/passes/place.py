@@ -1,0 +1,43 @@
+"""place: which operators share a process, under executor `processes`."""
+
+from dataclasses import dataclass, replace
+
+from sagellm.graphs.ir import FrozenMap, Graph
+
+CONTROL = "graph"  # the process that opened the graph, and has its source and sink
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Sets the graph's attribute `processes`: the operators of each process, by its name.
+
+    Logic operators chain into one process, with the operators that drive engines: these hand on a
+    step's tokens in one turn of a loop. What computes is a process a replica of each engine
+    (`d[0]`), which its operators share.
+    """
+
+    name: str = "place"
+
+    def apply(self, graph: Graph) -> Graph:
+        processes = {CONTROL: graph.names}
+        for engine, values in graph.engines.items():
+            users = tuple(node.name for node in graph.nodes if node.attrs.get("engine") == engine)
+            for replica in range(num_replicas(values)):
+                processes[f"{engine}[{replica}]"] = users
+        return replace(graph, attrs=FrozenMap({**graph.attrs, "processes": FrozenMap(processes)}))
+
+
+def num_replicas(values: object) -> int:
+    """Of an engine with those options."""
+    count = values.get("replicas", 1) if isinstance(values, FrozenMap) else 1
+    return count if isinstance(count, int) else 1
+
+
+def replicas_of(placed: Graph) -> dict[str, int]:
+    """How many worker processes a placed graph has for each engine."""
+    processes = placed.attrs["processes"]
+    assert isinstance(processes, FrozenMap)
+    return {
+        engine: sum(name.startswith(f"{engine}[") for name in processes)
+        for engine in placed.engines
+    }

@@ -1,0 +1,33 @@
+"""Who shares a process: what decides and drives is in one, what computes is one each."""
+
+from sagellm import Graph
+from sagellm.graphs.ir import FrozenMap
+from sagellm.graphs.passes.place import Place, replicas_of
+from sagellm.graphs.passes.share_cores import ShareCores
+
+
+def test_each_replica_of_an_engine_is_a_process_that_its_operators_share() -> None:
+    graph = Graph.load("pd_many").ir
+    placed = Place().apply(graph)
+    assert placed.attrs["processes"] == FrozenMap(
+        {
+            "graph": graph.names,
+            "p[0]": ("prefill",),
+            "p[1]": ("prefill",),
+            "d[0]": ("decode", "generate"),
+            "d[1]": ("decode", "generate"),
+        }
+    )
+    assert replicas_of(placed) == {"p": 2, "d": 2}
+    assert placed.nodes == graph.nodes
+
+
+def test_cores_are_shared_by_all_workers() -> None:
+    graph = Graph.load("pd_many").ir
+
+    def threads(num_cores: int) -> list[object]:
+        engines = ShareCores(num_cores).apply(graph).engines.values()
+        return [values["threads"] for values in engines if isinstance(values, FrozenMap)]
+
+    assert threads(2) == [1, 1]
+    assert threads(8) == [2, 2]
