@@ -21,8 +21,8 @@ class ShareCores:
             name: values if isinstance(values, FrozenMap) else FrozenMap()
             for name, values in graph.engines.items()
         }
-        num_replicas = sum(num_replicas(values) for values in engines.values())
-        threads = max(1, self.num_cores // max(num_replicas, 1))
+        num_workers = sum(num_replicas(values) for values in engines.values())
+        threads = max(1, self.num_cores // max(num_workers, 1))
         placed = {
             name: values if values.get("threads") else FrozenMap({**values, "threads": threads})
             for name, values in engines.items()

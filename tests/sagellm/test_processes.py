@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import random
 import signal
 import sys
 from functools import partial
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import trio
+from dying_sender import FLAG, SHARE
 from poisoned_worker import POISON
 from process_streams import (
     EXACT,
@@ -232,6 +234,30 @@ async def test_a_drained_worker_takes_nothing_new_and_loses_nothing(graph: str) 
     assert again.finish_reason in SERVED
 
 
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 0.75, 0.99])
+async def test_a_sender_that_dies_midway_leaves_no_half_written_block(
+    share: float, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("sagellm.workers.MODULE", "dying_sender")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    monkeypatch.setenv(SHARE, str(share))
+    monkeypatch.setenv(FLAG, str(tmp_path / "died"))
+    prompts = {number: [*range(20, 120)] * 4 + [number] for number in range(6)}
+    brief = Sampling(max_tokens=20, ignore_eos=True, temperature=1.0, seed=2)
+    async with opened("pd_many", "tasks") as session:
+        right = await stream_all(session, brief, prompts=prompts)
+    async with opened("pd_many", **{"executor.kv": "tcp"}) as session:
+        found = await stream_all(session, brief, prompts=prompts)
+        assert session.supervisor is not None
+        workers = session.supervisor.workers
+        deaths = {worker.engine_name: 0 for worker in workers}
+        for worker in workers:
+            deaths[worker.engine_name] += worker.restarts.count
+    assert (tmp_path / "died").exists()
+    assert deaths == {"p": 1, "d": 0}
+    assert found.tokens == right.tokens
+
+
 async def test_replicas_come_and_go_under_load() -> None:
     async with opened("pd_many") as session:
         supervisor = session.supervisor
@@ -307,6 +333,30 @@ async def test_cancelled_requests_leave_nothing_in_a_worker(after_s: float) -> N
         with trio.fail_after(5):
             await session.idle()
         assert session.statistics().num_open == 0
+
+
+@pytest.mark.parametrize("kv", ["memory", "tcp"])
+async def test_two_hundred_cancels_at_random_points_free_every_block(kv: str) -> None:
+    """In a queue, while a prompt is computed, while its blocks move, while it answers."""
+    draw = random.Random(kv)
+    answer = Sampling(max_tokens=30, ignore_eos=True)
+    async with opened("pd_many", **{"executor.kv": kv}) as session:
+
+        async def ask_and_leave(number: int) -> None:
+            prompt = [20 + number % 90, *draw.choices(range(20, 120), k=draw.randint(10, 400))]
+            with trio.move_on_after(draw.uniform(0, 0.3)):
+                await session.generate(prompt, sampling=answer)
+
+        async with trio.open_nursery() as nursery:
+            for number in range(200):
+                nursery.start_soon(ask_and_leave, number)
+                await trio.sleep(draw.uniform(0, 0.02))
+        with trio.fail_after(10):
+            await session.idle()
+        assert session.executor.ledger.ended["cancelled"] > 20
+        canary = await session.generate("Once upon a time", sampling=GREEDY)
+        assert session.executor.recovery.num_migrated == 0
+    assert len(canary.token_ids) == NUM_TOKENS
 
 
 async def test_a_lambda_stays_in_the_process_of_the_graph() -> None:
