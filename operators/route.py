@@ -37,7 +37,7 @@ SPEC = OpSpec(
     (Port("in", REQUEST),),
     (Port("out", REQUEST),),
     options=Options,
-    hears=frozenset({"credit", "load", "health"}),
+    hears=frozenset({"credit", "load", "health", "removed"}),
 )
 
 
@@ -72,6 +72,9 @@ class Route:
             case Feedback(node, number, _, "health", bool() as is_up):
                 pool = self._pool_of(node)
                 return Step(state.mark((pool.name, number), is_up=is_up) if pool else state)
+            case Feedback(node, number, _, "removed"):
+                pool = self._pool_of(node)
+                return Step(state.remove((pool.name, number)) if pool else state)
         return Step(state)
 
     def _place(self, view: View, request: Request, draw: Draw) -> Step[View]:

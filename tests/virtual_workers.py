@@ -3,7 +3,7 @@
 import random
 from collections import Counter
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from sagellm.checking import check_graph
 from sagellm.engines import engine_options, load_replica, load_tokenizer_of
 from sagellm.graphs.ir import Graph as FrozenGraph
 from sagellm.runtime.cluster.backoff import RestartPolicy
+from sagellm.runtime.cluster.faults import CannotScale
 from sagellm.runtime.cluster.launch import TaskLife, Tasks
 from sagellm.runtime.cluster.supervisor import Supervisor
 from sagellm.runtime.cluster.worker import Watch
@@ -27,6 +28,7 @@ from sagellm.session import Session
 # It came while nobody was there; or it was twice, without a token, in a worker as that died.
 EXCUSED = ("unavailable", "request_quarantined")
 WATCH = Watch(ping_s=4.0, silent_s=9.0, stop_s=1.0)
+ACTIONS = ("kill", "kill", "kill two", "mute", "garble", "restart", "scale", "scale", "drain")
 OPTIONS = {"device": "null", "model": "null", "decode_step_s": 0.02, "prefill_token_s": 1e-3}
 
 
@@ -63,7 +65,7 @@ class Chaos:
     async def run(self, mean_s: float) -> None:
         while True:
             await trio.sleep(self.draw.expovariate(1 / mean_s))
-            action = self.draw.choice(("kill", "kill", "kill two", "mute", "garble", "restart"))
+            action = self.draw.choice(ACTIONS)
             await self._do(action)
 
     async def _do(self, action: str) -> None:
@@ -81,6 +83,14 @@ class Chaos:
             case "garble" if lives:  # the link ends, and the worker lives on for a while
                 lives[0].channel.close("its checksum is wrong")
             case "restart":
+                await self.supervisor.restart(workers[:1])
+            case "scale":
+                with suppress(CannotScale):
+                    count = self.draw.randint(1, 3)
+                    await self.supervisor.scale(workers[0].engine_name, count)
+            case "drain":
+                self.supervisor.drain(workers[0])
+                await trio.sleep(self.draw.uniform(0.0, 20.0))
                 await self.supervisor.restart(workers[:1])
 
     def _life(self, pid: int | None) -> TaskLife | None:

@@ -67,6 +67,7 @@ class View(msgspec.Struct, frozen=True):
     backlogs: Mapping[Replica, Backlog] = msgspec.field(default_factory=dict)
     reported: Mapping[Replica, Report] = msgspec.field(default_factory=dict)
     down: frozenset[Replica] = frozenset()  # whose engine is lost, until it is back
+    removed: frozenset[Replica] = frozenset()  # not to come back
     added: Mapping[str, int] = msgspec.field(default_factory=dict)  # pool -> replicas it has by now
     placed: PersistentMap[str, tuple[tuple[Replica, int], ...]] = msgspec.field(
         default_factory=PersistentMap
@@ -121,9 +122,14 @@ class View(msgspec.Struct, frozen=True):
         return replace(
             self,
             down=self.down - {replica} if is_up else self.down | {replica},
+            removed=self.removed - {replica} if is_up else self.removed,
             reported={known: report for known, report in self.reported.items() if known != replica},
             added={**self.added, pool: max(self.added.get(pool, 0), number + 1)},
         )
+
+    def remove(self, replica: Replica) -> "View":
+        """Nothing goes there any more, whatever is missing."""
+        return replace(self, down=self.down | {replica}, removed=self.removed | {replica})
 
     def report(self, replica: Replica, report: Report) -> "View":
         """The latest load wins; one that a later one of its node overtook changes nothing."""
@@ -145,11 +151,14 @@ class Pool:
     nodes: tuple[str, ...]
 
     def live(self, view: View) -> tuple[int, ...]:
-        """The replicas whose engine is there; all, where none is: the request waits for one."""
+        """The replicas whose engine is there; where none is, all that may come back: the request
+        waits for one.
+        """
         every = tuple(range(max(self.num_replicas, view.added.get(self.name, 0))))
         if not view.down:
             return every
-        return tuple(number for number in every if (self.name, number) not in view.down) or every
+        wanted = tuple(number for number in every if (self.name, number) not in view.removed)
+        return tuple(number for number in wanted if (self.name, number) not in view.down) or wanted
 
     def least_loaded(self, request: Request, view: View) -> int:
         """Ties go round, so that an idle pool fills evenly."""

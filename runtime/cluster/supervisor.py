@@ -33,6 +33,9 @@ class Dispatcher(Protocol):
     def mark(self, engine: str, replica: int, *, is_up: bool) -> None:
         """A replica is lost, or is back."""
 
+    def remove(self, engine: str, replica: int) -> None:
+        """One that was lost is not to come back, until it is marked up."""
+
 
 class Supervisor:
     """Runs the workers of one graph. `on_change` hears of each that became ready, or is no more."""
@@ -141,6 +144,8 @@ class Supervisor:
                     f"nothing chooses among replicas of engine {engine}: "
                     "put an operator with `op: route` before its operators"
                 )
+            # Those that serve, and those with low numbers, stay.
+            wanted.sort(key=lambda worker: (not worker.is_serving, worker.replica))
             await self._remove(wanted[count:])
             await self._add(engine, count - len(wanted))
 
@@ -178,6 +183,8 @@ class Supervisor:
             worker.leave()
         for worker in workers:
             await worker.gone.wait()
+            if self._dispatcher is not None and worker.engine is not None:
+                self._dispatcher.remove(worker.engine_name, worker.replica)
 
     async def _launch(
         self,
@@ -203,11 +210,11 @@ class Supervisor:
         ready_s = await self._live(worker, task_status)
         if not worker.is_wanted:
             return
-        if not worker.was_ready:
-            raise WorkerUnfit(f"engine {worker}: {worker.why}")
         if worker.is_leaving:
             worker.is_leaving = False
             return
+        if not worker.was_ready:
+            raise WorkerUnfit(f"engine {worker}: {worker.why}")
         delay_s = worker.restarts.died(trio.current_time(), ready_s=ready_s, draw=self._draw())
         log.warning("worker_died", worker=str(worker), why=worker.why, restart_in_s=delay_s)
         if delay_s is None:

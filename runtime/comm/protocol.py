@@ -81,6 +81,12 @@ class Release(_Said, frozen=True, kw_only=True, tag="release"):
     lease: LeaseRef
 
 
+class Hold(_Said, frozen=True, kw_only=True, tag="hold"):
+    """The receiver is still at it: keep the blocks of an exported lease."""
+
+    lease: LeaseRef
+
+
 class Drop(_Said, frozen=True, kw_only=True, tag="drop"):
     """Nobody waits for that call any more; it is answered all the same."""
 
@@ -171,7 +177,19 @@ class Pong(_Said, frozen=True, kw_only=True, tag="pong"):
 
 
 FromGraph: TypeAlias = (
-    Open | Submit | Cancel | Import | Export | Receive | Release | Drop | Grant | Idle | Ping | Stop
+    Open
+    | Submit
+    | Cancel
+    | Import
+    | Export
+    | Receive
+    | Release
+    | Hold
+    | Drop
+    | Grant
+    | Idle
+    | Ping
+    | Stop
 )
 FromWorker: TypeAlias = Ready | Unfit | Done | Refused | Landing | Exported | Events | Pong
 Message: TypeAlias = FromGraph | FromWorker

@@ -94,8 +94,12 @@ class Link:
 
     def flush(self) -> None:
         """Hand over what waits, as far as there is room."""
-        while self._outbox and self._post(self._outbox[0]):
-            self._outbox.popleft()
+        while self._outbox:
+            frame = self._outbox.popleft()
+            if not self._post(frame):
+                if self._ended is None:  # what came meanwhile may have ended it
+                    self._outbox.appendleft(frame)
+                return
 
     def take(self, data: bytes) -> bool:
         """A frame came from the peer; False, and it is dropped, where it is none of this life."""
@@ -143,6 +147,11 @@ class _Port:
         self._take = take
         self._wait = trio.CancelScope()  # that of `pump` for something to come
 
+    def allow(self, endpoint: str) -> None:
+        """Before the socket is bound or connected there."""
+        if "[" in endpoint:
+            self.socket.setsockopt(zmq.IPV6, 1)
+
     def send(self, parts: list[bytes]) -> bool:
         """Whether there was a peer, and room for it; if not, `pump` tries again before long."""
         try:
@@ -151,11 +160,16 @@ class _Port:
             if error.errno not in (zmq.EAGAIN, zmq.EHOSTUNREACH):
                 raise
             # What would show that there is room now may be what is drained below.
-            self._wait.deadline = min(self._wait.deadline, trio.current_time() + _RETRY_S)
+            self._look_at(trio.current_time() + _RETRY_S)
             return False
         finally:
-            self._drain()
+            if not self._drain():  # nothing shows that there is more
+                self._look_at(trio.current_time())
         return True
+
+    def _look_at(self, time_s: float) -> None:
+        """Let `pump` look then, whatever shows."""
+        self._wait.deadline = min(self._wait.deadline, time_s)
 
     async def pump(self, flush: Callable[[], bool]) -> None:
         """Take what comes until cancelled. `flush` sends what waits, and says whether all of it
@@ -203,6 +217,7 @@ class Hub:
 
     def bind(self, endpoint: str) -> str:
         """Returns the endpoint to connect to. Raises OSError; then it is closed."""
+        self._port.allow(endpoint)
         try:
             self._port.socket.bind(endpoint)
         except zmq.ZMQError as error:
@@ -255,6 +270,7 @@ class Dealer:
             keys.secure_client(self._port.socket)
         self._port.socket.setsockopt(zmq.ROUTING_ID, name)
         self.link = Link(lambda data: self._port.send([data]), _FROM_GRAPH, epoch)
+        self._port.allow(endpoint)
         self._port.socket.connect(endpoint)
 
     async def run(self) -> None:

@@ -16,6 +16,7 @@ from sagellm.runtime.comm.protocol import (
     Events,
     Exported,
     Grant,
+    Hold,
     Idle,
     Import,
     Landing,
@@ -38,7 +39,7 @@ from sagellm.runtime.engine.port import (
     PrefillDone,
     StaleLease,
 )
-from sagellm.runtime.engine.remote_transfer import Question, RemoteSource, RemoteTarget
+from sagellm.runtime.engine.remote_transfer import LEASE_S, Question, RemoteSource, RemoteTarget
 from sagellm.runtime.engine.stepping import STEP_TOKENS
 from sagellm.runtime.kv.lease import Fence
 from sagellm.runtime.messages import LeaseRef, SequenceState, TokenEvent
@@ -262,14 +263,17 @@ class RemoteEngine:
             raise EngineLost(self.name, self.replica)
         return self._channel
 
-    def say(self, message: Cancel | Release | Grant | Drop) -> None:
+    def say(self, message: Cancel | Release | Hold | Grant | Drop) -> None:
         """Tell the worker, if there is one; one that is gone has nothing left to do it to."""
         if self._channel is not None:
             with suppress(ChannelClosed):  # whoever receives from it learns so, too
                 self._channel.put(message)
 
-    async def ask(self, question: Question) -> Done | Landing | Exported:
-        """The answer. Raises EngineLost, and what the worker raised.
+    async def ask(
+        self, question: Question, meanwhile: Callable[[], None] | None = None
+    ) -> Done | Landing | Exported:
+        """The answer. Raises EngineLost, and what the worker raised. `meanwhile` is called again
+        and again, more than once in LEASE_S.
 
         Cancelled, the worker is told, and its answer awaited all the same: until then it may still
         read or write the blocks that the caller is about to free.
@@ -283,6 +287,11 @@ class RemoteEngine:
             del self._calls[number]
             raise EngineLost(self.name, self.replica) from None
         try:
+            while meanwhile is not None and not call.done.is_set():
+                with trio.move_on_after(LEASE_S / 3):
+                    await call.done.wait()
+                    break
+                meanwhile()
             await call.done.wait()
         except trio.Cancelled:
             self.say(Drop(call=number))

@@ -10,6 +10,7 @@ from sagellm.runtime.comm.protocol import (
     Done,
     Export,
     Exported,
+    Hold,
     Idle,
     Import,
     Landing,
@@ -21,15 +22,19 @@ from sagellm.runtime.engine.port import KVSource
 from sagellm.runtime.kv.located import Located
 from sagellm.runtime.messages import LeaseRef
 
+LEASE_S = 10.0  # an exported lease ends then, where its receiver does not say that it goes on
+
 Question: TypeAlias = Callable[[int], Submit | Import | Export | Receive | Idle]
 
 
 class Asked(Protocol):
     """What an end needs of its engine."""
 
-    async def ask(self, question: Question) -> Done | Landing | Exported: ...
+    async def ask(
+        self, question: Question, meanwhile: Callable[[], None] | None = None
+    ) -> Done | Landing | Exported: ...
 
-    def say(self, message: Release) -> None: ...
+    def say(self, message: Release | Hold) -> None: ...
 
     def cancel(self, request_id: str, choice: int, epoch: int) -> None: ...
 
@@ -48,6 +53,10 @@ class RemoteSource:
         assert isinstance(answer, Exported)
         return answer.source
 
+    def hold(self) -> None:
+        """The transfer goes on: the lease is not to end."""
+        self.engine.say(Hold(lease=self.lease))
+
     def release(self) -> None:
         self.engine.say(Release(lease=self.lease))
 
@@ -64,7 +73,9 @@ class RemoteTarget:
             raise TypeError(f"a worker receives from a worker, not from {type(source).__name__}")
         try:
             located = await source.locate()
-            await self.engine.ask(lambda call: Receive(call=call, lease=self.lease, source=located))
+            await self.engine.ask(
+                lambda call: Receive(call=call, lease=self.lease, source=located), source.hold
+            )
         except BaseException:
             self.abort()
             raise

@@ -15,6 +15,7 @@ from sagellm.runtime.comm.protocol import (
     Exported,
     FromWorker,
     Grant,
+    Hold,
     Idle,
     Import,
     Landing,
@@ -29,11 +30,11 @@ from sagellm.runtime.comm.protocol import (
 )
 from sagellm.runtime.engine.local import LocalEngine
 from sagellm.runtime.engine.port import DamagedBlocks, EngineRefusal, Lost, StaleLease
+from sagellm.runtime.engine.remote_transfer import LEASE_S
 from sagellm.runtime.kv.transfer import PoolSource
 from sagellm.runtime.messages import LeaseRef
 
 WINDOW = 4  # batches of events under way to one reader
-LEASE_S = 10.0  # an exported lease ends then, where nobody acknowledges
 
 
 class EngineServer:
@@ -45,6 +46,7 @@ class EngineServer:
         self._scopes: dict[int, trio.CancelScope] = {}  # of calls that may wait
         self._windows: dict[str, trio.Semaphore] = {}
         self._sources: dict[LeaseRef, PoolSource] = {}
+        self._expiries_s: dict[LeaseRef, float] = {}
 
     async def run(self) -> None:
         async with trio.open_nursery() as nursery:
@@ -70,6 +72,9 @@ class EngineServer:
                 self._windows[owner].release()
             case Export(call=call, lease=lease):
                 nursery.start_soon(self._answer, call, lambda: self._export(call, lease, nursery))
+            case Hold(lease=lease):
+                if lease in self._expiries_s:
+                    self._expiries_s[lease] = trio.current_time() + LEASE_S
             case Release(lease=lease):
                 self._release(lease)
             case Import(call=call):
@@ -113,6 +118,7 @@ class EngineServer:
     async def _export(self, call: int, lease: LeaseRef, nursery: trio.Nursery) -> Exported:
         source = self._engine.export(lease)
         self._sources[lease] = source
+        self._expiries_s[lease] = trio.current_time() + LEASE_S
         nursery.start_soon(self._expire, lease)
         return Exported(call=call, source=await source.share())
 
@@ -136,11 +142,14 @@ class EngineServer:
 
     def _release(self, lease: LeaseRef) -> None:
         source = self._sources.pop(lease, None)
+        self._expiries_s.pop(lease, None)
         if source is not None:
             source.release()
 
     async def _expire(self, lease: LeaseRef) -> None:
-        await trio.sleep(LEASE_S)
+        """Where nobody acknowledges it, nor says that the transfer goes on."""
+        while self._expiries_s.get(lease, 0.0) > trio.current_time():  # noqa: ASYNC110
+            await trio.sleep_until(self._expiries_s[lease])
         self._release(lease)
 
     async def _forward(self, owner: str) -> None:

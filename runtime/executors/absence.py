@@ -15,29 +15,49 @@ class Absence:
         self._plan = plan
         self.max_hold_s = max_hold_s
         self._lost: set[tuple[str, int]] = set()  # replicas of engines
+        self._removed: set[tuple[str, int]] = set()  # of those: not to come back
         self._until_s: dict[str, float] = {}  # of engines without any
 
     def mark(self, engine: str, replica: int, now: float, *, is_up: bool) -> None:
         """A replica of an engine is lost, or is back."""
         (self._lost.discard if is_up else self._lost.add)((engine, replica))
+        if is_up:
+            self._removed.discard((engine, replica))
         if not self._is_missing(engine):
             self._until_s.pop(engine, None)
         else:
             self._until_s.setdefault(engine, now + self.max_hold_s)
 
+    def remove(self, engine: str, replica: int) -> None:
+        """A replica that was lost is not to come back."""
+        self._removed.add((engine, replica))
+
     @property
     def shut(self) -> frozenset[Gate]:
-        """The replicas of operators that cannot serve: those whose engine is lost, and where no
-        replica of an engine is left, all before it: what they compute would find nowhere to go.
+        """The replicas of operators that take no new request: those whose engine is lost, and those
+        that are locked. One that was removed is open: what was placed there is lost there.
         """
-        plan, shut = self._plan, set[Gate]()
+        lost = {
+            (node, number)
+            for node in (self._engine_nodes if self._lost else ())
+            for name, number in self._lost - self._removed
+            if name == self._plan.engine_name(node)
+        }
+        return frozenset(lost) | self.locked
+
+    @property
+    def locked(self) -> frozenset[Gate]:
+        """Where no replica of an engine is left: all its operators, and all before them: what they
+        compute would find nowhere to go. Whatever comes there waits.
+        """
+        plan, locked = self._plan, set[Gate]()
         for node in self._engine_nodes if self._lost else ():
-            engine = plan.engine_name(node) or ""
-            shut |= {(node, number) for name, number in self._lost if name == engine}
-            if self._is_missing(engine):
+            if self._is_missing(plan.engine_name(node) or ""):
                 before = [name for name in plan.ancestors(node) if plan.engine_name(name)]
-                shut |= {(name, number) for name in before for number in self._numbers(name)}
-        return frozenset(shut)
+                locked |= {
+                    (name, number) for name in (node, *before) for number in self._numbers(name)
+                }
+        return frozenset(locked)
 
     @property
     def is_cut(self) -> bool:
@@ -65,8 +85,11 @@ class Absence:
     def _engine_nodes(self) -> tuple[str, ...]:
         return tuple(node for node in self._plan.services if self._plan.engine_name(node))
 
-    def _numbers(self, node: str) -> range:
-        return range(self._plan.replicas[node])
+    def _numbers(self, node: str) -> list[int]:
+        """The replicas of an operator that are there, or may come back."""
+        engine = self._plan.engine_name(node)
+        every = range(self._plan.replicas[node])
+        return [number for number in every if (engine, number) not in self._removed]
 
     def _is_missing(self, engine: str) -> bool:
         numbers = range(len(self._plan.engines.get(engine, ())))

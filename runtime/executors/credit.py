@@ -25,7 +25,8 @@ class Gates:
         self._left: dict[Gate, Credit] = {}
         self._block_size: dict[Gate, int] = {}
         self._spent: dict[Gate, dict[tuple[str, int], list[Credit]]] = {}
-        self.shut: frozenset[Gate] = frozenset()  # those of replicas that cannot serve now
+        self.shut: frozenset[Gate] = frozenset()  # to requests, which may go elsewhere
+        self.locked: frozenset[Gate] = frozenset()  # to everything, for there is no elsewhere
 
     def open(self, gate: Gate, capacity: Credit, block_size: int = 1) -> None:
         self._capacity[gate] = self._left[gate] = capacity
@@ -33,10 +34,12 @@ class Gates:
         self._spent[gate] = {}
 
     def take(self, gate: Gate, item: Item) -> bool:
-        """Spend the item's cost if there is credit; an item larger than all passes alone. Through
-        a gate that is shut nothing passes.
+        """Spend the item's cost if there is credit; an item larger than all passes alone.
+
+        Through a gate that is shut passes what has its place already, and cannot choose another: it
+        comes back from there, if that is lost.
         """
-        if gate in self.shut:
+        if gate in self.locked or (gate in self.shut and not isinstance(item, Prefilled)):
             return False
         cost = cost_of(item, self._block_size[gate])
         alone = not self._spent[gate]

@@ -269,11 +269,24 @@ class TasksExecutor:
     def mark(self, engine: str, replica: int, *, is_up: bool) -> None:
         """A replica of an engine is lost, or is back: shut the ways to it, or open them."""
         self.absence.mark(engine, replica, self.now(), is_up=is_up)
-        self.gates.shut = self.absence.shut
+        self._shut_gates()
         for node in self.plan.nodes_of(engine):
             self.tell(node, replica, "health", is_up)
         self._try_again()
         self._set_timer()
+
+    def remove(self, engine: str, replica: int) -> None:
+        """A replica that was lost is not to come back: what was placed there finds out, and is
+        placed anew.
+        """
+        self.absence.remove(engine, replica)
+        self._shut_gates()
+        for node in self.plan.nodes_of(engine):
+            self.tell(node, replica, "removed", None)
+        self._try_again()
+
+    def _shut_gates(self) -> None:
+        self.gates.shut, self.gates.locked = self.absence.shut, self.absence.locked
 
     def to_sink(self, item: Item | Forked, *, terminal: bool = False) -> None:
         """Hand an item to the session, and close the books of a choice with its last one.

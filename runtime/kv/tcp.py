@@ -1,14 +1,15 @@
 """Blocks through plain tcp connections, sealed chunk by chunk.
 
-    receiver -> sender    magic 4 | version 1 | export 16                  once
-    sender -> receiver    salt 8                                           once
+    receiver -> sender    magic 4 | version 1 | export 16 | salt 16        once
+    sender -> receiver    salt 16                                          once
     receiver -> sender    chunk 4 | seal 16                                for each that it wants
     sender -> receiver    chunk 4 | size 8 | seal 16 | bytes               for each, in order
 
 All numbers are big-endian. Seals are keyed (see `sealed`): each export has a key of its own, which
-its receiver is told over the links of the graph. Bytes go from the sender's pool straight into the
-receiver's; a chunk whose seal is wrong is asked for again. Nothing is encrypted: who can listen on
-the network between workers sees keys and values, but can neither ask for them nor change them.
+its receiver is told over the links of the graph, and of which each connection makes its own. Bytes
+go from the sender's pool straight into the receiver's; a chunk whose seal is wrong is asked for
+again. Nothing is encrypted: who can listen on the network between workers sees keys and values, but
+can neither ask for them nor change them.
 """
 
 import secrets
@@ -16,7 +17,7 @@ import socket
 import struct
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 
 import structlog
@@ -32,12 +33,12 @@ from sagellm.runtime.kv.wire import Broken, Wire
 log = structlog.get_logger("sagellm.kv")
 
 _MAGIC, _VERSION = b"SGKV", 1
-_HELLO = struct.Struct(">4sB16s")
+_HELLO = struct.Struct(f">4sB16s{SALT_BYTES}s")
 _ASK = struct.Struct(">I")
 _HEAD = struct.Struct(">IQ")
-_MOST_CONNECTIONS = 64  # more wait to be accepted
-_GREETING_S = 2.0  # for a stranger to show that it is none
-_STALL_S = 5.0  # without a byte: the other side is gone
+_MOST_CONNECTIONS = 64  # served at a time; others wait
+_MOST_STRANGERS = 64  # that have not said yet what they want; the oldest has to go
+_GREETING_S = 2.0  # for saying it
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +63,8 @@ class TcpTransport:
         self.num_damaged = 0
         self._pool = pool
         self._exports: dict[bytes, _Export] = {}
+        self._places = trio.Semaphore(_MOST_CONNECTIONS)
+        self._strangers: list[trio.CancelScope] = []
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._listener = socket.create_server((host, 0), family=family)
         self._host, self._port = host, self._listener.getsockname()[1]
@@ -100,13 +103,10 @@ class TcpTransport:
 
     async def run(self) -> None:
         self._listener.setblocking(False)
-        places = trio.Semaphore(_MOST_CONNECTIONS)
         with closing(self._listener):
             async with trio.open_nursery() as nursery:
                 while True:
-                    await places.acquire()
-                    wire = await self._accept()
-                    nursery.start_soon(self._serve, wire, places)
+                    nursery.start_soon(self._serve, await self._accept())
 
     async def _accept(self) -> Wire:
         while True:
@@ -119,38 +119,44 @@ class TcpTransport:
                 log.warning("kv_not_accepted", error=error.strerror)
                 await trio.sleep(0.1)
 
-    async def _serve(self, wire: Wire, places: trio.Semaphore) -> None:
-        with closing(wire):
-            try:
-                await self._send(wire)
-            except (Broken, StaleLease, trio.TooSlowError):
-                pass  # the receiver asks again, or knows why it does not
-            finally:
-                places.release()
+    async def _serve(self, wire: Wire) -> None:
+        with closing(wire), suppress(Broken, StaleLease):  # it asks again, or knows why not
+            hello = await self._hear_hello(wire)
+            if hello is not None:
+                async with self._places:
+                    await self._send(wire, *hello)
 
-    async def _send(self, wire: Wire) -> None:
-        with trio.fail_after(_GREETING_S):
-            magic, version, name = _HELLO.unpack(await wire.take(_HELLO.size))
-        export = self._exports.get(name)
-        if (magic, version) != (_MAGIC, _VERSION) or export is None:
-            return
+    async def _hear_hello(self, wire: Wire) -> tuple[_Export, bytes] | None:
+        """What is wanted, and the receiver's salt; None of a stranger."""
+        with trio.move_on_after(_GREETING_S) as greeting:
+            self._strangers.append(greeting)
+            if len(self._strangers) > _MOST_STRANGERS:
+                self._strangers[0].cancel()
+            try:
+                magic, version, name, salt = _HELLO.unpack(await wire.take(_HELLO.size))
+            finally:
+                self._strangers.remove(greeting)
+            export = self._exports.get(name)
+            if (magic, version) == (_MAGIC, _VERSION) and export is not None:
+                return export, salt
+        return None
+
+    async def _send(self, wire: Wire, export: _Export, receiver_salt: bytes) -> None:
         export.check()
         salt = secrets.token_bytes(SALT_BYTES)
         await wire.send([salt])
-        asks = Sealer(export.key, salt, to_server=True)
-        answers = Sealer(export.key, salt, to_server=False)
+        asks = Sealer(export.key, salt + receiver_salt, to_server=True)
+        answers = Sealer(export.key, salt + receiver_salt, to_server=False)
         chunks = self._pool.chunks(len(export.blocks))
         while True:
-            with trio.fail_after(_STALL_S):
-                asked, seal = await wire.take(_ASK.size), await wire.take(SEAL_BYTES)
+            asked, seal = await wire.take(_ASK.size), await wire.take(SEAL_BYTES)
             (number,) = _ASK.unpack(asked)
             if not asks.is_sealed(seal, [asked]) or number >= len(chunks):
                 return
             export.check()
             views = self._pool.views(chunks[number], export.blocks)
             head = _HEAD.pack(number, sum(map(len, views)))
-            with trio.fail_after(_STALL_S):
-                await wire.send([head, answers.seal([head, *views]), *views], export.check)
+            await wire.send([head, answers.seal([head, *views]), *views], export.check)
 
 
 class _Receiver:
@@ -178,14 +184,12 @@ class _Receiver:
         with closing(await self._connect()) as wire:
             asks, answers = await self._greet(wire)
             try:
-                with trio.fail_after(_STALL_S):
-                    for number, _ in self._wanted:
-                        await self._ask(wire, asks, number)
+                for number, _ in self._wanted:
+                    await self._ask(wire, asks, number)
                 while self._wanted:
-                    with trio.fail_after(_STALL_S):
-                        if not await self._take(wire, answers):
-                            await self._ask(wire, asks, self._wanted[-1][0])
-            except (Broken, trio.TooSlowError):
+                    if not await self._take(wire, answers):
+                        await self._ask(wire, asks, self._wanted[-1][0])
+            except Broken:
                 self._num_breaks += 1
                 if self._num_breaks >= MOST_COPIES:
                     raise StaleLease("the connection to the sender broke again and again") from None
@@ -200,14 +204,13 @@ class _Receiver:
         raise StaleLease("the worker that holds the blocks does not answer")
 
     async def _greet(self, wire: Wire) -> tuple[Sealer, Sealer]:
+        ours, key = secrets.token_bytes(SALT_BYTES), self._source.key
         try:
-            with trio.fail_after(_GREETING_S):
-                await wire.send([_HELLO.pack(_MAGIC, _VERSION, self._source.export)])
-                salt = await wire.take(SALT_BYTES)
-        except (Broken, trio.TooSlowError):
+            await wire.send([_HELLO.pack(_MAGIC, _VERSION, self._source.export, ours)])
+            salts = await wire.take(SALT_BYTES) + ours
+        except Broken:
             raise StaleLease("the lease of the blocks has ended") from None
-        key = self._source.key
-        return Sealer(key, salt, to_server=True), Sealer(key, salt, to_server=False)
+        return Sealer(key, salts, to_server=True), Sealer(key, salts, to_server=False)
 
     async def _ask(self, wire: Wire, asks: Sealer, number: int) -> None:
         asked = _ASK.pack(number)
@@ -222,6 +225,7 @@ class _Receiver:
         seal = await wire.take(SEAL_BYTES)
         await wire.fill(views, self._check)
         self._wanted.popleft()
+        self._check()  # there was a checkpoint behind the last byte
         if answers.is_sealed(seal, [expected, *views]):
             return True
         self._wanted.append((number, views))

@@ -8,6 +8,7 @@ from itertools import islice
 import trio
 
 _MOST_VIEWS = 512  # in one call; the kernel takes 1,024
+_STALL_S = 5.0  # without a byte: the other side is gone
 _BUFFER_BYTES = 4 * 2**20  # asked of the kernel, which may give less
 
 
@@ -68,7 +69,10 @@ class Wire:
             try:
                 num_moved = call(list(islice(rest, _MOST_VIEWS)))
             except BlockingIOError:
-                await wait(self._socket)
+                with trio.move_on_after(_STALL_S) as stalling:
+                    await wait(self._socket)
+                if stalling.cancelled_caught:
+                    raise Broken(f"not a byte in {_STALL_S:g} s") from None
                 continue
             except OSError as error:
                 raise Broken(f"the connection ended: {error.strerror}") from None

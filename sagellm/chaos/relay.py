@@ -4,13 +4,12 @@ import math
 import random
 import socket
 import struct
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TypeAlias
 
+import structlog
 import trio
 
-Connect: TypeAlias = Callable[[], "trio.socket.SocketType"]
+log = structlog.get_logger("sagellm.chaos")
 
 _ROOM = 256  # chunks under way in one direction
 _RESET = struct.pack("ii", 1, 0)  # closing sends RST, and forgets what was not sent
@@ -50,10 +49,16 @@ class Relay:
         await trio.serve_listeners(self._serve, [listener])
 
     async def _serve(self, worker: trio.SocketStream) -> None:
-        onward = trio.socket.socket(self.family, socket.SOCK_STREAM)
-        await onward.connect(self.address)
-        graph = trio.SocketStream(onward)
-        async with worker, graph, trio.open_nursery() as nursery:
+        async with worker:
+            try:
+                with trio.socket.socket(self.family, socket.SOCK_STREAM) as onward:
+                    await onward.connect(self.address)
+                    await self._relay(worker, trio.SocketStream(onward))
+            except OSError as error:  # no descriptor is left, or nobody listens: they try again
+                log.warning("not_relayed", error=error.strerror)
+
+    async def _relay(self, worker: trio.SocketStream, graph: trio.SocketStream) -> None:
+        async with trio.open_nursery() as nursery:
             for source, sink in ((worker, graph), (graph, worker)):
                 put, take = trio.open_memory_channel[tuple[float, bytes]](_ROOM)
                 nursery.start_soon(self._read, source, put)

@@ -158,11 +158,15 @@ def load_scenario(path: Path) -> Loaded:
         raise ScenarioError(f"{path}: {_explained(str(error))}") from None
     if scenario.sagellm_chaos != 1:
         raise ScenarioError(f"{path}: this release knows sagellm_chaos: 1")
+    is_loaded = False
     for number, event in enumerate(scenario.events):
         mistake = event.mistake()
+        if event.after_tokens is not None and not is_loaded:
+            mistake = mistake or "no load begins before it: there would be no tokens"
         if mistake is not None:
             raise ScenarioError(f"{path}: event {number + 1}: {mistake}")
-    if not any(event.load for event in scenario.events):
+        is_loaded = is_loaded or event.load is not None
+    if not is_loaded:
         raise ScenarioError(f"{path}: no event is a load: nothing would be asked of the graph")
     return Loaded(scenario, path)
 

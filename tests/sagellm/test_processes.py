@@ -285,6 +285,28 @@ async def test_replicas_come_and_go_under_load() -> None:
     assert more.tokens == await right("pd_many", GREEDY)
 
 
+async def test_what_was_placed_on_a_replica_that_goes_ends_all_the_same() -> None:
+    """Also where its first token is its last, so that nothing asks the replica any more."""
+    null = {f"{name}.{key}": "null" for name in "pd" for key in ("model", "device")}
+    slow = {**null, "p.prefill_token_s": 0.02, "d.decode_step_s": 0.01}
+    one = Sampling(max_tokens=1, ignore_eos=True)
+    async with Graph.load("pd_many").open(set=slow, executor="processes") as session:
+        answers = []
+
+        async def ask() -> None:
+            answers.append(await session.generate(list(range(50)), sampling=one))
+
+        with trio.fail_after(30):
+            async with trio.open_nursery() as nursery:
+                for _ in range(4):
+                    nursery.start_soon(ask)
+                await trio.sleep(0.4)
+                assert session.supervisor is not None
+                await session.supervisor.scale("d", 1)
+            await session.idle()
+    assert [len(answer.token_ids) for answer in answers] == [1] * 4
+
+
 async def test_a_replica_that_was_added_may_die_like_any_other() -> None:
     async with opened("pd_many") as session:
         assert session.supervisor is not None

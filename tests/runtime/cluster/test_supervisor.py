@@ -71,6 +71,22 @@ async def test_workers_that_are_not_wanted_any_more_are_gone() -> None:
         assert not second.engine.is_removed
 
 
+async def test_those_that_serve_stay() -> None:
+    async with supervised(2, policy=RestartPolicy(first_s=60.0)) as supervisor:
+        first, second = supervisor.workers
+        supervisor.drain(first)
+        await supervisor.scale("e", 1)
+        assert supervisor.workers == (second,)
+
+
+async def test_a_restart_of_what_just_starts_is_no_fault_of_it() -> None:
+    async with supervised(1) as supervisor, trio.open_nursery() as nursery:
+        nursery.start_soon(supervisor.scale, "e", 2)
+        await until(lambda: len(supervisor.workers) == 2)
+        await supervisor.restart(supervisor.workers[1:])
+        assert [worker.state for worker in supervisor.workers] == ["ready", "ready"]
+
+
 async def test_one_that_waits_for_its_restart_can_be_removed() -> None:
     async with supervised(2, policy=RestartPolicy(first_s=60.0)) as supervisor:
         worker = supervisor.workers[1]

@@ -2,6 +2,8 @@
 
 import pickle
 import secrets
+import socket
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -21,6 +23,14 @@ from sagellm.runtime.comm.zeromq import Dealer, Hub
 from sagellm.runtime.engine.port import EngineHealth, EngineLoad
 
 PONG = Pong(load=EngineLoad(), health=EngineHealth())
+
+
+def has_ipv6() -> bool:
+    try:
+        with socket.create_server(("::1", 0), family=socket.AF_INET6):
+            return True
+    except OSError:
+        return False
 
 
 def cancel(number: int) -> Cancel:
@@ -54,15 +64,15 @@ class Zeromq:
     async def stranger(
         self, name: bytes, keys: Keys | None = None
     ) -> AsyncIterator["zmq.Socket[bytes]"]:
-        socket = zmq.Context.instance().socket(zmq.DEALER)
-        socket.setsockopt(zmq.ROUTING_ID, name)
+        dealer = zmq.Context.instance().socket(zmq.DEALER)
+        dealer.setsockopt(zmq.ROUTING_ID, name)
         if keys is not None:
-            keys.secure_client(socket)
-        socket.connect(self.endpoint)
+            keys.secure_client(dealer)
+        dealer.connect(self.endpoint)
         try:
-            yield socket
+            yield dealer
         finally:
-            socket.close(linger=0)
+            dealer.close(linger=0)
 
 
 @pytest.fixture
@@ -216,8 +226,8 @@ async def test_garbage_of_the_hub_is_dropped(zeromq: Zeromq, kind: str) -> None:
 
 
 async def test_a_stranger_is_not_heard(zeromq: Zeromq) -> None:
-    async with zeromq.stranger(b"somebody") as socket:
-        socket.send(encode(Frame(3, 0, msgspec.msgpack.encode(PONG))))
+    async with zeromq.stranger(b"somebody") as stranger:
+        stranger.send(encode(Frame(3, 0, msgspec.msgpack.encode(PONG))))
         with trio.fail_after(5):
             while not zeromq.hub.num_strange:  # noqa: ASYNC110 - of another thread
                 await trio.sleep(0.01)
@@ -226,8 +236,8 @@ async def test_a_stranger_is_not_heard(zeromq: Zeromq) -> None:
 
 
 async def test_a_frame_that_is_too_long_drops_its_sender_only(zeromq: Zeromq) -> None:
-    async with zeromq.stranger(b"somebody") as socket:
-        socket.send(bytes(MAX_FRAME_BYTES + 1))
+    async with zeromq.stranger(b"somebody") as stranger:
+        stranger.send(bytes(MAX_FRAME_BYTES + 1))
         await trio.sleep(0.1)
     zeromq.dealer.link.put(PONG)
     assert await zeromq.link.receive() == PONG
@@ -239,6 +249,39 @@ async def test_a_gap_ends_the_link(zeromq: Zeromq, number: int) -> None:
     zeromq.dealer._port.socket.send(encode(Frame(3, number, said)))
     with pytest.raises(ChannelClosed, match="was due"):
         await zeromq.link.receive()
+
+
+async def test_a_gap_that_is_seen_while_sending_ends_the_link_alone(zeromq: Zeromq) -> None:
+    zeromq.dealer._port.socket.send(encode(Frame(3, 5, msgspec.msgpack.encode(PONG))))
+    time.sleep(0.1)  # noqa: ASYNC251 - nobody looks at it before
+    zeromq.link.put(Ping())
+    with pytest.raises(ChannelClosed, match="was due"):
+        zeromq.link.put(Ping())
+
+
+async def test_what_comes_while_somebody_sends_is_taken(zeromq: Zeromq) -> None:
+    for number in range(600):
+        frame = encode(Frame(3, number, msgspec.msgpack.encode(Done(call=number))))
+        zeromq.dealer._port.socket.send(frame)
+    time.sleep(0.2)  # noqa: ASYNC251 - one long turn of the loop
+    zeromq.link.put(Ping())
+    with trio.fail_after(2):
+        assert [await zeromq.link.receive() for _ in range(600)] == [
+            Done(call=number) for number in range(600)
+        ]
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6")
+async def test_addresses_may_be_of_ipv6() -> None:
+    hub = Hub()
+    endpoint = hub.bind("tcp://[::1]:0")
+    link, dealer = hub.link(b"six", 1), Dealer(endpoint, b"six", 1)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(hub.run)
+        nursery.start_soon(dealer.run)
+        link.put(Ping())
+        assert await dealer.link.receive() == Ping()
+        nursery.cancel_scope.cancel()
 
 
 @pytest.mark.parametrize(
@@ -292,16 +335,16 @@ def stolen(folder: Path) -> dict[str, Keys | None]:
     ],
 )
 async def test_who_has_no_key_is_not_let_in(has: str, tcp: Zeromq, tmp_path: Path) -> None:
-    async with tcp.stranger(tcp.name, stolen(tmp_path)[has]) as socket:
+    async with tcp.stranger(tcp.name, stolen(tmp_path)[has]) as stranger:
         frame = encode(
             Frame(3, 0, msgspec.msgpack.encode(Cancel(request_id="r", choice=0, epoch=0)))
         )
         with suppress(zmq.Again):
-            socket.send(frame, zmq.NOBLOCK)
+            stranger.send(frame, zmq.NOBLOCK)
         tcp.dealer.link.put(PONG)
         assert await tcp.link.receive() == PONG
         await trio.sleep(0.1)
-        assert socket.poll(0) == 0
+        assert stranger.poll(0) == 0
     assert tcp.hub.num_strange == 0  # what it sent was never read
 
 

@@ -210,6 +210,29 @@ async def test_an_exported_lease_that_nobody_acknowledges_ends(autojump_clock: M
         nursery.cancel_scope.cancel()
 
 
+async def test_a_transfer_may_take_longer_than_a_lease(autojump_clock: MockClock) -> None:
+    slow = {"kv_bytes_per_s": open_null().facts.kv_block_bytes / 40}  # one block: forty seconds
+    async with (
+        served(open_null("p", **slow), open_null("d", **slow)) as [left, right],
+        trio.open_nursery() as nursery,
+    ):
+        prefill = Driver(left.remote)
+        nursery.start_soon(prefill.read)
+        target = await right.remote.import_(offer(right))
+        held = await prefill.submit("r", PROMPT, hold_kv=True)
+        await held.done.wait()
+        assert held.lease is not None
+        source, begun_s = left.remote.export(held.lease), trio.current_time()
+        await target.receive(source)
+        assert trio.current_time() - begun_s > 3 * LEASE_S
+        assert left.local.pool.num_leased > 0
+        source.release()
+        target.abort()
+        await left.remote.idle()
+        await right.remote.idle()
+        nursery.cancel_scope.cancel()
+
+
 async def test_an_import_that_is_cancelled_leaves_no_block(autojump_clock: MockClock) -> None:
     full = open_null("d", num_blocks=4, max_model_len=64)
     async with served(full) as [pair]:

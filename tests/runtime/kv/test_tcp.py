@@ -3,6 +3,7 @@
 import pickle
 import secrets
 from collections.abc import AsyncIterator
+from itertools import pairwise
 from typing import Any
 
 import msgspec
@@ -15,11 +16,13 @@ from toxic_proxy import Toxic, ToxicProxy, cutting, flipping
 from sagellm.runtime.engine.port import DamagedBlocks, StaleLease
 from sagellm.runtime.kv import pool_bytes, tcp
 from sagellm.runtime.kv.located import TcpBlocks
+from sagellm.runtime.kv.sealed import KEY_BYTES, SALT_BYTES, Sealer
 
 SENT = [3, 4, 5, 9, 8, 20, 21, 60]
 LANDED = [1, 2, 3, 4, 5, 40, 41, 42]
 CHUNK = 4 + 8 + 16 + 2 * 8 * 256  # one layer: header, seal, keys and values of eight blocks
-ALL = 8 + 3 * CHUNK  # salt, and three layers
+SALT = 16
+ALL = SALT + 3 * CHUNK
 
 
 def fine() -> None:
@@ -59,29 +62,31 @@ async def ends(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Tcp]:
         nursery.cancel_scope.cancel()
 
 
-@pytest.mark.parametrize("at", [*range(8, ALL, 997), 8, 12, 19, 20, 35, ALL - 1])
+@pytest.mark.parametrize(
+    "at", [*range(SALT, ALL, 997), *(SALT + at for at in (4, 11, 12, 27)), ALL - 1]
+)
 async def test_one_flipped_bit_is_noticed_and_sent_again(at: int, ends: Tcp) -> None:
     ends.proxy.answers = [flipping(at)]
     await ends.receiver.fetch(await ends.offer(), LANDED, fine)
     assert ends.is_right
-    in_header = (at - 8) % CHUNK < 12  # then it is not known where the next chunk begins
+    in_header = (at - SALT) % CHUNK < 12  # then it is not known where the next chunk begins
     assert ends.receiver.num_damaged == (0 if in_header else 1)
     assert len(ends.proxy.seen) == (2 if in_header else 1)
     if not in_header:
         assert len(ends.proxy.seen[0]) == ALL + CHUNK  # this chunk again, and no other
 
 
-@pytest.mark.parametrize("at", [0, 7, 8, 20, 36, 37, CHUNK, CHUNK + 9, ALL - 1])
+@pytest.mark.parametrize("at", [0, 15, 16, 28, 44, 45, CHUNK, CHUNK + 17, ALL - 1])
 async def test_a_connection_that_breaks_goes_on_where_it_was(at: int, ends: Tcp) -> None:
     ends.proxy.answers = [cutting(at)]
-    if at < 8:  # before it is known that there is a lease at all
+    if at < SALT:  # before it is known that there is a lease at all
         with pytest.raises(StaleLease):
             await ends.receiver.fetch(await ends.offer(), LANDED, fine)
         return
     await ends.receiver.fetch(await ends.offer(), LANDED, fine)
     assert ends.is_right
-    arrived = (at - 8) // CHUNK
-    assert len(ends.proxy.seen[1]) == 8 + (3 - arrived) * CHUNK
+    arrived = (at - SALT) // CHUNK
+    assert len(ends.proxy.seen[1]) == SALT + (3 - arrived) * CHUNK
 
 
 async def test_what_stays_damaged_is_an_error(ends: Tcp) -> None:
@@ -98,7 +103,7 @@ def replaying(recorded: bytes) -> Toxic:
     said = bytearray(recorded)
 
     def replay(so_far: int, data: bytes) -> bytes | None:
-        fresh = data[: max(0, 8 - so_far)]
+        fresh = data[: max(0, SALT - so_far)]
         rest = len(data) - len(fresh)
         old, said[:rest] = bytes(said[:rest]), b""
         return fresh + old
@@ -108,14 +113,17 @@ def replaying(recorded: bytes) -> Toxic:
 
 def swapping(so_far: int, data: bytes) -> bytes | None:
     """The first two chunks in the other order, which the kernel happens to give in one piece."""
-    one, two = slice(8, 8 + CHUNK), slice(8 + CHUNK, 8 + 2 * CHUNK)
-    return data[:8] + data[two] + data[one] + data[8 + 2 * CHUNK :] if len(data) == ALL else data
+    if len(data) != ALL:
+        return data
+    cuts = (0, SALT, SALT + CHUNK, SALT + 2 * CHUNK, ALL)
+    salt, one, two, rest = (data[start:end] for start, end in pairwise(cuts))
+    return salt + two + one + rest
 
 
 async def test_chunks_of_another_transfer_are_refused(ends: Tcp) -> None:
     """Another export, as large, of other blocks: its chunks have the right form and size."""
     await ends.receiver.fetch(await ends.offer(), LANDED, fine)
-    recorded = bytes(ends.proxy.seen[0][8:])
+    recorded = bytes(ends.proxy.seen[0][SALT:])
     ends.landed.pool.zero_()
     ends.sent.pool.add_(1)
     ends.proxy.answers = [replaying(recorded)]
@@ -131,15 +139,15 @@ async def test_chunks_in_another_order_are_refused(ends: Tcp) -> None:
 
 
 def greetings(source: TcpBlocks) -> dict[str, bytes]:
-    hello = tcp._HELLO.pack(b"SGKV", 1, source.export)
+    hello = tcp._HELLO.pack(b"SGKV", 1, source.export, bytes(16))
     ask = tcp._ASK.pack(0)
     return {
         "nothing": b"",
         "garbage": secrets.token_bytes(4096),
         "pickle": pickle.dumps({"a": 1}) * 40,
         "http": b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
-        "another version": tcp._HELLO.pack(b"SGKV", 2, source.export) + ask + bytes(16),
-        "an unknown export": tcp._HELLO.pack(b"SGKV", 1, bytes(16)) + ask + bytes(16),
+        "another version": tcp._HELLO.pack(b"SGKV", 2, source.export, bytes(16)) + ask + bytes(16),
+        "an unknown export": tcp._HELLO.pack(b"SGKV", 1, bytes(16), bytes(16)) + ask + bytes(16),
         "no seal": hello + ask + bytes(16),
         "another's seal": hello + ask + secrets.token_bytes(16),
         "no such chunk": hello + tcp._ASK.pack(2**32 - 1) + bytes(16),
@@ -163,22 +171,31 @@ async def test_strangers_learn_nothing_and_harm_nobody(
                     heard.extend(data)
             except trio.BrokenResourceError:
                 pass
-    assert len(heard) <= 8  # a salt
+    assert len(heard) <= SALT  # a salt
     await ends.receiver.fetch(source, LANDED, fine)
     assert ends.is_right
 
 
-async def test_more_connections_than_there_is_room_for_wait(
-    ends: Tcp, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tcp, "_GREETING_S", 0.3)
+async def test_strangers_that_say_nothing_keep_nobody_out(ends: Tcp) -> None:
     source = await ends.offer()
-    strangers = [await trio.open_tcp_stream("127.0.0.1", ends.proxy.port) for _ in range(100)]
-    monkeypatch.setattr(tcp, "_GREETING_S", 5.0)
-    await ends.receiver.fetch(source, LANDED, fine)
+    strangers = []
+    for _ in range(3 * tcp._MOST_STRANGERS):
+        strangers.append(await trio.open_tcp_stream("127.0.0.1", ends.proxy.port))
+    with trio.fail_after(tcp._GREETING_S / 2):
+        await ends.receiver.fetch(source, LANDED, fine)
     assert ends.is_right
     for stream in strangers:
         await stream.aclose()
+
+
+def test_a_salt_that_comes_again_gives_no_key_again() -> None:
+    """Who stands between may repeat the sender's salt: the receiver's is another."""
+    key, salt = secrets.token_bytes(KEY_BYTES), secrets.token_bytes(SALT_BYTES)
+    seals = {
+        Sealer(key, salt + secrets.token_bytes(SALT_BYTES), to_server=False).seal([b"chunk"])
+        for _ in range(100)
+    }
+    assert len(seals) == 100
 
 
 def test_a_key_is_never_shown() -> None:

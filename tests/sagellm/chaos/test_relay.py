@@ -95,3 +95,12 @@ async def test_a_connection_is_reset() -> None:
         with pytest.raises(trio.BrokenResourceError):
             await said(stream, size=10 * len(DATA))
         assert relay.num_resets >= 1
+
+
+async def test_where_nobody_listens_the_relay_goes_on() -> None:
+    async with relayed() as (relay, _):
+        relay.address = ("127.0.0.1", 1)
+        async with await trio.open_tcp_stream(*relay.listening.getsockname()) as stream:
+            assert await stream.receive_some() == b""
+        async with await trio.open_tcp_stream(*relay.listening.getsockname()) as stream:
+            assert await stream.receive_some() == b""
