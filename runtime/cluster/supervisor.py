@@ -335,4 +335,5 @@ class Supervisor:
     def _turn(self, worker: Worker, state: WorkerState) -> None:
         if worker.is_wanted:
             worker.state = state
-        self.on_change(worker)
+        if worker.engine is not None:  # else nobody knows of it
+            self.on_change(worker)

@@ -84,6 +84,8 @@ async def run_scenario(loaded: Loaded, seed: int = 0) -> Report:
     launchers: list[RelayedProcesses] = []
 
     def launch(options: ProcessesOptions) -> RelayedProcesses:
+        if scenario.kv_damage and options.kv != "memory":
+            raise ScenarioError(f"kv_damage is for executor.kv: memory, not {options.kv}")
         launchers.append(RelayedProcesses(options, seed))
         return launchers[0]
 

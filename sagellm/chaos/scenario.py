@@ -3,6 +3,7 @@
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 
@@ -120,7 +121,7 @@ class Scenario(_Part, frozen=True, kw_only=True):
     name: str
     graph: str
     set: dict[str, str | int | float | bool | None] = {}
-    kv_damage: float = 0.0
+    kv_damage: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0
     events: tuple[Event, ...]
     checks: tuple[str, ...] = ("identical",)
 

@@ -74,3 +74,10 @@ async def test_an_event_that_cannot_happen_ends_the_scenario(
     with pytest.raises(ExceptionGroup) as raised:
         await run_scenario(load_scenario(path))
     assert raised.group_contains(ScenarioError, match=wrong)
+
+
+async def test_damage_that_nobody_would_do_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text(SCENARIO + "kv_damage: 0.5\nset: {executor.kv: tcp}\n")
+    with pytest.raises(ScenarioError, match=r"is for executor\.kv: memory"):
+        await run_scenario(load_scenario(path))
