@@ -7,18 +7,25 @@ from typing import TypeAlias
 import trio
 
 # Given how many bytes of one direction of a connection have passed, and those that come next: what
-# to pass on; None ends the connection.
-Toxic: TypeAlias = Callable[[int, bytes], bytes | None]
+# to pass on.
+Toxic: TypeAlias = Callable[[int, bytes], bytes]
 
 
-def clean(so_far: int, data: bytes) -> bytes | None:
+class Cut(Exception):
+    """The connection ends, once `passed` has gone through."""
+
+    def __init__(self, passed: bytes) -> None:
+        self.passed = passed
+
+
+def clean(so_far: int, data: bytes) -> bytes:
     return data
 
 
 def flipping(at: int) -> Toxic:
     """One bit of the byte at that place is flipped."""
 
-    def flip(so_far: int, data: bytes) -> bytes | None:
+    def flip(so_far: int, data: bytes) -> bytes:
         if so_far <= at < so_far + len(data):
             changed = bytearray(data)
             changed[at - so_far] ^= 0x10
@@ -31,10 +38,10 @@ def flipping(at: int) -> Toxic:
 def cutting(at: int) -> Toxic:
     """It ends before the byte at that place."""
 
-    def cut(so_far: int, data: bytes) -> bytes | None:
-        if so_far >= at:
-            return None
-        return data[: at - so_far]
+    def cut(so_far: int, data: bytes) -> bytes:
+        if so_far + len(data) >= at:
+            raise Cut(data[: at - so_far])
+        return data
 
     return cut
 
@@ -76,11 +83,11 @@ async def _pass(
 ) -> None:
     try:
         async for data in source:
-            passed = toxic(len(seen), bytes(data))
+            so_far = len(seen)
             seen.extend(data)
-            if passed is None:
-                break
-            await sink.send_all(passed)
+            await sink.send_all(toxic(so_far, bytes(data)))
+    except Cut as cut:
+        await sink.send_all(cut.passed)
     except trio.BrokenResourceError:
         pass
     both.cancel_scope.cancel()

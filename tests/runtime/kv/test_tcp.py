@@ -90,7 +90,7 @@ async def test_a_connection_that_breaks_goes_on_where_it_was(at: int, ends: Tcp)
 
 
 async def test_what_stays_damaged_is_an_error(ends: Tcp) -> None:
-    def flip_all(so_far: int, data: bytes) -> bytes | None:
+    def flip_all(so_far: int, data: bytes) -> bytes:
         return data[:-1] + bytes([data[-1] ^ 1]) if so_far + len(data) > 100 else data
 
     ends.proxy.answers = [flip_all] * 9
@@ -102,16 +102,16 @@ def replaying(recorded: bytes) -> Toxic:
     """After the salt, what was said to another connection."""
     said = bytearray(recorded)
 
-    def replay(so_far: int, data: bytes) -> bytes | None:
+    def replay(so_far: int, data: bytes) -> bytes:
         fresh = data[: max(0, SALT - so_far)]
-        rest = len(data) - len(fresh)
+        rest = min(len(data) - len(fresh), len(said))
         old, said[:rest] = bytes(said[:rest]), b""
-        return fresh + old
+        return fresh + old + data[len(fresh) + rest :]
 
     return replay
 
 
-def swapping(so_far: int, data: bytes) -> bytes | None:
+def swapping(so_far: int, data: bytes) -> bytes:
     """The first two chunks in the other order, which the kernel happens to give in one piece."""
     if len(data) != ALL:
         return data
