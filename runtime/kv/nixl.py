@@ -19,7 +19,7 @@ from nixl_cu12 import nixl_agent, nixl_agent_config
 
 from sagellm.runtime.engine.port import StaleLease
 from sagellm.runtime.kv.located import Located, NixlBlocks
-from sagellm.runtime.kv.pool_bytes import PoolBytes, Run, runs_of
+from sagellm.runtime.kv.pool_bytes import PoolBytes, Run, runs_of, slices_of
 from sagellm.runtime.kv.transport import MOST_COPIES, damaged
 
 log = structlog.get_logger("sagellm.kv")
@@ -61,10 +61,10 @@ class NixlTransport:
         self._lock = trio.Lock()  # of the landing
 
     async def offer(self, blocks: Sequence[int], check: Callable[[], None]) -> NixlBlocks:
-        sums = []
+        sums, runs = [], slices_of(blocks)
         for layers in self._pool.chunks(len(blocks)):
             check()
-            sums.append(self._pool.sum(layers, blocks))
+            sums.append(self._pool.sum(layers, runs))
             await trio.lowlevel.checkpoint()
         return NixlBlocks(
             agent=self._metadata,
@@ -81,11 +81,12 @@ class NixlTransport:
             raise TypeError(f"NIXL fetches from NIXL, not from {type(source).__name__}")
         peer = self._peer(source.agent)
         runs = runs_of(list(zip(source.blocks, blocks, strict=True)))
+        landed = slices_of(blocks)
         async with self._lock:
             for layers, wanted in zip(self._pool.chunks(len(blocks)), source.sums, strict=True):
                 for _ in range(MOST_COPIES):
                     await self._read(peer, source, layers, runs)
-                    if self._land(layers, blocks, wanted, check):
+                    if self._land(layers, landed, wanted, check):
                         break
                     self.num_damaged += 1
                 else:
@@ -171,10 +172,10 @@ class NixlTransport:
             )
 
     def _land(
-        self, layers: range, blocks: Sequence[int], wanted: int, check: Callable[[], None]
+        self, layers: range, landed: Sequence[slice], wanted: int, check: Callable[[], None]
     ) -> bool:
         """Copy the landing into the blocks, if it came as it was sent."""
-        views, at = self._pool.views(layers, blocks), 0
+        views, at = self._pool.views(layers, landed), 0
         size = sum(map(len, views))
         check()
         if xxhash.xxh3_64_intdigest(self._landing[:size].data) != wanted:

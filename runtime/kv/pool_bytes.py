@@ -45,15 +45,14 @@ class PoolBytes:
         starts = range(0, num_layers, step)
         return [range(start, min(start + step, num_layers)) for start in starts]
 
-    def views(self, layers: range, blocks: Sequence[int]) -> list[memoryview]:
+    def views(self, layers: range, runs: Sequence[slice]) -> list[memoryview]:
         """The bytes of those blocks: of the keys, then the values, of one layer after the other."""
-        runs = [run for run, _ in runs_of([(block, block) for block in blocks])]
         return [kind[run].data.cast("B") for kind in kinds_of(self.array, layers) for run in runs]
 
-    def sum(self, layers: range, blocks: Sequence[int]) -> int:
+    def sum(self, layers: range, runs: Sequence[slice]) -> int:
         """Their checksum."""
         hashed = xxhash.xxh3_64()
-        for view in self.views(layers, blocks):
+        for view in self.views(layers, runs):
             hashed.update(view)
         return hashed.intdigest()
 
@@ -61,6 +60,11 @@ class PoolBytes:
 def kinds_of(pool: Bytes, layers: range) -> "Iterator[np.ndarray[Any, np.dtype[np.uint8]]]":
     """Keys, then values, of one layer after the other."""
     return (kind for layer in pool[layers.start : layers.stop] for kind in layer)
+
+
+def slices_of(blocks: Sequence[int]) -> list[slice]:
+    """Blocks as slices: as long as they rise by one."""
+    return [run for run, _ in runs_of([(block, block) for block in blocks])]
 
 
 def runs_of(pairs: Pairs) -> list[Run]:

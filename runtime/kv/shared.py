@@ -14,7 +14,7 @@ import xxhash
 
 from sagellm.runtime.engine.port import StaleLease
 from sagellm.runtime.kv.located import Located, SharedBlocks
-from sagellm.runtime.kv.pool_bytes import Bytes, PoolBytes, Run, kinds_of, runs_of
+from sagellm.runtime.kv.pool_bytes import Bytes, PoolBytes, Run, kinds_of, runs_of, slices_of
 from sagellm.runtime.kv.transport import MOST_COPIES, damaged
 
 
@@ -38,10 +38,10 @@ class SharedTransport:
         self._mapped: dict[tuple[int, int, int], Bytes] = {}
 
     async def offer(self, blocks: Sequence[int], check: Callable[[], None]) -> SharedBlocks:
-        sums = []
+        sums, runs = [], slices_of(blocks)
         for layers in self._pool.chunks(len(blocks)):
             check()
-            sums.append(self._pool.sum(layers, blocks))
+            sums.append(self._pool.sum(layers, runs))
             await trio.lowlevel.checkpoint()
         return SharedBlocks(
             pid=os.getpid(),

@@ -25,7 +25,7 @@ import trio
 
 from sagellm.runtime.engine.port import StaleLease
 from sagellm.runtime.kv.located import Located, TcpBlocks
-from sagellm.runtime.kv.pool_bytes import PoolBytes
+from sagellm.runtime.kv.pool_bytes import PoolBytes, slices_of
 from sagellm.runtime.kv.sealed import KEY_BYTES, SALT_BYTES, SEAL_BYTES, Sealer
 from sagellm.runtime.kv.transport import MOST_COPIES, damaged
 from sagellm.runtime.kv.wire import Broken, Wire
@@ -86,9 +86,8 @@ class TcpTransport:
         if not isinstance(source, TcpBlocks):
             raise TypeError(f"tcp fetches from tcp, not from {type(source).__name__}")
         chunks = self._pool.chunks(len(blocks))
-        wanted = [
-            (number, self._pool.views(layers, blocks)) for number, layers in enumerate(chunks)
-        ]
+        runs = slices_of(blocks)
+        wanted = [(number, self._pool.views(layers, runs)) for number, layers in enumerate(chunks)]
         receiver = _Receiver(source, wanted, check)
         try:
             while not receiver.is_done:
@@ -147,14 +146,14 @@ class TcpTransport:
         await wire.send([salt])
         asks = Sealer(export.key, salt + receiver_salt, to_server=True)
         answers = Sealer(export.key, salt + receiver_salt, to_server=False)
-        chunks = self._pool.chunks(len(export.blocks))
+        chunks, runs = self._pool.chunks(len(export.blocks)), slices_of(export.blocks)
         while True:
             asked, seal = await wire.take(_ASK.size), await wire.take(SEAL_BYTES)
             (number,) = _ASK.unpack(asked)
             if not asks.is_sealed(seal, [asked]) or number >= len(chunks):
                 return
             export.check()
-            views = self._pool.views(chunks[number], export.blocks)
+            views = self._pool.views(chunks[number], runs)
             head = _HEAD.pack(number, sum(map(len, views)))
             await wire.send([head, answers.seal([head, *views]), *views], export.check)
 

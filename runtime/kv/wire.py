@@ -8,7 +8,8 @@ from itertools import islice
 import trio
 
 _MOST_VIEWS = 512  # in one call; the kernel takes 1,024
-_STALL_S = 5.0  # without a byte: the other side is gone
+_WORTHWHILE_BYTES = 2**19  # to be woken for, unless fewer are to come
+_STALL_S = 5.0  # for that much, or to make room: else the other side is gone
 _BUFFER_BYTES = 4 * 2**20  # asked of the kernel, which may give less
 
 
@@ -69,10 +70,13 @@ class Wire:
             try:
                 num_moved = call(list(islice(rest, _MOST_VIEWS)))
             except BlockingIOError:
+                if not is_sending:
+                    least = min(sum(map(len, rest)), _WORTHWHILE_BYTES)
+                    self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, least)
                 with trio.move_on_after(_STALL_S) as stalling:
                     await wait(self._socket)
                 if stalling.cancelled_caught:
-                    raise Broken(f"not a byte in {_STALL_S:g} s") from None
+                    raise Broken(f"next to nothing passed in {_STALL_S:g} s") from None
                 continue
             except OSError as error:
                 raise Broken(f"the connection ended: {error.strerror}") from None

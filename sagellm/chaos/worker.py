@@ -21,10 +21,10 @@ def damage(share: float) -> None:
         found = copy(self, source, layers, runs)
         if draw.random() >= share:
             return found
-        blocks = [block for _, run in runs for block in range(run.start, run.stop)]
-        flipped = draw.choice(self._pool.views(layers, blocks))
+        landed = [run for _, run in runs]
+        flipped = draw.choice(self._pool.views(layers, landed))
         flipped[draw.randrange(len(flipped))] ^= 1 << draw.randrange(8)
-        return self._pool.sum(layers, blocks)
+        return self._pool.sum(layers, landed)
 
     SharedTransport._copy = copy_and_flip  # type: ignore[method-assign]
 
