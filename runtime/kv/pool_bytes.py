@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -69,13 +70,16 @@ def slices_of(blocks: Sequence[int]) -> list[slice]:
 
 def runs_of(pairs: Pairs) -> list[Run]:
     """The pairs as slices: as long as both blocks rise by one."""
-    runs, start = [], 0
-    for end in range(1, len(pairs) + 1):
-        if end < len(pairs) and all(
-            after == before + 1 for before, after in zip(pairs[end - 1], pairs[end], strict=True)
-        ):
-            continue
-        (sent, landed), count = pairs[start], end - start
-        runs.append((slice(sent, sent + count), slice(landed, landed + count)))
-        start = end
-    return runs
+    if not pairs:
+        return []
+    blocks = np.array(pairs)
+    breaks = np.flatnonzero((np.diff(blocks, axis=0) != 1).any(axis=1)) + 1
+    bounds = [0, *breaks.tolist(), len(pairs)]
+    return [
+        (_rising(pairs[start][0], end - start), _rising(pairs[start][1], end - start))
+        for start, end in pairwise(bounds)
+    ]
+
+
+def _rising(first: int, count: int) -> slice:
+    return slice(first, first + count)
