@@ -61,17 +61,13 @@ class NixlTransport:
         self._lock = trio.Lock()  # of the landing
 
     async def offer(self, blocks: Sequence[int], check: Callable[[], None]) -> NixlBlocks:
-        sums, runs = [], slices_of(blocks)
-        for layers in self._pool.chunks(len(blocks)):
-            check()
-            sums.append(self._pool.sum(layers, runs))
-            await trio.lowlevel.checkpoint()
+        sums = await self._pool.sums(blocks, check)
         return NixlBlocks(
             agent=self._metadata,
             address=self._pool.address,
             pool_blocks=self._pool.array.shape[2],
             blocks=tuple(blocks),
-            sums=tuple(sums),
+            sums=sums,
         )
 
     async def fetch(

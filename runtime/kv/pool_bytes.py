@@ -1,12 +1,13 @@
 """A block pool's memory as bytes: chunks that are moved at once, and the runs of blocks in them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+import trio
 import xxhash
 
 from sagellm.runtime.kv.storage import Pairs
@@ -56,6 +57,15 @@ class PoolBytes:
         for view in self.views(layers, runs):
             hashed.update(view)
         return hashed.intdigest()
+
+    async def sums(self, blocks: Sequence[int], check: Callable[[], None]) -> tuple[int, ...]:
+        """The checksum of each chunk; `check` and checkpoints as in Transport."""
+        sums, runs = [], slices_of(blocks)
+        for layers in self.chunks(len(blocks)):
+            check()
+            sums.append(self.sum(layers, runs))
+            await trio.lowlevel.checkpoint()
+        return tuple(sums)
 
 
 def kinds_of(pool: Bytes, layers: range) -> "Iterator[np.ndarray[Any, np.dtype[np.uint8]]]":

@@ -14,7 +14,7 @@ import xxhash
 
 from sagellm.runtime.engine.port import StaleLease
 from sagellm.runtime.kv.located import Located, SharedBlocks
-from sagellm.runtime.kv.pool_bytes import Bytes, PoolBytes, Run, kinds_of, runs_of, slices_of
+from sagellm.runtime.kv.pool_bytes import Bytes, PoolBytes, Run, kinds_of, runs_of
 from sagellm.runtime.kv.transport import MOST_COPIES, damaged
 
 
@@ -38,17 +38,13 @@ class SharedTransport:
         self._mapped: dict[tuple[int, int, int], Bytes] = {}
 
     async def offer(self, blocks: Sequence[int], check: Callable[[], None]) -> SharedBlocks:
-        sums, runs = [], slices_of(blocks)
-        for layers in self._pool.chunks(len(blocks)):
-            check()
-            sums.append(self._pool.sum(layers, runs))
-            await trio.lowlevel.checkpoint()
+        sums = await self._pool.sums(blocks, check)
         return SharedBlocks(
             pid=os.getpid(),
             descriptor=self._memory.descriptor,
             size=self._memory.size,
             blocks=tuple(blocks),
-            sums=tuple(sums),
+            sums=sums,
         )
 
     async def fetch(

@@ -23,6 +23,7 @@ from sagellm.runtime.engine.port import (
     StaleLease,
 )
 from sagellm.runtime.engine.remote import RemoteEngine
+from sagellm.runtime.engine.remote_transfer import RemoteSource, RemoteTarget
 from sagellm.runtime.engine.serving import LEASE_S, WINDOW, EngineServer
 from sagellm.runtime.messages import LeaseRef, Sampling, SequenceState
 
@@ -171,10 +172,13 @@ async def test_blocks_are_handed_over_between_workers(autojump_clock: MockClock)
         assert left.remote.load.num_leased_blocks == right.remote.load.num_leased_blocks == 0
 
 
-async def test_a_transfer_that_is_cancelled_frees_both_sides(autojump_clock: MockClock) -> None:
-    slow = {"kv_bytes_per_s": 1.0}
+@asynccontextmanager
+async def transferring(
+    **options: Any,
+) -> AsyncIterator[tuple[Pair, Pair, RemoteSource, RemoteTarget]]:
+    """Two engines, the computed prompt that one exports, and where the other is to have it."""
     async with (
-        served(open_null("p", **slow), open_null("d", **slow)) as [left, right],
+        served(open_null("p", **options), open_null("d", **options)) as [left, right],
         trio.open_nursery() as nursery,
     ):
         prefill = Driver(left.remote)
@@ -183,7 +187,13 @@ async def test_a_transfer_that_is_cancelled_frees_both_sides(autojump_clock: Moc
         held = await prefill.submit("r", PROMPT, hold_kv=True)
         await held.done.wait()
         assert held.lease is not None
-        source = left.remote.export(held.lease)
+        yield left, right, left.remote.export(held.lease), target
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_transfer_that_is_cancelled_frees_both_sides(autojump_clock: MockClock) -> None:
+    slow = {"kv_bytes_per_s": 1.0}
+    async with transferring(**slow) as (left, right, source, target):
         with trio.move_on_after(1):
             await target.receive(source)
         assert left.local.pool.num_leased > 0  # until it is released
@@ -191,7 +201,6 @@ async def test_a_transfer_that_is_cancelled_frees_both_sides(autojump_clock: Moc
         await left.remote.idle()
         await right.remote.idle()
         assert left.local.pool.num_leased == right.local.pool.num_leased == 0
-        nursery.cancel_scope.cancel()
 
 
 async def test_an_exported_lease_that_nobody_acknowledges_ends(autojump_clock: MockClock) -> None:
@@ -212,17 +221,8 @@ async def test_an_exported_lease_that_nobody_acknowledges_ends(autojump_clock: M
 
 async def test_a_transfer_may_take_longer_than_a_lease(autojump_clock: MockClock) -> None:
     slow = {"kv_bytes_per_s": open_null().facts.kv_block_bytes / 40}  # one block: forty seconds
-    async with (
-        served(open_null("p", **slow), open_null("d", **slow)) as [left, right],
-        trio.open_nursery() as nursery,
-    ):
-        prefill = Driver(left.remote)
-        nursery.start_soon(prefill.read)
-        target = await right.remote.import_(offer(right))
-        held = await prefill.submit("r", PROMPT, hold_kv=True)
-        await held.done.wait()
-        assert held.lease is not None
-        source, begun_s = left.remote.export(held.lease), trio.current_time()
+    async with transferring(**slow) as (left, right, source, target):
+        begun_s = trio.current_time()
         await target.receive(source)
         assert trio.current_time() - begun_s > 3 * LEASE_S
         assert left.local.pool.num_leased > 0
@@ -230,7 +230,6 @@ async def test_a_transfer_may_take_longer_than_a_lease(autojump_clock: MockClock
         target.abort()
         await left.remote.idle()
         await right.remote.idle()
-        nursery.cancel_scope.cancel()
 
 
 async def test_an_import_that_is_cancelled_leaves_no_block(autojump_clock: MockClock) -> None:

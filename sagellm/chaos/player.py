@@ -1,0 +1,168 @@
+"""Makes the events of a scenario happen, and undoes what lasts."""
+
+import os
+import resource
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+
+import trio
+
+from sagellm.chaos.launcher import RelayedProcesses
+from sagellm.chaos.relay import Faults
+from sagellm.chaos.scenario import LASTING, Event, FdLimit, Scale, ScenarioError, Toxic
+from sagellm.chaos.streams import Outcome, begin_streams
+from sagellm.runtime.cluster.worker import Worker
+from sagellm.session import Session
+
+
+class Player:
+    """`outcome` is what came of the streams so far."""
+
+    def __init__(self, session: Session, launcher: RelayedProcesses, outcome: Outcome) -> None:
+        self.outcome = outcome
+        self._session = session
+        self._launcher = launcher
+        self._lasting: dict[int, Callable[[], None]] = {}
+        self._read_clock = time.time
+        self._jumps_s: dict[int, float] = {}
+
+    async def play(self, events: tuple[Event, ...]) -> None:
+        """Returns once every event has happened, and every stream has ended."""
+        began_s = trio.current_time()
+        async with trio.open_nursery() as nursery:
+            for number, event in enumerate(events):
+                await self._await_time(event, began_s)
+                if event.load is not None:
+                    begin_streams(self._session, self.outcome, number, event.load, nursery)
+                else:
+                    nursery.start_soon(self._happen, number, event)
+
+    @contextmanager
+    def undoing(self) -> Iterator[None]:
+        """Whatever happens, what lasts ends."""
+        try:
+            yield
+        finally:
+            for number in tuple(self._lasting):
+                self._undo(number)
+
+    async def _await_time(self, event: Event, began_s: float) -> None:
+        if event.at_s is not None:
+            await trio.sleep_until(max(began_s + event.at_s, trio.current_time()))
+        while event.after_tokens is not None and self.outcome.fewest < event.after_tokens:
+            if self.outcome.tokens and len(self.outcome.reasons) == len(self.outcome.tokens):
+                raise ScenarioError(f"no stream has {event.after_tokens} tokens: all have ended")
+            await trio.sleep(0.001)
+
+    async def _happen(self, number: int, event: Event) -> None:
+        await getattr(self, f"_{event.kind}")(number, getattr(event, event.kind))
+        if event.kind in LASTING and event.for_s is not None:
+            await trio.sleep(event.for_s)
+            self._undo(number)
+
+    def _undo(self, number: int) -> None:
+        undo = self._lasting.pop(number, None)
+        if undo is not None:
+            undo()
+
+    # ---- events ----------------------------------------------------------------------------
+
+    async def _kill(self, number: int, worker: str) -> None:
+        self._signal(worker, signal.SIGKILL)
+
+    async def _sigterm(self, number: int, worker: str) -> None:
+        self._signal(worker, signal.SIGTERM)
+
+    async def _stop(self, number: int, worker: str) -> None:
+        pid = self._signal(worker, signal.SIGSTOP)
+        self._lasting[number] = partial(_send, pid, signal.SIGCONT)
+
+    async def _cont(self, number: int, worker: str) -> None:
+        self._signal(worker, signal.SIGCONT)
+
+    async def _partition(self, number: int, worker: str) -> None:
+        faults = self._faults(worker)
+        faults.is_cut = True
+        self._lasting[number] = lambda: setattr(faults, "is_cut", False)
+
+    async def _toxic(self, number: int, toxic: Toxic) -> None:
+        faults, clean = self._faults(toxic.worker), Faults()
+        names = ("delay_s", "chunk_bytes", "reset_every", "flip")
+        for name in names:
+            setattr(faults, name, getattr(toxic, name))
+        faults.bytes_per_s = toxic.bytes_per_s or clean.bytes_per_s
+
+        def heal() -> None:
+            for name in (*names, "bytes_per_s"):
+                setattr(faults, name, getattr(clean, name))
+
+        self._lasting[number] = heal
+
+    async def _corrupt(self, number: int, worker: str) -> None:
+        self._faults(worker).num_to_flip += 1
+
+    async def _fd_limit(self, number: int, limit: FdLimit) -> None:
+        pid = os.getpid() if limit.of == "graph" else self._pid(limit.of)
+        soft, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (limit.files, hard))
+
+        def restore() -> None:
+            with suppress(ProcessLookupError):
+                resource.prlimit(pid, resource.RLIMIT_NOFILE, (soft, hard))
+
+        self._lasting[number] = restore
+
+    async def _clock_jump_s(self, number: int, jump_s: float) -> None:
+        """The wall clock of the graph's process, as Python code reads it."""
+        self._jumps_s[number] = jump_s
+        time.time = lambda: self._read_clock() + sum(self._jumps_s.values())
+
+        def jump_back() -> None:
+            del self._jumps_s[number]
+            if not self._jumps_s:
+                time.time = self._read_clock
+
+        self._lasting[number] = jump_back
+
+    async def _drain(self, number: int, worker: str) -> None:
+        assert self._session.supervisor is not None
+        self._session.supervisor.drain(self._worker(worker))
+
+    async def _restart(self, number: int, worker: str) -> None:
+        assert self._session.supervisor is not None
+        await self._session.supervisor.restart([self._worker(worker)])
+
+    async def _scale(self, number: int, scale: Scale) -> None:
+        assert self._session.supervisor is not None
+        await self._session.supervisor.scale(scale.engine, scale.replicas)
+
+    # ---- whom they happen to ---------------------------------------------------------------
+
+    def _worker(self, name: str) -> Worker:
+        assert self._session.supervisor is not None
+        workers = {str(worker): worker for worker in self._session.supervisor.workers}
+        if name not in workers:
+            raise ScenarioError(f"no worker {name!r}: there are {', '.join(workers)}")
+        return workers[name]
+
+    def _pid(self, name: str) -> int:
+        pid = self._worker(name).pid
+        if pid is None:
+            raise ScenarioError(f"worker {name} has no process just now")
+        return pid
+
+    def _signal(self, name: str, number: signal.Signals) -> int:
+        pid = self._pid(name)
+        _send(pid, number)
+        return pid
+
+    def _faults(self, name: str) -> Faults:
+        return self._launcher.relays[self._pid(name)].faults
+
+
+def _send(pid: int, number: signal.Signals) -> None:
+    with suppress(ProcessLookupError):  # it was given up meanwhile
+        os.kill(pid, number)
