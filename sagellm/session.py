@@ -113,6 +113,10 @@ class Session:
         self.executor.signal(Signal("cancel", request_id))
         return is_known
 
+    def is_in_use(self, request_id: str) -> bool:
+        """Also one whose caller has gone, until its engine has let go of it."""
+        return request_id in self._callers or request_id in self.executor.register
+
     @property
     def max_model_len(self) -> int:
         """Tokens of the shortest context among the engines: prompt and answer together."""
@@ -144,7 +148,7 @@ class Session:
         Raises RequestError where its id is in use, or the session has ended.
         """
         request_id = requests[0].request_id
-        if self._is_in_use(request_id):
+        if self.is_in_use(request_id):
             raise RequestError(f"request {request_id!r} is running already; choose another id")
         if self.executor.is_stopped:
             raise RequestError(str(ExecutorStopped()))
@@ -219,8 +223,4 @@ class Session:
 
     def _free_id(self) -> str:
         numbered = (f"req-{number}" for number in self._numbers)
-        return next(request_id for request_id in numbered if not self._is_in_use(request_id))
-
-    def _is_in_use(self, request_id: str) -> bool:
-        """Also one whose caller has gone, until its engine has let go of it."""
-        return request_id in self._callers or request_id in self.executor.register
+        return next(request_id for request_id in numbered if not self.is_in_use(request_id))

@@ -25,7 +25,7 @@ from sagellm.gateway.app import App
 from sagellm.gateway.door import Entry
 from sagellm.gateway.gateway import Gateway
 from sagellm.gateway.routes import ROUTES
-from sagellm.gateway.server.drain import Server, serve
+from sagellm.gateway.server.drain import Here, Server, serve
 from sagellm.gateway.server.front import serve_session, server_class
 from sagellm.gateway.server.listen import bind
 from sagellm.gateway.settings import Settings
@@ -127,7 +127,8 @@ async def _serve(served: Served, signals: AsyncIterator[int], started: trio.Even
     async def end_streams() -> None:
         await served.let_go("cancelled")
 
-    await serve(served.server, served.app, signals, end_streams, started.set)
+    serving, settings = Here(served.server, served.app), served.gateway.settings
+    await serve(serving, settings, signals, end_streams, started.set)
     served.ended.set()
 
 

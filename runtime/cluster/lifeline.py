@@ -7,17 +7,18 @@ import threading
 from pathlib import Path
 
 
-def hold_lifeline(folder: Path) -> None:
+def hold_lifeline(folder: Path | None = None) -> None:
     """Watch standard input, which whoever started us keeps open; at its end, end this process.
 
-    `folder` holds the sockets: nobody is left to remove it. A thread watches, so that no loop that
-    is busy, or stuck, keeps us alive.
+    `folder` holds the sockets, where there are any: nobody is left to remove it. A thread watches,
+    so that no loop that is busy, or stuck, keeps us alive.
     """
 
     def watch(descriptor: int) -> None:
         while os.read(descriptor, 1):
             pass
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
         os._exit(1)
 
     descriptor = os.dup(sys.stdin.fileno())

@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import trio
 
@@ -14,16 +14,18 @@ class Process:
     """A Python process that runs `module`, with a pipe as standard input that nothing is written
     to: it ends when we do, whichever way, and the process with it (see `lifeline`).
 
-    Its end is a readable descriptor (pidfd), so that it is noticed within milliseconds.
+    Its end is a readable descriptor (pidfd), so that it is noticed within milliseconds. It is given
+    the `files`, descriptors of ours, under their numbers.
     """
 
-    def __init__(self, module: str, env: Mapping[str, str]) -> None:
+    def __init__(self, module: str, env: Mapping[str, str], files: Sequence[int] = ()) -> None:
         """Raises OSError."""
         self._popen = subprocess.Popen(
             [sys.executable, "-m", module],
             stdin=subprocess.PIPE,
             stdout=sys.stderr.fileno() if _has_descriptor() else None,
             env={**os.environ, **env},
+            pass_fds=files,
             start_new_session=True,  # a Ctrl-C at the terminal is ours to handle
         )
         self._end = os.pidfd_open(self._popen.pid)

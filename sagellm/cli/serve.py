@@ -21,6 +21,7 @@ from sagellm.cli.serving import (
     read_settings,
     served_names,
 )
+from sagellm.gateway.processes.supervision import GatewaysFailed
 from sagellm.gateway.server.front import serve_graph
 from sagellm.log_writer import write_line
 from sagellm.runtime.engine.options import EngineOptionError
@@ -65,6 +66,8 @@ def serve(
             trio.run(serve_graph, opening, settings, sock, _tell)
         except (UnknownBackend, LoweringError, EngineOptionError) as error:
             raise Failure(str(error), "mend the engines of the graph", graph) from None
+        except GatewaysFailed as error:
+            raise Failure(str(error), "see the log; --gateways 0 serves without", graph) from None
     return 0
 
 

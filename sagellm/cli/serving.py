@@ -60,6 +60,9 @@ class ListenOptions:
     server: Literal["hypercorn", "uvicorn"] = "hypercorn"
     """uvicorn needs the extra sagellm[uvicorn], and takes less time an event."""
 
+    gateways: Annotated[int, Parameter(validator=Number(gte=0, lte=64))] = 0
+    """Processes that speak HTTP for the graph; with 0 its own does."""
+
     drain_s: Annotated[float, Parameter(validator=Number(gte=0))] = 600.0
     """How long open streams may go on after SIGTERM, in seconds."""
 
@@ -175,6 +178,7 @@ def read_settings(
         host=listen.host,
         port=listen.port,
         server=listen.server,
+        num_gateways=listen.gateways,
         api_keys=keys,
         admin_key=admin_key,
         served_models=names,

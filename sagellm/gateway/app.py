@@ -37,7 +37,7 @@ class App:
     def __init__(self, gateway: Gateway, routes: Iterable[Route]) -> None:
         self.gateway = gateway
         self.table = Table(routes)
-        self.calls = OpenCalls()
+        self.calls = OpenCalls(gateway.num_calls)
         self._hosts = Hosts(gateway.settings)
         self._keys = Keys(gateway.settings)
 

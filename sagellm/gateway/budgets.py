@@ -5,6 +5,7 @@ from types import TracebackType
 
 import anyio
 
+from sagellm.gateway.count import Count, LocalCount
 from sagellm.gateway.failure import ApiError
 from sagellm.gateway.settings import Budget
 
@@ -33,18 +34,28 @@ class Bucket:
 class _Tenant:
     """What one key has under way."""
 
-    def __init__(self, budget: Budget) -> None:
-        self.num_open = 0
-        self.num_waiting = 0
+    def __init__(self, budget: Budget, num_open: Count, num_waiting: Count) -> None:
+        self.num_open = num_open
+        self.num_waiting = num_waiting
         self.cancels = Bucket(budget.cancels_per_s, rate=budget.cancels_per_s)
 
 
 class Budgets:
-    """Tenants are named by keys that the operator gave: there are only so many."""
+    """Tenants are named by keys that the operator gave: there are only so many.
 
-    def __init__(self, budget: Budget, now: Callable[[], float] = anyio.current_time) -> None:
+    `count` gives the numbers that all gateways before one graph add up to. What is cancelled, and
+    told to try again, each of them counts alone.
+    """
+
+    def __init__(
+        self,
+        budget: Budget,
+        now: Callable[[], float] = anyio.current_time,
+        count: Callable[[str], Count] = lambda name: LocalCount(),
+    ) -> None:
         self._budget = budget
         self._now = now
+        self._count = count
         self._tenants: dict[str, _Tenant] = {}
         self._retries = Bucket(RETRY_BURST)
 
@@ -55,7 +66,10 @@ class Budgets:
         much of late; a call that is larger than the budget is let in alone. A block that ends by
         cancellation counts as a cancel.
         """
-        known = self._tenants.setdefault(tenant, _Tenant(self._budget))
+        known = self._tenants.get(tenant)
+        if known is None:
+            num_open, num_waiting = (self._count(name) for name in count_names(tenant))
+            known = self._tenants[tenant] = _Tenant(self._budget, num_open, num_waiting)
         return Hold(self, known, num_requests)
 
     def may_retry(self, tenant: str = "") -> bool:
@@ -68,22 +82,23 @@ class Budgets:
 
     def num_open(self, tenant: str) -> int:
         known = self._tenants.get(tenant)
-        return known.num_open if known else 0
+        return known.num_open.total if known else 0
 
     # ---- what holds use ----------------------------------------------------------------------
 
     def enter(self, tenant: _Tenant, num_requests: int) -> None:
         budget, now = self._budget, self._now()
-        if tenant.num_open and tenant.num_open + num_requests > budget.num_open:
+        num_open, num_waiting = tenant.num_open.total, tenant.num_waiting.total
+        if num_open and num_open + num_requests > budget.num_open:
             raise self._too_much(f"this key may have {budget.num_open} requests under way")
-        if tenant.num_waiting and tenant.num_waiting + num_requests > budget.num_waiting:
+        if num_waiting and num_waiting + num_requests > budget.num_waiting:
             raise self._too_much(f"this key may have {budget.num_waiting} requests waiting")
         debt = -tenant.cancels.level(now)
         if debt >= 0:
             wait_s = (debt + 1) / budget.cancels_per_s
             raise self._too_much("this key cancels too many requests", wait_s)
-        tenant.num_open += num_requests
-        tenant.num_waiting += num_requests
+        tenant.num_open.add(num_requests)
+        tenant.num_waiting.add(num_requests)
 
     def served(self) -> None:
         """A call has its first token, and pays for retries of others."""
@@ -102,6 +117,11 @@ class Budgets:
         )
 
 
+def count_names(tenant: str) -> tuple[str, str]:
+    """Of its numbers of requests under way, and of those among them without a first token."""
+    return f"open {tenant}", f"waiting {tenant}"
+
+
 class Hold:
     """Places in a tenant's budget."""
 
@@ -117,7 +137,7 @@ class Hold:
             self._budgets.served()
 
     def _wait_no_longer(self) -> None:
-        self._tenant.num_waiting -= self._num_waiting
+        self._tenant.num_waiting.add(-self._num_waiting)
         self._num_waiting = 0
 
     def __enter__(self) -> "Hold":
@@ -132,6 +152,6 @@ class Hold:
         trace: TracebackType | None,
     ) -> None:
         self._wait_no_longer()
-        self._tenant.num_open -= self._num_requests
+        self._tenant.num_open.add(-self._num_requests)
         if kind is not None and not issubclass(kind, Exception):
             self._budgets.cancelled(self._tenant)

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from sagellm.gateway.count import Count
+
 Headers = Iterable[tuple[bytes, bytes]]
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
@@ -44,19 +46,25 @@ def _only(headers: Headers, name: bytes, form: re.Pattern[bytes]) -> str:
 
 
 class OpenCalls:
-    """The calls under way that a drain waits for. All methods are called on the app's loop."""
+    """The calls under way that a drain waits for. All methods are called on the app's loop.
 
-    def __init__(self) -> None:
+    `everywhere` counts those of all gateways before one graph.
+    """
+
+    def __init__(self, everywhere: Count) -> None:
         self.num_open = 0
+        self.everywhere = everywhere
         self._waiting: list[Callable[[], None]] = []
 
     @contextmanager
     def open(self) -> Iterator[None]:
         self.num_open += 1
+        self.everywhere.add(1)
         try:
             yield
         finally:
             self.num_open -= 1
+            self.everywhere.add(-1)
             if not self.num_open:
                 self._tell()
 

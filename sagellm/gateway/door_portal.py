@@ -12,16 +12,13 @@ from typing import Any
 
 import trio
 
+from sagellm.gateway.crossing import Crossing, carry, num_tokens
 from sagellm.gateway.door import Entry
-from sagellm.gateway.door_session import closed, event_of, stream_of
+from sagellm.gateway.door_session import closed, event_of
 from sagellm.gateway.failure import ApiError
 from sagellm.gateway.settings import Streaming
-from sagellm.prompts import RequestError
 from sagellm.runtime.messages import TokenEvent
 from sagellm.session import Output, Session
-from sagellm.stream import Stream
-
-_WINDOW = 4  # this part of what may wait unread waits in the asyncio loop, the rest in the stream
 
 
 @asynccontextmanager
@@ -86,7 +83,7 @@ class PortalDoor:
         if entered.ferry.departure is None:
             entered.ferry.departure = trio.Event()
             self._nursery.start_soon(entered.ferry.run)
-        self._nursery.start_soon(_carry, self, entered, entry)
+        self._nursery.start_soon(carry, self.session, self.streaming, entry, entered)
 
 
 class _Ferry:
@@ -134,7 +131,7 @@ class Entered:
 
     def __init__(self, door: PortalDoor, entry: Entry, ferry: _Ferry) -> None:
         self.ferry = ferry
-        self.crossing: _Crossing | None = None  # set in the trio thread
+        self.crossing: Crossing | None = None  # set in the trio thread
         self.is_left = False
         self.num_taken = 0  # tokens; written in the asyncio loop only
         self._door = door
@@ -166,6 +163,10 @@ class Entered:
             await self._arrival
         return self._take()
 
+    def send(self, outputs: Sequence[Output], end: ApiError | bool) -> None:
+        """In the trio thread."""
+        self.ferry.send(self, outputs, end)
+
     def put(self, outputs: Sequence[Output], end: ApiError | bool) -> None:
         """Called by the ferry."""
         self._unread.extend(outputs)
@@ -175,7 +176,7 @@ class Entered:
 
     def _take(self) -> list[TokenEvent]:
         taken, self._unread = self._unread, []
-        self.num_taken += _num_tokens(taken)
+        self.num_taken += num_tokens(taken)
         crossing = self.crossing
         if crossing is not None and crossing.is_held:
             with suppress(ApiError):
@@ -183,67 +184,7 @@ class Entered:
         return [event_of(output) for output in taken]
 
 
-class _Crossing:
-    """Lives in the trio thread: sends a stream's events over as they come, while there is room.
-
-    What finds no room stays in the stream, and counts against its limits.
-    """
-
-    def __init__(self, stream: Stream, to: Entered, window: int) -> None:
-        self.stream = stream
-        self.scope = trio.CancelScope()  # over when all was sent, or the reader has left
-        self.is_held = False
-        self.is_finished = False
-        self._to = to
-        self._window = window
-        self._num_sent = 0  # tokens; written in the trio thread only
-        stream.on_arrival = self.flush
-
-    def flush(self) -> None:
-        """Send what waits. While the window is full nothing is sent: reading calls this again."""
-        if self._is_full:
-            self.is_held = True
-            if self._is_full:  # still: it may have been read before `is_held` could be seen
-                return
-        self.is_held = False
-        outputs, self.is_finished = self.stream.take_nowait(), self.stream.is_over
-        self._num_sent += _num_tokens(outputs)
-        self._to.ferry.send(self._to, outputs, self.is_finished)
-        if self.is_finished:
-            self.scope.cancel()
-
-    @property
-    def _is_full(self) -> bool:
-        return self._num_sent - self._to.num_taken >= self._window
-
-
-async def _carry(door: PortalDoor, entered: Entered, entry: Entry) -> None:
-    """One request's task in the trio thread, which sleeps but for its start and its end."""
-    tokens, size = door.streaming.num_buffered_tokens, door.streaming.num_buffered_bytes
-    window = max(1, tokens // _WINDOW)
-    end = closed()
-    try:
-        stream = stream_of(door.session, entry, tokens - window, size - size // _WINDOW)
-        crossing = entered.crossing = _Crossing(stream, entered, window)
-        if entered.is_left:
-            return
-        with crossing.scope:
-            async with stream:
-                await trio.sleep_forever()
-    except ApiError as error:
-        end = error
-    except RequestError:
-        end = closed()
-    finally:
-        if entered.crossing is None or not entered.crossing.is_finished:
-            entered.ferry.send(entered, (), end)
-
-
 def _leave(entered: Entered) -> None:
     """In the trio thread: the reader has gone."""
     if entered.crossing is not None:
         entered.crossing.scope.cancel()
-
-
-def _num_tokens(outputs: Sequence[Output]) -> int:
-    return sum(len(output.token_ids) for output in outputs)

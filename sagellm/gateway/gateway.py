@@ -8,6 +8,7 @@ from hashlib import blake2b
 from typing import NamedTuple, Protocol
 
 from sagellm.gateway.answers.logprobs import TokenTexts
+from sagellm.gateway.count import Count, LocalCount
 from sagellm.gateway.door import Door
 from sagellm.gateway.encoding import Encoder
 from sagellm.gateway.metrics.meters import Meters
@@ -89,6 +90,7 @@ class Gateway:
     meters: Meters
     graph: Graph | None = None
     is_draining: bool = False
+    num_calls: Count = field(default_factory=LocalCount)  # of all gateways before the graph
     encoder: Encoder = field(init=False)
     tokens: TokenTexts = field(init=False)
     _open_ids: dict[str, int] = field(default_factory=dict)  # with the number of their requests
@@ -123,8 +125,7 @@ class Gateway:
 
     def requests_of(self, request_id: str) -> tuple[str, ...]:
         """The graph's requests of an open call, by its id or by that of its answer; or none."""
-        plain = request_id.removeprefix("chatcmpl-").removeprefix("cmpl-")
-        for known in (request_id, plain):
+        for known in (request_id, plain_id(request_id)):
             if known in self._open_ids:
                 return _numbered(known, self._open_ids[known])
         return ()
@@ -136,6 +137,11 @@ class Gateway:
         """
         named = f"{len(tenant)}:{tenant}{cache_salt or ''}".encode(errors="surrogatepass")
         return blake2b(named, key=self._salt_key, digest_size=_SALT_BYTES).hexdigest()
+
+
+def plain_id(answer_id: str) -> str:
+    """The id of the call whose answer has that id."""
+    return answer_id.removeprefix("chatcmpl-").removeprefix("cmpl-")
 
 
 def _numbered(request_id: str, num_requests: int) -> tuple[str, ...]:

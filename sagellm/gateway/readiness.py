@@ -39,6 +39,7 @@ class Readiness:
     def __init__(self) -> None:
         self.is_ready = False
         self.reason = "starting"
+        self.on_change: Callable[[], None] = lambda: None
 
     async def watch(
         self, door: Door, health: Callable[[], Health], prompt_ids: tuple[int, ...], text: str
@@ -65,6 +66,7 @@ class Readiness:
         self.is_ready, self.reason = is_ready, reason
         if before != (is_ready, reason):
             (LOG.info if is_ready else LOG.warning)("readiness", is_ready=is_ready, reason=reason)
+            self.on_change()
 
 
 def _fault(health: Health) -> str:

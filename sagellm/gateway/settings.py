@@ -56,6 +56,7 @@ class Settings:
     host: str = "127.0.0.1"
     port: int = 8000
     server: Literal["hypercorn", "uvicorn"] = "hypercorn"
+    num_gateways: int = 0  # processes that speak HTTP; 0: that of the graph does
     api_keys: dict[str, str] = field(default_factory=dict, repr=False)
     admin_key: str | None = field(default=None, repr=False)
     salt_key: bytes = field(default=b"", repr=False)

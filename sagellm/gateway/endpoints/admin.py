@@ -6,14 +6,16 @@ from starlette.responses import Response
 from sagellm.gateway.answers.structs import Cancelled
 from sagellm.gateway.endpoints.models import json_response
 from sagellm.gateway.failure import ApiError
-from sagellm.gateway.gateway import Gateway
+from sagellm.gateway.gateway import Gateway, plain_id
 from sagellm.graphs.text.codec import to_json
 
 
 async def cancel(gateway: Gateway, request: Request) -> Response:
     """End a call by its x-request-id or the id of its answer; its client is told."""
     named = request.path_params["id"]
-    known = [await gateway.door.cancel(request_id) for request_id in gateway.requests_of(named)]
+    elsewhere = (plain_id(named),)  # at another gateway before the same graph
+    request_ids = gateway.requests_of(named) or elsewhere
+    known = [await gateway.door.cancel(request_id) for request_id in request_ids]
     if not any(known):
         raise ApiError(404, "no such request is under way", param="id", code="request_not_found")
     return json_response(Cancelled(id=named, cancelled=True))

@@ -38,8 +38,8 @@ async def version(gateway: Gateway, request: Request) -> Response:
 
 
 async def load(gateway: Gateway, request: Request) -> Response:
-    """The number of calls under way, which routers balance by."""
-    return _json({"server_load": request.state.calls.num_open})
+    """The number of calls under way, which routers balance by: of all gateways at this address."""
+    return _json({"server_load": request.state.calls.everywhere.total})
 
 
 def _json(content: dict[str, object]) -> Response:

@@ -22,6 +22,7 @@ class Caller:
 
 
 ANONYMOUS = Caller("anonymous")
+ADMIN = Caller("admin", is_admin=True)
 
 
 class Keys:
@@ -53,8 +54,13 @@ class Keys:
             if hmac.compare_digest(given, digest):
                 found = Caller(name)
         if self._admin and hmac.compare_digest(given, self._admin):
-            found = Caller("admin", is_admin=True)
+            found = ADMIN
         return found
+
+
+def tenants(settings: Settings) -> tuple[str, ...]:
+    """All that `Keys` may name."""
+    return (*settings.api_keys, ADMIN.tenant, ANONYMOUS.tenant)
 
 
 def _digest(key: str) -> bytes:

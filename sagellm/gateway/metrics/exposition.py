@@ -65,7 +65,7 @@ class GatewayMeters(HttpMeters):
         self._observer = _observer(session, models)
         session.observers.append(self._observer)
         self._graph_lag = LoopLag(tick=self._sample)
-        self._app_lag = LoopLag()
+        self.http: HttpMeters = self  # or what several gateways have counted
         self._scrape = _Scrape()
         self._registry = CollectorRegistry()
         self._registry.register(self._scrape)
@@ -74,9 +74,6 @@ class GatewayMeters(HttpMeters):
     async def run(self) -> None:
         """Sample the session's loop and its operators until cancelled."""
         await self._graph_lag.run()
-
-    async def watch_app_loop(self) -> None:
-        await self._app_lag.run()
 
     async def exposition(self, accept: str = "") -> tuple[bytes, str]:
         encode, content_type = choose_encoder(accept)
@@ -116,9 +113,9 @@ class GatewayMeters(HttpMeters):
             yield from vllm_families(shown)
         yield from graph_families(shown)
         lags = [("graph", shown.graph_lag)]
-        if self._app_lag.seconds.num_samples:
-            lags.append(("app", self._app_lag.seconds))
-        yield from http_families(self, lags)
+        if self.http.app_lag.seconds.num_samples:
+            lags.append(("app", self.http.app_lag.seconds))
+        yield from http_families(self.http, lags)
 
 
 def _observer(session: Session, models: Sequence[str]) -> Observer:

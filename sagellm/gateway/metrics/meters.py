@@ -4,6 +4,8 @@ from collections.abc import Iterable
 from typing import NamedTuple, Protocol
 
 from sagellm.gateway.metrics.bounds import CALL_S
+from sagellm.gateway.metrics.lag import LoopLag
+from sagellm.logs import num_dropped_lines
 from sagellm.runtime.buckets import Buckets
 
 UNKNOWN = "unknown"  # for whatever a client named that is in no table
@@ -46,6 +48,15 @@ class HttpMeters:
         self.requests: dict[Call, int] = {}
         self.responses: dict[tuple[Call, int], int] = {}
         self.seconds: dict[str, Buckets] = {}
+        self.app_lag = LoopLag()
+
+    @property
+    def num_dropped_lines(self) -> int:
+        """Of the log, by this process."""
+        return num_dropped_lines()
+
+    async def watch_app_loop(self) -> None:
+        await self.app_lag.run()
 
     def request_started(self, endpoint: str, method: str) -> None:
         call = self._call(endpoint, method)

@@ -8,7 +8,6 @@ from sagellm.gateway.metrics.counts import Counts
 from sagellm.gateway.metrics.families import Labels, counter, gauge, histogram
 from sagellm.gateway.metrics.meters import HttpMeters
 from sagellm.gateway.metrics.snapshot import EngineReading, Snapshot
-from sagellm.logs import num_dropped_lines
 from sagellm.runtime.buckets import Buckets
 from sagellm.runtime.executors.reading import OperatorReading, Shares
 
@@ -181,7 +180,7 @@ def http_families(http: HttpMeters, lags: Iterable[tuple[str, Buckets]]) -> Iter
     yield histogram("sagellm_http_request_seconds", "Time of whole calls.", seconds)
     gone: list[tuple[Labels, float]] = [({}, http.num_disconnects)]
     yield counter("sagellm_client_disconnects", "Clients that left before the end.", gone)
-    num_dropped = num_dropped_lines()
-    yield counter("sagellm_log_lines_dropped", "That stderr did not take.", [({}, num_dropped)])
+    dropped: list[tuple[Labels, float]] = [({}, http.num_dropped_lines)]
+    yield counter("sagellm_log_lines_dropped", "That stderr did not take.", dropped)
     late = [({"loop": loop}, lag) for loop, lag in lags]
     yield histogram("sagellm_event_loop_lag_seconds", "How late sleepers are woken.", late)

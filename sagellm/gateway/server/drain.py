@@ -7,6 +7,7 @@ import structlog
 import trio
 
 from sagellm.gateway.app import App
+from sagellm.gateway.settings import Settings
 
 LOG = structlog.get_logger("sagellm.gateway")
 
@@ -27,9 +28,55 @@ class Server(Protocol):
         """Call on the app's loop."""
 
 
+class Serving(Protocol):
+    """Whatever serves: the gateway of this process, or those of others."""
+
+    async def run(self, task_status: trio.TaskStatus[None] = ...) -> None:
+        """Serve until stopped and every connection is done; cancelled, close them at once."""
+
+    def drain(self) -> int:
+        """Refuse new calls; returns the number of those under way."""
+
+    async def idle(self) -> None:
+        """Wait until no call is open that a drain waits for."""
+
+    def stop(self) -> None:
+        """Take no more connections."""
+
+    @property
+    def close_s(self) -> float:
+        """What ending takes at the most, once nothing is under way."""
+
+
+class Here:
+    """The one gateway of this process."""
+
+    close_s = CLOSE_S
+
+    def __init__(self, server: Server, app: App) -> None:
+        self._server = server
+        self._app = app
+
+    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        await self._server.run(task_status)
+
+    def drain(self) -> int:
+        self._app.gateway.is_draining = True
+        return self._app.calls.num_open
+
+    async def idle(self) -> None:
+        idle = trio.Event()
+        token = trio.lowlevel.current_trio_token()
+        self._server.call_soon(self._app.calls.when_idle, lambda: token.run_sync_soon(idle.set))
+        await idle.wait()
+
+    def stop(self) -> None:
+        self._server.stop()
+
+
 async def serve(
-    server: Server,
-    app: App,
+    serving: Serving,
+    settings: Settings,
     signals: AsyncIterator[int],
     end_streams: Callable[[], Awaitable[None]],
     started: Callable[[], None] = lambda: None,
@@ -42,28 +89,26 @@ async def serve(
     """
     stopped = trio.Event()
     async with trio.open_nursery() as nursery:
-        await nursery.start(_run, server, stopped)
+        await nursery.start(_run, serving, stopped)
         started()
         await anext(signals)
-        settings = app.gateway.settings
-        app.gateway.is_draining = True
-        LOG.info("draining", num_open=app.calls.num_open, drain_s=settings.drain_s)
+        LOG.info("draining", num_open=serving.drain(), drain_s=settings.drain_s)
         with trio.move_on_after(settings.drain_s) as waiting:
             nursery.start_soon(_cancel_at_next, signals, waiting)
             await trio.sleep(settings.linger_s)
-            await _idle(server, app)
+            await serving.idle()
         if waiting.cancelled_caught:
-            await _end(server, app, end_streams)
-        server.stop()
-        with trio.move_on_after(CLOSE_S):
+            await _end(serving, end_streams)
+        serving.stop()
+        with trio.move_on_after(serving.close_s):
             await stopped.wait()
         nursery.cancel_scope.cancel()
     LOG.info("stopped")
 
 
-async def _run(server: Server, stopped: trio.Event, task_status: trio.TaskStatus[None]) -> None:
+async def _run(serving: Serving, stopped: trio.Event, task_status: trio.TaskStatus[None]) -> None:
     try:
-        await server.run(task_status)
+        await serving.run(task_status)
     finally:
         stopped.set()
 
@@ -73,16 +118,8 @@ async def _cancel_at_next(signals: AsyncIterator[int], waiting: trio.CancelScope
     waiting.cancel()
 
 
-async def _end(server: Server, app: App, end_streams: Callable[[], Awaitable[None]]) -> None:
-    LOG.warning("ending_streams", num_open=app.calls.num_open)
+async def _end(serving: Serving, end_streams: Callable[[], Awaitable[None]]) -> None:
+    LOG.warning("ending_streams")
     with trio.move_on_after(ABORT_S):
         await end_streams()
-        await _idle(server, app)
-
-
-async def _idle(server: Server, app: App) -> None:
-    """Wait until no call is open that a drain waits for."""
-    idle = trio.Event()
-    token = trio.lowlevel.current_trio_token()
-    server.call_soon(app.calls.when_idle, lambda: token.run_sync_soon(idle.set))
-    await idle.wait()
+        await serving.idle()

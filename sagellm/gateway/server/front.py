@@ -16,11 +16,12 @@ from sagellm.gateway.door_portal import open_portal
 from sagellm.gateway.door_session import SessionDoor
 from sagellm.gateway.gateway import Gateway, ModelCard
 from sagellm.gateway.metrics.exposition import GatewayMeters
+from sagellm.gateway.processes.supervision import GatewayProcesses, GatewaysFailed
 from sagellm.gateway.readiness import Readiness
 from sagellm.gateway.routes import PATHS
-from sagellm.gateway.server.drain import Server, serve
+from sagellm.gateway.server.drain import Here, Server, Serving, serve
 from sagellm.gateway.server.listen import url_of
-from sagellm.gateway.settings import Settings
+from sagellm.gateway.settings import Settings, Streaming
 from sagellm.session import Session
 from sagellm.tracing import open_tracing
 
@@ -60,30 +61,42 @@ async def serve_session(
     signals: AsyncIterator[int],
     tell: Callable[[str], None],
 ) -> None:
-    """As `serve_graph`, for a session that is open; `signals` end it."""
+    """As `serve_graph`, for a session that is open; `signals` end it. Raises GatewaysFailed."""
+    model, readiness = model_card(session, settings), Readiness()
+    line = f"sagellm serves {model.id} at {url_of(sock, settings)}"
     async with (
+        _unwrapped(),
         _traced(session, settings),
         _door(session, settings) as door,
         trio.open_nursery() as nursery,
     ):
         meters = meters_of(session, settings)
-        gateway = gateway_of(session, settings, door, meters)
-        app = build_app(gateway)
-        server = server_class(settings.server)(app, settings, sock)
-        line = f"sagellm serves {gateway.model.id} at {url_of(sock, settings)}"
+        serving: Serving
+        if settings.num_gateways:
+            serving = GatewayProcesses(session, settings, model, meters, readiness, sock)
+        else:
+            app = build_app(gateway_of(session, settings, door, meters, model, readiness))
+            serving = Here(server_class(settings.server)(app, settings, sock), app)
         nursery.start_soon(meters.run)
-        nursery.start_soon(_watch, gateway, session)
-        await serve(server, app, signals, session.close, lambda: tell(line))
+        nursery.start_soon(_watch, readiness, session, settings.streaming)
+        await serve(serving, settings, signals, session.close, lambda: tell(line))
         nursery.cancel_scope.cancel()
 
 
-def gateway_of(session: Session, settings: Settings, door: Door, meters: GatewayMeters) -> Gateway:
+def gateway_of(
+    session: Session,
+    settings: Settings,
+    door: Door,
+    meters: GatewayMeters,
+    model: ModelCard,
+    readiness: Readiness,
+) -> Gateway:
     return Gateway(
         settings=settings,
         door=door,
         tokenizer=session.tokenizer,
-        model=model_card(session, settings),
-        readiness=Readiness(),
+        model=model,
+        readiness=readiness,
         budgets=Budgets(settings.budget),
         meters=meters,
         graph=session.executor.plan.graph,
@@ -113,9 +126,23 @@ def model_card(session: Session, settings: Settings) -> ModelCard:
 
 
 @asynccontextmanager
+async def _unwrapped() -> AsyncIterator[None]:
+    """Let GatewaysFailed out of the nurseries as it was raised."""
+    try:
+        yield
+    except BaseExceptionGroup as group:
+        found: BaseException | None = group.subgroup(GatewaysFailed)
+        if found is None:
+            raise
+        while isinstance(found, BaseExceptionGroup):
+            found = found.exceptions[0]
+        raise found from None
+
+
+@asynccontextmanager
 async def _door(session: Session, settings: Settings) -> AsyncIterator[Door]:
     """For the loop of the app: this one, or uvicorn's in its own thread."""
-    if settings.server == "hypercorn":
+    if settings.server == "hypercorn" or settings.num_gateways:
         yield SessionDoor(session, settings.streaming)
         return
     async with open_portal(session, settings.streaming) as door:
@@ -129,9 +156,7 @@ def _traced(session: Session, settings: Settings) -> AbstractAsyncContextManager
     return open_tracing(session, endpoint=settings.otlp_endpoint, model=model, sample=sample)
 
 
-async def _watch(gateway: Gateway, session: Session) -> None:
+async def _watch(readiness: Readiness, session: Session, streaming: Streaming) -> None:
     """Probes go through a door of this loop: the graph is the same."""
-    readiness, streaming = gateway.readiness, gateway.settings.streaming
-    assert isinstance(readiness, Readiness)
     token_ids = session.tokenizer.encode(PROBE_TEXT)
     await readiness.watch(SessionDoor(session, streaming), session.health, token_ids, PROBE_TEXT)

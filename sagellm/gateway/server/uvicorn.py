@@ -2,14 +2,16 @@
 
 import asyncio
 import logging
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from socket import socket
 from typing import Any
 
+import anyio.abc
 import trio
 import uvicorn
 import uvloop
+from anyio import TASK_STATUS_IGNORED
 
 from sagellm.gateway.app import App
 from sagellm.gateway.server.httptools import Config, Http1
@@ -66,6 +68,25 @@ class UvicornServer:
             runner.run(self._server.serve([self._sock]))
 
 
+class UvicornOnItsLoop:
+    """As UvicornServer, for a process whose own loop is the asyncio loop that the app runs on."""
+
+    def __init__(self, app: App, settings: Settings, sock: socket) -> None:
+        self._server = _Server(configure(app, settings))
+        self._sock = sock
+
+    def stop(self) -> None:
+        self._server.should_exit = True
+
+    async def run(self, task_status: anyio.abc.TaskStatus[None] = TASK_STATUS_IGNORED) -> None:
+        self._server.tell_started = task_status.started
+        try:
+            await self._server.serve([self._sock])
+        except asyncio.CancelledError:
+            self._server.abort()
+            raise
+
+
 def configure(app: App, settings: Settings) -> Config:
     logging.getLogger("uvicorn").setLevel(logging.CRITICAL + 1)  # the app logs what goes wrong
     config = Config(
@@ -100,6 +121,11 @@ class _Server(uvicorn.Server):
         self.loop = loop = asyncio.get_running_loop()
         self.watching = loop.create_task(self.config.watch())  # ended with the loop
         self.tell_started()
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Not here: whoever runs this knows what they mean."""
+        yield
 
     def abort(self) -> None:
         """End now: every connection is closed, and every call hears of it."""

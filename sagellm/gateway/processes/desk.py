@@ -1,0 +1,128 @@
+"""The graph's side of the links to its gateways: a desk for each, where requests come in."""
+
+from collections.abc import Callable, Sequence
+
+import msgspec
+import trio
+
+from sagellm.gateway.crossing import Crossing, carry
+from sagellm.gateway.door import Entry
+from sagellm.gateway.door_session import event_of
+from sagellm.gateway.failure import ApiError
+from sagellm.gateway.processes.link import Link
+from sagellm.gateway.processes.messages import (
+    Enter,
+    Events,
+    FromGateway,
+    Leave,
+    Taken,
+    refused,
+)
+from sagellm.gateway.settings import Streaming
+from sagellm.session import Output, Session
+
+
+class Desk:
+    """Takes the requests of one gateway, for as long as `nursery` runs.
+
+    An id that another gateway has given to a request which is under way is given a suffix: clients
+    never see it, for they are answered by their gateway.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        streaming: Streaming,
+        link: Link[FromGateway],
+        nursery: trio.Nursery,
+    ) -> None:
+        self._session = session
+        self._streaming = streaming
+        self._link = link
+        self._nursery = nursery
+        self._readers: dict[int, _Reader] = {}
+        self._asked_ids: set[str] = set()
+
+    def hear(self, message: Enter | Taken | Leave) -> None:
+        """What is said of a stream that has ended means nothing any more."""
+        if isinstance(message, Enter):
+            self._begin(message.stream, message.entry)
+            return
+        reader = self._readers.get(message.stream)
+        if reader is None:
+            return
+        if isinstance(message, Taken):
+            reader.take(message.num_tokens)
+        else:
+            reader.leave()
+
+    def cancel(self, request_id: str) -> bool:
+        """End the request of that id, or those of the call of that id; False where none is here."""
+        known = [
+            self._session.cancel(reader.request_id)
+            for reader in self._readers.values()
+            if reader.asked_id == request_id or reader.asked_id.startswith(f"{request_id}/")
+        ]
+        return any(known)
+
+    def _begin(self, stream: int, entry: Entry) -> None:
+        asked_id = entry.request_id
+        if asked_id not in self._asked_ids and self._session.is_in_use(asked_id):
+            entry = msgspec.structs.replace(entry, request_id=self._free_id(asked_id))
+        reader = _Reader(stream, asked_id, entry.request_id, self._link.put, self._forget)
+        self._readers[stream] = reader
+        self._asked_ids.add(asked_id)
+        self._nursery.start_soon(carry, self._session, self._streaming, entry, reader)
+
+    def _free_id(self, asked_id: str) -> str:
+        number = 2
+        while self._session.is_in_use(f"{asked_id}~{number}"):
+            number += 1
+        return f"{asked_id}~{number}"
+
+    def _forget(self, stream: int) -> None:
+        reader = self._readers.pop(stream, None)
+        if reader is not None:
+            self._asked_ids.discard(reader.asked_id)
+
+
+class _Reader:
+    """One request of the gateway, as its events are sent there."""
+
+    def __init__(
+        self,
+        stream: int,
+        asked_id: str,
+        request_id: str,
+        put: Callable[[msgspec.Struct], None],
+        forget: Callable[[int], None],
+    ) -> None:
+        self.asked_id = asked_id
+        self.request_id = request_id
+        self.crossing: Crossing | None = None
+        self.num_taken = 0
+        self.is_left = False
+        self._stream = stream
+        self._put = put
+        self._forget = forget
+
+    def send(self, outputs: Sequence[Output], end: ApiError | bool) -> None:
+        if end:
+            self._forget(self._stream)
+        if self.is_left:
+            return
+        if isinstance(end, ApiError):
+            self._put(refused(self._stream, end))
+        else:
+            events = [event_of(output) for output in outputs]
+            self._put(Events(self._stream, events, end))
+
+    def take(self, num_tokens: int) -> None:
+        self.num_taken += num_tokens
+        if self.crossing is not None and self.crossing.is_held:
+            self.crossing.flush()
+
+    def leave(self) -> None:
+        self.is_left = True
+        if self.crossing is not None:
+            self.crossing.scope.cancel()
