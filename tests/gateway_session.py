@@ -47,6 +47,13 @@ class ServedSession:
 
     session: Session
     port: int
+    signals: trio.MemorySendChannel[int]
+    is_signalled: bool = False
+
+    def signal(self) -> None:
+        """What SIGTERM does."""
+        self.signals.send_nowait(15)
+        self.is_signalled = True
 
     @property
     def engines(self) -> list[LocalEngine]:
@@ -133,5 +140,7 @@ async def served_session(
             )
             await started.wait()
             with frozen_heap():
-                yield ServedSession(session, sock.getsockname()[1])
-            send.send_nowait(15)
+                served = ServedSession(session, sock.getsockname()[1], send)
+                yield served
+            if not served.is_signalled:
+                served.signal()

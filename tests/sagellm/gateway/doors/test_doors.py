@@ -1,6 +1,7 @@
-"""Both doors are one door: the same tests before a real session on the null model."""
+"""All doors are one door: the same tests before a real session on the null model."""
 
 import asyncio
+import socket
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Protocol
@@ -8,6 +9,7 @@ from typing import Any, Protocol
 import anyio
 import pytest
 import trio
+from anyio.abc import UNIXSocketStream
 from anyio.from_thread import start_blocking_portal
 
 from sagellm import Graph, Sampling, ops
@@ -15,6 +17,10 @@ from sagellm.gateway.door import Door, Entry
 from sagellm.gateway.door_portal import open_portal
 from sagellm.gateway.door_session import SessionDoor
 from sagellm.gateway.failure import ApiError
+from sagellm.gateway.processes.desk import Desk
+from sagellm.gateway.processes.door import RemoteDoor
+from sagellm.gateway.processes.link import Link
+from sagellm.gateway.processes.messages import Answered, Cancel, FromGateway, FromGraph
 from sagellm.gateway.settings import Streaming
 from sagellm.runtime.messages import TokenEvent
 from sagellm.session import Session
@@ -81,7 +87,80 @@ def in_another_thread(body: Body, step_s: float = 0.001) -> None:
             asyncio.run(body(door, There(session)))
 
 
-@pytest.fixture(params=[in_one_loop, in_another_thread])
+@asynccontextmanager
+async def at_a_desk(session: Session, end: socket.socket) -> Any:
+    """The session's side of a link to a gateway elsewhere."""
+    async with (
+        await UNIXSocketStream.from_socket(end) as stream,
+        trio.open_nursery() as nursery,
+    ):
+        link: Link[FromGateway] = Link(stream, FromGateway)
+        desk = Desk(session, STREAMING, link, nursery)
+
+        async def listen() -> None:
+            async for message in link.messages():
+                if isinstance(message, Cancel):
+                    known = desk.cancel(message.request_id)
+                    link.put(Answered(message.number, is_known=known))
+                else:
+                    desk.hear(message)  # type: ignore[arg-type]
+
+        nursery.start_soon(link.send)
+        nursery.start_soon(listen)
+        yield
+        nursery.cancel_scope.cancel()
+
+
+@asynccontextmanager
+async def before_a_link(end: socket.socket) -> Any:
+    """The gateway's side."""
+    async with (
+        await UNIXSocketStream.from_socket(end) as stream,
+        anyio.create_task_group() as tasks,
+    ):
+        link: Link[FromGraph] = Link(stream, FromGraph)
+        door = RemoteDoor(link, STREAMING)
+
+        async def listen() -> None:
+            async for message in link.messages():
+                door.hear(message)  # type: ignore[arg-type]
+            door.close()
+
+        tasks.start_soon(link.send)
+        tasks.start_soon(listen)
+        yield door
+        tasks.cancel_scope.cancel()
+
+
+def over_a_link(body: Body, step_s: float = 0.001, backend: str = "trio") -> None:
+    here, there = socket.socketpair()
+    with start_blocking_portal(backend="trio") as portal:
+
+        class There:
+            def __init__(self, session: Session) -> None:
+                self.session = session
+
+            async def do(self, function: Any) -> Any:
+                return await anyio.to_thread.run_sync(portal.call, function, self.session)
+
+        @asynccontextmanager
+        async def whole() -> Any:
+            async with opened(step_s) as session, at_a_desk(session, here):
+                yield session
+
+        async def run(session: Session) -> None:
+            async with before_a_link(there) as door:
+                await body(door, There(session))
+
+        with portal.wrap_async_context_manager(whole()) as session:
+            anyio.run(run, session, backend=backend)
+
+
+def over_a_link_on_asyncio(body: Body, step_s: float = 0.001) -> None:
+    over_a_link(body, step_s, "asyncio")
+
+
+@pytest.fixture(params=[in_one_loop, in_another_thread, over_a_link, over_a_link_on_asyncio])
 def behind(request: pytest.FixtureRequest) -> Callable[..., None]:
     return request.param
 
