@@ -68,6 +68,9 @@ class ScriptedDoor:
         self.cancelled.append(request_id)
         return True
 
+    async def cancel_elsewhere(self, call_id: str) -> bool:
+        return False
+
 
 class _Played:
     def __init__(self, batches: Batches) -> None:

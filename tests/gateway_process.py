@@ -82,6 +82,9 @@ def served_process(
     executor = os.environ.get("SAGELLM_TEST_EXECUTOR")  # see conftest
     if executor is not None and "--executor" not in options:
         command += ["--executor", executor]
+    gateways = os.environ.get("SAGELLM_TEST_GATEWAYS")
+    if gateways is not None and "--gateways" not in options:
+        command += ["--gateways", gateways]
     command += options
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, stderr=log, **popen)

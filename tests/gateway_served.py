@@ -3,6 +3,7 @@ null engine; and a client that sends bytes as they are.
 """
 
 import json
+import os
 import socket
 import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -33,6 +34,7 @@ from sagellm.gateway.table import Route
 from sagellm.runtime.messages import TokenEvent
 
 SERVERS = ("hypercorn", "uvicorn")
+GATEWAYS = int(os.environ.get("SAGELLM_TEST_GATEWAYS", "0"))  # processes; see conftest
 KEYS = {"api_keys": {"alice": "user-key"}, "admin_key": "admin-key"}
 
 
@@ -55,6 +57,9 @@ class HeldDoor:
         yield [last("b", self.reason, code="" if self.reason == "stop" else "shutting_down")]
 
     async def cancel(self, request_id: str) -> bool:
+        return False
+
+    async def cancel_elsewhere(self, call_id: str) -> bool:
         return False
 
     def let_go(self, reason: str) -> None:
@@ -244,7 +249,8 @@ STREAM = post("/v1/completions", {"prompt": "x", "stream": True})
 @contextmanager
 def null_gateway(server: str, **fields: Any) -> Iterator[int]:
     """The port of a gateway before a null engine, in a thread of its own."""
-    settings = Settings(server=server, port=0, served_models=("m",), **fields)  # type: ignore[arg-type]
+    known: dict[str, Any] = {"num_gateways": GATEWAYS, **fields}
+    settings = Settings(server=server, port=0, served_models=("m",), **known)  # type: ignore[arg-type]
     graph = Graph("g").engine("g", device="null", decode_step_s=0.0, prefill_token_s=0.0)
     graph >> ops.admission() >> ops.policy_sort() >> ops.generate(engine="g")
     send, receive = trio.open_memory_channel[int](8)

@@ -11,7 +11,7 @@ from typing import Any
 
 import psutil
 import trio
-from gateway_served import get, read_reply
+from gateway_served import GATEWAYS, get, read_reply
 
 from sagellm import Graph
 from sagellm.gateway.server.front import serve_session
@@ -127,7 +127,7 @@ async def served_session(
 
     `send_bytes`: what the kernel holds of an answer that is not read; 0: megabytes.
     """
-    known: dict[str, Any] = {"budget": ANY, **fields}
+    known: dict[str, Any] = {"budget": ANY, "num_gateways": GATEWAYS, **fields}
     settings = Settings(server=server, port=0, served_models=("m",), **known)  # type: ignore[arg-type]
     send, signals = trio.open_memory_channel[int](2)
     started = trio.Event()

@@ -43,3 +43,8 @@ class Door(Protocol):
 
     async def cancel(self, request_id: str) -> bool:
         """End a request from outside; False where it is not known."""
+
+    async def cancel_elsewhere(self, call_id: str) -> bool:
+        """End all requests of a call that another gateway before the same graph has; False where
+        none knows it.
+        """

@@ -26,6 +26,9 @@ class SessionDoor:
     async def cancel(self, request_id: str) -> bool:
         return self._session.cancel(request_id)
 
+    async def cancel_elsewhere(self, call_id: str) -> bool:
+        return False
+
 
 class Entered:
     """One request that was let in: its batches, until the context is left."""

@@ -144,6 +144,11 @@ def plain_id(answer_id: str) -> str:
     return answer_id.removeprefix("chatcmpl-").removeprefix("cmpl-")
 
 
+def call_of(request_id: str) -> str:
+    """The id of the call that a request of the graph belongs to."""
+    return request_id.partition("/")[0]
+
+
 def _numbered(request_id: str, num_requests: int) -> tuple[str, ...]:
     """What a call names has no slash, so that the ids of one call never equal another's."""
     if num_requests == 1:

@@ -13,10 +13,8 @@ from sagellm.graphs.text.codec import to_json
 async def cancel(gateway: Gateway, request: Request) -> Response:
     """End a call by its x-request-id or the id of its answer; its client is told."""
     named = request.path_params["id"]
-    elsewhere = (plain_id(named),)  # at another gateway before the same graph
-    request_ids = gateway.requests_of(named) or elsewhere
-    known = [await gateway.door.cancel(request_id) for request_id in request_ids]
-    if not any(known):
+    known = [await gateway.door.cancel(request_id) for request_id in gateway.requests_of(named)]
+    if not any(known) and not await gateway.door.cancel_elsewhere(plain_id(named)):
         raise ApiError(404, "no such request is under way", param="id", code="request_not_found")
     return json_response(Cancelled(id=named, cancelled=True))
 

@@ -9,6 +9,7 @@ from sagellm.gateway.crossing import Crossing, carry
 from sagellm.gateway.door import Entry
 from sagellm.gateway.door_session import event_of
 from sagellm.gateway.failure import ApiError
+from sagellm.gateway.gateway import call_of
 from sagellm.gateway.processes.link import Link
 from sagellm.gateway.processes.messages import (
     Enter,
@@ -57,13 +58,16 @@ class Desk:
             reader.leave()
 
     def cancel(self, request_id: str) -> bool:
-        """End the request of that id, or those of the call of that id; False where none is here."""
-        known = [
-            self._session.cancel(reader.request_id)
-            for reader in self._readers.values()
-            if reader.asked_id == request_id or reader.asked_id.startswith(f"{request_id}/")
-        ]
-        return any(known)
+        """End the request that was asked for by that id; False where there is none."""
+        return self._cancel(lambda asked_id: asked_id == request_id)
+
+    def cancel_call(self, call_id: str) -> bool:
+        """End the requests of a call; False where it is none of this gateway's."""
+        return self._cancel(lambda asked_id: call_of(asked_id) == call_id)
+
+    def _cancel(self, is_meant: Callable[[str], bool]) -> bool:
+        meant = [one.request_id for one in self._readers.values() if is_meant(one.asked_id)]
+        return any([self._session.cancel(request_id) for request_id in meant])  # noqa: C419 (all)
 
     def _begin(self, stream: int, entry: Entry) -> None:
         asked_id = entry.request_id

@@ -13,6 +13,7 @@ from sagellm.gateway.processes.link import Link
 from sagellm.gateway.processes.messages import (
     Answered,
     Cancel,
+    CancelCall,
     Enter,
     Events,
     FromGraph,
@@ -39,9 +40,10 @@ class RemoteDoor:
         return Entered(self, next(self._numbers), entry)
 
     async def cancel(self, request_id: str) -> bool:
-        """Also a request of another gateway before the same graph."""
-        number = next(self._numbers)
-        return (await self._ask(Cancel(number, request_id))).is_known
+        return (await self._ask(Cancel(next(self._numbers), request_id))).is_known
+
+    async def cancel_elsewhere(self, call_id: str) -> bool:
+        return (await self._ask(CancelCall(next(self._numbers), call_id))).is_known
 
     async def scrape(self, accept: str) -> tuple[bytes, str]:
         """The metrics of all, and their content type."""
@@ -71,7 +73,7 @@ class RemoteDoor:
         for question in self._questions.values():
             question.came.set()
 
-    async def _ask(self, message: Cancel | Scrape) -> Answered:
+    async def _ask(self, message: Cancel | CancelCall | Scrape) -> Answered:
         question = self._questions[message.number] = _Question()
         try:
             if not self.link.is_broken:

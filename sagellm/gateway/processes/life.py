@@ -42,6 +42,7 @@ class Life:
         self._stream = stream
         self._heard_s = trio.current_time()
         self._why = ""
+        self._num_asked = 0
 
     @classmethod
     async def begin(cls, start: Callable[[int], Start]) -> "Life":
@@ -73,7 +74,7 @@ class Life:
             async with trio.open_nursery() as nursery:
                 self.desk = Desk(session, streaming, self.link, nursery)
                 nursery.start_soon(self.link.send)
-                nursery.start_soon(self._ask, nursery.cancel_scope)
+                nursery.start_soon(self._watch, nursery.cancel_scope)
                 async with aclosing(self.link.messages()) as messages:
                     async for message in messages:
                         self._hear(message, hear)
@@ -83,6 +84,12 @@ class Life:
             with trio.CancelScope(shield=True):
                 await self._end(EXIT_S if is_over else 0.0)
         return self._why
+
+    def ask(self) -> int:
+        """Ask for what it has counted by now: `counted` will have this number, or a higher one."""
+        self._num_asked += 1
+        self.link.put(Ask(self._num_asked))
+        return self._num_asked
 
     def _hear(self, message: FromGateway, hear: Callable[[FromGateway], None]) -> None:
         self._heard_s = trio.current_time()
@@ -96,11 +103,11 @@ class Life:
             self.is_idle = True
         hear(message)
 
-    async def _ask(self, scope: trio.CancelScope) -> None:
+    async def _watch(self, scope: trio.CancelScope) -> None:
         """Ask for signs of life; end a life that gives none, but not for what we did not hear."""
         while True:
             asked_s = trio.current_time()
-            self.link.put(Ask())
+            self.ask()
             await trio.sleep(ASK_S)
             now = trio.current_time()
             if now - asked_s > 2 * ASK_S:

@@ -154,7 +154,7 @@ class _Serving:
                 if isinstance(message, Events | Refused | Answered):
                     door.hear(message)
                 elif isinstance(message, Ask):
-                    self._link.put(counted(meters))
+                    self._link.put(counted(meters, message.number))
                 elif isinstance(message, Readied):
                     readiness.is_ready, readiness.reason = message.is_ready, message.reason
                 elif isinstance(message, Drain):

@@ -79,7 +79,9 @@ class Answered(_Message, frozen=True, tag=True):
 
 
 class Ask(_Message, frozen=True, tag=True):
-    """Say `Counted` at once."""
+    """Say `Counted` with this number at once."""
+
+    number: int
 
 
 class Drain(_Message, frozen=True, tag=True):
@@ -121,10 +123,17 @@ class Leave(_Message, frozen=True, tag=True):
 
 
 class Cancel(_Message, frozen=True, tag=True):
-    """A question: end the requests of a call, at whichever gateway that is."""
+    """A question: end a request of this gateway."""
 
     number: int
     request_id: str
+
+
+class CancelCall(_Message, frozen=True, tag=True):
+    """A question: end the requests of a call, whichever gateway has it."""
+
+    number: int
+    call_id: str
 
 
 class Scrape(_Message, frozen=True, tag=True):
@@ -150,8 +159,9 @@ class Histogram(_Message, frozen=True, tag=True):
 
 
 class Counted(_Message, frozen=True, tag=True):
-    """What a gateway has counted since it started; a sign of life, too."""
+    """What a gateway has counted since it started: a sign of life, too."""
 
+    number: int  # of the question; 0: of none
     num_active: int
     num_disconnects: int
     num_dropped_lines: int
@@ -165,7 +175,7 @@ class Idle(_Message, frozen=True, tag=True):
     """Drained."""
 
 
-FromGateway: TypeAlias = Up | Enter | Taken | Leave | Cancel | Scrape | Counted | Idle
+FromGateway: TypeAlias = Up | Enter | Taken | Leave | Cancel | CancelCall | Scrape | Counted | Idle
 
 
 def refused(stream: int, error: ApiError) -> Refused:

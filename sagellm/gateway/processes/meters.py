@@ -20,8 +20,9 @@ class RemoteMeters(HttpMeters):
         return await self._door.scrape(accept)
 
 
-def counted(meters: HttpMeters) -> Counted:
+def counted(meters: HttpMeters, number: int = 0) -> Counted:
     return Counted(
+        number,
         meters.num_active,
         meters.num_disconnects,
         meters.num_dropped_lines,

@@ -19,8 +19,8 @@ from sagellm.gateway.metrics.exposition import GatewayMeters
 from sagellm.gateway.processes.life import EXIT_S, Life
 from sagellm.gateway.processes.messages import (
     Answered,
-    Ask,
     Cancel,
+    CancelCall,
     Drain,
     FromGateway,
     Readied,
@@ -176,7 +176,11 @@ class GatewayProcesses:
             if isinstance(message, Up):
                 up()
             elif isinstance(message, Cancel):
-                life.link.put(Answered(message.number, is_known=self._cancel(message.request_id)))
+                is_known = life.desk is not None and life.desk.cancel(message.request_id)
+                life.link.put(Answered(message.number, is_known=is_known))
+            elif isinstance(message, CancelCall):
+                is_known = self._cancel_call(message.call_id)
+                life.link.put(Answered(message.number, is_known=is_known))
             elif isinstance(message, Scrape):
                 nursery.start_soon(self._answer_scrape, life, message)
             self._changed.unpark_all()
@@ -205,9 +209,9 @@ class GatewayProcesses:
 
     # ---- what gateways ask -------------------------------------------------------------------
 
-    def _cancel(self, request_id: str) -> bool:
-        known = [life.desk.cancel(request_id) for life in self._lives if life.desk is not None]
-        return any(known)
+    def _cancel_call(self, call_id: str) -> bool:
+        desks = [life.desk for life in self._lives if life.desk is not None]
+        return any([desk.cancel_call(call_id) for desk in desks])  # noqa: C419 (all of them)
 
     async def _answer_scrape(self, life: Life, asked: Scrape) -> None:
         with trio.move_on_after(FRESH_S):
@@ -223,7 +227,7 @@ class GatewayProcesses:
         life.link.put(Answered(asked.number, content=content, content_type=content_type))
 
     async def _counted_anew(self) -> None:
-        before = [(life, life.counted) for life in self._lives]
-        self._tell(Ask())
-        while any(life.counted is counted for life, counted in before if life in self._lives):
-            await self._changed.park()
+        asked = [(life, life.ask()) for life in self._lives]
+        for life, number in asked:
+            while life in self._lives and (life.counted is None or life.counted.number < number):
+                await self._changed.park()

@@ -229,6 +229,6 @@ async def test_a_scrape_takes_milliseconds(opened: Any, autojump_clock: MockCloc
 async def test_the_lag_of_the_apps_own_loop_is_shown_beside(opened: Any) -> None:
     async with opened("joint") as (_, meters):
         assert "app" not in (await scrape(meters)).labels("loop")
-        meters._app_lag.seconds.observe(0.25)
+        meters.app_lag.seconds.observe(0.25)
         shown = await scrape(meters)
     assert shown("sagellm_event_loop_lag_seconds_sum", loop="app") == 0.25

@@ -1,4 +1,4 @@
-"""Two gateways in processes of their own before one graph: what each does, and what its end does."""
+"""Two gateways in processes of their own before one graph, and what the end of one does."""
 
 import os
 import re
@@ -122,7 +122,7 @@ async def pair(server: str = "hypercorn", num: int = 2, **fields: Any) -> AsyncI
     async with served_session(server, "joint", NULL, num_gateways=num, **fields) as served:
         yield Pair(served)
         with trio.fail_after(10):
-            while not served.is_at_rest:
+            while not served.is_at_rest:  # noqa: ASYNC110 (it is asked, and tells nobody)
                 await trio.sleep(0.01)
     assert not psutil.Process().children()
 
@@ -131,7 +131,7 @@ async def until(condition: Any, seconds: float = 20.0) -> float:
     """How long it took."""
     began_s = trio.current_time()
     with trio.fail_after(seconds):
-        while not condition():
+        while not condition():  # noqa: ASYNC110 (of other processes)
             await trio.sleep(0.002)
     return trio.current_time() - began_s
 
@@ -191,7 +191,9 @@ async def test_metrics_are_those_of_all_the_dead_too() -> None:
             await client.read()
         for pid in (first, second):
             seen = await both.metrics(pid)
-            assert seen['sagellm_http_requests_total{endpoint="/v1/completions",method="POST"}'] == 3
+            assert (
+                seen['sagellm_http_requests_total{endpoint="/v1/completions",method="POST"}'] == 3
+            )
             assert seen["sagellm_requests_accepted_total"] == 3
             assert seen["sagellm_requests_total"] == 3
             assert seen["sagellm_http_requests_active"] == 1
