@@ -36,15 +36,17 @@ test: $(STAMPS)/test
 	$(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 
 # What takes minutes: load tenfold, churn, fuzzing for SAGELLM_FUZZ_S seconds, and the gateway's
-# tests again with engines in worker processes. Not a part of `test`.
+# tests again with engines in worker processes, and with two gateway processes. Not a part of `test`.
 soak: export SAGELLM_FUZZ_S ?= 600
 soak: $(STAMPS)/test $(STAMPS)/fuzz
 	$(BIN)/pytest -o addopts='-v -rP --strict-markers --import-mode=importlib' \
 		tests/soak tests/sagellm/gateway/test_fuzz.py
 	$(BIN)/python -O -m pytest -W ignore::pytest.PytestConfigWarning tests/security
-	SAGELLM_TEST_EXECUTOR=processes $(BIN)/pytest --numprocesses logical --maxprocesses 4 \
-		tests/sagellm/gateway tests/security tests/sagellm/cli/test_serve.py \
-		--ignore tests/sagellm/gateway/test_fuzz.py
+	for others in SAGELLM_TEST_EXECUTOR=processes SAGELLM_TEST_GATEWAYS=2; do \
+		env $$others $(BIN)/pytest --numprocesses logical --maxprocesses 4 \
+			tests/sagellm/gateway tests/security tests/sagellm/cli/test_serve.py \
+			--ignore tests/sagellm/gateway/test_fuzz.py || exit; \
+	done
 
 # Every scenario of examples/chaos over real processes; then workers that die for
 # SAGELLM_CHAOS_HOURS virtual hours, once for each of SAGELLM_CHAOS_SEEDS seeds: hours.

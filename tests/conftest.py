@@ -1,6 +1,7 @@
 """Settings of every test: a busy machine is no failure, and what measures time has it to itself.
 
-With SAGELLM_TEST_EXECUTOR=processes, every graph that a test opens is one of worker processes.
+With SAGELLM_TEST_EXECUTOR=processes, every graph that a test opens is one of worker processes. With
+SAGELLM_TEST_GATEWAYS=2, what is served on a socket is served by two gateway processes.
 """
 
 import fcntl

@@ -38,6 +38,7 @@ def gateway(
     connections: int = 64,
     seconds: float = 5.0,
     rounds: int = 3,
+    gateways: int = 0,
     llama_server: Path | None = None,
     output: Path = RESULTS,
 ) -> None:
@@ -55,31 +56,39 @@ def gateway(
         Of each run.
     rounds
         Runs of each server and load, the gateway and the bare server in turns.
+    gateways
+        Processes that speak HTTP, before that of the graph; 0: none, as `sagellm serve` has it.
     llama_server
         llama.cpp's own HTTP server: its streams and the gateway's, with a model of one layer behind
         both, as further rows.
     output
-        The folder for gateway.json.
+        The folder for gateway.json, or gateway-processes.json where there are any.
     """
     loads = [load for load in LOADS if load.name in only]
-    cells = [measure(name, load, connections, seconds, rounds) for name in server for load in loads]
+    cells = [
+        measure(name, load, connections, seconds, rounds, gateways)
+        for name in server
+        for load in loads
+    ]
     record: dict[str, Any] = {
         "command": " ".join(["sagellm bench gateway", *sys.argv[1:]]),
         "date": datetime.now(UTC).date().isoformat(),
         "machine": describe(),
         "connections": connections,
+        "gateways": gateways,
         "cells": cells,
     }
     shown = table(cells)
     if llama_server is not None:
         record["one_layer"] = one_layer.measure(llama_server, server, connections, seconds, rounds)
         shown += "\n\n" + one_layer.table(record["one_layer"])
-    (output / "gateway.json").write_text(json.dumps(record, indent=2) + "\n")
+    name = "gateway-processes.json" if gateways else "gateway.json"
+    (output / name).write_text(json.dumps(record, indent=2) + "\n")
     print(shown)
 
 
 def measure(
-    server: str, load: Load, connections: int, seconds: float, rounds: int
+    server: str, load: Load, connections: int, seconds: float, rounds: int, gateways: int
 ) -> dict[str, Any]:
     """One server and load: medians of both, and their ratio."""
     runs: dict[str, list[Figures]] = {"sagellm": [], "bare": [], "bare_flat_out": []}
@@ -89,7 +98,8 @@ def measure(
         pace_s = 0.0
         for name, found in runs.items():
             flat_out = name == "bare_flat_out"
-            command = partial(_command, name, server, pace_s=0.0 if flat_out else pace_s)
+            paced_s = 0.0 if flat_out else pace_s
+            command = partial(_command, name, server, pace_s=paced_s, gateways=gateways)
             found.append(run_once(command, load, connections, seconds))
             pace_s = pace_s or connections / found[-1].rate
             print(f"{server} {load.name} {name}: {found[-1]}", file=sys.stderr)
@@ -117,12 +127,12 @@ def graph_alone(load: Load, connections: int, seconds: float) -> float:
     return float(seen["cpu_us"] / seen["events" if load.stream else "requests"])
 
 
-def _command(name: str, server: str, port: int, *, pace_s: float) -> Sequence[str]:
+def _command(name: str, server: str, port: int, *, pace_s: float, gateways: int) -> Sequence[str]:
     if name != "sagellm":
         bare = [sys.executable, "-m", "benchmarks.gateway.bare", server]
         return [*bare, str(port), str(CHUNKS), str(pace_s)]
     options = ["--port", str(port), "--server", server, "--served-model-name", "null"]
-    options += ["--log-level", "warning"]
+    options += ["--log-level", "warning", "--gateways", str(gateways)]
     return [sys.executable, "-m", "sagellm", "serve", str(GRAPH), *options]
 
 

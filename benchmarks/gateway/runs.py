@@ -36,7 +36,7 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """One run: CPU of the server's process over what it answered, and what its clients saw."""
+    """One run: CPU of the server's processes over what it answered, and what its clients saw."""
 
     cpu_us_per_request: float
     cpu_us_per_event: float | None
@@ -104,8 +104,9 @@ def _load(port: int, connections: int, seconds: float, load: Load) -> dict[str, 
 
 
 def _cpu_s(process: psutil.Process) -> float:
-    times = process.cpu_times()
-    return float(times.user + times.system)
+    """Of it and of its children that live."""
+    times = [each.cpu_times() for each in (process, *process.children(recursive=True))]
+    return float(sum(one.user + one.system for one in times))
 
 
 def _free_port() -> int:
