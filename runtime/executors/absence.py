@@ -32,6 +32,14 @@ class Absence:
         """A replica that was lost is not to come back."""
         self._removed.add((engine, replica))
 
+    def is_lost(self, replica: tuple[str, int]) -> bool:
+        return replica in self._lost
+
+    def num_present(self, engine: str) -> int:
+        """The replicas of an engine that are up."""
+        numbers = range(len(self._plan.engines.get(engine, ())))
+        return sum((engine, number) not in self._lost for number in numbers)
+
     @property
     def shut(self) -> frozenset[Gate]:
         """The replicas of operators that take no new request: those whose engine is lost, and those

@@ -1,6 +1,6 @@
 """A host: one replica of a service operator, its mailbox, its tasks and its context."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import trio
@@ -17,6 +17,7 @@ from sagellm.runtime.executors.credit import Gates
 from sagellm.runtime.executors.faults import log_fault
 from sagellm.runtime.executors.mailbox import Mailbox
 from sagellm.runtime.executors.meter import Meter
+from sagellm.runtime.executors.outliers import Outliers, Replica
 from sagellm.runtime.messages import Item, Prefilled, Request, TokenEvent
 from sagellm.runtime.operator import Sent, Service, Signal
 from sagellm.runtime.plan import Plan
@@ -28,6 +29,7 @@ class Executor(Protocol):
     plan: Plan
     gates: Gates
     meter: Meter
+    outliers: Outliers
 
     def now(self) -> float: ...
     async def push(
@@ -149,6 +151,8 @@ class Host:
             try:
                 await self._service.on_item(self, item)
             except (EngineLost, StaleLease, DamagedBlocks) as error:
+                if not isinstance(error, EngineLost):
+                    self._note_transfer(item, self._executor.outliers.failed)
                 self._send_back(item, error)
                 await trio.lowlevel.checkpoint()
                 return
@@ -165,6 +169,7 @@ class Host:
         elif scope.cancelled_caught:
             self._end(item)
         elif not self._service.holds:
+            self._note_transfer(item, self._executor.outliers.passed)
             self.release(item.key)
 
     async def _forward_events(self) -> None:
@@ -197,6 +202,12 @@ class Host:
             was_asked = isinstance(error, EngineLost) and error.was_asked
             was_computed = recalled is not None and was_asked
             self._executor.reenter(self.name, request, was_computed=was_computed)
+
+    def _note_transfer(self, item: Item, note: Callable[[Replica, Replica], None]) -> None:
+        """If it was one: between whom."""
+        if isinstance(item, Prefilled) and item.lease is not None and item.landing is not None:
+            sender, receiver = item.lease, item.landing
+            note((sender.engine, sender.replica), (receiver.engine, receiver.replica))
 
     def _end(self, item: Item) -> None:
         """A signal ended an item that the operator holds no more."""

@@ -14,6 +14,7 @@ from sagellm.runtime.executors.credit import Gates
 from sagellm.runtime.executors.faults import log_fault
 from sagellm.runtime.executors.host import Host
 from sagellm.runtime.executors.meter import Meter, Stopwatch
+from sagellm.runtime.executors.outliers import Outliers, Replica
 from sagellm.runtime.executors.reading import Reading, read
 from sagellm.runtime.executors.recovery import Recovery
 from sagellm.runtime.executors.region import Deliver, Effect, Region, Send, Upstream, ends
@@ -82,6 +83,7 @@ class TasksExecutor:
         self._nursery: trio.Nursery | None = None
         self.absence = Absence(plan, max_hold_s)
         self.recovery = Recovery(self.now)
+        self.outliers = Outliers(self.absence, self.now, self._tell_health)
         self._is_stopped = False
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -270,10 +272,17 @@ class TasksExecutor:
         """A replica of an engine is lost, or is back: shut the ways to it, or open them."""
         self.absence.mark(engine, replica, self.now(), is_up=is_up)
         self._shut_gates()
-        for node in self.plan.nodes_of(engine):
-            self.tell(node, replica, "health", is_up)
+        self.outliers.forget((engine, replica))
+        self._tell_health((engine, replica), is_up)
         self._try_again()
         self._set_timer()
+
+    def _tell_health(self, replica: Replica, is_up: bool) -> None:
+        """To those who choose. One that is lost is never told to be up."""
+        engine, number = replica
+        is_up = is_up and not self.absence.is_lost(replica)
+        for node in self.plan.nodes_of(engine):
+            self.tell(node, number, "health", is_up)
 
     def remove(self, engine: str, replica: int) -> None:
         """A replica that was lost is not to come back: what was placed there finds out, and is
@@ -424,7 +433,8 @@ class TasksExecutor:
 
     def _next_time(self) -> float:
         wake, expiry = self.region.next_wake, self.register.next_expiry
-        at = self.absence.next_end_s if wake is None else min(self.absence.next_end_s, wake[0])
+        at = min(self.absence.next_end_s, self.outliers.next_end_s)
+        at = at if wake is None else min(at, wake[0])
         return at if expiry is None else min(at, expiry)
 
     async def _keep_time(self) -> None:
@@ -438,6 +448,7 @@ class TasksExecutor:
                 self.signal(Signal("expire", request_id))
             self._wake_due()
             self._end_hold()
+            self.outliers.readmit_due()
 
     def _end_hold(self) -> None:
         """What has waited long enough for an engine of which no replica is there ends."""

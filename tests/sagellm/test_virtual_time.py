@@ -1,6 +1,7 @@
 """Whole graphs over null engines under trio's virtual clock: thousands of requests in seconds."""
 
 import random
+from functools import partial
 from typing import Any
 
 import pytest
@@ -8,6 +9,8 @@ import trio
 from trio.testing import MockClock
 
 from sagellm import Graph, Sampling
+from sagellm.runtime.engine.port import DamagedBlocks
+from sagellm.runtime.kv.transfer import PoolTarget
 from sagellm.session import Session
 
 NULL = {
@@ -122,3 +125,38 @@ async def test_equal_seeds_give_equal_runs(autojump_clock: MockClock) -> None:
         return [answer.token_ids for answer in answers]
 
     assert await run() == await run()
+
+
+async def test_a_replica_that_gets_only_damaged_blocks_is_routed_around(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And tried again after 10 s, then 20 s; every answer comes whole, from elsewhere."""
+    tried_s: list[float] = []
+    receive = PoolTarget.receive
+
+    async def bad(self: PoolTarget, source: Any) -> None:
+        if self.lease.engine == "d" and self.lease.replica == 1 and trio.current_time() < 30:
+            tried_s.append(trio.current_time())
+            self.abort()
+            raise DamagedBlocks("every chunk of it")
+        await receive(self, source)
+
+    monkeypatch.setattr(PoolTarget, "receive", bad)
+    async with Graph.load("pd_many").open(set={**NULL, "d.replicas": 2}) as session:
+        began_s = trio.current_time()
+        async with trio.open_nursery() as nursery:
+            for number in range(500):
+                prompt, sampling = (
+                    [number // 250, *[number % 250] * 99],
+                    Sampling(max_tokens=4, ignore_eos=True),
+                )
+                nursery.start_soon(partial(session.generate, prompt, sampling=sampling))
+                await trio.sleep(0.1)
+        assert session.executor.ledger.ended == {"length": 500}
+        outliers = session.executor.outliers
+        assert not outliers.is_ejected(("d", 1))
+        assert outliers.num_ejections == {("d", 1): 2}
+        assert await at_rest(session)
+    rounds = [round(at - began_s, -1) for at in tried_s]
+    assert {at: rounds.count(at) for at in rounds} == {0: 5, 10: 5}
+    assert began_s + 30 < trio.current_time()

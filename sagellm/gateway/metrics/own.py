@@ -43,10 +43,12 @@ _ENGINE_LEVELS: dict[str, tuple[str, Callable[[EngineReading], float]]] = {
     ),
     "step_p99_seconds": ("Of its steps, so far.", lambda engine: engine.health.step_p99_s or 0.0),
     "up": ("0 where its worker is missing.", lambda engine: engine.is_up),
+    "ejected": ("1 while no request is placed there.", lambda engine: engine.is_ejected),
     "hung": ("1 where it has work and nothing moves.", lambda engine: engine.health.is_hung),
 }
 _ENGINE_TOTALS: dict[str, tuple[str, Callable[[EngineReading], float]]] = {
     "restarts": ("Workers that took the place of another.", lambda engine: engine.num_restarts),
+    "ejections": ("Times that its transfers failed too often.", lambda e: e.num_ejections),
     "steps": ("Steps that it ran.", lambda engine: engine.load.num_steps),
     "preemptions": ("Sequences that it put back.", lambda engine: engine.load.num_preemptions),
     "prefix_queried_tokens": ("Looked up in its cache.", lambda e: e.load.num_prefix_queries),

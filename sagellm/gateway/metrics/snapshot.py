@@ -7,6 +7,7 @@ from typing import Protocol, runtime_checkable
 from sagellm.gateway.metrics.counts import Counts
 from sagellm.runtime.buckets import Buckets
 from sagellm.runtime.engine.port import Engine, EngineFacts, EngineHealth, EngineLoad
+from sagellm.runtime.executors.outliers import Outliers
 from sagellm.runtime.executors.reading import Reading, Shares
 from sagellm.runtime.executors.tasks import TasksExecutor
 
@@ -42,6 +43,8 @@ class EngineReading:
     step_tokens: Buckets | None
     is_up: bool
     num_restarts: int
+    is_ejected: bool
+    num_ejections: int
 
     @property
     def kv_usage(self) -> float:
@@ -81,14 +84,14 @@ class Snapshot:
 
 def read_engines(executor: TasksExecutor) -> tuple[EngineReading, ...]:
     return tuple(
-        _reading(name, replica, engine)
+        _reading(name, replica, engine, executor.outliers)
         for name, replicas in executor.plan.engines.items()
         for replica, engine in enumerate(replicas)
         if not (isinstance(engine, Replaceable) and engine.is_removed)
     )
 
 
-def _reading(name: str, replica: int, engine: Engine) -> EngineReading:
+def _reading(name: str, replica: int, engine: Engine, outliers: Outliers) -> EngineReading:
     steps = engine.step_tokens.copy() if isinstance(engine, CountingSteps) else None
     worker = engine if isinstance(engine, Replaceable) else None
     return EngineReading(
@@ -100,4 +103,6 @@ def _reading(name: str, replica: int, engine: Engine) -> EngineReading:
         steps,
         is_up=worker is None or not worker.is_lost,
         num_restarts=0 if worker is None else worker.num_lives - 1,
+        is_ejected=outliers.is_ejected((name, replica)),
+        num_ejections=outliers.num_ejections.get((name, replica), 0),
     )

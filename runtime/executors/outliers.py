@@ -1,0 +1,137 @@
+"""Replicas whose transfers fail again and again, over a bad link or by bad memory: routed around.
+
+As in Envoy's outlier detection: after `MOST_FAULTS` faults in a row a replica is ejected, for
+`FIRST_S` the first time, twice that the second, and so on; then it is tried again. Never more than
+half of an engine's replicas are, whatever they do. What is under way there goes on. Of the two ends
+of a transfer, the one that failed with more others is to blame, or else the receiver.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol, TypeAlias
+
+import structlog
+
+log = structlog.get_logger("sagellm.executor")
+
+MOST_FAULTS = 5
+FIRST_S = 10.0
+
+Replica: TypeAlias = tuple[str, int]  # an engine's name and a number
+
+
+@dataclass(slots=True)
+class _Record:
+    """`peers`: with whom its last transfers failed, since one succeeded."""
+
+    replica: Replica
+    peers: list[Replica] = field(default_factory=list)
+    num_ejections: int = 0  # in a row
+    until_s: float | None = None  # while it is ejected
+    back_s: float = 0.0  # since when it is not
+
+
+class Presence(Protocol):
+    """Which replicas are there."""
+
+    def is_lost(self, replica: Replica) -> bool: ...
+
+    def num_present(self, engine: str) -> int: ...
+
+
+class Outliers:
+    """`on_change(replica, is_in)` hears who is ejected, and who is back."""
+
+    def __init__(
+        self,
+        presence: Presence,
+        clock: Callable[[], float],
+        on_change: Callable[[Replica, bool], None],
+    ) -> None:
+        self.num_ejections: dict[Replica, int] = {}  # ever
+        self._presence = presence
+        self._clock = clock
+        self._on_change = on_change
+        self._records: dict[Replica, _Record] = {}
+
+    def failed(self, sender: Replica, receiver: Replica) -> None:
+        """A transfer between them did; either may be to blame, unless one of them is lost."""
+        if self._presence.is_lost(sender) or self._presence.is_lost(receiver):
+            return
+        ends = self._record(receiver), self._record(sender)
+        for record, peer in zip(ends, (sender, receiver), strict=True):
+            record.peers.append(peer)
+        for record in sorted(ends, key=lambda record: -len(set(record.peers))):
+            is_due = record.until_s is None and len(record.peers) >= MOST_FAULTS
+            if is_due and self._eject(record):
+                self._absolve(record.replica)
+
+    def passed(self, sender: Replica, receiver: Replica) -> None:
+        """A transfer succeeded: neither is to blame for those before."""
+        for replica in (sender, receiver):
+            record = self._records.get(replica)
+            if record is None:
+                continue
+            record.peers.clear()
+            if record.until_s is None and self._has_been_well(record):
+                del self._records[replica]
+
+    def forget(self, replica: Replica) -> None:
+        """It is gone, or is back anew: what failed with it is nobody's fault any more."""
+        record = self._records.pop(replica, None)
+        if record is not None and record.until_s is not None:
+            self._on_change(replica, True)
+        self._absolve(replica)
+        for other in self._records.values():
+            if other.until_s is not None and len(other.peers) < MOST_FAULTS:
+                self._readmit(other)
+
+    def is_ejected(self, replica: Replica) -> bool:
+        record = self._records.get(replica)
+        return record is not None and record.until_s is not None
+
+    @property
+    def next_end_s(self) -> float:
+        """When the next one is tried again."""
+        ends = (record.until_s for record in self._records.values())
+        return min((end for end in ends if end is not None), default=math.inf)
+
+    def readmit_due(self) -> None:
+        """Try those again whose time has come."""
+        for record in self._records.values():
+            if record.until_s is not None and record.until_s <= self._clock():
+                self._readmit(record)
+
+    def _record(self, replica: Replica) -> _Record:
+        return self._records.setdefault(replica, _Record(replica))
+
+    def _absolve(self, culprit: Replica) -> None:
+        """What failed with it was nobody else's fault."""
+        for record in self._records.values():
+            if record.replica != culprit:
+                record.peers = [peer for peer in record.peers if peer != culprit]
+
+    def _eject(self, record: _Record) -> bool:
+        """Unless too many are out already."""
+        engine, number = record.replica
+        num_out = sum(name == engine and self.is_ejected((name, n)) for name, n in self._records)
+        if 2 * (num_out + 1) > self._presence.num_present(engine):
+            return False
+        record.num_ejections += 1
+        for_s = FIRST_S * record.num_ejections
+        record.until_s = self._clock() + for_s
+        self.num_ejections[record.replica] = self.num_ejections.get(record.replica, 0) + 1
+        log.warning("replica_ejected", engine=engine, replica=number, for_s=for_s)
+        self._on_change(record.replica, False)
+        return True
+
+    def _readmit(self, record: _Record) -> None:
+        record.until_s, record.back_s = None, self._clock()
+        record.peers.clear()
+        log.info("replica_readmitted", engine=record.replica[0], replica=record.replica[1])
+        self._on_change(record.replica, True)
+
+    def _has_been_well(self, record: _Record) -> bool:
+        """For as long as it was out the last time."""
+        return self._clock() - record.back_s >= FIRST_S * record.num_ejections
