@@ -30,6 +30,7 @@ _OPTIONS = {
     zmq.SNDHWM: ROOM,
     zmq.RCVHWM: ROOM,
     zmq.IMMEDIATE: 1,
+    zmq.CONNECT_TIMEOUT: 1000,  # ms: the kernel waits longer and longer for a network that is down
     zmq.MAXMSGSIZE: MAX_FRAME_BYTES,
 }
 _FROM_GRAPH = msgspec.msgpack.Decoder(FromGraph)
