@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from os import listdir
+from types import MappingProxyType
 from typing import Any
 
 import psutil
@@ -121,9 +122,16 @@ def _both(first: Callable[[], None], second: Callable[[], None]) -> Callable[[],
 
 @asynccontextmanager
 async def served_session(
-    server: str, graph: str, options: Mapping[str, Any], send_bytes: int = 0, **fields: Any
+    server: str,
+    graph: str,
+    options: Mapping[str, Any],
+    send_bytes: int = 0,
+    opened: Mapping[str, Any] = MappingProxyType({}),
+    **fields: Any,
 ) -> AsyncIterator[ServedSession]:
     """A graph by name, `options` set in it, behind a server; drained at the end.
+
+    `opened`: how the graph is opened beside that; `fields` are those of the settings.
 
     `send_bytes`: what the kernel holds of an answer that is not read; 0: megabytes.
     """
@@ -134,7 +142,10 @@ async def served_session(
     with bind("127.0.0.1", 0) as sock:
         if send_bytes:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_bytes)
-        async with Graph.load(graph).open(set=options) as session, trio.open_nursery() as nursery:
+        async with (
+            Graph.load(graph).open(set=options, **opened) as session,
+            trio.open_nursery() as nursery,
+        ):
             nursery.start_soon(
                 serve_session, session, settings, sock, signals, lambda line: started.set()
             )

@@ -1,9 +1,11 @@
 """The gateway before engines that are processes: clients notice no death, and none is left."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,10 @@ import psutil
 import pytest
 import trio
 from gateway_process import ServedProcess, served_process
-from gateway_served import SERVERS
+from gateway_served import SERVERS, Reply, post, read_reply, received
+from gateway_session import served_session
+
+from sagellm.gateway.settings import Streaming
 
 NUM_STREAMS = 8
 PROMPTS = [
@@ -123,3 +128,89 @@ async def test_clients_notice_neither_a_death_nor_a_restart(served: ServedProces
     assert await stream_all(served, restart) == right
     assert served.complete()["choices"][0]["finish_reason"] == "length"
     served.get("/ready")  # raises where it is not
+
+
+ONE = {"g.deterministic": True, "g.max_model_len": 512}
+HURRIED = Streaming(keep_alive_s=0.2)  # for five seconds
+
+
+@dataclass
+class Held:
+    """Streams of one worker that is killed, and what a new call is told meanwhile."""
+
+    texts: dict[int, str] = field(default_factory=dict)
+    num_comments: dict[int, int] = field(default_factory=dict)
+    errors: dict[int, str] = field(default_factory=dict)
+    refusal: Reply | None = None
+    refused_after_s: float = 0.0
+
+
+async def held(*, kill: bool, max_hold_s: float = 30.0) -> Held:
+    seen, num = Held(), 16
+    options = {**ONE, "executor.max_hold_s": max_hold_s}
+    opened = {"executor": "processes"}
+    async with served_session(
+        "hypercorn", "joint", options, opened=opened, streaming=HURRIED
+    ) as served:
+
+        async def stream(number: int) -> None:
+            body = {"prompt": f"Story {number}: a fox", "max_tokens": 200, "seed": number}
+            body["ignore_eos"] = True
+            seen.texts[number] = ""
+            async with await served.connect() as connection:
+                await connection.send_all(post("/v1/completions", {**body, "stream": True}))
+                data = b""
+                while b"[DONE]" not in data:
+                    data += await received(connection)
+                    seen.texts[number] = _text(data)
+            seen.num_comments[number] = data.count(b": keep-alive")
+            found = re.search(rb'"code":"(\w+)"', data)
+            seen.errors[number] = found[1].decode() if found else ""
+
+        async def ask_meanwhile() -> None:
+            began_s = trio.current_time()
+            async with await served.connect() as connection:
+                await connection.send_all(post("/v1/completions", {"prompt": "x"}))
+                seen.refusal = await read_reply(connection)
+            seen.refused_after_s = trio.current_time() - began_s
+
+        async with trio.open_nursery() as nursery:
+            for number in range(num):
+                nursery.start_soon(stream, number)
+            if kill:
+                while len(seen.texts) < num or not all(seen.texts.values()):  # noqa: ASYNC110
+                    await trio.sleep(0.001)
+                assert served.session.supervisor is not None
+                (worker,) = served.session.supervisor.workers
+                assert worker.pid is not None
+                psutil.Process(worker.pid).kill()
+                while worker.is_serving:  # noqa: ASYNC110
+                    await trio.sleep(0.001)
+                await ask_meanwhile()
+        await served.session.idle()
+        served.session.executor.ledger.check()
+    return seen
+
+
+def _text(data: bytes) -> str:
+    """Of the whole events among what has come."""
+    events = re.findall(rb"data: ({.*})\r?\n", data)
+    chunks = [json.loads(event) for event in events if b'"error"' not in event]
+    return "".join(chunk["choices"][0]["text"] for chunk in chunks)
+
+
+async def test_streams_of_the_only_worker_are_held_until_it_is_back() -> None:
+    """With comments, so that nobody on the way gives the connection up; new calls are refused."""
+    right, found = await held(kill=False), await held(kill=True)
+    assert found.texts == right.texts
+    assert not any(found.errors.values())
+    assert all(num >= 1 for num in found.num_comments.values())
+    assert found.refusal is not None
+    assert found.refusal.status == 503
+    assert int(found.refusal.headers["retry-after"]) >= 1
+    assert found.refused_after_s < 1.0
+
+
+async def test_streams_whose_worker_is_not_back_in_time_are_told() -> None:
+    found = await held(kill=True, max_hold_s=0.3)
+    assert set(found.errors.values()) == {"unavailable"}
