@@ -8,7 +8,7 @@ import logging
 import sys
 import traceback
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import structlog
@@ -27,13 +27,18 @@ LEVELS = {
 
 
 class _Stderr:
-    """Looks `sys.stderr` up for each line: whoever redirects it later gets the logs."""
+    """Looks `sys.stderr` up for each line: whoever redirects it later gets the logs. A line that
+    cannot be written (a full disk, a reader that left) is lost, and nothing else with it.
+    """
 
     def write(self, text: str) -> int:
-        return sys.stderr.write(text)
+        with suppress(OSError, ValueError):
+            sys.stderr.write(text)
+        return len(text)
 
     def flush(self) -> None:
-        sys.stderr.flush()
+        with suppress(OSError, ValueError):
+            sys.stderr.flush()
 
 
 WRITERS: list[LogWriter] = []  # of this process; there is one at a time

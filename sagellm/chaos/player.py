@@ -3,6 +3,7 @@
 import os
 import resource
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -112,6 +113,19 @@ class Player:
         def restore() -> None:
             with suppress(ProcessLookupError):
                 resource.prlimit(pid, resource.RLIMIT_NOFILE, (soft, hard))
+
+        self._lasting[number] = restore
+
+    async def _fill_disk(self, number: int, what: str) -> None:
+        """The disk of the logs: whatever the graph's process writes to stderr finds no space."""
+        descriptor = sys.stderr.fileno()
+        before, full = os.dup(descriptor), os.open("/dev/full", os.O_WRONLY)
+        os.dup2(full, descriptor)
+        os.close(full)
+
+        def restore() -> None:
+            os.dup2(before, descriptor)
+            os.close(before)
 
         self._lasting[number] = restore
 

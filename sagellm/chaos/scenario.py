@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -82,6 +82,7 @@ class Event(_Part, frozen=True, kw_only=True):
     toxic: Toxic | None = None
     corrupt: str | None = None
     fd_limit: FdLimit | None = None
+    fill_disk: Literal["logs"] | None = None
     clock_jump_s: float | None = None
     drain: str | None = None
     restart: str | None = None
@@ -107,7 +108,7 @@ class Event(_Part, frozen=True, kw_only=True):
         return None
 
 
-LASTING = ("stop", "partition", "toxic", "fd_limit", "clock_jump_s")
+LASTING = ("stop", "partition", "toxic", "fd_limit", "fill_disk", "clock_jump_s")
 
 
 class Scenario(_Part, frozen=True, kw_only=True):

@@ -1,5 +1,6 @@
 """`sagellm chaos run`: what a graph does when things go wrong on purpose."""
 
+import logging
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -10,6 +11,7 @@ import trio
 from sagellm.chaos.run import Report, run_scenario
 from sagellm.chaos.scenario import ScenarioError, load_scenario
 from sagellm.cli.failure import FAILED, Failure
+from sagellm.logs import own_logs
 
 
 def run(*scenarios: Path, seed: int = 0, json: bool = False) -> int:
@@ -35,7 +37,8 @@ def run(*scenarios: Path, seed: int = 0, json: bool = False) -> int:
 
 def _run(path: Path, seed: int, json: bool) -> Report:
     try:
-        report = trio.run(run_scenario, load_scenario(path), seed)
+        with own_logs(logging.WARNING):  # which a full disk does not end
+            report = trio.run(run_scenario, load_scenario(path), seed)
     except* ScenarioError as group:
         raise Failure(_first(group), "docs/operations.md has what a scenario may say") from None
     if json:

@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
 import structlog
@@ -182,3 +183,14 @@ def test_the_text_of_an_exception_is_for_debugging_only(
     found = lines(stderr)
     assert [("a prompt" in line) for line in map(str, found)] == [has_text, has_text]
     assert all("ValueError" in str(line["exception"]) for line in found)
+
+
+@pytest.mark.usefixtures("stderr")
+def test_a_full_disk_ends_nobody_who_logs(monkeypatch: pytest.MonkeyPatch) -> None:
+    with open("/dev/full", "w", buffering=1) as full:
+        monkeypatch.setattr("sys.stderr", full)
+        configure_logs()
+        structlog.get_logger("x").warning("lost")
+        monkeypatch.undo()
+        with suppress(OSError):  # what it holds cannot be written when it is closed, either
+            full.close()
