@@ -65,7 +65,6 @@ class GatewayMeters(HttpMeters):
         self._observer = _observer(session, models)
         session.observers.append(self._observer)
         self._graph_lag = LoopLag(tick=self._sample)
-        self.http: HttpMeters = self  # or what several gateways have counted
         self._scrape = _Scrape()
         self._registry = CollectorRegistry()
         self._registry.register(self._scrape)
@@ -75,10 +74,16 @@ class GatewayMeters(HttpMeters):
         """Sample the session's loop and its operators until cancelled."""
         await self._graph_lag.run()
 
-    async def exposition(self, accept: str = "") -> tuple[bytes, str]:
-        encode, content_type = choose_encoder(accept)
+    async def exposition(
+        self, accept: str = "", http: HttpMeters | None = None
+    ) -> tuple[bytes, str]:
+        """`http`: what several gateways have counted, where it is not this one that did."""
+        try:
+            encode, content_type = choose_encoder(accept)
+        except (TypeError, ValueError):  # of a header that makes no sense
+            encode, content_type = choose_encoder("")
         shown = await self.snapshot()
-        self._scrape.families = self.families(shown)
+        self._scrape.families = self.families(shown, http)
         return encode(self._registry), content_type
 
     async def snapshot(self) -> Snapshot:
@@ -107,15 +112,16 @@ class GatewayMeters(HttpMeters):
     def _sample(self) -> None:
         self._window.add(self._session.executor.reading())
 
-    def families(self, shown: Snapshot) -> Iterator[Metric]:
+    def families(self, shown: Snapshot, http: HttpMeters | None = None) -> Iterator[Metric]:
         """What is shown of that moment."""
         if self._is_vllm:
             yield from vllm_families(shown)
         yield from graph_families(shown)
         lags = [("graph", shown.graph_lag)]
-        if self.http.app_lag.seconds.num_samples:
-            lags.append(("app", self.http.app_lag.seconds))
-        yield from http_families(self.http, lags)
+        http = http or self
+        if http.app_lag.seconds.num_samples:
+            lags.append(("app", http.app_lag.seconds))
+        yield from http_families(http, lags)
 
 
 def _observer(session: Session, models: Sequence[str]) -> Observer:

@@ -26,14 +26,15 @@ from sagellm.session import Output, Session
 class Desk:
     """Takes the requests of one gateway, for as long as `nursery` runs.
 
-    An id that another gateway has given to a request which is under way is given a suffix: clients
-    never see it, for they are answered by their gateway.
+    An id that is in use, by a request of another gateway as a rule, is given a suffix, which no
+    client sees: it is answered by its gateway. `claimed` has the ids of all desks.
     """
 
     def __init__(
         self,
         session: Session,
         streaming: Streaming,
+        claimed: set[str],
         link: Link[FromGateway],
         nursery: trio.Nursery,
     ) -> None:
@@ -42,7 +43,7 @@ class Desk:
         self._link = link
         self._nursery = nursery
         self._readers: dict[int, _Reader] = {}
-        self._asked_ids: set[str] = set()
+        self._claimed = claimed
 
     def hear(self, message: Enter | Taken | Leave) -> None:
         """What is said of a stream that has ended means nothing any more."""
@@ -71,23 +72,23 @@ class Desk:
 
     def _begin(self, stream: int, entry: Entry) -> None:
         asked_id = entry.request_id
-        if asked_id not in self._asked_ids and self._session.is_in_use(asked_id):
-            entry = msgspec.structs.replace(entry, request_id=self._free_id(asked_id))
+        entry = msgspec.structs.replace(entry, request_id=self._free_id(asked_id))
         reader = _Reader(stream, asked_id, entry.request_id, self._link.put, self._forget)
         self._readers[stream] = reader
-        self._asked_ids.add(asked_id)
+        self._claimed.add(entry.request_id)
         self._nursery.start_soon(carry, self._session, self._streaming, entry, reader)
 
     def _free_id(self, asked_id: str) -> str:
-        number = 2
-        while self._session.is_in_use(f"{asked_id}~{number}"):
+        found, number = asked_id, 1
+        while found in self._claimed or self._session.is_in_use(found):
             number += 1
-        return f"{asked_id}~{number}"
+            found = f"{asked_id}~{number}"
+        return found
 
     def _forget(self, stream: int) -> None:
         reader = self._readers.pop(stream, None)
         if reader is not None:
-            self._asked_ids.discard(reader.asked_id)
+            self._claimed.discard(reader.request_id)
 
 
 class _Reader:

@@ -48,6 +48,8 @@ class RemoteDoor:
     async def scrape(self, accept: str) -> tuple[bytes, str]:
         """The metrics of all, and their content type."""
         answer = await self._ask(Scrape(next(self._numbers), accept))
+        if not answer.is_known:
+            raise ApiError(500, "the metrics could not be read; see the log")
         return answer.content, answer.content_type
 
     def hear(self, message: Events | Refused | Answered) -> None:
@@ -90,8 +92,8 @@ class RemoteDoor:
     def begin(self, entered: "Entered", entry: Entry) -> None:
         if self.link.is_broken:
             raise closed()
-        self._streams[entered.number] = entered
         self.link.put(Enter(entered.number, entry))
+        self._streams[entered.number] = entered
 
     def leave(self, entered: "Entered") -> None:
         if self._streams.pop(entered.number, None) is not None and not entered.is_over:

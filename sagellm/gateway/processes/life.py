@@ -16,8 +16,10 @@ from sagellm.gateway.processes.messages import (
     FromGateway,
     Idle,
     Leave,
+    Leaving,
     Setup,
     Taken,
+    Up,
 )
 from sagellm.gateway.processes.start import Start
 from sagellm.gateway.settings import Streaming
@@ -25,27 +27,32 @@ from sagellm.runtime.cluster.process import Process
 from sagellm.session import Session
 
 MODULE = "sagellm.gateway.processes.main"
+START_S = 60.0  # until it takes connections
 ASK_S = 1.0  # how often it is asked for what it has counted, which is a sign of life, too
-SILENT_S = 10.0  # after which it counts as dead: to parse the largest body takes it 0.2 s
+SILENT_S = 10.0  # after which it counts as dead, if it does not compute
+BUSY_S = 60.0  # the same, if it does: many large bodies at once take long to parse
 EXIT_S = 1.0  # what a process takes from its last word to its end
 
 
 class Life:
-    """`counted`: what it said last of what it counted. `is_idle`: it was drained, and is done."""
+    """`counted`: what it said last of what it counted. `is_idle`: it was drained, and is done.
+    `is_over`: it has ended, or leaves; another may take its place.
+    """
 
     def __init__(self, process: Process, stream: UNIXSocketStream) -> None:
         self.link: Link[FromGateway] = Link(stream, FromGateway)
         self.desk: Desk | None = None
         self.counted: Counted | None = None
-        self.is_idle = False
+        self.is_up = self.is_idle = self.is_over = False
+        self.why = ""  # it ended
         self._process = process
         self._stream = stream
-        self._heard_s = trio.current_time()
-        self._why = ""
         self._num_asked = 0
+        self._heard_s = trio.current_time()
+        self._cpu_s = 0.0
 
     @classmethod
-    async def begin(cls, start: Callable[[int], Start]) -> "Life":
+    async def begin(cls, start: Callable[[int], Start], setup: Setup) -> "Life":
         """`start` is given the process's end of the link. Raises OSError."""
         here, there = socket.socketpair()
         with there:
@@ -55,35 +62,35 @@ class Life:
             except OSError:
                 here.close()
                 raise
-        return cls(process, await UNIXSocketStream.from_socket(here))
+        life = cls(process, await UNIXSocketStream.from_socket(here))
+        life.link.put(setup)  # before anything else that it is told
+        return life
 
     async def run(
         self,
         session: Session,
         streaming: Streaming,
-        setup: Setup,
+        claimed: set[str],
         hear: Callable[[FromGateway], None],
-    ) -> str:
-        """Take its requests to the session, and tell the rest to `hear`; returns why it ended.
+    ) -> None:
+        """Until it ends: take its requests to the session, and tell the rest to `hear`.
 
-        Its requests are cancelled with it. Cancelled, it is killed.
+        Its requests are cancelled with it. Cancelled, it is killed. `claimed`: see Desk.
         """
-        self.link.put(setup)
-        is_over = False
+        has_left = False
         try:
             async with trio.open_nursery() as nursery:
-                self.desk = Desk(session, streaming, self.link, nursery)
+                self.desk = Desk(session, streaming, claimed, self.link, nursery)
                 nursery.start_soon(self.link.send)
                 nursery.start_soon(self._watch, nursery.cancel_scope)
                 async with aclosing(self.link.messages()) as messages:
                     async for message in messages:
                         self._hear(message, hear)
-                is_over = True
+                has_left = True
                 nursery.cancel_scope.cancel()
         finally:
             with trio.CancelScope(shield=True):
-                await self._end(EXIT_S if is_over else 0.0)
-        return self._why
+                await self._end(EXIT_S if has_left else 0.0)
 
     def ask(self) -> int:
         """Ask for what it has counted by now: `counted` will have this number, or a higher one."""
@@ -93,14 +100,19 @@ class Life:
 
     def _hear(self, message: FromGateway, hear: Callable[[FromGateway], None]) -> None:
         self._heard_s = trio.current_time()
-        if isinstance(message, Enter | Taken | Leave):
-            assert self.desk is not None
-            self.desk.hear(message)
-            return
-        if isinstance(message, Counted):
-            self.counted = message
-        elif isinstance(message, Idle):
-            self.is_idle = True
+        match message:
+            case Enter() | Taken() | Leave():
+                assert self.desk is not None
+                self.desk.hear(message)
+                return
+            case Counted():
+                self.counted = message
+            case Up():
+                self.is_up = True
+            case Idle():
+                self.is_idle = True
+            case Leaving():
+                self.is_over = True
         hear(message)
 
     async def _watch(self, scope: trio.CancelScope) -> None:
@@ -112,8 +124,10 @@ class Life:
             now = trio.current_time()
             if now - asked_s > 2 * ASK_S:
                 self._heard_s = now
-            if now - self._heard_s > SILENT_S:
-                self._why = f"no sign of life for {now - self._heard_s:.0f} s"
+            before, self._cpu_s = self._cpu_s, self._process.cpu_s
+            patience_s = BUSY_S if self._cpu_s > before else SILENT_S
+            if now - self._heard_s > (patience_s if self.is_up else START_S):
+                self.why = f"no sign of life for {now - self._heard_s:.0f} s"
                 scope.cancel()
 
     async def _end(self, patience_s: float) -> None:
@@ -121,6 +135,7 @@ class Life:
             await self._process.wait()
         self._process.kill()
         code = await self._process.wait()
-        self._why = self._why or (f"signal {-code}" if code < 0 else f"exit code {code}")
+        self.why = self.why or (f"signal {-code}" if code < 0 else f"exit code {code}")
+        self.is_over = True
         self._process.close()
         await self._stream.aclose()

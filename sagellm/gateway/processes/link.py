@@ -35,6 +35,7 @@ class Link(Generic[T]):
         )
         self._waiting = bytearray()
         self._stirred = anyio.Event()
+        self._is_sending = False
         self.is_broken = False
 
     def put(self, message: msgspec.Struct) -> None:
@@ -52,10 +53,17 @@ class Link(Generic[T]):
                 await self._stirred.wait()
                 self._stirred = anyio.Event()
                 leaving, self._waiting = self._waiting, bytearray()
+                self._is_sending = True
                 await self._stream.send(bytes(leaving))
+                self._is_sending = False
         except (anyio.BrokenResourceError, anyio.ClosedResourceError):
             self.is_broken = True
             self._waiting.clear()
+
+    async def flush(self) -> None:
+        """Wait until `send` has sent all that was put."""
+        while (self._waiting or self._is_sending) and not self.is_broken:  # noqa: ASYNC110
+            await anyio.sleep(0.001)
 
     async def messages(self) -> AsyncGenerator[T]:
         """Until the other side is gone, or says what nobody understands."""

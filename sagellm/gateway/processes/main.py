@@ -2,6 +2,7 @@
 
 import gc
 import signal
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -10,7 +11,7 @@ from socket import socket
 from typing import Any
 
 import anyio
-from anyio.abc import UNIXSocketStream
+from anyio.abc import TaskGroup, UNIXSocketStream
 
 from sagellm.engines import load_tokenizer_of
 from sagellm.gateway.app import App, build_app
@@ -26,8 +27,10 @@ from sagellm.gateway.processes.messages import (
     Events,
     FromGraph,
     Idle,
+    Leaving,
     Readied,
     Refused,
+    Retire,
     Setup,
     Stop,
     Up,
@@ -70,18 +73,19 @@ def main() -> None:
     make_server = getattr(import_module(module), name)
     with own_logs(setup.log_level, key=settings.salt_key, known=known):
         run = partial(_run, setup, start, door, make_server)
-        anyio.run(run, backend=backend, backend_options=options)
+        is_done = anyio.run(run, backend=backend, backend_options=options)
+    sys.exit(not is_done)
 
 
 async def _run(
     setup: Setup, start: Start, door_socket: socket, make_server: Callable[..., Any]
-) -> None:
+) -> bool:
     async with await UNIXSocketStream.from_socket(door_socket) as stream:
         link: Link[FromGraph] = Link(stream, FromGraph)
         gateway = _gateway(setup, start, link)
         app = build_app(gateway)
         server = make_server(app, setup.settings, socket(fileno=start.listener))
-        await _Serving(app, server, link).run()
+        return await _Serving(app, server, link).run()
 
 
 def _gateway(setup: Setup, start: Start, link: Link[FromGraph]) -> Gateway:
@@ -99,34 +103,42 @@ def _gateway(setup: Setup, start: Start, link: Link[FromGraph]) -> Gateway:
         budgets=Budgets(settings.budget, count=count),
         meters=RemoteMeters(door, PATHS),
         graph=graph,
+        is_draining=setup.is_draining,
         num_calls=count("calls"),
     )
 
 
 class _Serving:
-    """Serves until the graph says so or is gone; or SIGTERM came, and all connections are done."""
+    """Serves until the graph says so or is gone; or it is retired, and all connections are done."""
 
     def __init__(self, app: App, server: Any, link: Link[FromGraph]) -> None:
         self._app = app
         self._server = server
         self._link = link
         self._stopped = anyio.Event()
+        self._over = anyio.Event()
+        self._is_done = False
 
-    async def run(self) -> None:
+    async def run(self) -> bool:
+        """Whether it ends because it was told to."""
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self._link.send)
             await tasks.start(self._serve)
             if self._app.gateway.settings.server == "hypercorn":  # uvicorn runs it itself
-                tasks.start_soon(self._app.gateway.meters.watch_app_loop)
+                tasks.start_soon(self._meters.watch_app_loop)
             gc.collect()
             gc.freeze()  # what was loaded stays: no collection walks it again
             self._link.put(Up())
-            tasks.start_soon(self._leave_at_signal, tasks.cancel_scope)
-            await self._obey()
+            tasks.start_soon(self._ask_at_signal)
+            tasks.start_soon(self._obey, tasks)
+            await self._over.wait()
             self._server.stop()
             with anyio.move_on_after(CLOSE_S):
                 await self._stopped.wait()
+                self._link.put(counted(self._meters))
+                await self._link.flush()
             tasks.cancel_scope.cancel()
+        return self._is_done
 
     async def _serve(self, *, task_status: anyio.abc.TaskStatus[None]) -> None:
         try:
@@ -134,36 +146,52 @@ class _Serving:
         finally:
             self._stopped.set()
 
-    async def _leave_at_signal(self, scope: anyio.CancelScope) -> None:
-        """Others take new connections meanwhile, and another takes its place."""
+    async def _ask_at_signal(self) -> None:
         with anyio.open_signal_receiver(signal.SIGTERM) as signals:
             async for _ in signals:
-                self._server.stop()
-                await self._stopped.wait()
-                scope.cancel()
+                self._link.put(Leaving())
 
-    async def _obey(self) -> None:
+    async def _retire(self) -> None:
+        """Others take new connections meanwhile."""
+        self._server.stop()
+        await self._stopped.wait()
+        self._is_done = True
+        self._over.set()
+
+    def _drain(self) -> None:
+        self._app.gateway.is_draining = True
+        self._app.calls.when_idle(lambda: self._link.put(Idle()))
+
+    @property
+    def _meters(self) -> RemoteMeters:
+        assert isinstance(self._app.gateway.meters, RemoteMeters)
+        return self._app.gateway.meters
+
+    async def _obey(self, tasks: TaskGroup) -> None:
         """Until told to stop, or nobody tells anything any more."""
-        gateway = self._app.gateway
-        door, meters, readiness = gateway.door, gateway.meters, gateway.readiness
+        door, readiness = self._app.gateway.door, self._app.gateway.readiness
         assert isinstance(door, RemoteDoor)
-        assert isinstance(meters, RemoteMeters)
         assert isinstance(readiness, Told)
+        if self._app.gateway.is_draining:
+            self._drain()
         try:
             async for message in self._link.messages():
                 if isinstance(message, Events | Refused | Answered):
                     door.hear(message)
                 elif isinstance(message, Ask):
-                    self._link.put(counted(meters, message.number))
+                    self._link.put(counted(self._meters, message.number))
                 elif isinstance(message, Readied):
                     readiness.is_ready, readiness.reason = message.is_ready, message.reason
                 elif isinstance(message, Drain):
-                    gateway.is_draining = True
-                    self._app.calls.when_idle(lambda: self._link.put(Idle()))
+                    self._drain()
+                elif isinstance(message, Retire):
+                    tasks.start_soon(self._retire)
                 elif isinstance(message, Stop):
-                    return
+                    self._is_done = True
+                    break
         finally:
             door.close()
+            self._over.set()
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ class Setup(_Message, frozen=True, tag=True):
     log_level: int
     is_ready: bool
     not_ready_reason: str
+    is_draining: bool
 
 
 class Events(_Message, frozen=True, tag=True):
@@ -70,7 +71,7 @@ class Readied(_Message, frozen=True, tag=True):
 
 
 class Answered(_Message, frozen=True, tag=True):
-    """To a question of that number: whether a request was known, or the metrics."""
+    """To a question of that number: whether a request was known, or the metrics, if there are."""
 
     number: int
     is_known: bool = False
@@ -88,11 +89,15 @@ class Drain(_Message, frozen=True, tag=True):
     """Take nothing new; say `Idle` once nothing is under way."""
 
 
+class Retire(_Message, frozen=True, tag=True):
+    """Take no more connections, finish what is under way, and end: another takes its place."""
+
+
 class Stop(_Message, frozen=True, tag=True):
     """Close the connections that have nothing more to say, and end."""
 
 
-FromGraph: TypeAlias = Setup | Events | Refused | Readied | Answered | Ask | Drain | Stop
+FromGraph: TypeAlias = Setup | Events | Refused | Readied | Answered | Ask | Drain | Retire | Stop
 
 
 # ---- from a gateway -------------------------------------------------------------------------
@@ -175,7 +180,13 @@ class Idle(_Message, frozen=True, tag=True):
     """Drained."""
 
 
-FromGateway: TypeAlias = Up | Enter | Taken | Leave | Cancel | CancelCall | Scrape | Counted | Idle
+class Leaving(_Message, frozen=True, tag=True):
+    """It got SIGTERM, and would like to `Retire`."""
+
+
+FromGateway: TypeAlias = (
+    Up | Enter | Taken | Leave | Cancel | CancelCall | Scrape | Counted | Idle | Leaving
+)
 
 
 def refused(stream: int, error: ApiError) -> Refused:

@@ -4,7 +4,7 @@ import random
 import socket
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from logging import getLogger
 from secrets import token_bytes
@@ -23,11 +23,12 @@ from sagellm.gateway.processes.messages import (
     CancelCall,
     Drain,
     FromGateway,
+    Leaving,
     Readied,
+    Retire,
     Scrape,
     Setup,
     Stop,
-    Up,
 )
 from sagellm.gateway.processes.meters import SummedMeters, counted
 from sagellm.gateway.processes.start import Start, tally_names
@@ -48,17 +49,6 @@ FRESH_S = 0.5  # how long a scrape waits for what the gateways have counted
 
 class GatewaysFailed(Exception):
     """One did not start at all, or every one died too often."""
-
-
-@dataclass(slots=True, eq=False)
-class _Gateway:
-    """One of them, through all its lives; `life` is the one that it has now."""
-
-    row: int
-    life: Life | None = None
-    was_up: bool = False
-    has_failed: bool = False
-    restarts: Restarts = field(default_factory=lambda: Restarts(POLICY))
 
 
 class GatewayProcesses:
@@ -84,11 +74,15 @@ class GatewayProcesses:
         self._meters = meters
         self._readiness = readiness
         self._sock = sock
-        self._tally = Tally.make(settings.num_gateways, tally_names(settings))
-        self._gateways = [_Gateway(row) for row in range(settings.num_gateways)]
+        self._num_rows = 2 * settings.num_gateways  # of those that serve, and of those that leave
+        self._free_rows = list(range(self._num_rows))
+        self._tally = Tally.make(self._num_rows, tally_names(settings))
+        self._lives: list[Life] = []
         self._past = SummedMeters(PATHS)  # of lives that are over
+        self._claimed: set[str] = set()  # ids of requests, of all gateways
+        self._num_kept = settings.num_gateways  # that were not given up
         self._changed = trio.lowlevel.ParkingLot()
-        self._is_leaving = False  # who ends is not started again
+        self._is_draining = self._is_stopping = False
         readiness.on_change = self._tell_readiness
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -97,12 +91,12 @@ class GatewayProcesses:
         with closing(self._tally):
             async with trio.open_nursery() as nursery:
                 async with trio.open_nursery() as starting:
-                    for gateway in self._gateways:
-                        starting.start_soon(nursery.start, self._keep, nursery, gateway)
+                    for number in range(self._settings.num_gateways):
+                        starting.start_soon(nursery.start, self._keep, nursery, number)
                 task_status.started()
 
     def drain(self) -> int:
-        self._is_leaving = True
+        self._is_draining = True
         self._tell(Drain())
         return self._tally.count("calls", 0).total
 
@@ -111,15 +105,11 @@ class GatewayProcesses:
             await self._changed.park()
 
     def stop(self) -> None:
-        self._is_leaving = True
+        self._is_stopping = True
         self._sock.close()
         self._tell(Stop())
 
     # ---- lives -------------------------------------------------------------------------------
-
-    @property
-    def _lives(self) -> tuple[Life, ...]:
-        return tuple(each.life for each in self._gateways if each.life is not None)
 
     def _tell(self, message: msgspec.Struct) -> None:
         for life in self._lives:
@@ -131,71 +121,74 @@ class GatewayProcesses:
     async def _keep(
         self,
         nursery: trio.Nursery,
-        gateway: _Gateway,
+        number: int,
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
-        """One life after the other."""
-
-        def up() -> None:
-            if not gateway.was_up:
-                gateway.was_up = True
-                task_status.started()
-
-        while not self._is_leaving:
+        """One gateway: one life after the other."""
+        restarts, was_up = Restarts(POLICY), False
+        while not self._is_stopping:
             began_s = trio.current_time()
-            why = await self._live(nursery, gateway, up)
-            if self._is_leaving:
-                return
-            if not gateway.was_up:
-                raise GatewaysFailed(f"a gateway did not start: {why}")
-            if why == "exit code 0":  # somebody asked it to
-                log.info("gateway_left", gateway=gateway.row)
+            life = await self._begin(nursery)
+            while not life.is_over:
+                if life.is_up and not was_up:
+                    was_up = True
+                    task_status.started()
+                await self._changed.park()
+            if not life.why:
+                log.info("gateway_leaves", gateway=number)  # somebody asked it to
                 continue
+            if self._is_stopping:
+                return
+            if not was_up:
+                raise GatewaysFailed(f"a gateway did not start: {life.why}")
             now = trio.current_time()
-            delay_s = gateway.restarts.died(now, ready_s=began_s, draw=random.random())
-            log.warning("gateway_died", gateway=gateway.row, why=why, restart_in_s=delay_s)
+            delay_s = restarts.died(now, ready_s=began_s, draw=random.random())
+            log.warning("gateway_died", gateway=number, why=life.why, restart_in_s=delay_s)
             if delay_s is None:
-                self._give_up(gateway)
+                self._give_up(number)
                 return
             await trio.sleep(delay_s)
 
-    def _give_up(self, gateway: _Gateway) -> None:
-        gateway.has_failed = True
-        log.error("gateway_failed", gateway=gateway.row)
-        if all(each.has_failed for each in self._gateways):
+    def _give_up(self, number: int) -> None:
+        log.error("gateway_failed", gateway=number)
+        self._num_kept -= 1
+        if not self._num_kept:
             raise GatewaysFailed("every gateway died too often; the log says of what")
 
-    async def _live(self, nursery: trio.Nursery, gateway: _Gateway, up: Callable[[], None]) -> str:
-        """One life; why it ended."""
-        try:
-            life = gateway.life = await Life.begin(partial(self._start, gateway.row))
-        except OSError as error:  # no memory, or too many processes
-            return f"it could not be started: {error.strerror}"
+    async def _begin(self, nursery: trio.Nursery) -> Life:
+        """A life that runs in the nursery, whatever becomes of whoever began it."""
+        while not self._free_rows:
+            await self._changed.park()
+        row = self._free_rows.pop(0)
+        while True:
+            try:
+                life = await Life.begin(partial(self._start, row), self._setup())
+            except OSError as error:  # no memory, or too many processes
+                log.warning("gateway_not_started", error=error.strerror)
+                await trio.sleep(POLICY.longest_s)
+            else:
+                self._lives.append(life)
+                nursery.start_soon(self._live, nursery, life, row)
+                return life
 
-        def hear(message: FromGateway) -> None:
-            if isinstance(message, Up):
-                up()
-            elif isinstance(message, Cancel):
-                is_known = life.desk is not None and life.desk.cancel(message.request_id)
-                life.link.put(Answered(message.number, is_known=is_known))
-            elif isinstance(message, CancelCall):
-                is_known = self._cancel_call(message.call_id)
-                life.link.put(Answered(message.number, is_known=is_known))
-            elif isinstance(message, Scrape):
-                nursery.start_soon(self._answer_scrape, life, message)
-            self._changed.unpark_all()
-
+    async def _live(self, nursery: trio.Nursery, life: Life, row: int) -> None:
+        hear = partial(self._hear, nursery, life)
+        streaming, claimed = self._settings.streaming, self._claimed
         try:
-            return await life.run(self._session, self._settings.streaming, self._setup(), hear)
+            await life.run(self._session, streaming, claimed, hear)
+        except Exception as error:  # a fault of ours: the others go on
+            life.why = "its link failed"
+            log.error("gateway_link_failed", exc_info=error)
         finally:
-            gateway.life = None
-            self._tally.clear(gateway.row)
+            self._lives.remove(life)
+            self._tally.clear(row)
+            self._free_rows.append(row)
             if life.counted is not None:
                 self._past.add(life.counted, is_alive=False)
             self._changed.unpark_all()
 
     def _start(self, row: int, door: int) -> Start:
-        return Start(door, self._sock.fileno(), self._tally.descriptor, len(self._gateways), row)
+        return Start(door, self._sock.fileno(), self._tally.descriptor, self._num_rows, row)
 
     def _setup(self) -> Setup:
         return Setup(
@@ -205,26 +198,47 @@ class GatewayProcesses:
             getLogger().level,
             self._readiness.is_ready,
             self._readiness.reason,
+            self._is_draining,
         )
 
-    # ---- what gateways ask -------------------------------------------------------------------
+    # ---- what gateways say -------------------------------------------------------------------
+
+    def _hear(self, nursery: trio.Nursery, life: Life, message: FromGateway) -> None:
+        put = life.link.put
+        match message:
+            case Cancel(number, request_id):
+                is_known = life.desk is not None and life.desk.cancel(request_id)
+                put(Answered(number, is_known=is_known))
+            case CancelCall(number, call_id):
+                put(Answered(number, is_known=self._cancel_call(call_id)))
+            case Scrape():
+                nursery.start_soon(self._answer_scrape, put, message)
+            case Leaving() if self._is_draining:
+                life.is_over = False  # it leaves with all of them
+            case Leaving():
+                put(Retire())
+        self._changed.unpark_all()
 
     def _cancel_call(self, call_id: str) -> bool:
         desks = [life.desk for life in self._lives if life.desk is not None]
         return any([desk.cancel_call(call_id) for desk in desks])  # noqa: C419 (all of them)
 
-    async def _answer_scrape(self, life: Life, asked: Scrape) -> None:
+    async def _answer_scrape(self, put: Callable[[msgspec.Struct], None], asked: Scrape) -> None:
         with trio.move_on_after(FRESH_S):
             await self._counted_anew()
         summed = SummedMeters(PATHS)
         summed.add(counted(self._past), is_alive=False)
         summed.add(counted(self._meters), is_alive=False)  # the lines that this process dropped
-        for each in self._lives:
-            if each.counted is not None:
-                summed.add(each.counted, is_alive=True)
-        self._meters.http = summed
-        content, content_type = await self._meters.exposition(asked.accept)
-        life.link.put(Answered(asked.number, content=content, content_type=content_type))
+        for life in self._lives:
+            if life.counted is not None:
+                summed.add(life.counted, is_alive=True)
+        try:
+            content, content_type = await self._meters.exposition(asked.accept, summed)
+        except Exception as error:  # whoever asked is told, and everybody else goes on
+            log.error("scrape_failed", exc_info=error)
+            put(Answered(asked.number, is_known=False))
+        else:
+            put(Answered(asked.number, True, content, content_type))
 
     async def _counted_anew(self) -> None:
         asked = [(life, life.ask()) for life in self._lives]

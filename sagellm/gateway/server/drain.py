@@ -87,23 +87,41 @@ async def serve(
     done, so that health checks and refusals are still answered. After a second signal, or the
     settings' `drain_s`, `end_streams` gives every stream its error event.
     """
-    stopped = trio.Event()
+    stopped, first, second = trio.Event(), trio.Event(), trio.Event()
     async with trio.open_nursery() as nursery:
-        await nursery.start(_run, serving, stopped)
-        started()
-        await anext(signals)
-        LOG.info("draining", num_open=serving.drain(), drain_s=settings.drain_s)
-        with trio.move_on_after(settings.drain_s) as waiting:
-            nursery.start_soon(_cancel_at_next, signals, waiting)
-            await trio.sleep(settings.linger_s)
-            await serving.idle()
-        if waiting.cancelled_caught:
-            await _end(serving, end_streams)
-        serving.stop()
-        with trio.move_on_after(serving.close_s):
-            await stopped.wait()
+        nursery.start_soon(_hear, signals, first, second)
+        with trio.CancelScope() as serving_scope:  # starting may take long, too
+            nursery.start_soon(_cancel_at, first, serving_scope)
+            await nursery.start(_run, serving, stopped)
+            started()
+            await trio.sleep_forever()
+        if not stopped.is_set():
+            await _drain(serving, settings, second, end_streams)
+            serving.stop()
+            with trio.move_on_after(serving.close_s):
+                await stopped.wait()
         nursery.cancel_scope.cancel()
     LOG.info("stopped")
+
+
+async def _drain(
+    serving: Serving,
+    settings: Settings,
+    hurry: trio.Event,
+    end_streams: Callable[[], Awaitable[None]],
+) -> None:
+    LOG.info("draining", num_open=serving.drain(), drain_s=settings.drain_s)
+    async with trio.open_nursery() as nursery:
+        with trio.move_on_after(settings.drain_s) as waiting:
+            nursery.start_soon(_cancel_at, hurry, waiting)
+            await trio.sleep(settings.linger_s)
+            await serving.idle()
+        nursery.cancel_scope.cancel()
+    if waiting.cancelled_caught:
+        LOG.warning("ending_streams")
+        with trio.move_on_after(ABORT_S):
+            await end_streams()
+            await serving.idle()
 
 
 async def _run(serving: Serving, stopped: trio.Event, task_status: trio.TaskStatus[None]) -> None:
@@ -113,13 +131,11 @@ async def _run(serving: Serving, stopped: trio.Event, task_status: trio.TaskStat
         stopped.set()
 
 
-async def _cancel_at_next(signals: AsyncIterator[int], waiting: trio.CancelScope) -> None:
-    await anext(signals)
-    waiting.cancel()
+async def _hear(signals: AsyncIterator[int], first: trio.Event, second: trio.Event) -> None:
+    async for _ in signals:
+        (second if first.is_set() else first).set()
 
 
-async def _end(serving: Serving, end_streams: Callable[[], Awaitable[None]]) -> None:
-    LOG.warning("ending_streams")
-    with trio.move_on_after(ABORT_S):
-        await end_streams()
-        await serving.idle()
+async def _cancel_at(event: trio.Event, scope: trio.CancelScope) -> None:
+    await event.wait()
+    scope.cancel()

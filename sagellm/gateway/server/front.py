@@ -136,7 +136,7 @@ async def _unwrapped() -> AsyncIterator[None]:
             raise
         while isinstance(found, BaseExceptionGroup):
             found = found.exceptions[0]
-        raise found from None
+        raise found from group
 
 
 @asynccontextmanager

@@ -95,7 +95,7 @@ async def at_a_desk(session: Session, end: socket.socket) -> Any:
         trio.open_nursery() as nursery,
     ):
         link: Link[FromGateway] = Link(stream, FromGateway)
-        desk = Desk(session, STREAMING, link, nursery)
+        desk = Desk(session, STREAMING, set(), link, nursery)
 
         async def listen() -> None:
             async for message in link.messages():
@@ -367,11 +367,26 @@ def test_a_session_that_closes_ends_its_readers(behind):
     behind(body)
 
 
+@pytest.mark.parametrize("behind", [in_one_loop, in_another_thread])
 def test_two_requests_of_one_name_are_not_let_in(behind):
     async def body(door: Door, _: Behind) -> None:
         async with door.enter(entry(max_tokens=8000)) as batches:
             await anext(batches)
             with pytest.raises(ApiError):
                 await read(door, entry())
+
+    behind(body, SLOW_S)
+
+
+@pytest.mark.parametrize("behind", [over_a_link, over_a_link_on_asyncio])
+def test_over_a_link_they_are_two(behind):
+    """The names are those of a gateway, of which there may be several; none sees another's."""
+
+    async def body(door: Door, there: Behind) -> None:
+        async with door.enter(entry(max_tokens=4000)) as batches:
+            await anext(batches)
+            events = await read(door, entry(max_tokens=5))
+            assert num_tokens(events) == 5
+        assert await there.do(ended) == {"length": 1, "cancelled": 1}
 
     behind(body, SLOW_S)

@@ -3,6 +3,9 @@
 import os
 import re
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -12,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 import trio
+from gateway_process import NULL as NULL_GRAPH
 from gateway_process import read_metrics
 from gateway_served import SERVERS, get, post, read_reply
 from gateway_session import ServedSession, served_session
@@ -204,10 +208,32 @@ async def test_metrics_are_those_of_all_the_dead_too() -> None:
         assert seen["sagellm_http_requests_active"] == 1
 
 
+@pytest.mark.parametrize("accept", ["text/plain; version=abc", "x" * 9000, ";;;=", "*/*;q=x"])
+async def test_an_accept_header_without_sense_is_none(accept: str) -> None:
+    async with pair(num=1) as one:
+        reply = await one.ask(one.pids[0], get("/metrics", f"Accept: {accept}"))
+        assert reply.status == 200
+        assert b"sagellm_requests_open" in reply.body
+
+
+async def test_metrics_that_fail_fail_whoever_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def broken(*_: object) -> None:
+        raise RuntimeError
+
+    async with pair(num=1) as one:
+        monkeypatch.setattr(supervision.GatewayMeters, "exposition", broken)
+        assert (await one.ask(one.pids[0], get("/metrics"))).status == 500
+        assert (await one.ask(one.pids[0], get("/live"))).status == 200
+
+
 async def test_one_id_at_two_gateways_is_two_requests() -> None:
+    """Both ask in one turn of the graph's loop, which is held meanwhile."""
     async with pair() as both:
-        clients = [await both.stream_at(pid, num_tokens=60, name="same") for pid in both.pids]
+        clients = [Client((await both.connect_to(pid))[0]) for pid in both.pids]
         async with trio.open_nursery() as nursery:
+            for client in clients:
+                await client.ask(60, "same")
+            time.sleep(0.3)  # noqa: ASYNC251
             for client in clients:
                 nursery.start_soon(client.read)
         assert [client.num_tokens for client in clients] == [60, 60]
@@ -256,9 +282,48 @@ async def test_a_signal_to_one_lets_it_finish_and_another_takes_its_place(server
         nursery.start_soon(client.read)
         await client.began.wait()
         os.kill(leaving, signal.SIGTERM)
+        await until(lambda: len(both.pids) == 3)  # before it has gone
         await until(lambda: client.is_whole)
         assert client.num_tokens == 100
         await until(lambda: len(both.pids) == 2 and leaving not in both.pids)
+        seen = await both.metrics(both.pids[0])
+        name = 'sagellm_http_responses_total{endpoint="/v1/completions",method="POST"'
+        assert seen[name + ',status_code="200"}'] == 1  # in its last moment
+
+
+async def test_a_signal_to_all_is_a_drain() -> None:
+    """As service managers send it: somebody answers for as long as a stream runs."""
+    async with trio.open_nursery() as nursery:
+        async with pair() as both:
+            client = await both.stream_at(both.pids[0], num_tokens=800)
+            nursery.start_soon(client.read)
+            await client.began.wait()
+            for pid in both.pids:
+                os.kill(pid, signal.SIGTERM)
+            both.served.signal()
+            await trio.sleep(0.2)  # one that was told to leave first closes what is idle
+            for _ in range(6):
+                async with await both.served.connect() as stream:
+                    await stream.send_all(get("/ready"))
+                    assert (await read_reply(stream)).status == 503
+            assert not client.is_whole
+        assert client.is_whole
+        assert client.num_tokens == 800
+
+
+async def test_one_that_dies_while_all_drain_is_replaced() -> None:
+    async with trio.open_nursery() as nursery:
+        async with pair() as both:
+            dies, stays = both.pids
+            client = await both.stream_at(stays, num_tokens=400)
+            nursery.start_soon(client.read)
+            await client.began.wait()
+            both.served.signal()
+            os.kill(dies, signal.SIGKILL)
+            await until(lambda: len(both.pids) == 2 and dies not in both.pids)
+            new = next(pid for pid in both.pids if pid != stays)
+            assert (await both.ask(new, get("/ready"))).status == 503
+        assert client.is_whole
 
 
 @pytest.mark.parametrize("server", SERVERS)
@@ -275,8 +340,9 @@ async def test_a_drain_waits_for_all_streams_and_refuses_at_both(server: str) ->
             await trio.sleep(0.1)
             for stream in asking:
                 async with stream:
-                    await stream.send_all(get("/ready"))
-                    assert (await read_reply(stream)).status == 503
+                    for raw in (get("/ready"), post("/v1/completions", {"prompt": [1]})):
+                        await stream.send_all(raw)
+                        assert (await read_reply(stream)).status == 503
             assert not any(client.is_whole for client in clients)
         assert all(client.is_whole for client in clients)
         assert [client.num_tokens for client in clients] == [300, 300]
@@ -301,10 +367,22 @@ async def test_a_frozen_one_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None
     async with pair() as both:
         frozen, other = both.pids
         client = await both.stream_at(frozen, num_tokens=4000)
-        os.kill(frozen, signal.SIGSTOP)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(client.read)
+            await client.began.wait()
+            os.kill(frozen, signal.SIGSTOP)
+        assert client.closed_s is not None
+        await until(lambda: both.served.session.executor.register.is_empty)
         await until(lambda: len(both.pids) == 2 and frozen not in both.pids)
         assert other in both.pids
-        await client.stream.aclose()
+
+
+async def test_one_that_starts_slowly_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(life, "ASK_S", 0.02)
+    monkeypatch.setattr(life, "SILENT_S", 0.1)
+    async with pair(num=1) as one:
+        assert len(one.pids) == 1
+        monkeypatch.undo()
 
 
 async def test_what_cannot_start_is_said_at_once() -> None:
@@ -324,3 +402,20 @@ async def test_when_all_died_too_often_serving_ends(monkeypatch: pytest.MonkeyPa
                 pid = one.pids[0]
                 os.kill(pid, signal.SIGKILL)
                 await until(lambda pid=pid: one.pids and pid not in one.pids)
+
+
+@pytest.mark.parametrize("is_stopped", [False, True])
+def test_no_gateway_outlives_a_killed_graph(*, is_stopped: bool) -> None:
+    command = [sys.executable, "-m", "sagellm", "serve", str(NULL_GRAPH), "--gateways", "2"]
+    with subprocess.Popen([*command, "--port", "0"], stderr=subprocess.PIPE) as process:
+        assert process.stderr is not None
+        while b"sagellm serves" not in process.stderr.readline():
+            pass
+        gateways = psutil.Process(process.pid).children()
+        assert len(gateways) == 2
+        if is_stopped:
+            gateways[0].suspend()
+        process.kill()
+    gone, alive = psutil.wait_procs(gateways, timeout=10)
+    assert len(gone) == 2
+    assert not alive
