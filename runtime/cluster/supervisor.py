@@ -16,6 +16,7 @@ from sagellm.runtime.cluster.launch import Launcher, Life
 from sagellm.runtime.cluster.worker import Watch, Worker, WorkerState
 from sagellm.runtime.comm.channel import Channel, ChannelClosed
 from sagellm.runtime.comm.protocol import Open, Ping, Ready, Stop, Unfit
+from sagellm.runtime.engine.prefetching import Prefetcher
 from sagellm.runtime.engine.remote import RemoteEngine
 
 log = structlog.get_logger("sagellm.cluster")
@@ -61,6 +62,7 @@ class Supervisor:
         self._draw = draw
         self._dispatcher: Dispatcher | None = None
         self._nursery: trio.Nursery | None = None
+        self._prefetcher: Prefetcher | None = None
         self._scaling = trio.Lock()
 
     @property
@@ -97,6 +99,7 @@ class Supervisor:
             await launching.start(self._launch, links)
             try:
                 async with trio.open_nursery() as self._nursery:
+                    self._prefetcher = Prefetcher(self._nursery)
                     async with trio.open_nursery() as starting:
                         for worker in self.workers:
                             starting.start_soon(self._nursery.start, self._keep, worker)
@@ -282,6 +285,7 @@ class Supervisor:
                         name=worker.engine_name,
                         replica=worker.replica,
                         on_change=lambda is_up: self._turn(worker, "ready" if is_up else "dead"),
+                        prefetcher=self._prefetcher,
                     )
                     if self._dispatcher is not None:
                         self._dispatcher.add(worker.engine_name, worker.engine)

@@ -61,18 +61,44 @@ class Import(_Said, frozen=True, kw_only=True, tag="import"):
 
 
 class Export(_Said, frozen=True, kw_only=True, tag="export"):
-    """Turn a held lease to `sending`; answered by `Exported` or `Refused`."""
+    """Turn a held lease to `sending`; answered by `Exported`, of its blocks from `first` on, or
+    `Refused`.
+    """
 
     call: int
     lease: LeaseRef
+    first: int = 0
+
+
+class ExportPart(_Said, frozen=True, kw_only=True, tag="export_part"):
+    """Of a prompt that is still being computed: its blocks from `first` on, up to `num_blocks`;
+    answered by `Exported` or `Refused`.
+    """
+
+    call: int
+    lease: LeaseRef
+    first: int
+    num_blocks: int
 
 
 class Receive(_Said, frozen=True, kw_only=True, tag="receive"):
-    """Copy those blocks into a reserved lease; answered by `Done` or `Refused`."""
+    """Copy those blocks into a reserved lease, from its block `first` on: then it is filled.
+    Answered by `Done` or `Refused`.
+    """
 
     call: int
     lease: LeaseRef
     source: Located
+    first: int = 0
+
+
+class ReceivePart(_Said, frozen=True, kw_only=True, tag="receive_part"):
+    """As `Receive`, of a prompt that is still being computed: more blocks come after these."""
+
+    call: int
+    lease: LeaseRef
+    source: Located
+    first: int
 
 
 class Release(_Said, frozen=True, kw_only=True, tag="release"):
@@ -157,6 +183,13 @@ class Exported(_Said, frozen=True, kw_only=True, tag="exported"):
     source: Located
 
 
+class Advanced(_Said, frozen=True, kw_only=True, tag="advanced"):
+    """So many blocks of a prompt that is to be exported are computed, and do not change."""
+
+    lease: LeaseRef
+    num_blocks: int
+
+
 class Events(_Said, frozen=True, kw_only=True, tag="events"):
     """What one step did to the sequences of `owner`; uses up one grant."""
 
@@ -182,7 +215,9 @@ FromGraph: TypeAlias = (
     | Cancel
     | Import
     | Export
+    | ExportPart
     | Receive
+    | ReceivePart
     | Release
     | Hold
     | Drop
@@ -191,5 +226,7 @@ FromGraph: TypeAlias = (
     | Ping
     | Stop
 )
-FromWorker: TypeAlias = Ready | Unfit | Done | Refused | Landing | Exported | Events | Pong
+FromWorker: TypeAlias = (
+    Ready | Unfit | Done | Refused | Landing | Exported | Advanced | Events | Pong
+)
 Message: TypeAlias = FromGraph | FromWorker

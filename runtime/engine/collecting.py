@@ -1,5 +1,7 @@
 """What becomes of sequences: the outcome of a step, and every way to end."""
 
+from collections.abc import Callable
+
 import msgspec
 import trio
 
@@ -28,6 +30,8 @@ _LEASE_EVENT: dict[FinishReason, LeaseEvent] = {
 class Collector:
     """Keeps the sequences of an engine until they end.
 
+    `on_advance` hears of each step of a prompt that is to be exported, but of the last.
+
     `launched` is the batch that computes now, None between two steps: what it writes stays leased
     until it is collected, also where its sequence has ended before.
     """
@@ -40,6 +44,7 @@ class Collector:
         self._scheduler = scheduler
         self._exchange = exchange
         self._speculation = speculation
+        self.on_advance: Callable[[Lease, int], None] = lambda lease, num_tokens: None
         self._left: list[tuple[Lease, LeaseEvent]] = []  # by sequences that ended before their step
 
     def collect(self, batch: Batch, drawn: Drawn | Exception) -> None:
@@ -108,6 +113,8 @@ class Collector:
             sequence.num_computed += query_len - len(batch.drafts.get(sequence, ()))
             if sequence.fence not in broken:
                 self._publish(sequence)
+                if sequence.state.hold_kv and sequence.num_pending:
+                    self.on_advance(sequence.lease, sequence.num_computed)
 
     def _publish(self, sequence: Sequence) -> None:
         """Blocks that the next step reads already are not exchanged for others that hold the same:

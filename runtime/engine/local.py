@@ -1,6 +1,7 @@
 """The engine of one replica in this process: continuous batching over one runner and one pool."""
 
 import heapq
+from collections.abc import Callable
 
 import structlog
 import trio
@@ -59,6 +60,7 @@ class LocalEngine:
         self._expiries: list[tuple[float, int, Fence]] = []
         self._changed = trio.Event()
         self._at_rest = trio.lowlevel.ParkingLot()
+        self.num_early_blocks = 0  # that came while their prompt was being computed
         self._num_arrivals = 0
         self._is_closed = False
 
@@ -98,12 +100,26 @@ class LocalEngine:
         fence = Fence(offer.request_id, offer.choice, offer.epoch)
         return self._exchange.target(fence) or await self._land(fence, offer.num_tokens)
 
-    async def receive(self, lease: LeaseRef, source: Located) -> None:
+    async def export_part(self, lease: LeaseRef, first: int, num_blocks: int) -> Located:
+        """Where blocks of a prompt are that is still being computed. Raises StaleLease."""
+        return await self._exchange.part(lease, first, num_blocks)()
+
+    async def receive(self, lease: LeaseRef, source: Located, first: int = 0) -> None:
         """Fill a reserved lease from another process. Raises StaleLease, DamagedBlocks."""
-        target = self._exchange.target(Fence(lease.request_id, lease.choice, lease.epoch))
-        if target is None or target.lease != lease:
-            raise StaleLease(f"lease {lease.lease_id} of request {lease.request_id} is gone")
-        await target.fetch(source)
+        await self._exchange.target_of(lease).fetch(source, first)
+
+    async def receive_part(self, lease: LeaseRef, source: Located, first: int) -> None:
+        """Fill some blocks of it, while others are computed. Raises StaleLease, DamagedBlocks."""
+        await self._exchange.target_of(lease).fetch_part(source, first)
+        self.num_early_blocks += source.num_blocks
+
+    def tell_advances(self, tell: Callable[[LeaseRef, int], None]) -> None:
+        """Call `tell` after each step with the leases of prompts that are to be exported, and with
+        how many of their blocks are computed, as long as there is more to compute.
+        """
+        self._collector.on_advance = lambda lease, num_tokens: tell(
+            lease.ref(self.name, self.replica), num_tokens // self.facts.block_size
+        )
 
     def forget_gone(self) -> None:
         """Let go of what belonged to other processes that are gone."""
@@ -138,6 +154,7 @@ class LocalEngine:
             num_prefix_hits=scheduler.reuse.num_hit_tokens,
             num_evicted_blocks=pool.num_evicted,
             num_damaged_chunks=self._equipment.storage.num_damaged,
+            num_early_blocks=self.num_early_blocks,
             drafts=self._speculation.counts if self._speculation else NO_DRAFTS,
         )
 

@@ -10,6 +10,7 @@ import trio
 from sagellm.runtime.buckets import Buckets
 from sagellm.runtime.comm.channel import Channel, ChannelClosed
 from sagellm.runtime.comm.protocol import (
+    Advanced,
     Cancel,
     Done,
     Drop,
@@ -39,6 +40,7 @@ from sagellm.runtime.engine.port import (
     PrefillDone,
     StaleLease,
 )
+from sagellm.runtime.engine.prefetching import Prefetcher
 from sagellm.runtime.engine.remote_transfer import LEASE_S, Question, RemoteSource, RemoteTarget
 from sagellm.runtime.engine.stepping import STEP_TOKENS
 from sagellm.runtime.kv.lease import Fence
@@ -67,11 +69,13 @@ class RemoteEngine:
         name: str,
         replica: int = 0,
         on_change: Callable[[bool], None] = lambda is_up: None,
+        prefetcher: Prefetcher | None = None,
     ) -> None:
         self.facts = facts
         self.name = name
         self.replica = replica
         self._on_change = on_change
+        self._prefetcher = prefetcher
         self.num_lives = 0
         self.is_removed = False  # nobody is to take the place of its last worker
         self._channel: Channel | None = None
@@ -110,6 +114,8 @@ class RemoteEngine:
             self._gone.pop(fence, None)
 
     def cancel(self, request_id: str, choice: int, epoch: int) -> None:
+        if self._prefetcher is not None:
+            self._prefetcher.forget(Fence(request_id, choice, epoch))
         self.say(Cancel(request_id=request_id, choice=choice, epoch=epoch))
 
     def export(self, lease: LeaseRef) -> RemoteSource:
@@ -122,7 +128,9 @@ class RemoteEngine:
             self.cancel(offer.request_id, offer.choice, offer.epoch)  # it may have had them already
             raise
         assert isinstance(answer, Landing)
-        return RemoteTarget(self, answer.lease)
+        if self._prefetcher is not None:
+            self._prefetcher.landing(self, answer.lease)
+        return RemoteTarget(self, answer.lease, self._prefetcher)
 
     def events(self, owner: str) -> "_Reader":
         return _Reader(self, owner, self._mailbox(owner))
@@ -175,6 +183,8 @@ class RemoteEngine:
         """The worker is gone, with all that it held."""
         self._channel = None
         self._on_change(False)  # first, so that what re-enters goes elsewhere
+        if self._prefetcher is not None:
+            self._prefetcher.lose(self)
         calls, self._calls = self._calls, {}
         for call in calls.values():
             call.done.set()
@@ -219,6 +229,9 @@ class RemoteEngine:
             case Events(owner=owner, events=events, load=load):
                 self._load = load
                 self._take(owner, events)
+            case Advanced(lease=lease, num_blocks=num_blocks):
+                if self._prefetcher is not None:
+                    self._prefetcher.advanced(self, lease, num_blocks)
             case Done(call=call) | Landing(call=call) | Exported(call=call) | Refused(call=call):
                 waiting = self._calls.pop(call, None)
                 if waiting is not None:

@@ -10,11 +10,13 @@ from sagellm.runtime.comm.protocol import (
     Done,
     Export,
     Exported,
+    ExportPart,
     Hold,
     Idle,
     Import,
     Landing,
     Receive,
+    ReceivePart,
     Release,
     Submit,
 )
@@ -24,7 +26,16 @@ from sagellm.runtime.messages import LeaseRef
 
 LEASE_S = 10.0  # an exported lease ends then, where its receiver does not say that it goes on
 
-Question: TypeAlias = Callable[[int], Submit | Import | Export | Receive | Idle]
+Question: TypeAlias = Callable[
+    [int], Submit | Import | Export | ExportPart | Receive | ReceivePart | Idle
+]
+
+
+class Prefetches(Protocol):
+    """Moves blocks of prompts before they are whole; see `prefetching`."""
+
+    async def settle(self, lease: LeaseRef) -> int:
+        """Stop; how many of the blocks that are reserved there have come already."""
 
 
 class Asked(Protocol):
@@ -46,10 +57,14 @@ class RemoteSource:
     engine: Asked
     lease: LeaseRef
 
-    async def locate(self) -> Located:
-        """Where the blocks are; from now on they are `sending`. Raises StaleLease, EngineLost."""
+    async def locate(self, first: int = 0) -> Located:
+        """Where the blocks from `first` on are; from now on they are `sending`. Raises StaleLease,
+        EngineLost.
+        """
         with trio.CancelScope(shield=True):
-            answer = await self.engine.ask(lambda call: Export(call=call, lease=self.lease))
+            answer = await self.engine.ask(
+                lambda call: Export(call=call, lease=self.lease, first=first)
+            )
         assert isinstance(answer, Exported)
         return answer.source
 
@@ -67,14 +82,17 @@ class RemoteTarget:
 
     engine: Asked
     lease: LeaseRef
+    prefetcher: "Prefetches | None" = None
 
     async def receive(self, source: KVSource) -> None:
         if not isinstance(source, RemoteSource):
             raise TypeError(f"a worker receives from a worker, not from {type(source).__name__}")
         try:
-            located = await source.locate()
+            first = await self.prefetcher.settle(self.lease) if self.prefetcher else 0
+            located = await source.locate(first)
             await self.engine.ask(
-                lambda call: Receive(call=call, lease=self.lease, source=located), source.hold
+                lambda call: Receive(call=call, lease=self.lease, source=located, first=first),
+                source.hold,
             )
         except BaseException:
             self.abort()

@@ -7,12 +7,14 @@ import trio
 
 from sagellm.runtime.comm.channel import Channel, ChannelClosed
 from sagellm.runtime.comm.protocol import (
+    Advanced,
     Cancel,
     Done,
     Drop,
     Events,
     Export,
     Exported,
+    ExportPart,
     FromWorker,
     Grant,
     Hold,
@@ -23,6 +25,7 @@ from sagellm.runtime.comm.protocol import (
     Pong,
     Ready,
     Receive,
+    ReceivePart,
     Refused,
     Release,
     Stop,
@@ -52,6 +55,9 @@ class EngineServer:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._engine.run)
             nursery.start_soon(self._engine.serve_blocks)
+            self._engine.tell_advances(
+                lambda lease, num: self._say(Advanced(lease=lease, num_blocks=num))
+            )
             self._channel.put(Ready(facts=self._engine.facts))
             with suppress(ChannelClosed):  # nobody is left to serve
                 while not isinstance(message := await self._channel.receive(), Stop):
@@ -70,8 +76,10 @@ class EngineServer:
                 engine.cancel(request_id, choice, epoch)
             case Grant(owner=owner) if owner in self._windows:
                 self._windows[owner].release()
-            case Export(call=call, lease=lease):
-                nursery.start_soon(self._answer, call, lambda: self._export(call, lease, nursery))
+            case Export(call=call):
+                nursery.start_soon(self._answer, call, lambda: self._export(message, nursery))
+            case ExportPart(call=call):
+                nursery.start_soon(self._answer, call, lambda: self._export_part(message))
             case Hold(lease=lease):
                 if lease in self._expiries_s:
                     self._expiries_s[lease] = trio.current_time() + LEASE_S
@@ -81,6 +89,8 @@ class EngineServer:
                 nursery.start_soon(self._answer, call, lambda: self._import(message))
             case Receive(call=call):
                 nursery.start_soon(self._answer, call, lambda: self._receive(message))
+            case ReceivePart(call=call):
+                nursery.start_soon(self._answer, call, lambda: self._receive_part(message))
             case Idle(call=call):
                 nursery.start_soon(self._answer, call, lambda: self._idle(call))
             case Drop(call=call):
@@ -115,15 +125,24 @@ class EngineServer:
         target = await self._engine.import_(message.offer)
         return Landing(call=message.call, lease=target.lease)
 
-    async def _export(self, call: int, lease: LeaseRef, nursery: trio.Nursery) -> Exported:
+    async def _export(self, message: Export, nursery: trio.Nursery) -> Exported:
+        lease = message.lease
         source = self._engine.export(lease)
         self._sources[lease] = source
         self._expiries_s[lease] = trio.current_time() + LEASE_S
         nursery.start_soon(self._expire, lease)
-        return Exported(call=call, source=await source.share())
+        return Exported(call=message.call, source=await source.share(message.first))
+
+    async def _export_part(self, message: ExportPart) -> Exported:
+        part = message.lease, message.first, message.num_blocks
+        return Exported(call=message.call, source=await self._engine.export_part(*part))
 
     async def _receive(self, message: Receive) -> Done:
-        await self._engine.receive(message.lease, message.source)
+        await self._engine.receive(message.lease, message.source, message.first)
+        return Done(call=message.call)
+
+    async def _receive_part(self, message: ReceivePart) -> Done:
+        await self._engine.receive_part(message.lease, message.source, message.first)
         return Done(call=message.call)
 
     def _pong(self) -> Pong:

@@ -1,7 +1,10 @@
 """Leases that no sequence owns: prompts that wait for export, blocks that wait for an import."""
 
+from collections.abc import Awaitable, Callable
+
 from sagellm.runtime.engine.port import StaleLease
 from sagellm.runtime.kv.lease import Fence, Lease
+from sagellm.runtime.kv.located import Located
 from sagellm.runtime.kv.pool import BlockPool
 from sagellm.runtime.kv.storage import Storage
 from sagellm.runtime.kv.transfer import PoolSource, PoolTarget
@@ -36,9 +39,32 @@ class Exchange:
         del self._held[lease.fence]
         return PoolSource(self._pool, self._storage, lease, ref)
 
+    def part(self, ref: LeaseRef, first: int, num_blocks: int) -> Callable[[], Awaitable[Located]]:
+        """How blocks of a prompt that is still being computed are found. Raises StaleLease.
+
+        They are its sequence's: what is shared ends with its lease, or where other blocks that hold
+        the same take their place.
+        """
+        lease = self._pool.find(ref)
+        blocks = lease.blocks[first:num_blocks]
+
+        def check() -> None:
+            lease.require("reserved", "filled", "sending")
+            if lease.blocks[first:num_blocks] != blocks:
+                raise StaleLease(f"lease {ref.lease_id} has other blocks by now")
+
+        return lambda: self._storage.share(blocks, check)
+
     def target(self, fence: Fence) -> PoolTarget | None:
         """The receiving side that was opened for `fence` and not yet adopted or aborted."""
         return self._targets.get(fence)
+
+    def target_of(self, ref: LeaseRef) -> PoolTarget:
+        """The receiving side of that very lease. Raises StaleLease."""
+        target = self._targets.get(Fence(ref.request_id, ref.choice, ref.epoch))
+        if target is None or target.lease != ref:
+            raise StaleLease(f"lease {ref.lease_id} of request {ref.request_id} is gone")
+        return target
 
     def open_target(self, lease: Lease) -> PoolTarget:
         """The receiving side of reserved blocks."""

@@ -20,10 +20,10 @@ class PoolSource:
     held: Lease
     lease: LeaseRef
 
-    async def share(self) -> Located:
-        """How a receiver in another process finds the blocks. Raises StaleLease."""
+    async def share(self, first: int = 0) -> Located:
+        """How a receiver in another process finds the blocks from `first` on. Raises StaleLease."""
         num_blocks = self.pool.num_blocks_for(self.lease.num_tokens)
-        blocks = self.held.blocks[:num_blocks]
+        blocks = self.held.blocks[first:num_blocks]
         return await self.storage.share(blocks, lambda: self.held.require("sending"))
 
     def release(self) -> None:
@@ -32,11 +32,12 @@ class PoolSource:
             self.pool.advance(self.held, "acknowledge")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class PoolTarget:
     """The receiving side: a lease that a transfer owns until a sequence adopts it.
 
-    `on_abort` tells the engine that nobody will adopt it.
+    `on_abort` tells the engine that nobody will adopt it. `num_landed`: of its blocks, those that
+    came while the others were still being computed.
     """
 
     pool: BlockPool
@@ -44,6 +45,7 @@ class PoolTarget:
     held: Lease
     lease: LeaseRef
     on_abort: Callable[[], None]
+    num_landed: int = 0
 
     async def receive(self, source: KVSource) -> None:
         """Copy all blocks. Raises StaleLease; aborts its own lease where it does not succeed."""
@@ -51,11 +53,25 @@ class PoolTarget:
             raise TypeError(f"a pool receives from a pool of its process, not {type(source)}")
         await self._receive(lambda: self._copy(source))
 
-    async def fetch(self, source: Located) -> None:
-        """Copy all blocks from another process, which keeps them until it is told. Raises
-        StaleLease, DamagedBlocks; aborts its own lease where it does not succeed.
+    async def fetch(self, source: Located, first: int = 0) -> None:
+        """Copy all blocks from `first` on from another process, which keeps them until it is told.
+        Raises StaleLease, DamagedBlocks; aborts its own lease where it does not succeed.
         """
-        await self._receive(lambda: self._fetch(source))
+        await self._receive(lambda: self._fetch(source, first))
+
+    async def fetch_part(self, source: Located, first: int) -> None:
+        """Copy some blocks, of a prompt that is still being computed. Raises StaleLease,
+        DamagedBlocks; then they have not landed, and the lease is as it was.
+        """
+        if first != self.num_landed:
+            raise StaleLease(f"block {first} came where {self.num_landed} was due")
+        end = first + source.num_blocks
+        blocks = self.held.blocks[first:end]
+        if len(blocks) != source.num_blocks:
+            raise StaleLease(f"{source.num_blocks} blocks were sent for {len(blocks)}")
+        await self.storage.fetch(source, blocks, lambda: self.held.require("reserved"))
+        self.held.require("reserved")
+        self.num_landed = end
 
     def abort(self) -> None:
         """Give the blocks back, unless a sequence has adopted them."""
@@ -72,14 +88,16 @@ class PoolTarget:
             self.abort()
             raise
 
-    async def _fetch(self, source: Located) -> None:
+    async def _fetch(self, source: Located, first: int) -> None:
         def check() -> None:
             self.held.require("receiving")
 
-        num_blocks = self.pool.num_blocks_for(self.held.num_tokens)
-        if source.num_blocks != num_blocks:
-            raise StaleLease(f"{source.num_blocks} blocks were sent for {num_blocks}")
-        await self.storage.fetch(source, self.held.blocks[:num_blocks], check)
+        blocks = self.held.blocks[first : self.pool.num_blocks_for(self.held.num_tokens)]
+        if first > self.num_landed or source.num_blocks != len(blocks):
+            raise StaleLease(
+                f"{source.num_blocks} blocks from {first} on were sent for {len(blocks)}"
+            )
+        await self.storage.fetch(source, blocks, check)
         check()
 
     async def _copy(self, source: PoolSource) -> None:

@@ -71,6 +71,29 @@ async def test_answers_over_tcp_are_those_of_one_process(links: dict[str, Any]) 
     assert found.tokens == await right("pd_many", SEEDED)
 
 
+LONG = {n: [n, *(7 * n + k * k % 251 for k in range(300))] for n in range(6)}
+IN_STEPS = {"p.max_step_tokens": 48, "prefill.max_inflight": 2}
+
+
+@pytest.mark.parametrize("kv", ["memory", "tcp", "nixl"])
+async def test_blocks_come_while_the_rest_of_their_prompt_is_computed(
+    kv: str, tmp_path: Path
+) -> None:
+    create_keys(tmp_path / "keys")
+    links: dict[str, Any] = {"executor.kv": kv}
+    if kv != "memory":
+        links |= {"executor.address": "tcp://127.0.0.1:0", "executor.keys": f"{tmp_path}/keys"}
+    async with opened("pd", "tasks", **IN_STEPS) as session:
+        alone = await stream_all(session, SEEDED, prompts=LONG)
+    async with opened("pd", **IN_STEPS, **links) as session:
+        found = await stream_all(session, SEEDED, prompts=LONG)
+        await trio.sleep(0.6)  # the next sign of life says it
+        (load,) = session.statistics().engines["d"]
+    assert found.tokens == alone.tokens
+    assert load.num_early_blocks > 2 * len(LONG)  # steps are short here; 18 of 19 might
+    assert load.num_damaged_chunks == 0
+
+
 async def test_workers_killed_behind_tcp_lose_nothing(links: dict[str, Any]) -> None:
     async with opened("pd_many", **links) as session:
 
@@ -114,7 +137,7 @@ async def test_a_transport_that_is_not_installed_is_refused(
 @pytest.mark.parametrize("victim", ["d[0]", "p[1]"])
 async def test_a_killed_worker_loses_and_repeats_no_token(victim: str, sampling: Sampling) -> None:
     async with opened("pd_many") as session:
-        found = await stream_all(session, sampling, partial(killed, session, victim))
+        found = await stream_all(session, sampling, partial(killed, session, victim, after=3))
         num_migrated = session.executor.recovery.num_migrated
     assert found.tokens == await right("pd_many", sampling)
     assert set(found.reasons.values()) == {"length"}

@@ -54,6 +54,10 @@ _ENGINE_TOTALS: dict[str, tuple[str, Callable[[EngineReading], float]]] = {
     "prefix_queried_tokens": ("Looked up in its cache.", lambda e: e.load.num_prefix_queries),
     "prefix_hit_tokens": ("Found in its cache.", lambda e: e.load.num_prefix_hits),
     "kv_evicted_blocks": ("Cached, then reused.", lambda e: e.load.num_evicted_blocks),
+    "kv_early_blocks": (
+        "Received before their prompt was whole.",
+        lambda e: e.load.num_early_blocks,
+    ),
     "kv_checksum_failures": ("Chunks that came damaged.", lambda e: e.load.num_damaged_chunks),
 }
 _COUNTED: dict[str, tuple[str, Callable[[Counts], float]]] = {

@@ -2,18 +2,15 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import trio
 from engine_driver import Driver
+from remote_engines import PROMPT, Pair, live, open_null, sequence
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from sagellm.runtime.comm.channel import MemoryChannel, memory_channels
 from sagellm.runtime.engine.local import LocalEngine
-from sagellm.runtime.engine.opening import open_engine
-from sagellm.runtime.engine.options import EngineOptions
 from sagellm.runtime.engine.port import (
     EngineLost,
     EngineRefusal,
@@ -24,26 +21,8 @@ from sagellm.runtime.engine.port import (
 )
 from sagellm.runtime.engine.remote import RemoteEngine
 from sagellm.runtime.engine.remote_transfer import RemoteSource, RemoteTarget
-from sagellm.runtime.engine.serving import LEASE_S, WINDOW, EngineServer
-from sagellm.runtime.messages import LeaseRef, Sampling, SequenceState
-
-PROMPT = tuple(range(1, 41))
-
-
-@dataclass
-class Pair:
-    """An engine as the graph sees it, and as it is in its worker."""
-
-    remote: RemoteEngine
-    local: LocalEngine
-    channel: MemoryChannel  # the graph's side
-
-    def lose(self) -> None:
-        self.channel.close("it was killed")
-
-
-def open_null(name: str = "e", **options: Any) -> LocalEngine:
-    return open_engine(EngineOptions(**{"model": "null", **options}), name=name)
+from sagellm.runtime.engine.serving import LEASE_S, WINDOW
+from sagellm.runtime.messages import LeaseRef
 
 
 @asynccontextmanager
@@ -59,24 +38,6 @@ async def served(*locals_: LocalEngine) -> AsyncIterator[list[Pair]]:
     for local in locals_:
         local.pool.check()
         assert local.pool.num_leased == 0
-
-
-def live(remote: RemoteEngine, local: LocalEngine, nursery: trio.Nursery) -> MemoryChannel:
-    """Begin a life of `remote`."""
-    here, there = memory_channels()
-    nursery.start_soon(EngineServer(local, there).run)
-    nursery.start_soon(remote.live, here)
-    return here
-
-
-def sequence(request_id: str = "r", **fields: Any) -> SequenceState:
-    sampling = Sampling(max_tokens=fields.pop("max_tokens", 16), ignore_eos=True, seed=7)
-    return SequenceState(
-        owner="test",
-        request_id=request_id,
-        sampling=sampling,
-        **{"prompt_token_ids": PROMPT, **fields},
-    )
 
 
 def offer(pair: Pair, **fields: Any) -> LeaseOffer:
