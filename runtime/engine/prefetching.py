@@ -5,6 +5,7 @@ are reserved for it elsewhere, while the next step computes. What is left at the
 blocks of the last step, is for the transfer itself.
 """
 
+from contextlib import suppress
 from dataclasses import dataclass
 
 import trio
@@ -79,9 +80,8 @@ class Prefetcher:
             while flight.source is not None and not flight.is_settled:
                 (engine, lease, num_blocks), flight.source = flight.source, None
                 if num_blocks > flight.num_landed:
-                    await _move_part(flight, engine, lease, num_blocks)
-        except (StaleLease, DamagedBlocks, EngineLost, EngineRefusal):
-            await trio.lowlevel.checkpoint()
+                    with suppress(StaleLease, DamagedBlocks, EngineLost, EngineRefusal):
+                        await _move_part(flight, engine, lease, num_blocks)
         finally:
             assert flight.moving is not None
             flight.moving.set()

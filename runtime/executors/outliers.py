@@ -17,16 +17,20 @@ log = structlog.get_logger("sagellm.executor")
 
 MOST_FAULTS = 5
 FIRST_S = 10.0
+_MOST_KEPT = 4 * MOST_FAULTS
 
 Replica: TypeAlias = tuple[str, int]  # an engine's name and a number
 
 
 @dataclass(slots=True)
 class _Record:
-    """`peers`: with whom its last transfers failed, since one succeeded."""
+    """`peers`: with whom its last transfers failed, since one succeeded; `because`: those for whom
+    it is ejected.
+    """
 
     replica: Replica
     peers: list[Replica] = field(default_factory=list)
+    because: list[Replica] = field(default_factory=list)
     num_ejections: int = 0  # in a row
     until_s: float | None = None  # while it is ejected
     back_s: float = 0.0  # since when it is not
@@ -62,6 +66,7 @@ class Outliers:
         ends = self._record(receiver), self._record(sender)
         for record, peer in zip(ends, (sender, receiver), strict=True):
             record.peers.append(peer)
+            del record.peers[:-_MOST_KEPT]
         for record in sorted(ends, key=lambda record: -len(set(record.peers))):
             is_due = record.until_s is None and len(record.peers) >= MOST_FAULTS
             if is_due and self._eject(record):
@@ -84,8 +89,11 @@ class Outliers:
             self._on_change(replica, True)
         self._absolve(replica)
         for other in self._records.values():
-            if other.until_s is not None and len(other.peers) < MOST_FAULTS:
-                self._readmit(other)
+            if other.until_s is not None and replica in other.because:
+                other.because = [peer for peer in other.because if peer != replica]
+                if len(other.because) < MOST_FAULTS:
+                    self._readmit(other)
+        self._keep_half(replica[0])
 
     def is_ejected(self, replica: Replica) -> bool:
         record = self._records.get(replica)
@@ -112,12 +120,22 @@ class Outliers:
             if record.replica != culprit:
                 record.peers = [peer for peer in record.peers if peer != culprit]
 
+    def _ejected(self, engine: str) -> list[_Record]:
+        records = self._records.values()
+        return [one for one in records if one.replica[0] == engine and one.until_s is not None]
+
+    def _keep_half(self, engine: str) -> None:
+        """Where others are lost, those that are ejected are needed: the next in line first."""
+        out = sorted(self._ejected(engine), key=lambda record: record.until_s or 0.0)
+        while 2 * len(out) > self._presence.num_present(engine):
+            self._readmit(out.pop(0))
+
     def _eject(self, record: _Record) -> bool:
         """Unless too many are out already."""
         engine, number = record.replica
-        num_out = sum(name == engine and self.is_ejected((name, n)) for name, n in self._records)
-        if 2 * (num_out + 1) > self._presence.num_present(engine):
+        if 2 * (len(self._ejected(engine)) + 1) > self._presence.num_present(engine):
             return False
+        record.because = record.peers[-MOST_FAULTS:]
         record.num_ejections += 1
         for_s = FIRST_S * record.num_ejections
         record.until_s = self._clock() + for_s
@@ -129,6 +147,7 @@ class Outliers:
     def _readmit(self, record: _Record) -> None:
         record.until_s, record.back_s = None, self._clock()
         record.peers.clear()
+        record.because.clear()
         log.info("replica_readmitted", engine=record.replica[0], replica=record.replica[1])
         self._on_change(record.replica, True)
 

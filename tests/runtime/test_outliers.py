@@ -14,7 +14,7 @@ D0, D1, D2 = ("d", 0), ("d", 1), ("d", 2)
 class World:
     """Replicas by engine, which are lost, what was told of them, and the time."""
 
-    num: dict[str, int] = field(default_factory=lambda: {"p": 2, "d": 3})
+    num: dict[str, int] = field(default_factory=lambda: {"p": 2, "d": 3, "other": 1})
     lost: set[Replica] = field(default_factory=set)
     told: list[tuple[Replica, bool]] = field(default_factory=list)
     now_s: float = 0.0
@@ -129,6 +129,29 @@ def test_a_sender_that_fails_with_all_is_the_one(outliers, world):
     for number in range(MOST_FAULTS):
         outliers.failed(P0, ("d", number % 3))
     assert world.told == [(P0, False)]
+
+
+def test_where_the_others_are_lost_it_is_needed(outliers, world):
+    world.num["d"] = 2
+    fail(outliers, D0)
+    world.lost.add(D1)
+    outliers.forget(D1)
+    assert not outliers.is_ejected(D0)
+    assert world.told[-1] == (D0, True)
+
+
+def test_neither_a_late_success_nor_the_death_of_another_ends_it_early(outliers, world):
+    fail(outliers, D0)
+    outliers.passed(P0, D0)  # it was under way
+    outliers.forget(D1)
+    outliers.forget(("other", 0))
+    assert outliers.is_ejected(D0)
+
+
+def test_what_cannot_be_ejected_keeps_little(outliers, world):
+    world.num["d"] = 1
+    fail(outliers, D0, 1000)
+    assert len(outliers._records[D0].peers) < 100
 
 
 def test_a_new_life_begins_with_nothing_held_against_it(outliers, world):

@@ -101,13 +101,14 @@ class GatewayProcesses:
         return self._tally.count("calls", 0).total
 
     async def idle(self) -> None:
-        while not all(life.is_idle for life in self._lives):
+        while any(life.is_up and not life.is_idle for life in self._lives):
             await self._changed.park()
 
     def stop(self) -> None:
         self._is_stopping = True
         self._sock.close()
         self._tell(Stop())
+        self._changed.unpark_all()
 
     # ---- lives -------------------------------------------------------------------------------
 
@@ -129,6 +130,8 @@ class GatewayProcesses:
         while not self._is_stopping:
             began_s = trio.current_time()
             life = await self._begin(nursery)
+            if life is None:
+                return
             while not life.is_over:
                 if life.is_up and not was_up:
                     was_up = True
@@ -155,21 +158,26 @@ class GatewayProcesses:
         if not self._num_kept:
             raise GatewaysFailed("every gateway died too often; the log says of what")
 
-    async def _begin(self, nursery: trio.Nursery) -> Life:
-        """A life that runs in the nursery, whatever becomes of whoever began it."""
-        while not self._free_rows:
-            await self._changed.park()
-        row = self._free_rows.pop(0)
-        while True:
+    async def _begin(self, nursery: trio.Nursery) -> Life | None:
+        """A life that runs in the nursery, whatever becomes of whoever began it; None at the end of
+        all.
+        """
+        while not self._is_stopping:
+            if not self._free_rows:
+                await self._changed.park()
+                continue
+            row = self._free_rows.pop(0)
             try:
                 life = await Life.begin(partial(self._start, row), self._setup())
             except OSError as error:  # no memory, or too many processes
                 log.warning("gateway_not_started", error=error.strerror)
+                self._free_rows.append(row)
                 await trio.sleep(POLICY.longest_s)
             else:
                 self._lives.append(life)
                 nursery.start_soon(self._live, nursery, life, row)
                 return life
+        return None
 
     async def _live(self, nursery: trio.Nursery, life: Life, row: int) -> None:
         hear = partial(self._hear, nursery, life)
@@ -213,8 +221,8 @@ class GatewayProcesses:
                 put(Answered(number, is_known=self._cancel_call(call_id)))
             case Scrape():
                 nursery.start_soon(self._answer_scrape, put, message)
-            case Leaving() if self._is_draining:
-                life.is_over = False  # it leaves with all of them
+            case Leaving() if self._is_draining or not self._free_rows:
+                life.is_over = False  # it leaves with all of them; or nobody could take its place
             case Leaving():
                 put(Retire())
         self._changed.unpark_all()

@@ -94,7 +94,8 @@ async def serve(
             nursery.start_soon(_cancel_at, first, serving_scope)
             await nursery.start(_run, serving, stopped)
             started()
-            await trio.sleep_forever()
+            await stopped.wait()
+            raise RuntimeError("the server ended, and nobody asked it to")
         if not stopped.is_set():
             await _drain(serving, settings, second, end_streams)
             serving.stop()
