@@ -79,9 +79,11 @@ def worker_of(session: Session, name: str) -> Worker:
     return next(worker for worker in session.supervisor.workers if str(worker) == name)
 
 
-async def killed(session: Session, name: str, streams: Streams, *, after: int = 10) -> None:
-    """Kill a worker once every stream has had so many tokens."""
-    while not (streams.tokens and min(map(len, streams.tokens.values())) >= after):  # noqa: ASYNC110
+async def killed(
+    session: Session, name: str, streams: Streams, *, after: int = 10, of: Any = min
+) -> None:
+    """Kill a worker once every stream has had so many tokens; `of` max: once any has."""
+    while not (streams.tokens and of(map(len, streams.tokens.values())) >= after):  # noqa: ASYNC110
         await trio.sleep(0.001)
     pid = worker_of(session, name).pid
     assert pid is not None

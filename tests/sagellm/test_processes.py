@@ -137,7 +137,9 @@ async def test_a_transport_that_is_not_installed_is_refused(
 @pytest.mark.parametrize("victim", ["d[0]", "p[1]"])
 async def test_a_killed_worker_loses_and_repeats_no_token(victim: str, sampling: Sampling) -> None:
     async with opened("pd_many") as session:
-        found = await stream_all(session, sampling, partial(killed, session, victim, after=3))
+        # Those of one decode worker may be over before those of the other begin.
+        kill = partial(killed, session, victim, of=max if victim == "d[0]" else min)
+        found = await stream_all(session, sampling, kill)
         num_migrated = session.executor.recovery.num_migrated
     assert found.tokens == await right("pd_many", sampling)
     assert set(found.reasons.values()) == {"length"}
@@ -145,7 +147,7 @@ async def test_a_killed_worker_loses_and_repeats_no_token(victim: str, sampling:
     assert (num_migrated > 0) == (victim == "d[0]")  # prefill had handed all over
 
 
-@pytest.mark.parametrize("after_s", [0.0, 0.01, 0.02, 0.03, 0.05])
+@pytest.mark.parametrize("after_s", [0.0, 0.02, 0.05])
 async def test_a_prefill_worker_killed_at_work_loses_nothing(after_s: float) -> None:
     """Computing, sending, and with others waiting for it: each is computed again."""
     prompts = {number: [*range(number, 140 + number)] for number in range(32)}
