@@ -52,8 +52,10 @@ class Life:
         self._cpu_s = 0.0
 
     @classmethod
-    async def begin(cls, start: Callable[[int], Start], setup: Setup) -> "Life":
-        """`start` is given the process's end of the link. Raises OSError."""
+    async def begin(cls, start: Callable[[int], Start], setup: Callable[[], Setup]) -> "Life":
+        """`start` is given the process's end of the link; what `setup` gives is all that is known
+        when this returns. Raises OSError.
+        """
         here, there = socket.socketpair()
         with there:
             begun = start(there.fileno())
@@ -63,7 +65,7 @@ class Life:
                 here.close()
                 raise
         life = cls(process, await UNIXSocketStream.from_socket(here))
-        life.link.put(setup)  # before anything else that it is told
+        life.link.put(setup())  # before anything else that it is told
         return life
 
     async def run(

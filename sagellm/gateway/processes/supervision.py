@@ -168,7 +168,7 @@ class GatewayProcesses:
                 continue
             row = self._free_rows.pop(0)
             try:
-                life = await Life.begin(partial(self._start, row), self._setup())
+                life = await Life.begin(partial(self._start, row), self._setup)
             except OSError as error:  # no memory, or too many processes
                 log.warning("gateway_not_started", error=error.strerror)
                 self._free_rows.append(row)
