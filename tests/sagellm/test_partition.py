@@ -4,7 +4,6 @@ import pytest
 from network_partition import seen_of
 
 
-@pytest.mark.alone
 @pytest.mark.timeout(180)
 def test_a_worker_behind_a_network_that_is_down_is_done_without_and_comes_back() -> None:
     """In the meantime nobody emits twice, and nobody waits long."""

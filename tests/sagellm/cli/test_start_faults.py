@@ -51,7 +51,6 @@ def check(said: str, *expected: str) -> None:
     ],
     ids=["model", "device", "memory", "option", "keys"],
 )
-@pytest.mark.alone
 def test_it_ends_before_a_worker_is_started(
     arguments: tuple[str, ...], code: int, cause: str
 ) -> None:
@@ -61,7 +60,6 @@ def test_it_ends_before_a_worker_is_started(
     assert seconds < START_S
 
 
-@pytest.mark.alone
 def test_a_port_that_is_taken() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         code, said, seconds = serve("pd", "--port", str(taken.getsockname()[1]))
@@ -70,7 +68,6 @@ def test_a_port_that_is_taken() -> None:
     assert seconds < START_S
 
 
-@pytest.mark.alone
 def test_an_operator_that_is_not_known(tmp_path: Path) -> None:
     path = tmp_path / "x.yaml"
     path.write_text(BAD_OPERATOR)

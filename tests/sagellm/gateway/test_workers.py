@@ -26,7 +26,7 @@ PROMPTS = [
 EXACT = ("--set", "p.deterministic=true", "--set", "d.deterministic=true")
 
 
-@pytest.fixture(params=SERVERS)
+@pytest.fixture(params=SERVERS, scope="module")
 def served(request: pytest.FixtureRequest) -> Iterator[ServedProcess]:
     options = ("--executor", "processes", "--server", request.param, *EXACT)
     with served_process(*options, graph="pd_many") as found:

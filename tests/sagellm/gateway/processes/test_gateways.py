@@ -315,7 +315,7 @@ async def test_one_that_dies_while_all_drain_is_replaced() -> None:
     async with trio.open_nursery() as nursery:
         async with pair() as both:
             dies, stays = both.pids
-            client = await both.stream_at(stays, num_tokens=400)
+            client = await both.stream_at(stays, num_tokens=4000)
             nursery.start_soon(client.read)
             await client.began.wait()
             both.served.signal()
@@ -323,7 +323,9 @@ async def test_one_that_dies_while_all_drain_is_replaced() -> None:
             await until(lambda: len(both.pids) == 2 and dies not in both.pids)
             new = next(pid for pid in both.pids if pid != stays)
             assert (await both.ask(new, get("/ready"))).status == 503
-        assert client.is_whole
+            assert b"[DONE]" not in client.data
+            both.served.signal()  # enough
+        assert b'"shutting_down"' in client.data
 
 
 @pytest.mark.parametrize("server", SERVERS)
