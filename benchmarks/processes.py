@@ -186,15 +186,19 @@ async def handover(rounds: int) -> dict[str, Any]:
             taken_ms.append(1e3 * (stamps.transferred_s - stamps.prefilled_s))
         facts = session.executor.plan.all_engines[0].facts
     num_blocks = 2048 // facts.block_size
-    plain_s = _memcpy_s(num_blocks * facts.kv_block_bytes)
+    num_bytes = num_blocks * facts.kv_block_bytes
+    plain_s = _memcpy_s(np.ones(num_bytes, np.uint8), np.zeros(num_bytes, np.uint8))
+    shared_s = _memcpy_s(_shared(num_bytes), _shared(num_bytes))
     fetched_s = await _fetch_s(num_blocks)
     return {
-        "num_bytes": num_blocks * facts.kv_block_bytes,
+        "num_bytes": num_bytes,
         "all_ms": [round(one, 2) for one in taken_ms],
         "ms": round(median(taken_ms), 2),
         "receiver_ms": round(1e3 * fetched_s, 2),
         "memcpy_ms": round(1e3 * plain_s, 2),
         "receiver_share_of_memcpy": round(plain_s / fetched_s, 3),
+        "shared_memcpy_ms": round(1e3 * shared_s, 2),
+        "receiver_share_of_shared_memcpy": round(shared_s / fetched_s, 3),
     }
 
 
@@ -216,9 +220,15 @@ async def _fetch_s(num_blocks: int) -> float:
     return median(times)
 
 
-def _memcpy_s(num_bytes: int) -> float:
-    """A plain copy of as much, between pages that were touched before."""
-    source, target = np.ones(num_bytes, np.uint8), np.zeros(num_bytes, np.uint8)
+def _shared(num_bytes: int) -> "np.ndarray[Any, np.dtype[np.uint8]]":
+    """Memory as pools have it: pages of 4 KiB, where the system has no larger ones to share."""
+    shared = np.frombuffer(SharedMemory(num_bytes).view, np.uint8)
+    shared.fill(1)
+    return shared
+
+
+def _memcpy_s(source: Any, target: Any) -> float:
+    """A plain copy, between pages that were touched before."""
     times = []
     for _ in range(9):
         began_s = time.perf_counter()
