@@ -158,6 +158,7 @@ async def test_one_is_killed_and_the_other_notices_nothing(server: str) -> None:
         closed_s = max(client.closed_s or 0.0 for client in doomed) - killed_s
         register = both.served.session.executor.register
         await until(lambda: len(register.entries) <= 32)
+        await until(lambda: sum(len(list(one.pool.leases)) for one in both.served.engines) <= 32)
         freed_s = trio.current_time() - killed_s
         async with await both.served.connect() as stream:
             await stream.send_all(get("/live"))
