@@ -29,7 +29,7 @@ from sagellm.session import Session
 EXCUSED = ("unavailable", "request_quarantined")
 WATCH = Watch(ping_s=4.0, silent_s=9.0, stop_s=1.0)
 ACTIONS = ("kill", "kill", "kill two", "mute", "garble", "restart", "scale", "scale", "drain")
-OPTIONS = {"device": "null", "model": "null", "decode_step_s": 0.02, "prefill_token_s": 1e-3}
+OPTIONS = {"device": "null", "model": "null", "decode_step_s": 0.05, "prefill_token_s": 1e-3}
 
 
 class Lives(Tasks):
@@ -156,7 +156,7 @@ async def bursts(session: Session, seed: int, seconds: float, mean_s: float) -> 
         while trio.current_time() < until_s:
             for _ in range(draw.randint(1, 8)):
                 fields = {
-                    "tokens": draw.randint(1, 100),
+                    "tokens": draw.randint(1, 40),
                     "prompt": draw.choice((5, 50, 500)),
                     "patience_s": draw.choice((1.0, 3.0, 1e6, 1e6)),
                 }
