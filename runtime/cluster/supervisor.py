@@ -2,24 +2,19 @@
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from typing import Protocol
 
-import structlog
 import trio
 
 from sagellm.graphs.ir import Graph
-from sagellm.graphs.text.codec import to_msgpack
 from sagellm.runtime.cluster.backoff import RestartPolicy, Restarts
-from sagellm.runtime.cluster.faults import CannotScale, WorkerUnfit
-from sagellm.runtime.cluster.launch import Launcher, Life
+from sagellm.runtime.cluster.faults import CannotScale
+from sagellm.runtime.cluster.keeping import Keeper
+from sagellm.runtime.cluster.launch import Launcher
 from sagellm.runtime.cluster.worker import Watch, Worker, WorkerState
-from sagellm.runtime.comm.channel import Channel, ChannelClosed
-from sagellm.runtime.comm.protocol import Open, Ping, Ready, Stop, Unfit
+from sagellm.runtime.engine.port import EngineFacts
 from sagellm.runtime.engine.prefetching import Prefetcher
 from sagellm.runtime.engine.remote import RemoteEngine
-
-log = structlog.get_logger("sagellm.cluster")
 
 
 class Dispatcher(Protocol):
@@ -52,14 +47,23 @@ class Supervisor:
         draw: Callable[[], float] = random.random,
     ) -> None:
         self.graph = graph
+        watch = watch or Watch()
         self._policy = policy or RestartPolicy()
         self._all = [
             self._new(name, replica) for name, count in replicas.items() for replica in range(count)
         ]
         self.on_change: Callable[[Worker], None] = lambda worker: None
         self._launcher = launcher
-        self._watch = watch or Watch()
-        self._draw = draw
+        self._keeper = Keeper(
+            graph,
+            launcher,
+            watch,
+            draw,
+            siblings=lambda name: [one for one in self._all if one.engine_name == name],
+            turn=self._turn,
+            meet=self._meet,
+        )
+        self._ping_s = watch.ping_s
         self._dispatcher: Dispatcher | None = None
         self._nursery: trio.Nursery | None = None
         self._prefetcher: Prefetcher | None = None
@@ -102,7 +106,7 @@ class Supervisor:
                     self._prefetcher = Prefetcher(self._nursery)
                     async with trio.open_nursery() as starting:
                         for worker in self.workers:
-                            starting.start_soon(self._nursery.start, self._keep, worker)
+                            starting.start_soon(self._nursery.start, self._keeper.keep, worker)
                     task_status.started()
             finally:
                 links.cancel()
@@ -130,7 +134,7 @@ class Supervisor:
             while worker.is_wanted and (  # noqa: ASYNC110
                 worker.epoch == epoch or worker.state not in ("ready", "failed")
             ):
-                await trio.sleep(self._watch.ping_s)
+                await trio.sleep(self._ping_s)
 
     async def scale(self, engine: str, count: int) -> None:
         """Have so many replicas of an engine, from one on; returns once they are ready, or gone.
@@ -170,7 +174,7 @@ class Supervisor:
                     self._all.append(worker)
                 worker.want()
                 added.append(worker)
-                await self._nursery.start(self._keep, worker)
+                await self._nursery.start(self._keeper.keep, worker)
         except BaseException:
             with trio.CancelScope(shield=True):
                 await self._remove(added)
@@ -197,144 +201,19 @@ class Supervisor:
         with scope:
             await self._launcher.run(task_status)
 
-    async def _keep(
-        self, worker: Worker, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
-    ) -> None:
-        """One life after the other, for as long as it is wanted."""
-        try:
-            while worker.is_wanted:
-                worker.stirred = trio.Event()
-                await self._keep_one(worker, task_status)
-        finally:
-            worker.gone.set()
-
-    async def _keep_one(self, worker: Worker, task_status: trio.TaskStatus[None]) -> None:
-        """One life, and the wait for the next."""
-        ready_s = await self._live(worker, task_status)
-        if not worker.is_wanted:
+    def _meet(self, worker: Worker, facts: EngineFacts) -> None:
+        """It is ready, with an engine like this: perhaps for the first time."""
+        if worker.engine is not None:
             return
-        if worker.is_leaving:
-            worker.is_leaving = False
-            return
-        if not worker.was_ready:
-            raise WorkerUnfit(f"engine {worker}: {worker.why}")
-        delay_s = worker.restarts.died(trio.current_time(), ready_s=ready_s, draw=self._draw())
-        log.warning("worker_died", worker=str(worker), why=worker.why, restart_in_s=delay_s)
-        if delay_s is None:
-            self._turn(worker, "failed")
-            await worker.stirred.wait()
-        else:
-            with trio.move_on_after(delay_s):
-                await worker.stirred.wait()
-
-    async def _live(self, worker: Worker, task_status: trio.TaskStatus[None]) -> float | None:
-        """One life; when it became ready, if it did."""
-        worker.epoch += 1
-        worker.why = "it ended"
-        if worker.is_wanted:
-            worker.state = "starting"
-        ready_s = None
-        try:
-            life = self._launcher.launch(worker.epoch)
-        except OSError as error:  # no memory, or too many processes
-            worker.why = f"it could not be started: {error.strerror}"
-            return None
-        worker.pid = life.pid
-        try:
-            async with trio.open_nursery() as nursery:
-                worker.life = nursery.cancel_scope
-                nursery.start_soon(self._await_end, worker, life, nursery.cancel_scope)
-                if await self._open(worker, life.channel):
-                    ready_s = trio.current_time()
-                    assert worker.engine is not None
-                    nursery.start_soon(self._ask, worker, life.channel, nursery.cancel_scope)
-                    if not worker.was_ready:
-                        worker.was_ready = True
-                        task_status.started()
-                    worker.why = await worker.engine.live(life.channel)
-                nursery.cancel_scope.cancel()
-        finally:
-            worker.life = None
-            with trio.CancelScope(shield=True):
-                await self._end(worker, life)
-        return ready_s
-
-    async def _open(self, worker: Worker, channel: Channel) -> bool:
-        """Whether it became ready."""
-        opening = Open(
-            graph=to_msgpack(self.graph),
-            engine=worker.engine_name,
+        worker.engine = RemoteEngine(
+            facts,
+            name=worker.engine_name,
             replica=worker.replica,
-            num_blocks=self._num_blocks(worker),
+            on_change=lambda is_up: self._turn(worker, "ready" if is_up else "dead"),
+            prefetcher=self._prefetcher,
         )
-        channel.put(opening)
-        worker.why = f"it was not ready within {self._watch.start_s:g} s"
-        with trio.move_on_after(self._watch.start_s):
-            try:
-                answer = await channel.receive()
-            except ChannelClosed as error:
-                worker.why = str(error)
-                return False
-            if isinstance(answer, Unfit):
-                worker.why = answer.error
-            if isinstance(answer, Ready):
-                worker.why = "it ended"
-                if worker.engine is None:
-                    worker.engine = RemoteEngine(
-                        answer.facts,
-                        name=worker.engine_name,
-                        replica=worker.replica,
-                        on_change=lambda is_up: self._turn(worker, "ready" if is_up else "dead"),
-                        prefetcher=self._prefetcher,
-                    )
-                    if self._dispatcher is not None:
-                        self._dispatcher.add(worker.engine_name, worker.engine)
-                return True
-        return False
-
-    def _num_blocks(self, worker: Worker) -> int | None:
-        """Of its pool: as in an earlier life, or as its siblings have; None: not known yet."""
-        engines = [one.engine for one in self._all if one.engine_name == worker.engine_name]
-        return next((engine.facts.num_blocks for engine in engines if engine is not None), None)
-
-    async def _await_end(self, worker: Worker, life: Life, scope: trio.CancelScope) -> None:
-        code = await life.wait()
-        worker.why = f"signal {-code}" if code < 0 else f"exit code {code}"
-        scope.cancel()
-
-    async def _ask(self, worker: Worker, channel: Channel, scope: trio.CancelScope) -> None:
-        """Ask for signs of life; end a life that gives none, or whose engine is hung."""
-        assert worker.engine is not None
-        since_s = moved_s = trio.current_time()
-        while True:
-            asked_s = trio.current_time()
-            with suppress(ChannelClosed):
-                channel.put(Ping())
-            await trio.sleep(self._watch.ping_s)
-            now = trio.current_time()
-            if now - asked_s > self._watch.ping_s + self._watch.silent_s / 2:
-                since_s = now  # it was us who did not listen
-            silent_s = now - max(channel.heard_s, since_s)
-            if silent_s > self._watch.silent_s:
-                worker.why = f"no sign of life for {silent_s:.1f} s"
-                scope.cancel()
-            if not worker.engine.health.is_hung:
-                moved_s = now
-            if now - moved_s > self._watch.hang_s:
-                worker.why = "its engine hung"
-                scope.cancel()
-
-    async def _end(self, worker: Worker, life: Life) -> None:
-        """End the worker, in order where nothing is wrong with it; its life is heard no more."""
-        if worker.why == "it ended":
-            with suppress(ChannelClosed):
-                life.channel.put(Stop())
-            with trio.move_on_after(self._watch.stop_s):
-                await life.wait()
-        life.kill()
-        await life.wait()
-        life.close()
-        worker.pid = None
+        if self._dispatcher is not None:
+            self._dispatcher.add(worker.engine_name, worker.engine)
 
     def _turn(self, worker: Worker, state: WorkerState) -> None:
         if worker.is_wanted:

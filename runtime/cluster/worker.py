@@ -8,9 +8,11 @@ import trio
 from sagellm.runtime.cluster.backoff import Restarts
 from sagellm.runtime.engine.remote import RemoteEngine
 
-# starting -> ready -> dead -> starting ...; ready -> drained, until restarted; failed: given up;
-# removed: not wanted any more
-WorkerState: TypeAlias = Literal["starting", "ready", "drained", "dead", "failed", "removed"]
+# starting -> ready -> dead -> starting ...; ready -> drained, until restarted; ejected: dead for a
+# while, as its link fails; failed: given up; removed: not wanted any more
+WorkerState: TypeAlias = Literal[
+    "starting", "ready", "drained", "dead", "ejected", "failed", "removed"
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +43,7 @@ class Worker:
     epoch: int = 0
     engine: RemoteEngine | None = None
     why: str = ""  # the last life ended
+    is_cut: bool = False  # by its link, as far as can be known
     is_leaving: bool = False  # this life was asked to end: no death
     was_ready: bool = False  # since it was last wanted
     life: trio.CancelScope | None = None

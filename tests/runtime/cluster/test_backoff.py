@@ -1,5 +1,7 @@
 """Restarts: delays that double, with jitter; an intensity limit; a healthy life begins anew."""
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -44,9 +46,40 @@ def test_a_healthy_life_begins_anew(lived_s: float, delay_s: float) -> None:
     assert died(restarts, 100.0, ready_s=100.0 - lived_s) == delay_s
 
 
+def cut(restarts: Restarts, now: float, **fields: object) -> float:
+    given: dict[str, Any] = {"ready_s": None, "draw": 0.5, "may_eject": True, **fields}
+    return restarts.cut(now, **given)
+
+
+def test_after_five_cuts_in_a_row_it_is_left_alone_longer_each_time() -> None:
+    restarts = Restarts()
+    assert [cut(restarts, float(now)) for now in range(7)] == [0.5, 1.0, 2.0, 4.0, 10.0, 20.0, 30.0]
+    assert restarts.is_ejected
+    assert cut(restarts, 100.0, ready_s=40.0) == 0.5
+    assert not restarts.is_ejected
+
+
+def test_where_it_is_needed_it_is_tried_again_as_any_other_and_never_given_up() -> None:
+    restarts = Restarts()
+    found = [cut(restarts, now / 10, may_eject=False) for now in range(9)]
+    assert found == [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0, 30.0]
+    assert not restarts.is_ejected
+
+
+def test_a_cut_is_no_death() -> None:
+    restarts = Restarts(RestartPolicy(most=1))
+    cut(restarts, 0.0)
+    assert died(restarts, 1.0) is not None
+    assert died(restarts, 2.0) is None
+
+
 def test_what_is_forgiven_counts_no_more() -> None:
     restarts = Restarts(RestartPolicy(most=1))
     died(restarts, 0.0)
     assert died(restarts, 1.0) is None
     restarts.forgive()
     assert died(restarts, 2.0) == 0.5
+    for now in range(3, 10):
+        cut(restarts, float(now))
+    restarts.forgive()
+    assert cut(restarts, 10.0) == 0.5

@@ -1,0 +1,192 @@
+"""One worker, life after life: it is started, watched, ended, and started again."""
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+
+import structlog
+import trio
+
+from sagellm.graphs.ir import Graph
+from sagellm.graphs.text.codec import to_msgpack
+from sagellm.runtime.cluster.faults import WorkerUnfit
+from sagellm.runtime.cluster.launch import Launcher, Life
+from sagellm.runtime.cluster.worker import Watch, Worker, WorkerState
+from sagellm.runtime.comm.channel import Channel, ChannelClosed
+from sagellm.runtime.comm.protocol import Open, Ping, Ready, Stop, Unfit
+from sagellm.runtime.engine.port import EngineFacts
+
+log = structlog.get_logger("sagellm.cluster")
+
+
+class Keeper:
+    """Keeps workers of one graph.
+
+    `siblings` are those of an engine's name, `turn` gives a worker a state, and `meet` hears the
+    facts of one that is ready, so that it has an engine.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        launcher: Launcher,
+        watch: Watch,
+        draw: Callable[[], float],
+        *,
+        siblings: Callable[[str], Sequence[Worker]],
+        turn: Callable[[Worker, WorkerState], None],
+        meet: Callable[[Worker, EngineFacts], None],
+    ) -> None:
+        self._graph = graph
+        self._launcher = launcher
+        self._watch = watch
+        self._draw = draw
+        self._siblings = siblings
+        self._turn = turn
+        self._meet = meet
+
+    async def keep(
+        self, worker: Worker, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        """One life after the other, for as long as it is wanted; started once it is ready.
+
+        Raises WorkerUnfit where it does not become ready the first time.
+        """
+        try:
+            while worker.is_wanted:
+                worker.stirred = trio.Event()
+                await self._keep_one(worker, task_status)
+        finally:
+            worker.gone.set()
+
+    async def _keep_one(self, worker: Worker, task_status: trio.TaskStatus[None]) -> None:
+        """One life, and the wait for the next."""
+        ready_s = await self._live(worker, task_status)
+        if not worker.is_wanted:
+            return
+        if worker.is_leaving:
+            worker.is_leaving = False
+            return
+        if not worker.was_ready:
+            raise WorkerUnfit(f"engine {worker}: {worker.why}")
+        delay_s = self._delay(worker, ready_s)
+        log.warning("worker_died", worker=str(worker), why=worker.why, restart_in_s=delay_s)
+        if delay_s is None:
+            self._turn(worker, "failed")
+            await worker.stirred.wait()
+        else:
+            with trio.move_on_after(delay_s):
+                await worker.stirred.wait()
+
+    def _delay(self, worker: Worker, ready_s: float | None) -> float | None:
+        """Until its next life; it is ejected where its link is to blame, again and again."""
+        now, draw = trio.current_time(), self._draw()
+        if not worker.is_cut:
+            return worker.restarts.died(now, ready_s=ready_s, draw=draw)
+        siblings = [one for one in self._siblings(worker.engine_name) if one.is_wanted]
+        num_ejected = sum(one.state == "ejected" for one in siblings)
+        may_eject = 2 * (num_ejected + 1) <= len(siblings)
+        delay_s = worker.restarts.cut(now, ready_s=ready_s, draw=draw, may_eject=may_eject)
+        if worker.restarts.is_ejected:
+            self._turn(worker, "ejected")
+        return delay_s
+
+    async def _live(self, worker: Worker, task_status: trio.TaskStatus[None]) -> float | None:
+        """One life; when it became ready, if it did."""
+        worker.epoch += 1
+        worker.why, worker.is_cut = "it ended", False
+        if worker.is_wanted:
+            worker.state = "starting"
+        ready_s = None
+        try:
+            life = self._launcher.launch(worker.epoch)
+        except OSError as error:  # no memory, or too many processes
+            worker.why = f"it could not be started: {error.strerror}"
+            return None
+        worker.pid = life.pid
+        try:
+            async with trio.open_nursery() as nursery:
+                worker.life = nursery.cancel_scope
+                nursery.start_soon(self._await_end, worker, life, nursery.cancel_scope)
+                if await self._open(worker, life.channel):
+                    ready_s = trio.current_time()
+                    assert worker.engine is not None
+                    nursery.start_soon(self._ask, worker, life.channel, nursery.cancel_scope)
+                    if not worker.was_ready:
+                        worker.was_ready = True
+                        task_status.started()
+                    worker.why, worker.is_cut = await worker.engine.live(life.channel), True
+                nursery.cancel_scope.cancel()
+        finally:
+            worker.life = None
+            with trio.CancelScope(shield=True):
+                await self._end(worker, life)
+        return ready_s
+
+    async def _open(self, worker: Worker, channel: Channel) -> bool:
+        """Whether it became ready."""
+        opening = Open(
+            graph=to_msgpack(self._graph),
+            engine=worker.engine_name,
+            replica=worker.replica,
+            num_blocks=self._num_blocks(worker),
+        )
+        channel.put(opening)
+        worker.why = f"it was not ready within {self._watch.start_s:g} s"
+        with trio.move_on_after(self._watch.start_s):
+            try:
+                answer = await channel.receive()
+            except ChannelClosed as error:
+                worker.why = str(error)
+                return False
+            if isinstance(answer, Unfit):
+                worker.why = answer.error
+            if isinstance(answer, Ready):
+                worker.why = "it ended"
+                self._meet(worker, answer.facts)
+                return True
+        return False
+
+    def _num_blocks(self, worker: Worker) -> int | None:
+        """Of its pool: as in an earlier life, or as its siblings have; None: not known yet."""
+        engines = [one.engine for one in self._siblings(worker.engine_name)]
+        return next((engine.facts.num_blocks for engine in engines if engine is not None), None)
+
+    async def _await_end(self, worker: Worker, life: Life, scope: trio.CancelScope) -> None:
+        code = await life.wait()
+        worker.why = f"signal {-code}" if code < 0 else f"exit code {code}"
+        worker.is_cut = code == 0  # it left by itself, as its link had ended
+        scope.cancel()
+
+    async def _ask(self, worker: Worker, channel: Channel, scope: trio.CancelScope) -> None:
+        """Ask for signs of life; end a life that gives none, or whose engine is hung."""
+        assert worker.engine is not None
+        since_s = moved_s = trio.current_time()
+        while True:
+            asked_s = trio.current_time()
+            with suppress(ChannelClosed):
+                channel.put(Ping())
+            await trio.sleep(self._watch.ping_s)
+            now = trio.current_time()
+            if now - asked_s > self._watch.ping_s + self._watch.silent_s / 2:
+                since_s = now  # it was us who did not listen
+            silent_s = now - max(channel.heard_s, since_s)
+            if silent_s > self._watch.silent_s:
+                worker.why, worker.is_cut = f"no sign of life for {silent_s:.1f} s", True
+                scope.cancel()
+            if not worker.engine.health.is_hung:
+                moved_s = now
+            if now - moved_s > self._watch.hang_s:
+                worker.why = "its engine hung"
+                scope.cancel()
+
+    async def _end(self, worker: Worker, life: Life) -> None:
+        """End the worker, in order where nothing is wrong with it; its life is heard no more."""
+        if worker.why == "it ended":
+            with suppress(ChannelClosed):
+                life.channel.put(Stop())
+            with trio.move_on_after(self._watch.stop_s):
+                await life.wait()
+        life.kill()
+        await life.wait()
+        life.close()
+        worker.pid = None

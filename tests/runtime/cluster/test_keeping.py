@@ -1,0 +1,89 @@
+"""Workers whose links fail again and again, in virtual time: left alone, and tried again."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+import trio
+from trio.testing import MockClock
+from virtual_workers import Chaos, chaotic
+
+from sagellm import Graph, Sampling, ops
+
+START_S = 2.0  # what loading takes
+
+
+def replicated() -> Graph:
+    graph = Graph("replicated").engine("g", replicas=2)
+    return graph >> ops.route() >> ops.generate(engine="g")
+
+
+@asynccontextmanager
+async def bad_links(chaos: Chaos, *replicas: int) -> AsyncIterator[dict[int, list[float]]]:
+    """Cut each of them as soon as it is ready; when each was cut."""
+    cut: dict[int, list[float]] = {replica: [] for replica in replicas}
+
+    async def spoil(replica: int) -> None:
+        worker = chaos.supervisor.workers[replica]
+        while True:
+            if worker.is_serving:
+                (life,) = (one for one in chaos.lives.lives if one.pid == worker.pid)
+                life.channel.close("its checksum is wrong")
+                cut[replica].append(trio.current_time())
+            await trio.sleep(0.1)
+
+    async with trio.open_nursery() as nursery:
+        for replica in replicas:
+            nursery.start_soon(spoil, replica)
+        yield cut
+        nursery.cancel_scope.cancel()
+
+
+def pauses(times: list[float]) -> list[float]:
+    return [later - earlier - START_S for earlier, later in zip(times, times[1:], strict=False)]
+
+
+async def test_it_is_ejected_after_five_and_probed_after_ten_seconds_then_twenty(
+    autojump_clock: MockClock,
+) -> None:
+    async with chaotic(replicated(), 1) as chaos:
+        worker, sibling = chaos.supervisor.workers
+        async with bad_links(chaos, 0) as cut:
+            await trio.sleep(30)
+            assert worker.state == "ejected"
+            answer = await chaos.session.generate([1] * 5, sampling=Sampling(max_tokens=3))
+            assert answer.finish_reason
+            await trio.sleep(100)
+        found = pauses(cut[0])
+        assert found[:4] == pytest.approx([0.5, 1.0, 2.0, 4.0], rel=0.2, abs=0.2)
+        assert found[4:7] == pytest.approx([10.0, 20.0, 30.0], abs=0.2)
+        assert sibling.restarts.count == 0
+        await trio.sleep(60)  # the link is good again
+        assert worker.is_serving
+
+
+async def test_no_more_than_half_are_ejected(autojump_clock: MockClock) -> None:
+    async with chaotic(replicated(), 1) as chaos:
+        async with bad_links(chaos, 0, 1):
+            for _ in range(1000):
+                states = [worker.state for worker in chaos.supervisor.workers]
+                assert states.count("ejected") <= 1
+                assert "failed" not in states
+                await trio.sleep(0.1)
+            assert sum(worker.restarts.count for worker in chaos.supervisor.workers) > 10
+        await trio.sleep(100)
+        assert all(worker.is_serving for worker in chaos.supervisor.workers)
+
+
+async def test_a_worker_that_is_restarted_by_hand_waits_no_longer(
+    autojump_clock: MockClock,
+) -> None:
+    async with chaotic(replicated(), 1) as chaos:
+        worker = chaos.supervisor.workers[0]
+        async with bad_links(chaos, 0):
+            while worker.state != "ejected":
+                await trio.sleep(0.1)
+        began_s = trio.current_time()
+        await chaos.supervisor.restart([worker])
+        assert worker.is_serving
+        assert trio.current_time() - began_s < START_S + 5
