@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from itertools import pairwise
 
 import pytest
 import trio
@@ -40,7 +41,7 @@ async def bad_links(chaos: Chaos, *replicas: int) -> AsyncIterator[dict[int, lis
 
 
 def pauses(times: list[float]) -> list[float]:
-    return [later - earlier - START_S for earlier, later in zip(times, times[1:], strict=False)]
+    return [later - earlier - START_S for earlier, later in pairwise(times)]
 
 
 async def test_it_is_ejected_after_five_and_probed_after_ten_seconds_then_twenty(
@@ -81,8 +82,8 @@ async def test_a_worker_that_is_restarted_by_hand_waits_no_longer(
     async with chaotic(replicated(), 1) as chaos:
         worker = chaos.supervisor.workers[0]
         async with bad_links(chaos, 0):
-            while worker.state != "ejected":
-                await trio.sleep(0.1)
+            await trio.sleep(30)
+            assert worker.state == "ejected"
         began_s = trio.current_time()
         await chaos.supervisor.restart([worker])
         assert worker.is_serving
