@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
+from sagellm.backends.layers_done import LayersDone
 from sagellm.backends.quantised import QuantisedWeight
 from sagellm.backends.step import KVLayout, StepInputs
 from sagellm.graphs.ir import Graph
@@ -17,10 +18,12 @@ Weights: TypeAlias = Mapping[str, "torch.Tensor | QuantisedWeight"]
 class Program(Protocol):
     """A lowered kernel graph with its weights; `str()` shows its instructions."""
 
-    def run(self, inputs: StepInputs, pool: "torch.Tensor") -> "torch.Tensor":
+    def run(
+        self, inputs: StepInputs, pool: "torch.Tensor", layers_done: LayersDone | None = None
+    ) -> "torch.Tensor":
         """One forward step: writes keys and values into `pool`, returns float32 logits [R, vocab].
 
-        Not reentrant. The result is the caller's.
+        Not reentrant. The result is the caller's. `layers_done` is told of each layer.
         """
         ...
 

@@ -14,6 +14,7 @@ from benchmarks.ours import Ours, bench_graph
 from benchmarks.shape import LLAMA15M, QWEN05, Shape
 from benchmarks.weights import model_folder
 from sagellm.backends import StepInputs
+from sagellm.backends.layers_done import LayersDone
 from sagellm.runtime.engine.torch_runner import SharedProgram
 
 BATCH = 32
@@ -35,9 +36,14 @@ def noted_calls() -> Iterator[list[Call]]:
     calls: list[Call] = []
     whole = SharedProgram.run
 
-    def run(self: SharedProgram, inputs: StepInputs, pool: torch.Tensor) -> torch.Tensor:
+    def run(
+        self: SharedProgram,
+        inputs: StepInputs,
+        pool: torch.Tensor,
+        layers_done: LayersDone | None = None,
+    ) -> torch.Tensor:
         start_s = time.perf_counter()
-        logits = whole(self, inputs, pool)
+        logits = whole(self, inputs, pool, layers_done)
         is_decode = all(length == 1 for length in inputs.query_lens)
         num_decoding = len(inputs.query_lens) if is_decode else 0
         calls.append(Call(start_s, time.perf_counter(), num_decoding))

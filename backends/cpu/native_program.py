@@ -10,6 +10,7 @@ from sagellm.backends.cpu.native import structs
 from sagellm.backends.cpu.native.library import NativeKernels
 from sagellm.backends.cpu.rope import rope_tables
 from sagellm.backends.cpu.translation import Translation
+from sagellm.backends.layers_done import LayersDone
 from sagellm.backends.protocol import Program
 from sagellm.backends.step import StepInputs
 
@@ -44,7 +45,9 @@ class NativeProgram:
         return f"# in one native call\n{self._on_tensors}"
 
     @torch.no_grad()
-    def run(self, inputs: StepInputs, pool: torch.Tensor) -> torch.Tensor:
+    def run(
+        self, inputs: StepInputs, pool: torch.Tensor, layers_done: LayersDone | None = None
+    ) -> torch.Tensor:
         """Float32 logits [R, vocab]; keys and values of the T rows are in `pool` afterwards.
 
         Raises IndexError for a token outside of the vocabulary.
@@ -56,6 +59,8 @@ class NativeProgram:
         tables = [rope_tables(rope).up_to(max(inputs.contexts)) for rope in self._translation.ropes]
         self._tables[:] = [table.data_ptr() for table in tables]
         self._load(inputs, pool)
+        self._step.layers_done = layers_done.address if layers_done is not None else None
+        self._step.bell = layers_done.bell if layers_done is not None else -1
         self._kernels.run_step(self._step)
         return logits
 

@@ -9,6 +9,7 @@ from sagellm.backends.cpu.native_program import NativeProgram
 from sagellm.backends.cpu.rules import RULES, BoundKernel
 from sagellm.backends.cpu.step import Step
 from sagellm.backends.cpu.translation import UntranslatableError, translate
+from sagellm.backends.layers_done import LayersDone
 from sagellm.backends.plan import Instruction, Plan
 from sagellm.backends.step import StepInputs
 from sagellm.graphs.kernels import KERNELS, KV
@@ -16,9 +17,12 @@ from sagellm.graphs.kernels import KERNELS, KV
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One kernel with its weights, and the registers it reads, fills and leaves dead."""
+    """One kernel with its weights, and the registers it reads, fills and leaves dead. `attends`:
+    behind what writes the keys and values of its layer.
+    """
 
     kernel: BoundKernel
+    attends: bool
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     dead: tuple[int, ...]
@@ -35,11 +39,17 @@ class CpuProgram:
         return str(self._plan)
 
     @torch.no_grad()
-    def run(self, inputs: StepInputs, pool: torch.Tensor) -> torch.Tensor:
+    def run(
+        self, inputs: StepInputs, pool: torch.Tensor, layers_done: LayersDone | None = None
+    ) -> torch.Tensor:
         """Float32 logits [R, vocab]; keys and values of the T rows are in `pool` afterwards."""
         step = Step(inputs, pool)
         registers = self._load(inputs, pool)
+        num_layers = 0
         for call in self._calls:
+            num_layers += call.attends
+            if call.attends and layers_done is not None:
+                layers_done.tell(num_layers)
             results = call.kernel(step, *(registers[index] for index in call.inputs))
             for index, result in zip(call.outputs, results, strict=True):
                 registers[index] = result
@@ -76,7 +86,8 @@ def bind(plan: Plan, binding: Binding) -> CpuProgram | NativeProgram:
 
 def _call(step: Instruction, binding: Binding) -> Call:
     kernel = RULES[step.node.op](KERNELS[step.node.op].options(step.node), binding)
-    return Call(kernel, step.inputs, step.outputs, step.dead)
+    attends = step.node.op == "paged_attention"
+    return Call(kernel, attends, step.inputs, step.outputs, step.dead)
 
 
 _EMPTY = torch.empty(0)

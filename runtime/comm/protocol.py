@@ -15,6 +15,7 @@ from sagellm.runtime.engine.port import (
     LeaseOffer,
     PrefillDone,
 )
+from sagellm.runtime.kv.extent import NOTHING, Extent, Part
 from sagellm.runtime.kv.located import Located
 from sagellm.runtime.messages import LeaseRef, SequenceState, TokenEvent
 
@@ -61,44 +62,41 @@ class Import(_Said, frozen=True, kw_only=True, tag="import"):
 
 
 class Export(_Said, frozen=True, kw_only=True, tag="export"):
-    """Turn a held lease to `sending`; answered by `Exported`, of its blocks from `first` on, or
+    """Turn a held lease to `sending`; answered by `Exported`, of what has not landed yet, or
     `Refused`.
     """
 
     call: int
     lease: LeaseRef
-    first: int = 0
+    landed: Extent = NOTHING
 
 
 class ExportPart(_Said, frozen=True, kw_only=True, tag="export_part"):
-    """Of a prompt that is still being computed: its blocks from `first` on, up to `num_blocks`;
-    answered by `Exported` or `Refused`.
-    """
+    """A part of a prompt that is still being computed; answered by `Exported` or `Refused`."""
 
     call: int
     lease: LeaseRef
-    first: int
-    num_blocks: int
+    part: Part
 
 
 class Receive(_Said, frozen=True, kw_only=True, tag="receive"):
-    """Copy those blocks into a reserved lease, from its block `first` on: then it is filled.
-    Answered by `Done` or `Refused`.
+    """Copy that into a reserved lease, all but what has landed there: then it is filled. Answered
+    by `Done` or `Refused`.
     """
 
     call: int
     lease: LeaseRef
     source: Located
-    first: int = 0
+    landed: Extent = NOTHING
 
 
 class ReceivePart(_Said, frozen=True, kw_only=True, tag="receive_part"):
-    """As `Receive`, of a prompt that is still being computed: more blocks come after these."""
+    """As `Receive`, of a prompt that is still being computed: more comes after this part."""
 
     call: int
     lease: LeaseRef
     source: Located
-    first: int
+    part: Part
 
 
 class Release(_Said, frozen=True, kw_only=True, tag="release"):
@@ -184,10 +182,10 @@ class Exported(_Said, frozen=True, kw_only=True, tag="exported"):
 
 
 class Advanced(_Said, frozen=True, kw_only=True, tag="advanced"):
-    """So many blocks of a prompt that is to be exported are computed, and do not change."""
+    """So much of a prompt that is to be exported is computed, and does not change."""
 
     lease: LeaseRef
-    num_blocks: int
+    computed: Extent
 
 
 class Events(_Said, frozen=True, kw_only=True, tag="events"):

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import trio
 
+from sagellm.backends.layers_done import LayersDone
 from sagellm.runtime.engine.behind import Behind
 from sagellm.runtime.engine.sequence import Sequence
 from sagellm.runtime.engine.speculation.ahead import Ahead
@@ -32,7 +33,7 @@ class Batch:
     pending but the token they drew last; `drafts` are guesses of what some of those draw next,
     computed behind it and counted in its query length. Where there are `behind`, one for each
     sequence, the pending tokens are those that the step before this one draws: it was made before
-    they were known.
+    they were known. `layers_done` is told of each layer, where somebody wants to know.
     """
 
     sequences: list[Sequence] = field(default_factory=list)
@@ -42,6 +43,7 @@ class Batch:
     num_decodes: int = 0
     drafts: dict[Sequence, list[int]] = field(default_factory=dict)
     behind: list[Behind] = field(default_factory=list)
+    layers_done: LayersDone | None = None
 
     @property
     def is_behind(self) -> bool:

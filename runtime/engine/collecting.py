@@ -13,6 +13,7 @@ from sagellm.runtime.engine.sequence import Sequence
 from sagellm.runtime.engine.speculation.speculation import Speculation
 from sagellm.runtime.engine.speculation.verifying import verified
 from sagellm.runtime.kv.exchange import Exchange
+from sagellm.runtime.kv.extent import Extent, whole
 from sagellm.runtime.kv.lease import Fence, Lease, LeaseEvent
 from sagellm.runtime.messages import FinishReason, LeaseRef
 
@@ -30,7 +31,8 @@ _LEASE_EVENT: dict[FinishReason, LeaseEvent] = {
 class Collector:
     """Keeps the sequences of an engine until they end.
 
-    `on_advance` hears of each step of a prompt that is to be exported, but of the last.
+    `on_advance` hears of each step of a prompt that is to be exported, but of the last: how much of
+    it is computed.
 
     `launched` is the batch that computes now, None between two steps: what it writes stays leased
     until it is collected, also where its sequence has ended before.
@@ -44,7 +46,7 @@ class Collector:
         self._scheduler = scheduler
         self._exchange = exchange
         self._speculation = speculation
-        self.on_advance: Callable[[Lease, int], None] = lambda lease, num_tokens: None
+        self.on_advance: Callable[[Lease, Extent], None] = lambda lease, extent: None
         self._left: list[tuple[Lease, LeaseEvent]] = []  # by sequences that ended before their step
 
     def collect(self, batch: Batch, drawn: Drawn | Exception) -> None:
@@ -114,7 +116,8 @@ class Collector:
             if sequence.fence not in broken:
                 self._publish(sequence)
                 if sequence.state.hold_kv and sequence.num_pending:
-                    self.on_advance(sequence.lease, sequence.num_computed)
+                    num_blocks = sequence.num_computed // self._scheduler.pool.block_size
+                    self.on_advance(sequence.lease, whole(num_blocks))
 
     def _publish(self, sequence: Sequence) -> None:
         """Blocks that the next step reads already are not exchanged for others that hold the same:

@@ -11,6 +11,7 @@ from sagellm.runtime.engine.batch import Landing
 from sagellm.runtime.engine.collecting import Collector
 from sagellm.runtime.engine.equipment import Equipment
 from sagellm.runtime.engine.intake import check_offer, check_sequence
+from sagellm.runtime.engine.layer_watch import LayerWatch
 from sagellm.runtime.engine.mailbox import Mailbox
 from sagellm.runtime.engine.port import (
     NO_DRAFTS,
@@ -24,7 +25,8 @@ from sagellm.runtime.engine.scheduler import Scheduler
 from sagellm.runtime.engine.sequence import Sequence
 from sagellm.runtime.engine.stepping import Stepping
 from sagellm.runtime.kv.exchange import Exchange
-from sagellm.runtime.kv.lease import Fence
+from sagellm.runtime.kv.extent import NOTHING, Extent, Part
+from sagellm.runtime.kv.lease import Fence, Lease
 from sagellm.runtime.kv.located import Located
 from sagellm.runtime.kv.pool import BlockPool
 from sagellm.runtime.kv.transfer import PoolSource, PoolTarget
@@ -60,7 +62,7 @@ class LocalEngine:
         self._expiries: list[tuple[float, int, Fence]] = []
         self._changed = trio.Event()
         self._at_rest = trio.lowlevel.ParkingLot()
-        self.num_early_blocks = 0  # that came while their prompt was being computed
+        self.num_early_blocks = 0.0  # that came while their prompt was being computed
         self._num_arrivals = 0
         self._is_closed = False
 
@@ -100,26 +102,35 @@ class LocalEngine:
         fence = Fence(offer.request_id, offer.choice, offer.epoch)
         return self._exchange.target(fence) or await self._land(fence, offer.num_tokens)
 
-    async def export_part(self, lease: LeaseRef, first: int, num_blocks: int) -> Located:
-        """Where blocks of a prompt are that is still being computed. Raises StaleLease."""
-        return await self._exchange.part(lease, first, num_blocks)()
+    async def export_part(self, lease: LeaseRef, part: Part) -> Located:
+        """Where a part of a prompt is that is still being computed. Raises StaleLease."""
+        return await self._exchange.part(lease, part)()
 
-    async def receive(self, lease: LeaseRef, source: Located, first: int = 0) -> None:
-        """Fill a reserved lease from another process. Raises StaleLease, DamagedBlocks."""
-        await self._exchange.target_of(lease).fetch(source, first)
-
-    async def receive_part(self, lease: LeaseRef, source: Located, first: int) -> None:
-        """Fill some blocks of it, while others are computed. Raises StaleLease, DamagedBlocks."""
-        await self._exchange.target_of(lease).fetch_part(source, first)
-        self.num_early_blocks += source.num_blocks
-
-    def tell_advances(self, tell: Callable[[LeaseRef, int], None]) -> None:
-        """Call `tell` after each step with the leases of prompts that are to be exported, and with
-        how many of their blocks are computed, as long as there is more to compute.
+    async def receive(self, lease: LeaseRef, source: Located, landed: Extent = NOTHING) -> None:
+        """Fill a reserved lease from another process, but for what has landed there already.
+        Raises StaleLease, DamagedBlocks.
         """
-        self._collector.on_advance = lambda lease, num_tokens: tell(
-            lease.ref(self.name, self.replica), num_tokens // self.facts.block_size
-        )
+        await self._exchange.target_of(lease).fetch(source, landed)
+
+    async def receive_part(self, lease: LeaseRef, source: Located, part: Part) -> None:
+        """Fill a part of it, while others are computed. Raises StaleLease, DamagedBlocks."""
+        await self._exchange.target_of(lease).fetch_part(source, part)
+        num_layers = self._equipment.storage.num_layers
+        self.num_early_blocks += source.num_blocks * len(part.layers(num_layers)) / num_layers
+
+    async def tell_advances(self, tell: Callable[[LeaseRef, Extent], None]) -> None:
+        """Call `tell` with the leases of prompts that are to be exported, and with what of them is
+        computed, as that grows, until cancelled or closed.
+        """
+
+        def told(lease: Lease, extent: Extent) -> None:
+            tell(lease.ref(self.name, self.replica), extent)
+
+        block_bytes, num_layers = self.facts.kv_block_bytes, self._equipment.storage.num_layers
+        watch = LayerWatch(self.facts.block_size, block_bytes // num_layers, told)
+        self._collector.on_advance = told
+        self._stepping.layer_watch = watch
+        await watch.run()
 
     def forget_gone(self) -> None:
         """Let go of what belonged to other processes that are gone."""
@@ -189,6 +200,8 @@ class LocalEngine:
         finally:
             with trio.CancelScope(shield=True):
                 await self._equipment.runner.close()
+            if self._stepping.layer_watch is not None:
+                self._stepping.layer_watch.close()
             self._stop()
 
     async def step(self) -> None:

@@ -20,16 +20,24 @@ def null_token(seed: int, choice: int, position: int, vocab_size: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class NullRunner:
-    """Sleeps `prefill_token_s` a prompt token and `decode_step_s` a step, on trio's clock."""
+    """Sleeps `prefill_token_s` a prompt token and `decode_step_s` a step, on trio's clock; when
+    half of that is over, half of the `num_layers` are done.
+    """
 
     vocab_size: int
     prefill_token_s: float
     decode_step_s: float
+    num_layers: int = 1
 
     async def run(self, batch: Batch) -> Drawn:
         num_decodes = batch.query_lens.count(1)
         num_prefill_tokens = batch.num_tokens - num_decodes
-        await trio.sleep(self.decode_step_s + num_prefill_tokens * self.prefill_token_s)
+        step_s = self.decode_step_s + num_prefill_tokens * self.prefill_token_s
+        if batch.layers_done is not None:
+            await trio.sleep(step_s / 2)
+            batch.layers_done.tell(self.num_layers // 2)
+            step_s /= 2
+        await trio.sleep(step_s)
         token_ids = [
             null_token(
                 sequence.state.sampling.seed or 0,

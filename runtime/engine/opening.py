@@ -48,10 +48,11 @@ def facts_of(options: EngineOptions, folder: ModelFolder) -> EngineFacts:
 def _null_equipment(options: EngineOptions, folder: ModelFolder, facts: EngineFacts) -> Equipment:
     token_s = 1e-4 if options.prefill_token_s is None else options.prefill_token_s
     step_s = 0.01 if options.decode_step_s is None else options.decode_step_s
+    num_layers = folder.facts.num_layers
     return Equipment(
         facts,
         options.limits,
-        NullRunner(folder.facts.vocab_size, token_s, step_s),
-        NullStorage(facts.kv_block_bytes, options.kv_bytes_per_s or 10e9),
+        NullRunner(folder.facts.vocab_size, token_s, step_s, num_layers),
+        NullStorage(facts.kv_block_bytes, options.kv_bytes_per_s or 10e9, num_layers),
         folder.facts.vocab_size,
     )

@@ -21,6 +21,7 @@ from sagellm.runtime.comm.protocol import (
     Submit,
 )
 from sagellm.runtime.engine.port import KVSource
+from sagellm.runtime.kv.extent import NOTHING, Extent
 from sagellm.runtime.kv.located import Located
 from sagellm.runtime.messages import LeaseRef
 
@@ -34,8 +35,8 @@ Question: TypeAlias = Callable[
 class Prefetches(Protocol):
     """Moves blocks of prompts before they are whole; see `prefetching`."""
 
-    async def settle(self, lease: LeaseRef) -> int:
-        """Stop; how many of the blocks that are reserved there have come already."""
+    async def settle(self, lease: LeaseRef) -> Extent:
+        """Stop; how much of what is reserved there has come already."""
 
 
 class Asked(Protocol):
@@ -57,13 +58,13 @@ class RemoteSource:
     engine: Asked
     lease: LeaseRef
 
-    async def locate(self, first: int = 0) -> Located:
-        """Where the blocks from `first` on are; from now on they are `sending`. Raises StaleLease,
-        EngineLost.
+    async def locate(self, landed: Extent = NOTHING) -> Located:
+        """Where the blocks are, but for what has landed; from now on they are `sending`. Raises
+        StaleLease, EngineLost.
         """
         with trio.CancelScope(shield=True):
             answer = await self.engine.ask(
-                lambda call: Export(call=call, lease=self.lease, first=first)
+                lambda call: Export(call=call, lease=self.lease, landed=landed)
             )
         assert isinstance(answer, Exported)
         return answer.source
@@ -88,10 +89,10 @@ class RemoteTarget:
         if not isinstance(source, RemoteSource):
             raise TypeError(f"a worker receives from a worker, not from {type(source).__name__}")
         try:
-            first = await self.prefetcher.settle(self.lease) if self.prefetcher else 0
-            located = await source.locate(first)
+            landed = await self.prefetcher.settle(self.lease) if self.prefetcher else NOTHING
+            located = await source.locate(landed)
             await self.engine.ask(
-                lambda call: Receive(call=call, lease=self.lease, source=located, first=first),
+                lambda call: Receive(call=call, lease=self.lease, source=located, landed=landed),
                 source.hold,
             )
         except BaseException:

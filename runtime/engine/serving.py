@@ -55,8 +55,9 @@ class EngineServer:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._engine.run)
             nursery.start_soon(self._engine.serve_blocks)
-            self._engine.tell_advances(
-                lambda lease, num: self._say(Advanced(lease=lease, num_blocks=num))
+            nursery.start_soon(
+                self._engine.tell_advances,
+                lambda lease, computed: self._say(Advanced(lease=lease, computed=computed)),
             )
             self._channel.put(Ready(facts=self._engine.facts))
             with suppress(ChannelClosed):  # nobody is left to serve
@@ -131,18 +132,18 @@ class EngineServer:
         self._sources[lease] = source
         self._expiries_s[lease] = trio.current_time() + LEASE_S
         nursery.start_soon(self._expire, lease)
-        return Exported(call=message.call, source=await source.share(message.first))
+        return Exported(call=message.call, source=await source.share(message.landed))
 
     async def _export_part(self, message: ExportPart) -> Exported:
-        part = message.lease, message.first, message.num_blocks
-        return Exported(call=message.call, source=await self._engine.export_part(*part))
+        source = await self._engine.export_part(message.lease, message.part)
+        return Exported(call=message.call, source=source)
 
     async def _receive(self, message: Receive) -> Done:
-        await self._engine.receive(message.lease, message.source, message.first)
+        await self._engine.receive(message.lease, message.source, message.landed)
         return Done(call=message.call)
 
     async def _receive_part(self, message: ReceivePart) -> Done:
-        await self._engine.receive_part(message.lease, message.source, message.first)
+        await self._engine.receive_part(message.lease, message.source, message.part)
         return Done(call=message.call)
 
     def _pong(self) -> Pong:

@@ -10,6 +10,7 @@ from sagellm.runtime.engine.batch import Batch
 from sagellm.runtime.engine.collecting import Collector
 from sagellm.runtime.engine.equipment import Equipment
 from sagellm.runtime.engine.following import follow
+from sagellm.runtime.engine.layer_watch import LayerWatch
 from sagellm.runtime.engine.pulse import Pulse
 from sagellm.runtime.engine.runner import Drawn, Lookahead
 from sagellm.runtime.engine.scheduler import Scheduler
@@ -35,6 +36,7 @@ class Stepping:
         self._name = name
         self._replica = replica
         self._lookahead: Lookahead | None = None
+        self.layer_watch: LayerWatch | None = None
         self._ahead: Batch | None = None  # begins when what computes now has drawn
 
     def next(self) -> Batch:
@@ -61,6 +63,8 @@ class Stepping:
             return error
         finally:
             self._collector.launched, self._ahead = self._ahead, None
+            if self.layer_watch is not None:
+                self.layer_watch.end()
             self.pulse.finish(trio.current_time())
 
     def recall(self) -> None:
@@ -73,6 +77,8 @@ class Stepping:
         if speculation is not None:
             await speculation.extend(batch, self._scheduler)
         self.step_tokens.observe(batch.num_tokens)
+        if self.layer_watch is not None:
+            self.layer_watch.begin(batch)
         self._look_ahead(batch, equipment.lookahead)
         drawn = await equipment.runner.run(batch)
         if speculation is not None:

@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 
 from sagellm.backends import Program, StepInputs
+from sagellm.backends.layers_done import LayersDone
 from sagellm.runtime.engine.batch import Batch
 from sagellm.runtime.engine.runner import Drawn
 from sagellm.runtime.engine.sampler import draw
@@ -27,9 +28,11 @@ class SharedProgram:
     program: Program
     turn: threading.Lock = field(default_factory=threading.Lock)
 
-    def run(self, inputs: StepInputs, pool: torch.Tensor) -> torch.Tensor:
+    def run(
+        self, inputs: StepInputs, pool: torch.Tensor, layers_done: LayersDone | None = None
+    ) -> torch.Tensor:
         with self.turn:
-            return self.program.run(inputs, pool)
+            return self.program.run(inputs, pool, layers_done)
 
 
 class RecalledError(RuntimeError):
@@ -118,7 +121,7 @@ class TorchRunner:
 
     @torch.inference_mode()
     def _compute(self, batch: Batch, inputs: StepInputs) -> Drawn:
-        logits = self._program.run(inputs, self._pool)
+        logits = self._program.run(inputs, self._pool, batch.layers_done)
         rows = batch.rows
         drawn = draw(logits[: len(rows)], rows)
         scores = score(logits[len(rows) :], batch.scoring) if batch.scoring else []

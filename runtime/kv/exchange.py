@@ -3,6 +3,7 @@
 from collections.abc import Awaitable, Callable
 
 from sagellm.runtime.engine.port import StaleLease
+from sagellm.runtime.kv.extent import Part
 from sagellm.runtime.kv.lease import Fence, Lease
 from sagellm.runtime.kv.located import Located
 from sagellm.runtime.kv.pool import BlockPool
@@ -39,21 +40,22 @@ class Exchange:
         del self._held[lease.fence]
         return PoolSource(self._pool, self._storage, lease, ref)
 
-    def part(self, ref: LeaseRef, first: int, num_blocks: int) -> Callable[[], Awaitable[Located]]:
-        """How blocks of a prompt that is still being computed are found. Raises StaleLease.
+    def part(self, ref: LeaseRef, part: Part) -> Callable[[], Awaitable[Located]]:
+        """How a part of a prompt that is still being computed is found. Raises StaleLease.
 
         They are its sequence's: what is shared ends with its lease, or where other blocks that hold
         the same take their place.
         """
         lease = self._pool.find(ref)
-        blocks = lease.blocks[first:num_blocks]
+        blocks = lease.blocks[part.first : part.end]
 
         def check() -> None:
             lease.require("reserved", "filled", "sending")
-            if lease.blocks[first:num_blocks] != blocks:
+            if lease.blocks[part.first : part.end] != blocks:
                 raise StaleLease(f"lease {ref.lease_id} has other blocks by now")
 
-        return lambda: self._storage.share(blocks, check)
+        layers = part.layers(self._storage.num_layers)
+        return lambda: self._storage.share(blocks, layers, check)
 
     def target(self, fence: Fence) -> PoolTarget | None:
         """The receiving side that was opened for `fence` and not yet adopted or aborted."""

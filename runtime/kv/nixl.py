@@ -60,8 +60,10 @@ class NixlTransport:
         self._abandoned: list[Any] = []
         self._lock = trio.Lock()  # of the landing
 
-    async def offer(self, blocks: Sequence[int], check: Callable[[], None]) -> NixlBlocks:
-        sums = await self._pool.sums(blocks, check)
+    async def offer(
+        self, blocks: Sequence[int], check: Callable[[], None], layers: range | None = None
+    ) -> NixlBlocks:
+        sums = await self._pool.sums(blocks, check, layers)
         return NixlBlocks(
             agent=self._metadata,
             address=self._pool.address,
@@ -71,18 +73,23 @@ class NixlTransport:
         )
 
     async def fetch(
-        self, source: Located, blocks: Sequence[int], check: Callable[[], None]
+        self,
+        source: Located,
+        blocks: Sequence[int],
+        check: Callable[[], None],
+        layers: range | None = None,
     ) -> None:
         if not isinstance(source, NixlBlocks):
             raise TypeError(f"NIXL fetches from NIXL, not from {type(source).__name__}")
         peer = self._peer(source.agent)
         runs = runs_of(list(zip(source.blocks, blocks, strict=True)))
         landed = slices_of(blocks)
+        chunks = self._pool.chunks(len(blocks), layers)
         async with self._lock:
-            for layers, wanted in zip(self._pool.chunks(len(blocks)), source.sums, strict=True):
+            for chunk, wanted in zip(chunks, source.sums, strict=True):
                 for _ in range(MOST_COPIES):
-                    await self._read(peer, source, layers, runs)
-                    if self._land(layers, landed, wanted, check):
+                    await self._read(peer, source, chunk, runs)
+                    if self._land(chunk, landed, wanted, check):
                         break
                     self.num_damaged += 1
                 else:

@@ -40,12 +40,12 @@ class PoolBytes:
         layers, kinds, _, block_bytes = self.array.shape
         return np.frombuffer(memory, dtype=np.uint8).reshape(layers, kinds, -1, block_bytes)
 
-    def chunks(self, num_blocks: int) -> list[range]:
-        """The layers, as many at a time as may pass between two checkpoints."""
+    def chunks(self, num_blocks: int, layers: range | None = None) -> list[range]:
+        """All layers, or those, as many at a time as may pass between two checkpoints."""
         num_layers, num_kinds, _, block_bytes = self.array.shape
+        layers = range(num_layers) if layers is None else layers
         step = max(1, _CHUNK_BYTES // (num_kinds * num_blocks * block_bytes))
-        starts = range(0, num_layers, step)
-        return [range(start, min(start + step, num_layers)) for start in starts]
+        return [layers[start : start + step] for start in range(0, len(layers), step)]
 
     def views(self, layers: range, runs: Sequence[slice]) -> list[memoryview]:
         """The bytes of those blocks: of the keys, then the values, of one layer after the other."""
@@ -58,12 +58,14 @@ class PoolBytes:
             hashed.update(view)
         return hashed.intdigest()
 
-    async def sums(self, blocks: Sequence[int], check: Callable[[], None]) -> tuple[int, ...]:
-        """The checksum of each chunk; `check` and checkpoints as in Transport."""
+    async def sums(
+        self, blocks: Sequence[int], check: Callable[[], None], layers: range | None
+    ) -> tuple[int, ...]:
+        """The checksum of each chunk; `check`, `layers` and checkpoints as in Transport."""
         sums, runs = [], slices_of(blocks)
-        for layers in self.chunks(len(blocks)):
+        for chunk in self.chunks(len(blocks), layers):
             check()
-            sums.append(self.sum(layers, runs))
+            sums.append(self.sum(chunk, runs))
             await trio.lowlevel.checkpoint()
         return tuple(sums)
 

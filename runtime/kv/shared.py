@@ -37,8 +37,10 @@ class SharedTransport:
         self._memory = memory
         self._mapped: dict[tuple[int, int, int], Bytes] = {}
 
-    async def offer(self, blocks: Sequence[int], check: Callable[[], None]) -> SharedBlocks:
-        sums = await self._pool.sums(blocks, check)
+    async def offer(
+        self, blocks: Sequence[int], check: Callable[[], None], layers: range | None = None
+    ) -> SharedBlocks:
+        sums = await self._pool.sums(blocks, check, layers)
         return SharedBlocks(
             pid=os.getpid(),
             descriptor=self._memory.descriptor,
@@ -48,16 +50,21 @@ class SharedTransport:
         )
 
     async def fetch(
-        self, source: Located, blocks: Sequence[int], check: Callable[[], None]
+        self,
+        source: Located,
+        blocks: Sequence[int],
+        check: Callable[[], None],
+        layers: range | None = None,
     ) -> None:
         if not isinstance(source, SharedBlocks):
             raise TypeError(f"memory fetches from memory, not from {type(source).__name__}")
         sender = self._map(source)
         runs = runs_of(list(zip(source.blocks, blocks, strict=True)))
-        for layers, wanted in zip(self._pool.chunks(len(blocks)), source.sums, strict=True):
+        chunks = self._pool.chunks(len(blocks), layers)
+        for chunk, wanted in zip(chunks, source.sums, strict=True):
             for _ in range(MOST_COPIES):
                 check()
-                found = self._copy(sender, layers, runs)
+                found = self._copy(sender, chunk, runs)
                 await trio.lowlevel.checkpoint()
                 if found == wanted:
                     break

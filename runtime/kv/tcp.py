@@ -46,6 +46,7 @@ class _Export:
     key: bytes
     blocks: tuple[int, ...]
     check: Callable[[], None]
+    layers: range | None
 
     @property
     def is_over(self) -> bool:
@@ -69,25 +70,31 @@ class TcpTransport:
         self._listener = socket.create_server((host, 0), family=family)
         self._host, self._port = host, self._listener.getsockname()[1]
 
-    async def offer(self, blocks: Sequence[int], check: Callable[[], None]) -> TcpBlocks:
+    async def offer(
+        self, blocks: Sequence[int], check: Callable[[], None], layers: range | None = None
+    ) -> TcpBlocks:
         await trio.lowlevel.checkpoint()
         check()
         self.forget_gone()
         name = secrets.token_bytes(16)
-        export = _Export(secrets.token_bytes(KEY_BYTES), tuple(blocks), check)
+        export = _Export(secrets.token_bytes(KEY_BYTES), tuple(blocks), check, layers)
         self._exports[name] = export
         return TcpBlocks(
             host=self._host, port=self._port, export=name, key=export.key, num_blocks=len(blocks)
         )
 
     async def fetch(
-        self, source: Located, blocks: Sequence[int], check: Callable[[], None]
+        self,
+        source: Located,
+        blocks: Sequence[int],
+        check: Callable[[], None],
+        layers: range | None = None,
     ) -> None:
         if not isinstance(source, TcpBlocks):
             raise TypeError(f"tcp fetches from tcp, not from {type(source).__name__}")
-        chunks = self._pool.chunks(len(blocks))
+        chunks = self._pool.chunks(len(blocks), layers)
         runs = slices_of(blocks)
-        wanted = [(number, self._pool.views(layers, runs)) for number, layers in enumerate(chunks)]
+        wanted = [(number, self._pool.views(chunk, runs)) for number, chunk in enumerate(chunks)]
         receiver = _Receiver(source, wanted, check)
         try:
             while not receiver.is_done:
@@ -146,7 +153,8 @@ class TcpTransport:
         await wire.send([salt])
         asks = Sealer(export.key, salt + receiver_salt, to_server=True)
         answers = Sealer(export.key, salt + receiver_salt, to_server=False)
-        chunks, runs = self._pool.chunks(len(export.blocks)), slices_of(export.blocks)
+        chunks = self._pool.chunks(len(export.blocks), export.layers)
+        runs = slices_of(export.blocks)
         while True:
             asked, seal = await wire.take(_ASK.size), await wire.take(SEAL_BYTES)
             (number,) = _ASK.unpack(asked)

@@ -19,6 +19,10 @@ class TensorStorage:
     transport: Transport | None = None
 
     @property
+    def num_layers(self) -> int:
+        return len(self.pool.array)
+
+    @property
     def num_damaged(self) -> int:
         return self.transport.num_damaged if self.transport is not None else 0
 
@@ -33,13 +37,15 @@ class TensorStorage:
                 ours[chunk, :, landed] = theirs[chunk, :, sent]
             await trio.lowlevel.checkpoint()
 
-    async def share(self, blocks: Sequence[int], check: Callable[[], None]) -> Located:
-        return await self._required.offer(blocks, check)
+    async def share(
+        self, blocks: Sequence[int], layers: range, check: Callable[[], None]
+    ) -> Located:
+        return await self._required.offer(blocks, check, layers)
 
     async def fetch(
-        self, source: Located, blocks: Sequence[int], check: Callable[[], None]
+        self, source: Located, blocks: Sequence[int], layers: range, check: Callable[[], None]
     ) -> None:
-        await self._required.fetch(source, blocks, check)
+        await self._required.fetch(source, blocks, check, layers)
 
     def forget_gone(self) -> None:
         self._required.forget_gone()

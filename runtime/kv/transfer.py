@@ -4,7 +4,8 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from sagellm.runtime.engine.port import KVSource, StaleLease
-from sagellm.runtime.kv.lease import Lease
+from sagellm.runtime.kv.extent import NOTHING, Extent, Part, whole
+from sagellm.runtime.kv.lease import Lease, LeaseState
 from sagellm.runtime.kv.located import Located
 from sagellm.runtime.kv.pool import BlockPool
 from sagellm.runtime.kv.storage import Storage
@@ -20,11 +21,14 @@ class PoolSource:
     held: Lease
     lease: LeaseRef
 
-    async def share(self, first: int = 0) -> Located:
-        """How a receiver in another process finds the blocks from `first` on. Raises StaleLease."""
-        num_blocks = self.pool.num_blocks_for(self.lease.num_tokens)
-        blocks = self.held.blocks[first:num_blocks]
-        return await self.storage.share(blocks, lambda: self.held.require("sending"))
+    async def share(self, landed: Extent = NOTHING) -> Located:
+        """How a receiver in another process finds what has not landed there. Raises StaleLease."""
+        rest = _rest(self.pool.num_blocks_for(self.lease.num_tokens), landed)
+        blocks, layers = (
+            self.held.blocks[rest.first : rest.end],
+            rest.layers(self.storage.num_layers),
+        )
+        return await self.storage.share(blocks, layers, lambda: self.held.require("sending"))
 
     def release(self) -> None:
         """Free the blocks; nothing happens where they are free already."""
@@ -36,8 +40,8 @@ class PoolSource:
 class PoolTarget:
     """The receiving side: a lease that a transfer owns until a sequence adopts it.
 
-    `on_abort` tells the engine that nobody will adopt it. `num_landed`: of its blocks, those that
-    came while the others were still being computed.
+    `on_abort` tells the engine that nobody will adopt it. `landed`: what came while the rest was
+    still being computed.
     """
 
     pool: BlockPool
@@ -45,7 +49,7 @@ class PoolTarget:
     held: Lease
     lease: LeaseRef
     on_abort: Callable[[], None]
-    num_landed: int = 0
+    landed: Extent = NOTHING
 
     async def receive(self, source: KVSource) -> None:
         """Copy all blocks. Raises StaleLease; aborts its own lease where it does not succeed."""
@@ -53,25 +57,20 @@ class PoolTarget:
             raise TypeError(f"a pool receives from a pool of its process, not {type(source)}")
         await self._receive(lambda: self._copy(source))
 
-    async def fetch(self, source: Located, first: int = 0) -> None:
-        """Copy all blocks from `first` on from another process, which keeps them until it is told.
+    async def fetch(self, source: Located, landed: Extent = NOTHING) -> None:
+        """Copy all but what has landed from another process, which keeps it until it is told.
         Raises StaleLease, DamagedBlocks; aborts its own lease where it does not succeed.
         """
-        await self._receive(lambda: self._fetch(source, first))
+        await self._receive(lambda: self._fetch(source, landed))
 
-    async def fetch_part(self, source: Located, first: int) -> None:
-        """Copy some blocks, of a prompt that is still being computed. Raises StaleLease,
-        DamagedBlocks; then they have not landed, and the lease is as it was.
+    async def fetch_part(self, source: Located, part: Part) -> None:
+        """Copy a part of a prompt that is still being computed. Raises StaleLease, DamagedBlocks;
+        then it has not landed, and the lease is as it was.
         """
-        if first != self.num_landed:
-            raise StaleLease(f"block {first} came where {self.num_landed} was due")
-        end = first + source.num_blocks
-        blocks = self.held.blocks[first:end]
-        if len(blocks) != source.num_blocks:
-            raise StaleLease(f"{source.num_blocks} blocks were sent for {len(blocks)}")
-        await self.storage.fetch(source, blocks, lambda: self.held.require("reserved"))
-        self.held.require("reserved")
-        self.num_landed = end
+        if not self.landed.fits(part):
+            raise StaleLease(f"{part} came where {self.landed} is there")
+        await self._copy_part(source, part, "reserved")
+        self.landed = self.landed.plus(part)
 
     def abort(self) -> None:
         """Give the blocks back, unless a sequence has adopted them."""
@@ -88,16 +87,21 @@ class PoolTarget:
             self.abort()
             raise
 
-    async def _fetch(self, source: Located, first: int) -> None:
-        def check() -> None:
-            self.held.require("receiving")
+    async def _fetch(self, source: Located, landed: Extent) -> None:
+        rest = _rest(self.pool.num_blocks_for(self.held.num_tokens), landed)
+        if not self.landed.fits(rest):
+            raise StaleLease(f"{rest} came where {self.landed} is there")
+        await self._copy_part(source, rest, "receiving")
 
-        blocks = self.held.blocks[first : self.pool.num_blocks_for(self.held.num_tokens)]
-        if first > self.num_landed or source.num_blocks != len(blocks):
-            raise StaleLease(
-                f"{source.num_blocks} blocks from {first} on were sent for {len(blocks)}"
-            )
-        await self.storage.fetch(source, blocks, check)
+    async def _copy_part(self, source: Located, part: Part, state: LeaseState) -> None:
+        def check() -> None:
+            self.held.require(state)
+
+        blocks = self.held.blocks[part.first : part.end]
+        if not source.num_blocks == len(blocks) == part.end - part.first:
+            raise StaleLease(f"{source.num_blocks} blocks were sent for {part}")
+        layers = part.layers(self.storage.num_layers)
+        await self.storage.fetch(source, blocks, layers, check)
         check()
 
     async def _copy(self, source: PoolSource) -> None:
@@ -111,3 +115,11 @@ class PoolTarget:
         pairs = list(zip(source.held.blocks, self.held.blocks, strict=False))[:num_blocks]
         await self.storage.receive(source.storage, pairs, check)
         check()
+
+
+def _rest(num_blocks: int, landed: Extent) -> Part:
+    """Of a prompt of so many blocks, what has not landed: no layer, where all have."""
+    rest = whole(num_blocks).missing(landed)
+    if rest is None:
+        raise StaleLease(f"more than {num_blocks} blocks would have landed: {landed}")
+    return rest

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from sagellm.backends.cpu import CpuBackend
+from sagellm.backends.layers_done import LayersDone
 from sagellm.backends.protocol import Program
 from sagellm.backends.step import KVLayout, StepInputs
 from sagellm.graphs.models import ModelFacts, build, facts
@@ -85,12 +86,13 @@ class Paged:
     free: list[int]
     blocks: dict[str, list[int]] = field(default_factory=dict)
     lengths: dict[str, int] = field(default_factory=dict)
+    layers_done: LayersDone | None = None
 
     def step(self, batch: Mapping[str, Sequence[int]]) -> dict[str, torch.Tensor]:
         """New tokens by sequence -> logits of each of them."""
         for name, tokens in batch.items():
             self._grow(name, len(tokens))
-        logits = self.program.run(self._inputs(batch), self.pool)
+        logits = self.program.run(self._inputs(batch), self.pool, self.layers_done)
         counts = [len(tokens) for tokens in batch.values()]
         return dict(zip(batch, logits.split(counts), strict=True))
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import trio
 from dying_sender import FLAG, SHARE
+from models_on_the_fly import make_model
 from poisoned_worker import POISON
 from process_streams import (
     EXACT,
@@ -32,6 +33,7 @@ from sagellm.graphs.diagnostics import GraphError
 from sagellm.runtime.cluster.faults import CannotScale
 from sagellm.runtime.comm.keys import create_keys
 from sagellm.runtime.messages import SERVED
+from sagellm.session import Session
 
 KNOWN: dict[tuple[str, float], dict[int, list[int]]] = {}
 
@@ -73,27 +75,70 @@ async def test_answers_over_tcp_are_those_of_one_process(links: dict[str, Any]) 
     assert found.tokens == await right("pd_many", SEEDED)
 
 
-LONG = {n: [n, *(7 * n + k * k % 251 for k in range(300))] for n in range(6)}
 IN_STEPS = {"p.max_step_tokens": 48, "prefill.max_inflight": 2}
 
 
-@pytest.mark.parametrize("kv", ["memory", "tcp", "nixl"])
-async def test_blocks_come_while_the_rest_of_their_prompt_is_computed(
-    kv: str, tmp_path: Path
-) -> None:
+def long_prompts(first: int) -> dict[int, list[int]]:
+    """Six that have nothing in common, of 19 blocks each."""
+    return {n: [n, *((7 * n + k * k) % 251 for k in range(300))] for n in range(first, first + 6)}
+
+
+@pytest.fixture(params=["memory", "tcp", "nixl"])
+def any_kv(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Any]:
+    """Options of an executor, for each way that blocks may go."""
     create_keys(tmp_path / "keys")
-    links: dict[str, Any] = {"executor.kv": kv}
-    if kv != "memory":
+    links: dict[str, Any] = {"executor.kv": request.param}
+    if request.param != "memory":
         links |= {"executor.address": "tcp://127.0.0.1:0", "executor.keys": f"{tmp_path}/keys"}
-    async with opened("pd", "tasks", **IN_STEPS) as session:
-        alone = await stream_all(session, SEEDED, prompts=LONG)
-    async with opened("pd", **IN_STEPS, **links) as session:
-        found = await stream_all(session, SEEDED, prompts=LONG)
-        await trio.sleep(0.6)  # the next sign of life says it
-        (load,) = session.statistics().engines["d"]
-    assert found.tokens == alone.tokens
-    assert load.num_early_blocks > 2 * len(LONG)  # steps are short here; 18 of 19 might
+    return links
+
+
+async def num_early(session: Session) -> float:
+    """Blocks so far that came while the rest of their prompt was computed."""
+    await trio.sleep(0.6)  # the next sign of life says it
+    (load,) = session.statistics().engines["d"]
     assert load.num_damaged_chunks == 0
+    return load.num_early_blocks
+
+
+async def test_blocks_come_while_the_rest_of_their_prompt_is_computed(
+    any_kv: dict[str, Any],
+) -> None:
+    first, second = long_prompts(0), long_prompts(6)
+    async with opened("pd", "tasks", **IN_STEPS) as session:
+        alone = await stream_all(session, SEEDED, prompts=first | second)
+    async with opened("pd", **IN_STEPS, **any_kv) as session:
+        found = await stream_all(session, SEEDED, prompts=first)
+        before = await num_early(session)  # the first of a link come late
+        others = await stream_all(session, SEEDED, prompts=second)
+        assert await num_early(session) - before > 2 * len(second)
+    assert found.tokens | others.tokens == alone.tokens
+    assert set(alone.reasons.values()) == {"length"}
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Options of a model whose prompts of one step have megabytes of keys and values."""
+    folder = tmp_path_factory.mktemp("wide")
+    shape = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 8}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 8}
+    make_model("llama", folder, **shape, **heads)
+    return {f"{name}.model": str(folder) for name in "pd"}
+
+
+@pytest.mark.parametrize("any_kv", ["memory", "tcp"], indirect=True)
+async def test_layers_come_while_the_others_of_their_step_are_computed(
+    wide: dict[str, Any], any_kv: dict[str, Any]
+) -> None:
+    prompts, sampling = long_prompts(0), Sampling(max_tokens=8, ignore_eos=True)
+    one_step = {"p.max_step_tokens": 512, "prefill.max_inflight": 1}
+    async with opened("pd", "tasks", **wide, **one_step) as session:
+        alone = await stream_all(session, sampling, prompts=prompts)
+    async with opened("pd", **wide, **one_step, **any_kv) as session:
+        found = await stream_all(session, sampling, prompts=prompts)
+        assert await num_early(session) > 2 * len(prompts)
+    assert found.tokens == alone.tokens
+    assert set(alone.reasons.values()) == {"length"}
 
 
 async def test_workers_killed_behind_tcp_lose_nothing(links: dict[str, Any]) -> None:

@@ -80,6 +80,14 @@ async def test_blocks_arrive_bit_for_bit_and_no_others(chunk: None, pair: Pair) 
     assert pair.receiver.num_damaged == 0
 
 
+async def test_some_layers_arrive_and_no_others(chunk: None, pair: Pair) -> None:
+    for layers in (range(1, 2), range(3, 3), range(1)):
+        source = await pair.sender.offer(SENT, fine, layers)
+        await pair.receiver.fetch(source, LANDED, fine, layers)
+    assert torch.equal(pair.landed.pool[:2, :, LANDED], pair.sent.pool[:2, :, SENT])
+    assert not pair.landed.pool[2].any()
+
+
 async def test_a_lease_that_ends_stops_the_copy(chunk: None, pair: Pair) -> None:
     with pytest.raises(StaleLease):
         await pair.move(gone)
