@@ -19,7 +19,7 @@ from nixl_cu12 import nixl_agent, nixl_agent_config
 
 from sagellm.runtime.engine.port import StaleLease
 from sagellm.runtime.kv.located import Located, NixlBlocks
-from sagellm.runtime.kv.pool_bytes import PoolBytes, Run, runs_of, slices_of
+from sagellm.runtime.kv.pool_bytes import PoolBytes, Run, places_of, runs_of, slices_of
 from sagellm.runtime.kv.transport import MOST_COPIES, damaged
 
 log = structlog.get_logger("sagellm.kv")
@@ -116,7 +116,9 @@ class NixlTransport:
         self, peer: str, source: NixlBlocks, layers: range, runs: Sequence[Run]
     ) -> None:
         """Fill the landing with a chunk: what `PoolBytes.views` gives, one after the other."""
-        theirs = list(self._theirs(source, layers, runs))
+        num_layers, num_kinds, _, block_bytes = self._pool.array.shape
+        shape = num_layers, num_kinds, source.pool_blocks, block_bytes
+        theirs = places_of(source.address, shape, layers, [sent for sent, _ in runs])
         self._make_room(sum(size for _, size in theirs))
         ours, at = [], self._landing.ctypes.data
         for _, size in theirs:
@@ -148,22 +150,6 @@ class NixlTransport:
         """What comes late must not land in what is used next: that memory is never used again."""
         self._abandoned.append(self._landing)
         self._landing, self._landing_registered = np.empty(0, dtype=np.uint8), None
-
-    def _theirs(
-        self, source: NixlBlocks, layers: range, runs: Sequence[Run]
-    ) -> "list[tuple[int, int]]":
-        """Address and size of each run in the sender's pool."""
-        _, num_kinds, _, block_bytes = self._pool.array.shape
-        return [
-            (
-                source.address
-                + ((layer * num_kinds + kind) * source.pool_blocks + sent.start) * block_bytes,
-                (sent.stop - sent.start) * block_bytes,
-            )
-            for layer in layers
-            for kind in range(num_kinds)
-            for sent, _ in runs
-        ]
 
     def _make_room(self, size: int) -> None:
         if len(self._landing) < size:

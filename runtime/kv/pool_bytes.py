@@ -75,6 +75,22 @@ def kinds_of(pool: Bytes, layers: range) -> "Iterator[np.ndarray[Any, np.dtype[n
     return (kind for layer in pool[layers.start : layers.stop] for kind in layer)
 
 
+def places_of(
+    address: int, shape: Sequence[int], layers: range, runs: Sequence[slice]
+) -> list[tuple[int, int]]:
+    """Address and size of what `views` gives, in a pool of that shape that begins there."""
+    _, num_kinds, num_blocks, block_bytes = shape
+    return [
+        (
+            address + ((layer * num_kinds + kind) * num_blocks + run.start) * block_bytes,
+            (run.stop - run.start) * block_bytes,
+        )
+        for layer in layers
+        for kind in range(num_kinds)
+        for run in runs
+    ]
+
+
 def slices_of(blocks: Sequence[int]) -> list[slice]:
     """Blocks as slices: as long as they rise by one."""
     return [run for run, _ in runs_of([(block, block) for block in blocks])]

@@ -1,6 +1,7 @@
 """The C kernels as functions on tensors; rows may be strided, their elements may not."""
 
 import ctypes
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -39,6 +40,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "sage_attention": (_POINTER, _POINTER, _POINTER, _INT),
     "sage_step_run": (_POINTER, _INT),
     "sage_step_close": (_POINTER,),
+    "sage_copy_sum": (_LONG, _POINTER, _POINTER, _POINTER),
     "sage_quant_make": (
         *(_POINTER, _INT, _POINTER, _INT, _POINTER, _POINTER),
         *(_INT, _LONG, _LONG, _INT),
@@ -76,6 +78,7 @@ class NativeKernels:
         for name, signature in _SIGNATURES.items():
             getattr(self._library, name).argtypes = signature
         self._library.sage_packed_bytes.restype = _LONG
+        self._library.sage_copy_sum.restype = ctypes.c_uint64
 
     def function(self, name: str) -> int:
         """Where a C function is, for a struct that names it."""
@@ -209,6 +212,18 @@ class NativeKernels:
         if self._library.sage_attention(*structures, torch.get_num_threads()):
             raise MemoryError("no memory for the sums of attention")
         return out
+
+    def copy_sum(self, runs: Sequence[tuple[int, int, int]]) -> int:
+        """Copy runs of (address, address, size); the xxh3_64 of what was copied.
+
+        Sizes are multiples of 64, and more than 240 in all.
+        """
+        count, (sources, targets, sizes) = len(runs), zip(*runs, strict=True)
+        pointers = _POINTER * count
+        sum_: int = self._library.sage_copy_sum(
+            count, pointers(*sources), pointers(*targets), (_LONG * count)(*sizes)
+        )
+        return sum_
 
     def run_step(self, step: Step) -> None:
         """All instructions of a step. Raises IndexError for a token outside of the vocabulary."""

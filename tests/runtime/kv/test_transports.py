@@ -15,7 +15,7 @@ import trio
 from kv_sender import opened
 
 from sagellm.runtime.engine.port import DamagedBlocks, StaleLease
-from sagellm.runtime.kv import pool_bytes
+from sagellm.runtime.kv import pool_bytes, shared
 from sagellm.runtime.kv.located import Located, TcpBlocks
 from sagellm.runtime.kv.shared import SharedMemory, SharedTransport, map_shared
 from sagellm.runtime.kv.transport import Kind, Transport
@@ -78,6 +78,18 @@ async def test_blocks_arrive_bit_for_bit_and_no_others(chunk: None, pair: Pair) 
     await pair.move()
     assert pair.is_right
     assert pair.receiver.num_damaged == 0
+
+
+async def test_blocks_arrive_bit_for_bit_without_a_compiler(
+    chunk: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared, "native_kernels", lambda: None)
+    pair = Pair("memory")
+    await pair.move()
+    assert pair.is_right
+    pair.sent.pool[2, 1, SENT[-1], 0, 0, 0] += 1
+    await pair.move()
+    assert pair.is_right
 
 
 async def test_some_layers_arrive_and_no_others(chunk: None, pair: Pair) -> None:
