@@ -25,6 +25,15 @@ def _seeded():
     torch.manual_seed(4)
 
 
+@pytest.fixture
+def one_thread():
+    """Where threads do not matter and calls are many: beside other tests they wait for a core."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def random_weight(bits, width, depth, group=32, *, zeros=False, order=False):
     groups = -(-depth // group)
     low, high = (0, 16) if bits == 4 else (-127, 128)
@@ -98,7 +107,7 @@ def test_rows_of_16_bits_lose_next_to_nothing():
 
 @FORMS
 @pytest.mark.parametrize("depth", [77, 2061])
-def test_a_row_has_the_same_bits_at_any_place_of_any_batch(bits, row_bits, depth):
+def test_a_row_has_the_same_bits_at_any_place_of_any_batch(bits, row_bits, depth, one_thread):
     x = torch.randn(600, depth)  # more than a thread keeps at a time
     packed = Packed(KERNELS, random_weight(bits, 31, depth, zeros=True), None, row_bits)
     whole = packed(x)
