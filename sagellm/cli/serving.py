@@ -14,7 +14,7 @@ from cyclopts import Parameter
 from cyclopts.validators import Number
 
 from sagellm.builder import Graph, shipped
-from sagellm.cli.failure import Failure
+from sagellm.cli.failure import RESOURCES, Failure
 from sagellm.cli.named import load_graph, no_graph, shipped_names
 from sagellm.gateway.server.front import server_class
 from sagellm.gateway.server.listen import bind, is_loopback
@@ -247,7 +247,8 @@ def listening(settings: Settings) -> Iterator[socket.socket]:
 def _cannot_listen(error: OSError, settings: Settings) -> Failure:
     where = f"{settings.host}:{settings.port}"
     if error.errno == errno.EADDRINUSE:
-        return Failure("the port is in use", "stop what listens there, or choose --port", where)
+        fix = "stop what listens there, or choose --port"
+        return Failure("the port is in use", fix, where, RESOURCES)
     if error.errno == errno.EACCES:
         return Failure("the port needs privileges", "choose a --port above 1023", where)
     return Failure("this machine has no such address", "choose another --host", where)

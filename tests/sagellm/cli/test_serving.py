@@ -133,7 +133,7 @@ def test_a_port_that_is_taken_ends_it_before_any_weight(
     with listening(Settings(port=0)) as sock:
         sock.listen()
         port = sock.getsockname()[1]
-        assert main(["serve", "pd", "--port", str(port)]) == 2
+        assert main(["serve", "pd", "--port", str(port)]) == 3
     shown = capsys.readouterr().err
     assert "the port is in use" in shown
     assert "--port" in shown

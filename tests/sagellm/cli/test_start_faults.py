@@ -64,7 +64,7 @@ def test_a_port_that_is_taken() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         code, said, seconds = serve("pd", "--port", str(taken.getsockname()[1]))
     check(said, "the port is in use", "--port")
-    assert code == 2
+    assert code == 3
     assert seconds < START_S
 
 
