@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from sagellm.backends.layers_done import LayersDone
 from sagellm.backends.protocol import Stage, Weights
 from sagellm.backends.step import KVLayout, StepInputs
 from sagellm.graphs.ir import Graph, TensorType
@@ -19,7 +20,9 @@ class NullProgram:
 
     vocab_size: int
 
-    def run(self, inputs: StepInputs, pool: torch.Tensor) -> torch.Tensor:
+    def run(
+        self, inputs: StepInputs, pool: torch.Tensor, layers_done: LayersDone | None = None
+    ) -> torch.Tensor:
         return torch.zeros(len(inputs.logit_rows), self.vocab_size)
 
 

@@ -9,8 +9,8 @@ class RestartPolicy:
     """The first restart comes after `first_s`, each next one after twice as long, `longest_s` at
     most, all times by up to `jitter` longer or shorter. More than `most` deaths within `within_s`:
     the worker is given up. One whose link fails is not: after `most_cuts` in a row it is left
-    alone for `ejected_s`, tried again, left alone for twice as long, and so on, where others can
-    do its work. A life of `healthy_s` begins anew.
+    alone for `ejected_s`, tried again, left alone for twice that, three times, and so on,
+    `longest_ejected_s` at most, where others can do its work. A life of `healthy_s` begins anew.
     """
 
     first_s: float = 0.5
@@ -21,6 +21,7 @@ class RestartPolicy:
     healthy_s: float = 60.0
     most_cuts: int = 5
     ejected_s: float = 10.0
+    longest_ejected_s: float = 300.0
 
 
 @dataclass(slots=True)
@@ -41,6 +42,7 @@ class Restarts:
         `ready_s`: when this life became ready, if it did. `draw`: uniform in [0, 1).
         """
         self._end_life(now, ready_s)
+        self._num_cuts = 0
         self._deaths.append(now)
         while self._deaths[0] < now - self.policy.within_s:
             self._deaths.popleft()
@@ -57,7 +59,7 @@ class Restarts:
             return self._next_delay_s(draw)
         self._num_ejections += 1
         self.count += 1
-        return self.policy.ejected_s * self._num_ejections
+        return min(self.policy.ejected_s * self._num_ejections, self.policy.longest_ejected_s)
 
     def forgive(self) -> None:
         """Somebody restarts it by hand: what was counts no more."""
@@ -71,7 +73,8 @@ class Restarts:
 
     def _next_delay_s(self, draw: float) -> float:
         policy = self.policy
-        delay_s = min(policy.first_s * 2.0**self._num_in_row, policy.longest_s)
+        doubled = 2.0 ** min(self._num_in_row, 1000)  # a float ends at 2**1024
+        delay_s = min(policy.first_s * doubled, policy.longest_s)
         self._num_in_row += 1
         self.count += 1
         return delay_s * (1 + policy.jitter * (2 * draw - 1))

@@ -1,5 +1,6 @@
 """One worker, life after life: it is started, watched, ended, and started again."""
 
+import signal
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
@@ -82,13 +83,26 @@ class Keeper:
         now, draw = trio.current_time(), self._draw()
         if not worker.is_cut:
             return worker.restarts.died(now, ready_s=ready_s, draw=draw)
-        siblings = [one for one in self._siblings(worker.engine_name) if one.is_wanted]
-        num_ejected = sum(one.state == "ejected" for one in siblings)
-        may_eject = 2 * (num_ejected + 1) <= len(siblings)
+        num_ready, ejected = self._count(worker.engine_name)
+        may_eject = len(ejected) + 1 <= num_ready
         delay_s = worker.restarts.cut(now, ready_s=ready_s, draw=draw, may_eject=may_eject)
         if worker.restarts.is_ejected:
+            worker.ejected_s = now
             self._turn(worker, "ejected")
         return delay_s
+
+    def keep_half(self, engine_name: str) -> None:
+        """No more may be ejected than serve, whose number has changed: the first come back."""
+        num_ready, ejected = self._count(engine_name)
+        ejected.sort(key=lambda one: one.ejected_s)
+        for one in ejected[: max(0, len(ejected) - num_ready)]:
+            one.stirred.set()
+
+    def _count(self, engine_name: str) -> tuple[int, list[Worker]]:
+        """How many of them serve, and which are ejected."""
+        siblings = self._siblings(engine_name)
+        ejected = [one for one in siblings if one.state == "ejected"]
+        return sum(one.is_serving for one in siblings), ejected
 
     async def _live(self, worker: Worker, task_status: trio.TaskStatus[None]) -> float | None:
         """One life; when it became ready, if it did."""
@@ -187,6 +201,8 @@ class Keeper:
             with trio.move_on_after(self._watch.stop_s):
                 await life.wait()
         life.kill()
-        await life.wait()
+        code = await life.wait()
+        if code < 0 and code != -signal.SIGKILL:  # it was dying already: to dump core takes a while
+            worker.why, worker.is_cut = f"signal {-code}", False
         life.close()
         worker.pid = None

@@ -132,7 +132,7 @@ class Supervisor:
                 worker.engine.evict()
             worker.leave()
             while worker.is_wanted and (  # noqa: ASYNC110
-                worker.epoch == epoch or worker.state not in ("ready", "failed")
+                worker.epoch == epoch or worker.state not in ("ready", "ejected", "failed")
             ):
                 await trio.sleep(self._ping_s)
 
@@ -220,3 +220,4 @@ class Supervisor:
             worker.state = state
         if worker.engine is not None:  # else nobody knows of it
             self.on_change(worker)
+        self._keeper.keep_half(worker.engine_name)

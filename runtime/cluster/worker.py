@@ -44,6 +44,7 @@ class Worker:
     engine: RemoteEngine | None = None
     why: str = ""  # the last life ended
     is_cut: bool = False  # by its link, as far as can be known
+    ejected_s: float = 0.0  # when it was the last time
     is_leaving: bool = False  # this life was asked to end: no death
     was_ready: bool = False  # since it was last wanted
     life: trio.CancelScope | None = None

@@ -29,11 +29,12 @@ class LayerWatch:
         self._tell = tell
         self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._batch: Batch | None = None
-        self._num_told = 0  # layers of the batch that computes
+        self._told: dict[Sequence, int] = {}  # layers of it
 
     def begin(self, batch: Batch) -> None:
         """It computes from now on."""
-        self._batch, self._num_told = None, 0
+        self._batch = None
+        self._told.clear()
         if any(sequence.state.hold_kv for sequence in batch.sequences):
             batch.layers_done = LayersDone(self._bell)
             self._batch = batch
@@ -43,8 +44,11 @@ class LayerWatch:
         self._batch = None
 
     def close(self) -> None:
-        trio.lowlevel.notify_closing(self._bell)
-        os.close(self._bell)
+        """Nothing happens where it is closed already."""
+        if self._bell >= 0:
+            trio.lowlevel.notify_closing(self._bell)
+            os.close(self._bell)
+            self._bell = -1
 
     async def run(self) -> None:
         """Until closed, or cancelled."""
@@ -61,18 +65,13 @@ class LayerWatch:
         if batch is None or batch.layers_done is None:
             return
         num_layers = batch.layers_done.count
-        ends = [
-            (sequence.lease, self._extent(sequence, query_len, num_layers))
-            for sequence, query_len in zip(batch.sequences, batch.query_lens, strict=True)
-            if sequence.state.hold_kv and sequence.lease is not None and sequence.end is None
-        ]
-        num_blocks = sum(extent.end - extent.num_blocks for _, extent in ends)
-        if num_blocks * self._layer_bytes * (num_layers - self._num_told) < LEAST_PART_BYTES:
-            return
-        self._num_told = num_layers
-        for lease, extent in ends:
-            if extent.end > extent.num_blocks:
-                self._tell(lease, extent)
+        for sequence, query_len in zip(batch.sequences, batch.query_lens, strict=True):
+            if sequence.state.hold_kv and sequence.lease is not None and sequence.end is None:
+                extent = self._extent(sequence, query_len, num_layers)
+                new = (extent.end - extent.num_blocks) * (num_layers - self._told.get(sequence, 0))
+                if new * self._layer_bytes >= LEAST_PART_BYTES:
+                    self._told[sequence] = num_layers
+                    self._tell(sequence.lease, extent)
 
     def _extent(self, sequence: Sequence, query_len: int, num_layers: int) -> Extent:
         """Of a sequence of which the step computes so many tokens; a block of which only a part is

@@ -130,7 +130,11 @@ class LocalEngine:
         watch = LayerWatch(self.facts.block_size, block_bytes // num_layers, told)
         self._collector.on_advance = told
         self._stepping.layer_watch = watch
-        await watch.run()
+        try:
+            await watch.run()
+        finally:
+            if self._is_closed:  # else a step may compute still
+                watch.close()
 
     def forget_gone(self) -> None:
         """Let go of what belonged to other processes that are gone."""

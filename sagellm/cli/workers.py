@@ -122,7 +122,7 @@ def _change(asked: Asked, graph_pid: int | None, json: bool) -> int:
         print(msgspec.json.encode(done).decode())
     else:
         _print(done)
-    failed = [row for row in done if row.state == "failed"]
+    failed = [row for row in done if row.state in ("ejected", "failed")]
     if failed:
         raise Failure(f"{failed[0].operator}[{failed[0].replica}]: {failed[0].why}", "mend that")
     return 0

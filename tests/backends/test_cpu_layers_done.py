@@ -56,6 +56,40 @@ def test_layers_that_are_done_are_written_and_later_ones_are_not(
     assert sequences.layers_done.count == len(sequences.pool) == 3
 
 
+@pytest.fixture
+def crowd():
+    """More threads than cores: when the first of them is done, others have not begun."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(8)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_a_layer_is_done_when_all_threads_have_written_it(reference, paged, crowd):
+    """Nobody is held up here: what is there is looked at the moment that it is said to be."""
+    model = reference("qwen2", num_hidden_layers=6)
+    sequences = paged(model, CpuBackend(), dtype="float32", deterministic=True)
+    if not isinstance(sequences.program, NativeProgram):
+        pytest.skip("no C compiler on this machine")
+    with rings(2**32) as bell:
+        for number in range(15):
+            done = sequences.layers_done = LayersDone(bell)
+            name = str(number % 2)
+            used, sequences.lengths[name] = sequences.blocks.get(name, []), 0
+            sequences.pool[:, :, used] = UNTOUCHED
+            step = threading.Thread(target=sequences.step, args=({name: list(range(90))},))
+            step.start()
+            seen = {}
+            while step.is_alive():
+                count = done.count
+                if count not in seen and sequences.blocks.get(name):
+                    seen[count] = sequences.pool[:count, :, sequences.blocks[name]]
+            step.join()
+            for count, found in seen.items():
+                written = sequences.pool[:count, :, sequences.blocks[name]]
+                assert torch.equal(found, written), (number, count)
+
+
 def test_the_next_step_does_not_speak_to_who_listened_before(reference, paged):
     sequences = paged(reference("qwen2"), CpuBackend(), dtype="float32", deterministic=True)
     with rings(8) as bell:

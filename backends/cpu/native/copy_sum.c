@@ -38,10 +38,18 @@ static uint64_t word(const uint8_t *from) {
     return w;
 }
 
+/* Each lane beside its neighbour. */
+static inline Lanes swapped(Lanes data) {
+#ifdef __clang__
+    return __builtin_shufflevector(data, data, 1, 0, 3, 2, 5, 4, 7, 6);
+#else
+    return __builtin_shuffle(data, (Lanes){1, 0, 3, 2, 5, 4, 7, 6});
+#endif
+}
+
 static inline Lanes taken_in(Lanes sums, Lanes data, const uint8_t *secret) {
     Lanes key = data ^ load(secret);
-    Lanes swapped = __builtin_shufflevector(data, data, 1, 0, 3, 2, 5, 4, 7, 6);
-    return sums + swapped + (key & 0xffffffff) * (key >> 32);
+    return sums + swapped(data) + (key & 0xffffffff) * (key >> 32);
 }
 
 static uint64_t folded(uint64_t a, uint64_t b) {

@@ -55,14 +55,25 @@ def test_after_five_cuts_in_a_row_it_is_left_alone_longer_each_time() -> None:
     restarts = Restarts()
     assert [cut(restarts, float(now)) for now in range(7)] == [0.5, 1.0, 2.0, 4.0, 10.0, 20.0, 30.0]
     assert restarts.is_ejected
+    assert max(cut(restarts, 8.0) for _ in range(2000)) == 300.0
     assert cut(restarts, 100.0, ready_s=40.0) == 0.5
     assert not restarts.is_ejected
 
 
 def test_where_it_is_needed_it_is_tried_again_as_any_other_and_never_given_up() -> None:
     restarts = Restarts()
-    found = [cut(restarts, now / 10, may_eject=False) for now in range(9)]
-    assert found == [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0, 30.0]
+    found = [cut(restarts, now / 10, may_eject=False) for now in range(2000)]
+    assert found[:9] == [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0, 30.0]
+    assert set(found[9:]) == {30.0}
+    assert not restarts.is_ejected
+
+
+def test_a_death_between_begins_a_new_row_of_cuts() -> None:
+    restarts = Restarts()
+    for now in range(4):
+        cut(restarts, float(now))
+    died(restarts, 4.0)
+    cut(restarts, 5.0)
     assert not restarts.is_ejected
 
 

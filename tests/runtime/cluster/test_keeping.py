@@ -1,5 +1,6 @@
 """Workers whose links fail again and again, in virtual time: left alone, and tried again."""
 
+import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from itertools import pairwise
@@ -10,6 +11,7 @@ from trio.testing import MockClock
 from virtual_workers import Chaos, chaotic
 
 from sagellm import Graph, Sampling, ops
+from sagellm.runtime.cluster.launch import TaskLife
 
 START_S = 2.0  # what loading takes
 
@@ -74,6 +76,62 @@ async def test_no_more_than_half_are_ejected(autojump_clock: MockClock) -> None:
             assert sum(worker.restarts.count for worker in chaos.supervisor.workers) > 10
         await trio.sleep(100)
         assert all(worker.is_serving for worker in chaos.supervisor.workers)
+
+
+@pytest.mark.parametrize("is_lost", [True, False], ids=["dies", "is drained"])
+async def test_it_is_back_at_once_where_its_sibling_is_gone(
+    is_lost: bool, autojump_clock: MockClock
+) -> None:
+    async with chaotic(replicated(), 1, most_deaths=0) as chaos:
+        worker, sibling = chaos.supervisor.workers
+        async with bad_links(chaos, 0):
+            await trio.sleep(20)
+        assert worker.state == "ejected"
+        if is_lost:
+            next(life for life in chaos.lives.lives if life.pid == sibling.pid).kill()
+        else:
+            chaos.supervisor.drain(sibling)
+        await trio.sleep(START_S + 0.1)
+        assert worker.is_serving
+        assert sibling.state == ("failed" if is_lost else "drained")
+
+
+async def test_where_nobody_else_serves_it_is_not_ejected(autojump_clock: MockClock) -> None:
+    async with chaotic(replicated(), 1) as chaos:
+        worker, sibling = chaos.supervisor.workers
+        chaos.supervisor.drain(sibling)
+        async with bad_links(chaos, 0):
+            for _ in range(1000):
+                assert worker.state != "ejected"
+                await trio.sleep(0.1)
+
+
+async def test_a_restart_over_a_link_that_stays_bad_comes_to_an_end(
+    autojump_clock: MockClock,
+) -> None:
+    async with chaotic(replicated(), 1) as chaos, bad_links(chaos, 0):
+        await trio.sleep(20)
+        with trio.fail_after(60):
+            await chaos.supervisor.restart(chaos.supervisor.workers)
+        assert chaos.supervisor.workers[1].is_serving
+
+
+async def test_a_crash_that_takes_its_time_is_no_bad_link(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is silent while it dumps core, say, and then ended by a signal that is not ours."""
+    wait = TaskLife.wait
+
+    async def dumped(self: TaskLife) -> int:
+        await wait(self)
+        return -signal.SIGSEGV
+
+    monkeypatch.setattr(TaskLife, "wait", dumped)
+    async with chaotic(replicated(), 1, most_deaths=2) as chaos:
+        async with bad_links(chaos, 0):
+            await trio.sleep(60)
+        assert chaos.supervisor.workers[0].state == "failed"
+        assert chaos.supervisor.workers[0].why == "signal 11"
 
 
 async def test_a_worker_that_is_restarted_by_hand_waits_no_longer(

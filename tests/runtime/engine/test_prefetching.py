@@ -62,11 +62,11 @@ class Couple:
     async def begin(self) -> None:
         await self.prefill.remote.submit(sequence(prompt_token_ids=PROMPT, hold_kv=True))
 
-    async def computed(self) -> LeaseRef:
-        """The lease of the prompt, once it is computed."""
+    async def computed(self, request_id: str = "r") -> LeaseRef:
+        """The lease of its prompt, once it is computed."""
         async for events in self.prefill.remote.events("test"):
             for event in events:
-                if isinstance(event, PrefillDone):
+                if isinstance(event, PrefillDone) and event.first.request_id == request_id:
                     assert event.lease is not None
                     return event.lease
         raise AssertionError("it never was")
@@ -185,6 +185,23 @@ async def test_small_parts_wait_for_more_layers(
         target.abort()
 
 
+async def test_each_prompt_has_a_part_of_its_own_size(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Small ones do not add up to a large one."""
+    async with couple(monkeypatch, step=1000) as two:
+        block_bytes = two.prefill.local.facts.kv_block_bytes
+        monkeypatch.setattr(layer_watch, "LEAST_PART_BYTES", NUM_BLOCKS * block_bytes // 2 + 1)
+        await two.reserve()
+        short = sequence(request_id="s", prompt_token_ids=PROMPT[100:], hold_kv=True)
+        await two.prefill.remote.submit(short)
+        await two.begin()
+        target = await transfer(two, await two.computed("r"))
+        assert two.copied == [(NUM_BLOCKS, ALL)]
+        target.abort()
+        two.prefill.remote.cancel("s", 0, 0)
+
+
 async def test_where_nothing_is_reserved_nothing_moves(
     autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -194,6 +211,27 @@ async def test_where_nothing_is_reserved_nothing_moves(
         assert two.copied == []
         target = await transfer(two, lease)
         assert two.copied == [(NUM_BLOCKS, ALL)]
+        target.abort()
+
+
+async def test_layers_that_fail_come_with_the_next_step(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetch_part: Callable[..., Any] = PoolTarget.fetch_part
+
+    async def fails(self: PoolTarget, source: Any, part: Part) -> None:
+        if (part.first, part.first_layer) == (2, len(FIRST)):
+            raise DamagedBlocks("x")
+        await fetch_part(self, source, part)
+
+    monkeypatch.setattr(PoolTarget, "fetch_part", fails)
+    async with couple(monkeypatch, least_part_bytes=1) as two:
+        await two.reserve()
+        await two.begin()
+        target = await transfer(two, await two.computed())
+        halves = [(2, FIRST), (2, LAST), (2, FIRST)]
+        assert two.copied[:4] == [*halves, (4, ALL)]
+        assert two.num_copied == NUM_BLOCKS + 1  # those of two blocks came twice
         target.abort()
 
 
@@ -217,10 +255,14 @@ async def test_a_part_that_fails_is_left_to_the_transfer(
         target.abort()
 
 
+PARTS = pytest.mark.parametrize("least_part_bytes", [1, 2**40], ids=["layers", "steps"])
+
+
+@PARTS
 async def test_a_cancelled_prompt_leaves_nothing(
-    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+    least_part_bytes: int, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with couple(monkeypatch) as two:
+    async with couple(monkeypatch, least_part_bytes=least_part_bytes) as two:
         target = await two.reserve()
         await two.begin()
         await trio.sleep(0.1)
@@ -230,11 +272,15 @@ async def test_a_cancelled_prompt_leaves_nothing(
         await trio.sleep(1)
 
 
+@PARTS
 @pytest.mark.parametrize("victim", ["prefill", "decode"])
 async def test_a_worker_that_dies_meanwhile_takes_nobody_with_it(
-    victim: str, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+    victim: str,
+    least_part_bytes: int,
+    autojump_clock: MockClock,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    async with couple(monkeypatch) as two:
+    async with couple(monkeypatch, least_part_bytes=least_part_bytes) as two:
         target = await two.reserve()
         await two.begin()
         await trio.sleep(0.1)
