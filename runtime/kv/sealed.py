@@ -5,7 +5,7 @@ import hmac
 import struct
 from collections.abc import Iterable
 
-from cryptography.hazmat.primitives.ciphers import Cipher
+from cryptography.hazmat.primitives.ciphers import AEADEncryptionContext, Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import AES
 from cryptography.hazmat.primitives.ciphers.modes import GCM
 
@@ -15,6 +15,21 @@ SEAL_BYTES = 16
 
 _NONCE = struct.Struct(">8xI")
 _TO_SERVER = 1 << 31  # so that the sides of a connection never use one number
+
+
+class Seal:
+    """One seal in the making."""
+
+    def __init__(self, encryptor: AEADEncryptionContext) -> None:
+        self._encryptor = encryptor
+
+    def add(self, parts: Iterable[bytes | memoryview]) -> None:
+        for part in parts:
+            self._encryptor.authenticate_additional_data(part)
+
+    def end(self) -> bytes:
+        self._encryptor.finalize()
+        return self._encryptor.tag
 
 
 class Sealer:
@@ -28,14 +43,17 @@ class Sealer:
         self._key = AES(hashlib.blake2b(salts, key=key, digest_size=KEY_BYTES).digest())
         self._number = _TO_SERVER if to_server else 0
 
+    def begin(self) -> "Seal":
+        """The seal of the next thing that is said, which is given to it bit by bit."""
+        nonce = _NONCE.pack(self._number)
+        self._number += 1
+        return Seal(Cipher(self._key, GCM(nonce)).encryptor())
+
     def seal(self, parts: Iterable[bytes | memoryview]) -> bytes:
         """The seal of the next thing that is said."""
-        encryptor = Cipher(self._key, GCM(_NONCE.pack(self._number))).encryptor()
-        self._number += 1
-        for part in parts:
-            encryptor.authenticate_additional_data(part)
-        encryptor.finalize()
-        return encryptor.tag
+        seal = self.begin()
+        seal.add(parts)
+        return seal.end()
 
     def is_sealed(self, seal: bytes, parts: Iterable[bytes | memoryview]) -> bool:
         """Whether the next thing that was heard came with its seal."""

@@ -3,15 +3,17 @@
     receiver -> sender    magic 4 | version 1 | export 16 | salt 16        once
     sender -> receiver    salt 16                                          once
     receiver -> sender    chunk 4 | seal 16                                for each that it wants
-    sender -> receiver    chunk 4 | size 8 | seal 16 | bytes               for each, in order
+    sender -> receiver    chunk 4 | size 8 | bytes | seal 16               for each, in order
 
 All numbers are big-endian. Seals are keyed (see `sealed`): each export has a key of its own, which
 its receiver is told over the links of the graph, and of which each connection makes its own. Bytes
-go from the sender's pool straight into the receiver's; a chunk whose seal is wrong is asked for
-again. Nothing is encrypted: who can listen on the network between workers sees keys and values, but
-can neither ask for them nor change them.
+go from the sender's pool straight into the receiver's, and are sealed piece by piece on the way,
+each while it is in the CPU's cache; a chunk whose seal is wrong is asked for again. Nothing is
+encrypted: who can listen on the network between workers sees keys and values, but can neither ask
+for them nor change them.
 """
 
+import hmac
 import secrets
 import socket
 import struct
@@ -26,18 +28,19 @@ import trio
 from sagellm.runtime.engine.port import StaleLease
 from sagellm.runtime.kv.located import Located, TcpBlocks
 from sagellm.runtime.kv.pool_bytes import PoolBytes, slices_of
-from sagellm.runtime.kv.sealed import KEY_BYTES, SALT_BYTES, SEAL_BYTES, Sealer
+from sagellm.runtime.kv.sealed import KEY_BYTES, SALT_BYTES, SEAL_BYTES, Seal, Sealer
 from sagellm.runtime.kv.transport import MOST_COPIES, damaged
-from sagellm.runtime.kv.wire import Broken, Wire
+from sagellm.runtime.kv.wire import Broken, Wire, pieces_of
 
 log = structlog.get_logger("sagellm.kv")
 
-_MAGIC, _VERSION = b"SGKV", 1
+_MAGIC, _VERSION = b"SGKV", 2
 _HELLO = struct.Struct(f">4sB16s{SALT_BYTES}s")
 _ASK = struct.Struct(">I")
 _HEAD = struct.Struct(">IQ")
 _MOST_CONNECTIONS = 64  # served at a time; others wait
 _MOST_STRANGERS = 64  # that have not said yet what they want; the oldest has to go
+_PIECE_BYTES = 2**19  # a part of a second-level cache
 _GREETING_S = 2.0  # for saying it
 
 
@@ -162,8 +165,20 @@ class TcpTransport:
                 return
             export.check()
             views = self._pool.views(chunks[number], runs)
-            head = _HEAD.pack(number, sum(map(len, views)))
-            await wire.send([head, answers.seal([head, *views]), *views], export.check)
+            await _send_chunk(wire, answers.begin(), number, views, export.check)
+
+
+async def _send_chunk(
+    wire: Wire, seal: Seal, number: int, views: Sequence[memoryview], check: Callable[[], None]
+) -> None:
+    head = memoryview(_HEAD.pack(number, sum(map(len, views))))
+    *pieces, last = pieces_of([head, *views], _PIECE_BYTES)
+    for piece in pieces:
+        seal.add(piece)
+        await wire.send(piece, check)
+        check()  # there was a checkpoint, and the next piece is read
+    seal.add(last)
+    await wire.send([*last, seal.end()], check)
 
 
 class _Receiver:
@@ -229,11 +244,15 @@ class _Receiver:
         expected = _HEAD.pack(number, sum(map(len, views)))
         if await wire.take(_HEAD.size) != expected:
             raise Broken("another chunk came than was asked for")
-        seal = await wire.take(SEAL_BYTES)
-        await wire.fill(views, self._check)
+        seal = answers.begin()
+        seal.add([expected])
+        for piece in pieces_of(views, _PIECE_BYTES):
+            await wire.fill(piece, self._check)
+            self._check()  # there was a checkpoint behind the last byte
+            seal.add(piece)
+        said = await wire.take(SEAL_BYTES)
         self._wanted.popleft()
-        self._check()  # there was a checkpoint behind the last byte
-        if answers.is_sealed(seal, [expected, *views]):
+        if hmac.compare_digest(seal.end(), said):
             return True
         self._wanted.append((number, views))
         self._count_damage(number)

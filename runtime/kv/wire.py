@@ -64,7 +64,8 @@ class Wire:
     ) -> None:
         wait = trio.lowlevel.wait_writable if is_sending else trio.lowlevel.wait_readable
         rest = deque(memoryview(view) for view in views if len(view))
-        await trio.lowlevel.checkpoint()
+        if not rest:
+            await trio.lowlevel.checkpoint()
         while rest:
             check()
             try:
@@ -94,3 +95,20 @@ def _advance(rest: deque[memoryview], num_bytes: int) -> None:
             rest.appendleft(first[num_bytes:])
             return
         num_bytes -= len(first)
+
+
+def pieces_of(views: Sequence[memoryview], size: int) -> list[list[memoryview]]:
+    """The views, cut where they are longer, in lists of `size` bytes each; the last may be less.
+
+    There is always a last one, if an empty one.
+    """
+    pieces: list[list[memoryview]] = [[]]
+    room = size
+    for view in views:
+        while view:
+            if not room:
+                pieces.append([])
+                room = size
+            pieces[-1].append(view[:room])
+            view, room = view[room:], room - len(view[:room])
+    return pieces

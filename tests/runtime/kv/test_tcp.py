@@ -17,10 +17,11 @@ from sagellm.runtime.engine.port import DamagedBlocks, StaleLease
 from sagellm.runtime.kv import pool_bytes, tcp
 from sagellm.runtime.kv.located import TcpBlocks
 from sagellm.runtime.kv.sealed import KEY_BYTES, SALT_BYTES, Sealer
+from sagellm.runtime.kv.wire import pieces_of
 
 SENT = [3, 4, 5, 9, 8, 20, 21, 60]
 LANDED = [1, 2, 3, 4, 5, 40, 41, 42]
-CHUNK = 4 + 8 + 16 + 2 * 8 * 256  # one layer: header, seal, keys and values of eight blocks
+CHUNK = 4 + 8 + 16 + 2 * 8 * 256  # one layer: header, seal behind keys and values of eight blocks
 SALT = 16
 ALL = SALT + 3 * CHUNK
 
@@ -50,9 +51,12 @@ class Tcp:
         return arrived and not self.landed.pool[:, :, others].any()
 
 
-@pytest.fixture
-async def ends(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Tcp]:
+@pytest.fixture(params=[2**19, 1000], ids=["in one piece", "in pieces"])
+async def ends(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Tcp]:
     monkeypatch.setattr(pool_bytes, "_CHUNK_BYTES", 1)
+    monkeypatch.setattr(tcp, "_PIECE_BYTES", request.param)
     both = Tcp()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(both.sender.run)
@@ -132,6 +136,7 @@ async def test_chunks_of_another_transfer_are_refused(ends: Tcp) -> None:
     assert ends.receiver.num_damaged == 3
 
 
+@pytest.mark.parametrize("ends", [2**19], indirect=True)
 async def test_chunks_in_another_order_are_refused(ends: Tcp) -> None:
     ends.proxy.answers = [swapping]
     await ends.receiver.fetch(await ends.offer(), LANDED, fine)
@@ -139,15 +144,17 @@ async def test_chunks_in_another_order_are_refused(ends: Tcp) -> None:
 
 
 def greetings(source: TcpBlocks) -> dict[str, bytes]:
-    hello = tcp._HELLO.pack(b"SGKV", 1, source.export, bytes(16))
+    hello = tcp._HELLO.pack(b"SGKV", tcp._VERSION, source.export, bytes(16))
     ask = tcp._ASK.pack(0)
     return {
         "nothing": b"",
         "garbage": secrets.token_bytes(4096),
         "pickle": pickle.dumps({"a": 1}) * 40,
         "http": b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
-        "another version": tcp._HELLO.pack(b"SGKV", 2, source.export, bytes(16)) + ask + bytes(16),
-        "an unknown export": tcp._HELLO.pack(b"SGKV", 1, bytes(16), bytes(16)) + ask + bytes(16),
+        "another version": tcp._HELLO.pack(b"SGKV", 1, source.export, bytes(16)) + ask + bytes(16),
+        "an unknown export": tcp._HELLO.pack(b"SGKV", tcp._VERSION, bytes(16), bytes(16))
+        + ask
+        + bytes(16),
         "no seal": hello + ask + bytes(16),
         "another's seal": hello + ask + secrets.token_bytes(16),
         "no such chunk": hello + tcp._ASK.pack(2**32 - 1) + bytes(16),
@@ -186,6 +193,16 @@ async def test_strangers_that_say_nothing_keep_nobody_out(ends: Tcp) -> None:
     assert ends.is_right
     for stream in strangers:
         await stream.aclose()
+
+
+def test_pieces_are_all_of_it_in_order() -> None:
+    data = memoryview(bytes(range(100)))
+    views = [data[:1], data[1:50], data[50:50], data[50:64], data[64:]]
+    for size in (1, 7, 50, 99, 100, 101):
+        pieces = pieces_of(views, size)
+        assert b"".join(view for piece in pieces for view in piece) == data
+        assert [sum(map(len, piece)) for piece in pieces[:-1]] == [size] * (len(pieces) - 1)
+    assert pieces_of([], 5) == [[]]
 
 
 def test_a_salt_that_comes_again_gives_no_key_again() -> None:
