@@ -104,7 +104,7 @@ class LocalEngine:
 
     async def export_part(self, lease: LeaseRef, part: Part) -> Located:
         """Where a part of a prompt is that is still being computed. Raises StaleLease."""
-        return await self._exchange.part(lease, part)()
+        return await self._exchange.share_part(lease, part)
 
     async def receive(self, lease: LeaseRef, source: Located, landed: Extent = NOTHING) -> None:
         """Fill a reserved lease from another process, but for what has landed there already.

@@ -1,7 +1,5 @@
 """Leases that no sequence owns: prompts that wait for export, blocks that wait for an import."""
 
-from collections.abc import Awaitable, Callable
-
 from sagellm.runtime.engine.port import StaleLease
 from sagellm.runtime.kv.extent import Part
 from sagellm.runtime.kv.lease import Fence, Lease
@@ -40,7 +38,7 @@ class Exchange:
         del self._held[lease.fence]
         return PoolSource(self._pool, self._storage, lease, ref)
 
-    def part(self, ref: LeaseRef, part: Part) -> Callable[[], Awaitable[Located]]:
+    async def share_part(self, ref: LeaseRef, part: Part) -> Located:
         """How a part of a prompt that is still being computed is found. Raises StaleLease.
 
         They are its sequence's: what is shared ends with its lease, or where other blocks that hold
@@ -55,7 +53,7 @@ class Exchange:
                 raise StaleLease(f"lease {ref.lease_id} has other blocks by now")
 
         layers = part.layers(self._storage.num_layers)
-        return lambda: self._storage.share(blocks, layers, check)
+        return await self._storage.share(blocks, layers, check)
 
     def target(self, fence: Fence) -> PoolTarget | None:
         """The receiving side that was opened for `fence` and not yet adopted or aborted."""

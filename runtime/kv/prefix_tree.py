@@ -70,8 +70,7 @@ class PrefixTree:
             return self.child(parent, key)
         node = Node(key, block, parent, _clamped(priority))
         siblings[key.digest] = self._nodes[block] = node
-        while parent is not None and parent.priority > node.priority:  # else it went before it
-            parent.priority, parent = node.priority, parent.parent
+        _raise(parent, node.priority)
         return node
 
     def use(self, node: Node, priority: int, *, is_idle: bool) -> None:
@@ -80,7 +79,7 @@ class PrefixTree:
             del self._idle[node.priority][node]
             self.num_idle -= 1
             self.note_handed_out(1)
-        node.priority = min(node.priority, _clamped(priority))
+        _raise(node, _clamped(priority))
 
     def note_handed_out(self, num_blocks: int) -> None:
         """The clock: how many blocks were leased."""
@@ -153,6 +152,12 @@ class PrefixTree:
         assert not node.children
         del self._children(node.parent)[node.key.digest]
         node.is_live, self._nodes[node.block] = False, None
+
+
+def _raise(node: Node | None, priority: int) -> None:
+    """None is less critical than those behind it: else it would be evicted before them."""
+    while node is not None and node.priority > priority:
+        node.priority, node = priority, node.parent
 
 
 def _clamped(priority: int) -> int:

@@ -61,6 +61,8 @@ class SharedTransport:
         if not isinstance(source, SharedBlocks):
             raise TypeError(f"memory fetches from memory, not from {type(source).__name__}")
         sender = self._map(source)
+        if not all(0 <= block < sender.shape[2] for block in source.blocks):
+            raise StaleLease(f"process {source.pid} has no such blocks as it said")
         runs = runs_of(list(zip(source.blocks, blocks, strict=True)))
         chunks = self._pool.chunks(len(blocks), layers)
         for chunk, wanted in zip(chunks, source.sums, strict=True):

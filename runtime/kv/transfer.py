@@ -24,10 +24,8 @@ class PoolSource:
     async def share(self, landed: Extent = NOTHING) -> Located:
         """How a receiver in another process finds what has not landed there. Raises StaleLease."""
         rest = _rest(self.pool.num_blocks_for(self.lease.num_tokens), landed)
-        blocks, layers = (
-            self.held.blocks[rest.first : rest.end],
-            rest.layers(self.storage.num_layers),
-        )
+        blocks = self.held.blocks[rest.first : rest.end]
+        layers = rest.layers(self.storage.num_layers)
         return await self.storage.share(blocks, layers, lambda: self.held.require("sending"))
 
     def release(self) -> None:

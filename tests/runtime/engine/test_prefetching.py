@@ -172,23 +172,10 @@ async def test_layers_of_one_step_go_before_the_rest_of_them_and_the_next_step(
         target.abort()
 
 
-async def test_small_parts_wait_for_more_layers(
+async def test_small_parts_wait_for_more_layers_each_for_its_own(
     autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with couple(monkeypatch, step=1000) as two:
-        block_bytes = two.prefill.local.facts.kv_block_bytes
-        monkeypatch.setattr(layer_watch, "LEAST_PART_BYTES", NUM_BLOCKS * block_bytes // 2 + 1)
-        await two.reserve()
-        await two.begin()
-        target = await transfer(two, await two.computed())
-        assert two.copied == [(NUM_BLOCKS, ALL)]
-        target.abort()
-
-
-async def test_each_prompt_has_a_part_of_its_own_size(
-    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Small ones do not add up to a large one."""
+    """Those of two prompts do not add up to a large one."""
     async with couple(monkeypatch, step=1000) as two:
         block_bytes = two.prefill.local.facts.kv_block_bytes
         monkeypatch.setattr(layer_watch, "LEAST_PART_BYTES", NUM_BLOCKS * block_bytes // 2 + 1)

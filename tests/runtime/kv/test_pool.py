@@ -142,6 +142,20 @@ def test_a_block_that_is_read_is_not_exchanged_for_its_equal():
     pool.check()
 
 
+def test_a_block_is_not_evicted_before_a_more_critical_one_behind_it():
+    pool = BlockPool(4, 4)
+    keys = key_path(4, 1, 2)
+    first, second = pool.reserve(A, 8), pool.reserve(B, 8)
+    pool.publish(first, keys, 1)
+    pool.publish(second, keys[:1], 1)
+    pool.publish(second, keys[1:], 0)
+    pool.advance(first, "cancel")
+    pool.advance(second, "cancel")
+    pool.reserve(A, 12)
+    assert pool.child(None, keys[0]) is not None
+    pool.check()
+
+
 class PoolMachine(RuleBasedStateMachine):
     """Any order of reserving, growing, publishing, sharing and ending keeps the ledger.
 

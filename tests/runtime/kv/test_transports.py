@@ -16,7 +16,7 @@ from kv_sender import opened
 
 from sagellm.runtime.engine.port import DamagedBlocks, StaleLease
 from sagellm.runtime.kv import pool_bytes, shared
-from sagellm.runtime.kv.located import Located, TcpBlocks
+from sagellm.runtime.kv.located import Located, SharedBlocks, TcpBlocks
 from sagellm.runtime.kv.shared import SharedMemory, SharedTransport, map_shared
 from sagellm.runtime.kv.transport import Kind, Transport
 
@@ -138,6 +138,18 @@ async def test_blocks_written_after_they_were_offered_are_an_error(kind: Kind) -
     with pytest.raises(DamagedBlocks):
         await pair.receiver.fetch(source, LANDED, fine)
     assert pair.receiver.num_damaged == 3
+
+
+@pytest.mark.parametrize("block", [-1, 64, 10**9])
+async def test_blocks_that_are_not_there_are_refused(block: int) -> None:
+    pair = Pair("memory")
+    source = await pair.sender.offer(SENT, fine)
+    assert isinstance(source, SharedBlocks)
+    assert pair.sent.array.shape[2] == 64
+    wrong = msgspec.structs.replace(source, blocks=(*source.blocks[:-1], block))
+    with pytest.raises(StaleLease, match="no such blocks"):
+        await pair.receiver.fetch(wrong, LANDED, fine)
+    assert not pair.landed.pool.any()
 
 
 async def test_blocks_of_another_kind_are_refused(pair: Pair) -> None:
