@@ -26,7 +26,8 @@ APP.command("sagellm.cli.workers:drain", name="drain", help="Give a worker nothi
 APP.command("sagellm.cli.workers:scale", name="scale", help="Have more or fewer replicas.")
 APP.command("sagellm.cli.keys:keys", name="keys", help="Make keys for links over a network.")
 APP.command("sagellm.cli.doctor:doctor", name="doctor", help="Check this machine and set-up.")
-APP.command("sagellm.cli.version:version", name="version", help="Say what is installed.")
+APP.command("sagellm.cli.version:version", name="version", help="List installed versions.")
+APP.command("sagellm.cli.completion:completion", name="completion", help="Print a shell's script.")
 
 GRAPH = App(name="graph", help="Check and draw graphs.")
 GRAPH.command("sagellm.cli.graph:check", name="check", help="Find mistakes without running.")

@@ -6,7 +6,7 @@ from importlib.metadata import version as installed
 
 import msgspec
 
-LISTED = ("torch", "trio", "msgspec", "safetensors", "tokenizers")
+LISTED = ("torch", "trio", "msgspec", "safetensors", "tokenizers", "pyzmq", "starlette")
 
 
 def sagellm_version() -> str:
@@ -27,15 +27,21 @@ def _version(name: str) -> str | None:
 
 
 def version(*, json: bool = False) -> None:
-    """Say what is installed.
+    """List sagellm, Python, the platform and the packages that matter, with their versions.
 
     Parameters
     ----------
     json
-        Print an object: sagellm, python, and the packages that matter.
+        Print one object, name to version; null for a package that is missing.
     """
-    if not json:
-        print(f"sagellm {sagellm_version()}")
+    found = {
+        "sagellm": sagellm_version(),
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        **versions(),
+    }
+    if json:
+        print(msgspec.json.encode(found).decode())
         return
-    found = {"sagellm": sagellm_version(), "python": platform.python_version(), **versions()}
-    print(msgspec.json.encode(found).decode())
+    for name, number in found.items():
+        print(f"{name:12} {number or 'missing'}")

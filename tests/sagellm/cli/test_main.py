@@ -1,6 +1,8 @@
 import json
+import platform
 import subprocess
 import sys
+from importlib import metadata
 
 import pytest
 
@@ -10,7 +12,15 @@ from sagellm.cli import main
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["version"]) == 0
-    assert capsys.readouterr().out == f"sagellm {__version__}\n"
+    listed = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert listed["sagellm"] == __version__
+    assert listed["python"] == platform.python_version()
+    assert listed["torch"] == metadata.version("torch")
+
+
+def test_the_version_option_prints_the_version_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"{__version__}\n"
 
 
 def test_version_as_json(capsys: pytest.CaptureFixture[str]) -> None:
