@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # Without kept bytecode every process that is started would compile torch anew: seconds each.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup run test soak chaos clients lint format bench bench-peers clean
+.PHONY: setup run shell test soak chaos clients lint format bench bench-peers clean
 
 setup: $(STAMPS)/test $(STAMPS)/lint
 
@@ -29,6 +29,11 @@ $(BIN)/python:
 
 run: $(STAMPS)/run
 	$(BIN)/sagellm run graphs/pd.yaml --chat --prompt "What is 23 + 45?"
+
+# A shell in which the command `sagellm` is found; `exit` leaves it.
+shell: $(STAMPS)/run
+	@echo "sagellm is on the PATH of this shell; exit leaves it"
+	@env PATH="$(CURDIR)/$(BIN):$$PATH" VIRTUAL_ENV="$(CURDIR)/.venv" "$${SHELL:-/bin/sh}" -i
 
 # A worker a core, but no more than the memory of a small machine has room for. Each begins with
 # its share of the tests, and when it is done takes over some of another's.
@@ -78,6 +83,7 @@ lint: $(STAMPS)/test $(STAMPS)/lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/hadolint deploy/Containerfile
 
 format: $(STAMPS)/lint
 	$(BIN)/ruff check --fix .

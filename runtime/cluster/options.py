@@ -1,6 +1,7 @@
 """The options of each executor, as `executor:` of a graph file gives them."""
 
 import importlib.util
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -51,6 +52,12 @@ class ProcessesOptions:
 
     def mistakes(self) -> Iterator[Mistake]:
         """What each option by itself does not show."""
+        if not hasattr(os, "pidfd_open"):
+            yield Mistake(
+                "kind",
+                "worker processes need Linux: they are watched and share memory by its means",
+                "use executor tasks, which runs the whole graph in one process",
+            )
         if self.silent_s < 2 * self.ping_s:
             yield Mistake(
                 "silent_s",

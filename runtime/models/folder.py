@@ -120,8 +120,7 @@ def _download(name: str) -> Path:
     try:
         return download(name)
     except HubError as error:
-        fix = "check the name and the network, or give a folder"
-        raise ModelError(f"model {name}: {error}; {fix}") from error
+        raise ModelError(f"model {name}: {error}") from error
 
 
 def _is_path(name: str) -> bool:

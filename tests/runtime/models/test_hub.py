@@ -1,8 +1,16 @@
 """Downloads: only what is needed, and one error whatever fails."""
 
+import errno
+
 import huggingface_hub
 import pytest
-from huggingface_hub.errors import LocalEntryNotFoundError
+from httpx2 import Request, Response
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 
 from sagellm.runtime.models.hub import HubError, download
 
@@ -21,10 +29,20 @@ def test_code_and_pickles_are_not_downloaded(monkeypatch, tmp_path):
     assert list(kept) == ["model.safetensors", "tokenizer.json"]
 
 
+def refusal(kind, status):
+    """An error as the Hub's client makes it of an answer."""
+    return kind("no", response=Response(status, request=Request("GET", "http://hub.invalid")))
+
+
 @pytest.mark.parametrize(
     ("raised", "reason"),
     [
         (LocalEntryNotFoundError("offline"), "cannot be reached"),
+        (refusal(GatedRepoError, 403), "gated; accept its licence.*HF_TOKEN"),
+        (refusal(RepositoryNotFoundError, 401), "no such model, or it is private.*HF_TOKEN"),
+        (refusal(HfHubHTTPError, 500), "answered 500; try again"),
+        (OSError(errno.ENOSPC, "full"), "disk is full at /.*HF_HOME"),
+        (PermissionError(errno.EACCES, "no"), "cannot be written to; set HF_HOME"),
         (OSError("disk"), "OSError"),
         (ValueError("bad id"), "ValueError"),
     ],
