@@ -14,6 +14,7 @@ from prometheus_client.process_collector import ProcessCollector
 
 from sagellm.gateway.metrics.bounds import lengths
 from sagellm.gateway.metrics.format import format_of
+from sagellm.gateway.metrics.instrumentator import instrumentator_families
 from sagellm.gateway.metrics.lag import LoopLag
 from sagellm.gateway.metrics.meters import HttpMeters
 from sagellm.gateway.metrics.observer import KVShape, Observer
@@ -116,6 +117,8 @@ class GatewayMeters(HttpMeters):
         yield from graph_families(shown)
         lags = [("graph", shown.graph_lag)]
         http = http or self
+        if self._is_vllm:
+            yield from instrumentator_families(http)
         if http.app_lag.seconds.num_samples:
             lags.append(("app", http.app_lag.seconds))
         yield from http_families(http, lags)
