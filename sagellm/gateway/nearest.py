@@ -35,8 +35,4 @@ def no_such_path(raw_path: bytes, paths: Iterable[str]) -> str:
     plain = [each for each in paths if "{" not in each]
     near = get_close_matches(path.lower(), plain, n=1, cutoff=0.7)
     told = f"there is no such path: {path}"
-    return (
-        f"{told}; did you mean {near[0]}?"
-        if near
-        else f"{told}; /openapi.json lists those there are"
-    )
+    return f"{told}; did you mean {near[0]}?" if near else f"{told}; /docs lists those there are"
