@@ -60,7 +60,7 @@ chaos: $(STAMPS)/test
 CLIENTS := .venv-clients
 openai2_NEEDS := 'openai<3'
 langchain_NEEDS := langchain-openai 'openai>=3'
-litellm_NEEDS := litellm
+litellm_NEEDS := litellm mcp
 aiohttp_NEEDS := aiohttp
 NAMES := openai2 langchain litellm aiohttp
 
