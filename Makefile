@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # Without kept bytecode every process that is started would compile torch anew: seconds each.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup run shell test soak chaos clients lint format bench bench-peers clean
+.PHONY: setup run shell test soak chaos clients prometheus page lint format bench bench-peers clean
 
 setup: $(STAMPS)/test $(STAMPS)/lint
 
@@ -65,14 +65,23 @@ chaos: $(STAMPS)/test
 CLIENTS := .venv-clients
 openai2_NEEDS := 'openai<3'
 langchain_NEEDS := langchain-openai 'openai>=3'
+litellm_NEEDS := litellm mcp
+aiohttp_NEEDS := aiohttp
+NAMES := openai2 langchain litellm aiohttp
 
-clients: $(STAMPS)/test $(CLIENTS)/openai2/.ready $(CLIENTS)/langchain/.ready
-	@for name in openai2 langchain; do \
+clients: $(STAMPS)/test $(NAMES:%=$(CLIENTS)/%/.ready) prometheus
+	@for name in $(NAMES); do \
 		echo "$$name:"; \
 		SAGELLM_BIN=$(CURDIR)/$(BIN)/sagellm $(CLIENTS)/$$name/bin/python -m pytest \
 			-c /dev/null --rootdir tests/clients --confcutdir tests/clients \
 			-p no:cacheprovider --timeout 120 -q -rs tests/clients || exit; \
 	done
+
+# Of Debian; where it cannot be installed, the tests that scrape with it are skipped.
+prometheus:
+	@command -v prometheus >/dev/null || \
+		{ [ "$$(id -u)" = 0 ] && apt-get install -y -qq --no-install-recommends prometheus; } || \
+		echo "no Prometheus: its tests are skipped (as root: apt-get install prometheus)"
 
 $(CLIENTS)/%/.ready: Makefile
 	$(PYTHON) -m venv $(CLIENTS)/$*

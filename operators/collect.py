@@ -47,6 +47,7 @@ def answer_of(events: tuple[TokenEvent, ...]) -> Answer:
         retry_after_s=last.retry_after_s,
         num_prompt_tokens=max(event.num_prompt_tokens for event in events),
         num_cached_tokens=max(event.num_cached_tokens for event in events),
+        num_preemptions=max(event.num_preemptions for event in events),
         stamps=last.stamps,
     )
 

@@ -185,6 +185,7 @@ class TokenEvent(msgspec.Struct, frozen=True, kw_only=True, tag="tokens"):
     retry_after_s: float | None = None  # when a refused request may be tried again
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
+    num_preemptions: int = 0  # of the sequence, in the engine that the event comes from
     stamps: Stamps = Stamps()
 
     @property
@@ -237,6 +238,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True, tag="answer"):
     retry_after_s: float | None = None
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
+    num_preemptions: int = 0
     stamps: Stamps = Stamps()
     value: object = None
 

@@ -116,6 +116,7 @@ def _asked(request: Request, model: str, num_choices: int) -> Attributes:
         "gen_ai.request.top_p": sampling.top_p,
         "gen_ai.request.top_k": sampling.top_k,
         "gen_ai.request.choice.count": num_choices,
+        "gen_ai.request.n": num_choices,  # vLLM's name
     }
     return asked if sampling.seed is None else {**asked, "gen_ai.request.seed": sampling.seed}
 
@@ -123,9 +124,13 @@ def _asked(request: Request, model: str, num_choices: int) -> Attributes:
 def _used(opened: OpenRequest) -> Attributes:
     lasts = [choice.last for choice in opened.choices.values() if choice.last]
     firsts = [choice.first for choice in opened.choices.values() if choice.first]
+    num_prompt = max((last.num_prompt_tokens for last in lasts), default=0)
+    num_output = sum(each.num_tokens for each in opened.choices.values())
     return {
-        "gen_ai.usage.input_tokens": max((last.num_prompt_tokens for last in lasts), default=0),
-        "gen_ai.usage.output_tokens": sum(each.num_tokens for each in opened.choices.values()),
+        "gen_ai.usage.input_tokens": num_prompt,
+        "gen_ai.usage.output_tokens": num_output,
+        "gen_ai.usage.prompt_tokens": num_prompt,  # vLLM's names
+        "gen_ai.usage.completion_tokens": num_output,
         "gen_ai.usage.cache_read.input_tokens": max(
             (event.num_cached_tokens for event in (*firsts, *lasts)), default=0
         ),
@@ -151,6 +156,7 @@ def _latencies(opened: OpenRequest, now: float) -> Attributes:
         decoding_s = stamps.prefilled_s if moved_s is None else moved_s
         known["gen_ai.latency.time_in_model_prefill"] = stamps.prefilled_s - stamps.started_s
         known["gen_ai.latency.time_in_model_decode"] = finished_s - decoding_s
+        known["gen_ai.latency.time_in_model_inference"] = finished_s - stamps.started_s
     return known
 
 

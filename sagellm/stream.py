@@ -234,6 +234,7 @@ def gather(parts: Sequence[Output]) -> Answer:
         retry_after_s=last.retry_after_s,
         num_prompt_tokens=max(event.num_prompt_tokens for event in events),
         num_cached_tokens=max(event.num_cached_tokens for event in events),
+        num_preemptions=max(event.num_preemptions for event in events),
         stamps=_stamps(events[0], last),
     )
 

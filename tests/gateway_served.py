@@ -142,6 +142,7 @@ class Reply:
     """`is_whole`: it did not break off. `is_closed`: the server has closed behind it."""
 
     status: int = 0
+    reason: str = ""
     headers: dict[str, str] = field(default_factory=dict)
     body: bytes = b""
     is_whole: bool = False
@@ -169,7 +170,7 @@ class _Reading:
             except h11.RemoteProtocolError:
                 return True
             if isinstance(got, h11.Response):
-                self.reply.status = got.status_code
+                self.reply.status, self.reply.reason = got.status_code, got.reason.decode()
                 self.reply.headers = {key.decode(): value.decode() for key, value in got.headers}
             elif isinstance(got, h11.Data):
                 self.reply.body += bytes(got.data)

@@ -142,6 +142,7 @@ class Scheduler:
         self.pool.advance(sequence.lease, "preempt")
         sequence.lease = None
         sequence.num_computed = 0
+        sequence.num_preemptions += 1
         self.num_preemptions += 1
         self.add(sequence)
 

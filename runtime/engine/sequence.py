@@ -22,8 +22,8 @@ class Sequence:
 
     __slots__ = (
         "arrival", "end", "fence", "found", "keys", "lease", "mailbox", "max_output",
-        "num_cached", "num_computed", "num_prompt", "num_scored", "rank", "scores", "stamps",
-        "state", "stop_ids", "tokens", "transcript",
+        "num_cached", "num_computed", "num_preemptions", "num_prompt", "num_scored", "rank",
+        "scores", "stamps", "state", "stop_ids", "tokens", "transcript",
     )  # fmt: skip
 
     def __init__(
@@ -44,6 +44,7 @@ class Sequence:
         self.tokens = [*state.prompt_token_ids, *state.emitted_token_ids]
         self.num_prompt = len(state.prompt_token_ids)
         self.num_computed = 0
+        self.num_preemptions = 0
         self.lease: Lease | None = None
         self.keys: list[BlockKey] = []  # of its full blocks, as far as they were asked for
         self.found: list[Node] = []  # while it waits: the prefix that need not be computed
@@ -129,6 +130,7 @@ class Sequence:
             error=error,
             num_prompt_tokens=self.num_prompt,
             num_cached_tokens=self.num_cached or 0,
+            num_preemptions=self.num_preemptions,
             stamps=self.stamps,
         )
 

@@ -9,6 +9,7 @@ from starlette.responses import Response
 from sagellm.gateway.endpoints.admin import cancel, graph
 from sagellm.gateway.endpoints.chat import chat
 from sagellm.gateway.endpoints.completions import completions
+from sagellm.gateway.endpoints.docs import docs_page
 from sagellm.gateway.endpoints.health import VERSION, health, live, load, ready, version
 from sagellm.gateway.endpoints.invocations import invocations
 from sagellm.gateway.endpoints.metrics import metrics
@@ -24,6 +25,13 @@ async def described(gateway: Gateway, request: Request) -> Response:
     """The OpenAPI document of these routes."""
     settings = gateway.settings
     return Response(_document(settings.limits, bool(settings.api_keys)), media_type=_JSON)
+
+
+async def docs(gateway: Gateway, request: Request) -> Response:
+    """The same as a page."""
+    settings = gateway.settings
+    document = openapi(ROUTES, VERSION, settings.limits, needs_key=bool(settings.api_keys))
+    return docs_page(document)
 
 
 @lru_cache
@@ -43,6 +51,7 @@ ROUTES = (
     Route("GET", "/load", load, while_draining=True),
     Route("GET", "/metrics", metrics, access="metrics", while_draining=True),
     Route("GET", "/openapi.json", described, while_draining=True),
+    Route("GET", "/docs", docs, while_draining=True),
     Route("GET", "/v1/models", models),
     Route("GET", "/v1/models/{id:path}", model),
     Route("POST", "/v1/completions", completions),

@@ -14,6 +14,7 @@ from sagellm.gateway.failure import ApiError
 from sagellm.gateway.gateway import Gateway
 from sagellm.gateway.layers.auth import Access
 from sagellm.gateway.layers.errors import response_of
+from sagellm.gateway.nearest import no_such_path, shown
 
 Endpoint: TypeAlias = Callable[[Gateway, Request], Awaitable[Response]]
 
@@ -37,13 +38,22 @@ class Route:
 
 async def not_found(gateway: Gateway, request: Request) -> Response:
     """What there is no route for; a caller without a key learns only that it needs one."""
-    raise ApiError(404, "there is no such path")
+    raise ApiError(404, no_such_path(request.scope.get("raw_path") or b"", request.scope["paths"]))
 
 
 async def not_allowed(gateway: Gateway, request: Request) -> Response:
-    response = response_of(ApiError(405, f"this path does not answer to {_word(request.method)}"))
-    response.headers["allow"] = ", ".join(request.scope["allowed_methods"])
+    allowed, path = ", ".join(request.scope["allowed_methods"]), shown(request.scope["raw_path"])
+    message = f"{path} does not answer to {_word(request.method)}; it answers to {allowed}"
+    response = response_of(ApiError(405, message))
+    response.headers["allow"] = allowed
     return response
+
+
+async def without_slash(gateway: Gateway, request: Request) -> Response:
+    """Keeps method and body (RFC 9110, 15.4.8). The target is a route's path: of this server."""
+    query = request.scope["query_string"].decode("latin-1")
+    target = request.scope["redirected_to"] + (f"?{query}" if query else "")
+    return Response(status_code=307, headers={"location": target})
 
 
 NOT_FOUND = Route("GET", "", not_found, while_draining=True)
@@ -68,14 +78,27 @@ class Table:
         """The route of a request; sets `path_params` in the scope. Never fails."""
         methods, parameters = self._lookup(scope.get("raw_path") or b"")
         scope["path_params"] = parameters
+        scope["paths"] = self.paths
         if not methods:
-            return NOT_FOUND
+            return self._without_slash(scope) or NOT_FOUND
         route = methods.get(scope["method"])
         if route is not None:
             return route
         scope["allowed_methods"] = tuple(methods)
         any_route = next(iter(methods.values()))
         return Route(scope["method"], any_route.path, not_allowed, any_route.access, True)
+
+    def _without_slash(self, scope: Scope) -> Route | None:
+        """A redirect, where the path is that of a route but for one slash at its end. It needs
+        the key, as every path does that is no route.
+        """
+        raw_path: bytes = scope.get("raw_path") or b""
+        methods = self._exact.get(raw_path[:-1]) if raw_path.endswith(b"/") else None
+        if not methods:
+            return None
+        route = methods.get(scope["method"]) or next(iter(methods.values()))
+        scope["redirected_to"] = route.path
+        return Route(scope["method"], route.path, without_slash, while_draining=True)
 
     def _methods(self, path: str) -> dict[str, Route]:
         """The routes of one path, which is new or known."""

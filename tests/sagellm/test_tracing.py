@@ -153,6 +153,10 @@ def test_attributes_are_those_of_the_conventions_and_of_vllm() -> None:
         "gen_ai.latency.e2e": 7.0,
         "gen_ai.latency.time_in_model_prefill": 1.0,
         "gen_ai.latency.time_in_model_decode": 2.0,
+        "gen_ai.latency.time_in_model_inference": 4.0,
+        "gen_ai.usage.prompt_tokens": 9,
+        "gen_ai.usage.completion_tokens": 4,
+        "gen_ai.request.n": 2,
     }
     assert root.name == "chat alias"
     assert expected.items() <= root.attributes.items()

@@ -23,6 +23,7 @@ _BOUNDS = {
     "decode": bounds.REQUEST_S,
     "kv_transfer": bounds.PHASE_S,
     "num_choices": bounds.CHOICES,
+    "num_preemptions": bounds.PREEMPTIONS,
 }
 _LENGTHS = ("prompt_len", "computed_len", "generation_len", "longest_len", "max_tokens")
 
@@ -44,6 +45,7 @@ class Counts:
     generation_tokens: int = 0
     goodput_tokens: int = 0
     kv_transfer_bytes: int = 0
+    kv_transfer_tokens: int = 0
     ttft: Buckets = field(init=False)
     itl: Buckets = field(init=False)
     tpot: Buckets = field(init=False)
@@ -54,6 +56,7 @@ class Counts:
     decode: Buckets = field(init=False)
     kv_transfer: Buckets = field(init=False)
     num_choices: Buckets = field(init=False)
+    num_preemptions: Buckets = field(init=False)  # of a choice that an engine began
     prompt_len: Buckets = field(init=False)
     computed_len: Buckets = field(init=False)
     generation_len: Buckets = field(init=False)

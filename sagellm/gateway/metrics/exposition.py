@@ -10,10 +10,11 @@ import anyio.lowlevel
 import anyio.to_thread
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import Metric
-from prometheus_client.exposition import choose_encoder
 from prometheus_client.process_collector import ProcessCollector
 
 from sagellm.gateway.metrics.bounds import lengths
+from sagellm.gateway.metrics.format import format_of
+from sagellm.gateway.metrics.instrumentator import instrumentator_families
 from sagellm.gateway.metrics.lag import LoopLag
 from sagellm.gateway.metrics.meters import HttpMeters
 from sagellm.gateway.metrics.observer import KVShape, Observer
@@ -78,10 +79,7 @@ class GatewayMeters(HttpMeters):
         self, accept: str = "", http: HttpMeters | None = None
     ) -> tuple[bytes, str]:
         """`http`: what several gateways have counted, where it is not this one that did."""
-        try:
-            encode, content_type = choose_encoder(accept)
-        except (TypeError, ValueError):  # of a header that makes no sense
-            encode, content_type = choose_encoder("")
+        encode, content_type = format_of(accept)
         shown = await self.snapshot()
         self._scrape.families = self.families(shown, http)
         return encode(self._registry), content_type
@@ -119,6 +117,8 @@ class GatewayMeters(HttpMeters):
         yield from graph_families(shown)
         lags = [("graph", shown.graph_lag)]
         http = http or self
+        if self._is_vllm:
+            yield from instrumentator_families(http)
         if http.app_lag.seconds.num_samples:
             lags.append(("app", http.app_lag.seconds))
         yield from http_families(http, lags)

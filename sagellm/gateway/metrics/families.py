@@ -1,6 +1,6 @@
 """Metric families of the Prometheus client, made in one call each."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import TypeAlias
 
 from prometheus_client.core import (
@@ -31,11 +31,19 @@ def gauge(name: str, documentation: str, values: Values) -> Metric:
     return family
 
 
-def histogram(name: str, documentation: str, values: Iterable[tuple[Labels, Buckets]]) -> Metric:
+def histogram(
+    name: str,
+    documentation: str,
+    values: Iterable[tuple[Labels, Buckets]],
+    only: Collection[float] | None = None,
+) -> Metric:
+    """`only`: the bounds that are shown, of those that the buckets have."""
     family = HistogramMetricFamily(name, documentation)
     for labels, buckets in values:
         passed = 0
         for bound, passed in buckets.cumulative():
+            if only is not None and bound not in only and bound != float("inf"):
+                continue
             family.add_sample(f"{name}_bucket", {**labels, "le": _text(bound)}, passed)
         family.add_sample(f"{name}_count", dict(labels), passed)
         family.add_sample(f"{name}_sum", dict(labels), buckets.total)

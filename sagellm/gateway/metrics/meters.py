@@ -3,11 +3,13 @@
 from collections.abc import Iterable
 from typing import NamedTuple, Protocol
 
-from sagellm.gateway.metrics.bounds import CALL_S
+from sagellm.gateway.metrics.bounds import ALL_CALLS_S, CALL_S
 from sagellm.gateway.metrics.lag import LoopLag
 from sagellm.logs import num_dropped_lines
 from sagellm.runtime.buckets import Buckets
 
+# What probes and scrapers call: no part of the HTTP metrics that vLLM has too.
+NOT_MEASURED = frozenset({"/metrics", "/health", "/load", "/ping", "/version", "/live", "/ready"})
 UNKNOWN = "unknown"  # for whatever a client named that is in no table
 _METHODS = frozenset({"GET", "POST", "HEAD", "PUT", "DELETE", "OPTIONS", "PATCH"})
 
@@ -47,7 +49,8 @@ class HttpMeters:
         self.num_disconnects = 0
         self.requests: dict[Call, int] = {}
         self.responses: dict[tuple[Call, int], int] = {}
-        self.seconds: dict[str, Buckets] = {}
+        self.seconds: dict[Call, Buckets] = {}
+        self.all_seconds = Buckets(ALL_CALLS_S)  # of the calls that vLLM measures
         self.app_lag = LoopLag()
 
     @property
@@ -68,9 +71,11 @@ class HttpMeters:
         key = call, status if 100 <= status < 600 else 0
         self.num_active -= 1
         self.responses[key] = self.responses.get(key, 0) + 1
-        if call.endpoint not in self.seconds:
-            self.seconds[call.endpoint] = Buckets(CALL_S)
-        self.seconds[call.endpoint].observe(seconds)
+        if call not in self.seconds:
+            self.seconds[call] = Buckets(CALL_S)
+        self.seconds[call].observe(seconds)
+        if call.endpoint not in NOT_MEASURED:
+            self.all_seconds.observe(seconds)
 
     def disconnected(self) -> None:
         self.num_disconnects += 1

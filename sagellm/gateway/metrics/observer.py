@@ -30,6 +30,8 @@ class _Track:
     arrived_s: float
     num_tokens: int = 0
     num_cached: int = 0
+    num_preemptions: int = 0  # in the engines before this one
+    preempted_here: tuple[int, int] = (0, 0)  # epoch, and preemptions in the engine that has it
     first_s: float = 0.0
     last_s: float = 0.0
     stamps: Stamps = _NO_STAMPS  # of its first event: the last may come from outside its engine
@@ -103,6 +105,7 @@ class Observer:
         if track is None or not isinstance(item, TokenEvent | Answer):
             return
         now = self._now()
+        _note_preemptions(track, item)
         if item.token_ids:
             self._take_tokens(track, item, now)
         if item.finish_reason is not None:
@@ -145,6 +148,8 @@ class Observer:
             counts.reject(code, track.request.priority)
         stamps = last.stamps if last.stamps.started_s is not None else track.stamps
         counts.e2e.observe(now - track.arrived_s)
+        if stamps.started_s is not None:
+            counts.num_preemptions.observe(track.num_preemptions + track.preempted_here[1])
         finished_s = last.stamps.finished_s
         _observe_phases(counts, stamps, track.arrived_s, now if finished_s is None else finished_s)
         if track.num_tokens:
@@ -152,6 +157,7 @@ class Observer:
             if stamps.transferred_s is not None:
                 num_moved = last.num_prompt_tokens + len(track.request.emitted_token_ids)
                 counts.kv_transfer_bytes += self._kv.num_bytes(num_moved)
+                counts.kv_transfer_tokens += num_moved
         call.num_open -= 1
         call.longest = max(call.longest, track.num_tokens)
         if not call.num_open and call.longest:
@@ -170,6 +176,15 @@ class Observer:
         slo_s = self._slo_ttft_s if request.slo_ttft_s is None else request.slo_ttft_s
         if reason in SERVED and (slo_s is None or ttft_s <= slo_s):
             counts.goodput_tokens += num_tokens
+
+
+def _note_preemptions(track: _Track, item: TokenEvent | Answer) -> None:
+    """An engine counts from zero: a request that went on elsewhere has those of both."""
+    epoch = item.epoch if isinstance(item, TokenEvent) else track.preempted_here[0]
+    before_epoch, before = track.preempted_here
+    if epoch != before_epoch or item.num_preemptions < before:
+        track.num_preemptions += before
+    track.preempted_here = epoch, item.num_preemptions
 
 
 def _first_token_s(item: TokenEvent | Answer, now: float) -> float:

@@ -182,7 +182,7 @@ def http_families(http: HttpMeters, lags: Iterable[tuple[str, Buckets]]) -> Iter
         ],
     )
     yield gauge("sagellm_http_requests_active", "Calls under way.", [({}, http.num_active)])
-    seconds = [({"endpoint": path}, taken) for path, taken in http.seconds.items()]
+    seconds = [(call._asdict(), taken) for call, taken in http.seconds.items()]
     yield histogram("sagellm_http_request_seconds", "Time of whole calls.", seconds)
     gone: list[tuple[Labels, float]] = [({}, http.num_disconnects)]
     yield counter("sagellm_client_disconnects", "Clients that left before the end.", gone)

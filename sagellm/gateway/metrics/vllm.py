@@ -24,12 +24,21 @@ _FINISHED = {
     "failed": "error",
 }
 _REJECTED = {"queue_full": "max_num_queued_reqs"}
+_OTHER_CACHES = ("host", "p2p", "disk", "external_unspecified")  # no such tier is built
 _SLEEP_STATES = {"awake": 1, "weights_offloaded": 0, "discard_all": 0}
 
 _COUNTERS: dict[str, tuple[str, Callable[[Counts], int]]] = {
     "prompt_tokens": ("Prompt tokens of requests that were prefilled.", lambda c: c.prompt_tokens),
     "prompt_tokens_cached": ("Prompt tokens found in a cache.", lambda c: c.cached_tokens),
     "generation_tokens": ("Tokens delivered.", lambda c: c.generation_tokens),
+    "external_prefix_cache_queries": (
+        "Tokens that an engine asked another's pool for.",
+        lambda c: c.kv_transfer_tokens,
+    ),
+    "external_prefix_cache_hits": (
+        "Tokens that came from another engine's pool.",
+        lambda c: c.kv_transfer_tokens,
+    ),
 }
 _ENGINE_COUNTERS: dict[str, tuple[str, Callable[[EngineLoad], int]]] = {
     "prefix_cache_queries": ("Tokens looked up in a cache.", lambda e: e.num_prefix_queries),
@@ -55,6 +64,7 @@ _HISTOGRAMS: dict[str, tuple[str, Callable[[Counts], Buckets]]] = {
     "request_generation_tokens": ("Length of answers.", lambda c: c.generation_len),
     "request_max_num_generation_tokens": ("Longest choice.", lambda c: c.longest_len),
     "request_params_max_tokens": ("The parameter max_tokens.", lambda c: c.max_tokens),
+    "request_num_preemptions": ("Times that it was put back.", lambda c: c.num_preemptions),
     "request_params_n": ("The parameter n.", lambda c: c.num_choices),
 }
 
@@ -100,6 +110,7 @@ def _counters(shown: Snapshot) -> Iterator[Metric]:
         values = [(_labels(model), of(counts)) for model, counts in shown.counts.items()]
         yield counter(f"vllm:{name}", documentation, values)
     yield counter("vllm:prompt_tokens_by_source", "Where they came from.", _by_source(shown))
+    yield counter("vllm:prompt_tokens_cached_by_source", "By cache.", _cached_by_source(shown))
     yield counter("vllm:request_success", "Requests that ended.", _by_reason(shown))
     yield counter("vllm:admission_rejections", "Refused while it was full.", _rejections(shown))
     here = _labels(shown.model)
@@ -130,6 +141,14 @@ def _by_source(shown: Snapshot) -> Iterator[tuple[Labels, float]]:
         num_computed = counts.prompt_tokens - counts.cached_tokens
         yield _labels(model, source="local_compute"), num_computed
         yield _labels(model, source="local_cache_hit"), counts.cached_tokens
+        yield _labels(model, source="external_kv_transfer"), 0  # prefilled in this graph, too
+
+
+def _cached_by_source(shown: Snapshot) -> Iterator[tuple[Labels, float]]:
+    for model, counts in shown.counts.items():
+        yield _labels(model, source="device"), counts.cached_tokens
+        for source in _OTHER_CACHES:
+            yield _labels(model, source=source), 0
 
 
 def _by_reason(shown: Snapshot) -> Iterator[tuple[Labels, float]]:

@@ -172,7 +172,8 @@ class Counted(_Message, frozen=True, tag=True):
     num_dropped_lines: int
     requests: list[tuple[str, str, int]]  # endpoint, method
     responses: list[tuple[str, str, int, int]]  # endpoint, method, status
-    seconds: dict[str, Histogram]  # by endpoint
+    seconds: list[tuple[str, str, Histogram]]  # endpoint, method
+    all_seconds: Histogram
     app_lag: Histogram
 
 

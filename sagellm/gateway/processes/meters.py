@@ -28,7 +28,8 @@ def counted(meters: HttpMeters, number: int = 0) -> Counted:
         meters.num_dropped_lines,
         [(*call, number) for call, number in meters.requests.items()],
         [(*call, status, number) for (call, status), number in meters.responses.items()],
-        {endpoint: Histogram.of(seconds) for endpoint, seconds in meters.seconds.items()},
+        [(*call, Histogram.of(seconds)) for call, seconds in meters.seconds.items()],
+        Histogram.of(meters.all_seconds),
         Histogram.of(meters.app_lag.seconds),
     )
 
@@ -55,6 +56,7 @@ class SummedMeters(HttpMeters):
         for endpoint, method, status, number in counted.responses:
             key = Call(endpoint, method), status
             self.responses[key] = self.responses.get(key, 0) + number
-        for endpoint, seconds in counted.seconds.items():
-            seconds.add_to(self.seconds.setdefault(endpoint, Buckets(CALL_S)))
+        for endpoint, method, seconds in counted.seconds:
+            seconds.add_to(self.seconds.setdefault(Call(endpoint, method), Buckets(CALL_S)))
+        counted.all_seconds.add_to(self.all_seconds)
         counted.app_lag.add_to(self.app_lag.seconds)

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable
 from typing import Any, Protocol
 
-from sagellm.gateway.protocol.operations import EVENTS, OPERATIONS, TEXT, Operation
+from sagellm.gateway.protocol.operations import EVENTS, HTML, OPERATIONS, TEXT, Operation
 from sagellm.gateway.protocol.schemas import Schema, Struct, reference, schemas_of
 from sagellm.gateway.settings import Limits
 
@@ -28,7 +28,11 @@ _BODY_REFUSALS = {
     504: "The request took longer than it may",
 }
 # A stream of events is no string to a reader of this document, and 3.1 has no words for one.
-_ALSO: dict[str, Schema] = {EVENTS: {}, TEXT: {"schema": {"type": "string"}}}
+_ALSO: dict[str, Schema] = {
+    EVENTS: {},
+    TEXT: {"schema": {"type": "string"}},
+    HTML: {"schema": {"type": "string"}},
+}
 _WAITS = (429, 503)
 _PARAMETER = re.compile(r"{(\w+)(?::path)?}")
 _ERROR = {

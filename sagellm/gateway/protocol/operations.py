@@ -10,6 +10,7 @@ from sagellm.gateway.protocol.tokenize import DetokenizeRequest, TokenizeChat, T
 
 EVENTS = "text/event-stream"
 TEXT = "text/plain"
+HTML = "text/html"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,7 @@ OPERATIONS: dict[str, Operation] = {
     "/health": Operation("Whether the server is healthy", is_empty=True),
     "/ping": Operation("Whether the server is healthy", is_empty=True),
     "/openapi.json": Operation("This document"),
+    "/docs": Operation("This document as a page", also=HTML),
     "/version": Operation("The version of this server"),
     "/load": Operation("How many requests are under way"),
     "/metrics": Operation("Metrics in the format of Prometheus", also=TEXT),

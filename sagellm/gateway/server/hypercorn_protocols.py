@@ -1,5 +1,6 @@
 """Hypercorn's HTTP/1.1 and HTTP/2, which leave nothing behind of a client that does not read."""
 
+from http import HTTPStatus
 from itertools import chain
 from typing import Any
 
@@ -12,8 +13,11 @@ from hypercorn.protocol.events import Body, EndBody
 from hypercorn.protocol.events import Event as StreamEvent
 from hypercorn.protocol.h2 import H2Protocol
 from hypercorn.protocol.h11 import H11Protocol
+from hypercorn.typing import H11SendableEvent
 
 from sagellm.gateway.server.refusal import refusal
+
+_PHRASES = {status.value: status.phrase.encode() for status in HTTPStatus}
 
 
 class Config(hypercorn.Config):
@@ -24,7 +28,8 @@ class Config(hypercorn.Config):
 
 class Http1(H11Protocol):
     """Refuses what is no HTTP as everything else is refused. It stays HTTP/1.1 whatever the Upgrade
-    header says, which proxies in front hand on unread.
+    header says, which proxies in front hand on unread. A status line has the standard phrase:
+    Hypercorn leaves it empty, and some clients show an error by nothing else.
     """
 
     async def _check_protocol(self, event: h11.Request) -> None:
@@ -41,6 +46,15 @@ class Http1(H11Protocol):
                 http_version=request.http_version,
             )
         await super()._create_stream(request)
+
+    async def _send_h11_event(self, event: H11SendableEvent) -> None:
+        if isinstance(event, h11.Response | h11.InformationalResponse):
+            event = type(event)(
+                status_code=event.status_code,
+                headers=event.headers,
+                reason=_PHRASES.get(event.status_code, b""),
+            )
+        await super()._send_h11_event(event)
 
     async def _send_error_response(self, status_code: int) -> None:
         headers, body = refusal(status_code)

@@ -40,6 +40,12 @@ def test_what_clients_did_is_counted(server: str) -> None:
     assert value(found, responses, endpoint="/v1/completions", status_code="200") == 2
     assert value(found, responses, endpoint="/v1/completions", status_code="404") == 1
     assert value(found, responses, endpoint="unknown", status_code="404") == 1
+    ok = {"handler": "/v1/completions", "method": "POST", "status": "2xx"}
+    assert value(found, "http_requests_total", **ok) == 2
+    assert value(found, "http_requests_total", handler="none", status="4xx") == 1
+    assert value(found, "http_request_duration_seconds_count", handler="/v1/completions") == 3
+    assert value(found, "http_request_duration_highr_seconds_count") == 4
+    assert value(found, "vllm:request_num_preemptions_count") == 2
     assert value(found, "sagellm_http_requests_active") == 1  # this scrape
     assert value(found, "sagellm_operator_in_total", operator="generate") >= 2  # and the probes
 

@@ -80,10 +80,30 @@ async def test_what_prefixes_spared(opened: Any, graph: str, autojump_clock: Moc
     assert shown("vllm:prompt_tokens_cached_total") == 2 * 96
     assert shown("vllm:prompt_tokens_by_source_total", source="local_cache_hit") == 2 * 96
     assert shown("vllm:prompt_tokens_by_source_total", source="local_compute") == 300 - 192
+    assert shown("vllm:prompt_tokens_cached_by_source_total", source="device") == 2 * 96
+    assert shown("vllm:prompt_tokens_cached_by_source_total") == 2 * 96
+    num_moved = 300 if graph == "pd" else 0
+    assert shown("vllm:external_prefix_cache_queries_total") == num_moved
+    assert shown("vllm:external_prefix_cache_hits_total") == num_moved
     assert shown("vllm:request_prefill_kv_computed_tokens_sum") == 300 - 192
     assert shown("sagellm_engine_prefix_hit_tokens_total") == 2 * 96
     assert shown("sagellm_engine_kv_cached_blocks") > 0
     assert shown("vllm:kv_cache_usage_perc") == 0
+
+
+async def test_preemptions_are_counted_for_each_request(
+    opened: Any, autojump_clock: MockClock
+) -> None:
+    long = Sampling(max_tokens=300, ignore_eos=True)
+    async with opened("joint", **{"g.num_blocks": 32, "g.max_model_len": 400}) as (session, meters):
+        async with trio.open_nursery() as nursery:
+            for number in range(4):
+                nursery.start_soon(lambda n: session.generate([n] * 32, sampling=long), number)
+        shown = await scrape(meters)
+    num_preemptions = shown("vllm:num_preemptions_total")
+    assert num_preemptions > 0
+    assert shown("vllm:request_num_preemptions_sum") == num_preemptions
+    assert shown("vllm:request_num_preemptions_count") == 4
 
 
 async def test_gauges_show_the_moment(opened: Any, autojump_clock: MockClock) -> None:

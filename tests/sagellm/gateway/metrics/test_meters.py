@@ -26,7 +26,7 @@ def test_calls_are_counted_by_endpoint_method_and_status(meters: HttpMeters) -> 
     assert meters.num_active == 0
     assert meters.requests == {call: 2}
     assert meters.responses == {(call, 200): 1, (call, 429): 1}
-    assert meters.seconds[PATH].total == pytest.approx(0.3)
+    assert meters.seconds[call].total == pytest.approx(0.3)
 
 
 def test_what_is_in_no_table_is_unknown(meters: HttpMeters) -> None:

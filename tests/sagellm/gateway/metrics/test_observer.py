@@ -148,6 +148,16 @@ def driven() -> Driven:
     return Driven()
 
 
+def test_preemptions_of_two_engines_add_up(driven: Driven) -> None:
+    driven.submit()
+    driven.tokens(1.0, num_preemptions=2)
+    driven.tokens(2.0, num_preemptions=1)  # another engine, which counts from zero
+    driven.tokens(3.0, epoch=1, num_preemptions=1)  # and one more, after that was lost
+    driven.tokens(4.0, epoch=1, num_preemptions=1, finish_reason="stop")
+    assert driven.counts.num_preemptions.total == 4
+    assert driven.counts.num_preemptions.num_samples == 1
+
+
 def test_latencies_are_those_of_the_deliveries(driven: Driven) -> None:
     driven.submit()
     driven.tokens(2.0)

@@ -201,6 +201,10 @@ async def test_metrics_are_those_of_all_the_dead_too() -> None:
             )
             assert seen["sagellm_requests_accepted_total"] == 3
             assert seen["sagellm_requests_total"] == 3
+            handled = 'handler="/v1/completions",method="POST"'
+            assert seen[f'http_requests_total{{{handled},status="2xx"}}'] == 3
+            assert seen["http_request_duration_highr_seconds_count"] == 3
+            assert seen["vllm:request_num_preemptions_count"] == 3
             assert seen["sagellm_http_requests_active"] == 1
         os.kill(first, signal.SIGKILL)
         await until(lambda: first not in both.pids)

@@ -1,6 +1,7 @@
 """Both servers over real sockets: what passes, what is refused, and what it costs the others."""
 
 from collections.abc import AsyncIterator
+from http import HTTPStatus
 
 import anyio.lowlevel
 import pytest
@@ -10,6 +11,7 @@ from gateway_served import (
     STREAM,
     first_token,
     get,
+    post,
     read_reply,
     received,
     serving,
@@ -32,6 +34,63 @@ async def test_an_answer_has_an_id_and_a_json_error_a_fixed_shape(server: str) -
         assert wrong.status == 404
         assert set(wrong.error) == {"message", "type", "param", "code"}
         assert "server" not in wrong.headers
+
+
+async def test_a_status_line_has_the_standard_phrase(server: str) -> None:
+    async with serving(server) as served:
+        for raw, status in (
+            (get("/live"), 200),
+            (get("/nothing"), 404),
+            (get("/v1/chat/completions"), 405),
+            (get("/live").replace(b"localhost", b"elsewhere.example"), 421),
+            (get("/ready").replace(b"GET", b"G\0T"), 400),
+        ):
+            reply = await served.ask(raw)
+            assert (reply.status, reply.reason) == (status, HTTPStatus(status).phrase)
+
+
+@pytest.mark.parametrize(
+    ("path", "named"),
+    [
+        ("/v1/chat/completion", "did you mean /v1/chat/completions?"),
+        ("/chat/completions", "did you mean /v1/chat/completions?"),
+        ("/V1/models", "did you mean /v1/models?"),
+        ("/v1/responses", "/v1/responses is not built; this server has /v1/chat/completions"),
+        ("/v1/messages", "this server has /v1/chat/completions"),
+        ("/v1/embeddings/", "this server has /v1/chat/completions"),
+        ("/zzzz", "there is no such path: /zzzz"),
+        ("/<b>`", "/%3Cb%3E%60"),
+        ("/" + "x" * 4000, "x" * 100 + "..."),
+    ],
+)
+async def test_a_path_that_is_not_there_is_named(server: str, path: str, named: str) -> None:
+    async with serving(server) as served:
+        raw = get("/X").replace(b"/X", path.encode())
+        reply = await served.ask(raw)
+    assert reply.status == 404
+    assert named in reply.error["message"].replace("x" * 120, "x" * 100)
+    assert len(reply.error["message"]) < 250
+
+
+async def test_a_method_that_is_not_there_is_told_those_that_are(server: str) -> None:
+    async with serving(server) as served:
+        reply = await served.ask(get("/v1/chat/completions"))
+    assert (reply.status, reply.headers["allow"]) == (405, "POST")
+    assert reply.error["message"] == (
+        "/v1/chat/completions does not answer to GET; it answers to POST"
+    )
+
+
+async def test_a_slash_at_the_end_redirects_with_method_and_query(server: str) -> None:
+    head = post("/v1/chat/completions/?a=b", {})
+    async with serving(server) as served, await served.connect() as stream:
+        for _ in range(2):  # the body is read: the connection stays
+            await stream.send_all(head)
+            reply = await read_reply(stream)
+            assert (reply.status, reply.reason) == (307, "Temporary Redirect")
+            assert reply.headers["location"] == "/v1/chat/completions?a=b"
+        for foreign in (b"//elsewhere.example/", b"/v1//models/", b"/v1/models//"):
+            assert (await served.ask(get("/X").replace(b"/X", foreign))).status == 404
 
 
 async def test_a_stream_is_whole_and_its_connection_lives_on(server: str) -> None:

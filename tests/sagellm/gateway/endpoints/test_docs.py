@@ -1,0 +1,46 @@
+"""GET /docs: every route and every field, in a page that loads nothing."""
+
+import re
+from base64 import b64encode
+from hashlib import sha256
+from html.parser import HTMLParser
+
+import pytest
+from gateway_served import SERVERS, get, serving
+
+from sagellm.gateway.endpoints.docs import docs_page
+from sagellm.gateway.routes import ROUTES
+
+
+@pytest.mark.parametrize("server", SERVERS)
+async def test_the_page_names_every_route(server: str) -> None:
+    async with serving(server) as served:
+        reply = await served.ask(get("/docs"))
+    page = reply.body.decode()
+    assert (reply.status, reply.headers["content-type"]) == (200, "text/html; charset=utf-8")
+    for route in ROUTES:
+        assert f"<code>{route.method} {route.path.replace(':path', '')}</code>" in page
+    assert "max_completion_tokens" in page
+    assert '<html lang="en">' in page
+
+
+async def test_the_policy_lets_the_own_style_in_and_nothing_else() -> None:
+    async with serving("hypercorn") as served:
+        reply = await served.ask(get("/docs"))
+    page, policy = reply.body.decode(), reply.headers["content-security-policy"]
+    (style,) = re.findall(r"<style>(.*?)</style>", page, re.S)
+    allowed = b64encode(sha256(style.encode()).digest()).decode()
+    assert f"default-src 'none'; style-src 'sha256-{allowed}'" in policy
+    assert not re.findall(r"<script|<link|<img| style=| on\w+=|https?://", page)
+
+
+def test_what_a_document_says_is_escaped() -> None:
+    document = {
+        "info": {"version": "<b>"},
+        "paths": {"/<i>": {"get": {"summary": "<s>", "responses": {}}}},
+        "components": {"schemas": {"<u>": {"properties": {"<s>": {}}}}, "responses": {}},
+    }
+    body = bytes(docs_page(document).body).decode()
+    HTMLParser().feed(body)
+    assert "GET /&lt;i&gt;" in body
+    assert not re.search(r"<[busi]>", body)
