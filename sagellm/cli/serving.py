@@ -69,6 +69,9 @@ class ListenOptions:
     linger_s: Annotated[float, Parameter(validator=Number(gte=0))] = 0.0
     """How long a drained server still refuses, so that load balancers notice, in seconds."""
 
+    page: Annotated[bool, Parameter(name="--page", negative="--no-page")] = True
+    """Serve the chat page at /, for a browser."""
+
 
 @Parameter(name="*", group="What is served")
 @dataclass(frozen=True, kw_only=True)
@@ -185,6 +188,7 @@ def read_settings(
         allowed_hosts=listen.allowed_host,
         drain_s=listen.drain_s,
         linger_s=listen.linger_s,
+        page=listen.page,
         open_metrics=watch.open_metrics,
         otlp_endpoint=watch.otlp_endpoint,
         trace_sample=watch.trace_sample,
