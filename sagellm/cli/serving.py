@@ -204,7 +204,7 @@ def _check_tracing(watch: WatchOptions) -> None:
     try:
         check_tracing(watch.otlp_endpoint, watch.trace_sample)
     except TracingError as error:
-        raise Failure(str(error), "mend it, or leave tracing out") from None
+        raise Failure(str(error), "correct that option, or leave --otlp-endpoint out") from None
 
 
 def read_keys(given: Sequence[str]) -> dict[str, str]:
