@@ -131,7 +131,9 @@ def _measure(
                 found.append(_kept(cell, rates, limits.of(cell, subject.shape)))
                 print(f"{cell.name}: {found[-1]['tokens_per_s']} tokens/s", file=sys.stderr)
         if group.failed:
-            raise Failure(f"sagellm: {group.failed[OURS]}", "mend that, or choose another row")
+            raise Failure(
+                f"sagellm: {group.failed[OURS]}", "see the lines above, or choose another row"
+            )
     return found
 
 

@@ -21,7 +21,7 @@ class Position:
 
 @dataclass(frozen=True, slots=True)
 class Diagnostic:
-    """One mistake: where (path, and position once known), what, and how to mend it."""
+    """One mistake: where (path, and position once known), what, and how to fix it."""
 
     code: str  # kebab-case, stable: "unknown-op"
     path: Path

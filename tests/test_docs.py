@@ -188,3 +188,18 @@ def test_links_in_the_docs_lead_somewhere() -> None:
     for page in (ROOT / "README.md", ROOT / "GUARANTEES.md", *(ROOT / "docs").glob("*.md")):
         for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
             assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+VAGUE = re.compile(r"\bm[e]nd", re.IGNORECASE)
+FOLDERS = (
+    "graphs", "backends", "runtime", "operators", "sagellm", "benchmarks", "examples", "docs",
+    "tests",
+)  # fmt: skip
+
+
+def test_every_fix_names_what_to_change() -> None:
+    """To say only that something is to be made right is no fix."""
+    found = [ROOT / "README.md", *(path for name in FOLDERS for path in (ROOT / name).rglob("*.*"))]
+    texts = (path for path in found if path.suffix in (".py", ".md", ".c", ".h", ".yaml", ".js"))
+    vague = [str(path) for path in texts if VAGUE.search(path.read_text(errors="replace"))]
+    assert vague == []

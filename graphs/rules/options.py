@@ -113,9 +113,9 @@ def _value(
     if not accepts(hint, value):
         message = f"`{name}` must be {described(hint)}, not {shown(value)}"
         allowed = choices(hint)
-        mend = choice(value, allowed) if allowed else f"write {described(hint)}"
+        fix = choice(value, allowed) if allowed else f"write {described(hint)}"
         code = "wrong-value" if allowed else "wrong-type"
-        yield Diagnostic(code, where, message, mend)
+        yield Diagnostic(code, where, message, fix)
     elif isinstance(value, int | float) and not _in_range(value, option):
         message = f"`{name}` must be {_range(option)}, not {shown(value)}"
         yield Diagnostic("out-of-range", where, message, f"write a number {_range(option)}")

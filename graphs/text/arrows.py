@@ -41,7 +41,7 @@ class Link:
 
 @dataclass(frozen=True, slots=True)
 class ArrowMistake(Exception):
-    """A chain that cannot be read: where in its text, what, and how to mend it."""
+    """A chain that cannot be read: where in its text, what, and how to fix it."""
 
     at: int
     message: str

@@ -24,7 +24,7 @@ MAX_CHARACTERS = 65_536  # about a second to read; a graph of a thousand operato
 MAX_VALUES = 20_000  # with each alias counted at its full size
 MAX_DEPTH = 24
 
-_SYNTAX_HINTS = {  # a word of the parser's complaint -> how to mend it
+_SYNTAX_HINTS = {  # a word of the parser's complaint -> how to fix it
     "'\\t'": "indent with spaces, not with tabs",
     "mapping values": "quote a text that holds `: `, or check the indentation",
     "expected ',' or": "what begins in line {line} is not closed",

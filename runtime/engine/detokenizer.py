@@ -47,7 +47,7 @@ class IncrementalDetokenizer:
         return fresh
 
     def _release(self) -> str:
-        """Give out what no further byte can mend: all before the last character.
+        """Give out what no further byte can change: all before the last character.
 
         Cut where the text is shortest: byte fallback shows a run of bytes that begins or ends
         inside a character as one broken character a byte, those of whole characters included.

@@ -22,7 +22,7 @@ _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 
 
 class EngineOptionError(ValueError):
-    """An engine option that cannot be obeyed; the message names it and says how to mend it."""
+    """An engine option that cannot be obeyed; the message names it and says how to fix it."""
 
 
 def num_bytes(size: str) -> int:

@@ -1,7 +1,7 @@
 """The options of `sagellm bench serve`, in groups, and what they mean together."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,6 +21,10 @@ CONCURRENCY, NUM_REQUESTS = 8, 100  # where nothing is said
 INPUT_LEN, OUTPUT_LEN, VOCAB_SIZE = 128, 64, 256
 _OF_A_TRACE = ("max_input_len", "max_output_len")
 _NOT_OF_A_TRACE = ("input_len", "output_len", "spread")
+_TRACE_FIX = (
+    "give a CSV with TIMESTAMP, ContextTokens and GeneratedTokens (Azure's format), "
+    "or JSON lines with timestamp, input_length and output_length (Mooncake's)"
+)
 COUNT, POSITIVE = Number(gte=1), Number(gt=0)
 
 
@@ -141,7 +145,8 @@ def check_together(when: WhenOptions, what: WhatOptions, results: ResultOptions)
     if what.kind == "words" and what.vocab_size is not None:
         raise Failure("--vocab-size is of token ids, and words are asked", "leave it out")
     if results.output is None and (results.plot or results.force):
-        raise Failure("--plot and --force need a folder", "add --output FOLDER")
+        given = "--plot" if results.plot else "--force"
+        raise Failure(f"{given} needs a folder for the results", "add --output FOLDER")
     _check_free(results)
 
 
@@ -210,6 +215,33 @@ def warmup_of(when: WhenOptions, what: WhatOptions) -> Iterator[Arrival]:
         yield Arrival(0.0, arrival.input_len, arrival.output_len)
 
 
+def settings_of(when: WhenOptions, what: WhatOptions) -> dict[str, Any]:
+    """The options of a load as they hold: None is what this load does not have."""
+    settings = {**asdict(when), **asdict(what), "prompts": what.kind}
+    settings["num_requests"] = _num_requests(when)
+    for name, value in _defaults(when, what).items():
+        if settings[name] is None:
+            settings[name] = value
+    return {name: str(v) if isinstance(v, Path) else v for name, v in settings.items()}
+
+
+def _defaults(when: WhenOptions, what: WhatOptions) -> dict[str, Any]:
+    defaults: dict[str, Any] = {"vocab_size": VOCAB_SIZE} if what.kind == "ids" else {}
+    if when.trace is not None:
+        return defaults | {"speedup": 1.0}
+    defaults |= {"input_len": INPUT_LEN, "output_len": OUTPUT_LEN, "spread": 0.0}
+    return defaults if is_open(when) else defaults | {"concurrency": CONCURRENCY}
+
+
+def shorter(when: WhenOptions) -> str:
+    """The options that make requests shorter."""
+    return (
+        "--input-len or --output-len"
+        if when.trace is None
+        else "--max-input-len or --max-output-len"
+    )
+
+
 def is_open(when: WhenOptions) -> bool:
     return when.rate is not None or when.trace is not None
 
@@ -224,4 +256,4 @@ def _read(path: Path) -> list[Arrival]:
     try:
         return read_trace(path)
     except TraceError as error:
-        raise Failure(str(error), "mend the trace", str(path)) from None
+        raise Failure(str(error), _TRACE_FIX, str(path)) from None

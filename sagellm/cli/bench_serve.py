@@ -4,7 +4,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ from sagellm.cli.bench_options import (
     check_together,
     is_open,
     prompts_of,
+    settings_of,
+    shorter,
     target_of,
     warmup_of,
 )
@@ -32,11 +34,12 @@ from sagellm.cli.remote import ServerOptions, explained
 from sagellm.client.finding import given_key, given_url
 from sagellm.client.server_async import AsyncServer, find_server
 from sagellm.load.drive import Drive
-from sagellm.load.record import Record
+from sagellm.load.record import REFUSALS, Record
 from sagellm.load.report import TABLE, WHOLE, show, write_table, write_whole
 from sagellm.load.sender import Sender
 from sagellm.load.summary import Summary, summarise
 
+PLOT = "cdf.png"
 DRAINING = "sending no more; Ctrl-C again stops at once"
 Plot = Callable[..., None]
 
@@ -112,14 +115,13 @@ class Load:
     @property
     def settings(self) -> dict[str, Any]:
         """What it was, without the key."""
-        said = {"url": self.url, "model": self.model, **asdict(self.when), **asdict(self.what)}
-        return {name: str(v) if isinstance(v, Path) else v for name, v in said.items()}
+        return {"url": self.url, "model": self.model, **settings_of(self.when, self.what)}
 
     async def _warm_up(self, sender: Sender) -> None:
         for number, arrival in enumerate(warmup_of(self.when, self.what), 1):
             record = await sender.send(-number, arrival, sender.now_s)
             if not record.is_ok:
-                raise _not_serving(record)
+                raise _not_serving(record, self.when)
 
     async def _drive(self, drive: Drive, arrivals: Iterator[Any]) -> None:
         began_s = time.process_time()
@@ -136,12 +138,25 @@ class Load:
         self.num_open_peak = drive.num_open_peak
 
 
-def _not_serving(record: Record) -> Failure:
+def _not_serving(record: Record, when: WhenOptions) -> Failure:
     cause = f"a warm-up request failed: {record.error}: {record.message}"
-    fix = "look at the server; a load would measure its errors"
-    if record.status == 400:
-        fix = "change what is asked: --stop-at-eos sends no field but those of the OpenAI API"
-    return Failure(cause, fix, code=FAILED)
+    return Failure(cause, _fix(record, when), code=FAILED)
+
+
+def _fix(record: Record, when: WhenOptions) -> str:
+    """What to change, by what the server says of a warm-up request."""
+    said = (record.message or "").lower()
+    if record.status in REFUSALS:
+        return "wait until the server takes requests, or let --retries try again"
+    if record.status == 401:
+        return "give --api-key, or set SAGELLM_API_KEY"
+    if record.status != 400:
+        return "look at the server; a load would measure its errors"
+    if record.code == "context_length_exceeded" or "context" in said:
+        return f"lower {shorter(when)}: prompt and answer together exceed the model's context"
+    if "ignore_eos" in said:
+        return "add --stop-at-eos: the server does not know ignore_eos, a field of vLLM's"
+    return "change the option that the server names"
 
 
 def _say(summary: Summary, results: ResultOptions) -> None:
@@ -157,7 +172,9 @@ def _keep(folder: Path, load: Load, summary: Summary, plot: Plot | None) -> None
     write_table(folder / TABLE, load.records)
     if plot is not None:
         objective = summary.goodput.objective if summary.goodput else None
-        plot(folder / "cdf.png", load.records, objective)
+        plot(folder / PLOT, load.records, objective)
+    written = (WHOLE, TABLE) if plot is None else (WHOLE, TABLE, PLOT)
+    print(f"wrote {', '.join(written)} to {folder}", file=sys.stderr)
 
 
 def _plotter() -> Plot:
@@ -168,7 +185,8 @@ def _plotter() -> Plot:
         if error.name is None or error.name.split(".")[0] != "matplotlib":
             raise
         cause = "--plot needs matplotlib, which is not installed"
-        raise Failure(cause, "pip install 'sagellm[plot]'", code=RESOURCES) from None
+        fix = f"{sys.executable} -m pip install matplotlib, or leave --plot out"
+        raise Failure(cause, fix, code=RESOURCES) from None
     return plot
 
 

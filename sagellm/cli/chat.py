@@ -10,8 +10,9 @@ import trio
 from cyclopts import Parameter
 
 from sagellm.cli.answer import Told, print_json, show_cost, tell
+from sagellm.cli.chat_commands import Leave, obey, text_of
 from sagellm.cli.complete import read_text
-from sagellm.cli.failure import INTERRUPTED, Failure, show
+from sagellm.cli.failure import INTERRUPTED, Failure, explain, show
 from sagellm.cli.remote import DrawOptions, ServerOptions, explained
 from sagellm.client.asking import first_of
 
@@ -19,7 +20,7 @@ with suppress(ImportError):  # it edits lines of `input` once it is loaded; not 
     import_module("readline")
 
 PROMPT = "> "
-HINT = "Ctrl-C stops an answer, Ctrl-D leaves"
+HINT = "/help lists commands, Ctrl-C stops an answer, Ctrl-D leaves"
 
 
 def chat(
@@ -33,7 +34,7 @@ def chat(
     stats: bool = False,
     json: bool = False,
 ) -> int:
-    """Talk to a model. Ctrl-C stops an answer, Ctrl-D leaves.
+    """Talk to a model. Ctrl-C stops an answer, Ctrl-D leaves, /help lists commands.
 
     Parameters
     ----------
@@ -66,6 +67,13 @@ class Talk:
 
     def say(self, role: str, content: str) -> None:
         self.messages.append({"role": role, "content": content})
+
+    def clear(self) -> None:
+        self.messages = [one for one in self.messages if one["role"] == "system"]
+
+    @property
+    def record(self) -> dict[str, object]:
+        return {"model": self.server.model, "messages": self.messages}
 
     def ask(self, question: str, *, silent: bool = False) -> Told:
         """The answer, printed while it comes; a question without any is forgotten.
@@ -116,21 +124,30 @@ def _once(talk: Talk, question: str, stats: bool, json: bool) -> int:
 
 
 def _converse(talk: Talk, stats: bool) -> int:
-    """Until stdin ends. A question that fails is said, and asked again by whoever wants to."""
+    """Answer each line until stdin ends or the user leaves. A line that fails shows its error."""
     is_terminal = sys.stdin.isatty()
     if is_terminal:
         print(f"{talk.server.model} at {talk.server.url}. {HINT}.", file=sys.stderr)
     while (line := _line(is_terminal)) is not None:
-        if not line.strip():
-            continue
         try:
-            told = talk.ask(line)
-        except Failure as failure:
-            show(failure)
-            continue
+            _take(line, talk, stats)
+        except Leave:
+            return 0
+        except (Failure, OSError) as error:
+            show(explain(error) or Failure(str(error), ""))
+    return 0
+
+
+def _take(line: str, talk: Talk, stats: bool) -> None:
+    """Obey a command, or ask a question. Raises Leave, Failure, OSError."""
+    text = text_of(line)
+    if text is None:
+        return obey(line, talk)
+    if text.strip():
+        told = talk.ask(text)
         if stats:
             show_cost(told)
-    return 0
+    return None
 
 
 def _line(is_terminal: bool) -> str | None:

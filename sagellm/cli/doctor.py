@@ -12,7 +12,7 @@ _STYLES = {"ok": "green", "warning": "yellow", "failed": "bold red"}
 
 
 def doctor(*, json: bool = False) -> int:
-    """Check this machine and set-up; every line that is not ok says how to mend it.
+    """Check this machine and set-up; every line that is not ok says how to fix it.
 
     Parameters
     ----------

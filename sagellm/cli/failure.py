@@ -19,6 +19,8 @@ from sagellm.runtime.models.folder import ModelError
 FAILED, CONFIGURATION, RESOURCES, INTERRUPTED = 1, 2, 3, 130
 UNREAD = 128 + 13  # as a shell says that SIGPIPE ended a command
 
+ENGINE_FIX = "change the engine in the graph or by --set NAME.OPTION=VALUE, or give another --model"
+
 _EXHAUSTED = {
     errno.ENOSPC: "free some disk space",
     errno.EDQUOT: "free some of your disk quota",
@@ -29,7 +31,7 @@ _EXHAUSTED = {
 
 @dataclass
 class Failure(Exception):
-    """One thing that the user can mend."""
+    """One thing that the user can fix."""
 
     cause: str
     fix: str
@@ -79,11 +81,16 @@ def _explain(error: BaseException) -> Failure | None:
         case BadKeys():
             return Failure(str(error), "`sagellm keys FOLDER` makes keys", "executor.keys")
         case WorkerUnfit():
-            return Failure(str(error), "mend that; the worker's own lines are above")
+            return Failure(
+                str(error),
+                "read the worker's lines above; `--executor tasks` shows the same in this process",
+            )
         case ModelError():
             return Failure(str(error), "")
         case ChatTemplateError():
-            return Failure(str(error), "give a plain prompt, or mend the model's chat template")
+            return Failure(
+                str(error), "leave --chat out, or correct the chat template in the model's folder"
+            )
         case KeyboardInterrupt():
             return Failure("interrupted", "", code=INTERRUPTED)
         case MemoryError():
@@ -106,10 +113,15 @@ def _graph_failure(error: GraphError) -> Failure:
     if len(error.diagnostics) != 1:
         num = len(error.diagnostics)
         listed = "".join(f"\n  {diagnostic}" for diagnostic in error.diagnostics)
-        return Failure(f"{num} mistakes in the graph{listed}", "mend them; nothing was started")
+        return Failure(
+            f"{num} mistakes in the graph{listed}",
+            "change the graph at each place named; nothing was started",
+        )
     (only,) = error.diagnostics
     where = str(only.position or ".".join(map(str, only.path)))
-    return Failure(only.message, only.hint or "mend it; nothing was started", where)
+    return Failure(
+        only.message, only.hint or "change the graph at this place; nothing was started", where
+    )
 
 
 def _system_failure(error: OSError) -> Failure | None:

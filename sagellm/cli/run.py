@@ -6,7 +6,7 @@ import trio
 from cyclopts import Parameter
 
 from sagellm.backends import LoweringError, UnknownBackend
-from sagellm.cli.failure import Failure
+from sagellm.cli.failure import ENGINE_FIX, Failure
 from sagellm.cli.file import answer_file
 from sagellm.cli.named import load_graph
 from sagellm.cli.options import (
@@ -56,4 +56,4 @@ def run(
             return trio.run(answer_file, opening, files, draw, json)
         return trio.run(answer_prompt, opening, asked, draw.sampling, json)
     except (UnknownBackend, LoweringError, EngineOptionError) as error:
-        raise Failure(str(error), "mend the engines of the graph", graph) from None
+        raise Failure(str(error), ENGINE_FIX, graph) from None

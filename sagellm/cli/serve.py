@@ -7,7 +7,7 @@ import trio
 from cyclopts import Parameter
 
 from sagellm.backends import LoweringError, UnknownBackend
-from sagellm.cli.failure import Failure
+from sagellm.cli.failure import ENGINE_FIX, Failure
 from sagellm.cli.options import settings as assignments
 from sagellm.cli.serving import (
     ListenOptions,
@@ -65,7 +65,7 @@ def serve(
         try:
             trio.run(serve_graph, opening, settings, sock, _tell)
         except (UnknownBackend, LoweringError, EngineOptionError) as error:
-            raise Failure(str(error), "mend the engines of the graph", graph) from None
+            raise Failure(str(error), ENGINE_FIX, graph) from None
         except GatewaysFailed as error:
             raise Failure(str(error), "see the log; --gateways 0 serves without", graph) from None
     return 0

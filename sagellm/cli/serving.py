@@ -69,6 +69,9 @@ class ListenOptions:
     linger_s: Annotated[float, Parameter(validator=Number(gte=0))] = 0.0
     """How long a drained server still refuses, so that load balancers notice, in seconds."""
 
+    page: Annotated[bool, Parameter(name="--page", negative="--no-page")] = True
+    """Serve the chat page at /, for a browser."""
+
 
 @Parameter(name="*", group="What is served")
 @dataclass(frozen=True, kw_only=True)
@@ -185,6 +188,7 @@ def read_settings(
         allowed_hosts=listen.allowed_host,
         drain_s=listen.drain_s,
         linger_s=listen.linger_s,
+        page=listen.page,
         open_metrics=watch.open_metrics,
         otlp_endpoint=watch.otlp_endpoint,
         trace_sample=watch.trace_sample,
@@ -200,7 +204,7 @@ def _check_tracing(watch: WatchOptions) -> None:
     try:
         check_tracing(watch.otlp_endpoint, watch.trace_sample)
     except TracingError as error:
-        raise Failure(str(error), "mend it, or leave tracing out") from None
+        raise Failure(str(error), "correct that option, or leave --otlp-endpoint out") from None
 
 
 def read_keys(given: Sequence[str]) -> dict[str, str]:

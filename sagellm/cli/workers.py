@@ -124,7 +124,9 @@ def _change(asked: Asked, graph_pid: int | None, json: bool) -> int:
         _print(done)
     failed = [row for row in done if row.state in ("ejected", "failed")]
     if failed:
-        raise Failure(f"{failed[0].operator}[{failed[0].replica}]: {failed[0].why}", "mend that")
+        first = failed[0]
+        fix = f"the log of the graph says more; then `sagellm restart {first.operator}`"
+        raise Failure(f"{first.operator}[{first.replica}]: {first.why}", fix)
     return 0
 
 

@@ -18,7 +18,7 @@ from sagellm.gateway.layers.errors import failure_of, response_of
 from sagellm.gateway.layers.headers import check_headers
 from sagellm.gateway.layers.origin import Hosts
 from sagellm.gateway.layers.request_id import echo, new_call
-from sagellm.gateway.routes import ROUTES
+from sagellm.gateway.routes import routes_of
 from sagellm.gateway.table import Route, Table
 
 LOG = structlog.get_logger("sagellm.gateway")
@@ -27,8 +27,8 @@ PIECE_BYTES = 64 << 10
 
 
 def build_app(gateway: Gateway) -> "App":
-    """The app of one open graph, with all routes."""
-    return App(gateway, ROUTES)
+    """The app of one open graph, with all routes that its settings allow."""
+    return App(gateway, routes_of(gateway.settings))
 
 
 class App:

@@ -1,4 +1,4 @@
-"""Every route of the gateway, who may use it, and whether it answers while draining."""
+"""Every route of the gateway: its endpoint, its access, whether it answers while draining."""
 
 from functools import lru_cache
 
@@ -14,10 +14,11 @@ from sagellm.gateway.endpoints.health import VERSION, health, live, load, ready,
 from sagellm.gateway.endpoints.invocations import invocations
 from sagellm.gateway.endpoints.metrics import metrics
 from sagellm.gateway.endpoints.models import model, models
+from sagellm.gateway.endpoints.page import page_files
 from sagellm.gateway.endpoints.tokenize import detokenize, tokenize, tokenizer_info
 from sagellm.gateway.gateway import Gateway
 from sagellm.gateway.protocol.openapi import openapi
-from sagellm.gateway.settings import Limits
+from sagellm.gateway.settings import Limits, Settings
 from sagellm.gateway.table import Route
 
 
@@ -63,4 +64,11 @@ ROUTES = (
     Route("GET", "/v1/sagellm/graph", graph, access="admin", while_draining=True),
     Route("POST", "/v1/sagellm/requests/{id}/cancel", cancel, access="admin", while_draining=True),
 )
-PATHS = tuple(dict.fromkeys(route.path for route in ROUTES))
+# Open, where a key is asked, too: a browser that opens a page has no key. They hold no secret.
+PAGE_ROUTES = tuple(Route("GET", path, file, access="open") for path, file in page_files().items())
+PATHS = tuple(dict.fromkeys(route.path for route in (*ROUTES, *PAGE_ROUTES)))
+
+
+def routes_of(settings: Settings) -> tuple[Route, ...]:
+    """The routes of one gateway: those of the API, and the page unless it is off."""
+    return (*ROUTES, *PAGE_ROUTES) if settings.page else ROUTES

@@ -69,6 +69,7 @@ class Settings:
     open_metrics: bool = False  # /metrics without a key
     otlp_endpoint: str | None = None  # of a collector that traces are sent to
     trace_sample: float = 0.01  # share of the requests that become traces
+    page: bool = True  # the page at /, for a browser
     tls_certificate: Path | None = None
     tls_key: Path | None = None
     limits: Limits = Limits()

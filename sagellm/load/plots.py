@@ -9,7 +9,6 @@ from matplotlib.figure import Figure
 from sagellm.load.record import Record
 from sagellm.load.summary import Objective
 
-CDF = "cdf.png"
 _SIZE_INCHES, _DPI = (12.0, 4.0), 120
 
 

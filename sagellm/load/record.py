@@ -33,6 +33,7 @@ class Record:
     status: int | None = None
     error: str | None = None  # its class: http_429, timed_out, cut_off ...
     message: str | None = None  # what the server says of it
+    code: str | None = None  # the server's own word for it
 
     def token(self, now_s: float) -> None:
         """An event with tokens has come."""

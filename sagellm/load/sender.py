@@ -57,6 +57,7 @@ class Sender:
         except ClientError as error:
             record.status = error.status or record.status
             record.error, record.message = error_class(error), error.message
+            record.code = error.code
         record.ended_s = record.ended_s or self.now_s
         return record
 

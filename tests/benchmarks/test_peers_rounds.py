@@ -73,9 +73,9 @@ def test_a_round_in_which_the_machine_moved_is_measured_again_and_then_marked() 
     once: Iterator[float] = iter([10e9, 8e9, 10e9, 10e9])
     twice: Iterator[float] = iter([10e9, 8e9, 10e9, 8e9])
     with opened(fake(OURS)) as group:
-        mended = Rounds(lambda: next(once), 1, spend_s=60).measure(group, CELL)
+        repeated = Rounds(lambda: next(once), 1, spend_s=60).measure(group, CELL)
         marked = Rounds(lambda: next(twice), 1, spend_s=60).measure(group, CELL)
-    assert (mended.moved, len(mended.figures[OURS])) == ([], 1)
+    assert (repeated.moved, len(repeated.figures[OURS])) == ([], 1)
     assert (marked.moved, len(marked.figures[OURS])) == ([0], 1)
 
 

@@ -87,10 +87,10 @@ def test_a_mistake_is_told_once_in_its_place(
 ) -> None:
     assert PD.count(old) >= 1
     (told,) = diagnosed(PD.replace(old, new, 1), vocabulary)
-    message, _, mend = told.rpartition(" (")
+    message, _, fix = told.rpartition(" (")
     assert message.startswith(f"pd.yaml:{line}:{column}: ")
     assert word in message
-    assert hint in mend
+    assert hint in fix
 
 
 WRONG_ITEM = PD.replace("-> transfer -> decode -> metrics ->", "-> metrics ->").replace(
@@ -116,10 +116,10 @@ def test_a_mistake_of_several_lines(
     vocabulary: Vocabulary, text: str, start: str, word: str, hint: str
 ) -> None:
     (told,) = diagnosed(text, vocabulary)
-    message, _, mend = told.rpartition(" (")
+    message, _, fix = told.rpartition(" (")
     assert message.startswith(start)
     assert word in message
-    assert hint in mend
+    assert hint in fix
 
 
 def test_a_cut_chain_is_told_at_both_ends(vocabulary: Vocabulary) -> None:

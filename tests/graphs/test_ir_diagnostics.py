@@ -11,8 +11,8 @@ POSITIONS = {
 
 
 def test_a_diagnostic_says_place_mistake_and_fix() -> None:
-    found = Diagnostic("x", ("operators", "sort"), "wrong", "mend it", Position("pd.yaml", 3, 7))
-    assert str(found) == "pd.yaml:3:7: wrong (mend it)"
+    found = Diagnostic("x", ("operators", "sort"), "wrong", "remove it", Position("pd.yaml", 3, 7))
+    assert str(found) == "pd.yaml:3:7: wrong (remove it)"
 
 
 def test_without_a_position_the_path_is_the_place() -> None:

@@ -110,7 +110,7 @@ INLINE float half_to_float(uint16_t half) {
     uint32_t huge = rest >= 0x0f800000 ? 0x70000000 : 0, bits;
     float value;
     memcpy(&value, &rest, sizeof value);
-    value *= 0x1p112f; /* mends the bias of the exponent, and numbers below the least normal one */
+    value *= 0x1p112f; /* corrects the bias of the exponent, and numbers below the least normal one */
     memcpy(&bits, &value, sizeof bits);
     bits |= sign | huge;
     memcpy(&value, &bits, sizeof value);

@@ -160,7 +160,7 @@ def changed(name, change):
 
 
 @pytest.mark.parametrize(
-    ("form", "mend", "reason"),
+    ("form", "change", "reason"),
     [
         ("gptq", lambda parts: without(parts, "q_proj.scales"), "q_proj.scales is missing"),
         ("gptq", changed("up_proj.scales", lambda t: t[1:]), r"up_proj: scales \[\d, 128\]"),
@@ -171,13 +171,13 @@ def changed(name, change):
         ("gptq", changed("scales", lambda t: t.float() * 1.0001), "no place in float16"),
     ],
 )
-def test_tensors_that_do_not_fit_are_refused_by_name(form, mend, reason, folders, tmp_path):
+def test_tensors_that_do_not_fit_are_refused_by_name(form, change, reason, folders, tmp_path):
     stored, _ = folders(FORMS[form])
     for file in stored.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     parts = load_file(stored / "model.safetensors")
-    mended = {name: tensor.contiguous() for name, tensor in mend(parts).items()}
-    save_file(mended, tmp_path / "model.safetensors")
+    changed = {name: tensor.contiguous() for name, tensor in change(parts).items()}
+    save_file(changed, tmp_path / "model.safetensors")
     with pytest.raises(ModelError, match=reason):
         open_engine(EngineOptions(model=str(tmp_path)), name="e")
 

@@ -100,6 +100,38 @@ def test_results_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert [row["number"] for row in rows] == ["0", "1", "2"]
     assert float(rows[0]["ttft_s"]) == whole["requests"][0]["ttft_s"]
     assert (folder / "cdf.png").read_bytes().startswith(b"\x89PNG")
+    wrote = f"wrote bench.json, requests.csv, cdf.png to {folder}"
+    assert wrote in capsys.readouterr().err
+
+
+KEPT_LOADS = {
+    "closed": (
+        [],
+        {"concurrency": 8, "num_requests": 2, "input_len": 128, "output_len": 64, "spread": 0.0},
+    ),
+    "open": (["--rate", "500"], {"rate": 500.0, "concurrency": None, "vocab_size": 256}),
+    "chat": (["--endpoint", "chat"], {"prompts": "words", "vocab_size": None}),
+    "given": (["--input-len", "9", "--spread", "0.5"], {"input_len": 9, "spread": 0.5}),
+}
+
+
+@pytest.mark.parametrize(("options", "held"), KEPT_LOADS.values(), ids=KEPT_LOADS)
+def test_the_settings_that_are_kept_are_those_that_held(
+    options: list[str], held: dict[str, object], tmp_path: Path
+) -> None:
+    with scripted(GOOD) as server:
+        assert bench(server, "--num-requests", "2", "--output", str(tmp_path), *options) == 0
+    kept = json.loads((tmp_path / "bench.json").read_text())["settings"]
+    assert held.items() <= kept.items()
+
+
+def test_a_trace_has_lengths_of_its_own(tmp_path: Path) -> None:
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text('{"timestamp": 0, "input_length": 3, "output_length": 2}\n')
+    with scripted(GOOD) as server:
+        bench(server, "--trace", str(trace), "--output", str(tmp_path))
+    kept = json.loads((tmp_path / "bench.json").read_text())["settings"]
+    assert (kept["input_len"], kept["speedup"], kept["trace"]) == (None, 1.0, str(trace))
 
 
 def test_failures_are_counted_and_are_an_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
@@ -158,6 +190,33 @@ def test_a_warm_up_that_fails_measures_nothing(capsys: pytest.CaptureFixture[str
     assert len(server.asked) == 1
 
 
+LONG = "prompt: has 4000 tokens and max_tokens is 64; the context limit is 2048 in all"
+VLLM_LONG = "This model's maximum context length is 2048 tokens. However, you requested 4064"
+WARM_UPS = {
+    "ours": (400, {"message": LONG, "code": "context_length_exceeded"}, "lower --input-len or"),
+    "vLLM's": (400, {"message": VLLM_LONG, "code": 400}, "lower --input-len or --output-len"),
+    "OpenAI's": (400, {"message": "Unrecognized argument: ignore_eos"}, "add --stop-at-eos"),
+    "another": (400, {"message": "temperature: 0 to 100"}, "change the option that the server"),
+    "a key": (401, {"message": "a valid API key is needed"}, "give --api-key"),
+    "full": (503, {"message": "overloaded"}, "--retries"),
+    "broken": (500, {"message": "internal error"}, "look at the server"),
+}
+
+
+@pytest.mark.parametrize(("status", "body", "fix"), WARM_UPS.values(), ids=WARM_UPS)
+def test_a_warm_up_that_fails_says_what_to_change(
+    status: int, body: dict[str, object], fix: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def strict(call: Call) -> None:
+        await call.whole({"error": body}, status)
+
+    with scripted(strict) as server:
+        assert bench(server, "--input-len", "4000") == 1
+    shown = capsys.readouterr().err
+    assert fix in shown
+    assert ("--stop-at-eos" in shown) == ("ignore_eos" in str(body))
+
+
 def test_ctrl_c_ends_it_with_what_was_measured(capsys: pytest.CaptureFixture[str]) -> None:
     calls: list[Call] = []
 
@@ -184,7 +243,8 @@ def test_ctrl_c_ends_it_with_what_was_measured(capsys: pytest.CaptureFixture[str
         (["--trace", "t.csv", "--input-len", "2"], "--input-len contradicts --trace"),
         (["--endpoint", "chat", "--prompts", "ids"], "no token ids"),
         (["--prompts", "words", "--vocab-size", "9"], "--vocab-size is of token ids"),
-        (["--plot"], "need a folder"),
+        (["--plot"], "--plot needs a folder"),
+        (["--force"], "--force needs a folder"),
         (["--rate", "0"], "Must be > 0"),
         (["--trace", "nowhere.csv"], "no such file"),
     ],
@@ -213,7 +273,9 @@ def test_without_matplotlib_a_plot_is_refused_before_anything_is_sent(
     monkeypatch.setitem(sys.modules, "matplotlib.axes", None)
     with scripted(GOOD) as server:
         assert bench(server, "--plot", "--output", str(tmp_path)) == 3
-    assert "sagellm[plot]" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert f"{sys.executable} -m pip install matplotlib" in shown  # of this environment
+    assert "leave --plot out" in shown
     assert server.calls == []
 
 

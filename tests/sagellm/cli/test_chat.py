@@ -7,12 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from scripted_server import MODEL, Call, Server, delta, error, scripted, telling
 
 from sagellm.cli import main
 from sagellm.cli.chat import PROMPT
+from sagellm.cli.chat_commands import COMMANDS
 
 
 def say(monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
@@ -108,6 +110,85 @@ def test_a_users_mistake_is_two(
 ) -> None:
     assert main(["chat", *options]) == 2
     assert said in capsys.readouterr().err
+
+
+def asked_of(server: Server) -> list[list[str]]:
+    """The texts of each call's messages."""
+    return [[message["content"] for message in asked["messages"]] for asked in server.asked]
+
+
+def test_help_lists_every_command_and_goes_to_no_model(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    say(monkeypatch, "/help")
+    with scripted(telling("yes")) as server:
+        assert talk(server) == 0
+    shown = capsys.readouterr()
+    assert (server.asked, shown.out) == ([], "")
+    assert all(word in shown.err for word in (*COMMANDS, "/save FILE", "//TEXT"))
+
+
+def test_clear_forgets_all_but_the_system_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    say(monkeypatch, "one", "/clear", "two")
+    with scripted(telling("yes")) as server:
+        assert talk(server, "--system", "Be kind.") == 0
+    assert asked_of(server) == [["Be kind.", "one"], ["Be kind.", "two"]]
+
+
+def test_exit_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    say(monkeypatch, "one", "/exit", "two")
+    with scripted(telling("yes")) as server:
+        assert talk(server) == 0
+    assert asked_of(server) == [["one"]]
+
+
+def test_save_writes_what_a_request_holds_and_overwrites_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "my talk.json"
+    say(monkeypatch, "one", f"/save {path}", "two", f"/save {path}", f"/save {tmp_path / 'a/b'}")
+    with scripted(telling("yes")) as server:
+        assert talk(server) == 0
+    saved = json.loads(path.read_text())
+    assert saved["model"] == MODEL
+    assert [message["content"] for message in saved["messages"]] == ["one", "yes"]
+    shown = capsys.readouterr().err
+    assert f"saved to {path}" in shown
+    assert "the file exists" in shown
+    assert "no such file" in shown
+    assert len(server.asked) == 2
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("/hepl", "did you mean /help? To send a text that begins with /, begin it with //"),
+        ("/xyzzy", "the commands are /help, /clear, /save, /exit."),
+        ("/save", "/save needs a FILE"),
+        ("/exit now", "/exit stands alone"),
+    ],
+)
+def test_a_command_that_is_none_is_said_and_not_sent(
+    line: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    say(monkeypatch, line, "one")
+    with scripted(telling("yes")) as server:
+        assert talk(server) == 0
+    assert asked_of(server) == [["one"]]
+    assert said in capsys.readouterr().err
+
+
+def test_two_slashes_send_a_text_that_begins_with_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    say(monkeypatch, "//help", " /indented", "a / b")
+    with scripted(telling()) as server:
+        assert talk(server) == 0
+    assert asked_of(server) == [["/help"], [" /indented"], ["a / b"]]
+
+
+def test_a_question_of_the_command_line_is_no_command() -> None:
+    with scripted(telling("yes")) as server:
+        assert talk(server, "-q", "/help") == 0
+    assert asked_of(server) == [["/help"]]
 
 
 # Whoever starts the tests in a shell's background has SIGINT ignored, in all that they start.

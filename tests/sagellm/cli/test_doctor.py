@@ -12,7 +12,7 @@ OLD = Finding("failed", "old", "renew it")
 FULL = Finding("failed", "full", "tidy up", code=3)
 
 
-def test_every_check_says_how_to_mend_what_it_finds() -> None:
+def test_every_check_says_how_to_fix_what_it_finds() -> None:
     for name, finding in examine(CHECKS).items():
         assert finding.detail, name
         assert (finding.status == "ok") != bool(finding.fix), name

@@ -40,7 +40,7 @@ WRONG = Diagnostic("unknown-op", ("operators", "a"), "no op prefil", "did you me
     ],
     ids=repr,
 )
-def test_what_a_user_can_mend_has_an_exit_code(error: BaseException, code: int) -> None:
+def test_what_a_user_can_fix_has_an_exit_code(error: BaseException, code: int) -> None:
     failure = explain(error)
     assert failure is not None
     assert failure.code == code

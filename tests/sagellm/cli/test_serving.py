@@ -169,3 +169,8 @@ def test_traces_go_where_they_are_asked_to_go():
     watch = WatchOptions(otlp_endpoint="http://collector:4318", trace_sample=0.5)
     settings = read_settings(ListenOptions(), ("m",), watch)
     assert (settings.otlp_endpoint, settings.trace_sample) == ("http://collector:4318", 0.5)
+
+
+def test_the_page_is_served_unless_it_is_switched_off() -> None:
+    assert read_settings(ListenOptions(), ("m",)).page
+    assert not read_settings(ListenOptions(page=False), ("m",)).page
