@@ -55,7 +55,9 @@ def locate(
 
 
 def place(path: Path, positions: Mapping[Path, Position]) -> Position | None:
-    """Where `path` stands, or the nearest path that encloses it."""
+    """Where `path` stands, or the nearest path that encloses it. An option of a command has none."""
+    if path and str(path[0]).startswith("--"):
+        return None
     for length in range(len(path), -1, -1):
         if path[:length] in positions:
             return positions[path[:length]]

@@ -39,7 +39,7 @@ def fault_of(sampling: Sampling) -> str | None:
             kind = "whole number" if name in _WHOLE else "number"
             return f"{name} is {value!r}; it must be a {kind}"
         if not low <= value <= high:
-            return f"{name} is {value}; it must be from {low:g} to {high:g}"
+            return f"{name} is {value}; it must be from {_shown(low)} to {_shown(high)}"
     if sampling.min_tokens > sampling.max_tokens:
         return f"min_tokens is {sampling.min_tokens}, more than max_tokens ({sampling.max_tokens})"
     if not all(isinstance(text, str) and text for text in sampling.stop):
@@ -47,3 +47,8 @@ def fault_of(sampling: Sampling) -> str | None:
     if not all(abs(bias) <= _BIAS for bias in sampling.logit_bias.values()):
         return f"logit_bias has a value outside {-_BIAS:g} to {_BIAS:g}"
     return None
+
+
+def _shown(number: float) -> str:
+    """Whole numbers without a point or an exponent."""
+    return str(int(number)) if number == int(number) else f"{number:g}"

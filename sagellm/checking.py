@@ -9,7 +9,7 @@ import psutil
 from sagellm.backends import list_available_backends
 from sagellm.graphs.check import EngineFactsView, Facts, check, locate
 from sagellm.graphs.diagnostics import Diagnostic, GraphError
-from sagellm.graphs.ir import FrozenMap, Graph, Value
+from sagellm.graphs.ir import FrozenMap, Graph
 from sagellm.graphs.models import UnsupportedModel
 from sagellm.graphs.text.yaml import Document
 from sagellm.graphs.vocabulary import nearest
@@ -47,9 +47,11 @@ def check_graph(
     )
     found = check(graph, resolver.vocabulary, facts)
     if not found:
-        views = {name: _view(name, options) for name, options in graph.engines.items()}
+        given = _given_models(graph, overrides or {}, model)
+        views = {name: _view(name, graph, given.get(name, "")) for name in graph.engines}
         known = {name: view for name, view in views.items() if isinstance(view, EngineFactsView)}
-        found = tuple(view for view in views.values() if isinstance(view, Diagnostic))
+        mistaken = [view for view in views.values() if isinstance(view, Diagnostic)]
+        found = tuple(dict.fromkeys(mistaken))  # engines that share a model share its mistake
         found += check(graph, resolver.vocabulary, replace(facts, engines=known))
         found += _mixed_tokenizers(graph, views)
     if not found:
@@ -111,13 +113,38 @@ def _mixed_tokenizers(
     return (Diagnostic("mixed-tokenizers", ("engines", other), message, hint),)
 
 
-def _view(name: str, values: Value) -> EngineFactsView | Diagnostic:
-    """What the checks may know of an engine, or why it cannot be opened."""
+def _given_models(graph: Graph, overrides: Mapping[str, Any], model: str | None) -> dict[str, str]:
+    """Engine -> what the user wrote beside the graph to choose its model."""
+    given = {} if model is None else dict.fromkeys(graph.engines, f"--model {model}")
+    named = {name: f"{name}.model" for name in graph.engines}
+    return given | {
+        name: f"--set {target}={overrides[target]}"
+        for name, target in named.items()
+        if target in overrides
+    }
+
+
+def _view(name: str, graph: Graph, given: str) -> EngineFactsView | Diagnostic:
+    """What the checks may know of an engine, or why it cannot be opened.
+
+    `given`: how the user chose its model, where that is not in the graph's text.
+    """
+    values = graph.engines[name]
     try:
         options = read_options(EngineOptions, values if isinstance(values, FrozenMap) else {})
         return engine_view(options)
-    except (OptionError, EngineOptionError, ModelError, UnsupportedModel) as error:
+    except ModelError as error:
+        return _bad_model(name, given, error.cause, error.fix)
+    except UnsupportedModel as error:
+        return _bad_model(name, given, f"{error.file}, {error.field}: {error.cause}", error.fix)
+    except (OptionError, EngineOptionError) as error:
         return Diagnostic("bad-engine", ("engines", name), f"engine {name}: {error}")
+
+
+def _bad_model(name: str, given: str, cause: str, fix: str) -> Diagnostic:
+    if given:
+        return Diagnostic("bad-engine", (given,), cause, fix or None)
+    return Diagnostic("bad-engine", ("engines", name), f"engine {name}: {cause}", fix or None)
 
 
 def engine_view(options: EngineOptions) -> EngineFactsView:

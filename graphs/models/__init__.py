@@ -7,7 +7,6 @@ from sagellm.graphs.models.decoder import Decoder, decoder_graph
 from sagellm.graphs.models.facts import ModelFacts, facts_of
 from sagellm.graphs.models.family import Family
 from sagellm.graphs.models.unsupported import UnsupportedModel
-from sagellm.graphs.vocabulary import nearest
 
 FAMILIES: dict[str, Family] = {
     module.FAMILY.architecture: module.FAMILY for module in (llama, mistral, qwen2, qwen3)
@@ -32,12 +31,16 @@ def _shape(config: Config) -> Decoder:
 
 
 def _family(config: Config) -> Family:
+    """An unknown architecture is never taken for a slip: the nearest name is another model."""
     named = config.get("architectures")
-    name = str(named[0]) if isinstance(named, list | tuple) and named else str(named)
+    name = named[0] if isinstance(named, list | tuple) and named else named
+    if not isinstance(name, str):
+        fix = "name one of " + ", ".join(FAMILIES)
+        raise UnsupportedModel("it names no architecture", field="architectures", fix=fix)
     if name not in FAMILIES:
-        close = nearest(name, FAMILIES)
-        fix = f"did you mean {close}?" if close else f"built are {', '.join(FAMILIES)}"
-        raise UnsupportedModel(f"architecture {name!r} is unknown", field="architectures", fix=fix)
+        fix = f"use a model of one of {', '.join(FAMILIES)}"
+        cause = f"architecture {name} is not built into sagellm"
+        raise UnsupportedModel(cause, field="architectures", fix=fix)
     return FAMILIES[name]
 
 

@@ -7,7 +7,6 @@ from typing import TypeAlias
 from sagellm.graphs.kernels.attention import Rope
 from sagellm.graphs.models.quantisation import stored_quantisation
 from sagellm.graphs.models.unsupported import UnsupportedModel
-from sagellm.graphs.vocabulary import nearest
 
 Config: TypeAlias = Mapping[str, object]
 
@@ -177,10 +176,8 @@ def same_windows(config: Config, window: int | None) -> tuple[int | None, ...]:
 
 def _window(kind: str, window: int | None) -> int | None:
     if kind not in _LAYER_TYPES:
-        close = nearest(kind, _LAYER_TYPES) or ", ".join(_LAYER_TYPES)
-        raise UnsupportedModel(
-            f"{kind!r} is not built", field="layer_types", fix=f"did you mean {close}?"
-        )
+        fix = f"use a model whose layers are {' or '.join(_LAYER_TYPES)}"
+        raise UnsupportedModel(f"{kind!r} is not built", field="layer_types", fix=fix)
     if kind == "sliding_attention" and window is None:
         raise UnsupportedModel(
             "sliding layers without a window", field="sliding_window", fix="set the window"

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from sagellm.graphs.models.unsupported import UnsupportedModel
-from sagellm.graphs.vocabulary import nearest
 
 _FIELD = "quantization_config"
 _METHODS = ("gptq", "awq")
@@ -51,8 +50,7 @@ def stored_quantisation(config: Mapping[str, object]) -> StoredQuantisation | No
 def _method(table: Mapping[Any, Any]) -> str:
     method = str(table.get("quant_method")).lower()
     if method not in _METHODS:
-        close = nearest(method, _METHODS)
-        fix = f"did you mean {close}?" if close else "gptq and awq are built"
+        fix = f"{' and '.join(_METHODS)} are built; or give the weights in bfloat16 or float32"
         raise _unsupported(f"quant_method {method!r} is not built", fix)
     return method
 

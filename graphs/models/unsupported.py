@@ -4,8 +4,13 @@
 class UnsupportedModel(ValueError):
     """A model configuration that is not built; says the cause, the config field, and a way out."""
 
-    def __init__(self, cause: str, *, field: str, fix: str) -> None:
+    def __init__(self, cause: str, *, field: str, fix: str, file: str = "config.json") -> None:
         self.cause = cause
         self.field = field
         self.fix = fix
-        super().__init__(f"config.json, {field}: {cause}; {fix}")
+        self.file = file
+        super().__init__(f"{file}, {field}: {cause}; {fix}")
+
+    def in_file(self, file: str) -> "UnsupportedModel":
+        """The same refusal, with the path of the config.json that it is about."""
+        return UnsupportedModel(self.cause, field=self.field, fix=self.fix, file=file)

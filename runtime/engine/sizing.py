@@ -40,6 +40,9 @@ def engine_dtype(options: EngineOptions, facts: ModelFacts) -> str:
     return "float32" if dtype == "float16" else dtype
 
 
+_SHORTEST = 2  # a prompt of one token, and its answer
+
+
 def size(options: EngineOptions, facts: ModelFacts, memory_bytes: int) -> Sizing:
     """Size the pool for `memory_bytes` of free memory.
 
@@ -71,13 +74,19 @@ def size(options: EngineOptions, facts: ModelFacts, memory_bytes: int) -> Sizing
 
 def _check_room(num_blocks: int, longest: int, options: EngineOptions, block_bytes: int) -> None:
     needed = -(-longest // options.block_size)
-    if num_blocks < needed:
-        room = num_blocks * options.block_size
-        raise EngineOptionError(
-            f"the KV pool has {num_blocks} blocks: {room} tokens, fewer than one sequence of "
-            f"{longest}; set max_model_len: {room} or less, or kv_memory: "
-            f"{-(-needed * block_bytes // 2**20)}MiB"
-        )
+    if num_blocks >= needed:
+        return
+    room = num_blocks * options.block_size
+    mebibytes = -(-needed * block_bytes // 2**20)
+    fixes = [f"max_model_len: {room} or less"] if room >= _SHORTEST else []
+    if options.num_blocks is not None:
+        fixes.append(f"num_blocks: {needed} or more")
+    else:
+        fixes.append(f"kv_memory: {mebibytes}MiB or more")
+    raise EngineOptionError(
+        f"the KV pool has {num_blocks} blocks: {room} tokens, fewer than one sequence of "
+        f"{longest}; set {', or '.join(fixes)}"
+    )
 
 
 def weight_bytes(options: EngineOptions, facts: ModelFacts) -> int:

@@ -6,16 +6,27 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import msgspec
-
 from sagellm.graphs.models import ModelFacts, UnsupportedModel, facts
 from sagellm.graphs.vocabulary import nearest
+from sagellm.runtime.models.contents import (
+    CONFIG,
+    SHARD_INDEX,
+    WEIGHTS,
+    check_config,
+    check_tokenizer,
+    check_weights,
+    refuse_file,
+)
+from sagellm.runtime.models.fault import ModelError
+from sagellm.runtime.models.files import StoredTensor, read_header, read_json
+from sagellm.runtime.models.fit import Stored, check_fit
 from sagellm.runtime.models.hub import HubError, download
+
+__all__ = ["SHARD_INDEX", "ModelError", "ModelFolder", "open_folder", "resolve_model"]
 
 _SHIPPED = Path(__file__).parent
 BUILT_IN: dict[str, Path] = {"sage-tiny": _SHIPPED / "sage_tiny"}
 _NUM_SAMPLES, _SAMPLE_BYTES = 64, 4096  # of each file: milliseconds, whatever its size
-SHARD_INDEX = "model.safetensors.index.json"
 
 NULL_FACTS = ModelFacts(
     family="null",
@@ -32,10 +43,6 @@ NULL_FACTS = ModelFacts(
     eos_token_ids=(),
     num_parameters=0,
 )
-
-
-class ModelError(ValueError):
-    """A model that cannot be found or loaded; the message says where, why and what helps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,11 +85,16 @@ def resolve_model(name: str) -> ModelFolder:
 
 
 def open_folder(name: str, path: Path) -> ModelFolder:
-    """Read and check one folder. Raises ModelError, UnsupportedModel."""
-    config = _read_json(path / "config.json", name)
-    _refuse_remote_code(name, config)
-    model_facts = facts(config)
-    _check_files(name, path)
+    """Read and check one folder, weights by their headers. Raises ModelError, UnsupportedModel."""
+    check_config(name, path)
+    config = read_json(path / CONFIG, name)
+    try:
+        _refuse_remote_code(name, config)
+        model_facts = facts(config)
+    except UnsupportedModel as error:
+        raise error.in_file(str(path / CONFIG)) from None
+    check_tokenizer(name, path)
+    check_fit(Stored(name, config, _stored(name, path)))
     eos = _eos(name, path, model_facts)
     return ModelFolder(name, path, model_facts, config, eos, _hash(name, path, config))
 
@@ -90,11 +102,10 @@ def open_folder(name: str, path: Path) -> ModelFolder:
 def shard_files(name: str, path: Path) -> dict[str, tuple[str, ...]]:
     """Safetensors file -> the tensors that the index says it holds; () means: read its header."""
     if not (path / SHARD_INDEX).is_file():
-        return {"model.safetensors": ()}
-    index = _read_json(path / SHARD_INDEX, name)
-    weight_map = index.get("weight_map")
+        return {WEIGHTS: ()}
+    weight_map = read_json(path / SHARD_INDEX, name).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ModelError(f"model {name}: {SHARD_INDEX} has no weight_map; download it again")
+        raise ModelError(f"model {name}: {SHARD_INDEX} has no weight_map", "download it again")
     shards: dict[str, tuple[str, ...]] = {}
     for tensor, file in weight_map.items():
         shards[str(file)] = (*shards.get(str(file), ()), str(tensor))
@@ -107,45 +118,41 @@ def _locate(name: str) -> Path:
     path = Path(name).expanduser()
     if path.is_dir():
         return path
+    if path.is_file():
+        raise refuse_file(name, path)
     if _is_path(name):
-        raise ModelError(f"model {name}: there is no such folder")
+        raise ModelError(f"model {name}: there is no such folder", "check the path")
     if name.count("/") == 1:
         return _download(name)
     close = nearest(name, BUILT_IN)
     fix = f"did you mean {close}?" if close else f"built in: {', '.join(BUILT_IN)}"
-    raise ModelError(f"model {name!r} is not built in, a folder, or a Hub id (owner/name); {fix}")
+    raise ModelError(f"model {name!r} is not built in, a folder, or a Hub id (owner/name)", fix)
 
 
 def _download(name: str) -> Path:
     try:
         return download(name)
     except HubError as error:
-        raise ModelError(f"model {name}: {error}") from error
+        raise ModelError(f"model {name}: {error.cause}", error.fix) from error
 
 
 def _is_path(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
-def _check_files(name: str, path: Path) -> None:
-    """Raise ModelError where weights are pickled, missing, or named outside the folder."""
-    if not (path / SHARD_INDEX).is_file() and not (path / "model.safetensors").is_file():
-        pickled = sorted(
-            file.name for kind in ("*.bin", "*.pt", "*.pth") for file in path.glob(kind)
-        )
-        if pickled:
-            raise ModelError(
-                f"model {name}: only pickled weights ({pickled[0]}), which can run any code when "
-                f"read; convert them to safetensors"
-            )
-        raise ModelError(f"model {name}: model.safetensors is missing in {path}")
-    for file in shard_files(name, path):
-        if Path(file).name != file:
-            raise ModelError(f"model {name}: {SHARD_INDEX} names {file!r}, outside its folder")
-        if not (path / file).is_file():
-            raise ModelError(
-                f"model {name}: {SHARD_INDEX} names {file}, which is missing in {path}"
-            )
+def _stored(name: str, path: Path) -> dict[str, StoredTensor]:
+    """All tensors of the folder. Raises ModelError for files that are missing or damaged."""
+    shards = shard_files(name, path)
+    check_weights(name, path, tuple(shards))
+    stored: dict[str, StoredTensor] = {}
+    for file, promised in shards.items():
+        held = read_header(name, path / file)
+        missing = sorted(set(promised) - set(held))
+        if missing:
+            cause = f"model {name}: {file} lacks tensor {missing[0]}, which {SHARD_INDEX} names"
+            raise ModelError(cause, "download both again: they are of two versions")
+        stored |= held
+    return stored
 
 
 def _refuse_remote_code(name: str, config: Mapping[str, object]) -> None:
@@ -173,17 +180,8 @@ def _hash(name: str, path: Path, config: Mapping[str, object]) -> str:
 def _eos(name: str, path: Path, model_facts: ModelFacts) -> tuple[int, ...]:
     found = dict.fromkeys(model_facts.eos_token_ids)
     if (path / "generation_config.json").is_file():
-        value = _read_json(path / "generation_config.json", name).get("eos_token_id")
+        value = read_json(path / "generation_config.json", name).get("eos_token_id")
         ids = value if isinstance(value, list) else [value]
         whole = [token for token in ids if type(token) is int]  # true is no id
         found |= dict.fromkeys(token for token in whole if 0 <= token < model_facts.vocab_size)
     return tuple(found)
-
-
-def _read_json(path: Path, name: str) -> dict[str, object]:
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=dict[str, object])
-    except FileNotFoundError:
-        raise ModelError(f"model {name}: {path.name} is missing in {path.parent}") from None
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ModelError(f"model {name}: {path} is not valid JSON: {error}") from error

@@ -77,7 +77,7 @@ def _explain(error: BaseException) -> Failure | None:
         case GraphError():
             return _graph_failure(error)
         case UnsupportedModel():
-            return Failure(error.cause, error.fix, f"config.json, {error.field}")
+            return Failure(error.cause, error.fix, f"{error.file}, {error.field}")
         case BadKeys():
             return Failure(str(error), "`sagellm keys FOLDER` makes keys", "executor.keys")
         case WorkerUnfit():
@@ -86,7 +86,7 @@ def _explain(error: BaseException) -> Failure | None:
                 "read the worker's lines above; `--executor tasks` shows the same in this process",
             )
         case ModelError():
-            return Failure(str(error), "")
+            return Failure(error.cause, error.fix)
         case ChatTemplateError():
             return Failure(
                 str(error), "leave --chat out, or correct the chat template in the model's folder"

@@ -123,7 +123,7 @@ def test_the_size_is_known_from_the_config(form, folders):
         ({"bits": 2}, "gptq of 2 bits is not built"),
         ({"bits": None}, "gptq of None bits"),
         ({"quant_method": "awq", "bits": 8}, "awq of 8 bits is not built; 4 bits are"),
-        ({"quant_method": "gptqq"}, "did you mean gptq?"),
+        ({"quant_method": "gptqq"}, "not built; gptq and awq are built"),
         ({"quant_method": "fp8"}, "quant_method 'fp8' is not built; gptq and awq are built"),
         ({"quant_method": None}, "is not built"),
         ({"checkpoint_format": "marlin"}, "gptq in the format 'marlin' is not built"),

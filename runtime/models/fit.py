@@ -1,0 +1,151 @@
+"""Whether the tensors that a folder stores are those that its config.json asks for.
+
+What is found here is found by headers, before a weight is read.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from sagellm.graphs.kernels.weights import Shape, linear_weights, weight_shapes
+from sagellm.graphs.models import build
+from sagellm.graphs.models.quantisation import StoredQuantisation, stored_quantisation
+from sagellm.graphs.vocabulary import nearest
+from sagellm.runtime.models.fault import ModelError
+from sagellm.runtime.models.files import StoredTensor
+
+_FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+_NUM_SHOWN = 4
+_WORD_BITS = 32
+_QUANTISED = ".qweight"
+_PARTS = (_QUANTISED, ".qzeros", ".scales")
+_SETTINGS = "quantization_config"
+
+# Stored in many folders, and without a say in the result.
+_HARMLESS = re.compile(r"rotary_emb\.|\.(k|v)_scale$|\.attn\.(masked_)?bias$")
+# Of a decoder; other heads (`score`, `v_head`) leave its logits as they are.
+_DECODER = ("model.", "lm_head.")
+
+_FIX = "give the folder the config.json that these weights were saved with, or download it again"
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """What a folder says and holds."""
+
+    name: str
+    config: Mapping[str, object]
+    tensors: Mapping[str, StoredTensor]
+
+
+def check_fit(stored: Stored) -> None:
+    """Raise ModelError with the tensors that are missing, misshapen, or that nothing would read."""
+    quantisation = stored_quantisation(stored.config)
+    _check_quantisation(stored, quantisation)
+    graph = build(stored.config)
+    shapes, linears = weight_shapes(graph), linear_weights(graph)
+    wanted = _as_stored(shapes, linears, stored.tensors, quantisation)
+    mistakes = [
+        *_missing(wanted, stored.tensors),
+        *_misshapen(wanted, stored.tensors),
+        *_unread(wanted, stored),
+    ]
+    if mistakes:
+        raise ModelError(f"model {stored.name}: {_listed(mistakes)}", _FIX)
+
+
+def _check_quantisation(stored: Stored, said: StoredQuantisation | None) -> None:
+    """Raise ModelError where config.json and the tensors differ on whether they are quantised."""
+    packed = next((name for name in stored.tensors if name.endswith(_QUANTISED)), None)
+    if said is not None and packed is None:
+        raise ModelError(
+            f"model {stored.name}: config.json says that the weights are stored as {said.method} "
+            f"of {said.bits} bits ({_SETTINGS}), and no tensor is{_example(stored)}",
+            f"remove {_SETTINGS} from config.json, or download the quantised weights",
+        )
+    if said is None and packed is not None:
+        raise ModelError(
+            f"model {stored.name}: {packed} is quantised, and config.json has no {_SETTINGS}",
+            f"add {_SETTINGS} to config.json (older folders keep it in quantize_config.json)",
+        )
+
+
+def _example(stored: Stored) -> str:
+    first = next((name for name in stored.tensors if name.startswith("model.layers.")), None)
+    return f": {first} is {stored.tensors[first].dtype}" if first else ""
+
+
+def _as_stored(
+    shapes: Mapping[str, Shape],
+    linears: frozenset[str],
+    tensors: Mapping[str, StoredTensor],
+    said: StoredQuantisation | None,
+) -> dict[str, Shape | None]:
+    """The tensors to look for; shape None where this file leaves it to who unpacks them."""
+    wanted: dict[str, Shape | None] = {}
+    for name, shape in shapes.items():
+        stem = name.removesuffix(".weight")
+        if said is None or name in tensors or name not in linears:
+            wanted[name] = shape
+        else:
+            wanted |= {f"{stem}{part}": None for part in _PARTS}
+            wanted[f"{stem}{_QUANTISED}"] = _packed(shape, said)
+    return wanted
+
+
+def _packed(shape: Shape, said: StoredQuantisation) -> Shape:
+    """[N, K] as words of 32 bits: GPTQ packs along K, AWQ along N; both store [K, N]."""
+    size, width = shape
+    if said.method == "awq":
+        return width, size * said.bits // _WORD_BITS
+    return -(-width * said.bits // _WORD_BITS), size
+
+
+def _missing(
+    wanted: Mapping[str, Shape | None], tensors: Mapping[str, StoredTensor]
+) -> Iterator[str]:
+    absent = [name for name in wanted if name not in tensors]
+    spare = [name for name in tensors if name not in wanted]
+    for number, name in enumerate(absent):
+        close = nearest(name, spare) if number < _NUM_SHOWN else None  # slow, and shown for few
+        yield f"tensor {name} is missing" + (f"; the nearest there is {close}" if close else "")
+
+
+def _misshapen(
+    wanted: Mapping[str, Shape | None], tensors: Mapping[str, StoredTensor]
+) -> Iterator[str]:
+    for name, shape in wanted.items():
+        found = tensors.get(name)
+        if found is None or shape is None:
+            continue
+        if found.shape != shape:
+            yield f"tensor {name} is {list(found.shape)}; config.json makes it {list(shape)}"
+        elif not name.endswith(_QUANTISED) and found.dtype not in _FLOATS:
+            known = ", ".join(sorted(_FLOATS))
+            yield f"tensor {name} is stored as {found.dtype}, which is not one of {known}"
+
+
+def _unread(wanted: Mapping[str, Shape | None], stored: Stored) -> Iterator[str]:
+    """Tensors of the decoder that would be left out of the computation."""
+    tied = bool(stored.config.get("tie_word_embeddings"))
+    for name, found in stored.tensors.items():
+        if name in wanted or not name.startswith(_DECODER) or _HARMLESS.search(name):
+            continue
+        if (name == "lm_head.weight" and tied) or _belongs_to_packed(name, stored.tensors):
+            continue
+        yield f"tensor {name} {list(found.shape)} has no place in this architecture"
+
+
+def _belongs_to_packed(name: str, tensors: Mapping[str, StoredTensor]) -> bool:
+    """Whether it is a companion of a quantised weight: `g_idx`, or a bias of zeros as GPTQ has."""
+    return f"{name.rpartition('.')[0]}{_QUANTISED}" in tensors
+
+
+def _listed(mistakes: list[str]) -> str:
+    shown = mistakes[:_NUM_SHOWN]
+    if len(mistakes) == 1:
+        return shown[0]
+    left = len(mistakes) - len(shown)
+    more = [f"and {left} more"] if left else []
+    lines = "".join(f"\n  {line}" for line in (*shown, *more))
+    return f"{len(mistakes)} tensors do not fit config.json:{lines}"

@@ -1,0 +1,43 @@
+"""Where a model that is refused is said to stand: where the user wrote it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sagellm import Graph, GraphError
+from sagellm.builder import RESOLVER
+from sagellm.checking import check_graph
+from sagellm.graphs.diagnostics import Diagnostic
+
+
+def refused(graph: Graph, **given: Any) -> Diagnostic:
+    with pytest.raises(GraphError) as error:
+        check_graph(graph.document, RESOLVER, {}, **given)
+    (only,) = error.value.diagnostics
+    return only
+
+
+def test_a_model_of_the_command_line_is_said_once_and_there(tmp_path: Path) -> None:
+    missing = str(tmp_path / "missing")
+    found = refused(Graph.load("pd"), model=missing)
+    assert (found.path, found.position) == ((f"--model {missing}",), None)
+    assert found.message == f"model {missing}: there is no such folder"
+    assert found.hint == "check the path"
+
+
+def test_a_model_that_is_set_for_one_engine() -> None:
+    found = refused(Graph.load("pd"), overrides={"p.model": "./missing"})
+    assert (found.path, found.position) == (("--set p.model=./missing",), None)
+
+
+def test_a_model_of_a_file_is_said_at_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_text(
+        "sagellm: 1\nname: own\nengines:\n  g: {model: ./missing}\n"
+        "operators:\n  generate: {op: generate, engine: g}\n"
+        "edges: [source -> generate -> sink]\n"
+    )
+    found = refused(Graph.load(path))
+    assert found.position is not None
+    assert (found.position.file, found.position.line) == (str(path), 4)
