@@ -55,7 +55,7 @@ def locate(
 
 
 def place(path: Path, positions: Mapping[Path, Position]) -> Position | None:
-    """Where `path` stands, or the nearest path that encloses it. An option of a command has none."""
+    """Where `path` stands, or what encloses it. An option of a command has no place."""
     if path and str(path[0]).startswith("--"):
         return None
     for length in range(len(path), -1, -1):
