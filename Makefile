@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # Without kept bytecode every process that is started would compile torch anew: seconds each.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup run test soak chaos clients lint format bench bench-peers clean
+.PHONY: setup run test soak chaos clients page lint format bench bench-peers clean
 
 setup: $(STAMPS)/test $(STAMPS)/lint
 
@@ -68,6 +68,16 @@ clients: $(STAMPS)/test $(CLIENTS)/openai2/.ready $(CLIENTS)/langchain/.ready
 			-c /dev/null --rootdir tests/clients --confcutdir tests/clients \
 			-p no:cacheprovider --timeout 120 -q -rs tests/clients || exit; \
 	done
+
+# The page at / in headless Chromium, with axe-core: apt-get install chromium chromium-driver
+page_NEEDS := selenium axe-core-python
+
+page: $(STAMPS)/test $(CLIENTS)/page/.ready
+	@command -v chromium chromedriver >/dev/null || { \
+		echo "make page needs Debian's packages chromium and chromium-driver" >&2; exit 2; }
+	SAGELLM_BIN=$(CURDIR)/$(BIN)/sagellm $(CLIENTS)/page/bin/python -m pytest \
+		-c /dev/null --rootdir tests/page --confcutdir tests/page \
+		-p no:cacheprovider --timeout 120 -q tests/page
 
 $(CLIENTS)/%/.ready: Makefile
 	$(PYTHON) -m venv $(CLIENTS)/$*
