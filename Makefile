@@ -82,6 +82,15 @@ prometheus:
 	@command -v prometheus >/dev/null || \
 		{ [ "$$(id -u)" = 0 ] && apt-get install -y -qq --no-install-recommends prometheus; } || \
 		echo "no Prometheus: its tests are skipped (as root: apt-get install prometheus)"
+# The page at / in headless Chromium, with axe-core: apt-get install chromium chromium-driver
+page_NEEDS := selenium axe-core-python
+
+page: $(STAMPS)/test $(CLIENTS)/page/.ready
+	@command -v chromium chromedriver >/dev/null || { \
+		echo "make page needs Debian's packages chromium and chromium-driver" >&2; exit 2; }
+	SAGELLM_BIN=$(CURDIR)/$(BIN)/sagellm $(CLIENTS)/page/bin/python -m pytest \
+		-c /dev/null --rootdir tests/page --confcutdir tests/page \
+		-p no:cacheprovider --timeout 120 -q tests/page
 
 $(CLIENTS)/%/.ready: Makefile
 	$(PYTHON) -m venv $(CLIENTS)/$*

@@ -71,6 +71,7 @@ async function receive(stream, turn, timing) {
       const isOpening = choice.delta?.role && !piece;
       const isToken = piece || (choice.finish_reason === null && !isOpening);
       if (isToken) turn.add(piece, timing.token(nowMs));
+      else if (choice.finish_reason !== null) timing.last(nowMs);
       reason = choice.finish_reason ?? reason;
     }
     if (chunk.usage) timing.counted(chunk.usage.completion_tokens);

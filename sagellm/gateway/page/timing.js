@@ -38,6 +38,12 @@ export class Timing {
     return gapMs;
   }
 
+  /** The event that only ends came, with its token, which has no text. */
+  last(nowMs) {
+    this.ttftMs ??= nowMs - this.startedMs;
+    this.#lastMs = nowMs;
+  }
+
   /** The server says how many tokens the answer has. */
   counted(numTokens) {
     this.#numCounted = numTokens;

@@ -1,0 +1,153 @@
+"""A real server and a headless Chromium, for the page at /.
+
+Nothing here imports sagellm: `make page` runs these tests in an environment of their own, with
+Debian's chromium and chromium-driver. `make test` leaves them out.
+"""
+
+import os
+import re
+import subprocess
+import time
+import urllib.request
+from contextlib import contextmanager
+from pathlib import Path
+
+import axe_core_python
+import pytest
+from selenium import webdriver
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.by import By
+from selenium.webdriver.support.ui import WebDriverWait
+
+KEY = "sk-of-the-tests"
+START_S, WAIT_S = 60.0, 20.0
+CHROMIUM, CHROMEDRIVER = "/usr/bin/chromium", "/usr/bin/chromedriver"
+FLAGS = (  # without these it looks for hosts outside this machine
+    "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+    "--disable-dev-shm-usage", "--window-size=1200,800",
+)  # fmt: skip
+AXE = (Path(axe_core_python.__file__).parent / "axe.min.js").read_text()
+
+
+@contextmanager
+def serving(folder, *options):
+    """The URL of a server."""
+    log = folder / "server.log"
+    command = [os.environ["SAGELLM_BIN"], "serve", *options, "--port", "0"]
+    with log.open("wb") as errors:
+        process = subprocess.Popen(command, stderr=errors)
+    try:
+        yield _started(process, log)
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def _started(process, log):
+    until = time.monotonic() + START_S
+    while time.monotonic() < until and process.poll() is None:
+        found = re.search(r"(http://127\.0\.0\.1:\d+)", log.read_text())
+        if found and _is_ready(found[1]):
+            return found[1]
+        time.sleep(0.1)
+    process.kill()
+    return pytest.fail(f"the server did not start: {log.read_text()[-2000:]}")
+
+
+def _is_ready(url):
+    try:
+        with urllib.request.urlopen(f"{url}/ready", timeout=5):
+            return True
+    except OSError:
+        return False
+
+
+@pytest.fixture(scope="session")
+def url(tmp_path_factory):
+    """sage-tiny, without a key."""
+    with serving(tmp_path_factory.mktemp("plain"), "sage-tiny") as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def closed_url(tmp_path_factory):
+    """A server that asks for a key."""
+    with serving(tmp_path_factory.mktemp("closed"), "sage-tiny", "--api-key", KEY) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def slow_url(tmp_path_factory):
+    """A model without a chat template that takes its time."""
+    options = ("joint", "--model", "null", "--set", "g.device=null", "--set", "g.decode_step_s=0.1")
+    with serving(tmp_path_factory.mktemp("slow"), *options) as url:
+        yield url
+
+
+class Page:
+    """What a person does with the page, and sees of it."""
+
+    def __init__(self, browser):
+        self.browser = browser
+
+    def open(self, url):
+        self.browser.get(url)
+        self.until(lambda: self.all("#models input") or self.one("#key-form").is_displayed())
+
+    def one(self, selector):
+        return self.browser.find_element(By.CSS_SELECTOR, selector)
+
+    def all(self, selector):
+        return self.browser.find_elements(By.CSS_SELECTOR, selector)
+
+    def texts(self, selector):
+        return [found.text for found in self.all(selector)]
+
+    @property
+    def focused(self):
+        return self.browser.switch_to.active_element
+
+    def type(self, *keys):
+        self.focused.send_keys(*keys)
+
+    def until(self, holds):
+        WebDriverWait(self.browser, WAIT_S, 0.05).until(lambda _: holds())
+
+    def answered(self, number):
+        """Wait until so many turns have ended."""
+        self.until(lambda: len(self.all(".turn")) == number and self.one("#send").is_displayed())
+
+    def run(self, script):
+        return self.browser.execute_script(f"return {script}")
+
+    def emulate(self, theme):
+        feature = {"name": "prefers-color-scheme", "value": theme}
+        self.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+
+    def findings(self):
+        """What axe-core finds: impact and rule."""
+        self.browser.execute_script(AXE)
+        script = "axe.run(document).then((found) => arguments[0](found.violations))"
+        return [(one["impact"], one["id"]) for one in self.browser.execute_async_script(script)]
+
+    def console(self):
+        """What the console says, but for the status codes that a test has asked for."""
+        said = [one["message"] for one in self.browser.get_log("browser")]
+        return [text for text in said if "Failed to load resource" not in text]
+
+
+@pytest.fixture
+def page():
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for flag in FLAGS:
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    browser = webdriver.Chrome(options=options, service=Service(CHROMEDRIVER))
+    page = Page(browser)
+    page.emulate("light")
+    yield page
+    said = page.console()
+    browser.quit()
+    assert said == []  # no violation of the policy, and no error of a script
