@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import trio
 
-from sagellm import Graph, Sampling, ops, register_operator
+from sagellm import Graph, RequestRefused, Sampling, ops, register_operator
 from sagellm.graphs.vocabulary import REQUEST, OpSpec, Port
 from sagellm.runtime.messages import Request, refusal
 from sagellm.runtime.operator import Arrival, Draw, Emit, Input, Setup, Step, Terminate
@@ -51,8 +51,11 @@ async def main() -> None:
     graph >> ops.guard("rm -rf") >> ops.generate(engine="g") >> ops.metrics_sink()
     async with graph.open() as guarded:
         for prompt in ("import os", "rm -rf /"):
-            answer = await guarded.generate(prompt, sampling=Sampling(max_tokens=8))
-            print(f"{prompt!r}: {answer.finish_reason}: {answer.error or repr(answer.text)}")
+            try:
+                answer = await guarded.generate(prompt, sampling=Sampling(max_tokens=8))
+                print(f"{prompt!r}: {answer.finish_reason}: {answer.text!r}")
+            except RequestRefused as error:
+                print(f"{prompt!r}: refused: {error}")
 
 
 if __name__ == "__main__":

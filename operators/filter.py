@@ -7,7 +7,7 @@ import msgspec
 from sagellm.graphs.vocabulary import OpSpec, Port
 from sagellm.runtime.messages import Item, TokenEvent
 from sagellm.runtime.operator import Arrival, Draw, Emit, Input, Output, Setup, Step, Terminate
-from sagellm.runtime.user_function import UserFunction, ending, find_plain_function
+from sagellm.runtime.user_function import UserFunction, ending, failing, find_plain_function
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,15 +45,22 @@ class Filter:
 
     def _sieve(self, item: Item, now: float) -> tuple[Output, ...]:
         try:
-            passes = bool(self.function.call(item))
+            passes = self._passes(item)
         except Exception as error:
             why = self.function.explain(error)
-            return (Terminate(ending(item, "failed", now=now, error=why)),)
+            return (Terminate(failing(item, why, now=now), error),)
         if passes:
             return (Emit(item),)
         if not isinstance(item, TokenEvent):
             return (Terminate(ending(item, "filtered", now=now)),)
         return (Emit(_emptied(item)),) if item.is_last else ()
+
+    def _passes(self, item: Item) -> bool:
+        """Any value is as true as Python says, but None: as a rule, a `return` is missing."""
+        result = self.function(item)
+        if result is None:
+            raise self.function.wanted(result, "True or False")
+        return bool(result)
 
 
 def _emptied(event: TokenEvent) -> TokenEvent:

@@ -21,6 +21,7 @@ from sagellm.runtime.operator import (
 from sagellm.runtime.user_function import (
     UserFunction,
     ending,
+    failing,
     find_plain_function,
     rewritten,
 )
@@ -68,10 +69,10 @@ class FlatMap:
             return self._parts(item, now)
         except Exception as error:
             why = self.function.explain(error)
-            return (Terminate(ending(item, "failed", now=now, error=why)),)
+            return (Terminate(failing(item, why, now=now), error),)
 
     def _parts(self, item: Item, now: float) -> tuple[Output, ...]:
-        results = _listed(self.function.call(item))
+        results = self._listed(item)
         if isinstance(item, Answer):
             return (Emit(msgspec.structs.replace(item, value=results)),)
         if not isinstance(item, Request):
@@ -79,19 +80,21 @@ class FlatMap:
         if not results:
             return (Terminate(ending(item, "filtered", now=now)),)
         sampling = msgspec.structs.replace(item.sampling, n=len(results))
-        choices = (rewritten(item, result, self.encode) for result in results)
+        choices = (rewritten(self.function, item, result, self.encode) for result in results)
         emits = tuple(
             Emit(msgspec.structs.replace(request, choice=choice, sampling=sampling))
             for choice, request in enumerate(choices)
         )
         return (Announce(Forked(request_id=item.request_id, num_choices=len(emits))), *emits)
 
-
-def _listed(results: object) -> tuple[object, ...]:
-    """Raises TypeError for a text, which would fall apart into letters, and what has no parts."""
-    if isinstance(results, str | bytes) or not isinstance(results, Iterable):
-        raise TypeError(f"flat_map expects a list, not {type(results).__name__}")
-    return tuple(results)
+    def _listed(self, item: Item) -> tuple[object, ...]:
+        """Raises WrongResult for a text, which would fall apart into letters, and for what has no
+        parts.
+        """
+        results = self.function(item)
+        if isinstance(results, str | bytes) or not isinstance(results, Iterable):
+            raise self.function.wanted(results, "a list")
+        return tuple(results)
 
 
 def build(options: Options, setup: Setup) -> FlatMap:

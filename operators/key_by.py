@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import msgspec
 
 from sagellm.graphs.vocabulary import REQUEST, OpSpec, Port
-from sagellm.runtime.messages import Request, refusal
+from sagellm.runtime.messages import Request
 from sagellm.runtime.operator import Arrival, Draw, Emit, Input, Output, Setup, Step, Terminate
-from sagellm.runtime.user_function import UserFunction, find_plain_function
+from sagellm.runtime.user_function import UserFunction, failing, find_plain_function
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +41,18 @@ class KeyBy:
 
     def _keyed(self, request: Request, now: float) -> Output:
         try:
-            key = str(self.function.call(request))
+            key = self._key(request)
         except Exception as error:
             why = self.function.explain(error)
-            return Terminate(refusal(request, "failed", now=now, error=why))
+            return Terminate(failing(request, why, now=now), error)
         tags = {**request.tags, "key": key}
         return Emit(msgspec.structs.replace(request, tags=tags))
+
+    def _key(self, request: Request) -> str:
+        result = self.function(request)
+        if result is None:
+            raise self.function.wanted(result, "a key")
+        return str(result)
 
 
 def build(options: Options, setup: Setup) -> KeyBy:

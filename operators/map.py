@@ -19,7 +19,7 @@ from sagellm.runtime.operator import (
     Step,
     Terminate,
 )
-from sagellm.runtime.user_function import UserFunction, ending, find_function, rewritten
+from sagellm.runtime.user_function import UserFunction, ending, failing, find_function, rewritten
 
 Encode = Callable[[str], tuple[int, ...]]
 DEFAULT_CONCURRENCY = 16  # such calls mostly wait, and a service of the user's bears some
@@ -64,10 +64,10 @@ class Map:
 
     def _mapped(self, item: Item, now: float) -> Output:
         try:
-            return Emit(rewritten(item, self.function.call(item), self.encode))
+            return Emit(rewritten(self.function, item, self.function(item), self.encode))
         except Exception as error:
             why = self.function.explain(error)
-            return Terminate(ending(item, "failed", now=now, error=why))
+            return Terminate(failing(item, why, now=now), error)
 
 
 class AsyncMap:
@@ -92,10 +92,11 @@ class AsyncMap:
         if isinstance(item, TokenEvent) and self.concurrency > 1:
             return await ctx.terminate(ending(item, "failed", now=ctx.now(), error=_unordered(ctx)))
         try:
-            result = rewritten(item, await self._function.call(item), self._encode)
+            answered = await self._function.call(item)
+            result = rewritten(self._function, item, answered, self._encode)
         except Exception as error:
             why = self._function.explain(error)
-            return await ctx.terminate(ending(item, "failed", now=ctx.now(), error=why))
+            return await ctx.terminate(failing(item, why, now=ctx.now()), error)
         await ctx.emit(result)
 
     async def on_events(self, ctx: Context, events: tuple[EngineEvent, ...]) -> None:

@@ -1,6 +1,8 @@
 """policy_sort: where requests wait. Sends the first of its policy's order that can be taken."""
 
+import math
 from dataclasses import dataclass
+from functools import partial
 
 import msgspec
 
@@ -25,7 +27,7 @@ from sagellm.runtime.operator import (
     Terminate,
     Wake,
 )
-from sagellm.runtime.user_function import UserFunction, find_plain_function
+from sagellm.runtime.user_function import UserFunction, failing, find_plain_function
 
 SPEC = OpSpec(
     "policy_sort",
@@ -79,7 +81,7 @@ class PolicySort:
             if self.function is None:
                 raise
             why = self.function.explain(error)
-            end = Terminate(refusal(request, "failed", now=now, error=why))
+            end = Terminate(failing(request, why, now=now), error)
             return Step(state, (end,), state.wake_at)
         return self._settle(state, after, now)
 
@@ -129,7 +131,20 @@ def build(options: Options, setup: Setup) -> PolicySort:
         return PolicySort(setup.name, _named_policy(options, setup), options.window)
     refuse_unused("own", frozenset(), options)
     function = find_plain_function(setup, options.function)
-    return PolicySort(setup.name, Policy((Order(function.call),)), options.window, function)
+    policy = Policy((Order(partial(_own_rank, function)),))
+    return PolicySort(setup.name, policy, options.window, function)
+
+
+def _own_rank(function: UserFunction, request: Request) -> float:
+    """The rank that a user's function gives. Raises WrongResult for what is no number."""
+    rank = function(request)
+    try:
+        number = float(rank)
+    except (TypeError, ValueError):
+        number = math.nan
+    if math.isnan(number):
+        raise function.wanted(rank, "a number")
+    return number
 
 
 def _named_policy(options: Options, setup: Setup) -> Policy:

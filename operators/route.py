@@ -21,6 +21,7 @@ from sagellm.runtime.operator import (
     Step,
     Target,
 )
+from sagellm.runtime.user_code import WrongResult, kind_of, place_of_code
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,11 +79,23 @@ class Route:
         return Step(state)
 
     def _place(self, view: View, request: Request, draw: Draw) -> Step[View]:
-        chosen = tuple((pool, self.strategy(request, pool, view, draw)) for pool in self.pools)
+        chosen = tuple((pool, self._choose(request, pool, view, draw)) for pool in self.pools)
         placement = {node: number for pool, number in chosen for node in pool.nodes}
         placed = msgspec.structs.replace(request, placement={**request.placement, **placement})
         after = view.place(request, tuple((pool.name, number) for pool, number in chosen))
         return Step(after, (Emit(placed),))
+
+    def _choose(self, request: Request, pool: Pool, view: View, draw: Draw) -> int:
+        """Raises WrongResult where the strategy gives no replica of the pool."""
+        replica = self.strategy(request, pool, view, draw)
+        num_replicas = pool.size(view)
+        if type(replica) is not int or not 0 <= replica < num_replicas:
+            said = replica if type(replica) is int else kind_of(replica)
+            wanted = f"a replica of {pool.name}, 0 to {num_replicas - 1}, was wanted"
+            raise WrongResult(
+                f"the strategy returned {said}; {wanted}", place_of_code(self.strategy)
+            )
+        return replica
 
     def _pool_of(self, node: str) -> Pool | None:
         return next((pool for pool in self.pools if node in pool.nodes), None)

@@ -16,7 +16,9 @@ CODES: dict[str, str] = {
     "shutting_down": "the graph is being closed",
     "unavailable": "no engine is there that could serve it",
     "request_quarantined": "engines died of it, or of its like",
+    "operator_failed": "an operator, or a function that it calls, raised",
 }
+OPERATOR_FAILED = "operator_failed"
 SERVED: frozenset[str] = frozenset({"stop", "length"})  # the reasons that mean an answer
 
 PRIORITIES = {"critical": 0, "high": 1, "normal": 2, "low": 3, "background": 4}

@@ -123,9 +123,13 @@ class Offer:
 
 @dataclass(frozen=True, slots=True)
 class Terminate:
-    """Send the last event of a request over the implicit `terminal` outlet to the sink."""
+    """Send the last event of a request over the implicit `terminal` outlet to the sink.
+
+    `cause` is what was raised, if anything was: the log and a caller in this process get it.
+    """
 
     event: TokenEvent
+    cause: Exception | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,8 +236,8 @@ class Context(Protocol):
         before anybody can answer to it: its id may be in use again while the others wait.
         """
 
-    async def terminate(self, event: TokenEvent) -> None:
-        """Send a last event to the sink."""
+    async def terminate(self, event: TokenEvent, cause: Exception | None = None) -> None:
+        """Send a last event to the sink; `cause` as in `Terminate`."""
 
     def tell(self, kind: str, value: Any) -> None:
         """Send feedback upstream."""

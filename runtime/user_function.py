@@ -9,6 +9,7 @@ import msgspec
 
 from sagellm.graphs.vocabulary import nearest
 from sagellm.runtime.messages import (
+    OPERATOR_FAILED,
     Answer,
     FinishReason,
     Item,
@@ -19,6 +20,7 @@ from sagellm.runtime.messages import (
 )
 from sagellm.runtime.operator import Setup
 from sagellm.runtime.sampling import fault_of
+from sagellm.runtime.user_code import WrongResult, kind_of, place_of_code
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +36,25 @@ class UserFunction:
         is_async = inspect.iscoroutinefunction
         return is_async(self.call) or is_async(getattr(self.call, "__call__", None))  # noqa: B004
 
+    def __call__(self, item: Item) -> Any:
+        """What the function returns for an item. Raises WrongResult for a coroutine."""
+        result = self.call(item)
+        if inspect.iscoroutine(result):
+            result.close()
+            raise self.wrong("returned a coroutine; make it `async def`, which map awaits")
+        return result
+
+    def wrong(self, message: str) -> WrongResult:
+        """The error of a function that returned what its operator does not take."""
+        return WrongResult(message, place_of_code(self.call))
+
+    def wanted(self, result: object, wanted: str) -> WrongResult:
+        return self.wrong(f"returned {kind_of(result)}; {wanted} was wanted")
+
     def explain(self, error: Exception) -> str:
         """Names operator, function and type of the error; not its text, which may be private."""
+        if isinstance(error, WrongResult):
+            return f"{self.operator}: the function {self.symbol} {error}"
         return f"{self.operator}: the function {self.symbol} raised {type(error).__name__}"
 
 
@@ -59,6 +78,12 @@ def find_plain_function(setup: Setup, symbol: str) -> UserFunction:
     return function
 
 
+def failing(item: Item, why: str, *, now: float) -> TokenEvent:
+    """The last event of a choice that fails in an operator; `why` is shown to clients."""
+    event = ending(item, "failed", now=now, error=why)
+    return msgspec.structs.replace(event, code=OPERATOR_FAILED)
+
+
 def ending(item: Item, reason: FinishReason, *, now: float, error: str | None = None) -> TokenEvent:
     """The last event of the choice that `item` belongs to, where it ends here."""
     if isinstance(item, Prefilled):
@@ -79,29 +104,37 @@ def ending(item: Item, reason: FinishReason, *, now: float, error: str | None = 
     )
 
 
-def rewritten(item: Item, result: object, encode: Callable[[str], tuple[int, ...]] | None) -> Item:
+def rewritten(
+    function: UserFunction,
+    item: Item,
+    result: object,
+    encode: Callable[[str], tuple[int, ...]] | None,
+) -> Item:
     """What an item becomes where a user's function returned `result` for it.
 
-    Its identity stays, and so does the end of a sequence. Raises TypeError for a result of another
-    kind than the item.
+    Its identity stays, and so does the end of a sequence. Raises WrongResult for a result of
+    another kind than the item.
     """
     if isinstance(item, Request):
-        return _rewritten_request(item, result, encode)
+        return _rewritten_request(function, item, result, encode)
     if isinstance(item, TokenEvent):
-        return _rewritten_event(item, result)
+        return _rewritten_event(function, item, result)
     if isinstance(item, Answer):
         return _rewritten_answer(item, result)
     raise TypeError(f"a user's function does not take a {type(item).__name__}")
 
 
 def _rewritten_request(
-    item: Request, result: object, encode: Callable[[str], tuple[int, ...]] | None
+    function: UserFunction,
+    item: Request,
+    result: object,
+    encode: Callable[[str], tuple[int, ...]] | None,
 ) -> Request:
     """Where the prompt changed and its tokens did not, they are made anew."""
     if isinstance(result, str):
         result = msgspec.structs.replace(item, prompt=result)
     if not isinstance(result, Request):
-        raise TypeError(f"expected a prompt or a Request, got {type(result).__name__}")
+        raise function.wanted(result, "a prompt or a Request")
     ids, cached = result.prompt_token_ids, result.num_cached_tokens
     if result.prompt != item.prompt and ids == item.prompt_token_ids:
         ids, cached = (encode(result.prompt) if encode else ()), 0
@@ -112,7 +145,7 @@ def _rewritten_request(
         epoch=item.epoch,
         prompt_token_ids=ids,
         num_cached_tokens=cached,
-        sampling=_sampling(item, result),
+        sampling=_sampling(function, item, result),
         stamps=item.stamps,
         placement=item.placement,
         expires_s=item.expires_s,
@@ -121,22 +154,22 @@ def _rewritten_request(
     )
 
 
-def _sampling(item: Request, result: Request) -> Sampling:
+def _sampling(function: UserFunction, item: Request, result: Request) -> Sampling:
     """A function may ask for other parameters; the seed stays unless it gives one."""
     wanted = result.sampling
     seed = item.sampling.seed if wanted.seed is None else wanted.seed
     sampling = msgspec.structs.replace(wanted, n=item.sampling.n, seed=seed)
     fault = fault_of(sampling)
     if fault is not None:
-        raise ValueError(fault)
+        raise function.wrong(f"returned a Request with wrong sampling: {fault}")
     return sampling
 
 
-def _rewritten_event(item: TokenEvent, result: object) -> TokenEvent:
+def _rewritten_event(function: UserFunction, item: TokenEvent, result: object) -> TokenEvent:
     if isinstance(result, str):
         return msgspec.structs.replace(item, text=result)
     if not isinstance(result, TokenEvent):
-        raise TypeError(f"expected a text or a TokenEvent, got {type(result).__name__}")
+        raise function.wanted(result, "a text or a TokenEvent")
     return msgspec.structs.replace(
         result,
         request_id=item.request_id,

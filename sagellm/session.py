@@ -26,6 +26,7 @@ from sagellm.runtime.models.tokenizer import Tokenizer
 from sagellm.runtime.operator import Signal
 from sagellm.statistics import Statistics, statistics_of
 from sagellm.stream import Caller, Limits, Output, Stream, gather
+from sagellm.unserved import RequestFailed, RequestRefused, raise_unserved
 
 __all__ = [
     "Encoded",
@@ -33,6 +34,8 @@ __all__ = [
     "Output",
     "Prompt",
     "RequestError",
+    "RequestFailed",
+    "RequestRefused",
     "Session",
     "Stream",
     "encode_prompt",
@@ -83,7 +86,7 @@ class Session:
         `prompt` is a text, token ids, both (`Encoded`), or chat messages. Further fields:
         request_id, priority, user_id, model, salt, trace, slo_ttft_s, timeout_s, cost_budget,
         tags. `limit_tokens` and `limit_bytes`: what may wait unread (`Stream`). Raises
-        RequestError for what is wrong with them.
+        RequestError for what is wrong with them; reading raises as `generate` does.
         """
         known = read_fields(fields)
         timeout_s = known.pop("timeout_s", None)
@@ -93,18 +96,26 @@ class Session:
     async def generate(
         self, prompt: Prompt, *, sampling: Sampling | None = None, **fields: Any
     ) -> Answer:
-        """The whole answer (of choice 0); its `finish_reason` says whether it was served."""
+        """The whole answer (of choice 0); its `finish_reason` says how it ended.
+
+        Raises RequestError for what is wrong with the request, RequestRefused where the graph
+        refuses it, and RequestFailed where it fails in the graph.
+        """
         answers = await self.generate_all(prompt, sampling=sampling, **fields)
         return answers[0]
 
     async def generate_all(
         self, prompt: Prompt, *, sampling: Sampling | None = None, **fields: Any
     ) -> list[Answer]:
-        """The answers of all choices, by choice."""
+        """The answers of all choices, by choice. Raises as `generate` does, for any choice."""
         parts: dict[int, list[Output]] = {}
         async with self.stream(prompt, sampling=sampling, **fields) as stream:
-            async for item in stream:
-                parts.setdefault(item.choice, []).append(item)
+            while outputs := await stream.take():
+                for item in outputs:
+                    parts.setdefault(item.choice, []).append(item)
+                    if item.finish_reason in ("refused", "failed"):
+                        answer = gather(parts[item.choice])
+                        raise_unserved(answer, stream.cause_of(item.choice))
         return [gather(parts[choice]) for choice in sorted(parts)]
 
     def cancel(self, request_id: str) -> bool:
@@ -183,6 +194,11 @@ class Session:
         """Cancel a request that has a caller, and tell it why: its last events have `code`."""
         self._codes[request_id] = code
         self.cancel(request_id)
+
+    def cause_of(self, key: tuple[str, int]) -> Exception | None:
+        """What was raised in the graph for a choice whose last event is being delivered."""
+        entry = self.executor.register.entries.get(key[0])
+        return entry.causes.get(key[1]) if entry else None
 
     def _deliver(self, item: Item | Forked) -> None:
         if self._codes:

@@ -19,6 +19,7 @@ from sagellm.runtime.messages import (
     TokenEvent,
     TokenLogprob,
 )
+from sagellm.unserved import raise_unserved
 
 Output: TypeAlias = TokenEvent | Answer
 Caller: TypeAlias = Callable[[Item | Forked], None]
@@ -35,6 +36,7 @@ class Upstream(Protocol):
     def forget(self, request_id: str, caller: Caller) -> None: ...
     def forget_soon(self, request_id: str, caller: Caller) -> None: ...
     def end(self, request_id: str, code: str) -> None: ...
+    def cause_of(self, key: tuple[str, int]) -> Exception | None: ...
 
 
 class Limits(NamedTuple):
@@ -49,6 +51,7 @@ class Stream:
 
     Leaving the `async with`, `aclose`, or losing the last reference cancels what is unfinished;
     the stream is then at its end. Cancelled before it was let in, a request ends as cancelled.
+    Where a choice was refused or failed, reading raises RequestRefused or RequestFailed.
 
     Where more than `limits` waits unread, the request is cancelled in its engine at once. What
     waits can still be read; each choice that it cut short ends as cancelled, with the code
@@ -71,6 +74,7 @@ class Stream:
         self._num_open = len(requests)
         self._is_started = False
         self._is_overrun = False
+        self._causes: dict[int, Exception | None] = {}  # of choices that failed
         self._caller = _weakly(self)
         self.on_arrival: Callable[[], None] | None = None  # called for whatever comes
 
@@ -89,19 +93,29 @@ class Stream:
         return self
 
     async def __anext__(self) -> Output:
-        """The next event or answer. Cancelled here, the request goes on until closed."""
+        """The next event or answer. Cancelled here, the request goes on until closed.
+
+        Raises RequestRefused or RequestFailed in place of the last event of a choice.
+        """
         await self._wait()
         if not self._unread:
             raise StopAsyncIteration
-        return self._unread.pop()
+        output = self._unread.pop()
+        raise_unserved(output, self.cause_of(output.choice))
+        return output
 
     async def take(self) -> tuple[Output, ...]:
         """All that waits, at least one; none where the stream is at its end.
 
-        What one engine step yields comes together. Cancelled, it takes nothing.
+        What one engine step yields comes together. Cancelled, it takes nothing. Refusals and
+        failures are events here: nothing is raised for them.
         """
         await self._wait()
         return self._unread.pop_all()
+
+    def cause_of(self, choice: int) -> Exception | None:
+        """What was raised in the graph for a choice that failed, where that is known here."""
+        return self._causes.get(choice)
 
     def take_nowait(self) -> tuple[Output, ...]:
         """All that waits, which may be nothing."""
@@ -130,6 +144,8 @@ class Stream:
             self._num_open += item.num_choices - 1
         elif isinstance(item, TokenEvent | Answer):
             self._unread.put(item)
+            if item.finish_reason == "failed":
+                self._causes[item.choice] = self._session.cause_of(item.key)
             self._num_open -= ends(item)
         if self._num_open == 0:
             self._session.dismiss(self.request_id, self._caller)

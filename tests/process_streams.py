@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import trio
+from endings import outputs
 
 from sagellm import Graph, Sampling
 from sagellm.runtime.cluster.worker import Worker
@@ -49,7 +50,7 @@ class Streams:
         self.tokens[number] = []
         heard_s = None
         async with session.stream(prompt, sampling=sampling) as stream:
-            async for event in stream:
+            async for event in outputs(stream):
                 now = trio.current_time()
                 if heard_s is not None:
                     self.gaps_s[number] = max(self.gaps_s.get(number, 0.0), now - heard_s)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import trio
+from endings import generate
 
 from sagellm import Graph, Sampling
 from sagellm.builder import RESOLVER
@@ -146,7 +147,7 @@ async def bursts(session: Session, seed: int, seconds: float, mean_s: float) -> 
     async def ask(number: int, fields: dict[str, Any]) -> None:
         sampling = Sampling(max_tokens=fields["tokens"], ignore_eos=True, seed=number)
         with trio.move_on_after(fields["patience_s"]):
-            answer = await session.generate([1] * fields["prompt"], sampling=sampling)
+            answer = await generate(session, [1] * fields["prompt"], sampling=sampling)
             record.reasons[answer.code or answer.finish_reason] += 1
             if answer.code not in EXCUSED or answer.token_ids:
                 record.answers[number] = answer.token_ids

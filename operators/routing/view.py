@@ -150,11 +150,15 @@ class Pool:
     num_replicas: int
     nodes: tuple[str, ...]
 
+    def size(self, view: View) -> int:
+        """How many replicas it has had: numbers are 0 ... size - 1."""
+        return max(self.num_replicas, view.added.get(self.name, 0))
+
     def live(self, view: View) -> tuple[int, ...]:
         """The replicas whose engine is there; where none is, all that may come back: the request
         waits for one.
         """
-        every = tuple(range(max(self.num_replicas, view.added.get(self.name, 0))))
+        every = tuple(range(self.size(view)))
         if not view.down:
             return every
         wanted = tuple(number for number in every if (self.name, number) not in view.removed)

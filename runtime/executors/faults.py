@@ -1,19 +1,41 @@
-"""What the log says of an operator's fault."""
+"""An operator's fault: what the log and the caller are told of it."""
 
 import structlog
+
+from sagellm.runtime.user_code import WrongResult, place_of, traceback_of
 
 log = structlog.get_logger("sagellm.executor")
 
 
-def log_fault(error: Exception, *, node: str, request_id: str) -> None:
-    """Where an operator failed, and for which request; never what the request says."""
-    log.error(
-        "operator_failed",
-        node=node,
-        request_id=request_id,
-        error=type(error).__name__,
-        at=_places(error),
-    )
+class OperatorFault(Exception):
+    """`error` was raised by the operator `node`, or by a function that it called."""
+
+    def __init__(self, node: str, error: Exception) -> None:
+        super().__init__(node, error)
+        self.node = node
+        self.error = error
+
+    @property
+    def public(self) -> str:
+        """Names operator and type; not the error's text, which may be private."""
+        if isinstance(self.error, WrongResult):
+            return f"{self.node}: {self.error}"
+        return f"{self.node}: the operator raised {type(self.error).__name__}"
+
+
+def log_fault(fault: OperatorFault, *, request_id: str) -> None:
+    """Log where an operator failed, and for which request.
+
+    An error of the user's own code is logged with its text and traceback: the code is the user's to
+    correct. Any other error is logged without its text, which may hold what a request says.
+    """
+    error = fault.error
+    said = {"node": fault.node, "request_id": request_id, "error": type(error).__name__}
+    own = traceback_of(error)
+    if own is None:
+        log.error("operator_failed", **said, at=_places(error))
+    else:
+        log.error("operator_failed", **said, at=place_of(error), exception=own)
 
 
 def _places(error: Exception) -> list[str]:

@@ -13,8 +13,9 @@ from sagellm.runtime.engine.port import (
     Lost,
     StaleLease,
 )
+from sagellm.runtime.executors.answers import must_be_answered, not_answered
 from sagellm.runtime.executors.credit import Gates
-from sagellm.runtime.executors.faults import log_fault
+from sagellm.runtime.executors.faults import OperatorFault
 from sagellm.runtime.executors.mailbox import Mailbox
 from sagellm.runtime.executors.meter import Meter
 from sagellm.runtime.executors.outliers import Outliers, Replica
@@ -41,7 +42,8 @@ class Executor(Protocol):
     def tell(self, node: str, replica: int, kind: str, value: Any) -> None: ...
     def release(self, node: str, replica: int, key: tuple[str, int]) -> None: ...
     def finish(self, item: Item, reason: Any, error: str | None = None) -> None: ...
-    def fail(self, item: Item, error: Exception) -> None: ...
+    def fail(self, node: str, item: Item, error: Exception) -> None: ...
+    def end(self, event: TokenEvent, fault: OperatorFault | None) -> None: ...
     def reenter(self, node: str, request: Request, *, was_computed: bool) -> None: ...
     def to_sink(self, item: Item, *, terminal: bool = False) -> None: ...
     def tombstone(self, item: Item) -> Signal | None: ...
@@ -57,6 +59,7 @@ class Host:
         self._service = service
         self._mailbox = Mailbox()
         self._scopes: list[tuple[Item, trio.CancelScope]] = []
+        self._owed: set[tuple[str, int]] = set()  # taken, and nothing was sent for it yet
         self._meter = executor.meter.services[name, replica]
         self._engine = executor.plan.engine_name(name)
         facts = self.engine.facts if self._engine else None
@@ -90,12 +93,15 @@ class Host:
         return self._executor.now()
 
     async def emit(self, item: Item, outlet: str = "out") -> None:
+        self._owed.discard(item.key)
         if not await self._executor.push(self.name, item, outlet, replica=self.replica):
             self._service.discard(self, item)
 
     async def emit_batch(self, items: Iterable[TokenEvent], done: Sent) -> None:
         push = self._executor.try_push
         for item in items:  # most find credit at once: one step's tokens are one turn of the loop
+            if self._owed:
+                self._owed.discard(item.key)
             sent = push(self.name, item, replica=self.replica)
             if sent is None:
                 await self.emit(item)
@@ -103,9 +109,11 @@ class Host:
                 self._service.discard(self, item)
             done(self, item)
 
-    async def terminate(self, event: TokenEvent) -> None:
+    async def terminate(self, event: TokenEvent, cause: Exception | None = None) -> None:
+        self._owed.discard(event.key)
         self._meter.num_ended += 1
-        self._executor.to_sink(event, terminal=True)
+        fault = OperatorFault(self.name, cause) if cause is not None else None
+        self._executor.end(event, fault)
 
     def tell(self, kind: str, value: Any) -> None:
         self._executor.tell(self.name, self.replica, kind, value)
@@ -149,7 +157,7 @@ class Host:
             entry = (item, scope)
             self._scopes.append(entry)
             try:
-                await self._service.on_item(self, item)
+                await self._take(item)
             except (EngineLost, StaleLease, DamagedBlocks) as error:
                 if not isinstance(error, EngineLost):
                     self._note_transfer(item, self._executor.outliers.failed)
@@ -163,14 +171,24 @@ class Host:
                 self._meter.process_s += self._executor.meter.clock() - begun_s
         if failure is not None:
             self._meter.num_errors += 1
-            log_fault(failure, node=self.name, request_id=item.request_id)
             self._give_up(item)
-            self._executor.fail(item, failure)
+            self._executor.fail(self.name, item, failure)
         elif scope.cancelled_caught:
             self._end(item)
         elif not self._service.holds:
             self._note_transfer(item, self._executor.outliers.passed)
             self.release(item.key)
+
+    async def _take(self, item: Item) -> None:
+        """Raises WrongResult where the operator has let go of an item that it never answered."""
+        if not self._service.holds and must_be_answered(item):
+            self._owed.add(item.key)
+        try:
+            await self._service.on_item(self, item)
+            if item.key in self._owed:
+                raise not_answered(self._service, item)
+        finally:
+            self._owed.discard(item.key)
 
     async def _forward_events(self) -> None:
         async for events in self.engine.events(self.name):
@@ -197,7 +215,7 @@ class Host:
         request = recalled or _request_of(item)
         self._give_up(item)
         if request is None:
-            self._executor.fail(item, error)
+            self._executor.fail(self.name, item, error)
         else:
             was_asked = isinstance(error, EngineLost) and error.was_asked
             was_computed = recalled is not None and was_asked

@@ -6,7 +6,15 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from sagellm.graphs.ir import SINK, Edge, Graph
+from sagellm.runtime.executors.answers import (
+    check_end,
+    check_item,
+    check_step,
+    unknown_outlet,
+    unknown_output,
+)
 from sagellm.runtime.executors.credit import Gate, Gates
+from sagellm.runtime.executors.faults import OperatorFault
 from sagellm.runtime.executors.meter import Meter, Tally
 from sagellm.runtime.messages import Forked, Item, Prefilled, Request, TokenEvent
 from sagellm.runtime.operator import (
@@ -22,6 +30,8 @@ from sagellm.runtime.operator import (
     Tell,
     Terminate,
 )
+from sagellm.runtime.user_code import WrongResult
+from sagellm.runtime.user_function import failing
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +48,7 @@ class Deliver:
 
     item: Item | Forked
     terminal: bool = False
+    fault: OperatorFault | None = None  # what ended it
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,13 +198,17 @@ class Region:
         meter, begun_s = self._meters[node], self._clock()
         try:
             step = self._logic[node].on(cell.state, happened, now, draw)
-        except Exception:
+            check_step(self._logic[node], happened, step, cell.state)
+        except Exception as error:
             meter.errors.count += 1
-            raise
+            raise OperatorFault(node, error) from error
         meter.process_s += self._clock() - begun_s
         self._set(node, _Cell(step.state, cell.num_inputs + 1, step.wake_at))
         for output in step.outputs:
-            self._put_out(node, output, now)
+            try:
+                self._put_out(node, output, now)
+            except WrongResult as error:
+                raise OperatorFault(node, error) from None
 
     def _set(self, node: str, cell: _Cell) -> None:
         self._cells[node] = cell
@@ -205,16 +220,21 @@ class Region:
     def _put_out(self, node: str, output: Output, now: float) -> None:
         match output:
             case Emit(item, outlet):
+                check_item(self._logic[node], item)
                 self._pass_on(node, item, outlet, now)
             case Offer(items, outlet):
                 self._offer(node, items, outlet, now)
-            case Terminate(event):
+            case Terminate(event, cause):
+                check_end(self._logic[node], output)
                 self._count_end(node, event)
-                self._effects.append(Deliver(event, terminal=True))
+                fault = OperatorFault(node, cause) if cause is not None else None
+                self._effects.append(Deliver(event, terminal=True, fault=fault))
             case Announce(forked):
                 self._effects.append(Deliver(forked))
             case Tell(kind, value):
                 self._effects.append(Upstream(node, kind, value))
+            case _:
+                raise unknown_output(self._logic[node], output)
 
     def _count_end(self, node: str, event: TokenEvent) -> None:
         meter = self._meters[node]
@@ -223,12 +243,24 @@ class Region:
             self._passed.append(meter.errors)
 
     def _offer(self, node: str, items: tuple[Item, ...], outlet: str, now: float) -> None:
+        """An item that an operator downstream fails on is taken, and ends as failed: it would
+        else stay at the head of its queue, and fail every request that comes after it.
+        """
         for item in items:
-            if self._attempt(lambda item=item: self._pass_on(node, item, outlet, now)):
+            try:
+                is_taken = self._attempt(lambda item=item: self._pass_on(node, item, outlet, now))
+            except OperatorFault as fault:
+                event = failing(item, fault.public, now=now)
+                self._effects.append(Deliver(event, terminal=True, fault=fault))
+                is_taken = True
+            if is_taken:
                 self._accepted.append((node, item))
                 return
 
     def _pass_on(self, node: str, item: Item, outlet: str, now: float) -> None:
+        if (node, outlet) not in self._edges:
+            known = [edge[1] for edge in self._edges if edge[0] == node]
+            raise unknown_outlet(self._logic.get(node), outlet, known)
         edge, tally = self._edges[node, outlet]
         self._passed.append(tally)
         if edge.target == SINK:

@@ -16,6 +16,7 @@ class Entry:
     expires_s: float | None = None
     tombstone: Signal | None = None
     arrived_s: float = 0.0
+    causes: dict[int, Exception] = field(default_factory=dict)  # choice -> what was raised for it
     unavailable: set[int] = field(default_factory=set)  # choices that waited too long for an engine
 
 

@@ -11,7 +11,7 @@ from sagellm.graphs.ir import SOURCE
 from sagellm.runtime.engine.port import Engine
 from sagellm.runtime.executors.absence import Absence
 from sagellm.runtime.executors.credit import Gates
-from sagellm.runtime.executors.faults import log_fault
+from sagellm.runtime.executors.faults import OperatorFault, log_fault
 from sagellm.runtime.executors.host import Host
 from sagellm.runtime.executors.meter import Meter, Stopwatch
 from sagellm.runtime.executors.outliers import Outliers, Replica
@@ -31,7 +31,7 @@ from sagellm.runtime.messages import (
 )
 from sagellm.runtime.operator import Arrival, Feedback, Input, Signal, Wake
 from sagellm.runtime.plan import Plan
-from sagellm.runtime.user_function import ending
+from sagellm.runtime.user_function import ending, failing
 
 _NO_ENGINE = "no engine is there to serve it: try again later"
 _USER_OPS = {"map", "filter", "flat_map"}  # they may leave tokens out
@@ -182,9 +182,11 @@ class TasksExecutor:
                 return True
         try:
             effects = self.region.send(source, item, outlet, self.now())
-        except Exception as error:  # an operator's own fault must not take the graph down
-            log_fault(error, node=source, request_id=item.request_id)
-            self.fail(item, error)
+        except OperatorFault as fault:  # must not take the graph down
+            self.fail(fault.node, item, fault.error)
+            return False
+        except Exception as error:
+            self.fail(source, item, error)
             return False
         if effects is None:
             return None
@@ -221,8 +223,24 @@ class TasksExecutor:
         """Give the choice its last event, unless it has had it."""
         self.to_sink(ending(item, reason, now=self.now(), error=error), terminal=True)
 
-    def fail(self, item: Item, error: Exception) -> None:
-        self.finish(item, "failed", f"{type(error).__name__} in the graph; see the log")
+    def fail(self, node: str, item: Item, error: Exception) -> None:
+        """End a choice as failed by what the operator `node` raised, which is logged."""
+        fault = OperatorFault(node, error)
+        log_fault(fault, request_id=item.request_id)
+        event = failing(item, fault.public, now=self.now())
+        self._end(event, fault)
+
+    def end(self, event: TokenEvent, fault: OperatorFault | None) -> None:
+        """Give a choice its last event; log the fault that ended it, unless it had ended before."""
+        if fault is not None and self.register.is_open(event.key):
+            log_fault(fault, request_id=event.request_id)
+        self._end(event, fault)
+
+    def _end(self, event: TokenEvent, fault: OperatorFault | None) -> None:
+        entry = self.register.entries.get(event.request_id)
+        if fault is not None and entry is not None:
+            entry.causes.setdefault(event.choice, fault.error)
+        self.to_sink(event, terminal=True)
 
     def reenter(self, node: str, request: Request, *, was_computed: bool) -> None:
         """Send in again a request whose engine was lost, behind what it has emitted already."""
@@ -398,7 +416,8 @@ class TasksExecutor:
         try:
             effects = self.region.feed(node, happened, self.now())
         except Exception as error:
-            log_fault(error, node=node, request_id=getattr(happened, "request_id", ""))
+            fault = error if isinstance(error, OperatorFault) else OperatorFault(node, error)
+            log_fault(fault, request_id=getattr(happened, "request_id", ""))
             return
         if effects is None:
             watches = self.meter.blocked_watches(self.region.undone)
@@ -421,6 +440,8 @@ class TasksExecutor:
             match effect:
                 case Send(gate, item):
                     self._hosts[gate].put(item)
+                case Deliver(TokenEvent() as event, _, OperatorFault() as fault):
+                    self.end(event, fault)
                 case Deliver(item, terminal):
                     self.to_sink(item, terminal=terminal)
                 case Upstream(node, kind, value):

@@ -11,6 +11,7 @@ from sagellm.batch.line import Ask, LineError, parse
 from sagellm.batch.output import Output
 from sagellm.batch.record import failure, record
 from sagellm.runtime.messages import Answer, Sampling
+from sagellm.unserved import RequestFailed, RequestRefused
 
 # Enough to keep the batches of several small engines full; more would only wait in policy_sort.
 NUM_IN_FLIGHT = 64
@@ -87,6 +88,8 @@ class Batch:
     async def _answer(self, ask: Ask, slots: trio.Semaphore) -> None:
         try:
             line = record(ask.id, await self.reply(ask))
+        except (RequestRefused, RequestFailed) as error:
+            line = failure(ask.id, str(error), str(error.end.finish_reason))
         except ValueError as error:  # refused before it entered the graph
             line = failure(ask.id, f"line {ask.number}: {error}", "refused")
         self._write(line)

@@ -47,11 +47,12 @@ async def _stream(session: Session, outcome: Outcome, key: tuple[int, int], load
     outcome.tokens[key] = []
     heard_s: float | None = None
     async with session.stream(prompt, sampling=sampling) as stream:
-        async for event in stream:
+        while outputs := await stream.take():
             now = trio.current_time()
             if heard_s is not None:
                 outcome.gaps_s.append(now - heard_s)
             heard_s = now
-            outcome.tokens[key] += event.token_ids
-            if event.finish_reason is not None:
-                outcome.reasons[key] = event.finish_reason
+            for event in outputs:
+                outcome.tokens[key] += event.token_ids
+                if event.finish_reason is not None:
+                    outcome.reasons[key] = event.finish_reason

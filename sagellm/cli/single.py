@@ -8,16 +8,17 @@ from typing import TypeVar
 import trio
 
 from sagellm.batch.line import Prompt
-from sagellm.batch.record import encode, record
+from sagellm.batch.record import encode, failure, record
 from sagellm.cli.failure import CONFIGURATION, FAILED, INTERRUPTED, Failure
 from sagellm.cli.interrupt import draining
 from sagellm.cli.options import PromptOptions
 from sagellm.cli.summary import show_summary
 from sagellm.runtime.messages import SERVED, Answer, Sampling
 from sagellm.runtime.models.chat import ChatTemplateError
-from sagellm.session import Output, RequestError, Session
+from sagellm.session import Output, RequestError, RequestFailed, RequestRefused, Session
 
 PROMPT_ID = "prompt"
+_FIX_OF_FAULT = "correct what is named there; the log on stderr has the traceback of your own code"
 
 T = TypeVar("T")
 
@@ -61,15 +62,25 @@ def _text(prompt: str | None) -> str:
 
 
 async def _accepted(answering: Awaitable[T]) -> T:
-    """Raises Failure where the session refuses the request before it enters the graph."""
+    """Raises Failure where the request is wrong, refused by the graph, or fails in it."""
     try:
         return await answering
+    except RequestFailed as error:
+        raise Failure(str(error), _FIX_OF_FAULT, code=FAILED) from None
+    except RequestRefused as error:
+        raise Failure(str(error), "change the prompt, its options or the graph") from None
     except (RequestError, ChatTemplateError) as error:
         raise Failure(str(error), "change the prompt or its options") from None
 
 
 async def _whole(session: Session, prompt: Prompt, sampling: Sampling, json: bool) -> Answer:
-    answer = await session.generate(prompt, sampling=sampling)
+    try:
+        answer = await session.generate(prompt, sampling=sampling)
+    except (RequestRefused, RequestFailed) as error:
+        if json:
+            line = failure(PROMPT_ID, str(error), str(error.end.finish_reason))
+            _write(encode(line).decode())
+        raise
     if json:
         _write(encode(record(PROMPT_ID, [answer])).decode())
     elif answer.finish_reason in SERVED:
@@ -83,8 +94,12 @@ async def _streamed(
     """Print text, or one JSON line an event, while it comes; returns the last event."""
     event: Output | None = None
     async with session.stream(prompt, sampling=sampling) as stream:
-        async for event in stream:
-            _write(encode(_event(event)).decode() if json else event.text)
+        try:
+            async for event in stream:
+                _write(encode(_event(event)).decode() if json else event.text)
+        except (RequestRefused, RequestFailed) as error:
+            _write(encode(_event(error.end)).decode() if json else "\n")
+            raise
     _write("" if json else "\n")
     return event
 

@@ -6,11 +6,11 @@ from typing import Any
 import sagellm
 from sagellm.builder import Graph
 from sagellm.client.answers import Piece, Reply
-from sagellm.client.events import Tally, read_call, reply_of
+from sagellm.client.events import Tally, read_call, reply_of, unserved
 from sagellm.client.failure import NOT_OFFERED, ClientError
 from sagellm.client.streams import AsyncStream, Stream
 from sagellm.graphs.ir import FrozenMap
-from sagellm.session import Output, RequestError
+from sagellm.session import Output, RequestError, RequestFailed, RequestRefused
 
 GRAPH = "joint"
 
@@ -44,7 +44,10 @@ def _without_embeddings() -> ClientError:
     return ClientError(cause, code=NOT_OFFERED)
 
 
-def _wrong(error: RequestError) -> ClientError:
+def _wrong(error: RequestError | RequestFailed) -> ClientError:
+    """The error that a server would answer with."""
+    if isinstance(error, RequestRefused | RequestFailed):
+        return unserved(error.end, str(error))
     return ClientError(str(error), status=400, type="invalid_request_error")
 
 
@@ -73,7 +76,7 @@ class Embedded:
             if stream:
                 return self._streamed(read.prompt, read.sampling, read.fields)
             answers = self._session.generate_all(read.prompt, sampling=read.sampling, **read.fields)
-        except RequestError as error:
+        except (RequestError, RequestFailed) as error:
             raise _wrong(error) from error
         return reply_of(answers, self._model)
 
@@ -159,7 +162,7 @@ class AsyncEmbedded:
             answers = await self._session.generate_all(
                 read.prompt, sampling=read.sampling, **read.fields
             )
-        except RequestError as error:
+        except (RequestError, RequestFailed) as error:
             raise _wrong(error) from error
         return reply_of(answers, self._model)
 

@@ -17,13 +17,15 @@ from sagellm.client.answers import (
     reply,
 )
 from sagellm.client.asking import CHAT, encode_plain
-from sagellm.client.failure import CUT_OFF, NOT_OFFERED, ClientError
+from sagellm.client.failure import NOT_OFFERED, ClientError
+from sagellm.gateway.answers.refusals import error_of
+from sagellm.gateway.door_session import event_of
 from sagellm.gateway.failure import ApiError, wrong
 from sagellm.gateway.protocol.chat import read_chat
 from sagellm.gateway.protocol.completions import read_completion
 from sagellm.gateway.protocol.sampling import ModelFacts, sampling_of
 from sagellm.gateway.settings import Limits
-from sagellm.runtime.messages import SERVED, Answer, Sampling
+from sagellm.runtime.messages import SERVED, Answer, Sampling, TokenEvent
 from sagellm.session import Output, Prompt
 
 _ANY_ID = 1 << 31  # which ids the model knows, its engine checks
@@ -31,15 +33,6 @@ _FIELDS = ("request_id", "priority", "slo_ttft_s", "timeout_s")
 _READ = frozenset(
     {*Sampling.__struct_fields__, *_FIELDS, "max_completion_tokens", "user", "stream_options"}
 ) - {"logprobs", "prompt_logprobs"}
-_STATUS = {
-    "bad_request": 400,
-    "queue_full": 503,
-    "slo_unreachable": 503,
-    "shutting_down": 503,
-    "unavailable": 503,
-    "request_quarantined": 500,
-}
-_ENDED = {"refused": 400, "expired": 504, "failed": 500}
 
 
 class Call(msgspec.Struct, frozen=True):
@@ -153,9 +146,19 @@ def check(end: Output) -> None:
     reason = end.finish_reason
     if reason is None or reason in SERVED:
         return
-    raise ClientError(
-        end.error or f"the graph ended the request: {reason}",
-        status=_STATUS.get(end.code, _ENDED.get(reason)),
-        code=end.code or (CUT_OFF if reason == "cancelled" else reason),
+    raise unserved(end, end.error or f"the graph ended the request: {reason}")
+
+
+def unserved(end: Output, message: str) -> ClientError:
+    """The error of an end that is no answer, with the status, code and type of the gateway's."""
+    event = end if isinstance(end, TokenEvent) else event_of(end)
+    told = error_of(event, end.request_id, lambda: True)
+    if told is None:  # filtered: over HTTP an answer with the finish reason content_filter
+        return ClientError(message, code=str(end.finish_reason))
+    return ClientError(
+        message,
+        status=told.status,
+        code=told.code,
+        type=told.type,
         retry_after_s=end.retry_after_s,
     )

@@ -53,10 +53,17 @@ def test_the_values_of_an_answer_become_its_value(running: Any) -> None:
     assert emit == Emit(Answer(request_id="r", text="a b", value=("a", "b")))
 
 
-@pytest.mark.parametrize("function", [lambda item: "ab", lambda item: 3, lambda item: [3]])
-def test_a_wrong_result_fails_the_request(running: Any, function: Any) -> None:
-    (output,) = spread(running, function, Request(request_id="r"))
-    assert output.event.error == "fan: the function f raised TypeError"
+@pytest.mark.parametrize(
+    ("result", "says"),
+    [
+        ("ab", "a value of type str; a list was wanted"),
+        (None, "None; a list was wanted"),
+        ([3], "a value of type int; a prompt or a Request was wanted"),
+    ],
+)
+def test_a_wrong_result_fails_the_request(running: Any, result: Any, says: str) -> None:
+    (output,) = spread(running, lambda item: result, Request(request_id="r"))
+    assert output.event.error == f"fan: the function f returned {says}"
 
 
 def test_choices_that_find_credit_at_once_are_sent_once() -> None:

@@ -55,7 +55,10 @@ def test_an_answer_becomes_any_value(running: Any) -> None:
 @pytest.mark.parametrize("item", [Request(request_id="r"), TokenEvent(request_id="r")])
 def test_a_result_of_another_kind_fails_the_request(running: Any, item: Any) -> None:
     event = mapped(running, lambda item: 3, item).event
-    assert (event.finish_reason, event.error) == ("failed", "m: the function f raised TypeError")
+    assert event.finish_reason == "failed"
+    wanted = {Request: "a prompt or a Request", TokenEvent: "a text or a TokenEvent"}[type(item)]
+    said = f"m: the function f returned a value of type int; {wanted} was wanted"
+    assert event.error == said
 
 
 def test_the_text_of_an_error_stays_private(running: Any) -> None:
@@ -92,7 +95,7 @@ class Desk:
     async def emit(self, item: Any, outlet: str = "out") -> Any:
         self.sent.append(item)
 
-    async def terminate(self, event: Any) -> Any:
+    async def terminate(self, event: Any, cause: Any = None) -> Any:
         self.sent.append(event)
 
 

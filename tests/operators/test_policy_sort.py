@@ -181,13 +181,21 @@ def test_a_users_order(running: Any) -> None:
     assert drain(sort) == ["xxx", "xx", "x"]
 
 
-@pytest.mark.parametrize("function", [lambda r: 1 / 0, lambda r: "high", lambda r: float("nan")])
-def test_a_rank_that_is_none_fails_its_request_only(running: Any, function: Any) -> None:
+@pytest.mark.parametrize(
+    ("function", "says"),
+    [
+        (lambda r: 1 / 0, "raised ZeroDivisionError"),
+        (lambda r: "high", "returned a value of type str; a number was wanted"),
+        (lambda r: float("nan"), "returned NaN; a number was wanted"),
+        (lambda r: None, "returned None; a number was wanted"),
+    ],
+)
+def test_a_rank_that_is_none_fails_its_request_only(running: Any, function: Any, says: str) -> None:
     options = Options(policy="own", function="rank")
     sort = running(build(options, Setup("sort", functions={"rank": function})))
     (output,) = sort(Arrival(ask("a")))
     assert output.event.finish_reason == "failed"
-    assert "sort: the function rank raised" in output.event.error
+    assert output.event.error == f"sort: the function rank {says}"
     assert sort.state.entries == ()
 
 

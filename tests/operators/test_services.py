@@ -90,7 +90,7 @@ class Context:
             self.sent.append(item)
             done(self, item)
 
-    async def terminate(self, event: TokenEvent) -> None:
+    async def terminate(self, event: TokenEvent, cause: Exception | None = None) -> None:
         self.ended.append(event)
 
     def release(self, key: tuple[str, int]) -> None:

@@ -5,8 +5,10 @@ import pytest
 
 from sagellm.runtime.messages import Answer, Prefilled, Request, Sampling, TokenEvent
 from sagellm.runtime.operator import Setup
-from sagellm.runtime.user_function import ending, find_function, rewritten
+from sagellm.runtime.user_code import WrongResult
+from sagellm.runtime.user_function import UserFunction, ending, find_function, rewritten
 
+FUNCTION = UserFunction("m", "f", str)
 FIRST = TokenEvent(request_id="r", choice=1, epoch=2, position=4, token_ids=(7,))
 REQUEST = Request(
     request_id="r", choice=1, epoch=2, prompt_token_ids=(1, 2), emitted_token_ids=(3,)
@@ -51,18 +53,18 @@ def test_async_is_seen_through_partial_and_call() -> None:
 
 
 def test_without_a_model_there_are_no_ids_to_make() -> None:
-    assert rewritten(REQUEST, "new", None).prompt_token_ids == ()
+    assert rewritten(FUNCTION, REQUEST, "new", None).prompt_token_ids == ()
 
 
 def test_the_number_of_choices_is_not_the_functions_to_change() -> None:
     other = Request(request_id="r", sampling=REQUEST.sampling.__class__(n=5, max_tokens=3))
-    sampling = rewritten(REQUEST, other, None).sampling
+    sampling = rewritten(FUNCTION, REQUEST, other, None).sampling
     assert (sampling.n, sampling.max_tokens) == (1, 3)
 
 
 def test_what_no_function_takes_is_refused() -> None:
     with pytest.raises(TypeError, match="Prefilled"):
-        rewritten(Prefilled(request=REQUEST, first=FIRST), "text", None)
+        rewritten(FUNCTION, Prefilled(request=REQUEST, first=FIRST), "text", None)
 
 
 def test_a_rewritten_request_keeps_what_belongs_to_the_session():
@@ -75,7 +77,7 @@ def test_a_rewritten_request_keeps_what_belongs_to_the_session():
         placement={"decode": 1},
     )
     changed = rewritten(
-        item, Request(request_id="x", prompt="a", sampling=Sampling(top_p=0.5)), None
+        FUNCTION, item, Request(request_id="x", prompt="a", sampling=Sampling(top_p=0.5)), None
     )
     assert (changed.request_id, changed.expires_s, changed.placement) == ("r", 9.0, {"decode": 1})
     assert (changed.sampling.seed, changed.sampling.top_p) == (7, 0.5)
@@ -83,5 +85,5 @@ def test_a_rewritten_request_keeps_what_belongs_to_the_session():
 
 def test_a_rewritten_request_has_valid_sampling():
     item = Request(request_id="r", prompt="a", prompt_token_ids=(1,))
-    with pytest.raises(ValueError, match="top_p"):
-        rewritten(item, Request(request_id="r", sampling=Sampling(top_p=3.0)), None)
+    with pytest.raises(WrongResult, match="top_p"):
+        rewritten(FUNCTION, item, Request(request_id="r", sampling=Sampling(top_p=3.0)), None)

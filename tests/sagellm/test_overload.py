@@ -8,6 +8,7 @@ from math import inf
 
 import pytest
 import trio
+from endings import generate
 from trio.testing import MockClock
 
 from sagellm import Answer, Graph, Sampling
@@ -82,7 +83,7 @@ async def loaded(
     async def ask(priority: int) -> None:
         sampling = Sampling(max_tokens=draw.randint(8, 32), ignore_eos=True)
         prompt = draw.choices(range(256), k=draw.randint(50, 150))
-        answer = await session.generate(prompt, sampling=sampling, priority=priority)
+        answer = await generate(session, prompt, sampling=sampling, priority=priority)
         load.answers.append(answer)
         load.priorities[answer.request_id] = priority
 
@@ -222,10 +223,10 @@ async def test_requests_that_can_wait_are_not_in_the_way_of_those_that_cannot(
     sampling = Sampling(max_tokens=20, ignore_eos=True)
     async with Graph.load("joint").open(set=options) as session, trio.open_nursery() as nursery:
         for _ in range(150):
-            nursery.start_soon(partial(session.generate, [1] * 50, sampling=sampling))
+            nursery.start_soon(partial(generate, session, [1] * 50, sampling=sampling))
         await trio.sleep(2)
         for _ in range(5):
-            answer = await session.generate([1] * 50, sampling=sampling, slo_ttft_s=OBJECTIVE_S)
+            answer = await generate(session, [1] * 50, sampling=sampling, slo_ttft_s=OBJECTIVE_S)
             stamps = answer.stamps
             if is_served:
                 assert (stamps.prefilled_s or inf) - stamps.arrived_s <= OBJECTIVE_S

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import trio
 from dying_sender import FLAG, SHARE
+from endings import generate
 from models_on_the_fly import make_model
 from poisoned_worker import POISON
 from process_streams import (
@@ -220,7 +221,7 @@ async def test_streams_wait_for_the_only_worker_and_new_requests_do_not() -> Non
             await killed(session, "g[0]", streams)
             while worker_of(session, "g[0]").state == "ready":  # noqa: ASYNC110
                 await trio.sleep(0.001)
-            refused.append(await session.generate("And then", sampling=GREEDY))
+            refused.append(await generate(session, "And then", sampling=GREEDY))
 
         found = await stream_all(session, SEEDED, kill)
         again = await session.generate("And then", sampling=GREEDY)
@@ -293,7 +294,7 @@ async def test_a_drained_worker_takes_nothing_new_and_loses_nothing(graph: str) 
             while not (streams.tokens and min(map(len, streams.tokens.values())) >= 10):  # noqa: ASYNC110
                 await trio.sleep(0.001)
             session.supervisor.drain(worker_of(session, name))
-            later.append(await session.generate("And then", sampling=GREEDY))
+            later.append(await generate(session, "And then", sampling=GREEDY))
 
         found = await stream_all(session, GREEDY, drain)
         engine = worker_of(session, name).engine
@@ -410,7 +411,7 @@ async def test_a_request_that_kills_workers_is_quarantined(
         found = await stream_all(session, GREEDY, prompts=prompts)
         assert session.supervisor is not None
         num_deaths = sum(worker.restarts.count for worker in session.supervisor.workers)
-        again = await session.generate(poison, sampling=GREEDY)
+        again = await generate(session, poison, sampling=GREEDY)
     assert found.codes.pop(NUM_STREAMS) == "request_quarantined"
     assert found.tokens.pop(NUM_STREAMS) == []
     assert found.tokens == await right("pd_many", GREEDY)

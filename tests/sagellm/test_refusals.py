@@ -4,6 +4,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from endings import outputs
 from trio.testing import MockClock
 
 from sagellm import Graph, Sampling, TokenEvent
@@ -30,7 +31,7 @@ async def injected(session: Session, request: Request) -> list[TokenEvent]:
     """What a request gives that enters the graph as it is."""
     stream = session.stream([1], request_id=request.request_id)
     stream._requests = [request]
-    return [event async for event in stream if isinstance(event, TokenEvent)]
+    return [event async for event in outputs(stream) if isinstance(event, TokenEvent)]
 
 
 @pytest.mark.parametrize("wrong", WRONG, ids=lambda wrong: str(wrong)[:60])

@@ -8,7 +8,16 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from sagellm import Answer, Graph, Request, Sampling, TokenEvent, ops
+from sagellm import (
+    Answer,
+    Graph,
+    Request,
+    RequestFailed,
+    RequestRefused,
+    Sampling,
+    TokenEvent,
+    ops,
+)
 from sagellm.session import RequestError, Session, gather
 
 
@@ -249,16 +258,17 @@ async def test_a_priority_may_be_named(autojump_clock: MockClock) -> None:
 
 async def test_a_token_that_the_model_does_not_know_is_refused(autojump_clock: MockClock) -> None:
     async with opened(joint()) as session:
-        answer = await session.generate([1 << 20], sampling=LONG)
-    assert answer.finish_reason == "refused"
-    assert str(1 << 20) in (answer.error or "")
+        with pytest.raises(RequestRefused, match=str(1 << 20)) as caught:
+            await session.generate([1 << 20], sampling=LONG)
+    assert caught.value.code == "bad_request"
 
 
 async def test_a_prompt_too_long_for_the_model_is_refused(autojump_clock: MockClock) -> None:
     async with opened(joint(max_model_len=64)) as session:
-        answer = await session.generate([1] * 65)
-    assert answer.finish_reason == "refused"
-    assert "64" in (answer.error or "")
+        with pytest.raises(RequestRefused, match="64"):
+            await session.generate([1] * 65)
+        with pytest.raises(RequestRefused, match="64"):
+            await anext(session.stream([1] * 65))
 
 
 # ---- a user's functions in the graph ---------------------------------------------------------
@@ -305,9 +315,9 @@ async def test_a_function_that_raises_mid_stream_stops_the_engine(
     autojump_clock: MockClock,
 ) -> None:
     async with opened(joint(ops.map(broken))) as session:
-        answer = await session.generate([1], sampling=LONG)
-        assert answer.finish_reason == "failed"
-        assert "private" not in (answer.error or "")
+        with pytest.raises(RequestFailed) as caught:
+            await session.generate([1], sampling=LONG)
+        assert "private" not in (caught.value.end.error or "")
         await trio.sleep(5)
         (load,) = session.statistics().engines["g"]
         assert (load.num_running, load.num_leased_blocks) == (0, 0)
@@ -331,8 +341,8 @@ async def test_a_function_that_raises_on_a_split_path_ends_its_request_once(
         graph >> operator
     async with opened(graph) as session:
         for _ in range(2):  # the id is free again afterwards
-            answer = await session.generate([1], sampling=LONG, request_id="r")
-            assert answer.finish_reason == "failed"
+            with pytest.raises(RequestFailed):
+                await session.generate([1], sampling=LONG, request_id="r")
             await session.idle()
 
 
@@ -386,7 +396,9 @@ async def test_a_request_that_a_function_ended_knows_when_it_began(
 
     async with opened(joint(ops.map(fail_at_five))) as session:
         await trio.sleep(3)
-        answer = await session.generate([1], sampling=LONG)
+        with pytest.raises(RequestFailed) as caught:
+            await session.generate([1], sampling=LONG)
+    answer = caught.value.end
     assert answer.stamps.arrived_s == 3
     assert len(answer.token_ids) == 5
 

@@ -5,6 +5,7 @@ import os
 import pytest
 import trio
 import trio._core._run as core
+from endings import generate
 from trio.testing import MockClock
 from virtual_workers import EXCUSED, bursts, chaotic
 
@@ -38,7 +39,7 @@ async def test_nobody_waits_for_ever_for_what_does_not_come_back(
         answers = []
 
         async def ask() -> None:
-            answers.append(await chaos.session.generate([1] * 100, sampling=LONG))
+            answers.append(await generate(chaos.session, [1] * 100, sampling=LONG))
 
         async with trio.open_nursery() as nursery:
             for _ in range(5):

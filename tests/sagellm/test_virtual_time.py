@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import trio
+from endings import generate
 from trio.testing import MockClock
 
 from sagellm import Graph, Sampling
@@ -41,7 +42,7 @@ async def at_rest(session: Session) -> bool:
 
 async def ask(session: Session, prompt_len: int, max_tokens: int, **fields: Any) -> Any:
     sampling = Sampling(max_tokens=max_tokens, ignore_eos=True)
-    return await session.generate([1] * prompt_len, sampling=sampling, **fields)
+    return await generate(session, [1] * prompt_len, sampling=sampling, **fields)
 
 
 async def test_ten_thousand_requests_through_pd_many(autojump_clock: MockClock) -> None:

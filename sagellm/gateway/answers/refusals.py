@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from sagellm.gateway.failure import ApiError
-from sagellm.runtime.messages import SERVED, TokenEvent
+from sagellm.runtime.messages import OPERATOR_FAILED, SERVED, TokenEvent
 
 _OVERLOADED = {
     "queue_full": "the server has too much to do; try again later",
@@ -28,6 +28,9 @@ def error_of(event: TokenEvent, request_id: str, may_retry: MayRetry) -> ApiErro
     if event.code == "request_quarantined":
         told = "the request made engines fail, and is not tried again"
         return ApiError(500, told, code=event.code, should_retry=False)
+    if event.code == OPERATOR_FAILED:
+        told = f"{event.error}; the server's log has it under request {request_id}"
+        return ApiError(500, told, code=event.code)
     told = f"internal error; the operator finds it under request {request_id}"
     return ApiError(500, told, code="engine_failed")
 
@@ -35,11 +38,12 @@ def error_of(event: TokenEvent, request_id: str, may_retry: MayRetry) -> ApiErro
 def _refused(event: TokenEvent, may_retry: MayRetry) -> ApiError:
     if event.code == "bad_request":
         return ApiError(400, event.error or "the model cannot serve this request")
-    message = _OVERLOADED.get(event.code, _OVERLOADED["queue_full"])
+    if event.code not in _OVERLOADED:  # by an operator of the user's own
+        return ApiError(400, event.error or "the graph refused the request", code="refused")
     return ApiError(
         503,
-        message,
-        code=event.code or "queue_full",
+        _OVERLOADED[event.code],
+        code=event.code,
         retry_after_s=event.retry_after_s or _RETRY_S,
         should_retry=may_retry(),
     )

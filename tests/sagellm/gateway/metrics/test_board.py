@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import trio
+from endings import generate
 from prometheus_client.parser import text_string_to_metric_families as parse
 from trio.testing import MockClock
 
@@ -56,7 +57,7 @@ async def load(session: Session, meters: GatewayMeters) -> list[dict[str, set[fl
     meters.disconnected()
     async with trio.open_nursery() as nursery:
         for _ in range(60):
-            nursery.start_soon(lambda: session.generate([1] * 100, sampling=sampling))
+            nursery.start_soon(lambda: generate(session, [1] * 100, sampling=sampling))
         await trio.sleep(0.02)
         early = await values(meters)
         await trio.sleep(1)

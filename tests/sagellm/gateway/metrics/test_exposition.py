@@ -9,6 +9,7 @@ from typing import Any
 import anyio
 import pytest
 import trio
+from endings import generate
 from prometheus_client import REGISTRY, Metric
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_open
 from prometheus_client.parser import text_string_to_metric_families as parse
@@ -145,7 +146,7 @@ async def test_refusals_by_reason_and_class(opened: Any, autojump_clock: MockClo
     async with opened("joint", **{"admission.max_queued": 1, "g.max_num_seqs": 1}) as (s, meters):
         async with trio.open_nursery() as nursery:
             for _ in range(9):
-                nursery.start_soon(lambda: s.generate([1], sampling=TEN, priority="high"))
+                nursery.start_soon(lambda: generate(s, [1], sampling=TEN, priority="high"))
         shown = await scrape(meters)
         refused = s.executor.ledger.ended["refused"]
     assert refused > 0

@@ -1,0 +1,95 @@
+"""Errors of a user's own code: where they were raised, and what is said of them."""
+
+import inspect
+import math
+import sysconfig
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+_STDLIB = tuple({sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")})
+_INSTALLED = frozenset({"site-packages", "dist-packages"})
+_TEXT_CHARS = 500
+
+
+class WrongResult(TypeError):
+    """A user's code returned what its operator does not take. The text has types, no values."""
+
+    def __init__(self, message: str, place: str | None = None) -> None:
+        super().__init__(message)
+        self.place = place  # file:line of the code that returned
+
+
+def place_of(error: BaseException) -> str | None:
+    """file:line of the innermost frame in the user's own file; None where no frame is the user's.
+
+    Frames of sagellm, the standard library and installed packages are passed over.
+    """
+    if isinstance(error, WrongResult) and error.place:
+        return error.place
+    own = [trace for trace in _traces(error.__traceback__) if _is_own(trace)]
+    files = [trace for trace in own if not _file(trace).startswith("<")]
+    last = (files or own)[-1:]
+    return f"{_file(last[0])}:{last[0].tb_lineno}" if last else None
+
+
+def place_of_code(code: Callable[..., Any]) -> str | None:
+    """file:line where a function, or the method `__call__` of an object, is defined.
+
+    None for code of sagellm itself.
+    """
+    plain = inspect.unwrap(getattr(code, "func", code))  # functools.partial has `func`
+    plain = plain if hasattr(plain, "__code__") else getattr(type(plain), "__call__", plain)  # noqa: B004
+    found = getattr(plain, "__code__", None)
+    if str(getattr(plain, "__module__", "")).partition(".")[0] == "sagellm":
+        return None
+    return f"{found.co_filename}:{found.co_firstlineno}" if found else None
+
+
+def traceback_of(error: BaseException) -> str | None:
+    """The traceback from the user's first frame on, as text; None where no frame is the user's."""
+    if isinstance(error, WrongResult) and error.place:
+        return f"{error.place}: {error}"
+    first = next((trace for trace in _traces(error.__traceback__) if _is_own(trace)), None)
+    if first is None:
+        return None
+    return "".join(traceback.format_exception(type(error), error, first)).rstrip()
+
+
+def sentence(public: str, cause: BaseException | None) -> str:
+    """What may be told of an error (operator and type), with its text and its place behind."""
+    if cause is None:
+        return public
+    text = "" if isinstance(cause, WrongResult) else " ".join(str(cause).split())
+    place = place_of(cause)
+    whole = f"{public}: {text[:_TEXT_CHARS]}" if text else public
+    return f"{whole} ({place})" if place else whole
+
+
+def kind_of(value: object) -> str:
+    """How a sentence names a wrong value: None, NaN, or its type."""
+    if isinstance(value, float) and math.isnan(value):
+        return "NaN"
+    return "None" if value is None else f"a value of type {type(value).__name__}"
+
+
+def _traces(trace: TracebackType | None) -> list[TracebackType]:
+    traces = []
+    while trace is not None:
+        traces.append(trace)
+        trace = trace.tb_next
+    return traces
+
+
+def _file(trace: TracebackType) -> str:
+    return trace.tb_frame.f_code.co_filename
+
+
+def _is_own(trace: TracebackType) -> bool:
+    module = str(trace.tb_frame.f_globals.get("__name__", ""))
+    file = _file(trace)
+    if module.partition(".")[0] == "sagellm" or file.startswith("<frozen"):
+        return False
+    return not file.startswith(_STDLIB) and not _INSTALLED.intersection(Path(file).parts)

@@ -1,0 +1,287 @@
+"""Errors of a user's own code: what the caller gets, and what the log says."""
+
+import json
+import math
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import structlog
+from trio.testing import MockClock
+
+from sagellm import Graph, RequestFailed, RequestRefused, Sampling, ops
+from sagellm.graphs.vocabulary import REQUEST, NoOptions, OpSpec, Port
+from sagellm.opening import OpenGraph
+from sagellm.operators import routing
+from sagellm.runtime.engine.port import EngineFacts
+from sagellm.runtime.messages import Item, Request, TokenEvent, refusal
+from sagellm.runtime.operator import Arrival, Context, Credit, Emit, OperatorModule, Step, Terminate
+from sagellm.runtime.resolver import Resolver
+from sagellm.session import Session
+
+HERE = Path(__file__)
+NULL = {"device": "null", "model": "null"}
+FIVE = Sampling(max_tokens=5, ignore_eos=True)
+
+
+def line_of(code: str) -> str:
+    """file:line of this file, of the only line that ends with `# code`."""
+    lines = HERE.read_text().splitlines()
+    (number,) = [at for at, line in enumerate(lines, 1) if line.endswith(f"# {code}")]
+    return f"{HERE}:{number}"
+
+
+def fails(item: Any) -> Any:
+    return json.loads("{" + item.request_id)  # raises here
+
+
+async def fails_later(item: Any) -> Any:
+    return json.loads("{" + item.request_id)  # raises later
+
+
+def none(item: Any) -> Any:  # returns none
+    return None
+
+
+async def pending(item: Any) -> Any:
+    return item
+
+
+@asynccontextmanager
+async def opened(*before: Any, after: tuple[Any, ...] = ()) -> AsyncIterator[Session]:
+    graph = Graph("g").engine("g", **NULL)
+    for operator in (*before, ops.generate(engine="g"), *after):
+        graph >> operator
+    async with graph.open() as session:
+        yield session
+        await session.idle()
+        session.executor.ledger.check()
+
+
+@pytest.fixture
+def logged() -> Any:
+    with structlog.testing.capture_logs() as lines:
+        yield lines
+
+
+@pytest.mark.parametrize(
+    ("make", "node"),
+    [
+        (lambda: ops.map(fails), "map"),
+        (lambda: ops.filter(fails), "filter"),
+        (lambda: ops.flat_map(fails), "flat_map"),
+        (lambda: ops.key_by(fails), "key_by"),
+        (lambda: ops.policy_sort("own", function=fails), "policy_sort"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, str) else "",
+)
+async def test_a_function_that_raises_is_named_with_text_and_line(
+    make: Callable[[], Any], node: str, logged: Any, autojump_clock: MockClock
+) -> None:
+    async with opened(make()) as session:
+        with pytest.raises(RequestFailed) as caught:
+            await session.generate([1], sampling=FIVE, request_id="r")
+    said = str(caught.value)
+    assert said.startswith(f"{node}: the function {__name__}.fails raised JSONDecodeError: ")
+    assert "Expecting property name" in said
+    assert said.endswith(f"({line_of('raises here')})")
+    assert isinstance(caught.value.__cause__, json.JSONDecodeError)
+    assert caught.value.code == "operator_failed"
+    (line,) = [line for line in logged if line["event"] == "operator_failed"]
+    assert (line["log_level"], line["node"], line["request_id"]) == ("error", node, "r")
+    assert line["at"] == line_of("raises here")
+    assert "Expecting property name" in line["exception"]
+    assert "/operators/" not in line["exception"]  # it begins in the user's file
+
+
+async def test_an_async_function_that_raises_is_named_too(autojump_clock: MockClock) -> None:
+    async with opened(ops.map(fails_later)) as session:
+        with pytest.raises(RequestFailed, match="JSONDecodeError") as caught:
+            await anext(session.stream([1], sampling=FIVE))
+    assert str(caught.value).endswith(f"({line_of('raises later')})")
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: (ops.map(none),), "returned None; a prompt or a Request was wanted"),
+        (lambda: (ops.filter(none),), "returned None; True or False was wanted"),
+        (lambda: (ops.flat_map(none),), "returned None; a list was wanted"),
+        (lambda: (ops.key_by(none),), "returned None; a key was wanted"),
+        (lambda: (ops.policy_sort("own", function=none),), "returned None; a number was wanted"),
+    ],
+    ids=["map", "filter", "flat_map", "key_by", "policy_sort"],
+)
+async def test_a_function_that_returns_nothing_is_told_what_was_wanted(
+    make: Callable[[], Any], says: str, autojump_clock: MockClock
+) -> None:
+    async with opened(*make()) as session:
+        with pytest.raises(RequestFailed) as caught:
+            await session.generate([1], sampling=FIVE)
+    assert str(caught.value).endswith(f"none {says} ({line_of('returns none')})")
+
+
+async def test_a_function_on_tokens_that_returns_nothing(autojump_clock: MockClock) -> None:
+    async with opened(after=(ops.map(none),)) as session:
+        with pytest.raises(RequestFailed, match="None; a text or a TokenEvent was wanted"):
+            await session.generate([1], sampling=FIVE)
+
+
+@pytest.mark.parametrize("op", [ops.filter, ops.map, ops.key_by])
+async def test_a_coroutine_is_no_result(op: Any, autojump_clock: MockClock) -> None:
+    async with opened(op(lambda item: pending(item))) as session:
+        with pytest.raises(RequestFailed, match="returned a coroutine; make it `async def`"):
+            await session.generate([1], sampling=FIVE)
+
+
+# ---- own operators ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Own:
+    """A logic operator that answers an arrival with what `answer` makes of it."""
+
+    answer: Callable[[Item], Any]
+    initial: None = None
+
+    def on(self, state: None, happened: Any, now: float, draw: Any) -> Any:  # own operator
+        if isinstance(happened, Arrival):
+            return self.answer(happened.item)
+        return Step(state)
+
+
+class OwnService:
+    """A service operator that calls `answer`."""
+
+    concurrency = 1
+    holds = False
+
+    def __init__(self, answer: Callable[[Item], Any]) -> None:
+        self._answer = answer
+
+    def capacity(self, facts: EngineFacts | None) -> Credit:
+        return Credit(requests=4)
+
+    async def on_item(self, ctx: Context, item: Item) -> None:  # own service
+        self._answer(item)
+
+    async def on_events(self, ctx: Context, events: Any) -> None: ...
+    def on_signal(self, ctx: Context, signal: Any) -> None: ...
+    def recall(self, ctx: Context, key: Any) -> None: ...
+    def discard(self, ctx: Context, item: Item) -> None: ...
+
+
+def own_graph(made: Any) -> OpenGraph:
+    """source -> own -> generate -> sink, where `own` is what was made."""
+    spec = OpSpec("own", (Port("in", REQUEST),), (Port("out", REQUEST),), options=NoOptions)
+    resolver = Resolver({"own": OperatorModule(spec, lambda options, setup: made)})
+    graph = Graph("g").engine("g", **NULL)
+    document = (graph >> ops.key_by(str) >> ops.generate(engine="g")).document
+    (key_by, rest) = document.graph.nodes
+    own = type(key_by)(key_by.name, "own", type(key_by.attrs)())
+    changed = type(document.graph)(
+        "g", "stream", (own, rest), document.graph.edges, document.graph.attrs
+    )
+    return OpenGraph(
+        type(document)(changed, {}),
+        resolver=resolver,
+        functions={},
+        overrides={},
+        model=None,
+        seed=0,
+    )
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        (lambda item: {}["x"], "the operator raised KeyError: 'x' ("),
+        (lambda item: None, "`on` returned None; a Step was wanted ("),
+        (lambda item: Step(None, Emit(item)), "a value of type Emit; a tuple was wanted ("),
+        (lambda item: Step(None, (item,)), "a value of type Request is no output; known are Emit"),
+        (lambda item: Step(None, (Emit("text"),)), "it sent a value of type str; a Request, "),
+        (lambda item: Step(None, (Emit(item, "left"),)), "its outlet 'left' leads nowhere; conn"),
+        (lambda item: Step(None), "took a Request, kept nothing and sent nothing; its request wo"),
+        (
+            lambda item: Step(None, (Terminate(TokenEvent(request_id="r")),)),
+            "an event without a finish_reason; give one (",
+        ),
+    ],
+)
+async def test_an_operator_that_answers_wrongly_fails_the_request_alone(
+    answer: Any, says: str, autojump_clock: MockClock
+) -> None:
+    def once(item: Item) -> Any:
+        return answer(item) if item.request_id == "bad" else Step(None, (Emit(item),))
+
+    async with own_graph(Own(once)) as session:
+        with pytest.raises(RequestFailed) as caught:
+            await session.generate([1], sampling=FIVE, request_id="bad")
+        assert str(caught.value).startswith("key_by: ")
+        assert says in str(caught.value)
+        assert f"({HERE}:" in str(caught.value)
+        assert (await session.generate([1], sampling=FIVE)).finish_reason == "length"
+        await session.idle()
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        (lambda item: {}["x"], "the operator raised KeyError: 'x' ("),
+        (lambda item: None, "`on_item` took a Request and sent nothing; its request would never"),
+    ],
+)
+async def test_a_service_that_raises_or_drops_a_request(
+    answer: Any, says: str, autojump_clock: MockClock
+) -> None:
+    async with own_graph(OwnService(answer)) as session:
+        with pytest.raises(RequestFailed) as caught:
+            await session.generate([1], sampling=FIVE)
+        assert says in str(caught.value)
+        assert f"({HERE}:" in str(caught.value)
+        await session.idle()
+
+
+async def test_a_strategy_that_raises_fails_its_requests_and_blocks_no_other(
+    monkeypatch: pytest.MonkeyPatch, autojump_clock: MockClock
+) -> None:
+    """Also where the request waited: it leaves the queue."""
+
+    def own(request: Request, *_: Any) -> int:
+        return 0 if request.user_id else {}["user"]  # own strategy
+
+    monkeypatch.setitem(routing.STRATEGIES, "random", own)
+    graph = Graph("g").engine("g", **NULL, replicas=2)
+    sort, route = ops.policy_sort(), ops.route("random")
+    async with (graph >> sort >> route >> ops.generate(engine="g")).open() as session:
+        with pytest.raises(RequestFailed, match="route: the operator raised KeyError") as caught:
+            await session.generate([1], sampling=FIVE)
+        assert str(caught.value).endswith(f"({line_of('own strategy')})")
+        answer = await session.generate([1], sampling=FIVE, user_id="u")
+        assert answer.finish_reason == "length"
+
+
+@pytest.mark.parametrize("chosen", [None, 7, -1, math.nan, True])
+async def test_a_strategy_that_chooses_no_replica(
+    chosen: Any, monkeypatch: pytest.MonkeyPatch, autojump_clock: MockClock
+) -> None:
+    monkeypatch.setitem(routing.STRATEGIES, "random", lambda *_: chosen)
+    graph = Graph("g").engine("g", **NULL, replicas=2)
+    async with (graph >> ops.route("random") >> ops.generate(engine="g")).open() as session:
+        with pytest.raises(RequestFailed, match="a replica of g, 0 to 1, was wanted"):
+            await session.generate([1], sampling=FIVE)
+
+
+@pytest.mark.parametrize("how", ["generate", "stream"])
+async def test_an_operator_that_refuses_raises_with_its_reason(
+    how: str, autojump_clock: MockClock
+) -> None:
+    def refuse(item: Any) -> Any:
+        return Step(None, (Terminate(refusal(item, "refused", now=0.0, error="no tigers")),))
+
+    async with own_graph(Own(refuse)) as session:
+        with pytest.raises(RequestRefused, match="no tigers"):
+            await (session.generate([1]) if how == "generate" else anext(session.stream([1])))
