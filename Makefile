@@ -82,6 +82,7 @@ prometheus:
 	@command -v prometheus >/dev/null || \
 		{ [ "$$(id -u)" = 0 ] && apt-get install -y -qq --no-install-recommends prometheus; } || \
 		echo "no Prometheus: its tests are skipped (as root: apt-get install prometheus)"
+
 # The page at / in headless Chromium, with axe-core: apt-get install chromium chromium-driver
 page_NEEDS := selenium axe-core-python
 

@@ -2,6 +2,8 @@
 
 from typing import Literal
 
+from sagellm.cli import APP
+
 
 def completion(shell: Literal["bash", "zsh", "fish"], /) -> None:
     """Print the completion script of a shell.
@@ -12,8 +14,6 @@ def completion(shell: Literal["bash", "zsh", "fish"], /) -> None:
         bash reads it from ~/.local/share/bash-completion/completions/sagellm, zsh from _sagellm in
         a folder of fpath, fish from ~/.config/fish/completions/sagellm.fish.
     """
-    from sagellm.cli import APP  # imported here: the commands are loaded by name from there
-
     print(_with_file_names(APP.generate_completion(shell=shell)))
 
 

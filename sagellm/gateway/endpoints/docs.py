@@ -60,7 +60,7 @@ def _template() -> Template:
 
 @cache
 def _text(name: str) -> str:
-    return files("sagellm.gateway").joinpath("page", name).read_text()
+    return files("sagellm.gateway").joinpath("reference", name).read_text()
 
 
 def _hash(style: str) -> str:
