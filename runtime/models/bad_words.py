@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from sagellm.runtime.models.tokenizer import Tokenizer
 
 MAX_BAD_WORDS = 128
-MAX_BAD_WORD_BYTES = 256
+MAX_BAD_WORD_LEN = 256  # characters
 
 
 def bad_words_token_ids(tokenizer: Tokenizer, words: Iterable[str]) -> tuple[tuple[int, ...], ...]:
