@@ -24,6 +24,8 @@ from sagellm.gateway.protocol.json import MAX_BRACKETS, MAX_QUOTES, MOST
 from sagellm.gateway.protocol.messages import MAX_PARTS
 from sagellm.gateway.protocol.request import (
     MAX_ALLOWED_TOKEN_IDS,
+    MAX_BAD_WORD_LEN,
+    MAX_BAD_WORDS,
     MAX_HINT_LEN,
     MAX_SALT_LEN,
     MAX_STOP_TOKEN_IDS,
@@ -34,7 +36,6 @@ from sagellm.gateway.routes import ROUTES
 from sagellm.gateway.settings import Budget, Limits, Streaming
 from sagellm.graphs.text.yaml import load
 from sagellm.runtime.messages import CODES
-from sagellm.runtime.models.bad_words import MAX_BAD_WORD_LEN, MAX_BAD_WORDS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()

@@ -4,9 +4,6 @@ from collections.abc import Iterable
 
 from sagellm.runtime.models.tokenizer import Tokenizer
 
-MAX_BAD_WORDS = 128
-MAX_BAD_WORD_LEN = 256  # characters
-
 
 def bad_words_token_ids(tokenizer: Tokenizer, words: Iterable[str]) -> tuple[tuple[int, ...], ...]:
     """The tokens of each word at the beginning of a text; and of the word after a space, where that

@@ -6,7 +6,6 @@ import msgspec
 from msgspec import Meta
 
 from sagellm.runtime.messages import PRIORITIES
-from sagellm.runtime.models.bad_words import MAX_BAD_WORD_LEN, MAX_BAD_WORDS
 from sagellm.runtime.sampling import RANGES
 
 
@@ -18,6 +17,8 @@ def within(name: str) -> Meta:
 
 MAX_STOP_TOKEN_IDS = 1024
 MAX_ALLOWED_TOKEN_IDS = 1 << 18
+MAX_BAD_WORDS = 128
+MAX_BAD_WORD_LEN = 256
 MAX_SALT_LEN = 64
 MAX_HINT_LEN = 512
 MAX_WAIT_S = 86_400.0
