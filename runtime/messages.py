@@ -29,6 +29,9 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """How to draw tokens. Greedy unless a temperature is given; names as in the OpenAI API.
 
     `seed` None means: the session draws one where the request enters. `top_k` 0 means all.
+    `allowed_token_ids` empty means all. No answer completes a sequence of `bad_words_token_ids`;
+    the session resolves `bad_words`, which are texts, to such sequences. Where no token is left to
+    sample, the answer ends with reason "stop".
     """
 
     max_tokens: int = 128
@@ -41,6 +44,9 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: dict[int, float] = {}
+    allowed_token_ids: tuple[int, ...] = ()
+    bad_words: tuple[str, ...] = ()
+    bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
     seed: int | None = None
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
@@ -163,6 +169,7 @@ class TokenLogprob(msgspec.Struct, frozen=True):
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+    rank: int | None = None  # 1: none is more likely; known of prompt tokens only
 
 
 class TokenEvent(msgspec.Struct, frozen=True, kw_only=True, tag="tokens"):

@@ -46,6 +46,17 @@ def fault_of(sampling: Sampling) -> str | None:
         return "stop holds an empty string, or no string; leave it out"
     if not all(abs(bias) <= _BIAS for bias in sampling.logit_bias.values()):
         return f"logit_bias has a value outside {-_BIAS:g} to {_BIAS:g}"
+    return _fault_of_bans(sampling)
+
+
+def _fault_of_bans(sampling: Sampling) -> str | None:
+    if not all(isinstance(word, str) and word for word in sampling.bad_words):
+        return "bad_words holds an empty string, or no string; leave it out"
+    if not all(sampling.bad_words_token_ids):
+        return "bad_words_token_ids holds an empty sequence; leave it out"
+    banned = {ids[0] for ids in sampling.bad_words_token_ids if len(ids) == 1}
+    if sampling.allowed_token_ids and banned.issuperset(sampling.allowed_token_ids):
+        return "allowed_token_ids are all banned by bad_words; allow another token"
     return None
 
 

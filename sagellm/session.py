@@ -22,6 +22,7 @@ from sagellm.prompts import (
 )
 from sagellm.runtime.executors.tasks import ExecutorStopped, TasksExecutor
 from sagellm.runtime.messages import Answer, Forked, Item, Request, Sampling, Stamps, TokenEvent
+from sagellm.runtime.models.bad_words import bad_words_token_ids
 from sagellm.runtime.models.tokenizer import Tokenizer
 from sagellm.runtime.operator import Signal
 from sagellm.statistics import Statistics, statistics_of
@@ -225,15 +226,21 @@ class Session:
     def _requests(
         self, prompt: Prompt, sampling: Sampling, fields: Mapping[str, Any]
     ) -> list[Request]:
-        """One request a choice, with ids, tokens and the seed resolved."""
+        """One request a choice, with ids, tokens, bad words and the seed resolved."""
         sampling = read_sampling(sampling)
         encoded = encode(self.tokenizer, prompt)
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
+        banned = bad_words_token_ids(self.tokenizer, sampling.bad_words)
         first = Request(
             **{"request_id": self._free_id(), **fields},
             prompt=encoded.text,
             prompt_token_ids=encoded.token_ids,
-            sampling=msgspec.structs.replace(sampling, seed=seed),
+            sampling=msgspec.structs.replace(
+                sampling,
+                seed=seed,
+                bad_words=(),
+                bad_words_token_ids=sampling.bad_words_token_ids + banned,
+            ),
         )
         return [msgspec.structs.replace(first, choice=choice) for choice in range(sampling.n)]
 

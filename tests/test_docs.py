@@ -16,16 +16,22 @@ from sagellm.builder import RESOLVER
 from sagellm.checking import check_graph
 from sagellm.cli import main
 from sagellm.gateway.encoding import TEMPLATE_S, TOKENIZE_S
+from sagellm.gateway.protocol import taken
 from sagellm.gateway.protocol.chat import ChatRequest
 from sagellm.gateway.protocol.completions import CompletionRequest
+from sagellm.gateway.protocol.conversation import MAX_VARIABLE_LEN, MAX_VARIABLES
 from sagellm.gateway.protocol.json import MAX_BRACKETS, MAX_QUOTES, MOST
 from sagellm.gateway.protocol.messages import MAX_PARTS
 from sagellm.gateway.protocol.request import (
+    MAX_ALLOWED_TOKEN_IDS,
+    MAX_BAD_WORD_LEN,
+    MAX_BAD_WORDS,
     MAX_HINT_LEN,
     MAX_SALT_LEN,
     MAX_STOP_TOKEN_IDS,
     MAX_WAIT_S,
 )
+from sagellm.gateway.protocol.tools import MAX_TOOLS
 from sagellm.gateway.routes import ROUTES
 from sagellm.gateway.settings import Budget, Limits, Streaming
 from sagellm.graphs.text.yaml import load
@@ -160,6 +166,25 @@ def test_every_field_of_a_request_is_in_the_docs() -> None:
     assert fields - named == set()
 
 
+def test_every_field_that_is_taken_is_in_the_docs_with_type_and_reason() -> None:
+    rows = re.findall(r"^\| ([\w ]+) \| `(\w+)` \| (\w+) \| (.+) \|$", SERVING, re.M)
+    tables = {
+        "request": taken.REQUEST,
+        "message": taken.MESSAGE,
+        "part": taken.PART,
+        "tool call": taken.TOOL_CALL,
+    }
+    known = [
+        (where, name, *field) for where, table in tables.items() for name, field in table.items()
+    ]
+    assert rows == known
+
+
+def test_the_scoring_in_the_docs_is_answered(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    exec(block(SERVING, "from openai").replace(SERVED_AT, url), {})
+    assert float(capsys.readouterr().out) < 0
+
+
 def test_the_limits_in_the_docs_are_those_that_hold() -> None:
     limits, stream, budget = Limits(), Streaming(), Budget()
     for number in (
@@ -167,8 +192,9 @@ def test_the_limits_in_the_docs_are_those_that_hold() -> None:
         limits.body_s, limits.json_depth, limits.num_prompts, limits.num_messages, MAX_PARTS,
         limits.num_choices, limits.num_stop, limits.stop_bytes, limits.num_logit_bias,
         limits.model_name_len, MAX_STOP_TOKEN_IDS, MAX_SALT_LEN, MAX_HINT_LEN, MAX_WAIT_S,
-        MAX_BRACKETS // 2, MAX_QUOTES // 2, *MOST.values(), TEMPLATE_S, TOKENIZE_S,
-        stream.num_buffered_tokens, stream.num_buffered_bytes >> 10, stream.stall_s,
+        MAX_ALLOWED_TOKEN_IDS, MAX_BAD_WORDS, MAX_BAD_WORD_LEN, MAX_TOOLS, MAX_VARIABLES,
+        MAX_VARIABLE_LEN, MAX_BRACKETS // 2, MAX_QUOTES // 2, *MOST.values(), TEMPLATE_S,
+        TOKENIZE_S, stream.num_buffered_tokens, stream.num_buffered_bytes >> 10, stream.stall_s,
         budget.num_open, budget.num_waiting, budget.cancels_per_s,
     ):  # fmt: skip
         shown = f"{number:,}".removesuffix(".0")

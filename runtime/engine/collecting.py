@@ -80,13 +80,18 @@ class Collector:
         return True
 
     def end(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> None:
-        """The last event of a sequence that drew no last token."""
+        """The last event of a sequence that drew no last token.
+
+        One that ends with "stop" here may draw none, and gives what it has held back.
+        """
         self._forget(sequence, _LEASE_EVENT[reason])
         now = trio.current_time()
         sequence.stamps = msgspec.structs.replace(sequence.stamps, finished_s=now)
         sequence.mailbox.post(
             sequence.event(
                 position=sequence.num_output,
+                text=sequence.rest() if reason == "stop" else "",
+                prompt_logprobs=sequence.give_scores() if reason == "stop" else (),
                 finish_reason=reason,
                 error=error if reason == "failed" else None,
             )
@@ -138,7 +143,7 @@ class Collector:
             if rows:
                 self._accept(sequence, drawn, rows, now)
             if is_broken and sequence.lease is not None:
-                sequence.end = "failed"
+                sequence.end = "stop" if rows.stop in drawn.exhausted else "failed"
 
     def _accept(self, sequence: Sequence, drawn: Drawn, rows: range, now: float) -> None:
         """Append drawn tokens: post them, hold the prompt for an export, or end the sequence."""

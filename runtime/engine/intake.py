@@ -64,6 +64,9 @@ def check_sampling(sampling: Sampling, vocab_size: int) -> None:
         raise EngineRefusal(fault)
     _check_ids("logit_bias", tuple(sampling.logit_bias), vocab_size)
     _check_ids("stop_token_ids", sampling.stop_token_ids, vocab_size)
+    _check_ids("allowed_token_ids", sampling.allowed_token_ids, vocab_size)
+    for token_ids in sampling.bad_words_token_ids:
+        _check_ids("bad_words_token_ids", token_ids, vocab_size)
 
 
 def _check_ids(where: str, token_ids: tuple[int, ...], vocab_size: int) -> None:

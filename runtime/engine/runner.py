@@ -11,13 +11,15 @@ from sagellm.runtime.messages import TokenLogprob
 class Drawn:
     """The tokens of one step, in the order of `Batch.rows`; `logprobs` where any was asked.
 
-    `broken`: rows whose logits are no numbers; their tokens mean nothing. `prompt_logprobs`: in
-    the order of `Batch.scoring`.
+    `broken`: rows whose tokens mean nothing. In those that are `exhausted`, the sampling parameters
+    forbid every token; in the others, the logits are no numbers. `prompt_logprobs`: in the order
+    of `Batch.scoring`.
     """
 
     token_ids: list[int]
     logprobs: list[TokenLogprob | None] | None = None
     broken: frozenset[int] = frozenset()
+    exhausted: frozenset[int] = frozenset()
     prompt_logprobs: list[list[TokenLogprob]] = field(default_factory=list)
 
     def logprobs_of(self, rows: range) -> tuple[TokenLogprob, ...]:

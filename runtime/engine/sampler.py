@@ -56,14 +56,17 @@ def draw(logits: torch.Tensor, rows: Rows[Row]) -> Drawn:
     if not bool(is_finite.all()):
         broken = frozenset((~is_finite).nonzero().flatten().tolist())
         logits = logits.where(is_finite.unsqueeze(1), 0.0)
+    exhausted: frozenset[int] = frozenset()
     special = [index for index, row in enumerate(rows) if not _is_plain(row)]
     if special:
         chosen = [rows[index] for index in special]
-        token_ids[special] = _draw_processed(logits[special], chosen)
+        token_ids[special], none_left = _draw_processed(logits[special], chosen)
+        exhausted = frozenset(special[index] for index in none_left) - broken
+        broken |= exhausted
     ids: list[int] = token_ids.tolist()
     if all(row.state.sampling.logprobs is None for row in rows):
-        return Drawn(ids, broken=broken)
-    return Drawn(ids, _logprobs(logits, rows, ids), broken)
+        return Drawn(ids, broken=broken, exhausted=exhausted)
+    return Drawn(ids, _logprobs(logits, rows, ids), broken, exhausted)
 
 
 def _largest(logits: torch.Tensor) -> torch.Tensor:
@@ -81,8 +84,12 @@ def _is_plain(row: Row) -> bool:
     return (
         sampling.temperature < _GREEDY_BELOW
         and row.num_output >= sampling.min_tokens
-        and not (sampling.logit_bias or _has_penalty(sampling))
+        and not (sampling.logit_bias or _has_mask(sampling) or _has_penalty(sampling))
     )
+
+
+def _has_mask(sampling: Sampling) -> bool:
+    return bool(sampling.allowed_token_ids or sampling.bad_words_token_ids)
 
 
 def _has_penalty(sampling: Sampling) -> bool:
@@ -93,10 +100,18 @@ def _has_penalty(sampling: Sampling) -> bool:
     )
 
 
-def _draw_processed(logits: torch.Tensor, rows: Rows[Row]) -> torch.Tensor:
-    """Order of steps as in vLLM: bias and masks, penalties, temperature, min_p, top_k, top_p."""
+def _draw_processed(logits: torch.Tensor, rows: Rows[Row]) -> tuple[torch.Tensor, list[int]]:
+    """A token for each row, and the rows for which no token is left.
+
+    Order of steps as in vLLM: masks, bias, penalties, temperature, min_p, top_k, top_p.
+    """
+    none_left = []
     for index, row in enumerate(rows):
-        _bias(logits[index], row)
+        _mask(logits[index], row)
+        if float(logits[index].amax()) == _NEVER:
+            none_left.append(index)
+            logits[index] = 0.0
+        _bias(logits[index], row.state.sampling)
         if _has_penalty(row.state.sampling):
             _penalise(logits[index], row)
     token_ids = _largest(logits)
@@ -106,16 +121,39 @@ def _draw_processed(logits: torch.Tensor, rows: Rows[Row]) -> torch.Tensor:
     if warm:
         chosen = [rows[index] for index in warm]
         token_ids[warm] = _draw_random(logits[warm], chosen)
-    return token_ids
+    return token_ids, none_left
 
 
-def _bias(logits: torch.Tensor, row: Row) -> None:
+def _mask(logits: torch.Tensor, row: Row) -> None:
+    """Forbid what is not allowed, what completes a bad word, and an end before `min_tokens`."""
     sampling = row.state.sampling
+    if sampling.allowed_token_ids:
+        allowed = torch.tensor(sampling.allowed_token_ids)
+        scores = logits[allowed]
+        logits.fill_(_NEVER)
+        logits[allowed] = scores
+    if sampling.bad_words_token_ids:
+        banned = banned_tokens(sampling.bad_words_token_ids, row.output)
+        logits[torch.tensor(banned, dtype=torch.long)] = _NEVER
+    if row.num_output < sampling.min_tokens and row.stop_ids:
+        logits[torch.tensor(sorted(row.stop_ids))] = _NEVER
+
+
+def banned_tokens(sequences: Rows[Rows[int]], output: Rows[int]) -> list[int]:
+    """The last token of each sequence whose other tokens end the output: as vLLM, the output
+    alone; a prompt bans nothing.
+    """
+    return [
+        sequence[-1]
+        for sequence in sequences
+        if tuple(output[max(0, len(output) + 1 - len(sequence)) :]) == tuple(sequence[:-1])
+    ]
+
+
+def _bias(logits: torch.Tensor, sampling: Sampling) -> None:
     if sampling.logit_bias:
         ids = torch.tensor(list(sampling.logit_bias))
         logits[ids] += torch.tensor(list(sampling.logit_bias.values()))
-    if row.num_output < sampling.min_tokens and row.stop_ids:
-        logits[torch.tensor(sorted(row.stop_ids))] = _NEVER
 
 
 def _penalise(logits: torch.Tensor, row: Row) -> None:

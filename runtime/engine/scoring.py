@@ -22,9 +22,11 @@ def score(logits: torch.Tensor, scoring: Items[Scoring]) -> list[list[TokenLogpr
 def _scored(logits: torch.Tensor, token_ids: list[int], num_top: int) -> list[TokenLogprob]:
     logprobs = logits.log_softmax(dim=-1)
     chosen = logprobs.gather(1, torch.tensor(token_ids).unsqueeze(1)).squeeze(1)
+    ranks = (logprobs > chosen.unsqueeze(1)).sum(dim=-1) + 1
     values, ids = logprobs.topk(min(num_top, logits.shape[1]), dim=-1)
-    rows = zip(token_ids, chosen.tolist(), ids.tolist(), values.tolist(), strict=True)
+    tops = zip(ids.tolist(), values.tolist(), strict=True)
+    rows = zip(token_ids, chosen.tolist(), tops, ranks.tolist(), strict=True)
     return [
-        TokenLogprob(token_id, logprob, tuple(zip(top_ids, top_values, strict=True)))
-        for token_id, logprob, top_ids, top_values in rows
+        TokenLogprob(token_id, logprob, tuple(zip(*top, strict=True)), rank)
+        for token_id, logprob, top, rank in rows
     ]

@@ -167,6 +167,10 @@ class Sequence:
             return text, "stop" if matched else "length", matched
         return text, "stop" if matched else None, matched
 
+    def rest(self) -> str:
+        """Text that was held back, where the answer ends without another token."""
+        return self._rest()[0]
+
     def _show(self, token_id: int) -> tuple[str, str | None]:
         return self.transcript.push(token_id) if self.transcript else ("", None)
 

@@ -1,13 +1,16 @@
 """Chat templates: the model's own Jinja text, rendered in a sandbox."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeAlias
 
 import jinja2
+import jinja2.meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from sagellm.runtime.models.folder import ModelError
@@ -16,6 +19,37 @@ TEMPLATE_FILE = "chat_template.jinja"
 
 # What Python raises for a template's own faults: a wrong call, a missing key, a division by zero.
 _RENDERING = (TypeError, ValueError, LookupError, ArithmeticError, RecursionError)
+
+
+Scalar: TypeAlias = bool | int | float | str
+
+# What a template is given by us: no caller may give it another value.
+GIVEN = frozenset(
+    {
+        *("messages", "tools", "documents", "add_generation_prompt", "continue_final_message"),
+        *("tokenize", "chat_template", "bos_token", "eos_token", "unk_token", "pad_token"),
+    }
+)
+_CONTINUED = "CONTINUE_FINAL_MESSAGE_TAG "  # as in transformers
+_ASKS_FOR_NONE = re.compile(r"content['\"]?\]?\s+is\s+(not\s+)?none\b")
+
+
+@dataclass(frozen=True, slots=True)
+class Rendering:
+    """How messages become a prompt.
+
+    `continue_final_message`: the prompt ends inside the last message, whose content is text; then
+    `add_generation_prompt` is False. `tools` are shown to the model as the template has it.
+    `variables`: further names that the template may read, none of which is in GIVEN.
+    """
+
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    tools: tuple[Mapping[str, Any], ...] = ()
+    variables: Mapping[str, Scalar] = field(default_factory=dict)
+
+
+ANSWERED = Rendering()  # the prompt of the next message
 
 
 class ChatTemplateError(ValueError):
@@ -59,23 +93,54 @@ class ChatTemplate:
         except (jinja2.TemplateError, SyntaxError, ValueError, RecursionError) as error:
             raise ChatTemplateError(f"the chat template is broken: {error}") from error
 
-    def render(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
-    ) -> str:
+    @cached_property
+    def variables(self) -> frozenset[str]:
+        """The names that it reads, but for those that it is given in any case."""
+        environment = _environment()
+        try:
+            read = jinja2.meta.find_undeclared_variables(environment.parse(self._text))
+        except (jinja2.TemplateError, RecursionError):
+            return frozenset()
+        return frozenset(read) - GIVEN - environment.globals.keys()
+
+    def render(self, messages: Sequence[Mapping[str, Any]], how: Rendering = ANSWERED) -> str:
         """The prompt of a conversation. Raises ChatTemplateError."""
         if not messages:
             raise ChatTemplateError("the conversation is empty; give at least one message")
+        given = [self._given(message) for message in messages]
+        if how.continue_final_message:
+            given[-1]["content"] += _CONTINUED
         template = self._template
         try:
-            return template.render(
-                messages=[dict(message) for message in messages],
-                add_generation_prompt=add_generation_prompt,
-                tools=None,
+            text = template.render(
+                **how.variables,
+                messages=given,
+                add_generation_prompt=how.add_generation_prompt,
+                tools=[dict(tool) for tool in how.tools] or None,
                 documents=None,
                 **self._special_tokens,
             )
         except (jinja2.TemplateError, *_RENDERING) as error:
             raise ChatTemplateError(f"the chat template refused the messages: {error}") from error
+        return _cut(text, messages[-1]["content"]) if how.continue_final_message else text
+
+    def _given(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        """A message of tool calls may have no content: many templates take that for a text, so it
+        is one, unless the template asks for none.
+        """
+        given = dict(message)
+        if given.get("content", "") is None and not _ASKS_FOR_NONE.search(self._text):
+            given["content"] = ""
+        return given
+
+
+def _cut(text: str, final: str) -> str:
+    """The text up to the end of its final message; spaces that the template took off stay off."""
+    if final.strip() not in text or _CONTINUED.strip() not in text:
+        raise ChatTemplateError("the chat template does not show the end of the final message")
+    end = text.rindex(_CONTINUED.strip())
+    is_whole = text.startswith(_CONTINUED, end)
+    return text[:end] if is_whole else text[:end].rstrip()
 
 
 def find_template(path: Path, tokenizer_config: Mapping[str, Any]) -> str | None:

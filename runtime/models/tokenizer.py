@@ -10,9 +10,11 @@ import msgspec
 import tokenizers
 
 from sagellm.runtime.models.chat import (
+    ANSWERED,
     TEMPLATE_FILE,
     ChatTemplate,
     ChatTemplateError,
+    Rendering,
     find_template,
 )
 from sagellm.runtime.models.folder import ModelError, ModelFolder
@@ -68,7 +70,12 @@ class Tokenizer(Protocol):
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str: ...
 
-    def apply_chat_template(self, messages: Messages) -> str:
+    @property
+    def chat_variables(self) -> frozenset[str]:
+        """The names that its chat template reads beside what every template is given."""
+        ...
+
+    def apply_chat_template(self, messages: Messages, how: Rendering = ANSWERED) -> str:
         """The prompt of a conversation. Raises ChatTemplateError."""
         ...
 
@@ -119,12 +126,16 @@ class FolderTokenizer:
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
 
-    def apply_chat_template(self, messages: Messages) -> str:
+    @property
+    def chat_variables(self) -> frozenset[str]:
+        return self._template.variables if self._template is not None else frozenset()
+
+    def apply_chat_template(self, messages: Messages, how: Rendering = ANSWERED) -> str:
         if self._template is None:
             raise ChatTemplateError(
                 f"model {self._name} has no chat template; give a plain prompt instead"
             )
-        return self._template.render(messages)
+        return self._template.render(messages, how)
 
     def encode_chat(self, messages: Messages) -> tuple[int, ...]:
         return self.encode(self.apply_chat_template(messages), add_special_tokens=False)
@@ -137,6 +148,7 @@ class ByteTokenizer:
     vocab_size = 256
     special_tokens: Mapping[str, str] = {}
     chat_template: str | None = None
+    chat_variables: frozenset[str] = frozenset()
 
     def token(self, token_id: int) -> str:
         return f"<0x{token_id % 256:02X}>"
@@ -150,8 +162,9 @@ class ByteTokenizer:
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return bytes(token % 256 for token in token_ids).decode(errors="replace")
 
-    def apply_chat_template(self, messages: Messages) -> str:
-        return "".join(f"{message['role']}: {message['content']}\n" for message in messages)
+    def apply_chat_template(self, messages: Messages, how: Rendering = ANSWERED) -> str:
+        text = "".join(f"{one['role']}: {one['content'] or ''}\n" for one in messages)
+        return text.removesuffix("\n") if how.continue_final_message else text
 
     def encode_chat(self, messages: Messages) -> tuple[int, ...]:
         return self.encode(self.apply_chat_template(messages))

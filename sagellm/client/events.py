@@ -32,7 +32,7 @@ _ANY_ID = 1 << 31  # which ids the model knows, its engine checks
 _FIELDS = ("request_id", "priority", "slo_ttft_s", "timeout_s")
 _READ = frozenset(
     {*Sampling.__struct_fields__, *_FIELDS, "max_completion_tokens", "user", "stream_options"}
-) - {"logprobs", "prompt_logprobs"}
+) - {"logprobs", "prompt_logprobs", "bad_words_token_ids"}
 
 
 class Call(msgspec.Struct, frozen=True):

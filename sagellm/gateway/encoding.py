@@ -1,7 +1,7 @@
 """Prompts to text and token ids; what may take long is done in a worker thread, with a deadline."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import anyio
@@ -9,7 +9,8 @@ import msgspec
 
 from sagellm.gateway.failure import ApiError, wrong
 from sagellm.gateway.threads import Threads
-from sagellm.runtime.models.chat import ChatTemplateError
+from sagellm.runtime.models.bad_words import bad_words_token_ids
+from sagellm.runtime.models.chat import ANSWERED, ChatTemplateError, Rendering
 from sagellm.runtime.models.tokenizer import Messages, Tokenizer
 
 TEMPLATE_S = 0.25
@@ -58,18 +59,28 @@ class Encoder:
 
         return await self._tokenize(spell, len(token_ids))
 
-    async def chat(self, messages: Messages, *, add_special_tokens: bool = False) -> Prompt:
+    async def banned(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """Bad words as sequences of tokens. Raises ApiError where that takes too long."""
+
+        def encode() -> tuple[tuple[int, ...], ...]:
+            return bad_words_token_ids(self._tokenizer, words)
+
+        return await self._tokenize(encode, sum(map(len, words)))
+
+    async def chat(
+        self, messages: Messages, how: Rendering = ANSWERED, *, add_special_tokens: bool = False
+    ) -> Prompt:
         """The prompt of a conversation. Raises ApiError where its template does not admit it."""
-        text = await self._render(messages)
+        text = await self._render(messages, how)
         return Prompt(text, await self.text(text, add_special_tokens=add_special_tokens))
 
-    async def _render(self, messages: Messages) -> str:
+    async def _render(self, messages: Messages, how: Rendering = ANSWERED) -> str:
         """In a thread always: how long a template loops is no matter of how long a message is."""
         begun = threading.Event()
 
         def render() -> str:
             begun.set()
-            return self._tokenizer.apply_chat_template(messages)
+            return self._tokenizer.apply_chat_template(messages, how)
 
         try:
             with anyio.fail_after(TEMPLATE_S):

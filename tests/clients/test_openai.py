@@ -154,3 +154,123 @@ def settles(num_open):
     while num_open() and time.monotonic() < until:
         time.sleep(0.01)
     return num_open() == 0
+
+
+def scored(client, model, **options):
+    """As lm-eval scores a continuation: the prompt alone."""
+    extra = {"return_tokens_as_token_ids": True, **options.pop("extra_body", {})}
+    fields = {"max_tokens": 0, "echo": True, "logprobs": 1, "extra_body": extra}
+    return complete(client, model, prompt="23 + 45 = 68", **fields, **options)
+
+
+def test_a_prompt_is_scored_alone(client, model):
+    answer = scored(client, model)
+    (choice,) = answer.choices
+    assert (choice.text, choice.finish_reason) == ("23 + 45 = 68", "length")
+    assert choice.logprobs.token_logprobs[0] is None
+    assert all(logprob < 0 for logprob in choice.logprobs.token_logprobs[1:])
+    assert all(token.startswith("token_id:") for token in choice.logprobs.tokens)
+    assert len(choice.logprobs.tokens) == answer.usage.prompt_tokens
+    assert answer.usage.completion_tokens == 0
+
+
+def test_a_streamed_score_is_the_whole_one(client, model):
+    (whole,) = scored(client, model).choices
+    with scored(client, model, stream=True) as stream:
+        (streamed,) = [choice for chunk in stream for choice in chunk.choices]
+    assert streamed.logprobs == whole.logprobs
+    assert streamed.text == whole.text
+
+
+def test_prompt_logprobs_of_both_endpoints(client, model):
+    extra = {"prompt_logprobs": 2}
+    completed = complete(client, model, extra_body=extra)
+    chatted = chat(client, model, extra_body=extra)
+    for found, answer in (
+        (completed.choices[0].prompt_logprobs, completed),
+        (chatted.prompt_logprobs, chatted),
+    ):
+        assert len(found) == answer.usage.prompt_tokens
+        assert found[0] is None
+        assert all(2 <= len(one) <= 3 for one in found[1:])
+        assert set(next(iter(found[1].values()))) == {"logprob", "rank", "decoded_token"}
+    with chat(client, model, stream=True, extra_body=extra) as stream:
+        told = [one.prompt_logprobs for one in stream if hasattr(one, "prompt_logprobs")]
+    assert told == [chatted.prompt_logprobs]
+
+
+def test_logprobs_to_twenty(client, model):
+    top = complete(client, model, logprobs=20).choices[0].logprobs.top_logprobs
+    assert all(20 <= len(one) <= 21 for one in top)
+
+
+def test_a_final_message_goes_on(client, model):
+    messages = [*QUESTION, {"role": "assistant", "content": "6"}]
+    extra = {"continue_final_message": True, "add_generation_prompt": False}
+    answer = chat(client, model, messages=messages, extra_body=extra)
+    assert answer.choices[0].message.content == "8"
+
+
+def test_words_that_are_banned_and_tokens_that_are_allowed(client, model):
+    banned = chat(client, model, extra_body={"bad_words": ["6", "68"]})
+    assert "6" not in banned.choices[0].message.content
+    ids = complete(client, model, prompt="7 8", extra_body={"return_token_ids": True})
+    allowed = ids.choices[0].prompt_token_ids
+    extra = {"allowed_token_ids": allowed, "return_token_ids": True, "ignore_eos": True}
+    answer = chat(client, model, extra_body=extra)
+    assert set(answer.choices[0].token_ids) <= set(allowed)
+
+
+CALL = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a": 23}'}}
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+HISTORY = [
+    {"role": "user", "content": "Add 1 and 2."},
+    {"role": "assistant", "content": None, "tool_calls": [CALL]},
+    {"role": "tool", "content": "3", "tool_call_id": "c1"},
+    *QUESTION,
+]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tools": []},
+        {"tools": [TOOL], "tool_choice": "none"},
+        {"messages": HISTORY, "tools": [TOOL], "tool_choice": "none"},
+        {"store": True, "metadata": {"a": "b"}, "service_tier": "flex", "verbosity": "low"},
+        {"prediction": {"type": "content", "content": "68"}},
+        {
+            "extra_body": {
+                **{"reasoning": {}, "timeout": 30, "best_of": 1, "echo": False, "new": None},
+                "chat_template_kwargs": {"enable_thinking": False},
+                "prompt_cache_retention": "24h",
+            }
+        },
+    ],
+    ids=["no tools", "none called", "history", "stored", "predicted", "others"],
+)
+def test_what_changes_no_answer_is_taken(client, model, fields, stream):
+    answer = chat(client, model, **fields, stream=stream)
+    if stream:
+        with answer as chunks:
+            text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    else:
+        text = answer.choices[0].message.content
+    assert "messages" in fields or text.strip() == "68"
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"tools": [TOOL]}, "tools"),
+        ({"tools": [TOOL], "tool_choice": "required"}, "tool_choice"),
+        ({"extra_body": {"chat_template_kwargs": {"messages": "x"}}}, "chat_template_kwargs"),
+        ({"extra_body": {"chat_template_kwargs": {"nobody": 1}}}, "chat_template_kwargs"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+    ],
+)
+def test_what_would_change_it_is_refused_by_name(client, model, fields, param):
+    with pytest.raises(openai.BadRequestError) as error:
+        chat(client, model, **fields)
+    assert error.value.param == param

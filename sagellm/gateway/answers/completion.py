@@ -6,7 +6,12 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from sagellm.gateway.answers.frame import Frame
-from sagellm.gateway.answers.logprobs import CompletionLogprobsWriter, TokenTexts, joined
+from sagellm.gateway.answers.logprobs import (
+    CompletionLogprobsWriter,
+    Texts,
+    joined,
+    prompt_logprobs,
+)
 from sagellm.gateway.answers.reply import FINISH, Asked, Indexed
 from sagellm.gateway.answers.sse import event as sse_event
 from sagellm.gateway.answers.structs import (
@@ -14,6 +19,7 @@ from sagellm.gateway.answers.structs import (
     CompletionChoice,
     CompletionChunk,
     CompletionLogprobs,
+    PromptLogprobs,
     Usage,
 )
 from sagellm.gateway.encoding import Prompt
@@ -23,13 +29,18 @@ from sagellm.runtime.messages import TokenEvent
 class CompletionForm:
     """Writes the choices of one call. With echo, a choice begins with its prompt."""
 
-    def __init__(self, asked: Asked, texts: TokenTexts) -> None:
+    def __init__(self, asked: Asked, texts: Texts) -> None:
         self._asked = asked
         self._texts = texts
         self._choices: dict[int, CompletionLogprobsWriter] = {}  # those begun
         self._frames: dict[int, Frame] = {}
         self._usage: UnsetType | None = None if asked.has_usage else UNSET
-        self._is_plain = not (asked.has_logprobs or asked.has_token_ids or asked.is_echo)
+        self._is_plain = not (
+            asked.has_logprobs
+            or asked.has_token_ids
+            or asked.is_echo
+            or asked.num_prompt_logprobs is not None
+        )
 
     def opening(self, usage: Usage | None) -> bytes:
         return b""
@@ -73,7 +84,9 @@ class CompletionForm:
 
     def _choice(self, index: int, event: TokenEvent) -> CompletionChoice:
         asked, is_first = self._asked, index not in self._choices
-        writer = self._choices.setdefault(index, CompletionLogprobsWriter(self._texts))
+        writer = self._choices.setdefault(
+            index, CompletionLogprobsWriter(self._texts, asked.num_logprobs or 0)
+        )
         prompt = asked.prompts[min(index // asked.num_choices, len(asked.prompts) - 1)]
         is_echoed = is_first and asked.is_echo
         return CompletionChoice(
@@ -86,7 +99,14 @@ class CompletionForm:
             stop_reason=event.stop_reason,
             prompt_token_ids=prompt.token_ids if asked.has_token_ids and is_first else UNSET,
             token_ids=event.token_ids if asked.has_token_ids else UNSET,
+            prompt_logprobs=self._prompt_logprobs(prompt, event) if is_first else UNSET,
         )
+
+    def _prompt_logprobs(self, prompt: Prompt, event: TokenEvent) -> PromptLogprobs | UnsetType:
+        num_top = self._asked.num_prompt_logprobs
+        if num_top is None:
+            return UNSET
+        return prompt_logprobs(self._texts, prompt.token_ids, event.prompt_logprobs, num_top)
 
 
 def _logprobs(

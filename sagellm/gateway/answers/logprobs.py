@@ -2,17 +2,28 @@
 
 import codecs
 from collections.abc import Sequence
+from typing import Protocol
 
 from sagellm.gateway.answers.structs import (
     ChatLogprob,
     ChatLogprobs,
     CompletionLogprobs,
+    PromptLogprob,
+    PromptLogprobs,
     TopLogprob,
 )
 from sagellm.runtime.messages import TokenLogprob
 from sagellm.runtime.models.tokenizer import Tokenizer
 
 _LEAST = -9999.0  # JSON has no infinity; what vLLM and OpenAI show instead
+
+
+class Texts(Protocol):
+    """How tokens are written in an answer."""
+
+    def bytes(self, token_id: int) -> bytes: ...
+
+    def text(self, token_id: int) -> str: ...
 
 
 class TokenTexts:
@@ -37,6 +48,19 @@ class TokenTexts:
         return found
 
 
+class TokenNames:
+    """Tokens written by their ids, `token_id:17`, so that none is taken for another."""
+
+    def __init__(self, texts: Texts) -> None:
+        self._texts = texts
+
+    def bytes(self, token_id: int) -> bytes:
+        return self._texts.bytes(token_id)
+
+    def text(self, token_id: int) -> str:
+        return f"token_id:{token_id}"
+
+
 def _spelt(content: bytes) -> str:
     try:
         return content.decode()
@@ -47,8 +71,9 @@ def _spelt(content: bytes) -> str:
 class CompletionLogprobsWriter:
     """The logprobs of one choice's pieces; offsets run on from piece to piece."""
 
-    def __init__(self, texts: TokenTexts) -> None:
+    def __init__(self, texts: Texts, num_top: int) -> None:
         self._texts = texts
+        self._num_top = num_top
         self._offset = 0
         self._characters = codecs.getincrementaldecoder("utf-8")("replace")
 
@@ -56,9 +81,7 @@ class CompletionLogprobsWriter:
         self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprob]
     ) -> CompletionLogprobs:
         """Of an echoed prompt: all tokens, of which the first has no probability."""
-        unknown = len(token_ids) - len(logprobs)
-        padded: list[TokenLogprob | None] = [*[None] * unknown, *logprobs]
-        return self._write(token_ids, padded)
+        return self._write(token_ids, _padded(token_ids, logprobs))
 
     def tokens(self, logprobs: Sequence[TokenLogprob]) -> CompletionLogprobs:
         return self._write([entry.token_id for entry in logprobs], logprobs)
@@ -77,7 +100,8 @@ class CompletionLogprobsWriter:
         """The most likely tokens, and the chosen one in any case."""
         text = self._texts.text
         top: dict[str, float] = {}
-        for token_id, logprob in (*entry.top, (entry.token_id, entry.logprob)):
+        best = entry.top[: self._num_top]
+        for token_id, logprob in (*best, (entry.token_id, entry.logprob)):
             top.setdefault(text(token_id), _shown(logprob))
         return top
 
@@ -96,12 +120,41 @@ def joined(first: CompletionLogprobs, second: CompletionLogprobs) -> CompletionL
     )
 
 
-def chat_logprobs(texts: TokenTexts, logprobs: Sequence[TokenLogprob]) -> ChatLogprobs:
+def prompt_logprobs(
+    texts: Texts, token_ids: Sequence[int], logprobs: Sequence[TokenLogprob], num_top: int
+) -> PromptLogprobs:
+    """Of a prompt's tokens and the `num_top` most likely at each place, as vLLM writes them."""
+    return [
+        None if entry is None else _prompt_logprob(texts, entry, num_top)
+        for entry in _padded(token_ids, logprobs)
+    ]
+
+
+def _prompt_logprob(texts: Texts, entry: TokenLogprob, num_top: int) -> dict[int, PromptLogprob]:
+    found = {entry.token_id: _ranked(texts, entry.token_id, entry.logprob, entry.rank)}
+    for rank, (token_id, logprob) in enumerate(entry.top[:num_top], start=1):
+        found.setdefault(token_id, _ranked(texts, token_id, logprob, rank))
+    return found
+
+
+def _ranked(texts: Texts, token_id: int, logprob: float, rank: int | None) -> PromptLogprob:
+    text = texts.bytes(token_id).decode(errors="replace")
+    return PromptLogprob(_shown(logprob), rank, text)
+
+
+def _padded(
+    token_ids: Sequence[int], logprobs: Sequence[TokenLogprob]
+) -> list[TokenLogprob | None]:
+    """One entry a token of the prompt: the first, at least, has no probability."""
+    return [*[None] * (len(token_ids) - len(logprobs)), *logprobs]
+
+
+def chat_logprobs(texts: Texts, logprobs: Sequence[TokenLogprob]) -> ChatLogprobs:
     """Of one piece of a chat's choice."""
     return ChatLogprobs([_chat_logprob(texts, entry) for entry in logprobs])
 
 
-def _chat_logprob(texts: TokenTexts, entry: TokenLogprob) -> ChatLogprob:
+def _chat_logprob(texts: Texts, entry: TokenLogprob) -> ChatLogprob:
     token_id = entry.token_id
     return ChatLogprob(
         token=texts.text(token_id),

@@ -6,7 +6,7 @@ from typing import Protocol, TypeAlias
 
 import msgspec
 
-from sagellm.gateway.answers.logprobs import TokenTexts
+from sagellm.gateway.answers.logprobs import Texts
 from sagellm.gateway.answers.structs import FinishReason, Usage
 from sagellm.gateway.answers.usage import Tally
 from sagellm.gateway.encoding import Prompt
@@ -32,11 +32,17 @@ class Asked:
     model: str
     prompts: tuple[Prompt, ...]
     num_choices: int  # of each prompt
-    has_logprobs: bool = False
+    num_logprobs: int | None = None  # most likely tokens beside each of the answer
+    num_prompt_logprobs: int | None = None  # the same of the prompt, in vLLM's form
     has_token_ids: bool = False
     has_usage: bool = False
     has_continuous_usage: bool = False
     is_echo: bool = False
+    is_prompt_only: bool = False  # what was generated is not shown
+
+    @property
+    def has_logprobs(self) -> bool:
+        return self.num_logprobs is not None
 
     @property
     def num_indices(self) -> int:
@@ -60,7 +66,7 @@ class Form(Protocol):
 
 
 class MakeForm(Protocol):
-    def __call__(self, asked: Asked, texts: TokenTexts) -> Form: ...
+    def __call__(self, asked: Asked, texts: Texts) -> Form: ...
 
 
 class Reply:
@@ -109,11 +115,25 @@ class Reply:
         """One event a choice, in the order in which their first ones came."""
         parts: dict[int, list[TokenEvent]] = {}
         for prompt, event in batch:
+            if self._asked.is_prompt_only:
+                event = _ungenerated(event)
             self._tally.count(prompt, event)
             self._num_unfinished -= event.is_last
             index = prompt * self._asked.num_choices + event.choice
             parts.setdefault(index, []).append(event)
         return [(index, joined(events)) for index, events in parts.items()]
+
+
+def _ungenerated(event: TokenEvent) -> TokenEvent:
+    """Of the prompt alone: engines make one token at least, and nobody asked for it."""
+    return msgspec.structs.replace(
+        event,
+        text="",
+        token_ids=(),
+        logprobs=(),
+        finish_reason="length" if event.finish_reason == "stop" else event.finish_reason,
+        stop_reason=None,
+    )
 
 
 def joined(events: Sequence[TokenEvent]) -> TokenEvent:

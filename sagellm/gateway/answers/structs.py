@@ -41,6 +41,18 @@ class CompletionLogprobs(msgspec.Struct, frozen=True):
     text_offset: list[int]  # in characters, from the start of the choice's text
 
 
+class PromptLogprob(msgspec.Struct, frozen=True):
+    """One token at a place of the prompt, as vLLM has it. `rank` 1: none is more likely."""
+
+    logprob: float
+    rank: int | None
+    decoded_token: str
+
+
+# By token id, the prompt's own token first; the prompt's first token has none.
+PromptLogprobs: TypeAlias = list[dict[int, PromptLogprob] | None]
+
+
 class CompletionChoice(msgspec.Struct, frozen=True):
     index: int
     text: str
@@ -49,6 +61,7 @@ class CompletionChoice(msgspec.Struct, frozen=True):
     stop_reason: str | int | None = None
     prompt_token_ids: Ids | UnsetType = UNSET
     token_ids: Ids | UnsetType = UNSET
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
 
 
 class Completion(msgspec.Struct, frozen=True, kw_only=True):
@@ -111,6 +124,7 @@ class ChatCompletion(msgspec.Struct, frozen=True, kw_only=True):
     choices: list[ChatChoice]
     usage: Usage
     prompt_token_ids: Ids | UnsetType = UNSET
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
 
 
 class ChatDelta(msgspec.Struct, frozen=True):
@@ -137,6 +151,7 @@ class ChatChunk(msgspec.Struct, frozen=True, kw_only=True):
     choices: list[ChatChunkChoice]
     usage: Usage | UnsetType | None = UNSET
     prompt_token_ids: Ids | UnsetType = UNSET
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
 
 
 class Model(msgspec.Struct, frozen=True, kw_only=True):

@@ -5,11 +5,12 @@ from starlette.responses import Response
 
 from sagellm.gateway.answers.chat import ChatForm
 from sagellm.gateway.encoding import Prompt
-from sagellm.gateway.endpoints.generation import Work, respond
+from sagellm.gateway.endpoints.generation import Work, respond, samplings_of
 from sagellm.gateway.endpoints.models import check_model
 from sagellm.gateway.gateway import Gateway
 from sagellm.gateway.protocol.chat import ChatRequest, read_chat
-from sagellm.gateway.protocol.sampling import kept_ids, sampling_of
+from sagellm.gateway.protocol.conversation import rendering_of
+from sagellm.gateway.protocol.sampling import kept_ids
 
 
 async def chat(gateway: Gateway, request: Request) -> Response:
@@ -25,7 +26,7 @@ async def _work(gateway: Gateway, body: bytes) -> Work:
     return Work(
         request=asked,
         prompts=(prompt,),
-        samplings=(sampling_of(asked, gateway.model.facts, len(prompt.token_ids)),),
+        samplings=await samplings_of(gateway, asked, (prompt,)),
         make_form=ChatForm,
         prefix="chatcmpl-",
     )
@@ -33,9 +34,9 @@ async def _work(gateway: Gateway, body: bytes) -> Work:
 
 async def _prompt(gateway: Gateway, asked: ChatRequest) -> Prompt:
     """The conversation as the model's template writes it, or its part that is kept."""
-    prompt = await gateway.encoder.chat(
-        asked.conversation, add_special_tokens=asked.add_special_tokens
-    )
+    how = rendering_of(asked, gateway.tokenizer.chat_variables)
+    add = asked.add_special_tokens
+    prompt = await gateway.encoder.chat(asked.conversation, how, add_special_tokens=add)
     kept = kept_ids(asked, prompt.token_ids, gateway.model.facts)
     if len(kept) == len(prompt.token_ids):
         return prompt

@@ -6,11 +6,11 @@ from starlette.responses import Response
 
 from sagellm.gateway.answers.completion import CompletionForm
 from sagellm.gateway.encoding import Prompt
-from sagellm.gateway.endpoints.generation import Work, respond
+from sagellm.gateway.endpoints.generation import Work, respond, samplings_of
 from sagellm.gateway.endpoints.models import check_model
 from sagellm.gateway.gateway import Gateway
 from sagellm.gateway.protocol.completions import CompletionRequest, read_completion
-from sagellm.gateway.protocol.sampling import check_ids, kept_ids, sampling_of
+from sagellm.gateway.protocol.sampling import check_ids, kept_ids
 
 
 async def completions(gateway: Gateway, request: Request) -> Response:
@@ -22,15 +22,15 @@ async def completions(gateway: Gateway, request: Request) -> Response:
 async def _work(gateway: Gateway, body: bytes) -> Work:
     asked = read_completion(body, gateway.settings.limits)
     check_model(gateway, asked.model)
-    facts = gateway.model.facts
     prompts = await _prompts(gateway, asked)
     return Work(
         request=asked,
         prompts=tuple(prompts),
-        samplings=tuple(sampling_of(asked, facts, len(prompt.token_ids)) for prompt in prompts),
+        samplings=await samplings_of(gateway, asked, prompts),
         make_form=CompletionForm,
         prefix="cmpl-",
         is_echo=asked.echo,
+        is_prompt_only=asked.is_prompt_only,
     )
 
 

@@ -5,10 +5,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from time import time
 
+import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
 from sagellm.gateway.answers.attending import attended
+from sagellm.gateway.answers.logprobs import TokenNames
 from sagellm.gateway.answers.refusals import error_of
 from sagellm.gateway.answers.reply import Asked, Batch, MakeForm, Reply
 from sagellm.gateway.answers.sse import DONE, EventStream, Outlet
@@ -18,7 +20,9 @@ from sagellm.gateway.encoding import Prompt
 from sagellm.gateway.entering import entered
 from sagellm.gateway.failure import ApiError
 from sagellm.gateway.gateway import Gateway, Hold
-from sagellm.gateway.protocol.request import Generation
+from sagellm.gateway.protocol.chat import ChatRequest
+from sagellm.gateway.protocol.completions import CompletionRequest
+from sagellm.gateway.protocol.sampling import num_logprobs, sampling_of
 from sagellm.runtime.messages import NORMAL, Sampling
 
 CLIENT_LEFT = 499  # for the log: nobody is there to read it
@@ -28,12 +32,26 @@ CLIENT_LEFT = 499  # for the log: nobody is there to read it
 class Work:
     """A checked call: one sampling a prompt; `prefix` is that of the answer's id."""
 
-    request: Generation
+    request: CompletionRequest | ChatRequest
     prompts: tuple[Prompt, ...]
     samplings: tuple[Sampling, ...]
     make_form: MakeForm
     prefix: str
     is_echo: bool = False
+    is_prompt_only: bool = False
+
+
+async def samplings_of(
+    gateway: Gateway, asked: CompletionRequest | ChatRequest, prompts: Sequence[Prompt]
+) -> tuple[Sampling, ...]:
+    """One a prompt, bad words as token ids. Raises ApiError."""
+    facts = gateway.model.facts
+    samplings = [sampling_of(asked, facts, len(prompt.token_ids)) for prompt in prompts]
+    if not asked.bad_words:
+        return tuple(samplings)
+    banned = await gateway.encoder.banned(asked.bad_words)
+    resolved = {"bad_words": (), "bad_words_token_ids": banned}
+    return tuple(msgspec.structs.replace(sampling, **resolved) for sampling in samplings)
 
 
 async def respond(gateway: Gateway, request: Request, work: Work) -> Response:
@@ -98,7 +116,9 @@ class _Running:
             gateway.claim(wanted, len(work.prompts)) as claimed,
         ):
             asked = self._asked(claimed.id)
-            yield claimed.request_ids, Reply(asked, work.make_form(asked, gateway.tokens)), hold
+            names = work.request.return_tokens_as_token_ids
+            texts = TokenNames(gateway.tokens) if names else gateway.tokens
+            yield claimed.request_ids, Reply(asked, work.make_form(asked, texts)), hold
 
     def _asked(self, claimed_id: str) -> Asked:
         work, request = self._work, self._work.request
@@ -108,11 +128,13 @@ class _Running:
             model=self._gateway.model.id,
             prompts=work.prompts,
             num_choices=request.n,
-            has_logprobs=work.samplings[0].logprobs is not None,
+            num_logprobs=num_logprobs(request),
+            num_prompt_logprobs=request.prompt_logprobs,
             has_token_ids=request.return_token_ids,
             has_usage=request.has_usage,
             has_continuous_usage=request.has_continuous_usage,
             is_echo=work.is_echo,
+            is_prompt_only=work.is_prompt_only,
         )
 
     def _entries(self, ids: Sequence[str]) -> list[Entry]:

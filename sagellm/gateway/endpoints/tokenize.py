@@ -6,6 +6,7 @@ from starlette.responses import Response
 from sagellm.gateway.answers.structs import Detokenized, TokenizerFacts, Tokens
 from sagellm.gateway.endpoints.models import check_model, json_response
 from sagellm.gateway.gateway import Gateway
+from sagellm.gateway.protocol.conversation import rendering_of
 from sagellm.gateway.protocol.sampling import check_ids
 from sagellm.gateway.protocol.tokenize import (
     TokenizePrompt,
@@ -62,5 +63,6 @@ async def _token_ids(gateway: Gateway, asked: TokenizeRequest) -> tuple[int, ...
     add = asked.add_special_tokens
     if isinstance(asked, TokenizePrompt):
         return await gateway.encoder.text(asked.prompt, add_special_tokens=add)
-    prompt = await gateway.encoder.chat(asked.conversation, add_special_tokens=add)
+    how = rendering_of(asked, gateway.tokenizer.chat_variables)
+    prompt = await gateway.encoder.chat(asked.conversation, how, add_special_tokens=add)
     return prompt.token_ids

@@ -10,8 +10,7 @@ from sagellm.gateway.protocol.reading import read_fields
 from sagellm.gateway.protocol.request import Generation, Text, TokenId
 from sagellm.gateway.protocol.sizes import at_most, check_generation
 from sagellm.gateway.settings import Limits
-
-MAX_LOGPROBS = 5  # as in the OpenAI API
+from sagellm.runtime.sampling import MAX_LOGPROBS, RANGES
 
 TokenIds: TypeAlias = Annotated[list[TokenId], Meta(min_length=1)]
 # A list is all text, all ids, or all lists of ids; a type cannot say it, `_check_prompt` does.
@@ -20,14 +19,21 @@ Prompt: TypeAlias = Text | Annotated[list[Text | TokenId | TokenIds], Meta(min_l
 
 class CompletionRequest(Generation, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The body of a completion. `logprobs` k: those of the chosen and the k most likely tokens,
-    with `echo` of the prompt's tokens too.
+    with `echo` of the prompt's tokens too. With `echo`, `max_tokens` may be 0: then the answer is
+    the prompt, and its logprobs.
     """
 
     prompt: Prompt
+    max_tokens: Annotated[int, Meta(ge=0, le=RANGES["max_tokens"][1])] | None = None
     echo: bool = False
     logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
-    best_of: int | None = None  # built where it is `n`: then nothing is left to choose
+    best_of: int | None = None  # 1, or `n`: then nothing is left to choose
     add_special_tokens: bool = True
+
+    @property
+    def is_prompt_only(self) -> bool:
+        """Whether nothing is to be generated."""
+        return self.echo and self.asked_tokens == 0
 
     @property
     def prompts(self) -> tuple[str | tuple[int, ...], ...]:
@@ -44,7 +50,9 @@ def read_completion(body: bytes, limits: Limits) -> CompletionRequest:
     request = convert(read_fields(body, CompletionRequest, limits), CompletionRequest)
     check_generation(request, limits)
     _check_prompt(request.prompt, limits)
-    if request.best_of not in (None, request.n):
+    if request.asked_tokens == 0 and not request.echo:
+        raise wrong("max_tokens", "is 0; it must be 1 or more, or `echo` must be true")
+    if request.best_of not in (None, 1, request.n):
         raise wrong("best_of", f"is {request.best_of}; only the value of n ({request.n}) is served")
     return request
 

@@ -8,6 +8,7 @@ import msgspec
 from sagellm.gateway.failure import ApiError, wrong
 from sagellm.gateway.protocol.messages import Role
 from sagellm.gateway.protocol.request import Effort, Side
+from sagellm.gateway.protocol.tools import ToolChoice
 
 T = TypeVar("T")
 
@@ -18,6 +19,7 @@ _CHOICES = {
     "reasoning_effort": get_args(Effort),
     "truncation_side": get_args(Side),
     "type": ("text",),
+    "tool_choice": get_args(ToolChoice),
 }
 _STEP = re.compile(r"\.?(\w+)|\[(\d+)\]")
 
@@ -40,12 +42,13 @@ def _refusal(fault: str, plain: dict[str, Any]) -> ApiError:
         param = f"{param}.{missing.group(1)}".lstrip(".")
         return wrong(param, "is missing", "missing_required_parameter")
     if what.startswith("Invalid enum value"):  # goes on with the value, which is the client's text
-        return wrong(param, f"must be one of {', '.join(_CHOICES[_leaf(param)])}")
+        return wrong(param, f"must be one of {', '.join(_choices(param))}")
     return wrong(param, _number(param, plain) + what[:1].lower() + what[1:])
 
 
-def _leaf(param: str) -> str:
-    return param.rpartition(".")[2]
+def _choices(param: str) -> tuple[str, ...]:
+    leaf = param.rpartition(".")[2]
+    return ("function",) if leaf == "type" and "tool" in param else _CHOICES[leaf]
 
 
 def _number(param: str, plain: Any) -> str:

@@ -1,19 +1,22 @@
-"""The fields of one JSON object: known ones are kept, unbuilt and unknown ones refused."""
+"""The fields of one JSON object: known ones are kept, foreign ones judged, others refused."""
 
 from typing import Any
 
 from sagellm.gateway.failure import ApiError, wrong
+from sagellm.gateway.protocol.foreign import Foreign
 from sagellm.gateway.protocol.names import shown
-from sagellm.gateway.protocol.unbuilt import Unbuilt, refuse_unbuilt
+from sagellm.gateway.protocol.taken import check_taken
+from sagellm.gateway.protocol.unbuilt import refuse_unbuilt
 from sagellm.graphs.vocabulary import nearest
 
 _GUESSED_LEN = 64  # names beyond are nobody's slip, and comparing them takes long
 
 
 def fields_of(
-    value: Any, known: tuple[str, ...], unbuilt: Unbuilt, where: str = ""
+    value: Any, known: tuple[str, ...], foreign: Foreign, where: str = ""
 ) -> dict[str, Any]:
-    """What the object says, null being unsaid. `where` is its own place: "messages[0]".
+    """What the object says, null being unsaid, of whatever field. `where` is its own place:
+    "messages[0]".
 
     Raises ApiError (400) that names the first field which is not served.
     """
@@ -22,16 +25,19 @@ def fields_of(
     return {
         name: said
         for name, said in value.items()
-        if _is_said(name, said, known, unbuilt, f"{where}." if where else "")
+        if _is_said(name, said, known, foreign, f"{where}." if where else "")
     }
 
 
-def _is_said(name: str, said: Any, known: tuple[str, ...], unbuilt: Unbuilt, prefix: str) -> bool:
-    if name in known:
+def _is_said(name: str, said: Any, known: tuple[str, ...], foreign: Foreign, prefix: str) -> bool:
+    if said is None or name in known:
         return said is not None
-    if name not in unbuilt:
+    if name in foreign.taken:
+        check_taken(prefix + name, said, foreign.taken[name])
+    elif name in foreign.unbuilt:
+        refuse_unbuilt(prefix + name, said, foreign.unbuilt[name])
+    else:
         raise _unknown(name, known, prefix)
-    refuse_unbuilt(prefix + name, said, unbuilt[name])
     return False
 
 

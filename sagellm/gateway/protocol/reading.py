@@ -5,9 +5,9 @@ from typing import Any
 import msgspec
 
 from sagellm.gateway.protocol.fields import fields_of
+from sagellm.gateway.protocol.foreign import REQUEST, STREAM_OPTIONS
 from sagellm.gateway.protocol.json import read_json
 from sagellm.gateway.protocol.request import StreamOptions
-from sagellm.gateway.protocol.unbuilt import REQUEST, STREAM_OPTIONS
 from sagellm.gateway.settings import Limits
 
 

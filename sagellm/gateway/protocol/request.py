@@ -16,12 +16,16 @@ def within(name: str) -> Meta:
 
 
 MAX_STOP_TOKEN_IDS = 1024
+MAX_ALLOWED_TOKEN_IDS = 1 << 18
+MAX_BAD_WORDS = 128
+MAX_BAD_WORD_LEN = 256
 MAX_SALT_LEN = 64
 MAX_HINT_LEN = 512
 MAX_WAIT_S = 86_400.0
 
 TokenId: TypeAlias = Annotated[int, Meta(ge=0, lt=1 << 31)]
 Text: TypeAlias = Annotated[str, Meta(min_length=1)]
+BadWord: TypeAlias = Annotated[str, Meta(min_length=1, max_length=MAX_BAD_WORD_LEN)]
 Hint: TypeAlias = Annotated[str, Meta(max_length=MAX_HINT_LEN)]
 Seconds: TypeAlias = Annotated[float, Meta(gt=0, le=MAX_WAIT_S)]
 TokenKey: TypeAlias = Annotated[str, Meta(pattern=r"^(0|[1-9][0-9]{0,9})$(?!\n)")]
@@ -66,6 +70,12 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     repetition_penalty: Annotated[float, within("repetition_penalty")] = 1.0
     min_tokens: Annotated[int, within("min_tokens")] = 0
     stop_token_ids: Annotated[list[TokenId], Meta(max_length=MAX_STOP_TOKEN_IDS)] = []
+    allowed_token_ids: (
+        Annotated[list[TokenId], Meta(min_length=1, max_length=MAX_ALLOWED_TOKEN_IDS)] | None
+    ) = None
+    bad_words: Annotated[list[BadWord], Meta(max_length=MAX_BAD_WORDS)] = []
+    prompt_logprobs: Annotated[int, within("prompt_logprobs")] | None = None
+    return_tokens_as_token_ids: bool = False
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     ignore_eos: bool = False

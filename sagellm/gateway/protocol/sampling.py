@@ -45,15 +45,19 @@ def sampling_of(
     check_ids("stop_token_ids", request.stop_token_ids, facts)
     bias = {int(token): value for token, value in request.logit_bias.items()}
     check_ids("logit_bias", bias, facts)
+    allowed = request.allowed_token_ids or []
+    check_ids("allowed_token_ids", allowed, facts)
     same: dict[str, Any] = {name: getattr(request, name) for name in _SAME}
     sampling = Sampling(
         **same,
         max_tokens=max_tokens,
         top_k=max(0, request.top_k),
         logit_bias=bias,
+        allowed_token_ids=tuple(sorted(set(allowed))),
+        bad_words=tuple(request.bad_words),
         stop=request.stops,
         stop_token_ids=tuple(request.stop_token_ids),
-        logprobs=_num_logprobs(request),
+        logprobs=num_logprobs(request),
         prompt_logprobs=_num_prompt_logprobs(request),
     )
     fault = fault_of(sampling)
@@ -93,6 +97,8 @@ def _max_tokens(
     room = facts.max_model_len - num_prompt_tokens
     if (request.asked_tokens or 1) > room:
         raise _too_long(prompt, num_prompt_tokens, request.asked_tokens, facts)
+    if request.asked_tokens == 0:
+        return 1  # of the prompt alone; engines make one token, which is not shown
     default = room if isinstance(request, ChatRequest) else _COMPLETION_TOKENS
     return request.asked_tokens or min(default, room, int(RANGES["max_tokens"][1]))
 
@@ -103,12 +109,16 @@ def _too_long(prompt: str, num_prompt: int, asked: int | None, facts: ModelFacts
     return wrong(prompt, message, "context_length_exceeded")
 
 
-def _num_logprobs(request: CompletionRequest | ChatRequest) -> int | None:
+def num_logprobs(request: CompletionRequest | ChatRequest) -> int | None:
+    """Most likely tokens to show beside each of the answer; None: no logprobs at all."""
     if isinstance(request, CompletionRequest):
         return request.logprobs
     return (request.top_logprobs or 0) if request.logprobs else None
 
 
 def _num_prompt_logprobs(request: CompletionRequest | ChatRequest) -> int | None:
+    """As many as either form of the answer shows: vLLM's own, or the logprobs of an echo."""
     is_echo = isinstance(request, CompletionRequest) and request.echo
-    return _num_logprobs(request) if is_echo else None
+    echoed = num_logprobs(request) if is_echo else None
+    asked = [number for number in (request.prompt_logprobs, echoed) if number is not None]
+    return max(asked, default=None)

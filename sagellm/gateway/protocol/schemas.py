@@ -9,10 +9,19 @@ import msgspec
 
 from sagellm.gateway.protocol.chat import ChatRequest
 from sagellm.gateway.protocol.completions import CompletionRequest
+from sagellm.gateway.protocol.foreign import (
+    FUNCTION_CALL,
+    MESSAGE,
+    PART,
+    REQUEST,
+    STREAM_OPTIONS,
+    TOOL_CALL,
+    Foreign,
+)
 from sagellm.gateway.protocol.messages import MAX_PARTS, Message, TextPart
 from sagellm.gateway.protocol.request import StreamOptions
 from sagellm.gateway.protocol.tokenize import DetokenizeRequest, TokenizeChat, TokenizePrompt
-from sagellm.gateway.protocol.unbuilt import MESSAGE, PART, REQUEST, STREAM_OPTIONS, Unbuilt
+from sagellm.gateway.protocol.tools import FunctionCall, ToolCall
 from sagellm.gateway.settings import Limits
 
 Schema: TypeAlias = dict[str, Any]
@@ -21,7 +30,7 @@ Struct: TypeAlias = type[msgspec.Struct]
 _PLACE = "#/components/schemas/{name}"
 _NULL: Schema = {"type": "null"}
 # What clients send, with the fields that may stand there as long as they ask for nothing.
-_SENT: dict[Struct, Unbuilt] = {
+_SENT: dict[Struct, Foreign] = {
     CompletionRequest: REQUEST,
     ChatRequest: REQUEST,
     TokenizePrompt: REQUEST,
@@ -30,18 +39,39 @@ _SENT: dict[Struct, Unbuilt] = {
     StreamOptions: STREAM_OPTIONS,
     Message: MESSAGE,
     TextPart: PART,
+    ToolCall: TOOL_CALL,
+    FunctionCall: FUNCTION_CALL,
+}
+# A message has content, unless it is one of the assistant with calls.
+_HAS_CONTENT: Schema = {
+    "anyOf": [
+        {"required": ["content"], "properties": {"content": {"type": ["string", "array"]}}},
+        {
+            "required": ["tool_calls"],
+            "properties": {
+                "role": {"enum": ["assistant"]},
+                "tool_calls": {"type": "array", "minItems": 1},
+            },
+        },
+    ]
 }
 
 
 def schemas_of(structs: Iterable[Struct], limits: Limits) -> dict[str, Schema]:
     """The schema of each struct, and of those inside it, by name."""
     _, schemas = msgspec.json.schema_components(structs, ref_template=_PLACE)
-    for struct, unbuilt in _SENT.items():
+    for struct, foreign in _SENT.items():
         if struct.__name__ in schemas:
-            _open(schemas[struct.__name__], unbuilt)
+            _open(schemas[struct.__name__], foreign)
+    if Message.__name__ in schemas:
+        schemas[Message.__name__] |= _HAS_CONTENT
     for schema in schemas.values():
         schema["description"] = cleandoc(schema.get("description", schema["title"]))
         _bound(schema.get("properties", {}), limits)
+    if CompletionRequest.__name__ in schemas:
+        properties = schemas[CompletionRequest.__name__]["properties"]
+        properties["prompt"] = _prompt(limits)
+        properties["best_of"] = {"enum": [None, 1], "description": "or the value of `n`"}
     return schemas
 
 
@@ -49,14 +79,19 @@ def reference(struct: Struct) -> Schema:
     return {"$ref": _PLACE.format(name=struct.__name__)}
 
 
-def _open(schema: Schema, unbuilt: Unbuilt) -> None:
-    """Where a field need not be said, null is as good; and so is asking an unbuilt one nothing."""
+def _open(schema: Schema, foreign: Foreign) -> None:
+    """Where a field need not be said, null is as good, whatever its name; and so is asking an
+    unbuilt one nothing.
+    """
     properties, required = schema["properties"], schema.get("required", ())
     for name, known in properties.items():
         if name not in required:
             properties[name] = _or_null(known)
-    for name, harmless in unbuilt.items():
+    for name, harmless in foreign.unbuilt.items():
         properties.setdefault(name, {"enum": [None, *deepcopy(harmless)]})
+    for name, taken in foreign.taken.items():
+        properties.setdefault(name, {"type": [taken.type, "null"], "description": taken.note})
+    schema["additionalProperties"] = _NULL
 
 
 def _or_null(schema: Schema) -> Schema:
@@ -83,9 +118,6 @@ def _bound(properties: dict[str, Schema], limits: Limits) -> None:
             schema["maximum"] = min(schema["maximum"], limits.num_choices)
     if "stop" in properties:
         properties["stop"] = _stop(limits)
-    if "echo" in properties:
-        properties["prompt"] = _prompt(limits)
-        properties["best_of"] = {"enum": [None]} | {"description": "or the value of `n`"}
 
 
 def _branches(schema: Schema) -> Iterator[Schema]:

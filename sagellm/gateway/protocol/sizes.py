@@ -35,8 +35,6 @@ def _check_stops(request: Generation, limits: Limits) -> None:
 
 
 def _check_pairs(request: Generation) -> None:
-    if request.stream_options is not None and not request.stream:
-        raise wrong("stream_options", "needs `stream`: true")
     asked = request.max_tokens, request.max_completion_tokens
     if None not in asked and asked[0] != asked[1]:
         raise wrong("max_tokens", f"is {asked[0]}, but max_completion_tokens is {asked[1]}")

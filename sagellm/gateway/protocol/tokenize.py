@@ -6,14 +6,20 @@ import msgspec
 from msgspec import Meta
 
 from sagellm.gateway.failure import wrong
+from sagellm.gateway.protocol.conversation import (
+    Variables,
+    check_conversation,
+    plain_messages,
+)
 from sagellm.gateway.protocol.convert import convert
 from sagellm.gateway.protocol.fields import fields_of
+from sagellm.gateway.protocol.foreign import REQUEST
 from sagellm.gateway.protocol.json import read_json
 from sagellm.gateway.protocol.messages import Message, read_messages
 from sagellm.gateway.protocol.reading import read_fields
 from sagellm.gateway.protocol.request import TokenId
 from sagellm.gateway.protocol.sizes import check_model_name
-from sagellm.gateway.protocol.unbuilt import REQUEST
+from sagellm.gateway.protocol.tools import Tools
 from sagellm.gateway.settings import Limits
 
 
@@ -27,17 +33,21 @@ class TokenizePrompt(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
 
 class TokenizeChat(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A conversation to render, count and cut."""
+    """A conversation to render, count and cut, as a chat would."""
 
     messages: Annotated[list[Message], Meta(min_length=1)]
     model: str | None = None
     add_special_tokens: bool = False
     return_token_strs: bool = False
+    tools: Tools = []
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
+    chat_template_kwargs: Variables = {}
 
     @property
-    def conversation(self) -> list[dict[str, str]]:
+    def conversation(self) -> list[dict[str, Any]]:
         """The messages as a chat template takes them."""
-        return [message.plain for message in self.messages]
+        return plain_messages(self)
 
 
 TokenizeRequest: TypeAlias = TokenizePrompt | TokenizeChat
@@ -59,6 +69,8 @@ def read_tokenize(body: bytes, limits: Limits) -> TokenizeRequest:
         said["messages"] = read_messages(said["messages"], limits)
     request = convert(said, struct)
     check_model_name(request.model, limits)
+    if isinstance(request, TokenizeChat):
+        check_conversation(request, limits)
     return request
 
 

@@ -1,4 +1,7 @@
-"""Fields of the OpenAI API and of vLLM that are not built: refused, unless they ask for nothing."""
+"""Fields of other APIs that are not built: refused, unless they ask for nothing.
+
+What one endpoint builds and another does not stands here too: an endpoint looks at its own first.
+"""
 
 from collections.abc import Mapping
 from typing import Any, TypeAlias
@@ -11,27 +14,20 @@ Unbuilt: TypeAlias = Mapping[str, tuple[Any, ...]]
 REQUEST: Unbuilt = {
     # OpenAI
     "audio": (),
+    "best_of": (1,),
+    "echo": (False,),
     "function_call": ("none",),
     "functions": ([],),
-    "metadata": ({},),
     "modalities": (["text"],),
     "moderation": (),
     "parallel_tool_calls": (True, False),  # there are no tool calls
-    "prediction": (),
-    "prompt_cache_options": (),
-    "prompt_cache_retention": (),
     "response_format": ({"type": "text"},),
-    "service_tier": ("auto", "default"),
-    "store": (False,),
     "suffix": (),
     "tool_choice": ("none",),
     "tools": ([],),
-    "verbosity": ("medium",),
     "web_search_options": (),
     # vLLM
     "add_generation_prompt": (True,),
-    "allowed_token_ids": (),
-    "bad_words": ([],),
     "chat_template": (),
     "chat_template_kwargs": ({},),
     "continue_final_message": (False,),
@@ -53,11 +49,9 @@ REQUEST: Unbuilt = {
     "media_io_kwargs": ({},),
     "mm_processor_kwargs": ({},),
     "prompt_embeds": (),
-    "prompt_logprobs": (),
     "repetition_detection": (),
     "return_prompt_text": (False,),
     "return_token_offsets": (False,),
-    "return_tokens_as_token_ids": (False,),
     "session_id": (),
     "spaces_between_special_tokens": (True,),
     "stream_interval": (1,),
@@ -78,19 +72,14 @@ MESSAGE: Unbuilt = {
     "annotations": ([],),
     "audio": (),
     "function_call": (),
-    "reasoning": (),
-    "reasoning_content": (),
     "refusal": (),
-    "tool_calls": ([],),
 }
 PART: Unbuilt = {
     "annotations": ([],),
     "audio_url": (),
-    "cache_control": (),
     "file": (),
     "image_url": (),
     "input_audio": (),
-    "prompt_cache_breakpoint": (),
     "refusal": (),
     "video_url": (),
 }

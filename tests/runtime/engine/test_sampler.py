@@ -6,10 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers.generation import NoBadWordsLogitsProcessor
 
 from sagellm.runtime.engine import sampler
 from sagellm.runtime.engine.mailbox import Mailbox
-from sagellm.runtime.engine.sampler import draw, uniform
+from sagellm.runtime.engine.sampler import banned_tokens, draw, uniform
 from sagellm.runtime.engine.sequence import Sequence
 from sagellm.runtime.messages import Sampling, SequenceState
 
@@ -75,6 +76,43 @@ def test_the_input_is_not_changed():
 def test_logit_bias_moves_the_largest():
     assert draw_one(row(logit_bias={3: 10.0})) == 3
     assert draw_one(row(logit_bias={1: -100.0})) == 4
+
+
+def test_only_allowed_tokens_are_drawn():
+    assert draw_one(row(allowed_token_ids=(0, 2, 3))) == 2
+    assert draw_one(row(allowed_token_ids=(3,), logit_bias={1: 100.0})) == 3
+    warm = {
+        draw_one(row(allowed_token_ids=(2, 4), temperature=5.0, seed=seed)) for seed in range(40)
+    }
+    assert warm == {2, 4}
+
+
+def test_a_word_of_one_token_is_never_drawn():
+    assert draw_one(row(bad_words_token_ids=((1,),))) == 4
+    assert draw_one(row(bad_words_token_ids=((1,), (4,)))) == 2
+
+
+def test_a_word_is_not_completed_but_its_tokens_may_stand_elsewhere():
+    banned = ((5, 4, 1),)
+    assert draw_one(row(output=(5, 4), bad_words_token_ids=banned)) == 4
+    assert draw_one(row(output=(4,), bad_words_token_ids=banned)) == 1
+    assert draw_one(row(output=(5, 4, 2), bad_words_token_ids=banned)) == 1
+
+
+def test_a_prompt_bans_nothing():
+    """As in vLLM: what counts is what is generated."""
+    assert draw_one(row(prompt=(5,), output=(4,), bad_words_token_ids=((5, 4, 1),))) == 1
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_banned_tokens_are_those_of_transformers(seed):
+    generator = torch.Generator().manual_seed(seed)
+    output = torch.randint(0, 3, (1, 9), generator=generator)
+    lengths = torch.randint(1, 5, (12,), generator=generator).tolist()
+    words = [torch.randint(0, 3, (n,), generator=generator).tolist() for n in lengths]
+    scores = NoBadWordsLogitsProcessor(words, eos_token_id=99)(output, torch.zeros(1, 4))
+    right = scores[0].isinf().nonzero().flatten().tolist()
+    assert sorted(set(banned_tokens(words, output[0].tolist()))) == right
 
 
 def test_min_tokens_mask_the_end():

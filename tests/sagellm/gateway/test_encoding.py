@@ -32,7 +32,7 @@ class Watched(ByteTokenizer):
         self.threads.add(_kind())
         return super().decode(token_ids)
 
-    def apply_chat_template(self, messages: Any) -> str:
+    def apply_chat_template(self, messages: Any, *how: Any) -> str:
         self.threads.add(_kind())
         self.goes_on.wait()
         return super().apply_chat_template(messages)
@@ -112,7 +112,7 @@ def test_spellings_of_many_tokens_are_looked_up_in_a_thread(run):
 
 async def test_what_a_template_says_of_its_messages_is_not_repeated():
     class Broken(ByteTokenizer):
-        def apply_chat_template(self, messages: Any) -> str:
+        def apply_chat_template(self, messages: Any, *how: Any) -> str:
             raise ChatTemplateError("at 0x7f: hey")
 
     with pytest.raises(ApiError) as caught:

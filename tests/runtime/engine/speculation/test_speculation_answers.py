@@ -21,6 +21,10 @@ SAMPLINGS = {
     "hot": {"temperature": 5.0, "top_k": 40, "min_p": 0.01, "seed": 12},
     "penalties": {"repetition_penalty": 1.1, "presence_penalty": 0.2, "frequency_penalty": 0.4},
     "warm penalties": {"temperature": 0.7, "seed": 3, "frequency_penalty": 0.3},
+    "masks": {
+        "allowed_token_ids": tuple(range(VOCAB_SIZE // 2)),
+        "bad_words_token_ids": tuple((a, b) for a in range(0, 90, 2) for b in range(0, 90, 3)),
+    },
     "bias": {"logit_bias": {5: 6.0, 9: 5.0}},
     "logprobs": {"logprobs": 3, "prompt_logprobs": 1},
     "ends": {"ignore_eos": False, "logit_bias": {EOS: 12.0}, "min_tokens": 7},

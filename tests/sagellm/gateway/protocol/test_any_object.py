@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from sagellm.gateway.failure import ApiError
 from sagellm.gateway.protocol.chat import ChatRequest, read_chat
 from sagellm.gateway.protocol.completions import CompletionRequest, read_completion
+from sagellm.gateway.protocol.conversation import rendering_of
+from sagellm.gateway.protocol.foreign import MESSAGE, PART, REQUEST, TOOL_CALL
 from sagellm.gateway.protocol.messages import Message, TextPart
 from sagellm.gateway.protocol.request import StreamOptions
 from sagellm.gateway.protocol.sampling import ModelFacts, kept_ids, sampling_of
@@ -20,7 +22,7 @@ from sagellm.gateway.protocol.tokenize import (
     read_detokenize,
     read_tokenize,
 )
-from sagellm.gateway.protocol.unbuilt import MESSAGE, PART, REQUEST
+from sagellm.gateway.protocol.tools import FunctionCall, ToolCall
 from sagellm.gateway.settings import Limits
 from sagellm.runtime.sampling import fault_of
 
@@ -33,8 +35,9 @@ INSIDE = st.sampled_from(
         *Message.__struct_fields__,
         *TextPart.__struct_fields__,
         *StreamOptions.__struct_fields__,
-        *MESSAGE,
-        *PART,
+        *(name for tables in (MESSAGE, PART, TOOL_CALL) for table in tables for name in table),
+        *FunctionCall.__struct_fields__,
+        *ToolCall.__struct_fields__,
         *("5", "99", MARK + "!"),
     ]
 )
@@ -44,7 +47,14 @@ VALUES = st.recursive(
     max_leaves=8,
 )
 PARTS = st.lists(st.fixed_dictionaries({"type": st.just("text"), "text": TEXT}), max_size=2)
-MESSAGES = st.fixed_dictionaries({"role": TEXT | st.just("user"), "content": TEXT | PARTS})
+ARGUMENTS = TEXT | st.sampled_from(['{"a": 1}', "[]", '{"a": "\\u0000"}', "{" * 99])
+CALLS = st.fixed_dictionaries(
+    {"function": st.fixed_dictionaries({"name": TEXT, "arguments": ARGUMENTS})}
+)
+MESSAGES = st.fixed_dictionaries(
+    {"role": TEXT | st.sampled_from(["user", "assistant"]), "content": TEXT | PARTS | st.none()},
+    optional={"tool_calls": st.lists(CALLS | VALUES, max_size=2)},
+)
 IDS = st.lists(st.integers(-1, 120), max_size=3)
 PROMPT = TEXT | st.lists(TEXT, max_size=3) | IDS | st.lists(IDS, max_size=2)
 # How each is read, what its body cannot do without, and all that may stand beside it.
@@ -68,7 +78,9 @@ FORMS: dict[str, tuple[Any, dict[str, Any], tuple[str, ...]]] = {
 def bodies(needed: dict[str, Any], known: tuple[str, ...]) -> Any:
     """Mostly fields that are known, with any value; now and then one that is not."""
     optional = {name: VALUES for name in known if name not in needed}
-    strange = st.dictionaries(st.sampled_from([*REQUEST, MARK + "!", ""]), VALUES, max_size=1)
+    strange = st.dictionaries(
+        st.sampled_from([*REQUEST.unbuilt, *REQUEST.taken, MARK + "!", ""]), VALUES, max_size=1
+    )
     said = st.fixed_dictionaries(needed, optional=optional)
     return st.builds(lambda said, more: {**more, **said}, said, st.just({}) | strange)
 
@@ -81,6 +93,8 @@ def test_any_object_is_a_request_or_refused(name: str, data: st.DataObject) -> N
     try:
         request = read(json.dumps(body).encode(), Limits())
         if isinstance(request, CompletionRequest | ChatRequest):
+            if isinstance(request, ChatRequest):
+                rendering_of(request, frozenset({"thinking", MARK}))
             kept_ids(request, (1, 2, 3), FACTS)
             assert fault_of(sampling_of(request, FACTS, 3)) is None
     except ApiError as error:

@@ -92,7 +92,7 @@ ROWS: list[tuple[str, list[Any], list[Any]]] = [
     ("frequency_penalty", [-2, 0, 2, None], [2.1, 99]),
     ("seed", [0, -(2**63), 2**63 - 1, None], [2**63, 1.5, True, "1"]),
     ("min_tokens", [0, 8, None], [-1, 10**9, 1.5]),
-    ("logprobs", [0, 5, None], [-1, 6, True, 1.5]),
+    ("logprobs", [0, 20, None], [-1, 21, True, 1.5]),
     ("echo", [True, False, None], [1, "true"]),
     ("stream", [True, False, None], [1, "true"]),
     ("stop", ["a", ["a", "b"], [], ["x"] * 16, "x" * 1024, None], ["", ["a", ""], [1], 1]),
@@ -146,7 +146,7 @@ def test_values_out_of_range_are_refused_by_name(field: str, value: Any) -> None
     ("field", "value", "says"),
     [
         ("n", 17, "is 17; the limit is 16"),
-        ("logprobs", 6, "is 6; expected `int` <= 5"),
+        ("logprobs", 21, "is 21; expected `int` <= 20"),
         ("stop", ["x"] * 17, "has 17 strings; the limit is 16"),
         ("stop", "x" * (1 << 20), "has 1048576 bytes in one string; the limit is 1024"),
         ("stop", ["é" * 600], "has 1200 bytes in one string; the limit is 1024"),
@@ -192,7 +192,7 @@ def test_stream_options_are_read() -> None:
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"stream_options": {}}, "stream_options"),
+        ({"stream_options": []}, "stream_options"),
         ({"stream": True, "stream_options": []}, "stream_options"),
         ({"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
         ({"stream": True, "stream_options": {"usage": True}}, "stream_options.usage"),

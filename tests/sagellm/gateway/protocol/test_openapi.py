@@ -98,6 +98,10 @@ def test_the_operators_limits_are_in_it() -> None:
     assert json.dumps(prompt).count('"maxItems": 4') == 2
 
 
+USER = {"role": "user", "content": "a"}
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}, "index": 0}
+
 GOOD: list[tuple[str, Any]] = [
     ("/v1/completions", {"prompt": "a"}),
     ("/v1/completions", {"prompt": ["a", "b"], "n": 16, "stop": None}),
@@ -106,7 +110,17 @@ GOOD: list[tuple[str, Any]] = [
     ("/v1/completions", {"prompt": [[1], [2]], "tools": None, "store": False}),
     ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}]}),
     ("/v1/chat/completions", {"messages": [{"role": "user", "content": [], "refusal": None}]}),
+    ("/v1/completions", {"prompt": "a", "best_of": 1, "max_tokens": 0, "echo": True}),
+    ("/v1/completions", {"prompt": "a", "nobody_knows_it": None, "timeout": 2.5}),
+    ("/v1/completions", {"prompt": "a", "logprobs": 20, "prompt_logprobs": 20}),
+    ("/v1/chat/completions", {"messages": [USER], "tools": [], "tool_choice": "auto"}),
+    ("/v1/chat/completions", {"messages": [USER], "tools": [TOOL], "tool_choice": "none"}),
+    ("/v1/chat/completions", {"messages": [USER], "echo": False, "best_of": 1, "reasoning": {}}),
+    ("/v1/chat/completions", {"messages": [{"role": "assistant", "tool_calls": [CALL]}, USER]}),
+    ("/v1/chat/completions", {"messages": [{**USER, "id": "m1", "reasoning_content": "so"}]}),
+    ("/v1/chat/completions", {"messages": [USER], "chat_template_kwargs": {"thinking": True}}),
     ("/tokenize", {"prompt": "a"}),
+    ("/tokenize", {"messages": [USER], "tools": [TOOL], "add_generation_prompt": False}),
     ("/tokenize", {"messages": [{"role": "user", "content": "a"}], "chat_template": None}),
     ("/detokenize", {"tokens": [1]}),
 ]
@@ -119,7 +133,20 @@ BAD: list[tuple[str, Any]] = [
     ("/v1/completions", {"prompt": "a", "n": 0}),
     ("/v1/completions", {"prompt": "a", "temperature": -1}),
     ("/v1/completions", {"prompt": "a", "top_p": 0}),
-    ("/v1/completions", {"prompt": "a", "logprobs": 6}),
+    ("/v1/completions", {"prompt": "a", "logprobs": 21}),
+    ("/v1/completions", {"prompt": "a", "best_of": 2}),
+    ("/v1/completions", {"prompt": "a", "allowed_token_ids": []}),
+    ("/v1/completions", {"prompt": "a", "bad_words": [""]}),
+    ("/v1/completions", {"prompt": "a", "store": 1}),
+    ("/v1/completions", {"prompt": "a", "tools": [TOOL]}),
+    ("/v1/chat/completions", {"messages": [USER], "echo": True}),
+    ("/v1/chat/completions", {"messages": [USER], "max_tokens": 0}),
+    ("/v1/chat/completions", {"messages": [USER], "tool_choice": "required"}),
+    ("/v1/chat/completions", {"messages": [USER], "chat_template_kwargs": {"a": []}}),
+    ("/v1/chat/completions", {"messages": [{"role": "assistant", "content": None}]}),
+    ("/v1/chat/completions", {"messages": [{"role": "assistant", "tool_calls": []}]}),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "tool_calls": [CALL]}]}),
+    ("/v1/chat/completions", {"messages": [{**USER, "cache_control": "x"}]}),
     ("/v1/completions", {"prompt": "a", "stop": ["x"] * 17}),
     ("/v1/completions", {"prompt": "a", "logit_bias": {"a": 1}}),
     ("/v1/completions", {"prompt": "a", "suffix": "b"}),
@@ -148,15 +175,20 @@ def test_the_schema_forbids_what_is_refused(path: str, body: Any) -> None:
 
 # What no schema says: fields that need each other, and characters that JSON cannot carry well.
 UNSAID = (
-    "stream_options: needs",
     "top_logprobs: needs",
     "max_completion_tokens is",
     "truncate_prompt_tokens: is 0",
     "bytes in one string",
+    "max_tokens: is 0",
+    "tools: this server makes no tool calls",
+    "arguments: must be the JSON text of an object",
+    "stands beside continue_final_message",
+    "continue_final_message: needs",
     "there is none with a name",
     "has a NUL",
     "lone surrogate",
     "integer -0",
+    "an integer of more than",
     "64-bit floats",
 )
 

@@ -57,6 +57,8 @@ def test_everything_that_is_said_reaches_the_engine() -> None:
         "include_stop_str_in_output": True,
         "skip_special_tokens": False,
         "ignore_eos": True,
+        "allowed_token_ids": [9, 5, 5],
+        "bad_words": ["no"],
         "logprobs": 3,
         "echo": True,
         "n": 2,
@@ -66,12 +68,14 @@ def test_everything_that_is_said_reaches_the_engine() -> None:
         "logit_bias": {5: 2.5, 99: -100.0},
         "stop": ("a", "b"),
         "stop_token_ids": (1, 99),
+        "allowed_token_ids": (5, 9),
+        "bad_words": ("no",),
         "prompt_logprobs": 3,
     }
     expected = {**said, **changed}
     expected.pop("echo")
     assert sampling == Sampling(**expected)
-    assert set(expected) == set(Sampling.__struct_fields__)
+    assert set(expected) == {*Sampling.__struct_fields__} - {"bad_words_token_ids"}
 
 
 @pytest.mark.parametrize(
@@ -82,6 +86,10 @@ def test_everything_that_is_said_reaches_the_engine() -> None:
         (completion(logprobs=5), 5, None),
         (completion(logprobs=1, echo=True), 1, 1),
         (completion(echo=True), None, None),
+        (completion(prompt_logprobs=2), None, 2),
+        (completion(logprobs=1, echo=True, prompt_logprobs=0), 1, 1),
+        (completion(logprobs=1, echo=True, prompt_logprobs=20), 1, 20),
+        (chat(prompt_logprobs=0), None, 0),
         (chat(), None, None),
         (chat(logprobs=True), 0, None),
         (chat(logprobs=True, top_logprobs=20), 20, None),

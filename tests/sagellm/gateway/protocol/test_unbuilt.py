@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 
 from sagellm.gateway.failure import ApiError
+from sagellm.gateway.protocol import taken
 from sagellm.gateway.protocol.chat import ChatRequest, read_chat
 from sagellm.gateway.protocol.completions import CompletionRequest, read_completion
+from sagellm.gateway.protocol.messages import Message, TextPart
 from sagellm.gateway.protocol.unbuilt import MESSAGE, PART, REQUEST
 from sagellm.gateway.settings import Limits
 
@@ -17,11 +19,8 @@ LIMITS = Limits()
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
 
 ASKED: dict[str, Any] = {
-    "tools": [{"type": "function", "function": {"name": "f"}}],
-    "tool_choice": "auto",
     "response_format": {"type": "json_object"},
     "chat_template": "{{ ''.__class__ }}",
-    "chat_template_kwargs": {"tokenize": True},
     "trust_remote_code": True,
     "mm_processor_kwargs": {"code_revision": "x"},
     "prompt_embeds": "AAAA",
@@ -32,17 +31,9 @@ ASKED: dict[str, Any] = {
     "logits_processors": ["os.system"],
     "lora_request": {"lora_path": "/etc"},
     "use_beam_search": True,
-    "allowed_token_ids": [],
-    "bad_words": ["x"] * 129,
     "suffix": "",
     "modalities": ["text", "audio"],
-    "metadata": {"a": "b"},
-    "store": True,
-    "service_tier": "flex",
     "length_penalty": 1.5,
-    "add_generation_prompt": False,
-    "continue_final_message": True,
-    "return_tokens_as_token_ids": True,
     "vllm_xargs": {"a": 1},
 }
 
@@ -65,17 +56,35 @@ def test_an_unbuilt_field_is_refused_by_name(read: Any, name: str) -> None:
     assert error.message == f"{name}: this server does not support it; leave it out"
 
 
+# What chats have built is unbuilt for completions.
+OF_CHATS = {
+    "add_generation_prompt": False,
+    "chat_template_kwargs": {"thinking": True},
+    "continue_final_message": True,
+    "tool_choice": "auto",
+    "tools": [{"type": "function", "function": {"name": "f"}}],
+}
+
+
+@pytest.mark.parametrize("name", OF_CHATS)
+def test_a_field_of_chats_is_refused_in_a_completion(name: str) -> None:
+    with pytest.raises(ApiError, match=f"{name}: this server does not support it"):
+        completion(**{name: OF_CHATS[name]})
+
+
 @pytest.mark.parametrize("read", [chat, completion])
 @pytest.mark.parametrize("name", REQUEST)
 def test_an_unbuilt_field_may_ask_for_nothing(read: Any, name: str) -> None:
     for value in (None, *REQUEST[name]):
         read(**{name: value})
+    if name == "chat_template_kwargs" and read is chat:
+        return  # whether a template reads it, the endpoint asks the model
     with pytest.raises(ApiError, match=name):
         read(**{name: {"an": "object"}})
 
 
 def test_null_and_one_are_not_false_and_true() -> None:
-    for name, value in {"store": 0, "trust_remote_code": 0, "add_generation_prompt": 1}.items():
+    for name, value in {"watermarking": 0, "trust_remote_code": 0, "include_reasoning": 1}.items():
         with pytest.raises(ApiError):
             chat(**{name: value})
 
@@ -142,5 +151,48 @@ def test_a_long_name_is_compared_to_none() -> None:
 
 
 def test_no_field_is_both_built_and_unbuilt() -> None:
-    built = {*ChatRequest.__struct_fields__, *CompletionRequest.__struct_fields__}
-    assert not built & set(REQUEST)
+    """But for what the other endpoint has built."""
+    chat_fields, completion_fields = (
+        {*one.__struct_fields__} for one in (ChatRequest, CompletionRequest)
+    )
+    assert not chat_fields & completion_fields & set(REQUEST)
+    assert not (chat_fields | completion_fields | set(REQUEST)) & set(taken.REQUEST)
+    assert not set(MESSAGE) & {*Message.__struct_fields__, *taken.MESSAGE}
+    assert not set(PART) & {*TextPart.__struct_fields__, *taken.PART}
+
+
+VALUES: dict[str, Any] = {"object": {"a": "b"}, "string": "x", "boolean": True, "number": 2.5}
+
+
+@pytest.mark.parametrize("read", [chat, completion])
+@pytest.mark.parametrize("name", taken.REQUEST)
+def test_a_taken_field_is_checked_by_type_and_dropped(read: Any, name: str) -> None:
+    kind = taken.REQUEST[name].type
+    assert read(**{name: VALUES[kind]}) == read(**{name: None}) == read()
+    for value in ([], *(value for other, value in VALUES.items() if other != kind)):
+        with pytest.raises(ApiError, match=rf"{name}: must be an? {kind}"):
+            read(**{name: value})
+
+
+def test_taken_fields_of_messages_parts_and_calls() -> None:
+    mark = {"type": "ephemeral"}
+    part = {"type": "text", "text": "hi", "cache_control": mark, "prompt_cache_breakpoint": {}}
+    message = {"role": "user", "content": [part], "id": "msg_1", "cache_control": mark}
+    assert chat(messages=[message]).conversation == CHAT["messages"]
+    with pytest.raises(ApiError, match=re.escape("messages[0].id: must be a string")):
+        chat(messages=[{**message, "id": 5}])
+    with pytest.raises(ApiError, match=re.escape("messages[0].content[0].cache_control: must be")):
+        chat(messages=[{**message, "content": [{**part, "cache_control": True}]}])
+
+
+@pytest.mark.parametrize("read", [chat, completion])
+def test_what_nobody_knows_may_be_null(read: Any) -> None:
+    assert read(nobody_knows_it=None, **{"a b": None}) == read()
+    chat(messages=[{**CHAT["messages"][0], "nor_this": None}])
+
+
+@pytest.mark.parametrize("fields", [{"best_of": 1}, {"echo": False}, {"stream_options": {}}])
+@pytest.mark.parametrize("read", [chat, completion])
+def test_what_changes_nothing_is_read(read: Any, fields: dict[str, Any]) -> None:
+    read(**fields)
+    read(**fields, n=3)
