@@ -115,17 +115,19 @@ def logs_of(level: LogLevel, settings: Settings) -> AbstractContextManager[None]
     return own_logs(LEVELS[level], key=settings.salt_key, known=known)
 
 
-def choose_graph(name: str, model: str | None) -> tuple[Graph, str | None]:
+def choose_graph(
+    name: str, model: str | None, imports: tuple[str, ...] = ()
+) -> tuple[Graph, str | None]:
     """The graph, and the model of its engines where one is chosen. Raises Failure, GraphError."""
     if shipped(name).is_file():
-        return load_graph(name), model
+        return load_graph(name, imports), model
     if Path(name).suffix in (".yaml", ".yml"):
         raise no_graph(name)
     if model is not None:
         cause = f"{name} is no graph, and --model names the model of a graph"
         raise Failure(cause, "give one of them, or a graph file and --model")
     _check_model_name(name)
-    return load_graph(DEFAULT_GRAPH), name
+    return load_graph(DEFAULT_GRAPH, imports), name
 
 
 def _check_model_name(name: str) -> None:
