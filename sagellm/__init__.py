@@ -18,6 +18,8 @@ _NAMES = {
     "register_policy": "sagellm.registering",
     "register_strategy": "sagellm.registering",
     "GraphError": "sagellm.graphs.diagnostics",
+    "serve": "sagellm.serving",
+    "serve_async": "sagellm.serving",
     "UnifiedInferenceClient": "sagellm.client.unified",
     "AsyncUnifiedInferenceClient": "sagellm.client.unified_async",
     "ClientError": "sagellm.client.failure",

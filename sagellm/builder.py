@@ -162,6 +162,17 @@ class Graph:
             seed=seed,
         )
 
+    def serve(self, **options: Any) -> None:
+        """Open the graph and serve it over HTTP until SIGTERM or Ctrl-C: `graph.serve(port=8000)`.
+
+        See `sagellm.serve` for the options, and `open(...).serve(...)` for those of `open`.
+        """
+        self.open().serve(**options)
+
+    async def serve_async(self, **options: Any) -> None:
+        """The same under trio: `url = await nursery.start(graph.serve_async)`."""
+        await self.open().serve_async(**options)
+
     def _refuse_loaded(self) -> None:
         if self._document is not None:
             raise ValueError(f"graph {self.name} was read from a file; change it by open(set=...)")

@@ -67,7 +67,7 @@ def serve(
     )
     with logs_of(watch.log_level, settings), listening(settings) as sock:
         try:
-            trio.run(serve_graph, opening, settings, sock, _tell)
+            trio.run(serve_graph, opening, settings, sock, tell)
         except (UnknownBackend, LoweringError, EngineOptionError) as error:
             raise Failure(str(error), ENGINE_FIX, graph) from None
         except GatewaysFailed as error:
@@ -75,7 +75,8 @@ def serve(
     return 0
 
 
-def _tell(line: str) -> None:
+def tell(line: str) -> None:
+    """Print the line that says where the gateway listens, once all is loaded."""
     gc.collect()
     gc.freeze()  # what was loaded stays: to walk it all again would stall every stream for 50 ms
     write_line(f"{line}\n".encode())  # served all the same, where nobody can read that

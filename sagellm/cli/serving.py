@@ -22,6 +22,7 @@ from sagellm.gateway.settings import Settings
 from sagellm.graphs.ir import FrozenMap
 from sagellm.graphs.vocabulary import nearest
 from sagellm.logs import LEVELS, own_logs
+from sagellm.opening import OpenGraph
 from sagellm.runtime.models.folder import BUILT_IN
 from sagellm.tracing import TracingError, check_tracing
 
@@ -141,7 +142,7 @@ def _check_model_name(name: str) -> None:
     raise Failure("there is no graph and no model of that name", fix, name)
 
 
-def overrides(graph: Graph, served: ModelOptions) -> dict[str, object]:
+def overrides(graph: Graph | OpenGraph, served: ModelOptions) -> dict[str, object]:
     """What the options change in the graph. Raises Failure for those that nothing obeys."""
     if served.tensor_parallel_size != 1:
         cause = f"--tensor-parallel-size {served.tensor_parallel_size}: an engine has one device"
@@ -154,7 +155,9 @@ def overrides(graph: Graph, served: ModelOptions) -> dict[str, object]:
     return {f"{engine}.max_model_len": served.max_model_len for engine in graph.ir.engines}
 
 
-def served_names(graph: Graph, model: str | None, served: ModelOptions) -> tuple[str, ...]:
+def served_names(
+    graph: Graph | OpenGraph, model: str | None, served: ModelOptions
+) -> tuple[str, ...]:
     """What clients may call the model: never a path of this machine."""
     if served.served_model_name:
         return served.served_model_name
