@@ -1,6 +1,6 @@
 """What the checks may know of the world around a graph; the caller finds it out, not they."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from sagellm.graphs.vocabulary import NoOptions
@@ -34,10 +34,10 @@ class Facts:
 
     memory_bytes: int | None = None  # shared by the KV pools of all engines
     engines: Mapping[str, EngineFactsView] = field(default_factory=dict)
-    functions: frozenset[str] | None = None  # the user's, by registered name
+    functions: Collection[str] | None = None  # the user's, by registered name
     engine_options: type | None = None
     executors: Mapping[str, type] = field(default_factory=lambda: {"tasks": NoOptions})
-    names: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    names: Mapping[str, Collection[str]] = field(default_factory=dict)
 
     def engine(self, name: str) -> EngineFactsView:
         return self.engines.get(name, EngineFactsView())

@@ -1,7 +1,6 @@
 """route: chooses a replica for every engine operator downstream, the (prefill, decode) pair."""
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
 
 import msgspec
 
@@ -26,11 +25,9 @@ from sagellm.runtime.user_code import WrongResult, kind_of, place_of_code
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How to choose; each strategy is a file of that name in `operators/routing`."""
+    """How to choose: `strategy` is a file of that name in `operators/routing`, or registered."""
 
-    strategy: Literal["load_balanced", "round_robin", "random", "affinity", "locality"] = (
-        "load_balanced"
-    )
+    strategy: str = field(default="load_balanced", metadata={"names": "strategies"})
 
 
 SPEC = OpSpec(

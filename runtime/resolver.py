@@ -1,50 +1,120 @@
-"""The resolver: the one place where a name in a graph reaches code."""
+"""The resolver: the one place where the name of an operator reaches code."""
 
 import importlib
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import cached_property
 from typing import Any
 
 from sagellm.graphs.vocabulary import OpSpec, Vocabulary, nearest
 from sagellm.runtime.operator import Build, OperatorModule
+from sagellm.runtime.registry import Registry, check_callable
 
 
 class UnknownOperator(LookupError):
     """No operator has that name."""
 
 
-class Resolver:
-    """Finds `op: prefill` in `sagellm.operators.prefill`, and operators that a user registered."""
+class Shipped(Mapping[str, OperatorModule]):
+    """The files of `sagellm.operators`; each is imported when it is asked for."""
 
-    def __init__(self, registered: Mapping[str, OperatorModule] | None = None) -> None:
-        self._registered = dict(registered or {})
+    def __init__(self) -> None:
         self._loaded: dict[str, OperatorModule] = {}
 
+    def __getitem__(self, name: str) -> OperatorModule:
+        if name not in self._loaded:
+            if name not in self._names:
+                raise KeyError(name)
+            module = importlib.import_module(f"sagellm.operators.{name}")
+            self._loaded[name] = read_module(name, module)
+        return self._loaded[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    @cached_property
+    def _names(self) -> tuple[str, ...]:
+        package = importlib.import_module("sagellm.operators")
+        return tuple(sorted(m.name for m in pkgutil.iter_modules(package.__path__) if not m.ispkg))
+
+
+def read_module(name: str, module: Any) -> OperatorModule:
+    """The operator in a module (or any object) with `SPEC` and `build`. Raises TypeError,
+    ValueError.
+    """
+    spec, build = getattr(module, "SPEC", None), getattr(module, "build", None)
+    if not isinstance(spec, OpSpec) or build is None:
+        raise TypeError("an operator is a module with SPEC, an OpSpec, and build")
+    if spec.name != name:
+        raise ValueError(f"its SPEC is called {spec.name!r}, not {name!r}")
+    return checked(OperatorModule(spec, build))
+
+
+def checked(module: OperatorModule) -> OperatorModule:
+    """The operator itself. Raises TypeError where its parts are of the wrong kind."""
+    if not isinstance(module.spec, OpSpec):
+        raise TypeError(f"spec must be an OpSpec, not {type(module.spec).__name__}")
+    check_callable("build", module.build)
+    _ = module.spec.option_types  # raises TypeError where options are no dataclass
+    return module
+
+
+class _Specs(Vocabulary):
+    """The specs of all operators, of which only those are imported that are asked for."""
+
+    def __init__(self, operators: Registry[OperatorModule]) -> None:
+        super().__init__({})
+        self._operators = operators
+
+    def __getitem__(self, name: str) -> OpSpec:
+        return self._operators[name].spec
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._operators
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._operators)
+
+    def __len__(self) -> int:
+        return len(self._operators)
+
+
+class Resolver:
+    """Finds `op: prefill` in `sagellm.operators.prefill`, operators that a user registered, and
+    those that installed packages offer as entry points `sagellm.operators`.
+    """
+
+    def __init__(self, registered: Mapping[str, OperatorModule] | None = None) -> None:
+        self._operators = Registry("operator", "sagellm.operators", Shipped(), read_module)
+        for name, module in (registered or {}).items():
+            self._operators.register(name, module)
+
     def register(self, spec: OpSpec, build: Build) -> None:
-        """Add an operator. Raises ValueError where the name is taken."""
-        if spec.name in self.names:
-            raise ValueError(f"operator {spec.name!r} exists already; choose another name")
-        self._registered[spec.name] = OperatorModule(spec, build)
+        """Add an operator. Raises ValueError where the name is taken, TypeError for what is no
+        operator.
+        """
+        self._operators.register(spec.name, checked(OperatorModule(spec, build)))
 
     @property
     def names(self) -> tuple[str, ...]:
-        package = importlib.import_module("sagellm.operators")
-        shipped = [m.name for m in pkgutil.iter_modules(package.__path__) if not m.ispkg]
-        return (*sorted(shipped), *self._registered)
+        return tuple(self._operators)
 
     def operator(self, name: str) -> OperatorModule:
-        """The operator of that name. Raises UnknownOperator with the nearest one."""
-        if name in self._registered:
-            return self._registered[name]
-        if name not in self._loaded:
-            if name not in self.names:
-                close = nearest(name, self.names)
-                raise UnknownOperator(f"no operator {name!r}; did you mean {close!r}?")
-            module: Any = importlib.import_module(f"sagellm.operators.{name}")
-            self._loaded[name] = OperatorModule(module.SPEC, module.build)
-        return self._loaded[name]
+        """The operator of that name. Raises UnknownOperator with the nearest one, and
+        BrokenEntryPoint.
+        """
+        if name not in self._operators:
+            close = nearest(name, self.names)
+            raise UnknownOperator(f"no operator {name!r}; did you mean {close!r}?")
+        return self._operators[name]
 
     @property
     def vocabulary(self) -> Vocabulary:
         """The specs of all operators."""
-        return Vocabulary({name: self.operator(name).spec for name in self.names})
+        return _Specs(self._operators)

@@ -2,6 +2,7 @@
 
 import inspect
 import itertools
+from collections import ChainMap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -14,10 +15,10 @@ from sagellm.graphs.text import yaml
 from sagellm.graphs.text.yaml import Document
 from sagellm.graphs.vocabulary import OpSpec, nearest
 from sagellm.opening import OpenGraph
-from sagellm.runtime.resolver import Resolver
+from sagellm.own_code import import_all
+from sagellm.registering import RESOLVER
+from sagellm.runtime.registry import FUNCTIONS
 
-RESOLVER = Resolver()
-register_operator = RESOLVER.register
 _NUMBERS = itertools.count(1)  # for functions that have no name of their own
 
 
@@ -86,8 +87,12 @@ class Graph:
     def load(
         cls, path: str | Path, functions: Mapping[str, Callable[..., Any]] | None = None
     ) -> "Graph":
-        """Read a YAML file, or a shipped graph by its name. Raises GraphError."""
-        document = yaml.load_file(shipped(path))
+        """Read a YAML file, or a shipped graph by its name, and import what its key `imports`
+        names. `functions` go before registered ones of the same name. Raises GraphError.
+        """
+        file = shipped(path)
+        document = yaml.load_file(file)
+        import_all(document, file.parent)
         graph = cls(document.graph.name)
         graph._document = document
         graph.functions.update(functions or {})
@@ -151,11 +156,22 @@ class Graph:
         return OpenGraph(
             self.document,
             resolver=RESOLVER,
-            functions=self.functions,
+            functions=ChainMap(self.functions, FUNCTIONS),  # type: ignore[arg-type]
             overrides={**chosen, **(set or {})},
             model=model,
             seed=seed,
         )
+
+    def serve(self, **options: Any) -> None:
+        """Open the graph and serve it over HTTP until SIGTERM or Ctrl-C: `graph.serve(port=8000)`.
+
+        See `sagellm.serve` for the options, and `open(...).serve(...)` for those of `open`.
+        """
+        self.open().serve(**options)
+
+    async def serve_async(self, **options: Any) -> None:
+        """The same under trio: `url = await nursery.start(graph.serve_async)`."""
+        await self.open().serve_async(**options)
 
     def _refuse_loaded(self) -> None:
         if self._document is not None:
@@ -215,7 +231,12 @@ def operator(op: str, *args: Any, **options: Any) -> Operator:
 
 
 def _symbol(function: Callable[..., Any]) -> str:
-    """A name in the graph for a function; two lambdas of one line get two names."""
+    """A name in the graph for a function: the one that it is registered under, if it is. Two
+    lambdas of one line get two names.
+    """
+    for known, registered in FUNCTIONS.at_hand.items():
+        if registered is function:
+            return known
     module = getattr(function, "__module__", "") or ""
     name = getattr(function, "__qualname__", type(function).__qualname__)
     is_plain = inspect.isfunction(function) and "<" not in name and not _is_wrapper(function)

@@ -1,6 +1,6 @@
 """Checks a graph against this machine and its models' configs; no weight is read."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -8,12 +8,13 @@ import psutil
 
 from sagellm.backends import list_available_backends
 from sagellm.graphs.check import EngineFactsView, Facts, check, locate
-from sagellm.graphs.diagnostics import Diagnostic, GraphError
+from sagellm.graphs.diagnostics import VALUE, Diagnostic, GraphError
 from sagellm.graphs.ir import FrozenMap, Graph
 from sagellm.graphs.models import UnsupportedModel
 from sagellm.graphs.text.yaml import Document
 from sagellm.graphs.vocabulary import nearest
-from sagellm.operators.policies import POLICIES
+from sagellm.operators.policies import OWN, POLICIES
+from sagellm.operators.routing import STRATEGIES
 from sagellm.overrides import override
 from sagellm.runtime.cluster.options import EXECUTORS, processes_options
 from sagellm.runtime.engine.options import EngineOptionError, EngineOptions
@@ -22,6 +23,7 @@ from sagellm.runtime.engine.speculation.draft_folder import draft_folder
 from sagellm.runtime.models.folder import ModelError, resolve_model
 from sagellm.runtime.options import OptionError, read_options
 from sagellm.runtime.plan import build_operators
+from sagellm.runtime.registry import BrokenEntryPoint
 from sagellm.runtime.resolver import Resolver
 
 
@@ -34,17 +36,19 @@ def check_graph(
 ) -> Graph:
     """The graph with its overrides, free of mistakes. Raises GraphError with every one found.
 
-    `functions` None: which functions will be registered is not known, and not checked. Models are
-    looked up, and fetched where they are not here, only for a graph that makes sense without them.
+    `functions` None: which functions will be registered is not known, and not checked. Nothing
+    that `imports` names is imported. Models are looked up, and fetched where they are not here,
+    only for a graph that makes sense without them.
     """
     graph = override(document.graph, overrides or {}, model)
     facts = Facts(
         memory_bytes=psutil.virtual_memory().available,
-        functions=None if functions is None else frozenset(functions),
+        functions=functions,
         engine_options=EngineOptions,
         executors=EXECUTORS,
-        names={"policies": frozenset(POLICIES)},
+        names={"policies": _Names(POLICIES, OWN), "strategies": STRATEGIES},
     )
+    _load_operators(document, graph, resolver)
     found = check(graph, resolver.vocabulary, facts)
     if not found:
         given = _given_models(graph, overrides or {}, model)
@@ -61,6 +65,36 @@ def check_graph(
     if found:
         raise GraphError(locate(found, document.positions))
     return graph
+
+
+class _Names(Collection[str]):
+    """The names of a registry and one more; installed packages are asked last, if at all."""
+
+    def __init__(self, known: Collection[str], more: str) -> None:
+        self._known, self._more = known, more
+
+    def __contains__(self, name: object) -> bool:
+        return name == self._more or name in self._known
+
+    def __iter__(self) -> Iterator[str]:
+        yield from (*self._known, self._more)
+
+    def __len__(self) -> int:
+        return len(self._known) + 1
+
+
+def _load_operators(document: Document, graph: Graph, resolver: Resolver) -> None:
+    """Raises GraphError for operators of installed packages that cannot be had."""
+    found = []
+    for node in graph.nodes:
+        try:
+            resolver.vocabulary.get(node.op)
+        except BrokenEntryPoint as error:
+            path = ("operators", node.name, "op", VALUE)
+            hint = "fix or remove that package"
+            found.append(Diagnostic("broken-entry-point", path, str(error), hint))
+    if found:
+        raise GraphError(locate(found, document.positions))
 
 
 def _mistaken_executor(graph: Graph) -> tuple[Diagnostic, ...]:

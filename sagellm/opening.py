@@ -23,6 +23,7 @@ from sagellm.runtime.plan import plan
 from sagellm.runtime.resolver import Resolver
 from sagellm.session import Session, encode_prompt
 
+_SERVING = "sagellm.serving"  # whose packages nobody needs who does not serve
 _WORKERS = "sagellm.workers"  # whose import takes a tenth of a second that others do without
 
 if TYPE_CHECKING:
@@ -65,6 +66,38 @@ class OpenGraph:
         self._recipe = Recipe(document, resolver, functions, overrides, model, seed)
         self._opened: AbstractAsyncContextManager[Session] | None = None
         self._bridge: Bridge | None = None
+
+    @property
+    def ir(self) -> Graph:
+        """The frozen graph, before overrides."""
+        return self._recipe.document.graph
+
+    @property
+    def model(self) -> str | None:
+        """What replaces the model of every engine, if anything does."""
+        return self._recipe.model
+
+    def with_overrides(self, more: Mapping[str, Any]) -> "OpenGraph":
+        """The same graph with further options set, not opened yet."""
+        recipe = self._recipe
+        other = OpenGraph(
+            recipe.document,
+            resolver=recipe.resolver,
+            functions=recipe.functions,
+            overrides={**recipe.overrides, **more},
+            model=recipe.model,
+            seed=recipe.seed,
+        )
+        other._recipe = replace(other._recipe, launch=recipe.launch)
+        return other
+
+    def serve(self, **options: Any) -> None:
+        """Serve it over HTTP until SIGTERM or Ctrl-C; see `sagellm.serve`."""
+        importlib.import_module(_SERVING).serve(self, **options)
+
+    async def serve_async(self, **options: Any) -> None:
+        """The same under trio; see `sagellm.serving.serve_async`."""
+        await importlib.import_module(_SERVING).serve_async(self, **options)
 
     def launch_by(self, launch: "Launch") -> None:
         """Start worker processes, if there are any, by that instead."""

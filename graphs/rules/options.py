@@ -1,6 +1,6 @@
 """Rules on options: of operators, engines and the executor, as their dataclasses declare them."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import MISSING, Field, fields
 from typing import Any, get_type_hints
 
@@ -9,6 +9,7 @@ from sagellm.graphs.facts import Facts
 from sagellm.graphs.ir import FrozenMap, Value
 from sagellm.graphs.rules.option_types import accepts, choices, described, shown
 from sagellm.graphs.rules.subject import Subject, choice
+from sagellm.graphs.vocabulary import nearest
 
 
 def operator_options(subject: Subject) -> Iterator[Diagnostic]:
@@ -83,7 +84,12 @@ def known_functions(subject: Subject) -> Iterator[Diagnostic]:
         if listed and isinstance(name, str) and known is not None and name not in known:
             path = ("operators", node.name, "function", VALUE)
             message = f"no function is registered as `{name}`"
-            yield Diagnostic("unknown-function", path, message, choice(name, known))
+            close = nearest(name, sorted(known))
+            hint = f"did you mean `{close}`? If not, {_REGISTER}" if close else _REGISTER
+            yield Diagnostic("unknown-function", path, message, hint)
+
+
+_REGISTER = "register it in a file of yours, and name that file by `--import` or `imports:`"
 
 
 def check_options(
@@ -124,7 +130,7 @@ def _value(
         yield Diagnostic("wrong-value", where, message, choice(value, known))
 
 
-def _known(option: Field[Any], facts: Facts, value: str) -> frozenset[str]:
+def _known(option: Field[Any], facts: Facts, value: str) -> Collection[str]:
     return facts.names.get(option.metadata.get("names", ""), frozenset({value}))
 
 

@@ -10,8 +10,9 @@ from sagellm.graphs.text.tree import Tree
 from sagellm.graphs.vocabulary import nearest
 
 VERSION = 1
+_NAME_OP = "add `op:` with the name of an operator, such as `op: generate`"
 _REQUIRED = ("sagellm", "name", "operators", "edges")
-_SECTIONS = (*_REQUIRED, "engines", "executor")
+_SECTIONS = (*_REQUIRED, "imports", "engines", "executor")
 
 
 @dataclass(slots=True)
@@ -34,6 +35,8 @@ class Surface:
         top = self._mapping((), self.tree.value)
         self._check_sections(top)
         attrs: dict[str, Value] = {}
+        if "imports" in top:
+            attrs["imports"] = self._imports(top["imports"])
         if "engines" in top:
             attrs["engines"] = self._engines(top["engines"])
         if "executor" in top:
@@ -93,6 +96,18 @@ class Surface:
             (name, self._mapping(("engines", name), options)) for name, options in engines.items()
         )
 
+    def _imports(self, value: Value) -> tuple[str, ...]:
+        """Modules and files of the user's code; they are not looked for here."""
+        if not isinstance(value, tuple):
+            hint = "write `imports: [my_module, my_file.py]`"
+            self._note("bad-form", ("imports", VALUE), "`imports` must be a list", hint)
+            return ()
+        for index, name in enumerate(value):
+            if not isinstance(name, str) or not name:
+                message = "an import must be a text: a module or the path of a .py file"
+                self._note("bad-form", ("imports", index), message, "quote it")
+        return tuple(name for name in value if isinstance(name, str) and name)
+
     def _executor(self, value: Value) -> FrozenMap:
         executor = self._mapping(("executor",), value)
         if isinstance(value, FrozenMap) and "kind" not in executor:
@@ -108,7 +123,7 @@ class Surface:
             options = dict(self._mapping(path, item))
             if isinstance(item, FrozenMap) and "op" not in options:
                 close = nearest("op", list(options))
-                hint = f"did you mean `op` by `{close}`?" if close else f"add `op: {name}`"
+                hint = f"did you mean `op` by `{close}`?" if close else _NAME_OP
                 self._note("missing-key", path, f"operator `{name}` does not say its `op`", hint)
             op = self._text((*path, "op"), options.pop("op", ""))
             yield Node(name, op, FrozenMap(options))

@@ -23,6 +23,8 @@ def write(graph: Graph) -> str:
 def _lines(graph: Graph) -> Iterator[str]:
     yield f"sagellm: {VERSION}"
     yield f"name: {scalar(graph.name)}"
+    if "imports" in graph.attrs:
+        yield f"imports: {flow(graph.attrs['imports'])}"
     if "engines" in graph.attrs:
         yield from _section("engines", graph.engines)
     yield from _section("operators", {node.name: _entries(node) for node in graph.nodes})
@@ -104,7 +106,9 @@ def _names(graph: Graph) -> Iterator[Diagnostic]:
 
 def _shapes(graph: Graph) -> Iterator[Diagnostic]:
     for key in graph.attrs:
-        if key not in ("engines", "executor"):
+        if key == "imports":
+            yield from _imports(graph.attrs[key])
+        elif key not in ("engines", "executor"):
             yield _refusal((key,), f"`{key}` has no place in the YAML form", "remove it")
         elif not isinstance(graph.attrs[key], FrozenMap):
             yield _refusal((key,), f"`{key}` must be a mapping", "give it options by name")
@@ -113,6 +117,12 @@ def _shapes(graph: Graph) -> Iterator[Diagnostic]:
             yield _refusal(("engines", name), f"`{name}` must be a mapping", "name its options")
     if "kind" not in _executor(graph):
         yield _refusal(("executor",), "the executor has no kind", "add `kind: tasks`")
+
+
+def _imports(value: Value) -> Iterator[Diagnostic]:
+    names = value if isinstance(value, tuple) else (None,)
+    if not all(isinstance(name, str) and name for name in names):
+        yield _refusal(("imports",), "`imports` must be a list of texts", "name modules and files")
 
 
 def _executor(graph: Graph) -> FrozenMap:

@@ -1,20 +1,52 @@
-"""The policies of `policy_sort`, by name. A new one is a file beside these and a line below."""
+"""The policies of `policy_sort`, by name. A new one is a file beside these and a line below; those
+of users are registered, or offered by packages as entry points `sagellm.policies`.
+"""
 
-from dataclasses import fields
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
 from types import ModuleType
+from typing import Any
 
-from sagellm.graphs.vocabulary import nearest
 from sagellm.operators.policies import adaptive, cost_optimized, fifo, priority, slo_aware
 from sagellm.operators.policies.options import Options
 from sagellm.operators.policies.order import Policy
+from sagellm.runtime.registry import Registry, check_callable
 
-POLICIES: dict[str, ModuleType] = {
-    "fifo": fifo,
-    "priority": priority,
-    "slo_aware": slo_aware,
-    "cost_optimized": cost_optimized,
-    "adaptive": adaptive,
-}
+
+@dataclass(frozen=True, slots=True)
+class PolicyModule:
+    """One policy: what makes it from the options of `policy_sort`, and which of them it uses."""
+
+    policy: Callable[[Options], Policy]
+    USES: frozenset[str] = frozenset()
+
+
+def policy_module(name: str, policy: Any, uses: Iterable[str] = ()) -> PolicyModule:
+    """Raises TypeError and ValueError for parts that are none."""
+    used, known = frozenset(uses), {option.name for option in fields(Options)}
+    if used - known:
+        raise ValueError(f"policy {name!r} uses {min(used - known)!r}, no option of policy_sort")
+    return PolicyModule(check_callable(name, policy), used)
+
+
+def _read(name: str, found: Any) -> PolicyModule:
+    """An entry point is a module as those beside this one, or the function `policy` alone."""
+    return policy_module(name, getattr(found, "policy", found), getattr(found, "USES", ()))
+
+
+POLICIES: Registry[ModuleType | PolicyModule] = Registry(
+    "policy",
+    "sagellm.policies",
+    {
+        "fifo": fifo,
+        "priority": priority,
+        "slo_aware": slo_aware,
+        "cost_optimized": cost_optimized,
+        "adaptive": adaptive,
+    },
+    _read,
+)
+OWN = "own"  # the order of `function`
 
 
 def find_policy(name: str, options: Options) -> Policy:
@@ -22,19 +54,18 @@ def find_policy(name: str, options: Options) -> Policy:
 
     Raises ValueError for an unknown name, and for an option that the policy does not use.
     """
-    if name not in POLICIES:
-        close = nearest(name, list(POLICIES))
-        hint = f"did you mean {close}?" if close else f"known are {', '.join(POLICIES)}"
-        raise ValueError(f"unknown policy {name!r}: {hint}")
-    refuse_unused(name, POLICIES[name].USES, options)
-    found: Policy = POLICIES[name].policy(options)
+    module = POLICIES.find(name)
+    refuse_unused(name, module.USES, options)
+    found = module.policy(options)
+    if not isinstance(found, Policy):
+        raise ValueError(f"policy {name} made {type(found).__name__}; a Policy was wanted")
     return found
 
 
 def refuse_unused(name: str, uses: frozenset[str], options: Options) -> None:
     """Raises ValueError where an option was changed that only other policies use."""
     for option in fields(Options):
-        users = [other for other, module in POLICIES.items() if option.name in module.USES]
+        users = [other for other, each in POLICIES.at_hand.items() if option.name in each.USES]
         is_changed = getattr(options, option.name) != option.default
         if users and is_changed and option.name not in uses:
             raise ValueError(

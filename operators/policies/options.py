@@ -1,7 +1,6 @@
 """The options of `policy_sort`, some of which only certain policies use."""
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 from sagellm.runtime.messages import Request
 
@@ -10,16 +9,17 @@ from sagellm.runtime.messages import Request
 class Options:
     """Which order, and how far past its head to look.
 
-    `policy`: `own` is the order of `function`, a user's: request -> rank, lowest first, fixed
-    while the request waits. `window`: candidates offered, so that a head which finds no credit
-    (its engine is full) does not hold up those behind it that could run elsewhere.
+    `policy`: a file of that name beside this one, or one that a user registered; `own` is the order
+    of `function`: request -> rank, lowest first, fixed while the request waits. `window`:
+    candidates offered, so that a head which finds no credit (its engine is full) does not hold up
+    those behind it that could run elsewhere.
 
     The others serve the policies whose docstrings name them. `aging_s`: seconds of waiting that
     outweigh one level of priority. `prefill_tokens_per_s`: how fast one engine computes prompts.
     `busy_queued`, `overloaded_queued`: requests waiting from which on the system counts as such.
     """
 
-    policy: Literal["fifo", "priority", "slo_aware", "cost_optimized", "adaptive", "own"] = "fifo"
+    policy: str = field(default="fifo", metadata={"names": "policies"})
     window: int = field(default=8, metadata={"min": 1})
     function: str | None = None
     aging_s: float = field(default=10.0, metadata={"min": 0.0})

@@ -10,7 +10,7 @@ from cyclopts import Parameter
 from sagellm.builder import RESOLVER, shipped
 from sagellm.checking import check_graph
 from sagellm.cli.failure import CONFIGURATION, Failure
-from sagellm.cli.named import load_graph
+from sagellm.cli.named import import_code, load_graph
 from sagellm.cli.options import settings
 from sagellm.graphs import ir
 from sagellm.graphs.diagnostics import Diagnostic, GraphError
@@ -24,6 +24,7 @@ from sagellm.graphs.vocabulary import nearest
 from sagellm.overrides import override
 from sagellm.runtime.engine.options import EngineOptions
 from sagellm.runtime.models.folder import BUILT_IN, resolve_model
+from sagellm.runtime.registry import FUNCTIONS
 
 ATTACH = AttachBodies().name
 PASS_NAMES = (ATTACH, *(step.name for step in KERNEL_PASSES))
@@ -37,6 +38,7 @@ def check(
     *,
     model: str | None = None,
     set_: Annotated[tuple[str, ...], Parameter(name="--set")] = (),
+    import_: Annotated[tuple[str, ...], Parameter(name="--import")] = (),
     json: bool = False,
 ) -> int:
     """Find every mistake of a graph without loading a model.
@@ -49,11 +51,15 @@ def check(
         Check it with this model in every engine.
     set_
         Check it with an option changed, as op.key=value; may be repeated.
+    import_
+        A dotted module or a .py file of yours, which registers what the graph uses; may be
+        repeated.
     json
         Print {"ok", "name", "hash", "mistakes": [...]}.
     """
     try:
-        graph = check_graph(load_graph(file).document, RESOLVER, None, settings(set_), model)
+        document = load_graph(file, import_).document
+        graph = check_graph(document, RESOLVER, FUNCTIONS, settings(set_), model)
     except GraphError as error:
         if not json:
             raise
@@ -74,6 +80,7 @@ def show(
     after: str | None = None,
     format: Format = "text",
     set_: Annotated[tuple[str, ...], Parameter(name="--set")] = (),
+    import_: Annotated[tuple[str, ...], Parameter(name="--import")] = (),
 ) -> None:
     """Print a graph, or the kernel graph that an engine runs.
 
@@ -91,7 +98,11 @@ def show(
         text, mermaid or svg.
     set_
         Show the graph with an option changed, as op.key=value; may be repeated.
+    import_
+        A dotted module or a .py file of yours, which registers what the graph uses; may be
+        repeated.
     """
+    import_code(import_)
     graph = _shown(file, node, after, settings(set_))
     print(FORMATS[format](graph), end="")
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from sagellm.builder import Graph, shipped
 from sagellm.cli.failure import Failure
 from sagellm.graphs.vocabulary import nearest
+from sagellm.own_code import ImportMistake, import_each
 
 
 def shipped_names() -> tuple[str, ...]:
@@ -14,11 +15,23 @@ def shipped_names() -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in packaged.glob("*.yaml")))
 
 
-def load_graph(name: str) -> Graph:
-    """The graph that GRAPH names. Raises Failure if there is none, GraphError if it is wrong."""
+def load_graph(name: str, imports: tuple[str, ...] = ()) -> Graph:
+    """The graph that GRAPH names, after the user's own code was imported that `--import` names.
+
+    Raises Failure if there is none, GraphError if it is wrong.
+    """
     if not shipped(name).is_file():
         raise no_graph(name)
+    import_code(imports)
     return Graph.load(name)
+
+
+def import_code(names: tuple[str, ...]) -> None:
+    """Import what `--import` names; paths are relative to the current folder. Raises Failure."""
+    try:
+        import_each(names, Path.cwd())
+    except ImportMistake as mistake:
+        raise Failure(mistake.cause, mistake.fix, f"--import {mistake.name}") from mistake
 
 
 def no_graph(name: str) -> Failure:

@@ -30,6 +30,7 @@ def run(
     model: str | None = None,
     executor: str | None = None,
     set_: Annotated[tuple[str, ...], Parameter(name="--set")] = (),
+    import_: Annotated[tuple[str, ...], Parameter(name="--import")] = (),
     json: bool = False,
 ) -> int:
     """Answer a prompt, or a file of them.
@@ -46,11 +47,14 @@ def run(
         How the graph runs: tasks, in this process; or processes, a worker for each engine replica.
     set_
         Change an option of the graph, as op.key=value; may be repeated.
+    import_
+        A dotted module or a .py file of yours, which registers what the graph uses; may be
+        repeated.
     json
         Print the answer, or the summary of a file, as JSON.
     """
     check_together(asked, files)
-    opening = load_graph(graph).open(set=settings(set_), model=model, executor=executor)
+    opening = load_graph(graph, import_).open(set=settings(set_), model=model, executor=executor)
     try:
         if asked.prompt is None:
             return trio.run(answer_file, opening, files, draw, json)

@@ -36,6 +36,7 @@ def serve(
     model: str | None = None,
     executor: str | None = None,
     set_: Annotated[tuple[str, ...], Parameter(name="--set")] = (),
+    import_: Annotated[tuple[str, ...], Parameter(name="--import")] = (),
     watch: WatchOptions = WatchOptions(),  # noqa: B008 - frozen
 ) -> int:
     """Serve a graph, or one model, to OpenAI clients.
@@ -53,8 +54,11 @@ def serve(
         How the graph runs: tasks, in this process; or processes, a worker for each engine replica.
     set_
         Change an option of the graph, as op.key=value; may be repeated.
+    import_
+        A dotted module or a .py file of yours, which registers what the graph uses; may be
+        repeated.
     """
-    chosen, model = choose_graph(graph, model)
+    chosen, model = choose_graph(graph, model, import_)
     names = served_names(chosen, model, served)
     settings = read_settings(listen, names, watch)
     check_installed(settings.server)
@@ -63,7 +67,7 @@ def serve(
     )
     with logs_of(watch.log_level, settings), listening(settings) as sock:
         try:
-            trio.run(serve_graph, opening, settings, sock, _tell)
+            trio.run(serve_graph, opening, settings, sock, tell)
         except (UnknownBackend, LoweringError, EngineOptionError) as error:
             raise Failure(str(error), ENGINE_FIX, graph) from None
         except GatewaysFailed as error:
@@ -71,7 +75,8 @@ def serve(
     return 0
 
 
-def _tell(line: str) -> None:
+def tell(line: str) -> None:
+    """Print the line that says where the gateway listens, once all is loaded."""
     gc.collect()
     gc.freeze()  # what was loaded stays: to walk it all again would stall every stream for 50 ms
     write_line(f"{line}\n".encode())  # served all the same, where nobody can read that

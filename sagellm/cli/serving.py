@@ -22,6 +22,7 @@ from sagellm.gateway.settings import Settings
 from sagellm.graphs.ir import FrozenMap
 from sagellm.graphs.vocabulary import nearest
 from sagellm.logs import LEVELS, own_logs
+from sagellm.opening import OpenGraph
 from sagellm.runtime.models.folder import BUILT_IN
 from sagellm.tracing import TracingError, check_tracing
 
@@ -115,17 +116,19 @@ def logs_of(level: LogLevel, settings: Settings) -> AbstractContextManager[None]
     return own_logs(LEVELS[level], key=settings.salt_key, known=known)
 
 
-def choose_graph(name: str, model: str | None) -> tuple[Graph, str | None]:
+def choose_graph(
+    name: str, model: str | None, imports: tuple[str, ...] = ()
+) -> tuple[Graph, str | None]:
     """The graph, and the model of its engines where one is chosen. Raises Failure, GraphError."""
     if shipped(name).is_file():
-        return load_graph(name), model
+        return load_graph(name, imports), model
     if Path(name).suffix in (".yaml", ".yml"):
         raise no_graph(name)
     if model is not None:
         cause = f"{name} is no graph, and --model names the model of a graph"
         raise Failure(cause, "give one of them, or a graph file and --model")
     _check_model_name(name)
-    return load_graph(DEFAULT_GRAPH), name
+    return load_graph(DEFAULT_GRAPH, imports), name
 
 
 def _check_model_name(name: str) -> None:
@@ -139,7 +142,7 @@ def _check_model_name(name: str) -> None:
     raise Failure("there is no graph and no model of that name", fix, name)
 
 
-def overrides(graph: Graph, served: ModelOptions) -> dict[str, object]:
+def overrides(graph: Graph | OpenGraph, served: ModelOptions) -> dict[str, object]:
     """What the options change in the graph. Raises Failure for those that nothing obeys."""
     if served.tensor_parallel_size != 1:
         cause = f"--tensor-parallel-size {served.tensor_parallel_size}: an engine has one device"
@@ -152,7 +155,9 @@ def overrides(graph: Graph, served: ModelOptions) -> dict[str, object]:
     return {f"{engine}.max_model_len": served.max_model_len for engine in graph.ir.engines}
 
 
-def served_names(graph: Graph, model: str | None, served: ModelOptions) -> tuple[str, ...]:
+def served_names(
+    graph: Graph | OpenGraph, model: str | None, served: ModelOptions
+) -> tuple[str, ...]:
     """What clients may call the model: never a path of this machine."""
     if served.served_model_name:
         return served.served_model_name

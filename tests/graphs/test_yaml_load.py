@@ -230,3 +230,11 @@ def test_another_encoding_is_refused_at_its_first_byte(tmp_path: Path) -> None:
 def test_a_missing_file_is_an_os_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         load_file(tmp_path / "none.yaml")
+
+
+def test_an_operator_without_op_is_not_told_to_add_its_own_name() -> None:
+    with pytest.raises(GraphError) as raised:
+        load(TEXT.replace("split: {op: pd_split}", "split: {x: 1}"), file="small.yaml")
+    assert raised.value.diagnostics[0].hint == (
+        "add `op:` with the name of an operator, such as `op: generate`"
+    )

@@ -1,9 +1,15 @@
 """A gateway before an open session: built, probed, served, drained."""
 
 import signal
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
+from contextlib import (
+    AbstractAsyncContextManager,
+    AbstractContextManager,
+    asynccontextmanager,
+    nullcontext,
+)
 from importlib import import_module
 from socket import socket
 
@@ -50,8 +56,20 @@ async def serve_graph(
     `tell` is given one line once the gateway answers.
     """
     async with opening as session:
-        with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        with _signals() as signals:
             await serve_session(session, settings, sock, signals, tell)
+
+
+def _signals() -> AbstractContextManager[AsyncIterator[int]]:
+    """Those that end a server; only the main thread receives any."""
+    if threading.current_thread() is threading.main_thread():
+        return trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM)
+    return nullcontext(_never())
+
+
+async def _never() -> AsyncIterator[int]:
+    await trio.sleep_forever()
+    yield 0
 
 
 async def serve_session(

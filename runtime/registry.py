@@ -1,0 +1,147 @@
+"""Registries: what a name in a graph means. Ours, those of a user, those of installed packages."""
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
+from importlib.metadata import EntryPoint, EntryPoints, entry_points
+from typing import Any, Generic, TypeVar
+
+from sagellm.graphs.vocabulary import nearest
+from sagellm.runtime.user_file import told_with_line
+
+T = TypeVar("T")
+
+
+class BrokenEntryPoint(ValueError):
+    """An installed package offers something under a name, and it cannot be had."""
+
+
+class Registry(Mapping[str, T], Generic[T]):
+    """Things of one kind by name; `kind` is "operator", "function", "policy" or "strategy".
+
+    A name is looked up in this order: what ships, what was registered, and the entry points of
+    installed packages in `group`. An entry point is imported when its name is asked for, never
+    before; `read` makes a T of its object, or raises TypeError or ValueError.
+    """
+
+    def __init__(
+        self, kind: str, group: str, ours: Mapping[str, T], read: Callable[[str, Any], T]
+    ) -> None:
+        self.kind = kind
+        self.group = group
+        self.ours = ours
+        self._read = read
+        self._registered: dict[str, tuple[T, str]] = {}  # and the place in the user's code
+        self._loaded: dict[str, T] = {}
+
+    def register(self, name: str, value: T) -> None:
+        """Add one. The same line of code may register anew, as a module does that is reloaded.
+
+        Raises ValueError for a name that is no identifier, and for one that is taken: the message
+        names both places.
+        """
+        if not all(part.isidentifier() for part in name.split(".")):
+            raise ValueError(f"{name!r} is no name for a {self.kind}: use letters, digits and `_`")
+        here, before = caller_place(), self._place_of(name)
+        if before not in (None, here):
+            raise ValueError(
+                f"{self.kind} {name!r} exists already, {before}; choose another name {here}"
+            )
+        self._registered[name] = value, here
+
+    @property
+    def at_hand(self) -> Mapping[str, T]:
+        """What ships and what was registered."""
+        return {**self.ours, **{name: value for name, (value, _) in self._registered.items()}}
+
+    def find(self, name: str) -> T:
+        """Raises ValueError with the nearest name, or all there are; BrokenEntryPoint."""
+        if name in self:
+            return self[name]
+        close = nearest(name, list(self))
+        hint = f"did you mean {close}?" if close else f"known are {', '.join(self)}"
+        raise ValueError(f"unknown {self.kind} {name!r}: {hint}")
+
+    def __getitem__(self, name: str) -> T:
+        """Raises KeyError, BrokenEntryPoint."""
+        if name in self.ours:
+            return self.ours[name]
+        if name in self._registered:
+            return self._registered[name][0]
+        if name not in self._loaded:
+            self._loaded[name] = self._load(name)
+        return self._loaded[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.ours or name in self._registered or name in self._offered.names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(dict.fromkeys((*self.ours, *self._registered, *sorted(self._offered.names))))
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+    @property
+    def _offered(self) -> EntryPoints:
+        return _installed(tuple(sys.path)).select(group=self.group)
+
+    def _place_of(self, name: str) -> str | None:
+        if name in self.ours:
+            return "as it ships with sagellm"
+        if name in self._registered:
+            return self._registered[name][1]
+        offers = self._offered.select(name=name)
+        return f"from {_package_of(next(iter(offers)))}" if offers else None
+
+    def _load(self, name: str) -> T:
+        offers = {offer.value: offer for offer in self._offered.select(name=name)}
+        if not offers:
+            raise KeyError(name)
+        if len(offers) > 1:
+            packages = " and ".join(sorted(map(_package_of, offers.values())))
+            raise BrokenEntryPoint(f"{self.kind} {name!r} is offered by {packages}: remove one")
+        (offer,) = offers.values()
+        try:
+            return self._read(name, offer.load())
+        except Exception as error:
+            raise BrokenEntryPoint(
+                f"{self.kind} {name!r} of {_package_of(offer)} cannot be loaded from "
+                f"{offer.value}: {told_with_line(error)}"
+            ) from error
+
+
+@lru_cache(maxsize=4)
+def _installed(path: tuple[str, ...]) -> EntryPoints:
+    """The entry points of all packages on `sys.path`; reading them takes some milliseconds."""
+    return entry_points()
+
+
+def _package_of(offer: EntryPoint) -> str:
+    return f"package {offer.dist.name}" if offer.dist is not None else "an installed package"
+
+
+def caller_place() -> str:
+    """The file and line of a user's code that called into sagellm."""
+    frame = sys._getframe(1)
+    while frame.f_back and str(frame.f_globals.get("__name__")) in _OWN:
+        frame = frame.f_back
+    file = frame.f_code.co_filename
+    shown = os.path.relpath(file) if file.startswith(os.getcwd() + os.sep) else file
+    return f"in {shown}:{frame.f_lineno}"
+
+
+_OWN = {__name__, "sagellm.runtime.resolver", "sagellm.registering"}
+
+
+def check_callable(name: str, value: Any) -> Any:
+    """The value itself. Raises TypeError where it cannot be called."""
+    if not callable(value):
+        raise TypeError(f"{name!r} must be a function, not {type(value).__name__}")
+    return value
+
+
+# The user's functions: `function: NAME` of an operator. None ships in this table.
+FUNCTIONS: Registry[Callable[..., Any]] = Registry(
+    "function", "sagellm.functions", {}, check_callable
+)

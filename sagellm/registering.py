@@ -1,0 +1,73 @@
+"""How a user's own functions, operators, policies and strategies get the names that graphs use."""
+
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar, overload
+
+from sagellm.graphs.vocabulary import OpSpec
+from sagellm.operators.policies import OWN, POLICIES, policy_module
+from sagellm.operators.policies.options import Options
+from sagellm.operators.policies.order import Policy
+from sagellm.operators.routing import STRATEGIES, Strategy
+from sagellm.runtime.operator import Build
+from sagellm.runtime.registry import FUNCTIONS, check_callable
+from sagellm.runtime.resolver import Resolver
+
+RESOLVER = Resolver()
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def register_operator(spec: OpSpec, build: Build) -> None:
+    """Make `op: NAME` and `ops.NAME(...)` mean this operator. Raises ValueError where the name is
+    taken, TypeError for what is no operator.
+    """
+    RESOLVER.register(spec, build)
+
+
+def register_function(function: Callable[..., Any], name: str | None = None) -> None:
+    """Make `function: NAME` of a graph mean this function; its own name unless one is given.
+
+    Raises ValueError where the name is taken or is none, TypeError for what cannot be called.
+    """
+    known = name if name is not None else getattr(function, "__name__", "")
+    FUNCTIONS.register(known, check_callable(known, function))
+
+
+@overload
+def function(given: F) -> F: ...
+
+
+@overload
+def function(given: str) -> Callable[[F], F]: ...
+
+
+def function(given: Any) -> Any:
+    """A decorator: `@sagellm.function`, or `@sagellm.function("another_name")`."""
+    if isinstance(given, str):
+        return lambda decorated: _registered(decorated, given)
+    return _registered(given, None)
+
+
+def _registered(decorated: F, name: str | None) -> F:
+    register_function(decorated, name)
+    return decorated
+
+
+def register_policy(
+    name: str, policy: Callable[[Options], Policy], *, uses: Iterable[str] = ()
+) -> None:
+    """Make `policy: NAME` of `policy_sort` mean this policy.
+
+    `uses`: the options of `policy_sort` that it reads; a graph that sets another is refused.
+    Raises ValueError where the name is taken, TypeError for what is no policy.
+    """
+    if name == OWN:
+        raise ValueError(f"policy {OWN!r} is the order of `function`; choose another name")
+    POLICIES.register(name, policy_module(name, policy, uses))
+
+
+def register_strategy(name: str, choose: Strategy) -> None:
+    """Make `strategy: NAME` of `route` mean this function: (request, pool, view, draw) -> replica.
+
+    Raises ValueError where the name is taken, TypeError for what cannot be called.
+    """
+    STRATEGIES.register(name, check_callable(name, choose))

@@ -1,0 +1,247 @@
+"""Registering a user's own things, and those that installed packages offer."""
+
+import inspect
+import sys
+from pathlib import Path
+
+import pytest
+
+import sagellm
+from sagellm import Graph, Request, Sampling, ops
+from sagellm.checking import check_graph
+from sagellm.graphs.diagnostics import GraphError
+from sagellm.graphs.text.yaml import Document, load
+from sagellm.graphs.vocabulary import OpSpec
+from sagellm.operators.policies import POLICIES
+from sagellm.operators.policies.options import Options
+from sagellm.operators.policies.order import Order, Policy
+from sagellm.operators.routing import STRATEGIES
+from sagellm.operators.routing.view import Pool, View
+from sagellm.registering import RESOLVER
+from sagellm.runtime.operator import Draw
+from sagellm.runtime.registry import FUNCTIONS
+
+GRAPH = """\
+sagellm: 1
+name: own
+engines:
+  g: {model: "null", device: "null", replicas: 2}
+operators:
+  sort: {op: policy_sort, policy: fifo}
+  before: {op: filter, function: f}
+  route: {op: route, strategy: random}
+  generate: {op: generate, engine: g}
+edges:
+  - source -> sort -> before -> route -> generate -> sink
+"""
+PACKAGE = """\
+from sagellm.graphs.vocabulary import OpSpec
+from sagellm.operators.policies.order import Order, Policy
+from sagellm.operators.filter import Options, build as build_filter
+
+SPEC = OpSpec("fake_filter", options=Options)
+
+def build(options, setup):
+    return build_filter(options, setup)
+
+def keep(item):
+    return True
+
+def newest(options):
+    return Policy((Order(lambda request: -request.stamps.arrived_s),))
+
+def last(request, pool, view, draw):
+    return pool.live(view)[-1]
+"""
+ENTRY_POINTS = """\
+[sagellm.operators]
+fake_filter = fake_package
+fake_broken = fake_broken
+[sagellm.functions]
+fake_keep = fake_package:keep
+fake_missing = fake_package:nothing
+[sagellm.policies]
+fake_newest = fake_package:newest
+[sagellm.strategies]
+fake_last = fake_package:last
+fake_wrong = fake_package:SPEC
+"""
+
+
+@pytest.fixture(autouse=True)
+def _as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test registers and loads goes with it."""
+    for table in (FUNCTIONS, POLICIES, STRATEGIES, RESOLVER._operators):
+        monkeypatch.setattr(table, "_registered", dict(table._registered))
+        monkeypatch.setattr(table, "_loaded", {})
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An installed distribution, as far as Python can see."""
+    info = tmp_path / "fake-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: fake\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(ENTRY_POINTS)
+    (tmp_path / "fake_package.py").write_text(PACKAGE)
+    (tmp_path / "fake_broken.py").write_text("import sagellm\nimport nowhere\n")
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "fake_package", raising=False)
+    return tmp_path
+
+
+def document(*changes: tuple[str, str]) -> Document:
+    text = GRAPH
+    for old, new in changes:
+        text = text.replace(old, new)
+    return load(text, file="own.yaml")
+
+
+def mistakes(*changes: tuple[str, str]) -> list[str]:
+    try:
+        check_graph(document(*changes), RESOLVER, FUNCTIONS)
+    except GraphError as error:
+        return list(map(str, error.diagnostics))
+    return []
+
+
+def newest(options: Options) -> Policy:
+    return Policy((Order(lambda request: -request.stamps.arrived_s),))
+
+
+def last(request: Request, pool: Pool, view: View, draw: Draw) -> int:
+    return pool.live(view)[-1]
+
+
+def test_what_is_registered_is_known_to_a_graph() -> None:
+    @sagellm.function
+    def keep_all(request: Request) -> bool:
+        return True
+
+    sagellm.register_policy("newest", newest)
+    sagellm.register_strategy("last", last)
+    own = (("fifo", "newest"), ("function: f", "function: keep_all"), ("random", "last"))
+    assert mistakes(*own) == []
+
+
+def test_a_decorator_may_give_another_name() -> None:
+    @sagellm.function("kept")
+    def keep_all(request: Request) -> bool:
+        return True
+
+    assert FUNCTIONS["kept"] is keep_all
+    assert "keep_all" not in FUNCTIONS
+
+
+def test_unknown_names_get_the_nearest() -> None:
+    sagellm.register_function(lambda request: True, "keep_all")
+    sagellm.register_policy("newest", newest)
+    sagellm.register_strategy("rightmost", last)
+    wrong = (("fifo", "newst"), ("function: f", "function: kep_all"), ("random", "rightmst"))
+    told = mistakes(*wrong)
+    assert [text.split("(")[1].split("?")[0] for text in told] == [
+        "did you mean `newest`",
+        "did you mean `keep_all`",
+        "did you mean `rightmost`",
+    ]
+
+
+def test_a_clash_names_both_places() -> None:
+    sagellm.register_function(len, "size")
+    first = inspect.currentframe().f_lineno - 1  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match="exists already") as raised:
+        sagellm.register_function(len, "size")
+    assert f"test_registering.py:{first};" in str(raised.value)
+    assert f"test_registering.py:{first + 3}" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("register", "place"),
+    [
+        (lambda: sagellm.register_policy("fifo", newest), "ships with sagellm"),
+        (lambda: sagellm.register_policy("own", newest), "choose another name"),
+        (lambda: sagellm.register_strategy("random", last), "ships with sagellm"),
+        (lambda: sagellm.register_operator(OpSpec("map"), last), "ships with sagellm"),  # type: ignore[arg-type]
+        (lambda: sagellm.register_function(len, "a b"), "use letters"),
+        (lambda: sagellm.register_function(lambda item: item), "use letters"),
+        (lambda: sagellm.register_policy("mine", newest, uses=("wndow",)), "no option"),
+    ],
+)
+def test_what_cannot_be_registered_is_refused(register: object, place: str) -> None:
+    with pytest.raises(ValueError, match=place):
+        register()  # type: ignore[operator]
+
+
+def test_the_same_line_may_register_anew() -> None:
+    for number in (1, 2):
+        sagellm.register_function([number].append, "again")
+    assert FUNCTIONS["again"].__self__ == [2]  # type: ignore[attr-defined]
+
+
+def test_a_registered_function_keeps_its_name_in_a_graph_of_python() -> None:
+    sagellm.register_function(len, "size")
+    assert (Graph("g") >> ops.map(len)).ir.node("map").attrs["function"] == "size"
+
+
+async def test_a_policy_and_a_strategy_of_ones_own_decide() -> None:
+    chosen: list[int] = []
+
+    def first(request: Request, pool: Pool, view: View, draw: Draw) -> int:
+        chosen.append(pool.num_replicas)
+        return 0
+
+    sagellm.register_policy("newest", newest)
+    sagellm.register_strategy("first", first)
+    graph = Graph("g").engine("g", model="null", device="null", replicas=2)
+    graph >> ops.policy_sort("newest") >> ops.route("first") >> ops.generate(engine="g")
+    async with graph.open() as session:
+        await session.generate("a", sampling=Sampling(max_tokens=1))
+    assert chosen == [2]
+
+
+def test_a_policy_that_uses_no_option_refuses_all() -> None:
+    sagellm.register_policy("newest", newest, uses=("aging_s",))
+    sagellm.register_function(lambda request: True, "f")
+    assert mistakes(("policy: fifo", "policy: newest, aging_s: 3")) == []
+    (told,) = mistakes(("policy: fifo", "policy: newest, busy_queued: 3"))
+    assert "policy newest does not use busy_queued" in told
+
+
+@pytest.mark.usefixtures("package")
+def test_installed_packages_offer_all_four_kinds() -> None:
+    own = (("fifo", "fake_newest"), ("random", "fake_last"), ("function: f", "function: fake_keep"))
+    assert mistakes(*own, ("op: filter", "op: fake_filter")) == []
+
+
+@pytest.mark.usefixtures("package")
+def test_nothing_is_imported_unasked() -> None:
+    sagellm.register_function(lambda request: True, "f")
+    assert mistakes() == []
+    assert "fake_broken" in RESOLVER.names
+    assert "fake_package" not in sys.modules
+
+
+def test_an_entry_point_that_is_broken_says_whose_it_is(package: Path) -> None:
+    sagellm.register_function(lambda request: True, "f")
+    (told,) = mistakes(("op: filter", "op: fake_broken"))
+    assert told.startswith("own.yaml:7:16: operator 'fake_broken' of package fake cannot be loaded")
+    assert f"No module named 'nowhere' ({package}/fake_broken.py:2)" in told
+    (told,) = mistakes(("function: f", "function: fake_missing"))
+    assert "of package fake cannot be loaded" in told
+    (told,) = mistakes(("random", "fake_wrong"))
+    assert "must be a function, not OpSpec" in told
+
+
+@pytest.mark.usefixtures("package")
+def test_a_clash_with_a_package_names_it() -> None:
+    with pytest.raises(ValueError, match="exists already, from package fake"):
+        sagellm.register_function(len, "fake_keep")
+
+
+def test_two_packages_of_one_name_are_refused(package: Path) -> None:
+    other = package / "other-1.0.dist-info"
+    other.mkdir()
+    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: other\nVersion: 1.0\n")
+    (other / "entry_points.txt").write_text("[sagellm.functions]\nfake_keep = builtins:bool\n")
+    (told,) = mistakes(("function: f", "function: fake_keep"))
+    assert "is offered by package fake and package other" in told
