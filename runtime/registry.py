@@ -84,7 +84,7 @@ class Registry(Mapping[str, T], Generic[T]):
 
     @property
     def _offered(self) -> EntryPoints:
-        return _installed(tuple(sys.path)).select(group=self.group)
+        return _installed(tuple(sys.path), self.group)
 
     def _place_of(self, name: str) -> str | None:
         if name in self.ours:
@@ -111,10 +111,10 @@ class Registry(Mapping[str, T], Generic[T]):
             ) from error
 
 
-@lru_cache(maxsize=4)
-def _installed(path: tuple[str, ...]) -> EntryPoints:
+@lru_cache(maxsize=16)
+def _installed(path: tuple[str, ...], group: str) -> EntryPoints:
     """The entry points of all packages on `sys.path`; reading them takes some milliseconds."""
-    return entry_points()
+    return entry_points(group=group)
 
 
 def _package_of(offer: EntryPoint) -> str:

@@ -3,8 +3,9 @@
 from collections.abc import Callable
 from functools import partial
 
-from sagellm.builder import RESOLVER, Operator, operator
+from sagellm.builder import Operator, operator
 from sagellm.graphs.vocabulary import nearest
+from sagellm.registering import RESOLVER
 
 
 def __getattr__(name: str) -> Callable[..., Operator]:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import msgspec
 from cyclopts import Parameter
 
-from sagellm.builder import RESOLVER, shipped
+from sagellm.builder import shipped
 from sagellm.checking import check_graph
 from sagellm.cli.failure import CONFIGURATION, Failure
 from sagellm.cli.named import import_code, load_graph
@@ -22,6 +22,7 @@ from sagellm.graphs.passes.place import Place
 from sagellm.graphs.text.draw import as_mermaid, as_svg, as_text
 from sagellm.graphs.vocabulary import nearest
 from sagellm.overrides import override
+from sagellm.registering import RESOLVER
 from sagellm.runtime.engine.options import EngineOptions
 from sagellm.runtime.models.folder import BUILT_IN, resolve_model
 from sagellm.runtime.registry import FUNCTIONS

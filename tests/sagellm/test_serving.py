@@ -1,5 +1,6 @@
 """A graph of Python is served as the command serves a file."""
 
+import json
 import os
 import signal
 import socket
@@ -83,4 +84,18 @@ async def test_options_of_open_and_of_the_model_count() -> None:
         asked = post("/v1/completions", {**ASKED, "max_tokens": 99})
         reply = await trio.to_thread.run_sync(ask, port, asked)
         assert reply.status == 400
+        nursery.cancel_scope.cancel()
+
+
+async def test_the_shipped_map_is_served_by_processes_and_gateways() -> None:
+    """The functions stay in this process; workers and gateways have none."""
+    opening = Graph.load("map").open(model="null", set={"g.device": "null"}, executor="processes")
+    async with trio.open_nursery() as nursery:
+        url = await nursery.start(partial(opening.serve_async, port=0, gateways=2))
+        port = int(url.rpartition(":")[2])
+        for _ in range(4):
+            asked = post("/v1/completions", {**ASKED, "prompt": "\ta"})
+            reply = await trio.to_thread.run_sync(ask, port, asked)
+            assert reply.status == 200
+            assert json.loads(reply.body)["usage"]["completion_tokens"] == 2
         nursery.cancel_scope.cancel()
