@@ -60,7 +60,7 @@ class Options:
     for those behind it. None: only requests with an objective of their own are refused for it.
     """
 
-    max_queued: int = field(default=1024, metadata={"min": 1})
+    max_queued: int = field(default=4096, metadata={"min": 1})
     max_queued_tokens: int | None = field(default=None, metadata={"min": 1})
     slo_ttft_s: float | None = field(default=None, metadata={"min": 1e-3})
 

@@ -28,6 +28,7 @@ from sagellm.graphs.diagnostics import GraphError
 GIB = 1 << 30
 MIN_FREE_BYTES = 2 * GIB  # sage-tiny, torch itself, and a pool of KV blocks
 MIN_OPEN_FILES = 1024
+GOOD_OPEN_FILES = 4096  # each connection is one, and 1,000 clients at once are nothing special
 
 # Versions that are known to be wrong here: package, first good version, what the others do.
 TOO_OLD = (
@@ -138,10 +139,17 @@ def _disk() -> Finding:
 
 
 def _open_files() -> Finding:
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    found = f"{soft} open files at once"
-    if 0 <= soft < MIN_OPEN_FILES:  # -1 is no limit
-        return Finding("failed", found, f"ulimit -n {MIN_OPEN_FILES}", RESOURCES)
+    """`serve` raises the soft limit to the hard one by itself."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < 0:  # no limit
+        return Finding("ok", "as many open files as are wanted")
+    found = f"{hard} open files at once, for serve ({soft} for others)"
+    if hard < MIN_OPEN_FILES:
+        fix = f"raise the hard limit: ulimit -Hn {GOOD_OPEN_FILES} as root, LimitNOFILE= of systemd"
+        return Finding("failed", found, fix, RESOURCES)
+    if hard < GOOD_OPEN_FILES:
+        fix = f"as many connections: raise it for more (ulimit -Hn {GOOD_OPEN_FILES}, LimitNOFILE=)"
+        return Finding("warning", found, fix)
     return Finding("ok", found)
 
 

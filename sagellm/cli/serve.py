@@ -23,6 +23,7 @@ from sagellm.cli.serving import (
 )
 from sagellm.gateway.processes.supervision import GatewaysFailed
 from sagellm.gateway.server.front import serve_graph
+from sagellm.gateway.server.listen import raise_open_files
 from sagellm.log_writer import write_line
 from sagellm.runtime.engine.options import EngineOptionError
 
@@ -62,6 +63,7 @@ def serve(
     names = served_names(chosen, model, served)
     settings = read_settings(listen, names, watch)
     check_installed(settings.server)
+    raise_open_files()
     opening = chosen.open(
         set=overrides(chosen, served) | assignments(set_), model=model, executor=executor
     )

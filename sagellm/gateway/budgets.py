@@ -1,7 +1,7 @@
 """What one tenant may have under way, and how many refused calls are told to try again."""
 
-from collections.abc import Callable
-from types import TracebackType
+from collections.abc import Callable, Mapping
+from types import MappingProxyType, TracebackType
 
 import anyio
 
@@ -10,16 +10,21 @@ from sagellm.gateway.failure import ApiError
 from sagellm.gateway.settings import Budget
 
 RETRY_RATIO = 0.1  # retries that admitted calls pay for: load grows by no more than that
-RETRY_BURST = 10.0
+RETRY_BURST = 10.0  # retries that nobody has paid for
+MAX_RETRIES = 1000.0  # paid for, and not asked for yet
+CANCEL_BURST = 4096  # cancels at once of a tenant whose open requests are not bounded
 BUSY_RETRY_S = 1.0
 
 
 class Bucket:
-    """A token bucket: `rate` tokens a second, `burst` at the most. It may go into debt."""
+    """A token bucket: `rate` tokens a second, `burst` at the most. It may go into debt.
 
-    def __init__(self, burst: float, *, rate: float = 0.0) -> None:
+    It begins full, or with `level` tokens.
+    """
+
+    def __init__(self, burst: float, *, rate: float = 0.0, level: float | None = None) -> None:
         self._burst, self._rate = burst, rate
-        self._level, self._at_s = burst, 0.0
+        self._level, self._at_s = burst if level is None else level, 0.0
 
     def level(self, now: float) -> float:
         self._level = min(self._burst, self._level + self._rate * max(0.0, now - self._at_s))
@@ -35,16 +40,18 @@ class _Tenant:
     """What one key has under way."""
 
     def __init__(self, budget: Budget, num_open: Count, num_waiting: Count) -> None:
+        self.budget = budget
         self.num_open = num_open
         self.num_waiting = num_waiting
-        self.cancels = Bucket(budget.cancels_per_s, rate=budget.cancels_per_s)
+        burst = max(budget.cancels_per_s, budget.num_open or CANCEL_BURST)  # all that it has
+        self.cancels = Bucket(burst, rate=budget.cancels_per_s)
 
 
 class Budgets:
     """Tenants are named by keys that the operator gave: there are only so many.
 
     `count` gives the numbers that all gateways before one graph add up to. What is cancelled, and
-    told to try again, each of them counts alone.
+    told to try again, each of them counts alone. `budget` is that of a tenant not named in `own`.
     """
 
     def __init__(
@@ -52,12 +59,14 @@ class Budgets:
         budget: Budget,
         now: Callable[[], float] = anyio.current_time,
         count: Callable[[str], Count] = lambda name: LocalCount(),
+        own: Mapping[str, Budget] = MappingProxyType({}),
     ) -> None:
         self._budget = budget
+        self._own = own
         self._now = now
         self._count = count
         self._tenants: dict[str, _Tenant] = {}
-        self._retries = Bucket(RETRY_BURST)
+        self._retries = Bucket(MAX_RETRIES, level=RETRY_BURST)
 
     def hold(self, tenant: str, num_requests: int = 1) -> "Hold":
         """Places for the requests of one call, given back at the end of the `with` block.
@@ -69,7 +78,8 @@ class Budgets:
         known = self._tenants.get(tenant)
         if known is None:
             num_open, num_waiting = (self._count(name) for name in count_names(tenant))
-            known = self._tenants[tenant] = _Tenant(self._budget, num_open, num_waiting)
+            budget = self._own.get(tenant, self._budget)
+            known = self._tenants[tenant] = _Tenant(budget, num_open, num_waiting)
         return Hold(self, known, num_requests)
 
     def may_retry(self, tenant: str = "") -> bool:
@@ -87,11 +97,10 @@ class Budgets:
     # ---- what holds use ----------------------------------------------------------------------
 
     def enter(self, tenant: _Tenant, num_requests: int) -> None:
-        budget, now = self._budget, self._now()
-        num_open, num_waiting = tenant.num_open.total, tenant.num_waiting.total
-        if num_open and num_open + num_requests > budget.num_open:
+        budget, now = tenant.budget, self._now()
+        if _exceeds(tenant.num_open.total, num_requests, budget.num_open):
             raise self._too_much(f"this key may have {budget.num_open} requests under way")
-        if num_waiting and num_waiting + num_requests > budget.num_waiting:
+        if _exceeds(tenant.num_waiting.total, num_requests, budget.num_waiting):
             raise self._too_much(f"this key may have {budget.num_waiting} requests waiting")
         debt = -tenant.cancels.level(now)
         if debt >= 0:
@@ -115,6 +124,11 @@ class Budgets:
             retry_after_s=retry_after_s,
             should_retry=self.may_retry(),
         )
+
+
+def _exceeds(num: int, num_more: int, bound: int) -> bool:
+    """A call larger than its bound is let in alone."""
+    return 0 < bound < num + num_more and num > 0
 
 
 def count_names(tenant: str) -> tuple[str, str]:

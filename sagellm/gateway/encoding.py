@@ -1,6 +1,5 @@
-"""Prompts to text and token ids; what may take long is done in a worker thread, with a deadline."""
+"""Prompts to text and token ids; what may take long is done in a worker thread, within bounds."""
 
-import threading
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -8,13 +7,14 @@ import anyio
 import msgspec
 
 from sagellm.gateway.failure import ApiError, wrong
-from sagellm.gateway.threads import Threads
+from sagellm.gateway.threads import NoThread, Overrun, Threads
 from sagellm.runtime.models.bad_words import bad_words_token_ids
 from sagellm.runtime.models.chat import ANSWERED, ChatTemplateError, Rendering
 from sagellm.runtime.models.tokenizer import Messages, Tokenizer
 
-TEMPLATE_S = 0.25
-TOKENIZE_S = 10.0
+TEMPLATE_S = 0.25  # of CPU, to render one conversation: beyond, its messages are at fault
+TOKENIZE_S = 60.0  # of the clock, waiting for a thread included: beyond, the server is overloaded
+RETRY_S = 1.0
 _SHORT_LEN = 2048  # characters, or tokens, that are worked faster than a thread is woken for
 _NUM_THREADS = 4  # of each kind; one that outlives its deadline keeps its place until it ends
 T = TypeVar("T")
@@ -76,20 +76,18 @@ class Encoder:
 
     async def _render(self, messages: Messages, how: Rendering = ANSWERED) -> str:
         """In a thread always: how long a template loops is no matter of how long a message is."""
-        begun = threading.Event()
 
         def render() -> str:
-            begun.set()
             return self._tokenizer.apply_chat_template(messages, how)
 
         try:
-            with anyio.fail_after(TEMPLATE_S):
-                return await self._rendering.run(render)
-        except TimeoutError:
-            if not begun.is_set():  # others have all the threads: no fault of these messages
-                raise _busy() from None
-            late = f"the chat template took longer than {TEMPLATE_S:g} s"
+            with anyio.fail_after(TOKENIZE_S):
+                return await self._rendering.run_within(TEMPLATE_S, render)
+        except Overrun:
+            late = f"the chat template took longer than {TEMPLATE_S:g} s of CPU time"
             raise wrong("messages", late) from None
+        except (NoThread, TimeoutError):  # others have all the threads: no fault of these messages
+            raise _busy() from None
         except ChatTemplateError:
             refused = "the model's chat template does not admit them, or it has none"
             raise wrong("messages", refused) from None
@@ -106,4 +104,4 @@ class Encoder:
 
 def _busy() -> ApiError:
     late = "the prompt could not be tokenised in time"
-    return ApiError(503, late, code="tokenizer_busy", retry_after_s=1.0)
+    return ApiError(503, late, code="tokenizer_busy", retry_after_s=RETRY_S)

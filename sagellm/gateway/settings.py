@@ -2,45 +2,92 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal, TypeAlias
+
+from msgspec import Meta
+
+Count: TypeAlias = Annotated[int, Meta(ge=1)]
+Bytes: TypeAlias = Annotated[int, Meta(ge=1, extra={"unit": "bytes"})]
+Seconds: TypeAlias = Annotated[float, Meta(gt=0)]
+Bound: TypeAlias = Annotated[int, Meta(ge=0)]
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
     """What a request may be, before it is refused; sizes in bytes, times in seconds."""
 
-    header_bytes: int = 16 << 10
-    num_headers: int = 100
-    header_s: float = 10.0  # until the headers are whole
-    body_bytes: int = 8 << 20
-    body_s: float = 30.0  # until the body is whole
-    json_depth: int = 32
-    num_prompts: int = 128
-    num_messages: int = 2048
-    num_choices: int = 16
-    num_stop: int = 16
-    stop_bytes: int = 1024  # of one stop string
-    num_logit_bias: int = 1024
-    model_name_len: int = 256
+    header_bytes: Annotated[int, Meta(ge=256, extra={"unit": "bytes"})] = 16 << 10
+    """Size of the request line and all headers."""
+
+    num_headers: Count = 100
+    """Headers of one request."""
+
+    header_s: Seconds = 10.0
+    """Time until the headers are whole."""
+
+    body_bytes: Bytes = 8 << 20
+    """Size of a body."""
+
+    body_s: Seconds = 30.0
+    """Time until the body is whole."""
+
+    json_depth: Annotated[int, Meta(ge=4, le=512)] = 32
+    """Levels of JSON inside each other."""
+
+    num_prompts: Count = 1024
+    """Prompts of one call."""
+
+    num_messages: Count = 2048
+    """Messages of one chat."""
+
+    num_choices: Count = 16
+    """`n`, the choices of each prompt."""
+
+    num_stop: Count = 16
+    """Stop strings."""
+
+    stop_bytes: Bytes = 1024
+    """Size of one stop string."""
+
+    num_logit_bias: Count = 1024
+    """Entries of `logit_bias`."""
+
+    model_name_len: Count = 256
+    """Characters of the name of a model."""
 
 
 @dataclass(frozen=True, slots=True)
 class Streaming:
     """How answers are sent."""
 
-    keep_alive_s: float = 5.0  # a comment after so long without an event
-    num_buffered_tokens: int = 256  # of a client that does not read
-    num_buffered_bytes: int = 64 << 10
-    stall_s: float = 30.0  # after which a client that does not read is ended
+    keep_alive_s: Seconds = 5.0
+    """Silence of a stream until a comment is sent."""
+
+    num_buffered_tokens: Annotated[int, Meta(ge=4)] = 256
+    """Tokens kept for a client that does not read."""
+
+    num_buffered_bytes: Annotated[int, Meta(ge=1024, extra={"unit": "bytes"})] = 64 << 10
+    """Size of the text kept for a client that does not read."""
+
+    stall_s: Seconds = 30.0
+    """Time after which a client that does not read is cut off."""
 
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What one key may have under way at once."""
+    """What one key may have under way at once; 0 open or waiting requests: no bound."""
 
-    num_open: int = 256  # requests, streaming or waiting
-    num_waiting: int = 128  # of them, those without a first token
-    cancels_per_s: float = 100.0
+    num_open: Bound = 1024
+    """Requests under way, streaming or waiting: each choice of each prompt is one; 0: no bound."""
+
+    num_waiting: Bound = 1024
+    """Requests under way without a first token; 0: no bound."""
+
+    cancels_per_s: Seconds = 100.0
+    """Cancelled calls a second, after `num_open` at once."""
+
+
+GRAPH_ALONE = Budget(num_open=0, num_waiting=0)  # without keys nobody is kept from anybody
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +98,9 @@ class Settings:
     the admin routes, which are closed to all where there is none. `salt_key` keys the prefix salts
     and the hashes in logs; drawn anew at each start unless given. Raises ValueError for half of a
     TLS setup, which would be served in the clear.
+
+    `budgets` are those of tenants that have one of their own. `budget` is that of all others. None:
+    `Budget()` where there are keys; else the graph's admission is all that bounds requests.
     """
 
     host: str = "127.0.0.1"
@@ -74,8 +124,14 @@ class Settings:
     tls_key: Path | None = None
     limits: Limits = Limits()
     streaming: Streaming = Streaming()
-    budget: Budget = Budget()
+    budget: Budget | None = None
+    budgets: dict[str, Budget] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if (self.tls_certificate is None) != (self.tls_key is None):
             raise ValueError("TLS needs both a certificate and its key")
+
+    @property
+    def common_budget(self) -> Budget:
+        """Of each tenant that has none of its own."""
+        return self.budget or (Budget() if self.api_keys else GRAPH_ALONE)

@@ -1,6 +1,7 @@
 """Worker threads that are never more than so many, however many callers gave up on theirs."""
 
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cached_property
@@ -12,6 +13,16 @@ import anyio.to_thread
 
 T = TypeVar("T")
 
+_LOOK_S = 0.02  # the shortest time between two looks at how much CPU time some work has used
+
+
+class Overrun(Exception):
+    """The work used more CPU time than it may, and is left to itself."""
+
+
+class NoThread(Exception):
+    """Every thread has work that nobody waits for any more: no place is likely to become free."""
+
 
 class Threads:
     """At most `limit` at work; work whose caller has left keeps its place until it ends.
@@ -22,6 +33,7 @@ class Threads:
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
+        self._abandoned: set[_Job[Any]] = set()
 
     # Made where it is first used: its owner may be built on another loop than it runs on.
     @cached_property
@@ -37,7 +49,73 @@ class Threads:
             own = anyio.CapacityLimiter(1)
             return await anyio.to_thread.run_sync(job, abandon_on_cancel=True, limiter=own)
         finally:
-            job.leave()
+            if job.leave():
+                self._abandoned.add(job)
+
+    async def run_within(self, max_cpu_s: float, work: Callable[[], T]) -> T:
+        """As `run`, for work that may use so much CPU time. The time that it waits for a place, for
+        a core or for the interpreter's lock does not count.
+
+        Raises Overrun, and NoThread where waiting for a place is in vain.
+        """
+        timed = _Timed(work)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self._watch, timed, max_cpu_s, tasks.cancel_scope)
+            try:
+                await self.run(timed)
+            except Exception as error:  # raised below, outside the group, which would wrap it
+                timed.error = error
+            tasks.cancel_scope.cancel()
+        return timed.result()
+
+    async def _watch(self, timed: "_Timed[T]", max_cpu_s: float, scope: anyio.CancelScope) -> None:
+        while timed.error is None:
+            await anyio.sleep(max(_LOOK_S, max_cpu_s - timed.cpu_s))
+            if timed.cpu_s >= max_cpu_s:
+                timed.error = Overrun()
+            elif not timed.is_begun and self._is_stuck:
+                timed.error = NoThread()
+        scope.cancel()
+
+    @property
+    def _is_stuck(self) -> bool:
+        self._abandoned = {job for job in self._abandoned if job.is_at_work}
+        return len(self._abandoned) >= self._limit
+
+
+class _Timed(Generic[T]):
+    """Work whose CPU time can be read from any thread while it is done."""
+
+    def __init__(self, work: Callable[[], T]) -> None:
+        self._work = work
+        self._found: list[T] = []
+        self._clock: int | None = None  # of the thread at work, while there is one
+        self._began_s = 0.0
+        self.is_begun = False
+        self.error: Exception | None = None
+
+    def __call__(self) -> None:
+        self._began_s = time.thread_time()
+        self._clock = time.pthread_getcpuclockid(threading.get_ident())
+        self.is_begun = True
+        try:
+            self._found.append(self._work())
+        finally:
+            self._clock = None
+
+    @property
+    def cpu_s(self) -> float:
+        clock = self._clock
+        if clock is None:
+            return 0.0
+        with suppress(OSError):  # the thread has ended since
+            return time.clock_gettime(clock) - self._began_s
+        return 0.0
+
+    def result(self) -> T:
+        if self.error is not None and not self._found:
+            raise self.error
+        return self._found[0]
 
 
 class _Job(Generic[T]):
@@ -70,13 +148,18 @@ class _Job(Generic[T]):
             if left:
                 self._release_from_thread()
 
-    def leave(self) -> None:
-        """The caller waits no longer; called once, on the loop."""
+    @property
+    def is_at_work(self) -> bool:
+        return self._at_work
+
+    def leave(self) -> bool:
+        """The caller waits no longer; called once, on the loop. Whether the work goes on."""
         with self._lock:
             self._left = True
             at_work = self._at_work
         if not at_work:
             self._places.release_on_behalf_of(self)
+        return at_work
 
     def _release_from_thread(self) -> None:
         """Not waited for: a loop that is about to close would never answer."""

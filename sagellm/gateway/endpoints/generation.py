@@ -81,8 +81,9 @@ class _Running:
             async with entered(self._gateway.door, self._entries(ids)) as batches:
                 last = b""  # as a rule only the end is missing behind it, and goes along
                 async for batch in batches:
-                    hold.first_token()
                     served, error = self._split(batch)
+                    if served:  # a refusal pays for no retry
+                        hold.first_token()
                     if error is not None and not outlet.is_started:
                         raise error
                     content = last + (reply.chunks(served) if served else b"")
@@ -98,8 +99,9 @@ class _Running:
         with self._started() as (ids, reply, hold):
             async with entered(self._gateway.door, self._entries(ids)) as batches:
                 async for batch in batches:
-                    hold.first_token()
                     served, error = self._split(batch)
+                    if served:  # a refusal pays for no retry
+                        hold.first_token()
                     if error is not None:
                         raise error
                     reply.add(served)

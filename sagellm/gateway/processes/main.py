@@ -100,7 +100,7 @@ def _gateway(setup: Setup, start: Start, link: Link[FromGraph]) -> Gateway:
         tokenizer=load_tokenizer_of(graph),
         model=setup.model,
         readiness=Told(setup.is_ready, setup.not_ready_reason),
-        budgets=Budgets(settings.budget, count=count),
+        budgets=Budgets(settings.common_budget, count=count, own=settings.budgets),
         meters=RemoteMeters(door, PATHS),
         graph=graph,
         is_draining=setup.is_draining,

@@ -115,7 +115,7 @@ def gateway_of(
         tokenizer=session.tokenizer,
         model=model,
         readiness=readiness,
-        budgets=Budgets(settings.budget),
+        budgets=Budgets(settings.common_budget, own=settings.budgets),
         meters=meters,
         graph=session.executor.plan.graph,
     )

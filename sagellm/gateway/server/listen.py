@@ -8,7 +8,8 @@ from os import listdir
 
 from sagellm.gateway.settings import Settings
 
-BACKLOG = 1024
+BACKLOG = 4096  # the kernel takes less where net.core.somaxconn says so
+MOST_FILES = 1 << 20  # more than any machine serves
 _SPARE_FILES = 48  # for the engine, the logs and whoever opens a file while the gateway is full
 
 
@@ -48,7 +49,16 @@ def is_loopback(host: str) -> bool:
 def max_connections() -> int:
     """As many as leave some file descriptors to the rest of the process."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return max(8, min(soft, 1 << 20) - _SPARE_FILES - _num_open_files())
+    return max(8, min(soft, MOST_FILES) - _SPARE_FILES - _num_open_files())
+
+
+def raise_open_files() -> None:
+    """Let this process, and those that it starts, open as many files as the system lets it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+    if 0 <= soft < wanted:
+        with suppress(OSError, ValueError):  # a sandbox may forbid it: serve with what there is
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _num_open_files() -> int:

@@ -6,7 +6,7 @@ import pytest
 
 from sagellm.gateway.budgets import Budgets
 from sagellm.gateway.failure import ApiError
-from sagellm.gateway.settings import Budget
+from sagellm.gateway.settings import GRAPH_ALONE, Budget, Settings
 
 
 class Clock:
@@ -59,7 +59,7 @@ def cancel(some: Budgets, num: int) -> None:
 
 def test_cancels_are_bounded_over_time() -> None:
     clock = Clock()
-    some = budgets(clock, cancels_per_s=4)
+    some = budgets(clock, cancels_per_s=4, num_open=4)
     cancel(some, 4)
     error = refused(some)
     assert error is not None
@@ -70,7 +70,7 @@ def test_cancels_are_bounded_over_time() -> None:
 
 
 def test_an_error_is_no_cancel() -> None:
-    some = budgets(cancels_per_s=1)
+    some = budgets(cancels_per_s=1, num_open=1)
     for _ in range(5):
         with pytest.raises(LookupError), some.hold("a"):
             raise LookupError
@@ -125,3 +125,47 @@ def test_a_call_larger_than_the_budget_runs_alone() -> None:
         assert refused(some) is not None
         assert refused(some, "b") is None
     assert refused(some) is None
+
+
+def test_nothing_but_the_graph_bounds_what_comes_without_keys() -> None:
+    some = Budgets(Settings().common_budget, Clock())
+    with ExitStack() as stack:
+        for _ in range(2000):
+            stack.enter_context(some.hold("anonymous"))
+        assert refused(some, "anonymous") is None
+    assert some.num_open("anonymous") == 0
+
+
+def test_a_key_lets_a_thousand_requests_wait_at_once() -> None:
+    some = Budgets(Settings(api_keys={"a": "k"}).common_budget, Clock())
+    with ExitStack() as stack:
+        for _ in range(1000):
+            stack.enter_context(some.hold("a"))
+        assert some.num_open("a") == 1000
+
+
+def test_a_tenant_may_have_a_budget_of_its_own() -> None:
+    settings = Settings(api_keys={"a": "k"}, budget=Budget(num_open=1), budgets={"b": Budget(2)})
+    some = Budgets(settings.common_budget, Clock(), own=settings.budgets)
+    with some.hold("a"), some.hold("b"), some.hold("b"):
+        assert refused(some, "a") is not None
+        assert refused(some, "b") is not None
+        assert refused(some, "c") is None
+
+
+def test_a_client_may_break_off_all_that_it_has_at_once() -> None:
+    some = budgets(cancels_per_s=4, num_open=40)
+    cancel(some, 40)
+    assert refused(some) is not None
+    unbounded = Budgets(GRAPH_ALONE, Clock())
+    cancel(unbounded, 1000)
+    assert refused(unbounded) is None
+
+
+def test_retries_that_were_paid_for_are_kept() -> None:
+    """A server that was well for long tells more clients of one wave to come again."""
+    some = budgets()
+    for _ in range(2000):
+        with some.hold("a") as hold:
+            hold.first_token()
+    assert sum(some.may_retry() for _ in range(1000)) == pytest.approx(210, abs=1)

@@ -1,11 +1,12 @@
 """Prompts are encoded off the loop where it may take long, and not for longer than allowed."""
 
 import threading
+import time
 from typing import Any
 
 import anyio
 import pytest
-from gateway_calls import Client, gateway_before, playing, post
+from gateway_calls import playing, post
 
 from sagellm.gateway.encoding import Encoder
 from sagellm.gateway.endpoints.chat import chat
@@ -63,8 +64,17 @@ def test_a_template_is_rendered_in_a_thread(run):
     assert tokenizer.threads == {"worker"}
 
 
+class Spinning(Watched):
+    """Its templates use CPU time until `goes_on`."""
+
+    def apply_chat_template(self, messages: Any) -> str:
+        while not self.goes_on.is_set():
+            pass
+        return super().apply_chat_template(messages)
+
+
 def test_a_template_that_takes_too_long_is_given_up(run):
-    tokenizer = Watched()
+    tokenizer = Spinning()
     tokenizer.goes_on.clear()
 
     async def ask() -> Any:
@@ -76,26 +86,66 @@ def test_a_template_that_takes_too_long_is_given_up(run):
     answered = run(ask)
     assert answered.status == 400
     assert answered.json["error"]["param"] == "messages"
-    assert "0.25 s" in answered.json["error"]["message"]
+    assert "0.25 s of CPU time" in answered.json["error"]["message"]
 
 
-def test_who_waits_for_others_templates_is_not_to_blame(run):
+def _asked_at_once(run: Any, tokenizer: Watched, num: int, release_s: float) -> list[str]:
+    """What becomes of so many chats; their templates go on after `release_s`."""
+    found: list[str] = []
+
+    async def ask_one(encoder: Encoder) -> None:
+        try:
+            found.append((await encoder.chat(MESSAGES)).text)
+        except ApiError as error:
+            found.append(f"{error.status} {error.code}")
+
+    async def ask() -> None:
+        encoder, opener = Encoder(tokenizer), threading.Timer(release_s, tokenizer.goes_on.set)
+        opener.start()
+        try:
+            with anyio.fail_after(30):
+                async with anyio.create_task_group() as tasks:
+                    for _ in range(num):
+                        tasks.start_soon(ask_one, encoder)
+        finally:
+            opener.cancel()
+            tokenizer.goes_on.set()
+
+    run(ask)
+    return sorted(found)
+
+
+def test_a_machine_that_is_busy_is_no_fault_of_the_messages(run):
+    """Time that a template waits, for a core or a thread, is not its own: all are served."""
     tokenizer = Watched()
     tokenizer.goes_on.clear()
-    body = {"messages": MESSAGES}
+    assert _asked_at_once(run, tokenizer, 40, release_s=0.6) == ["user: hey\n"] * 40
 
-    async def ask() -> list[int]:
-        gateway = gateway_before(playing(), tokenizer=tokenizer)
-        clients = [Client(body) for _ in range(5)]  # one more than there are threads
+
+def test_who_waits_behind_templates_that_never_end_is_not_to_blame(run):
+    tokenizer = Spinning()
+    tokenizer.goes_on.clear()
+    began_s = time.monotonic()
+    found = _asked_at_once(run, tokenizer, 5, release_s=25)  # one more than there are threads
+    assert found == ["400 None"] * 4 + ["503 tokenizer_busy"]
+    assert time.monotonic() - began_s < 25
+
+
+def test_the_server_says_when_to_try_again(run, monkeypatch):
+    monkeypatch.setattr("sagellm.gateway.encoding.TOKENIZE_S", 0.05)
+    tokenizer = Watched()
+    tokenizer.goes_on.clear()
+
+    async def ask() -> ApiError:
         try:
-            async with anyio.create_task_group() as tasks:
-                for client in clients:
-                    tasks.start_soon(client.call, chat, gateway)
+            with pytest.raises(ApiError) as caught:
+                await Encoder(tokenizer).chat(MESSAGES)
+            return caught.value
         finally:
             tokenizer.goes_on.set()
-        return [client.answered.status for client in clients]
 
-    assert sorted(run(ask)) == [400, 400, 400, 400, 503]
+    error = run(ask)
+    assert (error.status, error.code, error.retry_after_s) == (503, "tokenizer_busy", 1.0)
 
 
 def test_spellings_of_many_tokens_are_looked_up_in_a_thread(run):

@@ -76,6 +76,66 @@ def test_any_host_may_be_allowed() -> None:
     assert _status(Hosts(Settings(allowed_hosts=("*",))).check, scope((b"host", b"x.org"))) == 200
 
 
+PRIVATE = (
+    "sagellm:8000",
+    "sagellm.default.svc",
+    "sagellm.default.svc.cluster.local:8000",
+    "box.local",
+    "models.internal",
+    "nas.lan",
+    "x.home.arpa",
+)
+FOREIGN = ("evil.com", "svc.evil.com", "internal.evil.com", "homexarpa.com")
+
+
+@pytest.mark.parametrize("host", PRIVATE)
+def test_names_of_services_are_let_in_where_more_than_loopback_is_served(host: str) -> None:
+    """No page can have such a name; on loopback nobody needs one."""
+    named = scope((b"host", host.encode()))
+    assert _status(Hosts(Settings(host="0.0.0.0", api_keys={"a": "k"})).check, named) == 200
+    assert _status(Hosts(Settings(host="::")).check, named) == 200
+    assert _status(Hosts(Settings()).check, named) == 421
+
+
+@pytest.mark.parametrize("host", FOREIGN)
+@pytest.mark.parametrize("bound", ["127.0.0.1", "0.0.0.0"])
+def test_a_name_that_can_be_bought_is_never_let_in(host: str, bound: str) -> None:
+    assert _status(Hosts(Settings(host=bound)).check, scope((b"host", host.encode()))) == 421
+
+
+@pytest.mark.parametrize("host", ["host.docker.internal:8000", "host.containers.internal"])
+def test_containers_reach_the_machine_that_they_run_on(host: str) -> None:
+    assert _status(Hosts(Settings()).check, scope((b"host", host.encode()))) == 200
+
+
+@pytest.mark.parametrize("host", ["sagellm:8000", "localhost:8000"])
+def test_a_foreign_page_is_refused_under_a_private_name_too(host: str) -> None:
+    hosts = Hosts(Settings(host="0.0.0.0"))
+    foreign = scope((b"host", host.encode()), (b"origin", b"http://evil.com"))
+    own = scope((b"host", host.encode()), (b"origin", f"http://{host}".encode()))
+    assert _status(hosts.check, foreign) == 403
+    assert _status(hosts.check, own) == 200
+
+
+@pytest.mark.parametrize(
+    ("site", "mode", "status"),
+    [
+        (b"cross-site", b"no-cors", 403),
+        (b"same-site", b"no-cors", 403),
+        (b"cross-site", b"", 403),
+        (b"cross-site", b"navigate", 200),
+        (b"same-origin", b"cors", 200),
+        (b"none", b"navigate", 200),
+    ],
+)
+def test_what_a_browser_fetches_for_another_site_is_refused(
+    site: bytes, mode: bytes, status: int
+) -> None:
+    """An image or a script has no Origin; a link that somebody follows may lead here."""
+    asked = scope(HOST, (b"sec-fetch-site", site), (b"sec-fetch-mode", mode))
+    assert _status(Hosts(Settings()).check, asked) == status
+
+
 @pytest.mark.parametrize(
     ("origin", "status"),
     [

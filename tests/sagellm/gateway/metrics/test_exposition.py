@@ -122,7 +122,7 @@ async def test_gauges_show_the_moment(opened: Any, autojump_clock: MockClock) ->
     assert shown("vllm:num_requests_waiting") == 6
     assert 0 < shown("vllm:kv_cache_usage_perc") < 1
     assert shown("sagellm_operator_queue_depth", operator="sort") == 6
-    assert shown("sagellm_operator_queue_capacity", operator="sort") == 1024
+    assert shown("sagellm_operator_queue_capacity", operator="sort") == 4096
     assert rest("vllm:num_requests_running") == rest("vllm:num_requests_waiting") == 0
     assert rest("vllm:kv_cache_usage_perc") == 0
     assert rest("vllm:request_success_total", finished_reason="abort") == 10

@@ -30,7 +30,7 @@ def refusal(**fields: Any) -> ApiError:
         (["a", "b"], ("a", "b")),
         ([1, 2, 3], ((1, 2, 3),)),
         ([[1, 2], [3]], ((1, 2), (3,))),
-        (["x"] * 128, ("x",) * 128),
+        (["x"] * 1024, ("x",) * 1024),
         ([0] * 5000, ((0,) * 5000,)),
     ],
 )
@@ -58,8 +58,8 @@ def test_each_form_of_a_prompt_is_read(prompt: Any, prompts: Any) -> None:
         ([2**63], "is 9223372036854775808"),
         (["a", 1], "mixes"),
         ([1, [1]], "mixes"),
-        (["x"] * 129, "has 129 prompts; the limit is 128"),
-        ([[1]] * 129, "has 129 prompts; the limit is 128"),
+        (["x"] * 1025, "has 1025 prompts; the limit is 1024"),
+        ([[1]] * 1025, "has 1025 prompts; the limit is 1024"),
     ],
 )
 def test_a_wrong_prompt_is_refused(prompt: Any, says: str) -> None:

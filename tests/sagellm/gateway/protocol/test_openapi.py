@@ -128,7 +128,7 @@ BAD: list[tuple[str, Any]] = [
     ("/v1/completions", {}),
     ("/v1/completions", {"prompt": ""}),
     ("/v1/completions", {"prompt": ["a", 1]}),
-    ("/v1/completions", {"prompt": ["a"] * 129}),
+    ("/v1/completions", {"prompt": ["a"] * 1025}),
     ("/v1/completions", {"prompt": "a", "n": 17}),
     ("/v1/completions", {"prompt": "a", "n": 0}),
     ("/v1/completions", {"prompt": "a", "temperature": -1}),

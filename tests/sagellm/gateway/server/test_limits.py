@@ -15,6 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from sagellm.gateway.gateway import Gateway
+from sagellm.gateway.server.listen import MOST_FILES, raise_open_files
 from sagellm.gateway.settings import Limits, Streaming
 from sagellm.gateway.table import Route
 
@@ -90,6 +91,13 @@ def files_limited_to(number: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_serve_takes_all_the_files_that_it_may_open() -> None:
+    with files_limited_to(64):
+        raise_open_files()
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    assert soft == (MOST_FILES if hard < 0 else min(hard, MOST_FILES))
 
 
 async def _connections(served: Served, number: int) -> list[trio.SocketStream]:
