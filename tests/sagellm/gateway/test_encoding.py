@@ -67,7 +67,7 @@ def test_a_template_is_rendered_in_a_thread(run):
 class Spinning(Watched):
     """Its templates use CPU time until `goes_on`."""
 
-    def apply_chat_template(self, messages: Any) -> str:
+    def apply_chat_template(self, messages: Any, *how: Any) -> str:
         while not self.goes_on.is_set():
             pass
         return super().apply_chat_template(messages)
