@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # Without kept bytecode every process that is started would compile torch anew: seconds each.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup run shell test soak chaos clients prometheus page lint format bench bench-peers clean
+.PHONY: setup run shell test soak chaos clients prometheus page first-hour lint format bench bench-peers clean
 
 setup: $(STAMPS)/test $(STAMPS)/lint
 
@@ -82,6 +82,11 @@ prometheus:
 	@command -v prometheus >/dev/null || \
 		{ [ "$$(id -u)" = 0 ] && apt-get install -y -qq --no-install-recommends prometheus; } || \
 		echo "no Prometheus: its tests are skipped (as root: apt-get install prometheus)"
+
+# What a new user does in an hour, from a wheel in a new environment. HOUR="--python PYTHON" takes
+# another Python than that of .venv, and may be repeated in it.
+first-hour: $(STAMPS)/test
+	$(BIN)/python tests/first_hour/hour.py $(HOUR)
 
 # The page at / in headless Chromium, with axe-core: apt-get install chromium chromium-driver
 page_NEEDS := selenium axe-core-python
