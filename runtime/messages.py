@@ -1,5 +1,6 @@
 """What travels: requests forward, tokens back, and the state of a sequence into an engine."""
 
+from types import NoneType
 from typing import Literal, TypeAlias
 
 import msgspec
@@ -23,6 +24,23 @@ SERVED: frozenset[str] = frozenset({"stop", "length"})  # the reasons that mean 
 
 PRIORITIES = {"critical": 0, "high": 1, "normal": 2, "low": 3, "background": 4}
 NORMAL = PRIORITIES["normal"]
+
+
+_WHOLE, _NUMBER = "a whole number", "a number"
+_SAMPLING_TYPES: tuple[tuple[str, tuple[type, ...], str], ...] = (
+    *((name, (int,), _WHOLE) for name in ("max_tokens", "min_tokens", "top_k", "n")),
+    *((name, (int, NoneType), _WHOLE) for name in ("seed", "logprobs", "prompt_logprobs")),
+    *(
+        (name, (int, float), _NUMBER)
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty",
+                     "frequency_penalty")
+    ),
+)  # fmt: skip
+_SAMPLING_COLLECTIONS: tuple[tuple[str, type | tuple[type, ...], str], ...] = (
+    ("logit_bias", dict, "a dict of token ids and numbers"),
+    ("stop", (tuple, list), "a tuple of strings"),
+    ("stop_token_ids", (tuple, list), "a tuple of token ids"),
+)
 
 
 class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -56,6 +74,16 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     logprobs: int | None = None  # None: none; k: the chosen token's and the k most likely
     prompt_logprobs: int | None = None  # the same for the prompt's tokens, in the first event
     n: int = 1
+
+    def __post_init__(self) -> None:
+        """Raises TypeError for a value of a wrong type. Ranges are checked by `fault_of`."""
+        for name, kinds, wanted in _SAMPLING_TYPES:
+            value = getattr(self, name)
+            if not isinstance(value, kinds) or (value is True or value is False):
+                raise TypeError(f"{name} is {value!r}; it must be {wanted}")
+        for name, kind, wanted in _SAMPLING_COLLECTIONS:
+            if not isinstance(getattr(self, name), kind):
+                raise TypeError(f"{name} is {getattr(self, name)!r}; it must be {wanted}")
 
 
 class Stamps(msgspec.Struct, frozen=True, kw_only=True):

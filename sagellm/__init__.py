@@ -13,6 +13,7 @@ _NAMES = {
     "TokenEvent": "sagellm.runtime.messages",
     "Answer": "sagellm.runtime.messages",
     "RequestError": "sagellm.prompts",
+    "UsageError": "sagellm.misuse",
     "RequestRefused": "sagellm.unserved",
     "RequestFailed": "sagellm.unserved",
     "function": "sagellm.registering",

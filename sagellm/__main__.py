@@ -1,7 +1,54 @@
-"""`python -m sagellm` is the `sagellm` command."""
+"""The `sagellm` command, and `python -m sagellm`: Ctrl-C ends it quietly, also while it imports."""
 
+import os
+import signal
 import sys
+import threading
+from contextlib import suppress
+from importlib import import_module
 
-from sagellm.cli import main
+INTERRUPTED = 130
 
-sys.exit(main())
+
+def command() -> int:
+    """Run the command line in a process of its own; returns the exit code.
+
+    After an interrupt, a thread that still imports or loads is not waited for.
+    """
+    code = main()
+    if code == INTERRUPTED and threading.active_count() > 1:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
+    return code
+
+
+def main() -> int:
+    """Run the command line; returns the exit code."""
+    try:
+        code: int = import_module("sagellm.cli").main()
+    except BaseException as error:
+        if not _is_interrupt(error):
+            raise
+        print("error: interrupted", file=sys.stderr)
+        code = INTERRUPTED
+    signal.signal(signal.SIGINT, _leave)  # while threads and libraries end
+    return code
+
+
+def _leave(*_: object) -> None:
+    os._exit(INTERRUPTED)
+
+
+def _is_interrupt(error: BaseException | None) -> bool:
+    """Whether a KeyboardInterrupt led to an error: some libraries turn it into one of theirs."""
+    if isinstance(error, BaseExceptionGroup):
+        return any(_is_interrupt(inner) for inner in error.exceptions)
+    if error is None or isinstance(error, KeyboardInterrupt):
+        return error is not None
+    return _is_interrupt(error.__cause__ or error.__context__)
+
+
+if __name__ == "__main__":
+    sys.exit(command())

@@ -11,12 +11,16 @@ from anyio import to_thread
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
 from sagellm.health import Health
+from sagellm.misuse import misused, refuse_in_loop
+from sagellm.prompts import Encoded
+from sagellm.runtime.executors.tasks import ExecutorStopped
 from sagellm.runtime.messages import Answer
-from sagellm.session import Output, Prompt, Session
+from sagellm.session import Output, Prompt, RequestError, Session
 from sagellm.statistics import Statistics
 
 Open = Callable[[], AbstractAsyncContextManager[Session]]
 T = TypeVar("T")
+_ASYNC = "`async with graph.open()`, whose session is awaited"
 
 
 class _End:
@@ -32,6 +36,7 @@ class _Thread:
     def __init__(self, open_session: Open) -> None:
         self._open = open_session
         self._stack = ExitStack()
+        self._is_open = False
         self.portal: BlockingPortal
         self.session: Session
 
@@ -43,8 +48,10 @@ class _Thread:
             )
             self.session = stack.enter_context(manager)
             self._stack = stack.pop_all()
+        self._is_open = True
 
     def close(self) -> None:
+        self._is_open = False
         self._stack.close()
 
     def start(
@@ -57,6 +64,7 @@ class _Thread:
                 async for item in stream:
                     put(item)
 
+        self._check_open()
         future = self.portal.start_task_soon(pump)
         future.add_done_callback(lambda done: put(_End(_error_of(done))))
         return future
@@ -65,7 +73,18 @@ class _Thread:
         async def run() -> T:
             return await function(*args, **kwargs)
 
+        self._check_open()
         return self.portal.start_task_soon(run)
+
+    def ask(self, function: Callable[..., T], *args: Any) -> T:
+        """Call a function that does not wait."""
+        self._check_open()
+        return self.portal.call(function, *args)
+
+    def _check_open(self) -> None:
+        """Raise RequestError where the graph is closed, as a session inside trio does."""
+        if not self._is_open:
+            raise RequestError(str(ExecutorStopped()))
 
 
 def _error_of(done: "Future[None]") -> BaseException | None:
@@ -89,6 +108,10 @@ class _Items(Generic[T]):
         return self._is_over
 
 
+@misused(
+    __aiter__="a stream of a blocking session is read with `for`",
+    __aenter__="a stream of a blocking session is entered with `with`",
+)
 class BlockingStream(_Items[Output]):
     """The tokens of one request for a plain thread: an iterator and a context manager."""
 
@@ -108,6 +131,7 @@ class BlockingStream(_Items[Output]):
     def __next__(self) -> Output:
         if self._is_over:
             raise StopIteration
+        refuse_in_loop("reading a blocking stream", _ASYNC)
         item = self._queue.get()
         if self._is_end(item):
             raise StopIteration
@@ -116,40 +140,57 @@ class BlockingStream(_Items[Output]):
 
 
 class BlockingSession:
-    """An open graph, for plain threads; any number of them may use it at once."""
+    """An open graph, for plain threads; any number of them may use it at once.
+
+    Waiting methods raise UsageError in a thread that runs a trio or asyncio loop.
+    """
 
     def __init__(self, thread: _Thread) -> None:
         self._thread = thread
 
     def stream(self, prompt: Prompt, **fields: Any) -> BlockingStream:
         """As `Session.stream`; the request starts at once."""
+        refuse_in_loop("session.stream of a blocking session", _ASYNC)
         return BlockingStream(self._thread, prompt, fields)
 
     def generate(self, prompt: Prompt, **fields: Any) -> Answer:
-        return self._thread.call(self._thread.session.generate, prompt, **fields).result()
+        return self._wait("generate", self._thread.session.generate, prompt, **fields)
 
     def generate_all(self, prompt: Prompt, **fields: Any) -> list[Answer]:
-        return self._thread.call(self._thread.session.generate_all, prompt, **fields).result()
+        return self._wait("generate_all", self._thread.session.generate_all, prompt, **fields)
 
     def idle(self) -> None:
         """Wait until every request has ended."""
-        self._thread.call(self._thread.session.idle).result()
+        self._wait("idle", self._thread.session.idle)
 
     def cancel(self, request_id: str) -> bool:
         """End a request; False where it is not known."""
-        return self._thread.portal.call(self._thread.session.cancel, request_id)
+        return self._thread.ask(self._thread.session.cancel, request_id)
 
     @property
     def max_model_len(self) -> int:
         return self._thread.session.max_model_len
 
     def statistics(self) -> Statistics:
-        return self._thread.portal.call(self._thread.session.statistics)
+        return self._thread.ask(self._thread.session.statistics)
 
     def health(self) -> Health:
-        return self._thread.portal.call(self._thread.session.health)
+        return self._thread.ask(self._thread.session.health)
+
+    def encode(self, prompt: Prompt) -> Encoded:
+        """As `Session.encode`."""
+        return self._thread.session.encode(prompt)
+
+    def _wait(self, name: str, call: Callable[..., Awaitable[T]], *args: Any, **kwargs: Any) -> T:
+        refuse_in_loop(f"session.{name} of a blocking session", _ASYNC)
+        return self._thread.call(call, *args, **kwargs).result()
 
 
+@misused(
+    __iter__="a stream of an asyncio session is read with `async for`",
+    __enter__="a stream of an asyncio session is entered with `async with`",
+    __await__="a stream is not awaited: read it with `async for`, or await session.generate(...)",
+)
 class AsyncioStream(_Items[Output]):
     """The tokens of one request for an asyncio task."""
 
@@ -217,10 +258,14 @@ class AsyncioSession:
         return self._thread.session.max_model_len
 
     def statistics(self) -> Statistics:
-        return self._thread.portal.call(self._thread.session.statistics)
+        return self._thread.ask(self._thread.session.statistics)
 
     def health(self) -> Health:
-        return self._thread.portal.call(self._thread.session.health)
+        return self._thread.ask(self._thread.session.health)
+
+    def encode(self, prompt: Prompt) -> Encoded:
+        """As `Session.encode`."""
+        return self._thread.session.encode(prompt)
 
 
 class Bridge:

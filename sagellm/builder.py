@@ -1,5 +1,6 @@
 """The DSL: `Graph("pd") >> ops.admission() >> ...` builds the frozen IR graph, and opens it."""
 
+import errno
 import inspect
 import itertools
 from collections import ChainMap
@@ -14,7 +15,8 @@ from sagellm.graphs.ir import Graph as FrozenGraph
 from sagellm.graphs.text import yaml
 from sagellm.graphs.text.yaml import Document
 from sagellm.graphs.vocabulary import OpSpec, nearest
-from sagellm.opening import OpenGraph
+from sagellm.misuse import unopened
+from sagellm.opening import HOW_TO_OPEN, OpenGraph
 from sagellm.own_code import import_all
 from sagellm.registering import RESOLVER
 from sagellm.runtime.registry import FUNCTIONS
@@ -67,6 +69,7 @@ class Outlet:
 Chain = Union["Graph", Operator]
 
 
+@unopened(HOW_TO_OPEN)
 class Graph:
     """A stream graph: built with `>>`, loaded from YAML, or wrapped around an IR graph.
 
@@ -88,9 +91,13 @@ class Graph:
         cls, path: str | Path, functions: Mapping[str, Callable[..., Any]] | None = None
     ) -> "Graph":
         """Read a YAML file, or a shipped graph by its name, and import what its key `imports`
-        names. `functions` go before registered ones of the same name. Raises GraphError.
+        names. `functions` go before registered ones of the same name.
+
+        Raises GraphError, and FileNotFoundError that says which graphs there are.
         """
         file = shipped(path)
+        if not file.exists():
+            raise _no_graph(path)
         document = yaml.load_file(file)
         import_all(document, file.parent)
         graph = cls(document.graph.name)
@@ -247,6 +254,14 @@ def _symbol(function: Callable[..., Any]) -> str:
 
 def _is_wrapper(function: Callable[..., Any]) -> bool:
     return hasattr(function, "__wrapped__")
+
+
+def _no_graph(path: str | Path) -> FileNotFoundError:
+    """Says what graphs there are."""
+    names = sorted(file.stem for file in Path(graphs.__file__).parent.glob("*.yaml"))
+    close = nearest(Path(path).stem, names) if len(Path(path).parts) == 1 else None
+    hint = f"did you mean {close}?" if close else f"give a file, or one of {', '.join(names)}"
+    return FileNotFoundError(errno.ENOENT, f"no such graph ({hint})", str(path))
 
 
 def shipped(path: str | Path) -> Path:

@@ -40,10 +40,14 @@ def load_tokenizer_of(graph: Graph) -> Tokenizer:
 
 
 async def _opened(options: EngineOptions, name: str, replica: int) -> Engine:
-    """Loading weights takes seconds, in a thread; the null engine is there at once."""
+    """Loading weights takes seconds, in a thread, which a cancelled opening does not wait for; the
+    null engine is there at once.
+    """
     if options.is_null:
         return open_engine(options, name=name, replica=replica)
-    return await trio.to_thread.run_sync(load_replica, options, name, replica)
+    return await trio.to_thread.run_sync(
+        load_replica, options, name, replica, abandon_on_cancel=True
+    )
 
 
 def load_replica(

@@ -2,8 +2,8 @@
 
 import importlib
 import math
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -16,14 +16,19 @@ from sagellm.engines import load_tokenizer_of, open_engines
 from sagellm.graphs.ir import Graph
 from sagellm.graphs.text.yaml import Document
 from sagellm.logs import configure_logs
+from sagellm.misuse import UsageError, misused, refuse_in_loop, unopened
 from sagellm.runtime.cluster.options import ProcessesOptions, processes_options
 from sagellm.runtime.engine.port import Engine
 from sagellm.runtime.executors.tasks import TasksExecutor
 from sagellm.runtime.plan import plan
 from sagellm.runtime.resolver import Resolver
-from sagellm.session import Session, encode_prompt
+from sagellm.session import RequestFailed, Session, encode_prompt
 
 _SERVING = "sagellm.serving"  # whose packages nobody needs who does not serve
+HOW_TO_OPEN = (
+    "`async with graph.open() as session` under trio or asyncio, "
+    "`with graph.open() as session` elsewhere"
+)
 _WORKERS = "sagellm.workers"  # whose import takes a tenth of a second that others do without
 
 if TYPE_CHECKING:
@@ -46,11 +51,14 @@ class Recipe:
     launch: "Launch | None" = None  # how worker processes are started
 
 
+@misused(__await__=f"a graph is not awaited: {HOW_TO_OPEN}")
+@unopened(HOW_TO_OPEN)
 class OpenGraph:
     """A graph about to be opened: `async with` under trio or asyncio, `with` in a plain thread.
 
     Leaving it ends what still runs, frees every block and stops every engine. Entering raises
-    GraphError before any model is loaded, ModelError where one cannot be.
+    GraphError before any model is loaded, ModelError where one cannot be, and UsageError where it
+    is open already, or `with` would block a loop.
     """
 
     def __init__(
@@ -66,6 +74,7 @@ class OpenGraph:
         self._recipe = Recipe(document, resolver, functions, overrides, model, seed)
         self._opened: AbstractAsyncContextManager[Session] | None = None
         self._bridge: Bridge | None = None
+        self._is_entered = False
 
     @property
     def ir(self) -> Graph:
@@ -104,14 +113,16 @@ class OpenGraph:
         self._recipe = replace(self._recipe, launch=launch)
 
     async def __aenter__(self) -> Any:  # Session under trio, AsyncioSession under asyncio
-        if sniffio.current_async_library() == "trio":
-            self._opened = open_session(self._recipe)
-            return await self._opened.__aenter__()
-        self._bridge = Bridge(lambda: open_session(self._recipe))
-        session: AsyncioSession = await self._bridge.open_asyncio()
-        return session
+        with self._entering():
+            if sniffio.current_async_library() == "trio":
+                self._opened = open_session(self._recipe)
+                return await self._opened.__aenter__()
+            self._bridge = Bridge(lambda: open_session(self._recipe))
+            session: AsyncioSession = await self._bridge.open_asyncio()
+            return session
 
     async def __aexit__(self, *error: Any) -> bool | None:
+        self._is_entered = False
         if self._opened is not None:
             return await self._opened.__aexit__(*error)
         if self._bridge is not None:
@@ -119,12 +130,27 @@ class OpenGraph:
         return None
 
     def __enter__(self) -> BlockingSession:
-        self._bridge = Bridge(lambda: open_session(self._recipe))
-        return self._bridge.open_blocking()
+        refuse_in_loop("`with graph.open()`", "`async with graph.open()`")
+        with self._entering():
+            self._bridge = Bridge(lambda: open_session(self._recipe))
+            return self._bridge.open_blocking()
 
     def __exit__(self, *error: Any) -> None:
+        self._is_entered = False
         if self._bridge is not None:
             self._bridge.close_blocking()
+
+    @contextmanager
+    def _entering(self) -> Iterator[None]:
+        """Raises UsageError where it is open; what cannot be opened may be tried again."""
+        if self._is_entered:
+            raise UsageError("this graph is open already; graph.open() again opens a second one")
+        self._is_entered = True
+        try:
+            yield
+        except BaseException:
+            self._is_entered = False
+            raise
 
 
 @asynccontextmanager
@@ -178,10 +204,15 @@ async def _engines(
 
 @asynccontextmanager
 async def _unwrapped() -> AsyncIterator[None]:
-    """Let an error of the caller's block, or of an engine, out of the nursery as it was raised."""
+    """Let an error of the caller's block, or of an engine, out of the nursery as it was raised.
+
+    Where an engine's error made the caller's request fail, the engine's is the one that is raised.
+    """
     try:
         yield
     except BaseExceptionGroup as group:
-        if len(group.exceptions) == 1:
-            raise group.exceptions[0] from group.exceptions[0].__cause__
-        raise
+        causes = [error for error in group.exceptions if not isinstance(error, RequestFailed)]
+        first = (causes or group.exceptions)[0]
+        if len(causes) > 1:
+            raise
+        raise first from first.__cause__

@@ -110,8 +110,7 @@ def read_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     """
     for name in fields:
         if name not in _Fields.__struct_fields__:
-            close = nearest(name, _Fields.__struct_fields__)
-            raise RequestError(f"a request has no field {name!r}; did you mean {close!r}?")
+            raise RequestError(f"a request has no field {name!r}; {_hint(name)}")
     if fields.get("priority") in PRIORITIES:
         fields = {**fields, "priority": PRIORITIES[fields["priority"]]}
     try:
@@ -122,6 +121,28 @@ def read_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     if known.pop("trace", ""):
         known["tags"] = {**read.tags, "traceparent": read.trace}
     return known
+
+
+def _hint(name: str) -> str:
+    """What a caller meant by a field that a request does not have."""
+    if name in Sampling.__struct_fields__:
+        return f"it belongs to the sampling: sampling=Sampling({name}=...)"
+    close = nearest(name, (*_Fields.__struct_fields__, *Sampling.__struct_fields__))
+    if close in Sampling.__struct_fields__:
+        return f"did you mean sampling=Sampling({close}=...)?"
+    known = ", ".join(_Fields.__struct_fields__)
+    return f"did you mean {close!r}?" if close else f"known are {known}"
+
+
+def check_room(num_prompt_tokens: int, max_tokens: int, max_model_len: int) -> None:
+    """Raise RequestError where a prompt and the answer asked for do not fit the context."""
+    room = max_model_len - num_prompt_tokens
+    if 0 < room < max_tokens:
+        raise RequestError(
+            f"the prompt has {num_prompt_tokens} tokens and max_tokens is {max_tokens}; the "
+            f"context limit is {max_model_len} in all; give max_tokens {room} or less, "
+            "or a shorter prompt"
+        )
 
 
 def read_sampling(sampling: Sampling) -> Sampling:

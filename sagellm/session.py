@@ -119,6 +119,10 @@ class Session:
                         raise_unserved(answer, stream.cause_of(item.choice))
         return [gather(parts[choice]) for choice in sorted(parts)]
 
+    def encode(self, prompt: Prompt) -> Encoded:
+        """The text and the tokens of a prompt, as a request has them. Raises RequestError."""
+        return encode(self.tokenizer, prompt)
+
     def cancel(self, request_id: str) -> bool:
         """End a request; False, and nothing happens, where it is not known."""
         is_known = request_id in self.executor.register.entries

@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol, TypeAlias
 import msgspec
 import trio
 
+from sagellm.misuse import misused
 from sagellm.prompts import RequestError
 from sagellm.runtime.executors.region import ends
 from sagellm.runtime.messages import (
@@ -46,6 +47,11 @@ class Limits(NamedTuple):
     bytes: int | None = None
 
 
+@misused(
+    __iter__="a stream of a trio session is read with `async for`",
+    __enter__="a stream of a trio session is entered with `async with`",
+    __await__="a stream is not awaited: read it with `async for`, or await session.generate(...)",
+)
 class Stream:
     """The tokens of one request as they come: an async iterator, entered or not.
 

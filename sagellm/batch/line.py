@@ -109,6 +109,7 @@ class Ask:
     prompt: Prompt
     sampling: Sampling
     fields: dict[str, Any] = field(default_factory=dict)
+    has_max_tokens: bool = field(default=False, compare=False)  # whether the line says how many
 
 
 def parse(number: int, raw: bytes, defaults: Sampling, given: frozenset[str] = frozenset()) -> Ask:
@@ -163,6 +164,7 @@ def _own_ask(number: int, line: OwnLine, defaults: Sampling) -> Ask:
         prompt=_prompt(line),
         sampling=msgspec.structs.replace(defaults, **said, **_given(line, ("logprobs",))),
         fields=_request(line, ("user_id", "slo_ttft_s", "cost_budget")),
+        has_max_tokens="max_tokens" in said,
     )
 
 
@@ -184,6 +186,7 @@ def _batch_ask(
         prompt=_prompt(body),
         sampling=msgspec.structs.replace(defaults, **said, logprobs=_num_logprobs(body)),
         fields=_request(body, ("model",)) | user,
+        has_max_tokens="max_tokens" in said,
     )
 
 

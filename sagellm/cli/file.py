@@ -17,6 +17,7 @@ from sagellm.cli.interrupt import draining
 from sagellm.cli.options import FileOptions, SamplingOptions
 from sagellm.cli.progress import Progress
 from sagellm.cli.summary import print_summary, show_summary
+from sagellm.prompts import check_room
 from sagellm.runtime.messages import Answer
 from sagellm.session import Session
 
@@ -80,6 +81,10 @@ def _output(files: FileOptions) -> Output:
 
 def _batch(session: Session, output: Output, draw: SamplingOptions, progress: Progress) -> Batch:
     async def reply(ask: Ask) -> Sequence[Answer]:
-        return await session.generate_all(ask.prompt, sampling=ask.sampling, **ask.fields)
+        encoded = session.encode(ask.prompt)
+        if ask.has_max_tokens or draw.max_tokens is not None:
+            num_tokens = len(encoded.token_ids)
+            check_room(num_tokens, ask.sampling.max_tokens, session.max_model_len)
+        return await session.generate_all(encoded, sampling=ask.sampling, **ask.fields)
 
     return Batch(reply, output, draw.sampling, frozenset(draw.given), report=progress.advance)

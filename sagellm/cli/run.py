@@ -58,6 +58,6 @@ def run(
     try:
         if asked.prompt is None:
             return trio.run(answer_file, opening, files, draw, json)
-        return trio.run(answer_prompt, opening, asked, draw.sampling, json)
+        return trio.run(answer_prompt, opening, asked, draw, json)
     except (UnknownBackend, LoweringError, EngineOptionError) as error:
         raise Failure(str(error), ENGINE_FIX, graph) from None

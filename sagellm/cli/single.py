@@ -1,7 +1,7 @@
 """One prompt through a graph."""
 
 import sys
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from typing import TypeVar
 
@@ -11,8 +11,9 @@ from sagellm.batch.line import Prompt
 from sagellm.batch.record import encode, failure, record
 from sagellm.cli.failure import CONFIGURATION, FAILED, INTERRUPTED, Failure
 from sagellm.cli.interrupt import draining
-from sagellm.cli.options import PromptOptions
+from sagellm.cli.options import PromptOptions, SamplingOptions
 from sagellm.cli.summary import show_summary
+from sagellm.prompts import Encoded, check_room
 from sagellm.runtime.messages import SERVED, Answer, Sampling
 from sagellm.runtime.models.chat import ChatTemplateError
 from sagellm.session import Output, RequestError, RequestFailed, RequestRefused, Session
@@ -26,7 +27,7 @@ T = TypeVar("T")
 async def answer_prompt(
     opening: AbstractAsyncContextManager[Session],
     asked: PromptOptions,
-    sampling: Sampling,
+    draw: SamplingOptions,
     json: bool,
 ) -> int:
     """Print the answer to stdout and a summary to stderr; returns the exit code."""
@@ -35,7 +36,7 @@ async def answer_prompt(
     async with opening as session:
         with trio.CancelScope() as asking:
             async with draining(asking, "cancelled"):
-                end = await _accepted(answer(session, prompt, sampling, json))
+                end = await _accepted(_asked(answer, session, prompt, draw, json))
         if asking.cancelled_caught:
             return INTERRUPTED
         show_summary(session.statistics())
@@ -73,7 +74,21 @@ async def _accepted(answering: Awaitable[T]) -> T:
         raise Failure(str(error), "change the prompt or its options") from None
 
 
-async def _whole(session: Session, prompt: Prompt, sampling: Sampling, json: bool) -> Answer:
+async def _asked(
+    answer: Callable[..., Awaitable[T]],
+    session: Session,
+    prompt: Prompt,
+    draw: SamplingOptions,
+    json: bool,
+) -> T:
+    """Raises RequestError where an answer as long as was asked for does not fit the context."""
+    encoded = session.encode(prompt)
+    if draw.max_tokens is not None:
+        check_room(len(encoded.token_ids), draw.max_tokens, session.max_model_len)
+    return await answer(session, encoded, draw.sampling, json)
+
+
+async def _whole(session: Session, prompt: Encoded, sampling: Sampling, json: bool) -> Answer:
     try:
         answer = await session.generate(prompt, sampling=sampling)
     except (RequestRefused, RequestFailed) as error:
@@ -89,7 +104,7 @@ async def _whole(session: Session, prompt: Prompt, sampling: Sampling, json: boo
 
 
 async def _streamed(
-    session: Session, prompt: Prompt, sampling: Sampling, json: bool
+    session: Session, prompt: Encoded, sampling: Sampling, json: bool
 ) -> Output | None:
     """Print text, or one JSON line an event, while it comes; returns the last event."""
     event: Output | None = None

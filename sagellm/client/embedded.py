@@ -71,7 +71,7 @@ class Embedded:
     ) -> Reply | Stream:
         """One call for text: whole, or as it comes once the graph has accepted it."""
         _check_model(model, self._model)
-        read = read_call(path, call, options, self._session.max_model_len)
+        read = read_call(path, call, options, self._session)
         try:
             if stream:
                 return self._streamed(read.prompt, read.sampling, read.fields)
@@ -155,7 +155,7 @@ class AsyncEmbedded:
     ) -> Reply | AsyncStream:
         """One call for text: whole, or as it comes once the graph has accepted it."""
         _check_model(model, self._model)
-        read = read_call(path, call, options, self._session.max_model_len)
+        read = read_call(path, call, options, self._session)
         try:
             if stream:
                 return await self._streamed(read.prompt, read.sampling, read.fields)

@@ -1,7 +1,7 @@
 """The calls of the OpenAI API in terms of a session, for a graph that is open in this process."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
@@ -21,18 +21,27 @@ from sagellm.client.failure import NOT_OFFERED, ClientError
 from sagellm.gateway.answers.refusals import error_of
 from sagellm.gateway.door_session import event_of
 from sagellm.gateway.failure import ApiError, wrong
-from sagellm.gateway.protocol.chat import read_chat
-from sagellm.gateway.protocol.completions import read_completion
+from sagellm.gateway.protocol.chat import ChatRequest, read_chat
+from sagellm.gateway.protocol.completions import CompletionRequest, read_completion
 from sagellm.gateway.protocol.sampling import ModelFacts, sampling_of
 from sagellm.gateway.settings import Limits
 from sagellm.runtime.messages import SERVED, Answer, Sampling, TokenEvent
-from sagellm.session import Output, Prompt
+from sagellm.session import Encoded, Output, Prompt, RequestError
 
 _ANY_ID = 1 << 31  # which ids the model knows, its engine checks
 _FIELDS = ("request_id", "priority", "slo_ttft_s", "timeout_s")
 _READ = frozenset(
     {*Sampling.__struct_fields__, *_FIELDS, "max_completion_tokens", "user", "stream_options"}
 ) - {"logprobs", "prompt_logprobs", "bad_words_token_ids"}
+
+
+class Tokens(Protocol):
+    """What of an open session bounds a call."""
+
+    @property
+    def max_model_len(self) -> int: ...
+
+    def encode(self, prompt: Prompt) -> Encoded: ...
 
 
 class Call(msgspec.Struct, frozen=True):
@@ -44,12 +53,13 @@ class Call(msgspec.Struct, frozen=True):
 
 
 def read_call(
-    path: str, call: Mapping[str, Any], options: Mapping[str, Any], max_model_len: int
+    path: str, call: Mapping[str, Any], options: Mapping[str, Any], session: Tokens
 ) -> Call:
     """Checked as the gateway checks the same call. Raises ClientError."""
-    _check_names(options)
     try:
-        return _read(path, encode_plain({**call, **options}), max_model_len)
+        return _read(path, encode_plain({**call, **options}), options, session)
+    except RequestError as error:
+        raise ClientError(str(error), status=400, type="invalid_request_error") from error
     except ApiError as error:
         raise ClientError(
             error.message,
@@ -67,17 +77,21 @@ def _check_names(options: Mapping[str, Any]) -> None:
             raise ClientError(cause, status=400, code=NOT_OFFERED, param=name)
 
 
-def _read(path: str, body: bytes, max_model_len: int) -> Call:
-    """How long the prompt is, only its engine knows: it cuts the answer, or refuses."""
-    facts = ModelFacts(_ANY_ID, max_model_len)
+def _read(path: str, body: bytes, options: Mapping[str, Any], session: Tokens) -> Call:
+    facts = ModelFacts(_ANY_ID, session.max_model_len)
+    request: ChatRequest | CompletionRequest
     if path == CHAT:
-        chat = read_chat(body, Limits())
-        return Call(chat.conversation, sampling_of(chat, facts, 1), _fields(chat))
-    completion = read_completion(body, Limits())
-    if len(completion.prompts) != 1:
-        raise wrong("prompt", "is a list of them; give one")
-    (prompt,) = completion.prompts
-    return Call(prompt, sampling_of(completion, facts, 1), _fields(completion))
+        request = chat = read_chat(body, Limits())
+        prompt: Prompt = chat.conversation
+    else:
+        request = completion = read_completion(body, Limits())
+        if len(completion.prompts) != 1:
+            raise wrong("prompt", "is a list of them; give one")
+        (prompt,) = completion.prompts
+    _check_names(options)  # after what no server knows either
+    encoded = session.encode(prompt)
+    sampling = sampling_of(request, facts, len(encoded.token_ids))
+    return Call(encoded, sampling, _fields(request))
 
 
 def _fields(request: Any) -> dict[str, Any]:

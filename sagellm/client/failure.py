@@ -13,6 +13,8 @@ CUT_OFF = "cut_off"  # the answer ended before it was whole
 BAD_ANSWER = "bad_answer"  # the answer is not what the OpenAI API says
 NOT_OFFERED = "not_offered"  # the server, or this client, cannot do that
 TRANSPORT = (httpx2.RequestError, httpx2.InvalidURL)  # what httpx2 raises
+MISUSED = "misused"  # a call in a place or form that cannot work
+CLOSED = "the client is closed; create another one"
 _QUOTED_CHARS = 200
 
 

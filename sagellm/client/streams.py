@@ -4,6 +4,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Generic, TypeVar
 
 from sagellm.client.answers import Piece, Usage
+from sagellm.client.failure import MISUSED, ClientError
+from sagellm.misuse import blocked_loop, misused
 
 C = TypeVar("C")
 
@@ -26,6 +28,10 @@ class _Account(Generic[C]):
         return piece
 
 
+@misused(
+    __aiter__="a stream of UnifiedInferenceClient is read with `for`",
+    __aenter__="a stream of UnifiedInferenceClient is entered with `with`",
+)
 class Stream(_Account[None]):
     """The pieces of one answer as they come. Closed before its end, the request is cancelled.
 
@@ -42,6 +48,9 @@ class Stream(_Account[None]):
     def __next__(self) -> Piece:
         if self._is_closed:
             raise StopIteration
+        fault = blocked_loop("reading a blocking stream", "AsyncUnifiedInferenceClient")
+        if fault is not None:
+            raise ClientError(fault, code=MISUSED)
         return self._note(next(self._pieces))
 
     def close(self) -> None:
@@ -59,6 +68,10 @@ class Stream(_Account[None]):
         self._close()
 
 
+@misused(
+    __iter__="a stream of AsyncUnifiedInferenceClient is read with `async for`",
+    __enter__="a stream of AsyncUnifiedInferenceClient is entered with `async with`",
+)
 class AsyncStream(_Account[Awaitable[None]]):
     """As `Stream`, for trio and asyncio; only `async with` and `aclose` close it in time."""
 

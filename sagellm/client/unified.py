@@ -6,9 +6,11 @@ from typing import Any, Literal, Protocol, overload
 
 from sagellm.client.answers import Reply
 from sagellm.client.asking import CHAT, COMPLETIONS, Messages, Prompt, texts_of
+from sagellm.client.failure import CLOSED, MISUSED, ClientError
 from sagellm.client.finding import check_embedded, given_key, given_url
 from sagellm.client.server import Server, find_server
 from sagellm.client.streams import Stream
+from sagellm.misuse import blocked_loop, misused
 
 TIMEOUT_S = 60.0
 
@@ -34,6 +36,10 @@ class Served(Protocol):
     def close(self) -> None: ...
 
 
+@misused(
+    __aenter__="UnifiedInferenceClient is entered with `with`; "
+    "for `async with`, use AsyncUnifiedInferenceClient"
+)
 class UnifiedInferenceClient:
     """A client for plain threads; any number of them may use it at once.
 
@@ -52,6 +58,7 @@ class UnifiedInferenceClient:
         self._served = served
         self._llm = default_llm_model
         self._embedding = default_embedding_model
+        self._is_closed = False
 
     @classmethod
     def create(
@@ -73,6 +80,7 @@ class UnifiedInferenceClient:
         """
         served: Served
         if embedded:
+            _check_place("UnifiedInferenceClient.create(embedded=True)")
             check_embedded(control_plane_url)
             served = import_module("sagellm.client.embedded").Embedded(default_llm_model)
         else:
@@ -115,7 +123,7 @@ class UnifiedInferenceClient:
         The text is a `str` that knows `finish_reason`, `usage` and, for n > 1, `choices`.
         """
         call = {"messages": list(messages)}
-        return self._served.ask(CHAT, call, options, model or self._llm, stream)
+        return self._ready("chat").ask(CHAT, call, options, model or self._llm, stream)
 
     @overload
     def generate(
@@ -135,22 +143,23 @@ class UnifiedInferenceClient:
     ) -> Reply | Stream:
         """What follows a prompt (text or token ids), as `chat` gives it."""
         call = {"prompt": prompt}
-        return self._served.ask(COMPLETIONS, call, options, model or self._llm, stream)
+        return self._ready("generate").ask(COMPLETIONS, call, options, model or self._llm, stream)
 
     def embed(self, texts: str | Iterable[str], model: str | None = None) -> list[list[float]]:
         """A vector for each text. Raises ClientError where the server has no embeddings."""
-        return self._served.embed(texts_of(texts), model or self._embedding)
+        return self._ready("embed").embed(texts_of(texts), model or self._embedding)
 
     def models(self) -> list[str]:
         """The names of the models that are served."""
-        return self._served.models()
+        return self._ready("models").models()
 
     def get_status(self) -> dict[str, Any]:
         """mode, url, is_ready, models, server_load (open requests), version; None: not told."""
-        return self._served.status()
+        return self._ready("get_status").status()
 
     def close(self) -> None:
         """End what runs, and leave the server or close the graph. Idempotent."""
+        self._is_closed = True
         self._served.close()
 
     def __enter__(self) -> "UnifiedInferenceClient":
@@ -158,3 +167,17 @@ class UnifiedInferenceClient:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _ready(self, method: str) -> Served:
+        """What answers. Raises ClientError in an async loop, and after `close`."""
+        _check_place(f"UnifiedInferenceClient.{method}")
+        if self._is_closed:
+            raise ClientError(CLOSED, code=MISUSED)
+        return self._served
+
+
+def _check_place(call: str) -> None:
+    """Raise ClientError where a blocking call would stop every task of a loop."""
+    fault = blocked_loop(call, "AsyncUnifiedInferenceClient, whose methods are awaited")
+    if fault is not None:
+        raise ClientError(fault, code=MISUSED)

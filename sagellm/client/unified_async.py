@@ -6,11 +6,12 @@ from typing import Any, Literal, Protocol, overload
 
 from sagellm.client.answers import Reply
 from sagellm.client.asking import CHAT, COMPLETIONS, Messages, Prompt, texts_of
-from sagellm.client.failure import NOT_OFFERED, ClientError
+from sagellm.client.failure import CLOSED, MISUSED, ClientError
 from sagellm.client.finding import check_embedded, given_key, given_url
 from sagellm.client.server_async import AsyncServer, find_server
 from sagellm.client.streams import AsyncStream
 from sagellm.client.unified import TIMEOUT_S
+from sagellm.misuse import misused
 
 
 class AsyncServed(Protocol):
@@ -34,6 +35,10 @@ class AsyncServed(Protocol):
     async def aclose(self) -> None: ...
 
 
+@misused(
+    __enter__="AsyncUnifiedInferenceClient is entered with `async with`; "
+    "for `with`, use UnifiedInferenceClient"
+)
 class AsyncUnifiedInferenceClient:
     """As `UnifiedInferenceClient`, for the tasks of one event loop.
 
@@ -59,6 +64,7 @@ class AsyncUnifiedInferenceClient:
         self._embedding = default_embedding_model
         self._timeout_s = timeout
         self._found: AsyncServed | None = None
+        self._is_closed = False
 
     @classmethod
     def create(
@@ -157,11 +163,12 @@ class AsyncUnifiedInferenceClient:
 
     async def aclose(self) -> None:
         """End what runs, and leave the server or close the graph. Idempotent."""
-        found, self._found = self._found, None
+        found, self._found, self._is_closed = self._found, None, True
         if found is not None:
             await found.aclose()
 
     async def __aenter__(self) -> "AsyncUnifiedInferenceClient":
+        self._is_closed = False
         if self._is_embedded:
             opened = import_module("sagellm.client.embedded").AsyncEmbedded(self._llm)
             await opened.open()
@@ -174,10 +181,12 @@ class AsyncUnifiedInferenceClient:
         await self.aclose()
 
     async def _served(self) -> AsyncServed:
-        """What answers, found at the first call."""
+        """What answers, found at the first call. Raises ClientError after `aclose`."""
+        if self._is_closed:
+            raise ClientError(CLOSED, code=MISUSED)
         if self._found is None and self._is_embedded:
             cause = "an embedded graph is opened by `async with`; enter the client first"
-            raise ClientError(cause, code=NOT_OFFERED)
+            raise ClientError(cause, code=MISUSED)
         if self._found is None:
             self._url = self._url or await find_server()
             self._found = self._found or AsyncServer(self._url, self._api_key, self._timeout_s)

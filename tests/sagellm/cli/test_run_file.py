@@ -89,6 +89,16 @@ def test_a_line_that_the_session_refuses_is_an_error_of_its_own(files: Files) ->
     assert files.answers[2]["finish_reason"] == "length"
 
 
+def test_a_line_that_asks_for_more_than_the_context_is_an_error_of_its_own(files: Files) -> None:
+    files.ask({"id": "long", **prompt(1, max_tokens=10**5)}, {"id": "cut", "prompt": [1] * 2000})
+    assert main(files.argv()) == 1
+    assert (
+        "the prompt has 1 tokens and max_tokens is 100000"
+        in files.answers["long"]["error"]["message"]
+    )
+    assert files.answers["cut"]["finish_reason"] == "length"
+
+
 def test_options_fill_what_lines_leave_out(files: Files) -> None:
     files.ask({"prompt": [1]}, prompt(2))
     main(files.argv("--max-tokens", "5"))

@@ -81,6 +81,16 @@ def test_a_users_mistake_is_two_and_no_traceback(
     assert shown.out == ""
 
 
+@pytest.mark.parametrize("how", [(), ("--stream",), ("--json",)])
+def test_an_answer_beyond_the_context_is_refused_as_the_server_does(
+    how: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", "joint", "--prompt", "abc", "--max-tokens", "5000", *how]) == 2
+    said = capsys.readouterr().err
+    assert "the prompt has 3 tokens and max_tokens is 5000; the context limit is 2048" in said
+    assert "give max_tokens 2045 or less" in said
+
+
 def test_stdin_that_is_no_text_is_a_users_mistake(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

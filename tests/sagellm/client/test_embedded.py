@@ -76,6 +76,14 @@ def test_what_is_wrong_or_not_served_is_a_400_that_names_it(
     assert (caught.value.status, caught.value.param) == (400, param)
 
 
+def test_an_unknown_option_and_a_long_answer_have_the_words_of_the_server(client: Any) -> None:
+    with pytest.raises(ClientError, match="did you mean `max_tokens`") as caught:
+        client.generate("a", max_token=3)
+    assert (caught.value.code, caught.value.type) == ("unknown_parameter", "invalid_request_error")
+    with pytest.raises(ClientError, match="has 1 tokens and max_tokens is 5000; the context limit"):
+        client.generate("a", max_tokens=5000)
+
+
 def test_a_prompt_that_is_too_long_is_refused_before_a_stream_begins(client: Any) -> None:
     for stream in (False, True):
         with pytest.raises(ClientError, match="context limit") as caught:

@@ -1,0 +1,62 @@
+"""The command from its first import on: Ctrl-C ends it with 130 and one line."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sagellm import __main__ as command
+
+
+@pytest.fixture(autouse=True)
+def handler() -> Any:
+    """The command leaves a handler of its own."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def wrapped() -> None:
+    try:
+        raise KeyboardInterrupt
+    except KeyboardInterrupt as error:
+        raise ImportError("numpy failed to import") from error
+
+
+def grouped() -> None:
+    raise BaseExceptionGroup("a nursery", [KeyboardInterrupt()])
+
+
+def plain() -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("interrupt", [plain, wrapped, grouped])
+def test_an_interrupt_of_an_import_is_one_line(
+    interrupt: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "import_module", lambda name: interrupt())
+    assert command.main() == 130
+    assert capsys.readouterr().err == "error: interrupted\n"
+
+
+def test_any_other_error_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "import_module", lambda name: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        command.main()
+
+
+@pytest.mark.parametrize("library", ["msgspec/_core", "libtorch_cpu"])
+def test_a_process_is_interrupted_while_it_imports(library: str) -> None:
+    arguments = [sys.executable, "-m", "sagellm", "run", "joint", "--prompt", "a"]
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    maps = Path(f"/proc/{process.pid}/maps")
+    while library not in maps.read_text():
+        time.sleep(0.002)
+    process.send_signal(signal.SIGINT)
+    out, said = process.communicate(timeout=30)
+    assert (process.returncode, out, said) == (130, "", "error: interrupted\n")
