@@ -196,7 +196,7 @@ async def first_token(stream: trio.SocketStream) -> None:
         seen += await received(stream)
 
 
-async def read_reply(stream: trio.SocketStream) -> Reply:
+async def read_reply(stream: trio.abc.ReceiveStream) -> Reply:
     reading = _Reading()
     while True:
         try:

@@ -15,6 +15,11 @@ from sagellm import Graph
 from sagellm.builder import RESOLVER
 from sagellm.checking import check_graph
 from sagellm.cli import main
+from sagellm.cli.config_file import read_config
+from sagellm.cli.printed import as_toml
+from sagellm.cli.serving import IN_A_FILE
+from sagellm.cli.setting import LIMITS as SET_BY_LIMIT
+from sagellm.cli.setting import settings_of
 from sagellm.gateway.encoding import TEMPLATE_S, TOKENIZE_S
 from sagellm.gateway.protocol import taken
 from sagellm.gateway.protocol.chat import ChatRequest
@@ -39,9 +44,9 @@ from sagellm.runtime.messages import CODES
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
-GRAPHS, STRUCTURE, SERVING, SECURITY = (
+GRAPHS, STRUCTURE, SERVING, SECURITY, CONFIGURATION = (
     (ROOT / "docs" / f"{name}.md").read_text()
-    for name in ("graphs", "structure", "serving", "security")
+    for name in ("graphs", "structure", "serving", "security", "configuration")
 )
 LIMITS = SECURITY.split("## Limits")[1].split("\n## ")[0]
 SERVED_AT = "http://127.0.0.1:8000"
@@ -133,7 +138,9 @@ def commands(text: str) -> list[str]:
     return [line.split(" #")[0].strip() for line in re.findall(r"^    sagellm (.+)", text, re.M)]
 
 
-@pytest.mark.parametrize("command", [*commands(README), *commands(SERVING)])
+@pytest.mark.parametrize(
+    "command", [*commands(README), *commands(SERVING), *commands(CONFIGURATION)]
+)
 def test_the_options_in_the_docs_are_known(
     command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -199,6 +206,37 @@ def test_the_limits_in_the_docs_are_those_that_hold() -> None:
     ):  # fmt: skip
         shown = f"{number:,}".removesuffix(".0")
         assert re.search(rf"(?<![\d.,]){shown}(?!\d)", LIMITS), number
+
+
+def settings_rows() -> Iterator[str]:
+    """The tables of docs/configuration.md: what can be set, and its default."""
+    apart = ("api_key", "set")  # which are tables of a file
+    for struct in IN_A_FILE:
+        for setting in settings_of(struct).values():
+            if setting.name not in apart:
+                default = (
+                    "" if setting.default is None else f"`{as_toml(setting, setting.default)}`"
+                )
+                yield f"| `{setting.name}` | `{setting.option}` | {default} | {setting.doc} |"
+    for setting in SET_BY_LIMIT.values():
+        yield f"| `{setting.name}` | `{as_toml(setting, setting.default)}` | {setting.doc} |"
+
+
+def test_every_setting_is_in_the_docs_as_it_is() -> None:
+    missing = [row for row in settings_rows() if row not in CONFIGURATION]
+    assert not missing, "\n".join(["docs/configuration.md lacks", *missing])
+    rows = re.findall(r"^\| `.*\|$", CONFIGURATION, re.M)
+    assert [row for row in rows if row not in set(settings_rows())] == []
+
+
+def test_the_file_of_settings_in_the_docs_is_right(tmp_path: Path) -> None:
+    shown = block(CONFIGURATION, "host = ")
+    path = tmp_path / "serve.toml"
+    path.write_text(shown)
+    config = read_config(path, IN_A_FILE)
+    assert config.limits
+    assert config.keys
+    assert config.set
 
 
 def test_every_code_of_an_error_is_in_the_docs() -> None:

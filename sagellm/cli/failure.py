@@ -55,6 +55,13 @@ def show(failure: Failure) -> None:
             console.print(text, markup=False)
 
 
+def warn(text: str) -> None:
+    """Print what goes on all the same to stderr."""
+    console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
+    console.print("[bold yellow]warning:[/bold yellow]", end=" ")
+    console.print(text, markup=False)
+
+
 def explain(error: BaseException) -> Failure | None:
     """The failure behind an exception, or behind one inside a group; None if it is our fault."""
     return next((found for one in _leaves(error) if (found := _explain(one))), None)

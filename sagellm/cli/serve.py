@@ -1,15 +1,19 @@
 """`sagellm serve`: a graph, or one model, behind the OpenAI API."""
 
 import gc
-from typing import Annotated
 
 import trio
-from cyclopts import Parameter
 
 from sagellm.backends import LoweringError, UnknownBackend
-from sagellm.cli.failure import ENGINE_FIX, Failure
+from sagellm.cli.config_file import Config, read_config
+from sagellm.cli.failure import ENGINE_FIX, Failure, warn
 from sagellm.cli.options import settings as assignments
+from sagellm.cli.printed import printed
+from sagellm.cli.secrets import exposed
 from sagellm.cli.serving import (
+    IN_A_FILE,
+    ConfigOptions,
+    GraphOptions,
     ListenOptions,
     ModelOptions,
     WatchOptions,
@@ -21,6 +25,7 @@ from sagellm.cli.serving import (
     read_settings,
     served_names,
 )
+from sagellm.cli.setting import over
 from sagellm.gateway.processes.supervision import GatewaysFailed
 from sagellm.gateway.server.front import serve_graph
 from sagellm.gateway.server.listen import raise_open_files
@@ -34,11 +39,9 @@ def serve(
     *,
     listen: ListenOptions = ListenOptions(),  # noqa: B008 - frozen
     served: ModelOptions = ModelOptions(),  # noqa: B008 - frozen
-    model: str | None = None,
-    executor: str | None = None,
-    set_: Annotated[tuple[str, ...], Parameter(name="--set")] = (),
-    import_: Annotated[tuple[str, ...], Parameter(name="--import")] = (),
+    opened: GraphOptions = GraphOptions(),  # noqa: B008 - frozen
     watch: WatchOptions = WatchOptions(),  # noqa: B008 - frozen
+    config: ConfigOptions = ConfigOptions(),  # noqa: B008 - frozen
 ) -> int:
     """Serve a graph, or one model, to OpenAI clients.
 
@@ -49,23 +52,23 @@ def serve(
     graph
         A graph file, the name of a shipped graph (pd, joint, pd_many), or a model: a built-in name,
         a folder, or a Hub id.
-    model
-        The model of every engine of a graph.
-    executor
-        How the graph runs: tasks, in this process; or processes, a worker for each engine replica.
-    set_
-        Change an option of the graph, as op.key=value; may be repeated.
-    import_
-        A dotted module or a .py file of yours, which registers what the graph uses; may be
-        repeated.
     """
-    chosen, model = choose_graph(graph, model, import_)
+    file = read_config(config.config, IN_A_FILE) if config.config else Config()
+    listen, served = over(listen, file.values), over(served, file.values)
+    opened, watch = over(opened, file.values), over(watch, file.values)
+    chosen, model = choose_graph(graph, opened.model, opened.import_)
     names = served_names(chosen, model, served)
-    settings = read_settings(listen, names, watch)
+    settings = read_settings(listen, names, watch, file, config.limit)
     check_installed(settings.server)
+    for warning in exposed(file, (listen.tls_key, listen.admin_key_file, listen.salt_key_file)):
+        warn(warning)
+    changes = {**file.set, **assignments(opened.set_)}
+    if config.print_config:
+        print(printed((opened, listen, served, watch), settings, file, changes), end="")
+        return 0
     raise_open_files()
     opening = chosen.open(
-        set=overrides(chosen, served) | assignments(set_), model=model, executor=executor
+        set=overrides(chosen, served) | changes, model=model, executor=opened.executor
     )
     with logs_of(watch.log_level, settings), listening(settings) as sock:
         try:

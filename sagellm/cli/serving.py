@@ -1,24 +1,25 @@
 """The options of `sagellm serve`, and what they mean: addresses, keys, names, the graph."""
 
 import errno
-import os
-import re
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from cyclopts import Parameter
 from cyclopts.validators import Number
 
 from sagellm.builder import Graph, shipped
+from sagellm.cli.config_file import Config, read_limits
 from sagellm.cli.failure import RESOURCES, Failure
 from sagellm.cli.named import load_graph, no_graph, shipped_names
+from sagellm.cli.secrets import admin_key, check_tls, salt_key, user_keys
+from sagellm.cli.setting import Given
 from sagellm.gateway.server.front import server_class
 from sagellm.gateway.server.listen import bind, is_loopback
-from sagellm.gateway.settings import Settings
+from sagellm.gateway.settings import GRAPH_ALONE, Budget, Limits, Settings, Streaming
 from sagellm.graphs.ir import FrozenMap
 from sagellm.graphs.vocabulary import nearest
 from sagellm.logs import LEVELS, own_logs
@@ -28,16 +29,46 @@ from sagellm.tracing import TracingError, check_tracing
 
 DEFAULT_GRAPH = "joint"
 NULL = "null"  # a model without weights, for device null
-API_KEY, ADMIN_KEY = "SAGELLM_API_KEY", "SAGELLM_ADMIN_KEY"
 LogLevel = Literal["debug", "info", "warning", "error"]
+S = TypeVar("S", Limits, Streaming, Budget)
 
-_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_OWN_NAMES = frozenset({"admin", "anonymous", "probe"})
+
+@Parameter(name="*", group="Settings")
+@dataclass(frozen=True, kw_only=True)
+class ConfigOptions(Given):
+    """Where options come from: the command line, then the file, then the environment."""
+
+    config: Path | None = None
+    """A TOML file of options, with keys, limits and changes of the graph."""
+
+    print_config: bool = False
+    """Print the settings as such a file, without keys, and end."""
+
+    limit: tuple[str, ...] = ()
+    """Change a limit, as body_bytes=16MiB; may be repeated. --print-config lists them all."""
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class GraphOptions(Given):
+    """How the graph is opened."""
+
+    model: str | None = None
+    """The model of every engine of a graph."""
+
+    executor: str | None = None
+    """How the graph runs: tasks, in this process; or processes, a worker for each replica."""
+
+    set_: Annotated[tuple[str, ...], Parameter(name="--set")] = ()
+    """Change an option of the graph, as op.key=value; may be repeated."""
+
+    import_: Annotated[tuple[str, ...], Parameter(name="--import")] = ()
+    """A dotted module or a .py file of yours that registers what the graph uses; may be repeated."""
 
 
 @Parameter(name="*", group="Who may reach it")
 @dataclass(frozen=True, kw_only=True)
-class ListenOptions:
+class ListenOptions(Given):
     """Loopback, without a key, unless told otherwise."""
 
     host: str = "127.0.0.1"
@@ -52,8 +83,23 @@ class ListenOptions:
     admin_key: str | None = None
     """Opens the admin routes, which are closed without one. Also SAGELLM_ADMIN_KEY."""
 
+    admin_key_file: Path | None = None
+    """A file that holds the admin key."""
+
+    salt_key_file: Path | None = None
+    """A file whose secret keys prefix salts and hashes in logs, for them to outlive a restart."""
+
     allowed_host: tuple[str, ...] = ()
     """A further name that clients reach this server under; may be repeated; * for any."""
+
+    allowed_origin: tuple[str, ...] = ()
+    """A further origin whose pages may send requests, as https://app.example; may be repeated."""
+
+    tls_certificate: Path | None = None
+    """A PEM file with the certificate, and the chain, that HTTPS is served with."""
+
+    tls_key: Path | None = None
+    """A PEM file with the key of the certificate, without a passphrase."""
 
     insecure: bool = False
     """Let everybody in who can reach the address."""
@@ -76,7 +122,7 @@ class ListenOptions:
 
 @Parameter(name="*", group="What is served")
 @dataclass(frozen=True, kw_only=True)
-class ModelOptions:
+class ModelOptions(Given):
     """Spelled as vLLM spells them."""
 
     served_model_name: tuple[str, ...] = ()
@@ -94,7 +140,7 @@ class ModelOptions:
 
 @Parameter(name="*", group="What can be seen of it")
 @dataclass(frozen=True, kw_only=True)
-class WatchOptions:
+class WatchOptions(Given):
     """Metrics are at /metrics."""
 
     log_level: LogLevel = "info"
@@ -103,11 +149,17 @@ class WatchOptions:
     open_metrics: bool = False
     """Answer /metrics without a key."""
 
+    metrics_compat: Literal["vllm", "none"] = "vllm"
+    """Whose names of metrics there are beside our own."""
+
     otlp_endpoint: str | None = None
     """An OpenTelemetry collector, such as http://localhost:4318, that traces are sent to."""
 
     trace_sample: float = 0.01
     """The share of requests that become traces; errors and slow ones always do."""
+
+
+IN_A_FILE = (GraphOptions, ListenOptions, ModelOptions, WatchOptions)
 
 
 def logs_of(level: LogLevel, settings: Settings) -> AbstractContextManager[None]:
@@ -168,36 +220,61 @@ def served_names(
 
 
 def read_settings(
-    listen: ListenOptions, names: tuple[str, ...], watch: WatchOptions = WatchOptions()
+    listen: ListenOptions,
+    names: tuple[str, ...],
+    watch: WatchOptions = WatchOptions(),
+    config: Config = Config(),  # noqa: B008 - frozen
+    limits: Sequence[str] = (),
 ) -> Settings:
-    """Raises Failure for keys that are none, for an address that is open to all unasked, and for
-    traces that cannot be sent.
+    """Raises Failure for keys that are none, for an address that is open to all unasked, for TLS
+    that cannot be served, for limits that there are not, and for traces that cannot be sent.
     """
     _check_tracing(watch)
-    given = listen.api_key or _from_environment(API_KEY)
-    keys = read_keys(given)
+    check_tls(listen.tls_certificate, listen.tls_key)
+    keys = user_keys(listen.api_key, config)
     if not keys and not listen.insecure and not is_loopback(listen.host):
         cause = f"--host {listen.host} lets others in, and there is no API key"
         raise Failure(cause, "add --api-key KEY, or --insecure if everybody may use it")
-    admin_key = listen.admin_key or next(iter(_from_environment(ADMIN_KEY)), None)
-    if len({*keys.values(), admin_key}) <= len(keys):
+    admin = admin_key(listen.admin_key, listen.admin_key_file)
+    if len({*keys.values(), admin}) <= len(keys):
         raise Failure("one API key is given twice, or is the admin key too", "give each its own")
+    changed = {**config.limits, **read_limits(limits)}
+    budget = _part(Budget() if keys else GRAPH_ALONE, changed)
     return Settings(
         host=listen.host,
         port=listen.port,
         server=listen.server,
         num_gateways=listen.gateways,
         api_keys=keys,
-        admin_key=admin_key,
+        admin_key=admin,
+        salt_key=salt_key(listen.salt_key_file),
         served_models=names,
         allowed_hosts=listen.allowed_host,
+        allowed_origins=listen.allowed_origin,
         drain_s=listen.drain_s,
         linger_s=listen.linger_s,
         page=listen.page,
+        metrics_compat=() if watch.metrics_compat == "none" else (watch.metrics_compat,),
         open_metrics=watch.open_metrics,
         otlp_endpoint=watch.otlp_endpoint,
         trace_sample=watch.trace_sample,
+        tls_certificate=listen.tls_certificate,
+        tls_key=listen.tls_key,
+        limits=_part(Limits(), changed),
+        streaming=_part(Streaming(), changed),
+        budget=budget,
+        budgets={
+            name: _part(budget, key.budget)
+            for name, key in config.keys.items()
+            if name in keys and key.budget
+        },
     )
+
+
+def _part(part: S, changed: Mapping[str, Any]) -> S:
+    """The struct with those of the changes that are its own."""
+    names = {field.name for field in fields(part)}
+    return replace(part, **{name: changed[name] for name in names & changed.keys()})
 
 
 def _check_tracing(watch: WatchOptions) -> None:
@@ -210,27 +287,6 @@ def _check_tracing(watch: WatchOptions) -> None:
         check_tracing(watch.otlp_endpoint, watch.trace_sample)
     except TracingError as error:
         raise Failure(str(error), "correct that option, or leave --otlp-endpoint out") from None
-
-
-def read_keys(given: Sequence[str]) -> dict[str, str]:
-    """KEY or NAME=KEY as name -> key; a key without a name gets a number. Raises Failure."""
-    keys: dict[str, str] = {}
-    for number, text in enumerate(given, 1):
-        name, _, key = text.partition("=")
-        if not key.strip("="):  # base64 ends in "="
-            name, key = f"key-{number}", text
-        if not key or not key.isprintable() or " " in key:
-            raise Failure("an API key is empty or has blanks", "give --api-key KEY or NAME=KEY")
-        if not _NAME.fullmatch(name) or name in _OWN_NAMES or name in keys:
-            fix = "letters, digits, . _ - ; each name once; not admin, anonymous or probe"
-            raise Failure("the name of an API key cannot be taken", fix, "--api-key NAME=KEY")
-        keys[name] = key
-    return keys
-
-
-def _from_environment(name: str) -> tuple[str, ...]:
-    value = os.environ.get(name, "")
-    return (value,) if value else ()
 
 
 def check_installed(server: str) -> None:

@@ -14,7 +14,6 @@ from sagellm.cli.serving import (
     choose_graph,
     listening,
     overrides,
-    read_keys,
     read_settings,
     served_names,
 )
@@ -25,25 +24,6 @@ from sagellm.gateway.settings import Settings
 def _no_keys_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SAGELLM_API_KEY", raising=False)
     monkeypatch.delenv("SAGELLM_ADMIN_KEY", raising=False)
-
-
-def test_keys_have_names() -> None:
-    assert read_keys(["alice=s3cret", "plain", "YWJj=="]) == {
-        "alice": "s3cret",
-        "key-2": "plain",
-        "key-3": "YWJj==",
-    }
-
-
-@pytest.mark.parametrize("given", ["", "a=b c", "admin=x", "a b=x", "a=\x01"])
-def test_a_key_that_is_none_is_refused(given: str) -> None:
-    with pytest.raises(Failure):
-        read_keys([given])
-
-
-def test_a_name_is_given_once() -> None:
-    with pytest.raises(Failure):
-        read_keys(["a=x", "a=y"])
 
 
 def test_keys_come_from_the_environment_too(monkeypatch: pytest.MonkeyPatch) -> None:

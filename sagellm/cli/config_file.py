@@ -1,0 +1,263 @@
+"""`--config FILE`: the options of `sagellm serve` from TOML, each mistake with its line."""
+
+import re
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sagellm.cli.failure import Failure
+from sagellm.cli.setting import LIMITS, Setting, Unfit, settings_of
+from sagellm.gateway.settings import Budget
+from sagellm.graphs.vocabulary import nearest
+
+MAX_BYTES = 1 << 20
+TABLES = ("limits", "keys", "set")
+_OPTIONS_ONLY = {  # not in a file, and what to write instead
+    "api_key": "write a table [keys.NAME] with key_file, key_env or key",
+    "limit": "write a table [limits] with NAME = VALUE",
+    "import": "give --import on the command line, or write imports: in the graph file",
+    "config": "give --config on the command line",
+    "print_config": "give --print-config on the command line",
+}
+_BUDGET = settings_of(Budget)
+_HEADER = re.compile(r"\s*\[+\s*([^\]]+?)\s*\]+")
+_KEY = re.compile(r"""\s*((?:[\w-]+|"[^"]*"|'[^']*')(?:\s*\.\s*(?:[\w-]+|"[^"]*"|'[^']*'))*)\s*=""")
+_PART = re.compile(r"""[\w-]+|"[^"]*"|'[^']*'""")
+_AT_LINE = re.compile(r"line (\d+), column (\d+)")
+
+Place = tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class KeyTable:
+    """`[keys.NAME]`: where the key is, and what it may have under way."""
+
+    key: str = field(default="", repr=False)
+    key_file: Path | None = None
+    key_env: str = ""
+    budget: Mapping[str, Any] = field(default_factory=dict)
+    where: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """What a file says: `values` by the names of fields of the option structs, `limits` by those of
+    LIMITS, `set` by `op.key`.
+    """
+
+    values: Mapping[str, Any] = field(default_factory=dict)
+    limits: Mapping[str, Any] = field(default_factory=dict)
+    keys: Mapping[str, KeyTable] = field(default_factory=dict)
+    set: Mapping[str, object] = field(default_factory=dict)
+    path: Path | None = None
+
+
+def read_config(path: Path, structs: Sequence[type]) -> Config:
+    """The settings of a file: options of these structs, `[limits]`, `[keys.NAME]`, `[set]`.
+
+    Paths in the file are relative to its folder. Raises Failure with every mistake and its line;
+    OSError where the file cannot be read.
+    """
+    with path.open("rb") as file:
+        content = file.read(MAX_BYTES + 1)
+    if len(content) > MAX_BYTES:
+        raise Failure(f"the file is larger than {MAX_BYTES >> 20} MiB", "is it TOML?", str(path))
+    try:
+        text = content.decode("utf-8-sig")
+        tree = tomllib.loads(text)
+    except UnicodeDecodeError:
+        raise Failure("the file is not UTF-8", "save it as UTF-8", str(path)) from None
+    except tomllib.TOMLDecodeError as error:
+        raise _not_toml(error, text, path) from None
+    reading = _Reading(path, _lines(text), structs)
+    config = reading.config(tree)
+    if reading.mistakes:
+        raise _failure(reading.mistakes)
+    return config
+
+
+def read_limits(given: Sequence[str]) -> dict[str, Any]:
+    """NAME=VALUE as the command line gives them. Raises Failure."""
+    found: dict[str, Any] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        name, where = name.strip().replace("-", "_"), f"--limit {text}"
+        if not equals:
+            raise Failure("a limit needs a value", "for example --limit body_bytes=16MiB", where)
+        if name not in LIMITS:
+            raise Failure(f"there is no limit {name!r}", _likely(name, LIMITS), where)
+        try:
+            found[name] = LIMITS[name].read(_number(value.strip()))
+        except Unfit as error:
+            raise Failure(f"{name} {error}", LIMITS[name].doc, where) from None
+    return found
+
+
+def _number(text: str) -> object:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+@dataclass(frozen=True, slots=True)
+class _Mistake:
+    where: str
+    cause: str
+    fix: str
+
+
+class _Reading:
+    """One file while it is read; `mistakes` are all that were met."""
+
+    def __init__(self, path: Path, lines: Mapping[Place, int], structs: Sequence[type]) -> None:
+        self.mistakes: list[_Mistake] = []
+        self._path = path
+        self._lines = lines
+        self._settings: dict[str, tuple[str, Setting]] = {  # key of the file -> field, setting
+            setting.name: (name, setting)
+            for struct in structs
+            for name, setting in settings_of(struct).items()
+            if setting.name not in {*_OPTIONS_ONLY, *TABLES}
+        }
+
+    def config(self, tree: Mapping[str, Any]) -> Config:
+        values: dict[str, Any] = {}
+        tables: dict[str, Mapping[str, Any]] = {}
+        for written, value in tree.items():
+            key = written.replace("-", "_")
+            if key in TABLES:
+                tables[key] = self._table((written,), value)
+            elif key in self._settings:
+                name, setting = self._settings[key]
+                values |= self._read((written,), name, setting, value)
+            else:
+                self._unknown((written,), key, [*self._settings, *TABLES])
+        return Config(
+            values=values,
+            limits=self._limits(("limits",), tables.get("limits", {})),
+            keys={name: self._key(name, one) for name, one in tables.get("keys", {}).items()},
+            set=dict(_flat("", tables.get("set", {}))),
+            path=self._path,
+        )
+
+    def _limits(self, place: Place, table: Mapping[str, Any]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for written, value in table.items():
+            key = written.replace("-", "_")
+            if key in LIMITS:
+                found |= self._read((*place, written), key, LIMITS[key], value)
+            else:
+                self._unknown((*place, written), key, list(LIMITS))
+        return found
+
+    def _key(self, name: str, value: object) -> KeyTable:
+        place: Place = ("keys", name)
+        if isinstance(value, str):  # the short form: team-a = "KEY"
+            return KeyTable(key=value, where=self._where(place))
+        table = self._table(place, value)
+        given: dict[str, Any] = {}
+        budget: dict[str, Any] = {}
+        for written, each in table.items():
+            key = written.replace("-", "_")
+            if key in _BUDGET:
+                budget |= self._read((*place, written), key, _BUDGET[key], each)
+            elif key in _KEY_SOURCES:
+                given |= self._read((*place, written), key, _KEY_SOURCES[key], each)
+            else:
+                self._unknown((*place, written), key, [*_KEY_SOURCES, *_BUDGET])
+        if table and len(table.keys() & _KEY_SOURCES.keys()) != 1:
+            fix = "give one of key_file, key_env and key"
+            self._mistake(place, f"the key {name} needs one place to come from", fix)
+        return KeyTable(**given, budget=budget, where=self._where(place))
+
+    def _read(self, place: Place, name: str, setting: Setting, value: object) -> dict[str, Any]:
+        try:
+            found = setting.read(value)
+        except Unfit as error:
+            self._mistake(place, f"{setting.name} {error}", setting.doc)
+            return {}
+        if isinstance(found, Path):
+            found = self._path.absolute().parent / found
+        return {name: found}
+
+    def _table(self, place: Place, value: object) -> Mapping[str, Any]:
+        if isinstance(value, dict) and value:
+            return value
+        name = ".".join(place)
+        self._mistake(place, f"{name} is no table, or an empty one", f"write [{name}] and its keys")
+        return {}
+
+    def _unknown(self, place: Place, key: str, known: Sequence[str]) -> None:
+        fix = _OPTIONS_ONLY.get(key) or _likely(key, known)
+        if key in LIMITS and key not in known:
+            fix = f"write {key} below [limits]"
+        self._mistake(place, f"there is no setting {place[-1]!r} here", fix)
+
+    def _mistake(self, place: Place, cause: str, fix: str) -> None:
+        self.mistakes.append(_Mistake(self._where(place), cause, fix))
+
+    def _where(self, place: Place) -> str:
+        while place and place not in self._lines:
+            place = place[:-1]
+        return f"{self._path}:{self._lines.get(place, 1)}"
+
+
+_KEY_SOURCES = {
+    "key": Setting("key", str, "", "The key itself: only in a file that nobody else may read."),
+    "key_file": Setting("key_file", Path, None, "A file that holds the key."),
+    "key_env": Setting("key_env", str, "", "The environment variable that holds the key."),
+}
+
+
+def _likely(name: str, known: Mapping[str, Any] | Sequence[str]) -> str:
+    close = nearest(name, list(known))
+    return f"did you mean {close}?" if close else f"there are {', '.join(known)}"
+
+
+def _flat(prefix: str, table: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
+    """`[set.admission]` and `admission.max_queued` alike as "admission.max_queued"."""
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield from _flat(f"{prefix}{key}.", value)
+        else:
+            yield prefix + key, value
+
+
+def _lines(text: str) -> dict[Place, int]:
+    """Where each key stands; tomllib does not say."""
+    found: dict[Place, int] = {}
+    table: Place = ()
+    for number, line in enumerate(text.splitlines(), 1):
+        if (header := _HEADER.match(line)) and "=" not in line.partition("]")[0]:
+            table = _parts(header[1])
+            found.setdefault(table, number)
+        elif key := _KEY.match(line):
+            place = (*table, *_parts(key[1]))
+            for end in range(len(table) + 1, len(place) + 1):
+                found.setdefault(place[:end], number)
+    return found
+
+
+def _parts(text: str) -> Place:
+    return tuple(part.strip("\"'") for part in _PART.findall(text))
+
+
+def _not_toml(error: tomllib.TOMLDecodeError, text: str, path: Path) -> Failure:
+    cause, _, place = str(error).partition(" (at ")
+    match = _AT_LINE.match(place)
+    where = f"{match[1]}:{match[2]}" if match else f"{len(text.splitlines())}"  # at its end
+    fix = 'write NAME = VALUE, with texts in quotes, as host = "0.0.0.0"'
+    return Failure(f"this is not TOML: {cause[:1].lower()}{cause[1:]}", fix, f"{path}:{where}")
+
+
+def _failure(mistakes: Sequence[_Mistake]) -> Failure:
+    if len(mistakes) == 1:
+        (only,) = mistakes
+        return Failure(only.cause, only.fix, only.where)
+    listed = "".join(f"\n  {one.where}: {one.cause}; {one.fix}" for one in mistakes)
+    return Failure(f"{len(mistakes)} mistakes in the settings{listed}", "nothing was started")

@@ -1,0 +1,179 @@
+"""One setting, as an option and as a key of a file: its name, type, default, range and sentence."""
+
+import ast
+import inspect
+import types
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from itertools import pairwise
+from math import isfinite
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import msgspec
+from cyclopts import Parameter
+
+from sagellm.gateway.settings import Budget, Limits, Streaming
+from sagellm.runtime.engine.options import EngineOptionError, num_bytes
+
+_KINDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+_RANGES = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
+
+
+ALTERNATIVES = (frozenset({"admin_key", "admin_key_file"}),)  # one of them replaces the others
+
+
+class Unfit(ValueError):
+    """A value that a setting does not take; the message says what it takes."""
+
+
+class Given:
+    """Options that know which of them were given: `given` has their names."""
+
+    given: frozenset[str]
+
+    def __new__(cls, **given: object) -> "Given":
+        self = super().__new__(cls)
+        object.__setattr__(self, "given", frozenset(given))
+        return self
+
+
+T = TypeVar("T", bound=Given)
+
+
+def over(options: T, values: Mapping[str, Any]) -> T:
+    """The options that were given, over `values`, which may have names of other options too."""
+    names = {field.name for field in fields(options)}  # type: ignore[arg-type]
+    given = {name: getattr(options, name) for name in options.given}
+    replaced = {name for pair in ALTERNATIVES if given.keys() & pair for name in pair}
+    kept = {name: values[name] for name in (names - replaced) & values.keys()}
+    return type(options)(**{**kept, **given})
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """`hint`: its type, with what bounds it. `unit`: "bytes" also takes a text like "16MiB"."""
+
+    name: str
+    hint: Any
+    default: Any
+    doc: str
+
+    @property
+    def option(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def is_bytes(self) -> bool:
+        return any((meta.extra or {}).get("unit") == "bytes" for meta in self._metas)
+
+    @property
+    def _metas(self) -> list[msgspec.Meta]:
+        return [each for each in _metadata(self.hint) if isinstance(each, msgspec.Meta)]
+
+    def read(self, value: object) -> Any:
+        """The value as the type has it. Raises Unfit."""
+        kind = _plain(self.hint)
+        if self.is_bytes and isinstance(value, str):
+            value = _bytes(value)
+        if get_origin(kind) is tuple and isinstance(value, str):
+            value = (value,)
+        try:
+            found = msgspec.convert(value, self.hint, dec_hook=_path)
+        except msgspec.ValidationError:
+            wanted = ", ".join([_phrase(kind), *self._bounds])
+            wanted += ', or a text like "16MiB"' if self.is_bytes else ""
+            raise Unfit(f"is {_shown(value)}; it takes {wanted}") from None
+        if isinstance(found, float) and not isfinite(found):
+            raise Unfit(f"is {found}; it takes a number")
+        self._check_range(kind, found)
+        return found
+
+    @property
+    def _bounds(self) -> Iterator[str]:
+        for meta in self._metas:
+            for name, words in _RANGES.items():
+                if (bound := getattr(meta, name)) is not None:
+                    yield f"{words} {bound:g}"
+
+    def _check_range(self, kind: Any, value: object) -> None:
+        """By the validators that the command line has, too."""
+        for each in _metadata(self.hint):
+            if isinstance(each, Parameter) and value is not None:
+                validators: Any = each.validator
+                for validate in validators:
+                    try:
+                        validate(kind, value)
+                    except ValueError as error:
+                        fault = str(error).removesuffix(".").replace("Must be", "it must be")
+                        raise Unfit(f"is {_shown(value)}; {fault}") from None
+
+
+def settings_of(struct: type) -> Mapping[str, Setting]:
+    """The settings of a dataclass whose fields have docstrings, by name."""
+    hints, docs = get_type_hints(struct, include_extras=True), _docs(struct)
+    return {
+        field.name: Setting(
+            field.name.rstrip("_"),
+            hints[field.name],
+            field.default,
+            docs[field.name],
+        )
+        for field in fields(struct)
+    }
+
+
+def _docs(struct: type) -> dict[str, str]:
+    """The text below each field."""
+    body = ast.parse(inspect.getsource(struct)).body[0]
+    assert isinstance(body, ast.ClassDef)
+    return {
+        field.target.id: " ".join(text.value.value.split())
+        for field, text in pairwise(body.body)
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+        if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
+        if isinstance(text.value.value, str)
+    }
+
+
+def _metadata(hint: Any) -> tuple[Any, ...]:
+    return getattr(hint, "__metadata__", ())
+
+
+def _plain(hint: Any) -> Any:
+    """The type without bounds and without None."""
+    kind = get_args(hint)[0] if _metadata(hint) else hint
+    if get_origin(kind) in (Union, types.UnionType):
+        kind = next(each for each in get_args(kind) if each is not type(None))
+    return kind
+
+
+def _phrase(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return " or ".join(f'"{each}"' for each in get_args(kind))
+    if get_origin(kind) is tuple:
+        return "a list of texts"
+    return "a path" if kind is Path else _KINDS.get(kind, "a text")
+
+
+def _shown(value: object) -> str:
+    return "true" if value is True else "false" if value is False else f"{value!r:.60}"
+
+
+def _bytes(text: str) -> object:
+    try:
+        return num_bytes(text)
+    except EngineOptionError:
+        return text
+
+
+def _path(kind: type, value: object) -> object:
+    if kind is Path and isinstance(value, str) and value:
+        return Path(value)
+    raise ValueError(value)
+
+
+STRUCTS = (Limits, Streaming, Budget)
+LIMITS: Mapping[str, Setting] = {
+    name: setting for struct in STRUCTS for name, setting in settings_of(struct).items()
+}  # what `--limit` and `[limits]` take

@@ -1,0 +1,144 @@
+"""Every setting of a gateway can be set, by an option and in a file."""
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import pytest
+from tls_pairs import tls_pair
+
+from sagellm.cli.config_file import read_config
+from sagellm.cli.printed import printed
+from sagellm.cli.serving import (
+    IN_A_FILE,
+    GraphOptions,
+    ListenOptions,
+    ModelOptions,
+    WatchOptions,
+    read_settings,
+)
+from sagellm.cli.setting import LIMITS, STRUCTS, Setting, Unfit, _plain, over, settings_of
+from sagellm.gateway.settings import Settings
+
+
+def other(setting: Setting) -> Any:
+    """A value that it may have, and does not have unless it is set."""
+    kind, default = _plain(setting.hint), setting.default
+    if get_origin(kind) is Literal:
+        return next(each for each in get_args(kind) if each != default)
+    if get_origin(kind) is tuple:
+        return ["https://app.example"]
+    return {bool: not default, str: "other", Path: "file"}.get(kind) or (default or 1) + 1
+
+
+def toml(values: dict[str, Any]) -> str:
+    return "\n".join(f"{name} = {json.dumps(value)}" for name, value in values.items())
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Path:
+    """A file that sets all that a file may set."""
+    certificate, key = tls_pair(tmp_path)
+    (tmp_path / "salt").write_text("a-salt-key-of-32-bytes-or-more--")
+    values = {
+        setting.name: other(setting)
+        for struct in (ListenOptions, WatchOptions)
+        for name, setting in settings_of(struct).items()
+        if name not in ("api_key", "admin_key_file")
+    }
+    values |= {"host": "0.0.0.0", "otlp_endpoint": "http://collector:4318", "trace_sample": 0.5}
+    values |= {"tls_certificate": certificate.name, "tls_key": key.name, "salt_key_file": "salt"}
+    limits = {name: other(setting) for name, setting in LIMITS.items()}
+    tables = f"\n[limits]\n{toml(limits)}\n[keys.a]\nkey = 'k'\nnum_open = 5\n"
+    path = tmp_path / "serve.toml"
+    path.write_text(toml(values) + tables)
+    return path
+
+
+def test_every_field_of_the_settings_can_be_set_in_a_file(written: Path) -> None:
+    config = read_config(written, IN_A_FILE)
+    listen, watch = over(ListenOptions(), config.values), over(WatchOptions(), config.values)
+    settings, usual = read_settings(listen, ("other",), watch, config), Settings()
+    unset = [
+        field.name
+        for field in fields(Settings)
+        if getattr(settings, field.name) == getattr(usual, field.name)
+    ]
+    assert unset == []
+    for part in ("limits", "streaming"):
+        changed, default = getattr(settings, part), getattr(usual, part)
+        for field in fields(changed):
+            assert getattr(changed, field.name) != getattr(default, field.name), field.name
+    assert settings.budget is not None
+    assert (settings.budget.num_open, settings.budgets["a"].num_open) == (1025, 5)
+    assert settings.budgets["a"].num_waiting == settings.budget.num_waiting == 1025
+
+
+def test_what_is_printed_gives_the_same_settings(written: Path, tmp_path: Path) -> None:
+    config = read_config(written, IN_A_FILE)
+    options = [over(struct(), config.values) for struct in IN_A_FILE]
+    settings = read_settings(options[1], ("other",), options[3], config)  # type: ignore[arg-type]
+    shown = printed(options, settings, config, {"admission.max_queued": 7})
+    assert '"k"' not in shown
+    assert "admin_key is set, and not shown" in shown
+    again = tmp_path / "printed.toml"
+    again.write_text(shown)
+    read = read_config(again, IN_A_FILE)
+    known = {key: value for key, value in config.values.items() if key != "admin_key"}
+    assert read.values == known
+    assert read.limits == config.limits
+    assert read.set == {"admission.max_queued": 7}
+
+
+@pytest.mark.parametrize("struct", [*IN_A_FILE, *STRUCTS])
+def test_every_setting_has_a_sentence(struct: type) -> None:
+    settings = settings_of(struct)
+    assert set(settings) == {field.name for field in fields(struct)}
+    assert [name for name, setting in settings.items() if not setting.doc.endswith(".")] == []
+
+
+def test_no_two_settings_have_one_name() -> None:
+    """`--limit` and `[limits]` name all limits, whatever they are limits of."""
+    assert len(LIMITS) == sum(len(fields(struct)) for struct in STRUCTS)
+    options = [one.name for struct in IN_A_FILE for one in settings_of(struct).values()]
+    assert len(options) == len(set(options))
+
+
+def test_an_option_wins_over_the_file_also_where_it_is_the_default() -> None:
+    values = {"port": 9000, "host": "::", "model": "m"}
+    assert over(ListenOptions(port=8000), values) == ListenOptions(port=8000, host="::")
+    assert over(ListenOptions(), values).port == 9000
+    assert over(ListenOptions(admin_key="a"), {"admin_key_file": Path("x")}).admin_key_file is None
+    assert over(GraphOptions(), values).model == "m"
+    assert over(ModelOptions(), values) == ModelOptions()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "found"),
+    [
+        ("body_bytes", "16MiB", 16 << 20),
+        ("body_bytes", 5, 5),
+        ("stall_s", 5, 5.0),
+        ("num_open", 0, 0),
+    ],
+)
+def test_values_of_limits(name: str, value: object, found: object) -> None:
+    assert LIMITS[name].read(value) == found
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "wanted"),
+    [
+        ("body_bytes", "16 elephants", "16MiB"),
+        ("body_bytes", 0, "at least 1"),
+        ("stall_s", 0, "more than 0"),
+        ("stall_s", float("inf"), "a number"),
+        ("num_prompts", True, "a whole number"),
+        ("num_prompts", 1.5, "a whole number"),
+        ("num_prompts", "16MiB", "a whole number"),
+    ],
+)
+def test_a_value_that_a_limit_does_not_take(name: str, value: object, wanted: str) -> None:
+    with pytest.raises(Unfit, match=wanted):
+        LIMITS[name].read(value)
