@@ -63,7 +63,7 @@ class GraphOptions(Given):
     """Change an option of the graph, as op.key=value; may be repeated."""
 
     import_: Annotated[tuple[str, ...], Parameter(name="--import")] = ()
-    """A dotted module or a .py file of yours that registers what the graph uses; may be repeated."""
+    """A dotted module or a .py file that registers what the graph uses; may be repeated."""
 
 
 @Parameter(name="*", group="Who may reach it")
