@@ -202,7 +202,7 @@ async def test_a_time_limit_ends_with_its_request(autojump_clock: MockClock) -> 
         ({"sampling": Sampling(top_p=0)}, "top_p is 0"),
         ({"sampling": Sampling(max_tokens=0)}, "max_tokens is 0"),
         ({"sampling": Sampling(n=0)}, "n is 0"),
-        ({"sampling": Sampling(temperature="hot")}, "temperature"),  # type: ignore[arg-type]
+        ({"sampling": Sampling(stop_token_ids=("a",))}, "stop_token_ids"),  # type: ignore[arg-type]
         ({"sampling": Sampling(logit_bias={1: 1e308})}, "logit_bias"),
         ({"sampling": {"temperature": 1}}, "sampling is a Sampling, not dict"),
         ({"timeout_s": float("nan")}, "timeout_s"),
