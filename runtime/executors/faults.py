@@ -1,8 +1,8 @@
 """What the log says of an operator's fault."""
 
-import structlog
+from sagellm.graphs.log import get_logger
 
-log = structlog.get_logger("sagellm.executor")
+log = get_logger("sagellm.executor")
 
 
 def log_fault(error: Exception, *, node: str, request_id: str) -> None:

@@ -8,6 +8,7 @@ from cyclopts import Parameter
 
 from sagellm.backends import LoweringError, UnknownBackend
 from sagellm.cli.failure import Failure
+from sagellm.cli.loading import shown_start
 from sagellm.cli.options import settings as assignments
 from sagellm.cli.serving import (
     ListenOptions,
@@ -61,7 +62,8 @@ def serve(
     opening = chosen.open(
         set=overrides(chosen, served) | assignments(set_), model=model, executor=executor
     )
-    with logs_of(watch.log_level, settings), listening(settings) as sock:
+    with logs_of(watch, settings), listening(settings) as sock, shown_start() as progress:
+        opening.report_to(progress)
         try:
             trio.run(serve_graph, opening, settings, sock, _tell)
         except (UnknownBackend, LoweringError, EngineOptionError) as error:
@@ -71,7 +73,7 @@ def serve(
     return 0
 
 
-def _tell(line: str) -> None:
+def _tell(text: str) -> None:
     gc.collect()
     gc.freeze()  # what was loaded stays: to walk it all again would stall every stream for 50 ms
-    write_line(f"{line}\n".encode())  # served all the same, where nobody can read that
+    write_line(f"{text}\n".encode())  # served all the same, where nobody can read that

@@ -29,6 +29,7 @@ DEFAULT_GRAPH = "joint"
 NULL = "null"  # a model without weights, for device null
 API_KEY, ADMIN_KEY = "SAGELLM_API_KEY", "SAGELLM_ADMIN_KEY"
 LogLevel = Literal["debug", "info", "warning", "error"]
+LogFormat = Literal["text", "json"]
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _OWN_NAMES = frozenset({"admin", "anonymous", "probe"})
@@ -94,7 +95,10 @@ class WatchOptions:
     """Metrics are at /metrics."""
 
     log_level: LogLevel = "info"
-    """What is logged to stderr, as JSON lines; the text of exceptions only at debug."""
+    """What is logged to stderr; the text of exceptions only at debug."""
+
+    log_format: LogFormat | None = None
+    """text or json [default: text where stderr is a terminal, else JSON lines]."""
 
     open_metrics: bool = False
     """Answer /metrics without a key."""
@@ -106,10 +110,11 @@ class WatchOptions:
     """The share of requests that become traces; errors and slow ones always do."""
 
 
-def logs_of(level: LogLevel, settings: Settings) -> AbstractContextManager[None]:
+def logs_of(watch: WatchOptions, settings: Settings) -> AbstractContextManager[None]:
     """All that this process logs, the libraries too; no line holds a key."""
     known = (*settings.api_keys.values(), settings.admin_key or "")
-    return own_logs(LEVELS[level], key=settings.salt_key, known=known)
+    level, form = LEVELS[watch.log_level], watch.log_format
+    return own_logs(level, key=settings.salt_key, known=known, form=form)
 
 
 def choose_graph(name: str, model: str | None) -> tuple[Graph, str | None]:

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from time import time
 
+import anyio
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -12,6 +13,7 @@ from sagellm.gateway.answers.attending import attended
 from sagellm.gateway.answers.refusals import error_of
 from sagellm.gateway.answers.reply import Asked, Batch, MakeForm, Reply
 from sagellm.gateway.answers.sse import DONE, EventStream, Outlet
+from sagellm.gateway.answers.usage import Tally
 from sagellm.gateway.call import Call
 from sagellm.gateway.door import Entry
 from sagellm.gateway.encoding import Prompt
@@ -38,7 +40,8 @@ class Work:
 
 async def respond(gateway: Gateway, request: Request, work: Work) -> Response:
     """The answer, streamed or whole. Raises ApiError where nothing of it can be served."""
-    running = _Running(gateway, request.state.call, work)
+    tally = request.state.tally = Tally()  # for the log, whatever becomes of the call
+    running = _Running(gateway, request.state.call, work, tally)
     on_gone = gateway.meters.disconnected
     if work.request.stream:
         return EventStream(running.tell, gateway.settings.streaming, on_gone)
@@ -52,10 +55,11 @@ async def respond(gateway: Gateway, request: Request, work: Work) -> Response:
 class _Running:
     """One call between its start and its end."""
 
-    def __init__(self, gateway: Gateway, call: Call, work: Work) -> None:
+    def __init__(self, gateway: Gateway, call: Call, work: Work, tally: Tally) -> None:
         self._gateway = gateway
         self._call = call
         self._work = work
+        self._tally = tally
 
     async def tell(self, outlet: Outlet) -> None:
         """Stream. A refusal before the first event is raised, so that it has its own status."""
@@ -63,7 +67,7 @@ class _Running:
             async with entered(self._gateway.door, self._entries(ids)) as batches:
                 last = b""  # as a rule only the end is missing behind it, and goes along
                 async for batch in batches:
-                    hold.first_token()
+                    self._came(hold)
                     served, error = self._split(batch)
                     if error is not None and not outlet.is_started:
                         raise error
@@ -80,13 +84,18 @@ class _Running:
         with self._started() as (ids, reply, hold):
             async with entered(self._gateway.door, self._entries(ids)) as batches:
                 async for batch in batches:
-                    hold.first_token()
+                    self._came(hold)
                     served, error = self._split(batch)
                     if error is not None:
                         raise error
                     reply.add(served)
             _check_finished(reply)
             return reply.whole()
+
+    def _came(self, hold: Hold) -> None:
+        hold.first_token()
+        if self._tally.first_s is None:
+            self._tally.first_s = anyio.current_time()
 
     @contextmanager
     def _started(self) -> Iterator[tuple[tuple[str, ...], Reply, Hold]]:
@@ -98,7 +107,8 @@ class _Running:
             gateway.claim(wanted, len(work.prompts)) as claimed,
         ):
             asked = self._asked(claimed.id)
-            yield claimed.request_ids, Reply(asked, work.make_form(asked, gateway.tokens)), hold
+            form = work.make_form(asked, gateway.tokens)
+            yield claimed.request_ids, Reply(asked, form, self._tally), hold
 
     def _asked(self, claimed_id: str) -> Asked:
         work, request = self._work, self._work.request
