@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from sagellm.backends.layers_done import LayersDone
+from sagellm.backends.progress import Progress, silent
 from sagellm.backends.quantised import QuantisedWeight
 from sagellm.backends.step import KVLayout, StepInputs
 from sagellm.graphs.ir import Graph
@@ -67,10 +68,12 @@ class Backend(Protocol):
         dtype: str,
         deterministic: bool,
         quantization: str | None = None,
+        progress: Progress = silent,
     ) -> Program:
         """A program that keeps weights and pool in `dtype`; reads each weight once.
 
         `quantization`: one of `quantizations`, for the weights of linears; None: as stored.
+        `progress` hears what takes long.
 
         `deterministic`: one choice of kernel for all batch sizes, so that a row's logits are the
         same bits alone, in a batch and in chunks. Raises GraphError or LoweringError.

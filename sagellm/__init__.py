@@ -27,6 +27,7 @@ _NAMES = {
     "UnifiedInferenceClient": "sagellm.client.unified",
     "AsyncUnifiedInferenceClient": "sagellm.client.unified_async",
     "ClientError": "sagellm.client.failure",
+    "log": "sagellm.logs",
 }
 
 

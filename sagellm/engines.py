@@ -3,10 +3,13 @@
 import gc
 import importlib
 import sys
+from time import monotonic
 
 import trio
 
+from sagellm.backends.progress import Progress, silent
 from sagellm.graphs.ir import FrozenMap, Graph
+from sagellm.graphs.log import get_logger
 from sagellm.runtime.engine.local import LocalEngine
 from sagellm.runtime.engine.opening import open_engine
 from sagellm.runtime.engine.options import EngineOptions
@@ -16,14 +19,16 @@ from sagellm.runtime.models.folder import resolve_model
 from sagellm.runtime.models.tokenizer import Tokenizer, load_tokenizer
 from sagellm.runtime.options import read_options
 
+log = get_logger("sagellm.engine")
 
-async def open_engines(graph: Graph) -> dict[str, tuple[Engine, ...]]:
+
+async def open_engines(graph: Graph, progress: Progress = silent) -> dict[str, tuple[Engine, ...]]:
     """Every replica of every engine, in this process. Raises ModelError, EngineOptionError."""
     engines: dict[str, tuple[Engine, ...]] = {}
     for name in graph.engines:
         options = engine_options(graph, name)
         engines[name] = tuple(
-            [await _opened(options, name, replica) for replica in range(options.replicas)]
+            [await _opened(options, name, replica, progress) for replica in range(options.replicas)]
         )
     return engines
 
@@ -39,24 +44,42 @@ def load_tokenizer_of(graph: Graph) -> Tokenizer:
     return load_tokenizer(resolve_model(engine_options(graph, next(iter(graph.engines))).model))
 
 
-async def _opened(options: EngineOptions, name: str, replica: int) -> Engine:
+async def _opened(options: EngineOptions, name: str, replica: int, progress: Progress) -> Engine:
+    began_s = monotonic()
+    engine = await _loaded(options, name, replica, progress)
+    log.info(
+        "engine_opened",
+        engine=f"{name}[{replica}]",
+        model=options.model,
+        num_blocks=engine.facts.num_blocks,
+        max_model_len=engine.facts.max_model_len,
+        seconds=round(monotonic() - began_s, 3),
+    )
+    return engine
+
+
+async def _loaded(options: EngineOptions, name: str, replica: int, progress: Progress) -> Engine:
     """Loading weights takes seconds, in a thread, which a cancelled opening does not wait for; the
     null engine is there at once.
     """
     if options.is_null:
         return open_engine(options, name=name, replica=replica)
     return await trio.to_thread.run_sync(
-        load_replica, options, name, replica, abandon_on_cancel=True
+        load_replica, options, name, replica, None, progress, abandon_on_cancel=True
     )
 
 
 def load_replica(
-    options: EngineOptions, name: str, replica: int, sharing: Sharing | None = None
+    options: EngineOptions,
+    name: str,
+    replica: int,
+    sharing: Sharing | None = None,
+    progress: Progress = silent,
 ) -> LocalEngine:
     """One replica, ready to run; takes seconds where it computes. See `open_engine`."""
     if not options.is_null:
         _import_torch()
-    return open_engine(options, name=name, replica=replica, sharing=sharing)
+    return open_engine(options, name=name, replica=replica, sharing=sharing, progress=progress)
 
 
 def _import_torch() -> None:

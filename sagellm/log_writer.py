@@ -4,9 +4,15 @@ import os
 import sys
 import threading
 from collections import deque
+from collections.abc import Callable
 
 _MOST_BYTES = 1 << 20  # that wait
+_ERASE = b"\r\x1b[2K"
 _CLOSE_S = 1.0  # for what waits, at the end
+
+
+def _dropped(num: int) -> str:
+    return f'{{"event": "logs_dropped", "num": {num}}}'
 
 
 class LogWriter:
@@ -14,8 +20,11 @@ class LogWriter:
     room again, a line says how much it was.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, dropped: Callable[[int], str] = _dropped) -> None:
+        """`dropped` makes the line that says how many lines were dropped."""
         self.num_dropped = 0
+        self.takes_line = False  # that of the terminal, which a bar may be drawn in
+        self._dropped = dropped
         self._num_told = 0
         self._lines: deque[bytes] = deque()
         self._num_bytes = 0
@@ -54,12 +63,11 @@ class LogWriter:
                     return
                 line = self._lines.popleft()
                 self._num_bytes -= len(line)
-            is_written = write_line(line)
+            is_written = write_line(_ERASE + line if self.takes_line else line)
             with self._changed:
                 self.num_dropped += not is_written
                 num_new = self.num_dropped - self._num_told
-            said = b'{"event": "logs_dropped", "num": %d}\n' % num_new
-            if is_written and num_new and write_line(said):
+            if is_written and num_new and write_line(f"{self._dropped(num_new)}\n".encode()):
                 self._num_told += num_new
 
 

@@ -1,23 +1,31 @@
-"""Where logs go: to stderr as JSON lines, unless the application has configured structlog.
+"""Where logs go: to stderr, as text for people or as JSON lines, once somebody asks for them.
 
-A line is one line: whatever was in its values is escaped, secrets are taken out of it, and of a
-prompt it holds a length and a keyed hash. Request ids come from structlog's context variables.
+A line is one line: control characters in its values are escaped, secrets are taken out of it, and
+of a prompt it holds a length and a keyed hash. Request ids come from structlog's context variables.
 """
 
 import logging
+import os
 import sys
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import structlog
-from structlog.typing import EventDict, Processor
+from structlog.typing import EventDict, Processor, WrappedLogger
 
+from sagellm.graphs.log import ROOT, Event
+from sagellm.graphs.vocabulary import nearest
+from sagellm.log_text import TextLines
 from sagellm.log_writer import LogWriter
 from sagellm.redaction import Redactor
 
+Format: TypeAlias = Literal["text", "json"]
+
 _NUM_FRAMES = 12
+_VARIABLE = "SAGELLM_LOGS"  # what a process that we start is to show: level:format
+_OFF = "off"
 LEVELS = {
     "debug": logging.DEBUG,
     "info": logging.INFO,
@@ -41,13 +49,84 @@ class _Stderr:
             sys.stderr.flush()
 
 
+class _Shown(logging.StreamHandler[Any]):
+    """Our own handler, which shows records in `form`."""
+
+    form: Format
+
+
 WRITERS: list[LogWriter] = []  # of this process; there is one at a time
 
 
-def configure_logs(level: int = logging.WARNING) -> None:
-    """Idempotent, and silent where structlog is configured already."""
-    if not structlog.is_configured():
-        _configure(level, Redactor(), _Stderr())
+def log(level: str = "info", *, format: str | None = None) -> None:
+    """Show what sagellm logs in this process on stderr, from a level on: "debug", "info",
+    "warning", "error", or "off" as at the start.
+
+    `format`: "text" or "json"; text on a terminal, JSON elsewhere, unless given. The application's
+    own logging and structlog stay as they are. Raises ValueError for another level or format.
+    """
+    _check(level, (*LEVELS, _OFF), "level")
+    if format is not None:
+        _check(format, ("text", "json"), "format")
+    ours = logging.getLogger(ROOT)
+    for handler in [each for each in ours.handlers if isinstance(each, _Shown)]:
+        ours.removeHandler(handler)
+    ours.propagate = level == _OFF  # else an application that shows all logs would show them twice
+    ours.setLevel(logging.NOTSET if level == _OFF else LEVELS[level])
+    if level != _OFF:
+        form = choose_format(format)
+        explain = structlog.processors.format_exc_info
+        ours.addHandler(_handler(Redactor(), _Stderr(), explain, form))
+
+
+@contextmanager
+def command_logs() -> Iterator[None]:
+    """While entered, the warnings of a command of ours go to stderr."""
+    log("warning")
+    try:
+        yield
+    finally:
+        log(_OFF)
+
+
+def choose_format(asked: str | None) -> Format:
+    """As asked; else text where stderr is a terminal."""
+    if asked is None:
+        return "text" if is_terminal() else "json"
+    return "text" if asked == "text" else "json"
+
+
+def is_terminal() -> bool:
+    """Whether a person may read stderr."""
+    try:
+        return sys.stderr.isatty()
+    except (AttributeError, ValueError):  # there is none, or it is closed
+        return False
+
+
+def shown_here() -> tuple[str, Format] | None:
+    """The level and the format in which sagellm's logs are shown; None where they are not."""
+    ours = logging.getLogger(ROOT)
+    for handler in (*logging.root.handlers, *ours.handlers):
+        if isinstance(handler, _Shown):
+            names = {number: name for name, number in LEVELS.items()}
+            return names.get(ours.getEffectiveLevel(), "warning"), handler.form
+    return None
+
+
+def inherited() -> Mapping[str, str]:
+    """The environment by which a process that we start shows what is shown here: see
+    `child_logs`.
+    """
+    return {_VARIABLE: ":".join(shown_here() or (_OFF, ""))}
+
+
+@contextmanager
+def child_logs() -> Iterator[None]:
+    """While entered, this process shows what the one that started it shows."""
+    level, _, form = os.environ.get(_VARIABLE, "warning").partition(":")
+    with own_logs(LEVELS.get(level, logging.CRITICAL), form=form or None):
+        yield
 
 
 def num_dropped_lines() -> int:
@@ -56,21 +135,32 @@ def num_dropped_lines() -> int:
 
 
 @contextmanager
-def own_logs(level: int, *, key: bytes = b"", known: Iterable[str] = ()) -> Iterator[None]:
+def own_logs(
+    level: int, *, key: bytes = b"", known: Iterable[str] = (), form: str | None = None
+) -> Iterator[None]:
     """While entered, all that this process logs goes there: what libraries log too.
 
     For programs of our own: it replaces what structlog and the standard module were set up with.
     `key` keys the hashes of prompts; `known` are secrets that no line may hold. The text of an
     exception, which may hold anything, is logged at level debug only. Lines are written by a
-    thread: logging waits for nobody.
+    thread: logging waits for nobody. `form`: "text" or "json", see `choose_format`.
     """
     redactor, before = Redactor(key, known), structlog.get_config()
     explain = structlog.processors.format_exc_info if level <= logging.DEBUG else without_text
-    writer = LogWriter()
+    chosen = choose_format(form)
+    writer = LogWriter(_dropped(chosen))
     WRITERS.append(writer)
-    _configure(level, redactor, writer, explain)
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            *_common(redactor, explain, chosen),
+            _renderer(chosen),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        logger_factory=structlog.WriteLoggerFactory(writer),  # type: ignore[arg-type]
+    )
     try:
-        with _routed(_handler(redactor, writer, explain), level):
+        with _routed(_handler(redactor, writer, explain, chosen), level):
             yield
     finally:
         structlog.configure(**before)
@@ -89,36 +179,55 @@ def without_text(_: object, __: str, line: EventDict) -> EventDict:
     return line
 
 
-def _configure(
-    level: int,
-    redactor: Redactor,
-    sink: Any,
-    explain: Processor = structlog.processors.format_exc_info,
-) -> None:
-    structlog.configure(
-        processors=[*_common(redactor, explain), structlog.processors.JSONRenderer()],
-        wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=structlog.WriteLoggerFactory(sink),
-    )
-
-
-def _handler(redactor: Redactor, sink: Any, explain: Processor) -> logging.Handler:
-    """What writes a record of the standard module as a line like ours."""
-    handler = logging.StreamHandler(sink)
+def _handler(redactor: Redactor, sink: Any, explain: Processor, form: Format) -> _Shown:
+    """What writes a record, ours or a library's, as a line."""
+    handler = _Shown(sink)
+    handler.form = form
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=[
-                structlog.stdlib.add_logger_name,
-                structlog.stdlib.ExtraAdder(),
-                *_common(redactor, explain),
-            ],
+            foreign_pre_chain=[_unpacked, *_common(redactor, explain, form)],
             processors=[
                 structlog.stdlib.ProcessorFormatter.remove_processors_meta,
-                structlog.processors.JSONRenderer(),
+                _renderer(form),
             ],
         )
     )
     return handler
+
+
+def _unpacked(logger: WrappedLogger, name: str, line: EventDict) -> EventDict:
+    """The fields of a record: of an event of ours, or what a library gave as `extra`."""
+    record: logging.LogRecord = line["_record"]
+    if isinstance(record.msg, Event):
+        return {**line, **record.msg.fields, "event": record.msg.name}
+    line["logger"] = record.name
+    line = structlog.stdlib.ExtraAdder()(logger, name, line)
+    return structlog.contextvars.merge_contextvars(logger, name, line)
+
+
+def _renderer(form: Format) -> Processor:
+    if form == "json":
+        return structlog.processors.JSONRenderer()
+    has_colours = is_terminal() and not os.environ.get("NO_COLOR")
+    return TextLines(has_colours=has_colours and os.environ.get("TERM") != "dumb")
+
+
+def _dropped(form: Format) -> Callable[[int], str]:
+    """The line that says how many lines were dropped."""
+
+    def line(num: int) -> str:
+        fields: EventDict = {"event": "logs_dropped", "num": num}
+        stamped: Any = _stamper(form)(None, "", {**fields, "level": "warning"})
+        return str(_renderer(form)(None, "", stamped))
+
+    return line
+
+
+def _stamper(form: Format) -> Processor:
+    """Of the local time where people read it."""
+    if form == "json":
+        return structlog.processors.TimeStamper(fmt="iso")
+    return structlog.processors.TimeStamper(fmt="%Y-%m-%dT%H:%M:%S.%f", utc=False)
 
 
 @contextmanager
@@ -140,17 +249,18 @@ def _routed(handler: logging.Handler, level: int) -> Iterator[None]:
             each.setLevel(own_level)
 
 
-def _common(redactor: Redactor, explain: Processor) -> list[Any]:
+def _common(redactor: Redactor, explain: Processor, form: Format) -> list[Any]:
     """The traceback becomes text before the redactor, so that it reads that too."""
-    return [
-        structlog.contextvars.merge_contextvars,
-        structlog.processors.add_log_level,
-        structlog.processors.TimeStamper(fmt="iso"),
-        explain,
-        redactor,
-    ]
+    return [structlog.processors.add_log_level, _stamper(form), explain, redactor]
 
 
 def _loggers() -> list[logging.Logger]:
     named = logging.root.manager.loggerDict.values()
     return [logging.root, *(each for each in named if isinstance(each, logging.Logger))]
+
+
+def _check(name: str, known: tuple[str, ...], kind: str) -> None:
+    if name not in known:
+        close = nearest(str(name), known)
+        fix = f"did you mean {close!r}?" if close else f"use one of {', '.join(known)}"
+        raise ValueError(f"there is no log {kind} {name!r}: {fix}")

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import sniffio
 import trio
 
+from sagellm.backends.progress import Progress, silent
 from sagellm.bridge import AsyncioSession, BlockingSession, Bridge
 from sagellm.checking import check_graph
 from sagellm.engines import load_tokenizer_of, open_engines
 from sagellm.graphs.ir import Graph
 from sagellm.graphs.text.yaml import Document
-from sagellm.logs import configure_logs
 from sagellm.misuse import UsageError, misused, refuse_in_loop, unopened
 from sagellm.runtime.cluster.options import ProcessesOptions, processes_options
 from sagellm.runtime.engine.port import Engine
@@ -49,6 +49,7 @@ class Recipe:
     model: str | None
     seed: int
     launch: "Launch | None" = None  # how worker processes are started
+    progress: Progress = silent  # hears how far the start is
 
 
 @misused(__await__=f"a graph is not awaited: {HOW_TO_OPEN}")
@@ -112,6 +113,10 @@ class OpenGraph:
         """Start worker processes, if there are any, by that instead."""
         self._recipe = replace(self._recipe, launch=launch)
 
+    def report_to(self, progress: Progress) -> None:
+        """Call it, from any thread, with how far the start is: see `backends/progress.py`."""
+        self._recipe = replace(self._recipe, progress=progress)
+
     async def __aenter__(self) -> Any:  # Session under trio, AsyncioSession under asyncio
         with self._entering():
             if sniffio.current_async_library() == "trio":
@@ -156,14 +161,13 @@ class OpenGraph:
 @asynccontextmanager
 async def open_session(recipe: Recipe) -> AsyncIterator[Session]:
     """Run the graph in a nursery of its own for as long as the session is open."""
-    configure_logs()
     graph = check_graph(
         recipe.document, recipe.resolver, recipe.functions, recipe.overrides, recipe.model
     )
     tokenizer = load_tokenizer_of(graph)
     async with _unwrapped(), trio.open_nursery() as nursery:
         processes = processes_options(graph)
-        engines, supervisor = await _engines(graph, processes, nursery, recipe.launch)
+        engines, supervisor = await _engines(graph, processes, nursery, recipe)
         ready = plan(
             graph,
             recipe.resolver,
@@ -192,13 +196,15 @@ async def _engines(
     graph: Graph,
     processes: ProcessesOptions | None,
     nursery: trio.Nursery,
-    launch: "Launch | None",
+    recipe: Recipe,
 ) -> "tuple[Mapping[str, tuple[Engine, ...]], Supervisor | None]":
     """The engines, in this process or each in a worker of its own."""
     if processes is None:
-        return await open_engines(graph), None
+        return await open_engines(graph, recipe.progress), None
     start_workers = importlib.import_module(_WORKERS).start_workers
-    supervisor: Supervisor = await start_workers(graph, processes, nursery, launch)
+    supervisor: Supervisor = await start_workers(
+        graph, processes, nursery, recipe.launch, recipe.progress
+    )
     return supervisor.engines, supervisor
 
 

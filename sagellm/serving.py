@@ -71,7 +71,7 @@ async def serve_async(
     opening = graph.open() if isinstance(graph, Graph) else graph
     with _plain_errors():
         opening, settings = _prepared(opening, options)
-        with _logs(log_level, settings), listening(settings) as sock:
+        with _logs(log_level, options, settings), listening(settings) as sock:
 
             def started(line: str) -> None:
                 tell(line)
@@ -115,8 +115,14 @@ def _read(kind: type[T], options: Mapping[str, Any]) -> T:
         raise ValueError(f"options of serve: {error}") from None
 
 
-def _logs(level: LogLevel | None, settings: Settings) -> AbstractContextManager[None]:
-    return nullcontext() if level is None else logs_of(level, settings)
+def _logs(
+    level: LogLevel | None, options: Mapping[str, Any], settings: Settings
+) -> AbstractContextManager[None]:
+    """Logs as the command has them; without a level, the application's own."""
+    if level is None:
+        return nullcontext()
+    watch = WatchOptions(log_level=level, log_format=options.get("log_format"))
+    return logs_of(watch, settings)
 
 
 @contextmanager

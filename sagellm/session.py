@@ -7,9 +7,9 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
-import structlog
 import trio
 
+from sagellm.graphs.log import get_logger
 from sagellm.health import Health, health_of
 from sagellm.prompts import (
     Encoded,
@@ -46,7 +46,7 @@ __all__ = [
 if TYPE_CHECKING:
     from sagellm.runtime.cluster.supervisor import Supervisor
 
-log = structlog.get_logger("sagellm.session")
+log = get_logger("sagellm.session")
 
 
 class Observer(Protocol):
@@ -209,6 +209,8 @@ class Session:
         if self._codes:
             item = self._coded(item)
         self._tell("delivered", item)
+        if isinstance(item, TokenEvent | Answer) and item.finish_reason is not None:
+            _log_end(item)
         caller = self._callers.get(item.request_id)
         if caller is not None:
             caller(item)
@@ -251,3 +253,14 @@ class Session:
     def _free_id(self) -> str:
         numbered = (f"req-{number}" for number in self._numbers)
         return next(request_id for request_id in numbered if not self.is_in_use(request_id))
+
+
+def _log_end(item: TokenEvent | Answer) -> None:
+    log.debug(
+        "request_ended",
+        request_id=item.request_id,
+        choice=item.choice,
+        finish_reason=item.finish_reason,
+        code=item.code,
+        num_prompt_tokens=item.num_prompt_tokens,
+    )

@@ -5,12 +5,15 @@ from collections.abc import Callable
 
 import trio
 
+from sagellm.backends.progress import Progress, silent
 from sagellm.graphs.ir import Graph
 from sagellm.graphs.passes.pipeline import run_pipeline
 from sagellm.graphs.passes.place import Place, replicas_of
 from sagellm.graphs.passes.share_cores import ShareCores
+from sagellm.logs import inherited
 from sagellm.runtime.cluster.control import Control
 from sagellm.runtime.cluster.launch import Processes
+from sagellm.runtime.cluster.members import Workers
 from sagellm.runtime.cluster.options import ProcessesOptions
 from sagellm.runtime.cluster.supervisor import Supervisor
 from sagellm.runtime.cluster.worker import Watch
@@ -23,6 +26,7 @@ async def start_workers(
     options: ProcessesOptions,
     nursery: trio.Nursery,
     launch: Callable[[ProcessesOptions], Processes] | None = None,
+    progress: Progress = silent,
 ) -> Supervisor:
     """Returns once every worker is ready; they run until the nursery ends. Raises WorkerUnfit,
     BadKeys.
@@ -35,11 +39,12 @@ async def start_workers(
         replicas_of(placed),
         launcher,
         watch=Watch(options.ping_s, options.silent_s, options.hang_s),
+        progress=progress,
     )
     await nursery.start(supervisor.run)
-    await nursery.start(Control(supervisor, launcher.folder).run)
+    await nursery.start(Control(Workers(supervisor), launcher.folder).run)
     return supervisor
 
 
 def _launcher(options: ProcessesOptions) -> Processes:
-    return Processes(MODULE, options.address, options.keys)
+    return Processes(MODULE, options.address, options.keys, inherited())

@@ -138,3 +138,9 @@ def test_an_upward_import_would_be_seen() -> None:
 def test_a_late_import_would_be_seen() -> None:
     (found,) = imports(ast.parse("def run():\n    import torch\n"))
     assert found.is_late
+
+
+def test_loggers_obey_logging_alone() -> None:
+    """structlog's own loggers print to stdout in a program that never configured it."""
+    others = [module for module, path in MODULES.items() if ".get_logger(" in path.read_text()]
+    assert others == []

@@ -11,6 +11,7 @@ import trio
 from endings import generate
 
 from sagellm import Graph, Sampling
+from sagellm.backends.progress import Progress
 from sagellm.builder import RESOLVER
 from sagellm.checking import check_graph
 from sagellm.engines import engine_options, load_replica, load_tokenizer_of
@@ -42,7 +43,7 @@ class Lives(Tasks):
         super().__init__(self._open)
 
     async def _open(
-        self, graph: FrozenGraph, name: str, replica: int, _: int | None
+        self, graph: FrozenGraph, name: str, replica: int, _: int | None, progress: Progress
     ) -> LocalEngine:
         await trio.sleep(2.0)  # what loading takes
         self.engines.append(load_replica(engine_options(graph, name), name, replica))

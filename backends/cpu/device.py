@@ -12,6 +12,7 @@ from sagellm.backends.cpu.binding import Binding
 from sagellm.backends.cpu.native.library import native_kernels
 from sagellm.backends.cpu.program import bind
 from sagellm.backends.plan import plan
+from sagellm.backends.progress import Progress, silent
 from sagellm.backends.protocol import LoweringError, Program, Stage, Weights
 from sagellm.backends.quantised import MODES
 from sagellm.backends.step import KVLayout
@@ -64,10 +65,11 @@ class CpuBackend:
         dtype: str,
         deterministic: bool,
         quantization: str | None = None,
+        progress: Progress = silent,
     ) -> Program:
         for stage in self.stages.values():
             graph = stage(graph)
-        native = native_kernels() if self.native else None
+        native = native_kernels(progress) if self.native else None
         how = _torch_dtype(dtype), native, deterministic, quantization
         binding = Binding(graph, weights, layout, *how)
         return bind(plan(graph), binding)

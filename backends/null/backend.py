@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from sagellm.backends.layers_done import LayersDone
+from sagellm.backends.progress import Progress, silent
 from sagellm.backends.protocol import Stage, Weights
 from sagellm.backends.step import KVLayout, StepInputs
 from sagellm.graphs.ir import Graph, TensorType
@@ -61,6 +62,7 @@ class NullBackend:
         dtype: str,
         deterministic: bool,
         quantization: str | None = None,
+        progress: Progress = silent,
     ) -> NullProgram:
         logits = logits_type(infer(graph))
         if not isinstance(logits, TensorType) or not isinstance(logits.shape[-1], int):

@@ -1,28 +1,24 @@
-"""The control socket of a running graph: who works for it; restarting, draining, scaling them.
+"""The control socket of a running graph: what runs it; restarting, draining, scaling that.
 
-It lies in the folder of the workers' socket, which is of its user alone: who can connect may do it.
-One line of JSON asks, one answers.
+It lies in a folder of its user alone: that of the workers' socket, where there are workers. Who can
+connect may do it. One line of JSON asks, one answers.
 """
 
 import math
 import os
+import shutil
 import socket
 import tempfile
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import msgspec
-import structlog
 import trio
 
-from sagellm.graphs.vocabulary import nearest
-from sagellm.runtime.cluster.faults import CannotScale, WorkerUnfit
-from sagellm.runtime.cluster.supervisor import Supervisor
-from sagellm.runtime.cluster.worker import Worker
+from sagellm.graphs.log import get_logger
 
-log = structlog.get_logger("sagellm.cluster")
+log = get_logger("sagellm.cluster")
 
 _NAME = "control"
 _MOST_BYTES = 4096  # of a question
@@ -53,6 +49,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     num_waiting: int
     kv_ratio: float  # the share of its blocks that is leased
     why: str = ""  # its last life ended
+    executor: str = "processes"
 
 
 class Answered(msgspec.Struct, frozen=True, kw_only=True):
@@ -62,20 +59,29 @@ class Answered(msgspec.Struct, frozen=True, kw_only=True):
     error: str = ""
 
 
-class Control:
-    """Answers for one supervisor; the socket lies in `folder`."""
+class Members(Protocol):
+    """What runs one graph."""
 
-    def __init__(self, supervisor: Supervisor, folder: Path) -> None:
-        self._supervisor = supervisor
+    async def obey(self, asked: Asked) -> Answered:
+        """Answers once it is done."""
+
+
+class Control:
+    """Answers for the members of one graph; the socket lies in `folder`."""
+
+    def __init__(self, members: Members, folder: Path) -> None:
+        self._members = members
         self._folder = folder
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Until cancelled."""
-        listening = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        await listening.bind(str(self._folder / _NAME))
-        listening.listen(8)
-        task_status.started()
-        await trio.serve_listeners(self._serve, [trio.SocketListener(listening)])
+        with trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listening:
+            fresh = self._folder / f"{_NAME}.new"
+            await listening.bind(str(fresh))
+            listening.listen(8)
+            fresh.rename(self._folder / _NAME)  # any caller who finds it can connect
+            task_status.started()
+            await trio.serve_listeners(self._serve, [trio.SocketListener(listening)])
 
     async def _serve(self, stream: trio.SocketStream) -> None:
         async with stream:
@@ -92,74 +98,31 @@ class Control:
             return Answered(error=f"not understood: {error}")
         asking.deadline = math.inf  # a restart takes its time
         try:
-            return await self.obey(asked)
+            return await self._members.obey(asked)
         except Exception as error:
             log.error("control_failed", command=asked.command, exc_info=error)
             return Answered(error=f"{asked.command} failed; see the log")
 
-    async def obey(self, asked: Asked) -> Answered:
-        rows = tuple(self._rows(asked))
-        if not rows:
-            return Answered(error=self._unknown(asked))
-        meant = {(row.engine, row.replica) for row in rows}
-        workers = [
-            worker
-            for worker in self._supervisor.workers
-            if (worker.engine_name, worker.replica) in meant
-        ]
-        if asked.command == "drain":
-            for worker in workers:
-                self._supervisor.drain(worker)
-        elif asked.command == "restart":
-            await self._supervisor.restart(workers)
-        elif asked.command == "scale" and asked.count is not None:
-            try:
-                await self._supervisor.scale(rows[0].engine, asked.count)
-            except (CannotScale, WorkerUnfit) as error:
-                return Answered(error=str(error))
-        return Answered(rows=tuple(self._rows(asked)))
 
-    def _rows(self, asked: Asked) -> Iterator[Row]:
-        for operator, engine in self._operators.items():
-            for worker in self._supervisor.workers:
-                if (
-                    worker.engine_name == engine
-                    and asked.operator in (None, operator)
-                    and asked.replica in (None, worker.replica)
-                ):
-                    yield self._row(operator, worker)
-
-    def _row(self, operator: str, worker: Worker) -> Row:
-        load = worker.engine.load if worker.engine else None
-        return Row(
-            graph=self._supervisor.graph.name,
-            graph_pid=os.getpid(),
-            operator=operator,
-            replica=worker.replica,
-            engine=worker.engine_name,
-            pid=worker.pid,
-            state=worker.state,
-            restarts=worker.restarts.count,
-            num_running=load.num_running if load else 0,
-            num_waiting=load.num_waiting if load else 0,
-            kv_ratio=load.num_leased_blocks / load.num_blocks if load and load.num_blocks else 0.0,
-            why="" if worker.is_serving else worker.why,
-        )
-
-    @property
-    def _operators(self) -> dict[str, str]:
-        """Those that have an engine, and its name."""
-        nodes = self._supervisor.graph.nodes
-        named = {node.name: node.attrs.get("engine") for node in nodes}
-        return {name: engine for name, engine in named.items() if isinstance(engine, str)}
-
-    def _unknown(self, asked: Asked) -> str:
-        known = tuple(self._operators)
-        if asked.operator in known:
-            return f"operator {asked.operator} has no replica {asked.replica}"
-        close = nearest(asked.operator or "", known)
-        hint = f"did you mean {close}?" if close else f"there are {', '.join(known)}"
-        return f"no operator {asked.operator!r} has workers: {hint}"
+async def run_alone(
+    members: Members, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+) -> None:
+    """A control in a folder of its own, for a graph without workers. Where none can be made, the
+    graph goes on without.
+    """
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="sagellm-"))
+    except OSError as error:
+        log.warning("control_not_open", error=str(error), fix="see that TMPDIR can be written to")
+        task_status.started()
+        return
+    try:
+        await Control(members, folder).run(task_status)
+    except OSError as error:  # such as a path that is too long
+        log.warning("control_not_open", error=str(error), fix="choose another TMPDIR")
+        task_status.started()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def running() -> tuple[Path, ...]:
@@ -173,10 +136,24 @@ def running() -> tuple[Path, ...]:
 
 
 async def ask(path: Path, asked: Asked) -> Answered:
-    """Raises OSError where nobody listens any more."""
-    async with await trio.open_unix_socket(str(path)) as stream:
+    """Raises OSError where nobody listens any more; what was left of a graph without workers, which
+    was killed, is removed.
+    """
+    try:
+        connected = await trio.open_unix_socket(str(path))
+    except ConnectionRefusedError:
+        _forget(path)
+        raise
+    async with connected as stream:
         await stream.send_all(msgspec.json.encode(asked) + b"\n")
         return msgspec.json.decode(await _line(stream, most_bytes=1 << 24), type=Answered)
+
+
+def _forget(path: Path) -> None:
+    """Remove what a graph without workers has left; of others more lies there."""
+    with suppress(OSError):
+        path.unlink()
+        path.parent.rmdir()
 
 
 async def _line(stream: trio.SocketStream, most_bytes: int = _MOST_BYTES) -> bytes:

@@ -4,19 +4,21 @@ import signal
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
-import structlog
 import trio
+from msgspec.structs import replace
 
+from sagellm.backends.progress import Event, Loading, Progress, silent
 from sagellm.graphs.ir import Graph
+from sagellm.graphs.log import get_logger
 from sagellm.graphs.text.codec import to_msgpack
 from sagellm.runtime.cluster.faults import WorkerUnfit
 from sagellm.runtime.cluster.launch import Launcher, Life
 from sagellm.runtime.cluster.worker import Watch, Worker, WorkerState
 from sagellm.runtime.comm.channel import Channel, ChannelClosed
-from sagellm.runtime.comm.protocol import Open, Ping, Ready, Stop, Unfit
+from sagellm.runtime.comm.protocol import Open, Ping, Ready, Starting, Stop, Unfit
 from sagellm.runtime.engine.port import EngineFacts
 
-log = structlog.get_logger("sagellm.cluster")
+log = get_logger("sagellm.cluster")
 
 
 class Keeper:
@@ -36,6 +38,7 @@ class Keeper:
         siblings: Callable[[str], Sequence[Worker]],
         turn: Callable[[Worker, WorkerState], None],
         meet: Callable[[Worker, EngineFacts], None],
+        progress: Progress = silent,
     ) -> None:
         self._graph = graph
         self._launcher = launcher
@@ -44,6 +47,7 @@ class Keeper:
         self._siblings = siblings
         self._turn = turn
         self._meet = meet
+        self._progress = progress
 
     async def keep(
         self, worker: Worker, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
@@ -107,6 +111,7 @@ class Keeper:
     async def _live(self, worker: Worker, task_status: trio.TaskStatus[None]) -> float | None:
         """One life; when it became ready, if it did."""
         worker.epoch += 1
+        began_s = trio.current_time()
         worker.why, worker.is_cut = "it ended", False
         if worker.is_wanted:
             worker.state = "starting"
@@ -123,6 +128,7 @@ class Keeper:
                 nursery.start_soon(self._await_end, worker, life, nursery.cancel_scope)
                 if await self._open(worker, life.channel):
                     ready_s = trio.current_time()
+                    _log_up(worker, ready_s - began_s)
                     assert worker.engine is not None
                     nursery.start_soon(self._ask, worker, life.channel, nursery.cancel_scope)
                     if not worker.was_ready:
@@ -148,7 +154,8 @@ class Keeper:
         worker.why = f"it was not ready within {self._watch.start_s:g} s"
         with trio.move_on_after(self._watch.start_s):
             try:
-                answer = await channel.receive()
+                while isinstance(answer := await channel.receive(), Starting):
+                    self._tell(worker, answer.event)
             except ChannelClosed as error:
                 worker.why = str(error)
                 return False
@@ -159,6 +166,11 @@ class Keeper:
                 self._meet(worker, answer.facts)
                 return True
         return False
+
+    def _tell(self, worker: Worker, event: Event) -> None:
+        if isinstance(event, Loading):
+            event = replace(event, model=f"{event.model} ({worker})")
+        self._progress(event)
 
     def _num_blocks(self, worker: Worker) -> int | None:
         """Of its pool: as in an earlier life, or as its siblings have; None: not known yet."""
@@ -206,3 +218,11 @@ class Keeper:
             worker.why, worker.is_cut = f"signal {-code}", False
         life.close()
         worker.pid = None
+
+
+def _log_up(worker: Worker, seconds: float) -> None:
+    """It took so long to start; a life after the first one replaces a worker."""
+    event = "worker_replaced" if worker.was_ready else "worker_up"
+    log.info(
+        event, worker=str(worker), pid=worker.pid, life=worker.epoch, seconds=round(seconds, 3)
+    )

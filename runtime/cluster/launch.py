@@ -3,9 +3,11 @@
 import secrets
 import shutil
 import tempfile
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from time import perf_counter
+from types import MappingProxyType
 from typing import Protocol
 
 import trio
@@ -72,14 +74,22 @@ class Processes:
     """Workers as processes that run `module`, which calls `serve` (see `start.py`).
 
     They connect to `address`: that of a network (tcp), which takes the `keys` of a folder; else a
-    socket in `folder`, which is of this user alone. Raises BadKeys.
+    socket in `folder`, which is of this user alone. `env` is added to their environment. Raises
+    BadKeys.
     """
 
-    def __init__(self, module: str, address: str = IPC, keys: str | None = None) -> None:
+    def __init__(
+        self,
+        module: str,
+        address: str = IPC,
+        keys: str | None = None,
+        env: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         hub_keys = load_keys(Path(keys), "graph") if keys is not None else None
         self.folder = Path(tempfile.mkdtemp(prefix="sagellm-"))
         self._module = module
         self._keys = keys
+        self._env = env
         self._hub = Hub(hub_keys)
         self._endpoint = f"ipc://{self.folder}/hub" if address == IPC else address
 
@@ -98,7 +108,9 @@ class Processes:
         start = Start(
             self._door(), name.hex(), epoch, offset_s, folder=str(self.folder), keys=self._keys
         )
-        return ProcessLife(Process(self._module, start.env), self._hub.link(name, epoch))
+        return ProcessLife(
+            Process(self._module, {**self._env, **start.env}), self._hub.link(name, epoch)
+        )
 
     def _door(self) -> str:
         """What the next worker connects to."""

@@ -11,20 +11,21 @@ from typing import TypeAlias
 import msgspec
 import trio
 
+from sagellm.backends.progress import Event, Progress
 from sagellm.graphs.ir import Graph
 from sagellm.graphs.text.codec import from_msgpack
 from sagellm.runtime.cluster.lifeline import hold_lifeline
 from sagellm.runtime.comm.channel import Channel, ChannelClosed
 from sagellm.runtime.comm.keys import load_keys
-from sagellm.runtime.comm.protocol import Open, Stop, Unfit
+from sagellm.runtime.comm.protocol import Open, Starting, Stop, Unfit
 from sagellm.runtime.comm.zeromq import Dealer
 from sagellm.runtime.engine.local import LocalEngine
 from sagellm.runtime.engine.serving import EngineServer
 
 _VARIABLE = "SAGELLM_WORKER"  # an environment is for the eyes of its user alone, arguments are not
 
-# graph, engine, replica, blocks of its pool in an earlier life
-OpenEngine: TypeAlias = Callable[[Graph, str, int, int | None], Awaitable[LocalEngine]]
+# graph, engine, replica, blocks of its pool in an earlier life; what hears how far it is
+OpenEngine: TypeAlias = Callable[[Graph, str, int, int | None, Progress], Awaitable[LocalEngine]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,10 +92,25 @@ async def work(
         return
     asked = from_msgpack(message.graph), message.engine, message.replica, message.num_blocks
     try:
-        engine = await open_engine(*asked)
+        engine = await open_engine(*asked, _progress_over(channel))
     except unfit as error:
         channel.put(Unfit(error=str(error)))
         while not isinstance(await channel.receive(), Stop):
             pass
         return
     await EngineServer(engine, channel).run()
+
+
+def _progress_over(channel: Channel) -> Progress:
+    """Sends what it hears, from whichever thread, for as long as somebody listens."""
+    token = trio.lowlevel.current_trio_token()
+
+    def put(event: Event) -> None:
+        with suppress(ChannelClosed):
+            channel.put(Starting(event=event))
+
+    def progress(event: Event) -> None:
+        with suppress(trio.RunFinishedError):
+            token.run_sync_soon(put, event)
+
+    return progress

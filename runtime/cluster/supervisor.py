@@ -6,7 +6,9 @@ from typing import Protocol
 
 import trio
 
+from sagellm.backends.progress import Progress, silent
 from sagellm.graphs.ir import Graph
+from sagellm.graphs.log import get_logger
 from sagellm.runtime.cluster.backoff import RestartPolicy, Restarts
 from sagellm.runtime.cluster.faults import CannotScale
 from sagellm.runtime.cluster.keeping import Keeper
@@ -15,6 +17,8 @@ from sagellm.runtime.cluster.worker import Watch, Worker, WorkerState
 from sagellm.runtime.engine.port import EngineFacts
 from sagellm.runtime.engine.prefetching import Prefetcher
 from sagellm.runtime.engine.remote import RemoteEngine
+
+log = get_logger("sagellm.cluster")
 
 
 class Dispatcher(Protocol):
@@ -45,6 +49,7 @@ class Supervisor:
         watch: Watch | None = None,
         policy: RestartPolicy | None = None,
         draw: Callable[[], float] = random.random,
+        progress: Progress = silent,
     ) -> None:
         self.graph = graph
         watch = watch or Watch()
@@ -62,6 +67,7 @@ class Supervisor:
             siblings=lambda name: [one for one in self._all if one.engine_name == name],
             turn=self._turn,
             meet=self._meet,
+            progress=progress,
         )
         self._ping_s = watch.ping_s
         self._dispatcher: Dispatcher | None = None
@@ -117,6 +123,7 @@ class Supervisor:
         """Give it nothing new. What runs goes on at a sibling, or ends here where there is none."""
         if worker.is_serving:
             self._turn(worker, "drained")
+            log.info("worker_drained", worker=str(worker))
             siblings = [one for one in self.workers if one.engine_name == worker.engine_name]
             if worker.engine is not None and any(one.is_serving for one in siblings):
                 worker.engine.evict()
@@ -125,6 +132,7 @@ class Supervisor:
         """One after the other, each once the one before is ready: siblings take over meanwhile."""
         for worker in workers:
             epoch = worker.epoch
+            log.info("worker_restarting", worker=str(worker), pid=worker.pid)
             worker.restarts.forgive()
             if worker.is_serving:
                 self._turn(worker, "drained")
@@ -153,8 +161,10 @@ class Supervisor:
                 )
             # Those that serve, and those with low numbers, stay.
             wanted.sort(key=lambda worker: (not worker.is_serving, worker.replica))
+            log.info("scaling", engine=engine, replicas=len(wanted), wanted=count)
             await self._remove(wanted[count:])
             await self._add(engine, count - len(wanted))
+            log.info("scaled", engine=engine, replicas=count)
 
     # ---- inside ----------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
+from sagellm.backends.progress import Event
 from sagellm.runtime.engine.port import (
     EngineFacts,
     EngineHealth,
@@ -146,6 +147,12 @@ class Ready(_Said, frozen=True, kw_only=True, tag="ready"):
     facts: EngineFacts
 
 
+class Starting(_Said, frozen=True, kw_only=True, tag="starting"):
+    """How far the start of the engine is; before `Ready`."""
+
+    event: Event
+
+
 class Unfit(_Said, frozen=True, kw_only=True, tag="unfit"):
     """The engine cannot be opened: a fault of options, model or memory, safe to show."""
 
@@ -225,6 +232,6 @@ FromGraph: TypeAlias = (
     | Stop
 )
 FromWorker: TypeAlias = (
-    Ready | Unfit | Done | Refused | Landing | Exported | Advanced | Events | Pong
+    Starting | Ready | Unfit | Done | Refused | Landing | Exported | Advanced | Events | Pong
 )
 Message: TypeAlias = FromGraph | FromWorker

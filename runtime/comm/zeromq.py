@@ -12,16 +12,16 @@ from collections.abc import Callable
 from typing import Any
 
 import msgspec
-import structlog
 import trio
 import zmq
 
+from sagellm.graphs.log import get_logger
 from sagellm.runtime.comm.channel import MOST_WAITING, ROOM, ChannelClosed
 from sagellm.runtime.comm.frame import MAX_FRAME_BYTES, Frame, FrameError, decode, encode
 from sagellm.runtime.comm.keys import Gate, Keys
 from sagellm.runtime.comm.protocol import FromGraph, FromWorker, Message
 
-log = structlog.get_logger("sagellm.comm")
+log = get_logger("sagellm.comm")
 
 _BUNDLE = 256  # frames taken in one turn, so that other tasks run between two
 _RETRY_S = 0.005  # until what found no peer, or no room, is tried again

@@ -3,9 +3,9 @@
 import heapq
 from collections.abc import Callable
 
-import structlog
 import trio
 
+from sagellm.graphs.log import get_logger
 from sagellm.runtime.buckets import Buckets
 from sagellm.runtime.engine.batch import Landing
 from sagellm.runtime.engine.collecting import Collector
@@ -36,7 +36,7 @@ from sagellm.runtime.messages import (
     SequenceState,
 )
 
-log = structlog.get_logger("sagellm.engine")
+log = get_logger("sagellm.engine")
 
 
 class LocalEngine:

@@ -3,6 +3,7 @@
 import importlib
 
 from sagellm.backends import get_backend
+from sagellm.backends.progress import Progress, silent
 from sagellm.runtime.engine.equipment import Equipment
 from sagellm.runtime.engine.local import LocalEngine
 from sagellm.runtime.engine.null_runner import NullRunner
@@ -20,11 +21,16 @@ _TORCH = "sagellm.runtime.engine.torch_equipment"
 
 
 def open_engine(
-    options: EngineOptions, *, name: str, replica: int = 0, sharing: Sharing | None = None
+    options: EngineOptions,
+    *,
+    name: str,
+    replica: int = 0,
+    sharing: Sharing | None = None,
+    progress: Progress = silent,
 ) -> LocalEngine:
     """One replica, ready for `run`: loads weights, lowers the kernel graph, allocates the pool.
 
-    `sharing`: other processes reach the pool through that.
+    `sharing`: other processes reach the pool through that. `progress` hears how far it is.
     Takes seconds without a checkpoint. Raises EngineOptionError, ModelError, UnsupportedModel,
     UnknownBackend, LoweringError.
     """
@@ -33,7 +39,8 @@ def open_engine(
     if options.is_null:
         equipment = _null_equipment(options, folder, facts)
     else:
-        equipment = importlib.import_module(_TORCH).equip(options, folder, facts, sharing)
+        equip = importlib.import_module(_TORCH).equip
+        equipment = equip(options, folder, facts, sharing, progress)
     return LocalEngine(equipment, name=name, replica=replica)
 
 

@@ -2,9 +2,9 @@
 
 from contextlib import suppress
 
-import structlog
 import trio
 
+from sagellm.graphs.log import get_logger
 from sagellm.runtime.buckets import Buckets
 from sagellm.runtime.engine.batch import Batch
 from sagellm.runtime.engine.collecting import Collector
@@ -17,7 +17,7 @@ from sagellm.runtime.engine.scheduler import Scheduler
 from sagellm.runtime.engine.sequence import UNSTARTED
 from sagellm.runtime.messages import Stamps
 
-log = structlog.get_logger("sagellm.engine")
+log = get_logger("sagellm.engine")
 
 STEP_TOKENS = (1, *(8 << power for power in range(12)))  # 8 ... 16384, the buckets of vLLM
 

@@ -4,6 +4,7 @@ import threading
 from weakref import WeakValueDictionary
 
 from sagellm.backends import KVLayout, get_backend
+from sagellm.backends.progress import Progress, silent
 from sagellm.graphs.models import build
 from sagellm.runtime.engine.detokenizer import IncrementalDetokenizer
 from sagellm.runtime.engine.equipment import Equipment, OpenTranscript
@@ -36,7 +37,11 @@ _loading = threading.Lock()
 
 
 def equip(
-    options: EngineOptions, folder: ModelFolder, facts: EngineFacts, sharing: Sharing | None
+    options: EngineOptions,
+    folder: ModelFolder,
+    facts: EngineFacts,
+    sharing: Sharing | None,
+    progress: Progress = silent,
 ) -> Equipment:
     """Load, lower and allocate; with `sharing`, so that other processes can read the pool.
 
@@ -44,7 +49,7 @@ def equip(
     """
     layout = _layout(options, folder)
     tokenizer = load_tokenizer(folder)
-    program = _program(options, folder, layout)
+    program = _program(options, folder, layout, progress)
     memory = None
     if sharing is not None and sharing.kind == "memory":
         memory = SharedMemory(facts.num_blocks * facts.kv_block_bytes)
@@ -98,24 +103,28 @@ def _model_drafter(
     )
 
 
-def _program(options: EngineOptions, folder: ModelFolder, layout: KVLayout) -> SharedProgram:
+def _program(
+    options: EngineOptions, folder: ModelFolder, layout: KVLayout, progress: Progress = silent
+) -> SharedProgram:
     how = options.deterministic, options.quantization
     key = (folder.path, folder.hash, options.device, layout, *how)
     with _loading:
         program = _programs.get(key)
         if program is None:
-            program = _programs[key] = _lower(options, folder, layout)
+            program = _programs[key] = _lower(options, folder, layout, progress)
         return program
 
 
-def _lower(options: EngineOptions, folder: ModelFolder, layout: KVLayout) -> SharedProgram:
+def _lower(
+    options: EngineOptions, folder: ModelFolder, layout: KVLayout, progress: Progress
+) -> SharedProgram:
     graph, backend = build(folder.config), get_backend(options.device)
     if options.quantization not in (None, *backend.quantizations):
         offered = ", ".join(backend.quantizations) or "none"
         raise EngineOptionError(
             f"quantization: device {backend.name} has no {options.quantization}; it has {offered}"
         )
-    weights = open_weights(folder)
+    weights = open_weights(folder, progress)
     weights.require(weight_names(graph))
     program = backend.lower(
         graph,
@@ -124,7 +133,9 @@ def _lower(options: EngineOptions, folder: ModelFolder, layout: KVLayout) -> Sha
         dtype=layout.dtype,
         deterministic=options.deterministic,
         quantization=options.quantization,
+        progress=progress,
     )
+    weights.loaded()
     weights.give_back()  # most of them were copied; the rows of an embedding come as they are read
     return SharedProgram(program)
 

@@ -1,10 +1,9 @@
 """An operator's fault: what the log and the caller are told of it."""
 
-import structlog
-
+from sagellm.graphs.log import get_logger
 from sagellm.runtime.user_code import WrongResult, place_of, traceback_of
 
-log = structlog.get_logger("sagellm.executor")
+log = get_logger("sagellm.executor")
 
 
 class OperatorFault(Exception):

@@ -11,9 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
-import structlog
+from sagellm.graphs.log import get_logger
 
-log = structlog.get_logger("sagellm.executor")
+log = get_logger("sagellm.executor")
 
 MOST_FAULTS = 5
 FIRST_S = 10.0

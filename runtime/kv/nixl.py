@@ -12,17 +12,17 @@ from typing import Any
 
 import nixl_cu12._bindings as _bindings
 import numpy as np
-import structlog
 import trio
 import xxhash
 from nixl_cu12 import nixl_agent, nixl_agent_config
 
+from sagellm.graphs.log import get_logger
 from sagellm.runtime.engine.port import StaleLease
 from sagellm.runtime.kv.located import Located, NixlBlocks
 from sagellm.runtime.kv.pool_bytes import PoolBytes, Run, places_of, runs_of, slices_of
 from sagellm.runtime.kv.transport import MOST_COPIES, damaged
 
-log = structlog.get_logger("sagellm.kv")
+log = get_logger("sagellm.kv")
 
 logging.getLogger("nixl").setLevel(logging.WARNING)  # the rest goes to standard output
 _LOOK_S = 50e-6  # between two looks at a transfer

@@ -22,9 +22,9 @@ from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 
-import structlog
 import trio
 
+from sagellm.graphs.log import get_logger
 from sagellm.runtime.engine.port import StaleLease
 from sagellm.runtime.kv.located import Located, TcpBlocks
 from sagellm.runtime.kv.pool_bytes import PoolBytes, slices_of
@@ -32,7 +32,7 @@ from sagellm.runtime.kv.sealed import KEY_BYTES, SALT_BYTES, SEAL_BYTES, Seal, S
 from sagellm.runtime.kv.transport import MOST_COPIES, damaged
 from sagellm.runtime.kv.wire import Broken, Wire, pieces_of
 
-log = structlog.get_logger("sagellm.kv")
+log = get_logger("sagellm.kv")
 
 _MAGIC, _VERSION = b"SGKV", 2
 _HELLO = struct.Struct(f">4sB16s{SALT_BYTES}s")

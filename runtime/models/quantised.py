@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 
+from sagellm.backends.progress import Progress, silent
 from sagellm.backends.quantised import ZERO, QuantisedWeight
 from sagellm.graphs.models.quantisation import StoredQuantisation, stored_quantisation
 from sagellm.runtime.models.folder import ModelError, ModelFolder
@@ -24,8 +25,10 @@ class QuantisedWeights(Mapping[str, torch.Tensor | QuantisedWeight]):
     Raises ModelError where they do not fit together.
     """
 
-    def __init__(self, folder: ModelFolder, stored: StoredQuantisation) -> None:
-        self._weights = Weights(folder)
+    def __init__(
+        self, folder: ModelFolder, stored: StoredQuantisation, progress: Progress = silent
+    ) -> None:
+        self._weights = Weights(folder, progress)
         self._folder = folder.name
         self._stored = stored
 
@@ -51,6 +54,10 @@ class QuantisedWeights(Mapping[str, torch.Tensor | QuantisedWeight]):
         """The pages of all tensors; those that are read again come again."""
         self._weights.give_back()
 
+    def loaded(self) -> None:
+        """Nothing more is read."""
+        self._weights.loaded()
+
     def require(self, names: Iterable[str]) -> None:
         """Raise ModelError for the first name that no file holds, in whatever form."""
         held = set(self)
@@ -66,10 +73,12 @@ class QuantisedWeights(Mapping[str, torch.Tensor | QuantisedWeight]):
         return gptq(self._stored, {**parts, "g_idx": self._weights.get(f"{stem}.g_idx")})
 
 
-def open_weights(folder: ModelFolder) -> Weights | QuantisedWeights:
+def open_weights(folder: ModelFolder, progress: Progress = silent) -> Weights | QuantisedWeights:
     """The weights of a folder in whichever form. Raises ModelError, UnsupportedModel."""
     stored = stored_quantisation(folder.config)
-    return Weights(folder) if stored is None else QuantisedWeights(folder, stored)
+    if stored is None:
+        return Weights(folder, progress)
+    return QuantisedWeights(folder, stored, progress)
 
 
 def gptq(stored: StoredQuantisation, parts: Mapping[str, torch.Tensor | None]) -> QuantisedWeight:

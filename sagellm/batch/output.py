@@ -9,6 +9,7 @@ from typing import Any, BinaryIO
 import msgspec
 
 from sagellm.batch.record import encode
+from sagellm.naming import naming
 
 
 class Output:
@@ -20,8 +21,9 @@ class Output:
         self._file = file
 
     def write(self, line: dict[str, Any]) -> None:
-        self._file.write(encode(line))
-        self._file.flush()
+        with naming(self._file.name):
+            self._file.write(encode(line))
+            self._file.flush()
 
     def __enter__(self) -> "Output":
         return self
@@ -32,7 +34,8 @@ class Output:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._file.close()
+        with naming(self._file.name):
+            self._file.close()
 
 
 def open_output(path: Path, *, force: bool = False, resume: bool = False) -> Output:
@@ -51,7 +54,7 @@ def _keep_answers(path: Path) -> frozenset[str]:
     """Rewrite the file with its answers only, in one step; returns their ids."""
     answered = set()
     kept = path.with_name(path.name + ".resuming")
-    with path.open("rb") as old, kept.open("wb") as new:
+    with naming(kept), path.open("rb") as old, kept.open("wb") as new:
         for raw, id in _answers(old):
             new.write(raw)
             answered.add(id)

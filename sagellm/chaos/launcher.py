@@ -7,6 +7,7 @@ from itertools import count
 import trio
 
 from sagellm.chaos.relay import Relay
+from sagellm.logs import inherited
 from sagellm.runtime.cluster.launch import Processes, ProcessLife
 from sagellm.runtime.cluster.options import ProcessesOptions
 
@@ -17,7 +18,7 @@ class RelayedProcesses(Processes):
     """As `Processes`; `relays` has that of each process, by its pid."""
 
     def __init__(self, options: ProcessesOptions, seed: int = 0) -> None:
-        super().__init__(MODULE, options.address, options.keys)
+        super().__init__(MODULE, options.address, options.keys, inherited())
         self.relays: dict[int, Relay] = {}
         self._draw = random.Random(seed)
         self._numbers = count()

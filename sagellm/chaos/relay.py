@@ -6,10 +6,11 @@ import socket
 import struct
 from dataclasses import dataclass, field
 
-import structlog
 import trio
 
-log = structlog.get_logger("sagellm.chaos")
+from sagellm.graphs.log import get_logger
+
+log = get_logger("sagellm.chaos")
 
 _ROOM = 256  # chunks under way in one direction
 _RESET = struct.pack("ii", 1, 0)  # closing sends RST, and forgets what was not sent

@@ -7,7 +7,7 @@ from cyclopts import App, Parameter
 
 from sagellm.cli.failure import explain, show
 from sagellm.cli.version import sagellm_version
-from sagellm.logs import configure_logs
+from sagellm.logs import command_logs
 
 HELP = """LLM serving as a dataflow: one graph from a prompt to tokens.
 
@@ -52,10 +52,10 @@ APP.command(BENCH)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. A user's mistake is shown without a traceback."""
-    configure_logs()
     tokens = sys.argv[1:] if argv is None else list(argv)
     try:
-        code = APP(tokens, exit_on_error=False, print_error=False, result_action="return_value")
+        with command_logs():
+            code = APP(tokens, exit_on_error=False, print_error=False, result_action="return_value")
     except (Exception, KeyboardInterrupt, BaseExceptionGroup) as error:
         failure = explain(error)
         if failure is None:

@@ -5,7 +5,9 @@ import os
 import platform
 import re
 import resource
+import shlex
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -19,13 +21,19 @@ from typing import Literal
 import psutil
 import torch
 
-from sagellm.backends.cpu.native.compiler import c_compiler
+from sagellm.backends.cpu.native.compiler import (
+    built,
+    c_compiler,
+    library_name,
+    writable_folder,
+)
 from sagellm.builder import Graph
 from sagellm.cli.failure import CONFIGURATION, RESOURCES
 from sagellm.cli.named import shipped_names
 from sagellm.graphs.diagnostics import GraphError
 
 GIB = 1 << 30
+_LINE_END = "\n"
 MIN_FREE_BYTES = 2 * GIB  # sage-tiny, torch itself, and a pool of KV blocks
 MIN_OPEN_FILES = 1024
 GOOD_OPEN_FILES = 4096  # each connection is one, and 1,000 clients at once are nothing special
@@ -158,7 +166,28 @@ def _compiler() -> Finding:
     if not found:
         fix = "install a C compiler (gcc or clang) for the faster kernels"
         return Finding("warning", "none", fix)
-    return Finding("ok", Path(found[0]).name)
+    try:
+        said = subprocess.run([*found, "--version"], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.SubprocessError) as error:
+        return Finding("warning", f"{shlex.join(found)}: {error}", "install gcc or clang")
+    return Finding("ok", f"{shlex.join(found)}: {said.stdout.partition(_LINE_END)[0]}")
+
+
+def _kernels() -> Finding:
+    """Where the compiled kernels are, or are going to be."""
+    compiler = c_compiler()
+    if not compiler:
+        return Finding("warning", "none: torch computes, slower", "install gcc or clang")
+    try:
+        there = built(library_name(compiler))
+        folder, why_not = writable_folder()
+    except (OSError, subprocess.SubprocessError) as error:
+        return Finding("warning", f"none: {error}", "install gcc or clang")
+    found = f"compiled, in {there.parent}" if there else f"compiled at the first start, to {folder}"
+    if why_not:
+        fix = "see that the folder can be written to, or set XDG_CACHE_HOME"
+        return Finding("warning", f"{why_not}: {found}", fix)
+    return Finding("ok", found)
 
 
 def _graphs() -> Finding:
@@ -193,6 +222,7 @@ CHECKS: dict[str, Check] = {
     "disk": _disk,
     "limits": _open_files,
     "compiler": _compiler,
+    "kernels": _kernels,
     "graphs": _graphs,
     "model": _model,
 }

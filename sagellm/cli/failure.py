@@ -2,6 +2,7 @@
 
 import errno
 import os
+import stat
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -132,7 +133,7 @@ def _graph_failure(error: GraphError) -> Failure:
 
 
 def _system_failure(error: OSError) -> Failure | None:
-    where = str(error.filename or "")
+    where = str(error.filename or _stdout(error))
     fix = _EXHAUSTED.get(error.errno or 0)
     if fix:
         return Failure(error.strerror or str(error), fix, where, RESOURCES)
@@ -143,3 +144,18 @@ def _system_failure(error: OSError) -> Failure | None:
     if isinstance(error, PermissionError | IsADirectoryError | NotADirectoryError) or where:
         return Failure(error.strerror or str(error), "check the path and its permissions", where)
     return None
+
+
+def _stdout(error: OSError) -> str:
+    """Where standard output goes, if its disk may be the one that is full: every other file of ours
+    is named by its error.
+    """
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return ""
+    try:
+        descriptor = sys.stdout.fileno()
+        mode = os.fstat(descriptor).st_mode
+        is_file = stat.S_ISREG(mode) or (stat.S_ISCHR(mode) and not os.isatty(descriptor))
+        return f"standard output: {os.readlink(f'/proc/self/fd/{descriptor}')}" if is_file else ""
+    except (OSError, ValueError, AttributeError):
+        return ""

@@ -8,6 +8,7 @@ from cyclopts import Parameter
 from sagellm.backends import LoweringError, UnknownBackend
 from sagellm.cli.failure import ENGINE_FIX, Failure
 from sagellm.cli.file import answer_file
+from sagellm.cli.loading import shown_start
 from sagellm.cli.named import load_graph
 from sagellm.cli.options import (
     FileOptions,
@@ -56,8 +57,10 @@ def run(
     check_together(asked, files)
     opening = load_graph(graph, import_).open(set=settings(set_), model=model, executor=executor)
     try:
-        if asked.prompt is None:
-            return trio.run(answer_file, opening, files, draw, json)
-        return trio.run(answer_prompt, opening, asked, draw, json)
+        with shown_start() as progress:
+            opening.report_to(progress)
+            if asked.prompt is None:
+                return trio.run(answer_file, opening, files, draw, json)
+            return trio.run(answer_prompt, opening, asked, draw, json)
     except (UnknownBackend, LoweringError, EngineOptionError) as error:
         raise Failure(str(error), ENGINE_FIX, graph) from None

@@ -7,6 +7,7 @@ import trio
 from sagellm.backends import LoweringError, UnknownBackend
 from sagellm.cli.config_file import Config, read_config
 from sagellm.cli.failure import ENGINE_FIX, Failure, warn
+from sagellm.cli.loading import shown_start
 from sagellm.cli.options import settings as assignments
 from sagellm.cli.printed import printed
 from sagellm.cli.secrets import exposed
@@ -70,7 +71,8 @@ def serve(
     opening = chosen.open(
         set=overrides(chosen, served) | changes, model=model, executor=opened.executor
     )
-    with logs_of(watch.log_level, settings), listening(settings) as sock:
+    with logs_of(watch, settings), listening(settings) as sock, shown_start() as progress:
+        opening.report_to(progress)
         try:
             trio.run(serve_graph, opening, settings, sock, tell)
         except (UnknownBackend, LoweringError, EngineOptionError) as error:
@@ -80,8 +82,8 @@ def serve(
     return 0
 
 
-def tell(line: str) -> None:
-    """Print the line that says where the gateway listens, once all is loaded."""
+def tell(text: str) -> None:
+    """Print where the gateway listens, once all is loaded."""
     gc.collect()
     gc.freeze()  # what was loaded stays: to walk it all again would stall every stream for 50 ms
-    write_line(f"{line}\n".encode())  # served all the same, where nobody can read that
+    write_line(f"{text}\n".encode())  # served all the same, where nobody can read that

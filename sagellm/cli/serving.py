@@ -31,6 +31,7 @@ DEFAULT_GRAPH = "joint"
 NULL = "null"  # a model without weights, for device null
 LogLevel = Literal["debug", "info", "warning", "error"]
 S = TypeVar("S", Limits, Streaming, Budget)
+LogFormat = Literal["text", "json"]
 
 
 @Parameter(name="*", group="Settings")
@@ -144,7 +145,10 @@ class WatchOptions(Given):
     """Metrics are at /metrics."""
 
     log_level: LogLevel = "info"
-    """What is logged to stderr, as JSON lines; the text of exceptions only at debug."""
+    """What is logged to stderr; the text of exceptions only at debug."""
+
+    log_format: LogFormat | None = None
+    """text or json [default: text where stderr is a terminal, else JSON lines]."""
 
     open_metrics: bool = False
     """Answer /metrics without a key."""
@@ -162,10 +166,11 @@ class WatchOptions(Given):
 IN_A_FILE = (GraphOptions, ListenOptions, ModelOptions, WatchOptions)
 
 
-def logs_of(level: LogLevel, settings: Settings) -> AbstractContextManager[None]:
+def logs_of(watch: WatchOptions, settings: Settings) -> AbstractContextManager[None]:
     """All that this process logs, the libraries too; no line holds a key."""
     known = (*settings.api_keys.values(), settings.admin_key or "")
-    return own_logs(LEVELS[level], key=settings.salt_key, known=known)
+    level, form = LEVELS[watch.log_level], watch.log_format
+    return own_logs(level, key=settings.salt_key, known=known, form=form)
 
 
 def choose_graph(

@@ -16,29 +16,18 @@ from sagellm.cli.failure import Failure
 from sagellm.runtime.cluster.control import Answered, Asked, Row, ask, running
 
 _NONE_RUNS = "sagellm serve GRAPH --executor processes runs one with workers"
-_COLUMNS = (
-    "graph",
-    "graph pid",
-    "operator",
-    "replica",
-    "pid",
-    "state",
-    "restarts",
-    "running",
-    "waiting",
-    "kv",
-)
+_COLUMNS = ("graph", "graph pid", "operator", "pid", "state", "restarts", "run", "wait", "kv")
 
 Replica = Annotated[int | None, Parameter(validator=Number(gte=0))]
 
 
 def ps(*, json: bool = False) -> int:
-    """List the workers of every graph of yours that runs on this machine.
+    """List what runs the graphs that you serve on this machine: workers, or one process.
 
     Parameters
     ----------
     json
-        Print a list of objects: operator, replica, pid, state, restarts, and what it does.
+        Print a list of objects: operator, replica, pid, state, restarts, executor, what it does.
     """
     rows = [row for rows in _rows_of(trio.run(_answers, Asked("ps"))) for row in rows]
     if json:
@@ -132,13 +121,17 @@ def _change(asked: Asked, graph_pid: int | None, json: bool) -> int:
 
 async def _asked_of_one(asked: Asked, graph_pid: int | None) -> Answered:
     """The answer of the one graph that is meant. Raises Failure."""
-    listed = await _answers(Asked("ps"))
+    listed = {
+        path: answer
+        for path, answer in (await _answers(Asked("ps"))).items()
+        if answer.rows and answer.rows[0].executor == "processes"
+    }
     if not listed:
         raise Failure("no graph with workers runs here", _NONE_RUNS)
     meant = {
         path: answer.rows[0]
         for path, answer in listed.items()
-        if answer.rows and graph_pid in (None, answer.rows[0].graph_pid)
+        if graph_pid in (None, answer.rows[0].graph_pid)
     }
     if len(meant) != 1:
         known = ", ".join(f"{rows[0].graph} ({rows[0].graph_pid})" for rows in _rows_of(listed))
@@ -166,14 +159,17 @@ async def _answers(asked: Asked) -> dict[Path, Answered]:
 
 
 def _print(rows: Sequence[Row]) -> None:
+    """Within the width of the terminal: names that are too long go on in the next line."""
     if not rows:
-        Console(stderr=True).print("no graph with workers runs here", markup=False)
+        Console(stderr=True).print("no graph is served here", markup=False)
         return
-    table = Table(*_COLUMNS, box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
+    for name in _COLUMNS:
+        table.add_column(name, overflow="fold", no_wrap=name not in ("graph", "operator"))
     for row in rows:
         table.add_row(
-            *(row.graph, str(row.graph_pid), row.operator, str(row.replica)),
+            *(row.graph, str(row.graph_pid), f"{row.operator}[{row.replica}]"),
             *(str(row.pid or "-"), row.state),
             *(str(row.restarts), str(row.num_running), str(row.num_waiting), f"{row.kv_ratio:.0%}"),
         )
-    Console(highlight=False, soft_wrap=True).print(table)
+    Console(highlight=False, markup=False).print(table)

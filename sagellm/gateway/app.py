@@ -5,11 +5,11 @@ from contextlib import nullcontext
 from dataclasses import replace
 
 import anyio
-import structlog
 from starlette.requests import Request
 from starlette.types import Message, Receive, Scope, Send
 
 from sagellm.gateway.call import Call, OpenCalls
+from sagellm.gateway.call_log import call_fields
 from sagellm.gateway.gateway import Gateway
 from sagellm.gateway.layers.auth import Keys
 from sagellm.gateway.layers.body import Body, check_body
@@ -20,8 +20,9 @@ from sagellm.gateway.layers.origin import Hosts
 from sagellm.gateway.layers.request_id import echo, new_call
 from sagellm.gateway.routes import routes_of
 from sagellm.gateway.table import Route, Table
+from sagellm.graphs.log import get_logger
 
-LOG = structlog.get_logger("sagellm.gateway")
+LOG = get_logger("sagellm.gateway")
 CLIENT_LEFT = 499
 PIECE_BYTES = 64 << 10
 
@@ -89,16 +90,9 @@ class App:
 
     def _ended(self, route: Route, scope: Scope, sending: "_Sending") -> None:
         call, method, status = scope["state"]["call"], scope["method"], sending.end_status
-        seconds = anyio.current_time() - call.started_s
-        self.gateway.meters.request_ended(route.path, method, status, seconds)
-        LOG.info(
-            "call_ended",
-            request_id=call.request_id,
-            tenant=call.tenant,
-            route=route.path,
-            status=status,
-            seconds=round(seconds, 6),
-        )
+        now = anyio.current_time()
+        self.gateway.meters.request_ended(route.path, method, status, now - call.started_s)
+        LOG.info("call_ended", **call_fields(call, scope, status, now), route=route.path)
 
 
 class _Sending:

@@ -5,12 +5,12 @@ from collections.abc import Callable
 from typing import Protocol
 
 import anyio
-import structlog
 
 from sagellm.gateway.door import Door, Entry
+from sagellm.graphs.log import get_logger
 from sagellm.runtime.messages import PRIORITIES, SERVED, Sampling
 
-LOG = structlog.get_logger("sagellm.gateway")
+LOG = get_logger("sagellm.gateway")
 
 PROBE_S = 5.0  # a probe that takes longer has failed
 RETRY_S = 1.0

@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 
 from sagellm.load.record import Record
 from sagellm.load.summary import Objective
+from sagellm.naming import naming
 
 _SIZE_INCHES, _DPI = (12.0, 4.0), 120
 
@@ -23,7 +24,8 @@ def plot_cdf(path: Path, records: Sequence[Record], objective: Objective | None)
     _curve(e2e, "end to end", (record.e2e_s for record in served), None)
     ttft.set_ylabel("share of all")
     figure.suptitle(f"{len(served)} of {len(records)} requests served")
-    figure.savefig(path, dpi=_DPI)
+    with naming(path):
+        figure.savefig(path, dpi=_DPI)
 
 
 def _curve(axes: Axes, title: str, values: Iterable[float | None], bound_s: float | None) -> None:

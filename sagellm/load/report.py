@@ -11,6 +11,7 @@ from rich.table import Table
 
 from sagellm.load.record import Record
 from sagellm.load.summary import Spread, Summary
+from sagellm.naming import naming
 
 WHOLE, TABLE = "bench.json", "requests.csv"
 _LATENCIES = {
@@ -36,12 +37,13 @@ def write_whole(
     """Settings, summary and every request with its ITLs, as one JSON object."""
     rows = [row(record) for record in records]
     whole = {"settings": settings, "summary": summary, "requests": rows}
-    path.write_bytes(msgspec.json.format(msgspec.json.encode(whole), indent=1) + b"\n")
+    with naming(path):
+        path.write_bytes(msgspec.json.format(msgspec.json.encode(whole), indent=1) + b"\n")
 
 
 def write_table(path: Path, records: Sequence[Record]) -> None:
     """One line a request; its ITLs are in the JSON alone."""
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with naming(path), path.open("w", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, _COLUMNS, extrasaction="ignore")
         table.writeheader()
         table.writerows(row(record) for record in records)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from structlog.testing import capture_logs
+from logged import logged
 
 from sagellm.backends.cpu.native import compiler, library
 from sagellm.backends.cpu.native.library import native_kernels
@@ -62,6 +62,7 @@ def cache(monkeypatch, tmp_path):
     (sources / "empty.c").write_text(kernels)
     monkeypatch.setattr(compiler, "_SOURCES", sources)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     return tmp_path / "sagellm" / "native"
 
 
@@ -73,7 +74,7 @@ def executable(path, text):
 
 def test_a_compiler_that_fails_is_no_error(monkeypatch, cache, tmp_path):
     monkeypatch.setenv("CC", executable(tmp_path / "bad", "echo no room left >&2; exit 1"))
-    with capture_logs() as logs:
+    with logged() as logs:
         assert compiler.compiled() is None
     assert logs[-1]["log_level"] == "warning"
     assert logs[-1]["cause"].endswith("no room left")
@@ -108,9 +109,9 @@ def test_another_compiler_or_c_library_gets_another_library(monkeypatch, tmp_pat
 def test_a_library_that_does_not_load_is_built_once_more(cache):
     broken = compiler.compiled()
     broken.write_bytes(broken.read_bytes()[:100])
-    with capture_logs() as logs:
-        assert native_kernels.__wrapped__() is not None
-    assert [log["event"] for log in logs] == ["native_kernels_broken"]
+    with logged() as logs:
+        assert library.open_kernels() is not None
+    assert [log["event"] for log in logs] == ["native_kernels_broken", "native_kernels_built"]
 
 
 def test_libraries_that_never_load_are_given_up(monkeypatch, tmp_path):
@@ -118,8 +119,8 @@ def test_libraries_that_never_load_are_given_up(monkeypatch, tmp_path):
     for path in broken:
         path.write_text("no library")
     builds = iter(broken)
-    monkeypatch.setattr(library, "compiled", lambda: next(builds))
-    assert native_kernels.__wrapped__() is None
+    monkeypatch.setattr(library, "compiled", lambda progress: next(builds))
+    assert library.open_kernels() is None
     assert not any(path.exists() for path in broken)
 
 
@@ -154,3 +155,34 @@ def test_a_library_is_built_once(cache):
     assert compiler.compiled() == first
     assert first.stat().st_mtime_ns == built
     assert first.parent == cache
+
+
+def test_a_cache_that_cannot_be_written_to_is_done_without_once(cache, monkeypatch):
+    """The folder beside it is found again by the next process, without a word."""
+    cache.parent.parent.joinpath("file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache.parent.parent / "file"))
+    told = []
+    with logged() as logs:
+        first = compiler.compiled(told.append)
+        assert compiler.compiled(told.append) == first
+    assert first.parent == compiler.temporary_folder()
+    assert first.parent.stat().st_mode & 0o777 == 0o700
+    warned = [log for log in logs if log["log_level"] == "warning"]
+    assert [log["event"] for log in warned] == ["native_kernels_in_temporary_folder"]
+    assert [event.folder for event in told] == [str(first.parent)]
+
+
+@pytest.mark.parametrize("planted", ["of others", "a link"])
+def test_a_temporary_folder_that_others_can_write_to_is_not_used(cache, monkeypatch, planted):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
+    foreseen = compiler.temporary_folder()
+    if planted == "a link":
+        (cache.parent.parent / "elsewhere").mkdir()
+        foreseen.symlink_to(cache.parent.parent / "elsewhere")
+    else:
+        foreseen.mkdir()
+        foreseen.chmod(0o777)
+    (foreseen / compiler.library_name(compiler.c_compiler())).write_text("planted")
+    found = compiler.compiled()
+    assert found.parent != foreseen
+    assert found.read_bytes() != b"planted"

@@ -8,9 +8,12 @@ from contextlib import suppress
 import pytest
 import structlog
 
-from sagellm.logs import LEVELS, configure_logs, own_logs
+import sagellm
+from sagellm.graphs.log import get_logger
+from sagellm.logs import child_logs, inherited, log, own_logs, shown_here
 from sagellm.redaction import Redactor
 
+LOG = get_logger("sagellm.test")
 FORGED = '\r\n{"level": "error", "event": "forged"}\x1b[31m\x1b]0;title\x07\u2028</script>\x7f\x85'
 
 
@@ -28,11 +31,12 @@ class Stderr:
 
 @pytest.fixture
 def stderr(capsys: pytest.CaptureFixture[str]) -> Iterator[Stderr]:
-    """structlog is as it was before, afterwards."""
+    """structlog and logging are as they were before, afterwards."""
     structlog.reset_defaults()
     yield Stderr(capsys)
     structlog.contextvars.clear_contextvars()
     structlog.reset_defaults()
+    log("off")
 
 
 def lines(stderr: Stderr) -> list[dict[str, object]]:
@@ -40,8 +44,8 @@ def lines(stderr: Stderr) -> list[dict[str, object]]:
 
 
 def test_a_line_is_one_line_whatever_is_in_it(stderr: Stderr) -> None:
-    configure_logs()
-    structlog.get_logger().error("call_ended", path=FORGED)
+    log("warning")
+    LOG.error("call_ended", path=FORGED)
     raw = stderr.getvalue()
     assert len(raw.splitlines()) == 1
     assert raw[:-1].isascii()
@@ -50,17 +54,17 @@ def test_a_line_is_one_line_whatever_is_in_it(stderr: Stderr) -> None:
 
 
 def test_request_ids_come_from_the_context(stderr: Stderr) -> None:
-    configure_logs()
+    log("warning")
     with structlog.contextvars.bound_contextvars(request_id="r1"):
-        structlog.get_logger().error("one")
-    structlog.get_logger().error("two")
+        LOG.error("one")
+    LOG.error("two")
     assert [line.get("request_id") for line in lines(stderr)] == ["r1", None]
 
 
 @pytest.mark.parametrize("name", ["prompt", "messages", "content", "input", "prompt_token_ids"])
 def test_a_prompt_is_a_length_and_a_hash(stderr: Stderr, name: str) -> None:
-    configure_logs()
-    structlog.get_logger().error("arrived", **{name: "my secret plan"})
+    log("warning")
+    LOG.error("arrived", **{name: "my secret plan"})
     (line,) = lines(stderr)
     assert "plan" not in stderr.getvalue()
     assert line[name]["len"] == 14  # type: ignore[index]
@@ -79,8 +83,8 @@ def test_hashes_need_the_key() -> None:
      "set_cookie", "password", "salt_key"],
 )  # fmt: skip
 def test_secrets_are_found_by_name(stderr: Stderr, name: str) -> None:
-    configure_logs()
-    structlog.get_logger().error("x", **{name: "hunter2"}, nested={name: ["hunter2"]})
+    log("warning")
+    LOG.error("x", **{name: "hunter2"}, nested={name: ["hunter2"]})
     assert "hunter2" not in stderr.getvalue()
 
 
@@ -102,7 +106,7 @@ def test_known_secrets_are_taken_out_wherever_they_are(stderr: Stderr) -> None:
             raise ValueError("wrong key tenant-key-longer")
         except ValueError as error:
             deep = {"a": [("tenant-key",)]}
-            structlog.get_logger().error("at tenant-key", exc_info=error, deep=deep)
+            LOG.error("at tenant-key", exc_info=error, deep=deep)
     assert "tenant-key" not in stderr.getvalue()
     assert "-longer" not in stderr.getvalue()
     assert "ValueError" in stderr.getvalue()
@@ -120,18 +124,81 @@ def test_deep_and_odd_values_do_no_harm() -> None:
     assert Redactor().clean({1: object}) == {"1": "<class 'object'>"}
 
 
-def test_an_application_that_has_configured_structlog_keeps_it(stderr: Stderr) -> None:
+def test_an_application_that_has_configured_structlog_keeps_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     structlog.configure(processors=[structlog.processors.KeyValueRenderer()])
-    configure_logs()
+    before = structlog.get_config()
+    log("info")
     structlog.get_logger().warning("mine")
+    log("off")
+    assert structlog.get_config() == before
+    structlog.reset_defaults()
+    assert capsys.readouterr() == ("event='mine'\n", "")
+
+
+def test_an_application_has_its_logging_as_before(stderr: Stderr) -> None:
+    def state() -> list[object]:
+        root = logging.root
+        return [root.handlers[:], root.level, logging.getLogger("theirs").handlers[:]]
+
+    before = state()
+    log("debug")
+    assert state() == before
+    logging.getLogger("theirs").warning("not shown by us")
+    log("debug")  # again: no line comes twice
+    LOG.debug("one")
+    assert [line["event"] for line in lines(stderr)] == ["one"]
+
+
+def test_nothing_is_said_unasked(stderr: Stderr, capsys: pytest.CaptureFixture[str]) -> None:
+    LOG.error("unasked")
+    log("info")
+    log("off")
+    LOG.error("off again")
     assert stderr.getvalue() == ""
+    assert capsys.readouterr().out == ""
+
+
+def test_an_applications_own_handler_gets_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        LOG.info("worker_up", worker="decode[0]", why="a\nb")
+    assert caplog.messages == ["worker_up worker='decode[0]' why='a\\nb'"]
+
+
+@pytest.mark.parametrize(
+    ("level", "form", "told"),
+    [("debgu", None, "did you mean 'debug'"), ("x" * 20, None, "use one of debug"),
+     ("info", "jsn", "did you mean 'json'")],
+)  # fmt: skip
+def test_another_level_is_refused(level: str, form: str | None, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        sagellm.log(level, format=form)
+
+
+def test_a_child_shows_what_its_parent_shows(
+    stderr: Stderr, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for level, form in (("off", None), ("debug", "text"), ("error", "json")):
+        sagellm.log(level, format=form)
+        for name, value in inherited().items():
+            monkeypatch.setenv(name, value)
+        log("off")
+        with child_logs():
+            shown = shown_here()
+            LOG.error("seen")
+        assert shown is not None
+        assert (form is None) or shown == (level, form)
+    text, json_line = stderr.getvalue().splitlines()
+    assert "error   seen" in text
+    assert json.loads(json_line)["event"] == "seen"
 
 
 @pytest.mark.parametrize(("name", "shown"), [("debug", 2), ("error", 1)])
 def test_the_level_decides(stderr: Stderr, name: str, shown: int) -> None:
-    configure_logs(LEVELS[name])
-    structlog.get_logger().info("info")
-    structlog.get_logger().error("error")
+    log(name)
+    LOG.info("info")
+    LOG.error("error")
     assert len(lines(stderr)) == shown
 
 
@@ -163,10 +230,10 @@ def test_what_libraries_log_goes_the_same_way(stderr: Stderr) -> None:
 
 
 def test_own_logs_replace_what_was_configured_and_give_it_back(stderr: Stderr) -> None:
-    configure_logs(logging.ERROR)
+    log("error")
     with own_logs(logging.INFO):
-        structlog.get_logger().info("inside")
-    structlog.get_logger().info("outside")
+        LOG.info("inside")
+    LOG.info("outside")
     assert [line["event"] for line in lines(stderr)] == ["inside"]
 
 
@@ -175,7 +242,7 @@ def test_the_text_of_an_exception_is_for_debugging_only(
     stderr: Stderr, level: int, has_text: bool
 ) -> None:
     with own_logs(level):
-        for log in (structlog.get_logger(), logging.getLogger("library")):
+        for log in (LOG, logging.getLogger("library")):
             try:
                 raise ValueError("a prompt, and /a/path")
             except ValueError:
@@ -189,8 +256,8 @@ def test_the_text_of_an_exception_is_for_debugging_only(
 def test_a_full_disk_ends_nobody_who_logs(monkeypatch: pytest.MonkeyPatch) -> None:
     with open("/dev/full", "w", buffering=1) as full:
         monkeypatch.setattr("sys.stderr", full)
-        configure_logs()
-        structlog.get_logger("x").warning("lost")
+        log("warning")
+        LOG.warning("lost")
         monkeypatch.undo()
         with suppress(OSError):  # what it holds cannot be written when it is closed, either
             full.close()

@@ -10,8 +10,10 @@ import stat
 import subprocess
 import tempfile
 from pathlib import Path
+from time import monotonic
 
-import structlog
+from sagellm.backends.progress import Compiling, Progress, silent
+from sagellm.graphs.log import get_logger
 
 _SOURCES = Path(__file__).parent
 _FLAGS = (
@@ -20,7 +22,7 @@ _FLAGS = (
 )
 _TIMEOUT_S = 120.0
 _MOST_STDERR = 2000  # bytes of it in the log: its end, where the error is
-_log = structlog.get_logger(__name__)
+_log = get_logger(__name__)
 
 
 def c_compiler() -> tuple[str, ...]:
@@ -35,22 +37,45 @@ def c_compiler() -> tuple[str, ...]:
     return ()
 
 
-def compiled() -> Path | None:
+def compiled(progress: Progress = silent) -> Path | None:
     """The library for this source and CPU, built now if need be; None if it cannot be built.
 
-    What another user could have written is never returned.
+    What another user could have written is never returned. `progress` hears of a build.
     """
     compiler = c_compiler()
     if not compiler:
         _log.info("native_kernels_absent", cause="no C compiler", fix="install gcc or clang")
         return None
     try:
-        library = _folder() / f"kernels-{_key(compiler)}.so"
-        return library if _is_private(library) else _build(compiler, library)
+        name = library_name(compiler)
+        found = built(name)
+        return found or _built_now(compiler, name, progress)
     except (OSError, subprocess.SubprocessError) as error:
         fix = f"see that {compiler[0]} works"
         _log.warning("native_kernels_absent", cause=_cause(error), fix=fix)
         return None
+
+
+def built(name: str) -> Path | None:
+    """The library of that name where an earlier start has built it, and nobody else can have."""
+    for folder in (cache_folder(), temporary_folder()):
+        if folder is not None and _is_private(folder) and _is_private(folder / name):
+            return folder / name
+    return None
+
+
+def _built_now(compiler: tuple[str, ...], name: str, progress: Progress) -> Path:
+    folder, why_not = writable_folder()
+    if why_not:
+        fix = "see that it can be written to, or set XDG_CACHE_HOME"
+        _log.warning(
+            "native_kernels_in_temporary_folder", cause=why_not, folder=str(folder), fix=fix
+        )
+    progress(Compiling(shlex.join(compiler), str(folder)))
+    began_s = monotonic()
+    library = _build(compiler, folder / name)
+    _log.info("native_kernels_built", folder=str(folder), seconds=round(monotonic() - began_s, 1))
+    return library
 
 
 def _cause(error: OSError | subprocess.SubprocessError) -> str:
@@ -71,6 +96,11 @@ def _build(compiler: tuple[str, ...], library: Path) -> Path:
 
 def _sources(*suffixes: str) -> list[Path]:
     return sorted(path for path in _SOURCES.iterdir() if path.suffix in suffixes)
+
+
+def library_name(compiler: tuple[str, ...]) -> str:
+    """Of the file for this source, compiler and CPU."""
+    return f"kernels-{_key(compiler)}.so"
 
 
 def _key(compiler: tuple[str, ...]) -> str:
@@ -95,17 +125,40 @@ def _cpu() -> bytes:
     return "\n".join(sorted(named)).encode()
 
 
-def _folder() -> Path:
-    """The user's cache, or where that is not safe a folder that goes with the process."""
+def writable_folder() -> tuple[Path, str]:
+    """Where libraries are built, and why not in the user's cache, or "": there where that can be
+    written to by its user alone, else in a temporary folder of the same kind.
+    """
+    folder, why = cache_folder(), "the user has no home"
+    if folder is not None:
+        why = _why_unfit(folder)
+        if not why:
+            return folder, ""
+    folder = temporary_folder()
+    return (_temporary() if _why_unfit(folder) else folder), why
+
+
+def _why_unfit(folder: Path) -> str:
+    """Why nothing can be built there that is safe to load; the folder is made if need be."""
     try:
-        folder = _cache()
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    except (OSError, RuntimeError):  # read-only; a user without a home
-        return _temporary()
-    return folder if _is_private(folder) else _temporary()
+        if not _is_private(folder):
+            return f"{folder} is not this user's alone"
+        with tempfile.TemporaryFile(dir=folder):
+            return ""
+    except OSError as error:
+        return f"{folder} cannot be written to: {error.strerror}"
+
+
+def temporary_folder() -> Path:
+    """One for all processes of the user: what is built there is found until the machine ends. Its
+    name can be foreseen, so it is used only where it is the user's own.
+    """
+    return Path(tempfile.gettempdir()) / f"sagellm-native-{os.getuid()}"
 
 
 def _temporary() -> Path:
+    """One that goes with the process."""
     folder = tempfile.mkdtemp(prefix="sagellm-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return Path(folder)
@@ -115,11 +168,15 @@ def _is_private(path: Path) -> bool:
     """Whether it is there, the user's own, and for others to write neither it nor a link to it."""
     try:
         found = path.lstat()  # a link is writable by all
-    except FileNotFoundError:
+    except OSError:
         return False
     return found.st_uid == os.getuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
-def _cache() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+def cache_folder() -> Path | None:
+    """The user's; None where there is no home."""
+    try:
+        root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    except RuntimeError:
+        return None
     return Path(root) / "sagellm" / "native"

@@ -1,20 +1,23 @@
 """The C kernels as functions on tensors; rows may be strided, their elements may not."""
 
 import ctypes
+import threading
 from collections.abc import Sequence
 from contextlib import suppress
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-import structlog
 import torch
 
 from sagellm.backends.cpu.large_pages import empty_in_large_pages
 from sagellm.backends.cpu.native.compiler import compiled
 from sagellm.backends.cpu.native.structs import Batch, Heads, Layer, Step
+from sagellm.backends.progress import Progress, silent
+from sagellm.graphs.log import get_logger
 
-_log = structlog.get_logger(__name__)
+_log = get_logger(__name__)
+_opened: list["NativeKernels | None"] = []  # none, or the one of this process
+_opening = threading.Lock()
 
 _POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 _MATRIX = (_POINTER, _LONG)  # first element, elements from row to row
@@ -48,14 +51,24 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
 }
 
 
-@cache
-def native_kernels() -> "NativeKernels | None":
+def native_kernels(progress: Progress = silent) -> "NativeKernels | None":
     """The kernels of this machine, built on first use; None without a working C compiler.
+
+    `progress` hears of a build.
+    """
+    with _opening:
+        if not _opened:
+            _opened.append(open_kernels(progress))
+        return _opened[0]
+
+
+def open_kernels(progress: Progress = silent) -> "NativeKernels | None":
+    """As `native_kernels`, each time anew.
 
     A library that does not load, such as one cut short by a full disk, is built once more.
     """
     for _ in range(2):
-        path = compiled()
+        path = compiled(progress)
         if path is None:
             return None
         try:

@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping
 
-import structlog
 import trio
 
+from sagellm.graphs.log import get_logger
 from sagellm.runtime.engine.batch import Batch
 from sagellm.runtime.engine.port import DraftCounts
 from sagellm.runtime.engine.scheduler import Scheduler
@@ -13,7 +13,7 @@ from sagellm.runtime.engine.speculation.costs import StepCosts
 from sagellm.runtime.engine.speculation.drafter import Drafter
 from sagellm.runtime.engine.speculation.pace import Acceptance, Pace
 
-log = structlog.get_logger("sagellm.engine")
+log = get_logger("sagellm.engine")
 
 _PLAIN_EVERY = 64  # steps: what one costs without drafts must be known to say whether they pay
 _ENGINE_DECAY = 0.98

@@ -75,10 +75,10 @@ class Reply:
     Prompt i, choice j has index i * n + j, as in the OpenAI API.
     """
 
-    def __init__(self, asked: Asked, form: Form) -> None:
+    def __init__(self, asked: Asked, form: Form, tally: Tally) -> None:
         self._asked = asked
         self._form = form
-        self._tally = Tally()
+        self._tally = tally
         self._num_unfinished = asked.num_indices
         self._is_begun = False
         self._parts: dict[int, list[TokenEvent]] = {}

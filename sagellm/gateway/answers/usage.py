@@ -17,6 +17,7 @@ class Tally:
         self._num_prompt: dict[int, int] = {}  # tokens of each prompt
         self._num_cached: dict[int, int] = {}
         self._num_completion = 0
+        self.first_s: float | None = None  # when its first batch came, on the loop's clock
 
     def count(self, prompt: int, event: TokenEvent) -> None:
         """A prompt counts once; what of it was cached says its first choice: the others find what

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from time import time
 
+import anyio
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
@@ -14,6 +15,7 @@ from sagellm.gateway.answers.logprobs import TokenNames
 from sagellm.gateway.answers.refusals import error_of
 from sagellm.gateway.answers.reply import Asked, Batch, MakeForm, Reply
 from sagellm.gateway.answers.sse import DONE, EventStream, Outlet
+from sagellm.gateway.answers.usage import Tally
 from sagellm.gateway.call import Call
 from sagellm.gateway.door import Entry
 from sagellm.gateway.encoding import Prompt
@@ -56,7 +58,8 @@ async def samplings_of(
 
 async def respond(gateway: Gateway, request: Request, work: Work) -> Response:
     """The answer, streamed or whole. Raises ApiError where nothing of it can be served."""
-    running = _Running(gateway, request.state.call, work)
+    tally = request.state.tally = Tally()  # for the log, whatever becomes of the call
+    running = _Running(gateway, request.state.call, work, tally)
     on_gone = gateway.meters.disconnected
     if work.request.stream:
         return EventStream(running.tell, gateway.settings.streaming, on_gone)
@@ -70,10 +73,11 @@ async def respond(gateway: Gateway, request: Request, work: Work) -> Response:
 class _Running:
     """One call between its start and its end."""
 
-    def __init__(self, gateway: Gateway, call: Call, work: Work) -> None:
+    def __init__(self, gateway: Gateway, call: Call, work: Work, tally: Tally) -> None:
         self._gateway = gateway
         self._call = call
         self._work = work
+        self._tally = tally
 
     async def tell(self, outlet: Outlet) -> None:
         """Stream. A refusal before the first event is raised, so that it has its own status."""
@@ -83,7 +87,7 @@ class _Running:
                 async for batch in batches:
                     served, error = self._split(batch)
                     if served:  # a refusal pays for no retry
-                        hold.first_token()
+                        self._came(hold)
                     if error is not None and not outlet.is_started:
                         raise error
                     content = last + (reply.chunks(served) if served else b"")
@@ -101,12 +105,17 @@ class _Running:
                 async for batch in batches:
                     served, error = self._split(batch)
                     if served:  # a refusal pays for no retry
-                        hold.first_token()
+                        self._came(hold)
                     if error is not None:
                         raise error
                     reply.add(served)
             _check_finished(reply)
             return reply.whole()
+
+    def _came(self, hold: Hold) -> None:
+        hold.first_token()
+        if self._tally.first_s is None:
+            self._tally.first_s = anyio.current_time()
 
     @contextmanager
     def _started(self) -> Iterator[tuple[tuple[str, ...], Reply, Hold]]:
@@ -120,7 +129,8 @@ class _Running:
             asked = self._asked(claimed.id)
             names = work.request.return_tokens_as_token_ids
             texts = TokenNames(gateway.tokens) if names else gateway.tokens
-            yield claimed.request_ids, Reply(asked, work.make_form(asked, texts)), hold
+            reply = Reply(asked, work.make_form(asked, texts), self._tally)
+            yield claimed.request_ids, reply, hold
 
     def _asked(self, claimed_id: str) -> Asked:
         work, request = self._work, self._work.request

@@ -2,13 +2,13 @@
 
 import math
 
-import structlog
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from sagellm.gateway.failure import ApiError
+from sagellm.graphs.log import get_logger
 
-LOG = structlog.get_logger("sagellm.gateway")
+LOG = get_logger("sagellm.gateway")
 
 
 def response_of(error: ApiError) -> Response:

@@ -6,12 +6,12 @@ from typing import Any, Generic, TypeVar
 
 import anyio
 import msgspec
-import structlog
 from anyio.abc import ByteStream
 
 from sagellm.gateway.processes.messages import dec_hook, enc_hook
+from sagellm.graphs.log import get_logger
 
-LOG = structlog.get_logger("sagellm.gateway")
+LOG = get_logger("sagellm.gateway")
 
 T = TypeVar("T")
 

@@ -71,7 +71,8 @@ def main() -> None:
     known = (*settings.api_keys.values(), settings.admin_key or "")
     backend, options, module, name = _SERVERS[settings.server]
     make_server = getattr(import_module(module), name)
-    with own_logs(setup.log_level, key=settings.salt_key, known=known):
+    form = setup.log_format
+    with own_logs(setup.log_level, key=settings.salt_key, known=known, form=form):
         run = partial(_run, setup, start, door, make_server)
         is_done = anyio.run(run, backend=backend, backend_options=options)
     sys.exit(not is_done)

@@ -21,7 +21,9 @@ class _Message(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 class Setup(_Message, frozen=True, tag=True):
-    """The first that a gateway hears. `graph` is encoded; `log_level` is that of `logging`."""
+    """The first that a gateway hears. `graph` is encoded; `log_level` is that of `logging`, and
+    `log_format` that of `sagellm.logs`.
+    """
 
     settings: Settings
     model: ModelCard
@@ -30,6 +32,7 @@ class Setup(_Message, frozen=True, tag=True):
     is_ready: bool
     not_ready_reason: str
     is_draining: bool
+    log_format: str | None = None
 
 
 class Events(_Message, frozen=True, tag=True):

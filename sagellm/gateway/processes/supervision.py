@@ -10,7 +10,6 @@ from logging import getLogger
 from secrets import token_bytes
 
 import msgspec
-import structlog
 import trio
 
 from sagellm.gateway.count import Tally
@@ -37,11 +36,13 @@ from sagellm.gateway.routes import PATHS
 from sagellm.gateway.server.drain import CLOSE_S
 from sagellm.gateway.server.listen import BACKLOG
 from sagellm.gateway.settings import Settings
+from sagellm.graphs.log import get_logger
 from sagellm.graphs.text.codec import to_msgpack
+from sagellm.logs import shown_here
 from sagellm.runtime.cluster.backoff import RestartPolicy, Restarts
 from sagellm.session import Session
 
-log = structlog.get_logger("sagellm.gateway")
+log = get_logger("sagellm.gateway")
 
 POLICY = RestartPolicy(first_s=0.05)  # what is accepted meanwhile waits for it
 FRESH_S = 0.5  # how long a scrape waits for what the gateways have counted
@@ -135,6 +136,7 @@ class GatewayProcesses:
             while not life.is_over:
                 if life.is_up and not was_up:
                     was_up = True
+                    log.info("gateway_up", gateway=number)
                     task_status.started()
                 await self._changed.park()
             if not life.why:
@@ -207,6 +209,7 @@ class GatewayProcesses:
             self._readiness.is_ready,
             self._readiness.reason,
             self._is_draining,
+            (shown_here() or ("", None))[1],
         )
 
     # ---- what gateways say -------------------------------------------------------------------

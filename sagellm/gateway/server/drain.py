@@ -3,15 +3,16 @@
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, Protocol
 
-import structlog
 import trio
 
 from sagellm.gateway.app import App
 from sagellm.gateway.settings import Settings
+from sagellm.graphs.log import get_logger
 
-LOG = structlog.get_logger("sagellm.gateway")
+LOG = get_logger("sagellm.gateway")
 
 ABORT_S = 1.0  # for the error event of every stream to leave
+SECOND_SIGNAL = "a second Ctrl-C or SIGTERM ends what is open at once"
 CLOSE_S = 0.5  # for connections that have nothing more to say
 
 
@@ -111,7 +112,8 @@ async def _drain(
     hurry: trio.Event,
     end_streams: Callable[[], Awaitable[None]],
 ) -> None:
-    LOG.info("draining", num_open=serving.drain(), drain_s=settings.drain_s)
+    num_open = serving.drain()
+    LOG.info("draining", num_open=num_open, drain_s=settings.drain_s, hint=SECOND_SIGNAL)
     async with trio.open_nursery() as nursery:
         with trio.move_on_after(settings.drain_s) as waiting:
             nursery.start_soon(_cancel_at, hurry, waiting)

@@ -25,9 +25,12 @@ from sagellm.gateway.metrics.exposition import GatewayMeters
 from sagellm.gateway.processes.supervision import GatewayProcesses, GatewaysFailed
 from sagellm.gateway.readiness import Readiness
 from sagellm.gateway.routes import PATHS
+from sagellm.gateway.server.banner import banner
 from sagellm.gateway.server.drain import Here, Server, Serving, serve
 from sagellm.gateway.server.listen import url_of
 from sagellm.gateway.settings import Settings, Streaming
+from sagellm.runtime.cluster.control import run_alone
+from sagellm.runtime.cluster.members import OneProcess
 from sagellm.session import Session
 from sagellm.tracing import open_tracing
 
@@ -53,7 +56,7 @@ async def serve_graph(
 ) -> None:
     """Open the graph and serve it on a bound socket, until SIGTERM or SIGINT end it.
 
-    `tell` is given one line once the gateway answers.
+    `tell` is given where and how to call the gateway, once it answers.
     """
     async with opening as session:
         with _signals() as signals:
@@ -81,7 +84,8 @@ async def serve_session(
 ) -> None:
     """As `serve_graph`, for a session that is open; `signals` end it. Raises GatewaysFailed."""
     model, readiness = model_card(session, settings), Readiness()
-    line = f"sagellm serves {model.id} at {url_of(sock, settings)}"
+    has_chat = session.tokenizer.chat_template is not None
+    said = banner(url_of(sock, settings), model.id, settings, has_chat=has_chat)
     async with (
         _unwrapped(),
         _traced(session, settings),
@@ -95,9 +99,12 @@ async def serve_session(
         else:
             app = build_app(gateway_of(session, settings, door, meters, model, readiness))
             serving = Here(server_class(settings.server)(app, settings, sock), app)
+        if session.supervisor is None:  # else it has a control of its own
+            executed = session.executor.plan
+            await nursery.start(run_alone, OneProcess(executed.graph, executed.engines))
         nursery.start_soon(meters.run)
         nursery.start_soon(_watch, readiness, session, settings.streaming)
-        await serve(serving, settings, signals, session.close, lambda: tell(line))
+        await serve(serving, settings, signals, session.close, lambda: tell(said))
         nursery.cancel_scope.cancel()
 
 

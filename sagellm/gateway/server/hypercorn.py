@@ -4,7 +4,6 @@ import errno
 from socket import socket
 from typing import Any
 
-import structlog
 import trio
 from hypercorn.app_wrappers import ASGIWrapper
 from hypercorn.events import Event, Updated
@@ -18,8 +17,9 @@ from sagellm.gateway.server.connection import Connection
 from sagellm.gateway.server.hypercorn_protocols import Config, Protocols
 from sagellm.gateway.server.listen import BACKLOG, max_connections
 from sagellm.gateway.settings import Settings
+from sagellm.graphs.log import get_logger
 
-LOG = structlog.get_logger("sagellm.gateway")
+LOG = get_logger("sagellm.gateway")
 FULL_S = 0.1  # how long to wait where the system has no file descriptor left
 _FULL = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 

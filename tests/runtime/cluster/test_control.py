@@ -11,6 +11,7 @@ import trio
 from sagellm.graphs.ir import FrozenMap, Graph, Node
 from sagellm.runtime.cluster.control import Asked, Control, ask, running
 from sagellm.runtime.cluster.launch import Processes
+from sagellm.runtime.cluster.members import Workers
 from sagellm.runtime.cluster.supervisor import Supervisor
 from sagellm.runtime.cluster.worker import Watch
 
@@ -28,7 +29,7 @@ async def controlled() -> AsyncIterator[tuple[Supervisor, Path]]:
     supervisor = Supervisor(GRAPH, {"e": 2}, launcher, watch=Watch(ping_s=0.02))
     async with trio.open_nursery() as nursery:
         await nursery.start(supervisor.run)
-        await nursery.start(Control(supervisor, launcher.folder).run)
+        await nursery.start(Control(Workers(supervisor), launcher.folder).run)
         yield supervisor, launcher.folder
         nursery.cancel_scope.cancel()
 

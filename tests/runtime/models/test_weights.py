@@ -103,3 +103,25 @@ def test_a_loaded_engine_has_given_all_back(model, monkeypatch):
     monkeypatch.setattr(module, "give_back", given.append)
     open_engine(EngineOptions(model=str(model)), name="e")
     assert given == [[model / "model.safetensors"]]
+
+
+def test_what_is_read_is_told_and_never_more_than_all(model, monkeypatch):
+    monkeypatch.setattr(module, "_HELD_BYTES", 1)
+    total = (model / "model.safetensors").stat().st_size
+    told = []
+    weights = Weights(resolve_model(str(model)), told.append)
+    for name in [*weights, *weights]:  # some are read twice
+        weights[name]
+    read = [event.num_bytes for event in told]
+    assert read == sorted(read)
+    assert read[0] > 0
+    assert {event.total_bytes for event in told} == {total}
+    assert max(read) < total
+    weights.loaded()
+    assert (told[-1].num_bytes, told[-1].model) == (total, str(model))
+
+
+def test_an_engine_tells_how_far_its_start_is(model):
+    told = []
+    open_engine(EngineOptions(model=str(model)), name="e", progress=told.append)
+    assert told[-1].num_bytes == told[-1].total_bytes

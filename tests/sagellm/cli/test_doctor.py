@@ -1,7 +1,10 @@
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 
+from sagellm.backends.cpu.native.compiler import c_compiler, library_name, temporary_folder
 from sagellm.cli import checks, main
 from sagellm.cli.checks import CHECKS, Finding
 from sagellm.cli.doctor import doctor, examine, exit_code, report
@@ -73,8 +76,26 @@ def test_the_compiler_is_the_one_that_the_kernels_are_built_with(
 ) -> None:
     monkeypatch.setenv("CC", "no-such-compiler")
     assert CHECKS["compiler"]().status == "warning"
-    monkeypatch.setenv("CC", "true --fast")
-    assert CHECKS["compiler"]().detail == "true"
+    monkeypatch.setenv("CC", "echo --fast")
+    assert CHECKS["compiler"]().detail == f"{shutil.which('echo')} --fast: --fast --version"
+
+
+def test_the_kernels_are_where_they_are_said_to_be(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setenv("CC", "echo")
+    folder = tmp_path / "sagellm" / "native"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert CHECKS["kernels"]().detail == f"compiled at the first start, to {folder}"
+    library = folder / library_name(c_compiler())
+    library.touch(0o700)
+    assert CHECKS["kernels"]().detail == f"compiled, in {folder}"
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
+    found = CHECKS["kernels"]()
+    assert found.status == "warning"
+    assert "/dev/null/sagellm/native cannot be written to" in found.detail
+    assert str(temporary_folder()) in found.detail
 
 
 @pytest.mark.parametrize(

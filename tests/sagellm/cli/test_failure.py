@@ -1,7 +1,9 @@
 import errno
+from pathlib import Path
 
 import pytest
 
+from sagellm.batch.output import open_output
 from sagellm.cli.failure import (
     CONFIGURATION,
     INTERRUPTED,
@@ -85,3 +87,25 @@ def test_no_color_is_honoured(
     monkeypatch.setenv("NO_COLOR", "1")
     show(Failure("cause", "fix"))
     assert "\x1b[31" not in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_full_disk_is_named() -> None:
+    line = {"id": "a", "text": "b"}
+    with (
+        pytest.raises(OSError, match="space") as raised,
+        open_output(Path("/dev/full"), force=True) as output,
+    ):
+        output.write(line)
+    failure = explain(raised.value)
+    assert failure is not None
+    assert (failure.where, failure.code) == ("/dev/full", RESOURCES)
+
+
+def test_a_full_standard_output_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr("sys.stdout", full)
+        failure = explain(OSError(errno.ENOSPC, "No space left on device"))
+        monkeypatch.undo()
+    assert failure is not None
+    assert failure.where == "standard output: /dev/full"

@@ -16,6 +16,7 @@ from sagellm.gateway.answers.logprobs import TokenTexts
 from sagellm.gateway.answers.reply import Asked, Reply
 from sagellm.gateway.answers.sse import DONE, KEEP_ALIVE
 from sagellm.gateway.answers.sse import event as sse_event
+from sagellm.gateway.answers.usage import Tally
 from sagellm.gateway.encoding import Prompt
 from sagellm.gateway.failure import ApiError
 from sagellm.runtime.models.tokenizer import ByteTokenizer
@@ -51,7 +52,7 @@ def client(content: bytes, sizes: Sequence[int]) -> openai.OpenAI:
 
 def streamed(form: Any, pieces: Sequence[str]) -> bytes:
     asked = Asked(id="i", created=1, model="m", prompts=(Prompt("p", (1,)),), num_choices=1)
-    reply = Reply(asked, form(asked, TokenTexts(ByteTokenizer())))
+    reply = Reply(asked, form(asked, TokenTexts(ByteTokenizer())), Tally())
     chunks = [reply.chunks([(0, event(piece))]) for piece in pieces]
     return KEEP_ALIVE.join([*chunks, reply.chunks([(0, last())]) + DONE])
 

@@ -16,9 +16,9 @@ from gateway_served import (
     received,
     serving,
 )
+from logged import logged
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
-from structlog.testing import capture_logs
 
 from sagellm.gateway.gateway import Gateway
 from sagellm.gateway.table import Route
@@ -162,12 +162,12 @@ async def _breaking(gateway: Gateway, request: Request) -> Response:
 
 async def test_a_fault_is_told_by_its_id_alone(server: str) -> None:
     async with serving(server, routes=[Route("GET", "/faulty", _faulty)]) as served:
-        with capture_logs() as logs:
+        with logged() as logs:
             reply = await served.ask(get("/faulty", "x-request-id: abc"))
         assert (reply.status, b"secret" in reply.body) == (500, False)
         assert "abc" in reply.error["message"]
-        (logged,) = [entry for entry in logs if entry["event"] == "call_failed"]
-        assert logged["request_id"] == "abc"
+        (failed,) = [entry for entry in logs if entry["event"] == "call_failed"]
+        assert failed["request_id"] == "abc"
 
 
 async def test_an_answer_that_breaks_never_looks_whole(server: str) -> None:

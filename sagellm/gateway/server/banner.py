@@ -1,0 +1,54 @@
+"""What a server says once it answers: where to call it, under which model name, and how."""
+
+import os
+import shlex
+
+import msgspec
+
+from sagellm.gateway.settings import Settings
+
+KEY_VARIABLE = "SAGELLM_API_KEY"
+_ANY_HOST = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}
+
+
+def banner(url: str, model: str, settings: Settings, *, has_chat: bool) -> str:
+    """Lines for people; the last one calls the server from a shell. No key is in them."""
+    reachable = _reachable(url)
+    lines = [
+        f"sagellm serves {model} at {url}",
+        f"  base URL: {reachable}/v1   model: {model}",
+        f"  {curl(reachable, model, settings, has_chat=has_chat)}",
+    ]
+    if settings.api_keys and KEY_VARIABLE not in os.environ:
+        lines.insert(2, f"  with a key of yours in {KEY_VARIABLE}:")
+    return "\n".join(lines)
+
+
+def curl(url: str, model: str, settings: Settings, *, has_chat: bool) -> str:
+    """A command that asks the model for something short."""
+    asked: dict[str, object] = {"model": model, "max_tokens": 64}
+    if has_chat:
+        path, asked["messages"] = "chat/completions", [{"role": "user", "content": "Hello"}]
+    else:
+        path, asked["prompt"] = "completions", "Hello"
+    parts = ["curl", f"{url}/v1/{path}"]
+    if settings.tls_certificate is not None:
+        parts += ["--cacert", shlex.quote(str(settings.tls_certificate))]
+    if settings.api_keys:
+        parts += ["-H", f'"Authorization: Bearer {_key(settings)}"']
+    parts += ["-H", "'Content-Type: application/json'"]
+    return " ".join([*parts, "-d", shlex.quote(msgspec.json.encode(asked).decode())])
+
+
+def _key(settings: Settings) -> str:
+    """The variable, as the shell expands it; without the name where it is NAME=KEY."""
+    given = os.environ.get(KEY_VARIABLE, "")
+    is_named = bool(given) and given not in settings.api_keys.values()
+    return f"${{{KEY_VARIABLE}#*=}}" if is_named and "=" in given else f"${KEY_VARIABLE}"
+
+
+def _reachable(url: str) -> str:
+    """The same for a client on this machine, where the server listens at every address."""
+    scheme, _, rest = url.partition("://")
+    host, _, port = rest.rpartition(":")
+    return f"{scheme}://{_ANY_HOST.get(host, host)}:{port}"

@@ -1,0 +1,49 @@
+"""What `sagellm ps` prints."""
+
+import msgspec
+import pytest
+from rich.cells import cell_len
+
+from sagellm.cli import main, workers
+from sagellm.cli.workers import _print
+from sagellm.runtime.cluster.control import Answered, Row
+
+ROW = Row(
+    graph="pd_many",
+    graph_pid=4_194_304,
+    operator="generate",
+    replica=10,
+    engine="decode",
+    pid=4_194_303,
+    state="starting",
+    restarts=12,
+    num_running=256,
+    num_waiting=1024,
+    kv_ratio=1.0,
+)
+
+
+@pytest.mark.parametrize("graph", ["pd_many", "a_graph_with_quite_a_long_name"])
+def test_a_row_fits_80_columns(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], graph: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    _print([msgspec.structs.replace(ROW, graph=graph)])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(cell_len, lines)) <= 80
+    words = ("4194304", "4194303", "starting", "1024", "100%")
+    assert all(word in "".join(lines) for word in words)
+    assert (len(lines) == 2) == (graph == "pd_many")
+
+
+def test_a_graph_without_workers_cannot_be_restarted(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def answers(_: object) -> dict[str, Answered]:
+        return {"path": Answered(rows=(msgspec.structs.replace(ROW, executor="tasks"),))}
+
+    monkeypatch.setattr(workers, "_answers", answers)
+    assert main(["restart", "generate"]) == 2
+    assert "no graph with workers runs here" in capsys.readouterr().err
+    assert main(["ps", "--json"]) == 0
+    assert msgspec.json.decode(capsys.readouterr().out)[0]["executor"] == "tasks"
