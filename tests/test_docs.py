@@ -210,7 +210,7 @@ def test_the_limits_in_the_docs_are_those_that_hold() -> None:
 
 def settings_rows() -> Iterator[str]:
     """The tables of docs/configuration.md: what can be set, and its default."""
-    apart = ("api_key", "set")  # which are tables of a file
+    apart = ("api_key", "import", "set")  # tables of a file; and --import, which a graph file has
     for struct in IN_A_FILE:
         for setting in settings_of(struct).values():
             if setting.name not in apart:
