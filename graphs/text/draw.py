@@ -1,23 +1,29 @@
 """A graph as text for a terminal, as Mermaid for a document, as SVG for a browser."""
 
-import re
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 
 from sagellm.graphs.diagnostics import shortened
-from sagellm.graphs.ir import SINK, SOURCE, Edge, FrozenMap, Graph, Node, Value
+from sagellm.graphs.ir import SINK, Edge, FrozenMap, Graph, Node, Value
+from sagellm.graphs.passes.place import PROCESSES
 from sagellm.graphs.text.arrows import chains
-from sagellm.graphs.text.phrases import port_label, told_body, told_options
+from sagellm.graphs.text.folding import Repeat, fold
+from sagellm.graphs.text.mermaid import as_mermaid
+from sagellm.graphs.text.phrases import told_body, told_options
+from sagellm.graphs.text.processes import Process, channels, is_placed, processes
 from sagellm.graphs.text.svg import as_svg
 from sagellm.graphs.text.writing import flow
 
 __all__ = ["as_mermaid", "as_svg", "as_text"]
 
-_MERMAID_PLAIN = re.compile(r"[^\w .,:/=>~-]", re.ASCII)
 
+def as_text(graph: Graph, *, unfold: bool = False) -> str:
+    """The graph in aligned columns: operators and chains, or one kernel a line with its types.
 
-def as_text(graph: Graph) -> str:
-    """The graph in aligned columns: operators and chains, or one kernel a line with its types."""
-    lines = _kernel_lines(graph) if graph.dialect == "kernel" else _stream_lines(graph)
+    Of repeated layers the first is listed, and replicas are counted, unless `unfold`.
+    """
+    is_kernel = graph.dialect == "kernel"
+    lines = _kernel_lines(graph, unfold) if is_kernel else _stream_lines(graph, unfold)
     return "\n".join((*_head(graph), *lines)) + "\n"
 
 
@@ -26,18 +32,42 @@ def _head(graph: Graph) -> Iterator[str]:
     yield f"{graph.dialect} graph {graph.name}: {size}, hash {graph.hash}"
 
 
-def _stream_lines(graph: Graph) -> Iterator[str]:
+def _stream_lines(graph: Graph, unfold: bool) -> Iterator[str]:
     for name, value in graph.attrs.items():
-        yield ""
-        yield name
-        rows = value if isinstance(value, FrozenMap) else {"": value}
-        yield from _table([(key, _options(item)) for key, item in rows.items()])
+        if name != PROCESSES:
+            yield ""
+            yield name
+            rows = value if isinstance(value, FrozenMap) else {"": value}
+            yield from _table([(key, _options(item)) for key, item in rows.items()])
+    if is_placed(graph):
+        yield from _process_lines(graph, unfold)
     yield ""
     yield "operators"
     yield from _table([_operator(node) for node in graph.nodes])
     yield ""
     yield "edges"
     yield from (f"  {chain}" for chain in chains(graph.edges))
+
+
+def _process_lines(graph: Graph, unfold: bool) -> Iterator[str]:
+    control, *workers = processes(graph, unfold=unfold)
+    engines = f"; engines: {', '.join(control.engines)}" if control.engines else ""
+    yield ""
+    yield PROCESSES
+    rows = [(control.name, "", f"operators: {', '.join(graph.names)}{engines}")]
+    yield from _table([*rows, *(_worker(graph, worker) for worker in workers)])
+    yield ""
+    yield "links"
+    labelled = [
+        (f"{one.source} -> {one.target}", one.label) for one in channels(graph, unfold=unfold)
+    ]
+    yield from _table([*labelled])
+
+
+def _worker(graph: Graph, worker: Process) -> tuple[str, ...]:
+    users = [node.name for node in graph.nodes if node.attrs.get("engine") in worker.engines]
+    times = f"x {worker.count}" if worker.count > 1 else ""
+    return worker.name, times, f"engine {worker.engines[0]}, for {', '.join(users) or 'nothing'}"
 
 
 def _options(value: Value) -> str:
@@ -50,18 +80,41 @@ def _operator(node: Node) -> tuple[str, ...]:
     return node.name, node.op, options, body
 
 
-def _kernel_lines(graph: Graph) -> Iterator[str]:
+def _kernel_lines(graph: Graph, unfold: bool) -> Iterator[str]:
     if graph.attrs:
         yield "  " + ", ".join(told_options(graph.attrs))
     yield ""
-    nodes = _in_order(graph)
-    name_width = max((len(node.name) for node in nodes), default=0)
-    op_width = max((len(node.op) for node in nodes), default=0)
-    for node in nodes:
-        told = (_inputs(graph, node.name), _outputs(graph, node), _told(node))
-        line = f"  {node.name:{name_width}}  {node.op:{op_width}}  {'  '.join(filter(None, told))}"
-        yield line.rstrip()
-    yield f"  {SINK:{name_width + op_width + 2}}  {_inputs(graph, SINK)}"
+    folded = fold(graph, unfold=unfold)
+    repeats = {name: one for one, names in folded.members.items() for name in names}
+    nodes = [node for node in _in_order(graph) if node.name in folded.graph.names]
+    indent = 4 if repeats else 2
+    widths = _widths(nodes)
+    for repeat, lines in groupby(nodes, key=lambda node: repeats.get(node.name)):
+        yield from _headed(repeat)
+        margin = " " * (indent if repeat else 2)
+        for node in lines:
+            yield f"{margin}{_kernel_line(graph, node, widths)}".rstrip()
+    yield f"  {SINK:{sum(widths) + 2}}  {_inputs(graph, SINK)}"
+
+
+def _widths(nodes: Sequence[Node]) -> tuple[int, int]:
+    """Of the columns with names and with ops."""
+    return (
+        max((len(node.name) for node in nodes), default=0),
+        max((len(node.op) for node in nodes), default=0),
+    )
+
+
+def _headed(repeat: Repeat | None) -> Iterator[str]:
+    """The line above a layer that stands for others."""
+    if repeat:
+        shown = f" (layer {repeat.first} is shown)" if repeat.count > 1 else ""
+        yield f"  {repeat.title}{shown}"
+
+
+def _kernel_line(graph: Graph, node: Node, widths: tuple[int, int]) -> str:
+    told = (_inputs(graph, node.name), _outputs(graph, node), _told(node))
+    return f"{node.name:{widths[0]}}  {node.op:{widths[1]}}  {'  '.join(filter(None, told))}"
 
 
 def _in_order(graph: Graph) -> tuple[Node, ...]:
@@ -100,32 +153,3 @@ def _table(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
     for row in zip(*columns, strict=True):
         cells = (f"{cell:{width}}" for cell, width in zip(row, widths, strict=True))
         yield ("  " + "  ".join(cells)).rstrip()
-
-
-def as_mermaid(graph: Graph) -> str:
-    """A Mermaid flowchart, with plain ids, so that any name is safe."""
-    ends = (edge.source for edge in graph.edges), (edge.target for edge in graph.edges)
-    names = dict.fromkeys((SOURCE, *graph.names, SINK, *ends[0], *ends[1]))
-    ids = {name: f"n{number}" for number, name in enumerate(names)}
-    lines = ["flowchart TD"]
-    lines += [f'  {ids[end]}(["{end}"])' for end in (SOURCE, SINK)]
-    lines += [f'  {ids[node.name]}["{_mermaid_box(node)}"]' for node in graph.nodes]
-    lines += [
-        f"  {ids[edge.source]} {_mermaid_arrow(edge)} {ids[edge.target]}" for edge in graph.edges
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _mermaid_box(node: Node) -> str:
-    told = [node.name, *([node.op] if node.op != node.name else []), *told_options(node.attrs)]
-    return "<br/>".join(_mermaid_text(shortened(line)) for line in told)
-
-
-def _mermaid_arrow(edge: Edge) -> str:
-    label = _mermaid_text(port_label(edge))
-    arrow = "-.->" if edge.feedback else "-->"
-    return f'{arrow}|"{label}"|' if label else arrow
-
-
-def _mermaid_text(text: str) -> str:
-    return _MERMAID_PLAIN.sub(lambda found: f"#{ord(found.group())};", text)

@@ -14,10 +14,23 @@ def told_options(options: Mapping[str, Value]) -> Iterator[str]:
 
 def port_label(edge: Edge) -> str:
     """What an edge says of itself: ports that are not the usual ones, and its type."""
-    outlet = "" if edge.outlet == "out" else edge.outlet
-    inlet = "" if edge.inlet in ("in", edge.outlet) else f"> {edge.inlet}"
     kind = "" if edge.type is None else str(edge.type)
-    return " ".join(part for part in (outlet, inlet, kind) if part)
+    return " ".join(part for part in (ports(edge), kind) if part)
+
+
+def ports(edge: Edge) -> str:
+    """The ports of an edge that are not the usual ones; an inlet after `>` beside an outlet."""
+    outlet = "" if edge.outlet == "out" else edge.outlet
+    inlet = "" if edge.inlet in ("in", edge.outlet) else edge.inlet
+    return " > ".join(port for port in (outlet, inlet) if port)
+
+
+def outlet_types(graph: Graph, node: Node) -> Iterator[str]:
+    """What a kernel gives, an outlet each: `float32[T, 64]`, `q float32[T, 64]`."""
+    kinds = {edge.outlet: str(edge.type) for edge in graph.outputs(node.name) if edge.type}
+    for outlet, kind in kinds.items():
+        if kind != outlet:
+            yield kind if outlet == "out" else f"{outlet} {kind}"
 
 
 def entry_inlets(graph: Graph, node: Node) -> list[str]:

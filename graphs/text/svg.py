@@ -1,116 +1,130 @@
-"""Draws a graph as SVG: boxes for nodes, curves for edges, dashes for feedback."""
+"""A drawing as SVG: boxes in rows, curves for edges, frames around what belongs together."""
 
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from itertools import pairwise
+from unicodedata import east_asian_width
 from xml.sax.saxutils import escape
 
-from sagellm.graphs.diagnostics import shortened
-from sagellm.graphs.ir import SINK, SOURCE, Edge, Graph, Node
-from sagellm.graphs.text.layers import MARGIN, Box, Layout, Link, Point, Route, lay_out
-from sagellm.graphs.text.phrases import entry_inlets, port_label, told_options
+from sagellm.graphs.ir import Graph
+from sagellm.graphs.layout.geometry import Box, Layout, Point, Route, Size, Stroke
+from sagellm.graphs.layout.layers import lay_out
+from sagellm.graphs.layout.ranks import Band, Link
+from sagellm.graphs.text.drawing import Arrow, ArrowKind, Drawing, Item, drawing
 
-_LETTER_WIDTH = 7.3  # of 12 px monospace, rounded up
+FONT_SIZE = 12.0
+LABEL_SIZE = 11.0
+_LETTER = 0.62  # of the font's size: the widest of the monospace fonts that are asked for
+_WIDE_LETTER = 1.35  # Chinese, Japanese, Korean; emoji are the widest
 _LINE_HEIGHT = 16.0
 _PADDING = 9.0
-_STYLE = (
-    "text{font:12px ui-monospace,Menlo,Consolas,monospace;fill:#1f2933}"
-    ".box{fill:#f5f7fa;stroke:#52606d}.end{fill:#d9e2ec;stroke:#52606d}"
-    ".name{font-weight:bold}.quiet{fill:#52606d}"
-    ".edge{fill:none;stroke:#52606d}.feedback{stroke-dasharray:5 4}"
-    ".label{font-size:11px;text-anchor:middle;paint-order:stroke;stroke:#fff;stroke-width:4px}"
-)
-_ARROW = (
-    '<marker id="arrow" viewBox="0 0 8 8" refX="8" refY="4" markerWidth="8" markerHeight="8" '
-    'orient="auto-start-reverse"><path d="M0 0L8 4L0 8z" fill="#52606d"/></marker>'
-)
+_STACK = 5.0  # how far the boxes of a stack stand out
+_STYLE = """\
+.paper{fill:#ffffff}text{font:12px ui-monospace,Menlo,Consolas,'DejaVu Sans Mono',monospace;\
+fill:#1f2933}
+.operator{fill:#f5f7fa;stroke:#7b8794}.end{fill:#d9e2ec;stroke:#7b8794}
+.engine{fill:#e6f0fb;stroke:#2563a8}.frame{fill:none;stroke:#9aa5b1;stroke-dasharray:2 3}
+.name{font-weight:bold}.quiet{fill:#52606d}.title{fill:#52606d;font-weight:bold}
+.label{font-size:11px;text-anchor:middle;fill:#52606d}
+.label-channel{fill:#2563a8}.label-kv{fill:#b4470f}
+.edge{fill:none;stroke:#52606d}.feedback{stroke-dasharray:5 4}
+.channel{stroke:#2563a8;stroke-dasharray:2 3}.kv{stroke:#b4470f;stroke-width:2}
+.head{fill:#52606d}.head-channel{fill:#2563a8}.head-kv{fill:#b4470f}
+@media (prefers-color-scheme:dark){.paper{fill:#0d1117}text{fill:#e6edf3}
+.operator{fill:#1a212b;stroke:#6e7b8a}.end{fill:#2d3947;stroke:#6e7b8a}
+.engine{fill:#10263f;stroke:#6cb0f5}.frame{stroke:#58636f}
+.quiet,.title,.label{fill:#a3b0bd}.edge{stroke:#a3b0bd}.head{fill:#a3b0bd}
+.channel{stroke:#6cb0f5}.head-channel,.label-channel{fill:#6cb0f5}
+.kv{stroke:#f0a06a}.head-kv,.label-kv{fill:#f0a06a}}"""
+_PRIORITIES: dict[ArrowKind, int] = {"edge": 0, "kv": 1, "feedback": 2, "channel": 2}
+_HEADS = {"edge": "head", "channel": "head head-channel", "kv": "head head-kv"}
 
 
-def as_svg(graph: Graph) -> str:
-    """A picture of the graph, rows from `source` down to `sink`.
+def as_svg(graph: Graph, *, unfold: bool = False) -> str:
+    """A picture of the graph, rows from `source` down to `sink`, on light and on dark pages.
 
-    What a kernel graph takes from `source` is written in the boxes: nearly every kernel reads the
-    step's inputs, and their edges would hide the rest.
+    Repeated layers and replicas are drawn once, with their number, unless `unfold`.
     """
-    texts = {name: tuple(lines) for name, lines in _boxes(graph)}
-    edges = [edge for edge in graph.edges if edge.source in texts and edge.target in texts]
-    links = [Link(edge.source, edge.target, edge.feedback) for edge in edges]
-    needed = _label_widths(edges)
-    sizes = {name: _size(lines, needed.get(name, 0.0)) for name, lines in texts.items()}
-    layout = lay_out(sizes, links)
-    return "\n".join(_document(graph, layout, texts, edges)) + "\n"
+    shown = drawing(graph, unfold=unfold)
+    layout = _laid_out(shown)
+    return "\n".join(_document(shown, layout)) + "\n"
 
 
-def _boxes(graph: Graph) -> Iterator[tuple[str, Iterator[str]]]:
-    ends = {edge.source for edge in graph.edges} | {edge.target for edge in graph.edges}
-    if SOURCE in ends and graph.dialect != "kernel":
-        yield SOURCE, iter([SOURCE])
-    for node in graph.nodes:
-        yield node.name, _lines(graph, node)
-    if SINK in ends:
-        yield SINK, iter([SINK])
+def text_width(text: str, size: float = FONT_SIZE) -> float:
+    """At least as wide as a line of the picture's font."""
+    wide = sum(east_asian_width(letter) in "WF" for letter in text)
+    return size * ((len(text) - wide) * _LETTER + wide * _WIDE_LETTER)
 
 
-def _lines(graph: Graph, node: Node) -> Iterator[str]:
-    yield node.name
-    if node.op != node.name:
-        yield node.op
-    if node.attrs and graph.dialect != "kernel":
-        yield from (shortened(told) for told in told_options(node.attrs))
-    if entries := entry_inlets(graph, node):
-        yield shortened(f"from source: {', '.join(entries)}")
-    if node.body is not None:
-        yield f"body: {len(node.body.nodes)} nodes"
+def _laid_out(shown: Drawing) -> Layout:
+    sizes = {key: _size(item) for key, item in shown.items.items()}
+    titles = [f"\0frame {number}" for number in range(len(shown.frames))]
+    for title, frame in zip(titles, shown.frames, strict=True):
+        sizes[title] = text_width(frame.title), _LINE_HEIGHT
+    bands = [Band(title, frame.members) for title, frame in zip(titles, shown.frames, strict=True)]
+    return lay_out(sizes, [_link(arrow) for arrow in shown.arrows], bands)
 
 
-def _label_widths(edges: list[Edge]) -> dict[str, float]:
-    """How wide boxes must be for the labels of edges that run side by side between them."""
-    pairs = Counter((edge.source, edge.target) for edge in edges)
-    widths: dict[str, float] = {}
-    for edge in edges:
-        count = pairs[edge.source, edge.target]
-        needed = (count + 1) * len(port_label(edge)) * _LETTER_WIDTH if count > 1 else 0.0
-        for name in (edge.source, edge.target):
-            widths[name] = max(widths.get(name, 0.0), needed)
-    return widths
+def _link(arrow: Arrow) -> Link:
+    width = text_width(arrow.label, LABEL_SIZE)
+    is_back, priority = arrow.kind == "feedback", _PRIORITIES[arrow.kind]
+    return Link(arrow.source, arrow.target, is_back, width, arrow.at_target, priority)
 
 
-def _size(lines: tuple[str, ...], least: float) -> tuple[float, float]:
-    width = max(least, max(map(len, lines)) * _LETTER_WIDTH + 2 * _PADDING)
-    return width, len(lines) * _LINE_HEIGHT + 2 * _PADDING - 4
+def _size(item: Item) -> Size:
+    width = max(map(text_width, item.lines)) + 2 * _PADDING
+    height = len(item.lines) * _LINE_HEIGHT + 2 * _PADDING - 4
+    return (width + _STACK, height + _STACK) if item.is_stacked else (width, height)
 
 
-def _document(
-    graph: Graph, layout: Layout, texts: Mapping[str, tuple[str, ...]], edges: list[Edge]
-) -> Iterator[str]:
-    labels = [port_label(edge) for edge in edges]
-    reach = [
-        _label_point(route)[0] + len(label) * _LETTER_WIDTH / 2 + MARGIN
-        for route, label in zip(layout.routes, labels, strict=True)
-    ]
-    width, height = max([layout.width, *reach]), layout.height
+def _document(shown: Drawing, layout: Layout) -> Iterator[str]:
+    width, height = layout.width, layout.height
     yield (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}" '
         f'viewBox="0 0 {width:.0f} {height:.0f}" role="img">'
     )
-    yield f"<title>{escape(graph.name)}</title><style>{_STYLE}</style><defs>{_ARROW}</defs>"
-    yield '<rect width="100%" height="100%" fill="#fff"/>'
-    yield from (_curve(route, edge) for route, edge in zip(layout.routes, edges, strict=True))
-    for name, lines in texts.items():
-        yield from _drawn(layout.boxes[name], lines, "end" if name in (SOURCE, SINK) else "box")
-    for route, label in zip(layout.routes, labels, strict=True):
-        if label:
-            yield _text(_label_point(route), label, "quiet label")
+    heads = "".join(_head(kind, style) for kind, style in _HEADS.items())
+    yield f"<title>{escape(shown.title)}</title><style>{_STYLE}</style><defs>{heads}</defs>"
+    yield '<rect class="paper" width="100%" height="100%"/>'
+    for (title, box), frame in zip(layout.frames.items(), shown.frames, strict=True):
+        yield _rectangle(box, "frame", 8)
+        at = layout.boxes[title]
+        yield _text((at.x, at.y + 12), frame.title, "title")
+    for route, arrow in zip(layout.routes, shown.arrows, strict=True):
+        yield from _curves(route, arrow)
+    for key, item in shown.items.items():
+        yield from _drawn(layout.boxes[key], item)
+    for route, arrow in zip(layout.routes, shown.arrows, strict=True):
+        if route.label:
+            point = route.label.centre, route.label.bottom - 4
+            yield _text(point, arrow.label, f"label label-{arrow.kind}")
     yield "</svg>"
 
 
-def _curve(route: Route, edge: Edge) -> str:
-    style = "edge feedback" if edge.feedback else "edge"
-    path = f"M{_at(route.points[0])}"
-    for start, stop in pairwise(route.points):
-        straight = route.is_back or start[0] == stop[0]
+def _head(kind: str, style: str) -> str:
+    return (
+        f'<marker id="head-{kind}" viewBox="0 0 8 8" refX="8" refY="4" markerWidth="8" '
+        'markerHeight="8" markerUnits="userSpaceOnUse" orient="auto-start-reverse">'
+        f'<path class="{style}" d="M0 0L8 4L0 8z"/></marker>'
+    )
+
+
+def _curves(route: Route, arrow: Arrow) -> Iterator[str]:
+    style = "edge" if arrow.kind == "edge" else f"edge {arrow.kind}"
+    head = f"url(#head-{'edge' if arrow.kind == 'feedback' else arrow.kind})"
+    last = len(route.strokes) - 1
+    for number, stroke in enumerate(route.strokes):
+        ends = f' marker-end="{head}"' if number == last else ""
+        if arrow.kind == "channel" and number == 0:
+            ends += f' marker-start="{head}"'
+        yield f'<path class="{style}" d="{_path(stroke)}"{ends}/>'
+
+
+def _path(stroke: Stroke) -> str:
+    path = f"M{_at(stroke[0])}"
+    for start, stop in pairwise(stroke):
+        straight = start[0] == stop[0] or start[1] == stop[1]
         path += f"L{_at(stop)}" if straight else _bend(start, stop)
-    return f'<path class="{style}" d="{path}" marker-end="url(#arrow)"/>'
+    return path
 
 
 def _bend(start: Point, stop: Point) -> str:
@@ -122,20 +136,21 @@ def _at(point: Point) -> str:
     return f"{point[0]:.1f},{point[1]:.1f}"
 
 
-def _label_point(route: Route) -> Point:
-    """The middle of a label: where an edge first bends, or over its beginning if it goes back."""
-    (x, y), (next_x, next_y) = route.points[:2]
-    return ((x + next_x) / 2, y - 5) if route.is_back else ((x + next_x) / 2, (y + next_y) / 2 + 2)
-
-
-def _drawn(box: Box, lines: tuple[str, ...], style: str) -> Iterator[str]:
-    yield (
-        f'<rect class="{style}" x="{box.x:.1f}" y="{box.y:.1f}" width="{box.width:.1f}" '
-        f'height="{box.height:.1f}" rx="5"/>'
-    )
-    for number, line in enumerate(lines):
+def _drawn(box: Box, item: Item) -> Iterator[str]:
+    if item.is_stacked:
+        box = Box(box.x, box.y, box.width - _STACK, box.height - _STACK)
+        yield _rectangle(box.moved(_STACK, _STACK), item.kind, 5)
+    yield _rectangle(box, item.kind, 5)
+    for number, line in enumerate(item.lines):
         point = box.x + _PADDING, box.y + _PADDING + 9 + number * _LINE_HEIGHT
         yield _text(point, line, "quiet" if number else "name")
+
+
+def _rectangle(box: Box, style: str, radius: int) -> str:
+    return (
+        f'<rect class="{style}" x="{box.x:.1f}" y="{box.y:.1f}" width="{box.width:.1f}" '
+        f'height="{box.height:.1f}" rx="{radius}"/>'
+    )
 
 
 def _text(point: Point, text: str, style: str) -> str:

@@ -1,8 +1,8 @@
 """`sagellm graph`: check a graph, and show it or the kernel graph of a model."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Protocol
 
 import msgspec
 from cyclopts import Parameter
@@ -12,6 +12,7 @@ from sagellm.checking import check_graph
 from sagellm.cli.failure import CONFIGURATION, Failure
 from sagellm.cli.named import import_code, load_graph
 from sagellm.cli.options import settings
+from sagellm.cli.placing import check_executor, placed
 from sagellm.graphs import ir
 from sagellm.graphs.diagnostics import Diagnostic, GraphError
 from sagellm.graphs.kernels import infer
@@ -80,6 +81,8 @@ def show(
     node: str | None = None,
     after: str | None = None,
     format: Format = "text",
+    unfold: bool = False,
+    executor: str | None = None,
     set_: Annotated[tuple[str, ...], Parameter(name="--set")] = (),
     import_: Annotated[tuple[str, ...], Parameter(name="--import")] = (),
 ) -> None:
@@ -94,9 +97,15 @@ def show(
     after
         Show kernel graphs as they are after this pass; those of a graph's engines below it.
         attach_bodies leaves them as built; then come the passes that fuse kernels. place shows the
-        processes of a graph under executor processes.
+        processes that a graph runs in, and their links.
     format
         text, mermaid or svg.
+    unfold
+        Show every layer of a kernel graph and every replica of a worker; else those that are alike
+        are shown once, with their number.
+    executor
+        Show the graph under this executor: tasks, in one process; or processes, a worker for each
+        engine replica.
     set_
         Show the graph with an option changed, as op.key=value; may be repeated.
     import_
@@ -104,17 +113,22 @@ def show(
         repeated.
     """
     import_code(import_)
-    graph = _shown(file, node, after, settings(set_))
-    print(FORMATS[format](graph), end="")
+    chosen = {} if executor is None else {"executor.kind": executor}
+    graph = _shown(file, node, after, chosen | settings(set_))
+    print(FORMATS[format](graph, unfold=unfold), end="")
 
 
-def _as_texts(graph: ir.Graph) -> str:
+class _Drawer(Protocol):
+    def __call__(self, graph: ir.Graph, *, unfold: bool) -> str: ...
+
+
+def _as_texts(graph: ir.Graph, *, unfold: bool) -> str:
     """The graph, and below it each different body of its nodes."""
     bodies = {inner.body.hash: inner.body for inner in graph.nodes if inner.body}
-    return "\n".join(as_text(one) for one in (graph, *bodies.values()))
+    return "\n".join(as_text(one, unfold=unfold) for one in (graph, *bodies.values()))
 
 
-FORMATS: dict[Format, Callable[[ir.Graph], str]] = {
+FORMATS: dict[Format, _Drawer] = {
     "text": _as_texts,
     "mermaid": as_mermaid,
     "svg": as_svg,
@@ -126,14 +140,17 @@ def _shown(
 ) -> ir.Graph:
     if is_model(file):
         if node or overrides:
-            cause = "--node and --set are for graphs, and this is a model"
+            cause = "--node, --set and --executor are for graphs, and this is a model"
             raise Failure(cause, "leave them out", file)
         return kernel_graph(file, after)
-    graph = override(load_graph(file).ir, overrides)
+    document = load_graph(file).document
+    graph = override(document.graph, overrides)
+    if after == Place().name or any(name.startswith("executor.") for name in overrides):
+        check_executor(graph, document)
     if node is not None:
         return kernel_graph(_model_at(graph, node), after)
     if after == Place().name:
-        return Place().apply(graph)
+        return placed(graph)
     return graph if after is None else _with_bodies(graph, after)
 
 

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from sagellm.graphs.ir import Edge, FrozenMap, Graph, Node, TensorType
+from sagellm.graphs.passes.place import Place
 from sagellm.graphs.text.draw import as_mermaid, as_text
 from sagellm.graphs.text.yaml import load
 
@@ -79,6 +80,40 @@ kernel graph tiny: 2 nodes, 4 edges, hash {KERNEL.hash}
     )
 
 
+EXECUTOR = FrozenMap({"kind": "processes", "address": "ipc"})
+PLACED = Place().apply(
+    replace(
+        STREAM,
+        attrs=FrozenMap({**STREAM.attrs, "executor": EXECUTOR}),
+    )
+)
+
+
+def section(text: str, name: str) -> list[str]:
+    lines = text.split(f"\n{name}\n")[1].split("\n\n")[0]
+    return lines.splitlines()
+
+
+def test_a_placed_graph_as_text_says_what_runs_where() -> None:
+    text = as_text(PLACED)
+    assert section(text, "processes") == [
+        "  graph       operators: split, generate",
+        "  g      x 2  engine g, for generate",
+    ]
+    assert section(text, "links") == ["  generate -> g  ipc"]
+
+
+def test_unfolded_it_names_each_worker() -> None:
+    text = as_text(PLACED, unfold=True)
+    assert [line.split()[0] for line in section(text, "processes")] == ["graph", "g[0]", "g[1]"]
+    assert section(text, "links") == ["  generate -> g[0]  ipc", "  generate -> g[1]  ipc"]
+
+
+def test_under_tasks_the_engines_are_in_the_same_process() -> None:
+    text = as_text(Place().apply(STREAM))
+    assert section(text, "processes") == ["  graph  operators: split, generate; engines: g"]
+
+
 def test_a_body_is_summarised() -> None:
     nodes = (STREAM.nodes[0], replace(STREAM.nodes[1], body=KERNEL))
     text = as_text(replace(STREAM, nodes=nodes))
@@ -111,6 +146,45 @@ flowchart TD
   n2 -.-> n1
 """
     )
+
+
+def test_mermaid_draws_processes_as_subgraphs_and_workers_beside_them() -> None:
+    assert (
+        as_mermaid(PLACED)
+        == """\
+flowchart TD
+  n3["worker g: x 2<br/>engine g<br/>model: sage-tiny"]
+  subgraph f0["process graph: gateway and operators"]
+    n0(["source"])
+    n4(["sink"])
+    n1["split<br/>pd_split<br/>min_uncached_tokens: 8"]
+    n2["generate<br/>engine: g"]
+  end
+  n0 --> n1
+  n1 -->|"joint"| n2
+  n2 --> n4
+  n2 -.-> n1
+  n2 <-.->|"ipc"| n3
+"""
+    )
+
+
+def test_mermaid_folds_layers() -> None:
+    nodes = tuple(Node(f"layer{n}_norm", "rms_norm") for n in range(3))
+    edges = (Edge("layer0_norm", "layer1_norm"), Edge("layer1_norm", "layer2_norm"))
+    graph = Graph("k", "kernel", nodes, (*edges, Edge("layer2_norm", "sink", inlet="rows")))
+    assert (
+        as_mermaid(graph)
+        == """\
+flowchart TD
+  n2(["sink"])
+  subgraph f0["layers 0-2: x 3"]
+    n1["norm<br/>rms_norm"]
+  end
+  n1 -->|"rows"| n2
+"""
+    )
+    assert as_mermaid(graph, unfold=True).count("subgraph") == 3
 
 
 def test_mermaid_escapes_what_would_end_a_label() -> None:

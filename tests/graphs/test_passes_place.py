@@ -1,13 +1,27 @@
 """Who shares a process: what decides and drives is in one, what computes is one each."""
 
+from dataclasses import replace
+
 from sagellm import Graph
 from sagellm.graphs.ir import FrozenMap
+from sagellm.graphs.ir import Graph as FrozenGraph
 from sagellm.graphs.passes.place import Place, replicas_of
 from sagellm.graphs.passes.share_cores import ShareCores
 
 
+def under(kind: str, graph: FrozenGraph) -> FrozenGraph:
+    executor = FrozenMap({"kind": kind})
+    return replace(graph, attrs=FrozenMap({**graph.attrs, "executor": executor}))
+
+
+def test_under_tasks_all_is_in_one_process() -> None:
+    placed = Place().apply(under("tasks", Graph.load("pd_many").ir))
+    assert placed.attrs["processes"] == FrozenMap({"graph": placed.names})
+    assert replicas_of(placed) == {"p": 0, "d": 0}
+
+
 def test_each_replica_of_an_engine_is_a_process_that_its_operators_share() -> None:
-    graph = Graph.load("pd_many").ir
+    graph = under("processes", Graph.load("pd_many").ir)
     placed = Place().apply(graph)
     assert placed.attrs["processes"] == FrozenMap(
         {

@@ -79,6 +79,43 @@ def test_show_draws_svg(what: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert ElementTree.fromstring(capsys.readouterr().out).tag.endswith("svg")
 
 
+def shown(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    assert main(["graph", "show", *argv]) == 0
+    return capsys.readouterr().out
+
+
+def unescape(mermaid: str) -> str:
+    return mermaid.replace("#91;", "[").replace("#93;", "]")
+
+
+FORMATS = ("text", "mermaid", "svg")
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_layers_are_folded_unless_asked_for(
+    format: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folded = shown(capsys, "sage-tiny", "--format", format)
+    whole = shown(capsys, "sage-tiny", "--format", format, "--unfold")
+    assert ("layers 0-4: x 5" in folded, "layers 0-4" in whole) == (True, False)
+    assert all(f"layer {n}" in whole for n in range(5))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_place_shows_processes_and_links(format: str, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["pd_many", "--after", "place", "--format", format, "--executor", "processes"]
+    drawn = shown(capsys, *argv, "--set", "executor.kv=tcp")
+    assert all(text in drawn for text in ("x 2", "ipc", "KV blocks: tcp"))
+    whole = unescape(shown(capsys, *argv, "--unfold"))
+    assert ("d[1]" in unescape(drawn), "d[1]" in whole) == (False, True)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_place_under_tasks_is_one_process(format: str, capsys: pytest.CaptureFixture[str]) -> None:
+    drawn = shown(capsys, "pd", "--after", "place", "--format", format)
+    assert ("engine" in drawn, "worker" in drawn, "ipc" in drawn) == (True, False, False)
+
+
 @pytest.mark.parametrize(
     ("what", "before", "after"),
     [("fuse_qkv", "layer0_q_proj", "layer0_qkv"), ("fuse_gate_up", "gate_proj", "gate_up")],
@@ -118,6 +155,9 @@ def test_after_a_pass_engines_show_their_one_body(capsys: pytest.CaptureFixture[
         (["pd", "--node", "prefil"], "did you mean prefill?"),
         (["pd", "--node", "sort"], "has no engine"),
         (["sage-tiny", "--node", "prefill"], "this is a model"),
+        (["sage-tiny", "--executor", "tasks"], "this is a model"),
+        (["pd", "--executor", "proceses"], "did you mean `processes`?"),
+        (["pd", "--after", "place", "--set", "executor.kvv=tcp"], "no option `kvv`"),
         (["sage-tny"], "no such graph"),
     ],
 )

@@ -1,0 +1,190 @@
+"""Where the cells of a layered layout stand from left to right, so that long edges are straight.
+
+After Brandes and Köpf, "Fast and simple horizontal coordinate assignment" (2001): four layouts,
+each aligned to one corner, and the mean of their medians. Blocks are compacted by longest paths. At
+last each straight line is moved towards its neighbours as far as there is room.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import combinations, pairwise
+from math import inf
+from statistics import fmean
+from typing import TypeAlias
+
+from sagellm.graphs.layout.geometry import Cell
+
+Neighbours: TypeAlias = Mapping[Cell, Sequence[Cell]]
+Segment: TypeAlias = tuple[Cell, Cell]  # an upper and a lower cell
+
+COLUMN_GAP = 28.0
+_NUM_SWEEPS = 8
+
+
+def centres(
+    rows: Sequence[Sequence[Cell]],
+    lower: Neighbours,
+    near: tuple[Neighbours, Neighbours],
+    widths: Mapping[Cell, float],
+) -> dict[Cell, float]:
+    """The x of each cell's middle; neighbours of a row keep their order and COLUMN_GAP.
+
+    `lower`: every edge; `near`: above each cell, and below it, those that it may stand in line
+    with; they do where each is near the other.
+    """
+    crossed = _crossed(rows, lower)
+    found = []
+    for turned, ways in ((rows, near), (rows[::-1], near[::-1])):
+        for sign in (1, -1):
+            each = [list(row)[::sign] for row in turned]
+            x = _compacted(each, _blocks(each, ways, crossed), widths)
+            found.append({cell: sign * value for cell, value in x.items()})
+    return _tightened(rows, lower, _balanced(found, widths), widths)
+
+
+def _crossed(rows: Sequence[Sequence[Cell]], lower: Neighbours) -> set[Segment]:
+    """Segments that must not be made straight, as one that is inside a long edge crosses them."""
+    crossed: set[Segment] = set()
+    for row, below in pairwise(rows):
+        place = {cell: n for n, cell in enumerate(below)}
+        segments = [(cell, end) for cell in row for end in lower[cell]]
+        for one, other in combinations(segments, 2):
+            if one[0] != other[0] and place[one[1]] > place[other[1]]:
+                crossed.add(other if _is_inner(one) else one)
+    return crossed
+
+
+def _is_inner(segment: Segment) -> bool:
+    return not any(isinstance(cell, str) for cell in segment)
+
+
+def _blocks(
+    rows: Sequence[Sequence[Cell]],
+    near: tuple[Neighbours, Neighbours],
+    crossed: set[Segment],
+) -> dict[Cell, Cell]:
+    """The topmost cell of each cell's block: those that shall stand in one straight line."""
+    root: dict[Cell, Cell] = {cell: cell for row in rows for cell in row}
+    for before, row in pairwise(rows):
+        place = {cell: n for n, cell in enumerate(before)}
+        last = -1
+        for cell in row:
+            above = (one for one in near[0][cell] if cell in near[1][one])
+            wish = sorted(above, key=lambda one: place[one])
+            for middle in wish[(len(wish) - 1) // 2 : len(wish) // 2 + 1]:
+                free = root[cell] == cell and last < place[middle]
+                if free and not {(middle, cell), (cell, middle)} & crossed:
+                    root[cell] = root[middle]
+                    last = place[middle]
+    return root
+
+
+def _compacted(
+    rows: Sequence[Sequence[Cell]], root: Mapping[Cell, Cell], widths: Mapping[Cell, float]
+) -> dict[Cell, float]:
+    """Blocks as far left as they go; then each as far right as those right of it let it go."""
+    right: dict[Cell, dict[Cell, float]] = {block: {} for block in root.values()}
+    left: dict[Cell, dict[Cell, float]] = {block: {} for block in right}
+    for row in rows:
+        for one, other in pairwise(row):
+            apart = (widths[one] + widths[other]) / 2 + COLUMN_GAP
+            apart = max(apart, right[root[one]].get(root[other], 0.0))
+            right[root[one]][root[other]] = left[root[other]][root[one]] = apart
+    order = _from_left(left, right)
+    x: dict[Cell, float] = {}
+    for block in order:
+        x[block] = max((x[one] + apart for one, apart in left[block].items()), default=0.0)
+    for block in reversed(order):
+        room = (x[other] - apart for other, apart in right[block].items())
+        x[block] = max(x[block], min(room, default=x[block]))
+    return {cell: x[block] for cell, block in root.items()}
+
+
+def _from_left(
+    left: Mapping[Cell, Mapping[Cell, float]], right: Mapping[Cell, Mapping[Cell, float]]
+) -> list[Cell]:
+    num_left = {block: len(others) for block, others in left.items()}
+    order = [block for block, count in num_left.items() if count == 0]
+    for block in order:  # grows while it is walked
+        for other in right[block]:
+            num_left[other] -= 1
+            if num_left[other] == 0:
+                order.append(other)
+    return order
+
+
+def _balanced(
+    found: Sequence[Mapping[Cell, float]], widths: Mapping[Cell, float]
+) -> dict[Cell, float]:
+    """The mean of the two medians, after all were moved to the sides of the narrowest layout."""
+
+    def side(x: Mapping[Cell, float], pick: Callable[..., float], sign: int) -> float:
+        return pick((value + sign * widths[cell] / 2 for cell, value in x.items()), default=0.0)
+
+    lefts = [side(x, min, -1) for x in found]
+    rights = [side(x, max, 1) for x in found]
+    best = min(range(len(found)), key=lambda n: rights[n] - lefts[n])
+    moves = [
+        rights[best] - rights[n] if n % 2 else lefts[best] - lefts[n] for n in range(len(found))
+    ]
+    balanced = {}
+    for cell in found[0]:
+        middle = sorted(x[cell] + move for x, move in zip(found, moves, strict=True))[1:3]
+        balanced[cell] = sum(middle) / 2
+    return balanced
+
+
+def _tightened(
+    rows: Sequence[Sequence[Cell]],
+    lower: Neighbours,
+    x: dict[Cell, float],
+    widths: Mapping[Cell, float],
+) -> dict[Cell, float]:
+    """Straight lines as near to the mean of what they are joined to as their rows leave room."""
+    lines = _straight(lower, x)
+    joined: dict[Cell, list[Cell]] = {cell: [] for cell in x}
+    for cell, ends in lower.items():
+        for end in ends:
+            joined[cell].append(end)
+            joined[end].append(cell)
+    room = _Room(rows, widths)
+    for _ in range(_NUM_SWEEPS):
+        for line in lines:
+            inside = set(line)
+            others = [x[end] for cell in line for end in joined[cell] if end not in inside]
+            wish = (fmean(others) if others else min(x.values())) - x[line[0]]
+            left = min(room.left(cell, x) for cell in line)
+            right = min(room.right(cell, x) for cell in line)
+            step = max(min(wish, right), -left)
+            x.update({cell: x[cell] + step for cell in line})
+    return x
+
+
+def _straight(lower: Neighbours, x: Mapping[Cell, float]) -> list[list[Cell]]:
+    """Cells that edges join and that stand exactly below each other."""
+    lines: dict[Cell, list[Cell]] = {cell: [cell] for cell in x}
+    for cell, ends in lower.items():
+        for end in ends:
+            if abs(x[cell] - x[end]) < 1e-6 and lines[cell] is not lines[end]:
+                lines[cell].extend(lines[end])
+                for moved in lines[end]:
+                    lines[moved] = lines[cell]
+    return list({id(line): line for line in lines.values()}.values())
+
+
+class _Room:
+    """How far a cell may go to either side before it comes too near to the next of its row."""
+
+    def __init__(self, rows: Sequence[Sequence[Cell]], widths: Mapping[Cell, float]) -> None:
+        self._before = {right: left for row in rows for left, right in pairwise(row)}
+        self._after = {left: right for right, left in self._before.items()}
+        self._widths = widths
+
+    def left(self, cell: Cell, x: Mapping[Cell, float]) -> float:
+        return self._between(self._before[cell], cell, x) if cell in self._before else inf
+
+    def right(self, cell: Cell, x: Mapping[Cell, float]) -> float:
+        return self._between(cell, self._after[cell], x) if cell in self._after else inf
+
+    def _between(self, left: Cell, right: Cell, x: Mapping[Cell, float]) -> float:
+        least = (self._widths[left] + self._widths[right]) / 2 + COLUMN_GAP
+        return max(x[right] - x[left] - least, 0.0)

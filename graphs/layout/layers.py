@@ -1,0 +1,182 @@
+"""A layered layout: boxes and labels in rows from top to bottom, edges as lines between rows.
+
+After Sugiyama, Tagawa, Toda (1981). A label is a cell of a row like a box, and so is an edge in a
+row that it crosses: the order and the distances of cells keep all of them apart.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from sagellm.graphs.layout.alignment import COLUMN_GAP
+from sagellm.graphs.layout.geometry import Box, Cell, Layout, Point, Route, Size
+from sagellm.graphs.layout.grid import Grid, grid
+from sagellm.graphs.layout.ports import Lines, lines, widest_bends
+from sagellm.graphs.layout.ranks import Band, Link
+
+MARGIN = 24.0
+LABEL_HEIGHT = 15.0
+FRAME_PADDING = 14.0
+LOOP_HEIGHT = 18.0
+HEAD_ROOM = 10.0  # straight into a box, and out of one, so that heads stand upright
+_BENDS = 12.0, 32.0  # the least and the greatest height of a bend
+
+
+def lay_out(sizes: Mapping[str, Size], links: Sequence[Link], bands: Sequence[Band] = ()) -> Layout:
+    """Place boxes of the given (width, height), the titles of bands among them.
+
+    No two boxes or labels touch, and no edge crosses one. A box is taller than given where its
+    loops need that.
+    """
+    sizes = _with_loops(sizes, links)
+    cells = grid(sizes, links, bands)
+    ways = lines(cells, sizes)
+    spans = _spans(cells, sizes, bands, widest_bends(cells, ways))
+    boxes = {name: _box(name, size, cells, spans) for name, size in sizes.items()}
+    _to_the_left(boxes, cells, bands)
+    drawn = _Drawn(cells, links, ways, spans, boxes)
+    frames = {band.title: drawn.frame(band) for band in bands}
+    return _in_view(boxes, frames, [drawn.route(number) for number in range(len(links))])
+
+
+def _with_loops(sizes: Mapping[str, Size], links: Sequence[Link]) -> dict[str, Size]:
+    num_loops = Counter(link.source for link in links if link.is_loop)
+    return {
+        name: (width, max(height, num_loops[name] * LOOP_HEIGHT))
+        for name, (width, height) in sizes.items()
+    }
+
+
+def _spans(
+    cells: Grid, sizes: Mapping[str, Size], bands: Sequence[Band], bends: Sequence[float]
+) -> list[Point]:
+    """Top and bottom of each row."""
+    label_rows = set(cells.labels.values())
+    opening = {cells.row_of[band.title] for band in bands}
+    closing = {max(cells.row_of[name] for name in band.members) for band in bands}
+    top, spans = MARGIN, []
+    for number, row in enumerate(cells.rows):
+        heights = (sizes[cell][1] for cell in row if isinstance(cell, str))
+        bottom = top + (LABEL_HEIGHT if number in label_rows else max(heights, default=0.0))
+        spans.append((top, bottom))
+        heads = (number not in label_rows) + (number + 1 not in label_rows)
+        around = (number in closing) + (number + 1 in opening)
+        bend = min(max(bends[number] / 7, _BENDS[0]), _BENDS[1])
+        top = bottom + bend + heads * HEAD_ROOM + around * FRAME_PADDING
+    return spans
+
+
+def _box(name: str, size: Size, cells: Grid, spans: Sequence[Point]) -> Box:
+    """In the middle of its row's height."""
+    width, height = size
+    middle = sum(spans[cells.row_of[name]]) / 2
+    return Box(cells.centres[name] - width / 2, middle - height / 2, width, height)
+
+
+def _to_the_left(boxes: dict[str, Box], cells: Grid, bands: Sequence[Band]) -> None:
+    """Titles stand at the left of their frames, or left of the edges that pass there."""
+    for band in bands:
+        title, row = boxes[band.title], cells.rows[cells.row_of[band.title]]
+        room = [
+            cells.centres[cell] - cells.widths[cell] / 2 - COLUMN_GAP - title.width
+            for cell in row[1:2]
+        ]
+        left = min([*room, *(boxes[name].x for name in band.members)])
+        boxes[band.title] = title.moved(left - title.x, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class _Drawn:
+    """All that the way of an edge depends on."""
+
+    cells: Grid
+    links: Sequence[Link]
+    ways: Lines
+    spans: Sequence[Point]
+    boxes: Mapping[str, Box]
+
+    def frame(self, band: Band) -> Box:
+        """Around the title, the members, and all labels and edges in their rows."""
+        held = [self.boxes[name] for name in (band.title, *band.members)]
+        top, bottom = min(box.y for box in held), max(box.bottom for box in held)
+        held += [Box(x, top, width, 0) for x, width in self._between(top, bottom)]
+        for number, link in enumerate(self.links):
+            if link.is_loop and link.source in band.members:
+                held += _covered([self._loop(number)])
+        x, right = min(box.x for box in held), max(box.right for box in held)
+        pad = FRAME_PADDING
+        return Box(x - pad, top - pad / 2, right - x + 2 * pad, bottom - top + 1.5 * pad)
+
+    def _between(self, top: float, bottom: float) -> Iterator[Point]:
+        """Left ends and widths of all edges and labels that rows between those heights hold."""
+        for number, thread in enumerate(self.cells.threads):
+            for cell, x in zip(thread, self.ways[number], strict=True):
+                if isinstance(cell, tuple) and top <= self.spans[cell[1]][0] <= bottom:
+                    width = self.links[number].label_width if self.cells.is_label(cell) else 0.0
+                    yield x - width / 2, width
+
+    def route(self, number: int) -> Route:
+        link, thread = self.links[number], self.cells.threads[number]
+        if link.is_loop:
+            return self._loop(number)
+        strokes: list[list[Point]] = [[]]
+        label = None
+        for cell, x in zip(thread, self.ways[number], strict=True):
+            before, after = self._passed(cell, x, is_first=cell == thread[0])
+            strokes[-1] += before
+            if self.cells.is_label(cell):
+                label = Box(x - link.label_width / 2, before[0][1], link.label_width, LABEL_HEIGHT)
+                strokes.append([])
+            strokes[-1] += after
+        if thread[0] != link.source:
+            strokes = [stroke[::-1] for stroke in reversed(strokes)]
+        return Route(tuple(tuple(dict.fromkeys(stroke)) for stroke in strokes), label)
+
+    def _passed(self, cell: Cell, x: float, *, is_first: bool) -> tuple[list[Point], list[Point]]:
+        """The points at the top and at the bottom of a row.
+
+        Of a box they are on one side only, with a straight way to the end of the row: others in the
+        row may be taller.
+        """
+        if not isinstance(cell, str):
+            top, bottom = self.spans[cell[1]]
+            return [(x, top)], [(x, bottom)]
+        top, bottom = self.spans[self.cells.row_of[cell]]
+        if is_first:
+            return [], [(x, self.boxes[cell].bottom), (x, bottom + HEAD_ROOM)]
+        return [(x, top - HEAD_ROOM), (x, self.boxes[cell].y)], []
+
+    def _loop(self, number: int) -> Route:
+        """Out at the right side of a box and back; loops of one box stand below each other."""
+        link, box = self.links[number], self.boxes[self.links[number].source]
+        mine = [n for n, one in enumerate(self.links) if one.is_loop and one.source == link.source]
+        room = box.height / len(mine)
+        middle, lane = box.y + room * (mine.index(number) + 0.5), box.right + COLUMN_GAP / 2
+        out, back = middle + room * 0.3, middle - room * 0.3
+        stroke = ((box.right, out), (lane, out), (lane, back), (box.right, back))
+        corner = lane + 5, middle - LABEL_HEIGHT / 2
+        label = Box(*corner, link.label_width, LABEL_HEIGHT) if link.label_width else None
+        return Route((stroke,), label)
+
+
+def _in_view(
+    boxes: Mapping[str, Box], frames: Mapping[str, Box], routes: Sequence[Route]
+) -> Layout:
+    """Everything moved so that nothing is left of the margin, or above it."""
+    held = [*boxes.values(), *frames.values(), *_covered(routes)]
+    dx = MARGIN - min((box.x for box in held), default=0.0)
+    dy = MARGIN - min((box.y for box in held), default=0.0)
+    return Layout(
+        {name: box.moved(dx, dy) for name, box in boxes.items()},
+        {name: box.moved(dx, dy) for name, box in frames.items()},
+        tuple(route.moved(dx, dy) for route in routes),
+        max((box.right for box in held), default=0.0) + dx + MARGIN,
+        max((box.bottom for box in held), default=0.0) + dy + MARGIN,
+    )
+
+
+def _covered(routes: Sequence[Route]) -> Iterator[Box]:
+    for route in routes:
+        yield from (Box(x, y, 0, 0) for stroke in route.strokes for x, y in stroke)
+        if route.label:
+            yield route.label

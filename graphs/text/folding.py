@@ -1,0 +1,167 @@
+"""Finds the layers of a kernel graph that repeat, and leaves one of them."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from sagellm.graphs.ir import Edge, FrozenMap, Graph, Node, Value
+
+_LAYER = re.compile(r"layer(\d+)_(.+)")
+_WEIGHT_LAYER = re.compile(r"\.(\d+)\.")
+
+
+@dataclass(frozen=True, slots=True)
+class Repeat:
+    """Layers `first` to `last`: `period` different layers, over and over."""
+
+    first: int
+    last: int
+    period: int = 1
+
+    @property
+    def count(self) -> int:
+        return (self.last - self.first + 1) // self.period
+
+    @property
+    def title(self) -> str:
+        if self.first == self.last:
+            return f"layer {self.first}"
+        several = f"{self.period} layers " if self.period > 1 else ""
+        return f"layers {self.first}-{self.last}: {several}x {self.count}"
+
+    @property
+    def shown(self) -> range:
+        """The layers that stand for all."""
+        return range(self.first, self.first + self.period)
+
+
+@dataclass(frozen=True, slots=True)
+class Folded:
+    """`graph` has of each repeat the layers that are shown; `members`: the names of their nodes."""
+
+    graph: Graph
+    members: Mapping[Repeat, tuple[str, ...]]
+
+
+def fold(graph: Graph, *, unfold: bool = False) -> Folded:
+    """Each repeat stands for all of its layers. `unfold`: each layer is a repeat of its own.
+
+    An edge that leaves a hidden layer for a node outside of its repeat leaves the shown layer; one
+    from a repeat to itself is left out.
+    """
+    layers = _layers(graph)
+    repeats = [Repeat(n, n) for n in sorted(layers)] if unfold else _repeats(graph, layers)
+    stand_in = _stand_ins(layers, repeats)
+    nodes = tuple(node for node in graph.nodes if stand_in.get(node.name, node.name) == node.name)
+    members = {
+        repeat: tuple(node.name for n in repeat.shown for node in layers[n]) for repeat in repeats
+    }
+    edges = tuple(_edges(graph, stand_in, layers, repeats))
+    return Folded(replace(graph, nodes=nodes, edges=edges), members)
+
+
+def layer_of(name: str) -> int | None:
+    """The number of the layer that a kernel is in, by its name."""
+    found = _LAYER.fullmatch(name)
+    return int(found[1]) if found else None
+
+
+def without_layer(name: str) -> str:
+    """`q_proj` of `layer0_q_proj`."""
+    found = _LAYER.fullmatch(name)
+    return found[2] if found else name
+
+
+def _layers(graph: Graph) -> dict[int, list[Node]]:
+    layers: dict[int, list[Node]] = {}
+    for node in graph.nodes if graph.dialect == "kernel" else ():
+        if (number := layer_of(node.name)) is not None:
+            layers.setdefault(number, []).append(node)
+    return layers
+
+
+def _repeats(graph: Graph, layers: Mapping[int, Sequence[Node]]) -> list[Repeat]:
+    """From the first layer on, whatever period covers most layers; the shortest of those."""
+    looks = {number: _look(graph, nodes, number) for number, nodes in layers.items()}
+    repeats: list[Repeat] = []
+    at, left = min(looks, default=0), len(looks)
+    while at in looks:
+        choices = (Repeat(at, _last(looks, at, p), p) for p in range(1, left // 2 + 1))
+        whole = max(choices, key=lambda one: one.last, default=Repeat(at, at))
+        repeats.append(whole)
+        left -= whole.last - at + 1
+        at = whole.last + 1
+    return [*repeats, *(Repeat(n, n) for n in looks if n >= at)]
+
+
+def _last(looks: Mapping[int, object], first: int, period: int) -> int:
+    """The last layer of a repeat that begins at `first`; `first` itself if it is none."""
+    end = first + period
+    while looks.get(end, end) == looks.get(end - period):
+        end += 1
+    count = (end - first) // period
+    return first + count * period - 1 if count > 1 or period == 1 else first
+
+
+def _look(graph: Graph, nodes: Sequence[Node], number: int) -> object:
+    """What equal layers share: kernels, options, and the edges between them."""
+    names = {node.name for node in nodes}
+    kernels = tuple((without_layer(n.name), n.op, _numberless(n.attrs, number)) for n in nodes)
+    inner = tuple(
+        (without_layer(edge.source), edge.outlet, without_layer(edge.target), edge.inlet, edge.type)
+        for name in sorted(names)
+        for edge in graph.inputs(name)
+        if edge.source in names
+    )
+    return kernels, frozenset(inner)
+
+
+def _numberless(value: Value, number: int) -> Value:
+    """The options of a kernel without the number of its layer."""
+    if isinstance(value, FrozenMap):
+        return FrozenMap(
+            (key, None if key == "layer" and item == number else _numberless(item, number))
+            for key, item in value.items()
+        )
+    if isinstance(value, tuple):
+        return tuple(_numberless(item, number) for item in value)
+    if isinstance(value, str):
+        return _WEIGHT_LAYER.sub(lambda m: ".*." if int(m[1]) == number else m[0], value)
+    return value
+
+
+def _stand_ins(layers: Mapping[int, Sequence[Node]], repeats: Sequence[Repeat]) -> dict[str, str]:
+    """Kernel -> the kernel of a shown layer that stands for it."""
+    return {
+        node.name: f"layer{repeat.first + (n - repeat.first) % repeat.period}_"
+        + without_layer(node.name)
+        for repeat in repeats
+        for n in range(repeat.first, repeat.last + 1)
+        for node in layers[n]
+    }
+
+
+def _edges(
+    graph: Graph,
+    stand_in: Mapping[str, str],
+    layers: Mapping[int, Sequence[Node]],
+    repeats: Sequence[Repeat],
+) -> Iterator[Edge]:
+    home = {
+        node.name: repeat
+        for repeat in repeats
+        for n in range(repeat.first, repeat.last + 1)
+        for node in layers[n]
+    }
+    seen: set[Edge] = set()
+    for edge in graph.edges:
+        source, target = (
+            stand_in.get(edge.source, edge.source),
+            stand_in.get(edge.target, edge.target),
+        )
+        moved = replace(edge, source=source, target=target)
+        is_shown = moved == edge
+        crosses = edge.source not in home or home[edge.source] is not home.get(edge.target)
+        if (is_shown or crosses) and moved not in seen:
+            seen.add(moved)
+            yield moved
