@@ -51,13 +51,18 @@ def fold(graph: Graph, *, unfold: bool = False) -> Folded:
     """
     layers = _layers(graph)
     repeats = [Repeat(n, n) for n in sorted(layers)] if unfold else _repeats(graph, layers)
-    stand_in = _stand_ins(layers, repeats)
-    nodes = tuple(node for node in graph.nodes if stand_in.get(node.name, node.name) == node.name)
+    home = {
+        node.name: repeat
+        for repeat in repeats
+        for number in range(repeat.first, repeat.last + 1)
+        for node in layers[number]
+    }
+    nodes = tuple(node for node in graph.nodes if _stand_in(node.name, home) == node.name)
     members = {
         repeat: tuple(node.name for n in repeat.shown for node in layers[n]) for repeat in repeats
     }
-    edges = tuple(_edges(graph, stand_in, layers, repeats))
-    return Folded(replace(graph, nodes=nodes, edges=edges), members)
+    shown = replace(graph, nodes=nodes, edges=tuple(_edges(graph, home)))
+    return Folded(shown, members)
 
 
 def layer_of(name: str) -> int | None:
@@ -130,38 +135,22 @@ def _numberless(value: Value, number: int) -> Value:
     return value
 
 
-def _stand_ins(layers: Mapping[int, Sequence[Node]], repeats: Sequence[Repeat]) -> dict[str, str]:
-    """Kernel -> the kernel of a shown layer that stands for it."""
-    return {
-        node.name: f"layer{repeat.first + (n - repeat.first) % repeat.period}_"
-        + without_layer(node.name)
-        for repeat in repeats
-        for n in range(repeat.first, repeat.last + 1)
-        for node in layers[n]
-    }
+def _stand_in(name: str, home: Mapping[str, Repeat]) -> str:
+    """The kernel of a shown layer that stands for this one; itself outside of layers."""
+    number = layer_of(name)
+    if name not in home or number is None:
+        return name
+    repeat = home[name]
+    shown = repeat.first + (number - repeat.first) % repeat.period
+    return f"layer{shown}_{without_layer(name)}"
 
 
-def _edges(
-    graph: Graph,
-    stand_in: Mapping[str, str],
-    layers: Mapping[int, Sequence[Node]],
-    repeats: Sequence[Repeat],
-) -> Iterator[Edge]:
-    home = {
-        node.name: repeat
-        for repeat in repeats
-        for n in range(repeat.first, repeat.last + 1)
-        for node in layers[n]
-    }
+def _edges(graph: Graph, home: Mapping[str, Repeat]) -> Iterator[Edge]:
     seen: set[Edge] = set()
     for edge in graph.edges:
-        source, target = (
-            stand_in.get(edge.source, edge.source),
-            stand_in.get(edge.target, edge.target),
-        )
+        source, target = _stand_in(edge.source, home), _stand_in(edge.target, home)
         moved = replace(edge, source=source, target=target)
-        is_shown = moved == edge
         crosses = edge.source not in home or home[edge.source] is not home.get(edge.target)
-        if (is_shown or crosses) and moved not in seen:
+        if (moved == edge or crosses) and moved not in seen:
             seen.add(moved)
             yield moved
