@@ -67,7 +67,8 @@ def test_an_interrupt_that_a_library_catches_ends_the_process_too(tmp_path: Path
     """As numpy and some of torch's imports do."""
     (tmp_path / "torch.py").write_text(
         "import os, signal\n"
-        "try:\n    os.kill(os.getpid(), signal.SIGINT)\n    exec('')\nexcept BaseException:\n    pass\n"
+        "try:\n    os.kill(os.getpid(), signal.SIGINT)\n    exec('')\n"
+        "except BaseException:\n    pass\n"
     )
     arguments = [sys.executable, "-m", "sagellm", "doctor"]
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
