@@ -1,6 +1,7 @@
 """The options of `sagellm serve`, and what they mean: addresses, keys, names, the graph."""
 
 import errno
+import os
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -232,9 +233,13 @@ def read_settings(
     limits: Sequence[str] = (),
 ) -> Settings:
     """Raises Failure for keys that are none, for an address that is open to all unasked, for TLS
-    that cannot be served, for limits that there are not, and for traces that cannot be sent.
+    that cannot be served, for limits that there are not, for traces that cannot be sent, and for
+    gateway processes where the system cannot watch them.
     """
     _check_tracing(watch)
+    if listen.gateways and not hasattr(os, "pidfd_open"):
+        cause = "gateway processes need Linux: they are watched by its means"
+        raise Failure(cause, "leave --gateways away: the process of the graph speaks HTTP then")
     check_tls(listen.tls_certificate, listen.tls_key)
     keys = user_keys(listen.api_key, config)
     if not keys and not listen.insecure and not is_loopback(listen.host):

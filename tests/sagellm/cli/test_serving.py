@@ -1,5 +1,6 @@
 """What the options of `sagellm serve` mean, and which are refused."""
 
+import os
 import sys
 
 import pytest
@@ -149,6 +150,13 @@ def test_traces_go_where_they_are_asked_to_go():
     watch = WatchOptions(otlp_endpoint="http://collector:4318", trace_sample=0.5)
     settings = read_settings(ListenOptions(), ("m",), watch)
     assert (settings.otlp_endpoint, settings.trace_sample) == ("http://collector:4318", 0.5)
+
+
+def test_gateway_processes_need_linux(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "pidfd_open")
+    with pytest.raises(Failure, match="gateway processes need Linux"):
+        read_settings(ListenOptions(gateways=2), ("m",))
+    read_settings(ListenOptions(), ("m",))
 
 
 def test_the_page_is_served_unless_it_is_switched_off() -> None:
