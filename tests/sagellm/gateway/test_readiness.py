@@ -57,9 +57,7 @@ async def test_a_refused_probe_is_tried_again(autojump_clock: MockClock) -> None
 
 
 async def test_a_probe_that_own_code_fails_names_the_operator() -> None:
-    end = replace(
-        last(reason="failed"), code=OPERATOR_FAILED, error="after: the function f raised E"
-    )
+    end = last(reason="failed", code=OPERATOR_FAILED, error="after: the function f raised E")
     async with watched(playing([end]), Health()) as readiness:
         assert readiness.reason.endswith("failed; after: the function f raised E")
 
