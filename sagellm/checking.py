@@ -1,6 +1,6 @@
 """Checks a graph against this machine and its models' configs; no weight is read."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from sagellm.runtime.cluster.options import EXECUTORS, processes_options
 from sagellm.runtime.engine.options import EngineOptionError, EngineOptions
 from sagellm.runtime.engine.sizing import engine_dtype, engine_facts, size
 from sagellm.runtime.engine.speculation.draft_folder import draft_folder
+from sagellm.runtime.models.fault import FolderWarning
 from sagellm.runtime.models.folder import ModelError, ModelFolder, resolve_model
 from sagellm.runtime.options import OptionError, read_options
 from sagellm.runtime.plan import build_operators
@@ -62,7 +63,7 @@ def check_graph(
         views = {name: engine.view for name, engine in engines.items()}
         found += check(graph, resolver.vocabulary, replace(facts, engines=views))
         found += _mixed_tokenizers(engines)
-        _warn({engine.folder.name: engine.folder for engine in engines.values()})
+        log_warnings(found for engine in engines.values() for found in engine.folder.warnings)
     if not found:
         found = _mistaken_executor(graph)
     if not found:
@@ -142,11 +143,10 @@ class _Engine:
     folder: ModelFolder
 
 
-def _warn(folders: Mapping[str, ModelFolder]) -> None:
-    """Log what may surprise in the folders of models, by their names."""
-    for name, folder in folders.items():
-        for warning in folder.warnings:
-            LOG.warning(warning.event, model=name, cause=warning.cause, fix=warning.fix)
+def log_warnings(warnings: Iterable[FolderWarning]) -> None:
+    """Log what may surprise in the folders of models, each once."""
+    for warning in dict.fromkeys(warnings):
+        LOG.warning(warning.event, model=warning.model, cause=warning.cause, fix=warning.fix)
 
 
 def _mixed_tokenizers(engines: Mapping[str, _Engine]) -> tuple[Diagnostic, ...]:

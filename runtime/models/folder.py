@@ -17,7 +17,7 @@ from sagellm.runtime.models.contents import (
     check_weights,
     refuse_file,
 )
-from sagellm.runtime.models.fault import ModelError
+from sagellm.runtime.models.fault import FolderWarning, ModelError
 from sagellm.runtime.models.files import StoredTensor, read_header, read_json
 from sagellm.runtime.models.fit import Stored, check_fit
 from sagellm.runtime.models.hub import HubError, download
@@ -45,15 +45,6 @@ NULL_FACTS = ModelFacts(
     eos_token_ids=(),
     num_parameters=0,
 )
-
-
-@dataclass(frozen=True, slots=True)
-class FolderWarning:
-    """Something about a folder that may surprise: the event of the log, what it is, what to do."""
-
-    event: str
-    cause: str
-    fix: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,14 +109,15 @@ def open_folder(name: str, path: Path) -> ModelFolder:
         config,
         _eos(name, path, model_facts),
         _hash(name, path, config),
-        tuple(_warnings(unread, is_untied=config is not said)),
+        tuple(_warnings(name, unread, is_untied=config is not said)),
     )
 
 
-def _warnings(unread: tuple[str, ...], *, is_untied: bool) -> Iterator[FolderWarning]:
+def _warnings(name: str, unread: tuple[str, ...], *, is_untied: bool) -> Iterator[FolderWarning]:
     if is_untied:
         yield FolderWarning(
             "model_not_tied",
+            name,
             f"lm_head.weight differs from the embeddings, and {CONFIG} ties them: both are used",
             f"set {TIE} to false in {CONFIG}",
         )
@@ -134,6 +126,7 @@ def _warnings(unread: tuple[str, ...], *, is_untied: bool) -> Iterator[FolderWar
         more = f" and {len(unread) - _NUM_SHOWN} more" if len(unread) > _NUM_SHOWN else ""
         yield FolderWarning(
             "model_tensors_unread",
+            name,
             f"this architecture does not read {shown}{more}",
             "compare answers with those of another engine, or remove these tensors",
         )
