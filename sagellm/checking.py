@@ -63,7 +63,7 @@ def check_graph(
         views = {name: engine.view for name, engine in engines.items()}
         found += check(graph, resolver.vocabulary, replace(facts, engines=views))
         found += _mixed_tokenizers(engines)
-        log_warnings(found for engine in engines.values() for found in engine.folder.warnings)
+        log_warnings(warning for engine in engines.values() for warning in engine.warnings)
     if not found:
         found = _mistaken_executor(graph)
     if not found:
@@ -137,10 +137,15 @@ def _unbuildable(
 
 @dataclass(frozen=True, slots=True)
 class _Engine:
-    """An engine that can be opened: what the checks may know of it, and its model."""
+    """An engine that can be opened: what the checks may know of it, its model, its draft model."""
 
     view: EngineFactsView
     folder: ModelFolder
+    draft: ModelFolder | None
+
+    @property
+    def warnings(self) -> tuple[FolderWarning, ...]:
+        return (*self.folder.warnings, *(self.draft.warnings if self.draft else ()))
 
 
 def log_warnings(warnings: Iterable[FolderWarning]) -> None:
@@ -203,7 +208,7 @@ def _engine(options: EngineOptions) -> _Engine:
         hint = f"did you mean {close}?" if close else "see `sagellm doctor`"
         raise EngineOptionError(f"device: {options.device!r} is not built; {hint}")
     folder = resolve_model(options.model)
-    draft_folder(options, folder)
+    draft = draft_folder(options, folder)
     memory_bytes = 1 << 40 if options.is_null else psutil.virtual_memory().available
     sizing = size(options, folder.facts, memory_bytes)
     facts = engine_facts(options, folder, sizing)
@@ -220,4 +225,4 @@ def _engine(options: EngineOptions) -> _Engine:
         replicas=options.replicas,
         capabilities=facts.capabilities,
     )
-    return _Engine(view, folder)
+    return _Engine(view, folder, draft)

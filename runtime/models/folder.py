@@ -166,7 +166,8 @@ def _download(name: str) -> Path:
     try:
         return download(name)
     except HubError as error:
-        raise ModelError(f"model {name}: {error.cause}", error.fix) from error
+        of_folder = "there is no such folder, and " if Path(name).parent.is_dir() else ""
+        raise ModelError(f"model {name}: {of_folder}{error.cause}", error.fix) from error
 
 
 def _is_path(name: str) -> bool:

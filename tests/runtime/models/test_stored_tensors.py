@@ -134,11 +134,18 @@ def test_a_head_that_differs_from_tied_embeddings_is_used_as_transformers_does(
     assert [warning.event for warning in found.warnings] == ["model_not_tied"]
 
 
+@pytest.mark.parametrize(
+    "options",
+    [("pd", "--model", "FOLDER"), ("FOLDER",), ("MADE", "--set", "g.draft_model=FOLDER")],
+    ids=["two engines", "a model", "a draft model"],
+)
 def test_a_warning_is_one_line_however_many_engines_have_the_model(
-    folder: Path, capsys: pytest.CaptureFixture[str]
+    options: tuple[str, ...], made: Path, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     add(folder, **{"something.weight": ONE})
-    assert main(["graph", "check", "pd", "--model", str(folder)]) == 0
+    named = [one.replace("FOLDER", str(folder)).replace("MADE", str(made)) for one in options]
+    draft = ["--set", "g.speculation=draft"] if "MADE" in options else []
+    assert main(["graph", "check", *named, *draft]) == 0
     (line,) = capsys.readouterr().err.splitlines()
     said = json.loads(line)
     assert (said["event"], said["level"]) == ("model_tensors_unread", "warning")
