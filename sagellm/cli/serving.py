@@ -12,24 +12,19 @@ from typing import Annotated, Any, Literal, TypeVar
 from cyclopts import Parameter
 from cyclopts.validators import Number
 
-from sagellm.builder import Graph, shipped
+from sagellm.builder import Graph
 from sagellm.cli.config_file import Config, read_limits
 from sagellm.cli.failure import RESOURCES, Failure
-from sagellm.cli.named import load_graph, no_graph, shipped_names
 from sagellm.cli.secrets import admin_key, check_tls, salt_key, user_keys
 from sagellm.cli.setting import Given
 from sagellm.gateway.server.front import server_class
 from sagellm.gateway.server.listen import bind, is_loopback
 from sagellm.gateway.settings import GRAPH_ALONE, Budget, Limits, Settings, Streaming
 from sagellm.graphs.ir import FrozenMap
-from sagellm.graphs.vocabulary import nearest
 from sagellm.logs import LEVELS, own_logs
 from sagellm.opening import OpenGraph
-from sagellm.runtime.models.folder import BUILT_IN
 from sagellm.tracing import TracingError, check_tracing
 
-DEFAULT_GRAPH = "joint"
-NULL = "null"  # a model without weights, for device null
 LogLevel = Literal["debug", "info", "warning", "error"]
 S = TypeVar("S", Limits, Streaming, Budget)
 LogFormat = Literal["text", "json"]
@@ -172,32 +167,6 @@ def logs_of(watch: WatchOptions, settings: Settings) -> AbstractContextManager[N
     known = (*settings.api_keys.values(), settings.admin_key or "")
     level, form = LEVELS[watch.log_level], watch.log_format
     return own_logs(level, key=settings.salt_key, known=known, form=form)
-
-
-def choose_graph(
-    name: str, model: str | None, imports: tuple[str, ...] = ()
-) -> tuple[Graph, str | None]:
-    """The graph, and the model of its engines where one is chosen. Raises Failure, GraphError."""
-    if shipped(name).is_file():
-        return load_graph(name, imports), model
-    if Path(name).suffix in (".yaml", ".yml"):
-        raise no_graph(name)
-    if model is not None:
-        cause = f"{name} is no graph, and --model names the model of a graph"
-        raise Failure(cause, "give one of them, or a graph file and --model")
-    _check_model_name(name)
-    return load_graph(DEFAULT_GRAPH, imports), name
-
-
-def _check_model_name(name: str) -> None:
-    """Raise Failure for a plain word that is neither built in nor a folder: a slip, as a rule."""
-    if "/" in name or name in (*BUILT_IN, NULL) or Path(name).exists():
-        return
-    graphs, models = shipped_names(), tuple(BUILT_IN)
-    close = nearest(name, (*graphs, *models))
-    listed = f"graphs: {', '.join(graphs)}, a file; models: {', '.join(models)}, a folder, a Hub id"
-    fix = f"did you mean {close}?" if close else listed
-    raise Failure("there is no graph and no model of that name", fix, name)
 
 
 def overrides(graph: Graph | OpenGraph, served: ModelOptions) -> dict[str, object]:

@@ -11,7 +11,6 @@ from sagellm import Graph, Sampling
 from sagellm.backends.progress import silent
 from sagellm.checking import check_graph
 from sagellm.cli import main
-from sagellm.cli.named import shipped_names
 from sagellm.graphs.diagnostics import GraphError
 from sagellm.graphs.text.codec import from_json, from_msgpack, to_json, to_msgpack
 from sagellm.graphs.text.yaml import Document, dump, load
@@ -20,6 +19,7 @@ from sagellm.operators.policies import POLICIES
 from sagellm.operators.routing import STRATEGIES
 from sagellm.registering import RESOLVER
 from sagellm.runtime.registry import FUNCTIONS
+from sagellm.shipped import shipped_names
 from sagellm.worker import open_engine
 
 GRAPH = """\

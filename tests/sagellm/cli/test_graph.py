@@ -5,8 +5,7 @@ from xml.etree import ElementTree
 import pytest
 
 from sagellm.cli import main
-from sagellm.cli.graph import is_model
-from sagellm.cli.named import shipped_names
+from sagellm.shipped import shipped_names
 
 WRONG = """\
 sagellm: 1
@@ -118,7 +117,7 @@ def test_after_a_pass_engines_show_their_one_body(capsys: pytest.CaptureFixture[
         (["pd", "--node", "prefil"], "did you mean prefill?"),
         (["pd", "--node", "sort"], "has no engine"),
         (["sage-tiny", "--node", "prefill"], "this is a model"),
-        (["sage-tny"], "no such graph"),
+        (["sage-tny"], "did you mean sage-tiny?"),
     ],
 )
 def test_what_is_not_there_is_said_with_what_is(
@@ -126,8 +125,3 @@ def test_what_is_not_there_is_said_with_what_is(
 ) -> None:
     assert main(["graph", "show", *argv]) == 2
     assert cause in capsys.readouterr().err
-
-
-def test_names_are_told_apart(tmp_path: Path) -> None:
-    assert all(is_model(name) for name in ("sage-tiny", str(tmp_path), "owner/name"))
-    assert not any(is_model(name) for name in ("pd", "graphs/pd.yaml", "no/such.yaml", "pdd"))
