@@ -167,6 +167,7 @@ FIRST = (
     Step('sagellm run pd --prompt "What is 23 + 45?" --chat', 0, ("68",)),
     Step("sagellm graph check pd", 0, ()),
     Step("sagellm graph show pd", 0, ("prefill",)),
+    Step('sagellm run sage-tiny --prompt "What is 23 + 45?" --chat', 0, ("68",)),
     Step("sagellm graph check map", 0, ()),
     Step('sagellm run map --prompt "What is 23 + 45?" --chat', 0, ("68",)),
     Step("sagellm graph check own.yaml", 0, ()),
