@@ -15,6 +15,7 @@ def command() -> int:
 
     After an interrupt, a thread that still imports or loads is not waited for.
     """
+    _load()
     code = main()
     if code == INTERRUPTED and threading.active_count() > 1:
         for stream in (sys.stdout, sys.stderr):
@@ -22,6 +23,18 @@ def command() -> int:
                 stream.flush()
         os._exit(code)
     return code
+
+
+def _load() -> None:
+    """Import what the command needs. Nothing is open yet, so that Ctrl-C may end the process here.
+
+    A KeyboardInterrupt would not do: some libraries catch it while they are imported.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _leave_with_a_word)
+    import_module("sagellm.cli").load(sys.argv[1:])
+    signal.signal(signal.SIGINT, before)
 
 
 def main() -> int:
@@ -35,6 +48,11 @@ def main() -> int:
         code = INTERRUPTED
     signal.signal(signal.SIGINT, _leave)  # while threads and libraries end
     return code
+
+
+def _leave_with_a_word(*_: object) -> None:
+    os.write(2, b"error: interrupted\n")
+    os._exit(INTERRUPTED)
 
 
 def _leave(*_: object) -> None:

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Union
 
-from sagellm import graphs
 from sagellm.graphs.ir import SINK, SOURCE, Edge, FrozenMap, Node, freeze
 from sagellm.graphs.ir import Graph as FrozenGraph
 from sagellm.graphs.text import yaml
@@ -20,6 +19,7 @@ from sagellm.opening import HOW_TO_OPEN, OpenGraph
 from sagellm.own_code import import_all
 from sagellm.registering import RESOLVER
 from sagellm.runtime.registry import FUNCTIONS
+from sagellm.shipped import graph_file, hint
 
 _NUMBERS = itertools.count(1)  # for functions that have no name of their own
 
@@ -91,11 +91,12 @@ class Graph:
         cls, path: str | Path, functions: Mapping[str, Callable[..., Any]] | None = None
     ) -> "Graph":
         """Read a YAML file, or a shipped graph by its name, and import what its key `imports`
-        names. `functions` go before registered ones of the same name.
+        names. `functions` go before registered ones of the same name. A text that names a shipped
+        graph (`pd`) never means a file; a `Path` always does.
 
         Raises GraphError, and FileNotFoundError that says which graphs there are.
         """
-        file = shipped(path)
+        file = graph_file(path)
         if not file.exists():
             raise _no_graph(path)
         document = yaml.load_file(file)
@@ -258,16 +259,4 @@ def _is_wrapper(function: Callable[..., Any]) -> bool:
 
 def _no_graph(path: str | Path) -> FileNotFoundError:
     """Says what graphs there are."""
-    names = sorted(file.stem for file in Path(graphs.__file__).parent.glob("*.yaml"))
-    close = nearest(Path(path).stem, names) if len(Path(path).parts) == 1 else None
-    hint = f"did you mean {close}?" if close else f"give a file, or one of {', '.join(names)}"
-    return FileNotFoundError(errno.ENOENT, f"no such graph ({hint})", str(path))
-
-
-def shipped(path: str | Path) -> Path:
-    """A file as it is given, or else the shipped graph of that name (`pd`, `graphs/pd.yaml`)."""
-    given = Path(path)
-    if given.exists():
-        return given
-    packaged = Path(graphs.__file__).parent / f"{given.stem}.yaml"
-    return packaged if packaged.exists() else given
+    return FileNotFoundError(errno.ENOENT, f"no such graph ({hint(str(path))})", str(path))

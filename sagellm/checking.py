@@ -1,7 +1,7 @@
 """Checks a graph against this machine and its models' configs; no weight is read."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import psutil
@@ -10,6 +10,7 @@ from sagellm.backends import list_available_backends
 from sagellm.graphs.check import EngineFactsView, Facts, check, locate
 from sagellm.graphs.diagnostics import VALUE, Diagnostic, GraphError
 from sagellm.graphs.ir import FrozenMap, Graph
+from sagellm.graphs.log import get_logger
 from sagellm.graphs.models import UnsupportedModel
 from sagellm.graphs.text.yaml import Document
 from sagellm.graphs.vocabulary import nearest
@@ -20,11 +21,14 @@ from sagellm.runtime.cluster.options import EXECUTORS, processes_options
 from sagellm.runtime.engine.options import EngineOptionError, EngineOptions
 from sagellm.runtime.engine.sizing import engine_dtype, engine_facts, size
 from sagellm.runtime.engine.speculation.draft_folder import draft_folder
-from sagellm.runtime.models.folder import ModelError, resolve_model
+from sagellm.runtime.models.fault import FolderWarning
+from sagellm.runtime.models.folder import ModelError, ModelFolder, resolve_model
 from sagellm.runtime.options import OptionError, read_options
 from sagellm.runtime.plan import build_operators
 from sagellm.runtime.registry import BrokenEntryPoint
 from sagellm.runtime.resolver import Resolver
+
+LOG = get_logger("sagellm.models")
 
 
 def check_graph(
@@ -38,7 +42,7 @@ def check_graph(
 
     `functions` None: which functions will be registered is not known, and not checked. Nothing
     that `imports` names is imported. Models are looked up, and fetched where they are not here,
-    only for a graph that makes sense without them.
+    only for a graph that makes sense without them. What may surprise in their folders is logged.
     """
     graph = override(document.graph, overrides or {}, model)
     facts = Facts(
@@ -52,12 +56,14 @@ def check_graph(
     found = check(graph, resolver.vocabulary, facts)
     if not found:
         given = _given_models(graph, overrides or {}, model)
-        views = {name: _view(name, graph, given.get(name, "")) for name in graph.engines}
-        known = {name: view for name, view in views.items() if isinstance(view, EngineFactsView)}
-        mistaken = [view for view in views.values() if isinstance(view, Diagnostic)]
+        looked = {name: _look(name, graph, given.get(name, "")) for name in graph.engines}
+        engines = {name: one for name, one in looked.items() if isinstance(one, _Engine)}
+        mistaken = [one for one in looked.values() if isinstance(one, Diagnostic)]
         found = tuple(dict.fromkeys(mistaken))  # engines that share a model share its mistake
-        found += check(graph, resolver.vocabulary, replace(facts, engines=known))
-        found += _mixed_tokenizers(graph, views)
+        views = {name: engine.view for name, engine in engines.items()}
+        found += check(graph, resolver.vocabulary, replace(facts, engines=views))
+        found += _mixed_tokenizers(engines)
+        log_warnings(warning for engine in engines.values() for warning in engine.warnings)
     if not found:
         found = _mistaken_executor(graph)
     if not found:
@@ -129,16 +135,30 @@ def _unbuildable(
     return ()
 
 
-def _mixed_tokenizers(
-    graph: Graph, views: Mapping[str, EngineFactsView | Diagnostic]
-) -> tuple[Diagnostic, ...]:
+@dataclass(frozen=True, slots=True)
+class _Engine:
+    """An engine that can be opened: what the checks may know of it, its model, its draft model."""
+
+    view: EngineFactsView
+    folder: ModelFolder
+    draft: ModelFolder | None
+
+    @property
+    def warnings(self) -> tuple[FolderWarning, ...]:
+        return (*self.folder.warnings, *(self.draft.warnings if self.draft else ()))
+
+
+def log_warnings(warnings: Iterable[FolderWarning]) -> None:
+    """Log what may surprise in the folders of models, each once."""
+    for warning in dict.fromkeys(warnings):
+        LOG.warning(warning.event, model=warning.model, cause=warning.cause, fix=warning.fix)
+
+
+def _mixed_tokenizers(engines: Mapping[str, _Engine]) -> tuple[Diagnostic, ...]:
     """Engines that read the same token ids as different text; a request is encoded once."""
     seen: dict[str, str] = {}
-    for name, view in views.items():
-        values = graph.engines[name]
-        if isinstance(view, EngineFactsView) and isinstance(values, FrozenMap):
-            folder = resolve_model(read_options(EngineOptions, values).model)
-            seen.setdefault(folder.tokenizer_hash, name)
+    for name, engine in engines.items():
+        seen.setdefault(engine.folder.tokenizer_hash, name)
     if len(seen) < 2:
         return ()
     first, other, *_ = seen.values()
@@ -158,15 +178,15 @@ def _given_models(graph: Graph, overrides: Mapping[str, Any], model: str | None)
     }
 
 
-def _view(name: str, graph: Graph, given: str) -> EngineFactsView | Diagnostic:
-    """What the checks may know of an engine, or why it cannot be opened.
+def _look(name: str, graph: Graph, given: str) -> _Engine | Diagnostic:
+    """An engine that can be opened, or why it cannot be.
 
     `given`: how the user chose its model, where that is not in the graph's text.
     """
     values = graph.engines[name]
     try:
         options = read_options(EngineOptions, values if isinstance(values, FrozenMap) else {})
-        return engine_view(options)
+        return _engine(options)
     except ModelError as error:
         return _bad_model(name, given, error.cause, error.fix)
     except UnsupportedModel as error:
@@ -181,18 +201,18 @@ def _bad_model(name: str, given: str, cause: str, fix: str) -> Diagnostic:
     return Diagnostic("bad-engine", ("engines", name), f"engine {name}: {cause}", fix or None)
 
 
-def engine_view(options: EngineOptions) -> EngineFactsView:
+def _engine(options: EngineOptions) -> _Engine:
     """Raises EngineOptionError, ModelError, UnsupportedModel."""
     if options.device not in list_available_backends():
         close = nearest(options.device, list_available_backends())
         hint = f"did you mean {close}?" if close else "see `sagellm doctor`"
         raise EngineOptionError(f"device: {options.device!r} is not built; {hint}")
     folder = resolve_model(options.model)
-    draft_folder(options, folder)
+    draft = draft_folder(options, folder)
     memory_bytes = 1 << 40 if options.is_null else psutil.virtual_memory().available
     sizing = size(options, folder.facts, memory_bytes)
     facts = engine_facts(options, folder, sizing)
-    return EngineFactsView(
+    view = EngineFactsView(
         model_hash=facts.model_hash,
         dtype=engine_dtype(options, folder.facts),
         quantization=options.quantization or "none",
@@ -205,3 +225,4 @@ def engine_view(options: EngineOptions) -> EngineFactsView:
         replicas=options.replicas,
         capabilities=facts.capabilities,
     )
+    return _Engine(view, folder, draft)

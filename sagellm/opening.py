@@ -12,7 +12,7 @@ import trio
 
 from sagellm.backends.progress import Progress, silent
 from sagellm.bridge import AsyncioSession, BlockingSession, Bridge
-from sagellm.checking import check_graph
+from sagellm.checking import check_graph, log_warnings
 from sagellm.engines import load_tokenizer_of, open_engines
 from sagellm.graphs.ir import Graph
 from sagellm.graphs.text.yaml import Document
@@ -165,6 +165,7 @@ async def open_session(recipe: Recipe) -> AsyncIterator[Session]:
         recipe.document, recipe.resolver, recipe.functions, recipe.overrides, recipe.model
     )
     tokenizer = load_tokenizer_of(graph)
+    log_warnings(tokenizer.warnings)
     async with _unwrapped(), trio.open_nursery() as nursery:
         processes = processes_options(graph)
         engines, supervisor = await _engines(graph, processes, nursery, recipe)

@@ -14,8 +14,8 @@ _DOWNLOAD = "give the folder that holds config.json, tokenizer.json and *.safete
 
 
 def is_model_file(path: Path) -> bool:
-    """Whether a file holds weights, by its name."""
-    return path.suffix.lower() in _MODEL_FILES
+    """Whether a file holds weights, or a model's configuration, by its name."""
+    return path.name == CONFIG or path.suffix.lower() in _MODEL_FILES
 
 
 def refuse_file(name: str, path: Path) -> ModelError:

@@ -1,4 +1,6 @@
-"""The error of a model that cannot be found or loaded."""
+"""What is wrong with a model: the error where it cannot be loaded, the warning where it can."""
+
+from dataclasses import dataclass
 
 
 class ModelError(ValueError):
@@ -11,3 +13,13 @@ class ModelError(ValueError):
         self.cause = cause
         self.fix = fix
         super().__init__(f"{cause}; {fix}" if fix else cause)
+
+
+@dataclass(frozen=True, slots=True)
+class FolderWarning:
+    """What may surprise in a folder: the event of the log, the model, what it is, what to do."""
+
+    event: str
+    model: str
+    cause: str
+    fix: str

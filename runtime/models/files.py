@@ -22,10 +22,15 @@ GGUF_FIX = (
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """One tensor of a safetensors file: dtype as the format spells it (BF16), and shape."""
+    """One tensor of a safetensors file: dtype as the format spells it (BF16), shape, and where its
+    bytes are in the file of that name.
+    """
 
     dtype: str
     shape: tuple[int, ...]
+    file: str
+    begin: int
+    num_bytes: int
 
 
 class _Entry(msgspec.Struct):
@@ -103,11 +108,16 @@ def read_header(name: str, path: Path) -> dict[str, StoredTensor]:
     Raises ModelError where the file is something else, is damaged, or ends too early.
     """
     try:
-        entries = _entries(name, path)
+        length, entries = _entries(name, path)
     except OSError as error:
         raise _unreadable(name, path, error) from None
-    _check_length(name, path, entries)
-    return {key: StoredTensor(entry.dtype, entry.shape) for key, entry in entries[1].items()}
+    data = _LENGTH_BYTES + length
+    _check_length(name, path, data, entries)
+    found = {}
+    for key, entry in entries.items():
+        begin, end = entry.data_offsets
+        found[key] = StoredTensor(entry.dtype, entry.shape, path.name, data + begin, end - begin)
+    return found
 
 
 def _entries(name: str, path: Path) -> tuple[int, dict[str, _Entry]]:
@@ -135,10 +145,9 @@ def _no_header(name: str, path: Path) -> ModelError:
     return ModelError(cause, "download it again")
 
 
-def _check_length(name: str, path: Path, header: tuple[int, dict[str, _Entry]]) -> None:
-    length, entries = header
-    ends = (entry.data_offsets[1] for entry in entries.values())
-    promised = _LENGTH_BYTES + length + max(ends, default=0)
+def _check_length(name: str, path: Path, data: int, entries: dict[str, _Entry]) -> None:
+    """`data`: where the tensors begin in the file."""
+    promised = data + max((entry.data_offsets[1] for entry in entries.values()), default=0)
     found = path.stat().st_size
     if found < promised:
         raise _cut_off(name, path, promised, "tensors")

@@ -4,7 +4,7 @@ What is found here is found by headers, before a weight is read.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from sagellm.graphs.kernels.weights import Shape, linear_weights, weight_shapes
@@ -20,11 +20,22 @@ _WORD_BITS = 32
 _QUANTISED = ".qweight"
 _PARTS = (_QUANTISED, ".qzeros", ".scales")
 _SETTINGS = "quantization_config"
+HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
 
-# Stored in many folders, and without a say in the result.
-_HARMLESS = re.compile(r"rotary_emb\.|\.(k|v)_scale$|\.attn\.(masked_)?bias$")
-# Of a decoder; other heads (`score`, `v_head`) leave its logits as they are.
-_DECODER = ("model.", "lm_head.")
+# Stored in many folders, and known not to change a logit: buffers, scales of a quantised KV cache,
+# copies of the embeddings, and whole modules that text does not go through.
+_HARMLESS = re.compile(
+    r"""
+    (^|\.) rotary_emb \. | (^|\.) position_ids $ | \. (self_)? attn \. (masked_)? bias $
+    | \. [kv]_scale $ | (^|\.) embed_tokens \. weight $
+    | ^ (model\.)? (vision | visual | image_ | audio_ | multi_modal_ | mm_ | mtp | medusa) [\w]* \.
+    | ^ (model\.)? (score | classifier | qa_outputs | (v | value | reward) _head) \.
+    """,
+    re.VERBOSE,
+)
+# What changes the result where it is stored with a module of the decoder.
+_PARAMETER = re.compile(r"(\.(weight|bias)|scale|zero|absmax|quant|lora)[\w.]*$")
+_LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 
 _FIX = "give the folder the config.json that these weights were saved with, or download it again"
 
@@ -38,20 +49,26 @@ class Stored:
     tensors: Mapping[str, StoredTensor]
 
 
-def check_fit(stored: Stored) -> None:
-    """Raise ModelError with the tensors that are missing, misshapen, or that nothing would read."""
+def check_fit(stored: Stored) -> tuple[str, ...]:
+    """The tensors that nothing reads and that are not known to be harmless.
+
+    Raises ModelError with the tensors that are missing, misshapen, or that would have to be read
+    for right answers.
+    """
     quantisation = stored_quantisation(stored.config)
     _check_quantisation(stored, quantisation)
     graph = build(stored.config)
     shapes, linears = weight_shapes(graph), linear_weights(graph)
     wanted = _as_stored(shapes, linears, stored.tensors, quantisation)
+    unread = tuple(_unread(wanted, stored))
     mistakes = [
         *_missing(wanted, stored.tensors),
         *_misshapen(wanted, stored.tensors),
-        *_unread(wanted, stored),
+        *_needed(unread, wanted, stored),
     ]
     if mistakes:
         raise ModelError(f"model {stored.name}: {_listed(mistakes)}", _FIX)
+    return unread
 
 
 def _check_quantisation(stored: Stored, said: StoredQuantisation | None) -> None:
@@ -126,14 +143,34 @@ def _misshapen(
 
 
 def _unread(wanted: Mapping[str, Shape | None], stored: Stored) -> Iterator[str]:
-    """Tensors of the decoder that would be left out of the computation."""
     tied = bool(stored.config.get("tie_word_embeddings"))
-    for name, found in stored.tensors.items():
-        if name in wanted or not name.startswith(_DECODER) or _HARMLESS.search(name):
-            continue
-        if (name == "lm_head.weight" and tied) or _belongs_to_packed(name, stored.tensors):
-            continue
-        yield f"tensor {name} {list(found.shape)} has no place in this architecture"
+    for name in stored.tensors:
+        is_known = _HARMLESS.search(name) or _belongs_to_packed(name, stored.tensors)
+        if name not in wanted and not is_known and not (name == HEAD and tied):
+            yield name
+
+
+def _needed(
+    unread: Iterable[str], wanted: Mapping[str, Shape | None], stored: Stored
+) -> Iterator[str]:
+    """Tensors of the decoder that would be left out of the computation, and whole layers."""
+    modules = {name.rpartition(".")[0] for name in (*wanted, HEAD)}
+    num_layers = len({found[0] for name in wanted if (found := _LAYER.match(name))})
+    further: dict[int, str] = {}
+    for name in unread:
+        layer = _LAYER.match(name)
+        if layer and int(layer[1]) >= num_layers:
+            further.setdefault(int(layer[1]), name)
+        elif _PARAMETER.search(name) and (layer or _is_inside(name, modules)):
+            shape = list(stored.tensors[name].shape)
+            yield f"tensor {name} {shape} has no place in this architecture"
+    if further:
+        first = further[min(further)]
+        yield f"tensor {first} is of a further layer; config.json has {num_layers} layers"
+
+
+def _is_inside(name: str, modules: Collection[str]) -> bool:
+    return any(name.startswith(f"{module}.") for module in modules)
 
 
 def _belongs_to_packed(name: str, tensors: Mapping[str, StoredTensor]) -> bool:

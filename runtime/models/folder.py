@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,15 +17,17 @@ from sagellm.runtime.models.contents import (
     check_weights,
     refuse_file,
 )
-from sagellm.runtime.models.fault import ModelError
+from sagellm.runtime.models.fault import FolderWarning, ModelError
 from sagellm.runtime.models.files import StoredTensor, read_header, read_json
 from sagellm.runtime.models.fit import Stored, check_fit
 from sagellm.runtime.models.hub import HubError, download
+from sagellm.runtime.models.ties import TIE, with_right_ties
 
 __all__ = ["SHARD_INDEX", "ModelError", "ModelFolder", "open_folder", "resolve_model"]
 
 _SHIPPED = Path(__file__).parent
 BUILT_IN: dict[str, Path] = {"sage-tiny": _SHIPPED / "sage_tiny"}
+_NUM_SHOWN = 3  # of the tensors in a warning
 _NUM_SAMPLES, _SAMPLE_BYTES = 64, 4096  # of each file: milliseconds, whatever its size
 
 NULL_FACTS = ModelFacts(
@@ -50,7 +52,8 @@ class ModelFolder:
     """A checked folder. `path` is None for the null model, which has no files.
 
     `eos_token_ids` end an answer: those of config.json and of generation_config.json. `hash`, 16
-    hex digits, tells models apart that would not continue each other's answers.
+    hex digits, tells models apart that would not continue each other's answers. `warnings`: what a
+    user should know of the folder, and what is served all the same.
     """
 
     name: str
@@ -59,6 +62,7 @@ class ModelFolder:
     config: Mapping[str, object] = field(default_factory=dict)
     eos_token_ids: tuple[int, ...] = ()
     hash: str = "null"
+    warnings: tuple[FolderWarning, ...] = ()
 
     @property
     def tokenizer_hash(self) -> str:
@@ -87,16 +91,45 @@ def resolve_model(name: str) -> ModelFolder:
 def open_folder(name: str, path: Path) -> ModelFolder:
     """Read and check one folder, weights by their headers. Raises ModelError, UnsupportedModel."""
     check_config(name, path)
-    config = read_json(path / CONFIG, name)
+    said = read_json(path / CONFIG, name)
     try:
-        _refuse_remote_code(name, config)
-        model_facts = facts(config)
+        _refuse_remote_code(name, said)
+        facts(said)
     except UnsupportedModel as error:
         raise error.in_file(str(path / CONFIG)) from None
     check_tokenizer(name, path)
-    check_fit(Stored(name, config, _stored(name, path)))
-    eos = _eos(name, path, model_facts)
-    return ModelFolder(name, path, model_facts, config, eos, _hash(name, path, config))
+    tensors = _stored(name, path)
+    config = with_right_ties(said, path, tensors)
+    unread = check_fit(Stored(name, config, tensors))
+    model_facts = facts(config)
+    return ModelFolder(
+        name,
+        path,
+        model_facts,
+        config,
+        _eos(name, path, model_facts),
+        _hash(name, path, config),
+        tuple(_warnings(name, unread, is_untied=config is not said)),
+    )
+
+
+def _warnings(name: str, unread: tuple[str, ...], *, is_untied: bool) -> Iterator[FolderWarning]:
+    if is_untied:
+        yield FolderWarning(
+            "model_not_tied",
+            name,
+            f"lm_head.weight differs from the embeddings, and {CONFIG} ties them: both are used",
+            f"set {TIE} to false in {CONFIG}",
+        )
+    if unread:
+        shown = ", ".join(unread[:_NUM_SHOWN])
+        more = f" and {len(unread) - _NUM_SHOWN} more" if len(unread) > _NUM_SHOWN else ""
+        yield FolderWarning(
+            "model_tensors_unread",
+            name,
+            f"this architecture does not read {shown}{more}",
+            "compare answers with those of another engine, or remove these tensors",
+        )
 
 
 def shard_files(name: str, path: Path) -> dict[str, tuple[str, ...]]:
@@ -133,7 +166,8 @@ def _download(name: str) -> Path:
     try:
         return download(name)
     except HubError as error:
-        raise ModelError(f"model {name}: {error.cause}", error.fix) from error
+        of_folder = "there is no such folder, and " if Path(name).parent.is_dir() else ""
+        raise ModelError(f"model {name}: {of_folder}{error.cause}", error.fix) from error
 
 
 def _is_path(name: str) -> bool:

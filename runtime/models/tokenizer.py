@@ -17,7 +17,9 @@ from sagellm.runtime.models.chat import (
     Rendering,
     find_template,
 )
+from sagellm.runtime.models.fault import FolderWarning
 from sagellm.runtime.models.folder import ModelError, ModelFolder
+from sagellm.runtime.models.pipelines import set_pipeline
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -44,6 +46,7 @@ class Tokenizer(Protocol):
     """What prompts and answers need of a model's tokenizer."""
 
     eos_token_ids: tuple[int, ...]
+    warnings: tuple[FolderWarning, ...]
 
     @property
     def vocab_size(self) -> int: ...
@@ -93,6 +96,7 @@ class FolderTokenizer:
         self._tokenizer = _read_tokenizer(folder)
         assert folder.path is not None
         config = _read_config(folder)
+        self.warnings = set_pipeline(self._tokenizer, folder, config)
         self.chat_template: str | None = find_template(folder.path, config)
         self.special_tokens: Mapping[str, str] = _special_tokens(config)
         self._template = (
@@ -145,6 +149,7 @@ class ByteTokenizer:
     """One token a UTF-8 byte: for the null model, whose tokens mean nothing."""
 
     eos_token_ids: tuple[int, ...] = ()
+    warnings: tuple[FolderWarning, ...] = ()
     vocab_size = 256
     special_tokens: Mapping[str, str] = {}
     chat_template: str | None = None

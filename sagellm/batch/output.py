@@ -16,12 +16,13 @@ class Output:
     """Lines appended to a file, each flushed before the next. `answered` holds the ids it began
     with, as text. Used as a context: the file is closed at the end."""
 
-    def __init__(self, file: BinaryIO, answered: frozenset[str] = frozenset()) -> None:
+    def __init__(self, file: BinaryIO, path: Path, answered: frozenset[str] = frozenset()) -> None:
         self.answered = answered
         self._file = file
+        self._path = path
 
     def write(self, line: dict[str, Any]) -> None:
-        with naming(self._file.name):
+        with naming(self._path):
             self._file.write(encode(line))
             self._file.flush()
 
@@ -34,7 +35,7 @@ class Output:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        with naming(self._file.name):
+        with naming(self._path):
             self._file.close()
 
 
@@ -46,8 +47,8 @@ def open_output(path: Path, *, force: bool = False, resume: bool = False) -> Out
     """
     if resume and path.exists():
         answered = _keep_answers(path)
-        return Output(path.open("ab"), answered)
-    return Output(path.open("wb" if force else "xb"))
+        return Output(path.open("ab"), path, answered)
+    return Output(path.open("wb" if force else "xb"), path)
 
 
 def _keep_answers(path: Path) -> frozenset[str]:

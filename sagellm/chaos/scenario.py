@@ -11,6 +11,7 @@ from sagellm.graphs.diagnostics import GraphError
 from sagellm.graphs.ir import thaw
 from sagellm.graphs.text.tree import read
 from sagellm.graphs.vocabulary import nearest
+from sagellm.shipped import hint, shipped_file, shipped_names
 
 _MOST_BYTES = 65_536
 _UNKNOWN = re.compile(r"unknown field `(.+?)`")
@@ -112,7 +113,8 @@ LASTING = ("stop", "partition", "toxic", "fd_limit", "fill_disk", "clock_jump_s"
 
 
 class Scenario(_Part, frozen=True, kw_only=True):
-    """`graph`: a shipped name, or a file beside the scenario. `set`: options, by their names.
+    """`graph`: a shipped name, or else a file, by its path from the folder of the scenario. `set`:
+    options, by their names.
 
     `kv_damage`: the share of KV chunks of which one bit is flipped on the way, each time they are
     moved. `checks`: see `checks.py`; the ledger is checked whatever they say.
@@ -135,10 +137,10 @@ class Loaded:
     path: Path
 
     @property
-    def graph(self) -> str:
-        """A file beside the scenario, or a shipped name."""
-        beside = self.path.parent / self.scenario.graph
-        return str(beside) if beside.is_file() else self.scenario.graph
+    def graph(self) -> Path:
+        """The file of its graph: a shipped one, or one beside the scenario."""
+        name = self.scenario.graph
+        return shipped_file(name) if name in shipped_names() else self.path.parent / name
 
 
 def load_scenario(path: Path) -> Loaded:
@@ -170,7 +172,11 @@ def load_scenario(path: Path) -> Loaded:
         is_loaded = is_loaded or event.load is not None
     if not is_loaded:
         raise ScenarioError(f"{path}: no event is a load: nothing would be asked of the graph")
-    return Loaded(scenario, path)
+    loaded = Loaded(scenario, path)
+    if not loaded.graph.is_file():
+        cause = f"{path}: graph: {scenario.graph} is no shipped graph, and no file beside it"
+        raise ScenarioError(f"{cause}; {hint(scenario.graph)}")
+    return loaded
 
 
 def _explained(message: str) -> str:

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 from cyclopts import App, Parameter
 
@@ -48,6 +49,12 @@ BENCH.command("sagellm.cli.bench:processes", name="processes", help="What proces
 BENCH.command("sagellm.cli.bench:size", name="size", help="The engine over batch and context.")
 BENCH.command("sagellm.cli.bench_serve:serve", name="serve", help="Load on any server.")
 APP.command(BENCH)
+
+
+def load(tokens: Sequence[str]) -> None:
+    """Import the command that `tokens` name; with a mistake in them, as much as can be found."""
+    with suppress(Exception):  # told by `main`
+        APP.parse_commands(list(tokens))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

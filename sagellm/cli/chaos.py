@@ -11,6 +11,7 @@ import trio
 from sagellm.chaos.run import Report, run_scenario
 from sagellm.chaos.scenario import ScenarioError, load_scenario
 from sagellm.cli.failure import FAILED, Failure
+from sagellm.cli.named import warn_of_file
 from sagellm.logs import own_logs
 
 
@@ -37,8 +38,10 @@ def run(*scenarios: Path, seed: int = 0, json: bool = False) -> int:
 
 def _run(path: Path, seed: int, json: bool) -> Report:
     try:
+        loaded = load_scenario(path)
+        warn_of_file(loaded.scenario.graph, path.parent, "beside the scenario")
         with own_logs(logging.WARNING):  # which a full disk does not end
-            report = trio.run(run_scenario, load_scenario(path), seed)
+            report = trio.run(run_scenario, loaded, seed)
     except* ScenarioError as group:
         raise Failure(_first(group), "docs/operations.md has what a scenario may say") from None
     if json:

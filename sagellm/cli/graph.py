@@ -1,16 +1,15 @@
 """`sagellm graph`: check a graph, and show it or the kernel graph of a model."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Literal, Protocol
 
 import msgspec
 from cyclopts import Parameter
 
-from sagellm.builder import shipped
+from sagellm.builder import Graph
 from sagellm.checking import check_graph
 from sagellm.cli.failure import CONFIGURATION, Failure
-from sagellm.cli.named import import_code, load_graph
+from sagellm.cli.named import choose_graph, import_code, named_file
 from sagellm.cli.options import settings
 from sagellm.cli.placing import check_executor, placed
 from sagellm.graphs import ir
@@ -25,7 +24,7 @@ from sagellm.graphs.vocabulary import nearest
 from sagellm.overrides import override
 from sagellm.registering import RESOLVER
 from sagellm.runtime.engine.options import EngineOptions
-from sagellm.runtime.models.folder import BUILT_IN, resolve_model
+from sagellm.runtime.models.folder import resolve_model
 from sagellm.runtime.registry import FUNCTIONS
 
 ATTACH = AttachBodies().name
@@ -48,9 +47,9 @@ def check(
     Parameters
     ----------
     file
-        A graph file, or the name of a shipped graph.
+        A graph file, the name of a shipped graph, or a model, which is checked in the graph joint.
     model
-        Check it with this model in every engine.
+        Check a graph with this model in every engine.
     set_
         Check it with an option changed, as op.key=value; may be repeated.
     import_
@@ -60,8 +59,8 @@ def check(
         Print {"ok", "name", "hash", "mistakes": [...]}.
     """
     try:
-        document = load_graph(file, import_).document
-        graph = check_graph(document, RESOLVER, FUNCTIONS, settings(set_), model)
+        named, model = choose_graph(file, model, import_)
+        graph = check_graph(named.document, RESOLVER, FUNCTIONS, settings(set_), model)
     except GraphError as error:
         if not json:
             raise
@@ -138,12 +137,13 @@ FORMATS: dict[Format, _Drawer] = {
 def _shown(
     file: str, node: str | None, after: str | None, overrides: dict[str, object]
 ) -> ir.Graph:
-    if is_model(file):
+    found = named_file(file)
+    if found is None:
         if node or overrides:
             cause = "--node, --set and --executor are for graphs, and this is a model"
             raise Failure(cause, "leave them out", file)
         return kernel_graph(file, after)
-    document = load_graph(file).document
+    document = Graph.load(found).document
     graph = override(document.graph, overrides)
     if after == Place().name or any(name.startswith("executor.") for name in overrides):
         check_executor(graph, document)
@@ -161,15 +161,6 @@ def _with_bodies(graph: ir.Graph, after: str) -> ir.Graph:
     until = None if after == ATTACH else after
     bodies = {engine: kernel_graph(model, until) for engine, model in _models(graph).items()}
     return AttachBodies(bodies).apply(graph)
-
-
-def is_model(name: str) -> bool:
-    """Whether FILE names a model: built in, a folder, or a Hub id (owner/name)."""
-    path = Path(name)
-    if name in BUILT_IN or path.is_dir():
-        return True
-    is_graph = shipped(name).is_file() or path.suffix in (".yaml", ".yml")
-    return name.count("/") == 1 and not is_graph and not path.parent.is_dir()
 
 
 def kernel_graph(model: str, after: str | None) -> ir.Graph:

@@ -1,29 +1,54 @@
-"""What GRAPH means on the command line: a file, or the name of a graph that we ship."""
+"""What GRAPH means on the command line: a file, the name of a shipped graph, or a model."""
 
-from importlib.resources import files
 from pathlib import Path
 
-from sagellm.builder import Graph, shipped
-from sagellm.cli.failure import Failure
+from sagellm.builder import Graph
+from sagellm.cli.failure import Failure, warn
 from sagellm.graphs.vocabulary import nearest
 from sagellm.own_code import ImportMistake, import_each
+from sagellm.runtime.models.contents import is_model_file
+from sagellm.runtime.models.folder import BUILT_IN
+from sagellm.shipped import SUFFIXES, graph_file, hint, shadowed_by, shipped_names
+
+DEFAULT_GRAPH = "joint"
+NULL = "null"  # a model without weights, for device null
 
 
-def shipped_names() -> tuple[str, ...]:
-    """The graphs that come with the package."""
-    packaged = Path(str(files("sagellm.graphs")))
-    return tuple(sorted(path.stem for path in packaged.glob("*.yaml")))
+def choose_graph(
+    name: str, model: str | None, imports: tuple[str, ...] = ()
+) -> tuple[Graph, str | None]:
+    """The graph that GRAPH names, or the graph `joint` for a model, and the model of its engines
+    where one is chosen. The user's own code that `--import` names is imported first.
 
-
-def load_graph(name: str, imports: tuple[str, ...] = ()) -> Graph:
-    """The graph that GRAPH names, after the user's own code was imported that `--import` names.
-
-    Raises Failure if there is none, GraphError if it is wrong.
+    Raises Failure where GRAPH or --model is wrong, GraphError where the graph is.
     """
-    if not shipped(name).is_file():
-        raise no_graph(name)
+    file = named_file(name, model)
     import_code(imports)
-    return Graph.load(name)
+    if file is None:
+        return Graph.load(DEFAULT_GRAPH), name
+    if model is not None:
+        _warn_of_folder(model)
+    return Graph.load(file), model
+
+
+def named_file(name: str, model: str | None = None) -> Path | None:
+    """The file of the graph that GRAPH names, or None where GRAPH names a model.
+
+    A file or folder of the current folder that has the name of what ships with sagellm is shown as
+    a warning. Raises Failure for a name of nothing, and for a model beside another `model`.
+    """
+    file = graph_file(name)
+    if file.is_file() and not is_model_file(file):
+        warn_of_file(name, Path.cwd(), "in this folder")
+        return file
+    if file.suffix in SUFFIXES:
+        raise Failure("no such graph", hint(name), name)
+    if model is not None:
+        cause = f"{name} is no graph, and --model names the model of a graph"
+        raise Failure(cause, "give one of them, or a graph file and --model")
+    _check_model_name(name)
+    _warn_of_folder(name)
+    return None
 
 
 def import_code(names: tuple[str, ...]) -> None:
@@ -34,8 +59,24 @@ def import_code(names: tuple[str, ...]) -> None:
         raise Failure(mistake.cause, mistake.fix, f"--import {mistake.name}") from mistake
 
 
-def no_graph(name: str) -> Failure:
-    """Says what graphs there are."""
-    close = nearest(Path(name).stem, shipped_names())
-    fix = f"did you mean {close}?" if close else f"give a file, or {', '.join(shipped_names())}"
-    return Failure("no such graph", fix, name)
+def warn_of_file(name: str, folder: Path, where: str) -> None:
+    """Show which file of a folder the name of a shipped graph does not mean."""
+    if other := shadowed_by(name, folder):
+        warn(f"{name} means the shipped graph; write {other} for the one {where}")
+
+
+def _check_model_name(name: str) -> None:
+    """Raise Failure for a plain word that is neither built in nor a folder: a slip, as a rule."""
+    if "/" in name or name in (*BUILT_IN, NULL) or Path(name).exists():
+        return
+    graphs, models = shipped_names(), tuple(BUILT_IN)
+    close = nearest(name, (*graphs, *models))
+    listed = f"graphs: {', '.join(graphs)}, a file; models: {', '.join(models)}, a folder, a Hub id"
+    fix = f"did you mean {close}?" if close else listed
+    raise Failure("there is no graph and no model of that name", fix, name)
+
+
+def _warn_of_folder(model: str) -> None:
+    """Show which folder the name of a built-in model does not mean."""
+    if model in (*BUILT_IN, NULL) and Path(model).exists():
+        warn(f"{model} means the shipped model; write ./{model} for the one in this folder")

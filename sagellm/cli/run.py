@@ -9,7 +9,7 @@ from sagellm.backends import LoweringError, UnknownBackend
 from sagellm.cli.failure import ENGINE_FIX, Failure
 from sagellm.cli.file import answer_file
 from sagellm.cli.loading import shown_start
-from sagellm.cli.named import load_graph
+from sagellm.cli.named import choose_graph
 from sagellm.cli.options import (
     FileOptions,
     PromptOptions,
@@ -41,9 +41,10 @@ def run(
     Parameters
     ----------
     graph
-        A graph file, or the name of a shipped graph: pd, joint, pd_many.
+        A graph file, the name of a shipped graph (pd, joint, pd_many), or a model: a built-in name,
+        a folder, or a Hub id.
     model
-        The model of every engine: a built-in name, a folder, or a Hub id.
+        The model of every engine of a graph.
     executor
         How the graph runs: tasks, in this process; or processes, a worker for each engine replica.
     set_
@@ -55,7 +56,8 @@ def run(
         Print the answer, or the summary of a file, as JSON.
     """
     check_together(asked, files)
-    opening = load_graph(graph, import_).open(set=settings(set_), model=model, executor=executor)
+    named, model = choose_graph(graph, model, import_)
+    opening = named.open(set=settings(set_), model=model, executor=executor)
     try:
         with shown_start() as progress:
             opening.report_to(progress)

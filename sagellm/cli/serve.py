@@ -8,6 +8,7 @@ from sagellm.backends import LoweringError, UnknownBackend
 from sagellm.cli.config_file import Config, read_config
 from sagellm.cli.failure import ENGINE_FIX, Failure, warn
 from sagellm.cli.loading import shown_start
+from sagellm.cli.named import choose_graph
 from sagellm.cli.options import settings as assignments
 from sagellm.cli.printed import printed
 from sagellm.cli.secrets import exposed
@@ -19,7 +20,6 @@ from sagellm.cli.serving import (
     ModelOptions,
     WatchOptions,
     check_installed,
-    choose_graph,
     listening,
     logs_of,
     overrides,

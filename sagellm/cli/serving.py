@@ -1,6 +1,7 @@
 """The options of `sagellm serve`, and what they mean: addresses, keys, names, the graph."""
 
 import errno
+import os
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -11,24 +12,19 @@ from typing import Annotated, Any, Literal, TypeVar
 from cyclopts import Parameter
 from cyclopts.validators import Number
 
-from sagellm.builder import Graph, shipped
+from sagellm.builder import Graph
 from sagellm.cli.config_file import Config, read_limits
 from sagellm.cli.failure import RESOURCES, Failure
-from sagellm.cli.named import load_graph, no_graph, shipped_names
 from sagellm.cli.secrets import admin_key, check_tls, salt_key, user_keys
 from sagellm.cli.setting import Given
 from sagellm.gateway.server.front import server_class
 from sagellm.gateway.server.listen import bind, is_loopback
 from sagellm.gateway.settings import GRAPH_ALONE, Budget, Limits, Settings, Streaming
 from sagellm.graphs.ir import FrozenMap
-from sagellm.graphs.vocabulary import nearest
 from sagellm.logs import LEVELS, own_logs
 from sagellm.opening import OpenGraph
-from sagellm.runtime.models.folder import BUILT_IN
 from sagellm.tracing import TracingError, check_tracing
 
-DEFAULT_GRAPH = "joint"
-NULL = "null"  # a model without weights, for device null
 LogLevel = Literal["debug", "info", "warning", "error"]
 S = TypeVar("S", Limits, Streaming, Budget)
 LogFormat = Literal["text", "json"]
@@ -173,32 +169,6 @@ def logs_of(watch: WatchOptions, settings: Settings) -> AbstractContextManager[N
     return own_logs(level, key=settings.salt_key, known=known, form=form)
 
 
-def choose_graph(
-    name: str, model: str | None, imports: tuple[str, ...] = ()
-) -> tuple[Graph, str | None]:
-    """The graph, and the model of its engines where one is chosen. Raises Failure, GraphError."""
-    if shipped(name).is_file():
-        return load_graph(name, imports), model
-    if Path(name).suffix in (".yaml", ".yml"):
-        raise no_graph(name)
-    if model is not None:
-        cause = f"{name} is no graph, and --model names the model of a graph"
-        raise Failure(cause, "give one of them, or a graph file and --model")
-    _check_model_name(name)
-    return load_graph(DEFAULT_GRAPH, imports), name
-
-
-def _check_model_name(name: str) -> None:
-    """Raise Failure for a plain word that is neither built in nor a folder: a slip, as a rule."""
-    if "/" in name or name in (*BUILT_IN, NULL) or Path(name).exists():
-        return
-    graphs, models = shipped_names(), tuple(BUILT_IN)
-    close = nearest(name, (*graphs, *models))
-    listed = f"graphs: {', '.join(graphs)}, a file; models: {', '.join(models)}, a folder, a Hub id"
-    fix = f"did you mean {close}?" if close else listed
-    raise Failure("there is no graph and no model of that name", fix, name)
-
-
 def overrides(graph: Graph | OpenGraph, served: ModelOptions) -> dict[str, object]:
     """What the options change in the graph. Raises Failure for those that nothing obeys."""
     if served.tensor_parallel_size != 1:
@@ -232,9 +202,13 @@ def read_settings(
     limits: Sequence[str] = (),
 ) -> Settings:
     """Raises Failure for keys that are none, for an address that is open to all unasked, for TLS
-    that cannot be served, for limits that there are not, and for traces that cannot be sent.
+    that cannot be served, for limits that there are not, for traces that cannot be sent, and for
+    gateway processes where the system cannot watch them.
     """
     _check_tracing(watch)
+    if listen.gateways and not hasattr(os, "pidfd_open"):
+        cause = "gateway processes need Linux: they are watched by its means"
+        raise Failure(cause, "leave --gateways away: the process of the graph speaks HTTP then")
     check_tls(listen.tls_certificate, listen.tls_key)
     keys = user_keys(listen.api_key, config)
     if not keys and not listen.insecure and not is_loopback(listen.host):

@@ -8,7 +8,7 @@ import anyio
 
 from sagellm.gateway.door import Door, Entry
 from sagellm.graphs.log import get_logger
-from sagellm.runtime.messages import PRIORITIES, SERVED, Sampling
+from sagellm.runtime.messages import OPERATOR_FAILED, PRIORITIES, SERVED, Sampling
 
 LOG = get_logger("sagellm.gateway")
 
@@ -100,10 +100,12 @@ async def _answered(door: Door, entry: Entry) -> str:
     try:
         async with door.enter(entry) as batches:
             async for events in batches:
-                end = events[-1].finish_reason
-                if end in SERVED or end == "filtered":
+                last = events[-1]
+                if last.finish_reason in SERVED or last.finish_reason == "filtered":
                     return ""
-                reason = f"the graph ended the probe: {end}"
+                reason = f"the graph ended the probe: {last.finish_reason}"
+                if last.code == OPERATOR_FAILED:
+                    reason += f"; {last.error}"
     except Exception as error:  # whatever it is, the gateway is not ready
         LOG.error("probe_failed", exc_info=error)
         return "the graph failed the probe"

@@ -125,16 +125,16 @@ OWN_CODE = """
 import sagellm
 
 @sagellm.function
-def rewrite_prompt(request):
+def expand_tabs(request):
     return request.prompt.replace("\\t", "    ")
 
 @sagellm.function
-def read_answer(answer):
+def in_angles(answer):
     return f"<{answer.text.strip()}>"
 
 @sagellm.function
 def broken(answer):
-    return answer.text["no such key"]
+    return answer.text["no such key"] if "68" in answer.text else answer.text
 
 def second(request, pool, view, draw):
     return pool.live(view)[-1]
@@ -149,12 +149,12 @@ imports: [own.py]
 engines:
   g: {model: sage-tiny, device: cpu, replicas: 2}
 operators:
-  before:   {op: map, function: rewrite_prompt}
+  before:   {op: map, function: expand_tabs}
   sort:     {op: policy_sort, policy: fifo}
   route:    {op: route, strategy: second}
   generate: {op: generate, engine: g}
   whole:    {op: collect}
-  after:    {op: map, function: read_answer}
+  after:    {op: map, function: in_angles}
 edges:
   - source -> before -> sort -> route -> generate -> whole -> after -> sink
 executor: {kind: tasks}
@@ -167,6 +167,7 @@ FIRST = (
     Step('sagellm run pd --prompt "What is 23 + 45?" --chat', 0, ("68",)),
     Step("sagellm graph check pd", 0, ()),
     Step("sagellm graph show pd", 0, ("prefill",)),
+    Step('sagellm run sage-tiny --prompt "What is 23 + 45?" --chat', 0, ("68",)),
     Step("sagellm graph check map", 0, ()),
     Step('sagellm run map --prompt "What is 23 + 45?" --chat', 0, ("68",)),
     Step("sagellm graph check own.yaml", 0, ()),

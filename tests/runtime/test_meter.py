@@ -295,7 +295,7 @@ async def test_shipped_graphs_balance_and_equal_runs_read_equal(
             assert one.num_in_flight == 0
             assert one.busy_s + one.backpressured_s <= elapsed_s + 1e-9
         sort = operator(reading, "sort")
-        assert (sort.num_in, sort.queue_capacity) == (100, 1024)
+        assert (sort.num_in, sort.queue_capacity) == (100, 4096)
         assert sort.backpressured_s > 0
         return reading
 

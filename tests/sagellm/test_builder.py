@@ -22,7 +22,7 @@ def pd() -> Graph:
     graph.engine("d", model="sage-tiny", device="cpu")
     split = ops.pd_split(min_uncached_tokens=32).named("split")
     metrics = ops.metrics_sink().named("metrics")
-    graph >> ops.admission(max_queued=1024) >> ops.policy_sort("slo_aware").named("sort") >> split
+    graph >> ops.admission(max_queued=4096) >> ops.policy_sort("slo_aware").named("sort") >> split
     route = split.outlet("disaggregated") >> ops.route(strategy="load_balanced")
     transfer = route >> ops.prefill(engine="p") >> ops.kv_transfer().named("transfer")
     transfer >> ops.decode(engine="d") >> metrics

@@ -1,5 +1,6 @@
 """The command from its first import on: Ctrl-C ends it with 130 and one line."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -60,3 +61,18 @@ def test_a_process_is_interrupted_while_it_imports(library: str) -> None:
     process.send_signal(signal.SIGINT)
     out, said = process.communicate(timeout=30)
     assert (process.returncode, out, said) == (130, "", "error: interrupted\n")
+
+
+def test_an_interrupt_that_a_library_catches_ends_the_process_too(tmp_path: Path) -> None:
+    """As numpy and some of torch's imports do."""
+    (tmp_path / "torch.py").write_text(
+        "import os, signal\n"
+        "try:\n    os.kill(os.getpid(), signal.SIGINT)\n    exec('')\n"
+        "except BaseException:\n    pass\n"
+    )
+    arguments = [sys.executable, "-m", "sagellm", "doctor"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        arguments, capture_output=True, text=True, env=environment, timeout=30, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "error: interrupted\n")

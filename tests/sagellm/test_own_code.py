@@ -8,9 +8,9 @@ import pytest
 
 import sagellm.map_functions  # its functions outlive the tests, as the module does
 from sagellm import Graph, Sampling
+from sagellm.backends.progress import silent
 from sagellm.checking import check_graph
 from sagellm.cli import main
-from sagellm.cli.named import shipped_names
 from sagellm.graphs.diagnostics import GraphError
 from sagellm.graphs.text.codec import from_json, from_msgpack, to_json, to_msgpack
 from sagellm.graphs.text.yaml import Document, dump, load
@@ -19,6 +19,7 @@ from sagellm.operators.policies import POLICIES
 from sagellm.operators.routing import STRATEGIES
 from sagellm.registering import RESOLVER
 from sagellm.runtime.registry import FUNCTIONS
+from sagellm.shipped import shipped_names
 from sagellm.worker import open_engine
 
 GRAPH = """\
@@ -171,7 +172,7 @@ async def test_a_graph_that_came_over_a_wire_imports_nothing(folder: Path) -> No
     (folder / "my_trap.py").write_text("raise SystemExit('imported')\n")
     text = GRAPH.format(imports="my_trap.py, my_trap", function="add_a_word")
     graph = from_msgpack(to_msgpack(load(text, file="f").graph))
-    await open_engine(graph, "g", 0, None)
+    await open_engine(graph, "g", 0, None, silent)
     known = {"add_a_word": lambda request: request.prompt}
     check_graph(Document(graph, {}), RESOLVER, known)
     opening = OpenGraph(

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import structlog
+from logged import logged
 from trio.testing import MockClock
 
 from sagellm import Graph, RequestFailed, RequestRefused, Sampling, ops
 from sagellm.graphs.vocabulary import REQUEST, NoOptions, OpSpec, Port
 from sagellm.opening import OpenGraph
-from sagellm.operators import routing
+from sagellm.operators import route
 from sagellm.runtime.engine.port import EngineFacts
 from sagellm.runtime.messages import Item, Request, TokenEvent, refusal
 from sagellm.runtime.operator import Arrival, Context, Credit, Emit, OperatorModule, Step, Terminate
@@ -61,12 +61,6 @@ async def opened(*before: Any, after: tuple[Any, ...] = ()) -> AsyncIterator[Ses
         session.executor.ledger.check()
 
 
-@pytest.fixture
-def logged() -> Any:
-    with structlog.testing.capture_logs() as lines:
-        yield lines
-
-
 @pytest.mark.parametrize(
     ("make", "node"),
     [
@@ -79,18 +73,19 @@ def logged() -> Any:
     ids=lambda value: str(value) if isinstance(value, str) else "",
 )
 async def test_a_function_that_raises_is_named_with_text_and_line(
-    make: Callable[[], Any], node: str, logged: Any, autojump_clock: MockClock
+    make: Callable[[], Any], node: str, autojump_clock: MockClock
 ) -> None:
-    async with opened(make()) as session:
-        with pytest.raises(RequestFailed) as caught:
-            await session.generate([1], sampling=FIVE, request_id="r")
+    with logged() as lines:
+        async with opened(make()) as session:
+            with pytest.raises(RequestFailed) as caught:
+                await session.generate([1], sampling=FIVE, request_id="r")
     said = str(caught.value)
     assert said.startswith(f"{node}: the function {__name__}.fails raised JSONDecodeError: ")
     assert "Expecting property name" in said
     assert said.endswith(f"({line_of('raises here')})")
     assert isinstance(caught.value.__cause__, json.JSONDecodeError)
     assert caught.value.code == "operator_failed"
-    (line,) = [line for line in logged if line["event"] == "operator_failed"]
+    (line,) = [line for line in lines if line["event"] == "operator_failed"]
     assert (line["log_level"], line["node"], line["request_id"]) == ("error", node, "r")
     assert line["at"] == line_of("raises here")
     assert "Expecting property name" in line["exception"]
@@ -253,10 +248,10 @@ async def test_a_strategy_that_raises_fails_its_requests_and_blocks_no_other(
     def own(request: Request, *_: Any) -> int:
         return 0 if request.user_id else {}["user"]  # own strategy
 
-    monkeypatch.setitem(routing.STRATEGIES, "random", own)
+    monkeypatch.setattr(route, "find_strategy", lambda name: own)
     graph = Graph("g").engine("g", **NULL, replicas=2)
-    sort, route = ops.policy_sort(), ops.route("random")
-    async with (graph >> sort >> route >> ops.generate(engine="g")).open() as session:
+    sort, router = ops.policy_sort(), ops.route("random")
+    async with (graph >> sort >> router >> ops.generate(engine="g")).open() as session:
         with pytest.raises(RequestFailed, match="route: the operator raised KeyError") as caught:
             await session.generate([1], sampling=FIVE)
         assert str(caught.value).endswith(f"({line_of('own strategy')})")
@@ -268,7 +263,7 @@ async def test_a_strategy_that_raises_fails_its_requests_and_blocks_no_other(
 async def test_a_strategy_that_chooses_no_replica(
     chosen: Any, monkeypatch: pytest.MonkeyPatch, autojump_clock: MockClock
 ) -> None:
-    monkeypatch.setitem(routing.STRATEGIES, "random", lambda *_: chosen)
+    monkeypatch.setattr(route, "find_strategy", lambda name: lambda *_: chosen)
     graph = Graph("g").engine("g", **NULL, replicas=2)
     async with (graph >> ops.route("random") >> ops.generate(engine="g")).open() as session:
         with pytest.raises(RequestFailed, match="a replica of g, 0 to 1, was wanted"):

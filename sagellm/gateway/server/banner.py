@@ -21,6 +21,8 @@ def banner(url: str, model: str, settings: Settings, *, has_chat: bool) -> str:
     ]
     if settings.api_keys and KEY_VARIABLE not in os.environ:
         lines.insert(2, f"  with a key of yours in {KEY_VARIABLE}:")
+    if settings.page:
+        lines.insert(2, f"  in a browser: {reachable}/   its API: {reachable}/docs")
     return "\n".join(lines)
 
 

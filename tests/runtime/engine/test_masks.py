@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+import trio
 from engine_driver import hand_over, running
 from models_on_the_fly import VOCAB_SIZE, make_model, random_prompts
 from msgspec import structs
@@ -80,14 +81,36 @@ def check(answer):
     assert not any(first < 9 and second in (4, 5) for first, second in pairs)
 
 
-@pytest.mark.parametrize(
-    ("graph", "engines", "options"),
-    [("joint", "g", {}), ("pd", "pd", {}), ("joint", "g", {"num_blocks": 9, "block_size": 16})],
-    ids=["joint", "pd", "preempted"],
-)
-async def test_batched_split_and_preempted_is_alone(folder, graph, engines, options):
-    """Each prompt with three choices."""
-    wanted = {"deterministic": True, "max_model_len": 128, **options}
+@pytest.fixture(scope="module")
+def alone(folder):
+    """The tokens of three choices for each prompt, one after the other."""
+    return trio.run(one_by_one, folder)
+
+
+async def one_by_one(folder):
+    async with running(open_on(folder)) as [driver]:
+        for index, prompt in enumerate(PROMPTS):
+            for choice in range(3):
+                reply = await driver.submit(str(index), prompt, choice=choice, sampling=SAMPLING)
+                await driver.all_done()
+                check(reply.token_ids)
+    return {key: reply.token_ids for key, reply in driver.replies.items()}
+
+
+async def test_batched_and_preempted_is_alone(folder, alone):
+    crowded = open_on(folder, num_blocks=9, block_size=16)
+    async with running(crowded) as [driver]:
+        for index, prompt in enumerate(PROMPTS):
+            for choice in range(3):
+                await driver.submit(str(index), prompt, choice=choice, sampling=SAMPLING)
+        await driver.all_done()
+    assert crowded.load.num_preemptions > 0
+    assert {key: reply.token_ids for key, reply in driver.replies.items()} == alone
+
+
+@pytest.mark.parametrize(("graph", "engines"), [("joint", "g"), ("pd", "pd")])
+async def test_choices_of_a_graph_are_as_alone(folder, alone, graph, engines):
+    wanted = {"deterministic": True, "max_model_len": 128}
     opening = Graph.load(graph).open(
         set={f"{e}.{name}": value for e in engines for name, value in wanted.items()},
         model=str(folder),
@@ -98,13 +121,8 @@ async def test_batched_split_and_preempted_is_alone(folder, graph, engines, opti
             [answer.token_ids for answer in await session.generate_all(prompt, sampling=sampling)]
             for prompt in PROMPTS
         ]
-    async with running(open_on(folder)) as [driver]:
-        for index, prompt in enumerate(PROMPTS):
-            for choice in range(3):
-                reply = await driver.submit(str(index), prompt, choice=choice, sampling=SAMPLING)
-                await driver.all_done()
-                check(reply.token_ids)
-                assert found[index][choice] == tuple(reply.token_ids)
+    for (index, choice), tokens in alone.items():
+        assert found[int(index)][choice] == tuple(tokens)
 
 
 async def test_handed_over_is_alone(folder):

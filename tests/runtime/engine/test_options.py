@@ -74,7 +74,9 @@ def test_kv_memory_is_kept():
 
 
 def test_a_pool_smaller_than_one_sequence_is_refused():
-    with pytest.raises(EngineOptionError, match="set max_model_len: 64 or less, or kv_memory: "):
+    with pytest.raises(
+        EngineOptionError, match="set max_model_len: 64 or less, or num_blocks: 63 or more"
+    ):
         size(EngineOptions(num_blocks=4), SMALL, GIB)
     assert size(EngineOptions(num_blocks=4, max_model_len=64), SMALL, GIB).num_blocks == 4
 

@@ -149,6 +149,18 @@ def test_shards_are_grouped_by_file(model):
     assert shard_files("m", model) == {"1": ("a", "c"), "2": ("b",)}
 
 
+def test_a_path_that_may_be_a_hub_id_is_told_to_be_no_folder(tmp_path, monkeypatch):
+    def offline(name):
+        raise HubError("the Hub has no such model, or it is private", "check the name")
+
+    monkeypatch.setattr(folders, "download", offline)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    for name, cause in (("models/a", "no such folder, and the Hub"), ("b/a", "b/a: the Hub has")):
+        with pytest.raises(ModelError, match=cause):
+            resolve_model(name)
+
+
 def test_a_hub_id_is_downloaded(model, monkeypatch):
     monkeypatch.setattr(folders, "download", lambda name: model)
     assert resolve_model("owner/name").facts.family == "llama"

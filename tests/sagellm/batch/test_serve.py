@@ -1,6 +1,7 @@
 import json
 from collections.abc import AsyncIterator, Sequence
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ from sagellm.batch.line import Ask
 from sagellm.batch.output import Output
 from sagellm.batch.serve import Batch
 from sagellm.runtime.messages import Answer
+
+PATH = Path("answers.jsonl")  # what errors name
 
 
 class Kept(BytesIO):
@@ -30,7 +33,7 @@ async def numbered(*lines: dict[str, Any] | bytes) -> AsyncIterator[tuple[int, b
 
 
 def batch(file: Kept, reply: Any = echo, answered: frozenset[str] = frozenset()) -> Batch:
-    return Batch(reply, Output(file, answered), num_in_flight=2)
+    return Batch(reply, Output(file, PATH, answered), num_in_flight=2)
 
 
 async def test_every_line_gets_a_line() -> None:
@@ -112,12 +115,12 @@ async def test_draining_finishes_what_runs_and_reads_no_more() -> None:
 @pytest.mark.parametrize(("line", "is_error"), [({"prompt": "x"}, False), (b"{", True)])
 async def test_each_line_is_reported(line: Any, is_error: bool) -> None:
     seen: list[dict[str, Any] | None] = []
-    await Batch(echo, Output(Kept()), report=seen.append).serve(numbered(line))
+    await Batch(echo, Output(Kept(), PATH), report=seen.append).serve(numbered(line))
     assert ["error" in (written or {}) for written in seen] == [is_error]
 
 
 async def test_a_skipped_line_is_reported_as_none() -> None:
     seen: list[dict[str, Any] | None] = []
-    running = Batch(echo, Output(Kept(), frozenset({"a"})), report=seen.append)
+    running = Batch(echo, Output(Kept(), PATH, frozenset({"a"})), report=seen.append)
     await running.serve(numbered({"id": "a", "prompt": "x"}))
     assert seen == [None]

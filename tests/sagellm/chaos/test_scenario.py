@@ -9,7 +9,9 @@ import pytest
 from sagellm.chaos.checks import metric_value, read_check
 from sagellm.chaos.run import Report
 from sagellm.chaos.scenario import ScenarioError, load_scenario
+from sagellm.cli import main
 from sagellm.gateway.metrics.families import counter
+from sagellm.shipped import graph_file
 
 EXAMPLES = Path(__file__).parents[3] / "examples" / "chaos"
 GOOD = """
@@ -45,6 +47,7 @@ def test_the_examples_make_sense(path: Path) -> None:
         ("sagellm_chaos: 1", "sagellm_chaos: 2", "knows sagellm_chaos: 1"),
         ("name: x", "name: [x", "not closed|expected"),
         ("graph: pd\n", "", "missing required field `graph`"),
+        ("graph: pd\n", "graph: ./pd.yaml\n", "no file beside it; did you mean pd"),
     ],
 )
 def test_what_makes_no_sense_is_refused(old: str, new: str, wrong: str, tmp_path: Path) -> None:
@@ -53,6 +56,40 @@ def test_what_makes_no_sense_is_refused(old: str, new: str, wrong: str, tmp_path
     path.write_text(GOOD.replace(old, new))
     with pytest.raises(ScenarioError, match=wrong):
         load_scenario(path)
+
+
+def test_a_graph_is_a_shipped_one_or_else_a_file_beside_the_scenario(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "scenarios"
+    folder.mkdir()
+    for name in ("pd.yaml", "pd", "own.yaml"):
+        (folder / name).write_text("sagellm: 1")
+    (tmp_path / "own.yaml").write_text("sagellm: 1")
+    found = {}
+    for name in ("pd", "pd.yaml", "own.yaml"):
+        (folder / "x.yaml").write_text(GOOD.replace("graph: pd", f"graph: {name}"))
+        found[name] = load_scenario(Path("scenarios/x.yaml")).graph.resolve()
+    assert found == {
+        "pd": graph_file("pd").resolve(),
+        "pd.yaml": folder / "pd.yaml",
+        "own.yaml": folder / "own.yaml",
+    }
+
+
+def test_the_file_that_a_shipped_name_does_not_mean_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def passed(*_: object) -> Report:
+        return Report("x")
+
+    monkeypatch.setattr("sagellm.cli.chaos.run_scenario", passed)
+    (tmp_path / "pd.yaml").touch()
+    (tmp_path / "x.yaml").write_text(GOOD)
+    assert main(["chaos", "run", str(tmp_path / "x.yaml")]) == 0
+    said = capsys.readouterr().err
+    assert "pd means the shipped graph; write ./pd.yaml for the one beside the scenario" in said
 
 
 @pytest.mark.parametrize(

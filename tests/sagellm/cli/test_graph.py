@@ -5,8 +5,7 @@ from xml.etree import ElementTree
 import pytest
 
 from sagellm.cli import main
-from sagellm.cli.graph import is_model
-from sagellm.cli.named import shipped_names
+from sagellm.shipped import shipped_names
 
 WRONG = """\
 sagellm: 1
@@ -158,7 +157,7 @@ def test_after_a_pass_engines_show_their_one_body(capsys: pytest.CaptureFixture[
         (["sage-tiny", "--executor", "tasks"], "this is a model"),
         (["pd", "--executor", "proceses"], "did you mean `processes`?"),
         (["pd", "--after", "place", "--set", "executor.kvv=tcp"], "no option `kvv`"),
-        (["sage-tny"], "no such graph"),
+        (["sage-tny"], "did you mean sage-tiny?"),
     ],
 )
 def test_what_is_not_there_is_said_with_what_is(
@@ -166,8 +165,3 @@ def test_what_is_not_there_is_said_with_what_is(
 ) -> None:
     assert main(["graph", "show", *argv]) == 2
     assert cause in capsys.readouterr().err
-
-
-def test_names_are_told_apart(tmp_path: Path) -> None:
-    assert all(is_model(name) for name in ("sage-tiny", str(tmp_path), "owner/name"))
-    assert not any(is_model(name) for name in ("pd", "graphs/pd.yaml", "no/such.yaml", "pdd"))

@@ -1,17 +1,18 @@
 """What the options of `sagellm serve` mean, and which are refused."""
 
+import os
 import sys
 
 import pytest
 
 from sagellm.cli import main
 from sagellm.cli.failure import Failure
+from sagellm.cli.named import choose_graph
 from sagellm.cli.serving import (
     ListenOptions,
     ModelOptions,
     WatchOptions,
     check_installed,
-    choose_graph,
     listening,
     overrides,
     read_settings,
@@ -55,32 +56,14 @@ def test_loopback_needs_none(host: str) -> None:
     assert read_settings(ListenOptions(host=host), ("m",)).api_keys == {}
 
 
-def test_a_model_gets_the_default_graph() -> None:
+def test_a_model_is_served_by_its_name() -> None:
     graph, model = choose_graph("sage-tiny", None)
-    assert (graph.name, model) == ("joint", "sage-tiny")
     assert served_names(graph, model, ModelOptions()) == ("sage-tiny",)
 
 
-def test_a_graph_keeps_its_models() -> None:
+def test_a_graph_is_served_by_the_name_of_its_model() -> None:
     graph, model = choose_graph("graphs/pd.yaml", None)
-    assert (graph.name, model) == ("pd", None)
     assert served_names(graph, model, ModelOptions()) == ("sage-tiny",)
-
-
-def test_a_graph_and_a_model_exclude_each_other() -> None:
-    with pytest.raises(Failure):
-        choose_graph("sage-tiny", "sage-tiny")
-    with pytest.raises(Failure, match="no such graph"):
-        choose_graph("nothing.yaml", None)
-
-
-@pytest.mark.parametrize(
-    ("name", "fix"), [("sage-tny", "did you mean sage-tiny"), ("nothing-like-it", "graphs: joint")]
-)
-def test_a_name_of_nothing_says_what_there_is(name: str, fix: str) -> None:
-    with pytest.raises(Failure, match="no graph and no model") as caught:
-        choose_graph(name, None)
-    assert fix in caught.value.fix
 
 
 def test_a_folder_is_served_by_its_name(tmp_path: object) -> None:
@@ -149,6 +132,13 @@ def test_traces_go_where_they_are_asked_to_go():
     watch = WatchOptions(otlp_endpoint="http://collector:4318", trace_sample=0.5)
     settings = read_settings(ListenOptions(), ("m",), watch)
     assert (settings.otlp_endpoint, settings.trace_sample) == ("http://collector:4318", 0.5)
+
+
+def test_gateway_processes_need_linux(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "pidfd_open")
+    with pytest.raises(Failure, match="gateway processes need Linux"):
+        read_settings(ListenOptions(gateways=2), ("m",))
+    read_settings(ListenOptions(), ("m",))
 
 
 def test_the_page_is_served_unless_it_is_switched_off() -> None:

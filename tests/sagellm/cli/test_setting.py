@@ -29,7 +29,9 @@ def other(setting: Setting) -> Any:
         return next(each for each in get_args(kind) if each != default)
     if get_origin(kind) is tuple:
         return ["https://app.example"]
-    return {bool: not default, str: "other", Path: "file"}.get(kind) or (default or 1) + 1
+    if kind is bool:
+        return not default
+    return {str: "other", Path: "file"}.get(kind) or (default or 1) + 1
 
 
 def toml(values: dict[str, Any]) -> str:

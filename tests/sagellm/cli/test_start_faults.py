@@ -84,5 +84,5 @@ def test_weights_that_are_cut_off(tmp_path: Path) -> None:
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1_000_000])
     code, said, _ = serve("pd", "--model", str(folder), "--port", "0")
-    check(said, "model.safetensors cannot be read")
+    check(said, "model.safetensors is cut off")
     assert code == 2

@@ -13,7 +13,7 @@ from trio.testing import MockClock
 from sagellm.gateway.door import Door
 from sagellm.gateway.failure import ApiError
 from sagellm.gateway.readiness import PROBE_S, RETRY_S, WATCH_S, Readiness
-from sagellm.runtime.messages import TokenEvent
+from sagellm.runtime.messages import OPERATOR_FAILED, TokenEvent
 
 
 @dataclass
@@ -54,6 +54,12 @@ async def test_a_refused_probe_is_tried_again(autojump_clock: MockClock) -> None
         assert "refused" in readiness.reason
         await trio.sleep(RETRY_S + 0.1)
         assert readiness.is_ready
+
+
+async def test_a_probe_that_own_code_fails_names_the_operator() -> None:
+    end = last(reason="failed", code=OPERATOR_FAILED, error="after: the function f raised E")
+    async with watched(playing([end]), Health()) as readiness:
+        assert readiness.reason.endswith("failed; after: the function f raised E")
 
 
 async def test_a_probe_without_end_fails(autojump_clock: MockClock) -> None:

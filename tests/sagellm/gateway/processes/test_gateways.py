@@ -213,12 +213,22 @@ async def test_metrics_are_those_of_all_the_dead_too() -> None:
         assert seen["sagellm_http_requests_active"] == 1
 
 
-@pytest.mark.parametrize("accept", ["text/plain; version=abc", "x" * 9000, ";;;=", "*/*;q=x"])
-async def test_an_accept_header_without_sense_is_none(accept: str) -> None:
+async def test_an_accept_header_without_sense_is_none() -> None:
     async with pair(num=1) as one:
-        reply = await one.ask(one.pids[0], get("/metrics", f"Accept: {accept}"))
+        for accept in ("text/plain; version=abc", "x" * 9000, ";;;=", "*/*;q=x"):
+            reply = await one.ask(one.pids[0], get("/metrics", f"Accept: {accept}"))
+            assert reply.status == 200, accept
+            assert b"sagellm_requests_open" in reply.body
+
+
+@pytest.mark.parametrize("page", [True, False])
+async def test_the_page_and_the_reference_are_those_of_the_settings(page: bool) -> None:
+    async with pair(num=1, page=page) as one:
+        [pid] = one.pids
+        assert (await one.ask(pid, get("/"))).status == (200 if page else 404)
+        reply = await one.ask(pid, get("/docs"))
         assert reply.status == 200
-        assert b"sagellm_requests_open" in reply.body
+        assert b"/v1/chat/completions" in reply.body
 
 
 async def test_metrics_that_fail_fail_whoever_asks(monkeypatch: pytest.MonkeyPatch) -> None:

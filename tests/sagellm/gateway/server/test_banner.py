@@ -18,10 +18,14 @@ def _no_key(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_it_names_the_address_the_model_and_a_command() -> None:
-    first, second, third = banner(URL, "sage-tiny", Settings(), has_chat=True).splitlines()
-    assert first == f"sagellm serves sage-tiny at {URL}"
-    assert second == f"  base URL: {URL}/v1   model: sage-tiny"
-    assert third.strip() == curl(URL, "sage-tiny", Settings(), has_chat=True)
+    serves, base, browser, command = banner(
+        URL, "sage-tiny", Settings(), has_chat=True
+    ).splitlines()
+    assert serves == f"sagellm serves sage-tiny at {URL}"
+    assert base == f"  base URL: {URL}/v1   model: sage-tiny"
+    assert browser == f"  in a browser: {URL}/   its API: {URL}/docs"
+    assert command.strip() == curl(URL, "sage-tiny", Settings(), has_chat=True)
+    assert "browser" not in banner(URL, "m", Settings(page=False), has_chat=True)
 
 
 @pytest.mark.parametrize(
