@@ -75,7 +75,7 @@ def _check_output(files: FileOptions) -> None:
 def _output(files: FileOptions) -> Output:
     """Opened once the graph is, so that a graph that cannot be leaves no empty file."""
     if files.output is None:
-        return Output(open(STDOUT, "wb", closefd=False))
+        return Output(open(STDOUT, "wb", closefd=False), Path("standard output"))
     return open_output(files.output, force=files.force, resume=files.resume)
 
 
