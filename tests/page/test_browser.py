@@ -246,3 +246,12 @@ def test_nothing_is_cut_off_on_a_narrow_screen(page, url, width):
     assert page.one("#panel").is_displayed()
     assert page.run("document.documentElement.scrollWidth") <= width
     assert page.findings() == []
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_the_reference_of_the_api_can_be_read(page, url, theme):
+    page.emulate(theme)
+    page.browser.get(f"{url}/docs")
+    assert "/v1/chat/completions" in page.one("main").text
+    assert page.findings() == []
+    assert page.console() == []
