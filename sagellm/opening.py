@@ -4,6 +4,7 @@ import importlib
 import math
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -90,15 +91,9 @@ class OpenGraph:
     def with_overrides(self, more: Mapping[str, Any]) -> "OpenGraph":
         """The same graph with further options set, not opened yet."""
         recipe = self._recipe
-        other = OpenGraph(
-            recipe.document,
-            resolver=recipe.resolver,
-            functions=recipe.functions,
-            overrides={**recipe.overrides, **more},
-            model=recipe.model,
-            seed=recipe.seed,
-        )
-        other._recipe = replace(other._recipe, launch=recipe.launch)
+        other = copy(self)
+        other._left()
+        other._recipe = replace(recipe, overrides={**recipe.overrides, **more})
         return other
 
     def serve(self, **options: Any) -> None:
@@ -127,11 +122,11 @@ class OpenGraph:
             return session
 
     async def __aexit__(self, *error: Any) -> bool | None:
-        self._is_entered = False
-        if self._opened is not None:
-            return await self._opened.__aexit__(*error)
-        if self._bridge is not None:
-            await self._bridge.close_asyncio()
+        opened, bridge = self._left()
+        if opened is not None:
+            return await opened.__aexit__(*error)
+        if bridge is not None:
+            await bridge.close_asyncio()
         return None
 
     def __enter__(self) -> BlockingSession:
@@ -141,9 +136,15 @@ class OpenGraph:
             return self._bridge.open_blocking()
 
     def __exit__(self, *error: Any) -> None:
-        self._is_entered = False
-        if self._bridge is not None:
-            self._bridge.close_blocking()
+        _, bridge = self._left()
+        if bridge is not None:
+            bridge.close_blocking()
+
+    def _left(self) -> tuple[AbstractAsyncContextManager[Session] | None, Bridge | None]:
+        """What it was entered by. It is closed now, and may be entered again in another way."""
+        opened, bridge = self._opened, self._bridge
+        self._opened, self._bridge, self._is_entered = None, None, False
+        return opened, bridge
 
     @contextmanager
     def _entering(self) -> Iterator[None]:

@@ -8,9 +8,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields
 from functools import partial
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar
 
-import msgspec
 import sniffio
 import trio
 
@@ -29,6 +28,7 @@ from sagellm.cli.serving import (
     read_settings,
     served_names,
 )
+from sagellm.cli.setting import Unfit, settings_of
 from sagellm.gateway.server.front import serve_graph
 from sagellm.gateway.server.listen import url_of
 from sagellm.gateway.settings import Settings
@@ -104,15 +104,13 @@ def _read(kind: type[T], options: Mapping[str, Any]) -> T:
     """Those of the options that belong to `kind`; a text is a list of one where there may be
     several. Raises ValueError.
     """
-    hints = get_type_hints(kind)
-    given = {name: value for name, value in options.items() if name in hints}
-    for name, value in given.items():
-        if isinstance(value, str) and hints[name] == tuple[str, ...]:
-            given[name] = (value,)
-    try:
-        return msgspec.convert(given, kind, dec_hook=lambda wanted, value: wanted(value))
-    except msgspec.ValidationError as error:
-        raise ValueError(f"options of serve: {error}") from None
+    known, given = settings_of(kind), {}
+    for name in known.keys() & options.keys():
+        try:
+            given[name] = known[name].read(options[name])
+        except Unfit as error:
+            raise ValueError(f"option {name} of serve {error}") from None
+    return kind(**given)
 
 
 def _logs(

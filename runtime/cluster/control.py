@@ -9,7 +9,7 @@ import os
 import shutil
 import socket
 import tempfile
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -74,14 +74,25 @@ class Control:
         self._folder = folder
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Until cancelled."""
-        with trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listening:
+        """Until cancelled. Raises OSError where no socket can be had."""
+        listening = await self.listen()
+        task_status.started()
+        await self.serve(listening)
+
+    async def listen(self) -> trio.SocketListener:
+        """Callers find the socket from now on. Raises OSError."""
+        with ExitStack() as stack:
+            bound = stack.enter_context(trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
             fresh = self._folder / f"{_NAME}.new"
-            await listening.bind(str(fresh))
-            listening.listen(8)
+            await bound.bind(str(fresh))
+            bound.listen(8)
             fresh.rename(self._folder / _NAME)  # any caller who finds it can connect
-            task_status.started()
-            await trio.serve_listeners(self._serve, [trio.SocketListener(listening)])
+            stack.pop_all()
+        return trio.SocketListener(bound)
+
+    async def serve(self, listener: trio.SocketListener) -> None:
+        """Until cancelled; closes the listener."""
+        await trio.serve_listeners(self._serve, [listener])
 
     async def _serve(self, stream: trio.SocketStream) -> None:
         async with stream:
@@ -116,11 +127,16 @@ async def run_alone(
         log.warning("control_not_open", error=str(error), fix="see that TMPDIR can be written to")
         task_status.started()
         return
+    control = Control(members, folder)
     try:
-        await Control(members, folder).run(task_status)
-    except OSError as error:  # such as a path that is too long
-        log.warning("control_not_open", error=str(error), fix="choose another TMPDIR")
+        try:
+            listening = await control.listen()
+        except OSError as error:  # such as a path that is too long
+            log.warning("control_not_open", error=str(error), fix="choose another TMPDIR")
+            task_status.started()
+            return
         task_status.started()
+        await control.serve(listening)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

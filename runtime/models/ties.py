@@ -11,7 +11,7 @@ from sagellm.runtime.models.files import StoredTensor
 from sagellm.runtime.models.fit import EMBEDDINGS, HEAD
 
 TIE = "tie_word_embeddings"
-_NUM_SAMPLES, _SAMPLE_BYTES = 64, 65_536  # at most 4 MiB of each: milliseconds
+_CHUNK_BYTES = 1 << 20
 
 
 def with_right_ties(
@@ -25,15 +25,14 @@ def with_right_ties(
 
 
 def _is_same(path: Path, one: StoredTensor, other: StoredTensor) -> bool:
-    """Whether two tensors are equal, by samples of their bytes where they are large."""
+    """Whether two tensors are equal, byte for byte."""
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
     with (path / one.file).open("rb") as first, (path / other.file).open("rb") as second:
-        for sample in range(_NUM_SAMPLES):
-            offset = one.num_bytes * sample // _NUM_SAMPLES
-            length = min(_SAMPLE_BYTES, one.num_bytes - offset)
-            first.seek(one.begin + offset)
-            second.seek(other.begin + offset)
+        first.seek(one.begin)
+        second.seek(other.begin)
+        for offset in range(0, one.num_bytes, _CHUNK_BYTES):
+            length = min(_CHUNK_BYTES, one.num_bytes - offset)
             if first.read(length) != second.read(length):
                 return False
     return True

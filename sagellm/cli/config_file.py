@@ -170,7 +170,8 @@ class _Reading:
                 given |= self._read((*place, written), key, _KEY_SOURCES[key], each)
             else:
                 self._unknown((*place, written), key, [*_KEY_SOURCES, *_BUDGET])
-        if table and len(table.keys() & _KEY_SOURCES.keys()) != 1:
+        sources = {written.replace("-", "_") for written in table} & _KEY_SOURCES.keys()
+        if table and len(sources) != 1:
             fix = "give one of key_file, key_env and key"
             self._mistake(place, f"the key {name} needs one place to come from", fix)
         return KeyTable(**given, budget=budget, where=self._where(place))

@@ -37,12 +37,17 @@ def _entry(setting: Setting, value: Any, default: Any) -> list[str]:
     lines = [f"# {setting.doc}"]
     if value is None:
         lines.append(f"# {setting.name} =")
-    elif setting.name in SECRETS:
+    elif setting.name in SECRETS or _has_password(value):
         lines.append(f"# {setting.name} is set, and not shown")
     else:
         mark = "# " if value == default else ""
         lines.append(f"{mark}{setting.name} = {as_toml(setting, value)}")
     return [*lines, ""]
+
+
+def _has_password(value: object) -> bool:
+    """Whether it is a URL that names a user: https://user:password@host."""
+    return isinstance(value, str) and "://" in value and "@" in value
 
 
 def as_toml(setting: Setting, value: Any) -> str:

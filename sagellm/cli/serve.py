@@ -74,7 +74,7 @@ def serve(
     with logs_of(watch, settings), listening(settings) as sock, shown_start() as progress:
         opening.report_to(progress)
         try:
-            trio.run(serve_graph, opening, settings, sock, tell)
+            trio.run(serve_graph, opening, settings, sock, _settled)
         except (UnknownBackend, LoweringError, EngineOptionError) as error:
             raise Failure(str(error), ENGINE_FIX, graph) from None
         except GatewaysFailed as error:
@@ -82,8 +82,13 @@ def serve(
     return 0
 
 
-def tell(text: str) -> None:
-    """Print where the gateway listens, once all is loaded."""
+def _settled(text: str) -> None:
+    """All is loaded: say where the gateway listens."""
     gc.collect()
     gc.freeze()  # what was loaded stays: to walk it all again would stall every stream for 50 ms
+    tell(text)
+
+
+def tell(text: str) -> None:
+    """Print where the gateway listens."""
     write_line(f"{text}\n".encode())  # served all the same, where nobody can read that

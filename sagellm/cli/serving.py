@@ -141,7 +141,7 @@ class WatchOptions(Given):
     """Metrics are at /metrics."""
 
     log_level: LogLevel = "info"
-    """What is logged to stderr; the text of exceptions only at debug."""
+    """What is logged to stderr; texts of exceptions only at debug, but for your own code's."""
 
     log_format: LogFormat | None = None
     """text or json [default: text where stderr is a terminal, else JSON lines]."""

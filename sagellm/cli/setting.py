@@ -168,7 +168,7 @@ def _bytes(text: str) -> object:
 
 
 def _path(kind: type, value: object) -> object:
-    if kind is Path and isinstance(value, str) and value:
+    if kind is Path and isinstance(value, str | Path) and str(value):
         return Path(value)
     raise ValueError(value)
 

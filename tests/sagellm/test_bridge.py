@@ -4,6 +4,7 @@ import asyncio
 import threading
 
 import pytest
+import trio
 
 from sagellm import Graph, GraphError, Sampling, ops
 from sagellm.session import RequestError
@@ -23,6 +24,23 @@ def test_asyncio_streams_tokens() -> None:
             return [event.position async for event in session.stream([1], sampling=SHORT)]
 
     assert asyncio.run(main()) == [0, 1, 2, 3, 4]
+
+
+def test_one_opening_under_trio_then_asyncio_then_blocking() -> None:
+    """Each leaves nothing open, whatever it was entered by before."""
+    opening = joint().open()
+
+    async def ask() -> int:
+        async with opening as session:
+            return len((await session.generate([1], sampling=SHORT)).token_ids)
+
+    before = threading.active_count()
+    assert (trio.run(ask), asyncio.run(ask()), trio.run(ask)) == (5, 5, 5)
+    with opening as session:
+        assert len(session.generate([1], sampling=SHORT).token_ids) == 5
+    assert threading.active_count() <= before + 1  # trio keeps a thread for the next use
+    with pytest.raises(RequestError, match="has stopped"):
+        session.generate([1], sampling=SHORT)
 
 
 def test_asyncio_serves_many_at_once() -> None:

@@ -58,7 +58,11 @@ async def test_under_trio_the_blocking_form_names_the_other() -> None:
     ("options", "error", "message"),
     [
         ({"prot": 1}, TypeError, "did you mean 'port'"),
-        ({"port": "x"}, ValueError, "options of serve: .*port"),
+        ({"port": "x"}, ValueError, "option port of serve is 'x'; it takes a whole number"),
+        ({"port": 99999}, ValueError, "option port of serve is 99999; it must be <= 65535"),
+        ({"gateways": -1}, ValueError, "option gateways of serve is -1; it must be >= 0"),
+        ({"drain_s": -1}, ValueError, "option drain_s of serve is -1"),
+        ({"max_model_len": 1}, ValueError, "option max_model_len of serve is 1"),
         ({"host": "0.0.0.0"}, ValueError, "no API key"),
         ({"api_key": ("a", "a")}, ValueError, "given twice"),
         ({"gpu_memory_utilization": 0.5}, ValueError, "gpu-memory-utilization"),

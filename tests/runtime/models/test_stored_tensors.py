@@ -10,6 +10,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from sagellm.cli import main
+from sagellm.runtime.models import ties
+from sagellm.runtime.models.files import StoredTensor
 from sagellm.runtime.models.folder import ModelError, resolve_model
 
 WEIGHTS = "model.safetensors"
@@ -114,6 +116,18 @@ def test_all_further_layers_are_one_mistake(folder: Path) -> None:
     with pytest.raises(ModelError, match="is of a further layer") as refused:
         resolve_model(str(folder))
     assert "\n" not in refused.value.cause
+
+
+def test_tensors_are_compared_whole(tmp_path: Path) -> None:
+    """One byte differs, wherever it is."""
+    stored = [StoredTensor("U8", (5_000_001,), name, 0, 5_000_001) for name in ("a", "b")]
+    (tmp_path / "a").write_bytes(bytes(5_000_001))
+    for place in (0, 70_000, 1 << 20, 5_000_000):
+        changed = bytearray(5_000_001)
+        changed[place] = 1
+        (tmp_path / "b").write_bytes(changed)
+        assert not ties._is_same(tmp_path, *stored)
+    assert ties._is_same(tmp_path, stored[0], stored[0])
 
 
 def test_a_second_copy_of_tied_embeddings_is_taken_silently(folder: Path) -> None:

@@ -57,6 +57,14 @@ def test_what_a_file_says(tmp_path: Path) -> None:
     assert config.set == {"admission.max_queued": 12}
 
 
+def test_names_may_have_hyphens(tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("secret")
+    config = read(tmp_path, "drain-s = 3.0\n[keys.a]\nkey-file = 'key'\nnum-open = 2\n")
+    assert config.values == {"drain_s": 3.0}
+    assert config.keys["a"].key_file == tmp_path / "key"
+    assert config.keys["a"].budget == {"num_open": 2}
+
+
 def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
     assert read(tmp_path, "").values == {}
 

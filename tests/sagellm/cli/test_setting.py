@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args, get_origin
 import pytest
 from tls_pairs import tls_pair
 
-from sagellm.cli.config_file import read_config
+from sagellm.cli.config_file import Config, read_config
 from sagellm.cli.printed import printed
 from sagellm.cli.serving import (
     IN_A_FILE,
@@ -75,6 +75,13 @@ def test_every_field_of_the_settings_can_be_set_in_a_file(written: Path) -> None
     assert settings.budget is not None
     assert (settings.budget.num_open, settings.budgets["a"].num_open) == (1025, 5)
     assert settings.budgets["a"].num_waiting == settings.budget.num_waiting == 1025
+
+
+def test_a_password_in_a_url_is_not_printed() -> None:
+    options = WatchOptions(otlp_endpoint="http://user:hunter2@collector:4318")
+    shown = printed((options,), Settings(), Config(), {})
+    assert "hunter2" not in shown
+    assert "otlp_endpoint is set, and not shown" in shown
 
 
 def test_what_is_printed_gives_the_same_settings(written: Path, tmp_path: Path) -> None:
