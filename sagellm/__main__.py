@@ -32,7 +32,7 @@ def _load() -> None:
     """
     before = signal.getsignal(signal.SIGINT)
     if before is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _leave_with_a_word)
+        signal.signal(signal.SIGINT, _exit_interrupted)
     import_module("sagellm.cli").load(sys.argv[1:])
     signal.signal(signal.SIGINT, before)
 
@@ -50,7 +50,7 @@ def main() -> int:
     return code
 
 
-def _leave_with_a_word(*_: object) -> None:
+def _exit_interrupted(*_: object) -> None:
     os.write(2, b"error: interrupted\n")
     os._exit(INTERRUPTED)
 

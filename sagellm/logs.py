@@ -143,7 +143,8 @@ def own_logs(
     For programs of our own: it replaces what structlog and the standard module were set up with.
     `key` keys the hashes of prompts; `known` are secrets that no line may hold. The text of an
     exception, which may hold anything, is logged at level debug only; `operator_failed` has that
-    of the user's own code as a field. Lines are written by a thread: logging waits for nobody. `form`: "text" or "json", see `choose_format`.
+    of the user's own code as a field. Lines are written by a thread: logging waits for nobody.
+    `form`: "text" or "json", see `choose_format`.
     """
     redactor, before = Redactor(key, known), structlog.get_config()
     explain = structlog.processors.format_exc_info if level <= logging.DEBUG else without_text

@@ -50,7 +50,7 @@ class Recipe:
     model: str | None
     seed: int
     launch: "Launch | None" = None  # how worker processes are started
-    progress: Progress = silent  # hears how far the start is
+    progress: Progress = silent  # called with each event of the start
 
 
 @misused(__await__=f"a graph is not awaited: {HOW_TO_OPEN}")

@@ -28,7 +28,7 @@ from sagellm.cli.serving import (
     read_settings,
     served_names,
 )
-from sagellm.cli.setting import Unfit, settings_of
+from sagellm.cli.setting import InvalidSetting, settings_of
 from sagellm.gateway.server.front import serve_graph
 from sagellm.gateway.server.listen import url_of
 from sagellm.gateway.settings import Settings
@@ -108,7 +108,7 @@ def _read(kind: type[T], options: Mapping[str, Any]) -> T:
     for name in known.keys() & options.keys():
         try:
             given[name] = known[name].read(options[name])
-        except Unfit as error:
+        except InvalidSetting as error:
             raise ValueError(f"option {name} of serve {error}") from None
     return kind(**given)
 

@@ -24,7 +24,7 @@ from sagellm.runtime.engine.serving import EngineServer
 
 _VARIABLE = "SAGELLM_WORKER"  # an environment is for the eyes of its user alone, arguments are not
 
-# graph, engine, replica, blocks of its pool in an earlier life; what hears how far it is
+# graph, engine, replica, blocks of its pool in an earlier life; called with events of the start
 OpenEngine: TypeAlias = Callable[[Graph, str, int, int | None, Progress], Awaitable[LocalEngine]]
 
 

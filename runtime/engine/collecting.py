@@ -80,9 +80,9 @@ class Collector:
         return True
 
     def end(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> None:
-        """The last event of a sequence that drew no last token.
+        """Post the last event of a sequence that sampled no last token.
 
-        One that ends with "stop" here may draw none, and gives what it has held back.
+        After "stop" the event has the text that was still held back.
         """
         self._forget(sequence, _LEASE_EVENT[reason])
         now = trio.current_time()

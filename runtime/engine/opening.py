@@ -30,7 +30,7 @@ def open_engine(
 ) -> LocalEngine:
     """One replica, ready for `run`: loads weights, lowers the kernel graph, allocates the pool.
 
-    `sharing`: other processes reach the pool through that. `progress` hears how far it is.
+    `sharing`: other processes reach the pool through that. `progress` is called with each event.
     Takes seconds without a checkpoint. Raises EngineOptionError, ModelError, UnsupportedModel,
     UnknownBackend, LoweringError.
     """

@@ -98,7 +98,7 @@ def _as_stored(
     tensors: Mapping[str, StoredTensor],
     said: StoredQuantisation | None,
 ) -> dict[str, Shape | None]:
-    """The tensors to look for; shape None where this file leaves it to who unpacks them."""
+    """The tensors to look for; shape None where the code that unpacks them checks it."""
     wanted: dict[str, Shape | None] = {}
     for name, shape in shapes.items():
         stem = name.removesuffix(".weight")

@@ -21,7 +21,7 @@ from sagellm.runtime.models.fault import FolderWarning, ModelError
 from sagellm.runtime.models.files import StoredTensor, read_header, read_json
 from sagellm.runtime.models.fit import Stored, check_fit
 from sagellm.runtime.models.hub import HubError, download
-from sagellm.runtime.models.ties import TIE, with_right_ties
+from sagellm.runtime.models.ties import TIE, untied_if_different
 
 __all__ = ["SHARD_INDEX", "ModelError", "ModelFolder", "open_folder", "resolve_model"]
 
@@ -99,7 +99,7 @@ def open_folder(name: str, path: Path) -> ModelFolder:
         raise error.in_file(str(path / CONFIG)) from None
     check_tokenizer(name, path)
     tensors = _stored(name, path)
-    config = with_right_ties(said, path, tensors)
+    config = untied_if_different(said, path, tensors)
     unread = check_fit(Stored(name, config, tensors))
     model_facts = facts(config)
     return ModelFolder(

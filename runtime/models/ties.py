@@ -14,7 +14,7 @@ TIE = "tie_word_embeddings"
 _CHUNK_BYTES = 1 << 20
 
 
-def with_right_ties(
+def untied_if_different(
     config: Mapping[str, object], path: Path, tensors: Mapping[str, StoredTensor]
 ) -> Mapping[str, object]:
     """The configuration, untied where the folder holds a head that differs from the embeddings."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sagellm.cli.failure import Failure
-from sagellm.cli.setting import LIMITS, Setting, Unfit, settings_of
+from sagellm.cli.setting import LIMITS, InvalidSetting, Setting, settings_of
 from sagellm.gateway.settings import Budget
 from sagellm.graphs.vocabulary import nearest
 
@@ -90,7 +90,7 @@ def read_limits(given: Sequence[str]) -> dict[str, Any]:
             raise Failure(f"there is no limit {name!r}", _likely(name, LIMITS), where)
         try:
             found[name] = LIMITS[name].read(_number(value.strip()))
-        except Unfit as error:
+        except InvalidSetting as error:
             raise Failure(f"{name} {error}", LIMITS[name].doc, where) from None
     return found
 
@@ -179,7 +179,7 @@ class _Reading:
     def _read(self, place: Place, name: str, setting: Setting, value: object) -> dict[str, Any]:
         try:
             found = setting.read(value)
-        except Unfit as error:
+        except InvalidSetting as error:
             self._mistake(place, f"{setting.name} {error}", setting.doc)
             return {}
         if isinstance(found, Path):

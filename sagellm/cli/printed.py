@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sagellm.cli.config_file import TABLES, Config
-from sagellm.cli.setting import LIMITS, Given, Setting, settings_of
+from sagellm.cli.setting import LIMITS, Setting, TracksGiven, settings_of
 from sagellm.gateway.settings import Budget, Limits, Settings, Streaming
 
 SECRETS = ("admin_key",)
@@ -14,7 +14,10 @@ _APART = ("api_key", "config", "import", "limit", "print_config", *TABLES)
 
 
 def printed(
-    options: Sequence[Given], settings: Settings, config: Config, changes: Mapping[str, object]
+    options: Sequence[TracksGiven],
+    settings: Settings,
+    config: Config,
+    changes: Mapping[str, object],
 ) -> str:
     """A file that gives the same settings, once its keys are filled in. What is not changed is a
     comment. `changes`: of the graph.

@@ -26,7 +26,7 @@ from sagellm.cli.serving import (
     read_settings,
     served_names,
 )
-from sagellm.cli.setting import over
+from sagellm.cli.setting import merge_given
 from sagellm.gateway.processes.supervision import GatewaysFailed
 from sagellm.gateway.server.front import serve_graph
 from sagellm.gateway.server.listen import raise_open_files
@@ -55,8 +55,8 @@ def serve(
         a folder, or a Hub id.
     """
     file = read_config(config.config, IN_A_FILE) if config.config else Config()
-    listen, served = over(listen, file.values), over(served, file.values)
-    opened, watch = over(opened, file.values), over(watch, file.values)
+    listen, served = merge_given(listen, file.values), merge_given(served, file.values)
+    opened, watch = merge_given(opened, file.values), merge_given(watch, file.values)
     chosen, model = choose_graph(graph, opened.model, opened.import_)
     names = served_names(chosen, model, served)
     settings = read_settings(listen, names, watch, file, config.limit)

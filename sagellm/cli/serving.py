@@ -16,7 +16,7 @@ from sagellm.builder import Graph
 from sagellm.cli.config_file import Config, read_limits
 from sagellm.cli.failure import RESOURCES, Failure
 from sagellm.cli.secrets import admin_key, check_tls, salt_key, user_keys
-from sagellm.cli.setting import Given
+from sagellm.cli.setting import TracksGiven
 from sagellm.gateway.server.front import server_class
 from sagellm.gateway.server.listen import bind, is_loopback
 from sagellm.gateway.settings import GRAPH_ALONE, Budget, Limits, Settings, Streaming
@@ -32,7 +32,7 @@ LogFormat = Literal["text", "json"]
 
 @Parameter(name="*", group="Settings")
 @dataclass(frozen=True, kw_only=True)
-class ConfigOptions(Given):
+class ConfigOptions(TracksGiven):
     """Where options come from: the command line, then the file, then the environment."""
 
     config: Path | None = None
@@ -47,7 +47,7 @@ class ConfigOptions(Given):
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
-class GraphOptions(Given):
+class GraphOptions(TracksGiven):
     """How the graph is opened."""
 
     model: str | None = None
@@ -65,7 +65,7 @@ class GraphOptions(Given):
 
 @Parameter(name="*", group="Who may reach it")
 @dataclass(frozen=True, kw_only=True)
-class ListenOptions(Given):
+class ListenOptions(TracksGiven):
     """Loopback, without a key, unless told otherwise."""
 
     host: str = "127.0.0.1"
@@ -84,7 +84,7 @@ class ListenOptions(Given):
     """A file that holds the admin key."""
 
     salt_key_file: Path | None = None
-    """A file whose secret keys prefix salts and hashes in logs, for them to outlive a restart."""
+    """A file with a secret: prefix salts and hashes in logs derive from it and survive restarts."""
 
     allowed_host: tuple[str, ...] = ()
     """A further name that clients reach this server under; may be repeated; * for any."""
@@ -119,7 +119,7 @@ class ListenOptions(Given):
 
 @Parameter(name="*", group="What is served")
 @dataclass(frozen=True, kw_only=True)
-class ModelOptions(Given):
+class ModelOptions(TracksGiven):
     """Spelled as vLLM spells them."""
 
     served_model_name: tuple[str, ...] = ()
@@ -137,7 +137,7 @@ class ModelOptions(Given):
 
 @Parameter(name="*", group="What can be seen of it")
 @dataclass(frozen=True, kw_only=True)
-class WatchOptions(Given):
+class WatchOptions(TracksGiven):
     """Metrics are at /metrics."""
 
     log_level: LogLevel = "info"

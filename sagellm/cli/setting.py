@@ -23,25 +23,25 @@ _RANGES = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less tha
 ALTERNATIVES = (frozenset({"admin_key", "admin_key_file"}),)  # one of them replaces the others
 
 
-class Unfit(ValueError):
+class InvalidSetting(ValueError):
     """A value that a setting does not take; the message says what it takes."""
 
 
-class Given:
+class TracksGiven:
     """Options that know which of them were given: `given` has their names."""
 
     given: frozenset[str]
 
-    def __new__(cls, **given: object) -> "Given":
+    def __new__(cls, **given: object) -> "TracksGiven":
         self = super().__new__(cls)
         object.__setattr__(self, "given", frozenset(given))
         return self
 
 
-T = TypeVar("T", bound=Given)
+T = TypeVar("T", bound=TracksGiven)
 
 
-def over(options: T, values: Mapping[str, Any]) -> T:
+def merge_given(options: T, values: Mapping[str, Any]) -> T:
     """The options that were given, over `values`, which may have names of other options too."""
     names = {field.name for field in fields(options)}  # type: ignore[arg-type]
     given = {name: getattr(options, name) for name in options.given}
@@ -72,7 +72,7 @@ class Setting:
         return [each for each in _metadata(self.hint) if isinstance(each, msgspec.Meta)]
 
     def read(self, value: object) -> Any:
-        """The value as the type has it. Raises Unfit."""
+        """The value as the type has it. Raises InvalidSetting."""
         kind = _plain(self.hint)
         if self.is_bytes and isinstance(value, str):
             value = _bytes(value)
@@ -83,9 +83,9 @@ class Setting:
         except msgspec.ValidationError:
             wanted = ", ".join([_phrase(kind), *self._bounds])
             wanted += ', or a text like "16MiB"' if self.is_bytes else ""
-            raise Unfit(f"is {_shown(value)}; it takes {wanted}") from None
+            raise InvalidSetting(f"is {_shown(value)}; it takes {wanted}") from None
         if isinstance(found, float) and not isfinite(found):
-            raise Unfit(f"is {found}; it takes a number")
+            raise InvalidSetting(f"is {found}; it takes a number")
         self._check_range(kind, found)
         return found
 
@@ -106,7 +106,7 @@ class Setting:
                         validate(kind, value)
                     except ValueError as error:
                         fault = str(error).removesuffix(".").replace("Must be", "it must be")
-                        raise Unfit(f"is {_shown(value)}; {fault}") from None
+                        raise InvalidSetting(f"is {_shown(value)}; {fault}") from None
 
 
 def settings_of(struct: type) -> Mapping[str, Setting]:

@@ -18,7 +18,15 @@ from sagellm.cli.serving import (
     WatchOptions,
     read_settings,
 )
-from sagellm.cli.setting import LIMITS, STRUCTS, Setting, Unfit, _plain, over, settings_of
+from sagellm.cli.setting import (
+    LIMITS,
+    STRUCTS,
+    InvalidSetting,
+    Setting,
+    _plain,
+    merge_given,
+    settings_of,
+)
 from sagellm.gateway.settings import Settings
 
 
@@ -60,7 +68,10 @@ def written(tmp_path: Path) -> Path:
 
 def test_every_field_of_the_settings_can_be_set_in_a_file(written: Path) -> None:
     config = read_config(written, IN_A_FILE)
-    listen, watch = over(ListenOptions(), config.values), over(WatchOptions(), config.values)
+    listen, watch = (
+        merge_given(ListenOptions(), config.values),
+        merge_given(WatchOptions(), config.values),
+    )
     settings, usual = read_settings(listen, ("other",), watch, config), Settings()
     unset = [
         field.name
@@ -86,7 +97,7 @@ def test_a_password_in_a_url_is_not_printed() -> None:
 
 def test_what_is_printed_gives_the_same_settings(written: Path, tmp_path: Path) -> None:
     config = read_config(written, IN_A_FILE)
-    options = [over(struct(), config.values) for struct in IN_A_FILE]
+    options = [merge_given(struct(), config.values) for struct in IN_A_FILE]
     settings = read_settings(options[1], ("other",), options[3], config)  # type: ignore[arg-type]
     shown = printed(options, settings, config, {"admission.max_queued": 7})
     assert '"k"' not in shown
@@ -116,11 +127,14 @@ def test_no_two_settings_have_one_name() -> None:
 
 def test_an_option_wins_over_the_file_also_where_it_is_the_default() -> None:
     values = {"port": 9000, "host": "::", "model": "m"}
-    assert over(ListenOptions(port=8000), values) == ListenOptions(port=8000, host="::")
-    assert over(ListenOptions(), values).port == 9000
-    assert over(ListenOptions(admin_key="a"), {"admin_key_file": Path("x")}).admin_key_file is None
-    assert over(GraphOptions(), values).model == "m"
-    assert over(ModelOptions(), values) == ModelOptions()
+    assert merge_given(ListenOptions(port=8000), values) == ListenOptions(port=8000, host="::")
+    assert merge_given(ListenOptions(), values).port == 9000
+    assert (
+        merge_given(ListenOptions(admin_key="a"), {"admin_key_file": Path("x")}).admin_key_file
+        is None
+    )
+    assert merge_given(GraphOptions(), values).model == "m"
+    assert merge_given(ModelOptions(), values) == ModelOptions()
 
 
 @pytest.mark.parametrize(
@@ -149,5 +163,5 @@ def test_values_of_limits(name: str, value: object, found: object) -> None:
     ],
 )
 def test_a_value_that_a_limit_does_not_take(name: str, value: object, wanted: str) -> None:
-    with pytest.raises(Unfit, match=wanted):
+    with pytest.raises(InvalidSetting, match=wanted):
         LIMITS[name].read(value)
