@@ -19,7 +19,7 @@ from sagellm.cli.secrets import admin_key, check_tls, salt_key, user_keys
 from sagellm.cli.setting import TracksGiven
 from sagellm.gateway.server.front import server_class
 from sagellm.gateway.server.listen import bind, is_loopback
-from sagellm.gateway.settings import GRAPH_ALONE, Budget, Limits, Settings, Streaming
+from sagellm.gateway.settings import Budget, Limits, Settings, Streaming
 from sagellm.graphs.ir import FrozenMap
 from sagellm.logs import LEVELS, own_logs
 from sagellm.opening import OpenGraph
@@ -218,7 +218,7 @@ def read_settings(
     if len({*keys.values(), admin}) <= len(keys):
         raise Failure("one API key is given twice, or is the admin key too", "give each its own")
     changed = {**config.limits, **read_limits(limits)}
-    budget = _part(Budget() if keys else GRAPH_ALONE, changed)
+    budget = _part(Settings(api_keys=keys).common_budget, changed)
     return Settings(
         host=listen.host,
         port=listen.port,
