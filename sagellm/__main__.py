@@ -59,13 +59,15 @@ def _leave(*_: object) -> None:
     os._exit(INTERRUPTED)
 
 
-def _is_interrupt(error: BaseException | None) -> bool:
+def _is_interrupt(error: BaseException) -> bool:
     """Whether a KeyboardInterrupt led to an error: some libraries turn it into one of theirs."""
-    if isinstance(error, BaseExceptionGroup):
-        return any(_is_interrupt(inner) for inner in error.exceptions)
-    if error is None or isinstance(error, KeyboardInterrupt):
-        return error is not None
-    return _is_interrupt(error.__cause__ or error.__context__)
+    found: list[BaseException] = [error]
+    for one in found:  # grows: causes may form a cycle, so each is looked at once
+        inner = one.exceptions if isinstance(one, BaseExceptionGroup) else ()
+        for other in (*inner, one.__cause__ or one.__context__):
+            if other is not None and not any(other is known for known in found):
+                found.append(other)
+    return any(isinstance(one, KeyboardInterrupt) for one in found)
 
 
 if __name__ == "__main__":

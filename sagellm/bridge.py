@@ -1,6 +1,7 @@
 """A session used from asyncio or from plain threads: trio runs in a thread of its own."""
 
 import asyncio
+import atexit
 import queue
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
@@ -49,8 +50,10 @@ class _Thread:
             self.session = stack.enter_context(manager)
             self._stack = stack.pop_all()
         self._is_open = True
+        atexit.register(self.close)  # a program may forget to: threads of C would abort its end
 
     def close(self) -> None:
+        atexit.unregister(self.close)
         self._is_open = False
         self._stack.close()
 

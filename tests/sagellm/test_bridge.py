@@ -1,6 +1,8 @@
 """The same graph from asyncio and from plain threads."""
 
 import asyncio
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -142,3 +144,23 @@ def test_closing_leaves_no_thread() -> None:
     with joint().open() as session:
         session.generate([1], sampling=SHORT)
     assert threading.active_count() <= before
+
+
+FORGETS = """
+from sagellm import Graph, Sampling, ops
+graph = Graph("g").engine("g", device="null", model="null") >> ops.generate(engine="g")
+session = graph.open(executor={executor!r}).__enter__()
+print(len(session.generate([1], sampling=Sampling(max_tokens=3, ignore_eos=True)).token_ids))
+"""
+
+
+@pytest.mark.parametrize("executor", ["tasks", "processes"])
+def test_a_program_that_forgets_to_close_ends(executor: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FORGETS.format(executor=executor)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "3\n", "")

@@ -76,3 +76,15 @@ def test_an_interrupt_that_a_library_catches_ends_the_process_too(tmp_path: Path
         arguments, capture_output=True, text=True, env=environment, timeout=30, check=False
     )
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "error: interrupted\n")
+
+
+def test_an_error_whose_causes_form_a_cycle_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    def cyclic(_: str) -> None:
+        inner = ValueError("the fault")
+        group = ExceptionGroup("a nursery", [inner])
+        inner.__context__ = group
+        raise group
+
+    monkeypatch.setattr(command, "import_module", cyclic)
+    with pytest.raises(ExceptionGroup, match="a nursery"):
+        command.main()
