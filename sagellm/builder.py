@@ -186,6 +186,9 @@ class Graph:
             raise ValueError(f"graph {self.name} was read from a file; change it by open(set=...)")
 
     def _adopt(self, operator: Operator) -> None:
+        if not isinstance(operator, Operator):
+            what = "ops.map(function)" if callable(operator) else "an operator of sagellm.ops"
+            raise TypeError(f"{operator!r:.80} is no operator of a graph: write {what}")
         if operator.graph is self:
             return
         if operator.graph is not None:

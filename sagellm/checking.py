@@ -8,7 +8,7 @@ import psutil
 
 from sagellm.backends import list_available_backends
 from sagellm.graphs.check import EngineFactsView, Facts, check, locate
-from sagellm.graphs.diagnostics import VALUE, Diagnostic, GraphError
+from sagellm.graphs.diagnostics import VALUE, Diagnostic, GraphError, Path
 from sagellm.graphs.ir import FrozenMap, Graph
 from sagellm.graphs.log import get_logger
 from sagellm.graphs.models import UnsupportedModel
@@ -16,7 +16,7 @@ from sagellm.graphs.text.yaml import Document
 from sagellm.graphs.vocabulary import nearest
 from sagellm.operators.policies import OWN, POLICIES
 from sagellm.operators.routing import STRATEGIES
-from sagellm.overrides import override
+from sagellm.overrides import assignment, override
 from sagellm.runtime.cluster.options import EXECUTORS, processes_options
 from sagellm.runtime.engine.options import EngineOptionError, EngineOptions
 from sagellm.runtime.engine.sizing import engine_dtype, engine_facts, size
@@ -29,6 +29,7 @@ from sagellm.runtime.registry import BrokenEntryPoint
 from sagellm.runtime.resolver import Resolver
 
 LOG = get_logger("sagellm.models")
+_NAMED = (("operators",), ("engines",))  # paths whose next part is a name
 
 
 def check_graph(
@@ -69,8 +70,27 @@ def check_graph(
     if not found:
         found = _unbuildable(graph, resolver, functions)
     if found:
-        raise GraphError(locate(found, document.positions))
+        raise GraphError(locate(_as_given(found, overrides or {}), document.positions))
     return graph
+
+
+def _as_given(found: Iterable[Diagnostic], overrides: Mapping[str, Any]) -> list[Diagnostic]:
+    """A mistake in what was set from outside is not one of the graph's text."""
+    return [replace(one, path=_given(one, overrides)) for one in found]
+
+
+def _given(found: Diagnostic, overrides: Mapping[str, Any]) -> Path:
+    """The path of a mistake, or the option of a command that it is in."""
+    kind, *names = found.path if found.path[:1] in _NAMED else (None, *found.path)
+    target = ".".join(str(name) for name in names[:2])
+    if kind == "engines" and len(names) == 1:  # of options that do not fit together
+        named = (one for one in overrides if one.startswith(f"{target}."))
+        target = next((one for one in named if one.partition(".")[2] in found.message), "")
+    if target not in overrides:
+        return found.path
+    if target == "executor.kind":
+        return (f"--executor {overrides[target]}",)
+    return (assignment(target, overrides[target]),)
 
 
 class _Names(Collection[str]):
@@ -172,7 +192,7 @@ def _given_models(graph: Graph, overrides: Mapping[str, Any], model: str | None)
     given = {} if model is None else dict.fromkeys(graph.engines, f"--model {model}")
     named = {name: f"{name}.model" for name in graph.engines}
     return given | {
-        name: f"--set {target}={overrides[target]}"
+        name: assignment(target, overrides[target])
         for name, target in named.items()
         if target in overrides
     }

@@ -23,7 +23,7 @@ def override(graph: Graph, overrides: Mapping[str, Any], model: str | None = Non
 def _set(graph: Graph, target: str, value: Any) -> Graph:
     name, dot, option = target.partition(".")
     if not dot or not option:
-        raise _mistake(target, f"--set {target}: write NAME.option=value")
+        raise _mistake(target, value, "write NAME.option=value")
     if name == "executor":
         return _with_executor(graph, option, value)
     if name in graph.names:
@@ -37,7 +37,7 @@ def _set(graph: Graph, target: str, value: Any) -> Graph:
     known = (*graph.names, *graph.engines)
     close = nearest(name, known)
     hint = f"did you mean {close}?" if close else f"there are {', '.join(known)}"
-    raise _mistake(target, f"no operator or engine is named {name!r}", hint)
+    raise _mistake(target, value, f"no operator or engine is named {name!r}", hint)
 
 
 def _with_executor(graph: Graph, option: str, value: Any) -> Graph:
@@ -62,5 +62,10 @@ def _with_model(graph: Graph, model: str) -> Graph:
     return graph
 
 
-def _mistake(target: str, message: str, hint: str | None = None) -> GraphError:
-    return GraphError((Diagnostic("bad-override", ("set", target), message, hint),))
+def assignment(target: str, value: Any) -> str:
+    """An override as the command line has it."""
+    return f"--set {target}={value}"
+
+
+def _mistake(target: str, value: Any, message: str, hint: str | None = None) -> GraphError:
+    return GraphError((Diagnostic("bad-override", (assignment(target, value),), message, hint),))

@@ -37,6 +37,7 @@ from sagellm.opening import OpenGraph
 
 T = TypeVar("T")
 _KINDS = (ListenOptions, ModelOptions, WatchOptions)
+_OF_THE_GRAPH = ("set", "executor", "model", "seed")
 
 
 def serve(graph: Graph | OpenGraph, *, log_level: LogLevel | None = "info", **options: Any) -> None:
@@ -88,6 +89,8 @@ def _prepared(opening: OpenGraph, options: Mapping[str, Any]) -> tuple[OpenGraph
     for name in options:
         if name not in known:
             close = nearest(name, known)
+            if name in _OF_THE_GRAPH:
+                raise TypeError(f"serve has no option {name!r}: use graph.open({name}=...).serve()")
             hint = f"did you mean {close!r}?" if close else f"there are {', '.join(known)}"
             raise TypeError(f"serve has no option {name!r}: {hint}")
     listen, served, watch = (_read(kind, options) for kind in _KINDS)

@@ -127,9 +127,8 @@ def _graph_failure(error: GraphError) -> Failure:
         )
     (only,) = error.diagnostics
     where = str(only.position or ".".join(map(str, only.path)))
-    return Failure(
-        only.message, only.hint or "change the graph at this place; nothing was started", where
-    )
+    what = "that option" if where.startswith("--") else "the graph at this place"
+    return Failure(only.message, only.hint or f"change {what}; nothing was started", where)
 
 
 def _system_failure(error: OSError) -> Failure | None:

@@ -186,6 +186,8 @@ def served_names(
     graph: Graph | OpenGraph, model: str | None, served: ModelOptions
 ) -> tuple[str, ...]:
     """What clients may call the model: never a path of this machine."""
+    if not all(served.served_model_name):
+        raise Failure("--served-model-name is empty", "give it the name that clients use")
     if served.served_model_name:
         return served.served_model_name
     first = next(iter(graph.ir.engines.values()), FrozenMap())

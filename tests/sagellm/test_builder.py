@@ -181,3 +181,13 @@ async def test_no_model_is_fetched_for_a_graph_that_makes_no_sense(
     with pytest.raises(GraphError, match="max_queued"):
         await Graph.load("pd").open(set={"admission.max_queue": 1}, model="a/b").__aenter__()
     assert asked == []
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"), [(len, r"ops\.map\(function\)"), ("map", r"an operator of sagellm\.ops")]
+)
+def test_what_is_no_operator_is_named(wrong: object, says: str) -> None:
+    with pytest.raises(TypeError, match=says):
+        Graph("g") >> wrong  # type: ignore[operator]
+    with pytest.raises(TypeError, match=says):
+        Graph("g") >> ops.admission() >> wrong  # type: ignore[operator]

@@ -41,3 +41,20 @@ def test_a_model_of_a_file_is_said_at_its_line(tmp_path: Path) -> None:
     found = refused(Graph.load(path))
     assert found.position is not None
     assert (found.position.file, found.position.line) == (str(path), 4)
+
+
+@pytest.mark.parametrize(
+    ("graph", "target", "value", "place"),
+    [
+        ("pd", "split.min_uncached_tokens", "eight", "--set split.min_uncached_tokens=eight"),
+        ("pd", "splitt.x", 1, "--set splitt.x=1"),
+        ("pd", "executor.kind", "process", "--executor process"),
+        ("joint", "g.max_model_len", 999999, "--set g.max_model_len=999999"),
+        ("joint", "g.device", "gpu", "--set g.device=gpu"),
+    ],
+)
+def test_a_mistake_in_what_was_set_is_not_one_of_the_file(
+    graph: str, target: str, value: object, place: str
+) -> None:
+    found = refused(Graph.load(graph), overrides={target: value})
+    assert (found.path, found.position) == ((place,), None)

@@ -63,6 +63,8 @@ async def test_under_trio_the_blocking_form_names_the_other() -> None:
         ({"gateways": -1}, ValueError, "option gateways of serve is -1; it must be >= 0"),
         ({"drain_s": -1}, ValueError, "option drain_s of serve is -1"),
         ({"max_model_len": 1}, ValueError, "option max_model_len of serve is 1"),
+        ({"executor": "processes"}, TypeError, r"graph\.open\(executor=\.\.\.\)\.serve\(\)"),
+        ({"served_model_name": ""}, ValueError, "served-model-name is empty"),
         ({"host": "0.0.0.0"}, ValueError, "no API key"),
         ({"api_key": ("a", "a")}, ValueError, "given twice"),
         ({"gpu_memory_utilization": 0.5}, ValueError, "gpu-memory-utilization"),
