@@ -1,5 +1,6 @@
 """What went wrong with a call: one exception, whatever the server or the network did."""
 
+import ssl
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -80,6 +81,16 @@ def broken(data: bytes | str) -> ClientError:
     )
 
 
+def _reason(error: BaseException) -> str:
+    """The first text among an error and its causes: under TLS the outer ones have none."""
+    while not str(error) and (cause := error.__cause__ or error.__context__) is not None:
+        error = cause
+    text = str(error) or type(error).__name__
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"{text}; SSL_CERT_FILE names the file of an authority of your own"
+    return text
+
+
 @contextmanager
 def translated(url: str) -> Iterator[None]:
     """Raise ClientError for what the transport raises."""
@@ -93,7 +104,8 @@ def translation(error: Exception, url: str) -> ClientError:
     """What one of TRANSPORT means."""
     match error:
         case httpx2.ConnectError() | httpx2.ConnectTimeout():
-            return ClientError(f"no server answers at {url}: {error}", code=UNREACHABLE)
+            text = f"no server answers at {url}: {_reason(error)}"
+            return ClientError(text, code=UNREACHABLE)
         case httpx2.TimeoutException():
             return ClientError(f"{url} sent nothing for too long", code=TIMED_OUT)
         case httpx2.InvalidURL() | httpx2.UnsupportedProtocol():

@@ -1,6 +1,7 @@
 """Which server to talk to: a URL, what the environment says, or one of this machine."""
 
 import os
+import ssl
 from collections.abc import Mapping
 from ipaddress import ip_address
 
@@ -58,7 +59,8 @@ def transport_options(url: str, api_key: str | None, timeout_s: float) -> Mappin
         "base_url": url,
         "headers": headers(api_key),
         "timeout": httpx2.Timeout(timeout_s, connect=min(timeout_s, 10.0)),
-        "trust_env": not is_local(url),
+        "trust_env": not is_local(url),  # no proxy stands before this machine
+        "verify": ssl.create_default_context(),  # obeys SSL_CERT_FILE wherever the server is
         "limits": httpx2.Limits(max_connections=None, max_keepalive_connections=None),
     }
 

@@ -11,6 +11,9 @@ from gateway_served import SERVERS, STREAM, get, post, read_reply, serving
 from gateway_session import served_session
 from tls_pairs import tls_pair
 
+from sagellm.client.failure import ClientError
+from sagellm.client.server_async import AsyncServer
+
 BODY = {"prompt": "hey", "max_tokens": 2}
 
 
@@ -74,3 +77,22 @@ async def test_a_client_that_leaves_over_tls_cancels_its_stream(
             assert b"200" in await stream.receive_some()
             await stream.aclose()
             await served.idle()
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+async def test_our_own_client_obeys_the_file_of_authorities(
+    is_known: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    certificate, key = tls_pair(tmp_path)
+    if is_known:
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    async with serving("hypercorn", tls_certificate=certificate, tls_key=key) as served:
+        client = AsyncServer(f"https://127.0.0.1:{served.port}", None, 30.0)
+        with trio.fail_after(30):
+            if is_known:
+                assert await client.models()
+            else:
+                says = "certificate verify failed.*SSL_CERT_FILE"
+                with pytest.raises(ClientError, match=says):
+                    await client.models()
+            await client.aclose()
