@@ -55,6 +55,15 @@ def test_a_file_of_prompts_becomes_a_file_of_answers(files: Files) -> None:
     assert line["timing"]["decode_ms"] > 0
 
 
+def test_without_an_output_the_answers_are_on_stdout(
+    files: Files, capfd: pytest.CaptureFixture[str]
+) -> None:
+    files.ask(prompt(1, id="a"), prompt(1, 2, id="b"))
+    assert main(["run", "pd", *NULL, "--input", str(files.input)]) == 0
+    lines = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    assert {line["id"] for line in lines} == {"a", "b"}
+
+
 def test_a_long_prompt_passes_the_transfer(files: Files) -> None:
     files.ask(prompt(*range(40), id="long"), prompt(1, id="short"))
     main(files.argv())
