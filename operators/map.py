@@ -92,7 +92,7 @@ class AsyncMap:
         if isinstance(item, TokenEvent) and self.concurrency > 1:
             return await ctx.terminate(ending(item, "failed", now=ctx.now(), error=_unordered(ctx)))
         try:
-            answered = await self._function.call(item)
+            answered = await self._function.wait(item)
             result = rewritten(self._function, item, answered, self._encode)
         except Exception as error:
             why = self._function.explain(error)

@@ -1,5 +1,6 @@
 """Errors of a user's own code: where they were raised, and what is said of them."""
 
+import asyncio
 import inspect
 import math
 import sysconfig
@@ -20,6 +21,26 @@ class WrongResult(TypeError):
     def __init__(self, message: str, place: str | None = None) -> None:
         super().__init__(message)
         self.place = place  # file:line of the code that returned
+
+
+class CodeLeft(RuntimeError):
+    """A user's code raised what would end the program or its task: SystemExit, CancelledError of
+    asyncio. That is an error of the request it was called for.
+    """
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(str(error))
+        self.kind = type(error).__name__
+        self.__cause__ = error
+        self.__traceback__ = error.__traceback__
+
+
+LEAVING = (SystemExit, asyncio.CancelledError)
+
+
+def name_of(error: BaseException) -> str:
+    """The type of an error, as a sentence names it."""
+    return error.kind if isinstance(error, CodeLeft) else type(error).__name__
 
 
 def place_of(error: BaseException) -> str | None:
@@ -63,6 +84,8 @@ def sentence(public: str, cause: BaseException | None) -> str:
     if cause is None:
         return public
     text = "" if isinstance(cause, WrongResult) else " ".join(str(cause).split())
+    if text == "no running event loop":
+        text += "; graphs run on trio: use trio or anyio here, not asyncio"
     place = place_of(cause)
     whole = f"{public}: {text[:_TEXT_CHARS]}" if text else public
     return f"{whole} ({place})" if place else whole

@@ -20,7 +20,14 @@ from sagellm.runtime.messages import (
 )
 from sagellm.runtime.operator import Setup
 from sagellm.runtime.sampling import fault_of
-from sagellm.runtime.user_code import WrongResult, kind_of, place_of_code
+from sagellm.runtime.user_code import (
+    LEAVING,
+    CodeLeft,
+    WrongResult,
+    kind_of,
+    name_of,
+    place_of_code,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +45,21 @@ class UserFunction:
 
     def __call__(self, item: Item) -> Any:
         """What the function returns for an item. Raises WrongResult for a coroutine."""
-        result = self.call(item)
+        try:
+            result = self.call(item)
+        except LEAVING as error:
+            raise CodeLeft(error) from error
         if inspect.iscoroutine(result):
             result.close()
             raise self.wrong("returned a coroutine; make it `async def`, which map awaits")
         return result
+
+    async def wait(self, item: Item) -> Any:
+        """The same of an async function."""
+        try:
+            return await self.call(item)
+        except LEAVING as error:
+            raise CodeLeft(error) from error
 
     def wrong(self, message: str) -> WrongResult:
         """The error of a function that returned what its operator does not take."""
@@ -55,7 +72,7 @@ class UserFunction:
         """Names operator, function and type of the error; not its text, which may be private."""
         if isinstance(error, WrongResult):
             return f"{self.operator}: the function {self.symbol} {error}"
-        return f"{self.operator}: the function {self.symbol} raised {type(error).__name__}"
+        return f"{self.operator}: the function {self.symbol} raised {name_of(error)}"
 
 
 def find_function(setup: Setup, symbol: str) -> UserFunction:

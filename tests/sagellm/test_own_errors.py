@@ -1,7 +1,9 @@
 """Errors of a user's own code: what the caller gets, and what the log says."""
 
+import asyncio
 import json
 import math
+import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -97,6 +99,42 @@ async def test_an_async_function_that_raises_is_named_too(autojump_clock: MockCl
         with pytest.raises(RequestFailed, match="JSONDecodeError") as caught:
             await anext(session.stream([1], sampling=FIVE))
     assert str(caught.value).endswith(f"({line_of('raises later')})")
+
+
+def leaves(request: Request) -> str:
+    if request.prompt == "exit":
+        sys.exit(3)  # leaves here
+    return "b"
+
+
+async def is_cancelled(request: Request) -> str:
+    if request.prompt == "exit":
+        raise asyncio.CancelledError
+    return "b"
+
+
+async def sleeps_in_asyncio(request: Request) -> str:
+    await asyncio.sleep(1)
+    return "b"
+
+
+@pytest.mark.parametrize(
+    ("function", "says"),
+    [(leaves, "raised SystemExit: 3 .*"), (is_cancelled, "raised CancelledError .*")],
+)
+async def test_a_function_cannot_end_the_graph(
+    function: Callable[..., Any], says: str, autojump_clock: MockClock
+) -> None:
+    async with opened(ops.map(function)) as session:
+        with pytest.raises(RequestFailed, match=says):
+            await session.generate("exit", sampling=FIVE)
+        assert len((await session.generate("a", sampling=FIVE)).token_ids) == 5
+
+
+async def test_an_asyncio_function_is_told_to_use_trio(autojump_clock: MockClock) -> None:
+    async with opened(ops.map(sleeps_in_asyncio)) as session:
+        with pytest.raises(RequestFailed, match="no running event loop; graphs run on trio"):
+            await session.generate("a", sampling=FIVE)
 
 
 @pytest.mark.parametrize(
