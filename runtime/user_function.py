@@ -155,6 +155,8 @@ def _rewritten_request(
     ids, cached = result.prompt_token_ids, result.num_cached_tokens
     if result.prompt != item.prompt and ids == item.prompt_token_ids:
         ids, cached = (encode(result.prompt) if encode else ()), 0
+        if encode and not ids:
+            raise function.wrong("returned an empty prompt; one with tokens was wanted")
     return msgspec.structs.replace(
         result,
         request_id=item.request_id,

@@ -131,6 +131,12 @@ async def test_a_function_cannot_end_the_graph(
         assert len((await session.generate("a", sampling=FIVE)).token_ids) == 5
 
 
+async def test_an_empty_prompt_names_the_function(autojump_clock: MockClock) -> None:
+    async with opened(ops.map(lambda request: "")) as session:
+        with pytest.raises(RequestFailed, match="map: the function .* returned an empty prompt"):
+            await session.generate("a", sampling=FIVE)
+
+
 async def test_an_asyncio_function_is_told_to_use_trio(autojump_clock: MockClock) -> None:
     async with opened(ops.map(sleeps_in_asyncio)) as session:
         with pytest.raises(RequestFailed, match="no running event loop; graphs run on trio"):
