@@ -69,6 +69,8 @@ async def serve_async(
     """
     if sniffio.current_async_library() != "trio":
         raise RuntimeError("serve_async needs trio; a program of its own may call sagellm.serve")
+    if not isinstance(graph, Graph | OpenGraph):
+        raise TypeError(f"{graph!r:.80} is no graph: write sagellm.serve(Graph.load(...))")
     opening = graph.open() if isinstance(graph, Graph) else graph
     with _plain_errors():
         opening, settings = _prepared(opening, options)

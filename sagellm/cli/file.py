@@ -61,7 +61,12 @@ def _input(path: Path | None) -> FileIO:
 
 def _check_output(files: FileOptions) -> None:
     """Raise Failure if the output is the input, or exists, unasked: before a model is loaded."""
-    if files.output is None or not files.output.exists():
+    if files.output is None:
+        return
+    if not files.output.parent.is_dir():
+        cause = f"there is no folder {files.output.parent}"
+        raise Failure(cause, "make it, or choose another --output", str(files.output))
+    if not files.output.exists():
         return
     if files.output.is_file() and os.path.samestat(
         os.stat(_source(files.input)), files.output.stat()

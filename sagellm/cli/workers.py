@@ -1,9 +1,10 @@
 """`sagellm ps`, `restart`, `drain` and `scale`: the workers of this user's running graphs."""
 
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 import trio
@@ -47,7 +48,7 @@ def restart(
     Parameters
     ----------
     operator
-        A name of the graph that has an engine, such as decode.
+        A name of the graph that has an engine, such as decode; decode[0] is its replica 0.
     replica
         This one alone.
     graph_pid
@@ -55,7 +56,7 @@ def restart(
     json
         Print them as `ps` does.
     """
-    return _change(Asked("restart", operator, replica), graph_pid, json)
+    return _change(_of("restart", operator, replica), graph_pid, json)
 
 
 def drain(
@@ -68,7 +69,7 @@ def drain(
     Parameters
     ----------
     operator
-        A name of the graph that has an engine, such as decode.
+        A name of the graph that has an engine, such as decode; decode[0] is its replica 0.
     replica
         This one alone.
     graph_pid
@@ -76,7 +77,17 @@ def drain(
     json
         Print them as `ps` does.
     """
-    return _change(Asked("drain", operator, replica), graph_pid, json)
+    return _change(_of("drain", operator, replica), graph_pid, json)
+
+
+def _of(command: Literal["drain", "restart"], operator: str, replica: int | None) -> Asked:
+    """`decode[0]`, as `ps` shows a worker, is replica 0 of decode."""
+    found = re.fullmatch(r"(.+)\[(\d+)\]", operator)
+    if found is None:
+        return Asked(command, operator, replica)
+    if replica not in (None, int(found[2])):
+        raise Failure(f"{operator} is not --replica {replica}", "name one of them")
+    return Asked(command, found[1], int(found[2]))
 
 
 def scale(

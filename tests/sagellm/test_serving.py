@@ -77,6 +77,11 @@ def test_wrong_options_are_told_before_anything_starts(
         sagellm.serve(graph(), **options)
 
 
+def test_what_is_no_graph_is_named() -> None:
+    with pytest.raises(TypeError, match=r"'pd' is no graph: write sagellm\.serve\(Graph\.load"):
+        sagellm.serve("pd")  # type: ignore[arg-type]
+
+
 def test_a_port_in_use_is_an_os_error() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(OSError, match="in use"):
         graph().open().serve(port=taken.getsockname()[1])

@@ -64,6 +64,15 @@ def test_without_an_output_the_answers_are_on_stdout(
     assert {line["id"] for line in lines} == {"a", "b"}
 
 
+def test_an_output_in_no_folder_is_refused(
+    files: Files, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files.ask(prompt(1))
+    files.output = files.output.parent / "missing" / "out.jsonl"
+    assert main(files.argv()) == 2
+    assert f"there is no folder {files.output.parent}" in capsys.readouterr().err
+
+
 def test_a_long_prompt_passes_the_transfer(files: Files) -> None:
     files.ask(prompt(*range(40), id="long"), prompt(1, id="short"))
     main(files.argv())

@@ -6,7 +6,7 @@ from rich.cells import cell_len
 
 from sagellm.cli import main, workers
 from sagellm.cli.workers import _print
-from sagellm.runtime.cluster.control import Answered, Row
+from sagellm.runtime.cluster.control import Answered, Asked, Row
 
 ROW = Row(
     graph="pd_many",
@@ -47,3 +47,25 @@ def test_a_graph_without_workers_cannot_be_restarted(
     assert "no graph with workers runs here" in capsys.readouterr().err
     assert main(["ps", "--json"]) == 0
     assert msgspec.json.decode(capsys.readouterr().out)[0]["executor"] == "tasks"
+
+
+@pytest.mark.parametrize("command", ["drain", "restart"])
+@pytest.mark.parametrize(
+    ("arguments", "replica"),
+    [(["decode"], None), (["decode", "--replica", "1"], 1), (["decode[1]"], 1),
+     (["decode[1]", "--replica", "1"], 1)],
+)  # fmt: skip
+def test_a_worker_is_named_as_ps_shows_it(
+    command: str, arguments: list[str], replica: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Asked] = []
+    monkeypatch.setattr(workers, "_change", lambda asked, *_: seen.append(asked) or 0)
+    assert main([command, *arguments]) == 0
+    assert [(one.command, one.operator, one.replica) for one in seen] == [
+        (command, "decode", replica)
+    ]
+
+
+def test_two_replicas_are_not_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["drain", "decode[1]", "--replica", "0"]) == 2
+    assert "decode[1] is not --replica 0" in capsys.readouterr().err
