@@ -12,6 +12,12 @@ from sagellm.runtime.engine.port import Engine
 from sagellm.runtime.operator import Logic, Service, Setup, Target
 from sagellm.runtime.options import read_options
 from sagellm.runtime.resolver import Resolver
+from sagellm.runtime.user_code import kind_of, sentence
+
+_LOGIC = ("initial", "on")
+_SERVICE = (
+    "concurrency", "holds", "capacity", "on_item", "on_events", "on_signal", "recall", "discard",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,13 +138,29 @@ def build_operators(
         module = resolver.operator(node.op)
         targets = targets_of(graph, node, vocabulary, replicas)
         setup = Setup(node.name, targets, functions, encode, seed)
+        path = ("operators", node.name)
         try:
             made[node.name] = module.build(read_options(module.spec.options, node.attrs), setup)
         except ValueError as error:
-            mistakes.append(Diagnostic("bad-options", ("operators", node.name), str(error)))
+            mistakes.append(Diagnostic("bad-options", path, str(error)))
+            continue
+        except Exception as error:  # of the user's own code
+            raised = f"{node.op}: build raised {type(error).__name__}"
+            mistakes.append(Diagnostic("bad-operator", path, sentence(raised, error)))
+            continue
+        missing = _missing(made[node.name])
+        if missing:
+            what = f"{node.op}: build returned {kind_of(made[node.name])}, which has no {missing}"
+            mistakes.append(Diagnostic("bad-operator", path, what))
     if mistakes:
         raise GraphError(tuple(mistakes))
     return made
+
+
+def _missing(operator: object) -> str:
+    """What an operator lacks, of `Service` where it has `on_item`, else of `Logic`."""
+    kind = _SERVICE if hasattr(operator, "on_item") else _LOGIC
+    return ", ".join(name for name in kind if not hasattr(operator, name))
 
 
 def _num_replicas(node: Node, engines: Mapping[str, tuple[Engine, ...]]) -> int:

@@ -1,8 +1,10 @@
 """Registering a user's own things, and those that installed packages offer."""
 
 import inspect
+import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,7 +13,7 @@ from sagellm import Graph, Request, Sampling, ops
 from sagellm.checking import check_graph
 from sagellm.graphs.diagnostics import GraphError
 from sagellm.graphs.text.yaml import Document, load
-from sagellm.graphs.vocabulary import OpSpec
+from sagellm.graphs.vocabulary import OpSpec, Port
 from sagellm.operators.policies import POLICIES
 from sagellm.operators.policies.options import Options
 from sagellm.operators.policies.order import Order, Policy
@@ -245,3 +247,32 @@ def test_two_packages_of_one_name_are_refused(package: Path) -> None:
     (other / "entry_points.txt").write_text("[sagellm.functions]\nfake_keep = builtins:bool\n")
     (told,) = mistakes(("function: f", "function: fake_keep"))
     assert "is offered by package fake and package other" in told
+
+
+class NoMethods:
+    async def on_item(self, ctx: Any, item: Any) -> None: ...
+
+
+def broken(options: Any, setup: Any) -> Any:
+    return 1 // 0
+
+
+@pytest.mark.parametrize(
+    ("build", "says"),
+    [
+        (lambda *_: None, "guard: build returned None, which has no initial, on"),
+        (lambda *_: NoMethods(), "has no concurrency, holds, capacity, on_events, on_signal, "),
+        (broken, r"guard: build raised ZeroDivisionError: .* \(.*test_registering\.py:\d+\)"),
+    ],
+)
+def test_an_operator_that_cannot_be_built_is_a_mistake(build: Any, says: str) -> None:
+    port = (Port("in", "request"),), (Port("out", "request"),)
+    sagellm.register_operator(OpSpec("guard", *port), build)
+    (told,) = mistakes(("op: filter, function: f", "op: guard"))
+    assert re.search(says, told)
+
+
+def test_a_policy_that_cannot_be_built_is_a_mistake() -> None:
+    sagellm.register_policy("torn", lambda options: 1 // 0)  # type: ignore[arg-type,return-value]
+    (told,) = mistakes(("fifo", "torn"))
+    assert "build raised ZeroDivisionError" in told
