@@ -273,6 +273,7 @@ def test_an_operator_that_cannot_be_built_is_a_mistake(build: Any, says: str) ->
 
 
 def test_a_policy_that_cannot_be_built_is_a_mistake() -> None:
+    sagellm.register_function(lambda request: True, "f")
     sagellm.register_policy("torn", lambda options: 1 // 0)  # type: ignore[arg-type,return-value]
     (told,) = mistakes(("fifo", "torn"))
     assert "build raised ZeroDivisionError" in told
