@@ -29,6 +29,9 @@ class Limits:
     body_bytes: Bytes = 8 << 20
     """Size of a body."""
 
+    all_bodies_bytes: Bytes = 256 << 20
+    """Size of the bodies of all open calls of a process."""
+
     body_s: Seconds = 30.0
     """Time until the body is whole."""
 

@@ -10,7 +10,7 @@ from starlette.responses import Response
 from sagellm.gateway.call import read_request_id, read_traceparent
 from sagellm.gateway.failure import ApiError
 from sagellm.gateway.gateway import Gateway
-from sagellm.gateway.layers.body import check_body
+from sagellm.gateway.layers.body import Bodies, check_body
 from sagellm.gateway.layers.headers import check_headers
 from sagellm.gateway.layers.origin import Hosts
 from sagellm.gateway.routes import ROUTES
@@ -209,7 +209,7 @@ def test_origins(origin: str, status: int) -> None:
     ],
 )
 def test_what_is_said_of_a_body(headers: list[tuple[bytes, bytes]], status: int) -> None:
-    assert _status(check_body, scope(*headers), Limits()) == status
+    assert _status(check_body, scope(*headers), Limits(), Bodies(Limits())) == status
 
 
 @pytest.mark.parametrize("given", ["a", "A-z.0_9", "x" * 128])
