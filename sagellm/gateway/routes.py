@@ -51,8 +51,9 @@ ROUTES = (
     Route("GET", "/version", version, while_draining=True),
     Route("GET", "/load", load, while_draining=True),
     Route("GET", "/metrics", metrics, access="metrics", while_draining=True),
-    Route("GET", "/openapi.json", described, while_draining=True),
-    Route("GET", "/docs", docs, while_draining=True),
+    # Open, as the page is: a browser has no key to send. They hold no more than the package does.
+    Route("GET", "/openapi.json", described, access="open", while_draining=True),
+    Route("GET", "/docs", docs, access="open", while_draining=True),
     Route("GET", "/v1/models", models),
     Route("GET", "/v1/models/{id:path}", model),
     Route("POST", "/v1/completions", completions),
