@@ -4,7 +4,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Generic, TypeVar
 
 import anyio
@@ -94,14 +94,15 @@ class _Timed(Generic[T]):
     def __init__(self, work: Callable[[], T]) -> None:
         self._work = work
         self._found: list[T] = []
-        self._clock: int | None = None  # of the thread at work, while there is one
+        self._clock: Callable[[], float] | None = None  # of the thread at work, if there is one
         self._began_s = 0.0
         self.is_begun = False
         self.error: Exception | None = None
 
     def __call__(self) -> None:
-        self._began_s = time.thread_time()
-        self._clock = time.pthread_getcpuclockid(threading.get_ident())
+        clock = _own_clock()
+        self._began_s = clock()
+        self._clock = clock
         self.is_begun = True
         try:
             self._found.append(self._work())
@@ -114,13 +115,23 @@ class _Timed(Generic[T]):
         if clock is None:
             return 0.0
         with suppress(OSError):  # the thread has ended since
-            return time.clock_gettime(clock) - self._began_s
+            return clock() - self._began_s
         return 0.0
 
     def result(self) -> T:
         if self.error is not None and not self._found:
             raise self.error
         return self._found[0]
+
+
+def _own_clock() -> Callable[[], float]:
+    """The CPU time of the calling thread, for all threads to read. The clock on the wall where the
+    system does not say (macOS): then waiting counts too.
+    """
+    clock_id_of = getattr(time, "pthread_getcpuclockid", None)
+    if clock_id_of is None:
+        return time.monotonic
+    return partial(time.clock_gettime, clock_id_of(threading.get_ident()))
 
 
 class _Job(Generic[T]):

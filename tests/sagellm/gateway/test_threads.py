@@ -2,13 +2,14 @@
 
 import gc
 import threading
+import time
 import weakref
 from functools import partial
 
 import anyio
 import pytest
 
-from sagellm.gateway.threads import Threads
+from sagellm.gateway.threads import Overrun, Threads
 
 
 @pytest.fixture
@@ -79,6 +80,27 @@ def test_nothing_stays_of_abandoned_work_that_has_ended(run):
         return sum([await threads.run(lambda: freed.acquire(timeout=5)) for _ in range(2)])
 
     assert run(check) == 2
+
+
+@pytest.mark.parametrize("has_cpu_clocks", [True, False])
+def test_work_is_bounded_where_the_system_has_no_clock_of_a_thread(
+    run, gate, monkeypatch, has_cpu_clocks
+):
+    """As macOS, where the clock on the wall has to do."""
+    if not has_cpu_clocks:
+        monkeypatch.delattr(time, "pthread_getcpuclockid")
+
+    def spin() -> None:
+        while not gate.is_set():
+            pass
+
+    async def check() -> str:
+        threads = Threads(2)
+        with pytest.raises(Overrun), anyio.fail_after(20):
+            await threads.run_within(0.05, spin)
+        return await threads.run_within(20, lambda: "done")
+
+    assert run(check) == "done"
 
 
 def test_an_error_reaches_the_caller_and_frees_the_place(run):
