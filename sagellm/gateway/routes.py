@@ -31,13 +31,17 @@ async def described(gateway: Gateway, request: Request) -> Response:
 async def docs(gateway: Gateway, request: Request) -> Response:
     """The same as a page."""
     settings = gateway.settings
-    document = openapi(ROUTES, VERSION, settings.limits, needs_key=bool(settings.api_keys))
-    return docs_page(document)
+    return _page(settings.limits, bool(settings.api_keys))
 
 
 @lru_cache
 def _document(limits: Limits, needs_key: bool) -> bytes:
     return msgspec.json.encode(openapi(ROUTES, VERSION, limits, needs_key=needs_key))
+
+
+@lru_cache
+def _page(limits: Limits, needs_key: bool) -> Response:
+    return docs_page(openapi(ROUTES, VERSION, limits, needs_key=needs_key))
 
 
 _JSON = "application/json"
