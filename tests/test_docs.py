@@ -196,6 +196,7 @@ def test_the_limits_in_the_docs_are_those_that_hold() -> None:
     limits, stream, budget = Limits(), Streaming(), Budget()
     for number in (
         limits.header_bytes >> 10, limits.num_headers, limits.header_s, limits.body_bytes >> 20,
+        limits.all_bodies_bytes >> 20,
         limits.body_s, limits.json_depth, limits.num_prompts, limits.num_messages, MAX_PARTS,
         limits.num_choices, limits.num_stop, limits.stop_bytes, limits.num_logit_bias,
         limits.model_name_len, MAX_STOP_TOKEN_IDS, MAX_SALT_LEN, MAX_HINT_LEN, MAX_WAIT_S,

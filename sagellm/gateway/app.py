@@ -12,7 +12,7 @@ from sagellm.gateway.call import Call, OpenCalls
 from sagellm.gateway.call_log import call_fields
 from sagellm.gateway.gateway import Gateway
 from sagellm.gateway.layers.auth import Keys
-from sagellm.gateway.layers.body import Body, check_body
+from sagellm.gateway.layers.body import Bodies, Body, check_body
 from sagellm.gateway.layers.draining import draining
 from sagellm.gateway.layers.errors import failure_of, response_of
 from sagellm.gateway.layers.headers import check_headers
@@ -39,6 +39,7 @@ class App:
         self.gateway = gateway
         self.table = Table(routes)
         self.calls = OpenCalls(gateway.num_calls)
+        self.bodies = Bodies(gateway.settings.limits)
         self._hosts = Hosts(gateway.settings)
         self._keys = Keys(gateway.settings)
 
@@ -54,7 +55,8 @@ class App:
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         call = new_call(scope)
         route = self.table.find(scope)
-        body = Body(scope, receive, self.gateway.settings.limits, call.started_s)
+        limits = self.gateway.settings.limits
+        body = Body(scope, receive, limits, call.started_s, self.bodies)
         sending = _Sending(send, call, body)
         scope["state"] = {"call": call, "calls": self.calls}
         self.gateway.meters.request_started(route.path, scope["method"])
@@ -73,8 +75,11 @@ class App:
             await response(scope, body.receive, sending.send)
         except Exception as error:
             refusal = failure_of(error, sending.call.request_id)
+            body.drop()  # before the answer: to read what is left of the body may take long
             if refusal is not None and not sending.status:
                 await response_of(refusal)(scope, body.receive, sending.send)
+        finally:
+            body.drop()
 
     def _check(self, route: Route, scope: Scope) -> None:
         """All that can be said before the body is read. Raises ApiError."""
@@ -86,7 +91,7 @@ class App:
         state["call"] = replace(state["call"], tenant=caller.tenant, is_admin=caller.is_admin)
         if self.gateway.is_draining and not route.while_draining:
             raise draining()
-        check_body(scope, settings.limits)
+        check_body(scope, settings.limits, self.bodies)
 
     def _ended(self, route: Route, scope: Scope, sending: "_Sending") -> None:
         call, method, status = scope["state"]["call"], scope["method"], sending.end_status

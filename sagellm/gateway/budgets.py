@@ -103,7 +103,7 @@ class Budgets:
         if _exceeds(tenant.num_waiting.total, num_requests, budget.num_waiting):
             raise self._too_much(f"this key may have {budget.num_waiting} requests waiting")
         debt = -tenant.cancels.level(now)
-        if debt >= 0:
+        if debt >= 0 and budget.cancels_per_s:
             wait_s = (debt + 1) / budget.cancels_per_s
             raise self._too_much("this key cancels too many requests", wait_s)
         tenant.num_open.add(num_requests)

@@ -6,8 +6,8 @@ from starlette.types import Scope
 
 from sagellm.gateway.answers.usage import Tally
 from sagellm.gateway.call import Call
+from sagellm.gateway.nearest import shown
 
-MAX_PATH_LEN = 128  # characters: a client chooses them
 _METHOD_LEN = 16
 _SHORTEST_S = 1e-3  # of which a rate says anything
 
@@ -28,10 +28,9 @@ def call_fields(call: Call, scope: Scope, status: int, now: float) -> dict[str, 
 
 
 def path_of(scope: Scope) -> str:
-    """As it came over the wire, without its query, which may hold a key; cut where it is long."""
+    """As answers show it, without its query, which may hold a key."""
     raw: bytes = scope.get("raw_path") or b""
-    path = raw.partition(b"?")[0].decode("latin-1")
-    return path if len(path) <= MAX_PATH_LEN else f"{path[:MAX_PATH_LEN]}..."
+    return shown(raw.partition(b"?")[0])
 
 
 def client_of(scope: Scope) -> str:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-MAX_PATH_LEN = 120
+MAX_PATH_LEN = 120  # characters: a client chooses them
 _CHAT, _COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 # Paths of other APIs, and the route here that does what they do.
 _ELSEWHERE = {

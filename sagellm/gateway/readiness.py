@@ -14,7 +14,11 @@ LOG = get_logger("sagellm.gateway")
 
 PROBE_S = 5.0  # a probe that takes longer has failed
 RETRY_S = 1.0
+MAX_RETRY_S = 10.0  # while code of the user's own fails, which logs a traceback each time
 WATCH_S = 0.1
+_ENDED = "the graph ended the probe"
+_OWN_FAULT = f"{_ENDED}: failed; "
+_NO_PROBE = "the graph failed the probe"
 
 
 class Health(Protocol):
@@ -45,18 +49,27 @@ class Readiness:
         self, door: Door, health: Callable[[], Health], prompt_ids: tuple[int, ...], text: str
     ) -> None:
         """Probe until a token comes, watch until an engine hangs, and again. Never returns."""
+        retry_s = RETRY_S
         while True:
+            before = self.reason
             entry = probe(f"probe-{secrets.token_hex(8)}", prompt_ids, text)
             if not _fault(health()) and await self._probed(door, entry):
                 self._become(True, "")
                 self._become(False, await _next_fault(health))
-            await anyio.sleep(RETRY_S)
+            is_same = self.reason == before and before.startswith(_OWN_FAULT)
+            retry_s = min(2 * retry_s, MAX_RETRY_S) if is_same else RETRY_S
+            await anyio.sleep(retry_s)
 
     async def _probed(self, door: Door, entry: Entry) -> bool:
         """Whether the graph answers; what it says instead becomes the reason."""
         reason = "no token came in time"
-        with anyio.move_on_after(PROBE_S):
-            reason = await _answered(door, entry)
+        try:
+            with anyio.move_on_after(PROBE_S):
+                reason = await _answered(door, entry)
+        except Exception as error:  # whatever it is, the gateway is not ready
+            reason = _NO_PROBE
+            if self.reason != reason:
+                LOG.error("probe_failed", exc_info=error)
         if reason:
             self._become(False, reason)
         return not reason
@@ -97,16 +110,12 @@ def probe(request_id: str, prompt_ids: tuple[int, ...], text: str) -> Entry:
 async def _answered(door: Door, entry: Entry) -> str:
     """Nothing where the graph served the probe, or filtered it out; else why not."""
     reason = "the graph let no token out"
-    try:
-        async with door.enter(entry) as batches:
-            async for events in batches:
-                last = events[-1]
-                if last.finish_reason in SERVED or last.finish_reason == "filtered":
-                    return ""
-                reason = f"the graph ended the probe: {last.finish_reason}"
-                if last.code == OPERATOR_FAILED:
-                    reason += f"; {last.error}"
-    except Exception as error:  # whatever it is, the gateway is not ready
-        LOG.error("probe_failed", exc_info=error)
-        return "the graph failed the probe"
+    async with door.enter(entry) as batches:
+        async for events in batches:
+            last = events[-1]
+            if last.finish_reason in SERVED or last.finish_reason == "filtered":
+                return ""
+            reason = f"{_ENDED}: {last.finish_reason}"
+            if last.code == OPERATOR_FAILED:
+                reason += f"; {last.error}"
     return reason

@@ -31,13 +31,17 @@ async def described(gateway: Gateway, request: Request) -> Response:
 async def docs(gateway: Gateway, request: Request) -> Response:
     """The same as a page."""
     settings = gateway.settings
-    document = openapi(ROUTES, VERSION, settings.limits, needs_key=bool(settings.api_keys))
-    return docs_page(document)
+    return _page(settings.limits, bool(settings.api_keys))
 
 
 @lru_cache
 def _document(limits: Limits, needs_key: bool) -> bytes:
     return msgspec.json.encode(openapi(ROUTES, VERSION, limits, needs_key=needs_key))
+
+
+@lru_cache
+def _page(limits: Limits, needs_key: bool) -> Response:
+    return docs_page(openapi(ROUTES, VERSION, limits, needs_key=needs_key))
 
 
 _JSON = "application/json"
@@ -51,8 +55,9 @@ ROUTES = (
     Route("GET", "/version", version, while_draining=True),
     Route("GET", "/load", load, while_draining=True),
     Route("GET", "/metrics", metrics, access="metrics", while_draining=True),
-    Route("GET", "/openapi.json", described, while_draining=True),
-    Route("GET", "/docs", docs, while_draining=True),
+    # Open, as the page is: a browser has no key to send. They hold no more than the package does.
+    Route("GET", "/openapi.json", described, access="open", while_draining=True),
+    Route("GET", "/docs", docs, access="open", while_draining=True),
     Route("GET", "/v1/models", models),
     Route("GET", "/v1/models/{id:path}", model),
     Route("POST", "/v1/completions", completions),

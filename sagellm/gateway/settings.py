@@ -10,6 +10,7 @@ Count: TypeAlias = Annotated[int, Meta(ge=1)]
 Bytes: TypeAlias = Annotated[int, Meta(ge=1, extra={"unit": "bytes"})]
 Seconds: TypeAlias = Annotated[float, Meta(gt=0)]
 Bound: TypeAlias = Annotated[int, Meta(ge=0)]
+Rate: TypeAlias = Annotated[float, Meta(ge=0)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,9 @@ class Limits:
 
     body_bytes: Bytes = 8 << 20
     """Size of a body."""
+
+    all_bodies_bytes: Bytes = 256 << 20
+    """Size of the bodies of all open calls of a process."""
 
     body_s: Seconds = 30.0
     """Time until the body is whole."""
@@ -75,7 +79,7 @@ class Streaming:
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What one key may have under way at once; 0 open or waiting requests: no bound."""
+    """What one key may have under way at once, and cancel. 0: no bound."""
 
     num_open: Bound = 1024
     """Requests under way, streaming or waiting: each choice of each prompt is one; 0: no bound."""
@@ -83,11 +87,12 @@ class Budget:
     num_waiting: Bound = 1024
     """Requests under way without a first token; 0: no bound."""
 
-    cancels_per_s: Seconds = 100.0
-    """Cancelled calls a second, after `num_open` at once."""
+    cancels_per_s: Rate = 100.0
+    """Cancelled calls a second, after `num_open` at once; 0: no bound."""
 
 
-GRAPH_ALONE = Budget(num_open=0, num_waiting=0)  # without keys nobody is kept from anybody
+# Without keys all clients share one budget: what one of them may not do, nobody may.
+GRAPH_ALONE = Budget(num_open=0, num_waiting=0, cancels_per_s=0.0)
 
 
 @dataclass(frozen=True, slots=True)

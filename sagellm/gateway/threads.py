@@ -4,7 +4,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Generic, TypeVar
 
 import anyio
@@ -33,7 +33,7 @@ class Threads:
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._abandoned: set[_Job[Any]] = set()
+        self._num_abandoned = 0
 
     # Made where it is first used: its owner may be built on another loop than it runs on.
     @cached_property
@@ -42,7 +42,7 @@ class Threads:
 
     async def run(self, work: Callable[[], T]) -> T:
         """The work's result, from a thread. Cancelling it leaves the work to end by itself."""
-        job = _Job(work, self._places, anyio.lowlevel.current_token())
+        job = _Job(work, anyio.lowlevel.current_token(), self._end_abandoned)
         await self._places.acquire_on_behalf_of(job)
         try:
             # A limiter of its own, so that the places above are all that bounds the threads.
@@ -50,7 +50,9 @@ class Threads:
             return await anyio.to_thread.run_sync(job, abandon_on_cancel=True, limiter=own)
         finally:
             if job.leave():
-                self._abandoned.add(job)
+                self._num_abandoned += 1
+            else:
+                self._places.release_on_behalf_of(job)
 
     async def run_within(self, max_cpu_s: float, work: Callable[[], T]) -> T:
         """As `run`, for work that may use so much CPU time. The time that it waits for a place, for
@@ -79,8 +81,11 @@ class Threads:
 
     @property
     def _is_stuck(self) -> bool:
-        self._abandoned = {job for job in self._abandoned if job.is_at_work}
-        return len(self._abandoned) >= self._limit
+        return self._num_abandoned >= self._limit
+
+    def _end_abandoned(self, job: "_Job[Any]") -> None:
+        self._num_abandoned -= 1
+        self._places.release_on_behalf_of(job)
 
 
 class _Timed(Generic[T]):
@@ -89,14 +94,15 @@ class _Timed(Generic[T]):
     def __init__(self, work: Callable[[], T]) -> None:
         self._work = work
         self._found: list[T] = []
-        self._clock: int | None = None  # of the thread at work, while there is one
+        self._clock: Callable[[], float] | None = None  # of the thread at work, if there is one
         self._began_s = 0.0
         self.is_begun = False
         self.error: Exception | None = None
 
     def __call__(self) -> None:
-        self._began_s = time.thread_time()
-        self._clock = time.pthread_getcpuclockid(threading.get_ident())
+        clock = _own_clock()
+        self._began_s = clock()
+        self._clock = clock
         self.is_begun = True
         try:
             self._found.append(self._work())
@@ -109,7 +115,7 @@ class _Timed(Generic[T]):
         if clock is None:
             return 0.0
         with suppress(OSError):  # the thread has ended since
-            return time.clock_gettime(clock) - self._began_s
+            return clock() - self._began_s
         return 0.0
 
     def result(self) -> T:
@@ -118,18 +124,30 @@ class _Timed(Generic[T]):
         return self._found[0]
 
 
+def _own_clock() -> Callable[[], float]:
+    """The CPU time of the calling thread, for all threads to read. The clock on the wall where the
+    system does not say (macOS): then waiting counts too.
+    """
+    clock_id_of = getattr(time, "pthread_getcpuclockid", None)
+    if clock_id_of is None:
+        return time.monotonic
+    return partial(time.clock_gettime, clock_id_of(threading.get_ident()))
+
+
 class _Job(Generic[T]):
-    """Work in a thread; its place goes back when both it and its caller are done with it."""
+    """Work in a thread. Where its caller leaves first, `end_abandoned` is called on the loop after
+    the work has ended.
+    """
 
     def __init__(
         self,
         work: Callable[[], T],
-        places: anyio.CapacityLimiter,
         loop: anyio.lowlevel.EventLoopToken,
+        end_abandoned: "Callable[[_Job[Any]], None]",
     ) -> None:
         self._work = work
-        self._places = places
         self._loop = loop
+        self._end_abandoned = end_abandoned
         self._lock = threading.Lock()
         self._at_work = False
         self._left = False
@@ -146,24 +164,17 @@ class _Job(Generic[T]):
                 self._at_work = False
                 left = self._left
             if left:
-                self._release_from_thread()
-
-    @property
-    def is_at_work(self) -> bool:
-        return self._at_work
+                self._end_from_thread()
 
     def leave(self) -> bool:
         """The caller waits no longer; called once, on the loop. Whether the work goes on."""
         with self._lock:
             self._left = True
-            at_work = self._at_work
-        if not at_work:
-            self._places.release_on_behalf_of(self)
-        return at_work
+            return self._at_work
 
-    def _release_from_thread(self) -> None:
+    def _end_from_thread(self) -> None:
         """Not waited for: a loop that is about to close would never answer."""
         loop: Any = self._loop.native_token  # trio's, or asyncio's event loop
         soon = getattr(loop, "run_sync_soon", None) or loop.call_soon_threadsafe
         with suppress(RuntimeError):  # the loop is over, and its places with it
-            soon(self._places.release_on_behalf_of, self)
+            soon(self._end_abandoned, self)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from time import time
 
 import anyio
+import anyio.lowlevel
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
@@ -24,7 +25,7 @@ from sagellm.gateway.failure import ApiError
 from sagellm.gateway.gateway import Gateway, Hold
 from sagellm.gateway.protocol.chat import ChatRequest
 from sagellm.gateway.protocol.completions import CompletionRequest
-from sagellm.gateway.protocol.sampling import num_logprobs, sampling_of
+from sagellm.gateway.protocol.sampling import fitted, num_logprobs, sampling_of
 from sagellm.runtime.messages import NORMAL, Sampling
 
 CLIENT_LEFT = 499  # for the log: nobody is there to read it
@@ -46,14 +47,20 @@ class Work:
 async def samplings_of(
     gateway: Gateway, asked: CompletionRequest | ChatRequest, prompts: Sequence[Prompt]
 ) -> tuple[Sampling, ...]:
-    """One a prompt, bad words as token ids. Raises ApiError."""
+    """One a prompt, bad words as token ids. Raises ApiError.
+
+    Ids and texts are checked once, and shared: a request may have 262,144 of them.
+    """
     facts = gateway.model.facts
-    samplings = [sampling_of(asked, facts, len(prompt.token_ids)) for prompt in prompts]
-    if not asked.bad_words:
-        return tuple(samplings)
-    banned = await gateway.encoder.banned(asked.bad_words)
-    resolved = {"bad_words": (), "bad_words_token_ids": banned}
-    return tuple(msgspec.structs.replace(sampling, **resolved) for sampling in samplings)
+    sampling = sampling_of(asked, facts, len(prompts[0].token_ids))
+    if asked.bad_words:
+        banned = await gateway.encoder.banned(asked.bad_words)
+        sampling = msgspec.structs.replace(sampling, bad_words=(), bad_words_token_ids=banned)
+    samplings = [sampling]
+    for prompt in prompts[1:]:
+        await anyio.lowlevel.checkpoint()
+        samplings.append(fitted(sampling, asked, facts, len(prompt.token_ids)))
+    return tuple(samplings)
 
 
 async def respond(gateway: Gateway, request: Request, work: Work) -> Response:

@@ -11,13 +11,16 @@ from sagellm.gateway.server.listen import is_loopback
 from sagellm.gateway.settings import Settings
 
 ANY = "*"
+_ADD_IT = "the operator may add it with --allowed-host"
 
-# Domains that no public registry sells, so that no page can have one: RFC 6762 and 8375, ICANN's
-# `.internal`, what routers give, and the services of Kubernetes (`.svc`, `.cluster.local`).
+# Domains that no public registry sells: RFC 6762 and 8375, ICANN's `.internal`, what routers give,
+# and the services of Kubernetes (`.svc`, `.cluster.local`).
 _PRIVATE = frozenset({"internal", "local", "svc", "home", "lan", "intranet", "corp", "localdomain"})
 _HOME = ".home.arpa"
 # What container engines call the machine that they run on; they reach its loopback too.
 _CONTAINER_HOSTS = frozenset({"host.docker.internal", "host.containers.internal"})
+# A page cannot leave these out. `sec-fetch-mode` is not among them: the fetch of Node sends it too.
+_OF_BROWSERS = frozenset({b"origin", b"sec-fetch-site", b"sec-fetch-dest"})
 
 
 class Hosts:
@@ -25,21 +28,26 @@ class Hosts:
 
     An address is always let in: a page reaches a foreign server under a name of its own (DNS
     rebinding), never under the server's address. A private name (`sagellm`, `sagellm.ns.svc`) is
-    let in where the gateway listens at more than loopback: no page is served under such a name.
+    let in where the gateway listens at more than loopback, but not for a browser: a neighbour in
+    the network can answer for such a name (mDNS, LLMNR, DHCP), serve a page under it, and then let
+    the name lead here.
     """
 
     def __init__(self, settings: Settings) -> None:
-        named = (*settings.allowed_hosts, settings.host, "localhost", socket.gethostname())
-        self._names = frozenset(name.lower() for name in named) | _CONTAINER_HOSTS
+        given = {name.lower() for name in (*settings.allowed_hosts, settings.host)}
+        self._names = frozenset({*given, "localhost"})
+        self._program_names = _CONTAINER_HOSTS | {socket.gethostname().lower()}
         self._origins = frozenset(settings.allowed_origins)
         self._takes_private = not is_loopback(settings.host)
 
     def check(self, scope: Scope) -> None:
-        """Raises ApiError 421 for a foreign Host, 403 for a foreign Origin, and 403 for what a
-        browser says that another site's page asked for.
+        """Raises ApiError 421 for a foreign Host, 421 for a browser under a private name, 403 for a
+        foreign Origin, and 403 for what a browser says that another site's page asked for.
         """
         host = origins = site = mode = b""
+        is_browser = False
         for name, value in scope["headers"]:
+            is_browser = is_browser or name in _OF_BROWSERS
             if name == b"host":
                 host = value
             elif name == b"origin":
@@ -49,21 +57,29 @@ class Hosts:
             elif name == b"sec-fetch-mode":
                 mode = value
         text = host.decode("latin-1").lower()
-        if not self._answers_to(text):
-            message = "this host is not served here; the operator may add it with --allowed-host"
-            raise ApiError(421, message, code="unknown_host")
+        self._check_host(text, is_browser)
         if origins:
             self._check_origin(origins[1:].decode("latin-1"), text)
         elif site in (b"cross-site", b"same-site") and mode != b"navigate":
             raise _foreign()  # an image, a script: only a link may lead here from another site
 
-    def _answers_to(self, host: str) -> bool:
+    def _check_host(self, host: str, is_browser: bool) -> None:
         name = _hostname(host)
-        if name is None:
-            return False
-        if name in self._names or ANY in self._names or _is_address(name):
-            return True
-        return name.endswith(".localhost") or (self._takes_private and _is_private(name))
+        if name is not None and self._is_trusted(name):
+            return
+        if name is None or not self._is_for_programs(name):
+            raise ApiError(421, f"this host is not served here; {_ADD_IT}", code="unknown_host")
+        if is_browser:
+            message = f"under this name the server answers programs, not browsers; {_ADD_IT}"
+            raise ApiError(421, message, code="unknown_host")
+
+    def _is_trusted(self, name: str) -> bool:
+        """Whether nobody but the operator can say where the name leads."""
+        is_named = name in self._names or ANY in self._names
+        return is_named or _is_address(name) or name.endswith(".localhost")
+
+    def _is_for_programs(self, name: str) -> bool:
+        return name in self._program_names or (self._takes_private and _is_private(name))
 
     def _check_origin(self, origin: str, host: str) -> None:
         parts = origin.lower().split("://")

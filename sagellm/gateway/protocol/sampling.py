@@ -4,6 +4,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
 from sagellm.gateway.failure import ApiError, wrong
 from sagellm.gateway.protocol.chat import ChatRequest
 from sagellm.gateway.protocol.completions import CompletionRequest
@@ -67,6 +69,21 @@ def sampling_of(
     return sampling
 
 
+def fitted(
+    sampling: Sampling,
+    request: CompletionRequest | ChatRequest,
+    facts: ModelFacts,
+    num_prompt_tokens: int,
+) -> Sampling:
+    """The same for another prompt of the request; nothing but `max_tokens` depends on the prompt.
+    Raises ApiError (400).
+    """
+    max_tokens = _max_tokens(request, facts, num_prompt_tokens)
+    if max_tokens == sampling.max_tokens:
+        return sampling
+    return msgspec.structs.replace(sampling, max_tokens=max_tokens)
+
+
 def kept_ids(request: Generation, token_ids: tuple[int, ...], facts: ModelFacts) -> tuple[int, ...]:
     """The prompt's tokens that `truncate_prompt_tokens` keeps, from the side that is not cut.
 
@@ -90,17 +107,20 @@ def check_ids(param: str, token_ids: Iterable[int], facts: ModelFacts) -> None:
 def _max_tokens(
     request: CompletionRequest | ChatRequest, facts: ModelFacts, num_prompt_tokens: int
 ) -> int:
-    """As asked, or the default, cut to what the context leaves."""
+    """As asked, or the default, cut to what the context leaves, and no less than `min_tokens`."""
     prompt = "messages" if isinstance(request, ChatRequest) else "prompt"
     if num_prompt_tokens == 0:
         raise wrong(prompt, "has 0 tokens; give at least one")
     room = facts.max_model_len - num_prompt_tokens
     if (request.asked_tokens or 1) > room:
         raise _too_long(prompt, num_prompt_tokens, request.asked_tokens, facts)
-    if request.asked_tokens == 0:
-        return 1  # of the prompt alone; engines make one token, which is not shown
     default = room if isinstance(request, ChatRequest) else _COMPLETION_TOKENS
-    return request.asked_tokens or min(default, room, int(RANGES["max_tokens"][1]))
+    found = request.asked_tokens or min(default, room, int(RANGES["max_tokens"][1]))
+    if request.asked_tokens == 0:
+        found = 1  # of the prompt alone; engines make one token, which is not shown
+    if request.min_tokens > found:
+        raise wrong("min_tokens", f"is {request.min_tokens}, more than max_tokens ({found})")
+    return found
 
 
 def _too_long(prompt: str, num_prompt: int, asked: int | None, facts: ModelFacts) -> ApiError:

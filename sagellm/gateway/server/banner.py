@@ -19,7 +19,7 @@ def banner(url: str, model: str, settings: Settings, *, has_chat: bool) -> str:
         f"  base URL: {reachable}/v1   model: {model}",
         f"  {curl(reachable, model, settings, has_chat=has_chat)}",
     ]
-    if settings.api_keys and KEY_VARIABLE not in os.environ:
+    if settings.api_keys and not _is_key(settings):
         lines.insert(2, f"  with a key of yours in {KEY_VARIABLE}:")
     if settings.page:
         lines.insert(2, f"  in a browser: {reachable}/   its API: {reachable}/docs")
@@ -44,9 +44,18 @@ def curl(url: str, model: str, settings: Settings, *, has_chat: bool) -> str:
 
 def _key(settings: Settings) -> str:
     """The variable, as the shell expands it; without the name where it is NAME=KEY."""
+    return f"${{{KEY_VARIABLE}#*=}}" if _is_named_key(settings) else f"${KEY_VARIABLE}"
+
+
+def _is_key(settings: Settings) -> bool:
+    """Whether what the command sends is a key of this server."""
     given = os.environ.get(KEY_VARIABLE, "")
-    is_named = bool(given) and given not in settings.api_keys.values()
-    return f"${{{KEY_VARIABLE}#*=}}" if is_named and "=" in given else f"${KEY_VARIABLE}"
+    return given in settings.api_keys.values() or _is_named_key(settings)
+
+
+def _is_named_key(settings: Settings) -> bool:
+    keys, given = settings.api_keys.values(), os.environ.get(KEY_VARIABLE, "")
+    return given not in keys and given.partition("=")[2] in keys
 
 
 def _reachable(url: str) -> str:

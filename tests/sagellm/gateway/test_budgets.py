@@ -4,9 +4,9 @@ from contextlib import ExitStack
 
 import pytest
 
-from sagellm.gateway.budgets import Budgets
+from sagellm.gateway.budgets import CANCEL_BURST, Budgets
 from sagellm.gateway.failure import ApiError
-from sagellm.gateway.settings import GRAPH_ALONE, Budget, Settings
+from sagellm.gateway.settings import Budget, Settings
 
 
 class Clock:
@@ -157,9 +157,19 @@ def test_a_client_may_break_off_all_that_it_has_at_once() -> None:
     some = budgets(cancels_per_s=4, num_open=40)
     cancel(some, 40)
     assert refused(some) is not None
-    unbounded = Budgets(GRAPH_ALONE, Clock())
-    cancel(unbounded, 1000)
-    assert refused(unbounded) is None
+
+
+def test_clients_without_keys_cannot_cancel_so_much_that_others_are_refused() -> None:
+    """They share one tenant: a bound for one of them would be a bound for all."""
+    some = Budgets(Settings().common_budget, Clock())
+    cancel(some, 5000)
+    assert refused(some, "a") is None
+
+
+def test_a_key_whose_open_requests_are_not_bounded_may_cancel_thousands_at_once() -> None:
+    some = budgets(num_open=0)
+    cancel(some, CANCEL_BURST)
+    assert refused(some) is not None
 
 
 def test_retries_that_were_paid_for_are_kept() -> None:

@@ -8,6 +8,7 @@ import anyio
 import pytest
 import trio
 from gateway_calls import ScriptedDoor, event, last, playing
+from logged import logged
 from trio.testing import MockClock
 
 from sagellm.gateway.door import Door
@@ -60,6 +61,32 @@ async def test_a_probe_that_own_code_fails_names_the_operator() -> None:
     end = last(reason="failed", code=OPERATOR_FAILED, error="after: the function f raised E")
     async with watched(playing([end]), Health()) as readiness:
         assert readiness.reason.endswith("failed; after: the function f raised E")
+
+
+async def test_own_code_that_goes_on_failing_is_probed_less_often(
+    autojump_clock: MockClock,
+) -> None:
+    """Each time its traceback is logged."""
+    end = last(reason="failed", code=OPERATOR_FAILED, error="after: the function f raised E")
+    answers = [end] * 9 + [last("b")]
+    door = ScriptedDoor(lambda entry: [[answers.pop(0)]])
+    async with watched(door, Health()) as readiness:
+        await trio.sleep(30)
+        assert 4 <= len(door.entries) <= 7
+        await trio.sleep(60)
+        assert readiness.is_ready
+
+
+async def test_a_door_that_goes_on_failing_is_logged_once(autojump_clock: MockClock) -> None:
+    def script(entry: object) -> list[list[TokenEvent]]:
+        raise RuntimeError
+
+    door = ScriptedDoor(script)
+    with logged() as lines:
+        async with watched(door, Health()):
+            await trio.sleep(20)
+    assert len(door.entries) > 10
+    assert [line["event"] for line in lines] == ["probe_failed", "readiness"]
 
 
 async def test_a_probe_without_end_fails(autojump_clock: MockClock) -> None:

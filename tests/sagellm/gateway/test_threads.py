@@ -1,11 +1,15 @@
 """Hung work keeps its place: threads stay bounded whoever gives up on them, on either loop."""
 
+import gc
 import threading
+import time
+import weakref
+from functools import partial
 
 import anyio
 import pytest
 
-from sagellm.gateway.threads import Threads
+from sagellm.gateway.threads import Overrun, Threads
 
 
 @pytest.fixture
@@ -14,6 +18,14 @@ def gate():
     event = threading.Event()
     yield event
     event.set()
+
+
+class _Prompt:
+    """Something whose end can be seen."""
+
+
+def _wait(gate: threading.Event, prompt: _Prompt) -> None:
+    gate.wait(20)
 
 
 async def given_up(threads: Threads, gate: threading.Event) -> None:
@@ -44,6 +56,51 @@ def test_one_that_waits_goes_on_when_the_abandoned_work_ends(run, gate):
             return await threads.run(lambda: "let in")
 
     assert run(check) == "let in"
+
+
+def test_nothing_stays_of_abandoned_work_that_has_ended(run):
+    """Each may hold a prompt of megabytes."""
+
+    async def check() -> int:
+        gate, freed = threading.Event(), threading.Semaphore(0)
+        threads = Threads(2)
+        for _ in range(2):
+            prompt = _Prompt()
+            weakref.finalize(prompt, freed.release)
+            work = partial(_wait, gate, prompt)
+            del prompt
+            with anyio.move_on_after(0.02):
+                await threads.run(work)
+            del work
+        gate.set()
+        with anyio.fail_after(20):
+            for _ in range(2):  # waits for the places, which come back after the work has ended
+                await threads.run(lambda: None)
+        gc.collect()
+        return sum([await threads.run(lambda: freed.acquire(timeout=5)) for _ in range(2)])
+
+    assert run(check) == 2
+
+
+@pytest.mark.parametrize("has_cpu_clocks", [True, False])
+def test_work_is_bounded_where_the_system_has_no_clock_of_a_thread(
+    run, gate, monkeypatch, has_cpu_clocks
+):
+    """As macOS, where the clock on the wall has to do."""
+    if not has_cpu_clocks:
+        monkeypatch.delattr(time, "pthread_getcpuclockid")
+
+    def spin() -> None:
+        while not gate.is_set():
+            pass
+
+    async def check() -> str:
+        threads = Threads(2)
+        with pytest.raises(Overrun), anyio.fail_after(20):
+            await threads.run_within(0.05, spin)
+        return await threads.run_within(20, lambda: "done")
+
+    assert run(check) == "done"
 
 
 def test_an_error_reaches_the_caller_and_frees_the_place(run):

@@ -6,10 +6,13 @@ from hashlib import sha256
 from html.parser import HTMLParser
 
 import pytest
-from gateway_served import SERVERS, get, serving
+from gateway_calls import gateway_before, playing
+from gateway_served import KEYS, SERVERS, get, serving
+from starlette.requests import Request
 
 from sagellm.gateway.endpoints.docs import docs_page
-from sagellm.gateway.routes import ROUTES
+from sagellm.gateway.routes import ROUTES, docs
+from sagellm.gateway.settings import Settings
 
 
 @pytest.mark.parametrize("server", SERVERS)
@@ -22,6 +25,23 @@ async def test_the_page_names_every_route(server: str) -> None:
         assert f"<code>{route.method} {route.path.replace(':path', '')}</code>" in page
     assert "max_completion_tokens" in page
     assert '<html lang="en">' in page
+
+
+@pytest.mark.parametrize("path", ["/docs", "/openapi.json"])
+async def test_a_browser_opens_it_without_a_key(path: str) -> None:
+    """It has no way to send one; the banner and a 404 send people there."""
+    async with serving("hypercorn", **KEYS) as served:
+        assert (await served.ask(get(path))).status == 200
+        assert (await served.ask(get("/v1/models"))).status == 401
+
+
+async def test_it_is_written_once_for_the_same_settings() -> None:
+    first, same = (gateway_before(playing(), settings=Settings()) for _ in range(2))
+    other = gateway_before(playing(), settings=Settings(api_keys={"a": "k"}))
+    request = Request({"type": "http"})
+    assert await docs(first, request) is await docs(same, request)
+    assert b"Needs an API key" not in (await docs(first, request)).body
+    assert b"Needs an API key" in (await docs(other, request)).body
 
 
 async def test_the_policy_lets_the_own_style_in_and_nothing_else() -> None:

@@ -1,5 +1,6 @@
 """What enters the graph of a call, and what the call holds while it is under way."""
 
+import json
 from typing import Any
 
 import anyio
@@ -10,12 +11,15 @@ from starlette.requests import ClientDisconnect, Request
 
 from sagellm.gateway.budgets import Budgets
 from sagellm.gateway.door import Entry
+from sagellm.gateway.encoding import Prompt
 from sagellm.gateway.endpoints.chat import chat
 from sagellm.gateway.endpoints.completions import completions
+from sagellm.gateway.endpoints.generation import samplings_of
 from sagellm.gateway.endpoints.invocations import invocations
 from sagellm.gateway.endpoints.tokenize import detokenize, tokenize
 from sagellm.gateway.failure import ApiError
-from sagellm.gateway.settings import Budget, Settings
+from sagellm.gateway.protocol.completions import read_completion
+from sagellm.gateway.settings import Budget, Limits, Settings
 
 COMPLETION = {"model": "m", "prompt": "hey"}
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hey"}]}
@@ -74,6 +78,53 @@ async def test_ids_that_the_model_does_not_know_are_refused(prompt):
     answered = await post(completions, playing(), {"prompt": prompt})
     assert answered.status == 400
     assert answered.json["error"]["param"] == "prompt"
+
+
+MANY = {
+    "prompt": ["a" * (number % 5 + 1) for number in range(60)],
+    "allowed_token_ids": [9, 5, 5],
+    "bad_words": ["no"],
+    "max_tokens": 2,
+}
+
+
+@pytest.mark.parametrize("asked", [2, None])
+async def test_the_prompts_of_a_call_share_what_is_the_same_for_all(asked):
+    """A call may allow 262,144 ids, and have 1,024 prompts."""
+    door = playing([last("a")])
+    body = {**MANY, "max_tokens": asked, "prompt": [*MANY["prompt"], "a" * 60]}
+    await Client(body).call(completions, gateway_before(door))
+    assert len({id(entry.sampling.allowed_token_ids) for entry in door.entries}) == 1
+    assert door.entries[0].sampling.allowed_token_ids == (5, 9)
+    found = {len(entry.token_ids): entry.sampling.max_tokens for entry in door.entries}
+    assert found == {length: asked or (4 if length == 60 else 16) for length in (1, 2, 3, 4, 5, 60)}
+
+
+async def test_others_have_their_turn_between_the_samplings_of_a_call():
+    gateway, asked = gateway_before(playing()), read_completion(json.dumps(MANY).encode(), Limits())
+    prompts = [Prompt(text, tuple(text.encode())) for text in asked.prompts]
+    num_turns = 0
+
+    async def count_turns() -> None:
+        nonlocal num_turns
+        while True:
+            await anyio.lowlevel.checkpoint()
+            num_turns += 1
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(count_turns)
+        await samplings_of(gateway, asked, prompts)
+        tasks.cancel_scope.cancel()
+    assert num_turns > len(prompts) / 2  # trio lets a task go twice now and then
+
+
+async def test_a_later_prompt_that_leaves_no_room_is_refused():
+    answered = await post(completions, playing(), {**MANY, "prompt": ["a", "a" * 63]})
+    assert answered.status == 400
+    assert "63 tokens and max_tokens is 2" in answered.json["error"]["message"]
+    asked = {**MANY, "prompt": ["a", "a" * 60], "max_tokens": None, "min_tokens": 9}
+    answered = await post(completions, playing(), asked)
+    assert answered.json["error"]["message"] == "min_tokens: is 9, more than max_tokens (4)"
 
 
 @BOTH

@@ -1,5 +1,6 @@
 """What is decided by the head of a request alone: headers, host, origin, ids, routes."""
 
+import socket
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from starlette.responses import Response
 from sagellm.gateway.call import read_request_id, read_traceparent
 from sagellm.gateway.failure import ApiError
 from sagellm.gateway.gateway import Gateway
-from sagellm.gateway.layers.body import check_body
+from sagellm.gateway.layers.body import Bodies, check_body
 from sagellm.gateway.layers.headers import check_headers
 from sagellm.gateway.layers.origin import Hosts
 from sagellm.gateway.routes import ROUTES
@@ -90,7 +91,7 @@ FOREIGN = ("evil.com", "svc.evil.com", "internal.evil.com", "homexarpa.com")
 
 @pytest.mark.parametrize("host", PRIVATE)
 def test_names_of_services_are_let_in_where_more_than_loopback_is_served(host: str) -> None:
-    """No page can have such a name; on loopback nobody needs one."""
+    """No browser asked. On loopback nobody needs such a name."""
     named = scope((b"host", host.encode()))
     assert _status(Hosts(Settings(host="0.0.0.0", api_keys={"a": "k"})).check, named) == 200
     assert _status(Hosts(Settings(host="::")).check, named) == 200
@@ -109,12 +110,53 @@ def test_containers_reach_the_machine_that_they_run_on(host: str) -> None:
 
 
 @pytest.mark.parametrize("host", ["sagellm:8000", "localhost:8000"])
-def test_a_foreign_page_is_refused_under_a_private_name_too(host: str) -> None:
-    hosts = Hosts(Settings(host="0.0.0.0"))
+def test_a_foreign_page_is_refused_under_any_name(host: str) -> None:
+    hosts = Hosts(Settings(host="0.0.0.0", allowed_hosts=("sagellm",)))
     foreign = scope((b"host", host.encode()), (b"origin", b"http://evil.com"))
     own = scope((b"host", host.encode()), (b"origin", f"http://{host}".encode()))
     assert _status(hosts.check, foreign) == 403
     assert _status(hosts.check, own) == 200
+
+
+BROWSER = (
+    ((b"origin", b"http://evil.local:8000"),),
+    ((b"sec-fetch-site", b"same-origin"), (b"sec-fetch-mode", b"cors")),
+    ((b"sec-fetch-site", b"none"), (b"sec-fetch-mode", b"navigate")),
+    ((b"sec-fetch-dest", b"document"),),
+)
+
+
+@pytest.mark.parametrize("headers", BROWSER)
+@pytest.mark.parametrize("host", [*PRIVATE, "host.docker.internal", socket.gethostname()])
+def test_a_browser_is_refused_under_a_name_that_a_neighbour_could_answer_for(
+    host: str, headers: tuple[tuple[bytes, bytes], ...]
+) -> None:
+    """mDNS, LLMNR and DHCP let anybody on the network say where a private name leads."""
+    asked = scope((b"host", host.encode()), *headers)
+    with pytest.raises(ApiError, match="--allowed-host") as refused:
+        Hosts(Settings(host="0.0.0.0")).check(asked)
+    assert (refused.value.status, refused.value.code) == (421, "unknown_host")
+
+
+@pytest.mark.parametrize(
+    "host", ["127.0.0.1", "[::1]", "localhost", "a.localhost", "10.1.2.3", "box"]
+)
+def test_a_browser_is_let_in_under_a_name_that_nobody_else_can_answer_for(host: str) -> None:
+    hosts = Hosts(Settings(host="0.0.0.0", allowed_hosts=("box",)))
+    own = (b"origin", f"http://{host}:8000".encode())
+    asked = scope((b"host", f"{host}:8000".encode()), own, (b"sec-fetch-site", b"same-origin"))
+    assert _status(hosts.check, asked) == 200
+
+
+def test_a_browser_needs_no_more_where_the_operator_allows_any_host() -> None:
+    asked = scope((b"host", b"sagellm"), (b"sec-fetch-site", b"none"))
+    assert _status(Hosts(Settings(host="0.0.0.0", allowed_hosts=("*",))).check, asked) == 200
+
+
+def test_the_fetch_of_node_is_no_browser() -> None:
+    """It sends Sec-Fetch-Mode alone; browsers send Site, Mode and Dest together."""
+    asked = scope((b"host", b"sagellm:8000"), (b"sec-fetch-mode", b"cors"))
+    assert _status(Hosts(Settings(host="0.0.0.0")).check, asked) == 200
 
 
 @pytest.mark.parametrize(
@@ -167,7 +209,7 @@ def test_origins(origin: str, status: int) -> None:
     ],
 )
 def test_what_is_said_of_a_body(headers: list[tuple[bytes, bytes]], status: int) -> None:
-    assert _status(check_body, scope(*headers), Limits()) == status
+    assert _status(check_body, scope(*headers), Limits(), Bodies(Limits())) == status
 
 
 @pytest.mark.parametrize("given", ["a", "A-z.0_9", "x" * 128])
@@ -196,7 +238,8 @@ async def _endpoint(gateway: Gateway, request: Request) -> Response:
 
 def test_a_route_needs_the_key_unless_it_says_otherwise() -> None:
     assert Route("GET", "/x", _endpoint).access == "user"
-    assert {route.path for route in ROUTES if route.access == "open"} == {"/live", "/ready"}
+    found = {route.path for route in ROUTES if route.access == "open"}
+    assert found == {"/live", "/ready", "/docs", "/openapi.json"}
     assert NOT_FOUND.access == "user"
 
 

@@ -51,18 +51,23 @@ def test_the_address_is_one_that_can_be_called(listens: str, calls: str) -> None
 
 
 @pytest.mark.parametrize(
-    ("given", "word"), [(None, "$SAGELLM_API_KEY"), ("hunter2", "$SAGELLM_API_KEY"),
-                        ("a=hunter2", "${SAGELLM_API_KEY#*=}")],
+    ("given", "word", "has_key"), [(None, "$SAGELLM_API_KEY", False),
+                                   ("hunter2", "$SAGELLM_API_KEY", True),
+                                   ("a=hunter2", "${SAGELLM_API_KEY#*=}", True),
+                                   ("other", "$SAGELLM_API_KEY", False),
+                                   ("a=other", "$SAGELLM_API_KEY", False),
+                                   ("other=hunter3", "$SAGELLM_API_KEY", False),
+                                   ("", "$SAGELLM_API_KEY", False)],
 )  # fmt: skip
 def test_a_key_is_asked_for_and_never_shown(
-    monkeypatch: pytest.MonkeyPatch, given: str | None, word: str
+    monkeypatch: pytest.MonkeyPatch, given: str | None, word: str, has_key: bool
 ) -> None:
     if given is not None:
         monkeypatch.setenv(KEY_VARIABLE, given)
     said = banner(URL, "m", Settings(api_keys={"a": "hunter2"}), has_chat=True)
     assert f'-H "Authorization: Bearer {word}"' in said
     assert "hunter2" not in said
-    assert ("with a key of yours" in said) == (given is None)
+    assert ("with a key of yours" in said) == (not has_key)
 
 
 def test_a_certificate_is_named() -> None:

@@ -8,7 +8,18 @@ from typing import Any
 
 import pytest
 import trio
-from gateway_served import ENDLESS, SERVERS, STREAM, Served, get, read_reply, received, serving
+from gateway_served import (
+    ENDLESS,
+    SERVERS,
+    STREAM,
+    Served,
+    first_token,
+    get,
+    post,
+    read_reply,
+    received,
+    serving,
+)
 from h2.config import H2Configuration
 from h2.connection import H2Connection
 from starlette.requests import Request
@@ -71,6 +82,63 @@ async def test_a_slow_body_is_refused(server: str) -> None:
             with trio.fail_after(20):
                 assert (await read_reply(stream)).status == 408
             nursery.cancel_scope.cancel()
+
+
+LARGE = 80_000  # bytes of a prompt, of which two are more than may be in hand at once
+HAND = Limits(all_bodies_bytes=2 * LARGE - 1)
+
+
+def _large(path: str, **fields: Any) -> bytes:
+    return post(path, {"prompt": "x" * LARGE, **fields})
+
+
+@pytest.mark.parametrize("server", SERVERS)
+@pytest.mark.parametrize("is_whole", [True, False])
+async def test_bodies_in_hand_are_bounded_together(server: str, is_whole: bool) -> None:
+    """Of one that is still on its way, and of one whose stream is open."""
+    held = _large("/v1/completions", stream=True, truncate_prompt_tokens=5)
+    async with serving(server, limits=HAND) as served:
+        async with await served.connect() as stream:
+            await stream.send_all(held if is_whole else held[:-1])
+            if is_whole:
+                await first_token(stream)
+            while served.app.bodies.num_bytes < LARGE:
+                await trio.testing.wait_all_tasks_blocked(0.01)
+            refused = await served.ask(_large("/tokenize"))
+            assert (refused.status, refused.error["code"]) == (503, "too_many_bodies")
+            assert int(refused.headers["retry-after"]) >= 1
+            assert (await served.ask(post("/tokenize", {"prompt": "small"}))).status == 200
+        await served.idle()
+        assert served.app.bodies.num_bytes == 0
+        assert (await served.ask(_large("/tokenize"))).status == 200
+
+
+@pytest.mark.parametrize("server", SERVERS)
+async def test_many_large_bodies_at_once_hold_no_more_than_the_bound(server: str) -> None:
+    statuses: list[int] = []
+    most = 0
+
+    async def ask(served: Served) -> None:
+        nonlocal most
+        statuses.append((await served.ask(_large("/tokenize"))).status)
+        most = max(most, served.app.bodies.num_bytes)
+
+    async with serving(server, limits=HAND) as served:
+        async with trio.open_nursery() as nursery:
+            for _ in range(30):
+                nursery.start_soon(ask, served)
+        await served.idle()
+        assert served.app.bodies.num_bytes == 0
+    assert most <= HAND.all_bodies_bytes
+    assert set(statuses) <= {200, 503}
+    assert 200 in statuses
+
+
+async def test_a_body_larger_than_all_may_be_is_read_alone() -> None:
+    async with serving("hypercorn", limits=Limits(all_bodies_bytes=10)) as served:
+        assert (await served.ask(_large("/tokenize"))).status == 200
+        await served.idle()
+        assert served.app.bodies.num_bytes == 0
 
 
 @pytest.mark.parametrize("server", SERVERS)
