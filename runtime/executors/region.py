@@ -1,7 +1,7 @@
 """Connected logic operators, run as one: each input is a transaction over their states."""
 
 from collections import deque
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Mapping, Sized
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -197,7 +197,9 @@ class Region:
 
     def _marks(self) -> tuple[int, ...]:
         """How far the transaction is, for `_roll_back`."""
-        logs = self._undo, self._taken, self._accepted, self._effects, self._passed, self._moves
+        logs: tuple[Sized, ...] = (
+            self._undo, self._taken, self._accepted, self._effects, self._passed, self._moves,
+        )  # fmt: skip
         return tuple(map(len, logs))
 
     def _roll_back(self, marks: tuple[int, ...]) -> None:
