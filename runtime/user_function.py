@@ -20,7 +20,7 @@ from sagellm.runtime.messages import (
 )
 from sagellm.runtime.operator import Setup
 from sagellm.runtime.sampling import fault_of
-from sagellm.runtime.user_code import WrongResult, kind_of, place_of_code
+from sagellm.runtime.user_code import WrongResult, count_as_own, kind_of, module_of, place_of_code
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,9 @@ def find_function(setup: Setup, symbol: str) -> UserFunction:
         close = nearest(symbol, list(setup.functions))
         hint = f"did you mean {close}?" if close else "register it before the graph opens"
         raise ValueError(f"{setup.name}: unknown function {symbol!r}: {hint}")
-    return UserFunction(setup.name, symbol, setup.functions[symbol])
+    found = setup.functions[symbol]
+    count_as_own(module_of(found))
+    return UserFunction(setup.name, symbol, found)
 
 
 def find_plain_function(setup: Setup, symbol: str) -> UserFunction:
