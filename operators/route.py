@@ -83,16 +83,22 @@ class Route:
         return Step(after, (Emit(placed),))
 
     def _choose(self, request: Request, pool: Pool, view: View, draw: Draw) -> int:
-        """Raises WrongResult where the strategy gives no replica of the pool."""
+        """Raises WrongResult where the strategy gives no replica of the pool, or one that is not to
+        come back.
+        """
         replica = self.strategy(request, pool, view, draw)
         num_replicas = pool.size(view)
         if type(replica) is not int or not 0 <= replica < num_replicas:
             said = replica if type(replica) is int else kind_of(replica)
-            wanted = f"a replica of {pool.name}, 0 to {num_replicas - 1}, was wanted"
-            raise WrongResult(
-                f"the strategy returned {said}; {wanted}", place_of_code(self.strategy)
-            )
+            raise self._wrong(f"{said}; a replica of {pool.name}, 0 to {num_replicas - 1},")
+        if (pool.name, replica) in view.removed:
+            said = f"{replica}, a replica of {pool.name} that was removed"
+            raise self._wrong(f"{said}; one of pool.live(view)")
         return replica
+
+    def _wrong(self, text: str) -> WrongResult:
+        code = place_of_code(self.strategy)
+        return WrongResult(f"the strategy returned {text} was wanted", code)
 
     def _pool_of(self, node: str) -> Pool | None:
         return next((pool for pool in self.pools if node in pool.nodes), None)

@@ -27,7 +27,7 @@ NORMAL = PRIORITIES["normal"]
 
 
 _WHOLE, _NUMBER = "a whole number", "a number"
-_SAMPLING_TYPES: tuple[tuple[str, tuple[type, ...], str], ...] = (
+_SAMPLING_NUMBERS: tuple[tuple[str, tuple[type, ...], str], ...] = (
     *((name, (int,), _WHOLE) for name in ("max_tokens", "min_tokens", "top_k", "n")),
     *((name, (int, NoneType), _WHOLE) for name in ("seed", "logprobs", "prompt_logprobs")),
     *(
@@ -36,10 +36,16 @@ _SAMPLING_TYPES: tuple[tuple[str, tuple[type, ...], str], ...] = (
                      "frequency_penalty")
     ),
 )  # fmt: skip
-_SAMPLING_COLLECTIONS: tuple[tuple[str, type | tuple[type, ...], str], ...] = (
+_SAMPLING_OTHERS: tuple[tuple[str, type | tuple[type, ...], str], ...] = (
     ("logit_bias", dict, "a dict of token ids and numbers"),
     ("stop", (tuple, list), "a tuple of strings"),
     ("stop_token_ids", (tuple, list), "a tuple of token ids"),
+    ("allowed_token_ids", (tuple, list), "a tuple of token ids"),
+    ("bad_words", (tuple, list), "a tuple of strings"),
+    ("bad_words_token_ids", (tuple, list), "a tuple of tuples of token ids"),
+    ("ignore_eos", bool, "True or False"),
+    ("skip_special_tokens", bool, "True or False"),
+    ("include_stop_str_in_output", bool, "True or False"),
 )
 
 
@@ -77,11 +83,11 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     def __post_init__(self) -> None:
         """Raises TypeError for a value of a wrong type. Ranges are checked by `fault_of`."""
-        for name, kinds, wanted in _SAMPLING_TYPES:
+        for name, kinds, wanted in _SAMPLING_NUMBERS:
             value = getattr(self, name)
             if not isinstance(value, kinds) or (value is True or value is False):
                 raise TypeError(f"{name} is {value!r}; it must be {wanted}")
-        for name, kind, wanted in _SAMPLING_COLLECTIONS:
+        for name, kind, wanted in _SAMPLING_OTHERS:
             if not isinstance(getattr(self, name), kind):
                 raise TypeError(f"{name} is {getattr(self, name)!r}; it must be {wanted}")
 

@@ -5,10 +5,11 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from importlib.metadata import EntryPoint, EntryPoints, entry_points
+from types import FrameType
 from typing import Any, Generic, TypeVar
 
 from sagellm.graphs.vocabulary import nearest
-from sagellm.runtime.user_file import told_with_line
+from sagellm.runtime.user_code import count_as_own, module_of, told_with_line
 
 T = TypeVar("T")
 
@@ -43,11 +44,13 @@ class Registry(Mapping[str, T], Generic[T]):
         """
         if not all(part.isidentifier() for part in name.split(".")):
             raise ValueError(f"{name!r} is no name for a {self.kind}: use letters, digits and `_`")
-        here, before = caller_place(), self._place_of(name)
+        caller = _caller()
+        here, before = _place(caller), self._place_of(name)
         if before not in (None, here):
             raise ValueError(
                 f"{self.kind} {name!r} exists already, {before}; choose another name {here}"
             )
+        count_as_own(module_of(value), str(caller.f_globals.get("__name__")))
         self._registered[name] = value, here
 
     @property
@@ -102,6 +105,7 @@ class Registry(Mapping[str, T], Generic[T]):
             packages = " and ".join(sorted(map(_package_of, offers.values())))
             raise BrokenEntryPoint(f"{self.kind} {name!r} is offered by {packages}: remove one")
         (offer,) = offers.values()
+        count_as_own(offer.module)
         try:
             return self._read(name, offer.load())
         except Exception as error:
@@ -121,11 +125,15 @@ def _package_of(offer: EntryPoint) -> str:
     return f"package {offer.dist.name}" if offer.dist is not None else "an installed package"
 
 
-def caller_place() -> str:
-    """The file and line of a user's code that called into sagellm."""
+def _caller() -> FrameType:
+    """The frame of a user's code that called into sagellm."""
     frame = sys._getframe(1)
     while frame.f_back and str(frame.f_globals.get("__name__")) in _OWN:
         frame = frame.f_back
+    return frame
+
+
+def _place(frame: FrameType) -> str:
     file = frame.f_code.co_filename
     shown = os.path.relpath(file) if file.startswith(os.getcwd() + os.sep) else file
     return f"in {shown}:{frame.f_lineno}"

@@ -1,5 +1,7 @@
 """What sampling parameters may be: one table, for whoever takes them from outside."""
 
+from collections.abc import Iterable
+
 from sagellm.runtime.messages import Sampling
 
 MAX_LOGPROBS = 20  # most likely tokens at each position, as in the OpenAI API
@@ -44,9 +46,30 @@ def fault_of(sampling: Sampling) -> str | None:
         return f"min_tokens is {sampling.min_tokens}, more than max_tokens ({sampling.max_tokens})"
     if not all(isinstance(text, str) and text for text in sampling.stop):
         return "stop holds an empty string, or no string; leave it out"
+    wrong = _fault_of_parts(sampling)
+    if wrong is not None:
+        return wrong
     if not all(abs(bias) <= _BIAS for bias in sampling.logit_bias.values()):
         return f"logit_bias has a value outside {-_BIAS:g} to {_BIAS:g}"
     return _fault_of_bans(sampling)
+
+
+def _fault_of_parts(sampling: Sampling) -> str | None:
+    """The types of what collections hold."""
+    if not all(isinstance(ids, tuple | list) for ids in sampling.bad_words_token_ids):
+        return "bad_words_token_ids has something that is no sequence of token ids"
+    token_ids: tuple[tuple[str, Iterable[object]], ...] = (
+        ("logit_bias", sampling.logit_bias),
+        ("stop_token_ids", sampling.stop_token_ids),
+        ("allowed_token_ids", sampling.allowed_token_ids),
+        *(("bad_words_token_ids", ids) for ids in sampling.bad_words_token_ids),
+    )
+    for name, ids in token_ids:
+        if not set(map(type, ids)) <= {int}:
+            return f"{name} has something that is no token id"
+    if not set(map(type, sampling.logit_bias.values())) <= {int, float}:
+        return "logit_bias has something that is no number"
+    return None
 
 
 def _fault_of_bans(sampling: Sampling) -> str | None:

@@ -13,6 +13,7 @@ from typing import Any
 _STDLIB = tuple({sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")})
 _INSTALLED = frozenset({"site-packages", "dist-packages"})
 _TEXT_CHARS = 500
+_own_packages: set[str] = set()  # installed ones that offer operators, functions, ...
 
 
 class WrongResult(TypeError):
@@ -43,10 +44,22 @@ def name_of(error: BaseException) -> str:
     return error.kind if isinstance(error, CodeLeft) else type(error).__name__
 
 
+def count_as_own(*modules: str) -> None:
+    """From now on, take the packages of these modules for the user's own, installed or not."""
+    _own_packages.update(module.partition(".")[0] for module in modules)
+
+
+def module_of(code: object) -> str:
+    """The module of a function, or of the class of an object; empty where none is known."""
+    plain = getattr(code, "func", code)  # functools.partial has `func`
+    return str(getattr(plain, "__module__", None) or "")
+
+
 def place_of(error: BaseException) -> str | None:
     """file:line of the innermost frame in the user's own file; None where no frame is the user's.
 
-    Frames of sagellm, the standard library and installed packages are passed over.
+    Frames of sagellm, the standard library and installed packages are passed over, but for packages
+    that `count_as_own`.
     """
     if isinstance(error, WrongResult) and error.place:
         return error.place
@@ -77,6 +90,16 @@ def traceback_of(error: BaseException) -> str | None:
     if first is None:
         return None
     return "".join(traceback.format_exception(type(error), error, first)).rstrip()
+
+
+def told_with_line(error: BaseException) -> str:
+    """Type, text and place of an error: `NameError: name 'x' is not defined (guard.py:3)`."""
+    place = place_of(error)
+    text = str(error)
+    if isinstance(error, SyntaxError) and error.filename and error.lineno:
+        place, text = f"{error.filename}:{error.lineno}", error.msg
+    named = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    return f"{named} ({place})" if place else named
 
 
 def sentence(public: str, cause: BaseException | None) -> str:
@@ -111,8 +134,10 @@ def _file(trace: TracebackType) -> str:
 
 
 def _is_own(trace: TracebackType) -> bool:
-    module = str(trace.tb_frame.f_globals.get("__name__", ""))
+    package = str(trace.tb_frame.f_globals.get("__name__", "")).partition(".")[0]
     file = _file(trace)
-    if module.partition(".")[0] == "sagellm" or file.startswith("<frozen"):
+    if package == "sagellm" or file.startswith("<frozen"):
         return False
-    return not file.startswith(_STDLIB) and not _INSTALLED.intersection(Path(file).parts)
+    if _INSTALLED.intersection(Path(file).parts):
+        return package in _own_packages
+    return not file.startswith(_STDLIB)

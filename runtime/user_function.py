@@ -24,7 +24,9 @@ from sagellm.runtime.user_code import (
     LEAVING,
     CodeLeft,
     WrongResult,
+    count_as_own,
     kind_of,
+    module_of,
     name_of,
     place_of_code,
 )
@@ -81,7 +83,9 @@ def find_function(setup: Setup, symbol: str) -> UserFunction:
         close = nearest(symbol, list(setup.functions))
         hint = f"did you mean {close}?" if close else "register it before the graph opens"
         raise ValueError(f"{setup.name}: unknown function {symbol!r}: {hint}")
-    return UserFunction(setup.name, symbol, setup.functions[symbol])
+    found = setup.functions[symbol]
+    count_as_own(module_of(found))
+    return UserFunction(setup.name, symbol, found)
 
 
 def find_plain_function(setup: Setup, symbol: str) -> UserFunction:

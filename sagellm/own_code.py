@@ -16,7 +16,7 @@ from types import ModuleType
 
 from sagellm.graphs.diagnostics import Diagnostic, GraphError, locate
 from sagellm.graphs.text.yaml import Document
-from sagellm.runtime.user_file import told_with_line
+from sagellm.runtime.user_code import told_with_line
 
 
 @dataclass

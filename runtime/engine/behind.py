@@ -1,5 +1,6 @@
 """A sequence as it will be when the step under way has drawn its token."""
 
+from array import array
 from dataclasses import dataclass
 
 from sagellm.runtime.engine.sequence import Sequence
@@ -36,6 +37,10 @@ class Behind:
     @property
     def num_output(self) -> int:
         return self.num_known + 1 - self.sequence.num_prompt
+
+    @property
+    def allowed_ids(self) -> "array[int]":
+        return self.sequence.allowed_ids
 
     @property
     def tokens(self) -> list[int]:

@@ -1,6 +1,7 @@
 """Drawing tokens from logits: penalties, filters, and randomness that batching cannot change."""
 
 import hashlib
+from array import array
 from collections import Counter
 from collections.abc import Sequence as Rows
 from typing import Protocol
@@ -32,6 +33,10 @@ class Row(Protocol):
 
     @property
     def output(self) -> list[int]: ...
+
+    @property
+    def allowed_ids(self) -> "array[int]":
+        """`allowed_token_ids` of its sampling."""
 
 
 def uniform(seed: int, choice: int, position: int) -> float:
@@ -81,15 +86,15 @@ def _largest(logits: torch.Tensor) -> torch.Tensor:
 def _is_plain(row: Row) -> bool:
     """Whether the largest logit decides."""
     sampling = row.state.sampling
-    return (
-        sampling.temperature < _GREEDY_BELOW
-        and row.num_output >= sampling.min_tokens
-        and not (sampling.logit_bias or _has_mask(sampling) or _has_penalty(sampling))
+    return sampling.temperature < _GREEDY_BELOW and not (
+        sampling.logit_bias or _is_masked(row) or _has_penalty(sampling)
     )
 
 
-def _has_mask(sampling: Sampling) -> bool:
-    return bool(sampling.allowed_token_ids or sampling.bad_words_token_ids)
+def _is_masked(row: Row) -> bool:
+    sampling = row.state.sampling
+    is_short = row.num_output < sampling.min_tokens
+    return is_short or bool(sampling.allowed_token_ids or sampling.bad_words_token_ids)
 
 
 def _has_penalty(sampling: Sampling) -> bool:
@@ -107,10 +112,11 @@ def _draw_processed(logits: torch.Tensor, rows: Rows[Row]) -> tuple[torch.Tensor
     """
     none_left = []
     for index, row in enumerate(rows):
-        _mask(logits[index], row)
-        if float(logits[index].amax()) == _NEVER:
-            none_left.append(index)
-            logits[index] = 0.0
+        if _is_masked(row):  # only a mask leaves nothing, and to look takes a while
+            _mask(logits[index], row)
+            if float(logits[index].amax()) == _NEVER:
+                none_left.append(index)
+                logits[index] = 0.0
         _bias(logits[index], row.state.sampling)
         if _has_penalty(row.state.sampling):
             _penalise(logits[index], row)
@@ -128,7 +134,7 @@ def _mask(logits: torch.Tensor, row: Row) -> None:
     """Forbid what is not allowed, what completes a bad word, and an end before `min_tokens`."""
     sampling = row.state.sampling
     if sampling.allowed_token_ids:
-        allowed = torch.tensor(sampling.allowed_token_ids)
+        allowed = torch.frombuffer(row.allowed_ids, dtype=torch.int64)
         scores = logits[allowed]
         logits.fill_(_NEVER)
         logits[allowed] = scores

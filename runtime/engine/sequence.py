@@ -1,5 +1,6 @@
 """The one object that travels through an engine: a sequence, what is known and what is computed."""
 
+from array import array
 from collections.abc import Sequence as Items
 
 from sagellm.runtime.engine.mailbox import Mailbox
@@ -21,9 +22,9 @@ class Sequence:
     """
 
     __slots__ = (
-        "arrival", "end", "fence", "found", "keys", "lease", "mailbox", "max_output",
-        "num_cached", "num_computed", "num_preemptions", "num_prompt", "num_scored", "rank",
-        "scores", "stamps", "state", "stop_ids", "tokens", "transcript",
+        "_allowed_ids", "arrival", "end", "fence", "found", "keys", "lease", "mailbox",
+        "max_output", "num_cached", "num_computed", "num_preemptions", "num_prompt", "num_scored",
+        "rank", "scores", "stamps", "state", "stop_ids", "tokens", "transcript",
     )  # fmt: skip
 
     def __init__(
@@ -57,6 +58,7 @@ class Sequence:
         # Prompt tokens that need no logprob (any more); the first has none.
         self.num_scored = 1 if _is_to_be_scored(state) else self.num_prompt
         self.scores: list[TokenLogprob] = []
+        self._allowed_ids: array[int] | None = None
 
     @property
     def num_pending(self) -> int:
@@ -70,6 +72,15 @@ class Sequence:
     @property
     def output(self) -> list[int]:
         return self.tokens[self.num_prompt :]
+
+    @property
+    def allowed_ids(self) -> "array[int]":
+        """`allowed_token_ids` of its sampling as plain numbers, made when they are first read: a
+        long tuple takes milliseconds to convert, and every step reads it.
+        """
+        if self._allowed_ids is None:
+            self._allowed_ids = array("q", self.state.sampling.allowed_token_ids)
+        return self._allowed_ids
 
     @property
     def is_scoring(self) -> bool:

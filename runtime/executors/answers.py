@@ -1,5 +1,6 @@
 """What an operator may answer: checked, so that a wrong answer is an error and no lost request."""
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -26,11 +27,36 @@ def check_step(operator: Any, happened: Input, step: object, before: object) -> 
     if not isinstance(step.outputs, tuple):
         kind = kind_of(step.outputs)
         raise wrong(operator.on, f"the outputs of its Step are {kind}; a tuple was wanted")
+    if step.wake_at is not None and not _is_time(step.wake_at):
+        kind = kind_of(step.wake_at)
+        raise wrong(operator.on, f"the wake_at of its Step is {kind}; a finite number was wanted")
     if step.outputs or step.state is not before or step.wake_at is not None:
         return
     if isinstance(happened, Arrival) and must_be_answered(happened.item):
         kind = type(happened.item).__name__
         raise wrong(operator.on, f"`on` took a {kind}, kept nothing and sent nothing; {_LOST}")
+
+
+def _is_time(value: object) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and -math.inf < value < math.inf  # type: ignore[operator]
+
+
+def state_was_lost(operator: Any, state: object, held: Iterable[Item]) -> WrongResult | None:
+    """The error of an operator that was given items, has sent none of them, waits for nothing, and
+    has the state of one that was given none.
+    """
+    item = next((item for item in held if must_be_answered(item)), None)
+    if item is None or not (state is None or _is_same(state, operator.initial)):
+        return None
+    return wrong(operator.on, f"`on` dropped a {type(item).__name__} from its state; {_LOST}")
+
+
+def _is_same(state: object, initial: object) -> bool:
+    try:
+        return bool(state == initial)
+    except Exception:  # a user's state need not compare
+        return False
 
 
 def check_item(operator: Any, item: object) -> None:

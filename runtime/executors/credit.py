@@ -62,6 +62,10 @@ class Gates:
     def holds(self, gate: Gate, key: tuple[str, int]) -> bool:
         return key in self._spent[gate]
 
+    def keys(self, gate: Gate) -> tuple[tuple[str, int], ...]:
+        """The choices of which a gate has something."""
+        return tuple(self._spent[gate])
+
     def num_taken(self, gate: Gate) -> int:
         return len(self._spent[gate])
 

@@ -11,17 +11,19 @@ from sagellm.runtime.engine.port import (
     EngineEvent,
     EngineLost,
     Lost,
+    PrefillDone,
     StaleLease,
 )
 from sagellm.runtime.executors.answers import must_be_answered, not_answered
 from sagellm.runtime.executors.credit import Gates
-from sagellm.runtime.executors.faults import OperatorFault
+from sagellm.runtime.executors.faults import OperatorFault, log_fault
 from sagellm.runtime.executors.mailbox import Mailbox
 from sagellm.runtime.executors.meter import Meter
 from sagellm.runtime.executors.outliers import Outliers, Replica
-from sagellm.runtime.messages import Item, Prefilled, Request, TokenEvent
+from sagellm.runtime.messages import FinishReason, Item, Prefilled, Request, TokenEvent
 from sagellm.runtime.operator import Sent, Service, Signal
 from sagellm.runtime.plan import Plan
+from sagellm.runtime.user_function import failing
 
 
 class Executor(Protocol):
@@ -95,7 +97,7 @@ class Host:
     async def emit(self, item: Item, outlet: str = "out") -> None:
         self._owed.discard(item.key)
         if not await self._executor.push(self.name, item, outlet, replica=self.replica):
-            self._service.discard(self, item)
+            self._discard(item)
 
     async def emit_batch(self, items: Iterable[TokenEvent], done: Sent) -> None:
         push = self._executor.try_push
@@ -106,7 +108,7 @@ class Host:
             if sent is None:
                 await self.emit(item)
             elif not sent:
-                self._service.discard(self, item)
+                self._discard(item)
             done(self, item)
 
     async def terminate(self, event: TokenEvent, cause: Exception | None = None) -> None:
@@ -142,7 +144,11 @@ class Host:
         for item, scope in self._scopes:
             if _is_ended_by(item, signal):
                 scope.cancel()
-        self._service.on_signal(self, signal)
+        try:
+            self._service.on_signal(self, signal)
+        except Exception as error:  # the other operators must hear the signal too
+            self._log(error, signal.request_id)
+            self._end_held(signal)
 
     # ---- tasks -----------------------------------------------------------------------------
 
@@ -196,22 +202,45 @@ class Host:
                 self._recall(events)
                 continue
             begun_s = self._executor.meter.clock()
-            await self._service.on_events(self, events)
+            try:
+                await self._service.on_events(self, events)
+            except Exception as error:
+                self._fail_events(events, error)
             self._meter.process_s += self._executor.meter.clock() - begun_s
             self.tell("load", self.engine.load)
+
+    def _fail_events(self, events: tuple[EngineEvent, ...], error: Exception) -> None:
+        """End the choices of these events: what the operator did with them is unknown."""
+        self._meter.num_errors += 1
+        fault = OperatorFault(self.name, error)
+        for event in events:
+            assert not isinstance(event, Lost)
+            first = event.first if isinstance(event, PrefillDone) else event
+            self._executor.end(failing(first, fault.public, now=self.now()), fault)
+            self.engine.cancel(first.request_id, first.choice, first.epoch)
+            self.release(first.key)
 
     def _recall(self, lost: tuple[EngineEvent, ...]) -> None:
         """The engine is gone: what it held goes in again."""
         for event in lost:
             assert isinstance(event, Lost)
-            request = self._service.recall(self, event.key)
+            try:
+                request = self._service.recall(self, event.key)
+            except Exception as error:
+                self._fail_key(event.key, error)
+                continue
             if request is not None:
                 self.release(event.key)
                 self._executor.reenter(self.name, request, was_computed=event.by_death)
 
     def _send_back(self, item: Item, error: Exception) -> None:
         """An engine was lost, or what it held, while this operator had the item."""
-        recalled = self._service.recall(self, item.key)
+        try:
+            recalled = self._service.recall(self, item.key)
+        except Exception as fault:  # what was emitted is unknown: it cannot go in again
+            self._give_up(item)
+            self._executor.fail(self.name, item, fault)
+            return
         request = recalled or _request_of(item)
         self._give_up(item)
         if request is None:
@@ -234,9 +263,38 @@ class Host:
         expired = signal is not None and signal.kind == "expire"
         self._executor.finish(item, "expired" if expired else "cancelled")
 
+    def _end_held(self, signal: Signal) -> None:
+        """The operator failed on a signal: end what it keeps of that request."""
+        if not self._service.holds or signal.kind == "forget":
+            return
+        for key in self._executor.gates.keys((self.name, self.replica)):
+            if signal.concerns(key):
+                self.release(key)
+                self._executor.end(_last(key, "cancelled"), None)
+
+    def _fail_key(self, key: tuple[str, int], error: Exception) -> None:
+        self._meter.num_errors += 1
+        self.release(key)
+        self._executor.fail(self.name, _last(key, "failed"), error)
+
     def _give_up(self, item: Item) -> None:
-        self._service.discard(self, item)
+        self._discard(item)
         self.release(item.key)
+
+    def _discard(self, item: Item) -> None:
+        try:
+            self._service.discard(self, item)
+        except Exception as error:
+            self._log(error, item.request_id)
+
+    def _log(self, error: Exception, request_id: str) -> None:
+        """For a fault in what cleans up: its request ends in any case."""
+        self._meter.num_errors += 1
+        log_fault(OperatorFault(self.name, error), request_id=request_id)
+
+
+def _last(key: tuple[str, int], reason: FinishReason) -> TokenEvent:
+    return TokenEvent(request_id=key[0], choice=key[1], finish_reason=reason)
 
 
 def _request_of(item: Item) -> Request | None:

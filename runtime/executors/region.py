@@ -1,7 +1,7 @@
 """Connected logic operators, run as one: each input is a transaction over their states."""
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Container, Mapping, Sized
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -10,11 +10,13 @@ from sagellm.runtime.executors.answers import (
     check_end,
     check_item,
     check_step,
+    state_was_lost,
     unknown_outlet,
     unknown_output,
 )
 from sagellm.runtime.executors.credit import Gate, Gates
 from sagellm.runtime.executors.faults import OperatorFault
+from sagellm.runtime.executors.holdings import Holdings
 from sagellm.runtime.executors.meter import Meter, Tally
 from sagellm.runtime.messages import Forked, Item, Prefilled, Request, TokenEvent
 from sagellm.runtime.operator import (
@@ -61,6 +63,7 @@ class Upstream:
 
 
 Effect: TypeAlias = Send | Deliver | Upstream
+_Sending: TypeAlias = Callable[[str, Item, str, float], None]
 
 
 class _NoCredit(Exception):
@@ -92,8 +95,11 @@ class Region:
         *,
         seed: int = 0,
         meter: Meter | None = None,
+        entries: Container[str] = (),
     ) -> None:
+        """`entries`: the ids of the requests that are open."""
         self._logic = dict(logic)
+        self.holdings = Holdings(tuple(logic), entries)
         self._gates = gates
         self._replicas = replicas
         self._seed = seed
@@ -111,6 +117,7 @@ class Region:
         self._effects: list[Effect] = []
         self._accepted: deque[tuple[str, Item]] = deque()
         self._passed: list[Tally] = []  # what to count once all is done
+        self._moves: list[tuple[str, Item, bool]] = []  # operator, item, and whether it came in
         self.undone: tuple[str, ...] = ()  # the operators whose input found no credit the last time
 
     def __contains__(self, node: str) -> bool:
@@ -135,6 +142,21 @@ class Region:
         self._cells[node].wake_at = None
         self._wakes.pop(node, None)
 
+    def restart(self, node: str) -> None:
+        """Give an operator its first state again, after it failed on the one that it has."""
+        self._set(node, _Cell(self._logic[node].initial, self._cells[node].num_inputs))
+
+    def is_waiting(self, node: str) -> bool:
+        """Whether the operator has asked for a wake-up that has not come."""
+        return self._cells[node].wake_at is not None
+
+    def lost(self, node: str) -> WrongResult | None:
+        """The error of an operator that has dropped its state with requests in it, if it has."""
+        cell, items = self._cells[node], self.holdings.of(node)
+        if not items or cell.wake_at is not None:
+            return None
+        return state_was_lost(self._logic[node], cell.state, items)
+
     def feed(self, node: str, happened: Input, now: float) -> tuple[Effect, ...] | None:
         """All effects of an input, or None: no credit, and nothing has changed."""
         if not self._attempt(lambda: self._meet(node, happened, now)):
@@ -151,29 +173,37 @@ class Region:
         effects = tuple(self._effects)
         for tally in self._passed:
             tally.count += 1
+        for node, item, is_in in self._moves:
+            (self.holdings.take if is_in else self.holdings.send)(node, item)
         self._passed.clear()
+        self._moves.clear()
         self._effects.clear()
         self._undo.clear()
         self._taken.clear()
         return effects
 
     def _attempt(self, action: Any) -> bool:
-        marks = len(self._undo), len(self._effects), len(self._taken), len(self._accepted)
-        num_passed = len(self._passed)
+        marks = self._marks()
         try:
             action()
         except _NoCredit:
             self.undone = tuple(entry[0] for entry in self._undo[marks[0] :])
-            del self._passed[num_passed:]
-            self._roll_back(*marks)
+            self._roll_back(marks)
             return False
         except BaseException:
-            del self._passed[num_passed:]
-            self._roll_back(*marks)
+            self._roll_back(marks)
             raise
         return True
 
-    def _roll_back(self, undo: int, effects: int, taken: int, accepted: int) -> None:
+    def _marks(self) -> tuple[int, ...]:
+        """How far the transaction is, for `_roll_back`."""
+        logs: tuple[Sized, ...] = (
+            self._undo, self._taken, self._accepted, self._effects, self._passed, self._moves,
+        )  # fmt: skip
+        return tuple(map(len, logs))
+
+    def _roll_back(self, marks: tuple[int, ...]) -> None:
+        undo, taken, accepted, effects, passed, moves = marks
         while len(self._undo) > undo:
             name, state, num_inputs, wake_at = self._undo.pop()
             self._set(name, _Cell(state, num_inputs, wake_at))
@@ -182,7 +212,7 @@ class Region:
             self._gates.give(send.gate, send.item.key)
         while len(self._accepted) > accepted:
             self._accepted.pop()
-        del self._effects[effects:]
+        del self._effects[effects:], self._passed[passed:], self._moves[moves:]
 
     def _meet(self, node: str, happened: Input, now: float) -> None:
         """Run an input, and answer the offers that it led to before the next input."""
@@ -204,9 +234,14 @@ class Region:
             raise OperatorFault(node, error) from error
         meter.process_s += self._clock() - begun_s
         self._set(node, _Cell(step.state, cell.num_inputs + 1, step.wake_at))
+        send = self._send_apart
+        if isinstance(happened, Arrival):
+            send = self._pass_on
+            if not _is_sent_on(happened.item, step.outputs):
+                self._moves.append((node, happened.item, True))
         for output in step.outputs:
             try:
-                self._put_out(node, output, now)
+                self._put_out(node, output, now, send)
             except WrongResult as error:
                 raise OperatorFault(node, error) from None
 
@@ -217,11 +252,11 @@ class Region:
         elif self._wakes:
             self._wakes.pop(node, None)
 
-    def _put_out(self, node: str, output: Output, now: float) -> None:
+    def _put_out(self, node: str, output: Output, now: float, send: _Sending) -> None:
         match output:
             case Emit(item, outlet):
                 check_item(self._logic[node], item)
-                self._pass_on(node, item, outlet, now)
+                send(node, item, outlet, now)
             case Offer(items, outlet):
                 self._offer(node, items, outlet, now)
             case Terminate(event, cause):
@@ -250,12 +285,26 @@ class Region:
             try:
                 is_taken = self._attempt(lambda item=item: self._pass_on(node, item, outlet, now))
             except OperatorFault as fault:
-                event = failing(item, fault.public, now=now)
-                self._effects.append(Deliver(event, terminal=True, fault=fault))
+                self._end(item, fault, now)
                 is_taken = True
             if is_taken:
                 self._accepted.append((node, item))
                 return
+
+    def _send_apart(self, node: str, item: Item, outlet: str, now: float) -> None:
+        """Send one of the items that were kept: if an operator downstream fails on it, it ends
+        alone.
+        """
+        marks = self._marks()
+        try:
+            self._pass_on(node, item, outlet, now)
+        except OperatorFault as fault:
+            self._roll_back(marks)
+            self._end(item, fault, now)
+
+    def _end(self, item: Item, fault: OperatorFault, now: float) -> None:
+        event = failing(item, fault.public, now=now)
+        self._effects.append(Deliver(event, terminal=True, fault=fault))
 
     def _pass_on(self, node: str, item: Item, outlet: str, now: float) -> None:
         if (node, outlet) not in self._edges:
@@ -263,6 +312,8 @@ class Region:
             raise unknown_outlet(self._logic.get(node), outlet, known)
         edge, tally = self._edges[node, outlet]
         self._passed.append(tally)
+        if self._moves or self.holdings.held.get(node):  # else it holds nothing that could leave
+            self._moves.append((node, item, False))
         if edge.target == SINK:
             self._effects.append(Deliver(item))
         elif edge.target in self._logic:
@@ -277,6 +328,14 @@ class Region:
         send = Send(gate, item)
         self._taken.append(send)
         self._effects.append(send)
+
+
+def _is_sent_on(item: Item, outputs: tuple[Output, ...]) -> bool:
+    """Whether an operator answers an item with the next one of its choice, as nearly all do."""
+    if len(outputs) != 1 or not isinstance(outputs[0], Emit):
+        return False
+    sent = outputs[0].item
+    return sent is item or getattr(sent, "key", None) == item.key
 
 
 def replica_for(item: Item, node: str, num_replicas: int) -> int:

@@ -62,10 +62,16 @@ class TasksExecutor:
         self.gates = Gates()
         clock = trio.lowlevel.current_clock().current_time
         self.meter = Meter(plan.graph, plan.logic, plan.replicas, clock)
-        self.region = Region(
-            plan.graph, plan.logic, self.gates, plan.replicas, seed=plan.seed, meter=self.meter
-        )
         self.register = Register()
+        self.region = Region(
+            plan.graph,
+            plan.logic,
+            self.gates,
+            plan.replicas,
+            seed=plan.seed,
+            meter=self.meter,
+            entries=self.register.entries,
+        )
         self._deliver = deliver
         self._hosts = {
             (node, replica): Host(self, node, replica, service)
@@ -379,6 +385,7 @@ class TasksExecutor:
 
     def _close(self, item: Item, *, terminal: bool) -> None:
         is_last = self.register.close(item.key)
+        self.region.holdings.forget(item.request_id, None if is_last else item.choice)
         self.recovery.forget(item.key)
         if terminal and self._is_held(item.key):
             # It ended outside its engine (a user's function failed): stop the engine too.
@@ -412,20 +419,42 @@ class TasksExecutor:
             host.signal(signal)
 
     def _feed(self, node: str, happened: Input) -> None:
-        """Give an operator a signal, feedback or wake-up; its faults are logged, not raised."""
+        """Give an operator what happened; its faults are logged, not raised, and end what it holds
+        where nothing else would.
+        """
         try:
             effects = self.region.feed(node, happened, self.now())
         except Exception as error:
             fault = error if isinstance(error, OperatorFault) else OperatorFault(node, error)
-            log_fault(fault, request_id=getattr(happened, "request_id", ""))
+            self._end_by_fault(node, happened, fault)
             return
         if effects is None:
             watches = self.meter.blocked_watches(self.region.undone)
             for watch in watches:
                 watch.enter()
             self._undone.append((node, happened, watches))
-        else:
-            self._apply(effects)
+            return
+        self._apply(effects)
+        if isinstance(happened, Wake) and (lost := self.region.lost(node)) is not None:
+            self._end_by_fault(node, happened, OperatorFault(node, lost))
+
+    def _end_by_fault(self, node: str, happened: Input, fault: OperatorFault) -> None:
+        """A signal and an item concern one request. What else an operator fails on may be what all
+        that it holds waited for: unless a wake-up is to come, all of it ends.
+        """
+        log_fault(fault, request_id=getattr(happened, "request_id", ""))
+        held = self.region.holdings.of(node)
+        match happened:
+            case Arrival(item):
+                self._end(failing(item, fault.public, now=self.now()), fault)
+            case Signal() as signal:
+                for item in held:
+                    if signal.concerns(item.key):
+                        self.finish(item, _reason(signal))
+            case _ if not self.region.is_waiting(node):
+                self.region.restart(node)
+                for item in held:
+                    self._end(failing(item, fault.public, now=self.now()), fault)
 
     def _try_again(self) -> None:
         undone, self._undone = self._undone, []

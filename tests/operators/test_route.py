@@ -9,6 +9,7 @@ from sagellm.operators.routing import STRATEGIES
 from sagellm.runtime.engine.port import EngineLoad
 from sagellm.runtime.messages import Request, Sampling
 from sagellm.runtime.operator import Arrival, Feedback, Setup, Signal, Target
+from sagellm.runtime.user_code import WrongResult
 
 TARGETS = (Target("prefill", 2, "p"), Target("decode", 3, "d"))
 
@@ -51,6 +52,17 @@ def test_operators_of_one_engine_share_a_replica(route: Any) -> None:
 
 def test_without_targets_a_request_passes(route: Any) -> None:
     assert place(route(targets=())) == {}
+
+
+def test_a_strategy_may_not_choose_a_replica_that_was_removed(route: Any, monkeypatch: Any) -> None:
+    """A replica that is down may come back: that one waits."""
+    monkeypatch.setitem(STRATEGIES._registered, "last", (lambda *_: 2, "in a test"))
+    router = route("last", (Target("decode", 3, "d"),))
+    router(Feedback("decode", 2, 1, "health", False))
+    assert place(router) == {"decode": 2}
+    router(Feedback("decode", 2, 2, "removed"))
+    with pytest.raises(WrongResult, match="returned 2, a replica of d that was removed; one of"):
+        place(router)
 
 
 def test_the_heavier_replica_is_spared(route: Any) -> None:

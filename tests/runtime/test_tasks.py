@@ -243,6 +243,27 @@ async def test_what_a_wake_up_found_no_credit_for_comes_later(
 
 
 @dataclass(frozen=True)
+class Refusing:
+    """A logic operator that fails on the request `bad`."""
+
+    initial: int = 0
+
+    def on(self, state: int, happened: Input, now: float, draw: Draw) -> Step[int]:
+        if isinstance(happened, Arrival) and happened.item.request_id == "bad":
+            raise RuntimeError("secret")
+        return Step(state, (Emit(happened.item),) if isinstance(happened, Arrival) else ())
+
+
+async def test_an_item_sent_at_a_wake_up_that_fails_downstream_ends_alone(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with running(a=Delaying(), b=Refusing(), c=Answering()) as (executor, delivered):
+        for name in ("first", "bad", "last"):
+            await executor.submit(request(name))
+    assert reasons(delivered) == {"first": "stop", "bad": "failed", "last": "stop"}
+
+
+@dataclass(frozen=True)
 class Faulty:
     """A logic operator that cannot take signals."""
 

@@ -12,20 +12,17 @@ from typing import Any
 
 import pytest
 from logged import logged
+from own_graph import NULL, own_graph
 from trio.testing import MockClock
 
 from sagellm import Graph, RequestFailed, RequestRefused, Sampling, ops
-from sagellm.graphs.vocabulary import REQUEST, NoOptions, OpSpec, Port
-from sagellm.opening import OpenGraph
 from sagellm.operators import route
 from sagellm.runtime.engine.port import EngineFacts
 from sagellm.runtime.messages import Item, Request, TokenEvent, refusal
-from sagellm.runtime.operator import Arrival, Context, Credit, Emit, OperatorModule, Step, Terminate
-from sagellm.runtime.resolver import Resolver
+from sagellm.runtime.operator import Arrival, Context, Credit, Emit, Step, Terminate
 from sagellm.session import Session
 
 HERE = Path(__file__)
-NULL = {"device": "null", "model": "null"}
 FIVE = Sampling(max_tokens=5, ignore_eos=True)
 
 
@@ -213,27 +210,6 @@ class OwnService:
     def discard(self, ctx: Context, item: Item) -> None: ...
 
 
-def own_graph(made: Any) -> OpenGraph:
-    """source -> own -> generate -> sink, where `own` is what was made."""
-    spec = OpSpec("own", (Port("in", REQUEST),), (Port("out", REQUEST),), options=NoOptions)
-    resolver = Resolver({"own": OperatorModule(spec, lambda options, setup: made)})
-    graph = Graph("g").engine("g", **NULL)
-    document = (graph >> ops.key_by(str) >> ops.generate(engine="g")).document
-    (key_by, rest) = document.graph.nodes
-    own = type(key_by)(key_by.name, "own", type(key_by.attrs)())
-    changed = type(document.graph)(
-        "g", "stream", (own, rest), document.graph.edges, document.graph.attrs
-    )
-    return OpenGraph(
-        type(document)(changed, {}),
-        resolver=resolver,
-        functions={},
-        overrides={},
-        model=None,
-        seed=0,
-    )
-
-
 @pytest.mark.parametrize(
     ("answer", "says"),
     [
@@ -259,7 +235,7 @@ async def test_an_operator_that_answers_wrongly_fails_the_request_alone(
     async with own_graph(Own(once)) as session:
         with pytest.raises(RequestFailed) as caught:
             await session.generate([1], sampling=FIVE, request_id="bad")
-        assert str(caught.value).startswith("key_by: ")
+        assert str(caught.value).startswith("policy_sort: ")
         assert says in str(caught.value)
         assert f"({HERE}:" in str(caught.value)
         assert (await session.generate([1], sampling=FIVE)).finish_reason == "length"

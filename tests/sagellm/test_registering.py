@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from logged import logged
 
 import sagellm
-from sagellm import Graph, Request, Sampling, ops
+from sagellm import Graph, Request, RequestFailed, Sampling, ops
 from sagellm.checking import check_graph
 from sagellm.graphs.diagnostics import GraphError
 from sagellm.graphs.text.yaml import Document, load
@@ -69,6 +70,30 @@ fake_last = fake_package:last
 fake_wrong = fake_package:SPEC
 """
 
+FAILING = """\
+from sagellm.graphs.vocabulary import REQUEST, NoOptions, OpSpec, Port
+
+SPEC = OpSpec("fake_fails", (Port("in", REQUEST),), (Port("out", REQUEST),), options=NoOptions)
+
+def fails(*given):
+    return {}['x']
+
+class Failing:
+    initial = None
+    on = fails
+
+def build(options, setup):
+    return Failing()
+"""
+FAILING_ENTRY_POINTS = """\
+[sagellm.operators]
+fake_fails = fails_package
+[sagellm.functions]
+fake_fails = fails_package:fails
+[sagellm.strategies]
+fake_fails = fails_package:fails
+"""
+
 
 @pytest.fixture(autouse=True)
 def _as_before(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,6 +122,14 @@ def document(*changes: tuple[str, str]) -> Document:
     for old, new in changes:
         text = text.replace(old, new)
     return load(text, file="own.yaml")
+
+
+def written(folder: Path, *changes: tuple[str, str]) -> Path:
+    text = GRAPH
+    for old, new in changes:
+        text = text.replace(old, new)
+    (folder / "own.yaml").write_text(text)
+    return folder / "own.yaml"
 
 
 def mistakes(*changes: tuple[str, str]) -> list[str]:
@@ -232,6 +265,37 @@ def test_an_entry_point_that_is_broken_says_whose_it_is(package: Path) -> None:
     assert "of package fake cannot be loaded" in told
     (told,) = mistakes(("random", "fake_wrong"))
     assert "must be a function, not OpSpec" in told
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("function: f", "function: fake_fails"),
+        ("strategy: random", "strategy: fake_fails"),
+        ("op: filter, function: f", "op: fake_fails"),
+    ],
+)
+async def test_an_error_in_an_installed_package_is_named_as_ones_own(
+    change: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where pip puts packages: `site-packages`, beside those that are nobody's own."""
+    site = tmp_path / "site-packages"
+    (site / "fails-1.0.dist-info").mkdir(parents=True)
+    (site / "fails-1.0.dist-info" / "METADATA").write_text("Name: fails\nVersion: 1.0\n")
+    (site / "fails-1.0.dist-info" / "entry_points.txt").write_text(FAILING_ENTRY_POINTS)
+    (site / "fails_package.py").write_text(FAILING)
+    monkeypatch.setattr(sys, "path", [*sys.path, str(site)])
+    monkeypatch.delitem(sys.modules, "fails_package", raising=False)
+    sagellm.register_function(lambda request: True, "f")
+    line = FAILING.splitlines().index("    return {}['x']") + 1
+    with logged() as lines:
+        async with Graph.load(written(tmp_path, change)).open() as session:
+            with pytest.raises(RequestFailed) as caught:
+                await session.generate([1], sampling=Sampling(max_tokens=1))
+    assert str(caught.value).endswith(f"KeyError: 'x' ({site}/fails_package.py:{line})")
+    said = next(line for line in lines if line["event"] == "operator_failed")
+    assert said["at"] == f"{site}/fails_package.py:{line}"
+    assert "return {}['x']" in said["exception"]
 
 
 @pytest.mark.usefixtures("package")

@@ -1,5 +1,6 @@
 """A sequence as it would be behind its drafts."""
 
+from array import array
 from typing import NamedTuple
 
 from sagellm.runtime.engine.sequence import Sequence
@@ -32,6 +33,10 @@ class Ahead(NamedTuple):
     @property
     def num_output(self) -> int:
         return self.sequence.num_output + len(self.drafts)
+
+    @property
+    def allowed_ids(self) -> "array[int]":
+        return self.sequence.allowed_ids
 
     @property
     def tokens(self) -> list[int]:

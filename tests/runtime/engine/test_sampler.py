@@ -9,9 +9,11 @@ from hypothesis import strategies as st
 from transformers.generation import NoBadWordsLogitsProcessor
 
 from sagellm.runtime.engine import sampler
+from sagellm.runtime.engine.behind import Behind
 from sagellm.runtime.engine.mailbox import Mailbox
 from sagellm.runtime.engine.sampler import banned_tokens, draw, uniform
 from sagellm.runtime.engine.sequence import Sequence
+from sagellm.runtime.engine.speculation.ahead import Ahead
 from sagellm.runtime.messages import Sampling, SequenceState
 
 LOGITS = torch.tensor([0.5, 2.0, 1.0, -1.0, 1.9, 0.0])
@@ -113,6 +115,22 @@ def test_banned_tokens_are_those_of_transformers(seed):
     scores = NoBadWordsLogitsProcessor(words, eos_token_id=99)(output, torch.zeros(1, 4))
     right = scores[0].isinf().nonzero().flatten().tolist()
     assert sorted(set(banned_tokens(words, output[0].tolist()))) == right
+
+
+def test_allowed_tokens_are_read_once_a_sequence(monkeypatch):
+    sequence = row(allowed_token_ids=(4, 5, 0))
+    assert draw_one(sequence) == 4
+    monkeypatch.setattr(sampler.torch, "tensor", None)  # nothing is built from Python's numbers
+    assert draw_one(sequence) == 4
+    assert draw_one(Ahead(sequence, (4,))) == 4
+    assert draw_one(Behind(sequence, 0, 1, 4)) == 4
+
+
+def test_rows_without_a_mask_are_not_searched_for_a_token_that_is_left(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "amax", None)
+    assert draw_one(row(temperature=1.0)) in range(6)
+    assert draw_one(row(output=(1,), presence_penalty=0.2)) == 4
+    assert draw_one(row(output=(1,), presence_penalty=0.2, min_tokens=1)) == 4
 
 
 def test_min_tokens_mask_the_end():

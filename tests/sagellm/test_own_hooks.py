@@ -1,0 +1,129 @@
+"""Errors in what a user's service operator does beside taking items: signals, events, cleaning."""
+
+from typing import Any
+
+import pytest
+import trio
+from logged import logged
+from own_graph import own_generate_graph, own_graph
+from trio.testing import MockClock, wait_all_tasks_blocked
+
+from sagellm import RequestFailed, Sampling
+from sagellm.operators.generate import Generate
+from sagellm.runtime.engine.port import EngineFacts, Lost
+from sagellm.runtime.messages import Item
+from sagellm.runtime.operator import Context, Credit, Signal
+
+LONG = Sampling(max_tokens=100_000, ignore_eos=True)
+FIVE = Sampling(max_tokens=5, ignore_eos=True)
+
+
+class Own:
+    """A service operator whose hooks raise; with `holds`, it keeps the requests `kept...`."""
+
+    concurrency = 1
+
+    def __init__(self, *, holds: bool = False) -> None:
+        self.holds = holds
+
+    def capacity(self, facts: EngineFacts | None) -> Credit:
+        return Credit(requests=4)
+
+    async def on_item(self, ctx: Context, item: Item) -> None:
+        if item.request_id.startswith("slow"):
+            await trio.sleep_forever()
+        if not item.request_id.startswith("kept"):
+            await ctx.emit(item)
+            ctx.release(item.key)
+
+    async def on_events(self, ctx: Context, events: Any) -> None: ...
+
+    def on_signal(self, ctx: Context, signal: Signal) -> None:
+        raise KeyError(signal.request_id)
+
+    def recall(self, ctx: Context, key: Any) -> None: ...
+
+    def discard(self, ctx: Context, item: Item) -> None:
+        raise LookupError(item.request_id)
+
+
+def faults(lines: list[dict[str, Any]]) -> list[tuple[str, str, str]]:
+    found = [line for line in lines if line["event"] == "operator_failed"]
+    assert all(f"{__file__}:" in line["at"] for line in found)
+    return [(line["node"], line["request_id"], line["error"]) for line in found]
+
+
+@pytest.mark.parametrize("name", ["slow", "kept"])
+async def test_a_hook_that_raises_at_a_timeout_ends_its_request_and_no_other(
+    name: str, autojump_clock: MockClock
+) -> None:
+    with logged() as lines:
+        async with own_graph(Own(holds=name == "kept")) as session:
+            late = await session.generate([1], sampling=FIVE, request_id=name, timeout_s=5)
+            assert late.finish_reason == "expired"
+            assert (await session.generate([1], sampling=FIVE)).finish_reason == "length"
+            await session.idle()
+            session.executor.ledger.check()
+    found = faults(lines)
+    assert ("policy_sort", name, "KeyError") in found
+    assert (("policy_sort", "slow", "LookupError") in found) == (name == "slow")
+
+
+async def test_a_cancel_reaches_the_operators_after_one_that_raises(
+    autojump_clock: MockClock,
+) -> None:
+    async with own_graph(Own()) as session:
+        with trio.move_on_after(0.01):
+            await session.generate([1], sampling=LONG, request_id="r")
+        await wait_all_tasks_blocked()
+        await session.idle()
+        assert session.executor.ledger.ended["cancelled"] == 1
+
+
+# ---- an operator with an engine ---------------------------------------------------------------
+
+
+class OwnGenerate(Generate):
+    """Raises for the engine's events of the request `bad`, and where its engine lost it."""
+
+    async def on_events(self, ctx: Context, events: Any) -> None:
+        if any(event.request_id == "bad" for event in events):
+            raise KeyError("events")
+        await super().on_events(ctx, events)
+
+    def recall(self, ctx: Context, key: tuple[str, int]) -> Any:
+        raise LookupError(key[0])
+
+
+async def test_events_that_an_operator_fails_on_end_their_requests_alone(
+    autojump_clock: MockClock,
+) -> None:
+    with logged() as lines:
+        async with own_generate_graph(lambda options, setup: OwnGenerate(options)) as session:
+            with pytest.raises(RequestFailed, match="generate: the operator raised KeyError"):
+                await session.generate([1], sampling=FIVE, request_id="bad")
+            assert (await session.generate([1], sampling=FIVE)).finish_reason == "length"
+            await session.idle()
+            session.executor.ledger.check()
+    assert faults(lines) == [("generate", "bad", "KeyError")]
+
+
+async def test_an_operator_that_cannot_recall_what_its_engine_lost_fails_it(
+    autojump_clock: MockClock,
+) -> None:
+    async with (
+        own_generate_graph(lambda options, setup: OwnGenerate(options)) as session,
+        trio.open_nursery() as nursery,
+    ):
+
+        async def ask() -> None:
+            with pytest.raises(RequestFailed, match="generate: the operator raised LookupError"):
+                await session.generate([1], sampling=LONG, request_id="r")
+
+        nursery.start_soon(ask)
+        await wait_all_tasks_blocked()
+        (engine,) = session.executor.plan.all_engines
+        mailbox: Any = engine.events("generate")
+        mailbox.post(Lost(request_id="r", choice=0, epoch=0, by_death=True))
+        engine.cancel("r", 0, 0)
+        mailbox.flush()
