@@ -39,6 +39,11 @@ class CodeLeft(RuntimeError):
 LEAVING = (SystemExit, asyncio.CancelledError)
 
 
+def as_error(error: BaseException) -> Exception:
+    """What user code raised, as an error of its request."""
+    return error if isinstance(error, Exception) else CodeLeft(error)
+
+
 def name_of(error: BaseException) -> str:
     """The type of an error, as a sentence names it."""
     return error.kind if isinstance(error, CodeLeft) else type(error).__name__

@@ -1,7 +1,7 @@
 """An operator's fault: what the log and the caller are told of it."""
 
 from sagellm.graphs.log import get_logger
-from sagellm.runtime.user_code import WrongResult, place_of, traceback_of
+from sagellm.runtime.user_code import WrongResult, name_of, place_of, traceback_of
 
 log = get_logger("sagellm.executor")
 
@@ -19,7 +19,7 @@ class OperatorFault(Exception):
         """Names operator and type; not the error's text, which may be private."""
         if isinstance(self.error, WrongResult):
             return f"{self.node}: {self.error}"
-        return f"{self.node}: the operator raised {type(self.error).__name__}"
+        return f"{self.node}: the operator raised {name_of(self.error)}"
 
 
 def log_fault(fault: OperatorFault, *, request_id: str) -> None:
@@ -29,7 +29,7 @@ def log_fault(fault: OperatorFault, *, request_id: str) -> None:
     correct. Any other error is logged without its text, which may hold what a request says.
     """
     error = fault.error
-    said = {"node": fault.node, "request_id": request_id, "error": type(error).__name__}
+    said = {"node": fault.node, "request_id": request_id, "error": name_of(error)}
     own = traceback_of(error)
     if own is None:
         log.error("operator_failed", **said, at=_places(error))

@@ -23,6 +23,7 @@ from sagellm.runtime.executors.outliers import Outliers, Replica
 from sagellm.runtime.messages import FinishReason, Item, Prefilled, Request, TokenEvent
 from sagellm.runtime.operator import Sent, Service, Signal
 from sagellm.runtime.plan import Plan
+from sagellm.runtime.user_code import LEAVING, as_error
 from sagellm.runtime.user_function import failing
 
 
@@ -170,8 +171,8 @@ class Host:
                 self._send_back(item, error)
                 await trio.lowlevel.checkpoint()
                 return
-            except Exception as error:
-                failure = error
+            except (Exception, *LEAVING) as error:
+                failure = as_error(error)
             finally:
                 self._scopes.remove(entry)
                 self._meter.process_s += self._executor.meter.clock() - begun_s

@@ -32,7 +32,7 @@ from sagellm.runtime.operator import (
     Tell,
     Terminate,
 )
-from sagellm.runtime.user_code import WrongResult
+from sagellm.runtime.user_code import LEAVING, WrongResult, as_error
 from sagellm.runtime.user_function import failing
 
 
@@ -229,9 +229,9 @@ class Region:
         try:
             step = self._logic[node].on(cell.state, happened, now, draw)
             check_step(self._logic[node], happened, step, cell.state)
-        except Exception as error:
+        except (Exception, *LEAVING) as error:
             meter.errors.count += 1
-            raise OperatorFault(node, error) from error
+            raise OperatorFault(node, as_error(error)) from error
         meter.process_s += self._clock() - begun_s
         self._set(node, _Cell(step.state, cell.num_inputs + 1, step.wake_at))
         send = self._send_apart

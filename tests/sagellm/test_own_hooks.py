@@ -1,5 +1,7 @@
 """Errors in what a user's service operator does beside taking items: signals, events, cleaning."""
 
+import asyncio
+import sys
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ from sagellm import RequestFailed, Sampling
 from sagellm.operators.generate import Generate
 from sagellm.runtime.engine.port import EngineFacts, Lost
 from sagellm.runtime.messages import Item
-from sagellm.runtime.operator import Context, Credit, Signal
+from sagellm.runtime.operator import Arrival, Context, Credit, Draw, Emit, Input, Signal, Step
 
 LONG = Sampling(max_tokens=100_000, ignore_eos=True)
 FIVE = Sampling(max_tokens=5, ignore_eos=True)
@@ -127,3 +129,36 @@ async def test_an_operator_that_cannot_recall_what_its_engine_lost_fails_it(
         mailbox.post(Lost(request_id="r", choice=0, epoch=0, by_death=True))
         engine.cancel("r", 0, 0)
         mailbox.flush()
+
+
+class Leaves:
+    """A logic operator that leaves its program."""
+
+    initial = None
+
+    def on(self, state: None, happened: Input, now: float, draw: Draw) -> Step[None]:
+        if isinstance(happened, Arrival) and happened.item.request_id == "bad":
+            sys.exit(3)
+        return Step(None, (Emit(happened.item),) if isinstance(happened, Arrival) else ())
+
+
+class Cancelled(Own):
+    async def on_item(self, ctx: Context, item: Item) -> None:
+        if item.request_id == "bad":
+            raise asyncio.CancelledError
+        await ctx.emit(item)
+        ctx.release(item.key)
+
+
+@pytest.mark.parametrize(
+    ("operator", "says"),
+    [(Leaves(), "raised SystemExit: 3"), (Cancelled(), "raised CancelledError")],
+    ids=["logic", "service"],
+)
+async def test_an_operator_cannot_end_the_graph(
+    operator: Any, says: str, autojump_clock: MockClock
+) -> None:
+    async with own_graph(operator) as session:
+        with pytest.raises(RequestFailed, match=says):
+            await session.generate([1], sampling=FIVE, request_id="bad")
+        assert len((await session.generate([1], sampling=FIVE)).token_ids) == 5
