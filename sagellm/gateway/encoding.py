@@ -16,6 +16,7 @@ TEMPLATE_S = 0.25  # of CPU, to render one conversation: beyond, its messages ar
 TOKENIZE_S = 60.0  # of the clock, waiting for a thread included: beyond, the server is overloaded
 RETRY_S = 1.0
 _SHORT_LEN = 2048  # characters, or tokens, that are worked faster than a thread is woken for
+_CHARS_A_TOKEN = 16  # more than most texts have: a beginning so long shows what does not fit
 _NUM_THREADS = 4  # of each kind; one that outlives its deadline keeps its place until it ends
 T = TypeVar("T")
 
@@ -42,6 +43,15 @@ class Encoder:
             return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
         return await self._tokenize(encode, len(text))
+
+    async def exceeds(self, text: str, max_len: int) -> bool:
+        """Whether the beginning of a long text alone has far more tokens than `max_len`; False also
+        where only the whole text would show it. Raises ApiError where that takes too long.
+
+        What follows merges with no more than the end of the beginning: twice `max_len` is enough.
+        """
+        beginning = text[: _CHARS_A_TOKEN * max_len]
+        return len(beginning) < len(text) and len(await self.text(beginning)) > 2 * max_len
 
     async def ids(self, token_ids: tuple[int, ...], *, skip_special_tokens: bool = False) -> str:
         """The text of tokens. Raises ApiError where that takes too long."""
@@ -71,11 +81,14 @@ class Encoder:
         self, messages: Messages, how: Rendering = ANSWERED, *, add_special_tokens: bool = False
     ) -> Prompt:
         """The prompt of a conversation. Raises ApiError where its template does not admit it."""
-        text = await self._render(messages, how)
+        text = await self.render(messages, how)
         return Prompt(text, await self.text(text, add_special_tokens=add_special_tokens))
 
-    async def _render(self, messages: Messages, how: Rendering = ANSWERED) -> str:
-        """In a thread always: how long a template loops is no matter of how long a message is."""
+    async def render(self, messages: Messages, how: Rendering = ANSWERED) -> str:
+        """The text of a conversation. Raises ApiError where its template does not admit it.
+
+        In a thread always: how long a template loops is no matter of how long a message is.
+        """
 
         def render() -> str:
             return self._tokenizer.apply_chat_template(messages, how)

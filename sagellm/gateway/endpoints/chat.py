@@ -5,7 +5,7 @@ from starlette.responses import Response
 
 from sagellm.gateway.answers.chat import ChatForm
 from sagellm.gateway.encoding import Prompt
-from sagellm.gateway.endpoints.generation import Work, respond, samplings_of
+from sagellm.gateway.endpoints.generation import Work, encoded, respond, samplings_of
 from sagellm.gateway.endpoints.models import check_model
 from sagellm.gateway.gateway import Gateway
 from sagellm.gateway.protocol.chat import ChatRequest, read_chat
@@ -35,9 +35,7 @@ async def _work(gateway: Gateway, body: bytes) -> Work:
 async def _prompt(gateway: Gateway, asked: ChatRequest) -> Prompt:
     """The conversation as the model's template writes it, or its part that is kept."""
     how = rendering_of(asked, gateway.tokenizer.chat_variables)
-    add = asked.add_special_tokens
-    prompt = await gateway.encoder.chat(asked.conversation, how, add_special_tokens=add)
-    kept = kept_ids(asked, prompt.token_ids, gateway.model.facts)
-    if len(kept) == len(prompt.token_ids):
-        return prompt
-    return Prompt(await gateway.encoder.ids(kept), kept)
+    text = await gateway.encoder.render(asked.conversation, how)
+    token_ids = await encoded(gateway, asked, text)
+    kept = kept_ids(asked, token_ids, gateway.model.facts)
+    return Prompt(text if len(kept) == len(token_ids) else await gateway.encoder.ids(kept), kept)

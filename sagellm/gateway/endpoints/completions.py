@@ -6,7 +6,7 @@ from starlette.responses import Response
 
 from sagellm.gateway.answers.completion import CompletionForm
 from sagellm.gateway.encoding import Prompt
-from sagellm.gateway.endpoints.generation import Work, respond, samplings_of
+from sagellm.gateway.endpoints.generation import Work, encoded, respond, samplings_of
 from sagellm.gateway.endpoints.models import check_model
 from sagellm.gateway.gateway import Gateway
 from sagellm.gateway.protocol.completions import CompletionRequest, read_completion
@@ -52,7 +52,7 @@ async def _prompt(
         check_ids("prompt", given, gateway.model.facts)
         kept = kept_ids(asked, given, gateway.model.facts)
         return Prompt(await gateway.encoder.ids(kept), kept)
-    token_ids = await gateway.encoder.text(given, add_special_tokens=asked.add_special_tokens)
+    token_ids = await encoded(gateway, asked, given)
     kept = kept_ids(asked, token_ids, gateway.model.facts)
     text = given if len(kept) == len(token_ids) else await gateway.encoder.ids(kept)
     return Prompt(text, kept)

@@ -25,7 +25,7 @@ from sagellm.gateway.failure import ApiError
 from sagellm.gateway.gateway import Gateway, Hold
 from sagellm.gateway.protocol.chat import ChatRequest
 from sagellm.gateway.protocol.completions import CompletionRequest
-from sagellm.gateway.protocol.sampling import fitted, num_logprobs, sampling_of
+from sagellm.gateway.protocol.sampling import far_too_long, fitted, num_logprobs, sampling_of
 from sagellm.runtime.messages import NORMAL, Sampling
 
 CLIENT_LEFT = 499  # for the log: nobody is there to read it
@@ -42,6 +42,19 @@ class Work:
     prefix: str
     is_echo: bool = False
     is_prompt_only: bool = False
+
+
+async def encoded(
+    gateway: Gateway, asked: CompletionRequest | ChatRequest, text: str
+) -> tuple[int, ...]:
+    """The tokens of a text of the call. Raises ApiError, for a text far beyond the context before
+    all of it is tokenised.
+    """
+    facts = gateway.model.facts
+    is_kept = asked.truncate_prompt_tokens is None
+    if is_kept and await gateway.encoder.exceeds(text, facts.max_model_len):
+        raise far_too_long(asked, facts)
+    return await gateway.encoder.text(text, add_special_tokens=asked.add_special_tokens)
 
 
 async def samplings_of(

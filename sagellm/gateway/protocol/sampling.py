@@ -108,7 +108,7 @@ def _max_tokens(
     request: CompletionRequest | ChatRequest, facts: ModelFacts, num_prompt_tokens: int
 ) -> int:
     """As asked, or the default, cut to what the context leaves, and no less than `min_tokens`."""
-    prompt = "messages" if isinstance(request, ChatRequest) else "prompt"
+    prompt = _prompt_param(request)
     if num_prompt_tokens == 0:
         raise wrong(prompt, "has 0 tokens; give at least one")
     room = facts.max_model_len - num_prompt_tokens
@@ -121,6 +121,17 @@ def _max_tokens(
     if request.min_tokens > found:
         raise wrong("min_tokens", f"is {request.min_tokens}, more than max_tokens ({found})")
     return found
+
+
+def _prompt_param(request: CompletionRequest | ChatRequest) -> str:
+    return "messages" if isinstance(request, ChatRequest) else "prompt"
+
+
+def far_too_long(request: CompletionRequest | ChatRequest, facts: ModelFacts) -> ApiError:
+    """For a prompt whose tokens nobody has counted to the end."""
+    limit = facts.max_model_len
+    message = f"has more than {limit} tokens; the context limit is {limit} in all"
+    return wrong(_prompt_param(request), message, "context_length_exceeded")
 
 
 def _too_long(prompt: str, num_prompt: int, asked: int | None, facts: ModelFacts) -> ApiError:

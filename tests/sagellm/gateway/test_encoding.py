@@ -59,7 +59,7 @@ def test_what_is_long_is_encoded_in_a_thread(run):
 
 def test_a_template_is_rendered_in_a_thread(run):
     tokenizer = Watched()
-    prompt = run(lambda: Encoder(tokenizer)._render(MESSAGES))
+    prompt = run(lambda: Encoder(tokenizer).render(MESSAGES))
     assert prompt == "user: hey\n"
     assert tokenizer.threads == {"worker"}
 

@@ -20,6 +20,7 @@ from sagellm.gateway.endpoints.tokenize import detokenize, tokenize
 from sagellm.gateway.failure import ApiError
 from sagellm.gateway.protocol.completions import read_completion
 from sagellm.gateway.settings import Budget, Limits, Settings
+from sagellm.runtime.models.tokenizer import ByteTokenizer
 
 COMPLETION = {"model": "m", "prompt": "hey"}
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hey"}]}
@@ -78,6 +79,47 @@ async def test_ids_that_the_model_does_not_know_are_refused(prompt):
     answered = await post(completions, playing(), {"prompt": prompt})
     assert answered.status == 400
     assert answered.json["error"]["param"] == "prompt"
+
+
+class _Counting(ByteTokenizer):
+    """How long the texts are that it encodes."""
+
+    def __init__(self) -> None:
+        self.lengths: list[int] = []
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
+        self.lengths.append(len(text))
+        return super().encode(text, add_special_tokens=add_special_tokens)
+
+
+@BOTH
+async def test_a_text_far_beyond_the_context_is_refused_by_its_beginning(endpoint, body):
+    """To tokenise megabytes takes seconds and memory, for a 400."""
+    tokenizer, text = _Counting(), "x" * 5_000_000
+    said = {"prompt": text} if "prompt" in body else {"messages": [{**CHAT["messages"][0]}]}
+    if "messages" in said:
+        said["messages"][0]["content"] = text
+    answered = await post(endpoint, playing(), said, tokenizer=tokenizer)
+    assert answered.status == 400
+    assert answered.json["error"]["code"] == "context_length_exceeded"
+    assert "more than 64 tokens; the context limit is 64" in answered.json["error"]["message"]
+    assert sum(tokenizer.lengths) < 5000
+
+
+async def test_a_long_text_that_is_truncated_is_read_to_its_end():
+    asked = {"prompt": "x" * 500_000 + "end", "truncate_prompt_tokens": 3}
+    assert (await entry_of(completions, asked)).text == "end"
+
+
+async def test_a_long_text_of_few_tokens_is_not_refused():
+    class Words(ByteTokenizer):
+        def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
+            return tuple(range(len(text) // 1000))
+
+    door = playing([last("a")])
+    answered = await post(completions, door, {"prompt": "x" * 20_000}, tokenizer=Words())
+    assert answered.status == 200
+    assert len(door.entries[0].token_ids) == 20
 
 
 MANY = {
