@@ -42,12 +42,14 @@ def _is_time(value: object) -> bool:
     return is_number and -math.inf < value < math.inf  # type: ignore[operator]
 
 
-def state_was_lost(operator: Any, state: object, held: Iterable[Item]) -> WrongResult | None:
+def state_was_lost(
+    operator: Any, state: object, initial: object, held: Iterable[Item]
+) -> WrongResult | None:
     """The error of an operator that was given items, has sent none of them, waits for nothing, and
     has the state of one that was given none.
     """
     item = next((item for item in held if must_be_answered(item)), None)
-    if item is None or not (state is None or _is_same(state, operator.initial)):
+    if item is None or not (state is None or _is_same(state, initial)):
         return None
     return wrong(operator.on, f"`on` dropped a {type(item).__name__} from its state; {_LOST}")
 

@@ -110,7 +110,8 @@ class Region:
             for edge in graph.edges
             if not edge.feedback
         }
-        self._cells = {name: _Cell(operator.initial) for name, operator in logic.items()}
+        self._initial = {name: operator.initial for name, operator in logic.items()}
+        self._cells = {name: _Cell(state) for name, state in self._initial.items()}
         self._wakes: dict[str, float] = {}
         self._undo: list[tuple[str, Any, int, float | None]] = []
         self._taken: list[Send] = []
@@ -144,7 +145,7 @@ class Region:
 
     def restart(self, node: str) -> None:
         """Give an operator its first state again, after it failed on the one that it has."""
-        self._set(node, _Cell(self._logic[node].initial, self._cells[node].num_inputs))
+        self._set(node, _Cell(self._initial[node], self._cells[node].num_inputs))
 
     def is_waiting(self, node: str) -> bool:
         """Whether the operator has asked for a wake-up that has not come."""
@@ -155,7 +156,7 @@ class Region:
         cell, items = self._cells[node], self.holdings.of(node)
         if not items or cell.wake_at is not None:
             return None
-        return state_was_lost(self._logic[node], cell.state, items)
+        return state_was_lost(self._logic[node], cell.state, self._initial[node], items)
 
     def feed(self, node: str, happened: Input, now: float) -> tuple[Effect, ...] | None:
         """All effects of an input, or None: no credit, and nothing has changed."""

@@ -451,10 +451,15 @@ class TasksExecutor:
                 for item in held:
                     if signal.concerns(item.key):
                         self.finish(item, _reason(signal))
-            case _ if not self.region.is_waiting(node):
+            case _ if not self._is_to_wake(node):
                 self.region.restart(node)
                 for item in held:
                     self._end(failing(item, fault.public, now=self.now()), fault)
+
+    def _is_to_wake(self, node: str) -> bool:
+        """Whether a wake-up of the operator is to come, or to be tried again."""
+        is_undone = any(name == node and isinstance(what, Wake) for name, what, _ in self._undone)
+        return is_undone or self.region.is_waiting(node)
 
     def _try_again(self) -> None:
         undone, self._undone = self._undone, []

@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -244,12 +244,14 @@ async def test_what_a_wake_up_found_no_credit_for_comes_later(
 
 @dataclass(frozen=True)
 class Refusing:
-    """A logic operator that fails on the request `bad`."""
+    """A logic operator that fails on the request `bad`, and on one that comes again."""
 
     initial: int = 0
 
     def on(self, state: int, happened: Input, now: float, draw: Draw) -> Step[int]:
-        if isinstance(happened, Arrival) and happened.item.request_id == "bad":
+        if isinstance(happened, Arrival) and (
+            happened.item.request_id == "bad" or happened.item.epoch > 0
+        ):
             raise RuntimeError("secret")
         return Step(state, (Emit(happened.item),) if isinstance(happened, Arrival) else ())
 
@@ -261,6 +263,16 @@ async def test_an_item_sent_at_a_wake_up_that_fails_downstream_ends_alone(
         for name in ("first", "bad", "last"):
             await executor.submit(request(name))
     assert reasons(delivered) == {"first": "stop", "bad": "failed", "last": "stop"}
+
+
+async def test_a_request_that_comes_again_and_fails_on_its_way_ends() -> None:
+    slow = Answering(is_open=False)
+    async with running(a=Refusing(), b=slow) as (executor, delivered):
+        executor.plan = replace(executor.plan, queues=frozenset({"a"}))
+        await executor.submit(request("r"))
+        executor.reenter("b", request("r"), was_computed=False)
+        slow.gate.set()
+    assert reasons(delivered) == {"r": "failed"}
 
 
 @dataclass(frozen=True)
