@@ -68,6 +68,16 @@ def test_sage_tiny_is_tokenized_as_by_transformers():
     assert list(ours.encode("2 + 2")) == theirs("2 + 2").input_ids
 
 
+@pytest.mark.parametrize("add_special_tokens", [True, False])
+def test_a_long_text_has_the_tokens_of_transformers(add_special_tokens):
+    text = "What is 23 + 45? \u00e9\u6a21 <|im_end|>\n" * 500
+    assert len(text) > 4096
+    wanted = AutoTokenizer.from_pretrained(resolve_model("sage-tiny").path)
+    ours = load_tokenizer(resolve_model("sage-tiny"))
+    right = wanted(text, add_special_tokens=add_special_tokens)["input_ids"]
+    assert ours.encode(text, add_special_tokens=add_special_tokens) == tuple(right)
+
+
 def test_a_template_file_comes_first(model):
     (model / "chat_template.jinja").write_text("{{ messages[0].content }} {{ eos_token }}")
     assert load(model).apply_chat_template(MESSAGES) == "be brief <|eos|>"
