@@ -147,8 +147,8 @@ class Host:
                 scope.cancel()
         try:
             self._service.on_signal(self, signal)
-        except Exception as error:  # the other operators must hear the signal too
-            self._log(error, signal.request_id)
+        except (Exception, *LEAVING) as error:  # the other operators must hear the signal too
+            self._log(as_error(error), signal.request_id)
             self._end_held(signal)
 
     # ---- tasks -----------------------------------------------------------------------------
@@ -205,8 +205,8 @@ class Host:
             begun_s = self._executor.meter.clock()
             try:
                 await self._service.on_events(self, events)
-            except Exception as error:
-                self._fail_events(events, error)
+            except (Exception, *LEAVING) as error:
+                self._fail_events(events, as_error(error))
             self._meter.process_s += self._executor.meter.clock() - begun_s
             self.tell("load", self.engine.load)
 
@@ -227,8 +227,8 @@ class Host:
             assert isinstance(event, Lost)
             try:
                 request = self._service.recall(self, event.key)
-            except Exception as error:
-                self._fail_key(event.key, error)
+            except (Exception, *LEAVING) as error:
+                self._fail_key(event.key, as_error(error))
                 continue
             if request is not None:
                 self.release(event.key)
@@ -238,9 +238,9 @@ class Host:
         """An engine was lost, or what it held, while this operator had the item."""
         try:
             recalled = self._service.recall(self, item.key)
-        except Exception as fault:  # what was emitted is unknown: it cannot go in again
+        except (Exception, *LEAVING) as fault:  # what was emitted is unknown: it cannot go in again
             self._give_up(item)
-            self._executor.fail(self.name, item, fault)
+            self._executor.fail(self.name, item, as_error(fault))
             return
         request = recalled or _request_of(item)
         self._give_up(item)
@@ -285,8 +285,8 @@ class Host:
     def _discard(self, item: Item) -> None:
         try:
             self._service.discard(self, item)
-        except Exception as error:
-            self._log(error, item.request_id)
+        except (Exception, *LEAVING) as error:
+            self._log(as_error(error), item.request_id)
 
     def _log(self, error: Exception, request_id: str) -> None:
         """For a fault in what cleans up: its request ends in any case."""

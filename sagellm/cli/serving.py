@@ -208,14 +208,9 @@ def read_settings(
     gateway processes where the system cannot watch them.
     """
     _check_tracing(watch)
-    if listen.gateways and not hasattr(os, "pidfd_open"):
-        cause = "gateway processes need Linux: they are watched by its means"
-        raise Failure(cause, "leave --gateways away: the process of the graph speaks HTTP then")
     check_tls(listen.tls_certificate, listen.tls_key)
     keys = user_keys(listen.api_key, config)
-    if not keys and not listen.insecure and not is_loopback(listen.host):
-        cause = f"--host {listen.host} lets others in, and there is no API key"
-        raise Failure(cause, "add --api-key KEY, or --insecure if everybody may use it")
+    _check_listen(listen, has_keys=bool(keys))
     admin = admin_key(listen.admin_key, listen.admin_key_file)
     if len({*keys.values(), admin}) <= len(keys):
         raise Failure("one API key is given twice, or is the admin key too", "give each its own")
@@ -250,6 +245,16 @@ def read_settings(
             if name in keys and key.budget
         },
     )
+
+
+def _check_listen(listen: ListenOptions, *, has_keys: bool) -> None:
+    """Raises Failure for an address open to all unasked, and for gateways that cannot be watched."""
+    if listen.gateways and not hasattr(os, "pidfd_open"):
+        cause = "gateway processes need Linux: they are watched by its means"
+        raise Failure(cause, "leave --gateways away: the process of the graph speaks HTTP then")
+    if not has_keys and not listen.insecure and not is_loopback(listen.host):
+        cause = f"--host {listen.host} lets others in, and there is no API key"
+        raise Failure(cause, "add --api-key KEY, or --insecure if everybody may use it")
 
 
 def _part(part: S, changed: Mapping[str, Any]) -> S:

@@ -162,3 +162,18 @@ async def test_an_operator_cannot_end_the_graph(
         with pytest.raises(RequestFailed, match=says):
             await session.generate([1], sampling=FIVE, request_id="bad")
         assert len((await session.generate([1], sampling=FIVE)).token_ids) == 5
+
+
+class LeavesAtSignals(Own):
+    def on_signal(self, ctx: Context, signal: Signal) -> None:
+        sys.exit(3)
+
+    def discard(self, ctx: Context, item: Item) -> None:
+        raise asyncio.CancelledError
+
+
+@pytest.mark.parametrize("name", ["slow", "kept"])
+async def test_a_hook_cannot_end_the_graph(name: str, autojump_clock: MockClock) -> None:
+    async with own_graph(LeavesAtSignals(holds=name == "kept")) as session:
+        await session.generate([1], sampling=FIVE, request_id=name, timeout_s=1.0)
+        assert len((await session.generate([1], sampling=FIVE)).token_ids) == 5
