@@ -248,7 +248,7 @@ def read_settings(
 
 
 def _check_listen(listen: ListenOptions, *, has_keys: bool) -> None:
-    """Raises Failure for an address open to all unasked, and for gateways that cannot be watched."""
+    """Raises Failure for an address open to all unasked, and gateways that cannot be watched."""
     if listen.gateways and not hasattr(os, "pidfd_open"):
         cause = "gateway processes need Linux: they are watched by its means"
         raise Failure(cause, "leave --gateways away: the process of the graph speaks HTTP then")
