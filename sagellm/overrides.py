@@ -33,7 +33,7 @@ def _set(graph: Graph, target: str, value: Any) -> Graph:
         )
         return replace(graph, nodes=nodes)
     if name in graph.engines:
-        return _with_engine(graph, name, {option: value})
+        return with_engine(graph, name, {option: value})
     known = (*graph.names, *graph.engines)
     close = nearest(name, known)
     hint = f"did you mean {close}?" if close else f"there are {', '.join(known)}"
@@ -48,7 +48,7 @@ def _with_executor(graph: Graph, option: str, value: Any) -> Graph:
     return replace(graph, attrs=FrozenMap({**graph.attrs, "executor": changed}))
 
 
-def _with_engine(graph: Graph, name: str, options: Mapping[str, Any]) -> Graph:
+def with_engine(graph: Graph, name: str, options: Mapping[str, Any]) -> Graph:
     before = graph.engines[name]
     known = dict(before) if isinstance(before, FrozenMap) else {}
     changed = FrozenMap({**known, **{key: freeze(value) for key, value in options.items()}})
@@ -58,7 +58,7 @@ def _with_engine(graph: Graph, name: str, options: Mapping[str, Any]) -> Graph:
 
 def _with_model(graph: Graph, model: str) -> Graph:
     for name in graph.engines:
-        graph = _with_engine(graph, name, {"model": model})
+        graph = with_engine(graph, name, {"model": model})
     return graph
 
 
