@@ -29,11 +29,7 @@ from sagellm.runtime.kv.located import Located
 from sagellm.runtime.kv.part import Part
 from sagellm.runtime.kv.pool import BlockPool
 from sagellm.runtime.kv.transfer import PoolSource, PoolTarget
-from sagellm.runtime.messages import (
-    FinishReason,
-    LeaseRef,
-    SequenceState,
-)
+from sagellm.runtime.messages import FinishReason, LeaseRef, SequenceState
 
 log = get_logger("sagellm.engine")
 
