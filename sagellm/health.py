@@ -24,6 +24,6 @@ class Health:
 def health_of(executor: TasksExecutor) -> Health:
     engines = {
         name: tuple(engine.health for engine in replicas)
-        for name, replicas in executor.plan.engines.items()
+        for name, replicas in executor.engines.items()
     }
-    return Health(executor.ledger.num_open, executor.is_stopped, engines)
+    return Health(executor.core.ledger.num_open, executor.is_stopped, engines)

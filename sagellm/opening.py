@@ -173,14 +173,15 @@ async def open_session(recipe: Recipe) -> AsyncIterator[Session]:
         ready = plan(
             graph,
             recipe.resolver,
-            engines,
+            {name: len(replicas) for name, replicas in engines.items()},
             functions=recipe.functions,
             encode=lambda text: encode_prompt(tokenizer, text),
             seed=recipe.seed,
         )
         max_hold_s = processes.max_hold_s if processes else math.inf
         session = Session(
-            tokenizer, lambda deliver: TasksExecutor(ready, deliver, max_hold_s=max_hold_s)
+            tokenizer,
+            lambda deliver: TasksExecutor(ready, deliver, engines=engines, max_hold_s=max_hold_s),
         )
         session.supervisor = supervisor
         await nursery.start(session.executor.run)

@@ -125,18 +125,18 @@ class Session:
 
     def cancel(self, request_id: str) -> bool:
         """End a request; False, and nothing happens, where it is not known."""
-        is_known = request_id in self.executor.register.entries
+        is_known = request_id in self.executor.core.register.entries
         self.executor.signal(Signal("cancel", request_id))
         return is_known
 
     def is_in_use(self, request_id: str) -> bool:
         """Also one whose caller has gone, until its engine has let go of it."""
-        return request_id in self._callers or request_id in self.executor.register
+        return request_id in self._callers or request_id in self.executor.core.register
 
     @property
     def max_model_len(self) -> int:
         """Tokens of the shortest context among the engines: prompt and answer together."""
-        return min(engine.facts.max_model_len for engine in self.executor.plan.all_engines)
+        return min(engine.facts.max_model_len for engine in self.executor.all_engines)
 
     def statistics(self) -> Statistics:
         return statistics_of(self.executor, elapsed_s=trio.current_time() - self._opened_s)
@@ -202,8 +202,7 @@ class Session:
 
     def cause_of(self, key: tuple[str, int]) -> Exception | None:
         """What was raised in the graph for a choice whose last event is being delivered."""
-        entry = self.executor.register.entries.get(key[0])
-        return entry.causes.get(key[1]) if entry else None
+        return self.executor.cause
 
     def _deliver(self, item: Item | Forked) -> None:
         if self._codes:

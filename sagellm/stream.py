@@ -10,7 +10,7 @@ import trio
 
 from sagellm.misuse import misused
 from sagellm.prompts import RequestError
-from sagellm.runtime.executors.region import ends
+from sagellm.runtime.core.books import ends
 from sagellm.runtime.messages import (
     Answer,
     Forked,

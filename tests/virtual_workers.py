@@ -116,16 +116,19 @@ async def chaotic(
     )
     async with trio.open_nursery() as nursery:
         await nursery.start(supervisor.run)
-        ready = plan(graph, RESOLVER, supervisor.engines, seed=seed)
+        engines = supervisor.engines
+        counts = {name: len(replicas) for name, replicas in engines.items()}
+        ready = plan(graph, RESOLVER, counts, seed=seed)
         tokenizer = load_tokenizer_of(graph)
         session = Session(
-            tokenizer, lambda deliver: TasksExecutor(ready, deliver, max_hold_s=max_hold_s)
+            tokenizer,
+            lambda deliver: TasksExecutor(ready, deliver, engines=engines, max_hold_s=max_hold_s),
         )
         await nursery.start(session.executor.run)
         supervisor.watch(session.executor)
         yield Chaos(session, supervisor, lives, draw)
         await session.close()
-        session.executor.ledger.check()
+        session.executor.core.ledger.check()
         nursery.cancel_scope.cancel()
     for engine in lives.engines:
         engine.pool.check()

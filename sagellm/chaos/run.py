@@ -104,7 +104,7 @@ async def _at_rest(session: Session) -> list[str]:
     if waiting.cancelled_caught:
         return [f"ledger: something still runs after {_SETTLE_S:g} s"]
     try:
-        session.executor.ledger.check()
+        session.executor.core.ledger.check()
     except LedgerError as error:
         return [f"ledger: {error}"]
     loads = [load for pool in session.statistics().engines.values() for load in pool]
@@ -123,7 +123,7 @@ def _fill(
     report.num_different = sum(
         found.tokens.get(key) != tokens for key, tokens in right.tokens.items()
     )
-    report.num_migrated = session.executor.recovery.num_migrated
+    report.num_migrated = session.executor.core.recovery.num_migrated
     report.longest_gap_s = round(max(found.gaps_s, default=0.0), 3)
     assert session.supervisor is not None
     for worker in session.supervisor.workers:

@@ -57,7 +57,7 @@ async def opened(*before: Any, after: tuple[Any, ...] = ()) -> AsyncIterator[Ses
     async with graph.open() as session:
         yield session
         await session.idle()
-        session.executor.ledger.check()
+        session.executor.core.ledger.check()
 
 
 @pytest.mark.parametrize(

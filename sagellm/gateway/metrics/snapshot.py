@@ -6,8 +6,8 @@ from typing import Protocol, runtime_checkable
 
 from sagellm.gateway.metrics.counts import Counts
 from sagellm.runtime.buckets import Buckets
+from sagellm.runtime.core.outliers import Outliers
 from sagellm.runtime.engine.port import Engine, EngineFacts, EngineHealth, EngineLoad
-from sagellm.runtime.executors.outliers import Outliers
 from sagellm.runtime.executors.reading import Reading, Shares
 from sagellm.runtime.executors.tasks import TasksExecutor
 
@@ -84,8 +84,8 @@ class Snapshot:
 
 def read_engines(executor: TasksExecutor) -> tuple[EngineReading, ...]:
     return tuple(
-        _reading(name, replica, engine, executor.outliers)
-        for name, replicas in executor.plan.engines.items()
+        _reading(name, replica, engine, executor.core.outliers)
+        for name, replicas in executor.engines.items()
         for replica, engine in enumerate(replicas)
         if not (isinstance(engine, Replaceable) and engine.is_removed)
     )

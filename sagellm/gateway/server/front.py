@@ -101,7 +101,7 @@ async def serve_session(
             serving = Here(server_class(settings.server)(app, settings, sock), app)
         if session.supervisor is None:  # else it has a control of its own
             executed = session.executor.plan
-            await nursery.start(run_alone, OneProcess(executed.graph, executed.engines))
+            await nursery.start(run_alone, OneProcess(executed.graph, session.executor.engines))
         nursery.start_soon(meters.run)
         nursery.start_soon(_watch, readiness, session, settings.streaming)
         await serve(serving, settings, signals, session.close, lambda: tell(said))
@@ -139,7 +139,7 @@ def meters_of(session: Session, settings: Settings) -> GatewayMeters:
 
 def model_card(session: Session, settings: Settings) -> ModelCard:
     """What clients are told of the model; the length is that of the shortest engine."""
-    engines = session.executor.plan.engines
+    engines = session.executor.engines
     facts = [engine.facts for replicas in engines.values() for engine in replicas]
     return ModelCard(
         names=settings.served_models,

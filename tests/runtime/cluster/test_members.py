@@ -45,7 +45,7 @@ async def test_a_graph_goes_on_where_no_control_can_be_made(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     async with null_graph().open() as session, trio.open_nursery() as nursery:
-        members = OneProcess(session.executor.plan.graph, session.executor.plan.engines)
+        members = OneProcess(session.executor.plan.graph, session.executor.engines)
         monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "absent"))
         await nursery.start(run_alone, members)
         long = tmp_path / ("x" * 120)

@@ -188,7 +188,7 @@ async def held(*, kill: bool, max_hold_s: float = 30.0) -> Held:
                     await trio.sleep(0.001)
                 await ask_meanwhile()
         await served.session.idle()
-        served.session.executor.ledger.check()
+        served.session.executor.core.ledger.check()
     return seen
 
 

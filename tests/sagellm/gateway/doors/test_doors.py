@@ -47,7 +47,7 @@ async def opened(step_s: float) -> Any:
     async with graph.open() as session:
         yield session
         await session.executor.idle()
-        session.executor.ledger.check()
+        session.executor.core.ledger.check()
         loads = [load for pool in session.statistics().engines.values() for load in pool]
         assert all(load.num_leased_blocks == 0 for load in loads)
 
@@ -195,11 +195,11 @@ async def idle(session: Session) -> None:
 
 async def ended(session: Session) -> Any:
     await session.executor.idle()
-    return dict(session.executor.ledger.ended)
+    return dict(session.executor.core.ledger.ended)
 
 
 async def num_computed(session: Session) -> Any:
-    return session.executor.ledger.num_tokens
+    return session.executor.core.ledger.num_tokens
 
 
 def test_every_token_comes_in_order_and_one_event_is_the_last(behind):

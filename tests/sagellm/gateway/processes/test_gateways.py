@@ -156,7 +156,7 @@ async def test_one_is_killed_and_the_other_notices_nothing(server: str) -> None:
         killed_s = trio.current_time()
         await until(lambda: all(client.closed_s is not None for client in doomed))
         closed_s = max(client.closed_s or 0.0 for client in doomed) - killed_s
-        register = both.served.session.executor.register
+        register = both.served.session.executor.core.register
         await until(lambda: len(register.entries) <= 32)
         await until(lambda: sum(len(list(one.pool.leases)) for one in both.served.engines) <= 32)
         freed_s = trio.current_time() - killed_s
@@ -389,7 +389,7 @@ async def test_a_frozen_one_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None
             await client.began.wait()
             os.kill(frozen, signal.SIGSTOP)
         assert client.closed_s is not None
-        await until(lambda: both.served.session.executor.register.is_empty)
+        await until(lambda: both.served.session.executor.core.register.is_empty)
         await until(lambda: len(both.pids) == 2 and frozen not in both.pids)
         assert other in both.pids
 

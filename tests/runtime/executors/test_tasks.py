@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -11,6 +11,8 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from sagellm.graphs.ir import SINK, SOURCE, Edge, Graph, Node
+from sagellm.graphs.vocabulary import OpSpec
+from sagellm.runtime.core.events import Returned
 from sagellm.runtime.executors.tasks import ExecutorStopped, TasksExecutor
 from sagellm.runtime.messages import Request, TokenEvent
 from sagellm.runtime.operator import (
@@ -74,14 +76,16 @@ class Relay(Answering):
 
 
 @asynccontextmanager
-async def running(**services: Any) -> AsyncIterator[tuple[TasksExecutor, list[Any]]]:
+async def running(
+    specs: dict[str, OpSpec] | None = None, **services: Any
+) -> AsyncIterator[tuple[TasksExecutor, list[Any]]]:
     """source -> services in order -> sink; the books balance afterwards."""
     names = (SOURCE, *services, SINK)
     edges = tuple(Edge(a, b) for a, b in pairwise(names))
     graph = Graph("g", nodes=tuple(Node(name, name) for name in services), edges=edges)
     logic = {name: made for name, made in services.items() if not isinstance(made, Service)}
     tasks = {name: made for name, made in services.items() if name not in logic}
-    plan = Plan(graph, logic, tasks, dict.fromkeys(services, 1))
+    plan = Plan(graph, logic, tasks, specs=specs or {})
     delivered: list[Any] = []
     executor = TasksExecutor(plan, delivered.append)
     async with trio.open_nursery() as nursery:
@@ -89,8 +93,8 @@ async def running(**services: Any) -> AsyncIterator[tuple[TasksExecutor, list[An
         yield executor, delivered
         await executor.idle()
         nursery.cancel_scope.cancel()
-    executor.ledger.check()
-    assert not any(executor.gates.num_taken((name, 0)) for name in tasks)
+    executor.core.ledger.check()
+    assert not any(executor.core.gates.num_taken((name, 0)) for name in tasks)
 
 
 def request(name: str, prompt: str = "") -> Request:
@@ -115,7 +119,7 @@ async def test_without_credit_the_source_waits() -> None:
         with trio.move_on_after(0) as scope:
             await executor.submit(request("second"))
         assert scope.cancelled_caught
-        assert executor.ledger.ended["cancelled"] == 1
+        assert executor.core.ledger.ended["cancelled"] == 1
         slow.gate.set()
 
 
@@ -146,7 +150,7 @@ async def test_a_cancel_that_overtakes_its_request_is_not_lost() -> None:
     first, second = Relay(is_open=False), Answering()
     async with running(a=first, b=second) as (executor, delivered):
         await executor.submit(request("r"))
-        executor.register.bury(Signal("cancel", "r"))  # it has passed `a` already
+        executor.core.register.record_signal(Signal("cancel", "r"))  # it has passed `a` already
         first.gate.set()
     assert reasons(delivered) == {"r": "cancelled"}
 
@@ -165,7 +169,7 @@ async def test_a_cancel_ends_a_request_before_an_operator_that_would_keep_it() -
     relay = Relay(is_open=False)
     async with running(a=relay, b=Keeping()) as (executor, delivered):
         await executor.submit(request("r"))
-        executor.register.bury(Signal("cancel", "r"))  # it has passed `a` already
+        executor.core.register.record_signal(Signal("cancel", "r"))  # it has passed `a` already
         relay.gate.set()
     assert reasons(delivered) == {"r": "cancelled"}
 
@@ -183,7 +187,7 @@ async def test_a_signal_for_an_unknown_request_does_nothing() -> None:
     async with running(a=Answering()) as (executor, _):
         executor.signal(Signal("cancel", "nobody"))
         await executor.submit(request("nobody"))
-    assert executor.ledger.ended["stop"] == 1
+    assert executor.core.ledger.ended["stop"] == 1
 
 
 async def test_an_operator_that_raises_fails_its_request_alone() -> None:
@@ -267,10 +271,10 @@ async def test_an_item_sent_at_a_wake_up_that_fails_downstream_ends_alone(
 
 async def test_a_request_that_comes_again_and_fails_on_its_way_ends() -> None:
     slow = Answering(is_open=False)
-    async with running(a=Refusing(), b=slow) as (executor, delivered):
-        executor.plan = replace(executor.plan, queues=frozenset({"a"}))
+    specs = {"a": OpSpec("a", queues=True)}
+    async with running(specs, a=Refusing(), b=slow) as (executor, delivered):
         await executor.submit(request("r"))
-        executor.reenter("b", request("r"), was_computed=False)
+        executor.happen(Returned("b", request("r"), was_computed=False))
         slow.gate.set()
     assert reasons(delivered) == {"r": "failed"}
 
@@ -298,7 +302,7 @@ async def test_a_stopped_executor_ends_what_is_open_and_takes_nothing_more() -> 
     graph = Graph("g", nodes=(Node("a", "a"),), edges=(Edge(SOURCE, "a"), Edge("a", SINK)))
     delivered: list[Any] = []
     slow = Answering(is_open=False)
-    executor = TasksExecutor(Plan(graph, {}, {"a": slow}, {"a": 1}), delivered.append)
+    executor = TasksExecutor(Plan(graph, {}, {"a": slow}), delivered.append)
     async with trio.open_nursery() as nursery:
         await nursery.start(executor.run)
         await executor.submit(request("r"))
@@ -311,10 +315,10 @@ async def test_a_stopped_executor_ends_what_is_open_and_takes_nothing_more() -> 
 async def test_idle_returns_when_the_executor_dies() -> None:
     slow = Answering(is_open=False)
     graph = Graph("g", nodes=(Node("a", "a"),), edges=(Edge(SOURCE, "a"), Edge("a", SINK)))
-    executor = TasksExecutor(Plan(graph, {}, {"a": slow}, {"a": 1}), lambda item: None)
+    executor = TasksExecutor(Plan(graph, {}, {"a": slow}), lambda item: None)
     async with trio.open_nursery() as nursery:
         await nursery.start(executor.run)
         await executor.submit(request("r"))
         nursery.cancel_scope.cancel()
     await executor.idle()
-    assert executor.register.is_empty
+    assert executor.core.register.is_empty

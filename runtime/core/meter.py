@@ -1,12 +1,10 @@
 """Meters of an executor: what operators and edges carried, and how operators spent their time."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from sagellm.graphs.ir import Graph
-from sagellm.runtime.backlog import Backlog
 
 Clock: TypeAlias = Callable[[], float]
 
@@ -80,6 +78,9 @@ def standing_still() -> float:
     return 0.0
 
 
+_ONE_EACH: Mapping[str, int] = {}
+
+
 class Meter:
     """All meters of one graph. Reading it changes nothing, so any number of readers may.
 
@@ -90,7 +91,7 @@ class Meter:
         self,
         graph: Graph,
         logic: Collection[str],
-        replicas: Mapping[str, int],
+        replicas: Mapping[str, int] = _ONE_EACH,
         clock: Clock = standing_still,
     ) -> None:
         self.clock = clock
@@ -107,31 +108,29 @@ class Meter:
         """One more replica of a service operator."""
         self.services[node, replica] = ServiceMeter(Stopwatch(self.clock), Stopwatch(self.clock))
 
-    def sent(self, source: str, replica: int) -> None:
-        """A service operator, or the source, got rid of an item."""
+    def sent(self, source: str, replica: int, number: int = 1) -> None:
+        """A service operator, or the source, got rid of items."""
         service = self.services.get((source, replica))
         if service is not None:
-            service.num_sent += 1
+            service.num_sent += number
 
-    def queue(self, node: str, told: object) -> None:
-        """An operator told what waits in it: a number, or a backlog."""
-        num_queued = told.num_requests if isinstance(told, Backlog) else told
-        if node in self.logic and isinstance(num_queued, int):
+    def entered(self, node: str, replica: int) -> None:
+        """A service operator was given an item."""
+        service = self.services[node, replica]
+        service.num_in += 1
+        service.held.enter()
+
+    def queue(self, node: str, num_queued: int) -> None:
+        """An operator reported how many wait in it."""
+        if node in self.logic:
             self.logic[node].queue(num_queued)
 
-    @contextmanager
-    def waiting(self, source: str, replica: int, undone: Sequence[str]) -> Iterator[None]:
-        """An item of `source` waits for credit, and so do the operators that were undone."""
+    def waiting(self, source: str, replica: int, undone: Sequence[str]) -> list[Stopwatch]:
+        """What times an item of `source` that waits for credit, and the operators undone by it."""
         watches = self.blocked_watches(undone)
         if (source, replica) in self.services:
             watches.append(self.services[source, replica].blocked)
-        for watch in watches:
-            watch.enter()
-        try:
-            yield
-        finally:
-            for watch in watches:
-                watch.leave()
+        return watches
 
     def blocked_watches(self, nodes: Sequence[str]) -> list[Stopwatch]:
         return [self.logic[node].blocked for node in dict.fromkeys(nodes)]

@@ -4,7 +4,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from sagellm.runtime.executors.recovery import QUARANTINE_S, Recovery
+from sagellm.runtime.core.recovery import QUARANTINE_S, Recovery
 from sagellm.runtime.messages import Request, Sampling, TokenEvent
 
 

@@ -1,24 +1,41 @@
 """Which ways through a graph are shut while engines are missing, and for how long that is borne."""
 
 import math
-from typing import Any
 
 import pytest
 
 from sagellm import Graph
 from sagellm.builder import RESOLVER
-from sagellm.runtime.executors.absence import Absence
+from sagellm.runtime.core.availability import Availability
+from sagellm.runtime.core.credit import Gates
+from sagellm.runtime.messages import Request
+from sagellm.runtime.operator import Credit
 from sagellm.runtime.plan import plan
 
 HOLD_S = 30.0
 
 
-def absence(graph: str, max_hold_s: float = HOLD_S, **replicas: int) -> Absence:
-    engines: dict[str, Any] = {name: (object(),) * count for name, count in replicas.items()}
-    return Absence(plan(Graph.load(graph).ir, RESOLVER, engines), max_hold_s)
+def available(graph: str, max_hold_s: float = HOLD_S, **replicas: int) -> Availability:
+    made, gates = plan(Graph.load(graph).ir, RESOLVER, replicas), Gates()
+    for node in made.services:
+        for number in range(made.num_replicas(node)):
+            gates.open((node, number), Credit())
+    return Availability(made, gates, max_hold_s)
 
 
-def lose(missing: Absence, *lost: tuple[str, int], now: float = 0.0) -> None:
+def closed(missing: Availability) -> set[tuple[str, int]]:
+    """The replicas of operators with an engine that take no new request."""
+    plan, gates = missing.plan, missing.gates
+    every = {
+        (node, number)
+        for node in plan.services
+        if plan.engine_name(node)
+        for number in range(plan.num_replicas(node))
+    }
+    return {gate for gate in every if not gates.take(gate, Request(request_id=str(gate)))}
+
+
+def lose(missing: Availability, *lost: tuple[str, int], now: float = 0.0) -> None:
     for engine, replica in lost:
         missing.mark(engine, replica, now, is_up=False)
 
@@ -37,12 +54,12 @@ def lose(missing: Absence, *lost: tuple[str, int], now: float = 0.0) -> None:
     ],
 )
 def test_what_is_shut(lost: list[tuple[str, int]], shut: set[tuple[str, int]]) -> None:
-    missing = absence("pd_many", p=2, d=2)
+    missing = available("pd_many", p=2, d=2)
     lose(missing, *lost)
-    assert missing.shut == shut
+    assert closed(missing) == shut
     for engine, replica in lost:
         missing.mark(engine, replica, 1.0, is_up=True)
-    assert missing.shut == set()
+    assert closed(missing) == set()
 
 
 @pytest.mark.parametrize(
@@ -57,20 +74,20 @@ def test_what_is_shut(lost: list[tuple[str, int]], shut: set[tuple[str, int]]) -
 def test_a_graph_is_cut_where_no_way_is_left(
     graph: str, lost: list[tuple[str, int]], is_cut: bool
 ) -> None:
-    missing = absence(graph, **({"g": 1} if graph == "joint" else {"p": 1, "d": 1}))
+    missing = available(graph, **({"g": 1} if graph == "joint" else {"p": 1, "d": 1}))
     lose(missing, *lost)
     assert missing.is_cut == is_cut
 
 
 def test_a_sibling_keeps_a_graph_from_being_cut() -> None:
-    missing = absence("joint", g=2)
+    missing = available("joint", g=2)
     lose(missing, ("g", 0))
     assert not missing.is_cut
     assert missing.next_end_s == math.inf
 
 
 def test_the_wait_begins_with_the_last_replica_and_begins_anew_once_it_is_over() -> None:
-    missing = absence("joint", g=2)
+    missing = available("joint", g=2)
     lose(missing, ("g", 0), now=1.0)
     lose(missing, ("g", 1), now=5.0)
     lose(missing, ("g", 1), now=6.0)

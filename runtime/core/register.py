@@ -1,6 +1,7 @@
-"""The register of an executor: which requests are open, and what has been signalled to them."""
+"""The register: which requests are open, and what has been signalled to them."""
 
 import heapq
+import math
 from dataclasses import dataclass, field
 
 from sagellm.runtime.operator import Signal
@@ -16,7 +17,6 @@ class Entry:
     expires_s: float | None = None
     tombstone: Signal | None = None
     arrived_s: float = 0.0
-    causes: dict[int, Exception] = field(default_factory=dict)  # choice -> what was raised for it
     unavailable: set[int] = field(default_factory=set)  # choices that waited too long for an engine
 
 
@@ -32,7 +32,9 @@ class Register:
         self._expiries: list[tuple[float, str]] = []
 
     def __contains__(self, request_id: str) -> bool:
-        return request_id in self.entries or any(key[0] == request_id for key in self.abandoned)
+        if request_id in self.entries:
+            return True
+        return any(key[0] == request_id for key in self.abandoned)
 
     @property
     def is_empty(self) -> bool:
@@ -67,23 +69,23 @@ class Register:
         entry = self.entries.get(request_id)
         return entry.tombstone if entry else None
 
-    def bury(self, signal: Signal) -> None:
+    def record_signal(self, signal: Signal) -> None:
         """Keep a signal until the request has ended, for operators that it has overtaken."""
         entry = self.entries[signal.request_id]
         if signal.choice is None and entry.tombstone is None:
             entry.tombstone = signal
 
     @property
-    def next_expiry(self) -> float | None:
+    def next_expiry_s(self) -> float:
         """When the first open request expires; what has ended before its time is forgotten."""
         while self._expiries and not self._is_due(*self._expiries[0]):
             heapq.heappop(self._expiries)
-        return self._expiries[0][0] if self._expiries else None
+        return self._expiries[0][0] if self._expiries else math.inf
 
     def take_expired(self, now: float) -> list[str]:
         """The requests whose time has come, each once."""
         due = []
-        while (at := self.next_expiry) is not None and at <= now:
+        while self.next_expiry_s <= now:
             due.append(heapq.heappop(self._expiries)[1])
         return due
 

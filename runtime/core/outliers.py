@@ -11,10 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
-from sagellm.graphs.log import get_logger
-
-log = get_logger("sagellm.executor")
-
 MOST_FAULTS = 5
 FIRST_S = 10.0
 _MOST_KEPT = 4 * MOST_FAULTS
@@ -45,13 +41,15 @@ class Presence(Protocol):
 
 
 class Outliers:
-    """`on_change(replica, is_in)` hears who is ejected, and who is back."""
+    """`on_change(replica, for_s)` is called as a replica is ejected for so many seconds, and with 0
+    as it is readmitted. `clock` is the core's.
+    """
 
     def __init__(
         self,
         presence: Presence,
         clock: Callable[[], float],
-        on_change: Callable[[Replica, bool], None],
+        on_change: Callable[[Replica, float], None],
     ) -> None:
         self.num_ejections: dict[Replica, int] = {}  # ever
         self._presence = presence
@@ -86,7 +84,7 @@ class Outliers:
         """It is gone, or is back anew: what failed with it is nobody's fault any more."""
         record = self._records.pop(replica, None)
         if record is not None and record.until_s is not None:
-            self._on_change(replica, True)
+            self._on_change(replica, 0.0)
         self._absolve(replica)
         for other in self._records.values():
             if other.until_s is not None and replica in other.because:
@@ -132,7 +130,7 @@ class Outliers:
 
     def _eject(self, record: _Record) -> bool:
         """Unless too many are out already."""
-        engine, number = record.replica
+        engine, _ = record.replica
         if 2 * (len(self._ejected(engine)) + 1) > self._presence.num_present(engine):
             return False
         record.because = record.peers[-MOST_FAULTS:]
@@ -140,16 +138,14 @@ class Outliers:
         for_s = FIRST_S * record.num_ejections
         record.until_s = self._clock() + for_s
         self.num_ejections[record.replica] = self.num_ejections.get(record.replica, 0) + 1
-        log.warning("replica_ejected", engine=engine, replica=number, for_s=for_s)
-        self._on_change(record.replica, False)
+        self._on_change(record.replica, for_s)
         return True
 
     def _readmit(self, record: _Record) -> None:
         record.until_s, record.back_s = None, self._clock()
         record.peers.clear()
         record.because.clear()
-        log.info("replica_readmitted", engine=record.replica[0], replica=record.replica[1])
-        self._on_change(record.replica, True)
+        self._on_change(record.replica, 0.0)
 
     def _has_been_well(self, record: _Record) -> bool:
         """For as long as it was out the last time."""

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from sagellm.runtime.executors.outliers import FIRST_S, MOST_FAULTS, Outliers, Replica
+from sagellm.runtime.core.outliers import FIRST_S, MOST_FAULTS, Outliers, Replica
 
 P0, P1 = ("p", 0), ("p", 1)
 D0, D1, D2 = ("d", 0), ("d", 1), ("d", 2)
@@ -33,8 +33,8 @@ def world() -> World:
 
 @pytest.fixture
 def outliers(world: World) -> Outliers:
-    def tell(replica: Replica, is_in: bool) -> None:
-        world.told.append((replica, is_in))
+    def tell(replica: Replica, for_s: float) -> None:
+        world.told.append((replica, for_s == 0))
 
     return Outliers(world, lambda: world.now_s, tell)
 

@@ -12,9 +12,11 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from sagellm import Graph, Sampling
 from sagellm.graphs.ir import SINK, SOURCE, Edge, Node
 from sagellm.graphs.ir import Graph as IR
-from sagellm.runtime.executors.meter import Stopwatch
+from sagellm.runtime.backlog import Backlog
+from sagellm.runtime.core.meter import Stopwatch
 from sagellm.runtime.executors.reading import EdgeReading, OperatorReading, Reading, Window, shares
 from sagellm.runtime.executors.tasks import TasksExecutor
+from sagellm.runtime.feedback import QueueChanged
 from sagellm.runtime.messages import Request, TokenEvent, refusal
 from sagellm.runtime.operator import (
     Arrival,
@@ -23,10 +25,10 @@ from sagellm.runtime.operator import (
     Draw,
     Emit,
     Input,
+    Report,
     Service,
     Signal,
     Step,
-    Tell,
     Terminate,
 )
 from sagellm.runtime.plan import Plan
@@ -92,10 +94,9 @@ class Pass:
                 raise RuntimeError
             case Arrival(item=Request(prompt="failed") as request):
                 return Step(None, (Terminate(refusal(request, "failed", now=now)),))
-            case Arrival(item=Request(prompt="queue") as request):
-                return Step(None, (Tell("queue", 3), Emit(request)))
-            case Arrival(item=Request(prompt="empty") as request):
-                return Step(None, (Tell("queue", 0), Emit(request)))
+            case Arrival(item=Request(prompt="queue" | "empty") as request):
+                waiting = Backlog(num_requests=3 if request.prompt == "queue" else 0)
+                return Step(None, (Report(QueueChanged(backlog=waiting)), Emit(request)))
             case Arrival(item=item):
                 return Step(None, (Emit(item),))
         return Step(None)
@@ -109,7 +110,7 @@ async def running(**operators: Any) -> AsyncIterator[TasksExecutor]:
     graph = IR("g", nodes=tuple(Node(name, f"op_{name}") for name in operators), edges=edges)
     logic = {name: made for name, made in operators.items() if not isinstance(made, Service)}
     services = {name: made for name, made in operators.items() if name not in logic}
-    plan = Plan(graph, logic, services, dict.fromkeys(operators, 1))
+    plan = Plan(graph, logic, services)
     executor = TasksExecutor(plan, lambda item: None)
     async with trio.open_nursery() as nursery:
         await nursery.start(executor.run)

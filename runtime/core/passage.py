@@ -1,0 +1,293 @@
+"""The passage of items through logic operators, inside one transaction."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
+
+from sagellm.graphs.ir import SINK, Graph
+from sagellm.runtime.core.answers import (
+    check_end,
+    check_item,
+    check_step,
+    unknown_outlet,
+    unknown_output,
+)
+from sagellm.runtime.core.credit import Gates
+from sagellm.runtime.core.faults import OperatorFault
+from sagellm.runtime.core.journal import Cell, Journal, Reached, Upstream
+from sagellm.runtime.core.meter import Meter
+from sagellm.runtime.messages import Item, Prefilled, Request
+from sagellm.runtime.operator import (
+    Announce,
+    Arrival,
+    Draw,
+    Emit,
+    EmitAll,
+    EmitFirst,
+    Input,
+    Offer,
+    Output,
+    Report,
+    Step,
+    Taken,
+    Terminate,
+)
+from sagellm.runtime.user_code import LEAVING, WrongResult, as_error
+from sagellm.runtime.user_function import failing
+
+Sending: TypeAlias = Callable[[str, Item, str, float], None]
+
+
+class NoCredit(Exception):
+    """An item found no credit at the service operator `node`: the transaction is undone.
+
+    `replica`: at the one where the item was placed; None: at no replica.
+    """
+
+    def __init__(self, node: str, replica: int | None) -> None:
+        super().__init__(node, replica)
+        self.node = node
+        self.replica = replica
+
+
+class Passage:
+    """Runs operators, and passes what they put out along the edges. All changes are in the journal.
+
+    `num_replicas`: of a service operator, by now.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        cells: Mapping[str, Cell],
+        gates: Gates,
+        journal: Journal,
+        meter: Meter,
+        num_replicas: Mapping[str, int],
+        seed: int,
+    ) -> None:
+        self.wakes_changed = False
+        self._cells = cells
+        self._gates = gates
+        self._journal = journal
+        self._num_replicas = num_replicas
+        self._seed = seed
+        self._clock = meter.clock
+        self._edges = {
+            (edge.source, edge.outlet): (edge, meter.edges[edge.source, edge.outlet])
+            for edge in graph.edges
+            if not edge.feedback
+        }
+        self._entrances = {name: _entrances(graph, cells, name) for name in cells}
+        self._outputs: dict[type, Callable[[Cell, Any, float, Sending], None]] = {
+            Emit: self._emit,
+            EmitAll: self._emit_all,
+            EmitFirst: self._emit_first,
+            Offer: self._offer,
+            Terminate: self._terminate,
+            Announce: self._announce,
+            Report: self._report,
+        }
+
+    def meet(self, cell: Cell, happened: Input, now: float) -> None:
+        """Run an input, and answer the offers that it led to before the next input."""
+        self._run(cell, happened, now)
+        accepted = self._journal.accepted
+        while accepted:
+            offering, item = accepted.popleft()
+            self._run(offering, Taken(item), now)
+
+    def pass_on(self, node: str, item: Item, outlet: str, now: float) -> None:
+        """Pass an item along the edge from an outlet of a node. Raises NoCredit, OperatorFault."""
+        found = self._edges.get((node, outlet))
+        if found is None:
+            raise self._unknown_outlet(node, outlet)
+        edge, tally = found
+        self._journal.count(tally)
+        self._journal.left(node, item)
+        cell = self._cells.get(edge.target)
+        if cell is not None:
+            self.meet(cell, Arrival(item, edge.inlet), now)
+        elif edge.target == SINK:
+            self._journal.outcomes.append(Reached(item))
+        else:
+            self._enter(edge.target, item)
+
+    def pass_all(self, node: str, items: Sequence[Item], outlet: str, now: float) -> None:
+        """Pass several items along one edge: at once, where the operator there takes batches."""
+        found = self._edges.get((node, outlet))
+        if found is None:
+            raise self._unknown_outlet(node, outlet)
+        edge, tally = found
+        cell = self._cells.get(edge.target)
+        on_batch = getattr(cell.operator, "on_batch", None) if cell is not None else None
+        if cell is not None and on_batch is not None:
+            self._journal.count(tally, len(items))
+            self._answer(cell, self._ask(cell, on_batch, items, now), now, self.pass_on)
+        elif edge.target == SINK:
+            self._journal.count(tally, len(items))
+            self._journal.outcomes += map(Reached, items)
+        else:
+            for item in items:
+                self.pass_on(node, item, outlet, now)
+
+    def _run(self, cell: Cell, happened: Input, now: float) -> None:
+        step = self._ask(cell, cell.operator.on, happened, now)
+        if type(happened) is not Arrival:
+            self._answer(cell, step, now, self._send_apart)
+            return
+        if not _is_sent_on(happened.item, step.outputs):
+            self._journal.came(cell, happened.item)
+        self._answer(cell, step, now, self.pass_on)
+
+    def _ask(self, cell: Cell, method: Callable[..., Any], given: Any, now: float) -> Step[Any]:
+        """The step that an operator answers; its state is the cell's from now on."""
+        self._journal.keep(cell)
+        draw, begun_s = Draw(self._seed, cell.name, cell.num_inputs), self._clock()
+        try:
+            step: Step[Any] = method(cell.state, given, now, draw)
+            check_step(cell.operator, given, step, cell.state)
+        except (Exception, *LEAVING) as error:
+            cell.meter.errors.count += 1
+            raise OperatorFault(cell.name, as_error(error)) from error
+        cell.meter.process_s += self._clock() - begun_s
+        cell.state = step.state
+        cell.num_inputs += 1
+        if cell.wake_at != step.wake_at:
+            cell.wake_at, self.wakes_changed = step.wake_at, True
+        return step
+
+    def _answer(self, cell: Cell, step: Step[Any], now: float, send: Sending) -> None:
+        for output in step.outputs:
+            put_out = self._outputs.get(type(output))
+            try:
+                if put_out is None:
+                    raise unknown_output(cell.operator, output)
+                put_out(cell, output, now, send)
+            except WrongResult as error:
+                raise OperatorFault(cell.name, error) from None
+
+    def _emit(self, cell: Cell, output: Emit, now: float, send: Sending) -> None:
+        check_item(cell.operator, output.item)
+        send(cell.name, output.item, output.outlet, now)
+
+    def _emit_all(self, cell: Cell, output: EmitAll, now: float, send: Sending) -> None:
+        self.pass_all(cell.name, output.items, output.outlet, now)
+
+    def _emit_first(self, cell: Cell, output: EmitFirst, now: float, send: Sending) -> None:
+        """Raises the first NoCredit where no item finds any."""
+        refused: NoCredit | None = None
+        for item, state in _choices(cell, output):
+            mark = self._journal.mark()
+            try:
+                self.pass_on(cell.name, item, output.outlet, now)
+                cell.state = state
+                return
+            except NoCredit as error:
+                self._journal.roll_back(mark)
+                refused = refused or error
+                if not self._gates.may_take(error.node, item):
+                    break
+        if refused is None:
+            raise WrongResult("an EmitFirst has no item; give one at least")
+        raise NoCredit(refused.node, None)
+
+    def _offer(self, cell: Cell, output: Offer, now: float, send: Sending) -> None:
+        """An item that an operator downstream fails on is taken, and ends as failed: it would
+        else stay at the head of its queue, and fail every request that comes after it.
+        """
+        entrances = self._entrances[cell.name]
+        for item in output.items:
+            if not any(self._gates.may_take(node, item) for node in entrances):
+                continue
+            mark = self._journal.mark()
+            try:
+                self.pass_on(cell.name, item, output.outlet, now)
+            except NoCredit:
+                self._journal.roll_back(mark)
+                continue
+            except OperatorFault as fault:
+                self._journal.roll_back(mark)
+                self._end(item, fault, now)
+            self._journal.accepted.append((cell, item))
+            return
+
+    def _terminate(self, cell: Cell, output: Terminate, now: float, send: Sending) -> None:
+        check_end(cell.operator, output)
+        self._journal.count(cell.meter.ended)
+        if output.event.finish_reason == "failed":
+            self._journal.count(cell.meter.errors)
+        fault = OperatorFault(cell.name, output.cause) if output.cause is not None else None
+        self._journal.outcomes.append(Reached(output.event, terminal=True, fault=fault))
+
+    def _announce(self, cell: Cell, output: Announce, now: float, send: Sending) -> None:
+        self._journal.outcomes.append(Reached(output.forked))
+
+    def _report(self, cell: Cell, output: Report, now: float, send: Sending) -> None:
+        self._journal.outcomes.append(Upstream(cell.name, output.feedback))
+
+    def _send_apart(self, node: str, item: Item, outlet: str, now: float) -> None:
+        """Send one of the items that were kept: if an operator downstream fails on it, it ends
+        alone.
+        """
+        mark = self._journal.mark()
+        try:
+            self.pass_on(node, item, outlet, now)
+        except OperatorFault as fault:
+            self._journal.roll_back(mark)
+            self._end(item, fault, now)
+
+    def _end(self, item: Item, fault: OperatorFault, now: float) -> None:
+        event = failing(item, fault.public, now=now)
+        self._journal.outcomes.append(Reached(event, terminal=True, fault=fault))
+
+    def _enter(self, node: str, item: Item) -> None:
+        replica = replica_for(item, node, self._num_replicas[node])
+        if not self._journal.take(node, replica, item):
+            raise NoCredit(node, replica)
+
+    def _unknown_outlet(self, node: str, outlet: str) -> WrongResult:
+        known = [edge[1] for edge in self._edges if edge[0] == node]
+        cell = self._cells.get(node)
+        return unknown_outlet(cell.operator if cell else None, outlet, known)
+
+
+def replica_for(item: Item, node: str, num_replicas: int) -> int:
+    """The replica that the router placed an item on; the only one where there is one."""
+    if num_replicas == 1:
+        return 0
+    request = item.request if isinstance(item, Prefilled) else item
+    if isinstance(request, Request) and node in request.placement:
+        return request.placement[node]
+    raise LookupError(f"{node} has {num_replicas} replicas and no route chose one")
+
+
+def _choices(cell: Cell, output: EmitFirst) -> Iterator[tuple[Item, Any]]:
+    """Made by the operator as they are wanted: its errors are its faults."""
+    try:
+        yield from output.choices
+    except (Exception, *LEAVING) as error:
+        cell.meter.errors.count += 1
+        raise OperatorFault(cell.name, as_error(error)) from error
+
+
+def _is_sent_on(item: Item, outputs: tuple[Output, ...]) -> bool:
+    """Whether an operator answers an item with the next one of its choice, as nearly all do."""
+    if len(outputs) != 1:
+        return False
+    sent = getattr(outputs[0], "item", None)
+    return sent is item or (isinstance(sent, Request) and sent.key == item.key)
+
+
+def _entrances(graph: Graph, cells: Mapping[str, Cell], start: str) -> tuple[str, ...]:
+    """The service operators, and the sink, that items of `start` reach through logic operators."""
+    found: dict[str, None] = {}
+    level = [start]
+    for node in level:
+        for edge in graph.outputs(node):
+            if edge.feedback or edge.target in level:
+                continue
+            if edge.target in cells:
+                level.append(edge.target)
+            else:
+                found[edge.target] = None
+    return tuple(found)
