@@ -97,9 +97,7 @@ class Passed(msgspec.Struct, frozen=True):
                 under_way.pop(event.request_id, None)
         itl = self.itl.with_samples(gaps)
         under_way_now = under_way.finish()
-        after = replace(
-            self, num_tokens=num_tokens, until_s=now, itl=itl, under_way=under_way_now
-        )
+        after = replace(self, num_tokens=num_tokens, until_s=now, itl=itl, under_way=under_way_now)
         for event, found in ended:
             after = after._with_end(event, found)
         return after

@@ -102,16 +102,17 @@ class PolicySort:
 
     def _offer(self, queue: Queue, outputs: tuple[Output, ...], now: float) -> Step[Queue]:
         head = queue.entries.head(self.window)
-        known = {entry[2] for entry in queue.declined}
-        fresh = tuple(_dispatched(entry[3], now) for entry in head if entry[2] not in known)
+        declined = queue.declined
+        if head == declined:
+            return Step(queue, outputs, queue.wake_at)
+        if declined:
+            known = {entry[2] for entry in declined}
+            fresh = tuple([entry[3] for entry in head if entry[2] not in known])
+        else:
+            fresh = tuple([entry[3] for entry in head])
         if fresh:
             outputs += (Offer(fresh),)
         return Step(msgspec.structs.replace(queue, declined=head), outputs, queue.wake_at)
-
-
-def _dispatched(request: Request, now: float) -> Request:
-    stamps = msgspec.structs.replace(request.stamps, dispatched_s=now)
-    return msgspec.structs.replace(request, stamps=stamps)
 
 
 def _ends(requests: tuple[Request, ...], reason: FinishReason, now: float) -> tuple[Terminate, ...]:

@@ -6,6 +6,7 @@ request takes it. While one has, nothing waits.
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import msgspec
 
@@ -105,14 +106,11 @@ class Route:
         if tried != candidates.mask:
             yield from (number for number in candidates.by_load() if not tried >> number & 1)
 
-    def _ordered(self, candidates: Candidates, now: float, draw: Draw) -> Iterable[int]:
+    def _ordered(self, candidates: Candidates, now: float, draw: Draw) -> Iterable[Any]:
         """What the strategy returned, one replica or several."""
-        returned = self.strategy(candidates, now, draw)
-        if isinstance(returned, int) and not isinstance(returned, bool):
-            return (returned,)
-        if not isinstance(returned, Iterable) or isinstance(returned, str):
-            raise self._wrong(f"{kind_of(returned)}; a replica, or replicas best first,")
-        return returned
+        returned: Any = self.strategy(candidates, now, draw)
+        is_order = isinstance(returned, Iterable) and not isinstance(returned, str)
+        return returned if is_order else (returned,)
 
     def _check(self, pool: Pool, view: View, number: object) -> None:
         """Raises WrongResult for what is no replica of the pool, or one that was removed."""
@@ -136,8 +134,9 @@ def _told(view: View, pool: Pool, told: CreditChanged | LoadReported | HealthCha
     """The view after feedback about a replica of a pool."""
     replica: Replica = pool.name, told.replica
     match told:
-        case CreditChanged(num_left=num_left):
-            return view.take_back(replica, num_left if told.node in pool.entries else None)
+        case CreditChanged(request_id=request_id, num_left=num_left):
+            left = num_left if told.node in pool.entries else None
+            return view.take_back(replica, request_id, left)
         case LoadReported(load=load):
             return view.report(replica, told.node, told.sequence, load)
         case HealthChanged(is_up=is_up):

@@ -19,9 +19,10 @@ class _Report(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CreditChanged(_Report, frozen=True, tag="credit"):
-    """A replica granted or returned credit; `num_left` requests may be sent to it now."""
+    """A replica granted credit, or returned that of a request: `num_left` may be sent to it now."""
 
     num_left: float = 0.0
+    request_id: str = ""
 
 
 class LoadReported(_Report, frozen=True, tag="load"):

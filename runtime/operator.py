@@ -113,6 +113,7 @@ class EmitFirst(msgspec.Struct, frozen=True):
 
 class Offer(msgspec.Struct, frozen=True):
     """Send one of these, the first that downstream has credit for, if any; answered by `Taken`.
+    A request that is sent is stamped with the time.
 
     Only an operator that keeps what was not taken (policy_sort) may offer.
     """
@@ -157,19 +158,29 @@ class Step(NamedTuple, Generic[S]):
 
 
 class Draw:
-    """A random source that is a pure function of (seed, node, number of the input)."""
+    """A random source that is a pure function of (seed, node, number of the input). It is of use
+    while that input is answered, and not later.
+    """
 
-    __slots__ = ("_count", "_source")
+    __slots__ = ("_count", "_node", "_number", "_seed")
 
     def __init__(self, seed: int, node: str, number: int) -> None:
-        self._source = seed, node, number
+        self._seed = seed
+        self._node = node
+        self._number = number
         self._count = 0
+
+    def begin(self, number: int) -> "Draw":
+        """Draw for another input."""
+        self._number = number
+        self._count = 0
+        return self
 
     def random(self) -> float:
         """Uniform in [0, 1)."""
         self._count += 1
         salt = self._count.to_bytes(8, "little")
-        key = "/".join(map(str, self._source)).encode()
+        key = f"{self._seed}/{self._node}/{self._number}".encode()
         digest = hashlib.blake2b(key, digest_size=8, salt=salt).digest()
         return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 

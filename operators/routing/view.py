@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import msgspec
 from immutables import Map
@@ -24,53 +25,38 @@ def tokens_of(request: Request) -> int:
 
 
 class ReplicaView(msgspec.Struct, frozen=True):
-    """What a router knows of one replica. `num_left`: requests that its credit has room for.
+    """What a router knows of one replica.
 
-    `num_open`, `num_tokens`: of requests that this router sent there and that have not ended.
-    `num_held`: of these, less the credits that came back. A prefill returns its credit long before
-    the request ends; a request that ends on its way never had credit here, so this count may be
-    too high, never too low. `reports`: by operator, the number of its last report.
+    `num_held`, `num_tokens`: of the requests that this router sent there, until their credit comes
+    back, or they end on their way. `num_left`: requests that its credit has room for.
     """
 
-    num_open: int = 0
-    num_tokens: int = 0
     num_held: int = 0
+    num_tokens: int = 0
     num_left: float = math.inf
     num_reported: int = 0  # requests running and waiting in its engine
-    reporter: tuple[str, int] = ("", 0)  # who said so, and its report's number
+    reporter: tuple[str, int] = ("", 0)  # who reported that, and the report's number
     is_up: bool = True
     is_removed: bool = False
-
-    @property
-    def own_load(self) -> float:
-        """Outstanding tokens of this router's requests, as far as the replica still holds them."""
-        return self.num_tokens * min(self.num_held, self.num_open) / max(self.num_open, 1)
 
     def load(self, request_tokens: float) -> float:
         """Outstanding tokens; each request of others counts `request_tokens`."""
         num_foreign = self.num_reported - self.num_held
-        return self.own_load + max(num_foreign, 0) * request_tokens
+        return (
+            self.num_tokens + num_foreign * request_tokens if num_foreign > 0 else self.num_tokens
+        )
 
     def placed(self, num_tokens: int) -> "ReplicaView":
         return replace(
             self,
-            num_open=self.num_open + 1,
-            num_tokens=self.num_tokens + num_tokens,
             num_held=self.num_held + 1,
+            num_tokens=self.num_tokens + num_tokens,
             num_left=self.num_left - 1,
         )
 
-    def forgotten(self, num_tokens: int) -> "ReplicaView":
-        """A request has ended. With none open none is held: errors of the count end here."""
-        if self.num_open == 1:
-            return replace(self, num_open=0, num_tokens=0, num_held=0)
-        return replace(self, num_open=self.num_open - 1, num_tokens=self.num_tokens - num_tokens)
-
-    def returned(self, num_left: float | None) -> "ReplicaView":
-        num_held = max(self.num_held - 1, 0)
-        return replace(
-            self, num_held=num_held, num_left=self.num_left if num_left is None else num_left
-        )
+    def without(self, num_tokens: int) -> "ReplicaView":
+        """A request that was placed here is here no more."""
+        return replace(self, num_held=self.num_held - 1, num_tokens=self.num_tokens - num_tokens)
 
 
 NEW = ReplicaView()
@@ -116,16 +102,20 @@ class PoolView(msgspec.Struct, frozen=True):
         return pool
 
     def with_replica(self, number: int, view: ReplicaView) -> "PoolView":
-        bit = 1 << number
-        is_free = view.is_up and view.num_left >= 1
-        load = view.load(self.request_tokens) if is_free else math.inf
+        bit, free, loads = 1 << number, self.free, self.loads
+        if view.is_up and view.num_left >= 1:
+            load, free = view.load(self.request_tokens), free | bit
+        else:
+            load, free = math.inf, free & ~bit
+        if loads[number] != load:
+            loads = loads.with_value(number, load)
         return PoolView(
             self.size,
             self.replicas.set(number, view),
-            self.free | bit if is_free else self.free & ~bit,
+            free,
             self.up | bit if view.is_up else self.up & ~bit,
             self.known & ~bit if view.is_removed else self.known | bit,
-            self.loads if self.loads[number] == load else self.loads.with_value(number, load),
+            loads,
             self.request_tokens,
             self.mean_tokens,
         )
@@ -153,12 +143,15 @@ class PoolView(msgspec.Struct, frozen=True):
         return self.free or self.up or self.known
 
 
+Placed: TypeAlias = Map[str, tuple[tuple[Replica, int], ...]]
+
+
 class View(msgspec.Struct, frozen=True):
     """The state of a router. `placed`: request -> where its choices went, and their tokens."""
 
     pools: Mapping[str, PoolView]
     num_routed: int = 0
-    placed: Map[str, tuple[tuple[Replica, int], ...]] = Map()
+    placed: Placed = Map()
 
     @classmethod
     def of(cls, pools: tuple[Pool, ...]) -> "View":
@@ -181,19 +174,26 @@ class View(msgspec.Struct, frozen=True):
         placed = self.placed.set(request.request_id, where)
         return View(pools, self.num_routed + 1, placed)
 
+    def take_back(self, replica: Replica, request_id: str, num_left: float | None = None) -> "View":
+        """A replica holds a choice of a request no more; `num_left`: where requests enter it."""
+        known, placed = self.replica(replica), self.placed
+        where = placed.get(request_id, ())
+        found = next((one for one in where if one[0] == replica), None)
+        if found is not None:
+            known = known.without(found[1])
+            rest = list(where)
+            rest.remove(found)
+            placed = placed.set(request_id, tuple(rest)) if rest else placed.delete(request_id)
+        if num_left is not None:
+            known = replace(known, num_left=num_left)
+        return self._with(replica, known, placed)
+
     def forget(self, request_id: str) -> "View":
         """Its last event has passed: whatever it took is free."""
-        where = self.placed.get(request_id)
-        if where is None:
-            return self
-        view = replace(self, placed=self.placed.delete(request_id))
-        for replica, num_tokens in where:
-            view = view._with(replica, view.replica(replica).forgotten(num_tokens))
+        view = self
+        while where := view.placed.get(request_id):
+            view = view.take_back(where[0][0], request_id)
         return view
-
-    def take_back(self, replica: Replica, num_left: float | None) -> "View":
-        """A replica returned the credit of one request; `num_left`: where requests enter it."""
-        return self._with(replica, self.replica(replica).returned(num_left))
 
     def report(self, replica: Replica, node: str, sequence: int, load: EngineLoad) -> "View":
         """The latest load wins; one that a later one of its node overtook changes nothing."""
@@ -218,10 +218,13 @@ class View(msgspec.Struct, frozen=True):
                 grown = grown.with_replica(number, replace(known, is_removed=is_removed))
         return replace(self, pools={**self.pools, pool: grown})
 
-    def _with(self, replica: Replica, known: ReplicaView) -> "View":
+    def _with(self, replica: Replica, known: ReplicaView, placed: Placed | None = None) -> "View":
         name, number = replica
-        pool = self.pools[name].grown(number + 1).with_replica(number, known)
-        return View({**self.pools, name: pool}, self.num_routed, self.placed)
+        pool = self.pools[name]
+        if number >= pool.size:
+            pool = pool.grown(number + 1)
+        pools = {**self.pools, name: pool.with_replica(number, known)}
+        return View(pools, self.num_routed, self.placed if placed is None else placed)
 
 
 @dataclass(frozen=True, slots=True)

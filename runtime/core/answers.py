@@ -8,7 +8,7 @@ from sagellm.runtime.messages import Answer, Item, Prefilled, Request, TokenEven
 from sagellm.runtime.operator import Arrival, Input, Output, Step, Terminate
 from sagellm.runtime.user_code import WrongResult, kind_of, place_of_code
 
-_ITEMS = (TokenEvent, Request, Prefilled, Answer)
+ITEMS = frozenset({TokenEvent, Request, Prefilled, Answer})
 _LOST = "its request would never end: emit or terminate it"
 
 
@@ -63,7 +63,7 @@ def _is_same(state: object, initial: object) -> bool:
 
 def check_item(operator: Any, item: object) -> None:
     """Raise WrongResult for what cannot travel."""
-    if not isinstance(item, _ITEMS):
+    if type(item) not in ITEMS:
         cause = f"it sent {kind_of(item)}; a Request, TokenEvent, Prefilled or Answer was wanted"
         raise wrong(operator.on, cause)
 

@@ -110,11 +110,9 @@ class Core:
         turn.now, turn.effects = now, []
         self._reactions[type(event)](event)
         self._inputs.settle()
-        self._returns.try_next()
-        at_s = self._next_time()
-        if at_s != self._told_s:
-            self._told_s = at_s
-            turn.effects.append(WakeAt(at_s))
+        if self.recovery.is_under_way:
+            self._returns.try_next()
+        self._tell_time()
         return turn.effects
 
     @property
@@ -127,12 +125,12 @@ class Core:
         """Whether no request is open, and no engine works for one that has ended."""
         return self.register.is_empty
 
-    def _next_time(self) -> float:
-        return min(
-            self.region.next_wake_s,
-            self.register.next_expiry_s,
-            self.replicas.next_time_s,
-        )
+    def _tell_time(self) -> None:
+        """Ask for a wake-up at another time than before, if that has changed."""
+        at_s = min(self.region.next_wake_s, self.register.next_expiry_s, self.replicas.next_time_s)
+        if at_s != self._told_s:
+            self._told_s = at_s
+            self._turn.effects.append(WakeAt(at_s))
 
     def _arrive(self, arrived: Arrived) -> None:
         self.books.open(arrived.requests)
@@ -168,7 +166,9 @@ class Core:
         self.meter.services[node, replica].held.leave()
         self.books.let_go(key)
         num_left = self.gates.num_left((node, replica))
-        self._inputs.report(CreditChanged(node=node, replica=replica, num_left=num_left))
+        self._inputs.report(
+            CreditChanged(node=node, replica=replica, num_left=num_left, request_id=key[0])
+        )
         self._flow.retry(node, replica)
 
     def _transfer(self, transferred: Transferred) -> None:

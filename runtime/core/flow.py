@@ -38,8 +38,10 @@ class Flow:
     ) -> None:
         """Send items in order; the first that finds no credit is parked, with those after it."""
         first = items[0]
-        is_batch = len(items) > 1 and type(first) is TokenEvent
-        if is_batch and self._send_all(source, replica, items, outlet):
+        if len(items) > 1:
+            if type(first) is TokenEvent and self._send_all(source, replica, items, outlet):
+                return
+        elif self._send(source, replica, first, outlet) is None:
             return
         request_id = first.request_id if isinstance(first, Request) else None
         entry = ParkedItems(ticket, source, replica, items, outlet, request_id)

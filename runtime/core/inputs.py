@@ -70,6 +70,7 @@ class Inputs:
         while True:
             for request_id in self._books.take_forgotten():
                 forget = Signal("forget", request_id)
+                self._region.forget(request_id)
                 self._inputs += ((name, forget) for name in self._taking["forget"])
             if not self._inputs:
                 return

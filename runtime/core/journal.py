@@ -12,7 +12,7 @@ from sagellm.runtime.core.holdings import Holdings
 from sagellm.runtime.core.meter import LogicMeter, Tally
 from sagellm.runtime.feedback import Feedback
 from sagellm.runtime.messages import Forked, Item
-from sagellm.runtime.operator import Logic
+from sagellm.runtime.operator import Draw, Logic
 
 
 @dataclass(slots=True)
@@ -33,18 +33,23 @@ class Upstream:
 
 
 Outcome: TypeAlias = Send | Reached | Upstream
-_Mark: TypeAlias = tuple[int, int, int, int, int, int]
+Mark: TypeAlias = tuple[int, int, int, int, int, int]
+START: Mark = (0, 0, 0, 0, 0, 0)
 
 
 class Cell:
     """One logic operator, and what is kept of it between inputs."""
 
-    __slots__ = ("initial", "meter", "name", "num_inputs", "operator", "state", "wake_at")
+    __slots__ = (
+        "draw", "initial", "meter", "name", "num_inputs", "on", "operator", "state", "wake_at",
+    )  # fmt: skip
 
-    def __init__(self, name: str, operator: Logic[Any], meter: LogicMeter) -> None:
+    def __init__(self, name: str, operator: Logic[Any], meter: LogicMeter, seed: int = 0) -> None:
         self.name = name
         self.operator = operator
+        self.on = operator.on
         self.meter = meter
+        self.draw = Draw(seed, name, 0)
         self.initial = self.state = operator.initial
         self.num_inputs = 0
         self.wake_at: float | None = None
@@ -56,17 +61,14 @@ class Journal:
     def __init__(self, cells: tuple[str, ...], gates: Gates, entries: Container[str]) -> None:
         """`entries`: the ids of the requests that are open."""
         self.holdings = Holdings(cells, entries)
+        self._held = self.holdings.held
         self.accepted: deque[tuple[Cell, Item]] = deque()  # offers to answer
         self.outcomes: list[Outcome] = []
         self._gates = gates
-        self._cells: list[tuple[Cell, Any, int, float | None]] = []  # as they were
+        self.cells: list[tuple[Cell, Any, int, float | None]] = []  # as they were
         self._taken: list[Send] = []
-        self._counts: list[tuple[Tally, int]] = []
+        self.counts: list[tuple[Tally, int]] = []
         self._moves: list[tuple[str, Item, bool]] = []  # operator, item, and whether it came in
-
-    def keep(self, cell: Cell) -> None:
-        """Keep a cell as it is now."""
-        self._cells.append((cell, cell.state, cell.num_inputs, cell.wake_at))
 
     def take(self, node: str, replica: int, item: Item) -> bool:
         """Spend credit for an item; False where there is none."""
@@ -77,50 +79,45 @@ class Journal:
         self.outcomes.append(send)
         return True
 
-    def count(self, tally: Tally, number: int = 1) -> None:
-        self._counts.append((tally, number))
-
     def came(self, cell: Cell, item: Item) -> None:
         """An operator keeps an item."""
         self._moves.append((cell.name, item, True))
 
     def left(self, node: str, item: Item) -> None:
         """A node sends an item: an operator holds its choice no more."""
-        if self._moves or self.holdings.held.get(node):
+        if self._moves or self._held.get(node):
             self._moves.append((node, item, False))
 
-    def mark(self) -> _Mark:
+    def mark(self) -> Mark:
         """How far the transaction is, for `roll_back`."""
         return (
-            len(self._cells), len(self._taken), len(self.accepted),
-            len(self.outcomes), len(self._counts), len(self._moves),
+            len(self.cells), len(self._taken), len(self.accepted),
+            len(self.outcomes), len(self.counts), len(self._moves),
         )  # fmt: skip
 
-    def roll_back(self, mark: _Mark) -> None:
+    def roll_back(self, mark: Mark) -> None:
         cells, taken, accepted, outcomes, counts, moves = mark
-        while len(self._cells) > cells:
-            cell, *before = self._cells.pop()
+        while len(self.cells) > cells:
+            cell, *before = self.cells.pop()
             cell.state, cell.num_inputs, cell.wake_at = before
         while len(self._taken) > taken:
             send = self._taken.pop()
             self._gates.give((send.node, send.replica), send.item.key)
         while len(self.accepted) > accepted:
             self.accepted.pop()
-        del self.outcomes[outcomes:], self._counts[counts:], self._moves[moves:]
-
-    def changed_since(self, mark: _Mark) -> tuple[str, ...]:
-        """The operators that have run since the mark."""
-        return tuple(entry[0].name for entry in self._cells[mark[0] :])
+        del self.outcomes[outcomes:], self.counts[counts:], self._moves[moves:]
 
     def commit(self) -> list[Outcome]:
         """Make the changes final, and return what they lead to, in order."""
-        for tally, number in self._counts:
+        for tally, number in self.counts:
             tally.count += number
         for node, item, is_in in self._moves:
             (self.holdings.take if is_in else self.holdings.send)(node, item)
-        outcomes, self.outcomes = self.outcomes, []
-        self._cells.clear()
+        self.cells.clear()
+        self.counts.clear()
         self._taken.clear()
-        self._counts.clear()
         self._moves.clear()
+        outcomes = self.outcomes
+        if outcomes:
+            self.outcomes = []
         return outcomes

@@ -3,8 +3,11 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
+from msgspec.structs import replace
+
 from sagellm.graphs.ir import SINK, Graph
 from sagellm.runtime.core.answers import (
+    ITEMS,
     check_end,
     check_item,
     check_step,
@@ -14,12 +17,12 @@ from sagellm.runtime.core.answers import (
 from sagellm.runtime.core.credit import Gates
 from sagellm.runtime.core.faults import OperatorFault
 from sagellm.runtime.core.journal import Cell, Journal, Reached, Upstream
-from sagellm.runtime.core.meter import Meter
+from sagellm.runtime.core.meter import Meter, Tally
+from sagellm.runtime.core.ways import Ways
 from sagellm.runtime.messages import Item, Prefilled, Request
 from sagellm.runtime.operator import (
     Announce,
     Arrival,
-    Draw,
     Emit,
     EmitAll,
     EmitFirst,
@@ -63,20 +66,24 @@ class Passage:
         journal: Journal,
         meter: Meter,
         num_replicas: Mapping[str, int],
-        seed: int,
     ) -> None:
         self.wakes_changed = False
         self._cells = cells
         self._gates = gates
         self._journal = journal
         self._num_replicas = num_replicas
-        self._seed = seed
         self._clock = meter.clock
-        self._edges = {
-            (edge.source, edge.outlet): (edge, meter.edges[edge.source, edge.outlet])
+        self._edges: dict[tuple[str, str], tuple[str, str, Cell | None, Tally]] = {
+            (edge.source, edge.outlet): (
+                edge.target,
+                edge.inlet,
+                cells.get(edge.target),
+                meter.edges[edge.source, edge.outlet],
+            )
             for edge in graph.edges
             if not edge.feedback
         }
+        self.ways = Ways(graph, cells)
         self._entrances = {name: _entrances(graph, cells, name) for name in cells}
         self._outputs: dict[type, Callable[[Cell, Any, float, Sending], None]] = {
             Emit: self._emit,
@@ -101,70 +108,80 @@ class Passage:
         found = self._edges.get((node, outlet))
         if found is None:
             raise self._unknown_outlet(node, outlet)
-        edge, tally = found
-        self._journal.count(tally)
-        self._journal.left(node, item)
-        cell = self._cells.get(edge.target)
+        target, inlet, cell, tally = found
+        journal = self._journal
+        journal.counts.append((tally, 1))
+        journal.left(node, item)
         if cell is not None:
-            self.meet(cell, Arrival(item, edge.inlet), now)
-        elif edge.target == SINK:
-            self._journal.outcomes.append(Reached(item))
+            self.meet(cell, Arrival(item, inlet), now)
+        elif target == SINK:
+            journal.outcomes.append(Reached(item))
         else:
-            self._enter(edge.target, item)
+            self._enter(target, item)
 
     def pass_all(self, node: str, items: Sequence[Item], outlet: str, now: float) -> None:
         """Pass several items along one edge: at once, where the operator there takes batches."""
         found = self._edges.get((node, outlet))
         if found is None:
             raise self._unknown_outlet(node, outlet)
-        edge, tally = found
-        cell = self._cells.get(edge.target)
+        target, _, cell, tally = found
         on_batch = getattr(cell.operator, "on_batch", None) if cell is not None else None
         if cell is not None and on_batch is not None:
-            self._journal.count(tally, len(items))
-            self._answer(cell, self._ask(cell, on_batch, items, now), now, self.pass_on)
-        elif edge.target == SINK:
-            self._journal.count(tally, len(items))
+            self._journal.counts.append((tally, len(items)))
+            outputs = self._ask(cell, on_batch, items, now)
+            self._answer(cell, outputs, now, self.pass_on)
+        elif target == SINK:
+            self._journal.counts.append((tally, len(items)))
             self._journal.outcomes += map(Reached, items)
         else:
             for item in items:
                 self.pass_on(node, item, outlet, now)
 
     def _run(self, cell: Cell, happened: Input, now: float) -> None:
-        step = self._ask(cell, cell.operator.on, happened, now)
-        if type(happened) is not Arrival:
-            self._answer(cell, step, now, self._send_apart)
-            return
-        if not _is_sent_on(happened.item, step.outputs):
-            self._journal.came(cell, happened.item)
-        self._answer(cell, step, now, self.pass_on)
+        outputs = self._ask(cell, cell.on, happened, now)
+        if type(happened) is Arrival:
+            if not _is_sent_on(happened.item, outputs):
+                self._journal.came(cell, happened.item)
+            self._answer(cell, outputs, now, self.pass_on)
+        elif outputs:
+            self._answer(cell, outputs, now, self._send_apart)
 
-    def _ask(self, cell: Cell, method: Callable[..., Any], given: Any, now: float) -> Step[Any]:
-        """The step that an operator answers; its state is the cell's from now on."""
-        self._journal.keep(cell)
-        draw, begun_s = Draw(self._seed, cell.name, cell.num_inputs), self._clock()
+    def _ask(
+        self, cell: Cell, method: Callable[..., Any], given: Any, now: float
+    ) -> tuple[Output, ...]:
+        """What an operator puts out; its new state is the cell's from now on."""
+        before, number, clock = cell.state, cell.num_inputs, self._clock
+        self._journal.cells.append((cell, before, number, cell.wake_at))
+        begun_s = clock()
         try:
-            step: Step[Any] = method(cell.state, given, now, draw)
-            check_step(cell.operator, given, step, cell.state)
+            step = method(before, given, now, cell.draw.begin(number))
+            if type(step) is not Step or step[0] is before or type(step[1]) is not tuple:
+                check_step(cell.operator, given, step, before)
+            state, outputs, wake_at = step
+            if wake_at is not None:
+                check_step(cell.operator, given, step, before)
         except (Exception, *LEAVING) as error:
             cell.meter.errors.count += 1
             raise OperatorFault(cell.name, as_error(error)) from error
-        cell.meter.process_s += self._clock() - begun_s
-        cell.state = step.state
-        cell.num_inputs += 1
-        if cell.wake_at != step.wake_at:
-            cell.wake_at, self.wakes_changed = step.wake_at, True
-        return step
+        cell.meter.process_s += clock() - begun_s
+        cell.state = state
+        cell.num_inputs = number + 1
+        if cell.wake_at != wake_at:
+            cell.wake_at, self.wakes_changed = wake_at, True
+        return outputs
 
-    def _answer(self, cell: Cell, step: Step[Any], now: float, send: Sending) -> None:
-        for output in step.outputs:
-            put_out = self._outputs.get(type(output))
-            try:
+    def _answer(self, cell: Cell, outputs: tuple[Output, ...], now: float, send: Sending) -> None:
+        try:
+            for output in outputs:
+                if type(output) is Emit and type(output.item) in ITEMS:
+                    send(cell.name, output.item, output.outlet, now)
+                    continue
+                put_out = self._outputs.get(type(output))
                 if put_out is None:
                     raise unknown_output(cell.operator, output)
                 put_out(cell, output, now, send)
-            except WrongResult as error:
-                raise OperatorFault(cell.name, error) from None
+        except WrongResult as error:
+            raise OperatorFault(cell.name, error) from None
 
     def _emit(self, cell: Cell, output: Emit, now: float, send: Sending) -> None:
         check_item(cell.operator, output.item)
@@ -195,15 +212,17 @@ class Passage:
         """An item that an operator downstream fails on is taken, and ends as failed: it would
         else stay at the head of its queue, and fail every request that comes after it.
         """
-        entrances = self._entrances[cell.name]
+        may_take, entrances = self._gates.may_take, self._entrances[cell.name]
         for item in output.items:
-            if not any(self._gates.may_take(node, item) for node in entrances):
+            way = self.ways.find(item)
+            if not any(may_take(node, item) for node in ((way,) if way else entrances)):
                 continue
-            mark = self._journal.mark()
+            mark, sent = self._journal.mark(), _dispatched(item, now)
             try:
-                self.pass_on(cell.name, item, output.outlet, now)
-            except NoCredit:
+                self.pass_on(cell.name, sent, output.outlet, now)
+            except NoCredit as error:
                 self._journal.roll_back(mark)
+                self.ways.remember(item, error.node)
                 continue
             except OperatorFault as fault:
                 self._journal.roll_back(mark)
@@ -213,9 +232,9 @@ class Passage:
 
     def _terminate(self, cell: Cell, output: Terminate, now: float, send: Sending) -> None:
         check_end(cell.operator, output)
-        self._journal.count(cell.meter.ended)
+        self._journal.counts.append((cell.meter.ended, 1))
         if output.event.finish_reason == "failed":
-            self._journal.count(cell.meter.errors)
+            self._journal.counts.append((cell.meter.errors, 1))
         fault = OperatorFault(cell.name, output.cause) if output.cause is not None else None
         self._journal.outcomes.append(Reached(output.event, terminal=True, fault=fault))
 
@@ -275,7 +294,16 @@ def _is_sent_on(item: Item, outputs: tuple[Output, ...]) -> bool:
     if len(outputs) != 1:
         return False
     sent = getattr(outputs[0], "item", None)
-    return sent is item or (isinstance(sent, Request) and sent.key == item.key)
+    if sent is item or type(outputs[0]) is EmitFirst:
+        return True
+    return isinstance(sent, Request) and sent.key == item.key
+
+
+def _dispatched(item: Item, now: float) -> Item:
+    """A request as it leaves its queue, stamped with the time."""
+    if not isinstance(item, Request):
+        return item
+    return replace(item, stamps=replace(item.stamps, dispatched_s=now))
 
 
 def _entrances(graph: Graph, cells: Mapping[str, Cell], start: str) -> tuple[str, ...]:

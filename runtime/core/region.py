@@ -1,13 +1,13 @@
 """Connected logic operators, run as one: each input is a transaction over their states."""
 
 import math
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 from sagellm.graphs.ir import Graph
 from sagellm.runtime.core.answers import state_was_lost
 from sagellm.runtime.core.credit import Gates
-from sagellm.runtime.core.journal import Cell, Journal, Outcome
+from sagellm.runtime.core.journal import START, Cell, Journal, Outcome
 from sagellm.runtime.core.meter import Meter
 from sagellm.runtime.core.passage import NoCredit, Passage
 from sagellm.runtime.messages import Item
@@ -35,11 +35,13 @@ class Region:
     ) -> None:
         """`entries`: the ids of the requests that are open."""
         meter = meter or Meter(graph, logic)
-        self.cells = {name: Cell(name, made, meter.logic[name]) for name, made in logic.items()}
+        self.cells = {
+            name: Cell(name, made, meter.logic[name], seed) for name, made in logic.items()
+        }
         self.undone: tuple[str, ...] = ()  # the operators whose input found no credit the last time
         self._journal = Journal(tuple(logic), gates, entries)
         self.holdings = self._journal.holdings
-        self._passage = Passage(graph, self.cells, gates, self._journal, meter, num_replicas, seed)
+        self._passage = Passage(graph, self.cells, gates, self._journal, meter, num_replicas)
         self._next_wake_s = math.inf
 
     @property
@@ -60,6 +62,10 @@ class Region:
                 due.append(name)
         return due
 
+    def forget(self, request_id: str) -> None:
+        """A request has ended: forget what is known of it here."""
+        self._passage.ways.forget(request_id)
+
     def restart(self, node: str) -> None:
         """Give an operator its first state again, after it failed on the one that it has."""
         cell = self.cells[node]
@@ -74,27 +80,35 @@ class Region:
 
     def feed(self, node: str, happened: Input, now: float) -> list[Outcome]:
         """All outcomes of an input. Raises NoCredit and OperatorFault; then nothing has changed."""
-        meet, cell = self._passage.meet, self.cells[node]
-        return self._transact(lambda: meet(cell, happened, now))
+        try:
+            self._passage.meet(self.cells[node], happened, now)
+        except BaseException as error:
+            self._undo(error)
+            raise
+        return self._journal.commit()
 
     def send(self, source: str, item: Item, outlet: str, now: float) -> list[Outcome]:
         """Send an item from a port or a service operator; raises as `feed`."""
-        return self._transact(lambda: self._passage.pass_on(source, item, outlet, now))
+        try:
+            self._passage.pass_on(source, item, outlet, now)
+        except BaseException as error:
+            self._undo(error)
+            raise
+        return self._journal.commit()
 
     def send_all(
         self, source: str, items: Sequence[Item], outlet: str, now: float
     ) -> list[Outcome]:
         """Send items in one transaction; raises as `feed` where one of them fails."""
-        return self._transact(lambda: self._passage.pass_all(source, items, outlet, now))
-
-    def _transact(self, action: Callable[[], None]) -> list[Outcome]:
-        mark = self._journal.mark()
         try:
-            action()
+            self._passage.pass_all(source, items, outlet, now)
         except BaseException as error:
-            if isinstance(error, NoCredit):
-                self.undone = self._journal.changed_since(mark)
-            self._journal.roll_back(mark)
-            self._passage.wakes_changed = True
+            self._undo(error)
             raise
         return self._journal.commit()
+
+    def _undo(self, error: BaseException) -> None:
+        if isinstance(error, NoCredit):
+            self.undone = tuple(kept[0].name for kept in self._journal.cells)
+        self._journal.roll_back(START)
+        self._passage.wakes_changed = True

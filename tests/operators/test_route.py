@@ -81,7 +81,7 @@ def test_an_ended_request_weighs_nothing(route: Any) -> None:
     assert place(router, "next") == {"prefill": 0}
     for name in ("small", "next"):
         router(Signal("forget", name))
-    assert all(known.own_load == 0 for known in router.state.pools["p"].replicas.values())
+    assert all(known.load(1) == 0 for known in router.state.pools["p"].replicas.values())
     assert len(router.state.placed) == 0
 
 
@@ -89,9 +89,7 @@ def test_a_replica_that_returned_its_credit_is_idle(route: Any) -> None:
     router = route(targets=(Target("prefill", 2, "p"),))
     place(router, "big", num_tokens=500)
     place(router, "small")
-    router(
-        CreditChanged(node="prefill", replica=0, sequence=1, num_left=9.0)
-    )  # big is in decode by now
+    router(CreditChanged(node="prefill", num_left=9.0, request_id="big"))  # big is in decode by now
     assert place(router, "next") == {"prefill": 0}
 
 
@@ -167,8 +165,8 @@ def test_only_replicas_that_exist_are_chosen(
         else:
             router(CreditChanged(node="decode", replica=number % 2, num_left=9.0))
     for pool in router.state.pools.values():
-        assert all(known.own_load >= 0 for known in pool.replicas.values())
-        assert all(known.num_open >= 0 for known in pool.replicas.values())
+        assert all(known.load(1) >= 0 for known in pool.replicas.values())
+        assert all(known.num_held >= 0 for known in pool.replicas.values())
 
 
 def health(route: Any, node: str, number: int, *, is_up: bool) -> None:

@@ -125,7 +125,7 @@ async def test_what_an_operator_holds_ends_when_it_fails_on_feedback(
         own_graph(Keeping(), subscribes=frozenset({"credit"})) as session,
         trio.open_nursery() as nursery,
     ):
-        nursery.start_soon(fails, session, "the operator raised KeyError: 'Feedback'")
+        nursery.start_soon(fails, session, "the operator raised KeyError: 'CreditChanged'")
         await wait_all_tasks_blocked()
         await goes_on(session)
 

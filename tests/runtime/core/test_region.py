@@ -15,7 +15,7 @@ from sagellm.runtime.core.journal import Reached, Upstream
 from sagellm.runtime.core.passage import NoCredit
 from sagellm.runtime.core.region import Region
 from sagellm.runtime.feedback import CreditChanged, QueueChanged
-from sagellm.runtime.messages import Request, TokenEvent
+from sagellm.runtime.messages import Request, Stamps, TokenEvent
 from sagellm.runtime.operator import (
     Arrival,
     Credit,
@@ -141,6 +141,14 @@ def test_an_offer_without_credit_keeps_the_item() -> None:
     gates.give(("engine", 0), ("first", 0))
     assert sent(region.feed("q", CreditChanged(node="engine"), 0.0)) == ["second"]
     assert region.cells["q"].state == ()
+
+
+def test_what_is_taken_of_an_offer_is_stamped_with_the_time() -> None:
+    region, _ = make({"q": Keeping()}, "q", capacity=Credit(1))
+    (send,) = region.send(SOURCE, request("a"), "out", 3.0)
+    assert send.item.stamps == Stamps(dispatched_s=3.0)
+    region.send(SOURCE, request("b"), "out", 4.0)
+    assert [item.stamps.dispatched_s for item in region.cells["q"].state] == [None]
 
 
 def test_the_next_candidate_is_taken_where_the_head_does_not_fit() -> None:
