@@ -44,7 +44,7 @@ from sagellm.runtime.plan import Plan
 
 log = get_logger("sagellm.executor")
 
-Log: TypeAlias = Callable[[float, Event, list[Effect]], None]
+Record: TypeAlias = Callable[[float, Event, list[Effect]], None]
 
 
 class ExecutorStopped(RuntimeError):
@@ -89,7 +89,7 @@ class TasksExecutor:
         *,
         engines: Mapping[str, tuple[Engine, ...]] | None = None,
         max_hold_s: float = inf,
-        record: Log | None = None,
+        record: Record | None = None,
     ) -> None:
         self.engines = dict(engines or {})
         self.cause: Exception | None = None  # of the end that is being delivered

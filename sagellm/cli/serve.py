@@ -27,6 +27,7 @@ from sagellm.cli.serving import (
     served_names,
 )
 from sagellm.cli.setting import merge_given
+from sagellm.decisions import Decisions
 from sagellm.gateway.processes.supervision import GatewaysFailed
 from sagellm.gateway.server.front import serve_graph
 from sagellm.gateway.server.listen import raise_open_files
@@ -73,6 +74,8 @@ def serve(
     )
     with logs_of(watch, settings), listening(settings) as sock, shown_start() as progress:
         opening.report_to(progress)
+        if opened.decisions is not None:
+            opening.record_to(Decisions(opened.decisions, opened.decisions_bytes))
         try:
             trio.run(serve_graph, opening, settings, sock, _settled)
         except (UnknownBackend, LoweringError, EngineOptionError) as error:

@@ -17,6 +17,7 @@ from sagellm.cli.config_file import Config, read_limits
 from sagellm.cli.failure import RESOURCES, Failure
 from sagellm.cli.secrets import admin_key, check_tls, salt_key, user_keys
 from sagellm.cli.setting import TracksGiven
+from sagellm.decisions import MAX_BYTES
 from sagellm.gateway.server.front import server_class
 from sagellm.gateway.server.listen import bind, is_loopback
 from sagellm.gateway.settings import Budget, Limits, Settings, Streaming
@@ -61,6 +62,12 @@ class GraphOptions(TracksGiven):
 
     import_: Annotated[tuple[str, ...], Parameter(name="--import")] = ()
     """A dotted module or a .py file that registers what the graph uses; may be repeated."""
+
+    decisions: Path | None = None
+    """A file for a log of what is decided, which `sagellm replay` reads; it holds the prompts."""
+
+    decisions_bytes: Annotated[int, Parameter(validator=Number(gte=1))] = MAX_BYTES
+    """How large that log may become; nothing is logged after that."""
 
 
 @Parameter(name="*", group="Who may reach it")
