@@ -8,6 +8,7 @@ import msgspec
 from cyclopts import Parameter
 
 from sagellm.builder import FUNCTIONS
+from sagellm.cli.effects import effect_lines, event_line
 from sagellm.cli.failure import FAILED, Failure
 from sagellm.cli.named import import_code
 from sagellm.cli.options import settings
@@ -67,8 +68,8 @@ def _show(found: Replayed) -> None:
 
 
 def _show_difference(difference: Difference) -> None:
-    print(f"event {difference.number}, at {difference.now_s:.6f} s: {difference.event!r:.400}")
+    print(f"event {difference.number}, at {difference.now_s:.6f} s: {event_line(difference.event)}")
     for title, effects in (("recorded", difference.recorded), ("replayed", difference.replayed)):
         print(f"  {title}:" if effects else f"  {title}: nothing")
-        for effect in effects[:_MOST_SHOWN]:
-            print(f"    {effect!r:.400}")
+        for line in effect_lines(effects, _MOST_SHOWN):
+            print(f"    {line}")
