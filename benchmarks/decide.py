@@ -6,15 +6,17 @@ and a new one arrives. Measured is the CPU time of this process in the core, and
 request from its arrival to its end, and per token in batches of one engine step.
 """
 
+import sys
 import time
 from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from json import dumps
 from pathlib import Path
 from statistics import median
 
 from cyclopts import App
 
+from benchmarks.machine import describe
 from sagellm import Graph
 from sagellm.builder import RESOLVER
 from sagellm.runtime.core.core import Core
@@ -50,7 +52,7 @@ def decide(
     waiting: tuple[int, ...] = WAITING,
     replicas: tuple[int, ...] = REPLICAS,
     requests: int = 400,
-    json_only: bool = False,
+    json: bool = False,
     output: Path | None = None,
 ) -> None:
     """Measure every pair of these.
@@ -63,11 +65,36 @@ def decide(
         Replicas of each engine; may be repeated.
     requests
         That are measured in each cell.
-    json_only
+    json
         Print the record as JSON, and nothing else.
     output
         A file for the record.
     """
+    cells = []
+    for num_waiting in waiting:
+        for num_replicas in replicas:
+            cell = measure(num_waiting, num_replicas, requests)
+            cells.append(cell)
+            if not json:
+                print(_line(cell), flush=True)
+    record = {
+        "command": " ".join(["sagellm bench decide", *sys.argv[1:]]),
+        "machine": describe(),
+        "cells": [asdict(cell) for cell in cells],
+    }
+    text = dumps(record, indent=1)
+    if json:
+        print(text)
+    if output is not None:
+        output.write_text(text + "\n")
+
+
+def _line(cell: Cell) -> str:
+    return (
+        f"{cell.waiting:>7,} waiting, {cell.replicas:>5,} replicas: "
+        f"{cell.us_per_request_p50:.1f} us a request (p99 {cell.us_per_request_p99:.1f}), "
+        f"{cell.us_per_token:.2f} us a token"
+    )
 
 
 def measure(num_waiting: int, num_replicas: int, num_requests: int) -> Cell:
@@ -110,15 +137,12 @@ class Played:
         send, _ = self._running.popleft()
         gate = send.node, send.replica
         request = send.item
-        first = TokenEvent(request_id=request.request_id, token_ids=(7,), text="a")
         last = TokenEvent(
             request_id=request.request_id,
-            position=1,
             token_ids=(7,),
             finish_reason="length",
             stamps=request.stamps,
         )
-        self._on(Emitted(1, *gate, (first,)))
         self._on(Emitted(1, *gate, (last,)))
         self._on(Released(*gate, *request.key))
         self._on(
@@ -134,13 +158,13 @@ class Played:
         events = []
         for _ in range(min(BATCH, len(self._running))):
             send, num_tokens = self._running.popleft()
+            name = send.item.request_id
             events.append(
-                TokenEvent(
-                    request_id=send.item.request_id, position=num_tokens, token_ids=(7,), text="a"
-                )
+                TokenEvent(request_id=name, position=num_tokens, token_ids=(7,), text="a")
             )
             self._running.append((send, num_tokens + 1))
         self._on(Emitted(1, "generate", 0, tuple(events)))
+        self._on(Reported(LoadReported(node="generate", load=EngineLoad(num_running=4))))
         return self._spent_s / len(events)
 
     def _arrive(self) -> None:
@@ -159,7 +183,5 @@ class Played:
         self._running += ((effect, 0) for effect in effects if isinstance(effect, Send))
 
 
-def _cells(waiting: tuple[int, ...], replicas: tuple[int, ...], requests: int) -> Iterator[Cell]:
-    for num_waiting in waiting:
-        for num_replicas in replicas:
-            yield measure(num_waiting, num_replicas, requests)
+if __name__ == "__main__":
+    APP()

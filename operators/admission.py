@@ -123,6 +123,9 @@ class Admission:
                 return Step(_with_verdicts(state, _without(state.verdicts, request_id)))
         return Step(state)
 
+    def keeps(self, state: Seen, request_id: str) -> bool:
+        return request_id in state.verdicts
+
     def _arrive(self, state: Seen, request: Request, now: float) -> Step[Seen]:
         if request.expires_s is not None and request.expires_s <= now:
             late = f"{self.name}: it expired before it was admitted: allow it more time"

@@ -165,6 +165,9 @@ class MetricsSink:
                 return Step(state.without_request(request_id))
         return Step(state)
 
+    def keeps(self, state: Passed, request_id: str) -> bool:
+        return request_id in state.under_way
+
     def on_batch(
         self, state: Passed, items: Sequence[Item], now: float, draw: Draw
     ) -> Step[Passed]:

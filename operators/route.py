@@ -12,7 +12,7 @@ import msgspec
 
 from sagellm.graphs.vocabulary import REQUEST, OpSpec, Port
 from sagellm.operators.routing import Strategy, find_strategy
-from sagellm.operators.routing.view import Candidates, Pool, Replica, View, bits
+from sagellm.operators.routing.view import Candidates, Pool, Replica, View
 from sagellm.runtime.feedback import CreditChanged, HealthChanged, LoadReported, Topology
 from sagellm.runtime.messages import Request
 from sagellm.runtime.operator import (
@@ -24,6 +24,7 @@ from sagellm.runtime.operator import (
     Signal,
     Step,
     Target,
+    Wait,
 )
 from sagellm.runtime.user_code import WrongResult, kind_of, place_of_code
 
@@ -55,6 +56,7 @@ class Route:
 
     pools: tuple[Pool, ...]
     strategy: Strategy
+    entry: Pool | None = None  # the one pool that requests enter next, if it is one
 
     @property
     def initial(self) -> View:
@@ -63,6 +65,8 @@ class Route:
     def on(self, state: View, happened: Input, now: float, draw: Draw) -> Step[View]:
         match happened:
             case Arrival(item=Request() as request):
+                if self.entry is not None and not state.pools[self.entry.name].free:
+                    return Step(state, (Wait(self.entry.entries[0]),))
                 return Step(state, (EmitFirst(self._placements(state, request, now, draw)),))
             case Signal(kind="forget", request_id=request_id):
                 return Step(state.forget(request_id))
@@ -74,6 +78,9 @@ class Route:
                 of = self._pool_of(happened.node)
                 return Step(state if of is None else _told(state, of, happened))
         return Step(state)
+
+    def keeps(self, state: View, request_id: str) -> bool:
+        return request_id in state.placed
 
     def _placements(
         self, view: View, request: Request, now: float, draw: Draw
@@ -89,14 +96,9 @@ class Route:
     def _order(
         self, pool: Pool, view: View, request: Request, now: float, draw: Draw
     ) -> Iterator[int]:
-        """The candidates in the strategy's order, and then those that it left out, by their load;
-        any of them where the request must wait.
-        """
+        """The candidates in the strategy's order, then those that it left out, by their load."""
         known = view.pools[pool.name]
         candidates = Candidates(known, request, view.num_routed)
-        if pool.entries and not known.free:
-            yield next(bits(candidates.mask))
-            return
         tried = 0
         for number in self._ordered(candidates, now, draw):
             self._check(pool, view, number)
@@ -167,4 +169,7 @@ def pools_of(targets: tuple[Target, ...]) -> tuple[Pool, ...]:
 
 
 def build(options: Options, setup: Setup) -> Route:
-    return Route(pools_of(setup.targets), find_strategy(options.strategy))
+    pools = pools_of(setup.targets)
+    entries = [pool for pool in pools if pool.entries]
+    entry = entries[0] if len(entries) == 1 else None
+    return Route(pools, find_strategy(options.strategy), entry)

@@ -111,6 +111,14 @@ class EmitFirst(msgspec.Struct, frozen=True):
     outlet: str = "out"
 
 
+class Wait(msgspec.Struct, frozen=True):
+    """The service operator `node`, which an item would go to, has no credit at any replica: the
+    whole input is undone and waits.
+    """
+
+    node: str
+
+
 class Offer(msgspec.Struct, frozen=True):
     """Send one of these, the first that downstream has credit for, if any; answered by `Taken`.
     A request that is sent is stamped with the time.
@@ -144,7 +152,7 @@ class Report(msgspec.Struct, frozen=True):
     feedback: Feedback
 
 
-Output: TypeAlias = Emit | EmitAll | EmitFirst | Offer | Terminate | Announce | Report
+Output: TypeAlias = Emit | EmitAll | EmitFirst | Wait | Offer | Terminate | Announce | Report
 
 S = TypeVar("S")
 
@@ -216,7 +224,8 @@ class Logic(Protocol[S]):
     """A pure operator: no I/O, no clock, no task. Equal inputs give equal answers.
 
     One that also has `on_batch(state, items, now, draw) -> Step` is given the items of one engine
-    step at once; it must then answer all of them, and keep none.
+    step at once; it must then answer all of them, and keep none. One that has
+    `keeps(state, request_id) -> bool` is told to forget those requests only that it keeps.
     """
 
     @property

@@ -42,6 +42,8 @@ from sagellm.runtime.feedback import CreditChanged
 from sagellm.runtime.operator import Signal, Wake
 from sagellm.runtime.plan import Plan
 
+_MOVES_TIME = frozenset({ReplicaMarked, ReplicaAdded, ReplicaRemoved, Transferred, TimeCame})
+
 
 class Core:
     """The logic operators of a plan, the credits, the register of open requests, recovery, the
@@ -112,7 +114,9 @@ class Core:
         self._inputs.settle()
         if self.recovery.is_under_way:
             self._returns.try_next()
-        self._tell_time()
+        times_changed = self.region.wakes_changed or self.register.expiries_changed
+        if times_changed or type(event) in _MOVES_TIME:
+            self._tell_time()
         return turn.effects
 
     @property

@@ -43,6 +43,9 @@ class Inputs:
             kind: tuple(name for name in names if kind in spec(name).signals)
             for kind in ("cancel", "expire", "forget")
         }
+        self._forgetting = [
+            (name, getattr(plan.logic[name], "keeps", None)) for name in self._taking["forget"]
+        ]
         self._placing = tuple(name for name in names if "topology" in spec(name).subscribes)
 
     def feed(self, node: str, happened: Input) -> None:
@@ -57,7 +60,7 @@ class Inputs:
 
     def report(self, feedback: Feedback) -> None:
         """Give feedback to those that subscribe to it."""
-        self._spread(feedback)
+        self._spread(feedback, feedback.node)
         self.settle()
 
     def change(self, topology: Topology) -> None:
@@ -69,9 +72,7 @@ class Inputs:
         """Give all inputs that wait; each may lead to more."""
         while True:
             for request_id in self._books.take_forgotten():
-                forget = Signal("forget", request_id)
-                self._region.forget(request_id)
-                self._inputs += ((name, forget) for name in self._taking["forget"])
+                self._forget(request_id)
             if not self._inputs:
                 return
             node, happened = self._inputs.popleft()
@@ -80,6 +81,14 @@ class Inputs:
                 way = refused.node, refused.replica
                 watches = self._meter.blocked_watches(self._region.undone)
                 self._parking.add(ParkedInput(node, happened, way, watches))
+
+    def _forget(self, request_id: str) -> None:
+        """Tell the operators that keep anything of a request that it has ended."""
+        self._region.forget(request_id)
+        forget = Signal("forget", request_id)
+        for name, keeps in self._forgetting:
+            if keeps is None or keeps(self._region.cells[name].state, request_id):
+                self._inputs.append((name, forget))
 
     def give(self, node: str, happened: Input) -> NoCredit | None:
         """Give an operator one input; NoCredit, and nothing has changed, where it must wait."""
@@ -111,7 +120,7 @@ class Inputs:
                 effects.append(outcome)
             else:
                 assert isinstance(outcome, Upstream)
-                self._spread(replace(outcome.feedback, node=outcome.node))
+                self._spread(outcome.feedback, outcome.node)
 
     def is_to_wake(self, node: str) -> bool:
         """Whether a wake-up of an operator is to come, or waits for credit."""
@@ -123,9 +132,9 @@ class Inputs:
         )
         return waits or self._region.cells[node].wake_at is not None
 
-    def _spread(self, feedback: Feedback) -> None:
-        """Number feedback, and make it an input of all that subscribe to it."""
-        node, kind = feedback.node, type(feedback)
+    def _spread(self, feedback: Feedback, node: str) -> None:
+        """Number feedback of a node, and make it an input of all that subscribe to it."""
+        kind = type(feedback)
         if isinstance(feedback, QueueChanged):
             self._meter.queue(node, feedback.backlog.num_requests)
         subscribers = self._subscribers.get((node, kind))
@@ -137,8 +146,9 @@ class Inputs:
         sender = node, feedback.replica, kind
         number = self._num_reports.get(sender, 0) + 1
         self._num_reports[sender] = number
-        numbered = replace(feedback, sequence=number)
-        self._inputs += ((name, numbered) for name in subscribers)
+        numbered = replace(feedback, node=node, sequence=number)
+        for name in subscribers:
+            self._inputs.append((name, numbered))
 
     def _end_by_fault(self, node: str, happened: Input, fault: OperatorFault) -> None:
         """A signal and an item concern one request. Other inputs may be what all that the operator

@@ -33,10 +33,12 @@ from sagellm.runtime.operator import (
     Step,
     Taken,
     Terminate,
+    Wait,
 )
 from sagellm.runtime.user_code import LEAVING, WrongResult, as_error
 from sagellm.runtime.user_function import failing
 
+_SENDING = frozenset({EmitFirst, Wait, Terminate})  # an item is not kept
 Sending: TypeAlias = Callable[[str, Item, str, float], None]
 
 
@@ -89,6 +91,7 @@ class Passage:
             Emit: self._emit,
             EmitAll: self._emit_all,
             EmitFirst: self._emit_first,
+            Wait: self._wait,
             Offer: self._offer,
             Terminate: self._terminate,
             Announce: self._announce,
@@ -97,11 +100,16 @@ class Passage:
 
     def meet(self, cell: Cell, happened: Input, now: float) -> None:
         """Run an input, and answer the offers that it led to before the next input."""
-        self._run(cell, happened, now)
+        outputs = self._ask(cell, cell.on, happened, now)
+        if type(happened) is Arrival:
+            self._arrived(cell, happened.item, outputs, now)
+        elif outputs:
+            self._answer(cell, outputs, now, self._send_apart)
         accepted = self._journal.accepted
         while accepted:
             offering, item = accepted.popleft()
-            self._run(offering, Taken(item), now)
+            outputs = self._ask(offering, offering.on, Taken(item), now)
+            self._answer(offering, outputs, now, self._send_apart)
 
     def pass_on(self, node: str, item: Item, outlet: str, now: float) -> None:
         """Pass an item along the edge from an outlet of a node. Raises NoCredit, OperatorFault."""
@@ -137,14 +145,15 @@ class Passage:
             for item in items:
                 self.pass_on(node, item, outlet, now)
 
-    def _run(self, cell: Cell, happened: Input, now: float) -> None:
-        outputs = self._ask(cell, cell.on, happened, now)
-        if type(happened) is Arrival:
-            if not _is_sent_on(happened.item, outputs):
-                self._journal.came(cell, happened.item)
-            self._answer(cell, outputs, now, self.pass_on)
-        elif outputs:
-            self._answer(cell, outputs, now, self._send_apart)
+    def _arrived(self, cell: Cell, item: Item, outputs: tuple[Output, ...], now: float) -> None:
+        """Put out what an operator makes of an item; nearly all send the item on at once."""
+        if len(outputs) == 1 and type(outputs[0]) is Emit:
+            sent = outputs[0].item
+            if sent is item or (type(sent) is Request and sent.key == item.key):
+                return self.pass_on(cell.name, sent, outputs[0].outlet, now)
+        elif not (len(outputs) == 1 and type(outputs[0]) in _SENDING):
+            self._journal.came(cell, item)
+        self._answer(cell, outputs, now, self.pass_on)
 
     def _ask(
         self, cell: Cell, method: Callable[..., Any], given: Any, now: float
@@ -207,6 +216,9 @@ class Passage:
         if refused is None:
             raise WrongResult("an EmitFirst has no item; give one at least")
         raise NoCredit(refused.node, None)
+
+    def _wait(self, cell: Cell, output: Wait, now: float, send: Sending) -> None:
+        raise NoCredit(output.node, None)
 
     def _offer(self, cell: Cell, output: Offer, now: float, send: Sending) -> None:
         """An item that an operator downstream fails on is taken, and ends as failed: it would
@@ -287,16 +299,6 @@ def _choices(cell: Cell, output: EmitFirst) -> Iterator[tuple[Item, Any]]:
     except (Exception, *LEAVING) as error:
         cell.meter.errors.count += 1
         raise OperatorFault(cell.name, as_error(error)) from error
-
-
-def _is_sent_on(item: Item, outputs: tuple[Output, ...]) -> bool:
-    """Whether an operator answers an item with the next one of its choice, as nearly all do."""
-    if len(outputs) != 1:
-        return False
-    sent = getattr(outputs[0], "item", None)
-    if sent is item or type(outputs[0]) is EmitFirst:
-        return True
-    return isinstance(sent, Request) and sent.key == item.key
 
 
 def _dispatched(item: Item, now: float) -> Item:

@@ -45,6 +45,11 @@ class Region:
         self._next_wake_s = math.inf
 
     @property
+    def wakes_changed(self) -> bool:
+        """Whether `next_wake_s` may be another than when it was read last."""
+        return self._passage.wakes_changed
+
+    @property
     def next_wake_s(self) -> float:
         """When the first operator wants to be woken."""
         if self._passage.wakes_changed:

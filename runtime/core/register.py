@@ -29,6 +29,7 @@ class Register:
     def __init__(self) -> None:
         self.entries: dict[str, Entry] = {}
         self.abandoned: set[Key] = set()
+        self.expiries_changed = False  # since `next_expiry_s` was read last
         self._expiries: list[tuple[float, str]] = []
 
     def __contains__(self, request_id: str) -> bool:
@@ -45,6 +46,7 @@ class Register:
     ) -> None:
         self.entries[request_id] = Entry(choices, expires_s, arrived_s=now)
         if expires_s is not None:
+            self.expiries_changed = True
             heapq.heappush(self._expiries, (expires_s, request_id))
 
     def is_open(self, key: Key) -> bool:
@@ -63,6 +65,8 @@ class Register:
         if entry.choices:
             return False
         del self.entries[key[0]]
+        if entry.expires_s is not None:
+            self.expiries_changed = True
         return True
 
     def tombstone(self, request_id: str) -> Signal | None:
@@ -78,6 +82,7 @@ class Register:
     @property
     def next_expiry_s(self) -> float:
         """When the first open request expires; what has ended before its time is forgotten."""
+        self.expiries_changed = False
         while self._expiries and not self._is_due(*self._expiries[0]):
             heapq.heappop(self._expiries)
         return self._expiries[0][0] if self._expiries else math.inf
