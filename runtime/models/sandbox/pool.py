@@ -17,7 +17,7 @@ from sagellm.runtime.models.sandbox.process import Helper, HelperDied
 ANSWER_S = 60.0  # of the clock, waiting for a core included: beyond, the machine is overloaded
 _HOLD_S = 0.001  # a loop waits so long in place: as a rule the answer is there sooner
 MAX_IDLE = 2  # as many calls as a gateway makes at once
-_LOG_AGAIN_S = 60.0
+_LOG_AGAIN_S = _RETRY_S = 60.0
 T = TypeVar("T")
 log = get_logger("sagellm.models")
 
@@ -40,7 +40,8 @@ class Sandbox:
         self._idle: list[Helper] = []
         self._num_users = 0
         self._ready: Ready | None = None
-        self._is_broken: LimitExceeded | None = None  # the job cannot be set up within its limits
+        self._broken: LimitExceeded | None = None  # the job cannot be set up within its limits
+        self._broken_s = float("-inf")
         self._logged_s = float("-inf")
         weakref.finalize(self, _end_all, self._idle)
 
@@ -112,8 +113,8 @@ class Sandbox:
             found = yield from steps
         except HelperDied as died:
             fault = self._fault(died, limits)
-            if is_setup and (died.is_out_of_time or died.is_out_of_memory):
-                self._is_broken = fault  # it would be so again
+            if is_setup:
+                self._broken, self._broken_s = fault, time.monotonic()
             self._report(fault)
             self._replenish()
             raise fault from None
@@ -126,8 +127,9 @@ class Sandbox:
 
     def _take(self) -> Helper:
         """An idle helper that lives, or a new one. Raises LimitExceeded where none can work."""
-        if self._is_broken is not None:
-            raise LimitExceeded(self._what, self._is_broken.limit)
+        if self._is_broken:
+            assert self._broken is not None
+            raise LimitExceeded(self._what, self._broken.limit)
         while True:
             with self._lock:
                 helper = self._idle.pop() if self._idle else None
@@ -136,6 +138,11 @@ class Sandbox:
             if helper.is_alive:
                 return helper
             helper.end()
+
+    @property
+    def _is_broken(self) -> bool:
+        """It would be so again, unless the machine as a whole was short of memory."""
+        return time.monotonic() - self._broken_s < _RETRY_S
 
     def _start(self) -> Helper:
         try:
@@ -153,19 +160,23 @@ class Sandbox:
 
     def _replenish(self) -> None:
         """Keep a helper ahead of the next call, while somebody keeps this open."""
-        if self._num_users and not self._idle and self._is_broken is None:
+        if self._num_users and not self._idle and not self._is_broken:
             try:
                 self._give(self._start())
             except HelperUnavailable:
                 return  # the next call says so
 
     def _fault(self, died: HelperDied, limits: Setup | Ask) -> LimitExceeded:
+        """Raises HelperUnavailable where the helper itself has failed."""
         if died.is_out_of_time:
             limit = f"took more than {limits.cpu_s:.3g} s of CPU time"
         elif died.is_out_of_memory:
             limit = f"took more than {limits.memory_bytes >> 20} MiB of memory"
+        elif died.code < 0:
+            limit = f"ended its helper process (signal {-died.code})"
         else:
-            limit = f"ended its helper process (exit code {died.code})"
+            log.error("model_helper_failed", model=self._model, code=died.code)
+            raise HelperUnavailable(f"a helper process ended with code {died.code}")
         return LimitExceeded(self._what, limit)
 
     def _report(self, fault: LimitExceeded) -> None:

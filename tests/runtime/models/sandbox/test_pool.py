@@ -186,6 +186,27 @@ def test_a_job_that_cannot_be_set_up_is_tried_once() -> None:
     assert found.variables == frozenset()
 
 
+def test_a_job_that_could_not_be_set_up_is_tried_again_later(
+    template: IsolatedTemplate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template.sandbox._broken = LimitExceeded("chat template", "was slow")
+    template.sandbox._broken_s = pool.time.monotonic()
+    with pytest.raises(LimitExceeded, match="was slow"):
+        template.render(MESSAGES)
+    monkeypatch.setattr(pool, "_RETRY_S", 0)
+    assert template.render(MESSAGES) == "[user] hey"
+
+
+def test_a_helper_that_fails_by_itself_is_no_fault_of_the_text(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    broken = Sandbox("no.such.module", Setup(Template("", {}), 1, 1.0), what="w", model="m")
+    with logged() as lines, pytest.raises(HelperUnavailable, match="ended with code 1"):
+        broken.ready()
+    assert [line["event"] for line in lines] == ["model_helper_failed"]
+    assert "no" in capfd.readouterr().err
+
+
 def test_a_machine_without_processes_left_is_no_fault_of_the_text(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
