@@ -74,14 +74,32 @@ class TokenizerParts(msgspec.Struct):
     model: _Model
     added_tokens: list[_Added] = []
     normalizer: dict[str, Any] | None = None
+    pre_tokenizer: Any = None
+    decoder: Any = None
 
     @property
     def loads_harmlessly(self) -> bool:
-        """Loading normalizes the added tokens."""
+        """Loading normalizes the added tokens, and compiles regular expressions: a short one may
+        take gigabytes.
+        """
+        if not SPLITS.issuperset(_regexes([self.normalizer, self.pre_tokenizer, self.decoder])):
+            return False
         try:
             return _growth(self.normalizer) <= _MAX_GROWTH
         except (KeyError, TypeError, AttributeError):
             return False
+
+
+def _regexes(part: object) -> Iterator[str]:
+    """The regular expressions anywhere in a component."""
+    if isinstance(part, dict):
+        if isinstance(regex := part.get("Regex"), str):
+            yield regex
+        for inner in part.values():
+            yield from _regexes(inner)
+    elif isinstance(part, list):
+        for inner in part:
+            yield from _regexes(inner)
 
 
 def read_parts(name: str, path: Path) -> TokenizerParts:

@@ -12,7 +12,6 @@ from sagellm.runtime.models.sandbox.messages import (
     Encode,
     Refused,
     Render,
-    Reply,
     Setup,
     Template,
     Text,
@@ -110,14 +109,14 @@ class IsolatedEncoder:
         )
 
 
-def _text(reply: Reply) -> str:
+def _text(reply: Text | Tokens | Refused) -> str:
     if isinstance(reply, Refused):
         raise ChatTemplateError(reply.cause)
     assert isinstance(reply, Text)
     return reply.text
 
 
-def _token_ids(reply: Reply) -> list[tuple[int, ...]]:
+def _token_ids(reply: Text | Tokens | Refused) -> list[tuple[int, ...]]:
     if isinstance(reply, Refused):
         raise TextError(f"the model's tokenizer refused the text: {reply.cause}")
     assert isinstance(reply, Tokens)

@@ -28,7 +28,7 @@ from sagellm.runtime.models.harmless import (
 )
 from sagellm.runtime.models.isolated import IsolatedEncoder, IsolatedTemplate
 from sagellm.runtime.models.pipelines import FIELDS, MODEL_FIELDS, read_tokenizer, set_pipeline
-from sagellm.runtime.models.sandbox.fault import LimitExceeded
+from sagellm.runtime.models.sandbox.fault import HelperUnavailable, LimitExceeded
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -282,15 +282,19 @@ def _chosen(config: Mapping[str, Any], fields: Sequence[str]) -> dict[str, Any]:
 
 
 def _try_loading(name: str, file: Path, encoder: IsolatedEncoder) -> None:
-    """Load a tokenizer.json in a helper process first. Raises ModelError beyond its limits."""
+    """Load a tokenizer.json in a helper process first, which stays for the first call.
+
+    Raises ModelError where it cannot be loaded within limits.
+    """
+    fix = "see that it is the one that the model was published with"
     try:
-        with encoder.sandbox.kept():
-            encoder.sandbox.ready()
+        fault = encoder.sandbox.ready().fault
     except LimitExceeded as error:
-        cause = f"model {name}: {file} cannot be read: it {error.limit}"
-        raise ModelError(
-            cause, "see that it is the one that the model was published with"
-        ) from None
+        fault = f"it {error.limit}"
+    except HelperUnavailable as error:
+        fault, fix = str(error), "raise the limit of processes: ulimit -u"
+    if fault:
+        raise ModelError(f"model {name}: {file} cannot be read: {fault}", fix) from None
 
 
 def _read_tokenizer(folder: ModelFolder) -> tokenizers.Tokenizer:

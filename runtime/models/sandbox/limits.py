@@ -71,6 +71,7 @@ def limit_cpu(seconds: float) -> Iterator[None]:
     core does not count.
     """
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})  # a parent may have blocked it
     signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield

@@ -57,9 +57,12 @@ class Ask(msgspec.Struct, frozen=True):
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
-    """The job is set up. `variables` are the names that a template reads."""
+    """The job is set up, or `fault` says why it cannot be. `variables` are the names that a
+    template reads.
+    """
 
     variables: tuple[str, ...] = ()
+    fault: str = ""
 
 
 class Text(msgspec.Struct, frozen=True, tag=True):
@@ -78,7 +81,11 @@ class Refused(msgspec.Struct, frozen=True, tag=True):
     cause: str
 
 
-Reply: TypeAlias = Ready | Text | Tokens | Refused
+class TooLong(msgspec.Struct, frozen=True, tag=True):
+    """The answer has more than `max_answer_bytes`."""
+
+
+Reply: TypeAlias = Ready | Text | Tokens | Refused | TooLong
 
 
 def frame(message: msgspec.Struct) -> bytes:

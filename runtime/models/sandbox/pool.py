@@ -10,12 +10,24 @@ from typing import Generic, TypeVar
 import anyio
 
 from sagellm.graphs.log import get_logger
+from sagellm.runtime.models.fault import ModelError
 from sagellm.runtime.models.sandbox.fault import HelperUnavailable, LimitExceeded, TextError
-from sagellm.runtime.models.sandbox.messages import Ask, Ready, Reply, Setup, frame
+from sagellm.runtime.models.sandbox.messages import (
+    Ask,
+    Ready,
+    Refused,
+    Reply,
+    Setup,
+    Text,
+    Tokens,
+    TooLong,
+    frame,
+)
 from sagellm.runtime.models.sandbox.process import Helper, HelperDied
 
 ANSWER_S = 60.0  # of the clock, waiting for a core included: beyond, the machine is overloaded
 _HOLD_S = 0.001  # a loop waits so long in place: as a rule the answer is there sooner
+MAX_SETUP_BYTES = 192 << 10  # a socket takes so much before the helper has begun to read
 MAX_IDLE = 2  # as many calls as a gateway makes at once
 _LOG_AGAIN_S = _RETRY_S = 60.0
 T = TypeVar("T")
@@ -25,15 +37,15 @@ log = get_logger("sagellm.models")
 class Sandbox:
     """Does one job of one model in helper processes that run `module`.
 
-    `what` names the job in messages ("chat template"), `model` the folder in the log,
-    where "" logs nothing. Calls may
-    come from any thread and any loop: each has a helper of its own for as long as it lasts. How
-    many there are at once is up to the callers.
+    `what` names the job in messages ("chat template"), `model` the folder in the log, where ""
+    logs nothing. Calls may come from any thread and any loop: each has a helper of its own for as
+    long as it lasts. How many there are at once is up to the callers. Raises ModelError for a
+    setup that is too long.
     """
 
     def __init__(self, module: str, setup: Setup, *, what: str, model: str) -> None:
         self._module = module
-        self._setup = setup
+        self._setup = _checked_size(setup, what, model)
         self._what = what
         self._model = model
         self._lock = threading.Lock()
@@ -78,18 +90,24 @@ class Sandbox:
     async def ready_soon(self) -> Ready:
         return self._ready if self._ready is not None else await _awaited(self._set_up())
 
-    def call(self, ask: Ask) -> Reply:
+    def call(self, ask: Ask) -> Text | Tokens | Refused:
         """The answer; blocks. Raises LimitExceeded, HelperUnavailable, and TextError where a text
         has a lone surrogate.
         """
-        return _waited(self._answered(ask, _framed(ask)))
+        return self._checked(_waited(self._answered(ask, _framed(ask))), ask)
 
-    async def ask(self, ask: Ask) -> Reply:
+    async def ask(self, ask: Ask) -> Text | Tokens | Refused:
         """As `call`, on trio or asyncio, without blocking the loop if `ask` is short.
 
         Not cancelled before the answer is there: the limits bound that time.
         """
-        return await _awaited(self._answered(ask, _framed(ask)))
+        return self._checked(await _awaited(self._answered(ask, _framed(ask))), ask)
+
+    def _checked(self, reply: Reply, ask: Ask) -> Text | Tokens | Refused:
+        if isinstance(reply, TooLong):
+            raise LimitExceeded(self._what, f"made more than {ask.max_answer_bytes >> 10} KiB")
+        assert not isinstance(reply, Ready)
+        return reply
 
     def _set_up(self) -> Generator[Helper, None, Ready]:
         helper = self._take()
@@ -185,6 +203,13 @@ class Sandbox:
         if self._model and now_s - self._logged_s >= _LOG_AGAIN_S:
             self._logged_s = now_s
             log.warning("model_helper_killed", model=self._model, cause=fault.cause)
+
+
+def _checked_size(setup: Setup, what: str, model: str) -> Setup:
+    if (length := len(frame(setup))) > MAX_SETUP_BYTES:
+        cause = f"model {model}: its {what} is set up with {length} bytes of text and options"
+        raise ModelError(cause, f"at most {MAX_SETUP_BYTES} are taken; see tokenizer_config.json")
+    return setup
 
 
 def _framed(ask: Ask) -> bytes:

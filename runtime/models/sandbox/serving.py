@@ -25,6 +25,7 @@ from sagellm.runtime.models.sandbox.messages import (
     Render,
     Reply,
     Setup,
+    TooLong,
     frame,
 )
 
@@ -99,8 +100,8 @@ class _Broken:
 
     variables = ()
 
-    def __init__(self, cause: str) -> None:
-        self._refused = Refused(cause)
+    def __init__(self, fault: str) -> None:
+        self._refused = Refused(fault)
 
     def answer(self, work: Render | Encode) -> Reply:
         return self._refused
@@ -110,10 +111,10 @@ def _set_up(open_worker: Callable[[Job], Worker], job: Job) -> tuple[Worker, Rea
     try:
         worker = open_worker(job)
         return worker, Ready(worker.variables)
-    except MemoryError:
-        os._exit(OUT_OF_MEMORY)
     except BaseException as error:  # a panic of the tokenizers library is no Exception
-        return _Broken(_cause(error)), Ready()
+        _end_without_memory(error)
+        fault = _cause(error)
+        return _Broken(fault), Ready(fault=fault)
 
 
 def _answered(worker: Worker, ask: Ask) -> bytes:
@@ -121,13 +122,16 @@ def _answered(worker: Worker, ask: Ask) -> bytes:
     with limit_cpu(ask.cpu_s):
         try:
             answer = frame(worker.answer(ask.work))
-        except MemoryError:
-            os._exit(OUT_OF_MEMORY)
         except BaseException as error:  # as above
+            _end_without_memory(error)
             answer = frame(Refused(_cause(error)))
-        if len(answer) > ask.max_answer_bytes:
-            answer = frame(Refused(f"the result is longer than {ask.max_answer_bytes} bytes"))
-        return answer
+        return answer if len(answer) <= ask.max_answer_bytes else frame(TooLong())
+
+
+def _end_without_memory(error: BaseException) -> None:
+    """End this process if memory ran out: what it still holds would be missing later."""
+    if isinstance(error, MemoryError) or isinstance(error.__cause__, MemoryError):
+        os._exit(OUT_OF_MEMORY)
 
 
 def _cause(error: BaseException) -> str:

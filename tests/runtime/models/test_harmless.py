@@ -1,6 +1,7 @@
 """Which tokenizers encode in this process: those of published models, and none that could grow."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +17,12 @@ from tokenizers import (
 )
 
 from sagellm.runtime.models.folder import BUILT_IN, ModelError
-from sagellm.runtime.models.harmless import check_decoder, encodes_harmlessly
+from sagellm.runtime.models.harmless import (
+    TokenizerParts,
+    check_decoder,
+    encodes_harmlessly,
+    read_parts,
+)
 from sagellm.runtime.models.pipelines import SPLITS, read_tokenizer
 
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
@@ -103,6 +109,27 @@ def test_the_tokenizer_of_sage_tiny_is_harmless() -> None:
     check_decoder("m", tokenizer)
 
 
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"normalizer": normalizers.Replace(Regex("a"), "")},
+        {"pre_tokenizer": _split("a")},
+        {"decoder": decoders.Sequence([decoders.Replace(Regex("a"), "")])},
+        {"normalizer": normalizers.Prepend("a" * 99)},
+    ],
+)
+def test_what_a_helper_loads_first(tmp_path: Path, parts: dict[str, Any]) -> None:
+    """Regular expressions that are not known, and what grows the added tokens."""
+    assert not _read(tmp_path, made(**parts)).loads_harmlessly
+    assert _read(tmp_path, made(pre_tokenizer=_split(min(SPLITS)))).loads_harmlessly
+
+
+def _read(folder: Path, tokenizer: Tokenizer) -> TokenizerParts:
+    file = folder / "tokenizer.json"
+    file.write_text(tokenizer.to_str())
+    return read_parts("m", file)
+
+
 @pytest.mark.parametrize("parts", GROWING.values(), ids=GROWING)
 def test_what_may_grow_or_take_its_time_is_not(parts: dict[str, Any]) -> None:
     assert not encodes_harmlessly(made(**parts))
@@ -138,7 +165,7 @@ def test_decoders_that_grow_are_not(decoder: Any) -> None:
         check_decoder("m", made(decoder=decoder))
 
 
-def test_a_panic_of_the_library_is_an_error_of_the_file(tmp_path: Any) -> None:
+def test_a_panic_of_the_library_is_an_error_of_the_file(tmp_path: Path) -> None:
     file = tmp_path / "tokenizer.json"
     held = json.loads(made(normalizer=normalizers.Replace(Regex("(a+)+b"), "")).to_str())
     token = AddedToken("a" * 60).__getstate__()

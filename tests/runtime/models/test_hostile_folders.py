@@ -11,6 +11,7 @@ from hostile_folders import HEALTHY, MESSAGES, TEMPLATES, TOKENIZERS, hostile_fo
 
 from sagellm.graphs.models import UnsupportedModel
 from sagellm.prompts import RequestError, encode
+from sagellm.runtime.models import isolated
 from sagellm.runtime.models.bad_words import bad_words_token_ids
 from sagellm.runtime.models.chat import MAX_TEMPLATE_BYTES, Rendering
 from sagellm.runtime.models.folder import ModelError, resolve_model
@@ -138,6 +139,43 @@ def test_added_tokens_that_grow_as_they_are_read_are_refused(tmp_path: Path) -> 
     with pytest.raises(ModelError, match="cannot be read: it took more than"):
         load(folder)
     assert _peak_mb() - peak_mb < MAX_GROWTH_MB
+
+
+def test_a_regular_expression_that_compiles_to_gigabytes_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(isolated, "_LOAD_CPU_S", 0.1)
+    pattern = "(?i:" + "[\\p{L}\\p{N}]" * 20_000 + ")"  # 1.7 GB once compiled, and 20 s
+    parts = {**TOKENIZERS["regex"]["pre_tokenizer"], "pattern": {"Regex": pattern}}
+    folder = hostile_folder(tmp_path, tokenizer={"pre_tokenizer": parts})
+    peak_mb, began_s = _peak_mb(), time.process_time()
+    with pytest.raises(ModelError, match=r"tokenizer\.json cannot be read: it took more than"):
+        load(folder)
+    assert _peak_mb() - peak_mb < MAX_GROWTH_MB
+    assert time.process_time() - began_s < MAX_CPU_S
+
+
+def test_a_tokenizer_that_no_helper_can_load_is_refused(tmp_path: Path) -> None:
+    parts = {**TOKENIZERS["regex"]["pre_tokenizer"], "pattern": {"Regex": "("}}
+    with pytest.raises(ModelError, match=r"tokenizer\.json cannot be read: Oniguruma"):
+        load(hostile_folder(tmp_path, tokenizer={"pre_tokenizer": parts}))
+
+
+def test_options_of_any_length_are_not_taken(tmp_path: Path) -> None:
+    """A helper process is told them before it reads: no call should wait for that."""
+    folder = hostile_folder(tmp_path, HEALTHY)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "a" * 10**6}))
+    with pytest.raises(ModelError, match=r"set up with 1000\d\d\d bytes"):
+        load(folder)
+
+
+def test_an_error_repeats_the_beginning_of_a_long_value(tmp_path: Path) -> None:
+    folder = hostile_folder(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "layer_types": ["a"] * 10**5}))
+    with pytest.raises(UnsupportedModel) as refused:
+        resolve_model(str(folder))
+    assert len(str(refused.value)) < 1000
 
 
 def test_a_template_of_any_length_is_not_read(tmp_path: Path) -> None:
