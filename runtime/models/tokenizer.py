@@ -282,7 +282,7 @@ def _chosen(config: Mapping[str, Any], fields: Sequence[str]) -> dict[str, Any]:
 
 
 def _try_loading(name: str, file: Path, encoder: IsolatedEncoder) -> None:
-    """Load a tokenizer.json in a helper process first, which stays for the first call.
+    """Load a tokenizer.json in a helper process first. It ends then: not every process encodes.
 
     Raises ModelError where it cannot be loaded within limits.
     """
@@ -293,6 +293,8 @@ def _try_loading(name: str, file: Path, encoder: IsolatedEncoder) -> None:
         fault = f"it {error.limit}"
     except HelperUnavailable as error:
         fault, fix = str(error), "raise the limit of processes: ulimit -u"
+    finally:
+        encoder.sandbox.close()
     if fault:
         raise ModelError(f"model {name}: {file} cannot be read: {fault}", fix) from None
 

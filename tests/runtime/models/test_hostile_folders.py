@@ -80,6 +80,7 @@ def test_a_helper_encodes_what_this_process_would(tmp_path: Path) -> None:
     parts = {"pre_tokenizer": {**TOKENIZERS["regex"]["pre_tokenizer"], "pattern": {"Regex": "h"}}}
     apart, plain = load(hostile_folder(tmp_path, tokenizer=parts)), load(Path("sage-tiny"))
     assert apart.isolated_encoder
+    assert not apart.isolated_encoder.sandbox.pids  # until somebody wants to encode
     assert not plain.isolated_encoder
     with apart.kept():
         assert apart.encode("hey") == (104, 101, 121)
