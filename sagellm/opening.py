@@ -28,6 +28,7 @@ from sagellm.misuse import UsageError, misused, refuse_in_loop, unopened
 from sagellm.runtime.cluster.options import ProcessesOptions, processes_options
 from sagellm.runtime.engine.port import Engine
 from sagellm.runtime.executors.tasks import TasksExecutor
+from sagellm.runtime.models.tokenizer import Tokenizer
 from sagellm.runtime.plan import plan
 from sagellm.runtime.resolver import Resolver
 from sagellm.session import RequestFailed, Session, encode_prompt
@@ -179,6 +180,13 @@ async def open_session(recipe: Recipe) -> AsyncIterator[Session]:
     )
     tokenizer = load_tokenizer_of(graph)
     log_warnings(tokenizer.warnings)
+    with tokenizer.kept():
+        async with _running(graph, tokenizer, recipe) as session:
+            yield session
+
+
+@asynccontextmanager
+async def _running(graph: Graph, tokenizer: Tokenizer, recipe: Recipe) -> AsyncIterator[Session]:
     async with _unwrapped(), AsyncExitStack() as stack, trio.open_nursery() as nursery:
         processes = processes_options(graph)
         engines, supervisor = await _engines(graph, processes, nursery, recipe)

@@ -16,13 +16,13 @@ from sagellm.prompts import (
     Prompt,
     RequestError,
     encode,
+    encode_bad_words,
     encode_prompt,
     read_fields,
     read_sampling,
 )
 from sagellm.runtime.executors.tasks import ExecutorStopped, TasksExecutor
 from sagellm.runtime.messages import Answer, Forked, Item, Request, Sampling, Stamps, TokenEvent
-from sagellm.runtime.models.bad_words import bad_words_token_ids
 from sagellm.runtime.models.tokenizer import Tokenizer
 from sagellm.runtime.operator import Signal
 from sagellm.statistics import Statistics, statistics_of
@@ -235,7 +235,7 @@ class Session:
         sampling = read_sampling(sampling)
         encoded = encode(self.tokenizer, prompt)
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
-        banned = bad_words_token_ids(self.tokenizer, sampling.bad_words)
+        banned = encode_bad_words(self.tokenizer, sampling.bad_words)
         first = Request(
             **{"request_id": self._free_id(), **fields},
             prompt=encoded.text,

@@ -86,7 +86,8 @@ async def _run(
         gateway = _gateway(setup, start, link)
         app = build_app(gateway)
         server = make_server(app, setup.settings, socket(fileno=start.listener))
-        return await _Serving(app, server, link).run()
+        with gateway.tokenizer.kept():
+            return await _Serving(app, server, link).run()
 
 
 def _gateway(setup: Setup, start: Start, link: Link[FromGraph]) -> Gateway:

@@ -31,6 +31,8 @@ from sagellm.gateway.server.listen import url_of
 from sagellm.gateway.settings import Settings, Streaming
 from sagellm.runtime.cluster.control import run_alone
 from sagellm.runtime.cluster.members import OneProcess
+from sagellm.runtime.models.sandbox.fault import HelperUnavailable, TextError
+from sagellm.runtime.models.tokenizer import Tokenizer
 from sagellm.session import Session
 from sagellm.tracing import open_tracing
 
@@ -181,7 +183,15 @@ def _traced(session: Session, settings: Settings) -> AbstractAsyncContextManager
     return open_tracing(session, endpoint=settings.otlp_endpoint, model=model, sample=sample)
 
 
+def _probe(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Any token does where the model's own tokenizer fails: what is probed is the graph."""
+    try:
+        return tokenizer.encode(PROBE_TEXT) or (0,)
+    except (TextError, HelperUnavailable):
+        return (0,)
+
+
 async def _watch(readiness: Readiness, session: Session, streaming: Streaming) -> None:
     """Probes go through a door of this loop: the graph is the same."""
-    token_ids = session.tokenizer.encode(PROBE_TEXT)
+    token_ids = await trio.to_thread.run_sync(_probe, session.tokenizer, abandon_on_cancel=True)
     await readiness.watch(SessionDoor(session, streaming), session.health, token_ids, PROBE_TEXT)

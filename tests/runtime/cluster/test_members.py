@@ -27,8 +27,8 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 async def test_a_graph_in_one_process_is_listed_and_leaves_nothing() -> None:
     before = set(running())
     async with null_graph().open() as session, trio.open_nursery() as nursery:
-        plan = session.executor.plan
-        await nursery.start(run_alone, OneProcess(plan.graph, plan.engines))
+        executor = session.executor
+        await nursery.start(run_alone, OneProcess(executor.plan.graph, executor.engines))
         (path,) = set(running()) - before
         assert path.parent.stat().st_mode & 0o077 == 0
         rows = (await ask(path, Asked("ps"))).rows
