@@ -89,6 +89,20 @@ class Supervisor:
             found[worker.engine_name] = (*found.get(worker.engine_name, ()), worker.engine)
         return found
 
+    @property
+    def missing(self) -> str:
+        """Which engines have no worker that serves, and what is done about it; "" where each has
+        one. It names no path, and nothing that an engine said: everybody may read it.
+        """
+        by_engine: dict[str, list[Worker]] = {}
+        for worker in self.workers:
+            by_engine.setdefault(worker.engine_name, []).append(worker)
+        return "; ".join(
+            f"engine {name} has no worker: {', '.join(map(_outlook, workers))}"
+            for name, workers in by_engine.items()
+            if not any(worker.is_serving for worker in workers)
+        )
+
     def watch(self, dispatcher: Dispatcher) -> None:
         """Tell it of every engine that is lost, back, or new."""
         self._dispatcher = dispatcher
@@ -140,7 +154,7 @@ class Supervisor:
                 worker.engine.evict()
             worker.leave()
             while worker.is_wanted and (  # noqa: ASYNC110
-                worker.epoch == epoch or worker.state not in ("ready", "ejected", "failed")
+                worker.epoch == epoch or worker.state not in ("ready", "ejected", "failing")
             ):
                 await trio.sleep(self._ping_s)
 
@@ -226,8 +240,21 @@ class Supervisor:
             self._dispatcher.add(worker.engine_name, worker.engine)
 
     def _turn(self, worker: Worker, state: WorkerState) -> None:
+        if worker.state == state:
+            return
         if worker.is_wanted:
             worker.state = state
         if worker.engine is not None:  # else nobody knows of it
             self.on_change(worker)
         self._keeper.keep_half(worker.engine_name)
+
+
+def _outlook(worker: Worker) -> str:
+    """What becomes of one that does not serve. The words stay while it is tried again."""
+    if worker.state == "drained":
+        return f"{worker} is drained"
+    if worker.state == "ejected":
+        return f"{worker} is left alone, as its link fails"
+    if worker.restarts.is_failing:
+        return f"{worker} dies again and again, and is tried again"
+    return f"{worker} is started again"

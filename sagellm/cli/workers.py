@@ -122,7 +122,7 @@ def _change(asked: Asked, graph_pid: int | None, json: bool) -> int:
         print(msgspec.json.encode(done).decode())
     else:
         _print(done)
-    failed = [row for row in done if row.state in ("ejected", "failed")]
+    failed = [row for row in done if row.state in ("ejected", "failing")]
     if failed:
         first = failed[0]
         fix = f"the log of the graph says more; then `sagellm restart {first.operator}`"
