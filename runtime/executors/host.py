@@ -63,6 +63,7 @@ class Host:
         self._mailbox = Mailbox()
         self._scopes: list[tuple[Item, trio.CancelScope]] = []
         self._owed: set[tuple[str, int]] = set()  # taken, and nothing was sent for it yet
+        self._untransferred: set[tuple[str, int]] = set()  # taken, and their blocks do not come
         self._meter = executor.meter.services[name, replica]
         self._engine = executor.plan.engine_name(name)
         facts = self.engine.facts if self._engine else None
@@ -124,6 +125,12 @@ class Host:
     def release(self, key: tuple[str, int]) -> None:
         self._executor.release(self.name, self.replica, key)
 
+    def not_transferred(self, item: Item, *, has_failed: bool) -> None:
+        self._untransferred.add(item.key)
+        if has_failed:
+            self._meter.num_errors += 1
+            self._note_transfer(item, self._executor.outliers.failed)
+
     # ---- what the executor calls -----------------------------------------------------------
 
     @property
@@ -168,6 +175,7 @@ class Host:
             except (EngineLost, StaleLease, DamagedBlocks) as error:
                 if not isinstance(error, EngineLost):
                     self._note_transfer(item, self._executor.outliers.failed)
+                self._meter.num_errors += _is_transfer(item)
                 self._send_back(item, error)
                 await trio.lowlevel.checkpoint()
                 return
@@ -175,6 +183,8 @@ class Host:
                 failure = as_error(error)
             finally:
                 self._scopes.remove(entry)
+                is_transferred = item.key not in self._untransferred
+                self._untransferred.discard(item.key)
                 self._meter.process_s += self._executor.meter.clock() - begun_s
         if failure is not None:
             self._meter.num_errors += 1
@@ -183,7 +193,8 @@ class Host:
         elif scope.cancelled_caught:
             self._end(item)
         elif not self._service.holds:
-            self._note_transfer(item, self._executor.outliers.passed)
+            if is_transferred:
+                self._note_transfer(item, self._executor.outliers.passed)
             self.release(item.key)
 
     async def _take(self, item: Item) -> None:
@@ -253,8 +264,10 @@ class Host:
 
     def _note_transfer(self, item: Item, note: Callable[[Replica, Replica], None]) -> None:
         """If it was one: between whom."""
-        if isinstance(item, Prefilled) and item.lease is not None and item.landing is not None:
+        if isinstance(item, Prefilled) and _is_transfer(item):
             sender, receiver = item.lease, item.landing
+            assert sender is not None
+            assert receiver is not None
             note((sender.engine, sender.replica), (receiver.engine, receiver.replica))
 
     def _end(self, item: Item) -> None:
@@ -296,6 +309,11 @@ class Host:
 
 def _last(key: tuple[str, int], reason: FinishReason) -> TokenEvent:
     return TokenEvent(request_id=key[0], choice=key[1], finish_reason=reason)
+
+
+def _is_transfer(item: Item) -> bool:
+    """Whether its blocks are to move from one pool to another."""
+    return isinstance(item, Prefilled) and item.lease is not None and item.landing is not None
 
 
 def _request_of(item: Item) -> Request | None:

@@ -259,6 +259,8 @@ class TasksExecutor:
             self._enter_again(node, request)
         elif verdict == "never":
             self.to_sink(_quarantined(request, self.now()), terminal=True)
+        elif verdict == "spent":
+            self.to_sink(_spent(request, self.now()), terminal=True)
         self._try_next()
 
     def _enter_again(self, node: str, request: Request) -> None:
@@ -540,6 +542,11 @@ def _unavailable(request: Request, now: float) -> TokenEvent:
 def _quarantined(request: Request, now: float) -> TokenEvent:
     error = "engines died of this request, or of its like: it is not tried again"
     return refusal(request, "failed", now=now, error=error, code="request_quarantined")
+
+
+def _spent(request: Request, now: float) -> TokenEvent:
+    error = "engines, or the links between them, failed too often: try again later"
+    return refusal(request, "failed", now=now, error=error, code="engine_failed")
 
 
 def _reason(signal: Signal | None) -> FinishReason:
