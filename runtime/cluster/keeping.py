@@ -12,7 +12,7 @@ from sagellm.graphs.ir import Graph
 from sagellm.graphs.log import get_logger
 from sagellm.graphs.text.codec import to_msgpack
 from sagellm.runtime.cluster.backoff import Blame
-from sagellm.runtime.cluster.faults import WorkerUnfit
+from sagellm.runtime.cluster.faults import NoResources, WorkerUnfit
 from sagellm.runtime.cluster.launch import Launcher, Life
 from sagellm.runtime.cluster.suspects import Suspects
 from sagellm.runtime.cluster.worker import Watch, Worker, WorkerState
@@ -134,6 +134,8 @@ class Keeper:
             life = self._launcher.launch(worker.epoch)
         except OSError as error:  # no memory, or too many processes
             worker.why = f"it could not be started: {error.strerror}"
+            if not worker.was_ready:
+                raise NoResources(f"engine {worker}: {worker.why}") from None
             return None
         worker.pid = life.pid
         try:

@@ -1,8 +1,6 @@
 """How the life of a worker begins: as a process of this machine, or as tasks of this very loop."""
 
 import secrets
-import shutil
-import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Protocol
 
 import trio
 
+from sagellm.runtime.cluster.folder import Folder
 from sagellm.runtime.cluster.options import IPC
 from sagellm.runtime.cluster.process import Process
 from sagellm.runtime.cluster.start import OpenEngine, Start, work
@@ -86,7 +85,8 @@ class Processes:
         env: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         hub_keys = load_keys(Path(keys), "graph") if keys is not None else None
-        self.folder = Path(tempfile.mkdtemp(prefix="sagellm-"))
+        self._folder = Folder()
+        self.folder = self._folder.path
         self._module = module
         self._keys = keys
         self._env = env
@@ -99,7 +99,7 @@ class Processes:
             task_status.started()
             await self._hub.run()
         finally:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            self._folder.remove()
 
     def launch(self, epoch: int) -> ProcessLife:
         name = secrets.token_bytes(16)

@@ -1,6 +1,7 @@
 """How a worker process begins: what it is told, on which clock it runs, and what it does."""
 
 import os
+import signal
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -70,6 +71,8 @@ def serve(open_engine: OpenEngine, unfit: tuple[type[Exception], ...]) -> None:
     """
     start = msgspec.json.decode(os.environ.pop(_VARIABLE), type=Start)
     hold_lifeline(Path(start.folder))
+    for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)  # whoever signals all processes means the graph's
     trio.run(_serve, start, open_engine, unfit, clock=SharedClock(start.clock_offset_s))
 
 

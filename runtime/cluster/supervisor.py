@@ -134,7 +134,10 @@ class Supervisor:
     # ---- what an operator of it asks -------------------------------------------------------
 
     def drain(self, worker: Worker) -> None:
-        """Give it nothing new. What runs goes on at a sibling, or ends here where there is none."""
+        """Give it nothing new, or once it is ready where it is not yet. What runs goes on at a
+        sibling, or ends here where there is none.
+        """
+        worker.is_to_drain = not worker.is_serving
         if worker.is_serving:
             self._turn(worker, "drained")
             log.info("worker_drained", worker=str(worker))
@@ -143,18 +146,22 @@ class Supervisor:
                 worker.engine.evict()
 
     async def restart(self, workers: Sequence[Worker]) -> None:
-        """One after the other, each once the one before is ready: siblings take over meanwhile."""
+        """One after the other, each once the one before is ready: siblings take over meanwhile.
+
+        It also goes on where a new life fails, is drained or is removed meanwhile.
+        """
         for worker in workers:
             epoch = worker.epoch
             log.info("worker_restarting", worker=str(worker), pid=worker.pid)
             worker.restarts.forgive()
+            worker.is_to_drain = False
             if worker.is_serving:
                 self._turn(worker, "drained")
             if worker.engine is not None:
                 worker.engine.evict()
             worker.leave()
             while worker.is_wanted and (  # noqa: ASYNC110
-                worker.epoch == epoch or worker.state not in ("ready", "ejected", "failing")
+                worker.epoch == epoch or worker.state == "starting"
             ):
                 await trio.sleep(self._ping_s)
 
@@ -240,6 +247,8 @@ class Supervisor:
             self._dispatcher.add(worker.engine_name, worker.engine)
 
     def _turn(self, worker: Worker, state: WorkerState) -> None:
+        if state == "ready" and worker.is_to_drain:
+            state, worker.is_to_drain = "drained", False
         if worker.state == state:
             return
         if worker.is_wanted:

@@ -47,6 +47,7 @@ class Worker:
     ended: str = ""  # why the last life did
     is_cut: bool = False  # by its link, as far as can be known
     ejected_s: float = 0.0  # when it was the last time
+    is_to_drain: bool = False  # as soon as it is ready
     is_leaving: bool = False  # this life was asked to end: no death
     was_ready: bool = False  # since it was last wanted
     has_served: bool = False  # a token, since a request was last to blame for its death
@@ -67,7 +68,8 @@ class Worker:
 
     def want(self) -> None:
         """It was removed, or is new: begin again as if nothing had been."""
-        self.state, self.was_ready, self.is_leaving = "starting", False, False
+        self.state, self.was_ready = "starting", False
+        self.is_leaving = self.is_to_drain = False
         self.gone = trio.Event()
         self.restarts.forgive()
         if self.engine is not None:

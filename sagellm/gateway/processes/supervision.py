@@ -82,7 +82,7 @@ class GatewayProcesses:
         self._past = SummedMeters(PATHS)  # of lives that are over
         self._claimed: set[str] = set()  # ids of requests, of all gateways
         self._changed = trio.lowlevel.ParkingLot()
-        self._is_draining = self._is_stopping = False
+        self._is_started = self._is_draining = self._is_stopping = False
         readiness.on_change = self._tell_readiness
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -93,6 +93,7 @@ class GatewayProcesses:
                 async with trio.open_nursery() as starting:
                     for number in range(self._settings.num_gateways):
                         starting.start_soon(nursery.start, self._keep, nursery, number)
+                self._is_started = True
                 task_status.started()
 
     def drain(self) -> int:
@@ -163,7 +164,10 @@ class GatewayProcesses:
             row = self._free_rows.pop(0)
             try:
                 life = await Life.begin(partial(self._start, row), self._setup)
-            except OSError as error:  # no memory, or too many processes
+            except OSError as error:  # no memory, no file, or too many processes
+                if not self._is_started:
+                    cause = f"a gateway could not be started: {error.strerror}"
+                    raise GatewaysFailed(cause) from error
                 log.warning("gateway_not_started", error=error.strerror)
                 self._free_rows.append(row)
                 await trio.sleep(POLICY.longest_s)

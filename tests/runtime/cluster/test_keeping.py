@@ -15,6 +15,7 @@ from virtual_workers import Chaos, chaotic
 from sagellm import Graph, Sampling, ops
 from sagellm.runtime.cluster.backoff import RestartPolicy
 from sagellm.runtime.cluster.launch import TaskLife
+from sagellm.runtime.comm.channel import ChannelClosed
 
 START_S = 2.0  # what loading takes
 ONE = Sampling(max_tokens=1)
@@ -241,3 +242,43 @@ async def test_each_engine_of_the_graph_needs_a_worker(autojump_clock: MockClock
         await ready(chaos, 1)
         assert chaos.session.health().missing == parts[0]
         assert decode.is_serving
+
+
+@pytest.mark.parametrize("after_s", [0.0, 1.0, 2.6, 2.75], ids=str)
+async def test_a_restart_that_a_drain_overtakes_comes_to_an_end(
+    after_s: float, autojump_clock: MockClock
+) -> None:
+    """While the worker leaves, starts, or has just become ready: it is drained in the end."""
+    async with chaotic(replicated(), 1) as chaos:
+        workers = chaos.supervisor.workers
+
+        async def drain() -> None:
+            await trio.sleep(after_s)
+            chaos.supervisor.drain(workers[0])
+
+        with trio.fail_after(60):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(chaos.supervisor.restart, workers)
+                nursery.start_soon(drain)
+        assert [worker.state for worker in workers] == ["drained", "ready"]
+        assert [worker.epoch for worker in workers] == [2, 2]
+        await chaos.supervisor.restart(workers[:1])
+        assert workers[0].is_serving
+
+
+async def test_a_restart_whose_new_life_fails_comes_to_an_end(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with chaotic(replicated(), 1, policy=RestartPolicy()) as chaos:
+
+        async def broken(*_: object) -> None:
+            raise ChannelClosed("it cannot")
+
+        before = chaos.lives._open_engine
+        monkeypatch.setattr(chaos.lives, "_open_engine", broken)
+        with trio.fail_after(60):
+            await chaos.supervisor.restart(chaos.supervisor.workers[:1])
+        assert chaos.supervisor.workers[0].state == "dead"
+        assert chaos.supervisor.workers[0].ended
+        monkeypatch.setattr(chaos.lives, "_open_engine", before)
+        await ready(chaos)
