@@ -13,6 +13,7 @@ from trio.testing import MockClock
 from virtual_workers import Chaos, chaotic
 
 from sagellm import Graph, Sampling, ops
+from sagellm.gateway.metrics.snapshot import read_engines
 from sagellm.runtime.cluster.backoff import RestartPolicy
 from sagellm.runtime.cluster.launch import TaskLife
 from sagellm.runtime.comm.channel import ChannelClosed
@@ -188,6 +189,9 @@ async def test_a_worker_that_dies_again_and_again_is_tried_for_ever(
         deaths = [line for line in lines if line["event"] == "worker_died"]
         assert [line["is_failing"] for line in deaths] == [False] * 5 + [True] * 7
         assert [line["num_deaths"] for line in deaths] == list(range(1, 13))
+        (shown,) = read_engines(chaos.session.executor, chaos.supervisor.workers)
+        assert (shown.is_failing, shown.is_up) == (True, False)
+        assert shown.deaths == {"machine": 12, "request": 0, "link": 0}
         await ready(chaos)
         assert chaos.session.health().missing == ""
         assert (await generate(chaos.session, [1] * 5, sampling=ONE)).finish_reason == "length"
