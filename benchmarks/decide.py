@@ -137,6 +137,7 @@ class Played:
         send, _ = self._running.popleft()
         gate = send.node, send.replica
         request = send.item
+        assert isinstance(request, Request)
         last = TokenEvent(
             request_id=request.request_id,
             token_ids=(7,),

@@ -268,6 +268,11 @@ class Context(Protocol):
     def release(self, key: tuple[str, int]) -> None:
         """Return the credit of an item that this operator took: it no longer holds it."""
 
+    def not_transferred(self, item: Item, *, has_failed: bool) -> None:
+        """The blocks of an item that this operator has now do not come: a transfer has failed, or
+        was not tried. The item goes on without.
+        """
+
 
 Sent: TypeAlias = Callable[[Context, TokenEvent], None]
 

@@ -142,7 +142,7 @@ class Session:
         return statistics_of(self.executor, elapsed_s=trio.current_time() - self._opened_s)
 
     def health(self) -> Health:
-        return health_of(self.executor)
+        return health_of(self.executor, self.supervisor)
 
     async def idle(self) -> None:
         """Wait until every request has ended and every block is free."""

@@ -32,6 +32,7 @@ from sagellm.session import Session
 # Deaths end a task, and are noticed by that; only silence needs asking, and may take its time.
 # It came while nobody was there; or it was twice, without a token, in a worker as that died.
 EXCUSED = ("unavailable", "request_quarantined")
+OFTEN = RestartPolicy(most=10**6)  # they may die as often as they like, and are not failing
 WATCH = Watch(ping_s=4.0, silent_s=9.0, stop_s=1.0)
 ACTIONS = ("kill", "kill", "kill two", "mute", "garble", "restart", "scale", "scale", "drain")
 OPTIONS = {"device": "null", "model": "null", "decode_step_s": 0.05, "prefill_token_s": 1e-3}
@@ -108,7 +109,7 @@ async def chaotic(
     seed: int,
     *,
     max_hold_s: float = 1000.0,
-    most_deaths: int = 10**6,
+    policy: RestartPolicy = OFTEN,
     decisions: Path | None = None,
 ) -> AsyncIterator[Chaos]:
     given = {f"{e}.{key}": value for e in loaded.ir.engines for key, value in OPTIONS.items()}
@@ -119,7 +120,7 @@ async def chaotic(
         {engine: engine_options(graph, engine).replicas for engine in graph.engines},
         lives,
         watch=WATCH,
-        policy=RestartPolicy(most=most_deaths),
+        policy=policy,
         draw=draw.random,
     )
     log = Decisions(decisions) if decisions is not None else None
@@ -132,6 +133,7 @@ async def chaotic(
         record = stack.enter_context(recorded(log, ready, max_hold_s))
         make = partial(TasksExecutor, ready, engines=engines, max_hold_s=max_hold_s, record=record)
         session = Session(tokenizer, make)
+        session.supervisor = supervisor
         await nursery.start(session.executor.run)
         supervisor.watch(session.executor)
         yield Chaos(session, supervisor, lives, draw)

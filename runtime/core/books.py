@@ -25,6 +25,7 @@ from sagellm.runtime.user_function import ending, failing
 
 _NO_ENGINE = "no engine is there to serve it: try again later"
 _QUARANTINED = "engines died of this request, or of its like: it is not tried again"
+_SPENT = "engines, or the links between them, failed too often: try again later"
 _NONE: list[str] = []
 _STOPPED = "the graph stopped before this request ended"
 
@@ -181,3 +182,8 @@ def unavailable(request: Request, now: float) -> TokenEvent:
 def quarantined(request: Request, now: float) -> TokenEvent:
     """The end of a request that engines may have died of."""
     return refusal(request, "failed", now=now, error=_QUARANTINED, code="request_quarantined")
+
+
+def spent(request: Request, now: float) -> TokenEvent:
+    """The end of a request that came back too often, through no fault of its own that is known."""
+    return refusal(request, "failed", now=now, error=_SPENT, code="engine_failed")

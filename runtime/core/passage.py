@@ -166,6 +166,7 @@ class Passage:
             step = method(before, given, now, cell.draw.begin(number))
             if type(step) is not Step or step[0] is before or type(step[1]) is not tuple:
                 check_step(cell.operator, given, step, before)
+            outputs: tuple[Output, ...]
             state, outputs, wake_at = step
             if wake_at is not None:
                 check_step(cell.operator, given, step, before)

@@ -15,7 +15,7 @@ import msgspec
 from sagellm.runtime.buckets import Buckets
 from sagellm.runtime.messages import Item, Request, TokenEvent
 
-Verdict: TypeAlias = Literal["now", "later", "never"]
+Verdict: TypeAlias = Literal["now", "later", "never", "spent"]
 
 QUARANTINE_S = 600.0
 _MOST_DEATHS = 2
@@ -42,7 +42,8 @@ class Recovery:
 
     def judge(self, node: str, request: Request, *, was_computed: bool) -> Verdict:
         """Of a request that an engine of `node` lost; `was_computed`: it was in that engine, and
-        not only on its way there. What is to come later is kept, and given out by `next`.
+        not only on its way there. What is to come later is kept, and given out by `next`. `never`:
+        engines died of it. `spent`: it has come back too often, through no fault that is known.
         """
         key = request.key
         self._lost_s.setdefault(key, self._clock())
@@ -57,7 +58,7 @@ class Recovery:
         elif was_computed:
             self._deaths[key] = self._deaths.get(key, 0) + 1
         if self._num_returns[key] > _MOST_RETURNS:
-            return "never"
+            return "spent"
         if not self._deaths.get(key):
             return "now"
         if self._deaths[key] >= _MOST_DEATHS:

@@ -2,7 +2,7 @@
 
 from msgspec.structs import replace
 
-from sagellm.runtime.core.books import Books, quarantined
+from sagellm.runtime.core.books import Books, quarantined, spent
 from sagellm.runtime.core.events import Returned
 from sagellm.runtime.core.flow import Flow
 from sagellm.runtime.core.inputs import Inputs
@@ -34,6 +34,8 @@ class Returns:
             self._enter(returned.node, request)
         elif verdict == "never":
             books.end(quarantined(request, self._turn.now), None)
+        elif verdict == "spent":
+            books.end(spent(request, self._turn.now), None)
 
     def try_next(self) -> None:
         """Send the next of the requests that are tried one at a time, if it is its turn."""

@@ -16,6 +16,8 @@ from sagellm.runtime.kv.extent import NOTHING, Extent, Part
 from sagellm.runtime.kv.lease import Fence
 from sagellm.runtime.messages import LeaseRef
 
+_SILENT_S = 1.0  # a part that takes longer to fail is the last one: the transfer has the rest
+
 
 @dataclass(slots=True)
 class _Flight:
@@ -83,9 +85,12 @@ class Prefetcher:
                 if part is None:
                     flight.source = None
                     continue
+                begun_s = trio.current_time()
                 try:
                     await _move_part(flight, engine, lease, part)
                 except (StaleLease, DamagedBlocks, EngineLost, EngineRefusal):
+                    if trio.current_time() - begun_s > _SILENT_S:
+                        flight.is_settled = True
                     if flight.source == (engine, lease, computed):  # there is nothing newer
                         flight.source = None
         finally:

@@ -71,6 +71,7 @@ class Host:
         self._mailbox = Mailbox()
         self._scopes: list[tuple[Item, trio.CancelScope]] = []
         self._owed: set[tuple[str, int]] = set()  # taken, and nothing was sent for it yet
+        self._untransferred: set[tuple[str, int]] = set()  # taken, and their blocks do not come
         self._meter = executor.core.meter.services[name, replica]
         self._engine = executor.core.plan.engine_name(name)
         facts = self.engine.facts if self._engine else None
@@ -127,6 +128,12 @@ class Host:
     def release(self, key: tuple[str, int]) -> None:
         self._executor.happen(Released(self.name, self.replica, *key))
 
+    def not_transferred(self, item: Item, *, has_failed: bool) -> None:
+        self._untransferred.add(item.key)
+        if has_failed:
+            self._meter.num_errors += 1
+            self._note_transfer(item, succeeded=False)
+
     # ---- what the executor calls -----------------------------------------------------------
 
     @property
@@ -169,6 +176,7 @@ class Host:
             except (EngineLost, StaleLease, DamagedBlocks) as error:
                 if not isinstance(error, EngineLost):
                     self._note_transfer(item, succeeded=False)
+                self._meter.num_errors += _is_transfer(item)
                 self._send_back(item, error)
                 await trio.lowlevel.checkpoint()
                 return
@@ -176,6 +184,8 @@ class Host:
                 failure = as_error(error)
             finally:
                 self._scopes.remove(entry)
+                is_transferred = item.key not in self._untransferred
+                self._untransferred.discard(item.key)
                 self._meter.process_s += self._executor.clock() - begun_s
         if failure is not None:
             self._meter.num_errors += 1
@@ -183,7 +193,8 @@ class Host:
         elif scope.cancelled_caught:
             self._end(item)
         elif not self._service.holds:
-            self._note_transfer(item, succeeded=True)
+            if is_transferred:
+                self._note_transfer(item, succeeded=True)
             self.release(item.key)
 
     async def _take(self, item: Item) -> None:
@@ -304,6 +315,11 @@ class Host:
 
 def _last(key: tuple[str, int], reason: FinishReason) -> TokenEvent:
     return TokenEvent(request_id=key[0], choice=key[1], finish_reason=reason)
+
+
+def _is_transfer(item: Item) -> bool:
+    """Whether its blocks are to move from one pool to another."""
+    return isinstance(item, Prefilled) and item.lease is not None and item.landing is not None
 
 
 def _request_of(item: Item) -> Request | None:

@@ -12,7 +12,8 @@ from sagellm.logs import command_logs
 
 HELP = """LLM serving as a dataflow: one graph from a prompt to tokens.
 
-Exit codes: 0 done, 1 something failed, 2 your configuration, 3 resources, 130 interrupted."""
+Exit codes: 0 done, 1 something failed, 2 your configuration, 3 resources, 130 interrupted,
+143 terminated."""
 
 APP = App(
     name="sagellm", help=HELP, version=sagellm_version, default_parameter=Parameter(negative=())

@@ -12,10 +12,12 @@ from virtual_workers import EXCUSED, bursts, chaotic
 
 from sagellm import Graph, Sampling, ops
 from sagellm.replay import replay
+from sagellm.runtime.cluster.backoff import RestartPolicy
 from sagellm.runtime.engine.null_runner import null_token
 
 LONG = Sampling(max_tokens=1000, ignore_eos=True)
 HOURS = float(os.environ.get("SAGELLM_CHAOS_HOURS", "1"))  # virtual ones, a seed
+NEVER = RestartPolicy(first_s=1e9, longest_s=1e9)
 SEEDS = range(int(os.environ.get("SAGELLM_CHAOS_SEEDS", "20")))
 
 
@@ -53,7 +55,7 @@ async def test_nobody_waits_for_ever_for_what_does_not_come_back(
 ) -> None:
     """Wherever it waits: in a queue, or before a door that is shut."""
     graph = queueless() if name == "queueless" else Graph.load(name)
-    async with chaotic(graph, 1, max_hold_s=20.0, most_deaths=0) as chaos:
+    async with chaotic(graph, 1, max_hold_s=20.0, policy=NEVER) as chaos:
         answers = []
 
         async def ask() -> None:

@@ -161,3 +161,45 @@ async def test_a_replica_that_gets_only_damaged_blocks_is_routed_around(
     rounds = [round(at - began_s, -1) for at in tried_s]
     assert {at: rounds.count(at) for at in rounds} == {0: 5, 10: 5}
     assert began_s + 30 < trio.current_time()
+
+
+@pytest.mark.parametrize("takes_s", [0.0, 3.0, 1e9], ids=["damaged", "silent", "without end"])
+async def test_where_no_block_arrives_answers_are_computed_where_they_are_decoded(
+    takes_s: float, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A link harms no request: no answer differs, none is refused, and nobody waits for long."""
+
+    async def bad(self: PoolTarget, source: Any) -> None:
+        try:
+            await trio.sleep(takes_s)
+        finally:
+            self.abort()
+        raise DamagedBlocks("every chunk of it")
+
+    async def run() -> list[tuple[int, ...]]:
+        answers: list[tuple[int, ...]] = []
+        sampling = Sampling(max_tokens=20, ignore_eos=True, temperature=1.0, seed=3)
+
+        async def ask(number: int) -> None:
+            answer = await session.generate([number] * 99, sampling=sampling)
+            answers.append(answer.token_ids)
+
+        async with Graph.load("pd_many").open(set=NULL) as session:
+            began_s = trio.current_time()
+            async with trio.open_nursery() as nursery:
+                for number in range(96):
+                    nursery.start_soon(ask, number)
+            assert trio.current_time() - began_s < 100
+            assert session.executor.core.ledger.ended == {"length": 96}
+            assert session.executor.core.recovery.num_migrated == 0
+            operators = session.executor.reading().operators
+            failed.append(sum(one.num_errors for one in operators if one.op == "kv_transfer"))
+            assert await at_rest(session)
+        return sorted(answers)
+
+    failed: list[int] = []
+    right = await run()
+    monkeypatch.setattr(PoolTarget, "receive", bad)
+    assert await run() == right
+    assert failed[0] == 0
+    assert failed[1] >= 4

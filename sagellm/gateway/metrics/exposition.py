@@ -92,7 +92,7 @@ class GatewayMeters(HttpMeters):
         return await anyio.to_thread.run_sync(cross)
 
     def _take(self) -> Snapshot:
-        executor = self._session.executor
+        executor, supervisor = self._session.executor, self._session.supervisor
         reading = executor.reading()
         return Snapshot(
             graph=executor.plan.graph.name,
@@ -101,7 +101,7 @@ class GatewayMeters(HttpMeters):
             counts=self._observer.snapshot(),
             reading=reading,
             shares=self._window.shares(reading),
-            engines=read_engines(executor),
+            engines=read_engines(executor, supervisor.workers if supervisor else ()),
             graph_lag=self._graph_lag.seconds.copy(),
             num_migrated=executor.core.recovery.num_migrated,
             migration_gaps=executor.core.recovery.gaps_s.copy(),

@@ -1,15 +1,8 @@
 """A gateway before an open session: built, probed, served, drained."""
 
-import signal
-import threading
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import (
-    AbstractAsyncContextManager,
-    AbstractContextManager,
-    asynccontextmanager,
-    nullcontext,
-)
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from importlib import import_module
 from socket import socket
 
@@ -28,6 +21,7 @@ from sagellm.gateway.routes import PATHS
 from sagellm.gateway.server.banner import banner
 from sagellm.gateway.server.drain import Here, Server, Serving, serve
 from sagellm.gateway.server.listen import url_of
+from sagellm.gateway.server.signals import ending_signals
 from sagellm.gateway.settings import Settings, Streaming
 from sagellm.runtime.cluster.control import run_alone
 from sagellm.runtime.cluster.members import OneProcess
@@ -61,20 +55,8 @@ async def serve_graph(
     `tell` is given where and how to call the gateway, once it answers.
     """
     async with opening as session:
-        with _signals() as signals:
+        with ending_signals() as signals:
             await serve_session(session, settings, sock, signals, tell)
-
-
-def _signals() -> AbstractContextManager[AsyncIterator[int]]:
-    """Those that end a server; only the main thread receives any."""
-    if threading.current_thread() is threading.main_thread():
-        return trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM)
-    return nullcontext(_never())
-
-
-async def _never() -> AsyncIterator[int]:
-    await trio.sleep_forever()
-    yield 0
 
 
 async def serve_session(

@@ -94,7 +94,7 @@ def test_a_suspect_that_nobody_wants_any_more_is_dropped() -> None:
 def test_a_request_does_not_return_for_ever() -> None:
     recovery = Recovery(Clock())
     assert {judge(recovery, ask("a", n)) for n in range(1, 101)} == {"now"}
-    assert judge(recovery, ask("a", 101)) == "never"
+    assert judge(recovery, ask("a", 101)) == "spent"
 
 
 def test_what_has_ended_is_forgotten() -> None:

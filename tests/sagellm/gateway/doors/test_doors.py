@@ -87,6 +87,16 @@ def in_another_thread(body: Body, step_s: float = 0.001) -> None:
             asyncio.run(body(door, There(session)))
 
 
+class Awake:
+    """A gateway that answers at once."""
+
+    def ask_once(self) -> int:
+        return 0
+
+    def has_answered(self, number: int) -> bool:
+        return True
+
+
 @asynccontextmanager
 async def at_a_desk(session: Session, end: socket.socket) -> Any:
     """The session's side of a link to a gateway elsewhere."""
@@ -95,7 +105,7 @@ async def at_a_desk(session: Session, end: socket.socket) -> Any:
         trio.open_nursery() as nursery,
     ):
         link: Link[FromGateway] = Link(stream, FromGateway)
-        desk = Desk(session, STREAMING, set(), link, nursery)
+        desk = Desk(session, STREAMING, set(), link, nursery, Awake())
 
         async def listen() -> None:
             async for message in link.messages():
