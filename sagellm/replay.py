@@ -7,12 +7,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from sagellm.builder import RESOLVER
 from sagellm.engines import load_tokenizer_of
 from sagellm.graphs.ir import Graph
 from sagellm.graphs.text.codec import from_msgpack
 from sagellm.overrides import override
 from sagellm.prompts import encode_prompt
+from sagellm.registering import RESOLVER
 from sagellm.runtime.core.core import Core
 from sagellm.runtime.core.decision_log import DecisionReader, encode_effects, shown_effects
 from sagellm.runtime.core.events import Event

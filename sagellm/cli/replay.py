@@ -7,13 +7,13 @@ from typing import Annotated
 import msgspec
 from cyclopts import Parameter
 
-from sagellm.builder import FUNCTIONS
 from sagellm.cli.effects import effect_lines, event_line
 from sagellm.cli.failure import FAILED, Failure
 from sagellm.cli.named import import_code
 from sagellm.cli.options import settings
 from sagellm.replay import Difference, Replayed, replay
 from sagellm.runtime.core.decision_log import LogError
+from sagellm.runtime.registry import FUNCTIONS
 
 _MOST_SHOWN = 20  # effects of an event
 
