@@ -148,7 +148,7 @@ async def hop(rounds: int) -> dict[str, Any]:
     """A question to an idle worker and its answer, 5,000 times: microseconds."""
     times = []
     async with Graph.load("joint").open(set=NULL, executor="processes") as session:
-        (engine,) = session.executor.plan.all_engines
+        (engine,) = session.executor.all_engines
         assert isinstance(engine, RemoteEngine)
         for _ in range(5000):
             began_s = time.perf_counter()
@@ -185,7 +185,7 @@ async def handover(rounds: int) -> dict[str, Any]:
             assert stamps.transferred_s is not None
             assert stamps.prefilled_s is not None
             taken_ms.append(1e3 * (stamps.transferred_s - stamps.prefilled_s))
-        facts = session.executor.plan.all_engines[0].facts
+        facts = session.executor.all_engines[0].facts
     num_blocks = 2048 // facts.block_size
     num_bytes = num_blocks * facts.kv_block_bytes
     plain_s = _memcpy_s(np.ones(num_bytes, np.uint8), np.zeros(num_bytes, np.uint8))

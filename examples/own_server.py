@@ -14,7 +14,7 @@ import trio
 import sagellm
 from sagellm import Graph, Request, ops
 from sagellm.graphs.vocabulary import REQUEST, OpSpec, Port
-from sagellm.operators.routing.view import Pool, View
+from sagellm.operators.routing.view import Candidates
 from sagellm.runtime.messages import refusal
 from sagellm.runtime.operator import (
     Arrival,
@@ -99,10 +99,10 @@ def build_look_up(options: Any, setup: Setup) -> LookUp:
 sagellm.register_operator(OpSpec("look_up", *REQUESTS, role="service"), build_look_up)
 
 
-# A strategy: which replica of a pool a request goes to.
-def by_length(request: Request, pool: Pool, view: View, draw: Draw) -> int:
-    live = pool.live(view)
-    return live[len(request.prompt) % len(live)]
+# A strategy: which replica of the candidates a request goes to.
+def by_length(candidates: Candidates, now: float, draw: Draw) -> int:
+    numbers = candidates.numbers
+    return numbers[len(candidates.request.prompt) % len(numbers)]
 
 
 sagellm.register_strategy("by_length", by_length)

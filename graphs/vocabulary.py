@@ -12,6 +12,8 @@ EVENT = "event"  # tokens of one request, or its end
 ANSWER = "answer"  # the whole answer to one request
 ANY = "any"
 
+SIGNALS = frozenset({"cancel", "expire", "forget"})  # what overtakes items
+
 
 @dataclass(frozen=True, slots=True)
 class Port:
@@ -32,8 +34,10 @@ class OpSpec:
 
     `role` is "logic" (pure), "service" (owns something outside) or "kernel". `engine` says that
     the op refers to an engine by the option `engine`; `needs` are the capabilities it asks of it.
-    `hears` are the kinds of feedback that reach it; others pass it by. `queues`: requests wait in
-    it, and one whose engine was lost comes back to it.
+    `subscribes`: the kinds of feedback, and "topology", that it is given. `signals`: the kinds of
+    signal that it is given; an operator that holds nothing of a request needs none. `queues`:
+    requests wait in it, and a request whose engine was lost comes back to it. `drops_tokens`: it
+    may leave tokens of an answer out.
     """
 
     name: str
@@ -43,8 +47,10 @@ class OpSpec:
     role: str = "logic"
     engine: bool = False
     needs: frozenset[str] = frozenset()
-    hears: frozenset[str] = frozenset()
+    subscribes: frozenset[str] = frozenset()
+    signals: frozenset[str] = SIGNALS
     queues: bool = False
+    drops_tokens: bool = False
 
     def inlet(self, name: str) -> Port | None:
         return next((port for port in self.inlets if port.name == name), None)

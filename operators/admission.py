@@ -29,15 +29,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import msgspec
+from immutables import Map
 
 from sagellm.graphs.vocabulary import REQUEST, OpSpec, Port
 from sagellm.runtime.backlog import Backlog, Pace, together
+from sagellm.runtime.feedback import FirstToken, QueueChanged
 from sagellm.runtime.messages import Request, refusal
 from sagellm.runtime.operator import (
     Arrival,
     Draw,
     Emit,
-    Feedback,
     Input,
     Output,
     Setup,
@@ -45,7 +46,6 @@ from sagellm.runtime.operator import (
     Step,
     Terminate,
 )
-from sagellm.runtime.persistent_map import PersistentMap
 
 SHARES = (1.0, 0.9, 0.8, 0.6, 0.4)  # of each bound, by priority: 0 critical ... 4 background
 _RETRY_S = 1.0  # where nothing is known of how fast the queue is served
@@ -70,7 +70,8 @@ SPEC = OpSpec(
     (Port("in", REQUEST),),
     (Port("out", REQUEST),),
     options=Options,
-    hears=frozenset({"queue", "first_token"}),
+    subscribes=frozenset({"queue", "first_token"}),
+    signals=frozenset({"forget"}),
 )
 
 
@@ -91,7 +92,7 @@ class Seen(msgspec.Struct, frozen=True):
 
     pace: Pace = Pace()
     backlogs: Mapping[str, Backlog] = msgspec.field(default_factory=dict)
-    verdicts: PersistentMap[str, Verdict] = msgspec.field(default_factory=PersistentMap)
+    verdicts: Map[str, Verdict] = Map()
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,13 +115,16 @@ class Admission:
         match happened:
             case Arrival(item=Request() as request):
                 return self._arrive(state, request, now)
-            case Feedback(kind="queue", node=node, value=Backlog() as backlog):
+            case QueueChanged(node=node, backlog=backlog):
                 return Step(_with_backlog(state, node, backlog))
-            case Feedback(kind="first_token", value=float(seconds)):
+            case FirstToken(seconds=seconds):
                 return Step(_with_pace(state, state.pace.with_first_token(seconds)))
             case Signal(kind="forget", request_id=request_id):
-                return Step(_with_verdicts(state, state.verdicts.without(request_id)))
+                return Step(_with_verdicts(state, _without(state.verdicts, request_id)))
         return Step(state)
+
+    def keeps(self, state: Seen, request_id: str) -> bool:
+        return request_id in state.verdicts
 
     def _arrive(self, state: Seen, request: Request, now: float) -> Step[Seen]:
         if request.expires_s is not None and request.expires_s <= now:
@@ -197,14 +201,16 @@ def _says_share(request: Request) -> str:
     return "" if share == 1 else f", of which priority {request.priority} may use {share:.0%}"
 
 
-def _followed(
-    verdicts: PersistentMap[str, Verdict], request_id: str, verdict: Verdict
-) -> PersistentMap[str, Verdict]:
+def _followed(verdicts: Map[str, Verdict], request_id: str, verdict: Verdict) -> Map[str, Verdict]:
     """One choice fewer is to come."""
     if verdict.num_left <= 1:
-        return verdicts.without(request_id)
+        return _without(verdicts, request_id)
     rest = msgspec.structs.replace(verdict, num_left=verdict.num_left - 1)
-    return verdicts.with_item(request_id, rest)
+    return verdicts.set(request_id, rest)
+
+
+def _without(verdicts: Map[str, Verdict], request_id: str) -> Map[str, Verdict]:
+    return verdicts.delete(request_id) if request_id in verdicts else verdicts
 
 
 def _with_backlog(state: Seen, node: str, backlog: Backlog) -> Seen:
@@ -217,7 +223,7 @@ def _with_pace(state: Seen, pace: Pace) -> Seen:
     return msgspec.structs.replace(state, pace=pace)
 
 
-def _with_verdicts(state: Seen, verdicts: PersistentMap[str, Verdict]) -> Seen:
+def _with_verdicts(state: Seen, verdicts: Map[str, Verdict]) -> Seen:
     if verdicts is state.verdicts:
         return state
     return msgspec.structs.replace(state, verdicts=verdicts)

@@ -4,10 +4,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from immutables import Map
+
 from sagellm.graphs.vocabulary import ANSWER, EVENT, NoOptions, OpSpec, Port
 from sagellm.runtime.messages import Answer, TokenEvent
 from sagellm.runtime.operator import Arrival, Draw, Emit, Input, Setup, Signal, Step
-from sagellm.runtime.persistent_map import PersistentMap
 
 SPEC = OpSpec("collect", (Port("in", EVENT),), (Port("out", ANSWER),), options=NoOptions)
 
@@ -27,7 +28,7 @@ class Chain:
             link = link.before
 
 
-Choices: TypeAlias = PersistentMap[str, Mapping[int, Chain]]  # request -> choice -> so far
+Choices: TypeAlias = Map[str, Mapping[int, Chain]]  # request -> choice -> so far
 
 
 def answer_of(events: tuple[TokenEvent, ...]) -> Answer:
@@ -57,27 +58,29 @@ class Collect:
 
     @property
     def initial(self) -> Choices:
-        return PersistentMap()
+        return Map()
 
     def on(self, state: Choices, happened: Input, now: float, draw: Draw) -> Step[Choices]:
         match happened:
             case Arrival(item=TokenEvent() as event):
                 return self._gather(state, event)
             case Signal(kind="forget", request_id=request_id):
-                return Step(state.without(request_id))
+                return Step(_updated(state, request_id, {}))
         return Step(state)
 
     def _gather(self, state: Choices, event: TokenEvent) -> Step[Choices]:
         choices = dict(state.get(event.request_id, {}))
         chain = Chain(event, choices.pop(event.choice, None))
         if not event.is_last:
-            return Step(state.with_item(event.request_id, {**choices, event.choice: chain}))
+            return Step(state.set(event.request_id, {**choices, event.choice: chain}))
         answer = answer_of(tuple(chain)[::-1])
         return Step(_updated(state, event.request_id, choices), (Emit(answer),))
 
 
 def _updated(state: Choices, request_id: str, choices: Mapping[int, Chain]) -> Choices:
-    return state.with_item(request_id, choices) if choices else state.without(request_id)
+    if choices:
+        return state.set(request_id, choices)
+    return state.delete(request_id) if request_id in state else state
 
 
 def build(options: NoOptions, setup: Setup) -> Collect:

@@ -6,7 +6,7 @@ import msgspec
 
 from sagellm.graphs.vocabulary import EVENT, PREFILLED, OpSpec, Port
 from sagellm.runtime.engine.port import EngineEvent, EngineFacts, EngineRefusal
-from sagellm.runtime.handover import Held, abandon, merge_stamps, refused, tell_first_token
+from sagellm.runtime.handover import Held, abandon, merge_stamps, refused, report_first_token
 from sagellm.runtime.messages import Item, Prefilled, Request, TokenEvent
 from sagellm.runtime.operator import Context, Credit, Setup, Signal
 
@@ -46,7 +46,7 @@ class Decode:
         assert isinstance(item, Prefilled)
         request, first = item.request, item.first
         await ctx.emit(msgspec.structs.replace(first, stamps=_stamps(item)))
-        tell_first_token(ctx, request, first)
+        report_first_token(ctx, request, first)
         if first.is_last:
             ctx.release(request.key)
             return

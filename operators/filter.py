@@ -18,7 +18,11 @@ class Options:
 
 
 SPEC = OpSpec(
-    "filter", (Port("in", "request|event|answer"),), (Port("out", "same"),), options=Options
+    "filter",
+    (Port("in", "request|event|answer"),),
+    (Port("out", "same"),),
+    options=Options,
+    drops_tokens=True,
 )
 
 

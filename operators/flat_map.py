@@ -34,7 +34,13 @@ class Options:
     function: str
 
 
-SPEC = OpSpec("flat_map", (Port("in", "request|answer"),), (Port("out", "same"),), options=Options)
+SPEC = OpSpec(
+    "flat_map",
+    (Port("in", "request|answer"),),
+    (Port("out", "same"),),
+    options=Options,
+    drops_tokens=True,
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from sagellm.graphs.vocabulary import EVENT, REQUEST, OpSpec, Port
 from sagellm.runtime.engine.port import EngineEvent, EngineFacts, EngineRefusal
-from sagellm.runtime.handover import Held, merge_stamps, refused, tell_first_token
+from sagellm.runtime.handover import Held, merge_stamps, refused, report_first_token
 from sagellm.runtime.messages import Item, Request, TokenEvent
 from sagellm.runtime.operator import Context, Credit, Setup, Signal
 
@@ -69,7 +69,7 @@ class Generate:
     def _note(self, ctx: Context, event: TokenEvent) -> None:
         request = self._held.get(event.key)
         if request is not None:
-            tell_first_token(ctx, request, event)
+            report_first_token(ctx, request, event)
         self._held.note(event)
         if event.is_last:
             ctx.release(event.key)

@@ -20,7 +20,9 @@ class Options:
     function: str
 
 
-SPEC = OpSpec("key_by", (Port("in", REQUEST),), (Port("out", REQUEST),), options=Options)
+SPEC = OpSpec(
+    "key_by", (Port("in", REQUEST),), (Port("out", REQUEST),), options=Options, signals=frozenset()
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,19 +3,37 @@
 from dataclasses import dataclass, field
 
 import msgspec
+import trio
 
+from sagellm.graphs.log import get_logger
 from sagellm.graphs.vocabulary import PREFILLED, OpSpec, Port
-from sagellm.runtime.engine.port import EngineEvent, EngineFacts, LeaseOffer
+from sagellm.runtime.engine.port import (
+    DamagedBlocks,
+    EngineEvent,
+    EngineFacts,
+    LeaseOffer,
+    StaleLease,
+)
 from sagellm.runtime.handover import abandon
+from sagellm.runtime.kv.links import Links
 from sagellm.runtime.messages import Item, LeaseRef, Prefilled, Request
 from sagellm.runtime.operator import Context, Credit, Setup, Signal
+
+log = get_logger("sagellm.kv")
+
+_PATIENT_EPOCHS = 3  # a lease that ended is asked for anew so often: a worker may have gone
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """`max_inflight`: transfers under way at a time."""
+    """`max_inflight`: transfers under way at a time.
+
+    `max_transfer_s`: the longest that one may take. Where blocks do not come, their prompt is
+    computed where it is to be decoded.
+    """
 
     max_inflight: int = field(default=4, metadata={"min": 1})
+    max_transfer_s: float = field(default=10.0, metadata={"min": 1e-3})
 
 
 SPEC = OpSpec(
@@ -35,6 +53,7 @@ class KVTransfer:
     def __init__(self, options: Options) -> None:
         self.concurrency = options.max_inflight
         self._options = options
+        self._links = Links()
 
     def capacity(self, facts: EngineFacts | None) -> Credit:
         return Credit(requests=self._options.max_inflight)
@@ -42,10 +61,7 @@ class KVTransfer:
     async def on_item(self, ctx: Context, item: Item) -> None:
         assert isinstance(item, Prefilled)
         if item.lease is not None and item.landing is not None:
-            landed = await self._transfer(ctx, item.lease, item.landing)
-            stamps = msgspec.structs.replace(item.request.stamps, transferred_s=ctx.now())
-            request = msgspec.structs.replace(item.request, stamps=stamps)
-            item = msgspec.structs.replace(item, request=request, lease=None, landing=landed)
+            item = await self._moved(ctx, item, item.lease, item.landing)
         await ctx.emit(item)
 
     async def on_events(self, ctx: Context, events: tuple[EngineEvent, ...]) -> None:
@@ -60,6 +76,33 @@ class KVTransfer:
 
     def discard(self, ctx: Context, item: Item) -> None:
         abandon(ctx, item)
+
+    async def _moved(
+        self, ctx: Context, item: Prefilled, lease: LeaseRef, landing: LeaseRef
+    ) -> Prefilled:
+        """The item with its blocks where it is decoded. Without any where its link fails: then they
+        are computed there. Raises EngineLost, and StaleLease the first times.
+        """
+        link = (lease.engine, lease.replica), (landing.engine, landing.replica)
+        begun_s = ctx.now()
+        if not self._links.begin(link, begun_s):
+            return _without_blocks(ctx, item, has_failed=False)
+        try:
+            with trio.fail_after(self._options.max_transfer_s):
+                landed = await self._transfer(ctx, lease, landing)
+        except (DamagedBlocks, StaleLease, trio.TooSlowError) as error:
+            self._links.failed(link, ctx.now(), took_s=ctx.now() - begun_s)
+            if isinstance(error, StaleLease) and item.request.epoch < _PATIENT_EPOCHS:
+                raise
+            log.warning("kv_transfer_failed", request_id=item.request_id, why=str(error) or "slow")
+            return _without_blocks(ctx, item, has_failed=True)
+        except BaseException:
+            self._links.left(link)
+            raise
+        self._links.passed(link)
+        stamps = msgspec.structs.replace(item.request.stamps, transferred_s=ctx.now())
+        request = msgspec.structs.replace(item.request, stamps=stamps)
+        return msgspec.structs.replace(item, request=request, lease=None, landing=landed)
 
     async def _transfer(self, ctx: Context, lease: LeaseRef, landing: LeaseRef) -> LeaseRef:
         """Copy, then acknowledge: the source is freed only once the destination holds all."""
@@ -79,6 +122,12 @@ class KVTransfer:
         finally:
             source.release()
         return target.lease
+
+
+def _without_blocks(ctx: Context, item: Prefilled, *, has_failed: bool) -> Prefilled:
+    ctx.not_transferred(item, has_failed=has_failed)
+    abandon(ctx, item)
+    return msgspec.structs.replace(item, lease=None, landing=None)
 
 
 def build(options: Options, setup: Setup) -> KVTransfer:

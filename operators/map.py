@@ -38,7 +38,14 @@ class Options:
     concurrency: int | None = field(default=None, metadata={"min": 1})
 
 
-SPEC = OpSpec("map", (Port("in", "request|event|answer"),), (Port("out", "same"),), options=Options)
+SPEC = OpSpec(
+    "map",
+    (Port("in", "request|event|answer"),),
+    (Port("out", "same"),),
+    options=Options,
+    signals=frozenset(),
+    drops_tokens=True,
+)
 
 
 @dataclass(frozen=True, slots=True)

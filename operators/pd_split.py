@@ -25,6 +25,7 @@ SPEC = OpSpec(
     (Port("in", REQUEST),),
     (Port("disaggregated", REQUEST), Port("joint", REQUEST)),
     options=Options,
+    signals=frozenset(),
 )
 
 

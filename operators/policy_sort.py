@@ -11,19 +11,19 @@ from sagellm.operators.policies import find_policy, refuse_unused
 from sagellm.operators.policies.options import Options
 from sagellm.operators.policies.order import Order, Policy
 from sagellm.operators.policies.queue import Queue
+from sagellm.runtime.feedback import CreditChanged, HealthChanged, QueueChanged, Topology
 from sagellm.runtime.messages import FinishReason, Request, refusal
 from sagellm.runtime.operator import (
     Arrival,
     Draw,
-    Feedback,
     Input,
     Offer,
     Output,
+    Report,
     Setup,
     Signal,
     Step,
     Taken,
-    Tell,
     Terminate,
     Wake,
 )
@@ -34,7 +34,8 @@ SPEC = OpSpec(
     (Port("in", REQUEST),),
     (Port("out", REQUEST),),
     options=Options,
-    hears=frozenset({"credit", "health"}),
+    subscribes=frozenset({"credit", "health", "topology"}),
+    signals=frozenset({"cancel", "expire"}),
     queues=True,
 )
 
@@ -64,10 +65,10 @@ class PolicySort:
                 return self._arrive(state, request, now)
             case Taken(item=Request() as request):
                 return self._settle(state, state.without_taken(request), now)
-            case Feedback(kind="credit" | "health"):
+            case CreditChanged() | HealthChanged() | Topology():
                 return self._settle(state, msgspec.structs.replace(state, declined=()), now)
             case Signal(kind="cancel" | "expire" as kind) as signal:
-                after, ended = state.parted(lambda request: signal.concerns(request.key))
+                after, ended = state.without_signalled(signal)
                 reason: FinishReason = "cancelled" if kind == "cancel" else "expired"
                 return self._settle(state, after, now, _ends(ended, reason, now))
             case Wake():
@@ -90,31 +91,28 @@ class PolicySort:
     ) -> Step[Queue]:
         """What every change entails: expiries, a change of order, news of the backlog, an offer."""
         if after.wake_at is not None and after.wake_at <= now:
-            after, late = after.parted(lambda request: _is_expired(request, now))
+            after, late = after.without_expired(now)
             outputs += _ends(late, "expired", now)
         level = self.policy.level(after.level, len(after.entries))
         if level != after.level:
             after = after.at_level(level, self.policy.orders[level])
         if after.backlog != before.backlog:
-            outputs += (Tell("queue", after.told(self.policy.orders[level])),)
+            outputs += (Report(QueueChanged(backlog=after.told(self.policy.orders[level]))),)
         return self._offer(after.lapsed(self.policy.orders[level], now), outputs, now)
 
     def _offer(self, queue: Queue, outputs: tuple[Output, ...], now: float) -> Step[Queue]:
-        head = queue.entries[: self.window]
-        known = {entry[2] for entry in queue.declined}
-        fresh = tuple(_dispatched(entry[3], now) for entry in head if entry[2] not in known)
+        head = queue.entries.head(self.window)
+        declined = queue.declined
+        if head == declined:
+            return Step(queue, outputs, queue.wake_at)
+        if declined:
+            known = {entry[2] for entry in declined}
+            fresh = tuple([entry[3] for entry in head if entry[2] not in known])
+        else:
+            fresh = tuple([entry[3] for entry in head])
         if fresh:
             outputs += (Offer(fresh),)
         return Step(msgspec.structs.replace(queue, declined=head), outputs, queue.wake_at)
-
-
-def _dispatched(request: Request, now: float) -> Request:
-    stamps = msgspec.structs.replace(request.stamps, dispatched_s=now)
-    return msgspec.structs.replace(request, stamps=stamps)
-
-
-def _is_expired(request: Request, now: float) -> bool:
-    return request.expires_s is not None and request.expires_s <= now
 
 
 def _ends(requests: tuple[Request, ...], reason: FinishReason, now: float) -> tuple[Terminate, ...]:

@@ -1,24 +1,30 @@
-"""route: chooses a replica for every engine operator downstream, the (prefill, decode) pair."""
+"""route: chooses a replica for every engine operator downstream, the (prefill, decode) pair.
 
+The strategy orders the replicas that are up and have room; the first that has credit for the
+request takes it. While one has, nothing waits.
+"""
+
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import msgspec
 
 from sagellm.graphs.vocabulary import REQUEST, OpSpec, Port
 from sagellm.operators.routing import Strategy, find_strategy
-from sagellm.operators.routing.view import Pool, Report, View
-from sagellm.runtime.engine.port import EngineLoad
+from sagellm.operators.routing.view import Candidates, Pool, Replica, View
+from sagellm.runtime.feedback import CreditChanged, HealthChanged, LoadReported, Topology
 from sagellm.runtime.messages import Request
 from sagellm.runtime.operator import (
     Arrival,
     Draw,
-    Emit,
-    Feedback,
+    EmitFirst,
     Input,
     Setup,
     Signal,
     Step,
     Target,
+    Wait,
 )
 from sagellm.runtime.user_code import WrongResult, kind_of, place_of_code
 
@@ -35,7 +41,8 @@ SPEC = OpSpec(
     (Port("in", REQUEST),),
     (Port("out", REQUEST),),
     options=Options,
-    hears=frozenset({"credit", "load", "health", "removed"}),
+    subscribes=frozenset({"credit", "load", "health", "topology"}),
+    signals=frozenset({"forget"}),
 )
 
 
@@ -49,52 +56,73 @@ class Route:
 
     pools: tuple[Pool, ...]
     strategy: Strategy
+    entry: Pool | None = None  # the one pool that requests enter next, if it is one
 
     @property
     def initial(self) -> View:
-        return View()
+        return View.of(self.pools)
 
     def on(self, state: View, happened: Input, now: float, draw: Draw) -> Step[View]:
         match happened:
             case Arrival(item=Request() as request):
-                return self._place(state, request, draw)
+                if self.entry is not None and not state.pools[self.entry.name].free:
+                    return Step(state, (Wait(self.entry.entries[0]),))
+                return Step(state, (EmitFirst(self._placements(state, request, now, draw)),))
             case Signal(kind="forget", request_id=request_id):
                 return Step(state.forget(request_id))
-            case Feedback(node, number, _, "credit"):
-                pool = self._pool_of(node)
-                return Step(state.take_back((pool.name, number)) if pool else state)
-            case Feedback(node, number, sequence, "load", EngineLoad() as load):
-                pool = self._pool_of(node)
-                report = Report(node, sequence, load)
-                return Step(state.report((pool.name, number), report) if pool else state)
-            case Feedback(node, number, _, "health", bool() as is_up):
-                pool = self._pool_of(node)
-                return Step(state.mark((pool.name, number), is_up=is_up) if pool else state)
-            case Feedback(node, number, _, "removed"):
-                pool = self._pool_of(node)
-                return Step(state.remove((pool.name, number)) if pool else state)
+            case Topology(num_replicas=sizes, removed=removed):
+                for pool in self.pools:
+                    state = state.resize(pool.name, sizes.get(pool.name, 1), removed)
+                return Step(state)
+            case CreditChanged() | LoadReported() | HealthChanged():
+                of = self._pool_of(happened.node)
+                return Step(state if of is None else _told(state, of, happened))
         return Step(state)
 
-    def _place(self, view: View, request: Request, draw: Draw) -> Step[View]:
-        chosen = tuple((pool, self._choose(request, pool, view, draw)) for pool in self.pools)
-        placement = {node: number for pool, number in chosen for node in pool.nodes}
-        placed = msgspec.structs.replace(request, placement={**request.placement, **placement})
-        after = view.place(request, tuple((pool.name, number) for pool, number in chosen))
-        return Step(after, (Emit(placed),))
+    def keeps(self, state: View, request_id: str) -> bool:
+        return request_id in state.placed
 
-    def _choose(self, request: Request, pool: Pool, view: View, draw: Draw) -> int:
-        """Raises WrongResult where the strategy gives no replica of the pool, or one that is not to
-        come back.
-        """
-        replica = self.strategy(request, pool, view, draw)
-        num_replicas = pool.size(view)
-        if type(replica) is not int or not 0 <= replica < num_replicas:
-            said = replica if type(replica) is int else kind_of(replica)
-            raise self._wrong(f"{said}; a replica of {pool.name}, 0 to {num_replicas - 1},")
-        if (pool.name, replica) in view.removed:
-            said = f"{replica}, a replica of {pool.name} that was removed"
-            raise self._wrong(f"{said}; one of pool.live(view)")
-        return replica
+    def _placements(
+        self, view: View, request: Request, now: float, draw: Draw
+    ) -> Iterator[tuple[Request, View]]:
+        """The request with its replicas, best first, each with the view that follows."""
+        orders = {pool: self._order(pool, view, request, now, draw) for pool in self.pools}
+        best = {pool: next(order) for pool, order in orders.items()}
+        yield _placed(view, request, best)
+        for pool, order in orders.items():
+            for number in order if pool.entries else ():
+                yield _placed(view, request, {**best, pool: number})
+
+    def _order(
+        self, pool: Pool, view: View, request: Request, now: float, draw: Draw
+    ) -> Iterator[int]:
+        """The candidates in the strategy's order, then those that it left out, by their load."""
+        known = view.pools[pool.name]
+        candidates = Candidates(known, request, view.num_routed)
+        tried = 0
+        for number in self._ordered(candidates, now, draw):
+            self._check(pool, view, number)
+            if candidates.mask >> number & ~(tried >> number) & 1:
+                tried |= 1 << number
+                yield number
+        if tried != candidates.mask:
+            yield from (number for number in candidates.by_load() if not tried >> number & 1)
+
+    def _ordered(self, candidates: Candidates, now: float, draw: Draw) -> Iterable[Any]:
+        """What the strategy returned, one replica or several."""
+        returned: Any = self.strategy(candidates, now, draw)
+        is_order = isinstance(returned, Iterable) and not isinstance(returned, str)
+        return returned if is_order else (returned,)
+
+    def _check(self, pool: Pool, view: View, number: object) -> None:
+        """Raises WrongResult for what is no replica of the pool, or one that was removed."""
+        known = view.pools[pool.name]
+        if type(number) is not int or not 0 <= number < known.size:
+            said = number if type(number) is int else kind_of(number)
+            raise self._wrong(f"{said}; a replica of {pool.name}, 0 to {known.size - 1},")
+        if known.replicas[number].is_removed:
+            said = f"{number}, a replica of {pool.name} that was removed"
+            raise self._wrong(f"{said}; one of candidates.numbers")
 
     def _wrong(self, text: str) -> WrongResult:
         code = place_of_code(self.strategy)
@@ -104,16 +132,44 @@ class Route:
         return next((pool for pool in self.pools if node in pool.nodes), None)
 
 
+def _told(view: View, pool: Pool, told: CreditChanged | LoadReported | HealthChanged) -> View:
+    """The view after feedback about a replica of a pool."""
+    replica: Replica = pool.name, told.replica
+    match told:
+        case CreditChanged(request_id=request_id, num_left=num_left):
+            left = num_left if told.node in pool.entries else None
+            return view.take_back(replica, request_id, left)
+        case LoadReported(load=load):
+            return view.report(replica, told.node, told.sequence, load)
+        case HealthChanged(is_up=is_up):
+            return view.mark(replica, is_up=is_up)
+
+
+def _placed(view: View, request: Request, chosen: dict[Pool, int]) -> tuple[Request, View]:
+    placement = {node: number for pool, number in chosen.items() for node in pool.nodes}
+    placed = msgspec.structs.replace(request, placement={**request.placement, **placement})
+    where = tuple((pool.name, number) for pool, number in chosen.items())
+    return placed, view.place(request, where)
+
+
 def pools_of(targets: tuple[Target, ...]) -> tuple[Pool, ...]:
     """The targets by engine; one without an engine is a pool of its own."""
     named: dict[str, list[Target]] = {}
     for target in targets:
         named.setdefault(target.engine or target.node, []).append(target)
     return tuple(
-        Pool(name, members[0].num_replicas, tuple(target.node for target in members))
+        Pool(
+            name,
+            members[0].num_replicas,
+            tuple(target.node for target in members),
+            tuple(target.node for target in members if target.is_next),
+        )
         for name, members in named.items()
     )
 
 
 def build(options: Options, setup: Setup) -> Route:
-    return Route(pools_of(setup.targets), find_strategy(options.strategy))
+    pools = pools_of(setup.targets)
+    entries = [pool for pool in pools if pool.entries]
+    entry = entries[0] if len(entries) == 1 else None
+    return Route(pools, find_strategy(options.strategy), entry)

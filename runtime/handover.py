@@ -3,6 +3,7 @@
 import msgspec
 
 from sagellm.runtime.engine.port import Engine, EngineRefusal
+from sagellm.runtime.feedback import FirstToken
 from sagellm.runtime.messages import Item, Prefilled, Request, Stamps, TokenEvent, refusal
 from sagellm.runtime.operator import Context, Signal
 
@@ -77,11 +78,11 @@ def refused(request: Request, error: EngineRefusal, now: float) -> TokenEvent:
     return refusal(request, "refused", now=now, error=str(error), code=error.code)
 
 
-def tell_first_token(ctx: Context, request: Request, event: TokenEvent) -> None:
-    """Tell upstream, once for each request, how long its first token took from leaving its queue
+def report_first_token(ctx: Context, request: Request, event: TokenEvent) -> None:
+    """Report upstream, once for each request, how long its first token took from leaving its queue
     to leaving this operator.
     """
     dispatched_s = request.stamps.dispatched_s
     is_first = bool(event.token_ids) and event.position == len(request.emitted_token_ids)
     if is_first and dispatched_s is not None:
-        ctx.tell("first_token", ctx.now() - dispatched_s)
+        ctx.report(FirstToken(seconds=ctx.now() - dispatched_s))

@@ -1,10 +1,11 @@
 """A histogram of durations as a value: each sample gives a new one."""
 
 import math
+from collections.abc import Sequence
+from itertools import groupby
 
 import msgspec
-
-from sagellm.runtime.persistent_map import PersistentMap
+from immutables import Map
 
 GROWTH = 1.02  # each bucket is 2 % wider than the one before: a quantile is right within 1 %
 _LEAST = 1e-9  # what is shorter, zero too, falls into the first bucket
@@ -14,13 +15,19 @@ _LOG_GROWTH = math.log(GROWTH)
 class Histogram(msgspec.Struct, frozen=True):
     """Counts per bucket; some hundred buckets span nanoseconds to days."""
 
-    counts: PersistentMap[int, int] = msgspec.field(default_factory=PersistentMap)
+    counts: Map[int, int] = Map()
     num_samples: int = 0
 
     def with_sample(self, value: float) -> "Histogram":
-        bucket = max(math.floor(math.log(max(value, _LEAST) / _LEAST) / _LOG_GROWTH), 0)
-        counts = self.counts.with_item(bucket, self.counts.get(bucket, 0) + 1)
-        return Histogram(counts, self.num_samples + 1)
+        return self.with_samples((value,))
+
+    def with_samples(self, values: Sequence[float]) -> "Histogram":
+        """Equal values that follow each other, as the gaps of one engine step, cost little."""
+        counts = self.counts
+        for value, equal in groupby(values):
+            bucket = max(math.floor(math.log(max(value, _LEAST) / _LEAST) / _LOG_GROWTH), 0)
+            counts = counts.set(bucket, counts.get(bucket, 0) + sum(1 for _ in equal))
+        return Histogram(counts, self.num_samples + len(values))
 
     def quantile(self, share: float) -> float | None:
         """The value that at least `share` (0 ... 1) of the samples do not pass; None of none."""

@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import (
     Any,
@@ -15,13 +15,15 @@ from typing import (
     runtime_checkable,
 )
 
+import msgspec
+
 from sagellm.graphs.vocabulary import OpSpec
 from sagellm.runtime.engine.port import Engine, EngineEvent, EngineFacts
+from sagellm.runtime.feedback import Feedback, Topology
 from sagellm.runtime.messages import Forked, Item, Request, TokenEvent
 
 
-@dataclass(frozen=True, slots=True)
-class Credit:
+class Credit(msgspec.Struct, frozen=True, array_like=True):
     """What may be under way towards one replica: requests, prompt tokens, KV blocks."""
 
     requests: float = math.inf
@@ -49,16 +51,14 @@ class Credit:
 # ---- what an operator may meet -------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Arrival:
+class Arrival(msgspec.Struct, frozen=True):
     """An item at an inlet."""
 
     item: Item
     inlet: str = "in"
 
 
-@dataclass(frozen=True, slots=True)
-class Signal:
+class Signal(msgspec.Struct, frozen=True, array_like=True):
     """Overtakes items, goes to every operator, and may come twice.
 
     `cancel` and `expire` end a request; `forget` says that its last terminal event has passed.
@@ -72,47 +72,56 @@ class Signal:
         return key[0] == self.request_id and self.choice in (None, key[1])
 
 
-@dataclass(frozen=True, slots=True)
-class Feedback:
-    """News from downstream. `sequence` rises by one for each (node, replica, kind)."""
-
-    node: str
-    replica: int
-    sequence: int
-    # "load" | "queue" (a Backlog) | "credit" | "first_token" (seconds in its engine) | "health"
-    # (bool: whether its engine is there)
-    kind: str
-    value: Any = None
-
-
-@dataclass(frozen=True, slots=True)
-class Taken:
+class Taken(msgspec.Struct, frozen=True):
     """An `Offer` of this operator was accepted downstream."""
 
     item: Item
 
 
-@dataclass(frozen=True, slots=True)
-class Wake:
+class Wake(msgspec.Struct, frozen=True):
     """The time that the operator asked for by `wake_at` has come."""
 
 
-Input: TypeAlias = Arrival | Signal | Feedback | Taken | Wake
+Input: TypeAlias = Arrival | Signal | Feedback | Topology | Taken | Wake
 
 # ---- what it may answer --------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Emit:
+class Emit(msgspec.Struct, frozen=True):
     """Send an item. Where there is no credit for it, the whole input is undone and waits."""
 
     item: Item
     outlet: str = "out"
 
 
-@dataclass(frozen=True, slots=True)
-class Offer:
+class EmitAll(msgspec.Struct, frozen=True):
+    """Send several items in order, as one. An operator that has `on_batch` may answer with it."""
+
+    items: Sequence[Item]
+    outlet: str = "out"
+
+
+class EmitFirst(msgspec.Struct, frozen=True):
+    """Send the first of these that downstream has credit for: one item, placed in several ways,
+    each with the state that the operator has once that one is sent. They are made as they are
+    tried. Where there is credit for none, the whole input is undone and waits.
+    """
+
+    choices: Iterable[tuple[Item, Any]]
+    outlet: str = "out"
+
+
+class Wait(msgspec.Struct, frozen=True):
+    """The service operator `node`, which an item would go to, has no credit at any replica: the
+    whole input is undone and waits.
+    """
+
+    node: str
+
+
+class Offer(msgspec.Struct, frozen=True):
     """Send one of these, the first that downstream has credit for, if any; answered by `Taken`.
+    A request that is sent is stamped with the time.
 
     Only an operator that keeps what was not taken (policy_sort) may offer.
     """
@@ -121,8 +130,7 @@ class Offer:
     outlet: str = "out"
 
 
-@dataclass(frozen=True, slots=True)
-class Terminate:
+class Terminate(msgspec.Struct, frozen=True):
     """Send the last event of a request over the implicit `terminal` outlet to the sink.
 
     `cause` is what was raised, if anything was: the log and a caller in this process get it.
@@ -132,22 +140,19 @@ class Terminate:
     cause: Exception | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Announce:
+class Announce(msgspec.Struct, frozen=True):
     """Tell the session that a request became several choices; sent before the first of them."""
 
     forked: Forked
 
 
-@dataclass(frozen=True, slots=True)
-class Tell:
+class Report(msgspec.Struct, frozen=True):
     """Send feedback upstream."""
 
-    kind: str
-    value: Any
+    feedback: Feedback
 
 
-Output: TypeAlias = Emit | Offer | Terminate | Announce | Tell
+Output: TypeAlias = Emit | EmitAll | EmitFirst | Wait | Offer | Terminate | Announce | Report
 
 S = TypeVar("S")
 
@@ -161,19 +166,29 @@ class Step(NamedTuple, Generic[S]):
 
 
 class Draw:
-    """A random source that is a pure function of (seed, node, number of the input)."""
+    """A random source that is a pure function of (seed, node, number of the input). It is of use
+    while that input is answered, and not later.
+    """
 
-    __slots__ = ("_count", "_source")
+    __slots__ = ("_count", "_node", "_number", "_seed")
 
     def __init__(self, seed: int, node: str, number: int) -> None:
-        self._source = seed, node, number
+        self._seed = seed
+        self._node = node
+        self._number = number
         self._count = 0
+
+    def begin(self, number: int) -> "Draw":
+        """Draw for another input."""
+        self._number = number
+        self._count = 0
+        return self
 
     def random(self) -> float:
         """Uniform in [0, 1)."""
         self._count += 1
         salt = self._count.to_bytes(8, "little")
-        key = "/".join(map(str, self._source)).encode()
+        key = f"{self._seed}/{self._node}/{self._number}".encode()
         digest = hashlib.blake2b(key, digest_size=8, salt=salt).digest()
         return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
@@ -184,11 +199,14 @@ class Draw:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A replicated operator downstream, over which a router chooses."""
+    """A replicated operator downstream, over which a router chooses. `is_next`: requests enter it
+    without passing another service operator.
+    """
 
     node: str
     num_replicas: int
     engine: str = ""
+    is_next: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,7 +221,12 @@ class Setup:
 
 
 class Logic(Protocol[S]):
-    """A pure operator: no I/O, no clock, no task. Equal inputs give equal answers."""
+    """A pure operator: no I/O, no clock, no task. Equal inputs give equal answers.
+
+    One that also has `on_batch(state, items, now, draw) -> Step` is given the items of one engine
+    step at once; it must then answer all of them, and keep none. One that has
+    `keeps(state, request_id) -> bool` is told to forget those requests only that it keeps.
+    """
 
     @property
     def initial(self) -> S: ...
@@ -239,11 +262,16 @@ class Context(Protocol):
     async def terminate(self, event: TokenEvent, cause: Exception | None = None) -> None:
         """Send a last event to the sink; `cause` as in `Terminate`."""
 
-    def tell(self, kind: str, value: Any) -> None:
+    def report(self, feedback: Feedback) -> None:
         """Send feedback upstream."""
 
     def release(self, key: tuple[str, int]) -> None:
         """Return the credit of an item that this operator took: it no longer holds it."""
+
+    def not_transferred(self, item: Item, *, has_failed: bool) -> None:
+        """The blocks of an item that this operator has now do not come: a transfer has failed, or
+        was not tried. The item goes on without.
+        """
 
 
 Sent: TypeAlias = Callable[[Context, TokenEvent], None]

@@ -1,14 +1,14 @@
 """A plan: the operators of a checked stream graph, built and wired, for any executor."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sagellm.graphs.diagnostics import Diagnostic, GraphError
 from sagellm.graphs.ir import SINK, SOURCE, Edge, Graph, Node
 from sagellm.graphs.rules.resources import unrouted_nodes
-from sagellm.graphs.vocabulary import Vocabulary
-from sagellm.runtime.engine.port import Engine
+from sagellm.graphs.vocabulary import OpSpec, Vocabulary
+from sagellm.runtime.feedback import Topology
 from sagellm.runtime.operator import Logic, Service, Setup, Target
 from sagellm.runtime.options import read_options
 from sagellm.runtime.resolver import Resolver
@@ -22,40 +22,56 @@ _SERVICE = (
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What an executor runs. `engines` maps an engine's name to its replicas."""
+    """What an executor runs: a value, so that a change of the topology makes a new one.
+
+    `engines`: how many replicas each engine has had; their numbers are 0 ... count - 1. `epoch`
+    rises with each change of that. The engines themselves are the executor's.
+    """
 
     graph: Graph
     logic: Mapping[str, Logic[Any]]
     services: Mapping[str, Service]
-    replicas: dict[str, int]
-    engines: dict[str, tuple[Engine, ...]] = field(default_factory=dict)
-    hears: Mapping[str, frozenset[str]] = field(default_factory=dict)  # kinds of feedback
-    queues: frozenset[str] = frozenset()  # the operators in which requests wait
+    engines: Mapping[str, int] = field(default_factory=dict)
+    specs: Mapping[str, OpSpec] = field(default_factory=dict)  # by node
     seed: int = 0
+    removed: frozenset[tuple[str, int]] = frozenset()  # replicas of engines: not to come back
+    epoch: int = 0
 
     @property
-    def all_engines(self) -> tuple[Engine, ...]:
-        """The replicas of every engine."""
-        return tuple(engine for replicas in self.engines.values() for engine in replicas)
+    def topology(self) -> Topology:
+        """Which replicas there are, as operators are told."""
+        return Topology(self.epoch, dict(self.engines), self.removed)
 
-    def add(self, name: str, engine: Engine) -> int:
-        """One more replica of an engine; its number. Whoever runs the plan makes room for it."""
-        self.engines[name] = (*self.engines[name], engine)
-        for node in self.nodes_of(name):
-            self.replicas[node] = len(self.engines[name])
-        return len(self.engines[name]) - 1
+    def with_replica(self, engine: str) -> "Plan":
+        """The same with one more replica of an engine; its number is the old count."""
+        return replace(self, engines={**self.engines, engine: self.engines[engine] + 1})
+
+    def num_replicas(self, node: str) -> int:
+        """How many replicas an operator has had: as many as its engine, or one."""
+        return self.engines.get(self.engine_name(node) or "", 1)
+
+    def spec(self, node: str) -> OpSpec:
+        """What the operator of a node declares; nothing, where it was built without a spec."""
+        return self.specs.get(node) or OpSpec(node)
 
     def nodes_of(self, engine: str) -> tuple[str, ...]:
         """The operators that an engine works for."""
         return tuple(node for node in self.services if self.engine_name(node) == engine)
 
     def is_routed(self, engine: str) -> bool:
-        """Whether somebody chooses a replica of it for each request, whichever way that comes."""
+        """Whether some operator chooses a replica of it for each request, on every way there."""
         return not set(self.nodes_of(engine)) & unrouted_nodes(self.graph)
 
     def engine_name(self, node: str) -> str | None:
         name = self.graph.node(node).attrs.get("engine")
         return name if isinstance(name, str) else None
+
+    @property
+    def last_engine_nodes(self) -> tuple[str, ...]:
+        """The operators with an engine that no other operator with an engine comes after."""
+        nodes = [node for node in self.services if self.engine_name(node)]
+        before = {name for node in nodes for name in self.ancestors(node)}
+        return tuple(node for node in nodes if node not in before)
 
     def ancestors(self, node: str) -> tuple[str, ...]:
         """The nodes upstream of `node`, nearest first."""
@@ -69,16 +85,26 @@ class Plan:
         return tuple(found)
 
     def entrance(self, node: str) -> "str | Edge":
-        """Where a request goes in again that an engine of `node` lost: at the nearest operator
+        """Where a request enters again that an engine of `node` lost: at the nearest operator
         upstream that queues, or else over the edge to the first of the operators that place it.
         """
         for name in (node, *self.ancestors(node)):
-            if name in self.queues:
+            if self.spec(name).queues:
                 return name
         edge = self._request_edge(node)
-        while edge.source in self.logic and "health" in self.hears[edge.source]:
+        while edge.source in self.logic and "health" in self.spec(edge.source).subscribes:
             edge = self._edge_to(edge.source)
         return edge
+
+    def subscribers(self, node: str, kind: str) -> tuple[str, ...]:
+        """The logic operators that feedback of `node` reaches: those upstream that subscribe to the
+        kind, nearest first, and those that a feedback edge leads to.
+        """
+        led = tuple(edge.target for edge in self.graph.outputs(node) if edge.feedback)
+        reached = dict.fromkeys((*self.ancestors(node), *led))
+        return tuple(
+            name for name in reached if name in self.logic and kind in self.spec(name).subscribes
+        )
 
     def _request_edge(self, node: str) -> Edge:
         """The edge over which requests come to `node`, or to the prefill before it."""
@@ -90,34 +116,26 @@ class Plan:
     def _edge_to(self, node: str) -> Edge:
         return next(edge for edge in self.graph.inputs(node) if not edge.feedback)
 
-    def hearers(self, node: str, kind: str) -> tuple[str, ...]:
-        """The logic operators that feedback of `node` reaches: those upstream that hear the kind,
-        nearest first, and those that a feedback edge leads to.
-        """
-        led = tuple(edge.target for edge in self.graph.outputs(node) if edge.feedback)
-        reached = dict.fromkeys((*self.ancestors(node), *led))
-        return tuple(
-            name for name in reached if name in self.logic and kind in self.hears.get(name, ())
-        )
-
 
 def plan(
     graph: Graph,
     resolver: Resolver,
-    engines: Mapping[str, tuple[Engine, ...]],
+    engines: Mapping[str, int],
     *,
     functions: Mapping[str, Callable[..., Any]] | None = None,
     encode: Callable[[str], tuple[int, ...]] | None = None,
     seed: int = 0,
 ) -> Plan:
-    """Build the operators of a graph that `check` has passed. Raises GraphError."""
+    """Build the operators of a graph that `check` has passed; `engines`: replicas of each engine.
+
+    Raises GraphError.
+    """
     replicas = {node.name: _num_replicas(node, engines) for node in graph.nodes}
     made = build_operators(graph, resolver, replicas, functions or {}, encode, seed)
     services = {name: one for name, one in made.items() if isinstance(one, Service)}
     logic = {name: one for name, one in made.items() if not isinstance(one, Service)}
-    hears = {node.name: resolver.operator(node.op).spec.hears for node in graph.nodes}
-    queues = frozenset(node.name for node in graph.nodes if resolver.operator(node.op).spec.queues)
-    return Plan(graph, logic, services, replicas, dict(engines), hears, queues, seed)
+    specs = {node.name: resolver.operator(node.op).spec for node in graph.nodes}
+    return Plan(graph, logic, services, dict(engines), specs, seed)
 
 
 def build_operators(
@@ -163,9 +181,9 @@ def _missing(operator: object) -> str:
     return ", ".join(name for name in kind if not hasattr(operator, name))
 
 
-def _num_replicas(node: Node, engines: Mapping[str, tuple[Engine, ...]]) -> int:
+def _num_replicas(node: Node, engines: Mapping[str, int]) -> int:
     name = node.attrs.get("engine")
-    return len(engines[name]) if isinstance(name, str) and name in engines else 1
+    return engines.get(name, 1) if isinstance(name, str) else 1
 
 
 def targets_of(
@@ -175,6 +193,7 @@ def targets_of(
     found: dict[str, Target] = {}
     level = [node.name]
     seen = {node.name}
+    near = {node.name}  # reached without passing a service operator
     for name in level:
         for edge in graph.outputs(name):
             if edge.target == SINK or edge.target in seen or edge.feedback:
@@ -185,6 +204,9 @@ def targets_of(
                 continue
             if vocabulary[after.op].engine:
                 engine = str(after.attrs.get("engine", ""))
-                found[after.name] = Target(after.name, replicas[after.name], engine)
+                is_next = name in near
+                found[after.name] = Target(after.name, replicas[after.name], engine, is_next)
+            if name in near and vocabulary[after.op].role == "logic":
+                near.add(after.name)
             level.append(edge.target)
     return tuple(found.values())

@@ -24,14 +24,21 @@ class WrongResult(TypeError):
         self.place = place  # file:line of the code that returned
 
 
-class CodeLeft(RuntimeError):
+class NamedError(RuntimeError):
+    """Stands for an error of the type `kind`."""
+
+    def __init__(self, kind: str, text: str = "") -> None:
+        super().__init__(text)
+        self.kind = kind
+
+
+class CodeLeft(NamedError):
     """A user's code raised what would end the program or its task: SystemExit, CancelledError of
     asyncio. That is an error of the request it was called for.
     """
 
     def __init__(self, error: BaseException) -> None:
-        super().__init__(str(error))
-        self.kind = type(error).__name__
+        super().__init__(type(error).__name__, str(error))
         self.__cause__ = error
         self.__traceback__ = error.__traceback__
 
@@ -46,7 +53,7 @@ def as_error(error: BaseException) -> Exception:
 
 def name_of(error: BaseException) -> str:
     """The type of an error, as a sentence names it."""
-    return error.kind if isinstance(error, CodeLeft) else type(error).__name__
+    return error.kind if isinstance(error, NamedError) else type(error).__name__
 
 
 def count_as_own(*modules: str) -> None:

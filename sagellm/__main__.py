@@ -1,4 +1,6 @@
-"""The `sagellm` command, and `python -m sagellm`: Ctrl-C ends it quietly, also while it imports."""
+"""The `sagellm` command, and `python -m sagellm`: Ctrl-C and SIGTERM end it quietly, also while it
+imports.
+"""
 
 import os
 import signal
@@ -6,8 +8,9 @@ import sys
 import threading
 from contextlib import suppress
 from importlib import import_module
+from types import FrameType
 
-INTERRUPTED = 130
+INTERRUPTED, TERMINATED = 130, 143
 
 
 def command() -> int:
@@ -15,9 +18,15 @@ def command() -> int:
 
     After an interrupt, a thread that still imports or loads is not waited for.
     """
-    _load()
+    ending = _Ending()
+    signal.signal(signal.SIGTERM, ending.terminate)
+    _load(ending)
     code = main()
-    if code == INTERRUPTED and threading.active_count() > 1:
+    if code != INTERRUPTED:
+        return code
+    code = ending.code
+    signal.signal(signal.SIGINT, ending.leave)  # while threads and libraries end
+    if threading.active_count() > 1:
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError):
                 stream.flush()
@@ -25,14 +34,37 @@ def command() -> int:
     return code
 
 
-def _load() -> None:
+class _Ending:
+    """How the command is ended from outside: a SIGTERM is handled as Ctrl-C is, wherever that comes
+    just then, and remembered.
+    """
+
+    code = INTERRUPTED
+
+    def terminate(self, number: int, frame: FrameType | None) -> None:
+        self.code = TERMINATED
+        handler = signal.getsignal(signal.SIGINT)
+        if callable(handler):
+            handler(signal.SIGINT, frame)
+        else:  # Ctrl-C is ignored here, as in a script's background
+            self.exit()
+
+    def exit(self, *_: object) -> None:
+        os.write(2, b"error: interrupted\n")
+        os._exit(self.code)
+
+    def leave(self, *_: object) -> None:
+        os._exit(self.code)
+
+
+def _load(ending: _Ending) -> None:
     """Import what the command needs. Nothing is open yet, so that Ctrl-C may end the process here.
 
     A KeyboardInterrupt would not do: some libraries catch it while they are imported.
     """
     before = signal.getsignal(signal.SIGINT)
     if before is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _exit_interrupted)
+        signal.signal(signal.SIGINT, ending.exit)
     import_module("sagellm.cli").load(sys.argv[1:])
     signal.signal(signal.SIGINT, before)
 
@@ -48,11 +80,6 @@ def main() -> int:
         code = INTERRUPTED
     signal.signal(signal.SIGINT, _leave)  # while threads and libraries end
     return code
-
-
-def _exit_interrupted(*_: object) -> None:
-    os.write(2, b"error: interrupted\n")
-    os._exit(INTERRUPTED)
 
 
 def _leave(*_: object) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Union
 
+from sagellm.decisions import Decisions
 from sagellm.graphs.ir import SINK, SOURCE, Edge, FrozenMap, Node, freeze
 from sagellm.graphs.ir import Graph as FrozenGraph
 from sagellm.graphs.text import yaml
@@ -153,15 +154,17 @@ class Graph:
         model: str | None = None,
         executor: str | None = None,
         seed: int = 0,
+        decisions: Path | str | None = None,
     ) -> OpenGraph:
         """Open the graph: `async with` under trio or asyncio, `with` in a plain thread.
 
         `set` overrides options (`{"split.min_uncached_tokens": 8}`), `model` replaces the model of
         every engine, `executor` says how it runs: `tasks` in this process, `processes` with a
-        worker process a replica of each engine. Raises GraphError before any model is loaded.
+        worker process a replica of each engine. `decisions` names a file for a log of what is
+        decided, which `sagellm replay` reads. Raises GraphError before any model is loaded.
         """
         chosen = {} if executor is None else {"executor.kind": executor}
-        return OpenGraph(
+        opening = OpenGraph(
             self.document,
             resolver=RESOLVER,
             functions=ChainMap(self.functions, FUNCTIONS),  # type: ignore[arg-type]
@@ -169,6 +172,9 @@ class Graph:
             model=model,
             seed=seed,
         )
+        if decisions is not None:
+            opening.record_to(Decisions(Path(decisions)))
+        return opening
 
     def serve(self, **options: Any) -> None:
         """Open the graph and serve it over HTTP until SIGTERM or Ctrl-C: `graph.serve(port=8000)`.

@@ -3,10 +3,12 @@
 import gc
 import importlib
 import sys
+from collections.abc import Sequence
 from time import monotonic
 
 import trio
 
+from sagellm.backends import get_backend
 from sagellm.backends.progress import Progress, silent
 from sagellm.graphs.ir import FrozenMap, Graph
 from sagellm.graphs.log import get_logger
@@ -80,6 +82,16 @@ def load_replica(
     if not options.is_null:
         _import_torch()
     return open_engine(options, name=name, replica=replica, sharing=sharing, progress=progress)
+
+
+def prepare(devices: Sequence[str]) -> None:
+    """Import what engines on those devices need, before it is known what they load."""
+    if not devices:
+        return
+    _import_torch()
+    importlib.import_module("sagellm.runtime.engine.torch_equipment")
+    for device in devices:
+        get_backend(device)
 
 
 def _import_torch() -> None:

@@ -2,18 +2,26 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from sagellm.runtime.engine.port import EngineHealth
 from sagellm.runtime.executors.tasks import TasksExecutor
 
+if TYPE_CHECKING:
+    from sagellm.runtime.cluster.supervisor import Supervisor
+
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """`num_open`: choices without their last event. `engines`: by name, one record a replica."""
+    """`num_open`: choices without their last event. `engines`: by name, one record a replica.
+
+    `missing`: which engines have no worker that serves, in words; empty where each has one.
+    """
 
     num_open: int
     is_stopped: bool  # the graph has ended, or fallen over: it takes no request any more
     engines: Mapping[str, tuple[EngineHealth, ...]]
+    missing: str = ""
 
     @property
     def is_hung(self) -> bool:
@@ -21,9 +29,10 @@ class Health:
         return any(engine.is_hung for replicas in self.engines.values() for engine in replicas)
 
 
-def health_of(executor: TasksExecutor) -> Health:
+def health_of(executor: TasksExecutor, supervisor: "Supervisor | None" = None) -> Health:
     engines = {
         name: tuple(engine.health for engine in replicas)
-        for name, replicas in executor.plan.engines.items()
+        for name, replicas in executor.engines.items()
     }
-    return Health(executor.ledger.num_open, executor.is_stopped, engines)
+    missing = supervisor.missing if supervisor is not None else ""
+    return Health(executor.core.ledger.num_open, executor.is_stopped, engines, missing)

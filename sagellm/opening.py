@@ -3,9 +3,15 @@
 import importlib
 import math
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from contextlib import (
+    AbstractAsyncContextManager,
+    AsyncExitStack,
+    asynccontextmanager,
+    contextmanager,
+)
 from copy import copy
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import sniffio
@@ -14,6 +20,7 @@ import trio
 from sagellm.backends.progress import Progress, silent
 from sagellm.bridge import AsyncioSession, BlockingSession, Bridge
 from sagellm.checking import checked, log_warnings
+from sagellm.decisions import Decisions, recorded
 from sagellm.engines import load_tokenizer_of, open_engines
 from sagellm.graphs.ir import Graph
 from sagellm.graphs.text.yaml import Document
@@ -21,6 +28,7 @@ from sagellm.misuse import UsageError, misused, refuse_in_loop, unopened
 from sagellm.runtime.cluster.options import IPC, ProcessesOptions, processes_options
 from sagellm.runtime.engine.port import Engine
 from sagellm.runtime.executors.tasks import TasksExecutor
+from sagellm.runtime.models.tokenizer import Tokenizer
 from sagellm.runtime.plan import plan
 from sagellm.runtime.resolver import Resolver
 from sagellm.session import RequestFailed, Session, encode_prompt
@@ -51,6 +59,7 @@ class Recipe:
     seed: int
     launch: "Launch | None" = None  # how worker processes are started
     progress: Progress = silent  # called with each event of the start
+    decisions: Decisions | None = None  # where they are written
 
 
 @misused(__await__=f"a graph is not awaited: {HOW_TO_OPEN}")
@@ -107,6 +116,10 @@ class OpenGraph:
     def launch_by(self, launch: "Launch") -> None:
         """Start worker processes, if there are any, by that instead."""
         self._recipe = replace(self._recipe, launch=launch)
+
+    def record_to(self, decisions: Decisions) -> None:
+        """Write a log of the graph's decisions: see `docs/operations.md`."""
+        self._recipe = replace(self._recipe, decisions=decisions)
 
     def report_to(self, progress: Progress) -> None:
         """Call it, from any thread, with how far the start is: see `backends/progress.py`."""
@@ -170,21 +183,28 @@ async def open_session(recipe: Recipe) -> AsyncIterator[Session]:
     graph = found.graph if links is not None and links.address != IPC else found.sized
     tokenizer = load_tokenizer_of(graph)
     log_warnings(tokenizer.warnings)
-    async with _unwrapped(), trio.open_nursery() as nursery:
+    with tokenizer.kept():
+        async with _running(graph, tokenizer, recipe) as session:
+            yield session
+
+
+@asynccontextmanager
+async def _running(graph: Graph, tokenizer: Tokenizer, recipe: Recipe) -> AsyncIterator[Session]:
+    async with _unwrapped(), AsyncExitStack() as stack, trio.open_nursery() as nursery:
         processes = processes_options(graph)
         engines, supervisor = await _engines(graph, processes, nursery, recipe)
         ready = plan(
             graph,
             recipe.resolver,
-            engines,
+            {name: len(replicas) for name, replicas in engines.items()},
             functions=recipe.functions,
             encode=lambda text: encode_prompt(tokenizer, text),
             seed=recipe.seed,
         )
         max_hold_s = processes.max_hold_s if processes else math.inf
-        session = Session(
-            tokenizer, lambda deliver: TasksExecutor(ready, deliver, max_hold_s=max_hold_s)
-        )
+        record = stack.enter_context(recorded(recipe.decisions, ready, max_hold_s))
+        make = partial(TasksExecutor, ready, engines=engines, max_hold_s=max_hold_s, record=record)
+        session = Session(tokenizer, make)
         session.supervisor = supervisor
         await nursery.start(session.executor.run)
         if supervisor is not None:

@@ -1,15 +1,17 @@
 """What a caller gives a session, read and checked: prompts, sampling and fields of a request."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any, TypeAlias, cast
 
 import msgspec
 
 from sagellm.graphs.vocabulary import nearest
 from sagellm.runtime.messages import NORMAL, PRIORITIES, Sampling
-from sagellm.runtime.models.chat import ChatTemplateError
-from sagellm.runtime.models.tokenizer import Tokenizer
+from sagellm.runtime.models.bad_words import bad_words_token_ids
+from sagellm.runtime.models.sandbox.fault import HelperUnavailable, TextError
+from sagellm.runtime.models.tokenizer import Messages, Tokenizer
 from sagellm.runtime.sampling import fault_of
 
 _SPAN = 1 << 31  # no model knows more tokens
@@ -35,10 +37,26 @@ def encode(tokenizer: Tokenizer, prompt: Prompt) -> Encoded:
 
     Raises RequestError for what is no prompt, and for an empty one.
     """
-    encoded = _encoded(tokenizer, prompt)
+    with _admitted():
+        encoded = _encoded(tokenizer, prompt)
     if not encoded.token_ids:
         raise RequestError("the prompt is empty; give at least one token")
     return encoded
+
+
+def encode_bad_words(tokenizer: Tokenizer, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+    """Raises RequestError where the tokenizer does not admit one."""
+    with _admitted():
+        return bad_words_token_ids(tokenizer, words)
+
+
+@contextmanager
+def _admitted() -> Iterator[None]:
+    """What the model's own template or tokenizer refuses is an error of the request."""
+    try:
+        yield
+    except (TextError, HelperUnavailable) as error:
+        raise RequestError(str(error)) from error
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
@@ -55,17 +73,10 @@ def _encoded(tokenizer: Tokenizer, prompt: Prompt) -> Encoded:
     if not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray):
         raise RequestError(f"a prompt is text, token ids or messages, not {_kind(prompt)}")
     if prompt and isinstance(prompt[0], Mapping):
-        text = _rendered(tokenizer, prompt)
+        text = _unicode(tokenizer.apply_chat_template(cast(Messages, prompt)))
         return Encoded(text, tokenizer.encode(text, add_special_tokens=False))
     token_ids = _read_ids(prompt)
     return Encoded(tokenizer.decode(token_ids, skip_special_tokens=False), token_ids)
-
-
-def _rendered(tokenizer: Tokenizer, messages: Any) -> str:
-    try:
-        return _unicode(tokenizer.apply_chat_template(messages))
-    except ChatTemplateError as error:
-        raise RequestError(str(error)) from error
 
 
 def _unicode(text: str) -> str:

@@ -16,13 +16,13 @@ from sagellm.prompts import (
     Prompt,
     RequestError,
     encode,
+    encode_bad_words,
     encode_prompt,
     read_fields,
     read_sampling,
 )
 from sagellm.runtime.executors.tasks import ExecutorStopped, TasksExecutor
 from sagellm.runtime.messages import Answer, Forked, Item, Request, Sampling, Stamps, TokenEvent
-from sagellm.runtime.models.bad_words import bad_words_token_ids
 from sagellm.runtime.models.tokenizer import Tokenizer
 from sagellm.runtime.operator import Signal
 from sagellm.statistics import Statistics, statistics_of
@@ -125,24 +125,24 @@ class Session:
 
     def cancel(self, request_id: str) -> bool:
         """End a request; False, and nothing happens, where it is not known."""
-        is_known = request_id in self.executor.register.entries
+        is_known = request_id in self.executor.core.register.entries
         self.executor.signal(Signal("cancel", request_id))
         return is_known
 
     def is_in_use(self, request_id: str) -> bool:
         """Also one whose caller has gone, until its engine has let go of it."""
-        return request_id in self._callers or request_id in self.executor.register
+        return request_id in self._callers or request_id in self.executor.core.register
 
     @property
     def max_model_len(self) -> int:
         """Tokens of the shortest context among the engines: prompt and answer together."""
-        return min(engine.facts.max_model_len for engine in self.executor.plan.all_engines)
+        return min(engine.facts.max_model_len for engine in self.executor.all_engines)
 
     def statistics(self) -> Statistics:
         return statistics_of(self.executor, elapsed_s=trio.current_time() - self._opened_s)
 
     def health(self) -> Health:
-        return health_of(self.executor)
+        return health_of(self.executor, self.supervisor)
 
     async def idle(self) -> None:
         """Wait until every request has ended and every block is free."""
@@ -202,8 +202,7 @@ class Session:
 
     def cause_of(self, key: tuple[str, int]) -> Exception | None:
         """What was raised in the graph for a choice whose last event is being delivered."""
-        entry = self.executor.register.entries.get(key[0])
-        return entry.causes.get(key[1]) if entry else None
+        return self.executor.cause
 
     def _deliver(self, item: Item | Forked) -> None:
         if self._codes:
@@ -236,7 +235,7 @@ class Session:
         sampling = read_sampling(sampling)
         encoded = encode(self.tokenizer, prompt)
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
-        banned = bad_words_token_ids(self.tokenizer, sampling.bad_words)
+        banned = encode_bad_words(self.tokenizer, sampling.bad_words)
         first = Request(
             **{"request_id": self._free_id(), **fields},
             prompt=encoded.text,

@@ -31,14 +31,14 @@ class Statistics:
 
 
 def statistics_of(executor: TasksExecutor, *, elapsed_s: float) -> Statistics:
-    ledger = executor.ledger
+    ledger = executor.core.ledger
     loads = {
         name: tuple(engine.load for engine in replicas)
-        for name, replicas in executor.plan.engines.items()
+        for name, replicas in executor.engines.items()
     }
     every = [load for replicas in loads.values() for load in replicas]
     sinks = [node.name for node in executor.plan.graph.nodes if node.op == "metrics_sink"]
-    seen = sink_statistics(executor.region.state(sinks[0])) if sinks else None
+    seen = sink_statistics(executor.core.region.cells[sinks[0]].state) if sinks else None
     return Statistics(
         elapsed_s=elapsed_s,
         num_requests=ledger.num_accepted,

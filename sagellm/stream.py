@@ -10,7 +10,7 @@ import trio
 
 from sagellm.misuse import misused
 from sagellm.prompts import RequestError
-from sagellm.runtime.executors.region import ends
+from sagellm.runtime.core.books import ends
 from sagellm.runtime.messages import (
     Answer,
     Forked,
@@ -25,6 +25,7 @@ from sagellm.unserved import raise_unserved
 Output: TypeAlias = TokenEvent | Answer
 Caller: TypeAlias = Callable[[Item | Forked], None]
 _LOGPROB_BYTES = 16  # an id and a number
+_MOST_EXCUSED = 16  # times the limits, whoever is to blame
 
 
 class Upstream(Protocol):
@@ -83,6 +84,8 @@ class Stream:
         self._causes: dict[int, Exception | None] = {}  # of choices that failed
         self._caller = _weakly(self)
         self.on_arrival: Callable[[], None] | None = None  # called for whatever comes
+        # Asked when more waits than may: whether that may not be the reader's fault.
+        self.is_excused: Callable[[], bool] = lambda: False
 
     @property
     def request_id(self) -> str:
@@ -155,12 +158,17 @@ class Stream:
             self._num_open -= ends(item)
         if self._num_open == 0:
             self._session.dismiss(self.request_id, self._caller)
-        elif self._unread.is_too_much and not self._is_overrun:
+        elif not self._is_overrun and self._is_too_much:
             self._is_overrun = True
             self._session.end(self.request_id, "slow_reader")
         self._arrived.unpark_all()
         if self.on_arrival is not None:
             self.on_arrival()
+
+    @property
+    def _is_too_much(self) -> bool:
+        unread = self._unread
+        return unread.is_beyond(1) and (unread.is_beyond(_MOST_EXCUSED) or not self.is_excused())
 
     async def _wait(self) -> None:
         """Until something waits, or nothing can come any more."""
@@ -191,11 +199,11 @@ class _Unread:
     def __bool__(self) -> bool:
         return bool(self._items)
 
-    @property
-    def is_too_much(self) -> bool:
+    def is_beyond(self, times: int) -> bool:
+        """Whether more waits than so many times the limits."""
         tokens, size = self._limits
-        return (tokens is not None and self._num_tokens > tokens) or (
-            size is not None and self._num_bytes > size
+        return (tokens is not None and self._num_tokens > times * tokens) or (
+            size is not None and self._num_bytes > times * size
         )
 
     def put(self, item: Output) -> None:

@@ -5,7 +5,7 @@ from dataclasses import replace
 import trio
 
 from sagellm.backends.progress import Progress
-from sagellm.engines import engine_options, load_replica
+from sagellm.engines import engine_options, load_replica, prepare
 from sagellm.graphs.ir import Graph
 from sagellm.graphs.models import UnsupportedModel
 from sagellm.logs import child_logs
@@ -33,7 +33,7 @@ async def open_engine(
 
 def main() -> None:
     with child_logs():
-        serve(open_engine, (ModelError, EngineOptionError, UnsupportedModel))
+        serve(open_engine, (ModelError, EngineOptionError, UnsupportedModel), prepare)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import trio
 
 from sagellm.backends.progress import Progress, silent
+from sagellm.engines import engine_options
 from sagellm.graphs.ir import Graph
 from sagellm.graphs.passes.pipeline import run_pipeline
 from sagellm.graphs.passes.place import Place, replicas_of
@@ -33,7 +34,8 @@ async def start_workers(
     """
     cores = len(os.sched_getaffinity(0))
     placed = run_pipeline(graph, (ShareCores(cores), Place()))
-    launcher = (launch or _launcher)(options)
+    devices = _devices(placed)
+    launcher = launch(options) if launch else _launcher(options, devices)
     supervisor = Supervisor(
         placed,
         replicas_of(placed),
@@ -46,5 +48,14 @@ async def start_workers(
     return supervisor
 
 
-def _launcher(options: ProcessesOptions) -> Processes:
-    return Processes(MODULE, options.address, options.keys, inherited())
+def _devices(graph: Graph) -> tuple[str, ...]:
+    """Those that engines of the graph compute on."""
+    engines = [engine_options(graph, name) for name in graph.engines]
+    return tuple(sorted({engine.device for engine in engines if not engine.is_null}))
+
+
+def _launcher(options: ProcessesOptions, devices: tuple[str, ...]) -> Processes:
+    num_spares = options.num_spares if devices else 0
+    return Processes(
+        MODULE, options.address, options.keys, inherited(), num_spares=num_spares, devices=devices
+    )

@@ -58,15 +58,15 @@ class ServedSession:
 
     @property
     def engines(self) -> list[LocalEngine]:
-        found = self.session.executor.plan.all_engines
+        found = self.session.executor.all_engines
         return [engine for engine in found if isinstance(engine, LocalEngine)]
 
     @property
     def is_at_rest(self) -> bool:
         """No request is open, and every block is free; the books balance."""
-        if not self.session.executor.register.is_empty or self.session.health().num_open:
+        if not self.session.executor.core.register.is_empty or self.session.health().num_open:
             return False
-        self.session.executor.ledger.check()
+        self.session.executor.core.ledger.check()
         pools = [engine.pool for engine in self.engines]
         return all(pool.num_available == pool.num_blocks for pool in pools)
 

@@ -122,10 +122,10 @@ async def run(seconds: float, far: str, keys: str) -> dict[str, Any]:
         found = await stream_all(session, SEEDED, meanwhile, prompts=prompts)
         after = await stream_all(session, SEEDED, prompts=prompts)
         await session.idle()
-        session.executor.ledger.check()
+        session.executor.core.ledger.check()
         loads = [load for replicas in session.statistics().engines.values() for load in replicas]
         seen["num_leased"] = sum(load.num_leased_blocks for load in loads)
-        seen["num_moved"] = session.executor.recovery.num_migrated
+        seen["num_moved"] = session.executor.core.recovery.num_migrated
     seen["is_identical"] = right.tokens == found.tokens == after.tokens
     seen["longest_gap_s"] = max(found.gaps_s.values())
     return seen

@@ -13,10 +13,10 @@ from sagellm.runtime.resolver import Resolver
 NULL = {"device": "null", "model": "null"}
 
 
-def own_graph(made: Any, *, hears: frozenset[str] = frozenset()) -> OpenGraph:
+def own_graph(made: Any, *, subscribes: frozenset[str] = frozenset()) -> OpenGraph:
     """source -> own -> generate -> sink, where `own`, named policy_sort, is what was made."""
     ports = (Port("in", REQUEST),), (Port("out", REQUEST),)
-    spec = OpSpec("own", *ports, options=NoOptions, hears=hears)
+    spec = OpSpec("own", *ports, options=NoOptions, subscribes=subscribes)
     return _opened("policy_sort", OperatorModule(spec, lambda options, setup: made))
 
 

@@ -32,7 +32,7 @@ async def opened(graph: str, executor: str = "processes", **options: Any) -> Asy
     async with loaded.open(set={**exact, **options}, executor=executor) as session:
         yield session
         await session.idle()
-        session.executor.ledger.check()
+        session.executor.core.ledger.check()
         loads = [load for replicas in session.statistics().engines.values() for load in replicas]
         assert all(load.num_leased_blocks == 0 for load in loads)
 

@@ -3,8 +3,10 @@
 import random
 from collections import Counter
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import trio
@@ -14,6 +16,7 @@ from sagellm import Graph, Sampling
 from sagellm.backends.progress import Progress
 from sagellm.builder import RESOLVER
 from sagellm.checking import check_graph
+from sagellm.decisions import Decisions, recorded
 from sagellm.engines import engine_options, load_replica, load_tokenizer_of
 from sagellm.graphs.ir import Graph as FrozenGraph
 from sagellm.runtime.cluster.backoff import RestartPolicy
@@ -29,6 +32,7 @@ from sagellm.session import Session
 # Deaths end a task, and are noticed by that; only silence needs asking, and may take its time.
 # It came while nobody was there; or it was twice, without a token, in a worker as that died.
 EXCUSED = ("unavailable", "request_quarantined")
+OFTEN = RestartPolicy(most=10**6)  # they may die as often as they like, and are not failing
 WATCH = Watch(ping_s=4.0, silent_s=9.0, stop_s=1.0)
 ACTIONS = ("kill", "kill", "kill two", "mute", "garble", "restart", "scale", "scale", "drain")
 OPTIONS = {"device": "null", "model": "null", "decode_step_s": 0.05, "prefill_token_s": 1e-3}
@@ -101,7 +105,12 @@ class Chaos:
 
 @asynccontextmanager
 async def chaotic(
-    loaded: Graph, seed: int, *, max_hold_s: float = 1000.0, most_deaths: int = 10**6
+    loaded: Graph,
+    seed: int,
+    *,
+    max_hold_s: float = 1000.0,
+    policy: RestartPolicy = OFTEN,
+    decisions: Path | None = None,
 ) -> AsyncIterator[Chaos]:
     given = {f"{e}.{key}": value for e in loaded.ir.engines for key, value in OPTIONS.items()}
     graph = check_graph(loaded.document, RESOLVER, {}, given)
@@ -111,21 +120,25 @@ async def chaotic(
         {engine: engine_options(graph, engine).replicas for engine in graph.engines},
         lives,
         watch=WATCH,
-        policy=RestartPolicy(most=most_deaths),
+        policy=policy,
         draw=draw.random,
     )
-    async with trio.open_nursery() as nursery:
+    log = Decisions(decisions) if decisions is not None else None
+    async with AsyncExitStack() as stack, trio.open_nursery() as nursery:
         await nursery.start(supervisor.run)
-        ready = plan(graph, RESOLVER, supervisor.engines, seed=seed)
+        engines = supervisor.engines
+        counts = {name: len(replicas) for name, replicas in engines.items()}
+        ready = plan(graph, RESOLVER, counts, seed=seed)
         tokenizer = load_tokenizer_of(graph)
-        session = Session(
-            tokenizer, lambda deliver: TasksExecutor(ready, deliver, max_hold_s=max_hold_s)
-        )
+        record = stack.enter_context(recorded(log, ready, max_hold_s))
+        make = partial(TasksExecutor, ready, engines=engines, max_hold_s=max_hold_s, record=record)
+        session = Session(tokenizer, make)
+        session.supervisor = supervisor
         await nursery.start(session.executor.run)
         supervisor.watch(session.executor)
         yield Chaos(session, supervisor, lives, draw)
         await session.close()
-        session.executor.ledger.check()
+        session.executor.core.ledger.check()
         nursery.cancel_scope.cancel()
     for engine in lives.engines:
         engine.pool.check()

@@ -13,6 +13,7 @@ Config: TypeAlias = Mapping[str, object]
 _DTYPES = ("float32", "bfloat16", "float16")
 _ROPE_TYPES = ("default", "linear", "llama3")
 _LAYER_TYPES = ("full_attention", "sliding_attention")
+_MAX_LAYERS = 4096  # published models have some hundred at most
 _NO_REMOTE_CODE = "use a model whose architecture is built in"
 
 # Fields that change the result and are not built: field -> (values that change nothing, way out).
@@ -48,6 +49,17 @@ def whole(config: Config, field: str, default: int | None = None, *, least: int 
         fix = f"set it to a whole number of at least {least}"
         raise UnsupportedModel(f"{value!r} where a number is needed", field=field, fix=fix)
     return value
+
+
+def num_layers(config: Config) -> int:
+    """Raises UnsupportedModel also for a number that no model has: lists are made of it."""
+    count = whole(config, "num_hidden_layers")
+    if count > _MAX_LAYERS:
+        fix = f"set the model's own number, of at most {_MAX_LAYERS}"
+        raise UnsupportedModel(
+            f"{count} layers are more than any model has", field="num_hidden_layers", fix=fix
+        )
+    return count
 
 
 def number(config: Config, field: str, default: float | None = None) -> float:
@@ -153,20 +165,20 @@ def layer_windows(config: Config, window: int | None) -> tuple[int | None, ...]:
 
     28 is the default of transformers. Raises UnsupportedModel for types that are not built.
     """
-    num_layers = whole(config, "num_hidden_layers")
+    count = num_layers(config)
     types = config.get("layer_types")
     if types is None:
-        first = min(num_layers, whole(config, "max_window_layers", 28, least=0))
-        return (None,) * first + (window,) * (num_layers - first)
-    if not isinstance(types, list | tuple) or len(types) != num_layers:
+        first = min(count, whole(config, "max_window_layers", 28, least=0))
+        return (None,) * first + (window,) * (count - first)
+    if not isinstance(types, list | tuple) or len(types) != count:
         cause = f"{types!r} does not name one type a layer"
-        raise UnsupportedModel(cause, field="layer_types", fix=f"name {num_layers} types")
+        raise UnsupportedModel(cause, field="layer_types", fix=f"name {count} types")
     return tuple(_window(str(kind), window) for kind in types)
 
 
 def same_windows(config: Config, window: int | None) -> tuple[int | None, ...]:
     """`window` for every layer. Raises UnsupportedModel if `layer_types` says otherwise."""
-    windows = (window,) * whole(config, "num_hidden_layers")
+    windows = (window,) * num_layers(config)
     if config.get("layer_types") is not None and layer_windows(config, window) != windows:
         raise UnsupportedModel(
             "this family has one type of layer", field="layer_types", fix="drop the field"

@@ -2,16 +2,16 @@
 users are registered, or offered by packages as entry points `sagellm.strategies`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TypeAlias
 
 from sagellm.operators.routing import affinity, load_balanced, locality, random, round_robin
-from sagellm.operators.routing.view import Pool, View
-from sagellm.runtime.messages import Request
+from sagellm.operators.routing.view import Candidates
 from sagellm.runtime.operator import Draw
 from sagellm.runtime.registry import Registry, check_callable
 
-Strategy: TypeAlias = Callable[[Request, Pool, View, Draw], int]  # a replica of the pool
+# A replica of the candidates, or several, best first. The third argument is a random source.
+Strategy: TypeAlias = Callable[[Candidates, float, Draw], int | Iterable[int]]
 
 STRATEGIES: Registry[Strategy] = Registry(
     "strategy",

@@ -4,13 +4,13 @@ The key is what `key_by` set, or else the user_id; a request with neither goes t
 """
 
 from sagellm.operators.routing.rendezvous import choose_by_key
-from sagellm.operators.routing.view import Pool, View
-from sagellm.runtime.messages import Request
+from sagellm.operators.routing.view import Candidates
 from sagellm.runtime.operator import Draw
 
 
-def choose(request: Request, pool: Pool, view: View, draw: Draw) -> int:
+def choose(candidates: Candidates, now: float, draw: Draw) -> int:
+    request = candidates.request
     key = request.tags.get("key") or request.user_id
     if not key:
-        return pool.least_loaded(request, view)
-    return choose_by_key(key, pool.live(view))
+        return candidates.least_loaded()
+    return choose_by_key(key, candidates.numbers)

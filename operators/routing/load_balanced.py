@@ -6,10 +6,9 @@ beyond these (see `routing/view.py`). Source: least outstanding tokens, with the
 over a reported snapshot and the rotating tie-break of vLLM's data-parallel load balancer.
 """
 
-from sagellm.operators.routing.view import Pool, View
-from sagellm.runtime.messages import Request
+from sagellm.operators.routing.view import Candidates
 from sagellm.runtime.operator import Draw
 
 
-def choose(request: Request, pool: Pool, view: View, draw: Draw) -> int:
-    return pool.least_loaded(request, view)
+def choose(candidates: Candidates, now: float, draw: Draw) -> int:
+    return candidates.least_loaded()

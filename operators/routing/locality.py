@@ -4,12 +4,12 @@ A request that names neither goes to the least loaded, for all of those would me
 """
 
 from sagellm.operators.routing.rendezvous import choose_by_key
-from sagellm.operators.routing.view import Pool, View
-from sagellm.runtime.messages import Request
+from sagellm.operators.routing.view import Candidates
 from sagellm.runtime.operator import Draw
 
 
-def choose(request: Request, pool: Pool, view: View, draw: Draw) -> int:
+def choose(candidates: Candidates, now: float, draw: Draw) -> int:
+    request = candidates.request
     if not request.model and not request.user_id:
-        return pool.least_loaded(request, view)
-    return choose_by_key(f"{request.model}:{request.user_id}", pool.live(view))
+        return candidates.least_loaded()
+    return choose_by_key(f"{request.model}:{request.user_id}", candidates.numbers)

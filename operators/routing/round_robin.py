@@ -1,10 +1,10 @@
 """round_robin: one replica after the other, whatever their load."""
 
-from sagellm.operators.routing.view import Pool, View
-from sagellm.runtime.messages import Request
+from sagellm.operators.routing.view import Candidates, bits
 from sagellm.runtime.operator import Draw
 
 
-def choose(request: Request, pool: Pool, view: View, draw: Draw) -> int:
-    live = pool.live(view)
-    return live[view.num_routed % len(live)]
+def choose(candidates: Candidates, now: float, draw: Draw) -> int:
+    turn = candidates.turn % candidates.pool.size
+    later = candidates.mask >> turn << turn
+    return next(bits(later or candidates.mask))

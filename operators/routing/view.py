@@ -1,17 +1,22 @@
-"""What a router knows of the replicas that it chooses over."""
+"""What a router knows of the replicas that it chooses over, as a value."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TypeAlias
 
 import msgspec
+from immutables import Map
 from msgspec.structs import replace
 
 from sagellm.runtime.engine.port import EngineLoad
 from sagellm.runtime.messages import Request
-from sagellm.runtime.persistent_map import PersistentMap
+from sagellm.runtime.min_tree import MinTree
 
 Replica = tuple[str, int]  # a pool (an engine, or a node without one) and a number in it
+
+_SMOOTHING = 1 / 16  # of the latest request in the mean size of requests
+_DRIFT = 1.25  # how far that mean may move before all loads are computed anew
 
 
 def tokens_of(request: Request) -> int:
@@ -19,155 +24,262 @@ def tokens_of(request: Request) -> int:
     return request.num_uncached_tokens + request.sampling.max_tokens
 
 
-class Backlog(msgspec.Struct, frozen=True):
-    """What this router sent to one replica.
+class ReplicaView(msgspec.Struct, frozen=True):
+    """What a router knows of one replica.
 
-    `num_open` and `num_tokens`: of requests that have not ended. `num_held`: requests less
-    credits that came back. A prefill returns its credit long before the request ends; a request
-    that ends on its way never had credit here, so this count may be too high, never too low.
+    `num_held`, `num_tokens`: of the requests that this router sent there, until their credit comes
+    back, or they end on their way. `num_left`: requests that its credit has room for.
     """
 
-    num_open: int = 0
-    num_tokens: int = 0
     num_held: int = 0
+    num_tokens: int = 0
+    num_left: float = math.inf
+    num_reported: int = 0  # requests running and waiting in its engine
+    reporter: tuple[str, int] = ("", 0)  # who reported that, and the report's number
+    is_up: bool = True
+    is_removed: bool = False
 
-    @property
-    def load(self) -> float:
-        """Outstanding tokens, as far as the replica still holds the requests."""
-        return self.num_tokens * min(self.num_held, self.num_open) / max(self.num_open, 1)
-
-    def placed(self, num_tokens: int) -> "Backlog":
-        return Backlog(self.num_open + 1, self.num_tokens + num_tokens, self.num_held + 1)
-
-    def forgotten(self, num_tokens: int) -> "Backlog":
-        return replace(
-            self, num_open=self.num_open - 1, num_tokens=self.num_tokens - num_tokens
-        ).settled()
-
-    def returned(self) -> "Backlog":
-        return replace(self, num_held=max(self.num_held - 1, 0))
-
-    def settled(self) -> "Backlog":
-        """With nothing open nothing is held: errors of the count end here."""
-        return self if self.num_open else Backlog()
-
-
-class Report(NamedTuple):
-    """A load as an operator told it."""
-
-    node: str
-    sequence: int
-    load: EngineLoad
-
-
-class View(msgspec.Struct, frozen=True):
-    """The state of a router. `placed`: request -> where its choices went, and their tokens."""
-
-    num_routed: int = 0
-    backlogs: Mapping[Replica, Backlog] = msgspec.field(default_factory=dict)
-    reported: Mapping[Replica, Report] = msgspec.field(default_factory=dict)
-    down: frozenset[Replica] = frozenset()  # whose engine is lost, until it is back
-    removed: frozenset[Replica] = frozenset()  # not to come back
-    added: Mapping[str, int] = msgspec.field(default_factory=dict)  # pool -> replicas it has by now
-    placed: PersistentMap[str, tuple[tuple[Replica, int], ...]] = msgspec.field(
-        default_factory=PersistentMap
-    )
-
-    def load(self, replica: Replica, request: Request) -> float:
-        """Outstanding tokens of this router, and those of others' requests as reported.
-
-        A request of others (they share the engine) counts as much as the one in hand.
-        """
-        backlog = self.backlogs.get(replica, Backlog())
-        if replica not in self.reported:
-            return backlog.load
-        engine = self.reported[replica].load
-        num_foreign = engine.num_running + engine.num_waiting - backlog.num_held
-        return backlog.load + max(num_foreign, 0) * tokens_of(request)
-
-    def place(self, request: Request, replicas: tuple[Replica, ...]) -> "View":
-        num_tokens = tokens_of(request)
-        backlogs = dict(self.backlogs)
-        for replica in replicas:
-            backlogs[replica] = backlogs.get(replica, Backlog()).placed(num_tokens)
-        before = self.placed.get(request.request_id, ())
-        where = before + tuple((replica, num_tokens) for replica in replicas)
-        return replace(
-            self,
-            num_routed=self.num_routed + 1,
-            backlogs=backlogs,
-            placed=self.placed.with_item(request.request_id, where),
+    def load(self, request_tokens: float) -> float:
+        """Outstanding tokens; each request of others counts `request_tokens`."""
+        num_foreign = self.num_reported - self.num_held
+        return (
+            self.num_tokens + num_foreign * request_tokens if num_foreign > 0 else self.num_tokens
         )
 
-    def forget(self, request_id: str) -> "View":
-        """Its last event has passed: whatever it took is free."""
-        if request_id not in self.placed:
-            return self
-        backlogs = dict(self.backlogs)
-        for replica, num_tokens in self.placed[request_id]:
-            backlogs[replica] = backlogs[replica].forgotten(num_tokens)
-        return replace(self, backlogs=backlogs, placed=self.placed.without(request_id))
-
-    def take_back(self, replica: Replica) -> "View":
-        """A replica returned the credit of one request."""
-        if replica not in self.backlogs:
-            return self
-        return replace(self, backlogs={**self.backlogs, replica: self.backlogs[replica].returned()})
-
-    def mark(self, replica: Replica, *, is_up: bool) -> "View":
-        """Its engine is back, or is lost: either way without what it had. One that nobody knew is
-        there from now on.
-        """
-        pool, number = replica
+    def placed(self, num_tokens: int) -> "ReplicaView":
         return replace(
             self,
-            down=self.down - {replica} if is_up else self.down | {replica},
-            removed=self.removed - {replica} if is_up else self.removed,
-            reported={known: report for known, report in self.reported.items() if known != replica},
-            added={**self.added, pool: max(self.added.get(pool, 0), number + 1)},
+            num_held=self.num_held + 1,
+            num_tokens=self.num_tokens + num_tokens,
+            num_left=self.num_left - 1,
         )
 
-    def remove(self, replica: Replica) -> "View":
-        """Nothing goes there any more, whatever is missing."""
-        return replace(self, down=self.down | {replica}, removed=self.removed | {replica})
+    def without(self, num_tokens: int) -> "ReplicaView":
+        """A request that was placed here is here no more."""
+        return replace(self, num_held=self.num_held - 1, num_tokens=self.num_tokens - num_tokens)
 
-    def report(self, replica: Replica, report: Report) -> "View":
-        """The latest load wins; one that a later one of its node overtook changes nothing."""
-        known = self.reported.get(replica)
-        if known and known.node == report.node and report.sequence <= known.sequence:
-            return self
-        return replace(self, reported={**self.reported, replica: report})
+
+NEW = ReplicaView()
 
 
 @dataclass(frozen=True, slots=True)
 class Pool:
     """The replicas to choose over: those of one engine, whichever operators use it.
 
-    `num_replicas`: at first; see `View.added`.
+    `num_replicas`: at first; a topology may say more. `entries`: of the operators, those that
+    requests enter next, so that their credit decides.
     """
 
     name: str
     num_replicas: int
     nodes: tuple[str, ...]
+    entries: tuple[str, ...] = ()
 
-    def size(self, view: View) -> int:
-        """How many replicas it has had: numbers are 0 ... size - 1."""
-        return max(self.num_replicas, view.added.get(self.name, 0))
 
-    def live(self, view: View) -> tuple[int, ...]:
-        """The replicas whose engine is there; where none is, all that may come back: the request
-        waits for one.
+class PoolView(msgspec.Struct, frozen=True):
+    """The replicas of one pool. Masks have a bit a replica: whatever their number, an update takes
+    microseconds, and so does finding the least loaded.
+    """
+
+    size: int  # how many replicas it has had
+    replicas: Map[int, ReplicaView] = Map()
+    free: int = 0  # up, and with room
+    up: int = 0
+    known: int = 0  # not removed
+    loads: MinTree = MinTree()  # of those that are free
+    request_tokens: float = 1.0  # what a request of others counts as
+    mean_tokens: float = 0.0  # of the requests that were placed
+
+    @classmethod
+    def opened(cls, size: int) -> "PoolView":
+        return cls(0).grown(size)
+
+    def grown(self, size: int) -> "PoolView":
+        """With all replicas below `size`."""
+        pool = self
+        for number in range(self.size, size):
+            pool = replace(pool, size=number + 1).with_replica(number, NEW)
+        return pool
+
+    def with_replica(self, number: int, view: ReplicaView) -> "PoolView":
+        bit, free, loads = 1 << number, self.free, self.loads
+        if view.is_up and view.num_left >= 1:
+            load, free = view.load(self.request_tokens), free | bit
+        else:
+            load, free = math.inf, free & ~bit
+        if loads[number] != load:
+            loads = loads.with_value(number, load)
+        return PoolView(
+            self.size,
+            self.replicas.set(number, view),
+            free,
+            self.up | bit if view.is_up else self.up & ~bit,
+            self.known & ~bit if view.is_removed else self.known | bit,
+            loads,
+            self.request_tokens,
+            self.mean_tokens,
+        )
+
+    def placed(self, number: int, num_tokens: int) -> "PoolView":
+        mean = self.mean_tokens + (num_tokens - self.mean_tokens) * _SMOOTHING
+        pool = replace(self, mean_tokens=mean if self.mean_tokens else float(num_tokens))
+        pool = pool.with_replica(number, self.replicas[number].placed(num_tokens))
+        if not 1 / _DRIFT <= pool.request_tokens / pool.mean_tokens <= _DRIFT:
+            return pool.with_request_tokens(pool.mean_tokens)
+        return pool
+
+    def with_request_tokens(self, request_tokens: float) -> "PoolView":
+        """All loads computed anew: requests are of another size than before."""
+        pool = replace(self, request_tokens=request_tokens)
+        for number, view in self.replicas.items():
+            pool = pool.with_replica(number, view)
+        return pool
+
+    @property
+    def candidates(self) -> int:
+        """The mask of those to choose from: free ones, else those that are up, else those that may
+        come back; at the last two a request waits.
         """
-        every = tuple(range(self.size(view)))
-        if not view.down:
-            return every
-        wanted = tuple(number for number in every if (self.name, number) not in view.removed)
-        return tuple(number for number in wanted if (self.name, number) not in view.down) or wanted
+        return self.free or self.up or self.known
 
-    def least_loaded(self, request: Request, view: View) -> int:
+
+Placed: TypeAlias = Map[str, tuple[tuple[Replica, int], ...]]
+
+
+class View(msgspec.Struct, frozen=True):
+    """The state of a router. `placed`: request -> where its choices went, and their tokens."""
+
+    pools: Mapping[str, PoolView]
+    num_routed: int = 0
+    placed: Placed = Map()
+
+    @classmethod
+    def of(cls, pools: tuple[Pool, ...]) -> "View":
+        return cls({pool.name: PoolView.opened(pool.num_replicas) for pool in pools})
+
+    def replica(self, replica: Replica) -> ReplicaView:
+        return self.pools[replica[0]].replicas.get(replica[1], NEW)
+
+    def load(self, replica: Replica, request: Request) -> float:
+        """Outstanding tokens; a request of others counts as much as the one in hand."""
+        return self.replica(replica).load(tokens_of(request))
+
+    def place(self, request: Request, replicas: tuple[Replica, ...]) -> "View":
+        num_tokens = tokens_of(request)
+        pools = dict(self.pools)
+        for pool, number in replicas:
+            pools[pool] = pools[pool].placed(number, num_tokens)
+        where = self.placed.get(request.request_id, ())
+        where += tuple((replica, num_tokens) for replica in replicas)
+        placed = self.placed.set(request.request_id, where)
+        return View(pools, self.num_routed + 1, placed)
+
+    def take_back(self, replica: Replica, request_id: str, num_left: float | None = None) -> "View":
+        """A replica holds a choice of a request no more; `num_left`: where requests enter it."""
+        known, placed = self.replica(replica), self.placed
+        where = placed.get(request_id, ())
+        found = next((one for one in where if one[0] == replica), None)
+        if found is not None:
+            known = known.without(found[1])
+            rest = list(where)
+            rest.remove(found)
+            placed = placed.set(request_id, tuple(rest)) if rest else placed.delete(request_id)
+        if num_left is not None:
+            known = replace(known, num_left=num_left)
+        return self._with(replica, known, placed)
+
+    def forget(self, request_id: str) -> "View":
+        """Its last event has passed: whatever it took is free."""
+        view = self
+        while where := view.placed.get(request_id):
+            view = view.take_back(where[0][0], request_id)
+        return view
+
+    def report(self, replica: Replica, node: str, sequence: int, load: EngineLoad) -> "View":
+        """The latest load wins; one that a later one of its node overtook changes nothing."""
+        known = self.replica(replica)
+        if known.reporter[0] == node and sequence <= known.reporter[1]:
+            return self
+        num_reported = load.num_running + load.num_waiting
+        heard = replace(known, num_reported=num_reported, reporter=(node, sequence))
+        return self._with(replica, heard)
+
+    def mark(self, replica: Replica, *, is_up: bool) -> "View":
+        """Its engine is back, or is lost: either way without what it had."""
+        known = replace(self.replica(replica), is_up=is_up, num_reported=0, reporter=("", 0))
+        return self._with(replica, known)
+
+    def resize(self, pool: str, size: int, removed: frozenset[Replica]) -> "View":
+        """As a topology says."""
+        grown = self.pools[pool].grown(size)
+        for number, known in grown.replicas.items():
+            is_removed = (pool, number) in removed
+            if is_removed != known.is_removed:
+                grown = grown.with_replica(number, replace(known, is_removed=is_removed))
+        return replace(self, pools={**self.pools, pool: grown})
+
+    def _with(self, replica: Replica, known: ReplicaView, placed: Placed | None = None) -> "View":
+        name, number = replica
+        pool = self.pools[name]
+        if number >= pool.size:
+            pool = pool.grown(number + 1)
+        pools = {**self.pools, name: pool.with_replica(number, known)}
+        return View(pools, self.num_routed, self.placed if placed is None else placed)
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """The replicas of one pool that a strategy orders for one request."""
+
+    pool: PoolView
+    request: Request
+    turn: int  # rises by one with each request that was routed
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """All candidates, ascending. Linear in their number."""
+        return tuple(bits(self.pool.candidates))
+
+    @property
+    def mask(self) -> int:
+        """The same as a mask: bit n is set where replica n is a candidate."""
+        return self.pool.candidates
+
+    def load(self, number: int) -> float:
+        """Outstanding tokens of a replica."""
+        return self.pool.replicas[number].load(tokens_of(self.request))
+
+    def least_loaded(self) -> int:
         """Ties go round, so that an idle pool fills evenly."""
-        live = self.live(view)
-        turn = view.num_routed % len(live)
-        order = live[turn:] + live[:turn]
-        loads = {number: view.load((self.name, number), request) for number in order}
-        return min(loads, key=loads.__getitem__)
+        start = self.turn % self.pool.size
+        found = self.pool.loads.argmin(start)
+        return found if found is not None else min(self.numbers, key=self._waiting_rank(start))
+
+    def by_load(self) -> Iterator[int]:
+        """The candidates, least loaded first; the first comes at once, the others are sorted."""
+        first = self.least_loaded()
+        yield first
+        rank = self._waiting_rank(self.turn % self.pool.size)
+        yield from sorted((number for number in self.numbers if number != first), key=rank)
+
+    def _waiting_rank(self, start: int) -> Callable[[int], tuple[float, int]]:
+        size = self.pool.size
+        return lambda number: (self.load(number), (number - start) % size)
+
+
+def nth_bit(mask: int, index: int) -> int:
+    """The number of the bit that is set with `index` set bits below it."""
+    low, high = 0, mask.bit_length()
+    while high - low > 1:
+        middle = (low + high) // 2
+        num_below = (mask & ((1 << middle) - 1)).bit_count()
+        low, high = (middle, high) if num_below <= index else (low, middle)
+    return low
+
+
+def bits(mask: int) -> Iterator[int]:
+    """The numbers of the bits that are set, ascending."""
+    while mask:
+        low = mask & -mask
+        yield low.bit_length() - 1
+        mask ^= low

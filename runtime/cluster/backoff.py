@@ -1,16 +1,23 @@
-"""When a worker that died is started again, and when it is given up: as Erlang's supervisors do."""
+"""When a process that died is started again: for ever, after pauses that grow up to a limit."""
 
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
+from typing import Literal, TypeAlias, get_args
+
+# What is to blame for a death, as far as can be known: a request that was in two workers as they
+# died; the link to the process; or whatever else ended it.
+Blame: TypeAlias = Literal["machine", "request", "link"]
+BLAMES: tuple[Blame, ...] = get_args(Blame)
 
 
 @dataclass(frozen=True, slots=True)
 class RestartPolicy:
     """The first restart comes after `first_s`, each next one after twice as long, `longest_s` at
-    most, all times by up to `jitter` longer or shorter. More than `most` deaths within `within_s`:
-    the worker is given up. One whose link fails is not: after `most_cuts` in a row it is left
-    alone for `ejected_s`, tried again, left alone for twice that, three times, and so on,
-    `longest_ejected_s` at most, where others can do its work. A life of `healthy_s` begins anew.
+    most, all times by up to `jitter` longer or shorter. After more than `most` deaths within
+    `within_s` the process counts as failing; it is tried again all the same. One whose link fails
+    `most_cuts` times in a row is left alone for `ejected_s`, tried again, left alone for twice
+    that, three times, and so on, `longest_ejected_s` at most, where others can do its work. A life
+    of `healthy_s` begins anew.
     """
 
     first_s: float = 0.5
@@ -26,33 +33,42 @@ class RestartPolicy:
 
 @dataclass(slots=True)
 class Restarts:
-    """The deaths of one worker; times are of one clock, in seconds."""
+    """The deaths of one process; times are of one clock, in seconds."""
 
     policy: RestartPolicy = field(default_factory=RestartPolicy)
     count: int = 0  # restarts since the graph was opened
     is_ejected: bool = False  # by the last cut
+    is_failing: bool = False  # it has died too often of late
+    deaths: Counter[Blame] = field(default_factory=Counter)  # by blame
     _num_in_row: int = 0
     _num_cuts: int = 0  # in a row
     _num_ejections: int = 0  # in a row
-    _deaths: deque[float] = field(default_factory=deque)
+    _recent_s: deque[float] = field(default_factory=deque)
 
-    def died(self, now: float, *, ready_s: float | None, draw: float) -> float | None:
-        """The delay until the next start; None where it is given up.
+    def died(
+        self, now: float, *, ready_s: float | None, draw: float, blame: Blame = "machine"
+    ) -> float:
+        """The delay until the next start. A death that a request caused makes no pause longer.
 
         `ready_s`: when this life became ready, if it did. `draw`: uniform in [0, 1).
         """
         self._end_life(now, ready_s)
         self._num_cuts = 0
-        self._deaths.append(now)
-        while self._deaths[0] < now - self.policy.within_s:
-            self._deaths.popleft()
-        if len(self._deaths) > self.policy.most:
-            return None
+        self.deaths[blame] += 1
+        if blame == "request":
+            self.count += 1
+            return self._jittered(self.policy.first_s, draw)
+        self._recent_s.append(now)
+        while self._recent_s[0] < now - self.policy.within_s:
+            self._recent_s.popleft()
+        # A failing one dies less often, as its pauses are long: only a healthy life ends that.
+        self.is_failing = self.is_failing or len(self._recent_s) > self.policy.most
         return self._next_delay_s(draw)
 
     def cut(self, now: float, *, ready_s: float | None, draw: float, may_eject: bool) -> float:
         """The delay until the next start of one whose link failed; see `died`."""
         self._end_life(now, ready_s)
+        self.deaths["link"] += 1
         self._num_cuts += 1
         self.is_ejected = may_eject and self._num_cuts >= self.policy.most_cuts
         if not self.is_ejected:
@@ -62,14 +78,20 @@ class Restarts:
         return min(self.policy.ejected_s * self._num_ejections, self.policy.longest_ejected_s)
 
     def forgive(self) -> None:
-        """Somebody restarts it by hand: what was counts no more."""
+        """Earlier deaths make no pause longer any more."""
+        self.is_failing = False
         self._num_in_row = self._num_cuts = self._num_ejections = 0
-        self._deaths.clear()
+        self._recent_s.clear()
+
+    def lived(self, seconds: float) -> None:
+        """A life has lasted so long since it was ready."""
+        if seconds >= self.policy.healthy_s:
+            self.forgive()
 
     def _end_life(self, now: float, ready_s: float | None) -> None:
         self.is_ejected = False
-        if ready_s is not None and now - ready_s >= self.policy.healthy_s:
-            self._num_in_row = self._num_cuts = self._num_ejections = 0
+        if ready_s is not None:
+            self.lived(now - ready_s)
 
     def _next_delay_s(self, draw: float) -> float:
         policy = self.policy
@@ -77,4 +99,7 @@ class Restarts:
         delay_s = min(policy.first_s * doubled, policy.longest_s)
         self._num_in_row += 1
         self.count += 1
-        return delay_s * (1 + policy.jitter * (2 * draw - 1))
+        return self._jittered(delay_s, draw)
+
+    def _jittered(self, delay_s: float, draw: float) -> float:
+        return delay_s * (1 + self.policy.jitter * (2 * draw - 1))

@@ -6,7 +6,6 @@ connect may do it. One line of JSON asks, one answers.
 
 import math
 import os
-import shutil
 import socket
 import tempfile
 from contextlib import ExitStack, suppress
@@ -17,6 +16,7 @@ import msgspec
 import trio
 
 from sagellm.graphs.log import get_logger
+from sagellm.runtime.cluster.folder import PREFIX, Folder, remove_abandoned
 
 log = get_logger("sagellm.cluster")
 
@@ -122,12 +122,12 @@ async def run_alone(
     graph goes on without.
     """
     try:
-        folder = Path(tempfile.mkdtemp(prefix="sagellm-"))
+        folder = Folder()
     except OSError as error:
         log.warning("control_not_open", error=str(error), fix="see that TMPDIR can be written to")
         task_status.started()
         return
-    control = Control(members, folder)
+    control = Control(members, folder.path)
     try:
         try:
             listening = await control.listen()
@@ -138,13 +138,13 @@ async def run_alone(
         task_status.started()
         await control.serve(listening)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        folder.remove()
 
 
 def running() -> tuple[Path, ...]:
     """The control sockets of this user's running graphs, oldest first."""
     found = []
-    for path in Path(tempfile.gettempdir()).glob(f"sagellm-*/{_NAME}"):
+    for path in Path(tempfile.gettempdir()).glob(f"{PREFIX}*/{_NAME}"):
         with suppress(OSError):  # it has just ended, or is another user's
             if path.parent.stat().st_uid == os.getuid():
                 found.append((path.stat().st_ctime, path))
@@ -159,6 +159,7 @@ async def ask(path: Path, asked: Asked) -> Answered:
         connected = await trio.open_unix_socket(str(path))
     except ConnectionRefusedError:
         _forget(path)
+        remove_abandoned()
         raise
     async with connected as stream:
         await stream.send_all(msgspec.json.encode(asked) + b"\n")

@@ -11,8 +11,10 @@ from sagellm.backends.progress import Event, Loading, Progress, silent
 from sagellm.graphs.ir import Graph
 from sagellm.graphs.log import get_logger
 from sagellm.graphs.text.codec import to_msgpack
-from sagellm.runtime.cluster.faults import WorkerUnfit
+from sagellm.runtime.cluster.backoff import Blame
+from sagellm.runtime.cluster.faults import NoResources, WorkerUnfit
 from sagellm.runtime.cluster.launch import Launcher, Life
+from sagellm.runtime.cluster.suspects import Suspects
 from sagellm.runtime.cluster.worker import Watch, Worker, WorkerState
 from sagellm.runtime.comm.channel import Channel, ChannelClosed
 from sagellm.runtime.comm.protocol import Open, Ping, Ready, Starting, Stop, Unfit
@@ -48,6 +50,7 @@ class Keeper:
         self._turn = turn
         self._meet = meet
         self._progress = progress
+        self._suspects = Suspects()
 
     async def keep(
         self, worker: Worker, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
@@ -66,6 +69,7 @@ class Keeper:
     async def _keep_one(self, worker: Worker, task_status: trio.TaskStatus[None]) -> None:
         """One life, and the wait for the next."""
         ready_s = await self._live(worker, task_status)
+        worker.ended = worker.why
         if not worker.is_wanted:
             return
         if worker.is_leaving:
@@ -74,26 +78,36 @@ class Keeper:
         if not worker.was_ready:
             raise WorkerUnfit(f"engine {worker}: {worker.why}")
         delay_s = self._delay(worker, ready_s)
-        log.warning("worker_died", worker=str(worker), why=worker.why, restart_in_s=delay_s)
-        if delay_s is None:
-            self._turn(worker, "failed")
+        _log_death(worker, delay_s)
+        with trio.move_on_after(delay_s):
             await worker.stirred.wait()
-        else:
-            with trio.move_on_after(delay_s):
-                await worker.stirred.wait()
 
-    def _delay(self, worker: Worker, ready_s: float | None) -> float | None:
+    def _delay(self, worker: Worker, ready_s: float | None) -> float:
         """Until its next life; it is ejected where its link is to blame, again and again."""
         now, draw = trio.current_time(), self._draw()
         if not worker.is_cut:
-            return worker.restarts.died(now, ready_s=ready_s, draw=draw)
+            blame = self._blame(worker, was_ready=ready_s is not None)
+            delay_s = worker.restarts.died(now, ready_s=ready_s, draw=draw, blame=blame)
+            self._turn(worker, "failing" if worker.restarts.is_failing else "dead")
+            return delay_s
         num_ready, ejected = self._count(worker.engine_name)
         may_eject = len(ejected) + 1 <= num_ready
         delay_s = worker.restarts.cut(now, ready_s=ready_s, draw=draw, may_eject=may_eject)
-        if worker.restarts.is_ejected:
-            worker.ejected_s = now
-            self._turn(worker, "ejected")
+        worker.ejected_s = now
+        self._turn(worker, "ejected" if worker.restarts.is_ejected else "dead")
         return delay_s
+
+    def _blame(self, worker: Worker, *, was_ready: bool) -> Blame:
+        """A request is to blame for one death at a time: where no life between two such deaths has
+        given a token, whatever is asked of it, the machine is.
+        """
+        if not was_ready or worker.engine is None:
+            return "machine"
+        worker.has_served |= worker.engine.has_served
+        if not self._suspects.died(worker.engine.unserved) or not worker.has_served:
+            return "machine"
+        worker.has_served = False
+        return "request"
 
     def keep_half(self, engine_name: str) -> None:
         """No more may be ejected than serve, whose number has changed: the first come back."""
@@ -120,6 +134,8 @@ class Keeper:
             life = self._launcher.launch(worker.epoch)
         except OSError as error:  # no memory, or too many processes
             worker.why = f"it could not be started: {error.strerror}"
+            if not worker.was_ready:
+                raise NoResources(f"engine {worker}: {worker.why}") from None
             return None
         worker.pid = life.pid
         try:
@@ -186,7 +202,7 @@ class Keeper:
     async def _ask(self, worker: Worker, channel: Channel, scope: trio.CancelScope) -> None:
         """Ask for signs of life; end a life that gives none, or whose engine is hung."""
         assert worker.engine is not None
-        since_s = moved_s = trio.current_time()
+        ready_s = since_s = moved_s = trio.current_time()
         while True:
             asked_s = trio.current_time()
             with suppress(ChannelClosed):
@@ -199,6 +215,7 @@ class Keeper:
             if silent_s > self._watch.silent_s:
                 worker.why, worker.is_cut = f"no sign of life for {silent_s:.1f} s", True
                 scope.cancel()
+            worker.restarts.lived(now - ready_s)
             if not worker.engine.health.is_hung:
                 moved_s = now
             if now - moved_s > self._watch.hang_s:
@@ -218,6 +235,19 @@ class Keeper:
             worker.why, worker.is_cut = f"signal {-code}", False
         life.close()
         worker.pid = None
+
+
+def _log_death(worker: Worker, restart_in_s: float) -> None:
+    """One line for each try that failed: louder where they are many."""
+    restarts = worker.restarts
+    (log.error if restarts.is_failing else log.warning)(
+        "worker_died",
+        worker=str(worker),
+        why=worker.why,
+        restart_in_s=round(restart_in_s, 3),
+        num_deaths=sum(restarts.deaths.values()),
+        is_failing=restarts.is_failing,
+    )
 
 
 def _log_up(worker: Worker, seconds: float) -> None:

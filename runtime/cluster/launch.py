@@ -1,9 +1,7 @@
 """How the life of a worker begins: as a process of this machine, or as tasks of this very loop."""
 
 import secrets
-import shutil
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from time import perf_counter
@@ -12,9 +10,11 @@ from typing import Protocol
 
 import trio
 
+from sagellm.runtime.cluster.folder import Folder
 from sagellm.runtime.cluster.options import IPC
 from sagellm.runtime.cluster.process import Process
-from sagellm.runtime.cluster.start import OpenEngine, Start, work
+from sagellm.runtime.cluster.spares import Spares
+from sagellm.runtime.cluster.start import OpenEngine, Start, spare_env, work
 from sagellm.runtime.comm.channel import Channel, ChannelClosed, MemoryChannel, memory_channels
 from sagellm.runtime.comm.keys import load_keys
 from sagellm.runtime.comm.zeromq import Hub
@@ -76,6 +76,9 @@ class Processes:
     They connect to `address`: that of a network (tcp), which takes the `keys` of a folder; else a
     socket in `folder`, which is of this user alone. `env` is added to their environment. Raises
     BadKeys.
+
+    `num_spares` processes are kept ready for engines on `devices`, for those that take the place of
+    others.
     """
 
     def __init__(
@@ -84,22 +87,29 @@ class Processes:
         address: str = IPC,
         keys: str | None = None,
         env: Mapping[str, str] = MappingProxyType({}),
+        num_spares: int = 0,
+        devices: Sequence[str] = (),
     ) -> None:
         hub_keys = load_keys(Path(keys), "graph") if keys is not None else None
-        self.folder = Path(tempfile.mkdtemp(prefix="sagellm-"))
+        self._folder = Folder()
+        self.folder = self._folder.path
         self._module = module
         self._keys = keys
         self._env = env
         self._hub = Hub(hub_keys)
+        spare = {**env, **spare_env(devices)}
+        self._spares = Spares(lambda: Process(module, spare), num_spares)
         self._endpoint = f"ipc://{self.folder}/hub" if address == IPC else address
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         try:
             self._endpoint = self._hub.bind(self._endpoint)
-            task_status.started()
-            await self._hub.run()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._spares.run)
+                task_status.started()
+                await self._hub.run()
         finally:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            self._folder.remove()
 
     def launch(self, epoch: int) -> ProcessLife:
         name = secrets.token_bytes(16)
@@ -108,9 +118,11 @@ class Processes:
         start = Start(
             self._door(), name.hex(), epoch, offset_s, folder=str(self.folder), keys=self._keys
         )
-        return ProcessLife(
-            Process(self._module, {**self._env, **start.env}), self._hub.link(name, epoch)
-        )
+        self._spares.stir()
+        # The first life of a worker is not what a spare is kept for.
+        process = self._spares.take(start.line) if epoch > 1 else None
+        process = process or Process(self._module, {**self._env, **start.env})
+        return ProcessLife(process, self._hub.link(name, epoch))
 
     def _door(self) -> str:
         """What the next worker connects to."""

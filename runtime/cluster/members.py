@@ -60,7 +60,7 @@ class Workers:
             num_running=load.num_running if load else 0,
             num_waiting=load.num_waiting if load else 0,
             kv_ratio=_kv_ratio(load),
-            why="" if worker.is_serving else worker.why,
+            why="" if worker.is_serving else worker.ended,
         )
 
 

@@ -32,6 +32,9 @@ class ProcessesOptions:
     at least twice `ping_s`; or once its engine has been hung for `hang_s`. `max_hold_s`: how long a
     request waits for an engine of which no replica is there.
 
+    `num_spares`: processes that have imported what a worker needs, and take the place of one that
+    dies; none where no engine computes.
+
     `address` is that of the graph's end: `ipc`, or `tcp://HOST:PORT` (port 0: any that is free),
     which takes the `keys` of a folder. `kv`: what KV blocks go through between workers.
     """
@@ -40,6 +43,7 @@ class ProcessesOptions:
     silent_s: float = field(default=1.0, metadata={"min": 1e-3})
     hang_s: float = field(default=30.0, metadata={"min": 1e-3})
     max_hold_s: float = field(default=30.0, metadata={"min": 0.0})
+    num_spares: int = field(default=1, metadata={"min": 0})
     address: str = IPC
     keys: str | None = None
     kv: Literal["memory", "tcp", "nixl"] = "memory"

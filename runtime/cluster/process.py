@@ -12,8 +12,8 @@ import trio
 
 
 class Process:
-    """A Python process that runs `module`, with a pipe as standard input that nothing is written
-    to: it ends when we do, whichever way, and the process with it (see `lifeline`).
+    """A Python process that runs `module`, with a pipe as standard input, on which at most its part
+    is written: it ends when we do, whichever way, and the process with it (see `lifeline`).
 
     Its end is a readable descriptor (pidfd), so that it is noticed within milliseconds. It is given
     the `files`, descriptors of ours, under their numbers.
@@ -50,6 +50,16 @@ class Process:
             await trio.lowlevel.wait_readable(self._end)
         await trio.lowlevel.checkpoint()
         return self._popen.returncode
+
+    @property
+    def has_ended(self) -> bool:
+        return self._popen.poll() is not None
+
+    def tell(self, line: bytes) -> None:
+        """Write to its standard input: its part, where it waits for one. Raises OSError."""
+        assert self._popen.stdin is not None
+        self._popen.stdin.write(line)
+        self._popen.stdin.flush()
 
     def kill(self) -> None:
         """End it at once, stopped or not; nothing happens where it has ended."""

@@ -1,7 +1,8 @@
 """How a worker process begins: what it is told, on which clock it runs, and what it does."""
 
 import os
-from collections.abc import Awaitable, Callable, Mapping
+import signal
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from sagellm.runtime.engine.local import LocalEngine
 from sagellm.runtime.engine.serving import EngineServer
 
 _VARIABLE = "SAGELLM_WORKER"  # an environment is for the eyes of its user alone, arguments are not
+_SPARE = "spare:"  # instead of a start, which then comes as a line of standard input
 
 # graph, engine, replica, blocks of its pool in an earlier life; called with events of the start
 OpenEngine: TypeAlias = Callable[[Graph, str, int, int | None, Progress], Awaitable[LocalEngine]]
@@ -43,7 +45,16 @@ class Start:
 
     @property
     def env(self) -> Mapping[str, str]:
-        return {_VARIABLE: msgspec.json.encode(self).decode()}
+        return {_VARIABLE: self.line.decode()}
+
+    @property
+    def line(self) -> bytes:
+        return msgspec.json.encode(self) + b"\n"
+
+
+def spare_env(devices: Iterable[str]) -> Mapping[str, str]:
+    """Of a process that prepares for engines on those devices, and waits for its start."""
+    return {_VARIABLE: _SPARE + ",".join(devices)}
 
 
 class SharedClock(trio.abc.Clock):
@@ -62,15 +73,36 @@ class SharedClock(trio.abc.Clock):
         return deadline - self.current_time()
 
 
-def serve(open_engine: OpenEngine, unfit: tuple[type[Exception], ...]) -> None:
+def serve(
+    open_engine: OpenEngine,
+    unfit: tuple[type[Exception], ...],
+    prepare: Callable[[Sequence[str]], None] = lambda devices: None,
+) -> None:
     """Be a worker until told to stop, or until whoever started it is gone.
 
     `open_engine` loads one replica; what it raises of `unfit` is told, and safe to
-    show. Anything else ends the process with a traceback.
+    show. Anything else ends the process with a traceback. `prepare` is what a spare does before it
+    waits for its start.
     """
-    start = msgspec.json.decode(os.environ.pop(_VARIABLE), type=Start)
+    for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)  # whoever signals all processes means the graph's
+    given = os.environ.pop(_VARIABLE)
+    if given.startswith(_SPARE):
+        prepare([device for device in given.removeprefix(_SPARE).split(",") if device])
+        given = _line_of_input()
+        if not given:  # whoever started it is gone, or needs it no more
+            return
+    start = msgspec.json.decode(given, type=Start)
     hold_lifeline(Path(start.folder))
     trio.run(_serve, start, open_engine, unfit, clock=SharedClock(start.clock_offset_s))
+
+
+def _line_of_input() -> str:
+    """Byte by byte, as the end of the input is watched afterwards; empty at its end."""
+    line = bytearray()
+    while (byte := os.read(0, 1)) not in (b"", b"\n"):
+        line += byte
+    return line.decode() if byte else ""
 
 
 async def _serve(start: Start, open_engine: OpenEngine, unfit: tuple[type[Exception], ...]) -> None:

@@ -89,6 +89,20 @@ class Supervisor:
             found[worker.engine_name] = (*found.get(worker.engine_name, ()), worker.engine)
         return found
 
+    @property
+    def missing(self) -> str:
+        """Which engines have no worker that serves, and what is done about it; "" where each has
+        one. It names no path, and nothing that an engine said: everybody may read it.
+        """
+        by_engine: dict[str, list[Worker]] = {}
+        for worker in self.workers:
+            by_engine.setdefault(worker.engine_name, []).append(worker)
+        return "; ".join(
+            f"engine {name} has no worker: {', '.join(map(_outlook, workers))}"
+            for name, workers in by_engine.items()
+            if not any(worker.is_serving for worker in workers)
+        )
+
     def watch(self, dispatcher: Dispatcher) -> None:
         """Tell it of every engine that is lost, back, or new."""
         self._dispatcher = dispatcher
@@ -120,7 +134,10 @@ class Supervisor:
     # ---- what an operator of it asks -------------------------------------------------------
 
     def drain(self, worker: Worker) -> None:
-        """Give it nothing new. What runs goes on at a sibling, or ends here where there is none."""
+        """Give it nothing new, or once it is ready where it is not yet. What runs goes on at a
+        sibling, or ends here where there is none.
+        """
+        worker.is_to_drain = not worker.is_serving
         if worker.is_serving:
             self._turn(worker, "drained")
             log.info("worker_drained", worker=str(worker))
@@ -129,18 +146,22 @@ class Supervisor:
                 worker.engine.evict()
 
     async def restart(self, workers: Sequence[Worker]) -> None:
-        """One after the other, each once the one before is ready: siblings take over meanwhile."""
+        """One after the other, each once the one before is ready: siblings take over meanwhile.
+
+        It also goes on where a new life fails, is drained or is removed meanwhile.
+        """
         for worker in workers:
             epoch = worker.epoch
             log.info("worker_restarting", worker=str(worker), pid=worker.pid)
             worker.restarts.forgive()
+            worker.is_to_drain = False
             if worker.is_serving:
                 self._turn(worker, "drained")
             if worker.engine is not None:
                 worker.engine.evict()
             worker.leave()
             while worker.is_wanted and (  # noqa: ASYNC110
-                worker.epoch == epoch or worker.state not in ("ready", "ejected", "failed")
+                worker.epoch == epoch or worker.state == "starting"
             ):
                 await trio.sleep(self._ping_s)
 
@@ -226,8 +247,23 @@ class Supervisor:
             self._dispatcher.add(worker.engine_name, worker.engine)
 
     def _turn(self, worker: Worker, state: WorkerState) -> None:
+        if state == "ready" and worker.is_to_drain:
+            state, worker.is_to_drain = "drained", False
+        if worker.state == state:
+            return
         if worker.is_wanted:
             worker.state = state
         if worker.engine is not None:  # else nobody knows of it
             self.on_change(worker)
         self._keeper.keep_half(worker.engine_name)
+
+
+def _outlook(worker: Worker) -> str:
+    """What becomes of one that does not serve. The words stay while it is tried again."""
+    if worker.state == "drained":
+        return f"{worker} is drained"
+    if worker.state == "ejected":
+        return f"{worker} is left alone, as its link fails"
+    if worker.restarts.is_failing:
+        return f"{worker} dies again and again, and is tried again"
+    return f"{worker} is started again"

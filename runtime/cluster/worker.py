@@ -9,9 +9,10 @@ from sagellm.runtime.cluster.backoff import Restarts
 from sagellm.runtime.engine.remote import RemoteEngine
 
 # starting -> ready -> dead -> starting ...; ready -> drained, until restarted; ejected: dead for a
-# while, as its link fails; failed: given up; removed: not wanted any more
+# while, as its link fails; failing: dead for a while, as it has died too often of late; removed:
+# not wanted any more
 WorkerState: TypeAlias = Literal[
-    "starting", "ready", "drained", "dead", "ejected", "failed", "removed"
+    "starting", "ready", "drained", "dead", "ejected", "failing", "removed"
 ]
 
 
@@ -42,11 +43,14 @@ class Worker:
     pid: int | None = None
     epoch: int = 0
     engine: RemoteEngine | None = None
-    why: str = ""  # the last life ended
+    why: str = ""  # this life ended, or would end if it did now
+    ended: str = ""  # why the last life did
     is_cut: bool = False  # by its link, as far as can be known
     ejected_s: float = 0.0  # when it was the last time
+    is_to_drain: bool = False  # as soon as it is ready
     is_leaving: bool = False  # this life was asked to end: no death
     was_ready: bool = False  # since it was last wanted
+    has_served: bool = False  # a token, since a request was last to blame for its death
     life: trio.CancelScope | None = None
     stirred: trio.Event = field(default_factory=trio.Event)  # somebody wants it back now
     gone: trio.Event = field(default_factory=trio.Event)  # it was removed, and has ended
@@ -64,7 +68,8 @@ class Worker:
 
     def want(self) -> None:
         """It was removed, or is new: begin again as if nothing had been."""
-        self.state, self.was_ready, self.is_leaving = "starting", False, False
+        self.state, self.was_ready = "starting", False
+        self.is_leaving = self.is_to_drain = False
         self.gone = trio.Event()
         self.restarts.forgive()
         if self.engine is not None:

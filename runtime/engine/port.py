@@ -25,7 +25,7 @@ class StaleLease(LookupError):
 
 
 class DamagedBlocks(RuntimeError):
-    """Blocks that came other than they were sent, again and again."""
+    """Blocks that came other than they were sent, again and again, or did not come in time."""
 
 
 class EngineLost(ConnectionError):

@@ -16,6 +16,8 @@ from sagellm.runtime.kv.lease import Fence
 from sagellm.runtime.kv.part import Part
 from sagellm.runtime.messages import LeaseRef
 
+_SILENT_S = 1.0  # a part that takes longer to fail is the last one: the transfer has the rest
+
 
 @dataclass(slots=True)
 class _Flight:
@@ -82,10 +84,13 @@ class Prefetcher:
                 if num_blocks <= flight.num_landed:
                     flight.source = None
                     continue
+                begun_s = trio.current_time()
                 part = Part(first=flight.num_landed, end=num_blocks)
                 try:
                     await _move_part(flight, engine, lease, part)
                 except (StaleLease, DamagedBlocks, EngineLost, EngineRefusal):
+                    if trio.current_time() - begun_s > _SILENT_S:
+                        flight.is_settled = True
                     if flight.source == (engine, lease, num_blocks):  # there is nothing newer
                         flight.source = None
         finally:

@@ -78,11 +78,14 @@ class RemoteEngine:
         self._prefetcher = prefetcher
         self.num_lives = 0
         self.is_removed = False  # nobody is to take the place of its last worker
+        self.has_served = False  # this life, or the last one, has given a token
+        self.unserved: frozenset[tuple[str, int]] = frozenset()  # without a token as it ended
         self._channel: Channel | None = None
         self._numbers: Iterator[int] = itertools.count()
         self._calls: dict[int, _Call] = {}
         self._mailboxes: dict[str, Mailbox] = {}
         self._open: dict[Fence, str] = {}  # sequences under way, and their owners
+        self._waiting: set[Fence] = set()  # of those: nothing has come of them yet
         self._submitting: set[Fence] = set()  # asked for, and not answered yet
         self._gone: dict[Fence, bool] = {}  # of those: lost meanwhile, by a death or not
         self._num_ungranted: dict[str, int] = {}  # batches of this life that a reader has to take
@@ -99,12 +102,14 @@ class RemoteEngine:
         if fence in self._open:
             raise EngineRefusal(f"choice {state.choice} of {state.request_id} runs here already")
         self._open[fence] = state.owner  # its first events may come with the answer
+        self._waiting.add(fence)
         self._submitting.add(fence)
         try:
             with trio.CancelScope(shield=True):  # brief; a cancel is heard behind it
                 await self.ask(lambda call: Submit(call=call, state=state))
         except (EngineRefusal, StaleLease, EngineLost):
             self._open.pop(fence, None)
+            self._waiting.discard(fence)
             raise
         else:
             if fence in self._gone:  # behind its answer: its first events may be here already
@@ -170,6 +175,7 @@ class RemoteEngine:
         """One life: until this is cancelled, or the channel ends; why it did."""
         self._channel = channel
         self.num_lives += 1
+        self.has_served = False
         self._on_change(True)
         try:
             while True:
@@ -188,6 +194,7 @@ class RemoteEngine:
         calls, self._calls = self._calls, {}
         for call in calls.values():
             call.done.set()
+        self.unserved = frozenset((one.request_id, one.choice) for one in self._waiting)
         self._lose_sequences(by_death=True)
         self._num_ungranted.clear()
         num_blocks = self.facts.num_blocks
@@ -198,6 +205,7 @@ class RemoteEngine:
     def _lose_sequences(self, *, by_death: bool) -> None:
         """Behind all events that have come: none comes after it."""
         lost, self._open = self._open, {}
+        self._waiting.clear()
         for fence, owner in lost.items():
             if fence in self._submitting:
                 self._gone[fence] = by_death
@@ -250,7 +258,8 @@ class RemoteEngine:
             if fence not in self._open:
                 continue  # it was evicted
             mailbox.post(event)
-            is_empty = False
+            self._waiting.discard(fence)
+            is_empty, self.has_served = False, True
             if token is not event or token.is_last:
                 del self._open[fence]
         mailbox.flush()

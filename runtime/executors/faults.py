@@ -1,25 +1,10 @@
-"""An operator's fault: what the log and the caller are told of it."""
+"""The log of operators' faults."""
 
 from sagellm.graphs.log import get_logger
-from sagellm.runtime.user_code import WrongResult, name_of, place_of, traceback_of
+from sagellm.runtime.core.faults import OperatorFault
+from sagellm.runtime.user_code import name_of, place_of, traceback_of
 
 log = get_logger("sagellm.executor")
-
-
-class OperatorFault(Exception):
-    """`error` was raised by the operator `node`, or by a function that it called."""
-
-    def __init__(self, node: str, error: Exception) -> None:
-        super().__init__(node, error)
-        self.node = node
-        self.error = error
-
-    @property
-    def public(self) -> str:
-        """Names operator and type; not the error's text, which may be private."""
-        if isinstance(self.error, WrongResult):
-            return f"{self.node}: {self.error}"
-        return f"{self.node}: the operator raised {name_of(self.error)}"
 
 
 def log_fault(fault: OperatorFault, *, request_id: str) -> None:

@@ -18,7 +18,7 @@ from nixl_cu12 import nixl_agent, nixl_agent_config
 
 from sagellm.backends.kv_storage import places_of
 from sagellm.graphs.log import get_logger
-from sagellm.runtime.engine.port import StaleLease
+from sagellm.runtime.engine.port import DamagedBlocks
 from sagellm.runtime.kv.located import Located, NixlBlocks
 from sagellm.runtime.kv.pool_bytes import PoolBytes, Run, runs_of, slices_of
 from sagellm.runtime.kv.transport import MOST_COPIES, damaged
@@ -41,9 +41,9 @@ _UNREACHABLE = (
 )
 
 
-def _gone(why: object) -> StaleLease:
+def _gone(why: object) -> DamagedBlocks:
     log.warning("kv_peer_gone", why=str(why))
-    return StaleLease("the worker that holds the blocks is gone")
+    return DamagedBlocks("the worker that holds the blocks cannot be reached")
 
 
 class NixlTransport:

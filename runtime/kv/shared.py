@@ -5,16 +5,22 @@ look into that process, and is gone with the last process that has it open. So n
 behind, and nobody guesses a name.
 """
 
+import errno
 import mmap
 import os
 from collections.abc import Callable, Sequence
 
 import trio
 
-from sagellm.runtime.engine.port import StaleLease
+from sagellm.graphs.log import get_logger
+from sagellm.runtime.engine.port import DamagedBlocks, StaleLease
 from sagellm.runtime.kv.located import Located, SharedBlocks
 from sagellm.runtime.kv.pool_bytes import PoolBytes, runs_of
 from sagellm.runtime.kv.transport import MOST_COPIES, damaged
+
+log = get_logger("sagellm.kv")
+
+_FULL = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 class SharedMemory:
@@ -94,15 +100,24 @@ def is_there(pid: int, descriptor: int, size: int) -> bool:
 
 def map_shared(pid: int, descriptor: int, size: int) -> memoryview:
     """Another process's memory, to read. Raises StaleLease where the process is gone, or what it
-    has open there is not that.
+    has open there is not that; DamagedBlocks where this process can map no more.
     """
     try:
         opened = os.open(f"/proc/{pid}/fd/{descriptor}", os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
+    except OSError as error:
+        if error.errno in _FULL:
+            raise _unmapped(error) from None
         raise StaleLease(f"process {pid} that holds the blocks is gone") from None
     try:
         if os.fstat(opened).st_size != size:
             raise StaleLease(f"process {pid} shares other memory than it said")
         return memoryview(mmap.mmap(opened, size, prot=mmap.PROT_READ))
+    except OSError as error:  # to map it takes another descriptor
+        raise _unmapped(error) from None
     finally:
         os.close(opened)
+
+
+def _unmapped(error: OSError) -> DamagedBlocks:
+    log.warning("kv_not_mapped", error=error.strerror)
+    return DamagedBlocks(f"the blocks cannot be mapped: {error.strerror}")

@@ -27,12 +27,12 @@ import trio
 
 from sagellm.backends.kv_storage import Staged
 from sagellm.graphs.log import get_logger
-from sagellm.runtime.engine.port import StaleLease
+from sagellm.runtime.engine.port import DamagedBlocks, StaleLease
 from sagellm.runtime.kv.located import Located, TcpBlocks
 from sagellm.runtime.kv.pool_bytes import PoolBytes, slices_of
 from sagellm.runtime.kv.sealed import KEY_BYTES, SALT_BYTES, SEAL_BYTES, Seal, Sealer
 from sagellm.runtime.kv.transport import MOST_COPIES, damaged
-from sagellm.runtime.kv.wire import Broken, Wire, pieces_of
+from sagellm.runtime.kv.wire import Broken, Stalled, Wire, pieces_of
 
 log = get_logger("sagellm.kv")
 
@@ -208,25 +208,30 @@ class _Receiver:
                 while self._wanted:
                     if not await self._take(wire, answers):
                         await self._ask(wire, asks, self._wanted[-1][0])
+            except Stalled:
+                raise DamagedBlocks("the sender fell silent") from None
             except Broken:
                 self._num_breaks += 1
                 if self._num_breaks >= MOST_COPIES:
-                    raise StaleLease("the connection to the sender broke again and again") from None
+                    cause = "the connection to the sender broke again and again"
+                    raise DamagedBlocks(cause) from None
 
     async def _connect(self) -> Wire:
         with trio.move_on_after(_GREETING_S):
             try:
                 stream = await trio.open_tcp_stream(self._source.host, self._source.port)
             except OSError:
-                raise StaleLease("the worker that holds the blocks is gone") from None
+                raise DamagedBlocks("the worker that holds the blocks cannot be reached") from None
             return Wire(socket.socket(fileno=stream.socket.detach()))
-        raise StaleLease("the worker that holds the blocks does not answer")
+        raise DamagedBlocks("the worker that holds the blocks does not answer")
 
     async def _greet(self, wire: Wire) -> tuple[Sealer, Sealer]:
         ours, key = secrets.token_bytes(SALT_BYTES), self._source.key
         try:
             await wire.send([_HELLO.pack(_MAGIC, _VERSION, self._source.export, ours)])
             salts = await wire.take(SALT_BYTES) + ours
+        except Stalled:
+            raise DamagedBlocks("the worker that holds the blocks does not answer") from None
         except Broken:
             raise StaleLease("the lease of the blocks has ended") from None
         return Sealer(key, salts, to_server=True), Sealer(key, salts, to_server=False)

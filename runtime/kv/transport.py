@@ -37,8 +37,9 @@ class Transport(Protocol):
     ) -> None:
         """Fill these blocks from where another worker has them, chunk by chunk.
 
-        Raises StaleLease where that worker, or its lease, is gone; DamagedBlocks where a chunk came
-        damaged `MOST_COPIES` times.
+        Raises StaleLease where the lease has ended; DamagedBlocks where a chunk came damaged
+        `MOST_COPIES` times, or the worker cannot be reached, or falls silent. Every wait has a
+        bound.
         """
 
     def forget_gone(self) -> None:

@@ -9,12 +9,16 @@ import trio
 
 _MOST_VIEWS = 512  # in one call; the kernel takes 1,024
 _WORTHWHILE_BYTES = 2**19  # to be woken for, unless fewer are to come
-_STALL_S = 5.0  # for that much, or to make room: else the other side is gone
+_STALL_S = 3.0  # for that much, or to make room: else the other side is gone
 _BUFFER_BYTES = 4 * 2**20  # asked of the kernel, which may give less
 
 
 class Broken(ConnectionError):
     """The connection has ended, or says what it should not."""
+
+
+class Stalled(Broken):
+    """The other side is silent, or takes nothing."""
 
 
 def anything() -> None:
@@ -77,7 +81,7 @@ class Wire:
                 with trio.move_on_after(_STALL_S) as stalling:
                     await wait(self._socket)
                 if stalling.cancelled_caught:
-                    raise Broken(f"next to nothing passed in {_STALL_S:g} s") from None
+                    raise Stalled(f"next to nothing passed in {_STALL_S:g} s") from None
                 continue
             except OSError as error:
                 raise Broken(f"the connection ended: {error.strerror}") from None

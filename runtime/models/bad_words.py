@@ -10,11 +10,10 @@ def bad_words_token_ids(tokenizer: Tokenizer, words: Iterable[str]) -> tuple[tup
     is as many tokens and another first one. As vLLM, so that equal requests ban equal tokens.
     """
     found: list[tuple[int, ...]] = []
-    for word in words:
-        bare = word.lstrip() or word
-        plain, spaced = (
-            tokenizer.encode(text, add_special_tokens=False) for text in (bare, f" {bare}")
-        )
+    bare = [word.lstrip() or word for word in words]
+    texts = [text for word in bare for text in (word, f" {word}")]
+    encoded = tokenizer.encode_batch(texts, add_special_tokens=False) if texts else []
+    for plain, spaced in zip(encoded[::2], encoded[1::2], strict=True):
         found.append(plain)
         if plain[:1] != spaced[:1] and len(plain) == len(spaced):
             found.append(spaced)

@@ -13,13 +13,12 @@ import jinja2
 import jinja2.meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from sagellm.runtime.models.folder import ModelError
+from sagellm.runtime.models.fault import ModelError
+from sagellm.runtime.models.sandbox.fault import TextError
 
 TEMPLATE_FILE = "chat_template.jinja"
 
-# What Python raises for a template's own faults: a wrong call, a missing key, a division by zero.
-_RENDERING = (TypeError, ValueError, LookupError, ArithmeticError, RecursionError)
-
+MAX_TEMPLATE_BYTES = 128 << 10  # the longest of published models have a fifth of it
 
 Scalar: TypeAlias = bool | int | float | str
 
@@ -52,7 +51,7 @@ class Rendering:
 ANSWERED = Rendering()  # the prompt of the next message
 
 
-class ChatTemplateError(ValueError):
+class ChatTemplateError(TextError):
     """A conversation that the model's template does not admit, or a template that is broken."""
 
 
@@ -90,7 +89,7 @@ class ChatTemplate:
     def _template(self) -> jinja2.Template:
         try:
             return _environment().from_string(self._text)
-        except (jinja2.TemplateError, SyntaxError, ValueError, RecursionError) as error:
+        except Exception as error:  # constants are computed while it is compiled
             raise ChatTemplateError(f"the chat template is broken: {error}") from error
 
     @cached_property
@@ -99,14 +98,13 @@ class ChatTemplate:
         environment = _environment()
         try:
             read = jinja2.meta.find_undeclared_variables(environment.parse(self._text))
-        except (jinja2.TemplateError, RecursionError):
+        except Exception:  # as above
             return frozenset()
         return frozenset(read) - GIVEN - environment.globals.keys()
 
     def render(self, messages: Sequence[Mapping[str, Any]], how: Rendering = ANSWERED) -> str:
         """The prompt of a conversation. Raises ChatTemplateError."""
-        if not messages:
-            raise ChatTemplateError("the conversation is empty; give at least one message")
+        check_messages(messages)
         given = [self._given(message) for message in messages]
         if how.continue_final_message:
             given[-1]["content"] += _CONTINUED
@@ -120,8 +118,10 @@ class ChatTemplate:
                 documents=None,
                 **self._special_tokens,
             )
-        except (jinja2.TemplateError, *_RENDERING) as error:
-            raise ChatTemplateError(f"the chat template refused the messages: {error}") from error
+        except Exception as error:  # whatever an attribute, a filter or an operator raises
+            cause = str(error) or type(error).__name__
+            raise ChatTemplateError(f"the chat template refused the messages: {cause}") from error
+        _check_unicode(text)
         return _cut(text, messages[-1]["content"]) if how.continue_final_message else text
 
     def _given(self, message: Mapping[str, Any]) -> dict[str, Any]:
@@ -132,6 +132,19 @@ class ChatTemplate:
         if given.get("content", "") is None and not _ASKS_FOR_NONE.search(self._text):
             given["content"] = ""
         return given
+
+
+def check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
+    """Raise ChatTemplateError where there are none."""
+    if not messages:
+        raise ChatTemplateError("the conversation is empty; give at least one message")
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ChatTemplateError("the chat template made a text that is not Unicode") from error
 
 
 def _cut(text: str, final: str) -> str:
@@ -146,7 +159,7 @@ def _cut(text: str, final: str) -> str:
 def find_template(path: Path, tokenizer_config: Mapping[str, Any]) -> str | None:
     """The text of the default template: chat_template.jinja, or in tokenizer_config.json.
 
-    Raises ModelError where the file is not UTF-8.
+    Raises ModelError where it is too long, or not UTF-8.
     """
     file = path / TEMPLATE_FILE
     if file.is_file():
@@ -155,10 +168,21 @@ def find_template(path: Path, tokenizer_config: Mapping[str, Any]) -> str | None
     if isinstance(given, list):
         named = (entry for entry in given if isinstance(entry, dict))
         given = next((one.get("template") for one in named if one.get("name") == "default"), None)
-    return given if isinstance(given, str) else None
+    if not isinstance(given, str):
+        return None
+    if len(given) > MAX_TEMPLATE_BYTES:
+        raise _too_long(path / "tokenizer_config.json", len(given))
+    return given
+
+
+def _too_long(file: Path, length: int) -> ModelError:
+    cause = f"{file} has a chat template of {length} bytes; at most {MAX_TEMPLATE_BYTES} are read"
+    return ModelError(cause, "see that it is the template that the model was published with")
 
 
 def _read_text(file: Path) -> str:
+    if (length := file.stat().st_size) > MAX_TEMPLATE_BYTES:
+        raise _too_long(file, length)
     try:
         return file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from sagellm.graphs.kernels.weights import Shape, linear_weights, weight_shapes
 from sagellm.graphs.models import build
+from sagellm.graphs.models.config import num_layers
 from sagellm.graphs.models.quantisation import StoredQuantisation, stored_quantisation
 from sagellm.graphs.vocabulary import nearest
 from sagellm.runtime.models.fault import ModelError
@@ -57,6 +58,7 @@ def check_fit(stored: Stored) -> tuple[str, ...]:
     """
     quantisation = stored_quantisation(stored.config)
     _check_quantisation(stored, quantisation)
+    _check_layers(stored)
     graph = build(stored.config)
     shapes, linears = weight_shapes(graph), linear_weights(graph)
     wanted = _as_stored(shapes, linears, stored.tensors, quantisation)
@@ -69,6 +71,14 @@ def check_fit(stored: Stored) -> tuple[str, ...]:
     if mistakes:
         raise ModelError(f"model {stored.name}: {_listed(mistakes)}", _FIX)
     return unread
+
+
+def _check_layers(stored: Stored) -> None:
+    """Raise ModelError, before a graph of all layers is built, where there cannot be so many."""
+    layers, tensors = num_layers(stored.config), len(stored.tensors)
+    if layers > tensors:
+        cause = f"config.json has {layers} layers (num_hidden_layers), and the folder"
+        raise ModelError(f"model {stored.name}: {cause} only {tensors} tensors", _FIX)
 
 
 def _check_quantisation(stored: Stored, said: StoredQuantisation | None) -> None:

@@ -12,9 +12,11 @@ from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 
 from sagellm.runtime.models.fault import FolderWarning
-from sagellm.runtime.models.folder import ModelFolder
 
 AS_STORED, QWEN, LLAMA = "TokenizersBackend", "Qwen2Tokenizer", "LlamaTokenizer"
+# The fields of config.json, and of tokenizer_config.json, that are read here.
+MODEL_FIELDS = ("model_type", "tokenizer_class")
+FIELDS = ("tokenizer_class", "add_prefix_space", "legacy")
 _STORED_CLASSES = ("PreTrainedTokenizer", "PythonBackend", AS_STORED)
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # SentencePiece's
 _QWEN_SPLIT = (
@@ -22,28 +24,53 @@ _QWEN_SPLIT = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
+# How published models cut text, by regular expressions that take time in proportion to it: Qwen2,
+# and Llama 3 with up to three digits a number.
+SPLITS = frozenset({_QWEN_SPLIT, _QWEN_SPLIT.replace(r"|\p{N}|", r"|\p{N}{1,3}|")})
+
+
+def read_tokenizer(path: str) -> Tokenizer:
+    """A tokenizer.json as it is, but that it neither cuts nor pads texts.
+
+    Raises ValueError. A panic of the library, which is no Exception, is one of them.
+    """
+    try:
+        tokenizer = Tokenizer.from_file(path)
+    except Exception as error:  # the library raises bare Exception
+        raise ValueError(str(error)) from error
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(str(error)) from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
 
 def set_pipeline(
-    tokenizer: Tokenizer, folder: ModelFolder, config: Mapping[str, Any]
+    tokenizer: Tokenizer,
+    model: str,
+    model_config: Mapping[str, Any],
+    config: Mapping[str, Any],
 ) -> tuple[FolderWarning, ...]:
     """Give a tokenizer that was read from tokenizer.json the pipeline of its class.
 
-    `config` is that of tokenizer_config.json. A warning says where transformers may read text
-    otherwise.
+    `model` names it in warnings, `model_config` is that of config.json, `config` that of
+    tokenizer_config.json. A warning says where transformers may read text otherwise.
     """
-    named = config.get("tokenizer_class") or folder.config.get("tokenizer_class")
+    named = config.get("tokenizer_class") or model_config.get("tokenizer_class")
     is_byte_level = any(
         "ByteLevel(" in repr(part) for part in (tokenizer.pre_tokenizer, tokenizer.decoder)
     )
-    chosen = class_name(folder.config.get("model_type"), named, is_byte_level)
+    chosen = class_name(model_config.get("model_type"), named, is_byte_level)
     if chosen == AS_STORED:
         return ()
     if chosen not in _PIPELINES:
         fix = f'set tokenizer_class to "{AS_STORED}" in tokenizer_config.json'
-        return (_other_in_transformers(folder.name, chosen, f"if that is right, {fix}"),)
+        return (_other_in_transformers(model, chosen, f"if that is right, {fix}"),)
     if not isinstance(tokenizer.model, BPE) or is_byte_level != (chosen == QWEN):
         fix = "see that tokenizer.json is the one that the model was published with"
-        return (_other_in_transformers(folder.name, chosen, fix),)
+        return (_other_in_transformers(model, chosen, fix),)
     _PIPELINES[chosen](tokenizer, config)
     tokenizer.add_tokens([])  # else tokenizers 0.21 looks for added tokens as the old one made them
     return ()

@@ -1,7 +1,8 @@
 """Text to token ids and back: the model's tokenizer.json, special tokens and chat template."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 from weakref import WeakValueDictionary
@@ -19,7 +20,15 @@ from sagellm.runtime.models.chat import (
 )
 from sagellm.runtime.models.fault import FolderWarning
 from sagellm.runtime.models.folder import ModelError, ModelFolder
-from sagellm.runtime.models.pipelines import set_pipeline
+from sagellm.runtime.models.harmless import (
+    check_decoder,
+    encodes_harmlessly,
+    is_known_template,
+    read_parts,
+)
+from sagellm.runtime.models.isolated import IsolatedEncoder, IsolatedTemplate
+from sagellm.runtime.models.pipelines import FIELDS, MODEL_FIELDS, read_tokenizer, set_pipeline
+from sagellm.runtime.models.sandbox.fault import HelperUnavailable, LimitExceeded
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -43,10 +52,21 @@ _BYTE_OF = _byte_level()
 
 
 class Tokenizer(Protocol):
-    """What prompts and answers need of a model's tokenizer."""
+    """The text side of one model: renders, encodes and decodes. A graph has one a model.
+
+    Where `isolated_template` or `isolated_encoder` is there, that work is done in helper processes
+    with limits; the methods here then block until it is done, and raise LimitExceeded. Decoding is
+    harmless: a folder where it is not cannot be loaded.
+    """
 
     eos_token_ids: tuple[int, ...]
     warnings: tuple[FolderWarning, ...]
+    isolated_template: IsolatedTemplate | None
+    isolated_encoder: IsolatedEncoder | None
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Have helper processes ready for the `with` block, if this needs any."""
 
     @property
     def vocab_size(self) -> int: ...
@@ -69,7 +89,15 @@ class Tokenizer(Protocol):
         """What it adds to a text, which may be a part of a character."""
         ...
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]: ...
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
+        """Raises TextError where the tokenizer does not admit a text, HelperUnavailable."""
+        ...
+
+    def encode_batch(
+        self, texts: Sequence[str], *, add_special_tokens: bool = True
+    ) -> list[tuple[int, ...]]:
+        """As `encode`, of each text, with the limits of one call."""
+        ...
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str: ...
 
@@ -96,19 +124,32 @@ class FolderTokenizer:
     def __init__(self, folder: ModelFolder) -> None:
         self.eos_token_ids = folder.eos_token_ids
         self._name = folder.name
-        self._tokenizer = _read_tokenizer(folder)
         assert folder.path is not None
-        config = _read_config(folder)
-        self.warnings = set_pipeline(self._tokenizer, folder, config)
+        config, file = _read_config(folder), folder.file(_TOKENS)
+        pipeline = _chosen(folder.config, MODEL_FIELDS), _chosen(config, FIELDS)
+        apart = IsolatedEncoder(folder.name, file, *pipeline)
+        if not read_parts(folder.name, file).loads_harmlessly:
+            _try_loading(folder.name, file, apart)
+        self._tokenizer = _read_tokenizer(folder)
+        self.warnings = set_pipeline(self._tokenizer, folder.name, *pipeline)
+        check_decoder(folder.name, self._tokenizer)
+        self.isolated_encoder = None if encodes_harmlessly(self._tokenizer) else apart
         self.chat_template: str | None = find_template(folder.path, config)
         self.special_tokens: Mapping[str, str] = _special_tokens(config)
-        self._template = (
-            ChatTemplate(self.chat_template, self.special_tokens)
-            if self.chat_template is not None
-            else None
+        self._template = _template(folder.name, self.chat_template, self.special_tokens)
+        self.isolated_template = (
+            self._template if isinstance(self._template, IsolatedTemplate) else None
         )
         self._added = self._tokenizer.get_added_tokens_decoder()
         self._is_byte_level = "ByteLevel" in repr(self._tokenizer.decoder)
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        with ExitStack() as kept:
+            for isolated in (self.isolated_template, self.isolated_encoder):
+                if isolated is not None:
+                    kept.enter_context(isolated.sandbox.kept())
+            yield
 
     @property
     def vocab_size(self) -> int:
@@ -128,10 +169,19 @@ class FolderTokenizer:
         return token.replace(_WORD_BEGINS, " ").encode()
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
+        if self.isolated_encoder is not None:
+            return self.encode_batch((text,), add_special_tokens=add_special_tokens)[0]
         if len(text) <= _LONG_CHARS:
             return tuple(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
         batch = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         return tuple(batch[0].ids)
+
+    def encode_batch(
+        self, texts: Sequence[str], *, add_special_tokens: bool = True
+    ) -> list[tuple[int, ...]]:
+        if self.isolated_encoder is not None:
+            return self.isolated_encoder.encode(texts, add_special_tokens=add_special_tokens)
+        return [self.encode(text, add_special_tokens=add_special_tokens) for text in texts]
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
@@ -156,10 +206,16 @@ class ByteTokenizer:
 
     eos_token_ids: tuple[int, ...] = ()
     warnings: tuple[FolderWarning, ...] = ()
+    isolated_template: IsolatedTemplate | None = None
+    isolated_encoder: IsolatedEncoder | None = None
     vocab_size = 256
     special_tokens: Mapping[str, str] = {}
     chat_template: str | None = None
     chat_variables: frozenset[str] = frozenset()
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        yield
 
     def token(self, token_id: int) -> str:
         return f"<0x{token_id % 256:02X}>"
@@ -169,6 +225,11 @@ class ByteTokenizer:
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
         return tuple(text.encode())
+
+    def encode_batch(
+        self, texts: Sequence[str], *, add_special_tokens: bool = True
+    ) -> list[tuple[int, ...]]:
+        return [self.encode(text, add_special_tokens=add_special_tokens) for text in texts]
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return bytes(token % 256 for token in token_ids).decode(errors="replace")
@@ -206,15 +267,44 @@ def _state(file: Path) -> tuple[object, ...]:
     return file, held.st_dev, held.st_ino, held.st_size, held.st_mtime_ns, held.st_ctime_ns
 
 
+def _template(
+    model: str, text: str | None, special_tokens: Mapping[str, str]
+) -> ChatTemplate | IsolatedTemplate | None:
+    if text is None:
+        return None
+    if is_known_template(text):
+        return ChatTemplate(text, special_tokens)
+    return IsolatedTemplate(model, text, special_tokens)
+
+
+def _chosen(config: Mapping[str, Any], fields: Sequence[str]) -> dict[str, Any]:
+    return {name: config[name] for name in fields if name in config}
+
+
+def _try_loading(name: str, file: Path, encoder: IsolatedEncoder) -> None:
+    """Load a tokenizer.json in a helper process first. It ends then: not every process encodes.
+
+    Raises ModelError where it cannot be loaded within limits.
+    """
+    fix = "see that it is the one that the model was published with"
+    try:
+        fault = encoder.sandbox.ready().fault
+    except LimitExceeded as error:
+        fault = f"it {error.limit}"
+    except HelperUnavailable as error:
+        fault, fix = str(error), "raise the limit of processes: ulimit -u"
+    finally:
+        encoder.sandbox.close()
+    if fault:
+        raise ModelError(f"model {name}: {file} cannot be read: {fault}", fix) from None
+
+
 def _read_tokenizer(folder: ModelFolder) -> tokenizers.Tokenizer:
     path = folder.file(_TOKENS)
     try:
-        tokenizer = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
+        return read_tokenizer(str(path))
+    except ValueError as error:
         raise ModelError(f"model {folder.name}: {path} cannot be read: {error}") from error
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
 
 
 def _read_config(folder: ModelFolder) -> dict[str, Any]:

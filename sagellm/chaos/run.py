@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from pathlib import Path
 
 import trio
 
@@ -51,8 +52,10 @@ class Report:
         return found
 
 
-async def run_scenario(loaded: Loaded, seed: int = 0) -> Report:
-    """Raises ScenarioError, GraphError, and what opening the graph raises."""
+async def run_scenario(loaded: Loaded, seed: int = 0, decisions: Path | None = None) -> Report:
+    """`decisions`: a file for a log of what the graph with the faults decided.
+
+    Raises ScenarioError, GraphError, and what opening the graph raises."""
     scenario = loaded.scenario
     report = Report(scenario.name)
     checks = [read_check(text, report.figures()) for text in scenario.checks]
@@ -69,7 +72,7 @@ async def run_scenario(loaded: Loaded, seed: int = 0) -> Report:
         return launchers[0]
 
     with _environment(VARIABLE, str(scenario.kv_damage)):
-        opening = graph.open(set=options, executor="processes")
+        opening = graph.open(set=options, executor="processes", decisions=decisions)
         opening.launch_by(launch)
         async with opening as session:
             meters = GatewayMeters(session, models=("chaos",), endpoints=())
@@ -104,7 +107,7 @@ async def _at_rest(session: Session) -> list[str]:
     if waiting.cancelled_caught:
         return [f"ledger: something still runs after {_SETTLE_S:g} s"]
     try:
-        session.executor.ledger.check()
+        session.executor.core.ledger.check()
     except LedgerError as error:
         return [f"ledger: {error}"]
     loads = [load for pool in session.statistics().engines.values() for load in pool]
@@ -123,7 +126,7 @@ def _fill(
     report.num_different = sum(
         found.tokens.get(key) != tokens for key, tokens in right.tokens.items()
     )
-    report.num_migrated = session.executor.recovery.num_migrated
+    report.num_migrated = session.executor.core.recovery.num_migrated
     report.longest_gap_s = round(max(found.gaps_s, default=0.0), 3)
     assert session.supervisor is not None
     for worker in session.supervisor.workers:

@@ -12,7 +12,8 @@ from sagellm.logs import command_logs
 
 HELP = """LLM serving as a dataflow: one graph from a prompt to tokens.
 
-Exit codes: 0 done, 1 something failed, 2 your configuration, 3 resources, 130 interrupted."""
+Exit codes: 0 done, 1 something failed, 2 your configuration, 3 resources, 130 interrupted,
+143 terminated."""
 
 APP = App(
     name="sagellm", help=HELP, version=sagellm_version, default_parameter=Parameter(negative=())
@@ -25,6 +26,7 @@ APP.command("sagellm.cli.workers:ps", name="ps", help="Who works for the graphs 
 APP.command("sagellm.cli.workers:restart", name="restart", help="Replace an operator's workers.")
 APP.command("sagellm.cli.workers:drain", name="drain", help="Give a worker nothing new.")
 APP.command("sagellm.cli.workers:scale", name="scale", help="Have more or fewer replicas.")
+APP.command("sagellm.cli.replay:run", name="replay", help="Decide again what a log says.")
 APP.command("sagellm.cli.keys:keys", name="keys", help="Make keys for links over a network.")
 APP.command("sagellm.cli.doctor:doctor", name="doctor", help="Check this machine and set-up.")
 APP.command("sagellm.cli.version:version", name="version", help="List installed versions.")
@@ -40,6 +42,7 @@ CHAOS.command("sagellm.cli.chaos:run", name="run", help="Run scenarios, and chec
 APP.command(CHAOS)
 
 BENCH = App(name="bench", help="Measure.")
+BENCH.command("sagellm.cli.bench:decide", name="decide", help="What a decision costs.")
 BENCH.command("sagellm.cli.bench:engine", name="engine", help="The engine against transformers.")
 BENCH.command(
     "sagellm.cli.bench:gateway", name="gateway", help="The gateway beside the bare server."

@@ -15,6 +15,17 @@ from sagellm.cli.failure import Failure
 ROOT = Path(sagellm.__file__).resolve().parent.parent
 
 
+def decide(*tokens: Annotated[str, Parameter(allow_leading_hyphen=True)]) -> int:
+    """Measure the CPU time of deciding, a request and a token.
+
+    Parameters
+    ----------
+    tokens
+        Options of the measurement; `sagellm bench decide -- --help` lists them.
+    """
+    return _plainly("benchmarks.decide", tokens)
+
+
 def engine(*tokens: Annotated[str, Parameter(allow_leading_hyphen=True)]) -> int:
     """Measure the engine against transformers and this machine's limits.
 

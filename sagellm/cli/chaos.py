@@ -15,7 +15,7 @@ from sagellm.cli.named import warn_of_file
 from sagellm.logs import own_logs
 
 
-def run(*scenarios: Path, seed: int = 0, json: bool = False) -> int:
+def run(*scenarios: Path, seed: int = 0, decisions: Path | None = None, json: bool = False) -> int:
     """Run scenarios, one after the other: the graph as worker processes, and what happens to it.
 
     Every stream must give the tokens that it gives in one process without faults, unless the
@@ -27,21 +27,28 @@ def run(*scenarios: Path, seed: int = 0, json: bool = False) -> int:
         YAML files; examples/chaos has some.
     seed
         Of which bits are flipped, where any are.
+    decisions
+        A folder for a log of what each scenario's graph decided, NAME.decisions, which
+        `sagellm replay` reads.
     json
         Print one JSON object a scenario.
     """
     if not scenarios:
         raise Failure("no scenario is given", "name a YAML file, such as examples/chaos/kill.yaml")
-    reports = [_run(path, seed, json) for path in scenarios]
+    reports = [_run(path, seed, decisions, json) for path in scenarios]
     return 0 if all(report.is_passed for report in reports) else FAILED
 
 
-def _run(path: Path, seed: int, json: bool) -> Report:
+def _run(path: Path, seed: int, decisions: Path | None, json: bool) -> Report:
+    log = None
+    if decisions is not None:
+        decisions.mkdir(parents=True, exist_ok=True)
+        log = decisions / f"{path.stem}.decisions"
     try:
         loaded = load_scenario(path)
         warn_of_file(loaded.scenario.graph, path.parent, "beside the scenario")
         with own_logs(logging.WARNING):  # which a full disk does not end
-            report = trio.run(run_scenario, loaded, seed)
+            report = trio.run(run_scenario, loaded, seed, log)
     except* ScenarioError as group:
         raise Failure(_first(group), "docs/operations.md has what a scenario may say") from None
     if json:

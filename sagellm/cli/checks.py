@@ -30,10 +30,13 @@ from sagellm.backends.cpu.native.compiler import (
 from sagellm.cli.failure import CONFIGURATION, RESOURCES
 from sagellm.graphs.diagnostics import GraphError
 from sagellm.graphs.text import yaml
+from sagellm.runtime.models.isolated import RENDER_BYTES, RENDER_CPU_S, IsolatedTemplate
+from sagellm.runtime.models.sandbox.fault import HelperUnavailable, LimitExceeded
 from sagellm.shipped import shipped_file, shipped_names
 
 GIB = 1 << 30
 _LINE_END = "\n"
+_ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 MIN_FREE_BYTES = 2 * GIB  # sage-tiny, torch itself, and a pool of KV blocks
 MIN_OPEN_FILES = 1024
 GOOD_OPEN_FILES = 4096  # each connection is one, and 1,000 clients at once are nothing special
@@ -212,6 +215,26 @@ def _model() -> Finding:
     return Finding("ok", f"sage-tiny {digest.hexdigest()[:16]}")
 
 
+def _templates() -> Finding:
+    """Whether a chat template that never ends is stopped."""
+    template = IsolatedTemplate("", _ENDLESS, {})
+    try:
+        template.render([{"role": "user", "content": ""}])
+    except LimitExceeded:
+        pass
+    except HelperUnavailable as error:
+        return Finding("failed", str(error), "raise the limit of processes: ulimit -u", RESOURCES)
+    else:
+        return Finding("failed", "a template was not stopped", "use Linux: its limits are tested")
+    finally:
+        template.sandbox.close()
+    found = f"helper processes are stopped after {RENDER_CPU_S:g} s of CPU time"
+    if sys.platform != "linux":
+        fix = "take models from those you trust: this system limits no memory of a process"
+        return Finding("warning", found, fix)
+    return Finding("ok", f"{found}, and have {RENDER_BYTES >> 20} MiB of memory")
+
+
 CHECKS: dict[str, Check] = {
     "python": _python,
     "packages": _packages,
@@ -226,4 +249,5 @@ CHECKS: dict[str, Check] = {
     "kernels": _kernels,
     "graphs": _graphs,
     "model": _model,
+    "templates": _templates,
 }

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from sagellm.graphs.diagnostics import GraphError
 from sagellm.graphs.models.unsupported import UnsupportedModel
-from sagellm.runtime.cluster.faults import WorkerUnfit
+from sagellm.runtime.cluster.faults import NoResources, WorkerUnfit
 from sagellm.runtime.comm.faults import BadKeys
 from sagellm.runtime.models.chat import ChatTemplateError
 from sagellm.runtime.models.folder import ModelError
@@ -88,6 +88,9 @@ def _explain(error: BaseException) -> Failure | None:
             return Failure(error.cause, error.fix, f"{error.file}, {error.field}")
         case BadKeys():
             return Failure(str(error), "`sagellm keys FOLDER` makes keys", "executor.keys")
+        case NoResources():
+            fix = "raise what is short: open files (ulimit -n 4096), processes or memory"
+            return Failure(str(error), fix, code=RESOURCES)
         case WorkerUnfit():
             return Failure(
                 str(error),

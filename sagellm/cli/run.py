@@ -1,5 +1,6 @@
 """`sagellm run`: one prompt, or a file of them, through a graph."""
 
+from pathlib import Path
 from typing import Annotated
 
 import trio
@@ -32,6 +33,7 @@ def run(
     executor: str | None = None,
     set_: Annotated[tuple[str, ...], Parameter(name="--set")] = (),
     import_: Annotated[tuple[str, ...], Parameter(name="--import")] = (),
+    decisions: Path | None = None,
     json: bool = False,
 ) -> int:
     """Answer a prompt, or a file of them.
@@ -52,12 +54,14 @@ def run(
     import_
         A dotted module or a .py file of yours, which registers what the graph uses; may be
         repeated.
+    decisions
+        A file for a log of what is decided, which `sagellm replay` reads; it holds the prompts.
     json
         Print the answer, or the summary of a file, as JSON.
     """
     check_together(asked, files)
     named, model = choose_graph(graph, model, import_)
-    opening = named.open(set=settings(set_), model=model, executor=executor)
+    opening = named.open(set=settings(set_), model=model, executor=executor, decisions=decisions)
     try:
         with shown_start() as progress:
             opening.report_to(progress)

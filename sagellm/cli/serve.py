@@ -6,7 +6,7 @@ import trio
 
 from sagellm.backends import LoweringError, UnknownBackend
 from sagellm.cli.config_file import Config, read_config
-from sagellm.cli.failure import ENGINE_FIX, Failure, warn
+from sagellm.cli.failure import CONFIGURATION, ENGINE_FIX, RESOURCES, Failure, warn
 from sagellm.cli.loading import shown_start
 from sagellm.cli.named import choose_graph
 from sagellm.cli.options import settings as assignments
@@ -20,6 +20,7 @@ from sagellm.cli.serving import (
     ModelOptions,
     WatchOptions,
     check_installed,
+    check_open_files,
     listening,
     logs_of,
     overrides,
@@ -27,9 +28,9 @@ from sagellm.cli.serving import (
     served_names,
 )
 from sagellm.cli.setting import merge_given
+from sagellm.decisions import Decisions
 from sagellm.gateway.processes.supervision import GatewaysFailed
 from sagellm.gateway.server.front import serve_graph
-from sagellm.gateway.server.listen import raise_open_files
 from sagellm.log_writer import write_line
 from sagellm.runtime.engine.options import EngineOptionError
 
@@ -67,18 +68,22 @@ def serve(
     if config.print_config:
         print(printed((opened, listen, served, watch), settings, file, changes), end="")
         return 0
-    raise_open_files()
+    check_open_files()
     opening = chosen.open(
         set=overrides(chosen, served) | changes, model=model, executor=opened.executor
     )
     with logs_of(watch, settings), listening(settings) as sock, shown_start() as progress:
         opening.report_to(progress)
+        if opened.decisions is not None:
+            opening.record_to(Decisions(opened.decisions, opened.decisions_bytes))
         try:
             trio.run(serve_graph, opening, settings, sock, _settled)
         except (UnknownBackend, LoweringError, EngineOptionError) as error:
             raise Failure(str(error), ENGINE_FIX, graph) from None
         except GatewaysFailed as error:
-            raise Failure(str(error), "see the log; --gateways 0 serves without", graph) from None
+            code = RESOURCES if isinstance(error.__cause__, OSError) else CONFIGURATION
+            fix = "see the log; --gateways 0 serves without"
+            raise Failure(str(error), fix, graph, code) from None
     return 0
 
 

@@ -17,8 +17,15 @@ from sagellm.cli.config_file import Config, read_limits
 from sagellm.cli.failure import RESOURCES, Failure
 from sagellm.cli.secrets import admin_key, check_tls, salt_key, user_keys
 from sagellm.cli.setting import TracksGiven
+from sagellm.decisions import MAX_BYTES
 from sagellm.gateway.server.front import server_class
-from sagellm.gateway.server.listen import bind, is_loopback
+from sagellm.gateway.server.listen import (
+    LEAST_FILES,
+    bind,
+    is_loopback,
+    num_files,
+    raise_open_files,
+)
 from sagellm.gateway.settings import Budget, Limits, Settings, Streaming
 from sagellm.graphs.ir import FrozenMap
 from sagellm.logs import LEVELS, own_logs
@@ -61,6 +68,12 @@ class GraphOptions(TracksGiven):
 
     import_: Annotated[tuple[str, ...], Parameter(name="--import")] = ()
     """A dotted module or a .py file that registers what the graph uses; may be repeated."""
+
+    decisions: Path | None = None
+    """A file for a log of what is decided, which `sagellm replay` reads; it holds the prompts."""
+
+    decisions_bytes: Annotated[int, Parameter(validator=Number(gte=1))] = MAX_BYTES
+    """How large that log may become; nothing is logged after that."""
 
 
 @Parameter(name="*", group="Who may reach it")
@@ -282,6 +295,14 @@ def check_installed(server: str) -> None:
     except ModuleNotFoundError as error:
         cause = f"--server {server} needs {error.name}, which is not installed"
         raise Failure(cause, f"pip install 'sagellm[{server}]'") from None
+
+
+def check_open_files() -> None:
+    """Raise Failure where so few files may be open that the server could not start, or not work."""
+    raise_open_files()
+    if num_files() < LEAST_FILES:
+        cause = f"{num_files()} open files are too few: a server needs {LEAST_FILES}, and more"
+        raise Failure(cause, "raise the limit: ulimit -n 4096", code=RESOURCES)
 
 
 @contextmanager

@@ -14,12 +14,14 @@ from rich.console import Console
 from rich.table import Table
 
 from sagellm.cli.failure import Failure
+from sagellm.cli.whole import Whole
 from sagellm.runtime.cluster.control import Answered, Asked, Row, ask, running
 
 _NONE_RUNS = "sagellm serve GRAPH --executor processes runs one with workers"
 _COLUMNS = ("graph", "graph pid", "operator", "pid", "state", "restarts", "run", "wait", "kv")
 
-Replica = Annotated[int | None, Parameter(validator=Number(gte=0))]
+Replica = Annotated[Whole | None, Parameter(validator=Number(gte=0))]
+Pid = Whole | None
 
 
 def ps(*, json: bool = False) -> int:
@@ -39,7 +41,7 @@ def ps(*, json: bool = False) -> int:
 
 
 def restart(
-    operator: str, /, *, replica: Replica = None, graph_pid: int | None = None, json: bool = False
+    operator: str, /, *, replica: Replica = None, graph_pid: Pid = None, json: bool = False
 ) -> int:
     """Replace the workers of an operator, one after the other; returns once they are ready.
 
@@ -60,7 +62,7 @@ def restart(
 
 
 def drain(
-    operator: str, /, *, replica: Replica = None, graph_pid: int | None = None, json: bool = False
+    operator: str, /, *, replica: Replica = None, graph_pid: Pid = None, json: bool = False
 ) -> int:
     """Give the workers of an operator nothing new, until they are restarted.
 
@@ -92,10 +94,10 @@ def _of(command: Literal["drain", "restart"], operator: str, replica: int | None
 
 def scale(
     operator: str,
-    count: Annotated[int, Parameter(validator=Number(gte=1))],
+    count: Annotated[Whole, Parameter(validator=Number(gte=1))],
     /,
     *,
-    graph_pid: int | None = None,
+    graph_pid: Pid = None,
     json: bool = False,
 ) -> int:
     """Change how many replicas the engine of an operator has; returns once they are ready, or gone.
@@ -122,10 +124,11 @@ def _change(asked: Asked, graph_pid: int | None, json: bool) -> int:
         print(msgspec.json.encode(done).decode())
     else:
         _print(done)
-    failed = [row for row in done if row.state in ("ejected", "failed")]
+    bad = ("ejected", "failing", "dead") if asked.command == "restart" else ("ejected", "failing")
+    failed = [row for row in done if row.state in bad]
     if failed:
         first = failed[0]
-        fix = f"the log of the graph says more; then `sagellm restart {first.operator}`"
+        fix = "the log of the graph says more; it is tried again by itself"
         raise Failure(f"{first.operator}[{first.replica}]: {first.why}", fix)
     return 0
 

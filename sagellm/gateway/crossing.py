@@ -29,6 +29,12 @@ class Reader(Protocol):
     def is_left(self) -> bool:
         """Whether it wants no more."""
 
+    def hold(self) -> None:
+        """Something waits, for which there is no room; called again while that is so."""
+
+    def is_excused(self) -> bool:
+        """Whether something between here and whoever asked may be what does not read."""
+
     def send(self, outputs: Sequence[Output], end: ApiError | bool) -> None:
         """`end`: whether, or with which error, nothing comes after."""
 
@@ -54,6 +60,7 @@ class Crossing:
         if self._is_full:
             self.is_held = True
             if self._is_full:  # still: it may have been read before `is_held` could be seen
+                self._to.hold()
                 return
         self.is_held = False
         outputs, self.is_finished = self.stream.take_nowait(), self.stream.is_over
@@ -76,6 +83,7 @@ async def carry(session: Session, streaming: Streaming, entry: Entry, to: Reader
     try:
         stream = stream_of(session, entry, tokens, size)
         crossing = to.crossing = Crossing(stream, to, window)
+        stream.is_excused = to.is_excused
         if to.is_left:
             return
         with crossing.scope:

@@ -166,6 +166,13 @@ class Entered:
             await self._arrival
         return self._take()
 
+    def hold(self) -> None:
+        """In the trio thread."""
+
+    def is_excused(self) -> bool:
+        """In the trio thread: the other one is of the same process."""
+        return False
+
     def send(self, outputs: Sequence[Output], end: ApiError | bool) -> None:
         """In the trio thread."""
         self.ferry.send(self, outputs, end)

@@ -32,9 +32,14 @@ class Health(Protocol):
     def is_stopped(self) -> bool:
         """Whether the graph runs no more."""
 
+    @property
+    def missing(self) -> str:
+        """Which engines have no worker that serves; empty where each has one."""
+
 
 class Readiness:
-    """True once a token came through the whole graph, and until an engine hangs; then again.
+    """True once a token came through the whole graph, until an engine hangs or has no worker left.
+    Then again.
 
     The watch is a task of its own on the loop that `door` belongs to; the answers may be read from
     any thread.
@@ -48,17 +53,25 @@ class Readiness:
     async def watch(
         self, door: Door, health: Callable[[], Health], prompt_ids: tuple[int, ...], text: str
     ) -> None:
-        """Probe until a token comes, watch until an engine hangs, and again. Never returns."""
+        """Probe until a token comes, watch until there is a fault, and again. Never returns."""
         retry_s = RETRY_S
         while True:
+            await self._sound(health)
             before = self.reason
             entry = probe(f"probe-{secrets.token_hex(8)}", prompt_ids, text)
-            if not _fault(health()) and await self._probed(door, entry):
+            if await self._probed(door, entry):
                 self._become(True, "")
                 self._become(False, await _next_fault(health))
+                continue
             is_same = self.reason == before and before.startswith(_OWN_FAULT)
             retry_s = min(2 * retry_s, MAX_RETRY_S) if is_same else RETRY_S
             await anyio.sleep(retry_s)
+
+    async def _sound(self, health: Callable[[], Health]) -> None:
+        """Wait until there is no fault, and say each that there is meanwhile."""
+        while fault := _fault(health()):
+            self._become(False, fault)
+            await anyio.sleep(WATCH_S)
 
     async def _probed(self, door: Door, entry: Entry) -> bool:
         """Whether the graph answers; what it says instead becomes the reason."""
@@ -85,7 +98,7 @@ class Readiness:
 def _fault(health: Health) -> str:
     if health.is_stopped:
         return "the graph has stopped"
-    return "an engine makes no progress" if health.is_hung else ""
+    return "an engine makes no progress" if health.is_hung else health.missing
 
 
 async def _next_fault(health: Callable[[], Health]) -> str:

@@ -1,15 +1,17 @@
 from typing import Any
 
 import pytest
+from immutables import Map
 
 from sagellm.operators.admission import Options, Seen, build
 from sagellm.runtime.backlog import Backlog
+from sagellm.runtime.feedback import CreditChanged, FirstToken, QueueChanged
 from sagellm.runtime.messages import Request, Sampling, Stamps
-from sagellm.runtime.operator import Arrival, Emit, Feedback, Setup, Signal, Terminate
+from sagellm.runtime.operator import Arrival, Emit, Setup, Signal, Terminate
 
 
 def waiting(number: int, sequence: int = 1) -> Any:
-    return Feedback("sort", 0, sequence, "queue", Backlog(num_requests=number))
+    return QueueChanged(node="sort", sequence=sequence, backlog=Backlog(num_requests=number))
 
 
 def test_a_request_enters_while_there_is_room(running: Any) -> None:
@@ -48,7 +50,7 @@ def test_an_expired_request_does_not_enter(running: Any) -> None:
 
 def test_other_feedback_changes_nothing(running: Any) -> None:
     admission = running(build(Options(max_queued=1), Setup("admission")))
-    assert admission(Feedback("decode", 0, 1, "credit")) == ()
+    assert admission(CreditChanged(node="decode", num_left=1.0)) == ()
     assert admission.state == Seen()
 
 
@@ -58,7 +60,9 @@ ROOMY = Options(max_queued=10_000, slo_ttft_s=1.0)
 
 
 def told(num_requests: int, **fields: Any) -> Any:
-    return Feedback("sort", 0, 1, "queue", Backlog(num_requests=num_requests, **fields))
+    return QueueChanged(
+        node="sort", sequence=1, backlog=Backlog(num_requests=num_requests, **fields)
+    )
 
 
 MARGIN = 1.1  # of a wait for 400 requests
@@ -96,7 +100,7 @@ def test_tokens_that_wait_are_bounded(running: Any) -> None:
 
 def test_what_waits_for_nothing_enters(running: Any) -> None:
     admission = running(build(Options(max_queued_tokens=10, slo_ttft_s=0.01), Setup("door")))
-    admission(Feedback("generate", 0, 1, "first_token", 9.0))
+    admission(FirstToken(node="generate", seconds=9.0))
     assert code_of(admission(asked(prompt_token_ids=(1,) * 500))) == ""
 
 
@@ -133,7 +137,7 @@ def test_time_that_has_passed_and_the_first_token_count(running: Any) -> None:
     late = asked(stamps=Stamps(arrived_s=9.0))
     assert code_of(admission(late, 9.2)) == ""
     assert code_of(admission(late, 9.4)) == "slo_unreachable"
-    admission(Feedback("generate", 0, 1, "first_token", 0.4))
+    admission(FirstToken(node="generate", seconds=0.4))
     assert code_of(admission(late, 9.0)) == "slo_unreachable"
 
 
@@ -177,7 +181,7 @@ def test_choices_enter_together_or_not_at_all(running: Any, num_waiting: int, co
         outputs = admission(asked(choice=choice, sampling=Sampling(n=4)))
         assert code_of(outputs) == code
         admission(waiting(num_waiting + choice + 1 if not code else 0))
-    assert admission.state.verdicts == {}
+    assert admission.state.verdicts == Map()
 
 
 def test_a_request_that_ends_early_leaves_no_verdict(running: Any) -> None:
@@ -185,13 +189,13 @@ def test_a_request_that_ends_early_leaves_no_verdict(running: Any) -> None:
     admission(asked(sampling=Sampling(n=4)))
     assert len(admission.state.verdicts) == 1
     admission(Signal("forget", "r"))
-    assert admission.state.verdicts == {}
+    assert admission.state.verdicts == Map()
 
 
 def test_equal_inputs_give_equal_answers(running: Any) -> None:
     def run() -> Any:
         admission = running(build(ROOMY, Setup("door")))
-        inputs = [served(700), asked(), Feedback("g", 0, 1, "first_token", 0.2), asked()]
+        inputs = [served(700), asked(), FirstToken(node="g", seconds=0.2), asked()]
         return [admission(happened, float(at)) for at, happened in enumerate(inputs)]
 
     assert run() == run()
@@ -236,7 +240,7 @@ def test_several_queues_count_together(running: Any) -> None:
 
     def tell(node: str, num_requests: int, busy_s: float) -> None:
         backlog = Backlog(num_requests=num_requests, num_served=8, busy_s=busy_s)
-        admission(Feedback(node, 0, 1, "queue", backlog))
+        admission(QueueChanged(node=node, backlog=backlog))
 
     tell("long", 8, 10_000.0)
     tell("short", 0, 1.0)

@@ -5,8 +5,9 @@ import pytest
 from sagellm.graphs.ir import SOURCE, Edge, Graph, Node
 from sagellm.operators import policy_sort
 from sagellm.operators.flat_map import Options, build
-from sagellm.runtime.executors.credit import Gates
-from sagellm.runtime.executors.region import Region, Send
+from sagellm.runtime.core.credit import Gates
+from sagellm.runtime.core.effects import Send
+from sagellm.runtime.core.region import Region
 from sagellm.runtime.messages import Answer, Forked, Request, Sampling
 from sagellm.runtime.operator import Announce, Arrival, Credit, Emit, Setup
 
@@ -85,4 +86,4 @@ def test_choices_that_find_credit_at_once_are_sent_once() -> None:
     effects = region.send(SOURCE, Request(request_id="r", prompt="abc"), "out", 0.0)
     sent = [effect.item.choice for effect in effects if isinstance(effect, Send)]
     assert sent == [0, 1]
-    assert [entry[3].choice for entry in region.state("sort").entries] == [2]
+    assert [entry[3].choice for entry in region.cells["sort"].state.entries] == [2]

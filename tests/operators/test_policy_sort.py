@@ -8,20 +8,21 @@ from hypothesis import strategies as st
 from sagellm.operators.policies import POLICIES
 from sagellm.operators.policy_sort import Options, build
 from sagellm.runtime.backlog import Backlog
+from sagellm.runtime.engine.port import EngineLoad
+from sagellm.runtime.feedback import CreditChanged, LoadReported, QueueChanged
 from sagellm.runtime.messages import Request, Stamps
 from sagellm.runtime.operator import (
     Arrival,
-    Feedback,
     Offer,
+    Report,
     Setup,
     Signal,
     Taken,
-    Tell,
     Terminate,
     Wake,
 )
 
-CREDIT = Feedback("prefill", 0, 1, "credit")
+CREDIT = CreditChanged(node="prefill", num_left=1.0)
 
 
 def ask(name: str, arrived_s: float = 0.0, **fields: Any) -> Any:
@@ -40,7 +41,9 @@ def ended(outputs: Any) -> Any:
 
 
 def told(outputs: Any) -> Any:
-    return [output.value.num_requests for output in outputs if isinstance(output, Tell)]
+    return [
+        output.feedback.backlog.num_requests for output in outputs if isinstance(output, Report)
+    ]
 
 
 def drain(sort: Any, outputs: Any = (), now: float = 0.0) -> Any:
@@ -59,11 +62,10 @@ def sort(running: Any) -> Any:
     return running(build(Options(window=2), Setup("sort")))
 
 
-def test_a_newcomer_is_offered_and_stamped(sort: Any) -> None:
+def test_a_newcomer_is_offered(sort: Any) -> None:
     (tell, offer) = sort(Arrival(ask("a", arrived_s=1.0)), 3.0)
-    assert tell == Tell("queue", Backlog(num_requests=1, num_tokens=128))
-    assert offer.items[0].stamps == Stamps(arrived_s=1.0, dispatched_s=3.0)
-    assert sort.state.entries[0][3].stamps.dispatched_s is None
+    assert tell == Report(QueueChanged(backlog=Backlog(num_requests=1, num_tokens=128)))
+    assert offer.items[0].stamps == Stamps(arrived_s=1.0)
 
 
 def test_taken_is_removed_and_the_rest_is_offered(sort: Any) -> None:
@@ -73,14 +75,14 @@ def test_taken_is_removed_and_the_rest_is_offered(sort: Any) -> None:
     assert told(outputs) == [1]
     assert offered(outputs) == ["a"]
     assert drain(sort) == ["a"]
-    assert sort.state.entries == ()
+    assert len(sort.state.entries) == 0
 
 
 def test_what_was_declined_is_not_offered_until_credit_changes(sort: Any) -> None:
     assert offered(sort(Arrival(ask("a")))) == ["a"]
     assert offered(sort(Arrival(ask("b")))) == ["b"]
     assert offered(sort(Arrival(ask("c")))) == []  # behind the window
-    assert offered(sort(Feedback("prefill", 0, 1, "load"))) == []
+    assert offered(sort(LoadReported(node="prefill", load=EngineLoad()))) == []
     assert offered(sort(CREDIT)) == ["a", "b"]
 
 
@@ -196,7 +198,7 @@ def test_a_rank_that_is_none_fails_its_request_only(running: Any, function: Any,
     (output,) = sort(Arrival(ask("a")))
     assert output.event.finish_reason == "failed"
     assert output.event.error == f"sort: the function rank {says}"
-    assert sort.state.entries == ()
+    assert len(sort.state.entries) == 0
 
 
 @pytest.mark.parametrize(
@@ -258,12 +260,12 @@ def test_no_request_is_lost_or_doubled(running: Any, policy: str, drawn: Any, st
     assert sorted(seen + held) == sorted(str(number) for number in range(len(drawn)))
     assert list(sort.state.entries) == sorted(sort.state.entries)
     expiring = [entry for entry in sort.state.entries if entry[3].expires_s is not None]
-    assert sorted(number for _, number in sort.state.expiries) == sorted(e[2] for e in expiring)
+    assert sorted(number for _, number, _ in sort.state.expiries) == sorted(e[2] for e in expiring)
 
 
 def test_one_that_expires_as_another_comes_is_told_of(sort: Any) -> None:
     """The number that waits stays the same, and what waits does not."""
     sort(Arrival(ask("a", prompt_token_ids=(1,) * 1000, expires_s=5.0)))
     outputs = sort(Arrival(ask("b", prompt_token_ids=(1,) * 10)), 5.0)
-    (backlog,) = [output.value for output in outputs if isinstance(output, Tell)]
+    (backlog,) = [output.feedback.backlog for output in outputs if isinstance(output, Report)]
     assert (backlog.num_requests, backlog.num_prompt_tokens) == (1, 10)

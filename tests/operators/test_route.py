@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from sagellm.operators.route import Options, build, pools_of
 from sagellm.operators.routing import STRATEGIES
 from sagellm.runtime.engine.port import EngineLoad
+from sagellm.runtime.feedback import CreditChanged, HealthChanged, LoadReported, Topology
 from sagellm.runtime.messages import Request, Sampling
-from sagellm.runtime.operator import Arrival, Feedback, Setup, Signal, Target
+from sagellm.runtime.operator import Arrival, Setup, Signal, Target
 from sagellm.runtime.user_code import WrongResult
 
 TARGETS = (Target("prefill", 2, "p"), Target("decode", 3, "d"))
@@ -32,8 +33,9 @@ def ask(name: str, num_tokens: int = 10, **fields: Any) -> Any:
 
 
 def place(route: Any, name: str = "r", **fields: Any) -> Any:
-    (emit,) = route(Arrival(ask(name, **fields)))
-    return emit.item.placement
+    (output,) = route(Arrival(ask(name, **fields)))
+    placed, route.state = next(iter(output.choices))
+    return placed.placement
 
 
 def test_every_target_gets_a_replica_and_others_stay(route: Any) -> None:
@@ -55,12 +57,12 @@ def test_without_targets_a_request_passes(route: Any) -> None:
 
 
 def test_a_strategy_may_not_choose_a_replica_that_was_removed(route: Any, monkeypatch: Any) -> None:
-    """A replica that is down may come back: that one waits."""
+    """A replica that is down may come back; until then another one is taken."""
     monkeypatch.setitem(STRATEGIES._registered, "last", (lambda *_: 2, "in a test"))
     router = route("last", (Target("decode", 3, "d"),))
-    router(Feedback("decode", 2, 1, "health", False))
-    assert place(router) == {"decode": 2}
-    router(Feedback("decode", 2, 2, "removed"))
+    router(HealthChanged(node="decode", replica=2, sequence=1, is_up=False))
+    assert place(router) == {"decode": 0}
+    router(Topology(1, {"d": 3}, frozenset({("d", 2)})))
     with pytest.raises(WrongResult, match="returned 2, a replica of d that was removed; one of"):
         place(router)
 
@@ -79,7 +81,7 @@ def test_an_ended_request_weighs_nothing(route: Any) -> None:
     assert place(router, "next") == {"prefill": 0}
     for name in ("small", "next"):
         router(Signal("forget", name))
-    assert all(backlog.load == 0 for backlog in router.state.backlogs.values())
+    assert all(known.load(1) == 0 for known in router.state.pools["p"].replicas.values())
     assert len(router.state.placed) == 0
 
 
@@ -87,13 +89,17 @@ def test_a_replica_that_returned_its_credit_is_idle(route: Any) -> None:
     router = route(targets=(Target("prefill", 2, "p"),))
     place(router, "big", num_tokens=500)
     place(router, "small")
-    router(Feedback("prefill", 0, 1, "credit"))  # big is in decode by now
+    router(CreditChanged(node="prefill", num_left=9.0, request_id="big"))  # big is in decode by now
     assert place(router, "next") == {"prefill": 0}
 
 
 def test_requests_of_others_count_as_reported(route: Any) -> None:
     router = route(targets=(Target("decode", 2, "d"),))
-    router(Feedback("decode", 0, 2, "load", EngineLoad(num_running=3, num_waiting=1)))
+    router(
+        LoadReported(
+            node="decode", replica=0, sequence=2, load=EngineLoad(num_running=3, num_waiting=1)
+        )
+    )
     assert [place(router, str(n))["decode"] for n in range(4)] == [1] * 4
 
 
@@ -101,37 +107,39 @@ def test_own_requests_are_not_counted_twice(route: Any) -> None:
     router = route(targets=(Target("decode", 2, "d"),))
     assert [place(router, str(n))["decode"] for n in range(2)] == [0, 1]
     for replica in range(2):
-        router(Feedback("decode", replica, 1, "load", EngineLoad(num_running=1)))
+        router(
+            LoadReported(node="decode", replica=replica, sequence=1, load=EngineLoad(num_running=1))
+        )
     loads = [router.state.load(("d", replica), ask("x")) for replica in range(2)]
     assert loads == [20, 20]
 
 
 def test_a_report_older_than_a_placement_takes_nothing_off(route: Any) -> None:
     router = route(targets=(Target("decode", 2, "d"),))
-    router(Feedback("decode", 0, 1, "load", EngineLoad()))
+    router(LoadReported(node="decode", replica=0, sequence=1, load=EngineLoad()))
     place(router, "heavy", num_tokens=90)
     assert router.state.load(("d", 0), ask("x")) == 100
 
 
 def test_the_latest_report_wins(route: Any) -> None:
     router = route(targets=(Target("decode", 2, "d"),))
-    router(Feedback("decode", 0, 5, "load", EngineLoad()))
-    router(Feedback("decode", 0, 4, "load", EngineLoad(num_running=9)))
+    router(LoadReported(node="decode", replica=0, sequence=5, load=EngineLoad()))
+    router(LoadReported(node="decode", replica=0, sequence=4, load=EngineLoad(num_running=9)))
     assert router.state.load(("d", 0), ask("x")) == 0
 
 
 def test_reports_of_two_operators_of_one_engine_do_not_hide_each_other(route: Any) -> None:
     router = route(targets=(Target("decode", 2, "d"), Target("generate", 2, "d")))
-    router(Feedback("decode", 0, 5, "load", EngineLoad()))
-    router(Feedback("generate", 0, 1, "load", EngineLoad(num_running=1)))
+    router(LoadReported(node="decode", replica=0, sequence=5, load=EngineLoad()))
+    router(LoadReported(node="generate", replica=0, sequence=1, load=EngineLoad(num_running=1)))
     assert router.state.load(("d", 0), ask("x")) == 20
 
 
 def test_news_of_strangers_change_nothing(route: Any) -> None:
     router = route()
     before = router.state
-    router(Feedback("elsewhere", 0, 1, "load", EngineLoad()))
-    router(Feedback("elsewhere", 0, 1, "credit"))
+    router(LoadReported(node="elsewhere", replica=0, sequence=1, load=EngineLoad()))
+    router(CreditChanged(node="elsewhere", replica=0, sequence=1, num_left=9.0))
     router(Signal("forget", "unknown"))
     assert router.state == before
 
@@ -155,14 +163,14 @@ def test_only_replicas_that_exist_are_chosen(
         elif step == "forget":
             router(Signal("forget", str(number)))
         else:
-            router(Feedback("decode", number % 2, number, "credit"))
-    for backlog in router.state.backlogs.values():
-        assert backlog.load >= 0
-        assert backlog.num_open >= 0
+            router(CreditChanged(node="decode", replica=number % 2, num_left=9.0))
+    for pool in router.state.pools.values():
+        assert all(known.load(1) >= 0 for known in pool.replicas.values())
+        assert all(known.num_held >= 0 for known in pool.replicas.values())
 
 
 def health(route: Any, node: str, number: int, *, is_up: bool) -> None:
-    route(Feedback(node, number, 0, "health", is_up))
+    route(HealthChanged(node=node, replica=number, is_up=is_up))
 
 
 @pytest.mark.parametrize("strategy", ["load_balanced", "round_robin", "random"])
@@ -177,7 +185,7 @@ def test_a_replica_that_came_later_is_chosen_too(route: Any, strategy: str) -> N
 
 def test_what_a_lost_replica_had_is_not_held_against_it(route: Any) -> None:
     router = route(targets=(Target("prefill", 2, "p"),))
-    router(Feedback("prefill", 1, 1, "load", EngineLoad(num_running=50)))
+    router(LoadReported(node="prefill", replica=1, sequence=1, load=EngineLoad(num_running=50)))
     assert place(router, "a")["prefill"] == 0
     health(router, "prefill", 1, is_up=False)
     health(router, "prefill", 1, is_up=True)

@@ -4,12 +4,22 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+import trio
+from trio.testing import MockClock
 
 from sagellm.operators import decode, generate, kv_transfer, prefill
-from sagellm.runtime.engine.port import EngineFacts, EngineRefusal, LeaseOffer, PrefillDone
+from sagellm.runtime.engine.port import (
+    DamagedBlocks,
+    EngineFacts,
+    EngineRefusal,
+    LeaseOffer,
+    PrefillDone,
+    StaleLease,
+)
 from sagellm.runtime.messages import LeaseRef, Prefilled, Request, Stamps, TokenEvent
 from sagellm.runtime.operator import Setup, Signal, Target
 
+FINE = Exception()  # none
 FACTS = EngineFacts("m", "h", 16, 100, 1024, 8, 1024, "layout")
 
 
@@ -25,8 +35,13 @@ class Blocks:
 
     lease: LeaseRef
     log: list[str]
+    error: Exception | None = FINE
 
     async def receive(self, source: Any) -> None:
+        if self.error is None:
+            await trio.sleep_forever()
+        elif self.error is not FINE:
+            raise self.error
         self.log.append("received")
         if "break" in self.log:
             raise RuntimeError
@@ -47,6 +62,7 @@ class Engine:
     refuses: bool = False
     facts: EngineFacts = FACTS
     submitted: list[Any] = field(default_factory=list)
+    error: Exception | None = FINE  # of what is received; None: it never ends
 
     async def submit(self, state: Any) -> None:
         if self.refuses:
@@ -61,7 +77,7 @@ class Engine:
 
     async def import_(self, offer: LeaseOffer) -> Blocks:
         self.log.append(f"reserve {offer.num_tokens}")
-        return Blocks(lease(self.name), self.log)
+        return Blocks(lease(self.name), self.log, self.error)
 
 
 class Context:
@@ -75,9 +91,13 @@ class Context:
         self.sent: list[Any] = []
         self.ended: list[TokenEvent] = []
         self.released: list[tuple[str, int]] = []
+        self.untransferred: list[tuple[tuple[str, int], bool]] = []
 
     def engine_named(self, name: str, replica: int) -> Engine:
         return self.engines[name]
+
+    def not_transferred(self, item: Any, *, has_failed: bool) -> None:
+        self.untransferred.append((item.key, has_failed))
 
     def now(self) -> float:
         return 9.0
@@ -107,8 +127,8 @@ SPLIT = Setup("prefill", targets=(Target("decode", 1, "d"),))
 
 
 def prefilled(**changes: Any) -> Prefilled:
-    known = {"lease": lease("p"), "landing": lease("d"), **changes}
-    return Prefilled(request=REQUEST, first=known.pop("first", FIRST), **known)
+    known = {"request": REQUEST, "first": FIRST, "lease": lease("p"), "landing": lease("d")}
+    return Prefilled(**{**known, **changes})
 
 
 async def test_prefill_reserves_where_it_will_decode_before_it_computes() -> None:
@@ -179,6 +199,43 @@ async def test_a_broken_transfer_frees_the_source() -> None:
     with pytest.raises(RuntimeError):
         await kv_transfer.build(kv_transfer.Options(), Setup("t")).on_item(ctx, prefilled())
     assert ctx.engines["p"].log == ["released"]
+
+
+@pytest.mark.parametrize("error", [DamagedBlocks("x"), StaleLease("x"), None])
+async def test_blocks_that_do_not_come_are_computed_where_they_are_decoded(
+    error: Exception | None, autojump_clock: MockClock
+) -> None:
+    """Damaged, never there, or too late: both leases are freed, and the item goes on without."""
+    ctx: Any = Context()
+    ctx.engines["d"].error = error
+    late = Request(request_id="r", prompt_token_ids=(1, 2, 3, 4), epoch=3)
+    transfer = kv_transfer.build(kv_transfer.Options(), Setup("t"))
+    await transfer.on_item(ctx, prefilled(request=late))
+    (item,) = ctx.sent
+    assert (item.lease, item.landing, item.request.stamps.transferred_s) == (None, None, None)
+    assert ctx.engines["p"].log == ["released", "cancel r 0 3"]
+    assert ctx.engines["d"].log == ["reserve 4", "cancel r 0 3"]
+    assert ctx.untransferred == [(("r", 0), True)]
+
+
+async def test_a_lease_that_ended_goes_in_again_the_first_times() -> None:
+    ctx: Any = Context()
+    ctx.engines["d"].error = StaleLease("x")
+    first = Request(request_id="r", prompt_token_ids=(1, 2, 3, 4), epoch=0)
+    transfer = kv_transfer.build(kv_transfer.Options(), Setup("t"))
+    with pytest.raises(StaleLease):
+        await transfer.on_item(ctx, prefilled(request=first))
+    assert ctx.untransferred == []
+
+
+async def test_a_link_that_fails_is_not_tried_by_everybody() -> None:
+    ctx: Any = Context()
+    ctx.engines["d"].error = DamagedBlocks("x")
+    transfer = kv_transfer.build(kv_transfer.Options(), Setup("t"))
+    for _ in range(9):
+        await transfer.on_item(ctx, prefilled())
+    assert [failed for _, failed in ctx.untransferred] == [True] * 5 + [False] * 4
+    assert len(ctx.sent) == 9
 
 
 async def test_nothing_is_transferred_for_a_request_that_has_ended() -> None:

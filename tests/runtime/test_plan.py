@@ -7,7 +7,6 @@ import pytest
 from sagellm.graphs.diagnostics import GraphError
 from sagellm.graphs.ir import Edge, FrozenMap, Graph, Node
 from sagellm.graphs.text.yaml import load_file
-from sagellm.runtime.engine.opening import open_engine
 from sagellm.runtime.engine.options import EngineOptions
 from sagellm.runtime.operator import Target
 from sagellm.runtime.plan import Plan, plan, targets_of
@@ -18,11 +17,7 @@ NULL = EngineOptions(model="null", device="null")
 
 def planned(name: str, replicas: int = 1) -> Plan:
     graph = load_file(f"graphs/{name}.yaml").graph
-    engines = {
-        engine: tuple(open_engine(NULL, name=engine, replica=i) for i in range(replicas))
-        for engine in graph.engines
-    }
-    return plan(graph, Resolver(), engines)
+    return plan(graph, Resolver(), dict.fromkeys(graph.engines, replicas))
 
 
 def test_logic_and_services_are_told_apart() -> None:
@@ -33,14 +28,15 @@ def test_logic_and_services_are_told_apart() -> None:
 
 def test_an_operator_has_as_many_replicas_as_its_engine() -> None:
     made = planned("pd_many", replicas=2)
-    assert made.replicas["prefill"] == made.replicas["generate"] == 2
-    assert made.replicas["transfer"] == 1
+    assert made.num_replicas("prefill") == made.num_replicas("generate") == 2
+    assert made.num_replicas("transfer") == 1
 
 
 def test_a_router_sees_the_engines_until_the_next_router() -> None:
     made = planned("pd_many", replicas=2)
-    targets = targets_of(made.graph, made.graph.node("route"), Resolver().vocabulary, made.replicas)
-    assert targets == (Target("prefill", 2, "p"), Target("decode", 2, "d"))
+    replicas = {node.name: made.num_replicas(node.name) for node in made.graph.nodes}
+    targets = targets_of(made.graph, made.graph.node("route"), Resolver().vocabulary, replicas)
+    assert targets == (Target("prefill", 2, "p", is_next=True), Target("decode", 2, "d"))
 
 
 def test_ancestors_are_all_that_lies_upstream() -> None:
@@ -55,16 +51,16 @@ def test_options_that_contradict_each_other_are_a_graph_error() -> None:
         plan(Graph("g", nodes=(node,)), Resolver(), {})
 
 
-def test_feedback_reaches_those_upstream_that_hear_it() -> None:
+def test_feedback_reaches_those_upstream_that_subscribe() -> None:
     made = planned("pd")
-    assert made.hearers("prefill", "load") == ("route",)
-    assert made.hearers("generate", "credit") == ("sort",)
-    assert made.hearers("sort", "queue") == ("admission",)
+    assert made.subscribers("prefill", "load") == ("route",)
+    assert made.subscribers("generate", "credit") == ("sort",)
+    assert made.subscribers("sort", "queue") == ("admission",)
 
 
 def test_a_feedback_edge_leads_feedback_elsewhere() -> None:
     made = planned("pd")
     edge = Edge("generate", "route", feedback=True)
     graph = replace(made.graph, edges=(*made.graph.edges, edge))
-    assert replace(made, graph=graph).hearers("generate", "credit") == ("sort", "route")
+    assert replace(made, graph=graph).subscribers("generate", "credit") == ("sort", "route")
     assert "route" not in replace(made, graph=graph).ancestors("generate")

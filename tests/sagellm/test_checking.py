@@ -66,5 +66,5 @@ async def test_the_size_of_a_pool_is_asked_for_once(monkeypatch: pytest.MonkeyPa
     told = iter(2**30 // (1 + count) for count in range(100))
     monkeypatch.setattr(CpuDevice, "memory_bytes", property(lambda _: next(told)))
     async with Graph.load("pd_many").open() as session:
-        for replicas in session.executor.plan.engines.values():
+        for replicas in session.executor.engines.values():
             assert len({engine.facts.num_blocks for engine in replicas}) == 1

@@ -58,7 +58,7 @@ async def together(
 
 async def check_at_rest(session: Session) -> None:
     await session.idle()
-    session.executor.ledger.check()
+    session.executor.core.ledger.check()
     for pool in session.statistics().engines.values():
         assert all(load.num_leased_blocks == 0 for load in pool)
 

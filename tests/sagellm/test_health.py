@@ -55,7 +55,7 @@ async def test_health_names_the_replica_that_hangs(autojump_clock: MockClock) ->
         assert healthy.num_open == 0
         assert sum(engine.num_steps for engine in healthy.engines["d"]) == 50
         opened = trio.Event()
-        for engine in cast(Any, session.executor.plan.engines["d"]):
+        for engine in cast(Any, session.executor.engines["d"]):
             gate = Gate(engine._resources.runner, opened)
             put_runner(engine, gate)
         async with session.stream([1] * 8, sampling=LONG):

@@ -16,9 +16,10 @@ from sagellm import __main__ as command
 @pytest.fixture(autouse=True)
 def handler() -> Any:
     """The command leaves a handler of its own."""
-    before = signal.getsignal(signal.SIGINT)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
-    signal.signal(signal.SIGINT, before)
+    for number, handled in before.items():
+        signal.signal(number, handled)
 
 
 def wrapped() -> None:
@@ -51,16 +52,40 @@ def test_any_other_error_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
         command.main()
 
 
-@pytest.mark.parametrize("library", ["msgspec/_core", "libtorch_cpu"])
-def test_a_process_is_interrupted_while_it_imports(library: str) -> None:
+@pytest.mark.parametrize(
+    ("library", "sent", "code"),
+    [
+        ("msgspec/_core", signal.SIGINT, 130),
+        ("libtorch_cpu", signal.SIGINT, 130),
+        ("msgspec/_core", signal.SIGTERM, 143),
+    ],
+)
+def test_a_process_is_interrupted_while_it_imports(
+    library: str, sent: signal.Signals, code: int
+) -> None:
     arguments = [sys.executable, "-m", "sagellm", "run", "joint", "--prompt", "a"]
     process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     maps = Path(f"/proc/{process.pid}/maps")
     while library not in maps.read_text():
         time.sleep(0.002)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     out, said = process.communicate(timeout=30)
-    assert (process.returncode, out, said) == (130, "", "error: interrupted\n")
+    assert (process.returncode, out, said) == (code, "", "error: interrupted\n")
+
+
+def test_a_sigterm_while_a_graph_is_opened_ends_it_as_ctrl_c_does(tmp_path: Path) -> None:
+    """Its workers end, and their folder goes."""
+    arguments = [sys.executable, "-m", "sagellm", "serve", "joint", "--port", "0"]
+    arguments += ["--executor", "processes"]
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, env=environment)
+    while not any(tmp_path.glob("sagellm-*/hub")):
+        assert process.poll() is None
+        time.sleep(0.002)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=30)
+    assert (process.returncode, said) == (143, "error: interrupted\n")
+    assert not any(tmp_path.glob("*sagellm-*"))
 
 
 def test_an_interrupt_that_a_library_catches_ends_the_process_too(tmp_path: Path) -> None:

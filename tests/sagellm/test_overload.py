@@ -92,10 +92,10 @@ async def loaded(
         while trio.current_time() < stop_s:
             nursery.start_soon(ask, draw.choice(priorities))
             await trio.sleep(draw.expovariate(rate))
-            waiting = session.executor.region.state("sort").backlog.num_requests
+            waiting = session.executor.core.region.cells["sort"].state.backlog.num_requests
             load.most_queued = max(load.most_queued, waiting)
     await session.idle()
-    session.executor.ledger.check()
+    session.executor.core.ledger.check()
     pools = session.statistics().engines.values()
     assert all(one.num_leased_blocks == 0 for pool in pools for one in pool)
     return load
@@ -157,7 +157,7 @@ async def test_waiting_tokens_are_bounded_too(autojump_clock: MockClock) -> None
 
         async def watch() -> None:
             while True:
-                seen.append(session.executor.region.state("sort").backlog.num_tokens)
+                seen.append(session.executor.core.region.cells["sort"].state.backlog.num_tokens)
                 await trio.sleep(0.01)
 
         async with trio.open_nursery() as nursery:

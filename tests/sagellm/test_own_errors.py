@@ -17,6 +17,7 @@ from trio.testing import MockClock
 
 from sagellm import Graph, RequestFailed, RequestRefused, Sampling, ops
 from sagellm.operators import route
+from sagellm.operators.routing.view import Candidates
 from sagellm.runtime.engine.port import EngineFacts
 from sagellm.runtime.messages import Item, Request, TokenEvent, refusal
 from sagellm.runtime.operator import Arrival, Context, Credit, Emit, Step, Terminate
@@ -57,7 +58,7 @@ async def opened(*before: Any, after: tuple[Any, ...] = ()) -> AsyncIterator[Ses
     async with graph.open() as session:
         yield session
         await session.idle()
-        session.executor.ledger.check()
+        session.executor.core.ledger.check()
 
 
 @pytest.mark.parametrize(
@@ -265,8 +266,8 @@ async def test_a_strategy_that_raises_fails_its_requests_and_blocks_no_other(
 ) -> None:
     """Also where the request waited: it leaves the queue."""
 
-    def own(request: Request, *_: Any) -> int:
-        return 0 if request.user_id else {}["user"]  # own strategy
+    def own(candidates: Candidates, *_: Any) -> int:
+        return 0 if candidates.request.user_id else {}["user"]  # own strategy
 
     monkeypatch.setattr(route, "find_strategy", lambda name: own)
     graph = Graph("g").engine("g", **NULL, replicas=2)

@@ -65,7 +65,7 @@ async def test_a_hook_that_raises_at_a_timeout_ends_its_request_and_no_other(
             assert late.finish_reason == "expired"
             assert (await session.generate([1], sampling=FIVE)).finish_reason == "length"
             await session.idle()
-            session.executor.ledger.check()
+            session.executor.core.ledger.check()
     found = faults(lines)
     assert ("policy_sort", name, "KeyError") in found
     assert (("policy_sort", "slow", "LookupError") in found) == (name == "slow")
@@ -79,7 +79,7 @@ async def test_a_cancel_reaches_the_operators_after_one_that_raises(
             await session.generate([1], sampling=LONG, request_id="r")
         await wait_all_tasks_blocked()
         await session.idle()
-        assert session.executor.ledger.ended["cancelled"] == 1
+        assert session.executor.core.ledger.ended["cancelled"] == 1
 
 
 # ---- an operator with an engine ---------------------------------------------------------------
@@ -106,7 +106,7 @@ async def test_events_that_an_operator_fails_on_end_their_requests_alone(
                 await session.generate([1], sampling=FIVE, request_id="bad")
             assert (await session.generate([1], sampling=FIVE)).finish_reason == "length"
             await session.idle()
-            session.executor.ledger.check()
+            session.executor.core.ledger.check()
     assert faults(lines) == [("generate", "bad", "KeyError")]
 
 
@@ -124,7 +124,7 @@ async def test_an_operator_that_cannot_recall_what_its_engine_lost_fails_it(
 
         nursery.start_soon(ask)
         await wait_all_tasks_blocked()
-        (engine,) = session.executor.plan.all_engines
+        (engine,) = session.executor.all_engines
         mailbox: Any = engine.events("generate")
         mailbox.post(Lost(request_id="r", choice=0, epoch=0, by_death=True))
         engine.cancel("r", 0, 0)

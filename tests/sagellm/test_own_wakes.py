@@ -60,7 +60,7 @@ async def fails(session: Any, says: str, request_id: str = "bad") -> None:
 async def goes_on(session: Any) -> None:
     assert (await session.generate([1], sampling=FIVE)).finish_reason == "length"
     await session.idle()
-    session.executor.ledger.check()
+    session.executor.core.ledger.check()
 
 
 @pytest.mark.parametrize(
@@ -122,10 +122,10 @@ async def test_what_an_operator_holds_ends_when_it_fails_on_feedback(
     autojump_clock: MockClock,
 ) -> None:
     async with (
-        own_graph(Keeping(), hears=frozenset({"credit"})) as session,
+        own_graph(Keeping(), subscribes=frozenset({"credit"})) as session,
         trio.open_nursery() as nursery,
     ):
-        nursery.start_soon(fails, session, "the operator raised KeyError: 'Feedback'")
+        nursery.start_soon(fails, session, "the operator raised KeyError: 'CreditChanged'")
         await wait_all_tasks_blocked()
         await goes_on(session)
 

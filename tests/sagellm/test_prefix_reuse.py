@@ -55,7 +55,7 @@ async def together(
 async def num_hits(session: Session) -> int:
     """Tokens found in all pools; no block is leased, and the ledgers balance."""
     await session.idle()
-    session.executor.ledger.check()
+    session.executor.core.ledger.check()
     loads = [load for pool in session.statistics().engines.values() for load in pool]
     for load in loads:
         assert load.num_leased_blocks == 0

@@ -162,7 +162,7 @@ async def test_a_killed_worker_loses_and_repeats_no_token(victim: str, sampling:
         # Those of one decode worker may be over before those of the other begin.
         kill = partial(killed, session, victim, of=max if victim == "d[0]" else min)
         found = await stream_all(session, sampling, kill)
-        num_migrated = session.executor.recovery.num_migrated
+        num_migrated = session.executor.core.recovery.num_migrated
     assert found.tokens == await right("pd_many", sampling)
     assert set(found.reasons.values()) == {"length"}
     assert max(found.gaps_s.values()) < 2.0
@@ -324,9 +324,9 @@ async def test_replicas_come_and_go_under_load() -> None:
 
         found = await stream_all(session, SEEDED, scale)
         more = await stream_all(session, GREEDY)
-        loads = [session.executor.plan.engines["d"][number].load for number in range(3)]
+        loads = [session.executor.engines["d"][number].load for number in range(3)]
         assert all(load.num_steps for load in loads)  # the new ones have work, too
-        assert len(session.executor.plan.engines["p"]) == 2
+        assert len(session.executor.engines["p"]) == 2
         assert there("p") == [0]
     assert found.tokens == await right("pd_many", SEEDED)
     assert more.tokens == await right("pd_many", GREEDY)
@@ -422,9 +422,9 @@ async def test_two_hundred_cancels_at_random_points_free_every_block(kv: str) ->
                 await trio.sleep(draw.uniform(0, 0.02))
         with trio.fail_after(10):
             await session.idle()
-        assert session.executor.ledger.ended["cancelled"] > 20
+        assert session.executor.core.ledger.ended["cancelled"] > 20
         canary = await session.generate("Once upon a time", sampling=GREEDY)
-        assert session.executor.recovery.num_migrated == 0
+        assert session.executor.core.recovery.num_migrated == 0
     assert len(canary.token_ids) == NUM_TOKENS
 
 

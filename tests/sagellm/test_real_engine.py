@@ -25,7 +25,7 @@ def folder(tmp_path_factory: Any) -> str:
 
 async def check_at_rest(session: Session) -> None:
     await session.idle()
-    session.executor.ledger.check()
+    session.executor.core.ledger.check()
     for pool in session.statistics().engines.values():
         for load in pool:
             assert load.num_leased_blocks == 0
@@ -90,7 +90,7 @@ async def test_cancelled_at_random_points(graph: str, folder: str) -> None:
                 nursery.start_soon(asked_and_cancelled, number)
                 await trio.sleep(draw.uniform(0, 0.02))
         await session.executor.idle()
-        assert session.executor.ledger.ended["cancelled"] > 10
+        assert session.executor.core.ledger.ended["cancelled"] > 10
         await check_at_rest(session)
 
 

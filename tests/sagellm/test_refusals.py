@@ -49,6 +49,6 @@ async def test_a_wrong_request_is_refused_and_the_next_is_served(
         events = await injected(session, right)
         assert events[-1].finish_reason == "length"
         await session.idle()
-        session.executor.ledger.check()
+        session.executor.core.ledger.check()
         pools = session.statistics().engines.values()
         assert all(load.num_leased_blocks == 0 for pool in pools for load in pool)

@@ -19,7 +19,7 @@ from sagellm.operators.policies import POLICIES
 from sagellm.operators.policies.options import Options
 from sagellm.operators.policies.order import Order, Policy
 from sagellm.operators.routing import STRATEGIES
-from sagellm.operators.routing.view import Pool, View
+from sagellm.operators.routing.view import Candidates
 from sagellm.registering import RESOLVER
 from sagellm.runtime.operator import Draw
 from sagellm.runtime.registry import FUNCTIONS
@@ -144,8 +144,8 @@ def newest(options: Options) -> Policy:
     return Policy((Order(lambda request: -request.stamps.arrived_s),))
 
 
-def last(request: Request, pool: Pool, view: View, draw: Draw) -> int:
-    return pool.live(view)[-1]
+def last(candidates: Candidates, now: float, draw: Draw) -> int:
+    return candidates.numbers[-1]
 
 
 def test_what_is_registered_is_known_to_a_graph() -> None:
@@ -221,8 +221,8 @@ def test_a_registered_function_keeps_its_name_in_a_graph_of_python() -> None:
 async def test_a_policy_and_a_strategy_of_ones_own_decide() -> None:
     chosen: list[int] = []
 
-    def first(request: Request, pool: Pool, view: View, draw: Draw) -> int:
-        chosen.append(pool.num_replicas)
+    def first(candidates: Candidates, now: float, draw: Draw) -> int:
+        chosen.append(len(candidates.numbers))
         return 0
 
     sagellm.register_policy("newest", newest)

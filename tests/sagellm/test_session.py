@@ -34,7 +34,7 @@ async def opened(graph: Graph) -> AsyncIterator[Session]:
     async with graph.open() as session:
         yield session
         await session.executor.idle()
-        session.executor.ledger.check()
+        session.executor.core.ledger.check()
         assert all(
             load.num_leased_blocks == 0
             for pool in session.statistics().engines.values()
@@ -75,7 +75,7 @@ async def test_leaving_a_stream_cancels_it(autojump_clock: MockClock) -> None:
             async for _ in stream:
                 break
         await session.executor.idle()
-        assert session.executor.ledger.ended == {"cancelled": 1}
+        assert session.executor.core.ledger.ended == {"cancelled": 1}
 
 
 async def test_losing_a_stream_cancels_it(autojump_clock: MockClock) -> None:
@@ -84,7 +84,7 @@ async def test_losing_a_stream_cancels_it(autojump_clock: MockClock) -> None:
         await stream.__anext__()
         del stream
         await session.executor.idle()
-        assert session.executor.ledger.ended == {"cancelled": 1}
+        assert session.executor.core.ledger.ended == {"cancelled": 1}
 
 
 async def test_cancel_ends_a_stream_with_its_reason(autojump_clock: MockClock) -> None:
@@ -108,8 +108,8 @@ async def test_leaving_a_session_ends_what_runs(autojump_clock: MockClock) -> No
     async with joint().open() as session:
         stream = session.stream([1], sampling=LONG)
         await stream.__anext__()
-    session.executor.ledger.check()
-    assert session.executor.ledger.ended == {"cancelled": 1}
+    session.executor.core.ledger.check()
+    assert session.executor.core.ledger.ended == {"cancelled": 1}
 
 
 async def test_an_error_in_the_block_comes_out_as_it_is(autojump_clock: MockClock) -> None:
@@ -182,7 +182,7 @@ async def test_a_cancel_ends_choices_that_wait_at_the_source(autojump_clock: Moc
         await trio.sleep(0.1)
         session.cancel("r")
         await session.idle()
-        assert session.executor.ledger.ended == {"cancelled": 3}
+        assert session.executor.core.ledger.ended == {"cancelled": 3}
 
 
 async def test_a_time_limit_ends_with_its_request(autojump_clock: MockClock) -> None:
@@ -221,7 +221,7 @@ async def test_bad_fields_are_refused_before_they_enter(
     async with opened(joint()) as session:
         with pytest.raises(RequestError, match=says):
             session.stream([1], **fields)
-        assert session.executor.ledger.num_accepted == 0
+        assert session.executor.core.ledger.num_accepted == 0
 
 
 @pytest.mark.parametrize(
@@ -253,7 +253,7 @@ async def test_a_priority_may_be_named(autojump_clock: MockClock) -> None:
                 nursery.start_soon(
                     lambda p=priority: session.generate([1], sampling=LONG, priority=p)
                 )
-        assert session.executor.ledger.ended == {"length": 2}
+        assert session.executor.core.ledger.ended == {"length": 2}
 
 
 async def test_a_token_that_the_model_does_not_know_is_refused(autojump_clock: MockClock) -> None:
@@ -409,5 +409,5 @@ async def test_an_id_that_is_still_ending_is_not_given_again(autojump_clock: Moc
         await stream.take()
         await wait_all_tasks_blocked()  # a step is under way: the request stays until its end
         await stream.aclose()
-        assert "req-1" in session.executor.register
+        assert "req-1" in session.executor.core.register
         assert (await session.generate([1], sampling=LONG)).request_id == "req-2"

@@ -60,7 +60,7 @@ async def test_answers_are_those_without(
                 statistics = session.statistics()
                 loads = [load for pool in statistics.engines.values() for load in pool]
                 assert all(load.num_leased_blocks == 0 for load in loads)
-                session.executor.ledger.check()
+                session.executor.core.ledger.check()
         assert found[0] == found[1]
         assert sum(load.drafts.num_draft_tokens for load in loads) > 0
 

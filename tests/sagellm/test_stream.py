@@ -29,7 +29,7 @@ async def opened(graph: Graph) -> AsyncIterator[Session]:
     async with graph.open() as session:
         yield session
         await session.idle()
-        session.executor.ledger.check()
+        session.executor.core.ledger.check()
         assert num_leased(session) == 0
 
 

@@ -1,6 +1,7 @@
 """Workers that die, fall silent, garble and are restarted for a virtual hour: nothing is lost."""
 
 import os
+from pathlib import Path
 
 import pytest
 import trio
@@ -11,16 +12,35 @@ from virtual_workers import EXCUSED, bursts, chaotic
 
 from sagellm import Graph, Sampling, ops
 from sagellm.backends.null.backend import null_token
+from sagellm.replay import replay
+from sagellm.runtime.cluster.backoff import RestartPolicy
 
 LONG = Sampling(max_tokens=1000, ignore_eos=True)
 HOURS = float(os.environ.get("SAGELLM_CHAOS_HOURS", "1"))  # virtual ones, a seed
+NEVER = RestartPolicy(first_s=1e9, longest_s=1e9)
 SEEDS = range(int(os.environ.get("SAGELLM_CHAOS_SEEDS", "20")))
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.timeout(120 + 60 * HOURS)
-def test_hours_of_faults_lose_no_request_and_no_token(seed: int) -> None:
-    replay(seed, 3600 * HOURS)
+def test_hours_of_faults_lose_no_request_and_no_token(seed: int, tmp_path: Path) -> None:
+    """And all that was decided meanwhile is decided again from the log of events."""
+    log = tmp_path / "decisions"
+    run(seed, 3600 * HOURS, log)
+    replayed = replay(log, functions={})
+    assert replayed.difference is None
+    assert min(replayed.num_events, replayed.num_effects) > 100
+    assert not replayed.is_cut
+
+
+def test_another_strategy_decides_otherwise_from_some_event_on(tmp_path: Path) -> None:
+    log = tmp_path / "decisions"
+    run(3, 600.0, log)
+    replayed = replay(log, functions={}, overrides={"route.strategy": "round_robin"})
+    found = replayed.difference
+    assert found is not None
+    assert found.recorded[0][0] == found.replayed[0][0] == "send"
+    assert found.recorded != found.replayed
 
 
 def queueless() -> Graph:
@@ -35,7 +55,7 @@ async def test_nobody_waits_for_ever_for_what_does_not_come_back(
 ) -> None:
     """Wherever it waits: in a queue, or before a door that is shut."""
     graph = queueless() if name == "queueless" else Graph.load(name)
-    async with chaotic(graph, 1, max_hold_s=20.0, most_deaths=0) as chaos:
+    async with chaotic(graph, 1, max_hold_s=20.0, policy=NEVER) as chaos:
         answers = []
 
         async def ask() -> None:
@@ -54,24 +74,24 @@ async def test_nobody_waits_for_ever_for_what_does_not_come_back(
 
 
 def test_a_seed_replays_exactly() -> None:
-    assert replay(7, 900.0) == replay(7, 900.0)
+    assert run(7, 900.0) == run(7, 900.0)
 
 
-def replay(seed: int, seconds: float) -> object:
+def run(seed: int, seconds: float, log: Path | None = None) -> object:
     """In virtual time; the order in which trio runs tasks is drawn from the seed, too."""
     before = core._ALLOW_DETERMINISTIC_SCHEDULING
     core._ALLOW_DETERMINISTIC_SCHEDULING = True  # type: ignore[misc]
     core._r.seed(seed)
     try:
-        return trio.run(survives, seed, seconds, clock=MockClock(autojump_threshold=0))
+        return trio.run(survives, seed, seconds, log, clock=MockClock(autojump_threshold=0))
     finally:
         core._ALLOW_DETERMINISTIC_SCHEDULING = before  # type: ignore[misc]
 
 
-async def survives(seed: int, seconds: float) -> object:
+async def survives(seed: int, seconds: float, log: Path | None) -> object:
     """Every answer is as long as was asked for, and what its seed says, whoever computed it."""
     graph = Graph.load(("pd_many", "pd", "joint")[seed % 3]) if seed % 4 else queueless()
-    async with chaotic(graph, seed) as chaos, trio.open_nursery() as nursery:
+    async with chaotic(graph, seed, decisions=log) as chaos, trio.open_nursery() as nursery:
         nursery.start_soon(chaos.run, 40.0)
         record = await bursts(chaos.session, seed, seconds, 30.0)
         nursery.cancel_scope.cancel()

@@ -27,7 +27,7 @@ async def test_sixty_four_streams_survive_a_killed_decode_worker(sampling: Sampl
         right = await stream_all(session, sampling, prompts=prompts)
         meanwhile = partial(killed, session, "d[0]", after=100)
         found = await stream_all(session, sampling, meanwhile, prompts=prompts)
-        gaps = session.executor.recovery.gaps_s
+        gaps = session.executor.core.recovery.gaps_s
     print(f"{gaps.num_samples} moved; longest wait {max(found.gaps_s.values()):.3f} s")
     assert found.tokens == right.tokens
     assert set(found.reasons.values()) == {"length"}

@@ -34,7 +34,7 @@ async def _work(gateway: Gateway, body: bytes) -> Work:
 
 async def _prompt(gateway: Gateway, asked: ChatRequest) -> Prompt:
     """The conversation as the model's template writes it, or its part that is kept."""
-    how = rendering_of(asked, gateway.tokenizer.chat_variables)
+    how = rendering_of(asked, await gateway.encoder.variables())
     text = await gateway.encoder.render(asked.conversation, how)
     token_ids = await encoded(gateway, asked, text)
     kept = kept_ids(asked, token_ids, gateway.model.facts)

@@ -52,9 +52,11 @@ async def encoded(
     """
     facts = gateway.model.facts
     is_kept = asked.truncate_prompt_tokens is None
-    if is_kept and await gateway.encoder.exceeds(text, facts.max_model_len):
+    param = "messages" if isinstance(asked, ChatRequest) else "prompt"
+    if is_kept and await gateway.encoder.exceeds(text, facts.max_model_len, param=param):
         raise far_too_long(asked, facts)
-    return await gateway.encoder.text(text, add_special_tokens=asked.add_special_tokens)
+    add = asked.add_special_tokens
+    return await gateway.encoder.text(text, add_special_tokens=add, param=param)
 
 
 async def samplings_of(

@@ -63,6 +63,6 @@ async def _token_ids(gateway: Gateway, asked: TokenizeRequest) -> tuple[int, ...
     add = asked.add_special_tokens
     if isinstance(asked, TokenizePrompt):
         return await gateway.encoder.text(asked.prompt, add_special_tokens=add)
-    how = rendering_of(asked, gateway.tokenizer.chat_variables)
+    how = rendering_of(asked, await gateway.encoder.variables())
     prompt = await gateway.encoder.chat(asked.conversation, how, add_special_tokens=add)
     return prompt.token_ids

@@ -92,19 +92,19 @@ class GatewayMeters(HttpMeters):
         return await anyio.to_thread.run_sync(cross)
 
     def _take(self) -> Snapshot:
-        executor = self._session.executor
+        executor, supervisor = self._session.executor, self._session.supervisor
         reading = executor.reading()
         return Snapshot(
             graph=executor.plan.graph.name,
             model=self._model,
-            num_open=executor.ledger.num_open,
+            num_open=executor.core.ledger.num_open,
             counts=self._observer.snapshot(),
             reading=reading,
             shares=self._window.shares(reading),
-            engines=read_engines(executor),
+            engines=read_engines(executor, supervisor.workers if supervisor else ()),
             graph_lag=self._graph_lag.seconds.copy(),
-            num_migrated=executor.recovery.num_migrated,
-            migration_gaps=executor.recovery.gaps_s.copy(),
+            num_migrated=executor.core.recovery.num_migrated,
+            migration_gaps=executor.core.recovery.gaps_s.copy(),
         )
 
     def _sample(self) -> None:
@@ -126,10 +126,12 @@ class GatewayMeters(HttpMeters):
 
 def _observer(session: Session, models: Sequence[str]) -> Observer:
     executor = session.executor
-    facts = [engine.facts for engine in executor.plan.all_engines]
+    facts = [engine.facts for engine in executor.all_engines]
     longest = max((each.max_model_len for each in facts), default=1)
     kv = KVShape(facts[0].block_size, facts[0].kv_block_bytes) if facts else KVShape()
     table = {"": models[0]} | dict.fromkeys(models, models[0])
-    objectives = [option_of(executor.plan, name, "slo_ttft_s") for name in executor.region.names]
+    objectives = [
+        option_of(executor.plan, name, "slo_ttft_s") for name in executor.core.region.cells
+    ]
     objective_s = next((each for each in objectives if each is not None), None)
     return Observer(executor.now, table, lengths(longest), kv, objective_s)

@@ -44,6 +44,7 @@ _ENGINE_LEVELS: dict[str, tuple[str, Callable[[EngineReading], float]]] = {
     "step_p99_seconds": ("Of its steps, so far.", lambda engine: engine.health.step_p99_s or 0.0),
     "up": ("0 where its worker is missing.", lambda engine: engine.is_up),
     "ejected": ("1 while no request is placed there.", lambda engine: engine.is_ejected),
+    "failing": ("1 where its workers die too often.", lambda engine: engine.is_failing),
     "hung": ("1 where it has work and nothing moves.", lambda engine: engine.health.is_hung),
 }
 _ENGINE_TOTALS: dict[str, tuple[str, Callable[[EngineReading], float]]] = {
@@ -121,6 +122,12 @@ def _engines(shown: Snapshot) -> Iterator[Metric]:
     for name, (documentation, of) in _ENGINE_TOTALS.items():
         values = [(_engine(shown, one), of(one)) for one in shown.engines]
         yield counter(f"sagellm_engine_{name}", documentation, values)
+    deaths = [
+        ({**_engine(shown, one), "blame": blame}, number)
+        for one in shown.engines
+        for blame, number in one.deaths.items()
+    ]
+    yield counter("sagellm_engine_deaths", "Workers that died, by what is to blame.", deaths)
 
 
 def _engine(shown: Snapshot, one: EngineReading) -> Labels:

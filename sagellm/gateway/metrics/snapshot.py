@@ -1,13 +1,15 @@
 """What a scrape shows of the graph: everything of one moment, taken on the session's own loop."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from sagellm.gateway.metrics.counts import Counts
 from sagellm.runtime.buckets import Buckets
+from sagellm.runtime.cluster.backoff import BLAMES, Restarts
+from sagellm.runtime.cluster.worker import Worker
+from sagellm.runtime.core.outliers import Outliers
 from sagellm.runtime.engine.port import Engine, EngineFacts, EngineHealth, EngineLoad
-from sagellm.runtime.executors.outliers import Outliers
 from sagellm.runtime.executors.reading import Reading, Shares
 from sagellm.runtime.executors.tasks import TasksExecutor
 
@@ -45,6 +47,8 @@ class EngineReading:
     num_restarts: int
     is_ejected: bool
     num_ejections: int
+    deaths: Mapping[str, int]  # of its workers, by blame
+    is_failing: bool
 
     @property
     def kv_usage(self) -> float:
@@ -82,16 +86,21 @@ class Snapshot:
         return max((engine.kv_usage for engine in self.engines), default=0.0)
 
 
-def read_engines(executor: TasksExecutor) -> tuple[EngineReading, ...]:
+def read_engines(
+    executor: TasksExecutor, workers: Iterable[Worker] = ()
+) -> tuple[EngineReading, ...]:
+    lives = {(worker.engine_name, worker.replica): worker.restarts for worker in workers}
     return tuple(
-        _reading(name, replica, engine, executor.outliers)
-        for name, replicas in executor.plan.engines.items()
+        _reading(name, replica, engine, executor.core.outliers, lives.get((name, replica)))
+        for name, replicas in executor.engines.items()
         for replica, engine in enumerate(replicas)
         if not (isinstance(engine, Replaceable) and engine.is_removed)
     )
 
 
-def _reading(name: str, replica: int, engine: Engine, outliers: Outliers) -> EngineReading:
+def _reading(
+    name: str, replica: int, engine: Engine, outliers: Outliers, lives: Restarts | None
+) -> EngineReading:
     steps = engine.step_tokens.copy() if isinstance(engine, CountingSteps) else None
     worker = engine if isinstance(engine, Replaceable) else None
     return EngineReading(
@@ -105,4 +114,6 @@ def _reading(name: str, replica: int, engine: Engine, outliers: Outliers) -> Eng
         num_restarts=0 if worker is None else worker.num_lives - 1,
         is_ejected=outliers.is_ejected((name, replica)),
         num_ejections=outliers.num_ejections.get((name, replica), 0),
+        deaths={blame: lives.deaths[blame] for blame in BLAMES} if lives else {},
+        is_failing=lives is not None and lives.is_failing,
     )

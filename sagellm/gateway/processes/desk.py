@@ -1,6 +1,7 @@
 """The graph's side of the links to its gateways: a desk for each, where requests come in."""
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import msgspec
 import trio
@@ -22,6 +23,17 @@ from sagellm.gateway.processes.messages import (
 from sagellm.gateway.settings import Streaming
 from sagellm.session import Output, Session
 
+_NUM_ROUNDS = 3  # of question and answer with a gateway; by then it would have said what it read
+
+
+class Gateway(Protocol):
+    """The process at the other end of the link."""
+
+    def ask_once(self) -> int:
+        """Ask it for a sign of life, unless it owes one; the number of that question."""
+
+    def has_answered(self, number: int) -> bool: ...
+
 
 class Desk:
     """Takes the requests of one gateway, for as long as `nursery` runs.
@@ -37,11 +49,13 @@ class Desk:
         claimed: set[str],
         link: Link[FromGateway],
         nursery: trio.Nursery,
+        gateway: Gateway,
     ) -> None:
         self._session = session
         self._streaming = streaming
         self._link = link
         self._nursery = nursery
+        self._gateway = gateway
         self._readers: dict[int, _Reader] = {}
         self._claimed = claimed
 
@@ -73,7 +87,9 @@ class Desk:
     def _begin(self, stream: int, entry: Entry) -> None:
         asked_id = entry.request_id
         entry = msgspec.structs.replace(entry, request_id=self._free_id(asked_id))
-        reader = _Reader(stream, asked_id, entry.request_id, self._link.put, self._forget)
+        reader = _Reader(
+            stream, asked_id, entry.request_id, self._link.put, self._forget, self._gateway
+        )
         self._readers[stream] = reader
         self._claimed.add(entry.request_id)
         self._nursery.start_soon(carry, self._session, self._streaming, entry, reader)
@@ -101,6 +117,7 @@ class _Reader:
         request_id: str,
         put: Callable[[msgspec.Struct], None],
         forget: Callable[[int], None],
+        gateway: Gateway,
     ) -> None:
         self.asked_id = asked_id
         self.request_id = request_id
@@ -110,6 +127,9 @@ class _Reader:
         self._stream = stream
         self._put = put
         self._forget = forget
+        self._gateway = gateway
+        self._num_rounds = 0  # since it took something
+        self._asked: int | None = None
 
     def send(self, outputs: Sequence[Output], end: ApiError | bool) -> None:
         if end:
@@ -124,8 +144,21 @@ class _Reader:
 
     def take(self, num_tokens: int) -> None:
         self.num_taken += num_tokens
+        self._num_rounds, self._asked = 0, None
         if self.crossing is not None and self.crossing.is_held:
             self.crossing.flush()
+
+    def hold(self) -> None:
+        """Find out whether the gateway is awake."""
+        if self.is_excused() and (self._asked is None or self._gateway.has_answered(self._asked)):
+            self._num_rounds += self._asked is not None
+            self._asked = self._gateway.ask_once()
+
+    def is_excused(self) -> bool:
+        """The gateway may be stopped, or busy: only where it has answered, and has still taken
+        nothing, the client is what does not read.
+        """
+        return self._num_rounds < _NUM_ROUNDS
 
     def leave(self) -> None:
         self.is_left = True

@@ -82,7 +82,7 @@ class Life:
         has_left = False
         try:
             async with trio.open_nursery() as nursery:
-                self.desk = Desk(session, streaming, claimed, self.link, nursery)
+                self.desk = Desk(session, streaming, claimed, self.link, nursery, self)
                 nursery.start_soon(self.link.send)
                 nursery.start_soon(self._watch, nursery.cancel_scope)
                 async with aclosing(self.link.messages()) as messages:
@@ -99,6 +99,13 @@ class Life:
         self._num_asked += 1
         self.link.put(Ask(self._num_asked))
         return self._num_asked
+
+    def ask_once(self) -> int:
+        """As `ask`, unless an answer is owed already; the number of that question."""
+        return self._num_asked if not self.has_answered(self._num_asked) else self.ask()
+
+    def has_answered(self, number: int) -> bool:
+        return self.counted is not None and self.counted.number >= number
 
     def _hear(self, message: FromGateway, hear: Callable[[FromGateway], None]) -> None:
         self._heard_s = trio.current_time()

@@ -39,6 +39,7 @@ from sagellm.gateway.processes.meters import RemoteMeters, counted
 from sagellm.gateway.processes.start import Start, tally_names
 from sagellm.gateway.routes import PATHS
 from sagellm.gateway.server.drain import CLOSE_S
+from sagellm.gateway.server.signals import ignore_noted
 from sagellm.graphs.text.codec import from_msgpack
 from sagellm.logs import own_logs
 from sagellm.runtime.cluster.lifeline import hold_lifeline
@@ -65,6 +66,7 @@ class Told:
 def main() -> None:
     start = Start.read()
     hold_lifeline()
+    ignore_noted()
     door = socket(fileno=start.door)
     setup = read_first(door, Setup)
     settings = setup.settings
@@ -86,7 +88,8 @@ async def _run(
         gateway = _gateway(setup, start, link)
         app = build_app(gateway)
         server = make_server(app, setup.settings, socket(fileno=start.listener))
-        return await _Serving(app, server, link).run()
+        with gateway.tokenizer.kept():
+            return await _Serving(app, server, link).run()
 
 
 def _gateway(setup: Setup, start: Start, link: Link[FromGraph]) -> Gateway:
@@ -148,7 +151,7 @@ class _Serving:
             self._stopped.set()
 
     async def _ask_at_signal(self) -> None:
-        with anyio.open_signal_receiver(signal.SIGTERM) as signals:
+        with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGQUIT) as signals:
             async for _ in signals:
                 self._link.put(Leaving())
 

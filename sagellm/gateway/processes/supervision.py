@@ -49,7 +49,7 @@ FRESH_S = 0.5  # how long a scrape waits for what the gateways have counted
 
 
 class GatewaysFailed(Exception):
-    """One did not start at all, or every one died too often."""
+    """One did not start at all."""
 
 
 class GatewayProcesses:
@@ -81,9 +81,8 @@ class GatewayProcesses:
         self._lives: list[Life] = []
         self._past = SummedMeters(PATHS)  # of lives that are over
         self._claimed: set[str] = set()  # ids of requests, of all gateways
-        self._num_kept = settings.num_gateways  # that were not given up
         self._changed = trio.lowlevel.ParkingLot()
-        self._is_draining = self._is_stopping = False
+        self._is_started = self._is_draining = self._is_stopping = False
         readiness.on_change = self._tell_readiness
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -94,6 +93,7 @@ class GatewayProcesses:
                 async with trio.open_nursery() as starting:
                     for number in range(self._settings.num_gateways):
                         starting.start_soon(nursery.start, self._keep, nursery, number)
+                self._is_started = True
                 task_status.started()
 
     def drain(self) -> int:
@@ -148,17 +148,10 @@ class GatewayProcesses:
                 raise GatewaysFailed(f"a gateway did not start: {life.why}")
             now = trio.current_time()
             delay_s = restarts.died(now, ready_s=began_s, draw=random.random())
-            log.warning("gateway_died", gateway=number, why=life.why, restart_in_s=delay_s)
-            if delay_s is None:
-                self._give_up(number)
-                return
+            log.warning(
+                "gateway_died", gateway=number, why=life.why, restart_in_s=round(delay_s, 3)
+            )
             await trio.sleep(delay_s)
-
-    def _give_up(self, number: int) -> None:
-        log.error("gateway_failed", gateway=number)
-        self._num_kept -= 1
-        if not self._num_kept:
-            raise GatewaysFailed("every gateway died too often; the log says of what")
 
     async def _begin(self, nursery: trio.Nursery) -> Life | None:
         """A life that runs in the nursery, whatever becomes of whoever began it; None at the end of
@@ -171,7 +164,10 @@ class GatewayProcesses:
             row = self._free_rows.pop(0)
             try:
                 life = await Life.begin(partial(self._start, row), self._setup)
-            except OSError as error:  # no memory, or too many processes
+            except OSError as error:  # no memory, no file, or too many processes
+                if not self._is_started:
+                    cause = f"a gateway could not be started: {error.strerror}"
+                    raise GatewaysFailed(cause) from error
                 log.warning("gateway_not_started", error=error.strerror)
                 self._free_rows.append(row)
                 await trio.sleep(POLICY.longest_s)

@@ -1,15 +1,8 @@
 """A gateway before an open session: built, probed, served, drained."""
 
-import signal
-import threading
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import (
-    AbstractAsyncContextManager,
-    AbstractContextManager,
-    asynccontextmanager,
-    nullcontext,
-)
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from importlib import import_module
 from socket import socket
 
@@ -28,9 +21,12 @@ from sagellm.gateway.routes import PATHS
 from sagellm.gateway.server.banner import banner
 from sagellm.gateway.server.drain import Here, Server, Serving, serve
 from sagellm.gateway.server.listen import url_of
+from sagellm.gateway.server.signals import ending_signals
 from sagellm.gateway.settings import Settings, Streaming
 from sagellm.runtime.cluster.control import run_alone
 from sagellm.runtime.cluster.members import OneProcess
+from sagellm.runtime.models.sandbox.fault import HelperUnavailable, TextError
+from sagellm.runtime.models.tokenizer import Tokenizer
 from sagellm.session import Session
 from sagellm.tracing import open_tracing
 
@@ -59,20 +55,8 @@ async def serve_graph(
     `tell` is given where and how to call the gateway, once it answers.
     """
     async with opening as session:
-        with _signals() as signals:
+        with ending_signals() as signals:
             await serve_session(session, settings, sock, signals, tell)
-
-
-def _signals() -> AbstractContextManager[AsyncIterator[int]]:
-    """Those that end a server; only the main thread receives any."""
-    if threading.current_thread() is threading.main_thread():
-        return trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM)
-    return nullcontext(_never())
-
-
-async def _never() -> AsyncIterator[int]:
-    await trio.sleep_forever()
-    yield 0
 
 
 async def serve_session(
@@ -101,7 +85,7 @@ async def serve_session(
             serving = Here(server_class(settings.server)(app, settings, sock), app)
         if session.supervisor is None:  # else it has a control of its own
             executed = session.executor.plan
-            await nursery.start(run_alone, OneProcess(executed.graph, executed.engines))
+            await nursery.start(run_alone, OneProcess(executed.graph, session.executor.engines))
         nursery.start_soon(meters.run)
         nursery.start_soon(_watch, readiness, session, settings.streaming)
         await serve(serving, settings, signals, session.close, lambda: tell(said))
@@ -139,7 +123,7 @@ def meters_of(session: Session, settings: Settings) -> GatewayMeters:
 
 def model_card(session: Session, settings: Settings) -> ModelCard:
     """What clients are told of the model; the length is that of the shortest engine."""
-    engines = session.executor.plan.engines
+    engines = session.executor.engines
     facts = [engine.facts for replicas in engines.values() for engine in replicas]
     return ModelCard(
         names=settings.served_models,
@@ -181,7 +165,15 @@ def _traced(session: Session, settings: Settings) -> AbstractAsyncContextManager
     return open_tracing(session, endpoint=settings.otlp_endpoint, model=model, sample=sample)
 
 
+def _probe(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Any token does where the model's own tokenizer fails: what is probed is the graph."""
+    try:
+        return tokenizer.encode(PROBE_TEXT) or (0,)
+    except (TextError, HelperUnavailable):
+        return (0,)
+
+
 async def _watch(readiness: Readiness, session: Session, streaming: Streaming) -> None:
     """Probes go through a door of this loop: the graph is the same."""
-    token_ids = session.tokenizer.encode(PROBE_TEXT)
+    token_ids = await trio.to_thread.run_sync(_probe, session.tokenizer, abandon_on_cancel=True)
     await readiness.watch(SessionDoor(session, streaming), session.health, token_ids, PROBE_TEXT)

@@ -8,6 +8,7 @@ import h11
 import hypercorn
 import trio
 from h2.errors import ErrorCodes
+from hypercorn.events import Event, Updated
 from hypercorn.protocol import ProtocolWrapper
 from hypercorn.protocol.events import Body, EndBody
 from hypercorn.protocol.events import Event as StreamEvent
@@ -69,9 +70,25 @@ class Http2(H2Protocol):
 
     Hypercorn says nothing of either; and who sends waits there for the window of a client that has
     reset its stream, or is gone, for ever.
+
+    A connection without a stream is idle, whatever it sends: it has `keep_alive_timeout` for the
+    next request. Hypercorn stops counting at the preface, and goes on after the first answer.
     """
 
     config: Config
+
+    async def initiate(
+        self, headers: list[tuple[bytes, bytes]] | None = None, settings: bytes | None = None
+    ) -> None:
+        await super().initiate(headers, settings)
+        if self.idle:
+            await self.send(Updated(idle=True))
+
+    async def handle(self, event: Event) -> None:
+        had_streams = bool(self.streams)
+        await super().handle(event)
+        if had_streams and self.idle and not self.closed:
+            await self.send(Updated(idle=True))
 
     async def stream_send(self, event: StreamEvent) -> None:
         if not isinstance(event, Body | EndBody):

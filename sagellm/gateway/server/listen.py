@@ -10,6 +10,7 @@ from sagellm.gateway.settings import Settings
 
 BACKLOG = 4096  # the kernel takes less where net.core.somaxconn says so
 MOST_FILES = 1 << 20  # more than any machine serves
+LEAST_FILES = 64  # to start at all: with fewer, sockets of the graph's processes cannot be made
 _SPARE_FILES = 48  # for the engine, the logs and whoever opens a file while the gateway is full
 
 
@@ -59,6 +60,12 @@ def raise_open_files() -> None:
     if 0 <= soft < wanted:
         with suppress(OSError, ValueError):  # a sandbox may forbid it: serve with what there is
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def num_files() -> int:
+    """How many files this process may have open."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return MOST_FILES if soft == resource.RLIM_INFINITY else soft
 
 
 def _num_open_files() -> int:

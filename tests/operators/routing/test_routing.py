@@ -7,18 +7,23 @@ import pytest
 
 from sagellm.operators.routing import STRATEGIES, find_strategy
 from sagellm.operators.routing.rendezvous import choose_by_key
-from sagellm.operators.routing.view import Pool, View
+from sagellm.operators.routing.view import Candidates, Pool, View
 from sagellm.runtime.messages import Request
 from sagellm.runtime.operator import Draw
 
 POOL = Pool("p", 4, ("prefill",))
 
 
+def choose(strategy: str, view: View, request: Any, number: int) -> Any:
+    candidates = Candidates(view.pools["p"], request, view.num_routed)
+    return STRATEGIES[strategy](candidates, 0.0, Draw(0, "route", number))
+
+
 def choices(strategy: str, requests: Any) -> Any:
     """Where each request goes; each is noted as placed."""
-    view, chosen = View(), []
+    view, chosen = View.of((POOL,)), []
     for number, request in enumerate(requests):
-        replica = STRATEGIES[strategy](request, POOL, view, Draw(0, "route", number))
+        replica = choose(strategy, view, request, number)
         view = view.place(request, (("p", replica),))
         chosen.append(replica)
     return chosen
@@ -90,21 +95,21 @@ def test_an_unknown_strategy_is_refused(name: str, hint: str) -> None:
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_no_strategy_chooses_a_replica_whose_engine_is_lost(strategy: str) -> None:
-    view = View().mark(("p", 1), is_up=False).mark(("p", 2), is_up=False)
+    view = View.of((POOL,)).mark(("p", 1), is_up=False).mark(("p", 2), is_up=False)
     chosen = set()
     for number in range(100):
         request = ask(number, user_id=str(number), model="m")
-        chosen.add(STRATEGIES[strategy](request, POOL, view, Draw(0, "route", number)))
+        chosen.add(choose(strategy, view, request, number))
         view = view.place(request, ())
     assert chosen <= {0, 3}
-    assert view.mark(("p", 1), is_up=True).down == {("p", 2)}
+    assert view.mark(("p", 1), is_up=True).pools["p"].up == 0b1011
 
 
 def test_where_every_engine_is_lost_a_request_is_placed_and_waits() -> None:
-    view = View()
+    view = View.of((POOL,))
     for number in range(4):
         view = view.mark(("p", number), is_up=False)
-    assert POOL.live(view) == (0, 1, 2, 3)
+    assert Candidates(view.pools["p"], ask(0), 0).numbers == (0, 1, 2, 3)
 
 
 def test_a_lost_replica_moves_its_own_keys_only() -> None:

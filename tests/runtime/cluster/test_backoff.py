@@ -1,4 +1,4 @@
-"""Restarts: delays that double, with jitter; an intensity limit; a healthy life begins anew."""
+"""Restarts: for ever, after delays that double, with jitter; a healthy life begins anew."""
 
 from typing import Any
 
@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from sagellm.runtime.cluster.backoff import RestartPolicy, Restarts
 
 
-def died(restarts: Restarts, now: float, **fields: float | None) -> float | None:
+def died(restarts: Restarts, now: float, **fields: float | str | None) -> float:
     return restarts.died(now, **{"ready_s": None, "draw": 0.5, **fields})  # type: ignore[arg-type]
 
 
 def test_delays_double_up_to_the_longest() -> None:
-    restarts = Restarts(RestartPolicy(most=100))
+    restarts = Restarts()
     found = [died(restarts, float(now)) for now in range(8)]
     assert found == [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0]
     assert restarts.count == 8
@@ -23,20 +23,41 @@ def test_delays_double_up_to_the_longest() -> None:
 @given(st.floats(0, 1, exclude_max=True))
 def test_a_delay_is_up_to_a_fifth_longer_or_shorter(draw: float) -> None:
     delay_s = died(Restarts(), 0.0, draw=draw)
-    assert delay_s is not None
     assert 0.4 <= delay_s <= 0.6
 
 
-def test_more_than_five_deaths_in_a_minute_are_too_many() -> None:
+def test_after_more_than_five_deaths_in_a_minute_it_is_failing_and_tried_for_ever() -> None:
     restarts = Restarts()
-    assert all(died(restarts, now) is not None for now in (0.0, 10.0, 20.0, 30.0, 59.0))
-    assert died(restarts, 60.0) is None
-    assert restarts.count == 5
+    for now in (0.0, 10.0, 20.0, 30.0, 59.0):
+        died(restarts, now)
+        assert not restarts.is_failing
+    assert all(died(restarts, 60.0 * n) <= 36.0 for n in range(1, 2000))
+    assert restarts.is_failing
+    assert restarts.count == restarts.deaths["machine"] == 2004
 
 
 def test_deaths_of_long_ago_do_not_count() -> None:
     restarts = Restarts()
-    assert all(died(restarts, 20.0 * n) is not None for n in range(50))
+    for n in range(50):
+        died(restarts, 20.0 * n)
+    assert not restarts.is_failing
+
+
+@pytest.mark.parametrize(("lived_s", "is_failing"), [(59.0, True), (60.0, False)])
+def test_a_healthy_life_ends_a_failing_one(lived_s: float, is_failing: bool) -> None:
+    restarts = Restarts(RestartPolicy(most=0))
+    died(restarts, 0.0)
+    restarts.lived(lived_s)
+    assert restarts.is_failing == is_failing
+
+
+def test_a_death_that_a_request_caused_makes_no_pause_longer() -> None:
+    restarts = Restarts()
+    found = [died(restarts, n, blame="request") for n in range(20)]
+    assert set(found) == {0.5}
+    assert not restarts.is_failing
+    assert died(restarts, 20.0) == 0.5
+    assert restarts.deaths == {"request": 20, "machine": 1}
 
 
 @pytest.mark.parametrize(("lived_s", "delay_s"), [(59.0, 1.0), (60.0, 0.5)])
@@ -80,15 +101,20 @@ def test_a_death_between_begins_a_new_row_of_cuts() -> None:
 def test_a_cut_is_no_death() -> None:
     restarts = Restarts(RestartPolicy(most=1))
     cut(restarts, 0.0)
-    assert died(restarts, 1.0) is not None
-    assert died(restarts, 2.0) is None
+    died(restarts, 1.0)
+    assert not restarts.is_failing
+    died(restarts, 2.0)
+    assert restarts.is_failing
+    assert restarts.deaths == {"link": 1, "machine": 2}
 
 
 def test_what_is_forgiven_counts_no_more() -> None:
     restarts = Restarts(RestartPolicy(most=1))
     died(restarts, 0.0)
-    assert died(restarts, 1.0) is None
+    died(restarts, 1.0)
+    assert restarts.is_failing
     restarts.forgive()
+    assert not restarts.is_failing
     assert died(restarts, 2.0) == 0.5
     for now in range(3, 10):
         cut(restarts, float(now))

@@ -27,8 +27,8 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 async def test_a_graph_in_one_process_is_listed_and_leaves_nothing() -> None:
     before = set(running())
     async with null_graph().open() as session, trio.open_nursery() as nursery:
-        plan = session.executor.plan
-        await nursery.start(run_alone, OneProcess(plan.graph, plan.engines))
+        executor = session.executor
+        await nursery.start(run_alone, OneProcess(executor.plan.graph, executor.engines))
         (path,) = set(running()) - before
         assert path.parent.stat().st_mode & 0o077 == 0
         rows = (await ask(path, Asked("ps"))).rows
@@ -45,7 +45,7 @@ async def test_a_graph_goes_on_where_no_control_can_be_made(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     async with null_graph().open() as session, trio.open_nursery() as nursery:
-        members = OneProcess(session.executor.plan.graph, session.executor.plan.engines)
+        members = OneProcess(session.executor.plan.graph, session.executor.engines)
         monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "absent"))
         await nursery.start(run_alone, members)
         long = tmp_path / ("x" * 120)

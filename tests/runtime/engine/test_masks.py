@@ -160,7 +160,7 @@ async def test_where_no_first_token_is_left_the_answer_is_empty(folder, graph):
     async with Graph.load(graph).open(model=str(folder)) as session:
         answer = await session.generate(PROMPTS[2], sampling=sampling)
         await session.idle()
-        session.executor.ledger.check()
+        session.executor.core.ledger.check()
     assert (answer.finish_reason, answer.token_ids, answer.text) == ("stop", (), "")
     assert len(answer.prompt_logprobs) == len(PROMPTS[2]) - 1
 

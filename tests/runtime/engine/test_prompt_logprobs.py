@@ -167,6 +167,6 @@ async def test_through_a_graph(exam, graph):
             for answer in answers:
                 exam.check(prompt, answer.prompt_logprobs)
         await session.idle()
-        session.executor.ledger.check()
+        session.executor.core.ledger.check()
         pools = session.statistics().engines.values()
         assert all(load.num_leased_blocks == 0 for pool in pools for load in pool)

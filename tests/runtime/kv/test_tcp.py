@@ -14,7 +14,7 @@ from kv_sender import opened
 from toxic_proxy import Toxic, ToxicProxy, cutting, flipping
 
 from sagellm.runtime.engine.port import DamagedBlocks, StaleLease
-from sagellm.runtime.kv import pool_bytes, tcp
+from sagellm.runtime.kv import pool_bytes, tcp, wire
 from sagellm.runtime.kv.located import TcpBlocks
 from sagellm.runtime.kv.sealed import KEY_BYTES, SALT_BYTES, Sealer
 from sagellm.runtime.kv.wire import pieces_of
@@ -100,6 +100,22 @@ async def test_what_stays_damaged_is_an_error(ends: Tcp) -> None:
     ends.proxy.answers = [flip_all] * 9
     with pytest.raises((DamagedBlocks, StaleLease)):
         await ends.receiver.fetch(await ends.offer(), LANDED, fine)
+
+
+@pytest.mark.parametrize("at", [0, SALT, SALT + CHUNK + 7], ids=["greeting", "chunk", "midway"])
+async def test_a_connection_that_swallows_bytes_is_given_up_once(
+    at: int, ends: Tcp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever waits can have the blocks elsewhere: no second connection is waited for."""
+    monkeypatch.setattr(wire, "_STALL_S", 0.05)
+
+    def swallow(so_far: int, data: bytes) -> bytes:
+        return data[: max(0, at - so_far)]
+
+    ends.proxy.answers = [swallow] * 9
+    with trio.fail_after(2), pytest.raises(DamagedBlocks):
+        await ends.receiver.fetch(await ends.offer(), LANDED, fine)
+    assert len(ends.proxy.seen) == 1
 
 
 def replaying(recorded: bytes) -> Toxic:

@@ -1,6 +1,7 @@
 """Blocks of one pool read from another: the same bytes, or an error; never others."""
 
 import base64
+import errno
 import os
 import subprocess
 import sys
@@ -188,7 +189,8 @@ async def test_a_process_that_is_gone_has_no_blocks(kind: Kind) -> None:
         with sending(kind) as (source, process):
             process.kill()
             process.wait()
-            with trio.fail_after(30), pytest.raises(StaleLease):
+            unreachable = StaleLease if kind == "memory" else DamagedBlocks
+            with trio.fail_after(30), pytest.raises(unreachable):
                 await receiver.fetch(source, LANDED, fine)
     assert not landed.pool.any()
 
@@ -233,6 +235,21 @@ def test_memory_of_a_process_that_is_gone_is_stale() -> None:
         pass
     with pytest.raises(StaleLease, match="is gone"):
         map_shared(ended.pid, 3, 100)
+
+
+@pytest.mark.parametrize("call", ["os.open", "mmap.mmap"])
+def test_a_process_that_may_open_no_more_files_says_so(
+    call: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its blocks are computed where they are decoded, and it lives."""
+    memory = SharedMemory(4096)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(f"sagellm.runtime.kv.shared.{call}", full)
+    with pytest.raises(DamagedBlocks, match="Too many open files"):
+        map_shared(os.getpid(), memory.descriptor, memory.size)
 
 
 def test_other_memory_than_was_said_is_stale() -> None:

@@ -8,6 +8,8 @@ from sagellm.backends.cpu.native.compiler import c_compiler, library_name, tempo
 from sagellm.cli import checks, main
 from sagellm.cli.checks import CHECKS, Finding
 from sagellm.cli.doctor import doctor, examine, exit_code, report
+from sagellm.runtime.models.isolated import IsolatedTemplate
+from sagellm.runtime.models.sandbox.fault import HelperUnavailable
 
 OK = Finding("ok", "fine")
 SLOW = Finding("warning", "slow", "be quick")
@@ -108,3 +110,14 @@ def test_the_limit_of_open_files(
     """The hard one is what counts: `serve` takes all of it."""
     monkeypatch.setattr("resource.getrlimit", lambda which: (soft, hard))
     assert CHECKS["limits"]().status == status
+
+
+def test_a_machine_that_stops_no_template_is_found(monkeypatch):
+    def forget(*asked):
+        raise HelperUnavailable("no helper process could be started")
+
+    assert CHECKS["templates"]().detail.endswith("0.25 s of CPU time, and have 256 MiB of memory")
+    monkeypatch.setattr(IsolatedTemplate, "render", lambda *asked: "")
+    assert CHECKS["templates"]().status == "failed"
+    monkeypatch.setattr(IsolatedTemplate, "render", forget)
+    assert "ulimit -u" in CHECKS["templates"]().fix

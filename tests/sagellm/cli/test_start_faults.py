@@ -86,3 +86,14 @@ def test_weights_that_are_cut_off(tmp_path: Path) -> None:
     code, said, _ = serve("pd", "--model", str(folder), "--port", "0")
     check(said, "model.safetensors is cut off")
     assert code == 2
+
+
+@pytest.mark.parametrize("arguments", [(), ("--gateways", "2")], ids=["workers", "gateways"])
+def test_too_few_files_are_a_lack_of_resources(arguments: tuple[str, ...]) -> None:
+    limited = ["prlimit", "--nofile=20", sys.executable, "-m", "sagellm", "serve", "joint"]
+    command = [*limited, "--set", "g.device=null", "--executor", "processes", *arguments]
+    done = subprocess.run(
+        [*command, "--port", "0"], capture_output=True, text=True, timeout=60, check=False
+    )
+    check(done.stderr, "20 open files are too few")
+    assert done.returncode == 3

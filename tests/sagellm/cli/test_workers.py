@@ -69,3 +69,15 @@ def test_a_worker_is_named_as_ps_shows_it(
 def test_two_replicas_are_not_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["drain", "decode[1]", "--replica", "0"]) == 2
     assert "decode[1] is not --replica 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "line",
+    [["scale", "decode", "1.5"], ["restart", "decode", "--replica", "0.5"]],
+    ids=" ".join,
+)
+def test_a_number_that_is_not_whole_is_refused(
+    line: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(line) == 2
+    assert "is no whole number" in capsys.readouterr().err

@@ -25,8 +25,8 @@ async def test_nothing_expires(server: str, jump_s: float, monkeypatch: pytest.M
         assert body.count(b'"finish_reason":"length"') == 1
         await asked(served, "/ready")
         metrics = read_metrics(await asked(served, "/metrics"))
-    assert served.session.executor.ledger.ended["length"] >= 1
-    assert served.session.executor.ledger.ended["expired"] == 0
+    assert served.session.executor.core.ledger.ended["length"] >= 1
+    assert served.session.executor.core.ledger.ended["expired"] == 0
     sums = {name: value for name, value in metrics.items() if "_sum" in name}
     assert len(sums) > 5
     assert all(0 <= value < 600 for name, value in sums.items() if "seconds" in name)

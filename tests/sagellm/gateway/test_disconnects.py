@@ -107,7 +107,7 @@ class Leavers:
         return "decode" if states else "queue"
 
     def is_held(self, request_id: str) -> bool:
-        is_open = request_id in self.served.session.executor.register
+        is_open = request_id in self.served.session.executor.core.register
         return is_open or self.phase(request_id) != "queue"
 
 

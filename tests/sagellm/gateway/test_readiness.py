@@ -21,6 +21,7 @@ from sagellm.runtime.messages import OPERATOR_FAILED, TokenEvent
 class Health:
     is_hung: bool = False
     is_stopped: bool = False
+    missing: str = ""
 
 
 @asynccontextmanager
@@ -126,3 +127,24 @@ async def test_a_graph_that_has_stopped_is_not_ready(autojump_clock: MockClock) 
         health.is_stopped = True
         await trio.sleep(WATCH_S + 0.01)
         assert (readiness.is_ready, readiness.reason) == (False, "the graph has stopped")
+
+
+async def test_a_path_without_a_worker_is_not_ready_and_each_change_is_one_line(
+    autojump_clock: MockClock,
+) -> None:
+    health, door = Health(), playing([last("b")])
+    with logged() as lines:
+        async with watched(door, health) as readiness:
+            health.missing = "engine d has no worker: d[0] is started again"
+            await trio.sleep(WATCH_S + 0.01)
+            assert (readiness.is_ready, readiness.reason) == (False, health.missing)
+            await trio.sleep(10)
+            health.missing = "engine d has no worker: d[0] dies again and again"
+            await trio.sleep(10)
+            assert (readiness.is_ready, readiness.reason) == (False, health.missing)
+            assert len(door.entries) == 1
+            health.missing = ""
+            await trio.sleep(WATCH_S + 0.01)
+            assert readiness.is_ready
+    said = [(line["is_ready"], line["reason"][-11:]) for line in lines]
+    assert said == [(True, ""), (False, "arted again"), (False, "n and again"), (True, "")]

@@ -14,9 +14,10 @@ import psutil
 import pytest
 import trio
 from gateway_process import ServedProcess, served_process
-from gateway_served import SERVERS, Reply, post, read_reply, received
+from gateway_served import SERVERS, Reply, get, post, read_reply, received
 from gateway_session import served_session
 
+from sagellm.gateway.readiness import WATCH_S
 from sagellm.gateway.settings import Streaming
 
 NUM_STREAMS = 8
@@ -143,6 +144,7 @@ class Held:
     errors: dict[int, str] = field(default_factory=dict)
     refusal: Reply | None = None
     refused_after_s: float = 0.0
+    said: dict[str, Reply] = field(default_factory=dict)
 
 
 async def held(*, kill: bool, max_hold_s: float = 30.0) -> Held:
@@ -173,6 +175,11 @@ async def held(*, kill: bool, max_hold_s: float = 30.0) -> Held:
                 await connection.send_all(post("/v1/completions", {"prompt": "x"}))
                 seen.refusal = await read_reply(connection)
             seen.refused_after_s = trio.current_time() - began_s
+            await trio.sleep(2 * WATCH_S)
+            for path in ("/ready", "/health"):
+                async with await served.connect() as connection:
+                    await connection.send_all(get(path))
+                    seen.said[path] = await read_reply(connection)
 
         async with trio.open_nursery() as nursery:
             for number in range(num):
@@ -188,7 +195,7 @@ async def held(*, kill: bool, max_hold_s: float = 30.0) -> Held:
                     await trio.sleep(0.001)
                 await ask_meanwhile()
         await served.session.idle()
-        served.session.executor.ledger.check()
+        served.session.executor.core.ledger.check()
     return seen
 
 
@@ -209,6 +216,9 @@ async def test_streams_of_the_only_worker_are_held_until_it_is_back() -> None:
     assert found.refusal.status == 503
     assert int(found.refusal.headers["retry-after"]) >= 1
     assert found.refused_after_s < 1.0
+    assert {reply.status for reply in found.said.values()} == {503}
+    reason = b"engine g has no worker: g[0] is started again"
+    assert all(reason in reply.body for reply in found.said.values())
 
 
 async def test_streams_whose_worker_is_not_back_in_time_are_told() -> None:

@@ -47,7 +47,7 @@ async def opened(step_s: float) -> Any:
     async with graph.open() as session:
         yield session
         await session.executor.idle()
-        session.executor.ledger.check()
+        session.executor.core.ledger.check()
         loads = [load for pool in session.statistics().engines.values() for load in pool]
         assert all(load.num_leased_blocks == 0 for load in loads)
 
@@ -87,6 +87,16 @@ def in_another_thread(body: Body, step_s: float = 0.001) -> None:
             asyncio.run(body(door, There(session)))
 
 
+class Awake:
+    """A gateway that answers at once."""
+
+    def ask_once(self) -> int:
+        return 0
+
+    def has_answered(self, number: int) -> bool:
+        return True
+
+
 @asynccontextmanager
 async def at_a_desk(session: Session, end: socket.socket) -> Any:
     """The session's side of a link to a gateway elsewhere."""
@@ -95,7 +105,7 @@ async def at_a_desk(session: Session, end: socket.socket) -> Any:
         trio.open_nursery() as nursery,
     ):
         link: Link[FromGateway] = Link(stream, FromGateway)
-        desk = Desk(session, STREAMING, set(), link, nursery)
+        desk = Desk(session, STREAMING, set(), link, nursery, Awake())
 
         async def listen() -> None:
             async for message in link.messages():
@@ -195,11 +205,11 @@ async def idle(session: Session) -> None:
 
 async def ended(session: Session) -> Any:
     await session.executor.idle()
-    return dict(session.executor.ledger.ended)
+    return dict(session.executor.core.ledger.ended)
 
 
 async def num_computed(session: Session) -> Any:
-    return session.executor.ledger.num_tokens
+    return session.executor.core.ledger.num_tokens
 
 
 def test_every_token_comes_in_order_and_one_event_is_the_last(behind):

@@ -40,7 +40,7 @@ class Portal:
                 await self._stop.wait()
             self._closed.set()
             await session.executor.idle()
-            session.executor.ledger.check()
+            session.executor.core.ledger.check()
 
     def close(self) -> None:
         """Close the door; the graph is closed behind it."""

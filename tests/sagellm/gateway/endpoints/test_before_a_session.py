@@ -51,7 +51,7 @@ async def test_blocks_of_a_client_that_leaves_are_free_after_one_step(
         client.gone.set()
         await trio.sleep(1.5 * STEP_S)
         assert not num_leased(session)
-        assert session.executor.ledger.ended == {"cancelled": 1}
+        assert session.executor.core.ledger.ended == {"cancelled": 1}
 
 
 async def test_clients_that_leave_at_random_points_leave_nothing(autojump_clock: MockClock):
@@ -72,9 +72,9 @@ async def test_clients_that_leave_at_random_points_leave_nothing(autojump_clock:
                 nursery.start_soon(ask_and_leave, gateway)
                 await trio.sleep(draw.uniform(0, 0.05))
         await session.idle()
-        session.executor.ledger.check()
-        assert session.executor.ledger.ended["cancelled"] > 20
-        assert session.executor.ledger.ended["length"] > 20
+        session.executor.core.ledger.check()
+        assert session.executor.core.ledger.ended["cancelled"] > 20
+        assert session.executor.core.ledger.ended["length"] > 20
         assert not num_leased(session)
         assert gateway.budgets.num_open("t") == 0
         assert not gateway.requests_of("abc")
@@ -102,7 +102,7 @@ async def test_a_client_that_does_not_read_loses_its_place_long_before_its_conne
         await client.received(1)
         client.reads = anyio.Event()
         await trio.sleep(300 * STEP_S)
-        assert session.executor.ledger.ended == {"cancelled": 1}
+        assert session.executor.core.ledger.ended == {"cancelled": 1}
         assert not num_leased(session)
         client.reads.set()
         await trio.sleep(STEP_S)

@@ -56,7 +56,7 @@ async def served(graph: str, folder: Any) -> AsyncIterator[Any]:
 
         yield ask
         await session.idle()
-        session.executor.ledger.check()
+        session.executor.core.ledger.check()
 
 
 def _choices(chunks: list[Any]) -> list[dict[str, Any]]:

@@ -148,7 +148,7 @@ async def test_refusals_by_reason_and_class(opened: Any, autojump_clock: MockClo
             for _ in range(9):
                 nursery.start_soon(lambda: generate(s, [1], sampling=TEN, priority="high"))
         shown = await scrape(meters)
-        refused = s.executor.ledger.ended["refused"]
+        refused = s.executor.core.ledger.ended["refused"]
     assert refused > 0
     assert shown("sagellm_admission_rejections_total", **{"class": "high"}) == refused
 

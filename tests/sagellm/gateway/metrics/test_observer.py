@@ -66,7 +66,7 @@ async def test_counters_equal_the_ledger(graph: str, autojump_clock: MockClock) 
                 nursery.start_soon(ask)
                 await trio.sleep(draw.expovariate(150))
         await session.idle()
-        ledger, counts = session.executor.ledger, observer.snapshot()
+        ledger, counts = session.executor.core.ledger, observer.snapshot()
         ledger.check()
         assert min(ledger.ended[reason] for reason in ("length", "cancelled", "refused", "expired"))
         assert total(counts, "num_accepted") == ledger.num_accepted
@@ -104,8 +104,8 @@ async def test_choices_that_a_flat_map_made_are_counted(autojump_clock: MockCloc
         await session.generate_all("hello", sampling=Sampling(max_tokens=3, ignore_eos=True))
         await session.idle()
         counts = observer.snapshot()["m"]
-        assert counts.num_accepted == session.executor.ledger.num_accepted == 2
-        assert counts.ended == session.executor.ledger.ended
+        assert counts.num_accepted == session.executor.core.ledger.num_accepted == 2
+        assert counts.ended == session.executor.core.ledger.ended
         assert not observer.num_open
 
 

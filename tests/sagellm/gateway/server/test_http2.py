@@ -12,9 +12,10 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from sagellm.gateway.gateway import Gateway
-from sagellm.gateway.settings import Streaming
+from sagellm.gateway.settings import Limits, Streaming
 from sagellm.gateway.table import Route
 
+SHORT = Limits(header_s=0.2)
 HEAD = [(b":method", b"GET"), (b":scheme", b"http"), (b":authority", b"localhost")]
 ASK = [*HEAD, (b":path", b"/v1/models")]
 PATIENT, HASTY = Streaming(stall_s=60.0), Streaming(stall_s=0.1)
@@ -86,3 +87,49 @@ async def test_an_answer_that_breaks_off_is_reset() -> None:
         await stream.send_all(client.data_to_send())
         with trio.fail_after(20):
             assert await _is_reset(stream, client)
+
+
+def _nothing(client: H2Connection) -> bytes:
+    return b""
+
+
+def _part_of_a_frame(client: H2Connection) -> bytes:
+    client.send_headers(1, ASK, end_stream=True)
+    return client.data_to_send()[:-3]
+
+
+def _priorities(client: H2Connection) -> bytes:
+    client.prioritize(3, weight=7)
+    client.prioritize(5, weight=9, depends_on=3)
+    return client.data_to_send()
+
+
+def _a_request_that_is_reset(client: H2Connection) -> bytes:
+    client.send_headers(1, [(b":method", b"POST"), *ASK[1:]])
+    client.reset_stream(1)
+    return client.data_to_send()
+
+
+def _part_of_headers(client: H2Connection) -> bytes:
+    """A block of headers of which no CONTINUATION comes."""
+    client.send_headers(1, [*ASK, (b"x-long", b"y" * 20_000)], end_stream=True)
+    return client.data_to_send()[:16_400]
+
+
+Said = Callable[[H2Connection], bytes]
+
+
+@pytest.mark.parametrize(
+    "say",
+    [_nothing, _part_of_a_frame, _priorities, _a_request_that_is_reset, _part_of_headers],
+)
+async def test_a_connection_without_a_request_is_closed(say: Said) -> None:
+    async with serving("hypercorn", limits=SHORT) as served, await served.connect() as stream:
+        client = H2Connection()
+        client.initiate_connection()
+        hello = client.data_to_send()
+        await stream.send_all(hello + say(client))
+        with trio.fail_after(5):
+            while await stream.receive_some():
+                pass
+        await served.idle()

@@ -1,0 +1,1 @@
+"""The core: everything that decides without waiting. See `core.py`."""

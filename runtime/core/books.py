@@ -1,0 +1,189 @@
+"""The books: which requests are open, what was signalled to them, and how each choice ends."""
+
+import msgspec
+
+from sagellm.runtime.core.credit import Gates, Key
+from sagellm.runtime.core.effects import Deliver, Faulted, Interrupt
+from sagellm.runtime.core.faults import OperatorFault
+from sagellm.runtime.core.holdings import Holdings
+from sagellm.runtime.core.recovery import Recovery
+from sagellm.runtime.core.register import Register
+from sagellm.runtime.core.turn import Turn
+from sagellm.runtime.ledger import Ledger
+from sagellm.runtime.messages import (
+    Answer,
+    FinishReason,
+    Forked,
+    Item,
+    Prefilled,
+    Request,
+    TokenEvent,
+    refusal,
+)
+from sagellm.runtime.operator import Signal
+from sagellm.runtime.user_function import ending, failing
+
+_NO_ENGINE = "no engine is there to serve it: try again later"
+_QUARANTINED = "engines died of this request, or of its like: it is not tried again"
+_SPENT = "engines, or the links between them, failed too often: try again later"
+_NONE: list[str] = []
+_STOPPED = "the graph stopped before this request ended"
+
+
+class Books:
+    """`drops_tokens`: an operator of the graph may leave tokens of an answer out."""
+
+    def __init__(
+        self,
+        turn: Turn,
+        gates: Gates,
+        holdings: Holdings,
+        register: Register,
+        *,
+        drops_tokens: bool,
+    ) -> None:
+        self.ledger = Ledger(gaps=drops_tokens)
+        self.register = register
+        self.recovery = Recovery(turn.time)
+        self._forgotten: list[str] = []  # requests that ended, and that operators still know
+        self._turn = turn
+        self._gates = gates
+        self._holdings = holdings
+
+    def open(self, requests: tuple[Request, ...]) -> None:
+        """All choices of one request enter."""
+        first, numbers = requests[0], {request.choice for request in requests}
+        self.register.open(first.request_id, numbers, first.expires_s, now=self._turn.now)
+        for request in requests:
+            self.ledger.accept(request.key, position=len(request.emitted_token_ids))
+
+    def to_sink(
+        self, item: Item | Forked, *, terminal: bool = False, error: Exception | None = None
+    ) -> None:
+        """Deliver an item, and close the books of a choice with its last one.
+
+        Items after the last one are dropped: a choice may end outside its engine.
+        """
+        if isinstance(item, Forked):
+            self._fork(item)
+        elif self.register.is_open(item.key):
+            item = self._with_reason(item)
+            self.ledger.record(item)
+            self._turn.effects.append(Deliver(item, error))
+            if self.recovery.is_under_way:
+                self.recovery.note(item)
+            if ends(item):
+                self._close(item, terminal=terminal)
+
+    def finish(self, item: Item, reason: FinishReason) -> None:
+        """Give a choice its last event, unless it has had it."""
+        self.to_sink(ending(item, reason, now=self._turn.now), terminal=True)
+
+    def finish_signalled(self, item: Item) -> None:
+        """Give a choice that was signalled its last event."""
+        self.finish(item, reason_of(self.register.tombstone(item.request_id)))
+
+    def fail(self, fault: OperatorFault, item: Item, *, is_logged: bool = False) -> None:
+        """End a choice as failed by an operator, and log why, if that is not logged yet."""
+        if not is_logged:
+            self._turn.effects.append(Faulted(fault, item.request_id))
+        event = failing(item, fault.public, now=self._turn.now)
+        self.to_sink(event, terminal=True, error=fault.error)
+
+    def end(self, event: TokenEvent, fault: OperatorFault | None) -> None:
+        """Give a choice its last event; log the fault that ended it, unless it had ended before."""
+        if fault is not None and self.register.is_open(event.key):
+            self._turn.effects.append(Faulted(fault, event.request_id))
+        self.to_sink(event, terminal=True, error=fault.error if fault is not None else None)
+
+    def fail_open(self) -> None:
+        """The graph stops: end all that is open."""
+        for request_id, entry in tuple(self.register.entries.items()):
+            for choice in sorted(entry.choices):
+                last = TokenEvent(
+                    request_id=request_id, choice=choice, finish_reason="failed", error=_STOPPED
+                )
+                self.ledger.record(last)
+                self._turn.effects.append(Deliver(last))
+        self.register.entries.clear()
+
+    def take_forgotten(self) -> list[str]:
+        """Requests that have ended, each once: operators are to forget them."""
+        if not self._forgotten:
+            return _NONE
+        taken, self._forgotten = self._forgotten, []
+        return taken
+
+    def interrupt(self, signal: Signal) -> None:
+        """Give a signal to the replicas that hold something of its request."""
+        holders = self._gates.holders(signal.request_id, signal.choice)
+        for node, replica in dict.fromkeys(gate for gate, _ in holders):
+            self._turn.effects.append(Interrupt(node, replica, signal))
+
+    def is_held(self, request_id: str, choice: int) -> bool:
+        """Whether a service operator holds something of a choice."""
+        return bool(self._gates.holders(request_id, choice))
+
+    def let_go(self, key: Key) -> None:
+        """A service operator holds an item of a choice no more."""
+        if key in self.register.abandoned and not self.is_held(*key):
+            self.register.abandoned.discard(key)
+
+    def _fork(self, forked: Forked) -> None:
+        entry = self.register.entries.get(forked.request_id)
+        if entry is not None:
+            entry.choices |= set(range(forked.num_choices))
+            self.ledger.fork(forked)
+            self._turn.effects.append(Deliver(forked))
+
+    def _with_reason(self, item: Item) -> Item:
+        """Operators report every end from outside as `cancelled`; supply the real reason."""
+        if getattr(item, "finish_reason", None) != "cancelled":
+            return item
+        assert isinstance(item, TokenEvent | Answer)
+        entry = self.register.entries[item.request_id]
+        if item.choice in entry.unavailable:
+            return msgspec.structs.replace(
+                item, finish_reason="refused", error=_NO_ENGINE, code="unavailable"
+            )
+        if entry.tombstone and entry.tombstone.kind == "expire":
+            return msgspec.structs.replace(item, finish_reason="expired")
+        return item
+
+    def _close(self, item: Item, *, terminal: bool) -> None:
+        key: Key = item.key
+        is_last = self.register.close(key)
+        self._holdings.forget(key[0], None if is_last else key[1])
+        self.recovery.forget(key)
+        if terminal and self.is_held(*key):
+            # It ended outside its engine (a user's function failed): stop the engine too.
+            self.register.abandoned.add(key)
+            self.interrupt(Signal("cancel", *key))
+        if is_last:
+            self._forgotten.append(key[0])
+
+
+def ends(item: Item | Forked) -> bool:
+    """Whether this is the last item of its choice."""
+    if isinstance(item, TokenEvent):  # nearly all are
+        return item.is_last
+    return not isinstance(item, Forked | Request | Prefilled)
+
+
+def reason_of(signal: Signal | None) -> FinishReason:
+    return "expired" if signal and signal.kind == "expire" else "cancelled"
+
+
+def unavailable(request: Request, now: float) -> TokenEvent:
+    """The end of a request that no engine can serve."""
+    return refusal(request, "refused", now=now, error=_NO_ENGINE, code="unavailable")
+
+
+def quarantined(request: Request, now: float) -> TokenEvent:
+    """The end of a request that engines may have died of."""
+    return refusal(request, "failed", now=now, error=_QUARANTINED, code="request_quarantined")
+
+
+def spent(request: Request, now: float) -> TokenEvent:
+    """The end of a request that came back too often, through no fault of its own that is known."""
+    return refusal(request, "failed", now=now, error=_SPENT, code="engine_failed")

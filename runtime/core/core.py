@@ -1,0 +1,203 @@
+"""The core: all that decides without waiting, behind one entrance, `on(event, now) -> effects`."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from sagellm.graphs.ir import SOURCE
+from sagellm.runtime.core.books import Books, quarantined, unavailable
+from sagellm.runtime.core.credit import Gates
+from sagellm.runtime.core.effects import Effect, WakeAt
+from sagellm.runtime.core.events import (
+    Arrived,
+    Emitted,
+    Ended,
+    Event,
+    Failed,
+    Finished,
+    Opened,
+    Released,
+    ReplicaAdded,
+    ReplicaMarked,
+    ReplicaRemoved,
+    Reported,
+    Returned,
+    Signalled,
+    Stopped,
+    TimeCame,
+    Transferred,
+    Withdrawn,
+)
+from sagellm.runtime.core.faults import OperatorFault
+from sagellm.runtime.core.flow import Flow
+from sagellm.runtime.core.inputs import Inputs
+from sagellm.runtime.core.meter import Clock, Meter, standing_still
+from sagellm.runtime.core.parking import Parking
+from sagellm.runtime.core.region import Region
+from sagellm.runtime.core.register import Register
+from sagellm.runtime.core.replicas import Replicas
+from sagellm.runtime.core.returns import Returns
+from sagellm.runtime.core.turn import Turn
+from sagellm.runtime.feedback import CreditChanged
+from sagellm.runtime.operator import Signal, Wake
+from sagellm.runtime.plan import Plan
+
+_MOVES_TIME = frozenset({ReplicaMarked, ReplicaAdded, ReplicaRemoved, Transferred, TimeCame})
+
+
+class Core:
+    """The logic operators of a plan, the credits, the register of open requests, recovery, the
+    replicas' health and the ledger. It waits for nothing, and knows no clock and no random source:
+    equal events at equal times have equal effects.
+
+    `max_hold_s`: how long requests wait for an engine of which no replica is there. `clock` only
+    times the operators; no decision depends on it.
+    """
+
+    def __init__(
+        self, plan: Plan, *, max_hold_s: float = math.inf, clock: Clock = standing_still
+    ) -> None:
+        self._turn = turn = Turn()
+        self.gates = Gates()
+        register = Register()
+        num_replicas = {node.name: plan.num_replicas(node.name) for node in plan.graph.nodes}
+        self.meter = Meter(plan.graph, plan.logic, num_replicas, clock)
+        self.region = Region(
+            plan.graph,
+            plan.logic,
+            self.gates,
+            num_replicas,
+            seed=plan.seed,
+            meter=self.meter,
+            entries=register.entries,
+        )
+        self.register = register
+        drops_tokens = any(plan.spec(node.name).drops_tokens for node in plan.graph.nodes)
+        self.books = Books(
+            turn, self.gates, self.region.holdings, register, drops_tokens=drops_tokens
+        )
+        self.ledger, self.recovery = self.books.ledger, self.books.recovery
+        parking = Parking()
+        self._inputs = Inputs(plan, turn, self.region, self.meter, self.books, parking)
+        self._flow = Flow(turn, self.region, self.meter, self.books, parking, self._inputs)
+        self._returns = Returns(plan, turn, self.books, self._inputs, self._flow)
+        self.replicas = Replicas(
+            plan, turn, self.gates, self.meter, self._inputs, num_replicas, max_hold_s
+        )
+        self.outliers = self.replicas.outliers
+        self._told_s = math.inf
+        self._reactions: dict[type, Callable[[Any], None]] = {
+            Opened: self.replicas.open,
+            Arrived: self._arrive,
+            Emitted: lambda e: self._flow.emit(e.ticket, e.node, e.replica, e.items, e.outlet),
+            Withdrawn: lambda e: self._flow.withdraw(e.ticket),
+            Released: self._release,
+            Ended: self._end,
+            Failed: lambda e: self.books.fail(OperatorFault(e.node, e.error), e.item),
+            Finished: lambda e: self.books.finish(e.item, e.reason),
+            Returned: self._returns.enter_again,
+            Transferred: self._transfer,
+            Reported: lambda e: self._inputs.report(e.feedback),
+            Signalled: lambda e: self._signal(e.signal),
+            ReplicaAdded: lambda e: self.replicas.add(e.engine),
+            ReplicaMarked: self._mark,
+            ReplicaRemoved: self._remove,
+            TimeCame: lambda e: self._wake(),
+            Stopped: lambda e: self.books.fail_open(),
+        }
+
+    def on(self, event: Event, now: float) -> list[Effect]:
+        """What an event leads to, in order. `now` never falls."""
+        turn = self._turn
+        turn.now, turn.effects = now, []
+        self._reactions[type(event)](event)
+        self._inputs.settle()
+        if self.recovery.is_under_way:
+            self._returns.try_next()
+        times_changed = self.region.wakes_changed or self.register.expiries_changed
+        if times_changed or type(event) in _MOVES_TIME:
+            self._tell_time()
+        return turn.effects
+
+    @property
+    def plan(self) -> Plan:
+        """The plan as it is by now."""
+        return self.replicas.plan
+
+    @property
+    def is_at_rest(self) -> bool:
+        """Whether no request is open, and no engine works for one that has ended."""
+        return self.register.is_empty
+
+    def _tell_time(self) -> None:
+        """Ask for a wake-up at another time than before, if that has changed."""
+        at_s = min(self.region.next_wake_s, self.register.next_expiry_s, self.replicas.next_time_s)
+        if at_s != self._told_s:
+            self._told_s = at_s
+            self._turn.effects.append(WakeAt(at_s))
+
+    def _arrive(self, arrived: Arrived) -> None:
+        self.books.open(arrived.requests)
+        for request in arrived.requests:
+            if self.recovery.is_blocked(request):
+                self.books.end(quarantined(request, self._turn.now), None)
+            elif self.replicas.availability.is_cut:
+                self.books.end(unavailable(request, self._turn.now), None)
+        fit = tuple(one for one in arrived.requests if self.register.is_open(one.key))
+        if fit:
+            self._flow.emit(arrived.ticket, SOURCE, 0, fit)
+
+    def _end(self, ended: Ended) -> None:
+        fault = None if ended.error is None else OperatorFault(ended.node, ended.error)
+        self.books.end(ended.event, fault)
+
+    def _signal(self, signal: Signal) -> None:
+        """One of an unknown request does nothing."""
+        if signal.request_id not in self.register.entries:
+            return
+        self.register.record_signal(signal)
+        self._returns.end_waiting(signal)
+        self._inputs.signal(signal)
+        self.books.interrupt(signal)
+        self._flow.retry_request(signal.request_id)
+
+    def _release(self, released: Released) -> None:
+        """Return credit, and let those that wait for it try again."""
+        node, replica = released.node, released.replica
+        key = released.request_id, released.choice
+        if not self.gates.give((node, replica), key):
+            return
+        self.meter.services[node, replica].held.leave()
+        self.books.let_go(key)
+        num_left = self.gates.num_left((node, replica))
+        self._inputs.report(
+            CreditChanged(node=node, replica=replica, num_left=num_left, request_id=key[0])
+        )
+        self._flow.retry(node, replica)
+
+    def _transfer(self, transferred: Transferred) -> None:
+        note = self.outliers.passed if transferred.succeeded else self.outliers.failed
+        note(transferred.sender, transferred.receiver)
+
+    def _mark(self, marked: ReplicaMarked) -> None:
+        self.replicas.mark(marked.engine, marked.replica, is_up=marked.is_up)
+        self._flow.retry_all()
+
+    def _remove(self, removed: ReplicaRemoved) -> None:
+        """What was placed there finds out that it is lost, and is placed anew."""
+        self.replicas.remove(removed.engine, removed.replica)
+        self._flow.retry_all()
+
+    def _wake(self) -> None:
+        """Expire requests, wake operators, and end what has waited long enough."""
+        now = self._turn.now
+        for request_id in self.register.take_expired(now):
+            self._signal(Signal("expire", request_id))
+        for node in self.region.take_due(now):
+            self._inputs.feed(node, Wake())
+        availability = self.replicas.availability
+        if availability.take_due(now):
+            self._returns.end_unserved(availability.max_hold_s)
+            self._flow.retry_all()
+        self.outliers.readmit_due()
+        self._told_s = math.nan  # whatever was told has passed: tell the next time anew

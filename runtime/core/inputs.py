@@ -1,0 +1,169 @@
+"""The inputs of logic operators: given in order, with all that they lead to."""
+
+from collections import deque
+
+from msgspec.structs import replace
+
+from sagellm.runtime.core.books import Books, reason_of
+from sagellm.runtime.core.effects import Faulted, Send
+from sagellm.runtime.core.faults import OperatorFault
+from sagellm.runtime.core.journal import Outcome, Reached, Upstream
+from sagellm.runtime.core.meter import Meter
+from sagellm.runtime.core.parking import ParkedInput, Parking
+from sagellm.runtime.core.passage import NoCredit
+from sagellm.runtime.core.region import Region
+from sagellm.runtime.core.turn import Turn
+from sagellm.runtime.feedback import KINDS, Feedback, QueueChanged, Topology
+from sagellm.runtime.messages import TokenEvent
+from sagellm.runtime.operator import Arrival, Input, Signal, Wake
+from sagellm.runtime.plan import Plan
+
+_Subscribers = tuple[str, ...]
+
+
+class Inputs:
+    """What an input leads to is over before the next input is given, feedback included. An input
+    that finds no credit is parked.
+    """
+
+    def __init__(
+        self, plan: Plan, turn: Turn, region: Region, meter: Meter, books: Books, parking: Parking
+    ) -> None:
+        self._plan = plan
+        self._turn = turn
+        self._region = region
+        self._meter = meter
+        self._books = books
+        self._parking = parking
+        self._inputs: deque[tuple[str, Input]] = deque()
+        self._subscribers: dict[tuple[str, type], _Subscribers] = {}
+        self._num_reports: dict[tuple[str, int, type], int] = {}
+        names, spec = tuple(region.cells), plan.spec
+        self._taking: dict[str, _Subscribers] = {
+            kind: tuple(name for name in names if kind in spec(name).signals)
+            for kind in ("cancel", "expire", "forget")
+        }
+        self._forgetting = [
+            (name, getattr(plan.logic[name], "keeps", None)) for name in self._taking["forget"]
+        ]
+        self._placing = tuple(name for name in names if "topology" in spec(name).subscribes)
+
+    def feed(self, node: str, happened: Input) -> None:
+        """Give an operator an input. Its faults are logged, and end what nothing else would end."""
+        self._inputs.append((node, happened))
+        self.settle()
+
+    def signal(self, signal: Signal) -> None:
+        """Give a signal to every operator that takes its kind."""
+        self._inputs += ((name, signal) for name in self._taking[signal.kind])
+        self.settle()
+
+    def report(self, feedback: Feedback) -> None:
+        """Give feedback to those that subscribe to it."""
+        self._spread(feedback, feedback.node)
+        self.settle()
+
+    def change(self, topology: Topology) -> None:
+        """Give a new topology to those that place requests."""
+        self._inputs += ((name, topology) for name in self._placing)
+        self.settle()
+
+    def settle(self) -> None:
+        """Give all inputs that wait; each may lead to more."""
+        while True:
+            for request_id in self._books.take_forgotten():
+                self._forget(request_id)
+            if not self._inputs:
+                return
+            node, happened = self._inputs.popleft()
+            refused = self.give(node, happened)
+            if refused is not None:
+                way = refused.node, refused.replica
+                watches = self._meter.blocked_watches(self._region.undone)
+                self._parking.add(ParkedInput(node, happened, way, watches))
+
+    def _forget(self, request_id: str) -> None:
+        """Tell the operators that keep anything of a request that it has ended."""
+        self._region.forget(request_id)
+        forget = Signal("forget", request_id)
+        for name, keeps in self._forgetting:
+            if keeps is None or keeps(self._region.cells[name].state, request_id):
+                self._inputs.append((name, forget))
+
+    def give(self, node: str, happened: Input) -> NoCredit | None:
+        """Give an operator one input; NoCredit, and nothing has changed, where it must wait."""
+        try:
+            outcomes = self._region.feed(node, happened, self._turn.now)
+        except NoCredit as refused:
+            return refused
+        except Exception as error:
+            fault = error if isinstance(error, OperatorFault) else OperatorFault(node, error)
+            self._end_by_fault(node, happened, fault)
+            return None
+        self.apply(outcomes)
+        if isinstance(happened, Wake) and (lost := self._region.lost(node)) is not None:
+            self._end_by_fault(node, happened, OperatorFault(node, lost))
+        return None
+
+    def apply(self, outcomes: list[Outcome]) -> None:
+        """Do what a transaction led to; feedback waits for `settle`."""
+        books, effects = self._books, self._turn.effects
+        for outcome in outcomes:
+            if type(outcome) is Reached:
+                if outcome.fault is None:
+                    books.to_sink(outcome.item, terminal=outcome.terminal)
+                else:
+                    assert isinstance(outcome.item, TokenEvent)
+                    books.end(outcome.item, outcome.fault)
+            elif type(outcome) is Send:
+                self._meter.entered(outcome.node, outcome.replica)
+                effects.append(outcome)
+            else:
+                assert isinstance(outcome, Upstream)
+                self._spread(outcome.feedback, outcome.node)
+
+    def is_to_wake(self, node: str) -> bool:
+        """Whether a wake-up of an operator is to come, or waits for credit."""
+        waits = any(
+            isinstance(parked, ParkedInput)
+            and parked.node == node
+            and isinstance(parked.happened, Wake)
+            for parked in self._parking.all
+        )
+        return waits or self._region.cells[node].wake_at is not None
+
+    def _spread(self, feedback: Feedback, node: str) -> None:
+        """Number feedback of a node, and make it an input of all that subscribe to it."""
+        kind = type(feedback)
+        if isinstance(feedback, QueueChanged):
+            self._meter.queue(node, feedback.backlog.num_requests)
+        subscribers = self._subscribers.get((node, kind))
+        if subscribers is None:
+            subscribers = self._plan.subscribers(node, KINDS[kind])
+            self._subscribers[node, kind] = subscribers
+        if not subscribers:
+            return
+        sender = node, feedback.replica, kind
+        number = self._num_reports.get(sender, 0) + 1
+        self._num_reports[sender] = number
+        numbered = replace(feedback, node=node, sequence=number)
+        for name in subscribers:
+            self._inputs.append((name, numbered))
+
+    def _end_by_fault(self, node: str, happened: Input, fault: OperatorFault) -> None:
+        """A signal and an item concern one request. Other inputs may be what all that the operator
+        holds waited for: unless a wake-up is to come, all of it ends.
+        """
+        self._turn.effects.append(Faulted(fault, getattr(happened, "request_id", "")))
+        held = self._region.holdings.of(node)
+        match happened:
+            case Arrival(item):
+                self._books.fail(fault, item, is_logged=True)
+            case Signal() as signal:
+                for item in held:
+                    if signal.concerns(item.key):
+                        self._books.finish(item, reason_of(signal))
+            case _ if not self.is_to_wake(node):
+                self._region.restart(node)
+                for item in held:
+                    self._books.fail(fault, item, is_logged=True)

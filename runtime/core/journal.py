@@ -1,0 +1,123 @@
+"""A journal: what a transaction over logic operators has changed, so that it can be undone."""
+
+from collections import deque
+from collections.abc import Container
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from sagellm.runtime.core.credit import Gates
+from sagellm.runtime.core.effects import Send
+from sagellm.runtime.core.faults import OperatorFault
+from sagellm.runtime.core.holdings import Holdings
+from sagellm.runtime.core.meter import LogicMeter, Tally
+from sagellm.runtime.feedback import Feedback
+from sagellm.runtime.messages import Forked, Item
+from sagellm.runtime.operator import Draw, Logic
+
+
+@dataclass(slots=True)
+class Reached:
+    """An item reached the sink. `terminal`: over the implicit outlet; `fault`: what ended it."""
+
+    item: Item | Forked
+    terminal: bool = False
+    fault: OperatorFault | None = None
+
+
+@dataclass(slots=True)
+class Upstream:
+    """Feedback of a logic operator for those upstream."""
+
+    node: str
+    feedback: Feedback
+
+
+Outcome: TypeAlias = Send | Reached | Upstream
+Mark: TypeAlias = tuple[int, int, int, int, int, int]
+START: Mark = (0, 0, 0, 0, 0, 0)
+
+
+class Cell:
+    """One logic operator, and what is kept of it between inputs."""
+
+    __slots__ = (
+        "draw", "initial", "meter", "name", "num_inputs", "on", "operator", "state", "wake_at",
+    )  # fmt: skip
+
+    def __init__(self, name: str, operator: Logic[Any], meter: LogicMeter, seed: int = 0) -> None:
+        self.name = name
+        self.operator = operator
+        self.on = operator.on
+        self.meter = meter
+        self.draw = Draw(seed, name, 0)
+        self.initial = self.state = operator.initial
+        self.num_inputs = 0
+        self.wake_at: float | None = None
+
+
+class Journal:
+    """Changes of one transaction. Counts and holdings change only where it is committed."""
+
+    def __init__(self, cells: tuple[str, ...], gates: Gates, entries: Container[str]) -> None:
+        """`entries`: the ids of the requests that are open."""
+        self.holdings = Holdings(cells, entries)
+        self._held = self.holdings.held
+        self.accepted: deque[tuple[Cell, Item]] = deque()  # offers to answer
+        self.outcomes: list[Outcome] = []
+        self._gates = gates
+        self.cells: list[tuple[Cell, Any, int, float | None]] = []  # as they were
+        self._taken: list[Send] = []
+        self.counts: list[tuple[Tally, int]] = []
+        self._moves: list[tuple[str, Item, bool]] = []  # operator, item, and whether it came in
+
+    def take(self, node: str, replica: int, item: Item) -> bool:
+        """Spend credit for an item; False where there is none."""
+        if not self._gates.take((node, replica), item):
+            return False
+        send = Send(node, replica, item)
+        self._taken.append(send)
+        self.outcomes.append(send)
+        return True
+
+    def came(self, cell: Cell, item: Item) -> None:
+        """An operator keeps an item."""
+        self._moves.append((cell.name, item, True))
+
+    def left(self, node: str, item: Item) -> None:
+        """A node sends an item: an operator holds its choice no more."""
+        if self._moves or self._held.get(node):
+            self._moves.append((node, item, False))
+
+    def mark(self) -> Mark:
+        """How far the transaction is, for `roll_back`."""
+        return (
+            len(self.cells), len(self._taken), len(self.accepted),
+            len(self.outcomes), len(self.counts), len(self._moves),
+        )  # fmt: skip
+
+    def roll_back(self, mark: Mark) -> None:
+        cells, taken, accepted, outcomes, counts, moves = mark
+        while len(self.cells) > cells:
+            cell, *before = self.cells.pop()
+            cell.state, cell.num_inputs, cell.wake_at = before
+        while len(self._taken) > taken:
+            send = self._taken.pop()
+            self._gates.give((send.node, send.replica), send.item.key)
+        while len(self.accepted) > accepted:
+            self.accepted.pop()
+        del self.outcomes[outcomes:], self.counts[counts:], self._moves[moves:]
+
+    def commit(self) -> list[Outcome]:
+        """Make the changes final, and return what they lead to, in order."""
+        for tally, number in self.counts:
+            tally.count += number
+        for node, item, is_in in self._moves:
+            (self.holdings.take if is_in else self.holdings.send)(node, item)
+        self.cells.clear()
+        self.counts.clear()
+        self._taken.clear()
+        self._moves.clear()
+        outcomes = self.outcomes
+        if outcomes:
+            self.outcomes = []
+        return outcomes

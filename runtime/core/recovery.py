@@ -1,0 +1,130 @@
+"""What becomes of requests whose engine was lost: again at once, on trial, or never more.
+
+A request that had got tokens from the engine goes in again at once. One that had not may be what
+the engine died of: such requests are tried one at a time, each until its first token, so that a
+second death has one cause. A request of two deaths is quarantined, and its like refused for long.
+"""
+
+import hashlib
+from collections import deque
+from collections.abc import Callable
+from typing import Literal, TypeAlias
+
+import msgspec
+
+from sagellm.runtime.buckets import Buckets
+from sagellm.runtime.messages import Item, Request, TokenEvent
+
+Verdict: TypeAlias = Literal["now", "later", "never", "spent"]
+
+QUARANTINE_S = 600.0
+_MOST_DEATHS = 2
+_GAPS_S = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
+_MOST_RETURNS = 100  # of one request, whoever is to blame: engines come and go, but not so often
+
+Key = tuple[str, int]
+
+
+class Recovery:
+    """`clock`: the executor's, in seconds."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.num_migrated = 0
+        self.gaps_s = Buckets(_GAPS_S)  # from a loss to the next token, or the end
+        self._clock = clock
+        self._lost_s: dict[Key, float] = {}
+        self._num_returns: dict[Key, int] = {}
+        self._deaths: dict[Key, int] = {}
+        self._num_known: dict[Key, int] = {}  # tokens that it had when it went in last
+        self._on_trial: Key | None = None
+        self._waiting: deque[tuple[str, Request]] = deque()
+        self._blocked_until_s: dict[bytes, float] = {}
+
+    def judge(self, node: str, request: Request, *, was_computed: bool) -> Verdict:
+        """Of a request that an engine of `node` lost; `was_computed`: it was in that engine, and
+        not only on its way there. What is to come later is kept, and given out by `next`. `never`:
+        engines died of it. `spent`: it has come back too often, through no fault that is known.
+        """
+        key = request.key
+        self._lost_s.setdefault(key, self._clock())
+        if self._on_trial == key:
+            self._on_trial = None
+        self._num_returns[key] = self._num_returns.get(key, 0) + 1
+        num_emitted = len(request.emitted_token_ids)
+        has_advanced = num_emitted > self._num_known.get(key, 0)
+        self._num_known[key] = num_emitted
+        if has_advanced:
+            self._deaths[key] = 0
+        elif was_computed:
+            self._deaths[key] = self._deaths.get(key, 0) + 1
+        if self._num_returns[key] > _MOST_RETURNS:
+            return "spent"
+        if not self._deaths.get(key):
+            return "now"
+        if self._deaths[key] >= _MOST_DEATHS:
+            self._blocked_until_s[_digest(request)] = self._clock() + QUARANTINE_S
+            return "never"
+        self._waiting.append((node, request))
+        return "later"
+
+    def next(self) -> tuple[str, Request] | None:
+        """The next request to be tried, once none is on trial; it is on trial from now on."""
+        if self._on_trial is not None or not self._waiting:
+            return None
+        node, request = self._waiting.popleft()
+        self._on_trial = request.key
+        return node, request
+
+    def lost_s(self, key: Key) -> float | None:
+        """When a request was lost that has not come through since."""
+        return self._lost_s.get(key)
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether any request has not come through yet."""
+        return bool(self._lost_s)
+
+    def note(self, item: Item) -> None:
+        """An item reached the sink: with the first token, or the end, a request is through."""
+        if item.key not in self._lost_s:
+            return
+        if isinstance(item, TokenEvent) and not item.token_ids and not item.is_last:
+            return
+        self.gaps_s.observe(self._clock() - self._lost_s.pop(item.key))
+        if self._on_trial == item.key:
+            self._on_trial = None
+
+    def drop(self, concerned: Callable[[Key], bool]) -> tuple[Request, ...]:
+        """Take out, and return, what waits for its trial and is not wanted any more."""
+        dropped = tuple(request for _, request in self._waiting if concerned(request.key))
+        if dropped:
+            self._waiting = deque(one for one in self._waiting if not concerned(one[1].key))
+        return dropped
+
+    def forget(self, key: Key) -> None:
+        """The choice has ended."""
+        if key not in self._num_returns:
+            return
+        for known in (self._num_returns, self._deaths, self._num_known):
+            known.pop(key, None)
+        self._lost_s.pop(key, None)
+        self.drop(key.__eq__)
+        if self._on_trial == key:
+            self._on_trial = None
+
+    def is_blocked(self, request: Request) -> bool:
+        """Whether its like was quarantined of late."""
+        if not self._blocked_until_s:
+            return False
+        now = self._clock()
+        self._blocked_until_s = {
+            digest: until_s for digest, until_s in self._blocked_until_s.items() if until_s > now
+        }
+        return _digest(request) in self._blocked_until_s
+
+
+def _digest(request: Request) -> bytes:
+    """Of what it makes an engine compute, whoever asks."""
+    sampling = msgspec.structs.replace(request.sampling, seed=None)
+    content = msgspec.msgpack.encode((request.prompt_token_ids, sampling))
+    return hashlib.blake2b(content, digest_size=16).digest()

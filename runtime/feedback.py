@@ -1,0 +1,67 @@
+"""Feedback: what operators and the core report upstream, a struct for each kind.
+
+The fields `node`, `replica` and `sequence` say who reports; whoever sends feedback leaves them
+out, and the core fills them in. `sequence` rises by one for each (node, replica, kind).
+"""
+
+from typing import TypeAlias
+
+import msgspec
+
+from sagellm.runtime.backlog import Backlog
+from sagellm.runtime.engine.port import EngineLoad
+
+
+class _Report(msgspec.Struct, frozen=True, kw_only=True):
+    node: str = ""
+    replica: int = 0
+    sequence: int = 0
+
+
+class CreditChanged(_Report, frozen=True, tag="credit"):
+    """A replica granted credit, or returned that of a request: `num_left` may be sent to it now."""
+
+    num_left: float = 0.0
+    request_id: str = ""
+
+
+class LoadReported(_Report, frozen=True, tag="load"):
+    """The load of an engine after a step; the latest report counts."""
+
+    load: EngineLoad
+
+
+class QueueChanged(_Report, frozen=True, tag="queue"):
+    """What waits in an operator."""
+
+    backlog: Backlog
+
+
+class FirstToken(_Report, frozen=True, tag="first_token"):
+    """A first token came that long after its request left its queue."""
+
+    seconds: float
+
+
+class HealthChanged(_Report, frozen=True, tag="health"):
+    """The engine of a replica is there, or is lost or ejected."""
+
+    is_up: bool
+
+
+Feedback: TypeAlias = CreditChanged | LoadReported | QueueChanged | FirstToken | HealthChanged
+KINDS: dict[type, str] = {
+    kind: str(kind.__struct_config__.tag) for kind in Feedback.__args__
+}  # the name by which an operator subscribes to a kind
+
+
+class Topology(msgspec.Struct, frozen=True, tag="topology"):
+    """Which replicas there are. `epoch` rises with each change.
+
+    `num_replicas`: by engine, removed ones counted, so that numbers are 0 ... num_replicas - 1.
+    `removed`: (engine, number) of those that will not come back.
+    """
+
+    epoch: int = 0
+    num_replicas: dict[str, int] = {}
+    removed: frozenset[tuple[str, int]] = frozenset()

@@ -1,0 +1,225 @@
+"""What of a model's folder cannot multiply texts, and may therefore work in this process.
+
+Everything else works in a helper process, but for decoders: they work token by token in the engine,
+so a folder whose decoder could multiply texts is refused.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import msgspec
+from tokenizers import Tokenizer
+from tokenizers.models import BPE, WordLevel, WordPiece
+
+from sagellm.runtime.models.fault import ModelError
+from sagellm.runtime.models.pipelines import SPLITS
+
+Part: TypeAlias = Mapping[str, Any]  # a component as tokenizer.json has it: "type", and options
+
+MAX_TOKEN_CHARS = 4096  # published vocabularies have runs of some hundred spaces
+_MAX_GROWTH = 64  # characters that normalizing may make of one
+_MAX_PARTS = 16  # of a sequence
+_MAX_ADDED = 64  # special tokens around a text
+_AFFIXES = ("continuing_subword_prefix", "end_of_word_suffix")
+_MAX_AFFIX_CHARS = 16  # each character of a text is looked up with them
+_MAX_WORD_CHARS = 200  # WordPiece takes time by its square; 100 is usual
+
+# Templates whose shape is known: they write each message once. blake2b-128 of their text.
+TEMPLATES = frozenset(
+    {
+        "c0c1fb03bc538b10300f108801259486",  # sage-tiny
+        "fa178aa9246d7297e2fc92fcf9661350",  # ChatML, the bare form
+    }
+)
+
+
+def is_known_template(text: str) -> bool:
+    return hashlib.blake2b(text.encode(errors="replace"), digest_size=16).hexdigest() in TEMPLATES
+
+
+def encodes_harmlessly(tokenizer: Tokenizer) -> bool:
+    """Whether the time and the tokens of a text are in proportion to its length."""
+    return (
+        _growth(_state(tokenizer.normalizer)) <= _MAX_GROWTH
+        and all(_cuts_plainly(part) for part in _parts(_state(tokenizer.pre_tokenizer)))
+        and all(_adds_little(part) for part in _parts(_state(tokenizer.post_processor)))
+        and _is_plain_model(tokenizer.model)
+    )
+
+
+def check_decoder(name: str, tokenizer: Tokenizer) -> None:
+    """Raise ModelError where a few tokens could become a text without bound."""
+    growth = 1.0
+    for part in _parts(_state(tokenizer.decoder)):
+        growth *= _DECODERS.get(part["type"], _unbounded)(part)
+    if growth > _MAX_GROWTH:
+        cause = f"model {name}: the decoder of tokenizer.json may multiply texts without bound"
+        raise ModelError(cause, "see that it is the one that the model was published with")
+
+
+class _Model(msgspec.Struct):
+    vocab: dict[str, int] | list[tuple[str, float]] = {}
+
+
+class _Added(msgspec.Struct):
+    content: str = ""
+
+
+class TokenizerParts(msgspec.Struct):
+    """What is looked at before the tokenizers library reads a tokenizer.json."""
+
+    model: _Model
+    added_tokens: list[_Added] = []
+    normalizer: dict[str, Any] | None = None
+    pre_tokenizer: Any = None
+    decoder: Any = None
+
+    @property
+    def loads_harmlessly(self) -> bool:
+        """Loading normalizes the added tokens, and compiles regular expressions: a short one may
+        take gigabytes.
+        """
+        if not SPLITS.issuperset(_regexes([self.normalizer, self.pre_tokenizer, self.decoder])):
+            return False
+        try:
+            return _growth(self.normalizer) <= _MAX_GROWTH
+        except (KeyError, TypeError, AttributeError):
+            return False
+
+
+def _regexes(part: object) -> Iterator[str]:
+    """The regular expressions anywhere in a component."""
+    if isinstance(part, dict):
+        if isinstance(regex := part.get("Regex"), str):
+            yield regex
+        for inner in part.values():
+            yield from _regexes(inner)
+    elif isinstance(part, list):
+        for inner in part:
+            yield from _regexes(inner)
+
+
+def read_parts(name: str, path: Path) -> TokenizerParts:
+    """Raises ModelError where a token is so long that a few of them exhaust memory, and for what is
+    no tokenizer.json.
+    """
+    try:
+        parts = msgspec.json.decode(path.read_bytes(), type=TokenizerParts)
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise ModelError(f"model {name}: {path} cannot be read: {error}") from error
+    vocab = parts.model.vocab
+    tokens = vocab if isinstance(vocab, dict) else [text for text, _ in vocab]
+    longest = max(map(len, [*tokens, *(added.content for added in parts.added_tokens)]), default=0)
+    if longest > MAX_TOKEN_CHARS:
+        cause = f"model {name}: {path} has a token of {longest} characters"
+        raise ModelError(cause, f"at most {MAX_TOKEN_CHARS} are read; download it again")
+    return parts
+
+
+def _state(component: Any) -> Part | None:
+    """A component as the library writes it; {"type": ""} where it does not."""
+    if component is None:
+        return None
+    try:
+        found: Part = json.loads(component.__getstate__())
+    except (AttributeError, TypeError, ValueError):
+        return {"type": ""}
+    return found
+
+
+def _parts(part: Part | None) -> Iterator[Part]:
+    """The components of a sequence, or the one that it is."""
+    if part is None:
+        return
+    inner = next((part[key] for key in _INNER if isinstance(part.get(key), list)), None)
+    if part["type"] != "Sequence" or inner is None or len(inner) > _MAX_PARTS:
+        yield part
+        return
+    for one in inner:
+        yield from _parts(one)
+
+
+_INNER = ("normalizers", "pretokenizers", "processors", "decoders")
+
+
+def _growth(normalizer: Part | None) -> float:
+    growth = 1.0
+    for part in _parts(normalizer):
+        growth *= _NORMALIZERS.get(part["type"], _unbounded)(part)
+    return growth
+
+
+def _unbounded(part: Part) -> float:
+    return float("inf")
+
+
+def _same(part: Part) -> float:
+    return 1.0
+
+
+def _replaced(part: Part) -> float:
+    """By a text; a regular expression may match nothing, everywhere, and take its time."""
+    pattern = part.get("pattern", {}).get("String")
+    return max(1.0, len(part["content"]) / len(pattern)) if pattern else float("inf")
+
+
+def _prepended(part: Part) -> float:
+    return 1.0 + len(part["prepend"])
+
+
+def _stripped(part: Part) -> float:
+    """Cutting off more than there is would panic."""
+    return 1.0 if part["stop"] == 0 else float("inf")
+
+
+# Characters that each may make of one (Unicode's worst case of a composition).
+_NORMALIZERS: dict[str, Callable[[Part], float]] = {
+    **dict.fromkeys(("NFC", "NFD", "Lowercase", "BertNormalizer"), lambda part: 4.0),
+    **dict.fromkeys(("NFKC", "NFKD"), lambda part: 18.0),
+    **dict.fromkeys(("Strip", "StripAccents", "Nmt"), _same),
+    "ByteLevel": lambda part: 4.0,
+    "Replace": _replaced,
+    "Prepend": _prepended,
+}
+_DECODERS: dict[str, Callable[[Part], float]] = {
+    **dict.fromkeys(("ByteLevel", "ByteFallback", "Fuse", "Metaspace"), _same),
+    **dict.fromkeys(("WordPiece", "BPEDecoder", "CTC"), lambda part: 2.0),
+    "Strip": _stripped,
+    "Replace": _replaced,
+}
+_PLAIN_CUTS = frozenset(
+    {
+        *("ByteLevel", "Whitespace", "WhitespaceSplit", "BertPreTokenizer", "Metaspace", "Digits"),
+        *("Punctuation", "CharDelimiterSplit", "UnicodeScripts"),
+    }
+)
+
+
+def _cuts_plainly(part: Part) -> bool:
+    if part["type"] != "Split":
+        return part["type"] in _PLAIN_CUTS
+    return "String" in part["pattern"] or part["pattern"].get("Regex") in SPLITS
+
+
+def _adds_little(part: Part) -> bool:
+    match part["type"]:
+        case "ByteLevel" | "BertProcessing" | "RobertaProcessing":
+            return True
+        case "TemplateProcessing":
+            pieces = part["single"]
+            num_texts = sum("Sequence" in piece for piece in pieces)
+            ids = [len(token["ids"]) for token in part["special_tokens"].values()]
+            return num_texts == 1 and max(ids, default=0) * len(pieces) <= _MAX_ADDED
+    return False
+
+
+def _is_plain_model(model: Any) -> bool:
+    """Unigram takes time by the length of its tokens, too."""
+    affixes = [getattr(model, name, None) or "" for name in _AFFIXES]
+    if isinstance(model, WordPiece) and model.max_input_chars_per_word > _MAX_WORD_CHARS:
+        return False
+    is_short = max(map(len, affixes)) <= _MAX_AFFIX_CHARS
+    return is_short and isinstance(model, BPE | WordLevel | WordPiece)

@@ -1,0 +1,123 @@
+"""Chat templates and tokenizers that work in helper processes: how they are asked, and answer."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sagellm.runtime.models.chat import ANSWERED, ChatTemplateError, Rendering, check_messages
+from sagellm.runtime.models.conversation import pack
+from sagellm.runtime.models.sandbox.fault import TextError
+from sagellm.runtime.models.sandbox.messages import (
+    Ask,
+    Encode,
+    Refused,
+    Render,
+    Setup,
+    Template,
+    Text,
+    TokenizerFile,
+    Tokens,
+)
+from sagellm.runtime.models.sandbox.pool import Sandbox
+
+RENDERER, ENCODER = (f"sagellm.runtime.models.{name}_helper" for name in ("render", "encode"))
+
+RENDER_CPU_S, COMPILE_CPU_S = 0.25, 2.0
+RENDER_BYTES = 256 << 20  # of memory, to compile and to render
+_TEXT_BYTES, _TEXT_GROWTH = 4 << 20, 8  # a rendered text: so much, and so many times the messages
+
+ENCODE_CPU_S, ENCODE_BYTES = 0.25, 256 << 20
+_CPU_S_A_CHAR, _BYTES_A_CHAR = 5e-6, 256  # several times what tokenizers of models take
+_IDS_BYTES, _IDS_BYTES_A_CHAR = 1 << 20, 24  # 5 a token; a character may be several tokens
+_LOAD_CPU_S, _LOAD_CPU_S_A_BYTE = 2.0, 1e-6  # to read a tokenizer.json
+_LOAD_BYTES_A_BYTE = 40
+
+
+class IsolatedTemplate:
+    """A chat template that is rendered in a helper process."""
+
+    def __init__(self, model: str, text: str, special_tokens: Mapping[str, str]) -> None:
+        setup = Setup(Template(text, dict(special_tokens)), RENDER_BYTES, COMPILE_CPU_S)
+        self.sandbox = Sandbox(RENDERER, setup, what="chat template", model=model)
+
+    @property
+    def variables(self) -> frozenset[str]:
+        """As of ChatTemplate; blocks until a helper has compiled it. Empty where none can."""
+        try:
+            return frozenset(self.sandbox.ready().variables)
+        except TextError:
+            return frozenset()
+
+    async def variables_soon(self) -> frozenset[str]:
+        """The same on a loop."""
+        try:
+            return frozenset((await self.sandbox.ready_soon()).variables)
+        except TextError:
+            return frozenset()
+
+    def render(self, messages: Sequence[Mapping[str, Any]], how: Rendering = ANSWERED) -> str:
+        """The prompt of a conversation; blocks.
+
+        Raises ChatTemplateError, LimitExceeded, HelperUnavailable.
+        """
+        return _text(self.sandbox.call(self.ask(messages, how)))
+
+    async def render_soon(
+        self, messages: Sequence[Mapping[str, Any]], how: Rendering = ANSWERED
+    ) -> str:
+        """The same on a loop, for messages that are short."""
+        return _text(await self.sandbox.ask(self.ask(messages, how)))
+
+    @staticmethod
+    def ask(messages: Sequence[Mapping[str, Any]], how: Rendering = ANSWERED) -> Ask:
+        """What a helper is asked. Raises ChatTemplateError where messages are not JSON."""
+        check_messages(messages)
+        given = pack(messages, how)
+        growth = _TEXT_GROWTH * len(given)
+        return Ask(Render(given), RENDER_CPU_S, RENDER_BYTES + 4 * growth, _TEXT_BYTES + growth)
+
+
+class IsolatedEncoder:
+    """A tokenizer.json that encodes in a helper process."""
+
+    def __init__(
+        self, model: str, file: Path, model_config: Mapping[str, Any], config: Mapping[str, Any]
+    ) -> None:
+        job = TokenizerFile(str(file.resolve()), dict(model_config), dict(config))
+        size = file.stat().st_size
+        memory_bytes = ENCODE_BYTES + _LOAD_BYTES_A_BYTE * size
+        setup = Setup(job, memory_bytes, _LOAD_CPU_S + _LOAD_CPU_S_A_BYTE * size)
+        self.sandbox = Sandbox(ENCODER, setup, what="tokenizer", model=model)
+
+    def encode(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[tuple[int, ...]]:
+        """Tokens of each text; blocks. Raises TextError, HelperUnavailable."""
+        return _token_ids(self.sandbox.call(self.ask(texts, add_special_tokens=add_special_tokens)))
+
+    async def encode_soon(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
+        """Tokens of a short text, on a loop."""
+        reply = await self.sandbox.ask(self.ask((text,), add_special_tokens=add_special_tokens))
+        return _token_ids(reply)[0]
+
+    @staticmethod
+    def ask(texts: Sequence[str], *, add_special_tokens: bool) -> Ask:
+        num_chars = sum(map(len, texts))
+        return Ask(
+            Encode(tuple(texts), add_special_tokens),
+            ENCODE_CPU_S + _CPU_S_A_CHAR * num_chars,
+            ENCODE_BYTES + _BYTES_A_CHAR * num_chars,
+            _IDS_BYTES + _IDS_BYTES_A_CHAR * num_chars,
+        )
+
+
+def _text(reply: Text | Tokens | Refused) -> str:
+    if isinstance(reply, Refused):
+        raise ChatTemplateError(reply.cause)
+    assert isinstance(reply, Text)
+    return reply.text
+
+
+def _token_ids(reply: Text | Tokens | Refused) -> list[tuple[int, ...]]:
+    if isinstance(reply, Refused):
+        raise TextError(f"the model's tokenizer refused the text: {reply.cause}")
+    assert isinstance(reply, Tokens)
+    return list(reply.token_ids)
