@@ -8,7 +8,6 @@ from typing import (
     Any,
     Generic,
     Literal,
-    NamedTuple,
     Protocol,
     TypeAlias,
     TypeVar,
@@ -157,7 +156,7 @@ Output: TypeAlias = Emit | EmitAll | EmitFirst | Wait | Offer | Terminate | Anno
 S = TypeVar("S")
 
 
-class Step(NamedTuple, Generic[S]):
+class Step(msgspec.Struct, Generic[S], frozen=True):
     """The answer of a logic operator: its next state, what it sends, when to wake it."""
 
     state: S

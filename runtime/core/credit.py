@@ -24,12 +24,37 @@ def cost_of(item: Item, block_size: int) -> Credit:
 class _Account:
     """The credit of one replica, and what each choice has spent of it."""
 
-    __slots__ = ("block_size", "capacity", "left", "spent")
+    __slots__ = ("block_size", "blocks", "capacity", "requests", "spent", "tokens")
 
     def __init__(self, capacity: Credit, block_size: int) -> None:
-        self.capacity = self.left = capacity
+        self.capacity = capacity
         self.block_size = block_size
-        self.spent: dict[Key, tuple[Credit, ...]] = {}
+        self.requests, self.tokens, self.blocks = (
+            capacity.requests,
+            capacity.tokens,
+            capacity.blocks,
+        )
+        self.spent: dict[Key, list[Credit]] = {}
+
+    def take(self, key: Key, cost: Credit) -> bool:
+        """Spend a cost if it is covered; an item larger than all passes alone."""
+        requests, tokens = self.requests - cost.requests, self.tokens - cost.tokens
+        blocks = self.blocks - cost.blocks
+        if self.spent and (requests < 0 or tokens < 0 or blocks < 0):
+            return False
+        self.requests, self.tokens, self.blocks = requests, tokens, blocks
+        self.spent.setdefault(key, []).append(cost)
+        return True
+
+    def give(self, key: Key) -> None:
+        """Return what the last item of `key` spent."""
+        costs = self.spent[key]
+        cost = costs.pop()
+        if not costs:
+            del self.spent[key]
+        self.requests += cost.requests
+        self.tokens += cost.tokens
+        self.blocks += cost.blocks
 
     @property
     def room(self) -> float:
@@ -38,7 +63,7 @@ class _Account:
         """
         if not self.spent:
             return math.inf
-        return self.left.blocks if self.left.requests >= 1 else -math.inf
+        return self.blocks if self.requests >= 1 else -math.inf
 
 
 class Gates:
@@ -76,8 +101,10 @@ class Gates:
             return True
         if node in self.blocked and not self.removed:
             return False
-        account = self._accounts[node, 0]
-        return -rooms.minimum >= cost_of(item, account.block_size).blocks
+        room = -rooms.minimum
+        if math.isinf(room):
+            return room > 0
+        return room >= cost_of(item, self._accounts[node, 0].block_size).blocks
 
     def take(self, gate: Gate, item: Item) -> bool:
         """Spend the item's cost if there is credit; an item larger than all passes alone.
@@ -85,15 +112,11 @@ class Gates:
         Through a closed gate passes what has its place already, and cannot choose another: it
         comes back from there, if that is lost.
         """
-        if self._is_closed_to(gate, item):
+        if (self.closed or self.blocked) and self._is_closed_to(gate, item):
             return False
-        account = self._accounts[gate]
-        cost = cost_of(item, account.block_size)
-        if account.spent and not account.left.covers(cost):
+        account, key = self._accounts[gate], item.key
+        if not account.take(key, cost_of(item, account.block_size)):
             return False
-        key = item.key
-        account.spent[key] = (*account.spent.get(key, ()), cost)
-        account.left -= cost
         self._holders.setdefault(key[0], {})[gate, key[1]] = None
         self._note_room(gate)
         return True
@@ -101,14 +124,10 @@ class Gates:
     def give(self, gate: Gate, key: Key) -> bool:
         """Return what the last item of `key` spent; False where it had spent nothing."""
         account = self._accounts[gate]
-        costs = account.spent.get(key)
-        if not costs:
+        if key not in account.spent:
             return False
-        account.left += costs[-1]
-        if len(costs) > 1:
-            account.spent[key] = costs[:-1]
-        else:
-            del account.spent[key]
+        account.give(key)
+        if key not in account.spent:
             self._drop_holder(gate, key)
         self._note_room(gate)
         return True
@@ -120,6 +139,10 @@ class Gates:
             return ()
         return tuple(one for one in held if choice is None or one[1] == choice)
 
+    def holds(self, request_id: str) -> bool:
+        """Whether any gate holds something of a request."""
+        return request_id in self._holders
+
     def keys(self, gate: Gate) -> tuple[Key, ...]:
         """The choices of which a gate has something."""
         return tuple(self._accounts[gate].spent)
@@ -129,7 +152,7 @@ class Gates:
 
     def num_left(self, gate: Gate) -> float:
         """How many requests may be sent to a replica, its blocks apart."""
-        return self._accounts[gate].left.requests
+        return self._accounts[gate].requests
 
     def capacity(self, gate: Gate) -> Credit:
         return self._accounts[gate].capacity
@@ -146,7 +169,8 @@ class Gates:
             del self._holders[key[0]]
 
     def _note_room(self, gate: Gate) -> None:
-        room = -math.inf if gate in self.closed else self._accounts[gate].room
-        rooms = self._rooms.get(gate[0]) or MinTree()
-        if rooms[gate[1]] != -room:
-            self._rooms[gate[0]] = rooms.with_value(gate[1], -room)
+        node, replica = gate
+        lack = math.inf if gate in self.closed else -self._accounts[gate].room
+        rooms = self._rooms.get(node) or MinTree()
+        if rooms[replica] != lack:
+            self._rooms[node] = rooms.with_value(replica, lack)

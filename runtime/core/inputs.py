@@ -70,12 +70,13 @@ class Inputs:
 
     def settle(self) -> None:
         """Give all inputs that wait; each may lead to more."""
-        while True:
-            for request_id in self._books.take_forgotten():
-                self._forget(request_id)
-            if not self._inputs:
-                return
-            node, happened = self._inputs.popleft()
+        books, inputs = self._books, self._inputs
+        while inputs or books.forgotten:
+            if books.forgotten:
+                for request_id in books.take_forgotten():
+                    self._forget(request_id)
+                continue
+            node, happened = inputs.popleft()
             refused = self.give(node, happened)
             if refused is not None:
                 way = refused.node, refused.replica

@@ -109,14 +109,16 @@ class Journal:
 
     def commit(self) -> list[Outcome]:
         """Make the changes final, and return what they lead to, in order."""
-        for tally, number in self.counts:
-            tally.count += number
-        for node, item, is_in in self._moves:
-            (self.holdings.take if is_in else self.holdings.send)(node, item)
         self.cells.clear()
-        self.counts.clear()
-        self._taken.clear()
-        self._moves.clear()
+        if self.counts:
+            for tally, number in self.counts:
+                tally.count += number
+            self.counts.clear()
+            self._taken.clear()
+        if self._moves:
+            for node, item, is_in in self._moves:
+                (self.holdings.take if is_in else self.holdings.send)(node, item)
+            self._moves.clear()
         outcomes = self.outcomes
         if outcomes:
             self.outcomes = []

@@ -164,20 +164,18 @@ class Passage:
         begun_s = clock()
         try:
             step = method(before, given, now, cell.draw.begin(number))
-            if type(step) is not Step or step[0] is before or type(step[1]) is not tuple:
-                check_step(cell.operator, given, step, before)
-            state, outputs, wake_at = step
-            if wake_at is not None:
+            is_plain = type(step) is Step and step.wake_at is None
+            if not (is_plain and step.outputs and type(step.outputs) is tuple):
                 check_step(cell.operator, given, step, before)
         except (Exception, *LEAVING) as error:
             cell.meter.errors.count += 1
             raise OperatorFault(cell.name, as_error(error)) from error
         cell.meter.process_s += clock() - begun_s
-        cell.state = state
+        cell.state = step.state
         cell.num_inputs = number + 1
-        if cell.wake_at != wake_at:
-            cell.wake_at, self.wakes_changed = wake_at, True
-        return outputs
+        if cell.wake_at != step.wake_at:
+            cell.wake_at, self.wakes_changed = step.wake_at, True
+        return step.outputs  # type: ignore[no-any-return]
 
     def _answer(self, cell: Cell, outputs: tuple[Output, ...], now: float, send: Sending) -> None:
         try:
@@ -202,8 +200,9 @@ class Passage:
     def _emit_first(self, cell: Cell, output: EmitFirst, now: float, send: Sending) -> None:
         """Raises the first NoCredit where no item finds any."""
         refused: NoCredit | None = None
-        for item, state in _choices(cell, output):
-            mark = self._journal.mark()
+        mark, choices = self._journal.mark(), iter(output.choices)
+        while (chosen := _next(cell, choices)) is not None:
+            item, state = chosen
             try:
                 self.pass_on(cell.name, item, output.outlet, now)
                 cell.state = state
@@ -224,10 +223,10 @@ class Passage:
         """An item that an operator downstream fails on is taken, and ends as failed: it would
         else stay at the head of its queue, and fail every request that comes after it.
         """
-        may_take, entrances = self._gates.may_take, self._entrances[cell.name]
+        find, states, may_take = self.ways.find, self.ways.states, self._gates.may_take
         for item in output.items:
-            way = self.ways.find(item)
-            if not any(may_take(node, item) for node in ((way,) if way else entrances)):
+            way = find(item, states)
+            if not (may_take(way, item) if way else self._may_enter(cell.name, item)):
                 continue
             mark, sent = self._journal.mark(), _dispatched(item, now)
             try:
@@ -241,6 +240,10 @@ class Passage:
                 self._end(item, fault, now)
             self._journal.accepted.append((cell, item))
             return
+
+    def _may_enter(self, node: str, item: Item) -> bool:
+        """Whether a service operator that an item of `node` may go to might take it."""
+        return any(self._gates.may_take(entrance, item) for entrance in self._entrances[node])
 
     def _terminate(self, cell: Cell, output: Terminate, now: float, send: Sending) -> None:
         check_end(cell.operator, output)
@@ -292,10 +295,10 @@ def replica_for(item: Item, node: str, num_replicas: int) -> int:
     raise LookupError(f"{node} has {num_replicas} replicas and no route chose one")
 
 
-def _choices(cell: Cell, output: EmitFirst) -> Iterator[tuple[Item, Any]]:
-    """Made by the operator as they are wanted: its errors are its faults."""
+def _next(cell: Cell, choices: Iterator[tuple[Item, Any]]) -> tuple[Item, Any] | None:
+    """Made by the operator as it is wanted: its errors are its faults."""
     try:
-        yield from output.choices
+        return next(choices, None)
     except (Exception, *LEAVING) as error:
         cell.meter.errors.count += 1
         raise OperatorFault(cell.name, as_error(error)) from error

@@ -1,6 +1,7 @@
 """Which way offered items go: learned as they are refused, so that nothing is tried in vain."""
 
 from collections.abc import Mapping
+from operator import is_
 from typing import Any, NamedTuple
 
 from sagellm.graphs.ir import Graph
@@ -9,11 +10,10 @@ from sagellm.runtime.messages import Item, Request
 
 
 class _Way(NamedTuple):
-    """An item was refused by the service operator `node`; what its way there depended on."""
+    """An item was refused by the service operator `node`; `states` is what its way depended on."""
 
     node: str
-    epoch: int
-    num_cached_tokens: int
+    item: Item
     states: tuple[Any, ...]
 
 
@@ -25,27 +25,32 @@ class Ways:
     def __init__(self, graph: Graph, cells: Mapping[str, Cell]) -> None:
         outlets = {name: {edge.outlet for edge in graph.outputs(name)} for name in cells}
         self._branching = tuple(cell for name, cell in cells.items() if len(outlets[name]) > 1)
+        self._states: tuple[Any, ...] = tuple(cell.state for cell in self._branching)
         self._ways: dict[str, dict[int, _Way]] = {}
 
     def remember(self, item: Item, node: str) -> None:
         """A service operator has refused an item."""
         if isinstance(item, Request):
-            states = tuple(cell.state for cell in self._branching)
-            way = _Way(node, item.epoch, item.num_cached_tokens, states)
+            way = _Way(node, item, self.states)
             self._ways.setdefault(item.request_id, {})[item.choice] = way
 
-    def find(self, item: Item) -> str | None:
-        """The operator that has refused an item and that it would go to again, if any is known."""
+    @property
+    def states(self) -> tuple[Any, ...]:
+        """What ways depend on now: the same object for as long as none of it changes."""
+        states = tuple([cell.state for cell in self._branching])
+        if not all(map(is_, states, self._states)):
+            self._states = states
+        return self._states
+
+    def find(self, item: Item, states: tuple[Any, ...]) -> str | None:
+        """The operator that has refused an item and that it would go to again, if any is known;
+        `states` are those of now.
+        """
         choices = self._ways.get(item.request_id)
         way = choices.get(item.choice) if choices is not None else None
-        if way is None or not isinstance(item, Request):
+        if way is None or way[1] is not item or way[2] is not states:
             return None
-        if (way.epoch, way.num_cached_tokens) != (item.epoch, item.num_cached_tokens):
-            return None
-        for cell, state in zip(self._branching, way.states, strict=True):
-            if cell.state is not state:
-                return None
-        return way.node
+        return way[0]
 
     def forget(self, request_id: str) -> None:
         """A request has ended, or was taken."""
