@@ -7,6 +7,28 @@ _WIDTH = 32  # an update copies one leaf and the minima of all leaves: a microse
 _EMPTY = (math.inf,) * _WIDTH
 
 
+class MutableMinTree:
+    """The same for one owner: a change copies nothing. Values never set are infinite."""
+
+    __slots__ = ("_leaves", "_minima", "minimum")
+
+    def __init__(self) -> None:
+        self._leaves: list[list[float]] = []
+        self._minima: list[float] = []
+        self.minimum = math.inf
+
+    def __setitem__(self, index: int, value: float) -> None:
+        number, offset = index // _WIDTH, index % _WIDTH
+        while number >= len(self._leaves):
+            self._leaves.append([math.inf] * _WIDTH)
+            self._minima.append(math.inf)
+        leaf = self._leaves[number]
+        if leaf[offset] != value:
+            leaf[offset] = value
+            self._minima[number] = min(leaf)
+            self.minimum = min(self._minima)
+
+
 class MinTree:
     """Immutable. Values that were never set are infinite, and an infinite value is never found."""
 
@@ -31,7 +53,8 @@ class MinTree:
         leaf = (*leaf[:offset], value, *leaf[offset + 1 :])
         changed = MinTree.__new__(MinTree)
         changed._leaves = (*leaves[:number], leaf, *leaves[number + 1 :])
-        changed._minima = (*minima[:number], min(leaf), *minima[number + 1 :])
+        lowest = value if value <= minima[number] else min(leaf)
+        changed._minima = (*minima[:number], lowest, *minima[number + 1 :])
         changed.minimum = min(changed._minima)
         return changed
 

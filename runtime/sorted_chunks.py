@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar
 
 T = TypeVar("T", bound=tuple[Any, ...])
 
-_MOST = 256  # in a chunk; it is then cut in two
+_MOST = 128  # in a chunk; it is then cut in two
 _first = itemgetter(0)
 
 
@@ -54,7 +54,7 @@ class SortedChunks(Generic[T]):
         index = max(bisect_right(self._chunks, item, key=_first) - 1, 0)
         chunk = self._chunks[index]
         place = bisect_right(chunk, item)
-        chunk = (*chunk[:place], item, *chunk[place:])
+        chunk = chunk[:place] + (item,) + chunk[place:]  # noqa: RUF005 (quicker)
         middle = len(chunk) // 2
         cut = (chunk[:middle], chunk[middle:]) if len(chunk) > _MOST else (chunk,)
         return self._with(index, index + 1, cut, 1)

@@ -193,4 +193,4 @@ def differ(one: Backlog, other: Backlog) -> bool:
 
 
 def _is_same(held: Request, taken: Request) -> bool:
-    return held.key == taken.key and held.epoch == taken.epoch
+    return held is taken or (held.key == taken.key and held.epoch == taken.epoch)

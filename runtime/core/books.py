@@ -66,7 +66,9 @@ class Books:
 
         Items after the last one are dropped: a choice may end outside its engine.
         """
-        if isinstance(item, Forked):
+        if type(item) is TokenEvent and item.finish_reason is None:
+            self._pass_tokens(item, error)
+        elif isinstance(item, Forked):
             self._fork(item)
         elif self.register.is_open(item.key):
             item = self._with_reason(item)
@@ -76,6 +78,15 @@ class Books:
                 self.recovery.note(item)
             if ends(item):
                 self._close(item, terminal=terminal)
+
+    def _pass_tokens(self, event: TokenEvent, error: Exception | None) -> None:
+        """Deliver tokens that are not the last of their choice: nearly all that is delivered."""
+        entry = self.register.entries.get(event.request_id)
+        if entry is not None and event.choice in entry.choices:
+            self.ledger.record_tokens(event)
+            self._turn.effects.append(Deliver(event, error))
+            if self.recovery.is_under_way:
+                self.recovery.note(event)
 
     def finish(self, item: Item, reason: FinishReason) -> None:
         """Give a choice its last event, unless it has had it."""

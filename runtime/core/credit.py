@@ -3,7 +3,7 @@
 import math
 
 from sagellm.runtime.messages import Item, Prefilled, Request
-from sagellm.runtime.min_tree import MinTree
+from sagellm.runtime.min_tree import MutableMinTree
 from sagellm.runtime.operator import Credit
 
 Gate = tuple[str, int]  # a service operator and its replica
@@ -75,7 +75,7 @@ class Gates:
 
     def __init__(self) -> None:
         self._accounts: dict[Gate, _Account] = {}
-        self._rooms: dict[str, MinTree] = {}  # by operator: -room of each replica
+        self._rooms: dict[str, MutableMinTree] = {}  # by operator: -room of each replica
         self._holders: dict[str, dict[tuple[Gate, int], None]] = {}  # by request: gate, choice
         self.closed: set[Gate] = set()
         self.blocked: frozenset[str] = frozenset()
@@ -83,6 +83,7 @@ class Gates:
 
     def open(self, gate: Gate, capacity: Credit, block_size: int = 1) -> None:
         self._accounts[gate] = _Account(capacity, block_size)
+        self._rooms.setdefault(gate[0], MutableMinTree())
         self._note_room(gate)
 
     def close(self, gate: Gate) -> None:
@@ -105,6 +106,10 @@ class Gates:
         if math.isinf(room):
             return room > 0
         return room >= cost_of(item, self._accounts[node, 0].block_size).blocks
+
+    def is_full(self, node: str) -> bool:
+        """Whether no replica of `node` may take any request."""
+        return self._rooms[node].minimum == math.inf
 
     def take(self, gate: Gate, item: Item) -> bool:
         """Spend the item's cost if there is credit; an item larger than all passes alone.
@@ -169,8 +174,5 @@ class Gates:
             del self._holders[key[0]]
 
     def _note_room(self, gate: Gate) -> None:
-        node, replica = gate
         lack = math.inf if gate in self.closed else -self._accounts[gate].room
-        rooms = self._rooms.get(node) or MinTree()
-        if rooms[replica] != lack:
-            self._rooms[node] = rooms.with_value(replica, lack)
+        self._rooms[gate[0]][gate[1]] = lack

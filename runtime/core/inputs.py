@@ -101,8 +101,9 @@ class Inputs:
             fault = error if isinstance(error, OperatorFault) else OperatorFault(node, error)
             self._end_by_fault(node, happened, fault)
             return None
-        self.apply(outcomes)
-        if isinstance(happened, Wake) and (lost := self._region.lost(node)) is not None:
+        if outcomes:
+            self.apply(outcomes)
+        if type(happened) is Wake and (lost := self._region.lost(node)) is not None:
             self._end_by_fault(node, happened, OperatorFault(node, lost))
         return None
 

@@ -98,13 +98,23 @@ class Passage:
             Report: self._report,
         }
 
-    def meet(self, cell: Cell, happened: Input, now: float) -> None:
-        """Run an input, and answer the offers that it led to before the next input."""
+    def meet(self, cell: Cell, happened: Input, now: float) -> bool:
+        """Run an input, and answer the offers that it led to before the next input; False where
+        it has changed nothing but the state of the operator.
+        """
         outputs = self._ask(cell, cell.on, happened, now)
         if type(happened) is Arrival:
             self._arrived(cell, happened.item, outputs, now)
         elif outputs:
             self._answer(cell, outputs, now, self._send_apart)
+        else:
+            return False
+        if self._journal.accepted:
+            self._settle(now)
+        return True
+
+    def _settle(self, now: float) -> None:
+        """Answer the offers that were accepted."""
         accepted = self._journal.accepted
         while accepted:
             offering, item = accepted.popleft()
@@ -119,9 +129,13 @@ class Passage:
         target, inlet, cell, tally = found
         journal = self._journal
         journal.counts.append((tally, 1))
-        journal.left(node, item)
+        if journal.moves or journal.held.get(node):
+            journal.left(node, item)
         if cell is not None:
-            self.meet(cell, Arrival(item, inlet), now)
+            outputs = self._ask(cell, cell.on, Arrival(item, inlet), now)
+            self._arrived(cell, item, outputs, now)
+            if journal.accepted:
+                self._settle(now)
         elif target == SINK:
             journal.outcomes.append(Reached(item))
         else:
@@ -223,17 +237,23 @@ class Passage:
         """An item that an operator downstream fails on is taken, and ends as failed: it would
         else stay at the head of its queue, and fail every request that comes after it.
         """
-        find, states, may_take = self.ways.find, self.ways.states, self._gates.may_take
+        find, states, gates = self.ways.find, self.ways.states, self._gates
+        mark, full = self._journal.mark(), ""  # an operator that has no room for any request
         for item in output.items:
             way = find(item, states)
-            if not (may_take(way, item) if way else self._may_enter(cell.name, item)):
+            if way is None:
+                if not self._may_enter(cell.name, item):
+                    continue
+            elif way == full:
                 continue
-            mark, sent = self._journal.mark(), _dispatched(item, now)
+            elif not gates.may_take(way, item):
+                full = way if gates.is_full(way) else full
+                continue
             try:
-                self.pass_on(cell.name, sent, output.outlet, now)
+                self.pass_on(cell.name, _dispatched(item, now), output.outlet, now)
             except NoCredit as error:
                 self._journal.roll_back(mark)
-                self.ways.remember(item, error.node)
+                self.ways.remember(item, error.node, states)
                 continue
             except OperatorFault as fault:
                 self._journal.roll_back(mark)

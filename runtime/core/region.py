@@ -86,10 +86,13 @@ class Region:
     def feed(self, node: str, happened: Input, now: float) -> list[Outcome]:
         """All outcomes of an input. Raises NoCredit and OperatorFault; then nothing has changed."""
         try:
-            self._passage.meet(self.cells[node], happened, now)
+            has_led_on = self._passage.meet(self.cells[node], happened, now)
         except BaseException as error:
             self._undo(error)
             raise
+        if not has_led_on:
+            self._journal.cells.clear()
+            return self._journal.outcomes  # none
         return self._journal.commit()
 
     def send(self, source: str, item: Item, outlet: str, now: float) -> list[Outcome]:

@@ -1,7 +1,6 @@
 """Which way offered items go: learned as they are refused, so that nothing is tried in vain."""
 
 from collections.abc import Mapping
-from operator import is_
 from typing import Any, NamedTuple
 
 from sagellm.graphs.ir import Graph
@@ -28,18 +27,19 @@ class Ways:
         self._states: tuple[Any, ...] = tuple(cell.state for cell in self._branching)
         self._ways: dict[str, dict[int, _Way]] = {}
 
-    def remember(self, item: Item, node: str) -> None:
-        """A service operator has refused an item."""
+    def remember(self, item: Item, node: str, states: tuple[Any, ...]) -> None:
+        """A service operator has refused an item; `states` were those of that moment."""
         if isinstance(item, Request):
-            way = _Way(node, item, self.states)
+            way = _Way(node, item, states)
             self._ways.setdefault(item.request_id, {})[item.choice] = way
 
     @property
     def states(self) -> tuple[Any, ...]:
         """What ways depend on now: the same object for as long as none of it changes."""
-        states = tuple([cell.state for cell in self._branching])
-        if not all(map(is_, states, self._states)):
-            self._states = states
+        for cell, state in zip(self._branching, self._states, strict=True):
+            if cell.state is not state:
+                self._states = tuple([cell.state for cell in self._branching])
+                break
         return self._states
 
     def find(self, item: Item, states: tuple[Any, ...]) -> str | None:
