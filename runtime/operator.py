@@ -169,25 +169,19 @@ class Draw:
     while that input is answered, and not later.
     """
 
-    __slots__ = ("_count", "_node", "_number", "_seed")
+    __slots__ = ("_node", "_seed", "count", "number")
 
     def __init__(self, seed: int, node: str, number: int) -> None:
         self._seed = seed
         self._node = node
-        self._number = number
-        self._count = 0
-
-    def begin(self, number: int) -> "Draw":
-        """Draw for another input."""
-        self._number = number
-        self._count = 0
-        return self
+        self.number = number
+        self.count = 0  # of what was drawn for this input
 
     def random(self) -> float:
         """Uniform in [0, 1)."""
-        self._count += 1
-        salt = self._count.to_bytes(8, "little")
-        key = f"{self._seed}/{self._node}/{self._number}".encode()
+        self.count += 1
+        salt = self.count.to_bytes(8, "little")
+        key = f"{self._seed}/{self._node}/{self.number}".encode()
         digest = hashlib.blake2b(key, digest_size=8, salt=salt).digest()
         return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 

@@ -72,7 +72,9 @@ class Queue(msgspec.Struct, frozen=True):
 
     def without_taken(self, taken: Request, now: float) -> "Queue":
         """Without the candidate that was taken; nothing counts as declined any more."""
-        entry = next(one for one in self.choices[taken.request_id] if _is_same(one[3], taken))
+        entry, *others = self.choices[taken.request_id]
+        if others:
+            entry = next(one for one in (entry, *others) if _is_same(one[3], taken))
         return self._without(entry, now, (), was_served=max(self.told_s, now) > self.busy_since_s)
 
     def without_signalled(self, signal: Signal, now: float) -> tuple["Queue", tuple[Request, ...]]:

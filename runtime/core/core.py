@@ -114,8 +114,8 @@ class Core:
         self._inputs.settle()
         if self.recovery.is_under_way:
             self._returns.try_next()
-        times_changed = self.region.wakes_changed or self.register.expiries_changed
-        if times_changed or type(event) in _MOVES_TIME:
+        has_moved = self.region.wakes_changed or self.register.expiries_changed
+        if has_moved or type(event) in _MOVES_TIME:
             self._tell_time()
         return turn.effects
 

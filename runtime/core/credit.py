@@ -21,6 +21,18 @@ def cost_of(item: Item, block_size: int) -> Credit:
     return Credit(1, num_known - request.num_cached_tokens, num_known // block_size + 1)
 
 
+class NoCredit(Exception):
+    """An item found no credit at the service operator `node`: the transaction is undone.
+
+    `replica`: at the one where the item was placed; None: at no replica.
+    """
+
+    def __init__(self, node: str, replica: int | None) -> None:
+        super().__init__(node, replica)
+        self.node = node
+        self.replica = replica
+
+
 class _Account:
     """The credit of one replica, and what each choice has spent of it."""
 

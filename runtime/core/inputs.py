@@ -5,12 +5,12 @@ from collections import deque
 from msgspec.structs import replace
 
 from sagellm.runtime.core.books import Books, reason_of
+from sagellm.runtime.core.credit import NoCredit
 from sagellm.runtime.core.effects import Faulted, Send
 from sagellm.runtime.core.faults import OperatorFault
 from sagellm.runtime.core.journal import Outcome, Reached, Upstream
 from sagellm.runtime.core.meter import Meter
 from sagellm.runtime.core.parking import ParkedInput, Parking
-from sagellm.runtime.core.passage import NoCredit
 from sagellm.runtime.core.region import Region
 from sagellm.runtime.core.turn import Turn
 from sagellm.runtime.feedback import KINDS, Feedback, QueueChanged, Topology

@@ -114,7 +114,8 @@ class Journal:
             for tally, number in self.counts:
                 tally.count += number
             self.counts.clear()
-            self._taken.clear()
+            if self._taken:
+                self._taken.clear()
         if self.moves:
             for node, item, is_in in self.moves:
                 (self.holdings.take if is_in else self.holdings.send)(node, item)

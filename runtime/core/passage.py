@@ -14,12 +14,12 @@ from sagellm.runtime.core.answers import (
     unknown_outlet,
     unknown_output,
 )
-from sagellm.runtime.core.credit import Gates
+from sagellm.runtime.core.credit import Gates, NoCredit
 from sagellm.runtime.core.faults import OperatorFault
 from sagellm.runtime.core.journal import Cell, Journal, Reached, Upstream
 from sagellm.runtime.core.meter import Meter, Tally
-from sagellm.runtime.core.ways import Ways
-from sagellm.runtime.messages import Item, Prefilled, Request
+from sagellm.runtime.core.ways import Ways, replica_for
+from sagellm.runtime.messages import Item, Request
 from sagellm.runtime.operator import (
     Announce,
     Arrival,
@@ -40,18 +40,6 @@ from sagellm.runtime.user_function import failing
 
 _SENDING = frozenset({EmitFirst, Wait, Terminate})  # an item is not kept
 Sending: TypeAlias = Callable[[str, Item, str, float], None]
-
-
-class NoCredit(Exception):
-    """An item found no credit at the service operator `node`: the transaction is undone.
-
-    `replica`: at the one where the item was placed; None: at no replica.
-    """
-
-    def __init__(self, node: str, replica: int | None) -> None:
-        super().__init__(node, replica)
-        self.node = node
-        self.replica = replica
 
 
 class Passage:
@@ -85,8 +73,7 @@ class Passage:
             for edge in graph.edges
             if not edge.feedback
         }
-        self.ways = Ways(graph, cells)
-        self._entrances = {name: _entrances(graph, cells, name) for name in cells}
+        self.ways = Ways(graph, cells, gates)
         self._outputs: dict[type, Callable[[Cell, Any, float, Sending], None]] = {
             Emit: self._emit,
             EmitAll: self._emit_all,
@@ -173,11 +160,12 @@ class Passage:
         self, cell: Cell, method: Callable[..., Any], given: Any, now: float
     ) -> tuple[Output, ...]:
         """What an operator puts out; its new state is the cell's from now on."""
-        before, number, clock = cell.state, cell.num_inputs, self._clock
+        before, number, draw, clock = cell.state, cell.num_inputs, cell.draw, self._clock
         self._journal.cells.append((cell, before, number, cell.wake_at))
         begun_s = clock()
         try:
-            step = method(before, given, now, cell.draw.begin(number))
+            draw.number, draw.count = number, 0
+            step = method(before, given, now, draw)
             is_plain = type(step) is Step and step.wake_at is None
             if not (is_plain and step.outputs and type(step.outputs) is tuple):
                 check_step(cell.operator, given, step, before)
@@ -237,33 +225,19 @@ class Passage:
         """An item that an operator downstream fails on is taken, and ends as failed: it would
         else stay at the head of its queue, and fail every request that comes after it.
         """
-        find, states, gates = self.ways.find, self.ways.states, self._gates
-        mark, full = self._journal.mark(), ""  # an operator that has no room for any request
-        for item in output.items:
-            way = find(item, states)
-            if way is None:
-                if not self._may_enter(cell.name, item):
-                    continue
-            elif way == full:
-                continue
-            elif not gates.may_take(way, item):
-                full = way if gates.is_full(way) else full
-                continue
+        mark = self._journal.mark()
+        for item in self.ways.worth_trying(cell.name, output.items):
             try:
                 self.pass_on(cell.name, _dispatched(item, now), output.outlet, now)
             except NoCredit as error:
                 self._journal.roll_back(mark)
-                self.ways.remember(item, error.node, states)
+                self.ways.remember(item, error.node)
                 continue
             except OperatorFault as fault:
                 self._journal.roll_back(mark)
                 self._end(item, fault, now)
             self._journal.accepted.append((cell, item))
             return
-
-    def _may_enter(self, node: str, item: Item) -> bool:
-        """Whether a service operator that an item of `node` may go to might take it."""
-        return any(self._gates.may_take(entrance, item) for entrance in self._entrances[node])
 
     def _terminate(self, cell: Cell, output: Terminate, now: float, send: Sending) -> None:
         check_end(cell.operator, output)
@@ -305,16 +279,6 @@ class Passage:
         return unknown_outlet(cell.operator if cell else None, outlet, known)
 
 
-def replica_for(item: Item, node: str, num_replicas: int) -> int:
-    """The replica that the router placed an item on; the only one where there is one."""
-    if num_replicas == 1:
-        return 0
-    request = item.request if isinstance(item, Prefilled) else item
-    if isinstance(request, Request) and node in request.placement:
-        return request.placement[node]
-    raise LookupError(f"{node} has {num_replicas} replicas and no route chose one")
-
-
 def _next(cell: Cell, choices: Iterator[tuple[Item, Any]]) -> tuple[Item, Any] | None:
     """Made by the operator as it is wanted: its errors are its faults."""
     try:
@@ -329,18 +293,3 @@ def _dispatched(item: Item, now: float) -> Item:
     if not isinstance(item, Request):
         return item
     return replace(item, stamps=replace(item.stamps, dispatched_s=now))
-
-
-def _entrances(graph: Graph, cells: Mapping[str, Cell], start: str) -> tuple[str, ...]:
-    """The service operators, and the sink, that items of `start` reach through logic operators."""
-    found: dict[str, None] = {}
-    level = [start]
-    for node in level:
-        for edge in graph.outputs(node):
-            if edge.feedback or edge.target in level:
-                continue
-            if edge.target in cells:
-                level.append(edge.target)
-            else:
-                found[edge.target] = None
-    return tuple(found)

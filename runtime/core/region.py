@@ -6,10 +6,10 @@ from typing import Any
 
 from sagellm.graphs.ir import Graph
 from sagellm.runtime.core.answers import state_was_lost
-from sagellm.runtime.core.credit import Gates
+from sagellm.runtime.core.credit import Gates, NoCredit
 from sagellm.runtime.core.journal import START, Cell, Journal, Outcome
 from sagellm.runtime.core.meter import Meter
-from sagellm.runtime.core.passage import NoCredit, Passage
+from sagellm.runtime.core.passage import Passage
 from sagellm.runtime.messages import Item
 from sagellm.runtime.operator import Input, Logic
 from sagellm.runtime.user_code import WrongResult
