@@ -1,6 +1,7 @@
 """What sampling parameters may be: one table, for whoever takes them from outside."""
 
 from collections.abc import Iterable
+from operator import attrgetter
 
 from sagellm.runtime.messages import Sampling
 
@@ -31,13 +32,13 @@ _CHECKS = tuple(
     (name, low, high, (int,) if name in _WHOLE else (int, float))
     for name, (low, high) in RANGES.items()
 )
+_values = attrgetter(*RANGES)
 _BIAS = 100.0  # as in the OpenAI API
 
 
 def fault_of(sampling: Sampling) -> str | None:
     """What is wrong with the parameters, the model aside: name, value and range; or None."""
-    for name, low, high, kinds in _CHECKS:
-        value = getattr(sampling, name)
+    for (name, low, high, kinds), value in zip(_CHECKS, _values(sampling), strict=True):
         if value is None:
             continue
         if value is True or value is False or not isinstance(value, kinds):
