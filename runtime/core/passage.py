@@ -273,10 +273,12 @@ class Passage:
         if not self._journal.take(node, replica, item):
             raise NoCredit(node, replica)
 
-    def _unknown_outlet(self, node: str, outlet: str) -> WrongResult:
+    def _unknown_outlet(self, node: str, outlet: str) -> Exception:
         known = [edge[1] for edge in self._edges if edge[0] == node]
         cell = self._cells.get(node)
-        return unknown_outlet(cell.operator if cell else None, outlet, known)
+        if cell is None:
+            return unknown_outlet(None, outlet, known)
+        return OperatorFault(node, unknown_outlet(cell.operator, outlet, known))
 
 
 def _next(cell: Cell, choices: Iterator[tuple[Item, Any]]) -> tuple[Item, Any] | None:
