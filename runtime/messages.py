@@ -47,6 +47,8 @@ _SAMPLING_OTHERS: tuple[tuple[str, type | tuple[type, ...], str], ...] = (
     ("skip_special_tokens", bool, "True or False"),
     ("include_stop_str_in_output", bool, "True or False"),
 )
+_RIGHT_KINDS: set[tuple[type, ...]] = set()  # types of all values, as were right before
+_MOST_KINDS = 256
 
 
 class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -83,6 +85,13 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     def __post_init__(self) -> None:
         """Raises TypeError for a value of a wrong type. Ranges are checked by `fault_of`."""
+        kinds = tuple(map(type, msgspec.structs.astuple(self)))
+        if kinds not in _RIGHT_KINDS:
+            self._check_types()
+            if len(_RIGHT_KINDS) < _MOST_KINDS:
+                _RIGHT_KINDS.add(kinds)
+
+    def _check_types(self) -> None:
         for name, kinds, wanted in _SAMPLING_NUMBERS:
             value = getattr(self, name)
             if not isinstance(value, kinds) or (value is True or value is False):

@@ -114,8 +114,8 @@ class Core:
         self._inputs.settle()
         if self.recovery.is_under_way:
             self._returns.try_next()
-        times_changed = self.region.wakes_changed or self.register.expiries_changed
-        if times_changed or type(event) in _MOVES_TIME:
+        has_moved = self.region.wakes_changed or self.register.expiries_changed
+        if has_moved or type(event) in _MOVES_TIME:
             self._tell_time()
         return turn.effects
 
@@ -138,6 +138,7 @@ class Core:
 
     def _arrive(self, arrived: Arrived) -> None:
         self.books.open(arrived.requests)
+        self._inputs.settle()
         for request in arrived.requests:
             if self.recovery.is_blocked(request):
                 self.books.end(quarantined(request, self._turn.now), None)
@@ -168,11 +169,11 @@ class Core:
         if not self.gates.give((node, replica), key):
             return
         self.meter.services[node, replica].held.leave()
-        self.books.let_go(key)
         num_left = self.gates.num_left((node, replica))
         self._inputs.report(
             CreditChanged(node=node, replica=replica, num_left=num_left, request_id=key[0])
         )
+        self.books.let_go(key)
         self._flow.retry(node, replica)
 
     def _transfer(self, transferred: Transferred) -> None:

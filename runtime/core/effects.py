@@ -10,10 +10,10 @@ from sagellm.runtime.operator import Signal
 
 
 class _Effect(msgspec.Struct, frozen=True, array_like=True):
-    """Tagged, and an array on the wire."""
+    """`gc=False`, where it can be part of no cycle: it costs less. Tagged, an array on the wire."""
 
 
-class Send(_Effect, frozen=True, tag="send"):
+class Send(_Effect, frozen=True, gc=False, tag="send"):
     """Hand an item to a replica of a service operator; its credit is spent."""
 
     node: str

@@ -283,7 +283,7 @@ class TasksExecutor:
             self._record(now, event, effects)
         for effect in effects:
             self._do[type(effect)](effect)
-        if self.core.is_at_rest:
+        if self._at_rest and self.core.is_at_rest:
             self._at_rest.unpark_all()
 
     def _hand_over(self, effect: Deliver) -> None:

@@ -9,10 +9,9 @@ import pytest
 
 from sagellm.graphs.ir import SINK, SOURCE, Edge, Graph, Node
 from sagellm.runtime.backlog import Backlog
-from sagellm.runtime.core.credit import Gates
+from sagellm.runtime.core.credit import Gates, NoCredit
 from sagellm.runtime.core.effects import Send
 from sagellm.runtime.core.journal import Reached, Upstream
-from sagellm.runtime.core.passage import NoCredit
 from sagellm.runtime.core.region import Region
 from sagellm.runtime.feedback import CreditChanged, QueueChanged
 from sagellm.runtime.messages import Request, Stamps, TokenEvent
