@@ -12,7 +12,7 @@ import msgspec
 
 from sagellm.graphs.vocabulary import REQUEST, OpSpec, Port
 from sagellm.operators.routing import Strategy, find_strategy
-from sagellm.operators.routing.view import Candidates, Pool, PoolView, Replica, View
+from sagellm.operators.routing.view import Candidates, Pool, PoolView, Replica, View, bits
 from sagellm.runtime.feedback import CreditChanged, HealthChanged, LoadReported, Topology
 from sagellm.runtime.messages import Request
 from sagellm.runtime.operator import (
@@ -68,6 +68,8 @@ class Route:
             case Arrival(item=Request() as request):
                 if self.entry is not None and not state.pools[self.entry.name].free:
                     return Step(state, (Wait(self.entry.entries[0]),))
+                if request.avoid:
+                    return self._place_elsewhere(state, request)
                 return Step(state, (EmitFirst(self._placements(state, request, now, draw)),))
             case Signal(kind="forget", request_id=request_id):
                 return Step(state.forget(request_id))
@@ -102,6 +104,21 @@ class Route:
         for pool, order in others.items():
             for number in order if pool.entries else ():
                 yield _placed(view, request, {**best, pool: number})
+
+    def _place_elsewhere(self, view: View, request: Request) -> Step[View]:
+        """Place a request that engines failed on: on another replica, by load, whatever the
+        strategy. It waits for one that has room; only where no other is up does it go back.
+        """
+        chosen: dict[Pool, int] = {}
+        for pool in self.pools:
+            known = view.pools[pool.name]
+            avoided = sum(1 << number for name, number in request.avoid if name == pool.name)
+            if pool.entries and known.up & ~avoided and not known.free & ~avoided:
+                return Step(view, (Wait(pool.entries[0]),))
+            usable = known.free & ~avoided or known.up & ~avoided or known.candidates
+            load = Candidates(known, request, view.num_routed).load
+            chosen[pool] = min(bits(usable), key=load)
+        return Step(view, (EmitFirst((_placed(view, request, chosen),)),))
 
     def _order(self, pool: Pool, candidates: Candidates, returned: Any) -> Iterator[int]:
         """The candidates as the strategy returned them, one or several; then those that it left

@@ -18,8 +18,10 @@ CODES: dict[str, str] = {
     "unavailable": "no engine is there that could serve it",
     "request_quarantined": "engines died of it, or of its like",
     "operator_failed": "an operator, or a function that it calls, raised",
+    "engine_failed": "engines, or the links between them, failed while they computed it",
 }
 OPERATOR_FAILED = "operator_failed"
+ENGINE_FAILED = "engine_failed"
 SERVED: frozenset[str] = frozenset({"stop", "length"})  # the reasons that mean an answer
 
 PRIORITIES = {"critical": 0, "high": 1, "normal": 2, "low": 3, "background": 4}
@@ -129,6 +131,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, tag="request"):
     expires_s: float | None = None  # clock time after which nobody wants the answer
     cost_budget: float | None = None
     placement: dict[str, int] = {}  # node name -> replica, as route chose
+    avoid: tuple[tuple[str, int], ...] = ()  # engines and replicas that have failed on it
     num_cached_tokens: int = 0  # of the prompt, as far as the router knows
     emitted_token_ids: tuple[int, ...] = ()  # not empty: the request resumes
     stamps: Stamps = Stamps()

@@ -71,6 +71,15 @@ class Faulted(_Effect, frozen=True, tag="faulted"):
     request_id: str
 
 
+class FailedOn(_Effect, frozen=True, tag="failed_on"):
+    """Log that the engine of a replica failed on a request, and why."""
+
+    engine: str
+    replica: int
+    request_id: str
+    error: str
+
+
 class Ejected(_Effect, frozen=True, tag="ejected"):
     """Log that a replica gets no new requests for some time; 0 seconds: that it gets them again."""
 
@@ -80,5 +89,5 @@ class Ejected(_Effect, frozen=True, tag="ejected"):
 
 
 Effect: TypeAlias = (
-    Send | Deliver | Interrupt | Discard | Parked | Resumed | WakeAt | Faulted | Ejected
+    Send | Deliver | Interrupt | Discard | Parked | Resumed | WakeAt | Faulted | FailedOn | Ejected
 )

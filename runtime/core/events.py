@@ -95,6 +95,17 @@ class Returned(_Event, frozen=True, tag="returned"):
     was_computed: bool
 
 
+class EngineFailed(_Event, frozen=True, tag="engine_failed"):
+    """The engine of a replica failed while it computed a request, and has let go of it. `last`: the
+    event that ends the request, unless another replica takes it.
+    """
+
+    node: str
+    replica: int
+    request: Request
+    last: TokenEvent
+
+
 class Transferred(_Event, frozen=True, tag="transferred"):
     """KV blocks were transferred between replicas of two engines, or were damaged on the way."""
 
@@ -154,6 +165,7 @@ Event: TypeAlias = (
     | Failed
     | Finished
     | Returned
+    | EngineFailed
     | Transferred
     | Reported
     | Signalled

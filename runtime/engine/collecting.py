@@ -14,7 +14,7 @@ from sagellm.runtime.engine.speculation.speculation import Speculation
 from sagellm.runtime.engine.speculation.verifying import verified
 from sagellm.runtime.kv.exchange import Exchange
 from sagellm.runtime.kv.lease import Fence, Lease, LeaseEvent
-from sagellm.runtime.messages import FinishReason, LeaseRef, TokenLogprob
+from sagellm.runtime.messages import ENGINE_FAILED, FinishReason, LeaseRef, TokenLogprob
 
 _BROKEN = "its logits are not finite; the weights or their dtype are wrong"
 _LEASE_EVENT: dict[FinishReason, LeaseEvent] = {
@@ -89,6 +89,7 @@ class Collector:
                 prompt_logprobs=sequence.give_scores() if reason == "stop" else (),
                 finish_reason=reason,
                 error=error if reason == "failed" else None,
+                code=ENGINE_FAILED if reason == "failed" else "",
             )
         )
         sequence.mailbox.flush()

@@ -175,6 +175,7 @@ class Sequence:
         finish_reason: FinishReason | None = None,
         stop_reason: str | int | None = None,
         error: str | None = None,
+        code: str = "",
     ) -> TokenEvent:
         """An event of this sequence, with its stamps so far."""
         return TokenEvent(
@@ -189,6 +190,7 @@ class Sequence:
             finish_reason=finish_reason,
             stop_reason=stop_reason,
             error=error,
+            code=code,
             num_prompt_tokens=self.num_prompt,
             num_cached_tokens=self.num_cached or 0,
             num_preemptions=self.num_preemptions,
