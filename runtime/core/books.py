@@ -89,13 +89,10 @@ class Books:
             if self.recovery.is_under_way:
                 self.recovery.note(event)
 
-    def finish(self, item: Item, reason: FinishReason) -> None:
-        """Give a choice its last event, unless it has had it."""
+    def finish(self, item: Item, reason: FinishReason | None = None) -> None:
+        """Give a choice its last event, unless it has had it. None: as it was signalled."""
+        reason = reason or reason_of(self.register.tombstone(item.request_id))
         self.to_sink(ending(item, reason, now=self._turn.now), terminal=True)
-
-    def finish_signalled(self, item: Item) -> None:
-        """Give a choice that was signalled its last event."""
-        self.finish(item, reason_of(self.register.tombstone(item.request_id)))
 
     def fail(self, fault: OperatorFault, item: Item, *, is_logged: bool = False) -> None:
         """End a choice as failed by an operator, and log why, if that is not logged yet."""

@@ -173,7 +173,7 @@ class Core:
         if not self.gates.give((node, replica), key):
             return
         self.meter.services[node, replica].held.leave()
-        num_left = self.gates.num_left((node, replica))
+        num_left = self.gates.accounts[(node, replica)].requests
         self._inputs.report(
             CreditChanged(node=node, replica=replica, num_left=num_left, request_id=key[0])
         )

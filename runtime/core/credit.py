@@ -33,7 +33,7 @@ class NoCredit(Exception):
         self.replica = replica
 
 
-class _Account:
+class Account:
     """The credit of one replica, and what each choice has spent of it."""
 
     __slots__ = ("block_size", "blocks", "capacity", "requests", "spent", "tokens")
@@ -86,7 +86,7 @@ class Gates:
     """
 
     def __init__(self) -> None:
-        self._accounts: dict[Gate, _Account] = {}
+        self.accounts: dict[Gate, Account] = {}
         self._rooms: dict[str, MutableMinTree] = {}  # by operator: -room of each replica
         self._holders: dict[str, dict[tuple[Gate, int], None]] = {}  # by request: gate, choice
         self.closed: set[Gate] = set()
@@ -94,7 +94,7 @@ class Gates:
         self.removed: set[Gate] = set()
 
     def open(self, gate: Gate, capacity: Credit, block_size: int = 1) -> None:
-        self._accounts[gate] = _Account(capacity, block_size)
+        self.accounts[gate] = Account(capacity, block_size)
         self._rooms.setdefault(gate[0], MutableMinTree())
         self._note_room(gate)
 
@@ -117,7 +117,7 @@ class Gates:
         room = -rooms.minimum
         if math.isinf(room):
             return room > 0
-        return room >= cost_of(item, self._accounts[node, 0].block_size).blocks
+        return room >= cost_of(item, self.accounts[node, 0].block_size).blocks
 
     def is_full(self, node: str) -> bool:
         """Whether no replica of `node` may take any request."""
@@ -131,7 +131,7 @@ class Gates:
         """
         if (self.closed or self.blocked) and self._is_closed_to(gate, item):
             return False
-        account, key = self._accounts[gate], item.key
+        account, key = self.accounts[gate], item.key
         if not account.take(key, cost_of(item, account.block_size)):
             return False
         self._holders.setdefault(key[0], {})[gate, key[1]] = None
@@ -140,7 +140,7 @@ class Gates:
 
     def give(self, gate: Gate, key: Key) -> bool:
         """Return what the last item of `key` spent; False where it had spent nothing."""
-        account = self._accounts[gate]
+        account = self.accounts[gate]
         if key not in account.spent:
             return False
         account.give(key)
@@ -160,20 +160,6 @@ class Gates:
         """Whether any gate holds something of a request."""
         return request_id in self._holders
 
-    def keys(self, gate: Gate) -> tuple[Key, ...]:
-        """The choices of which a gate has something."""
-        return tuple(self._accounts[gate].spent)
-
-    def num_taken(self, gate: Gate) -> int:
-        return len(self._accounts[gate].spent)
-
-    def num_left(self, gate: Gate) -> float:
-        """How many requests may be sent to a replica, its blocks apart."""
-        return self._accounts[gate].requests
-
-    def capacity(self, gate: Gate) -> Credit:
-        return self._accounts[gate].capacity
-
     def _is_closed_to(self, gate: Gate, item: Item) -> bool:
         if gate[0] in self.blocked and gate not in self.removed:
             return True
@@ -186,5 +172,5 @@ class Gates:
             del self._holders[key[0]]
 
     def _note_room(self, gate: Gate) -> None:
-        lack = math.inf if gate in self.closed else -self._accounts[gate].room
+        lack = math.inf if gate in self.closed else -self.accounts[gate].room
         self._rooms[gate[0]][gate[1]] = lack

@@ -13,6 +13,7 @@ from sagellm.runtime.core.meter import LogicMeter, Tally
 from sagellm.runtime.feedback import Feedback
 from sagellm.runtime.messages import Forked, Item
 from sagellm.runtime.operator import Draw, Logic
+from sagellm.runtime.user_function import failing
 
 
 @dataclass(slots=True)
@@ -87,6 +88,11 @@ class Journal:
         """A node sends an item: an operator holds its choice no more."""
         if self.moves or self.held.get(node):
             self.moves.append((node, item, False))
+
+    def end(self, item: Item, fault: OperatorFault, now: float) -> None:
+        """End the choice of an item that an operator failed on."""
+        event = failing(item, fault.public, now=now)
+        self.outcomes.append(Reached(event, terminal=True, fault=fault))
 
     def mark(self) -> Mark:
         """How far the transaction is, for `roll_back`."""

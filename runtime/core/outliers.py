@@ -63,7 +63,7 @@ class Outliers:
         """A transfer between them did; either may be to blame, unless one of them is lost."""
         if self._presence.is_lost(sender) or self._presence.is_lost(receiver):
             return
-        ends = self._record(receiver), self._record(sender)
+        ends = [self._records.setdefault(one, _Record(one)) for one in (receiver, sender)]
         for record, peer in zip(ends, (sender, receiver), strict=True):
             record.peers.append(peer)
             del record.peers[:-_MOST_KEPT]
@@ -87,7 +87,7 @@ class Outliers:
         if self._presence.is_lost(replica):
             return
         self.suspects.add(replica)
-        record = self._record(replica)
+        record = self._records.setdefault(replica, _Record(replica))
         record.peers.append(replica)
         if record.until_s is None and len(record.peers) >= MOST_FAULTS:
             self._eject(record)
@@ -126,9 +126,6 @@ class Outliers:
         for record in self._records.values():
             if record.until_s is not None and record.until_s <= self._clock():
                 self._readmit(record)
-
-    def _record(self, replica: Replica) -> _Record:
-        return self._records.setdefault(replica, _Record(replica))
 
     def _absolve(self, culprit: Replica) -> None:
         """What failed with it was nobody else's fault."""

@@ -1,45 +1,36 @@
 """The passage of items through logic operators, inside one transaction."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias
-
-from msgspec.structs import replace
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from sagellm.graphs.ir import SINK, Graph
 from sagellm.runtime.core.answers import (
     ITEMS,
-    check_end,
-    check_item,
     check_step,
     unknown_outlet,
     unknown_output,
 )
 from sagellm.runtime.core.credit import Gates, NoCredit
 from sagellm.runtime.core.faults import OperatorFault
-from sagellm.runtime.core.journal import Cell, Journal, Reached, Upstream
+from sagellm.runtime.core.journal import Cell, Journal, Reached
 from sagellm.runtime.core.meter import Meter, Tally
+from sagellm.runtime.core.outputs import Outputs, Sending
 from sagellm.runtime.core.ways import Ways, replica_for
 from sagellm.runtime.messages import Item, Request
 from sagellm.runtime.operator import (
-    Announce,
     Arrival,
     Emit,
-    EmitAll,
     EmitFirst,
     Input,
-    Offer,
     Output,
-    Report,
     Step,
     Taken,
     Terminate,
     Wait,
 )
 from sagellm.runtime.user_code import LEAVING, WrongResult, as_error
-from sagellm.runtime.user_function import failing
 
 _SENDING = frozenset({EmitFirst, Wait, Terminate})  # an item is not kept
-Sending: TypeAlias = Callable[[str, Item, str, float], None]
 
 
 class Passage:
@@ -74,16 +65,7 @@ class Passage:
             if not edge.feedback
         }
         self.ways = Ways(graph, cells, gates)
-        self._outputs: dict[type, Callable[[Cell, Any, float, Sending], None]] = {
-            Emit: self._emit,
-            EmitAll: self._emit_all,
-            EmitFirst: self._emit_first,
-            Wait: self._wait,
-            Offer: self._offer,
-            Terminate: self._terminate,
-            Announce: self._announce,
-            Report: self._report,
-        }
+        self._put_out = Outputs(self, gates, journal, self.ways).by_type
 
     def meet(self, cell: Cell, happened: Input, now: float) -> bool:
         """Run an input, and answer the offers that it led to before the next input; False where
@@ -185,73 +167,12 @@ class Passage:
                 if type(output) is Emit and type(output.item) in ITEMS:
                     send(cell.name, output.item, output.outlet, now)
                     continue
-                put_out = self._outputs.get(type(output))
+                put_out = self._put_out.get(type(output))
                 if put_out is None:
                     raise unknown_output(cell.operator, output)
                 put_out(cell, output, now, send)
         except WrongResult as error:
             raise OperatorFault(cell.name, error) from None
-
-    def _emit(self, cell: Cell, output: Emit, now: float, send: Sending) -> None:
-        check_item(cell.operator, output.item)
-        send(cell.name, output.item, output.outlet, now)
-
-    def _emit_all(self, cell: Cell, output: EmitAll, now: float, send: Sending) -> None:
-        self.pass_all(cell.name, output.items, output.outlet, now)
-
-    def _emit_first(self, cell: Cell, output: EmitFirst, now: float, send: Sending) -> None:
-        """Raises the first NoCredit where no item finds any."""
-        refused: NoCredit | None = None
-        mark, choices = self._journal.mark(), iter(output.choices)
-        while (chosen := _next(cell, choices)) is not None:
-            item, state = chosen
-            try:
-                self.pass_on(cell.name, item, output.outlet, now)
-                cell.state = state
-                return
-            except NoCredit as error:
-                self._journal.roll_back(mark)
-                refused = refused or error
-                if not self._gates.may_take(error.node, item):
-                    break
-        if refused is None:
-            raise WrongResult("an EmitFirst has no item; give one at least")
-        raise NoCredit(refused.node, None)
-
-    def _wait(self, cell: Cell, output: Wait, now: float, send: Sending) -> None:
-        raise NoCredit(output.node, None)
-
-    def _offer(self, cell: Cell, output: Offer, now: float, send: Sending) -> None:
-        """An item that an operator downstream fails on is taken, and ends as failed: it would
-        else stay at the head of its queue, and fail every request that comes after it.
-        """
-        mark = self._journal.mark()
-        for item in self.ways.worth_trying(cell.name, output.items):
-            try:
-                self.pass_on(cell.name, _dispatched(item, now), output.outlet, now)
-            except NoCredit as error:
-                self._journal.roll_back(mark)
-                self.ways.remember(item, error.node)
-                continue
-            except OperatorFault as fault:
-                self._journal.roll_back(mark)
-                self._end(item, fault, now)
-            self._journal.accepted.append((cell, item))
-            return
-
-    def _terminate(self, cell: Cell, output: Terminate, now: float, send: Sending) -> None:
-        check_end(cell.operator, output)
-        self._journal.counts.append((cell.meter.ended, 1))
-        if output.event.finish_reason == "failed":
-            self._journal.counts.append((cell.meter.errors, 1))
-        fault = OperatorFault(cell.name, output.cause) if output.cause is not None else None
-        self._journal.outcomes.append(Reached(output.event, terminal=True, fault=fault))
-
-    def _announce(self, cell: Cell, output: Announce, now: float, send: Sending) -> None:
-        self._journal.outcomes.append(Reached(output.forked))
-
-    def _report(self, cell: Cell, output: Report, now: float, send: Sending) -> None:
-        self._journal.outcomes.append(Upstream(cell.name, output.feedback))
 
     def _send_apart(self, node: str, item: Item, outlet: str, now: float) -> None:
         """Send one of the items that were kept: if an operator downstream fails on it, it ends
@@ -262,11 +183,7 @@ class Passage:
             self.pass_on(node, item, outlet, now)
         except OperatorFault as fault:
             self._journal.roll_back(mark)
-            self._end(item, fault, now)
-
-    def _end(self, item: Item, fault: OperatorFault, now: float) -> None:
-        event = failing(item, fault.public, now=now)
-        self._journal.outcomes.append(Reached(event, terminal=True, fault=fault))
+            self._journal.end(item, fault, now)
 
     def _enter(self, node: str, item: Item) -> None:
         replica = replica_for(item, node, self._num_replicas[node])
@@ -279,19 +196,3 @@ class Passage:
         if cell is None:
             return unknown_outlet(None, outlet, known)
         return OperatorFault(node, unknown_outlet(cell.operator, outlet, known))
-
-
-def _next(cell: Cell, choices: Iterator[tuple[Item, Any]]) -> tuple[Item, Any] | None:
-    """Made by the operator as it is wanted: its errors are its faults."""
-    try:
-        return next(choices, None)
-    except (Exception, *LEAVING) as error:
-        cell.meter.errors.count += 1
-        raise OperatorFault(cell.name, as_error(error)) from error
-
-
-def _dispatched(item: Item, now: float) -> Item:
-    """A request as it leaves its queue, stamped with the time."""
-    if not isinstance(item, Request):
-        return item
-    return replace(item, stamps=replace(item.stamps, dispatched_s=now))

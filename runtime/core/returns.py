@@ -30,7 +30,7 @@ class Returns:
         """Send a request in again, after what it has emitted already, if that helps."""
         request, books = returned.request, self._books
         if books.register.tombstone(request.request_id) or not books.register.is_open(request.key):
-            books.finish_signalled(request)
+            books.finish(request)
             return
         verdict = self._recovery.judge(returned.node, request, was_computed=returned.was_computed)
         if verdict == "now":
@@ -49,7 +49,7 @@ class Returns:
         error = failed.last.error or ""
         self._turn.effects.append(FailedOn(*replica, request.request_id, error))
         if books.register.tombstone(request.request_id) or not books.register.is_open(request.key):
-            books.finish_signalled(request)
+            books.finish(request)
             return
         avoid = dict.fromkeys((*request.avoid, replica))
         if sum(name == engine for name, _ in avoid) < min(num_present, _MOST_REPLICAS + 1):
@@ -66,7 +66,7 @@ class Returns:
     def end_waiting(self, signal: Signal) -> None:
         """End what waits to be tried."""
         for request in self._recovery.drop(signal.concerns):
-            self._books.finish_signalled(request)
+            self._books.finish(request)
 
     def end_unserved(self, max_hold_s: float) -> None:
         """End what has waited long enough for an engine of which no replica is there."""

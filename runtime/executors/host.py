@@ -28,6 +28,7 @@ class Host:
         self._mailbox = Mailbox()
         self._scopes: list[tuple[Item, trio.CancelScope]] = []
         self._meter = context.meter
+        self._register = executor.core.register
         facts = context.engine.facts if context.engine_name else None
         block_size = facts.block_size if facts else 1
         executor.happen(Opened(name, replica, service.capacity(facts), block_size))
@@ -44,7 +45,7 @@ class Host:
 
     def put(self, item: Item) -> None:
         """Take an item whose credit is spent; one that its cancel overtook ends here."""
-        if isinstance(item, TokenEvent) or self._signal_of(item) is None:
+        if isinstance(item, TokenEvent) or self._register.tombstone(item.request_id) is None:
             self._mailbox.put(item)
         else:
             self._end(item)
@@ -127,7 +128,7 @@ class Host:
     def _end(self, item: Item) -> None:
         """A signal ended an item that the operator holds no more."""
         self._give_up(item)
-        self._executor.happen(Finished(item, reason_of(self._signal_of(item))))
+        self._executor.happen(Finished(item, reason_of(self._register.tombstone(item.request_id))))
 
     def _end_held(self, signal: Signal) -> None:
         """The operator failed on a signal: end what it keeps of that request."""
@@ -153,9 +154,6 @@ class Host:
             self._service.discard(self._context, item)
         except (Exception, *LEAVING) as error:
             self._log(as_error(error), item.request_id)
-
-    def _signal_of(self, item: Item) -> Signal | None:
-        return self._executor.core.register.tombstone(item.request_id)
 
     def _log(self, error: Exception, request_id: str) -> None:
         """For a fault in what cleans up: its request ends in any case."""

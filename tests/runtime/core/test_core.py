@@ -235,7 +235,7 @@ def test_nothing_is_kept_of_what_is_over() -> None:
     core.ledger.check()
     assert len(core.region.cells["route"].state.placed) == 0
     assert core.gates.holders("a") == ()
-    assert core.gates.num_left(("generate", 0)) == 1
+    assert core.gates.accounts[("generate", 0)].requests == 1
     assert math.isinf(core.register.next_expiry_s)
 
 
