@@ -1,10 +1,17 @@
-"""pd_split: sends long prompts to a prefill engine of their own, short ones to a joint engine."""
+"""pd_split: sends long prompts to a prefill engine of their own, short ones to a joint engine.
 
+While no replica of that prefill engine is up, long prompts go to the joint engine, too.
+"""
+
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import msgspec
+
 from sagellm.graphs.vocabulary import REQUEST, OpSpec, Port
+from sagellm.runtime.feedback import HealthChanged, Topology
 from sagellm.runtime.messages import Request
-from sagellm.runtime.operator import Arrival, Draw, Emit, Input, Setup, Step
+from sagellm.runtime.operator import Arrival, Draw, Emit, Input, Setup, Step, Target
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +32,7 @@ SPEC = OpSpec(
     (Port("in", REQUEST),),
     (Port("disaggregated", REQUEST), Port("joint", REQUEST)),
     options=Options,
+    subscribes=frozenset({"health", "topology"}),
     signals=frozenset(),
 )
 
@@ -38,23 +46,55 @@ def is_disaggregated(request: Request, options: Options) -> bool:
     return ratio is None or num_prompt_tokens >= ratio * request.sampling.max_tokens
 
 
+class Seen(msgspec.Struct, frozen=True):
+    """The state: the replicas of prefill that are down, and how many there are of each engine.
+
+    `is_cut`: no replica of some prefill operator is up.
+    """
+
+    down: frozenset[tuple[str, int]] = frozenset()
+    num_replicas: Mapping[str, int] = {}
+    is_cut: bool = False
+
+
 @dataclass(frozen=True, slots=True)
 class PDSplit:
-    """Has no state: equal requests go equal ways."""
+    """Its state changes with the health of prefill replicas only: else equal requests go equal
+    ways. `apart`: the operators of engines that only the outlet `disaggregated` leads to.
+    """
 
     options: Options
+    apart: tuple[Target, ...] = ()
 
     @property
-    def initial(self) -> None:
-        return None
+    def initial(self) -> Seen:
+        return Seen()
 
-    def on(self, state: None, happened: Input, now: float, draw: Draw) -> Step[None]:
+    def on(self, state: Seen, happened: Input, now: float, draw: Draw) -> Step[Seen]:
         match happened:
             case Arrival(item=Request() as request):
-                apart = is_disaggregated(request, self.options)
-                return Step(None, (Emit(request, "disaggregated" if apart else "joint"),))
-        return Step(None)
+                apart = not state.is_cut and is_disaggregated(request, self.options)
+                return Step(state, (Emit(request, "disaggregated" if apart else "joint"),))
+            case HealthChanged(node=node, replica=replica, is_up=is_up):
+                if all(target.node != node for target in self.apart):
+                    return Step(state)
+                changed = frozenset({(node, replica)})
+                down = state.down - changed if is_up else state.down | changed
+                return Step(self._seen(down, state.num_replicas))
+            case Topology(num_replicas=num_replicas):
+                return Step(self._seen(state.down, num_replicas))
+        return Step(state)
+
+    def _seen(self, down: frozenset[tuple[str, int]], num_replicas: Mapping[str, int]) -> Seen:
+        is_cut = False
+        for target in self.apart:
+            count = num_replicas.get(target.engine, target.num_replicas)
+            is_cut = is_cut or sum(node == target.node for node, _ in down) >= count
+        return Seen(down, num_replicas, is_cut)
 
 
 def build(options: Options, setup: Setup) -> PDSplit:
-    return PDSplit(options)
+    only = frozenset({"disaggregated"})
+    joint = {one.engine for one in setup.targets if one.outlets != only}
+    apart = (one for one in setup.targets if one.outlets == only and one.engine not in joint)
+    return PDSplit(options, tuple(apart))

@@ -193,13 +193,14 @@ class Draw:
 @dataclass(frozen=True, slots=True)
 class Target:
     """A replicated operator downstream, over which a router chooses. `is_next`: requests enter it
-    without passing another service operator.
+    without passing another service operator. `outlets`: those of this operator that lead there.
     """
 
     node: str
     num_replicas: int
     engine: str = ""
     is_next: bool = False
+    outlets: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

@@ -190,23 +190,27 @@ def targets_of(
     graph: Graph, node: Node, vocabulary: Vocabulary, replicas: Mapping[str, int]
 ) -> tuple[Target, ...]:
     """Engine operators downstream, as far as the next operator of the same op."""
-    found: dict[str, Target] = {}
-    level = [node.name]
-    seen = {node.name}
+    outlets: dict[str, set[str]] = {}  # by operator: the outlets of `node` that lead there
     near = {node.name}  # reached without passing a service operator
-    for name in level:
-        for edge in graph.outputs(name):
-            if edge.target == SINK or edge.target in seen or edge.feedback:
-                continue
-            seen.add(edge.target)
-            after = graph.node(edge.target)
-            if after.op == node.op:
-                continue
-            if vocabulary[after.op].engine:
-                engine = str(after.attrs.get("engine", ""))
-                is_next = name in near
-                found[after.name] = Target(after.name, replicas[after.name], engine, is_next)
-            if name in near and vocabulary[after.op].role == "logic":
-                near.add(after.name)
-            level.append(edge.target)
-    return tuple(found.values())
+    level = [(edge.target, edge) for edge in graph.outputs(node.name)]
+    for name, edge in level:
+        is_end = name == SINK or edge.feedback or graph.node(name).op == node.op
+        if is_end or edge.outlet in outlets.setdefault(name, set()):
+            continue
+        outlets[name].add(edge.outlet)
+        if edge.source in near and vocabulary[graph.node(name).op].role == "logic":
+            near.add(name)
+        level += [
+            (after.target, replace(after, outlet=edge.outlet)) for after in graph.outputs(name)
+        ]
+    return tuple(
+        Target(
+            name,
+            replicas[name],
+            str(graph.node(name).attrs.get("engine", "")),
+            any(edge.source in near for edge in graph.inputs(name)),
+            frozenset(found),
+        )
+        for name, found in outlets.items()
+        if found and vocabulary[graph.node(name).op].engine
+    )

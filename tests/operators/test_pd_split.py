@@ -3,8 +3,9 @@ from typing import Any
 import pytest
 
 from sagellm.operators.pd_split import Options, build
+from sagellm.runtime.feedback import HealthChanged, Topology
 from sagellm.runtime.messages import Request, Sampling
-from sagellm.runtime.operator import Arrival, Setup, Signal
+from sagellm.runtime.operator import Arrival, Setup, Signal, Target
 
 
 def outlet(running: Any, options: Any, **fields: Any) -> Any:
@@ -42,3 +43,29 @@ def test_the_item_is_not_changed(running: Any) -> None:
     split = running(build(Options(), Setup("split")))
     assert split(Arrival(request))[0].item is request
     assert split(Signal("cancel", "r")) == ()
+
+
+def test_long_prompts_go_joint_while_no_prefill_replica_is_up(running: Any) -> None:
+    apart, joint = frozenset({"disaggregated"}), frozenset({"joint"})
+    targets = (
+        Target("prefill", 2, "p", True, apart),
+        Target("decode", 1, "d", False, apart),
+        Target("generate", 1, "d", True, joint),
+    )
+    split = running(build(Options(), Setup("split", targets=targets)))
+
+    def way() -> str:
+        (emit,) = split(Arrival(Request(request_id="r", prompt_token_ids=(1,) * 99)))
+        return str(emit.outlet)
+
+    for replica in range(2):
+        assert way() == "disaggregated"
+        split(HealthChanged(node="prefill", replica=replica, is_up=False))
+    assert way() == "joint"
+    split(Topology(1, {"p": 3, "d": 1}))  # the third one is up
+    assert way() == "disaggregated"
+    split(HealthChanged(node="prefill", replica=2, is_up=False))
+    assert way() == "joint"
+    split(HealthChanged(node="prefill", replica=1, is_up=True))
+    split(HealthChanged(node="decode", replica=0, is_up=False))  # joint is lost with it
+    assert way() == "disaggregated"

@@ -36,7 +36,20 @@ def test_a_router_sees_the_engines_until_the_next_router() -> None:
     made = planned("pd_many", replicas=2)
     replicas = {node.name: made.num_replicas(node.name) for node in made.graph.nodes}
     targets = targets_of(made.graph, made.graph.node("route"), Resolver().vocabulary, replicas)
-    assert targets == (Target("prefill", 2, "p", is_next=True), Target("decode", 2, "d"))
+    out = frozenset({"out"})
+    assert targets == (Target("prefill", 2, "p", True, out), Target("decode", 2, "d", False, out))
+
+
+def test_targets_know_which_outlets_lead_to_them() -> None:
+    made = planned("pd")
+    replicas = {node.name: made.num_replicas(node.name) for node in made.graph.nodes}
+    targets = targets_of(made.graph, made.graph.node("split"), Resolver().vocabulary, replicas)
+    outlets = {target.node: (set(target.outlets), target.is_next) for target in targets}
+    assert outlets == {
+        "prefill": ({"disaggregated"}, True),
+        "decode": ({"disaggregated"}, False),
+        "generate": ({"joint"}, True),
+    }
 
 
 def test_ancestors_are_all_that_lies_upstream() -> None:

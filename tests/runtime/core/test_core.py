@@ -179,6 +179,21 @@ class Noting:
         return Step(state)
 
 
+def test_what_waits_for_prefill_goes_on_without_it() -> None:
+    graph = Graph.load("pd").ir
+    core = Core(plan(graph, RESOLVER, {"p": 1, "d": 1}))
+    for node in core.plan.services:
+        core.on(Opened(node, 0, Credit(1), 16), 0.0)
+    sends = [core.on(Arrived(1, (request(name),)), 0.0) for name in "ab"]
+    assert [[one.node for one in made if isinstance(one, Send)] for made in sends] == [
+        ["prefill"], []
+    ]  # fmt: skip
+    effects = core.on(ReplicaMarked("p", 0, is_up=False), 1.0)
+    assert [(one.node, one.item.request_id) for one in effects if isinstance(one, Send)] == [
+        ("generate", "b")
+    ]
+
+
 def test_a_topology_reaches_the_operators_that_subscribe_to_it() -> None:
     core = routed(2)
     core.on(ReplicaMarked("g", 1, is_up=False), 0.0)
