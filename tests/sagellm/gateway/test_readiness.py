@@ -13,7 +13,7 @@ from trio.testing import MockClock
 
 from sagellm.gateway.door import Door
 from sagellm.gateway.failure import ApiError
-from sagellm.gateway.readiness import PROBE_S, RETRY_S, WATCH_S, Readiness
+from sagellm.gateway.readiness import PROBE_S, RETRY_S, WATCH_S, Probe, Readiness
 from sagellm.runtime.messages import OPERATOR_FAILED, TokenEvent
 
 
@@ -28,7 +28,7 @@ class Health:
 async def watched(door: Door, health: Health) -> AsyncIterator[Readiness]:
     readiness = Readiness()
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(readiness.watch, door, lambda: health, (1,), "x")
+        nursery.start_soon(readiness.watch, door, lambda: health, [Probe((1,), "x")])
         await trio.testing.wait_all_tasks_blocked()
         yield readiness
         nursery.cancel_scope.cancel()
