@@ -72,15 +72,17 @@ def engines_of(graph: Graph, key: str) -> tuple[str, ...]:
     """The engines downstream of a model's outlets; all, where nothing routes by model."""
     if not routers(graph):
         return tuple(graph.engines)
-    entered = (
-        edge.target
-        for name in routers(graph)
-        for edge in graph.outputs(name, key)
-        if not edge.feedback
-    )
-    nodes = set[str]().union(*(reached(graph, target) for target in entered))
-    named = {graph.node(name).attrs.get("engine") for name in nodes & set(graph.names)}
+    nodes = _downstream(graph, key) & set(graph.names)
+    named = {graph.node(name).attrs.get("engine") for name in nodes}
     return tuple(name for name in graph.engines if name in named)
+
+
+def operators_of(graph: Graph, key: str) -> tuple[str, ...]:
+    """The operators that a request for a model may pass: all but those of other models alone."""
+    others = set[str]().union(*(_downstream(graph, name) for name in outlets(graph)))
+    return tuple(
+        name for name in graph.names if name in _downstream(graph, key) or name not in others
+    )
 
 
 def names_of(key: str, options: Value) -> tuple[str, ...]:
@@ -88,6 +90,17 @@ def names_of(key: str, options: Value) -> tuple[str, ...]:
     given = options if isinstance(options, FrozenMap) else FrozenMap()
     name = given.get("name")
     return tuple(dict.fromkeys(_texts(key if name is None else name, given.get("aliases"))))
+
+
+def _downstream(graph: Graph, key: str) -> set[str]:
+    """All that the outlets of a model lead to."""
+    entered = (
+        edge.target
+        for name in routers(graph)
+        for edge in graph.outputs(name, key)
+        if not edge.feedback
+    )
+    return set[str]().union(*(reached(graph, target) for target in entered))
 
 
 def _texts(name: Value, aliases: Value) -> Iterator[str]:

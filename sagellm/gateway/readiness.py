@@ -92,7 +92,7 @@ class Readiness:
             if self.reason != reason:
                 LOG.error("probe_failed", exc_info=error)
         if reason:
-            self._become(False, reason)
+            self._become(False, f"{reason} (model {entry.model})" if entry.model else reason)
         return not reason
 
     def _become(self, is_ready: bool, reason: str) -> None:

@@ -19,7 +19,7 @@ from sagellm.gateway.metrics.format import format_of
 from sagellm.gateway.metrics.instrumentator import instrumentator_families
 from sagellm.gateway.metrics.lag import LoopLag
 from sagellm.gateway.metrics.meters import HttpMeters
-from sagellm.gateway.metrics.observer import KVShape, Observer
+from sagellm.gateway.metrics.observer import KVShape, Measure, Observer
 from sagellm.gateway.metrics.own import graph_families, http_families
 from sagellm.gateway.metrics.snapshot import (
     EngineReading,
@@ -28,6 +28,8 @@ from sagellm.gateway.metrics.snapshot import (
     read_engines,
 )
 from sagellm.gateway.metrics.vllm import vllm_families
+from sagellm.graphs.served import operators_of
+from sagellm.models import Model
 from sagellm.runtime.executors.reading import Window, option_of
 from sagellm.session import Session
 
@@ -154,12 +156,28 @@ def _observer(session: Session, models: Sequence[ModelCard]) -> Observer:
     executor = session.executor
     facts = [engine.facts for engine in executor.all_engines]
     longest = max((each.max_model_len for each in facts), default=1)
-    kv = KVShape(facts[0].block_size, facts[0].kv_block_bytes) if facts else KVShape()
     table = {"": models[0].id}
     for card in models:
         table |= dict.fromkeys((card.key or card.id, *card.names), card.id)
+    own = {
+        card.id: _measure(session, model)
+        for card, model in zip(models, session.models.all, strict=True)
+    }
+    first = own[models[0].id]
+    return Observer(executor.now, table, lengths(longest), first.kv, first.slo_ttft_s, own)
+
+
+def _measure(session: Session, model: Model) -> Measure:
+    """The blocks of a model's first engine, and the objective of an operator on its way."""
+    executor = session.executor
+    replicas = executor.engines.get(model.served.engines[0], ())
+    kv = KVShape()
+    if replicas:
+        kv = KVShape(replicas[0].facts.block_size, replicas[0].facts.kv_block_bytes)
+    passed = operators_of(executor.plan.graph, model.key)
     objectives = [
-        option_of(executor.plan, name, "slo_ttft_s") for name in executor.core.region.cells
+        option_of(executor.plan, name, "slo_ttft_s")
+        for name in executor.core.region.cells
+        if name in passed
     ]
-    objective_s = next((each for each in objectives if each is not None), None)
-    return Observer(executor.now, table, lengths(longest), kv, objective_s)
+    return Measure(kv, next((each for each in objectives if each is not None), None))

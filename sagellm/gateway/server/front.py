@@ -73,7 +73,7 @@ async def serve_session(
     said = banner(url_of(sock, settings), names, settings, has_chat=has_chat)
     async with (
         _unwrapped(),
-        _traced(session, settings),
+        _traced(session, settings, models),
         _door(session, settings) as door,
         trio.open_nursery() as nursery,
     ):
@@ -148,11 +148,18 @@ async def _door(session: Session, settings: Settings) -> AsyncIterator[Door]:
         yield door
 
 
-def _traced(session: Session, settings: Settings) -> AbstractAsyncContextManager[None]:
+def _traced(
+    session: Session, settings: Settings, models: Sequence[ModelCard]
+) -> AbstractAsyncContextManager[None]:
     if settings.otlp_endpoint is None:
         return nullcontext()
-    model, sample = settings.served_models[0], settings.trace_sample
-    return open_tracing(session, endpoint=settings.otlp_endpoint, model=model, sample=sample)
+    return open_tracing(
+        session,
+        endpoint=settings.otlp_endpoint,
+        model=models[0].id,
+        names={card.key: card.id for card in models if card.key},
+        sample=settings.trace_sample,
+    )
 
 
 def _probe(tokenizer: Tokenizer) -> tuple[int, ...]:
