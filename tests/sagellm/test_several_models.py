@@ -1,5 +1,6 @@
 """Several models in one graph: each with its tokenizer, names, limits, queue and blocks."""
 
+import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ from trio.testing import MockClock
 
 from sagellm import Graph, RequestRefused, Sampling, ops
 from sagellm.graphs.diagnostics import GraphError
+from sagellm.models import load_models
 from sagellm.runtime.messages import Request
 from sagellm.session import RequestError, Session
 from sagellm.several import graph_of, keys_of
@@ -139,6 +141,13 @@ async def test_salts_of_models_that_differ_never_meet(folder: Path) -> None:
     assert one != other
     assert one.endswith("/s")
     assert str(folder) not in other
+
+
+def test_models_of_one_config_have_scopes_of_their_own(folder: Path, tmp_path: Path) -> None:
+    """Their weights may differ."""
+    twin = shutil.copytree(folder, tmp_path / "twin")
+    one, other = load_models(graph_of([str(folder), str(twin)]).ir).all
+    assert one.scope != other.scope
 
 
 async def test_a_function_before_the_models_is_encoded_anew_for_the_model_it_chooses(

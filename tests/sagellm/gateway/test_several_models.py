@@ -1,6 +1,7 @@
 """Two models behind one gateway, and behind gateways and workers in processes of their own."""
 
 import json
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -85,3 +86,5 @@ async def test_a_request_chooses_and_metrics_say_which(
         assert f"vllm:generation_tokens_total{labels} 6.0\n" in metrics
         assert f"vllm:num_requests_running{labels} 0.0\n" in metrics
     assert 'model_name="unknown"' not in metrics
+    pools = re.findall(r'cache_config_info{.*model_name="(.*?)".*pool="(.*?)"', metrics)
+    assert sorted(pools) == [("echo", "bytes/0"), ("sage-tiny", "tiny/0")]
