@@ -1,15 +1,56 @@
-"""The inputs and outputs of one forward step: what a lowered kernel graph is called with."""
+"""One step: what a device is asked to compute, and the tensors that a kernel graph reads of it."""
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+
+from sagellm.backends.row import Row
+from sagellm.backends.sampled import Sampled
 
 if TYPE_CHECKING:  # graphs are checked, and the null engine runs, without loading torch
     import torch
 
+# A launch under way. `result()` waits for what was sampled, `add_done_callback` calls without
+# waiting, from a thread of the device; `cancel()` takes a launch back that has not begun.
+Ticket: TypeAlias = Future[Sampled]
+
+
+class Scored(NamedTuple):
+    """Tokens of a prompt whose logprobs are wanted, with those of the `num_top` most likely."""
+
+    token_ids: list[int]
+    num_top: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepBatch:
+    """The new tokens of several sequences, as numbers of the host: what one launch computes.
+
+    `query_lens[i]` new tokens of sequence i, which has `contexts[i]` tokens after the step, in
+    `block_tables[i]`; lists are read before `launch` returns. `logit_rows` says which of the new
+    tokens need logits: first those of `rows`, which are sampled, then those of `scored`.
+
+    `fed`: (which new token, row of `after`): tokens that the launch `after` samples. The host need
+    not know them yet; in `token_ids` they are 0. A launch fails where the one it comes `after` did.
+    """
+
+    token_ids: Sequence[int]
+    query_lens: Sequence[int]
+    contexts: Sequence[int]
+    block_tables: Sequence[Sequence[int]]
+    logit_rows: Sequence[int]
+    rows: Sequence[Row] = ()
+    scored: Sequence[Scored] = ()
+    fed: Sequence[tuple[int, int]] = ()
+    after: "Ticket | None" = field(default=None, repr=False)
+
 
 @dataclass(frozen=True, slots=True)
 class StepInputs:
-    """A ragged batch: the new tokens of all sequences, one behind the other.
+    """The inputs that the kernel dialect declares (STEP_INPUTS), but for the KV pool, as tensors.
+
+    A ragged batch: the new tokens of all sequences, one after the other.
 
     Shapes: T new tokens in all, B sequences, M the largest number of blocks of one sequence, R rows
     of logits wanted. All on the backend's device; integers are int64, `block_tables` int32.

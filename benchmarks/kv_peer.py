@@ -16,6 +16,7 @@ import trio
 import zmq
 
 from benchmarks.shape import QWEN05
+from sagellm.backends.cpu.storage import CpuStorage
 from sagellm.runtime.kv.pool_bytes import PoolBytes
 from sagellm.runtime.kv.shared import SharedMemory
 from sagellm.runtime.kv.transport import Sharing, Transport
@@ -37,7 +38,9 @@ def opened(kind: str) -> Transport:
     memory = SharedMemory(size) if kind == "memory" else None
     buffer = memory.view if memory else bytearray(size)
     pool = torch.frombuffer(buffer, dtype=torch.bfloat16).view(SHAPE).fill_(1.5)
-    return open_transport(msgspec.convert({"kind": kind}, Sharing), PoolBytes(pool), memory)
+    return open_transport(
+        msgspec.convert({"kind": kind}, Sharing), PoolBytes(CpuStorage(pool)), memory
+    )
 
 
 async def offer(kind: str) -> None:

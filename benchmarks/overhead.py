@@ -1,11 +1,11 @@
 """What an engine's step costs outside its program: scheduling, sampling, emitting, waking up."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -14,8 +14,10 @@ from benchmarks.ours import Ours, bench_graph
 from benchmarks.shape import LLAMA15M, QWEN05, Shape
 from benchmarks.weights import model_folder
 from sagellm.backends import StepInputs
-from sagellm.backends.layers_done import LayersDone
-from sagellm.runtime.engine.torch_runner import SharedProgram
+from sagellm.backends.cpu.native_program import NativeProgram
+from sagellm.backends.cpu.program import CpuProgram
+
+Run: TypeAlias = Callable[[Any, StepInputs, torch.Tensor], torch.Tensor]
 
 BATCH = 32
 CELL = Cell("overhead", "decode", BATCH, 32, 32)
@@ -34,26 +36,27 @@ class Call:
 def noted_calls() -> Iterator[list[Call]]:
     """Every run of a program in this process while the block lasts."""
     calls: list[Call] = []
-    whole = SharedProgram.run
+    kinds: tuple[Any, ...] = (NativeProgram, CpuProgram)
+    whole = [kind.run for kind in kinds]
+    for kind in kinds:
+        kind.run = _noted(kind.run, calls)
+    try:
+        yield calls
+    finally:
+        for kind, run in zip(kinds, whole, strict=True):
+            kind.run = run
 
-    def run(
-        self: SharedProgram,
-        inputs: StepInputs,
-        pool: torch.Tensor,
-        layers_done: LayersDone | None = None,
-    ) -> torch.Tensor:
+
+def _noted(whole: Run, calls: list[Call]) -> Run:
+    def run(self: Any, inputs: StepInputs, pool: torch.Tensor) -> torch.Tensor:
         start_s = time.perf_counter()
-        logits = whole(self, inputs, pool, layers_done)
+        logits = whole(self, inputs, pool)
         is_decode = all(length == 1 for length in inputs.query_lens)
         num_decoding = len(inputs.query_lens) if is_decode else 0
         calls.append(Call(start_s, time.perf_counter(), num_decoding))
         return logits
 
-    SharedProgram.run = run  # type: ignore[method-assign]
-    try:
-        yield calls
-    finally:
-        SharedProgram.run = whole  # type: ignore[method-assign]
+    return run
 
 
 def share_outside(calls: Sequence[Call], num_decoding: int) -> dict[str, float]:

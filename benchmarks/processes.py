@@ -23,6 +23,7 @@ from benchmarks.shape import QWEN05
 from benchmarks.transports import transports
 from benchmarks.weights import model_folder
 from sagellm import Graph, Sampling
+from sagellm.backends.cpu.storage import CpuStorage
 from sagellm.runtime.engine.remote import RemoteEngine
 from sagellm.runtime.kv.pool_bytes import PoolBytes
 from sagellm.runtime.kv.shared import SharedMemory, SharedTransport
@@ -210,7 +211,7 @@ async def _fetch_s(num_blocks: int) -> float:
     for _ in range(2):
         memory = SharedMemory(2 * math.prod(shape))
         pool = torch.frombuffer(memory.view, dtype=torch.bfloat16).view(shape).fill_(1.5)
-        pools.append(SharedTransport(PoolBytes(pool), memory))
+        pools.append(SharedTransport(PoolBytes(CpuStorage(pool)), memory))
     blocks, times = range(num_blocks, 2 * num_blocks), []
     for _ in range(9):
         source = await pools[0].offer(blocks, lambda: None)

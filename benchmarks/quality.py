@@ -81,8 +81,8 @@ class Model:
         """[tokens of all prompts, vocab], activations and KV in float32."""
         shape = facts(self.config)
         heads = shape.num_layers, shape.num_kv_heads, shape.head_dim
-        layout, backend = KVLayout(*heads, _BLOCK_SIZE, "float32"), CpuBackend()
-        program = backend.lower(
+        layout, device = KVLayout(*heads, _BLOCK_SIZE, "float32"), CpuBackend().device()
+        program: Any = device.lower(
             build(self.config),
             {name: _made(scheme, name, weight) for name, weight in self.weights.items()},
             layout=layout,
@@ -91,7 +91,9 @@ class Model:
             quantization=scheme.mode,
         )
         inputs, num_blocks = _inputs(prompts)
-        return program.run(inputs, backend.allocate_pool(layout, num_blocks))
+        pool: Any = device.allocate(layout, num_blocks)
+        logits: torch.Tensor = program.run(inputs, pool.pool)
+        return logits
 
 
 def _made(scheme: Scheme, name: str, weight: torch.Tensor) -> torch.Tensor | QuantisedWeight:

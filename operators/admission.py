@@ -161,7 +161,7 @@ class Admission:
         if full:
             return "queue_full", full
         objective_s = request.slo_ttft_s or self.options.slo_ttft_s
-        wait_s = pace.long_wait_s
+        wait_s = pace.long_wait_s if objective_s is not None else None
         if objective_s is None or wait_s is None:
             return "", ""
         waited_s = max(now - request.stamps.arrived_s, 0.0)
@@ -215,8 +215,9 @@ def _without(verdicts: Map[str, Verdict], request_id: str) -> Map[str, Verdict]:
 
 def _with_backlog(state: Seen, node: str, backlog: Backlog) -> Seen:
     backlogs = {**state.backlogs, node: backlog}
-    pace = state.pace.with_backlog(together(backlogs.values()))
-    return msgspec.structs.replace(state, pace=pace, backlogs=backlogs)
+    if len(backlogs) > 1:
+        backlog = together(backlogs.values())
+    return Seen(state.pace.with_backlog(backlog), backlogs, state.verdicts)
 
 
 def _with_pace(state: Seen, pace: Pace) -> Seen:

@@ -95,7 +95,7 @@ class Passed(msgspec.Struct, frozen=True):
                 under_way[event.request_id] = times
             else:
                 under_way.pop(event.request_id, None)
-        itl = self.itl.with_samples(gaps)
+        itl = self.itl.with_samples(gaps) if gaps else self.itl
         under_way_now = under_way.finish()
         after = replace(self, num_tokens=num_tokens, until_s=now, itl=itl, under_way=under_way_now)
         for event, found in ended:

@@ -10,7 +10,7 @@ from sagellm.graphs.vocabulary import REQUEST, OpSpec, Port
 from sagellm.operators.policies import find_policy, refuse_unused
 from sagellm.operators.policies.options import Options
 from sagellm.operators.policies.order import Order, Policy
-from sagellm.operators.policies.queue import Queue
+from sagellm.operators.policies.queue import Entry, Queue, differ
 from sagellm.runtime.feedback import CreditChanged, HealthChanged, QueueChanged, Topology
 from sagellm.runtime.messages import FinishReason, Request, refusal
 from sagellm.runtime.operator import (
@@ -59,25 +59,24 @@ class PolicySort:
         return Queue()
 
     def on(self, state: Queue, happened: Input, now: float, draw: Draw) -> Step[Queue]:
-        state = state.at(now)
         match happened:
             case Arrival(item=Request() as request):
                 return self._arrive(state, request, now)
             case Taken(item=Request() as request):
-                return self._settle(state, state.without_taken(request), now)
+                return self._settle(state, state.without_taken(request, now), now)
             case CreditChanged() | HealthChanged() | Topology():
-                return self._settle(state, msgspec.structs.replace(state, declined=()), now)
+                return self._settle(state, state, now, anew=True)
             case Signal(kind="cancel" | "expire" as kind) as signal:
-                after, ended = state.without_signalled(signal)
+                after, ended = state.without_signalled(signal, now)
                 reason: FinishReason = "cancelled" if kind == "cancel" else "expired"
-                return self._settle(state, after, now, _ends(ended, reason, now))
+                return self._settle(state, after, now, outputs=_ends(ended, reason, now))
             case Wake():
                 return self._settle(state, state, now)
         return Step(state, (), state.wake_at)
 
     def _arrive(self, state: Queue, request: Request, now: float) -> Step[Queue]:
         try:
-            after = state.with_request(request, self.policy.orders[state.level])
+            after = state.with_request(request, self.policy.orders[state.level], now)
         except Exception as error:
             if self.function is None:
                 raise
@@ -87,32 +86,48 @@ class PolicySort:
         return self._settle(state, after, now)
 
     def _settle(
-        self, before: Queue, after: Queue, now: float, outputs: tuple[Output, ...] = ()
+        self,
+        before: Queue,
+        after: Queue,
+        now: float,
+        *,
+        outputs: tuple[Output, ...] = (),
+        anew: bool = False,
     ) -> Step[Queue]:
-        """What every change entails: expiries, a change of order, news of the backlog, an offer."""
-        if after.wake_at is not None and after.wake_at <= now:
+        """What every change entails: expiries, a change of order, news of the backlog, an offer.
+        `anew`: what was declined is offered again.
+        """
+        wake_at = after.wake_at
+        if wake_at is not None and wake_at <= now:
             after, late = after.without_expired(now)
             outputs += _ends(late, "expired", now)
-        level = self.policy.level(after.level, len(after.entries))
+        policy = self.policy
+        level = policy.level(after.level, len(after.entries)) if policy.rising else 0
+        order = policy.orders[level]
         if level != after.level:
-            after = after.at_level(level, self.policy.orders[level])
-        if after.backlog != before.backlog:
-            outputs += (Report(QueueChanged(backlog=after.told(self.policy.orders[level]))),)
-        return self._offer(after.lapsed(self.policy.orders[level], now), outputs, now)
+            after, anew = after.at_level(level, order), True
+        if differ(after.backlog, before.backlog):
+            outputs += (Report(QueueChanged(backlog=after.told(order))),)
+        after = after.lapsed(order, now)
+        return self._offer(after, () if anew else after.declined, outputs)
 
-    def _offer(self, queue: Queue, outputs: tuple[Output, ...], now: float) -> Step[Queue]:
+    def _offer(
+        self, queue: Queue, declined: tuple[Entry, ...], outputs: tuple[Output, ...]
+    ) -> Step[Queue]:
+        """Offer what is at the head and was not declined."""
         head = queue.entries.head(self.window)
-        declined = queue.declined
         if head == declined:
-            return Step(queue, outputs, queue.wake_at)
-        if declined:
+            fresh: list[Request] = []
+        elif declined:
             known = {entry[2] for entry in declined}
-            fresh = tuple([entry[3] for entry in head if entry[2] not in known])
+            fresh = [entry[3] for entry in head if entry[2] not in known]
         else:
-            fresh = tuple([entry[3] for entry in head])
+            fresh = [entry[3] for entry in head]
         if fresh:
-            outputs += (Offer(fresh),)
-        return Step(msgspec.structs.replace(queue, declined=head), outputs, queue.wake_at)
+            outputs = (*outputs, Offer(tuple(fresh)))
+        if head != queue.declined:
+            queue = msgspec.structs.replace(queue, declined=head)
+        return Step(queue, outputs, queue.wake_at)
 
 
 def _ends(requests: tuple[Request, ...], reason: FinishReason, now: float) -> tuple[Terminate, ...]:

@@ -4,7 +4,7 @@ The strategy orders the replicas that are up and have room; the first that has c
 request takes it. While one has, nothing waits.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ import msgspec
 
 from sagellm.graphs.vocabulary import REQUEST, OpSpec, Port
 from sagellm.operators.routing import Strategy, find_strategy
-from sagellm.operators.routing.view import Candidates, Pool, Replica, View
+from sagellm.operators.routing.view import Candidates, Pool, PoolView, Replica, View, bits
 from sagellm.runtime.feedback import CreditChanged, HealthChanged, LoadReported, Topology
 from sagellm.runtime.messages import Request
 from sagellm.runtime.operator import (
@@ -57,6 +57,7 @@ class Route:
     pools: tuple[Pool, ...]
     strategy: Strategy
     entry: Pool | None = None  # the one pool that requests enter next, if it is one
+    by_node: Mapping[str, Pool] = field(default_factory=dict)
 
     @property
     def initial(self) -> View:
@@ -67,6 +68,8 @@ class Route:
             case Arrival(item=Request() as request):
                 if self.entry is not None and not state.pools[self.entry.name].free:
                     return Step(state, (Wait(self.entry.entries[0]),))
+                if request.avoid:
+                    return self._place_elsewhere(state, request)
                 return Step(state, (EmitFirst(self._placements(state, request, now, draw)),))
             case Signal(kind="forget", request_id=request_id):
                 return Step(state.forget(request_id))
@@ -75,7 +78,7 @@ class Route:
                     state = state.resize(pool.name, sizes.get(pool.name, 1), removed)
                 return Step(state)
             case CreditChanged() | LoadReported() | HealthChanged():
-                of = self._pool_of(happened.node)
+                of = self.by_node.get(happened.node)
                 return Step(state if of is None else _told(state, of, happened))
         return Step(state)
 
@@ -86,37 +89,52 @@ class Route:
         self, view: View, request: Request, now: float, draw: Draw
     ) -> Iterator[tuple[Request, View]]:
         """The request with its replicas, best first, each with the view that follows."""
-        orders = {pool: self._order(pool, view, request, now, draw) for pool in self.pools}
-        best = {pool: next(order) for pool, order in orders.items()}
+        best: dict[Pool, int] = {}
+        others: dict[Pool, Iterator[int]] = {}
+        for pool in self.pools:
+            candidates = Candidates(view.pools[pool.name], request, view.num_routed)
+            returned: Any = self.strategy(candidates, now, draw)
+            if type(returned) is int and returned >= 0 and candidates.mask >> returned & 1:
+                best[pool] = returned  # nearly always
+                others[pool] = candidates.rest(1 << returned)
+            else:
+                others[pool] = self._order(pool, candidates, returned)
+                best[pool] = next(others[pool])
         yield _placed(view, request, best)
-        for pool, order in orders.items():
+        for pool, order in others.items():
             for number in order if pool.entries else ():
                 yield _placed(view, request, {**best, pool: number})
 
-    def _order(
-        self, pool: Pool, view: View, request: Request, now: float, draw: Draw
-    ) -> Iterator[int]:
-        """The candidates in the strategy's order, then those that it left out, by their load."""
-        known = view.pools[pool.name]
-        candidates = Candidates(known, request, view.num_routed)
+    def _place_elsewhere(self, view: View, request: Request) -> Step[View]:
+        """Place a request that engines failed on: on another replica, by load, whatever the
+        strategy. It waits for one that has room; only where no other is up does it go back.
+        """
+        chosen: dict[Pool, int] = {}
+        for pool in self.pools:
+            known = view.pools[pool.name]
+            avoided = sum(1 << number for name, number in request.avoid if name == pool.name)
+            if pool.entries and known.up & ~avoided and not known.free & ~avoided:
+                return Step(view, (Wait(pool.entries[0]),))
+            usable = known.free & ~avoided or known.up & ~avoided or known.candidates
+            load = Candidates(known, request, view.num_routed).load
+            chosen[pool] = min(bits(usable), key=load)
+        return Step(view, (EmitFirst((_placed(view, request, chosen),)),))
+
+    def _order(self, pool: Pool, candidates: Candidates, returned: Any) -> Iterator[int]:
+        """The candidates as the strategy returned them, one or several; then those that it left
+        out, by their load.
+        """
+        is_order = isinstance(returned, Iterable) and not isinstance(returned, str)
         tried = 0
-        for number in self._ordered(candidates, now, draw):
-            self._check(pool, view, number)
+        for number in returned if is_order else (returned,):
+            self._check(pool, candidates.pool, number)
             if candidates.mask >> number & ~(tried >> number) & 1:
                 tried |= 1 << number
                 yield number
-        if tried != candidates.mask:
-            yield from (number for number in candidates.by_load() if not tried >> number & 1)
+        yield from candidates.rest(tried)
 
-    def _ordered(self, candidates: Candidates, now: float, draw: Draw) -> Iterable[Any]:
-        """What the strategy returned, one replica or several."""
-        returned: Any = self.strategy(candidates, now, draw)
-        is_order = isinstance(returned, Iterable) and not isinstance(returned, str)
-        return returned if is_order else (returned,)
-
-    def _check(self, pool: Pool, view: View, number: object) -> None:
+    def _check(self, pool: Pool, known: PoolView, number: object) -> None:
         """Raises WrongResult for what is no replica of the pool, or one that was removed."""
-        known = view.pools[pool.name]
         if type(number) is not int or not 0 <= number < known.size:
             said = number if type(number) is int else kind_of(number)
             raise self._wrong(f"{said}; a replica of {pool.name}, 0 to {known.size - 1},")
@@ -127,9 +145,6 @@ class Route:
     def _wrong(self, text: str) -> WrongResult:
         code = place_of_code(self.strategy)
         return WrongResult(f"the strategy returned {text} was wanted", code)
-
-    def _pool_of(self, node: str) -> Pool | None:
-        return next((pool for pool in self.pools if node in pool.nodes), None)
 
 
 def _told(view: View, pool: Pool, told: CreditChanged | LoadReported | HealthChanged) -> View:
@@ -146,10 +161,13 @@ def _told(view: View, pool: Pool, told: CreditChanged | LoadReported | HealthCha
 
 
 def _placed(view: View, request: Request, chosen: dict[Pool, int]) -> tuple[Request, View]:
-    placement = {node: number for pool, number in chosen.items() for node in pool.nodes}
-    placed = msgspec.structs.replace(request, placement={**request.placement, **placement})
-    where = tuple((pool.name, number) for pool, number in chosen.items())
-    return placed, view.place(request, where)
+    placement, where = {**request.placement}, []
+    for pool, number in chosen.items():
+        where.append((pool.name, number))
+        for node in pool.nodes:
+            placement[node] = number
+    placed = msgspec.structs.replace(request, placement=placement)
+    return placed, view.place(request, tuple(where))
 
 
 def pools_of(targets: tuple[Target, ...]) -> tuple[Pool, ...]:
@@ -172,4 +190,5 @@ def build(options: Options, setup: Setup) -> Route:
     pools = pools_of(setup.targets)
     entries = [pool for pool in pools if pool.entries]
     entry = entries[0] if len(entries) == 1 else None
-    return Route(pools, find_strategy(options.strategy), entry)
+    by_node = {node: pool for pool in pools for node in pool.nodes}
+    return Route(pools, find_strategy(options.strategy), entry, by_node)

@@ -12,7 +12,7 @@ from sagellm.runtime.backlog import Backlog
 from sagellm.runtime.engine.port import EngineLoad
 
 
-class _Report(msgspec.Struct, frozen=True, kw_only=True):
+class _Report(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     node: str = ""
     replica: int = 0
     sequence: int = 0

@@ -24,12 +24,13 @@ class Held:
 
     def note(self, event: TokenEvent) -> None:
         """An event was emitted; with its last one a request is held no more."""
-        emitted = self._emitted.get(event.key)
+        key = event.key
+        emitted = self._emitted.get(key)
         if emitted is None:
             return
         emitted += event.token_ids
-        if event.is_last:
-            self.drop(event.key)
+        if event.finish_reason is not None:
+            self.drop(key)
 
     def drop(self, key: tuple[str, int]) -> None:
         self._requests.pop(key, None)

@@ -19,13 +19,16 @@ class Histogram(msgspec.Struct, frozen=True):
     num_samples: int = 0
 
     def with_sample(self, value: float) -> "Histogram":
-        return self.with_samples((value,))
+        bucket = _bucket(value)
+        return Histogram(
+            self.counts.set(bucket, self.counts.get(bucket, 0) + 1), self.num_samples + 1
+        )
 
     def with_samples(self, values: Sequence[float]) -> "Histogram":
         """Equal values that follow each other, as the gaps of one engine step, cost little."""
         counts = self.counts
         for value, equal in groupby(values):
-            bucket = max(math.floor(math.log(max(value, _LEAST) / _LEAST) / _LOG_GROWTH), 0)
+            bucket = _bucket(value)
             counts = counts.set(bucket, counts.get(bucket, 0) + sum(1 for _ in equal))
         return Histogram(counts, self.num_samples + len(values))
 
@@ -37,3 +40,7 @@ class Histogram(msgspec.Struct, frozen=True):
             if rank <= 0:
                 return _LEAST * GROWTH ** (bucket + 0.5) if bucket else 0.0
         return None
+
+
+def _bucket(value: float) -> int:
+    return int(math.log(value / _LEAST) / _LOG_GROWTH) if value > _LEAST else 0

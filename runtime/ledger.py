@@ -42,23 +42,30 @@ class Ledger:
 
     def record(self, item: Item) -> None:
         """An item reached the sink."""
-        if item.key not in self._next_position:
-            self.faults.append(f"{item.key} had no request, or had ended")
-        elif isinstance(item, TokenEvent):
-            self._record_tokens(item)
+        if isinstance(item, TokenEvent):
+            self.record_tokens(item)
+        elif item.key not in self._next_position:
+            self._miss(item)
         elif isinstance(item, Answer):
             self.num_tokens += len(item.token_ids)
             self._end(item.key, item.finish_reason)
 
-    def _record_tokens(self, event: TokenEvent) -> None:
-        expected = self._next_position[event.key]
-        wrong = event.position < expected if self.gaps else event.position != expected
-        if event.token_ids and wrong:
-            self.faults.append(f"{event.key} gave position {event.position}, not {expected}")
-        self._next_position[event.key] = event.position + len(event.token_ids)
-        self.num_tokens += len(event.token_ids)
+    def record_tokens(self, event: TokenEvent) -> None:
+        """Tokens reached the sink, or the end of a choice."""
+        key, position, num_tokens = event.key, event.position, len(event.token_ids)
+        expected = self._next_position.get(key)
+        if expected is None:
+            self._miss(event)
+            return
+        if position != expected and num_tokens and (position < expected or not self.gaps):
+            self.faults.append(f"{key} gave position {position}, not {expected}")
+        self._next_position[key] = position + num_tokens
+        self.num_tokens += num_tokens
         if event.finish_reason is not None:
-            self._end(event.key, event.finish_reason)
+            self._end(key, event.finish_reason)
+
+    def _miss(self, item: Item) -> None:
+        self.faults.append(f"{item.key} had no request, or had ended")
 
     def _end(self, key: Key, reason: str) -> None:
         del self._next_position[key]

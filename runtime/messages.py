@@ -18,8 +18,10 @@ CODES: dict[str, str] = {
     "unavailable": "no engine is there that could serve it",
     "request_quarantined": "engines died of it, or of its like",
     "operator_failed": "an operator, or a function that it calls, raised",
+    "engine_failed": "engines, or the links between them, failed while they computed it",
 }
 OPERATOR_FAILED = "operator_failed"
+ENGINE_FAILED = "engine_failed"
 SERVED: frozenset[str] = frozenset({"stop", "length"})  # the reasons that mean an answer
 
 PRIORITIES = {"critical": 0, "high": 1, "normal": 2, "low": 3, "background": 4}
@@ -47,6 +49,8 @@ _SAMPLING_OTHERS: tuple[tuple[str, type | tuple[type, ...], str], ...] = (
     ("skip_special_tokens", bool, "True or False"),
     ("include_stop_str_in_output", bool, "True or False"),
 )
+_RIGHT_KINDS: set[tuple[type, ...]] = set()  # types of all values, as were right before
+_MOST_KINDS = 256
 
 
 class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -83,6 +87,13 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     def __post_init__(self) -> None:
         """Raises TypeError for a value of a wrong type. Ranges are checked by `fault_of`."""
+        kinds = tuple(map(type, msgspec.structs.astuple(self)))
+        if kinds not in _RIGHT_KINDS:
+            self._check_types()
+            if len(_RIGHT_KINDS) < _MOST_KINDS:
+                _RIGHT_KINDS.add(kinds)
+
+    def _check_types(self) -> None:
         for name, kinds, wanted in _SAMPLING_NUMBERS:
             value = getattr(self, name)
             if not isinstance(value, kinds) or (value is True or value is False):
@@ -120,6 +131,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, tag="request"):
     expires_s: float | None = None  # clock time after which nobody wants the answer
     cost_budget: float | None = None
     placement: dict[str, int] = {}  # node name -> replica, as route chose
+    avoid: tuple[tuple[str, int], ...] = ()  # engines and replicas that have failed on it
     num_cached_tokens: int = 0  # of the prompt, as far as the router knows
     emitted_token_ids: tuple[int, ...] = ()  # not empty: the request resumes
     stamps: Stamps = Stamps()

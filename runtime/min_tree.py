@@ -4,6 +4,30 @@ import math
 
 _WIDTH = 32  # an update copies one leaf and the minima of all leaves: a microsecond for a thousand
 
+_EMPTY = (math.inf,) * _WIDTH
+
+
+class MutableMinTree:
+    """The same for one owner: a change copies nothing. Values never set are infinite."""
+
+    __slots__ = ("_leaves", "_minima", "minimum")
+
+    def __init__(self) -> None:
+        self._leaves: list[list[float]] = []
+        self._minima: list[float] = []
+        self.minimum = math.inf
+
+    def __setitem__(self, index: int, value: float) -> None:
+        number, offset = index // _WIDTH, index % _WIDTH
+        while number >= len(self._leaves):
+            self._leaves.append([math.inf] * _WIDTH)
+            self._minima.append(math.inf)
+        leaf = self._leaves[number]
+        if leaf[offset] != value:
+            leaf[offset] = value
+            self._minima[number] = min(leaf)
+            self.minimum = min(self._minima)
+
 
 class MinTree:
     """Immutable. Values that were never set are infinite, and an infinite value is never found."""
@@ -20,17 +44,18 @@ class MinTree:
         return self._leaves[leaf][index % _WIDTH] if leaf < len(self._leaves) else math.inf
 
     def with_value(self, index: int, value: float) -> "MinTree":
-        number, offset = divmod(index, _WIDTH)
-        leaves, minima = list(self._leaves), list(self._minima)
-        while number >= len(leaves):
-            leaves.append((math.inf,) * _WIDTH)
-            minima.append(math.inf)
-        leaf = list(leaves[number])
-        leaf[offset] = value
-        leaves[number], minima[number] = tuple(leaf), min(leaf)
-        changed = MinTree()
-        changed._leaves, changed._minima = tuple(leaves), tuple(minima)
-        changed.minimum = min(minima)
+        number, offset = index // _WIDTH, index % _WIDTH
+        leaves, minima = self._leaves, self._minima
+        if number >= len(leaves):
+            leaves += (_EMPTY,) * (number + 1 - len(leaves))
+            minima += (math.inf,) * (number + 1 - len(minima))
+        leaf = leaves[number]
+        leaf = (*leaf[:offset], value, *leaf[offset + 1 :])
+        changed = MinTree.__new__(MinTree)
+        changed._leaves = (*leaves[:number], leaf, *leaves[number + 1 :])
+        lowest = value if value <= minima[number] else min(leaf)
+        changed._minima = (*minima[:number], lowest, *minima[number + 1 :])
+        changed.minimum = min(changed._minima)
         return changed
 
     def argmin(self, start: int = 0) -> int | None:

@@ -8,7 +8,6 @@ from typing import (
     Any,
     Generic,
     Literal,
-    NamedTuple,
     Protocol,
     TypeAlias,
     TypeVar,
@@ -53,14 +52,14 @@ Encode: TypeAlias = Callable[[str, str], tuple[int, ...]]  # (text, `Request.mod
 # ---- what an operator may meet -------------------------------------------------------------
 
 
-class Arrival(msgspec.Struct, frozen=True):
+class Arrival(msgspec.Struct, frozen=True, gc=False):
     """An item at an inlet."""
 
     item: Item
     inlet: str = "in"
 
 
-class Signal(msgspec.Struct, frozen=True, array_like=True):
+class Signal(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Overtakes items, goes to every operator, and may come twice.
 
     `cancel` and `expire` end a request; `forget` says that its last terminal event has passed.
@@ -74,13 +73,13 @@ class Signal(msgspec.Struct, frozen=True, array_like=True):
         return key[0] == self.request_id and self.choice in (None, key[1])
 
 
-class Taken(msgspec.Struct, frozen=True):
+class Taken(msgspec.Struct, frozen=True, gc=False):
     """An `Offer` of this operator was accepted downstream."""
 
     item: Item
 
 
-class Wake(msgspec.Struct, frozen=True):
+class Wake(msgspec.Struct, frozen=True, gc=False):
     """The time that the operator asked for by `wake_at` has come."""
 
 
@@ -89,14 +88,14 @@ Input: TypeAlias = Arrival | Signal | Feedback | Topology | Taken | Wake
 # ---- what it may answer --------------------------------------------------------------------
 
 
-class Emit(msgspec.Struct, frozen=True):
+class Emit(msgspec.Struct, frozen=True, gc=False):
     """Send an item. Where there is no credit for it, the whole input is undone and waits."""
 
     item: Item
     outlet: str = "out"
 
 
-class EmitAll(msgspec.Struct, frozen=True):
+class EmitAll(msgspec.Struct, frozen=True, gc=False):
     """Send several items in order, as one. An operator that has `on_batch` may answer with it."""
 
     items: Sequence[Item]
@@ -113,7 +112,7 @@ class EmitFirst(msgspec.Struct, frozen=True):
     outlet: str = "out"
 
 
-class Wait(msgspec.Struct, frozen=True):
+class Wait(msgspec.Struct, frozen=True, gc=False):
     """The service operator `node`, which an item would go to, has no credit at any replica: the
     whole input is undone and waits.
     """
@@ -121,7 +120,7 @@ class Wait(msgspec.Struct, frozen=True):
     node: str
 
 
-class Offer(msgspec.Struct, frozen=True):
+class Offer(msgspec.Struct, frozen=True, gc=False):
     """Send one of these, the first that downstream has credit for, if any; answered by `Taken`.
     A request that is sent is stamped with the time.
 
@@ -148,7 +147,7 @@ class Announce(msgspec.Struct, frozen=True):
     forked: Forked
 
 
-class Report(msgspec.Struct, frozen=True):
+class Report(msgspec.Struct, frozen=True, gc=False):
     """Send feedback upstream."""
 
     feedback: Feedback
@@ -159,7 +158,7 @@ Output: TypeAlias = Emit | EmitAll | EmitFirst | Wait | Offer | Terminate | Anno
 S = TypeVar("S")
 
 
-class Step(NamedTuple, Generic[S]):
+class Step(msgspec.Struct, Generic[S], frozen=True):
     """The answer of a logic operator: its next state, what it sends, when to wake it."""
 
     state: S
@@ -172,25 +171,19 @@ class Draw:
     while that input is answered, and not later.
     """
 
-    __slots__ = ("_count", "_node", "_number", "_seed")
+    __slots__ = ("_node", "_seed", "count", "number")
 
     def __init__(self, seed: int, node: str, number: int) -> None:
         self._seed = seed
         self._node = node
-        self._number = number
-        self._count = 0
-
-    def begin(self, number: int) -> "Draw":
-        """Draw for another input."""
-        self._number = number
-        self._count = 0
-        return self
+        self.number = number
+        self.count = 0  # of what was drawn for this input
 
     def random(self) -> float:
         """Uniform in [0, 1)."""
-        self._count += 1
-        salt = self._count.to_bytes(8, "little")
-        key = f"{self._seed}/{self._node}/{self._number}".encode()
+        self.count += 1
+        salt = self.count.to_bytes(8, "little")
+        key = f"{self._seed}/{self._node}/{self.number}".encode()
         digest = hashlib.blake2b(key, digest_size=8, salt=salt).digest()
         return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 

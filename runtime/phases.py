@@ -1,5 +1,6 @@
 """How long each phase of a request took, from its stamps."""
 
+from operator import add
 from typing import NamedTuple
 
 from sagellm.runtime.messages import Stamps
@@ -14,7 +15,7 @@ class Phases(NamedTuple):
     decode_s: float = 0.0
 
     def plus(self, other: "Phases") -> "Phases":
-        return Phases(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
+        return Phases(*map(add, self, other))
 
 
 def phases_of(stamps: Stamps) -> Phases:
@@ -36,4 +37,7 @@ def phases_of(stamps: Stamps) -> Phases:
 
 def _first(*times: float | None) -> float:
     """The first that is known; the last one always is."""
-    return next(time for time in times if time is not None)
+    for time in times:
+        if time is not None:
+            return time
+    raise ValueError("no time is known")

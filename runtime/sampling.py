@@ -1,6 +1,7 @@
 """What sampling parameters may be: one table, for whoever takes them from outside."""
 
 from collections.abc import Iterable
+from operator import attrgetter
 
 from sagellm.runtime.messages import Sampling
 
@@ -27,24 +28,27 @@ RANGES: dict[str, tuple[float, float]] = {
 _WHOLE = frozenset(
     {"max_tokens", "min_tokens", "top_k", "logprobs", "prompt_logprobs", "n", "seed"}
 )
+_CHECKS = tuple(
+    (name, low, high, (int,) if name in _WHOLE else (int, float))
+    for name, (low, high) in RANGES.items()
+)
+_values = attrgetter(*RANGES)
 _BIAS = 100.0  # as in the OpenAI API
 
 
 def fault_of(sampling: Sampling) -> str | None:
     """What is wrong with the parameters, the model aside: name, value and range; or None."""
-    for name, (low, high) in RANGES.items():
-        value = getattr(sampling, name)
+    for (name, low, high, kinds), value in zip(_CHECKS, _values(sampling), strict=True):
         if value is None:
             continue
-        kinds = int if name in _WHOLE else int | float
-        if isinstance(value, bool) or not isinstance(value, kinds):
+        if value is True or value is False or not isinstance(value, kinds):
             kind = "whole number" if name in _WHOLE else "number"
             return f"{name} is {value!r}; it must be a {kind}"
         if not low <= value <= high:
             return f"{name} is {value}; it must be from {_shown(low)} to {_shown(high)}"
     if sampling.min_tokens > sampling.max_tokens:
         return f"min_tokens is {sampling.min_tokens}, more than max_tokens ({sampling.max_tokens})"
-    if not all(isinstance(text, str) and text for text in sampling.stop):
+    if sampling.stop and not all(isinstance(text, str) and text for text in sampling.stop):
         return "stop holds an empty string, or no string; leave it out"
     wrong = _fault_of_parts(sampling)
     if wrong is not None:
@@ -65,7 +69,7 @@ def _fault_of_parts(sampling: Sampling) -> str | None:
         *(("bad_words_token_ids", ids) for ids in sampling.bad_words_token_ids),
     )
     for name, ids in token_ids:
-        if not set(map(type, ids)) <= {int}:
+        if ids and not set(map(type, ids)) <= {int}:
             return f"{name} has something that is no token id"
     if not set(map(type, sampling.logit_bias.values())) <= {int, float}:
         return "logit_bias has something that is no number"
@@ -73,6 +77,8 @@ def _fault_of_parts(sampling: Sampling) -> str | None:
 
 
 def _fault_of_bans(sampling: Sampling) -> str | None:
+    if not sampling.bad_words and not sampling.bad_words_token_ids:
+        return None
     if not all(isinstance(word, str) and word for word in sampling.bad_words):
         return "bad_words holds an empty string, or no string; leave it out"
     if not all(sampling.bad_words_token_ids):

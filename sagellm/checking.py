@@ -4,9 +4,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import psutil
-
-from sagellm.backends import list_available_backends
+from sagellm.backends import get_backend, list_available_backends
 from sagellm.graphs.check import EngineFactsView, Facts, check, locate
 from sagellm.graphs.diagnostics import VALUE, Diagnostic, GraphError, Path
 from sagellm.graphs.ir import FrozenMap, Graph
@@ -17,10 +15,11 @@ from sagellm.graphs.text.yaml import Document
 from sagellm.graphs.vocabulary import nearest
 from sagellm.operators.policies import OWN, POLICIES
 from sagellm.operators.routing import STRATEGIES
-from sagellm.overrides import assignment, override
+from sagellm.overrides import assignment, override, with_engine
 from sagellm.runtime.cluster.options import EXECUTORS, processes_options
+from sagellm.runtime.engine.opening import open_device
 from sagellm.runtime.engine.options import EngineOptionError, EngineOptions
-from sagellm.runtime.engine.sizing import engine_dtype, engine_facts, size
+from sagellm.runtime.engine.sizing import Sizing, engine_dtype, engine_facts, size
 from sagellm.runtime.engine.speculation.draft_folder import draft_folder
 from sagellm.runtime.models.fault import FolderWarning
 from sagellm.runtime.models.folder import ModelError, ModelFolder, resolve_model
@@ -40,6 +39,35 @@ def check_graph(
     overrides: Mapping[str, Any] | None = None,
     model: str | None = None,
 ) -> Graph:
+    """The graph of `checked`."""
+    return checked(document, resolver, functions, overrides, model).graph
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """A graph with its overrides, free of mistakes, and the sizes of its engines' pools."""
+
+    graph: Graph
+    sizes: Mapping[str, Mapping[str, int]]
+
+    @property
+    def sized(self) -> Graph:
+        """The graph with what was left to the size of the memory set: it is asked for once, so
+        that engines are opened as they were checked.
+        """
+        graph = self.graph
+        for name, options in self.sizes.items():
+            graph = with_engine(graph, name, options)
+        return graph
+
+
+def checked(
+    document: Document,
+    resolver: Resolver,
+    functions: Mapping[str, Callable[..., Any]] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    model: str | None = None,
+) -> Checked:
     """The graph with its overrides, free of mistakes. Raises GraphError with every one found.
 
     `functions` None: which functions will be registered is not known, and not checked. Nothing
@@ -48,12 +76,13 @@ def check_graph(
     """
     graph = override(document.graph, overrides or {}, model)
     facts = Facts(
-        memory_bytes=psutil.virtual_memory().available,
+        memory_bytes=get_backend("cpu").device().memory_bytes,
         functions=functions,
         engine_options=EngineOptions,
         executors=EXECUTORS,
         names={"policies": _Names(POLICIES, OWN), "strategies": STRATEGIES},
     )
+    engines: dict[str, _Engine] = {}
     _load_operators(document, graph, resolver)
     found = check(graph, resolver.vocabulary, facts)
     if not found:
@@ -72,7 +101,19 @@ def check_graph(
         found = _unbuildable(graph, resolver, functions)
     if found:
         raise GraphError(locate(_as_given(found, overrides or {}), document.positions))
-    return graph
+    return Checked(graph, _sizes(engines))
+
+
+def _sizes(engines: "Mapping[str, _Engine]") -> dict[str, Mapping[str, int]]:
+    """Options that say the size of every pool that memory decides."""
+    return {
+        name: {
+            "num_blocks": engine.sizing.num_blocks,
+            "max_model_len": engine.sizing.max_model_len,
+        }
+        for name, engine in engines.items()
+        if engine.options.num_blocks is None and engine.options.kv_memory is None
+    }
 
 
 def _as_given(found: Iterable[Diagnostic], overrides: Mapping[str, Any]) -> list[Diagnostic]:
@@ -160,6 +201,8 @@ def _unbuildable(
 class _Engine:
     """An engine that can be opened: what the checks may know of it, its model, its draft model."""
 
+    options: EngineOptions
+    sizing: Sizing
     view: EngineFactsView
     folder: ModelFolder
     draft: ModelFolder | None
@@ -233,14 +276,13 @@ def _bad_model(name: str, given: str, cause: str, fix: str) -> Diagnostic:
 
 def _engine(options: EngineOptions) -> _Engine:
     """Raises EngineOptionError, ModelError, UnsupportedModel."""
-    if options.device not in list_available_backends():
-        close = nearest(options.device, list_available_backends())
+    if options.backend not in list_available_backends():
+        close = nearest(options.backend, list_available_backends())
         hint = f"did you mean {close}?" if close else "see `sagellm doctor`"
         raise EngineOptionError(f"device: {options.device!r} is not built; {hint}")
     folder = resolve_model(options.model)
     draft = draft_folder(options, folder)
-    memory_bytes = 1 << 40 if options.is_null else psutil.virtual_memory().available
-    sizing = size(options, folder.facts, memory_bytes)
+    sizing = size(options, folder.facts, open_device(options).memory_bytes)
     facts = engine_facts(options, folder, sizing)
     view = EngineFactsView(
         model_hash=facts.model_hash,
@@ -255,4 +297,4 @@ def _engine(options: EngineOptions) -> _Engine:
         replicas=options.replicas,
         capabilities=facts.capabilities,
     )
-    return _Engine(view, folder, draft)
+    return _Engine(options, sizing, view, folder, draft)

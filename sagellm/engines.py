@@ -82,7 +82,7 @@ def prepare(devices: Sequence[str]) -> None:
     if not devices:
         return
     _import_torch()
-    importlib.import_module("sagellm.runtime.engine.torch_equipment")
+    importlib.import_module("sagellm.runtime.engine.device_resources")
     for device in devices:
         get_backend(device)
 

@@ -19,14 +19,14 @@ import trio
 
 from sagellm.backends.progress import Progress, silent
 from sagellm.bridge import AsyncioSession, BlockingSession, Bridge
-from sagellm.checking import check_graph, log_warnings
+from sagellm.checking import checked, log_warnings
 from sagellm.decisions import Decisions, recorded
 from sagellm.engines import open_engines
 from sagellm.graphs.ir import Graph
 from sagellm.graphs.text.yaml import Document
 from sagellm.misuse import UsageError, misused, refuse_in_loop, unopened
 from sagellm.models import Models, load_models
-from sagellm.runtime.cluster.options import ProcessesOptions, processes_options
+from sagellm.runtime.cluster.options import IPC, ProcessesOptions, processes_options
 from sagellm.runtime.engine.port import Engine
 from sagellm.runtime.executors.tasks import TasksExecutor
 from sagellm.runtime.plan import plan
@@ -175,9 +175,12 @@ class OpenGraph:
 @asynccontextmanager
 async def open_session(recipe: Recipe) -> AsyncIterator[Session]:
     """Run the graph in a nursery of its own for as long as the session is open."""
-    graph = check_graph(
+    found = checked(
         recipe.document, recipe.resolver, recipe.functions, recipe.overrides, recipe.model
     )
+    links = processes_options(found.graph)
+    # Workers that come over tcp may be on other machines, and look at their own memory.
+    graph = found.graph if links is not None and links.address != IPC else found.sized
     models = load_models(graph)
     log_warnings(models.warnings)
     with models.kept():

@@ -39,7 +39,7 @@ def _set(graph: Graph, target: str, value: Any) -> Graph:
         )
         return replace(graph, nodes=nodes)
     if name in graph.engines:
-        return _with_entry(graph, "engines", name, {option: value})
+        return with_engine(graph, name, {option: value})
     if name in graph.models:
         return _with_entry(graph, "models", name, {option: value})
     known = (*graph.names, *graph.engines, *graph.models)
@@ -56,6 +56,11 @@ def _with_executor(graph: Graph, option: str, value: Any) -> Graph:
     return replace(graph, attrs=FrozenMap({**graph.attrs, "executor": changed}))
 
 
+def with_engine(graph: Graph, name: str, options: Mapping[str, Any]) -> Graph:
+    """With options of one engine changed."""
+    return _with_entry(graph, "engines", name, options)
+
+
 def _with_entry(graph: Graph, section: str, name: str, options: Mapping[str, Any]) -> Graph:
     """An engine or a model with some of its options changed."""
     entries = graph.engines if section == "engines" else graph.models
@@ -68,7 +73,7 @@ def _with_entry(graph: Graph, section: str, name: str, options: Mapping[str, Any
 
 def _with_model(graph: Graph, model: str) -> Graph:
     for name in graph.engines:
-        graph = _with_entry(graph, "engines", name, {"model": model})
+        graph = with_engine(graph, name, {"model": model})
     return graph
 
 

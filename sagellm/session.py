@@ -1,6 +1,7 @@
 """A session: an open graph's `source` and `sink`, bound to callers by request id."""
 
 import itertools
+import logging
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from sagellm.runtime.cluster.supervisor import Supervisor
 
 log = get_logger("sagellm.session")
+_LEVELS = logging.getLogger("sagellm.session")
 
 
 class Observer(Protocol):
@@ -224,8 +226,9 @@ class Session:
     def _deliver(self, item: Item | Forked) -> None:
         if self._codes:
             item = self._coded(item)
-        self._tell("delivered", item)
-        if isinstance(item, TokenEvent | Answer) and item.finish_reason is not None:
+        if self.observers:
+            self._tell("delivered", item)
+        if isinstance(item, Output) and item.finish_reason is not None and _is_logged():
             _log_end(item)
         caller = self._callers.get(item.request_id)
         if caller is not None:
@@ -288,6 +291,11 @@ class Session:
     def _free_id(self) -> str:
         numbered = (f"req-{number}" for number in self._numbers)
         return next(request_id for request_id in numbered if not self.is_in_use(request_id))
+
+
+def _is_logged() -> bool:
+    """Whether anybody wants to know of each end: asking costs much less than logging in vain."""
+    return _LEVELS.isEnabledFor(logging.DEBUG)
 
 
 def _log_end(item: TokenEvent | Answer) -> None:

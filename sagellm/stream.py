@@ -151,17 +151,18 @@ class Stream:
         """Called by the session for each item of this request."""
         if isinstance(item, Forked):
             self._num_open += item.num_choices - 1
-        elif isinstance(item, TokenEvent | Answer):
+        elif isinstance(item, Output):
             self._unread.put(item)
             if item.finish_reason == "failed":
                 self._causes[item.choice] = self._session.cause_of(item.key)
             self._num_open -= ends(item)
         if self._num_open == 0:
             self._session.dismiss(self.request_id, self._caller)
-        elif not self._is_overrun and self._is_too_much:
+        elif self._unread.is_limited and not self._is_overrun and self._is_too_much:
             self._is_overrun = True
             self._session.end(self.request_id, "slow_reader")
-        self._arrived.unpark_all()
+        if self._arrived:
+            self._arrived.unpark_all()
         if self.on_arrival is not None:
             self.on_arrival()
 
@@ -172,7 +173,8 @@ class Stream:
 
     async def _wait(self) -> None:
         """Until something waits, or nothing can come any more."""
-        await self._start()
+        if not self._is_started:
+            await self._start()
         await trio.lowlevel.checkpoint_if_cancelled()
         while not self._unread and self._num_open:
             await self._arrived.park()
@@ -193,6 +195,7 @@ class _Unread:
     def __init__(self, limits: Limits) -> None:
         self._items: deque[Output] = deque()
         self._limits = limits
+        self.is_limited = limits != Limits()
         self._num_tokens = 0
         self._num_bytes = 0
 
@@ -208,11 +211,13 @@ class _Unread:
 
     def put(self, item: Output) -> None:
         self._items.append(item)
-        self._count(item, 1)
+        if self.is_limited:
+            self._count(item, 1)
 
     def pop(self) -> Output:
         item = self._items.popleft()
-        self._count(item, -1)
+        if self.is_limited:
+            self._count(item, -1)
         return item
 
     def pop_all(self) -> tuple[Output, ...]:
@@ -222,7 +227,7 @@ class _Unread:
         return items
 
     def _count(self, item: Output, sign: int) -> None:
-        if self._limits != Limits() and isinstance(item, TokenEvent):
+        if isinstance(item, TokenEvent):
             self._num_tokens += sign * len(item.token_ids)
             self._num_bytes += sign * _num_bytes(item)
 

@@ -2,15 +2,22 @@
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import trio
 
 from sagellm.runtime.engine.local import LocalEngine
 from sagellm.runtime.engine.port import LeaseOffer, PrefillDone
+from sagellm.runtime.engine.runner import Runner
 from sagellm.runtime.messages import LeaseRef, Sampling, SequenceState, TokenEvent
 
 OWNER = "test"
+
+
+def put_runner(engine: LocalEngine, runner: Runner) -> None:
+    """Compute with that runner from now on."""
+    stepping = engine._stepping
+    engine._resources = stepping._resources = replace(engine._resources, runner=runner)
 
 
 @dataclass

@@ -11,6 +11,7 @@ import msgspec
 import torch
 import trio
 
+from sagellm.backends.cpu.storage import CpuStorage
 from sagellm.runtime.engine.port import StaleLease
 from sagellm.runtime.kv.pool_bytes import PoolBytes
 from sagellm.runtime.kv.shared import SharedMemory
@@ -21,7 +22,9 @@ SHAPE = (3, 2, 64, 2, 4, 8)  # layers, keys and values, blocks, heads, block siz
 SIZE = 4 * 3 * 2 * 64 * 2 * 4 * 8
 
 
-def opened(kind: Kind, seed: int | None, num_blocks: int = SHAPE[2]) -> tuple[PoolBytes, Transport]:
+def opened(
+    kind: Kind, seed: int | None, num_blocks: int = SHAPE[2]
+) -> tuple[CpuStorage, Transport]:
     """A pool of random values, or of zeros."""
     shape = (*SHAPE[:2], num_blocks, *SHAPE[3:])
     memory = SharedMemory(SIZE * num_blocks // SHAPE[2]) if kind == "memory" else None
@@ -29,8 +32,8 @@ def opened(kind: Kind, seed: int | None, num_blocks: int = SHAPE[2]) -> tuple[Po
     pool = torch.frombuffer(memory.view if memory else zeros, dtype=torch.float32).view(shape)
     if seed is not None:
         pool.copy_(torch.rand(shape, generator=torch.Generator().manual_seed(seed)))
-    as_bytes = PoolBytes(pool)
-    return as_bytes, open_transport(Sharing(kind), as_bytes, memory)
+    storage = CpuStorage(pool)
+    return storage, open_transport(Sharing(kind), PoolBytes(storage), memory)
 
 
 async def offer(kind: Kind, seed: int, blocks: Sequence[int]) -> None:

@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {"graphs": 0, "backends": 1, "runtime": 2, "operators": 3, "sagellm": 4}
 TORCHLESS = ("graphs", "operators")
+METHOD = (ast.FunctionDef, ast.AsyncFunctionDef)
 MAY_IMPORT_LATE = ("backends",)  # kernels of a device are imported where it is there
 
 
@@ -97,6 +98,17 @@ def test_there_is_no_circle() -> None:
     while leaves := {module for module, needs in left.items() if not needs & set(left)}:
         left = {module: needs for module, needs in left.items() if module not in leaves}
     assert left == {}
+
+
+@pytest.mark.parametrize("folder", ["runtime/core", "runtime/executors"])
+def test_what_runs_a_graph_reads_in_small_pieces(folder: str) -> None:
+    for path in (ROOT / folder).glob("*.py"):
+        text = path.read_text()
+        assert len(text.splitlines()) <= 300, path
+        classes = (one for one in ast.walk(ast.parse(text)) if isinstance(one, ast.ClassDef))
+        for one in classes:
+            methods = [part for part in one.body if isinstance(part, METHOD)]
+            assert len(methods) <= 15, f"{path}: {one.name}"
 
 
 @pytest.mark.parametrize("floor", TORCHLESS)

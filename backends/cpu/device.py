@@ -1,26 +1,21 @@
-"""The CPU as a backend: its memory, and lowering through named stages."""
+"""The CPU as a backend: one device, its memory, and the stages of lowering."""
 
+import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from math import prod
-from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
+from functools import cache
+from types import ModuleType
 
 import psutil
-import torch
 
-from sagellm.backends.cpu.binding import Binding
-from sagellm.backends.cpu.native.library import native_kernels
-from sagellm.backends.cpu.program import bind
-from sagellm.backends.plan import plan
+from sagellm.backends.kv_storage import KVStorage
 from sagellm.backends.progress import Progress, silent
-from sagellm.backends.protocol import LoweringError, Program, Stage, Weights
+from sagellm.backends.protocol import Program, Queue, Stage, Weights
 from sagellm.backends.quantised import MODES
 from sagellm.backends.step import KVLayout
 from sagellm.graphs.ir import Graph
 from sagellm.graphs.kernels import infer
 from sagellm.graphs.passes import KERNEL_PASSES, Pass
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,18 +38,26 @@ class CpuBackend:
     def devices(self) -> tuple[str, ...]:
         return ("cpu",)
 
+    def device(self, index: int = 0) -> "CpuDevice":
+        return _device(self, self.devices()[index])
+
+
+@dataclass(frozen=True, slots=True)
+class CpuDevice:
+    """All of the machine's cores and its memory. Nothing is imported to ask for its size."""
+
+    backend: CpuBackend
+    name: str
+
+    @property
     def memory_bytes(self) -> int:
         return int(psutil.virtual_memory().available)
 
-    def allocate_pool(
+    def allocate(
         self, layout: KVLayout, num_blocks: int, memory: memoryview | None = None
-    ) -> torch.Tensor:
-        shape, dtype = layout.pool_shape(num_blocks), _torch_dtype(layout.dtype)
-        # Fresh pages of the system are zero, and taken only once they are written; torch.zeros
-        # writes them all.
-        flags = MAP_PRIVATE | MAP_ANONYMOUS
-        pages = memory or mmap(-1, prod(shape) * dtype.itemsize, flags=flags)
-        return torch.frombuffer(pages, dtype=dtype).view(shape)
+    ) -> KVStorage:
+        storage: KVStorage = _module("storage").allocate(layout, num_blocks, memory)
+        return storage
 
     def lower(
         self,
@@ -67,12 +70,33 @@ class CpuBackend:
         quantization: str | None = None,
         progress: Progress = silent,
     ) -> Program:
-        for stage in self.stages.values():
+        for stage in self.backend.stages.values():
             graph = stage(graph)
-        native = native_kernels(progress) if self.native else None
-        how = _torch_dtype(dtype), native, deterministic, quantization
-        binding = Binding(graph, weights, layout, *how)
-        return bind(plan(graph), binding)
+        program: Program = _module("program").lowered(
+            graph,
+            weights,
+            layout=layout,
+            dtype=dtype,
+            deterministic=deterministic,
+            quantization=quantization,
+            progress=progress,
+            is_native=self.backend.native,
+        )
+        return program
+
+    def open_queue(self, threads: int | None = None) -> Queue:
+        queue: Queue = _module("queue").CpuQueue(threads)
+        return queue
+
+
+@cache
+def _device(backend: CpuBackend, name: str) -> CpuDevice:
+    return CpuDevice(backend, name)
+
+
+def _module(name: str) -> ModuleType:
+    """A module of this backend that needs torch: a graph is checked without it."""
+    return importlib.import_module(f"sagellm.backends.cpu.{name}")
 
 
 def activations_float32(graph: Graph) -> Graph:
@@ -81,9 +105,3 @@ def activations_float32(graph: Graph) -> Graph:
         node.with_attrs(dtype="float32") if node.op == "embedding" else node for node in graph.nodes
     )
     return replace(graph, nodes=nodes)
-
-
-def _torch_dtype(name: str) -> torch.dtype:
-    if name not in _DTYPES:
-        raise LoweringError(f"the cpu backend has no dtype {name!r}; use {' or '.join(_DTYPES)}")
-    return _DTYPES[name]

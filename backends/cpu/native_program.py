@@ -2,6 +2,7 @@
 
 import ctypes
 import itertools
+import threading
 import weakref
 
 import torch
@@ -10,8 +11,6 @@ from sagellm.backends.cpu.native import structs
 from sagellm.backends.cpu.native.library import NativeKernels
 from sagellm.backends.cpu.rope import rope_tables
 from sagellm.backends.cpu.translation import Translation
-from sagellm.backends.layers_done import LayersDone
-from sagellm.backends.protocol import Program
 from sagellm.backends.step import StepInputs
 
 _ROWS = 16  # a multiple of it has each buffer begin at a cache line
@@ -20,12 +19,13 @@ _ROWS = 16  # a multiple of it has each buffer begin at a cache line
 class NativeProgram:
     """Keeps the arena of its buffers between steps; it grows with the rows of a step.
 
-    `on_tensors` is the same program kernel by kernel, which it shows.
+    `on_tensors` is the same program kernel by kernel, which it shows. Whoever runs it takes `turn`.
     """
 
     def __init__(
-        self, translation: Translation, kernels: NativeKernels, on_tensors: Program
+        self, translation: Translation, kernels: NativeKernels, on_tensors: object
     ) -> None:
+        self.turn = threading.Lock()
         self._translation = translation
         self._kernels = kernels
         self._on_tensors = on_tensors
@@ -45,9 +45,7 @@ class NativeProgram:
         return f"# in one native call\n{self._on_tensors}"
 
     @torch.no_grad()
-    def run(
-        self, inputs: StepInputs, pool: torch.Tensor, layers_done: LayersDone | None = None
-    ) -> torch.Tensor:
+    def run(self, inputs: StepInputs, pool: torch.Tensor) -> torch.Tensor:
         """Float32 logits [R, vocab]; keys and values of the T rows are in `pool` afterwards.
 
         Raises IndexError for a token outside of the vocabulary.
@@ -59,8 +57,6 @@ class NativeProgram:
         tables = [rope_tables(rope).up_to(max(inputs.contexts)) for rope in self._translation.ropes]
         self._tables[:] = [table.data_ptr() for table in tables]
         self._load(inputs, pool)
-        self._step.layers_done = layers_done.address if layers_done is not None else None
-        self._step.bell = layers_done.bell if layers_done is not None else -1
         self._kernels.run_step(self._step)
         return logits
 

@@ -1,37 +1,43 @@
 """A bound plan: a flat list of kernel calls over a register file."""
 
+import threading
 from dataclasses import dataclass
 
 import torch
 
 from sagellm.backends.cpu.binding import Binding
+from sagellm.backends.cpu.native.library import native_kernels
 from sagellm.backends.cpu.native_program import NativeProgram
 from sagellm.backends.cpu.rules import RULES, BoundKernel
 from sagellm.backends.cpu.step import Step
+from sagellm.backends.cpu.storage import torch_dtype
 from sagellm.backends.cpu.translation import UntranslatableError, translate
-from sagellm.backends.layers_done import LayersDone
-from sagellm.backends.plan import Instruction, Plan
-from sagellm.backends.step import StepInputs
+from sagellm.backends.plan import Instruction, Plan, plan
+from sagellm.backends.progress import Progress
+from sagellm.backends.protocol import Weights
+from sagellm.backends.step import KVLayout, StepInputs
+from sagellm.graphs.ir import Graph
 from sagellm.graphs.kernels import KERNELS, KV
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One kernel with its weights, and the registers it reads, fills and leaves dead. `attends`:
-    behind what writes the keys and values of its layer.
-    """
+    """One kernel with its weights, and the registers it reads, fills and leaves dead."""
 
     kernel: BoundKernel
-    attends: bool
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     dead: tuple[int, ...]
 
 
 class CpuProgram:
-    """Runs its calls in order. Holds the weights; the pool is the caller's."""
+    """Runs its calls in order. Holds the weights; the pool is the caller's.
+
+    Not reentrant: whoever runs it takes `turn`.
+    """
 
     def __init__(self, calls: tuple[Call, ...], plan: Plan) -> None:
+        self.turn = threading.Lock()
         self._calls = calls
         self._plan = plan
 
@@ -39,17 +45,11 @@ class CpuProgram:
         return str(self._plan)
 
     @torch.no_grad()
-    def run(
-        self, inputs: StepInputs, pool: torch.Tensor, layers_done: LayersDone | None = None
-    ) -> torch.Tensor:
+    def run(self, inputs: StepInputs, pool: torch.Tensor) -> torch.Tensor:
         """Float32 logits [R, vocab]; keys and values of the T rows are in `pool` afterwards."""
         step = Step(inputs, pool)
         registers = self._load(inputs, pool)
-        num_layers = 0
         for call in self._calls:
-            num_layers += call.attends
-            if call.attends and layers_done is not None:
-                layers_done.tell(num_layers)
             results = call.kernel(step, *(registers[index] for index in call.inputs))
             for index, result in zip(call.outputs, results, strict=True):
                 registers[index] = result
@@ -64,21 +64,38 @@ class CpuProgram:
         return registers
 
 
-def bind(plan: Plan, binding: Binding) -> CpuProgram | NativeProgram:
+def lowered(
+    graph: Graph,
+    weights: Weights,
+    *,
+    layout: KVLayout,
+    dtype: str,
+    deterministic: bool,
+    quantization: str | None,
+    progress: Progress,
+    is_native: bool,
+) -> CpuProgram | NativeProgram:
+    """The program of a graph that has passed all stages. Raises LoweringError."""
+    native = native_kernels(progress) if is_native else None
+    how = torch_dtype(dtype), native, deterministic, quantization
+    return bind(plan(graph), Binding(graph, weights, layout, *how))
+
+
+def bind(planned: Plan, binding: Binding) -> CpuProgram | NativeProgram:
     """Give every instruction its kernel and its weights. Raises LoweringError.
 
     The native step runs the plan where every kernel has a form for it.
     """
     # What makes the logits comes first: its weight is the largest, and in memory twice while it is
     # copied, when as yet little else is there.
-    *others, last = plan.instructions
+    *others, last = planned.instructions
     head = _call(last, binding)
     calls = (*(_call(step, binding) for step in others), head)
-    program = CpuProgram(calls, plan)
+    program = CpuProgram(calls, planned)
     if not binding.native:
         return program
     try:
-        translation = translate(plan, [call.kernel for call in calls])
+        translation = translate(planned, [call.kernel for call in calls])
     except UntranslatableError:
         return program
     return NativeProgram(translation, binding.native, program)
@@ -86,8 +103,7 @@ def bind(plan: Plan, binding: Binding) -> CpuProgram | NativeProgram:
 
 def _call(step: Instruction, binding: Binding) -> Call:
     kernel = RULES[step.node.op](KERNELS[step.node.op].options(step.node), binding)
-    attends = step.node.op == "paged_attention"
-    return Call(kernel, attends, step.inputs, step.outputs, step.dead)
+    return Call(kernel, step.inputs, step.outputs, step.dead)
 
 
 _EMPTY = torch.empty(0)

@@ -1,57 +1,111 @@
-"""A program whose logits are zero; pools have a shape and no memory."""
+"""Devices that compute nothing: pools have a shape and no memory, tokens follow from their keys."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 
-import torch
-
-from sagellm.backends.layers_done import LayersDone
+from sagellm.backends.kv_storage import KVStorage, Region, RunPairs, Runs, Staged
 from sagellm.backends.progress import Progress, silent
-from sagellm.backends.protocol import Stage, Weights
-from sagellm.backends.step import KVLayout, StepInputs
+from sagellm.backends.protocol import Program, Stage, Weights
+from sagellm.backends.row import Row
+from sagellm.backends.sampled import Sampled
+from sagellm.backends.step import KVLayout, StepBatch, Ticket
 from sagellm.graphs.ir import Graph, TensorType
 from sagellm.graphs.kernels import infer, logits_type
 
 _MEMORY_BYTES = 1 << 40  # nothing is stored, so a pool may be as large as a test wants
+_MASK = (1 << 64) - 1
+
+
+def null_token(seed: int, choice: int, position: int, vocab_size: int) -> int:
+    """A token that depends on (seed, choice, position) alone: splitmix64's mixing steps."""
+    mixed = (seed * 0x9E3779B97F4A7C15 + choice * 0xD1B54A32D192ED03 + position + 1) & _MASK
+    mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & _MASK
+    return (mixed ^ (mixed >> 31)) % vocab_size
+
+
+def null_tokens(rows: Sequence[Row], vocab_size: int) -> list[int]:
+    """One for each row."""
+    return [
+        null_token(row.sampling.seed or 0, row.answer.choice, row.num_output, vocab_size)
+        for row in rows
+    ]
 
 
 @dataclass(frozen=True, slots=True)
 class NullProgram:
-    """Knows how wide its logits are, and nothing else."""
+    """Knows how many tokens there are, and nothing else."""
 
     vocab_size: int
 
-    def run(
-        self, inputs: StepInputs, pool: torch.Tensor, layers_done: LayersDone | None = None
-    ) -> torch.Tensor:
-        return torch.zeros(len(inputs.logit_rows), self.vocab_size)
+
+@dataclass(frozen=True, slots=True)
+class NullPool:
+    """A shape. Its bytes are none: copies do nothing, and there is nothing to read."""
+
+    layout: KVLayout
+    num_blocks: int
+
+    def copy(self, source: KVStorage, pairs: RunPairs, layers: range) -> None:
+        if not isinstance(source, NullPool):
+            raise TypeError(f"a null pool copies from another, not from {type(source).__name__}")
+
+    def receive(self, memory: memoryview, pairs: RunPairs, layers: range) -> int:
+        return 0
+
+    def read(self, runs: Runs, layers: range) -> list[memoryview]:
+        return []
+
+    def stage(self, runs: Runs, layers: range) -> Staged:
+        return _NOTHING
+
+    def checksum(self, runs: Runs, layers: range) -> int:
+        return 0
+
+    def register(self) -> Region:
+        return Region(0, 0)
 
 
 @dataclass(frozen=True, slots=True)
-class NullBackend:
-    """Checks graphs as the others do, reads no weight, touches no memory."""
+class _Nothing:
+    @property
+    def views(self) -> list[memoryview]:
+        return []
 
+    def commit(self) -> None:
+        """Nothing came."""
+
+
+_NOTHING = _Nothing()
+
+
+class NullQueue:
+    """Every launch is over at once."""
+
+    def launch(self, program: Program, storage: KVStorage, batch: StepBatch) -> Ticket:
+        if not isinstance(program, NullProgram):
+            raise TypeError(f"null runs programs that it lowered, not {type(program).__name__}")
+        ticket: Ticket = Future()
+        ticket.set_result(Sampled(null_tokens(batch.rows, program.vocab_size)))
+        return ticket
+
+    def close(self) -> None:
+        """There is nothing to free."""
+
+
+@dataclass(frozen=True, slots=True)
+class NullDevice:
     name: str = "null"
 
     @property
-    def quantizations(self) -> tuple[str, ...]:
-        return ()
-
-    @property
-    def stages(self) -> Mapping[str, Stage]:
-        return {"infer": infer}
-
-    def devices(self) -> tuple[str, ...]:
-        return ("meta",)
-
     def memory_bytes(self) -> int:
         return _MEMORY_BYTES
 
-    def allocate_pool(
+    def allocate(
         self, layout: KVLayout, num_blocks: int, memory: memoryview | None = None
-    ) -> torch.Tensor:
-        dtype = getattr(torch, layout.dtype)
-        return torch.empty(layout.pool_shape(num_blocks), dtype=dtype, device="meta")
+    ) -> NullPool:
+        return NullPool(layout, num_blocks)
 
     def lower(
         self,
@@ -68,3 +122,27 @@ class NullBackend:
         if not isinstance(logits, TensorType) or not isinstance(logits.shape[-1], int):
             raise TypeError(f"logits of {graph.name} are {logits}")
         return NullProgram(logits.shape[-1])
+
+    def open_queue(self, threads: int | None = None) -> NullQueue:
+        return NullQueue()
+
+
+@dataclass(frozen=True, slots=True)
+class NullBackend:
+    """Checks graphs as the others do, reads no weight, touches no memory, imports no torch."""
+
+    name: str = "null"
+
+    @property
+    def quantizations(self) -> tuple[str, ...]:
+        return ()
+
+    @property
+    def stages(self) -> Mapping[str, Stage]:
+        return {"infer": infer}
+
+    def devices(self) -> tuple[str, ...]:
+        return ("null",)
+
+    def device(self, index: int = 0) -> NullDevice:
+        return NullDevice(self.devices()[index])

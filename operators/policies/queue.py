@@ -16,6 +16,7 @@ from sagellm.runtime.sorted_chunks import SortedChunks
 # rank, arrival, number: the number is unique, so two requests are never compared.
 Entry: TypeAlias = tuple[float, float, int, Request]
 _Expiry: TypeAlias = tuple[float, int, Entry]
+Choices: TypeAlias = Map[str, tuple[Entry, ...]]
 
 
 class Queue(msgspec.Struct, frozen=True):
@@ -27,7 +28,7 @@ class Queue(msgspec.Struct, frozen=True):
 
     entries: SortedChunks[Entry] = SortedChunks()
     expiries: SortedChunks[_Expiry] = SortedChunks()
-    choices: Map[str, tuple[Entry, ...]] = Map()
+    choices: Choices = Map()
     declined: tuple[Entry, ...] = ()
     level: int = 0
     num_arrived: int = 0
@@ -40,16 +41,13 @@ class Queue(msgspec.Struct, frozen=True):
         first = self.expiries.first
         return None if first is None else first[0]
 
-    def at(self, now: float) -> "Queue":
-        """The same queue, its busy time counted until now."""
-        if not len(self.entries):
-            return replace(self, busy_since_s=now, told_s=now)
-        if now <= self.told_s:
-            return self
-        busy_s = self.backlog.busy_s + now - self.told_s
-        return replace(self, backlog=replace(self.backlog, busy_s=busy_s), told_s=now)
+    def busy_s(self, now: float) -> float:
+        """How long something has waited in it, until now."""
+        if now <= self.told_s or not len(self.entries):
+            return self.backlog.busy_s
+        return self.backlog.busy_s + now - self.told_s
 
-    def with_request(self, request: Request, order: Order) -> "Queue":
+    def with_request(self, request: Request, order: Order, now: float) -> "Queue":
         """Raises what the order's rank raises, and ValueError where that is not a number."""
         rank = float(order.rank(request))
         if math.isnan(rank):
@@ -57,34 +55,32 @@ class Queue(msgspec.Struct, frozen=True):
         number, request_id = self.num_arrived, request.request_id
         entry = (rank, request.stamps.arrived_s, number, request)
         choices = (*self.choices.get(request_id, ()), entry)
-        after = replace(
-            self,
-            entries=self.entries.inserted(entry),
-            choices=self.choices.set(request_id, choices),
-            backlog=_counted(self.backlog, request, 1),
-            num_arrived=number + 1,
+        expiries = self.expiries
+        if request.expires_s is not None:
+            expiries = expiries.inserted((request.expires_s, number, entry))
+        return Queue(
+            self.entries.inserted(entry),
+            expiries,
+            self.choices.set(request_id, choices),
+            self.declined,
+            self.level,
+            number + 1,
+            _counted(self.backlog, request, 1, self.busy_s(now)),
+            self.busy_since_s if len(self.entries) else now,
+            max(self.told_s, now),
         )
-        if request.expires_s is None:
-            return after
-        return replace(after, expiries=self.expiries.inserted((request.expires_s, number, entry)))
 
-    def without_taken(self, taken: Request) -> "Queue":
+    def without_taken(self, taken: Request, now: float) -> "Queue":
         """Without the candidate that was taken; nothing counts as declined any more."""
-        entry = next(one for one in self.choices[taken.request_id] if _is_same(one[3], taken))
-        after = replace(self._without(entry), declined=())
-        if self.told_s <= self.busy_since_s:  # nothing has waited
-            return after
-        backlog = replace(
-            after.backlog,
-            num_served=after.backlog.num_served + 1,
-            num_served_tokens=after.backlog.num_served_tokens + entry[3].num_uncached_tokens,
-        )
-        return replace(after, backlog=backlog)
+        entry, *others = self.choices[taken.request_id]
+        if others:
+            entry = next(one for one in (entry, *others) if _is_same(one[3], taken))
+        return self._without(entry, now, (), was_served=max(self.told_s, now) > self.busy_since_s)
 
-    def without_signalled(self, signal: Signal) -> tuple["Queue", tuple[Request, ...]]:
+    def without_signalled(self, signal: Signal, now: float) -> tuple["Queue", tuple[Request, ...]]:
         """The queue without the requests that a signal ends, and those."""
         entries = self.choices.get(signal.request_id, ())
-        return self._without_all([one for one in entries if signal.concerns(one[3].key)])
+        return self._without_all([one for one in entries if signal.concerns(one[3].key)], now)
 
     def without_expired(self, now: float) -> tuple["Queue", tuple[Request, ...]]:
         """The queue without the requests whose time has passed, and those."""
@@ -93,7 +89,7 @@ class Queue(msgspec.Struct, frozen=True):
             if expires_s > now:
                 break
             expired.append(entry)
-        return self._without_all(expired)
+        return self._without_all(expired, now)
 
     def at_level(self, level: int, order: Order) -> "Queue":
         """The same requests in another order."""
@@ -110,8 +106,10 @@ class Queue(msgspec.Struct, frozen=True):
 
     def lapsed(self, order: Order, now: float) -> "Queue":
         """The same requests, those whose time has passed at their later ranks."""
+        if order.grace_s is None:
+            return self
         queue = self
-        while order.lapses and (first := queue.entries.first) is not None and first[0] < now:
+        while (first := queue.entries.first) is not None and first[0] < now:
             queue = queue._moved(first, order.later_rank(first[3], now))
         return queue
 
@@ -132,46 +130,69 @@ class Queue(msgspec.Struct, frozen=True):
             declined=_exchanged(self.declined, entry, moved),
         )
 
-    def _without(self, entry: Entry) -> "Queue":
-        request = entry[3]
-        rest = tuple(one for one in self.choices[request.request_id] if one[2] != entry[2])
-        choices = self.choices.delete(request.request_id)
-        after = replace(
-            self,
-            entries=self.entries.removed(entry),
-            choices=choices.set(request.request_id, rest) if rest else choices,
-            backlog=_counted(self.backlog, request, -1),
+    def _without(
+        self, entry: Entry, now: float, declined: tuple[Entry, ...], *, was_served: bool = False
+    ) -> "Queue":
+        request, expiries = entry[3], self.expiries
+        if request.expires_s is not None:
+            expiries = expiries.removed((request.expires_s, entry[2], entry))
+        return Queue(
+            self.entries.removed(entry),
+            expiries,
+            _without_choice(self.choices, entry),
+            declined,
+            self.level,
+            self.num_arrived,
+            _counted(self.backlog, request, -1, self.busy_s(now), was_served=was_served),
+            self.busy_since_s,
+            max(self.told_s, now),
         )
-        if request.expires_s is None:
-            return after
-        expiries = self.expiries.removed((request.expires_s, entry[2], entry))
-        return replace(after, expiries=expiries)
 
-    def _without_all(self, entries: list[Entry]) -> tuple["Queue", tuple[Request, ...]]:
+    def _without_all(self, entries: list[Entry], now: float) -> tuple["Queue", tuple[Request, ...]]:
         queue = self
         for entry in entries:
-            queue = queue._without(entry)
+            queue = queue._without(entry, now, queue.declined)
         return queue, tuple(entry[3] for entry in entries)
+
+
+def _without_choice(choices: Choices, entry: Entry) -> Choices:
+    request_id = entry[3].request_id
+    if len(choices[request_id]) == 1:
+        return choices.delete(request_id)
+    rest = tuple(one for one in choices[request_id] if one[2] != entry[2])
+    return choices.set(request_id, rest)
 
 
 def _exchanged(entries: tuple[Entry, ...], entry: Entry, other: Entry) -> tuple[Entry, ...]:
     return tuple(other if one[2] == entry[2] else one for one in entries)
 
 
-def _counted(backlog: Backlog, request: Request, sign: int) -> Backlog:
+def _counted(
+    backlog: Backlog, request: Request, sign: int, busy_s: float, *, was_served: bool = False
+) -> Backlog:
     """The backlog with a request more, or less."""
-    num_prompt_tokens = sign * request.num_uncached_tokens
-    num_tokens = num_prompt_tokens + sign * request.sampling.max_tokens
+    num_prompt_tokens = request.num_uncached_tokens
     is_patient = request.slo_ttft_s is None
-    return replace(
-        backlog,
-        num_requests=backlog.num_requests + sign,
-        num_tokens=backlog.num_tokens + num_tokens,
-        num_prompt_tokens=backlog.num_prompt_tokens + num_prompt_tokens,
-        num_patient=backlog.num_patient + sign * is_patient,
-        num_patient_tokens=backlog.num_patient_tokens + num_prompt_tokens * is_patient,
+    return Backlog(
+        backlog.num_requests + sign,
+        backlog.num_tokens + sign * (num_prompt_tokens + request.sampling.max_tokens),
+        backlog.num_prompt_tokens + sign * num_prompt_tokens,
+        backlog.num_patient + sign * is_patient,
+        backlog.num_patient_tokens + sign * num_prompt_tokens * is_patient,
+        backlog.num_served + was_served,
+        backlog.num_served_tokens + num_prompt_tokens * was_served,
+        busy_s,
     )
 
 
+def differ(one: Backlog, other: Backlog) -> bool:
+    """Whether anything but their busy time does."""
+    if one is other:
+        return False
+    if one.num_requests != other.num_requests:
+        return True
+    return replace(one, busy_s=other.busy_s) != other
+
+
 def _is_same(held: Request, taken: Request) -> bool:
-    return held.key == taken.key and held.epoch == taken.epoch
+    return held is taken or (held.key == taken.key and held.epoch == taken.epoch)

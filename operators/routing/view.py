@@ -46,17 +46,17 @@ class ReplicaView(msgspec.Struct, frozen=True):
             self.num_tokens + num_foreign * request_tokens if num_foreign > 0 else self.num_tokens
         )
 
-    def placed(self, num_tokens: int) -> "ReplicaView":
-        return replace(
-            self,
-            num_held=self.num_held + 1,
-            num_tokens=self.num_tokens + num_tokens,
-            num_left=self.num_left - 1,
+    def holding(self, number: int, num_tokens: int, num_left: float) -> "ReplicaView":
+        """With so many more requests, or fewer, of so many tokens, and room for others."""
+        return ReplicaView(
+            self.num_held + number,
+            self.num_tokens + num_tokens,
+            num_left,
+            self.num_reported,
+            self.reporter,
+            self.is_up,
+            self.is_removed,
         )
-
-    def without(self, num_tokens: int) -> "ReplicaView":
-        """A request that was placed here is here no more."""
-        return replace(self, num_held=self.num_held - 1, num_tokens=self.num_tokens - num_tokens)
 
 
 NEW = ReplicaView()
@@ -101,7 +101,9 @@ class PoolView(msgspec.Struct, frozen=True):
             pool = replace(pool, size=number + 1).with_replica(number, NEW)
         return pool
 
-    def with_replica(self, number: int, view: ReplicaView) -> "PoolView":
+    def with_replica(
+        self, number: int, view: ReplicaView, mean_tokens: float | None = None
+    ) -> "PoolView":
         bit, free, loads = 1 << number, self.free, self.loads
         if view.is_up and view.num_left >= 1:
             load, free = view.load(self.request_tokens), free | bit
@@ -117,15 +119,17 @@ class PoolView(msgspec.Struct, frozen=True):
             self.known & ~bit if view.is_removed else self.known | bit,
             loads,
             self.request_tokens,
-            self.mean_tokens,
+            self.mean_tokens if mean_tokens is None else mean_tokens,
         )
 
     def placed(self, number: int, num_tokens: int) -> "PoolView":
-        mean = self.mean_tokens + (num_tokens - self.mean_tokens) * _SMOOTHING
-        pool = replace(self, mean_tokens=mean if self.mean_tokens else float(num_tokens))
-        pool = pool.with_replica(number, self.replicas[number].placed(num_tokens))
-        if not 1 / _DRIFT <= pool.request_tokens / pool.mean_tokens <= _DRIFT:
-            return pool.with_request_tokens(pool.mean_tokens)
+        mean = self.mean_tokens
+        mean = mean + (num_tokens - mean) * _SMOOTHING if mean else float(num_tokens)
+        view = self.replicas[number]
+        view = view.holding(1, num_tokens, view.num_left - 1)
+        pool = self.with_replica(number, view, mean)
+        if not 1 / _DRIFT <= self.request_tokens / mean <= _DRIFT:
+            return pool.with_request_tokens(mean)
         return pool
 
     def with_request_tokens(self, request_tokens: float) -> "PoolView":
@@ -170,23 +174,19 @@ class View(msgspec.Struct, frozen=True):
         for pool, number in replicas:
             pools[pool] = pools[pool].placed(number, num_tokens)
         where = self.placed.get(request.request_id, ())
-        where += tuple((replica, num_tokens) for replica in replicas)
+        where += tuple([(replica, num_tokens) for replica in replicas])
         placed = self.placed.set(request.request_id, where)
         return View(pools, self.num_routed + 1, placed)
 
     def take_back(self, replica: Replica, request_id: str, num_left: float | None = None) -> "View":
         """A replica holds a choice of a request no more; `num_left`: where requests enter it."""
         known, placed = self.replica(replica), self.placed
-        where = placed.get(request_id, ())
-        found = next((one for one in where if one[0] == replica), None)
-        if found is not None:
-            known = known.without(found[1])
-            rest = list(where)
-            rest.remove(found)
-            placed = placed.set(request_id, tuple(rest)) if rest else placed.delete(request_id)
-        if num_left is not None:
-            known = replace(known, num_left=num_left)
-        return self._with(replica, known, placed)
+        left = known.num_left if num_left is None else num_left
+        for place, (where, num_tokens) in enumerate(placed.get(request_id, ())):
+            if where == replica:
+                placed = _without(placed, request_id, place)
+                return self._with(replica, known.holding(-1, -num_tokens, left), placed)
+        return self._with(replica, known.holding(0, 0, left), placed)
 
     def forget(self, request_id: str) -> "View":
         """Its last event has passed: whatever it took is free."""
@@ -227,6 +227,14 @@ class View(msgspec.Struct, frozen=True):
         return View(pools, self.num_routed, self.placed if placed is None else placed)
 
 
+def _without(placed: Placed, request_id: str, place: int) -> Placed:
+    """Without one of the places of a request."""
+    where = placed[request_id]
+    if len(where) == 1:
+        return placed.delete(request_id)
+    return placed.set(request_id, where[:place] + where[place + 1 :])
+
+
 @dataclass(frozen=True, slots=True)
 class Candidates:
     """The replicas of one pool that a strategy orders for one request."""
@@ -261,6 +269,11 @@ class Candidates:
         yield first
         rank = self._waiting_rank(self.turn % self.pool.size)
         yield from sorted((number for number in self.numbers if number != first), key=rank)
+
+    def rest(self, tried: int) -> Iterator[int]:
+        """The candidates that are not in the mask `tried`, least loaded first."""
+        if tried != self.mask:
+            yield from (number for number in self.by_load() if not tried >> number & 1)
 
     def _waiting_rank(self, start: int) -> Callable[[int], tuple[float, int]]:
         size = self.pool.size

@@ -16,8 +16,8 @@ from sagellm.runtime.engine.port import (
     LeaseOffer,
     PrefillDone,
 )
-from sagellm.runtime.kv.extent import NOTHING, Extent, Part
 from sagellm.runtime.kv.located import Located
+from sagellm.runtime.kv.part import Part
 from sagellm.runtime.messages import LeaseRef, SequenceState, TokenEvent
 
 
@@ -63,13 +63,13 @@ class Import(_Said, frozen=True, kw_only=True, tag="import"):
 
 
 class Export(_Said, frozen=True, kw_only=True, tag="export"):
-    """Turn a held lease to `sending`; answered by `Exported`, of what has not landed yet, or
-    `Refused`.
+    """Turn a held lease to `sending`; answered by `Exported`, of all but the first `num_landed`
+    blocks, or `Refused`.
     """
 
     call: int
     lease: LeaseRef
-    landed: Extent = NOTHING
+    num_landed: int = 0
 
 
 class ExportPart(_Said, frozen=True, kw_only=True, tag="export_part"):
@@ -81,14 +81,14 @@ class ExportPart(_Said, frozen=True, kw_only=True, tag="export_part"):
 
 
 class Receive(_Said, frozen=True, kw_only=True, tag="receive"):
-    """Copy that into a reserved lease, all but what has landed there: then it is filled. Answered
-    by `Done` or `Refused`.
+    """Copy that into a reserved lease, after the first `num_landed` blocks: then it is filled.
+    Answered by `Done` or `Refused`.
     """
 
     call: int
     lease: LeaseRef
     source: Located
-    landed: Extent = NOTHING
+    num_landed: int = 0
 
 
 class ReceivePart(_Said, frozen=True, kw_only=True, tag="receive_part"):
@@ -189,10 +189,10 @@ class Exported(_Said, frozen=True, kw_only=True, tag="exported"):
 
 
 class Advanced(_Said, frozen=True, kw_only=True, tag="advanced"):
-    """So much of a prompt that is to be exported is computed, and does not change."""
+    """So many blocks of a prompt that is to be exported are computed, and do not change."""
 
     lease: LeaseRef
-    computed: Extent
+    num_blocks: int
 
 
 class Events(_Said, frozen=True, kw_only=True, tag="events"):

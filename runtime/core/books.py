@@ -26,7 +26,6 @@ from sagellm.runtime.user_function import ending, failing
 _NO_ENGINE = "no engine is there to serve it: try again later"
 _QUARANTINED = "engines died of this request, or of its like: it is not tried again"
 _SPENT = "engines, or the links between them, failed too often: try again later"
-_NONE: list[str] = []
 _STOPPED = "the graph stopped before this request ended"
 
 
@@ -45,7 +44,8 @@ class Books:
         self.ledger = Ledger(gaps=drops_tokens)
         self.register = register
         self.recovery = Recovery(turn.time)
-        self._forgotten: list[str] = []  # requests that ended, and that operators still know
+        self.forgotten: list[str] = []  # requests that ended, and that operators still know
+        self._releasing: set[str] = set()  # those that service operators still hold something of
         self._turn = turn
         self._gates = gates
         self._holdings = holdings
@@ -53,6 +53,9 @@ class Books:
     def open(self, requests: tuple[Request, ...]) -> None:
         """All choices of one request enter."""
         first, numbers = requests[0], {request.choice for request in requests}
+        if first.request_id in self._releasing:
+            self._releasing.remove(first.request_id)
+            self.forgotten.append(first.request_id)
         self.register.open(first.request_id, numbers, first.expires_s, now=self._turn.now)
         for request in requests:
             self.ledger.accept(request.key, position=len(request.emitted_token_ids))
@@ -64,7 +67,9 @@ class Books:
 
         Items after the last one are dropped: a choice may end outside its engine.
         """
-        if isinstance(item, Forked):
+        if type(item) is TokenEvent and item.finish_reason is None:
+            self._pass_tokens(item, error)
+        elif isinstance(item, Forked):
             self._fork(item)
         elif self.register.is_open(item.key):
             item = self._with_reason(item)
@@ -75,13 +80,19 @@ class Books:
             if ends(item):
                 self._close(item, terminal=terminal)
 
-    def finish(self, item: Item, reason: FinishReason) -> None:
-        """Give a choice its last event, unless it has had it."""
-        self.to_sink(ending(item, reason, now=self._turn.now), terminal=True)
+    def _pass_tokens(self, event: TokenEvent, error: Exception | None) -> None:
+        """Deliver tokens that are not the last of their choice: nearly all that is delivered."""
+        entry = self.register.entries.get(event.request_id)
+        if entry is not None and event.choice in entry.choices:
+            self.ledger.record_tokens(event)
+            self._turn.effects.append(Deliver(event, error))
+            if self.recovery.is_under_way:
+                self.recovery.note(event)
 
-    def finish_signalled(self, item: Item) -> None:
-        """Give a choice that was signalled its last event."""
-        self.finish(item, reason_of(self.register.tombstone(item.request_id)))
+    def finish(self, item: Item, reason: FinishReason | None = None) -> None:
+        """Give a choice its last event, unless it has had it. None: as it was signalled."""
+        reason = reason or reason_of(self.register.tombstone(item.request_id))
+        self.to_sink(ending(item, reason, now=self._turn.now), terminal=True)
 
     def fail(self, fault: OperatorFault, item: Item, *, is_logged: bool = False) -> None:
         """End a choice as failed by an operator, and log why, if that is not logged yet."""
@@ -109,9 +120,7 @@ class Books:
 
     def take_forgotten(self) -> list[str]:
         """Requests that have ended, each once: operators are to forget them."""
-        if not self._forgotten:
-            return _NONE
-        taken, self._forgotten = self._forgotten, []
+        taken, self.forgotten = self.forgotten, []
         return taken
 
     def interrupt(self, signal: Signal) -> None:
@@ -128,6 +137,9 @@ class Books:
         """A service operator holds an item of a choice no more."""
         if key in self.register.abandoned and not self.is_held(*key):
             self.register.abandoned.discard(key)
+        if key[0] in self._releasing and not self._gates.holds(key[0]):
+            self._releasing.remove(key[0])
+            self.forgotten.append(key[0])
 
     def _fork(self, forked: Forked) -> None:
         entry = self.register.entries.get(forked.request_id)
@@ -159,8 +171,10 @@ class Books:
             # It ended outside its engine (a user's function failed): stop the engine too.
             self.register.abandoned.add(key)
             self.interrupt(Signal("cancel", *key))
-        if is_last:
-            self._forgotten.append(key[0])
+        if is_last and self._gates.holds(key[0]):
+            self._releasing.add(key[0])
+        elif is_last:
+            self.forgotten.append(key[0])
 
 
 def ends(item: Item | Forked) -> bool:

@@ -12,6 +12,7 @@ from sagellm.runtime.core.events import (
     Arrived,
     Emitted,
     Ended,
+    EngineFailed,
     Event,
     Failed,
     Finished,
@@ -42,7 +43,9 @@ from sagellm.runtime.feedback import CreditChanged
 from sagellm.runtime.operator import Signal, Wake
 from sagellm.runtime.plan import Plan
 
-_MOVES_TIME = frozenset({ReplicaMarked, ReplicaAdded, ReplicaRemoved, Transferred, TimeCame})
+_MOVES_TIME = frozenset(
+    {ReplicaMarked, ReplicaAdded, ReplicaRemoved, Transferred, EngineFailed, TimeCame}
+)
 
 
 class Core:
@@ -89,13 +92,14 @@ class Core:
         self._reactions: dict[type, Callable[[Any], None]] = {
             Opened: self.replicas.open,
             Arrived: self._arrive,
-            Emitted: lambda e: self._flow.emit(e.ticket, e.node, e.replica, e.items, e.outlet),
+            Emitted: self._emit,
             Withdrawn: lambda e: self._flow.withdraw(e.ticket),
             Released: self._release,
             Ended: self._end,
             Failed: lambda e: self.books.fail(OperatorFault(e.node, e.error), e.item),
             Finished: lambda e: self.books.finish(e.item, e.reason),
             Returned: self._returns.enter_again,
+            EngineFailed: self._fail_over,
             Transferred: self._transfer,
             Reported: lambda e: self._inputs.report(e.feedback),
             Signalled: lambda e: self._signal(e.signal),
@@ -114,8 +118,8 @@ class Core:
         self._inputs.settle()
         if self.recovery.is_under_way:
             self._returns.try_next()
-        times_changed = self.region.wakes_changed or self.register.expiries_changed
-        if times_changed or type(event) in _MOVES_TIME:
+        has_moved = self.region.wakes_changed or self.register.expiries_changed
+        if has_moved or type(event) in _MOVES_TIME:
             self._tell_time()
         return turn.effects
 
@@ -138,6 +142,7 @@ class Core:
 
     def _arrive(self, arrived: Arrived) -> None:
         self.books.open(arrived.requests)
+        self._inputs.settle()
         for request in arrived.requests:
             if self.recovery.is_blocked(request):
                 self.books.end(quarantined(request, self._turn.now), None)
@@ -168,12 +173,23 @@ class Core:
         if not self.gates.give((node, replica), key):
             return
         self.meter.services[node, replica].held.leave()
-        self.books.let_go(key)
-        num_left = self.gates.num_left((node, replica))
+        num_left = self.gates.accounts[(node, replica)].requests
         self._inputs.report(
             CreditChanged(node=node, replica=replica, num_left=num_left, request_id=key[0])
         )
+        self.books.let_go(key)
         self._flow.retry(node, replica)
+
+    def _emit(self, emitted: Emitted) -> None:
+        node, replica, items = emitted.node, emitted.replica, emitted.items
+        if self.outliers.suspects and any(getattr(item, "token_ids", ()) for item in items):
+            self.outliers.computed((self.plan.engine_name(node) or "", replica))
+        self._flow.emit(emitted.ticket, node, replica, items, emitted.outlet)
+
+    def _fail_over(self, failed: EngineFailed) -> None:
+        engine = self.plan.engine_name(failed.node) or ""
+        self.outliers.computed_wrong((engine, failed.replica))
+        self._returns.fail_over(failed, engine, self.replicas.availability.num_present(engine))
 
     def _transfer(self, transferred: Transferred) -> None:
         note = self.outliers.passed if transferred.succeeded else self.outliers.failed

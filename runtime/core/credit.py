@@ -3,7 +3,7 @@
 import math
 
 from sagellm.runtime.messages import Item, Prefilled, Request
-from sagellm.runtime.min_tree import MinTree
+from sagellm.runtime.min_tree import MutableMinTree
 from sagellm.runtime.operator import Credit
 
 Gate = tuple[str, int]  # a service operator and its replica
@@ -21,15 +21,52 @@ def cost_of(item: Item, block_size: int) -> Credit:
     return Credit(1, num_known - request.num_cached_tokens, num_known // block_size + 1)
 
 
-class _Account:
+class NoCredit(Exception):
+    """An item found no credit at the service operator `node`: the transaction is undone.
+
+    `replica`: at the one where the item was placed; None: at no replica.
+    """
+
+    def __init__(self, node: str, replica: int | None) -> None:
+        super().__init__(node, replica)
+        self.node = node
+        self.replica = replica
+
+
+class Account:
     """The credit of one replica, and what each choice has spent of it."""
 
-    __slots__ = ("block_size", "capacity", "left", "spent")
+    __slots__ = ("block_size", "blocks", "capacity", "requests", "spent", "tokens")
 
     def __init__(self, capacity: Credit, block_size: int) -> None:
-        self.capacity = self.left = capacity
+        self.capacity = capacity
         self.block_size = block_size
-        self.spent: dict[Key, tuple[Credit, ...]] = {}
+        self.requests, self.tokens, self.blocks = (
+            capacity.requests,
+            capacity.tokens,
+            capacity.blocks,
+        )
+        self.spent: dict[Key, list[Credit]] = {}
+
+    def take(self, key: Key, cost: Credit) -> bool:
+        """Spend a cost if it is covered; an item larger than all passes alone."""
+        requests, tokens = self.requests - cost.requests, self.tokens - cost.tokens
+        blocks = self.blocks - cost.blocks
+        if self.spent and (requests < 0 or tokens < 0 or blocks < 0):
+            return False
+        self.requests, self.tokens, self.blocks = requests, tokens, blocks
+        self.spent.setdefault(key, []).append(cost)
+        return True
+
+    def give(self, key: Key) -> None:
+        """Return what the last item of `key` spent."""
+        costs = self.spent[key]
+        cost = costs.pop()
+        if not costs:
+            del self.spent[key]
+        self.requests += cost.requests
+        self.tokens += cost.tokens
+        self.blocks += cost.blocks
 
     @property
     def room(self) -> float:
@@ -38,7 +75,7 @@ class _Account:
         """
         if not self.spent:
             return math.inf
-        return self.left.blocks if self.left.requests >= 1 else -math.inf
+        return self.blocks if self.requests >= 1 else -math.inf
 
 
 class Gates:
@@ -49,15 +86,16 @@ class Gates:
     """
 
     def __init__(self) -> None:
-        self._accounts: dict[Gate, _Account] = {}
-        self._rooms: dict[str, MinTree] = {}  # by operator: -room of each replica
+        self.accounts: dict[Gate, Account] = {}
+        self._rooms: dict[str, MutableMinTree] = {}  # by operator: -room of each replica
         self._holders: dict[str, dict[tuple[Gate, int], None]] = {}  # by request: gate, choice
         self.closed: set[Gate] = set()
         self.blocked: frozenset[str] = frozenset()
         self.removed: set[Gate] = set()
 
     def open(self, gate: Gate, capacity: Credit, block_size: int = 1) -> None:
-        self._accounts[gate] = _Account(capacity, block_size)
+        self.accounts[gate] = Account(capacity, block_size)
+        self._rooms.setdefault(gate[0], MutableMinTree())
         self._note_room(gate)
 
     def close(self, gate: Gate) -> None:
@@ -76,8 +114,14 @@ class Gates:
             return True
         if node in self.blocked and not self.removed:
             return False
-        account = self._accounts[node, 0]
-        return -rooms.minimum >= cost_of(item, account.block_size).blocks
+        room = -rooms.minimum
+        if math.isinf(room):
+            return room > 0
+        return room >= cost_of(item, self.accounts[node, 0].block_size).blocks
+
+    def is_full(self, node: str) -> bool:
+        """Whether no replica of `node` may take any request."""
+        return self._rooms[node].minimum == math.inf
 
     def take(self, gate: Gate, item: Item) -> bool:
         """Spend the item's cost if there is credit; an item larger than all passes alone.
@@ -85,30 +129,22 @@ class Gates:
         Through a closed gate passes what has its place already, and cannot choose another: it
         comes back from there, if that is lost.
         """
-        if self._is_closed_to(gate, item):
+        if (self.closed or self.blocked) and self._is_closed_to(gate, item):
             return False
-        account = self._accounts[gate]
-        cost = cost_of(item, account.block_size)
-        if account.spent and not account.left.covers(cost):
+        account, key = self.accounts[gate], item.key
+        if not account.take(key, cost_of(item, account.block_size)):
             return False
-        key = item.key
-        account.spent[key] = (*account.spent.get(key, ()), cost)
-        account.left -= cost
         self._holders.setdefault(key[0], {})[gate, key[1]] = None
         self._note_room(gate)
         return True
 
     def give(self, gate: Gate, key: Key) -> bool:
         """Return what the last item of `key` spent; False where it had spent nothing."""
-        account = self._accounts[gate]
-        costs = account.spent.get(key)
-        if not costs:
+        account = self.accounts[gate]
+        if key not in account.spent:
             return False
-        account.left += costs[-1]
-        if len(costs) > 1:
-            account.spent[key] = costs[:-1]
-        else:
-            del account.spent[key]
+        account.give(key)
+        if key not in account.spent:
             self._drop_holder(gate, key)
         self._note_room(gate)
         return True
@@ -120,19 +156,9 @@ class Gates:
             return ()
         return tuple(one for one in held if choice is None or one[1] == choice)
 
-    def keys(self, gate: Gate) -> tuple[Key, ...]:
-        """The choices of which a gate has something."""
-        return tuple(self._accounts[gate].spent)
-
-    def num_taken(self, gate: Gate) -> int:
-        return len(self._accounts[gate].spent)
-
-    def num_left(self, gate: Gate) -> float:
-        """How many requests may be sent to a replica, its blocks apart."""
-        return self._accounts[gate].left.requests
-
-    def capacity(self, gate: Gate) -> Credit:
-        return self._accounts[gate].capacity
+    def holds(self, request_id: str) -> bool:
+        """Whether any gate holds something of a request."""
+        return request_id in self._holders
 
     def _is_closed_to(self, gate: Gate, item: Item) -> bool:
         if gate[0] in self.blocked and gate not in self.removed:
@@ -146,7 +172,5 @@ class Gates:
             del self._holders[key[0]]
 
     def _note_room(self, gate: Gate) -> None:
-        room = -math.inf if gate in self.closed else self._accounts[gate].room
-        rooms = self._rooms.get(gate[0]) or MinTree()
-        if rooms[gate[1]] != -room:
-            self._rooms[gate[0]] = rooms.with_value(gate[1], -room)
+        lack = math.inf if gate in self.closed else -self.accounts[gate].room
+        self._rooms[gate[0]][gate[1]] = lack

@@ -10,10 +10,10 @@ from sagellm.runtime.operator import Signal
 
 
 class _Effect(msgspec.Struct, frozen=True, array_like=True):
-    """Tagged, and an array on the wire."""
+    """`gc=False`, where it can be part of no cycle: it costs less. Tagged, an array on the wire."""
 
 
-class Send(_Effect, frozen=True, tag="send"):
+class Send(_Effect, frozen=True, gc=False, tag="send"):
     """Hand an item to a replica of a service operator; its credit is spent."""
 
     node: str
@@ -71,6 +71,15 @@ class Faulted(_Effect, frozen=True, tag="faulted"):
     request_id: str
 
 
+class FailedOn(_Effect, frozen=True, tag="failed_on"):
+    """Log that the engine of a replica failed on a request, and why."""
+
+    engine: str
+    replica: int
+    request_id: str
+    error: str
+
+
 class Ejected(_Effect, frozen=True, tag="ejected"):
     """Log that a replica gets no new requests for some time; 0 seconds: that it gets them again."""
 
@@ -80,5 +89,5 @@ class Ejected(_Effect, frozen=True, tag="ejected"):
 
 
 Effect: TypeAlias = (
-    Send | Deliver | Interrupt | Discard | Parked | Resumed | WakeAt | Faulted | Ejected
+    Send | Deliver | Interrupt | Discard | Parked | Resumed | WakeAt | Faulted | FailedOn | Ejected
 )

@@ -13,7 +13,9 @@ from sagellm.runtime.operator import Credit, Signal
 
 
 class _Event(msgspec.Struct, frozen=True, array_like=True):
-    """Tagged, and an array on the wire: most events are small."""
+    """Tagged, and an array on the wire: most events are small. The most frequent ones, which are
+    never part of a cycle, are `gc=False`: that costs less.
+    """
 
 
 class Opened(_Event, frozen=True, tag="opened"):
@@ -25,7 +27,7 @@ class Opened(_Event, frozen=True, tag="opened"):
     block_size: int = 1
 
 
-class Arrived(_Event, frozen=True, tag="arrived"):
+class Arrived(_Event, frozen=True, gc=False, tag="arrived"):
     """All choices of one request are to enter through `source`. The id is in use by no other.
 
     Where there is no credit for one, the effect `Parked` names the ticket.
@@ -35,7 +37,7 @@ class Arrived(_Event, frozen=True, tag="arrived"):
     requests: tuple[Request, ...]
 
 
-class Emitted(_Event, frozen=True, tag="emitted"):
+class Emitted(_Event, frozen=True, gc=False, tag="emitted"):
     """A service operator sends items, in order. Where there is no credit for one, it and the later
     items are parked, and the effect `Parked` names the ticket.
     """
@@ -53,7 +55,7 @@ class Withdrawn(_Event, frozen=True, tag="withdrawn"):
     ticket: int
 
 
-class Released(_Event, frozen=True, tag="released"):
+class Released(_Event, frozen=True, gc=False, tag="released"):
     """A service operator holds an item no more: its credit is free."""
 
     node: str
@@ -93,6 +95,17 @@ class Returned(_Event, frozen=True, tag="returned"):
     was_computed: bool
 
 
+class EngineFailed(_Event, frozen=True, tag="engine_failed"):
+    """The engine of a replica failed while it computed a request, and has let go of it. `last`: the
+    event that ends the request, unless another replica takes it.
+    """
+
+    node: str
+    replica: int
+    request: Request
+    last: TokenEvent
+
+
 class Transferred(_Event, frozen=True, tag="transferred"):
     """KV blocks were transferred between replicas of two engines, or were damaged on the way."""
 
@@ -101,7 +114,7 @@ class Transferred(_Event, frozen=True, tag="transferred"):
     succeeded: bool
 
 
-class Reported(_Event, frozen=True, tag="reported"):
+class Reported(_Event, frozen=True, gc=False, tag="reported"):
     """A service operator gives feedback."""
 
     feedback: Feedback
@@ -152,6 +165,7 @@ Event: TypeAlias = (
     | Failed
     | Finished
     | Returned
+    | EngineFailed
     | Transferred
     | Reported
     | Signalled

@@ -2,12 +2,12 @@
 
 from sagellm.graphs.ir import SOURCE
 from sagellm.runtime.core.books import Books, reason_of
+from sagellm.runtime.core.credit import NoCredit
 from sagellm.runtime.core.effects import Discard, Parked, Resumed
 from sagellm.runtime.core.faults import OperatorFault
 from sagellm.runtime.core.inputs import Inputs
 from sagellm.runtime.core.meter import Meter
 from sagellm.runtime.core.parking import ParkedInput, ParkedItems, Parking
-from sagellm.runtime.core.passage import NoCredit
 from sagellm.runtime.core.region import Region
 from sagellm.runtime.core.turn import Turn
 from sagellm.runtime.messages import Item, Request, TokenEvent

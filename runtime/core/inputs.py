@@ -5,12 +5,12 @@ from collections import deque
 from msgspec.structs import replace
 
 from sagellm.runtime.core.books import Books, reason_of
+from sagellm.runtime.core.credit import NoCredit
 from sagellm.runtime.core.effects import Faulted, Send
 from sagellm.runtime.core.faults import OperatorFault
 from sagellm.runtime.core.journal import Outcome, Reached, Upstream
 from sagellm.runtime.core.meter import Meter
 from sagellm.runtime.core.parking import ParkedInput, Parking
-from sagellm.runtime.core.passage import NoCredit
 from sagellm.runtime.core.region import Region
 from sagellm.runtime.core.turn import Turn
 from sagellm.runtime.feedback import KINDS, Feedback, QueueChanged, Topology
@@ -70,12 +70,13 @@ class Inputs:
 
     def settle(self) -> None:
         """Give all inputs that wait; each may lead to more."""
-        while True:
-            for request_id in self._books.take_forgotten():
-                self._forget(request_id)
-            if not self._inputs:
-                return
-            node, happened = self._inputs.popleft()
+        books, inputs = self._books, self._inputs
+        while inputs or books.forgotten:
+            if books.forgotten:
+                for request_id in books.take_forgotten():
+                    self._forget(request_id)
+                continue
+            node, happened = inputs.popleft()
             refused = self.give(node, happened)
             if refused is not None:
                 way = refused.node, refused.replica
@@ -100,8 +101,9 @@ class Inputs:
             fault = error if isinstance(error, OperatorFault) else OperatorFault(node, error)
             self._end_by_fault(node, happened, fault)
             return None
-        self.apply(outcomes)
-        if isinstance(happened, Wake) and (lost := self._region.lost(node)) is not None:
+        if outcomes:
+            self.apply(outcomes)
+        if type(happened) is Wake and (lost := self._region.lost(node)) is not None:
             self._end_by_fault(node, happened, OperatorFault(node, lost))
         return None
 

@@ -13,6 +13,7 @@ from sagellm.runtime.core.meter import LogicMeter, Tally
 from sagellm.runtime.feedback import Feedback
 from sagellm.runtime.messages import Forked, Item
 from sagellm.runtime.operator import Draw, Logic
+from sagellm.runtime.user_function import failing
 
 
 @dataclass(slots=True)
@@ -61,14 +62,14 @@ class Journal:
     def __init__(self, cells: tuple[str, ...], gates: Gates, entries: Container[str]) -> None:
         """`entries`: the ids of the requests that are open."""
         self.holdings = Holdings(cells, entries)
-        self._held = self.holdings.held
+        self.held = self.holdings.held
         self.accepted: deque[tuple[Cell, Item]] = deque()  # offers to answer
         self.outcomes: list[Outcome] = []
         self._gates = gates
         self.cells: list[tuple[Cell, Any, int, float | None]] = []  # as they were
         self._taken: list[Send] = []
         self.counts: list[tuple[Tally, int]] = []
-        self._moves: list[tuple[str, Item, bool]] = []  # operator, item, and whether it came in
+        self.moves: list[tuple[str, Item, bool]] = []  # operator, item, and whether it came in
 
     def take(self, node: str, replica: int, item: Item) -> bool:
         """Spend credit for an item; False where there is none."""
@@ -81,18 +82,23 @@ class Journal:
 
     def came(self, cell: Cell, item: Item) -> None:
         """An operator keeps an item."""
-        self._moves.append((cell.name, item, True))
+        self.moves.append((cell.name, item, True))
 
     def left(self, node: str, item: Item) -> None:
         """A node sends an item: an operator holds its choice no more."""
-        if self._moves or self._held.get(node):
-            self._moves.append((node, item, False))
+        if self.moves or self.held.get(node):
+            self.moves.append((node, item, False))
+
+    def end(self, item: Item, fault: OperatorFault, now: float) -> None:
+        """End the choice of an item that an operator failed on."""
+        event = failing(item, fault.public, now=now)
+        self.outcomes.append(Reached(event, terminal=True, fault=fault))
 
     def mark(self) -> Mark:
         """How far the transaction is, for `roll_back`."""
         return (
             len(self.cells), len(self._taken), len(self.accepted),
-            len(self.outcomes), len(self.counts), len(self._moves),
+            len(self.outcomes), len(self.counts), len(self.moves),
         )  # fmt: skip
 
     def roll_back(self, mark: Mark) -> None:
@@ -105,18 +111,21 @@ class Journal:
             self._gates.give((send.node, send.replica), send.item.key)
         while len(self.accepted) > accepted:
             self.accepted.pop()
-        del self.outcomes[outcomes:], self.counts[counts:], self._moves[moves:]
+        del self.outcomes[outcomes:], self.counts[counts:], self.moves[moves:]
 
     def commit(self) -> list[Outcome]:
         """Make the changes final, and return what they lead to, in order."""
-        for tally, number in self.counts:
-            tally.count += number
-        for node, item, is_in in self._moves:
-            (self.holdings.take if is_in else self.holdings.send)(node, item)
         self.cells.clear()
-        self.counts.clear()
-        self._taken.clear()
-        self._moves.clear()
+        if self.counts:
+            for tally, number in self.counts:
+                tally.count += number
+            self.counts.clear()
+            if self._taken:
+                self._taken.clear()
+        if self.moves:
+            for node, item, is_in in self.moves:
+                (self.holdings.take if is_in else self.holdings.send)(node, item)
+            self.moves.clear()
         outcomes = self.outcomes
         if outcomes:
             self.outcomes = []

@@ -1,4 +1,5 @@
-"""Replicas whose transfers fail again and again, over a bad link or by bad memory: routed around.
+"""Replicas whose transfers or computations fail again and again, over a bad link or by bad memory
+or weights: routed around.
 
 As in Envoy's outlier detection: after `MOST_FAULTS` faults in a row a replica is ejected, for
 `FIRST_S` the first time, twice that the second, and so on; then it is tried again. Never more than
@@ -52,6 +53,7 @@ class Outliers:
         on_change: Callable[[Replica, float], None],
     ) -> None:
         self.num_ejections: dict[Replica, int] = {}  # ever
+        self.suspects: set[Replica] = set()  # whose engine failed, and gave no token since
         self._presence = presence
         self._clock = clock
         self._on_change = on_change
@@ -61,7 +63,7 @@ class Outliers:
         """A transfer between them did; either may be to blame, unless one of them is lost."""
         if self._presence.is_lost(sender) or self._presence.is_lost(receiver):
             return
-        ends = self._record(receiver), self._record(sender)
+        ends = [self._records.setdefault(one, _Record(one)) for one in (receiver, sender)]
         for record, peer in zip(ends, (sender, receiver), strict=True):
             record.peers.append(peer)
             del record.peers[:-_MOST_KEPT]
@@ -80,8 +82,24 @@ class Outliers:
             if record.until_s is None and self._has_been_well(record):
                 del self._records[replica]
 
+    def computed_wrong(self, replica: Replica) -> None:
+        """Its engine failed on a request, whoever else took part."""
+        if self._presence.is_lost(replica):
+            return
+        self.suspects.add(replica)
+        record = self._records.setdefault(replica, _Record(replica))
+        record.peers.append(replica)
+        if record.until_s is None and len(record.peers) >= MOST_FAULTS:
+            self._eject(record)
+
+    def computed(self, replica: Replica) -> None:
+        """Its engine gave a token: what failed before was the requests' own."""
+        self.suspects.discard(replica)
+        self.passed(replica, replica)
+
     def forget(self, replica: Replica) -> None:
         """It is gone, or is back anew: what failed with it is nobody's fault any more."""
+        self.suspects.discard(replica)
         record = self._records.pop(replica, None)
         if record is not None and record.until_s is not None:
             self._on_change(replica, 0.0)
@@ -108,9 +126,6 @@ class Outliers:
         for record in self._records.values():
             if record.until_s is not None and record.until_s <= self._clock():
                 self._readmit(record)
-
-    def _record(self, replica: Replica) -> _Record:
-        return self._records.setdefault(replica, _Record(replica))
 
     def _absolve(self, culprit: Replica) -> None:
         """What failed with it was nobody else's fault."""

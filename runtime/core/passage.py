@@ -1,57 +1,36 @@
 """The passage of items through logic operators, inside one transaction."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias
-
-from msgspec.structs import replace
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from sagellm.graphs.ir import SINK, Graph
 from sagellm.runtime.core.answers import (
     ITEMS,
-    check_end,
-    check_item,
     check_step,
     unknown_outlet,
     unknown_output,
 )
-from sagellm.runtime.core.credit import Gates
+from sagellm.runtime.core.credit import Gates, NoCredit
 from sagellm.runtime.core.faults import OperatorFault
-from sagellm.runtime.core.journal import Cell, Journal, Reached, Upstream
+from sagellm.runtime.core.journal import Cell, Journal, Reached
 from sagellm.runtime.core.meter import Meter, Tally
-from sagellm.runtime.core.ways import Ways
-from sagellm.runtime.messages import Item, Prefilled, Request
+from sagellm.runtime.core.outputs import Outputs, Sending
+from sagellm.runtime.core.ways import Ways, replica_for
+from sagellm.runtime.messages import Item, Request
 from sagellm.runtime.operator import (
-    Announce,
     Arrival,
     Emit,
-    EmitAll,
     EmitFirst,
     Input,
-    Offer,
     Output,
-    Report,
     Step,
     Taken,
     Terminate,
     Wait,
 )
 from sagellm.runtime.user_code import LEAVING, WrongResult, as_error
-from sagellm.runtime.user_function import failing
 
 _SENDING = frozenset({EmitFirst, Wait, Terminate})  # an item is not kept
-Sending: TypeAlias = Callable[[str, Item, str, float], None]
-
-
-class NoCredit(Exception):
-    """An item found no credit at the service operator `node`: the transaction is undone.
-
-    `replica`: at the one where the item was placed; None: at no replica.
-    """
-
-    def __init__(self, node: str, replica: int | None) -> None:
-        super().__init__(node, replica)
-        self.node = node
-        self.replica = replica
 
 
 class Passage:
@@ -85,26 +64,26 @@ class Passage:
             for edge in graph.edges
             if not edge.feedback
         }
-        self.ways = Ways(graph, cells)
-        self._entrances = {name: _entrances(graph, cells, name) for name in cells}
-        self._outputs: dict[type, Callable[[Cell, Any, float, Sending], None]] = {
-            Emit: self._emit,
-            EmitAll: self._emit_all,
-            EmitFirst: self._emit_first,
-            Wait: self._wait,
-            Offer: self._offer,
-            Terminate: self._terminate,
-            Announce: self._announce,
-            Report: self._report,
-        }
+        self.ways = Ways(graph, cells, gates)
+        self._put_out = Outputs(self, gates, journal, self.ways).by_type
 
-    def meet(self, cell: Cell, happened: Input, now: float) -> None:
-        """Run an input, and answer the offers that it led to before the next input."""
+    def meet(self, cell: Cell, happened: Input, now: float) -> bool:
+        """Run an input, and answer the offers that it led to before the next input; False where
+        it has changed nothing but the state of the operator.
+        """
         outputs = self._ask(cell, cell.on, happened, now)
         if type(happened) is Arrival:
             self._arrived(cell, happened.item, outputs, now)
         elif outputs:
             self._answer(cell, outputs, now, self._send_apart)
+        else:
+            return False
+        if self._journal.accepted:
+            self._settle(now)
+        return True
+
+    def _settle(self, now: float) -> None:
+        """Answer the offers that were accepted."""
         accepted = self._journal.accepted
         while accepted:
             offering, item = accepted.popleft()
@@ -119,9 +98,13 @@ class Passage:
         target, inlet, cell, tally = found
         journal = self._journal
         journal.counts.append((tally, 1))
-        journal.left(node, item)
+        if journal.moves or journal.held.get(node):
+            journal.left(node, item)
         if cell is not None:
-            self.meet(cell, Arrival(item, inlet), now)
+            outputs = self._ask(cell, cell.on, Arrival(item, inlet), now)
+            self._arrived(cell, item, outputs, now)
+            if journal.accepted:
+                self._settle(now)
         elif target == SINK:
             journal.outcomes.append(Reached(item))
         else:
@@ -159,26 +142,24 @@ class Passage:
         self, cell: Cell, method: Callable[..., Any], given: Any, now: float
     ) -> tuple[Output, ...]:
         """What an operator puts out; its new state is the cell's from now on."""
-        before, number, clock = cell.state, cell.num_inputs, self._clock
+        before, number, draw, clock = cell.state, cell.num_inputs, cell.draw, self._clock
         self._journal.cells.append((cell, before, number, cell.wake_at))
         begun_s = clock()
         try:
-            step = method(before, given, now, cell.draw.begin(number))
-            if type(step) is not Step or step[0] is before or type(step[1]) is not tuple:
-                check_step(cell.operator, given, step, before)
-            outputs: tuple[Output, ...]
-            state, outputs, wake_at = step
-            if wake_at is not None:
+            draw.number, draw.count = number, 0
+            step = method(before, given, now, draw)
+            is_plain = type(step) is Step and step.wake_at is None
+            if not (is_plain and step.outputs and type(step.outputs) is tuple):
                 check_step(cell.operator, given, step, before)
         except (Exception, *LEAVING) as error:
             cell.meter.errors.count += 1
             raise OperatorFault(cell.name, as_error(error)) from error
         cell.meter.process_s += clock() - begun_s
-        cell.state = state
+        cell.state = step.state
         cell.num_inputs = number + 1
-        if cell.wake_at != wake_at:
-            cell.wake_at, self.wakes_changed = wake_at, True
-        return outputs
+        if cell.wake_at != step.wake_at:
+            cell.wake_at, self.wakes_changed = step.wake_at, True
+        return step.outputs  # type: ignore[no-any-return]
 
     def _answer(self, cell: Cell, outputs: tuple[Output, ...], now: float, send: Sending) -> None:
         try:
@@ -186,76 +167,12 @@ class Passage:
                 if type(output) is Emit and type(output.item) in ITEMS:
                     send(cell.name, output.item, output.outlet, now)
                     continue
-                put_out = self._outputs.get(type(output))
+                put_out = self._put_out.get(type(output))
                 if put_out is None:
                     raise unknown_output(cell.operator, output)
                 put_out(cell, output, now, send)
         except WrongResult as error:
             raise OperatorFault(cell.name, error) from None
-
-    def _emit(self, cell: Cell, output: Emit, now: float, send: Sending) -> None:
-        check_item(cell.operator, output.item)
-        send(cell.name, output.item, output.outlet, now)
-
-    def _emit_all(self, cell: Cell, output: EmitAll, now: float, send: Sending) -> None:
-        self.pass_all(cell.name, output.items, output.outlet, now)
-
-    def _emit_first(self, cell: Cell, output: EmitFirst, now: float, send: Sending) -> None:
-        """Raises the first NoCredit where no item finds any."""
-        refused: NoCredit | None = None
-        for item, state in _choices(cell, output):
-            mark = self._journal.mark()
-            try:
-                self.pass_on(cell.name, item, output.outlet, now)
-                cell.state = state
-                return
-            except NoCredit as error:
-                self._journal.roll_back(mark)
-                refused = refused or error
-                if not self._gates.may_take(error.node, item):
-                    break
-        if refused is None:
-            raise WrongResult("an EmitFirst has no item; give one at least")
-        raise NoCredit(refused.node, None)
-
-    def _wait(self, cell: Cell, output: Wait, now: float, send: Sending) -> None:
-        raise NoCredit(output.node, None)
-
-    def _offer(self, cell: Cell, output: Offer, now: float, send: Sending) -> None:
-        """An item that an operator downstream fails on is taken, and ends as failed: it would
-        else stay at the head of its queue, and fail every request that comes after it.
-        """
-        may_take, entrances = self._gates.may_take, self._entrances[cell.name]
-        for item in output.items:
-            way = self.ways.find(item)
-            if not any(may_take(node, item) for node in ((way,) if way else entrances)):
-                continue
-            mark, sent = self._journal.mark(), _dispatched(item, now)
-            try:
-                self.pass_on(cell.name, sent, output.outlet, now)
-            except NoCredit as error:
-                self._journal.roll_back(mark)
-                self.ways.remember(item, error.node)
-                continue
-            except OperatorFault as fault:
-                self._journal.roll_back(mark)
-                self._end(item, fault, now)
-            self._journal.accepted.append((cell, item))
-            return
-
-    def _terminate(self, cell: Cell, output: Terminate, now: float, send: Sending) -> None:
-        check_end(cell.operator, output)
-        self._journal.counts.append((cell.meter.ended, 1))
-        if output.event.finish_reason == "failed":
-            self._journal.counts.append((cell.meter.errors, 1))
-        fault = OperatorFault(cell.name, output.cause) if output.cause is not None else None
-        self._journal.outcomes.append(Reached(output.event, terminal=True, fault=fault))
-
-    def _announce(self, cell: Cell, output: Announce, now: float, send: Sending) -> None:
-        self._journal.outcomes.append(Reached(output.forked))
-
-    def _report(self, cell: Cell, output: Report, now: float, send: Sending) -> None:
-        self._journal.outcomes.append(Upstream(cell.name, output.feedback))
 
     def _send_apart(self, node: str, item: Item, outlet: str, now: float) -> None:
         """Send one of the items that were kept: if an operator downstream fails on it, it ends
@@ -266,59 +183,16 @@ class Passage:
             self.pass_on(node, item, outlet, now)
         except OperatorFault as fault:
             self._journal.roll_back(mark)
-            self._end(item, fault, now)
-
-    def _end(self, item: Item, fault: OperatorFault, now: float) -> None:
-        event = failing(item, fault.public, now=now)
-        self._journal.outcomes.append(Reached(event, terminal=True, fault=fault))
+            self._journal.end(item, fault, now)
 
     def _enter(self, node: str, item: Item) -> None:
         replica = replica_for(item, node, self._num_replicas[node])
         if not self._journal.take(node, replica, item):
             raise NoCredit(node, replica)
 
-    def _unknown_outlet(self, node: str, outlet: str) -> WrongResult:
+    def _unknown_outlet(self, node: str, outlet: str) -> Exception:
         known = [edge[1] for edge in self._edges if edge[0] == node]
         cell = self._cells.get(node)
-        return unknown_outlet(cell.operator if cell else None, outlet, known)
-
-
-def replica_for(item: Item, node: str, num_replicas: int) -> int:
-    """The replica that the router placed an item on; the only one where there is one."""
-    if num_replicas == 1:
-        return 0
-    request = item.request if isinstance(item, Prefilled) else item
-    if isinstance(request, Request) and node in request.placement:
-        return request.placement[node]
-    raise LookupError(f"{node} has {num_replicas} replicas and no route chose one")
-
-
-def _choices(cell: Cell, output: EmitFirst) -> Iterator[tuple[Item, Any]]:
-    """Made by the operator as they are wanted: its errors are its faults."""
-    try:
-        yield from output.choices
-    except (Exception, *LEAVING) as error:
-        cell.meter.errors.count += 1
-        raise OperatorFault(cell.name, as_error(error)) from error
-
-
-def _dispatched(item: Item, now: float) -> Item:
-    """A request as it leaves its queue, stamped with the time."""
-    if not isinstance(item, Request):
-        return item
-    return replace(item, stamps=replace(item.stamps, dispatched_s=now))
-
-
-def _entrances(graph: Graph, cells: Mapping[str, Cell], start: str) -> tuple[str, ...]:
-    """The service operators, and the sink, that items of `start` reach through logic operators."""
-    found: dict[str, None] = {}
-    level = [start]
-    for node in level:
-        for edge in graph.outputs(node):
-            if edge.feedback or edge.target in level:
-                continue
-            if edge.target in cells:
-                level.append(edge.target)
-            else:
-                found[edge.target] = None
-    return tuple(found)
+        if cell is None:
+            return unknown_outlet(None, outlet, known)
+        return OperatorFault(node, unknown_outlet(cell.operator, outlet, known))

@@ -6,10 +6,10 @@ from typing import Any
 
 from sagellm.graphs.ir import Graph
 from sagellm.runtime.core.answers import state_was_lost
-from sagellm.runtime.core.credit import Gates
+from sagellm.runtime.core.credit import Gates, NoCredit
 from sagellm.runtime.core.journal import START, Cell, Journal, Outcome
 from sagellm.runtime.core.meter import Meter
-from sagellm.runtime.core.passage import NoCredit, Passage
+from sagellm.runtime.core.passage import Passage
 from sagellm.runtime.messages import Item
 from sagellm.runtime.operator import Input, Logic
 from sagellm.runtime.user_code import WrongResult
@@ -86,10 +86,13 @@ class Region:
     def feed(self, node: str, happened: Input, now: float) -> list[Outcome]:
         """All outcomes of an input. Raises NoCredit and OperatorFault; then nothing has changed."""
         try:
-            self._passage.meet(self.cells[node], happened, now)
+            has_led_on = self._passage.meet(self.cells[node], happened, now)
         except BaseException as error:
             self._undo(error)
             raise
+        if not has_led_on:
+            self._journal.cells.clear()
+            return self._journal.outcomes  # none
         return self._journal.commit()
 
     def send(self, source: str, item: Item, outlet: str, now: float) -> list[Outcome]:

@@ -48,7 +48,7 @@ class Replicas:
         """A replica of a service operator is there, and grants credit."""
         gate = opened.node, opened.replica
         self._gates.open(gate, opened.capacity, opened.block_size)
-        num_left = self._gates.num_left(gate)
+        num_left = self._gates.accounts[gate].requests
         credit = CreditChanged(node=opened.node, replica=opened.replica, num_left=num_left)
         self._inputs.report(credit)
 

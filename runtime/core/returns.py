@@ -3,13 +3,16 @@
 from msgspec.structs import replace
 
 from sagellm.runtime.core.books import Books, quarantined, spent
-from sagellm.runtime.core.events import Returned
+from sagellm.runtime.core.effects import FailedOn
+from sagellm.runtime.core.events import EngineFailed, Returned
 from sagellm.runtime.core.flow import Flow
 from sagellm.runtime.core.inputs import Inputs
 from sagellm.runtime.core.turn import Turn
 from sagellm.runtime.messages import Request
 from sagellm.runtime.operator import Arrival, Signal
 from sagellm.runtime.plan import Plan
+
+_MOST_REPLICAS = 2  # that a request is tried on, where engines fail on it
 
 
 class Returns:
@@ -27,7 +30,7 @@ class Returns:
         """Send a request in again, after what it has emitted already, if that helps."""
         request, books = returned.request, self._books
         if books.register.tombstone(request.request_id) or not books.register.is_open(request.key):
-            books.finish_signalled(request)
+            books.finish(request)
             return
         verdict = self._recovery.judge(returned.node, request, was_computed=returned.was_computed)
         if verdict == "now":
@@ -36,6 +39,23 @@ class Returns:
             books.end(quarantined(request, self._turn.now), None)
         elif verdict == "spent":
             books.end(spent(request, self._turn.now), None)
+
+    def fail_over(self, failed: EngineFailed, engine: str, num_present: int) -> None:
+        """Send a request that an engine failed on to another replica, if there is one it has not
+        met; end it otherwise.
+        """
+        request, books = failed.request, self._books
+        replica = engine, failed.replica
+        error = failed.last.error or ""
+        self._turn.effects.append(FailedOn(*replica, request.request_id, error))
+        if books.register.tombstone(request.request_id) or not books.register.is_open(request.key):
+            books.finish(request)
+            return
+        avoid = dict.fromkeys((*request.avoid, replica))
+        if sum(name == engine for name, _ in avoid) < min(num_present, _MOST_REPLICAS + 1):
+            self._enter(failed.node, replace(request, avoid=tuple(avoid)))
+        else:
+            books.end(failed.last, None)
 
     def try_next(self) -> None:
         """Send the next of the requests that are tried one at a time, if it is its turn."""
@@ -46,7 +66,7 @@ class Returns:
     def end_waiting(self, signal: Signal) -> None:
         """End what waits to be tried."""
         for request in self._recovery.drop(signal.concerns):
-            self._books.finish_signalled(request)
+            self._books.finish(request)
 
     def end_unserved(self, max_hold_s: float) -> None:
         """End what has waited long enough for an engine of which no replica is there."""

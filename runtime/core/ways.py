@@ -1,19 +1,19 @@
 """Which way offered items go: learned as they are refused, so that nothing is tried in vain."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from sagellm.graphs.ir import Graph
+from sagellm.runtime.core.credit import Gates
 from sagellm.runtime.core.journal import Cell
-from sagellm.runtime.messages import Item, Request
+from sagellm.runtime.messages import Item, Prefilled, Request
 
 
 class _Way(NamedTuple):
-    """An item was refused by the service operator `node`; what its way there depended on."""
+    """An item was refused by the service operator `node`; `states` is what its way depended on."""
 
     node: str
-    epoch: int
-    num_cached_tokens: int
+    item: Item
     states: tuple[Any, ...]
 
 
@@ -22,31 +22,74 @@ class Ways:
     the request nor the state of an operator with several outlets.
     """
 
-    def __init__(self, graph: Graph, cells: Mapping[str, Cell]) -> None:
+    def __init__(self, graph: Graph, cells: Mapping[str, Cell], gates: Gates) -> None:
+        self._gates = gates
+        self._entrances = {name: _entrances(graph, cells, name) for name in cells}
         outlets = {name: {edge.outlet for edge in graph.outputs(name)} for name in cells}
         self._branching = tuple(cell for name, cell in cells.items() if len(outlets[name]) > 1)
+        self._states: tuple[Any, ...] = tuple(cell.state for cell in self._branching)
         self._ways: dict[str, dict[int, _Way]] = {}
 
     def remember(self, item: Item, node: str) -> None:
-        """A service operator has refused an item."""
+        """A service operator has refused an item, and nothing has changed."""
         if isinstance(item, Request):
-            states = tuple(cell.state for cell in self._branching)
-            way = _Way(node, item.epoch, item.num_cached_tokens, states)
+            way = _Way(node, item, self.states)
             self._ways.setdefault(item.request_id, {})[item.choice] = way
 
-    def find(self, item: Item) -> str | None:
-        """The operator that has refused an item and that it would go to again, if any is known."""
-        choices = self._ways.get(item.request_id)
-        way = choices.get(item.choice) if choices is not None else None
-        if way is None or not isinstance(item, Request):
-            return None
-        if (way.epoch, way.num_cached_tokens) != (item.epoch, item.num_cached_tokens):
-            return None
-        for cell, state in zip(self._branching, way.states, strict=True):
+    @property
+    def states(self) -> tuple[Any, ...]:
+        """What ways depend on now: the same object for as long as none of it changes."""
+        for cell, state in zip(self._branching, self._states, strict=True):
             if cell.state is not state:
-                return None
-        return way.node
+                self._states = tuple([cell.state for cell in self._branching])
+                break
+        return self._states
+
+    def worth_trying(self, node: str, items: tuple[Item, ...]) -> Iterator[Item]:
+        """The items of `node` that a service operator might take: the one that refused an item
+        before and that it would go to again, or any at all. Nothing may change meanwhile.
+        """
+        ways, states, may_take = self._ways, self.states, self._gates.may_take
+        entrances = self._entrances[node]
+        full = ""  # an operator that has no room for any request
+        for item in items:
+            choices = ways.get(item.request_id)
+            way = choices.get(item.choice) if choices is not None else None
+            if way is None or way[1] is not item or way[2] is not states:
+                if any(may_take(entrance, item) for entrance in entrances):
+                    yield item
+            elif way[0] == full:
+                continue
+            elif may_take(way[0], item):
+                yield item
+            elif self._gates.is_full(way[0]):
+                full = way[0]
 
     def forget(self, request_id: str) -> None:
         """A request has ended, or was taken."""
         self._ways.pop(request_id, None)
+
+
+def replica_for(item: Item, node: str, num_replicas: int) -> int:
+    """The replica that the router placed an item on; the only one where there is one."""
+    if num_replicas == 1:
+        return 0
+    request = item.request if isinstance(item, Prefilled) else item
+    if isinstance(request, Request) and node in request.placement:
+        return request.placement[node]
+    raise LookupError(f"{node} has {num_replicas} replicas and no route chose one")
+
+
+def _entrances(graph: Graph, cells: Mapping[str, Cell], start: str) -> tuple[str, ...]:
+    """The service operators, and the sink, that items of `start` reach through logic operators."""
+    found: dict[str, None] = {}
+    level = [start]
+    for node in level:
+        for edge in graph.outputs(node):
+            if edge.feedback or edge.target in level:
+                continue
+            if edge.target in cells:
+                level.append(edge.target)
+            else:
+                found[edge.target] = None
+    return tuple(found)

@@ -5,17 +5,16 @@ from collections.abc import Callable
 import msgspec
 import trio
 
+from sagellm.backends import Logprob, Sampled
 from sagellm.runtime.engine.batch import Batch
 from sagellm.runtime.engine.port import PrefillDone
-from sagellm.runtime.engine.runner import Drawn
 from sagellm.runtime.engine.scheduler import Scheduler
 from sagellm.runtime.engine.sequence import Sequence
 from sagellm.runtime.engine.speculation.speculation import Speculation
 from sagellm.runtime.engine.speculation.verifying import verified
 from sagellm.runtime.kv.exchange import Exchange
-from sagellm.runtime.kv.extent import Extent, whole
 from sagellm.runtime.kv.lease import Fence, Lease, LeaseEvent
-from sagellm.runtime.messages import FinishReason, LeaseRef
+from sagellm.runtime.messages import ENGINE_FAILED, FinishReason, LeaseRef, TokenLogprob
 
 _BROKEN = "its logits are not finite; the weights or their dtype are wrong"
 _LEASE_EVENT: dict[FinishReason, LeaseEvent] = {
@@ -31,25 +30,24 @@ _LEASE_EVENT: dict[FinishReason, LeaseEvent] = {
 class Collector:
     """Keeps the sequences of an engine until they end.
 
-    `on_advance` hears of each step of a prompt that is to be exported, but of the last: how much of
-    it is computed.
+    `on_advance` hears of each step of a prompt that is to be exported, but of the last: how many of
+    its blocks are computed.
 
-    `launched` is the batch that computes now, None between two steps: what it writes stays leased
-    until it is collected, also where its sequence has ended before.
+    What a step under way writes stays leased until it is collected, also where its sequence has
+    ended before.
     """
 
     def __init__(
         self, scheduler: Scheduler, exchange: Exchange, speculation: Speculation | None
     ) -> None:
         self.sequences: dict[Fence, Sequence] = {}
-        self.launched: Batch | None = None
         self._scheduler = scheduler
         self._exchange = exchange
         self._speculation = speculation
-        self.on_advance: Callable[[Lease, Extent], None] = lambda lease, extent: None
+        self.on_advance: Callable[[Lease, int], None] = lambda lease, num_blocks: None
         self._left: list[tuple[Lease, LeaseEvent]] = []  # by sequences that ended before their step
 
-    def collect(self, batch: Batch, drawn: Drawn | Exception) -> None:
+    def collect(self, batch: Batch, sampled: Sampled | Exception) -> None:
         """Take a step's outcome into the sequences, and end those that are over.
 
         What it drew for sequences that ended before it did, and hold no lease any more, is thrown
@@ -58,26 +56,23 @@ class Collector:
         left, self._left = self._left, []
         for lease, event in left:
             self._scheduler.pool.advance(lease, event)
-        if isinstance(drawn, Exception):
-            self._fail(batch, drawn)
+        if isinstance(sampled, Exception):
+            self._fail(batch, sampled)
             return
-        self._advance(batch, drawn)
-        for scoring, found in zip(batch.scoring, drawn.prompt_logprobs, strict=True):
-            scoring.sequence.take_scores(scoring.positions, found)
-        self._accept_all(batch, drawn, trio.current_time())
+        self._advance(batch, sampled)
+        for scoring, found in zip(batch.scoring, sampled.prompt_logprobs, strict=True):
+            scoring.sequence.take_scores(scoring.positions, _for_events(found))
+        self._accept_all(batch, sampled, trio.current_time())
         for sequence in batch.sequences:
             if sequence.end is not None and sequence.lease is not None:
                 self.end(sequence, sequence.end, _BROKEN)
 
-    def interrupt(self, sequence: Sequence, reason: FinishReason) -> bool:
-        """End a sequence now, or after the launched step, which still writes its blocks; whether
-        it is over.
-        """
-        if self._is_written(sequence):
+    def interrupt(self, sequence: Sequence, reason: FinishReason) -> None:
+        """End a sequence now, or after the step under way that still writes its blocks."""
+        if sequence.num_launched:
             sequence.end = sequence.end or reason
-            return False
-        self.end(sequence, reason)
-        return True
+        else:
+            self.end(sequence, reason)
 
     def end(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> None:
         """Post the last event of a sequence that sampled no last token.
@@ -94,6 +89,7 @@ class Collector:
                 prompt_logprobs=sequence.give_scores() if reason == "stop" else (),
                 finish_reason=reason,
                 error=error if reason == "failed" else None,
+                code=ENGINE_FAILED if reason == "failed" else "",
             )
         )
         sequence.mailbox.flush()
@@ -102,7 +98,6 @@ class Collector:
         """Forget all without an event; the pool ends the leases."""
         self.sequences.clear()
         self._left.clear()
-        self.launched = None
 
     def _fail(self, batch: Batch, cause: Exception) -> None:
         error = f"the engine failed while it computed this sequence ({type(cause).__name__})"
@@ -110,30 +105,29 @@ class Collector:
             if sequence.lease is not None:
                 self.end(sequence, sequence.end or "failed", error)
 
-    def _advance(self, batch: Batch, drawn: Drawn) -> None:
+    def _advance(self, batch: Batch, sampled: Sampled) -> None:
         """Count what is computed now, and let others find it."""
-        rows = batch.rows if drawn.broken else []
-        broken = {rows[row].fence for row in drawn.broken}
+        rows = batch.row_sequences if sampled.broken else []
+        broken = {rows[row] for row in sampled.broken}
         for sequence, query_len in zip(batch.sequences, batch.query_lens, strict=True):
             if sequence.lease is None:
                 continue
             sequence.num_computed += query_len - len(batch.drafts.get(sequence, ()))
-            if sequence.fence not in broken:
+            if sequence not in broken:
                 self._publish(sequence)
                 if sequence.state.hold_kv and sequence.num_pending:
                     num_blocks = sequence.num_computed // self._scheduler.pool.block_size
-                    self.on_advance(sequence.lease, whole(num_blocks))
+                    self.on_advance(sequence.lease, num_blocks)
 
     def _publish(self, sequence: Sequence) -> None:
         """Blocks that the next step reads already are not exchanged for others that hold the same:
-        that waits for the end of a step that nothing computes behind.
+        that waits for the end of a step with none launched after it.
         """
-        is_still = not self._is_written(sequence)
-        if not self._scheduler.reuse.publish(sequence, may_swap=is_still):
-            self._scheduler.is_due = True
+        if not self._scheduler.reuse.publish(sequence, may_swap=not sequence.num_launched):
+            self._scheduler.needs_rest = True
 
-    def _accept_all(self, batch: Batch, drawn: Drawn, now: float) -> None:
-        for sequence, rows, is_broken in verified(batch, drawn):
+    def _accept_all(self, batch: Batch, sampled: Sampled, now: float) -> None:
+        for sequence, rows, is_broken in verified(batch, sampled):
             if sequence.end is not None or sequence.lease is None:
                 continue
             if sequence in batch.drafts and self._speculation is not None:
@@ -141,14 +135,14 @@ class Collector:
                     sequence, len(batch.drafts[sequence]), max(0, len(rows) - 1)
                 )
             if rows:
-                self._accept(sequence, drawn, rows, now)
+                self._accept(sequence, sampled, rows, now)
             if is_broken and sequence.lease is not None:
-                sequence.end = "stop" if rows.stop in drawn.exhausted else "failed"
+                sequence.end = "stop" if rows.stop in sampled.exhausted else "failed"
 
-    def _accept(self, sequence: Sequence, drawn: Drawn, rows: range, now: float) -> None:
-        """Append drawn tokens: post them, hold the prompt for an export, or end the sequence."""
+    def _accept(self, sequence: Sequence, sampled: Sampled, rows: range, now: float) -> None:
+        """Append sampled tokens: post them, hold the prompt for an export, or end the sequence."""
         position = sequence.num_output
-        token_ids = drawn.token_ids[rows.start : rows.stop]
+        token_ids = sampled.token_ids[rows.start : rows.stop]
         num_taken, text, reason, stop_reason = sequence.take(token_ids)
         sequence.mark_prefilled(now)
         if reason is not None:
@@ -157,7 +151,7 @@ class Collector:
             position=position,
             token_ids=tuple(token_ids[:num_taken]),
             text=text,
-            logprobs=drawn.logprobs_of(rows[:num_taken]),
+            logprobs=tuple(_for_events(sampled.logprobs_of(rows[:num_taken]))),
             prompt_logprobs=sequence.give_scores(),
             finish_reason=reason,
             stop_reason=stop_reason,
@@ -184,11 +178,13 @@ class Collector:
         if self._speculation is not None:
             self._speculation.forget(sequence)
         if sequence.lease is not None:
-            if self._is_written(sequence):
+            if sequence.num_launched:
                 self._left.append((sequence.lease, event))
             else:
                 self._scheduler.pool.advance(sequence.lease, event)
             sequence.lease = None
 
-    def _is_written(self, sequence: Sequence) -> bool:
-        return self.launched is not None and sequence in self.launched.sequences
+
+def _for_events(logprobs: list[Logprob]) -> list[TokenLogprob]:
+    """As events carry them."""
+    return [TokenLogprob(*logprob) for logprob in logprobs]

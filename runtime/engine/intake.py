@@ -1,12 +1,31 @@
-"""What an engine refuses to take, and why."""
+"""What an engine takes, and what it refuses and why."""
 
 import math
 
+from sagellm.runtime.engine.mailbox import Mailbox
 from sagellm.runtime.engine.port import EngineFacts, EngineRefusal, LeaseOffer
+from sagellm.runtime.engine.resources import EngineResources
+from sagellm.runtime.engine.sequence import Sequence
 from sagellm.runtime.messages import Sampling, SequenceState
 from sagellm.runtime.sampling import fault_of
 
 VERSION = 1  # of SequenceState
+
+
+def open_sequence(
+    state: SequenceState, resources: EngineResources, mailbox: Mailbox, *, arrival: int
+) -> Sequence:
+    """The sequence of a state that was checked."""
+    sampling, num_prompt = state.sampling, len(state.prompt_token_ids)
+    eos = frozenset() if sampling.ignore_eos else resources.eos_token_ids
+    return Sequence(
+        state,
+        arrival=arrival,
+        mailbox=mailbox,
+        max_output=min(sampling.max_tokens, resources.facts.max_model_len - num_prompt),
+        stop_ids=eos.union(sampling.stop_token_ids),
+        transcript=resources.open_transcript(state) if resources.open_transcript else None,
+    )
 
 
 def check_sequence(state: SequenceState, *, vocab_size: int, max_model_len: int) -> None:

@@ -9,9 +9,7 @@ from sagellm.graphs.log import get_logger
 from sagellm.runtime.buckets import Buckets
 from sagellm.runtime.engine.batch import Landing
 from sagellm.runtime.engine.collecting import Collector
-from sagellm.runtime.engine.equipment import Equipment
-from sagellm.runtime.engine.intake import check_offer, check_sequence
-from sagellm.runtime.engine.layer_watch import LayerWatch
+from sagellm.runtime.engine.intake import check_offer, check_sequence, open_sequence
 from sagellm.runtime.engine.mailbox import Mailbox
 from sagellm.runtime.engine.port import (
     NO_DRAFTS,
@@ -21,20 +19,17 @@ from sagellm.runtime.engine.port import (
     LeaseOffer,
     StaleLease,
 )
+from sagellm.runtime.engine.resources import EngineResources
 from sagellm.runtime.engine.scheduler import Scheduler
 from sagellm.runtime.engine.sequence import Sequence
 from sagellm.runtime.engine.stepping import Stepping
 from sagellm.runtime.kv.exchange import Exchange
-from sagellm.runtime.kv.extent import NOTHING, Extent, Part
 from sagellm.runtime.kv.lease import Fence, Lease
 from sagellm.runtime.kv.located import Located
+from sagellm.runtime.kv.part import Part
 from sagellm.runtime.kv.pool import BlockPool
 from sagellm.runtime.kv.transfer import PoolSource, PoolTarget
-from sagellm.runtime.messages import (
-    FinishReason,
-    LeaseRef,
-    SequenceState,
-)
+from sagellm.runtime.messages import FinishReason, LeaseRef, SequenceState
 
 log = get_logger("sagellm.engine")
 
@@ -42,27 +37,27 @@ log = get_logger("sagellm.engine")
 class LocalEngine:
     """Implements the engine port. `name` and `replica` are what its leases are called by."""
 
-    def __init__(self, equipment: Equipment, *, name: str, replica: int = 0) -> None:
-        self.facts = equipment.facts
+    def __init__(self, resources: EngineResources, *, name: str, replica: int = 0) -> None:
+        self.facts = resources.facts
         self.name = name
         self.replica = replica
         self.pool = BlockPool(
             self.facts.num_blocks,
             self.facts.block_size,
             self._change,
-            keeps_prefixes=equipment.limits.prefix_caching,
+            keeps_prefixes=resources.limits.prefix_caching,
         )
-        self.scheduler = Scheduler(self.pool, equipment.limits)
-        self._equipment = equipment
-        self._speculation = equipment.speculation
+        self.scheduler = Scheduler(self.pool, resources.limits)
+        self._resources = resources
+        self._speculation = resources.speculation
         self._mailboxes: dict[str, Mailbox] = {}
-        self._exchange = Exchange(self.pool, equipment.storage, engine=name, replica=replica)
-        self._collector = Collector(self.scheduler, self._exchange, equipment.speculation)
-        self._stepping = Stepping(self.scheduler, self._collector, name=name, replica=replica)
+        self._exchange = Exchange(self.pool, resources.storage, engine=name, replica=replica)
+        self._collector = Collector(self.scheduler, self._exchange, resources.speculation)
+        self._stepping = Stepping(self.scheduler, resources, name=name, replica=replica)
         self._expiries: list[tuple[float, int, Fence]] = []
         self._changed = trio.Event()
         self._at_rest = trio.lowlevel.ParkingLot()
-        self.num_early_blocks = 0.0  # that came while their prompt was being computed
+        self.num_early_blocks = 0  # that came while their prompt was being computed
         self._num_arrivals = 0
         self._is_closed = False
 
@@ -71,11 +66,13 @@ class LocalEngine:
     async def submit(self, state: SequenceState) -> None:
         await trio.lowlevel.checkpoint()
         self._check(state)
-        sequence = self._sequence(state)
+        self._num_arrivals += 1
+        mailbox = self.events(state.owner)
+        sequence = open_sequence(state, self._resources, mailbox, arrival=self._num_arrivals)
         if state.lease is not None:
             sequence.adopt(self._exchange.adopt(state.lease, sequence.fence))
             self.scheduler.reuse.publish(sequence)
-        if not self._has_work and self._collector.launched is None:
+        if not self._has_work and not self._stepping.is_computing:
             self._stepping.pulse.move(trio.current_time())
         self._sequences[sequence.fence] = sequence
         if sequence.num_output >= sequence.max_output:  # resumed behind its last token
@@ -106,43 +103,34 @@ class LocalEngine:
         """Where a part of a prompt is that is still being computed. Raises StaleLease."""
         return await self._exchange.share_part(lease, part)
 
-    async def receive(self, lease: LeaseRef, source: Located, landed: Extent = NOTHING) -> None:
-        """Fill a reserved lease from another process, but for what has landed there already.
-        Raises StaleLease, DamagedBlocks.
+    async def receive(self, lease: LeaseRef, source: Located, num_landed: int = 0) -> None:
+        """Fill a reserved lease from another process, but for the blocks that have landed there
+        already. Raises StaleLease, DamagedBlocks.
         """
-        await self._exchange.target_of(lease).fetch(source, landed)
+        await self._exchange.target_of(lease).fetch(source, num_landed)
 
     async def receive_part(self, lease: LeaseRef, source: Located, part: Part) -> None:
         """Fill a part of it, while others are computed. Raises StaleLease, DamagedBlocks."""
         await self._exchange.target_of(lease).fetch_part(source, part)
-        num_layers = self._equipment.storage.num_layers
-        self.num_early_blocks += source.num_blocks * len(part.layers(num_layers)) / num_layers
+        self.num_early_blocks += part.num_blocks
 
-    async def tell_advances(self, tell: Callable[[LeaseRef, Extent], None]) -> None:
-        """Call `tell` with the leases of prompts that are to be exported, and with what of them is
-        computed, as that grows, until cancelled or closed.
+    def tell_advances(self, tell: Callable[[LeaseRef, int], None]) -> None:
+        """Call `tell` with the leases of prompts that are to be exported, and with how many of
+        their blocks are computed, as that grows.
         """
 
-        def told(lease: Lease, extent: Extent) -> None:
-            tell(lease.ref(self.name, self.replica), extent)
+        def told(lease: Lease, num_blocks: int) -> None:
+            tell(lease.ref(self.name, self.replica), num_blocks)
 
-        block_bytes, num_layers = self.facts.kv_block_bytes, self._equipment.storage.num_layers
-        watch = LayerWatch(self.facts.block_size, block_bytes // num_layers, told)
         self._collector.on_advance = told
-        self._stepping.layer_watch = watch
-        try:
-            await watch.run()
-        finally:
-            if self._is_closed:  # else a step may compute still
-                watch.close()
 
     def forget_gone(self) -> None:
         """Let go of what belonged to other processes that are gone."""
-        self._equipment.storage.forget_gone()
+        self._resources.storage.forget_gone()
 
     async def serve_blocks(self) -> None:
         """Let other processes fetch what is exported, until cancelled."""
-        await self._equipment.storage.serve()
+        await self._resources.storage.serve()
 
     def events(self, owner: str) -> Mailbox:
         if owner not in self._mailboxes:
@@ -168,7 +156,7 @@ class LocalEngine:
             num_prefix_queries=scheduler.reuse.num_queried_tokens,
             num_prefix_hits=scheduler.reuse.num_hit_tokens,
             num_evicted_blocks=pool.num_evicted,
-            num_damaged_chunks=self._equipment.storage.num_damaged,
+            num_damaged_chunks=self._resources.storage.num_damaged,
             num_early_blocks=self.num_early_blocks,
             drafts=self._speculation.counts if self._speculation else NO_DRAFTS,
         )
@@ -192,32 +180,30 @@ class LocalEngine:
         return any(not sequence.mailbox.is_full for sequence in self._sequences.values())
 
     async def idle(self) -> None:
-        while self._collector.launched is not None:
+        while self._stepping.is_computing:
             await self._at_rest.park()
 
     async def run(self) -> None:
         """Step until cancelled; then no thread is left and every block is free."""
         try:
-            await self._equipment.runner.open()
+            await self._resources.runner.open()
             while True:
                 await self.step()
         finally:
             with trio.CancelScope(shield=True):
-                await self._equipment.runner.close()
-            if self._stepping.layer_watch is not None:
-                self._stepping.layer_watch.close()
+                await self._resources.runner.close()
             self._stop()
 
     async def step(self) -> None:
         """Schedule, launch, collect, emit; wait for a change where nothing can advance."""
         self._expire()
-        batch = self._stepping.next()
+        batch = self._stepping.next_batch()
         if batch.sequences:
-            drawn = await self._stepping.run(batch, self._equipment)
-            self._collector.collect(batch, drawn)
+            sampled = await self._stepping.run(batch)
+            self._collector.collect(batch, sampled)
             for mailbox in self._mailboxes.values():
                 mailbox.flush()
-            if self._collector.launched is None:
+            if not self._stepping.is_computing:
                 self._at_rest.unpark_all()
         else:
             await self._wait()
@@ -233,25 +219,11 @@ class LocalEngine:
         if Fence(state.request_id, state.choice, state.epoch) in self._sequences:
             raise EngineRefusal(f"choice {state.choice} of {state.request_id} runs here already")
         check_sequence(
-            state, vocab_size=self._equipment.vocab_size, max_model_len=self.facts.max_model_len
+            state, vocab_size=self._resources.vocab_size, max_model_len=self.facts.max_model_len
         )
         ref = state.lease
         if ref is not None and ref != self.pool.find(ref).ref(self.name, self.replica):
             raise StaleLease(f"lease {ref.lease_id} is not as {ref} says")
-
-    def _sequence(self, state: SequenceState) -> Sequence:
-        self._num_arrivals += 1
-        sampling, num_prompt = state.sampling, len(state.prompt_token_ids)
-        eos = frozenset() if sampling.ignore_eos else self._equipment.eos_token_ids
-        open_transcript = self._equipment.open_transcript
-        return Sequence(
-            state,
-            arrival=self._num_arrivals,
-            mailbox=self.events(state.owner),
-            max_output=min(sampling.max_tokens, self.facts.max_model_len - num_prompt),
-            stop_ids=eos.union(sampling.stop_token_ids),
-            transcript=open_transcript(state) if open_transcript else None,
-        )
 
     async def _land(self, fence: Fence, num_tokens: int) -> PoolTarget:
         """Wait in line for blocks. Cancelled, it leaves the line, or gives them back."""
@@ -274,8 +246,9 @@ class LocalEngine:
     # ---- ends and changes ----------------------------------------------------------------------
 
     def _interrupt(self, sequence: Sequence, reason: FinishReason) -> None:
-        if not self._collector.interrupt(sequence, reason):
+        if sequence.num_launched:
             self._stepping.recall()
+        self._collector.interrupt(sequence, reason)
 
     def _expire(self) -> None:
         """End sequences whose answer nobody wants any more."""
@@ -316,6 +289,7 @@ class LocalEngine:
         self.pool.release_all("crash")
         self._exchange.clear()
         self._collector.clear()
+        self._stepping.clear()
         if self._speculation is not None:
             self._speculation.clear()
         for mailbox in self._mailboxes.values():

@@ -2,22 +2,20 @@
 
 import importlib
 
-from sagellm.backends import get_backend
+from sagellm.backends import Device, get_backend
 from sagellm.backends.progress import Progress, silent
-from sagellm.runtime.engine.equipment import Equipment
 from sagellm.runtime.engine.local import LocalEngine
 from sagellm.runtime.engine.null_runner import NullRunner
-from sagellm.runtime.engine.options import EngineOptions
+from sagellm.runtime.engine.options import EngineOptionError, EngineOptions
 from sagellm.runtime.engine.port import EngineFacts
+from sagellm.runtime.engine.resources import EngineResources
 from sagellm.runtime.engine.sizing import engine_facts, size
 from sagellm.runtime.kv.storage import NullStorage
 from sagellm.runtime.kv.transport import Sharing
 from sagellm.runtime.models.folder import ModelFolder, resolve_model
 
-NULL_MEMORY_BYTES = 1 << 40  # nothing is stored
-
 # By name, so that a graph can be checked, and the null engine opened, without loading torch.
-_TORCH = "sagellm.runtime.engine.torch_equipment"
+_RESOURCES = "sagellm.runtime.engine.device_resources"
 
 
 def open_engine(
@@ -35,31 +33,46 @@ def open_engine(
     UnknownBackend, LoweringError.
     """
     folder = resolve_model(options.model)
-    facts = facts_of(options, folder)
+    device = open_device(options, replica)
+    facts = facts_of(options, folder, device)
     if options.is_null:
-        equipment = _null_equipment(options, folder, facts)
+        resources = _null_resources(options, folder, facts)
     else:
-        equip = importlib.import_module(_TORCH).equip
-        equipment = equip(options, folder, facts, sharing, progress)
-    return LocalEngine(equipment, name=name, replica=replica)
+        opened = importlib.import_module(_RESOURCES).open_resources
+        resources = opened(options, folder, facts, device, sharing, progress)
+    return LocalEngine(resources, name=name, replica=replica)
 
 
-def facts_of(options: EngineOptions, folder: ModelFolder) -> EngineFacts:
+def open_device(options: EngineOptions, replica: int = 0) -> Device:
+    """The device of one replica. Raises UnknownBackend, EngineOptionError."""
+    backend = get_backend("null" if options.is_null else options.backend)
+    names = backend.devices()
+    index = options.device_index
+    if index is None:
+        return backend.device(replica % max(1, len(names)))
+    if index >= len(names):
+        there = f"there are {', '.join(names)}" if names else "there is none"
+        raise EngineOptionError(f"device: no {options.device} on this machine; {there}")
+    return backend.device(index)
+
+
+def facts_of(
+    options: EngineOptions, folder: ModelFolder, device: Device | None = None
+) -> EngineFacts:
     """The facts that an engine opened now would have; reads no weight. Raises EngineOptionError."""
-    memory_bytes = (
-        NULL_MEMORY_BYTES if options.is_null else get_backend(options.device).memory_bytes()
-    )
+    memory_bytes = (device or open_device(options)).memory_bytes
     return engine_facts(options, folder, size(options, folder.facts, memory_bytes))
 
 
-def _null_equipment(options: EngineOptions, folder: ModelFolder, facts: EngineFacts) -> Equipment:
+def _null_resources(
+    options: EngineOptions, folder: ModelFolder, facts: EngineFacts
+) -> EngineResources:
     token_s = 1e-4 if options.prefill_token_s is None else options.prefill_token_s
     step_s = 0.01 if options.decode_step_s is None else options.decode_step_s
-    num_layers = folder.facts.num_layers
-    return Equipment(
+    return EngineResources(
         facts,
         options.limits,
-        NullRunner(folder.facts.vocab_size, token_s, step_s, num_layers),
-        NullStorage(facts.kv_block_bytes, options.kv_bytes_per_s or 10e9, num_layers),
+        NullRunner(folder.facts.vocab_size, token_s, step_s),
+        NullStorage(facts.kv_block_bytes, options.kv_bytes_per_s or 10e9),
         folder.facts.vocab_size,
     )

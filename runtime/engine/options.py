@@ -40,8 +40,10 @@ def num_bytes(size: str) -> int:
 class EngineOptions:
     """Raises EngineOptionError for values that no engine can obey.
 
-    `model`: a built-in name, a folder, a Hub id, or "null". `dtype` None: the model's own. The KV
-    pool has `num_blocks` blocks, or as many as `kv_memory` holds ("256MiB"), or a sensible number.
+    `model`: a built-in name, a folder, a Hub id, or "null". `device`: a backend, and which of its
+    devices ("cpu", "cuda:1"); without a number, replicas take them in turn. `dtype` None:
+    the model's own. The KV pool has `num_blocks` blocks, or as many as `kv_memory` holds
+    ("256MiB"), or a sensible number.
     `max_step_tokens`: tokens computed in one step at most; `prefill_chunk`: of one prompt.
     `prefix_caching`: blocks of ended sequences are kept, and reused where a prompt begins alike.
     `deterministic`: the same bits for a sequence whatever it is batched with. `threads` None:
@@ -84,6 +86,7 @@ class EngineOptions:
             raise EngineOptionError("num_blocks and kv_memory both size the KV pool; give one")
         if self.kv_memory is not None:
             num_bytes(self.kv_memory)
+        self._check_device()
         self._check_costs()
         self._check_speculation()
         self._check_quantization()
@@ -101,7 +104,25 @@ class EngineOptions:
 
     @property
     def is_null(self) -> bool:
-        return "null" in (self.device, self.model)
+        return "null" in (self.backend, self.model)
+
+    @property
+    def backend(self) -> str:
+        """The name of the backend that `device` names."""
+        return self.device.partition(":")[0]
+
+    @property
+    def device_index(self) -> int | None:
+        """The one of its devices; None: each replica takes the next."""
+        _, colon, index = self.device.partition(":")
+        return int(index) if colon else None
+
+    def _check_device(self) -> None:
+        name, colon, index = self.device.partition(":")
+        if colon and not index.isdecimal():
+            raise EngineOptionError(
+                f"device: {self.device!r} has no number after the colon; write {name} or {name}:0"
+            )
 
     def _check_costs(self) -> None:
         costs = ("prefill_token_s", "decode_step_s", "kv_bytes_per_s")

@@ -136,7 +136,7 @@ class EngineLoad:
     num_prefix_hits: int = 0
     num_evicted_blocks: int = 0
     num_damaged_chunks: int = 0  # of blocks from other workers, that were asked for again
-    num_early_blocks: float = 0.0  # from other workers, while the rest of their prompt was computed
+    num_early_blocks: int = 0  # from other workers, while the rest of their prompt was computed
     drafts: DraftCounts = NO_DRAFTS
 
 

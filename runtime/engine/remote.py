@@ -237,9 +237,9 @@ class RemoteEngine:
             case Events(owner=owner, events=events, load=load):
                 self._load = load
                 self._take(owner, events)
-            case Advanced(lease=lease, computed=computed):
+            case Advanced(lease=lease, num_blocks=num_blocks):
                 if self._prefetcher is not None:
-                    self._prefetcher.advanced(self, lease, computed)
+                    self._prefetcher.advanced(self, lease, num_blocks)
             case Done(call=call) | Landing(call=call) | Exported(call=call) | Refused(call=call):
                 waiting = self._calls.pop(call, None)
                 if waiting is not None:

@@ -21,7 +21,6 @@ from sagellm.runtime.comm.protocol import (
     Submit,
 )
 from sagellm.runtime.engine.port import KVSource
-from sagellm.runtime.kv.extent import NOTHING, Extent
 from sagellm.runtime.kv.located import Located
 from sagellm.runtime.messages import LeaseRef
 
@@ -35,8 +34,8 @@ Question: TypeAlias = Callable[
 class Prefetches(Protocol):
     """Moves blocks of prompts before they are whole; see `prefetching`."""
 
-    async def settle(self, lease: LeaseRef) -> Extent:
-        """Stop; how much of what is reserved there has come already."""
+    async def settle(self, lease: LeaseRef) -> int:
+        """Stop; how many of the blocks that are reserved there have come already."""
 
 
 class Asked(Protocol):
@@ -58,13 +57,13 @@ class RemoteSource:
     engine: Asked
     lease: LeaseRef
 
-    async def locate(self, landed: Extent = NOTHING) -> Located:
-        """Where the blocks are, but for what has landed; from now on they are `sending`. Raises
-        StaleLease, EngineLost.
+    async def locate(self, num_landed: int = 0) -> Located:
+        """Where the blocks are, but for the first, which have landed; from now on they are
+        `sending`. Raises StaleLease, EngineLost.
         """
         with trio.CancelScope(shield=True):
             answer = await self.engine.ask(
-                lambda call: Export(call=call, lease=self.lease, landed=landed)
+                lambda call: Export(call=call, lease=self.lease, num_landed=num_landed)
             )
         assert isinstance(answer, Exported)
         return answer.source
@@ -89,10 +88,12 @@ class RemoteTarget:
         if not isinstance(source, RemoteSource):
             raise TypeError(f"a worker receives from a worker, not from {type(source).__name__}")
         try:
-            landed = await self.prefetcher.settle(self.lease) if self.prefetcher else NOTHING
-            located = await source.locate(landed)
+            num_landed = await self.prefetcher.settle(self.lease) if self.prefetcher else 0
+            located = await source.locate(num_landed)
             await self.engine.ask(
-                lambda call: Receive(call=call, lease=self.lease, source=located, landed=landed),
+                lambda call: Receive(
+                    call=call, lease=self.lease, source=located, num_landed=num_landed
+                ),
                 source.hold,
             )
         except BaseException:

@@ -84,7 +84,7 @@ class PrefixReuse:
         """
         index = len(sequence.lease.path) if sequence.lease else 0
         is_stuck = sequence.is_scoring or sequence.mailbox.is_full
-        if sequence.num_pending < 2 or is_stuck or index >= self._num_full(sequence):
+        if sequence.num_uncomputed < 2 or is_stuck or index >= self._num_full(sequence):
             return
         digest = self._key(sequence, index).digest
         known[digest] = min(known.get(digest, sequence.rank), sequence.rank)

@@ -33,7 +33,9 @@ class Scheduler:
         self.landings: deque[Landing] = deque()
         self.num_preemptions = 0
         self.is_due = False  # what came since the last schedule may change who computes
+        self.needs_rest = False  # no step may compute when the next one is collected
         self._scored: dict[Sequence, int] = {}  # what prompts that are scored may compute now
+        self._sat_out_before = False
         self._is_sitting_out = False  # the first prefill in rank got nothing in the last step
         self._starved: int | None = None  # arrival of the sequence that waits for blocks
         # Keeps decodes from running dry right after an admission; vLLM's watermark of one per cent.
@@ -60,8 +62,9 @@ class Scheduler:
             self.adopted.append(sequence)
 
     def stir(self) -> None:
-        """Something came, or became free: whoever waits may be able to go on."""
-        if self.waiting or self.adopted or self.landings:
+        """Something came, or became free: those who wait may be able to go on."""
+        has_slot = self._num_slots > 0 and (self.waiting or self.adopted)
+        if has_slot or self.landings:
             self.is_due = True
 
     def remove(self, sequence: Sequence) -> None:
@@ -72,8 +75,39 @@ class Scheduler:
                 self.stir()
                 return
 
+    @property
+    def _num_slots(self) -> int:
+        """Sequences that may start; those that end with the steps under way leave theirs."""
+        return self.limits.max_num_seqs - sum(not one.is_ending for one in self.running)
+
     def schedule(self) -> Batch:
         """The next step; empty where nothing can advance. Blocks for it are reserved."""
+        self.needs_rest = False
+        return self._schedule()
+
+    def schedule_ahead(self) -> Batch:
+        """The step after those under way, before they have sampled: as if they had, and as if no
+        answer ended by what they sample. What it computes for one that does is thrown away.
+
+        Empty also where it takes their outcome to say who computes next: a decode needs a block
+        that only a preemption gives, a reader has room for the events of one step alone, or equal
+        blocks are to be merged, which takes a moment when nothing computes.
+        """
+        is_narrow = any(sequence.mailbox.num_free == 1 for sequence in self.running)
+        num_lacking = sum(sequence.lacks_block for sequence in self.running)
+        if self.needs_rest or is_narrow or num_lacking > self.pool.num_available:
+            return Batch()
+        return self._schedule()
+
+    def withdraw(self, batch: Batch) -> None:
+        """A batch that was scheduled ahead is not computed, or in vain: its tokens are pending
+        again. What it admitted stays, with its blocks.
+        """
+        batch.end()
+        self._is_sitting_out = self._sat_out_before
+
+    def _schedule(self) -> Batch:
+        self._sat_out_before = self._is_sitting_out
         num_preemptions = self.num_preemptions
         self._adopt()
         decodes = self._grow_decodes()
@@ -86,7 +120,7 @@ class Scheduler:
         prefills = [
             sequence
             for sequence in self.running
-            if sequence.num_pending > 1 and not sequence.mailbox.is_full
+            if sequence.num_pending > 1 and not sequence.mailbox.is_full and not sequence.is_ending
         ]
         prefills = self._share_scoring(prefills)
         self._add_decodes(batch, decodes, is_shared=bool(prefills))
@@ -95,25 +129,9 @@ class Scheduler:
         self.is_due = False
         return batch
 
-    def extend(self, sequences: list[Sequence]) -> bool:
-        """Lease room for one token more than are known of each, where that takes free blocks only;
-        else nothing is taken.
-        """
-        short = []
-        for sequence in sequences:
-            lease = sequence.lease
-            assert lease is not None
-            if len(sequence.tokens) >= lease.capacity:
-                short.append((lease, len(sequence.tokens) + 1))
-        if len(short) > self.pool.num_available:
-            return False
-        for lease, num_tokens in short:
-            self.pool.grow(lease, num_tokens)
-        return True
-
     def _adopt(self) -> None:
         """Sequences that came with their blocks run first: others may wait for those blocks."""
-        while self.adopted and len(self.running) < self.limits.max_num_seqs:
+        for _ in range(min(self._num_slots, len(self.adopted))):
             self.running.append(self.adopted.popleft())
 
     def _grow_decodes(self) -> list[Sequence]:
@@ -122,18 +140,20 @@ class Scheduler:
             lease = sequence.lease
             if lease is None or sequence.num_pending != 1 or sequence.mailbox.is_full:
                 continue
-            if len(sequence.tokens) <= lease.capacity or self._make_room(sequence, lease):
+            if sequence.is_ending:
+                continue
+            if sequence.num_known <= lease.capacity or self._make_room(sequence, lease):
                 decodes.append(sequence)
         return [sequence for sequence in decodes if sequence.lease is not None]
 
     def _make_room(self, sequence: Sequence, lease: Lease) -> bool:
-        """Give a decode its next block, at the cost of those behind it in rank."""
+        """Give a decode its next block, at the cost of those after it in rank."""
         while not self.pool.num_available:
             victim = max(self.running, key=lambda running: running.rank)
             self._preempt(victim)
             if victim is sequence:
                 return False
-        self.pool.grow(lease, len(sequence.tokens))
+        self.pool.grow(lease, sequence.num_known)
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
@@ -149,7 +169,7 @@ class Scheduler:
     def _admit(self) -> list[Sequence]:
         """Start waiting sequences while slots and blocks last; those with one pending token."""
         self._starved = None
-        num_slots = self.limits.max_num_seqs - len(self.running)
+        num_slots = self._num_slots
         if not self.waiting or num_slots < 1:
             return []
         computing = self.reuse.computing(self.running)
@@ -191,7 +211,8 @@ class Scheduler:
         room = budget - max(1, budget // 4) if is_shared and budget > 1 else budget
         batch.sequences = decodes[:room]
         batch.query_lens = [1] * len(batch.sequences)
-        batch.drawing = decodes[:room]
+        batch.starts = [sequence.num_scheduled for sequence in batch.sequences]
+        batch.sampling = decodes[:room]
         batch.num_decodes = len(batch.sequences)
         if len(decodes) > room:
             for sequence in decodes[:room]:

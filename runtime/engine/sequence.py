@@ -8,7 +8,14 @@ from sagellm.runtime.engine.transcript import Transcript
 from sagellm.runtime.kv.block_key import BlockKey
 from sagellm.runtime.kv.lease import Fence, Lease
 from sagellm.runtime.kv.prefix_tree import Node
-from sagellm.runtime.messages import FinishReason, SequenceState, Stamps, TokenEvent, TokenLogprob
+from sagellm.runtime.messages import (
+    FinishReason,
+    Sampling,
+    SequenceState,
+    Stamps,
+    TokenEvent,
+    TokenLogprob,
+)
 
 UNSTARTED = Stamps()
 
@@ -17,13 +24,17 @@ class Sequence:
     """A submitted `SequenceState` while the engine works on it.
 
     `tokens` are prompt and output; the first `num_computed` of them have keys and values in
-    `lease`. What is pending is computed next; when nothing is, a token is drawn. Preemption drops
+    `lease`. What is pending is computed next; when nothing is, a token is sampled. Preemption drops
     lease and `num_computed` and keeps `tokens`: the same code path resumes it.
+
+    Steps under way compute the next `num_launched` tokens, and sample `num_sampling` more: pending
+    is what comes after those.
     """
 
     __slots__ = (
         "_allowed_ids", "arrival", "end", "fence", "found", "keys", "lease", "mailbox",
-        "max_output", "num_cached", "num_computed", "num_preemptions", "num_prompt", "num_scored",
+        "max_output", "num_cached", "num_computed", "num_launched", "num_preemptions", "num_prompt",
+        "num_sampling", "num_scored",
         "rank", "scores", "stamps", "state", "stop_ids", "tokens", "transcript",
     )  # fmt: skip
 
@@ -45,6 +56,8 @@ class Sequence:
         self.tokens = [*state.prompt_token_ids, *state.emitted_token_ids]
         self.num_prompt = len(state.prompt_token_ids)
         self.num_computed = 0
+        self.num_launched = 0
+        self.num_sampling = 0
         self.num_preemptions = 0
         self.lease: Lease | None = None
         self.keys: list[BlockKey] = []  # of its full blocks, as far as they were asked for
@@ -61,9 +74,46 @@ class Sequence:
         self._allowed_ids: array[int] | None = None
 
     @property
+    def sampling(self) -> Sampling:
+        return self.state.sampling
+
+    @property
+    def choice(self) -> int:
+        return self.state.choice
+
+    @property
+    def num_known(self) -> int:
+        """Tokens, and those that steps under way sample."""
+        return len(self.tokens) + self.num_sampling
+
+    @property
+    def num_scheduled(self) -> int:
+        """Tokens whose keys and values are computed, or being computed."""
+        return self.num_computed + self.num_launched
+
+    @property
     def num_pending(self) -> int:
-        """Known tokens whose keys and values are not computed yet."""
+        """Tokens whose keys and values no step computes yet."""
+        return self.num_known - self.num_scheduled
+
+    @property
+    def num_uncomputed(self) -> int:
+        """Tokens without keys and values, those under way among them."""
         return len(self.tokens) - self.num_computed
+
+    @property
+    def lacks_block(self) -> bool:
+        """Whether it decodes next, and its blocks are full."""
+        lease = self.lease
+        return self.num_pending == 1 and lease is not None and self.num_known > lease.capacity
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether no step is to come after those under way, whatever they sample."""
+        if self.end is not None:
+            return True
+        is_last = self.num_known - self.num_prompt >= self.max_output or self.state.hold_kv
+        return self.num_sampling > 0 and is_last
 
     @property
     def num_output(self) -> int:
@@ -91,7 +141,7 @@ class Sequence:
         """Positions whose logprobs the next `query_len` pending tokens give: a token's logits are
         those of the token behind it. What is computed again after a preemption is not scored again.
         """
-        start, end = self.num_computed + 1, self.num_computed + query_len + 1
+        start, end = self.num_scheduled + 1, self.num_scheduled + query_len + 1
         return range(max(start, self.num_scored), min(end, self.num_prompt))
 
     def take_scores(self, positions: range, scores: list[TokenLogprob]) -> None:
@@ -125,6 +175,7 @@ class Sequence:
         finish_reason: FinishReason | None = None,
         stop_reason: str | int | None = None,
         error: str | None = None,
+        code: str = "",
     ) -> TokenEvent:
         """An event of this sequence, with its stamps so far."""
         return TokenEvent(
@@ -139,6 +190,7 @@ class Sequence:
             finish_reason=finish_reason,
             stop_reason=stop_reason,
             error=error,
+            code=code,
             num_prompt_tokens=self.num_prompt,
             num_cached_tokens=self.num_cached or 0,
             num_preemptions=self.num_preemptions,
@@ -146,8 +198,8 @@ class Sequence:
         )
 
     def take(self, token_ids: Items[int]) -> tuple[int, str, FinishReason | None, str | int | None]:
-        """Append drawn tokens up to the one that ends the answer: how many were taken, and `judge`
-        of them all. Keys and values of all but the last are computed.
+        """Append sampled tokens up to the one that ends the answer: how many were taken, and
+        `judge` of them all. Keys and values of all but the last are computed.
         """
         text, reason, stop_reason, num_taken = "", None, None, 0
         for token_id in token_ids:

@@ -55,9 +55,8 @@ class EngineServer:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._engine.run)
             nursery.start_soon(self._engine.serve_blocks)
-            nursery.start_soon(
-                self._engine.tell_advances,
-                lambda lease, computed: self._say(Advanced(lease=lease, computed=computed)),
+            self._engine.tell_advances(
+                lambda lease, count: self._say(Advanced(lease=lease, num_blocks=count))
             )
             self._channel.put(Ready(facts=self._engine.facts))
             with suppress(ChannelClosed):  # nobody is left to serve
@@ -132,14 +131,14 @@ class EngineServer:
         self._sources[lease] = source
         self._expiries_s[lease] = trio.current_time() + LEASE_S
         nursery.start_soon(self._expire, lease)
-        return Exported(call=message.call, source=await source.share(message.landed))
+        return Exported(call=message.call, source=await source.share(message.num_landed))
 
     async def _export_part(self, message: ExportPart) -> Exported:
         source = await self._engine.export_part(message.lease, message.part)
         return Exported(call=message.call, source=source)
 
     async def _receive(self, message: Receive) -> Done:
-        await self._engine.receive(message.lease, message.source, message.landed)
+        await self._engine.receive(message.lease, message.source, message.num_landed)
         return Done(call=message.call)
 
     async def _receive_part(self, message: ReceivePart) -> Done:

@@ -90,7 +90,7 @@ def _logic(meter: Meter, plan: Plan, node: Node, edges: tuple[EdgeReading, ...])
 
 
 def _service(meter: Meter, op: str, gate: Gate, gates: Gates, num_waiting: int) -> OperatorReading:
-    service, capacity = meter.services[gate], gates.capacity(gate).requests
+    service, capacity = meter.services[gate], gates.accounts[gate].capacity.requests
     blocked_s = service.blocked.seconds
     return OperatorReading(
         node=gate[0],

@@ -2,7 +2,6 @@
 
 from collections import deque
 from collections.abc import Callable, Mapping
-from itertools import count, islice
 from math import inf
 from typing import TypeAlias
 
@@ -15,6 +14,7 @@ from sagellm.runtime.core.effects import (
     Discard,
     Effect,
     Ejected,
+    FailedOn,
     Faulted,
     Interrupt,
     Parked,
@@ -24,20 +24,19 @@ from sagellm.runtime.core.effects import (
 )
 from sagellm.runtime.core.events import (
     Arrived,
-    Emitted,
     Event,
     ReplicaAdded,
     ReplicaMarked,
     ReplicaRemoved,
     Signalled,
     Stopped,
-    TimeCame,
-    Withdrawn,
 )
 from sagellm.runtime.engine.port import Engine
+from sagellm.runtime.executors.emissions import Emissions
 from sagellm.runtime.executors.faults import log_fault
 from sagellm.runtime.executors.host import Host
 from sagellm.runtime.executors.reading import Reading, read
+from sagellm.runtime.executors.timer import Timer
 from sagellm.runtime.messages import Forked, Item, Request
 from sagellm.runtime.operator import Signal
 from sagellm.runtime.plan import Plan
@@ -52,25 +51,6 @@ class ExecutorStopped(RuntimeError):
 
     def __init__(self) -> None:
         super().__init__("the graph has stopped; open it again")
-
-
-class _Emission:
-    """Items that a task waits to be rid of."""
-
-    def __init__(self, items: tuple[Item, ...], sent: Callable[[Item], None] | None) -> None:
-        self._items = iter(items)
-        self._num_left = len(items)
-        self._sent = sent
-        self.is_over = trio.Event()
-
-    def advance(self, number: int) -> None:
-        """So many more of the items were sent."""
-        for item in islice(self._items, number):
-            if self._sent is not None:
-                self._sent(item)
-        self._num_left -= number
-        if not self._num_left:
-            self.is_over.set()
 
 
 class TasksExecutor:
@@ -94,19 +74,17 @@ class TasksExecutor:
         self.engines = dict(engines or {})
         self.cause: Exception | None = None  # of the end that is being delivered
         self.clock = trio.lowlevel.current_clock().current_time
+        self.now = trio.current_time
         self.core = Core(plan, max_hold_s=max_hold_s, clock=self.clock)
         self._deliver = deliver
         self._record = record
         self._events: deque[Event] = deque()
         self._is_happening = False
-        self._tickets = count(1)
-        self._num_sent: dict[int, int] = {}  # by ticket, before its task waits
-        self._emissions: dict[int, _Emission] = {}  # of tasks that wait
+        self.emissions = Emissions(self.happen)
         self._at_rest = trio.lowlevel.ParkingLot()
-        self._wake_at = inf
-        self._timer_moved = trio.Event()
+        self._timer = Timer(self.happen)
         self._nursery: trio.Nursery | None = None
-        self._is_stopped = False
+        self.is_stopped = False
         self._do: dict[type, Callable[..., None]] = {
             Send: lambda effect: self._hosts[effect.node, effect.replica].put(effect.item),
             Deliver: self._hand_over,
@@ -114,10 +92,11 @@ class TasksExecutor:
                 effect.signal
             ),
             Discard: lambda effect: self._hosts[effect.node, effect.replica].discard(effect.item),
-            Parked: self._advance,
-            Resumed: self._advance,
-            WakeAt: self._set_timer,
+            Parked: self.emissions.advance,
+            Resumed: self.emissions.advance,
+            WakeAt: self._timer.set,
             Faulted: lambda effect: log_fault(effect.fault, request_id=effect.request_id),
+            FailedOn: _log_failure,
             Ejected: _log_ejection,
         }
         self._hosts = {
@@ -138,17 +117,13 @@ class TasksExecutor:
                     nursery.start_soon(engine.run)
                 for host in self._hosts.values():
                     host.start(nursery)
-                nursery.start_soon(self._keep_time)
+                nursery.start_soon(self._timer.run)
                 task_status.started()
         finally:
-            self._is_stopped = True
+            self.is_stopped = True
             self.happen(Stopped())
             self._at_rest.unpark_all()
-            for emission in self._emissions.values():
-                emission.is_over.set()
-
-    def now(self) -> float:
-        return trio.current_time()
+            self.emissions.end()
 
     @property
     def plan(self) -> Plan:
@@ -160,23 +135,19 @@ class TasksExecutor:
         """The replicas of every engine."""
         return tuple(engine for replicas in self.engines.values() for engine in replicas)
 
-    @property
-    def is_stopped(self) -> bool:
-        return self._is_stopped
-
     async def submit(self, *choices: Request) -> None:
         """Let all choices of one request in through `source`.
 
         Waits only where no operator of the graph queues; cancelled there, what has not entered
         ends as cancelled. Raises ExecutorStopped, and ValueError where the request is known.
         """
-        if self._is_stopped:
+        if self.is_stopped:
             raise ExecutorStopped
         request_id = choices[0].request_id
         if request_id in self.core.register:
             raise ValueError(f"request {request_id!r} is running already")
         try:
-            await self._wait(choices, lambda ticket: Arrived(ticket, choices))
+            await self.emissions.wait(choices, lambda ticket: Arrived(ticket, choices))
         except BaseException:
             self.happen(Signalled(Signal("cancel", request_id)))
             raise
@@ -187,7 +158,7 @@ class TasksExecutor:
 
     async def idle(self) -> None:
         """Wait until all requests have ended and every block is free, or the executor stops."""
-        while not self.core.is_at_rest and not self._is_stopped:
+        while not self.core.is_at_rest and not self.is_stopped:
             await self._at_rest.park()
         for engine in self.all_engines:
             await engine.idle()
@@ -231,51 +202,6 @@ class TasksExecutor:
         finally:
             self._is_happening = False
 
-    async def emit(
-        self,
-        node: str,
-        replica: int,
-        items: tuple[Item, ...],
-        outlet: str = "out",
-        sent: Callable[[Item], None] | None = None,
-    ) -> None:
-        """Send items of a service operator, waiting for credit; `sent` is called for each."""
-        await trio.lowlevel.checkpoint_if_cancelled()
-        await self._wait(items, lambda ticket: Emitted(ticket, node, replica, items, outlet), sent)
-
-    async def _wait(
-        self,
-        items: tuple[Item, ...],
-        event: Callable[[int], Event],
-        sent: Callable[[Item], None] | None = None,
-    ) -> None:
-        """Tell the core of items, and wait until all have found credit."""
-        ticket = next(self._tickets)
-        self.happen(event(ticket))
-        num_sent = self._num_sent.pop(ticket, len(items))
-        if sent is not None:
-            for item in items[:num_sent]:
-                sent(item)
-        if num_sent == len(items):
-            return
-        emission = self._emissions[ticket] = _Emission(items[num_sent:], sent)
-        try:
-            await emission.is_over.wait()
-        except BaseException:
-            self.happen(Withdrawn(ticket))
-            raise
-        finally:
-            del self._emissions[ticket]
-
-    def _advance(self, effect: Parked | Resumed) -> None:
-        """Items of a ticket were sent; its task does not wait yet, or waits for them."""
-        emission = self._emissions.get(effect.ticket)
-        if emission is not None:
-            emission.advance(effect.num_sent)
-        else:
-            before = self._num_sent.get(effect.ticket, 0)
-            self._num_sent[effect.ticket] = before + effect.num_sent
-
     def _react(self, event: Event) -> None:
         now = self.clock()
         effects = self.core.on(event, now)
@@ -283,25 +209,17 @@ class TasksExecutor:
             self._record(now, event, effects)
         for effect in effects:
             self._do[type(effect)](effect)
-        if self.core.is_at_rest:
+        if self._at_rest and self.core.is_at_rest:
             self._at_rest.unpark_all()
 
     def _hand_over(self, effect: Deliver) -> None:
         self.cause = effect.error
         self._deliver(effect.item)
 
-    def _set_timer(self, effect: WakeAt) -> None:
-        self._wake_at = effect.at_s
-        self._timer_moved.set()
 
-    async def _keep_time(self) -> None:
-        """Tell the core when the time that it asked for has come."""
-        while True:
-            self._timer_moved = trio.Event()
-            with trio.move_on_at(self._wake_at):
-                await self._timer_moved.wait()
-                continue
-            self.happen(TimeCame())
+def _log_failure(effect: FailedOn) -> None:
+    where = {"engine": effect.engine, "replica": effect.replica}
+    log.warning("engine_failed", **where, request_id=effect.request_id, error=effect.error)
 
 
 def _log_ejection(effect: Ejected) -> None:

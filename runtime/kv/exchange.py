@@ -1,9 +1,9 @@
 """Leases that no sequence owns: prompts that wait for export, blocks that wait for an import."""
 
 from sagellm.runtime.engine.port import StaleLease
-from sagellm.runtime.kv.extent import Part
 from sagellm.runtime.kv.lease import Fence, Lease
 from sagellm.runtime.kv.located import Located
+from sagellm.runtime.kv.part import Part
 from sagellm.runtime.kv.pool import BlockPool
 from sagellm.runtime.kv.storage import Storage
 from sagellm.runtime.kv.transfer import PoolSource, PoolTarget
@@ -52,8 +52,7 @@ class Exchange:
             if lease.blocks[part.first : part.end] != blocks:
                 raise StaleLease(f"lease {ref.lease_id} has other blocks by now")
 
-        layers = part.layers(self._storage.num_layers)
-        return await self._storage.share(blocks, layers, check)
+        return await self._storage.share(blocks, check)
 
     def target(self, fence: Fence) -> PoolTarget | None:
         """The receiving side that was opened for `fence` and not yet adopted or aborted."""

@@ -16,10 +16,11 @@ import trio
 import xxhash
 from nixl_cu12 import nixl_agent, nixl_agent_config
 
+from sagellm.backends.kv_storage import places_of
 from sagellm.graphs.log import get_logger
 from sagellm.runtime.engine.port import DamagedBlocks
 from sagellm.runtime.kv.located import Located, NixlBlocks
-from sagellm.runtime.kv.pool_bytes import PoolBytes, Run, places_of, runs_of, slices_of
+from sagellm.runtime.kv.pool_bytes import PoolBytes, Run, runs_of, slices_of
 from sagellm.runtime.kv.transport import MOST_COPIES, damaged
 
 log = get_logger("sagellm.kv")
@@ -52,7 +53,9 @@ class NixlTransport:
         self.num_damaged = 0
         self._pool = pool
         self._agent = nixl_agent(secrets.token_hex(16), nixl_agent_config(backends=["UCX"]))
-        self._agent.register_memory([(pool.address, pool.array.nbytes, 0, "")], _DRAM)
+        region = self._region = pool.storage.register()
+        where = region.address, region.num_bytes, region.device_index, ""
+        self._agent.register_memory([where], region.kind)
         self._metadata: bytes = self._agent.get_agent_metadata()
         self._peers: dict[bytes, str] = {}
         self._landing = np.empty(0, dtype=np.uint8)
@@ -60,31 +63,25 @@ class NixlTransport:
         self._abandoned: list[Any] = []
         self._lock = trio.Lock()  # of the landing
 
-    async def offer(
-        self, blocks: Sequence[int], check: Callable[[], None], layers: range | None = None
-    ) -> NixlBlocks:
-        sums = await self._pool.sums(blocks, check, layers)
+    async def offer(self, blocks: Sequence[int], check: Callable[[], None]) -> NixlBlocks:
+        sums = await self._pool.sums(blocks, check)
         return NixlBlocks(
             agent=self._metadata,
-            address=self._pool.address,
-            pool_blocks=self._pool.array.shape[2],
+            address=self._region.address,
+            pool_blocks=self._pool.storage.num_blocks,
             blocks=tuple(blocks),
             sums=sums,
         )
 
     async def fetch(
-        self,
-        source: Located,
-        blocks: Sequence[int],
-        check: Callable[[], None],
-        layers: range | None = None,
+        self, source: Located, blocks: Sequence[int], check: Callable[[], None]
     ) -> None:
         if not isinstance(source, NixlBlocks):
             raise TypeError(f"NIXL fetches from NIXL, not from {type(source).__name__}")
         peer = self._peer(source.agent)
         runs = runs_of(list(zip(source.blocks, blocks, strict=True)))
         landed = slices_of(blocks)
-        chunks = self._pool.chunks(len(blocks), layers)
+        chunks = self._pool.chunks(len(blocks))
         async with self._lock:
             for chunk, wanted in zip(chunks, source.sums, strict=True):
                 for _ in range(MOST_COPIES):
@@ -115,10 +112,9 @@ class NixlTransport:
     async def _read(
         self, peer: str, source: NixlBlocks, layers: range, runs: Sequence[Run]
     ) -> None:
-        """Fill the landing with a chunk: what `PoolBytes.views` gives, one after the other."""
-        num_layers, num_kinds, _, block_bytes = self._pool.array.shape
-        shape = num_layers, num_kinds, source.pool_blocks, block_bytes
-        theirs = places_of(source.address, shape, layers, [sent for sent, _ in runs])
+        """Fill the landing with a chunk: what `KVStorage.read` gives, one after the other."""
+        layout, sent = self._pool.storage.layout, [sent for sent, _ in runs]
+        theirs = places_of(source.address, layout, source.pool_blocks, sent, layers)
         self._make_room(sum(size for _, size in theirs))
         ours, at = [], self._landing.ctypes.data
         for _, size in theirs:
@@ -164,12 +160,13 @@ class NixlTransport:
         self, layers: range, landed: Sequence[slice], wanted: int, check: Callable[[], None]
     ) -> bool:
         """Copy the landing into the blocks, if it came as it was sent."""
-        views, at = self._pool.views(layers, landed), 0
-        size = sum(map(len, views))
+        staged, at = self._pool.storage.stage(landed, layers), 0
+        size = sum(map(len, staged.views))
         check()
         if xxhash.xxh3_64_intdigest(self._landing[:size].data) != wanted:
             return False
-        for view in views:
+        for view in staged.views:
             view[:] = self._landing[at : at + len(view)].data
             at += len(view)
+        staged.commit()
         return True

@@ -1,15 +1,14 @@
-"""A block pool's memory as bytes: chunks that are moved at once, and the runs of blocks in them."""
+"""A block pool's memory in chunks that are moved at once, and blocks as runs that rise by one."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
-import torch
 import trio
-import xxhash
 
+from sagellm.backends import KVStorage
 from sagellm.runtime.kv.storage import Pairs
 
 # Moved between two checkpoints: about a millisecond of memory traffic, so that other tasks of the
@@ -17,78 +16,30 @@ from sagellm.runtime.kv.storage import Pairs
 _CHUNK_BYTES = 4 * 2**20
 
 Run: TypeAlias = tuple[slice, slice]  # blocks of the sender, and of the receiver
-Bytes: TypeAlias = "np.ndarray[tuple[int, int, int, int], np.dtype[np.uint8]]"
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class PoolBytes:
-    """`pool` has the shape of `KVLayout.pool_shape`: blocks are its third dimension."""
+    """What transports know of a pool: its storage, and where they let others run."""
 
-    pool: torch.Tensor
-    array: Bytes = field(init=False)  # layers, keys and values, blocks, bytes of a block
+    storage: KVStorage
 
-    def __post_init__(self) -> None:
-        layers, kinds, num_blocks = self.pool.shape[:3]
-        self.array = self.pool.view(torch.uint8).numpy().reshape(layers, kinds, num_blocks, -1)
-
-    @property
-    def address(self) -> int:
-        return self.pool.data_ptr()
-
-    def like(self, memory: memoryview) -> Bytes:
-        """Memory of a pool of the same layout: only its number of blocks may differ."""
-        layers, kinds, _, block_bytes = self.array.shape
-        return np.frombuffer(memory, dtype=np.uint8).reshape(layers, kinds, -1, block_bytes)
-
-    def chunks(self, num_blocks: int, layers: range | None = None) -> list[range]:
-        """All layers, or those, as many at a time as may pass between two checkpoints."""
-        num_layers, num_kinds, _, block_bytes = self.array.shape
-        layers = range(num_layers) if layers is None else layers
-        step = max(1, _CHUNK_BYTES // (num_kinds * num_blocks * block_bytes))
+    def chunks(self, num_blocks: int) -> list[range]:
+        """All layers, as many at a time as may pass between two checkpoints."""
+        layout = self.storage.layout
+        layer_bytes = layout.block_bytes // layout.num_layers
+        layers = range(layout.num_layers)
+        step = max(1, _CHUNK_BYTES // (num_blocks * layer_bytes))
         return [layers[start : start + step] for start in range(0, len(layers), step)]
 
-    def views(self, layers: range, runs: Sequence[slice]) -> list[memoryview]:
-        """The bytes of those blocks: of the keys, then the values, of one layer after the other."""
-        return [kind[run].data.cast("B") for kind in kinds_of(self.array, layers) for run in runs]
-
-    def sum(self, layers: range, runs: Sequence[slice]) -> int:
-        """Their checksum."""
-        hashed = xxhash.xxh3_64()
-        for view in self.views(layers, runs):
-            hashed.update(view)
-        return hashed.intdigest()
-
-    async def sums(
-        self, blocks: Sequence[int], check: Callable[[], None], layers: range | None
-    ) -> tuple[int, ...]:
-        """The checksum of each chunk; `check`, `layers` and checkpoints as in Transport."""
+    async def sums(self, blocks: Sequence[int], check: Callable[[], None]) -> tuple[int, ...]:
+        """The checksum of each chunk; `check` and checkpoints as in Transport."""
         sums, runs = [], slices_of(blocks)
-        for chunk in self.chunks(len(blocks), layers):
+        for chunk in self.chunks(len(blocks)):
             check()
-            sums.append(self.sum(chunk, runs))
+            sums.append(self.storage.checksum(runs, chunk))
             await trio.lowlevel.checkpoint()
         return tuple(sums)
-
-
-def kinds_of(pool: Bytes, layers: range) -> "Iterator[np.ndarray[Any, np.dtype[np.uint8]]]":
-    """Keys, then values, of one layer after the other."""
-    return (kind for layer in pool[layers.start : layers.stop] for kind in layer)
-
-
-def places_of(
-    address: int, shape: Sequence[int], layers: range, runs: Sequence[slice]
-) -> list[tuple[int, int]]:
-    """Address and size of what `views` gives, in a pool of that shape that begins there."""
-    _, num_kinds, num_blocks, block_bytes = shape
-    return [
-        (
-            address + ((layer * num_kinds + kind) * num_blocks + run.start) * block_bytes,
-            (run.stop - run.start) * block_bytes,
-        )
-        for layer in layers
-        for kind in range(num_kinds)
-        for run in runs
-    ]
 
 
 def slices_of(blocks: Sequence[int]) -> list[slice]:
@@ -102,7 +53,7 @@ def runs_of(pairs: Pairs) -> list[Run]:
         return []
     blocks = np.array(pairs)
     breaks = np.flatnonzero((np.diff(blocks, axis=0) != 1).any(axis=1)) + 1
-    bounds = [0, *breaks.tolist(), len(pairs)]
+    bounds = [0, *map(int, breaks), len(pairs)]
     return [
         (_rising(pairs[start][0], end - start), _rising(pairs[start][1], end - start))
         for start, end in pairwise(bounds)

@@ -11,13 +11,11 @@ import os
 from collections.abc import Callable, Sequence
 
 import trio
-import xxhash
 
-from sagellm.backends.cpu.native.library import native_kernels
 from sagellm.graphs.log import get_logger
 from sagellm.runtime.engine.port import DamagedBlocks, StaleLease
 from sagellm.runtime.kv.located import Located, SharedBlocks
-from sagellm.runtime.kv.pool_bytes import Bytes, PoolBytes, Run, kinds_of, places_of, runs_of
+from sagellm.runtime.kv.pool_bytes import PoolBytes, runs_of
 from sagellm.runtime.kv.transport import MOST_COPIES, damaged
 
 log = get_logger("sagellm.kv")
@@ -42,13 +40,10 @@ class SharedTransport:
         self.num_damaged = 0
         self._pool = pool
         self._memory = memory
-        self._kernels = native_kernels() if _is_summed_natively(pool) else None
-        self._mapped: dict[tuple[int, int, int], Bytes] = {}
+        self._mapped: dict[tuple[int, int, int], memoryview] = {}
 
-    async def offer(
-        self, blocks: Sequence[int], check: Callable[[], None], layers: range | None = None
-    ) -> SharedBlocks:
-        sums = await self._pool.sums(blocks, check, layers)
+    async def offer(self, blocks: Sequence[int], check: Callable[[], None]) -> SharedBlocks:
+        sums = await self._pool.sums(blocks, check)
         return SharedBlocks(
             pid=os.getpid(),
             descriptor=self._memory.descriptor,
@@ -58,23 +53,20 @@ class SharedTransport:
         )
 
     async def fetch(
-        self,
-        source: Located,
-        blocks: Sequence[int],
-        check: Callable[[], None],
-        layers: range | None = None,
+        self, source: Located, blocks: Sequence[int], check: Callable[[], None]
     ) -> None:
         if not isinstance(source, SharedBlocks):
             raise TypeError(f"memory fetches from memory, not from {type(source).__name__}")
         sender = self._map(source)
-        if not all(0 <= block < sender.shape[2] for block in source.blocks):
+        num_blocks = source.size // self._pool.storage.layout.block_bytes
+        if not all(0 <= block < num_blocks for block in source.blocks):
             raise StaleLease(f"process {source.pid} has no such blocks as it said")
         runs = runs_of(list(zip(source.blocks, blocks, strict=True)))
-        chunks = self._pool.chunks(len(blocks), layers)
+        chunks = self._pool.chunks(len(blocks))
         for chunk, wanted in zip(chunks, source.sums, strict=True):
             for _ in range(MOST_COPIES):
                 check()
-                found = self._copy(sender, chunk, runs)
+                found = self._pool.storage.receive(sender, runs, chunk)
                 await trio.lowlevel.checkpoint()
                 if found == wanted:
                     break
@@ -91,33 +83,11 @@ class SharedTransport:
         """Others read without being served."""
         await trio.sleep_forever()
 
-    def _copy(self, source: Bytes, layers: range, runs: Sequence[Run]) -> int:
-        """The checksum of what has arrived."""
-        if self._kernels is not None:
-            sent, landed = zip(*runs, strict=True)
-            theirs = places_of(source.ctypes.data, source.shape, layers, sent)
-            ours = places_of(self._pool.address, self._pool.array.shape, layers, landed)
-            copies = zip(theirs, ours, strict=True)
-            return self._kernels.copy_sum([(here, there, n) for (here, n), (there, _) in copies])
-        hashed = xxhash.xxh3_64()
-        kinds = zip(kinds_of(source, layers), kinds_of(self._pool.array, layers), strict=True)
-        for their_kind, our_kind in kinds:
-            for run, place in runs:
-                our_kind[place] = their_kind[run]
-                hashed.update(our_kind[place].data)  # while it is in the CPU's cache
-        return hashed.intdigest()
-
-    def _map(self, source: SharedBlocks) -> Bytes:
+    def _map(self, source: SharedBlocks) -> memoryview:
         where = source.pid, source.descriptor, source.size
         if where not in self._mapped:
-            self._mapped[where] = self._pool.like(map_shared(*where))
+            self._mapped[where] = map_shared(*where)
         return self._mapped[where]
-
-
-def _is_summed_natively(pool: PoolBytes) -> bool:
-    """See `NativeKernels.copy_sum`."""
-    block_bytes = pool.array.shape[-1]
-    return block_bytes % 64 == 0 and block_bytes > 240
 
 
 def is_there(pid: int, descriptor: int, size: int) -> bool:

@@ -15,9 +15,6 @@ class Storage(Protocol):
     """The memory of one block pool. `num_damaged`: see Transport."""
 
     @property
-    def num_layers(self) -> int: ...
-
-    @property
     def num_damaged(self) -> int: ...
 
     async def receive(self, sender: "Storage", pairs: Pairs, check: Callable[[], None]) -> None:
@@ -29,12 +26,10 @@ class Storage(Protocol):
 
     # What follows is for a pool that other processes reach; see Transport.
 
-    async def share(
-        self, blocks: Sequence[int], layers: range, check: Callable[[], None]
-    ) -> Located: ...
+    async def share(self, blocks: Sequence[int], check: Callable[[], None]) -> Located: ...
 
     async def fetch(
-        self, source: Located, blocks: Sequence[int], layers: range, check: Callable[[], None]
+        self, source: Located, blocks: Sequence[int], check: Callable[[], None]
     ) -> None: ...
 
     def forget_gone(self) -> None: ...
@@ -48,26 +43,22 @@ class NullStorage:
 
     block_bytes: int
     bytes_per_s: float
-    num_layers: int = 1
     num_damaged: int = 0
 
     async def receive(self, sender: Storage, pairs: Pairs, check: Callable[[], None]) -> None:
         check()
         await trio.sleep(len(pairs) * self.block_bytes / self.bytes_per_s)
 
-    async def share(
-        self, blocks: Sequence[int], layers: range, check: Callable[[], None]
-    ) -> Located:
+    async def share(self, blocks: Sequence[int], check: Callable[[], None]) -> Located:
         await trio.lowlevel.checkpoint()
         check()
         return SharedBlocks(pid=0, descriptor=-1, size=0, blocks=tuple(blocks))
 
     async def fetch(
-        self, source: Located, blocks: Sequence[int], layers: range, check: Callable[[], None]
+        self, source: Located, blocks: Sequence[int], check: Callable[[], None]
     ) -> None:
         check()
-        num_bytes = len(blocks) * self.block_bytes * len(layers) / self.num_layers
-        await trio.sleep(num_bytes / self.bytes_per_s)
+        await trio.sleep(len(blocks) * self.block_bytes / self.bytes_per_s)
 
     def forget_gone(self) -> None:
         """There is none."""

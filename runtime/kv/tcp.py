@@ -21,9 +21,11 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
+from functools import partial
 
 import trio
 
+from sagellm.backends.kv_storage import Staged
 from sagellm.graphs.log import get_logger
 from sagellm.runtime.engine.port import DamagedBlocks, StaleLease
 from sagellm.runtime.kv.located import Located, TcpBlocks
@@ -49,7 +51,6 @@ class _Export:
     key: bytes
     blocks: tuple[int, ...]
     check: Callable[[], None]
-    layers: range | None
 
     @property
     def is_over(self) -> bool:
@@ -73,31 +74,27 @@ class TcpTransport:
         self._listener = socket.create_server((host, 0), family=family)
         self._host, self._port = host, self._listener.getsockname()[1]
 
-    async def offer(
-        self, blocks: Sequence[int], check: Callable[[], None], layers: range | None = None
-    ) -> TcpBlocks:
+    async def offer(self, blocks: Sequence[int], check: Callable[[], None]) -> TcpBlocks:
         await trio.lowlevel.checkpoint()
         check()
         self.forget_gone()
         name = secrets.token_bytes(16)
-        export = _Export(secrets.token_bytes(KEY_BYTES), tuple(blocks), check, layers)
+        export = _Export(secrets.token_bytes(KEY_BYTES), tuple(blocks), check)
         self._exports[name] = export
         return TcpBlocks(
             host=self._host, port=self._port, export=name, key=export.key, num_blocks=len(blocks)
         )
 
     async def fetch(
-        self,
-        source: Located,
-        blocks: Sequence[int],
-        check: Callable[[], None],
-        layers: range | None = None,
+        self, source: Located, blocks: Sequence[int], check: Callable[[], None]
     ) -> None:
         if not isinstance(source, TcpBlocks):
             raise TypeError(f"tcp fetches from tcp, not from {type(source).__name__}")
-        chunks = self._pool.chunks(len(blocks), layers)
-        runs = slices_of(blocks)
-        wanted = [(number, self._pool.views(chunk, runs)) for number, chunk in enumerate(chunks)]
+        runs, storage = slices_of(blocks), self._pool.storage
+        wanted = [
+            (number, partial(storage.stage, runs, chunk))
+            for number, chunk in enumerate(self._pool.chunks(len(blocks)))
+        ]
         receiver = _Receiver(source, wanted, check)
         try:
             while not receiver.is_done:
@@ -156,7 +153,7 @@ class TcpTransport:
         await wire.send([salt])
         asks = Sealer(export.key, salt + receiver_salt, to_server=True)
         answers = Sealer(export.key, salt + receiver_salt, to_server=False)
-        chunks = self._pool.chunks(len(export.blocks), export.layers)
+        chunks = self._pool.chunks(len(export.blocks))
         runs = slices_of(export.blocks)
         while True:
             asked, seal = await wire.take(_ASK.size), await wire.take(SEAL_BYTES)
@@ -164,7 +161,7 @@ class TcpTransport:
             if not asks.is_sealed(seal, [asked]) or number >= len(chunks):
                 return
             export.check()
-            views = self._pool.views(chunks[number], runs)
+            views = self._pool.storage.read(runs, chunks[number])
             await _send_chunk(wire, answers.begin(), number, views, export.check)
 
 
@@ -187,7 +184,7 @@ class _Receiver:
     def __init__(
         self,
         source: TcpBlocks,
-        wanted: Sequence[tuple[int, list[memoryview]]],
+        wanted: Sequence[tuple[int, Callable[[], Staged]]],
         check: Callable[[], None],
     ) -> None:
         self.num_damaged = 0
@@ -245,7 +242,9 @@ class _Receiver:
 
     async def _take(self, wire: Wire, answers: Sealer) -> bool:
         """Whether the next chunk came as it was sent; if not, it goes to the end of the queue."""
-        number, views = self._wanted[0]
+        number, stage = self._wanted[0]
+        staged = stage()
+        views = staged.views
         expected = _HEAD.pack(number, sum(map(len, views)))
         if await wire.take(_HEAD.size) != expected:
             raise Broken("another chunk came than was asked for")
@@ -258,8 +257,10 @@ class _Receiver:
         said = await wire.take(SEAL_BYTES)
         self._wanted.popleft()
         if hmac.compare_digest(seal.end(), said):
+            self._check()
+            staged.commit()
             return True
-        self._wanted.append((number, views))
+        self._wanted.append((number, stage))
         self._count_damage(number)
         return False
 

@@ -4,9 +4,9 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from sagellm.runtime.engine.port import KVSource, StaleLease
-from sagellm.runtime.kv.extent import NOTHING, Extent, Part, whole
 from sagellm.runtime.kv.lease import Lease, LeaseState
 from sagellm.runtime.kv.located import Located
+from sagellm.runtime.kv.part import Part
 from sagellm.runtime.kv.pool import BlockPool
 from sagellm.runtime.kv.storage import Storage
 from sagellm.runtime.messages import LeaseRef
@@ -21,12 +21,13 @@ class PoolSource:
     held: Lease
     lease: LeaseRef
 
-    async def share(self, landed: Extent = NOTHING) -> Located:
-        """How a receiver in another process finds what has not landed there. Raises StaleLease."""
-        rest = _rest(self.pool.num_blocks_for(self.lease.num_tokens), landed)
+    async def share(self, num_landed: int = 0) -> Located:
+        """How a receiver in another process finds the blocks after those that have landed there.
+        Raises StaleLease.
+        """
+        rest = _rest(self.pool.num_blocks_for(self.lease.num_tokens), num_landed)
         blocks = self.held.blocks[rest.first : rest.end]
-        layers = rest.layers(self.storage.num_layers)
-        return await self.storage.share(blocks, layers, lambda: self.held.require("sending"))
+        return await self.storage.share(blocks, lambda: self.held.require("sending"))
 
     def release(self) -> None:
         """Free the blocks; nothing happens where they are free already."""
@@ -38,8 +39,8 @@ class PoolSource:
 class PoolTarget:
     """The receiving side: a lease that a transfer owns until a sequence adopts it.
 
-    `on_abort` tells the engine that nobody will adopt it. `landed`: what came while the rest was
-    still being computed.
+    `on_abort` tells the engine that nobody will adopt it. `num_landed` blocks came while the rest
+    was still being computed.
     """
 
     pool: BlockPool
@@ -47,7 +48,7 @@ class PoolTarget:
     held: Lease
     lease: LeaseRef
     on_abort: Callable[[], None]
-    landed: Extent = NOTHING
+    num_landed: int = 0
 
     async def receive(self, source: KVSource) -> None:
         """Copy all blocks. Raises StaleLease; aborts its own lease where it does not succeed."""
@@ -55,20 +56,19 @@ class PoolTarget:
             raise TypeError(f"a pool receives from a pool of its process, not {type(source)}")
         await self._receive(lambda: self._copy(source))
 
-    async def fetch(self, source: Located, landed: Extent = NOTHING) -> None:
+    async def fetch(self, source: Located, num_landed: int = 0) -> None:
         """Copy all but what has landed from another process, which keeps it until it is told.
         Raises StaleLease, DamagedBlocks; aborts its own lease where it does not succeed.
         """
-        await self._receive(lambda: self._fetch(source, landed))
+        await self._receive(lambda: self._fetch(source, num_landed))
 
     async def fetch_part(self, source: Located, part: Part) -> None:
         """Copy a part of a prompt that is still being computed. Raises StaleLease, DamagedBlocks;
         then it has not landed, and the lease is as it was.
         """
-        if not self.landed.fits(part):
-            raise StaleLease(f"{part} came where {self.landed} is there")
+        self._check_follows(part)
         await self._copy_part(source, part, "reserved")
-        self.landed = self.landed.plus(part)
+        self.num_landed = max(self.num_landed, part.end)
 
     def abort(self) -> None:
         """Give the blocks back, unless a sequence has adopted them."""
@@ -85,21 +85,23 @@ class PoolTarget:
             self.abort()
             raise
 
-    async def _fetch(self, source: Located, landed: Extent) -> None:
-        rest = _rest(self.pool.num_blocks_for(self.held.num_tokens), landed)
-        if not self.landed.fits(rest):
-            raise StaleLease(f"{rest} came where {self.landed} is there")
+    async def _fetch(self, source: Located, num_landed: int) -> None:
+        rest = _rest(self.pool.num_blocks_for(self.held.num_tokens), num_landed)
+        self._check_follows(rest)
         await self._copy_part(source, rest, "receiving")
+
+    def _check_follows(self, part: Part) -> None:
+        if part.first > self.num_landed:
+            raise StaleLease(f"{part} came where {self.num_landed} blocks are there")
 
     async def _copy_part(self, source: Located, part: Part, state: LeaseState) -> None:
         def check() -> None:
             self.held.require(state)
 
         blocks = self.held.blocks[part.first : part.end]
-        if not source.num_blocks == len(blocks) == part.end - part.first:
+        if not source.num_blocks == len(blocks) == part.num_blocks:
             raise StaleLease(f"{source.num_blocks} blocks were sent for {part}")
-        layers = part.layers(self.storage.num_layers)
-        await self.storage.fetch(source, blocks, layers, check)
+        await self.storage.fetch(source, blocks, check)
         check()
 
     async def _copy(self, source: PoolSource) -> None:
@@ -115,9 +117,8 @@ class PoolTarget:
         check()
 
 
-def _rest(num_blocks: int, landed: Extent) -> Part:
-    """Of a prompt of so many blocks, what has not landed: no layer, where all have."""
-    rest = whole(num_blocks).missing(landed)
-    if rest is None:
-        raise StaleLease(f"more than {num_blocks} blocks would have landed: {landed}")
-    return rest
+def _rest(num_blocks: int, num_landed: int) -> Part:
+    """What has not landed of a prompt of so many blocks: its last step always has not."""
+    if num_landed >= num_blocks:
+        raise StaleLease(f"{num_landed} of {num_blocks} blocks would have landed")
+    return Part(first=num_landed, end=num_blocks)

@@ -29,22 +29,13 @@ class Transport(Protocol):
 
     num_damaged: int
 
-    async def offer(
-        self, blocks: Sequence[int], check: Callable[[], None], layers: range | None = None
-    ) -> Located:
-        """Where another worker finds those blocks, for as long as `check` does not raise; all of
-        their layers, or some.
-        """
+    async def offer(self, blocks: Sequence[int], check: Callable[[], None]) -> Located:
+        """Where another worker finds those blocks, for as long as `check` does not raise."""
 
     async def fetch(
-        self,
-        source: Located,
-        blocks: Sequence[int],
-        check: Callable[[], None],
-        layers: range | None = None,
+        self, source: Located, blocks: Sequence[int], check: Callable[[], None]
     ) -> None:
-        """Fill these blocks from where another worker has them, chunk by chunk: the layers that it
-        has offered.
+        """Fill these blocks from where another worker has them, chunk by chunk.
 
         Raises StaleLease where the lease has ended; DamagedBlocks where a chunk came damaged
         `MOST_COPIES` times, or the worker cannot be reached, or falls silent. Every wait has a

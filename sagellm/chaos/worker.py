@@ -1,34 +1,36 @@
 """A worker whose KV transfers flip bits: what `kv_damage` of a scenario asks for."""
 
+import importlib
 import os
 import random
-from collections.abc import Sequence
+from typing import Any
 
 from sagellm import worker
-from sagellm.runtime.kv.pool_bytes import Bytes, Run
-from sagellm.runtime.kv.shared import SharedTransport
+from sagellm.backends.kv_storage import RunPairs
 
 VARIABLE = "SAGELLM_CHAOS_KV_DAMAGE"
+_STORAGE = "sagellm.backends.cpu.storage"  # imports torch
 
 
 def damage(share: float) -> None:
     """From now on, that share of the chunks that come to this process has a bit that is wrong."""
-    draw, copy = random.Random(os.getpid()), SharedTransport._copy
+    storage: Any = importlib.import_module(_STORAGE).CpuStorage
+    draw, receive = random.Random(os.getpid()), storage.receive
 
-    def copy_and_flip(
-        self: SharedTransport, source: Bytes, layers: range, runs: Sequence[Run]
-    ) -> int:
-        found = copy(self, source, layers, runs)
+    def receive_and_flip(self: Any, memory: memoryview, pairs: RunPairs, layers: range) -> int:
+        found: int = receive(self, memory, pairs, layers)
         if draw.random() >= share:
             return found
-        landed = [run for _, run in runs]
-        flipped = draw.choice(self._pool.views(layers, landed))
+        landed = [run for _, run in pairs]
+        flipped: memoryview = draw.choice(self.read(landed, layers))
         flipped[draw.randrange(len(flipped))] ^= 1 << draw.randrange(8)
-        return self._pool.sum(layers, landed)
+        found = self.checksum(landed, layers)
+        return found
 
-    SharedTransport._copy = copy_and_flip  # type: ignore[method-assign]
+    storage.receive = receive_and_flip
 
 
 if __name__ == "__main__":
-    damage(float(os.environ.get(VARIABLE, "0")))
+    if VARIABLE in os.environ:
+        damage(float(os.environ[VARIABLE]))
     worker.main()

@@ -9,8 +9,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from sagellm.backends.cpu import CpuBackend
-from sagellm.backends.layers_done import LayersDone
-from sagellm.backends.protocol import Program
+from sagellm.backends.cpu.native_program import NativeProgram
+from sagellm.backends.cpu.program import CpuProgram
 from sagellm.backends.step import KVLayout, StepInputs
 from sagellm.graphs.models import ModelFacts, build, facts
 
@@ -81,18 +81,17 @@ class Reference:
 class Paged:
     """Sequences on one pool with scattered blocks, stepped as an engine would."""
 
-    program: Program
+    program: CpuProgram | NativeProgram
     pool: torch.Tensor
     free: list[int]
     blocks: dict[str, list[int]] = field(default_factory=dict)
     lengths: dict[str, int] = field(default_factory=dict)
-    layers_done: LayersDone | None = None
 
     def step(self, batch: Mapping[str, Sequence[int]]) -> dict[str, torch.Tensor]:
         """New tokens by sequence -> logits of each of them."""
         for name, tokens in batch.items():
             self._grow(name, len(tokens))
-        logits = self.program.run(self._inputs(batch), self.pool, self.layers_done)
+        logits = self.program.run(self._inputs(batch), self.pool)
         counts = [len(tokens) for tokens in batch.values()]
         return dict(zip(batch, logits.split(counts), strict=True))
 
@@ -157,8 +156,8 @@ def paged() -> Callable[..., Paged]:
         backend, layout = backend or CpuBackend(), model.layout(dtype)
         options = {"layout": layout, "dtype": dtype, "deterministic": deterministic}
         options["quantization"] = quantization
-        program = backend.lower(build(model.config), model.weights, **options)
-        pool = backend.allocate_pool(layout, 300)
+        program = backend.device().lower(build(model.config), model.weights, **options)
+        pool = backend.device().allocate(layout, 300).pool
         return Paged(program, pool.fill_(7.0), free=[(i * 7) % 300 for i in range(1, 300)])
 
     return make

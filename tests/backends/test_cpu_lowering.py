@@ -23,7 +23,7 @@ class Counted(dict):
 
 def lowered(model, weights, dtype="float32"):
     options = {"layout": model.layout(dtype), "dtype": dtype, "deterministic": False}
-    return CpuBackend().lower(build(model.config), weights, **options)
+    return CpuBackend().device().lower(build(model.config), weights, **options)
 
 
 @pytest.mark.parametrize("family", ["llama3", "qwen3"])
@@ -84,7 +84,7 @@ def test_bfloat16_weights_and_pool_stay_near_float32(reference, paged, native):
 
 def test_a_pool_is_zero_and_of_the_layouts_shape(reference):
     layout = reference("llama").layout("bfloat16")
-    pool = CpuBackend().allocate_pool(layout, 5)
+    pool = CpuBackend().device().allocate(layout, 5).pool
     assert pool.shape == layout.pool_shape(5)
     assert pool.dtype == torch.bfloat16
     assert not pool.any()
@@ -93,7 +93,7 @@ def test_a_pool_is_zero_and_of_the_layouts_shape(reference):
 def test_a_pool_takes_memory_only_where_it_is_written():
     layout = KVLayout(num_layers=8, num_kv_heads=8, head_dim=64, block_size=16, dtype="bfloat16")
     before = psutil.Process().memory_info().rss
-    pool = CpuBackend().allocate_pool(layout, 4096)  # 1 GiB
+    pool = CpuBackend().device().allocate(layout, 4096).pool  # 1 GiB
     pool[3, 1, 17] = 1.0
     assert pool[3, 1, 16:19].sum() == 8 * 16 * 64  # and zeros around it
     assert psutil.Process().memory_info().rss - before < pool.nbytes / 100
@@ -101,4 +101,4 @@ def test_a_pool_takes_memory_only_where_it_is_written():
 
 def test_there_is_memory_on_one_device():
     assert CpuBackend().devices() == ("cpu",)
-    assert CpuBackend().memory_bytes() > 0
+    assert CpuBackend().device().memory_bytes > 0

@@ -1,13 +1,16 @@
-"""The backend that computes nothing still checks graphs and gives logits their shape."""
+"""The backend that computes nothing still checks graphs, and samples what keys say."""
 
 from dataclasses import replace
 
 import pytest
-import torch
 
-from sagellm.backends import KVLayout, StepInputs, get_backend
+from sagellm.backends import KVLayout, Row, StepBatch, get_backend
+from sagellm.backends.null.backend import null_token
 from sagellm.graphs.diagnostics import GraphError
 from sagellm.graphs.models import build
+from sagellm.runtime.engine.mailbox import Mailbox
+from sagellm.runtime.engine.sequence import Sequence
+from sagellm.runtime.messages import Sampling, SequenceState
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -21,27 +24,31 @@ LAYOUT = KVLayout(num_layers=1, num_kv_heads=4, head_dim=4, block_size=16, dtype
 OPTIONS = {"layout": LAYOUT, "dtype": "bfloat16", "deterministic": False}
 
 
-def one_token():
-    one, zero = torch.ones(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
-    table = torch.zeros(1, 1, dtype=torch.int32)
-    return StepInputs(zero, zero, zero, torch.tensor([0, 1]), one, table, zero, (1,), (1,))
+def answer():
+    state = SequenceState(
+        owner="o", request_id="r", choice=3, prompt_token_ids=(5,), sampling=Sampling(seed=7)
+    )
+    mailbox, stop_ids = Mailbox(lambda: None), frozenset[int]()
+    return Sequence(
+        state, arrival=1, mailbox=mailbox, max_output=9, stop_ids=stop_ids, transcript=None
+    )
 
 
-def test_logits_have_the_shape_of_the_graph():
-    backend = get_backend("null")
-    program = backend.lower(build(CONFIG), {}, **OPTIONS)
-    logits = program.run(one_token(), backend.allocate_pool(LAYOUT, 4))
-    assert logits.shape == (1, 32)
-    assert not logits.any()
+def test_a_launch_is_over_at_once_and_samples_what_seed_choice_and_position_say():
+    device = get_backend("null").device()
+    program = device.lower(build(CONFIG), {}, **OPTIONS)
+    batch = StepBatch([5], [1], [1], [[0]], [0], rows=[Row(answer(), 1)])
+    ticket = device.open_queue().launch(program, device.allocate(LAYOUT, 4), batch)
+    assert ticket.result(timeout=0).token_ids == [null_token(7, 3, 0, 32)]
 
 
 def test_a_pool_of_any_size_takes_no_memory():
-    pool = get_backend("null").allocate_pool(LAYOUT, 10**8)
-    assert pool.shape == (1, 2, 10**8, 4, 16, 4)
-    assert pool.device.type == "meta"
+    pool = get_backend("null").device().allocate(LAYOUT, 10**8)
+    assert (pool.layout, pool.num_blocks) == (LAYOUT, 10**8)
+    assert pool.read([slice(0, 10**8)], range(1)) == []
 
 
 def test_a_broken_graph_is_refused():
     graph = build(CONFIG)
     with pytest.raises(GraphError):
-        get_backend("null").lower(replace(graph, edges=graph.edges[1:]), {}, **OPTIONS)
+        get_backend("null").device().lower(replace(graph, edges=graph.edges[1:]), {}, **OPTIONS)

@@ -20,7 +20,8 @@ class Running:
     def __call__(self, happened: Input, now: float = 0.0) -> tuple[Output, ...]:
         draw = Draw(0, "test", self._num_inputs)
         self._num_inputs += 1
-        self.state, outputs, self.wake_at = self.operator.on(self.state, happened, now, draw)
+        step = self.operator.on(self.state, happened, now, draw)
+        self.state, outputs, self.wake_at = step.state, step.outputs, step.wake_at
         return outputs
 
 

@@ -5,19 +5,19 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sagellm.runtime.min_tree import MinTree
+from sagellm.runtime.min_tree import MinTree, MutableMinTree
 
 VALUES = st.sampled_from([0.0, 1.0, 2.5, -1.0, -math.inf, math.inf])
 
 
 @given(st.lists(st.tuples(st.integers(0, 200), VALUES)), st.integers(0, 220))
 def test_it_finds_what_a_search_finds(changes: list[tuple[int, float]], start: int) -> None:
-    tree, values = MinTree(), [math.inf] * 224
+    tree, mutable, values = MinTree(), MutableMinTree(), [math.inf] * 224
     for index, value in changes:
         tree = tree.with_value(index, value)
-        values[index] = value
+        mutable[index] = values[index] = value
     lowest = min(values)
-    assert tree.minimum == lowest
+    assert tree.minimum == mutable.minimum == lowest
     if lowest == math.inf:
         assert tree.argmin(start) is None
         return

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from sagellm import Graph, GraphError
+from sagellm.backends.cpu.device import CpuDevice
 from sagellm.builder import RESOLVER
 from sagellm.checking import check_graph
 from sagellm.graphs.diagnostics import Diagnostic
@@ -58,3 +59,12 @@ def test_a_mistake_in_what_was_set_is_not_one_of_the_file(
 ) -> None:
     found = refused(Graph.load(graph), overrides={target: value})
     assert (found.path, found.position) == ((place,), None)
+
+
+async def test_the_size_of_a_pool_is_asked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory shrinks while engines are opened: they are opened as they were checked."""
+    told = iter(2**30 // (1 + count) for count in range(100))
+    monkeypatch.setattr(CpuDevice, "memory_bytes", property(lambda _: next(told)))
+    async with Graph.load("pd_many").open() as session:
+        for replicas in session.executor.engines.values():
+            assert len({engine.facts.num_blocks for engine in replicas}) == 1

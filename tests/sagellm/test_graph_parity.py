@@ -1,12 +1,13 @@
 """The same tokens through every shipped graph, as transformers gives on the same weights."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
+from detached import installed
 from models_on_the_fly import FAMILIES, Reference, make_model, random_prompts, reference
 from msgspec import structs
 
@@ -80,12 +81,24 @@ async def test_greedy_tokens_survive_preemption(exam: Exam) -> None:
         await check_at_rest(session)
 
 
+@pytest.fixture
+def device(request: Any) -> Iterator[str]:
+    """The name of a backend; those of tests are installed."""
+    with installed():
+        yield request.param
+
+
+@pytest.mark.in_process
+@pytest.mark.parametrize("device", ["cpu", "detached"], indirect=True)
 @pytest.mark.parametrize("exam", ["qwen3"], indirect=True)
-async def test_seeded_sampling_is_the_same_alone_batched_split_and_preempted(exam: Exam) -> None:
+async def test_seeded_sampling_is_the_same_alone_batched_split_and_preempted(
+    exam: Exam, device: str
+) -> None:
     sampling = Sampling(max_tokens=40, temperature=1.0, top_p=0.95, seed=11, ignore_eos=True)
     runs = []
     for graph, options in (("joint", {}), ("pd", {}), ("pd_many", {}), ("pd", {"num_blocks": 34})):
-        opening = Graph.load(graph).open(set=exact(graph, **options), model=str(exam.folder))
+        there = exact(graph, device=device, **options)
+        opening = Graph.load(graph).open(set=there, model=str(exam.folder))
         async with opening as session:
             runs.append(await together(session, exam.prompts, sampling))
     async with Graph.load("joint").open(set=exact("joint"), model=str(exam.folder)) as session:

@@ -1,10 +1,11 @@
 """What a session says of its health while an engine works, hangs and stops."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, cast
 
 import pytest
 import trio
+from engine_driver import put_runner
 from trio.testing import MockClock
 
 from sagellm import Graph, Sampling
@@ -18,15 +19,29 @@ NULL = {
 
 
 @dataclass
+class GatedLaunch:
+    inner: Any
+    opened: trio.Event
+
+    @property
+    def batch(self) -> Any:
+        return self.inner.batch
+
+    async def result(self) -> Any:
+        await self.opened.wait()
+        return await self.inner.result()
+
+
+@dataclass
 class Gate:
     """A runner whose steps end once it is opened."""
 
     inner: Any
     opened: trio.Event
+    runs_ahead = False
 
-    async def run(self, batch: Any) -> Any:
-        await self.opened.wait()
-        return await self.inner.run(batch)
+    def launch(self, batch: Any, after: Any = None) -> GatedLaunch:
+        return GatedLaunch(self.inner.launch(batch), self.opened)
 
     async def close(self) -> None:
         await self.inner.close()
@@ -41,8 +56,8 @@ async def test_health_names_the_replica_that_hangs(autojump_clock: MockClock) ->
         assert sum(engine.num_steps for engine in healthy.engines["d"]) == 50
         opened = trio.Event()
         for engine in cast(Any, session.executor.engines["d"]):
-            gate = Gate(engine._equipment.runner, opened)
-            engine._equipment = replace(engine._equipment, runner=gate)
+            gate = Gate(engine._resources.runner, opened)
+            put_runner(engine, gate)
         async with session.stream([1] * 8, sampling=LONG):
             await trio.sleep(4)
             assert not session.health().is_hung

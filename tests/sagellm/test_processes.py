@@ -13,7 +13,6 @@ import pytest
 import trio
 from dying_sender import FLAG, SHARE
 from endings import generate
-from models_on_the_fly import make_model
 from poisoned_worker import POISON
 from process_streams import (
     EXACT,
@@ -114,31 +113,6 @@ async def test_blocks_come_while_the_rest_of_their_prompt_is_computed(
         others = await stream_all(session, SEEDED, prompts=second)
         assert await num_early(session) - before > 2 * len(second)
     assert found.tokens | others.tokens == alone.tokens
-    assert set(alone.reasons.values()) == {"length"}
-
-
-@pytest.fixture(scope="module")
-def wide(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Options of a model whose prompts of one step have megabytes of keys and values."""
-    folder = tmp_path_factory.mktemp("wide")
-    shape = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 8}
-    heads = {"num_attention_heads": 8, "num_key_value_heads": 8}
-    make_model("llama", folder, **shape, **heads)
-    return {f"{name}.model": str(folder) for name in "pd"}
-
-
-@pytest.mark.parametrize("any_kv", ["memory", "tcp"], indirect=True)
-async def test_layers_come_while_the_others_of_their_step_are_computed(
-    wide: dict[str, Any], any_kv: dict[str, Any]
-) -> None:
-    prompts, sampling = long_prompts(0), Sampling(max_tokens=8, ignore_eos=True)
-    one_step = {"p.max_step_tokens": 512, "prefill.max_inflight": 1}
-    async with opened("pd", "tasks", **wide, **one_step) as session:
-        alone = await stream_all(session, sampling, prompts=prompts)
-    async with opened("pd", **wide, **one_step, **any_kv) as session:
-        found = await stream_all(session, sampling, prompts=prompts)
-        assert await num_early(session) > 2 * len(prompts)
-    assert found.tokens == alone.tokens
     assert set(alone.reasons.values()) == {"length"}
 
 

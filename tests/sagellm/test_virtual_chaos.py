@@ -11,9 +11,9 @@ from trio.testing import MockClock
 from virtual_workers import EXCUSED, bursts, chaotic
 
 from sagellm import Graph, Sampling, ops
+from sagellm.backends.null.backend import null_token
 from sagellm.replay import replay
 from sagellm.runtime.cluster.backoff import RestartPolicy
-from sagellm.runtime.engine.null_runner import null_token
 
 LONG = Sampling(max_tokens=1000, ignore_eos=True)
 HOURS = float(os.environ.get("SAGELLM_CHAOS_HOURS", "1"))  # virtual ones, a seed
@@ -95,7 +95,7 @@ async def survives(seed: int, seconds: float, log: Path | None) -> object:
         nursery.start_soon(chaos.run, 40.0)
         record = await bursts(chaos.session, seed, seconds, 30.0)
         nursery.cancel_scope.cancel()
-    vocab_size = chaos.lives.engines[0]._equipment.vocab_size
+    vocab_size = chaos.lives.engines[0]._resources.vocab_size
     for number, answer in record.answers.items():
         asked = range(record.asked[number])
         right = tuple(null_token(number, 0, position, vocab_size) for position in asked)

@@ -3,7 +3,6 @@
 #include "step.h"
 
 #include <stdlib.h>
-#include <sys/eventfd.h>
 #include <time.h>
 
 #include "rows.h"
@@ -114,13 +113,6 @@ static int64_t now_ns(void) {
     return now.tv_sec * 1000000000L + now.tv_nsec;
 }
 
-/* What attends comes behind a barrier, so that all threads have written that layer. */
-static void tell_layer(const Step *s, const Instruction *i) {
-    if (!s->layers_done) return;
-    atomic_store(s->layers_done, i->layer + 1);
-    eventfd_write((int)s->bell, 1);
-}
-
 static void run_share(void *job, int number, int threads) {
     Run *run = job;
     const Step *s = run->step;
@@ -129,7 +121,6 @@ static void run_share(void *job, int number, int threads) {
         const Instruction *i = s->instructions + n;
         if (i->waits || s->times) barrier_wait(&run->barrier, threads);
         if (s->times && !number) s->times[n] = now_ns();
-        if (i->op == PAGED_ATTENTION && !number) tell_layer(s, i);
         switch ((Op)i->op) {
             case EMBEDDING:
             case SELECT_ROWS: run_pick(s, i, number, threads); break;

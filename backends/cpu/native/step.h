@@ -56,8 +56,6 @@ typedef struct {
     float *arena, *logits;
     long capacity; /* rows of each buffer */
     int64_t *times; /* when each instruction ended, or NULL */
-    atomic_long *layers_done; /* layers whose keys and values are written, or NULL */
-    long bell;                /* an eventfd, rung each time */
     /* grown by the step, freed by sage_step_close */
     char *memory;
     long memory_bytes;

@@ -78,8 +78,7 @@ class Step(ctypes.Structure):
         *((name, _LONG) for name in ("num_rows", "num_logit_rows")),
         *((name, _POINTER) for name in ("arena", "logits")),
         ("capacity", _LONG),
-        *((name, _POINTER) for name in ("times", "layers_done")),
-        ("bell", _LONG),
+        ("times", _POINTER),
         ("memory", _POINTER),
         ("memory_bytes", _LONG),
     ]

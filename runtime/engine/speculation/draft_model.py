@@ -1,18 +1,20 @@
 """Drafts from a smaller model: greedy, in a pool of its own, kept in step with the sequences."""
 
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 
-import torch
+import msgspec
 import trio
 
 from sagellm.runtime.engine.batch import Batch
+from sagellm.runtime.engine.runner import Launch, Runner
 from sagellm.runtime.engine.sequence import Sequence
-from sagellm.runtime.engine.step_inputs import step_inputs
-from sagellm.runtime.engine.torch_runner import SharedProgram
 from sagellm.runtime.kv.pool import BlockPool
+from sagellm.runtime.messages import Sampling
 
 _WEIGHT = 0.2  # of the newest measurement
+_GREEDY = Sampling()
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,26 +29,17 @@ class DraftLimits:
 class ModelDrafter:
     """A draft sequence beside each sequence, with a lease of its own.
 
-    Its tokens are those of the sequence and the drafts behind them; what was drafted wrongly is
+    Its tokens are those of the sequence and the drafts after them; what was drafted wrongly is
     computed anew the next time, and a prompt in the parts that one pass may hold, so that a
     sequence gets its first drafts some steps late. A sequence that is preempted keeps its draft
-    blocks until others want them. `on_thread` runs a function on the engine's own thread.
+    blocks until others want them. `runner` launches the draft model on the engine's own queue.
     """
 
-    def __init__(
-        self,
-        program: SharedProgram,
-        tensor: torch.Tensor,
-        pool: BlockPool,
-        limits: DraftLimits,
-        on_thread: Callable[[Callable[[], None]], Awaitable[None]],
-    ) -> None:
+    def __init__(self, runner: Runner, pool: BlockPool, limits: DraftLimits) -> None:
         self.pool = pool
         self.token_s = 0.0
-        self._program = program
-        self._tensor = tensor
+        self._runner = runner
         self._limits = limits
-        self._on_thread = on_thread
         self._twins: dict[Sequence, Sequence] = {}  # the one used last at the end
         self._num_known: dict[Sequence, int] = {}  # of a twin's tokens that were no drafts
 
@@ -57,14 +50,15 @@ class ModelDrafter:
             if (twin := self._ready(sequence, count, wanted)) is not None
         }
         is_late = any(twin.num_pending > 2 for twin in twins.values())
-        drafts: dict[Sequence, list[int]] = {twin: [] for twin in twins.values()}
-        counts = {twin: wanted[sequence] for sequence, twin in twins.items()}
+        ends = {twin: len(twin.tokens) + wanted[sequence] for sequence, twin in twins.items()}
+        started_s = trio.current_time()
         if twins:
-            started_s = trio.current_time()
-            await self._on_thread(lambda: self._compute(drafts, counts))
-            if not is_late:  # reading a prompt is paid once
-                self._learn(trio.current_time() - started_s, sum(map(len, drafts.values())))
-        return {sequence: drafts[twin] for sequence, twin in twins.items()}
+            await self._compute(ends)
+        known = {sequence: twin for sequence, twin in twins.items() if twin in self._num_known}
+        drafts = {sequence: self._drafts(twin) for sequence, twin in known.items()}
+        if twins and not is_late:  # reading a prompt is paid once
+            self._learn(trio.current_time() - started_s, sum(map(len, drafts.values())))
+        return drafts
 
     def forget(self, sequence: Sequence) -> None:
         twin = self._twins.pop(sequence, None)
@@ -98,14 +92,13 @@ class ModelDrafter:
 
     def _twin(self, sequence: Sequence) -> Sequence:
         twin = Sequence(
-            sequence.state,
+            msgspec.structs.replace(sequence.state, sampling=_GREEDY),
             arrival=sequence.arrival,
             mailbox=sequence.mailbox,
             max_output=sequence.max_output,
             stop_ids=sequence.stop_ids,
             transcript=None,
         )
-        twin.num_scored = twin.num_prompt  # nobody asks how likely a prompt is to a draft model
         twin.tokens = []
         self._num_known[twin] = 0
         return twin
@@ -141,21 +134,33 @@ class ModelDrafter:
             self.pool.grow(twin.lease, num_tokens)
         return True
 
-    # ---- on the engine's thread ------------------------------------------------------------------
+    # ---- computing -------------------------------------------------------------------------------
 
-    @torch.inference_mode()
-    def _compute(self, drafts: dict[Sequence, list[int]], counts: dict[Sequence, int]) -> None:
-        """Pass after pass, until every twin that has caught up has its drafts."""
-        batch = self._batch(drafts)
-        while batch.sequences:
-            logits = self._program.run(step_inputs(batch, self.pool.block_size), self._tensor)
-            for twin, query_len in zip(batch.sequences, batch.query_lens, strict=True):
-                twin.num_computed += query_len
-            token_ids = logits[:, : self._limits.vocab_size].argmax(dim=-1).tolist()
-            for twin, token_id in zip(batch.drawing, token_ids, strict=True):
-                twin.tokens.append(token_id)
-                drafts[twin].append(token_id)
-            batch = self._batch(twin for twin in batch.drawing if len(drafts[twin]) < counts[twin])
+    async def _compute(self, ends: Mapping[Sequence, int]) -> None:
+        """Launch pass after pass, without waiting for what they sample, until every twin that has
+        caught up has as many tokens as `ends` says.
+        """
+        launches: list[Launch] = []
+        try:
+            batch = self._batch(ends)
+            while batch.sequences:
+                launches.append(self._runner.launch(batch, launches[-1] if launches else None))
+                batch.begin()
+                batch = self._batch(twin for twin in batch.sampling if twin.num_known < ends[twin])
+        finally:
+            for launch in launches:
+                await self._collect(launch)
+
+    async def _collect(self, launch: Launch) -> None:
+        batch = launch.batch
+        try:
+            sampled = await launch.result()
+        finally:
+            batch.end()
+        for twin, query_len in zip(batch.sequences, batch.query_lens, strict=True):
+            twin.num_computed += query_len
+        for twin, token_id in zip(batch.sampling, sampled.token_ids, strict=True):
+            twin.tokens.append(token_id)
 
     def _batch(self, twins: Iterable[Sequence]) -> Batch:
         """As much of what is pending as one pass may hold, the shortest first."""
@@ -166,3 +171,8 @@ class ModelDrafter:
                 batch.add(twin, query_len)
                 room -= query_len
         return batch
+
+    def _drafts(self, twin: Sequence) -> list[int]:
+        """Those that the other model knows as well."""
+        drafts = twin.tokens[self._num_known[twin] :]
+        return list(takewhile(lambda token_id: token_id < self._limits.vocab_size, drafts))

@@ -1,44 +1,44 @@
-"""Verifying drafts: how many of the tokens that were drawn for a sequence count."""
+"""Verifying drafts: how many of the tokens that were sampled for a sequence count."""
 
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from typing import NamedTuple
 
+from sagellm.backends import Sampled
 from sagellm.runtime.engine.batch import Batch
-from sagellm.runtime.engine.runner import Drawn
 from sagellm.runtime.engine.sequence import Sequence
 
 
 class Verified(NamedTuple):
-    """The rows of `Drawn` that count for a sequence; `is_broken`: the row behind them is none."""
+    """The rows of `Sampled` that count for a sequence; `is_broken`: the row after them is none."""
 
     sequence: Sequence
     rows: range
     is_broken: bool
 
 
-def verified(batch: Batch, drawn: Drawn) -> Iterator[Verified]:
-    """What every drawing sequence has got: one token, and one more for each draft that was right.
+def verified(batch: Batch, sampled: Sampled) -> Iterator[Verified]:
+    """What every sampling sequence has got: one token, and one more for each draft that was right.
 
-    Each token was drawn behind the tokens before it, so it is what a step of its own would have
-    drawn; the first that differs from its draft is right as well, and the last that counts.
+    Each token was sampled after the tokens before it, so it is what a step of its own would have
+    sampled; the first that differs from its draft is right as well, and the last that counts.
     """
-    if not batch.drafts and not drawn.broken:  # most steps
-        for row, sequence in enumerate(batch.drawing):
+    if not batch.drafts and not sampled.broken:  # most steps
+        for row, sequence in enumerate(batch.sampling):
             yield Verified(sequence, range(row, row + 1), False)
         return
     first = 0
-    for sequence in batch.drawing:
+    for sequence in batch.sampling:
         drafts = batch.drafts.get(sequence, ())
         rows = range(first, first + 1 + len(drafts))
-        num_right = _num_right(drafts, drawn.token_ids[rows.start : rows.stop])
-        are_broken = [row in drawn.broken for row in rows[: num_right + 1]]
+        num_right = _num_right(drafts, sampled.token_ids[rows.start : rows.stop])
+        are_broken = [row in sampled.broken for row in rows[: num_right + 1]]
         num_sound = are_broken.index(True) if True in are_broken else len(are_broken)
         yield Verified(sequence, rows[:num_sound], num_sound < len(are_broken))
         first = rows.stop
 
 
 def _num_right(drafts: Items[int], token_ids: Items[int]) -> int:
-    """How many drafts were drawn as guessed, up to the first that was not."""
+    """How many drafts were sampled as guessed, up to the first that was not."""
     pairs = enumerate(zip(drafts, token_ids, strict=False))
     return next((at for at, (guess, token_id) in pairs if guess != token_id), len(drafts))

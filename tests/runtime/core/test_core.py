@@ -235,5 +235,32 @@ def test_nothing_is_kept_of_what_is_over() -> None:
     core.ledger.check()
     assert len(core.region.cells["route"].state.placed) == 0
     assert core.gates.holders("a") == ()
-    assert core.gates.num_left(("generate", 0)) == 1
+    assert core.gates.accounts[("generate", 0)].requests == 1
     assert math.isinf(core.register.next_expiry_s)
+
+
+def placed(core: Core, name: str) -> int:
+    """How many places of a request the router knows."""
+    return len(core.region.cells["route"].state.placed.get(name, ()))
+
+
+def test_operators_forget_a_request_once_no_replica_holds_any_of_it() -> None:
+    core = routed(1)
+    core.on(Arrived(1, (request("a"),)), 0.0)
+    core.on(Emitted(2, "generate", 0, (last("a"),)), 1.0)
+    assert (placed(core, "a"), core.is_at_rest) == (1, True)
+    core.on(Released("generate", 0, "a", 0), 1.0)
+    assert placed(core, "a") == 0
+    assert core.region.cells["route"].state.pools["g"].replicas[0].num_held == 0
+
+
+def test_an_id_that_is_used_again_is_forgotten_before_it_enters() -> None:
+    core = routed(1, capacity=2)
+    for at_s in (0.0, 1.0):
+        assert sent(core.on(Arrived(1, (request("a"),)), at_s)) == [("a", 0)]
+        assert placed(core, "a") == 1
+        core.on(Emitted(2, "generate", 0, (last("a"),)), at_s)
+    for _ in range(2):
+        core.on(Released("generate", 0, "a", 0), 2.0)
+    assert placed(core, "a") == 0
+    assert core.region.cells["route"].state.pools["g"].replicas[0].num_held == 0

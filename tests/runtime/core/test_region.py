@@ -9,10 +9,9 @@ import pytest
 
 from sagellm.graphs.ir import SINK, SOURCE, Edge, Graph, Node
 from sagellm.runtime.backlog import Backlog
-from sagellm.runtime.core.credit import Gates
+from sagellm.runtime.core.credit import Gates, NoCredit
 from sagellm.runtime.core.effects import Send
 from sagellm.runtime.core.journal import Reached, Upstream
-from sagellm.runtime.core.passage import NoCredit
 from sagellm.runtime.core.region import Region
 from sagellm.runtime.feedback import CreditChanged, QueueChanged
 from sagellm.runtime.messages import Request, Stamps, TokenEvent
@@ -129,7 +128,7 @@ def test_what_an_undone_input_sent_is_taken_back() -> None:
     region, gates = make({"a": Doubling()}, "a", capacity=Credit(1))
     with pytest.raises(NoCredit):  # the second one finds no credit
         region.send(SOURCE, request("r"), "out", 0.0)
-    assert gates.num_taken(("engine", 0)) == 0
+    assert len(gates.accounts[("engine", 0)].spent) == 0
     assert region.feed("a", Wake(), 0.0) == [Upstream("a", waiting(0))]
 
 

@@ -8,6 +8,7 @@ import pytest
 import trio
 from engine_driver import Driver, hand_over, running
 
+from sagellm.runtime.engine.null_runner import NullLaunch
 from sagellm.runtime.engine.opening import open_engine
 from sagellm.runtime.engine.options import EngineOptions
 from sagellm.runtime.engine.port import EngineRefusal, LeaseOffer, StaleLease
@@ -302,17 +303,16 @@ async def test_resuming_behind_the_last_token_ends_at_once(autojump_clock):
 
 async def test_a_failed_step_fails_its_sequences_and_no_more(autojump_clock, monkeypatch):
     engine = open_null()
-    runner = engine._equipment.runner
-    run = type(runner).run
+    result = NullLaunch.result
 
-    async def fail(self, batch):
+    async def fail(self):
         raise RuntimeError("secret detail")
 
     async with running(engine) as [driver]:
-        monkeypatch.setattr(type(runner), "run", fail)
+        monkeypatch.setattr(NullLaunch, "result", fail)
         broken = await driver.submit("a", PROMPT)
         await broken.done.wait()
-        monkeypatch.setattr(type(runner), "run", run)
+        monkeypatch.setattr(NullLaunch, "result", result)
         fine = await driver.submit("b", PROMPT, max_tokens=3)
         await fine.done.wait()
     assert broken.last.finish_reason == "failed"
@@ -326,15 +326,15 @@ async def test_logits_that_are_no_numbers_fail_their_sequence_only(
     autojump_clock, monkeypatch, hold_kv
 ):
     engine = open_null()
-    run = type(engine._equipment.runner).run
+    result = NullLaunch.result
 
-    async def poisoned(self, batch):
-        drawn = await run(self, batch)
-        names = [sequence.state.request_id for sequence in batch.drawing]
+    async def poisoned(self):
+        sampled = await result(self)
+        names = [sequence.state.request_id for sequence in self.batch.sampling]
         broken = frozenset({names.index("a")}) if "a" in names else frozenset()
-        return dataclasses.replace(drawn, broken=broken)
+        return dataclasses.replace(sampled, broken=broken)
 
-    monkeypatch.setattr(type(engine._equipment.runner), "run", poisoned)
+    monkeypatch.setattr(NullLaunch, "result", poisoned)
     async with running(engine) as [driver]:
         broken = await driver.submit("a", PROMPT, hold_kv=hold_kv)
         fine = await driver.submit("b", PROMPT, max_tokens=3)

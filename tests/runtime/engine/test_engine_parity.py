@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from detached import installed
 from engine_driver import hand_over, running
 from models_on_the_fly import FAMILIES, Reference, make_model, random_prompts, reference
 
@@ -12,25 +13,29 @@ from sagellm.runtime.engine.options import EngineOptions
 
 LENGTHS = (1, 2, 5, 17, 40, 90, 180, 300)
 NUM_NEW = 64
+EXAMS = [*((family, "cpu") for family in FAMILIES), ("qwen3", "detached")]
 
 
 @dataclass(frozen=True)
 class Exam:
     folder: Path
+    device: str
     prompts: list[tuple[int, ...]]
     right: Reference
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=EXAMS, ids="-".join)
 def exam(request, tmp_path_factory):
-    folder = make_model(request.param, tmp_path_factory.mktemp(request.param))
+    family, device = request.param
+    folder = make_model(family, tmp_path_factory.mktemp(family))
     prompts = random_prompts(LENGTHS)
-    return Exam(folder, prompts, reference(folder, prompts, NUM_NEW))
+    with installed():
+        yield Exam(folder, device, prompts, reference(folder, prompts, NUM_NEW))
 
 
-def open_exact(exam, **options):
+def open_exact(exam, replica=0, **options):
     options = {"model": str(exam.folder), "deterministic": True, "max_model_len": 512, **options}
-    return open_engine(EngineOptions(**options), name="e")
+    return open_engine(EngineOptions(device=exam.device, **options), name="e", replica=replica)
 
 
 async def answer_together(engine, exam):
@@ -83,7 +88,7 @@ async def test_after_preemption(exam):
 
 
 async def test_split_between_two_engines(exam):
-    source, target = open_exact(exam), open_exact(exam)
+    source, target = open_exact(exam), open_exact(exam, replica=1)
     async with running(source, target) as [prefill, decode]:
         for index, prompt in enumerate(exam.prompts):
             first, rest = await hand_over(prefill, decode, str(index), prompt, max_tokens=NUM_NEW)

@@ -195,10 +195,10 @@ async def test_no_thread_survives_a_cancelled_engine(engine):
 
 async def test_engines_of_one_model_share_its_program(folder):
     first, second = open_on(folder), open_on(folder, num_blocks=20)
-    programs = [engine._equipment.runner._program for engine in (first, second)]
+    programs = [engine._resources.runner.program for engine in (first, second)]
     assert programs[0] is programs[1]
     other = open_on(folder, block_size=8)
-    assert other._equipment.runner._program is not programs[0]
+    assert other._resources.runner.program is not programs[0]
 
 
 async def test_a_short_prompt_behind_a_long_one_waits_two_steps(folder):

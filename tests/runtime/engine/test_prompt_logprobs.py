@@ -10,7 +10,7 @@ from models_on_the_fly import make_model, random_prompts
 from transformers import AutoModelForCausalLM
 
 from sagellm import Graph
-from sagellm.runtime.engine import torch_runner
+from sagellm.backends.cpu import queue
 from sagellm.runtime.engine.batch import SCORED_ROWS
 from sagellm.runtime.engine.opening import open_engine
 from sagellm.runtime.engine.options import EngineOptions
@@ -100,13 +100,13 @@ async def test_every_choice_has_them(exam):
 def rows(monkeypatch):
     """How many rows of logits each step scored."""
     counts = []
-    score = torch_runner.score
+    score = queue.score
 
     def counting(logits, scoring):
         counts.append(len(logits))
         return score(logits, scoring)
 
-    monkeypatch.setattr(torch_runner, "score", counting)
+    monkeypatch.setattr(queue, "score", counting)
     return counts
 
 

@@ -1,12 +1,12 @@
 """An engine knows when it hangs: in a step, or because nothing can be scheduled."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import pytest
 import trio
-from engine_driver import OWNER, running
+from engine_driver import OWNER, put_runner, running
 
-from sagellm.runtime.engine.null_runner import NullRunner
+from sagellm.runtime.engine.null_runner import NullLaunch, NullRunner
 from sagellm.runtime.engine.opening import open_engine
 from sagellm.runtime.engine.options import EngineOptions
 from sagellm.runtime.engine.port import LeaseOffer
@@ -16,15 +16,29 @@ STEP_S = 0.1
 
 
 @dataclass
+class GatedLaunch:
+    inner: NullLaunch
+    opened: trio.Event
+
+    @property
+    def batch(self):
+        return self.inner.batch
+
+    async def result(self):
+        await self.opened.wait()
+        return await self.inner.result()
+
+
+@dataclass
 class Gate:
     """A runner that computes only while it is open."""
 
     inner: NullRunner
     opened: trio.Event = field(default_factory=trio.Event)
+    runs_ahead = False
 
-    async def run(self, batch):
-        await self.opened.wait()
-        return await self.inner.run(batch)
+    def launch(self, batch, after=None):
+        return GatedLaunch(self.inner.launch(batch), self.opened)
 
     async def open(self):
         await self.inner.open()
@@ -39,8 +53,8 @@ def open_null(**options):
 
 
 def gated(engine):
-    gate = Gate(engine._equipment.runner)
-    engine._equipment = replace(engine._equipment, runner=gate)
+    gate = Gate(engine._resources.runner)
+    put_runner(engine, gate)
     return gate
 
 

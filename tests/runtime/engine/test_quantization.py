@@ -6,7 +6,7 @@ import pytest
 
 from sagellm.backends import get_backend
 from sagellm.backends.quantised import MODES
-from sagellm.runtime.engine import torch_equipment
+from sagellm.runtime.engine import device_resources
 from sagellm.runtime.engine.opening import facts_of, open_engine
 from sagellm.runtime.engine.options import EngineOptionError, EngineOptions
 from sagellm.runtime.engine.sizing import size, weight_bytes
@@ -36,7 +36,7 @@ def test_a_device_without_the_mode_refuses_it_before_weights_are_read(monkeypatc
         name = "plain"
         quantizations = ("w8a8",)
 
-    monkeypatch.setattr(torch_equipment, "get_backend", lambda _: Plain())
+    monkeypatch.setattr(device_resources, "get_backend", lambda _: Plain())
     with pytest.raises(EngineOptionError, match="device plain has no int8; it has w8a8"):
         open_engine(EngineOptions(quantization="int8", dtype="float32"), name="e")
 

@@ -7,6 +7,7 @@ import trio
 from engine_driver import Driver, hand_over, running
 
 from sagellm.runtime.engine.local import LocalEngine
+from sagellm.runtime.engine.null_runner import NullLaunch
 from sagellm.runtime.engine.opening import open_engine
 from sagellm.runtime.engine.options import EngineOptions
 from sagellm.runtime.engine.port import LeaseOffer
@@ -223,11 +224,11 @@ async def test_a_failed_step_leaves_nothing_to_find(autojump_clock, monkeypatch)
         reply = await driver.submit("a", SYSTEM, max_tokens=100)
         await trio.sleep(0.1)
 
-        async def fail(self, batch):
+        async def fail(self):
             raise RuntimeError("broken")
 
         with monkeypatch.context() as patched:
-            patched.setattr(type(engine._equipment.runner), "run", fail)
+            patched.setattr(NullLaunch, "result", fail)
             await reply.done.wait()
         assert reply.last.finish_reason == "failed"
         assert engine.load.num_cached_blocks == 0

@@ -55,7 +55,7 @@ class Bench:
             sequence.num_computed += query_len
             assert sequence.num_computed <= sequence.lease.capacity
             self.scheduler.reuse.publish(sequence)
-        for sequence in batch.drawing:
+        for sequence in batch.sampling:
             assert sequence.num_pending == 0
             sequence.tokens.append(1)
             sequence.mark_prefilled(0.0)

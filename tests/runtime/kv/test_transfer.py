@@ -5,13 +5,14 @@ import torch
 import trio
 import trio.testing
 
+from sagellm.backends.cpu.storage import CpuStorage
 from sagellm.runtime.engine.port import StaleLease
+from sagellm.runtime.kv.device_storage import DeviceStorage
 from sagellm.runtime.kv.exchange import Exchange
 from sagellm.runtime.kv.lease import Fence
 from sagellm.runtime.kv.pool import BlockPool
 from sagellm.runtime.kv.pool_bytes import PoolBytes
 from sagellm.runtime.kv.storage import NullStorage
-from sagellm.runtime.kv.tensor_storage import TensorStorage
 
 FENCE = Fence("r", 0, 0)
 SHAPE = (2, 2, 8, 1, 4, 3)  # layers, keys and values, blocks, heads, block size, head size
@@ -34,7 +35,7 @@ class Side:
 
 
 def tensors(fill):
-    return TensorStorage(PoolBytes(torch.rand(SHAPE) if fill else torch.zeros(SHAPE)))
+    return DeviceStorage(PoolBytes(CpuStorage(torch.rand(SHAPE) if fill else torch.zeros(SHAPE))))
 
 
 async def test_blocks_arrive_bit_for_bit():
@@ -44,7 +45,8 @@ async def test_blocks_arrive_bit_for_bit():
     sent, landed = source.held.blocks, target.held.blocks
     await target.receive(source)
     assert sent != landed
-    assert torch.equal(right.storage.pool.pool[:, :, landed], left.storage.pool.pool[:, :, sent])
+    theirs, ours = (side.storage.pool.storage.pool for side in (left, right))
+    assert torch.equal(ours[:, :, landed], theirs[:, :, sent])
     assert target.held.state == "filled"
     source.release()
     assert source.held.state == "released"

@@ -15,9 +15,12 @@ import torch
 import trio
 from kv_sender import opened
 
+from sagellm.backends.cpu import storage
+from sagellm.backends.cpu.storage import CpuStorage
 from sagellm.runtime.engine.port import DamagedBlocks, StaleLease
-from sagellm.runtime.kv import pool_bytes, shared
+from sagellm.runtime.kv import pool_bytes
 from sagellm.runtime.kv.located import Located, SharedBlocks, TcpBlocks
+from sagellm.runtime.kv.pool_bytes import PoolBytes
 from sagellm.runtime.kv.shared import SharedMemory, SharedTransport, map_shared
 from sagellm.runtime.kv.transport import Kind, Transport
 
@@ -84,21 +87,13 @@ async def test_blocks_arrive_bit_for_bit_and_no_others(chunk: None, pair: Pair) 
 async def test_blocks_arrive_bit_for_bit_without_a_compiler(
     chunk: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shared, "native_kernels", lambda: None)
+    monkeypatch.setattr(storage, "native_kernels", lambda: None)
     pair = Pair("memory")
     await pair.move()
     assert pair.is_right
     pair.sent.pool[2, 1, SENT[-1], 0, 0, 0] += 1
     await pair.move()
     assert pair.is_right
-
-
-async def test_some_layers_arrive_and_no_others(chunk: None, pair: Pair) -> None:
-    for layers in (range(1, 2), range(3, 3), range(1)):
-        source = await pair.sender.offer(SENT, fine, layers)
-        await pair.receiver.fetch(source, LANDED, fine, layers)
-    assert torch.equal(pair.landed.pool[:2, :, LANDED], pair.sent.pool[:2, :, SENT])
-    assert not pair.landed.pool[2].any()
 
 
 async def test_a_lease_that_ends_stops_the_copy(chunk: None, pair: Pair) -> None:
@@ -146,7 +141,7 @@ async def test_blocks_that_are_not_there_are_refused(block: int) -> None:
     pair = Pair("memory")
     source = await pair.sender.offer(SENT, fine)
     assert isinstance(source, SharedBlocks)
-    assert pair.sent.array.shape[2] == 64
+    assert pair.sent.num_blocks == 64
     wrong = msgspec.structs.replace(source, blocks=(*source.blocks[:-1], block))
     with pytest.raises(StaleLease, match="no such blocks"):
         await pair.receiver.fetch(wrong, LANDED, fine)
@@ -154,7 +149,7 @@ async def test_blocks_that_are_not_there_are_refused(block: int) -> None:
 
 
 async def test_blocks_of_another_kind_are_refused(pair: Pair) -> None:
-    other = SharedTransport(pair.sent, SharedMemory(1))
+    other = SharedTransport(PoolBytes(pair.sent), SharedMemory(1))
     source: Located = await other.offer(SENT, fine)
     if isinstance(pair.receiver, SharedTransport):
         source = TcpBlocks(host="127.0.0.1", port=1, export=b"", key=b"", num_blocks=8)
@@ -221,16 +216,16 @@ async def test_damaged_blocks_are_copied_again_and_never_kept(
     chunk: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pair = Pair("memory")
-    copy, num_copies = SharedTransport._copy, 0
+    receive, num_copies = CpuStorage.receive, 0
 
-    def damaging(self: SharedTransport, *given: Any) -> int:
+    def damaging(self: CpuStorage, *given: Any) -> int:
         nonlocal num_copies
         num_copies += 1
-        return copy(self, *given) ^ num_copies % 2
+        return receive(self, *given) ^ num_copies % 2
 
-    monkeypatch.setattr(SharedTransport, "_copy", damaging)
+    monkeypatch.setattr(CpuStorage, "receive", damaging)
     await pair.move()
-    assert num_copies == 2 * len(pair.sent.chunks(len(SENT)))
+    assert num_copies == 2 * len(PoolBytes(pair.sent).chunks(len(SENT)))
     assert pair.receiver.num_damaged == num_copies // 2
     assert pair.is_right
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from detached import installed
 from engine_driver import hand_over, running
 from models_on_the_fly import FAMILIES, Reference, make_model, random_prompts, reference
 
@@ -12,24 +13,28 @@ from sagellm.runtime.engine.options import EngineOptions
 
 LENGTHS = (1, 2, 5, 17, 40, 90, 180, 300)
 NUM_NEW = 64
+EXAMS = [*((family, "cpu") for family in FAMILIES), ("llama", "detached")]
 
 
 @dataclass(frozen=True)
 class Exam:
     folder: Path
+    device: str
     other: Path  # of the same shape and vocabulary, with other weights
     prompts: list[tuple[int, ...]]
     right: Reference
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=EXAMS, ids="-".join)
 def exam(request, tmp_path_factory):
-    folder = make_model(request.param, tmp_path_factory.mktemp(request.param))
-    other = make_model(request.param, tmp_path_factory.mktemp("other"), seed=1)
+    family, device = request.param
+    folder = make_model(family, tmp_path_factory.mktemp(family))
+    other = make_model(family, tmp_path_factory.mktemp("other"), seed=1)
     prompts = random_prompts(LENGTHS)
     right = reference(folder, prompts, NUM_NEW)
     right.check()
-    return Exam(folder, other, prompts, right)
+    with installed():
+        yield Exam(folder, device, other, prompts, right)
 
 
 @pytest.fixture(params=["ngram", "itself", "other"])
@@ -42,7 +47,7 @@ def drafts(request, exam):
 
 def open_exact(exam, **options):
     options = {"model": str(exam.folder), "deterministic": True, "max_model_len": 512, **options}
-    return open_engine(EngineOptions(**options), name="e")
+    return open_engine(EngineOptions(device=exam.device, **options), name="e")
 
 
 async def answer_together(engine, exam):

@@ -6,12 +6,14 @@ import pytest
 import trio
 from engine_driver import running
 
-from sagellm.runtime.engine.equipment import Equipment
+from sagellm.backends import Sampled
+from sagellm.runtime.engine.batch import Batch
 from sagellm.runtime.engine.limits import Limits
 from sagellm.runtime.engine.local import LocalEngine
 from sagellm.runtime.engine.port import EngineFacts
-from sagellm.runtime.engine.runner import Drawn
+from sagellm.runtime.engine.resources import EngineResources
 from sagellm.runtime.engine.speculation.speculation import Speculation
+from sagellm.runtime.engine.step_batch import rows_of
 from sagellm.runtime.kv.storage import NullStorage
 
 FACTS = EngineFacts("m", "h", 16, 1024, 2048, 64, 1, "l")
@@ -23,15 +25,25 @@ def token(position):
 
 
 @dataclass
+class CountingLaunch:
+    batch: Batch
+    seconds: float
+
+    async def result(self):
+        await trio.sleep(self.seconds)
+        return Sampled([token(row.num_output) for row in rows_of(self.batch)])
+
+
+@dataclass
 class CountingRunner:
     """The token at each place is known, and a step takes what it is told."""
 
     step_s: float
     row_s: float
+    runs_ahead = False
 
-    async def run(self, batch):
-        await trio.sleep(self.step_s + self.row_s * batch.num_tokens)
-        return Drawn([token(row.num_output) for row in batch.rows])
+    def launch(self, batch, after=None):
+        return CountingLaunch(batch, self.step_s + self.row_s * batch.num_tokens)
 
     async def open(self):
         await trio.lowlevel.checkpoint()
@@ -65,11 +77,11 @@ class Guesses:
 async def serve(costs, drafter, *, num_sequences=1, num_tokens=256):
     """Seconds until all answers were there, and the engine's load."""
     speculation = Speculation(drafter, 4) if drafter else None
-    equipment = Equipment(
+    resources = EngineResources(
         FACTS, Limits(64, 512), CountingRunner(*costs), NullStorage(1, 1e9), 200,
         speculation=speculation,
     )  # fmt: skip
-    engine = LocalEngine(equipment, name="e")
+    engine = LocalEngine(resources, name="e")
     started = trio.current_time()
     async with running(engine) as [driver]:
         for index in range(num_sequences):

@@ -1,42 +1,17 @@
-"""Drawing tokens from logits: penalties, filters, and randomness that batching cannot change."""
+"""Sampling tokens from logits: penalties, filters, and randomness that batching cannot change."""
 
 import hashlib
-from array import array
 from collections import Counter
 from collections.abc import Sequence as Rows
-from typing import Protocol
 
 import torch
 
-from sagellm.runtime.engine.runner import Drawn
-from sagellm.runtime.messages import Sampling, SequenceState, TokenLogprob
+from sagellm.backends.row import Row, SamplingOptions
+from sagellm.backends.sampled import Logprob, Sampled
 
 _GREEDY_BELOW = 1e-5  # dividing by a smaller temperature overflows; as vLLM
 _NEVER = float("-inf")
 _NUCLEUS = 256  # tokens looked at before a row is sorted whole
-
-
-class Row(Protocol):
-    """What a draw looks at: a sequence, or one as it will be behind tokens that are drafted."""
-
-    @property
-    def state(self) -> SequenceState: ...
-
-    @property
-    def stop_ids(self) -> frozenset[int]: ...
-
-    @property
-    def num_output(self) -> int: ...
-
-    @property
-    def tokens(self) -> list[int]: ...
-
-    @property
-    def output(self) -> list[int]: ...
-
-    @property
-    def allowed_ids(self) -> "array[int]":
-        """`allowed_token_ids` of its sampling."""
 
 
 def uniform(seed: int, choice: int, position: int) -> float:
@@ -46,15 +21,15 @@ def uniform(seed: int, choice: int, position: int) -> float:
     return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
 
-def draw(logits: torch.Tensor, rows: Rows[Row]) -> Drawn:
+def sample(logits: torch.Tensor, rows: Rows[Row]) -> Sampled:
     """One token a row of `logits` [R, vocab], float32.
 
     Every operation works on one row at a time or on all alike, so that a row's token does not
-    depend on its neighbours. Rows without a largest finite logit are `broken`, and drawn as if
+    depend on its neighbours. Rows without a largest finite logit are `broken`, and sampled as if
     all their logits were zero.
     """
     if not rows:
-        return Drawn([])
+        return Sampled([])
     token_ids = _largest(logits)
     is_finite = logits.gather(1, token_ids.unsqueeze(1)).squeeze(1).isfinite()
     broken: frozenset[int] = frozenset()
@@ -65,13 +40,13 @@ def draw(logits: torch.Tensor, rows: Rows[Row]) -> Drawn:
     special = [index for index, row in enumerate(rows) if not _is_plain(row)]
     if special:
         chosen = [rows[index] for index in special]
-        token_ids[special], none_left = _draw_processed(logits[special], chosen)
+        token_ids[special], none_left = _sample_processed(logits[special], chosen)
         exhausted = frozenset(special[index] for index in none_left) - broken
         broken |= exhausted
     ids: list[int] = token_ids.tolist()
-    if all(row.state.sampling.logprobs is None for row in rows):
-        return Drawn(ids, broken=broken, exhausted=exhausted)
-    return Drawn(ids, _logprobs(logits, rows, ids), broken, exhausted)
+    if all(row.sampling.logprobs is None for row in rows):
+        return Sampled(ids, broken=broken, exhausted=exhausted)
+    return Sampled(ids, _logprobs(logits, rows, ids), broken, exhausted)
 
 
 def _largest(logits: torch.Tensor) -> torch.Tensor:
@@ -85,19 +60,19 @@ def _largest(logits: torch.Tensor) -> torch.Tensor:
 
 def _is_plain(row: Row) -> bool:
     """Whether the largest logit decides."""
-    sampling = row.state.sampling
+    sampling = row.sampling
     return sampling.temperature < _GREEDY_BELOW and not (
         sampling.logit_bias or _is_masked(row) or _has_penalty(sampling)
     )
 
 
 def _is_masked(row: Row) -> bool:
-    sampling = row.state.sampling
+    sampling = row.sampling
     is_short = row.num_output < sampling.min_tokens
     return is_short or bool(sampling.allowed_token_ids or sampling.bad_words_token_ids)
 
 
-def _has_penalty(sampling: Sampling) -> bool:
+def _has_penalty(sampling: SamplingOptions) -> bool:
     return (
         sampling.repetition_penalty != 1
         or sampling.presence_penalty != 0
@@ -105,7 +80,7 @@ def _has_penalty(sampling: Sampling) -> bool:
     )
 
 
-def _draw_processed(logits: torch.Tensor, rows: Rows[Row]) -> tuple[torch.Tensor, list[int]]:
+def _sample_processed(logits: torch.Tensor, rows: Rows[Row]) -> tuple[torch.Tensor, list[int]]:
     """A token for each row, and the rows for which no token is left.
 
     Order of steps as in vLLM: masks, bias, penalties, temperature, min_p, top_k, top_p.
@@ -117,32 +92,30 @@ def _draw_processed(logits: torch.Tensor, rows: Rows[Row]) -> tuple[torch.Tensor
             if float(logits[index].amax()) == _NEVER:
                 none_left.append(index)
                 logits[index] = 0.0
-        _bias(logits[index], row.state.sampling)
-        if _has_penalty(row.state.sampling):
+        _bias(logits[index], row.sampling)
+        if _has_penalty(row.sampling):
             _penalise(logits[index], row)
     token_ids = _largest(logits)
-    warm = [
-        index for index, row in enumerate(rows) if row.state.sampling.temperature >= _GREEDY_BELOW
-    ]
+    warm = [index for index, row in enumerate(rows) if row.sampling.temperature >= _GREEDY_BELOW]
     if warm:
         chosen = [rows[index] for index in warm]
-        token_ids[warm] = _draw_random(logits[warm], chosen)
+        token_ids[warm] = _sample_random(logits[warm], chosen)
     return token_ids, none_left
 
 
 def _mask(logits: torch.Tensor, row: Row) -> None:
     """Forbid what is not allowed, what completes a bad word, and an end before `min_tokens`."""
-    sampling = row.state.sampling
+    sampling = row.sampling
     if sampling.allowed_token_ids:
-        allowed = torch.frombuffer(row.allowed_ids, dtype=torch.int64)
+        allowed = torch.frombuffer(row.answer.allowed_ids, dtype=torch.int64)
         scores = logits[allowed]
         logits.fill_(_NEVER)
         logits[allowed] = scores
     if sampling.bad_words_token_ids:
         banned = banned_tokens(sampling.bad_words_token_ids, row.output)
         logits[torch.tensor(banned, dtype=torch.long)] = _NEVER
-    if row.num_output < sampling.min_tokens and row.stop_ids:
-        logits[torch.tensor(sorted(row.stop_ids))] = _NEVER
+    if row.num_output < sampling.min_tokens and row.answer.stop_ids:
+        logits[torch.tensor(sorted(row.answer.stop_ids))] = _NEVER
 
 
 def banned_tokens(sequences: Rows[Rows[int]], output: Rows[int]) -> list[int]:
@@ -156,7 +129,7 @@ def banned_tokens(sequences: Rows[Rows[int]], output: Rows[int]) -> list[int]:
     ]
 
 
-def _bias(logits: torch.Tensor, sampling: Sampling) -> None:
+def _bias(logits: torch.Tensor, sampling: SamplingOptions) -> None:
     if sampling.logit_bias:
         ids = torch.tensor(list(sampling.logit_bias))
         logits[ids] += torch.tensor(list(sampling.logit_bias.values()))
@@ -164,7 +137,7 @@ def _bias(logits: torch.Tensor, sampling: Sampling) -> None:
 
 def _penalise(logits: torch.Tensor, row: Row) -> None:
     """Repetition (CTRL, arXiv:1909.05858) over prompt and output; the others over the output."""
-    sampling = row.state.sampling
+    sampling = row.sampling
     seen = torch.tensor(sorted(set(row.tokens)))
     scores = logits[seen]
     factor = sampling.repetition_penalty
@@ -176,30 +149,28 @@ def _penalise(logits: torch.Tensor, row: Row) -> None:
         logits[torch.tensor(list(counts))] -= penalty
 
 
-def _draw_random(logits: torch.Tensor, rows: Rows[Row]) -> torch.Tensor:
+def _sample_random(logits: torch.Tensor, rows: Rows[Row]) -> torch.Tensor:
     """Invert the distribution function at one uniform number a row."""
-    samplings = [row.state.sampling for row in rows]
+    samplings = [row.sampling for row in rows]
     logits = logits / _column([sampling.temperature for sampling in samplings])
     _keep_min_p(logits, samplings)
     _keep_top_k(logits, samplings)
     _keep_top_p(logits, samplings)
     # Float64, so that rounding moves no boundary by more than the logits' own last bits.
     cumulated = logits.double().softmax(dim=-1).cumsum(dim=-1)
-    numbers = [
-        uniform(row.state.sampling.seed or 0, row.state.choice, row.num_output) for row in rows
-    ]
+    numbers = [uniform(row.sampling.seed or 0, row.answer.choice, row.num_output) for row in rows]
     aims = torch.tensor(numbers, dtype=torch.float64).unsqueeze(1) * cumulated[:, -1:]
     return torch.searchsorted(cumulated, aims, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
 
 
-def _keep_min_p(logits: torch.Tensor, samplings: Rows[Sampling]) -> None:
+def _keep_min_p(logits: torch.Tensor, samplings: Rows[SamplingOptions]) -> None:
     """Drop tokens less likely than `min_p` times the most likely (arXiv:2407.01082)."""
     if any(sampling.min_p for sampling in samplings):
         floors = _column([sampling.min_p for sampling in samplings]).log()
         logits.masked_fill_(logits < logits.amax(dim=-1, keepdim=True) + floors, _NEVER)
 
 
-def _keep_top_k(logits: torch.Tensor, samplings: Rows[Sampling]) -> None:
+def _keep_top_k(logits: torch.Tensor, samplings: Rows[SamplingOptions]) -> None:
     """Keep the k most likely, and what is as likely as the last of them."""
     counts = [sampling.top_k for sampling in samplings]
     most = max((count for count in counts if count < logits.shape[1]), default=0)
@@ -211,7 +182,7 @@ def _keep_top_k(logits: torch.Tensor, samplings: Rows[Sampling]) -> None:
         logits.masked_fill_(logits < least, _NEVER)
 
 
-def _keep_top_p(logits: torch.Tensor, samplings: Rows[Sampling]) -> None:
+def _keep_top_p(logits: torch.Tensor, samplings: Rows[SamplingOptions]) -> None:
     """Keep the smallest set of the most likely with probability `top_p` (arXiv:1904.09751).
 
     Most such sets are small: the most likely few are looked at first, and a row is sorted whole
@@ -250,18 +221,16 @@ def _column(values: list[float]) -> torch.Tensor:
     return torch.tensor(values).unsqueeze(1)
 
 
-def _logprobs(
-    logits: torch.Tensor, rows: Rows[Row], token_ids: list[int]
-) -> list[TokenLogprob | None]:
+def _logprobs(logits: torch.Tensor, rows: Rows[Row], token_ids: list[int]) -> list[Logprob | None]:
     """Of the model's own distribution, before any processing, as vLLM's default."""
-    found: list[TokenLogprob | None] = []
+    found: list[Logprob | None] = []
     for row, scores, token_id in zip(rows, logits, token_ids, strict=True):
-        count = row.state.sampling.logprobs
+        count = row.sampling.logprobs
         if count is None:
             found.append(None)
             continue
         logprobs = scores.log_softmax(dim=-1)
         values, ids = logprobs.topk(min(count, len(logprobs)))
         top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
-        found.append(TokenLogprob(token_id, float(logprobs[token_id]), top))
+        found.append(Logprob(token_id, float(logprobs[token_id]), top))
     return found

@@ -6,7 +6,7 @@ from typing import TypeAlias
 
 from sagellm.runtime.engine.limits import Limits
 from sagellm.runtime.engine.port import EngineFacts
-from sagellm.runtime.engine.runner import Lookahead, Runner
+from sagellm.runtime.engine.runner import Runner
 from sagellm.runtime.engine.speculation.speculation import Speculation
 from sagellm.runtime.engine.transcript import Transcript
 from sagellm.runtime.kv.storage import Storage
@@ -16,9 +16,9 @@ OpenTranscript: TypeAlias = Callable[[SequenceState], Transcript]
 
 
 @dataclass(frozen=True, slots=True)
-class Equipment:
-    """What an engine works with; `open_transcript` is None where tokens have no text, `speculation`
-    where no tokens are drafted, `lookahead` where steps begin only once the last was collected.
+class EngineResources:
+    """What an engine works with. `open_transcript` is None where tokens have no text, `speculation`
+    where no tokens are drafted.
     """
 
     facts: EngineFacts
@@ -29,4 +29,10 @@ class Equipment:
     eos_token_ids: frozenset[int] = frozenset()
     open_transcript: OpenTranscript | None = None
     speculation: Speculation | None = None
-    lookahead: Lookahead | None = None
+
+    @property
+    def schedules_ahead(self) -> bool:
+        """Whether a step may be scheduled while the one before it computes: drafts need to know
+        what that samples.
+        """
+        return self.runner.runs_ahead and self.speculation is None

@@ -8,12 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.generation import NoBadWordsLogitsProcessor
 
-from sagellm.runtime.engine import sampler
-from sagellm.runtime.engine.behind import Behind
+from sagellm.backends import Row, sampler
+from sagellm.backends.sampler import banned_tokens, sample, uniform
 from sagellm.runtime.engine.mailbox import Mailbox
-from sagellm.runtime.engine.sampler import banned_tokens, draw, uniform
 from sagellm.runtime.engine.sequence import Sequence
-from sagellm.runtime.engine.speculation.ahead import Ahead
 from sagellm.runtime.messages import Sampling, SequenceState
 
 LOGITS = torch.tensor([0.5, 2.0, 1.0, -1.0, 1.9, 0.0])
@@ -28,7 +26,7 @@ def row(output=(), prompt=(0,), choice=0, stop_ids=(), **sampling):
         emitted_token_ids=tuple(output),
         sampling=Sampling(**{"seed": 1, **sampling}),
     )
-    return Sequence(
+    sequence = Sequence(
         state,
         arrival=1,
         mailbox=Mailbox(lambda: None),
@@ -36,24 +34,25 @@ def row(output=(), prompt=(0,), choice=0, stop_ids=(), **sampling):
         stop_ids=frozenset(stop_ids),
         transcript=None,
     )
+    return Row(sequence, len(sequence.tokens))
 
 
-def draw_one(sequence, logits=LOGITS):
-    return draw(logits.clone().unsqueeze(0), [sequence]).token_ids[0]
+def sample_one(one, logits=LOGITS):
+    return sample(logits.clone().unsqueeze(0), [one]).token_ids[0]
 
 
-def drawn_set(logits=LOGITS, count=300, **sampling):
+def sampled_set(logits=LOGITS, count=300, **sampling):
     """Every token that comes up over many seeds."""
     rows = [row(**{"temperature": 1.0, **sampling, "seed": seed}) for seed in range(count)]
-    return set(draw(logits.repeat(count, 1), rows).token_ids)
+    return set(sample(logits.repeat(count, 1), rows).token_ids)
 
 
 def test_greedy_takes_the_largest():
-    assert draw_one(row()) == 1
+    assert sample_one(row()) == 1
 
 
-def test_no_rows_draw_nothing():
-    assert draw(torch.empty(0, 6), []).token_ids == []
+def test_no_rows_sample_nothing():
+    assert sample(torch.empty(0, 6), []).token_ids == []
 
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf])
@@ -62,48 +61,48 @@ def test_logits_that_are_no_numbers_break_their_own_row(wrong, sampling):
     logits = LOGITS.repeat(3, 1)
     logits[1, 2] = wrong
     rows = [row(**sampling), row(**sampling), row(**sampling)]
-    drawn = draw(logits, rows)
-    assert drawn.broken == {1}
-    whole = draw(LOGITS.repeat(3, 1), rows)
-    assert drawn.token_ids[::2] == whole.token_ids[::2]
+    sampled = sample(logits, rows)
+    assert sampled.broken == {1}
+    whole = sample(LOGITS.repeat(3, 1), rows)
+    assert sampled.token_ids[::2] == whole.token_ids[::2]
     assert whole.broken == frozenset()
 
 
 def test_the_input_is_not_changed():
     logits = LOGITS.repeat(2, 1)
-    draw(logits, [row(temperature=1.0, top_k=2), row(logit_bias={3: 50.0})])
+    sample(logits, [row(temperature=1.0, top_k=2), row(logit_bias={3: 50.0})])
     assert torch.equal(logits, LOGITS.repeat(2, 1))
 
 
 def test_logit_bias_moves_the_largest():
-    assert draw_one(row(logit_bias={3: 10.0})) == 3
-    assert draw_one(row(logit_bias={1: -100.0})) == 4
+    assert sample_one(row(logit_bias={3: 10.0})) == 3
+    assert sample_one(row(logit_bias={1: -100.0})) == 4
 
 
-def test_only_allowed_tokens_are_drawn():
-    assert draw_one(row(allowed_token_ids=(0, 2, 3))) == 2
-    assert draw_one(row(allowed_token_ids=(3,), logit_bias={1: 100.0})) == 3
+def test_only_allowed_tokens_are_sampled():
+    assert sample_one(row(allowed_token_ids=(0, 2, 3))) == 2
+    assert sample_one(row(allowed_token_ids=(3,), logit_bias={1: 100.0})) == 3
     warm = {
-        draw_one(row(allowed_token_ids=(2, 4), temperature=5.0, seed=seed)) for seed in range(40)
+        sample_one(row(allowed_token_ids=(2, 4), temperature=5.0, seed=seed)) for seed in range(40)
     }
     assert warm == {2, 4}
 
 
-def test_a_word_of_one_token_is_never_drawn():
-    assert draw_one(row(bad_words_token_ids=((1,),))) == 4
-    assert draw_one(row(bad_words_token_ids=((1,), (4,)))) == 2
+def test_a_word_of_one_token_is_never_sampled():
+    assert sample_one(row(bad_words_token_ids=((1,),))) == 4
+    assert sample_one(row(bad_words_token_ids=((1,), (4,)))) == 2
 
 
 def test_a_word_is_not_completed_but_its_tokens_may_stand_elsewhere():
     banned = ((5, 4, 1),)
-    assert draw_one(row(output=(5, 4), bad_words_token_ids=banned)) == 4
-    assert draw_one(row(output=(4,), bad_words_token_ids=banned)) == 1
-    assert draw_one(row(output=(5, 4, 2), bad_words_token_ids=banned)) == 1
+    assert sample_one(row(output=(5, 4), bad_words_token_ids=banned)) == 4
+    assert sample_one(row(output=(4,), bad_words_token_ids=banned)) == 1
+    assert sample_one(row(output=(5, 4, 2), bad_words_token_ids=banned)) == 1
 
 
 def test_a_prompt_bans_nothing():
     """As in vLLM: what counts is what is generated."""
-    assert draw_one(row(prompt=(5,), output=(4,), bad_words_token_ids=((5, 4, 1),))) == 1
+    assert sample_one(row(prompt=(5,), output=(4,), bad_words_token_ids=((5, 4, 1),))) == 1
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -118,62 +117,65 @@ def test_banned_tokens_are_those_of_transformers(seed):
 
 
 def test_allowed_tokens_are_read_once_a_sequence(monkeypatch):
-    sequence = row(allowed_token_ids=(4, 5, 0))
-    assert draw_one(sequence) == 4
+    first = row(allowed_token_ids=(4, 5, 0))
+    assert sample_one(first) == 4
     monkeypatch.setattr(sampler.torch, "tensor", None)  # nothing is built from Python's numbers
-    assert draw_one(sequence) == 4
-    assert draw_one(Ahead(sequence, (4,))) == 4
-    assert draw_one(Behind(sequence, 0, 1, 4)) == 4
+    assert sample_one(first) == 4
+    assert sample_one(Row(first.answer, 1, (4,))) == 4
+    fed = Row(first.answer, 1, source=1)
+    fed.feed([9, 4])
+    assert (fed.tokens, fed.num_output) == ([0, 4], 1)
+    assert sample_one(fed) == 4
 
 
 def test_rows_without_a_mask_are_not_searched_for_a_token_that_is_left(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "amax", None)
-    assert draw_one(row(temperature=1.0)) in range(6)
-    assert draw_one(row(output=(1,), presence_penalty=0.2)) == 4
-    assert draw_one(row(output=(1,), presence_penalty=0.2, min_tokens=1)) == 4
+    assert sample_one(row(temperature=1.0)) in range(6)
+    assert sample_one(row(output=(1,), presence_penalty=0.2)) == 4
+    assert sample_one(row(output=(1,), presence_penalty=0.2, min_tokens=1)) == 4
 
 
 def test_min_tokens_mask_the_end():
-    assert draw_one(row(output=(2,), min_tokens=2, stop_ids=(1, 4))) == 2
-    assert draw_one(row(output=(2, 2), min_tokens=2, stop_ids=(1, 4))) == 1
+    assert sample_one(row(output=(2,), min_tokens=2, stop_ids=(1, 4))) == 2
+    assert sample_one(row(output=(2, 2), min_tokens=2, stop_ids=(1, 4))) == 1
 
 
 def test_presence_penalty_counts_once_and_in_the_output_only():
-    assert draw_one(row(output=(1,), presence_penalty=0.2)) == 4
-    assert draw_one(row(prompt=(1,), presence_penalty=0.2)) == 1
-    assert draw_one(row(output=(1, 1, 1), presence_penalty=0.05)) == 1
+    assert sample_one(row(output=(1,), presence_penalty=0.2)) == 4
+    assert sample_one(row(prompt=(1,), presence_penalty=0.2)) == 1
+    assert sample_one(row(output=(1, 1, 1), presence_penalty=0.05)) == 1
 
 
 def test_frequency_penalty_counts_each():
-    assert draw_one(row(output=(1,), frequency_penalty=0.06)) == 1
-    assert draw_one(row(output=(1, 1), frequency_penalty=0.06)) == 4
+    assert sample_one(row(output=(1,), frequency_penalty=0.06)) == 1
+    assert sample_one(row(output=(1, 1), frequency_penalty=0.06)) == 4
 
 
 def test_repetition_penalty_weighs_prompt_and_output():
-    assert draw_one(row(prompt=(1,), repetition_penalty=1.2)) == 4
-    assert draw_one(row(output=(1,), repetition_penalty=1.2)) == 4
+    assert sample_one(row(prompt=(1,), repetition_penalty=1.2)) == 4
+    assert sample_one(row(output=(1,), repetition_penalty=1.2)) == 4
     negative = torch.tensor([-1.0, -1.1])
-    assert draw_one(row(prompt=(0,), repetition_penalty=1.2), negative) == 1
+    assert sample_one(row(prompt=(0,), repetition_penalty=1.2), negative) == 1
 
 
 def test_temperature_zero_and_nearly_zero_are_greedy():
-    assert draw_one(row(temperature=1e-6)) == 1
+    assert sample_one(row(temperature=1e-6)) == 1
 
 
 def test_top_k_keeps_k():
-    assert drawn_set(top_k=1) == {1}
-    assert drawn_set(top_k=2) == {1, 4}
+    assert sampled_set(top_k=1) == {1}
+    assert sampled_set(top_k=2) == {1, 4}
 
 
 def test_top_k_keeps_what_is_as_likely_as_the_last():
-    assert drawn_set(torch.tensor([1.0, 1.0, 0.0]), top_k=1) == {0, 1}
+    assert sampled_set(torch.tensor([1.0, 1.0, 0.0]), top_k=1) == {0, 1}
 
 
 def test_top_p_keeps_the_smallest_set():
     probabilities = torch.tensor([0.5, 0.3, 0.15, 0.05])
-    assert drawn_set(probabilities.log(), top_p=0.79) == {0, 1}
-    assert drawn_set(probabilities.log(), top_p=0.81) == {0, 1, 2}
-    assert drawn_set(probabilities.log(), top_p=1e-9) == {0}
+    assert sampled_set(probabilities.log(), top_p=0.79) == {0, 1}
+    assert sampled_set(probabilities.log(), top_p=0.81) == {0, 1, 2}
+    assert sampled_set(probabilities.log(), top_p=1e-9) == {0}
 
 
 @pytest.mark.parametrize("share", [0.2, 0.7, 0.95, 0.999])
@@ -192,18 +194,18 @@ def test_top_p_is_the_same_however_many_tokens_it_keeps(share):
 
 def test_min_p_is_relative_to_the_most_likely():
     probabilities = torch.tensor([0.5, 0.3, 0.15, 0.05])
-    assert drawn_set(probabilities.log(), min_p=0.5) == {0, 1}
-    assert drawn_set(probabilities.log(), min_p=0.2) == {0, 1, 2}
+    assert sampled_set(probabilities.log(), min_p=0.5) == {0, 1}
+    assert sampled_set(probabilities.log(), min_p=0.2) == {0, 1, 2}
 
 
 def test_filters_use_the_tempered_distribution():
     probabilities = torch.tensor([0.5, 0.3, 0.15, 0.05])
-    assert drawn_set(probabilities.log(), temperature=0.2, top_p=0.9) == {0}
+    assert sampled_set(probabilities.log(), temperature=0.2, top_p=0.9) == {0}
 
 
 def test_frequencies_follow_the_distribution():
     rows = [row(temperature=1.0, seed=seed) for seed in range(4000)]
-    counts = torch.tensor(draw(LOGITS.repeat(4000, 1), rows).token_ids).bincount(minlength=6)
+    counts = torch.tensor(sample(LOGITS.repeat(4000, 1), rows).token_ids).bincount(minlength=6)
     assert (counts / 4000 - LOGITS.softmax(0)).abs().max() < 0.03
 
 
@@ -216,7 +218,7 @@ def test_uniform_depends_on_each_of_its_arguments():
 
 def test_choices_of_one_request_differ():
     rows = [row(temperature=1.5, choice=choice) for choice in range(40)]
-    assert len(set(draw(LOGITS.repeat(40, 1), rows).token_ids)) > 2
+    assert len(set(sample(LOGITS.repeat(40, 1), rows).token_ids)) > 2
 
 
 SAMPLINGS = st.fixed_dictionaries(
@@ -237,14 +239,14 @@ def test_a_row_does_not_see_its_neighbours(samplings, seed):
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(len(samplings), 50, generator=generator) * 3
     rows = [row(output=(1, 2, 3), **sampling) for sampling in samplings]
-    together = draw(logits, rows).token_ids
-    assert together == [draw_one(one, scores) for one, scores in zip(rows, logits, strict=True)]
+    together = sample(logits, rows).token_ids
+    assert together == [sample_one(one, scores) for one, scores in zip(rows, logits, strict=True)]
 
 
 def test_logprobs_are_of_the_raw_distribution():
     rows = [row(logprobs=2, temperature=1.0, logit_bias={3: 100.0}), row()]
-    drawn = draw(LOGITS.repeat(2, 1), rows)
-    first, second = drawn.logprobs
+    sampled = sample(LOGITS.repeat(2, 1), rows)
+    first, second = sampled.logprobs
     right = LOGITS.log_softmax(0)
     assert second is None
     assert first.token_id == 3
@@ -254,4 +256,4 @@ def test_logprobs_are_of_the_raw_distribution():
 
 
 def test_logprobs_zero_gives_the_chosen_token_alone():
-    assert draw(LOGITS.unsqueeze(0), [row(logprobs=0)]).logprobs[0].top == ()
+    assert sample(LOGITS.unsqueeze(0), [row(logprobs=0)]).logprobs[0].top == ()

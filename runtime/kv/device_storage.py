@@ -1,4 +1,4 @@
-"""A block pool's memory as one tensor."""
+"""The memory of a block pool on a device, and how blocks get from one pool to another."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,40 +12,32 @@ from sagellm.runtime.kv.transport import Transport
 
 
 @dataclass(slots=True)
-class TensorStorage:
+class DeviceStorage:
     """`transport`: how other processes reach the pool, if they may."""
 
     pool: PoolBytes
     transport: Transport | None = None
 
     @property
-    def num_layers(self) -> int:
-        return len(self.pool.array)
-
-    @property
     def num_damaged(self) -> int:
         return self.transport.num_damaged if self.transport is not None else 0
 
     async def receive(self, sender: Storage, pairs: Pairs, check: Callable[[], None]) -> None:
-        if not isinstance(sender, TensorStorage):
-            raise TypeError(f"tensors receive from tensors, not from {type(sender).__name__}")
-        ours, theirs, runs = self.pool.array, sender.pool.array, runs_of(pairs)
+        if not isinstance(sender, DeviceStorage):
+            raise TypeError(f"devices receive from devices, not from {type(sender).__name__}")
+        runs = runs_of(pairs)
         for layers in self.pool.chunks(len(pairs)):
             check()
-            chunk = slice(layers.start, layers.stop)
-            for sent, landed in runs:
-                ours[chunk, :, landed] = theirs[chunk, :, sent]
+            self.pool.storage.copy(sender.pool.storage, runs, layers)
             await trio.lowlevel.checkpoint()
 
-    async def share(
-        self, blocks: Sequence[int], layers: range, check: Callable[[], None]
-    ) -> Located:
-        return await self._required.offer(blocks, check, layers)
+    async def share(self, blocks: Sequence[int], check: Callable[[], None]) -> Located:
+        return await self._required.offer(blocks, check)
 
     async def fetch(
-        self, source: Located, blocks: Sequence[int], layers: range, check: Callable[[], None]
+        self, source: Located, blocks: Sequence[int], check: Callable[[], None]
     ) -> None:
-        await self._required.fetch(source, blocks, check, layers)
+        await self._required.fetch(source, blocks, check)
 
     def forget_gone(self) -> None:
         self._required.forget_gone()

@@ -5,79 +5,112 @@ A scripted device runs steps when it is told to, so that each moment between two
 
 import random
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 
 import pytest
 import trio
-from engine_driver import OWNER, running
+from engine_driver import OWNER, put_runner, running
 from models_on_the_fly import make_model, random_prompts
 from trio.testing import wait_all_tasks_blocked
 
+from sagellm.backends import Logprob, Sampled, StepBatch
 from sagellm.runtime.engine.batch import Batch
+from sagellm.runtime.engine.device_runner import DeviceQueue
 from sagellm.runtime.engine.mailbox import MAX_BATCHES
 from sagellm.runtime.engine.opening import open_engine
 from sagellm.runtime.engine.options import EngineOptions
-from sagellm.runtime.engine.runner import Drawn
+from sagellm.runtime.engine.step_batch import step_batch
 from sagellm.runtime.messages import Sampling, SequenceState
 
 STOP = 9
 
 
 @dataclass(repr=False)
+class ScriptedLaunch:
+    """Samples when its device is permitted to; `blocks` must be the same then as now."""
+
+    device: "Scripted"
+    batch: Batch
+    after: "ScriptedLaunch | None"
+    numbers: StepBatch
+    blocks: list[list[int]]
+    sampled: list[int] | None = None
+
+    @property
+    def is_ahead(self):
+        return self.after is not None
+
+    @property
+    def is_fed(self):
+        """Whether it computes what the launch before it samples."""
+        return bool(self.numbers.fed)
+
+    async def result(self):
+        device = self.device
+        device.launches.append(self)
+        is_vain = self.is_fed and self.after.sampled is None
+        if not is_vain:
+            await device.permits.acquire()
+        device.queued.remove(self)
+        for sequence, blocks in zip(self.batch.sequences, self.blocks, strict=True):
+            assert sequence.lease is None or sequence.lease.blocks[: len(blocks)] == blocks
+        if len(device.launches) == device.fails_at or is_vain:
+            raise RuntimeError("broken")
+        for row in self.numbers.rows:
+            if row.is_fed:
+                row.feed(self.after.sampled)
+        self.sampled = [
+            device.token(row.answer.state.request_id, row.num_output) for row in self.numbers.rows
+        ]
+        scores = [[Logprob(0, 0.0) for _ in one.token_ids] for one in self.numbers.scored]
+        return Sampled(self.sampled, prompt_logprobs=scores)
+
+    def recall(self):
+        if not self.device.is_patient or self is self.device.queued[0]:
+            return False
+        self.device.queued.remove(self)
+        return True
+
+
+@dataclass(repr=False)
 class Scripted:
-    """Draws `token(request id, position)`, a step a permit; one begins when the last is over."""
+    """Samples `token(request id, position)`, a step a permit; one begins when the last is over.
+
+    Not `is_patient`: what is launched cannot be recalled, as on devices with queues of their own.
+    """
 
     token: Callable[[str, int], int] = lambda name, position: 100 + position
     permits: trio.Semaphore = field(default_factory=lambda: trio.Semaphore(0))
-    batches: list[Batch] = field(default_factory=list)
+    launches: list[ScriptedLaunch] = field(default_factory=list)  # that were waited for
+    queued: list[ScriptedLaunch] = field(default_factory=list)
     fails_at: int | None = None
-    _queued: list[Batch] = field(default_factory=list)
-    _blocks: list[list[list[int]]] = field(default_factory=list)  # of each queued batch
-    _last: list[int] | None = None
+    runs_ahead: bool = True
+    is_patient: bool = True
 
-    def queue(self, batch):
-        self._queued.append(batch)
-        self._blocks.append([list(sequence.lease.blocks) for sequence in batch.sequences])
+    def launch(self, batch, after=None):
+        numbers = step_batch(batch, after.batch if after else None, Future())
+        blocks = [list(sequence.lease.blocks) for sequence in batch.sequences]
+        self.queued.append(ScriptedLaunch(self, batch, after, numbers, blocks))
+        return self.queued[-1]
 
-    def recall(self):
-        if len(self._queued) < 2:
-            return False
-        self._queued.pop()
-        self._blocks.pop()
-        return True
-
-    async def run(self, batch):
-        if not self._queued:
-            self.queue(batch)
-        assert self._queued[0] is batch
-        self.batches.append(batch)
-        if not (batch.is_behind and self._last is None):
-            await self.permits.acquire()
-        self._queued.pop(0)
-        for sequence, blocks in zip(batch.sequences, self._blocks.pop(0), strict=True):
-            assert sequence.lease is None or sequence.lease.blocks[: len(blocks)] == blocks
-        if len(self.batches) == self.fails_at or (batch.is_behind and self._last is None):
-            self._last = None
-            raise RuntimeError("broken")
-        if batch.is_behind:
-            batch.feed(self._last)
-        rows = batch.rows
-        self._last = [self.token(row.state.request_id, row.num_output) for row in rows]
-        return Drawn(self._last)
+    @property
+    def batches(self):
+        return [launch.batch for launch in self.launches]
 
     async def open(self):
         await trio.lowlevel.checkpoint()
 
     async def close(self):
-        self._queued.clear()
+        self.queued.clear()
 
 
 def scripted(**options):
-    """A null engine on a scripted device that looks ahead."""
+    """A null engine on a scripted device that runs ahead."""
     values = {"model": "null", "num_blocks": 32, "block_size": 4, "max_model_len": 64, **options}
     engine = open_engine(EngineOptions(**values), name="e")
     device = Scripted()
-    engine._equipment = replace(engine._equipment, runner=device, lookahead=device)
+    put_runner(engine, device)
     return engine, device
 
 
@@ -102,10 +135,9 @@ async def test_a_step_behind_another_takes_its_tokens():
         await wait_all_tasks_blocked()
         await steps(device, 5)
         assert reply.token_ids == [100, 101, 102, 103, 104]
-        assert [batch.is_behind for batch in device.batches] == [False, True, True, True, True]
-        assert [row.token_id for batch in device.batches[1:] for row in batch.behind] == (
-            reply.token_ids[:-1]
-        )
+        assert [launch.is_fed for launch in device.launches] == [False, True, True, True, True]
+        rows = [row for launch in device.launches[1:] for row in launch.numbers.rows]
+        assert [row.added for row in rows] == [(token,) for token in reply.token_ids[:-1]]
 
 
 async def test_blocks_of_an_ended_sequence_stay_leased_until_the_step_ahead_is_over():
@@ -170,7 +202,7 @@ async def test_an_arrival_recalls_the_step_ahead_and_joins_in_its_place():
         await driver.submit("b", (1, 2), sampling=sampled(2))
         await steps(device)
         assert "b" in names(device.batches[-1])
-        assert not device.batches[-1].is_behind
+        assert not device.launches[-1].is_ahead
         await steps(device, 5)
         await driver.all_done()
         assert driver.replies["a", 0].token_ids == [100, 101, 102, 103, 104, 105]
@@ -251,6 +283,100 @@ async def test_equal_blocks_are_merged_but_never_beneath_a_step_that_reads_them(
         await driver.all_done()
 
 
+async def test_steps_are_launched_ahead_while_a_prompt_is_chunked():
+    engine, device = scripted(max_step_tokens=8, max_model_len=128)
+    async with running(engine) as [driver]:
+        decoding = await driver.submit("a", (1, 2), sampling=sampled(9))
+        await wait_all_tasks_blocked()
+        await steps(device, 2)
+        prompt = await driver.submit("b", tuple(range(30)), sampling=sampled(2))
+        await steps(device, 2)  # the first is under way without it
+        began = len(device.launches)
+        await steps(device, 4)
+        chunked = device.launches[began:]
+        assert all(names(launch.batch) == ["a", "b"] for launch in chunked)
+        assert all(launch.is_ahead for launch in chunked)
+        await steps(device, 9)
+        await driver.all_done()
+        assert decoding.token_ids == [100 + position for position in range(9)]
+        assert prompt.token_ids == [100, 101]
+
+
+async def test_the_last_chunk_of_a_prompt_feeds_the_step_after_it():
+    engine, device = scripted(max_step_tokens=8)
+    async with running(engine) as [driver]:
+        reply = await driver.submit("a", tuple(range(20)), sampling=sampled(3))
+        await wait_all_tasks_blocked()
+        await steps(device, 5)
+        assert reply.token_ids == [100, 101, 102]
+    assert [launch.batch.query_lens for launch in device.launches] == [[8], [8], [4], [1], [1]]
+    assert [launch.is_ahead for launch in device.launches] == [False, True, True, True, True]
+    assert [launch.is_fed for launch in device.launches] == [False, False, False, True, True]
+
+
+async def test_steps_are_launched_ahead_while_requests_wait():
+    """And who waits takes the place of one that ends by its length in the very next step."""
+    engine, device = scripted(max_num_seqs=2)
+    async with running(engine) as [driver]:
+        for number, (name, count) in enumerate((("a", 3), ("b", 6), ("c", 3), ("d", 3))):
+            await driver.submit(name, (1, number), sampling=sampled(count))
+        await wait_all_tasks_blocked()
+        await steps(device, 12)
+        await driver.all_done()
+    batches = [names(batch) for batch in device.batches]
+
+    def steps_of(name):
+        return [number for number, batch in enumerate(batches) if name in batch]
+
+    assert steps_of("c")[0] == steps_of("a")[-1] + 1
+    assert steps_of("d")[0] == min(steps_of("b")[-1], steps_of("c")[-1]) + 1
+    assert all(launch.is_ahead for launch in device.launches[steps_of("b")[0] + 1 :])
+
+
+async def test_an_arrival_that_cannot_start_recalls_nothing():
+    engine, device = scripted(max_num_seqs=1)
+    async with running(engine) as [driver]:
+        await driver.submit("a", (1, 2), sampling=sampled(6))
+        await wait_all_tasks_blocked()
+        await steps(device, 1)
+        await driver.submit("b", (1, 2), sampling=sampled(1))
+        assert len(device.queued) == 2
+        await steps(device, 6)
+        await driver.all_done()
+    assert all(launch.is_ahead for launch in device.launches[1:])
+
+
+@pytest.mark.parametrize("is_patient", [True, False])
+async def test_one_admitted_ahead_keeps_its_blocks_until_its_step_is_over(is_patient):
+    engine, device = scripted(max_num_seqs=1)
+    device.is_patient = is_patient
+    async with running(engine) as [driver]:
+        await driver.submit("a", (1, 2), sampling=sampled(2))
+        late = await driver.submit("b", (1, 2, 3), sampling=sampled(4))
+        await wait_all_tasks_blocked()
+        await steps(device)
+        assert [names(launch.batch) for launch in device.queued] == [["a"], ["b"]]
+        engine.cancel("b", 0, 0)
+        assert engine.pool.num_leased == (1 if is_patient else 2)
+        await steps(device)
+        assert engine.pool.num_leased == (0 if is_patient else 1)
+        await steps(device)
+        assert late.last.finish_reason == "cancelled"
+        assert engine.pool.num_leased == 0
+
+
+async def test_one_admitted_ahead_of_a_step_that_fails_is_computed_again():
+    engine, device = scripted(max_num_seqs=1)
+    device.fails_at = 2
+    async with running(engine) as [driver]:
+        broken = await driver.submit("a", (1, 2), sampling=sampled(2))
+        fine = await driver.submit("b", (1, 2, 3), sampling=sampled(2))
+        await wait_all_tasks_blocked()
+        await steps(device, 5)
+        assert broken.last.finish_reason == "failed"
+        assert fine.token_ids == [100, 101]
+
+
 # ---- on a device that computes ---------------------------------------------------------------
 
 
@@ -259,11 +385,11 @@ def folder(tmp_path_factory):
     return make_model("qwen3", tmp_path_factory.mktemp("qwen3"))
 
 
-def open_on(folder, *, looks_ahead, **options):
+def open_on(folder, *, runs_ahead, **options):
     options = {"model": str(folder), "deterministic": True, "max_model_len": 256, **options}
     engine = open_engine(EngineOptions(**options), name="e")
-    if not looks_ahead:
-        engine._equipment = replace(engine._equipment, lookahead=None)
+    if not runs_ahead:
+        put_runner(engine, replace(engine._resources.runner, runs_ahead=False))
     return engine
 
 
@@ -281,18 +407,18 @@ def some_sampling(draw):
     return Sampling(**fields)
 
 
-async def traffic(engine, seed):
+async def traffic(engine, seed, monkeypatch):
     """What comes back for random arrivals, some of them cancelled on the way."""
     draw = random.Random(seed)
     prompts = random_prompts((3, 20, 45, 90))
-    num_ahead, run = 0, engine._equipment.runner.run
+    num_ahead, launch = 0, DeviceQueue.launch
 
-    async def counting(batch):
+    def counting(self, program, storage, batch, after):
         nonlocal num_ahead
-        num_ahead += batch.is_behind
-        return await run(batch)
+        num_ahead += after is not None
+        return launch(self, program, storage, batch, after)
 
-    engine._equipment.runner.run = counting
+    monkeypatch.setattr(DeviceQueue, "launch", counting)
     cancelled = set()
     async with running(engine) as [driver]:
         for number in range(24):
@@ -306,14 +432,19 @@ async def traffic(engine, seed):
                 cancelled.add(name)
                 engine.cancel(name, 0, 0)
         await driver.all_done()
+    monkeypatch.undo()
     return driver.replies, cancelled, num_ahead
 
 
 @pytest.mark.parametrize("options", [{}, {"num_blocks": 16, "max_step_tokens": 32}])
 @pytest.mark.parametrize("seed", range(3))
-async def test_answers_are_the_same_with_and_without_the_step_ahead(folder, seed, options):
-    ahead, cancelled, count = await traffic(open_on(folder, looks_ahead=True, **options), seed)
-    alone, _, none = await traffic(open_on(folder, looks_ahead=False, **options), seed)
+async def test_answers_are_the_same_with_and_without_the_step_ahead(
+    folder, seed, options, monkeypatch
+):
+    ahead, cancelled, count = await traffic(
+        open_on(folder, runs_ahead=True, **options), seed, monkeypatch
+    )
+    alone, _, none = await traffic(open_on(folder, runs_ahead=False, **options), seed, monkeypatch)
     assert count > 20
     assert none == 0
     for (name, choice), reply in ahead.items():
@@ -332,7 +463,7 @@ async def test_answers_are_the_same_with_and_without_the_step_ahead(folder, seed
 
 async def test_an_engine_that_stops_between_two_steps_leaves_nothing_running(folder):
     for pause in range(8):
-        engine = open_on(folder, looks_ahead=True)
+        engine = open_on(folder, runs_ahead=True)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(engine.run)
             await engine.submit(

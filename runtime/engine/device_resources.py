@@ -1,27 +1,28 @@
-"""What an engine works with on a device that computes: program, pool, tokenizer."""
+"""What an engine works with on a device that computes: program, pool, queue, tokenizer."""
 
 import threading
+from dataclasses import replace
 from weakref import WeakValueDictionary
 
-from sagellm.backends import KVLayout, get_backend
+from sagellm.backends import Device, KVLayout, Program, get_backend
 from sagellm.backends.progress import Progress, silent
 from sagellm.graphs.models import build
 from sagellm.runtime.engine.detokenizer import IncrementalDetokenizer
-from sagellm.runtime.engine.equipment import Equipment, OpenTranscript
+from sagellm.runtime.engine.device_runner import DeviceQueue, DeviceRunner
 from sagellm.runtime.engine.options import EngineOptionError, EngineOptions
 from sagellm.runtime.engine.port import EngineFacts
+from sagellm.runtime.engine.resources import EngineResources, OpenTranscript
 from sagellm.runtime.engine.sizing import engine_dtype
 from sagellm.runtime.engine.speculation.draft_folder import draft_folder
 from sagellm.runtime.engine.speculation.draft_model import DraftLimits, ModelDrafter
 from sagellm.runtime.engine.speculation.drafter import Drafter
 from sagellm.runtime.engine.speculation.ngram import NgramDrafter
 from sagellm.runtime.engine.speculation.speculation import Speculation
-from sagellm.runtime.engine.torch_runner import SharedProgram, TorchRunner
 from sagellm.runtime.engine.transcript import Transcript
+from sagellm.runtime.kv.device_storage import DeviceStorage
 from sagellm.runtime.kv.pool import BlockPool
 from sagellm.runtime.kv.pool_bytes import PoolBytes
 from sagellm.runtime.kv.shared import SharedMemory
-from sagellm.runtime.kv.tensor_storage import TensorStorage
 from sagellm.runtime.kv.transport import Sharing
 from sagellm.runtime.kv.transports import open_transport
 from sagellm.runtime.messages import SequenceState
@@ -32,55 +33,57 @@ from sagellm.runtime.models.weights import weight_names
 
 # Engines of one process that compute the same function share weights and program as long as one
 # of them lives; what is in here is never changed, so nothing can go stale.
-_programs: "WeakValueDictionary[tuple[object, ...], SharedProgram]" = WeakValueDictionary()
+_programs: "WeakValueDictionary[tuple[object, ...], Program]" = WeakValueDictionary()
 _loading = threading.Lock()
 
 
-def equip(
+def open_resources(
     options: EngineOptions,
     folder: ModelFolder,
     facts: EngineFacts,
+    device: Device,
     sharing: Sharing | None,
     progress: Progress = silent,
-) -> Equipment:
+) -> EngineResources:
     """Load, lower and allocate; with `sharing`, so that other processes can read the pool.
 
-    Raises EngineOptionError, ModelError, UnknownBackend, LoweringError.
+    Raises EngineOptionError, ModelError, LoweringError.
     """
     layout = _layout(options, folder)
     tokenizer = load_tokenizer(folder)
-    program = _program(options, folder, layout, progress)
+    program = _program(options, folder, layout, device, progress)
     memory = None
     if sharing is not None and sharing.kind == "memory":
         memory = SharedMemory(facts.num_blocks * facts.kv_block_bytes)
-    pool = get_backend(options.device).allocate_pool(
-        layout, facts.num_blocks, memory.view if memory else None
-    )
-    as_bytes = PoolBytes(pool)
-    transport = open_transport(sharing, as_bytes, memory) if sharing is not None else None
-    runner = TorchRunner(program, pool, options.block_size, options.threads)
-    return Equipment(
+    storage = device.allocate(layout, facts.num_blocks, memory.view if memory else None)
+    pool = PoolBytes(storage)
+    transport = open_transport(sharing, pool, memory) if sharing is not None else None
+    runner = DeviceRunner(DeviceQueue(device, options.threads), program, storage)
+    return EngineResources(
         facts,
         options.limits,
         runner,
-        TensorStorage(as_bytes, transport),
+        DeviceStorage(pool, transport),
         folder.facts.vocab_size,
         frozenset(folder.eos_token_ids),
         _transcripts(tokenizer),
-        _speculation(options, folder, facts, runner),
-        runner if options.speculation is None else None,  # drafts are guessed from the last tokens
+        _speculation(options, folder, facts, device, runner),
     )
 
 
 def _speculation(
-    options: EngineOptions, folder: ModelFolder, facts: EngineFacts, runner: TorchRunner
+    options: EngineOptions,
+    folder: ModelFolder,
+    facts: EngineFacts,
+    device: Device,
+    runner: DeviceRunner,
 ) -> Speculation | None:
     if options.speculation is None:
         return None
     draft = draft_folder(options, folder)
     drafter: Drafter = NgramDrafter()
     if draft is not None:
-        drafter = _model_drafter(options, draft, folder.facts.vocab_size, facts, runner)
+        drafter = _model_drafter(options, draft, folder.facts.vocab_size, facts, device, runner)
     return Speculation(drafter, options.num_drafted)
 
 
@@ -89,36 +92,44 @@ def _model_drafter(
     draft: ModelFolder,
     vocab_size: int,
     facts: EngineFacts,
-    runner: TorchRunner,
+    device: Device,
+    runner: DeviceRunner,
 ) -> ModelDrafter:
-    """A pool of as many blocks as the engine's own, of the smaller model."""
+    """A pool of as many blocks as the engine's own, of the smaller model, on the same queue."""
     layout = _layout(options, draft)
     vocab_size = min(vocab_size, draft.facts.vocab_size)
+    storage = device.allocate(layout, facts.num_blocks)
     return ModelDrafter(
-        _program(options, draft, layout),
-        get_backend(options.device).allocate_pool(layout, facts.num_blocks),
+        replace(runner, program=_program(options, draft, layout, device), storage=storage),
         BlockPool(facts.num_blocks, options.block_size),
         DraftLimits(vocab_size, draft.facts.max_model_len, options.max_step_tokens),
-        runner.on_thread,
     )
 
 
 def _program(
-    options: EngineOptions, folder: ModelFolder, layout: KVLayout, progress: Progress = silent
-) -> SharedProgram:
+    options: EngineOptions,
+    folder: ModelFolder,
+    layout: KVLayout,
+    device: Device,
+    progress: Progress = silent,
+) -> Program:
     how = options.deterministic, options.quantization
-    key = (folder.path, folder.hash, options.device, layout, *how)
+    key = (folder.path, folder.hash, device.name, layout, *how)
     with _loading:
         program = _programs.get(key)
         if program is None:
-            program = _programs[key] = _lower(options, folder, layout, progress)
+            program = _programs[key] = _lower(options, folder, layout, device, progress)
         return program
 
 
 def _lower(
-    options: EngineOptions, folder: ModelFolder, layout: KVLayout, progress: Progress
-) -> SharedProgram:
-    graph, backend = build(folder.config), get_backend(options.device)
+    options: EngineOptions,
+    folder: ModelFolder,
+    layout: KVLayout,
+    device: Device,
+    progress: Progress,
+) -> Program:
+    graph, backend = build(folder.config), get_backend(options.backend)
     if options.quantization not in (None, *backend.quantizations):
         offered = ", ".join(backend.quantizations) or "none"
         raise EngineOptionError(
@@ -126,7 +137,7 @@ def _lower(
         )
     weights = open_weights(folder, progress)
     weights.require(weight_names(graph))
-    program = backend.lower(
+    program = device.lower(
         graph,
         weights,
         layout=layout,
@@ -137,7 +148,7 @@ def _lower(
     )
     weights.loaded()
     weights.give_back()  # most of them were copied; the rows of an embedding come as they are read
-    return SharedProgram(program)
+    return program
 
 
 def _layout(options: EngineOptions, folder: ModelFolder) -> KVLayout:
@@ -152,7 +163,7 @@ def _layout(options: EngineOptions, folder: ModelFolder) -> KVLayout:
 
 
 def _transcripts(tokenizer: Tokenizer) -> OpenTranscript:
-    """How to begin the text of a sequence, behind what it has already emitted."""
+    """How to begin the text of a sequence, after what it has already emitted."""
 
     def open_transcript(state: SequenceState) -> Transcript:
         sampling = state.sampling

@@ -1,0 +1,53 @@
+"""A batch as the ragged tensors that a kernel graph reads."""
+
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from sagellm.backends.step import StepBatch, StepInputs
+
+Integers: TypeAlias = npt.NDArray[np.int64]
+
+
+def step_inputs(batch: StepBatch, block_size: int) -> StepInputs:
+    """Tensors in the host's memory; tokens that are `fed` are still 0."""
+    query_lens = np.array(batch.query_lens, dtype=np.int64)
+    ends = np.array(batch.contexts, dtype=np.int64)
+    query_starts = np.zeros(len(ends) + 1, dtype=np.int64)
+    np.cumsum(query_lens, out=query_starts[1:])
+    owners = np.repeat(np.arange(len(ends)), query_lens)
+    positions = np.arange(len(owners)) + (ends - query_starts[1:])[owners]
+    tables = _block_tables(batch, block_size)
+    slots = tables[owners, positions // block_size].astype(np.int64)
+    slots = slots * block_size + positions % block_size
+    return StepInputs(
+        token_ids=torch.from_numpy(np.array(batch.token_ids, dtype=np.int64)),
+        positions=torch.from_numpy(positions),
+        slots=torch.from_numpy(slots),
+        query_starts=torch.from_numpy(query_starts),
+        context_lens=torch.from_numpy(ends),
+        block_tables=torch.from_numpy(tables),
+        logit_rows=torch.from_numpy(np.array(batch.logit_rows, dtype=np.int64)),
+        query_lens=tuple(batch.query_lens),
+        contexts=tuple(batch.contexts),
+    )
+
+
+def _block_tables(batch: StepBatch, block_size: int) -> npt.NDArray[np.int32]:
+    """[B, M]: M is what the longest context takes; shorter rows are padded with 0."""
+    counts = [-(-context // block_size) for context in batch.contexts]
+    tables = np.zeros((len(counts), max(counts)), dtype=np.int32)
+    for row, blocks, count in zip(tables, batch.block_tables, counts, strict=True):
+        row[:count] = blocks[:count]
+    return tables
+
+
+def feed(batch: StepBatch, inputs: StepInputs, token_ids: list[int]) -> None:
+    """Fill in what the launch before sampled: among the inputs, and in the rows to be sampled."""
+    if batch.fed:
+        places, sources = zip(*batch.fed, strict=True)
+        inputs.token_ids.numpy()[list(places)] = [token_ids[source] for source in sources]
+    for row in batch.rows:
+        row.feed(token_ids)

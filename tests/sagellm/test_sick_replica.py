@@ -1,0 +1,110 @@
+"""A replica whose engine fails on everything: requests go to its sibling, and it is ejected."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+from endings import generate
+from trio.testing import MockClock
+
+from sagellm import Graph, Sampling, ops
+from sagellm.runtime.core.outliers import FIRST_S
+from sagellm.runtime.engine.null_runner import NullLaunch
+from sagellm.session import Session
+
+FIVE = Sampling(max_tokens=5, ignore_eos=True)
+NULL = {"model": "null", "device": "null"}
+
+
+def routed(num_replicas: int) -> Graph:
+    graph = Graph("g").engine("g", **NULL, replicas=num_replicas)
+    return graph >> ops.policy_sort() >> ops.route() >> ops.generate(engine="g")
+
+
+@pytest.fixture
+def sicken(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Make the logits of one replica no numbers, from some token of each answer on."""
+    result = NullLaunch.result
+
+    def sicken(session: Session, number: int, *, from_token: int = 0) -> None:
+        engine: Any = session.executor.engines["g"][number]
+
+        async def poisoned(launch: Any) -> Any:
+            sampled = await result(launch)
+            sampling = launch.batch.sampling
+            if not any(one.mailbox in engine._mailboxes.values() for one in sampling):
+                return sampled
+            rows = (row for row, one in enumerate(sampling) if one.num_output >= from_token)
+            return dataclasses.replace(sampled, broken=frozenset(rows))
+
+        monkeypatch.setattr(NullLaunch, "result", poisoned)
+
+    return sicken
+
+
+async def test_a_request_is_tried_on_the_sibling(sicken: Any, autojump_clock: MockClock) -> None:
+    async with routed(2).open() as session:
+        sicken(session, 0)
+        answers = [await generate(session, [1, 2, 3], sampling=FIVE) for _ in range(20)]
+        assert {answer.finish_reason for answer in answers} == {"length"}
+        assert len({answer.token_ids for answer in answers}) > 0
+
+
+async def test_what_was_emitted_is_not_lost(sicken: Any, autojump_clock: MockClock) -> None:
+    """A seed gives the same tokens, whichever replica samples them."""
+    seeded = Sampling(max_tokens=9, ignore_eos=True, temperature=1.0, seed=3)
+    async with routed(2).open() as session:
+        right = await generate(session, [1, 2, 3], sampling=seeded)
+        sicken(session, 0, from_token=4)
+        for _ in range(4):
+            answer = await generate(session, [1, 2, 3], sampling=seeded)
+            assert answer.token_ids == right.token_ids
+
+
+async def test_it_is_ejected_and_tried_again(
+    sicken: Any, autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with routed(2).open() as session:
+        sicken(session, 0)
+        for _ in range(30):
+            await generate(session, [1, 2, 3], sampling=FIVE)
+        outliers = session.executor.core.outliers
+        assert outliers.is_ejected(("g", 0))
+        assert outliers.next_end_s - session.executor.now() <= FIRST_S
+        assert caplog.text.count("replica_ejected") == 1
+        failures = [line for line in caplog.text.splitlines() if "engine_failed" in line]
+        assert len(failures) == 5
+        assert "not finite" in failures[0]
+        assert "req-0" in failures[0]
+
+
+async def test_one_replica_alone_fails_its_requests_with_the_cause(
+    sicken: Any, autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with routed(1).open() as session:
+        sicken(session, 0)
+        answer = await generate(session, [1, 2, 3], sampling=FIVE)
+        assert (answer.finish_reason, answer.code) == ("failed", "engine_failed")
+        assert "not finite" in (answer.error or "")
+        assert not session.executor.core.outliers.is_ejected(("g", 0))
+        await session.idle()
+        session.executor.core.ledger.check()
+    assert "engine_failed" in caplog.text
+
+
+async def test_a_request_that_every_replica_fails_on_ends(
+    monkeypatch: pytest.MonkeyPatch, autojump_clock: MockClock
+) -> None:
+    result = NullLaunch.result
+
+    async def poisoned(launch: Any) -> Any:
+        sampled = await result(launch)
+        rows = frozenset(range(len(launch.batch.sampling)))
+        return dataclasses.replace(sampled, broken=rows)
+
+    monkeypatch.setattr(NullLaunch, "result", poisoned)
+    async with routed(4).open() as session:
+        answer = await generate(session, [1, 2, 3], sampling=FIVE)
+        assert answer.code == "engine_failed"
+        await session.idle()
+        session.executor.core.ledger.check()
