@@ -6,7 +6,7 @@ from itertools import chain
 from sagellm.graphs.diagnostics import Diagnostic, locate
 from sagellm.graphs.facts import EngineFactsView, Facts
 from sagellm.graphs.ir import Graph
-from sagellm.graphs.rules import compatibility, items, names, options, resources, wiring
+from sagellm.graphs.rules import compatibility, items, models, names, options, resources, wiring
 from sagellm.graphs.rules.subject import Rule, Subject
 from sagellm.graphs.vocabulary import Vocabulary
 
@@ -17,6 +17,7 @@ NAMES: tuple[Rule, ...] = (
     names.known_ops,
     names.known_nodes,
     names.directed_ends,
+    names.listed_outlets,
     names.known_outlets,
     names.known_inlets,
 )
@@ -27,6 +28,9 @@ OPTIONS: tuple[Rule, ...] = (
     options.known_engines,
     options.used_engines,
     options.known_functions,
+    models.model_options,
+    models.known_tasks,
+    models.own_names,
     resources.capabilities,
     resources.memory,
 )
@@ -39,6 +43,8 @@ WIRING: tuple[Rule, ...] = (
     wiring.acyclic,
 )
 MEANING: tuple[Rule, ...] = (
+    models.entered,
+    models.computed,
     items.accepted_items,
     compatibility.agreement,
     compatibility.transferred,

@@ -110,8 +110,8 @@ class Edge:
 class Graph:
     """Nodes, edges and attributes, nothing else. `source` and `sink` are ports, not nodes.
 
-    `dialect` is "stream" (operators) or "kernel" (kernels). A stream graph keeps its engines
-    and its executor in `attrs` under those names.
+    `dialect` is "stream" (operators) or "kernel" (kernels). A stream graph keeps its engines, its
+    table of models and its executor in `attrs` under those names.
     """
 
     name: str
@@ -135,6 +135,12 @@ class Graph:
     def engines(self) -> FrozenMap:
         engines = self.attrs.get("engines", FrozenMap())
         return engines if isinstance(engines, FrozenMap) else FrozenMap()
+
+    @property
+    def models(self) -> FrozenMap:
+        """The table of models as it is written: key -> options. See `served.py`."""
+        models = self.attrs.get("models", FrozenMap())
+        return models if isinstance(models, FrozenMap) else FrozenMap()
 
     def inputs(self, name: str) -> tuple[Edge, ...]:
         return tuple(edge for edge in self.edges if edge.target == name)

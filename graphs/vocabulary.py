@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, get_type_hints
 
 # What a stream edge carries. `any` accepts each of them; a port may name several with "|".
@@ -24,6 +24,21 @@ class Port:
 
 
 @dataclass(frozen=True, slots=True)
+class ListedPorts:
+    """Ports that an option of the op lists by name; all of them carry the same."""
+
+    option: str
+    carries: str = ANY
+
+    def ports(self, given: Mapping[str, object]) -> tuple[Port, ...]:
+        """Those of an op with these options, each name once; none where the option lists none."""
+        names = given.get(self.option)
+        listed = names if isinstance(names, tuple | list) else ()
+        texts = dict.fromkeys(name for name in listed if isinstance(name, str))
+        return tuple(Port(name, self.carries) for name in texts)
+
+
+@dataclass(frozen=True, slots=True)
 class NoOptions:
     """The options of an op that has none."""
 
@@ -37,7 +52,7 @@ class OpSpec:
     `subscribes`: the kinds of feedback, and "topology", that it is given. `signals`: the kinds of
     signal that it is given; an operator that holds nothing of a request needs none. `queues`:
     requests wait in it, and a request whose engine was lost comes back to it. `drops_tokens`: it
-    may leave tokens of an answer out.
+    may leave tokens of an answer out. `listed_outlets`: further outlets, which an option names.
     """
 
     name: str
@@ -51,6 +66,14 @@ class OpSpec:
     signals: frozenset[str] = SIGNALS
     queues: bool = False
     drops_tokens: bool = False
+    listed_outlets: ListedPorts | None = None
+
+    def with_options(self, given: Mapping[str, object]) -> "OpSpec":
+        """The spec of one operator with these options: its `outlets` are all that it has."""
+        if self.listed_outlets is None:
+            return self
+        listed = self.listed_outlets.ports(given)
+        return replace(self, outlets=(*self.outlets, *listed), listed_outlets=None)
 
     def inlet(self, name: str) -> Port | None:
         return next((port for port in self.inlets if port.name == name), None)

@@ -1,6 +1,6 @@
 """flat_map: makes of one item as many as a user's function returns."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import msgspec
@@ -12,6 +12,7 @@ from sagellm.runtime.operator import (
     Arrival,
     Draw,
     Emit,
+    Encode,
     Input,
     Output,
     Setup,
@@ -55,7 +56,7 @@ class FlatMap:
 
     name: str
     function: UserFunction
-    encode: Callable[[str], tuple[int, ...]] | None
+    encode: Encode | None
 
     @property
     def initial(self) -> None:

@@ -1,6 +1,5 @@
 """map: puts each item through a user's function, plain or async."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from sagellm.graphs.vocabulary import OpSpec, Port
@@ -12,6 +11,7 @@ from sagellm.runtime.operator import (
     Credit,
     Draw,
     Emit,
+    Encode,
     Input,
     Output,
     Setup,
@@ -21,7 +21,6 @@ from sagellm.runtime.operator import (
 )
 from sagellm.runtime.user_function import UserFunction, ending, failing, find_function, rewritten
 
-Encode = Callable[[str], tuple[int, ...]]
 DEFAULT_CONCURRENCY = 16  # such calls mostly wait, and a service of the user's bears some
 
 

@@ -47,6 +47,8 @@ class Credit(msgspec.Struct, frozen=True, array_like=True):
         )
 
 
+Encode: TypeAlias = Callable[[str, str], tuple[int, ...]]  # (text, `Request.model`) -> token ids
+
 # ---- what an operator may meet -------------------------------------------------------------
 
 
@@ -210,7 +212,7 @@ class Setup:
     name: str
     targets: tuple[Target, ...] = ()  # downstream, until the next router
     functions: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
-    encode: Callable[[str], tuple[int, ...]] | None = None  # text -> ids, of the graph's model
+    encode: Encode | None = None
     seed: int = 0
 
 

@@ -9,7 +9,7 @@ from sagellm.graphs.ir import SINK, SOURCE, Edge, Graph, Node
 from sagellm.graphs.rules.resources import unrouted_nodes
 from sagellm.graphs.vocabulary import OpSpec, Vocabulary
 from sagellm.runtime.feedback import Topology
-from sagellm.runtime.operator import Logic, Service, Setup, Target
+from sagellm.runtime.operator import Encode, Logic, Service, Setup, Target
 from sagellm.runtime.options import read_options
 from sagellm.runtime.resolver import Resolver
 from sagellm.runtime.user_code import kind_of, sentence
@@ -123,7 +123,7 @@ def plan(
     engines: Mapping[str, int],
     *,
     functions: Mapping[str, Callable[..., Any]] | None = None,
-    encode: Callable[[str], tuple[int, ...]] | None = None,
+    encode: Encode | None = None,
     seed: int = 0,
 ) -> Plan:
     """Build the operators of a graph that `check` has passed; `engines`: replicas of each engine.
@@ -143,7 +143,7 @@ def build_operators(
     resolver: Resolver,
     replicas: Mapping[str, int],
     functions: Mapping[str, Callable[..., Any]],
-    encode: Callable[[str], tuple[int, ...]] | None = None,
+    encode: Encode | None = None,
     seed: int = 0,
 ) -> "dict[str, Logic[Any] | Service]":
     """Every operator by name. Raises GraphError with all options that contradict each other,

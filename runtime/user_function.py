@@ -18,7 +18,7 @@ from sagellm.runtime.messages import (
     Sampling,
     TokenEvent,
 )
-from sagellm.runtime.operator import Setup
+from sagellm.runtime.operator import Encode, Setup
 from sagellm.runtime.sampling import fault_of
 from sagellm.runtime.user_code import (
     LEAVING,
@@ -129,7 +129,7 @@ def rewritten(
     function: UserFunction,
     item: Item,
     result: object,
-    encode: Callable[[str], tuple[int, ...]] | None,
+    encode: Encode | None,
 ) -> Item:
     """What an item becomes where a user's function returned `result` for it.
 
@@ -149,16 +149,17 @@ def _rewritten_request(
     function: UserFunction,
     item: Request,
     result: object,
-    encode: Callable[[str], tuple[int, ...]] | None,
+    encode: Encode | None,
 ) -> Request:
-    """Where the prompt changed and its tokens did not, they are made anew."""
+    """Where the prompt or the model changed and the tokens did not, they are made anew."""
     if isinstance(result, str):
         result = msgspec.structs.replace(item, prompt=result)
     if not isinstance(result, Request):
         raise function.wanted(result, "a prompt or a Request")
     ids, cached = result.prompt_token_ids, result.num_cached_tokens
-    if result.prompt != item.prompt and ids == item.prompt_token_ids:
-        ids, cached = (encode(result.prompt) if encode else ()), 0
+    is_changed = result.prompt != item.prompt or result.model != item.model
+    if is_changed and ids == item.prompt_token_ids:
+        ids, cached = (encode(result.prompt, result.model) if encode else ()), 0
         if encode and not ids:
             raise function.wrong("returned an empty prompt; one with tokens was wanted")
     return msgspec.structs.replace(

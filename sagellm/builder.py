@@ -42,11 +42,20 @@ class Operator:
 
     def outlet(self, name: str) -> "Outlet":
         """One of several outlets: `split.outlet("joint") >> ops.generate(engine="d")`."""
-        if self.spec.outlet(name) is None:
-            known = tuple(port.name for port in self.spec.outlets)
-            close = nearest(name, known) or known[0]
-            raise ValueError(f"{self.spec.name} has no outlet {name!r}; did you mean {close!r}?")
+        known = tuple(port.name for port in self._own_spec.outlets)
+        if name not in known:
+            close = nearest(name, known) or next(iter(known), "")
+            hint = f"did you mean {close!r}?" if close else "its options name none"
+            raise ValueError(f"{self.spec.name} has no outlet {name!r}; {hint}")
         return Outlet(self, name)
+
+    def has_outlet(self, name: str) -> bool:
+        return self._own_spec.outlet(name) is not None
+
+    @property
+    def _own_spec(self) -> OpSpec:
+        """With the outlets that follow from its options."""
+        return self.spec.with_options(self.options)
 
     def __rshift__(self, after: "Operator") -> "Operator":
         return Outlet(self, "out") >> after
@@ -82,6 +91,7 @@ class Graph:
         self.name = name
         self.functions: dict[str, Callable[..., Any]] = {}
         self._engines: dict[str, dict[str, Any]] = {}
+        self._models: dict[str, dict[str, Any]] = {}
         self._operators: list[Operator] = []
         self._edges: list[Edge] = []
         self._tail: Operator | None = None
@@ -113,6 +123,14 @@ class Graph:
         self._engines[name] = options
         return self
 
+    def model(self, key: str, /, **options: Any) -> "Graph":
+        """Say more of a model: `graph.model("small", aliases=["tiny"], max_model_len=512)`. `key`
+        is its outlet of `ops.route_model`.
+        """
+        self._refuse_loaded()
+        self._models[key] = options
+        return self
+
     def __rshift__(self, after: Operator) -> "Graph":
         """Append to the chain that begins at `source`."""
         if self._tail is None:
@@ -133,7 +151,9 @@ class Graph:
         """The frozen graph."""
         if self._document is not None:
             return self._document.graph
-        attrs = {"engines": self._engines, "executor": {"kind": "tasks"}}
+        attrs: dict[str, object] = {"engines": self._engines, "executor": {"kind": "tasks"}}
+        if self._models:
+            attrs["models"] = self._models
         frozen = freeze(attrs)
         assert isinstance(frozen, FrozenMap)
         nodes = tuple(
@@ -220,7 +240,7 @@ class Graph:
         ends = [
             Edge(operator.name, SINK)
             for operator in self._operators
-            if operator.spec.outlet("out") and (operator.name, "out") not in left
+            if operator.has_outlet("out") and (operator.name, "out") not in left
         ]
         return (*self._edges, *ends)
 

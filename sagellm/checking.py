@@ -10,6 +10,7 @@ from sagellm.graphs.diagnostics import VALUE, Diagnostic, GraphError, Path
 from sagellm.graphs.ir import FrozenMap, Graph
 from sagellm.graphs.log import get_logger
 from sagellm.graphs.models import UnsupportedModel
+from sagellm.graphs.served import ROUTE_MODEL, ServedModel, served_models
 from sagellm.graphs.text.yaml import Document
 from sagellm.graphs.vocabulary import nearest
 from sagellm.operators.policies import OWN, POLICIES
@@ -28,7 +29,7 @@ from sagellm.runtime.registry import BrokenEntryPoint
 from sagellm.runtime.resolver import Resolver
 
 LOG = get_logger("sagellm.models")
-_NAMED = (("operators",), ("engines",))  # paths whose next part is a name
+_NAMED = (("operators",), ("engines",), ("models",))  # paths whose next part is a name
 
 
 def check_graph(
@@ -92,7 +93,7 @@ def checked(
         found = tuple(dict.fromkeys(mistaken))  # engines that share a model share its mistake
         views = {name: engine.view for name, engine in engines.items()}
         found += check(graph, resolver.vocabulary, replace(facts, engines=views))
-        found += _mixed_tokenizers(engines)
+        found += _mixed_tokenizers(graph, engines)
         log_warnings(warning for engine in engines.values() for warning in engine.warnings)
     if not found:
         found = _mistaken_executor(graph)
@@ -217,17 +218,26 @@ def log_warnings(warnings: Iterable[FolderWarning]) -> None:
         LOG.warning(warning.event, model=warning.model, cause=warning.cause, fix=warning.fix)
 
 
-def _mixed_tokenizers(engines: Mapping[str, _Engine]) -> tuple[Diagnostic, ...]:
-    """Engines that read the same token ids as different text; a request is encoded once."""
+def _mixed_tokenizers(graph: Graph, engines: Mapping[str, _Engine]) -> tuple[Diagnostic, ...]:
+    """Engines of one model that read the same token ids as different text."""
+    found = (_mixed(served, engines) for served in served_models(graph))
+    return tuple(one for one in found if one is not None)
+
+
+def _mixed(served: ServedModel, engines: Mapping[str, _Engine]) -> Diagnostic | None:
     seen: dict[str, str] = {}
-    for name, engine in engines.items():
-        seen.setdefault(engine.folder.tokenizer_hash, name)
+    for name in served.engines:
+        if name in engines:
+            seen.setdefault(engines[name].folder.tokenizer_hash, name)
     if len(seen) < 2:
-        return ()
+        return None
     first, other, *_ = seen.values()
     message = f"engines {first} and {other} have different tokenizers"
-    hint = "a request is encoded once: give them models of one family, or a graph each"
-    return (Diagnostic("mixed-tokenizers", ("engines", other), message, hint),)
+    hint = (
+        "a request is encoded once: give them models of one family, "
+        f"or an outlet each of an operator with `op: {ROUTE_MODEL}`"
+    )
+    return Diagnostic("mixed-tokenizers", ("engines", other), message, hint)
 
 
 def _given_models(graph: Graph, overrides: Mapping[str, Any], model: str | None) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Opens the engines of a checked graph, and the tokenizer that speaks for them."""
+"""Opens the engines of a checked graph."""
 
 import gc
 import importlib
@@ -17,8 +17,6 @@ from sagellm.runtime.engine.opening import open_engine
 from sagellm.runtime.engine.options import EngineOptions
 from sagellm.runtime.engine.port import Engine
 from sagellm.runtime.kv.transport import Sharing
-from sagellm.runtime.models.folder import resolve_model
-from sagellm.runtime.models.tokenizer import Tokenizer, load_tokenizer
 from sagellm.runtime.options import read_options
 
 log = get_logger("sagellm.engine")
@@ -39,11 +37,6 @@ def engine_options(graph: Graph, name: str) -> EngineOptions:
     """Raises EngineOptionError."""
     values = graph.engines[name]
     return read_options(EngineOptions, values if isinstance(values, FrozenMap) else {})
-
-
-def load_tokenizer_of(graph: Graph) -> Tokenizer:
-    """Of the first engine's model, which speaks for all. Raises ModelError."""
-    return load_tokenizer(resolve_model(engine_options(graph, next(iter(graph.engines))).model))
 
 
 async def _opened(options: EngineOptions, name: str, replica: int, progress: Progress) -> Engine:

@@ -21,17 +21,17 @@ from sagellm.backends.progress import Progress, silent
 from sagellm.bridge import AsyncioSession, BlockingSession, Bridge
 from sagellm.checking import checked, log_warnings
 from sagellm.decisions import Decisions, recorded
-from sagellm.engines import load_tokenizer_of, open_engines
+from sagellm.engines import open_engines
 from sagellm.graphs.ir import Graph
 from sagellm.graphs.text.yaml import Document
 from sagellm.misuse import UsageError, misused, refuse_in_loop, unopened
+from sagellm.models import Models, load_models
 from sagellm.runtime.cluster.options import IPC, ProcessesOptions, processes_options
 from sagellm.runtime.engine.port import Engine
 from sagellm.runtime.executors.tasks import TasksExecutor
-from sagellm.runtime.models.tokenizer import Tokenizer
 from sagellm.runtime.plan import plan
 from sagellm.runtime.resolver import Resolver
-from sagellm.session import RequestFailed, Session, encode_prompt
+from sagellm.session import RequestFailed, Session
 
 _SERVING = "sagellm.serving"  # whose packages nobody needs who does not serve
 HOW_TO_OPEN = (
@@ -181,15 +181,15 @@ async def open_session(recipe: Recipe) -> AsyncIterator[Session]:
     links = processes_options(found.graph)
     # Workers that come over tcp may be on other machines, and look at their own memory.
     graph = found.graph if links is not None and links.address != IPC else found.sized
-    tokenizer = load_tokenizer_of(graph)
-    log_warnings(tokenizer.warnings)
-    with tokenizer.kept():
-        async with _running(graph, tokenizer, recipe) as session:
+    models = load_models(graph)
+    log_warnings(models.warnings)
+    with models.kept():
+        async with _running(graph, models, recipe) as session:
             yield session
 
 
 @asynccontextmanager
-async def _running(graph: Graph, tokenizer: Tokenizer, recipe: Recipe) -> AsyncIterator[Session]:
+async def _running(graph: Graph, models: Models, recipe: Recipe) -> AsyncIterator[Session]:
     async with _unwrapped(), AsyncExitStack() as stack, trio.open_nursery() as nursery:
         processes = processes_options(graph)
         engines, supervisor = await _engines(graph, processes, nursery, recipe)
@@ -198,13 +198,13 @@ async def _running(graph: Graph, tokenizer: Tokenizer, recipe: Recipe) -> AsyncI
             recipe.resolver,
             {name: len(replicas) for name, replicas in engines.items()},
             functions=recipe.functions,
-            encode=lambda text: encode_prompt(tokenizer, text),
+            encode=models.encode,
             seed=recipe.seed,
         )
         max_hold_s = processes.max_hold_s if processes else math.inf
         record = stack.enter_context(recorded(recipe.decisions, ready, max_hold_s))
         make = partial(TasksExecutor, ready, engines=engines, max_hold_s=max_hold_s, record=record)
-        session = Session(tokenizer, make)
+        session = Session(models, make)
         session.supervisor = supervisor
         await nursery.start(session.executor.run)
         if supervisor is not None:

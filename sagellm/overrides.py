@@ -6,17 +6,23 @@ from typing import Any
 
 from sagellm.graphs.diagnostics import Diagnostic, GraphError
 from sagellm.graphs.ir import FrozenMap, Graph, freeze
+from sagellm.graphs.served import served_models
 from sagellm.graphs.vocabulary import nearest
 
 
 def override(graph: Graph, overrides: Mapping[str, Any], model: str | None = None) -> Graph:
-    """The graph with options replaced; `NAME.option`, where NAME is an operator or an engine.
+    """The graph with options replaced; `NAME.option`, where NAME is an operator, an engine or a
+    model of the table, looked for in that order.
 
     `model` replaces the model of every engine. Raises GraphError for a name that is not there;
     whether the option exists is for the graph's check to say.
     """
     for target, value in overrides.items():
         graph = _set(graph, target, value)
+    if model is not None and len(served_models(graph)) > 1:
+        flag, hint = f"--model {model}", "write --set ENGINE.model=..."
+        message = "the graph serves several models, and this would make one of them"
+        raise GraphError((Diagnostic("bad-override", (flag,), message, hint),))
     return graph if model is None else _with_model(graph, model)
 
 
@@ -34,10 +40,12 @@ def _set(graph: Graph, target: str, value: Any) -> Graph:
         return replace(graph, nodes=nodes)
     if name in graph.engines:
         return with_engine(graph, name, {option: value})
-    known = (*graph.names, *graph.engines)
+    if name in graph.models:
+        return _with_entry(graph, "models", name, {option: value})
+    known = (*graph.names, *graph.engines, *graph.models)
     close = nearest(name, known)
     hint = f"did you mean {close}?" if close else f"there are {', '.join(known)}"
-    raise _mistake(target, value, f"no operator or engine is named {name!r}", hint)
+    raise _mistake(target, value, f"no operator, engine or model is named {name!r}", hint)
 
 
 def _with_executor(graph: Graph, option: str, value: Any) -> Graph:
@@ -49,11 +57,18 @@ def _with_executor(graph: Graph, option: str, value: Any) -> Graph:
 
 
 def with_engine(graph: Graph, name: str, options: Mapping[str, Any]) -> Graph:
-    before = graph.engines[name]
+    """With options of one engine changed."""
+    return _with_entry(graph, "engines", name, options)
+
+
+def _with_entry(graph: Graph, section: str, name: str, options: Mapping[str, Any]) -> Graph:
+    """An engine or a model with some of its options changed."""
+    entries = graph.engines if section == "engines" else graph.models
+    before = entries[name]
     known = dict(before) if isinstance(before, FrozenMap) else {}
     changed = FrozenMap({**known, **{key: freeze(value) for key, value in options.items()}})
-    engines = FrozenMap({**graph.engines, name: changed})
-    return replace(graph, attrs=FrozenMap({**graph.attrs, "engines": engines}))
+    whole = FrozenMap({**entries, name: changed})
+    return replace(graph, attrs=FrozenMap({**graph.attrs, section: whole}))
 
 
 def _with_model(graph: Graph, model: str) -> Graph:

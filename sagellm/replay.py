@@ -7,15 +7,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from sagellm.engines import load_tokenizer_of
 from sagellm.graphs.ir import Graph
 from sagellm.graphs.text.codec import from_msgpack
+from sagellm.models import load_models
 from sagellm.overrides import override
-from sagellm.prompts import encode_prompt
 from sagellm.registering import RESOLVER
 from sagellm.runtime.core.core import Core
 from sagellm.runtime.core.decision_log import DecisionReader, encode_effects, shown_effects
 from sagellm.runtime.core.events import Event
+from sagellm.runtime.operator import Encode
 from sagellm.runtime.plan import plan
 
 
@@ -74,7 +74,7 @@ def replay(
         return Replayed(num_events, num_effects, reader.is_cut)
 
 
-def _encoder(graph: Graph) -> Callable[[str], tuple[int, ...]]:
-    """Encodes as the graph's model does, which is loaded when a function first needs it."""
-    tokenizer = cache(lambda: load_tokenizer_of(graph))
-    return lambda text: encode_prompt(tokenizer(), text)
+def _encoder(graph: Graph) -> Encode:
+    """Encodes as the graph's models do, which are loaded when a function first needs one."""
+    models = cache(lambda: load_models(graph))
+    return lambda text, model: models().encode(text, model)

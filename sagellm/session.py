@@ -12,6 +12,7 @@ import trio
 
 from sagellm.graphs.log import get_logger
 from sagellm.health import Health, health_of
+from sagellm.models import Models
 from sagellm.prompts import (
     Encoded,
     Prompt,
@@ -64,9 +65,9 @@ class Observer(Protocol):
 class Session:
     """An open graph, for callers inside trio. `stream`, `generate` and `cancel` are the door."""
 
-    def __init__(self, tokenizer: Tokenizer, make_executor: Callable[..., TasksExecutor]) -> None:
+    def __init__(self, models: Models, make_executor: Callable[..., TasksExecutor]) -> None:
         self.observers: list[Observer] = []
-        self.tokenizer = tokenizer
+        self.models = models
         self._callers: dict[str, Caller] = {}
         self._codes: dict[str, str] = {}  # why the session itself has cancelled a request
         self._token = trio.lowlevel.current_trio_token()
@@ -88,8 +89,9 @@ class Session:
 
         `prompt` is a text, token ids, both (`Encoded`), or chat messages. Further fields:
         request_id, priority, user_id, model, salt, trace, slo_ttft_s, timeout_s, cost_budget,
-        tags. `limit_tokens` and `limit_bytes`: what may wait unread (`Stream`). Raises
-        RequestError for what is wrong with them; reading raises as `generate` does.
+        tags. `model` chooses among several by name or alias; unsaid, the first. `limit_tokens`
+        and `limit_bytes`: what may wait unread (`Stream`). Raises RequestError for what is wrong
+        with them; reading raises as `generate` does.
         """
         known = read_fields(fields)
         timeout_s = known.pop("timeout_s", None)
@@ -121,9 +123,9 @@ class Session:
                         raise_unserved(answer, stream.cause_of(item.choice))
         return [gather(parts[choice]) for choice in sorted(parts)]
 
-    def encode(self, prompt: Prompt) -> Encoded:
+    def encode(self, prompt: Prompt, *, model: str = "") -> Encoded:
         """The text and the tokens of a prompt, as a request has them. Raises RequestError."""
-        return encode(self.tokenizer, prompt)
+        return encode(self.models.named(model).tokenizer, prompt)
 
     def cancel(self, request_id: str) -> bool:
         """End a request; False, and nothing happens, where it is not known."""
@@ -136,9 +138,24 @@ class Session:
         return request_id in self._callers or request_id in self.executor.core.register
 
     @property
+    def tokenizer(self) -> Tokenizer:
+        """Of the model that serves requests which name none."""
+        return self.models.default.tokenizer
+
+    @property
     def max_model_len(self) -> int:
-        """Tokens of the shortest context among the engines: prompt and answer together."""
-        return min(engine.facts.max_model_len for engine in self.executor.all_engines)
+        """As `max_model_len_of`, of the model that serves requests which name none."""
+        return self.max_model_len_of("")
+
+    def max_model_len_of(self, model: str) -> int:
+        """Tokens of the shortest context among a model's engines, or its own limit, if that is
+        less: prompt and answer together. Raises RequestError for a model that there is not.
+        """
+        served = self.models.named(model).served
+        engines = self.executor.engines
+        every = (engine for name in served.engines for engine in engines[name])
+        lengths = [engine.facts.max_model_len for engine in every]
+        return min(lengths if served.max_model_len is None else [*lengths, served.max_model_len])
 
     def statistics(self) -> Statistics:
         return statistics_of(self.executor, elapsed_s=trio.current_time() - self._opened_s)
@@ -236,9 +253,18 @@ class Session:
     ) -> list[Request]:
         """One request a choice, with ids, tokens, bad words and the seed resolved."""
         sampling = read_sampling(sampling)
-        encoded = encode(self.tokenizer, prompt)
+        model = self.models.named(fields.get("model", ""))
+        encoded = encode(model.tokenizer, prompt)
+        if model.served.max_model_len is not None:
+            sampling = self._limited(model.served.max_model_len, encoded, sampling)
+        if self.models.is_several:
+            fields = {
+                **fields,
+                "model": model.key,
+                "salt": f"{model.scope}/{fields.get('salt', '')}",
+            }
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
-        banned = encode_bad_words(self.tokenizer, sampling.bad_words)
+        banned = encode_bad_words(model.tokenizer, sampling.bad_words)
         first = Request(
             **{"request_id": self._free_id(), **fields},
             prompt=encoded.text,
@@ -251,6 +277,16 @@ class Session:
             ),
         )
         return [msgspec.structs.replace(first, choice=choice) for choice in range(sampling.n)]
+
+    def _limited(self, max_model_len: int, prompt: Encoded, sampling: Sampling) -> Sampling:
+        """What a model's own limit leaves of the answer; engines know no more than theirs."""
+        room = max_model_len - len(prompt.token_ids)
+        if room < 1:
+            raise RequestError(
+                f"the prompt has {len(prompt.token_ids)} tokens; the context limit of the model "
+                f"is {max_model_len}, and an answer needs one more"
+            )
+        return msgspec.structs.replace(sampling, max_tokens=min(sampling.max_tokens, room))
 
     def _free_id(self) -> str:
         numbered = (f"req-{number}" for number in self._numbers)

@@ -6,11 +6,13 @@ and parameters, never what users wrote. The OpenTelemetry SDK is needed only whe
 
 import importlib
 import random
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from types import MappingProxyType
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
+import msgspec
 import trio
 
 from sagellm.runtime.messages import Answer, Forked, Item, Request, TokenEvent
@@ -30,6 +32,8 @@ class Tracer:
 
     `sample`: the share of the others. A caller that samples its own trace gets ours too.
     `slow_s`: what takes longer counts as gone wrong, as does a first token after its objective.
+    `model`: what answers are said to come from. `names`: of a graph that serves several, by
+    `Request.model`.
     `send` is called on the session's loop and must not wait.
     """
 
@@ -39,6 +43,7 @@ class Tracer:
         now: Callable[[], float],
         *,
         model: str,
+        names: Mapping[str, str] = MappingProxyType({}),
         sample: float = 0.01,
         slow_s: float = 30.0,
         draw: Callable[[], float] = random.random,
@@ -46,6 +51,7 @@ class Tracer:
         self._send = send
         self._now = now
         self._model = model
+        self._names = dict(names)
         self._sample = sample
         self._slow_s = slow_s
         self._draw = draw
@@ -55,7 +61,10 @@ class Tracer:
 
     def submitted(self, requests: Sequence[Request]) -> None:
         choices = {request.choice: ChoiceTimes() for request in requests}
-        self._open[requests[0].request_id] = OpenRequest(requests[0], choices, len(requests))
+        first = requests[0]
+        if first.model in self._names:
+            first = msgspec.structs.replace(first, model=self._names[first.model])
+        self._open[first.request_id] = OpenRequest(first, choices, len(requests))
 
     def delivered(self, item: Item | Forked) -> None:
         opened = self._open.get(item.request_id)
@@ -82,7 +91,8 @@ class Tracer:
         parent, now = read_parent(opened.request.tags.get("traceparent", "")), self._now()
         is_drawn = parent.is_sampled if parent else self._draw() < self._sample
         if is_drawn or (self._is_wrong(opened, now) and self._may_force(now)):
-            self._send(trace_of(opened, self._model, parent, now))
+            model = opened.request.model if self._names else self._model
+            self._send(trace_of(opened, model, parent, now))
 
     def _is_wrong(self, opened: OpenRequest, now: float) -> bool:
         request, arrived_s = opened.request, opened.request.stamps.arrived_s
@@ -123,14 +133,20 @@ class Exporter(Protocol):
 
 @asynccontextmanager
 async def open_tracing(
-    session: Session, *, endpoint: str, model: str, sample: float = 0.01
+    session: Session,
+    *,
+    endpoint: str,
+    model: str,
+    names: Mapping[str, str] = MappingProxyType({}),
+    sample: float = 0.01,
 ) -> AsyncIterator[None]:
     """Trace the session's requests to an OTLP/HTTP collector while this is entered.
 
     Raises TracingError where the extra is not installed, or the endpoint or sample make no sense.
     """
     exporter = open_exporter(endpoint, sample)
-    tracer = Tracer(exporter.send, session.executor.now, model=model, sample=sample)
+    now = session.executor.now
+    tracer = Tracer(exporter.send, now, model=model, names=names, sample=sample)
     session.observers.append(tracer)
     try:
         yield

@@ -12,9 +12,10 @@ from starlette.requests import Request
 
 from sagellm.gateway.budgets import Budgets
 from sagellm.gateway.call import Call
+from sagellm.gateway.cards import ModelCard
 from sagellm.gateway.door import Door, Entry
 from sagellm.gateway.failure import ApiError
-from sagellm.gateway.gateway import Gateway, ModelCard
+from sagellm.gateway.gateway import Gateway, Served
 from sagellm.gateway.metrics.meters import NoMeters
 from sagellm.gateway.readiness import Readiness
 from sagellm.gateway.settings import Budget, Settings, Streaming
@@ -92,25 +93,23 @@ def playing(*batches: Sequence[TokenEvent] | anyio.Event) -> ScriptedDoor:
     return ScriptedDoor(lambda entry: batches)
 
 
+NAMES = ("m", "alias")
+CARD = ModelCard(names=NAMES, root="m", max_model_len=MAX_MODEL_LEN, vocab_size=256, created=7)
+
+
 def gateway_before(
     door: Door,
     *,
     tokenizer: Tokenizer | None = None,
+    model: ModelCard = CARD,
     streaming: Streaming = Streaming(),  # noqa: B008 (an immutable value)
     **fields: Any,
 ) -> Gateway:
-    settings = Settings(served_models=("m", "alias"), streaming=streaming)
+    settings = Settings(served_models=NAMES, streaming=streaming)
     known: dict[str, Any] = {
         "settings": settings,
         "door": door,
-        "tokenizer": tokenizer or ByteTokenizer(),
-        "model": ModelCard(
-            names=settings.served_models,
-            root="m",
-            max_model_len=MAX_MODEL_LEN,
-            vocab_size=256,
-            created=7,
-        ),
+        "models": (Served(model, tokenizer or ByteTokenizer()),),
         "readiness": Readiness(),
         "budgets": Budgets(Budget()),
         "meters": CountingMeters(),

@@ -18,6 +18,7 @@ SAYS = {
     "embed_in_asyncio.py": "elppa",
     "batch_file.py": '"id":"batch"',
     "client.py": "400 max_tokens",
+    "two_models.py": "echo reads 23 as (205, 204) and answers '68'",
     "own_server.py": '400 {"error":{"message":"the prompt is longer than 200 characters',
 }
 ARGUMENTS = {"own_server.py": ("--once",)}  # else it serves until somebody stops it

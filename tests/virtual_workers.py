@@ -17,8 +17,9 @@ from sagellm.backends.progress import Progress
 from sagellm.builder import RESOLVER
 from sagellm.checking import check_graph
 from sagellm.decisions import Decisions, recorded
-from sagellm.engines import engine_options, load_replica, load_tokenizer_of
+from sagellm.engines import engine_options, load_replica
 from sagellm.graphs.ir import Graph as FrozenGraph
+from sagellm.models import load_models
 from sagellm.runtime.cluster.backoff import RestartPolicy
 from sagellm.runtime.cluster.faults import CannotScale
 from sagellm.runtime.cluster.launch import TaskLife, Tasks
@@ -129,10 +130,9 @@ async def chaotic(
         engines = supervisor.engines
         counts = {name: len(replicas) for name, replicas in engines.items()}
         ready = plan(graph, RESOLVER, counts, seed=seed)
-        tokenizer = load_tokenizer_of(graph)
         record = stack.enter_context(recorded(log, ready, max_hold_s))
         make = partial(TasksExecutor, ready, engines=engines, max_hold_s=max_hold_s, record=record)
-        session = Session(tokenizer, make)
+        session = Session(load_models(graph), make)
         session.supervisor = supervisor
         await nursery.start(session.executor.run)
         supervisor.watch(session.executor)

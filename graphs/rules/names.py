@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from sagellm.graphs.diagnostics import VALUE, Diagnostic
 from sagellm.graphs.ir import SINK, SOURCE
 from sagellm.graphs.rules.subject import Subject, choice
+from sagellm.graphs.text.arrows import NAME
 
 _ENDS = (SOURCE, SINK)
+_TERMINAL = "terminal"  # the implicit outlet of every operator
 
 
 def unique_nodes(subject: Subject) -> Iterator[Diagnostic]:
@@ -53,6 +55,27 @@ def directed_ends(subject: Subject) -> Iterator[Diagnostic]:
             yield Diagnostic("out-of-sink", ("edges", number, "source"), message, hint)
 
 
+def listed_outlets(subject: Subject) -> Iterator[Diagnostic]:
+    """Outlets that an option lists have names that an edge can say, each its own."""
+    for node in subject.graph.nodes:
+        spec = subject.vocabulary.get(node.op)
+        listed = spec.listed_outlets if spec else None
+        names = node.attrs.get(listed.option) if listed else None
+        if listed is None or not isinstance(names, tuple):
+            continue
+        path = ("operators", node.name, listed.option, VALUE)
+        if not names:
+            message = f"`{listed.option}` of `{node.name}` lists nothing; each item is an outlet"
+            yield Diagnostic("bad-outlet", path, message, f"write `{listed.option}: [NAME]`")
+        for name, count in Counter(name for name in names if isinstance(name, str)).items():
+            if count > 1:
+                message = f"`{node.name}` lists the outlet `{name}` {count} times"
+                yield Diagnostic("bad-outlet", path, message, "list it once")
+            elif name == _TERMINAL or not NAME.fullmatch(name):
+                hint = "use letters, digits, `_` and, inside the name, `-`"
+                yield Diagnostic("bad-outlet", path, f"`{name}` cannot name an outlet", hint)
+
+
 def known_outlets(subject: Subject) -> Iterator[Diagnostic]:
     for number, edge in enumerate(subject.graph.edges):
         outlets = _outlets(subject, edge.source)
@@ -72,7 +95,7 @@ def known_inlets(subject: Subject) -> Iterator[Diagnostic]:
 
 
 def _port_hint(outlet: str, outlets: tuple[str, ...]) -> str:
-    if outlet == "terminal":
+    if outlet == _TERMINAL:
         return "refused and failed requests reach `sink` without an edge"
     return choice(outlet, outlets)
 

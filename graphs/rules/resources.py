@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from sagellm.graphs.diagnostics import VALUE, Diagnostic
 from sagellm.graphs.facts import EngineFactsView
 from sagellm.graphs.ir import SOURCE, FrozenMap, Graph
-from sagellm.graphs.rules.subject import Subject, reached
+from sagellm.graphs.rules.subject import Subject
+from sagellm.graphs.walks import reached
 
 ROUTE = "route"
 _ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}

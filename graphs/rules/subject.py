@@ -19,19 +19,23 @@ class Subject:
     facts: Facts
 
     def spec(self, name: str) -> OpSpec | None:
-        """What the op of that node declares; None for `source`, `sink` and unknown names."""
+        """What the operator of that node declares; None for `source`, `sink` and unknown names."""
         for node in self.graph.nodes:
             if node.name == name:
-                return self.vocabulary.get(node.op)
+                return self._spec_of(node)
         return None
 
     @property
     def specified(self) -> Iterator[tuple[Node, OpSpec]]:
         """The nodes whose op is known."""
         for node in self.graph.nodes:
-            spec = self.vocabulary.get(node.op)
+            spec = self._spec_of(node)
             if spec is not None:
                 yield node, spec
+
+    def _spec_of(self, node: Node) -> OpSpec | None:
+        spec = self.vocabulary.get(node.op)
+        return spec.with_options(node.attrs) if spec else None
 
     @property
     def forward(self) -> Iterator[tuple[int, Edge]]:
@@ -56,17 +60,3 @@ def choice(name: object, known: Iterable[str]) -> str:
     if close is not None:
         return f"did you mean `{close}`?"
     return f"there are {', '.join(names)}" if names else "there are none"
-
-
-def reached(graph: Graph, start: str, avoiding: Iterable[str] = ()) -> set[str]:
-    """All that forward edges lead to from `start`, itself included, not through `avoiding`."""
-    successors: dict[str, list[str]] = {}
-    for edge in graph.edges:
-        if not edge.feedback:
-            successors.setdefault(edge.source, []).append(edge.target)
-    found, closed, waiting = {start}, set(avoiding), [start]
-    while waiting:
-        new = set(successors.get(waiting.pop(), ())) - found - closed
-        found |= new
-        waiting += new
-    return found

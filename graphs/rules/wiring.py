@@ -4,7 +4,8 @@ from collections.abc import Iterator
 
 from sagellm.graphs.diagnostics import Diagnostic
 from sagellm.graphs.ir import SINK, SOURCE, Edge
-from sagellm.graphs.rules.subject import Subject, reached
+from sagellm.graphs.rules.subject import Subject
+from sagellm.graphs.walks import reached
 
 
 def source_and_sink(subject: Subject) -> Iterator[Diagnostic]:

@@ -12,7 +12,7 @@ from sagellm.graphs.vocabulary import nearest
 VERSION = 1
 _NAME_OP = "add `op:` with the name of an operator, such as `op: generate`"
 _REQUIRED = ("sagellm", "name", "operators", "edges")
-_SECTIONS = (*_REQUIRED, "imports", "engines", "executor")
+_SECTIONS = (*_REQUIRED, "imports", "engines", "models", "executor")
 
 
 @dataclass(slots=True)
@@ -38,7 +38,9 @@ class Surface:
         if "imports" in top:
             attrs["imports"] = self._imports(top["imports"])
         if "engines" in top:
-            attrs["engines"] = self._engines(top["engines"])
+            attrs["engines"] = self._named("engines", top["engines"])
+        if "models" in top:
+            attrs["models"] = self._named("models", top["models"])
         if "executor" in top:
             attrs["executor"] = self._executor(top["executor"])
         nodes = tuple(self._nodes(top.get("operators", FrozenMap())))
@@ -88,12 +90,13 @@ class Surface:
             hint = "use letters, digits, `_` and, inside the name, `-`"
             self._note("bad-name", path, f"`{name}` is no name", hint)
 
-    def _engines(self, value: Value) -> FrozenMap:
-        engines = self._mapping(("engines",), value)
-        for name in engines:
-            self._check_name(("engines", name))
+    def _named(self, section: str, value: Value) -> FrozenMap:
+        """A section of `name: {option: value}` entries."""
+        entries = self._mapping((section,), value)
+        for name in entries:
+            self._check_name((section, name))
         return FrozenMap(
-            (name, self._mapping(("engines", name), options)) for name, options in engines.items()
+            (name, self._mapping((section, name), options)) for name, options in entries.items()
         )
 
     def _imports(self, value: Value) -> tuple[str, ...]:

@@ -27,6 +27,8 @@ def _lines(graph: Graph) -> Iterator[str]:
         yield f"imports: {flow(graph.attrs['imports'])}"
     if "engines" in graph.attrs:
         yield from _section("engines", graph.engines)
+    if "models" in graph.attrs:
+        yield from _section("models", graph.models)
     yield from _section("operators", {node.name: _entries(node) for node in graph.nodes})
     yield "edges:" if graph.edges else "edges: []"
     yield from (f"  - {chain}" for chain in chains(graph.edges))
@@ -95,7 +97,7 @@ def _lowered(graph: Graph) -> Iterator[Diagnostic]:
 def _names(graph: Graph) -> Iterator[Diagnostic]:
     ends = {name for edge in graph.edges for name in (edge.source, edge.target)}
     ports = {name for edge in graph.edges for name in (edge.outlet, edge.inlet)}
-    for name in sorted({*graph.names, *graph.engines, *ends, *ports}):
+    for name in sorted({*graph.names, *graph.engines, *graph.models, *ends, *ports}):
         if not NAME.fullmatch(name):
             hint = "use letters, digits, `_` and, inside the name, `-`"
             yield _refusal((), f"`{name}` is no name in YAML", hint)
@@ -108,13 +110,16 @@ def _shapes(graph: Graph) -> Iterator[Diagnostic]:
     for key in graph.attrs:
         if key == "imports":
             yield from _imports(graph.attrs[key])
-        elif key not in ("engines", "executor"):
+        elif key not in ("engines", "models", "executor"):
             yield _refusal((key,), f"`{key}` has no place in the YAML form", "remove it")
         elif not isinstance(graph.attrs[key], FrozenMap):
             yield _refusal((key,), f"`{key}` must be a mapping", "give it options by name")
     for name, options in graph.engines.items():
         if not isinstance(options, FrozenMap):
             yield _refusal(("engines", name), f"`{name}` must be a mapping", "name its options")
+    for name, options in graph.models.items():
+        if not isinstance(options, FrozenMap):
+            yield _refusal(("models", name), f"`{name}` must be a mapping", "name its options")
     if "kind" not in _executor(graph):
         yield _refusal(("executor",), "the executor has no kind", "add `kind: tasks`")
 

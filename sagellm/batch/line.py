@@ -66,13 +66,14 @@ class OwnLine(Fields, kw_only=True, frozen=True, forbid_unknown_fields=True):
 
     id: Id | UnsetType = UNSET
     logprobs: int | UnsetType | None = UNSET
+    model: str | UnsetType = UNSET
     user_id: str | UnsetType = UNSET
     slo_ttft_s: float | UnsetType = UNSET
     cost_budget: float | UnsetType = UNSET
 
 
 class Body(Fields, kw_only=True, frozen=True, forbid_unknown_fields=True):
-    """The body of an OpenAI request. `model` goes with the request; the graph names what runs."""
+    """The body of an OpenAI request. `model` chooses among several that a graph serves."""
 
     model: str | UnsetType = UNSET
     max_completion_tokens: int | UnsetType = UNSET
@@ -163,7 +164,7 @@ def _own_ask(number: int, line: OwnLine, defaults: Sampling) -> Ask:
         number=number,
         prompt=_prompt(line),
         sampling=msgspec.structs.replace(defaults, **said, **_given(line, ("logprobs",))),
-        fields=_request(line, ("user_id", "slo_ttft_s", "cost_budget")),
+        fields=_request(line, ("model", "user_id", "slo_ttft_s", "cost_budget")),
         has_max_tokens="max_tokens" in said,
     )
 

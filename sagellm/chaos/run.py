@@ -16,7 +16,9 @@ from sagellm.chaos.player import Player
 from sagellm.chaos.scenario import Event, Loaded, ScenarioError
 from sagellm.chaos.streams import Outcome, begin_streams
 from sagellm.chaos.worker import VARIABLE
+from sagellm.gateway.cards import model_cards
 from sagellm.gateway.metrics.exposition import GatewayMeters
+from sagellm.gateway.settings import Settings
 from sagellm.runtime.cluster.options import ProcessesOptions
 from sagellm.runtime.ledger import LedgerError
 from sagellm.runtime.messages import SERVED
@@ -75,7 +77,8 @@ async def run_scenario(loaded: Loaded, seed: int = 0, decisions: Path | None = N
         opening = graph.open(set=options, executor="processes", decisions=decisions)
         opening.launch_by(launch)
         async with opening as session:
-            meters = GatewayMeters(session, models=("chaos",), endpoints=())
+            cards = model_cards(session, Settings(served_models=("chaos",)))
+            meters = GatewayMeters(session, models=cards, endpoints=())
             player = Player(session, launchers[0], Outcome())
             began_s = trio.current_time()
             with player.undoing():

@@ -30,6 +30,7 @@ async def answer_file(
     files: FileOptions,
     draw: SamplingOptions,
     json: bool,
+    model: str = "",
 ) -> int:
     """Answer every line of the input; returns 1 if any of them failed."""
     if json and files.output is None:
@@ -39,7 +40,7 @@ async def answer_file(
     with _input(files.input) as source:
         async with opening as session:
             with _output(files) as output, Progress(files.input) as progress:
-                batch = _batch(session, output, draw, progress)
+                batch = _batch(session, output, draw, progress, model)
                 async with draining(drain, DRAINING):
                     tally = await batch.serve(numbered_lines(source), drain)
             (print_summary if json else show_summary)(session.statistics(), tally)
@@ -84,12 +85,18 @@ def _output(files: FileOptions) -> Output:
     return open_output(files.output, force=files.force, resume=files.resume)
 
 
-def _batch(session: Session, output: Output, draw: SamplingOptions, progress: Progress) -> Batch:
+def _batch(
+    session: Session, output: Output, draw: SamplingOptions, progress: Progress, default: str
+) -> Batch:
+    """`default`: the model of lines that name none."""
+
     async def reply(ask: Ask) -> Sequence[Answer]:
-        encoded = session.encode(ask.prompt)
+        model = ask.fields.get("model", default)
+        encoded = session.encode(ask.prompt, model=model)
         if ask.has_max_tokens or draw.max_tokens is not None:
             num_tokens = len(encoded.token_ids)
-            check_room(num_tokens, ask.sampling.max_tokens, session.max_model_len)
-        return await session.generate_all(encoded, sampling=ask.sampling, **ask.fields)
+            check_room(num_tokens, ask.sampling.max_tokens, session.max_model_len_of(model))
+        fields = {**ask.fields, "model": model}
+        return await session.generate_all(encoded, sampling=ask.sampling, **fields)
 
     return Batch(reply, output, draw.sampling, frozenset(draw.given), report=progress.advance)

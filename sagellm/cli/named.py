@@ -1,13 +1,16 @@
 """What GRAPH means on the command line: a file, the name of a shipped graph, or a model."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from sagellm.builder import Graph
 from sagellm.cli.failure import Failure, warn
+from sagellm.graphs.served import served_models
 from sagellm.graphs.vocabulary import nearest
 from sagellm.own_code import ImportMistake, import_each
 from sagellm.runtime.models.contents import is_model_file
 from sagellm.runtime.models.folder import BUILT_IN
+from sagellm.several import graph_of
 from sagellm.shipped import SUFFIXES, graph_file, hint, shadowed_by, shipped_names
 
 DEFAULT_GRAPH = "joint"
@@ -29,6 +32,42 @@ def choose_graph(
     if model is not None:
         _warn_of_folder(model)
     return Graph.load(file), model
+
+
+def choose_graphs(
+    names: Sequence[str], model: str | None, imports: tuple[str, ...] = ()
+) -> tuple[Graph, str | None]:
+    """As `choose_graph`; several names are models, which one graph serves side by side."""
+    if len(names) == 1:
+        return choose_graph(names[0], model, imports)
+    for name in names:
+        if named_file(name) is not None:
+            cause = f"{name} is a graph, and several names are models"
+            raise Failure(cause, "serve one graph, or name models alone; a graph may serve several")
+    if model is not None:
+        cause = f"--model {model} names the model of a graph, and several models are named"
+        raise Failure(cause, "leave --model out")
+    import_code(imports)
+    try:
+        return graph_of(names), None
+    except ValueError as error:
+        fix = "write a graph file, whose table `models` gives each a name"
+        raise Failure(str(error), fix, " ".join(names)) from None
+
+
+def chosen_model(graph: Graph, model: str | None) -> tuple[str | None, str]:
+    """What `--model` means: the model of every engine; or, of a graph that serves several, the one
+    that is asked. Raises Failure where it serves none of that name.
+    """
+    served = served_models(graph.ir)
+    if len(served) == 1 or model is None:
+        return model, ""
+    known = [name for each in served for name in each.names]
+    if model not in known and model not in [each.key for each in served]:
+        close = nearest(model, known)
+        fix = f"did you mean {close}?" if close else f"there are {', '.join(known)}"
+        raise Failure("the graph serves no such model", fix, f"--model {model}")
+    return None, model
 
 
 def named_file(name: str, model: str | None = None) -> Path | None:

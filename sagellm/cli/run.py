@@ -10,7 +10,7 @@ from sagellm.backends import LoweringError, UnknownBackend
 from sagellm.cli.failure import ENGINE_FIX, Failure
 from sagellm.cli.file import answer_file
 from sagellm.cli.loading import shown_start
-from sagellm.cli.named import choose_graph
+from sagellm.cli.named import choose_graph, chosen_model
 from sagellm.cli.options import (
     FileOptions,
     PromptOptions,
@@ -46,7 +46,8 @@ def run(
         A graph file, the name of a shipped graph (pd, joint, pd_many), or a model: a built-in name,
         a folder, or a Hub id.
     model
-        The model of every engine of a graph.
+        The model of every engine of a graph; of a graph that serves several models, the one that is
+        asked.
     executor
         How the graph runs: tasks, in this process; or processes, a worker for each engine replica.
     set_
@@ -61,12 +62,13 @@ def run(
     """
     check_together(asked, files)
     named, model = choose_graph(graph, model, import_)
+    model, asked_model = chosen_model(named, model)
     opening = named.open(set=settings(set_), model=model, executor=executor, decisions=decisions)
     try:
         with shown_start() as progress:
             opening.report_to(progress)
             if asked.prompt is None:
-                return trio.run(answer_file, opening, files, draw, json)
-            return trio.run(answer_prompt, opening, asked, draw, json)
+                return trio.run(answer_file, opening, files, draw, json, asked_model)
+            return trio.run(answer_prompt, opening, asked, draw, json, asked_model)
     except (UnknownBackend, LoweringError, EngineOptionError) as error:
         raise Failure(str(error), ENGINE_FIX, graph) from None

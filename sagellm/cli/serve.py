@@ -8,7 +8,7 @@ from sagellm.backends import LoweringError, UnknownBackend
 from sagellm.cli.config_file import Config, read_config
 from sagellm.cli.failure import CONFIGURATION, ENGINE_FIX, RESOURCES, Failure, warn
 from sagellm.cli.loading import shown_start
-from sagellm.cli.named import choose_graph
+from sagellm.cli.named import choose_graphs
 from sagellm.cli.options import settings as assignments
 from sagellm.cli.printed import printed
 from sagellm.cli.secrets import exposed
@@ -38,14 +38,14 @@ from sagellm.runtime.engine.options import EngineOptionError
 def serve(
     graph: str,
     /,
-    *,
+    *models: str,
     listen: ListenOptions = ListenOptions(),  # noqa: B008 - frozen
     served: ModelOptions = ModelOptions(),  # noqa: B008 - frozen
     opened: GraphOptions = GraphOptions(),  # noqa: B008 - frozen
     watch: WatchOptions = WatchOptions(),  # noqa: B008 - frozen
     config: ConfigOptions = ConfigOptions(),  # noqa: B008 - frozen
 ) -> int:
-    """Serve a graph, or one model, to OpenAI clients.
+    """Serve a graph, or models, to OpenAI clients.
 
     SIGTERM, or Ctrl-C once, takes nothing new and lets what runs finish; twice ends it at once.
 
@@ -54,11 +54,13 @@ def serve(
     graph
         A graph file, the name of a shipped graph (pd, joint, pd_many), or a model: a built-in name,
         a folder, or a Hub id.
+    models
+        Further models, served beside the first; `model` in a request chooses.
     """
     file = read_config(config.config, IN_A_FILE) if config.config else Config()
     listen, served = merge_given(listen, file.values), merge_given(served, file.values)
     opened, watch = merge_given(opened, file.values), merge_given(watch, file.values)
-    chosen, model = choose_graph(graph, opened.model, opened.import_)
+    chosen, model = choose_graphs((graph, *models), opened.model, opened.import_)
     names = served_names(chosen, model, served)
     settings = read_settings(listen, names, watch, file, config.limit)
     check_installed(settings.server)

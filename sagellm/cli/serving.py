@@ -28,8 +28,10 @@ from sagellm.gateway.server.listen import (
 )
 from sagellm.gateway.settings import Budget, Limits, Settings, Streaming
 from sagellm.graphs.ir import FrozenMap
+from sagellm.graphs.served import served_models
 from sagellm.logs import LEVELS, own_logs
 from sagellm.opening import OpenGraph
+from sagellm.several import name_of
 from sagellm.tracing import TracingError, check_tracing
 
 LogLevel = Literal["debug", "info", "warning", "error"]
@@ -198,15 +200,22 @@ def overrides(graph: Graph | OpenGraph, served: ModelOptions) -> dict[str, objec
 def served_names(
     graph: Graph | OpenGraph, model: str | None, served: ModelOptions
 ) -> tuple[str, ...]:
-    """What clients may call the model: never a path of this machine."""
+    """What clients may call the models: never a path of this machine."""
     if not all(served.served_model_name):
         raise Failure("--served-model-name is empty", "give it the name that clients use")
+    models = served_models(graph.ir)
+    if len(models) > 1 and served.served_model_name:
+        cause = "--served-model-name names one model, and several are served"
+        raise Failure(
+            cause, "name them in a graph file: models: {KEY: {name: ..., aliases: [...]}}"
+        )
     if served.served_model_name:
         return served.served_model_name
+    if models[0].names:
+        return tuple(name for each in models for name in each.names)
     first = next(iter(graph.ir.engines.values()), FrozenMap())
     known = model or str(first.get("model", "")) if isinstance(first, FrozenMap) else model
-    name = known or "sage-tiny"
-    return (Path(name).resolve().name if Path(name).exists() else name,)
+    return (name_of(known or "sage-tiny"),)
 
 
 def read_settings(

@@ -29,6 +29,7 @@ async def answer_prompt(
     asked: PromptOptions,
     draw: SamplingOptions,
     json: bool,
+    model: str = "",
 ) -> int:
     """Print the answer to stdout and a summary to stderr; returns the exit code."""
     prompt = _prompt(asked)
@@ -36,7 +37,7 @@ async def answer_prompt(
     async with opening as session:
         with trio.CancelScope() as asking:
             async with draining(asking, "cancelled"):
-                end = await _accepted(_asked(answer, session, prompt, draw, json))
+                end = await _accepted(_asked(answer, session, prompt, draw, json, model))
         if asking.cancelled_caught:
             return INTERRUPTED
         show_summary(session.statistics())
@@ -80,17 +81,20 @@ async def _asked(
     prompt: Prompt,
     draw: SamplingOptions,
     json: bool,
+    model: str,
 ) -> T:
     """Raises RequestError where an answer as long as was asked for does not fit the context."""
-    encoded = session.encode(prompt)
+    encoded = session.encode(prompt, model=model)
     if draw.max_tokens is not None:
-        check_room(len(encoded.token_ids), draw.max_tokens, session.max_model_len)
-    return await answer(session, encoded, draw.sampling, json)
+        check_room(len(encoded.token_ids), draw.max_tokens, session.max_model_len_of(model))
+    return await answer(session, encoded, draw.sampling, json, model)
 
 
-async def _whole(session: Session, prompt: Encoded, sampling: Sampling, json: bool) -> Answer:
+async def _whole(
+    session: Session, prompt: Encoded, sampling: Sampling, json: bool, model: str
+) -> Answer:
     try:
-        answer = await session.generate(prompt, sampling=sampling)
+        answer = await session.generate(prompt, sampling=sampling, model=model)
     except (RequestRefused, RequestFailed) as error:
         if json:
             line = failure(PROMPT_ID, str(error), str(error.end.finish_reason))
@@ -104,11 +108,11 @@ async def _whole(session: Session, prompt: Encoded, sampling: Sampling, json: bo
 
 
 async def _streamed(
-    session: Session, prompt: Encoded, sampling: Sampling, json: bool
+    session: Session, prompt: Encoded, sampling: Sampling, json: bool, model: str
 ) -> Output | None:
     """Print text, or one JSON line an event, while it comes; returns the last event."""
     event: Output | None = None
-    async with session.stream(prompt, sampling=sampling) as stream:
+    async with session.stream(prompt, sampling=sampling, model=model) as stream:
         try:
             async for event in stream:
                 _write(encode(_event(event)).decode() if json else event.text)

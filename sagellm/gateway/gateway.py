@@ -8,6 +8,7 @@ from hashlib import blake2b
 from typing import NamedTuple, Protocol
 
 from sagellm.gateway.answers.logprobs import TokenTexts
+from sagellm.gateway.cards import ModelCard
 from sagellm.gateway.count import Count, LocalCount
 from sagellm.gateway.door import Door
 from sagellm.gateway.encoding import Encoder
@@ -21,23 +22,22 @@ _SALT_BYTES = 16
 _NUM_BROKEN = 4096  # more calls than break off while the graph ends one
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelCard:
-    """The model that is served. `names` are what clients may call it, the first in answers."""
+@dataclass(slots=True)
+class Served:
+    """A model behind HTTP: what clients are told of it, and its own text side."""
 
-    names: tuple[str, ...]
-    root: str
-    max_model_len: int
-    vocab_size: int
-    created: int  # seconds of the wall clock, as the API has it
+    card: ModelCard
+    tokenizer: Tokenizer
+    encoder: Encoder = field(init=False)
+    tokens: TokenTexts = field(init=False)
 
-    @property
-    def id(self) -> str:
-        return self.names[0]
+    def __post_init__(self) -> None:
+        self.encoder = Encoder(self.tokenizer)
+        self.tokens = TokenTexts(self.tokenizer)
 
     @property
     def facts(self) -> ModelFacts:
-        return ModelFacts(self.vocab_size, self.max_model_len)
+        return self.card.facts
 
 
 class Claimed(NamedTuple):
@@ -83,23 +83,18 @@ class Gateway:
 
     settings: Settings
     door: Door
-    tokenizer: Tokenizer
-    model: ModelCard
+    models: tuple[Served, ...]  # the first serves requests that name none
     readiness: Readiness
     budgets: Budgets
     meters: Meters
     graph: Graph | None = None
     is_draining: bool = False
     num_calls: Count = field(default_factory=LocalCount)  # of all gateways before the graph
-    encoder: Encoder = field(init=False)
-    tokens: TokenTexts = field(init=False)
     _open_ids: dict[str, int] = field(default_factory=dict)  # with the number of their requests
     _broken_ids: dict[str, None] = field(default_factory=dict)  # oldest first
     _salt_key: bytes = b""
 
     def __post_init__(self) -> None:
-        self.encoder = Encoder(self.tokenizer)
-        self.tokens = TokenTexts(self.tokenizer)
         self._salt_key = self.settings.salt_key[:64] or secrets.token_bytes(32)
 
     @contextmanager

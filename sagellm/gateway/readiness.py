@@ -1,8 +1,8 @@
 """Whether tokens are being produced: a probe through the door, then a watch over the engines."""
 
 import secrets
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
 
 import anyio
 
@@ -51,15 +51,16 @@ class Readiness:
         self.on_change: Callable[[], None] = lambda: None
 
     async def watch(
-        self, door: Door, health: Callable[[], Health], prompt_ids: tuple[int, ...], text: str
+        self, door: Door, health: Callable[[], Health], probes: Sequence["Probe"]
     ) -> None:
-        """Probe until a token comes, watch until there is a fault, and again. Never returns."""
+        """Probe until a token of each model comes, watch until there is a fault, and again. Never
+        returns.
+        """
         retry_s = RETRY_S
         while True:
             await self._sound(health)
             before = self.reason
-            entry = probe(f"probe-{secrets.token_hex(8)}", prompt_ids, text)
-            if await self._probed(door, entry):
+            if await self._all_probed(door, probes):
                 self._become(True, "")
                 self._become(False, await _next_fault(health))
                 continue
@@ -73,6 +74,13 @@ class Readiness:
             self._become(False, fault)
             await anyio.sleep(WATCH_S)
 
+    async def _all_probed(self, door: Door, probes: Sequence["Probe"]) -> bool:
+        """One model after the other: what the first lacks is the reason."""
+        for each in probes:
+            if not await self._probed(door, each.entry()):
+                return False
+        return True
+
     async def _probed(self, door: Door, entry: Entry) -> bool:
         """Whether the graph answers; what it says instead becomes the reason."""
         reason = "no token came in time"
@@ -84,7 +92,7 @@ class Readiness:
             if self.reason != reason:
                 LOG.error("probe_failed", exc_info=error)
         if reason:
-            self._become(False, reason)
+            self._become(False, f"{reason} (model {entry.model})" if entry.model else reason)
         return not reason
 
     def _become(self, is_ready: bool, reason: str) -> None:
@@ -108,16 +116,23 @@ async def _next_fault(health: Callable[[], Health]) -> str:
     return fault
 
 
-def probe(request_id: str, prompt_ids: tuple[int, ...], text: str) -> Entry:
-    """One token, before everybody else."""
-    return Entry(
-        request_id=request_id,
-        text=text,
-        token_ids=prompt_ids,
-        sampling=Sampling(max_tokens=1),
-        priority=PRIORITIES["critical"],
-        tenant="probe",
-    )
+class Probe(NamedTuple):
+    """A prompt for one model, which is asked for one token before everybody else."""
+
+    token_ids: tuple[int, ...]
+    text: str
+    model: str = ""
+
+    def entry(self) -> Entry:
+        return Entry(
+            request_id=f"probe-{secrets.token_hex(8)}",
+            text=self.text,
+            token_ids=self.token_ids,
+            sampling=Sampling(max_tokens=1),
+            priority=PRIORITIES["critical"],
+            tenant="probe",
+            model=self.model,
+        )
 
 
 async def _answered(door: Door, entry: Entry) -> str:

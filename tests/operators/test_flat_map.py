@@ -13,7 +13,9 @@ from sagellm.runtime.operator import Announce, Arrival, Credit, Emit, Setup
 
 
 def spread(running: Any, function: Any, item: Any) -> Any:
-    setup = Setup("fan", functions={"f": function}, encode=lambda text: tuple(map(ord, text)))
+    setup = Setup(
+        "fan", functions={"f": function}, encode=lambda text, model: tuple(map(ord, text))
+    )
     return running(build(Options("f"), setup))(Arrival(item))
 
 

@@ -9,7 +9,7 @@ from sagellm.runtime.messages import Answer, Request, TokenEvent
 from sagellm.runtime.operator import Arrival, Emit, Setup
 
 
-def encode(text: str) -> Any:
+def encode(text: str, model: str = "") -> Any:
     return tuple(map(ord, text))
 
 

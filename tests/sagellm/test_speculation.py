@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import trio
+from gateway_calls import CARD
 from looping_models import make_looping_model
 from models_on_the_fly import random_prompts
 
@@ -71,7 +72,7 @@ async def test_the_gateway_counts_drafts_under_vllms_names(folder: Path) -> None
     )
     async with opening as session:
         await session.generate(PROMPTS[0], sampling=Sampling(max_tokens=100, ignore_eos=True))
-        meters = GatewayMeters(session, models=("m",), endpoints=())
+        meters = GatewayMeters(session, models=(CARD,), endpoints=())
         text = (await meters.exposition())[0].decode()
         [load] = session.statistics().engines["g"]
     assert f"spec_decode_num_drafts_total{{{LABELS}}} {load.drafts.num_drafts}.0" in text
@@ -85,7 +86,7 @@ LABELS = 'engine="0",model_name="m"'
 
 async def test_without_speculation_nothing_is_said_of_drafts() -> None:
     async with Graph.load("joint").open(set={"g.device": "null"}) as session:
-        meters = GatewayMeters(session, models=("m",), endpoints=())
+        meters = GatewayMeters(session, models=(CARD,), endpoints=())
         assert b"spec_decode" not in (await meters.exposition())[0]
 
 

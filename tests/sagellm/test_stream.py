@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from sagellm import Graph, Sampling, TokenEvent, ops
+from sagellm.models import Models
 from sagellm.runtime.messages import Forked, Item, Request
 from sagellm.session import Encoded, RequestError, Session
 
@@ -92,7 +94,8 @@ class NoTokenizer:
 async def test_an_encoded_prompt_is_neither_encoded_nor_decoded(autojump_clock: MockClock) -> None:
     notes = Notes()
     async with opened(joint()) as session:
-        session.tokenizer = NoTokenizer()  # type: ignore[assignment]
+        blind = replace(session.models.default, tokenizer=NoTokenizer())  # type: ignore[arg-type]
+        session.models = Models((blind,))
         session.observers.append(notes)
         await session.generate(Encoded("hello", (5, 6)), sampling=LONG)
     assert [(request.prompt, request.prompt_token_ids) for request in notes.requests] == [

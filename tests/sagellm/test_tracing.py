@@ -162,6 +162,15 @@ def test_attributes_are_those_of_the_conventions_and_of_vllm() -> None:
     assert expected.items() <= root.attributes.items()
 
 
+def test_of_several_models_each_has_the_name_that_clients_use() -> None:
+    driven = Driven(names={"tiny": "sage-tiny", "echo": "Echo"})
+    for number, key in enumerate(("tiny", "echo")):
+        driven.serve(request_id=f"r{number}", model=key)
+    asked = [trace.root.attributes["gen_ai.request.model"] for trace in driven.traces]
+    answered = [trace.root.attributes["gen_ai.response.model"] for trace in driven.traces]
+    assert asked == answered == ["sage-tiny", "Echo"]
+
+
 def test_no_prompt_and_no_answer_is_in_a_trace() -> None:
     driven = Driven()
     driven.serve(user_id=SECRET, tags={"note": SECRET}, sampling=Sampling(stop=(SECRET,)))

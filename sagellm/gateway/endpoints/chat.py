@@ -6,8 +6,8 @@ from starlette.responses import Response
 from sagellm.gateway.answers.chat import ChatForm
 from sagellm.gateway.encoding import Prompt
 from sagellm.gateway.endpoints.generation import Work, encoded, respond, samplings_of
-from sagellm.gateway.endpoints.models import check_model
-from sagellm.gateway.gateway import Gateway
+from sagellm.gateway.endpoints.models import served_model
+from sagellm.gateway.gateway import Gateway, Served
 from sagellm.gateway.protocol.chat import ChatRequest, read_chat
 from sagellm.gateway.protocol.conversation import rendering_of
 from sagellm.gateway.protocol.sampling import kept_ids
@@ -21,21 +21,22 @@ async def chat(gateway: Gateway, request: Request) -> Response:
 
 async def _work(gateway: Gateway, body: bytes) -> Work:
     asked = read_chat(body, gateway.settings.limits)
-    check_model(gateway, asked.model)
-    prompt = await _prompt(gateway, asked)
+    served = served_model(gateway, asked.model)
+    prompt = await _prompt(served, asked)
     return Work(
         request=asked,
+        served=served,
         prompts=(prompt,),
-        samplings=await samplings_of(gateway, asked, (prompt,)),
+        samplings=await samplings_of(served, asked, (prompt,)),
         make_form=ChatForm,
         prefix="chatcmpl-",
     )
 
 
-async def _prompt(gateway: Gateway, asked: ChatRequest) -> Prompt:
+async def _prompt(served: Served, asked: ChatRequest) -> Prompt:
     """The conversation as the model's template writes it, or its part that is kept."""
-    how = rendering_of(asked, await gateway.encoder.variables())
-    text = await gateway.encoder.render(asked.conversation, how)
-    token_ids = await encoded(gateway, asked, text)
-    kept = kept_ids(asked, token_ids, gateway.model.facts)
-    return Prompt(text if len(kept) == len(token_ids) else await gateway.encoder.ids(kept), kept)
+    how = rendering_of(asked, await served.encoder.variables())
+    text = await served.encoder.render(asked.conversation, how)
+    token_ids = await encoded(served, asked, text)
+    kept = kept_ids(asked, token_ids, served.facts)
+    return Prompt(text if len(kept) == len(token_ids) else await served.encoder.ids(kept), kept)

@@ -22,7 +22,7 @@ from sagellm.gateway.door import Entry
 from sagellm.gateway.encoding import Prompt
 from sagellm.gateway.entering import entered
 from sagellm.gateway.failure import ApiError
-from sagellm.gateway.gateway import Gateway, Hold
+from sagellm.gateway.gateway import Gateway, Hold, Served
 from sagellm.gateway.protocol.chat import ChatRequest
 from sagellm.gateway.protocol.completions import CompletionRequest
 from sagellm.gateway.protocol.sampling import far_too_long, fitted, num_logprobs, sampling_of
@@ -36,6 +36,7 @@ class Work:
     """A checked call: one sampling a prompt; `prefix` is that of the answer's id."""
 
     request: CompletionRequest | ChatRequest
+    served: Served
     prompts: tuple[Prompt, ...]
     samplings: tuple[Sampling, ...]
     make_form: MakeForm
@@ -45,31 +46,31 @@ class Work:
 
 
 async def encoded(
-    gateway: Gateway, asked: CompletionRequest | ChatRequest, text: str
+    served: Served, asked: CompletionRequest | ChatRequest, text: str
 ) -> tuple[int, ...]:
     """The tokens of a text of the call. Raises ApiError, for a text far beyond the context before
     all of it is tokenised.
     """
-    facts = gateway.model.facts
+    facts = served.facts
     is_kept = asked.truncate_prompt_tokens is None
     param = "messages" if isinstance(asked, ChatRequest) else "prompt"
-    if is_kept and await gateway.encoder.exceeds(text, facts.max_model_len, param=param):
+    if is_kept and await served.encoder.exceeds(text, facts.max_model_len, param=param):
         raise far_too_long(asked, facts)
     add = asked.add_special_tokens
-    return await gateway.encoder.text(text, add_special_tokens=add, param=param)
+    return await served.encoder.text(text, add_special_tokens=add, param=param)
 
 
 async def samplings_of(
-    gateway: Gateway, asked: CompletionRequest | ChatRequest, prompts: Sequence[Prompt]
+    served: Served, asked: CompletionRequest | ChatRequest, prompts: Sequence[Prompt]
 ) -> tuple[Sampling, ...]:
     """One a prompt, bad words as token ids. Raises ApiError.
 
     Ids and texts are checked once, and shared: a request may have 262,144 of them.
     """
-    facts = gateway.model.facts
+    facts = served.facts
     sampling = sampling_of(asked, facts, len(prompts[0].token_ids))
     if asked.bad_words:
-        banned = await gateway.encoder.banned(asked.bad_words)
+        banned = await served.encoder.banned(asked.bad_words)
         sampling = msgspec.structs.replace(sampling, bad_words=(), bad_words_token_ids=banned)
     samplings = [sampling]
     for prompt in prompts[1:]:
@@ -150,7 +151,7 @@ class _Running:
         ):
             asked = self._asked(claimed.id)
             names = work.request.return_tokens_as_token_ids
-            texts = TokenNames(gateway.tokens) if names else gateway.tokens
+            texts = TokenNames(work.served.tokens) if names else work.served.tokens
             reply = Reply(asked, work.make_form(asked, texts), self._tally)
             yield claimed.request_ids, reply, hold
 
@@ -159,7 +160,7 @@ class _Running:
         return Asked(
             id=work.prefix + claimed_id,
             created=int(time()),
-            model=self._gateway.model.id,
+            model=work.served.card.id,
             prompts=work.prompts,
             num_choices=request.n,
             num_logprobs=num_logprobs(request),
@@ -173,6 +174,7 @@ class _Running:
 
     def _entries(self, ids: Sequence[str]) -> list[Entry]:
         request, call, gateway = self._work.request, self._call, self._gateway
+        card = self._work.served.card
         salt = gateway.salt_of(call.tenant, request.cache_salt)
         return [
             Entry(
@@ -182,7 +184,7 @@ class _Running:
                 sampling=sampling,
                 priority=NORMAL if request.priority is None else request.priority,
                 tenant=call.tenant,
-                model=gateway.model.id,
+                model=card.key or card.id,
                 salt=salt,
                 slo_ttft_s=request.slo_ttft_s,
                 timeout_s=request.timeout_s,

@@ -5,37 +5,42 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from sagellm.gateway.answers.structs import Model, Models
+from sagellm.gateway.cards import ModelCard
 from sagellm.gateway.failure import ApiError
-from sagellm.gateway.gateway import Gateway
+from sagellm.gateway.gateway import Gateway, Served
+from sagellm.graphs.vocabulary import nearest
 
 
-def check_model(gateway: Gateway, name: str | None) -> None:
-    """Raise ApiError 404 for a model that is not served; unsaid, it is the one that is."""
-    if name is not None and name not in gateway.model.names:
-        raise _unknown()
+def served_model(gateway: Gateway, name: str | None) -> Served:
+    """The model that a request names; unsaid, the first. Raises ApiError 404."""
+    if name is None:
+        return gateway.models[0]
+    found = next((served for served in gateway.models if name in served.card.names), None)
+    if found is None:
+        raise _unknown(gateway, name)
+    return found
 
 
 async def models(gateway: Gateway, request: Request) -> Response:
-    listed = Models(data=[_model(gateway, name) for name in gateway.model.names])
-    return json_response(listed)
+    cards = [served.card for served in gateway.models]
+    return json_response(Models(data=[_model(card, name) for card in cards for name in card.names]))
 
 
 async def model(gateway: Gateway, request: Request) -> Response:
     name = request.path_params["id"]
-    if name not in gateway.model.names:
-        raise _unknown()
-    return json_response(_model(gateway, name))
+    return json_response(_model(served_model(gateway, name).card, name))
 
 
 def json_response(content: msgspec.Struct) -> Response:
     return Response(msgspec.json.encode(content), media_type="application/json")
 
 
-def _model(gateway: Gateway, name: str) -> Model:
-    card = gateway.model
+def _model(card: ModelCard, name: str) -> Model:
     return Model(id=name, created=card.created, root=card.root, max_model_len=card.max_model_len)
 
 
-def _unknown() -> ApiError:
-    message = "the model does not exist; GET /v1/models lists those that are served"
+def _unknown(gateway: Gateway, name: str) -> ApiError:
+    close = nearest(name, [known for served in gateway.models for known in served.card.names])
+    hint = f"did you mean {close}? " if close else ""
+    message = f"the model does not exist; {hint}GET /v1/models lists those that are served"
     return ApiError(404, message, param="model", code="model_not_found")

@@ -4,8 +4,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from sagellm.gateway.answers.structs import Detokenized, TokenizerFacts, Tokens
-from sagellm.gateway.endpoints.models import check_model, json_response
-from sagellm.gateway.gateway import Gateway
+from sagellm.gateway.endpoints.models import json_response, served_model
+from sagellm.gateway.gateway import Gateway, Served
 from sagellm.gateway.protocol.conversation import rendering_of
 from sagellm.gateway.protocol.sampling import check_ids
 from sagellm.gateway.protocol.tokenize import (
@@ -24,32 +24,34 @@ async def tokenize(gateway: Gateway, request: Request) -> Response:
 async def detokenize(gateway: Gateway, request: Request) -> Response:
     with gateway.budgets.hold(request.state.call.tenant):
         asked = read_detokenize(await request.body(), gateway.settings.limits)
-        check_model(gateway, asked.model)
-        check_ids("tokens", asked.tokens, gateway.model.facts)
-        return json_response(Detokenized(await gateway.encoder.ids(tuple(asked.tokens))))
+        served = served_model(gateway, asked.model)
+        check_ids("tokens", asked.tokens, served.facts)
+        return json_response(Detokenized(await served.encoder.ids(tuple(asked.tokens))))
 
 
 async def _tokens(gateway: Gateway, body: bytes) -> Tokens:
     asked = read_tokenize(body, gateway.settings.limits)
-    check_model(gateway, asked.model)
-    token_ids = await _token_ids(gateway, asked)
+    served = served_model(gateway, asked.model)
+    token_ids = await _token_ids(served, asked)
     return Tokens(
         count=len(token_ids),
-        max_model_len=gateway.model.max_model_len,
+        max_model_len=served.card.max_model_len,
         tokens=token_ids,
-        token_strs=await gateway.encoder.spelt(token_ids) if asked.return_token_strs else None,
+        token_strs=await served.encoder.spelt(token_ids) if asked.return_token_strs else None,
     )
 
 
 async def tokenizer_info(gateway: Gateway, request: Request) -> Response:
-    tokenizer = gateway.tokenizer
+    """Of the model that the query names, `?model=NAME`."""
+    served = served_model(gateway, request.query_params.get("model"))
+    tokenizer = served.tokenizer
     special = tokenizer.special_tokens
     eos = tokenizer.eos_token_ids
     return json_response(
         TokenizerFacts(
             tokenizer_class=type(tokenizer).__name__,
             vocab_size=tokenizer.vocab_size,
-            model_max_length=gateway.model.max_model_len,
+            model_max_length=served.card.max_model_len,
             bos_token=special.get("bos_token"),
             eos_token=special.get("eos_token") or (tokenizer.token(eos[0]) if eos else None),
             unk_token=special.get("unk_token"),
@@ -59,10 +61,10 @@ async def tokenizer_info(gateway: Gateway, request: Request) -> Response:
     )
 
 
-async def _token_ids(gateway: Gateway, asked: TokenizeRequest) -> tuple[int, ...]:
+async def _token_ids(served: Served, asked: TokenizeRequest) -> tuple[int, ...]:
     add = asked.add_special_tokens
     if isinstance(asked, TokenizePrompt):
-        return await gateway.encoder.text(asked.prompt, add_special_tokens=add)
-    how = rendering_of(asked, await gateway.encoder.variables())
-    prompt = await gateway.encoder.chat(asked.conversation, how, add_special_tokens=add)
+        return await served.encoder.text(asked.prompt, add_special_tokens=add)
+    how = rendering_of(asked, await served.encoder.variables())
+    prompt = await served.encoder.chat(asked.conversation, how, add_special_tokens=add)
     return prompt.token_ids

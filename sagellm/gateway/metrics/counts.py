@@ -69,6 +69,10 @@ class Counts:
             setattr(self, name, Buckets(which))
         self.phases = {phase: Buckets(bounds.PHASE_S) for phase in PHASES}
 
+    @property
+    def num_open(self) -> int:
+        return self.num_accepted - sum(self.ended.values())
+
     def end(self, reason: str) -> None:
         self.ended[reason] = self.ended.get(reason, 0) + 1
 

@@ -1,7 +1,7 @@
 """The meters of one gateway, and their text for Prometheus."""
 
 import threading
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 
 import anyio
@@ -12,15 +12,24 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.core import Metric
 from prometheus_client.process_collector import ProcessCollector
 
+from sagellm.gateway.cards import ModelCard
 from sagellm.gateway.metrics.bounds import lengths
+from sagellm.gateway.metrics.counts import Counts
 from sagellm.gateway.metrics.format import format_of
 from sagellm.gateway.metrics.instrumentator import instrumentator_families
 from sagellm.gateway.metrics.lag import LoopLag
 from sagellm.gateway.metrics.meters import HttpMeters
-from sagellm.gateway.metrics.observer import KVShape, Observer
+from sagellm.gateway.metrics.observer import KVShape, Measure, Observer
 from sagellm.gateway.metrics.own import graph_families, http_families
-from sagellm.gateway.metrics.snapshot import Snapshot, read_engines
+from sagellm.gateway.metrics.snapshot import (
+    EngineReading,
+    ModelReading,
+    Snapshot,
+    read_engines,
+)
 from sagellm.gateway.metrics.vllm import vllm_families
+from sagellm.graphs.served import operators_of
+from sagellm.models import Model
 from sagellm.runtime.executors.reading import Window, option_of
 from sagellm.session import Session
 
@@ -44,7 +53,7 @@ class GatewayMeters(HttpMeters):
     belong to the app's loop, which may be in another thread. The registry is its own: nothing of
     the process around shows in it, but the process's memory and time.
 
-    `models`: the names that clients may use; the metrics use the first for all of them.
+    `models`: those that are served; metrics have the first name of each for all of its names.
     `endpoints`: the paths of the route table. `compat`: "vllm" adds what vLLM calls its own.
     """
 
@@ -52,13 +61,13 @@ class GatewayMeters(HttpMeters):
         self,
         session: Session,
         *,
-        models: Sequence[str],
+        models: Sequence[ModelCard],
         endpoints: Iterable[str],
         compat: Collection[str] = ("vllm",),
     ) -> None:
         super().__init__(endpoints)
         self._session = session
-        self._model = models[0]
+        self._models = tuple(models)
         self._is_vllm = "vllm" in compat
         self._thread, self._token = threading.get_ident(), anyio.lowlevel.current_token()
         self._window = Window(WINDOW_S)
@@ -93,18 +102,37 @@ class GatewayMeters(HttpMeters):
 
     def _take(self) -> Snapshot:
         executor, supervisor = self._session.executor, self._session.supervisor
-        reading = executor.reading()
+        reading, counts = executor.reading(), self._observer.snapshot()
+        engines = read_engines(executor, supervisor.workers if supervisor else ())
         return Snapshot(
             graph=executor.plan.graph.name,
-            model=self._model,
-            num_open=executor.core.ledger.num_open,
-            counts=self._observer.snapshot(),
+            models=self._read_models(counts, engines),
+            counts=counts,
             reading=reading,
             shares=self._window.shares(reading),
-            engines=read_engines(executor, supervisor.workers if supervisor else ()),
+            engines=engines,
             graph_lag=self._graph_lag.seconds.copy(),
             num_migrated=executor.core.recovery.num_migrated,
             migration_gaps=executor.core.recovery.gaps_s.copy(),
+        )
+
+    def _read_models(
+        self, counts: Mapping[str, Counts], engines: tuple[EngineReading, ...]
+    ) -> tuple[ModelReading, ...]:
+        """The only model has all that is open, the gateway's own probes too; of several, each has
+        what clients have open.
+        """
+        every = self._session.models
+        if not every.is_several:
+            num_open = self._session.executor.core.ledger.num_open
+            return (ModelReading(self._models[0].id, num_open, engines),)
+        return tuple(
+            ModelReading(
+                card.id,
+                counts[card.id].num_open,
+                tuple(engine for engine in engines if engine.name in model.served.engines),
+            )
+            for card, model in zip(self._models, every.all, strict=True)
         )
 
     def _sample(self) -> None:
@@ -124,14 +152,32 @@ class GatewayMeters(HttpMeters):
         yield from http_families(http, lags)
 
 
-def _observer(session: Session, models: Sequence[str]) -> Observer:
+def _observer(session: Session, models: Sequence[ModelCard]) -> Observer:
     executor = session.executor
     facts = [engine.facts for engine in executor.all_engines]
     longest = max((each.max_model_len for each in facts), default=1)
-    kv = KVShape(facts[0].block_size, facts[0].kv_block_bytes) if facts else KVShape()
-    table = {"": models[0]} | dict.fromkeys(models, models[0])
+    table = {"": models[0].id}
+    for card in models:
+        table |= dict.fromkeys((card.key or card.id, *card.names), card.id)
+    own = {
+        card.id: _measure(session, model)
+        for card, model in zip(models, session.models.all, strict=True)
+    }
+    first = own[models[0].id]
+    return Observer(executor.now, table, lengths(longest), first.kv, first.slo_ttft_s, own)
+
+
+def _measure(session: Session, model: Model) -> Measure:
+    """The blocks of a model's first engine, and the objective of an operator on its way."""
+    executor = session.executor
+    replicas = executor.engines.get(model.served.engines[0], ())
+    kv = KVShape()
+    if replicas:
+        kv = KVShape(replicas[0].facts.block_size, replicas[0].facts.kv_block_bytes)
+    passed = operators_of(executor.plan.graph, model.key)
     objectives = [
-        option_of(executor.plan, name, "slo_ttft_s") for name in executor.core.region.cells
+        option_of(executor.plan, name, "slo_ttft_s")
+        for name in executor.core.region.cells
+        if name in passed
     ]
-    objective_s = next((each for each in objectives if each is not None), None)
-    return Observer(executor.now, table, lengths(longest), kv, objective_s)
+    return Measure(kv, next((each for each in objectives if each is not None), None))

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from sagellm.gateway.metrics.counts import Counts
 from sagellm.gateway.metrics.meters import UNKNOWN
@@ -27,6 +28,7 @@ class _Track:
     counts: Counts
     call: _Call
     request: Request
+    measure: "Measure"
     arrived_s: float
     num_tokens: int = 0
     num_cached: int = 0
@@ -48,12 +50,23 @@ class KVShape:
         return math.ceil(num_tokens / self.block_size) * self.block_bytes
 
 
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """What requests of one model are measured by; `slo_ttft_s`: the objective of those that bring
+    none.
+    """
+
+    kv: KVShape
+    slo_ttft_s: float | None = None
+
+
 class Observer:
     """Some microseconds a request and one a token; lives on the session's loop, and is read there.
 
     `models` maps the names that clients may use to the name that the metrics use. Whatever else a
     request names counts as "unknown": no client makes a label. `now` is the executor's clock.
-    `slo_ttft_s` is the objective of requests that bring none.
+    `own`: by the name that the metrics use, where a model has another measure than `kv` and
+    `slo_ttft_s`.
     """
 
     def __init__(
@@ -63,11 +76,12 @@ class Observer:
         lengths: tuple[int, ...],
         kv: KVShape,
         slo_ttft_s: float | None = None,
+        own: Mapping[str, Measure] = MappingProxyType({}),
     ) -> None:
         self._now = now
         self._models = dict(models)
-        self._kv = kv
-        self._slo_ttft_s = slo_ttft_s
+        self._measure = Measure(kv, slo_ttft_s)
+        self._own = dict(own)
         self._open: dict[tuple[str, int], _Track] = {}
         self._counts = {name: Counts(lengths) for name in (*models.values(), UNKNOWN)}
 
@@ -88,12 +102,14 @@ class Observer:
         first = requests[0]
         if first.user_id == PROBE:
             return
-        counts = self._counts[self._models.get(first.model, UNKNOWN)]
+        name = self._models.get(first.model, UNKNOWN)
+        counts, measure = self._counts[name], self._own.get(name, self._measure)
         call = _Call(len(requests))
         counts.num_accepted += len(requests)
         counts.num_choices.observe(len(requests))
         for request in requests:
-            self._open[request.key] = _Track(counts, call, request, request.stamps.arrived_s)
+            arrived_s = request.stamps.arrived_s
+            self._open[request.key] = _Track(counts, call, request, measure, arrived_s)
 
     def delivered(self, item: Item | Forked) -> None:
         """An item reached the sink. One of a request that was never submitted is not counted."""
@@ -122,7 +138,9 @@ class Observer:
             if key not in self._open:
                 track.call.num_open += 1
                 track.counts.num_accepted += 1
-                self._open[key] = _Track(track.counts, track.call, track.request, track.arrived_s)
+                self._open[key] = _Track(
+                    track.counts, track.call, track.request, track.measure, track.arrived_s
+                )
 
     def _take_tokens(self, track: _Track, item: TokenEvent | Answer, now: float) -> None:
         counts, num_tokens = track.counts, len(item.token_ids)
@@ -156,7 +174,7 @@ class Observer:
             self._end_answer(track, last, reason)
             if stamps.transferred_s is not None:
                 num_moved = last.num_prompt_tokens + len(track.request.emitted_token_ids)
-                counts.kv_transfer_bytes += self._kv.num_bytes(num_moved)
+                counts.kv_transfer_bytes += track.measure.kv.num_bytes(num_moved)
                 counts.kv_transfer_tokens += num_moved
         call.num_open -= 1
         call.longest = max(call.longest, track.num_tokens)
@@ -173,7 +191,7 @@ class Observer:
         if num_tokens > 1:
             counts.tpot.observe((track.last_s - track.first_s) / (num_tokens - 1))
         ttft_s = track.first_s - track.arrived_s
-        slo_s = self._slo_ttft_s if request.slo_ttft_s is None else request.slo_ttft_s
+        slo_s = track.measure.slo_ttft_s if request.slo_ttft_s is None else request.slo_ttft_s
         if reason in SERVED and (slo_s is None or ttft_s <= slo_s):
             counts.goodput_tokens += num_tokens
 

@@ -141,7 +141,7 @@ def _requests(shown: Snapshot) -> Iterator[Metric]:
         yield counter(f"sagellm_{name}", documentation, values)
     yield counter("sagellm_requests", "Choices that ended, by reason.", _ended(shown))
     yield counter("sagellm_admission_rejections", "Requests refused.", _rejections(shown))
-    opened = [({"model_name": shown.model}, shown.num_open)]
+    opened = [({"model_name": model.name}, model.num_open) for model in shown.models]
     yield gauge("sagellm_requests_open", "Choices under way.", opened)
     yield histogram("sagellm_request_phase_seconds", "Time of each phase.", _phases(shown))
     transfers = [({"model_name": model}, counts.kv_transfer) for model, counts in by_model]

@@ -57,19 +57,14 @@ class EngineReading:
 
 
 @dataclass(frozen=True, slots=True)
-class Snapshot:
-    """`counts` by model name; `num_open` are choices that the graph has not ended yet."""
+class ModelReading:
+    """One model by the first of its names. `num_open` are choices of it that the graph has not
+    ended yet. An engine that computes for two models is in both.
+    """
 
-    graph: str
-    model: str  # the first of the served names
+    name: str
     num_open: int
-    counts: Mapping[str, Counts]
-    reading: Reading
-    shares: Mapping[tuple[str, int], Shares]
     engines: tuple[EngineReading, ...]
-    graph_lag: Buckets
-    num_migrated: int
-    migration_gaps: Buckets
 
     @property
     def num_running(self) -> int:
@@ -84,6 +79,21 @@ class Snapshot:
     def kv_usage(self) -> float:
         """Of the fullest pool."""
         return max((engine.kv_usage for engine in self.engines), default=0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """`counts` by model name."""
+
+    graph: str
+    models: tuple[ModelReading, ...]
+    counts: Mapping[str, Counts]
+    reading: Reading
+    shares: Mapping[tuple[str, int], Shares]
+    engines: tuple[EngineReading, ...]
+    graph_lag: Buckets
+    num_migrated: int
+    migration_gaps: Buckets
 
 
 def read_engines(

@@ -1,6 +1,7 @@
 """The metrics that vLLM has too, under its names: its boards, routers and autoscalers fit.
 
-The whole graph is one engine to them, "0": what they ask is how much one address has to do.
+All that computes for a model is one engine to them, "0": what they ask is how much one address has
+to do.
 """
 
 from collections.abc import Callable, Iterator
@@ -10,7 +11,7 @@ from prometheus_client.core import Metric
 
 from sagellm.gateway.metrics.counts import Counts
 from sagellm.gateway.metrics.families import Labels, counter, gauge, histogram
-from sagellm.gateway.metrics.snapshot import EngineReading, Snapshot
+from sagellm.gateway.metrics.snapshot import EngineReading, ModelReading, Snapshot
 from sagellm.runtime.buckets import Buckets
 from sagellm.runtime.engine.port import DraftCounts, EngineLoad
 
@@ -83,14 +84,22 @@ def _labels(model: str, **more: str) -> Labels:
 
 
 def _gauges(shown: Snapshot) -> Iterator[Metric]:
-    here = _labels(shown.model)
-    waiting = [(_labels(shown.model, reason="capacity"), shown.num_waiting)]
-    sleep = [(_labels(shown.model, sleep_state=state), on) for state, on in _SLEEP_STATES.items()]
-    cache = [(_cache_labels(shown.model, engine), 1) for engine in shown.engines]
-    yield gauge("vllm:num_requests_running", "In an engine.", [(here, shown.num_running)])
-    yield gauge("vllm:num_requests_waiting", "Not in an engine.", [(here, shown.num_waiting)])
+    running = [(_labels(model.name), model.num_running) for model in shown.models]
+    waits = [(_labels(model.name), model.num_waiting) for model in shown.models]
+    waiting = [(_labels(m.name, reason="capacity"), m.num_waiting) for m in shown.models]
+    usage = [(_labels(model.name), model.kv_usage) for model in shown.models]
+    sleep = [
+        (_labels(model.name, sleep_state=state), on)
+        for model in shown.models
+        for state, on in _SLEEP_STATES.items()
+    ]
+    cache = [
+        (_cache_labels(model.name, engine), 1) for model in shown.models for engine in model.engines
+    ]
+    yield gauge("vllm:num_requests_running", "In an engine.", running)
+    yield gauge("vllm:num_requests_waiting", "Not in an engine.", waits)
     yield gauge("vllm:num_requests_waiting_by_reason", "Not in an engine, by reason.", waiting)
-    yield gauge("vllm:kv_cache_usage_perc", "Leased, 0 to 1.", [(here, shown.kv_usage)])
+    yield gauge("vllm:kv_cache_usage_perc", "Leased, 0 to 1.", usage)
     yield gauge("vllm:engine_sleep_state", "1 for the state that holds.", sleep)
     yield gauge("vllm:cache_config_info", "The KV pools, one a replica of an engine.", cache)
 
@@ -113,27 +122,35 @@ def _counters(shown: Snapshot) -> Iterator[Metric]:
     yield counter("vllm:prompt_tokens_cached_by_source", "By cache.", _cached_by_source(shown))
     yield counter("vllm:request_success", "Requests that ended.", _by_reason(shown))
     yield counter("vllm:admission_rejections", "Refused while it was full.", _rejections(shown))
-    here = _labels(shown.model)
     for name, (documentation, of_load) in _ENGINE_COUNTERS.items():
-        total = sum(of_load(engine.load) for engine in shown.engines)
-        yield counter(f"vllm:{name}", documentation, [(here, total)])
+        totals = [
+            (_labels(model.name), sum(of_load(engine.load) for engine in model.engines))
+            for model in shown.models
+        ]
+        yield counter(f"vllm:{name}", documentation, totals)
     yield from _drafts(shown)
 
 
 def _drafts(shown: Snapshot) -> Iterator[Metric]:
     """Of the engines that speculate; nothing where none does, as in vLLM."""
-    every = [engine.load.drafts for engine in shown.engines if engine.load.drafts.accepted_at]
+    found = {model.name: _draft_counts(model) for model in shown.models}
+    every = {name: drafts for name, drafts in found.items() if drafts}
     if not every:
         return
     for name, (documentation, of) in _DRAFTS.items():
-        values = [(_labels(shown.model), sum(map(of, every)))]
+        values = [(_labels(model), sum(map(of, drafts))) for model, drafts in every.items()]
         yield counter(f"vllm:spec_decode_num_{name}", documentation, values)
     places: list[tuple[Labels, float]] = [
-        (_labels(shown.model, position=str(at)), sum(numbers))
-        for at, numbers in enumerate(zip_longest(*(d.accepted_at for d in every), fillvalue=0))
+        (_labels(model, position=str(at)), sum(numbers))
+        for model, drafts in every.items()
+        for at, numbers in enumerate(zip_longest(*(d.accepted_at for d in drafts), fillvalue=0))
     ]
     name = "vllm:spec_decode_num_accepted_tokens_per_pos"
     yield counter(name, "Draft tokens that were right, by place in the draft.", places)
+
+
+def _draft_counts(model: ModelReading) -> list[DraftCounts]:
+    return [engine.load.drafts for engine in model.engines if engine.load.drafts.accepted_at]
 
 
 def _by_source(shown: Snapshot) -> Iterator[tuple[Labels, float]]:
@@ -170,11 +187,20 @@ def _rejections(shown: Snapshot) -> Iterator[tuple[Labels, float]]:
 
 
 def _steps(shown: Snapshot) -> Iterator[Metric]:
-    """Steps of all engines together; not of engines that do not count them."""
-    counted = [engine.step_tokens for engine in shown.engines if engine.step_tokens is not None]
-    if counted:
-        total = counted[0].copy()
-        for other in counted[1:]:
-            total.add(other)
-        values = [(_labels(shown.model), total)]
+    """Steps of all engines of a model together; not of engines that do not count them."""
+    values = [
+        (_labels(model.name), total)
+        for model in shown.models
+        if (total := _step_tokens(model)) is not None
+    ]
+    if values:
         yield histogram("vllm:iteration_tokens_total", "Tokens computed in one step.", values)
+
+
+def _step_tokens(model: ModelReading) -> Buckets | None:
+    counted = [engine.step_tokens for engine in model.engines if engine.step_tokens is not None]
+    total = counted[0].copy() if counted else None
+    for other in counted[1:]:
+        assert total is not None
+        total.add(other)
+    return total

@@ -30,10 +30,11 @@ export class Api {
     return (await response.json()).data;
   }
 
-  /** Whether the model can chat. True where the server does not tell. */
-  async hasChatTemplate() {
+  /** Whether a model can chat. True where the server does not tell. */
+  async hasChatTemplate(model) {
+    const query = model ? `?model=${encodeURIComponent(model)}` : "";
     try {
-      const response = await this.#call("tokenizer_info");
+      const response = await this.#call(`tokenizer_info${query}`);
       return (await response.json()).chat_template !== null;
     } catch (error) {
       if (error instanceof ApiError && error.status !== 401) return true;

@@ -17,12 +17,17 @@ let answering = null; // the AbortController of the answer under way
 async function load() {
   try {
     settings.showModels(await api.models());
-    settings.showChat(await api.hasChatTemplate());
+    await showMode();
     byId("key-form").hidden = true;
   } catch (error) {
     refused(error);
     settings.showModelsFailure(error);
   }
+}
+
+/** Whether the chosen model can chat. */
+async function showMode() {
+  settings.showChat(await api.hasChatTemplate(settings.model));
 }
 
 /** Ask for a key where the server wants one. */
@@ -201,6 +206,9 @@ byId("question").addEventListener("keydown", (event) => {
 });
 document.addEventListener("keydown", (event) => {
   if (event.key === "Escape" && !event.isComposing) stop();
+});
+byId("settings").addEventListener("change", (event) => {
+  if (event.target.name === "model") showMode();
 });
 byId("stop").addEventListener("click", stop);
 byId("clear").addEventListener("click", clear);

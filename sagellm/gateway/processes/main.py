@@ -13,11 +13,10 @@ from typing import Any
 import anyio
 from anyio.abc import TaskGroup, UNIXSocketStream
 
-from sagellm.engines import load_tokenizer_of
 from sagellm.gateway.app import App, build_app
 from sagellm.gateway.budgets import Budgets
 from sagellm.gateway.count import Tally
-from sagellm.gateway.gateway import Gateway
+from sagellm.gateway.gateway import Gateway, Served
 from sagellm.gateway.processes.door import RemoteDoor
 from sagellm.gateway.processes.link import Link, read_first
 from sagellm.gateway.processes.messages import (
@@ -42,6 +41,7 @@ from sagellm.gateway.server.drain import CLOSE_S
 from sagellm.gateway.server.signals import ignore_noted
 from sagellm.graphs.text.codec import from_msgpack
 from sagellm.logs import own_logs
+from sagellm.models import Models, load_models
 from sagellm.runtime.cluster.lifeline import hold_lifeline
 
 _SERVERS = {  # the loop that each runs on, and what it is there
@@ -85,14 +85,15 @@ async def _run(
 ) -> bool:
     async with await UNIXSocketStream.from_socket(door_socket) as stream:
         link: Link[FromGraph] = Link(stream, FromGraph)
-        gateway = _gateway(setup, start, link)
+        models = load_models(from_msgpack(setup.graph))
+        gateway = _gateway(setup, start, link, models)
         app = build_app(gateway)
         server = make_server(app, setup.settings, socket(fileno=start.listener))
-        with gateway.tokenizer.kept():
+        with models.kept():
             return await _Serving(app, server, link).run()
 
 
-def _gateway(setup: Setup, start: Start, link: Link[FromGraph]) -> Gateway:
+def _gateway(setup: Setup, start: Start, link: Link[FromGraph], models: Models) -> Gateway:
     settings = setup.settings
     tally = Tally(start.tally, start.num_rows, tally_names(settings))
     count = partial(tally.count, row=start.row)
@@ -101,8 +102,10 @@ def _gateway(setup: Setup, start: Start, link: Link[FromGraph]) -> Gateway:
     return Gateway(
         settings=settings,
         door=door,
-        tokenizer=load_tokenizer_of(graph),
-        model=setup.model,
+        models=tuple(
+            Served(card, model.tokenizer)
+            for card, model in zip(setup.models, models.all, strict=True)
+        ),
         readiness=Told(setup.is_ready, setup.not_ready_reason),
         budgets=Budgets(settings.common_budget, count=count, own=settings.budgets),
         meters=RemoteMeters(door, PATHS),

@@ -5,9 +5,9 @@ from typing import Any, TypeAlias
 
 import msgspec
 
+from sagellm.gateway.cards import ModelCard
 from sagellm.gateway.door import Entry
 from sagellm.gateway.failure import ApiError
-from sagellm.gateway.gateway import ModelCard
 from sagellm.gateway.settings import Settings
 from sagellm.runtime.buckets import Buckets
 from sagellm.runtime.messages import TokenEvent
@@ -26,7 +26,7 @@ class Setup(_Message, frozen=True, tag=True):
     """
 
     settings: Settings
-    model: ModelCard
+    models: tuple[ModelCard, ...]
     graph: bytes
     log_level: int
     is_ready: bool

@@ -2,7 +2,7 @@
 
 import random
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -12,8 +12,8 @@ from secrets import token_bytes
 import msgspec
 import trio
 
+from sagellm.gateway.cards import ModelCard
 from sagellm.gateway.count import Tally
-from sagellm.gateway.gateway import ModelCard
 from sagellm.gateway.metrics.exposition import GatewayMeters
 from sagellm.gateway.processes.life import EXIT_S, Life
 from sagellm.gateway.processes.messages import (
@@ -64,14 +64,14 @@ class GatewayProcesses:
         self,
         session: Session,
         settings: Settings,
-        model: ModelCard,
+        models: Sequence[ModelCard],
         meters: GatewayMeters,
         readiness: Readiness,
         sock: socket.socket,
     ) -> None:
         self._session = session
         self._settings = replace(settings, salt_key=settings.salt_key or token_bytes(32))
-        self._model = model
+        self._models = tuple(models)
         self._meters = meters
         self._readiness = readiness
         self._sock = sock
@@ -199,7 +199,7 @@ class GatewayProcesses:
     def _setup(self) -> Setup:
         return Setup(
             self._settings,
-            self._model,
+            self._models,
             to_msgpack(self._session.executor.plan.graph),
             getLogger().level,
             self._readiness.is_ready,

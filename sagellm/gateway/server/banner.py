@@ -2,6 +2,7 @@
 
 import os
 import shlex
+from collections.abc import Sequence
 
 import msgspec
 
@@ -11,12 +12,13 @@ KEY_VARIABLE = "SAGELLM_API_KEY"
 _ANY_HOST = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}
 
 
-def banner(url: str, model: str, settings: Settings, *, has_chat: bool) -> str:
-    """Lines for people; the last one calls the server from a shell. No key is in them."""
-    reachable = _reachable(url)
+def banner(url: str, models: Sequence[str], settings: Settings, *, has_chat: bool) -> str:
+    """Lines for people; the last one asks the first model from a shell. No key is in them."""
+    reachable, model, named = _reachable(url), models[0], ", ".join(models)
+    word = "models" if len(models) > 1 else "model"
     lines = [
-        f"sagellm serves {model} at {url}",
-        f"  base URL: {reachable}/v1   model: {model}",
+        f"sagellm serves {named} at {url}",
+        f"  base URL: {reachable}/v1   {word}: {named}",
         f"  {curl(reachable, model, settings, has_chat=has_chat)}",
     ]
     if settings.api_keys and not _is_key(settings):

@@ -1,7 +1,6 @@
 """A gateway before an open session: built, probed, served, drained."""
 
-import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from importlib import import_module
 from socket import socket
@@ -10,13 +9,14 @@ import trio
 
 from sagellm.gateway.app import App, build_app
 from sagellm.gateway.budgets import Budgets
+from sagellm.gateway.cards import ModelCard, model_cards
 from sagellm.gateway.door import Door
 from sagellm.gateway.door_portal import open_portal
 from sagellm.gateway.door_session import SessionDoor
-from sagellm.gateway.gateway import Gateway, ModelCard
+from sagellm.gateway.gateway import Gateway, Served
 from sagellm.gateway.metrics.exposition import GatewayMeters
 from sagellm.gateway.processes.supervision import GatewayProcesses, GatewaysFailed
-from sagellm.gateway.readiness import Readiness
+from sagellm.gateway.readiness import Probe, Readiness
 from sagellm.gateway.routes import PATHS
 from sagellm.gateway.server.banner import banner
 from sagellm.gateway.server.drain import Here, Server, Serving, serve
@@ -67,21 +67,22 @@ async def serve_session(
     tell: Callable[[str], None],
 ) -> None:
     """As `serve_graph`, for a session that is open; `signals` end it. Raises GatewaysFailed."""
-    model, readiness = model_card(session, settings), Readiness()
+    models, readiness = model_cards(session, settings), Readiness()
     has_chat = session.tokenizer.chat_template is not None
-    said = banner(url_of(sock, settings), model.id, settings, has_chat=has_chat)
+    names = [card.id for card in models]
+    said = banner(url_of(sock, settings), names, settings, has_chat=has_chat)
     async with (
         _unwrapped(),
-        _traced(session, settings),
+        _traced(session, settings, models),
         _door(session, settings) as door,
         trio.open_nursery() as nursery,
     ):
-        meters = meters_of(session, settings)
+        meters = meters_of(session, settings, models)
         serving: Serving
         if settings.num_gateways:
-            serving = GatewayProcesses(session, settings, model, meters, readiness, sock)
+            serving = GatewayProcesses(session, settings, models, meters, readiness, sock)
         else:
-            app = build_app(gateway_of(session, settings, door, meters, model, readiness))
+            app = build_app(gateway_of(session, settings, door, meters, models, readiness))
             serving = Here(server_class(settings.server)(app, settings, sock), app)
         if session.supervisor is None:  # else it has a control of its own
             executed = session.executor.plan
@@ -97,14 +98,16 @@ def gateway_of(
     settings: Settings,
     door: Door,
     meters: GatewayMeters,
-    model: ModelCard,
+    models: Sequence[ModelCard],
     readiness: Readiness,
 ) -> Gateway:
     return Gateway(
         settings=settings,
         door=door,
-        tokenizer=session.tokenizer,
-        model=model,
+        models=tuple(
+            Served(card, model.tokenizer)
+            for card, model in zip(models, session.models.all, strict=True)
+        ),
         readiness=readiness,
         budgets=Budgets(settings.common_budget, own=settings.budgets),
         meters=meters,
@@ -112,25 +115,12 @@ def gateway_of(
     )
 
 
-def meters_of(session: Session, settings: Settings) -> GatewayMeters:
+def meters_of(session: Session, settings: Settings, models: Sequence[ModelCard]) -> GatewayMeters:
     return GatewayMeters(
         session,
-        models=settings.served_models,
+        models=models,
         endpoints=PATHS,
         compat=settings.metrics_compat,
-    )
-
-
-def model_card(session: Session, settings: Settings) -> ModelCard:
-    """What clients are told of the model; the length is that of the shortest engine."""
-    engines = session.executor.engines
-    facts = [engine.facts for replicas in engines.values() for engine in replicas]
-    return ModelCard(
-        names=settings.served_models,
-        root=settings.served_models[0],
-        max_model_len=min(each.max_model_len for each in facts),
-        vocab_size=session.tokenizer.vocab_size,
-        created=int(time.time()),
     )
 
 
@@ -158,11 +148,18 @@ async def _door(session: Session, settings: Settings) -> AsyncIterator[Door]:
         yield door
 
 
-def _traced(session: Session, settings: Settings) -> AbstractAsyncContextManager[None]:
+def _traced(
+    session: Session, settings: Settings, models: Sequence[ModelCard]
+) -> AbstractAsyncContextManager[None]:
     if settings.otlp_endpoint is None:
         return nullcontext()
-    model, sample = settings.served_models[0], settings.trace_sample
-    return open_tracing(session, endpoint=settings.otlp_endpoint, model=model, sample=sample)
+    return open_tracing(
+        session,
+        endpoint=settings.otlp_endpoint,
+        model=models[0].id,
+        names={card.key: card.id for card in models if card.key},
+        sample=settings.trace_sample,
+    )
 
 
 def _probe(tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -174,6 +171,9 @@ def _probe(tokenizer: Tokenizer) -> tuple[int, ...]:
 
 
 async def _watch(readiness: Readiness, session: Session, streaming: Streaming) -> None:
-    """Probes go through a door of this loop: the graph is the same."""
-    token_ids = await trio.to_thread.run_sync(_probe, session.tokenizer, abandon_on_cancel=True)
-    await readiness.watch(SessionDoor(session, streaming), session.health, token_ids, PROBE_TEXT)
+    """Probes of each model go through a door of this loop: the graph is the same."""
+    probes = []
+    for model in session.models.all:
+        token_ids = await trio.to_thread.run_sync(_probe, model.tokenizer, abandon_on_cancel=True)
+        probes.append(Probe(token_ids, PROBE_TEXT, model.key))
+    await readiness.watch(SessionDoor(session, streaming), session.health, probes)

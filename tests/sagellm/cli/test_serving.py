@@ -2,12 +2,14 @@
 
 import os
 import sys
+from pathlib import Path
 
 import pytest
 
+from sagellm import Graph
 from sagellm.cli import main
 from sagellm.cli.failure import Failure
-from sagellm.cli.named import choose_graph
+from sagellm.cli.named import choose_graph, choose_graphs, chosen_model
 from sagellm.cli.serving import (
     ListenOptions,
     ModelOptions,
@@ -19,6 +21,7 @@ from sagellm.cli.serving import (
     served_names,
 )
 from sagellm.gateway.settings import Settings
+from sagellm.graphs.served import served_models
 
 
 @pytest.fixture(autouse=True)
@@ -71,6 +74,46 @@ def test_a_folder_is_served_by_its_name(tmp_path: object) -> None:
     assert served_names(graph, f"{tmp_path}/", ModelOptions())[0] not in ("", str(tmp_path))
     named = ModelOptions(served_model_name=("a", "b"))
     assert served_names(graph, str(tmp_path), named) == ("a", "b")
+
+
+def test_several_models_have_the_names_of_their_table() -> None:
+    graph, model = choose_graphs(["sage-tiny", "null"], None)
+    assert served_names(graph, model, ModelOptions()) == ("sage-tiny", "null")
+    assert [one.engines for one in served_models(graph.ir)] == [("sage-tiny",), ("null",)]
+    with pytest.raises(Failure, match="several are served"):
+        served_names(graph, model, ModelOptions(served_model_name=("a",)))
+
+
+@pytest.mark.parametrize(
+    ("names", "model", "says"),
+    [
+        (["pd", "sage-tiny"], None, "pd is a graph"),
+        (["sage-tiny", "pd"], None, "pd is a graph"),
+        (["sage-tiny", "sage-tiny"], None, "two of the models are called sage-tiny"),
+        (["sage-tiny", "null"], "null", "several models are named"),
+        (["sage-tiny", "sage-tny"], None, "no graph and no model"),
+    ],
+)
+def test_names_beside_each_other_are_models(names: list[str], model: str | None, says: str) -> None:
+    with pytest.raises(Failure, match=says):
+        choose_graphs(names, model)
+
+
+@pytest.mark.parametrize(
+    ("model", "means"), [(None, (None, "")), ("echo", (None, "echo")), ("tiny", (None, "tiny"))]
+)
+def test_of_several_models_the_option_chooses_one(
+    model: str | None, means: tuple[str | None, str]
+) -> None:
+    graph = Graph.load(Path("examples/two_models.yaml"))
+    assert chosen_model(graph, model) == means
+    assert chosen_model(Graph.load("pd"), model) == (model, "")
+
+
+def test_a_model_that_none_of_several_is_called_is_refused() -> None:
+    with pytest.raises(Failure, match="no such model") as failed:
+        chosen_model(Graph.load(Path("examples/two_models.yaml")), "defaul")
+    assert failed.value.fix == "did you mean default?"
 
 
 def test_the_length_goes_to_every_engine() -> None:

@@ -41,7 +41,7 @@ def hostile(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Tokenize
 async def test_the_server_answers_all_the_while(server: str, hostile: Tokenizer) -> None:
     """A call that needs no text, and one of the same model that brings its tokens."""
     async with serving(server) as served:
-        served.gateway.encoder = Encoder(hostile)
+        served.gateway.models[0].encoder = Encoder(hostile)
         for raw in (get("/live"), post("/v1/completions", {"model": "m", "prompt": [1], "n": 99})):
             await served.ask(raw)  # what is made at first use is made now
         seconds, statuses = await _canaries_during(served)

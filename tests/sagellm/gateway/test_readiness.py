@@ -1,6 +1,6 @@
 """Readiness: what has to be seen before it, and what ends it."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ from trio.testing import MockClock
 
 from sagellm.gateway.door import Door
 from sagellm.gateway.failure import ApiError
-from sagellm.gateway.readiness import PROBE_S, RETRY_S, WATCH_S, Readiness
+from sagellm.gateway.readiness import PROBE_S, RETRY_S, WATCH_S, Probe, Readiness
 from sagellm.runtime.messages import OPERATOR_FAILED, TokenEvent
 
 
@@ -24,11 +24,16 @@ class Health:
     missing: str = ""
 
 
+PROBES = (Probe((1,), "x"),)
+
+
 @asynccontextmanager
-async def watched(door: Door, health: Health) -> AsyncIterator[Readiness]:
+async def watched(
+    door: Door, health: Health, probes: Sequence[Probe] = PROBES
+) -> AsyncIterator[Readiness]:
     readiness = Readiness()
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(readiness.watch, door, lambda: health, (1,), "x")
+        nursery.start_soon(readiness.watch, door, lambda: health, probes)
         await trio.testing.wait_all_tasks_blocked()
         yield readiness
         nursery.cancel_scope.cancel()
@@ -46,6 +51,17 @@ async def test_the_probe_is_one_token_before_all_others() -> None:
         (entry,) = door.entries
     assert (entry.sampling.max_tokens, entry.priority, entry.token_ids) == (1, 0, (1,))
     assert door.left == [entry.request_id]
+
+
+async def test_each_model_is_probed_and_one_that_fails_is_named(autojump_clock: MockClock) -> None:
+    answers: list[TokenEvent] = [last("a"), last(reason="refused"), last("a"), last("b")]
+    door = ScriptedDoor(lambda entry: [[answers.pop(0)]])
+    probes = (Probe((1,), "x", "one"), Probe((2,), "x", "two"))
+    async with watched(door, Health(), probes) as readiness:
+        assert readiness.reason == "the graph ended the probe: refused (model two)"
+        await trio.sleep(RETRY_S + 0.1)
+        assert readiness.is_ready
+    assert [entry.model for entry in door.entries] == ["one", "two", "one", "two"]
 
 
 async def test_a_refused_probe_is_tried_again(autojump_clock: MockClock) -> None:

@@ -11,9 +11,9 @@ from models_on_the_fly import VOCAB_SIZE, make_model, random_prompts
 from transformers import AutoModelForCausalLM
 
 from sagellm import Graph
+from sagellm.gateway.cards import ModelCard
 from sagellm.gateway.door_session import SessionDoor
 from sagellm.gateway.endpoints.completions import completions
-from sagellm.gateway.gateway import ModelCard
 from sagellm.gateway.settings import Streaming
 
 PROMPTS = [list(prompt) for prompt in random_prompts((2, 9, 70))]

@@ -155,7 +155,7 @@ async def test_others_have_their_turn_between_the_samplings_of_a_call():
 
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(count_turns)
-        await samplings_of(gateway, asked, prompts)
+        await samplings_of(gateway.models[0], asked, prompts)
         tasks.cancel_scope.cancel()
     assert num_turns > len(prompts) / 2  # trio lets a task go twice now and then
 

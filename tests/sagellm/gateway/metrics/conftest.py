@@ -5,6 +5,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, TypeAlias
 
 import pytest
+from gateway_calls import CARD
 
 from sagellm import Graph
 from sagellm.gateway.metrics.exposition import GatewayMeters
@@ -29,7 +30,7 @@ def opened() -> Opened:
             yield (
                 session,
                 GatewayMeters(
-                    session, models=("m", "alias"), endpoints=("/v1/completions",), compat=compat
+                    session, models=(CARD,), endpoints=("/v1/completions",), compat=compat
                 ),
             )
 

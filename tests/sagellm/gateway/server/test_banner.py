@@ -19,13 +19,13 @@ def _no_key(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_it_names_the_address_the_model_and_a_command() -> None:
     serves, base, browser, command = banner(
-        URL, "sage-tiny", Settings(), has_chat=True
+        URL, ["sage-tiny"], Settings(), has_chat=True
     ).splitlines()
     assert serves == f"sagellm serves sage-tiny at {URL}"
     assert base == f"  base URL: {URL}/v1   model: sage-tiny"
     assert browser == f"  in a browser: {URL}/   its API: {URL}/docs"
     assert command.strip() == curl(URL, "sage-tiny", Settings(), has_chat=True)
-    assert "browser" not in banner(URL, "m", Settings(page=False), has_chat=True)
+    assert "browser" not in banner(URL, ["m"], Settings(page=False), has_chat=True)
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_the_command_asks_for_what_the_model_can(has_chat: bool, path: str, fiel
                            ("http://box:80", "http://box:80")],
 )  # fmt: skip
 def test_the_address_is_one_that_can_be_called(listens: str, calls: str) -> None:
-    assert f"base URL: {calls}/v1" in banner(listens, "m", Settings(), has_chat=True)
+    assert f"base URL: {calls}/v1" in banner(listens, ["m"], Settings(), has_chat=True)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_a_key_is_asked_for_and_never_shown(
 ) -> None:
     if given is not None:
         monkeypatch.setenv(KEY_VARIABLE, given)
-    said = banner(URL, "m", Settings(api_keys={"a": "hunter2"}), has_chat=True)
+    said = banner(URL, ["m"], Settings(api_keys={"a": "hunter2"}), has_chat=True)
     assert f'-H "Authorization: Bearer {word}"' in said
     assert "hunter2" not in said
     assert ("with a key of yours" in said) == (not has_key)

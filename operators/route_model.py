@@ -1,0 +1,59 @@
+"""route_model: sends each request to the outlet of the model that it names."""
+
+from dataclasses import dataclass
+
+from sagellm.graphs.vocabulary import REQUEST, ListedPorts, OpSpec, Port, nearest
+from sagellm.runtime.messages import Request, TokenEvent, refusal
+from sagellm.runtime.operator import Arrival, Draw, Emit, Input, Setup, Step, Terminate
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """`models`: keys of the table of models. Each is an outlet; a request that names none takes
+    the first.
+    """
+
+    models: tuple[str, ...]
+
+
+SPEC = OpSpec(
+    "route_model",
+    (Port("in", REQUEST),),
+    (),
+    options=Options,
+    signals=frozenset(),
+    listed_outlets=ListedPorts("models", REQUEST),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class RouteModel:
+    """Has no state. A request for a model that is not listed is refused: the session, which knows
+    all models, lets none in; a function before this operator may have changed it.
+    """
+
+    models: tuple[str, ...]
+
+    @property
+    def initial(self) -> None:
+        return None
+
+    def on(self, state: None, happened: Input, now: float, draw: Draw) -> Step[None]:
+        match happened:
+            case Arrival(item=Request() as request) if request.model in self.models:
+                return Step(None, (Emit(request, request.model),))
+            case Arrival(item=Request(model="") as request):
+                return Step(None, (Emit(request, self.models[0]),))
+            case Arrival(item=Request() as request):
+                return Step(None, (Terminate(self._refusal(request, now)),))
+        return Step(None)
+
+    def _refusal(self, request: Request, now: float) -> TokenEvent:
+        close = nearest(request.model, self.models)
+        hint = f"; did you mean {close!r}?" if close else ""
+        error = f"no way leads to the model {request.model!r}{hint}"
+        return refusal(request, "refused", now=now, error=error, code="bad_request")
+
+
+def build(options: Options, setup: Setup) -> RouteModel:
+    return RouteModel(tuple(options.models))
