@@ -22,11 +22,11 @@ from sagellm.registering import RESOLVER
 from sagellm.runtime.core.core import Core
 from sagellm.runtime.core.effects import Send
 from sagellm.runtime.core.events import Arrived, Emitted, Event, Opened, Released, Reported
-from sagellm.runtime.engine.port import EngineLoad
 from sagellm.runtime.feedback import LoadReported
 from sagellm.runtime.messages import Request, Sampling, Stamps, TokenEvent
 from sagellm.runtime.operator import Credit
 from sagellm.runtime.plan import plan
+from sagellm.runtime.port import EngineLoad
 
 WAITING = (10, 1_000, 100_000)
 REPLICAS = (8, 64, 1_000)

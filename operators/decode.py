@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import msgspec
 
 from sagellm.graphs.vocabulary import EVENT, PREFILLED, OpSpec, Port
-from sagellm.runtime.engine.port import EngineEvent, EngineFacts, EngineRefusal
 from sagellm.runtime.handover import Held, abandon, merge_stamps, refused, report_first_token
 from sagellm.runtime.messages import Item, Prefilled, Request, TokenEvent
 from sagellm.runtime.operator import Context, Credit, Setup, Signal
+from sagellm.runtime.port import EngineEvent, EngineFacts, EngineRefusal
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,10 +3,10 @@
 from dataclasses import dataclass, field
 
 from sagellm.graphs.vocabulary import EVENT, REQUEST, OpSpec, Port
-from sagellm.runtime.engine.port import EngineEvent, EngineFacts, EngineRefusal
 from sagellm.runtime.handover import Held, merge_stamps, refused, report_first_token
 from sagellm.runtime.messages import Item, Request, TokenEvent
 from sagellm.runtime.operator import Context, Credit, Setup, Signal
+from sagellm.runtime.port import EngineEvent, EngineFacts, EngineRefusal
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,17 +7,17 @@ import trio
 
 from sagellm.graphs.log import get_logger
 from sagellm.graphs.vocabulary import PREFILLED, OpSpec, Port
-from sagellm.runtime.engine.port import (
+from sagellm.runtime.handover import abandon
+from sagellm.runtime.kv.links import Links
+from sagellm.runtime.messages import Item, LeaseRef, Prefilled, Request
+from sagellm.runtime.operator import Context, Credit, Setup, Signal
+from sagellm.runtime.port import (
     DamagedBlocks,
     EngineEvent,
     EngineFacts,
     LeaseOffer,
     StaleLease,
 )
-from sagellm.runtime.handover import abandon
-from sagellm.runtime.kv.links import Links
-from sagellm.runtime.messages import Item, LeaseRef, Prefilled, Request
-from sagellm.runtime.operator import Context, Credit, Setup, Signal
 
 log = get_logger("sagellm.kv")
 

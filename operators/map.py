@@ -3,7 +3,6 @@
 from dataclasses import dataclass, field
 
 from sagellm.graphs.vocabulary import OpSpec, Port
-from sagellm.runtime.engine.port import EngineEvent, EngineFacts
 from sagellm.runtime.messages import Item, Request, TokenEvent
 from sagellm.runtime.operator import (
     Arrival,
@@ -19,6 +18,7 @@ from sagellm.runtime.operator import (
     Step,
     Terminate,
 )
+from sagellm.runtime.port import EngineEvent, EngineFacts
 from sagellm.runtime.user_function import UserFunction, ending, failing, find_function, rewritten
 
 DEFAULT_CONCURRENCY = 16  # such calls mostly wait, and a service of the user's bears some

@@ -5,7 +5,10 @@ from dataclasses import dataclass, field
 import msgspec
 
 from sagellm.graphs.vocabulary import PREFILLED, REQUEST, OpSpec, Port
-from sagellm.runtime.engine.port import (
+from sagellm.runtime.handover import abandon, merge_stamps, refused
+from sagellm.runtime.messages import Item, Prefilled, Request, TokenEvent
+from sagellm.runtime.operator import Context, Credit, Setup, Signal, Target
+from sagellm.runtime.port import (
     EngineEvent,
     EngineFacts,
     EngineRefusal,
@@ -13,9 +16,6 @@ from sagellm.runtime.engine.port import (
     LeaseOffer,
     PrefillDone,
 )
-from sagellm.runtime.handover import abandon, merge_stamps, refused
-from sagellm.runtime.messages import Item, Prefilled, Request, TokenEvent
-from sagellm.runtime.operator import Context, Credit, Setup, Signal, Target
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from typing import TypeAlias
 import msgspec
 
 from sagellm.runtime.backlog import Backlog
-from sagellm.runtime.engine.port import EngineLoad
+from sagellm.runtime.port import EngineLoad
 
 
 class _Report(msgspec.Struct, frozen=True, kw_only=True, gc=False):

@@ -2,10 +2,10 @@
 
 import msgspec
 
-from sagellm.runtime.engine.port import Engine, EngineRefusal
 from sagellm.runtime.feedback import FirstToken
 from sagellm.runtime.messages import Item, Prefilled, Request, Stamps, TokenEvent, refusal
 from sagellm.runtime.operator import Context, Signal
+from sagellm.runtime.port import Engine, EngineRefusal
 
 
 class Held:

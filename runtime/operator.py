@@ -17,9 +17,9 @@ from typing import (
 import msgspec
 
 from sagellm.graphs.vocabulary import OpSpec
-from sagellm.runtime.engine.port import Engine, EngineEvent, EngineFacts
 from sagellm.runtime.feedback import Feedback, Topology
 from sagellm.runtime.messages import Forked, Item, Request, TokenEvent
+from sagellm.runtime.port import Engine, EngineEvent, EngineFacts
 
 
 class Credit(msgspec.Struct, frozen=True, array_like=True):

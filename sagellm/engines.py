@@ -15,9 +15,9 @@ from sagellm.graphs.log import get_logger
 from sagellm.runtime.engine.local import LocalEngine
 from sagellm.runtime.engine.opening import open_engine
 from sagellm.runtime.engine.options import EngineOptions
-from sagellm.runtime.engine.port import Engine
 from sagellm.runtime.kv.transport import Sharing
 from sagellm.runtime.options import read_options
+from sagellm.runtime.port import Engine
 
 log = get_logger("sagellm.engine")
 

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from sagellm.runtime.engine.port import EngineHealth
 from sagellm.runtime.executors.tasks import TasksExecutor
+from sagellm.runtime.port import EngineHealth
 
 if TYPE_CHECKING:
     from sagellm.runtime.cluster.supervisor import Supervisor

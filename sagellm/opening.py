@@ -27,9 +27,9 @@ from sagellm.graphs.text.yaml import Document
 from sagellm.misuse import UsageError, misused, refuse_in_loop, unopened
 from sagellm.models import Models, load_models
 from sagellm.runtime.cluster.options import IPC, ProcessesOptions, processes_options
-from sagellm.runtime.engine.port import Engine
 from sagellm.runtime.executors.tasks import TasksExecutor
 from sagellm.runtime.plan import plan
+from sagellm.runtime.port import Engine
 from sagellm.runtime.resolver import Resolver
 from sagellm.session import RequestFailed, Session
 

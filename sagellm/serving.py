@@ -29,8 +29,8 @@ from sagellm.cli.serving import (
     served_names,
 )
 from sagellm.cli.setting import InvalidSetting, settings_of
-from sagellm.gateway.server.front import serve_graph
-from sagellm.gateway.server.listen import url_of
+from sagellm.gateway.front import serve_graph
+from sagellm.gateway.listen import url_of
 from sagellm.gateway.settings import Settings
 from sagellm.graphs.vocabulary import nearest
 from sagellm.opening import OpenGraph

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from sagellm.operators.metrics_sink import statistics as sink_statistics
-from sagellm.runtime.engine.port import EngineLoad
 from sagellm.runtime.executors.tasks import TasksExecutor
+from sagellm.runtime.port import EngineLoad
 
 
 @dataclass(frozen=True, slots=True)

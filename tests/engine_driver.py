@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 import trio
 
 from sagellm.runtime.engine.local import LocalEngine
-from sagellm.runtime.engine.port import LeaseOffer, PrefillDone
 from sagellm.runtime.engine.runner import Runner
 from sagellm.runtime.messages import LeaseRef, Sampling, SequenceState, TokenEvent
+from sagellm.runtime.port import LeaseOffer, PrefillDone
 
 OWNER = "test"
 

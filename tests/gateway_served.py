@@ -24,11 +24,11 @@ from starlette.types import Receive, Scope, Send
 from sagellm import Graph, ops
 from sagellm.gateway.app import App
 from sagellm.gateway.door import Entry
+from sagellm.gateway.front import serve_session, server_class
 from sagellm.gateway.gateway import Gateway
+from sagellm.gateway.listen import bind
 from sagellm.gateway.routes import ROUTES
 from sagellm.gateway.server.drain import Here, Server, serve
-from sagellm.gateway.server.front import serve_session, server_class
-from sagellm.gateway.server.listen import bind
 from sagellm.gateway.settings import Settings
 from sagellm.gateway.table import Route
 from sagellm.runtime.messages import TokenEvent

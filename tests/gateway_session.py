@@ -15,8 +15,8 @@ import trio
 from gateway_served import GATEWAYS, get, read_reply
 
 from sagellm import Graph
-from sagellm.gateway.server.front import serve_session
-from sagellm.gateway.server.listen import bind
+from sagellm.gateway.front import serve_session
+from sagellm.gateway.listen import bind
 from sagellm.gateway.settings import Budget, Settings
 from sagellm.runtime.engine.local import LocalEngine
 from sagellm.session import Session

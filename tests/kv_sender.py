@@ -12,11 +12,11 @@ import torch
 import trio
 
 from sagellm.backends.cpu.storage import CpuStorage
-from sagellm.runtime.engine.port import StaleLease
 from sagellm.runtime.kv.pool_bytes import PoolBytes
 from sagellm.runtime.kv.shared import SharedMemory
 from sagellm.runtime.kv.transport import Kind, Sharing, Transport
 from sagellm.runtime.kv.transports import open_transport
+from sagellm.runtime.port import StaleLease
 
 SHAPE = (3, 2, 64, 2, 4, 8)  # layers, keys and values, blocks, heads, block size, head size
 SIZE = 4 * 3 * 2 * 64 * 2 * 4 * 8

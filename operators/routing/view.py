@@ -9,9 +9,9 @@ import msgspec
 from immutables import Map
 from msgspec.structs import replace
 
-from sagellm.runtime.engine.port import EngineLoad
 from sagellm.runtime.messages import Request
 from sagellm.runtime.min_tree import MinTree
+from sagellm.runtime.port import EngineLoad
 
 Replica = tuple[str, int]  # a pool (an engine, or a node without one) and a number in it
 

@@ -18,7 +18,7 @@ from sagellm.runtime.cluster.suspects import Suspects
 from sagellm.runtime.cluster.worker import Watch, Worker, WorkerState
 from sagellm.runtime.comm.channel import Channel, ChannelClosed
 from sagellm.runtime.comm.protocol import Open, Ping, Ready, Starting, Stop, Unfit
-from sagellm.runtime.engine.port import EngineFacts
+from sagellm.runtime.port import EngineFacts
 
 log = get_logger("sagellm.cluster")
 

@@ -10,7 +10,7 @@ from sagellm.runtime.cluster.control import Answered, Asked, Row
 from sagellm.runtime.cluster.faults import CannotScale, WorkerUnfit
 from sagellm.runtime.cluster.supervisor import Supervisor
 from sagellm.runtime.cluster.worker import Worker
-from sagellm.runtime.engine.port import Engine, EngineLoad
+from sagellm.runtime.port import Engine, EngineLoad
 
 NO_WORKERS = "the graph runs in one process, without workers: serve it with --executor processes"
 

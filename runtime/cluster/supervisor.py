@@ -14,9 +14,9 @@ from sagellm.runtime.cluster.faults import CannotScale
 from sagellm.runtime.cluster.keeping import Keeper
 from sagellm.runtime.cluster.launch import Launcher
 from sagellm.runtime.cluster.worker import Watch, Worker, WorkerState
-from sagellm.runtime.engine.port import EngineFacts
 from sagellm.runtime.engine.prefetching import Prefetcher
 from sagellm.runtime.engine.remote import RemoteEngine
+from sagellm.runtime.port import EngineFacts
 
 log = get_logger("sagellm.cluster")
 

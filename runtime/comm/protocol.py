@@ -9,16 +9,16 @@ from typing import Literal, TypeAlias
 import msgspec
 
 from sagellm.backends.progress import Event
-from sagellm.runtime.engine.port import (
+from sagellm.runtime.kv.located import Located
+from sagellm.runtime.kv.part import Part
+from sagellm.runtime.messages import LeaseRef, SequenceState, TokenEvent
+from sagellm.runtime.port import (
     EngineFacts,
     EngineHealth,
     EngineLoad,
     LeaseOffer,
     PrefillDone,
 )
-from sagellm.runtime.kv.located import Located
-from sagellm.runtime.kv.part import Part
-from sagellm.runtime.messages import LeaseRef, SequenceState, TokenEvent
 
 
 class _Said(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

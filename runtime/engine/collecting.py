@@ -7,7 +7,6 @@ import trio
 
 from sagellm.backends import Logprob, Sampled
 from sagellm.runtime.engine.batch import Batch
-from sagellm.runtime.engine.port import PrefillDone
 from sagellm.runtime.engine.scheduler import Scheduler
 from sagellm.runtime.engine.sequence import Sequence
 from sagellm.runtime.engine.speculation.speculation import Speculation
@@ -15,6 +14,7 @@ from sagellm.runtime.engine.speculation.verifying import verified
 from sagellm.runtime.kv.exchange import Exchange
 from sagellm.runtime.kv.lease import Fence, Lease, LeaseEvent
 from sagellm.runtime.messages import ENGINE_FAILED, FinishReason, LeaseRef, TokenLogprob
+from sagellm.runtime.port import PrefillDone
 
 _BROKEN = "its logits are not finite; the weights or their dtype are wrong"
 _LEASE_EVENT: dict[FinishReason, LeaseEvent] = {

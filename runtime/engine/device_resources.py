@@ -10,7 +10,6 @@ from sagellm.graphs.models import build
 from sagellm.runtime.engine.detokenizer import IncrementalDetokenizer
 from sagellm.runtime.engine.device_runner import DeviceQueue, DeviceRunner
 from sagellm.runtime.engine.options import EngineOptionError, EngineOptions
-from sagellm.runtime.engine.port import EngineFacts
 from sagellm.runtime.engine.resources import EngineResources, OpenTranscript
 from sagellm.runtime.engine.sizing import engine_dtype
 from sagellm.runtime.engine.speculation.draft_folder import draft_folder
@@ -30,6 +29,7 @@ from sagellm.runtime.models.folder import ModelFolder
 from sagellm.runtime.models.quantised import open_weights
 from sagellm.runtime.models.tokenizer import Tokenizer, load_tokenizer
 from sagellm.runtime.models.weights import weight_names
+from sagellm.runtime.port import EngineFacts
 
 # Engines of one process that compute the same function share weights and program as long as one
 # of them lives; what is in here is never changed, so nothing can go stale.

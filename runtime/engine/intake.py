@@ -3,10 +3,10 @@
 import math
 
 from sagellm.runtime.engine.mailbox import Mailbox
-from sagellm.runtime.engine.port import EngineFacts, EngineRefusal, LeaseOffer
 from sagellm.runtime.engine.resources import EngineResources
 from sagellm.runtime.engine.sequence import Sequence
 from sagellm.runtime.messages import Sampling, SequenceState
+from sagellm.runtime.port import EngineFacts, EngineRefusal, LeaseOffer
 from sagellm.runtime.sampling import fault_of
 
 VERSION = 1  # of SequenceState

@@ -11,14 +11,6 @@ from sagellm.runtime.engine.batch import Landing
 from sagellm.runtime.engine.collecting import Collector
 from sagellm.runtime.engine.intake import check_offer, check_sequence, open_sequence
 from sagellm.runtime.engine.mailbox import Mailbox
-from sagellm.runtime.engine.port import (
-    NO_DRAFTS,
-    EngineHealth,
-    EngineLoad,
-    EngineRefusal,
-    LeaseOffer,
-    StaleLease,
-)
 from sagellm.runtime.engine.resources import EngineResources
 from sagellm.runtime.engine.scheduler import Scheduler
 from sagellm.runtime.engine.sequence import Sequence
@@ -30,6 +22,14 @@ from sagellm.runtime.kv.part import Part
 from sagellm.runtime.kv.pool import BlockPool
 from sagellm.runtime.kv.transfer import PoolSource, PoolTarget
 from sagellm.runtime.messages import FinishReason, LeaseRef, SequenceState
+from sagellm.runtime.port import (
+    NO_DRAFTS,
+    EngineHealth,
+    EngineLoad,
+    EngineRefusal,
+    LeaseOffer,
+    StaleLease,
+)
 
 log = get_logger("sagellm.engine")
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import trio
 
-from sagellm.runtime.engine.port import EngineEvent
+from sagellm.runtime.port import EngineEvent
 
 # Batches that may wait. One is being read while the next step computes; two more absorb the jitter
 # of the reader. More would only let an engine run ahead of a reader that cannot follow.

@@ -7,12 +7,12 @@ from sagellm.backends.progress import Progress, silent
 from sagellm.runtime.engine.local import LocalEngine
 from sagellm.runtime.engine.null_runner import NullRunner
 from sagellm.runtime.engine.options import EngineOptionError, EngineOptions
-from sagellm.runtime.engine.port import EngineFacts
 from sagellm.runtime.engine.resources import EngineResources
 from sagellm.runtime.engine.sizing import engine_facts, size
 from sagellm.runtime.kv.storage import NullStorage
 from sagellm.runtime.kv.transport import Sharing
 from sagellm.runtime.models.folder import ModelFolder, resolve_model
+from sagellm.runtime.port import EngineFacts
 
 # By name, so that a graph can be checked, and the null engine opened, without loading torch.
 _RESOURCES = "sagellm.runtime.engine.device_resources"

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import trio
 
 from sagellm.runtime.comm.protocol import Exported, ExportPart, ReceivePart
-from sagellm.runtime.engine.port import DamagedBlocks, EngineLost, EngineRefusal, StaleLease
 from sagellm.runtime.engine.remote_transfer import Asked
 from sagellm.runtime.kv.lease import Fence
 from sagellm.runtime.kv.part import Part
 from sagellm.runtime.messages import LeaseRef
+from sagellm.runtime.port import DamagedBlocks, EngineLost, EngineRefusal, StaleLease
 
 _SILENT_S = 1.0  # a part that takes longer to fail is the last one: the transfer has the rest
 

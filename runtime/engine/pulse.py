@@ -1,7 +1,7 @@
 """The pulse of an engine: how long its steps take, and when it moved last."""
 
-from sagellm.runtime.engine.port import EngineHealth
 from sagellm.runtime.histogram import Histogram
+from sagellm.runtime.port import EngineHealth
 
 _LEAST_S = 4.5  # without progress, before an engine counts as hung: /ready says so within 5 s
 _NUM_STEPS = 20.0  # as long as so many of its slowest steps

@@ -27,7 +27,12 @@ from sagellm.runtime.comm.protocol import (
     Submit,
 )
 from sagellm.runtime.engine.mailbox import Mailbox
-from sagellm.runtime.engine.port import (
+from sagellm.runtime.engine.prefetching import Prefetcher
+from sagellm.runtime.engine.remote_transfer import LEASE_S, Question, RemoteSource, RemoteTarget
+from sagellm.runtime.engine.stepping import STEP_TOKENS
+from sagellm.runtime.kv.lease import Fence
+from sagellm.runtime.messages import LeaseRef, SequenceState, TokenEvent
+from sagellm.runtime.port import (
     DamagedBlocks,
     EngineEvent,
     EngineFacts,
@@ -40,11 +45,6 @@ from sagellm.runtime.engine.port import (
     PrefillDone,
     StaleLease,
 )
-from sagellm.runtime.engine.prefetching import Prefetcher
-from sagellm.runtime.engine.remote_transfer import LEASE_S, Question, RemoteSource, RemoteTarget
-from sagellm.runtime.engine.stepping import STEP_TOKENS
-from sagellm.runtime.kv.lease import Fence
-from sagellm.runtime.messages import LeaseRef, SequenceState, TokenEvent
 
 
 @dataclass(slots=True)

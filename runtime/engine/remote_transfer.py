@@ -20,9 +20,9 @@ from sagellm.runtime.comm.protocol import (
     Release,
     Submit,
 )
-from sagellm.runtime.engine.port import KVSource
 from sagellm.runtime.kv.located import Located
 from sagellm.runtime.messages import LeaseRef
+from sagellm.runtime.port import KVSource
 
 LEASE_S = 10.0  # an exported lease ends then, where its receiver does not say that it goes on
 

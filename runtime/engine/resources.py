@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from sagellm.runtime.engine.limits import Limits
-from sagellm.runtime.engine.port import EngineFacts
 from sagellm.runtime.engine.runner import Runner
 from sagellm.runtime.engine.speculation.speculation import Speculation
 from sagellm.runtime.engine.transcript import Transcript
 from sagellm.runtime.kv.storage import Storage
 from sagellm.runtime.messages import SequenceState
+from sagellm.runtime.port import EngineFacts
 
 OpenTranscript: TypeAlias = Callable[[SequenceState], Transcript]
 

@@ -32,10 +32,10 @@ from sagellm.runtime.comm.protocol import (
     Submit,
 )
 from sagellm.runtime.engine.local import LocalEngine
-from sagellm.runtime.engine.port import DamagedBlocks, EngineRefusal, Lost, StaleLease
 from sagellm.runtime.engine.remote_transfer import LEASE_S
 from sagellm.runtime.kv.transfer import PoolSource
 from sagellm.runtime.messages import LeaseRef
+from sagellm.runtime.port import DamagedBlocks, EngineRefusal, Lost, StaleLease
 
 WINDOW = 4  # batches of events under way to one reader
 

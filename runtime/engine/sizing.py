@@ -8,8 +8,8 @@ import msgspec
 from sagellm.backends.quantised import GROUP, MODES
 from sagellm.graphs.models import ModelFacts
 from sagellm.runtime.engine.options import EngineOptionError, EngineOptions, num_bytes
-from sagellm.runtime.engine.port import EngineFacts
 from sagellm.runtime.models.folder import ModelFolder
+from sagellm.runtime.port import EngineFacts
 
 _MEMORY_PART = 0.25  # of what is free: weights, activations and other engines need the rest
 _LEAST_PART = 0.05  # where the weights seem to leave less: another engine may have them already

@@ -9,11 +9,11 @@ import msgspec
 from sagellm.runtime.core.core import Core
 from sagellm.runtime.core.events import Ended, Event, Released, Reported, Transferred
 from sagellm.runtime.core.meter import Clock
-from sagellm.runtime.engine.port import Engine
 from sagellm.runtime.executors.emissions import Emissions
 from sagellm.runtime.feedback import Feedback
 from sagellm.runtime.messages import Item, Prefilled, TokenEvent
 from sagellm.runtime.operator import Sent
+from sagellm.runtime.port import Engine
 
 
 class Executor(Protocol):

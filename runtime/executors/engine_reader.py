@@ -2,11 +2,11 @@
 
 from sagellm.runtime.core.events import Ended, EngineFailed, Failed, Returned
 from sagellm.runtime.core.faults import OperatorFault
-from sagellm.runtime.engine.port import EngineEvent, Lost, PrefillDone
 from sagellm.runtime.executors.context import ServiceContext
 from sagellm.runtime.feedback import LoadReported
 from sagellm.runtime.messages import ENGINE_FAILED, FinishReason, Request, TokenEvent
 from sagellm.runtime.operator import Service
+from sagellm.runtime.port import EngineEvent, Lost, PrefillDone
 from sagellm.runtime.user_code import LEAVING, as_error
 from sagellm.runtime.user_function import failing
 

@@ -6,13 +6,13 @@ from sagellm.runtime.core.answers import must_be_answered, not_answered
 from sagellm.runtime.core.books import reason_of
 from sagellm.runtime.core.events import Ended, Failed, Finished, Opened, Returned
 from sagellm.runtime.core.faults import OperatorFault
-from sagellm.runtime.engine.port import DamagedBlocks, EngineLost, StaleLease
 from sagellm.runtime.executors.context import Executor, ServiceContext
 from sagellm.runtime.executors.engine_reader import EngineReader, last_event
 from sagellm.runtime.executors.faults import log_fault
 from sagellm.runtime.executors.mailbox import Mailbox
 from sagellm.runtime.messages import Item, Prefilled, Request, TokenEvent
 from sagellm.runtime.operator import Service, Signal
+from sagellm.runtime.port import DamagedBlocks, EngineLost, StaleLease
 from sagellm.runtime.user_code import LEAVING, as_error
 
 

@@ -31,7 +31,6 @@ from sagellm.runtime.core.events import (
     Signalled,
     Stopped,
 )
-from sagellm.runtime.engine.port import Engine
 from sagellm.runtime.executors.emissions import Emissions
 from sagellm.runtime.executors.faults import log_fault
 from sagellm.runtime.executors.host import Host
@@ -40,6 +39,7 @@ from sagellm.runtime.executors.timer import Timer
 from sagellm.runtime.messages import Forked, Item, Request
 from sagellm.runtime.operator import Signal
 from sagellm.runtime.plan import Plan
+from sagellm.runtime.port import Engine
 
 log = get_logger("sagellm.executor")
 

@@ -1,6 +1,5 @@
 """Leases that no sequence owns: prompts that wait for export, blocks that wait for an import."""
 
-from sagellm.runtime.engine.port import StaleLease
 from sagellm.runtime.kv.lease import Fence, Lease
 from sagellm.runtime.kv.located import Located
 from sagellm.runtime.kv.part import Part
@@ -8,6 +7,7 @@ from sagellm.runtime.kv.pool import BlockPool
 from sagellm.runtime.kv.storage import Storage
 from sagellm.runtime.kv.transfer import PoolSource, PoolTarget
 from sagellm.runtime.messages import LeaseRef
+from sagellm.runtime.port import StaleLease
 
 
 class Exchange:

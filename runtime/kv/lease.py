@@ -3,9 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
-from sagellm.runtime.engine.port import StaleLease
 from sagellm.runtime.kv.prefix_tree import Node
 from sagellm.runtime.messages import LeaseRef
+from sagellm.runtime.port import StaleLease
 
 LeaseState: TypeAlias = Literal["reserved", "receiving", "filled", "sending", "released"]
 LeaseEvent: TypeAlias = Literal[

@@ -18,10 +18,10 @@ from nixl_cu12 import nixl_agent, nixl_agent_config
 
 from sagellm.backends.kv_storage import places_of
 from sagellm.graphs.log import get_logger
-from sagellm.runtime.engine.port import DamagedBlocks
 from sagellm.runtime.kv.located import Located, NixlBlocks
 from sagellm.runtime.kv.pool_bytes import PoolBytes, Run, runs_of, slices_of
 from sagellm.runtime.kv.transport import MOST_COPIES, damaged
+from sagellm.runtime.port import DamagedBlocks
 
 log = get_logger("sagellm.kv")
 

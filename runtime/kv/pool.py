@@ -4,11 +4,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Items
 
-from sagellm.runtime.engine.port import StaleLease
 from sagellm.runtime.kv.block_key import BlockKey
 from sagellm.runtime.kv.lease import Fence, Lease, LeaseEvent, LeaseOwner
 from sagellm.runtime.kv.prefix_tree import Node, PrefixTree
 from sagellm.runtime.messages import NORMAL, LeaseRef
+from sagellm.runtime.port import StaleLease
 
 
 class PoolExhausted(RuntimeError):

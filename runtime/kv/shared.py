@@ -13,10 +13,10 @@ from collections.abc import Callable, Sequence
 import trio
 
 from sagellm.graphs.log import get_logger
-from sagellm.runtime.engine.port import DamagedBlocks, StaleLease
 from sagellm.runtime.kv.located import Located, SharedBlocks
 from sagellm.runtime.kv.pool_bytes import PoolBytes, runs_of
 from sagellm.runtime.kv.transport import MOST_COPIES, damaged
+from sagellm.runtime.port import DamagedBlocks, StaleLease
 
 log = get_logger("sagellm.kv")
 

@@ -27,12 +27,12 @@ import trio
 
 from sagellm.backends.kv_storage import Staged
 from sagellm.graphs.log import get_logger
-from sagellm.runtime.engine.port import DamagedBlocks, StaleLease
 from sagellm.runtime.kv.located import Located, TcpBlocks
 from sagellm.runtime.kv.pool_bytes import PoolBytes, slices_of
 from sagellm.runtime.kv.sealed import KEY_BYTES, SALT_BYTES, SEAL_BYTES, Seal, Sealer
 from sagellm.runtime.kv.transport import MOST_COPIES, damaged
 from sagellm.runtime.kv.wire import Broken, Stalled, Wire, pieces_of
+from sagellm.runtime.port import DamagedBlocks, StaleLease
 
 log = get_logger("sagellm.kv")
 

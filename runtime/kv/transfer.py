@@ -3,13 +3,13 @@
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from sagellm.runtime.engine.port import KVSource, StaleLease
 from sagellm.runtime.kv.lease import Lease, LeaseState
 from sagellm.runtime.kv.located import Located
 from sagellm.runtime.kv.part import Part
 from sagellm.runtime.kv.pool import BlockPool
 from sagellm.runtime.kv.storage import Storage
 from sagellm.runtime.messages import LeaseRef
+from sagellm.runtime.port import KVSource, StaleLease
 
 
 @dataclass(frozen=True, slots=True)

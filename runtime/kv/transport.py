@@ -4,8 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeAlias
 
-from sagellm.runtime.engine.port import DamagedBlocks
 from sagellm.runtime.kv.located import Located
+from sagellm.runtime.port import DamagedBlocks
 
 Kind: TypeAlias = Literal["memory", "tcp", "nixl"]
 MOST_COPIES = 3  # of a chunk that comes damaged

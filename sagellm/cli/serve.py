@@ -29,8 +29,8 @@ from sagellm.cli.serving import (
 )
 from sagellm.cli.setting import merge_given
 from sagellm.decisions import Decisions
+from sagellm.gateway.front import serve_graph
 from sagellm.gateway.processes.supervision import GatewaysFailed
-from sagellm.gateway.server.front import serve_graph
 from sagellm.log_writer import write_line
 from sagellm.runtime.engine.options import EngineOptionError
 

@@ -18,8 +18,8 @@ from sagellm.cli.failure import RESOURCES, Failure
 from sagellm.cli.secrets import admin_key, check_tls, salt_key, user_keys
 from sagellm.cli.setting import TracksGiven
 from sagellm.decisions import MAX_BYTES
-from sagellm.gateway.server.front import server_class
-from sagellm.gateway.server.listen import (
+from sagellm.gateway.front import server_class
+from sagellm.gateway.listen import (
     LEAST_FILES,
     bind,
     is_loopback,

@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 from sagellm.operators.policies import POLICIES
 from sagellm.operators.policy_sort import Options, build
 from sagellm.runtime.backlog import Backlog
-from sagellm.runtime.engine.port import EngineLoad
 from sagellm.runtime.feedback import CreditChanged, LoadReported, QueueChanged
 from sagellm.runtime.messages import Request, Stamps
 from sagellm.runtime.operator import (
@@ -21,6 +20,7 @@ from sagellm.runtime.operator import (
     Terminate,
     Wake,
 )
+from sagellm.runtime.port import EngineLoad
 
 CREDIT = CreditChanged(node="prefill", num_left=1.0)
 

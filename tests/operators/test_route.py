@@ -6,10 +6,10 @@ from hypothesis import strategies as st
 
 from sagellm.operators.route import Options, build, pools_of
 from sagellm.operators.routing import STRATEGIES
-from sagellm.runtime.engine.port import EngineLoad
 from sagellm.runtime.feedback import CreditChanged, HealthChanged, LoadReported, Topology
 from sagellm.runtime.messages import Request, Sampling
 from sagellm.runtime.operator import Arrival, Setup, Signal, Target
+from sagellm.runtime.port import EngineLoad
 from sagellm.runtime.user_code import WrongResult
 
 TARGETS = (Target("prefill", 2, "p"), Target("decode", 3, "d"))

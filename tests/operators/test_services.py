@@ -8,7 +8,9 @@ import trio
 from trio.testing import MockClock
 
 from sagellm.operators import decode, generate, kv_transfer, prefill
-from sagellm.runtime.engine.port import (
+from sagellm.runtime.messages import LeaseRef, Prefilled, Request, Stamps, TokenEvent
+from sagellm.runtime.operator import Setup, Signal, Target
+from sagellm.runtime.port import (
     DamagedBlocks,
     EngineFacts,
     EngineRefusal,
@@ -16,8 +18,6 @@ from sagellm.runtime.engine.port import (
     PrefillDone,
     StaleLease,
 )
-from sagellm.runtime.messages import LeaseRef, Prefilled, Request, Stamps, TokenEvent
-from sagellm.runtime.operator import Setup, Signal, Target
 
 FINE = Exception()  # none
 FACTS = EngineFacts("m", "h", 16, 100, 1024, 8, 1024, "layout")

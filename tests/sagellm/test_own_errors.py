@@ -18,9 +18,9 @@ from trio.testing import MockClock
 from sagellm import Graph, RequestFailed, RequestRefused, Sampling, ops
 from sagellm.operators import route
 from sagellm.operators.routing.view import Candidates
-from sagellm.runtime.engine.port import EngineFacts
 from sagellm.runtime.messages import Item, Request, TokenEvent, refusal
 from sagellm.runtime.operator import Arrival, Context, Credit, Emit, Step, Terminate
+from sagellm.runtime.port import EngineFacts
 from sagellm.session import Session
 
 HERE = Path(__file__)

@@ -12,9 +12,9 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from sagellm import RequestFailed, Sampling
 from sagellm.operators.generate import Generate
-from sagellm.runtime.engine.port import EngineFacts, Lost
 from sagellm.runtime.messages import Item
 from sagellm.runtime.operator import Arrival, Context, Credit, Draw, Emit, Input, Signal, Step
+from sagellm.runtime.port import EngineFacts, Lost
 
 LONG = Sampling(max_tokens=100_000, ignore_eos=True)
 FIVE = Sampling(max_tokens=5, ignore_eos=True)

@@ -10,8 +10,8 @@ from endings import generate
 from trio.testing import MockClock
 
 from sagellm import Graph, Sampling
-from sagellm.runtime.engine.port import DamagedBlocks
 from sagellm.runtime.kv.transfer import PoolTarget
+from sagellm.runtime.port import DamagedBlocks
 from sagellm.session import Session
 
 NULL = {

@@ -10,9 +10,9 @@ import msgspec
 import pytest
 
 from sagellm.runtime.comm import protocol
-from sagellm.runtime.engine.port import EngineHealth, EngineLoad, LeaseOffer
 from sagellm.runtime.kv.located import SharedBlocks, TcpBlocks
 from sagellm.runtime.messages import LeaseRef, TokenEvent
+from sagellm.runtime.port import EngineHealth, EngineLoad, LeaseOffer
 
 SECONDS = int(os.environ.get("SAGELLM_FUZZ_DECODER_S", "60"))
 LEASE = LeaseRef(engine="p", replica=0, lease_id=1, request_id="r", choice=0, epoch=0, num_tokens=4)

@@ -6,12 +6,12 @@ import trio
 
 from sagellm.graphs.log import get_logger
 from sagellm.runtime.engine.batch import Batch
-from sagellm.runtime.engine.port import DraftCounts
 from sagellm.runtime.engine.scheduler import Scheduler
 from sagellm.runtime.engine.sequence import Sequence
 from sagellm.runtime.engine.speculation.costs import StepCosts
 from sagellm.runtime.engine.speculation.drafter import Drafter
 from sagellm.runtime.engine.speculation.pace import Acceptance, Pace
+from sagellm.runtime.port import DraftCounts
 
 log = get_logger("sagellm.engine")
 

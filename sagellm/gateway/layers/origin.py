@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 from starlette.types import Scope
 
 from sagellm.gateway.failure import ApiError
-from sagellm.gateway.server.listen import is_loopback
+from sagellm.gateway.listen import is_loopback
 from sagellm.gateway.settings import Settings
 
 ANY = "*"

@@ -9,9 +9,9 @@ from sagellm.runtime.buckets import Buckets
 from sagellm.runtime.cluster.backoff import BLAMES, Restarts
 from sagellm.runtime.cluster.worker import Worker
 from sagellm.runtime.core.outliers import Outliers
-from sagellm.runtime.engine.port import Engine, EngineFacts, EngineHealth, EngineLoad
 from sagellm.runtime.executors.reading import Reading, Shares
 from sagellm.runtime.executors.tasks import TasksExecutor
+from sagellm.runtime.port import Engine, EngineFacts, EngineHealth, EngineLoad
 
 
 @runtime_checkable

@@ -13,7 +13,7 @@ from sagellm.gateway.metrics.counts import Counts
 from sagellm.gateway.metrics.families import Labels, counter, gauge, histogram
 from sagellm.gateway.metrics.snapshot import EngineReading, ModelReading, Snapshot
 from sagellm.runtime.buckets import Buckets
-from sagellm.runtime.engine.port import DraftCounts, EngineLoad
+from sagellm.runtime.port import DraftCounts, EngineLoad
 
 ENGINE = "0"
 _FINISHED = {

@@ -14,6 +14,7 @@ import trio
 
 from sagellm.gateway.cards import ModelCard
 from sagellm.gateway.count import Tally
+from sagellm.gateway.listen import BACKLOG
 from sagellm.gateway.metrics.exposition import GatewayMeters
 from sagellm.gateway.processes.life import EXIT_S, Life
 from sagellm.gateway.processes.messages import (
@@ -34,7 +35,6 @@ from sagellm.gateway.processes.start import Start, tally_names
 from sagellm.gateway.readiness import Readiness
 from sagellm.gateway.routes import PATHS
 from sagellm.gateway.server.drain import CLOSE_S
-from sagellm.gateway.server.listen import BACKLOG
 from sagellm.gateway.settings import Settings
 from sagellm.graphs.log import get_logger
 from sagellm.graphs.text.codec import to_msgpack

@@ -13,9 +13,9 @@ from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import ConnectionState
 
 from sagellm.gateway.app import App
+from sagellm.gateway.listen import BACKLOG, max_connections
 from sagellm.gateway.server.connection import Connection
 from sagellm.gateway.server.hypercorn_protocols import Config, Protocols
-from sagellm.gateway.server.listen import BACKLOG, max_connections
 from sagellm.gateway.settings import Settings
 from sagellm.graphs.log import get_logger
 

@@ -14,8 +14,8 @@ import uvloop
 from anyio import TASK_STATUS_IGNORED
 
 from sagellm.gateway.app import App
+from sagellm.gateway.listen import BACKLOG, max_connections
 from sagellm.gateway.server.httptools import Config, Http1
-from sagellm.gateway.server.listen import BACKLOG, max_connections
 from sagellm.gateway.settings import Settings
 
 KEEP_ALIVE_S = 5

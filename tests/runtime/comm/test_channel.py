@@ -20,7 +20,7 @@ from sagellm.runtime.comm.frame import MAX_FRAME_BYTES, Frame, encode
 from sagellm.runtime.comm.keys import Keys, create_keys, load_keys
 from sagellm.runtime.comm.protocol import Cancel, Done, Ping, Pong
 from sagellm.runtime.comm.zeromq import Dealer, Hub
-from sagellm.runtime.engine.port import EngineHealth, EngineLoad
+from sagellm.runtime.port import EngineHealth, EngineLoad
 
 PONG = Pong(load=EngineLoad(), health=EngineHealth())
 

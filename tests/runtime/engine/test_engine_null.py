@@ -11,8 +11,8 @@ from engine_driver import Driver, hand_over, running
 from sagellm.runtime.engine.null_runner import NullLaunch
 from sagellm.runtime.engine.opening import open_engine
 from sagellm.runtime.engine.options import EngineOptions
-from sagellm.runtime.engine.port import EngineRefusal, LeaseOffer, StaleLease
 from sagellm.runtime.messages import Sampling, SequenceState
+from sagellm.runtime.port import EngineRefusal, LeaseOffer, StaleLease
 
 NUM_PROMPT = 40
 PROMPT = tuple(range(1, NUM_PROMPT + 1))

@@ -9,8 +9,8 @@ from engine_driver import Driver, running
 
 from sagellm.runtime.engine.opening import open_engine
 from sagellm.runtime.engine.options import EngineOptions
-from sagellm.runtime.engine.port import EngineRefusal, LeaseOffer, StaleLease
 from sagellm.runtime.messages import LeaseRef, Sampling, SequenceState
+from sagellm.runtime.port import EngineRefusal, LeaseOffer, StaleLease
 
 PROMPT = (1, 2, 3, 4)
 VOCAB = 32000

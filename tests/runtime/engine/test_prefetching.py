@@ -11,19 +11,19 @@ from remote_engines import Pair, live, open_null, sequence
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from sagellm.runtime.engine.local import LocalEngine
-from sagellm.runtime.engine.port import (
-    DamagedBlocks,
-    EngineLost,
-    LeaseOffer,
-    PrefillDone,
-    StaleLease,
-)
 from sagellm.runtime.engine.prefetching import Prefetcher
 from sagellm.runtime.engine.remote import RemoteEngine
 from sagellm.runtime.kv.part import Part
 from sagellm.runtime.kv.storage import NullStorage
 from sagellm.runtime.kv.transfer import PoolTarget
 from sagellm.runtime.messages import LeaseRef
+from sagellm.runtime.port import (
+    DamagedBlocks,
+    EngineLost,
+    LeaseOffer,
+    PrefillDone,
+    StaleLease,
+)
 
 NUM_TOKENS, STEP = 200, 32  # a prompt of 13 blocks in 7 steps, two blocks each
 NUM_BLOCKS, NUM_EARLY = 13, 12

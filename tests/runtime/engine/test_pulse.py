@@ -9,8 +9,8 @@ from engine_driver import OWNER, put_runner, running
 from sagellm.runtime.engine.null_runner import NullLaunch, NullRunner
 from sagellm.runtime.engine.opening import open_engine
 from sagellm.runtime.engine.options import EngineOptions
-from sagellm.runtime.engine.port import LeaseOffer
 from sagellm.runtime.messages import Sampling, SequenceState
+from sagellm.runtime.port import LeaseOffer
 
 STEP_S = 0.1
 

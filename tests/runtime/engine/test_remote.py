@@ -11,7 +11,11 @@ from remote_engines import PROMPT, Pair, live, open_null, sequence
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from sagellm.runtime.engine.local import LocalEngine
-from sagellm.runtime.engine.port import (
+from sagellm.runtime.engine.remote import RemoteEngine
+from sagellm.runtime.engine.remote_transfer import RemoteSource, RemoteTarget
+from sagellm.runtime.engine.serving import LEASE_S, WINDOW
+from sagellm.runtime.messages import LeaseRef
+from sagellm.runtime.port import (
     EngineLost,
     EngineRefusal,
     LeaseOffer,
@@ -19,10 +23,6 @@ from sagellm.runtime.engine.port import (
     PrefillDone,
     StaleLease,
 )
-from sagellm.runtime.engine.remote import RemoteEngine
-from sagellm.runtime.engine.remote_transfer import RemoteSource, RemoteTarget
-from sagellm.runtime.engine.serving import LEASE_S, WINDOW
-from sagellm.runtime.messages import LeaseRef
 
 
 @asynccontextmanager

@@ -10,8 +10,8 @@ from sagellm.runtime.engine.local import LocalEngine
 from sagellm.runtime.engine.null_runner import NullLaunch
 from sagellm.runtime.engine.opening import open_engine
 from sagellm.runtime.engine.options import EngineOptions
-from sagellm.runtime.engine.port import LeaseOffer
 from sagellm.runtime.messages import Sampling, SequenceState
+from sagellm.runtime.port import LeaseOffer
 
 SYSTEM = tuple(range(1, 201))  # 12 blocks of 16, and a half
 

@@ -4,8 +4,8 @@ from typing import get_args
 
 import pytest
 
-from sagellm.runtime.engine.port import StaleLease
 from sagellm.runtime.kv.lease import FAULTS, LIVE, TRANSITIONS, Fence, Lease, LeaseEvent, LeaseState
+from sagellm.runtime.port import StaleLease
 
 
 def lease_in(state):

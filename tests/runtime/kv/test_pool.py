@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from sagellm.runtime.engine.port import StaleLease
 from sagellm.runtime.kv.block_key import block_key
 from sagellm.runtime.kv.lease import FAULTS, Fence
 from sagellm.runtime.kv.pool import BlockPool, PoolExhausted
+from sagellm.runtime.port import StaleLease
 
 A, B = Fence("a", 0, 0), Fence("b", 0, 0)
 

@@ -13,11 +13,11 @@ import trio
 from kv_sender import opened
 from toxic_proxy import Toxic, ToxicProxy, cutting, flipping
 
-from sagellm.runtime.engine.port import DamagedBlocks, StaleLease
 from sagellm.runtime.kv import pool_bytes, tcp, wire
 from sagellm.runtime.kv.located import TcpBlocks
 from sagellm.runtime.kv.sealed import KEY_BYTES, SALT_BYTES, Sealer
 from sagellm.runtime.kv.wire import pieces_of
+from sagellm.runtime.port import DamagedBlocks, StaleLease
 
 SENT = [3, 4, 5, 9, 8, 20, 21, 60]
 LANDED = [1, 2, 3, 4, 5, 40, 41, 42]

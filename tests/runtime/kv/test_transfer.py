@@ -6,13 +6,13 @@ import trio
 import trio.testing
 
 from sagellm.backends.cpu.storage import CpuStorage
-from sagellm.runtime.engine.port import StaleLease
 from sagellm.runtime.kv.device_storage import DeviceStorage
 from sagellm.runtime.kv.exchange import Exchange
 from sagellm.runtime.kv.lease import Fence
 from sagellm.runtime.kv.pool import BlockPool
 from sagellm.runtime.kv.pool_bytes import PoolBytes
 from sagellm.runtime.kv.storage import NullStorage
+from sagellm.runtime.port import StaleLease
 
 FENCE = Fence("r", 0, 0)
 SHAPE = (2, 2, 8, 1, 4, 3)  # layers, keys and values, blocks, heads, block size, head size

@@ -17,12 +17,12 @@ from kv_sender import opened
 
 from sagellm.backends.cpu import storage
 from sagellm.backends.cpu.storage import CpuStorage
-from sagellm.runtime.engine.port import DamagedBlocks, StaleLease
 from sagellm.runtime.kv import pool_bytes
 from sagellm.runtime.kv.located import Located, SharedBlocks, TcpBlocks
 from sagellm.runtime.kv.pool_bytes import PoolBytes
 from sagellm.runtime.kv.shared import SharedMemory, SharedTransport, map_shared
 from sagellm.runtime.kv.transport import Kind, Transport
+from sagellm.runtime.port import DamagedBlocks, StaleLease
 
 SENT = [3, 4, 5, 9, 8, 20, 21, 60]
 LANDED = [1, 2, 3, 4, 5, 40, 41, 42]

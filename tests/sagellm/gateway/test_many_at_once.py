@@ -7,7 +7,7 @@ import trio
 from gateway_served import post, read_reply
 from gateway_session import served_session
 
-from sagellm.gateway.server.listen import raise_open_files
+from sagellm.gateway.listen import raise_open_files
 from sagellm.gateway.settings import Limits
 
 NUM = 1000

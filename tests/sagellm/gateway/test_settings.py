@@ -7,8 +7,8 @@ import trio
 from gateway_calls import gateway_before, playing
 
 from sagellm.gateway.app import build_app
-from sagellm.gateway.server.front import server_class
-from sagellm.gateway.server.listen import bind
+from sagellm.gateway.front import server_class
+from sagellm.gateway.listen import bind
 from sagellm.gateway.settings import Settings
 
 

@@ -10,11 +10,11 @@ from sagellm.backends import Sampled
 from sagellm.runtime.engine.batch import Batch
 from sagellm.runtime.engine.limits import Limits
 from sagellm.runtime.engine.local import LocalEngine
-from sagellm.runtime.engine.port import EngineFacts
 from sagellm.runtime.engine.resources import EngineResources
 from sagellm.runtime.engine.speculation.speculation import Speculation
 from sagellm.runtime.engine.step_batch import rows_of
 from sagellm.runtime.kv.storage import NullStorage
+from sagellm.runtime.port import EngineFacts
 
 FACTS = EngineFacts("m", "h", 16, 1024, 2048, 64, 1, "l")
 MEMORY_BOUND, COMPUTE_BOUND = (0.02, 0.0), (0.0, 0.001)  # seconds a step, and a row

@@ -26,7 +26,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from sagellm.gateway.gateway import Gateway
-from sagellm.gateway.server.listen import MOST_FILES, raise_open_files
+from sagellm.gateway.listen import MOST_FILES, raise_open_files
 from sagellm.gateway.settings import Limits, Streaming
 from sagellm.gateway.table import Route
 

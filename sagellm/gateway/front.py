@@ -14,13 +14,13 @@ from sagellm.gateway.door import Door
 from sagellm.gateway.door_portal import open_portal
 from sagellm.gateway.door_session import SessionDoor
 from sagellm.gateway.gateway import Gateway, Served
+from sagellm.gateway.listen import url_of
 from sagellm.gateway.metrics.exposition import GatewayMeters
 from sagellm.gateway.processes.supervision import GatewayProcesses, GatewaysFailed
 from sagellm.gateway.readiness import Probe, Readiness
 from sagellm.gateway.routes import PATHS
 from sagellm.gateway.server.banner import banner
 from sagellm.gateway.server.drain import Here, Server, Serving, serve
-from sagellm.gateway.server.listen import url_of
 from sagellm.gateway.server.signals import ending_signals
 from sagellm.gateway.settings import Settings, Streaming
 from sagellm.runtime.cluster.control import run_alone
