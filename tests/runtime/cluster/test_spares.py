@@ -3,6 +3,7 @@
 import os
 import signal
 from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 
 import psutil
 import pytest
@@ -13,7 +14,7 @@ from sagellm.runtime.cluster import spares
 from sagellm.runtime.cluster.backoff import RestartPolicy
 from sagellm.runtime.cluster.launch import Processes
 from sagellm.runtime.cluster.supervisor import Supervisor
-from sagellm.runtime.cluster.worker import Watch
+from sagellm.runtime.cluster.worker import Watch, Worker
 
 NULL = FrozenMap({"e": FrozenMap({"model": "null", "device": "null"})})
 GRAPH = Graph("g", "stream", (), (), FrozenMap({"engines": NULL}))
@@ -26,54 +27,67 @@ async def until(condition: Callable[[], bool]) -> None:
             await trio.sleep(0.01)
 
 
+@dataclass
+class Watched:
+    """A supervisor of one worker, and the processes that were there before: of other tests."""
+
+    supervisor: Supervisor
+    before: frozenset[int]
+
+    @property
+    def worker(self) -> Worker:
+        (worker,) = self.supervisor.workers
+        return worker
+
+    @property
+    def children(self) -> set[int]:
+        return set(children()) - self.before
+
+    @property
+    def spare(self) -> int:
+        (pid,) = self.children - {self.worker.pid}
+        return pid
+
+    async def die(self) -> None:
+        """And be replaced."""
+        worker = self.worker
+        assert worker.pid is not None
+        os.kill(worker.pid, signal.SIGKILL)
+        await until(lambda: not worker.is_serving)
+        await until(lambda: worker.is_serving)
+
+
 @pytest.fixture
-async def supervisor(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Supervisor]:
-    """Of one worker, with one spare; afterwards no process is left."""
+async def watched(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Watched]:
+    """With one spare; afterwards no process is left."""
     monkeypatch.setattr(spares, "QUIET_S", 0.05)
     launcher = Processes("sagellm.worker", num_spares=1)
     policy = RestartPolicy(first_s=0.05)
     one = Supervisor(GRAPH, {"e": 1}, launcher, watch=QUICK, policy=policy)
-    before = set(children())
+    found = Watched(one, frozenset(children()))
     async with trio.open_nursery() as nursery:
         await nursery.start(one.run)
-        await until(lambda: len(children()) == len(before) + 2)
-        yield one
+        await until(lambda: len(found.children) == 2)
+        yield found
         nursery.cancel_scope.cancel()
-    assert set(children()) == before
+    assert not found.children
 
 
 def children() -> list[int]:
     return [child.pid for child in psutil.Process().children()]
 
 
-def spare_of(supervisor: Supervisor) -> int:
-    (worker,) = supervisor.workers
-    (pid,) = set(children()) - {worker.pid}
-    return pid
-
-
-async def die(supervisor: Supervisor) -> None:
-    """And be replaced."""
-    (worker,) = supervisor.workers
-    assert worker.pid is not None
-    os.kill(worker.pid, signal.SIGKILL)
-    await until(lambda: not worker.is_serving)
-    await until(lambda: worker.is_serving)
-
-
-async def test_a_spare_takes_the_place_of_a_worker_and_another_comes(
-    supervisor: Supervisor,
-) -> None:
+async def test_a_spare_takes_the_place_of_a_worker_and_another_comes(watched: Watched) -> None:
     for _ in range(2):
-        await until(lambda: len(children()) == 2)
-        spare = spare_of(supervisor)
-        await die(supervisor)
-        assert supervisor.workers[0].pid == spare
+        await until(lambda: len(watched.children) == 2)
+        spare = watched.spare
+        await watched.die()
+        assert watched.worker.pid == spare
 
 
-async def test_a_spare_that_has_died_takes_nobodys_place(supervisor: Supervisor) -> None:
-    spare = spare_of(supervisor)
+async def test_a_spare_that_has_died_takes_nobodys_place(watched: Watched) -> None:
+    spare = watched.spare
     os.kill(spare, signal.SIGKILL)
     await until(lambda: psutil.Process(spare).status() == psutil.STATUS_ZOMBIE)
-    await die(supervisor)
-    assert supervisor.workers[0].pid != spare
+    await watched.die()
+    assert watched.worker.pid != spare
