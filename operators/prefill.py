@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from sagellm.graphs.vocabulary import PREFILLED, REQUEST, OpSpec, Port
-from sagellm.runtime.handover import abandon, merge_stamps, refused
+from sagellm.runtime.handover import Held, abandon, merge_stamps, refused
 from sagellm.runtime.messages import Item, Prefilled, Request, TokenEvent
 from sagellm.runtime.operator import Context, Credit, Setup, Signal, Target
 from sagellm.runtime.port import (
@@ -50,7 +50,7 @@ class Prefill:
         self.concurrency = options.max_inflight  # each may wait for a reservation
         self._options = options
         self._decode = _decode_target(options, setup)
-        self._held: dict[tuple[str, int], Request] = {}
+        self._held = Held()
         self._landings: dict[tuple[str, int], KVTarget] = {}
 
     def capacity(self, facts: EngineFacts | None) -> Credit:
@@ -60,7 +60,7 @@ class Prefill:
         assert isinstance(item, Request)
         try:
             await self._reserve(ctx, item)
-            self._held[item.key] = item
+            self._held.add(item)
             await ctx.engine.submit(item.sequence(ctx.name, hold_kv=True))
         except EngineRefusal as error:
             self.discard(ctx, item)
@@ -75,9 +75,7 @@ class Prefill:
                 await self._end(ctx, event)
 
     def on_signal(self, ctx: Context, signal: Signal) -> None:
-        for key, request in self._held.items():
-            if signal.concerns(key):
-                ctx.engine.cancel(*key, request.epoch)
+        self._held.cancel(ctx, signal)
 
     def recall(self, ctx: Context, key: tuple[str, int]) -> Request | None:
         request = self._held.get(key)
@@ -86,7 +84,7 @@ class Prefill:
         return request
 
     def discard(self, ctx: Context, item: Item) -> None:
-        self._held.pop(item.key, None)
+        self._held.drop(item.key)
         landing = self._landings.pop(item.key, None)
         if landing is not None:
             landing.abort()
@@ -108,7 +106,9 @@ class Prefill:
         self._landings[request.key] = await engine.import_(offer)
 
     async def _pass_on(self, ctx: Context, done: PrefillDone) -> None:
-        request = self._held.pop(done.first.key)
+        request = self._held.get(done.first.key)
+        assert request is not None
+        self._held.drop(request.key)
         landing = self._landings.pop(request.key, None)
         if done.lease is None and landing is not None:
             landing.abort()
@@ -125,7 +125,8 @@ class Prefill:
 
     async def _end(self, ctx: Context, event: TokenEvent) -> None:
         """The engine ended the sequence before its first token: cancelled or failed."""
-        request = self._held[event.key]
+        request = self._held.get(event.key)
+        assert request is not None
         self.discard(ctx, request)
         ctx.release(request.key)
         await ctx.terminate(merge_stamps(request, event))

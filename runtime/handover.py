@@ -14,10 +14,12 @@ class Held:
     def __init__(self) -> None:
         self._requests: dict[tuple[str, int], Request] = {}
         self._emitted: dict[tuple[str, int], list[int]] = {}
+        self._choices: dict[str, dict[int, None]] = {}  # by request
 
     def add(self, request: Request) -> None:
         self._requests[request.key] = request
         self._emitted[request.key] = []
+        self._choices.setdefault(request.request_id, {})[request.choice] = None
 
     def get(self, key: tuple[str, int]) -> Request | None:
         return self._requests.get(key)
@@ -33,8 +35,13 @@ class Held:
             self.drop(key)
 
     def drop(self, key: tuple[str, int]) -> None:
-        self._requests.pop(key, None)
-        self._emitted.pop(key, None)
+        if self._requests.pop(key, None) is None:
+            return
+        del self._emitted[key]
+        choices = self._choices[key[0]]
+        del choices[key[1]]
+        if not choices:
+            del self._choices[key[0]]
 
     def recall(self, key: tuple[str, int]) -> Request | None:
         """Drop a request, and return it with all that was emitted of it."""
@@ -46,10 +53,11 @@ class Held:
         return msgspec.structs.replace(request, emitted_token_ids=emitted)
 
     def cancel(self, ctx: Context, signal: Signal) -> None:
-        """End in the engine what a signal concerns."""
-        for key, request in self._requests.items():
+        """End in the engine what a signal concerns, however many others are held."""
+        for choice in tuple(self._choices.get(signal.request_id, ())):
+            key = signal.request_id, choice
             if signal.concerns(key):
-                ctx.engine.cancel(*key, request.epoch)
+                ctx.engine.cancel(*key, self._requests[key].epoch)
 
 
 def abandon(ctx: Context, item: Item) -> None:

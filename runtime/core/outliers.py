@@ -89,6 +89,7 @@ class Outliers:
         self.suspects.add(replica)
         record = self._records.setdefault(replica, _Record(replica))
         record.peers.append(replica)
+        del record.peers[:-_MOST_KEPT]
         if record.until_s is None and len(record.peers) >= MOST_FAULTS:
             self._eject(record)
 

@@ -4,6 +4,7 @@ from sagellm.runtime.core.events import Ended, EngineFailed, Failed, Returned
 from sagellm.runtime.core.faults import OperatorFault
 from sagellm.runtime.executors.context import ServiceContext
 from sagellm.runtime.feedback import LoadReported
+from sagellm.runtime.handover import merge_stamps
 from sagellm.runtime.messages import ENGINE_FAILED, FinishReason, Request, TokenEvent
 from sagellm.runtime.operator import Service
 from sagellm.runtime.port import EngineEvent, Lost, PrefillDone
@@ -28,30 +29,36 @@ class EngineReader:
                 self._recall(events)
                 continue
             begun_s = clock()
-            events = self._without_failed(events)
-            try:
-                await self._service.on_events(context, events)
-            except (Exception, *LEAVING) as error:
-                self._fail_events(events, as_error(error))
+            failed = tuple(one for one in events if getattr(one, "code", "") == ENGINE_FAILED)
+            if failed:  # after the tokens of the same step, which their requests keep
+                await self._hand_on(tuple(one for one in events if one not in failed))
+                events = tuple(one for one in failed if not self._is_failed_over(one))
+            await self._hand_on(events)
             self._meter.process_s += clock() - begun_s
             context.report(LoadReported(load=context.engine.load))
 
-    def _without_failed(self, events: tuple[EngineEvent, ...]) -> tuple[EngineEvent, ...]:
-        """The events, without those of sequences that the engine failed on: the core decides where
-        their requests go.
+    async def _hand_on(self, events: tuple[EngineEvent, ...]) -> None:
+        if not events:
+            return
+        try:
+            await self._service.on_events(self._context, events)
+        except (Exception, *LEAVING) as error:
+            self._fail_events(events, as_error(error))
+
+    def _is_failed_over(self, last: EngineEvent) -> bool:
+        """Let the core decide where the request goes that the engine failed on; False where the
+        operator does not know it.
         """
         context = self._context
-        failed = [one for one in events if getattr(one, "code", "") == ENGINE_FAILED]
-        passed = events
-        for last in failed:
-            assert isinstance(last, TokenEvent)
-            request = self._recalled(last.key)
-            if request is not None:
-                passed = tuple(one for one in passed if one is not last)
-                self._meter.num_errors += 1
-                self._context.release(last.key)
-                self._happen(EngineFailed(context.name, context.replica, request, last))
-        return passed
+        assert isinstance(last, TokenEvent)
+        request = self._recalled(last.key)
+        if request is None:
+            return False
+        self._meter.num_errors += 1
+        context.release(last.key)
+        ended = merge_stamps(request, last)
+        self._happen(EngineFailed(context.name, context.replica, request, ended))
+        return True
 
     def _fail_events(self, events: tuple[EngineEvent, ...], error: Exception) -> None:
         """End the choices of these events: what the operator did with them is unknown."""

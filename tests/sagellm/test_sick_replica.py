@@ -4,12 +4,16 @@ import dataclasses
 from typing import Any
 
 import pytest
+import trio
 from endings import generate
+from msgspec.structs import replace
 from trio.testing import MockClock
 
 from sagellm import Graph, Sampling, ops
 from sagellm.runtime.core.outliers import FIRST_S
+from sagellm.runtime.engine.mailbox import Mailbox
 from sagellm.runtime.engine.null_runner import NullLaunch
+from sagellm.runtime.messages import TokenEvent
 from sagellm.session import Session
 
 FIVE = Sampling(max_tokens=5, ignore_eos=True)
@@ -108,3 +112,43 @@ async def test_a_request_that_every_replica_fails_on_ends(
         assert answer.code == "engine_failed"
         await session.idle()
         session.executor.core.ledger.check()
+
+
+async def test_tokens_of_the_step_that_failed_are_kept(autojump_clock: MockClock) -> None:
+    """With drafts, a step may sample tokens and then logits that are no numbers."""
+    long = Sampling(max_tokens=30, ignore_eos=True, seed=5)
+    async with routed(2).open() as session, trio.open_nursery() as nursery:
+        right = await generate(session, [1, 2, 3], sampling=long)
+        answers: list[Any] = []
+
+        async def ask() -> None:
+            answers.append(await generate(session, [1, 2, 3], sampling=long, request_id="r"))
+
+        nursery.start_soon(ask)
+        engines: Any = session.executor.engines["g"]
+        await trio.sleep(0.1)  # some steps of virtual time
+        (sequence,) = [one for engine in engines for one in engine._sequences.values()]
+        start, key = sequence.num_output, sequence.state
+        assert 0 < start < 28
+        token_ids = right.token_ids[start : start + 2]
+        token = TokenEvent(request_id="r", epoch=key.epoch, position=start, token_ids=token_ids)
+        end = replace(token, position=start + 2, token_ids=(), finish_reason="failed")
+        sequence.mailbox.post(token)
+        sequence.mailbox.post(replace(end, code="engine_failed"))
+        sequence.mailbox.flush()
+        sequence.mailbox = Mailbox(lambda: None)  # an engine that failed says nothing more
+        engine = next(one for one in engines if sequence in one._sequences.values())
+        engine.cancel("r", 0, key.epoch)
+    assert answers[0].token_ids == right.token_ids
+    session.executor.core.ledger.check()
+
+
+async def test_a_replica_alone_that_always_fails_costs_no_memory(
+    sicken: Any, autojump_clock: MockClock
+) -> None:
+    async with routed(1).open() as session:
+        sicken(session, 0)
+        for _ in range(60):
+            await generate(session, [1, 2, 3], sampling=FIVE)
+        (record,) = session.executor.core.outliers._records.values()
+        assert len(record.peers) <= 20
