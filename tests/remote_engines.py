@@ -6,9 +6,8 @@ from typing import Any
 import trio
 
 from sagellm.runtime.comm.channel import MemoryChannel, memory_channels
+from sagellm.runtime.engine.kinds.modelled import ModelledOptions, open_modelled
 from sagellm.runtime.engine.local import LocalEngine
-from sagellm.runtime.engine.opening import open_engine
-from sagellm.runtime.engine.options import EngineOptions
 from sagellm.runtime.engine.remote import RemoteEngine
 from sagellm.runtime.engine.serving import EngineServer
 from sagellm.runtime.messages import Sampling, SequenceState
@@ -29,7 +28,7 @@ class Pair:
 
 
 def open_null(name: str = "e", **options: Any) -> LocalEngine:
-    return open_engine(EngineOptions(**{"model": "null", **options}), name=name)
+    return open_modelled(ModelledOptions(**{"model": "null", **options}), name=name)
 
 
 def live(remote: RemoteEngine, local: LocalEngine, nursery: trio.Nursery) -> MemoryChannel:

@@ -40,7 +40,7 @@ def test_cores_are_shared_by_all_workers() -> None:
     graph = Graph.load("pd_many").ir
 
     def threads(num_cores: int) -> list[object]:
-        engines = ShareCores(num_cores).apply(graph).engines.values()
+        engines = ShareCores(num_cores, tuple(graph.engines)).apply(graph).engines.values()
         return [values["threads"] for values in engines if isinstance(values, FrozenMap)]
 
     assert threads(2) == [1, 1]
