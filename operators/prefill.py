@@ -4,7 +4,15 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from sagellm.graphs.vocabulary import PREFILLED, REQUEST, OpSpec, Port
+from sagellm.graphs.vocabulary import (
+    KV_TRANSFER,
+    PREFILLED,
+    REQUEST,
+    TOKENS_IN,
+    TOKENS_OUT,
+    OpSpec,
+    Port,
+)
 from sagellm.runtime.handover import Held, abandon, merge_stamps, refused
 from sagellm.runtime.messages import Item, Prefilled, Request, TokenEvent
 from sagellm.runtime.operator import Context, Credit, Setup, Signal, Target
@@ -15,6 +23,7 @@ from sagellm.runtime.port import (
     KVTarget,
     LeaseOffer,
     PrefillDone,
+    kv_engine,
 )
 
 
@@ -37,7 +46,7 @@ SPEC = OpSpec(
     options=Options,
     role="service",
     engine=True,
-    needs=frozenset({"kv_transfer"}),
+    needs=frozenset({TOKENS_IN, TOKENS_OUT, KV_TRANSFER}),
 )
 
 
@@ -102,7 +111,7 @@ class Prefill:
             num_tokens=len(request.prompt_token_ids) + len(request.emitted_token_ids),
             layout_hash=ctx.engine.facts.layout_hash,
         )
-        engine = ctx.engine_named(self._decode.engine, replica)
+        engine = kv_engine(ctx.engine_named(self._decode.engine, replica))
         self._landings[request.key] = await engine.import_(offer)
 
     async def _pass_on(self, ctx: Context, done: PrefillDone) -> None:

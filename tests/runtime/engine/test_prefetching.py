@@ -13,7 +13,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from sagellm.runtime.engine.local import LocalEngine
 from sagellm.runtime.engine.modelled.storage import ModelledStorage
 from sagellm.runtime.engine.prefetching import Prefetcher
-from sagellm.runtime.engine.remote import RemoteEngine
+from sagellm.runtime.engine.remote_kv import RemoteKVEngine
 from sagellm.runtime.kv.part import Part
 from sagellm.runtime.kv.transfer import PoolTarget
 from sagellm.runtime.messages import LeaseRef
@@ -101,7 +101,7 @@ async def couple(monkeypatch: pytest.MonkeyPatch, *, step: int = STEP) -> AsyncI
 
 
 def _pair(local: LocalEngine, prefetcher: Prefetcher, nursery: trio.Nursery) -> Pair:
-    remote = RemoteEngine(local.facts, name=local.name, prefetcher=prefetcher)
+    remote = RemoteKVEngine(local.facts, name=local.name, prefetcher=prefetcher)
     return Pair(remote, local, live(remote, local, nursery))
 
 

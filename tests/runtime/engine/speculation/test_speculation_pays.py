@@ -16,7 +16,7 @@ from sagellm.runtime.engine.speculation.speculation import Speculation
 from sagellm.runtime.engine.step_batch import rows_of
 from sagellm.runtime.port import EngineFacts
 
-FACTS = EngineFacts("m", "h", 16, 1024, 2048, 64, 1, "l")
+FACTS = EngineFacts("m", 2048, 64, block_size=16, num_blocks=1024, kv_block_bytes=1)
 MEMORY_BOUND, COMPUTE_BOUND = (0.02, 0.0), (0.0, 0.001)  # seconds a step, and a row
 
 
