@@ -17,6 +17,7 @@ from sagellm.runtime.handover import Held, merge_stamps, refused, report_first_t
 from sagellm.runtime.messages import Item, Request, TokenEvent
 from sagellm.runtime.operator import Context, Credit, Setup, Signal
 from sagellm.runtime.port import EngineEvent, EngineFacts, EngineRefusal
+from sagellm.runtime.request_needs import check_needs
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,7 @@ class Generate:
         assert isinstance(item, Request)
         self._held.add(item)
         try:
+            check_needs(item, ctx.engine.facts)
             await ctx.engine.submit(item.sequence(ctx.name))
         except EngineRefusal as error:
             self._held.drop(item.key)

@@ -25,6 +25,7 @@ from sagellm.runtime.port import (
     PrefillDone,
     kv_engine,
 )
+from sagellm.runtime.request_needs import check_needs
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +69,7 @@ class Prefill:
     async def on_item(self, ctx: Context, item: Item) -> None:
         assert isinstance(item, Request)
         try:
+            check_needs(item, ctx.engine.facts)
             await self._reserve(ctx, item)
             self._held.add(item)
             await ctx.engine.submit(item.sequence(ctx.name, hold_kv=True))

@@ -8,6 +8,7 @@ from sagellm.backends import get_backend
 from sagellm.engines import KindViews, described
 from sagellm.graphs.check import Facts, check, locate
 from sagellm.graphs.diagnostics import VALUE, Diagnostic, GraphError, Path
+from sagellm.graphs.engines import KIND, engine_kind
 from sagellm.graphs.ir import Graph
 from sagellm.graphs.log import get_logger
 from sagellm.graphs.models import UnsupportedModel
@@ -17,6 +18,7 @@ from sagellm.operators.policies import OWN, POLICIES
 from sagellm.operators.routing import STRATEGIES
 from sagellm.overrides import assignment, override, with_engine
 from sagellm.runtime.cluster.options import EXECUTORS, processes_options
+from sagellm.runtime.engine.kinds import KINDS
 from sagellm.runtime.engine.kinds.kind import Described
 from sagellm.runtime.engine.options import EngineOptionError
 from sagellm.runtime.models.fault import FolderWarning
@@ -94,7 +96,7 @@ def checked(
         found += _mixed_tokenizers(graph, engines)
         log_warnings(warning for engine in engines.values() for warning in engine.warnings)
     if not found:
-        found = _mistaken_executor(graph)
+        found = _mistaken_executor(graph) + _kinds_of_this_process(graph)
     if not found:
         found = _unbuildable(graph, resolver, functions)
     if found:
@@ -157,6 +159,24 @@ def _mistaken_executor(graph: Graph) -> tuple[Diagnostic, ...]:
     return tuple(
         Diagnostic("bad-options", ("executor", option), f"{option}: {message}", hint)
         for option, message, hint in (options.mistakes() if options is not None else ())
+    )
+
+
+def _kinds_of_this_process(graph: Graph) -> tuple[Diagnostic, ...]:
+    """Engines that no worker process can open: workers import no code of the user."""
+    if processes_options(graph) is None:
+        return ()
+    kinds = {name: engine_kind(values) for name, values in graph.engines.items()}
+    return tuple(
+        Diagnostic(
+            "bad-engine",
+            ("engines", name, KIND, VALUE),
+            f"kind `{kind}` is registered in this process, and worker processes do not know it",
+            "install it as a package with an entry point `sagellm.engines`, or use `kind: tasks` "
+            "of the executor",
+        )
+        for name, kind in kinds.items()
+        if KINDS.is_registered_here(kind)
     )
 
 
