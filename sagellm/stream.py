@@ -239,7 +239,7 @@ class _Unread:
 
     def _count(self, item: Output, sign: int) -> None:
         if isinstance(item, TokenEvent):
-            self._num_tokens += sign * len(item.token_ids)
+            self._num_tokens += sign * item.num_tokens
             self._num_bytes += sign * _num_bytes(item)
 
 
@@ -271,6 +271,7 @@ def gather(parts: Sequence[Output]) -> Answer:
         choice=last.choice,
         text="".join(event.text for event in events),
         token_ids=tuple(token for event in events for token in event.token_ids),
+        num_tokens_without_ids=sum(event.num_tokens_without_ids for event in events),
         logprobs=tuple(logprob for event in events for logprob in event.logprobs),
         prompt_logprobs=_prompt_logprobs(events),
         finish_reason=last.finish_reason or "failed",

@@ -69,7 +69,7 @@ async def samplings_of(
     """
     facts = served.facts
     sampling = sampling_of(asked, facts, len(prompts[0].token_ids))
-    if asked.bad_words:
+    if asked.bad_words and not facts.takes_text:
         banned = await served.encoder.banned(asked.bad_words)
         sampling = msgspec.structs.replace(sampling, bad_words=(), bad_words_token_ids=banned)
     samplings = [sampling]
