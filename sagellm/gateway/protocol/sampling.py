@@ -33,8 +33,8 @@ _SAME = (
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """What of a model bounds a request: ids are 0 ... vocab_size - 1. Where the model's engine takes
-    text, `vocab_size` is 0: no token of it is known here.
+    """What of a model bounds a request: ids are 0 ... vocab_size - 1. A model whose engine takes
+    text has a `vocab_size` of 0: no token of it is known here.
     """
 
     vocab_size: int
