@@ -135,12 +135,13 @@ class _Fields(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     trace: Annotated[str, msgspec.Meta(max_length=512)] = ""
     slo_ttft_s: Annotated[float, msgspec.Meta(gt=0)] | None = None
     timeout_s: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    waited_s: Annotated[float, msgspec.Meta(ge=0)] = 0.0
     cost_budget: Annotated[float, msgspec.Meta(ge=0)] | None = None
     tags: dict[str, str] = {}
 
 
 def read_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields with their types checked, as `Request` has them, and `timeout_s`.
+    """The fields with their types checked, as `Request` has them, and those of `Timing`.
 
     A `trace` becomes the tag "traceparent". Raises RequestError.
     """

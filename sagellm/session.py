@@ -29,7 +29,7 @@ from sagellm.runtime.messages import Answer, Forked, Item, Request, Sampling, St
 from sagellm.runtime.models.tokenizer import Tokenizer
 from sagellm.runtime.operator import Signal
 from sagellm.statistics import Statistics, statistics_of
-from sagellm.stream import Caller, Limits, Output, Stream, gather
+from sagellm.stream import Caller, Limits, Output, Stream, Timing, gather
 from sagellm.unserved import RequestFailed, RequestRefused, raise_unserved
 
 __all__ = [
@@ -89,15 +89,16 @@ class Session:
         """Start one request when the stream is first read.
 
         `prompt` is a text, token ids, both (`Encoded`), or chat messages. Further fields:
-        request_id, priority, user_id, model, salt, trace, slo_ttft_s, timeout_s, cost_budget,
-        tags. `model` chooses among several by name or alias; unsaid, the first. `limit_tokens`
-        and `limit_bytes`: what may wait unread (`Stream`). Raises RequestError for what is wrong
-        with them; reading raises as `generate` does.
+        request_id, priority, user_id, model, salt, trace, slo_ttft_s, timeout_s, waited_s,
+        cost_budget, tags. `model` chooses among several by name or alias; unsaid, the first.
+        `waited_s`: how long ago the request arrived at the caller. `limit_tokens` and
+        `limit_bytes`: what may wait unread (`Stream`). Raises RequestError for what is wrong with
+        them; reading raises as `generate` does.
         """
         known = read_fields(fields)
-        timeout_s = known.pop("timeout_s", None)
+        timing = Timing(known.pop("timeout_s", None), known.pop("waited_s", 0.0))
         requests = self._requests(prompt, sampling or Sampling(), known)
-        return Stream(self, requests, timeout_s, Limits(limit_tokens, limit_bytes))
+        return Stream(self, requests, timing, Limits(limit_tokens, limit_bytes))
 
     async def generate(
         self, prompt: Prompt, *, sampling: Sampling | None = None, **fields: Any
@@ -178,10 +179,8 @@ class Session:
 
     # ---- what streams use ------------------------------------------------------------------
 
-    async def submit(
-        self, requests: Sequence[Request], caller: Caller, timeout_s: float | None
-    ) -> None:
-        """Let all choices of one request in; it arrives, and its time begins, now.
+    async def submit(self, requests: Sequence[Request], caller: Caller, timing: Timing) -> None:
+        """Let all choices of one request in.
 
         Raises RequestError where its id is in use, or the session has ended.
         """
@@ -190,8 +189,9 @@ class Session:
             raise RequestError(f"request {request_id!r} is running already; choose another id")
         if self.executor.is_stopped:
             raise RequestError(str(ExecutorStopped()))
-        now = trio.current_time()
-        stamps, expires_s = Stamps(arrived_s=now), None if timeout_s is None else now + timeout_s
+        arrived_s, timeout_s = trio.current_time() - timing.waited_s, timing.timeout_s
+        stamps = Stamps(arrived_s=arrived_s)
+        expires_s = None if timeout_s is None else arrived_s + timeout_s
         choices = [
             msgspec.structs.replace(request, stamps=stamps, expires_s=expires_s)
             for request in requests

@@ -82,6 +82,7 @@ def fields_of(entry: Entry) -> dict[str, object]:
         "tags": {"operation": entry.operation},
         "slo_ttft_s": entry.slo_ttft_s,
         "timeout_s": entry.timeout_s,
+        "waited_s": entry.waited_s,
     }
 
 
