@@ -4,6 +4,7 @@ import gc
 import importlib
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
 import trio
 
@@ -35,12 +36,17 @@ def _load(options: EngineOptions, place: Place) -> LocalEngine:
 
 
 def _describe(options: EngineOptions) -> Described:
-    memory_bytes = open_device(options).memory_bytes
+    device = open_device(options)
+    memory_bytes = device.memory_bytes
     folder = resolve_model(options.model)
     draft = draft_folder(options, folder)
     sizing = size(options, folder.facts, memory_bytes)
     return Described(
-        facts_view(options, folder, sizing, pool_bytes=sizing.pool_bytes),
+        replace(
+            facts_view(options, folder, sizing, pool_bytes=sizing.pool_bytes),
+            device=device.name,
+            memory_bytes=memory_bytes,
+        ),
         options.model,
         folder,
         (*folder.warnings, *(draft.warnings if draft else ())),
