@@ -36,22 +36,28 @@ def _load(options: EngineOptions, place: Place) -> LocalEngine:
 
 
 def _describe(options: EngineOptions) -> Described:
-    device = open_device(options)
-    memory_bytes = device.memory_bytes
+    memory_bytes = open_device(options).memory_bytes
     folder = resolve_model(options.model)
     draft = draft_folder(options, folder)
     sizing = size(options, folder.facts, memory_bytes)
     return Described(
         replace(
             facts_view(options, folder, sizing, pool_bytes=sizing.pool_bytes),
-            device=device.name,
-            memory_bytes=memory_bytes,
+            device=options.device,
+            memory_bytes=memory_bytes * _num_devices(options),
         ),
         options.model,
         folder,
         (*folder.warnings, *(draft.warnings if draft else ())),
         sizes(options, sizing),
     )
+
+
+def _num_devices(options: EngineOptions) -> int:
+    """Over how many devices the replicas are spread."""
+    if options.device_index is not None:
+        return 1
+    return max(1, min(options.replicas, len(get_backend(options.backend).devices())))
 
 
 KIND = EngineKind(EngineOptions, LOCAL_CAPABILITIES, _open, _describe)
