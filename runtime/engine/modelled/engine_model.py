@@ -210,7 +210,9 @@ class EngineModel:
         if not all(one.is_decoding and one.has_reported for one in decodes):
             return 1
         most = min(one.num_output - one.num_emitted for one in decodes)
-        counts = range(1, most + 1)
+        if self._num_needed(decodes, most) <= self._num_free:
+            return most
+        counts = range(1, most)
         fitting = bisect_right(
             counts, self._num_free, key=lambda count: self._num_needed(decodes, count)
         )
