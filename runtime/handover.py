@@ -104,6 +104,6 @@ def report_first_token(ctx: Context, request: Request, event: TokenEvent) -> Non
     to leaving this operator.
     """
     dispatched_s = request.stamps.dispatched_s
-    is_first = event.num_tokens > 0 and event.position == request.num_emitted
+    is_first = event.position == request.num_emitted and event.num_tokens > 0
     if is_first and dispatched_s is not None:
         ctx.report(FirstToken(seconds=ctx.now() - dispatched_s))
