@@ -10,6 +10,7 @@ import msgspec
 
 from sagellm.runtime.backlog import Backlog
 from sagellm.runtime.port import EngineLoad
+from sagellm.runtime.prefixes import PrefixIndex
 
 
 class _Report(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -65,3 +66,12 @@ class Topology(msgspec.Struct, frozen=True, tag="topology"):
     epoch: int = 0
     num_replicas: dict[str, int] = {}
     removed: frozenset[tuple[str, int]] = frozenset()
+
+
+class PrefixesChanged(msgspec.Struct, frozen=True, gc=False, tag="prefixes"):
+    """Which replicas of an engine have which prefix blocks, by now: what operators are given that
+    subscribe to "cache". The core keeps one index an engine, whoever asks.
+    """
+
+    engine: str
+    index: PrefixIndex

@@ -23,6 +23,7 @@ from sagellm.runtime.engine.sizing import Sizing, engine_dtype, engine_facts, si
 from sagellm.runtime.engine.speculation.draft_folder import draft_folder
 from sagellm.runtime.models.fault import FolderWarning
 from sagellm.runtime.models.folder import ModelError, ModelFolder, resolve_model
+from sagellm.runtime.operator import Setup
 from sagellm.runtime.options import OptionError, read_options
 from sagellm.runtime.plan import build_operators
 from sagellm.runtime.registry import BrokenEntryPoint
@@ -191,7 +192,7 @@ def _unbuildable(
     replicas = dict.fromkeys(graph.names, 1)
     known = _AnyFunction() if functions is None else functions
     try:
-        build_operators(graph, resolver, replicas, known)
+        build_operators(graph, resolver, replicas, Setup("", functions=known))
     except GraphError as error:
         return error.diagnostics
     return ()

@@ -7,7 +7,8 @@ from sagellm.graphs.vocabulary import OpSpec
 from sagellm.operators.policies import OWN, POLICIES, policy_module
 from sagellm.operators.policies.options import Options
 from sagellm.operators.policies.order import Policy
-from sagellm.operators.routing import STRATEGIES, Strategy
+from sagellm.operators.routing import STRATEGIES
+from sagellm.operators.routing.strategy import Registered, check_strategy
 from sagellm.runtime.operator import Build
 from sagellm.runtime.registry import FUNCTIONS, check_callable
 from sagellm.runtime.resolver import Resolver
@@ -65,9 +66,11 @@ def register_policy(
     POLICIES.register(name, policy_module(name, policy, uses))
 
 
-def register_strategy(name: str, choose: Strategy) -> None:
-    """Make `strategy: NAME` of `route` mean this function: (request, pool, view, draw) -> replica.
+def register_strategy(name: str, strategy: Registered) -> None:
+    """Make `strategy: NAME` of `route` mean this function, (candidates, now, draw) -> a replica or
+    several, best first; or this frozen dataclass, which has options and a state: see
+    `sagellm.operators.routing.Strategy`.
 
-    Raises ValueError where the name is taken, TypeError for what cannot be called.
+    Raises ValueError where the name is taken, TypeError for what is no strategy.
     """
-    STRATEGIES.register(name, check_callable(name, choose))
+    STRATEGIES.register(name, check_strategy(name, strategy))

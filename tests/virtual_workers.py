@@ -129,7 +129,8 @@ async def chaotic(
         await nursery.start(supervisor.run)
         engines = supervisor.engines
         counts = {name: len(replicas) for name, replicas in engines.items()}
-        ready = plan(graph, RESOLVER, counts, seed=seed)
+        facts = {name: replicas[0].facts for name, replicas in engines.items()}
+        ready = plan(graph, RESOLVER, counts, seed=seed, facts=facts)
         record = stack.enter_context(recorded(log, ready, max_hold_s))
         make = partial(TasksExecutor, ready, engines=engines, max_hold_s=max_hold_s, record=record)
         session = Session(load_models(graph), make)

@@ -2,18 +2,22 @@
 users are registered, or offered by packages as entry points `sagellm.strategies`.
 """
 
-from collections.abc import Callable, Iterable
-from typing import TypeAlias
-
 from sagellm.operators.routing import affinity, load_balanced, locality, random, round_robin
-from sagellm.operators.routing.view import Candidates
-from sagellm.runtime.operator import Draw
-from sagellm.runtime.registry import Registry, check_callable
+from sagellm.operators.routing.candidates import Candidates
+from sagellm.operators.routing.prefix_aware import PrefixAware
+from sagellm.operators.routing.strategy import (
+    Function,
+    Hold,
+    Order,
+    Registered,
+    Strategy,
+    check_strategy,
+)
+from sagellm.runtime.registry import Registry
 
-# A replica of the candidates, or several, best first. The third argument is a random source.
-Strategy: TypeAlias = Callable[[Candidates, float, Draw], int | Iterable[int]]
+__all__ = ["STRATEGIES", "Candidates", "Function", "Hold", "Order", "Strategy", "find_strategy"]
 
-STRATEGIES: Registry[Strategy] = Registry(
+STRATEGIES: Registry[Registered] = Registry(
     "strategy",
     "sagellm.strategies",
     {
@@ -22,11 +26,12 @@ STRATEGIES: Registry[Strategy] = Registry(
         "random": random.choose,
         "affinity": affinity.choose,
         "locality": locality.choose,
+        "prefix_aware": PrefixAware,
     },
-    check_callable,
+    check_strategy,
 )
 
 
-def find_strategy(name: str) -> Strategy:
+def find_strategy(name: str) -> Registered:
     """The strategy of that name. Raises ValueError."""
     return STRATEGIES.find(name)

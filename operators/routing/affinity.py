@@ -3,8 +3,8 @@
 The key is what `key_by` set, or else the user_id; a request with neither goes to the least loaded.
 """
 
+from sagellm.operators.routing.candidates import Candidates
 from sagellm.operators.routing.rendezvous import choose_by_key
-from sagellm.operators.routing.view import Candidates
 from sagellm.runtime.operator import Draw
 
 

@@ -3,8 +3,8 @@
 A request that names neither goes to the least loaded, for all of those would meet in one place.
 """
 
+from sagellm.operators.routing.candidates import Candidates
 from sagellm.operators.routing.rendezvous import choose_by_key
-from sagellm.operators.routing.view import Candidates
 from sagellm.runtime.operator import Draw
 
 

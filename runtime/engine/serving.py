@@ -8,6 +8,8 @@ import trio
 from sagellm.runtime.comm.channel import Channel, ChannelClosed
 from sagellm.runtime.comm.protocol import (
     Advanced,
+    AskCache,
+    CacheNews,
     Cancel,
     Done,
     Drop,
@@ -17,6 +19,7 @@ from sagellm.runtime.comm.protocol import (
     ExportPart,
     FromWorker,
     Grant,
+    GrantCache,
     Hold,
     Idle,
     Import,
@@ -33,11 +36,12 @@ from sagellm.runtime.comm.protocol import (
 )
 from sagellm.runtime.engine.local import LocalEngine
 from sagellm.runtime.engine.remote_transfer import LEASE_S
+from sagellm.runtime.kv.cache_log import CacheLog
 from sagellm.runtime.kv.transfer import PoolSource
 from sagellm.runtime.messages import LeaseRef
 from sagellm.runtime.port import DamagedBlocks, EngineRefusal, Lost, StaleLease
 
-WINDOW = 4  # batches of events under way to one reader
+WINDOW = 4  # batches of events under way to one reader; reports of prefix blocks, too
 
 
 class EngineServer:
@@ -47,6 +51,8 @@ class EngineServer:
         self._engine = engine
         self._channel = channel
         self._scopes: dict[int, trio.CancelScope] = {}  # of calls that may wait
+        self._cache_log: CacheLog | None = None
+        self._cache_window = WINDOW
         self._windows: dict[str, trio.Semaphore] = {}
         self._sources: dict[LeaseRef, PoolSource] = {}
         self._expiries_s: dict[LeaseRef, float] = {}
@@ -76,6 +82,12 @@ class EngineServer:
                 engine.cancel(request_id, choice, epoch)
             case Grant(owner=owner) if owner in self._windows:
                 self._windows[owner].release()
+            case AskCache():
+                self._cache_log = engine.cache.open_log(self._say_cache)
+                self._say_cache()
+            case GrantCache():
+                self._cache_window += 1
+                self._say_cache()
             case Export(call=call):
                 nursery.start_soon(self._answer, call, lambda: self._export(message, nursery))
             case ExportPart(call=call):
@@ -177,6 +189,13 @@ class EngineServer:
             await self._windows[owner].acquire()
             told = tuple(event for event in events if not isinstance(event, Lost))
             self._say(Events(owner=owner, events=told, load=self._engine.load))
+
+    def _say_cache(self) -> None:
+        """Say which prefix blocks have changed, as fast as that is read."""
+        assert self._cache_log is not None
+        while self._cache_window and (report := self._cache_log.take()) is not None:
+            self._cache_window -= 1
+            self._say(CacheNews(**report._asdict()))
 
     def _say(self, message: FromWorker) -> None:
         with suppress(ChannelClosed):  # whoever receives from it learns so, too

@@ -6,8 +6,11 @@ from typing import Any
 import pytest
 
 from sagellm.operators.routing import STRATEGIES, find_strategy
+from sagellm.operators.routing.candidates import Candidates
 from sagellm.operators.routing.rendezvous import choose_by_key
-from sagellm.operators.routing.view import Candidates, Pool, View
+from sagellm.operators.routing.replicas import Pool
+from sagellm.operators.routing.strategy import make
+from sagellm.operators.routing.view import View
 from sagellm.runtime.messages import Request
 from sagellm.runtime.operator import Draw
 
@@ -16,7 +19,12 @@ POOL = Pool("p", 4, ("prefill",))
 
 def choose(strategy: str, view: View, request: Any, number: int) -> Any:
     candidates = Candidates(view.pools["p"], request, view.num_routed)
-    return STRATEGIES[strategy](candidates, 0.0, Draw(0, "route", number))
+    made: Any = make(STRATEGIES[strategy], strategy, {}, ())
+    draw = Draw(0, "route", number)
+    if hasattr(made, "order"):
+        order, _ = made.order(made.initial, candidates, 0.0, draw)
+        return order[0]
+    return made(candidates, 0.0, draw)
 
 
 def choices(strategy: str, requests: Any) -> Any:
