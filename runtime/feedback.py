@@ -39,9 +39,13 @@ class QueueChanged(_Report, frozen=True, tag="queue"):
 
 
 class FirstToken(_Report, frozen=True, tag="first_token"):
-    """A first token came that long after its request left its queue."""
+    """A first token came that long after its request left its queue. Of that, `computed_s` went by
+    from when an engine began on its prompt, of which it computed `num_computed_tokens`; 0: unknown.
+    """
 
     seconds: float
+    num_computed_tokens: int = 0
+    computed_s: float = 0.0
 
 
 class RoomChanged(_Report, frozen=True, tag="room"):

@@ -235,7 +235,8 @@ class Logic(Protocol[S]):
     step at once; it must then answer all of them, and keep none. One that has
     `keeps(state, request_id) -> bool` is told to forget those requests only that it keeps. One that
     has `subscribes` is given those kinds of feedback, which are some of those that its spec names:
-    what its options leave unused is not sent.
+    so many as its options need. Prefix blocks ("cache") are reported where some operator asks for
+    them in this way, and then to all whose specs name them.
     """
 
     @property

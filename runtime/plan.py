@@ -52,13 +52,16 @@ class Plan:
         return given if isinstance(given, int) else MAX_PREFIX_BLOCKS
 
     def reads_cache(self, engine: str) -> bool:
-        """Whether any operator wants to know which prefix blocks an engine has."""
-        return bool(self.cache_readers(engine))
+        """Whether any operator asks which prefix blocks an engine has."""
+        return any(CACHE in self.subscribes(name) for name in self.cache_readers(engine))
 
     def cache_readers(self, engine: str) -> tuple[str, ...]:
-        """The operators upstream of an engine that want to know which prefix blocks it has."""
-        nodes = self.nodes_of(engine)
-        return tuple(dict.fromkeys(name for one in nodes for name in self.subscribers(one, CACHE)))
+        """The operators that are told which prefix blocks an engine has, if any of them asks."""
+        upstream = (name for node in self.nodes_of(engine) for name in self._reached(node))
+        return tuple(name for name in dict.fromkeys(upstream) if self._may_read_cache(name))
+
+    def _may_read_cache(self, node: str) -> bool:
+        return node in self.logic and CACHE in self.spec(node).subscribes
 
     @property
     def topology(self) -> Topology:
@@ -154,9 +157,12 @@ class Plan:
         """The logic operators that feedback of `node` reaches: those upstream that subscribe to the
         kind, nearest first, and those that a feedback edge leads to.
         """
+        return tuple(name for name in self._reached(node) if kind in self.subscribes(name))
+
+    def _reached(self, node: str) -> dict[str, None]:
+        """The operators that feedback of a node reaches."""
         led = tuple(edge.target for edge in self.graph.outputs(node) if edge.feedback)
-        reached = dict.fromkeys((*self.ancestors(node), *led))
-        return tuple(name for name in reached if kind in self.subscribes(name))
+        return dict.fromkeys((*self.ancestors(node), *led))
 
     def subscribes(self, node: str) -> frozenset[str]:
         """The kinds of feedback that an operator is given: those of its spec, or fewer, where it

@@ -6,7 +6,7 @@ from typing import Any, TypeVar, overload
 from sagellm.graphs.vocabulary import OpSpec
 from sagellm.operators.policies import OWN, POLICIES, policy_module
 from sagellm.operators.policies.options import Options
-from sagellm.operators.policies.order import Policy
+from sagellm.operators.policies.order import Policy, RankingPolicy
 from sagellm.operators.routing import STRATEGIES
 from sagellm.operators.routing.strategy import Registered, check_strategy
 from sagellm.runtime.operator import Build
@@ -54,9 +54,13 @@ def _registered(decorated: F, name: str | None) -> F:
 
 
 def register_policy(
-    name: str, policy: Callable[[Options], Policy], *, uses: Iterable[str] = ()
+    name: str,
+    policy: Callable[[Options], Policy] | type[RankingPolicy],
+    *,
+    uses: Iterable[str] = (),
 ) -> None:
-    """Make `policy: NAME` of `policy_sort` mean this policy.
+    """Make `policy: NAME` of `policy_sort` mean this policy; a frozen dataclass has options and a
+    state: see `sagellm.operators.policies.order.RankingPolicy`.
 
     `uses`: the options of `policy_sort` that it reads; a graph that sets another is refused.
     Raises ValueError where the name is taken, TypeError for what is no policy.

@@ -1,17 +1,14 @@
 """What a strategy is: it orders the replicas that a request may go to."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, is_dataclass
-from typing import Any, Protocol, TypeAlias, cast
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
 
-from sagellm.graphs.diagnostics import Diagnostic, GraphError, Path
-from sagellm.graphs.facts import Facts
-from sagellm.graphs.ir import FrozenMap, freeze
-from sagellm.graphs.rules.options import check_options
+from sagellm.graphs.diagnostics import Path
 from sagellm.operators.routing.candidates import Candidates
 from sagellm.runtime.operator import Draw
-from sagellm.runtime.options import read_options
-from sagellm.runtime.registry import check_callable
+from sagellm.runtime.options import read_own_options, refuse_options
+from sagellm.runtime.registry import check_callable, check_own
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,23 +54,12 @@ def check_strategy(name: str, value: Any) -> Any:
     """The value itself. Raises TypeError for what is no strategy."""
     if not isinstance(value, type):
         return check_callable(name, value)
-    missing = [part for part in ("initial", "order") if not hasattr(value, part)]
-    if missing:
-        raise TypeError(f"strategy {name!r}: class {value.__name__} has no {missing[0]}")
-    if not is_dataclass(value):
-        raise TypeError(f"strategy {name!r}: class {value.__name__} must be a frozen dataclass")
-    return value
+    return check_own(f"strategy {name!r}", value, ("initial", "order"))
 
 
 def make(found: Registered, name: str, given: Mapping[str, Any], path: Path) -> Function | Strategy:
     """A strategy with its options, which stand at `path` of the graph. Raises GraphError."""
-    options = cast(FrozenMap, freeze(dict(given)))
-    if not isinstance(found, type):
-        if options:
-            message = f"strategy `{name}` has no options"
-            raise GraphError((Diagnostic("unknown-option", path, message, "leave them out"),))
-        return found
-    mistakes = tuple(check_options(path, options, found, Facts()))
-    if mistakes:
-        raise GraphError(mistakes)
-    return read_options(found, options)
+    if isinstance(found, type):
+        return read_own_options(found, given, path)
+    refuse_options(f"strategy `{name}`", given, path)
+    return found

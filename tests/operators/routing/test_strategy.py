@@ -68,7 +68,7 @@ def test_its_state_stays_where_nothing_was_sent(running: Any) -> None:
         ("in_bursts", {"length": "3"}, "`length` must be an integer, not `3`"),
         ("in_bursts", {"length": 0}, "`length` must be at least 1, not `0`"),
         ("prefix_aware", {"min_saved": 2.0}, "must be from 0.0 to 1.0"),
-        ("random", {"seed": 1}, "strategy `random` has no options"),
+        ("random", {"seed": 1}, "strategy `random` has no options of its own"),
     ],
 )
 def test_wrong_options_are_told_as_those_of_operators(
