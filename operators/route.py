@@ -21,6 +21,7 @@ from sagellm.operators.routing.strategy import make
 from sagellm.operators.routing.view import View
 from sagellm.runtime.feedback import (
     CreditChanged,
+    FirstToken,
     HealthChanged,
     LoadReported,
     PrefixesChanged,
@@ -60,7 +61,7 @@ SPEC = OpSpec(
     (Port("in", REQUEST),),
     (Port("out", REQUEST),),
     options=Options,
-    subscribes=_ALWAYS | {"cache"},
+    subscribes=_ALWAYS | {"cache", "first_token"},
     signals=frozenset({"forget"}),
 )
 
@@ -79,6 +80,7 @@ class Route:
     entry: Pool | None = None  # the one pool that requests enter next, if it is one
     by_node: Mapping[str, Pool] = field(default_factory=dict)
     facts: Mapping[str, EngineFacts] = field(default_factory=dict)  # by pool
+    foresees: bool = False  # whether the strategy wants a forecast
 
     @property
     def initial(self) -> View:
@@ -108,7 +110,13 @@ class Route:
                 return Step(state.with_index(engine, index) if is_mine else state)
             case CreditChanged() | LoadReported() | HealthChanged():
                 of = self.by_node.get(happened.node)
-                return Step(state if of is None else _told(state, of, happened))
+                if of is None:
+                    return Step(state)
+                if self.foresees and isinstance(happened, LoadReported):
+                    state = _foreseen(state, happened, now)
+                return Step(_told(state, of, happened))
+            case FirstToken():
+                return Step(_foreseen(state, happened, now))
         return Step(state)
 
     def keeps(self, state: View, request_id: str) -> bool:
@@ -150,7 +158,8 @@ class Route:
 
     def _candidates(self, view: View, pool: Pool, request: Request) -> Candidates:
         known = view.pools[pool.name]
-        return Candidates(known, request, view.num_routed, self.hasher, self.facts.get(pool.name))
+        facts = self.facts.get(pool.name)
+        return Candidates(known, request, view.num_routed, self.hasher, facts, view.forecast)
 
     def _ask(
         self, view: View, pool: Pool, candidates: Candidates, now: float, draw: Draw
@@ -221,6 +230,10 @@ class Route:
         return WrongResult(f"the strategy returned {text} was wanted", code)
 
 
+def _foreseen(view: View, happened: FirstToken | LoadReported, now: float) -> View:
+    return msgspec.structs.replace(view, forecast=view.forecast.after(happened, now))
+
+
 def _told(view: View, pool: Pool, told: CreditChanged | LoadReported | HealthChanged) -> View:
     """The view after feedback about a replica of a pool."""
     replica: Replica = pool.name, told.replica
@@ -273,4 +286,5 @@ def build(options: Options, setup: Setup) -> Route:
     found = find_strategy(options.strategy)
     path = ("operators", setup.name, "strategy_options")
     strategy = make(found, options.strategy, options.strategy_options, path)
-    return Route(pools, strategy, setup.hasher, entry, by_node, setup.facts)
+    foresees = "first_token" in getattr(strategy, "subscribes", ())
+    return Route(pools, strategy, setup.hasher, entry, by_node, setup.facts, foresees)

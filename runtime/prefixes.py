@@ -1,9 +1,9 @@
 """Which replicas of an engine have which prefix blocks, as a value, and how a prompt is looked up.
 
-A lookup walks the blocks of a prompt until no replica has one: it costs about 1.3 us a block that
-some replica has (the hash; a hash is kept for the next lookup of the same prompt, which costs 0.2
-us a block), and nothing for the others. So a prompt of 100,000 tokens that is cached whole takes 8
-ms in the loop, and one that is new takes a microsecond.
+A lookup hashes the blocks of a prompt as far as some replica has them, in order, and at most twice
+as far: 1.3 us a block. So a prompt of 100,000 tokens that is cached whole takes 8 ms in the loop,
+and one that is new some microseconds. Hashes are kept for the next lookup of the same prompt, which
+takes microseconds: it asks for the logarithm of as many blocks.
 """
 
 from collections import OrderedDict
@@ -116,20 +116,33 @@ class PrefixIndex(msgspec.Struct, frozen=True):
         blocks = self.blocks
         if not blocks or request.sampling.prompt_logprobs is not None:
             return NOTHING
-        hashes, levels = hasher.hashes(request, self.block_size), []
-        held, index = among, 0
-        while index < hashes.num_blocks:
-            having = blocks.get(hashes[index], 0) & held
-            if having != held and index:
-                levels.append((index * self.block_size, held & ~having))
+        hashes = hasher.hashes(request, self.block_size)
+        held = blocks.get(hashes[0], 0) & among if hashes.num_blocks else 0
+        if not held:
+            return NOTHING
+        levels, end = [], 1
+        while held:
+            end = self._end(hashes, held, end)
+            having = blocks.get(hashes[end], 0) & held if end < hashes.num_blocks else 0
+            levels.append((end * self.block_size, held & ~having))
             held = having
-            if not held:
-                break
-            index += 1
-        else:
-            if index:
-                levels.append((index * self.block_size, held))
-        return Cached(tuple(reversed(levels))) if levels else NOTHING
+        return Cached(tuple(reversed(levels)))
+
+    def _end(self, hashes: PromptHashes, held: int, start: int) -> int:
+        """The first block from `start` on that not all replicas of the mask `held` have: they have
+        what is before any block that they have. Found in steps that double, and then halve.
+        """
+        blocks, low, step = self.blocks, start, 1
+        while low < hashes.num_blocks and blocks.get(hashes[low], 0) & held == held:
+            start, low, step = low + 1, low + step, step * 2
+        high = min(low, hashes.num_blocks)
+        while start < high:
+            middle = (start + high) // 2
+            if blocks.get(hashes[middle], 0) & held == held:
+                start = middle + 1
+            else:
+                high = middle
+        return start
 
 
 Indexes = Mapping[str, PrefixIndex]  # by engine

@@ -3,9 +3,12 @@
 from collections.abc import Callable, Iterator
 
 from sagellm.operators.routing.replicas import PoolView, bits, tokens_of
+from sagellm.runtime.forecast import Forecast
 from sagellm.runtime.messages import Request
 from sagellm.runtime.port import EngineFacts
 from sagellm.runtime.prefixes import NOTHING, Cached, Hasher
+
+NOTHING_KNOWN = Forecast()
 
 
 class Candidates:
@@ -14,9 +17,10 @@ class Candidates:
 
     `turn` rises by one with each request that was routed. `facts` are those of the engine, None
     where they are not known: `block_size`, `num_blocks`, `max_num_seqs`, `max_model_len` ...
+    `forecast` knows something where the strategy subscribes to "first_token".
     """
 
-    __slots__ = ("_cached", "_hasher", "facts", "pool", "request", "turn")
+    __slots__ = ("_cached", "_hasher", "facts", "forecast", "pool", "request", "turn")
 
     def __init__(
         self,
@@ -25,11 +29,13 @@ class Candidates:
         turn: int,
         hasher: Hasher | None = None,
         facts: EngineFacts | None = None,
+        forecast: Forecast = NOTHING_KNOWN,
     ) -> None:
         self.pool = pool
         self.request = request
         self.turn = turn
         self.facts = facts
+        self.forecast = forecast
         self._hasher = hasher
         self._cached: Cached | None = None
 
@@ -75,6 +81,18 @@ class Candidates:
         reported, and of what was sent there since.
         """
         return self.pool.replicas[number].num_pending
+
+    def prefill_s(self, number: int) -> float | None:
+        """Predicted seconds until a replica has computed the prompt, after those that it has to
+        compute already; None before there is evidence.
+        """
+        num_tokens = self.num_pending_tokens(number) + self.num_uncached_tokens(number)
+        return self.forecast.prefill_s(num_tokens)
+
+    @property
+    def step_s(self) -> float | None:
+        """Predicted seconds of an engine step, so of each further token; None: not known."""
+        return self.forecast.step_s
 
     def num_requests(self, number: int) -> int:
         """Requests that a replica has."""

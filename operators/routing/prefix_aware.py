@@ -12,11 +12,13 @@ have most; among equals that is another 32 each time. So a decision does not cos
 are more replicas.
 
 With `max_hold_s` a request waits up to that long for a replica without room, where that has
-`min_saved` of the prompt more in its cache than the best one that has room. 0: it never waits.
+`min_saved` of the prompt more in its cache than the best one that has room; but no longer than the
+other one would take to compute what is saved, once that can be predicted. 0: it never waits.
 
 Source: Dynamo's KV router (prefill that is left after overlap, plus active load; the least).
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -42,7 +44,7 @@ class PrefixAware:
 
     @property
     def subscribes(self) -> frozenset[str]:
-        return frozenset({"cache"})
+        return frozenset({"cache", "first_token"} if self.max_hold_s else {"cache"})
 
     @property
     def initial(self) -> None:
@@ -68,8 +70,10 @@ class PrefixAware:
         cached = candidates.cached
         num_saved = cached.num_tokens(warmest) - cached.num_tokens(best)
         num_prompt = len(candidates.request.prompt_token_ids)
-        is_worth_it = num_saved > 0 and num_saved >= self.min_saved * num_prompt
-        return Hold(warmest, self.max_hold_s) if is_worth_it else None
+        if num_saved <= 0 or num_saved < self.min_saved * num_prompt:
+            return None
+        saved_s = candidates.forecast.prefill_s(num_saved)
+        return Hold(warmest, min(self.max_hold_s, math.inf if saved_s is None else saved_s))
 
 
 def _warm(candidates: Candidates, among: int) -> Iterator[int]:

@@ -31,8 +31,9 @@ class Strategy(Protocol):
     """A strategy with options, or with a state of its own: a frozen dataclass, whose fields are the
     options that `strategy_options` of `route` gives.
 
-    One that also has `subscribes` needs that feedback: "cache" for `candidates.num_cached_tokens`,
-    "first_token" for `candidates.forecast`. None is sent that nobody needs.
+    One that also has `subscribes`, of kinds of feedback, needs "cache" for
+    `candidates.num_cached_tokens`, or "first_token" for `prefill_s`, `step_s` and `forecast`. What
+    nobody needs is not sent.
     """
 
     @property

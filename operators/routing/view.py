@@ -15,6 +15,7 @@ from sagellm.operators.routing.replicas import (
     ReplicaView,
     tokens_of,
 )
+from sagellm.runtime.forecast import Forecast
 from sagellm.runtime.messages import Request
 from sagellm.runtime.port import EngineLoad
 from sagellm.runtime.prefixes import PrefixIndex
@@ -24,13 +25,14 @@ Placed: TypeAlias = Map[str, tuple[tuple[Replica, int], ...]]
 
 class View(msgspec.Struct, frozen=True):
     """The state of a router. `placed`: request -> where its choices went, and their tokens.
-    `states`: of the strategy, by pool.
+    `states`: of the strategy, by pool. `forecast`: where the strategy wants one.
     """
 
     pools: Mapping[str, PoolView]
     num_routed: int = 0
     placed: Placed = Map()
     states: Mapping[str, Any] = {}
+    forecast: Forecast = Forecast()
 
     @classmethod
     def of(cls, pools: tuple[Pool, ...]) -> "View":
@@ -51,7 +53,7 @@ class View(msgspec.Struct, frozen=True):
         where = self.placed.get(request.request_id, ())
         where += tuple([(replica, num_tokens) for replica in replicas])
         placed = self.placed.set(request.request_id, where)
-        return View(pools, self.num_routed + 1, placed, self.states)
+        return View(pools, self.num_routed + 1, placed, self.states, self.forecast)
 
     def take_back(self, replica: Replica, request_id: str, num_left: float | None = None) -> "View":
         """A replica holds a choice of a request no more; `num_left`: where requests enter it."""
@@ -111,7 +113,7 @@ class View(msgspec.Struct, frozen=True):
             pool = pool.grown(number + 1)
         pools = {**self.pools, name: pool.with_replica(number, known)}
         placed = self.placed if placed is None else placed
-        return View(pools, self.num_routed, placed, self.states)
+        return View(pools, self.num_routed, placed, self.states, self.forecast)
 
 
 def _without(placed: Placed, request_id: str, place: int) -> Placed:

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 from immutables import Map
+from msgspec.structs import replace
 
 from sagellm.operators.routing.candidates import Candidates
 from sagellm.operators.routing.prefix_aware import PrefixAware
@@ -11,6 +12,7 @@ from sagellm.operators.routing.replicas import Pool
 from sagellm.operators.routing.strategy import Hold
 from sagellm.operators.routing.view import View
 from sagellm.runtime.block_hash import secret
+from sagellm.runtime.feedback import FirstToken
 from sagellm.runtime.messages import Request, Sampling
 from sagellm.runtime.operator import Draw
 from sagellm.runtime.prefixes import Hasher, PrefixIndex, PromptHashes
@@ -38,7 +40,8 @@ def warm(**held: int) -> View:
 
 
 def order(view: View, request: Request | None = None, **options: Any) -> list[Any]:
-    candidates = Candidates(view.pools["p"], request or ask(), view.num_routed, HASHER)
+    asked = request or ask()
+    candidates = Candidates(view.pools["p"], asked, view.num_routed, HASHER, forecast=view.forecast)
     found, _ = PrefixAware(**options).order(None, candidates, 0.0, Draw(0, "route", 0))
     assert isinstance(found, list)
     return found
@@ -49,6 +52,18 @@ def loaded(view: View, replica: int, num_requests: int, num_tokens: int = 11) ->
     for number in range(num_requests):
         view = view.place(ask(f"{replica}-{number}", num_tokens), (("p", replica),))
     return view
+
+
+def test_nobody_is_held_for_longer_than_the_prefix_takes_to_compute() -> None:
+    view = full(warm(r1=80), 1)
+    for _ in range(10):
+        first = FirstToken(seconds=1.0, num_computed_tokens=100, computed_s=0.1)
+        view = replace(view, forecast=view.forecast.after(first, 0.0))
+    hold = order(view, max_hold_s=5.0)[0]
+    assert hold == Hold(1, pytest.approx(0.08))
+    candidates = Candidates(view.pools["p"], ask(), 0, HASHER, forecast=view.forecast)
+    assert candidates.prefill_s(0) == pytest.approx(0.101)
+    assert candidates.prefill_s(1) == pytest.approx(0.021)
 
 
 def full(view: View, replica: int) -> View:
