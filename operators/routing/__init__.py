@@ -2,8 +2,10 @@
 users are registered, or offered by packages as entry points `sagellm.strategies`.
 """
 
-from sagellm.operators.routing import affinity, load_balanced, locality, random, round_robin
+from sagellm.operators.routing import load_balanced, random, round_robin
+from sagellm.operators.routing.affinity import Affinity
 from sagellm.operators.routing.candidates import Candidates
+from sagellm.operators.routing.locality import Locality
 from sagellm.operators.routing.prefix_aware import PrefixAware
 from sagellm.operators.routing.strategy import (
     Function,
@@ -24,8 +26,8 @@ STRATEGIES: Registry[Registered] = Registry(
         "load_balanced": load_balanced.choose,
         "round_robin": round_robin.choose,
         "random": random.choose,
-        "affinity": affinity.choose,
-        "locality": locality.choose,
+        "affinity": Affinity,
+        "locality": Locality,
         "prefix_aware": PrefixAware,
     },
     check_strategy,
