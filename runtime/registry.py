@@ -20,7 +20,8 @@ class BrokenEntryPoint(ValueError):
 
 
 class Registry(Mapping[str, T], Generic[T]):
-    """Things of one kind by name; `kind` is "operator", "function", "policy" or "strategy".
+    """Things of one kind by name; `kind` is "operator", "function", "policy", "strategy" or
+    "engine kind".
 
     A name is looked up in this order: what ships, what was registered, and the entry points of
     installed packages in `group`. An entry point is imported when its name is asked for, never
@@ -58,6 +59,10 @@ class Registry(Mapping[str, T], Generic[T]):
     def at_hand(self) -> Mapping[str, T]:
         """What ships and what was registered."""
         return {**self.ours, **{name: value for name, (value, _) in self._registered.items()}}
+
+    def is_registered_here(self, name: str) -> bool:
+        """Whether this process registered it: other processes do not have it."""
+        return name in self._registered
 
     def find(self, name: str) -> T:
         """Raises ValueError with the nearest name, or all there are; BrokenEntryPoint."""

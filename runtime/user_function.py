@@ -109,7 +109,7 @@ def ending(item: Item, reason: FinishReason, *, now: float, error: str | None = 
     """The last event of the choice that `item` belongs to, where it ends here."""
     if isinstance(item, Prefilled):
         item = item.first
-    emitted = item.emitted_token_ids if isinstance(item, Request) else item.token_ids
+    emitted = item.num_emitted if isinstance(item, Request) else item.num_tokens
     start = item.position if isinstance(item, TokenEvent) else 0
     known = len(item.prompt_token_ids) if isinstance(item, Request) else item.num_prompt_tokens
     cached = 0 if isinstance(item, Request) else item.num_cached_tokens  # a request's is a guess
@@ -117,7 +117,7 @@ def ending(item: Item, reason: FinishReason, *, now: float, error: str | None = 
         request_id=item.request_id,
         choice=item.choice,
         epoch=0 if isinstance(item, Answer) else item.epoch,
-        position=start + len(emitted),
+        position=start + emitted,
         finish_reason=reason,
         error=error,
         num_prompt_tokens=known,
@@ -161,7 +161,8 @@ def _rewritten_request(
     is_changed = result.prompt != item.prompt or result.model != item.model
     if is_changed and ids == item.prompt_token_ids:
         ids = encode(result.prompt, result.model) if encode else ()
-        if encode and not ids:
+        had_ids = bool(item.prompt_token_ids) and result.model == item.model
+        if encode and not ids and (had_ids or not result.prompt):
             raise function.wrong("returned an empty prompt; one with tokens was wanted")
     return msgspec.structs.replace(
         result,
@@ -169,12 +170,15 @@ def _rewritten_request(
         choice=item.choice,
         epoch=item.epoch,
         prompt_token_ids=ids,
+        messages=() if result.prompt != item.prompt else item.messages,
         num_cached_tokens=item.num_cached_tokens if ids == item.prompt_token_ids else 0,
         sampling=_sampling(function, item, result),
         stamps=item.stamps,
         placement=item.placement,
         expires_s=item.expires_s,
         emitted_token_ids=item.emitted_token_ids,
+        emitted_text=item.emitted_text,
+        num_emitted_without_ids=item.num_emitted_without_ids,
         salt=item.salt,
     )
 

@@ -1,13 +1,15 @@
 """Overrides: options of a graph that are set from outside, `split.min_uncached_tokens=8`."""
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 from sagellm.graphs.diagnostics import Diagnostic, GraphError
+from sagellm.graphs.engines import KIND
 from sagellm.graphs.ir import FrozenMap, Graph, Node, freeze
 from sagellm.graphs.served import served_models
 from sagellm.graphs.vocabulary import nearest
+from sagellm.runtime.engine.kinds import KINDS
 
 
 def override(graph: Graph, overrides: Mapping[str, Any], model: str | None = None) -> Graph:
@@ -39,7 +41,8 @@ def _set(graph: Graph, target: str, value: Any) -> Graph:
         )
         return replace(graph, nodes=nodes)
     if name in graph.engines:
-        return with_engine(graph, name, {option: value})
+        kept = _with_kind(graph, name, value) if option == KIND else graph
+        return with_engine(kept, name, {option: value})
     if name in graph.models:
         return _with_entry(graph, "models", name, {option: value})
     known = (*graph.names, *graph.engines, *graph.models)
@@ -62,6 +65,17 @@ def _with_executor(graph: Graph, option: str, value: Any) -> Graph:
     known = dict(before) if isinstance(before, FrozenMap) and option != "kind" else {}
     changed = FrozenMap({**known, option: freeze(value)})
     return replace(graph, attrs=FrozenMap({**graph.attrs, "executor": changed}))
+
+
+def _with_kind(graph: Graph, name: str, kind: Any) -> Graph:
+    """Another kind takes no option of the file that it does not know."""
+    before = graph.engines[name]
+    if kind not in KINDS or not isinstance(before, FrozenMap):
+        return graph
+    known = {option.name for option in fields(KINDS[kind].options)}
+    kept = FrozenMap({option: value for option, value in before.items() if option in known})
+    whole = FrozenMap({**graph.engines, name: kept})
+    return replace(graph, attrs=FrozenMap({**graph.attrs, "engines": whole}))
 
 
 def with_engine(graph: Graph, name: str, options: Mapping[str, Any]) -> Graph:

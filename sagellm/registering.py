@@ -1,4 +1,6 @@
-"""How a user's own functions, operators, policies and strategies get the names that graphs use."""
+"""How a user's own functions, operators, policies, strategies and kinds of engines get the names
+that graphs use.
+"""
 
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar, overload
@@ -9,6 +11,8 @@ from sagellm.operators.policies.options import Options
 from sagellm.operators.policies.order import Policy, RankingPolicy
 from sagellm.operators.routing import STRATEGIES
 from sagellm.operators.routing.strategy import Registered, check_strategy
+from sagellm.runtime.engine.kinds import KINDS
+from sagellm.runtime.engine.kinds.kind import EngineKind, read_kind
 from sagellm.runtime.operator import Build
 from sagellm.runtime.registry import FUNCTIONS, check_callable
 from sagellm.runtime.resolver import Resolver
@@ -78,3 +82,11 @@ def register_strategy(name: str, strategy: Registered) -> None:
     Raises ValueError where the name is taken, TypeError for what is no strategy.
     """
     STRATEGIES.register(name, check_strategy(name, strategy))
+
+
+def register_engine_kind(name: str, kind: EngineKind) -> None:
+    """Make `kind: NAME` of an engine mean this kind.
+
+    Raises ValueError where the name is taken, TypeError for what is no kind.
+    """
+    KINDS.register(name, read_kind(name, kind))

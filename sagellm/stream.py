@@ -32,13 +32,24 @@ class Upstream(Protocol):
     """What a stream asks of the session that it belongs to."""
 
     async def submit(
-        self, requests: Sequence[Request], caller: Caller, timeout_s: float | None
+        self, requests: Sequence[Request], caller: Caller, timing: "Timing"
     ) -> None: ...
     def dismiss(self, request_id: str, caller: Caller) -> None: ...
     def forget(self, request_id: str, caller: Caller) -> None: ...
     def forget_soon(self, request_id: str, caller: Caller) -> None: ...
     def end(self, request_id: str, code: str) -> None: ...
     def cause_of(self, key: tuple[str, int]) -> Exception | None: ...
+
+
+class Timing(NamedTuple):
+    """When a request arrived, and for how long its answer is wanted.
+
+    `waited_s`: what has passed since it arrived at whoever asks, until it is submitted.
+    `timeout_s` counts from its arrival; None: for ever.
+    """
+
+    timeout_s: float | None = None
+    waited_s: float = 0.0
 
 
 class Limits(NamedTuple):
@@ -70,12 +81,12 @@ class Stream:
         self,
         session: Upstream,
         requests: Sequence[Request],
-        timeout_s: float | None = None,
+        timing: Timing = Timing(),  # noqa: B008 (an immutable value)
         limits: Limits = Limits(),  # noqa: B008 (an immutable value)
     ) -> None:
         self._session = session
         self._requests = requests
-        self._timeout_s = timeout_s
+        self._timing = timing
         self._unread = _Unread(limits)
         self._arrived = trio.lowlevel.ParkingLot()
         self._num_open = len(requests)
@@ -183,7 +194,7 @@ class Stream:
         if not self._is_started:
             self._is_started = True
             try:
-                await self._session.submit(self._requests, self._caller, self._timeout_s)
+                await self._session.submit(self._requests, self._caller, self._timing)
             except RequestError:
                 self._num_open = 0
                 raise
@@ -228,7 +239,7 @@ class _Unread:
 
     def _count(self, item: Output, sign: int) -> None:
         if isinstance(item, TokenEvent):
-            self._num_tokens += sign * len(item.token_ids)
+            self._num_tokens += sign * item.num_tokens
             self._num_bytes += sign * _num_bytes(item)
 
 
@@ -260,6 +271,7 @@ def gather(parts: Sequence[Output]) -> Answer:
         choice=last.choice,
         text="".join(event.text for event in events),
         token_ids=tuple(token for event in events for token in event.token_ids),
+        num_tokens_without_ids=sum(event.num_tokens_without_ids for event in events),
         logprobs=tuple(logprob for event in events for logprob in event.logprobs),
         prompt_logprobs=_prompt_logprobs(events),
         finish_reason=last.finish_reason or "failed",

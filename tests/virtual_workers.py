@@ -17,7 +17,7 @@ from sagellm.backends.progress import Progress
 from sagellm.builder import RESOLVER
 from sagellm.checking import check_graph
 from sagellm.decisions import Decisions, recorded
-from sagellm.engines import engine_options, load_replica
+from sagellm.engines import num_replicas, open_replica
 from sagellm.graphs.ir import Graph as FrozenGraph
 from sagellm.models import load_models
 from sagellm.runtime.cluster.backoff import RestartPolicy
@@ -25,9 +25,11 @@ from sagellm.runtime.cluster.faults import CannotScale
 from sagellm.runtime.cluster.launch import TaskLife, Tasks
 from sagellm.runtime.cluster.supervisor import Supervisor
 from sagellm.runtime.cluster.worker import Watch
+from sagellm.runtime.engine.kinds.kind import Place
 from sagellm.runtime.engine.local import LocalEngine
 from sagellm.runtime.executors.tasks import TasksExecutor
 from sagellm.runtime.plan import plan
+from sagellm.runtime.port import Engine
 from sagellm.session import Session
 
 # Deaths end a task, and are noticed by that; only silence needs asking, and may take its time.
@@ -49,10 +51,12 @@ class Lives(Tasks):
 
     async def _open(
         self, graph: FrozenGraph, name: str, replica: int, _: int | None, progress: Progress
-    ) -> LocalEngine:
+    ) -> Engine:
         await trio.sleep(2.0)  # what loading takes
-        self.engines.append(load_replica(engine_options(graph, name), name, replica))
-        return self.engines[-1]
+        engine = await open_replica(graph, Place(name, replica))
+        if isinstance(engine, LocalEngine):
+            self.engines.append(engine)
+        return engine
 
     def launch(self, epoch: int) -> TaskLife:
         self.lives.append(super().launch(epoch))
@@ -118,7 +122,7 @@ async def chaotic(
     lives, draw = Lives(), random.Random(seed)
     supervisor = Supervisor(
         graph,
-        {engine: engine_options(graph, engine).replicas for engine in graph.engines},
+        {engine: num_replicas(graph, engine) for engine in graph.engines},
         lives,
         watch=WATCH,
         policy=policy,

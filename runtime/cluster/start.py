@@ -21,14 +21,14 @@ from sagellm.runtime.comm.channel import Channel, ChannelClosed
 from sagellm.runtime.comm.keys import load_keys
 from sagellm.runtime.comm.protocol import Open, Starting, Stop, Unfit
 from sagellm.runtime.comm.zeromq import Dealer
-from sagellm.runtime.engine.local import LocalEngine
 from sagellm.runtime.engine.serving import EngineServer
+from sagellm.runtime.port import Engine
 
 _VARIABLE = "SAGELLM_WORKER"  # an environment is for the eyes of its user alone, arguments are not
 _SPARE = "spare:"  # instead of a start, which then comes as a line of standard input
 
 # graph, engine, replica, blocks of its pool in an earlier life; called with events of the start
-OpenEngine: TypeAlias = Callable[[Graph, str, int, int | None, Progress], Awaitable[LocalEngine]]
+OpenEngine: TypeAlias = Callable[[Graph, str, int, int | None, Progress], Awaitable[Engine]]
 
 
 @dataclass(frozen=True, slots=True)

@@ -197,7 +197,7 @@ class Core:
 
     def _emit(self, emitted: Emitted) -> None:
         node, replica, items = emitted.node, emitted.replica, emitted.items
-        if self.outliers.suspects and any(getattr(item, "token_ids", ()) for item in items):
+        if self.outliers.suspects and any(getattr(item, "num_tokens", 0) for item in items):
             self.outliers.computed((self.plan.engine_name(node) or "", replica))
         self._flow.emit(emitted.ticket, node, replica, items, emitted.outlet)
 

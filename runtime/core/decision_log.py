@@ -57,7 +57,7 @@ class DecisionWriter:
 
     def __init__(self, file: BufferedWriter, header: Header, max_bytes: int) -> None:
         self._file = file
-        self._num_left = max_bytes
+        self._num_left = max_bytes - len(MAGIC) - _LENGTH_BYTES  # of the mark that it is full
         self.is_full = False
         file.write(MAGIC)
         self._write(_encode(header))

@@ -1,6 +1,7 @@
 """Where an engine says which prefix blocks its pool has, once a step."""
 
 from collections.abc import Callable
+from typing import Protocol, runtime_checkable
 
 from sagellm.runtime.cache_changes import CacheChanged, TellCache
 from sagellm.runtime.kv.cache_log import CacheLog, CacheReport
@@ -37,6 +38,13 @@ class CacheReporting:
         """Let the reader read what has changed."""
         if self._log is not None and self._log.has_news:
             self._on_news()
+
+
+@runtime_checkable
+class LogsPrefixes(Protocol):
+    """An engine that says which prefix blocks it has to whoever reads its log."""
+
+    cache: CacheReporting
 
 
 def changed_by(report: CacheReport, engine: str, replica: int, epoch: int = 1) -> CacheChanged:

@@ -11,7 +11,6 @@ from sagellm.runtime.buckets import Buckets
 from sagellm.runtime.cache_changes import CacheChanged, TellCache
 from sagellm.runtime.comm.channel import Channel, ChannelClosed
 from sagellm.runtime.comm.protocol import (
-    Advanced,
     AskCache,
     CacheNews,
     Cancel,
@@ -23,7 +22,6 @@ from sagellm.runtime.comm.protocol import (
     GrantCache,
     Hold,
     Idle,
-    Import,
     Landing,
     Pong,
     Refused,
@@ -31,11 +29,10 @@ from sagellm.runtime.comm.protocol import (
     Submit,
 )
 from sagellm.runtime.engine.mailbox import Mailbox
-from sagellm.runtime.engine.prefetching import Prefetcher
-from sagellm.runtime.engine.remote_transfer import LEASE_S, Question, RemoteSource, RemoteTarget
+from sagellm.runtime.engine.remote_transfer import LEASE_S, Question
 from sagellm.runtime.engine.stepping import STEP_TOKENS
 from sagellm.runtime.kv.lease import Fence
-from sagellm.runtime.messages import LeaseRef, SequenceState, TokenEvent
+from sagellm.runtime.messages import SequenceState, TokenEvent
 from sagellm.runtime.port import (
     DamagedBlocks,
     EngineEvent,
@@ -44,7 +41,6 @@ from sagellm.runtime.port import (
     EngineLoad,
     EngineLost,
     EngineRefusal,
-    LeaseOffer,
     Lost,
     PrefillDone,
     StaleLease,
@@ -60,7 +56,8 @@ class _Call:
 
 
 class RemoteEngine:
-    """One replica that a worker runs; the worker may be replaced, and is missing meanwhile.
+    """One replica of any kind that a worker runs; the worker may be replaced, and is missing
+    meanwhile.
 
     Nothing of one life reaches the next: what was open ends as `Lost`, what was asked as
     EngineLost, and a new life begins with no sequence and no lease.
@@ -73,13 +70,11 @@ class RemoteEngine:
         name: str,
         replica: int = 0,
         on_change: Callable[[bool], None] = lambda is_up: None,
-        prefetcher: Prefetcher | None = None,
     ) -> None:
         self.facts = facts
         self.name = name
         self.replica = replica
         self._on_change = on_change
-        self._prefetcher = prefetcher
         self.num_lives = 0
         self.is_removed = False  # nobody is to take the place of its last worker
         self.has_served = False  # this life, or the last one, has given a token
@@ -124,23 +119,7 @@ class RemoteEngine:
             self._gone.pop(fence, None)
 
     def cancel(self, request_id: str, choice: int, epoch: int) -> None:
-        if self._prefetcher is not None:
-            self._prefetcher.forget(Fence(request_id, choice, epoch))
         self.say(Cancel(request_id=request_id, choice=choice, epoch=epoch))
-
-    def export(self, lease: LeaseRef) -> RemoteSource:
-        return RemoteSource(self, lease)
-
-    async def import_(self, offer: LeaseOffer) -> RemoteTarget:
-        try:
-            answer = await self.ask(lambda call: Import(call=call, offer=offer))
-        except trio.Cancelled:
-            self.cancel(offer.request_id, offer.choice, offer.epoch)  # it may have had them already
-            raise
-        assert isinstance(answer, Landing)
-        if self._prefetcher is not None:
-            self._prefetcher.landing(self, answer.lease)
-        return RemoteTarget(self, answer.lease, self._prefetcher)
 
     def events(self, owner: str) -> "_Reader":
         return _Reader(self, owner, self._mailbox(owner))
@@ -199,8 +178,6 @@ class RemoteEngine:
         """The worker is gone, with all that it held."""
         self._channel = None
         self._on_change(False)  # first, so that what re-enters goes elsewhere
-        if self._prefetcher is not None:
-            self._prefetcher.lose(self)
         calls, self._calls = self._calls, {}
         for call in calls.values():
             call.done.set()
@@ -250,9 +227,6 @@ class RemoteEngine:
             case CacheNews():
                 self._tell_cache(self._changed(message))
                 self.say(GrantCache())
-            case Advanced(lease=lease, num_blocks=num_blocks):
-                if self._prefetcher is not None:
-                    self._prefetcher.advanced(self, lease, num_blocks)
             case Done(call=call) | Landing(call=call) | Exported(call=call) | Refused(call=call):
                 waiting = self._calls.pop(call, None)
                 if waiting is not None:

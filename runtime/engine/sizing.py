@@ -7,7 +7,7 @@ import msgspec
 
 from sagellm.backends.quantised import GROUP, MODES
 from sagellm.graphs.models import ModelFacts
-from sagellm.runtime.engine.options import EngineOptionError, EngineOptions, num_bytes
+from sagellm.runtime.engine.options import EngineOptionError, SizedOptions, num_bytes
 from sagellm.runtime.models.folder import ModelFolder
 from sagellm.runtime.port import EngineFacts
 
@@ -30,7 +30,7 @@ class Sizing:
         return self.num_blocks * self.block_bytes
 
 
-def engine_dtype(options: EngineOptions, facts: ModelFacts) -> str:
+def engine_dtype(options: SizedOptions, facts: ModelFacts) -> str:
     """The dtype that weights and KV are kept in; float16 models are computed in float32."""
     dtype = options.dtype or facts.dtype
     if dtype not in ("float32", "bfloat16", "float16"):
@@ -43,7 +43,7 @@ def engine_dtype(options: EngineOptions, facts: ModelFacts) -> str:
 _SHORTEST = 2  # a prompt of one token, and its answer
 
 
-def size(options: EngineOptions, facts: ModelFacts, memory_bytes: int) -> Sizing:
+def size(options: SizedOptions, facts: ModelFacts, memory_bytes: int) -> Sizing:
     """Size the pool for `memory_bytes` of free memory.
 
     The pool must hold one sequence of full length, so that some sequence can always advance. Where
@@ -72,7 +72,7 @@ def size(options: EngineOptions, facts: ModelFacts, memory_bytes: int) -> Sizing
     return Sizing(num_blocks, longest, block_bytes, weights)
 
 
-def _check_room(num_blocks: int, longest: int, options: EngineOptions, block_bytes: int) -> None:
+def _check_room(num_blocks: int, longest: int, options: SizedOptions, block_bytes: int) -> None:
     needed = -(-longest // options.block_size)
     if num_blocks >= needed:
         return
@@ -89,7 +89,7 @@ def _check_room(num_blocks: int, longest: int, options: EngineOptions, block_byt
     )
 
 
-def weight_bytes(options: EngineOptions, facts: ModelFacts) -> int:
+def weight_bytes(options: SizedOptions, facts: ModelFacts) -> int:
     """What the weights take once they are loaded, norms and biases as weights of a linear.
 
     The embedding stays as it is stored, also where its copy for the logits is quantised.
@@ -109,7 +109,7 @@ def _weight_bytes(bits: int) -> float:
     return (bits + 16 / GROUP) / 8
 
 
-def engine_facts(options: EngineOptions, folder: ModelFolder, sizing: Sizing) -> EngineFacts:
+def engine_facts(options: SizedOptions, folder: ModelFolder, sizing: Sizing) -> EngineFacts:
     """What graph checks and operators may know; no weight is read. Raises EngineOptionError."""
     dtype = engine_dtype(options, folder.facts)
     if options.quantization is not None and folder.facts.weight_bits:
@@ -117,9 +117,6 @@ def engine_facts(options: EngineOptions, folder: ModelFolder, sizing: Sizing) ->
             f"quantization: the weights of {options.model} are stored in few bits already; drop it"
         )
     how = [] if options.quantization is None else [options.quantization]
-    capabilities = {"kv_transfer", "resume", "generate"}
-    if not options.is_null:
-        capabilities |= {"logprobs", "text"}
     return EngineFacts(
         model=options.model,
         model_hash=_digest([folder.hash, dtype, *how]),
@@ -129,17 +126,17 @@ def engine_facts(options: EngineOptions, folder: ModelFolder, sizing: Sizing) ->
         max_num_seqs=options.max_num_seqs,
         kv_block_bytes=sizing.block_bytes,
         layout_hash=_layout_hash(options, folder.facts),
-        capabilities=frozenset(capabilities),
+        capabilities=options.capabilities,
     )
 
 
-def _layout_hash(options: EngineOptions, facts: ModelFacts) -> str:
+def _layout_hash(options: SizedOptions, facts: ModelFacts) -> str:
     dtype = engine_dtype(options, facts)
     shape = [facts.num_layers, facts.num_kv_heads, facts.head_dim, options.block_size, dtype]
     return _digest(shape)
 
 
-def _block_bytes(options: EngineOptions, facts: ModelFacts) -> int:
+def _block_bytes(options: SizedOptions, facts: ModelFacts) -> int:
     itemsize = 4 if engine_dtype(options, facts) == "float32" else 2
     per_layer = 2 * facts.num_kv_heads * options.block_size * facts.head_dim
     return facts.num_layers * per_layer * itemsize

@@ -7,7 +7,7 @@ from types import MappingProxyType
 import pytest
 
 import sagellm.graphs
-from sagellm.graphs.check import EngineFactsView, Facts, check
+from sagellm.graphs.check import EngineFactsView, EngineKindView, Facts, check
 from sagellm.graphs.diagnostics import Diagnostic
 from sagellm.graphs.ir import Edge, FrozenMap, Graph, Node
 from sagellm.graphs.rules.items import carried
@@ -145,7 +145,7 @@ class EngineOptions:
 def test_engine_options_are_checked_like_those_of_operators(vocabulary: Vocabulary) -> None:
     engines = {"p": {"model": "m", "devise": "cpu"}, "d": {"replicas": 0}}
     graph = replace(PD, attrs=FrozenMap({"engines": freeze_engines(engines)}))
-    found = check(graph, vocabulary, Facts(engine_options=EngineOptions))
+    found = check(graph, vocabulary, Facts(engine_kinds={"local": EngineKindView(EngineOptions)}))
     assert [each.path for each in found] == [
         ("engines", "p", "devise"),
         ("engines", "d", "replicas", "value"),

@@ -214,7 +214,7 @@ def test_a_routed_request_says_what_its_own_replica_has(running: Any) -> None:
 
 # ---- who asks ----------------------------------------------------------------------------------
 
-FACTS = EngineFacts("m", "h", 4, 64, 256, 4, 1, "l")
+FACTS = EngineFacts("m", 256, 4, block_size=4, num_blocks=64)
 
 
 @pytest.mark.parametrize(

@@ -11,15 +11,7 @@ from sagellm.runtime.cluster.worker import Worker
 from sagellm.runtime.core.core import Core
 from sagellm.runtime.executors.reading import Reading, Shares
 from sagellm.runtime.executors.tasks import TasksExecutor
-from sagellm.runtime.port import Engine, EngineFacts, EngineHealth, EngineLoad
-
-
-@runtime_checkable
-class CountingSteps(Protocol):
-    """An engine that counts the tokens of its steps."""
-
-    @property
-    def step_tokens(self) -> Buckets: ...
+from sagellm.runtime.port import CountingSteps, Engine, EngineFacts, EngineHealth, EngineLoad
 
 
 @runtime_checkable

@@ -14,7 +14,7 @@ from sagellm.runtime.operator import Credit
 from sagellm.runtime.plan import Plan, plan
 from sagellm.runtime.port import EngineFacts
 
-FACTS = EngineFacts("m", "h", 4, 64, 256, 4, 1, "l")
+FACTS = EngineFacts("m", 256, 4, block_size=4, num_blocks=64)
 
 
 def made(strategy: str = "prefix_aware") -> Plan:
