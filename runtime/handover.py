@@ -105,5 +105,15 @@ def report_first_token(ctx: Context, request: Request, event: TokenEvent) -> Non
     """
     dispatched_s = request.stamps.dispatched_s
     is_first = event.position == request.num_emitted and event.num_tokens > 0
-    if is_first and dispatched_s is not None:
-        ctx.report(FirstToken(seconds=ctx.now() - dispatched_s))
+    if not is_first or dispatched_s is None:
+        return
+    first = FirstToken(seconds=ctx.now() - dispatched_s)
+    started_s, prefilled_s = event.stamps.started_s, event.stamps.prefilled_s
+    if started_s is not None and prefilled_s is not None and prefilled_s > started_s:
+        num_known = len(request.prompt_token_ids) + len(request.emitted_token_ids)
+        first = FirstToken(
+            seconds=first.seconds,
+            num_computed_tokens=max(num_known - event.num_cached_tokens, 0),
+            computed_s=prefilled_s - started_s,
+        )
+    ctx.report(first)

@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import is_dataclass
 from functools import lru_cache
 from importlib.metadata import EntryPoint, EntryPoints, entry_points
 from types import FrameType
@@ -151,6 +152,16 @@ def check_callable(name: str, value: Any) -> Any:
     """The value itself. Raises TypeError where it cannot be called."""
     if not callable(value):
         raise TypeError(f"{name!r} must be a function, not {type(value).__name__}")
+    return value
+
+
+def check_own(what: str, value: type, parts: tuple[str, ...]) -> type:
+    """The class itself. Raises TypeError where it lacks a part, or is no dataclass."""
+    missing = [part for part in parts if not hasattr(value, part)]
+    if missing:
+        raise TypeError(f"{what}: class {value.__name__} has no {missing[0]}")
+    if not is_dataclass(value):
+        raise TypeError(f"{what}: class {value.__name__} must be a frozen dataclass")
     return value
 
 

@@ -22,6 +22,7 @@ from sagellm.runtime.engine.kinds.kind import Described
 from sagellm.runtime.engine.options import EngineOptionError
 from sagellm.runtime.models.fault import FolderWarning
 from sagellm.runtime.models.folder import ModelError
+from sagellm.runtime.operator import Setup
 from sagellm.runtime.options import OptionError
 from sagellm.runtime.plan import build_operators
 from sagellm.runtime.registry import BrokenEntryPoint
@@ -195,7 +196,7 @@ def _unbuildable(
     replicas = dict.fromkeys(graph.names, 1)
     known = _AnyFunction() if functions is None else functions
     try:
-        build_operators(graph, resolver, replicas, known)
+        build_operators(graph, resolver, replicas, Setup("", functions=known))
     except GraphError as error:
         return error.diagnostics
     return ()

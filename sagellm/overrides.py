@@ -6,7 +6,7 @@ from typing import Any
 
 from sagellm.graphs.diagnostics import Diagnostic, GraphError
 from sagellm.graphs.engines import KIND
-from sagellm.graphs.ir import FrozenMap, Graph, freeze
+from sagellm.graphs.ir import FrozenMap, Graph, Node, freeze
 from sagellm.graphs.served import served_models
 from sagellm.graphs.vocabulary import nearest
 from sagellm.runtime.engine.kinds import KINDS
@@ -14,7 +14,8 @@ from sagellm.runtime.engine.kinds import KINDS
 
 def override(graph: Graph, overrides: Mapping[str, Any], model: str | None = None) -> Graph:
     """The graph with options replaced; `NAME.option`, where NAME is an operator, an engine or a
-    model of the table, looked for in that order.
+    model of the table, looked for in that order. `NAME.option.key` sets one key of an operator's
+    option that is a mapping.
 
     `model` replaces the model of every engine. Raises GraphError for a name that is not there;
     whether the option exists is for the graph's check to say.
@@ -36,8 +37,7 @@ def _set(graph: Graph, target: str, value: Any) -> Graph:
         return _with_executor(graph, option, value)
     if name in graph.names:
         nodes = tuple(
-            node.with_attrs(**{option: value}) if node.name == name else node
-            for node in graph.nodes
+            _with_option(node, option, value) if node.name == name else node for node in graph.nodes
         )
         return replace(graph, nodes=nodes)
     if name in graph.engines:
@@ -49,6 +49,14 @@ def _set(graph: Graph, target: str, value: Any) -> Graph:
     close = nearest(name, known)
     hint = f"did you mean {close}?" if close else f"there are {', '.join(known)}"
     raise _mistake(target, value, f"no operator, engine or model is named {name!r}", hint)
+
+
+def _with_option(node: Node, option: str, value: Any) -> Node:
+    whole, dot, key = option.partition(".")
+    before = node.attrs.get(whole, FrozenMap())
+    if not dot or not isinstance(before, FrozenMap):
+        return node.with_attrs(**{option: value})
+    return node.with_attrs(**{whole: FrozenMap({**before, key: freeze(value)})})
 
 
 def _with_executor(graph: Graph, option: str, value: Any) -> Graph:

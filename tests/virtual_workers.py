@@ -133,7 +133,8 @@ async def chaotic(
         await nursery.start(supervisor.run)
         engines = supervisor.engines
         counts = {name: len(replicas) for name, replicas in engines.items()}
-        ready = plan(graph, RESOLVER, counts, seed=seed)
+        facts = {name: replicas[0].facts for name, replicas in engines.items()}
+        ready = plan(graph, RESOLVER, counts, seed=seed, facts=facts)
         record = stack.enter_context(recorded(log, ready, max_hold_s))
         make = partial(TasksExecutor, ready, engines=engines, max_hold_s=max_hold_s, record=record)
         session = Session(load_models(graph), make)
@@ -165,7 +166,9 @@ async def bursts(session: Session, seed: int, seconds: float, mean_s: float) -> 
     async def ask(number: int, fields: dict[str, Any]) -> None:
         sampling = Sampling(max_tokens=fields["tokens"], ignore_eos=True, seed=number)
         with trio.move_on_after(fields["patience_s"]):
-            answer = await generate(session, [1] * fields["prompt"], sampling=sampling)
+            prompt = [number % 256, number // 256, *[1] * 500]  # none is a prefix of another
+            asked = prompt[: fields["prompt"]]
+            answer = await generate(session, asked, sampling=sampling)
             record.reasons[answer.code or answer.finish_reason] += 1
             if answer.code not in EXCUSED or answer.token_ids:
                 record.answers[number] = answer.token_ids

@@ -15,6 +15,7 @@ import trio
 from sagellm.backends.progress import Event, Progress
 from sagellm.graphs.ir import Graph
 from sagellm.graphs.text.codec import from_msgpack
+from sagellm.runtime.block_hash import take_secret
 from sagellm.runtime.cluster.lifeline import hold_lifeline
 from sagellm.runtime.comm.channel import Channel, ChannelClosed
 from sagellm.runtime.comm.keys import load_keys
@@ -122,6 +123,7 @@ async def work(
     message = await channel.receive()
     if not isinstance(message, Open):
         return
+    take_secret(message.block_key)
     asked = from_msgpack(message.graph), message.engine, message.replica, message.num_blocks
     try:
         engine = await open_engine(*asked, _progress_over(channel))

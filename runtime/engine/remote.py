@@ -8,14 +8,18 @@ from dataclasses import dataclass, field
 import trio
 
 from sagellm.runtime.buckets import Buckets
+from sagellm.runtime.cache_changes import CacheChanged, TellCache
 from sagellm.runtime.comm.channel import Channel, ChannelClosed
 from sagellm.runtime.comm.protocol import (
+    AskCache,
+    CacheNews,
     Cancel,
     Done,
     Drop,
     Events,
     Exported,
     Grant,
+    GrantCache,
     Hold,
     Idle,
     Landing,
@@ -84,6 +88,7 @@ class RemoteEngine:
         self._submitting: set[Fence] = set()  # asked for, and not answered yet
         self._gone: dict[Fence, bool] = {}  # of those: lost meanwhile, by a death or not
         self._num_ungranted: dict[str, int] = {}  # batches of this life that a reader has to take
+        self._tell_cache: TellCache = lambda changed: None
         self._load = EngineLoad(num_blocks=facts.num_blocks, num_free_blocks=facts.num_blocks)
         self._health = EngineHealth()
         self._earlier_steps = Buckets(STEP_TOKENS)  # of earlier lives
@@ -133,6 +138,11 @@ class RemoteEngine:
         steps = self._earlier_steps.copy()
         steps.add(self._steps)
         return steps
+
+    def report_cache(self, tell: TellCache) -> None:
+        """To be asked again in each life."""
+        self._tell_cache = tell
+        self.say(AskCache())
 
     async def idle(self) -> None:
         try:
@@ -214,6 +224,9 @@ class RemoteEngine:
             case Events(owner=owner, events=events, load=load):
                 self._load = load
                 self._take(owner, events)
+            case CacheNews():
+                self._tell_cache(self._changed(message))
+                self.say(GrantCache())
             case Done(call=call) | Landing(call=call) | Exported(call=call) | Refused(call=call):
                 waiting = self._calls.pop(call, None)
                 if waiting is not None:
@@ -223,6 +236,17 @@ class RemoteEngine:
                 self._load, self._health = load, health
                 if len(counts) == len(self._steps.counts):
                     self._steps.counts, self._steps.total = list(counts), total
+
+    def _changed(self, news: CacheNews) -> CacheChanged:
+        return CacheChanged(
+            engine=self.name,
+            replica=self.replica,
+            epoch=self.num_lives,
+            sequence=news.sequence,
+            is_first=news.is_first,
+            stored=news.stored,
+            dropped=news.dropped,
+        )
 
     def _take(self, owner: str, events: tuple[TokenEvent | PrefillDone, ...]) -> None:
         mailbox, is_empty = self._mailbox(owner), True
@@ -259,7 +283,7 @@ class RemoteEngine:
             raise EngineLost(self.name, self.replica)
         return self._channel
 
-    def say(self, message: Cancel | Release | Hold | Grant | Drop) -> None:
+    def say(self, message: Cancel | Release | Hold | Grant | AskCache | GrantCache | Drop) -> None:
         """Tell the worker, if there is one; one that is gone has nothing left to do it to."""
         if self._channel is not None:
             with suppress(ChannelClosed):  # whoever receives from it learns so, too

@@ -7,12 +7,15 @@ import trio
 
 from sagellm.runtime.comm.channel import Channel, ChannelClosed
 from sagellm.runtime.comm.protocol import (
+    AskCache,
+    CacheNews,
     Cancel,
     Done,
     Drop,
     Events,
     FromWorker,
     Grant,
+    GrantCache,
     Idle,
     Ping,
     Pong,
@@ -21,7 +24,9 @@ from sagellm.runtime.comm.protocol import (
     Stop,
     Submit,
 )
+from sagellm.runtime.engine.cache_reporting import LogsPrefixes
 from sagellm.runtime.engine.kv_serving import KVServer, SharedKVEngine
+from sagellm.runtime.kv.cache_log import CacheLog
 from sagellm.runtime.port import (
     CountingSteps,
     DamagedBlocks,
@@ -32,7 +37,7 @@ from sagellm.runtime.port import (
     moves_kv,
 )
 
-WINDOW = 4  # batches of events under way to one reader
+WINDOW = 4  # batches of events under way to one reader; reports of prefix blocks, too
 
 
 class EngineServer:
@@ -42,6 +47,8 @@ class EngineServer:
         self._engine = engine
         self._channel = channel
         self._scopes: dict[int, trio.CancelScope] = {}  # of calls that may wait
+        self._cache_log: CacheLog | None = None
+        self._cache_window = WINDOW
         self._windows: dict[str, trio.Semaphore] = {}
         self._kv = _kv_server(engine, self._say)
 
@@ -67,6 +74,12 @@ class EngineServer:
                 self._engine.cancel(request_id, choice, epoch)
             case Grant(owner=owner) if owner in self._windows:
                 self._windows[owner].release()
+            case AskCache() if isinstance(self._engine, LogsPrefixes):
+                self._cache_log = self._engine.cache.open_log(self._say_cache)
+                self._say_cache()
+            case GrantCache():
+                self._cache_window += 1
+                self._say_cache()
             case Idle(call=call):
                 nursery.start_soon(self._answer, call, lambda: self._idle(call))
             case Drop(call=call):
@@ -126,6 +139,13 @@ class EngineServer:
             await self._windows[owner].acquire()
             told = tuple(event for event in events if not isinstance(event, Lost))
             self._say(Events(owner=owner, events=told, load=self._engine.load))
+
+    def _say_cache(self) -> None:
+        """Say which prefix blocks have changed, as fast as that is read."""
+        assert self._cache_log is not None
+        while self._cache_window and (report := self._cache_log.take()) is not None:
+            self._cache_window -= 1
+            self._say(CacheNews(**report._asdict()))
 
     def _say(self, message: FromWorker) -> None:
         with suppress(ChannelClosed):  # whoever receives from it learns so, too

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from sagellm.runtime.kv.block_key import BlockKey
+from sagellm.runtime.kv.cache_log import CacheLog
 from sagellm.runtime.messages import PRIORITIES
 
 _LAST = len(PRIORITIES) - 1
@@ -48,6 +49,15 @@ class PrefixTree:
         self._generation_blocks = max(1, num_blocks // _GENERATIONS)
         self.num_idle = 0
         self.num_evicted = 0
+        self.log: CacheLog | None = None  # of what is stored and dropped, where it is asked for
+
+    @property
+    def hashes(self) -> Iterator[bytes]:
+        """The short hashes of all nodes, parents before their children."""
+        level = list(self._first.values())
+        for node in level:
+            level += node.children.values()
+            yield node.key.short
 
     @property
     def idle(self) -> Iterator[Node]:
@@ -71,6 +81,8 @@ class PrefixTree:
         node = Node(key, block, parent, _clamped(priority))
         siblings[key.digest] = self._nodes[block] = node
         _raise(parent, node.priority)
+        if self.log is not None:
+            self.log.note(key.short, is_stored=True)
         return node
 
     def use(self, node: Node, priority: int, *, is_idle: bool) -> None:
@@ -117,7 +129,7 @@ class PrefixTree:
         while open_:
             each = open_.pop()
             open_ += each.children.values()
-            each.is_live, self._nodes[each.block] = False, None
+            self._forget(each)
             if each in self._idle[each.priority]:
                 del self._idle[each.priority][each]
                 idle.append(each.block)
@@ -151,7 +163,12 @@ class PrefixTree:
     def _remove(self, node: Node) -> None:
         assert not node.children
         del self._children(node.parent)[node.key.digest]
+        self._forget(node)
+
+    def _forget(self, node: Node) -> None:
         node.is_live, self._nodes[node.block] = False, None
+        if self.log is not None:
+            self.log.note(node.key.short, is_stored=False)
 
 
 def _raise(node: Node | None, priority: int) -> None:
