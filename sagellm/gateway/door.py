@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 
@@ -15,6 +15,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     request_id: str
     text: str  # of the prompt, which a map before the model may rewrite
     token_ids: tuple[int, ...]
+    messages: tuple[dict[str, Any], ...] = ()  # instead of a text, where the engine takes text
     sampling: Sampling
     priority: int = 2
     tenant: str = ""

@@ -60,7 +60,7 @@ def stream_of(session: Session, entry: Entry, limit_tokens: int, limit_bytes: in
     """The stream of an entry, not started. Raises ApiError for what a session does not take."""
     try:
         return session.stream(
-            Encoded(entry.text, entry.token_ids),
+            entry.messages or Encoded(entry.text, entry.token_ids),
             sampling=entry.sampling,
             limit_tokens=limit_tokens,
             limit_bytes=limit_bytes,

@@ -6,7 +6,7 @@ What a model's own files may make endless is done in a helper process (`runtime/
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import anyio
 import msgspec
@@ -30,10 +30,11 @@ T = TypeVar("T")
 
 
 class Prompt(msgspec.Struct, frozen=True):
-    """A prompt ready for the graph."""
+    """A prompt ready for the graph. `messages`: of a chat whose engine takes text."""
 
     text: str
     token_ids: tuple[int, ...]
+    messages: tuple[dict[str, Any], ...] = ()
 
 
 class Encoder:

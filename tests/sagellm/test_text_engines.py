@@ -246,14 +246,20 @@ async def test_over_http_it_streams_and_counts() -> None:
             await stream.send_all(post("/v1/completions", asked, "Connection: close"))
             reply = await read_reply(stream)
         async with await served.connect() as stream:
+            messages = [{"role": "user", "content": "or not"}]
+            asked = {"model": "m", "messages": messages}
+            await stream.send_all(post("/v1/chat/completions", asked, "Connection: close"))
+            chat = json.loads((await read_reply(stream)).body)
+        assert chat["choices"][0]["message"]["content"] == "or not "
+        async with await served.connect() as stream:
             asked = {"model": "m", "prompt": "to be"}
             await stream.send_all(post("/tokenize", asked, "Connection: close"))
             refused = await read_reply(stream)
         async with await served.connect() as stream:
             await stream.send_all(get("/metrics", "Connection: close"))
             metrics = (await read_reply(stream)).body.decode()
-    assert 'sagellm_generation_tokens_total{model_name="m"} 16.0' in metrics
-    assert 'sagellm_prompt_tokens_total{model_name="m"} 16.0' in metrics
+    assert 'sagellm_generation_tokens_total{model_name="m"} 18.0' in metrics
+    assert 'sagellm_prompt_tokens_total{model_name="m"} 18.0' in metrics
     assert refused.status == 400
     assert "its tokens are not known here" in refused.body.decode()
     lines = [line for line in reply.body.decode().splitlines() if line.startswith("data: {")]

@@ -182,6 +182,7 @@ class _Running:
                 request_id=request_id,
                 text=prompt.text,
                 token_ids=prompt.token_ids,
+                messages=prompt.messages,
                 sampling=sampling,
                 priority=NORMAL if request.priority is None else request.priority,
                 tenant=call.tenant,
