@@ -19,6 +19,8 @@ class EngineFactsView:
     num_layers: int | None = None
     max_model_len: int | None = None
     kv_pool_bytes: int | None = None  # of one replica
+    device: str = ""  # whose memory the pool is in
+    memory_bytes: int | None = None  # of that device, as its pool was sized for; None: of `Facts`
     replicas: int | None = None  # None: the engine's option `replicas`, or 1
     capabilities: frozenset[str] | None = None
 
@@ -41,7 +43,7 @@ class Facts:
     {"names": "policies"} must be one of them.
     """
 
-    memory_bytes: int | None = None  # shared by the KV pools of all engines
+    memory_bytes: int | None = None  # shared by the KV pools of engines on one device
     engines: Mapping[str, EngineFactsView] = field(default_factory=dict)
     functions: Collection[str] | None = None  # the user's, by registered name
     engine_kinds: Mapping[str, EngineKindView] | None = None

@@ -4,7 +4,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sagellm.backends import get_backend
 from sagellm.engines import KindViews, described
 from sagellm.graphs.check import Facts, check, locate
 from sagellm.graphs.diagnostics import VALUE, Diagnostic, GraphError, Path
@@ -77,7 +76,6 @@ def checked(
     """
     graph = override(document.graph, overrides or {}, model)
     facts = Facts(
-        memory_bytes=get_backend("cpu").device().memory_bytes,
         functions=functions,
         engine_kinds=KindViews(),
         executors=EXECUTORS,

@@ -29,7 +29,7 @@ from sagellm.runtime.messages import Answer, Forked, Item, Request, Sampling, St
 from sagellm.runtime.models.tokenizer import Tokenizer
 from sagellm.runtime.operator import Signal
 from sagellm.statistics import Statistics, statistics_of
-from sagellm.stream import Caller, Limits, Output, Stream, Timing, gather
+from sagellm.stream import UNSERVED, Caller, Limits, Output, Stream, Timing, gather
 from sagellm.unserved import RequestFailed, RequestRefused, raise_unserved
 
 __all__ = [
@@ -117,10 +117,10 @@ class Session:
         """The answers of all choices, by choice. Raises as `generate` does, for any choice."""
         parts: dict[int, list[Output]] = {}
         async with self.stream(prompt, sampling=sampling, **fields) as stream:
-            while outputs := await stream.take():
+            while outputs := await stream.take_ended():
                 for item in outputs:
                     parts.setdefault(item.choice, []).append(item)
-                    if item.finish_reason in ("refused", "failed"):
+                    if item.finish_reason in UNSERVED:
                         answer = gather(parts[item.choice])
                         raise_unserved(answer, stream.cause_of(item.choice))
         return [gather(parts[choice]) for choice in sorted(parts)]

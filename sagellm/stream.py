@@ -52,6 +52,9 @@ class Timing(NamedTuple):
     waited_s: float = 0.0
 
 
+UNSERVED = ("refused", "failed")  # finish reasons that reading an answer raises for
+
+
 class Limits(NamedTuple):
     """What may wait unread of one request. None: as much as comes."""
 
@@ -92,6 +95,7 @@ class Stream:
         self._num_open = len(requests)
         self._is_started = False
         self._is_overrun = False
+        self._wants_ends = False  # its reader waits for more than the next token
         self._causes: dict[int, Exception | None] = {}  # of choices that failed
         self._caller = _weakly(self)
         self.on_arrival: Callable[[], None] | None = None  # called for whatever comes
@@ -133,6 +137,17 @@ class Stream:
         await self._wait()
         return self._unread.pop_all()
 
+    async def take_ended(self) -> tuple[Output, ...]:
+        """As `take`, once every choice has ended, or one has not been served: who wants whole
+        answers is not woken for each token.
+        """
+        self._wants_ends = True
+        try:
+            await self._wait()
+        finally:
+            self._wants_ends = False
+        return self._unread.pop_all()
+
     def cause_of(self, choice: int) -> Exception | None:
         """What was raised in the graph for a choice that failed, where that is known here."""
         return self._causes.get(choice)
@@ -172,7 +187,7 @@ class Stream:
         elif self._unread.is_limited and not self._is_overrun and self._is_too_much:
             self._is_overrun = True
             self._session.end(self.request_id, "slow_reader")
-        if self._arrived:
+        if self._arrived and self._is_due:
             self._arrived.unpark_all()
         if self.on_arrival is not None:
             self.on_arrival()
@@ -187,8 +202,15 @@ class Stream:
         if not self._is_started:
             await self._start()
         await trio.lowlevel.checkpoint_if_cancelled()
-        while not self._unread and self._num_open:
+        while not self._is_due:
             await self._arrived.park()
+
+    @property
+    def _is_due(self) -> bool:
+        """Whether there is what the reader waits for."""
+        if self._num_open == 0:
+            return True
+        return self._unread.has_unserved if self._wants_ends else bool(self._unread)
 
     async def _start(self) -> None:
         if not self._is_started:
@@ -209,6 +231,7 @@ class _Unread:
         self.is_limited = limits != Limits()
         self._num_tokens = 0
         self._num_bytes = 0
+        self.has_unserved = False  # the end of a choice that was refused, or failed
 
     def __bool__(self) -> bool:
         return bool(self._items)
@@ -222,6 +245,8 @@ class _Unread:
 
     def put(self, item: Output) -> None:
         self._items.append(item)
+        if item.finish_reason in UNSERVED:
+            self.has_unserved = True
         if self.is_limited:
             self._count(item, 1)
 
@@ -235,6 +260,7 @@ class _Unread:
         items = tuple(self._items)
         self._items.clear()
         self._num_tokens = self._num_bytes = 0
+        self.has_unserved = False
         return items
 
     def _count(self, item: Output, sign: int) -> None:

@@ -72,8 +72,18 @@ def num_replicas(subject: Subject, engine: str) -> int:
 
 
 def memory(subject: Subject) -> Iterator[Diagnostic]:
-    limit = subject.facts.memory_bytes
-    pools = {name: _pool_bytes(subject, name) for name in subject.graph.engines}
+    """The pools of all engines on one device fit its memory, as it was when they were sized."""
+    views = {name: subject.facts.engine(name) for name in subject.graph.engines}
+    for device in dict.fromkeys(view.device for view in views.values()):
+        here = {name: view for name, view in views.items() if view.device == device}
+        known = [view.memory_bytes for view in here.values() if view.memory_bytes is not None]
+        yield from _overfull(subject, tuple(here), max(known, default=subject.facts.memory_bytes))
+
+
+def _overfull(
+    subject: Subject, engines: tuple[str, ...], limit: int | None
+) -> Iterator[Diagnostic]:
+    pools = {name: _pool_bytes(subject, name) for name in engines}
     total = sum(pools.values())
     if limit is None or total <= limit:
         return

@@ -9,11 +9,14 @@ import pytest
 from text_kind import PARROT
 
 from sagellm import Graph, ops
-from sagellm.checking import check_graph
+from sagellm.backends import get_backend
+from sagellm.checking import check_graph, checked
+from sagellm.engines import described, open_replica
 from sagellm.graphs.diagnostics import GraphError
 from sagellm.graphs.vocabulary import CAPABILITIES
 from sagellm.registering import RESOLVER
 from sagellm.runtime.engine.kinds import KINDS
+from sagellm.runtime.engine.kinds.kind import Place
 from sagellm.runtime.request_needs import NEEDS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -139,3 +142,19 @@ def test_setting_a_kind_drops_what_it_does_not_have() -> None:
         "kind": "modelled",
         "decode_step_s": 0.0,
     }
+
+
+async def test_an_engine_is_opened_as_large_as_it_was_checked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def with_memory(mebibytes: int) -> None:
+        device = type(get_backend("cpu").device())
+        monkeypatch.setattr(device, "memory_bytes", mebibytes << 20)
+
+    document = Graph.load("joint").document
+    with_memory(16)
+    found = checked(document, RESOLVER)
+    with_memory(32)
+    engine = await open_replica(found.sized, Place("g"))
+    assert engine.facts.num_blocks == found.sizes["g"]["num_blocks"]
+    assert described(found.graph, "g").sizes["num_blocks"] > engine.facts.num_blocks

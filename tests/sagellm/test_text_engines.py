@@ -20,6 +20,7 @@ from trio.testing import MockClock
 from virtual_workers import chaotic
 
 from sagellm import Graph, RequestError, Sampling, ops
+from sagellm.gateway.processes.supervision import GatewaysFailed
 from sagellm.graphs.diagnostics import GraphError
 from sagellm.opening import OpenGraph
 from sagellm.runtime.engine.kinds import KINDS
@@ -255,3 +256,12 @@ async def test_over_http_it_streams_and_counts() -> None:
     assert whole["choices"][0]["text"] == SAID
     assert whole["usage"]["completion_tokens"] == chunks[-1]["usage"]["completion_tokens"] == 8
     assert "".join(c["choices"][0]["text"] for c in chunks if c["choices"]) == SAID
+
+
+async def test_gateway_processes_do_not_know_a_kind_of_this_one() -> None:
+    with pytest.RaisesGroup(
+        pytest.RaisesExc(GatewaysFailed, match="do not know the engine kind 'parrot'"),
+        flatten_subgroups=True,
+    ):
+        async with served_session("hypercorn", "joint", {"g.kind": "parrot"}, num_gateways=1):
+            raise AssertionError("it serves")

@@ -4,6 +4,7 @@ import gc
 import importlib
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
 import trio
 
@@ -40,12 +41,23 @@ def _describe(options: EngineOptions) -> Described:
     draft = draft_folder(options, folder)
     sizing = size(options, folder.facts, memory_bytes)
     return Described(
-        facts_view(options, folder, sizing, pool_bytes=sizing.pool_bytes),
+        replace(
+            facts_view(options, folder, sizing, pool_bytes=sizing.pool_bytes),
+            device=options.device,
+            memory_bytes=memory_bytes * _num_devices(options),
+        ),
         options.model,
         folder,
         (*folder.warnings, *(draft.warnings if draft else ())),
         sizes(options, sizing),
     )
+
+
+def _num_devices(options: EngineOptions) -> int:
+    """Over how many devices the replicas are spread."""
+    if options.device_index is not None:
+        return 1
+    return max(1, min(options.replicas, len(get_backend(options.backend).devices())))
 
 
 KIND = EngineKind(EngineOptions, LOCAL_CAPABILITIES, _open, _describe)

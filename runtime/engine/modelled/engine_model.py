@@ -3,71 +3,14 @@ next: no task, no clock, no token by token.
 """
 
 from bisect import bisect_right, insort
-from dataclasses import dataclass
 from math import inf
-from typing import NamedTuple
 
 from sagellm.runtime.engine.chunking import share_budget
 from sagellm.runtime.engine.limits import Limits
-from sagellm.runtime.engine.modelled.cost import StepCost, StepShape, step_shape
+from sagellm.runtime.engine.modelled.cost import StepCost, step_shape
+from sagellm.runtime.engine.modelled.run import Key, ModelledSequence, Progress, Run
 from sagellm.runtime.messages import NORMAL, FinishReason
 from sagellm.runtime.port import EngineLoad
-
-Key = tuple[str, int]  # request id, choice
-
-
-class Progress(NamedTuple):
-    """Tokens of a sequence, the last of them at `at_s`; with `end`, nothing comes after it.
-
-    A sequence has one of these for its first token, and one for its end: `num_tokens` counts those
-    since the one before.
-    """
-
-    key: Key
-    num_tokens: int
-    at_s: float
-    end: FinishReason | None = None
-
-
-@dataclass(slots=True, eq=False)
-class _Sequence:
-    """`num_cached` tokens have keys and values when it is admitted for the first time."""
-
-    key: Key
-    rank: tuple[int, int]
-    num_prompt: int
-    num_output: int
-    num_emitted: int
-    num_cached: int
-    num_computed: int = 0
-    num_blocks: int = 0
-    num_reported: int = 0  # of those emitted
-    has_reported: bool = False  # its first token
-    is_cancelled: bool = False
-
-    @property
-    def num_known(self) -> int:
-        return self.num_prompt + self.num_emitted
-
-    @property
-    def num_pending(self) -> int:
-        return self.num_known - self.num_computed
-
-    @property
-    def is_decoding(self) -> bool:
-        """Whether its next token is all that it computes."""
-        return self.num_pending == 1 and self.num_computed >= self.num_prompt
-
-
-@dataclass(slots=True)
-class _Run:
-    """Steps one after the other that compute the same rows, more than one only if all decode."""
-
-    begun_s: float
-    rows: list[tuple[_Sequence, int]]
-    shape: StepShape
-    num_steps: int
-    end_s: float = 0.0
 
 
 class EngineModel:
@@ -96,12 +39,12 @@ class EngineModel:
         self._block_size = block_size
         self._num_free = num_blocks
         self._watermark = num_blocks // 100  # as in Scheduler
-        self._sequences: dict[Key, _Sequence] = {}
-        self._running: list[_Sequence] = []
-        self._waiting: list[_Sequence] = []  # in rank order
+        self._sequences: dict[Key, ModelledSequence] = {}
+        self._running: list[ModelledSequence] = []
+        self._waiting: list[ModelledSequence] = []  # in rank order
         self._num_arrivals = 0
         self._sat_out = False
-        self._run: _Run | None = None
+        self._run: Run | None = None
         self._time_s = 0.0  # of the last change
         self._progress: list[Progress] = []
 
@@ -130,7 +73,7 @@ class EngineModel:
         self._num_arrivals += 1
         rank = priority, self._num_arrivals
         cached = min(num_cached, num_known - 1)
-        sequence = _Sequence(key, rank, num_prompt, num_output, num_emitted, cached)
+        sequence = ModelledSequence(key, rank, num_prompt, num_output, num_emitted, cached)
         sequence.num_reported = num_emitted
         self._sequences[key] = sequence
         self._queue(sequence)
@@ -203,7 +146,7 @@ class EngineModel:
         run.num_steps = num_over + 1
         run.end_s = self._end_s(run, run.num_steps)
 
-    def _end_s(self, run: _Run, num_steps: int) -> float:
+    def _end_s(self, run: Run, num_steps: int) -> float:
         return run.begun_s + self._cost.run_seconds(run.shape, num_steps)
 
     # ---- one change of the batch -------------------------------------------------------------
@@ -221,10 +164,10 @@ class EngineModel:
         is_alike = len(rows) == len(decodes) and not prefills
         is_alike = is_alike and self.num_preemptions == num_preemptions
         num_steps = self._num_alike(decodes) if is_alike else 1
-        self._run = run = _Run(self._time_s, rows, shape, num_steps)
+        self._run = run = Run(self._time_s, rows, shape, num_steps)
         run.end_s = self._end_s(run, num_steps)
 
-    def _finish(self, run: _Run) -> None:
+    def _finish(self, run: Run) -> None:
         """Take what a run has computed."""
         self._run, self._time_s = None, run.end_s
         self.num_steps += run.num_steps
@@ -243,8 +186,8 @@ class EngineModel:
                 self._report(sequence, run.end_s)
 
     def _rows(
-        self, decodes: list[_Sequence], prefills: list[_Sequence]
-    ) -> list[tuple[_Sequence, int]]:
+        self, decodes: list[ModelledSequence], prefills: list[ModelledSequence]
+    ) -> list[tuple[ModelledSequence, int]]:
         """What one step computes of each sequence; decodes past the budget take turns."""
         budget = self._limits.max_step_tokens
         room = budget - max(1, budget // 4) if prefills and budget > 1 else budget
@@ -259,21 +202,23 @@ class EngineModel:
             rows += shares
         return rows
 
-    def _chunk(self, sequence: _Sequence, budget: int) -> int:
+    def _chunk(self, sequence: ModelledSequence, budget: int) -> int:
         return min(sequence.num_pending, self._limits.prefill_chunk or budget, budget)
 
-    def _num_alike(self, decodes: list[_Sequence]) -> int:
+    def _num_alike(self, decodes: list[ModelledSequence]) -> int:
         """How many steps the same sequences decode: until one ends, or the pool is full."""
         if not all(one.is_decoding and one.has_reported for one in decodes):
             return 1
         most = min(one.num_output - one.num_emitted for one in decodes)
-        counts = range(1, most + 1)
+        if self._num_needed(decodes, most) <= self._num_free:
+            return most
+        counts = range(1, most)
         fitting = bisect_right(
             counts, self._num_free, key=lambda count: self._num_needed(decodes, count)
         )
         return max(1, fitting)
 
-    def _num_needed(self, decodes: list[_Sequence], num_steps: int) -> int:
+    def _num_needed(self, decodes: list[ModelledSequence], num_steps: int) -> int:
         """Blocks that so many steps need beside those that they have."""
         return sum(
             self._blocks_for(one.num_known + num_steps - 1) - one.num_blocks for one in decodes
@@ -281,7 +226,7 @@ class EngineModel:
 
     # ---- who computes, as in Scheduler -------------------------------------------------------
 
-    def _grow_decodes(self) -> list[_Sequence]:
+    def _grow_decodes(self) -> list[ModelledSequence]:
         decodes = []
         for sequence in tuple(self._running):
             is_next = sequence.num_blocks > 0 and sequence.num_pending == 1
@@ -289,7 +234,7 @@ class EngineModel:
                 decodes.append(sequence)
         return [sequence for sequence in decodes if sequence.num_blocks]
 
-    def _make_room(self, sequence: _Sequence) -> bool:
+    def _make_room(self, sequence: ModelledSequence) -> bool:
         """Give a decode its next block, at the cost of those after it in rank."""
         if sequence.num_known <= sequence.num_blocks * self._block_size:
             return True
@@ -301,16 +246,16 @@ class EngineModel:
         self._grow(sequence, sequence.num_known)
         return True
 
-    def _preempt(self, sequence: _Sequence) -> None:
+    def _preempt(self, sequence: ModelledSequence) -> None:
         self.num_preemptions += 1
         self._running.remove(sequence)
         self._free(sequence)
         sequence.num_computed = sequence.num_cached = 0
         self._queue(sequence)
 
-    def _admit(self) -> list[_Sequence]:
+    def _admit(self) -> list[ModelledSequence]:
         """Start waiting sequences while slots and blocks last; those with one pending token."""
-        admitted: list[_Sequence] = []
+        admitted: list[ModelledSequence] = []
         num_slots = self._limits.max_num_seqs - len(self._running)
         for sequence in self._waiting[: max(num_slots, 0)]:
             num_blocks = self._blocks_for(sequence.num_known)
@@ -324,7 +269,7 @@ class EngineModel:
         del self._waiting[: len(admitted)]
         return [sequence for sequence in admitted if sequence.num_pending == 1]
 
-    def _queue(self, sequence: _Sequence) -> None:
+    def _queue(self, sequence: ModelledSequence) -> None:
         insort(self._waiting, sequence, key=lambda waiting: waiting.rank)
 
     # ---- blocks and ends ---------------------------------------------------------------------
@@ -332,23 +277,25 @@ class EngineModel:
     def _blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self._block_size)
 
-    def _grow(self, sequence: _Sequence, num_tokens: int) -> None:
+    def _grow(self, sequence: ModelledSequence, num_tokens: int) -> None:
         num_new = max(0, self._blocks_for(num_tokens) - sequence.num_blocks)
         sequence.num_blocks += num_new
         self._num_free -= num_new
 
-    def _free(self, sequence: _Sequence) -> None:
+    def _free(self, sequence: ModelledSequence) -> None:
         self._num_free += sequence.num_blocks
         sequence.num_blocks = 0
 
-    def _end(self, sequence: _Sequence, at_s: float, reason: FinishReason) -> None:
+    def _end(self, sequence: ModelledSequence, at_s: float, reason: FinishReason) -> None:
         self._free(sequence)
         del self._sequences[sequence.key]
         queue = self._running if sequence in self._running else self._waiting
         queue.remove(sequence)
         self._report(sequence, at_s, reason)
 
-    def _report(self, sequence: _Sequence, at_s: float, end: FinishReason | None = None) -> None:
+    def _report(
+        self, sequence: ModelledSequence, at_s: float, end: FinishReason | None = None
+    ) -> None:
         num_tokens = sequence.num_emitted - sequence.num_reported
         sequence.num_reported, sequence.has_reported = sequence.num_emitted, True
         self._progress.append(Progress(sequence.key, num_tokens, at_s, end))
