@@ -122,8 +122,9 @@ class Observer:
             return
         now = self._now()
         _note_preemptions(track, item)
-        if item.num_tokens:
-            self._take_tokens(track, item, now)
+        num_tokens = item.num_tokens
+        if num_tokens:
+            self._take_tokens(track, item, num_tokens, now)
         if item.finish_reason is not None:
             del self._open[key]
             self._end(track, item, now)
@@ -142,8 +143,10 @@ class Observer:
                     track.counts, track.call, track.request, track.measure, track.arrived_s
                 )
 
-    def _take_tokens(self, track: _Track, item: TokenEvent | Answer, now: float) -> None:
-        counts, num_tokens = track.counts, item.num_tokens
+    def _take_tokens(
+        self, track: _Track, item: TokenEvent | Answer, num_tokens: int, now: float
+    ) -> None:
+        counts = track.counts
         # Only the engine that computed the prompt knows: not the one that ends it, perhaps.
         track.num_cached = max(track.num_cached, item.num_cached_tokens)
         if track.num_tokens:
