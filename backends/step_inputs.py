@@ -20,8 +20,9 @@ def step_inputs(batch: StepBatch, block_size: int) -> StepInputs:
     owners = np.repeat(np.arange(len(ends)), query_lens)
     positions = np.arange(len(owners)) + (ends - query_starts[1:])[owners]
     tables = _block_tables(batch, block_size)
-    slots = tables[owners, positions // block_size].astype(np.int64)
-    slots = slots * block_size + positions % block_size
+    each = tables.reshape(-1, len(ends), tables.shape[1])  # table after table
+    slots = each[:, owners, positions // block_size].astype(np.int64)
+    slots = (slots * block_size + positions % block_size).reshape(-1)
     return StepInputs(
         token_ids=torch.from_numpy(np.array(batch.token_ids, dtype=np.int64)),
         positions=torch.from_numpy(positions),
@@ -30,18 +31,31 @@ def step_inputs(batch: StepBatch, block_size: int) -> StepInputs:
         context_lens=torch.from_numpy(ends),
         block_tables=torch.from_numpy(tables),
         logit_rows=torch.from_numpy(np.array(batch.logit_rows, dtype=np.int64)),
+        states=torch.from_numpy(_states(batch)),
         query_lens=tuple(batch.query_lens),
         contexts=tuple(batch.contexts),
     )
 
 
 def _block_tables(batch: StepBatch, block_size: int) -> npt.NDArray[np.int32]:
-    """[B, M]: M is what the longest context takes; shorter rows are padded with 0."""
+    """[G * B, M]: M is what the longest context takes; shorter rows are padded with 0."""
     counts = [-(-context // block_size) for context in batch.contexts]
-    tables = np.zeros((len(counts), max(counts)), dtype=np.int32)
+    longest = max(counts)
+    counts *= len(batch.block_tables) // len(counts)
+    tables = np.zeros((len(counts), longest), dtype=np.int32)
     for row, blocks, count in zip(tables, batch.block_tables, counts, strict=True):
         row[:count] = blocks[:count]
     return tables
+
+
+def _states(batch: StepBatch) -> npt.NDArray[np.int32]:
+    """[2, B, N], N of a model without recurrent state being 0."""
+    num_blocks = len(batch.states[0][1]) if batch.states else 0
+    states = np.full((2, len(batch.contexts), num_blocks), -1, dtype=np.int32)
+    for index, (read, written) in enumerate(batch.states):
+        states[0, index, : len(read)] = read
+        states[1, index] = written
+    return states
 
 
 def feed(batch: StepBatch, inputs: StepInputs, token_ids: list[int]) -> None:
