@@ -80,8 +80,9 @@ class StepInputs:
 class KVLayout:
     """The shape of the blocks in which a model's key / value cache lies.
 
-    `num_layers`: of one block; a model with several KV groups may have more. One tensor holds a pool: [num_layers, 2, num_blocks, num_kv_heads, block_size, head_dim]
-    (2: keys, values), so that one block of one layer is contiguous per key or value.
+    `num_layers`: of one block; a model with several KV groups may have more. One tensor holds a
+    pool: [num_layers, 2, num_blocks, num_kv_heads, block_size, head_dim] (2: keys, values), so that
+    one block of one layer is contiguous per key or value.
     """
 
     num_layers: int

@@ -31,7 +31,7 @@ def step_inputs(batch: StepBatch, block_size: int) -> StepInputs:
         context_lens=torch.from_numpy(ends),
         block_tables=torch.from_numpy(tables),
         logit_rows=torch.from_numpy(np.array(batch.logit_rows, dtype=np.int64)),
-        states=torch.from_numpy(_states(batch)),
+        states=_states(batch),
         query_lens=tuple(batch.query_lens),
         contexts=tuple(batch.contexts),
     )
@@ -48,14 +48,15 @@ def _block_tables(batch: StepBatch, block_size: int) -> npt.NDArray[np.int32]:
     return tables
 
 
-def _states(batch: StepBatch) -> npt.NDArray[np.int32]:
+def _states(batch: StepBatch) -> torch.Tensor:
     """[2, B, N], N of a model without recurrent state being 0."""
-    num_blocks = len(batch.states[0][1]) if batch.states else 0
-    states = np.full((2, len(batch.contexts), num_blocks), -1, dtype=np.int32)
+    if not batch.states:
+        return torch.empty((2, len(batch.contexts), 0), dtype=torch.int32)
+    states = np.full((2, len(batch.contexts), len(batch.states[0][1])), -1, dtype=np.int32)
     for index, (read, written) in enumerate(batch.states):
         states[0, index, : len(read)] = read
         states[1, index] = written
-    return states
+    return torch.from_numpy(states)
 
 
 def feed(batch: StepBatch, inputs: StepInputs, token_ids: list[int]) -> None:

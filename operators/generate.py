@@ -41,7 +41,7 @@ class Generate:
         if facts is None:
             return Credit()
         return Credit(
-            requests=self._options.max_inflight or facts.max_num_seqs, blocks=facts.num_blocks
+            requests=self._options.max_inflight or facts.max_num_seqs, blocks=facts.num_token_blocks
         )
 
     async def on_item(self, ctx: Context, item: Item) -> None:

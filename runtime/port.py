@@ -6,7 +6,10 @@ from typing import Protocol, TypeAlias
 
 import msgspec
 
+from sagellm.runtime.lease_shape import LeaseShape
 from sagellm.runtime.messages import LeaseRef, SequenceState, TokenEvent
+
+_UNBOUNDED = 1 << 40  # blocks
 
 
 class EngineRefusal(ValueError):
@@ -76,12 +79,15 @@ class LeaseOffer(msgspec.Struct, frozen=True, kw_only=True, tag="offer"):
     choice: int
     epoch: int
     num_tokens: int  # of KV that will arrive
-    layout_hash: str  # of the sender's KVLayout: both pools must agree
+    layout_hash: str  # of the sender's KV groups and blocks: both pools must agree
 
 
 @dataclass(frozen=True, slots=True)
 class EngineFacts:
-    """What a graph's checks and operators may know of an engine without touching it."""
+    """What a graph's checks and operators may know of an engine without touching it.
+
+    `lease_shape`: how many of its blocks a sequence takes; None: one for `block_size` tokens.
+    """
 
     model: str
     model_hash: str  # of config and dtype: prefill and decode must agree
@@ -92,6 +98,17 @@ class EngineFacts:
     kv_block_bytes: int
     layout_hash: str
     capabilities: frozenset[str] = field(default_factory=frozenset)
+    lease_shape: LeaseShape | None = None
+
+    @property
+    def shape(self) -> LeaseShape:
+        return self.lease_shape or LeaseShape(self.block_size)
+
+    @property
+    def num_token_blocks(self) -> int:
+        """How many times `block_size` tokens the pool holds of sequences of any length."""
+        per_block = self.shape.num_blocks_per_block
+        return self.num_blocks // per_block if per_block else _UNBOUNDED
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from sagellm.overrides import assignment, override, with_engine
 from sagellm.runtime.cluster.options import EXECUTORS, processes_options
 from sagellm.runtime.engine.opening import open_device
 from sagellm.runtime.engine.options import EngineOptionError, EngineOptions
-from sagellm.runtime.engine.sizing import Sizing, engine_dtype, engine_facts, size
+from sagellm.runtime.engine.sizing import Sizing, engine_dtype, engine_facts, kv_blocks, size
 from sagellm.runtime.engine.speculation.draft_folder import draft_folder
 from sagellm.runtime.models.fault import FolderWarning
 from sagellm.runtime.models.folder import ModelError, ModelFolder, resolve_model
@@ -291,7 +291,7 @@ def _engine(options: EngineOptions) -> _Engine:
         block_size=facts.block_size,
         num_kv_heads=folder.facts.num_kv_heads,
         head_dim=folder.facts.head_dim,
-        num_layers=folder.facts.num_layers,
+        num_layers=kv_blocks(options, folder.facts).block_layers,
         max_model_len=facts.max_model_len,
         kv_pool_bytes=0 if options.is_null else sizing.pool_bytes,
         replicas=options.replicas,

@@ -62,11 +62,11 @@ def store(
 def token_by_token(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, gate: torch.Tensor, state: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A Recurrence as it is defined."""
-    kept, out = torch.sigmoid(gate), torch.empty_like(v)
+    """A Recurrence as it is defined; every shape is the same for any number of tokens."""
+    out = torch.empty_like(v)
     for token in range(len(q)):
         added = k[token, :, :, None] * v[token, :, None, :]
-        state = state * kept[token, :, None, None] + added
+        state = state * torch.sigmoid(gate[token])[:, None, None] + added
         out[token] = (q[token, :, :, None] * state).sum(1)
     return out, state
 

@@ -28,6 +28,11 @@ def facts(config: Config) -> ModelFacts:
     return facts_of(config, shape, family.graph(shape))
 
 
+def check(config: Config) -> None:
+    """Raise UnsupportedModel where `facts` would; builds no graph, however many layers there are."""
+    facts_of(config, _family(config).shape(config), Graph("unbuilt", "kernel"))
+
+
 def _family(config: Config) -> Family:
     """An unknown architecture is never taken for a slip: the nearest name is another model."""
     named = config.get("architectures")
@@ -42,4 +47,4 @@ def _family(config: Config) -> Family:
     return FAMILIES[name]
 
 
-__all__ = ["FAMILIES", "ModelFacts", "UnsupportedModel", "build", "facts"]
+__all__ = ["FAMILIES", "ModelFacts", "UnsupportedModel", "build", "check", "facts"]

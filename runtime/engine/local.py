@@ -46,6 +46,7 @@ class LocalEngine:
             self.facts.block_size,
             self._change,
             keeps_prefixes=resources.limits.prefix_caching,
+            shape=self.facts.shape,
         )
         self.scheduler = Scheduler(self.pool, resources.limits)
         self._resources = resources
