@@ -1,20 +1,25 @@
 """admission: the door. Lets a request in while it can be served in time, and refuses it otherwise.
 
 A request with several choices is judged once, at its first, and counts with all of them. Where
-nothing waits, every request enters: a refusal would gain nothing, and what is served keeps the
-evidence fresh. Otherwise it is refused, at once, with the time after which to try again, where
+nothing waits and an engine has room, every request enters: a refusal would gain nothing, and what
+is served keeps the evidence fresh. Otherwise it is refused, at once, with the time after which to
+try again, where
 
-    queue_full        more than `max_queued` requests, or `max_queued_tokens`, would wait
+    queue_full        behind others, more than `max_queued` requests, or `max_queued_tokens`, would
+                      wait
     slo_unreachable   its first token would come later than its objective allows:
-                      waited + (prompt tokens that wait / tokens served a second) * margin
-                      + first token
+                      waited + wait + first token; wait is the longer of
+                      (prompt tokens that wait / tokens served a second) * margin
+                      the rest of this silence: of the time until the next request leaves
 
 The prediction takes all that waits as ahead of the newcomer, but where `policy_sort` serves by
 objective (slo_aware) not the requests that have none. Its rate is what left the queue while
-something waited, with a memory of ten busy seconds, or of eight requests where those took longer;
-several queues count as one, as fast as their mean. The margin is two standard deviations of such a
-wait, 1 + 2 / sqrt(requests that wait); the last term is the mean time from there to a first token.
-Before eight requests have waited and been served nothing is predicted.
+something waited or engines were full, with a memory of ten such seconds, or of eight requests where
+those took longer; several queues count as one, as fast as their mean. The margin is three standard
+deviations of such a wait, 1 + 3 / sqrt(requests that wait). A silence ends as the latest 32 did:
+answers of equal length that began together end together, and the next comes a whole answer later.
+The first token takes the mean time from leaving the queue. Before eight requests have waited and
+been served nothing is predicted.
 
 Under load the less urgent go first. Of each bound (requests, tokens, objective) a priority may use
 
@@ -116,7 +121,7 @@ class Admission:
             case Arrival(item=Request() as request):
                 return self._arrive(state, request, now)
             case QueueChanged(node=node, backlog=backlog):
-                return Step(_with_backlog(state, node, backlog))
+                return Step(_with_backlog(state, node, backlog, now))
             case FirstToken(seconds=seconds):
                 return Step(_with_pace(state, state.pace.with_first_token(seconds)))
             case Signal(kind="forget", request_id=request_id):
@@ -151,17 +156,17 @@ class Admission:
 
     def _judge(self, pace: Pace, request: Request, now: float) -> Verdict:
         num_choices = max(request.sampling.n, 1)
-        code, error = self._fault(pace, request, now) if pace.backlog.num_requests else ("", "")
-        retry_after_s = (pace.wait_s or _RETRY_S) if code else None
+        code, error = ("", "") if pace.backlog.is_open else self._fault(pace, request, now)
+        retry_after_s = (pace.wait_s(now) or _RETRY_S) if code else None
         return Verdict(code, error and f"{self.name}: {error}", retry_after_s, num_choices)
 
     def _fault(self, pace: Pace, request: Request, now: float) -> tuple[str, str]:
         """Code and reason of a refusal, or nothing twice."""
-        full = self._overflow(pace.backlog, request)
+        full = self._overflow(pace.backlog, request) if pace.backlog.num_requests else ""
         if full:
             return "queue_full", full
         objective_s = request.slo_ttft_s or self.options.slo_ttft_s
-        wait_s = pace.long_wait_s if objective_s is not None else None
+        wait_s = pace.long_wait_s(now) if objective_s is not None else None
         if objective_s is None or wait_s is None:
             return "", ""
         waited_s = max(now - request.stamps.arrived_s, 0.0)
@@ -213,11 +218,11 @@ def _without(verdicts: Map[str, Verdict], request_id: str) -> Map[str, Verdict]:
     return verdicts.delete(request_id) if request_id in verdicts else verdicts
 
 
-def _with_backlog(state: Seen, node: str, backlog: Backlog) -> Seen:
+def _with_backlog(state: Seen, node: str, backlog: Backlog, now: float) -> Seen:
     backlogs = {**state.backlogs, node: backlog}
     if len(backlogs) > 1:
         backlog = together(backlogs.values())
-    return Seen(state.pace.with_backlog(backlog), backlogs, state.verdicts)
+    return Seen(state.pace.with_backlog(backlog, now), backlogs, state.verdicts)
 
 
 def _with_pace(state: Seen, pace: Pace) -> Seen:

@@ -11,7 +11,13 @@ from sagellm.operators.policies import find_policy, refuse_unused
 from sagellm.operators.policies.options import Options
 from sagellm.operators.policies.order import Order, Policy
 from sagellm.operators.policies.queue import Entry, Queue, differ
-from sagellm.runtime.feedback import CreditChanged, HealthChanged, QueueChanged, Topology
+from sagellm.runtime.feedback import (
+    CreditChanged,
+    HealthChanged,
+    QueueChanged,
+    RoomChanged,
+    Topology,
+)
 from sagellm.runtime.messages import FinishReason, Request, refusal
 from sagellm.runtime.operator import (
     Arrival,
@@ -34,7 +40,7 @@ SPEC = OpSpec(
     (Port("in", REQUEST),),
     (Port("out", REQUEST),),
     options=Options,
-    subscribes=frozenset({"credit", "health", "topology"}),
+    subscribes=frozenset({"credit", "health", "room", "topology"}),
     signals=frozenset({"cancel", "expire"}),
     queues=True,
 )
@@ -64,6 +70,8 @@ class PolicySort:
                 return self._arrive(state, request, now)
             case Taken(item=Request() as request):
                 return self._settle(state, state.without_taken(request, now), now)
+            case RoomChanged(has_room=has_room):
+                return self._settle(state, state.with_room(now, has_room=has_room), now)
             case CreditChanged() | HealthChanged() | Topology():
                 return self._settle(state, state, now, anew=True)
             case Signal(kind="cancel" | "expire" as kind) as signal:

@@ -9,15 +9,19 @@ from msgspec.structs import astuple, replace
 _MEMORY_S = 10.0  # of busy time: what was served longer ago counts less and less
 _EVIDENCE = 8  # requests that must have been served before anything is predicted, or forgotten
 _WEIGHT = 1 / 8  # of the latest first token in their mean
-_DEVIATIONS = 2.0
+_DEVIATIONS = 3.0
+_NUM_GAPS = 32  # silences that are remembered
+_BURST_S = 1e-3  # departures that are closer are one burst, with no silence between them
+_LONG = 0.95  # the share of silences that are not longer than what is predicted
 
 
 class Backlog(msgspec.Struct, frozen=True):
     """The value of feedback "queue". Tokens are those that a request makes its engine compute.
 
     `num_served`, `num_served_tokens` and `busy_s` count on from the opening of the graph: what was
-    sent on, and the seconds that passed, while something waited. What is sent on as it arrives,
-    to an engine that has room, is not among them: it says nothing of how fast room comes.
+    sent on, and the seconds that passed, while something waited or the engines were full. Room that
+    came while nothing waited counts as one request of mean size. What is sent on as it arrives, to
+    an engine that has room, is not among them: it says nothing of how fast room comes.
     """
 
     num_requests: int = 0
@@ -28,6 +32,12 @@ class Backlog(msgspec.Struct, frozen=True):
     num_served: int = 0
     num_served_tokens: int = 0  # of prompts
     busy_s: float = 0.0
+    num_full: int = 0  # queues that no engine has room for a request of
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a request that comes now is sent on at once."""
+        return not (self.num_requests or self.num_full)
 
 
 def together(backlogs: Collection[Backlog]) -> Backlog:
@@ -42,21 +52,25 @@ class Pace(msgspec.Struct, frozen=True):
 
     `tokens` and `seconds` fade with busy time, so that their quotient follows the load, but never
     faster than others are served: where long answers hold every place, nothing leaves for minutes,
-    and what is known of the pace must outlast that. `silent_s` has passed since the last left.
+    and what is known of the pace must outlast that. `silent_s` has passed since the last left, at
+    `seen_s`; `gaps` are the silences before the latest requests that left.
     """
 
     backlog: Backlog = Backlog()
     tokens: float = 0.0
     seconds: float = 0.0
     silent_s: float = 0.0
+    seen_s: float = 0.0
+    gaps: tuple[float, ...] = ()
     first_token_s: float = 0.0  # mean, from leaving the queue to the first token
 
-    def with_backlog(self, backlog: Backlog) -> "Pace":
+    def with_backlog(self, backlog: Backlog, now: float) -> "Pace":
         silent_s = self.silent_s + backlog.busy_s - self.backlog.busy_s
         num_served = backlog.num_served - self.backlog.num_served
         if not num_served:
-            return replace(self, backlog=backlog, silent_s=silent_s)
+            return replace(self, backlog=backlog, silent_s=silent_s, seen_s=now)
         tokens = backlog.num_served_tokens - self.backlog.num_served_tokens
+        gap_s = silent_s / num_served
         faded = math.exp(-min(silent_s / _MEMORY_S, num_served / _EVIDENCE))
         return replace(
             self,
@@ -64,6 +78,8 @@ class Pace(msgspec.Struct, frozen=True):
             tokens=self.tokens * faded + tokens,
             seconds=self.seconds * faded + silent_s,
             silent_s=0.0,
+            seen_s=now,
+            gaps=(*self.gaps, gap_s)[-_NUM_GAPS:] if gap_s > _BURST_S else self.gaps,
         )
 
     def with_first_token(self, seconds: float) -> "Pace":
@@ -72,28 +88,42 @@ class Pace(msgspec.Struct, frozen=True):
         change = _WEIGHT * (seconds - self.first_token_s)
         return replace(self, first_token_s=self.first_token_s + change)
 
-    @property
-    def long_wait_s(self) -> float | None:
-        """The wait behind those that are not patient, which all but a few in a hundred stay below:
-        departures are taken as Poisson, so that the time of n of them has a standard deviation of
-        1 / sqrt(n) of itself.
+    def long_wait_s(self, now: float) -> float | None:
+        """The wait of a newcomer behind those that are not patient, which all but a few in a
+        hundred stay below; None before there is evidence.
+
+        Two estimates, of which the longer counts. By rate: departures are taken as Poisson, so that
+        the time of n of them has a standard deviation of 1 / sqrt(n) of itself. By silence: the
+        next departure comes as late as after nine tenths of the silences that have lasted at least
+        as long as this one. Where answers of equal length began together they end together, and a
+        long silence follows, which the rate does not show.
         """
-        backlog, token_s = self.backlog, self._token_s
+        backlog, token_s = self.backlog, self._token_s(now)
         if token_s is None:
             return None
         wait_s = (backlog.num_prompt_tokens - backlog.num_patient_tokens) * token_s
         num_ahead = backlog.num_requests - backlog.num_patient
-        return wait_s * (1 + _DEVIATIONS / math.sqrt(max(num_ahead, 1)))
+        by_rate_s = wait_s * (1 + _DEVIATIONS / math.sqrt(max(num_ahead, 1)))
+        return max(by_rate_s, self._rest_of_silence_s(now))
 
-    @property
-    def wait_s(self) -> float | None:
-        """How long all that waits now takes to leave the queue; None before there is evidence."""
-        token_s = self._token_s
+    def wait_s(self, now: float) -> float | None:
+        """How long all that waits takes to leave the queue; None before there is evidence."""
+        token_s = self._token_s(now)
         return None if token_s is None else self.backlog.num_prompt_tokens * token_s
 
-    @property
-    def _token_s(self) -> float | None:
-        seconds = self.seconds + self.silent_s
+    def _silence_s(self, now: float) -> float:
+        """Since the last departure, in busy time."""
+        if self.backlog.is_open:
+            return self.silent_s
+        return self.silent_s + max(now - self.seen_s, 0.0)
+
+    def _rest_of_silence_s(self, now: float) -> float:
+        silence_s = self._silence_s(now)
+        longer = sorted(gap for gap in self.gaps if gap >= silence_s)
+        return longer[int(_LONG * len(longer))] - silence_s if longer else 0.0
+
+    def _token_s(self, now: float) -> float | None:
+        seconds = self.seconds + self._silence_s(now)
         if self.backlog.num_served < _EVIDENCE or not (self.tokens > 0 and seconds > 0):
             return None
         return seconds / self.tokens

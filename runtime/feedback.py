@@ -43,13 +43,23 @@ class FirstToken(_Report, frozen=True, tag="first_token"):
     seconds: float
 
 
+class RoomChanged(_Report, frozen=True, tag="room"):
+    """Whether any service operator that requests enter next, after the operator that is told, has
+    credit for a request. The core tells each subscriber (`node`) of its own at the end of an event.
+    """
+
+    has_room: bool
+
+
 class HealthChanged(_Report, frozen=True, tag="health"):
     """The engine of a replica is there, or is lost or ejected."""
 
     is_up: bool
 
 
-Feedback: TypeAlias = CreditChanged | LoadReported | QueueChanged | FirstToken | HealthChanged
+Feedback: TypeAlias = (
+    CreditChanged | LoadReported | QueueChanged | FirstToken | RoomChanged | HealthChanged
+)
 KINDS: dict[type, str] = {
     kind: str(kind.__struct_config__.tag) for kind in Feedback.__args__
 }  # the name by which an operator subscribes to a kind

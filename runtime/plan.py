@@ -62,6 +62,37 @@ class Plan:
         """Whether some operator chooses a replica of it for each request, on every way there."""
         return not set(self.nodes_of(engine)) & unrouted_nodes(self.graph)
 
+    def can_avoid(self, engine: str) -> bool:
+        """Whether requests go another way while no replica of an engine is up: an operator before
+        it hears of its health, and has an outlet that leads to other engines only.
+        """
+        nodes = self.nodes_of(engine)
+        return bool(nodes) and all(self._can_avoid(node, set(nodes)) for node in nodes)
+
+    def _can_avoid(self, node: str, nodes: set[str]) -> bool:
+        return any(
+            name in self.logic
+            and "health" in self.spec(name).subscribes
+            and any(not nodes & set(self._descendants(edge)) for edge in self._outlets(name))
+            for name in self.ancestors(node)
+        )
+
+    def _outlets(self, node: str) -> tuple[Edge, ...]:
+        """The edges out of an operator that has several outlets."""
+        edges = tuple(edge for edge in self.graph.outputs(node) if not edge.feedback)
+        return edges if len({edge.outlet for edge in edges}) > 1 else ()
+
+    def _descendants(self, edge: Edge) -> tuple[str, ...]:
+        """The nodes that an edge leads to."""
+        found = {edge.target: None}
+        level = [edge.target]
+        for name in level:
+            for after in self.graph.outputs(name) if name != SINK else ():
+                if not after.feedback and after.target not in found:
+                    found[after.target] = None
+                    level.append(after.target)
+        return tuple(found)
+
     def engine_name(self, node: str) -> str | None:
         name = self.graph.node(node).attrs.get("engine")
         return name if isinstance(name, str) else None

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 class Health:
     """`num_open`: choices without their last event. `engines`: by name, one record a replica.
 
-    `missing`: which engines have no worker that serves, in words; empty where each has one.
+    `missing`: which engines that requests cannot do without have no worker that serves, in words;
+    empty where each has one.
     """
 
     num_open: int
@@ -34,5 +35,6 @@ def health_of(executor: TasksExecutor, supervisor: "Supervisor | None" = None) -
         name: tuple(engine.health for engine in replicas)
         for name, replicas in executor.engines.items()
     }
-    missing = supervisor.missing if supervisor is not None else ""
+    plan, found = executor.core.plan, supervisor.missing if supervisor is not None else {}
+    missing = "; ".join(why for name, why in found.items() if not plan.can_avoid(name))
     return Health(executor.core.ledger.num_open, executor.is_stopped, engines, missing)

@@ -33,8 +33,10 @@ class Queue(msgspec.Struct, frozen=True):
     level: int = 0
     num_arrived: int = 0
     backlog: Backlog = Backlog()  # of the entries
-    busy_since_s: float = 0.0  # when something began to wait
+    waiting_since_s: float = 0.0  # when something began to wait
     told_s: float = 0.0  # until when `backlog.busy_s` counts
+    num_sent: int = 0
+    num_sent_tokens: int = 0  # of prompts
 
     @property
     def wake_at(self) -> float | None:
@@ -42,8 +44,8 @@ class Queue(msgspec.Struct, frozen=True):
         return None if first is None else first[0]
 
     def busy_s(self, now: float) -> float:
-        """How long something has waited in it, until now."""
-        if now <= self.told_s or not len(self.entries):
+        """How long something has waited in it, or could not have been sent on, until now."""
+        if now <= self.told_s or not (len(self.entries) or self.backlog.num_full):
             return self.backlog.busy_s
         return self.backlog.busy_s + now - self.told_s
 
@@ -66,8 +68,10 @@ class Queue(msgspec.Struct, frozen=True):
             self.level,
             number + 1,
             _counted(self.backlog, request, 1, self.busy_s(now)),
-            self.busy_since_s if len(self.entries) else now,
+            self.waiting_since_s if len(self.entries) else now,
             max(self.told_s, now),
+            self.num_sent,
+            self.num_sent_tokens,
         )
 
     def without_taken(self, taken: Request, now: float) -> "Queue":
@@ -75,7 +79,21 @@ class Queue(msgspec.Struct, frozen=True):
         entry, *others = self.choices[taken.request_id]
         if others:
             entry = next(one for one in (entry, *others) if _is_same(one[3], taken))
-        return self._without(entry, now, (), was_served=max(self.told_s, now) > self.busy_since_s)
+        waited = max(self.told_s, now) > self.waiting_since_s
+        queue = self._without(entry, now, (), was_served=waited)
+        num_tokens = self.num_sent_tokens + entry[3].num_uncached_tokens
+        return replace(queue, num_sent=self.num_sent + 1, num_sent_tokens=num_tokens)
+
+    def with_room(self, now: float, *, has_room: bool) -> "Queue":
+        """Engines downstream have room for a request again, or have none any more."""
+        backlog = replace(self.backlog, busy_s=self.busy_s(now), num_full=not has_room)
+        if has_room and not len(self.entries) and self.num_sent:
+            backlog = replace(
+                backlog,
+                num_served=backlog.num_served + 1,
+                num_served_tokens=backlog.num_served_tokens + self.num_sent_tokens // self.num_sent,
+            )
+        return replace(self, backlog=backlog, told_s=max(self.told_s, now))
 
     def without_signalled(self, signal: Signal, now: float) -> tuple["Queue", tuple[Request, ...]]:
         """The queue without the requests that a signal ends, and those."""
@@ -144,8 +162,10 @@ class Queue(msgspec.Struct, frozen=True):
             self.level,
             self.num_arrived,
             _counted(self.backlog, request, -1, self.busy_s(now), was_served=was_served),
-            self.busy_since_s,
+            self.waiting_since_s,
             max(self.told_s, now),
+            self.num_sent,
+            self.num_sent_tokens,
         )
 
     def _without_all(self, entries: list[Entry], now: float) -> tuple["Queue", tuple[Request, ...]]:
@@ -182,6 +202,7 @@ def _counted(
         backlog.num_served + was_served,
         backlog.num_served_tokens + num_prompt_tokens * was_served,
         busy_s,
+        backlog.num_full,
     )
 
 

@@ -90,18 +90,19 @@ class Supervisor:
         return found
 
     @property
-    def missing(self) -> str:
-        """Which engines have no worker that serves, and what is done about it; "" where each has
-        one. It names no path, and nothing that an engine said: everybody may read it.
+    def missing(self) -> dict[str, str]:
+        """The engines that have no worker that serves, each with a sentence that says what is done
+        about it. The sentence names no path, and nothing that an engine said: everybody may read
+        it.
         """
         by_engine: dict[str, list[Worker]] = {}
         for worker in self.workers:
             by_engine.setdefault(worker.engine_name, []).append(worker)
-        return "; ".join(
-            f"engine {name} has no worker: {', '.join(map(_outlook, workers))}"
+        return {
+            name: f"engine {name} has no worker: {', '.join(map(_outlook, workers))}"
             for name, workers in by_engine.items()
             if not any(worker.is_serving for worker in workers)
-        )
+        }
 
     def watch(self, dispatcher: Dispatcher) -> None:
         """Tell it of every engine that is lost, back, or new."""

@@ -38,6 +38,7 @@ from sagellm.runtime.core.region import Region
 from sagellm.runtime.core.register import Register
 from sagellm.runtime.core.replicas import Replicas
 from sagellm.runtime.core.returns import Returns
+from sagellm.runtime.core.room import Room
 from sagellm.runtime.core.turn import Turn
 from sagellm.runtime.feedback import CreditChanged
 from sagellm.runtime.operator import Signal, Wake
@@ -88,6 +89,7 @@ class Core:
             plan, turn, self.gates, self.meter, self._inputs, num_replicas, max_hold_s
         )
         self.outliers = self.replicas.outliers
+        self._room = Room(plan, self.gates)
         self._told_s = math.inf
         self._reactions: dict[type, Callable[[Any], None]] = {
             Opened: self.replicas.open,
@@ -118,6 +120,8 @@ class Core:
         self._inputs.settle()
         if self.recovery.is_under_way:
             self._returns.try_next()
+        if self.gates.full_changed:
+            self._inputs.tell_room(self._room.changes())
         has_moved = self.region.wakes_changed or self.register.expiries_changed
         if has_moved or type(event) in _MOVES_TIME:
             self._tell_time()

@@ -92,6 +92,8 @@ class Gates:
         self.closed: set[Gate] = set()
         self.blocked: frozenset[str] = frozenset()
         self.removed: set[Gate] = set()
+        self.full: set[str] = set()  # operators of which no replica has room for a request
+        self.full_changed = False  # since whoever acts on it has set it to False
 
     def open(self, gate: Gate, capacity: Credit, block_size: int = 1) -> None:
         self.accounts[gate] = Account(capacity, block_size)
@@ -172,5 +174,8 @@ class Gates:
             del self._holders[key[0]]
 
     def _note_room(self, gate: Gate) -> None:
-        lack = math.inf if gate in self.closed else -self.accounts[gate].room
-        self._rooms[gate[0]][gate[1]] = lack
+        node, rooms = gate[0], self._rooms[gate[0]]
+        rooms[gate[1]] = math.inf if gate in self.closed else -self.accounts[gate].room
+        if (rooms.minimum > -1) != (node in self.full):
+            (self.full.discard if node in self.full else self.full.add)(node)
+            self.full_changed = True

@@ -1,6 +1,7 @@
 """The inputs of logic operators: given in order, with all that they lead to."""
 
 from collections import deque
+from collections.abc import Iterable
 
 from msgspec.structs import replace
 
@@ -13,7 +14,7 @@ from sagellm.runtime.core.meter import Meter
 from sagellm.runtime.core.parking import ParkedInput, Parking
 from sagellm.runtime.core.region import Region
 from sagellm.runtime.core.turn import Turn
-from sagellm.runtime.feedback import KINDS, Feedback, QueueChanged, Topology
+from sagellm.runtime.feedback import KINDS, Feedback, QueueChanged, RoomChanged, Topology
 from sagellm.runtime.messages import TokenEvent
 from sagellm.runtime.operator import Arrival, Input, Signal, Wake
 from sagellm.runtime.plan import Plan
@@ -61,6 +62,11 @@ class Inputs:
     def report(self, feedback: Feedback) -> None:
         """Give feedback to those that subscribe to it."""
         self._spread(feedback, feedback.node)
+        self.settle()
+
+    def tell_room(self, changes: Iterable[RoomChanged]) -> None:
+        """Give each change to the operator that it concerns."""
+        self._inputs += ((changed.node, changed) for changed in changes)
         self.settle()
 
     def change(self, topology: Topology) -> None:

@@ -1,6 +1,6 @@
 """Which way offered items go: learned as they are refused, so that nothing is tried in vain."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from sagellm.graphs.ir import Graph
@@ -24,7 +24,7 @@ class Ways:
 
     def __init__(self, graph: Graph, cells: Mapping[str, Cell], gates: Gates) -> None:
         self._gates = gates
-        self._entrances = {name: _entrances(graph, cells, name) for name in cells}
+        self._entrances = {name: entrances(graph, cells, name) for name in cells}
         outlets = {name: {edge.outlet for edge in graph.outputs(name)} for name in cells}
         self._branching = tuple(cell for name, cell in cells.items() if len(outlets[name]) > 1)
         self._states: tuple[Any, ...] = tuple(cell.state for cell in self._branching)
@@ -80,7 +80,7 @@ def replica_for(item: Item, node: str, num_replicas: int) -> int:
     raise LookupError(f"{node} has {num_replicas} replicas and no route chose one")
 
 
-def _entrances(graph: Graph, cells: Mapping[str, Cell], start: str) -> tuple[str, ...]:
+def entrances(graph: Graph, cells: Container[str], start: str) -> tuple[str, ...]:
     """The service operators, and the sink, that items of `start` reach through logic operators."""
     found: dict[str, None] = {}
     level = [start]

@@ -10,6 +10,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from sagellm.gateway.call import Call, OpenCalls
 from sagellm.gateway.call_log import call_fields
+from sagellm.gateway.failure import note_error
 from sagellm.gateway.gateway import Gateway
 from sagellm.gateway.layers.auth import Keys
 from sagellm.gateway.layers.body import Bodies, Body, check_body
@@ -77,6 +78,7 @@ class App:
             refusal = failure_of(error, sending.call.request_id)
             body.drop()  # before the answer: to read what is left of the body may take long
             if refusal is not None and not sending.status:
+                note_error(scope, refusal)
                 await response_of(refusal)(scope, body.receive, sending.send)
         finally:
             body.drop()

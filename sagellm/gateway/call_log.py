@@ -13,7 +13,9 @@ _SHORTEST_S = 1e-3  # of which a rate says anything
 
 
 def call_fields(call: Call, scope: Scope, status: int, now: float) -> dict[str, object]:
-    """The fields of its log line; of tokens where any were counted. `now`: on the loop's clock."""
+    """The fields of its log line: `error` where its client was told of one, and of tokens where any
+    were counted. `now` is on the loop's clock.
+    """
     fields: dict[str, object] = {
         "request_id": call.request_id,
         "tenant": call.tenant,
@@ -23,6 +25,9 @@ def call_fields(call: Call, scope: Scope, status: int, now: float) -> dict[str, 
         "client": client_of(scope),
         "seconds": round(now - call.started_s, 6),
     }
+    error: str | None = scope["state"].get("error")
+    if error is not None:  # a stream that fails after its first event has status 200
+        fields["error"] = error
     tally: Tally | None = scope["state"].get("tally")
     return fields if tally is None else fields | dict(_tokens(call, tally, now))
 

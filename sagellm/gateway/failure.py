@@ -1,5 +1,6 @@
 """What a client is told when its request is refused or fails: one exception, one JSON shape."""
 
+from collections.abc import MutableMapping
 from typing import Any
 
 import msgspec
@@ -62,6 +63,11 @@ class ApiError(Exception):
     @property
     def encoded(self) -> bytes:
         return msgspec.json.encode(self.body)
+
+
+def note_error(scope: MutableMapping[str, Any], error: ApiError) -> None:
+    """Remember what the client of a call is told, for the log."""
+    scope["state"]["error"] = error.code or error.type
 
 
 def wrong(param: str, message: str, code: str | None = None) -> ApiError:

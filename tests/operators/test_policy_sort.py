@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from sagellm.operators.policies import POLICIES
 from sagellm.operators.policy_sort import Options, build
 from sagellm.runtime.backlog import Backlog
-from sagellm.runtime.feedback import CreditChanged, LoadReported, QueueChanged
+from sagellm.runtime.feedback import CreditChanged, LoadReported, QueueChanged, RoomChanged
 from sagellm.runtime.messages import Request, Stamps
 from sagellm.runtime.operator import (
     Arrival,
@@ -269,3 +269,21 @@ def test_one_that_expires_as_another_comes_is_told_of(sort: Any) -> None:
     outputs = sort(Arrival(ask("b", prompt_token_ids=(1,) * 10)), 5.0)
     (backlog,) = [output.feedback.backlog for output in outputs if isinstance(output, Report)]
     assert (backlog.num_requests, backlog.num_prompt_tokens) == (1, 10)
+
+
+def backlog_of(outputs: Any) -> Backlog:
+    (backlog,) = [output.feedback.backlog for output in outputs if isinstance(output, Report)]
+    return backlog
+
+
+def test_a_queue_counts_the_time_in_which_engines_are_full(sort: Any) -> None:
+    prompt = (1,) * 30
+    drain(sort, sort(Arrival(ask("a", prompt_token_ids=prompt)), 0.0))
+    full = backlog_of(sort(RoomChanged(node="sort", has_room=False), 1.0))
+    assert (full.num_full, full.busy_s, full.num_served, full.is_open) == (1, 0.0, 0, False)
+    has_room = backlog_of(sort(RoomChanged(node="sort", has_room=True), 4.0))
+    assert (has_room.num_full, has_room.busy_s, has_room.is_open) == (0, 3.0, True)
+    assert (has_room.num_served, has_room.num_served_tokens) == (1, 30)  # room for one more
+    sort(RoomChanged(node="sort", has_room=False), 9.0)
+    waiting = backlog_of(sort(Arrival(ask("b")), 10.0))
+    assert waiting.busy_s == 4.0

@@ -52,6 +52,12 @@ def test_targets_know_which_outlets_lead_to_them() -> None:
     }
 
 
+def test_an_engine_can_be_avoided_where_a_split_leads_to_others_too() -> None:
+    made = planned("pd")
+    assert {name: made.can_avoid(name) for name in made.graph.engines} == {"p": True, "d": False}
+    assert not planned("joint").can_avoid("g")
+
+
 def test_ancestors_are_all_that_lies_upstream() -> None:
     made = planned("pd")
     assert set(made.ancestors("generate")) == {"split", "sort", "admission"}

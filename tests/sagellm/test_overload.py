@@ -74,14 +74,19 @@ class Load:
 
 
 async def loaded(
-    session: Session, rate: float, seconds: float, priorities: Sequence[int] = (2,)
+    session: Session,
+    rate: float,
+    seconds: float,
+    priorities: Sequence[int] = (2,),
+    *,
+    num_tokens: tuple[int, int] = (8, 32),
 ) -> Load:
     """Poisson arrivals for so long; returns once all have ended."""
     draw = random.Random(rate)
     load = Load(seconds, session.executor.plan.logic["admission"].options.slo_ttft_s)
 
     async def ask(priority: int) -> None:
-        sampling = Sampling(max_tokens=draw.randint(8, 32), ignore_eos=True)
+        sampling = Sampling(max_tokens=draw.randint(*num_tokens), ignore_eos=True)
         prompt = draw.choices(range(256), k=draw.randint(50, 150))
         answer = await generate(session, prompt, sampling=sampling, priority=priority)
         load.answers.append(answer)
@@ -127,6 +132,23 @@ async def test_ten_times_overload_keeps_goodput_and_promises(
     assert {answer.code for answer in load.refused} == {"slo_unreachable"}
     assert all((answer.retry_after_s or 0) > 0 for answer in load.refused)
     assert all(answer.stamps.finished_s == answer.stamps.arrived_s for answer in load.refused)
+
+
+async def test_answers_that_begin_and_end_together_break_no_promise(
+    autojump_clock: MockClock,
+) -> None:
+    """Sixteen answers of four seconds at a time: then nothing leaves for as long."""
+    options = {
+        "g.device": "null",
+        "g.decode_step_s": 0.05,
+        "g.max_num_seqs": 16,
+        "admission.slo_ttft_s": 2.0,
+    }
+    async with Graph.load("joint").open(set=options) as session:
+        await loaded(session, 40.0, 16, num_tokens=(80, 80))
+        load = await loaded(session, 40.0, 80, num_tokens=(80, 80))
+    assert load.goodput >= 0.9 * 16 / 0.05
+    assert load.ttft_s(0.99) <= 1.5 * load.objective_s
 
 
 async def test_a_graph_that_has_served_nothing_yet_refuses_only_what_does_not_fit(

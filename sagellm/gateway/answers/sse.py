@@ -8,7 +8,7 @@ from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from sagellm.gateway.answers.attending import until_gone
-from sagellm.gateway.failure import ApiError
+from sagellm.gateway.failure import ApiError, note_error
 from sagellm.gateway.settings import Streaming
 
 DONE = b"data: [DONE]\n\n"
@@ -96,6 +96,7 @@ class EventStream(Response):
     An ApiError before anything was sent is raised; after that it becomes the last event, and so
     does a fault of our own, which is raised too. Where the client leaves, or does not read for
     `stall_s`, `tell` is cancelled, the stream is left unfinished, and `on_gone` is called.
+    What the last event says went wrong is noted in the call's state, for the log.
     """
 
     def __init__(self, tell: Tell, streaming: Streaming, on_gone: Callable[[], None]) -> None:
@@ -110,7 +111,7 @@ class EventStream(Response):
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self._attend, receive, outlet, tasks.cancel_scope)
             try:
-                await self._finish(outlet)
+                await self._finish(outlet, scope)
                 is_over = True
             except ClientDisconnect:
                 is_over = False
@@ -122,7 +123,7 @@ class EventStream(Response):
         if not is_over:
             self._on_gone()
 
-    async def _finish(self, outlet: Outlet) -> None:
+    async def _finish(self, outlet: Outlet, scope: Scope) -> None:
         last = DONE
         try:
             return await self._tell(outlet)
@@ -131,9 +132,11 @@ class EventStream(Response):
         except ApiError as error:
             if not outlet.is_started:
                 raise
+            note_error(scope, error)
             last = event(error.encoded) + DONE
         except Exception:
             if outlet.is_started:
+                note_error(scope, _FAILED)
                 await outlet.send(event(_FAILED.encoded) + DONE, is_last=True)
             raise
         await outlet.send(last, is_last=True)

@@ -35,7 +35,7 @@ from sagellm.runtime.core.events import (
     TimeCame,
     Withdrawn,
 )
-from sagellm.runtime.feedback import Topology
+from sagellm.runtime.feedback import RoomChanged, Topology
 from sagellm.runtime.messages import Prefilled, Request, TokenEvent
 from sagellm.runtime.operator import Arrival, Credit, Draw, Emit, Input, Signal, Step
 from sagellm.runtime.plan import Plan, plan
@@ -108,6 +108,25 @@ def test_returned_credit_sends_what_waits() -> None:
     for name in "abc":
         core.on(Arrived(1, (request(name),)), 0.0)
     assert sent(core.on(Released("generate", 1, "b", 0), 1.0)) == [("c", 1)]
+
+
+def test_operators_are_told_whether_engines_are_full() -> None:
+    """Once at the end of an event: credit that comes and is taken at once changes nothing."""
+    core = routed(1)
+    cell, told = core.region.cells["policy_sort"], []
+    answer = cell.on
+
+    def noting(state: Any, happened: Input, now: float, draw: Draw) -> Step[Any]:
+        if isinstance(happened, RoomChanged):
+            told.append((now, happened.has_room))
+        return answer(state, happened, now, draw)
+
+    cell.on = noting
+    for name in "abc":
+        core.on(Arrived(1, (request(name),)), 0.0)
+    for second, name in enumerate("abc"):
+        core.on(Released("generate", 0, name, 0), second + 1.0)
+    assert told == [(0.0, False), (3.0, True)]
 
 
 def test_items_without_credit_are_parked_and_go_on_in_order() -> None:

@@ -27,6 +27,7 @@ async def test_a_call_that_leads_nowhere_is_logged_with_its_path(server: str) ->
             line = await ended(lines)
         assert (line["method"], line["path"], line["status"]) == ("GET", "/v1/chats", 404)
         assert (line["request_id"], line["client"]) == ("r1", "127.0.0.1")
+        assert line["error"] == "not_found_error"
         assert "secret" not in str(lines)
 
 
@@ -56,3 +57,19 @@ async def test_an_answer_is_logged_with_its_tokens_and_no_word_of_it(server: str
         assert 0 <= line["ttft_s"] <= line["seconds"]
         assert line.get("tokens_per_s", 1) > 0
         assert "user-key" not in str(lines)
+
+
+async def test_a_stream_that_fails_after_its_first_token_is_logged_with_its_error(
+    server: str,
+) -> None:
+    async with serving(server) as served, await served.connect() as stream:
+        with logged() as lines:
+            await stream.send_all(STREAM)
+            await first_token(stream)
+            await served.let_go("cancelled")
+            rest = b""
+            while b"[DONE]" not in rest:
+                rest += await received(stream)
+            line = await ended(lines)
+        assert b'"code":"shutting_down"' in rest
+        assert (line["status"], line["error"]) == (200, "shutting_down")

@@ -1,0 +1,32 @@
+"""Room: whether any engine that requests of an operator enter next may take one."""
+
+from sagellm.runtime.core.credit import Gates
+from sagellm.runtime.core.ways import entrances
+from sagellm.runtime.feedback import RoomChanged
+from sagellm.runtime.plan import Plan
+
+
+class Room:
+    """What the operators that subscribe to "room" were told."""
+
+    def __init__(self, plan: Plan, gates: Gates) -> None:
+        self._gates = gates
+        self._entrances = {
+            name: frozenset(entrances(plan.graph, plan.logic, name))
+            for name in plan.logic
+            if "room" in plan.spec(name).subscribes
+        }
+        self._full: set[str] = set()  # operators that were told so
+
+    def changes(self) -> list[RoomChanged]:
+        """What has changed since the last call; several changes that cancel out are none."""
+        if not self._gates.full_changed:
+            return []
+        self._gates.full_changed = False
+        found = []
+        for node, names in self._entrances.items():
+            is_full = names <= self._gates.full
+            if is_full != (node in self._full):
+                (self._full.add if is_full else self._full.remove)(node)
+                found.append(RoomChanged(node=node, has_room=not is_full))
+        return found
