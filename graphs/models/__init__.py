@@ -29,7 +29,7 @@ def facts(config: Config) -> ModelFacts:
 
 
 def check(config: Config) -> None:
-    """Raise UnsupportedModel where `facts` would; builds no graph, however many layers there are."""
+    """Raise UnsupportedModel where `facts` would, without building a graph of all layers."""
     facts_of(config, _family(config).shape(config), Graph("unbuilt", "kernel"))
 
 
