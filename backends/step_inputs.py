@@ -1,5 +1,6 @@
 """A batch as the ragged tensors that a kernel graph reads."""
 
+from functools import cache
 from typing import TypeAlias
 
 import numpy as np
@@ -20,8 +21,7 @@ def step_inputs(batch: StepBatch, block_size: int) -> StepInputs:
     owners = np.repeat(np.arange(len(ends)), query_lens)
     positions = np.arange(len(owners)) + (ends - query_starts[1:])[owners]
     tables = _block_tables(batch, block_size)
-    each = tables.reshape(-1, len(ends), tables.shape[1])  # table after table
-    slots = each[:, owners, positions // block_size].astype(np.int64)
+    slots = _blocks_at(tables, owners, positions // block_size, len(ends)).astype(np.int64)
     slots = (slots * block_size + positions % block_size).reshape(-1)
     return StepInputs(
         token_ids=torch.from_numpy(np.array(batch.token_ids, dtype=np.int64)),
@@ -48,10 +48,24 @@ def _block_tables(batch: StepBatch, block_size: int) -> npt.NDArray[np.int32]:
     return tables
 
 
+def _blocks_at(
+    tables: npt.NDArray[np.int32], owners: Integers, at: Integers, count: int
+) -> npt.NDArray[np.int32]:
+    """[G, T], or [T] of a single table: the block in which each new token lies."""
+    if len(tables) == count:
+        return tables[owners, at]
+    return tables.reshape(-1, count, tables.shape[1])[:, owners, at]
+
+
+@cache
+def _no_states(count: int) -> torch.Tensor:
+    return torch.empty((2, count, 0), dtype=torch.int32)
+
+
 def _states(batch: StepBatch) -> torch.Tensor:
     """[2, B, N], N of a model without recurrent state being 0."""
     if not batch.states:
-        return torch.empty((2, len(batch.contexts), 0), dtype=torch.int32)
+        return _no_states(len(batch.contexts))
     states = np.full((2, len(batch.contexts), len(batch.states[0][1])), -1, dtype=np.int32)
     for index, (read, written) in enumerate(batch.states):
         states[0, index, : len(read)] = read

@@ -82,6 +82,11 @@ class LeaseShape:
         """
         return self.num_blocks(num_tokens) + self.num_state_blocks
 
+    def num_fixed(self, num_tokens: int) -> int:
+        """Those of them that do not grow with its length, once it is longer than all windows."""
+        full = self.groups[0].num_tables * self.num_full(num_tokens) if self.has_full else 0
+        return self.num_needed(num_tokens) - full
+
     def num_tokens(self, num_blocks: int, most: int) -> int:
         """The longest sequence, up to `most` tokens, that always advances in so many blocks."""
         low, high = 0, -(-most // self.block_size)

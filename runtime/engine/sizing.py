@@ -16,7 +16,7 @@ from sagellm.runtime.port import EngineFacts
 _MEMORY_PART = 0.25  # of what is free: weights, activations and other engines need the rest
 _LEAST_PART = 0.05  # where the weights seem to leave less: another engine may have them already
 _STEPS_UNDER_WAY = 2  # with async scheduling: one computes, the next is launched
-_NUM_LONGEST = 8  # sequences of full length that the default pool holds
+_NUM_LONGEST = 8  # sequences of full length that the default pool holds, with all windows
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,8 @@ def size(options: EngineOptions, facts: ModelFacts, memory_bytes: int) -> Sizing
     elif options.kv_memory is not None:
         num_blocks = num_bytes(options.kv_memory) // block_bytes
     else:
-        num_blocks = min(affordable, _NUM_LONGEST * shape.num_needed(longest))
+        fixed = options.max_num_seqs * shape.num_fixed(longest)
+        num_blocks = min(affordable, _NUM_LONGEST * shape.num_needed(longest) + fixed)
         if options.max_model_len is None and num_blocks > 0:
             longest = shape.num_tokens(num_blocks, longest) or longest
     _check_room(num_blocks, longest, options, block_bytes, shape)

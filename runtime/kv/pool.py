@@ -225,7 +225,7 @@ class BlockPool:
             start = first if group.window is None else start
             for table in lease.tables[tables]:
                 blocks += table[start:end]
-        return blocks + lease.snapshot
+        return blocks + lease.state_at(position)
 
     def full_blocks(self, lease: Lease, first: int, end: int) -> list[int]:
         """Those of full attention alone."""

@@ -1,6 +1,6 @@
 """Layers with windows and recurrent states: the same answers however a sequence is served."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,9 @@ from sagellm.runtime.engine.opening import open_engine
 from sagellm.runtime.engine.options import EngineOptionError, EngineOptions
 from sagellm.runtime.kv.device_storage import DeviceStorage
 from sagellm.runtime.kv.lease import UNHELD
+from sagellm.runtime.kv.part import Part
 from sagellm.runtime.kv.transport import Sharing
+from sagellm.runtime.messages import LeaseRef
 from sagellm.runtime.port import EngineRefusal, LeaseOffer, StaleLease
 
 LENGTHS = (1, 16, 31, 50, 81, 120)
@@ -87,10 +89,12 @@ def exam(
         yield exam
 
 
-def opened(exam: Exam, replica: int = 0, **options: Any) -> LocalEngine:
+def opened(
+    exam: Exam, replica: int = 0, sharing: Sharing | None = None, **options: Any
+) -> LocalEngine:
     known = {"deterministic": True, "max_model_len": 256, "max_step_tokens": 64, "threads": 1}
     options = {"model": str(exam.folder), "device": exam.device, **known, **options}
-    return open_engine(EngineOptions(**options), name="e", replica=replica)
+    return open_engine(EngineOptions(**options), name="e", replica=replica, sharing=sharing)
 
 
 async def ask_all(driver: Driver, exam: Exam, epoch: int = 0) -> list[list[int]]:
@@ -139,7 +143,10 @@ async def test_all_together(exam: Exam) -> None:
         assert await ask_all(driver, exam) == exam.right
 
 
-@pytest.mark.parametrize("options", [{"prefill_chunk": 7}, {"max_step_tokens": 9, "block_size": 4}])
+@pytest.mark.parametrize(
+    "options",
+    [{"prefill_chunk": 7}, {"max_step_tokens": 9, "block_size": 4}, {"deterministic": False}],
+)
 async def test_in_chunks_and_small_blocks(exam: Exam, options: dict[str, Any]) -> None:
     async with running(opened(exam, **options)) as [driver]:
         assert await ask_all(driver, exam) == exam.right
@@ -164,6 +171,17 @@ async def test_handed_over_between_two_engines(exam: Exam) -> None:
         for index, prompt in enumerate(exam.prompts):
             both = await hand_over(prefill, decode, str(index), prompt, max_tokens=NUM_NEW)
             assert answer_of(both) == exam.right[index]
+
+
+async def test_in_bfloat16(exam: Exam) -> None:
+    """States stay in float32, in blocks of keys and values that do not."""
+    options = {"dtype": "bfloat16", "block_size": 4}
+    async with running(opened(exam, **options), opened(exam, 1, **options)) as [one, other]:
+        alone = await one.submit("alone", exam.prompts[-1], max_tokens=NUM_NEW, salt="alone")
+        await alone.done.wait()
+        answers = await ask_all(one, exam)
+        both = await hand_over(one, other, "r", exam.prompts[-1], max_tokens=NUM_NEW)
+    assert alone.token_ids == answers[-1] == answer_of(both)
 
 
 def answer_of(replies: tuple[Reply, Reply]) -> list[int]:
@@ -275,10 +293,7 @@ async def test_blocks_without_a_state_are_refused(exam: Exam) -> None:
         await held.done.wait()
         assert held.lease is not None
         sender = source.export(held.lease)
-        facts = source.facts
-        offer = LeaseOffer(
-            request_id="r", choice=0, epoch=0, num_tokens=len(prompt), layout_hash=facts.layout_hash
-        )
+        offer = offer_of(source, prompt)
         landing = await target.import_(offer)
         sender.held.snapshot, snapshot = [], sender.held.snapshot
         with pytest.raises(StaleLease, match="blocks were sent where"):
@@ -307,7 +322,7 @@ def test_drafts_are_refused_where_a_state_cannot_go_back(
 async def test_moved_between_workers_that_die(
     exam: Exam, kind: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Prefill and decode in workers, with blocks that go over a transport; two of them die."""
+    """Prefill and decode in workers, with blocks that go over a transport; two workers die."""
     if exam.device == "detached" and kind == "memory":
         pytest.skip("its memory is no memory of the host")
 
@@ -335,6 +350,51 @@ async def test_moved_between_workers_that_die(
             for index in range(len(exam.prompts)):
                 nursery.start_soon(ask, index)
             await trio.sleep(0.05)
-            for life in chaos.lives.lives[:2]:
+            for worker in {one.engine_name: one for one in chaos.supervisor.workers}.values():
+                life = chaos._life(worker.pid)
+                assert life is not None
                 life.kill()
     assert [found[index] for index in range(len(exam.prompts))] == exam.right
+
+
+async def test_blocks_of_full_attention_go_early_and_the_rest_at_the_end(exam: Exam) -> None:
+    options, prompt = {"block_size": 4, "prefill_chunk": 16}, exam.prompts[-1]
+    source, target = (opened(exam, number, sharing=Sharing("tcp"), **options) for number in (0, 1))
+    advances: list[tuple[LeaseRef, int]] = []
+    source.tell_advances(lambda lease, num_blocks: advances.append((lease, num_blocks)))
+    async with running(source, target) as [prefill, decode], trio.open_nursery() as nursery:
+        nursery.start_soon(source.serve_blocks)
+        nursery.start_soon(target.serve_blocks)
+        landing = await target.import_(offer_of(source, prompt))
+        first = await prefill.submit("r", prompt, hold_kv=True)
+        await first.done.wait()
+        num_early = 0
+        for lease, num_blocks in advances[:3]:
+            part = Part(first=num_early, end=num_blocks)
+            located = await source.export_part(lease, part)
+            await target.receive_part(landing.lease, located, part)
+            num_early = num_blocks
+        assert first.lease is not None
+        sender = source.export(first.lease)
+        located = await sender.share(num_early)
+        assert located.num_blocks == len(source.pool.sent(sender.held, num_early))
+        await target.receive(landing.lease, located, num_early)
+        sender.release()
+        emitted = tuple(first.token_ids)
+        rest = await decode.submit(
+            "r", prompt, lease=landing.lease, emitted_token_ids=emitted, max_tokens=NUM_NEW
+        )
+        await rest.done.wait()
+        nursery.cancel_scope.cancel()
+    assert first.token_ids + rest.token_ids == exam.right[-1]
+    assert (num_early > 0) == source.facts.shape.has_full
+
+
+def offer_of(source: LocalEngine, prompt: Sequence[int]) -> LeaseOffer:
+    return LeaseOffer(
+        request_id="r",
+        choice=0,
+        epoch=0,
+        num_tokens=len(prompt),
+        layout_hash=source.facts.layout_hash,
+    )
