@@ -32,7 +32,7 @@ from sagellm.session import Session
 RESULTS = Path(__file__).parent / "results"
 PARTS = ("tokens", "cost", "hop", "handover", "transports", "itl")
 APP = App(name="sagellm bench processes", help=__doc__)
-NULL = {"g.model": "null", "g.device": "null", "g.prefill_token_s": 0, "g.decode_step_s": 0}
+NULL = {"g.model": "null", "g.kind": "modelled", "g.prefill_token_s": 0, "g.decode_step_s": 0}
 
 
 @APP.default

@@ -14,7 +14,7 @@ import trio
 import sagellm
 from sagellm import Graph, Request, ops
 from sagellm.graphs.vocabulary import REQUEST, OpSpec, Port
-from sagellm.operators.routing.view import Candidates
+from sagellm.operators.routing import Candidates
 from sagellm.runtime.messages import refusal
 from sagellm.runtime.operator import (
     Arrival,

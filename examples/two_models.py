@@ -38,7 +38,7 @@ async def main() -> None:
     question = [{"role": "user", "content": "What is 23 + 45?"}]
     with tempfile.TemporaryDirectory() as folder:
         second = make_backwards(Path(folder) / "backwards")
-        chosen = {"bytes.model": str(second), "bytes.device": "cpu"}
+        chosen = {"bytes.model": str(second), "bytes.kind": "local"}
         async with Graph.load(Path("examples/two_models.yaml")).open(set=chosen) as models:
             for model in ("sage-tiny", "echo"):
                 encoded = models.encode("23", model=model)

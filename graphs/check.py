@@ -4,13 +4,13 @@ from collections.abc import Iterable, Iterator
 from itertools import chain
 
 from sagellm.graphs.diagnostics import Diagnostic, locate
-from sagellm.graphs.facts import EngineFactsView, Facts
+from sagellm.graphs.facts import EngineFactsView, EngineKindView, Facts
 from sagellm.graphs.ir import Graph
 from sagellm.graphs.rules import compatibility, items, models, names, options, resources, wiring
 from sagellm.graphs.rules.subject import Rule, Subject
 from sagellm.graphs.vocabulary import Vocabulary
 
-__all__ = ["EngineFactsView", "Facts", "check", "locate"]
+__all__ = ["EngineFactsView", "EngineKindView", "Facts", "check", "locate"]
 
 NAMES: tuple[Rule, ...] = (
     names.unique_nodes,

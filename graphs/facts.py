@@ -19,23 +19,34 @@ class EngineFactsView:
     num_layers: int | None = None  # of one KV block
     max_model_len: int | None = None
     kv_pool_bytes: int | None = None  # of one replica
+    device: str = ""  # whose memory the pool is in
+    memory_bytes: int | None = None  # of that device, as its pool was sized for; None: of `Facts`
     replicas: int | None = None  # None: the engine's option `replicas`, or 1
     capabilities: frozenset[str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineKindView:
+    """One kind of engine: the dataclass of its options, and what an engine of it can do."""
+
+    options: type
+    capabilities: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
 class Facts:
     """The surroundings that a graph is checked against.
 
-    `engine_options` is the dataclass of what an engine may be told, `executors` maps a kind of
-    executor to the dataclass of its options. `names` holds the known names of an open set, such
-    as policies: an option whose field has metadata {"names": "policies"} must be one of them.
+    `engine_kinds` are the kinds of engines by name; None skips the rules on their options.
+    `executors` maps a kind of executor to the dataclass of its options. `names` holds the known
+    names of an open set, such as policies: an option whose field has metadata
+    {"names": "policies"} must be one of them.
     """
 
-    memory_bytes: int | None = None  # shared by the KV pools of all engines
+    memory_bytes: int | None = None  # shared by the KV pools of engines on one device
     engines: Mapping[str, EngineFactsView] = field(default_factory=dict)
     functions: Collection[str] | None = None  # the user's, by registered name
-    engine_options: type | None = None
+    engine_kinds: Mapping[str, EngineKindView] | None = None
     executors: Mapping[str, type] = field(default_factory=lambda: {"tasks": NoOptions})
     names: Mapping[str, Collection[str]] = field(default_factory=dict)
 

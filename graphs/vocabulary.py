@@ -1,7 +1,7 @@
 """What ops a dialect knows: declared as data, so that a graph is checked without its code."""
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, get_type_hints
 
@@ -13,6 +13,16 @@ ANSWER = "answer"  # the whole answer to one request
 ANY = "any"
 
 SIGNALS = frozenset({"cancel", "expire", "forget"})  # what overtakes items
+
+# What an engine may be able to do: its kind declares it, an operator or a request needs it.
+TOKENS_IN = "tokens_in"  # takes a prompt as token ids of its model
+TEXT_IN = "text_in"  # takes a prompt as text, or as messages
+TOKENS_OUT = "tokens_out"  # its events have token ids
+TEXT_OUT = "text_out"  # its events have text
+KV_TRANSFER = "kv_transfer"  # exports KV blocks to, and imports them from, another engine
+RESUME = "resume"  # goes on with a sequence of which tokens were emitted elsewhere
+LOGPROBS = "logprobs"  # gives log probabilities of sampled tokens and of a prompt's tokens
+CAPABILITIES = (TOKENS_IN, TEXT_IN, TOKENS_OUT, TEXT_OUT, KV_TRANSFER, RESUME, LOGPROBS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +58,8 @@ class OpSpec:
     """One op: its ports, the frozen dataclass of its options, and its role.
 
     `role` is "logic" (pure), "service" (owns something outside) or "kernel". `engine` says that
-    the op refers to an engine by the option `engine`; `needs` are the capabilities it asks of it.
+    the op refers to an engine by the option `engine`; `needs` are the capabilities that this engine
+    must have, where "a|b" stands for either of two.
     `subscribes`: the kinds of feedback, and "topology", that it is given. `signals`: the kinds of
     signal that it is given; an operator that holds nothing of a request needs none. `queues`:
     requests wait in it, and a request whose engine was lost comes back to it. `drops_tokens`: it
@@ -88,6 +99,11 @@ class OpSpec:
             raise TypeError(f"options of {self.name} must be a dataclass")
         hints = get_type_hints(self.options)
         return {option.name: hints[option.name] for option in fields(self.options)}
+
+
+def lacking(needs: Iterable[str], offered: frozenset[str]) -> tuple[str, ...]:
+    """The needs that are not met, in order of the alphabet; "a|b" is met by either."""
+    return tuple(sorted(need for need in needs if not offered.intersection(need.split("|"))))
 
 
 class Vocabulary(Mapping[str, OpSpec]):

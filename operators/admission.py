@@ -18,8 +18,15 @@ something waited or engines were full, with a memory of ten such seconds, or of 
 those took longer; several queues count as one, as fast as their mean. The margin is three standard
 deviations of such a wait, 1 + 3 / sqrt(requests that wait). A silence ends as the latest 32 did:
 answers of equal length that began together end together, and the next comes a whole answer later.
-The first token takes the mean time from leaving the queue. Before eight requests have waited and
-been served nothing is predicted.
+The first token takes the mean time from leaving the queue, longer or shorter by what the prefill of
+the request differs from the mean one, once eight prefills have shown how long those take. Before
+eight requests have waited and been served nothing is predicted. All of it is the `Forecast` of
+`runtime/forecast.py`, which other operators may keep, too.
+
+Tokens of a prompt are those to be computed. Where engines report which prefix blocks they have, the
+longest cached prefix that any replica has is left out, and the request says so to the operators
+after this one (`num_cached_tokens`). They report where this operator has a bound in tokens or an
+objective, where a strategy of `route` asks, or `pd_split`.
 
 Under load the less urgent go first. Of each bound (requests, tokens, objective) a priority may use
 
@@ -37,8 +44,9 @@ import msgspec
 from immutables import Map
 
 from sagellm.graphs.vocabulary import REQUEST, OpSpec, Port
-from sagellm.runtime.backlog import Backlog, Pace, together
-from sagellm.runtime.feedback import FirstToken, QueueChanged
+from sagellm.runtime.backlog import Backlog
+from sagellm.runtime.feedback import FirstToken, PrefixesChanged, QueueChanged
+from sagellm.runtime.forecast import Forecast
 from sagellm.runtime.messages import Request, refusal
 from sagellm.runtime.operator import (
     Arrival,
@@ -51,6 +59,8 @@ from sagellm.runtime.operator import (
     Step,
     Terminate,
 )
+from sagellm.runtime.prefix_lookup import PrefixLookup
+from sagellm.runtime.prefixes import PrefixIndex
 
 SHARES = (1.0, 0.9, 0.8, 0.6, 0.4)  # of each bound, by priority: 0 critical ... 4 background
 _RETRY_S = 1.0  # where nothing is known of how fast the queue is served
@@ -75,7 +85,7 @@ SPEC = OpSpec(
     (Port("in", REQUEST),),
     (Port("out", REQUEST),),
     options=Options,
-    subscribes=frozenset({"queue", "first_token"}),
+    subscribes=frozenset({"cache", "queue", "first_token"}),
     signals=frozenset({"forget"}),
 )
 
@@ -90,14 +100,13 @@ class Verdict(msgspec.Struct, frozen=True):
 
 
 class Seen(msgspec.Struct, frozen=True):
-    """The state: the queues as they were last told, and verdicts on requests with choices to come.
-
-    `backlogs` are by operator; `pace` is that of all together.
+    """The state: how fast the queues are served, verdicts on requests with choices to come, and the
+    prefix blocks of engines.
     """
 
-    pace: Pace = Pace()
-    backlogs: Mapping[str, Backlog] = msgspec.field(default_factory=dict)
+    forecast: Forecast = Forecast()
     verdicts: Map[str, Verdict] = Map()
+    indexes: Mapping[str, PrefixIndex] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,19 +120,30 @@ class Admission:
 
     name: str
     options: Options
+    lookup: PrefixLookup | None = None
 
     @property
     def initial(self) -> Seen:
         return Seen()
 
+    @property
+    def subscribes(self) -> frozenset[str]:
+        """It asks for prefix blocks where it counts tokens, or predicts, for every request."""
+        counts = self.options.max_queued_tokens is not None or self.options.slo_ttft_s is not None
+        return SPEC.subscribes if counts else SPEC.subscribes - {"cache"}
+
     def on(self, state: Seen, happened: Input, now: float, draw: Draw) -> Step[Seen]:
         match happened:
             case Arrival(item=Request() as request):
+                if state.indexes and self.lookup is not None:
+                    request = self.lookup.looked_up(request, state.indexes)
                 return self._arrive(state, request, now)
-            case QueueChanged(node=node, backlog=backlog):
-                return Step(_with_backlog(state, node, backlog, now))
-            case FirstToken(seconds=seconds):
-                return Step(_with_pace(state, state.pace.with_first_token(seconds)))
+            case QueueChanged() | FirstToken():
+                forecast = state.forecast.after(happened, now)
+                return Step(Seen(forecast, state.verdicts, state.indexes))
+            case PrefixesChanged(engine=engine, index=index):
+                indexes = {**state.indexes, engine: index}
+                return Step(Seen(state.forecast, state.verdicts, indexes))
             case Signal(kind="forget", request_id=request_id):
                 return Step(_with_verdicts(state, _without(state.verdicts, request_id)))
         return Step(state)
@@ -135,7 +155,9 @@ class Admission:
         if request.expires_s is not None and request.expires_s <= now:
             late = f"{self.name}: it expired before it was admitted: allow it more time"
             return Step(state, (Terminate(refusal(request, "expired", now=now, error=late)),))
-        verdict = state.verdicts.get(request.request_id) or self._judge(state.pace, request, now)
+        verdict = state.verdicts.get(request.request_id) or self._judge(
+            state.forecast, request, now
+        )
         verdicts = _followed(state.verdicts, request.request_id, verdict)
         return Step(_with_verdicts(state, verdicts), (self._answer(request, verdict, now),))
 
@@ -154,23 +176,22 @@ class Admission:
             request = msgspec.structs.replace(request, slo_ttft_s=self.options.slo_ttft_s)
         return Emit(request)
 
-    def _judge(self, pace: Pace, request: Request, now: float) -> Verdict:
-        num_choices = max(request.sampling.n, 1)
-        code, error = ("", "") if pace.backlog.is_open else self._fault(pace, request, now)
+    def _judge(self, forecast: Forecast, request: Request, now: float) -> Verdict:
+        num_choices, pace = max(request.sampling.n, 1), forecast.pace
+        code, error = ("", "") if pace.backlog.is_open else self._fault(forecast, request, now)
         retry_after_s = (pace.wait_s(now) or _RETRY_S) if code else None
         return Verdict(code, error and f"{self.name}: {error}", retry_after_s, num_choices)
 
-    def _fault(self, pace: Pace, request: Request, now: float) -> tuple[str, str]:
+    def _fault(self, forecast: Forecast, request: Request, now: float) -> tuple[str, str]:
         """Code and reason of a refusal, or nothing twice."""
-        full = self._overflow(pace.backlog, request) if pace.backlog.num_requests else ""
+        backlog = forecast.pace.backlog
+        full = self._overflow(backlog, request) if backlog.num_requests else ""
         if full:
             return "queue_full", full
         objective_s = request.slo_ttft_s or self.options.slo_ttft_s
-        wait_s = pace.long_wait_s(now) if objective_s is not None else None
-        if objective_s is None or wait_s is None:
+        predicted_s = forecast.ttft_s(request, now) if objective_s is not None else None
+        if objective_s is None or predicted_s is None:
             return "", ""
-        waited_s = max(now - request.stamps.arrived_s, 0.0)
-        predicted_s = waited_s + wait_s + pace.first_token_s
         if predicted_s <= _share(request) * objective_s:
             return "", ""
         return "slo_unreachable", (
@@ -218,22 +239,11 @@ def _without(verdicts: Map[str, Verdict], request_id: str) -> Map[str, Verdict]:
     return verdicts.delete(request_id) if request_id in verdicts else verdicts
 
 
-def _with_backlog(state: Seen, node: str, backlog: Backlog, now: float) -> Seen:
-    backlogs = {**state.backlogs, node: backlog}
-    if len(backlogs) > 1:
-        backlog = together(backlogs.values())
-    return Seen(state.pace.with_backlog(backlog, now), backlogs, state.verdicts)
-
-
-def _with_pace(state: Seen, pace: Pace) -> Seen:
-    return msgspec.structs.replace(state, pace=pace)
-
-
 def _with_verdicts(state: Seen, verdicts: Map[str, Verdict]) -> Seen:
     if verdicts is state.verdicts:
         return state
-    return msgspec.structs.replace(state, verdicts=verdicts)
+    return Seen(state.forecast, verdicts, state.indexes)
 
 
 def build(options: Options, setup: Setup) -> Admission:
-    return Admission(setup.name, options)
+    return Admission(setup.name, options, PrefixLookup.of(setup))

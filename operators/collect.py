@@ -39,6 +39,7 @@ def answer_of(events: tuple[TokenEvent, ...]) -> Answer:
         choice=last.choice,
         text="".join(event.text for event in events),
         token_ids=tuple(token for event in events for token in event.token_ids),
+        num_tokens_without_ids=sum(event.num_tokens_without_ids for event in events),
         logprobs=tuple(logprob for event in events for logprob in event.logprobs),
         prompt_logprobs=tuple(logprob for event in events for logprob in event.prompt_logprobs),
         finish_reason=last.finish_reason or "stop",

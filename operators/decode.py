@@ -4,7 +4,16 @@ from dataclasses import dataclass
 
 import msgspec
 
-from sagellm.graphs.vocabulary import EVENT, PREFILLED, OpSpec, Port
+from sagellm.graphs.vocabulary import (
+    EVENT,
+    KV_TRANSFER,
+    PREFILLED,
+    RESUME,
+    TOKENS_IN,
+    TOKENS_OUT,
+    OpSpec,
+    Port,
+)
 from sagellm.runtime.handover import Held, abandon, merge_stamps, refused, report_first_token
 from sagellm.runtime.messages import Item, Prefilled, Request, TokenEvent
 from sagellm.runtime.operator import Context, Credit, Setup, Signal
@@ -25,7 +34,7 @@ SPEC = OpSpec(
     options=Options,
     role="service",
     engine=True,
-    needs=frozenset({"kv_transfer"}),
+    needs=frozenset({TOKENS_IN, TOKENS_OUT, KV_TRANSFER, RESUME}),
 )
 
 

@@ -68,7 +68,9 @@ class Filter:
 
 
 def _emptied(event: TokenEvent) -> TokenEvent:
-    return msgspec.structs.replace(event, text="", token_ids=(), logprobs=())
+    return msgspec.structs.replace(
+        event, text="", token_ids=(), num_tokens_without_ids=0, logprobs=()
+    )
 
 
 def build(options: Options, setup: Setup) -> Filter:

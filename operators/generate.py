@@ -2,11 +2,21 @@
 
 from dataclasses import dataclass, field
 
-from sagellm.graphs.vocabulary import EVENT, REQUEST, OpSpec, Port
+from sagellm.graphs.vocabulary import (
+    EVENT,
+    REQUEST,
+    TEXT_IN,
+    TEXT_OUT,
+    TOKENS_IN,
+    TOKENS_OUT,
+    OpSpec,
+    Port,
+)
 from sagellm.runtime.handover import Held, merge_stamps, refused, report_first_token
 from sagellm.runtime.messages import Item, Request, TokenEvent
 from sagellm.runtime.operator import Context, Credit, Setup, Signal
 from sagellm.runtime.port import EngineEvent, EngineFacts, EngineRefusal
+from sagellm.runtime.request_needs import check_needs
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +34,7 @@ SPEC = OpSpec(
     options=Options,
     role="service",
     engine=True,
+    needs=frozenset({f"{TOKENS_IN}|{TEXT_IN}", f"{TOKENS_OUT}|{TEXT_OUT}"}),
 )
 
 
@@ -41,13 +52,15 @@ class Generate:
         if facts is None:
             return Credit()
         return Credit(
-            requests=self._options.max_inflight or facts.max_num_seqs, blocks=facts.num_token_blocks
+            requests=self._options.max_inflight or facts.max_num_seqs,
+            blocks=facts.num_token_blocks,
         )
 
     async def on_item(self, ctx: Context, item: Item) -> None:
         assert isinstance(item, Request)
         self._held.add(item)
         try:
+            check_needs(item, ctx.engine.facts)
             await ctx.engine.submit(item.sequence(ctx.name))
         except EngineRefusal as error:
             self._held.drop(item.key)

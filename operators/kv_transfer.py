@@ -17,6 +17,7 @@ from sagellm.runtime.port import (
     EngineFacts,
     LeaseOffer,
     StaleLease,
+    kv_engine,
 )
 
 log = get_logger("sagellm.kv")
@@ -106,8 +107,8 @@ class KVTransfer:
 
     async def _transfer(self, ctx: Context, lease: LeaseRef, landing: LeaseRef) -> LeaseRef:
         """Copy, then acknowledge: the source is freed only once the destination holds all."""
-        sender = ctx.engine_named(lease.engine, lease.replica)
-        receiver = ctx.engine_named(landing.engine, landing.replica)
+        sender = kv_engine(ctx.engine_named(lease.engine, lease.replica))
+        receiver = kv_engine(ctx.engine_named(landing.engine, landing.replica))
         offer = LeaseOffer(
             request_id=lease.request_id,
             choice=lease.choice,

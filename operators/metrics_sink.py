@@ -82,8 +82,8 @@ class Passed(msgspec.Struct, frozen=True):
         for event in events:
             times = under_way.get(event.request_id, _NO_TIMES)
             before = times.get(event.choice)
-            if event.token_ids:
-                num_tokens += len(event.token_ids)
+            if event.num_tokens:
+                num_tokens += event.num_tokens
                 if before is not None:
                     gaps.append(now - before.last_s)
                 before = Times(before.first_s if before is not None else now, now)
@@ -106,7 +106,7 @@ class Passed(msgspec.Struct, frozen=True):
         """A whole answer tells when its first token was drawn, and nothing of the gaps."""
         drawn_s = answer.stamps.prefilled_s
         times = None if drawn_s is None else Times(drawn_s, now)
-        num_tokens = self.num_tokens + len(answer.token_ids)
+        num_tokens = self.num_tokens + answer.num_tokens
         return replace(self, num_tokens=num_tokens, until_s=now)._with_end(answer, times)
 
     def without_request(self, request_id: str) -> "Passed":

@@ -1,6 +1,8 @@
 """pd_split: sends long prompts to a prefill engine of their own, short ones to a joint engine.
 
-While no replica of that prefill engine is up, long prompts go to the joint engine, too.
+Long is what the joint engine would have to compute: without what one of its replicas has in its
+prefix cache. While no replica of the prefill engine is up, long prompts go to the joint engine,
+too. A request that leaves says in `num_cached_tokens` what is cached on the way that it goes.
 """
 
 from collections.abc import Mapping
@@ -9,9 +11,11 @@ from dataclasses import dataclass, field
 import msgspec
 
 from sagellm.graphs.vocabulary import REQUEST, OpSpec, Port
-from sagellm.runtime.feedback import HealthChanged, Topology
+from sagellm.runtime.feedback import HealthChanged, PrefixesChanged, Topology
 from sagellm.runtime.messages import Request
 from sagellm.runtime.operator import Arrival, Draw, Emit, Input, Setup, Step, Target
+from sagellm.runtime.prefix_lookup import PrefixLookup
+from sagellm.runtime.prefixes import PrefixIndex
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +36,7 @@ SPEC = OpSpec(
     (Port("in", REQUEST),),
     (Port("disaggregated", REQUEST), Port("joint", REQUEST)),
     options=Options,
-    subscribes=frozenset({"health", "topology"}),
+    subscribes=frozenset({"cache", "health", "topology"}),
     signals=frozenset(),
 )
 
@@ -49,22 +53,31 @@ def is_disaggregated(request: Request, options: Options) -> bool:
 class Seen(msgspec.Struct, frozen=True):
     """The state: the replicas of prefill that are down, and how many there are of each engine.
 
-    `is_cut`: no replica of some prefill operator is up.
+    `is_cut`: no replica of some prefill operator is up. `indexes`: the prefix blocks of engines.
     """
 
     down: frozenset[tuple[str, int]] = frozenset()
     num_replicas: Mapping[str, int] = {}
     is_cut: bool = False
+    indexes: Mapping[str, PrefixIndex] = {}
 
 
 @dataclass(frozen=True, slots=True)
 class PDSplit:
-    """Its state changes with the health of prefill replicas only: else equal requests go equal
-    ways. `apart`: the operators of engines that only the outlet `disaggregated` leads to.
+    """`apart`: the operators of engines that only the outlet `disaggregated` leads to. `ways`: the
+    engines that requests enter by each outlet.
     """
 
     options: Options
     apart: tuple[Target, ...] = ()
+    ways: Mapping[str, PrefixLookup] = field(default_factory=dict)
+
+    @property
+    def subscribes(self) -> frozenset[str]:
+        """Where all requests part, or no engine is joint, nothing depends on prefix blocks."""
+        joint = self.ways.get("joint")
+        is_asked = self.options.min_uncached_tokens > 0 and joint is not None and joint.engines
+        return SPEC.subscribes if is_asked else SPEC.subscribes - {"cache"}
 
     @property
     def initial(self) -> Seen:
@@ -73,28 +86,46 @@ class PDSplit:
     def on(self, state: Seen, happened: Input, now: float, draw: Draw) -> Step[Seen]:
         match happened:
             case Arrival(item=Request() as request):
-                apart = not state.is_cut and is_disaggregated(request, self.options)
-                return Step(state, (Emit(request, "disaggregated" if apart else "joint"),))
+                return Step(state, (self._sent(state, request),))
+            case PrefixesChanged(engine=engine, index=index):
+                indexes = {**state.indexes, engine: index}
+                return Step(msgspec.structs.replace(state, indexes=indexes))
             case HealthChanged(node=node, replica=replica, is_up=is_up):
                 if all(target.node != node for target in self.apart):
                     return Step(state)
                 changed = frozenset({(node, replica)})
                 down = state.down - changed if is_up else state.down | changed
-                return Step(self._seen(down, state.num_replicas))
+                return Step(self._seen(state, down, state.num_replicas))
             case Topology(num_replicas=num_replicas):
-                return Step(self._seen(state.down, num_replicas))
+                return Step(self._seen(state, state.down, num_replicas))
         return Step(state)
 
-    def _seen(self, down: frozenset[tuple[str, int]], num_replicas: Mapping[str, int]) -> Seen:
+    def _sent(self, state: Seen, request: Request) -> Emit:
+        joint = self._on_way("joint", state, request)
+        if state.is_cut or not is_disaggregated(joint, self.options):
+            return Emit(joint, "joint")
+        return Emit(self._on_way("disaggregated", state, request), "disaggregated")
+
+    def _on_way(self, outlet: str, state: Seen, request: Request) -> Request:
+        """The request, with what is cached where that outlet leads to."""
+        lookup = self.ways.get(outlet)
+        if not state.indexes or lookup is None:
+            return request
+        return lookup.looked_up(request, state.indexes)
+
+    def _seen(
+        self, state: Seen, down: frozenset[tuple[str, int]], num_replicas: Mapping[str, int]
+    ) -> Seen:
         is_cut = False
         for target in self.apart:
             count = num_replicas.get(target.engine, target.num_replicas)
             is_cut = is_cut or sum(node == target.node for node, _ in down) >= count
-        return Seen(down, num_replicas, is_cut)
+        return Seen(down, num_replicas, is_cut, state.indexes)
 
 
 def build(options: Options, setup: Setup) -> PDSplit:
     only = frozenset({"disaggregated"})
     joint = {one.engine for one in setup.targets if one.outlets != only}
     apart = (one for one in setup.targets if one.outlets == only and one.engine not in joint)
-    return PDSplit(options, tuple(apart))
+    ways = {port.name: PrefixLookup.of(setup, port.name) for port in SPEC.outlets}
+    return PDSplit(options, tuple(apart), ways)

@@ -6,18 +6,22 @@ from functools import partial
 
 import msgspec
 
+from sagellm.graphs.diagnostics import GraphError
 from sagellm.graphs.vocabulary import REQUEST, OpSpec, Port
 from sagellm.operators.policies import find_policy, refuse_unused
 from sagellm.operators.policies.options import Options
-from sagellm.operators.policies.order import Order, Policy
-from sagellm.operators.policies.queue import Entry, Queue, differ
+from sagellm.operators.policies.order import Order, Policy, RankingPolicy
+from sagellm.operators.policies.queue import Entry, Known, Queue, differ
 from sagellm.runtime.feedback import (
     CreditChanged,
+    FirstToken,
     HealthChanged,
+    PrefixesChanged,
     QueueChanged,
     RoomChanged,
     Topology,
 )
+from sagellm.runtime.forecast import Forecast
 from sagellm.runtime.messages import FinishReason, Request, refusal
 from sagellm.runtime.operator import (
     Arrival,
@@ -33,6 +37,7 @@ from sagellm.runtime.operator import (
     Terminate,
     Wake,
 )
+from sagellm.runtime.prefix_lookup import PrefixLookup
 from sagellm.runtime.user_function import UserFunction, failing, find_plain_function
 
 SPEC = OpSpec(
@@ -40,7 +45,7 @@ SPEC = OpSpec(
     (Port("in", REQUEST),),
     (Port("out", REQUEST),),
     options=Options,
-    subscribes=frozenset({"credit", "health", "room", "topology"}),
+    subscribes=frozenset({"cache", "credit", "first_token", "health", "room", "topology"}),
     signals=frozenset({"cancel", "expire"}),
     queues=True,
 )
@@ -53,23 +58,44 @@ class PolicySort:
     The answer `Taken` to an offer comes before any other input; an offer that is not answered was
     declined, and its items are offered again only once something was taken or credit came back.
     What waits is told upstream whenever it changes, as a `Backlog`.
+
+    `ranking`: a policy with a state, if it has one; `policy` then says nothing. A request that
+    arrives is looked up in the prefix blocks of engines, where some operator asks for these.
     """
 
     name: str
     policy: Policy
-    window: int
+    options: Options
     function: UserFunction | None = None
+    ranking: RankingPolicy | None = None
+    lookup: PrefixLookup | None = None
 
     @property
     def initial(self) -> Queue:
-        return Queue()
+        state = self.ranking.initial if self.ranking is not None else None
+        return Queue(known=Known(self._orders(Forecast()), state=state))
+
+    @property
+    def subscribes(self) -> frozenset[str]:
+        """It listens to what is said of prefix blocks, and does not ask for it."""
+        foresees = any(order.foreseen is not None for order in self.policy.orders)
+        wanted = SPEC.subscribes - {"cache"}
+        return wanted if foresees or self.ranking is not None else wanted - {"first_token"}
 
     def on(self, state: Queue, happened: Input, now: float, draw: Draw) -> Step[Queue]:
         match happened:
             case Arrival(item=Request() as request):
                 return self._arrive(state, request, now)
             case Taken(item=Request() as request):
-                return self._settle(state, state.without_taken(request, now), now)
+                after = self._taken(state.without_taken(request, now), request, now)
+                return self._settle(state, after, now)
+            case FirstToken():
+                forecast = state.known.forecast.after(happened, now)
+                orders = self._orders(forecast)
+                return Step(state.knowing(forecast=forecast, orders=orders), (), state.wake_at)
+            case PrefixesChanged(engine=engine, index=index):
+                indexes = {**state.known.indexes, engine: index}
+                return Step(state.knowing(indexes=indexes), (), state.wake_at)
             case RoomChanged(has_room=has_room):
                 return self._settle(state, state.with_room(now, has_room=has_room), now)
             case CreditChanged() | HealthChanged() | Topology():
@@ -83,8 +109,10 @@ class PolicySort:
         return Step(state, (), state.wake_at)
 
     def _arrive(self, state: Queue, request: Request, now: float) -> Step[Queue]:
+        if state.known.indexes and self.lookup is not None:
+            request = self.lookup.looked_up(request, state.known.indexes)
         try:
-            after = state.with_request(request, self.policy.orders[state.level], now)
+            after = self._ranked(state, request, now)
         except Exception as error:
             if self.function is None:
                 raise
@@ -92,6 +120,30 @@ class PolicySort:
             end = Terminate(failing(request, why, now=now), error)
             return Step(state, (end,), state.wake_at)
         return self._settle(state, after, now)
+
+    def _ranked(self, queue: Queue, request: Request, now: float) -> Queue:
+        """With a request at its rank."""
+        known = queue.known
+        if self.ranking is None:
+            return queue.with_request(request, known.orders[queue.level], now)
+        rank, state = self.ranking.rank(known.state, request, now, known.forecast)
+        return queue.knowing(state=state).with_request(request, Order(lambda _: rank), now)
+
+    def _taken(self, queue: Queue, request: Request, now: float) -> Queue:
+        """A policy with a state may want to know of a request that was sent."""
+        taken = getattr(self.ranking, "taken", None)
+        if taken is None:
+            return queue
+        return queue.knowing(state=taken(queue.known.state, request, now))
+
+    def _orders(self, forecast: Forecast) -> tuple[Order, ...]:
+        """The orders of the policy, with prefills as they are predicted."""
+
+        def prefill_s(request: Request) -> float:
+            predicted_s = forecast.prefill_s(request.num_uncached_tokens)
+            return self.options.prefill_s(request) if predicted_s is None else predicted_s
+
+        return tuple(order.foreseeing(prefill_s) for order in self.policy.orders)
 
     def _settle(
         self,
@@ -111,7 +163,7 @@ class PolicySort:
             outputs += _ends(late, "expired", now)
         policy = self.policy
         level = policy.level(after.level, len(after.entries)) if policy.rising else 0
-        order = policy.orders[level]
+        order = after.known.orders[level]
         if level != after.level:
             after, anew = after.at_level(level, order), True
         if differ(after.backlog, before.backlog):
@@ -123,7 +175,7 @@ class PolicySort:
         self, queue: Queue, declined: tuple[Entry, ...], outputs: tuple[Output, ...]
     ) -> Step[Queue]:
         """Offer what is at the head and was not declined."""
-        head = queue.entries.head(self.window)
+        head = queue.entries.head(self.options.window)
         if head == declined:
             fresh: list[Request] = []
         elif declined:
@@ -148,12 +200,17 @@ def build(options: Options, setup: Setup) -> PolicySort:
         raise ValueError(
             f"{setup.name}: policy: own and function belong together: give both, or neither"
         )
+    lookup = PrefixLookup.of(setup)
     if options.function is None:
-        return PolicySort(setup.name, _named_policy(options, setup), options.window)
+        found = _named_policy(options, setup)
+        if isinstance(found, Policy):
+            return PolicySort(setup.name, found, options, lookup=lookup)
+        unranked = Policy((Order(lambda request: 0.0),))
+        return PolicySort(setup.name, unranked, options, ranking=found, lookup=lookup)
     refuse_unused("own", frozenset(), options)
     function = find_plain_function(setup, options.function)
     policy = Policy((Order(partial(_own_rank, function)),))
-    return PolicySort(setup.name, policy, options.window, function)
+    return PolicySort(setup.name, policy, options, function, lookup=lookup)
 
 
 def _own_rank(function: UserFunction, request: Request) -> float:
@@ -168,8 +225,10 @@ def _own_rank(function: UserFunction, request: Request) -> float:
     return number
 
 
-def _named_policy(options: Options, setup: Setup) -> Policy:
+def _named_policy(options: Options, setup: Setup) -> Policy | RankingPolicy:
     try:
-        return find_policy(options.policy, options)
+        return find_policy(options.policy, options, ("operators", setup.name))
+    except GraphError:
+        raise
     except ValueError as error:
         raise ValueError(f"{setup.name}: {error}") from error

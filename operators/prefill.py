@@ -4,7 +4,15 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from sagellm.graphs.vocabulary import PREFILLED, REQUEST, OpSpec, Port
+from sagellm.graphs.vocabulary import (
+    KV_TRANSFER,
+    PREFILLED,
+    REQUEST,
+    TOKENS_IN,
+    TOKENS_OUT,
+    OpSpec,
+    Port,
+)
 from sagellm.runtime.handover import Held, abandon, merge_stamps, refused
 from sagellm.runtime.messages import Item, Prefilled, Request, TokenEvent
 from sagellm.runtime.operator import Context, Credit, Setup, Signal, Target
@@ -15,7 +23,9 @@ from sagellm.runtime.port import (
     KVTarget,
     LeaseOffer,
     PrefillDone,
+    kv_engine,
 )
+from sagellm.runtime.request_needs import check_needs
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +47,7 @@ SPEC = OpSpec(
     options=Options,
     role="service",
     engine=True,
-    needs=frozenset({"kv_transfer"}),
+    needs=frozenset({TOKENS_IN, TOKENS_OUT, KV_TRANSFER}),
 )
 
 
@@ -59,6 +69,7 @@ class Prefill:
     async def on_item(self, ctx: Context, item: Item) -> None:
         assert isinstance(item, Request)
         try:
+            check_needs(item, ctx.engine.facts)
             await self._reserve(ctx, item)
             self._held.add(item)
             await ctx.engine.submit(item.sequence(ctx.name, hold_kv=True))
@@ -102,7 +113,7 @@ class Prefill:
             num_tokens=len(request.prompt_token_ids) + len(request.emitted_token_ids),
             layout_hash=ctx.engine.facts.layout_hash,
         )
-        engine = ctx.engine_named(self._decode.engine, replica)
+        engine = kv_engine(ctx.engine_named(self._decode.engine, replica))
         self._landings[request.key] = await engine.import_(offer)
 
     async def _pass_on(self, ctx: Context, done: PrefillDone) -> None:

@@ -1,7 +1,11 @@
 """route: chooses a replica for every engine operator downstream, the (prefill, decode) pair.
 
 The strategy orders the replicas that are up and have room; the first that has credit for the
-request takes it. While one has, nothing waits.
+request takes it. While one has, nothing waits, unless the strategy holds the request back for a
+replica, for a time that it says.
+
+A request that leaves says in `num_cached_tokens` what the replica that it enters has of its prompt,
+where engines tell that: they do if the strategy, or an operator before, asks for it.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -11,9 +15,18 @@ from typing import Any
 import msgspec
 
 from sagellm.graphs.vocabulary import REQUEST, OpSpec, Port
-from sagellm.operators.routing import Strategy, find_strategy
-from sagellm.operators.routing.view import Candidates, Pool, PoolView, Replica, View, bits
-from sagellm.runtime.feedback import CreditChanged, HealthChanged, LoadReported, Topology
+from sagellm.operators.routing import Candidates, Function, Hold, Strategy, find_strategy
+from sagellm.operators.routing.replicas import Pool, PoolView, Replica, bits
+from sagellm.operators.routing.strategy import make
+from sagellm.operators.routing.view import View
+from sagellm.runtime.feedback import (
+    CreditChanged,
+    FirstToken,
+    HealthChanged,
+    LoadReported,
+    PrefixesChanged,
+    Topology,
+)
 from sagellm.runtime.messages import Request
 from sagellm.runtime.operator import (
     Arrival,
@@ -26,14 +39,21 @@ from sagellm.runtime.operator import (
     Target,
     Wait,
 )
+from sagellm.runtime.port import EngineFacts
+from sagellm.runtime.prefixes import Hasher
 from sagellm.runtime.user_code import WrongResult, kind_of, place_of_code
+
+_ALWAYS = frozenset({"credit", "load", "health", "topology"})
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How to choose: `strategy` is a file of that name in `operators/routing`, or registered."""
+    """How to choose: `strategy` is a file of that name in `operators/routing`, or registered;
+    `strategy_options` are its own.
+    """
 
     strategy: str = field(default="load_balanced", metadata={"names": "strategies"})
+    strategy_options: Mapping[str, Any] = field(default_factory=dict)
 
 
 SPEC = OpSpec(
@@ -41,7 +61,7 @@ SPEC = OpSpec(
     (Port("in", REQUEST),),
     (Port("out", REQUEST),),
     options=Options,
-    subscribes=frozenset({"credit", "load", "health", "topology"}),
+    subscribes=_ALWAYS | {"cache", "first_token"},
     signals=frozenset({"forget"}),
 )
 
@@ -55,13 +75,21 @@ class Route:
     """
 
     pools: tuple[Pool, ...]
-    strategy: Strategy
+    strategy: Function | Strategy
+    hasher: Hasher
     entry: Pool | None = None  # the one pool that requests enter next, if it is one
     by_node: Mapping[str, Pool] = field(default_factory=dict)
+    facts: Mapping[str, EngineFacts] = field(default_factory=dict)  # by pool
+    foresees: bool = False  # whether the strategy wants a forecast
 
     @property
     def initial(self) -> View:
         return View.of(self.pools)
+
+    @property
+    def subscribes(self) -> frozenset[str]:
+        wanted: Iterable[str] = getattr(self.strategy, "subscribes", ())
+        return _ALWAYS | SPEC.subscribes.intersection(wanted)
 
     def on(self, state: View, happened: Input, now: float, draw: Draw) -> Step[View]:
         match happened:
@@ -70,65 +98,113 @@ class Route:
                     return Step(state, (Wait(self.entry.entries[0]),))
                 if request.avoid:
                     return self._place_elsewhere(state, request)
-                return Step(state, (EmitFirst(self._placements(state, request, now, draw)),))
+                return Step(state, (self._placements(state, request, now, draw),))
             case Signal(kind="forget", request_id=request_id):
                 return Step(state.forget(request_id))
             case Topology(num_replicas=sizes, removed=removed):
                 for pool in self.pools:
                     state = state.resize(pool.name, sizes.get(pool.name, 1), removed)
                 return Step(state)
+            case PrefixesChanged(engine=engine, index=index):
+                is_mine = engine in state.pools
+                return Step(state.with_index(engine, index) if is_mine else state)
             case CreditChanged() | LoadReported() | HealthChanged():
                 of = self.by_node.get(happened.node)
-                return Step(state if of is None else _told(state, of, happened))
+                if of is None:
+                    return Step(state)
+                if self.foresees and isinstance(happened, LoadReported):
+                    state = _foreseen(state, happened, now)
+                return Step(_told(state, of, happened))
+            case FirstToken():
+                return Step(_foreseen(state, happened, now))
         return Step(state)
 
     def keeps(self, state: View, request_id: str) -> bool:
         return request_id in state.placed
 
-    def _placements(
-        self, view: View, request: Request, now: float, draw: Draw
-    ) -> Iterator[tuple[Request, View]]:
+    def _placements(self, view: View, request: Request, now: float, draw: Draw) -> EmitFirst:
         """The request with its replicas, best first, each with the view that follows."""
         best: dict[Pool, int] = {}
         others: dict[Pool, Iterator[int]] = {}
+        seen: dict[Pool, Candidates] = {}
+        hold_s = 0.0
         for pool in self.pools:
-            candidates = Candidates(view.pools[pool.name], request, view.num_routed)
-            returned: Any = self.strategy(candidates, now, draw)
+            candidates = seen[pool] = self._candidates(view, pool, request)
+            returned, view = self._ask(view, pool, candidates, now, draw)
             if type(returned) is int and returned >= 0 and candidates.mask >> returned & 1:
                 best[pool] = returned  # nearly always
                 others[pool] = candidates.rest(1 << returned)
-            else:
-                others[pool] = self._order(pool, candidates, returned)
-                best[pool] = next(others[pool])
-        yield _placed(view, request, best)
+                continue
+            order = self._order(pool, candidates, returned)
+            first = next(order)
+            if isinstance(first, Hold) and pool.entries:
+                hold_s = max(hold_s, first.limit_s)
+            best[pool] = first.replica if isinstance(first, Hold) else first
+            others[pool] = (one for one in order if not isinstance(one, Hold))
+        return EmitFirst(self._each(view, request, seen, best, others), hold_s=hold_s)
+
+    def _each(
+        self,
+        view: View,
+        request: Request,
+        seen: Mapping[Pool, Candidates],
+        best: dict[Pool, int],
+        others: Mapping[Pool, Iterator[int]],
+    ) -> Iterator[tuple[Request, View]]:
+        yield _placed(view, request, seen, best)
         for pool, order in others.items():
             for number in order if pool.entries else ():
-                yield _placed(view, request, {**best, pool: number})
+                yield _placed(view, request, seen, {**best, pool: number})
+
+    def _candidates(self, view: View, pool: Pool, request: Request) -> Candidates:
+        known = view.pools[pool.name]
+        facts = self.facts.get(pool.name)
+        return Candidates(known, request, view.num_routed, self.hasher, facts, view.forecast)
+
+    def _ask(
+        self, view: View, pool: Pool, candidates: Candidates, now: float, draw: Draw
+    ) -> tuple[Any, View]:
+        """What the strategy returns, and the view with its new state."""
+        strategy: Any = self.strategy
+        if not hasattr(strategy, "order"):
+            return strategy(candidates, now, draw), view
+        before = view.states.get(pool.name, strategy.initial)
+        answer = strategy.order(before, candidates, now, draw)
+        if type(answer) is not tuple or len(answer) != 2:
+            raise self._wrong(f"{kind_of(answer)}; an order and a state")
+        order, after = answer
+        if after is not before:
+            view = msgspec.structs.replace(view, states={**view.states, pool.name: after})
+        return order, view
 
     def _place_elsewhere(self, view: View, request: Request) -> Step[View]:
         """Place a request that engines failed on: on another replica, by load, whatever the
         strategy. It waits for one that has room; only where no other is up does it go back.
         """
         chosen: dict[Pool, int] = {}
+        seen: dict[Pool, Candidates] = {}
         for pool in self.pools:
             known = view.pools[pool.name]
             avoided = sum(1 << number for name, number in request.avoid if name == pool.name)
             if pool.entries and known.up & ~avoided and not known.free & ~avoided:
                 return Step(view, (Wait(pool.entries[0]),))
             usable = known.free & ~avoided or known.up & ~avoided or known.candidates
-            load = Candidates(known, request, view.num_routed).load
-            chosen[pool] = min(bits(usable), key=load)
-        return Step(view, (EmitFirst((_placed(view, request, chosen),)),))
+            seen[pool] = self._candidates(view, pool, request)
+            chosen[pool] = min(bits(usable), key=seen[pool].load)
+        return Step(view, (EmitFirst((_placed(view, request, seen, chosen),)),))
 
-    def _order(self, pool: Pool, candidates: Candidates, returned: Any) -> Iterator[int]:
+    def _order(self, pool: Pool, candidates: Candidates, returned: Any) -> Iterator[int | Hold]:
         """The candidates as the strategy returned them, one or several; then those that it left
-        out, by their load.
+        out, by their load. Only the first may be held for.
         """
         is_order = isinstance(returned, Iterable) and not isinstance(returned, str)
         tried = 0
-        for number in returned if is_order else (returned,):
+        for place, choice in enumerate(returned if is_order else (returned,)):
+            number = choice.replica if isinstance(choice, Hold) else choice
             self._check(pool, candidates.pool, number)
-            if candidates.mask >> number & ~(tried >> number) & 1:
+            if not place and isinstance(choice, Hold) and candidates.busy >> number & 1:
+                yield self._checked(choice)
+            elif candidates.mask >> number & ~(tried >> number) & 1:
                 tried |= 1 << number
                 yield number
         yield from candidates.rest(tried)
@@ -142,9 +218,20 @@ class Route:
             said = f"{number}, a replica of {pool.name} that was removed"
             raise self._wrong(f"{said}; one of candidates.numbers")
 
+    def _checked(self, hold: Hold) -> Hold:
+        """Raises WrongResult for one without a limit."""
+        if not 0 <= hold.limit_s < float("inf"):
+            raise self._wrong(f"a Hold of {hold.limit_s} seconds; a limit of some seconds")
+        return hold
+
     def _wrong(self, text: str) -> WrongResult:
-        code = place_of_code(self.strategy)
+        strategy: Any = self.strategy
+        code = place_of_code(getattr(strategy, "order", strategy))
         return WrongResult(f"the strategy returned {text} was wanted", code)
+
+
+def _foreseen(view: View, happened: FirstToken | LoadReported, now: float) -> View:
+    return msgspec.structs.replace(view, forecast=view.forecast.after(happened, now))
 
 
 def _told(view: View, pool: Pool, told: CreditChanged | LoadReported | HealthChanged) -> View:
@@ -160,14 +247,18 @@ def _told(view: View, pool: Pool, told: CreditChanged | LoadReported | HealthCha
             return view.mark(replica, is_up=is_up)
 
 
-def _placed(view: View, request: Request, chosen: dict[Pool, int]) -> tuple[Request, View]:
-    placement, where = {**request.placement}, []
+def _placed(
+    view: View, request: Request, seen: Mapping[Pool, Candidates], chosen: Mapping[Pool, int]
+) -> tuple[Request, View]:
+    placement, where, num_cached = {**request.placement}, [], request.num_cached_tokens
     for pool, number in chosen.items():
         where.append((pool.name, number))
         for node in pool.nodes:
             placement[node] = number
-    placed = msgspec.structs.replace(request, placement=placement)
-    return placed, view.place(request, tuple(where))
+        if pool.entries and seen[pool].pool.index is not None:
+            num_cached = seen[pool].num_cached_tokens(number)
+    placed = msgspec.structs.replace(request, placement=placement, num_cached_tokens=num_cached)
+    return placed, view.place(placed, tuple(where))
 
 
 def pools_of(targets: tuple[Target, ...]) -> tuple[Pool, ...]:
@@ -187,8 +278,13 @@ def pools_of(targets: tuple[Target, ...]) -> tuple[Pool, ...]:
 
 
 def build(options: Options, setup: Setup) -> Route:
+    """Raises ValueError for an unknown strategy, GraphError for options that it does not take."""
     pools = pools_of(setup.targets)
     entries = [pool for pool in pools if pool.entries]
     entry = entries[0] if len(entries) == 1 else None
     by_node = {node: pool for pool in pools for node in pool.nodes}
-    return Route(pools, find_strategy(options.strategy), entry, by_node)
+    found = find_strategy(options.strategy)
+    path = ("operators", setup.name, "strategy_options")
+    strategy = make(found, options.strategy, options.strategy_options, path)
+    foresees = "first_token" in getattr(strategy, "subscribes", ())
+    return Route(pools, strategy, setup.hasher, entry, by_node, setup.facts, foresees)

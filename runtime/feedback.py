@@ -10,6 +10,7 @@ import msgspec
 
 from sagellm.runtime.backlog import Backlog
 from sagellm.runtime.port import EngineLoad
+from sagellm.runtime.prefixes import PrefixIndex
 
 
 class _Report(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -38,9 +39,13 @@ class QueueChanged(_Report, frozen=True, tag="queue"):
 
 
 class FirstToken(_Report, frozen=True, tag="first_token"):
-    """A first token came that long after its request left its queue."""
+    """A first token came that long after its request left its queue. Of that, `computed_s` went by
+    from when an engine began on its prompt, of which it computed `num_computed_tokens`; 0: unknown.
+    """
 
     seconds: float
+    num_computed_tokens: int = 0
+    computed_s: float = 0.0
 
 
 class RoomChanged(_Report, frozen=True, tag="room"):
@@ -75,3 +80,12 @@ class Topology(msgspec.Struct, frozen=True, tag="topology"):
     epoch: int = 0
     num_replicas: dict[str, int] = {}
     removed: frozenset[tuple[str, int]] = frozenset()
+
+
+class PrefixesChanged(msgspec.Struct, frozen=True, gc=False, tag="prefixes"):
+    """Which replicas of an engine have which prefix blocks, by now: what operators are given that
+    subscribe to "cache". The core keeps one index an engine, whoever asks.
+    """
+
+    engine: str
+    index: PrefixIndex

@@ -9,11 +9,14 @@ from sagellm.runtime.port import Engine, EngineRefusal
 
 
 class Held:
-    """The requests that one operator has in its engine, and what that has emitted of them."""
+    """The requests that one operator has in its engine, and what that has emitted of them: token
+    ids, or texts where an engine gives none.
+    """
 
     def __init__(self) -> None:
         self._requests: dict[tuple[str, int], Request] = {}
         self._emitted: dict[tuple[str, int], list[int]] = {}
+        self._texts: dict[tuple[str, int], list[tuple[str, int]]] = {}  # and their tokens
         self._choices: dict[str, dict[int, None]] = {}  # by request
 
     def add(self, request: Request) -> None:
@@ -31,6 +34,9 @@ class Held:
         if emitted is None:
             return
         emitted += event.token_ids
+        if not event.token_ids and (event.text or event.num_tokens_without_ids):
+            told = event.text, event.num_tokens_without_ids
+            self._texts.setdefault(key, []).append(told)
         if event.finish_reason is not None:
             self.drop(key)
 
@@ -38,6 +44,7 @@ class Held:
         if self._requests.pop(key, None) is None:
             return
         del self._emitted[key]
+        self._texts.pop(key, None)
         choices = self._choices[key[0]]
         del choices[key[1]]
         if not choices:
@@ -48,9 +55,14 @@ class Held:
         request = self._requests.get(key)
         if request is None:
             return None
-        emitted = (*request.emitted_token_ids, *self._emitted[key])
+        emitted, texts = self._emitted[key], self._texts.get(key, ())
         self.drop(key)
-        return msgspec.structs.replace(request, emitted_token_ids=emitted)
+        return msgspec.structs.replace(
+            request,
+            emitted_token_ids=(*request.emitted_token_ids, *emitted),
+            emitted_text=request.emitted_text + "".join(text for text, _ in texts),
+            num_emitted_without_ids=request.num_emitted_without_ids + sum(n for _, n in texts),
+        )
 
     def cancel(self, ctx: Context, signal: Signal) -> None:
         """End in the engine what a signal concerns, however many others are held."""
@@ -92,6 +104,16 @@ def report_first_token(ctx: Context, request: Request, event: TokenEvent) -> Non
     to leaving this operator.
     """
     dispatched_s = request.stamps.dispatched_s
-    is_first = bool(event.token_ids) and event.position == len(request.emitted_token_ids)
-    if is_first and dispatched_s is not None:
-        ctx.report(FirstToken(seconds=ctx.now() - dispatched_s))
+    is_first = event.num_tokens > 0 and event.position == request.num_emitted
+    if not is_first or dispatched_s is None:
+        return
+    first = FirstToken(seconds=ctx.now() - dispatched_s)
+    started_s, prefilled_s = event.stamps.started_s, event.stamps.prefilled_s
+    if started_s is not None and prefilled_s is not None and prefilled_s > started_s:
+        num_known = len(request.prompt_token_ids) + len(request.emitted_token_ids)
+        first = FirstToken(
+            seconds=first.seconds,
+            num_computed_tokens=max(num_known - event.num_cached_tokens, 0),
+            computed_s=prefilled_s - started_s,
+        )
+    ctx.report(first)

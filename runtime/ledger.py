@@ -47,12 +47,13 @@ class Ledger:
         elif item.key not in self._next_position:
             self._miss(item)
         elif isinstance(item, Answer):
-            self.num_tokens += len(item.token_ids)
+            self.num_tokens += item.num_tokens
             self._end(item.key, item.finish_reason)
 
     def record_tokens(self, event: TokenEvent) -> None:
         """Tokens reached the sink, or the end of a choice."""
-        key, position, num_tokens = event.key, event.position, len(event.token_ids)
+        key, position = event.key, event.position
+        num_tokens = len(event.token_ids) + event.num_tokens_without_ids
         expected = self._next_position.get(key)
         if expected is None:
             self._miss(event)

@@ -1,7 +1,7 @@
 """What travels: requests forward, tokens back, and the state of a sequence into an engine."""
 
 from types import NoneType
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import msgspec
 
@@ -115,12 +115,18 @@ class Stamps(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True, tag="request"):
-    """One choice of one request on its way to an engine. (request_id, choice) names it."""
+    """One choice of one request on its way to an engine. (request_id, choice) names it.
+
+    `prompt_token_ids` is empty, and `prompt` or `messages` is what its engine encodes, where that
+    takes text. It resumes with `emitted_token_ids`, or with `emitted_text`, which was
+    `num_emitted_without_ids` tokens.
+    """
 
     request_id: str
     choice: int = 0
     epoch: int = 0  # raised when a request re-enters; with the id the fence of its leases
     prompt: str = ""
+    messages: tuple[dict[str, Any], ...] = ()
     prompt_token_ids: tuple[int, ...] = ()
     sampling: Sampling = Sampling()
     priority: int = NORMAL  # 0 critical ... 4 background
@@ -133,13 +139,20 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, tag="request"):
     placement: dict[str, int] = {}  # node name -> replica, as route chose
     avoid: tuple[tuple[str, int], ...] = ()  # engines and replicas that have failed on it
     num_cached_tokens: int = 0  # of the prompt, as far as the router knows
-    emitted_token_ids: tuple[int, ...] = ()  # not empty: the request resumes
+    emitted_token_ids: tuple[int, ...] = ()
+    emitted_text: str = ""
+    num_emitted_without_ids: int = 0
     stamps: Stamps = Stamps()
     tags: dict[str, str] = {}
 
     @property
     def key(self) -> tuple[str, int]:
         return self.request_id, self.choice
+
+    @property
+    def num_emitted(self) -> int:
+        """Tokens of the answer that were emitted already; where there are any, it resumes."""
+        return len(self.emitted_token_ids) + self.num_emitted_without_ids
 
     @property
     def num_uncached_tokens(self) -> int:
@@ -156,8 +169,12 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, tag="request"):
             request_id=self.request_id,
             choice=self.choice,
             epoch=self.epoch,
+            prompt="" if self.prompt_token_ids else self.prompt,
+            messages=self.messages,
             prompt_token_ids=self.prompt_token_ids,
             emitted_token_ids=self.emitted_token_ids,
+            emitted_text=self.emitted_text,
+            num_emitted_without_ids=self.num_emitted_without_ids,
             sampling=self.sampling,
             salt=self.salt,
             hold_kv=hold_kv,
@@ -170,9 +187,11 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, tag="request"):
 class SequenceState(msgspec.Struct, frozen=True, kw_only=True, tag="sequence"):
     """All that an engine needs to start, or to resume, one sequence. Versioned: crosses processes.
 
-    With `emitted_token_ids` the sequence resumes behind them. `owner` is the operator that the
-    events go to. `hold_kv`: stop after the first token and keep the lease for an export. `lease`:
-    the blocks, in this engine's own pool, that already hold the prompt's keys and values.
+    The prompt is `prompt_token_ids`, or for an engine that takes text `prompt` or `messages`. With
+    `emitted_token_ids`, or `emitted_text` of `num_emitted_without_ids` tokens, the sequence resumes
+    after them. `owner` is the operator that the events go to. `hold_kv`: stop after the first token
+    and keep the lease for an export. `lease`: the blocks, in this engine's own pool, that already
+    hold the prompt's keys and values.
     """
 
     version: int = 1
@@ -180,8 +199,12 @@ class SequenceState(msgspec.Struct, frozen=True, kw_only=True, tag="sequence"):
     request_id: str
     choice: int = 0
     epoch: int = 0
-    prompt_token_ids: tuple[int, ...]
+    prompt: str = ""
+    messages: tuple[dict[str, Any], ...] = ()
+    prompt_token_ids: tuple[int, ...] = ()
     emitted_token_ids: tuple[int, ...] = ()
+    emitted_text: str = ""
+    num_emitted_without_ids: int = 0
     sampling: Sampling = Sampling()  # with the seed resolved
     salt: str = ""
     adapter: str | None = None
@@ -195,6 +218,11 @@ class SequenceState(msgspec.Struct, frozen=True, kw_only=True, tag="sequence"):
     @property
     def key(self) -> tuple[str, int]:
         return self.request_id, self.choice
+
+    @property
+    def num_emitted(self) -> int:
+        """The position of the next token."""
+        return len(self.emitted_token_ids) + self.num_emitted_without_ids
 
 
 class LeaseRef(msgspec.Struct, frozen=True, kw_only=True, tag="lease"):
@@ -222,7 +250,8 @@ class TokenEvent(msgspec.Struct, frozen=True, kw_only=True, tag="tokens"):
     """New tokens of one choice, or its end, or both; `position` is that of its first token.
 
     The last event of a choice, and no other, has a `finish_reason`. `text` is what became whole
-    with these tokens: it may be empty, and never ends inside a character.
+    with these tokens: it may be empty, and never ends inside a character. Tokens whose ids are not
+    known, as their engine gives text alone, are counted by `num_tokens_without_ids`.
     """
 
     request_id: str
@@ -230,6 +259,7 @@ class TokenEvent(msgspec.Struct, frozen=True, kw_only=True, tag="tokens"):
     epoch: int = 0
     position: int = 0
     token_ids: tuple[int, ...] = ()
+    num_tokens_without_ids: int = 0
     text: str = ""
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] = ()  # of the prompt's tokens but the first
@@ -246,6 +276,11 @@ class TokenEvent(msgspec.Struct, frozen=True, kw_only=True, tag="tokens"):
     @property
     def key(self) -> tuple[str, int]:
         return self.request_id, self.choice
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the event, with and without ids."""
+        return len(self.token_ids) + self.num_tokens_without_ids
 
     @property
     def is_last(self) -> bool:
@@ -284,6 +319,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True, tag="answer"):
     choice: int = 0
     text: str = ""
     token_ids: tuple[int, ...] = ()
+    num_tokens_without_ids: int = 0
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: FinishReason = "stop"
@@ -300,6 +336,11 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True, tag="answer"):
     @property
     def key(self) -> tuple[str, int]:
         return self.request_id, self.choice
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the answer, with and without ids."""
+        return len(self.token_ids) + self.num_tokens_without_ids
 
     @property
     def is_last(self) -> bool:
@@ -331,7 +372,7 @@ def refusal(
         request_id=request.request_id,
         choice=request.choice,
         epoch=request.epoch,
-        position=len(request.emitted_token_ids),
+        position=request.num_emitted,
         finish_reason=reason,
         error=error,
         code=code,

@@ -17,9 +17,10 @@ from typing import (
 import msgspec
 
 from sagellm.graphs.vocabulary import OpSpec
-from sagellm.runtime.feedback import Feedback, Topology
+from sagellm.runtime.feedback import Feedback, PrefixesChanged, Topology
 from sagellm.runtime.messages import Forked, Item, Request, TokenEvent
 from sagellm.runtime.port import Engine, EngineEvent, EngineFacts
+from sagellm.runtime.prefixes import Hasher, new_hasher
 
 
 class Credit(msgspec.Struct, frozen=True, array_like=True):
@@ -83,7 +84,7 @@ class Wake(msgspec.Struct, frozen=True, gc=False):
     """The time that the operator asked for by `wake_at` has come."""
 
 
-Input: TypeAlias = Arrival | Signal | Feedback | Topology | Taken | Wake
+Input: TypeAlias = Arrival | Signal | Feedback | PrefixesChanged | Topology | Taken | Wake
 
 # ---- what it may answer --------------------------------------------------------------------
 
@@ -106,10 +107,14 @@ class EmitFirst(msgspec.Struct, frozen=True):
     """Send the first of these that downstream has credit for: one item, placed in several ways,
     each with the state that the operator has once that one is sent. They are made as they are
     tried. Where there is credit for none, the whole input is undone and waits.
+
+    `hold_s`: the input also waits where there is credit for others than the first, so long from the
+    first time that it was held back.
     """
 
     choices: Iterable[tuple[Item, Any]]
     outlet: str = "out"
+    hold_s: float = 0.0
 
 
 class Wait(msgspec.Struct, frozen=True, gc=False):
@@ -207,13 +212,20 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What an operator is built with: its place in the graph, and functions it may call."""
+    """What an operator is built with: its place in the graph, and functions it may call.
+
+    `facts`: of the engines, as far as they are known. `models`: the engines of each model, by its
+    key, the default one first; empty where the graph serves one model.
+    """
 
     name: str
     targets: tuple[Target, ...] = ()  # downstream, until the next router
     functions: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     encode: Encode | None = None
     seed: int = 0
+    facts: Mapping[str, EngineFacts] = field(default_factory=dict)
+    models: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    hasher: Hasher = field(default_factory=new_hasher)
 
 
 class Logic(Protocol[S]):
@@ -221,7 +233,10 @@ class Logic(Protocol[S]):
 
     One that also has `on_batch(state, items, now, draw) -> Step` is given the items of one engine
     step at once; it must then answer all of them, and keep none. One that has
-    `keeps(state, request_id) -> bool` is told to forget those requests only that it keeps.
+    `keeps(state, request_id) -> bool` is told to forget those requests only that it keeps. One that
+    has `subscribes` is given those kinds of feedback, which are some of those that its spec names:
+    so many as its options need. Prefix blocks ("cache") are reported where some operator asks for
+    them in this way, and then to all whose specs name them.
     """
 
     @property

@@ -6,7 +6,10 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from sagellm.graphs.ir import FrozenMap, Value, thaw
+from sagellm.graphs.diagnostics import Diagnostic, GraphError, Path
+from sagellm.graphs.facts import Facts
+from sagellm.graphs.ir import FrozenMap, Value, freeze, thaw
+from sagellm.graphs.rules.options import check_options
 
 T = TypeVar("T")
 
@@ -26,3 +29,22 @@ def read_options(options: type[T], attrs: FrozenMap | Mapping[str, Value]) -> T:
         return msgspec.convert(plain, options)
     except msgspec.ValidationError as error:
         raise OptionError(str(error)) from error
+
+
+def read_own_options(made: type[T], given: Mapping[str, Any], path: Path) -> T:
+    """A dataclass of the values that stand at `path` of a graph, where nothing has checked them.
+    Raises GraphError with all that is wrong.
+    """
+    values = freeze(dict(given))
+    assert isinstance(values, FrozenMap)
+    mistakes = tuple(check_options(path, values, made, Facts()))
+    if mistakes:
+        raise GraphError(mistakes)
+    return read_options(made, values)
+
+
+def refuse_options(what: str, given: Mapping[str, Any], path: Path) -> None:
+    """Raises GraphError where there are values at `path` for what has no options."""
+    if given:
+        message = f"{what} has no options of its own"
+        raise GraphError((Diagnostic("unknown-option", path, message, "leave them out"),))

@@ -5,15 +5,20 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sagellm.graphs.diagnostics import Diagnostic, GraphError
-from sagellm.graphs.ir import SINK, SOURCE, Edge, Graph, Node
+from sagellm.graphs.ir import SINK, SOURCE, Edge, FrozenMap, Graph, Node
 from sagellm.graphs.rules.resources import unrouted_nodes
+from sagellm.graphs.served import served_models
 from sagellm.graphs.vocabulary import OpSpec, Vocabulary
+from sagellm.runtime.block_hash import secret
 from sagellm.runtime.feedback import Topology
 from sagellm.runtime.operator import Encode, Logic, Service, Setup, Target
 from sagellm.runtime.options import read_options
+from sagellm.runtime.port import EngineFacts
+from sagellm.runtime.prefixes import MAX_PREFIX_BLOCKS, Hasher
 from sagellm.runtime.resolver import Resolver
 from sagellm.runtime.user_code import kind_of, sentence
 
+CACHE = "cache"  # the kind by which operators ask for prefix indexes
 _LOGIC = ("initial", "on")
 _SERVICE = (
     "concurrency", "holds", "capacity", "on_item", "on_events", "on_signal", "recall", "discard",
@@ -36,6 +41,27 @@ class Plan:
     seed: int = 0
     removed: frozenset[tuple[str, int]] = frozenset()  # replicas of engines: not to come back
     epoch: int = 0
+    facts: Mapping[str, EngineFacts] = field(default_factory=dict)  # by engine, where known
+    block_key: bytes = b""  # with which engines hash their blocks
+
+    @property
+    def max_prefix_blocks(self) -> int:
+        """Prefix blocks that the core keeps the hashes of."""
+        executor = self.graph.attrs.get("executor")
+        given = executor.get("max_prefix_blocks") if isinstance(executor, FrozenMap) else None
+        return given if isinstance(given, int) else MAX_PREFIX_BLOCKS
+
+    def reads_cache(self, engine: str) -> bool:
+        """Whether any operator asks which prefix blocks an engine has."""
+        return any(CACHE in self.subscribes(name) for name in self.cache_readers(engine))
+
+    def cache_readers(self, engine: str) -> tuple[str, ...]:
+        """The operators that are told which prefix blocks an engine has, if any of them asks."""
+        upstream = (name for node in self.nodes_of(engine) for name in self._reached(node))
+        return tuple(name for name in dict.fromkeys(upstream) if self._may_read_cache(name))
+
+    def _may_read_cache(self, node: str) -> bool:
+        return node in self.logic and CACHE in self.spec(node).subscribes
 
     @property
     def topology(self) -> Topology:
@@ -131,11 +157,21 @@ class Plan:
         """The logic operators that feedback of `node` reaches: those upstream that subscribe to the
         kind, nearest first, and those that a feedback edge leads to.
         """
+        return tuple(name for name in self._reached(node) if kind in self.subscribes(name))
+
+    def _reached(self, node: str) -> dict[str, None]:
+        """The operators that feedback of a node reaches."""
         led = tuple(edge.target for edge in self.graph.outputs(node) if edge.feedback)
-        reached = dict.fromkeys((*self.ancestors(node), *led))
-        return tuple(
-            name for name in reached if name in self.logic and kind in self.spec(name).subscribes
-        )
+        return dict.fromkeys((*self.ancestors(node), *led))
+
+    def subscribes(self, node: str) -> frozenset[str]:
+        """The kinds of feedback that an operator is given: those of its spec, or fewer, where it
+        says which.
+        """
+        if node not in self.logic:
+            return frozenset()
+        kinds: frozenset[str] = getattr(self.logic[node], "subscribes", self.spec(node).subscribes)
+        return kinds
 
     def _request_edge(self, node: str) -> Edge:
         """The edge over which requests come to `node`, or to the prefill before it."""
@@ -156,29 +192,43 @@ def plan(
     functions: Mapping[str, Callable[..., Any]] | None = None,
     encode: Encode | None = None,
     seed: int = 0,
+    facts: Mapping[str, EngineFacts] | None = None,
+    block_key: bytes | None = None,
 ) -> Plan:
     """Build the operators of a graph that `check` has passed; `engines`: replicas of each engine.
 
-    Raises GraphError.
+    `facts`: of each engine; where they are missing, nothing is known of its prefix blocks.
+    `block_key`: what its engines hash those with, unless that is this process's own. Raises
+    GraphError.
     """
     replicas = {node.name: _num_replicas(node, engines) for node in graph.nodes}
-    made = build_operators(graph, resolver, replicas, functions or {}, encode, seed)
+    hasher = Hasher(block_key or secret())
+    models = {one.key: one.engines for one in served_models(graph) if one.key}
+    common = Setup("", (), functions or {}, encode, seed, facts or {}, models, hasher)
+    made = build_operators(graph, resolver, replicas, common)
     services = {name: one for name, one in made.items() if isinstance(one, Service)}
     logic = {name: one for name, one in made.items() if not isinstance(one, Service)}
     specs = {node.name: resolver.operator(node.op).spec for node in graph.nodes}
-    return Plan(graph, logic, services, dict(engines), specs, seed)
+    return Plan(
+        graph,
+        logic,
+        services,
+        dict(engines),
+        specs,
+        seed,
+        facts=facts or {},
+        block_key=hasher.key,
+    )
 
 
 def build_operators(
     graph: Graph,
     resolver: Resolver,
     replicas: Mapping[str, int],
-    functions: Mapping[str, Callable[..., Any]],
-    encode: Encode | None = None,
-    seed: int = 0,
+    common: Setup,
 ) -> "dict[str, Logic[Any] | Service]":
-    """Every operator by name. Raises GraphError with all options that contradict each other,
-    which only their operators know.
+    """Every operator by name, built with what is `common` to all. Raises GraphError with all
+    options that contradict each other, which only their operators know.
     """
     made: dict[str, Logic[Any] | Service] = {}
     mistakes: list[Diagnostic] = []
@@ -186,10 +236,13 @@ def build_operators(
     for node in graph.nodes:
         module = resolver.operator(node.op)
         targets = targets_of(graph, node, vocabulary, replicas)
-        setup = Setup(node.name, targets, functions, encode, seed)
+        setup = replace(common, name=node.name, targets=targets)
         path = ("operators", node.name)
         try:
             made[node.name] = module.build(read_options(module.spec.options, node.attrs), setup)
+        except GraphError as error:
+            mistakes += error.diagnostics
+            continue
         except ValueError as error:
             mistakes.append(Diagnostic("bad-options", path, str(error)))
             continue

@@ -1,15 +1,16 @@
-"""The engine port: the five methods through which operators use any engine."""
+"""The engine port: what operators and executors use any engine through."""
 
+import math
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
-from typing import Protocol, TypeAlias
+from typing import Protocol, TypeAlias, TypeGuard, runtime_checkable
 
 import msgspec
 
+from sagellm.graphs.vocabulary import KV_TRANSFER
+from sagellm.runtime.buckets import Buckets
 from sagellm.runtime.lease_shape import LeaseShape
 from sagellm.runtime.messages import LeaseRef, SequenceState, TokenEvent
-
-_UNBOUNDED = 1 << 40  # blocks
 
 
 class EngineRefusal(ValueError):
@@ -86,18 +87,20 @@ class LeaseOffer(msgspec.Struct, frozen=True, kw_only=True, tag="offer"):
 class EngineFacts:
     """What a graph's checks and operators may know of an engine without touching it.
 
+    `capabilities`: of CAPABILITIES (`graphs/vocabulary.py`). An engine that manages its memory
+    itself has no blocks, and takes `max_num_seqs` sequences at a time.
     `lease_shape`: how many of its blocks a sequence takes; None: one for `block_size` tokens.
     """
 
     model: str
-    model_hash: str  # of config and dtype: prefill and decode must agree
-    block_size: int
-    num_blocks: int
     max_model_len: int
     max_num_seqs: int
-    kv_block_bytes: int
-    layout_hash: str
     capabilities: frozenset[str] = field(default_factory=frozenset)
+    model_hash: str = ""  # of config and dtype: prefill and decode must agree
+    block_size: int = 1
+    num_blocks: int = 0
+    kv_block_bytes: int = 0
+    layout_hash: str = ""  # of the KV layout: pools that exchange blocks must agree
     lease_shape: LeaseShape | None = None
 
     @property
@@ -105,10 +108,12 @@ class EngineFacts:
         return self.lease_shape or LeaseShape(self.block_size)
 
     @property
-    def num_token_blocks(self) -> int:
-        """How many times `block_size` tokens the pool holds of sequences of any length."""
-        per_block = self.shape.num_blocks_per_block
-        return self.num_blocks // per_block if per_block else _UNBOUNDED
+    def num_token_blocks(self) -> float:
+        """How many times `block_size` tokens the pool holds of long sequences; infinite where they
+        take no more blocks than short ones, or there are none.
+        """
+        per_block = self.shape.num_blocks_per_block if self.num_blocks else 0
+        return self.num_blocks // per_block if per_block else math.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +175,14 @@ class EngineHealth:
     is_hung: bool = False
 
 
+@runtime_checkable
+class CountingSteps(Protocol):
+    """An engine that counts the tokens of its steps."""
+
+    @property
+    def step_tokens(self) -> Buckets: ...
+
+
 class KVSource(Protocol):
     """The sending side of a transfer; its lease is `sending` until released."""
 
@@ -198,7 +211,11 @@ class KVTarget(Protocol):
 
 
 class Engine(Protocol):
-    """One replica of a worker group. All methods are called from the trio thread."""
+    """One replica of an engine, of any kind. All methods are called from the trio thread.
+
+    `run` and `idle` are what the shell of a graph needs: it runs every engine in its own nursery,
+    and no block of a sequence is free before the step that may still write it is over.
+    """
 
     facts: EngineFacts
 
@@ -211,16 +228,6 @@ class Engine(Protocol):
         An unknown one, or one of another epoch, is ignored. A submitted sequence ends with exactly
         one event with finish reason "cancelled"; one whose `PrefillDone` was already emitted gives
         no further event.
-        """
-
-    def export(self, lease: LeaseRef) -> KVSource:
-        """Turn a held `filled` lease to `sending`. Raises StaleLease."""
-
-    async def import_(self, offer: LeaseOffer) -> KVTarget:
-        """Reserve blocks, waiting in order of arrival until there are enough.
-
-        Asked again for the same (request, choice, epoch), it returns the same target. Raises
-        EngineRefusal where the layouts differ or the pool is too small at all, EngineLost.
         """
 
     def events(self, owner: str) -> AsyncIterator[tuple[EngineEvent, ...]]:
@@ -237,3 +244,39 @@ class Engine(Protocol):
 
     async def run(self) -> None:
         """Step until cancelled; the executor starts it in the graph's nursery."""
+
+
+class KVEngine(Engine, Protocol):
+    """An engine with the capability `kv_transfer`: its KV blocks can move to another engine's pool.
+
+    A sequence submitted with `hold_kv` ends with `PrefillDone`, and its lease waits for `export`.
+    """
+
+    def export(self, lease: LeaseRef) -> KVSource:
+        """Turn a held `filled` lease to `sending`. Raises StaleLease."""
+
+    async def import_(self, offer: LeaseOffer) -> KVTarget:
+        """Reserve blocks, waiting in order of arrival until there are enough.
+
+        Asked again for the same (request, choice, epoch), it returns the same target. Raises
+        EngineRefusal where the layouts differ or the pool is too small at all, EngineLost.
+        """
+
+
+def moves_kv(engine: Engine) -> TypeGuard[KVEngine]:
+    """Whether its KV blocks can move to, and come from, another engine."""
+    return has_kv_transfer(engine.facts)
+
+
+def has_kv_transfer(facts: EngineFacts) -> bool:
+    """Whether an engine with those facts is a KVEngine."""
+    return KV_TRANSFER in facts.capabilities
+
+
+def kv_engine(engine: Engine) -> KVEngine:
+    """The engine itself. Raises TypeError where its KV blocks cannot move, which the check of a
+    graph has excluded for every operator that needs `kv_transfer`.
+    """
+    if not moves_kv(engine):
+        raise TypeError(f"the engine of model {engine.facts.model!r} cannot move KV blocks")
+    return engine

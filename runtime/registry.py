@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import is_dataclass
 from functools import lru_cache
 from importlib.metadata import EntryPoint, EntryPoints, entry_points
 from types import FrameType
@@ -19,7 +20,8 @@ class BrokenEntryPoint(ValueError):
 
 
 class Registry(Mapping[str, T], Generic[T]):
-    """Things of one kind by name; `kind` is "operator", "function", "policy" or "strategy".
+    """Things of one kind by name; `kind` is "operator", "function", "policy", "strategy" or
+    "engine kind".
 
     A name is looked up in this order: what ships, what was registered, and the entry points of
     installed packages in `group`. An entry point is imported when its name is asked for, never
@@ -57,6 +59,10 @@ class Registry(Mapping[str, T], Generic[T]):
     def at_hand(self) -> Mapping[str, T]:
         """What ships and what was registered."""
         return {**self.ours, **{name: value for name, (value, _) in self._registered.items()}}
+
+    def is_registered_here(self, name: str) -> bool:
+        """Whether this process registered it: other processes do not have it."""
+        return name in self._registered
 
     def find(self, name: str) -> T:
         """Raises ValueError with the nearest name, or all there are; BrokenEntryPoint."""
@@ -146,6 +152,16 @@ def check_callable(name: str, value: Any) -> Any:
     """The value itself. Raises TypeError where it cannot be called."""
     if not callable(value):
         raise TypeError(f"{name!r} must be a function, not {type(value).__name__}")
+    return value
+
+
+def check_own(what: str, value: type, parts: tuple[str, ...]) -> type:
+    """The class itself. Raises TypeError where it lacks a part, or is no dataclass."""
+    missing = [part for part in parts if not hasattr(value, part)]
+    if missing:
+        raise TypeError(f"{what}: class {value.__name__} has no {missing[0]}")
+    if not is_dataclass(value):
+        raise TypeError(f"{what}: class {value.__name__} must be a frozen dataclass")
     return value
 
 

@@ -109,18 +109,19 @@ def ending(item: Item, reason: FinishReason, *, now: float, error: str | None = 
     """The last event of the choice that `item` belongs to, where it ends here."""
     if isinstance(item, Prefilled):
         item = item.first
-    emitted = item.emitted_token_ids if isinstance(item, Request) else item.token_ids
+    emitted = item.num_emitted if isinstance(item, Request) else item.num_tokens
     start = item.position if isinstance(item, TokenEvent) else 0
     known = len(item.prompt_token_ids) if isinstance(item, Request) else item.num_prompt_tokens
+    cached = 0 if isinstance(item, Request) else item.num_cached_tokens  # a request's is a guess
     return TokenEvent(
         request_id=item.request_id,
         choice=item.choice,
         epoch=0 if isinstance(item, Answer) else item.epoch,
-        position=start + len(emitted),
+        position=start + emitted,
         finish_reason=reason,
         error=error,
         num_prompt_tokens=known,
-        num_cached_tokens=item.num_cached_tokens,
+        num_cached_tokens=cached,
         stamps=msgspec.structs.replace(item.stamps, finished_s=now),
     )
 
@@ -156,11 +157,12 @@ def _rewritten_request(
         result = msgspec.structs.replace(item, prompt=result)
     if not isinstance(result, Request):
         raise function.wanted(result, "a prompt or a Request")
-    ids, cached = result.prompt_token_ids, result.num_cached_tokens
+    ids = result.prompt_token_ids
     is_changed = result.prompt != item.prompt or result.model != item.model
     if is_changed and ids == item.prompt_token_ids:
-        ids, cached = (encode(result.prompt, result.model) if encode else ()), 0
-        if encode and not ids:
+        ids = encode(result.prompt, result.model) if encode else ()
+        had_ids = bool(item.prompt_token_ids) and result.model == item.model
+        if encode and not ids and (had_ids or not result.prompt):
             raise function.wrong("returned an empty prompt; one with tokens was wanted")
     return msgspec.structs.replace(
         result,
@@ -168,12 +170,15 @@ def _rewritten_request(
         choice=item.choice,
         epoch=item.epoch,
         prompt_token_ids=ids,
-        num_cached_tokens=cached,
+        messages=() if result.prompt != item.prompt else item.messages,
+        num_cached_tokens=item.num_cached_tokens if ids == item.prompt_token_ids else 0,
         sampling=_sampling(function, item, result),
         stamps=item.stamps,
         placement=item.placement,
         expires_s=item.expires_s,
         emitted_token_ids=item.emitted_token_ids,
+        emitted_text=item.emitted_text,
+        num_emitted_without_ids=item.num_emitted_without_ids,
         salt=item.salt,
     )
 

@@ -17,6 +17,7 @@ _NAMES = {
     "RequestRefused": "sagellm.unserved",
     "RequestFailed": "sagellm.unserved",
     "function": "sagellm.registering",
+    "register_engine_kind": "sagellm.registering",
     "register_function": "sagellm.registering",
     "register_operator": "sagellm.registering",
     "register_policy": "sagellm.registering",

@@ -4,26 +4,26 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sagellm.backends import get_backend, list_available_backends
-from sagellm.graphs.check import EngineFactsView, Facts, check, locate
+from sagellm.engines import KindViews, described
+from sagellm.graphs.check import Facts, check, locate
 from sagellm.graphs.diagnostics import VALUE, Diagnostic, GraphError, Path
-from sagellm.graphs.ir import FrozenMap, Graph
+from sagellm.graphs.engines import KIND, engine_kind
+from sagellm.graphs.ir import Graph
 from sagellm.graphs.log import get_logger
 from sagellm.graphs.models import UnsupportedModel
 from sagellm.graphs.served import ROUTE_MODEL, ServedModel, served_models
 from sagellm.graphs.text.yaml import Document
-from sagellm.graphs.vocabulary import nearest
 from sagellm.operators.policies import OWN, POLICIES
 from sagellm.operators.routing import STRATEGIES
 from sagellm.overrides import assignment, override, with_engine
 from sagellm.runtime.cluster.options import EXECUTORS, processes_options
-from sagellm.runtime.engine.opening import open_device
-from sagellm.runtime.engine.options import EngineOptionError, EngineOptions
-from sagellm.runtime.engine.sizing import Sizing, engine_dtype, engine_facts, kv_blocks, size
-from sagellm.runtime.engine.speculation.draft_folder import draft_folder
+from sagellm.runtime.engine.kinds import KINDS
+from sagellm.runtime.engine.kinds.kind import Described
+from sagellm.runtime.engine.options import EngineOptionError
 from sagellm.runtime.models.fault import FolderWarning
-from sagellm.runtime.models.folder import ModelError, ModelFolder, resolve_model
-from sagellm.runtime.options import OptionError, read_options
+from sagellm.runtime.models.folder import ModelError
+from sagellm.runtime.operator import Setup
+from sagellm.runtime.options import OptionError
 from sagellm.runtime.plan import build_operators
 from sagellm.runtime.registry import BrokenEntryPoint
 from sagellm.runtime.resolver import Resolver
@@ -76,19 +76,18 @@ def checked(
     """
     graph = override(document.graph, overrides or {}, model)
     facts = Facts(
-        memory_bytes=get_backend("cpu").device().memory_bytes,
         functions=functions,
-        engine_options=EngineOptions,
+        engine_kinds=KindViews(),
         executors=EXECUTORS,
         names={"policies": _Names(POLICIES, OWN), "strategies": STRATEGIES},
     )
-    engines: dict[str, _Engine] = {}
+    engines: dict[str, Described] = {}
     _load_operators(document, graph, resolver)
     found = check(graph, resolver.vocabulary, facts)
     if not found:
         given = _given_models(graph, overrides or {}, model)
         looked = {name: _look(name, graph, given.get(name, "")) for name in graph.engines}
-        engines = {name: one for name, one in looked.items() if isinstance(one, _Engine)}
+        engines = {name: one for name, one in looked.items() if isinstance(one, Described)}
         mistaken = [one for one in looked.values() if isinstance(one, Diagnostic)]
         found = tuple(dict.fromkeys(mistaken))  # engines that share a model share its mistake
         views = {name: engine.view for name, engine in engines.items()}
@@ -96,24 +95,12 @@ def checked(
         found += _mixed_tokenizers(graph, engines)
         log_warnings(warning for engine in engines.values() for warning in engine.warnings)
     if not found:
-        found = _mistaken_executor(graph)
+        found = _mistaken_executor(graph) + _kinds_of_this_process(graph)
     if not found:
         found = _unbuildable(graph, resolver, functions)
     if found:
         raise GraphError(locate(_as_given(found, overrides or {}), document.positions))
-    return Checked(graph, _sizes(engines))
-
-
-def _sizes(engines: "Mapping[str, _Engine]") -> dict[str, Mapping[str, int]]:
-    """Options that say the size of every pool that memory decides."""
-    return {
-        name: {
-            "num_blocks": engine.sizing.num_blocks,
-            "max_model_len": engine.sizing.max_model_len,
-        }
-        for name, engine in engines.items()
-        if engine.options.num_blocks is None and engine.options.kv_memory is None
-    }
+    return Checked(graph, {name: engine.sizes for name, engine in engines.items()})
 
 
 def _as_given(found: Iterable[Diagnostic], overrides: Mapping[str, Any]) -> list[Diagnostic]:
@@ -174,6 +161,24 @@ def _mistaken_executor(graph: Graph) -> tuple[Diagnostic, ...]:
     )
 
 
+def _kinds_of_this_process(graph: Graph) -> tuple[Diagnostic, ...]:
+    """Engines that no worker process can open: workers import no code of the user."""
+    if processes_options(graph) is None:
+        return ()
+    kinds = {name: engine_kind(values) for name, values in graph.engines.items()}
+    return tuple(
+        Diagnostic(
+            "bad-engine",
+            ("engines", name, KIND, VALUE),
+            f"kind `{kind}` is registered in this process, and worker processes do not know it",
+            "install it as a package with an entry point `sagellm.engines`, or use `kind: tasks` "
+            "of the executor",
+        )
+        for name, kind in kinds.items()
+        if KINDS.is_registered_here(kind)
+    )
+
+
 class _AnyFunction(dict[str, Callable[..., Any]]):
     """Stands for functions that will be registered later."""
 
@@ -191,25 +196,10 @@ def _unbuildable(
     replicas = dict.fromkeys(graph.names, 1)
     known = _AnyFunction() if functions is None else functions
     try:
-        build_operators(graph, resolver, replicas, known)
+        build_operators(graph, resolver, replicas, Setup("", functions=known))
     except GraphError as error:
         return error.diagnostics
     return ()
-
-
-@dataclass(frozen=True, slots=True)
-class _Engine:
-    """An engine that can be opened: what the checks may know of it, its model, its draft model."""
-
-    options: EngineOptions
-    sizing: Sizing
-    view: EngineFactsView
-    folder: ModelFolder
-    draft: ModelFolder | None
-
-    @property
-    def warnings(self) -> tuple[FolderWarning, ...]:
-        return (*self.folder.warnings, *(self.draft.warnings if self.draft else ()))
 
 
 def log_warnings(warnings: Iterable[FolderWarning]) -> None:
@@ -218,17 +208,17 @@ def log_warnings(warnings: Iterable[FolderWarning]) -> None:
         LOG.warning(warning.event, model=warning.model, cause=warning.cause, fix=warning.fix)
 
 
-def _mixed_tokenizers(graph: Graph, engines: Mapping[str, _Engine]) -> tuple[Diagnostic, ...]:
+def _mixed_tokenizers(graph: Graph, engines: Mapping[str, Described]) -> tuple[Diagnostic, ...]:
     """Engines of one model that read the same token ids as different text."""
     found = (_mixed(served, engines) for served in served_models(graph))
     return tuple(one for one in found if one is not None)
 
 
-def _mixed(served: ServedModel, engines: Mapping[str, _Engine]) -> Diagnostic | None:
+def _mixed(served: ServedModel, engines: Mapping[str, Described]) -> Diagnostic | None:
     seen: dict[str, str] = {}
     for name in served.engines:
         if name in engines:
-            seen.setdefault(engines[name].folder.tokenizer_hash, name)
+            seen.setdefault(_tokenizer_hash(engines[name]), name)
     if len(seen) < 2:
         return None
     first, other, *_ = seen.values()
@@ -238,6 +228,11 @@ def _mixed(served: ServedModel, engines: Mapping[str, _Engine]) -> Diagnostic | 
         f"or an outlet each of an operator with `op: {ROUTE_MODEL}`"
     )
     return Diagnostic("mixed-tokenizers", ("engines", other), message, hint)
+
+
+def _tokenizer_hash(engine: Described) -> str:
+    """Empty where the engine takes text, and encodes it itself."""
+    return engine.folder.tokenizer_hash if engine.folder is not None else ""
 
 
 def _given_models(graph: Graph, overrides: Mapping[str, Any], model: str | None) -> dict[str, str]:
@@ -251,15 +246,13 @@ def _given_models(graph: Graph, overrides: Mapping[str, Any], model: str | None)
     }
 
 
-def _look(name: str, graph: Graph, given: str) -> _Engine | Diagnostic:
+def _look(name: str, graph: Graph, given: str) -> Described | Diagnostic:
     """An engine that can be opened, or why it cannot be.
 
     `given`: how the user chose its model, where that is not in the graph's text.
     """
-    values = graph.engines[name]
     try:
-        options = read_options(EngineOptions, values if isinstance(values, FrozenMap) else {})
-        return _engine(options)
+        return described(graph, name)
     except ModelError as error:
         return _bad_model(name, given, error.cause, error.fix)
     except UnsupportedModel as error:
@@ -272,29 +265,3 @@ def _bad_model(name: str, given: str, cause: str, fix: str) -> Diagnostic:
     if given:
         return Diagnostic("bad-engine", (given,), cause, fix or None)
     return Diagnostic("bad-engine", ("engines", name), f"engine {name}: {cause}", fix or None)
-
-
-def _engine(options: EngineOptions) -> _Engine:
-    """Raises EngineOptionError, ModelError, UnsupportedModel."""
-    if options.backend not in list_available_backends():
-        close = nearest(options.backend, list_available_backends())
-        hint = f"did you mean {close}?" if close else "see `sagellm doctor`"
-        raise EngineOptionError(f"device: {options.device!r} is not built; {hint}")
-    folder = resolve_model(options.model)
-    draft = draft_folder(options, folder)
-    sizing = size(options, folder.facts, open_device(options).memory_bytes)
-    facts = engine_facts(options, folder, sizing)
-    view = EngineFactsView(
-        model_hash=facts.model_hash,
-        dtype=engine_dtype(options, folder.facts),
-        quantization=options.quantization or "none",
-        block_size=facts.block_size,
-        num_kv_heads=folder.facts.num_kv_heads,
-        head_dim=folder.facts.head_dim,
-        num_layers=kv_blocks(options, folder.facts).block_layers,
-        max_model_len=facts.max_model_len,
-        kv_pool_bytes=0 if options.is_null else sizing.pool_bytes,
-        replicas=options.replicas,
-        capabilities=facts.capabilities,
-    )
-    return _Engine(options, sizing, view, folder, draft)

@@ -44,6 +44,8 @@ def recorded(decisions: Decisions | None, plan: Plan, max_hold_s: float) -> Iter
         engines=dict(plan.engines),
         seed=plan.seed,
         max_hold_s=None if math.isinf(max_hold_s) else max_hold_s,
+        facts=dict(plan.facts),
+        block_key=plan.block_key if any(map(plan.reads_cache, plan.engines)) else b"",
     )
     with open(decisions.path, "wb", opener=_private) as file:
         writer = DecisionWriter(file, header, decisions.max_bytes)

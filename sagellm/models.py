@@ -5,13 +5,14 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
 
-from sagellm.engines import engine_options
+from sagellm.engines import described
 from sagellm.graphs.ir import Graph
 from sagellm.graphs.served import ServedModel, served_models
 from sagellm.graphs.vocabulary import nearest
 from sagellm.prompts import RequestError, encode_prompt
 from sagellm.runtime.models.fault import FolderWarning
-from sagellm.runtime.models.folder import ModelFolder, resolve_model
+from sagellm.runtime.models.folder import ModelFolder
+from sagellm.runtime.models.foreign import ForeignTokenizer
 from sagellm.runtime.models.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -28,6 +29,11 @@ class Model:
     def key(self) -> str:
         """Its outlet of `route_model`; empty for the only model of a graph that names none."""
         return self.served.key
+
+    @property
+    def takes_text(self) -> bool:
+        """Whether its engines encode prompts themselves."""
+        return isinstance(self.tokenizer, ForeignTokenizer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,12 +95,16 @@ def load_models(graph: Graph) -> Models:
 
 def _loaded(graph: Graph, served: ServedModel) -> Model:
     """The first of its engines speaks for all: the checks let no other tokenizer beside it."""
-    root = engine_options(graph, served.engines[0]).model
-    folder = resolve_model(root)
-    return Model(served, load_tokenizer(folder), root, _scope(folder))
+    engine = described(graph, served.engines[0])
+    if engine.folder is None:
+        return Model(served, ForeignTokenizer(), engine.model, _digest(engine.model))
+    return Model(served, load_tokenizer(engine.folder), engine.model, _scope(engine.folder))
 
 
 def _scope(folder: ModelFolder) -> str:
     """Equal for equal folders alone: two of one config may hold different weights."""
-    named = f"{folder.hash} {folder.path}".encode(errors="surrogateescape")
-    return blake2b(named, digest_size=8).hexdigest()
+    return _digest(f"{folder.hash} {folder.path}")
+
+
+def _digest(named: str) -> str:
+    return blake2b(named.encode(errors="surrogateescape"), digest_size=8).hexdigest()

@@ -200,6 +200,7 @@ async def _running(graph: Graph, models: Models, recipe: Recipe) -> AsyncIterato
             functions=recipe.functions,
             encode=models.encode,
             seed=recipe.seed,
+            facts={name: replicas[0].facts for name, replicas in engines.items()},
         )
         max_hold_s = processes.max_hold_s if processes else math.inf
         record = stack.enter_context(recorded(recipe.decisions, ready, max_hold_s))

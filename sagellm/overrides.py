@@ -1,18 +1,21 @@
 """Overrides: options of a graph that are set from outside, `split.min_uncached_tokens=8`."""
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 from sagellm.graphs.diagnostics import Diagnostic, GraphError
-from sagellm.graphs.ir import FrozenMap, Graph, freeze
+from sagellm.graphs.engines import KIND
+from sagellm.graphs.ir import FrozenMap, Graph, Node, freeze
 from sagellm.graphs.served import served_models
 from sagellm.graphs.vocabulary import nearest
+from sagellm.runtime.engine.kinds import KINDS
 
 
 def override(graph: Graph, overrides: Mapping[str, Any], model: str | None = None) -> Graph:
     """The graph with options replaced; `NAME.option`, where NAME is an operator, an engine or a
-    model of the table, looked for in that order.
+    model of the table, looked for in that order. `NAME.option.key` sets one key of an operator's
+    option that is a mapping.
 
     `model` replaces the model of every engine. Raises GraphError for a name that is not there;
     whether the option exists is for the graph's check to say.
@@ -34,12 +37,12 @@ def _set(graph: Graph, target: str, value: Any) -> Graph:
         return _with_executor(graph, option, value)
     if name in graph.names:
         nodes = tuple(
-            node.with_attrs(**{option: value}) if node.name == name else node
-            for node in graph.nodes
+            _with_option(node, option, value) if node.name == name else node for node in graph.nodes
         )
         return replace(graph, nodes=nodes)
     if name in graph.engines:
-        return with_engine(graph, name, {option: value})
+        kept = _with_kind(graph, name, value) if option == KIND else graph
+        return with_engine(kept, name, {option: value})
     if name in graph.models:
         return _with_entry(graph, "models", name, {option: value})
     known = (*graph.names, *graph.engines, *graph.models)
@@ -48,12 +51,31 @@ def _set(graph: Graph, target: str, value: Any) -> Graph:
     raise _mistake(target, value, f"no operator, engine or model is named {name!r}", hint)
 
 
+def _with_option(node: Node, option: str, value: Any) -> Node:
+    whole, dot, key = option.partition(".")
+    before = node.attrs.get(whole, FrozenMap())
+    if not dot or not isinstance(before, FrozenMap):
+        return node.with_attrs(**{option: value})
+    return node.with_attrs(**{whole: FrozenMap({**before, key: freeze(value)})})
+
+
 def _with_executor(graph: Graph, option: str, value: Any) -> Graph:
     """Another kind takes no option of the one that the file names."""
     before = graph.attrs.get("executor")
     known = dict(before) if isinstance(before, FrozenMap) and option != "kind" else {}
     changed = FrozenMap({**known, option: freeze(value)})
     return replace(graph, attrs=FrozenMap({**graph.attrs, "executor": changed}))
+
+
+def _with_kind(graph: Graph, name: str, kind: Any) -> Graph:
+    """Another kind takes no option of the file that it does not know."""
+    before = graph.engines[name]
+    if kind not in KINDS or not isinstance(before, FrozenMap):
+        return graph
+    known = {option.name for option in fields(KINDS[kind].options)}
+    kept = FrozenMap({option: value for option, value in before.items() if option in known})
+    whole = FrozenMap({**graph.engines, name: kept})
+    return replace(graph, attrs=FrozenMap({**graph.attrs, "engines": whole}))
 
 
 def with_engine(graph: Graph, name: str, options: Mapping[str, Any]) -> Graph:

@@ -44,6 +44,31 @@ def encode(tokenizer: Tokenizer, prompt: Prompt) -> Encoded:
     return encoded
 
 
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A prompt that its engine encodes: a text, or messages."""
+
+    text: str = ""
+    messages: tuple[dict[str, Any], ...] = ()
+
+
+def read_text(prompt: Prompt) -> Text:
+    """The prompt of a model whose engine takes text. Raises RequestError for token ids, for what is
+    no prompt, and for an empty one.
+    """
+    if isinstance(prompt, str | Encoded):
+        text = Text(_unicode(prompt if isinstance(prompt, str) else prompt.text))
+    elif isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
+        text = Text(messages=tuple(dict(cast(Mapping[str, Any], one)) for one in prompt))
+    elif isinstance(prompt, Sequence) and not isinstance(prompt, bytes | bytearray):
+        raise RequestError("the engine of this model takes text; give text or messages, not ids")
+    else:
+        raise RequestError(f"a prompt is text or messages, not {_kind(prompt)}")
+    if not text.text and not text.messages:
+        raise RequestError("the prompt is empty; give some text")
+    return text
+
+
 def encode_bad_words(tokenizer: Tokenizer, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
     """Raises RequestError where the tokenizer does not admit one."""
     with _admitted():
@@ -110,12 +135,13 @@ class _Fields(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     trace: Annotated[str, msgspec.Meta(max_length=512)] = ""
     slo_ttft_s: Annotated[float, msgspec.Meta(gt=0)] | None = None
     timeout_s: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    waited_s: Annotated[float, msgspec.Meta(ge=0)] = 0.0
     cost_budget: Annotated[float, msgspec.Meta(ge=0)] | None = None
     tags: dict[str, str] = {}
 
 
 def read_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields with their types checked, as `Request` has them, and `timeout_s`.
+    """The fields with their types checked, as `Request` has them, and those of `Timing`.
 
     A `trace` becomes the tag "traceparent". Raises RequestError.
     """

@@ -21,7 +21,7 @@ _SECRET_TEXTS = re.compile(
 # What users wrote, under whichever name: it is never logged, at any level.
 _CONTENT_NAMES = frozenset(
     {"prompt", "prompts", "messages", "content", "text", "input", "inputs", "completion", "output",
-     "body", "stop", "token_ids", "prompt_token_ids", "emitted_token_ids"}
+     "body", "stop", "token_ids", "prompt_token_ids", "emitted_token_ids", "emitted_text"}
 )  # fmt: skip
 
 

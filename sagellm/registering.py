@@ -1,4 +1,6 @@
-"""How a user's own functions, operators, policies and strategies get the names that graphs use."""
+"""How a user's own functions, operators, policies, strategies and kinds of engines get the names
+that graphs use.
+"""
 
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar, overload
@@ -6,8 +8,11 @@ from typing import Any, TypeVar, overload
 from sagellm.graphs.vocabulary import OpSpec
 from sagellm.operators.policies import OWN, POLICIES, policy_module
 from sagellm.operators.policies.options import Options
-from sagellm.operators.policies.order import Policy
-from sagellm.operators.routing import STRATEGIES, Strategy
+from sagellm.operators.policies.order import Policy, RankingPolicy
+from sagellm.operators.routing import STRATEGIES
+from sagellm.operators.routing.strategy import Registered, check_strategy
+from sagellm.runtime.engine.kinds import KINDS
+from sagellm.runtime.engine.kinds.kind import EngineKind, read_kind
 from sagellm.runtime.operator import Build
 from sagellm.runtime.registry import FUNCTIONS, check_callable
 from sagellm.runtime.resolver import Resolver
@@ -53,9 +58,13 @@ def _registered(decorated: F, name: str | None) -> F:
 
 
 def register_policy(
-    name: str, policy: Callable[[Options], Policy], *, uses: Iterable[str] = ()
+    name: str,
+    policy: Callable[[Options], Policy] | type[RankingPolicy],
+    *,
+    uses: Iterable[str] = (),
 ) -> None:
-    """Make `policy: NAME` of `policy_sort` mean this policy.
+    """Make `policy: NAME` of `policy_sort` mean this policy; a frozen dataclass has options and a
+    state: see `sagellm.operators.policies.order.RankingPolicy`.
 
     `uses`: the options of `policy_sort` that it reads; a graph that sets another is refused.
     Raises ValueError where the name is taken, TypeError for what is no policy.
@@ -65,9 +74,19 @@ def register_policy(
     POLICIES.register(name, policy_module(name, policy, uses))
 
 
-def register_strategy(name: str, choose: Strategy) -> None:
-    """Make `strategy: NAME` of `route` mean this function: (request, pool, view, draw) -> replica.
+def register_strategy(name: str, strategy: Registered) -> None:
+    """Make `strategy: NAME` of `route` mean this function, (candidates, now, draw) -> a replica or
+    several, best first; or this frozen dataclass, which has options and a state: see
+    `sagellm.operators.routing.Strategy`.
 
-    Raises ValueError where the name is taken, TypeError for what cannot be called.
+    Raises ValueError where the name is taken, TypeError for what is no strategy.
     """
-    STRATEGIES.register(name, check_callable(name, choose))
+    STRATEGIES.register(name, check_strategy(name, strategy))
+
+
+def register_engine_kind(name: str, kind: EngineKind) -> None:
+    """Make `kind: NAME` of an engine mean this kind.
+
+    Raises ValueError where the name is taken, TypeError for what is no kind.
+    """
+    KINDS.register(name, read_kind(name, kind))

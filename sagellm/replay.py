@@ -58,7 +58,14 @@ def replay(
         hold_s = math.inf if header.max_hold_s is None else header.max_hold_s
         encode = _encoder(graph)
         made = plan(
-            graph, RESOLVER, header.engines, functions=functions, encode=encode, seed=header.seed
+            graph,
+            RESOLVER,
+            header.engines,
+            functions=functions,
+            encode=encode,
+            seed=header.seed,
+            facts=header.facts,
+            block_key=header.block_key or None,
         )
         core = Core(made, max_hold_s=hold_s)
         num_events = num_effects = 0

@@ -12,7 +12,7 @@ import trio
 
 from sagellm.graphs.log import get_logger
 from sagellm.health import Health, health_of
-from sagellm.models import Models
+from sagellm.models import Model, Models
 from sagellm.prompts import (
     Encoded,
     Prompt,
@@ -22,13 +22,14 @@ from sagellm.prompts import (
     encode_prompt,
     read_fields,
     read_sampling,
+    read_text,
 )
 from sagellm.runtime.executors.tasks import ExecutorStopped, TasksExecutor
 from sagellm.runtime.messages import Answer, Forked, Item, Request, Sampling, Stamps, TokenEvent
 from sagellm.runtime.models.tokenizer import Tokenizer
 from sagellm.runtime.operator import Signal
 from sagellm.statistics import Statistics, statistics_of
-from sagellm.stream import Caller, Limits, Output, Stream, gather
+from sagellm.stream import UNSERVED, Caller, Limits, Output, Stream, Timing, gather
 from sagellm.unserved import RequestFailed, RequestRefused, raise_unserved
 
 __all__ = [
@@ -88,15 +89,16 @@ class Session:
         """Start one request when the stream is first read.
 
         `prompt` is a text, token ids, both (`Encoded`), or chat messages. Further fields:
-        request_id, priority, user_id, model, salt, trace, slo_ttft_s, timeout_s, cost_budget,
-        tags. `model` chooses among several by name or alias; unsaid, the first. `limit_tokens`
-        and `limit_bytes`: what may wait unread (`Stream`). Raises RequestError for what is wrong
-        with them; reading raises as `generate` does.
+        request_id, priority, user_id, model, salt, trace, slo_ttft_s, timeout_s, waited_s,
+        cost_budget, tags. `model` chooses among several by name or alias; unsaid, the first.
+        `waited_s`: how long ago the request arrived at the caller. `limit_tokens` and
+        `limit_bytes`: what may wait unread (`Stream`). Raises RequestError for what is wrong with
+        them; reading raises as `generate` does.
         """
         known = read_fields(fields)
-        timeout_s = known.pop("timeout_s", None)
+        timing = Timing(known.pop("timeout_s", None), known.pop("waited_s", 0.0))
         requests = self._requests(prompt, sampling or Sampling(), known)
-        return Stream(self, requests, timeout_s, Limits(limit_tokens, limit_bytes))
+        return Stream(self, requests, timing, Limits(limit_tokens, limit_bytes))
 
     async def generate(
         self, prompt: Prompt, *, sampling: Sampling | None = None, **fields: Any
@@ -115,17 +117,19 @@ class Session:
         """The answers of all choices, by choice. Raises as `generate` does, for any choice."""
         parts: dict[int, list[Output]] = {}
         async with self.stream(prompt, sampling=sampling, **fields) as stream:
-            while outputs := await stream.take():
+            while outputs := await stream.take_ended():
                 for item in outputs:
                     parts.setdefault(item.choice, []).append(item)
-                    if item.finish_reason in ("refused", "failed"):
+                    if item.finish_reason in UNSERVED:
                         answer = gather(parts[item.choice])
                         raise_unserved(answer, stream.cause_of(item.choice))
         return [gather(parts[choice]) for choice in sorted(parts)]
 
     def encode(self, prompt: Prompt, *, model: str = "") -> Encoded:
-        """The text and the tokens of a prompt, as a request has them. Raises RequestError."""
-        return encode(self.models.named(model).tokenizer, prompt)
+        """The text and the tokens of a prompt, as a request has them; no tokens where the model's
+        engine encodes it. Raises RequestError.
+        """
+        return self._encoded(self.models.named(model), prompt)[0]
 
     def cancel(self, request_id: str) -> bool:
         """End a request; False, and nothing happens, where it is not known."""
@@ -175,10 +179,8 @@ class Session:
 
     # ---- what streams use ------------------------------------------------------------------
 
-    async def submit(
-        self, requests: Sequence[Request], caller: Caller, timeout_s: float | None
-    ) -> None:
-        """Let all choices of one request in; it arrives, and its time begins, now.
+    async def submit(self, requests: Sequence[Request], caller: Caller, timing: Timing) -> None:
+        """Let all choices of one request in.
 
         Raises RequestError where its id is in use, or the session has ended.
         """
@@ -187,8 +189,9 @@ class Session:
             raise RequestError(f"request {request_id!r} is running already; choose another id")
         if self.executor.is_stopped:
             raise RequestError(str(ExecutorStopped()))
-        now = trio.current_time()
-        stamps, expires_s = Stamps(arrived_s=now), None if timeout_s is None else now + timeout_s
+        arrived_s, timeout_s = trio.current_time() - timing.waited_s, timing.timeout_s
+        stamps = Stamps(arrived_s=arrived_s)
+        expires_s = None if timeout_s is None else arrived_s + timeout_s
         choices = [
             msgspec.structs.replace(request, stamps=stamps, expires_s=expires_s)
             for request in requests
@@ -254,7 +257,7 @@ class Session:
         """One request a choice, with ids, tokens, bad words and the seed resolved."""
         sampling = read_sampling(sampling)
         model = self.models.named(fields.get("model", ""))
-        encoded = encode(model.tokenizer, prompt)
+        encoded, messages = self._encoded(model, prompt)
         if model.served.max_model_len is not None:
             sampling = self._limited(model.served.max_model_len, encoded, sampling)
         if self.models.is_several:
@@ -264,19 +267,23 @@ class Session:
                 "salt": f"{model.scope}/{fields.get('salt', '')}",
             }
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
-        banned = encode_bad_words(model.tokenizer, sampling.bad_words)
+        if not model.takes_text:
+            sampling = _with_banned(sampling, model)
         first = Request(
             **{"request_id": self._free_id(), **fields},
             prompt=encoded.text,
+            messages=messages,
             prompt_token_ids=encoded.token_ids,
-            sampling=msgspec.structs.replace(
-                sampling,
-                seed=seed,
-                bad_words=(),
-                bad_words_token_ids=sampling.bad_words_token_ids + banned,
-            ),
+            sampling=msgspec.structs.replace(sampling, seed=seed),
         )
         return [msgspec.structs.replace(first, choice=choice) for choice in range(sampling.n)]
+
+    def _encoded(self, model: Model, prompt: Prompt) -> tuple[Encoded, tuple[dict[str, Any], ...]]:
+        """The prompt, and the messages that the model's engine encodes."""
+        if not model.takes_text:
+            return encode(model.tokenizer, prompt), ()
+        given = read_text(prompt)
+        return Encoded(given.text, ()), given.messages
 
     def _limited(self, max_model_len: int, prompt: Encoded, sampling: Sampling) -> Sampling:
         """What a model's own limit leaves of the answer; engines know no more than theirs."""
@@ -291,6 +298,14 @@ class Session:
     def _free_id(self) -> str:
         numbered = (f"req-{number}" for number in self._numbers)
         return next(request_id for request_id in numbered if not self.is_in_use(request_id))
+
+
+def _with_banned(sampling: Sampling, model: Model) -> Sampling:
+    """With bad words as token ids."""
+    banned = encode_bad_words(model.tokenizer, sampling.bad_words)
+    return msgspec.structs.replace(
+        sampling, bad_words=(), bad_words_token_ids=sampling.bad_words_token_ids + banned
+    )
 
 
 def _is_logged() -> bool:

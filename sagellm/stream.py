@@ -32,13 +32,27 @@ class Upstream(Protocol):
     """What a stream asks of the session that it belongs to."""
 
     async def submit(
-        self, requests: Sequence[Request], caller: Caller, timeout_s: float | None
+        self, requests: Sequence[Request], caller: Caller, timing: "Timing"
     ) -> None: ...
     def dismiss(self, request_id: str, caller: Caller) -> None: ...
     def forget(self, request_id: str, caller: Caller) -> None: ...
     def forget_soon(self, request_id: str, caller: Caller) -> None: ...
     def end(self, request_id: str, code: str) -> None: ...
     def cause_of(self, key: tuple[str, int]) -> Exception | None: ...
+
+
+class Timing(NamedTuple):
+    """When a request arrived, and for how long its answer is wanted.
+
+    `waited_s`: what has passed since it arrived at whoever asks, until it is submitted.
+    `timeout_s` counts from its arrival; None: for ever.
+    """
+
+    timeout_s: float | None = None
+    waited_s: float = 0.0
+
+
+UNSERVED = ("refused", "failed")  # finish reasons that reading an answer raises for
 
 
 class Limits(NamedTuple):
@@ -70,17 +84,18 @@ class Stream:
         self,
         session: Upstream,
         requests: Sequence[Request],
-        timeout_s: float | None = None,
+        timing: Timing = Timing(),  # noqa: B008 (an immutable value)
         limits: Limits = Limits(),  # noqa: B008 (an immutable value)
     ) -> None:
         self._session = session
         self._requests = requests
-        self._timeout_s = timeout_s
+        self._timing = timing
         self._unread = _Unread(limits)
         self._arrived = trio.lowlevel.ParkingLot()
         self._num_open = len(requests)
         self._is_started = False
         self._is_overrun = False
+        self._wants_ends = False  # its reader waits for more than the next token
         self._causes: dict[int, Exception | None] = {}  # of choices that failed
         self._caller = _weakly(self)
         self.on_arrival: Callable[[], None] | None = None  # called for whatever comes
@@ -122,6 +137,17 @@ class Stream:
         await self._wait()
         return self._unread.pop_all()
 
+    async def take_ended(self) -> tuple[Output, ...]:
+        """As `take`, once every choice has ended, or one has not been served: who wants whole
+        answers is not woken for each token.
+        """
+        self._wants_ends = True
+        try:
+            await self._wait()
+        finally:
+            self._wants_ends = False
+        return self._unread.pop_all()
+
     def cause_of(self, choice: int) -> Exception | None:
         """What was raised in the graph for a choice that failed, where that is known here."""
         return self._causes.get(choice)
@@ -161,7 +187,7 @@ class Stream:
         elif self._unread.is_limited and not self._is_overrun and self._is_too_much:
             self._is_overrun = True
             self._session.end(self.request_id, "slow_reader")
-        if self._arrived:
+        if self._arrived and self._is_due:
             self._arrived.unpark_all()
         if self.on_arrival is not None:
             self.on_arrival()
@@ -176,14 +202,21 @@ class Stream:
         if not self._is_started:
             await self._start()
         await trio.lowlevel.checkpoint_if_cancelled()
-        while not self._unread and self._num_open:
+        while not self._is_due:
             await self._arrived.park()
+
+    @property
+    def _is_due(self) -> bool:
+        """Whether there is what the reader waits for."""
+        if self._num_open == 0:
+            return True
+        return self._unread.has_unserved if self._wants_ends else bool(self._unread)
 
     async def _start(self) -> None:
         if not self._is_started:
             self._is_started = True
             try:
-                await self._session.submit(self._requests, self._caller, self._timeout_s)
+                await self._session.submit(self._requests, self._caller, self._timing)
             except RequestError:
                 self._num_open = 0
                 raise
@@ -198,6 +231,7 @@ class _Unread:
         self.is_limited = limits != Limits()
         self._num_tokens = 0
         self._num_bytes = 0
+        self.has_unserved = False  # the end of a choice that was refused, or failed
 
     def __bool__(self) -> bool:
         return bool(self._items)
@@ -211,6 +245,8 @@ class _Unread:
 
     def put(self, item: Output) -> None:
         self._items.append(item)
+        if item.finish_reason in UNSERVED:
+            self.has_unserved = True
         if self.is_limited:
             self._count(item, 1)
 
@@ -224,11 +260,12 @@ class _Unread:
         items = tuple(self._items)
         self._items.clear()
         self._num_tokens = self._num_bytes = 0
+        self.has_unserved = False
         return items
 
     def _count(self, item: Output, sign: int) -> None:
         if isinstance(item, TokenEvent):
-            self._num_tokens += sign * len(item.token_ids)
+            self._num_tokens += sign * item.num_tokens
             self._num_bytes += sign * _num_bytes(item)
 
 
@@ -260,6 +297,7 @@ def gather(parts: Sequence[Output]) -> Answer:
         choice=last.choice,
         text="".join(event.text for event in events),
         token_ids=tuple(token for event in events for token in event.token_ids),
+        num_tokens_without_ids=sum(event.num_tokens_without_ids for event in events),
         logprobs=tuple(logprob for event in events for logprob in event.logprobs),
         prompt_logprobs=_prompt_logprobs(events),
         finish_reason=last.finish_reason or "failed",

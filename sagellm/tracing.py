@@ -77,8 +77,8 @@ class Tracer:
 
     def _note(self, opened: OpenRequest, item: TokenEvent | Answer) -> None:
         choice = opened.choices[item.choice]
-        choice.num_tokens += len(item.token_ids)
-        if choice.first is None and item.token_ids:
+        choice.num_tokens += item.num_tokens
+        if choice.first is None and item.num_tokens:
             choice.first, choice.first_s = item, self._now()
         if item.finish_reason is not None and choice.last is None:
             choice.last = item

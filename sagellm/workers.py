@@ -18,6 +18,7 @@ from sagellm.runtime.cluster.members import Workers
 from sagellm.runtime.cluster.options import ProcessesOptions
 from sagellm.runtime.cluster.supervisor import Supervisor
 from sagellm.runtime.cluster.worker import Watch
+from sagellm.runtime.engine.options import EngineOptions
 
 MODULE = "sagellm.worker"
 
@@ -33,8 +34,9 @@ async def start_workers(
     BadKeys.
     """
     cores = len(os.sched_getaffinity(0))
-    placed = run_pipeline(graph, (ShareCores(cores), Place()))
-    devices = _devices(placed)
+    computing = tuple(name for name in graph.engines if _computes(graph, name))
+    placed = run_pipeline(graph, (ShareCores(cores, computing), Place()))
+    devices = tuple(sorted({engine_options(placed, name).device for name in computing}))
     launcher = launch(options) if launch else _launcher(options, devices)
     supervisor = Supervisor(
         placed,
@@ -48,10 +50,9 @@ async def start_workers(
     return supervisor
 
 
-def _devices(graph: Graph) -> tuple[str, ...]:
-    """Those that engines of the graph compute on."""
-    engines = [engine_options(graph, name) for name in graph.engines]
-    return tuple(sorted({engine.device for engine in engines if not engine.is_null}))
+def _computes(graph: Graph, name: str) -> bool:
+    """Whether an engine computes on a device, with threads of this machine."""
+    return isinstance(engine_options(graph, name), EngineOptions)
 
 
 def _launcher(options: ProcessesOptions, devices: tuple[str, ...]) -> Processes:

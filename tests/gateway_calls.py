@@ -177,10 +177,10 @@ class Client:
     async def call(self, endpoint: Any, gateway: Gateway, **call: Any) -> Answered:
         """Run the endpoint and its response, as the app does. An ApiError is its answer."""
         scope = self.scope(**call)
-        request = Request(scope, self._receive, self._send)
+        request = Request(scope, self.receive, self.send)
         try:
             response = await endpoint(gateway, request)
-            await response(scope, self._receive, self._send)
+            await response(scope, self.receive, self.send)
         except ApiError as error:
             assert not self.answered.status
             self.answered = Answered(status=error.status, sends=[error.encoded], is_whole=True)
@@ -203,14 +203,14 @@ class Client:
         while len(self.answered.sends) < num_sends:
             await self.sent.wait()
 
-    async def _receive(self) -> dict[str, Any]:
+    async def receive(self) -> dict[str, Any]:
         if not self._is_read:
             self._is_read = True
             return {"type": "http.request", "body": self._content, "more_body": False}
         await self.gone.wait()
         return {"type": "http.disconnect"}
 
-    async def _send(self, message: Any) -> None:
+    async def send(self, message: Any) -> None:
         assert not self._is_sent_to, "two sends at once"
         self._is_sent_to = True
         try:

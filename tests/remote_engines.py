@@ -6,10 +6,9 @@ from typing import Any
 import trio
 
 from sagellm.runtime.comm.channel import MemoryChannel, memory_channels
+from sagellm.runtime.engine.kinds.modelled import ModelledOptions, open_modelled
 from sagellm.runtime.engine.local import LocalEngine
-from sagellm.runtime.engine.opening import open_engine
-from sagellm.runtime.engine.options import EngineOptions
-from sagellm.runtime.engine.remote import RemoteEngine
+from sagellm.runtime.engine.remote_kv import RemoteKVEngine
 from sagellm.runtime.engine.serving import EngineServer
 from sagellm.runtime.messages import Sampling, SequenceState
 
@@ -20,7 +19,7 @@ PROMPT = tuple(range(1, 41))
 class Pair:
     """An engine as the graph sees it, and as it is in its worker."""
 
-    remote: RemoteEngine
+    remote: RemoteKVEngine
     local: LocalEngine
     channel: MemoryChannel  # the graph's side
 
@@ -29,10 +28,10 @@ class Pair:
 
 
 def open_null(name: str = "e", **options: Any) -> LocalEngine:
-    return open_engine(EngineOptions(**{"model": "null", **options}), name=name)
+    return open_modelled(ModelledOptions(**{"model": "null", **options}), name=name)
 
 
-def live(remote: RemoteEngine, local: LocalEngine, nursery: trio.Nursery) -> MemoryChannel:
+def live(remote: RemoteKVEngine, local: LocalEngine, nursery: trio.Nursery) -> MemoryChannel:
     """Begin a life of `remote`."""
     here, there = memory_channels()
     nursery.start_soon(EngineServer(local, there).run)

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from gateway_process import served_process
 
-from sagellm import Graph
+import sagellm
+from sagellm import Graph, Sampling
 from sagellm.builder import RESOLVER
 from sagellm.checking import check_graph
 from sagellm.cli import main
@@ -40,6 +41,8 @@ from sagellm.gateway.protocol.tools import MAX_TOOLS
 from sagellm.gateway.routes import ROUTES
 from sagellm.gateway.settings import Budget, Limits, Streaming
 from sagellm.graphs.text.yaml import load
+from sagellm.operators.policies import POLICIES
+from sagellm.operators.routing import STRATEGIES
 from sagellm.runtime.messages import CODES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -71,6 +74,24 @@ def test_the_dsl_in_the_docs_is_right() -> None:
     exec(block(GRAPHS, "from sagellm import Graph, ops"), names)
     graph: Graph = names["graph"]
     assert check_graph(graph.document, RESOLVER).name == "pd"
+
+
+def test_the_strategy_and_the_policy_in_the_docs_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(STRATEGIES, "_registered", {})
+    monkeypatch.setattr(POLICIES, "_registered", {})
+    scope: dict[str, Any] = {"__name__": "docs"}
+    exec(block(GRAPHS, "from dataclasses import dataclass"), scope)
+    exec(block(GRAPHS, "@dataclass(frozen=True)\n    class LongestFirst"), scope)
+    graph = Graph("g").engine("g", model="null", device="null", replicas=2)
+    head = graph >> sagellm.ops.policy_sort("longest_first", policy_options={"weight": 2.0})
+    route = sagellm.ops.route("warm_first", strategy_options={"patience_s": 0.5})
+    head >> route >> sagellm.ops.generate(engine="g")
+    with graph.open() as session:
+        warm = [
+            session.generate("a" * 40, sampling=Sampling(max_tokens=1)).num_cached_tokens
+            for _ in range(3)
+        ]
+    assert warm == [0, 32, 32]
 
 
 def test_the_program_in_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,7 @@ from sagellm.backends.progress import Progress
 from sagellm.builder import RESOLVER
 from sagellm.checking import check_graph
 from sagellm.decisions import Decisions, recorded
-from sagellm.engines import engine_options, load_replica
+from sagellm.engines import num_replicas, open_replica
 from sagellm.graphs.ir import Graph as FrozenGraph
 from sagellm.models import load_models
 from sagellm.runtime.cluster.backoff import RestartPolicy
@@ -25,9 +25,11 @@ from sagellm.runtime.cluster.faults import CannotScale
 from sagellm.runtime.cluster.launch import TaskLife, Tasks
 from sagellm.runtime.cluster.supervisor import Supervisor
 from sagellm.runtime.cluster.worker import Watch
+from sagellm.runtime.engine.kinds.kind import Place
 from sagellm.runtime.engine.local import LocalEngine
 from sagellm.runtime.executors.tasks import TasksExecutor
 from sagellm.runtime.plan import plan
+from sagellm.runtime.port import Engine
 from sagellm.session import Session
 
 # Deaths end a task, and are noticed by that; only silence needs asking, and may take its time.
@@ -49,10 +51,12 @@ class Lives(Tasks):
 
     async def _open(
         self, graph: FrozenGraph, name: str, replica: int, _: int | None, progress: Progress
-    ) -> LocalEngine:
+    ) -> Engine:
         await trio.sleep(2.0)  # what loading takes
-        self.engines.append(load_replica(engine_options(graph, name), name, replica))
-        return self.engines[-1]
+        engine = await open_replica(graph, Place(name, replica))
+        if isinstance(engine, LocalEngine):
+            self.engines.append(engine)
+        return engine
 
     def launch(self, epoch: int) -> TaskLife:
         self.lives.append(super().launch(epoch))
@@ -118,7 +122,7 @@ async def chaotic(
     lives, draw = Lives(), random.Random(seed)
     supervisor = Supervisor(
         graph,
-        {engine: engine_options(graph, engine).replicas for engine in graph.engines},
+        {engine: num_replicas(graph, engine) for engine in graph.engines},
         lives,
         watch=WATCH,
         policy=policy,
@@ -129,7 +133,8 @@ async def chaotic(
         await nursery.start(supervisor.run)
         engines = supervisor.engines
         counts = {name: len(replicas) for name, replicas in engines.items()}
-        ready = plan(graph, RESOLVER, counts, seed=seed)
+        facts = {name: replicas[0].facts for name, replicas in engines.items()}
+        ready = plan(graph, RESOLVER, counts, seed=seed, facts=facts)
         record = stack.enter_context(recorded(log, ready, max_hold_s))
         make = partial(TasksExecutor, ready, engines=engines, max_hold_s=max_hold_s, record=record)
         session = Session(load_models(graph), make)
@@ -161,7 +166,9 @@ async def bursts(session: Session, seed: int, seconds: float, mean_s: float) -> 
     async def ask(number: int, fields: dict[str, Any]) -> None:
         sampling = Sampling(max_tokens=fields["tokens"], ignore_eos=True, seed=number)
         with trio.move_on_after(fields["patience_s"]):
-            answer = await generate(session, [1] * fields["prompt"], sampling=sampling)
+            prompt = [number % 256, number // 256, *[1] * 500]  # none is a prefix of another
+            asked = prompt[: fields["prompt"]]
+            answer = await generate(session, asked, sampling=sampling)
             record.reasons[answer.code or answer.finish_reason] += 1
             if answer.code not in EXCUSED or answer.token_ids:
                 record.answers[number] = answer.token_ids

@@ -25,8 +25,13 @@ class Place:
         for engine, values in workers.items():
             users = tuple(node.name for node in graph.nodes if node.attrs.get("engine") == engine)
             for replica in range(num_replicas(values)):
-                processes[f"{engine}[{replica}]"] = users
+                processes[worker_name(engine, replica)] = users
         return replace(graph, attrs=FrozenMap({**graph.attrs, PROCESSES: FrozenMap(processes)}))
+
+
+def worker_name(engine: str, replica: int) -> str:
+    """Of the process that runs one replica of an engine."""
+    return f"{engine}[{replica}]"
 
 
 def executor_kind(graph: Graph) -> str:
@@ -47,6 +52,6 @@ def replicas_of(placed: Graph) -> dict[str, int]:
     processes = placed.attrs[PROCESSES]
     assert isinstance(processes, FrozenMap)
     return {
-        engine: sum(name.startswith(f"{engine}[") for name in processes)
-        for engine in placed.engines
+        engine: sum(worker_name(engine, n) in processes for n in range(num_replicas(values)))
+        for engine, values in placed.engines.items()
     }

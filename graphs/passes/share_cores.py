@@ -2,29 +2,30 @@
 
 from dataclasses import dataclass, replace
 
-from sagellm.graphs.ir import FrozenMap, Graph
+from sagellm.graphs.ir import FrozenMap, Graph, Value
 from sagellm.graphs.passes.place import num_replicas
 
 
 @dataclass(frozen=True, slots=True)
 class ShareCores:
-    """Sets the option `threads` of every engine that leaves it open: `num_cores` over the replicas
-    of all engines, and at least one. More threads than cores would wait for each other in every
-    kernel.
+    """Sets the option `threads` of those `engines` that leave it open: `num_cores` over all their
+    replicas, and at least one. More threads than cores would wait for each other in every kernel.
+    `engines`: those that compute with threads of this machine.
     """
 
     num_cores: int
+    engines: tuple[str, ...]
     name: str = "share_cores"
 
     def apply(self, graph: Graph) -> Graph:
-        engines = {
-            name: values if isinstance(values, FrozenMap) else FrozenMap()
-            for name, values in graph.engines.items()
-        }
+        engines = {name: graph.engines[name] for name in self.engines}
         num_workers = sum(num_replicas(values) for values in engines.values())
         threads = max(1, self.num_cores // max(num_workers, 1))
-        placed = {
-            name: values if values.get("threads") else FrozenMap({**values, "threads": threads})
-            for name, values in engines.items()
-        }
-        return replace(graph, attrs=FrozenMap({**graph.attrs, "engines": FrozenMap(placed)}))
+        shared = {name: _with_threads(values, threads) for name, values in engines.items()}
+        placed = FrozenMap({**graph.engines, **shared})
+        return replace(graph, attrs=FrozenMap({**graph.attrs, "engines": placed}))
+
+
+def _with_threads(values: Value, threads: int) -> FrozenMap:
+    given = values if isinstance(values, FrozenMap) else FrozenMap()
+    return given if given.get("threads") else FrozenMap({**given, "threads": threads})

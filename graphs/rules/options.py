@@ -5,7 +5,8 @@ from dataclasses import MISSING, Field, fields
 from typing import Any, get_type_hints
 
 from sagellm.graphs.diagnostics import VALUE, Diagnostic, Path
-from sagellm.graphs.facts import Facts
+from sagellm.graphs.engines import KIND, engine_kind, kind_options
+from sagellm.graphs.facts import EngineKindView, Facts
 from sagellm.graphs.ir import FrozenMap, Value
 from sagellm.graphs.rules.option_types import accepts, choices, described, shown
 from sagellm.graphs.rules.subject import Subject, choice
@@ -32,13 +33,49 @@ def _engine_reference(path: Path, given: Mapping[str, Value]) -> Iterator[Diagno
 
 
 def engine_options(subject: Subject) -> Iterator[Diagnostic]:
+    kinds = subject.facts.engine_kinds
     for name, given in subject.graph.engines.items():
         path: Path = ("engines", name)
         if not isinstance(given, FrozenMap):
             message = f"the options of engine `{name}` must be a mapping"
             yield Diagnostic("wrong-type", path, message, "write `{model: ...}`")
-        elif subject.facts.engine_options is not None:
-            yield from check_options(path, given, subject.facts.engine_options, subject.facts)
+        elif kinds is not None and engine_kind(given) not in kinds:
+            message = f"unknown kind of engine: {shown(given[KIND])}"
+            hint = choice(given[KIND], kinds)
+            yield Diagnostic("unknown-kind", (*path, KIND, VALUE), message, hint)
+        elif kinds is not None:
+            yield from _options_of_kind(path, given, kinds, subject.facts)
+
+
+def _options_of_kind(
+    path: Path, given: FrozenMap, kinds: Mapping[str, EngineKindView], facts: Facts
+) -> Iterator[Diagnostic]:
+    kind = engine_kind(given)
+    own = {option.name for option in fields(kinds[kind].options)}
+    values = kind_options(given)
+    foreign = {name: _kinds_with(name, kinds) for name in values if name not in own}
+    for name, others in foreign.items():
+        if others:
+            message = (
+                f"`{name}` is an option of kind {_listed(others)}, and engine `{path[-1]}` is of "
+                f"kind `{kind}`"
+            )
+            hint = f"drop it, or write `kind: {others[0]}`"
+            yield Diagnostic("unknown-option", (*path, name), message, hint)
+    known = {name: value for name, value in values.items() if not foreign.get(name)}
+    yield from check_options(path, known, kinds[kind].options, facts)
+
+
+def _kinds_with(option: str, kinds: Mapping[str, EngineKindView]) -> list[str]:
+    return [
+        name
+        for name, kind in kinds.items()
+        if any(declared.name == option for declared in fields(kind.options))
+    ]
+
+
+def _listed(kinds: list[str]) -> str:
+    return " or ".join(f"`{kind}`" for kind in kinds)
 
 
 def executor_options(subject: Subject) -> Iterator[Diagnostic]:

@@ -3,9 +3,11 @@
 from collections.abc import Iterator
 
 from sagellm.graphs.diagnostics import VALUE, Diagnostic
+from sagellm.graphs.engines import engine_kind
 from sagellm.graphs.facts import EngineFactsView
 from sagellm.graphs.ir import SOURCE, FrozenMap, Graph
 from sagellm.graphs.rules.subject import Subject
+from sagellm.graphs.vocabulary import lacking
 from sagellm.graphs.walks import reached
 
 ROUTE = "route"
@@ -16,22 +18,31 @@ def capabilities(subject: Subject) -> Iterator[Diagnostic]:
     for node, spec in subject.specified:
         engine = subject.engine_of(node, spec)
         offered = subject.facts.engine(engine).capabilities if engine else None
-        if engine is None or offered is None or spec.needs <= offered:
+        if engine is None or offered is None or not (lacks := lacking(spec.needs, offered)):
             continue
-        lacking = ", ".join(sorted(spec.needs - offered))
-        message = f"`{node.name}` needs {lacking}, which engine `{engine}` does not offer"
-        able = [name for name in subject.graph.engines if _offers(subject, name, spec.needs)]
-        hint = f"use engine `{able[0]}`" if able else f"it offers {_listed(offered)}"
+        what = ", ".join(need.replace("|", " or ") for need in lacks)
+        kind = engine_kind(subject.graph.engines[engine])
+        message = f"`{node.name}` needs {what}, which engine `{engine}` of kind `{kind}` lacks"
         path = ("operators", node.name, "engine", VALUE)
-        yield Diagnostic("missing-capability", path, message, hint)
+        yield Diagnostic("missing-capability", path, message, _able(subject, spec.needs, offered))
 
 
-def _offers(subject: Subject, engine: str, needs: frozenset[str]) -> bool:
-    return needs <= (subject.facts.engine(engine).capabilities or frozenset())
-
-
-def _listed(names: frozenset[str]) -> str:
-    return ", ".join(sorted(names)) or "nothing"
+def _able(subject: Subject, needs: frozenset[str], offered: frozenset[str]) -> str:
+    """A hint: an engine of the graph that can do it, and the kinds whose engines can."""
+    engines = (
+        name
+        for name in subject.graph.engines
+        if not lacking(needs, subject.facts.engine(name).capabilities or frozenset())
+    )
+    kinds = [
+        name
+        for name, kind in (subject.facts.engine_kinds or {}).items()
+        if not lacking(needs, kind.capabilities)
+    ]
+    fixes = [f"use engine `{name}`" for name in engines][:1]
+    if kinds:
+        fixes.append(f"an engine of kind {' or '.join(f'`{kind}`' for kind in kinds)} can do it")
+    return "; ".join(fixes) or f"it offers {', '.join(sorted(offered)) or 'nothing'}"
 
 
 def routed(subject: Subject) -> Iterator[Diagnostic]:
@@ -61,8 +72,18 @@ def num_replicas(subject: Subject, engine: str) -> int:
 
 
 def memory(subject: Subject) -> Iterator[Diagnostic]:
-    limit = subject.facts.memory_bytes
-    pools = {name: _pool_bytes(subject, name) for name in subject.graph.engines}
+    """The pools of all engines on one device fit its memory, as it was when they were sized."""
+    views = {name: subject.facts.engine(name) for name in subject.graph.engines}
+    for device in dict.fromkeys(view.device for view in views.values()):
+        here = {name: view for name, view in views.items() if view.device == device}
+        known = [view.memory_bytes for view in here.values() if view.memory_bytes is not None]
+        yield from _overfull(subject, tuple(here), max(known, default=subject.facts.memory_bytes))
+
+
+def _overfull(
+    subject: Subject, engines: tuple[str, ...], limit: int | None
+) -> Iterator[Diagnostic]:
+    pools = {name: _pool_bytes(subject, name) for name in engines}
     total = sum(pools.values())
     if limit is None or total <= limit:
         return

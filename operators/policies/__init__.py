@@ -3,26 +3,30 @@ of users are registered, or offered by packages as entry points `sagellm.policie
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from types import ModuleType
 from typing import Any
 
+from sagellm.graphs.diagnostics import Path
 from sagellm.operators.policies import adaptive, cost_optimized, fifo, priority, slo_aware
 from sagellm.operators.policies.options import Options
-from sagellm.operators.policies.order import Policy
-from sagellm.runtime.registry import Registry, check_callable
+from sagellm.operators.policies.order import Policy, RankingPolicy
+from sagellm.runtime.options import read_own_options, refuse_options
+from sagellm.runtime.registry import Registry, check_callable, check_own
 
 
 @dataclass(frozen=True, slots=True)
 class PolicyModule:
     """One policy: what makes it from the options of `policy_sort`, and which of them it uses."""
 
-    policy: Callable[[Options], Policy]
+    policy: Callable[[Options], Policy] | type[RankingPolicy]
     USES: frozenset[str] = frozenset()
 
 
 def policy_module(name: str, policy: Any, uses: Iterable[str] = ()) -> PolicyModule:
     """Raises TypeError and ValueError for parts that are none."""
+    if isinstance(policy, type):
+        check_own(f"policy {name!r}", policy, ("initial", "rank"))
     used, known = frozenset(uses), {option.name for option in fields(Options)}
     if used - known:
         raise ValueError(f"policy {name!r} uses {min(used - known)!r}, no option of policy_sort")
@@ -49,14 +53,18 @@ POLICIES: Registry[ModuleType | PolicyModule] = Registry(
 OWN = "own"  # the order of `function`
 
 
-def find_policy(name: str, options: Options) -> Policy:
-    """The policy of that name.
+def find_policy(name: str, options: Options, path: Path = ()) -> Policy | RankingPolicy:
+    """The policy of that name; `path`: of `policy_sort` in the graph.
 
     Raises ValueError for an unknown name, and for an option that the policy does not use.
     """
     module = POLICIES.find(name)
     refuse_unused(name, module.USES, options)
-    found = module.policy(options)
+    made, where = module.policy, (*path, "policy_options")
+    if isinstance(made, type):
+        return read_own_options(made, options.policy_options, where)
+    refuse_options(f"policy `{name}`", options.policy_options, where)
+    found = made(options)
     if not isinstance(found, Policy):
         raise ValueError(f"policy {name} made {type(found).__name__}; a Policy was wanted")
     return found
@@ -66,7 +74,9 @@ def refuse_unused(name: str, uses: frozenset[str], options: Options) -> None:
     """Raises ValueError where an option was changed that only other policies use."""
     for option in fields(Options):
         users = [other for other, each in POLICIES.at_hand.items() if option.name in each.USES]
-        is_changed = getattr(options, option.name) != option.default
+        is_changed = option.default is not MISSING and (
+            getattr(options, option.name) != option.default
+        )
         if users and is_changed and option.name not in uses:
             raise ValueError(
                 f"policy {name} does not use {option.name}: leave it out, "

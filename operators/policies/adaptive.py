@@ -28,7 +28,11 @@ def shortest_first(options: Options) -> Order:
     def stretched_s(request: Request) -> float:
         return request.stamps.arrived_s + STRETCH * options.prefill_s(request)
 
-    return Order(stretched_s)
+    def foreseen_s(request: Request, prefill_s: float) -> float:
+        return request.stamps.arrived_s + STRETCH * prefill_s
+
+    is_given = options.prefill_tokens_per_s is not None
+    return Order(stretched_s, foreseen=None if is_given else foreseen_s)
 
 
 def policy(options: Options) -> Policy:

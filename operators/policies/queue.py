@@ -1,7 +1,8 @@
 """The queue of `policy_sort`: requests in the order of a policy, as a value."""
 
 import math
-from typing import TypeAlias
+from collections.abc import Mapping
+from typing import Any, TypeAlias
 
 import msgspec
 from immutables import Map
@@ -9,14 +10,29 @@ from msgspec.structs import replace
 
 from sagellm.operators.policies.order import Order
 from sagellm.runtime.backlog import Backlog
+from sagellm.runtime.forecast import Forecast
 from sagellm.runtime.messages import Request
 from sagellm.runtime.operator import Signal
+from sagellm.runtime.prefixes import PrefixIndex
 from sagellm.runtime.sorted_chunks import SortedChunks
 
 # rank, arrival, number: the number is unique, so two requests are never compared.
 Entry: TypeAlias = tuple[float, float, int, Request]
 _Expiry: TypeAlias = tuple[float, int, Entry]
 Choices: TypeAlias = Map[str, tuple[Entry, ...]]
+
+
+class Known(msgspec.Struct, frozen=True):
+    """What ranks depend on beside requests and time.
+
+    `orders`: of the policy, with prefills as they are predicted now. `state`: of a policy that has
+    one. `indexes`: the prefix blocks of engines.
+    """
+
+    orders: tuple[Order, ...]
+    forecast: Forecast = Forecast()
+    state: Any = None
+    indexes: Mapping[str, PrefixIndex] = {}
 
 
 class Queue(msgspec.Struct, frozen=True):
@@ -37,11 +53,16 @@ class Queue(msgspec.Struct, frozen=True):
     told_s: float = 0.0  # until when `backlog.busy_s` counts
     num_sent: int = 0
     num_sent_tokens: int = 0  # of prompts
+    known: Known = Known(())
 
     @property
     def wake_at(self) -> float | None:
         first = self.expiries.first
         return None if first is None else first[0]
+
+    def knowing(self, **changes: Any) -> "Queue":
+        """The same requests, with something else known."""
+        return replace(self, known=replace(self.known, **changes))
 
     def busy_s(self, now: float) -> float:
         """How long something has waited in it, or could not have been sent on, until now."""
@@ -72,6 +93,7 @@ class Queue(msgspec.Struct, frozen=True):
             max(self.told_s, now),
             self.num_sent,
             self.num_sent_tokens,
+            self.known,
         )
 
     def without_taken(self, taken: Request, now: float) -> "Queue":
@@ -166,6 +188,7 @@ class Queue(msgspec.Struct, frozen=True):
             max(self.told_s, now),
             self.num_sent,
             self.num_sent_tokens,
+            self.known,
         )
 
     def _without_all(self, entries: list[Entry], now: float) -> tuple["Queue", tuple[Request, ...]]:

@@ -1,7 +1,8 @@
 """slo_aware: least slack first.
 
 deadline = arrival + slo_ttft_s, or else expires_s, or else the far future;
-slack = deadline - now - T_prefill, where T_prefill = uncached tokens / prefill_tokens_per_s.
+slack = deadline - now - T_prefill, where T_prefill is what the prefill of its uncached tokens
+takes: as the latest first tokens show, or tokens / prefill_tokens_per_s, where that is given.
 
 The smallest slack that is not negative goes first. A request with negative slack misses its
 objective anyway, and gives way to those that need not: its objective counts as 1.5 times as long,
@@ -37,7 +38,11 @@ def least_slack(options: Options) -> Order:
     def latest_start_s(request: Request) -> float:
         return deadline_s(request) - options.prefill_s(request)
 
-    return Order(latest_start_s, grace_s)
+    def foreseen_s(request: Request, prefill_s: float) -> float:
+        return deadline_s(request) - prefill_s
+
+    is_given = options.prefill_tokens_per_s is not None
+    return Order(latest_start_s, grace_s, None if is_given else foreseen_s)
 
 
 def policy(options: Options) -> Policy:

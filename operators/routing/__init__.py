@@ -2,31 +2,38 @@
 users are registered, or offered by packages as entry points `sagellm.strategies`.
 """
 
-from collections.abc import Callable, Iterable
-from typing import TypeAlias
+from sagellm.operators.routing import load_balanced, random, round_robin
+from sagellm.operators.routing.affinity import Affinity
+from sagellm.operators.routing.candidates import Candidates
+from sagellm.operators.routing.locality import Locality
+from sagellm.operators.routing.prefix_aware import PrefixAware
+from sagellm.operators.routing.strategy import (
+    Function,
+    Hold,
+    Order,
+    Registered,
+    Strategy,
+    check_strategy,
+)
+from sagellm.runtime.registry import Registry
 
-from sagellm.operators.routing import affinity, load_balanced, locality, random, round_robin
-from sagellm.operators.routing.view import Candidates
-from sagellm.runtime.operator import Draw
-from sagellm.runtime.registry import Registry, check_callable
+__all__ = ["STRATEGIES", "Candidates", "Function", "Hold", "Order", "Strategy", "find_strategy"]
 
-# A replica of the candidates, or several, best first. The third argument is a random source.
-Strategy: TypeAlias = Callable[[Candidates, float, Draw], int | Iterable[int]]
-
-STRATEGIES: Registry[Strategy] = Registry(
+STRATEGIES: Registry[Registered] = Registry(
     "strategy",
     "sagellm.strategies",
     {
         "load_balanced": load_balanced.choose,
         "round_robin": round_robin.choose,
         "random": random.choose,
-        "affinity": affinity.choose,
-        "locality": locality.choose,
+        "affinity": Affinity,
+        "locality": Locality,
+        "prefix_aware": PrefixAware,
     },
-    check_callable,
+    check_strategy,
 )
 
 
-def find_strategy(name: str) -> Strategy:
+def find_strategy(name: str) -> Registered:
     """The strategy of that name. Raises ValueError."""
     return STRATEGIES.find(name)

@@ -6,7 +6,7 @@ beyond these (see `routing/view.py`). Source: least outstanding tokens, with the
 over a reported snapshot and the rotating tie-break of vLLM's data-parallel load balancer.
 """
 
-from sagellm.operators.routing.view import Candidates
+from sagellm.operators.routing.candidates import Candidates
 from sagellm.runtime.operator import Draw
 
 

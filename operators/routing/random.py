@@ -1,6 +1,7 @@
 """random: each replica with equal probability, from the graph's seed."""
 
-from sagellm.operators.routing.view import Candidates, nth_bit
+from sagellm.operators.routing.candidates import Candidates
+from sagellm.operators.routing.replicas import nth_bit
 from sagellm.runtime.operator import Draw
 
 

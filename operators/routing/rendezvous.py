@@ -1,7 +1,10 @@
 """Rendezvous hashing: a stable choice that moves few keys when the number of replicas changes."""
 
 import hashlib
+import math
 from collections.abc import Sequence
+
+from sagellm.operators.routing.candidates import Candidates
 
 
 def choose_by_key(key: str, replicas: Sequence[int]) -> int:
@@ -12,6 +15,22 @@ def choose_by_key(key: str, replicas: Sequence[int]) -> int:
     1998.
     """
     return max(replicas, key=lambda replica: _weight(key, replica))
+
+
+def choose_bounded(key: str, candidates: Candidates, load_factor: float | None) -> int:
+    """The first replica in the order of their hashes that would not have more than `load_factor`
+    times the mean number of requests; the first of all, where there is no bound.
+
+    Source: Mirrokni, Thorup and Zadimoghaddam, Consistent hashing with bounded loads, 2018; here
+    over rendezvous hashing.
+    """
+    numbers = candidates.numbers
+    if load_factor is None:
+        return choose_by_key(key, numbers)
+    num_requests = sum(map(candidates.num_requests, numbers)) + 1
+    most = math.ceil(load_factor * num_requests / len(numbers))
+    room = [number for number in numbers if candidates.num_requests(number) < most]
+    return choose_by_key(key, room or numbers)
 
 
 def _weight(key: str, replica: int) -> bytes:

@@ -1,6 +1,7 @@
 """round_robin: one replica after the other, whatever their load."""
 
-from sagellm.operators.routing.view import Candidates, bits
+from sagellm.operators.routing.candidates import Candidates
+from sagellm.operators.routing.replicas import bits
 from sagellm.runtime.operator import Draw
 
 

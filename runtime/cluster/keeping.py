@@ -11,6 +11,7 @@ from sagellm.backends.progress import Event, Loading, Progress, silent
 from sagellm.graphs.ir import Graph
 from sagellm.graphs.log import get_logger
 from sagellm.graphs.text.codec import to_msgpack
+from sagellm.runtime.block_hash import secret
 from sagellm.runtime.cluster.backoff import Blame
 from sagellm.runtime.cluster.faults import NoResources, WorkerUnfit
 from sagellm.runtime.cluster.launch import Launcher, Life
@@ -165,6 +166,7 @@ class Keeper:
             engine=worker.engine_name,
             replica=worker.replica,
             num_blocks=self._num_blocks(worker),
+            block_key=secret(),
         )
         channel.put(opening)
         worker.why = f"it was not ready within {self._watch.start_s:g} s"

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from sagellm.graphs.ir import FrozenMap, Graph
-from sagellm.graphs.vocabulary import NoOptions
 from sagellm.runtime.options import read_options
+from sagellm.runtime.prefixes import MAX_PREFIX_BLOCKS
 
 IPC = "ipc"  # as an address: a socket file that only this user reaches
 _TCP = re.compile(r"tcp://(\[[0-9a-fA-F:]+\]|[^:/\[\]*]+):(\d{1,5})")
@@ -25,6 +25,13 @@ class Mistake(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
+class TasksOptions:
+    """`max_prefix_blocks`: prefix blocks of engines that are known to routers, at most."""
+
+    max_prefix_blocks: int = field(default=MAX_PREFIX_BLOCKS, metadata={"min": 0})
+
+
+@dataclass(frozen=True, slots=True)
 class ProcessesOptions:
     """How the workers of executor `processes` are linked and watched; times are in seconds.
 
@@ -37,6 +44,7 @@ class ProcessesOptions:
 
     `address` is that of the graph's end: `ipc`, or `tcp://HOST:PORT` (port 0: any that is free),
     which takes the `keys` of a folder. `kv`: what KV blocks go through between workers.
+    `max_prefix_blocks`: prefix blocks of engines that are known to routers, at most.
     """
 
     ping_s: float = field(default=0.25, metadata={"min": 1e-3})
@@ -47,6 +55,7 @@ class ProcessesOptions:
     address: str = IPC
     keys: str | None = None
     kv: Literal["memory", "tcp", "nixl"] = "memory"
+    max_prefix_blocks: int = field(default=MAX_PREFIX_BLOCKS, metadata={"min": 0})
 
     @property
     def host(self) -> str:
@@ -87,7 +96,7 @@ class ProcessesOptions:
             )
 
 
-EXECUTORS = {"tasks": NoOptions, "processes": ProcessesOptions}
+EXECUTORS = {"tasks": TasksOptions, "processes": ProcessesOptions}
 
 
 def processes_options(graph: Graph) -> ProcessesOptions | None:

@@ -15,19 +15,20 @@ import trio
 from sagellm.backends.progress import Event, Progress
 from sagellm.graphs.ir import Graph
 from sagellm.graphs.text.codec import from_msgpack
+from sagellm.runtime.block_hash import take_secret
 from sagellm.runtime.cluster.lifeline import hold_lifeline
 from sagellm.runtime.comm.channel import Channel, ChannelClosed
 from sagellm.runtime.comm.keys import load_keys
 from sagellm.runtime.comm.protocol import Open, Starting, Stop, Unfit
 from sagellm.runtime.comm.zeromq import Dealer
-from sagellm.runtime.engine.local import LocalEngine
 from sagellm.runtime.engine.serving import EngineServer
+from sagellm.runtime.port import Engine
 
 _VARIABLE = "SAGELLM_WORKER"  # an environment is for the eyes of its user alone, arguments are not
 _SPARE = "spare:"  # instead of a start, which then comes as a line of standard input
 
 # graph, engine, replica, blocks of its pool in an earlier life; called with events of the start
-OpenEngine: TypeAlias = Callable[[Graph, str, int, int | None, Progress], Awaitable[LocalEngine]]
+OpenEngine: TypeAlias = Callable[[Graph, str, int, int | None, Progress], Awaitable[Engine]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +123,7 @@ async def work(
     message = await channel.receive()
     if not isinstance(message, Open):
         return
+    take_secret(message.block_key)
     asked = from_msgpack(message.graph), message.engine, message.replica, message.num_blocks
     try:
         engine = await open_engine(*asked, _progress_over(channel))

@@ -16,6 +16,7 @@ from sagellm.runtime.cluster.launch import Launcher
 from sagellm.runtime.cluster.worker import Watch, Worker, WorkerState
 from sagellm.runtime.engine.prefetching import Prefetcher
 from sagellm.runtime.engine.remote import RemoteEngine
+from sagellm.runtime.engine.remote_kv import remote_engine
 from sagellm.runtime.port import EngineFacts
 
 log = get_logger("sagellm.cluster")
@@ -237,7 +238,7 @@ class Supervisor:
         """It is ready, with an engine like this: perhaps for the first time."""
         if worker.engine is not None:
             return
-        worker.engine = RemoteEngine(
+        worker.engine = remote_engine(
             facts,
             name=worker.engine_name,
             replica=worker.replica,

@@ -31,12 +31,14 @@ class _Said(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 class Open(_Said, frozen=True, kw_only=True, tag="open"):
     """Load one replica of an engine of this graph (MessagePack); answered by `Ready`.
 
-    `num_blocks`: of its pool in an earlier life, if it had one.
+    `num_blocks`: of its pool in an earlier life, if it had one. `block_key`: what all engines of
+    the graph hash their prefix blocks with.
     """
 
     graph: bytes
     engine: str
     replica: int
+    block_key: bytes
     num_blocks: int | None = None
 
 
@@ -124,6 +126,14 @@ class Grant(_Said, frozen=True, kw_only=True, tag="grant"):
     owner: str
 
 
+class AskCache(_Said, frozen=True, kw_only=True, tag="ask_cache"):
+    """Report all prefix blocks that there are, and then changes, by `CacheNews`."""
+
+
+class GrantCache(_Said, frozen=True, kw_only=True, tag="grant_cache"):
+    """One `CacheNews` was read: one more may be sent."""
+
+
 class Idle(_Said, frozen=True, kw_only=True, tag="idle"):
     """Answered by `Done` when no step computes."""
 
@@ -203,6 +213,15 @@ class Events(_Said, frozen=True, kw_only=True, tag="events"):
     load: EngineLoad
 
 
+class CacheNews(_Said, frozen=True, kw_only=True, tag="cache_news"):
+    """Prefix blocks that were stored and dropped, as `CacheChanged` says; uses up one grant."""
+
+    sequence: int
+    is_first: bool
+    stored: bytes
+    dropped: bytes
+
+
 class Pong(_Said, frozen=True, kw_only=True, tag="pong"):
     """A sign of life, and how the engine is. `step_tokens`: its steps by the tokens that they
     computed, counted in buckets; `num_step_tokens`: of all of them.
@@ -227,11 +246,23 @@ FromGraph: TypeAlias = (
     | Hold
     | Drop
     | Grant
+    | AskCache
+    | GrantCache
     | Idle
     | Ping
     | Stop
 )
 FromWorker: TypeAlias = (
-    Starting | Ready | Unfit | Done | Refused | Landing | Exported | Advanced | Events | Pong
+    Starting
+    | Ready
+    | Unfit
+    | Done
+    | Refused
+    | Landing
+    | Exported
+    | Advanced
+    | Events
+    | CacheNews
+    | Pong
 )
 Message: TypeAlias = FromGraph | FromWorker

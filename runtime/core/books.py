@@ -58,7 +58,7 @@ class Books:
             self.forgotten.append(first.request_id)
         self.register.open(first.request_id, numbers, first.expires_s, now=self._turn.now)
         for request in requests:
-            self.ledger.accept(request.key, position=len(request.emitted_token_ids))
+            self.ledger.accept(request.key, position=request.num_emitted)
 
     def to_sink(
         self, item: Item | Forked, *, terminal: bool = False, error: Exception | None = None

@@ -10,6 +10,7 @@ from sagellm.runtime.core.credit import Gates
 from sagellm.runtime.core.effects import Effect, WakeAt
 from sagellm.runtime.core.events import (
     Arrived,
+    CacheReported,
     Emitted,
     Ended,
     EngineFailed,
@@ -34,6 +35,7 @@ from sagellm.runtime.core.flow import Flow
 from sagellm.runtime.core.inputs import Inputs
 from sagellm.runtime.core.meter import Clock, Meter, standing_still
 from sagellm.runtime.core.parking import Parking
+from sagellm.runtime.core.prefixes import Prefixes
 from sagellm.runtime.core.region import Region
 from sagellm.runtime.core.register import Register
 from sagellm.runtime.core.replicas import Replicas
@@ -85,8 +87,16 @@ class Core:
         self._inputs = Inputs(plan, turn, self.region, self.meter, self.books, parking)
         self._flow = Flow(turn, self.region, self.meter, self.books, parking, self._inputs)
         self._returns = Returns(plan, turn, self.books, self._inputs, self._flow)
+        self.prefixes = Prefixes(plan, turn, self._inputs.change_prefixes)
         self.replicas = Replicas(
-            plan, turn, self.gates, self.meter, self._inputs, num_replicas, max_hold_s
+            plan,
+            turn,
+            self.gates,
+            self.meter,
+            self._inputs,
+            self.prefixes,
+            num_replicas,
+            max_hold_s,
         )
         self.outliers = self.replicas.outliers
         self._room = Room(plan, self.gates)
@@ -104,6 +114,7 @@ class Core:
             EngineFailed: self._fail_over,
             Transferred: self._transfer,
             Reported: lambda e: self._inputs.report(e.feedback),
+            CacheReported: lambda e: self.prefixes.report(e.changed),
             Signalled: lambda e: self._signal(e.signal),
             ReplicaAdded: lambda e: self.replicas.add(e.engine),
             ReplicaMarked: self._mark,
@@ -186,7 +197,7 @@ class Core:
 
     def _emit(self, emitted: Emitted) -> None:
         node, replica, items = emitted.node, emitted.replica, emitted.items
-        if self.outliers.suspects and any(getattr(item, "token_ids", ()) for item in items):
+        if self.outliers.suspects and any(getattr(item, "num_tokens", 0) for item in items):
             self.outliers.computed((self.plan.engine_name(node) or "", replica))
         self._flow.emit(emitted.ticket, node, replica, items, emitted.outlet)
 
@@ -215,6 +226,8 @@ class Core:
             self._signal(Signal("expire", request_id))
         for node in self.region.take_due(now):
             self._inputs.feed(node, Wake())
+        for gate in self.region.holds.take_due(now):
+            self._flow.end_hold(*gate, num_left=self.gates.accounts[gate].requests)
         availability = self.replicas.availability
         if availability.take_due(now):
             self._returns.end_unserved(availability.max_hold_s)

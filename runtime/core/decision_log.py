@@ -14,6 +14,7 @@ import msgspec
 from sagellm.runtime.core.effects import Effect
 from sagellm.runtime.core.events import Event
 from sagellm.runtime.core.faults import OperatorFault
+from sagellm.runtime.port import EngineFacts
 from sagellm.runtime.user_code import NamedError, WrongResult, name_of
 
 MAGIC = b"sagellm decisions 1\n"
@@ -25,13 +26,17 @@ class LogError(ValueError):
     """A file that is no log of decisions."""
 
 
-class Header(msgspec.Struct, frozen=True):
-    """What a core is made of: the graph (MessagePack), its engines' replicas, seed and bound."""
+class Header(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What a core is made of: the graph (MessagePack), its engines' replicas, seed and bound; and,
+    where its operators ask for prefix blocks, facts of the engines and what blocks are hashed with.
+    """
 
     graph: bytes
     engines: dict[str, int]
     seed: int = 0
     max_hold_s: float | None = None  # None: for ever
+    facts: dict[str, EngineFacts] = {}
+    block_key: bytes = b""
 
 
 class _Decision(msgspec.Struct, frozen=True, array_like=True):
@@ -52,7 +57,7 @@ class DecisionWriter:
 
     def __init__(self, file: BufferedWriter, header: Header, max_bytes: int) -> None:
         self._file = file
-        self._num_left = max_bytes
+        self._num_left = max_bytes - len(MAGIC) - _LENGTH_BYTES  # of the mark that it is full
         self.is_full = False
         file.write(MAGIC)
         self._write(_encode(header))

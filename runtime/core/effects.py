@@ -88,6 +88,23 @@ class Ejected(_Effect, frozen=True, tag="ejected"):
     for_s: float
 
 
+class AskCache(_Effect, frozen=True, tag="ask_cache"):
+    """Ask the engine of a replica to report all prefix blocks that it has, and then changes."""
+
+    engine: str
+    replica: int
+
+
 Effect: TypeAlias = (
-    Send | Deliver | Interrupt | Discard | Parked | Resumed | WakeAt | Faulted | FailedOn | Ejected
+    Send
+    | Deliver
+    | Interrupt
+    | Discard
+    | Parked
+    | Resumed
+    | WakeAt
+    | Faulted
+    | FailedOn
+    | Ejected
+    | AskCache
 )

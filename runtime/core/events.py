@@ -7,6 +7,7 @@ from typing import TypeAlias
 
 import msgspec
 
+from sagellm.runtime.cache_changes import CacheChanged
 from sagellm.runtime.feedback import Feedback
 from sagellm.runtime.messages import FinishReason, Item, Request, TokenEvent
 from sagellm.runtime.operator import Credit, Signal
@@ -120,6 +121,12 @@ class Reported(_Event, frozen=True, gc=False, tag="reported"):
     feedback: Feedback
 
 
+class CacheReported(_Event, frozen=True, gc=False, tag="cache_reported"):
+    """An engine says which prefix blocks it has."""
+
+    changed: CacheChanged
+
+
 class Signalled(_Event, frozen=True, tag="signalled"):
     """A caller ends a request, or one choice of it."""
 
@@ -168,6 +175,7 @@ Event: TypeAlias = (
     | EngineFailed
     | Transferred
     | Reported
+    | CacheReported
     | Signalled
     | ReplicaAdded
     | ReplicaMarked

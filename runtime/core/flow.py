@@ -10,6 +10,7 @@ from sagellm.runtime.core.meter import Meter
 from sagellm.runtime.core.parking import ParkedInput, ParkedItems, Parking
 from sagellm.runtime.core.region import Region
 from sagellm.runtime.core.turn import Turn
+from sagellm.runtime.feedback import CreditChanged
 from sagellm.runtime.messages import Item, Request, TokenEvent
 from sagellm.runtime.user_code import WrongResult
 
@@ -67,6 +68,14 @@ class Flow:
         for way in ((node, replica), (node, None)):
             while (parked := self._parking.first(way)) is not None and self._try(parked):
                 pass
+
+    def end_hold(self, node: str, replica: int, num_left: float) -> None:
+        """Requests have waited for a replica for long enough: what is parked is tried, and those
+        that keep requests offer them again, as if its credit had changed.
+        """
+        credit = CreditChanged(node=node, replica=replica, num_left=num_left)
+        self._inputs.report(credit)
+        self.retry(node, replica)
 
     def retry_all(self) -> None:
         """Ways may have opened: try everything."""

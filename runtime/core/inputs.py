@@ -14,10 +14,18 @@ from sagellm.runtime.core.meter import Meter
 from sagellm.runtime.core.parking import ParkedInput, Parking
 from sagellm.runtime.core.region import Region
 from sagellm.runtime.core.turn import Turn
-from sagellm.runtime.feedback import KINDS, Feedback, QueueChanged, RoomChanged, Topology
+from sagellm.runtime.feedback import (
+    KINDS,
+    Feedback,
+    PrefixesChanged,
+    QueueChanged,
+    RoomChanged,
+    Topology,
+)
 from sagellm.runtime.messages import TokenEvent
 from sagellm.runtime.operator import Arrival, Input, Signal, Wake
 from sagellm.runtime.plan import Plan
+from sagellm.runtime.prefixes import PrefixIndex
 
 _Subscribers = tuple[str, ...]
 
@@ -47,7 +55,8 @@ class Inputs:
         self._forgetting = [
             (name, getattr(plan.logic[name], "keeps", None)) for name in self._taking["forget"]
         ]
-        self._placing = tuple(name for name in names if "topology" in spec(name).subscribes)
+        self._placing = tuple(name for name in names if "topology" in plan.subscribes(name))
+        self._cache_readers = {engine: plan.cache_readers(engine) for engine in plan.engines}
 
     def feed(self, node: str, happened: Input) -> None:
         """Give an operator an input. Its faults are logged, and end what nothing else would end."""
@@ -73,6 +82,11 @@ class Inputs:
         """Give a new topology to those that place requests."""
         self._inputs += ((name, topology) for name in self._placing)
         self.settle()
+
+    def change_prefixes(self, engine: str, index: PrefixIndex) -> None:
+        """Give the index of an engine to those that ask for it."""
+        changed = PrefixesChanged(engine, index)
+        self._inputs += ((name, changed) for name in self._cache_readers[engine])
 
     def settle(self) -> None:
         """Give all inputs that wait; each may lead to more."""

@@ -8,6 +8,7 @@ from msgspec.structs import replace
 from sagellm.runtime.core.answers import check_end, check_item
 from sagellm.runtime.core.credit import Gates, NoCredit
 from sagellm.runtime.core.faults import OperatorFault
+from sagellm.runtime.core.holds import Holds
 from sagellm.runtime.core.journal import Cell, Journal, Reached, Upstream
 from sagellm.runtime.core.ways import Ways
 from sagellm.runtime.messages import Item, Request
@@ -39,11 +40,14 @@ class Outputs:
     sends an item that the operator emits.
     """
 
-    def __init__(self, passage: Passing, gates: Gates, journal: Journal, ways: Ways) -> None:
+    def __init__(
+        self, passage: Passing, gates: Gates, journal: Journal, ways: Ways, holds: Holds
+    ) -> None:
         self._passage = passage
         self._gates = gates
         self._journal = journal
         self._ways = ways
+        self._holds = holds
         self.by_type: dict[type, PutOut] = {
             Emit: self._emit,
             EmitAll: self._emit_all,
@@ -63,7 +67,7 @@ class Outputs:
         self._passage.pass_all(cell.name, output.items, output.outlet, now)
 
     def _emit_first(self, cell: Cell, output: EmitFirst, now: float, send: Sending) -> None:
-        """Raises the first NoCredit where no item finds any."""
+        """Raises the first NoCredit where no item finds any, or it is held back for the first."""
         refused: NoCredit | None = None
         mark, choices = self._journal.mark(), iter(output.choices)
         while (chosen := _next(cell, choices)) is not None:
@@ -74,6 +78,10 @@ class Outputs:
                 return
             except NoCredit as error:
                 self._journal.roll_back(mark)
+                if refused is None and output.hold_s and error.replica is not None:
+                    way = error.node, error.replica
+                    if self._holds.holds(cell.name, item, way, output.hold_s, now):
+                        raise
                 refused = refused or error
                 if not self._gates.may_take(error.node, item):
                     break

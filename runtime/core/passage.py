@@ -12,6 +12,7 @@ from sagellm.runtime.core.answers import (
 )
 from sagellm.runtime.core.credit import Gates, NoCredit
 from sagellm.runtime.core.faults import OperatorFault
+from sagellm.runtime.core.holds import Holds
 from sagellm.runtime.core.journal import Cell, Journal, Reached
 from sagellm.runtime.core.meter import Meter, Tally
 from sagellm.runtime.core.outputs import Outputs, Sending
@@ -65,7 +66,8 @@ class Passage:
             if not edge.feedback
         }
         self.ways = Ways(graph, cells, gates)
-        self._put_out = Outputs(self, gates, journal, self.ways).by_type
+        self.holds = Holds()
+        self._put_out = Outputs(self, gates, journal, self.ways, self.holds).by_type
 
     def meet(self, cell: Cell, happened: Input, now: float) -> bool:
         """Run an input, and answer the offers that it led to before the next input; False where

@@ -50,7 +50,7 @@ class Recovery:
         if self._on_trial == key:
             self._on_trial = None
         self._num_returns[key] = self._num_returns.get(key, 0) + 1
-        num_emitted = len(request.emitted_token_ids)
+        num_emitted = request.num_emitted
         has_advanced = num_emitted > self._num_known.get(key, 0)
         self._num_known[key] = num_emitted
         if has_advanced:
@@ -88,7 +88,7 @@ class Recovery:
         """An item reached the sink: with the first token, or the end, a request is through."""
         if item.key not in self._lost_s:
             return
-        if isinstance(item, TokenEvent) and not item.token_ids and not item.is_last:
+        if isinstance(item, TokenEvent) and not item.num_tokens and not item.is_last:
             return
         self.gaps_s.observe(self._clock() - self._lost_s.pop(item.key))
         if self._on_trial == item.key:
@@ -126,5 +126,6 @@ class Recovery:
 def _digest(request: Request) -> bytes:
     """Of what it makes an engine compute, whoever asks."""
     sampling = msgspec.structs.replace(request.sampling, seed=None)
-    content = msgspec.msgpack.encode((request.prompt_token_ids, sampling))
+    prompt = request.prompt_token_ids or (request.prompt, request.messages)
+    content = msgspec.msgpack.encode((prompt, sampling))
     return hashlib.blake2b(content, digest_size=16).digest()

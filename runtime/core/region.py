@@ -42,21 +42,22 @@ class Region:
         self._journal = Journal(tuple(logic), gates, entries)
         self.holdings = self._journal.holdings
         self._passage = Passage(graph, self.cells, gates, self._journal, meter, num_replicas)
+        self.holds = self._passage.holds
         self._next_wake_s = math.inf
 
     @property
     def wakes_changed(self) -> bool:
         """Whether `next_wake_s` may be another than when it was read last."""
-        return self._passage.wakes_changed
+        return self._passage.wakes_changed or self.holds.has_changed
 
     @property
     def next_wake_s(self) -> float:
-        """When the first operator wants to be woken."""
+        """When the first operator wants to be woken, or the first hold ends."""
         if self._passage.wakes_changed:
             self._passage.wakes_changed = False
             wakes = (cell.wake_at for cell in self.cells.values() if cell.wake_at is not None)
             self._next_wake_s = min(wakes, default=math.inf)
-        return self._next_wake_s
+        return min(self._next_wake_s, self.holds.next_end_s)
 
     def take_due(self, now: float) -> list[str]:
         """The operators whose wake-up is due; each must ask for the next one."""
@@ -70,6 +71,7 @@ class Region:
     def forget(self, request_id: str) -> None:
         """A request has ended: forget what is known of it here."""
         self._passage.ways.forget(request_id)
+        self.holds.forget(request_id)
 
     def restart(self, node: str) -> None:
         """Give an operator its first state again, after it failed on the one that it has."""

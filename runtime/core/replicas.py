@@ -9,6 +9,7 @@ from sagellm.runtime.core.events import Opened
 from sagellm.runtime.core.inputs import Inputs
 from sagellm.runtime.core.meter import Meter
 from sagellm.runtime.core.outliers import Outliers
+from sagellm.runtime.core.prefixes import Prefixes
 from sagellm.runtime.core.turn import Turn
 from sagellm.runtime.feedback import CreditChanged, HealthChanged
 from sagellm.runtime.plan import Plan
@@ -27,6 +28,7 @@ class Replicas:
         gates: Gates,
         meter: Meter,
         inputs: Inputs,
+        prefixes: Prefixes,
         num_replicas: dict[str, int],
         max_hold_s: float,
     ) -> None:
@@ -37,6 +39,7 @@ class Replicas:
         self._gates = gates
         self._meter = meter
         self._inputs = inputs
+        self._prefixes = prefixes
         self._num_replicas = num_replicas
 
     @property
@@ -51,6 +54,9 @@ class Replicas:
         num_left = self._gates.accounts[gate].requests
         credit = CreditChanged(node=opened.node, replica=opened.replica, num_left=num_left)
         self._inputs.report(credit)
+        engine = self.plan.engine_name(opened.node)
+        if engine is not None and self.plan.nodes_of(engine)[0] == opened.node:
+            self._prefixes.ask(engine, opened.replica)
 
     def add(self, engine: str) -> None:
         """An engine has one more replica, which takes nothing before it is marked as up."""
@@ -65,6 +71,10 @@ class Replicas:
         """Close the ways to a replica that is lost, or open them to one that is back."""
         self.availability.mark(engine, number, self._turn.now, is_up=is_up)
         self.outliers.forget((engine, number))
+        if is_up:
+            self._prefixes.ask(engine, number)
+        else:
+            self._prefixes.lose(engine, number)
         if is_up and (engine, number) in self.plan.removed:
             self._change(replace(self.plan, removed=self.plan.removed - {(engine, number)}))
         self._report_health((engine, number), is_up=is_up)

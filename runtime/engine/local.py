@@ -7,7 +7,9 @@ import trio
 
 from sagellm.graphs.log import get_logger
 from sagellm.runtime.buckets import Buckets
+from sagellm.runtime.cache_changes import TellCache
 from sagellm.runtime.engine.batch import Landing
+from sagellm.runtime.engine.cache_reporting import CacheReporting
 from sagellm.runtime.engine.collecting import Collector
 from sagellm.runtime.engine.intake import check_offer, check_sequence, open_sequence
 from sagellm.runtime.engine.mailbox import Mailbox
@@ -48,6 +50,7 @@ class LocalEngine:
             keeps_prefixes=resources.limits.prefix_caching,
             shape=self.facts.shape,
         )
+        self.cache = CacheReporting(self.pool)
         self.scheduler = Scheduler(self.pool, resources.limits)
         self._resources = resources
         self._speculation = resources.speculation
@@ -124,6 +127,9 @@ class LocalEngine:
             tell(lease.ref(self.name, self.replica), num_blocks)
 
         self._collector.on_advance = told
+
+    def report_cache(self, tell: TellCache) -> None:
+        self.cache.report_to(tell, self.name, self.replica)
 
     def forget_gone(self) -> None:
         """Let go of what belonged to other processes that are gone."""
@@ -204,9 +210,11 @@ class LocalEngine:
             self._collector.collect(batch, sampled)
             for mailbox in self._mailboxes.values():
                 mailbox.flush()
+            self.cache.flush()
             if not self._stepping.is_computing:
                 self._at_rest.unpark_all()
         else:
+            self.cache.flush()
             await self._wait()
 
     # ---- taking sequences ----------------------------------------------------------------------

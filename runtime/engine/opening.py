@@ -1,20 +1,18 @@
-"""Opening an engine: from its options to what it works with."""
+"""Opening an engine that computes: from its options to what it works with."""
 
 import importlib
 
-from sagellm.backends import Device, get_backend
+from sagellm.backends import Device, get_backend, list_available_backends
 from sagellm.backends.progress import Progress, silent
+from sagellm.graphs.vocabulary import nearest
 from sagellm.runtime.engine.local import LocalEngine
-from sagellm.runtime.engine.null_runner import NullRunner
 from sagellm.runtime.engine.options import EngineOptionError, EngineOptions
-from sagellm.runtime.engine.resources import EngineResources
 from sagellm.runtime.engine.sizing import engine_facts, size
-from sagellm.runtime.kv.storage import NullStorage
 from sagellm.runtime.kv.transport import Sharing
 from sagellm.runtime.models.folder import ModelFolder, resolve_model
 from sagellm.runtime.port import EngineFacts
 
-# By name, so that a graph can be checked, and the null engine opened, without loading torch.
+# By name, so that a graph can be checked without loading torch.
 _RESOURCES = "sagellm.runtime.engine.device_resources"
 
 
@@ -30,24 +28,25 @@ def open_engine(
 
     `sharing`: other processes reach the pool through that. `progress` is called with each event.
     Takes seconds without a checkpoint. Raises EngineOptionError, ModelError, UnsupportedModel,
-    UnknownBackend, LoweringError.
+    LoweringError.
     """
     folder = resolve_model(options.model)
     device = open_device(options, replica)
     facts = facts_of(options, folder, device)
-    if options.is_null:
-        resources = _null_resources(options, folder, facts)
-    else:
-        opened = importlib.import_module(_RESOURCES).open_resources
-        resources = opened(options, folder, facts, device, sharing, progress)
+    opened = importlib.import_module(_RESOURCES).open_resources
+    resources = opened(options, folder, facts, device, sharing, progress)
     return LocalEngine(resources, name=name, replica=replica)
 
 
 def open_device(options: EngineOptions, replica: int = 0) -> Device:
-    """The device of one replica. Raises UnknownBackend, EngineOptionError."""
-    backend = get_backend("null" if options.is_null else options.backend)
-    names = backend.devices()
-    index = options.device_index
+    """The device of one replica. Raises EngineOptionError."""
+    known = list_available_backends()
+    if options.backend not in known:
+        close = nearest(options.backend, known)
+        hint = f"did you mean {close}?" if close else "see `sagellm doctor`"
+        raise EngineOptionError(f"device: {options.device!r} is not built; {hint}")
+    backend = get_backend(options.backend)
+    names, index = backend.devices(), options.device_index
     if index is None:
         return backend.device(replica % max(1, len(names)))
     if index >= len(names):
@@ -62,17 +61,3 @@ def facts_of(
     """The facts that an engine opened now would have; reads no weight. Raises EngineOptionError."""
     memory_bytes = (device or open_device(options)).memory_bytes
     return engine_facts(options, folder, size(options, folder.facts, memory_bytes))
-
-
-def _null_resources(
-    options: EngineOptions, folder: ModelFolder, facts: EngineFacts
-) -> EngineResources:
-    token_s = 1e-4 if options.prefill_token_s is None else options.prefill_token_s
-    step_s = 0.01 if options.decode_step_s is None else options.decode_step_s
-    return EngineResources(
-        facts,
-        options.limits,
-        NullRunner(folder.facts.vocab_size, token_s, step_s),
-        NullStorage(facts.kv_block_bytes, options.kv_bytes_per_s or 10e9),
-        folder.facts.vocab_size,
-    )

@@ -1,10 +1,19 @@
-"""The options of one engine, as `engines:` of a graph file gives them."""
+"""The options of engines with a KV pool: what those have in common, and those of kind `local`."""
 
 import re
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from sagellm.backends.quantised import MODES
-from sagellm.graphs.vocabulary import nearest
+from sagellm.graphs.vocabulary import (
+    KV_TRANSFER,
+    LOGPROBS,
+    RESUME,
+    TEXT_OUT,
+    TOKENS_IN,
+    TOKENS_OUT,
+    nearest,
+)
 from sagellm.runtime.engine.limits import Limits
 
 _UNITS = {
@@ -17,6 +26,7 @@ _UNITS = {
     "MB": 10**6,
     "GB": 10**9,
 }
+LOCAL_CAPABILITIES = frozenset({TOKENS_IN, TOKENS_OUT, TEXT_OUT, KV_TRANSFER, RESUME, LOGPROBS})
 _SPECULATIONS = ("ngram", "draft")
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 
@@ -36,27 +46,47 @@ def num_bytes(size: str) -> int:
     return int(float(match[1]) * _UNITS[match[2]])
 
 
-@dataclass(frozen=True, slots=True)
-class EngineOptions:
-    """Raises EngineOptionError for values that no engine can obey.
+class SizedOptions(Protocol):
+    """What the size of a pool, and the facts of its engine, depend on. `quantization`: the form of
+    the weights in memory.
+    """
 
-    `model`: a built-in name, a folder, a Hub id, or "null". `device`: a backend, and which of its
-    devices ("cpu", "cuda:1"); without a number, replicas take them in turn. `dtype` None:
-    the model's own. The KV pool has `num_blocks` blocks, or as many as `kv_memory` holds
-    ("256MiB"), or a sensible number.
+    @property
+    def model(self) -> str: ...
+    @property
+    def dtype(self) -> str | None: ...
+    @property
+    def block_size(self) -> int: ...
+    @property
+    def num_blocks(self) -> int | None: ...
+    @property
+    def kv_memory(self) -> str | None: ...
+    @property
+    def max_model_len(self) -> int | None: ...
+    @property
+    def max_num_seqs(self) -> int: ...
+    @property
+    def quantization(self) -> str | None: ...
+    @property
+    def replicas(self) -> int: ...
+    @property
+    def limits(self) -> Limits: ...
+    @property
+    def capabilities(self) -> frozenset[str]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class PagedOptions:
+    """The options of an engine that schedules batches over a paged KV pool. Raises
+    EngineOptionError for values that no engine can obey.
+
+    `model`: a built-in name, a folder, a Hub id, or "null". `dtype` None: the model's own. The KV
+    pool has `num_blocks` blocks, or as many as `kv_memory` holds ("256MiB"), or a sensible number.
     `max_step_tokens`: tokens computed in one step at most; `prefill_chunk`: of one prompt.
     `prefix_caching`: blocks of ended sequences are kept, and reused where a prompt begins alike.
-    `deterministic`: the same bits for a sequence whatever it is batched with. `threads` None:
-    torch's choice. `quantization`, one of MODES: the form in which weights of linears are kept and
-    multiplied; None: as they are stored. `speculation`: "ngram" drafts from a sequence's own
-    tokens, "draft" with the model `draft_model`, which has the same vocabulary; at most
-    `num_draft_tokens` (4) a step. The last three are the cost model of device "null", which
-    computes nothing: seconds a prompt token (0.0001), seconds a step (0.01), bytes a second between
-    pools (10e9).
     """
 
     model: str = "sage-tiny"
-    device: str = "cpu"
     dtype: str | None = None
     block_size: int = field(default=16, metadata={"min": 1})
     num_blocks: int | None = field(default=None, metadata={"min": 1})
@@ -66,16 +96,7 @@ class EngineOptions:
     max_step_tokens: int = field(default=512, metadata={"min": 2})
     prefill_chunk: int | None = field(default=None, metadata={"min": 1})
     prefix_caching: bool = True
-    deterministic: bool = False
-    quantization: str | None = None
-    threads: int | None = field(default=None, metadata={"min": 1})
     replicas: int = field(default=1, metadata={"min": 1})
-    speculation: str | None = None
-    draft_model: str | None = None
-    num_draft_tokens: int | None = field(default=None, metadata={"min": 1})
-    prefill_token_s: float | None = field(default=None, metadata={"min": 0})
-    decode_step_s: float | None = field(default=None, metadata={"min": 0})
-    kv_bytes_per_s: float | None = field(default=None, metadata={"min": 1})
 
     def __post_init__(self) -> None:
         for name, option in self.__dataclass_fields__.items():
@@ -86,10 +107,6 @@ class EngineOptions:
             raise EngineOptionError("num_blocks and kv_memory both size the KV pool; give one")
         if self.kv_memory is not None:
             num_bytes(self.kv_memory)
-        self._check_device()
-        self._check_costs()
-        self._check_speculation()
-        self._check_quantization()
 
     @property
     def limits(self) -> Limits:
@@ -97,14 +114,42 @@ class EngineOptions:
             self.max_num_seqs, self.max_step_tokens, self.prefill_chunk, self.prefix_caching
         )
 
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions(PagedOptions):
+    """The options of kind `local`. Raises EngineOptionError for values that no engine can obey.
+
+    `device`: a backend, and which of its devices ("cpu", "cuda:1"); without a number, replicas take
+    them in turn. `deterministic`: the same bits for a sequence whatever it is batched with.
+    `threads` None: torch's choice. `quantization`, one of MODES: the form in which weights of
+    linears are kept and multiplied; None: as they are stored. `speculation`: "ngram" drafts from a
+    sequence's own tokens, "draft" with the model `draft_model`, which has the same vocabulary; at
+    most `num_draft_tokens` (4) a step.
+    """
+
+    device: str = "cpu"
+    deterministic: bool = False
+    quantization: str | None = None
+    threads: int | None = field(default=None, metadata={"min": 1})
+    speculation: str | None = None
+    draft_model: str | None = None
+    num_draft_tokens: int | None = field(default=None, metadata={"min": 1})
+
+    def __post_init__(self) -> None:
+        PagedOptions.__post_init__(self)
+        self._check_device()
+        self._check_speculation()
+        self._check_quantization()
+
+    @property
+    def capabilities(self) -> frozenset[str]:
+        """What an engine with these options can do."""
+        return LOCAL_CAPABILITIES
+
     @property
     def num_drafted(self) -> int:
         """Tokens to draft for a sequence in one step at most, where any are."""
         return 4 if self.num_draft_tokens is None else self.num_draft_tokens
-
-    @property
-    def is_null(self) -> bool:
-        return "null" in (self.backend, self.model)
 
     @property
     def backend(self) -> str:
@@ -123,14 +168,11 @@ class EngineOptions:
             raise EngineOptionError(
                 f"device: {self.device!r} has no number after the colon; write {name} or {name}:0"
             )
-
-    def _check_costs(self) -> None:
-        costs = ("prefill_token_s", "decode_step_s", "kv_bytes_per_s")
-        given = [name for name in costs if getattr(self, name) is not None]
-        if given and not self.is_null:
-            raise EngineOptionError(
-                f"{given[0]}: only device null takes the time it is told; drop it"
-            )
+        for option, value in (("device", name), ("model", self.model)):
+            if value == "null":
+                raise EngineOptionError(
+                    f"{option}: null computes nothing, and kind local does; write kind: modelled"
+                )
 
     def _check_speculation(self) -> None:
         if self.speculation is None:
@@ -142,10 +184,6 @@ class EngineOptions:
             close = nearest(self.speculation, _SPECULATIONS)
             fix = f"did you mean {close}?" if close else f"use {' or '.join(_SPECULATIONS)}"
             raise EngineOptionError(f"speculation: {self.speculation!r} is unknown; {fix}")
-        if self.is_null:
-            raise EngineOptionError(
-                "speculation: device null computes nothing that could verify a draft; drop it"
-            )
         if self.speculation == "draft" and self.draft_model is None:
             raise EngineOptionError("speculation: draft needs draft_model; name one, or use ngram")
         if self.speculation != "draft" and self.draft_model is not None:
@@ -165,5 +203,3 @@ class EngineOptions:
             close = nearest(mode, MODES)
             fix = f"did you mean {close}?" if close else f"use {', '.join(MODES)}"
             raise EngineOptionError(f"quantization: {mode!r} is unknown; {fix}")
-        if mode is not None and self.is_null:
-            raise EngineOptionError("quantization: device null computes nothing; drop it")

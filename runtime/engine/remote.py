@@ -8,18 +8,20 @@ from dataclasses import dataclass, field
 import trio
 
 from sagellm.runtime.buckets import Buckets
+from sagellm.runtime.cache_changes import CacheChanged, TellCache
 from sagellm.runtime.comm.channel import Channel, ChannelClosed
 from sagellm.runtime.comm.protocol import (
-    Advanced,
+    AskCache,
+    CacheNews,
     Cancel,
     Done,
     Drop,
     Events,
     Exported,
     Grant,
+    GrantCache,
     Hold,
     Idle,
-    Import,
     Landing,
     Pong,
     Refused,
@@ -27,11 +29,10 @@ from sagellm.runtime.comm.protocol import (
     Submit,
 )
 from sagellm.runtime.engine.mailbox import Mailbox
-from sagellm.runtime.engine.prefetching import Prefetcher
-from sagellm.runtime.engine.remote_transfer import LEASE_S, Question, RemoteSource, RemoteTarget
+from sagellm.runtime.engine.remote_transfer import LEASE_S, Question
 from sagellm.runtime.engine.stepping import STEP_TOKENS
 from sagellm.runtime.kv.lease import Fence
-from sagellm.runtime.messages import LeaseRef, SequenceState, TokenEvent
+from sagellm.runtime.messages import SequenceState, TokenEvent
 from sagellm.runtime.port import (
     DamagedBlocks,
     EngineEvent,
@@ -40,7 +41,6 @@ from sagellm.runtime.port import (
     EngineLoad,
     EngineLost,
     EngineRefusal,
-    LeaseOffer,
     Lost,
     PrefillDone,
     StaleLease,
@@ -56,7 +56,8 @@ class _Call:
 
 
 class RemoteEngine:
-    """One replica that a worker runs; the worker may be replaced, and is missing meanwhile.
+    """One replica of any kind that a worker runs; the worker may be replaced, and is missing
+    meanwhile.
 
     Nothing of one life reaches the next: what was open ends as `Lost`, what was asked as
     EngineLost, and a new life begins with no sequence and no lease.
@@ -69,13 +70,11 @@ class RemoteEngine:
         name: str,
         replica: int = 0,
         on_change: Callable[[bool], None] = lambda is_up: None,
-        prefetcher: Prefetcher | None = None,
     ) -> None:
         self.facts = facts
         self.name = name
         self.replica = replica
         self._on_change = on_change
-        self._prefetcher = prefetcher
         self.num_lives = 0
         self.is_removed = False  # nobody is to take the place of its last worker
         self.has_served = False  # this life, or the last one, has given a token
@@ -89,6 +88,7 @@ class RemoteEngine:
         self._submitting: set[Fence] = set()  # asked for, and not answered yet
         self._gone: dict[Fence, bool] = {}  # of those: lost meanwhile, by a death or not
         self._num_ungranted: dict[str, int] = {}  # batches of this life that a reader has to take
+        self._tell_cache: TellCache = lambda changed: None
         self._load = EngineLoad(num_blocks=facts.num_blocks, num_free_blocks=facts.num_blocks)
         self._health = EngineHealth()
         self._earlier_steps = Buckets(STEP_TOKENS)  # of earlier lives
@@ -119,23 +119,7 @@ class RemoteEngine:
             self._gone.pop(fence, None)
 
     def cancel(self, request_id: str, choice: int, epoch: int) -> None:
-        if self._prefetcher is not None:
-            self._prefetcher.forget(Fence(request_id, choice, epoch))
         self.say(Cancel(request_id=request_id, choice=choice, epoch=epoch))
-
-    def export(self, lease: LeaseRef) -> RemoteSource:
-        return RemoteSource(self, lease)
-
-    async def import_(self, offer: LeaseOffer) -> RemoteTarget:
-        try:
-            answer = await self.ask(lambda call: Import(call=call, offer=offer))
-        except trio.Cancelled:
-            self.cancel(offer.request_id, offer.choice, offer.epoch)  # it may have had them already
-            raise
-        assert isinstance(answer, Landing)
-        if self._prefetcher is not None:
-            self._prefetcher.landing(self, answer.lease)
-        return RemoteTarget(self, answer.lease, self._prefetcher)
 
     def events(self, owner: str) -> "_Reader":
         return _Reader(self, owner, self._mailbox(owner))
@@ -154,6 +138,11 @@ class RemoteEngine:
         steps = self._earlier_steps.copy()
         steps.add(self._steps)
         return steps
+
+    def report_cache(self, tell: TellCache) -> None:
+        """To be asked again in each life."""
+        self._tell_cache = tell
+        self.say(AskCache())
 
     async def idle(self) -> None:
         try:
@@ -189,8 +178,6 @@ class RemoteEngine:
         """The worker is gone, with all that it held."""
         self._channel = None
         self._on_change(False)  # first, so that what re-enters goes elsewhere
-        if self._prefetcher is not None:
-            self._prefetcher.lose(self)
         calls, self._calls = self._calls, {}
         for call in calls.values():
             call.done.set()
@@ -237,9 +224,9 @@ class RemoteEngine:
             case Events(owner=owner, events=events, load=load):
                 self._load = load
                 self._take(owner, events)
-            case Advanced(lease=lease, num_blocks=num_blocks):
-                if self._prefetcher is not None:
-                    self._prefetcher.advanced(self, lease, num_blocks)
+            case CacheNews():
+                self._tell_cache(self._changed(message))
+                self.say(GrantCache())
             case Done(call=call) | Landing(call=call) | Exported(call=call) | Refused(call=call):
                 waiting = self._calls.pop(call, None)
                 if waiting is not None:
@@ -249,6 +236,17 @@ class RemoteEngine:
                 self._load, self._health = load, health
                 if len(counts) == len(self._steps.counts):
                     self._steps.counts, self._steps.total = list(counts), total
+
+    def _changed(self, news: CacheNews) -> CacheChanged:
+        return CacheChanged(
+            engine=self.name,
+            replica=self.replica,
+            epoch=self.num_lives,
+            sequence=news.sequence,
+            is_first=news.is_first,
+            stored=news.stored,
+            dropped=news.dropped,
+        )
 
     def _take(self, owner: str, events: tuple[TokenEvent | PrefillDone, ...]) -> None:
         mailbox, is_empty = self._mailbox(owner), True
@@ -285,7 +283,7 @@ class RemoteEngine:
             raise EngineLost(self.name, self.replica)
         return self._channel
 
-    def say(self, message: Cancel | Release | Hold | Grant | Drop) -> None:
+    def say(self, message: Cancel | Release | Hold | Grant | AskCache | GrantCache | Drop) -> None:
         """Tell the worker, if there is one; one that is gone has nothing left to do it to."""
         if self._channel is not None:
             with suppress(ChannelClosed):  # whoever receives from it learns so, too

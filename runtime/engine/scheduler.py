@@ -4,6 +4,7 @@ from bisect import insort
 from collections import deque
 
 from sagellm.runtime.engine.batch import SCORED_ROWS, Batch, Landing
+from sagellm.runtime.engine.chunking import share_budget
 from sagellm.runtime.engine.limits import Limits
 from sagellm.runtime.engine.reuse import PrefixReuse
 from sagellm.runtime.engine.sequence import Sequence
@@ -254,29 +255,11 @@ class Scheduler:
         return min(num_ahead, lease.capacity - num_known)
 
     def _add_prefills(self, batch: Batch, prefills: list[Sequence], budget: int) -> None:
-        """Half of the budget to the first in rank, the rest to the shortest first.
-
-        So a short prompt does not wait for a long one, and none starves. Where a prompt can be
-        finished in this step, the first in rank sits it out, though never twice running: a first
-        token then waits for the step under way and a short one, not for two full ones.
-        """
-        first = min(prefills, key=lambda sequence: sequence.rank)
-        others = [sequence for sequence in prefills if sequence is not first]
-        others.sort(key=lambda sequence: (sequence.state.priority, sequence.num_pending))
-        half = self._chunk(first, (budget + 1) // 2)
-        rest = budget - half
-        ending = [sequence for sequence in others if sequence.num_pending <= rest]
-        self._is_sitting_out = (
-            bool(ending) and first.num_pending > half and not self._is_sitting_out
+        shares, self._is_sitting_out = share_budget(
+            prefills, budget, self._chunk, sat_out=self._is_sitting_out
         )
-        for sequence in ending if self._is_sitting_out else others:
-            chunk = self._chunk(sequence, rest)
-            if chunk:
-                batch.add(sequence, chunk)
-            rest -= chunk
-        whole = 0 if self._is_sitting_out else self._chunk(first, half + rest)
-        if whole:
-            batch.add(first, whole)
+        for sequence, count in shares:
+            batch.add(sequence, count)
 
     def _share_scoring(self, prefills: list[Sequence]) -> list[Sequence]:
         """Those that may compute in this step: prompts that are scored share its rows by rank."""

@@ -8,7 +8,7 @@ import msgspec
 from sagellm.backends.quantised import GROUP, MODES
 from sagellm.graphs.kernels import KVBlocks, KVGroup
 from sagellm.graphs.models import ModelFacts
-from sagellm.runtime.engine.options import EngineOptionError, EngineOptions, num_bytes
+from sagellm.runtime.engine.options import EngineOptionError, SizedOptions, num_bytes
 from sagellm.runtime.lease_shape import LeaseShape, TokenGroup
 from sagellm.runtime.models.folder import ModelFolder
 from sagellm.runtime.port import EngineFacts
@@ -33,7 +33,7 @@ class Sizing:
         return self.num_blocks * self.block_bytes
 
 
-def engine_dtype(options: EngineOptions, facts: ModelFacts) -> str:
+def engine_dtype(options: SizedOptions, facts: ModelFacts) -> str:
     """The dtype that weights and KV are kept in; float16 models are computed in float32."""
     dtype = options.dtype or facts.dtype
     if dtype not in ("float32", "bfloat16", "float16"):
@@ -46,7 +46,7 @@ def engine_dtype(options: EngineOptions, facts: ModelFacts) -> str:
 _SHORTEST = 2  # a prompt of one token, and its answer
 
 
-def size(options: EngineOptions, facts: ModelFacts, memory_bytes: int) -> Sizing:
+def size(options: SizedOptions, facts: ModelFacts, memory_bytes: int) -> Sizing:
     """Size the pool for `memory_bytes` of free memory.
 
     The pool must hold one sequence of full length, so that some sequence can always advance. Where
@@ -75,14 +75,14 @@ def size(options: EngineOptions, facts: ModelFacts, memory_bytes: int) -> Sizing
     return Sizing(num_blocks, longest, block_bytes, weights)
 
 
-def kv_blocks(options: EngineOptions, facts: ModelFacts) -> KVBlocks:
+def kv_blocks(options: SizedOptions, facts: ModelFacts) -> KVBlocks:
     """How the model's KV groups lie in the blocks of a pool."""
     groups = facts.kv_groups or (KVGroup("full", tuple(range(facts.num_layers))),)
     itemsize = 4 if engine_dtype(options, facts) == "float32" else 2
     return KVBlocks(groups, facts.num_kv_heads, facts.head_dim, options.block_size, itemsize)
 
 
-def lease_shape(options: EngineOptions, facts: ModelFacts) -> LeaseShape:
+def lease_shape(options: SizedOptions, facts: ModelFacts) -> LeaseShape:
     """How many of those blocks a sequence takes."""
     blocks = kv_blocks(options, facts)
     return LeaseShape(
@@ -94,7 +94,7 @@ def lease_shape(options: EngineOptions, facts: ModelFacts) -> LeaseShape:
 
 
 def _check_room(
-    num_blocks: int, longest: int, options: EngineOptions, block_bytes: int, shape: LeaseShape
+    num_blocks: int, longest: int, options: SizedOptions, block_bytes: int, shape: LeaseShape
 ) -> None:
     needed = shape.num_needed(longest)
     if num_blocks >= needed:
@@ -112,7 +112,7 @@ def _check_room(
     )
 
 
-def weight_bytes(options: EngineOptions, facts: ModelFacts) -> int:
+def weight_bytes(options: SizedOptions, facts: ModelFacts) -> int:
     """What the weights take once they are loaded, norms and biases as weights of a linear.
 
     The embedding stays as it is stored, also where its copy for the logits is quantised.
@@ -132,22 +132,14 @@ def _weight_bytes(bits: int) -> float:
     return (bits + 16 / GROUP) / 8
 
 
-def engine_facts(options: EngineOptions, folder: ModelFolder, sizing: Sizing) -> EngineFacts:
+def engine_facts(options: SizedOptions, folder: ModelFolder, sizing: Sizing) -> EngineFacts:
     """What graph checks and operators may know; no weight is read. Raises EngineOptionError."""
     dtype = engine_dtype(options, folder.facts)
     if options.quantization is not None and folder.facts.weight_bits:
         raise EngineOptionError(
             f"quantization: the weights of {options.model} are stored in few bits already; drop it"
         )
-    if options.speculation is not None and lease_shape(options, folder.facts).num_state_blocks:
-        raise EngineOptionError(
-            f"speculation: {options.model} has layers with a recurrent state, which cannot go back "
-            "to before a wrong draft; drop it"
-        )
     how = [] if options.quantization is None else [options.quantization]
-    capabilities = {"kv_transfer", "resume", "generate"}
-    if not options.is_null:
-        capabilities |= {"logprobs", "text"}
     return EngineFacts(
         model=options.model,
         model_hash=_digest([folder.hash, dtype, *how]),
@@ -157,12 +149,12 @@ def engine_facts(options: EngineOptions, folder: ModelFolder, sizing: Sizing) ->
         max_num_seqs=options.max_num_seqs,
         kv_block_bytes=sizing.block_bytes,
         layout_hash=_layout_hash(options, folder.facts),
-        capabilities=frozenset(capabilities),
+        capabilities=options.capabilities,
         lease_shape=lease_shape(options, folder.facts),
     )
 
 
-def _layout_hash(options: EngineOptions, facts: ModelFacts) -> str:
+def _layout_hash(options: SizedOptions, facts: ModelFacts) -> str:
     """Equal where the blocks of one pool mean the same in another."""
     blocks = kv_blocks(options, facts)
     shape = [blocks.num_kv_heads, blocks.head_dim, blocks.block_size, engine_dtype(options, facts)]

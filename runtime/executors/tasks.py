@@ -8,8 +8,10 @@ from typing import TypeAlias
 import trio
 
 from sagellm.graphs.log import get_logger
+from sagellm.runtime.cache_changes import ReportsCache
 from sagellm.runtime.core.core import Core
 from sagellm.runtime.core.effects import (
+    AskCache,
     Deliver,
     Discard,
     Effect,
@@ -24,6 +26,7 @@ from sagellm.runtime.core.effects import (
 )
 from sagellm.runtime.core.events import (
     Arrived,
+    CacheReported,
     Event,
     ReplicaAdded,
     ReplicaMarked,
@@ -98,6 +101,9 @@ class TasksExecutor:
             Faulted: lambda effect: log_fault(effect.fault, request_id=effect.request_id),
             FailedOn: _log_failure,
             Ejected: _log_ejection,
+            AskCache: lambda effect: _ask_cache(
+                self.engines[effect.engine][effect.replica], happen=self.happen
+            ),
         }
         self._hosts = {
             (node, replica): Host(self, node, replica, service)
@@ -215,6 +221,11 @@ class TasksExecutor:
     def _hand_over(self, effect: Deliver) -> None:
         self.cause = effect.error
         self._deliver(effect.item)
+
+
+def _ask_cache(engine: Engine, happen: Callable[[Event], None]) -> None:
+    if isinstance(engine, ReportsCache):
+        engine.report_cache(lambda changed: happen(CacheReported(changed)))
 
 
 def _log_failure(effect: FailedOn) -> None:

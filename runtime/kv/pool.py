@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Items
 
 from sagellm.runtime.kv.block_key import BlockKey
+from sagellm.runtime.kv.cache_log import CacheLog
 from sagellm.runtime.kv.lease import UNHELD, Fence, Lease, LeaseEvent, LeaseOwner
 from sagellm.runtime.kv.prefix_tree import Entry, Node, PrefixTree
 from sagellm.runtime.lease_shape import LeaseShape
@@ -79,6 +80,13 @@ class BlockPool:
     @property
     def leases(self) -> Iterator[Lease]:
         return iter(self._leases.values())
+
+    def open_log(self) -> CacheLog:
+        """A log of the prefixes that are kept, from now on. The one before gets no more."""
+        if not self.keeps_prefixes:  # what leases share now is of no use to others
+            return CacheLog(lambda: ())
+        log = self._tree.log = CacheLog(lambda: self._tree.hashes)
+        return log
 
     def num_blocks_for(self, num_tokens: int) -> int:
         """Of one block table without a window."""

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from sagellm.runtime.kv.block_key import BlockKey
+from sagellm.runtime.kv.cache_log import CacheLog
 from sagellm.runtime.messages import PRIORITIES
 
 _LAST = len(PRIORITIES) - 1
@@ -74,6 +75,15 @@ class PrefixTree:
         self._generation_blocks = max(1, num_blocks // _GENERATIONS)
         self.num_idle = 0  # blocks
         self.num_evicted = 0  # blocks
+        self.log: CacheLog | None = None  # of what is stored and dropped, where it is asked for
+
+    @property
+    def hashes(self) -> Iterator[bytes]:
+        """The short hashes of all nodes, parents before their children."""
+        level = list(self._first.values())
+        for node in level:
+            level += node.children.values()
+            yield node.key.short
 
     @property
     def idle(self) -> Iterator[Entry]:
@@ -97,6 +107,8 @@ class PrefixTree:
         node = Node(key, parent, _clamped(priority), [None] * self._num_groups)
         siblings[key.digest] = node
         _raise(parent, node.priority)
+        if self.log is not None:
+            self.log.note(key.short, is_stored=True)
         return node
 
     def attach(self, node: Node, group: int, blocks: tuple[int, ...]) -> None:
@@ -156,7 +168,7 @@ class PrefixTree:
         while open_:
             each = open_.pop()
             open_ += each.children.values()
-            each.is_live = False
+            self._end(each)
             for entry in each.entries:
                 if entry is not None:
                     blocks += self._take_idle(entry)
@@ -171,7 +183,8 @@ class PrefixTree:
         """Forget a node that is there for nothing, and its parents that are so then."""
         while node is not None and node.is_live and not node.children and not any(node.entries):
             del self._children(node.parent)[node.key.digest]
-            node.is_live, node = False, node.parent
+            self._end(node)
+            node = node.parent
 
     def check(self, references: list[int], tips: "set[Node]") -> None:
         """Assert that the tree, what is idle and the references of all blocks agree.
@@ -213,6 +226,11 @@ class PrefixTree:
         del idle[entry]
         self.num_idle -= len(entry.blocks)
         return entry.blocks
+
+    def _end(self, node: Node) -> None:
+        node.is_live = False
+        if self.log is not None:
+            self.log.note(node.key.short, is_stored=False)
 
     def _disown(self, entry: Entry) -> None:
         entry.node.entries[entry.group] = None

@@ -1,12 +1,9 @@
 """Where a pool's keys and values are, as far as copying between pools needs to know."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
-import trio
-
-from sagellm.runtime.kv.located import Located, SharedBlocks
+from sagellm.runtime.kv.located import Located
 
 Pairs: TypeAlias = list[tuple[int, int]]  # (block of the sender, block of the receiver)
 
@@ -35,33 +32,3 @@ class Storage(Protocol):
     def forget_gone(self) -> None: ...
 
     async def serve(self) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class NullStorage:
-    """No memory; a copy takes the time that its bytes take on a link."""
-
-    block_bytes: int
-    bytes_per_s: float
-    num_damaged: int = 0
-
-    async def receive(self, sender: Storage, pairs: Pairs, check: Callable[[], None]) -> None:
-        check()
-        await trio.sleep(len(pairs) * self.block_bytes / self.bytes_per_s)
-
-    async def share(self, blocks: Sequence[int], check: Callable[[], None]) -> Located:
-        await trio.lowlevel.checkpoint()
-        check()
-        return SharedBlocks(pid=0, descriptor=-1, size=0, blocks=tuple(blocks))
-
-    async def fetch(
-        self, source: Located, blocks: Sequence[int], check: Callable[[], None]
-    ) -> None:
-        check()
-        await trio.sleep(len(blocks) * self.block_bytes / self.bytes_per_s)
-
-    def forget_gone(self) -> None:
-        """There is none."""
-
-    async def serve(self) -> None:
-        await trio.sleep_forever()

@@ -57,7 +57,7 @@ def _logprob(logprob: TokenLogprob) -> dict[str, Any]:
 def usage(answers: Sequence[Answer]) -> dict[str, int]:
     """Token counts under the OpenAI names; the prompt counts once, however many the choices."""
     num_prompt = answers[0].num_prompt_tokens
-    num_completion = sum(len(answer.token_ids) for answer in answers)
+    num_completion = sum(answer.num_tokens for answer in answers)
     return {
         "prompt_tokens": num_prompt,
         "completion_tokens": num_completion,

@@ -12,6 +12,7 @@ from sagellm.cli.failure import CONFIGURATION, Failure
 from sagellm.cli.named import choose_graph, import_code, named_file
 from sagellm.cli.options import settings
 from sagellm.cli.placing import check_executor, placed
+from sagellm.engines import engine_options
 from sagellm.graphs import ir
 from sagellm.graphs.diagnostics import Diagnostic, GraphError
 from sagellm.graphs.kernels import infer
@@ -23,7 +24,7 @@ from sagellm.graphs.text.draw import as_mermaid, as_svg, as_text
 from sagellm.graphs.vocabulary import nearest
 from sagellm.overrides import override
 from sagellm.registering import RESOLVER
-from sagellm.runtime.engine.options import EngineOptions
+from sagellm.runtime.engine.options import PagedOptions
 from sagellm.runtime.models.folder import resolve_model
 from sagellm.runtime.registry import FUNCTIONS
 
@@ -178,17 +179,19 @@ def _model_at(graph: ir.Graph, node: str) -> str:
     if node not in graph.names:
         raise _unknown("operator", node, graph.names)
     engine = graph.node(node).attrs.get("engine")
-    if not isinstance(engine, str) or engine not in graph.engines:
-        raise Failure(f"operator {node} has no engine, hence no kernel graph", "choose another")
-    return _models(graph)[engine]
+    model = _models(graph).get(engine) if isinstance(engine, str) else None
+    if model is None:
+        cause = f"operator {node} has no engine that computes, hence no kernel graph"
+        raise Failure(cause, "choose another")
+    return model
 
 
 def _models(graph: ir.Graph) -> dict[str, str]:
-    """Engine -> its model."""
+    """Engine -> its model, of those that have a kernel graph."""
     return {
-        name: str(options.get("model", EngineOptions().model))
-        for name, options in graph.engines.items()
-        if isinstance(options, ir.FrozenMap)
+        name: options.model
+        for name in graph.engines
+        if isinstance(options := engine_options(graph, name), PagedOptions)
     }
 
 

@@ -110,7 +110,7 @@ class Tally:
         """Raises ClientError where the event ends a choice unserved."""
         check(event)
         self._num_open -= event.is_last
-        self._num_drawn += len(event.token_ids)
+        self._num_drawn += event.num_tokens
         self._num_prompt = max(self._num_prompt, event.num_prompt_tokens)
         self._num_cached = max(self._num_cached, event.num_cached_tokens)
         return piece(
@@ -147,7 +147,7 @@ def usage_of(answers: Sequence[Answer]) -> Usage:
     return _usage(
         max(answer.num_prompt_tokens for answer in answers),
         max(answer.num_cached_tokens for answer in answers),
-        sum(len(answer.token_ids) for answer in answers),
+        sum(answer.num_tokens for answer in answers),
     )
 
 

@@ -19,6 +19,7 @@ from sagellm.gateway.layers.errors import failure_of, response_of
 from sagellm.gateway.layers.headers import check_headers
 from sagellm.gateway.layers.origin import Hosts
 from sagellm.gateway.layers.request_id import echo, new_call
+from sagellm.gateway.layers.shedding import is_too_late, objective_of, shed
 from sagellm.gateway.routes import routes_of
 from sagellm.gateway.table import Route, Table
 from sagellm.graphs.log import get_logger
@@ -43,6 +44,7 @@ class App:
         self.bodies = Bodies(gateway.settings.limits)
         self._hosts = Hosts(gateway.settings)
         self._keys = Keys(gateway.settings)
+        self._objective_s = objective_of(gateway.graph)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -93,7 +95,15 @@ class App:
         state["call"] = replace(state["call"], tenant=caller.tenant, is_admin=caller.is_admin)
         if self.gateway.is_draining and not route.while_draining:
             raise draining()
+        if route.generates:
+            self._shed(caller.tenant)
         check_body(scope, settings.limits, self.bodies)
+
+    def _shed(self, tenant: str) -> None:
+        """Raises ApiError where the loop is too late to serve a call."""
+        lag_s = self.gateway.meters.app_lag_s()
+        if is_too_late(lag_s, self._objective_s):
+            raise shed(lag_s, should_retry=self.gateway.budgets.may_retry(tenant))
 
     def _ended(self, route: Route, scope: Scope, sending: "_Sending") -> None:
         call, method, status = scope["state"]["call"], scope["method"], sending.end_status

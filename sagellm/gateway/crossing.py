@@ -104,4 +104,4 @@ def window_of(streaming: Streaming) -> int:
 
 
 def num_tokens(outputs: Sequence[Output]) -> int:
-    return sum(len(output.token_ids) for output in outputs)
+    return sum(output.num_tokens for output in outputs)

@@ -82,6 +82,7 @@ def fields_of(entry: Entry) -> dict[str, object]:
         "tags": {"operation": entry.operation},
         "slo_ttft_s": entry.slo_ttft_s,
         "timeout_s": entry.timeout_s,
+        "waited_s": entry.waited_s,
     }
 
 
@@ -104,6 +105,7 @@ def event_of(output: Output) -> TokenEvent:
         choice=output.choice,
         text=output.text,
         token_ids=output.token_ids,
+        num_tokens_without_ids=output.num_tokens_without_ids,
         logprobs=output.logprobs,
         prompt_logprobs=output.prompt_logprobs,
         finish_reason=output.finish_reason,

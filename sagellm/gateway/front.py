@@ -23,8 +23,11 @@ from sagellm.gateway.server.banner import banner
 from sagellm.gateway.server.drain import Here, Server, Serving, serve
 from sagellm.gateway.server.signals import ending_signals
 from sagellm.gateway.settings import Settings, Streaming
+from sagellm.graphs.engines import engine_kind
+from sagellm.graphs.ir import Graph
 from sagellm.runtime.cluster.control import run_alone
 from sagellm.runtime.cluster.members import OneProcess
+from sagellm.runtime.engine.kinds import KINDS
 from sagellm.runtime.models.sandbox.fault import HelperUnavailable, TextError
 from sagellm.runtime.models.tokenizer import Tokenizer
 from sagellm.session import Session
@@ -67,6 +70,8 @@ async def serve_session(
     tell: Callable[[str], None],
 ) -> None:
     """As `serve_graph`, for a session that is open; `signals` end it. Raises GatewaysFailed."""
+    if settings.num_gateways:
+        _check_kinds(session.executor.plan.graph)
     models, readiness = model_cards(session, settings), Readiness()
     has_chat = session.tokenizer.chat_template is not None
     names = [card.id for card in models]
@@ -91,6 +96,16 @@ async def serve_session(
         nursery.start_soon(_watch, readiness, session, settings.streaming)
         await serve(serving, settings, signals, session.close, lambda: tell(said))
         nursery.cancel_scope.cancel()
+
+
+def _check_kinds(graph: Graph) -> None:
+    """Gateway processes import no code of the user. Raises GatewaysFailed."""
+    kinds = {engine_kind(values) for values in graph.engines.values()}
+    for kind in filter(KINDS.is_registered_here, sorted(kinds)):
+        raise GatewaysFailed(
+            f"gateway processes do not know the engine kind {kind!r} that this program registers: "
+            "install it as a package, or serve without --gateways"
+        )
 
 
 def gateway_of(

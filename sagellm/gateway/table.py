@@ -26,7 +26,7 @@ class Route:
     """What one path answers to. Whoever forgets `access` has a route that needs the key.
 
     `{name}` in a path is one segment, `{name:path}` may hold slashes. `while_draining`: it answers
-    until the process ends.
+    until the process ends. `generates`: it is refused first where the server has too much to do.
     """
 
     method: str
@@ -34,6 +34,7 @@ class Route:
     endpoint: Endpoint
     access: Access = "user"
     while_draining: bool = False
+    generates: bool = False
 
 
 async def not_found(gateway: Gateway, request: Request) -> Response:

@@ -7,7 +7,7 @@ from types import MappingProxyType
 import pytest
 
 import sagellm.graphs
-from sagellm.graphs.check import EngineFactsView, Facts, check
+from sagellm.graphs.check import EngineFactsView, EngineKindView, Facts, check
 from sagellm.graphs.diagnostics import Diagnostic
 from sagellm.graphs.ir import Edge, FrozenMap, Graph, Node
 from sagellm.graphs.rules.items import carried
@@ -118,6 +118,13 @@ def test_pools_share_the_memory(vocabulary: Vocabulary) -> None:
     assert found.hint == f"{2**19 // block_bytes} blocks a replica of `p` would fit"
 
 
+def test_pools_of_two_devices_do_not_share_their_memory(vocabulary: Vocabulary) -> None:
+    here, there = (replace(ENGINE, device=name, memory_bytes=2**20) for name in ("a", "b"))
+    assert check(PD, vocabulary, Facts(engines={"p": here, "d": there}, memory_bytes=1)) == ()
+    (found,) = check(PD, vocabulary, Facts(engines={"p": here, "d": here}))
+    assert found.code == "too-much-memory"
+
+
 def test_each_replica_has_a_pool(vocabulary: Vocabulary) -> None:
     found = check(PD, vocabulary, replace(facts(replicas=3), memory_bytes=3 * 2**20))
     assert "4.0 MiB" in found[0].message
@@ -145,7 +152,7 @@ class EngineOptions:
 def test_engine_options_are_checked_like_those_of_operators(vocabulary: Vocabulary) -> None:
     engines = {"p": {"model": "m", "devise": "cpu"}, "d": {"replicas": 0}}
     graph = replace(PD, attrs=FrozenMap({"engines": freeze_engines(engines)}))
-    found = check(graph, vocabulary, Facts(engine_options=EngineOptions))
+    found = check(graph, vocabulary, Facts(engine_kinds={"local": EngineKindView(EngineOptions)}))
     assert [each.path for each in found] == [
         ("engines", "p", "devise"),
         ("engines", "d", "replicas", "value"),

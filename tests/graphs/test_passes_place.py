@@ -40,8 +40,16 @@ def test_cores_are_shared_by_all_workers() -> None:
     graph = Graph.load("pd_many").ir
 
     def threads(num_cores: int) -> list[object]:
-        engines = ShareCores(num_cores).apply(graph).engines.values()
+        engines = ShareCores(num_cores, tuple(graph.engines)).apply(graph).engines.values()
         return [values["threads"] for values in engines if isinstance(values, FrozenMap)]
 
     assert threads(2) == [1, 1]
     assert threads(8) == [2, 2]
+
+
+def test_replicas_are_those_of_the_engine_and_of_none_whose_name_begins_alike() -> None:
+    engines = {"d": {"replicas": 2}, "d[0]": {"replicas": 3}, "d2": {}}
+    graph = under("processes", Graph.load("joint").ir)
+    entries = FrozenMap((name, FrozenMap(options)) for name, options in engines.items())
+    named = replace(graph, attrs=FrozenMap({**graph.attrs, "engines": entries}))
+    assert replicas_of(Place().apply(named)) == {"d": 2, "d[0]": 3, "d2": 1}

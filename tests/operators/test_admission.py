@@ -220,7 +220,7 @@ def test_a_silence_between_two_departures_is_not_the_end_of_all_service(running:
     waits = []
     for seconds in range(0, 1200, 5):
         told_at(seconds)
-        waits.append(admission.state.pace.wait_s(0.0))
+        waits.append(admission.state.forecast.pace.wait_s(0.0))
     assert all(60 <= wait <= 75 for wait in waits[-12:])
 
 

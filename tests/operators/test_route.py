@@ -190,3 +190,11 @@ def test_what_a_lost_replica_had_is_not_held_against_it(route: Any) -> None:
     health(router, "prefill", 1, is_up=False)
     health(router, "prefill", 1, is_up=True)
     assert place(router, "b")["prefill"] == 1
+
+
+def test_what_has_left_a_replica_is_not_counted_by_its_last_report(route: Any) -> None:
+    router = route(targets=(Target("decode", 2, "d"),))
+    place(router, "a")
+    router(LoadReported(node="decode", replica=0, sequence=1, load=EngineLoad(num_running=2)))
+    router(CreditChanged(node="decode", replica=0, num_left=9.0, request_id="a"))
+    assert router.state.load(("d", 0), ask("x")) == 20  # that of somebody else

@@ -20,7 +20,15 @@ from sagellm.runtime.port import (
 )
 
 FINE = Exception()  # none
-FACTS = EngineFacts("m", "h", 16, 100, 1024, 8, 1024, "layout")
+FACTS = EngineFacts(
+    "m",
+    1024,
+    8,
+    frozenset({"kv_transfer"}),
+    block_size=16,
+    num_blocks=100,
+    layout_hash="layout",
+)
 
 
 def lease(engine: str) -> LeaseRef:

@@ -7,12 +7,9 @@ import pytest
 from sagellm.graphs.diagnostics import GraphError
 from sagellm.graphs.ir import Edge, FrozenMap, Graph, Node
 from sagellm.graphs.text.yaml import load_file
-from sagellm.runtime.engine.options import EngineOptions
 from sagellm.runtime.operator import Target
 from sagellm.runtime.plan import Plan, plan, targets_of
 from sagellm.runtime.resolver import Resolver
-
-NULL = EngineOptions(model="null", device="null")
 
 
 def planned(name: str, replicas: int = 1) -> Plan:

@@ -1,6 +1,7 @@
 from functools import partial
 from typing import Any
 
+import msgspec
 import pytest
 
 from sagellm.runtime.messages import Answer, Prefilled, Request, Sampling, TokenEvent
@@ -87,3 +88,17 @@ def test_a_rewritten_request_has_valid_sampling():
     item = Request(request_id="r", prompt="a", prompt_token_ids=(1,))
     with pytest.raises(WrongResult, match="top_p"):
         rewritten(FUNCTION, item, Request(request_id="r", sampling=Sampling(top_p=3.0)), None)
+
+
+def test_what_a_router_took_for_cached_is_not_said_of_a_request_that_ends() -> None:
+    cached = msgspec.structs.replace(REQUEST, num_cached_tokens=1)
+    assert ending(cached, "cancelled", now=3.0).num_cached_tokens == 0
+
+
+def test_other_tokens_are_not_cached() -> None:
+    cached = msgspec.structs.replace(REQUEST, num_cached_tokens=1)
+    other = msgspec.structs.replace(cached, prompt_token_ids=(8, 9))
+    changed: Any = rewritten(FUNCTION, cached, other, None)
+    assert (changed.prompt_token_ids, changed.num_cached_tokens) == ((8, 9), 0)
+    same: Any = rewritten(FUNCTION, cached, msgspec.structs.replace(cached, priority=0), None)
+    assert same.num_cached_tokens == 1

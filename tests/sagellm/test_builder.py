@@ -177,7 +177,7 @@ async def test_no_model_is_fetched_for_a_graph_that_makes_no_sense(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked: list[str] = []
-    monkeypatch.setattr(checking, "resolve_model", asked.append)
+    monkeypatch.setattr(checking, "described", lambda graph, name: asked.append(name))
     with pytest.raises(GraphError, match="max_queued"):
         await Graph.load("pd").open(set={"admission.max_queue": 1}, model="a/b").__aenter__()
     assert asked == []

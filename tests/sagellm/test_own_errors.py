@@ -17,7 +17,7 @@ from trio.testing import MockClock
 
 from sagellm import Graph, RequestFailed, RequestRefused, Sampling, ops
 from sagellm.operators import route
-from sagellm.operators.routing.view import Candidates
+from sagellm.operators.routing import Candidates
 from sagellm.runtime.messages import Item, Request, TokenEvent, refusal
 from sagellm.runtime.operator import Arrival, Context, Credit, Emit, Step, Terminate
 from sagellm.runtime.port import EngineFacts

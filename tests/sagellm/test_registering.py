@@ -18,8 +18,7 @@ from sagellm.graphs.vocabulary import OpSpec, Port
 from sagellm.operators.policies import POLICIES
 from sagellm.operators.policies.options import Options
 from sagellm.operators.policies.order import Order, Policy
-from sagellm.operators.routing import STRATEGIES
-from sagellm.operators.routing.view import Candidates
+from sagellm.operators.routing import STRATEGIES, Candidates
 from sagellm.registering import RESOLVER
 from sagellm.runtime.operator import Draw
 from sagellm.runtime.registry import FUNCTIONS

@@ -12,7 +12,7 @@ from trio.testing import MockClock
 from sagellm import Graph, Sampling, ops
 from sagellm.runtime.core.outliers import FIRST_S
 from sagellm.runtime.engine.mailbox import Mailbox
-from sagellm.runtime.engine.null_runner import NullLaunch
+from sagellm.runtime.engine.modelled.runner import ModelledLaunch
 from sagellm.runtime.messages import TokenEvent
 from sagellm.session import Session
 
@@ -28,7 +28,7 @@ def routed(num_replicas: int) -> Graph:
 @pytest.fixture
 def sicken(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Make the logits of one replica no numbers, from some token of each answer on."""
-    result = NullLaunch.result
+    result = ModelledLaunch.result
 
     def sicken(session: Session, number: int, *, from_token: int = 0) -> None:
         engine: Any = session.executor.engines["g"][number]
@@ -41,7 +41,7 @@ def sicken(monkeypatch: pytest.MonkeyPatch) -> Any:
             rows = (row for row, one in enumerate(sampling) if one.num_output >= from_token)
             return dataclasses.replace(sampled, broken=frozenset(rows))
 
-        monkeypatch.setattr(NullLaunch, "result", poisoned)
+        monkeypatch.setattr(ModelledLaunch, "result", poisoned)
 
     return sicken
 
@@ -99,14 +99,14 @@ async def test_one_replica_alone_fails_its_requests_with_the_cause(
 async def test_a_request_that_every_replica_fails_on_ends(
     monkeypatch: pytest.MonkeyPatch, autojump_clock: MockClock
 ) -> None:
-    result = NullLaunch.result
+    result = ModelledLaunch.result
 
     async def poisoned(launch: Any) -> Any:
         sampled = await result(launch)
         rows = frozenset(range(len(launch.batch.sampling)))
         return dataclasses.replace(sampled, broken=rows)
 
-    monkeypatch.setattr(NullLaunch, "result", poisoned)
+    monkeypatch.setattr(ModelledLaunch, "result", poisoned)
     async with routed(4).open() as session:
         answer = await generate(session, [1, 2, 3], sampling=FIVE)
         assert answer.code == "engine_failed"

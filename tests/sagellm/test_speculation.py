@@ -97,7 +97,10 @@ async def test_without_speculation_nothing_is_said_of_drafts() -> None:
         ({"g.speculation": "draft", "g.draft_model": "sage-tiiny"}, "did you mean sage-tiny"),
         ({"g.speculation": "draft", "g.draft_model": "null"}, "null computes nothing"),
         ({"g.speculation": "n-gram"}, "did you mean ngram"),
-        ({"g.speculation": "ngram", "g.device": "null"}, "could verify a draft"),
+        (
+            {"g.speculation": "ngram", "g.device": "null"},
+            "`speculation` is an option of kind `local`, and engine `g` is of kind `modelled`",
+        ),
     ],
 )
 async def test_a_check_refuses_before_a_weight_is_read(

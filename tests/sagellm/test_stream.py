@@ -76,6 +76,29 @@ async def test_take_returns_all_that_waits(autojump_clock: MockClock) -> None:
         assert (await stream.__anext__()).position == 6
 
 
+class Steps(trio.abc.Instrument):
+    """Counts how often one task has run."""
+
+    def __init__(self, task: trio.lowlevel.Task) -> None:
+        self.num_steps = 0
+        self._task = task
+
+    def before_task_step(self, task: trio.lowlevel.Task) -> None:
+        self.num_steps += task is self._task
+
+
+async def test_who_wants_the_whole_answer_is_not_woken_for_each_token(
+    autojump_clock: MockClock,
+) -> None:
+    async with opened(joint()) as session:
+        steps = Steps(trio.lowlevel.current_task())
+        trio.lowlevel.add_instrument(steps)
+        answer = await session.generate([1], sampling=Sampling(max_tokens=200, ignore_eos=True))
+        trio.lowlevel.remove_instrument(steps)
+    assert len(answer.token_ids) == 200
+    assert steps.num_steps < 20
+
+
 async def test_a_cancelled_take_loses_nothing(autojump_clock: MockClock) -> None:
     async with opened(joint()) as session, session.stream([1], sampling=LONG) as stream:
         with trio.move_on_after(STEP_S / 2) as scope:

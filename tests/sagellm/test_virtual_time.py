@@ -1,5 +1,6 @@
 """Whole graphs over null engines under trio's virtual clock: thousands of requests in seconds."""
 
+import itertools
 import random
 from functools import partial
 from typing import Any
@@ -40,9 +41,15 @@ async def at_rest(session: Session) -> bool:
     )
 
 
+NUMBERS = itertools.count()
+
+
 async def ask(session: Session, prompt_len: int, max_tokens: int, **fields: Any) -> Any:
+    """No prompt is a prefix of another: what is cached would need no prefill engine."""
     sampling = Sampling(max_tokens=max_tokens, ignore_eos=True)
-    return await generate(session, [1] * prompt_len, sampling=sampling, **fields)
+    number = next(NUMBERS)
+    prompt = [number % 256, number // 256 % 256, *[1] * prompt_len][:prompt_len]
+    return await generate(session, prompt, sampling=sampling, **fields)
 
 
 async def test_ten_thousand_requests_through_pd_many(autojump_clock: MockClock) -> None:

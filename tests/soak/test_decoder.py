@@ -20,7 +20,7 @@ BLOCKS = SharedBlocks(pid=1, descriptor=3, size=100, blocks=(1, 2), sums=(7,))
 SEALED = TcpBlocks(host="h", port=1, export=b"e", key=b"k", num_blocks=2)
 OFFER = LeaseOffer(request_id="r", choice=0, epoch=0, num_tokens=4, layout_hash="h")
 SEEDS = (
-    protocol.Open(graph=b"g", engine="e", replica=0),
+    protocol.Open(graph=b"g", engine="e", replica=0, block_key=b"s"),
     protocol.Import(call=1, offer=OFFER),
     protocol.Receive(call=1, lease=LEASE, source=SEALED),
     protocol.Exported(call=1, source=BLOCKS),

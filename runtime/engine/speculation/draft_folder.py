@@ -12,6 +12,11 @@ def draft_folder(options: EngineOptions, folder: ModelFolder) -> ModelFolder | N
     The numbers of logits may differ, as padding differs between sizes of a family: what counts is
     that both read token ids alike.
     """
+    if options.speculation is not None and lease_shape(options, folder.facts).num_state_blocks:
+        raise EngineOptionError(
+            f"speculation: {folder.name} has layers with a recurrent state, which cannot go back "
+            "to before a wrong draft; drop it"
+        )
     if options.draft_model is None:
         return None
     draft = resolve_model(options.draft_model)

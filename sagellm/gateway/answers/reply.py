@@ -130,6 +130,7 @@ def _ungenerated(event: TokenEvent) -> TokenEvent:
         event,
         text="",
         token_ids=(),
+        num_tokens_without_ids=0,
         logprobs=(),
         finish_reason="length" if event.finish_reason == "stop" else event.finish_reason,
         stop_reason=None,
@@ -146,6 +147,7 @@ def joined(events: Sequence[TokenEvent]) -> TokenEvent:
         position=events[0].position,
         text="".join(event.text for event in events),
         token_ids=tuple(token for event in events for token in event.token_ids),
+        num_tokens_without_ids=sum(event.num_tokens_without_ids for event in events),
         logprobs=tuple(entry for event in events for entry in event.logprobs),
         prompt_logprobs=tuple(entry for event in events for entry in event.prompt_logprobs),
     )

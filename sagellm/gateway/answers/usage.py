@@ -23,7 +23,7 @@ class Tally:
         """A prompt counts once; what of it was cached says its first choice: the others find what
         that one has left.
         """
-        self._num_completion += len(event.token_ids)
+        self._num_completion += event.num_tokens
         if event.num_prompt_tokens > self._num_prompt.get(prompt, 0):
             self._num_prompt[prompt] = event.num_prompt_tokens
         if event.choice == 0 and event.num_cached_tokens > self._num_cached.get(prompt, 0):

@@ -69,7 +69,7 @@ async def samplings_of(
     """
     facts = served.facts
     sampling = sampling_of(asked, facts, len(prompts[0].token_ids))
-    if asked.bad_words:
+    if asked.bad_words and not facts.takes_text:
         banned = await served.encoder.banned(asked.bad_words)
         sampling = msgspec.structs.replace(sampling, bad_words=(), bad_words_token_ids=banned)
     samplings = [sampling]
@@ -176,6 +176,7 @@ class _Running:
         request, call, gateway = self._work.request, self._call, self._gateway
         card = self._work.served.card
         salt = gateway.salt_of(call.tenant, request.cache_salt)
+        waited_s = max(anyio.current_time() - call.started_s, 0.0)
         return [
             Entry(
                 request_id=request_id,
@@ -188,6 +189,7 @@ class _Running:
                 salt=salt,
                 slo_ttft_s=request.slo_ttft_s,
                 timeout_s=request.timeout_s,
+                waited_s=waited_s,
                 trace=call.traceparent,
                 operation="chat" if self._work.prefix == "chatcmpl-" else "text_completion",
             )

@@ -5,6 +5,7 @@ from starlette.responses import Response
 
 from sagellm.gateway.answers.structs import Detokenized, TokenizerFacts, Tokens
 from sagellm.gateway.endpoints.models import json_response, served_model
+from sagellm.gateway.failure import wrong
 from sagellm.gateway.gateway import Gateway, Served
 from sagellm.gateway.protocol.conversation import rendering_of
 from sagellm.gateway.protocol.sampling import check_ids
@@ -62,6 +63,8 @@ async def tokenizer_info(gateway: Gateway, request: Request) -> Response:
 
 
 async def _token_ids(served: Served, asked: TokenizeRequest) -> tuple[int, ...]:
+    if served.facts.takes_text:
+        raise wrong("model", "has an engine that takes text; its tokens are not known here")
     add = asked.add_special_tokens
     if isinstance(asked, TokenizePrompt):
         return await served.encoder.text(asked.prompt, add_special_tokens=add)

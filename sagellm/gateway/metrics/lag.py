@@ -1,5 +1,6 @@
 """How late an event loop wakes whoever sleeps on it: what a busy loop adds to every token."""
 
+import math
 from typing import Protocol
 
 import anyio
@@ -22,12 +23,19 @@ class LoopLag:
         self.seconds = Buckets(LAG_S)
         self._interval_s = interval_s
         self._tick = tick
+        self._latest_s = 0.0
+        self._due_s = math.inf
+
+    def now_s(self) -> float:
+        """How late the latest sleeper is, or was."""
+        return max(self._latest_s, anyio.current_time() - self._due_s)
 
     async def run(self) -> None:
         """Until cancelled."""
         while True:
-            due_s = anyio.current_time() + self._interval_s
-            await anyio.sleep_until(due_s)
-            self.seconds.observe(max(anyio.current_time() - due_s, 0.0))
+            self._due_s = anyio.current_time() + self._interval_s
+            await anyio.sleep_until(self._due_s)
+            self._latest_s = max(anyio.current_time() - self._due_s, 0.0)
+            self.seconds.observe(self._latest_s)
             if self._tick is not None:
                 self._tick()

@@ -11,6 +11,7 @@ from sagellm.runtime.buckets import Buckets
 # What probes and scrapers call: no part of the HTTP metrics that vLLM has too.
 NOT_MEASURED = frozenset({"/metrics", "/health", "/load", "/ping", "/version", "/live", "/ready"})
 UNKNOWN = "unknown"  # for whatever a client named that is in no table
+_LAG_INTERVAL_S = 0.1  # short: calls are refused by what it shows
 _METHODS = frozenset({"GET", "POST", "HEAD", "PUT", "DELETE", "OPTIONS", "PATCH"})
 
 
@@ -30,6 +31,9 @@ class Meters(Protocol):
 
     async def exposition(self, accept: str = "") -> tuple[bytes, str]:
         """The text of /metrics and its content type, as the Accept header wants it."""
+
+    def app_lag_s(self) -> float:
+        """How late the app's loop is now."""
 
     async def watch_app_loop(self) -> None:
         """Measure how late the app's loop is, until cancelled; for a loop that has no session."""
@@ -51,12 +55,15 @@ class HttpMeters:
         self.responses: dict[tuple[Call, int], int] = {}
         self.seconds: dict[Call, Buckets] = {}
         self.all_seconds = Buckets(ALL_CALLS_S)  # of the calls that vLLM measures
-        self.app_lag = LoopLag()
+        self.app_lag = LoopLag(_LAG_INTERVAL_S)
 
     @property
     def num_dropped_lines(self) -> int:
         """Of the log, by this process."""
         return num_dropped_lines()
+
+    def app_lag_s(self) -> float:
+        return self.app_lag.now_s()
 
     async def watch_app_loop(self) -> None:
         await self.app_lag.run()
@@ -101,6 +108,9 @@ class NoMeters:
 
     async def exposition(self, accept: str = "") -> tuple[bytes, str]:
         return b"", "text/plain; version=0.0.4; charset=utf-8"
+
+    def app_lag_s(self) -> float:
+        return 0.0
 
     async def watch_app_loop(self) -> None:
         """Nothing."""

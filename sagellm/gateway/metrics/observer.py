@@ -124,7 +124,7 @@ class Observer:
             return
         now = self._now()
         _note_preemptions(track, item)
-        if item.token_ids:
+        if item.num_tokens:
             self._take_tokens(track, item, now)
         if item.finish_reason is not None:
             del self._open[key]
@@ -145,7 +145,7 @@ class Observer:
                 )
 
     def _take_tokens(self, track: _Track, item: TokenEvent | Answer, now: float) -> None:
-        counts, num_tokens = track.counts, len(item.token_ids)
+        counts, num_tokens = track.counts, item.num_tokens
         # Only the engine that computed the prompt knows: not the one that ends it, perhaps.
         track.num_cached = max(track.num_cached, item.num_cached_tokens)
         if track.num_tokens:
@@ -175,7 +175,7 @@ class Observer:
         if track.num_tokens:
             self._end_answer(track, last, reason)
             if stamps.transferred_s is not None:
-                num_moved = last.num_prompt_tokens + len(track.request.emitted_token_ids)
+                num_moved = last.num_prompt_tokens + track.request.num_emitted
                 counts.kv_transfer_bytes += track.measure.kv.num_bytes(num_moved)
                 counts.kv_transfer_tokens += num_moved
         call.num_open -= 1

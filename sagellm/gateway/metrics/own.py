@@ -41,6 +41,7 @@ _ENGINE_LEVELS: dict[str, tuple[str, Callable[[EngineReading], float]]] = {
         "Blocks of no sequence, kept for their prefix.",
         lambda engine: engine.load.num_cached_blocks,
     ),
+    "known_prefix_blocks": ("Of its prefixes, known to routers.", lambda e: e.num_known_blocks),
     "step_p99_seconds": ("Of its steps, so far.", lambda engine: engine.health.step_p99_s or 0.0),
     "up": ("0 where its worker is missing.", lambda engine: engine.is_up),
     "ejected": ("1 while no request is placed there.", lambda engine: engine.is_ejected),

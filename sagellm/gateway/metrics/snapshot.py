@@ -8,18 +8,10 @@ from sagellm.gateway.metrics.counts import Counts
 from sagellm.runtime.buckets import Buckets
 from sagellm.runtime.cluster.backoff import BLAMES, Restarts
 from sagellm.runtime.cluster.worker import Worker
-from sagellm.runtime.core.outliers import Outliers
+from sagellm.runtime.core.core import Core
 from sagellm.runtime.executors.reading import Reading, Shares
 from sagellm.runtime.executors.tasks import TasksExecutor
-from sagellm.runtime.port import Engine, EngineFacts, EngineHealth, EngineLoad
-
-
-@runtime_checkable
-class CountingSteps(Protocol):
-    """An engine that counts the tokens of its steps."""
-
-    @property
-    def step_tokens(self) -> Buckets: ...
+from sagellm.runtime.port import CountingSteps, Engine, EngineFacts, EngineHealth, EngineLoad
 
 
 @runtime_checkable
@@ -49,6 +41,7 @@ class EngineReading:
     num_ejections: int
     deaths: Mapping[str, int]  # of its workers, by blame
     is_failing: bool
+    num_known_blocks: int  # of its cached prefixes: known to routers
 
     @property
     def kv_usage(self) -> float:
@@ -101,7 +94,7 @@ def read_engines(
 ) -> tuple[EngineReading, ...]:
     lives = {(worker.engine_name, worker.replica): worker.restarts for worker in workers}
     return tuple(
-        _reading(name, replica, engine, executor.core.outliers, lives.get((name, replica)))
+        _reading(name, replica, engine, executor.core, lives.get((name, replica)))
         for name, replicas in executor.engines.items()
         for replica, engine in enumerate(replicas)
         if not (isinstance(engine, Replaceable) and engine.is_removed)
@@ -109,8 +102,9 @@ def read_engines(
 
 
 def _reading(
-    name: str, replica: int, engine: Engine, outliers: Outliers, lives: Restarts | None
+    name: str, replica: int, engine: Engine, core: Core, lives: Restarts | None
 ) -> EngineReading:
+    outliers = core.outliers
     steps = engine.step_tokens.copy() if isinstance(engine, CountingSteps) else None
     worker = engine if isinstance(engine, Replaceable) else None
     return EngineReading(
@@ -126,4 +120,5 @@ def _reading(
         num_ejections=outliers.num_ejections.get((name, replica), 0),
         deaths={blame: lives.deaths[blame] for blame in BLAMES} if lives else {},
         is_failing=lives is not None and lives.is_failing,
+        num_known_blocks=core.prefixes.num_blocks_of(name, replica),
     )

@@ -33,10 +33,16 @@ _SAME = (
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """What of a model bounds a request: ids are 0 ... vocab_size - 1."""
+    """What of a model bounds a request: ids are 0 ... vocab_size - 1. A model whose engine takes
+    text has a `vocab_size` of 0: no token of it is known here.
+    """
 
     vocab_size: int
     max_model_len: int
+
+    @property
+    def takes_text(self) -> bool:
+        return self.vocab_size == 0
 
 
 def sampling_of(
@@ -92,6 +98,8 @@ def kept_ids(request: Generation, token_ids: tuple[int, ...], facts: ModelFacts)
     limit = request.truncate_prompt_tokens
     if limit is None:
         return token_ids
+    if facts.takes_text:
+        raise wrong("truncate_prompt_tokens", "is not for an engine that takes text alone")
     if limit < 0:
         limit = max(1, facts.max_model_len - (request.asked_tokens or 1))
     return token_ids[:limit] if request.truncation_side == "right" else token_ids[-limit:]
@@ -99,6 +107,8 @@ def kept_ids(request: Generation, token_ids: tuple[int, ...], facts: ModelFacts)
 
 def check_ids(param: str, token_ids: Iterable[int], facts: ModelFacts) -> None:
     """Raise ApiError (400) for the first id that the model does not know."""
+    if facts.takes_text and any(True for _ in token_ids):
+        raise wrong(param, "has token ids; the engine of this model takes text alone")
     unknown = next((token for token in token_ids if not 0 <= token < facts.vocab_size), None)
     if unknown is not None:
         raise wrong(param, f"has token {unknown}; the model knows 0 ... {facts.vocab_size - 1}")
@@ -109,7 +119,7 @@ def _max_tokens(
 ) -> int:
     """As asked, or the default, cut to what the context leaves, and no less than `min_tokens`."""
     prompt = _prompt_param(request)
-    if num_prompt_tokens == 0:
+    if num_prompt_tokens == 0 and not facts.takes_text:
         raise wrong(prompt, "has 0 tokens; give at least one")
     room = facts.max_model_len - num_prompt_tokens
     if (request.asked_tokens or 1) > room:

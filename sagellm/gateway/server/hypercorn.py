@@ -1,6 +1,7 @@
 """Hypercorn's protocols on trio, in the nursery of the session; with limits that it has not."""
 
 import errno
+from collections.abc import Iterator
 from socket import socket
 from typing import Any
 
@@ -21,6 +22,7 @@ from sagellm.graphs.log import get_logger
 
 LOG = get_logger("sagellm.gateway")
 FULL_S = 0.1  # how long to wait where the system has no file descriptor left
+_AT_ONCE = 64  # connections accepted in one turn of the loop, beside the first
 _FULL = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
 
@@ -68,7 +70,11 @@ class HypercornServer:
                 self._kill()  # sends are shielded: only a closed socket ends them
 
     async def _accept(self, listener: trio.SocketListener, connections: trio.Nursery) -> None:
-        """One after the other; while there are too many, new ones wait in the kernel's queue."""
+        """Take all that wait in the kernel's queue, where they stay while there are too many.
+
+        trio takes one connection a turn of the loop: where turns are late, callers would wait
+        there unseen, and a refusal would come later than an answer.
+        """
         while True:
             await self._free.acquire()
             try:
@@ -83,7 +89,22 @@ class HypercornServer:
                 self._free.release()
                 raise
             else:
-                connections.start_soon(self._serve, Connection(stream, self._stall_s))
+                for each in (stream, *self._waiting()):
+                    connections.start_soon(self._serve, Connection(each, self._stall_s))
+
+    def _waiting(self) -> Iterator[trio.SocketStream]:
+        """Connections that need not be waited for, each with a place in `_free`."""
+        for _ in range(_AT_ONCE):
+            try:
+                self._free.acquire_nowait()
+            except trio.WouldBlock:
+                return
+            try:
+                sock, _ = self._sock.accept()
+            except OSError:  # none waits; or what is wrong is said where one is waited for
+                self._free.release()
+                return
+            yield trio.SocketStream(trio.socket.from_stdlib_socket(sock))
 
     async def _serve(self, connection: Connection) -> None:
         """A fault in one connection ends that one alone."""

@@ -6,24 +6,32 @@ from typing import Any
 import pytest
 
 from sagellm.operators.routing import STRATEGIES, find_strategy
+from sagellm.operators.routing.candidates import Candidates
 from sagellm.operators.routing.rendezvous import choose_by_key
-from sagellm.operators.routing.view import Candidates, Pool, View
+from sagellm.operators.routing.replicas import Pool
+from sagellm.operators.routing.strategy import make
+from sagellm.operators.routing.view import View
 from sagellm.runtime.messages import Request
 from sagellm.runtime.operator import Draw
 
 POOL = Pool("p", 4, ("prefill",))
 
 
-def choose(strategy: str, view: View, request: Any, number: int) -> Any:
+def choose(strategy: str, view: View, request: Any, number: int, **options: Any) -> Any:
     candidates = Candidates(view.pools["p"], request, view.num_routed)
-    return STRATEGIES[strategy](candidates, 0.0, Draw(0, "route", number))
+    made: Any = make(STRATEGIES[strategy], strategy, options, ())
+    draw = Draw(0, "route", number)
+    if hasattr(made, "order"):
+        order, _ = made.order(made.initial, candidates, 0.0, draw)
+        return order if isinstance(order, int) else order[0]
+    return made(candidates, 0.0, draw)
 
 
-def choices(strategy: str, requests: Any) -> Any:
+def choices(strategy: str, requests: Any, **options: Any) -> Any:
     """Where each request goes; each is noted as placed."""
     view, chosen = View.of((POOL,)), []
     for number, request in enumerate(requests):
-        replica = choose(strategy, view, request, number)
+        replica = choose(strategy, view, request, number, **options)
         view = view.place(request, (("p", replica),))
         chosen.append(replica)
     return chosen
@@ -64,6 +72,17 @@ def test_locality_tells_models_and_users_apart() -> None:
     many = [ask(n, model=f"m{n}", user_id="u") for n in range(50)]
     assert len(set(choices("locality", one))) == 1
     assert len(set(choices("locality", many))) == 4
+
+
+@pytest.mark.parametrize("strategy", ["affinity", "locality"])
+def test_a_bound_keeps_a_hot_key_from_filling_one_replica(strategy: str) -> None:
+    hot = [ask(number, model="m", user_id="u") for number in range(40)]
+    assert len(set(choices(strategy, hot))) == 1
+    counts = Counter(choices(strategy, hot, load_factor=1.25))
+    assert max(counts.values()) == 13  # of a mean of 10
+    first = choices(strategy, hot[:1])
+    assert choices(strategy, hot[:1], load_factor=1.25) == first
+    assert counts[first[0]] == 13
 
 
 @pytest.mark.parametrize("strategy", ["affinity", "locality"])

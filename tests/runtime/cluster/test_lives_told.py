@@ -8,11 +8,12 @@ from logged import Line, logged
 from trio.testing import MockClock
 
 from sagellm.backends.progress import Compiling, Event, Loading, Progress
-from sagellm.engines import engine_options, load_replica
+from sagellm.engines import open_replica
 from sagellm.graphs.ir import FrozenMap, Graph
 from sagellm.runtime.cluster.launch import TaskLife, Tasks
 from sagellm.runtime.cluster.supervisor import Supervisor
-from sagellm.runtime.engine.local import LocalEngine
+from sagellm.runtime.engine.kinds.kind import Place
+from sagellm.runtime.port import Engine
 
 ENGINE = FrozenMap({"model": "null", "device": "null"})
 GRAPH = Graph("g", "stream", (), (), FrozenMap({"engines": FrozenMap({"e": ENGINE})}))
@@ -31,13 +32,11 @@ class Lives(Tasks):
         return self.lives[-1]
 
 
-async def _open(
-    graph: Graph, name: str, replica: int, _: int | None, progress: Progress
-) -> LocalEngine:
+async def _open(graph: Graph, name: str, replica: int, _: int | None, progress: Progress) -> Engine:
     for event in START:
         progress(event)
     await trio.sleep(2.0)
-    return load_replica(engine_options(graph, name), name, replica)
+    return await open_replica(graph, Place(name, replica))
 
 
 @asynccontextmanager

@@ -310,8 +310,8 @@ async def test_shipped_graphs_balance_and_equal_runs_read_equal(
 async def test_replicas_add_up_to_their_edges(autojump_clock: MockClock) -> None:
     async with Graph.load("pd_many").open(set=NULL) as session:
         async with trio.open_nursery() as nursery:
-            for _ in range(40):
-                nursery.start_soon(session.generate, [1] * 100)
+            for number in range(40):  # none has a prefix that another one computed
+                nursery.start_soon(session.generate, [number] * 100)
         reading = session.executor.reading()
     came = {edge.target: 0 for edge in reading.edges}
     for edge in reading.edges:

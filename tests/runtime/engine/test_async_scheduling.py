@@ -17,6 +17,7 @@ from trio.testing import wait_all_tasks_blocked
 from sagellm.backends import Logprob, Sampled, StepBatch
 from sagellm.runtime.engine.batch import Batch
 from sagellm.runtime.engine.device_runner import DeviceQueue
+from sagellm.runtime.engine.kinds.modelled import ModelledOptions, open_modelled
 from sagellm.runtime.engine.mailbox import MAX_BATCHES
 from sagellm.runtime.engine.opening import open_engine
 from sagellm.runtime.engine.options import EngineOptions
@@ -108,7 +109,7 @@ class Scripted:
 def scripted(**options):
     """A null engine on a scripted device that runs ahead."""
     values = {"model": "null", "num_blocks": 32, "block_size": 4, "max_model_len": 64, **options}
-    engine = open_engine(EngineOptions(**values), name="e")
+    engine = open_modelled(ModelledOptions(**values), name="e")
     device = Scripted()
     put_runner(engine, device)
     return engine, device

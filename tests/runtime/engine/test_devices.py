@@ -14,7 +14,7 @@ from virtual_workers import Lives, chaotic
 from sagellm import Graph, Sampling
 from sagellm.backends import KVLayout
 from sagellm.backends.progress import Progress
-from sagellm.engines import engine_options, load_replica
+from sagellm.engines import engine_options
 from sagellm.graphs.ir import Graph as FrozenGraph
 from sagellm.runtime.engine.local import LocalEngine
 from sagellm.runtime.engine.opening import open_engine
@@ -123,7 +123,9 @@ async def test_workers_die_and_no_token_is_lost(
     ) -> LocalEngine:
         await trio.lowlevel.checkpoint()
         lives.engines.append(
-            load_replica(engine_options(graph, name), name, replica, Sharing("tcp"))
+            open_engine(
+                engine_options(graph, name), name=name, replica=replica, sharing=Sharing("tcp")
+            )
         )
         return lives.engines[-1]
 

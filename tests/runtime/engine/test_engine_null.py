@@ -8,9 +8,8 @@ import pytest
 import trio
 from engine_driver import Driver, hand_over, running
 
-from sagellm.runtime.engine.null_runner import NullLaunch
-from sagellm.runtime.engine.opening import open_engine
-from sagellm.runtime.engine.options import EngineOptions
+from sagellm.runtime.engine.kinds.modelled import ModelledOptions, open_modelled
+from sagellm.runtime.engine.modelled.runner import ModelledLaunch
 from sagellm.runtime.messages import Sampling, SequenceState
 from sagellm.runtime.port import EngineRefusal, LeaseOffer, StaleLease
 
@@ -19,7 +18,7 @@ PROMPT = tuple(range(1, NUM_PROMPT + 1))
 
 
 def open_null(name="e", **options):
-    return open_engine(EngineOptions(**{"model": "null", **options}), name=name)
+    return open_modelled(ModelledOptions(**{"model": "null", **options}), name=name)
 
 
 def offer(engine, request_id="r", num_tokens=NUM_PROMPT, **fields):
@@ -303,16 +302,16 @@ async def test_resuming_behind_the_last_token_ends_at_once(autojump_clock):
 
 async def test_a_failed_step_fails_its_sequences_and_no_more(autojump_clock, monkeypatch):
     engine = open_null()
-    result = NullLaunch.result
+    result = ModelledLaunch.result
 
     async def fail(self):
         raise RuntimeError("secret detail")
 
     async with running(engine) as [driver]:
-        monkeypatch.setattr(NullLaunch, "result", fail)
+        monkeypatch.setattr(ModelledLaunch, "result", fail)
         broken = await driver.submit("a", PROMPT)
         await broken.done.wait()
-        monkeypatch.setattr(NullLaunch, "result", result)
+        monkeypatch.setattr(ModelledLaunch, "result", result)
         fine = await driver.submit("b", PROMPT, max_tokens=3)
         await fine.done.wait()
     assert broken.last.finish_reason == "failed"
@@ -326,7 +325,7 @@ async def test_logits_that_are_no_numbers_fail_their_sequence_only(
     autojump_clock, monkeypatch, hold_kv
 ):
     engine = open_null()
-    result = NullLaunch.result
+    result = ModelledLaunch.result
 
     async def poisoned(self):
         sampled = await result(self)
@@ -334,7 +333,7 @@ async def test_logits_that_are_no_numbers_fail_their_sequence_only(
         broken = frozenset({names.index("a")}) if "a" in names else frozenset()
         return dataclasses.replace(sampled, broken=broken)
 
-    monkeypatch.setattr(NullLaunch, "result", poisoned)
+    monkeypatch.setattr(ModelledLaunch, "result", poisoned)
     async with running(engine) as [driver]:
         broken = await driver.submit("a", PROMPT, hold_kv=hold_kv)
         fine = await driver.submit("b", PROMPT, max_tokens=3)

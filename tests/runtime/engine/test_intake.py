@@ -7,8 +7,7 @@ import msgspec
 import pytest
 from engine_driver import Driver, running
 
-from sagellm.runtime.engine.opening import open_engine
-from sagellm.runtime.engine.options import EngineOptions
+from sagellm.runtime.engine.kinds.modelled import ModelledOptions, open_modelled
 from sagellm.runtime.messages import LeaseRef, Sampling, SequenceState
 from sagellm.runtime.port import EngineRefusal, LeaseOffer, StaleLease
 
@@ -59,7 +58,7 @@ class Way:
 @pytest.fixture(params=["plain", "held", "adopted"])
 async def way(request):
     """The way in; afterwards the engine serves a canary, and every block is free."""
-    engine = open_engine(EngineOptions(model="null", max_model_len=48), name="e")
+    engine = open_modelled(ModelledOptions(model="null", max_model_len=48), name="e")
     async with running(engine) as [driver]:
         found = Way(driver, request.param)
         if request.param == "adopted":
@@ -100,7 +99,7 @@ async def test_a_time_that_is_none(way):
 
 @pytest.mark.parametrize("change", [{"num_tokens": 1}, {"engine": "other"}, {"replica": 1}])
 async def test_a_lease_that_is_not_what_it_says(change):
-    engine = open_engine(EngineOptions(model="null", max_model_len=48), name="e")
+    engine = open_modelled(ModelledOptions(model="null", max_model_len=48), name="e")
     async with running(engine) as [driver]:
         first = await driver.submit("r", PROMPT, max_tokens=3, hold_kv=True)
         await first.done.wait()
@@ -113,7 +112,7 @@ async def test_a_lease_that_is_not_what_it_says(change):
 
 @pytest.mark.parametrize("num_tokens", [0, -5])
 async def test_an_offer_of_nothing(num_tokens):
-    engine = open_engine(EngineOptions(model="null"), name="e")
+    engine = open_modelled(ModelledOptions(model="null"), name="e")
     layout_hash = engine.facts.layout_hash
     offer = LeaseOffer(
         request_id="r", choice=0, epoch=0, num_tokens=num_tokens, layout_hash=layout_hash

@@ -19,7 +19,7 @@ from virtual_workers import Lives, chaotic
 from sagellm import Graph, Sampling
 from sagellm.backends import Sampled
 from sagellm.backends.progress import Progress
-from sagellm.engines import engine_options, load_replica
+from sagellm.engines import engine_options
 from sagellm.graphs.ir import Graph as FrozenGraph
 from sagellm.runtime.engine.batch import Batch
 from sagellm.runtime.engine.local import LocalEngine
@@ -330,7 +330,8 @@ async def test_moved_between_workers_that_die(
         lives: Lives, graph: FrozenGraph, name: str, replica: int, _: int | None, say: Progress
     ) -> LocalEngine:
         await trio.lowlevel.checkpoint()
-        engine = load_replica(engine_options(graph, name), name, replica, Sharing(kind))
+        options = engine_options(graph, name)
+        engine = open_engine(options, name=name, replica=replica, sharing=Sharing(kind))
         lives.engines.append(engine)
         return engine
 

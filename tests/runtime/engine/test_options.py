@@ -33,7 +33,6 @@ def test_what_is_no_size(text):
         ({"block_size": 0}, "block_size: 0 is too small; give at least 1"),
         ({"max_step_tokens": 1}, "max_step_tokens"),
         ({"num_blocks": 4, "kv_memory": "1GiB"}, "both size the KV pool"),
-        ({"decode_step_s": 0.1}, "decode_step_s: only device null"),
         ({"speculation": "ngrm"}, "speculation: 'ngrm' is unknown; did you mean ngram?"),
         ({"speculation": "42"}, "use ngram or draft"),
         ({"speculation": "draft"}, "draft needs draft_model"),
@@ -42,18 +41,14 @@ def test_what_is_no_size(text):
         ({"num_draft_tokens": 4}, "num_draft_tokens: nothing is drafted without speculation"),
         ({"speculation": "ngram", "num_draft_tokens": 0}, "give at least 1"),
         ({"speculation": "ngram", "max_step_tokens": 4}, "exceed max_step_tokens: 4; give fewer"),
-        ({"speculation": "ngram", "device": "null"}, "device null computes nothing"),
+        ({"device": "null"}, "device: null computes nothing, .*; write kind: modelled"),
+        ({"device": "null:0"}, "write kind: modelled"),
+        ({"model": "null"}, "model: null computes nothing, .*; write kind: modelled"),
     ],
 )
 def test_options_that_cannot_be_obeyed(options, reason):
     with pytest.raises(EngineOptionError, match=reason):
         EngineOptions(**options)
-
-
-def test_null_by_device_or_model():
-    assert EngineOptions(device="null", decode_step_s=0.1).is_null
-    assert EngineOptions(model="null").is_null
-    assert not EngineOptions().is_null
 
 
 def test_the_default_pool_holds_eight_of_the_longest():
@@ -126,8 +121,3 @@ def test_hashes_differ_where_engines_cannot_exchange_blocks():
     assert (same.model_hash, same.layout_hash) == (other.model_hash, other.layout_hash)
     assert facts_of(block_size=8).layout_hash != same.layout_hash
     assert facts_of(dtype="float32").model_hash != same.model_hash
-
-
-def test_null_engines_have_no_text():
-    assert "text" not in facts_of(device="null").capabilities
-    assert {"kv_transfer", "resume", "text"} <= facts_of().capabilities

@@ -11,10 +11,10 @@ from remote_engines import Pair, live, open_null, sequence
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from sagellm.runtime.engine.local import LocalEngine
+from sagellm.runtime.engine.modelled.storage import ModelledStorage
 from sagellm.runtime.engine.prefetching import Prefetcher
-from sagellm.runtime.engine.remote import RemoteEngine
+from sagellm.runtime.engine.remote_kv import RemoteKVEngine
 from sagellm.runtime.kv.part import Part
-from sagellm.runtime.kv.storage import NullStorage
 from sagellm.runtime.kv.transfer import PoolTarget
 from sagellm.runtime.messages import LeaseRef
 from sagellm.runtime.port import (
@@ -75,13 +75,13 @@ class Couple:
 @asynccontextmanager
 async def couple(monkeypatch: pytest.MonkeyPatch, *, step: int = STEP) -> AsyncIterator[Couple]:
     copied: list[int] = []
-    fetch = NullStorage.fetch
+    fetch = ModelledStorage.fetch
 
-    async def noted(self: NullStorage, source: Any, blocks: Any, check: Any) -> None:
+    async def noted(self: ModelledStorage, source: Any, blocks: Any, check: Any) -> None:
         await fetch(self, source, blocks, check)
         copied.append(len(blocks))
 
-    monkeypatch.setattr(NullStorage, "fetch", noted)
+    monkeypatch.setattr(ModelledStorage, "fetch", noted)
     options: dict[str, Any] = {"max_step_tokens": step, "prefill_token_s": 1e-3}
     options |= {"max_model_len": 300}
     locals_ = [open_null(name, **options) for name in ("p", "d")]
@@ -101,7 +101,7 @@ async def couple(monkeypatch: pytest.MonkeyPatch, *, step: int = STEP) -> AsyncI
 
 
 def _pair(local: LocalEngine, prefetcher: Prefetcher, nursery: trio.Nursery) -> Pair:
-    remote = RemoteEngine(local.facts, name=local.name, prefetcher=prefetcher)
+    remote = RemoteKVEngine(local.facts, name=local.name, prefetcher=prefetcher)
     return Pair(remote, local, live(remote, local, nursery))
 
 

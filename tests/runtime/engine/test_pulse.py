@@ -6,9 +6,8 @@ import pytest
 import trio
 from engine_driver import OWNER, put_runner, running
 
-from sagellm.runtime.engine.null_runner import NullLaunch, NullRunner
-from sagellm.runtime.engine.opening import open_engine
-from sagellm.runtime.engine.options import EngineOptions
+from sagellm.runtime.engine.kinds.modelled import ModelledOptions, open_modelled
+from sagellm.runtime.engine.modelled.runner import ModelledLaunch, ModelledRunner
 from sagellm.runtime.messages import Sampling, SequenceState
 from sagellm.runtime.port import LeaseOffer
 
@@ -17,7 +16,7 @@ STEP_S = 0.1
 
 @dataclass
 class GatedLaunch:
-    inner: NullLaunch
+    inner: ModelledLaunch
     opened: trio.Event
 
     @property
@@ -33,7 +32,7 @@ class GatedLaunch:
 class Gate:
     """A runner that computes only while it is open."""
 
-    inner: NullRunner
+    inner: ModelledRunner
     opened: trio.Event = field(default_factory=trio.Event)
     runs_ahead = False
 
@@ -49,7 +48,7 @@ class Gate:
 
 def open_null(**options):
     values = {"model": "null", "prefill_token_s": 0.0, "decode_step_s": STEP_S, **options}
-    return open_engine(EngineOptions(**values), name="e")
+    return open_modelled(ModelledOptions(**values), name="e")
 
 
 def gated(engine):

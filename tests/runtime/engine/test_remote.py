@@ -11,9 +11,9 @@ from remote_engines import PROMPT, Pair, live, open_null, sequence
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from sagellm.runtime.engine.local import LocalEngine
-from sagellm.runtime.engine.remote import RemoteEngine
-from sagellm.runtime.engine.remote_transfer import RemoteSource, RemoteTarget
-from sagellm.runtime.engine.serving import LEASE_S, WINDOW
+from sagellm.runtime.engine.remote_kv import RemoteKVEngine
+from sagellm.runtime.engine.remote_transfer import LEASE_S, RemoteSource, RemoteTarget
+from sagellm.runtime.engine.serving import WINDOW
 from sagellm.runtime.messages import LeaseRef
 from sagellm.runtime.port import (
     EngineLost,
@@ -30,7 +30,7 @@ async def served(*locals_: LocalEngine) -> AsyncIterator[list[Pair]]:
     pairs = []
     async with trio.open_nursery() as nursery:
         for local in locals_:
-            remote = RemoteEngine(local.facts, name=local.name)
+            remote = RemoteKVEngine(local.facts, name=local.name)
             pairs.append(Pair(remote, local, live(remote, local, nursery)))
         await wait_all_tasks_blocked()
         yield pairs

@@ -6,10 +6,9 @@ import pytest
 import trio
 from engine_driver import Driver, hand_over, running
 
+from sagellm.runtime.engine.kinds.modelled import ModelledOptions, open_modelled
 from sagellm.runtime.engine.local import LocalEngine
-from sagellm.runtime.engine.null_runner import NullLaunch
-from sagellm.runtime.engine.opening import open_engine
-from sagellm.runtime.engine.options import EngineOptions
+from sagellm.runtime.engine.modelled.runner import ModelledLaunch
 from sagellm.runtime.messages import Sampling, SequenceState
 from sagellm.runtime.port import LeaseOffer
 
@@ -17,7 +16,7 @@ SYSTEM = tuple(range(1, 201))  # 12 blocks of 16, and a half
 
 
 def open_null(name="e", **options):
-    return open_engine(EngineOptions(**{"model": "null", **options}), name=name)
+    return open_modelled(ModelledOptions(**{"model": "null", **options}), name=name)
 
 
 def num_computed(engine: LocalEngine) -> int:
@@ -228,7 +227,7 @@ async def test_a_failed_step_leaves_nothing_to_find(autojump_clock, monkeypatch)
             raise RuntimeError("broken")
 
         with monkeypatch.context() as patched:
-            patched.setattr(NullLaunch, "result", fail)
+            patched.setattr(ModelledLaunch, "result", fail)
             await reply.done.wait()
         assert reply.last.finish_reason == "failed"
         assert engine.load.num_cached_blocks == 0

@@ -167,7 +167,7 @@ def test_salts_share_nothing():
 
 
 def test_a_collision_serves_nobody(monkeypatch):
-    monkeypatch.setattr(keys, "_digest", lambda data: b"the same for all")
+    monkeypatch.setattr(keys, "block_digest", lambda parent, content: b"the same for all")
     kept = Kept(8)
     kept.keep([1, 2], salt="a")
     assert len(kept.find([1, 2], "a")) == 2

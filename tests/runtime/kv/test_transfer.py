@@ -6,12 +6,12 @@ import trio
 import trio.testing
 
 from sagellm.backends.cpu.storage import CpuStorage
+from sagellm.runtime.engine.modelled.storage import ModelledStorage
 from sagellm.runtime.kv.device_storage import DeviceStorage
 from sagellm.runtime.kv.exchange import Exchange
 from sagellm.runtime.kv.lease import Fence
 from sagellm.runtime.kv.pool import BlockPool
 from sagellm.runtime.kv.pool_bytes import PoolBytes
-from sagellm.runtime.kv.storage import NullStorage
 from sagellm.runtime.port import StaleLease
 
 FENCE = Fence("r", 0, 0)
@@ -69,7 +69,7 @@ async def test_a_source_that_is_cancelled_midway_aborts_the_target(monkeypatch):
 
 
 async def test_a_cancelled_copy_gives_its_blocks_back(autojump_clock):
-    left, right = Side("p", NullStorage(1000, 100)), Side("d", NullStorage(1000, 100))
+    left, right = Side("p", ModelledStorage(1000, 100)), Side("d", ModelledStorage(1000, 100))
     source, target = left.send(), right.land()
     with trio.move_on_after(5):
         await target.receive(source)
@@ -81,7 +81,7 @@ async def test_a_cancelled_copy_gives_its_blocks_back(autojump_clock):
 
 
 async def test_a_null_copy_takes_its_time(autojump_clock):
-    left, right = Side("p", NullStorage(1000, 100)), Side("d", NullStorage(1000, 100))
+    left, right = Side("p", ModelledStorage(1000, 100)), Side("d", ModelledStorage(1000, 100))
     source, target = left.send(), right.land()
     start = trio.current_time()
     await target.receive(source)

@@ -10,13 +10,13 @@ from sagellm.backends import Sampled
 from sagellm.runtime.engine.batch import Batch
 from sagellm.runtime.engine.limits import Limits
 from sagellm.runtime.engine.local import LocalEngine
+from sagellm.runtime.engine.modelled.storage import ModelledStorage
 from sagellm.runtime.engine.resources import EngineResources
 from sagellm.runtime.engine.speculation.speculation import Speculation
 from sagellm.runtime.engine.step_batch import rows_of
-from sagellm.runtime.kv.storage import NullStorage
 from sagellm.runtime.port import EngineFacts
 
-FACTS = EngineFacts("m", "h", 16, 1024, 2048, 64, 1, "l")
+FACTS = EngineFacts("m", 2048, 64, block_size=16, num_blocks=1024, kv_block_bytes=1)
 MEMORY_BOUND, COMPUTE_BOUND = (0.02, 0.0), (0.0, 0.001)  # seconds a step, and a row
 
 
@@ -78,7 +78,7 @@ async def serve(costs, drafter, *, num_sequences=1, num_tokens=256):
     """Seconds until all answers were there, and the engine's load."""
     speculation = Speculation(drafter, 4) if drafter else None
     resources = EngineResources(
-        FACTS, Limits(64, 512), CountingRunner(*costs), NullStorage(1, 1e9), 200,
+        FACTS, Limits(64, 512), CountingRunner(*costs), ModelledStorage(1, 1e9), 200,
         speculation=speculation,
     )  # fmt: skip
     engine = LocalEngine(resources, name="e")

@@ -291,7 +291,7 @@ async def test_a_server_that_raises_at_a_gone_client_ends_the_request():
     async def fail(message: Any) -> None:
         raise OSError("gone")
 
-    client._send = fail
+    client.send = fail
     gateway = gateway_before(door)
     await client.call(completions, gateway)
     assert door.left == ["abc"]

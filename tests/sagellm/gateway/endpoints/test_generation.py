@@ -284,7 +284,7 @@ async def test_an_overload_says_when_to_come_back():
     async def refused() -> Any:
         client = Client(COMPLETION)
         with pytest.raises(ApiError) as caught:
-            await completions(gateway, Request(client.scope(), client._receive))
+            await completions(gateway, Request(client.scope(), client.receive))
         return caught.value
 
     error = await refused()

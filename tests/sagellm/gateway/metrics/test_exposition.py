@@ -72,7 +72,8 @@ async def test_requests_and_tokens(opened: Any, autojump_clock: MockClock) -> No
 
 @pytest.mark.parametrize("graph", ["joint", "pd"])
 async def test_what_prefixes_spared(opened: Any, graph: str, autojump_clock: MockClock) -> None:
-    async with opened(graph) as (session, meters):
+    apart = {"split.min_uncached_tokens": 0} if graph == "pd" else {}  # cached prompts, too
+    async with opened(graph, **apart) as (session, meters):
         for _ in range(3):
             await session.generate([1] * 100, sampling=TEN, model="m")
         shown = await scrape(meters)
@@ -89,7 +90,18 @@ async def test_what_prefixes_spared(opened: Any, graph: str, autojump_clock: Moc
     assert shown("vllm:request_prefill_kv_computed_tokens_sum") == 300 - 192
     assert shown("sagellm_engine_prefix_hit_tokens_total") == 2 * 96
     assert shown("sagellm_engine_kv_cached_blocks") > 0
+    assert shown("sagellm_engine_known_prefix_blocks") == 0  # nobody asks
     assert shown("vllm:kv_cache_usage_perc") == 0
+
+
+async def test_what_routers_know_of_each_replica(opened: Any, autojump_clock: MockClock) -> None:
+    async with opened("pd") as (session, meters):
+        for _ in range(2):
+            await session.generate([1] * 100, sampling=TEN, model="m")
+        shown = await scrape(meters)
+    known = [shown("sagellm_engine_known_prefix_blocks", engine=name) for name in ("p", "d")]
+    assert known == [shown("sagellm_engine_kv_cached_blocks", engine=name) for name in ("p", "d")]
+    assert min(known) > 0
 
 
 async def test_preemptions_are_counted_for_each_request(

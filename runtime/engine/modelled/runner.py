@@ -1,4 +1,4 @@
-"""The runner that computes nothing and takes the time it is told."""
+"""The runner of a modelled engine: it computes nothing, and takes the time of its cost model."""
 
 from dataclasses import dataclass
 
@@ -7,13 +7,14 @@ import trio
 from sagellm.backends import Sampled
 from sagellm.backends.null.backend import null_tokens
 from sagellm.runtime.engine.batch import Batch
+from sagellm.runtime.engine.modelled.cost import StepCost, StepShape, step_shape
 from sagellm.runtime.engine.runner import Launch
 from sagellm.runtime.engine.step_batch import rows_of
 
 
 @dataclass(frozen=True, slots=True)
-class NullLaunch:
-    """Its step begins when somebody waits for the result."""
+class ModelledLaunch:
+    """The step begins when somebody waits for the result."""
 
     batch: Batch
     seconds: float
@@ -29,21 +30,26 @@ class NullLaunch:
 
 
 @dataclass(frozen=True, slots=True)
-class NullRunner:
-    """Sleeps `prefill_token_s` a prompt token and `decode_step_s` a step, on trio's clock."""
+class ModelledRunner:
+    """Sleeps for the cost of each batch, on trio's clock. Token ids follow from seed, choice and
+    position.
+    """
 
     vocab_size: int
-    prefill_token_s: float
-    decode_step_s: float
+    cost: StepCost
     runs_ahead: bool = False
 
-    def launch(self, batch: Batch, after: Launch | None = None) -> NullLaunch:
-        num_prompt_tokens = batch.num_tokens - batch.num_answer_tokens
-        seconds = self.decode_step_s + num_prompt_tokens * self.prefill_token_s
-        return NullLaunch(batch, seconds, self.vocab_size)
+    def launch(self, batch: Batch, after: Launch | None = None) -> ModelledLaunch:
+        return ModelledLaunch(batch, self.cost.seconds(shape_of(batch)), self.vocab_size)
 
     async def open(self) -> None:
         await trio.lowlevel.checkpoint()
 
     async def close(self) -> None:
         """Nothing runs."""
+
+
+def shape_of(batch: Batch) -> StepShape:
+    """What the cost of a batch depends on."""
+    prompts = (sequence.num_prompt for sequence in batch.sequences)
+    return step_shape(zip(batch.starts, batch.query_lens, prompts, strict=True))

@@ -1,0 +1,125 @@
+"""A forecast: how long requests take by now, as a value that operators keep and feed.
+
+It is learned from feedback alone: an operator that subscribes to "queue", "first_token" or "load"
+passes what it is given to `after`, and asks. What it has no evidence for is None.
+"""
+
+import math
+from collections.abc import Mapping
+
+import msgspec
+from immutables import Map
+from msgspec.structs import replace
+
+from sagellm.runtime.backlog import Backlog, Pace, together
+from sagellm.runtime.feedback import FirstToken, LoadReported, QueueChanged
+from sagellm.runtime.messages import Request
+
+_EVIDENCE = 8.0  # prefills that must have been seen before any is predicted
+_FADE = 1 - 1 / 64  # of what is known of prefills, with each that is seen
+_SPREAD = 0.1  # of the mean: prompts of lengths that differ less show no slope
+_WEIGHT = 1 / 8  # of the latest step in the mean
+
+
+class Prefills(msgspec.Struct, frozen=True):
+    """Seconds of prefill by tokens computed: a line, by least squares over the latest prefills."""
+
+    weight: float = 0.0
+    tokens: float = 0.0  # sums, faded
+    seconds: float = 0.0
+    squares: float = 0.0
+    products: float = 0.0
+
+    def with_one(self, num_tokens: int, seconds: float) -> "Prefills":
+        return Prefills(
+            self.weight * _FADE + 1,
+            self.tokens * _FADE + num_tokens,
+            self.seconds * _FADE + seconds,
+            self.squares * _FADE + num_tokens * num_tokens,
+            self.products * _FADE + num_tokens * seconds,
+        )
+
+    def seconds_of(self, num_tokens: float) -> float | None:
+        """What a prefill of so many tokens takes."""
+        if self.weight < 0.9 * _EVIDENCE or self.tokens <= 0:
+            return None
+        mean, mean_s = self.tokens / self.weight, self.seconds / self.weight
+        variance = self.squares / self.weight - mean * mean
+        slope = mean_s / mean
+        if variance > (_SPREAD * mean) ** 2:
+            slope = (self.products / self.weight - mean * mean_s) / variance
+        if not 0 <= slope * mean <= mean_s:
+            slope = mean_s / mean
+        return mean_s + slope * (num_tokens - mean)
+
+
+class Forecast(msgspec.Struct, frozen=True):
+    """`pace` is that of all queues together, of which `backlogs` has the latest, by operator.
+
+    `step_s`: the mean time of an engine step while a replica was busy. `steps`: the number of each
+    replica's latest step, and when it was reported.
+    """
+
+    pace: Pace = Pace()
+    backlogs: Mapping[str, Backlog] = {}
+    prefills: Prefills = Prefills()
+    step_s: float | None = None
+    steps: Map[tuple[str, int], tuple[int, float]] = Map()
+
+    def after(self, happened: QueueChanged | FirstToken | LoadReported, now: float) -> "Forecast":
+        """The forecast with that feedback."""
+        match happened:
+            case QueueChanged(node=node, backlog=backlog):
+                return self._with_backlog(node, backlog, now)
+            case FirstToken():
+                return self._with_first_token(happened)
+            case LoadReported():
+                return self._with_load(happened, now)
+
+    def prefill_s(self, num_tokens: float) -> float | None:
+        """What an engine takes to compute so many prompt tokens, beside what it does by now."""
+        return self.prefills.seconds_of(num_tokens)
+
+    def first_token_s(self, request: Request) -> float:
+        """From leaving the queue to the first token. As long as prefills are not predicted, the
+        mean of all requests.
+        """
+        mean_s = self.pace.first_token_s
+        own_s = self.prefill_s(request.num_uncached_tokens)
+        if own_s is None:
+            return mean_s
+        usual_s = self.prefills.seconds / self.prefills.weight
+        return max(mean_s - usual_s, 0.0) + own_s
+
+    def ttft_s(self, request: Request, now: float) -> float | None:
+        """From its arrival to its first token, for a request that enters the queue now: what all
+        but a few in a hundred stay below.
+        """
+        wait_s = self.pace.long_wait_s(now)
+        if wait_s is None:
+            return None
+        waited_s = max(now - request.stamps.arrived_s, 0.0)
+        return waited_s + wait_s + self.first_token_s(request)
+
+    def _with_backlog(self, node: str, backlog: Backlog, now: float) -> "Forecast":
+        backlogs = {**self.backlogs, node: backlog}
+        if len(backlogs) > 1:
+            backlog = together(backlogs.values())
+        pace = self.pace.with_backlog(backlog, now)
+        return Forecast(pace, backlogs, self.prefills, self.step_s, self.steps)
+
+    def _with_first_token(self, first: FirstToken) -> "Forecast":
+        pace, prefills = self.pace.with_first_token(first.seconds), self.prefills
+        if first.num_computed_tokens > 0:
+            prefills = prefills.with_one(first.num_computed_tokens, first.computed_s)
+        return replace(self, pace=pace, prefills=prefills)
+
+    def _with_load(self, reported: LoadReported, now: float) -> "Forecast":
+        load, name = reported.load, (reported.node, reported.replica)
+        before = self.steps.get(name)
+        steps = self.steps.set(name, (load.num_steps, now if load.num_running else math.inf))
+        step_s = self.step_s
+        if before is not None and load.num_steps > before[0] and now > before[1]:
+            latest_s = (now - before[1]) / (load.num_steps - before[0])
+            step_s = latest_s if step_s is None else step_s + _WEIGHT * (latest_s - step_s)
+        return replace(self, steps=steps, step_s=step_s)

@@ -1,0 +1,129 @@
+"""prefix_aware against its definition: outstanding tokens and uncached tokens, the least."""
+
+from typing import Any
+
+import pytest
+from immutables import Map
+from msgspec.structs import replace
+
+from sagellm.operators.routing.candidates import Candidates
+from sagellm.operators.routing.prefix_aware import PrefixAware
+from sagellm.operators.routing.replicas import Pool
+from sagellm.operators.routing.strategy import Hold
+from sagellm.operators.routing.view import View
+from sagellm.runtime.block_hash import secret
+from sagellm.runtime.feedback import FirstToken
+from sagellm.runtime.messages import Request, Sampling
+from sagellm.runtime.operator import Draw
+from sagellm.runtime.prefixes import Hasher, PrefixIndex, PromptHashes
+
+POOL = Pool("p", 3, ("prefill",), ("prefill",))
+HASHER = Hasher(secret())
+PROMPT = tuple(range(101))
+SIZE = 10
+
+
+def ask(name: str = "r", num_tokens: int = 101, **fields: Any) -> Request:
+    tokens = PROMPT[:num_tokens]
+    sampling = Sampling(max_tokens=10)
+    return Request(request_id=name, prompt_token_ids=tokens, sampling=sampling, **fields)
+
+
+def warm(**held: int) -> View:
+    """A view of replicas that have so many tokens of the prompt cached: r1=40."""
+    hashes, blocks = PromptHashes(PROMPT, "", SIZE, HASHER.key), dict[bytes, int]()
+    for name, num_tokens in held.items():
+        for index in range(num_tokens // SIZE):
+            bit = 1 << int(name[1:])
+            blocks[hashes[index]] = blocks.get(hashes[index], 0) | bit
+    return View.of((POOL,)).with_index("p", PrefixIndex(SIZE, Map(blocks)))
+
+
+def order(view: View, request: Request | None = None, **options: Any) -> list[Any]:
+    asked = request or ask()
+    candidates = Candidates(view.pools["p"], asked, view.num_routed, HASHER, forecast=view.forecast)
+    found, _ = PrefixAware(**options).order(None, candidates, 0.0, Draw(0, "route", 0))
+    assert isinstance(found, list)
+    return found
+
+
+def loaded(view: View, replica: int, num_requests: int, num_tokens: int = 11) -> View:
+    """With so many requests at a replica, of `num_tokens` and 10 of their answers."""
+    for number in range(num_requests):
+        view = view.place(ask(f"{replica}-{number}", num_tokens), (("p", replica),))
+    return view
+
+
+def test_nobody_is_held_for_longer_than_the_prefix_takes_to_compute() -> None:
+    view = full(warm(r1=80), 1)
+    for _ in range(10):
+        first = FirstToken(seconds=1.0, num_computed_tokens=100, computed_s=0.1)
+        view = replace(view, forecast=view.forecast.after(first, 0.0))
+    hold = order(view, max_hold_s=5.0)[0]
+    assert hold == Hold(1, pytest.approx(0.08))
+    candidates = Candidates(view.pools["p"], ask(), 0, HASHER, forecast=view.forecast)
+    assert candidates.prefill_s(0) == pytest.approx(0.101)
+    assert candidates.prefill_s(1) == pytest.approx(0.021)
+
+
+def full(view: View, replica: int) -> View:
+    return view.take_back(("p", replica), "", 0.0)
+
+
+def test_the_longest_prefix_wins_among_equals() -> None:
+    assert order(warm(r1=40, r2=80)) == [2, 1, 0]
+
+
+def test_with_nothing_cached_the_load_decides() -> None:
+    view = loaded(warm(), 0, 1)
+    assert order(view)[0] == 1
+
+
+def test_a_prefix_is_worth_as_many_outstanding_tokens_as_it_saves() -> None:
+    assert order(loaded(warm(r1=80), 1, 3))[0] == 1  # 63 outstanding
+    assert order(loaded(warm(r1=80), 1, 4))[0] != 1  # 84: no hot spot
+    assert order(loaded(warm(r1=80), 1, 4), load_weight=0.5)[0] == 1
+
+
+def test_a_replica_without_room_is_no_candidate() -> None:
+    assert order(full(warm(r1=80, r2=10), 1)) == [2, 0]
+
+
+def test_a_request_is_held_for_a_warm_replica_only_if_that_is_asked_for_and_saves_enough() -> None:
+    view = full(warm(r1=80), 1)
+    assert order(view)[0] != Hold(1, 0.5)
+    assert order(view, max_hold_s=0.5) == [Hold(1, 0.5), 0]
+    assert order(view, max_hold_s=0.5, min_saved=0.9) == [0]
+    assert order(full(warm(r1=80, r2=60), 1), max_hold_s=0.5) == [2, 0]  # it saves 20 more
+    lost = view.mark(("p", 1), is_up=False)
+    assert order(lost, max_hold_s=0.5) == [0]
+
+
+def test_tenants_do_not_meet() -> None:
+    view = warm(r2=80)
+    assert order(view, ask(salt="other"))[0] == 0
+    assert order(view, ask())[0] == 2
+
+
+@pytest.mark.parametrize("num_replicas", [40, 1000])
+def test_a_decision_compares_a_few_however_many_have_the_prefix(num_replicas: int) -> None:
+    pool = Pool("p", num_replicas, ("prefill",))
+    hashes = PromptHashes(PROMPT, "", SIZE, HASHER.key)
+    everywhere = PrefixIndex(SIZE, Map({hashes[0]: (1 << num_replicas) - 1}))
+    view = View.of((pool,)).with_index("p", everywhere)
+    seen = set()
+    for turn in range(0, num_replicas, 10):
+        candidates = Candidates(view.pools["p"], ask(), turn, HASHER)
+        found, _ = PrefixAware().order(None, candidates, 0.0, Draw(0, "route", 0))
+        assert len(found) <= 17
+        seen |= set(found)
+    assert seen == set(range(num_replicas))
+
+
+def test_candidates_say_what_is_cached_where() -> None:
+    view = loaded(warm(r0=20), 1, 2)
+    candidates = Candidates(view.pools["p"], ask(), 0, HASHER)
+    assert [candidates.num_cached_tokens(number) for number in (0, 1)] == [20, 0]
+    assert [candidates.num_uncached_tokens(number) for number in (0, 1)] == [81, 101]
+    assert [candidates.num_pending_tokens(number) for number in (0, 1)] == [0, 22]
+    assert [candidates.num_requests(number) for number in (0, 1)] == [0, 2]

@@ -1,0 +1,93 @@
+"""What is predicted, and from what evidence."""
+
+import pytest
+
+from sagellm.runtime.backlog import Backlog
+from sagellm.runtime.feedback import FirstToken, LoadReported, QueueChanged
+from sagellm.runtime.forecast import Forecast
+from sagellm.runtime.messages import Request, Stamps
+from sagellm.runtime.port import EngineLoad
+
+
+def first(num_tokens: int, computed_s: float, queued_s: float = 0.0) -> FirstToken:
+    return FirstToken(
+        seconds=queued_s + computed_s, num_computed_tokens=num_tokens, computed_s=computed_s
+    )
+
+
+def learned(*prefills: tuple[int, float], queued_s: float = 0.0) -> Forecast:
+    forecast = Forecast()
+    for num_tokens, seconds in prefills:
+        forecast = forecast.after(first(num_tokens, seconds, queued_s), 0.0)
+    return forecast
+
+
+def ask(num_tokens: int, arrived_s: float = 0.0, num_cached_tokens: int = 0) -> Request:
+    return Request(
+        request_id="r",
+        prompt_token_ids=(1,) * num_tokens,
+        num_cached_tokens=num_cached_tokens,
+        stamps=Stamps(arrived_s=arrived_s),
+    )
+
+
+def test_without_evidence_nothing_is_predicted() -> None:
+    assert Forecast().prefill_s(100) is None
+    assert learned(*[(100, 1.0)] * 7).prefill_s(100) is None
+    assert Forecast().step_s is None
+    assert Forecast().ttft_s(ask(10), 0.0) is None
+
+
+def test_prefills_of_one_length_show_a_rate() -> None:
+    assert learned(*[(100, 1.0)] * 8).prefill_s(50) == pytest.approx(0.5)
+
+
+def test_prefills_of_several_lengths_show_a_line() -> None:
+    """0.1 s and a hundredth of a second a token."""
+    forecast = learned(*[(10, 0.2), (100, 1.1), (50, 0.6)] * 5)
+    assert forecast.prefill_s(200) == pytest.approx(2.1)
+    assert forecast.prefill_s(0) == pytest.approx(0.1)
+
+
+def test_a_line_never_falls() -> None:
+    forecast = learned(*[(10, 1.0), (100, 0.5)] * 8)
+    assert (forecast.prefill_s(10) or 0) < (forecast.prefill_s(100) or 0)
+
+
+def test_what_was_longer_ago_counts_less() -> None:
+    forecast = learned(*[(100, 5.0)] * 20, *[(100, 1.0)] * 300)
+    assert forecast.prefill_s(100) == pytest.approx(1.0, rel=0.1)
+
+
+def test_the_first_token_of_a_cached_prompt_comes_sooner() -> None:
+    forecast = learned(*[(100, 1.0)] * 20, queued_s=0.5)
+    assert forecast.first_token_s(ask(100)) == pytest.approx(1.5)
+    assert forecast.first_token_s(ask(100, num_cached_tokens=80)) == pytest.approx(0.7)
+    unknown = Forecast().after(FirstToken(seconds=2.0), 0.0)
+    assert unknown.first_token_s(ask(100, num_cached_tokens=80)) == 2.0
+
+
+def test_ttft_adds_what_was_waited_the_queue_and_the_first_token() -> None:
+    forecast = learned(*[(100, 1.0)] * 20)
+    for num_served in range(40):
+        backlog = Backlog(4, 400, 400, num_served=num_served, num_served_tokens=100 * num_served)
+        changed = QueueChanged(node="sort", backlog=backlog)
+        forecast = forecast.after(changed, 0.0)
+    assert forecast.ttft_s(ask(100), 0.0) is None  # it took no time
+    for num_served in range(40, 80):
+        backlog = Backlog(
+            4, 400, 400, num_served=num_served, num_served_tokens=100 * num_served,
+            busy_s=(num_served - 39) * 0.1,
+        )  # fmt: skip
+        forecast = forecast.after(QueueChanged(node="sort", backlog=backlog), 0.0)
+    wait_s = forecast.pace.long_wait_s(3.0)
+    assert wait_s is not None
+    assert forecast.ttft_s(ask(100, arrived_s=1.0), 3.0) == pytest.approx(2.0 + wait_s + 1.0)
+
+
+def test_steps_are_timed_while_a_replica_is_busy() -> None:
+    forecast = Forecast()
+    for now, num_steps, num_running in ((0.0, 1, 2), (0.2, 3, 0), (9.0, 4, 1), (9.1, 5, 1)):
+        load = EngineLoad(num_running=num_running, num_steps=num_steps)
+        forecast = forecast.after(LoadReported(node="g", replica=0, load=load), now)
+    assert forecast.step_s == pytest.approx(0.1)

@@ -1,0 +1,23 @@
+"""The kind of engine of examples/own_engine.py, registered for one test."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+
+from sagellm.own_code import import_named
+from sagellm.runtime.engine.kinds import KINDS
+
+_EXAMPLES = Path(__file__).parent.parent / "examples"
+PARROT: ModuleType = import_named("own_engine.py", _EXAMPLES)
+_ENTRY = KINDS._registered.pop("parrot")
+
+
+@contextmanager
+def registered() -> Iterator[ModuleType]:
+    """As `import_named` leaves it: `kind: parrot` means this kind."""
+    KINDS._registered["parrot"] = _ENTRY
+    try:
+        yield PARROT
+    finally:
+        del KINDS._registered["parrot"]
