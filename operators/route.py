@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from sagellm.graphs.vocabulary import REQUEST, OpSpec, Port
+from sagellm.graphs.vocabulary import REQUEST, OpSpec, Port, nearest
 from sagellm.operators.routing import Candidates, Function, Hold, Strategy, find_strategy
 from sagellm.operators.routing.replicas import Pool, PoolView, Replica, bits
 from sagellm.operators.routing.strategy import make
@@ -89,7 +89,7 @@ class Route:
     @property
     def subscribes(self) -> frozenset[str]:
         wanted: Iterable[str] = getattr(self.strategy, "subscribes", ())
-        return _ALWAYS | SPEC.subscribes.intersection(wanted)
+        return _ALWAYS.union(wanted)
 
     def on(self, state: View, happened: Input, now: float, draw: Draw) -> Step[View]:
         match happened:
@@ -277,6 +277,16 @@ def pools_of(targets: tuple[Target, ...]) -> tuple[Pool, ...]:
     )
 
 
+def _wanted(strategy: Function | Strategy, strategy_name: str, name: str) -> frozenset[str]:
+    """The kinds of feedback that a strategy needs. Raises ValueError for one that is none."""
+    wanted = frozenset(getattr(strategy, "subscribes", ()))
+    for kind in sorted(wanted - SPEC.subscribes):
+        known = sorted(SPEC.subscribes)
+        hint = f"did you mean {nearest(kind, known) or ' or '.join(known)}?"
+        raise ValueError(f"{name}: strategy {strategy_name} subscribes to {kind!r}: {hint}")
+    return wanted
+
+
 def build(options: Options, setup: Setup) -> Route:
     """Raises ValueError for an unknown strategy, GraphError for options that it does not take."""
     pools = pools_of(setup.targets)
@@ -286,5 +296,6 @@ def build(options: Options, setup: Setup) -> Route:
     found = find_strategy(options.strategy)
     path = ("operators", setup.name, "strategy_options")
     strategy = make(found, options.strategy, options.strategy_options, path)
-    foresees = "first_token" in getattr(strategy, "subscribes", ())
+    wanted = _wanted(strategy, options.strategy, setup.name)
+    foresees = "first_token" in wanted
     return Route(pools, strategy, setup.hasher, entry, by_node, setup.facts, foresees)

@@ -2,8 +2,8 @@
 
 A lookup hashes the blocks of a prompt as far as some replica has them, in order, and at most twice
 as far: 1.5 us a block. So a prompt of 100,000 tokens that is cached whole takes 10 ms in the loop,
-one of 2,000 tokens 0.2 ms, and one that is new some microseconds. Hashes are kept for the next lookup of the same prompt, which
-takes microseconds: it asks for the logarithm of as many blocks.
+one of 2,000 tokens 0.2 ms, and one that is new some microseconds. Hashes are kept for the next
+lookup of the same prompt, which takes microseconds: it asks for the logarithm of as many blocks.
 """
 
 from collections import OrderedDict

@@ -117,6 +117,12 @@ def test_only_what_a_strategy_needs_is_subscribed_to() -> None:
     assert "cache" in build(Options("prefix_aware"), SETUP).subscribes
 
 
+def test_a_kind_of_feedback_that_there_is_not_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(InBursts, "subscribes", frozenset({"cach"}), raising=False)
+    with pytest.raises(ValueError, match="in_bursts subscribes to 'cach': did you mean cache"):
+        build(Options("in_bursts"), SETUP)
+
+
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
