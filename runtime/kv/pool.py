@@ -324,7 +324,10 @@ class BlockPool:
         """Attach the lease's next blocks to `node`, or refer to those that it has."""
         at = len(lease.path)
         for index, tables in enumerate(self._of_group):
-            own = tuple([table[at] for table in lease.tables[tables]])
+            if self._num_tables == 1:  # most models
+                own: tuple[int, ...] = (lease.tables[0][at],)
+            else:
+                own = tuple([table[at] for table in lease.tables[tables]])
             entry = node.entries[index]
             if entry is None:
                 if own[0] != UNHELD:

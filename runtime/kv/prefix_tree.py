@@ -150,10 +150,14 @@ class PrefixTree:
     def evict(self) -> list[int]:
         """Forget the idle entry that is worth least, and its node with it; their blocks."""
         oldest = [next(iter(each)) for each in self._idle if each]
-        entry = min(oldest, key=lambda entry: (entry.generation, -entry.priority))
-        node = entry.node
-        gone = node.entries if self._is_anchor(entry) else [entry]
-        blocks = [block for each in gone if each is not None for block in self._take_idle(each)]
+        if len(oldest) > 1:
+            oldest.sort(key=lambda entry: (entry.generation, -entry.priority))
+        entry = oldest[0]
+        blocks = [*self._take_idle(entry)]
+        if self._is_anchored and entry.group == 0:
+            for other in entry.node.entries:
+                if other is not None and other is not entry:
+                    blocks += self._take_idle(other)
         self.num_evicted += len(blocks)
         self._forget(entry)
         return blocks
@@ -215,9 +219,6 @@ class PrefixTree:
     def _children(self, parent: Node | None) -> dict[bytes, Node]:
         return self._first if parent is None else parent.children
 
-    def _is_anchor(self, entry: Entry) -> bool:
-        return self._is_anchored and entry.group == 0
-
     def _take_idle(self, entry: Entry) -> tuple[int, ...]:
         """Its blocks where it was idle; it is so no more."""
         idle = self._idle[entry.priority]
@@ -239,13 +240,17 @@ class PrefixTree:
 
     def _forget(self, entry: Entry) -> None:
         """An entry that is not idle, and its node where nothing is left that it is there for."""
-        if self._is_anchor(entry):
-            assert not entry.node.children
-            for other in filter(None, entry.node.entries):
-                self._disown(other)
-        else:
+        node = entry.node
+        if not (self._is_anchored and entry.group == 0):
             self._disown(entry)
-        self.prune(entry.node)
+            self.prune(node)
+            return
+        assert not node.children
+        for other in node.entries:
+            if other is not None:
+                self._disown(other)
+        del self._children(node.parent)[node.key.digest]
+        self._end(node)
 
 
 def _raise(node: Node | None, priority: int) -> None:
