@@ -33,6 +33,7 @@ class Backlog(msgspec.Struct, frozen=True):
     num_served_tokens: int = 0  # of prompts
     busy_s: float = 0.0
     num_full: int = 0  # queues that no engine has room for a request of
+    num_cached_tokens: int = 0  # of their prompts: not among the others
 
     @property
     def is_open(self) -> bool:
@@ -50,14 +51,15 @@ def together(backlogs: Collection[Backlog]) -> Backlog:
 class Pace(msgspec.Struct, frozen=True):
     """How fast a queue is served, learned from its backlogs and from first tokens; a value.
 
-    `tokens` and `seconds` fade with busy time, so that their quotient follows the load, but never
-    faster than others are served: where long answers hold every place, nothing leaves for minutes,
-    and what is known of the pace must outlast that. `silent_s` has passed since the last left, at
-    `seen_s`; `gaps` are the silences before the latest requests that left.
+    `tokens`, `requests` and `seconds` fade with busy time, so that their quotients follow the load,
+    but never faster than others are served: where long answers hold every place, nothing leaves for
+    minutes, and what is known of the pace must outlast that. `silent_s` has passed since the last
+    left, at `seen_s`; `gaps` are the silences before the latest requests that left.
     """
 
     backlog: Backlog = Backlog()
     tokens: float = 0.0
+    requests: float = 0.0
     seconds: float = 0.0
     silent_s: float = 0.0
     seen_s: float = 0.0
@@ -76,6 +78,7 @@ class Pace(msgspec.Struct, frozen=True):
             self,
             backlog=backlog,
             tokens=self.tokens * faded + tokens,
+            requests=self.requests * faded + num_served,
             seconds=self.seconds * faded + silent_s,
             silent_s=0.0,
             seen_s=now,
@@ -92,7 +95,10 @@ class Pace(msgspec.Struct, frozen=True):
         """The wait of a newcomer behind those that are not patient, which all but a few in a
         hundred stay below; None before there is evidence.
 
-        Two estimates, of which the longer counts. By rate: departures are taken as Poisson, so that
+        Two estimates, of which the longer counts. By rate of tokens; where prompts that
+        wait are cached, by that of requests if it is slower: then they wait for places, and tokens
+        say little.
+        Departures are taken as Poisson, so that
         the time of n of them has a standard deviation of 1 / sqrt(n) of itself. By silence: the
         next departure comes as late as after nine tenths of the silences that have lasted at least
         as long as this one. Where answers of equal length began together they end together, and a
@@ -103,6 +109,8 @@ class Pace(msgspec.Struct, frozen=True):
             return None
         wait_s = (backlog.num_prompt_tokens - backlog.num_patient_tokens) * token_s
         num_ahead = backlog.num_requests - backlog.num_patient
+        if backlog.num_cached_tokens and self.requests:
+            wait_s = max(wait_s, num_ahead * token_s * self.tokens / self.requests)
         by_rate_s = wait_s * (1 + _DEVIATIONS / math.sqrt(max(num_ahead, 1)))
         return max(by_rate_s, self._rest_of_silence_s(now))
 
