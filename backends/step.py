@@ -28,8 +28,14 @@ class StepBatch:
     """The new tokens of several sequences, as numbers of the host: what one launch computes.
 
     `query_lens[i]` new tokens of sequence i, which has `contexts[i]` tokens after the step, in
-    `block_tables[i]`; lists are read before `launch` returns. `logit_rows` says which of the new
-    tokens need logits: first those of `rows`, which are sampled, then those of `scored`.
+    `block_tables[i]`; lists are read before `launch` returns. A model whose layers lie in several
+    block tables has those of all sequences for the first, then for the second, and so on. Blocks
+    that no kernel of a table reads any more are -1. `states`: of a model with recurrent state, the
+    blocks from which each sequence reads it (none before its first token), and to which it is
+    written.
+
+    `logit_rows` says which of the new tokens need logits: first those of `rows`, which are sampled,
+    then those of `scored`.
 
     `fed`: (which new token, row of `after`): tokens that the launch `after` samples. The host need
     not know them yet; in `token_ids` they are 0. A launch fails where the one it comes `after` did.
@@ -42,6 +48,7 @@ class StepBatch:
     logit_rows: Sequence[int]
     rows: Sequence[Row] = ()
     scored: Sequence[Scored] = ()
+    states: Sequence[tuple[Sequence[int], Sequence[int]]] = ()
     fed: Sequence[tuple[int, int]] = ()
     after: "Ticket | None" = field(default=None, repr=False)
 
@@ -53,26 +60,29 @@ class StepInputs:
     A ragged batch: the new tokens of all sequences, one after the other.
 
     Shapes: T new tokens in all, B sequences, M the largest number of blocks of one sequence, R rows
-    of logits wanted. All on the backend's device; integers are int64, `block_tables` int32.
+    of logits wanted, N blocks of a recurrent state, G block tables. All on the backend's device;
+    integers are int64, blocks int32.
     """
 
     token_ids: "torch.Tensor"  # [T]
     positions: "torch.Tensor"  # [T] position of each token in its sequence
-    slots: "torch.Tensor"  # [T] where its key and value go: block * block_size + offset
+    slots: "torch.Tensor"  # [G * T] where its key and value go: block * block_size + offset
     query_starts: "torch.Tensor"  # [B + 1] offsets into T
     context_lens: "torch.Tensor"  # [B] tokens of the sequence after this step, new ones included
-    block_tables: "torch.Tensor"  # [B, M] blocks in order; padded with 0
+    block_tables: "torch.Tensor"  # [G * B, M] blocks in order; padded with 0
     logit_rows: "torch.Tensor"  # [R] which of the T rows need logits
+    states: "torch.Tensor"  # [2, B, N] where states are read (-1: they are 0) and written
     query_lens: tuple[int, ...]  # the same as query_starts and context_lens, for the host
     contexts: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class KVLayout:
-    """The shape of a model's key / value cache.
+    """The shape of the blocks in which a model's key / value cache lies.
 
-    One tensor holds a pool: [num_layers, 2, num_blocks, num_kv_heads, block_size, head_dim]
-    (2: keys, values), so that one block of one layer is contiguous per key or value.
+    `num_layers`: of one block; a model with several KV groups may have more. One tensor holds a
+    pool: [num_layers, 2, num_blocks, num_kv_heads, block_size, head_dim] (2: keys, values), so that
+    one block of one layer is contiguous per key or value.
     """
 
     num_layers: int
@@ -83,7 +93,7 @@ class KVLayout:
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of one block over all layers."""
+        """Bytes of one block over its layers."""
         itemsize = 4 if self.dtype == "float32" else 2
         per_layer = 2 * self.num_kv_heads * self.block_size * self.head_dim
         return self.num_layers * per_layer * itemsize

@@ -1,5 +1,6 @@
 """A batch as the ragged tensors that a kernel graph reads."""
 
+from functools import cache
 from typing import TypeAlias
 
 import numpy as np
@@ -20,8 +21,8 @@ def step_inputs(batch: StepBatch, block_size: int) -> StepInputs:
     owners = np.repeat(np.arange(len(ends)), query_lens)
     positions = np.arange(len(owners)) + (ends - query_starts[1:])[owners]
     tables = _block_tables(batch, block_size)
-    slots = tables[owners, positions // block_size].astype(np.int64)
-    slots = slots * block_size + positions % block_size
+    slots = _blocks_at(tables, owners, positions // block_size, len(ends)).astype(np.int64)
+    slots = (slots * block_size + positions % block_size).reshape(-1)
     return StepInputs(
         token_ids=torch.from_numpy(np.array(batch.token_ids, dtype=np.int64)),
         positions=torch.from_numpy(positions),
@@ -30,18 +31,46 @@ def step_inputs(batch: StepBatch, block_size: int) -> StepInputs:
         context_lens=torch.from_numpy(ends),
         block_tables=torch.from_numpy(tables),
         logit_rows=torch.from_numpy(np.array(batch.logit_rows, dtype=np.int64)),
+        states=_states(batch),
         query_lens=tuple(batch.query_lens),
         contexts=tuple(batch.contexts),
     )
 
 
 def _block_tables(batch: StepBatch, block_size: int) -> npt.NDArray[np.int32]:
-    """[B, M]: M is what the longest context takes; shorter rows are padded with 0."""
+    """[G * B, M]: M is what the longest context takes; shorter rows are padded with 0."""
     counts = [-(-context // block_size) for context in batch.contexts]
-    tables = np.zeros((len(counts), max(counts)), dtype=np.int32)
+    longest = max(counts)
+    counts *= len(batch.block_tables) // len(counts)
+    tables = np.zeros((len(counts), longest), dtype=np.int32)
     for row, blocks, count in zip(tables, batch.block_tables, counts, strict=True):
         row[:count] = blocks[:count]
     return tables
+
+
+def _blocks_at(
+    tables: npt.NDArray[np.int32], owners: Integers, at: Integers, count: int
+) -> npt.NDArray[np.int32]:
+    """[G, T], or [T] of a single table: the block in which each new token lies."""
+    if len(tables) == count:
+        return tables[owners, at]
+    return tables.reshape(-1, count, tables.shape[1])[:, owners, at]
+
+
+@cache
+def _no_states(count: int) -> torch.Tensor:
+    return torch.empty((2, count, 0), dtype=torch.int32)
+
+
+def _states(batch: StepBatch) -> torch.Tensor:
+    """[2, B, N], N of a model without recurrent state being 0."""
+    if not batch.states:
+        return _no_states(len(batch.contexts))
+    states = np.full((2, len(batch.contexts), len(batch.states[0][1])), -1, dtype=np.int32)
+    for index, (read, written) in enumerate(batch.states):
+        states[0, index, : len(read)] = read
+        states[1, index] = written
+    return torch.from_numpy(states)
 
 
 def feed(batch: StepBatch, inputs: StepInputs, token_ids: list[int]) -> None:

@@ -121,6 +121,7 @@ def _inputs(prompts: Sequence[Sequence[int]]) -> tuple[StepInputs, int]:
         context_lens=torch.tensor(lens),
         block_tables=tables,
         logit_rows=torch.arange(sum(lens)),
+        states=torch.empty(2, len(lens), 0, dtype=torch.int32),
         query_lens=tuple(lens),
         contexts=tuple(lens),
     )

@@ -16,7 +16,7 @@ class EngineFactsView:
     block_size: int | None = None  # tokens
     num_kv_heads: int | None = None
     head_dim: int | None = None
-    num_layers: int | None = None
+    num_layers: int | None = None  # of one KV block
     max_model_len: int | None = None
     kv_pool_bytes: int | None = None  # of one replica
     device: str = ""  # whose memory the pool is in

@@ -9,8 +9,7 @@ try again, where
                       wait
     slo_unreachable   its first token would come later than its objective allows:
                       waited + wait + first token; wait is the longer of
-                      (prompt tokens that wait / tokens served a second) * margin; where prompts
-                      that wait are cached, the same of requests, if that is longer
+                      (prompt tokens that wait / tokens served a second) * margin
                       the rest of this silence: of the time until the next request leaves
 
 The prediction takes all that waits as ahead of the newcomer, but where `policy_sort` serves by

@@ -1,6 +1,5 @@
 """generate: prefill and decode in one replica, chunked prefill mixed into decode batches."""
 
-import math
 from dataclasses import dataclass, field
 
 from sagellm.graphs.vocabulary import (
@@ -54,7 +53,7 @@ class Generate:
             return Credit()
         return Credit(
             requests=self._options.max_inflight or facts.max_num_seqs,
-            blocks=facts.num_blocks or math.inf,
+            blocks=facts.num_token_blocks,
         )
 
     async def on_item(self, ctx: Context, item: Item) -> None:

@@ -82,8 +82,9 @@ class Passed(msgspec.Struct, frozen=True):
         for event in events:
             times = under_way.get(event.request_id, _NO_TIMES)
             before = times.get(event.choice)
-            if event.num_tokens:
-                num_tokens += event.num_tokens
+            num_new = event.num_tokens
+            if num_new:
+                num_tokens += num_new
                 if before is not None:
                     gaps.append(now - before.last_s)
                 before = Times(before.first_s if before is not None else now, now)

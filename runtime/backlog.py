@@ -6,6 +6,8 @@ from collections.abc import Collection
 import msgspec
 from msgspec.structs import astuple, replace
 
+from sagellm.runtime.line_fit import LineFit
+
 _MEMORY_S = 10.0  # of busy time: what was served longer ago counts less and less
 _EVIDENCE = 8  # requests that must have been served before anything is predicted, or forgotten
 _WEIGHT = 1 / 8  # of the latest first token in their mean
@@ -33,7 +35,6 @@ class Backlog(msgspec.Struct, frozen=True):
     num_served_tokens: int = 0  # of prompts
     busy_s: float = 0.0
     num_full: int = 0  # queues that no engine has room for a request of
-    num_cached_tokens: int = 0  # of their prompts: not among the others
 
     @property
     def is_open(self) -> bool:
@@ -51,16 +52,16 @@ def together(backlogs: Collection[Backlog]) -> Backlog:
 class Pace(msgspec.Struct, frozen=True):
     """How fast a queue is served, learned from its backlogs and from first tokens; a value.
 
-    `tokens`, `requests` and `seconds` fade with busy time, so that their quotients follow the load,
-    but never faster than others are served: where long answers hold every place, nothing leaves for
-    minutes, and what is known of the pace must outlast that. `silent_s` has passed since the last
-    left, at `seen_s`; `gaps` are the silences before the latest requests that left.
+    `intervals` are those between departures, by the tokens of what left: where prefill is what
+    engines do most, they grow with tokens, and where long answers hold every place, they do not.
+    They fade with busy time, so that they follow the load, but never faster than others are served:
+    nothing may leave for minutes, and what is known of the pace must outlast that. `silent_s` has
+    passed since the last left, at `seen_s`; `gaps` are the silences before the latest requests that
+    left.
     """
 
     backlog: Backlog = Backlog()
-    tokens: float = 0.0
-    requests: float = 0.0
-    seconds: float = 0.0
+    intervals: LineFit = LineFit()
     silent_s: float = 0.0
     seen_s: float = 0.0
     gaps: tuple[float, ...] = ()
@@ -77,9 +78,7 @@ class Pace(msgspec.Struct, frozen=True):
         return replace(
             self,
             backlog=backlog,
-            tokens=self.tokens * faded + tokens,
-            requests=self.requests * faded + num_served,
-            seconds=self.seconds * faded + silent_s,
+            intervals=self.intervals.with_samples(tokens, silent_s, count=num_served, kept=faded),
             silent_s=0.0,
             seen_s=now,
             gaps=(*self.gaps, gap_s)[-_NUM_GAPS:] if gap_s > _BURST_S else self.gaps,
@@ -95,29 +94,24 @@ class Pace(msgspec.Struct, frozen=True):
         """The wait of a newcomer behind those that are not patient, which all but a few in a
         hundred stay below; None before there is evidence.
 
-        Two estimates, of which the longer counts. By rate of tokens; where prompts that
-        wait are cached, by that of requests if it is slower: then they wait for places, and tokens
-        say little.
-        Departures are taken as Poisson, so that
+        Two estimates, of which the longer counts. By rate: departures are taken as Poisson, so that
         the time of n of them has a standard deviation of 1 / sqrt(n) of itself. By silence: the
         next departure comes as late as after nine tenths of the silences that have lasted at least
         as long as this one. Where answers of equal length began together they end together, and a
         long silence follows, which the rate does not show.
         """
-        backlog, token_s = self.backlog, self._token_s(now)
-        if token_s is None:
-            return None
-        wait_s = (backlog.num_prompt_tokens - backlog.num_patient_tokens) * token_s
+        backlog = self.backlog
         num_ahead = backlog.num_requests - backlog.num_patient
-        if backlog.num_cached_tokens and self.requests:
-            wait_s = max(wait_s, num_ahead * token_s * self.tokens / self.requests)
+        num_tokens = backlog.num_prompt_tokens - backlog.num_patient_tokens
+        wait_s = self._seconds_of(num_ahead, num_tokens, now)
+        if wait_s is None:
+            return None
         by_rate_s = wait_s * (1 + _DEVIATIONS / math.sqrt(max(num_ahead, 1)))
         return max(by_rate_s, self._rest_of_silence_s(now))
 
     def wait_s(self, now: float) -> float | None:
         """How long all that waits takes to leave the queue; None before there is evidence."""
-        token_s = self._token_s(now)
-        return None if token_s is None else self.backlog.num_prompt_tokens * token_s
+        return self._seconds_of(self.backlog.num_requests, self.backlog.num_prompt_tokens, now)
 
     def _silence_s(self, now: float) -> float:
         """Since the last departure, in busy time."""
@@ -130,8 +124,13 @@ class Pace(msgspec.Struct, frozen=True):
         longer = sorted(gap for gap in self.gaps if gap >= silence_s)
         return longer[int(_LONG * len(longer))] - silence_s if longer else 0.0
 
-    def _token_s(self, now: float) -> float | None:
-        seconds = self.seconds + self._silence_s(now)
-        if self.backlog.num_served < _EVIDENCE or not (self.tokens > 0 and seconds > 0):
+    def _seconds_of(self, num_requests: int, num_tokens: int, now: float) -> float | None:
+        """What so many take that wait. The silence by now counts: the pace may have changed."""
+        known = self.intervals
+        if self.backlog.num_served < _EVIDENCE or known.seconds + self._silence_s(now) <= 0:
             return None
-        return seconds / self.tokens
+        if known.seconds <= 0:
+            known = known.with_samples(0, self._silence_s(now))
+            return known.seconds_of(num_tokens, num_requests)
+        scale = 1 + self._silence_s(now) / known.seconds
+        return scale * known.seconds_of(num_tokens, num_requests)

@@ -13,56 +13,24 @@ from msgspec.structs import replace
 
 from sagellm.runtime.backlog import Backlog, Pace, together
 from sagellm.runtime.feedback import FirstToken, LoadReported, QueueChanged
+from sagellm.runtime.line_fit import LineFit
 from sagellm.runtime.messages import Request
 
 _EVIDENCE = 8.0  # prefills that must have been seen before any is predicted
 _FADE = 1 - 1 / 64  # of what is known of prefills, with each that is seen
-_SPREAD = 0.1  # of the mean: prompts of lengths that differ less show no slope
 _WEIGHT = 1 / 8  # of the latest step in the mean
-
-
-class Prefills(msgspec.Struct, frozen=True):
-    """Seconds of prefill by tokens computed: a line, by least squares over the latest prefills."""
-
-    weight: float = 0.0
-    tokens: float = 0.0  # sums, faded
-    seconds: float = 0.0
-    squares: float = 0.0
-    products: float = 0.0
-
-    def with_one(self, num_tokens: int, seconds: float) -> "Prefills":
-        return Prefills(
-            self.weight * _FADE + 1,
-            self.tokens * _FADE + num_tokens,
-            self.seconds * _FADE + seconds,
-            self.squares * _FADE + num_tokens * num_tokens,
-            self.products * _FADE + num_tokens * seconds,
-        )
-
-    def seconds_of(self, num_tokens: float) -> float | None:
-        """What a prefill of so many tokens takes."""
-        if self.weight < 0.9 * _EVIDENCE or self.tokens <= 0:
-            return None
-        mean, mean_s = self.tokens / self.weight, self.seconds / self.weight
-        variance = self.squares / self.weight - mean * mean
-        slope = mean_s / mean
-        if variance > (_SPREAD * mean) ** 2:
-            slope = (self.products / self.weight - mean * mean_s) / variance
-        if not 0 <= slope * mean <= mean_s:
-            slope = mean_s / mean
-        return mean_s + slope * (num_tokens - mean)
 
 
 class Forecast(msgspec.Struct, frozen=True):
     """`pace` is that of all queues together, of which `backlogs` has the latest, by operator.
 
-    `step_s`: the mean time of an engine step while a replica was busy. `steps`: the number of each
-    replica's latest step, and when it was reported.
+    `prefills`: of the latest. `step_s`: the mean time of an engine step while a replica was busy.
+    `steps`: the number of each replica's latest step, and when it was reported.
     """
 
     pace: Pace = Pace()
     backlogs: Mapping[str, Backlog] = {}
-    prefills: Prefills = Prefills()
+    prefills: LineFit = LineFit()
     step_s: float | None = None
     steps: Map[tuple[str, int], tuple[int, float]] = Map()
 
@@ -78,6 +46,8 @@ class Forecast(msgspec.Struct, frozen=True):
 
     def prefill_s(self, num_tokens: float) -> float | None:
         """What an engine takes to compute so many prompt tokens, beside what it does by now."""
+        if self.prefills.weight < 0.9 * _EVIDENCE or self.prefills.tokens <= 0:
+            return None
         return self.prefills.seconds_of(num_tokens)
 
     def first_token_s(self, request: Request) -> float:
@@ -111,7 +81,8 @@ class Forecast(msgspec.Struct, frozen=True):
     def _with_first_token(self, first: FirstToken) -> "Forecast":
         pace, prefills = self.pace.with_first_token(first.seconds), self.prefills
         if first.num_computed_tokens > 0:
-            prefills = prefills.with_one(first.num_computed_tokens, first.computed_s)
+            num_tokens = first.num_computed_tokens
+            prefills = prefills.with_samples(num_tokens, first.computed_s, kept=_FADE)
         return replace(self, pace=pace, prefills=prefills)
 
     def _with_load(self, reported: LoadReported, now: float) -> "Forecast":

@@ -104,7 +104,7 @@ def report_first_token(ctx: Context, request: Request, event: TokenEvent) -> Non
     to leaving this operator.
     """
     dispatched_s = request.stamps.dispatched_s
-    is_first = event.num_tokens > 0 and event.position == request.num_emitted
+    is_first = event.position == request.num_emitted and event.num_tokens > 0
     if not is_first or dispatched_s is None:
         return
     first = FirstToken(seconds=ctx.now() - dispatched_s)

@@ -1,5 +1,6 @@
 """The engine port: what operators and executors use any engine through."""
 
+import math
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias, TypeGuard, runtime_checkable
@@ -8,6 +9,7 @@ import msgspec
 
 from sagellm.graphs.vocabulary import KV_TRANSFER
 from sagellm.runtime.buckets import Buckets
+from sagellm.runtime.lease_shape import LeaseShape
 from sagellm.runtime.messages import LeaseRef, SequenceState, TokenEvent
 
 
@@ -78,7 +80,7 @@ class LeaseOffer(msgspec.Struct, frozen=True, kw_only=True, tag="offer"):
     choice: int
     epoch: int
     num_tokens: int  # of KV that will arrive
-    layout_hash: str  # of the sender's KVLayout: both pools must agree
+    layout_hash: str  # of the sender's KV groups and blocks: both pools must agree
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +89,7 @@ class EngineFacts:
 
     `capabilities`: of CAPABILITIES (`graphs/vocabulary.py`). An engine that manages its memory
     itself has no blocks, and takes `max_num_seqs` sequences at a time.
+    `lease_shape`: how many of its blocks a sequence takes; None: one for `block_size` tokens.
     """
 
     model: str
@@ -98,6 +101,19 @@ class EngineFacts:
     num_blocks: int = 0
     kv_block_bytes: int = 0
     layout_hash: str = ""  # of the KV layout: pools that exchange blocks must agree
+    lease_shape: LeaseShape | None = None
+
+    @property
+    def shape(self) -> LeaseShape:
+        return self.lease_shape or LeaseShape(self.block_size)
+
+    @property
+    def num_token_blocks(self) -> float:
+        """How many times `block_size` tokens the pool holds of long sequences; infinite where they
+        take no more blocks than short ones, or there are none.
+        """
+        per_block = self.shape.num_blocks_per_block if self.num_blocks else 0
+        return self.num_blocks // per_block if per_block else math.inf
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,7 +34,7 @@ def _native(
         q,
         pool=step.pool,
         layer=options.layer,
-        block_tables=step.inputs.block_tables,
+        block_tables=step.tables(options.table),
         query_starts=step.inputs.query_starts,
         context_lens=step.inputs.context_lens,
         scale=options.scale,
@@ -128,8 +128,8 @@ def decode(
     options: PagedAttention, step: Step, q: torch.Tensor, rows: torch.Tensor
 ) -> torch.Tensor:
     """One row a sequence: the heads of a group are the rows of a batched product."""
-    window = options.window
-    batch = step.once(("decode", window), lambda: _decode_batch(step, rows, window))
+    kind = options.window, options.table
+    batch = step.once(("decode", kind), lambda: _decode_batch(step, rows, *kind))
     keys, values = (_dense(step.pool[options.layer, side], batch.tables) for side in (0, 1))
     grouped = q.view(len(q), options.num_kv_heads, -1, options.head_dim) * options.scale
     scores = (grouped @ keys.transpose(2, 3)).masked_fill_(batch.hidden, -torch.inf)
@@ -137,13 +137,13 @@ def decode(
     return (scores.softmax(-1) @ values).view(len(q), -1)
 
 
-def _decode_batch(step: Step, rows: torch.Tensor, window: int | None) -> DecodeBatch:
+def _decode_batch(step: Step, rows: torch.Tensor, window: int | None, table: int) -> DecodeBatch:
     block_size = step.pool.shape[4]
     sequences = step.row_sequences[rows]
     at = step.inputs.positions[rows, None]
     num_blocks = int(at.max()) // block_size + 1
     hidden = _hidden(torch.arange(num_blocks * block_size), at, window)
-    return DecodeBatch(step.inputs.block_tables[sequences, :num_blocks], hidden[:, None, None])
+    return DecodeBatch(step.tables(table)[sequences, :num_blocks], hidden[:, None, None])
 
 
 def _hidden(places: torch.Tensor, at: torch.Tensor, window: int | None) -> torch.Tensor:
@@ -156,7 +156,7 @@ def _gathered(
     step: Step, options: PagedAttention, sequence: int, context: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     num_blocks = -(-context // step.pool.shape[4])
-    table = step.inputs.block_tables[sequence : sequence + 1, :num_blocks]
+    table = step.tables(options.table)[sequence : sequence + 1, :num_blocks]
     keys, values = (_dense(step.pool[options.layer, side], table)[0] for side in (0, 1))
     return keys, values
 

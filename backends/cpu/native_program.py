@@ -95,7 +95,10 @@ class NativeProgram:
         step.logit_rows = inputs.logit_rows.data_ptr()
         step.num_rows, step.num_logit_rows = len(inputs.token_ids), len(inputs.logit_rows)
         batch = step.batch
-        batch.tables, batch.table_len = inputs.block_tables.data_ptr(), inputs.block_tables.shape[1]
+        step.block_tables, batch.table_len = (
+            inputs.block_tables.data_ptr(),
+            inputs.block_tables.shape[1],
+        )
         batch.num_sequences, batch.block_size = len(inputs.context_lens), block_size
         batch.query_starts = inputs.query_starts.data_ptr()
         batch.context_lens = inputs.context_lens.data_ptr()

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from sagellm.backends.cpu.attention import attention
 from sagellm.backends.cpu.binding import Binding
 from sagellm.backends.cpu.linear import linear
+from sagellm.backends.cpu.linear_attention import linear_attention
 from sagellm.backends.cpu.native_kernel import NativeKernel
 from sagellm.backends.cpu.quantised.linear import few_bits
 from sagellm.backends.cpu.rope import rope_tables, rotated
@@ -133,10 +134,11 @@ def _kv_write(options: KVWrite, binding: Binding) -> BoundKernel:
     def run(
         step: Step, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor, pool: torch.Tensor
     ) -> Tensors:
-        _write(pool[options.layer], k, v, slots)
+        _write(pool[options.layer], k, v, step.slots(options.table))
         return ()
 
-    return NativeKernel(run, {"layer": options.layer, "size": options.head_dim})
+    fields = {"layer": options.layer, "blocks": options.table, "size": options.head_dim}
+    return NativeKernel(run, fields)
 
 
 def _write(layer: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor) -> None:
@@ -151,7 +153,8 @@ def _rope_kv_write(options: RopeKVWrite, binding: Binding) -> BoundKernel:
     tables, kernels = rope_tables(options.rope), binding.native
 
     def run(step: Step, *inlets: torch.Tensor) -> Tensors:
-        q, k, v, positions, slots, pool = inlets
+        q, k, v, positions, _, pool = inlets
+        slots = step.slots(options.table)
         angles, layer = tables.up_to(step.longest_context), options.layer
         if kernels:
             places = {"tables": angles, "positions": positions, "slots": slots, "pool": pool}
@@ -159,13 +162,13 @@ def _rope_kv_write(options: RopeKVWrite, binding: Binding) -> BoundKernel:
         _write(pool[layer], rotated(k, angles, positions), v, slots)
         return (rotated(q, angles, positions),)
 
-    fields = {"layer": options.layer, "size": options.rope.head_dim}
+    fields = {"layer": options.layer, "blocks": options.table, "size": options.rope.head_dim}
     return NativeKernel(run, fields, rope=options.rope)
 
 
 def _paged_attention(options: PagedAttention, binding: Binding) -> BoundKernel:
     attend = attention(options, binding)
-    fields = {"layer": options.layer}
+    fields = {"layer": options.layer, "blocks": options.table}
     return NativeKernel(lambda step, q, *_: (attend(step, q),), fields, attention=options)
 
 
@@ -213,6 +216,7 @@ RULES: Mapping[str, Rule] = {
     "kv_write": _kv_write,
     "rope_kv_write": _rope_kv_write,
     "paged_attention": _paged_attention,
+    "linear_attention": linear_attention,
     "silu": _silu,
     "mul": _mul,
     "add": _add,

@@ -33,6 +33,16 @@ class Step:
         starts = self.inputs.query_starts
         return torch.repeat_interleave(torch.arange(len(starts) - 1), starts.diff())
 
+    def tables(self, table: int) -> torch.Tensor:
+        """[B, M] int32: the block tables of that number, one a sequence."""
+        count = len(self.inputs.context_lens)
+        return self.inputs.block_tables[table * count : (table + 1) * count]
+
+    def slots(self, table: int) -> torch.Tensor:
+        """[T] int64: where each row's key and value go in the blocks of that table."""
+        count = len(self.inputs.token_ids)
+        return self.inputs.slots[table * count : (table + 1) * count]
+
     @property
     def all_rows(self) -> torch.Tensor:
         """[T] int64: 0, 1, 2, ..."""

@@ -27,11 +27,15 @@ class Rope:
 
 @dataclass(frozen=True, slots=True)
 class KVWrite:
-    """Writes each row's key and value to its slot of one layer of the pool."""
+    """Writes each row's key and value to its slot of one layer of the pool.
+
+    `table`: of the block tables of each sequence, the one that the slots are of.
+    """
 
     layer: int
     num_kv_heads: int
     head_dim: int
+    table: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +46,7 @@ class RopeKVWrite:
     num_heads: int
     num_kv_heads: int
     rope: Rope
+    table: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +54,7 @@ class PagedAttention:
     """Causal softmax(scale * q k) v over the blocks of each row's sequence.
 
     A row at position p sees positions max(0, p - window + 1) .. p (all before it if no window).
+    `table`: which of the block tables of each sequence.
     """
 
     layer: int
@@ -57,6 +63,7 @@ class PagedAttention:
     head_dim: int
     scale: float
     window: int | None = None
+    table: int = 0
 
 
 def _rope(options: Rope, inlets: Mapping[str, TensorType]) -> dict[str, TensorType]:

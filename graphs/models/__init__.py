@@ -3,7 +3,6 @@
 from sagellm.graphs.ir import Graph
 from sagellm.graphs.models import llama, mistral, qwen2, qwen3
 from sagellm.graphs.models.config import Config
-from sagellm.graphs.models.decoder import Decoder, decoder_graph
 from sagellm.graphs.models.facts import ModelFacts, facts_of
 from sagellm.graphs.models.family import Family
 from sagellm.graphs.models.unsupported import UnsupportedModel
@@ -18,16 +17,20 @@ def build(config: Config) -> Graph:
 
     Raises UnsupportedModel for an architecture or a field that would not be computed right.
     """
-    return decoder_graph(_shape(config))
+    family = _family(config)
+    return family.graph(family.shape(config))
 
 
 def facts(config: Config) -> ModelFacts:
     """What the rest of the system needs to know of the model. Raises UnsupportedModel."""
-    return facts_of(config, _shape(config))
+    family = _family(config)
+    shape = family.shape(config)
+    return facts_of(config, shape, family.graph(shape))
 
 
-def _shape(config: Config) -> Decoder:
-    return _family(config).shape(config)
+def check(config: Config) -> None:
+    """Raise UnsupportedModel where `facts` would, without building a graph of all layers."""
+    facts_of(config, _family(config).shape(config), Graph("unbuilt", "kernel"))
 
 
 def _family(config: Config) -> Family:
@@ -44,4 +47,4 @@ def _family(config: Config) -> Family:
     return FAMILIES[name]
 
 
-__all__ = ["FAMILIES", "ModelFacts", "UnsupportedModel", "build", "facts"]
+__all__ = ["FAMILIES", "ModelFacts", "UnsupportedModel", "build", "check", "facts"]

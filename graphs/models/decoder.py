@@ -1,6 +1,8 @@
 """A pre-norm decoder with gated MLP as a kernel graph: what all families here share."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from sagellm.graphs.ir import Graph
 from sagellm.graphs.kernels.attention import Rope
@@ -29,25 +31,39 @@ class Decoder:
     qk_norm: bool = False
 
 
-def decoder_graph(shape: Decoder) -> Graph:
-    """The unfused kernel graph of one forward step of a ragged batch."""
+# From the normed rows of a layer to what is added to its rows: attention, or what replaces it.
+Mixer: TypeAlias = Callable[[Assembly, Decoder, int, Wire], Wire]
+
+
+def decoder_graph(shape: Decoder, mixer: Mixer | None = None) -> Graph:
+    """The unfused kernel graph of one forward step of a ragged batch.
+
+    `mixer` builds what tokens of a layer see of each other, where it is not attention in all.
+    """
     build = Assembly(shape.family, shape.dtype)
     ids = build.step_input("token_ids")
     weight, sizes = "model.embed_tokens.weight", (shape.vocab_size, shape.hidden_size)
     options = {"weight": weight, "vocab_size": sizes[0], "size": sizes[1], "dtype": shape.dtype}
     rows = build.add("embed", "embedding", {"in": ids}, **options)
     for layer in range(len(shape.windows)):
-        rows = _attention(build, shape, layer, rows)
+        rows = _mixed(build, shape, layer, rows, mixer or attention)
         rows = _mlp(build, shape, layer, rows)
     build.sink("logits", _head(build, shape, rows))
     build.sink("kv", build.state)
     return build.graph
 
 
-def _attention(build: Assembly, shape: Decoder, layer: int, rows: Wire) -> Wire:
-    """rows + attention(norm(rows))."""
+def _mixed(build: Assembly, shape: Decoder, layer: int, rows: Wire, mixer: Mixer) -> Wire:
+    """rows + mixer(norm(rows))."""
     name = f"layer{layer}"
     normed = _norm(build, shape, f"{name}_input_norm", _path(layer, "input_layernorm"), rows)
+    out = mixer(build, shape, layer, normed)
+    return build.add(f"{name}_attention_add", "add", {"a": rows, "b": out})
+
+
+def attention(build: Assembly, shape: Decoder, layer: int, normed: Wire) -> Wire:
+    """Softmax attention with rotated queries and keys: the Mixer of most layers."""
+    name = f"layer{layer}"
     q = _heads(build, shape, layer, "q", normed)
     k = _heads(build, shape, layer, "k", normed)
     v = _project(build, shape, layer, "v", normed)
@@ -64,8 +80,7 @@ def _attention(build: Assembly, shape: Decoder, layer: int, rows: Wire) -> Wire:
     )
     sizes = (shape.num_heads * shape.head_dim, shape.hidden_size)
     path = _path(layer, "self_attn.o_proj")
-    out = _linear(build, f"{name}_o_proj", path, mixed, sizes, shape.output_bias)
-    return build.add(f"{name}_attention_add", "add", {"a": rows, "b": out})
+    return linear(build, f"{name}_o_proj", path, mixed, sizes, shape.output_bias)
 
 
 def _mlp(build: Assembly, shape: Decoder, layer: int, rows: Wire) -> Wire:
@@ -80,12 +95,12 @@ def _mlp(build: Assembly, shape: Decoder, layer: int, rows: Wire) -> Wire:
     )
     path = _path(layer, "post_attention_layernorm")
     normed = _norm(build, shape, f"{name}_post_norm", path, rows)
-    gate = _linear(build, f"{name}_gate_proj", _path(layer, "mlp.gate_proj"), normed, up, bias)
-    raised = _linear(build, f"{name}_up_proj", _path(layer, "mlp.up_proj"), normed, up, bias)
+    gate = linear(build, f"{name}_gate_proj", _path(layer, "mlp.gate_proj"), normed, up, bias)
+    raised = linear(build, f"{name}_up_proj", _path(layer, "mlp.up_proj"), normed, up, bias)
     opened = build.add(f"{name}_silu", "silu", {"in": gate})
     product = build.add(f"{name}_mul", "mul", {"a": opened, "b": raised})
     path = _path(layer, "mlp.down_proj")
-    out = _linear(build, f"{name}_down_proj", path, product, down, bias)
+    out = linear(build, f"{name}_down_proj", path, product, down, bias)
     return build.add(f"{name}_mlp_add", "add", {"a": rows, "b": out})
 
 
@@ -95,7 +110,7 @@ def _head(build: Assembly, shape: Decoder, rows: Wire) -> Wire:
     rows = build.add("logit_rows", "select_rows", {"in": rows, "rows": chosen})
     rows = _norm(build, shape, "final_norm", "model.norm", rows)
     path = "model.embed_tokens" if shape.tie_embeddings else "lm_head"
-    return _linear(build, "lm_head", path, rows, (shape.hidden_size, shape.vocab_size), False)
+    return linear(build, "lm_head", path, rows, (shape.hidden_size, shape.vocab_size), False)
 
 
 def _heads(build: Assembly, shape: Decoder, layer: int, role: str, rows: Wire) -> Wire:
@@ -119,12 +134,13 @@ def _project(build: Assembly, shape: Decoder, layer: int, role: str, rows: Wire)
             num_heads * shape.head_dim,
         ),
     )
-    return _linear(build, f"layer{layer}_{role}_proj", path, rows, sizes, shape.qkv_bias)
+    return linear(build, f"layer{layer}_{role}_proj", path, rows, sizes, shape.qkv_bias)
 
 
-def _linear(
+def linear(
     build: Assembly, name: str, path: str, rows: Wire, sizes: tuple[int, int], bias: bool
 ) -> Wire:
+    """A linear of the weight `path`, `sizes` in and out."""
     options: dict[str, object] = {"in_features": sizes[0], "out_features": sizes[1]}
     if bias:
         options["bias"] = f"{path}.bias"

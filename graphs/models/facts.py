@@ -1,7 +1,11 @@
-"""What the rest of the system needs to know of a model, read from its config alone."""
+"""What the rest of the system needs to know of a model: from its config and its kernel graph."""
 
 from dataclasses import dataclass
+from math import prod
 
+from sagellm.graphs.ir import Graph
+from sagellm.graphs.kernels import KVGroup, kv_groups
+from sagellm.graphs.kernels.weights import weight_shapes
 from sagellm.graphs.models import config as read
 from sagellm.graphs.models.config import Config
 from sagellm.graphs.models.decoder import Decoder
@@ -14,6 +18,7 @@ class ModelFacts:
     """`max_model_len` in tokens; `sliding_window` only where every layer has it.
 
     `weight_bits`: of a linear's weight with its share of scales, where it is stored quantised.
+    `kv_groups`: what it remembers between steps; empty: the keys and values of all layers.
     """
 
     family: str
@@ -30,10 +35,13 @@ class ModelFacts:
     eos_token_ids: tuple[int, ...]
     num_parameters: int
     weight_bits: float | None = None
+    kv_groups: tuple[KVGroup, ...] = ()
 
 
-def facts_of(config: Config, shape: Decoder) -> ModelFacts:
-    """The facts of the model that `shape` was read from. Raises UnsupportedModel."""
+def facts_of(config: Config, shape: Decoder, graph: Graph) -> ModelFacts:
+    """The facts of the model that `shape` was read from, and `graph` built. Raises
+    UnsupportedModel.
+    """
     stored = stored_quantisation(config)
     return ModelFacts(
         family=shape.family,
@@ -48,24 +56,15 @@ def facts_of(config: Config, shape: Decoder) -> ModelFacts:
         tie_embeddings=shape.tie_embeddings,
         sliding_window=shape.windows[0] if len(set(shape.windows)) == 1 else None,
         eos_token_ids=_eos(config, shape.vocab_size),
-        num_parameters=num_parameters(shape),
+        num_parameters=num_parameters(graph),
         weight_bits=stored.weight_bits if stored else None,
+        kv_groups=kv_groups(graph),
     )
 
 
-def num_parameters(shape: Decoder) -> int:
+def num_parameters(graph: Graph) -> int:
     """Stored numbers, tied embeddings counted once."""
-    embeddings = shape.vocab_size * shape.hidden_size * (1 if shape.tie_embeddings else 2)
-    return embeddings + shape.hidden_size + len(shape.windows) * _layer_parameters(shape)
-
-
-def _layer_parameters(shape: Decoder) -> int:
-    hidden, inner = shape.hidden_size, shape.intermediate_size
-    query, key = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-    weights = 2 * hidden * (query + key) + 3 * hidden * inner + 2 * hidden
-    biases = (query + 2 * key) * shape.qkv_bias + hidden * shape.output_bias
-    biases += (2 * inner + hidden) * shape.mlp_bias
-    return weights + biases + 2 * shape.head_dim * shape.qk_norm
+    return sum(map(prod, weight_shapes(graph).values()))
 
 
 def _eos(config: Config, vocab_size: int) -> tuple[int, ...]:

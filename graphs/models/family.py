@@ -4,18 +4,23 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from sagellm.graphs.ir import Graph
 from sagellm.graphs.models import config as read
 from sagellm.graphs.models.config import Config
-from sagellm.graphs.models.decoder import Decoder
+from sagellm.graphs.models.decoder import Decoder, decoder_graph
 from sagellm.graphs.models.unsupported import UnsupportedModel
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """`architecture` is the name in config.json; `shape` reads the config into a Decoder."""
+    """`architecture` is the name in config.json; `shape` reads the config into a Decoder.
+
+    `graph` builds the kernel graph of it: a family whose layers do not all attend has its own.
+    """
 
     architecture: str
     shape: Callable[[Config], Decoder]
+    graph: Callable[[Decoder], Graph] = decoder_graph
 
 
 def decoder(

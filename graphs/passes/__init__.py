@@ -6,6 +6,7 @@ from sagellm.graphs.passes.fuse_linears import FuseGateUp, FuseQkv
 from sagellm.graphs.passes.fuse_rope_kv_write import FuseRopeKvWrite
 from sagellm.graphs.passes.fuse_silu_mul import FuseSiluMul
 from sagellm.graphs.passes.pipeline import Pass, UnknownPass, run_pipeline
+from sagellm.graphs.passes.place_layers import PlaceLayers
 
 # The linears first: the later passes hide the nodes by which they are found.
 KERNEL_PASSES: tuple[Pass, ...] = (
@@ -17,4 +18,4 @@ KERNEL_PASSES: tuple[Pass, ...] = (
     FuseRopeKvWrite(),
 )
 
-__all__ = ["KERNEL_PASSES", "Pass", "UnknownPass", "run_pipeline"]
+__all__ = ["KERNEL_PASSES", "Pass", "PlaceLayers", "UnknownPass", "run_pipeline"]

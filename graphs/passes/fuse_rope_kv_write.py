@@ -33,7 +33,9 @@ def _ropes(graph: Graph, write: Node) -> tuple[Node, Node, int] | None:
 
 
 def _fusion(write: Node, q: Node, k: Node, num_heads: int) -> Fusion:
+    table = {"table": write.attrs["table"]} if "table" in write.attrs else {}
     node = Node(write.name.replace("kv_write", "rope_kv_write"), "rope_kv_write").with_attrs(
+        **table,
         layer=write.attrs["layer"],
         num_heads=num_heads,
         num_kv_heads=write.attrs["num_kv_heads"],

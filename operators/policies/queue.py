@@ -226,7 +226,6 @@ def _counted(
         backlog.num_served_tokens + num_prompt_tokens * was_served,
         busy_s,
         backlog.num_full,
-        backlog.num_cached_tokens + sign * request.num_cached_tokens,
     )
 
 

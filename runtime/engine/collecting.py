@@ -31,7 +31,7 @@ class Collector:
     """Keeps the sequences of an engine until they end.
 
     `on_advance` hears of each step of a prompt that is to be exported, but of the last: how many of
-    its blocks are computed.
+    its blocks of full attention are computed.
 
     What a step under way writes stays leased until it is collected, also where its sequence has
     ended before.
@@ -107,6 +107,7 @@ class Collector:
 
     def _advance(self, batch: Batch, sampled: Sampled) -> None:
         """Count what is computed now, and let others find it."""
+        pool = self._scheduler.pool
         rows = batch.row_sequences if sampled.broken else []
         broken = {rows[row] for row in sampled.broken}
         for sequence, query_len in zip(batch.sequences, batch.query_lens, strict=True):
@@ -115,9 +116,10 @@ class Collector:
             sequence.num_computed += query_len - len(batch.drafts.get(sequence, ()))
             if sequence not in broken:
                 self._publish(sequence)
-                if sequence.state.hold_kv and sequence.num_pending:
-                    num_blocks = sequence.num_computed // self._scheduler.pool.block_size
-                    self.on_advance(sequence.lease, num_blocks)
+                if sequence.state.hold_kv and sequence.num_pending and pool.shape.has_full:
+                    self.on_advance(sequence.lease, sequence.num_computed // pool.block_size)
+            if pool.forgets:
+                pool.settle(sequence.lease, sequence.num_computed)
 
     def _publish(self, sequence: Sequence) -> None:
         """Blocks that the next step reads already are not exchanged for others that hold the same:

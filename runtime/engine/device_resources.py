@@ -6,12 +6,14 @@ from weakref import WeakValueDictionary
 
 from sagellm.backends import Device, KVLayout, Program, get_backend
 from sagellm.backends.progress import Progress, silent
+from sagellm.graphs.kernels import KVBlocks, KVGroup
 from sagellm.graphs.models import build
+from sagellm.graphs.passes import PlaceLayers
 from sagellm.runtime.engine.detokenizer import IncrementalDetokenizer
 from sagellm.runtime.engine.device_runner import DeviceQueue, DeviceRunner
 from sagellm.runtime.engine.options import EngineOptionError, EngineOptions
 from sagellm.runtime.engine.resources import EngineResources, OpenTranscript
-from sagellm.runtime.engine.sizing import engine_dtype
+from sagellm.runtime.engine.sizing import engine_dtype, kv_blocks
 from sagellm.runtime.engine.speculation.draft_folder import draft_folder
 from sagellm.runtime.engine.speculation.draft_model import DraftLimits, ModelDrafter
 from sagellm.runtime.engine.speculation.drafter import Drafter
@@ -49,9 +51,10 @@ def open_resources(
 
     Raises EngineOptionError, ModelError, LoweringError.
     """
-    layout = _layout(options, folder)
+    blocks = kv_blocks(options, folder.facts)
+    layout = _layout(options, folder, blocks)
     tokenizer = load_tokenizer(folder)
-    program = _program(options, folder, layout, device, progress)
+    program = _program(options, folder, blocks, device, progress)
     memory = None
     if sharing is not None and sharing.kind == "memory":
         memory = SharedMemory(facts.num_blocks * facts.kv_block_bytes)
@@ -96,11 +99,11 @@ def _model_drafter(
     runner: DeviceRunner,
 ) -> ModelDrafter:
     """A pool of as many blocks as the engine's own, of the smaller model, on the same queue."""
-    layout = _layout(options, draft)
+    blocks = _all_tokens(kv_blocks(options, draft.facts))
     vocab_size = min(vocab_size, draft.facts.vocab_size)
-    storage = device.allocate(layout, facts.num_blocks)
+    storage = device.allocate(_layout(options, draft, blocks), facts.num_blocks)
     return ModelDrafter(
-        replace(runner, program=_program(options, draft, layout, device), storage=storage),
+        replace(runner, program=_program(options, draft, blocks, device), storage=storage),
         BlockPool(facts.num_blocks, options.block_size),
         DraftLimits(vocab_size, draft.facts.max_model_len, options.max_step_tokens),
     )
@@ -109,23 +112,23 @@ def _model_drafter(
 def _program(
     options: EngineOptions,
     folder: ModelFolder,
-    layout: KVLayout,
+    blocks: KVBlocks,
     device: Device,
     progress: Progress = silent,
 ) -> Program:
-    how = options.deterministic, options.quantization
-    key = (folder.path, folder.hash, device.name, layout, *how)
+    how = engine_dtype(options, folder.facts), options.deterministic, options.quantization
+    key = (folder.path, folder.hash, device.name, blocks, *how)
     with _loading:
         program = _programs.get(key)
         if program is None:
-            program = _programs[key] = _lower(options, folder, layout, device, progress)
+            program = _programs[key] = _lower(options, folder, blocks, device, progress)
         return program
 
 
 def _lower(
     options: EngineOptions,
     folder: ModelFolder,
-    layout: KVLayout,
+    blocks: KVBlocks,
     device: Device,
     progress: Progress,
 ) -> Program:
@@ -137,8 +140,9 @@ def _lower(
         )
     weights = open_weights(folder, progress)
     weights.require(weight_names(graph))
+    layout = _layout(options, folder, blocks)
     program = device.lower(
-        graph,
+        PlaceLayers(blocks).apply(graph),
         weights,
         layout=layout,
         dtype=layout.dtype,
@@ -151,15 +155,20 @@ def _lower(
     return program
 
 
-def _layout(options: EngineOptions, folder: ModelFolder) -> KVLayout:
-    facts = folder.facts
+def _layout(options: EngineOptions, folder: ModelFolder, blocks: KVBlocks) -> KVLayout:
     return KVLayout(
-        num_layers=facts.num_layers,
-        num_kv_heads=facts.num_kv_heads,
-        head_dim=facts.head_dim,
-        block_size=options.block_size,
-        dtype=engine_dtype(options, facts),
+        num_layers=blocks.block_layers,
+        num_kv_heads=blocks.num_kv_heads,
+        head_dim=blocks.head_dim,
+        block_size=blocks.block_size,
+        dtype=engine_dtype(options, folder.facts),
     )
+
+
+def _all_tokens(blocks: KVBlocks) -> KVBlocks:
+    """One group of all layers: a draft model keeps what is behind its windows."""
+    layers = sorted(layer for group in blocks.groups for layer in group.layers)
+    return replace(blocks, groups=(KVGroup("full", tuple(layers)),))
 
 
 def _transcripts(tokenizer: Tokenizer) -> OpenTranscript:

@@ -14,3 +14,8 @@ class Limits:
     max_step_tokens: int
     prefill_chunk: int | None = None
     prefix_caching: bool = True
+
+    @property
+    def max_chunk(self) -> int:
+        """Tokens of one sequence that a step computes at most."""
+        return min(self.max_step_tokens, self.prefill_chunk or self.max_step_tokens)

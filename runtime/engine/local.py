@@ -48,6 +48,7 @@ class LocalEngine:
             self.facts.block_size,
             self._change,
             keeps_prefixes=resources.limits.prefix_caching,
+            shape=self.facts.shape,
         )
         self.cache = CacheReporting(self.pool)
         self.scheduler = Scheduler(self.pool, resources.limits)

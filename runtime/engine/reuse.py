@@ -39,12 +39,17 @@ class PrefixReuse:
             found.append(node)
         return found
 
+    def usable(self, sequence: Sequence) -> list[Node]:
+        """What of the found prefix a sequence can begin with."""
+        found = sequence.found
+        return found[: self._pool.num_reusable(found)] if self._pool.forgets else found
+
     def lease(self, sequence: Sequence) -> None:
         """Reserve blocks for all known tokens, the found prefix by reference.
 
         Raises PoolExhausted.
         """
-        prefix, num_tokens = sequence.found, len(sequence.tokens)
+        prefix, num_tokens = self.usable(sequence), len(sequence.tokens)
         priority = sequence.state.priority
         sequence.lease = self._pool.reserve(
             sequence.fence, num_tokens, prefix=prefix, priority=priority

@@ -41,6 +41,8 @@ class Scheduler:
         self._starved: int | None = None  # arrival of the sequence that waits for blocks
         # Keeps decodes from running dry right after an admission; vLLM's watermark of one per cent.
         self._watermark = pool.num_blocks // 100
+        self._max_chunk = limits.max_chunk
+        self._keeps_states = pool.shape.num_state_blocks > 0 and pool.keeps_prefixes
 
     @property
     def num_waiting(self) -> int:
@@ -90,12 +92,12 @@ class Scheduler:
         """The step after those under way, before they have sampled: as if they had, and as if no
         answer ended by what they sample. What it computes for one that does is thrown away.
 
-        Empty also where it takes their outcome to say who computes next: a decode needs a block
+        Empty also where it takes their outcome to say who computes next: a sequence needs a block
         that only a preemption gives, a reader has room for the events of one step alone, or equal
         blocks are to be merged, which takes a moment when nothing computes.
         """
         is_narrow = any(sequence.mailbox.num_free == 1 for sequence in self.running)
-        num_lacking = sum(sequence.lacks_block for sequence in self.running)
+        num_lacking = sum(map(self._num_lacking, (*self.running, *self.adopted)))
         if self.needs_rest or is_narrow or num_lacking > self.pool.num_available:
             return Batch()
         return self._schedule()
@@ -111,7 +113,7 @@ class Scheduler:
         self._sat_out_before = self._is_sitting_out
         num_preemptions = self.num_preemptions
         self._adopt()
-        decodes = self._grow_decodes()
+        decodes = self._grow()
         if self.num_preemptions == num_preemptions:
             decodes += self._admit()
         else:
@@ -127,6 +129,8 @@ class Scheduler:
         self._add_decodes(batch, decodes, is_shared=bool(prefills))
         if prefills:
             self._add_prefills(batch, prefills, self.limits.max_step_tokens - batch.num_tokens)
+        if self._keeps_states:
+            self._keep_states(batch)
         self.is_due = False
         return batch
 
@@ -135,26 +139,42 @@ class Scheduler:
         for _ in range(min(self._num_slots, len(self.adopted))):
             self.running.append(self.adopted.popleft())
 
-    def _grow_decodes(self) -> list[Sequence]:
+    def _grow(self) -> list[Sequence]:
+        """Give running sequences the blocks of their next step; those of them that decode.
+
+        A prompt has its blocks from the start, but for layers with a window, which slides.
+        """
         decodes = []
         for sequence in tuple(self.running):
-            lease = sequence.lease
-            if lease is None or sequence.num_pending != 1 or sequence.mailbox.is_full:
+            lease, num_pending = sequence.lease, sequence.num_pending
+            if lease is None or not num_pending or sequence.mailbox.is_full:
                 continue
             if sequence.is_ending:
                 continue
-            if sequence.num_known <= lease.capacity or self._make_room(sequence, lease):
+            num_tokens = sequence.num_known
+            if num_pending > 1:
+                num_tokens -= max(0, num_pending - self._max_chunk)
+            has_room = num_tokens <= lease.capacity or self._make_room(sequence, lease, num_tokens)
+            if has_room and num_pending == 1:
                 decodes.append(sequence)
         return [sequence for sequence in decodes if sequence.lease is not None]
 
-    def _make_room(self, sequence: Sequence, lease: Lease) -> bool:
-        """Give a decode its next block, at the cost of those after it in rank."""
-        while not self.pool.num_available:
+    def _num_lacking(self, sequence: Sequence) -> int:
+        """Blocks that its next step needs and its lease does not have."""
+        lease = sequence.lease
+        if lease is None or sequence.num_known <= lease.capacity:
+            return 0
+        num_beyond = max(0, sequence.num_pending - self._max_chunk)  # its next step
+        return self.pool.num_lacking(lease, sequence.num_known - num_beyond)
+
+    def _make_room(self, sequence: Sequence, lease: Lease, num_tokens: int) -> bool:
+        """Give a sequence its next blocks, at the cost of those after it in rank."""
+        while self.pool.num_lacking(lease, num_tokens) > self.pool.num_available:
             victim = max(self.running, key=lambda running: running.rank)
             self._preempt(victim)
             if victim is sequence:
                 return False
-        self.pool.grow(lease, sequence.num_known)
+        self.pool.grow(lease, num_tokens)
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
@@ -197,7 +217,8 @@ class Scheduler:
         """Lease blocks for all known tokens and the next, beginning with those that were found."""
         if self.landings and self.landings[0].arrival < sequence.arrival:
             return False
-        if not self._fits(self.pool.num_wanted(len(sequence.tokens), sequence.found)):
+        prefix = self.reuse.usable(sequence)
+        if not self._fits(self.pool.num_wanted(len(sequence.tokens), prefix)):
             return False
         self.reuse.lease(sequence)
         return True
@@ -228,7 +249,7 @@ class Scheduler:
         lease, num_known = sequence.lease, len(sequence.tokens)
         assert lease is not None
         if num_known + num_ahead > lease.capacity:
-            num_blocks = self.pool.num_blocks_for(num_known + num_ahead) - len(lease.blocks)
+            num_blocks = self.pool.num_lacking(lease, num_known + num_ahead)
             if self._starved is None and not self.landings and self._fits(num_blocks):
                 self.pool.grow(lease, num_known + num_ahead)
         return min(num_ahead, lease.capacity - num_known)
@@ -251,7 +272,29 @@ class Scheduler:
 
     def _chunk(self, sequence: Sequence, budget: int) -> int:
         most = self._scored.get(sequence, budget)
-        return min(sequence.num_pending, self.limits.prefill_chunk or budget, budget, most)
+        chunk = min(sequence.num_pending, self.limits.prefill_chunk or budget, budget, most)
+        return self._to_boundary(sequence, chunk) if self._keeps_states else chunk
+
+    def _to_boundary(self, sequence: Sequence, chunk: int) -> int:
+        """Cut a chunk where the recurrent state after it can be found again: at the end of a block
+        behind which some of the prompt is left.
+        """
+        start, size = sequence.num_scheduled, self.pool.block_size
+        last = min(start + chunk, sequence.num_known - 1)
+        return max(last // size * size - start, 0) or chunk
+
+    def _keep_states(self, batch: Batch) -> None:
+        """Where a prompt goes on at the end of a block, its state there is kept for others, if
+        there are blocks to spare: one snapshot a chunk at most, evicted as other blocks are.
+        """
+        size, num_blocks = self.pool.block_size, self.pool.shape.num_state_blocks
+        for sequence, start in zip(batch.sequences, batch.starts, strict=True):
+            lease = sequence.lease
+            if lease is None or start % size or not 0 < start <= sequence.num_prompt:
+                continue
+            is_free = self._starved is None and not self.landings and self._fits(num_blocks)
+            if is_free and lease.state_at(start) is lease.snapshot:
+                self.pool.keep_state(lease, start)
 
     def land(self, landing: Landing) -> None:
         """Queue for blocks that another pool will fill; `landing.granted` is set with the lease."""
@@ -273,8 +316,11 @@ class Scheduler:
             landing = self.landings[0]
             if self._starved is not None and self._starved < landing.arrival:
                 return
-            if not self._fits(self.pool.num_blocks_for(landing.num_tokens)):
+            num_tokens = landing.num_tokens
+            if not self._fits(self.pool.num_wanted(num_tokens, start=num_tokens)):
                 return
             self.landings.popleft()
-            landing.lease = self.pool.reserve(landing.fence, landing.num_tokens, "transfer")
+            landing.lease = self.pool.reserve(
+                landing.fence, num_tokens, "transfer", start=num_tokens
+            )
             landing.granted.set()

@@ -102,12 +102,6 @@ class Sequence:
         return len(self.tokens) - self.num_computed
 
     @property
-    def lacks_block(self) -> bool:
-        """Whether it decodes next, and its blocks are full."""
-        lease = self.lease
-        return self.num_pending == 1 and lease is not None and self.num_known > lease.capacity
-
-    @property
     def is_ending(self) -> bool:
         """Whether no step is to come after those under way, whatever they sample."""
         if self.end is not None:

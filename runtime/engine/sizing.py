@@ -6,14 +6,17 @@ from dataclasses import dataclass
 import msgspec
 
 from sagellm.backends.quantised import GROUP, MODES
+from sagellm.graphs.kernels import KVBlocks, KVGroup
 from sagellm.graphs.models import ModelFacts
 from sagellm.runtime.engine.options import EngineOptionError, SizedOptions, num_bytes
+from sagellm.runtime.lease_shape import LeaseShape, TokenGroup
 from sagellm.runtime.models.folder import ModelFolder
 from sagellm.runtime.port import EngineFacts
 
 _MEMORY_PART = 0.25  # of what is free: weights, activations and other engines need the rest
 _LEAST_PART = 0.05  # where the weights seem to leave less: another engine may have them already
-_NUM_LONGEST = 8  # sequences of full length that the default pool holds
+_STEPS_UNDER_WAY = 2  # with async scheduling: one computes, the next is launched
+_NUM_LONGEST = 8  # sequences of full length that the default pool holds, with all windows
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +52,7 @@ def size(options: SizedOptions, facts: ModelFacts, memory_bytes: int) -> Sizing:
     The pool must hold one sequence of full length, so that some sequence can always advance. Where
     nothing was asked for, the context limit shrinks to what memory holds. Raises EngineOptionError.
     """
-    block_bytes = _block_bytes(options, facts)
+    block_bytes, shape = kv_blocks(options, facts).block_bytes, lease_shape(options, facts)
     longest = min(options.max_model_len or facts.max_model_len, facts.max_model_len)
     if options.max_model_len and options.max_model_len > facts.max_model_len:
         raise EngineOptionError(
@@ -59,24 +62,44 @@ def size(options: SizedOptions, facts: ModelFacts, memory_bytes: int) -> Sizing:
     weights = weight_bytes(options, facts)
     left = max(memory_bytes - weights, memory_bytes * _LEAST_PART)
     affordable = int(min(memory_bytes * _MEMORY_PART, left)) // block_bytes
-    needed = -(-longest // options.block_size)
     if options.num_blocks is not None:
         num_blocks = options.num_blocks
     elif options.kv_memory is not None:
         num_blocks = num_bytes(options.kv_memory) // block_bytes
     else:
-        num_blocks = min(affordable, _NUM_LONGEST * needed)
+        fixed = options.max_num_seqs * shape.num_fixed(longest)
+        num_blocks = min(affordable, _NUM_LONGEST * shape.num_needed(longest) + fixed)
         if options.max_model_len is None and num_blocks > 0:
-            longest = min(longest, num_blocks * options.block_size)
-    _check_room(num_blocks, longest, options, block_bytes)
+            longest = shape.num_tokens(num_blocks, longest) or longest
+    _check_room(num_blocks, longest, options, block_bytes, shape)
     return Sizing(num_blocks, longest, block_bytes, weights)
 
 
-def _check_room(num_blocks: int, longest: int, options: SizedOptions, block_bytes: int) -> None:
-    needed = -(-longest // options.block_size)
+def kv_blocks(options: SizedOptions, facts: ModelFacts) -> KVBlocks:
+    """How the model's KV groups lie in the blocks of a pool."""
+    groups = facts.kv_groups or (KVGroup("full", tuple(range(facts.num_layers))),)
+    itemsize = 4 if engine_dtype(options, facts) == "float32" else 2
+    return KVBlocks(groups, facts.num_kv_heads, facts.head_dim, options.block_size, itemsize)
+
+
+def lease_shape(options: SizedOptions, facts: ModelFacts) -> LeaseShape:
+    """How many of those blocks a sequence takes."""
+    blocks = kv_blocks(options, facts)
+    return LeaseShape(
+        options.block_size,
+        tuple(TokenGroup(blocks.num_tables(one), one.window) for one in blocks.token_groups),
+        blocks.num_state_blocks,
+        _STEPS_UNDER_WAY * options.limits.max_chunk,
+    )
+
+
+def _check_room(
+    num_blocks: int, longest: int, options: SizedOptions, block_bytes: int, shape: LeaseShape
+) -> None:
+    needed = shape.num_needed(longest)
     if num_blocks >= needed:
         return
-    room = num_blocks * options.block_size
+    room = shape.num_tokens(num_blocks, longest)
     mebibytes = -(-needed * block_bytes // 2**20)
     fixes = [f"max_model_len: {room} or less"] if room >= _SHORTEST else []
     if options.num_blocks is not None:
@@ -127,19 +150,15 @@ def engine_facts(options: SizedOptions, folder: ModelFolder, sizing: Sizing) -> 
         kv_block_bytes=sizing.block_bytes,
         layout_hash=_layout_hash(options, folder.facts),
         capabilities=options.capabilities,
+        lease_shape=lease_shape(options, folder.facts),
     )
 
 
 def _layout_hash(options: SizedOptions, facts: ModelFacts) -> str:
-    dtype = engine_dtype(options, facts)
-    shape = [facts.num_layers, facts.num_kv_heads, facts.head_dim, options.block_size, dtype]
-    return _digest(shape)
-
-
-def _block_bytes(options: SizedOptions, facts: ModelFacts) -> int:
-    itemsize = 4 if engine_dtype(options, facts) == "float32" else 2
-    per_layer = 2 * facts.num_kv_heads * options.block_size * facts.head_dim
-    return facts.num_layers * per_layer * itemsize
+    """Equal where the blocks of one pool mean the same in another."""
+    blocks = kv_blocks(options, facts)
+    shape = [blocks.num_kv_heads, blocks.head_dim, blocks.block_size, engine_dtype(options, facts)]
+    return _digest([*shape, blocks.block_layers, list(map(str, blocks.groups))])
 
 
 def _digest(value: object) -> str:

@@ -31,13 +31,31 @@ def step_batch(batch: Batch, before: Batch | None = None, after: Ticket | None =
         token_ids=token_ids,
         query_lens=batch.query_lens,
         contexts=contexts,
-        block_tables=[sequence.lease.blocks for sequence in batch.sequences if sequence.lease],
+        block_tables=_block_tables(batch),
         logit_rows=_logit_rows(batch),
         rows=rows_of(batch, sources),
         scored=[_scored(scoring) for scoring in batch.scoring],
         fed=fed,
+        states=_states(batch),
         after=after if fed else None,
     )
+
+
+def _block_tables(batch: Batch) -> list[list[int]]:
+    """The first table of all sequences, then the second."""
+    tables = [sequence.lease.tables for sequence in batch.sequences if sequence.lease]
+    if len(tables[0]) == 1:  # most models
+        return [table for (table,) in tables]
+    return [table for alike in zip(*tables, strict=True) for table in alike]
+
+
+def _states(batch: Batch) -> list[tuple[list[int], list[int]]]:
+    """Where each sequence's recurrent state is read and written, of models that have some."""
+    leases = [sequence.lease for sequence in batch.sequences if sequence.lease]
+    if not leases[0].snapshot:
+        return []
+    steps = zip(leases, batch.starts, strict=True)
+    return [(lease.state_at(start), lease.snapshot) for lease, start in steps]
 
 
 def rows_of(batch: Batch, sources: Mapping[Sequence, int] = MappingProxyType({})) -> list[Row]:

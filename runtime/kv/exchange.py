@@ -39,17 +39,18 @@ class Exchange:
         return PoolSource(self._pool, self._storage, lease, ref)
 
     async def share_part(self, ref: LeaseRef, part: Part) -> Located:
-        """How a part of a prompt that is still being computed is found. Raises StaleLease.
+        """How a part of a prompt that is still being computed is found: its blocks of full
+        attention. Raises StaleLease.
 
         They are its sequence's: what is shared ends with its lease, or where other blocks that hold
         the same take their place.
         """
         lease = self._pool.find(ref)
-        blocks = lease.blocks[part.first : part.end]
+        blocks = self._pool.full_blocks(lease, part.first, part.end)
 
         def check() -> None:
             lease.require("reserved", "filled", "sending")
-            if lease.blocks[part.first : part.end] != blocks:
+            if self._pool.full_blocks(lease, part.first, part.end) != blocks:
                 raise StaleLease(f"lease {ref.lease_id} has other blocks by now")
 
         return await self._storage.share(blocks, check)

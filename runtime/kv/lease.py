@@ -14,6 +14,8 @@ LeaseEvent: TypeAlias = Literal[
 ]  # fmt: skip
 LeaseOwner: TypeAlias = Literal["sequence", "transfer"]
 
+UNHELD = -1  # in a block table: behind a window, and given back
+
 LIVE: tuple[LeaseState, ...] = ("reserved", "receiving", "filled", "sending")
 FAULTS: tuple[LeaseEvent, ...] = ("cancel", "expire", "refuse", "crash")
 
@@ -48,18 +50,39 @@ class Fence:
 class Lease:
     """References to blocks of one pool, with exactly one owner. Only its pool changes it.
 
-    `num_tokens` is the length it was asked for; `path` what is published of its leading blocks:
-    other sequences may refer to those, and nobody writes them any more.
+    `tables`: the block tables of all KV groups, as LeaseShape counts them, by position; what lies
+    behind a window is `UNHELD`. `num_tokens` is the length it was asked for; `path` what is
+    published of its leading blocks: other sequences may refer to those, and nobody writes them any
+    more.
+
+    `snapshot`: the blocks of recurrent state that steps write; `kept`: (number of tokens, blocks)
+    of states that are not to be written any more: the step that begins there reads them.
     """
 
     lease_id: int
     fence: Fence
     owner: LeaseOwner
-    blocks: list[int]
+    tables: list[list[int]]
     num_tokens: int
     capacity: int  # tokens that the blocks can hold
     path: list[Node] = field(default_factory=list)
     state: LeaseState = "reserved"
+    snapshot: list[int] = field(default_factory=list)
+    kept: list[tuple[int, list[int]]] = field(default_factory=list)
+
+    @property
+    def blocks(self) -> list[int]:
+        """Every block that it refers to."""
+        held = [block for table in self.tables for block in table if block != UNHELD]
+        return held + self.snapshot + [block for _, kept in self.kept for block in kept]
+
+    def state_at(self, position: int) -> list[int]:
+        """Where a step that begins at `position` finds the state of the tokens before it."""
+        if position == 0:
+            return []
+        if self.kept and self.kept[-1][0] == position:
+            return self.kept[-1][1]
+        return self.snapshot
 
     def next_state(self, event: LeaseEvent) -> LeaseState:
         """The state after `event`. Raises StaleLease where the table has no such transition."""

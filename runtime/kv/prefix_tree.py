@@ -14,41 +14,67 @@ _GENERATIONS = 8  # in one turnover of the pool
 
 @dataclass(slots=True, eq=False)
 class Node:
-    """A full block whose keys and values are computed. Only its tree changes it.
+    """A block of tokens after those of its parents, all computed. Only its tree changes it.
 
-    `priority`: of the most critical request that has used it. `generation`: when its last lease
-    ended. Not `is_live`: it was evicted or dropped, and nobody finds it any more.
+    `entries`: where that memory lies, by KV group; None where it was never kept, or is gone.
+    `priority`: of the most critical request that has used it. Not `is_live`: it was evicted or
+    dropped, and nobody finds it any more.
     """
 
     key: BlockKey
-    block: int
     parent: "Node | None"
     priority: int
-    generation: int = 0
+    entries: "list[Entry | None]"
     children: "dict[bytes, Node]" = field(default_factory=dict)
     is_live: bool = True
 
+    @property
+    def block(self) -> int:
+        """Where a model of one block table has it."""
+        entry = self.entries[0]
+        assert entry is not None
+        return entry.blocks[0]
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """The blocks of one node in one KV group: a block of each table, or a snapshot of state.
+
+    They are leased, given back and evicted together. `priority`, `generation`: when the last lease
+    on them ended.
+    """
+
+    node: Node
+    group: int
+    blocks: tuple[int, ...]
+    priority: int = _LAST
+    generation: int = 0
+
 
 class PrefixTree:
-    """Knows which block holds which tokens behind which others; the pool counts who leases them.
+    """Knows which blocks hold which tokens behind which others; the pool counts who leases them.
 
-    A node that no lease refers to is idle: kept until blocks run out, then evicted. The least
+    An entry that no lease refers to is idle: kept until blocks run out, then evicted. The least
     recently used generation goes first, and inside one those of less critical requests, then the
     older. A generation lasts while an eighth of the pool is handed out, so a critical request's
     blocks outlive others of about their age, and nothing stays for its priority alone.
 
-    Who leases a node's block leases those of all its ancestors, and gives the deepest back first.
-    So children idle before their parents do, and what is evicted next never has any.
+    `is_anchored`: group 0 keeps all tokens. Who leases its entry of a node leases those of all
+    ancestors, and gives the deepest back first. So children idle before their parents do, and what
+    is evicted next never has any; the node goes with it. Entries of other groups come and go, and a
+    node without any entry goes when it has no children.
     """
 
-    def __init__(self, num_blocks: int) -> None:
+    def __init__(self, num_blocks: int, num_groups: int = 1, *, is_anchored: bool = True) -> None:
         self._first: dict[bytes, Node] = {}
-        self._nodes: list[Node | None] = [None] * num_blocks  # by block
-        self._idle: list[OrderedDict[Node, None]] = [OrderedDict() for _ in PRIORITIES]
+        self._owners: list[Entry | None] = [None] * num_blocks  # by block
+        self._idle: list[OrderedDict[Entry, None]] = [OrderedDict() for _ in PRIORITIES]
+        self._num_groups = num_groups
+        self._is_anchored = is_anchored
         self._num_handed_out = 0
         self._generation_blocks = max(1, num_blocks // _GENERATIONS)
-        self.num_idle = 0
-        self.num_evicted = 0
+        self.num_idle = 0  # blocks
+        self.num_evicted = 0  # blocks
         self.log: CacheLog | None = None  # of what is stored and dropped, where it is asked for
 
     @property
@@ -60,115 +86,166 @@ class PrefixTree:
             yield node.key.short
 
     @property
-    def idle(self) -> Iterator[Node]:
-        return (node for each in self._idle for node in each)
+    def idle(self) -> Iterator[Entry]:
+        return (entry for each in self._idle for entry in each)
 
     def child(self, parent: Node | None, key: BlockKey) -> Node | None:
         """The node of that key behind `parent`, which is live; None: behind nothing."""
         found = self._children(parent).get(key.digest)
         return found if found is not None and found.key.content == key.content else None
 
-    def insert(self, parent: Node | None, key: BlockKey, block: int, priority: int) -> Node | None:
-        """The node that was known for `key`, or a new one of `block`; `parent` is leased.
+    def insert(self, parent: Node | None, key: BlockKey, priority: int) -> Node | None:
+        """The node that was known for `key`, or a new one without entries; `parent` is leased.
 
-        None where there can be none: the parent is gone, or another block has this digest.
+        None where there can be none: the parent is gone, or another node has this digest.
         """
         if parent is not None and not parent.is_live:
             return None
         siblings = self._children(parent)
         if key.digest in siblings:
             return self.child(parent, key)
-        node = Node(key, block, parent, _clamped(priority))
-        siblings[key.digest] = self._nodes[block] = node
+        node = Node(key, parent, _clamped(priority), [None] * self._num_groups)
+        siblings[key.digest] = node
         _raise(parent, node.priority)
         if self.log is not None:
             self.log.note(key.short, is_stored=True)
         return node
 
-    def use(self, node: Node, priority: int, *, is_idle: bool) -> None:
+    def attach(self, node: Node, group: int, blocks: tuple[int, ...]) -> None:
+        """From now on these blocks, which are leased, have the memory of a node in that group."""
+        entry = node.entries[group] = Entry(node, group, blocks)
+        for block in blocks:
+            self._owners[block] = entry
+
+    def use(self, entry: Entry, priority: int, *, is_idle: bool) -> None:
         """A lease refers to it from now on."""
         if is_idle:
-            del self._idle[node.priority][node]
-            self.num_idle -= 1
-            self.note_handed_out(1)
-        _raise(node, _clamped(priority))
+            del self._idle[entry.priority][entry]
+            self.num_idle -= len(entry.blocks)
+            self.note_handed_out(len(entry.blocks))
+        _raise(entry.node, _clamped(priority))
 
     def note_handed_out(self, num_blocks: int) -> None:
         """The clock: how many blocks were leased."""
         self._num_handed_out += num_blocks
 
     def retire(self, block: int, *, keep: bool) -> bool:
-        """The block's last lease has ended: whether it is kept, idle."""
-        node = self._nodes[block]
-        if node is None:
+        """The block's last lease has ended: whether it is kept, idle.
+
+        The last leases of all blocks of an entry end together.
+        """
+        entry = self._owners[block]
+        if entry is None:
             return False
         if not keep:
-            self._remove(node)
+            self._forget(entry)
             return False
-        node.generation = self._num_handed_out // self._generation_blocks
-        self._idle[node.priority][node] = None
-        self.num_idle += 1
+        if block == entry.blocks[0]:
+            entry.generation = self._num_handed_out // self._generation_blocks
+            entry.priority = entry.node.priority
+            self._idle[entry.priority][entry] = None
+            self.num_idle += len(entry.blocks)
         return True
 
-    def evict(self) -> int:
-        """Forget the idle node that is worth least; its block."""
+    def evict(self) -> list[int]:
+        """Forget the idle entry that is worth least, and its node with it; their blocks."""
         oldest = [next(iter(each)) for each in self._idle if each]
-        node = min(oldest, key=lambda node: (node.generation, -node.priority))
-        del self._idle[node.priority][node]
-        self.num_idle -= 1
-        self.num_evicted += 1
-        self._remove(node)
-        return node.block
+        entry = min(oldest, key=lambda entry: (entry.generation, -entry.priority))
+        node = entry.node
+        gone = node.entries if self._is_anchor(entry) else [entry]
+        blocks = [block for each in gone if each is not None for block in self._take_idle(each)]
+        self.num_evicted += len(blocks)
+        self._forget(entry)
+        return blocks
 
     def drop(self, node: Node) -> list[int]:
-        """Forget a node and all behind it; the blocks of those that were idle."""
+        """Forget a node and all behind it; the blocks of those entries that were idle."""
         if not node.is_live:
             return []
         self._children(node.parent).pop(node.key.digest)
-        idle, open_ = [], [node]
+        blocks: list[int] = []
+        open_ = [node]
         while open_:
             each = open_.pop()
             open_ += each.children.values()
-            self._forget(each)
-            if each in self._idle[each.priority]:
-                del self._idle[each.priority][each]
-                idle.append(each.block)
-        self.num_idle -= len(idle)
-        return idle
+            self._end(each)
+            for entry in each.entries:
+                if entry is not None:
+                    blocks += self._take_idle(entry)
+                    self._disown(entry)
+        return blocks
 
     def drop_all(self) -> list[int]:
-        """Forget every node; the blocks of those that were idle."""
+        """Forget every node; the blocks of those entries that were idle."""
         return [block for node in list(self._first.values()) for block in self.drop(node)]
 
-    def check(self, references: list[int]) -> None:
-        """Assert that the tree, what is idle and the references of all blocks agree."""
+    def prune(self, node: Node | None) -> None:
+        """Forget a node that is there for nothing, and its parents that are so then."""
+        while node is not None and node.is_live and not node.children and not any(node.entries):
+            del self._children(node.parent)[node.key.digest]
+            self._end(node)
+            node = node.parent
+
+    def check(self, references: list[int], tips: "set[Node]") -> None:
+        """Assert that the tree, what is idle and the references of all blocks agree.
+
+        `tips`: where live leases end; there may be nodes without entries.
+        """
         idle = set(self.idle)
-        assert len(idle) == self.num_idle
-        open_, num_found = list(self._first.values()), 0
+        assert sum(len(entry.blocks) for entry in idle) == self.num_idle
+        open_, num_owned = list(self._first.values()), 0
         while open_:
             node = open_.pop()
             open_ += node.children.values()
-            num_found += 1
             assert node.is_live
-            assert self._nodes[node.block] is node
-            assert (node in idle) == (references[node.block] == 0)
+            assert node.children or any(node.entries) or node in tips
+            for entry in filter(None, node.entries):
+                num_owned += len(entry.blocks)
+                assert all(self._owners[block] is entry for block in entry.blocks)
+                assert {references[block] for block in entry.blocks} <= {
+                    references[entry.blocks[0]]
+                }
+                assert (entry in idle) == (references[entry.blocks[0]] == 0)
             if node.parent is not None:
                 assert node.parent.is_live
-                assert references[node.parent.block] >= references[node.block]
-        assert num_found == sum(node is not None for node in self._nodes)
+                if self._is_anchored:
+                    assert references[node.parent.block] >= references[node.block]
+        assert num_owned == sum(owner is not None for owner in self._owners)
 
     def _children(self, parent: Node | None) -> dict[bytes, Node]:
         return self._first if parent is None else parent.children
 
-    def _remove(self, node: Node) -> None:
-        assert not node.children
-        del self._children(node.parent)[node.key.digest]
-        self._forget(node)
+    def _is_anchor(self, entry: Entry) -> bool:
+        return self._is_anchored and entry.group == 0
 
-    def _forget(self, node: Node) -> None:
-        node.is_live, self._nodes[node.block] = False, None
+    def _take_idle(self, entry: Entry) -> tuple[int, ...]:
+        """Its blocks where it was idle; it is so no more."""
+        idle = self._idle[entry.priority]
+        if entry not in idle:
+            return ()
+        del idle[entry]
+        self.num_idle -= len(entry.blocks)
+        return entry.blocks
+
+    def _end(self, node: Node) -> None:
+        node.is_live = False
         if self.log is not None:
             self.log.note(node.key.short, is_stored=False)
+
+    def _disown(self, entry: Entry) -> None:
+        entry.node.entries[entry.group] = None
+        for block in entry.blocks:
+            self._owners[block] = None
+
+    def _forget(self, entry: Entry) -> None:
+        """An entry that is not idle, and its node where nothing is left that it is there for."""
+        if self._is_anchor(entry):
+            assert not entry.node.children
+            for other in filter(None, entry.node.entries):
+                self._disown(other)
+        else:
+            self._disown(entry)
+        self.prune(entry.node)
 
 
 def _raise(node: Node | None, priority: int) -> None:

@@ -25,8 +25,8 @@ class PoolSource:
         """How a receiver in another process finds the blocks after those that have landed there.
         Raises StaleLease.
         """
-        rest = _rest(self.pool.num_blocks_for(self.lease.num_tokens), num_landed)
-        blocks = self.held.blocks[rest.first : rest.end]
+        _check_rest(self.pool.num_blocks_for(self.lease.num_tokens), num_landed)
+        blocks = self.pool.sent(self.held, num_landed)
         return await self.storage.share(blocks, lambda: self.held.require("sending"))
 
     def release(self) -> None:
@@ -66,8 +66,11 @@ class PoolTarget:
         """Copy a part of a prompt that is still being computed. Raises StaleLease, DamagedBlocks;
         then it has not landed, and the lease is as it was.
         """
-        self._check_follows(part)
-        await self._copy_part(source, part, "reserved")
+        self._check_follows(part.first)
+        blocks = self.pool.full_blocks(self.held, part.first, part.end)
+        if len(blocks) < part.num_blocks:
+            raise StaleLease(f"lease {self.lease.lease_id} has no room for {part}")
+        await self._copy_blocks(source, blocks, "reserved")
         self.num_landed = max(self.num_landed, part.end)
 
     def abort(self) -> None:
@@ -86,21 +89,25 @@ class PoolTarget:
             raise
 
     async def _fetch(self, source: Located, num_landed: int) -> None:
-        rest = _rest(self.pool.num_blocks_for(self.held.num_tokens), num_landed)
-        self._check_follows(rest)
-        await self._copy_part(source, rest, "receiving")
+        _check_rest(self.pool.num_blocks_for(self.held.num_tokens), num_landed)
+        self._check_follows(num_landed)
+        blocks = self.pool.sent(self.held, num_landed)
+        await self._copy_blocks(source, blocks, "receiving")
 
-    def _check_follows(self, part: Part) -> None:
-        if part.first > self.num_landed:
-            raise StaleLease(f"{part} came where {self.num_landed} blocks are there")
+    def _check_follows(self, first: int) -> None:
+        if first > self.num_landed:
+            raise StaleLease(f"block {first} came where {self.num_landed} blocks are there")
 
-    async def _copy_part(self, source: Located, part: Part, state: LeaseState) -> None:
+    async def _copy_blocks(self, source: Located, blocks: list[int], state: LeaseState) -> None:
+        """A sender that names other blocks than these keeps another kind of memory: one without a
+        recurrent state, say.
+        """
+
         def check() -> None:
             self.held.require(state)
 
-        blocks = self.held.blocks[part.first : part.end]
-        if not source.num_blocks == len(blocks) == part.num_blocks:
-            raise StaleLease(f"{source.num_blocks} blocks were sent for {part}")
+        if source.num_blocks != len(blocks):
+            raise StaleLease(f"{source.num_blocks} blocks were sent where {len(blocks)} are due")
         await self.storage.fetch(source, blocks, check)
         check()
 
@@ -110,15 +117,15 @@ class PoolTarget:
             self.held.require("receiving")
 
         check()
-        # Both may hold more blocks than the tokens need; the tokens count.
-        num_blocks = self.pool.num_blocks_for(self.held.num_tokens)
-        pairs = list(zip(source.held.blocks, self.held.blocks, strict=False))[:num_blocks]
+        sent, due = source.pool.sent(source.held), self.pool.sent(self.held)
+        if len(sent) != len(due):
+            raise StaleLease(f"{len(sent)} blocks were sent where {len(due)} are due")
+        pairs = list(zip(sent, due, strict=True))
         await self.storage.receive(source.storage, pairs, check)
         check()
 
 
-def _rest(num_blocks: int, num_landed: int) -> Part:
-    """What has not landed of a prompt of so many blocks: its last step always has not."""
+def _check_rest(num_blocks: int, num_landed: int) -> None:
+    """That something of so many blocks has not landed: the last step's have not, always."""
     if num_landed >= num_blocks:
         raise StaleLease(f"{num_landed} of {num_blocks} blocks would have landed")
-    return Part(first=num_landed, end=num_blocks)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sagellm.graphs.models import ModelFacts, UnsupportedModel, facts
+from sagellm.graphs.models import ModelFacts, UnsupportedModel, check, facts
 from sagellm.graphs.vocabulary import nearest
 from sagellm.runtime.models.contents import (
     CONFIG,
@@ -94,7 +94,7 @@ def open_folder(name: str, path: Path) -> ModelFolder:
     said = read_json(path / CONFIG, name)
     try:
         _refuse_remote_code(name, said)
-        facts(said)
+        check(said)
     except UnsupportedModel as error:
         raise error.in_file(str(path / CONFIG)) from None
     check_tokenizer(name, path)

@@ -119,6 +119,7 @@ class Paged:
             context_lens=torch.tensor(contexts),
             block_tables=torch.tensor(tables, dtype=torch.int32),
             logit_rows=torch.arange(len(places)),
+            states=torch.empty((2, len(lens), 0), dtype=torch.int32),
             query_lens=tuple(lens),
             contexts=tuple(contexts),
         )

@@ -41,6 +41,7 @@ class Case:
             context_lens=torch.tensor([last for *_, last in rows]),
             block_tables=torch.tensor(tables, dtype=torch.int32),
             logit_rows=NONE,
+            states=NONE,
             query_lens=tuple(last - first for _, first, last in rows),
             contexts=tuple(last for *_, last in rows),
         )

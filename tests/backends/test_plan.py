@@ -66,4 +66,4 @@ def test_a_wire_read_twice_by_one_node_is_dropped_once():
 
 def test_instructions_read_as_text():
     first = str(planned(1)).splitlines()[0]
-    assert first == "%8 = embedding(%0)  # embed"
+    assert first == f"%{len(STEP_INPUTS)} = embedding(%0)  # embed"

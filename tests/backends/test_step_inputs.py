@@ -23,7 +23,7 @@ BATCH = StepBatch(
 def test_inputs_are_those_that_the_dialect_declares() -> None:
     inputs = step_inputs(BATCH, BLOCK_SIZE)
     declared = {name: kind for name, kind in STEP_INPUTS.items() if isinstance(kind, TensorType)}
-    sizes = {"T": 4, "B": 2, "B+1": 3, "M": 2, "R": 2}
+    sizes = {"T": 4, "B": 2, "B+1": 3, "M": 2, "R": 2, "2": 2, "N": 0}
     for name, kind in declared.items():
         tensor = getattr(inputs, name)
         assert str(tensor.dtype) == f"torch.{kind.dtype}", name

@@ -154,7 +154,7 @@ def test_the_rate_follows_the_load(running: Any) -> None:
     admission = running(build(ROOMY, Setup("door")))
     admission(served(900))
     assert code_of(admission(asked())) == "slo_unreachable"
-    fields = {"num_prompt_tokens": 900, "num_served": 99, "num_served_tokens": 302_000}
+    fields = {"num_prompt_tokens": 900, "num_served": 3020, "num_served_tokens": 302_000}
     admission(told(400, **fields, busy_s=32.0))  # ten times as fast, for half a minute
     assert code_of(admission(asked())) == ""
 

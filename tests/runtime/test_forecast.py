@@ -51,7 +51,7 @@ def test_prefills_of_several_lengths_show_a_line() -> None:
 
 def test_a_line_never_falls() -> None:
     forecast = learned(*[(10, 1.0), (100, 0.5)] * 8)
-    assert (forecast.prefill_s(10) or 0) < (forecast.prefill_s(100) or 0)
+    assert 0 < (forecast.prefill_s(10) or 0) <= (forecast.prefill_s(100) or 0)
 
 
 def test_what_was_longer_ago_counts_less() -> None:
@@ -91,22 +91,3 @@ def test_steps_are_timed_while_a_replica_is_busy() -> None:
         load = EngineLoad(num_running=num_running, num_steps=num_steps)
         forecast = forecast.after(LoadReported(node="g", replica=0, load=load), now)
     assert forecast.step_s == pytest.approx(0.1)
-
-
-def test_requests_whose_prompts_are_cached_wait_for_places_all_the_same() -> None:
-    """Ten a second have left, of 100 tokens each; the ten that wait have one token to compute."""
-    forecast = Forecast()
-    for num_served in range(1, 40):
-        backlog = Backlog(
-            10, 1000, 1000, num_served=num_served, num_served_tokens=100 * num_served,
-            busy_s=num_served * 0.1,
-        )  # fmt: skip
-        forecast = forecast.after(QueueChanged(node="sort", backlog=backlog), 0.0)
-    whole_s = forecast.pace.long_wait_s(0.0)
-    cached = Backlog(
-        10, 10, 10, num_served=40, num_served_tokens=4000, busy_s=4.0, num_cached_tokens=990
-    )
-    forecast = forecast.after(QueueChanged(node="sort", backlog=cached), 0.0)
-    assert whole_s is not None
-    assert whole_s > 1.0
-    assert forecast.pace.long_wait_s(0.0) == pytest.approx(whole_s, rel=0.1)

@@ -8,7 +8,14 @@ from typing import Any
 import pytest
 import trio
 from detached import installed
-from models_on_the_fly import FAMILIES, Reference, make_model, random_prompts, reference
+from models_on_the_fly import (
+    FAMILIES,
+    Reference,
+    make_model,
+    random_prompts,
+    reference,
+    scarce_blocks,
+)
 from msgspec import structs
 
 from sagellm import Graph, Request, Sampling, ops
@@ -24,6 +31,7 @@ class Exam:
     folder: Path
     prompts: list[tuple[int, ...]]
     right: Reference
+    scarce: dict[str, int]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -32,7 +40,7 @@ def exam(request: Any, tmp_path_factory: Any) -> Exam:
     prompts = random_prompts(LENGTHS)
     right = reference(folder, prompts, NUM_NEW)
     right.check()
-    return Exam(folder, prompts, right)
+    return Exam(folder, prompts, right, scarce_blocks(request.param))
 
 
 def exact(graph: str, **options: Any) -> dict[str, Any]:
@@ -74,7 +82,7 @@ async def test_greedy_tokens_equal_transformers(graph: str, exam: Exam) -> None:
 
 async def test_greedy_tokens_survive_preemption(exam: Exam) -> None:
     sampling = Sampling(max_tokens=NUM_NEW, ignore_eos=True)
-    tight = exact("pd", num_blocks=34)
+    tight = exact("pd", **exam.scarce)
     async with Graph.load("pd").open(set=tight, model=str(exam.folder)) as session:
         assert await together(session, exam.prompts, sampling) == exam.right.tokens
         assert session.statistics().num_preemptions > 0

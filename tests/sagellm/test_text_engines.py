@@ -13,7 +13,7 @@ import pytest
 import trio
 import virtual_workers
 from endings import generate
-from gateway_served import post, read_reply
+from gateway_served import get, post, read_reply
 from gateway_session import served_session
 from text_kind import registered
 from trio.testing import MockClock
@@ -249,6 +249,11 @@ async def test_over_http_it_streams_and_counts() -> None:
             asked = {"model": "m", "prompt": "to be"}
             await stream.send_all(post("/tokenize", asked, "Connection: close"))
             refused = await read_reply(stream)
+        async with await served.connect() as stream:
+            await stream.send_all(get("/metrics", "Connection: close"))
+            metrics = (await read_reply(stream)).body.decode()
+    assert 'sagellm_generation_tokens_total{model_name="m"} 16.0' in metrics
+    assert 'sagellm_prompt_tokens_total{model_name="m"} 16.0' in metrics
     assert refused.status == 400
     assert "its tokens are not known here" in refused.body.decode()
     lines = [line for line in reply.body.decode().splitlines() if line.startswith("data: {")]

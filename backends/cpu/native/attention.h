@@ -18,7 +18,6 @@ typedef struct {
 /* What all layers of a step share. Sequence s has the rows query_starts[s] .. [s + 1], at its last
  * positions before context_lens[s]. */
 typedef struct {
-    const int32_t *tables; /* [sequences, table_len] */
     long table_len, num_sequences, block_size;
     const int64_t *query_starts, *context_lens;
     int bfloat; /* the pool */
@@ -56,6 +55,7 @@ typedef struct {
     const void *keys, *values;
     float *out;
     long ldq, ldo;
+    const int32_t *tables; /* [sequences, table_len]: its blocks */
 } Layer;
 
 /* Bytes that `attention_place` needs. */

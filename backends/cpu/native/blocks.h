@@ -32,7 +32,7 @@ typedef struct {
 static void find_rows(const Work *w, long start, long first, long last, Rows *rows) {
     const Batch *b = &w->plan->batch;
     const Heads *h = &w->plan->heads;
-    const int32_t *table = b->tables + w->tile->sequence * b->table_len;
+    const int32_t *table = w->layer->tables + w->tile->sequence * b->table_len;
     long row_bytes = h->head_dim * (b->bfloat ? 2 : 4);
     const char *nothing = (const char *)w->zeros;
     for (long i = 0; i < first - start; i++) rows->keys[i] = rows->values[i] = nothing;

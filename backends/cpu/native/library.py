@@ -217,10 +217,11 @@ class NativeKernels:
         keys, values, bfloat = _keys_and_values(pool, layer)
         heads = Heads(q.shape[1] // head_dim, kv_heads, head_dim, window or 0, scale)
         batch = Batch(
-            *(block_tables.data_ptr(), block_tables.shape[1], len(context_lens), block_size),
+            *(block_tables.shape[1], len(context_lens), block_size),
             *(query_starts.data_ptr(), context_lens.data_ptr(), bfloat),
         )
         place = Layer(q.data_ptr(), keys, values, out.data_ptr(), q.stride(0), out.stride(0))
+        place.tables = block_tables.data_ptr()
         structures = (ctypes.byref(part) for part in (heads, batch, place))
         if self._library.sage_attention(*structures, torch.get_num_threads()):
             raise MemoryError("no memory for the sums of attention")

@@ -76,7 +76,8 @@ static void run_gated(Run *run, const Instruction *i, int number, int threads) {
 static void run_turn(const Step *s, const Instruction *i, int number, int threads) {
     const View *q = i->in, *k = i->op == KV_WRITE ? i->in : i->in + 1, *v = k + 1;
     Turn job = {.tables = i->op == KV_WRITE ? NULL : s->tables[i->table],
-                .positions = s->positions, .slots = s->slots, .num_rows = s->num_rows,
+                .positions = s->positions, .slots = s->slots + i->blocks * s->num_rows,
+                .num_rows = s->num_rows,
                 .cache = cache_of(s, i->layer)};
     if (i->op != KV_WRITE) {
         job.q = at(s, q), job.ldq = q->width;
@@ -102,7 +103,8 @@ static void run_attention(Run *run, const Instruction *i, long *base, int number
     const Step *s = run->step;
     Cache cache = cache_of(s, i->layer);
     Layer layer = {at(s, i->in), cache.keys, cache.values, at(s, i->out), i->in[0].width,
-                   i->out[0].width};
+                   i->out[0].width,
+                   s->block_tables + i->blocks * s->batch.num_sequences * s->batch.table_len};
     attention_share(run->attentions + i->table, &layer, &run->next, *base, number);
     *base += attention_tickets(run->attentions + i->table, threads);
 }

@@ -39,6 +39,7 @@ typedef struct {
     long size;          /* runs that are normed; rows of EMBEDDING; head_dim of ROPE and KV_WRITE */
     long layer;
     long table;    /* which angles, or which kind of attention */
+    long blocks;   /* which block table of each sequence */
     float epsilon;
 } Instruction;
 
@@ -51,6 +52,7 @@ typedef struct {
     Batch batch;
     const int64_t *token_ids, *positions, *slots, *logit_rows;
     char *pool;
+    const int32_t *block_tables; /* of all sequences for the first table, then for the next */
     long layer_bytes, side_bytes, kv_heads, head_dim;
     long num_rows, num_logit_rows;
     float *arena, *logits;

@@ -16,10 +16,9 @@ class Heads(ctypes.Structure):
 
 
 class Batch(ctypes.Structure):
-    """attention.h: where the sequences of a step begin, how long they are, where they lie."""
+    """attention.h: where the sequences of a step begin, and how long they are."""
 
     _fields_: ClassVar[list[tuple[str, Any]]] = [
-        ("tables", _POINTER),
         *((name, _LONG) for name in ("table_len", "num_sequences", "block_size")),
         ("query_starts", _POINTER),
         ("context_lens", _POINTER),
@@ -33,6 +32,7 @@ class Layer(ctypes.Structure):
     _fields_: ClassVar[list[tuple[str, Any]]] = [
         *((name, _POINTER) for name in ("q", "keys", "values", "out")),
         *((name, _LONG) for name in ("ldq", "ldo")),
+        ("tables", _POINTER),
     ]
 
 
@@ -61,7 +61,7 @@ class Instruction(ctypes.Structure):
         ("inlets", View * 3),
         ("outlets", View * 2),
         ("weight", _POINTER),
-        *((name, _LONG) for name in ("width", "size", "layer", "table")),
+        *((name, _LONG) for name in ("width", "size", "layer", "table", "blocks")),
         ("epsilon", _FLOAT),
     ]
 
@@ -74,6 +74,7 @@ class Step(ctypes.Structure):
         *((name, _LONG) for name in ("num_instructions", "num_heads")),
         ("batch", Batch),
         *((name, _POINTER) for name in ("token_ids", "positions", "slots", "logit_rows", "pool")),
+        ("block_tables", _POINTER),
         *((name, _LONG) for name in ("layer_bytes", "side_bytes", "kv_heads", "head_dim")),
         *((name, _LONG) for name in ("num_rows", "num_logit_rows")),
         *((name, _POINTER) for name in ("arena", "logits")),

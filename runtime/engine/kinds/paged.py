@@ -5,7 +5,7 @@ from typing import TypeVar
 
 from sagellm.graphs.facts import EngineFactsView
 from sagellm.runtime.engine.options import PagedOptions, SizedOptions
-from sagellm.runtime.engine.sizing import Sizing, engine_dtype, engine_facts
+from sagellm.runtime.engine.sizing import Sizing, engine_dtype, engine_facts, kv_blocks
 from sagellm.runtime.models.folder import ModelFolder
 
 P = TypeVar("P", bound=PagedOptions)
@@ -37,7 +37,7 @@ def facts_view(
         block_size=facts.block_size,
         num_kv_heads=model.num_kv_heads,
         head_dim=model.head_dim,
-        num_layers=model.num_layers,
+        num_layers=kv_blocks(options, model).block_layers,
         max_model_len=facts.max_model_len,
         kv_pool_bytes=pool_bytes,
         replicas=options.replicas,

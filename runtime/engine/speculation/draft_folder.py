@@ -1,6 +1,7 @@
 """The folder of an engine's draft model: found, and checked against the model it drafts for."""
 
 from sagellm.runtime.engine.options import EngineOptionError, EngineOptions
+from sagellm.runtime.engine.sizing import lease_shape
 from sagellm.runtime.models.folder import ModelFolder, resolve_model
 
 
@@ -11,6 +12,11 @@ def draft_folder(options: EngineOptions, folder: ModelFolder) -> ModelFolder | N
     The numbers of logits may differ, as padding differs between sizes of a family: what counts is
     that both read token ids alike.
     """
+    if options.speculation is not None and lease_shape(options, folder.facts).num_state_blocks:
+        raise EngineOptionError(
+            f"speculation: {folder.name} has layers with a recurrent state, which cannot go back "
+            "to before a wrong draft; drop it"
+        )
     if options.draft_model is None:
         return None
     draft = resolve_model(options.draft_model)
@@ -20,5 +26,10 @@ def draft_folder(options: EngineOptions, folder: ModelFolder) -> ModelFolder | N
         raise EngineOptionError(
             f"draft_model: {draft.name} and {folder.name} have different vocabularies; give a "
             "smaller model with the same tokenizer, or use speculation: ngram"
+        )
+    if lease_shape(options, draft.facts).num_state_blocks:
+        raise EngineOptionError(
+            f"draft_model: {draft.name} has layers with a recurrent state, which cannot go back to "
+            "before a wrong draft; name another, or use speculation: ngram"
         )
     return draft

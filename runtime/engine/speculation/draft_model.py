@@ -119,8 +119,8 @@ class ModelDrafter:
 
     def _reserve(self, twin: Sequence, num_tokens: int, wanted: Iterable[Sequence]) -> bool:
         """Blocks for so many tokens, at the cost of twins that wait longest for a step."""
-        held = len(twin.lease.blocks) if twin.lease else 0
-        num_blocks = self.pool.num_blocks_for(num_tokens) - held
+        lease, pool = twin.lease, self.pool
+        num_blocks = pool.num_lacking(lease, num_tokens) if lease else pool.num_wanted(num_tokens)
         for sequence in tuple(self._twins):
             if self.pool.num_free >= num_blocks:
                 break

@@ -173,7 +173,7 @@ def _measure(session: Session, model: Model) -> Measure:
     replicas = executor.engines.get(model.served.engines[0], ())
     kv = KVShape()
     if replicas:
-        kv = KVShape(replicas[0].facts.block_size, replicas[0].facts.kv_block_bytes)
+        kv = KVShape(replicas[0].facts.shape, replicas[0].facts.kv_block_bytes)
     passed = operators_of(executor.plan.graph, model.key)
     objectives = [
         option_of(executor.plan, name, "slo_ttft_s")

@@ -1,16 +1,17 @@
 """The session's observer: counts requests and tokens as they enter and as they are delivered."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
 from sagellm.gateway.metrics.counts import Counts
 from sagellm.gateway.metrics.meters import UNKNOWN
+from sagellm.runtime.lease_shape import LeaseShape
 from sagellm.runtime.messages import SERVED, Answer, Forked, Item, Request, Stamps, TokenEvent
 
 PROBE = "probe"  # the tenant of the gateway's own requests, which no client sent
 _NO_STAMPS = Stamps()
+_UNKNOWN = LeaseShape(1)
 
 
 @dataclass(slots=True)
@@ -43,11 +44,12 @@ class _Track:
 class KVShape:
     """What a transfer moves."""
 
-    block_size: int = 1
+    lease: LeaseShape = _UNKNOWN
     block_bytes: int = 0
 
     def num_bytes(self, num_tokens: int) -> int:
-        return math.ceil(num_tokens / self.block_size) * self.block_bytes
+        """Of the blocks with which another engine goes on after so many tokens."""
+        return self.lease.num_blocks(num_tokens, num_tokens) * self.block_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,8 +124,9 @@ class Observer:
             return
         now = self._now()
         _note_preemptions(track, item)
-        if item.num_tokens:
-            self._take_tokens(track, item, now)
+        num_tokens = item.num_tokens
+        if num_tokens:
+            self._take_tokens(track, item, num_tokens, now)
         if item.finish_reason is not None:
             del self._open[key]
             self._end(track, item, now)
@@ -142,8 +145,10 @@ class Observer:
                     track.counts, track.call, track.request, track.measure, track.arrived_s
                 )
 
-    def _take_tokens(self, track: _Track, item: TokenEvent | Answer, now: float) -> None:
-        counts, num_tokens = track.counts, item.num_tokens
+    def _take_tokens(
+        self, track: _Track, item: TokenEvent | Answer, num_tokens: int, now: float
+    ) -> None:
+        counts = track.counts
         # Only the engine that computed the prompt knows: not the one that ends it, perhaps.
         track.num_cached = max(track.num_cached, item.num_cached_tokens)
         if track.num_tokens:

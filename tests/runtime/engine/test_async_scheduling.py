@@ -273,7 +273,7 @@ async def test_equal_blocks_are_merged_but_never_beneath_a_step_that_reads_them(
             await driver.submit(name, (1, 2, 3), sampling=sampled(12))
         await wait_all_tasks_blocked()
         await steps(device, 2)
-        first, second = (lease.blocks for lease in engine.pool.leases)
+        first, second = (lease.tables[0] for lease in engine.pool.leases)
         is_merged = []
         for _ in range(8):  # the device itself sees to it that no block of a step is exchanged
             is_merged.append(first[0] == second[0])

@@ -6,7 +6,14 @@ from pathlib import Path
 import pytest
 from detached import installed
 from engine_driver import hand_over, running
-from models_on_the_fly import FAMILIES, Reference, make_model, random_prompts, reference
+from models_on_the_fly import (
+    FAMILIES,
+    Reference,
+    make_model,
+    random_prompts,
+    reference,
+    scarce_blocks,
+)
 
 from sagellm.runtime.engine.opening import open_engine
 from sagellm.runtime.engine.options import EngineOptions
@@ -22,6 +29,7 @@ class Exam:
     device: str
     prompts: list[tuple[int, ...]]
     right: Reference
+    scarce: dict[str, int]
 
 
 @pytest.fixture(scope="module", params=EXAMS, ids="-".join)
@@ -30,7 +38,9 @@ def exam(request, tmp_path_factory):
     folder = make_model(family, tmp_path_factory.mktemp(family))
     prompts = random_prompts(LENGTHS)
     with installed():
-        yield Exam(folder, device, prompts, reference(folder, prompts, NUM_NEW))
+        yield Exam(
+            folder, device, prompts, reference(folder, prompts, NUM_NEW), scarce_blocks(family)
+        )
 
 
 def open_exact(exam, replica=0, **options):
@@ -82,7 +92,7 @@ async def test_joining_and_leaving(exam):
 
 
 async def test_after_preemption(exam):
-    engine = open_exact(exam, num_blocks=34, max_step_tokens=2048)
+    engine = open_exact(exam, **exam.scarce)
     assert await answer_together(engine, exam) == exam.right.tokens
     assert engine.load.num_preemptions > 0
 

@@ -3,7 +3,7 @@
 import zlib
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from sagellm.runtime.engine.batch import Landing
@@ -13,14 +13,17 @@ from sagellm.runtime.engine.scheduler import Scheduler
 from sagellm.runtime.engine.sequence import Sequence
 from sagellm.runtime.kv.lease import Fence
 from sagellm.runtime.kv.pool import BlockPool
+from sagellm.runtime.lease_shape import LeaseShape, TokenGroup
 from sagellm.runtime.messages import SequenceState, TokenEvent
 
 
 class Bench:
     """A scheduler, and what an engine would do between its steps."""
 
-    def __init__(self, num_blocks=64, max_num_seqs=8, budget=64, chunk=None, is_kept=True):
-        self.pool = BlockPool(num_blocks, 4, keeps_prefixes=is_kept)
+    def __init__(
+        self, num_blocks=64, max_num_seqs=8, budget=64, chunk=None, is_kept=True, shape=None
+    ):
+        self.pool = BlockPool(num_blocks, 4, keeps_prefixes=is_kept, shape=shape)
         self.scheduler = Scheduler(self.pool, Limits(max_num_seqs, budget, chunk))
         self.mailbox = Mailbox(lambda: None)
         self.arrivals = 0
@@ -55,6 +58,7 @@ class Bench:
             sequence.num_computed += query_len
             assert sequence.num_computed <= sequence.lease.capacity
             self.scheduler.reuse.publish(sequence)
+            self.pool.settle(sequence.lease, sequence.num_computed)
         for sequence in batch.sampling:
             assert sequence.num_pending == 0
             sequence.tokens.append(1)
@@ -306,6 +310,42 @@ def test_every_sequence_ends(prompts, budget, max_num_seqs, num_blocks):
     bench = Bench(num_blocks, max_num_seqs, budget)
     unfinished = {bench.add(num_prompt): count for num_prompt, count in prompts}
     for _ in range(5000):
+        if not unfinished:
+            break
+        bench.step()
+        for sequence, count in list(unfinished.items()):
+            if sequence.num_output >= count:
+                bench.finish(sequence)
+                del unfinished[sequence]
+    assert not unfinished
+    assert bench.pool.num_leased == 0
+
+
+@settings(max_examples=60)
+@given(
+    prompts=st.lists(
+        st.tuples(st.integers(1, 40), st.integers(1, 20), st.integers(0, 2)), min_size=1, max_size=8
+    ),
+    budget=st.integers(2, 40),
+    max_num_seqs=st.integers(1, 5),
+    num_spare=st.integers(0, 12),
+    windows=st.lists(st.integers(1, 30), max_size=2, unique=True),
+    has_full=st.booleans(),
+    num_state_blocks=st.integers(0, 3),
+)
+def test_every_sequence_of_any_groups_ends(
+    prompts, budget, max_num_seqs, num_spare, windows, has_full, num_state_blocks
+):
+    """The smallest pool of a shape serves all, also where they share prefixes."""
+    groups = (*([TokenGroup()] * has_full), *(TokenGroup(2, window) for window in windows))
+    assume(groups or num_state_blocks)
+    shape = LeaseShape(4, groups, num_state_blocks, max_ahead=2 * budget)
+    bench = Bench(shape.num_needed(60) + num_spare, max_num_seqs, budget, shape=shape)
+    unfinished = {
+        bench.add(num_prompt, request_id=str(alike), choice=number): count
+        for number, (num_prompt, count, alike) in enumerate(prompts)
+    }
+    for _ in range(3000):
         if not unfinished:
             break
         bench.step()

@@ -6,7 +6,14 @@ from pathlib import Path
 import pytest
 from detached import installed
 from engine_driver import hand_over, running
-from models_on_the_fly import FAMILIES, Reference, make_model, random_prompts, reference
+from models_on_the_fly import (
+    FAMILIES,
+    Reference,
+    make_model,
+    random_prompts,
+    reference,
+    scarce_blocks,
+)
 
 from sagellm.runtime.engine.opening import open_engine
 from sagellm.runtime.engine.options import EngineOptions
@@ -23,6 +30,7 @@ class Exam:
     other: Path  # of the same shape and vocabulary, with other weights
     prompts: list[tuple[int, ...]]
     right: Reference
+    scarce: dict[str, int]
 
 
 @pytest.fixture(scope="module", params=EXAMS, ids="-".join)
@@ -34,7 +42,7 @@ def exam(request, tmp_path_factory):
     right = reference(folder, prompts, NUM_NEW)
     right.check()
     with installed():
-        yield Exam(folder, device, other, prompts, right)
+        yield Exam(folder, device, other, prompts, right, scarce_blocks(family))
 
 
 @pytest.fixture(params=["ngram", "itself", "other"])
@@ -76,7 +84,7 @@ async def test_eight_at_once_in_chunks(exam, drafts, budget):
 
 
 async def test_after_preemption(exam, drafts):
-    engine = open_exact(exam, num_blocks=34, max_step_tokens=2048, **drafts)
+    engine = open_exact(exam, **exam.scarce, **drafts)
     assert await answer_together(engine, exam) == exam.right.tokens
     assert engine.load.num_preemptions > 0
 

@@ -11,6 +11,7 @@ from trio.testing import MockClock
 from sagellm import Graph, RequestFailed, RequestRefused, Sampling, ops
 from sagellm.gateway.metrics.counts import Counts
 from sagellm.gateway.metrics.observer import KVShape, Observer
+from sagellm.runtime.lease_shape import LeaseShape
 from sagellm.runtime.messages import (
     Answer,
     Forked,
@@ -37,7 +38,9 @@ MODELS = {"": "m", "m": "m", "alias": "m"}
 
 
 def observe(session: Session) -> Observer:
-    observer = Observer(session.executor.now, MODELS, (1, 10, 100, 1000), KVShape(16, 64))
+    observer = Observer(
+        session.executor.now, MODELS, (1, 10, 100, 1000), KVShape(LeaseShape(16), 64)
+    )
     session.observers.append(observer)
     return observer
 
@@ -126,7 +129,7 @@ class Driven:
     def __init__(self, slo_ttft_s: float | None = None) -> None:
         self.now = 0.0
         self.observer = Observer(
-            lambda: self.now, MODELS, (1, 10, 100), KVShape(16, 64), slo_ttft_s
+            lambda: self.now, MODELS, (1, 10, 100), KVShape(LeaseShape(16), 64), slo_ttft_s
         )
 
     @property
