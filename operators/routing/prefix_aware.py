@@ -53,7 +53,10 @@ class PrefixAware:
     def order(
         self, state: None, candidates: Candidates, now: float, draw: Draw
     ) -> tuple[Order, None]:
-        compared = dict.fromkeys((candidates.least_loaded(), *_warm(candidates, candidates.mask)))
+        idlest = candidates.least_loaded()
+        if not candidates.cached.levels:
+            return idlest, None
+        compared = dict.fromkeys((idlest, *_warm(candidates, candidates.mask)))
         ranked = sorted(compared, key=lambda number: self._cost(candidates, number))
         hold = self._hold(candidates, ranked[0]) if self.max_hold_s else None
         return (ranked if hold is None else [hold, *ranked]), None

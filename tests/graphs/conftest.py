@@ -27,7 +27,7 @@ class Splitting:
 
 @dataclass(frozen=True, slots=True)
 class Routing:
-    strategy: Literal["load_balanced", "round_robin"] = "load_balanced"
+    strategy: Literal["load_balanced", "round_robin", "prefix_aware"] = "load_balanced"
 
 
 @dataclass(frozen=True, slots=True)

@@ -81,7 +81,7 @@ async def test_cancelled_at_random_points(graph: str, folder: str) -> None:
     async with Graph.load(graph).open(set=limits, model=folder) as session:
 
         async def asked_and_cancelled(number: int) -> None:
-            prompt = [1] * draw.randint(1, 200)
+            prompt = [number, *[1] * draw.randint(0, 199)]  # none is a prefix of another
             with trio.move_on_after(draw.uniform(0, 0.5)):
                 await session.generate(prompt, sampling=Sampling(max_tokens=20, ignore_eos=True))
 

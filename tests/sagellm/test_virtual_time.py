@@ -129,7 +129,7 @@ async def test_equal_seeds_give_equal_runs(autojump_clock: MockClock) -> None:
         async with Graph.load("pd_many").open(set=NULL, seed=7) as session:
             for number in range(20):
                 sampling = Sampling(max_tokens=8, seed=number, temperature=1.0, ignore_eos=True)
-                answers.append(await session.generate([1] * 64, sampling=sampling))
+                answers.append(await session.generate([number] * 64, sampling=sampling))
         return [answer.token_ids for answer in answers]
 
     assert await run() == await run()
