@@ -96,9 +96,9 @@ class Pace(msgspec.Struct, frozen=True):
 
         Two estimates, of which the longer counts. By rate: departures are taken as Poisson, so that
         the time of n of them has a standard deviation of 1 / sqrt(n) of itself. By silence: the
-        next departure comes as late as after nine tenths of the silences that have lasted at least
-        as long as this one. Where answers of equal length began together they end together, and a
-        long silence follows, which the rate does not show.
+        next departure comes as late as after all but a twentieth of the silences that have lasted
+        at least as long as this one. Where answers of equal length began together they end
+        together, and a long silence follows, which the rate does not show.
         """
         backlog = self.backlog
         num_ahead = backlog.num_requests - backlog.num_patient

@@ -101,27 +101,7 @@ class Core:
         self.outliers = self.replicas.outliers
         self._room = Room(plan, self.gates)
         self._told_s = math.inf
-        self._reactions: dict[type, Callable[[Any], None]] = {
-            Opened: self.replicas.open,
-            Arrived: self._arrive,
-            Emitted: self._emit,
-            Withdrawn: lambda e: self._flow.withdraw(e.ticket),
-            Released: self._release,
-            Ended: self._end,
-            Failed: lambda e: self.books.fail(OperatorFault(e.node, e.error), e.item),
-            Finished: lambda e: self.books.finish(e.item, e.reason),
-            Returned: self._returns.enter_again,
-            EngineFailed: self._fail_over,
-            Transferred: self._transfer,
-            Reported: lambda e: self._inputs.report(e.feedback),
-            CacheReported: lambda e: self.prefixes.report(e.changed),
-            Signalled: lambda e: self._signal(e.signal),
-            ReplicaAdded: lambda e: self.replicas.add(e.engine),
-            ReplicaMarked: self._mark,
-            ReplicaRemoved: self._remove,
-            TimeCame: lambda e: self._wake(),
-            Stopped: lambda e: self.books.fail_open(),
-        }
+        self._reactions = _reactions_of(self)
 
     def on(self, event: Event, now: float) -> list[Effect]:
         """What an event leads to, in order. `now` never falls."""
@@ -234,3 +214,28 @@ class Core:
             self._flow.retry_all()
         self.outliers.readmit_due()
         self._told_s = math.nan  # whatever was told has passed: tell the next time anew
+
+
+def _reactions_of(core: Core) -> dict[type, Callable[[Any], None]]:
+    """What a core does at each kind of event."""
+    return {
+        Opened: core.replicas.open,
+        Arrived: core._arrive,
+        Emitted: core._emit,
+        Withdrawn: lambda e: core._flow.withdraw(e.ticket),
+        Released: core._release,
+        Ended: core._end,
+        Failed: lambda e: core.books.fail(OperatorFault(e.node, e.error), e.item),
+        Finished: lambda e: core.books.finish(e.item, e.reason),
+        Returned: core._returns.enter_again,
+        EngineFailed: core._fail_over,
+        Transferred: core._transfer,
+        Reported: lambda e: core._inputs.report(e.feedback),
+        CacheReported: lambda e: core.prefixes.report(e.changed),
+        Signalled: lambda e: core._signal(e.signal),
+        ReplicaAdded: lambda e: core.replicas.add(e.engine),
+        ReplicaMarked: core._mark,
+        ReplicaRemoved: core._remove,
+        TimeCame: lambda e: core._wake(),
+        Stopped: lambda e: core.books.fail_open(),
+    }

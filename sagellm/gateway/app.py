@@ -61,7 +61,7 @@ class App:
         limits = self.gateway.settings.limits
         body = Body(scope, receive, limits, call.started_s, self.bodies)
         sending = _Sending(send, call, body)
-        scope["state"] = {"call": call, "calls": self.calls}
+        scope["state"] = {"call": call, "calls": self.calls, "body": body}
         self.gateway.meters.request_started(route.path, scope["method"])
         try:
             with nullcontext() if route.while_draining else self.calls.open():

@@ -23,7 +23,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     salt: str = ""
     slo_ttft_s: float | None = None
     timeout_s: float | None = None
-    waited_s: float = 0.0  # since its call began
+    waited_s: float = 0.0  # since its body was read
     trace: str = ""  # W3C traceparent, if any
     operation: str = "text_completion"  # or "chat", as traces call it
 

@@ -93,6 +93,8 @@ async def serve_session(
             executed = session.executor.plan
             await nursery.start(run_alone, OneProcess(executed.graph, session.executor.engines))
         nursery.start_soon(meters.run)
+        if settings.server == "hypercorn" and not settings.num_gateways:
+            nursery.start_soon(meters.watch_app_loop)  # this loop; uvicorn watches its own
         nursery.start_soon(_watch, readiness, session, settings.streaming)
         await serve(serving, settings, signals, session.close, lambda: tell(said))
         nursery.cancel_scope.cancel()

@@ -57,7 +57,7 @@ async def test_ten_thousand_requests_through_pd_many(autojump_clock: MockClock) 
     async with Graph.load("pd_many").open(set=NULL) as session:
         async with trio.open_nursery() as nursery:
             for _ in range(10_000):
-                nursery.start_soon(ask, session, draw.randint(1, 200), draw.randint(1, 16))
+                nursery.start_soon(ask, session, draw.randint(1, 200), draw.randint(1, 4))
                 await trio.sleep(draw.expovariate(100))
         assert session.executor.core.ledger.ended == {"length": 10_000}
         assert await at_rest(session)

@@ -23,6 +23,7 @@ from sagellm.gateway.encoding import Prompt
 from sagellm.gateway.entering import entered
 from sagellm.gateway.failure import ApiError
 from sagellm.gateway.gateway import Gateway, Hold, Served
+from sagellm.gateway.layers.body import Body
 from sagellm.gateway.protocol.chat import ChatRequest
 from sagellm.gateway.protocol.completions import CompletionRequest
 from sagellm.gateway.protocol.sampling import far_too_long, fitted, num_logprobs, sampling_of
@@ -82,7 +83,9 @@ async def samplings_of(
 async def respond(gateway: Gateway, request: Request, work: Work) -> Response:
     """The answer, streamed or whole. Raises ApiError where nothing of it can be served."""
     tally = request.state.tally = Tally()  # for the log, whatever becomes of the call
-    running = _Running(gateway, request.state.call, work, tally)
+    body: Body | None = request.scope["state"].get("body")
+    read_s = body.read_s if body is not None else None
+    running = _Running(gateway, request.state.call, work, tally, read_s)
     on_gone = gateway.meters.disconnected
     if work.request.stream:
         return EventStream(running.tell, gateway.settings.streaming, on_gone)
@@ -96,8 +99,12 @@ async def respond(gateway: Gateway, request: Request, work: Work) -> Response:
 class _Running:
     """One call between its start and its end."""
 
-    def __init__(self, gateway: Gateway, call: Call, work: Work, tally: Tally) -> None:
+    def __init__(
+        self, gateway: Gateway, call: Call, work: Work, tally: Tally, read_s: float | None
+    ) -> None:
+        """`read_s`: when its body was read."""
         self._gateway = gateway
+        self._read_s = read_s
         self._call = call
         self._work = work
         self._tally = tally
@@ -176,7 +183,8 @@ class _Running:
         request, call, gateway = self._work.request, self._call, self._gateway
         card = self._work.served.card
         salt = gateway.salt_of(call.tenant, request.cache_salt)
-        waited_s = max(anyio.current_time() - call.started_s, 0.0)
+        now = anyio.current_time()
+        waited_s = now - (now if self._read_s is None else self._read_s)
         return [
             Entry(
                 request_id=request_id,

@@ -30,7 +30,10 @@ class Bodies:
 
 
 class Body:
-    """Wraps `receive`. `is_whole`: nothing of the body is on its way any more."""
+    """Wraps `receive`. `is_whole`: nothing of the body is on its way any more. `read_s`: when its
+    last part was read, on the loop's clock; None before. How long a client takes to send it is the
+    client's time.
+    """
 
     def __init__(
         self, scope: Scope, receive: Receive, limits: Limits, started_s: float, bodies: Bodies
@@ -41,6 +44,7 @@ class Body:
         self._deadline_s = started_s + limits.body_s
         self._num_bytes = 0
         self.is_whole = not _has_body(scope)
+        self.read_s: float | None = None
 
     async def receive(self) -> Message:
         """Raises ApiError 413 as soon as the body is too large, 408 where it takes too long, 503
@@ -56,6 +60,8 @@ class Body:
     def _counted(self, message: Message) -> Message:
         num_bytes = len(message.get("body", b""))
         self.is_whole = not message.get("more_body", False)
+        if self.is_whole:
+            self.read_s = anyio.current_time()
         if self._num_bytes + num_bytes > self._limits.body_bytes:
             raise too_large(self._limits)
         self._bodies.check(num_bytes, self._num_bytes)

@@ -9,10 +9,15 @@ _NUM_TURNS = 10
 
 
 def objective_of(graph: Graph | None) -> float | None:
-    """The shortest time to a first token that the operator has promised; None: nothing is."""
+    """The longest time to a first token that the operator has set for all requests.
+
+    None where requests may come in over an `admission` that has no objective: which one a call
+    meets is not known before it is read.
+    """
     nodes = graph.nodes if graph is not None else ()
     found = [node.attrs.get("slo_ttft_s") for node in nodes if node.op == "admission"]
-    return min((each for each in found if isinstance(each, int | float)), default=None)
+    known = [float(each) for each in found if isinstance(each, int | float)]
+    return max(known) if known and len(known) == len(found) else None
 
 
 def is_too_late(lag_s: float, objective_s: float | None) -> bool:

@@ -1,20 +1,25 @@
 """Calls are refused before they are read while the loop is too late to keep the objective."""
 
 import json
+import time
 from contextlib import ExitStack
 from socket import create_connection
 from typing import Any
 
 import pytest
 import trio
-from gateway_calls import Answered, Client, gateway_before, last, playing
-from gateway_served import STREAM, serving
+from gateway_calls import Answered, Client, ScriptedDoor, gateway_before, last, playing
+from gateway_served import STREAM, Reply, post, read_reply, serving
+from gateway_session import ServedSession, served_session
 from trio.testing import MockClock
 
 from sagellm import Graph, ops
 from sagellm.gateway.app import build_app
+from sagellm.gateway.layers.shedding import objective_of
 from sagellm.gateway.metrics.lag import LoopLag
 from sagellm.gateway.metrics.meters import NoMeters
+from sagellm.graphs.ir import FrozenMap, Node
+from sagellm.graphs.ir import Graph as IR
 
 ASKED = {"model": "m", "prompt": "a", "max_tokens": 1}
 
@@ -29,10 +34,19 @@ class LateMeters(NoMeters):
         return self._lag_s
 
 
-async def posted(path: str, lag_s: float, objective_s: float | None, body: Any) -> Answered:
+async def posted(
+    path: str,
+    lag_s: float = 0.0,
+    objective_s: float | None = None,
+    body: Any = ASKED,
+    *,
+    upload_s: float = 0.0,
+    door: ScriptedDoor | None = None,
+) -> Answered:
     graph = Graph("g").engine("g", device="null")
     shaped = graph >> ops.admission(slo_ttft_s=objective_s) >> ops.generate(engine="g")
-    gateway = gateway_before(playing([last("x")]), meters=LateMeters(lag_s), graph=shaped.ir)
+    door = door or playing([last("x")])
+    gateway = gateway_before(door, meters=LateMeters(lag_s), graph=shaped.ir)
     client = Client(body)
     length = str(len(json.dumps(body))).encode()
     headers = [(b"host", b"localhost"), (b"content-length", length)]
@@ -43,8 +57,22 @@ async def posted(path: str, lag_s: float, objective_s: float | None, body: Any) 
         "scheme": "http",
         "headers": [*headers, (b"content-type", b"application/json")],
     }
-    await build_app(gateway)(scope, client.receive, client.send)
+
+    async def receive() -> Any:
+        await trio.sleep(upload_s)
+        return await client.receive()
+
+    await build_app(gateway)(scope, receive, client.send)
     return client.answered
+
+
+async def test_the_time_that_a_client_takes_to_send_its_body_is_its_own(
+    autojump_clock: MockClock,
+) -> None:
+    """Else a client that holds its body back would arrive before those that came meanwhile."""
+    door = playing([last("x")])
+    await posted("/v1/completions", upload_s=3.0, door=door)
+    assert [entry.waited_s for entry in door.entries] == [0.0]
 
 
 @pytest.mark.parametrize(
@@ -67,6 +95,38 @@ async def test_the_refusal_says_when_to_come_back_and_reads_no_body() -> None:
 async def test_what_generates_nothing_is_answered_however_late() -> None:
     answer = await posted("/tokenize", 9.0, 1.0, {"prompt": "a"})
     assert answer.status == 200
+
+
+@pytest.mark.parametrize(
+    ("objectives", "objective_s"),
+    [((2.0,), 2.0), ((0.5, 3.0), 3.0), ((0.5, None), None), ((), None)],
+)
+def test_of_several_models_none_is_refused_for_the_objective_of_another(
+    objectives: tuple[float | None, ...], objective_s: float | None
+) -> None:
+    nodes = tuple(
+        Node(f"a{number}", "admission", FrozenMap({} if each is None else {"slo_ttft_s": each}))
+        for number, each in enumerate(objectives)
+    )
+    assert objective_of(IR("g", nodes=nodes)) == objective_s
+
+
+async def test_the_loop_of_the_server_is_watched() -> None:
+    """As `sagellm serve` serves a graph; its loop is held up for half a second."""
+    options = {"g.device": "null", "admission.slo_ttft_s": 1.0}
+    async with served_session("hypercorn", "joint", options, num_gateways=0) as served:
+        asked = post("/v1/completions", ASKED)
+        assert (await answered(served, asked)).status == 200
+        await trio.sleep(0.15)  # the watch sleeps for a tenth of a second
+        time.sleep(0.5)  # noqa: ASYNC251
+        reply = await answered(served, asked)
+    assert (reply.status, reply.error["code"]) == (503, "slo_unreachable")
+
+
+async def answered(served: ServedSession, raw: bytes) -> Reply:
+    async with await served.connect() as stream:
+        await stream.send_all(raw)
+        return await read_reply(stream)
 
 
 async def test_a_sleeper_that_is_not_yet_awake_counts(mock_clock: MockClock) -> None:
