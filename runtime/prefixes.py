@@ -16,7 +16,7 @@ from immutables import Map
 from sagellm.runtime.block_hash import HASH_BYTES, block_content, block_digest, secret
 from sagellm.runtime.messages import Request
 
-MAX_PREFIX_BLOCKS = 1 << 19  # about 80 MB where no two replicas share any
+MAX_PREFIX_BLOCKS = 1 << 19  # 78 MB where four replicas share none
 _MOST_TOKENS = 1 << 20  # of prompts whose hashes are kept: those that are on their way just now
 
 
@@ -103,11 +103,13 @@ NOTHING = Cached()
 class PrefixIndex(msgspec.Struct, frozen=True):
     """Which replicas of one engine have a block, as masks, by the block's hash.
 
-    It is as the engine said: a block may be gone by the time that a request comes to it.
+    It is as the engine said: a block may be gone by the time that a request comes to it. Replicas
+    of the mask `void` have nothing, whatever `blocks` says: theirs are being forgotten.
     """
 
     block_size: int
     blocks: Map[bytes, int] = Map()
+    void: int = 0
 
     def cached(self, request: Request, hasher: Hasher, among: int = -1) -> Cached:
         """What replicas of the mask `among` have of a request's tokens. Nothing is hashed where no
@@ -117,7 +119,7 @@ class PrefixIndex(msgspec.Struct, frozen=True):
         if not blocks or request.sampling.prompt_logprobs is not None:
             return NOTHING
         hashes = hasher.hashes(request, self.block_size)
-        held = blocks.get(hashes[0], 0) & among if hashes.num_blocks else 0
+        held = blocks.get(hashes[0], 0) & among & ~self.void if hashes.num_blocks else 0
         if not held:
             return NOTHING
         levels, end = [], 1

@@ -108,6 +108,7 @@ class Core:
         turn = self._turn
         turn.now, turn.effects = now, []
         self._reactions[type(event)](event)
+        self.prefixes.settle()
         self._inputs.settle()
         if self.recovery.is_under_way:
             self._returns.try_next()

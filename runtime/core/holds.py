@@ -12,7 +12,7 @@ _Key = tuple[str, int, int]  # an operator, a choice, and an epoch of the reques
 @dataclass(slots=True)
 class _Hold:
     until_s: float
-    way: tuple[str, int]  # the service operator and replica that it waits for
+    way: tuple[str, int]  # the service operator and replica that it waits for by now
     is_over: bool = False
 
 
@@ -41,6 +41,7 @@ class Holds:
             self._num_holds += 1
             heapq.heappush(self._ends, (hold.until_s, self._num_holds, hold))
             self.has_changed = True
+        hold.way = way  # the last one: its input waits there
         return now < hold.until_s and not hold.is_over
 
     def forget(self, request_id: str) -> None:

@@ -82,8 +82,12 @@ class BlockPool:
         return iter(self._leases.values())
 
     def open_log(self) -> CacheLog:
-        """A log of the prefixes that are kept, from now on. The one before gets no more."""
-        if not self.keeps_prefixes:  # what leases share now is of no use to others
+        """A log of the prefixes that are kept, from now on. The one before gets no more.
+
+        It is empty where windows or states forget: no sequence can begin with some of the blocks
+        that are kept there, and a hash does not say with which.
+        """
+        if not self.keeps_prefixes or self.forgets:  # what only leases share is of no use, either
             return CacheLog(lambda: ())
         log = self._tree.log = CacheLog(lambda: self._tree.hashes)
         return log

@@ -68,11 +68,13 @@ async def test_groups_stay_with_their_prefix(autojump_clock: MockClock) -> None:
 
 async def test_tenants_do_not_draw_each_other(autojump_clock: MockClock) -> None:
     async with routed("prefix_aware").open() as session:
-        for salt in ("one", "other", "one", "other"):
-            cached = (await ask(session, 0, 0, salt=salt)).num_cached_tokens
-        assert cached > 0
+        cached = [
+            (await ask(session, 0, 0, salt=salt)).num_cached_tokens
+            for salt in ("one", "other", "other", "one", "one", "other")
+        ]
+        assert cached == [0, 0, 208, 208, 208, 208]
         loads = [engine.load for engine in session.executor.all_engines]
-        assert [load.num_prefix_queries for load in loads] == [440, 440]  # one tenant each
+        assert [load.num_prefix_queries for load in loads] == [660, 660]  # one tenant each
 
 
 async def test_what_a_router_knows_is_what_engines_have(autojump_clock: MockClock) -> None:
@@ -86,7 +88,7 @@ async def test_what_a_router_knows_is_what_engines_have(autojump_clock: MockCloc
         known: Any = session.executor.core.prefixes
         for replica, engine in enumerate(session.executor.all_engines):
             there = set(engine.pool._tree.hashes)  # type: ignore[attr-defined]
-            assert known._reporters["g", replica].blocks == there
+            assert set(known._reporters["g", replica].blocks) == there
         assert sum(one.load.num_evicted_blocks for one in session.executor.all_engines) > 0
 
 
@@ -97,8 +99,7 @@ async def test_a_held_request_waits_for_its_prefix_and_no_longer(
     options = {"max_hold_s": 0.3}
     async with routed("prefix_aware", options, max_num_seqs=1).open() as session:
         await ask(session, 0, 0)
-        for max_hold_s, num_tokens, cached in ((0.3, 20, True), (0.3, 100, False)):
-            assert max_hold_s == options["max_hold_s"]
+        for num_tokens, cached in ((20, True), (100, False)):
             async with trio.open_nursery() as nursery:
                 sampling = Sampling(max_tokens=num_tokens, ignore_eos=True)
                 busy = partial(session.generate, prompt(0, 1), sampling=sampling)
@@ -108,8 +109,10 @@ async def test_a_held_request_waits_for_its_prefix_and_no_longer(
                 answer = await ask(session, 0, 2)
                 waited_s = answer.stamps.dispatched_s - begun_s
                 assert (answer.num_cached_tokens > 0) == cached
-                assert waited_s <= max_hold_s + 1e-9
-                assert waited_s == pytest.approx(max_hold_s) or cached
+                if cached:
+                    assert 0.1 < waited_s < 0.3
+                else:
+                    assert waited_s == pytest.approx(0.3)
 
 
 async def test_a_worker_that_was_lost_is_not_taken_for_warm(

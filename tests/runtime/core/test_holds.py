@@ -99,6 +99,26 @@ def test_a_replica_that_is_lost_is_not_waited_for(core: Core) -> None:
     assert sent(core.on(ReplicaMarked("g", 0, is_up=False), 1.5)) == [("held", 1)]
 
 
+def test_a_hold_ends_for_the_replica_that_is_waited_for_by_then(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def order(self: Patient, state: None, candidates: Any, now: float, draw: Any) -> Any:
+        held = (Hold(0 if now < 2.0 else 1, self.limit_s),) if now else ()
+        return (*held, *candidates.numbers), None
+
+    monkeypatch.setattr(Patient, "order", order)
+    monkeypatch.setattr(route_module, "find_strategy", lambda name: Patient)
+    graph = Graph("g").engine("g", replicas=3)
+    graph >> ops.route() >> ops.generate(engine="g")
+    core = Core(plan(graph.ir, RESOLVER, {"g": 3}))
+    for number in range(3):
+        core.on(Opened("generate", number, Credit(1), 16), 0.0)
+    assert sent(arrive(core, "zero", 0.0) + arrive(core, "one", 0.0)) == [("zero", 0), ("one", 1)]
+    assert wakes(arrive(core, "held", 1.0)) == [3.0]
+    assert sent(core.on(ReplicaMarked("g", 0, is_up=False), 2.0)) == []  # held for replica 1 now
+    assert sent(core.on(TimeCame(), 3.0)) == [("held", 2)]
+
+
 def test_a_strategy_that_holds_nothing_back_lets_nothing_wait(core: Core) -> None:
     assert sent(arrive(core, "hasty", 1.0)) == [("hasty", 1)]
 

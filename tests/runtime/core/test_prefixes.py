@@ -3,16 +3,21 @@
 from dataclasses import replace
 from typing import Any
 
+import pytest
+
 from sagellm import Graph, ops
 from sagellm.builder import RESOLVER
-from sagellm.runtime.block_hash import HASH_BYTES
+from sagellm.runtime.block_hash import HASH_BYTES, secret
 from sagellm.runtime.cache_changes import CacheChanged
+from sagellm.runtime.core import prefixes
 from sagellm.runtime.core.core import Core
 from sagellm.runtime.core.effects import AskCache, Effect
-from sagellm.runtime.core.events import CacheReported, Opened, ReplicaMarked
+from sagellm.runtime.core.events import CacheReported, Opened, ReplicaMarked, TimeCame
+from sagellm.runtime.messages import Request
 from sagellm.runtime.operator import Credit
 from sagellm.runtime.plan import Plan, plan
 from sagellm.runtime.port import EngineFacts
+from sagellm.runtime.prefixes import Hasher
 
 FACTS = EngineFacts("m", 256, 4, block_size=4, num_blocks=64)
 
@@ -101,9 +106,72 @@ def test_the_index_is_bounded_and_what_comes_last_is_left_out() -> None:
     report(core, 0, 1, is_first=True, stored=(1, 2, 3, 4))
     report(core, 1, 1, is_first=True, stored=(3, 5))
     assert known(core) == {1: 1, 2: 1, 3: 0b11}
-    report(core, 0, 2, dropped=(4, 2))
-    report(core, 1, 2, stored=(6,))
-    assert known(core) == {1: 1, 3: 0b11, 6: 0b10}
+
+
+def test_what_was_left_out_is_asked_for_once_there_is_room() -> None:
+    ready = made()
+    core = opened(replace(ready, graph=replace(ready.graph, attrs=limited(ready, 16))))
+    report(core, 0, 1, is_first=True, stored=range(10))
+    report(core, 1, 1, is_first=True, stored=range(20, 30))
+    assert known(core) == dict.fromkeys(range(10), 1) | dict.fromkeys(range(20, 26), 2)
+    assert asked(report(core, 0, 2, dropped=(9,))) == []
+    report(core, 1, 2, stored=(30,))  # may come behind one that was left out
+    assert 30 not in known(core)
+    assert asked(report(core, 0, 3, dropped=(8,))) == [1]
+    assert known(core) == dict.fromkeys(range(8), 1)
+    # it is truncated again; the room that it made itself makes nobody be asked
+    assert asked(report(core, 1, 1, is_first=True, stored=range(20, 30))) == []
+    assert asked(report(core, 0, 4, stored=(0,))) == []
+    assert known(core) == dict.fromkeys(range(8), 1) | dict.fromkeys(range(20, 28), 2)
+
+
+def test_much_is_forgotten_in_slices_and_counts_for_nothing_meanwhile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(prefixes, "FORGOTTEN_AT_ONCE", 4)
+    core = opened()
+    prompt = Request(request_id="r", prompt_token_ids=(1,) * 41)
+    index, hasher = core.prefixes.indexes["g"], Hasher(secret())
+    hashes = hasher.hashes(prompt, 4)
+    stored = [int.from_bytes(hashes[at], "big") for at in range(10)]
+    report(core, 0, 1, is_first=True, stored=stored)
+    report(core, 1, 1, is_first=True, stored=stored[:2])
+    core.on(ReplicaMarked("g", 0, is_up=False), 2.0)
+    index = core.prefixes.indexes["g"]
+    assert index.cached(prompt, hasher).levels == ((8, 0b10),)
+    assert core.prefixes.num_blocks_of("g", 0) == 0
+    assert asked(core.on(ReplicaMarked("g", 0, is_up=True), 3.0)) == []
+    assert len(known(core)) == 2
+    assert asked(core.on(TimeCame(), 4.0)) == [0]
+    assert known(core) == dict.fromkeys(stored[:2], 0b10)
+    report(core, 0, 1, epoch=2, is_first=True, stored=stored[:1])
+    assert core.prefixes.indexes["g"].cached(prompt, hasher).levels == ((8, 0b10), (4, 0b01))
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_a_replica_that_begins_anew_unasked_is_asked_where_forgetting_takes_long(
+    at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prefixes, "FORGOTTEN_AT_ONCE", at_once)
+    core = opened()
+    report(core, 0, 1, is_first=True, stored=(1, 2))
+    report(core, 0, 2, is_first=True, stored=(2, 3))
+    if at_once == 1:
+        assert asked(report(core, 0, 3, stored=(4,))) == [0]
+        assert known(core) == {}
+        report(core, 0, 1, is_first=True, stored=(2, 3))
+    assert known(core) == {2: 1, 3: 1}
+
+
+def test_replicas_share_the_hashes_of_blocks_that_they_share() -> None:
+    core = opened()
+    for replica in (0, 1):
+        report(core, replica, 1, is_first=True, stored=(1, 2))
+    kept = [
+        {id(block) for block in core.prefixes._reporters["g", replica].blocks.values()}
+        for replica in (0, 1)
+    ]
+    assert kept[0] == kept[1] == {id(block) for block in core.prefixes.indexes["g"].blocks}
 
 
 def limited(ready: Plan, most: int) -> Any:

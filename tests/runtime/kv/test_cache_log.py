@@ -2,12 +2,15 @@
 
 import random
 
+import pytest
+
 from sagellm.runtime.cache_changes import hashes_in
 from sagellm.runtime.kv import cache_log
 from sagellm.runtime.kv.block_key import BlockKey, block_key
 from sagellm.runtime.kv.cache_log import CacheLog
 from sagellm.runtime.kv.lease import Fence
 from sagellm.runtime.kv.pool import BlockPool
+from sagellm.runtime.lease_shape import LeaseShape, TokenGroup
 
 SIZE = 4
 
@@ -131,3 +134,19 @@ def test_nothing_is_noted_before_anybody_asks_nor_where_prefixes_are_not_kept() 
     lease = without.reserve(Fence("a", 0, 0), SIZE)
     without.publish(lease, path(1))
     assert reader.read() == set()
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [LeaseShape(SIZE, (TokenGroup(), TokenGroup(1, 6))), LeaseShape(SIZE, num_state_blocks=1)],
+    ids=["windows", "states"],
+)
+def test_a_pool_that_forgets_tells_nothing(shape: LeaseShape) -> None:
+    """It may keep blocks that no sequence can begin with."""
+    pool = BlockPool(32, SIZE, shape=shape)
+    reader = Reader(pool.open_log())
+    lease = pool.reserve(Fence("a", 0, 0), 4 * SIZE)
+    pool.grow(lease, 4 * SIZE)
+    pool.publish(lease, path(1, 2, 3, 4))
+    assert any(pool._tree.hashes)
+    assert reader.read() == Reader(pool.open_log()).read() == set()
