@@ -104,6 +104,9 @@ class Collector:
         for sequence in batch.sequences:
             if sequence.lease is not None:
                 self.end(sequence, sequence.end or "failed", error)
+        for sequence in tuple(self.sequences.values()):
+            if sequence.end is not None:  # after the step behind, which was withdrawn
+                self.end(sequence, sequence.end)
 
     def _advance(self, batch: Batch, sampled: Sampled) -> None:
         """Count what is computed now, and let others find it."""

@@ -71,9 +71,12 @@ def check_offer(offer: LeaseOffer, facts: EngineFacts) -> None:
         )
     if offer.num_tokens < 1:
         raise EngineRefusal("the prompt is empty; give at least one token")
-    room = facts.num_blocks * facts.block_size
-    if facts.shape.num_blocks(offer.num_tokens, offer.num_tokens) > facts.num_blocks:
-        raise EngineRefusal(f"{offer.num_tokens} tokens of KV exceed the pool's {room}")
+    wanted = facts.shape.num_blocks(offer.num_tokens, offer.num_tokens)
+    if wanted > facts.num_blocks:
+        raise EngineRefusal(
+            f"{offer.num_tokens} tokens of KV take {wanted} blocks, which exceed the pool's "
+            f"{facts.num_blocks}"
+        )
 
 
 def check_sampling(sampling: Sampling, vocab_size: int) -> None:

@@ -102,12 +102,22 @@ class Scheduler:
             return Batch()
         return self._schedule()
 
-    def withdraw(self, batch: Batch) -> None:
+    def withdraw(self, batch: Batch, *, has_begun: bool = False) -> None:
         """A batch that was scheduled ahead is not computed, or in vain: its tokens are pending
         again. What it admitted stays, with its blocks.
+
+        One that `has_begun` may have advanced recurrent states in place, which cannot go back:
+        those sequences are preempted, but for the ones that end with the step before it.
         """
         batch.end()
         self._is_sitting_out = self._sat_out_before
+        if has_begun and self.pool.shape.num_state_blocks:
+            for sequence, start in zip(batch.sequences, batch.starts, strict=True):
+                lease = sequence.lease
+                if lease is None or sequence.num_launched:
+                    continue
+                if lease.state_at(start) is lease.snapshot:
+                    self._preempt(sequence)
 
     def _schedule(self) -> Batch:
         self._sat_out_before = self._is_sitting_out
@@ -179,6 +189,7 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         assert sequence.lease is not None
+        assert not sequence.num_launched  # a step under way writes its blocks
         self.running.remove(sequence)
         self.pool.advance(sequence.lease, "preempt")
         sequence.lease = None

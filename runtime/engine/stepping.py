@@ -110,5 +110,5 @@ class Stepping:
         if self._next is not None:
             with suppress(Exception):
                 await self._next.result()
-            self._scheduler.withdraw(self._next.batch)
-            self._next = None
+            batch, self._next = self._next.batch, None
+            self._scheduler.withdraw(batch, has_begun=True)

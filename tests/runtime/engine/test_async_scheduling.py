@@ -378,6 +378,22 @@ async def test_one_admitted_ahead_of_a_step_that_fails_is_computed_again():
         assert fine.token_ids == [100, 101]
 
 
+async def test_who_is_cancelled_while_computed_behind_a_step_that_failed_ends():
+    engine, device = scripted(max_num_seqs=1)
+    device.is_patient, device.fails_at = False, 2
+    async with running(engine) as [driver]:
+        broken = await driver.submit("a", (1, 2), sampling=sampled(2))
+        late = await driver.submit("b", (1, 2, 3), sampling=sampled(2))
+        await wait_all_tasks_blocked()
+        await steps(device, 2)
+        assert names(device.batches[-1]) == ["b"]
+        engine.cancel("b", 0, 0)
+        await steps(device)
+        assert broken.last.finish_reason == "failed"
+        assert late.last.finish_reason == "cancelled"
+        assert engine.pool.num_leased == 0
+
+
 # ---- on a device that computes ---------------------------------------------------------------
 
 

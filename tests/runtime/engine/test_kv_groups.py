@@ -1,7 +1,7 @@
 """Layers with windows and recurrent states: the same answers however a sequence is served."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from sagellm.backends.progress import Progress
 from sagellm.engines import engine_options
 from sagellm.graphs.ir import Graph as FrozenGraph
 from sagellm.runtime.engine.batch import Batch
+from sagellm.runtime.engine.device_runner import DeviceLaunch
 from sagellm.runtime.engine.local import LocalEngine
 from sagellm.runtime.engine.opening import open_engine
 from sagellm.runtime.engine.options import EngineOptionError, EngineOptions
@@ -158,6 +159,47 @@ async def test_preempted(exam: Exam) -> None:
     async with running(engine) as [driver]:
         assert await ask_all(driver, exam) == exam.right
     assert engine.load.num_preemptions > 0 or exam.name == "linear"  # its leases do not grow
+
+
+@pytest.mark.parametrize("fails_at", [12, 25, 40])
+async def test_what_a_step_computed_behind_one_that_failed_is_computed_again(
+    exam: Exam, monkeypatch: pytest.MonkeyPatch, fails_at: int
+) -> None:
+    """Once more from where it began: a state has gone on meanwhile."""
+    short = replace(exam, prompts=random_prompts(range(4, 14)))
+    async with running(opened(exam)) as [driver]:
+        right = await ask_all(driver, short)
+    engine = opened(exam, block_size=4, max_step_tokens=4)
+    behind = fail_late(engine, monkeypatch, fails_at)
+    async with running(engine) as [driver]:
+        answers = await ask_all(driver, short)
+    ends = [reply.events[-1].finish_reason for reply in driver.replies.values()]
+    whole = [index for index, end in enumerate(ends) if end == "length"]
+    assert behind
+    assert set(ends) == {"failed", "length"}
+    assert [answers[index] for index in whole] == [right[index] for index in whole]
+    assert (engine.load.num_preemptions > 0) == exam.has_state
+
+
+def fail_late(engine: LocalEngine, patch: pytest.MonkeyPatch, number: int) -> list[str]:
+    """Let a step fail when the one behind it is over; who was computed in that one alone."""
+    behind: list[str] = []
+    result = DeviceLaunch.result
+
+    async def fail(launch: DeviceLaunch) -> Sampled:
+        sampled = await result(launch)
+        ahead = engine._stepping._next
+        if engine._stepping.num_steps < number or behind or not isinstance(ahead, DeviceLaunch):
+            return sampled
+        others = [one for one in ahead.batch.sequences if one not in launch.batch.sequences]
+        if any(one.num_computed for one in others):
+            await result(ahead)
+            behind.extend(one.fence.request_id for one in others)
+            raise RuntimeError("broken")
+        return sampled
+
+    patch.setattr(DeviceLaunch, "result", fail)
+    return behind
 
 
 def fewest(exam: Exam, **options: Any) -> int:
