@@ -29,7 +29,6 @@ class Reply:
     last: TokenEvent | None = None
     lease: LeaseRef | None = None
     events: list[TokenEvent] = field(default_factory=list)
-    first_step: int | None = None  # the engine's step count when the first token came
     done: trio.Event = field(default_factory=trio.Event)
 
 
@@ -71,8 +70,6 @@ class Driver:
         reply.events.append(token)
         reply.token_ids += token.token_ids
         reply.text += token.text
-        if reply.first_step is None and token.token_ids:
-            reply.first_step = self.engine.load.num_steps
         if isinstance(event, PrefillDone):
             reply.lease = event.lease
         if token.is_last:
