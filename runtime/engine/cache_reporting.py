@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
-from sagellm.runtime.cache_changes import CacheChanged, TellCache
+from sagellm.runtime.cache_changes import CacheChanged, ReportsCache, TellCache, hashes_in
 from sagellm.runtime.kv.cache_log import CacheLog, CacheReport
 from sagellm.runtime.kv.pool import BlockPool
 
@@ -45,6 +45,40 @@ class LogsPrefixes(Protocol):
     """An engine that says which prefix blocks it has to whoever reads its log."""
 
     cache: CacheReporting
+
+
+class CacheMirror:
+    """The prefix blocks of an engine that reports to a function, and a log of them for a reader
+    that may be slow. `on_news` is called after each report.
+    """
+
+    def __init__(self) -> None:
+        self.on_news: Callable[[], None] = lambda: None
+        self._blocks: dict[bytes, None] = {}
+        self.log = CacheLog(lambda: self._blocks)
+
+    def take(self, changed: CacheChanged) -> None:
+        """Take a report of the engine."""
+        if changed.is_first:
+            self._blocks.clear()
+            self.log.begin_anew()
+        for block in hashes_in(changed.stored):
+            self._blocks[block] = None
+            self.log.note(block, is_stored=True)
+        for block in hashes_in(changed.dropped):
+            self._blocks.pop(block, None)
+            self.log.note(block, is_stored=False)
+        self.on_news()
+
+
+def open_cache_log(engine: ReportsCache, on_news: Callable[[], None]) -> CacheLog:
+    """A new log of an engine's prefix blocks. `on_news` is called when there is more to read."""
+    if isinstance(engine, LogsPrefixes):
+        return engine.cache.open_log(on_news)
+    mirror = CacheMirror()
+    engine.report_cache(mirror.take)
+    mirror.on_news = on_news
+    return mirror.log
 
 
 def changed_by(report: CacheReport, engine: str, replica: int, epoch: int = 1) -> CacheChanged:

@@ -93,8 +93,8 @@ class Sequence:
 
     @property
     def num_pending(self) -> int:
-        """Tokens whose keys and values no step computes yet."""
-        return self.num_known - self.num_scheduled
+        """Tokens whose keys and values no step computes yet: known ones less scheduled ones."""
+        return len(self.tokens) + self.num_sampling - self.num_computed - self.num_launched
 
     @property
     def num_uncomputed(self) -> int:
@@ -106,8 +106,9 @@ class Sequence:
         """Whether no step is to come after those under way, whatever they sample."""
         if self.end is not None:
             return True
-        is_last = self.num_known - self.num_prompt >= self.max_output or self.state.hold_kv
-        return self.num_sampling > 0 and is_last
+        if not self.num_sampling:
+            return False
+        return self.num_known - self.num_prompt >= self.max_output or self.state.hold_kv
 
     @property
     def num_output(self) -> int:
@@ -144,6 +145,8 @@ class Sequence:
 
     def give_scores(self) -> tuple[TokenLogprob, ...]:
         """The prompt's logprobs, for the first event; afterwards they are forgotten."""
+        if not self.scores:
+            return ()
         scores, self.scores = tuple(self.scores), []
         return scores
 

@@ -5,6 +5,7 @@ from contextlib import suppress
 
 import trio
 
+from sagellm.runtime.cache_changes import ReportsCache
 from sagellm.runtime.comm.channel import Channel, ChannelClosed
 from sagellm.runtime.comm.protocol import (
     AskCache,
@@ -24,7 +25,7 @@ from sagellm.runtime.comm.protocol import (
     Stop,
     Submit,
 )
-from sagellm.runtime.engine.cache_reporting import LogsPrefixes
+from sagellm.runtime.engine.cache_reporting import open_cache_log
 from sagellm.runtime.engine.kv_serving import KVServer, SharedKVEngine
 from sagellm.runtime.kv.cache_log import CacheLog
 from sagellm.runtime.port import (
@@ -74,8 +75,8 @@ class EngineServer:
                 self._engine.cancel(request_id, choice, epoch)
             case Grant(owner=owner) if owner in self._windows:
                 self._windows[owner].release()
-            case AskCache() if isinstance(self._engine, LogsPrefixes):
-                self._cache_log = self._engine.cache.open_log(self._say_cache)
+            case AskCache() if isinstance(self._engine, ReportsCache):
+                self._cache_log = open_cache_log(self._engine, self._say_cache)
                 self._say_cache()
             case GrantCache():
                 self._cache_window += 1

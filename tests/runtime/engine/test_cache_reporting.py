@@ -10,7 +10,7 @@ from engine_driver import Driver
 from remote_engines import Pair, live, open_null
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from sagellm.runtime.cache_changes import CacheChanged, ReportsCache, hashes_in
+from sagellm.runtime.cache_changes import CacheChanged, ReportsCache, TellCache, hashes_in
 from sagellm.runtime.comm.protocol import CacheNews, Events
 from sagellm.runtime.engine import serving
 from sagellm.runtime.engine.local import LocalEngine
@@ -167,4 +167,56 @@ async def test_an_engine_here_tells_as_well(autojump_clock: MockClock) -> None:
         await driver.submit("r", (1,) * 40, max_tokens=10)
         await driver.all_done()
         assert heard.blocks == blocks_of(local) != set()
+        nursery.cancel_scope.cancel()
+
+
+class ReportingKind:
+    """An engine of another kind: it reports to a function, and keeps no log."""
+
+    def __init__(self, local: LocalEngine) -> None:
+        self._local = local
+        self._tell: TellCache = lambda changed: None
+        self._num_reports = 0
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "cache":
+            raise AttributeError(name)
+        return getattr(self._local, name)
+
+    def report_cache(self, tell: TellCache) -> None:
+        self._tell = tell
+        self.report(b"one-----" + b"two-----", is_first=True)
+
+    def report(self, stored: bytes, dropped: bytes = b"", *, is_first: bool = False) -> None:
+        self._num_reports += 1
+        self._tell(
+            CacheChanged(
+                engine="e",
+                replica=0,
+                epoch=1,
+                sequence=self._num_reports,
+                is_first=is_first,
+                stored=stored,
+                dropped=dropped,
+            )
+        )
+
+
+async def test_a_graph_knows_what_a_worker_of_another_kind_has(autojump_clock: MockClock) -> None:
+    other = ReportingKind(open_null())
+    remote = RemoteEngine(other.facts, name="e", replica=3)
+    heard = Heard()
+    async with trio.open_nursery() as nursery:
+        live(remote, other, nursery)  # type: ignore[arg-type]
+        await wait_all_tasks_blocked()
+        remote.report_cache(heard)
+        await wait_all_tasks_blocked()
+        assert heard.blocks == {b"one-----", b"two-----"}
+        other.report(b"three---", dropped=b"one-----")
+        await wait_all_tasks_blocked()
+        assert heard.blocks == {b"two-----", b"three---"}
+        other.report(b"four----", is_first=True)
+        await wait_all_tasks_blocked()
+        assert heard.blocks == {b"four----"}
+        assert heard.num_first == 2
         nursery.cancel_scope.cancel()
