@@ -207,8 +207,8 @@ class Core:
             self._signal(Signal("expire", request_id))
         for node in self.region.take_due(now):
             self._inputs.feed(node, Wake())
-        for gate in self.region.holds.take_due(now):
-            self._flow.end_hold(*gate, num_left=self.gates.accounts[gate].requests)
+        for gate, request_ids in self.region.holds.take_due(now).items():
+            self._flow.end_holds(*gate, request_ids, num_left=self.gates.accounts[gate].requests)
         availability = self.replicas.availability
         if availability.take_due(now):
             self._returns.end_unserved(availability.max_hold_s)

@@ -69,13 +69,14 @@ class Flow:
             while (parked := self._parking.first(way)) is not None and self._try(parked):
                 pass
 
-    def end_hold(self, node: str, replica: int, num_left: float) -> None:
-        """Requests have waited for a replica for long enough: what is parked is tried, and those
-        that keep requests offer them again, as if its credit had changed.
+    def end_holds(self, node: str, replica: int, request_ids: list[str], num_left: float) -> None:
+        """Requests have waited for a replica for long enough. What of them is parked is tried;
+        operators that keep requests offer them again, as if its credit had changed.
         """
         credit = CreditChanged(node=node, replica=replica, num_left=num_left)
         self._inputs.report(credit)
-        self.retry(node, replica)
+        for request_id in request_ids:
+            self.retry_request(request_id)
 
     def retry_all(self) -> None:
         """Ways may have opened: try everything."""
@@ -83,7 +84,7 @@ class Flow:
             self._try(parked)
 
     def retry_request(self, request_id: str) -> None:
-        """A request was signalled: what of it is parked ends."""
+        """Try what of a request is parked: it was signalled, or its hold is over."""
         for parked in self._parking.of_request(request_id):
             self._try(parked)
 

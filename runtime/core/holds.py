@@ -11,6 +11,7 @@ _Key = tuple[str, int, int]  # an operator, a choice, and an epoch of the reques
 
 @dataclass(slots=True)
 class _Hold:
+    request_id: str
     until_s: float
     way: tuple[str, int]  # the service operator and replica that it waits for by now
     is_over: bool = False
@@ -37,7 +38,7 @@ class Holds:
         key = node, item.choice, item.epoch
         hold = known.get(key)
         if hold is None:
-            hold = known[key] = _Hold(now + limit_s, way)
+            hold = known[key] = _Hold(item.request_id, now + limit_s, way)
             self._num_holds += 1
             heapq.heappush(self._ends, (hold.until_s, self._num_holds, hold))
             self.has_changed = True
@@ -57,12 +58,12 @@ class Holds:
             heapq.heappop(self._ends)
         return self._ends[0][0] if self._ends else math.inf
 
-    def take_due(self, now: float) -> dict[tuple[str, int], None]:
-        """The ways that requests have waited for long enough."""
-        due: dict[tuple[str, int], None] = {}
+    def take_due(self, now: float) -> dict[tuple[str, int], list[str]]:
+        """The ways that requests have waited for long enough, and those requests."""
+        due: dict[tuple[str, int], list[str]] = {}
         while self._ends and self._ends[0][0] <= now:
             hold = heapq.heappop(self._ends)[2]
             if not hold.is_over:
                 hold.is_over = True
-                due[hold.way] = None
+                due.setdefault(hold.way, []).append(hold.request_id)
         return due

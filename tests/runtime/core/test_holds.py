@@ -36,8 +36,9 @@ class Patient:
         return None
 
     def order(self, state: None, candidates: Any, now: float, draw: Any) -> Any:
-        if candidates.request.user_id == "patient":
-            return (Hold(0, self.limit_s), *candidates.numbers), None
+        limit_s = {"patient": self.limit_s, "most patient": 10.0}.get(candidates.request.user_id)
+        if limit_s is not None:
+            return (Hold(0, limit_s), *candidates.numbers), None
         return candidates.numbers, None
 
 
@@ -85,6 +86,14 @@ def test_others_pass_it(core: Core) -> None:
     assert sent(arrive(core, "other", 1.5)) == [("other", 1)]
     assert sent(core.on(TimeCame(), 3.0)) == []  # nobody has room now
     assert sent(core.on(Released("generate", 1, "other", 0), 3.5)) == [("held", 1)]
+
+
+def test_each_waits_for_its_own_time(core: Core) -> None:
+    arrive(core, "long", 1.0, "most patient")
+    arrive(core, "held", 1.0, "patient")
+    assert sent(core.on(TimeCame(), 3.0)) == [("held", 1)]
+    assert sent(core.on(Released("generate", 1, "held", 0), 4.0)) == []
+    assert sent(core.on(TimeCame(), 11.0)) == [("long", 1)]
 
 
 def test_a_held_request_that_is_cancelled_leaves_nothing(core: Core) -> None:
