@@ -15,6 +15,7 @@ from pathlib import Path
 import axe_core_python
 import pytest
 from selenium import webdriver
+from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
@@ -112,7 +113,9 @@ class Page:
         self.focused.send_keys(*keys)
 
     def until(self, holds):
-        WebDriverWait(self.browser, WAIT_S, 0.05).until(lambda _: holds())
+        """An element that the page has replaced while it was read is read again."""
+        replaced = (StaleElementReferenceException,)
+        WebDriverWait(self.browser, WAIT_S, 0.05, replaced).until(lambda _: holds())
 
     def answered(self, number):
         """Wait until so many turns have ended."""

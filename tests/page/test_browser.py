@@ -117,6 +117,8 @@ def test_the_keyboard_reaches_everything(page, url):
 
 def test_shift_and_enter_start_a_new_line(page, url):
     page.open(url)
+    page.one("#max-tokens").send_keys("4")
+    page.one("#question").click()
     page.type("one", Keys.SHIFT, Keys.ENTER, Keys.SHIFT, "two")
     assert page.one("#question").get_attribute("value") == "one\ntwo"
     assert page.all(".turn") == []
