@@ -3,7 +3,7 @@
 import math
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
-from typing import Protocol, TypeAlias, TypeGuard, runtime_checkable
+from typing import Literal, Protocol, TypeAlias, TypeGuard, runtime_checkable
 
 import msgspec
 
@@ -32,15 +32,20 @@ class DamagedBlocks(RuntimeError):
     """Blocks that came other than they were sent, again and again, or did not come in time."""
 
 
+# Why an engine lost what it was asked: its process died, perhaps of it; the link to it ended; or
+# none of these: it was sent away, or was never there.
+LossCause: TypeAlias = Literal["death", "link", "none"]
+
+
 class EngineLost(ConnectionError):
     """The process of an engine replica is gone, with all that it held; another takes its place.
 
-    `was_asked`: it was still there when it was asked, and may have died of the question.
+    `cause`: of the question that it was asked; "none" where it was gone before.
     """
 
-    def __init__(self, name: str, replica: int, *, was_asked: bool = False) -> None:
+    def __init__(self, name: str, replica: int, *, cause: LossCause = "none") -> None:
         super().__init__(f"replica {replica} of engine {name} is gone")
-        self.was_asked = was_asked
+        self.cause: LossCause = cause
 
 
 class PrefillDone(msgspec.Struct, frozen=True, kw_only=True, tag="prefill_done"):
@@ -55,15 +60,14 @@ class PrefillDone(msgspec.Struct, frozen=True, kw_only=True, tag="prefill_done")
 
 
 class Lost(msgspec.Struct, frozen=True, kw_only=True, tag="lost"):
-    """The engine is gone, and this sequence with it: no more events come. What it emitted before
-    is behind this event, so whoever has that can submit the sequence again, anywhere. `by_death`:
-    the sequence may be what the engine died of; else it was sent away.
+    """The engine is gone, and this sequence with it: no more events come. What it emitted came
+    before this event, so whoever has that can submit the sequence again, anywhere.
     """
 
     request_id: str
     choice: int
     epoch: int
-    by_death: bool
+    cause: LossCause
 
     @property
     def key(self) -> tuple[str, int]:

@@ -199,6 +199,8 @@ class Keeper:
         code = await life.wait()
         worker.why = f"signal {-code}" if code < 0 else f"exit code {code}"
         worker.is_cut = code == 0  # it left by itself, as its link had ended
+        if worker.is_cut:
+            life.channel.close(worker.why)
         scope.cancel()
 
     async def _ask(self, worker: Worker, channel: Channel, scope: trio.CancelScope) -> None:

@@ -11,6 +11,7 @@ from sagellm.runtime.cache_changes import CacheChanged
 from sagellm.runtime.feedback import Feedback
 from sagellm.runtime.messages import FinishReason, Item, Request, TokenEvent
 from sagellm.runtime.operator import Credit, Signal
+from sagellm.runtime.port import LossCause
 
 
 class _Event(msgspec.Struct, frozen=True, array_like=True):
@@ -89,11 +90,11 @@ class Finished(_Event, frozen=True, tag="finished"):
 
 
 class Returned(_Event, frozen=True, tag="returned"):
-    """An engine of `node` lost a request; `was_computed`: the engine may have died of it."""
+    """An engine of `node` lost a request."""
 
     node: str
     request: Request
-    was_computed: bool
+    cause: LossCause
 
 
 class EngineFailed(_Event, frozen=True, tag="engine_failed"):

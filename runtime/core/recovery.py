@@ -3,6 +3,8 @@
 A request that had got tokens from the engine goes in again at once. One that had not may be what
 the engine died of: such requests are tried one at a time, each until its first token, so that a
 second death has one cause. A request of two deaths is quarantined, and its like refused for long.
+
+The end of a link to an engine counts as half a death: it is rarely the fault of a request.
 """
 
 import hashlib
@@ -14,11 +16,13 @@ import msgspec
 
 from sagellm.runtime.buckets import Buckets
 from sagellm.runtime.messages import Item, Request, TokenEvent
+from sagellm.runtime.port import LossCause
 
 Verdict: TypeAlias = Literal["now", "later", "never", "spent"]
 
 QUARANTINE_S = 600.0
-_MOST_DEATHS = 2
+_BLAME: dict[LossCause, float] = {"death": 1.0, "link": 0.5, "none": 0.0}
+_MOST_BLAME = 2.0  # since its last token
 _GAPS_S = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 _MOST_RETURNS = 100  # of one request, whoever is to blame: engines come and go, but not so often
 
@@ -34,16 +38,16 @@ class Recovery:
         self._clock = clock
         self._lost_s: dict[Key, float] = {}
         self._num_returns: dict[Key, int] = {}
-        self._deaths: dict[Key, int] = {}
+        self._blame: dict[Key, float] = {}
         self._num_known: dict[Key, int] = {}  # tokens that it had when it went in last
         self._on_trial: Key | None = None
         self._waiting: deque[tuple[str, Request]] = deque()
         self._blocked_until_s: dict[bytes, float] = {}
 
-    def judge(self, node: str, request: Request, *, was_computed: bool) -> Verdict:
-        """Of a request that an engine of `node` lost; `was_computed`: it was in that engine, and
-        not only on its way there. What is to come later is kept, and given out by `next`. `never`:
-        engines died of it. `spent`: it has come back too often, through no fault that is known.
+    def judge(self, node: str, request: Request, cause: LossCause) -> Verdict:
+        """Of a request that an engine of `node` lost. What is to come later is kept, and given out
+        by `next`. `never`: engines died of it. `spent`: it has come back too often, through no
+        fault that is known.
         """
         key = request.key
         self._lost_s.setdefault(key, self._clock())
@@ -54,14 +58,14 @@ class Recovery:
         has_advanced = num_emitted > self._num_known.get(key, 0)
         self._num_known[key] = num_emitted
         if has_advanced:
-            self._deaths[key] = 0
-        elif was_computed:
-            self._deaths[key] = self._deaths.get(key, 0) + 1
+            self._blame[key] = 0.0
+        else:
+            self._blame[key] = self._blame.get(key, 0.0) + _BLAME[cause]
         if self._num_returns[key] > _MOST_RETURNS:
             return "spent"
-        if not self._deaths.get(key):
+        if not self._blame[key]:
             return "now"
-        if self._deaths[key] >= _MOST_DEATHS:
+        if self._blame[key] >= _MOST_BLAME:
             self._blocked_until_s[_digest(request)] = self._clock() + QUARANTINE_S
             return "never"
         self._waiting.append((node, request))
@@ -105,7 +109,7 @@ class Recovery:
         """The choice has ended."""
         if key not in self._num_returns:
             return
-        for known in (self._num_returns, self._deaths, self._num_known):
+        for known in (self._num_returns, self._blame, self._num_known):
             known.pop(key, None)
         self._lost_s.pop(key, None)
         self.drop(key.__eq__)

@@ -32,7 +32,7 @@ class Returns:
         if books.register.tombstone(request.request_id) or not books.register.is_open(request.key):
             books.finish(request)
             return
-        verdict = self._recovery.judge(returned.node, request, was_computed=returned.was_computed)
+        verdict = self._recovery.judge(returned.node, request, returned.cause)
         if verdict == "now":
             self._enter(returned.node, request)
         elif verdict == "never":

@@ -41,6 +41,7 @@ from sagellm.runtime.port import (
     EngineLoad,
     EngineLost,
     EngineRefusal,
+    LossCause,
     Lost,
     PrefillDone,
     StaleLease,
@@ -53,6 +54,7 @@ class _Call:
 
     done: trio.Event = field(default_factory=trio.Event)
     answer: Done | Landing | Exported | Refused | None = None  # None: lost
+    cause: LossCause = "none"  # of the loss
 
 
 class RemoteEngine:
@@ -86,7 +88,7 @@ class RemoteEngine:
         self._open: dict[Fence, str] = {}  # sequences under way, and their owners
         self._waiting: set[Fence] = set()  # of those: nothing has come of them yet
         self._submitting: set[Fence] = set()  # asked for, and not answered yet
-        self._gone: dict[Fence, bool] = {}  # of those: lost meanwhile, by a death or not
+        self._gone: dict[Fence, LossCause] = {}  # of those: lost meanwhile, and why
         self._num_ungranted: dict[str, int] = {}  # batches of this life that a reader has to take
         self._tell_cache: TellCache = lambda changed: None
         self._load = EngineLoad(num_blocks=facts.num_blocks, num_free_blocks=facts.num_blocks)
@@ -113,7 +115,7 @@ class RemoteEngine:
             raise
         else:
             if fence in self._gone:  # behind its answer: its first events may be here already
-                self._post_lost(fence, state.owner, by_death=self._gone[fence])
+                self._post_lost(fence, state.owner, self._gone[fence])
         finally:
             self._submitting.discard(fence)
             self._gone.pop(fence, None)
@@ -166,47 +168,50 @@ class RemoteEngine:
         self.num_lives += 1
         self.has_served = False
         self._on_change(True)
+        cause: LossCause = "death"  # unless the link says that it has ended
         try:
             while True:
                 self._hear(await channel.receive())
         except ChannelClosed as error:
+            cause = "link"
             return str(error)
         finally:
-            self._lose()
+            self._lose(cause)
 
-    def _lose(self) -> None:
+    def _lose(self, cause: LossCause) -> None:
         """The worker is gone, with all that it held."""
         self._channel = None
         self._on_change(False)  # first, so that what re-enters goes elsewhere
         calls, self._calls = self._calls, {}
         for call in calls.values():
+            call.cause = cause
             call.done.set()
         self.unserved = frozenset((one.request_id, one.choice) for one in self._waiting)
-        self._lose_sequences(by_death=True)
+        self._lose_sequences(cause)
         self._num_ungranted.clear()
         num_blocks = self.facts.num_blocks
         self._load = EngineLoad(num_blocks=num_blocks, num_free_blocks=num_blocks)
         self._health = EngineHealth()
         self._earlier_steps, self._steps = self.step_tokens, Buckets(STEP_TOKENS)
 
-    def _lose_sequences(self, *, by_death: bool) -> None:
+    def _lose_sequences(self, cause: LossCause) -> None:
         """Behind all events that have come: none comes after it."""
         lost, self._open = self._open, {}
         self._waiting.clear()
         for fence, owner in lost.items():
             if fence in self._submitting:
-                self._gone[fence] = by_death
+                self._gone[fence] = cause
             else:
-                self._post_lost(fence, owner, by_death=by_death)
+                self._post_lost(fence, owner, cause)
 
-    def _post_lost(self, fence: Fence, owner: str, *, by_death: bool) -> None:
+    def _post_lost(self, fence: Fence, owner: str, cause: LossCause) -> None:
         mailbox = self._mailbox(owner)
         mailbox.post(
             Lost(
                 request_id=fence.request_id,
                 choice=fence.choice,
                 epoch=fence.epoch,
-                by_death=by_death,
+                cause=cause,
             )
         )
         mailbox.flush()
@@ -217,7 +222,7 @@ class RemoteEngine:
         """
         for fence in self._open:
             self.cancel(fence.request_id, fence.choice, fence.epoch)
-        self._lose_sequences(by_death=False)
+        self._lose_sequences("none")
 
     def _hear(self, message: object) -> None:
         match message:
@@ -319,7 +324,7 @@ class RemoteEngine:
                 await call.done.wait()
             raise
         if call.answer is None:
-            raise EngineLost(self.name, self.replica, was_asked=True)
+            raise EngineLost(self.name, self.replica, cause=call.cause)
         if isinstance(call.answer, Refused):
             raise _raised(call.answer)
         return call.answer

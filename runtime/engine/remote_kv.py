@@ -10,7 +10,7 @@ from sagellm.runtime.engine.remote import RemoteEngine
 from sagellm.runtime.engine.remote_transfer import RemoteSource, RemoteTarget
 from sagellm.runtime.kv.lease import Fence
 from sagellm.runtime.messages import LeaseRef
-from sagellm.runtime.port import EngineFacts, LeaseOffer, has_kv_transfer
+from sagellm.runtime.port import EngineFacts, LeaseOffer, LossCause, has_kv_transfer
 
 
 class RemoteKVEngine(RemoteEngine):
@@ -47,8 +47,8 @@ class RemoteKVEngine(RemoteEngine):
             self._prefetcher.landing(self, answer.lease)
         return RemoteTarget(self, answer.lease, self._prefetcher)
 
-    def _lose(self) -> None:
-        super()._lose()
+    def _lose(self, cause: LossCause) -> None:
+        super()._lose(cause)
         if self._prefetcher is not None:
             self._prefetcher.lose(self)
 

@@ -80,7 +80,7 @@ class EngineReader:
             request = self._recalled(event.key)
             if request is not None:
                 self._context.release(event.key)
-                self._happen(Returned(self._context.name, request, event.by_death))
+                self._happen(Returned(self._context.name, request, event.cause))
 
     def _recalled(self, key: tuple[str, int]) -> Request | None:
         """The request of a sequence that the operator has no more, with what was emitted of it."""

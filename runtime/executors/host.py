@@ -12,7 +12,7 @@ from sagellm.runtime.executors.faults import log_fault
 from sagellm.runtime.executors.mailbox import Mailbox
 from sagellm.runtime.messages import Item, Prefilled, Request, TokenEvent
 from sagellm.runtime.operator import Service, Signal
-from sagellm.runtime.port import DamagedBlocks, EngineLost, StaleLease
+from sagellm.runtime.port import DamagedBlocks, EngineLost, LossCause, StaleLease
 from sagellm.runtime.user_code import LEAVING, as_error
 
 
@@ -121,9 +121,10 @@ class Host:
             self._fail(item, error)
         else:
             self._give_up(item)
-            was_asked = isinstance(error, EngineLost) and error.was_asked
-            was_computed = recalled is not None and was_asked
-            self._executor.happen(Returned(self._context.name, request, was_computed))
+            cause: LossCause = "none"
+            if recalled is not None and isinstance(error, EngineLost):
+                cause = error.cause
+            self._executor.happen(Returned(self._context.name, request, cause))
 
     def _end(self, item: Item) -> None:
         """A signal ended an item that the operator holds no more."""

@@ -126,7 +126,7 @@ async def test_an_operator_that_cannot_recall_what_its_engine_lost_fails_it(
         await wait_all_tasks_blocked()
         (engine,) = session.executor.all_engines
         mailbox: Any = engine.events("generate")
-        mailbox.post(Lost(request_id="r", choice=0, epoch=0, by_death=True))
+        mailbox.post(Lost(request_id="r", choice=0, epoch=0, cause="death"))
         engine.cancel("r", 0, 0)
         mailbox.flush()
 

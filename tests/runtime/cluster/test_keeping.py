@@ -114,6 +114,34 @@ async def test_where_nobody_else_serves_it_is_not_ejected(autojump_clock: MockCl
                 await trio.sleep(0.1)
 
 
+async def serving_life(chaos: Chaos) -> TaskLife:
+    """Of the worker that has a request of which no token has come."""
+    while True:
+        for worker in chaos.supervisor.workers:
+            if worker.engine is not None and worker.engine._waiting:
+                return next(life for life in chaos.lives.lives if life.pid == worker.pid)
+        await trio.sleep(0.01)
+
+
+@pytest.mark.parametrize("side", ["of the graph", "of the worker"])
+async def test_a_damaged_link_is_not_the_fault_of_a_request(
+    side: str, autojump_clock: MockClock
+) -> None:
+    """Even where it was in a worker that died before."""
+    async with chaotic(replicated(), 1) as chaos, trio.open_nursery() as nursery:
+        answers = []
+
+        @nursery.start_soon
+        async def ask() -> None:
+            answers.append(await generate(chaos.session, [1] * 500, sampling=ONE))
+
+        (await serving_life(chaos)).kill()
+        await trio.sleep(0.1)
+        life = await serving_life(chaos)
+        (life.channel if side == "of the graph" else life.channel._peer).close("it is damaged")
+    assert [answer.finish_reason for answer in answers] == ["length"]
+
+
 async def test_a_restart_over_a_link_that_stays_bad_comes_to_an_end(
     autojump_clock: MockClock,
 ) -> None:

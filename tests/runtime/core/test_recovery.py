@@ -6,6 +6,7 @@ from msgspec.structs import replace
 
 from sagellm.runtime.core.recovery import QUARANTINE_S, Recovery
 from sagellm.runtime.messages import Request, Sampling, TokenEvent
+from sagellm.runtime.port import LossCause
 
 
 class Clock:
@@ -20,8 +21,8 @@ def ask(name: str, num_emitted: int = 0, **fields: Any) -> Request:
     return Request(request_id=name, emitted_token_ids=(7,) * num_emitted, **fields)
 
 
-def judge(recovery: Recovery, request: Request, *, was_computed: bool = True) -> str:
-    return recovery.judge("g", request, was_computed=was_computed)
+def judge(recovery: Recovery, request: Request, cause: LossCause = "death") -> str:
+    return recovery.judge("g", request, cause)
 
 
 def token(name: str) -> TokenEvent:
@@ -35,7 +36,7 @@ def test_who_has_advanced_goes_in_at_once_however_often() -> None:
 
 def test_who_was_only_on_the_way_is_no_suspect() -> None:
     recovery = Recovery(Clock())
-    assert [judge(recovery, ask("a"), was_computed=False) for _ in range(9)] == ["now"] * 9
+    assert [judge(recovery, ask("a"), "none") for _ in range(9)] == ["now"] * 9
 
 
 def test_suspects_are_tried_one_at_a_time() -> None:
@@ -58,6 +59,14 @@ def test_a_second_death_on_trial_is_quarantined_and_nobody_else() -> None:
     assert recovery.next() == ("g", ask("a"))
     assert judge(recovery, ask("a")) == "never"
     assert recovery.next() == ("g", ask("b"))
+
+
+def test_the_end_of_a_link_is_half_a_death() -> None:
+    recovery = Recovery(Clock())
+    assert [judge(recovery, ask("a"), "link") for _ in range(4)] == ["later"] * 3 + ["never"]
+    assert judge(recovery, ask("b"), "link") == "later"
+    assert judge(recovery, ask("b")) == "later"
+    assert judge(recovery, ask("b")) == "never"
 
 
 def test_a_token_between_two_deaths_clears_a_suspect() -> None:
@@ -112,7 +121,7 @@ def test_the_gap_is_from_the_loss_to_the_next_token() -> None:
     recovery = Recovery(clock)
     judge(recovery, ask("a", 1))
     clock.now = 1.5
-    judge(recovery, ask("a", 1), was_computed=False)
+    judge(recovery, ask("a", 1), "none")
     recovery.note(TokenEvent(request_id="a", text="held back"))
     recovery.note(token("b"))
     clock.now = 3.0

@@ -10,10 +10,11 @@ from engine_driver import Driver
 from remote_engines import PROMPT, Pair, live, open_null, sequence
 from trio.testing import MockClock, wait_all_tasks_blocked
 
+from sagellm.runtime.comm.channel import memory_channels
 from sagellm.runtime.engine.local import LocalEngine
 from sagellm.runtime.engine.remote_kv import RemoteKVEngine
 from sagellm.runtime.engine.remote_transfer import LEASE_S, RemoteSource, RemoteTarget
-from sagellm.runtime.engine.serving import WINDOW
+from sagellm.runtime.engine.serving import WINDOW, EngineServer
 from sagellm.runtime.messages import LeaseRef
 from sagellm.runtime.port import (
     EngineLost,
@@ -226,7 +227,7 @@ async def test_a_loss_ends_all_that_was_open(autojump_clock: MockClock) -> None:
         with trio.move_on_after(1):
             async for events in read:
                 seen += events
-        assert seen[-1] == Lost(request_id="a", choice=0, epoch=0, by_death=True)
+        assert seen[-1] == Lost(request_id="a", choice=0, epoch=0, cause="link")
         assert sum(isinstance(event, Lost) for event in seen) == 1
         assert changes == [False]
         assert pair.remote.is_lost
@@ -277,7 +278,7 @@ async def test_only_an_engine_that_was_asked_may_have_died_of_it(autojump_clock:
         async def submit() -> None:
             with pytest.raises(EngineLost) as lost:
                 await pair.remote.submit(sequence())
-            assert lost.value.was_asked
+            assert lost.value.cause == "link"
 
         pair.channel._peer._take = lambda message: None  # type: ignore[method-assign]  # no answer
         await wait_all_tasks_blocked()
@@ -285,7 +286,31 @@ async def test_only_an_engine_that_was_asked_may_have_died_of_it(autojump_clock:
         await wait_all_tasks_blocked()
         with pytest.raises(EngineLost) as lost:
             await pair.remote.submit(sequence())
-        assert not lost.value.was_asked
+        assert lost.value.cause == "none"
+
+
+async def test_a_life_that_is_ended_from_outside_is_a_death(autojump_clock: MockClock) -> None:
+    local = open_null()
+    remote = RemoteKVEngine(local.facts, name="e")
+    seen: list[Any] = []
+    here, there = memory_channels()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(EngineServer(local, there).run)
+
+        @nursery.start_soon
+        async def read() -> None:
+            async for events in remote.events("test"):
+                seen.extend(events)
+
+        async with trio.open_nursery() as life:
+            life.start_soon(remote.live, here)
+            await wait_all_tasks_blocked()
+            await remote.submit(sequence(max_tokens=1000))
+            await trio.sleep(1)
+            life.cancel_scope.cancel()
+        await wait_all_tasks_blocked()
+        nursery.cancel_scope.cancel()
+    assert seen[-1] == Lost(request_id="r", choice=0, epoch=0, cause="death")
 
 
 async def test_what_was_read_late_asks_nothing_of_the_next_life(autojump_clock: MockClock) -> None:
@@ -322,7 +347,7 @@ async def test_what_is_evicted_is_lost_here_and_cancelled_there(autojump_clock: 
             pair.remote.evict()
             await pair.remote.idle()
             assert pair.remote.load.num_leased_blocks == 0
-            assert seen[-1] == Lost(request_id="r", choice=0, epoch=epoch, by_death=False)
+            assert seen[-1] == Lost(request_id="r", choice=0, epoch=epoch, cause="none")
         await pair.remote.submit(sequence("last", max_tokens=50))
         await trio.sleep(5)
         assert seen[-1].finish_reason == "length"
