@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import is_dataclass
 from functools import lru_cache
 from importlib.metadata import EntryPoint, EntryPoints, entry_points
+from inspect import signature
 from types import FrameType
 from typing import Any, Generic, TypeVar
 
@@ -148,11 +149,29 @@ def _place(frame: FrameType) -> str:
 _OWN = {__name__, "sagellm.runtime.resolver", "sagellm.registering"}
 
 
-def check_callable(name: str, value: Any) -> Any:
-    """The value itself. Raises TypeError where it cannot be called."""
+def check_callable(name: str, value: Any, takes: tuple[str, ...] | None = None) -> Any:
+    """The value itself. Raises TypeError where it cannot be called, or not with what it is to be
+    given: `takes`, one after the other.
+    """
     if not callable(value):
         raise TypeError(f"{name!r} must be a function, not {type(value).__name__}")
+    if takes is not None and not _can_take(value, len(takes)):
+        raise TypeError(
+            f"{name!r} is called with ({', '.join(takes)}), and its parameters are "
+            f"{signature(value)}"
+        )
     return value
+
+
+def _can_take(value: Callable[..., Any], number: int) -> bool:
+    """Whether so many arguments may be given to it; taken to be so where nothing says it."""
+    try:
+        signature(value).bind(*range(number))
+    except TypeError:
+        return False
+    except ValueError:  # made in C
+        return True
+    return True
 
 
 def check_own(what: str, value: type, parts: tuple[str, ...]) -> type:

@@ -27,10 +27,12 @@ def policy_module(name: str, policy: Any, uses: Iterable[str] = ()) -> PolicyMod
     """Raises TypeError and ValueError for parts that are none."""
     if isinstance(policy, type):
         check_own(f"policy {name!r}", policy, ("initial", "rank"))
+    else:
+        check_callable(name, policy, takes=("options",))
     used, known = frozenset(uses), {option.name for option in fields(Options)}
     if used - known:
         raise ValueError(f"policy {name!r} uses {min(used - known)!r}, no option of policy_sort")
-    return PolicyModule(check_callable(name, policy), used)
+    return PolicyModule(policy, used)
 
 
 def _read(name: str, found: Any) -> PolicyModule:

@@ -54,7 +54,7 @@ Registered: TypeAlias = Function | type[Strategy]
 def check_strategy(name: str, value: Any) -> Any:
     """The value itself. Raises TypeError for what is no strategy."""
     if not isinstance(value, type):
-        return check_callable(name, value)
+        return check_callable(name, value, takes=("candidates", "now", "draw"))
     return check_own(f"strategy {name!r}", value, ("initial", "order"))
 
 

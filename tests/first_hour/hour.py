@@ -136,8 +136,8 @@ def in_angles(answer):
 def broken(answer):
     return answer.text["no such key"] if "68" in answer.text else answer.text
 
-def second(request, pool, view, draw):
-    return pool.live(view)[-1]
+def second(candidates, now, draw):
+    return candidates.numbers[-1]
 
 sagellm.register_strategy("second", second)
 """

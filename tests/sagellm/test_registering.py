@@ -52,8 +52,8 @@ def keep(item):
 def newest(options):
     return Policy((Order(lambda request: -request.stamps.arrived_s),))
 
-def last(request, pool, view, draw):
-    return pool.live(view)[-1]
+def last(candidates, now, draw):
+    return candidates.numbers[-1]
 """
 ENTRY_POINTS = """\
 [sagellm.operators]

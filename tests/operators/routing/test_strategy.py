@@ -127,6 +127,7 @@ def test_a_kind_of_feedback_that_there_is_not_is_told(monkeypatch: pytest.Monkey
     ("wrong", "says"),
     [
         (3, "must be a function"),
+        (lambda request, pool: 0, r"\(candidates, now, draw\), and its .* are \(request, pool\)"),
         (type("Bare", (), {}), "class Bare has no initial"),
         (type("Plain", (), {"initial": 0, "order": len}), "must be a frozen dataclass"),
     ],
