@@ -36,7 +36,10 @@ shell: $(STAMPS)/run
 	@env PATH="$(CURDIR)/$(BIN):$$PATH" VIRTUAL_ENV="$(CURDIR)/.venv" "$${SHELL:-/bin/sh}" -i
 
 # A worker a core, but no more than the memory of a small machine has room for. Each begins with
-# its share of the tests, and when it is done takes over some of another's.
+# its share of the tests, and when it is done takes over some of another's. Engines compute in one
+# thread: teams of two wait for each other at every kernel where the workers have taken the cores.
+# Tests of what threads do say how many there are.
+test: export OMP_NUM_THREADS = 1
 test: $(STAMPS)/test
 	$(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 

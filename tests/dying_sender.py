@@ -1,22 +1,33 @@
-"""A worker that dies in the middle of sending KV blocks: once, of all workers of one graph."""
+"""A worker that dies in the middle of sending KV blocks: one of a graph for each order.
+
+An order is a file with the share of a chunk's bytes that are sent before.
+"""
 
 import os
 import signal
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from sagellm import worker
 from sagellm.runtime.kv.wire import Wire, anything
 
-SHARE, FLAG = "SAGELLM_TEST_DIE_AT", "SAGELLM_TEST_DIED"  # of a chunk's bytes; a file's name
+ORDER = "SAGELLM_TEST_DIE"  # the file's name
+
+
+def give_order(path: Path, share: float) -> None:
+    """It is there as a whole, or not at all."""
+    written = path.with_suffix(".written")
+    written.write_text(str(share))
+    written.rename(path)
 
 
 def main() -> None:
-    send, share = Wire.send, float(os.environ[SHARE])
+    send = Wire.send
 
     async def deadly(
         self: Wire, views: Sequence[bytes | memoryview], check: Callable[[], None] = anything
     ) -> None:
-        if check is not anything and _is_first():
+        if check is not anything and (share := _take_order()) is not None:
             head, seal, *blocks = views
             whole = b"".join(blocks)
             await send(self, [head, seal, whole[: int(share * len(whole))]], check)
@@ -27,12 +38,15 @@ def main() -> None:
     worker.main()
 
 
-def _is_first() -> bool:
+def _take_order() -> float | None:
+    """Of all workers, the first."""
+    order = Path(os.environ[ORDER])
+    taken = order.with_suffix(f".{os.getpid()}")
     try:
-        os.close(os.open(os.environ[FLAG], os.O_CREAT | os.O_EXCL))
-    except FileExistsError:
-        return False
-    return True
+        order.rename(taken)
+    except FileNotFoundError:
+        return None
+    return float(taken.read_text())
 
 
 if __name__ == "__main__":

@@ -33,8 +33,13 @@ async def opened(graph: str, executor: str = "processes", **options: Any) -> Asy
         yield session
         await session.idle()
         session.executor.core.ledger.check()
-        loads = [load for replicas in session.statistics().engines.values() for load in replicas]
-        assert all(load.num_leased_blocks == 0 for load in loads)
+        assert num_leased(session) == 0
+
+
+def num_leased(session: Session) -> int:
+    """Blocks, of all engines."""
+    pools = session.statistics().engines.values()
+    return sum(load.num_leased_blocks for replicas in pools for load in replicas)
 
 
 @dataclass
@@ -78,6 +83,13 @@ async def stream_all(
 def worker_of(session: Session, name: str) -> Worker:
     assert session.supervisor is not None
     return next(worker for worker in session.supervisor.workers if str(worker) == name)
+
+
+async def ready(session: Session, *names: str) -> None:
+    """One of these workers is."""
+    with trio.fail_after(30):
+        while all(worker_of(session, name).state != "ready" for name in names):  # noqa: ASYNC110
+            await trio.sleep(0.001)
 
 
 async def killed(

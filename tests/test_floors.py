@@ -1,6 +1,7 @@
 """The floors hold: no import upwards, no circle, and no torch where a graph is only described."""
 
 import ast
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +56,10 @@ def imports(tree: ast.AST, is_late: bool = False) -> Iterator[Import]:
             yield from imports(node, is_late or is_function)
 
 
-IMPORTS = {name: tuple(imports(ast.parse(path.read_text()))) for name, path in MODULES.items()}
+@functools.cache
+def imports_of(module: str) -> tuple[Import, ...]:
+    """Parsed when a test asks: each worker collects this file, one runs it."""
+    return tuple(imports(ast.parse(MODULES[module].read_text())))
 
 
 def floor_of(module: str) -> str:
@@ -65,7 +69,7 @@ def floor_of(module: str) -> str:
 
 def edges(module: str) -> set[str]:
     """The modules of ours that a module imports itself."""
-    return {found.module for found in IMPORTS[module]} & set(MODULES)
+    return {found.module for found in imports_of(module)} & set(MODULES)
 
 
 def reachable(module: str) -> set[str]:
@@ -90,7 +94,7 @@ def test_imports_lead_downwards(floor: str) -> None:
         f"{MODULES[module]}:{found.line}: {found.module}"
         for module in MODULES
         if floor_of(module) == floor
-        for found in IMPORTS[module]
+        for found in imports_of(module)
         if found.module.startswith("sagellm") and FLOORS[floor_of(found.module)] > FLOORS[floor]
     ]
     assert upwards == []
@@ -138,7 +142,7 @@ def test_torch_is_out_of_reach(floor: str) -> None:
         for module in MODULES
         if floor_of(module) == floor
         for name in reachable(module)
-        if any(found.module.split(".")[0] == "torch" for found in IMPORTS[name])
+        if any(found.module.split(".")[0] == "torch" for found in imports_of(name))
     }
     assert with_torch == {}
 
@@ -148,7 +152,7 @@ def test_imports_stand_at_the_top() -> None:
         f"{MODULES[module]}:{found.line}: {found.module}"
         for module in MODULES
         if floor_of(module) not in MAY_IMPORT_LATE
-        for found in IMPORTS[module]
+        for found in imports_of(module)
         if found.is_late
     ]
     assert late == []

@@ -31,6 +31,6 @@ def damage(share: float) -> None:
 
 
 if __name__ == "__main__":
-    if VARIABLE in os.environ:
-        damage(float(os.environ[VARIABLE]))
+    if share := float(os.environ.get(VARIABLE, "0")):
+        damage(share)
     worker.main()

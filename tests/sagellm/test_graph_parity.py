@@ -80,6 +80,14 @@ async def test_greedy_tokens_equal_transformers(graph: str, exam: Exam) -> None:
         await check_at_rest(session)
 
 
+@pytest.mark.parametrize("exam", ["llama"], indirect=True)
+async def test_engines_that_compute_at_once_on_two_threads_each(exam: Exam) -> None:
+    sampling = Sampling(max_tokens=NUM_NEW, ignore_eos=True)
+    there = exact("pd_many", threads=2)
+    async with Graph.load("pd_many").open(set=there, model=str(exam.folder)) as session:
+        assert await together(session, exam.prompts, sampling) == exam.right.tokens
+
+
 async def test_greedy_tokens_survive_preemption(exam: Exam) -> None:
     sampling = Sampling(max_tokens=NUM_NEW, ignore_eos=True)
     tight = exact("pd", **exam.scarce)

@@ -5,13 +5,14 @@ import os
 import random
 import signal
 import sys
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
-from dying_sender import FLAG, SHARE
+from dying_sender import ORDER, give_order
 from endings import generate
 from poisoned_worker import POISON
 from process_streams import (
@@ -23,7 +24,9 @@ from process_streams import (
     SEEDED,
     Streams,
     killed,
+    num_leased,
     opened,
+    ready,
     stream_all,
     worker_of,
 )
@@ -35,6 +38,7 @@ from sagellm.runtime.comm.keys import create_keys
 from sagellm.runtime.messages import SERVED
 from sagellm.session import Session
 
+NULL = {"p.device": "null", "d.device": "null"}
 KNOWN: dict[tuple[str, float], dict[int, list[int]]] = {}
 
 
@@ -169,22 +173,24 @@ async def test_a_killed_worker_loses_and_repeats_no_token(victim: str, sampling:
     assert (num_migrated > 0) == (victim == "d[0]")  # prefill had handed all over
 
 
-@pytest.mark.parametrize("after_s", [0.0, 0.02, 0.05])
-async def test_a_prefill_worker_killed_at_work_loses_nothing(after_s: float) -> None:
+async def test_a_prefill_worker_killed_at_work_loses_nothing() -> None:
     """Computing, sending, and with others waiting for it: each is computed again."""
-    prompts = {number: [*range(number, 140 + number)] for number in range(32)}
     async with opened("pd_many") as session:
+        for first, victim, after_s in ((0, "p[0]", 0.0), (32, "p[1]", 0.02), (64, "p[0]", 0.05)):
+            prompts = {n: [*range(n, 140 + n)] for n in range(first, first + 32)}  # none is cached
+            await ready(session, victim)
 
-        async def kill(streams: Streams) -> None:
-            await trio.sleep(after_s)
-            pid = worker_of(session, "p[0]").pid
-            assert pid is not None
-            os.kill(pid, signal.SIGKILL)
+            async def kill(_: Streams, victim: str = victim, after_s: float = after_s) -> None:
+                await trio.sleep(after_s)
+                pid = worker_of(session, victim).pid
+                assert pid is not None
+                os.kill(pid, signal.SIGKILL)
 
-        found = await stream_all(session, GREEDY, kill, prompts=prompts)
-        right = await stream_all(session, GREEDY, prompts=prompts)
-    assert found.tokens == right.tokens
-    assert set(found.reasons.values()) == {"length"}
+            found = await stream_all(session, GREEDY, kill, prompts=prompts)
+            right = await stream_all(session, GREEDY, prompts=prompts)
+            assert found.tokens == right.tokens
+            assert set(found.reasons.values()) == {"length"}
+        assert deaths(session) == Counter(p=3)
 
 
 async def test_streams_wait_for_the_only_worker_and_new_requests_do_not() -> None:
@@ -281,28 +287,37 @@ async def test_a_drained_worker_takes_nothing_new_and_loses_nothing(graph: str) 
     assert again.finish_reason in SERVED
 
 
-@pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 0.75, 0.99])
 async def test_a_sender_that_dies_midway_leaves_no_half_written_block(
-    share: float, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    order = tmp_path / "order"
     monkeypatch.setattr("sagellm.workers.MODULE", "dying_sender")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-    monkeypatch.setenv(SHARE, str(share))
-    monkeypatch.setenv(FLAG, str(tmp_path / "died"))
-    prompts = {number: [*range(20, 120)] * 4 + [number] for number in range(6)}
+    monkeypatch.setenv(ORDER, str(order))
     brief = Sampling(max_tokens=20, ignore_eos=True, temperature=1.0, seed=2)
-    async with opened("pd_many", "tasks") as session:
-        right = await stream_all(session, brief, prompts=prompts)
-    async with opened("pd_many", **{"executor.kv": "tcp"}) as session:
-        found = await stream_all(session, brief, prompts=prompts)
-        assert session.supervisor is not None
-        workers = session.supervisor.workers
-        deaths = {worker.engine_name: 0 for worker in workers}
-        for worker in workers:
-            deaths[worker.engine_name] += worker.restarts.count
-    assert (tmp_path / "died").exists()
-    assert deaths == {"p": 1, "d": 0}
-    assert found.tokens == right.tokens
+    async with (
+        opened("pd_many", "tasks") as undisturbed,
+        opened("pd_many", **{"executor.kv": "tcp"}) as session,
+    ):
+        for first, share in ((20, 0.0), (21, 0.25), (22, 0.5), (23, 0.75), (24, 0.99)):
+            prompts = {n: [first, *range(20, 120)] * 4 + [n] for n in range(6)}  # none is cached
+            right = await stream_all(undisturbed, brief, prompts=prompts)
+            await ready(session, "p[0]", "p[1]")  # either
+            before = deaths(session)
+            give_order(order, share)
+            found = await stream_all(session, brief, prompts=prompts)
+            assert not order.exists()
+            assert deaths(session) - before == Counter(p=1)
+            assert found.tokens == right.tokens
+
+
+def deaths(session: Session) -> Counter[str]:
+    """Of workers, by engine."""
+    assert session.supervisor is not None
+    found: Counter[str] = Counter()
+    for worker in session.supervisor.workers:
+        found[worker.engine_name] += worker.restarts.count
+    return found
 
 
 async def test_replicas_come_and_go_under_load() -> None:
@@ -364,7 +379,8 @@ async def test_a_replica_that_was_added_may_die_like_any_other() -> None:
 
 
 async def test_replicas_that_nobody_chooses_are_refused() -> None:
-    async with opened("pd") as session:  # `generate` shares d, and has no router before it
+    graph = Graph.load("pd")  # `generate` shares d, and has no router before it
+    async with graph.open(set=NULL, executor="processes") as session:
         assert session.supervisor is not None
         with pytest.raises(CannotScale, match="op: route"):
             await session.supervisor.scale("d", 2)
@@ -393,15 +409,18 @@ async def test_a_request_that_kills_workers_is_quarantined(
     assert (again.finish_reason, again.code) == ("failed", "request_quarantined")
 
 
-@pytest.mark.parametrize("after_s", [0.0, 0.005, 0.02, 0.1])
-async def test_cancelled_requests_leave_nothing_in_a_worker(after_s: float) -> None:
-    long = Sampling(max_tokens=400, ignore_eos=True)
+async def test_cancelled_requests_leave_nothing_in_a_worker() -> None:
+    long, first = Sampling(max_tokens=400, ignore_eos=True), 0
     async with opened("pd") as session:
-        with trio.move_on_after(after_s):
-            await stream_all(session, long)
-        with trio.fail_after(5):
-            await session.idle()
-        assert session.statistics().num_open == 0
+        for after_s in (0.0, 0.005, 0.02, 0.1):
+            prompts = dict(enumerate(PROMPTS[first : first + NUM_STREAMS]))
+            first += NUM_STREAMS  # none is cached
+            with trio.move_on_after(after_s):
+                await stream_all(session, long, prompts=prompts)
+            with trio.fail_after(5):
+                await session.idle()
+            assert session.statistics().num_open == 0
+            assert num_leased(session) == 0
 
 
 @pytest.mark.parametrize("kv", ["memory", "tcp"])
@@ -438,6 +457,6 @@ async def test_a_lambda_stays_in_the_process_of_the_graph() -> None:
 
 
 def test_it_works_from_asyncio_and_from_plain_threads() -> None:
-    with Graph.load("pd").open(executor="processes") as session:
+    with Graph.load("pd").open(set=NULL, executor="processes") as session:
         answer = session.generate("Once upon a time", sampling=GREEDY)
     assert len(answer.token_ids) == NUM_TOKENS

@@ -74,6 +74,13 @@ async def test_eight_at_once_in_chunks(exam, budget):
     assert await answer_together(engine, exam) == exam.right.tokens
 
 
+@pytest.mark.parametrize("exam", [("qwen3", "cpu")], indirect=True, ids="-".join)
+@pytest.mark.parametrize("threads", [2, 3])
+async def test_eight_at_once_on_threads(exam, threads):
+    engine = open_exact(exam, threads=threads)
+    assert await answer_together(engine, exam) == exam.right.tokens
+
+
 async def test_capped_chunks_and_small_blocks(exam):
     engine = open_exact(exam, prefill_chunk=33, block_size=4)
     assert await answer_together(engine, exam) == exam.right.tokens

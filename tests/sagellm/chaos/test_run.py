@@ -12,7 +12,12 @@ from sagellm.chaos.run import run_scenario
 from sagellm.chaos.scenario import ScenarioError, load_scenario
 
 EXAMPLES = Path(__file__).parents[3] / "examples" / "chaos"
-QUICK = ("kill", "damaged_kv", "comings_and_goings")  # `make chaos` runs all
+TIMED = pytest.mark.alone  # they say how long a stream may stand still
+QUICK = (  # `make chaos` runs all
+    pytest.param("kill", marks=TIMED),
+    "damaged_kv",
+    pytest.param("comings_and_goings", marks=TIMED),
+)
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +36,6 @@ def _command(process: psutil.Process) -> str:
         return ""
 
 
-@pytest.mark.alone
 @pytest.mark.parametrize("name", QUICK)
 async def test_what_the_examples_say_holds(name: str) -> None:
     report = await run_scenario(load_scenario(EXAMPLES / f"{name}.yaml"))
@@ -42,6 +46,7 @@ SCENARIO = """
 sagellm_chaos: 1
 name: x
 graph: pd_many
+set: {p.device: 'null', d.device: 'null'}
 events:
   - load: {streams: 4, max_tokens: 60}
 """
@@ -78,6 +83,6 @@ async def test_an_event_that_cannot_happen_ends_the_scenario(
 
 async def test_damage_that_nobody_would_do_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.yaml"
-    path.write_text(SCENARIO + "kv_damage: 0.5\nset: {executor.kv: tcp}\n")
+    path.write_text(SCENARIO.replace("set: {", "set: {executor.kv: tcp, ") + "kv_damage: 0.5\n")
     with pytest.raises(ScenarioError, match=r"is for executor\.kv: memory"):
         await run_scenario(load_scenario(path))
