@@ -1,6 +1,6 @@
 """decode: continuous batching of sequences whose prompt was computed elsewhere."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgspec
 
@@ -22,9 +22,13 @@ from sagellm.runtime.port import EngineEvent, EngineFacts, EngineRefusal
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """The engine that decodes."""
+    """`max_inflight`: requests that prefill may send to one replica at a time, from when they enter
+    prefill to their end; None: as many as the engine runs, and an eighth more, whose prompts are
+    computed and moved meanwhile.
+    """
 
     engine: str
+    max_inflight: int | None = field(default=None, metadata={"min": 1})
 
 
 SPEC = OpSpec(
@@ -44,12 +48,21 @@ class Decode:
     concurrency = 1
     holds = True
 
-    def __init__(self) -> None:
+    def __init__(self, options: Options) -> None:
+        self._options = options
         self._held = Held()
 
     def capacity(self, facts: EngineFacts | None) -> Credit:
-        """Unbounded here: what arrives has its blocks reserved, and those are what is scarce."""
-        return Credit()
+        """The core spends it when a request enters prefill, so that what has no place here yet
+        waits in `policy_sort`.
+        """
+        if facts is None:
+            return Credit()
+        num_seqs = facts.max_num_seqs
+        return Credit(
+            requests=self._options.max_inflight or num_seqs + max(num_seqs // 8, 1),
+            blocks=facts.num_token_blocks,
+        )
 
     async def on_item(self, ctx: Context, item: Item) -> None:
         assert isinstance(item, Prefilled)
@@ -99,4 +112,4 @@ def _stamps(item: Prefilled) -> object:
 
 
 def build(options: Options, setup: Setup) -> Decode:
-    return Decode()
+    return Decode(options)

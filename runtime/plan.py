@@ -1,6 +1,6 @@
 """A plan: the operators of a checked stream graph, built and wired, for any executor."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -8,7 +8,7 @@ from sagellm.graphs.diagnostics import Diagnostic, GraphError
 from sagellm.graphs.ir import SINK, SOURCE, Edge, FrozenMap, Graph, Node
 from sagellm.graphs.rules.resources import unrouted_nodes
 from sagellm.graphs.served import served_models
-from sagellm.graphs.vocabulary import OpSpec, Vocabulary
+from sagellm.graphs.vocabulary import PREFILLED, REQUEST, OpSpec, Port, Vocabulary
 from sagellm.runtime.block_hash import secret
 from sagellm.runtime.feedback import Topology
 from sagellm.runtime.operator import Encode, Logic, Service, Setup, Target
@@ -129,6 +129,27 @@ class Plan:
         nodes = [node for node in self.services if self.engine_name(node)]
         before = {name for node in nodes for name in self.ancestors(node)}
         return tuple(node for node in nodes if node not in before)
+
+    @property
+    def decoders(self) -> dict[str, str]:
+        """For each operator that takes requests, the one whose credit they take too: the one that
+        decodes them later, or that decodes on the same engine. None where that may be several.
+        """
+        decoders = tuple(name for name in self.services if self._decodes(name))
+        found: dict[str, str] = {}
+        for node in self.services:
+            if _has(self.spec(node).inlets, REQUEST):
+                edges, engine = self.graph.outputs(node), self.engine_name(node)
+                after = {name for edge in edges for name in self._descendants(edge)}
+                own = [one for one in decoders if one in after or self.engine_name(one) == engine]
+                if len(own) == 1:
+                    found[node] = own[0]
+        return found
+
+    def _decodes(self, node: str) -> bool:
+        spec = self.spec(node)
+        is_last = not _has(spec.outlets, PREFILLED)
+        return spec.engine and is_last and _has(spec.inlets, PREFILLED)
 
     def ancestors(self, node: str) -> tuple[str, ...]:
         """The nodes upstream of `node`, nearest first."""
@@ -257,6 +278,10 @@ def build_operators(
     if mistakes:
         raise GraphError(tuple(mistakes))
     return made
+
+
+def _has(ports: Iterable[Port], carries: str) -> bool:
+    return any(port.carries == carries for port in ports)
 
 
 def _missing(operator: object) -> str:

@@ -64,7 +64,7 @@ class Core:
         self, plan: Plan, *, max_hold_s: float = math.inf, clock: Clock = standing_still
     ) -> None:
         self._turn = turn = Turn()
-        self.gates = Gates()
+        self.gates = Gates(plan.decoders)
         register = Register()
         num_replicas = {node.name: plan.num_replicas(node.name) for node in plan.graph.nodes}
         self.meter = Meter(plan.graph, plan.logic, num_replicas, clock)
@@ -164,17 +164,24 @@ class Core:
 
     def _release(self, released: Released) -> None:
         """Return credit, and let those that wait for it try again."""
-        node, replica = released.node, released.replica
+        gate = released.node, released.replica
         key = released.request_id, released.choice
-        if not self.gates.give((node, replica), key):
+        if not self.gates.give(gate, key):
             return
-        self.meter.services[node, replica].held.leave()
-        num_left = self.gates.accounts[(node, replica)].requests
-        self._inputs.report(
-            CreditChanged(node=node, replica=replica, num_left=num_left, request_id=key[0])
-        )
+        self.meter.services[gate].held.leave()
+        gates = [gate]
+        unused = self.gates.reserved.gate_of(key)
+        if unused is not None and len(self.gates.holders(*key)) == 1:  # it will not come there
+            self.gates.give(unused, key)
+            gates.append(unused)
+        for node, replica in gates:
+            num_left = self.gates.accounts[node, replica].requests
+            self._inputs.report(
+                CreditChanged(node=node, replica=replica, num_left=num_left, request_id=key[0])
+            )
         self.books.let_go(key)
-        self._flow.retry(node, replica)
+        for node, replica in gates:
+            self._flow.retry(node, replica)
 
     def _emit(self, emitted: Emitted) -> None:
         node, replica, items = emitted.node, emitted.replica, emitted.items

@@ -1,6 +1,7 @@
 """Credits: how much may be under way on the edges into service operators."""
 
 import math
+from collections.abc import Mapping
 
 from sagellm.runtime.messages import Item, Prefilled, Request
 from sagellm.runtime.min_tree import MutableMinTree
@@ -78,6 +79,32 @@ class Account:
         return self.blocks if self.requests >= 1 else -math.inf
 
 
+class Reserved:
+    """Credit that choices have spent at operators that they have not come to yet.
+
+    `later`: for operators that requests enter, the one that decodes them, or others on the same
+    engine. A request that enters the first spends credit at the second too, so that it finds a
+    place there: what has none waits where it is queued.
+    """
+
+    def __init__(self, later: Mapping[str, str]) -> None:
+        self.later = dict(later)
+        self._gates: dict[Key, Gate] = {}
+
+    def add(self, gate: Gate, key: Key) -> None:
+        self._gates[key] = gate
+
+    def remove(self, key: Key) -> None:
+        """The choice is there, or its credit has come back."""
+        del self._gates[key]
+
+    def is_at(self, gate: Gate, key: Key) -> bool:
+        return self._gates.get(key) == gate
+
+    def gate_of(self, key: Key) -> Gate | None:
+        return self._gates.get(key)
+
+
 class Gates:
     """The credit left for each service operator; every take can be taken back.
 
@@ -85,7 +112,8 @@ class Gates:
     nothing at all, but at `removed` gates: what was placed there must find out that it is lost.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, later: Mapping[str, str] | None = None) -> None:
+        self.reserved = Reserved(later or {})
         self.accounts: dict[Gate, Account] = {}
         self._rooms: dict[str, MutableMinTree] = {}  # by operator: -room of each replica
         self._holders: dict[str, dict[tuple[Gate, int], None]] = {}  # by request: gate, choice
@@ -125,17 +153,19 @@ class Gates:
         """Whether no replica of `node` may take any request."""
         return self._rooms[node].minimum == math.inf
 
-    def take(self, gate: Gate, item: Item) -> bool:
+    def take(self, gate: Gate, item: Item, *, later: bool = False) -> bool:
         """Spend the item's cost if there is credit; an item larger than all passes alone.
 
         Through a closed gate passes what has its place already, and cannot choose another: it
-        comes back from there, if that is lost.
+        comes back from there, if that is lost. `later`: the item will come there later.
         """
-        if (self.closed or self.blocked) and self._is_closed_to(gate, item):
+        if (self.closed or self.blocked) and not later and self._is_closed_to(gate, item):
             return False
         account, key = self.accounts[gate], item.key
         if not account.take(key, cost_of(item, account.block_size)):
             return False
+        if later:
+            self.reserved.add(gate, key)
         self._holders.setdefault(key[0], {})[gate, key[1]] = None
         self._note_room(gate)
         return True
@@ -146,6 +176,8 @@ class Gates:
         if key not in account.spent:
             return False
         account.give(key)
+        if self.reserved.is_at(gate, key):
+            self.reserved.remove(key)
         if key not in account.spent:
             self._drop_holder(gate, key)
         self._note_room(gate)

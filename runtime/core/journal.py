@@ -68,16 +68,27 @@ class Journal:
         self._gates = gates
         self.cells: list[tuple[Cell, Any, int, float | None]] = []  # as they were
         self._taken: list[Send] = []
+        self._arrived: list[Item] = []  # at operators where their credit was reserved
         self.counts: list[tuple[Tally, int]] = []
         self.moves: list[tuple[str, Item, bool]] = []  # operator, item, and whether it came in
 
     def take(self, node: str, replica: int, item: Item) -> bool:
         """Spend credit for an item; False where there is none."""
-        if not self._gates.take((node, replica), item):
+        gate, send = (node, replica), Send(node, replica, item)
+        if self._gates.reserved.is_at(gate, item.key):
+            self._arrived.append(item)
+        elif self._gates.take(gate, item):
+            self._taken.append(send)
+        else:
             return False
-        send = Send(node, replica, item)
-        self._taken.append(send)
         self.outcomes.append(send)
+        return True
+
+    def reserve(self, node: str, replica: int, item: Item) -> bool:
+        """Spend credit at an operator that an item will come to later; False: there is none."""
+        if not self._gates.take((node, replica), item, later=True):
+            return False
+        self._taken.append(Send(node, replica, item))
         return True
 
     def came(self, cell: Cell, item: Item) -> None:
@@ -109,6 +120,7 @@ class Journal:
         while len(self._taken) > taken:
             send = self._taken.pop()
             self._gates.give((send.node, send.replica), send.item.key)
+        self._arrived.clear()
         while len(self.accepted) > accepted:
             self.accepted.pop()
         del self.outcomes[outcomes:], self.counts[counts:], self.moves[moves:]
@@ -116,6 +128,10 @@ class Journal:
     def commit(self) -> list[Outcome]:
         """Make the changes final, and return what they lead to, in order."""
         self.cells.clear()
+        if self._arrived:
+            for item in self._arrived:
+                self._gates.reserved.remove(item.key)
+            self._arrived.clear()
         if self.counts:
             for tally, number in self.counts:
                 tally.count += number

@@ -191,6 +191,12 @@ class Passage:
         replica = replica_for(item, node, self._num_replicas[node])
         if not self._journal.take(node, replica, item):
             raise NoCredit(node, replica)
+        later = self._gates.reserved.later.get(node)
+        if later is not None:
+            assert isinstance(item, Request)
+            replica = item.placement.get(later, replica)  # the same one on one engine
+            if not self._journal.reserve(later, replica, item):
+                raise NoCredit(later, replica)
 
     def _unknown_outlet(self, node: str, outlet: str) -> Exception:
         known = [edge[1] for edge in self._edges if edge[0] == node]

@@ -25,8 +25,13 @@ class Room:
         self._gates.full_changed = False
         found = []
         for node, names in self._entrances.items():
-            is_full = names <= self._gates.full
+            is_full = all(map(self._has_no_room, names))
             if is_full != (node in self._full):
                 (self._full.add if is_full else self._full.remove)(node)
                 found.append(RoomChanged(node=node, has_room=not is_full))
         return found
+
+    def _has_no_room(self, node: str) -> bool:
+        """Whether no replica of an operator, or of the one that decodes for it, has room."""
+        gates = self._gates
+        return node in gates.full or gates.reserved.later.get(node) in gates.full

@@ -68,7 +68,8 @@ class LocalEngine:
     # ---- the port ------------------------------------------------------------------------------
 
     async def submit(self, state: SequenceState) -> None:
-        await trio.lowlevel.checkpoint()
+        # Not a turn of the loop for each: what is sent together would wait for many late ones.
+        await trio.lowlevel.checkpoint_if_cancelled()
         self._check(state)
         self._num_arrivals += 1
         mailbox = self.events(state.owner)

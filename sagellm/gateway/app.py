@@ -35,7 +35,9 @@ def build_app(gateway: Gateway) -> "App":
 
 
 class App:
-    """Answers HTTP; refuses WebSockets. `calls` are those that a drain waits for."""
+    """Answers HTTP; refuses WebSockets. `calls` are those that a drain waits for. `generating`: the
+    paths of calls that generate, by their bytes.
+    """
 
     def __init__(self, gateway: Gateway, routes: Iterable[Route]) -> None:
         self.gateway = gateway
@@ -44,7 +46,22 @@ class App:
         self.bodies = Bodies(gateway.settings.limits)
         self._hosts = Hosts(gateway.settings)
         self._keys = Keys(gateway.settings)
-        self._objective_s = objective_of(gateway.graph)
+        self.objective_s = objective_of(gateway.graph)
+        self.generating = {
+            route.path.encode(): route.path
+            for route in self.table.routes
+            if route.generates and route.method == "POST"
+        }
+
+    @property
+    def lag_s(self) -> float:
+        """How late the loop is now."""
+        return self.gateway.meters.app_lag_s()
+
+    @property
+    def is_too_late(self) -> bool:
+        """Whether the loop is too late to serve a call."""
+        return is_too_late(self.lag_s, self.objective_s)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -101,9 +118,8 @@ class App:
 
     def _shed(self, tenant: str) -> None:
         """Raises ApiError where the loop is too late to serve a call."""
-        lag_s = self.gateway.meters.app_lag_s()
-        if is_too_late(lag_s, self._objective_s):
-            raise shed(lag_s, should_retry=self.gateway.budgets.may_retry(tenant))
+        if self.is_too_late:
+            raise shed(self.lag_s, should_retry=self.gateway.budgets.may_retry(tenant))
 
     def _ended(self, route: Route, scope: Scope, sending: "_Sending") -> None:
         call, method, status = scope["state"]["call"], scope["method"], sending.end_status

@@ -69,7 +69,8 @@ class Table:
         self._exact: dict[bytes, dict[str, Route]] = {}
         self._open: list[tuple[re.Pattern[str], dict[str, Route]]] = []
         self.paths: tuple[str, ...] = ()
-        for route in routes:
+        self.routes = tuple(routes)
+        for route in self.routes:
             methods = self._methods(route.path)
             methods[route.method] = route
             if route.method == "GET":

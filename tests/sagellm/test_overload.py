@@ -151,6 +151,27 @@ async def test_answers_that_begin_and_end_together_break_no_promise(
     assert load.ttft_s(0.99) <= 1.5 * load.objective_s
 
 
+@pytest.mark.parametrize("num_tokens", [(80, 80), (60, 100)])
+async def test_nothing_waits_unseen_for_a_place_in_decode(
+    num_tokens: tuple[int, int], autojump_clock: MockClock
+) -> None:
+    """Prompts are computed at once, and decode has places for eight answers of some four seconds:
+    the wait is in the queue, where admission and the policy see it.
+    """
+    options = {**SPLIT, "p.prefill_token_s": 1e-4, "d.decode_step_s": 0.05, "d.max_num_seqs": 8}
+    async with Graph.load("pd").open(set=options) as session:
+        await loaded(session, 19.0, 20, num_tokens=num_tokens)
+        load = await loaded(session, 20.0, 60, num_tokens=num_tokens)
+    assert load.goodput >= 0.9 * 8 / 0.05
+    assert load.ttft_s(0.99) <= 1.5 * load.objective_s
+    since_dispatch = (
+        (answer.stamps.prefilled_s or inf) - (answer.stamps.dispatched_s or 0.0)
+        for answer in load.answers
+        if answer.finish_reason in SERVED
+    )
+    assert max(since_dispatch) < 0.2  # the time that prefill takes for some prompts at once
+
+
 async def test_a_graph_that_has_served_nothing_yet_refuses_only_what_does_not_fit(
     autojump_clock: MockClock,
 ) -> None:

@@ -13,6 +13,11 @@ LOG = get_logger("sagellm.gateway")
 
 def response_of(error: ApiError) -> Response:
     """The answer to a call that was refused."""
+    return Response(error.encoded, error.status, headers_of(error), "application/json")
+
+
+def headers_of(error: ApiError) -> dict[str, str]:
+    """What the headers of that answer say of the error."""
     headers = {}
     if error.retry_after_s is not None:
         headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
@@ -20,7 +25,7 @@ def response_of(error: ApiError) -> Response:
         headers["x-should-retry"] = "true" if error.should_retry else "false"
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"
-    return Response(error.encoded, error.status, headers, "application/json")
+    return headers
 
 
 def failure_of(error: Exception, request_id: str) -> ApiError | None:

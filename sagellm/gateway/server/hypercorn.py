@@ -17,12 +17,15 @@ from sagellm.gateway.app import App
 from sagellm.gateway.listen import BACKLOG, max_connections
 from sagellm.gateway.server.connection import Connection
 from sagellm.gateway.server.hypercorn_protocols import Config, Protocols
+from sagellm.gateway.server.overflow import Overflow
 from sagellm.gateway.settings import Settings
 from sagellm.graphs.log import get_logger
 
 LOG = get_logger("sagellm.gateway")
 FULL_S = 0.1  # how long to wait where the system has no file descriptor left
 _AT_ONCE = 64  # connections accepted in one turn of the loop, beside the first
+_AT_ONCE_BOUNDED = 4  # where others can be refused: each costs milliseconds, and engines wait
+_MOST_REFUSED = 256  # in one turn
 _FULL = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
 
@@ -44,6 +47,7 @@ class HypercornServer:
         self._open: set[Connection] = set()
         self._closed = trio.lowlevel.ParkingLot()
         self._free = trio.Semaphore(max_connections())
+        self._overflow = Overflow(app)
 
     def stop(self) -> None:
         """Take no more connections, and close those that are idle."""
@@ -70,10 +74,12 @@ class HypercornServer:
                 self._kill()  # sends are shielded: only a closed socket ends them
 
     async def _accept(self, listener: trio.SocketListener, connections: trio.Nursery) -> None:
-        """Take all that wait in the kernel's queue, where they stay while there are too many.
+        """Take what waits in the kernel's queue, where it stays while there are too many.
 
         trio takes one connection a turn of the loop: where turns are late, callers would wait
-        there unseen, and a refusal would come later than an answer.
+        there unseen, and a refusal would come later than an answer. With an objective a turn takes
+        a few, so that engines and streams have their turn too, and refuses the rest once some have
+        waited for long.
         """
         while True:
             await self._free.acquire()
@@ -93,18 +99,45 @@ class HypercornServer:
                     connections.start_soon(self._serve, Connection(each, self._stall_s))
 
     def _waiting(self) -> Iterator[trio.SocketStream]:
-        """Connections that need not be waited for, each with a place in `_free`."""
-        for _ in range(_AT_ONCE):
-            try:
-                self._free.acquire_nowait()
-            except trio.WouldBlock:
+        """Connections to serve that need not be waited for, each with a place in `_free`."""
+        can_refuse = self._overflow.is_bounded and self._tls is None
+        for _ in range(_AT_ONCE_BOUNDED if can_refuse else _AT_ONCE):
+            sock = self._next()
+            if sock is None:
                 return
-            try:
-                sock, _ = self._sock.accept()
-            except OSError:  # none waits; or what is wrong is said where one is waited for
+            yield _stream(sock)
+        if can_refuse and self._overflow.is_over(trio.current_time()):
+            yield from self._not_refused()
+
+    def _not_refused(self) -> Iterator[trio.SocketStream]:
+        """Refuse the calls that wait. What is none, or has not come whole, is served."""
+        num_refused = 0
+        for _ in range(_MOST_REFUSED):
+            sock = self._next()
+            if sock is None:
+                break
+            if self._overflow.refuse(sock):
+                num_refused += 1
                 self._free.release()
-                return
-            yield trio.SocketStream(trio.socket.from_stdlib_socket(sock))
+            else:
+                yield _stream(sock)
+        if num_refused:
+            LOG.warning("calls_refused", num_calls=num_refused, reason="the loop is too late")
+
+    def _next(self) -> socket | None:
+        """A connection that waits, with a place in `_free`; None where there is none."""
+        try:
+            self._free.acquire_nowait()
+        except trio.WouldBlock:
+            return None
+        try:
+            sock, _ = self._sock.accept()
+        except OSError:  # none waits; or what is wrong is said where one is waited for
+            self._overflow.none_waits()
+            self._free.release()
+            return None
+        sock.setblocking(False)
+        return sock
 
     async def _serve(self, connection: Connection) -> None:
         """A fault in one connection ends that one alone."""
@@ -130,6 +163,10 @@ class HypercornServer:
     def _kill(self) -> None:
         for connection in self._open:
             connection.kill()
+
+
+def _stream(sock: socket) -> trio.SocketStream:
+    return trio.SocketStream(trio.socket.from_stdlib_socket(sock))
 
 
 def configure(settings: Settings) -> Config:

@@ -198,11 +198,54 @@ class Noting:
         return Step(state)
 
 
+def disaggregated(num_places: int) -> Core:
+    """The graph `pd`, whose decode has so many places; the other operators have room."""
+    core = Core(plan(Graph.load("pd").ir, RESOLVER, {"p": 1, "d": 1}))
+    for node in core.plan.services:
+        core.on(Opened(node, 0, Credit(num_places if node == "decode" else 8), 16), 0.0)
+    return core
+
+
+def entered(effects: list[Effect]) -> list[tuple[str, str]]:
+    return [(one.node, one.item.request_id) for one in effects if isinstance(one, Send)]
+
+
+def test_a_request_enters_prefill_only_with_a_place_in_decode() -> None:
+    core = disaggregated(1)
+    assert entered(core.on(Arrived(1, (request("a"),)), 0.0)) == [("prefill", "a")]
+    assert entered(core.on(Arrived(2, (request("b"),)), 0.0)) == []
+    first = TokenEvent(request_id="a", token_ids=(1,))
+    done = Prefilled(request=request("a"), first=first, lease=None)
+    core.on(Emitted(0, "prefill", 0, (done,)), 1.0)
+    core.on(Released("prefill", 0, "a", 0), 1.0)
+    assert entered(core.on(Emitted(0, "transfer", 0, (done,)), 1.0)) == [("decode", "a")]
+    assert entered(core.on(Released("transfer", 0, "a", 0), 1.0)) == []
+    assert entered(core.on(Released("decode", 0, "a", 0), 2.0)) == [("prefill", "b")]
+
+
+def test_a_request_that_ends_in_prefill_gives_its_place_in_decode_back() -> None:
+    core = disaggregated(1)
+    for name in "ab":
+        core.on(Arrived(1, (request(name),)), 0.0)
+    assert entered(core.on(Released("prefill", 0, "a", 0), 1.0)) == [("prefill", "b")]
+    core.on(Released("prefill", 0, "b", 0), 1.0)
+    assert core.gates.accounts["decode", 0].requests == 1
+
+
+def test_what_one_engine_decodes_is_counted_once() -> None:
+    """Short prompts take places of the same engine."""
+    core = disaggregated(1)
+    short = Request(request_id="short", prompt_token_ids=(1,) * 8)
+    assert entered(core.on(Arrived(1, (short,)), 0.0)) == [("generate", "short")]
+    assert entered(core.on(Arrived(2, (request("long"),)), 0.0)) == []
+    assert entered(core.on(Released("generate", 0, "short", 0), 1.0)) == [("prefill", "long")]
+
+
 def test_what_waits_for_prefill_goes_on_without_it() -> None:
     graph = Graph.load("pd").ir
     core = Core(plan(graph, RESOLVER, {"p": 1, "d": 1}))
     for node in core.plan.services:
-        core.on(Opened(node, 0, Credit(1), 16), 0.0)
+        core.on(Opened(node, 0, Credit(2 if node == "decode" else 1), 16), 0.0)
     sends = [core.on(Arrived(1, (request(name),)), 0.0) for name in "ab"]
     assert [[one.node for one in made if isinstance(one, Send)] for made in sends] == [
         ["prefill"], []

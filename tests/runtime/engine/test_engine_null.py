@@ -36,6 +36,21 @@ async def test_an_answer_ends_by_length(autojump_clock):
     assert reply.last.num_prompt_tokens == 40
 
 
+async def test_sequences_that_are_sent_together_do_not_wait_a_turn_for_each_other(autojump_clock):
+    """Where turns of the loop are late, the last of many would begin many turns late."""
+    turned = trio.Event()
+
+    async def turn() -> None:
+        turned.set()
+
+    async with running(open_null()) as [driver], trio.open_nursery() as nursery:
+        nursery.start_soon(turn)
+        for number in range(8):
+            await driver.submit(f"r{number}", PROMPT, max_tokens=2)
+        assert not turned.is_set()
+        await driver.all_done()
+
+
 async def test_time_is_what_the_cost_model_says(autojump_clock):
     engine = open_null(prefill_token_s=0.5, decode_step_s=2.0)
     async with running(engine) as [driver]:
