@@ -34,8 +34,8 @@ class Upstream:
 
 
 Outcome: TypeAlias = Send | Reached | Upstream
-Mark: TypeAlias = tuple[int, int, int, int, int, int]
-START: Mark = (0, 0, 0, 0, 0, 0)
+Mark: TypeAlias = tuple[int, int, int, int, int, int, int]
+START: Mark = (0, 0, 0, 0, 0, 0, 0)
 
 
 class Cell:
@@ -108,22 +108,22 @@ class Journal:
     def mark(self) -> Mark:
         """How far the transaction is, for `roll_back`."""
         return (
-            len(self.cells), len(self._taken), len(self.accepted),
-            len(self.outcomes), len(self.counts), len(self.moves),
+            len(self.cells), len(self._taken), len(self.accepted), len(self.outcomes),
+            len(self.counts), len(self.moves), len(self._arrived),
         )  # fmt: skip
 
     def roll_back(self, mark: Mark) -> None:
-        cells, taken, accepted, outcomes, counts, moves = mark
+        cells, taken, accepted, outcomes, counts, moves, arrived = mark
         while len(self.cells) > cells:
             cell, *before = self.cells.pop()
             cell.state, cell.num_inputs, cell.wake_at = before
         while len(self._taken) > taken:
             send = self._taken.pop()
             self._gates.give((send.node, send.replica), send.item.key)
-        self._arrived.clear()
         while len(self.accepted) > accepted:
             self.accepted.pop()
         del self.outcomes[outcomes:], self.counts[counts:], self.moves[moves:]
+        del self._arrived[arrived:]
 
     def commit(self) -> list[Outcome]:
         """Make the changes final, and return what they lead to, in order."""

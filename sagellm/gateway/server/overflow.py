@@ -58,9 +58,7 @@ class Overflow:
         if path is None:
             return False
         with suppress(OSError):  # the client has left
-            sock.recv(
-                _MOST_BYTES
-            )  # to close with unread bytes would make the kernel drop the answer
+            sock.recv(_MOST_BYTES)  # else the kernel drops the answer as the socket is closed
             sock.send(self._answer(sent))
             sock.shutdown(SHUT_WR)
         sock.close()
