@@ -169,19 +169,18 @@ class Core:
         if not self.gates.give(gate, key):
             return
         self.meter.services[gate].held.leave()
-        gates = [gate]
         unused = self.gates.reserved.gate_of(key)
         if unused is not None and len(self.gates.holders(*key)) == 1:  # it will not come there
             self.gates.give(unused, key)
-            gates.append(unused)
-        for node, replica in gates:
-            num_left = self.gates.accounts[node, replica].requests
-            self._inputs.report(
-                CreditChanged(node=node, replica=replica, num_left=num_left, request_id=key[0])
-            )
+        node, replica = gate
+        num_left = self.gates.accounts[gate].requests
+        self._inputs.report(
+            CreditChanged(node=node, replica=replica, num_left=num_left, request_id=key[0])
+        )
         self.books.let_go(key)
-        for node, replica in gates:
-            self._flow.retry(node, replica)
+        self._flow.retry(node, replica)
+        if unused is not None:
+            self._flow.retry(*unused)
 
     def _emit(self, emitted: Emitted) -> None:
         node, replica, items = emitted.node, emitted.replica, emitted.items
