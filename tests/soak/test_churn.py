@@ -4,7 +4,7 @@ import os
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from statistics import linear_regression
+from statistics import linear_regression, median
 
 import pytest
 import trio
@@ -44,6 +44,12 @@ class Samples:
         """The slope of a line through the memory taken."""
         return 60 * linear_regression(self.at_s, self.rss_bytes).slope
 
+    @property
+    def grown_fds(self) -> float:
+        """The second half beside the first."""
+        half = len(self.num_fds) // 2
+        return median(self.num_fds[half:]) - median(self.num_fds[:half])
+
 
 @pytest.fixture(params=["hypercorn", "uvicorn"])
 def served(request: pytest.FixtureRequest) -> Iterator[ServedProcess]:
@@ -72,7 +78,9 @@ async def test_nothing_grows(served: ServedProcess) -> None:
     num_available = sum(metrics[f"sagellm_engine_kv_{kind}_blocks"] for kind in ("free", "cached"))
     assert num_available == metrics["sagellm_engine_kv_blocks"]
     assert samples.grown_bytes_per_min <= GROWN_BYTES_PER_MIN
-    assert max(samples.num_fds) <= num_fds + 2 * NUM_CLIENTS
+    assert samples.grown_fds <= 2
+    # The server takes connections together that clients have left in the same turn of its loop.
+    assert max(samples.num_fds) <= num_fds + 4 * NUM_CLIENTS
     assert settled_files(served) == num_fds
     assert max(samples.num_threads) - min(samples.num_threads) <= NUM_WORKERS
 
