@@ -78,8 +78,8 @@ class HypercornServer:
 
         trio takes one connection a turn of the loop: where turns are late, callers would wait
         there unseen, and a refusal would come later than an answer. With an objective a turn takes
-        a few, so that engines and streams have their turn too, and refuses the rest once some have
-        waited for long.
+        a few, or one once some have waited, so that engines and streams have their turn too, and
+        refuses the rest once they have waited for long.
         """
         while True:
             await self._free.acquire()
@@ -101,7 +101,8 @@ class HypercornServer:
     def _waiting(self) -> Iterator[trio.SocketStream]:
         """Connections to serve that need not be waited for, each with a place in `_free`."""
         can_refuse = self._overflow.is_bounded and self._tls is None
-        for _ in range(_AT_ONCE_BOUNDED if can_refuse else _AT_ONCE):
+        few = 0 if self._overflow.is_strained(trio.current_time()) else _AT_ONCE_BOUNDED
+        for _ in range(few if can_refuse else _AT_ONCE):
             sock = self._next()
             if sock is None:
                 return

@@ -4,6 +4,7 @@ A call that the app refuses has cost a millisecond by then. Where more come than
 refusals alone would leave the engine no time.
 """
 
+import math
 import re
 from contextlib import suppress
 from socket import MSG_PEEK, SHUT_WR, socket
@@ -15,6 +16,7 @@ from sagellm.gateway.layers.shedding import shed
 
 _MOST_BYTES = 64 << 10  # of a call that is refused here
 _WAIT = 1 / 10  # of the objective: how long connections may wait to be accepted
+_STRAINED = 1 / 40  # of the objective: how long until a turn takes one connection alone
 _LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*(\d{1,6})[ \t]*(?=\r\n)", re.IGNORECASE)
 _ID = re.compile(rb"\r\nx-request-id:[ \t]*([^\r\n]*?)[ \t]*(?=\r\n)", re.IGNORECASE)
 
@@ -28,10 +30,18 @@ class Overflow:
     def __init__(self, app: App) -> None:
         self._app = app
         self._waiting_since_s: float | None = None
+        self._over_s = -math.inf  # when calls were refused last
 
     @property
     def is_bounded(self) -> bool:
         return self._app.objective_s is not None
+
+    def is_strained(self, now: float) -> bool:
+        """Whether more come than are taken, now or less than an objective ago: then each call that
+        is taken delays others.
+        """
+        objective_s = self._app.objective_s or math.inf
+        return now - self._over_s < objective_s or self._waited_s(now) > _STRAINED * objective_s
 
     def none_waits(self) -> None:
         """All connections were accepted."""
@@ -44,7 +54,14 @@ class Overflow:
             return False
         if self._waiting_since_s is None:
             self._waiting_since_s = now
-        return now - self._waiting_since_s > _WAIT * objective_s or self._app.is_too_late
+        is_over = self._waited_s(now) > _WAIT * objective_s or self._app.is_too_late
+        if is_over:
+            self._over_s = now
+        return is_over
+
+    def _waited_s(self, now: float) -> float:
+        """How long there have been some, turn after turn, that were not accepted."""
+        return 0.0 if self._waiting_since_s is None else now - self._waiting_since_s
 
     def refuse(self, sock: socket) -> bool:
         """Answer the call that a connection has brought with a 503, and close the connection.

@@ -87,9 +87,14 @@ async def test_what_waits_while_the_loop_is_too_late_is_refused_in_one_turn() ->
 
 async def test_connections_may_wait_for_a_tenth_of_the_objective() -> None:
     overflow = Overflow(app_with(2.0))
-    assert [overflow.is_over(now) for now in (5.0, 5.1, 5.3)] == [False, False, True]
+    assert [overflow.is_over(now) for now in (5.0, 5.1)] == [False, False]
+    assert [overflow.is_strained(now) for now in (5.04, 5.06)] == [False, True]
     overflow.none_waits()
-    assert not overflow.is_over(5.4)
+    assert not overflow.is_strained(5.2)
+    assert [overflow.is_over(now) for now in (5.2, 5.3, 5.5)] == [False, False, True]
+    overflow.none_waits()
+    assert [overflow.is_strained(now) for now in (5.6, 7.4, 7.6)] == [True, True, False]
+    assert not overflow.is_over(7.6)
 
 
 def test_without_an_objective_nothing_is_refused() -> None:
