@@ -1,6 +1,7 @@
 """Hypercorn's protocols on trio, in the nursery of the session; with limits that it has not."""
 
 import errno
+import select
 from collections.abc import Iterator
 from socket import socket
 from typing import Any
@@ -48,6 +49,7 @@ class HypercornServer:
         self._closed = trio.lowlevel.ParkingLot()
         self._free = trio.Semaphore(max_connections())
         self._overflow = Overflow(app)
+        self._polled = select.poll()  # whether connections wait
 
     def stop(self) -> None:
         """Take no more connections, and close those that are idle."""
@@ -60,6 +62,7 @@ class HypercornServer:
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Cancelled, it closes every connection at once."""
         self._sock.listen(BACKLOG)
+        self._polled.register(self._sock, select.POLLIN)
         listener = trio.SocketListener(trio.socket.from_stdlib_socket(self._sock))
         async with trio.open_nursery() as connections:
             try:
@@ -107,7 +110,11 @@ class HypercornServer:
             if sock is None:
                 return
             yield _stream(sock)
-        if can_refuse and self._overflow.is_over(trio.current_time()):
+        if not can_refuse:
+            return
+        if not self._polled.poll(0):
+            self._overflow.none_waits()
+        elif self._overflow.is_over(trio.current_time()):
             yield from self._not_refused()
 
     def _not_refused(self) -> Iterator[trio.SocketStream]:

@@ -85,6 +85,28 @@ async def test_what_waits_while_the_loop_is_too_late_is_refused_in_one_turn() ->
     assert refused == [NUM_CALLS - _AT_ONCE_BOUNDED - 1]
 
 
+@pytest.mark.parametrize("is_strained", [False, True])
+async def test_nobody_waits_where_all_were_accepted(
+    is_strained: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the next to come, minutes later, would have waited since then."""
+    asked: list[float] = []
+    monkeypatch.setattr(Overflow, "is_strained", lambda self, now: is_strained)
+    monkeypatch.setattr(Overflow, "is_over", lambda self, now: bool(asked.append(now)))
+    num_taken = 1 if is_strained else _AT_ONCE_BOUNDED + 1
+    async with serving("hypercorn") as served:
+        served.app.objective_s = 60.0
+        with ExitStack() as clients:
+            for _ in range(num_taken):
+                client = clients.enter_context(create_connection(("127.0.0.1", served.port)))
+                client.sendall(STREAM)
+            while len(served.door.held) < num_taken:
+                await trio.lowlevel.checkpoint()
+            await served.let_go()
+            await served.idle()
+    assert asked == []
+
+
 async def test_connections_may_wait_for_a_tenth_of_the_objective() -> None:
     overflow = Overflow(app_with(2.0))
     assert [overflow.is_over(now) for now in (5.0, 5.1)] == [False, False]
