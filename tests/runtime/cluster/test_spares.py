@@ -2,12 +2,13 @@
 
 import os
 import signal
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 import psutil
 import pytest
 import trio
+from waiting import until
 
 from sagellm.graphs.ir import FrozenMap, Graph
 from sagellm.runtime.cluster import spares
@@ -19,12 +20,6 @@ from sagellm.runtime.cluster.worker import Watch, Worker
 NULL = FrozenMap({"e": FrozenMap({"model": "null", "device": "null"})})
 GRAPH = Graph("g", "stream", (), (), FrozenMap({"engines": NULL}))
 QUICK = Watch(ping_s=0.02, silent_s=5.0)
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    with trio.fail_after(30):
-        while not condition():  # noqa: ASYNC110 - of other processes
-            await trio.sleep(0.01)
 
 
 @dataclass

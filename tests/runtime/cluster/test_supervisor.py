@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import pytest
 import trio
+from waiting import until
 
 from sagellm.graphs.ir import FrozenMap, Graph
 from sagellm.runtime.cluster.backoff import RestartPolicy
@@ -114,12 +115,6 @@ async def test_a_replica_that_cannot_be_opened_leaves_all_as_it_was(
         assert [worker.state for worker in supervisor.workers] == ["ready", "ready"]
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    with trio.fail_after(30):
-        while not condition():  # noqa: ASYNC110 - of other processes
-            await trio.sleep(0.01)
-
-
 async def reborn(worker: Worker, epoch: int = 2) -> None:
     await until(lambda: worker.epoch >= epoch and worker.state == "ready")
 
@@ -207,8 +202,9 @@ PARENT = """
 @pytest.mark.parametrize("is_frozen", [False, True])
 async def test_workers_do_not_outlive_a_killed_parent(is_frozen: bool) -> None:
     program = textwrap.dedent(PARENT).format(tests=str(Path(__file__).parent))
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     with subprocess.Popen(  # noqa: ASYNC220 - brief
-        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, env=env
     ) as parent:
         assert parent.stdout is not None
         folder, *pids = (await trio.to_thread.run_sync(parent.stdout.readline)).split()

@@ -19,6 +19,7 @@ from gateway_process import NULL as NULL_GRAPH
 from gateway_process import read_metrics
 from gateway_served import SERVERS, get, post, read_reply
 from gateway_session import ServedSession, served_session
+from waiting import until
 
 from sagellm.gateway.processes import life, supervision
 from sagellm.gateway.processes.supervision import GatewaysFailed
@@ -129,15 +130,6 @@ async def pair(server: str = "hypercorn", num: int = 2, **fields: Any) -> AsyncI
             while not served.is_at_rest:  # noqa: ASYNC110 (it is asked, and tells nobody)
                 await trio.sleep(0.01)
     assert not psutil.Process().children()
-
-
-async def until(condition: Any, seconds: float = 20.0) -> float:
-    """How long it took."""
-    began_s = trio.current_time()
-    with trio.fail_after(seconds):
-        while not condition():  # noqa: ASYNC110 (of other processes)
-            await trio.sleep(0.002)
-    return trio.current_time() - began_s
 
 
 @pytest.mark.alone
