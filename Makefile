@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # Without kept bytecode every process that is started would compile torch anew: seconds each.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup run shell test soak chaos clients prometheus page first-hour lint format bench bench-peers clean
+.PHONY: setup run shell test soak chaos clients prometheus page first-hour house lint format bench bench-peers clean
 
 setup: $(STAMPS)/test $(STAMPS)/lint
 
@@ -105,6 +105,10 @@ $(CLIENTS)/%/.ready: Makefile
 	$(PYTHON) -m venv $(CLIENTS)/$*
 	$(CLIENTS)/$*/bin/python -m pip install --quiet pytest pytest-timeout $($*_NEEDS)
 	@touch $@
+
+# Figures of the source tree: files, lines, repeated names, circles.
+house: $(STAMPS)/run
+	$(BIN)/python tests/house.py
 
 lint: $(STAMPS)/test $(STAMPS)/lint
 	$(BIN)/ruff check .

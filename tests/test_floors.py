@@ -1,75 +1,24 @@
 """The floors hold: no import upwards, no circle, and no torch where a graph is only described."""
 
 import ast
-import functools
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from house import (
+    FLOORS,
+    FUNCTION,
+    MODULES,
+    ROOT,
+    edges,
+    floor_of,
+    imports,
+    imports_of,
+    in_circles,
+    package_circles,
+)
 
-ROOT = Path(__file__).resolve().parent.parent
-FLOORS = {"graphs": 0, "backends": 1, "runtime": 2, "operators": 3, "sagellm": 4}
 TORCHLESS = ("graphs", "operators")
-METHOD = (ast.FunctionDef, ast.AsyncFunctionDef)
 MAY_IMPORT_LATE = ("backends",)  # kernels of a device are imported where it is there
-
-
-@dataclass(frozen=True)
-class Import:
-    """One imported module, with its line and whether it stands inside a function."""
-
-    module: str
-    line: int
-    is_late: bool
-
-
-def sources(floor: str) -> Iterator[Path]:
-    """The Python files of a floor; those behind the four links belong to their own."""
-    for path in sorted((ROOT / floor).rglob("*.py")):
-        inside = path.relative_to(ROOT).parts
-        if not (floor == "sagellm" and inside[1] in FLOORS):
-            yield path
-
-
-def module_of(path: Path) -> str:
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    parts = parts if parts[0] == "sagellm" else ("sagellm", *parts)
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-MODULES = {module_of(path): path for floor in FLOORS for path in sources(floor)}
-
-
-def imports(tree: ast.AST, is_late: bool = False) -> Iterator[Import]:
-    """Every import below a node, `TYPE_CHECKING` blocks included."""
-    for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.Import):
-            for name in node.names:
-                yield Import(name.name, node.lineno, is_late)
-        elif isinstance(node, ast.ImportFrom):
-            for name in node.names:
-                whole = f"{node.module}.{name.name}"
-                yield Import(whole if whole in MODULES else str(node.module), node.lineno, is_late)
-        else:
-            is_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-            yield from imports(node, is_late or is_function)
-
-
-@functools.cache
-def imports_of(module: str) -> tuple[Import, ...]:
-    """Parsed when a test asks: each worker collects this file, one runs it."""
-    return tuple(imports(ast.parse(MODULES[module].read_text())))
-
-
-def floor_of(module: str) -> str:
-    parts = module.split(".")
-    return parts[1] if len(parts) > 1 and parts[1] in FLOORS else "sagellm"
-
-
-def edges(module: str) -> set[str]:
-    """The modules of ours that a module imports itself."""
-    return {found.module for found in imports_of(module)} & set(MODULES)
 
 
 def reachable(module: str) -> set[str]:
@@ -79,9 +28,6 @@ def reachable(module: str) -> set[str]:
         parents = {name.rsplit(".", depth)[0] for depth in range(1, name.count(".") + 1)}
         level += sorted((edges(name) | parents & set(MODULES)) - set(level))
     return set(level)
-
-
-FOLDERS = {path.relative_to(ROOT).parent for path in MODULES.values()}
 
 
 def test_every_floor_is_read() -> None:
@@ -101,27 +47,11 @@ def test_imports_lead_downwards(floor: str) -> None:
 
 
 def test_there_is_no_circle() -> None:
-    left = {module: edges(module) - {module} for module in MODULES}
-    while leaves := {module for module, needs in left.items() if not needs & set(left)}:
-        left = {module: needs for module, needs in left.items() if module not in leaves}
-    assert left == {}
-
-
-def room_of(module: str) -> str:
-    """A folder that has no folders inside; a module of its own beside such folders."""
-    folder = MODULES[module].relative_to(ROOT).parent
-    has_folders = any(folder in other.parents for other in FOLDERS)
-    return module if has_folders else str(folder)
+    assert in_circles({module: edges(module) - {module} for module in MODULES}) == {}
 
 
 def test_no_folder_is_in_a_circle() -> None:
-    needs: dict[str, set[str]] = {}
-    for module in MODULES:
-        rooms = {room_of(name) for name in edges(module)} - {room_of(module)}
-        needs[room_of(module)] = needs.get(room_of(module), set()) | rooms
-    while leaves := {room for room, others in needs.items() if not others & set(needs)}:
-        needs = {room: others for room, others in needs.items() if room not in leaves}
-    assert needs == {}
+    assert package_circles() == {}
 
 
 @pytest.mark.parametrize("folder", ["runtime/core", "runtime/executors"])
@@ -131,7 +61,7 @@ def test_what_runs_a_graph_reads_in_small_pieces(folder: str) -> None:
         assert len(text.splitlines()) <= 300, path
         classes = (one for one in ast.walk(ast.parse(text)) if isinstance(one, ast.ClassDef))
         for one in classes:
-            methods = [part for part in one.body if isinstance(part, METHOD)]
+            methods = [part for part in one.body if isinstance(part, FUNCTION)]
             assert len(methods) <= 15, f"{path}: {one.name}"
 
 
