@@ -22,7 +22,7 @@ from sagellm.cli.serving import IN_A_FILE
 from sagellm.cli.setting import LIMITS as SET_BY_LIMIT
 from sagellm.cli.setting import settings_of
 from sagellm.gateway.encoding import TEMPLATE_S, TOKENIZE_S
-from sagellm.gateway.protocol import taken
+from sagellm.gateway.protocol import foreign
 from sagellm.gateway.protocol.chat import ChatRequest
 from sagellm.gateway.protocol.completions import CompletionRequest
 from sagellm.gateway.protocol.conversation import MAX_VARIABLE_LEN, MAX_VARIABLES
@@ -197,10 +197,10 @@ def test_every_field_of_a_request_is_in_the_docs() -> None:
 def test_every_field_that_is_taken_is_in_the_docs_with_type_and_reason() -> None:
     rows = re.findall(r"^\| ([\w ]+) \| `(\w+)` \| (\w+) \| (.+) \|$", SERVING, re.M)
     tables = {
-        "request": taken.REQUEST,
-        "message": taken.MESSAGE,
-        "part": taken.PART,
-        "tool call": taken.TOOL_CALL,
+        "request": foreign.REQUEST.taken,
+        "message": foreign.MESSAGE.taken,
+        "part": foreign.PART.taken,
+        "tool call": foreign.TOOL_CALL.taken,
     }
     known = [
         (where, name, *field) for where, table in tables.items() for name, field in table.items()

@@ -3,10 +3,8 @@
 from typing import Any
 
 from sagellm.gateway.failure import ApiError, wrong
-from sagellm.gateway.protocol.foreign import Foreign
+from sagellm.gateway.protocol.foreign import Foreign, check_taken, refuse_unbuilt
 from sagellm.gateway.protocol.names import shown
-from sagellm.gateway.protocol.taken import check_taken
-from sagellm.gateway.protocol.unbuilt import refuse_unbuilt
 from sagellm.graphs.vocabulary import nearest
 
 _GUESSED_LEN = 64  # names beyond are nobody's slip, and comparing them takes long

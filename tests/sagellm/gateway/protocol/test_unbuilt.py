@@ -8,11 +8,10 @@ from typing import Any
 import pytest
 
 from sagellm.gateway.failure import ApiError
-from sagellm.gateway.protocol import taken
 from sagellm.gateway.protocol.chat import ChatRequest, read_chat
 from sagellm.gateway.protocol.completions import CompletionRequest, read_completion
+from sagellm.gateway.protocol.foreign import MESSAGE, PART, REQUEST
 from sagellm.gateway.protocol.messages import Message, TextPart
-from sagellm.gateway.protocol.unbuilt import MESSAGE, PART, REQUEST
 from sagellm.gateway.settings import Limits
 
 LIMITS = Limits()
@@ -73,9 +72,9 @@ def test_a_field_of_chats_is_refused_in_a_completion(name: str) -> None:
 
 
 @pytest.mark.parametrize("read", [chat, completion])
-@pytest.mark.parametrize("name", REQUEST)
+@pytest.mark.parametrize("name", REQUEST.unbuilt)
 def test_an_unbuilt_field_may_ask_for_nothing(read: Any, name: str) -> None:
-    for value in (None, *REQUEST[name]):
+    for value in (None, *REQUEST.unbuilt[name]):
         read(**{name: value})
     if name == "chat_template_kwargs" and read is chat:
         return  # whether a template reads it, the endpoint asks the model
@@ -89,16 +88,16 @@ def test_null_and_one_are_not_false_and_true() -> None:
             chat(**{name: value})
 
 
-@pytest.mark.parametrize("name", MESSAGE)
+@pytest.mark.parametrize("name", MESSAGE.unbuilt)
 def test_a_message_may_ask_for_nothing(name: str) -> None:
     message = {"role": "assistant", "content": "x"}
-    for value in (None, *MESSAGE[name]):
+    for value in (None, *MESSAGE.unbuilt[name]):
         chat(messages=[{**message, name: value}])
     with pytest.raises(ApiError, match=re.escape(f"messages[0].{name}")):
         chat(messages=[{**message, name: {"an": "object"}}])
 
 
-@pytest.mark.parametrize("name", PART)
+@pytest.mark.parametrize("name", PART.unbuilt)
 def test_a_part_may_ask_for_nothing(name: str) -> None:
     part = {"type": "text", "text": "x"}
     chat(messages=[{"role": "user", "content": [{**part, name: None}]}])
@@ -155,19 +154,19 @@ def test_no_field_is_both_built_and_unbuilt() -> None:
     chat_fields, completion_fields = (
         {*one.__struct_fields__} for one in (ChatRequest, CompletionRequest)
     )
-    assert not chat_fields & completion_fields & set(REQUEST)
-    assert not (chat_fields | completion_fields | set(REQUEST)) & set(taken.REQUEST)
-    assert not set(MESSAGE) & {*Message.__struct_fields__, *taken.MESSAGE}
-    assert not set(PART) & {*TextPart.__struct_fields__, *taken.PART}
+    assert not chat_fields & completion_fields & set(REQUEST.unbuilt)
+    assert not (chat_fields | completion_fields | set(REQUEST.unbuilt)) & set(REQUEST.taken)
+    assert not set(MESSAGE.unbuilt) & {*Message.__struct_fields__, *MESSAGE.taken}
+    assert not set(PART.unbuilt) & {*TextPart.__struct_fields__, *PART.taken}
 
 
 VALUES: dict[str, Any] = {"object": {"a": "b"}, "string": "x", "boolean": True, "number": 2.5}
 
 
 @pytest.mark.parametrize("read", [chat, completion])
-@pytest.mark.parametrize("name", taken.REQUEST)
+@pytest.mark.parametrize("name", REQUEST.taken)
 def test_a_taken_field_is_checked_by_type_and_dropped(read: Any, name: str) -> None:
-    kind = taken.REQUEST[name].type
+    kind = REQUEST.taken[name].type
     assert read(**{name: VALUES[kind]}) == read(**{name: None}) == read()
     for value in ([], *(value for other, value in VALUES.items() if other != kind)):
         with pytest.raises(ApiError, match=rf"{name}: must be an? {kind}"):
