@@ -14,7 +14,7 @@ from sagellm.gateway.budgets import Budgets
 from sagellm.gateway.call import Call
 from sagellm.gateway.cards import ModelCard
 from sagellm.gateway.door import Door, Entry
-from sagellm.gateway.failure import ApiError
+from sagellm.gateway.errors import ApiError
 from sagellm.gateway.gateway import Gateway, Served
 from sagellm.gateway.metrics.meters import NoMeters
 from sagellm.gateway.readiness import Readiness

@@ -28,9 +28,9 @@ from sagellm.gateway.front import serve_session, server_class
 from sagellm.gateway.gateway import Gateway
 from sagellm.gateway.listen import bind
 from sagellm.gateway.routes import ROUTES
+from sagellm.gateway.routing import Route
 from sagellm.gateway.server.drain import Here, Server, serve
 from sagellm.gateway.settings import Settings
-from sagellm.gateway.table import Route
 from sagellm.runtime.messages import TokenEvent
 
 SERVERS = ("hypercorn", "uvicorn")

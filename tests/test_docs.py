@@ -23,11 +23,14 @@ from sagellm.cli.setting import LIMITS as SET_BY_LIMIT
 from sagellm.cli.setting import settings_of
 from sagellm.gateway.encoding import TEMPLATE_S, TOKENIZE_S
 from sagellm.gateway.protocol import foreign
-from sagellm.gateway.protocol.chat import ChatRequest
-from sagellm.gateway.protocol.completions import CompletionRequest
-from sagellm.gateway.protocol.conversation import MAX_VARIABLE_LEN, MAX_VARIABLES
+from sagellm.gateway.protocol.completions import ChatRequest, CompletionRequest
+from sagellm.gateway.protocol.conversation import (
+    MAX_PARTS,
+    MAX_TOOLS,
+    MAX_VARIABLE_LEN,
+    MAX_VARIABLES,
+)
 from sagellm.gateway.protocol.json import MAX_BRACKETS, MAX_QUOTES, MOST
-from sagellm.gateway.protocol.messages import MAX_PARTS
 from sagellm.gateway.protocol.request import (
     MAX_ALLOWED_TOKEN_IDS,
     MAX_BAD_WORD_LEN,
@@ -37,7 +40,6 @@ from sagellm.gateway.protocol.request import (
     MAX_STOP_TOKEN_IDS,
     MAX_WAIT_S,
 )
-from sagellm.gateway.protocol.tools import MAX_TOOLS
 from sagellm.gateway.routes import ROUTES
 from sagellm.gateway.settings import Budget, Limits, Streaming
 from sagellm.graphs.text.yaml import load

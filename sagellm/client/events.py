@@ -18,11 +18,15 @@ from sagellm.client.answers import (
 )
 from sagellm.client.asking import CHAT, encode_plain
 from sagellm.client.failure import NOT_OFFERED, ClientError
-from sagellm.gateway.answers.refusals import error_of
-from sagellm.gateway.door_session import event_of
-from sagellm.gateway.failure import ApiError, wrong
-from sagellm.gateway.protocol.chat import ChatRequest, read_chat
-from sagellm.gateway.protocol.completions import CompletionRequest, read_completion
+from sagellm.gateway.answers.reply import error_of
+from sagellm.gateway.door import event_of
+from sagellm.gateway.errors import ApiError, wrong
+from sagellm.gateway.protocol.completions import (
+    ChatRequest,
+    CompletionRequest,
+    read_chat,
+    read_completion,
+)
 from sagellm.gateway.protocol.sampling import ModelFacts, sampling_of
 from sagellm.gateway.settings import Limits
 from sagellm.runtime.messages import SERVED, Answer, Sampling, TokenEvent

@@ -8,20 +8,21 @@ import anyio
 from starlette.requests import Request
 from starlette.types import Message, Receive, Scope, Send
 
-from sagellm.gateway.call import Call, OpenCalls
-from sagellm.gateway.call_log import call_fields
-from sagellm.gateway.failure import note_error
+from sagellm.gateway.call import Call, OpenCalls, call_fields, echo, new_call
+from sagellm.gateway.errors import (
+    draining,
+    failure_of,
+    is_too_late,
+    note_error,
+    objective_of,
+    response_of,
+    shed,
+)
 from sagellm.gateway.gateway import Gateway
-from sagellm.gateway.layers.auth import Keys
+from sagellm.gateway.layers.access import Hosts, Keys, check_headers
 from sagellm.gateway.layers.body import Bodies, Body, check_body
-from sagellm.gateway.layers.draining import draining
-from sagellm.gateway.layers.errors import failure_of, response_of
-from sagellm.gateway.layers.headers import check_headers
-from sagellm.gateway.layers.origin import Hosts
-from sagellm.gateway.layers.request_id import echo, new_call
-from sagellm.gateway.layers.shedding import is_too_late, objective_of, shed
 from sagellm.gateway.routes import routes_of
-from sagellm.gateway.table import Route, Table
+from sagellm.gateway.routing import Route, Table
 from sagellm.graphs.log import get_logger
 
 LOG = get_logger("sagellm.gateway")

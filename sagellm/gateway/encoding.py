@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import anyio
 import msgspec
 
-from sagellm.gateway.failure import ApiError, wrong
+from sagellm.gateway.errors import ApiError, wrong
 from sagellm.gateway.threads import NoThread, Overrun, Threads
 from sagellm.runtime.models.bad_words import bad_words_token_ids
 from sagellm.runtime.models.chat import ANSWERED, ChatTemplateError, Rendering

@@ -10,18 +10,15 @@ import trio
 from sagellm.gateway.app import App, build_app
 from sagellm.gateway.budgets import Budgets
 from sagellm.gateway.cards import ModelCard, model_cards
-from sagellm.gateway.door import Door
-from sagellm.gateway.door_portal import open_portal
-from sagellm.gateway.door_session import SessionDoor
+from sagellm.gateway.door import Door, SessionDoor
 from sagellm.gateway.gateway import Gateway, Served
-from sagellm.gateway.listen import url_of
+from sagellm.gateway.listen import banner, url_of
 from sagellm.gateway.metrics.exposition import GatewayMeters
+from sagellm.gateway.portal import open_portal
 from sagellm.gateway.processes.supervision import GatewayProcesses, GatewaysFailed
 from sagellm.gateway.readiness import Probe, Readiness
 from sagellm.gateway.routes import PATHS
-from sagellm.gateway.server.banner import banner
-from sagellm.gateway.server.drain import Here, Server, Serving, serve
-from sagellm.gateway.server.signals import ending_signals
+from sagellm.gateway.server.drain import Here, Server, Serving, ending_signals, serve
 from sagellm.gateway.settings import Settings, Streaming
 from sagellm.graphs.engines import engine_kind
 from sagellm.graphs.ir import Graph

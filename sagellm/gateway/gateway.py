@@ -8,8 +8,8 @@ from hashlib import blake2b
 from typing import NamedTuple, Protocol
 
 from sagellm.gateway.answers.logprobs import TokenTexts
+from sagellm.gateway.budgets import Count, LocalCount
 from sagellm.gateway.cards import ModelCard
-from sagellm.gateway.count import Count, LocalCount
 from sagellm.gateway.door import Door
 from sagellm.gateway.encoding import Encoder
 from sagellm.gateway.metrics.meters import Meters

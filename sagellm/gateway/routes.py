@@ -6,20 +6,26 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from sagellm.gateway.endpoints.admin import cancel, graph
-from sagellm.gateway.endpoints.chat import chat
-from sagellm.gateway.endpoints.completions import completions
-from sagellm.gateway.endpoints.docs import docs_page
-from sagellm.gateway.endpoints.health import VERSION, health, live, load, ready, version
-from sagellm.gateway.endpoints.invocations import invocations
-from sagellm.gateway.endpoints.metrics import metrics
-from sagellm.gateway.endpoints.models import model, models
-from sagellm.gateway.endpoints.page import page_files
+from sagellm.gateway.endpoints.completions import chat, completions, invocations
+from sagellm.gateway.endpoints.pages import docs_page, page_files
+from sagellm.gateway.endpoints.status import (
+    VERSION,
+    cancel,
+    graph,
+    health,
+    live,
+    load,
+    metrics,
+    model,
+    models,
+    ready,
+    version,
+)
 from sagellm.gateway.endpoints.tokenize import detokenize, tokenize, tokenizer_info
 from sagellm.gateway.gateway import Gateway
 from sagellm.gateway.protocol.openapi import openapi
+from sagellm.gateway.routing import Route
 from sagellm.gateway.settings import Limits, Settings
-from sagellm.gateway.table import Route
 
 
 async def described(gateway: Gateway, request: Request) -> Response:

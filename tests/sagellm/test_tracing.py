@@ -15,8 +15,7 @@ from opentelemetry.trace import SpanKind, StatusCode
 from trio.testing import MockClock
 
 from sagellm import Graph, Sampling
-from sagellm.gateway.door import Entry
-from sagellm.gateway.door_session import SessionDoor
+from sagellm.gateway.door import Entry, SessionDoor
 from sagellm.gateway.settings import Streaming
 from sagellm.otel import OtelExporter
 from sagellm.runtime.messages import (

@@ -7,7 +7,7 @@ import pytest
 from gateway_served import KEYS, SERVERS, Reply, ask, null_gateway
 
 from sagellm.gateway.routes import ROUTES
-from sagellm.gateway.table import Route
+from sagellm.gateway.routing import Route
 
 USER, ADMIN = "Authorization: Bearer user-key", "Authorization: Bearer admin-key"
 STRANGERS = {

@@ -1,14 +1,14 @@
-"""Server-sent events: how one event is written, and how a stream of them is kept going."""
+"""Server-sent events: the frame of one event, and a stream that lives as long as its client."""
 
 from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
 import anyio
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from sagellm.gateway.answers.attending import until_gone
-from sagellm.gateway.failure import ApiError, note_error
+from sagellm.gateway.errors import ApiError, note_error
 from sagellm.gateway.settings import Streaming
 
 DONE = b"data: [DONE]\n\n"
@@ -164,3 +164,36 @@ class EventStream(Response):
         """When sending has stalled; or when it is time to say that we are still there."""
         limits = self._streaming
         return outlet.since_s + (limits.stall_s if outlet.is_sending else limits.keep_alive_s)
+
+
+T = TypeVar("T")
+
+
+async def until_gone(receive: Receive) -> None:
+    """Return when the client has left. Its request was read before."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def attended(receive: Receive, work: Callable[[], Awaitable[T]]) -> T | None:
+    """What `work` returns; None where the client left first, and `work` was cancelled.
+
+    Raises what `work` raises, as it was raised.
+    """
+    result: T | None = None
+    failure: Exception | None = None
+
+    async def attend() -> None:
+        await until_gone(receive)
+        tasks.cancel_scope.cancel()
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(attend)
+        try:
+            result = await work()
+        except Exception as error:
+            failure = error
+        tasks.cancel_scope.cancel()
+    if failure is not None:
+        raise failure
+    return result

@@ -11,21 +11,17 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from sagellm.gateway.answers.attending import attended
 from sagellm.gateway.answers.logprobs import TokenNames
-from sagellm.gateway.answers.refusals import error_of
-from sagellm.gateway.answers.reply import Asked, Batch, MakeForm, Reply
-from sagellm.gateway.answers.sse import DONE, EventStream, Outlet
-from sagellm.gateway.answers.usage import Tally
+from sagellm.gateway.answers.reply import Asked, Batch, MakeForm, Reply, Tally, error_of
+from sagellm.gateway.answers.sse import DONE, EventStream, Outlet, attended
 from sagellm.gateway.call import Call
 from sagellm.gateway.door import Entry
 from sagellm.gateway.encoding import Prompt
 from sagellm.gateway.entering import entered
-from sagellm.gateway.failure import ApiError
+from sagellm.gateway.errors import ApiError
 from sagellm.gateway.gateway import Gateway, Hold, Served
 from sagellm.gateway.layers.body import Body
-from sagellm.gateway.protocol.chat import ChatRequest
-from sagellm.gateway.protocol.completions import CompletionRequest
+from sagellm.gateway.protocol.completions import ChatRequest, CompletionRequest
 from sagellm.gateway.protocol.sampling import far_too_long, fitted, num_logprobs, sampling_of
 from sagellm.runtime.messages import NORMAL, Sampling
 

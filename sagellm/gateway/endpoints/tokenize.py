@@ -4,8 +4,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from sagellm.gateway.answers.structs import Detokenized, TokenizerFacts, Tokens
-from sagellm.gateway.endpoints.models import json_response, served_model
-from sagellm.gateway.failure import wrong
+from sagellm.gateway.endpoints.status import json_response, served_model
+from sagellm.gateway.errors import wrong
 from sagellm.gateway.gateway import Gateway, Served
 from sagellm.gateway.protocol.conversation import rendering_of
 from sagellm.gateway.protocol.sampling import check_ids

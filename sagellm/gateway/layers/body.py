@@ -5,7 +5,7 @@ from math import inf
 import anyio
 from starlette.types import Message, Receive, Scope
 
-from sagellm.gateway.failure import ApiError
+from sagellm.gateway.errors import ApiError
 from sagellm.gateway.settings import Limits
 
 RETRY_S = 1.0

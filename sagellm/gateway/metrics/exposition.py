@@ -1,8 +1,9 @@
-"""The meters of one gateway, and their text for Prometheus."""
+"""The meters of one gateway as text: Prometheus or OpenMetrics."""
 
 import threading
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import anyio
 import anyio.from_thread
@@ -10,28 +11,52 @@ import anyio.lowlevel
 import anyio.to_thread
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import Metric
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
+from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.process_collector import ProcessCollector
 
 from sagellm.gateway.cards import ModelCard
-from sagellm.gateway.metrics.bounds import lengths
-from sagellm.gateway.metrics.counts import Counts
-from sagellm.gateway.metrics.format import format_of
-from sagellm.gateway.metrics.instrumentator import instrumentator_families
-from sagellm.gateway.metrics.lag import LoopLag
-from sagellm.gateway.metrics.meters import HttpMeters
+from sagellm.gateway.metrics.meters import Counts, HttpMeters, LoopLag, lengths
 from sagellm.gateway.metrics.observer import KVShape, Measure, Observer
 from sagellm.gateway.metrics.own import graph_families, http_families
-from sagellm.gateway.metrics.snapshot import (
-    EngineReading,
-    ModelReading,
-    Snapshot,
-    read_engines,
-)
-from sagellm.gateway.metrics.vllm import vllm_families
+from sagellm.gateway.metrics.snapshot import EngineReading, ModelReading, Snapshot, read_engines
+from sagellm.gateway.metrics.vllm import instrumentator_families, vllm_families
 from sagellm.graphs.served import operators_of
 from sagellm.models import Model
 from sagellm.runtime.executors.reading import Window, option_of
 from sagellm.session import Session
+
+
+class Format(NamedTuple):
+    """`encode` writes the families of a registry; names are never escaped."""
+
+    encode: Callable[[CollectorRegistry], bytes]
+    content_type: str
+
+
+TEXT = Format(generate_latest, CONTENT_TYPE_PLAIN_0_0_4)
+OPEN_METRICS = Format(
+    partial(openmetrics.generate_latest, escaping=openmetrics.ALLOWUTF8, version="1.0.0"),
+    "application/openmetrics-text; version=1.0.0; charset=utf-8",
+)
+_TEXT_TYPES = frozenset({"text/plain", "text/*", "*/*"})
+_OPEN_METRICS_TYPE = "application/openmetrics-text"
+
+
+def format_of(accept: str) -> Format:
+    """The format for an Accept header; text also for a header that names neither format."""
+    accepted = set(_media_types(accept))
+    return OPEN_METRICS if _OPEN_METRICS_TYPE in accepted and not accepted & _TEXT_TYPES else TEXT
+
+
+def _media_types(accept: str) -> Iterator[str]:
+    """The types that a header accepts; a weight of zero refuses one (RFC 9110, 12.4.2)."""
+    for part in accept.lower().split(","):
+        media_type, *parameters = (word.strip() for word in part.split(";"))
+        weights = [word[2:] for word in parameters if word.startswith("q=")]
+        if not any(weight.strip("0.") == "" for weight in weights):
+            yield media_type
+
 
 WINDOW_S = 10.0  # over which operators are busy, idle or back-pressured
 

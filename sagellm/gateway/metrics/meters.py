@@ -1,12 +1,162 @@
-"""What the HTTP layers tell the meters: calls begun and ended, clients gone."""
+"""The meters of one gateway process: plain integers and buckets, cheap to change."""
 
+import copy
+import math
 from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
 from typing import NamedTuple, Protocol
 
-from sagellm.gateway.metrics.bounds import ALL_CALLS_S, CALL_S
-from sagellm.gateway.metrics.lag import LoopLag
+import anyio
+
 from sagellm.logs import num_dropped_lines
 from sagellm.runtime.buckets import Buckets
+from sagellm.runtime.messages import CODES, PRIORITIES
+
+TTFT_S = (
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75,
+    1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560,
+)  # fmt: skip
+TOKEN_S = (
+    0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80,
+)  # fmt: skip
+REQUEST_S = (
+    0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680,
+)  # fmt: skip
+CHOICES = (1, 2, 5, 10, 20)
+PREEMPTIONS = (1, 2, 3, 4, 5, 10, 20)
+# Those of prometheus-fastapi-instrumentator: by handler, and of all calls together.
+HANDLER_S = (0.1, 0.5, 1)
+ALL_CALLS_S = (
+    0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75,
+    1, 1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5, 7.5, 10, 30, 60,
+)  # fmt: skip
+# Phases are short on small models: a millisecond and up, as SGLang's stages.
+PHASE_S = tuple(round(0.001 * 1.62**power, 6) for power in range(30))
+LAG_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
+CALL_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+
+
+def lengths(longest: int) -> tuple[int, ...]:
+    """1, 2, 5, 10, 20, 50 ... as far as `longest`."""
+    bounds = (digit * 10**power for power in range(len(str(longest))) for digit in (1, 2, 5))
+    return tuple(bound for bound in bounds if bound <= longest) or (1,)
+
+
+class Ticking(Protocol):
+    def __call__(self) -> None: ...
+
+
+class LoopLag:
+    """Sleeps `interval_s` again and again, and notes by how much each sleep was too long.
+
+    `tick` is called at each waking. One instance belongs to one loop.
+    """
+
+    def __init__(self, interval_s: float = 0.5, tick: Ticking | None = None) -> None:
+        self.seconds = Buckets(LAG_S)
+        self._interval_s = interval_s
+        self._tick = tick
+        self._latest_s = 0.0
+        self._due_s = math.inf
+
+    def now_s(self) -> float:
+        """How late the latest sleeper is, or was."""
+        return max(self._latest_s, anyio.current_time() - self._due_s)
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        while True:
+            self._due_s = anyio.current_time() + self._interval_s
+            await anyio.sleep_until(self._due_s)
+            self._latest_s = max(anyio.current_time() - self._due_s, 0.0)
+            self.seconds.observe(self._latest_s)
+            if self._tick is not None:
+                self._tick()
+
+
+CLASSES = {number: name for name, number in PRIORITIES.items()}
+OTHER = "other"
+PHASES = ("queue", "prefill", "transfer", "decode")
+
+
+_BOUNDS = {
+    "ttft": TTFT_S,
+    "itl": TOKEN_S,
+    "tpot": TOKEN_S,
+    "e2e": REQUEST_S,
+    "queue": REQUEST_S,
+    "inference": REQUEST_S,
+    "prefill": REQUEST_S,
+    "decode": REQUEST_S,
+    "kv_transfer": PHASE_S,
+    "num_choices": CHOICES,
+    "num_preemptions": PREEMPTIONS,
+}
+_LENGTHS = ("prompt_len", "computed_len", "generation_len", "longest_len", "max_tokens")
+
+
+@dataclass(slots=True)
+class Counts:
+    """Since the start. Choices are counted as requests, as the ledger does.
+
+    `lengths`: the bounds for numbers of tokens. TTFT, ITL and end-to-end times end where an item
+    is delivered; the other times are those of the stamps.
+    """
+
+    lengths: tuple[int, ...]
+    num_accepted: int = 0
+    ended: dict[str, int] = field(default_factory=dict)  # finish reason -> requests
+    rejected: dict[tuple[str, str], int] = field(default_factory=dict)  # (code, priority class)
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generation_tokens: int = 0
+    goodput_tokens: int = 0
+    kv_transfer_bytes: int = 0
+    kv_transfer_tokens: int = 0
+    ttft: Buckets = field(init=False)
+    itl: Buckets = field(init=False)
+    tpot: Buckets = field(init=False)
+    e2e: Buckets = field(init=False)
+    queue: Buckets = field(init=False)
+    inference: Buckets = field(init=False)
+    prefill: Buckets = field(init=False)
+    decode: Buckets = field(init=False)
+    kv_transfer: Buckets = field(init=False)
+    num_choices: Buckets = field(init=False)
+    num_preemptions: Buckets = field(init=False)  # of a choice that an engine began
+    prompt_len: Buckets = field(init=False)
+    computed_len: Buckets = field(init=False)
+    generation_len: Buckets = field(init=False)
+    longest_len: Buckets = field(init=False)  # of all choices of a request
+    max_tokens: Buckets = field(init=False)
+    phases: dict[str, Buckets] = field(init=False)
+
+    def __post_init__(self) -> None:
+        for name, which in (*_BOUNDS.items(), *((name, self.lengths) for name in _LENGTHS)):
+            setattr(self, name, Buckets(which))
+        self.phases = {phase: Buckets(PHASE_S) for phase in PHASES}
+
+    @property
+    def num_open(self) -> int:
+        return self.num_accepted - sum(self.ended.values())
+
+    def end(self, reason: str) -> None:
+        self.ended[reason] = self.ended.get(reason, 0) + 1
+
+    def reject(self, code: str, priority: int) -> None:
+        key = code if code in CODES else OTHER, CLASSES.get(priority, OTHER)
+        self.rejected[key] = self.rejected.get(key, 0) + 1
+
+    def snapshot(self) -> "Counts":
+        """What was counted so far; it changes no more."""
+        copied = copy.copy(self)
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if isinstance(value, Buckets | dict):
+                setattr(copied, each.name, value.copy())
+        copied.phases = {phase: buckets.copy() for phase, buckets in self.phases.items()}
+        return copied
+
 
 # What probes and scrapers call: no part of the HTTP metrics that vLLM has too.
 NOT_MEASURED = frozenset({"/metrics", "/health", "/load", "/ping", "/version", "/live", "/ready"})

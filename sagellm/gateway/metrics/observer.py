@@ -4,8 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from sagellm.gateway.metrics.counts import Counts
-from sagellm.gateway.metrics.meters import UNKNOWN
+from sagellm.gateway.metrics.meters import UNKNOWN, Counts
 from sagellm.runtime.lease_shape import LeaseShape
 from sagellm.runtime.messages import SERVED, Answer, Forked, Item, Request, Stamps, TokenEvent
 

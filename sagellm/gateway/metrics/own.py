@@ -4,9 +4,8 @@ from collections.abc import Callable, Iterable, Iterator
 
 from prometheus_client.core import Metric
 
-from sagellm.gateway.metrics.counts import Counts
 from sagellm.gateway.metrics.families import Labels, counter, gauge, histogram
-from sagellm.gateway.metrics.meters import HttpMeters
+from sagellm.gateway.metrics.meters import Counts, HttpMeters
 from sagellm.gateway.metrics.snapshot import EngineReading, Snapshot
 from sagellm.runtime.buckets import Buckets
 from sagellm.runtime.executors.reading import OperatorReading, Shares

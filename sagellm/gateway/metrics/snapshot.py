@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from sagellm.gateway.metrics.counts import Counts
+from sagellm.gateway.metrics.meters import Counts
 from sagellm.runtime.buckets import Buckets
 from sagellm.runtime.cluster.backoff import BLAMES, Restarts
 from sagellm.runtime.cluster.worker import Worker

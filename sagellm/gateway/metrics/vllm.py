@@ -1,19 +1,55 @@
-"""The metrics that vLLM has too, under its names: its boards, routers and autoscalers fit.
-
-All that computes for a model is one engine to them, "0": what they ask is how much one address has
-to do.
-"""
+"""Metrics under the names of vLLM and of its HTTP instrumentator."""
 
 from collections.abc import Callable, Iterator
 from itertools import zip_longest
 
 from prometheus_client.core import Metric
 
-from sagellm.gateway.metrics.counts import Counts
 from sagellm.gateway.metrics.families import Labels, counter, gauge, histogram
+from sagellm.gateway.metrics.meters import (
+    HANDLER_S,
+    NOT_MEASURED,
+    UNKNOWN,
+    Call,
+    Counts,
+    HttpMeters,
+)
 from sagellm.gateway.metrics.snapshot import EngineReading, ModelReading, Snapshot
 from sagellm.runtime.buckets import Buckets
 from sagellm.runtime.port import DraftCounts, EngineLoad
+
+_NO_HANDLER = "none"  # for a path that is no route
+
+
+def instrumentator_families(http: HttpMeters) -> Iterator[Metric]:
+    """Status codes are grouped, as "2xx"; probes and scrapes are left out, as in vLLM."""
+    yield counter("http_requests", "Calls that ended.", _requests(http))
+    seconds = [
+        (_http_labels(call), taken)
+        for call, taken in http.seconds.items()
+        if call.endpoint not in NOT_MEASURED
+    ]
+    yield histogram("http_request_duration_seconds", "Time of calls.", seconds, HANDLER_S)
+    every: list[tuple[Labels, Buckets]] = [({}, http.all_seconds)]
+    yield histogram("http_request_duration_highr_seconds", "Time of all calls.", every)
+
+
+def _requests(http: HttpMeters) -> list[tuple[Labels, float]]:
+    grouped: dict[tuple[Call, str], int] = {}
+    for (call, status), number in http.responses.items():
+        if call.endpoint not in NOT_MEASURED:
+            key = call, f"{status // 100}xx"
+            grouped[key] = grouped.get(key, 0) + number
+    return [
+        ({**_http_labels(call), "status": status}, number)
+        for (call, status), number in grouped.items()
+    ]
+
+
+def _http_labels(call: Call) -> Labels:
+    handler = _NO_HANDLER if call.endpoint == UNKNOWN else call.endpoint
+    return {"handler": handler, "method": call.method}
+
 
 ENGINE = "0"
 _FINISHED = {

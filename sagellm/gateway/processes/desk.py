@@ -6,11 +6,10 @@ from typing import Protocol
 import msgspec
 import trio
 
-from sagellm.gateway.crossing import Crossing, carry
-from sagellm.gateway.door import Entry
-from sagellm.gateway.door_session import event_of
-from sagellm.gateway.failure import ApiError
+from sagellm.gateway.door import Entry, event_of
+from sagellm.gateway.errors import ApiError
 from sagellm.gateway.gateway import call_of
+from sagellm.gateway.portal import Crossing, carry
 from sagellm.gateway.processes.link import Link
 from sagellm.gateway.processes.messages import (
     Enter,

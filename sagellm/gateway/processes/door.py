@@ -5,10 +5,9 @@ from collections.abc import Sequence
 
 import anyio
 
-from sagellm.gateway.crossing import num_tokens, window_of
-from sagellm.gateway.door import Entry
-from sagellm.gateway.door_session import closed
-from sagellm.gateway.failure import ApiError
+from sagellm.gateway.door import Entry, closed
+from sagellm.gateway.errors import ApiError
+from sagellm.gateway.portal import num_tokens, window_of
 from sagellm.gateway.processes.link import Link
 from sagellm.gateway.processes.messages import (
     Answered,

@@ -9,6 +9,7 @@ from anyio.abc import UNIXSocketStream
 
 from sagellm.gateway.processes.desk import Desk
 from sagellm.gateway.processes.link import Link
+from sagellm.gateway.processes.main import Start
 from sagellm.gateway.processes.messages import (
     Ask,
     Counted,
@@ -21,7 +22,6 @@ from sagellm.gateway.processes.messages import (
     Taken,
     Up,
 )
-from sagellm.gateway.processes.start import Start
 from sagellm.gateway.settings import Streaming
 from sagellm.runtime.cluster.process import Process
 from sagellm.session import Session

@@ -1,9 +1,10 @@
 """What a gateway's process runs: the app and its server, before a door to the graph's process."""
 
 import gc
+import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -11,12 +12,13 @@ from socket import socket
 from typing import Any
 
 import anyio
+import msgspec
 from anyio.abc import TaskGroup, UNIXSocketStream
 
 from sagellm.gateway.app import App, build_app
-from sagellm.gateway.budgets import Budgets
-from sagellm.gateway.count import Tally
+from sagellm.gateway.budgets import Budgets, Tally, count_names
 from sagellm.gateway.gateway import Gateway, Served
+from sagellm.gateway.layers.access import tenants
 from sagellm.gateway.processes.door import RemoteDoor
 from sagellm.gateway.processes.link import Link, read_first
 from sagellm.gateway.processes.messages import (
@@ -35,14 +37,46 @@ from sagellm.gateway.processes.messages import (
     Up,
 )
 from sagellm.gateway.processes.meters import RemoteMeters, counted
-from sagellm.gateway.processes.start import Start, tally_names
 from sagellm.gateway.routes import PATHS
-from sagellm.gateway.server.drain import CLOSE_S
-from sagellm.gateway.server.signals import ignore_noted
+from sagellm.gateway.server.drain import CLOSE_S, ignore_noted
+from sagellm.gateway.settings import Settings
 from sagellm.graphs.text.codec import from_msgpack
 from sagellm.logs import own_logs
 from sagellm.models import Models, load_models
 from sagellm.runtime.cluster.lifeline import hold_lifeline
+
+_VARIABLE = "SAGELLM_GATEWAY"
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Descriptors: the link to the graph's process, the socket that is served, the table of counts;
+    and which of its rows is this gateway's.
+    """
+
+    door: int
+    listener: int
+    tally: int
+    num_rows: int
+    row: int
+
+    @property
+    def env(self) -> Mapping[str, str]:
+        return {_VARIABLE: msgspec.json.encode(self).decode()}
+
+    @property
+    def files(self) -> tuple[int, ...]:
+        return self.door, self.listener, self.tally
+
+    @classmethod
+    def read(cls) -> "Start":
+        return msgspec.json.decode(os.environ.pop(_VARIABLE), type=cls)
+
+
+def tally_names(settings: Settings) -> tuple[str, ...]:
+    """The columns of the table: calls under way, and what each tenant has."""
+    return "calls", *(name for tenant in tenants(settings) for name in count_names(tenant))
+
 
 _SERVERS = {  # the loop that each runs on, and what it is there
     "hypercorn": ("trio", {}, "sagellm.gateway.server.hypercorn", "HypercornServer"),

@@ -7,7 +7,7 @@ import msgspec
 
 from sagellm.gateway.cards import ModelCard
 from sagellm.gateway.door import Entry
-from sagellm.gateway.failure import ApiError
+from sagellm.gateway.errors import ApiError
 from sagellm.gateway.settings import Settings
 from sagellm.runtime.buckets import Buckets
 from sagellm.runtime.messages import TokenEvent

@@ -2,8 +2,7 @@
 
 from collections.abc import Iterable
 
-from sagellm.gateway.metrics.bounds import CALL_S
-from sagellm.gateway.metrics.meters import Call, HttpMeters
+from sagellm.gateway.metrics.meters import CALL_S, Call, HttpMeters
 from sagellm.gateway.processes.door import RemoteDoor
 from sagellm.gateway.processes.messages import Counted, Histogram
 from sagellm.runtime.buckets import Buckets

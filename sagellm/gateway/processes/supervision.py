@@ -12,11 +12,12 @@ from secrets import token_bytes
 import msgspec
 import trio
 
+from sagellm.gateway.budgets import Tally
 from sagellm.gateway.cards import ModelCard
-from sagellm.gateway.count import Tally
 from sagellm.gateway.listen import BACKLOG
 from sagellm.gateway.metrics.exposition import GatewayMeters
 from sagellm.gateway.processes.life import EXIT_S, Life
+from sagellm.gateway.processes.main import Start, tally_names
 from sagellm.gateway.processes.messages import (
     Answered,
     Cancel,
@@ -31,7 +32,6 @@ from sagellm.gateway.processes.messages import (
     Stop,
 )
 from sagellm.gateway.processes.meters import SummedMeters, counted
-from sagellm.gateway.processes.start import Start, tally_names
 from sagellm.gateway.readiness import Readiness
 from sagellm.gateway.routes import PATHS
 from sagellm.gateway.server.drain import CLOSE_S

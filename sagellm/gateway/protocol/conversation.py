@@ -1,16 +1,208 @@
-"""What a chat and its tokenisation have in common: messages, and how they become a prompt."""
+"""The messages and tools of a conversation, and how they become a prompt."""
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Protocol, TypeAlias
+from typing import Annotated, Any, Literal, Protocol, TypeAlias
 
+import msgspec
 from msgspec import Meta
 
-from sagellm.gateway.failure import wrong
-from sagellm.gateway.protocol.messages import Message, check_messages
-from sagellm.gateway.protocol.names import shown
-from sagellm.gateway.protocol.tools import Tool
+from sagellm.gateway.errors import ApiError, wrong
+from sagellm.gateway.protocol.fields import fields_of
+from sagellm.gateway.protocol.foreign import FUNCTION_CALL, MESSAGE, PART, TOOL_CALL
+from sagellm.gateway.protocol.json import read_json, shown
+from sagellm.gateway.protocol.request import at_most
 from sagellm.gateway.settings import Limits
 from sagellm.runtime.models.chat import GIVEN, Rendering
+
+MAX_TOOLS = 128  # as in the OpenAI API; of calls in one message too
+ToolChoice: TypeAlias = Literal["none", "auto"]
+
+
+class Function(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a tool does. `parameters` is a JSON schema, which is shown and not read."""
+
+    name: Annotated[str, Meta(min_length=1)]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(msgspec.Struct, frozen=True, kw_only=True):
+    """A function that the model may be told of. Further fields are dropped."""
+
+    type: Literal["function"]
+    function: Function
+
+    @property
+    def plain(self) -> dict[str, Any]:
+        """As a chat template knows it."""
+        plain: dict[str, Any] = msgspec.to_builtins(self)
+        return plain
+
+
+class FunctionCall(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`arguments`: the JSON text of an object; "" has none."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A call in an earlier message of the assistant."""
+
+    function: FunctionCall
+    id: str | None = None
+    type: Literal["function"] = "function"
+
+    @property
+    def plain(self) -> dict[str, Any]:
+        """As chat templates know it: the arguments are an object."""
+        function = {"name": self.function.name, "arguments": self._arguments}
+        plain = {"type": self.type, "function": function}
+        return plain if self.id is None else {"id": self.id, **plain}
+
+    @property
+    def _arguments(self) -> dict[str, Any]:
+        text = self.function.arguments
+        arguments: dict[str, Any] = msgspec.json.decode(text) if text else {}
+        return arguments
+
+
+Tools: TypeAlias = Annotated[list[Tool], Meta(max_length=MAX_TOOLS)]
+ToolCalls: TypeAlias = Annotated[list[ToolCall], Meta(max_length=MAX_TOOLS)]
+
+
+def check_arguments(call: ToolCall, where: str, max_depth: int) -> None:
+    """Raise ApiError (400) where the arguments are no JSON object; the text is not shown."""
+    text, param = call.function.arguments, f"{where}.function.arguments"
+    try:
+        is_object = not text or isinstance(read_json(text.encode(), max_depth=max_depth), dict)
+    except ApiError:
+        is_object = False
+    if not is_object:
+        raise wrong(param, "must be the JSON text of an object")
+
+
+def check_choice(said: dict[str, Any]) -> None:
+    """Raise ApiError (400) where a call of a tool is asked for, which is not built."""
+    choice = said.get("tool_choice")
+    if choice not in (None, "none", "auto"):
+        raise _unsupported("tool_choice", "this server makes no tool calls; send `none`")
+    if said.get("tools") and choice != "none":
+        cure = "leave them out, or show them to the model with `tool_choice`: `none`"
+        raise _unsupported("tools", f"this server makes no tool calls; {cure}")
+
+
+def _unsupported(param: str, message: str) -> ApiError:
+    return wrong(param, message, "unsupported_parameter")
+
+
+MAX_PARTS = 1024  # of one message
+Role: TypeAlias = Literal["system", "developer", "user", "assistant", "tool"]
+
+
+class TextPart(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A piece of a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One turn of a conversation. One of the assistant with `tool_calls` needs no content.
+
+    `reasoning_content` and `reasoning` are two spellings of one text. `type` is what some clients
+    add to every message.
+    """
+
+    role: Role
+    content: str | list[TextPart] | None = None
+    tool_calls: ToolCalls = []
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    name: str | None = None
+    tool_call_id: str | None = None
+    type: Literal["text"] = "text"
+
+    @property
+    def plain(self) -> dict[str, Any]:
+        """As a chat template knows it: a developer is a system, parts are one text."""
+        role = "system" if self.role == "developer" else self.role
+        plain = {"role": role, "content": self._text}
+        thought = self.reasoning if self.reasoning_content is None else self.reasoning_content
+        more = {
+            "tool_calls": [call.plain for call in self.calls] or None,
+            "reasoning_content": thought,
+            "reasoning": thought,
+            "name": self.name,
+            "tool_call_id": self.tool_call_id,
+        }
+        return plain | {name: value for name, value in more.items() if value is not None}
+
+    @property
+    def calls(self) -> list[ToolCall]:
+        """Of the assistant; what others have is left out, as vLLM does."""
+        return self.tool_calls if self.role == "assistant" else []
+
+    @property
+    def _text(self) -> str | None:
+        if self.content is None or isinstance(self.content, str):
+            return self.content
+        return "".join(part.text for part in self.content)
+
+
+def read_messages(value: Any, limits: Limits) -> Any:
+    """The messages with only fields that are served in them, types unchecked.
+
+    Raises ApiError (400) that names the place of what is not served.
+    """
+    if not isinstance(value, list):
+        return value
+    at_most("messages", len(value), limits.num_messages, "messages")
+    return [_message(message, f"messages[{index}]") for index, message in enumerate(value)]
+
+
+def _message(message: Any, where: str) -> dict[str, Any]:
+    said = fields_of(message, Message.__struct_fields__, MESSAGE, where)
+    parts = said.get("content")
+    if isinstance(parts, list):
+        at_most(f"{where}.content", len(parts), MAX_PARTS, "parts")
+        said["content"] = [
+            _part(part, f"{where}.content[{index}]") for index, part in enumerate(parts)
+        ]
+    calls = said.get("tool_calls")
+    if isinstance(calls, list):
+        said["tool_calls"] = [
+            _call(call, f"{where}.tool_calls[{index}]") for index, call in enumerate(calls)
+        ]
+    return said
+
+
+def _part(part: Any, where: str) -> dict[str, Any]:
+    if isinstance(part, dict) and part.get("type", "text") != "text":
+        raise wrong(f"{where}.type", "only parts of type `text` are served")
+    return fields_of(part, TextPart.__struct_fields__, PART, where)
+
+
+def _call(call: Any, where: str) -> dict[str, Any]:
+    said = fields_of(call, ToolCall.__struct_fields__, TOOL_CALL, where)
+    if said.get("type", "function") != "function":
+        raise wrong(f"{where}.type", "only calls of type `function` are served")
+    if "function" in said:
+        known = FunctionCall.__struct_fields__
+        said["function"] = fields_of(said["function"], known, FUNCTION_CALL, f"{where}.function")
+    return said
+
+
+def check_messages(messages: Sequence[Message], limits: Limits) -> None:
+    """Raise ApiError (400) for content that is missing, and calls that are none."""
+    for index, message in enumerate(messages):
+        where = f"messages[{index}]"
+        if message.content is None and not message.calls:
+            raise wrong(f"{where}.content", "is missing", "missing_required_parameter")
+        for number, call in enumerate(message.calls):
+            check_arguments(call, f"{where}.tool_calls[{number}]", limits.json_depth)
+
 
 MAX_VARIABLES = 32
 MAX_VARIABLE_LEN = 512

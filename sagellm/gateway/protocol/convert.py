@@ -5,10 +5,9 @@ from typing import Any, TypeVar, get_args
 
 import msgspec
 
-from sagellm.gateway.failure import ApiError, wrong
-from sagellm.gateway.protocol.messages import Role
+from sagellm.gateway.errors import ApiError, wrong
+from sagellm.gateway.protocol.conversation import Role, ToolChoice
 from sagellm.gateway.protocol.request import Effort, Side
-from sagellm.gateway.protocol.tools import ToolChoice
 
 T = TypeVar("T")
 

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from sagellm.gateway.failure import ApiError, wrong
+from sagellm.gateway.errors import ApiError, wrong
 from sagellm.gateway.protocol.foreign import Foreign, check_taken, refuse_unbuilt
-from sagellm.gateway.protocol.names import shown
+from sagellm.gateway.protocol.json import shown
 from sagellm.graphs.vocabulary import nearest
 
 _GUESSED_LEN = 64  # names beyond are nobody's slip, and comparing them takes long

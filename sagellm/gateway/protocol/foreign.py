@@ -7,7 +7,7 @@ checked, then it is dropped. An endpoint that builds a field looks at it before 
 from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeAlias
 
-from sagellm.gateway.failure import ApiError, wrong
+from sagellm.gateway.errors import ApiError, wrong
 
 # Field -> the values, beside null, with which it asks for what happens anyway.
 Unbuilt: TypeAlias = Mapping[str, tuple[Any, ...]]

@@ -6,8 +6,15 @@ import re
 from collections import Counter
 from typing import Any
 
-from sagellm.gateway.failure import ApiError
-from sagellm.gateway.protocol.names import shown
+from sagellm.gateway.errors import ApiError
+
+_PLAIN = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+
+
+def shown(name: str) -> str:
+    """A field's name, unless it could be anything else: then only its length."""
+    return f"`{name}`" if _PLAIN.fullmatch(name) else f"of {len(name)} characters"
+
 
 # How long a body holds the loop: the parser and the checks behind it run for each of these.
 MAX_BRACKETS = 1 << 17

@@ -1,10 +1,15 @@
-"""What completions and chats have in common: how to draw, when to stop, how to send."""
+"""What the bodies of completions and chats share: how to sample, when to stop, how to send."""
 
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 import msgspec
 from msgspec import Meta
 
+from sagellm.gateway.errors import ApiError, wrong
+from sagellm.gateway.protocol.fields import fields_of
+from sagellm.gateway.protocol.foreign import REQUEST, STREAM_OPTIONS
+from sagellm.gateway.protocol.json import read_json
+from sagellm.gateway.settings import Limits
 from sagellm.runtime.messages import PRIORITIES
 from sagellm.runtime.sampling import RANGES
 
@@ -112,3 +117,52 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     def has_continuous_usage(self) -> bool:
         """Whether every event of a stream has the usage so far."""
         return self.stream_options is not None and self.stream_options.continuous_usage_stats
+
+
+def check_generation(request: Generation, limits: Limits) -> None:
+    """Raise ApiError (400; 404 for the model) for what is too long, too many or contradictory."""
+    check_model_name(request.model, limits)
+    at_most("n", request.n, limits.num_choices)
+    at_most("logit_bias", len(request.logit_bias), limits.num_logit_bias, "entries")
+    _check_stops(request, limits)
+    _check_pairs(request)
+
+
+def check_model_name(name: str | None, limits: Limits) -> None:
+    """A name that is too long is the name of no model."""
+    if name is not None and len(name) > limits.model_name_len:
+        message = f"model: there is none with a name of {len(name)} characters"
+        raise ApiError(404, message, param="model", code="model_not_found")
+
+
+def at_most(param: str, number: int, limit: int, unit: str = "") -> None:
+    """Raise ApiError (400) with both numbers."""
+    if number > limit:
+        what = f"has {number} {unit}" if unit else f"is {number}"
+        raise wrong(param, f"{what}; the limit is {limit}")
+
+
+def _check_stops(request: Generation, limits: Limits) -> None:
+    at_most("stop", len(request.stops), limits.num_stop, "strings")
+    for text in request.stops:
+        at_most("stop", len(text.encode()), limits.stop_bytes, "bytes in one string")
+
+
+def _check_pairs(request: Generation) -> None:
+    asked = request.max_tokens, request.max_completion_tokens
+    if None not in asked and asked[0] != asked[1]:
+        raise wrong("max_tokens", f"is {asked[0]}, but max_completion_tokens is {asked[1]}")
+    if request.truncate_prompt_tokens == 0:
+        raise wrong("truncate_prompt_tokens", "is 0; it must be 1 or more, or -1 for the context")
+
+
+def read_fields(body: bytes, struct: type[msgspec.Struct], limits: Limits) -> dict[str, Any]:
+    """What the body says of the fields of `struct`, types unchecked. Raises ApiError (400)."""
+    value = read_json(body, max_depth=limits.json_depth)
+    said = fields_of(value, struct.__struct_fields__, REQUEST)
+    if "stream_options" in said:
+        options = StreamOptions.__struct_fields__
+        said["stream_options"] = fields_of(
+            said["stream_options"], options, STREAM_OPTIONS, "stream_options"
+        )
+    return said

@@ -6,9 +6,8 @@ from typing import Any
 
 import msgspec
 
-from sagellm.gateway.failure import ApiError, wrong
-from sagellm.gateway.protocol.chat import ChatRequest
-from sagellm.gateway.protocol.completions import CompletionRequest
+from sagellm.gateway.errors import ApiError, wrong
+from sagellm.gateway.protocol.completions import ChatRequest, CompletionRequest
 from sagellm.gateway.protocol.request import Generation
 from sagellm.runtime.messages import Sampling
 from sagellm.runtime.sampling import RANGES, fault_of

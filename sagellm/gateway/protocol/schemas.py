@@ -7,8 +7,14 @@ from typing import Any, TypeAlias
 
 import msgspec
 
-from sagellm.gateway.protocol.chat import ChatRequest
-from sagellm.gateway.protocol.completions import CompletionRequest
+from sagellm.gateway.protocol.completions import ChatRequest, CompletionRequest
+from sagellm.gateway.protocol.conversation import (
+    MAX_PARTS,
+    FunctionCall,
+    Message,
+    TextPart,
+    ToolCall,
+)
 from sagellm.gateway.protocol.foreign import (
     FUNCTION_CALL,
     MESSAGE,
@@ -18,10 +24,8 @@ from sagellm.gateway.protocol.foreign import (
     TOOL_CALL,
     Foreign,
 )
-from sagellm.gateway.protocol.messages import MAX_PARTS, Message, TextPart
 from sagellm.gateway.protocol.request import StreamOptions
 from sagellm.gateway.protocol.tokenize import DetokenizeRequest, TokenizeChat, TokenizePrompt
-from sagellm.gateway.protocol.tools import FunctionCall, ToolCall
 from sagellm.gateway.settings import Limits
 
 Schema: TypeAlias = dict[str, Any]

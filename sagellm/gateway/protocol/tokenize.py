@@ -5,21 +5,20 @@ from typing import Annotated, Any, TypeAlias
 import msgspec
 from msgspec import Meta
 
-from sagellm.gateway.failure import wrong
+from sagellm.gateway.errors import wrong
 from sagellm.gateway.protocol.conversation import (
+    Message,
+    Tools,
     Variables,
     check_conversation,
     plain_messages,
+    read_messages,
 )
 from sagellm.gateway.protocol.convert import convert
 from sagellm.gateway.protocol.fields import fields_of
 from sagellm.gateway.protocol.foreign import REQUEST
 from sagellm.gateway.protocol.json import read_json
-from sagellm.gateway.protocol.messages import Message, read_messages
-from sagellm.gateway.protocol.reading import read_fields
-from sagellm.gateway.protocol.request import TokenId
-from sagellm.gateway.protocol.sizes import check_model_name
-from sagellm.gateway.protocol.tools import Tools
+from sagellm.gateway.protocol.request import TokenId, check_model_name, read_fields
 from sagellm.gateway.settings import Limits
 
 

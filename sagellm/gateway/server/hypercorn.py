@@ -16,8 +16,7 @@ from hypercorn.typing import ConnectionState
 
 from sagellm.gateway.app import App
 from sagellm.gateway.listen import BACKLOG, max_connections
-from sagellm.gateway.server.connection import Connection
-from sagellm.gateway.server.hypercorn_protocols import Config, Protocols
+from sagellm.gateway.server.hypercorn_protocols import Config, Connection, Protocols
 from sagellm.gateway.server.overflow import Overflow
 from sagellm.gateway.settings import Settings
 from sagellm.graphs.log import get_logger

@@ -1,8 +1,4 @@
-"""Refusing calls where their connections are accepted: without a task, a parser or the app.
-
-A call that the app refuses has cost a millisecond by then. Where more come than are taken, those
-refusals alone would leave the engine no time.
-"""
+"""Refusals below the app: bytes that are no request, and calls refused where they are accepted."""
 
 import math
 import re
@@ -11,8 +7,27 @@ from socket import MSG_PEEK, SHUT_WR, socket
 
 from sagellm.gateway.app import App
 from sagellm.gateway.call import read_request_id
-from sagellm.gateway.layers.errors import headers_of
-from sagellm.gateway.layers.shedding import shed
+from sagellm.gateway.errors import ApiError, headers_of, shed
+
+_MESSAGES = {
+    400: "the request is not valid HTTP/1.1",
+    408: "the request took too long to come",
+    431: "the headers are too large",
+    503: "there are too many connections",
+}
+
+
+def refusal(status: int) -> tuple[list[tuple[bytes, bytes]], bytes]:
+    """Headers and body; the connection is closed behind them."""
+    body = ApiError(status, _MESSAGES.get(status, _MESSAGES[400])).encoded
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", b"%d" % len(body)),
+        (b"x-request-id", read_request_id(()).encode()),
+        (b"connection", b"close"),
+    ]
+    return headers, body
+
 
 _MOST_BYTES = 64 << 10  # of a call that is refused here
 _WAIT = 1 / 10  # of the objective: how long connections may wait to be accepted

@@ -5,7 +5,7 @@ from contextlib import ExitStack
 import pytest
 
 from sagellm.gateway.budgets import CANCEL_BURST, Budgets
-from sagellm.gateway.failure import ApiError
+from sagellm.gateway.errors import ApiError
 from sagellm.gateway.settings import Budget, Settings
 
 

@@ -9,8 +9,8 @@ import pytest
 from gateway_calls import playing, post
 
 from sagellm.gateway.encoding import Encoder
-from sagellm.gateway.endpoints.chat import chat
-from sagellm.gateway.failure import ApiError
+from sagellm.gateway.endpoints.completions import chat
+from sagellm.gateway.errors import ApiError
 from sagellm.runtime.models.chat import ChatTemplateError
 from sagellm.runtime.models.tokenizer import ByteTokenizer
 

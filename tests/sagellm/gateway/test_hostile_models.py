@@ -14,8 +14,7 @@ from gateway_served import SERVERS, Served, get, post, serving
 from hostile_folders import HEALTHY, MESSAGES, TEMPLATES, TOKENIZERS, hostile_folder, load
 
 from sagellm.gateway.encoding import Encoder
-from sagellm.gateway.endpoints.chat import chat
-from sagellm.gateway.endpoints.completions import completions
+from sagellm.gateway.endpoints.completions import chat, completions
 from sagellm.gateway.endpoints.tokenize import tokenize
 from sagellm.runtime.models.sandbox.fault import HelperUnavailable
 from sagellm.runtime.models.tokenizer import Tokenizer

@@ -12,7 +12,7 @@ from logged import logged
 from trio.testing import MockClock
 
 from sagellm.gateway.door import Door
-from sagellm.gateway.failure import ApiError
+from sagellm.gateway.errors import ApiError
 from sagellm.gateway.readiness import PROBE_S, RETRY_S, WATCH_S, Probe, Readiness
 from sagellm.runtime.messages import OPERATOR_FAILED, TokenEvent
 

@@ -8,8 +8,7 @@ from gateway_calls import Client, ScriptedDoor, event, gateway_before, last, pla
 
 from sagellm.gateway.answers.structs import ChatCompletion, Completion
 from sagellm.gateway.door import Entry
-from sagellm.gateway.endpoints.chat import chat
-from sagellm.gateway.endpoints.completions import completions
+from sagellm.gateway.endpoints.completions import chat, completions
 from sagellm.runtime.engine.detokenizer import IncrementalDetokenizer
 from sagellm.runtime.models.tokenizer import ByteTokenizer
 

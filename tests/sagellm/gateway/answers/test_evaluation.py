@@ -5,8 +5,7 @@ from typing import Any
 import pytest
 from gateway_calls import event, last, playing, post
 
-from sagellm.gateway.endpoints.chat import chat
-from sagellm.gateway.endpoints.completions import completions
+from sagellm.gateway.endpoints.completions import chat, completions
 from sagellm.runtime.messages import TokenLogprob
 
 COMPLETION = {"model": "m", "prompt": "hey"}

@@ -6,8 +6,7 @@ import pytest
 from gateway_calls import event, last, playing, post
 
 from sagellm.gateway.answers.logprobs import TokenTexts
-from sagellm.gateway.endpoints.chat import chat
-from sagellm.gateway.endpoints.completions import completions
+from sagellm.gateway.endpoints.completions import chat, completions
 from sagellm.runtime.messages import TokenLogprob
 from sagellm.runtime.models.folder import resolve_model
 from sagellm.runtime.models.tokenizer import ByteTokenizer, load_tokenizer

@@ -10,15 +10,13 @@ from gateway_calls import event, last
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from sagellm.gateway.answers.chat import ChatForm
-from sagellm.gateway.answers.completion import CompletionForm
+from sagellm.gateway.answers.completions import ChatForm, CompletionForm
 from sagellm.gateway.answers.logprobs import TokenTexts
-from sagellm.gateway.answers.reply import Asked, Reply
+from sagellm.gateway.answers.reply import Asked, Reply, Tally
 from sagellm.gateway.answers.sse import DONE, KEEP_ALIVE
 from sagellm.gateway.answers.sse import event as sse_event
-from sagellm.gateway.answers.usage import Tally
 from sagellm.gateway.encoding import Prompt
-from sagellm.gateway.failure import ApiError
+from sagellm.gateway.errors import ApiError
 from sagellm.runtime.models.tokenizer import ByteTokenizer
 
 HARD = ["\r", "\r\n\r\n", "\u2028", "\u2029\x85", "\x0b\x0c\x1c", "\N{GRINNING FACE}", "\x00", ""]

@@ -8,8 +8,7 @@ from gateway_calls import Client, event, gateway_before, last, playing, post
 from trio.testing import MockClock
 
 from sagellm.gateway.answers.sse import KEEP_ALIVE
-from sagellm.gateway.endpoints.chat import chat
-from sagellm.gateway.endpoints.completions import completions
+from sagellm.gateway.endpoints.completions import chat, completions
 from sagellm.gateway.settings import Streaming
 
 COMPLETION = {"model": "m", "prompt": "hey", "stream": True}

@@ -13,10 +13,9 @@ from anyio.abc import UNIXSocketStream
 from anyio.from_thread import start_blocking_portal
 
 from sagellm import Graph, Sampling, ops
-from sagellm.gateway.door import Door, Entry
-from sagellm.gateway.door_portal import open_portal
-from sagellm.gateway.door_session import SessionDoor
-from sagellm.gateway.failure import ApiError
+from sagellm.gateway.door import Door, Entry, SessionDoor
+from sagellm.gateway.errors import ApiError
+from sagellm.gateway.portal import open_portal
 from sagellm.gateway.processes.desk import Desk
 from sagellm.gateway.processes.door import RemoteDoor
 from sagellm.gateway.processes.link import Link

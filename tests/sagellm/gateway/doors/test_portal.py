@@ -11,8 +11,8 @@ from anyio.from_thread import start_blocking_portal
 
 from sagellm import Graph, Sampling, ops
 from sagellm.gateway.door import Entry
-from sagellm.gateway.door_portal import PortalDoor, open_portal
-from sagellm.gateway.failure import ApiError
+from sagellm.gateway.errors import ApiError
+from sagellm.gateway.portal import PortalDoor, open_portal
 from sagellm.gateway.settings import Streaming
 
 ENTRY = {"text": "a", "token_ids": (1,)}

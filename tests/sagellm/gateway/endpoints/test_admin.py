@@ -7,8 +7,8 @@ import pytest
 from gateway_calls import Client, gateway_before, playing
 
 from sagellm import Graph
-from sagellm.gateway.endpoints.admin import cancel, graph
 from sagellm.gateway.endpoints.completions import completions
+from sagellm.gateway.endpoints.status import cancel, graph
 from sagellm.graphs.text.codec import from_json
 
 

@@ -13,10 +13,9 @@ from trio.testing import MockClock
 
 from sagellm import Graph, ops
 from sagellm.gateway.cards import ModelCard
-from sagellm.gateway.door_session import SessionDoor
-from sagellm.gateway.endpoints.admin import cancel
-from sagellm.gateway.endpoints.chat import chat
-from sagellm.gateway.endpoints.completions import completions
+from sagellm.gateway.door import SessionDoor
+from sagellm.gateway.endpoints.completions import chat, completions
+from sagellm.gateway.endpoints.status import cancel
 from sagellm.gateway.gateway import Gateway
 from sagellm.gateway.settings import Streaming
 from sagellm.session import Session

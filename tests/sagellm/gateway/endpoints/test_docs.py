@@ -10,7 +10,7 @@ from gateway_calls import gateway_before, playing
 from gateway_served import KEYS, SERVERS, get, serving
 from starlette.requests import Request
 
-from sagellm.gateway.endpoints.docs import docs_page
+from sagellm.gateway.endpoints.pages import docs_page
 from sagellm.gateway.routes import ROUTES, docs
 from sagellm.gateway.settings import Settings
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from sagellm import Graph
 from sagellm.gateway.cards import ModelCard
-from sagellm.gateway.door_session import SessionDoor
+from sagellm.gateway.door import SessionDoor
 from sagellm.gateway.endpoints.completions import completions
 from sagellm.gateway.settings import Streaming
 

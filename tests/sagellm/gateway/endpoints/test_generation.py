@@ -12,12 +12,10 @@ from starlette.requests import ClientDisconnect, Request
 from sagellm.gateway.budgets import Budgets
 from sagellm.gateway.door import Entry
 from sagellm.gateway.encoding import Prompt
-from sagellm.gateway.endpoints.chat import chat
-from sagellm.gateway.endpoints.completions import completions
+from sagellm.gateway.endpoints.completions import chat, completions, invocations
 from sagellm.gateway.endpoints.generation import samplings_of
-from sagellm.gateway.endpoints.invocations import invocations
 from sagellm.gateway.endpoints.tokenize import detokenize, tokenize
-from sagellm.gateway.failure import ApiError
+from sagellm.gateway.errors import ApiError
 from sagellm.gateway.protocol.completions import read_completion
 from sagellm.gateway.settings import Budget, Limits, Settings
 from sagellm.runtime.models.tokenizer import ByteTokenizer

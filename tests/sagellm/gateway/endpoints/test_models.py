@@ -3,9 +3,8 @@
 import pytest
 from gateway_calls import Client, gateway_before, last, playing, post
 
-from sagellm.gateway.endpoints.chat import chat
-from sagellm.gateway.endpoints.completions import completions
-from sagellm.gateway.endpoints.models import model, models
+from sagellm.gateway.endpoints.completions import chat, completions
+from sagellm.gateway.endpoints.status import model, models
 from sagellm.gateway.endpoints.tokenize import detokenize, tokenize
 
 CARD = {

@@ -8,7 +8,7 @@ from gateway_calls import gateway_before, playing
 from gateway_served import KEYS, SERVERS, ask, get, null_gateway
 
 from sagellm.gateway.app import build_app
-from sagellm.gateway.endpoints.page import HEADERS, MEDIA_TYPES, page_files
+from sagellm.gateway.endpoints.pages import HEADERS, MEDIA_TYPES, page_files
 from sagellm.gateway.routes import PAGE_ROUTES, PATHS
 from sagellm.gateway.settings import Settings
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from sagellm.gateway.failure import ApiError
-from sagellm.gateway.layers.auth import ANONYMOUS, Access, Caller, Keys
+from sagellm.gateway.errors import ApiError
+from sagellm.gateway.layers.access import ANONYMOUS, Access, Caller, Keys
 from sagellm.gateway.settings import Settings
 
 KEYED = Keys(Settings(api_keys={"alice": "ka", "bob": "kb"}, admin_key="root"))
@@ -69,8 +69,8 @@ def test_every_key_is_compared_whatever_was_given(
         compared.append(known)
         return hmac.compare_digest(given, known)
 
-    monkeypatch.setattr("sagellm.gateway.layers.auth.hmac.compare_digest", hmac.compare_digest)
+    monkeypatch.setattr("sagellm.gateway.layers.access.hmac.compare_digest", hmac.compare_digest)
     counted = type("Counted", (), {"compare_digest": staticmethod(compare)})
-    monkeypatch.setattr("sagellm.gateway.layers.auth.hmac", counted)
+    monkeypatch.setattr("sagellm.gateway.layers.access.hmac", counted)
     status(KEYED, "user", value)
     assert len(compared) == 3

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from sagellm.gateway.failure import ApiError
+from sagellm.gateway.errors import ApiError
 from sagellm.gateway.layers.body import Bodies, Body
 from sagellm.gateway.settings import Limits
 

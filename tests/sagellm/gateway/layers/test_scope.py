@@ -8,14 +8,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from sagellm.gateway.call import read_request_id, read_traceparent
-from sagellm.gateway.failure import ApiError
+from sagellm.gateway.errors import ApiError
 from sagellm.gateway.gateway import Gateway
+from sagellm.gateway.layers.access import Hosts, check_headers
 from sagellm.gateway.layers.body import Bodies, check_body
-from sagellm.gateway.layers.headers import check_headers
-from sagellm.gateway.layers.origin import Hosts
 from sagellm.gateway.routes import ROUTES
+from sagellm.gateway.routing import NOT_FOUND, Route, Table
 from sagellm.gateway.settings import Limits, Settings
-from sagellm.gateway.table import NOT_FOUND, Route, Table
 
 HOST = (b"host", b"localhost:8000")
 

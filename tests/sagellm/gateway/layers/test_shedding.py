@@ -15,9 +15,8 @@ from trio.testing import MockClock
 
 from sagellm import Graph, ops
 from sagellm.gateway.app import build_app
-from sagellm.gateway.layers.shedding import objective_of
-from sagellm.gateway.metrics.lag import LoopLag
-from sagellm.gateway.metrics.meters import NoMeters
+from sagellm.gateway.errors import objective_of
+from sagellm.gateway.metrics.meters import LoopLag, NoMeters
 from sagellm.graphs.ir import FrozenMap, Node
 from sagellm.graphs.ir import Graph as IR
 

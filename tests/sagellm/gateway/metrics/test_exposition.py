@@ -16,8 +16,8 @@ from prometheus_client.parser import text_string_to_metric_families as parse
 from trio.testing import MockClock
 
 from sagellm import Sampling
-from sagellm.gateway.metrics import bounds
 from sagellm.gateway.metrics.exposition import GatewayMeters
+from sagellm.gateway.metrics.meters import TTFT_S
 
 TEN = Sampling(max_tokens=10, ignore_eos=True)
 
@@ -224,7 +224,7 @@ async def test_buckets_are_those_of_vllm(opened: Any) -> None:
         samples = shown.families[name].samples
         return [float(one.labels["le"]) for one in samples if one.name.endswith("_bucket")][:-1]
 
-    assert found("vllm:time_to_first_token_seconds") == [*bounds.TTFT_S]
+    assert found("vllm:time_to_first_token_seconds") == [*TTFT_S]
     assert found("vllm:request_params_n") == [1, 2, 5, 10, 20]
     assert found("vllm:request_prompt_tokens") == [
         1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000,

@@ -7,7 +7,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse
 
 from sagellm import Sampling
-from sagellm.gateway.metrics.format import OPEN_METRICS, TEXT, format_of
+from sagellm.gateway.metrics.exposition import OPEN_METRICS, TEXT, format_of
 
 PROTOBUF = (
     "application/vnd.google.protobuf;proto=io.prometheus.client.MetricFamily;encoding=delimited"

@@ -5,8 +5,7 @@ import trio
 import trio.testing
 from trio.testing import MockClock
 
-from sagellm.gateway.metrics.lag import LoopLag
-from sagellm.gateway.metrics.meters import Call, HttpMeters, NoMeters
+from sagellm.gateway.metrics.meters import Call, HttpMeters, LoopLag, NoMeters
 
 PATH = "/v1/completions"
 

@@ -9,7 +9,7 @@ import trio
 from trio.testing import MockClock
 
 from sagellm import Graph, RequestFailed, RequestRefused, Sampling, ops
-from sagellm.gateway.metrics.counts import Counts
+from sagellm.gateway.metrics.meters import Counts
 from sagellm.gateway.metrics.observer import KVShape, Observer
 from sagellm.runtime.lease_shape import LeaseShape
 from sagellm.runtime.messages import (

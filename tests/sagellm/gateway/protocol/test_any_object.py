@@ -7,12 +7,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sagellm.gateway.failure import ApiError
-from sagellm.gateway.protocol.chat import ChatRequest, read_chat
-from sagellm.gateway.protocol.completions import CompletionRequest, read_completion
-from sagellm.gateway.protocol.conversation import rendering_of
+from sagellm.gateway.errors import ApiError
+from sagellm.gateway.protocol.completions import (
+    ChatRequest,
+    CompletionRequest,
+    read_chat,
+    read_completion,
+)
+from sagellm.gateway.protocol.conversation import (
+    FunctionCall,
+    Message,
+    TextPart,
+    ToolCall,
+    rendering_of,
+)
 from sagellm.gateway.protocol.foreign import MESSAGE, PART, REQUEST, TOOL_CALL
-from sagellm.gateway.protocol.messages import Message, TextPart
 from sagellm.gateway.protocol.request import StreamOptions
 from sagellm.gateway.protocol.sampling import ModelFacts, kept_ids, sampling_of
 from sagellm.gateway.protocol.tokenize import (
@@ -22,7 +31,6 @@ from sagellm.gateway.protocol.tokenize import (
     read_detokenize,
     read_tokenize,
 )
-from sagellm.gateway.protocol.tools import FunctionCall, ToolCall
 from sagellm.gateway.settings import Limits
 from sagellm.runtime.sampling import fault_of
 

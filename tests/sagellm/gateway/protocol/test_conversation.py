@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from sagellm.gateway.failure import ApiError
-from sagellm.gateway.protocol.chat import ChatRequest, read_chat
+from sagellm.gateway.errors import ApiError
+from sagellm.gateway.protocol.completions import ChatRequest, read_chat
 from sagellm.gateway.protocol.conversation import rendering_of
 from sagellm.gateway.settings import Limits
 from sagellm.runtime.models.chat import GIVEN, Rendering

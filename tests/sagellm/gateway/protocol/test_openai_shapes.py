@@ -11,8 +11,12 @@ from hypothesis import strategies as st
 from openai.types.chat.completion_create_params import CompletionCreateParamsBase as ChatParams
 from openai.types.completion_create_params import CompletionCreateParamsBase as CompletionParams
 
-from sagellm.gateway.protocol.chat import ChatRequest, read_chat
-from sagellm.gateway.protocol.completions import CompletionRequest, read_completion
+from sagellm.gateway.protocol.completions import (
+    ChatRequest,
+    CompletionRequest,
+    read_chat,
+    read_completion,
+)
 from sagellm.gateway.protocol.foreign import REQUEST
 from sagellm.gateway.settings import Limits
 

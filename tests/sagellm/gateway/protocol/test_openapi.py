@@ -10,11 +10,9 @@ import schemathesis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sagellm.gateway.failure import ApiError
-from sagellm.gateway.protocol.chat import read_chat
-from sagellm.gateway.protocol.completions import read_completion
-from sagellm.gateway.protocol.openapi import openapi
-from sagellm.gateway.protocol.operations import OPERATIONS
+from sagellm.gateway.errors import ApiError
+from sagellm.gateway.protocol.completions import read_chat, read_completion
+from sagellm.gateway.protocol.openapi import OPERATIONS, openapi
 from sagellm.gateway.protocol.tokenize import read_detokenize, read_tokenize
 from sagellm.gateway.settings import Limits
 

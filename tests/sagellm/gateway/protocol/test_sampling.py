@@ -8,9 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sagellm.gateway.failure import ApiError
-from sagellm.gateway.protocol.chat import ChatRequest, read_chat
-from sagellm.gateway.protocol.completions import CompletionRequest, read_completion
+from sagellm.gateway.errors import ApiError
+from sagellm.gateway.protocol.completions import (
+    ChatRequest,
+    CompletionRequest,
+    read_chat,
+    read_completion,
+)
 from sagellm.gateway.protocol.sampling import ModelFacts, check_ids, kept_ids, sampling_of
 from sagellm.gateway.settings import Limits
 from sagellm.runtime.messages import Sampling

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from sagellm.gateway.failure import ApiError
+from sagellm.gateway.errors import ApiError
 from sagellm.gateway.protocol.tokenize import (
     DetokenizeRequest,
     TokenizeChat,

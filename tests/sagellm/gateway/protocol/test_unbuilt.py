@@ -7,11 +7,15 @@ from typing import Any
 
 import pytest
 
-from sagellm.gateway.failure import ApiError
-from sagellm.gateway.protocol.chat import ChatRequest, read_chat
-from sagellm.gateway.protocol.completions import CompletionRequest, read_completion
+from sagellm.gateway.errors import ApiError
+from sagellm.gateway.protocol.completions import (
+    ChatRequest,
+    CompletionRequest,
+    read_chat,
+    read_completion,
+)
+from sagellm.gateway.protocol.conversation import Message, TextPart
 from sagellm.gateway.protocol.foreign import MESSAGE, PART, REQUEST
-from sagellm.gateway.protocol.messages import Message, TextPart
 from sagellm.gateway.settings import Limits
 
 LIMITS = Limits()

@@ -6,7 +6,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from sagellm.gateway.server.banner import KEY_VARIABLE, banner, curl
+from sagellm.gateway.listen import KEY_VARIABLE, banner, curl
 from sagellm.gateway.settings import Settings
 
 URL = "http://127.0.0.1:8000"

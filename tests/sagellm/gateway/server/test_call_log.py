@@ -5,7 +5,7 @@ import trio
 from gateway_served import KEYS, SERVERS, STREAM, first_token, get, received, serving
 from logged import Line, logged
 
-from sagellm.gateway.nearest import MAX_PATH_LEN
+from sagellm.gateway.routing import MAX_PATH_LEN
 
 pytestmark = pytest.mark.parametrize("server", SERVERS)
 

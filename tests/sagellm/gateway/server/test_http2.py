@@ -12,8 +12,8 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from sagellm.gateway.gateway import Gateway
+from sagellm.gateway.routing import Route
 from sagellm.gateway.settings import Limits, Streaming
-from sagellm.gateway.table import Route
 
 SHORT = Limits(header_s=0.2)
 HEAD = [(b":method", b"GET"), (b":scheme", b"http"), (b":authority", b"localhost")]

@@ -27,8 +27,8 @@ from starlette.responses import Response
 
 from sagellm.gateway.gateway import Gateway
 from sagellm.gateway.listen import MOST_FILES, raise_open_files
+from sagellm.gateway.routing import Route
 from sagellm.gateway.settings import Limits, Streaming
-from sagellm.gateway.table import Route
 
 SHORT = Limits(header_s=0.1, body_s=0.1)
 

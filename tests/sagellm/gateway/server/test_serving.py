@@ -21,7 +21,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from sagellm.gateway.gateway import Gateway
-from sagellm.gateway.table import Route
+from sagellm.gateway.routing import Route
 
 pytestmark = pytest.mark.parametrize("server", SERVERS)
 

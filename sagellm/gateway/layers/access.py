@@ -1,14 +1,56 @@
-"""Host and Origin: a web page that the operator visits must not reach the gateway."""
+"""Who may call: the headers of a request, its Host and Origin, its key."""
 
+import hmac
 import ipaddress
 import socket
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import Literal
 from urllib.parse import urlsplit
 
 from starlette.types import Scope
 
-from sagellm.gateway.failure import ApiError
+from sagellm.gateway.errors import ApiError
 from sagellm.gateway.listen import is_loopback
-from sagellm.gateway.settings import Settings
+from sagellm.gateway.settings import Limits, Settings
+
+_OVERHEAD = 4  # ": " and the end of the line
+_VERSIONS = ("1.0", "1.1", "2")
+_FRAMING = (b"host", b"content-length", b"transfer-encoding")
+
+
+def check_headers(scope: Scope, limits: Limits) -> None:
+    """Raises ApiError 431 for size, 400 for framing that leaves room for request smuggling
+    (RFC 9112, 3.2 and 6.3): servers differ in which of these they let pass.
+    """
+    headers = scope["headers"]
+    if scope["http_version"] not in _VERSIONS:
+        raise ApiError(400, "HTTP/1.1 and HTTP/2 are spoken here")
+    if len(headers) > limits.num_headers:
+        raise ApiError(431, f"more than {limits.num_headers} headers")
+    size = len(scope.get("raw_path") or b"") + len(scope["query_string"])
+    found: dict[bytes, list[bytes]] = {}
+    for name, value in headers:
+        size += len(name) + len(value) + _OVERHEAD
+        if name in _FRAMING:
+            found.setdefault(name, []).append(value)
+    if size > limits.header_bytes:
+        raise ApiError(431, f"the headers are larger than {limits.header_bytes} bytes")
+    _check_framing(found)
+
+
+def _check_framing(found: dict[bytes, list[bytes]]) -> None:
+    hosts = found.get(b"host", [])
+    if len(hosts) != 1 or not hosts[0]:
+        raise ApiError(400, "a request needs exactly one Host header")
+    lengths, encodings = found.get(b"content-length"), found.get(b"transfer-encoding")
+    if lengths and encodings:
+        raise ApiError(400, "Content-Length and Transfer-Encoding exclude each other")
+    if lengths and (len(lengths) > 1 or not lengths[0].isdigit()):
+        raise ApiError(400, "Content-Length must be one number")
+    if encodings and [one.lower() for one in encodings] != [b"chunked"]:
+        raise ApiError(400, "the only Transfer-Encoding is chunked")
+
 
 ANY = "*"
 _ADD_IT = "the operator may add it with --allowed-host"
@@ -115,3 +157,67 @@ def _is_address(name: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+Access = Literal["open", "user", "admin", "metrics"]
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Whose key was given."""
+
+    tenant: str
+    is_admin: bool = False
+
+
+ANONYMOUS = Caller("anonymous")
+ADMIN = Caller("admin", is_admin=True)
+
+
+class Keys:
+    """All keys, by their hashes.
+
+    A call is compared with every one of them, whatever it gives: neither the time that it takes nor
+    the answer tells which keys there are.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._users = [(name, _digest(key)) for name, key in settings.api_keys.items()]
+        self._admin = settings.admin_key and _digest(settings.admin_key)
+        self._open_metrics = settings.open_metrics
+
+    def caller(self, scope: Scope, access: Access) -> Caller:
+        """Raises ApiError 401 without a key that is known, 403 for a user on admin routes."""
+        if access == "open" or (access == "metrics" and self._open_metrics):
+            return ANONYMOUS
+        caller = self._known(_digest_of(scope))
+        if caller is None:
+            raise ApiError(401, "a valid API key is needed", code="invalid_api_key")
+        if access == "admin" and not caller.is_admin:
+            raise ApiError(403, "this needs the admin key", code="admin_only")
+        return caller
+
+    def _known(self, given: bytes) -> Caller | None:
+        found = None if self._users else ANONYMOUS
+        for name, digest in self._users:
+            if hmac.compare_digest(given, digest):
+                found = Caller(name)
+        if self._admin and hmac.compare_digest(given, self._admin):
+            found = ADMIN
+        return found
+
+
+def tenants(settings: Settings) -> tuple[str, ...]:
+    """All that `Keys` may name."""
+    return (*settings.api_keys, ADMIN.tenant, ANONYMOUS.tenant)
+
+
+def _digest(key: str) -> bytes:
+    return sha256(key.encode()).digest()
+
+
+def _digest_of(scope: Scope) -> bytes:
+    """Of the key that was given; equal to no key's where there is none, or more than one."""
+    given = [value for name, value in scope["headers"] if name == b"authorization"]
+    scheme, _, key = given[0].partition(b" ") if len(given) == 1 else (b"", b"", b"")
+    return sha256(key.strip()).digest() if scheme.lower() == b"bearer" else bytes(32)
