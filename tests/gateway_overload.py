@@ -16,12 +16,9 @@ from gateway_process import ServedProcess, read_metrics
 from gateway_session import frozen_heap
 
 from sagellm.client.server_async import AsyncServer
-from sagellm.load.drive import Drive
-from sagellm.load.prompts import Prompts
-from sagellm.load.record import REFUSALS, Record
-from sagellm.load.sender import Sender, Target
+from sagellm.load.sender import REFUSALS, Drive, Record, Sender, Target
 from sagellm.load.summary import Objective, Summary, percentile, summarise
-from sagellm.load.workload import closed, poisson, within
+from sagellm.load.workload import Prompts, closed, poisson, within
 
 MEAN_TOKENS = 32
 STEP_S = 0.02

@@ -8,8 +8,7 @@ from typing import Any, TypeAlias
 import trio
 
 from sagellm.batch.line import Ask, LineError, parse
-from sagellm.batch.output import Output
-from sagellm.batch.record import failure, record
+from sagellm.batch.output import Output, failure, record
 from sagellm.runtime.messages import Answer, Sampling
 from sagellm.unserved import RequestFailed, RequestRefused
 

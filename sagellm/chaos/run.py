@@ -10,11 +10,9 @@ from pathlib import Path
 import trio
 
 from sagellm.builder import Graph
-from sagellm.chaos.checks import Check, metric_value, read_check
-from sagellm.chaos.launcher import RelayedProcesses
-from sagellm.chaos.player import Player
-from sagellm.chaos.scenario import Event, Loaded, ScenarioError
-from sagellm.chaos.streams import Outcome, begin_streams
+from sagellm.chaos.player import Outcome, Player, begin_streams
+from sagellm.chaos.relay import RelayedProcesses
+from sagellm.chaos.scenario import Check, Event, Loaded, ScenarioError, metric_value, read_check
 from sagellm.chaos.worker import VARIABLE
 from sagellm.gateway.cards import model_cards
 from sagellm.gateway.metrics.exposition import GatewayMeters

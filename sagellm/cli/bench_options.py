@@ -10,12 +10,20 @@ from cyclopts import Parameter
 from cyclopts.validators import Number
 
 from sagellm.cli.failure import Failure
-from sagellm.load.prompts import Kind, Prompts
 from sagellm.load.report import TABLE, WHOLE
 from sagellm.load.sender import Target
 from sagellm.load.summary import Objective
-from sagellm.load.trace import Arrival, TraceError, read_trace
-from sagellm.load.workload import closed, poisson, replay, within
+from sagellm.load.workload import (
+    Arrival,
+    Kind,
+    Prompts,
+    TraceError,
+    closed,
+    poisson,
+    read_trace,
+    replay,
+    within,
+)
 
 CONCURRENCY, NUM_REQUESTS = 8, 100  # where nothing is said
 INPUT_LEN, OUTPUT_LEN, VOCAB_SIZE = 128, 64, 256

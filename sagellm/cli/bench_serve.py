@@ -28,15 +28,12 @@ from sagellm.cli.bench_options import (
     target_of,
     warmup_of,
 )
-from sagellm.cli.failure import FAILED, INTERRUPTED, RESOURCES, Failure
-from sagellm.cli.interrupt import draining
+from sagellm.cli.failure import FAILED, INTERRUPTED, RESOURCES, Failure, draining
 from sagellm.cli.remote import ServerOptions, explained
 from sagellm.client.finding import given_key, given_url
 from sagellm.client.server_async import AsyncServer, find_server
-from sagellm.load.drive import Drive
-from sagellm.load.record import REFUSALS, Record
 from sagellm.load.report import TABLE, WHOLE, show, write_table, write_whole
-from sagellm.load.sender import Sender
+from sagellm.load.sender import REFUSALS, Drive, Record, Sender
 from sagellm.load.summary import Summary, summarise
 
 PLOT = "cdf.png"
@@ -180,7 +177,7 @@ def _keep(folder: Path, load: Load, summary: Summary, plot: Plot | None) -> None
 def _plotter() -> Plot:
     """Raises Failure where matplotlib is not installed, before anything is sent."""
     try:
-        plot: Plot = import_module("sagellm.load.plots").plot_cdf
+        plot: Plot = import_module("sagellm.load.report").plot_cdf
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] != "matplotlib":
             raise

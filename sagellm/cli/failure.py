@@ -1,12 +1,15 @@
-"""What goes wrong for a user: the cause, the place, the way out, and the exit code."""
+"""Failures of commands: the cause, the place, the way out, the exit code; and Ctrl-C."""
 
 import errno
 import os
+import signal
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
+import trio
 from cyclopts import CycloptsError
 from rich.console import Console
 
@@ -16,6 +19,26 @@ from sagellm.runtime.cluster.faults import NoResources, WorkerUnfit
 from sagellm.runtime.comm.faults import BadKeys
 from sagellm.runtime.models.chat import ChatTemplateError
 from sagellm.runtime.models.folder import ModelError
+
+
+@asynccontextmanager
+async def draining(drain: trio.CancelScope, notice: str) -> AsyncIterator[None]:
+    """Inside, the first Ctrl-C prints `notice` and cancels `drain`; the second raises
+    KeyboardInterrupt. Runs on the main thread only."""
+    with trio.open_signal_receiver(signal.SIGINT) as interrupts:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_watch, interrupts, drain, notice)
+            yield
+            nursery.cancel_scope.cancel()
+
+
+async def _watch(interrupts: AsyncIterator[int], drain: trio.CancelScope, notice: str) -> None:
+    async for _ in interrupts:
+        if drain.cancel_called:
+            raise KeyboardInterrupt
+        print(notice, file=sys.stderr)
+        drain.cancel()
+
 
 FAILED, CONFIGURATION, RESOURCES, INTERRUPTED = 1, 2, 3, 130
 UNREAD = 128 + 13  # as a shell says that SIGPIPE ended a command

@@ -1,18 +1,22 @@
-"""What the commands that talk to a server have in common: which one, and what its errors mean."""
+"""Commands that talk to a server: which one, what its errors mean, and `sagellm complete`."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Annotated, Any
 
+import trio
 from cyclopts import Parameter
 from cyclopts.validators import Number
 
-from sagellm.cli.failure import CONFIGURATION, FAILED, RESOURCES, Failure
+from sagellm.cli.failure import CONFIGURATION, FAILED, INTERRUPTED, RESOURCES, Failure
+from sagellm.cli.output import Told, print_json, show_cost, tell
+from sagellm.client.asking import first_of
 from sagellm.client.failure import NOT_OFFERED, TIMED_OUT, UNREACHABLE, ClientError
 from sagellm.client.finding import KEY_VARIABLE
 from sagellm.client.unified_async import AsyncUnifiedInferenceClient
-from sagellm.load.record import REFUSALS
+from sagellm.load.sender import REFUSALS
 
 _KEY_FIX = f"give --api-key, or set {KEY_VARIABLE}"
 _FIXES = {
@@ -103,3 +107,58 @@ def failure_of(error: ClientError) -> Failure:
     is_mistake = error.status in _MISTAKES or error.code == NOT_OFFERED
     fix = _FIXES.get(error.code or "", "change the call" if is_mistake else "look at the server")
     return Failure(error.message, fix, error.param or "", CONFIGURATION if is_mistake else FAILED)
+
+
+def complete(
+    text: Annotated[str, Parameter(allow_leading_hyphen=True)],
+    /,
+    *,
+    server: ServerOptions = ServerOptions(),
+    draw: DrawOptions = DrawOptions(),
+    stats: bool = False,
+    json: bool = False,
+) -> int:
+    """Print what a model writes behind a text, while it comes; Ctrl-C stops it.
+
+    Parameters
+    ----------
+    text
+        The text; `-` reads it from stdin.
+    stats
+        Say on stderr how many tokens came, when the first, and how many a second.
+    json
+        Print one object when the answer is whole: model, text, finish_reason, usage, timing.
+    """
+    prompt = read_text(text, "TEXT")
+    with explained():
+        model, told = trio.run(_complete, prompt, server, draw, stats, json)
+    if json and not told.is_stopped:
+        print_json(told, model)
+    if stats:
+        show_cost(told)
+    return INTERRUPTED if told.is_stopped else 0
+
+
+async def _complete(
+    prompt: str, server: ServerOptions, draw: DrawOptions, stats: bool, json: bool
+) -> tuple[str, Told]:
+    options = {**draw.given}
+    if stats or json:
+        options["stream_options"] = {"include_usage": True}
+    async with server.client() as client:
+        model = server.model or first_of(await client.models())
+        asking = client.generate(prompt, model, stream=True, **options)
+        return model, await tell(asking, silent=json)
+
+
+def read_text(text: str, where: str) -> str:
+    """The text itself, or stdin for `-`. Raises Failure where there is none, or no UTF-8."""
+    try:
+        raw = sys.stdin.buffer.read() if text == "-" else text.encode()
+        read = raw.decode()
+    except UnicodeError as error:
+        cause = f"the text is not UTF-8: {error}"
+        raise Failure(cause, "convert it to UTF-8", "stdin" if text == "-" else where) from None
+    if not read:
+        raise Failure("the text is empty", "give some, or pipe it in and give -", where)
+    return read

@@ -3,18 +3,41 @@
 import ast
 import inspect
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import pairwise
 from math import isfinite
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    TypeAlias,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import msgspec
-from cyclopts import Parameter
+from cyclopts import Parameter, Token
 
 from sagellm.gateway.settings import Budget, Limits, Streaming
 from sagellm.runtime.engine.options import EngineOptionError, num_bytes
+
+
+def _whole(kind: Any, tokens: Sequence[Token]) -> int:
+    """Raises ValueError, which is shown with the name of the option."""
+    text = tokens[0].value
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"{text} is no whole number") from None
+
+
+Whole: TypeAlias = Annotated[int, Parameter(converter=_whole, n_tokens=1)]
+
 
 _KINDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 _RANGES = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}

@@ -8,11 +8,10 @@ from typing import TypeVar
 import trio
 
 from sagellm.batch.line import Prompt
-from sagellm.batch.record import encode, failure, record
-from sagellm.cli.failure import CONFIGURATION, FAILED, INTERRUPTED, Failure
-from sagellm.cli.interrupt import draining
+from sagellm.batch.output import encode, failure, record
+from sagellm.cli.failure import CONFIGURATION, FAILED, INTERRUPTED, Failure, draining
 from sagellm.cli.options import PromptOptions, SamplingOptions
-from sagellm.cli.summary import show_summary
+from sagellm.cli.output import show_summary
 from sagellm.prompts import Encoded, check_room
 from sagellm.runtime.messages import SERVED, Answer, Sampling
 from sagellm.runtime.models.chat import ChatTemplateError

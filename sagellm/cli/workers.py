@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sagellm.cli.failure import Failure
-from sagellm.cli.whole import Whole
+from sagellm.cli.setting import Whole
 from sagellm.runtime.cluster.control import Answered, Asked, Row, ask, running
 
 _NONE_RUNS = "sagellm serve GRAPH --executor processes runs one with workers"

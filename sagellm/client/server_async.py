@@ -8,10 +8,10 @@ import httpx2
 
 from sagellm.client import asking
 from sagellm.client.answers import Piece, Reply, StreamReader, pieces, read_body, reply
-from sagellm.client.body import BodyBytes
 from sagellm.client.failure import ClientError, refused, translated
 from sagellm.client.finding import LOCAL, PROBE_S, headers, is_server, nobody, transport_options
 from sagellm.client.server import JSON
+from sagellm.client.sse import BodyBytes
 from sagellm.client.streams import AsyncStream
 
 

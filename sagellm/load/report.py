@@ -1,17 +1,48 @@
-"""A load's results: a table to read, JSON and CSV to keep."""
+"""The results of a load: a table to read, JSON and CSV to keep, and plots."""
 
 import csv
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from sagellm.load.record import Record
-from sagellm.load.summary import Spread, Summary
+from sagellm.load.sender import Record
+from sagellm.load.summary import Objective, Spread, Summary
 from sagellm.naming import naming
+
+_SIZE_INCHES, _DPI = (12.0, 4.0), 120
+
+
+def plot_cdf(path: Path, records: Sequence[Record], objective: Objective | None) -> None:
+    """The cumulative distributions of TTFT, ITL and end-to-end time of what was served."""
+    served = [record for record in records if record.is_ok]
+    wanted = objective or Objective()
+    figure = Figure(figsize=_SIZE_INCHES, layout="constrained")
+    ttft, itl, e2e = figure.subplots(1, 3, sharey=True)
+    _curve(ttft, "TTFT", (record.ttft_s for record in served), wanted.ttft_s)
+    _curve(itl, "ITL", (itl_s for record in served for itl_s in record.itl_s), wanted.itl_s)
+    _curve(e2e, "end to end", (record.e2e_s for record in served), None)
+    ttft.set_ylabel("share of all")
+    figure.suptitle(f"{len(served)} of {len(records)} requests served")
+    with naming(path):
+        figure.savefig(path, dpi=_DPI)
+
+
+def _curve(axes: Axes, title: str, values: Iterable[float | None], bound_s: float | None) -> None:
+    """One distribution in ms; a dashed line where the objective is."""
+    ordered_ms = sorted(value * 1e3 for value in values if value is not None)
+    shares = [rank / len(ordered_ms) for rank in range(1, len(ordered_ms) + 1)]
+    axes.step(ordered_ms, shares, where="post")
+    axes.set(title=title, xlabel="ms", ylim=(0, 1.02))
+    axes.grid(alpha=0.3)
+    if bound_s is not None:
+        axes.axvline(bound_s * 1e3, linestyle="--", color="tab:red")
+
 
 WHOLE, TABLE = "bench.json", "requests.csv"
 _LATENCIES = {

@@ -1,5 +1,6 @@
-"""Sends one request and writes down what comes back."""
+"""Sends requests in a closed or an open loop, and records what comes back."""
 
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any
@@ -8,12 +9,87 @@ import trio
 
 from sagellm.client.answers import Body, Choice, StreamReader
 from sagellm.client.asking import CHAT, COMPLETIONS, encode, is_stream, not_streamed
-from sagellm.client.body import BodyBytes
 from sagellm.client.failure import TIMED_OUT, ClientError
 from sagellm.client.server_async import AsyncServer
-from sagellm.load.prompts import Prompts
-from sagellm.load.record import REFUSALS, Record
-from sagellm.load.trace import Arrival
+from sagellm.client.sse import BodyBytes
+from sagellm.load.workload import Arrival, Prompts
+
+REFUSALS = (429, 503)
+
+
+@dataclass(slots=True)
+class Record:
+    """Times in seconds since the load began; latencies are counted from when it was sent.
+
+    TTFT ends with the first token, of which a role or an empty last chunk is none. `itl_s` holds
+    the time between one event with tokens and the next: a server that puts several tokens into one
+    event has fewer and longer ones (`tpot_s` is not touched by that). A request that was refused
+    and tried again is counted from its first attempt.
+    """
+
+    number: int
+    planned_s: float
+    sent_s: float
+    input_len: int  # as asked, in tokens or words
+    output_len: int
+    first_s: float | None = None
+    last_s: float | None = None  # of its last token
+    ended_s: float = 0.0
+    itl_s: list[float] = field(default_factory=list)
+    num_events: int = 0  # with tokens
+    num_attempts: int = 1
+    num_refusals: int = 0
+    prompt_tokens: int | None = None  # as the server says
+    completion_tokens: int | None = None
+    finish_reason: str | None = None
+    status: int | None = None
+    error: str | None = None  # its class: http_429, timed_out, cut_off ...
+    message: str | None = None  # what the server says of it
+    code: str | None = None  # the server's own word for it
+
+    def token(self, now_s: float) -> None:
+        """An event with tokens has come."""
+        if self.last_s is None:
+            self.first_s = now_s
+        else:
+            self.itl_s.append(now_s - self.last_s)
+        self.last_s = now_s
+        self.num_events += 1
+
+    def last(self, now_s: float) -> None:
+        """The event that only ends has come: with it its token, which has no text (an EOS)."""
+        self.first_s = now_s if self.first_s is None else self.first_s
+        self.last_s = now_s
+
+    @property
+    def is_ok(self) -> bool:
+        return self.error is None
+
+    @property
+    def lag_s(self) -> float:
+        """How late this client sent it."""
+        return self.sent_s - self.planned_s
+
+    @property
+    def ttft_s(self) -> float | None:
+        return None if self.first_s is None else self.first_s - self.sent_s
+
+    @property
+    def e2e_s(self) -> float:
+        return self.ended_s - self.sent_s
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the answer: as the server counted, or else one an event."""
+        return self.num_events if self.completion_tokens is None else self.completion_tokens
+
+    @property
+    def tpot_s(self) -> float | None:
+        """Mean time of a token behind the first; None where there is none."""
+        if self.first_s is None or self.last_s is None or self.num_tokens < 2:
+            return None
+        return (self.last_s - self.first_s) / (self.num_tokens - 1)
+
 
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 8.0  # before another attempt, where the server names no time
 
@@ -133,3 +209,56 @@ def _has_token(choice: Choice) -> bool:
     if choice.content is None or choice.is_opening:
         return False
     return bool(choice.content) or choice.finish_reason is None
+
+
+Send = Callable[[int, Arrival, float], Awaitable[Record]]  # number, request, when it was planned
+
+
+@dataclass(slots=True)
+class Drive:
+    """One load under way. `stop`, once cancelled, sends nothing more; what runs goes on.
+
+    `records` grow as requests end. `num_open` and its highest value are of this client.
+    """
+
+    send: Send
+    now_s: Callable[[], float]  # since the load began
+    report: Callable[[Record], None] = lambda record: None
+    stop: trio.CancelScope = field(default_factory=trio.CancelScope)
+    records: list[Record] = field(default_factory=list)
+    num_open: int = 0
+    num_open_peak: int = 0
+
+    async def closed(
+        self, arrivals: Iterator[Arrival], concurrency: int, until_s: float = float("inf")
+    ) -> None:
+        """So many at a time, each followed by the next, until time or requests are over."""
+        numbered = enumerate(arrivals)
+        async with trio.open_nursery() as nursery:
+            for _ in range(concurrency):
+                nursery.start_soon(self._worker, numbered, until_s)
+
+    async def open(self, arrivals: Iterator[Arrival]) -> None:
+        """Each at its time, however many are under way: a slow server is spared nothing."""
+        async with trio.open_nursery() as nursery:
+            with self.stop:
+                for number, arrival in enumerate(arrivals):
+                    await trio.sleep(max(0.0, arrival.at_s - self.now_s()))
+                    nursery.start_soon(self._one, number, arrival, arrival.at_s)
+
+    async def _worker(self, numbered: "enumerate[Arrival]", until_s: float) -> None:
+        while not self.stop.cancel_called and self.now_s() < until_s:
+            found = next(numbered, None)
+            if found is None:
+                return
+            await self._one(*found, self.now_s())
+
+    async def _one(self, number: int, arrival: Arrival, planned_s: float) -> None:
+        self.num_open += 1
+        self.num_open_peak = max(self.num_open_peak, self.num_open)
+        try:
+            record = await self.send(number, arrival, planned_s)
+        finally:
+            self.num_open -= 1
+        self.records.append(record)
+        self.report(record)

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from sagellm.load.record import Record
+from sagellm.load.sender import Record
 
 SATURATED = 0.8  # of one core: above it the client, not the server, may be what was measured
 

@@ -1,10 +1,138 @@
-"""What is sent when: requests with lengths, and with arrival times where the loop is open."""
+"""Workloads: which requests are sent when; lengths, arrival times, published traces, prompts."""
 
-from collections.abc import Iterable, Iterator
+import csv
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import UTC, datetime
+from functools import lru_cache
 from itertools import count, takewhile
+from pathlib import Path
 from random import Random
+from typing import Annotated, Literal, TypeAlias
 
-from sagellm.load.trace import Arrival
+import msgspec
+from msgspec import Meta
+
+BLOCK_LEN = 512  # tokens that one hash id of a Mooncake trace stands for
+_AZURE = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
+
+
+class TraceError(ValueError):
+    """A trace that cannot be read; the message says where and why."""
+
+
+class Arrival(msgspec.Struct, frozen=True):
+    """One request: seconds since the first, and lengths in tokens.
+
+    Equal `block_ids` of two requests mean equal tokens, from the beginning on: a shared prefix.
+    """
+
+    at_s: float
+    input_len: int
+    output_len: int
+    block_ids: tuple[int, ...] = ()
+
+
+class _Mooncake(msgspec.Struct, frozen=True):
+    timestamp: Annotated[float, Meta(ge=0)]  # ms
+    input_length: Annotated[int, Meta(ge=1)]
+    output_length: Annotated[int, Meta(ge=0)]
+    hash_ids: tuple[int, ...] = ()
+
+
+def read_trace(path: Path) -> list[Arrival]:
+    """A trace of Azure's (CSV) or Mooncake's (JSON lines), told apart by its first line.
+
+    Raises TraceError, OSError.
+    """
+    with path.open(encoding="utf-8", errors="replace", newline="") as file:
+        first = file.readline()
+        file.seek(0)
+        read = _mooncake if first.lstrip().startswith("{") else _azure
+        found = sorted(read(file), key=lambda arrival: arrival.at_s)
+    if not found:
+        raise TraceError("the trace holds no request")
+    start_s = found[0].at_s
+    return [msgspec.structs.replace(one, at_s=one.at_s - start_s) for one in found]
+
+
+def _mooncake(lines: Iterable[str]) -> Iterator[Arrival]:
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            read = msgspec.json.decode(line, type=_Mooncake)
+        except ValueError as error:
+            raise TraceError(f"line {number}: {error}") from None
+        yield Arrival(
+            read.timestamp / 1e3, read.input_length, max(1, read.output_length), read.hash_ids
+        )
+
+
+def _azure(lines: Iterable[str]) -> Iterator[Arrival]:
+    rows = csv.DictReader(lines)
+    absent = [name for name in _AZURE if name not in (rows.fieldnames or ())]
+    if absent:
+        wanted = f"a header with {', '.join(_AZURE)}, or JSON lines"
+        raise TraceError(f"line 1: no column {absent[0]}; a trace has {wanted}")
+    for row in rows:
+        at, *lengths = (row[name] or "" for name in _AZURE)
+        try:
+            input_len, output_len = map(int, lengths)
+            at_s = _utc(datetime.fromisoformat(at.strip())).timestamp()
+        except ValueError as error:
+            raise TraceError(f"line {rows.line_num}: {error}") from None
+        yield Arrival(at_s, max(1, input_len), max(1, output_len))
+
+
+def _utc(at: datetime) -> datetime:
+    """A time without a zone is no time of this machine's zone, where hours come twice or never."""
+    return at if at.tzinfo else at.replace(tzinfo=UTC)
+
+
+Kind: TypeAlias = Literal["ids", "words"]
+_CACHED_BLOCKS = 4096  # of 512 items: some 16 MB
+_TEXT = """
+a about after all also and any as at back be because but by can come could day do even first for
+from get give go good have he her him his how if in into it its just know like look make me most my
+new no not now of on one only or other our out over people say see she so some take than that the
+their them then there these they think this time to two up us use want way we well what when which
+who will with work would year you your
+"""
+_WORDS = _TEXT.split()
+
+
+class Prompts:
+    """Makes the prompt of each request.
+
+    `ids` are of 0 ... vocab_size - 1; a word is one token or little more in most vocabularies.
+    """
+
+    def __init__(self, kind: Kind, *, seed: int, vocab_size: int = 256) -> None:
+        self._kind = kind
+        self._seed = seed
+        self._items: Sequence[int] | Sequence[str]
+        self._items = range(vocab_size) if kind == "ids" else _WORDS
+        self._block: Callable[[int], list[int] | list[str]]
+        self._block = lru_cache(_CACHED_BLOCKS)(self._draw_block)
+
+    def make(self, number: int, length: int, block_ids: Sequence[int] = ()) -> str | list[int]:
+        """The prompt of request `number`. Equal block ids begin with equal tokens."""
+        drawn: list[int | str] = []
+        for block_id in block_ids[: -(-length // BLOCK_LEN)]:
+            drawn += self._block(block_id)
+        missing = length - len(drawn)
+        if missing > 0:
+            drawn += Random(f"{self._seed}/request/{number}").choices(self._items, k=missing)
+        return self._whole(drawn[:length])
+
+    def _whole(self, drawn: list[int | str]) -> str | list[int]:
+        if self._kind == "words":
+            return " ".join(map(str, drawn))
+        return [item for item in drawn if isinstance(item, int)]
+
+    def _draw_block(self, block_id: int) -> list[int] | list[str]:
+        draw = Random(f"{self._seed}/block/{block_id}")
+        return draw.choices(self._items, k=BLOCK_LEN)  # type: ignore[return-value]
 
 
 def closed(input_len: int, output_len: int, spread: float, seed: int) -> Iterator[Arrival]:

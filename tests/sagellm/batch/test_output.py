@@ -2,8 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from sagellm.batch.output import open_output
-from sagellm.batch.record import encode, failure
+from sagellm.batch.output import encode, failure, open_output
 
 ANSWER = {"id": "a", "text": "ok"}
 OTHER = {"id": 2, "text": "so"}

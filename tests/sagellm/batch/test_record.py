@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 
-from sagellm.batch.record import encode, failure, record, timing, usage
+from sagellm.batch.output import encode, failure, record, timing, usage
 from sagellm.runtime.messages import Answer, Stamps, TokenLogprob
 
 

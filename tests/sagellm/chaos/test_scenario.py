@@ -6,9 +6,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from sagellm.chaos.checks import metric_value, read_check
 from sagellm.chaos.run import Report
-from sagellm.chaos.scenario import ScenarioError, load_scenario
+from sagellm.chaos.scenario import ScenarioError, load_scenario, metric_value, read_check
 from sagellm.cli import main
 from sagellm.gateway.metrics.families import counter
 from sagellm.shipped import graph_file

@@ -13,8 +13,7 @@ import pytest
 from scripted_server import MODEL, Call, Server, delta, error, scripted, telling
 
 from sagellm.cli import main
-from sagellm.cli.chat import PROMPT
-from sagellm.cli.chat_commands import COMMANDS
+from sagellm.cli.chat import COMMANDS, PROMPT
 
 
 def say(monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:

@@ -4,7 +4,7 @@ import pytest
 import trio
 import trio.testing
 
-from sagellm.cli.interrupt import draining
+from sagellm.cli.failure import draining
 
 
 async def interrupt() -> None:

@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from sagellm.batch.record import failure
-from sagellm.cli.progress import Progress
+from sagellm.batch.output import failure
+from sagellm.cli.output import Progress
 
 
 def test_without_a_terminal_only_failures_are_shown(

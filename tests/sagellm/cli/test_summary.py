@@ -3,7 +3,7 @@ import json
 import pytest
 
 from sagellm.batch.serve import Tally
-from sagellm.cli.summary import print_summary, rows_of, show_summary
+from sagellm.cli.output import print_summary, rows_of, show_summary
 from sagellm.statistics import Statistics
 
 SEEN = Statistics(

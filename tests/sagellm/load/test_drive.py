@@ -4,10 +4,8 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from sagellm.load.drive import Drive
-from sagellm.load.record import Record
-from sagellm.load.trace import Arrival
-from sagellm.load.workload import closed, poisson
+from sagellm.load.sender import Drive, Record
+from sagellm.load.workload import Arrival, closed, poisson
 
 SERVICE_S = 1.0
 

@@ -1,5 +1,4 @@
-from sagellm.load.prompts import Prompts
-from sagellm.load.trace import BLOCK_LEN
+from sagellm.load.workload import BLOCK_LEN, Prompts
 
 
 def test_ids_have_the_length_and_the_range() -> None:

@@ -11,10 +11,8 @@ from scripted_server import MODEL, delta, error, text, used
 from trio.testing import MockClock
 
 from sagellm.client.server_async import AsyncServer
-from sagellm.load.prompts import Prompts
-from sagellm.load.record import Record
-from sagellm.load.sender import Sender, Target
-from sagellm.load.trace import Arrival
+from sagellm.load.sender import Record, Sender, Target
+from sagellm.load.workload import Arrival, Prompts
 
 URL = "http://scripted"
 Timed = tuple[float, Any]  # seconds to wait, then what to send

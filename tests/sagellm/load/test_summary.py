@@ -1,6 +1,6 @@
 import pytest
 
-from sagellm.load.record import Record
+from sagellm.load.sender import Record
 from sagellm.load.summary import Objective, percentile, spread, summarise
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from sagellm.load.trace import Arrival, TraceError, read_trace
+from sagellm.load.workload import Arrival, TraceError, read_trace
 
 AZURE = """TIMESTAMP,ContextTokens,GeneratedTokens
 2023-11-16 18:15:46.6805900,374,44

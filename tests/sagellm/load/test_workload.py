@@ -2,8 +2,7 @@ from itertools import islice, pairwise
 
 import pytest
 
-from sagellm.load.trace import Arrival
-from sagellm.load.workload import closed, poisson, replay, within
+from sagellm.load.workload import Arrival, closed, poisson, replay, within
 
 PLAIN = closed(100, 10, 0.0, seed=0)
 
