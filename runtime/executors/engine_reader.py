@@ -29,7 +29,7 @@ class EngineReader:
                 self._recall(events)
                 continue
             begun_s = clock()
-            failed = tuple(one for one in events if getattr(one, "code", "") == ENGINE_FAILED)
+            failed = [one for one in events if getattr(one, "code", "") == ENGINE_FAILED]
             if failed:  # after the tokens of the same step, which their requests keep
                 await self._hand_on(tuple(one for one in events if one not in failed))
                 events = tuple(one for one in failed if not self._is_failed_over(one))
