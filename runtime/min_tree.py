@@ -1,10 +1,28 @@
 """A sequence of numbers whose smallest is found without looking at all of them, as a value."""
 
 import math
+from collections.abc import Sequence
+from typing import TypeVar
 
 _WIDTH = 32  # an update copies one leaf and the minima of all leaves: a microsecond for a thousand
 
 _EMPTY = (math.inf,) * _WIDTH
+
+
+T = TypeVar("T")
+
+
+def _lowest(values: Sequence[float], lowest: float, before: float, value: float) -> float:
+    """The smallest of `values`, which was `lowest` before one of them changed. They are looked
+    through only where that one was the smallest, and rose.
+    """
+    if value <= lowest:
+        return value
+    return min(values) if before == lowest else lowest
+
+
+def _exchanged(items: tuple[T, ...], index: int, item: T) -> tuple[T, ...]:
+    return items[:index] + (item,) + items[index + 1 :]  # noqa: RUF005 (quicker)
 
 
 class MutableMinTree:
@@ -22,11 +40,12 @@ class MutableMinTree:
         while number >= len(self._leaves):
             self._leaves.append([math.inf] * _WIDTH)
             self._minima.append(math.inf)
-        leaf = self._leaves[number]
-        if leaf[offset] != value:
-            leaf[offset] = value
-            self._minima[number] = min(leaf)
-            self.minimum = min(self._minima)
+        leaf, minima = self._leaves[number], self._minima
+        before, leaf[offset] = leaf[offset], value
+        lowest = _lowest(leaf, minima[number], before, value)
+        if lowest != minima[number]:
+            before, minima[number] = minima[number], lowest
+            self.minimum = _lowest(minima, self.minimum, before, lowest)
 
 
 class MinTree:
@@ -49,13 +68,15 @@ class MinTree:
         if number >= len(leaves):
             leaves += (_EMPTY,) * (number + 1 - len(leaves))
             minima += (math.inf,) * (number + 1 - len(minima))
-        leaf = leaves[number]
-        leaf = (*leaf[:offset], value, *leaf[offset + 1 :])
+        before = leaves[number][offset]
+        leaf = _exchanged(leaves[number], offset, value)
         changed = MinTree.__new__(MinTree)
-        changed._leaves = (*leaves[:number], leaf, *leaves[number + 1 :])
-        lowest = value if value <= minima[number] else min(leaf)
-        changed._minima = (*minima[:number], lowest, *minima[number + 1 :])
-        changed.minimum = min(changed._minima)
+        changed._leaves = _exchanged(leaves, number, leaf)
+        changed._minima, changed.minimum = minima, self.minimum
+        lowest = _lowest(leaf, minima[number], before, value)
+        if lowest != minima[number]:
+            changed._minima = _exchanged(minima, number, lowest)
+            changed.minimum = _lowest(changed._minima, self.minimum, minima[number], lowest)
         return changed
 
     def argmin(self, start: int = 0) -> int | None:

@@ -5,7 +5,7 @@ from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from sagellm.runtime.core.credit import Gates
+from sagellm.runtime.core.credit import Gate, Gates, Key
 from sagellm.runtime.core.effects import Send
 from sagellm.runtime.core.faults import OperatorFault
 from sagellm.runtime.core.holdings import Holdings
@@ -67,29 +67,22 @@ class Journal:
         self.outcomes: list[Outcome] = []
         self._gates = gates
         self.cells: list[tuple[Cell, Any, int, float | None]] = []  # as they were
-        self._taken: list[Send] = []
+        self._taken: list[tuple[Gate, Key, Gate | None]] = []
         self._arrived: list[Item] = []  # at operators where their credit was reserved
         self.counts: list[tuple[Tally, int]] = []
         self.moves: list[tuple[str, Item, bool]] = []  # operator, item, and whether it came in
 
-    def take(self, node: str, replica: int, item: Item) -> bool:
-        """Spend credit for an item; False where there is none."""
-        gate, send = (node, replica), Send(node, replica, item)
+    def take(self, gate: Gate, item: Item, later: Gate | None) -> Gate | None:
+        """Spend credit for an item, also at the gate `later`; returns the gate that has none."""
         if self._gates.reserved.is_at(gate, item.key):
             self._arrived.append(item)
-        elif self._gates.take(gate, item):
-            self._taken.append(send)
         else:
-            return False
-        self.outcomes.append(send)
-        return True
-
-    def reserve(self, node: str, replica: int, item: Item) -> bool:
-        """Spend credit at an operator that an item will come to later; False: there is none."""
-        if not self._gates.take((node, replica), item, later=True):
-            return False
-        self._taken.append(Send(node, replica, item))
-        return True
+            refusing = self._gates.take(gate, item, later)
+            if refusing is not None:
+                return refusing
+            self._taken.append((gate, item.key, later))
+        self.outcomes.append(Send(*gate, item))
+        return None
 
     def came(self, cell: Cell, item: Item) -> None:
         """An operator keeps an item."""
@@ -118,8 +111,10 @@ class Journal:
             cell, *before = self.cells.pop()
             cell.state, cell.num_inputs, cell.wake_at = before
         while len(self._taken) > taken:
-            send = self._taken.pop()
-            self._gates.give((send.node, send.replica), send.item.key)
+            gate, key, later = self._taken.pop()
+            self._gates.give(gate, key)
+            if later is not None:
+                self._gates.give(later, key)
         while len(self.accepted) > accepted:
             self.accepted.pop()
         del self.outcomes[outcomes:], self.counts[counts:], self.moves[moves:]

@@ -150,8 +150,8 @@ class Passage:
         try:
             draw.number, draw.count = number, 0
             step = method(before, given, now, draw)
-            is_plain = type(step) is Step and step.wake_at is None
-            if not (is_plain and step.outputs and type(step.outputs) is tuple):
+            is_plain = type(step) is Step and step.wake_at is None and type(step.outputs) is tuple
+            if not is_plain or (type(given) is Arrival and not step.outputs):
                 check_step(cell.operator, given, step, before)
         except (Exception, *LEAVING) as error:
             cell.meter.errors.count += 1
@@ -189,14 +189,13 @@ class Passage:
 
     def _enter(self, node: str, item: Item) -> None:
         replica = replica_for(item, node, self._num_replicas[node])
-        if not self._journal.take(node, replica, item):
-            raise NoCredit(node, replica)
-        later = self._gates.reserved.later.get(node)
-        if later is not None:
+        decoder, later = self._gates.reserved.later.get(node), None
+        if decoder is not None:
             assert isinstance(item, Request)
-            replica = item.placement.get(later, replica)  # the same one on one engine
-            if not self._journal.reserve(later, replica, item):
-                raise NoCredit(later, replica)
+            later = decoder, item.placement.get(decoder, replica)  # the same one on one engine
+        refusing = self._journal.take((node, replica), item, later)
+        if refusing is not None:
+            raise NoCredit(*refusing)
 
     def _unknown_outlet(self, node: str, outlet: str) -> Exception:
         known = [edge[1] for edge in self._edges if edge[0] == node]
