@@ -63,12 +63,14 @@ class MinTree:
         return self._leaves[leaf][index % _WIDTH] if leaf < len(self._leaves) else math.inf
 
     def with_value(self, index: int, value: float) -> "MinTree":
-        number, offset = index // _WIDTH, index % _WIDTH
+        number, offset = divmod(index, _WIDTH)
         leaves, minima = self._leaves, self._minima
         if number >= len(leaves):
             leaves += (_EMPTY,) * (number + 1 - len(leaves))
             minima += (math.inf,) * (number + 1 - len(minima))
         before = leaves[number][offset]
+        if before == value:
+            return self
         leaf = _exchanged(leaves[number], offset, value)
         changed = MinTree.__new__(MinTree)
         changed._leaves = _exchanged(leaves, number, leaf)
