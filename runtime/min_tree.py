@@ -1,7 +1,6 @@
 """A sequence of numbers whose smallest is found without looking at all of them, as a value."""
 
 import math
-from collections.abc import Sequence
 from typing import TypeVar
 
 _WIDTH = 32  # an update copies one leaf and the minima of all leaves: a microsecond for a thousand
@@ -10,15 +9,6 @@ _EMPTY = (math.inf,) * _WIDTH
 
 
 T = TypeVar("T")
-
-
-def _lowest(values: Sequence[float], lowest: float, before: float, value: float) -> float:
-    """The smallest of `values`, which was `lowest` before one of them changed. They are looked
-    through only where that one was the smallest, and rose.
-    """
-    if value <= lowest:
-        return value
-    return min(values) if before == lowest else lowest
 
 
 def _exchanged(items: tuple[T, ...], index: int, item: T) -> tuple[T, ...]:
@@ -36,16 +26,16 @@ class MutableMinTree:
         self.minimum = math.inf
 
     def __setitem__(self, index: int, value: float) -> None:
-        number, offset = index // _WIDTH, index % _WIDTH
+        number = index // _WIDTH
         while number >= len(self._leaves):
             self._leaves.append([math.inf] * _WIDTH)
             self._minima.append(math.inf)
-        leaf, minima = self._leaves[number], self._minima
-        before, leaf[offset] = leaf[offset], value
-        lowest = _lowest(leaf, minima[number], before, value)
-        if lowest != minima[number]:
-            before, minima[number] = minima[number], lowest
-            self.minimum = _lowest(minima, self.minimum, before, lowest)
+        leaf = self._leaves[number]
+        leaf[index % _WIDTH] = value
+        lowest = min(leaf)
+        if lowest != self._minima[number]:
+            self._minima[number] = lowest
+            self.minimum = min(self._minima)
 
 
 class MinTree:
@@ -68,17 +58,17 @@ class MinTree:
         if number >= len(leaves):
             leaves += (_EMPTY,) * (number + 1 - len(leaves))
             minima += (math.inf,) * (number + 1 - len(minima))
-        before = leaves[number][offset]
-        if before == value:
+        leaf = leaves[number]
+        if leaf[offset] == value:
             return self
-        leaf = _exchanged(leaves[number], offset, value)
+        leaf = _exchanged(leaf, offset, value)
         changed = MinTree.__new__(MinTree)
         changed._leaves = _exchanged(leaves, number, leaf)
         changed._minima, changed.minimum = minima, self.minimum
-        lowest = _lowest(leaf, minima[number], before, value)
+        lowest = value if value <= minima[number] else min(leaf)
         if lowest != minima[number]:
             changed._minima = _exchanged(minima, number, lowest)
-            changed.minimum = _lowest(changed._minima, self.minimum, minima[number], lowest)
+            changed.minimum = min(changed._minima)
         return changed
 
     def argmin(self, start: int = 0) -> int | None:

@@ -1,7 +1,7 @@
 """Credits: how much may be under way on the edges into service operators."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from sagellm.runtime.messages import Item, Prefilled, Request
 from sagellm.runtime.min_tree import MutableMinTree
@@ -145,6 +145,13 @@ class Gates:
         if math.isinf(room):
             return room > 0
         return room >= cost_of(item, self.accounts[node, 0].block_size).blocks
+
+    def may_take_at_any(self, nodes: Iterable[str], item: Item) -> bool:
+        """The same of several operators."""
+        for node in nodes:  # noqa: SIM110 (quicker)
+            if self.may_take(node, item):
+                return True
+        return False
 
     def is_full(self, node: str) -> bool:
         """Whether no replica of `node` may take any request."""

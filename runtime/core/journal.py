@@ -2,8 +2,9 @@
 
 from collections import deque
 from collections.abc import Container
-from dataclasses import dataclass
 from typing import Any, TypeAlias
+
+import msgspec
 
 from sagellm.runtime.core.credit import Gate, Gates, Key
 from sagellm.runtime.core.effects import Send
@@ -16,8 +17,7 @@ from sagellm.runtime.operator import Draw, Logic
 from sagellm.runtime.user_function import failing
 
 
-@dataclass(slots=True)
-class Reached:
+class Reached(msgspec.Struct):
     """An item reached the sink. `terminal`: over the implicit outlet; `fault`: what ended it."""
 
     item: Item | Forked
@@ -25,8 +25,7 @@ class Reached:
     fault: OperatorFault | None = None
 
 
-@dataclass(slots=True)
-class Upstream:
+class Upstream(msgspec.Struct):
     """Feedback of a logic operator for those upstream."""
 
     node: str
@@ -71,6 +70,7 @@ class Journal:
         self._arrived: list[Item] = []  # at operators where their credit was reserved
         self.counts: list[tuple[Tally, int]] = []
         self.moves: list[tuple[str, Item, bool]] = []  # operator, item, and whether it came in
+        self.keeping: set[str] = set()  # operators that items came to
 
     def take(self, gate: Gate, item: Item, later: Gate | None) -> Gate | None:
         """Spend credit for an item, also at the gate `later`; returns the gate that has none."""
@@ -86,12 +86,8 @@ class Journal:
 
     def came(self, cell: Cell, item: Item) -> None:
         """An operator keeps an item."""
+        self.keeping.add(cell.name)
         self.moves.append((cell.name, item, True))
-
-    def left(self, node: str, item: Item) -> None:
-        """A node sends an item: an operator holds its choice no more."""
-        if self.moves or self.held.get(node):
-            self.moves.append((node, item, False))
 
     def end(self, item: Item, fault: OperatorFault, now: float) -> None:
         """End the choice of an item that an operator failed on."""
@@ -137,6 +133,7 @@ class Journal:
             for node, item, is_in in self.moves:
                 (self.holdings.take if is_in else self.holdings.send)(node, item)
             self.moves.clear()
+            self.keeping.clear()
         outcomes = self.outcomes
         if outcomes:
             self.outcomes = []
