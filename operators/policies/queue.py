@@ -89,7 +89,7 @@ class Queue(msgspec.Struct, frozen=True):
             self.declined,
             self.level,
             number + 1,
-            _counted(self.backlog, request, 1, self.busy_s(now)),
+            _counted(self.backlog, request, 1, request.num_uncached_tokens, self.busy_s(now)),
             self.waiting_since_s if self.backlog.num_requests else now,
             max(self.told_s, now),
             self.num_sent,
@@ -179,6 +179,7 @@ class Queue(msgspec.Struct, frozen=True):
         was_served: bool = False,
     ) -> "Queue":
         request, expiries = entry[3], self.expiries
+        num_tokens, busy_s = request.num_uncached_tokens, self.busy_s(now)
         if request.expires_s is not None:
             expiries = expiries.removed((request.expires_s, entry[2], entry))
         return Queue(
@@ -188,11 +189,11 @@ class Queue(msgspec.Struct, frozen=True):
             declined,
             self.level,
             self.num_arrived,
-            _counted(self.backlog, request, -1, self.busy_s(now), was_served=was_served),
+            _counted(self.backlog, request, -1, num_tokens, busy_s, was_served=was_served),
             self.waiting_since_s,
             max(self.told_s, now),
             self.num_sent + was_sent,
-            self.num_sent_tokens + request.num_uncached_tokens * was_sent,
+            self.num_sent_tokens + num_tokens * was_sent,
             self.known,
         )
 
@@ -216,10 +217,15 @@ def _exchanged(entries: tuple[Entry, ...], entry: Entry, other: Entry) -> tuple[
 
 
 def _counted(
-    backlog: Backlog, request: Request, sign: int, busy_s: float, *, was_served: bool = False
+    backlog: Backlog,
+    request: Request,
+    sign: int,
+    num_prompt_tokens: int,
+    busy_s: float,
+    *,
+    was_served: bool = False,
 ) -> Backlog:
-    """The backlog with a request more, or less."""
-    num_prompt_tokens = request.num_uncached_tokens
+    """The backlog with a request of so many uncached tokens more, or less."""
     is_patient = request.slo_ttft_s is None
     return Backlog(
         backlog.num_requests + sign,

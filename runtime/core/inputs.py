@@ -165,7 +165,7 @@ class Inputs:
     def _spread(self, feedback: Feedback, node: str) -> None:
         """Number feedback of a node, and make it an input of all that subscribe to it."""
         kind = type(feedback)
-        if kind is QueueChanged:
+        if isinstance(feedback, QueueChanged):
             self._meter.queue(node, feedback.backlog.num_requests)
         line = self._lines.get((node, kind))
         if line is None:

@@ -151,8 +151,12 @@ class Passage:
         try:
             draw.number, draw.count = number, 0
             step = method(before, given, now, draw)
-            is_plain = type(step) is Step and type(step.outputs) is tuple and step.wake_at is None
-            if not is_plain or (type(given) is Arrival and not step.outputs):
+            if (
+                type(step) is not Step
+                or type(step.outputs) is not tuple
+                or step.wake_at is not None
+                or (type(given) is Arrival and not step.outputs)
+            ):
                 check_step(cell.operator, given, step, before)
         except (Exception, *LEAVING) as error:
             cell.meter.errors.count += 1

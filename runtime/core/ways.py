@@ -31,13 +31,14 @@ class Ways:
         outlets = {name: {edge.outlet for edge in graph.outputs(name)} for name in cells}
         self._branching = tuple(cell for name, cell in cells.items() if len(outlets[name]) > 1)
         self._states: tuple[Any, ...] = tuple(cell.state for cell in self._branching)
-        self._ways: dict[str, dict[int, _Way]] = {}
+        self._ways: dict[int, _Way] = {}  # by the identity of the item, which a way keeps
+        self._of_request: dict[str, set[int]] = {}  # the keys of these, by request
 
     def remember(self, item: Item, node: str) -> None:
         """A service operator has refused an item that was worth trying; nothing has changed."""
         if isinstance(item, Request):
-            way = _Way(node, item, self._states)
-            self._ways.setdefault(item.request_id, {})[item.choice] = way
+            self._ways[id(item)] = _Way(node, item, self._states)
+            self._of_request.setdefault(item.request_id, set()).add(id(item))
 
     def worth_trying(self, node: str, items: tuple[Item, ...]) -> Iterator[Item]:
         """The items of `node` that a service operator might take: the one that refused an item
@@ -47,9 +48,8 @@ class Ways:
         entrances = self._entrances[node]
         full = ""  # an operator that has no room for any request
         for item in items:
-            choices = ways.get(item.request_id)
-            way = choices.get(item.choice) if choices is not None else None
-            if way is None or way.item is not item or way.states is not states:
+            way = ways.get(id(item))
+            if way is None or way.states is not states:
                 if gates.may_take_at_any(entrances, item):
                     yield item
             elif way.node == full:
@@ -68,7 +68,8 @@ class Ways:
 
     def forget(self, request_id: str) -> None:
         """A request has ended, or was taken."""
-        self._ways.pop(request_id, None)
+        for key in self._of_request.pop(request_id, ()):
+            del self._ways[key]
 
 
 def replica_for(item: Item, node: str, num_replicas: int) -> int:
