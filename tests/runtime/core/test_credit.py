@@ -84,3 +84,17 @@ def test_what_is_under_way_never_exceeds_the_capacity(moves: list[tuple[int, int
             under_way[name] = num_tokens
         assert len(under_way) <= 3
         assert sum(under_way.values()) <= 30
+
+
+def test_a_place_that_comes_later_is_taken_at_once_or_nothing_is() -> None:
+    gates = Gates({"engine": "decode"})
+    later = ("decode", 0)
+    gates.open(GATE, Credit(4))
+    gates.open(later, Credit(1), block_size=4)
+    assert gates.take(GATE, request("a", 8), later) is None
+    assert gates.reserved.is_at(later, ("a", 0))
+    assert gates.take(GATE, request("b", 8), later) == later
+    assert gates.holders("b") == ()
+    assert gates.accounts[GATE].requests == 3
+    assert gates.give(later, ("a", 0))
+    assert gates.take(GATE, request("b", 8), later) is None
