@@ -2,8 +2,9 @@
 
 from array import array
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Protocol
+
+import msgspec
 
 NO_SOURCE = -1
 
@@ -60,8 +61,7 @@ class Answer(Protocol):
         ...
 
 
-@dataclass(slots=True)
-class Row:
+class Row(msgspec.Struct):
     """The token after the first `num_known` tokens of an answer, and after those `added` to them.
 
     `added` are drafts; or, where there is a `source`, the token that this row of the launch before
@@ -86,7 +86,7 @@ class Row:
         """The position of its token in the answer: with seed and choice, the key of its random
         number.
         """
-        num_added = 1 if self.is_fed else len(self.added)
+        num_added = len(self.added) if self.source == NO_SOURCE else 1
         return self.num_known + num_added - self.answer.num_prompt
 
     @property

@@ -97,13 +97,15 @@ class Decode:
 
     def _note(self, ctx: Context, event: TokenEvent) -> None:
         self._held.note(event)
-        if event.is_last:
+        if event.finish_reason is not None:
             ctx.release(event.key)
 
     def _stamped(self, event: EngineEvent) -> TokenEvent:
         assert isinstance(event, TokenEvent)
+        if event.finish_reason is None:
+            return event
         request = self._held.get(event.key)
-        return merge_stamps(request, event) if request and event.is_last else event
+        return merge_stamps(request, event) if request is not None else event
 
 
 def _stamps(item: Prefilled) -> object:

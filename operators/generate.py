@@ -80,20 +80,19 @@ class Generate:
         self._held.drop(item.key)
 
     def _note(self, ctx: Context, event: TokenEvent) -> None:
-        request = self._held.get(event.key)
+        request = self._held.note(event)
         if request is not None:
             report_first_token(ctx, request, event)
-        self._held.note(event)
-        if event.is_last:
+        if event.finish_reason is not None:
             ctx.release(event.key)
 
     def _stamped(self, event: EngineEvent) -> TokenEvent:
         """The first and the last event carry the request's stamps; those between need none."""
         assert isinstance(event, TokenEvent)
-        request = self._held.get(event.key)
-        if request is None or not (event.is_last or event.position == 0):
+        if event.finish_reason is None and event.position:
             return event
-        return merge_stamps(request, event)
+        request = self._held.get(event.key)
+        return merge_stamps(request, event) if request is not None else event
 
 
 def build(options: Options, setup: Setup) -> Generate:

@@ -80,27 +80,28 @@ class Passed(msgspec.Struct, frozen=True):
         ended: list[tuple[TokenEvent, Times | None]] = []
         num_tokens = self.num_tokens
         for event in events:
-            times = under_way.get(event.request_id, _NO_TIMES)
-            before = times.get(event.choice)
-            num_new = event.num_tokens
+            known = under_way.get(event.request_id, _NO_TIMES)
+            times, num_new = known.get(event.choice), event.num_tokens
             if num_new:
                 num_tokens += num_new
-                if before is not None:
-                    gaps.append(now - before.last_s)
-                before = Times(before.first_s if before is not None else now, now)
-                times = {**times, event.choice: before}
-            if event.is_last:
-                ended.append((event, before))
-                times = {choice: times[choice] for choice in times if choice != event.choice}
-            if times:
-                under_way[event.request_id] = times
-            else:
-                under_way.pop(event.request_id, None)
+                if times is not None:
+                    gaps.append(now - times.last_s)
+                times = Times(times.first_s if times is not None else now, now)
+            if event.finish_reason is not None:
+                ended.append((event, times))
+                rest = {choice: known[choice] for choice in known if choice != event.choice}
+                if rest:
+                    under_way[event.request_id] = rest
+                elif known:
+                    del under_way[event.request_id]
+            elif times is not None:
+                under_way[event.request_id] = {**known, event.choice: times}
         itl = self.itl.with_samples(gaps) if gaps else self.itl
-        under_way_now = under_way.finish()
-        after = replace(self, num_tokens=num_tokens, until_s=now, itl=itl, under_way=under_way_now)
-        for event, found in ended:
-            after = after._with_end(event, found)
+        after = replace(
+            self, num_tokens=num_tokens, until_s=now, itl=itl, under_way=under_way.finish()
+        )
+        for event, times in ended:
+            after = after._with_end(event, times)
         return after
 
     def with_answer(self, answer: Answer, now: float) -> "Passed":

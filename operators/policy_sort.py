@@ -1,8 +1,10 @@
 """policy_sort: where requests wait. Sends the first of its policy's order that can be taken."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from operator import itemgetter
 
 import msgspec
 
@@ -161,6 +163,7 @@ class PolicySort:
         if wake_at is not None and wake_at <= now:
             after, late = after.without_expired(now)
             outputs += _ends(late, "expired", now)
+            wake_at = after.wake_at
         policy = self.policy
         level = policy.level(after.level, len(after.entries)) if policy.rising else 0
         order = after.known.orders[level]
@@ -169,25 +172,32 @@ class PolicySort:
         if differ(after.backlog, before.backlog):
             outputs += (Report(QueueChanged(backlog=after.told(order))),)
         after = after.lapsed(order, now)
-        return self._offer(after, () if anew else after.declined, outputs)
+        return self._offer(after, () if anew else after.declined, outputs, wake_at)
 
     def _offer(
-        self, queue: Queue, declined: tuple[Entry, ...], outputs: tuple[Output, ...]
+        self,
+        queue: Queue,
+        declined: tuple[Entry, ...],
+        outputs: tuple[Output, ...],
+        wake_at: float | None,
     ) -> Step[Queue]:
         """Offer what is at the head and was not declined."""
         head = queue.entries.head(self.options.window)
         if head == declined:
-            fresh: list[Request] = []
+            fresh: tuple[Request, ...] = ()
         elif declined:
             known = {entry[2] for entry in declined}
-            fresh = [entry[3] for entry in head if entry[2] not in known]
+            fresh = tuple([entry[3] for entry in head if entry[2] not in known])
         else:
-            fresh = [entry[3] for entry in head]
+            fresh = tuple(map(_request, head))
         if fresh:
-            outputs = (*outputs, Offer(tuple(fresh)))
+            outputs = (*outputs, Offer(fresh))
         if head != queue.declined:
             queue = msgspec.structs.replace(queue, declined=head)
-        return Step(queue, outputs, queue.wake_at)
+        return Step(queue, outputs, wake_at)
+
+
+_request: Callable[[Entry], Request] = itemgetter(3)
 
 
 def _ends(requests: tuple[Request, ...], reason: FinishReason, now: float) -> tuple[Terminate, ...]:

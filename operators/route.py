@@ -10,7 +10,7 @@ where engines tell that: they do if the strategy, or an operator before, asks fo
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import msgspec
 
@@ -44,6 +44,7 @@ from sagellm.runtime.prefixes import Hasher
 from sagellm.runtime.user_code import WrongResult, kind_of, place_of_code
 
 _ALWAYS = frozenset({"credit", "load", "health", "topology"})
+_Placing: TypeAlias = tuple[Pool, Candidates, int]  # a pool, and the replica that is chosen
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,37 +125,24 @@ class Route:
 
     def _placements(self, view: View, request: Request, now: float, draw: Draw) -> EmitFirst:
         """The request with its replicas, best first, each with the view that follows."""
-        best: dict[Pool, int] = {}
-        others: dict[Pool, Iterator[int]] = {}
-        seen: dict[Pool, Candidates] = {}
+        best: list[_Placing] = []
+        others: list[Iterator[int]] = []
         hold_s = 0.0
         for pool in self.pools:
-            candidates = seen[pool] = self._candidates(view, pool, request)
+            candidates = self._candidates(view, pool, request)
             returned, view = self._ask(view, pool, candidates, now, draw)
             if type(returned) is int and returned >= 0 and candidates.mask >> returned & 1:
-                best[pool] = returned  # nearly always
-                others[pool] = candidates.rest(1 << returned)
+                best.append((pool, candidates, returned))  # nearly always
+                others.append(candidates.rest(1 << returned))
                 continue
             order = self._order(pool, candidates, returned)
             first = next(order)
             if isinstance(first, Hold) and pool.entries:
                 hold_s = max(hold_s, first.limit_s)
-            best[pool] = first.replica if isinstance(first, Hold) else first
-            others[pool] = (one for one in order if not isinstance(one, Hold))
-        return EmitFirst(self._each(view, request, seen, best, others), hold_s=hold_s)
-
-    def _each(
-        self,
-        view: View,
-        request: Request,
-        seen: Mapping[Pool, Candidates],
-        best: dict[Pool, int],
-        others: Mapping[Pool, Iterator[int]],
-    ) -> Iterator[tuple[Request, View]]:
-        yield _placed(view, request, seen, best)
-        for pool, order in others.items():
-            for number in order if pool.entries else ():
-                yield _placed(view, request, seen, {**best, pool: number})
+            number = first.replica if isinstance(first, Hold) else first
+            best.append((pool, candidates, number))
+            others.append(one for one in order if not isinstance(one, Hold))
+        return EmitFirst(_each(view, request, best, others), hold_s=hold_s)
 
     def _candidates(self, view: View, pool: Pool, request: Request) -> Candidates:
         known = view.pools[pool.name]
@@ -181,17 +169,16 @@ class Route:
         """Place a request that engines failed on: on another replica, by load, whatever the
         strategy. It waits for one that has room; only where no other is up does it go back.
         """
-        chosen: dict[Pool, int] = {}
-        seen: dict[Pool, Candidates] = {}
+        chosen: list[_Placing] = []
         for pool in self.pools:
             known = view.pools[pool.name]
             avoided = sum(1 << number for name, number in request.avoid if name == pool.name)
             if pool.entries and known.up & ~avoided and not known.free & ~avoided:
                 return Step(view, (Wait(pool.entries[0]),))
             usable = known.free & ~avoided or known.up & ~avoided or known.candidates
-            seen[pool] = self._candidates(view, pool, request)
-            chosen[pool] = min(bits(usable), key=seen[pool].load)
-        return Step(view, (EmitFirst((_placed(view, request, seen, chosen),)),))
+            candidates = self._candidates(view, pool, request)
+            chosen.append((pool, candidates, min(bits(usable), key=candidates.load)))
+        return Step(view, (EmitFirst((_placed(view, request, chosen),)),))
 
     def _order(self, pool: Pool, candidates: Candidates, returned: Any) -> Iterator[int | Hold]:
         """The candidates as the strategy returned them, one or several; then those that it left
@@ -247,16 +234,25 @@ def _told(view: View, pool: Pool, told: CreditChanged | LoadReported | HealthCha
             return view.mark(replica, is_up=is_up)
 
 
-def _placed(
-    view: View, request: Request, seen: Mapping[Pool, Candidates], chosen: Mapping[Pool, int]
-) -> tuple[Request, View]:
+def _each(
+    view: View, request: Request, best: list[_Placing], others: list[Iterator[int]]
+) -> Iterator[tuple[Request, View]]:
+    """The request at the best replicas, and then at each other one of a pool that it enters."""
+    yield _placed(view, request, best)
+    for place, ((pool, candidates, _), order) in enumerate(zip(best, others, strict=True)):
+        for number in order if pool.entries else ():
+            other = (pool, candidates, number)
+            yield _placed(view, request, [*best[:place], other, *best[place + 1 :]])
+
+
+def _placed(view: View, request: Request, chosen: list[_Placing]) -> tuple[Request, View]:
     placement, where, num_cached = {**request.placement}, [], request.num_cached_tokens
-    for pool, number in chosen.items():
+    for pool, candidates, number in chosen:
         where.append((pool.name, number))
         for node in pool.nodes:
             placement[node] = number
-        if pool.entries and seen[pool].pool.index is not None:
-            num_cached = seen[pool].num_cached_tokens(number)
+        if pool.entries and candidates.pool.index is not None:
+            num_cached = candidates.num_cached_tokens(number)
     placed = msgspec.structs.replace(request, placement=placement, num_cached_tokens=num_cached)
     return placed, view.place(placed, tuple(where))
 

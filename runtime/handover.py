@@ -1,5 +1,7 @@
 """Where operators hand requests to engines: giving up KV blocks, stamps, and refusals."""
 
+from dataclasses import dataclass, field
+
 import msgspec
 
 from sagellm.runtime.feedback import FirstToken
@@ -8,43 +10,47 @@ from sagellm.runtime.operator import Context, Signal
 from sagellm.runtime.port import Engine, EngineRefusal
 
 
+@dataclass(slots=True)
+class _HeldRequest:
+    """A request, and what was emitted of it: token ids, or texts where an engine gives none."""
+
+    request: Request
+    token_ids: list[int] = field(default_factory=list)
+    texts: list[tuple[str, int]] = field(default_factory=list)  # and how many tokens each was
+
+
 class Held:
-    """The requests that one operator has in its engine, and what that has emitted of them: token
-    ids, or texts where an engine gives none.
-    """
+    """The requests that one operator has in its engine, and what that has emitted of them."""
 
     def __init__(self) -> None:
-        self._requests: dict[tuple[str, int], Request] = {}
-        self._emitted: dict[tuple[str, int], list[int]] = {}
-        self._texts: dict[tuple[str, int], list[tuple[str, int]]] = {}  # and their tokens
+        self._requests: dict[tuple[str, int], _HeldRequest] = {}
         self._choices: dict[str, dict[int, None]] = {}  # by request
 
     def add(self, request: Request) -> None:
-        self._requests[request.key] = request
-        self._emitted[request.key] = []
+        self._requests[request.key] = _HeldRequest(request)
         self._choices.setdefault(request.request_id, {})[request.choice] = None
 
     def get(self, key: tuple[str, int]) -> Request | None:
-        return self._requests.get(key)
+        held = self._requests.get(key)
+        return held.request if held is not None else None
 
-    def note(self, event: TokenEvent) -> None:
-        """An event was emitted; with its last one a request is held no more."""
-        key = event.key
-        emitted = self._emitted.get(key)
-        if emitted is None:
-            return
-        emitted += event.token_ids
+    def note(self, event: TokenEvent) -> Request | None:
+        """An event was emitted; with its last one a request is held no more. Returns the request,
+        None where it is not held.
+        """
+        held = self._requests.get((event.request_id, event.choice))
+        if held is None:
+            return None
+        held.token_ids += event.token_ids
         if not event.token_ids and (event.text or event.num_tokens_without_ids):
-            told = event.text, event.num_tokens_without_ids
-            self._texts.setdefault(key, []).append(told)
+            held.texts.append((event.text, event.num_tokens_without_ids))
         if event.finish_reason is not None:
-            self.drop(key)
+            self.drop(event.key)
+        return held.request
 
     def drop(self, key: tuple[str, int]) -> None:
         if self._requests.pop(key, None) is None:
             return
-        del self._emitted[key]
-        self._texts.pop(key, None)
         choices = self._choices[key[0]]
         del choices[key[1]]
         if not choices:
@@ -52,14 +58,14 @@ class Held:
 
     def recall(self, key: tuple[str, int]) -> Request | None:
         """Drop a request, and return it with all that was emitted of it."""
-        request = self._requests.get(key)
-        if request is None:
+        held = self._requests.get(key)
+        if held is None:
             return None
-        emitted, texts = self._emitted[key], self._texts.get(key, ())
         self.drop(key)
+        request, texts = held.request, held.texts
         return msgspec.structs.replace(
             request,
-            emitted_token_ids=(*request.emitted_token_ids, *emitted),
+            emitted_token_ids=(*request.emitted_token_ids, *held.token_ids),
             emitted_text=request.emitted_text + "".join(text for text, _ in texts),
             num_emitted_without_ids=request.num_emitted_without_ids + sum(n for _, n in texts),
         )
@@ -69,7 +75,7 @@ class Held:
         for choice in tuple(self._choices.get(signal.request_id, ())):
             key = signal.request_id, choice
             if signal.concerns(key):
-                ctx.engine.cancel(*key, self._requests[key].epoch)
+                ctx.engine.cancel(*key, self._requests[key].request.epoch)
 
 
 def abandon(ctx: Context, item: Item) -> None:
@@ -104,8 +110,7 @@ def report_first_token(ctx: Context, request: Request, event: TokenEvent) -> Non
     to leaving this operator.
     """
     dispatched_s = request.stamps.dispatched_s
-    is_first = event.position == request.num_emitted and event.num_tokens > 0
-    if not is_first or dispatched_s is None:
+    if dispatched_s is None or event.position != request.num_emitted or not event.num_tokens:
         return
     first = FirstToken(seconds=ctx.now() - dispatched_s)
     started_s, prefilled_s = event.stamps.started_s, event.stamps.prefilled_s

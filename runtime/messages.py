@@ -103,7 +103,7 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
                 raise TypeError(f"{name} is {getattr(self, name)!r}; it must be {wanted}")
 
 
-class Stamps(msgspec.Struct, frozen=True, kw_only=True):
+class Stamps(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """When each phase of a request ended, in seconds of the executor's monotonic clock."""
 
     arrived_s: float = 0.0
@@ -237,7 +237,7 @@ class LeaseRef(msgspec.Struct, frozen=True, kw_only=True, tag="lease"):
     num_tokens: int  # whose keys and values the blocks hold, or will hold
 
 
-class TokenLogprob(msgspec.Struct, frozen=True):
+class TokenLogprob(msgspec.Struct, frozen=True, gc=False):
     """The log probability of a chosen token, and the most likely ones, best first."""
 
     token_id: int
@@ -246,7 +246,7 @@ class TokenLogprob(msgspec.Struct, frozen=True):
     rank: int | None = None  # 1: none is more likely; known of prompt tokens only
 
 
-class TokenEvent(msgspec.Struct, frozen=True, kw_only=True, tag="tokens"):
+class TokenEvent(msgspec.Struct, frozen=True, kw_only=True, tag="tokens", gc=False):
     """New tokens of one choice, or its end, or both; `position` is that of its first token.
 
     The last event of a choice, and no other, has a `finish_reason`. `text` is what became whole

@@ -1,10 +1,18 @@
 """A sequence of numbers whose smallest is found without looking at all of them, as a value."""
 
 import math
+from typing import TypeVar
 
 _WIDTH = 32  # an update copies one leaf and the minima of all leaves: a microsecond for a thousand
 
 _EMPTY = (math.inf,) * _WIDTH
+
+
+T = TypeVar("T")
+
+
+def _exchanged(items: tuple[T, ...], index: int, item: T) -> tuple[T, ...]:
+    return items[:index] + (item,) + items[index + 1 :]  # noqa: RUF005 (quicker)
 
 
 class MutableMinTree:
@@ -18,14 +26,15 @@ class MutableMinTree:
         self.minimum = math.inf
 
     def __setitem__(self, index: int, value: float) -> None:
-        number, offset = index // _WIDTH, index % _WIDTH
+        number = index // _WIDTH
         while number >= len(self._leaves):
             self._leaves.append([math.inf] * _WIDTH)
             self._minima.append(math.inf)
         leaf = self._leaves[number]
-        if leaf[offset] != value:
-            leaf[offset] = value
-            self._minima[number] = min(leaf)
+        leaf[index % _WIDTH] = value
+        lowest = min(leaf)
+        if lowest != self._minima[number]:
+            self._minima[number] = lowest
             self.minimum = min(self._minima)
 
 
@@ -44,18 +53,22 @@ class MinTree:
         return self._leaves[leaf][index % _WIDTH] if leaf < len(self._leaves) else math.inf
 
     def with_value(self, index: int, value: float) -> "MinTree":
-        number, offset = index // _WIDTH, index % _WIDTH
+        number, offset = divmod(index, _WIDTH)
         leaves, minima = self._leaves, self._minima
         if number >= len(leaves):
             leaves += (_EMPTY,) * (number + 1 - len(leaves))
             minima += (math.inf,) * (number + 1 - len(minima))
         leaf = leaves[number]
-        leaf = (*leaf[:offset], value, *leaf[offset + 1 :])
+        if leaf[offset] == value:
+            return self
+        leaf = _exchanged(leaf, offset, value)
         changed = MinTree.__new__(MinTree)
-        changed._leaves = (*leaves[:number], leaf, *leaves[number + 1 :])
+        changed._leaves = _exchanged(leaves, number, leaf)
+        changed._minima, changed.minimum = minima, self.minimum
         lowest = value if value <= minima[number] else min(leaf)
-        changed._minima = (*minima[:number], lowest, *minima[number + 1 :])
-        changed.minimum = min(changed._minima)
+        if lowest != minima[number]:
+            changed._minima = _exchanged(minima, number, lowest)
+            changed.minimum = min(changed._minima)
         return changed
 
     def argmin(self, start: int = 0) -> int | None:

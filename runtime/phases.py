@@ -1,6 +1,5 @@
 """How long each phase of a request took, from its stamps."""
 
-from operator import add
 from typing import NamedTuple
 
 from sagellm.runtime.messages import Stamps
@@ -15,7 +14,13 @@ class Phases(NamedTuple):
     decode_s: float = 0.0
 
     def plus(self, other: "Phases") -> "Phases":
-        return Phases(*map(add, self, other))
+        queue_s, prefill_s, transfer_s, decode_s = other
+        return Phases(
+            self.queue_s + queue_s,
+            self.prefill_s + prefill_s,
+            self.transfer_s + transfer_s,
+            self.decode_s + decode_s,
+        )
 
 
 def phases_of(stamps: Stamps) -> Phases:
@@ -24,20 +29,15 @@ def phases_of(stamps: Stamps) -> Phases:
     The time a request waits inside its engine belongs to the queue. A request that ended in the
     queue spent all its time there.
     """
-    started = _first(stamps.started_s, stamps.finished_s, stamps.arrived_s)
-    prefilled = _first(stamps.prefilled_s, stamps.finished_s, started)
-    transferred = _first(stamps.transferred_s, prefilled)
+    arrived, finished = stamps.arrived_s, stamps.finished_s
+    started = _known(stamps.started_s, _known(finished, arrived))
+    prefilled = _known(stamps.prefilled_s, _known(finished, started))
+    transferred = _known(stamps.transferred_s, prefilled)
+    decoded = _known(finished, transferred)
     return Phases(
-        queue_s=started - stamps.arrived_s,
-        prefill_s=prefilled - started,
-        transfer_s=transferred - prefilled,
-        decode_s=_first(stamps.finished_s, transferred) - transferred,
+        started - arrived, prefilled - started, transferred - prefilled, decoded - transferred
     )
 
 
-def _first(*times: float | None) -> float:
-    """The first that is known; the last one always is."""
-    for time in times:
-        if time is not None:
-            return time
-    raise ValueError("no time is known")
+def _known(time: float | None, otherwise: float) -> float:
+    return otherwise if time is None else time

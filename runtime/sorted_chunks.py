@@ -53,11 +53,12 @@ class SortedChunks(Generic[T]):
             return self._with(0, 0, ((item,),), 1)
         if item >= self._chunks[-1][-1]:  # often
             index = len(self._chunks) - 1
+            chunk = self._chunks[index] + (item,)
         else:
             index = max(bisect_right(self._chunks, item, key=_first) - 1, 0)
-        chunk = self._chunks[index]
-        place = bisect_right(chunk, item)
-        chunk = chunk[:place] + (item,) + chunk[place:]  # noqa: RUF005 (quicker)
+            chunk = self._chunks[index]
+            place = bisect_right(chunk, item)
+            chunk = chunk[:place] + (item,) + chunk[place:]  # noqa: RUF005 (quicker)
         middle = len(chunk) // 2
         cut = (chunk[:middle], chunk[middle:]) if len(chunk) > _MOST else (chunk,)
         return self._with(index, index + 1, cut, 1)
@@ -79,6 +80,10 @@ class SortedChunks(Generic[T]):
         self, start: int, end: int, chunks: tuple[tuple[T, ...], ...], growth: int
     ) -> "SortedChunks[T]":
         changed: SortedChunks[T] = SortedChunks.__new__(SortedChunks)
-        changed._chunks = self._chunks[:start] + chunks + self._chunks[end:]
+        others = self._chunks
+        if end == len(others):
+            changed._chunks = others[:start] + chunks
+        else:
+            changed._chunks = others[:start] + chunks + others[end:]
         changed._len = self._len + growth
         return changed

@@ -29,7 +29,7 @@ from sagellm.runtime.messages import Answer, Forked, Item, Request, Sampling, St
 from sagellm.runtime.models.tokenizer import Tokenizer
 from sagellm.runtime.operator import Signal
 from sagellm.statistics import Statistics, statistics_of
-from sagellm.stream import UNSERVED, Caller, Limits, Output, Stream, Timing, gather
+from sagellm.stream import OUTPUTS, UNSERVED, Caller, Limits, Output, Stream, Timing, gather
 from sagellm.unserved import RequestFailed, RequestRefused, raise_unserved
 
 __all__ = [
@@ -231,7 +231,7 @@ class Session:
             item = self._coded(item)
         if self.observers:
             self._tell("delivered", item)
-        if isinstance(item, Output) and item.finish_reason is not None and _is_logged():
+        if isinstance(item, OUTPUTS) and item.finish_reason is not None and _is_logged():
             _log_end(item)
         caller = self._callers.get(item.request_id)
         if caller is not None:
@@ -313,7 +313,7 @@ def _is_logged() -> bool:
     return _LEVELS.isEnabledFor(logging.DEBUG)
 
 
-def _log_end(item: TokenEvent | Answer) -> None:
+def _log_end(item: Output) -> None:
     log.debug(
         "request_ended",
         request_id=item.request_id,

@@ -3,6 +3,7 @@
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import NamedTuple, Protocol, TypeAlias
 
 import msgspec
@@ -10,7 +11,6 @@ import trio
 
 from sagellm.misuse import misused
 from sagellm.prompts import RequestError
-from sagellm.runtime.core.books import ends
 from sagellm.runtime.messages import (
     Answer,
     Forked,
@@ -18,11 +18,11 @@ from sagellm.runtime.messages import (
     Request,
     Stamps,
     TokenEvent,
-    TokenLogprob,
 )
 from sagellm.unserved import raise_unserved
 
 Output: TypeAlias = TokenEvent | Answer
+OUTPUTS = (TokenEvent, Answer)  # a test against a tuple takes half as long as one against a union
 Caller: TypeAlias = Callable[[Item | Forked], None]
 _LOGPROB_BYTES = 16  # an id and a number
 _MOST_EXCUSED = 16  # times the limits, whoever is to blame
@@ -175,19 +175,20 @@ class Stream:
 
     def put(self, item: Item | Forked) -> None:
         """Called by the session for each item of this request."""
-        if isinstance(item, Forked):
-            self._num_open += item.num_choices - 1
-        elif isinstance(item, Output):
+        if isinstance(item, OUTPUTS):
             self._unread.put(item)
-            if item.finish_reason == "failed":
-                self._causes[item.choice] = self._session.cause_of(item.key)
-            self._num_open -= ends(item)
+            if item.finish_reason is not None:
+                self._num_open -= 1
+                if item.finish_reason == "failed":
+                    self._causes[item.choice] = self._session.cause_of(item.key)
+        elif isinstance(item, Forked):
+            self._num_open += item.num_choices - 1
         if self._num_open == 0:
             self._session.dismiss(self.request_id, self._caller)
         elif self._unread.is_limited and not self._is_overrun and self._is_too_much:
             self._is_overrun = True
             self._session.end(self.request_id, "slow_reader")
-        if self._arrived and self._is_due:
+        if self._is_due and self._arrived:
             self._arrived.unpark_all()
         if self.on_arrival is not None:
             self.on_arrival()
@@ -295,25 +296,21 @@ def gather(parts: Sequence[Output]) -> Answer:
     return Answer(
         request_id=last.request_id,
         choice=last.choice,
-        text="".join(event.text for event in events),
-        token_ids=tuple(token for event in events for token in event.token_ids),
-        num_tokens_without_ids=sum(event.num_tokens_without_ids for event in events),
-        logprobs=tuple(logprob for event in events for logprob in event.logprobs),
-        prompt_logprobs=_prompt_logprobs(events),
+        text="".join([event.text for event in events]),
+        token_ids=tuple(chain.from_iterable([event.token_ids for event in events])),
+        num_tokens_without_ids=sum([event.num_tokens_without_ids for event in events]),
+        logprobs=tuple(chain.from_iterable([event.logprobs for event in events])),
+        prompt_logprobs=tuple(chain.from_iterable([event.prompt_logprobs for event in events])),
         finish_reason=last.finish_reason or "failed",
         stop_reason=last.stop_reason,
         error=last.error,
         code=last.code,
         retry_after_s=last.retry_after_s,
-        num_prompt_tokens=max(event.num_prompt_tokens for event in events),
-        num_cached_tokens=max(event.num_cached_tokens for event in events),
-        num_preemptions=max(event.num_preemptions for event in events),
+        num_prompt_tokens=max([event.num_prompt_tokens for event in events]),
+        num_cached_tokens=max([event.num_cached_tokens for event in events]),
+        num_preemptions=max([event.num_preemptions for event in events]),
         stamps=_stamps(events[0], last),
     )
-
-
-def _prompt_logprobs(events: Sequence[TokenEvent]) -> tuple[TokenLogprob, ...]:
-    return tuple(logprob for event in events for logprob in event.prompt_logprobs)
 
 
 def _stamps(first: TokenEvent, last: TokenEvent) -> Stamps:

@@ -28,7 +28,7 @@ def null_token(seed: int, choice: int, position: int, vocab_size: int) -> int:
 def null_tokens(rows: Sequence[Row], vocab_size: int) -> list[int]:
     """One for each row."""
     return [
-        null_token(row.sampling.seed or 0, row.answer.choice, row.num_output, vocab_size)
+        null_token(row.answer.sampling.seed or 0, row.answer.choice, row.num_output, vocab_size)
         for row in rows
     ]
 

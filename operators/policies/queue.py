@@ -66,9 +66,10 @@ class Queue(msgspec.Struct, frozen=True):
 
     def busy_s(self, now: float) -> float:
         """How long something has waited in it, or could not have been sent on, until now."""
-        if now <= self.told_s or not (len(self.entries) or self.backlog.num_full):
-            return self.backlog.busy_s
-        return self.backlog.busy_s + now - self.told_s
+        backlog = self.backlog
+        if now <= self.told_s or backlog.is_open:
+            return backlog.busy_s
+        return backlog.busy_s + now - self.told_s
 
     def with_request(self, request: Request, order: Order, now: float) -> "Queue":
         """Raises what the order's rank raises, and ValueError where that is not a number."""
@@ -88,8 +89,8 @@ class Queue(msgspec.Struct, frozen=True):
             self.declined,
             self.level,
             number + 1,
-            _counted(self.backlog, request, 1, self.busy_s(now)),
-            self.waiting_since_s if len(self.entries) else now,
+            _counted(self.backlog, request, 1, request.num_uncached_tokens, self.busy_s(now)),
+            self.waiting_since_s if self.backlog.num_requests else now,
             max(self.told_s, now),
             self.num_sent,
             self.num_sent_tokens,
@@ -102,9 +103,7 @@ class Queue(msgspec.Struct, frozen=True):
         if others:
             entry = next(one for one in (entry, *others) if _is_same(one[3], taken))
         waited = max(self.told_s, now) > self.waiting_since_s
-        queue = self._without(entry, now, (), was_served=waited)
-        num_tokens = self.num_sent_tokens + entry[3].num_uncached_tokens
-        return replace(queue, num_sent=self.num_sent + 1, num_sent_tokens=num_tokens)
+        return self._without(entry, now, (), was_sent=True, was_served=waited)
 
     def with_room(self, now: float, *, has_room: bool) -> "Queue":
         """Engines downstream have room for a request again, or have none any more."""
@@ -171,9 +170,16 @@ class Queue(msgspec.Struct, frozen=True):
         )
 
     def _without(
-        self, entry: Entry, now: float, declined: tuple[Entry, ...], *, was_served: bool = False
+        self,
+        entry: Entry,
+        now: float,
+        declined: tuple[Entry, ...],
+        *,
+        was_sent: bool = False,
+        was_served: bool = False,
     ) -> "Queue":
         request, expiries = entry[3], self.expiries
+        num_tokens, busy_s = request.num_uncached_tokens, self.busy_s(now)
         if request.expires_s is not None:
             expiries = expiries.removed((request.expires_s, entry[2], entry))
         return Queue(
@@ -183,11 +189,11 @@ class Queue(msgspec.Struct, frozen=True):
             declined,
             self.level,
             self.num_arrived,
-            _counted(self.backlog, request, -1, self.busy_s(now), was_served=was_served),
+            _counted(self.backlog, request, -1, num_tokens, busy_s, was_served=was_served),
             self.waiting_since_s,
             max(self.told_s, now),
-            self.num_sent,
-            self.num_sent_tokens,
+            self.num_sent + was_sent,
+            self.num_sent_tokens + num_tokens * was_sent,
             self.known,
         )
 
@@ -211,10 +217,15 @@ def _exchanged(entries: tuple[Entry, ...], entry: Entry, other: Entry) -> tuple[
 
 
 def _counted(
-    backlog: Backlog, request: Request, sign: int, busy_s: float, *, was_served: bool = False
+    backlog: Backlog,
+    request: Request,
+    sign: int,
+    num_prompt_tokens: int,
+    busy_s: float,
+    *,
+    was_served: bool = False,
 ) -> Backlog:
-    """The backlog with a request more, or less."""
-    num_prompt_tokens = request.num_uncached_tokens
+    """The backlog with a request of so many uncached tokens more, or less."""
     is_patient = request.slo_ttft_s is None
     return Backlog(
         backlog.num_requests + sign,

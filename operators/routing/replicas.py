@@ -95,7 +95,6 @@ class PoolView(msgspec.Struct, frozen=True):
     loads: MinTree = MinTree()  # of those that are free
     request_tokens: float = 1.0  # what a request of others counts as
     mean_tokens: float = 0.0  # of the requests that were placed
-    num_held: int = 0  # requests, by all replicas
     index: PrefixIndex | None = None  # of the prefix blocks that they have, if anybody asks
 
     @classmethod
@@ -112,23 +111,20 @@ class PoolView(msgspec.Struct, frozen=True):
     def with_replica(
         self, number: int, view: ReplicaView, mean_tokens: float | None = None
     ) -> "PoolView":
-        bit, free, loads = 1 << number, self.free, self.loads
+        bit, free = 1 << number, self.free
         if view.is_up and view.num_left >= 1:
             load, free = view.load(self.request_tokens), free | bit
         else:
             load, free = math.inf, free & ~bit
-        if loads[number] != load:
-            loads = loads.with_value(number, load)
         return PoolView(
             self.size,
             self.replicas.set(number, view),
             free,
             self.up | bit if view.is_up else self.up & ~bit,
             self.known & ~bit if view.is_removed else self.known | bit,
-            loads,
+            self.loads.with_value(number, load),
             self.request_tokens,
             self.mean_tokens if mean_tokens is None else mean_tokens,
-            self.num_held + view.num_held - self.replicas.get(number, NEW).num_held,
             self.index,
         )
 

@@ -46,10 +46,11 @@ class View(msgspec.Struct, frozen=True):
         return self.replica(replica).load(tokens_of(request))
 
     def place(self, request: Request, replicas: tuple[Replica, ...]) -> "View":
-        num_tokens = tokens_of(request)
+        num_uncached = request.num_uncached_tokens
+        num_tokens = num_uncached + request.sampling.max_tokens
         pools = dict(self.pools)
         for pool, number in replicas:
-            pools[pool] = pools[pool].placed(number, num_tokens, request.num_uncached_tokens)
+            pools[pool] = pools[pool].placed(number, num_tokens, num_uncached)
         where = self.placed.get(request.request_id, ())
         where += tuple([(replica, num_tokens) for replica in replicas])
         placed = self.placed.set(request.request_id, where)

@@ -112,7 +112,7 @@ class Core:
         self._inputs.settle()
         if self.recovery.is_under_way:
             self._returns.try_next()
-        if self.gates.full_changed:
+        if self._room.may_have_changed:
             self._inputs.tell_room(self._room.changes())
         has_moved = self.region.wakes_changed or self.register.expiries_changed
         if has_moved or type(event) in _MOVES_TIME:

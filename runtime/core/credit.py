@@ -1,7 +1,7 @@
 """Credits: how much may be under way on the edges into service operators."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from sagellm.runtime.messages import Item, Prefilled, Request
 from sagellm.runtime.min_tree import MutableMinTree
@@ -9,6 +9,7 @@ from sagellm.runtime.operator import Credit
 
 Gate = tuple[str, int]  # a service operator and its replica
 Key = tuple[str, int]  # a request and its choice
+_Spent = dict[tuple[Gate, int], tuple[Credit, ...]]  # by gate and choice, of each item there
 
 _ONE = Credit(1, 0, 0)
 
@@ -35,36 +36,33 @@ class NoCredit(Exception):
 
 
 class Account:
-    """The credit of one replica, and what each choice has spent of it."""
+    """The credit of one replica: what is left, and how many items have spent some of it."""
 
-    __slots__ = ("block_size", "blocks", "capacity", "requests", "spent", "tokens")
+    __slots__ = ("block_size", "blocks", "capacity", "num_items", "requests", "tokens")
 
     def __init__(self, capacity: Credit, block_size: int) -> None:
         self.capacity = capacity
         self.block_size = block_size
+        self.num_items = 0
         self.requests, self.tokens, self.blocks = (
             capacity.requests,
             capacity.tokens,
             capacity.blocks,
         )
-        self.spent: dict[Key, list[Credit]] = {}
 
-    def take(self, key: Key, cost: Credit) -> bool:
+    def take(self, cost: Credit) -> bool:
         """Spend a cost if it is covered; an item larger than all passes alone."""
         requests, tokens = self.requests - cost.requests, self.tokens - cost.tokens
         blocks = self.blocks - cost.blocks
-        if self.spent and (requests < 0 or tokens < 0 or blocks < 0):
+        if self.num_items and (requests < 0 or tokens < 0 or blocks < 0):
             return False
         self.requests, self.tokens, self.blocks = requests, tokens, blocks
-        self.spent.setdefault(key, []).append(cost)
+        self.num_items += 1
         return True
 
-    def give(self, key: Key) -> None:
-        """Return what the last item of `key` spent."""
-        costs = self.spent[key]
-        cost = costs.pop()
-        if not costs:
-            del self.spent[key]
+    def give(self, cost: Credit) -> None:
+        """Return what an item spent."""
+        self.num_items -= 1
         self.requests += cost.requests
         self.tokens += cost.tokens
         self.blocks += cost.blocks
@@ -74,7 +72,7 @@ class Account:
         """Blocks that a request may take now; infinite where nothing is under way, for then even
         an item larger than all passes; negative where no request may pass.
         """
-        if not self.spent:
+        if not self.num_items:
             return math.inf
         return self.blocks if self.requests >= 1 else -math.inf
 
@@ -116,12 +114,11 @@ class Gates:
         self.reserved = Reserved(later or {})
         self.accounts: dict[Gate, Account] = {}
         self._rooms: dict[str, MutableMinTree] = {}  # by operator: -room of each replica
-        self._holders: dict[str, dict[tuple[Gate, int], None]] = {}  # by request: gate, choice
+        self._spent: dict[str, _Spent] = {}  # by request
         self.closed: set[Gate] = set()
         self.blocked: frozenset[str] = frozenset()
         self.removed: set[Gate] = set()
         self.full: set[str] = set()  # operators of which no replica has room for a request
-        self.full_changed = False  # since whoever acts on it has set it to False
 
     def open(self, gate: Gate, capacity: Credit, block_size: int = 1) -> None:
         self.accounts[gate] = Account(capacity, block_size)
@@ -149,65 +146,89 @@ class Gates:
             return room > 0
         return room >= cost_of(item, self.accounts[node, 0].block_size).blocks
 
+    def may_take_at_any(self, nodes: Iterable[str], item: Item) -> bool:
+        """The same of several operators."""
+        for node in nodes:  # noqa: SIM110 (quicker)
+            if self.may_take(node, item):
+                return True
+        return False
+
     def is_full(self, node: str) -> bool:
         """Whether no replica of `node` may take any request."""
         return self._rooms[node].minimum == math.inf
 
-    def take(self, gate: Gate, item: Item, *, later: bool = False) -> bool:
-        """Spend the item's cost if there is credit; an item larger than all passes alone.
+    def take(self, gate: Gate, item: Item, later: Gate | None = None) -> Gate | None:
+        """Spend the item's cost, at once also at the gate `later`, where the item will come later.
+        Returns the gate that has no credit for it; then nothing is spent. An item larger than all
+        passes alone.
 
         Through a closed gate passes what has its place already, and cannot choose another: it
-        comes back from there, if that is lost. `later`: the item will come there later.
+        comes back from there, if that is lost.
         """
-        if (self.closed or self.blocked) and not later and self._is_closed_to(gate, item):
-            return False
-        account, key = self.accounts[gate], item.key
-        if not account.take(key, cost_of(item, account.block_size)):
-            return False
-        if later:
-            self.reserved.add(gate, key)
-        self._holders.setdefault(key[0], {})[gate, key[1]] = None
-        self._note_room(gate)
-        return True
+        if (self.closed or self.blocked) and self._is_closed_to(gate, item):
+            return gate
+        key, block_size = item.key, self.accounts[gate].block_size
+        cost = cost_of(item, block_size)
+        if not self._spend(gate, key, cost):
+            return gate
+        if later is None:
+            return None
+        if self.accounts[later].block_size != block_size:
+            cost = cost_of(item, self.accounts[later].block_size)
+        if not self._spend(later, key, cost):
+            self.give(gate, key)
+            return later
+        self.reserved.add(later, key)
+        return None
 
     def give(self, gate: Gate, key: Key) -> bool:
         """Return what the last item of `key` spent; False where it had spent nothing."""
-        account = self.accounts[gate]
-        if key not in account.spent:
+        request_id, choice = key
+        spent, place = self._spent.get(request_id, {}), (gate, choice)
+        if place not in spent:
             return False
-        account.give(key)
+        costs = spent[place]
+        if len(costs) > 1:
+            spent[place] = costs[:-1]
+        elif len(spent) > 1:
+            del spent[place]
+        else:
+            del self._spent[request_id]
         if self.reserved.is_at(gate, key):
             self.reserved.remove(key)
-        if key not in account.spent:
-            self._drop_holder(gate, key)
+        self.accounts[gate].give(costs[-1])
         self._note_room(gate)
         return True
 
     def holders(self, request_id: str, choice: int | None = None) -> tuple[tuple[Gate, int], ...]:
         """The gates that hold something of a request, each with the choice that it holds."""
-        held = self._holders.get(request_id)
-        if not held:
-            return ()
-        return tuple(one for one in held if choice is None or one[1] == choice)
+        spent = self._spent.get(request_id, {})
+        return tuple(place for place in spent if choice is None or place[1] == choice)
 
     def holds(self, request_id: str) -> bool:
         """Whether any gate holds something of a request."""
-        return request_id in self._holders
+        return request_id in self._spent
+
+    def _spend(self, gate: Gate, key: Key, cost: Credit) -> bool:
+        if not self.accounts[gate].take(cost):
+            return False
+        request_id, choice = key
+        spent, place = self._spent.get(request_id), (gate, choice)
+        if spent is None:
+            self._spent[request_id] = {place: (cost,)}
+        else:
+            spent[place] = (*spent[place], cost) if place in spent else (cost,)
+        self._note_room(gate)
+        return True
 
     def _is_closed_to(self, gate: Gate, item: Item) -> bool:
         if gate[0] in self.blocked and gate not in self.removed:
             return True
         return gate in self.closed and not isinstance(item, Prefilled)
 
-    def _drop_holder(self, gate: Gate, key: Key) -> None:
-        held = self._holders[key[0]]
-        held.pop((gate, key[1]), None)
-        if not held:
-            del self._holders[key[0]]
-
     def _note_room(self, gate: Gate) -> None:
-        node, rooms = gate[0], self._rooms[gate[0]]
-        rooms[gate[1]] = math.inf if gate in self.closed else -self.accounts[gate].room
+        node, replica = gate
+        rooms = self._rooms[node]
+        rooms[replica] = math.inf if gate in self.closed else -self.accounts[gate].room
         if (rooms.minimum > -1) != (node in self.full):
             (self.full.discard if node in self.full else self.full.add)(node)
-            self.full_changed = True

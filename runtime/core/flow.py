@@ -65,6 +65,8 @@ class Flow:
 
     def retry(self, node: str, replica: int) -> None:
         """A replica has returned credit: try what waits for it, until something finds none."""
+        if self._parking.is_empty:
+            return
         for way in ((node, replica), (node, None)):
             while (parked := self._parking.first(way)) is not None and self._try(parked):
                 pass

@@ -47,8 +47,9 @@ class Holds:
 
     def forget(self, request_id: str) -> None:
         """A request has ended."""
-        for hold in self._by_request.pop(request_id, {}).values():
-            hold.is_over = True
+        if request_id in self._by_request:
+            for hold in self._by_request.pop(request_id).values():
+                hold.is_over = True
 
     @property
     def next_end_s(self) -> float:

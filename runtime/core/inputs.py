@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 from msgspec.structs import replace
 
@@ -30,6 +31,14 @@ from sagellm.runtime.prefixes import PrefixIndex
 _Subscribers = tuple[str, ...]
 
 
+@dataclass(slots=True)
+class _Line:
+    """Feedback of one kind of a node: who is given it, and how much each replica gave so far."""
+
+    subscribers: _Subscribers
+    numbers: dict[int, int] = field(default_factory=dict)
+
+
 class Inputs:
     """What an input leads to is over before the next input is given, feedback included. An input
     that finds no credit is parked.
@@ -45,8 +54,7 @@ class Inputs:
         self._books = books
         self._parking = parking
         self._inputs: deque[tuple[str, Input]] = deque()
-        self._subscribers: dict[tuple[str, type], _Subscribers] = {}
-        self._num_reports: dict[tuple[str, int, type], int] = {}
+        self._lines: dict[tuple[str, type], _Line] = {}
         names, spec = tuple(region.cells), plan.spec
         self._taking: dict[str, _Subscribers] = {
             kind: tuple(name for name in names if kind in spec(name).signals)
@@ -159,18 +167,15 @@ class Inputs:
         kind = type(feedback)
         if isinstance(feedback, QueueChanged):
             self._meter.queue(node, feedback.backlog.num_requests)
-        subscribers = self._subscribers.get((node, kind))
-        if subscribers is None:
-            subscribers = self._plan.subscribers(node, KINDS[kind])
-            self._subscribers[node, kind] = subscribers
-        if not subscribers:
-            return
-        sender = node, feedback.replica, kind
-        number = self._num_reports.get(sender, 0) + 1
-        self._num_reports[sender] = number
-        numbered = replace(feedback, node=node, sequence=number)
-        for name in subscribers:
-            self._inputs.append((name, numbered))
+        line = self._lines.get((node, kind))
+        if line is None:
+            line = self._lines[node, kind] = _Line(self._plan.subscribers(node, KINDS[kind]))
+        if line.subscribers:
+            replica, numbers = feedback.replica, line.numbers
+            numbers[replica] = number = numbers.get(replica, 0) + 1
+            numbered = replace(feedback, node=node, sequence=number)
+            for name in line.subscribers:
+                self._inputs.append((name, numbered))
 
     def _end_by_fault(self, node: str, happened: Input, fault: OperatorFault) -> None:
         """A signal and an item concern one request. Other inputs may be what all that the operator

@@ -2,10 +2,11 @@
 
 from collections import deque
 from collections.abc import Container
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from sagellm.runtime.core.credit import Gates
+import msgspec
+
+from sagellm.runtime.core.credit import Gate, Gates, Key
 from sagellm.runtime.core.effects import Send
 from sagellm.runtime.core.faults import OperatorFault
 from sagellm.runtime.core.holdings import Holdings
@@ -16,8 +17,7 @@ from sagellm.runtime.operator import Draw, Logic
 from sagellm.runtime.user_function import failing
 
 
-@dataclass(slots=True)
-class Reached:
+class Reached(msgspec.Struct):
     """An item reached the sink. `terminal`: over the implicit outlet; `fault`: what ended it."""
 
     item: Item | Forked
@@ -25,8 +25,7 @@ class Reached:
     fault: OperatorFault | None = None
 
 
-@dataclass(slots=True)
-class Upstream:
+class Upstream(msgspec.Struct):
     """Feedback of a logic operator for those upstream."""
 
     node: str
@@ -67,38 +66,28 @@ class Journal:
         self.outcomes: list[Outcome] = []
         self._gates = gates
         self.cells: list[tuple[Cell, Any, int, float | None]] = []  # as they were
-        self._taken: list[Send] = []
+        self._taken: list[tuple[Gate, Key, Gate | None]] = []
         self._arrived: list[Item] = []  # at operators where their credit was reserved
         self.counts: list[tuple[Tally, int]] = []
         self.moves: list[tuple[str, Item, bool]] = []  # operator, item, and whether it came in
+        self.keeping: set[str] = set()  # operators that items came to
 
-    def take(self, node: str, replica: int, item: Item) -> bool:
-        """Spend credit for an item; False where there is none."""
-        gate, send = (node, replica), Send(node, replica, item)
+    def take(self, gate: Gate, item: Item, later: Gate | None) -> Gate | None:
+        """Spend credit for an item, also at the gate `later`; returns the gate that has none."""
         if self._gates.reserved.is_at(gate, item.key):
             self._arrived.append(item)
-        elif self._gates.take(gate, item):
-            self._taken.append(send)
         else:
-            return False
-        self.outcomes.append(send)
-        return True
-
-    def reserve(self, node: str, replica: int, item: Item) -> bool:
-        """Spend credit at an operator that an item will come to later; False: there is none."""
-        if not self._gates.take((node, replica), item, later=True):
-            return False
-        self._taken.append(Send(node, replica, item))
-        return True
+            refusing = self._gates.take(gate, item, later)
+            if refusing is not None:
+                return refusing
+            self._taken.append((gate, item.key, later))
+        self.outcomes.append(Send(*gate, item))
+        return None
 
     def came(self, cell: Cell, item: Item) -> None:
         """An operator keeps an item."""
+        self.keeping.add(cell.name)
         self.moves.append((cell.name, item, True))
-
-    def left(self, node: str, item: Item) -> None:
-        """A node sends an item: an operator holds its choice no more."""
-        if self.moves or self.held.get(node):
-            self.moves.append((node, item, False))
 
     def end(self, item: Item, fault: OperatorFault, now: float) -> None:
         """End the choice of an item that an operator failed on."""
@@ -118,8 +107,10 @@ class Journal:
             cell, *before = self.cells.pop()
             cell.state, cell.num_inputs, cell.wake_at = before
         while len(self._taken) > taken:
-            send = self._taken.pop()
-            self._gates.give((send.node, send.replica), send.item.key)
+            gate, key, later = self._taken.pop()
+            self._gates.give(gate, key)
+            if later is not None:
+                self._gates.give(later, key)
         while len(self.accepted) > accepted:
             self.accepted.pop()
         del self.outcomes[outcomes:], self.counts[counts:], self.moves[moves:]
@@ -142,6 +133,7 @@ class Journal:
             for node, item, is_in in self.moves:
                 (self.holdings.take if is_in else self.holdings.send)(node, item)
             self.moves.clear()
+            self.keeping.clear()
         outcomes = self.outcomes
         if outcomes:
             self.outcomes = []

@@ -86,6 +86,10 @@ class Parking:
         for watch in parked.watches:
             watch.leave()
 
+    @property
+    def is_empty(self) -> bool:
+        return not self._by_way
+
     def first(self, way: Way) -> Parked | None:
         """What waits longest for a way."""
         waiting = self._by_way.get(way)

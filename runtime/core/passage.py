@@ -100,8 +100,9 @@ class Passage:
         target, inlet, cell, tally = found
         journal = self._journal
         journal.counts.append((tally, 1))
-        if journal.moves or journal.held.get(node):
-            journal.left(node, item)
+        held = journal.held.get(node)
+        if (held and item.request_id in held) or node in journal.keeping:
+            journal.moves.append((node, item, False))
         if cell is not None:
             outputs = self._ask(cell, cell.on, Arrival(item, inlet), now)
             self._arrived(cell, item, outputs, now)
@@ -144,23 +145,27 @@ class Passage:
         self, cell: Cell, method: Callable[..., Any], given: Any, now: float
     ) -> tuple[Output, ...]:
         """What an operator puts out; its new state is the cell's from now on."""
-        before, number, draw, clock = cell.state, cell.num_inputs, cell.draw, self._clock
+        before, number, draw = cell.state, cell.num_inputs, cell.draw
         self._journal.cells.append((cell, before, number, cell.wake_at))
-        begun_s = clock()
+        begun_s = self._clock()
         try:
             draw.number, draw.count = number, 0
             step = method(before, given, now, draw)
-            is_plain = type(step) is Step and step.wake_at is None
-            if not (is_plain and step.outputs and type(step.outputs) is tuple):
+            if (
+                type(step) is not Step
+                or type(step.outputs) is not tuple
+                or step.wake_at is not None
+                or (type(given) is Arrival and not step.outputs)
+            ):
                 check_step(cell.operator, given, step, before)
         except (Exception, *LEAVING) as error:
             cell.meter.errors.count += 1
             raise OperatorFault(cell.name, as_error(error)) from error
-        cell.meter.process_s += clock() - begun_s
-        cell.state = step.state
+        cell.meter.process_s += self._clock() - begun_s
+        cell.state, wake_at = step.state, step.wake_at
         cell.num_inputs = number + 1
-        if cell.wake_at != step.wake_at:
-            cell.wake_at, self.wakes_changed = step.wake_at, True
+        if cell.wake_at != wake_at:
+            cell.wake_at, self.wakes_changed = wake_at, True
         return step.outputs  # type: ignore[no-any-return]
 
     def _answer(self, cell: Cell, outputs: tuple[Output, ...], now: float, send: Sending) -> None:
@@ -189,14 +194,13 @@ class Passage:
 
     def _enter(self, node: str, item: Item) -> None:
         replica = replica_for(item, node, self._num_replicas[node])
-        if not self._journal.take(node, replica, item):
-            raise NoCredit(node, replica)
-        later = self._gates.reserved.later.get(node)
-        if later is not None:
+        decoder, later = self._gates.reserved.later.get(node), None
+        if decoder is not None:
             assert isinstance(item, Request)
-            replica = item.placement.get(later, replica)  # the same one on one engine
-            if not self._journal.reserve(later, replica, item):
-                raise NoCredit(later, replica)
+            later = decoder, item.placement.get(decoder, replica)  # the same one on one engine
+        refusing = self._journal.take((node, replica), item, later)
+        if refusing is not None:
+            raise NoCredit(*refusing)
 
     def _unknown_outlet(self, node: str, outlet: str) -> Exception:
         known = [edge[1] for edge in self._edges if edge[0] == node]

@@ -2,22 +2,22 @@
 
 import heapq
 import math
-from dataclasses import dataclass, field
+
+import msgspec
 
 from sagellm.runtime.operator import Signal
 
 Key = tuple[str, int]
 
 
-@dataclass(slots=True)
-class Entry:
+class Entry(msgspec.Struct):
     """One open request: its choices that have had no last event yet."""
 
     choices: set[int]
     expires_s: float | None = None
     tombstone: Signal | None = None
     arrived_s: float = 0.0
-    unavailable: set[int] = field(default_factory=set)  # choices that waited too long for an engine
+    unavailable: set[int] = set()  # choices that waited too long for an engine
 
 
 class Register:

@@ -17,12 +17,16 @@ class Room:
             if "room" in plan.spec(name).subscribes
         }
         self._full: set[str] = set()  # operators that were told so
+        self._full_services: set[str] = set()  # as they were at the last call of `changes`
+
+    @property
+    def may_have_changed(self) -> bool:
+        """Whether other service operators are full than at the last call of `changes`."""
+        return self._gates.full != self._full_services
 
     def changes(self) -> list[RoomChanged]:
         """What has changed since the last call; several changes that cancel out are none."""
-        if not self._gates.full_changed:
-            return []
-        self._gates.full_changed = False
+        self._full_services = set(self._gates.full)
         found = []
         for node, names in self._entrances.items():
             is_full = all(map(self._has_no_room, names))

@@ -1,7 +1,10 @@
 """Which way offered items go: learned as they are refused, so that nothing is tried in vain."""
 
 from collections.abc import Container, Iterator, Mapping
-from typing import Any, NamedTuple
+from operator import is_
+from typing import Any
+
+import msgspec
 
 from sagellm.graphs.ir import Graph
 from sagellm.runtime.core.credit import Gates
@@ -9,7 +12,7 @@ from sagellm.runtime.core.journal import Cell
 from sagellm.runtime.messages import Item, Prefilled, Request
 
 
-class _Way(NamedTuple):
+class _Way(msgspec.Struct, frozen=True, gc=False):
     """An item was refused by the service operator `node`; `states` is what its way depended on."""
 
     node: str
@@ -28,46 +31,45 @@ class Ways:
         outlets = {name: {edge.outlet for edge in graph.outputs(name)} for name in cells}
         self._branching = tuple(cell for name, cell in cells.items() if len(outlets[name]) > 1)
         self._states: tuple[Any, ...] = tuple(cell.state for cell in self._branching)
-        self._ways: dict[str, dict[int, _Way]] = {}
+        self._ways: dict[int, _Way] = {}  # by the identity of the item, which a way keeps
+        self._of_request: dict[str, set[int]] = {}  # the keys of these, by request
 
     def remember(self, item: Item, node: str) -> None:
-        """A service operator has refused an item, and nothing has changed."""
+        """A service operator has refused an item that was worth trying; nothing has changed."""
         if isinstance(item, Request):
-            way = _Way(node, item, self.states)
-            self._ways.setdefault(item.request_id, {})[item.choice] = way
-
-    @property
-    def states(self) -> tuple[Any, ...]:
-        """What ways depend on now: the same object for as long as none of it changes."""
-        for cell, state in zip(self._branching, self._states, strict=True):
-            if cell.state is not state:
-                self._states = tuple([cell.state for cell in self._branching])
-                break
-        return self._states
+            self._ways[id(item)] = _Way(node, item, self._states)
+            self._of_request.setdefault(item.request_id, set()).add(id(item))
 
     def worth_trying(self, node: str, items: tuple[Item, ...]) -> Iterator[Item]:
         """The items of `node` that a service operator might take: the one that refused an item
         before and that it would go to again, or any at all. Nothing may change meanwhile.
         """
-        ways, states, may_take = self._ways, self.states, self._gates.may_take
+        ways, states, gates = self._ways, self._states_now(), self._gates
         entrances = self._entrances[node]
         full = ""  # an operator that has no room for any request
         for item in items:
-            choices = ways.get(item.request_id)
-            way = choices.get(item.choice) if choices is not None else None
-            if way is None or way[1] is not item or way[2] is not states:
-                if any(may_take(entrance, item) for entrance in entrances):
+            way = ways.get(id(item))
+            if way is None or way.states is not states:
+                if gates.may_take_at_any(entrances, item):
                     yield item
-            elif way[0] == full:
+            elif way.node == full:
                 continue
-            elif may_take(way[0], item):
+            elif gates.may_take(way.node, item):
                 yield item
-            elif self._gates.is_full(way[0]):
-                full = way[0]
+            elif gates.is_full(way.node):
+                full = way.node
+
+    def _states_now(self) -> tuple[Any, ...]:
+        """What ways depend on now: the same object for as long as none of it changes."""
+        states = [cell.state for cell in self._branching]
+        if not all(map(is_, states, self._states)):
+            self._states = tuple(states)
+        return self._states
 
     def forget(self, request_id: str) -> None:
         """A request has ended, or was taken."""
-        self._ways.pop(request_id, None)
+        for key in self._of_request.pop(request_id, ()):
+            del self._ways[key]
 
 
 def replica_for(item: Item, node: str, num_replicas: int) -> int:

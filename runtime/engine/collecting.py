@@ -5,7 +5,7 @@ from collections.abc import Callable
 import msgspec
 import trio
 
-from sagellm.backends import Logprob, Sampled
+from sagellm.backends import Sampled
 from sagellm.runtime.engine.batch import Batch
 from sagellm.runtime.engine.scheduler import Scheduler
 from sagellm.runtime.engine.sequence import Sequence
@@ -61,7 +61,7 @@ class Collector:
             return
         self._advance(batch, sampled)
         for scoring, found in zip(batch.scoring, sampled.prompt_logprobs, strict=True):
-            scoring.sequence.take_scores(scoring.positions, _for_events(found))
+            scoring.sequence.take_scores(scoring.positions, [TokenLogprob(*one) for one in found])
         self._accept_all(batch, sampled, trio.current_time())
         for sequence in batch.sequences:
             if sequence.end is not None and sequence.lease is not None:
@@ -82,16 +82,15 @@ class Collector:
         self._forget(sequence, _LEASE_EVENT[reason])
         now = trio.current_time()
         sequence.stamps = msgspec.structs.replace(sequence.stamps, finished_s=now)
-        sequence.mailbox.post(
-            sequence.event(
-                position=sequence.num_output,
-                text=sequence.rest() if reason == "stop" else "",
-                prompt_logprobs=sequence.give_scores() if reason == "stop" else (),
-                finish_reason=reason,
-                error=error if reason == "failed" else None,
-                code=ENGINE_FAILED if reason == "failed" else "",
-            )
+        last = sequence.event(
+            position=sequence.num_output,
+            text=sequence.rest() if reason == "stop" else "",
+            prompt_logprobs=sequence.give_scores() if reason == "stop" else (),
+            finish_reason=reason,
         )
+        if reason == "failed":
+            last = msgspec.structs.replace(last, error=error, code=ENGINE_FAILED)
+        sequence.mailbox.post(last)
         sequence.mailbox.flush()
 
     def clear(self) -> None:
@@ -110,19 +109,22 @@ class Collector:
 
     def _advance(self, batch: Batch, sampled: Sampled) -> None:
         """Count what is computed now, and let others find it."""
-        pool = self._scheduler.pool
+        pool, drafts = self._scheduler.pool, batch.drafts
         rows = batch.row_sequences if sampled.broken else []
         broken = {rows[row] for row in sampled.broken}
         for sequence, query_len in zip(batch.sequences, batch.query_lens, strict=True):
-            if sequence.lease is None:
+            lease = sequence.lease
+            if lease is None:
                 continue
-            sequence.num_computed += query_len - len(batch.drafts.get(sequence, ()))
+            num_drafts = len(drafts.get(sequence, ())) if drafts else 0
+            sequence.num_computed += query_len - num_drafts
             if sequence not in broken:
-                self._publish(sequence)
+                if sequence.num_computed >= (len(lease.path) + 1) * pool.block_size:
+                    self._publish(sequence)
                 if sequence.state.hold_kv and sequence.num_pending and pool.shape.has_full:
-                    self.on_advance(sequence.lease, sequence.num_computed // pool.block_size)
+                    self.on_advance(lease, sequence.num_computed // pool.block_size)
             if pool.forgets:
-                pool.settle(sequence.lease, sequence.num_computed)
+                pool.settle(lease, sequence.num_computed)
 
     def _publish(self, sequence: Sequence) -> None:
         """Blocks that the next step reads already are not exchanged for others that hold the same:
@@ -135,7 +137,7 @@ class Collector:
         for sequence, rows, is_broken in verified(batch, sampled):
             if sequence.end is not None or sequence.lease is None:
                 continue
-            if sequence in batch.drafts and self._speculation is not None:
+            if self._speculation is not None and sequence in batch.drafts:
                 self._speculation.learn(
                     sequence, len(batch.drafts[sequence]), max(0, len(rows) - 1)
                 )
@@ -149,14 +151,15 @@ class Collector:
         position = sequence.num_output
         token_ids = sampled.token_ids[rows.start : rows.stop]
         num_taken, text, reason, stop_reason = sequence.take(token_ids)
-        sequence.mark_prefilled(now)
+        if not position:
+            sequence.mark_prefilled(now)
         if reason is not None:
             sequence.stamps = msgspec.structs.replace(sequence.stamps, finished_s=now)
         event = sequence.event(
             position=position,
             token_ids=tuple(token_ids[:num_taken]),
             text=text,
-            logprobs=tuple(_for_events(sampled.logprobs_of(rows[:num_taken]))),
+            logprobs=_for_events(sampled, rows[:num_taken]) if sampled.logprobs else (),
             prompt_logprobs=sequence.give_scores(),
             finish_reason=reason,
             stop_reason=stop_reason,
@@ -190,6 +193,6 @@ class Collector:
             sequence.lease = None
 
 
-def _for_events(logprobs: list[Logprob]) -> list[TokenLogprob]:
-    """As events carry them."""
-    return [TokenLogprob(*logprob) for logprob in logprobs]
+def _for_events(sampled: Sampled, rows: range) -> tuple[TokenLogprob, ...]:
+    """The logprobs of rows, as events carry them."""
+    return tuple(TokenLogprob(*logprob) for logprob in sampled.logprobs_of(rows))

@@ -262,6 +262,8 @@ class LocalEngine:
 
     def _expire(self) -> None:
         """End sequences whose answer nobody wants any more."""
+        if not self._expiries:
+            return
         now = trio.current_time()
         while self._expiries and self._expiries[0][0] <= now:
             _, arrival, fence = heapq.heappop(self._expiries)

@@ -24,12 +24,9 @@ class Mailbox:
         self._on_read = on_read
         self._posted: list[EngineEvent] = []
         self._batches: deque[tuple[EngineEvent, ...]] = deque()
+        self.is_full = False
         self._filled = trio.Event()
         self._is_closed = False
-
-    @property
-    def is_full(self) -> bool:
-        return len(self._batches) >= MAX_BATCHES
 
     @property
     def num_free(self) -> int:
@@ -44,6 +41,7 @@ class Mailbox:
         if self._posted:
             self._batches.append(tuple(self._posted))
             self._posted.clear()
+            self.is_full = len(self._batches) >= MAX_BATCHES
             self._filled.set()
 
     def close(self) -> None:
@@ -64,6 +62,7 @@ class Mailbox:
             await self._filled.wait()
         was_full = self.is_full
         batch = self._batches.popleft()
+        self.is_full = len(self._batches) >= MAX_BATCHES
         if was_full:
             self._on_read()
         return batch

@@ -51,10 +51,13 @@ class Scheduler:
     @property
     def num_pending_prefill_tokens(self) -> int:
         """What waiting and running prompts will cost, less what was found when last looked for."""
-        found = sum(len(sequence.found) for sequence in self.waiting) * self.pool.block_size
-        waiting = sum(sequence.num_pending for sequence in self.waiting) - found
-        running = (sequence.num_pending for sequence in self.running)
-        return waiting + sum(pending for pending in running if pending > 1)
+        total = 0
+        for sequence in self.running:
+            pending = sequence.num_pending
+            total += pending if pending > 1 else 0
+        for sequence in self.waiting:
+            total += sequence.num_pending - len(sequence.found) * self.pool.block_size
+        return total
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence; one that has a lease already only waits for a slot."""
@@ -66,7 +69,7 @@ class Scheduler:
 
     def stir(self) -> None:
         """Something came, or became free: those who wait may be able to go on."""
-        has_slot = self._num_slots > 0 and (self.waiting or self.adopted)
+        has_slot = (self.waiting or self.adopted) and self._num_slots > 0
         if has_slot or self.landings:
             self.is_due = True
 
@@ -123,18 +126,14 @@ class Scheduler:
         self._sat_out_before = self._is_sitting_out
         num_preemptions = self.num_preemptions
         self._adopt()
-        decodes = self._grow()
+        decodes, prefills = self._grow()
         if self.num_preemptions == num_preemptions:
-            decodes += self._admit()
+            for sequence in self._admit():
+                (decodes if sequence.num_pending == 1 else prefills).append(sequence)
         else:
             self._starved = self.waiting[0].arrival
         self.grant()
         batch = Batch()
-        prefills = [
-            sequence
-            for sequence in self.running
-            if sequence.num_pending > 1 and not sequence.mailbox.is_full and not sequence.is_ending
-        ]
         prefills = self._share_scoring(prefills)
         self._add_decodes(batch, decodes, is_shared=bool(prefills))
         if prefills:
@@ -146,28 +145,32 @@ class Scheduler:
 
     def _adopt(self) -> None:
         """Sequences that came with their blocks run first: others may wait for those blocks."""
-        for _ in range(min(self._num_slots, len(self.adopted))):
-            self.running.append(self.adopted.popleft())
+        if self.adopted:
+            for _ in range(min(self._num_slots, len(self.adopted))):
+                self.running.append(self.adopted.popleft())
 
-    def _grow(self) -> list[Sequence]:
-        """Give running sequences the blocks of their next step; those of them that decode.
+    def _grow(self) -> tuple[list[Sequence], list[Sequence]]:
+        """Give running sequences the blocks of their next step; those that decode, and those that
+        compute a prompt.
 
         A prompt has its blocks from the start, but for layers with a window, which slides.
         """
-        decodes = []
+        decodes: list[Sequence] = []
+        prefills: list[Sequence] = []
+        num_preemptions = self.num_preemptions
         for sequence in tuple(self.running):
             lease, num_pending = sequence.lease, sequence.num_pending
             if lease is None or not num_pending or sequence.mailbox.is_full:
                 continue
             if sequence.is_ending:
                 continue
-            num_tokens = sequence.num_known
-            if num_pending > 1:
-                num_tokens -= max(0, num_pending - self._max_chunk)
-            has_room = num_tokens <= lease.capacity or self._make_room(sequence, lease, num_tokens)
-            if has_room and num_pending == 1:
-                decodes.append(sequence)
-        return [sequence for sequence in decodes if sequence.lease is not None]
+            num_beyond = max(0, num_pending - self._max_chunk) if num_pending > 1 else 0
+            num_tokens = sequence.num_known - num_beyond
+            if num_tokens <= lease.capacity or self._make_room(sequence, lease, num_tokens):
+                (decodes if num_pending == 1 else prefills).append(sequence)
+        if self.num_preemptions != num_preemptions:
+            decodes, prefills = _leased(decodes), _leased(prefills)
+        return decodes, prefills
 
     def _num_lacking(self, sequence: Sequence) -> int:
         """Blocks that its next step needs and its lease does not have."""
@@ -199,10 +202,10 @@ class Scheduler:
         self.add(sequence)
 
     def _admit(self) -> list[Sequence]:
-        """Start waiting sequences while slots and blocks last; those with one pending token."""
+        """Start waiting sequences while slots and blocks last."""
         self._starved = None
-        num_slots = self._num_slots
-        if not self.waiting or num_slots < 1:
+        num_slots = self._num_slots if self.waiting else 0
+        if num_slots < 1:
             return []
         computing = self.reuse.computing(self.running)
         admitted: list[Sequence] = []
@@ -222,7 +225,7 @@ class Scheduler:
         if admitted:
             self.running += admitted
             self.waiting = [waiting for waiting in self.waiting if waiting.lease is None]
-        return [sequence for sequence in admitted if sequence.num_pending == 1]
+        return admitted
 
     def _reserve(self, sequence: Sequence) -> bool:
         """Lease blocks for all known tokens and the next, beginning with those that were found."""
@@ -335,3 +338,8 @@ class Scheduler:
                 landing.fence, num_tokens, "transfer", start=num_tokens
             )
             landing.granted.set()
+
+
+def _leased(sequences: list[Sequence]) -> list[Sequence]:
+    """Those that were not preempted."""
+    return [sequence for sequence in sequences if sequence.lease is not None]

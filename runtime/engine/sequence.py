@@ -10,7 +10,6 @@ from sagellm.runtime.kv.lease import Fence, Lease
 from sagellm.runtime.kv.prefix_tree import Node
 from sagellm.runtime.messages import (
     FinishReason,
-    Sampling,
     SequenceState,
     Stamps,
     TokenEvent,
@@ -32,10 +31,10 @@ class Sequence:
     """
 
     __slots__ = (
-        "_allowed_ids", "arrival", "end", "fence", "found", "keys", "lease", "mailbox",
+        "_allowed_ids", "arrival", "choice", "end", "fence", "found", "keys", "lease", "mailbox",
         "max_output", "num_cached", "num_computed", "num_launched", "num_preemptions", "num_prompt",
         "num_sampling", "num_scored",
-        "rank", "scores", "stamps", "state", "stop_ids", "tokens", "transcript",
+        "rank", "sampling", "scores", "stamps", "state", "stop_ids", "tokens", "transcript",
     )  # fmt: skip
 
     def __init__(
@@ -49,6 +48,8 @@ class Sequence:
         transcript: Transcript | None,
     ) -> None:
         self.state = state
+        self.choice = state.choice
+        self.sampling = state.sampling
         self.fence = Fence(state.request_id, state.choice, state.epoch)
         self.arrival = arrival
         self.rank = (state.priority, arrival)  # who goes first; the last in rank is preempted first
@@ -72,14 +73,6 @@ class Sequence:
         self.num_scored = 1 if _is_to_be_scored(state) else self.num_prompt
         self.scores: list[TokenLogprob] = []
         self._allowed_ids: array[int] | None = None
-
-    @property
-    def sampling(self) -> Sampling:
-        return self.state.sampling
-
-    @property
-    def choice(self) -> int:
-        return self.state.choice
 
     @property
     def num_known(self) -> int:
@@ -157,9 +150,8 @@ class Sequence:
         self.num_cached = 0  # whoever computed them has said so
 
     def mark_prefilled(self, now: float) -> None:
-        """The prompt is computed; `now` counts for a first token."""
-        if self.num_output == 1:
-            self.stamps = Stamps(started_s=self.stamps.started_s, prefilled_s=now)
+        """The prompt is computed, and its first token sampled."""
+        self.stamps = Stamps(started_s=self.stamps.started_s, prefilled_s=now)
 
     def event(
         self,
@@ -171,10 +163,10 @@ class Sequence:
         prompt_logprobs: tuple[TokenLogprob, ...] = (),
         finish_reason: FinishReason | None = None,
         stop_reason: str | int | None = None,
-        error: str | None = None,
-        code: str = "",
     ) -> TokenEvent:
         """An event of this sequence, with its stamps so far."""
+        # CPython makes a dict of more than 15 keyword arguments: such a call takes three times
+        # as long.
         return TokenEvent(
             request_id=self.state.request_id,
             choice=self.state.choice,
@@ -186,8 +178,6 @@ class Sequence:
             prompt_logprobs=prompt_logprobs,
             finish_reason=finish_reason,
             stop_reason=stop_reason,
-            error=error,
-            code=code,
             num_prompt_tokens=self.num_prompt,
             num_cached_tokens=self.num_cached or 0,
             num_preemptions=self.num_preemptions,
@@ -215,10 +205,9 @@ class Sequence:
         The text of a stop token itself is not shown unless the sampling says so; an end-of-text
         token is no stop reason of its own, as in the OpenAI API.
         """
-        sampling = self.state.sampling
-        if token_id in self.stop_ids and self.num_output > sampling.min_tokens:
-            named = token_id in sampling.stop_token_ids
-            shown = self._show(token_id) if sampling.include_stop_str_in_output else ("", None)
+        if token_id in self.stop_ids and self.num_output > self.sampling.min_tokens:
+            named = token_id in self.sampling.stop_token_ids
+            shown = self._show(token_id) if self.sampling.include_stop_str_in_output else ("", None)
             return shown[0] + self._rest()[0], "stop", token_id if named else None
         text, matched = self._show(token_id)
         if matched is None and self.num_output >= self.max_output:

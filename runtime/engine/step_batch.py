@@ -67,9 +67,10 @@ def rows_of(batch: Batch, sources: Mapping[Sequence, int] = MappingProxyType({})
     found = []
     for sequence in batch.sampling:
         num_known = len(sequence.tokens)
-        found.append(Row(sequence, num_known, source=sources.get(sequence, NO_SOURCE)))
-        drafts = tuple(batch.drafts.get(sequence, ()))
-        found += [Row(sequence, num_known, drafts[: size + 1]) for size in range(len(drafts))]
+        found.append(Row(sequence, num_known, (), sources.get(sequence, NO_SOURCE)))
+        if batch.drafts:
+            drafts = tuple(batch.drafts.get(sequence, ()))
+            found += [Row(sequence, num_known, drafts[: size + 1]) for size in range(len(drafts))]
     return found
 
 

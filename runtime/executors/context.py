@@ -23,6 +23,7 @@ class Executor(Protocol):
     engines: dict[str, tuple[Engine, ...]]
     clock: Clock
     emissions: Emissions
+    is_recorded: bool  # whether events are kept to be replayed
 
     def now(self) -> float: ...
     def happen(self, event: Event) -> None: ...

@@ -3,7 +3,7 @@
 from sagellm.runtime.core.events import Ended, EngineFailed, Failed, Returned
 from sagellm.runtime.core.faults import OperatorFault
 from sagellm.runtime.executors.context import ServiceContext
-from sagellm.runtime.feedback import LoadReported
+from sagellm.runtime.feedback import KINDS, LoadReported
 from sagellm.runtime.handover import merge_stamps
 from sagellm.runtime.messages import ENGINE_FAILED, FinishReason, Request, TokenEvent
 from sagellm.runtime.operator import Service
@@ -20,6 +20,11 @@ class EngineReader:
         self._service = service
         self._happen = context.executor.happen
         self._meter = context.meter
+        executor, kind = context.executor, KINDS[LoadReported]
+        # A log has what operators may subscribe to when it is replayed under other options.
+        self._reports_load = executor.is_recorded or bool(
+            executor.core.plan.subscribers(context.name, kind)
+        )
 
     async def run(self) -> None:
         """Until the engine stops."""
@@ -29,13 +34,14 @@ class EngineReader:
                 self._recall(events)
                 continue
             begun_s = clock()
-            failed = tuple(one for one in events if getattr(one, "code", "") == ENGINE_FAILED)
+            failed = [one for one in events if getattr(one, "code", "") == ENGINE_FAILED]
             if failed:  # after the tokens of the same step, which their requests keep
                 await self._hand_on(tuple(one for one in events if one not in failed))
                 events = tuple(one for one in failed if not self._is_failed_over(one))
             await self._hand_on(events)
             self._meter.process_s += clock() - begun_s
-            context.report(LoadReported(load=context.engine.load))
+            if self._reports_load:
+                context.report(LoadReported(load=context.engine.load))
 
     async def _hand_on(self, events: tuple[EngineEvent, ...]) -> None:
         if not events:

@@ -81,6 +81,7 @@ class TasksExecutor:
         self.core = Core(plan, max_hold_s=max_hold_s, clock=self.clock)
         self._deliver = deliver
         self._record = record
+        self.is_recorded = record is not None
         self._events: deque[Event] = deque()
         self._is_happening = False
         self.emissions = Emissions(self.happen)

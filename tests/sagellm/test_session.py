@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,8 @@ from sagellm import (
     TokenEvent,
     ops,
 )
+from sagellm.runtime.core.inputs import Inputs
+from sagellm.runtime.feedback import Feedback, LoadReported
 from sagellm.session import RequestError, Session, gather
 
 
@@ -51,6 +54,26 @@ async def test_a_stream_gives_every_token_in_order(autojump_clock: MockClock) ->
     assert [event.position for event in events] == list(range(50))
     assert [event.is_last for event in events] == [False] * 49 + [True]
     assert events[-1].finish_reason == "length"
+
+
+@pytest.mark.parametrize(
+    ("before", "is_recorded", "is_reported"),
+    [((), False, False), ((ops.route(),), False, True), ((), True, True)],
+)
+async def test_load_is_reported_where_an_operator_or_a_log_wants_it(
+    before: tuple[Any, ...],
+    is_recorded: bool,
+    is_reported: bool,
+    autojump_clock: MockClock,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    reports: list[Feedback] = []
+    monkeypatch.setattr(Inputs, "report", lambda self, feedback: reports.append(feedback))
+    log = tmp_path / "log" if is_recorded else None
+    async with joint(before=before).open(decisions=log) as session:
+        await session.generate("hello", sampling=LONG)
+    assert any(isinstance(report, LoadReported) for report in reports) is is_reported
 
 
 async def test_streamed_is_whole(autojump_clock: MockClock) -> None:

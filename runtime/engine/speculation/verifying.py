@@ -2,19 +2,15 @@
 
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
-from typing import NamedTuple
+from itertools import count, repeat
+from typing import TypeAlias
 
 from sagellm.backends import Sampled
 from sagellm.runtime.engine.batch import Batch
 from sagellm.runtime.engine.sequence import Sequence
 
-
-class Verified(NamedTuple):
-    """The rows of `Sampled` that count for a sequence; `is_broken`: the row after them is none."""
-
-    sequence: Sequence
-    rows: range
-    is_broken: bool
+# A sequence, the rows of `Sampled` that count for it, and whether the row after them is broken.
+Verified: TypeAlias = tuple[Sequence, range, bool]
 
 
 def verified(batch: Batch, sampled: Sampled) -> Iterator[Verified]:
@@ -24,8 +20,7 @@ def verified(batch: Batch, sampled: Sampled) -> Iterator[Verified]:
     sampled; the first that differs from its draft is right as well, and the last that counts.
     """
     if not batch.drafts and not sampled.broken:  # most steps
-        for row, sequence in enumerate(batch.sampling):
-            yield Verified(sequence, range(row, row + 1), False)
+        yield from zip(batch.sampling, map(range, count(), count(1)), repeat(False), strict=False)
         return
     first = 0
     for sequence in batch.sampling:
@@ -34,7 +29,7 @@ def verified(batch: Batch, sampled: Sampled) -> Iterator[Verified]:
         num_right = _num_right(drafts, sampled.token_ids[rows.start : rows.stop])
         are_broken = [row in sampled.broken for row in rows[: num_right + 1]]
         num_sound = are_broken.index(True) if True in are_broken else len(are_broken)
-        yield Verified(sequence, rows[:num_sound], num_sound < len(are_broken))
+        yield sequence, rows[:num_sound], num_sound < len(are_broken)
         first = rows.stop
 
 

@@ -32,7 +32,7 @@ def closed(missing: Availability) -> set[tuple[str, int]]:
         if plan.engine_name(node)
         for number in range(plan.num_replicas(node))
     }
-    return {gate for gate in every if not gates.take(gate, Request(request_id=str(gate)))}
+    return {gate for gate in every if gates.take(gate, Request(request_id=str(gate))) is not None}
 
 
 def lose(missing: Availability, *lost: tuple[str, int], now: float = 0.0) -> None:

@@ -40,17 +40,17 @@ def test_cached_tokens_cost_nothing() -> None:
 
 def test_blocks_run_out_before_requests() -> None:
     gates = opened(Credit(requests=10, blocks=4))
-    assert gates.take(GATE, request("a", 30))
-    assert gates.take(GATE, request("b", 30))
-    assert not gates.take(GATE, request("c", 1))
+    assert gates.take(GATE, request("a", 30)) is None
+    assert gates.take(GATE, request("b", 30)) is None
+    assert gates.take(GATE, request("c", 1)) == GATE
 
 
 def test_a_request_larger_than_all_credit_passes_alone() -> None:
     gates = opened(Credit(tokens=8))
-    assert gates.take(GATE, request("large", 100))
-    assert not gates.take(GATE, request("small", 1))
+    assert gates.take(GATE, request("large", 100)) is None
+    assert gates.take(GATE, request("small", 1)) == GATE
     assert gates.give(GATE, ("large", 0))
-    assert gates.take(GATE, request("small", 1))
+    assert gates.take(GATE, request("small", 1)) is None
 
 
 def test_giving_back_twice_changes_nothing() -> None:
@@ -64,11 +64,11 @@ def test_giving_back_twice_changes_nothing() -> None:
 def test_events_of_one_request_are_counted_one_by_one() -> None:
     gates = opened(Credit(2))
     event = TokenEvent(request_id="r")
-    assert gates.take(GATE, event)
-    assert gates.take(GATE, event)
-    assert not gates.take(GATE, event)
+    assert gates.take(GATE, event) is None
+    assert gates.take(GATE, event) is None
+    assert gates.take(GATE, event) == GATE
     gates.give(GATE, event.key)
-    assert gates.take(GATE, event)
+    assert gates.take(GATE, event) is None
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(1, 20)), max_size=40))
@@ -80,7 +80,21 @@ def test_what_is_under_way_never_exceeds_the_capacity(moves: list[tuple[int, int
         if name in under_way:
             assert gates.give(GATE, (name, 0))
             del under_way[name]
-        elif gates.take(GATE, request(name, num_tokens)):
+        elif gates.take(GATE, request(name, num_tokens)) is None:
             under_way[name] = num_tokens
         assert len(under_way) <= 3
         assert sum(under_way.values()) <= 30
+
+
+def test_a_place_that_comes_later_is_taken_at_once_or_nothing_is() -> None:
+    gates = Gates({"engine": "decode"})
+    later = ("decode", 0)
+    gates.open(GATE, Credit(4))
+    gates.open(later, Credit(1), block_size=4)
+    assert gates.take(GATE, request("a", 8), later) is None
+    assert gates.reserved.is_at(later, ("a", 0))
+    assert gates.take(GATE, request("b", 8), later) == later
+    assert gates.holders("b") == ()
+    assert gates.accounts[GATE].requests == 3
+    assert gates.give(later, ("a", 0))
+    assert gates.take(GATE, request("b", 8), later) is None

@@ -128,7 +128,7 @@ def test_what_an_undone_input_sent_is_taken_back() -> None:
     region, gates = make({"a": Doubling()}, "a", capacity=Credit(1))
     with pytest.raises(NoCredit):  # the second one finds no credit
         region.send(SOURCE, request("r"), "out", 0.0)
-    assert len(gates.accounts[("engine", 0)].spent) == 0
+    assert gates.accounts["engine", 0].num_items == 0
     assert region.feed("a", Wake(), 0.0) == [Upstream("a", waiting(0))]
 
 

@@ -94,7 +94,7 @@ async def running(
         await executor.idle()
         nursery.cancel_scope.cancel()
     executor.core.ledger.check()
-    assert not any(executor.core.gates.accounts[name, 0].spent for name in tasks)
+    assert not any(executor.core.gates.accounts[name, 0].num_items for name in tasks)
 
 
 def request(name: str, prompt: str = "") -> Request:
