@@ -14,12 +14,14 @@ try again, where
 
 The prediction takes all that waits as ahead of the newcomer, but where `policy_sort` serves by
 objective (slo_aware) not the requests that have none. Its rate is what left the queue while
-something waited or engines were full, with a memory of ten such seconds, or of eight requests where
+something waited or engines were full, with a memory of two such seconds, or of eight requests where
 those took longer; several queues count as one, as fast as their mean. The margin is three standard
 deviations of such a wait, 1 + 3 / sqrt(requests that wait). A silence ends as the latest 32 did:
 answers of equal length that began together end together, and the next comes a whole answer later.
 The first token takes the mean time from leaving the queue, longer or shorter by what the prefill of
-the request differs from the mean one, once eight prefills have shown how long those take. Before
+the request differs from the mean one, once eight prefills have shown how long those take. Where
+first tokens come later than their objectives all the same, waits are multiplied by a correction
+from 1 to 4: a quarter more with each that is late, half a hundredth less with each in time. Before
 eight requests have waited and been served nothing is predicted. All of it is the `Forecast` of
 `runtime/forecast.py`, which other operators may keep, too.
 

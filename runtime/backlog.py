@@ -8,7 +8,7 @@ from msgspec.structs import astuple, replace
 
 from sagellm.runtime.line_fit import LineFit
 
-_MEMORY_S = 10.0  # of busy time: what was served longer ago counts less and less
+_MEMORY_S = 2.0  # of busy time: what was served longer ago counts less and less
 _EVIDENCE = 8  # requests that must have been served before anything is predicted, or forgotten
 _WEIGHT = 1 / 8  # of the latest first token in their mean
 _DEVIATIONS = 3.0

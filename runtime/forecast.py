@@ -19,13 +19,18 @@ from sagellm.runtime.messages import Request
 _EVIDENCE = 8.0  # prefills that must have been seen before any is predicted
 _FADE = 1 - 1 / 64  # of what is known of prefills, with each that is seen
 _WEIGHT = 1 / 8  # of the latest step in the mean
+_LATE = 1.25  # a late first token makes predicted waits longer by a quarter,
+_IN_TIME = 0.995  # one in time makes them shorter again: in balance where 2 in 100 are late
+_MOST_CORRECTED = 4.0
 
 
 class Forecast(msgspec.Struct, frozen=True):
     """`pace` is that of all queues together, of which `backlogs` has the latest, by operator.
 
     `prefills`: of the latest. `step_s`: the mean time of an engine step while a replica was busy.
-    `steps`: the number of each replica's latest step, and when it was reported.
+    `steps`: the number of each replica's latest step, and when it was reported. `correction`: what
+    predicted waits are multiplied by, since first tokens came late all the same: on a machine that
+    others use, too, the pace falls after a request was let in.
     """
 
     pace: Pace = Pace()
@@ -33,6 +38,7 @@ class Forecast(msgspec.Struct, frozen=True):
     prefills: LineFit = LineFit()
     step_s: float | None = None
     steps: Map[tuple[str, int], tuple[int, float]] = Map()
+    correction: float = 1.0
 
     def after(self, happened: QueueChanged | FirstToken | LoadReported, now: float) -> "Forecast":
         """The forecast with that feedback."""
@@ -69,21 +75,25 @@ class Forecast(msgspec.Struct, frozen=True):
         if wait_s is None:
             return None
         waited_s = max(now - request.stamps.arrived_s, 0.0)
-        return waited_s + wait_s + self.first_token_s(request)
+        return waited_s + self.correction * wait_s + self.first_token_s(request)
 
     def _with_backlog(self, node: str, backlog: Backlog, now: float) -> "Forecast":
         backlogs = {**self.backlogs, node: backlog}
         if len(backlogs) > 1:
             backlog = together(backlogs.values())
         pace = self.pace.with_backlog(backlog, now)
-        return Forecast(pace, backlogs, self.prefills, self.step_s, self.steps)
+        return replace(self, pace=pace, backlogs=backlogs)
 
     def _with_first_token(self, first: FirstToken) -> "Forecast":
         pace, prefills = self.pace.with_first_token(first.seconds), self.prefills
         if first.num_computed_tokens > 0:
             num_tokens = first.num_computed_tokens
             prefills = prefills.with_samples(num_tokens, first.computed_s, kept=_FADE)
-        return replace(self, pace=pace, prefills=prefills)
+        correction = self.correction
+        if first.is_late is not None:
+            changed = correction * (_LATE if first.is_late else _IN_TIME)
+            correction = min(max(changed, 1.0), _MOST_CORRECTED)
+        return replace(self, pace=pace, prefills=prefills, correction=correction)
 
     def _with_load(self, reported: LoadReported, now: float) -> "Forecast":
         load, name = reported.load, (reported.node, reported.replica)

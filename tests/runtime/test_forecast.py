@@ -67,22 +67,42 @@ def test_the_first_token_of_a_cached_prompt_comes_sooner() -> None:
     assert unknown.first_token_s(ask(100, num_cached_tokens=80)) == 2.0
 
 
-def test_ttft_adds_what_was_waited_the_queue_and_the_first_token() -> None:
-    forecast = learned(*[(100, 1.0)] * 20)
-    for num_served in range(40):
-        backlog = Backlog(4, 400, 400, num_served=num_served, num_served_tokens=100 * num_served)
-        changed = QueueChanged(node="sort", backlog=backlog)
-        forecast = forecast.after(changed, 0.0)
-    assert forecast.ttft_s(ask(100), 0.0) is None  # it took no time
-    for num_served in range(40, 80):
+def waiting(forecast: Forecast, num_served: int = 0) -> Forecast:
+    """With four requests that wait, and forty more served, in 0.1 s each."""
+    for number in range(num_served, num_served + 40):
         backlog = Backlog(
-            4, 400, 400, num_served=num_served, num_served_tokens=100 * num_served,
-            busy_s=(num_served - 39) * 0.1,
+            4, 400, 400, num_served=number, num_served_tokens=100 * number,
+            busy_s=max(number - 39, 0) * 0.1,
         )  # fmt: skip
         forecast = forecast.after(QueueChanged(node="sort", backlog=backlog), 0.0)
+    return forecast
+
+
+def test_ttft_adds_what_was_waited_the_queue_and_the_first_token() -> None:
+    forecast = waiting(learned(*[(100, 1.0)] * 20))
+    assert forecast.ttft_s(ask(100), 0.0) is None  # it took no time
+    forecast = waiting(forecast, 40)
     wait_s = forecast.pace.long_wait_s(3.0)
     assert wait_s is not None
     assert forecast.ttft_s(ask(100, arrived_s=1.0), 3.0) == pytest.approx(2.0 + wait_s + 1.0)
+
+
+def test_late_first_tokens_make_predicted_waits_longer_and_others_shorter_again() -> None:
+    forecast = waiting(waiting(learned(*[(100, 1.0)] * 20)), 40)
+
+    def wait_s() -> float:
+        ttft_s = forecast.ttft_s(ask(100), 0.0)
+        assert ttft_s is not None
+        return ttft_s - 1.0
+
+    right_s = wait_s()
+    for is_late, times in ((None, 1.0), (False, 1.0), (True, 1.25), (False, 1.25 * 0.995)):
+        forecast = forecast.after(FirstToken(seconds=1.0, is_late=is_late), 0.0)
+        assert wait_s() == pytest.approx(times * right_s)
+    for is_late, times in ((True, 4.0), (False, 1.0)):
+        for _ in range(300):
+            forecast = forecast.after(FirstToken(seconds=1.0, is_late=is_late), 0.0)
+        assert wait_s() == pytest.approx(times * right_s)
 
 
 def test_steps_are_timed_while_a_replica_is_busy() -> None:
