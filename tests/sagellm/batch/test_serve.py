@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 
 from sagellm.batch.line import Ask
 from sagellm.batch.output import Output
@@ -84,7 +85,7 @@ async def test_no_more_than_the_bound_are_in_flight() -> None:
         nonlocal running, peak
         running += 1
         peak = max(peak, running)
-        await trio.lowlevel.checkpoint()
+        await trio.testing.wait_all_tasks_blocked()  # all that may run, do
         running -= 1
         return await echo(ask)
 

@@ -1,6 +1,7 @@
 """All doors are one door: the same tests before a real session on the null model."""
 
 import asyncio
+import os
 import socket
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -21,11 +22,14 @@ from sagellm.gateway.processes.door import RemoteDoor
 from sagellm.gateway.processes.link import Link
 from sagellm.gateway.processes.messages import Answered, Cancel, FromGateway, FromGraph
 from sagellm.gateway.settings import Streaming
+from sagellm.runtime.engine.serving import WINDOW
 from sagellm.runtime.messages import TokenEvent
 from sagellm.session import Session
 
 STREAMING = Streaming()
 SLOW_S = 0.02  # a step; a busy machine is late by fewer of them
+# Tokens of one stream that may come in one turn of the loop: a worker sends some steps ahead.
+NUM_AT_ONCE = WINDOW if os.environ.get("SAGELLM_TEST_EXECUTOR") == "processes" else 1
 
 
 class Behind(Protocol):
@@ -301,7 +305,7 @@ def test_what_is_not_read_is_bounded_and_its_request_ended(behind):
         assert events[-1].finish_reason == "cancelled"
         assert events[-1].code == "slow_reader"
         assert STREAMING.num_buffered_tokens / 2 < num_tokens(events)
-        assert num_tokens(events) <= STREAMING.num_buffered_tokens + 1
+        assert num_tokens(events) <= STREAMING.num_buffered_tokens + NUM_AT_ONCE
         positions = [event.position for event in first + events if event.token_ids]
         assert positions == list(range(len(positions)))
 
