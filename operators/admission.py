@@ -20,9 +20,10 @@ deviations of such a wait, 1 + 3 / sqrt(requests that wait). A silence ends as t
 answers of equal length that began together end together, and the next comes a whole answer later.
 The first token takes the mean time from leaving the queue, longer or shorter by what the prefill of
 the request differs from the mean one, once eight prefills have shown how long those take. Where
-first tokens come later than their objectives all the same, waits are multiplied by a correction
-from 1 to 4: a quarter more with each that is late, half a hundredth less with each in time. Before
-eight requests have waited and been served nothing is predicted. All of it is the `Forecast` of
+first tokens come later than `slo_ttft_s` all the same, waits are multiplied by a correction from 1
+to 4: a quarter more with each that is late, half a hundredth less with each in time. Requests that
+bring an objective of their own do not change it. Before eight requests have waited and been served
+nothing is predicted. All of it is the `Forecast` of
 `runtime/forecast.py`, which other operators may keep, too.
 
 Tokens of a prompt are those to be computed. Where engines report which prefix blocks they have, the
@@ -126,7 +127,7 @@ class Admission:
 
     @property
     def initial(self) -> Seen:
-        return Seen()
+        return Seen(Forecast(objective_s=self.options.slo_ttft_s))
 
     @property
     def subscribes(self) -> frozenset[str]:

@@ -41,13 +41,15 @@ class QueueChanged(_Report, frozen=True, tag="queue"):
 class FirstToken(_Report, frozen=True, tag="first_token"):
     """A first token came that long after its request left its queue. Of that, `computed_s` went by
     from when an engine began on its prompt, of which it computed `num_computed_tokens`; 0: unknown.
-    `is_late`: later after its arrival than its objective allows; None: it has none.
+    `since_arrival_s`: after the request arrived; None where it is not the first of its answer.
+    `slo_ttft_s`: the objective of the request for that.
     """
 
     seconds: float
     num_computed_tokens: int = 0
     computed_s: float = 0.0
-    is_late: bool | None = None
+    since_arrival_s: float | None = None
+    slo_ttft_s: float | None = None
 
 
 class RoomChanged(_Report, frozen=True, tag="room"):

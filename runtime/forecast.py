@@ -29,8 +29,9 @@ class Forecast(msgspec.Struct, frozen=True):
 
     `prefills`: of the latest. `step_s`: the mean time of an engine step while a replica was busy.
     `steps`: the number of each replica's latest step, and when it was reported. `correction`: what
-    predicted waits are multiplied by, since first tokens came late all the same: on a machine that
-    others use, too, the pace falls after a request was let in.
+    predicted waits are multiplied by, since first tokens came later than `objective_s` all the
+    same: on a machine that others use, too, the pace falls after a request was let in. Requests
+    with another objective say nothing: clients choose those, and must not delay each other by it.
     """
 
     pace: Pace = Pace()
@@ -39,6 +40,7 @@ class Forecast(msgspec.Struct, frozen=True):
     step_s: float | None = None
     steps: Map[tuple[str, int], tuple[int, float]] = Map()
     correction: float = 1.0
+    objective_s: float | None = None
 
     def after(self, happened: QueueChanged | FirstToken | LoadReported, now: float) -> "Forecast":
         """The forecast with that feedback."""
@@ -89,11 +91,15 @@ class Forecast(msgspec.Struct, frozen=True):
         if first.num_computed_tokens > 0:
             num_tokens = first.num_computed_tokens
             prefills = prefills.with_samples(num_tokens, first.computed_s, kept=_FADE)
-        correction = self.correction
-        if first.is_late is not None:
-            changed = correction * (_LATE if first.is_late else _IN_TIME)
-            correction = min(max(changed, 1.0), _MOST_CORRECTED)
+        correction = self._corrected(first)
         return replace(self, pace=pace, prefills=prefills, correction=correction)
+
+    def _corrected(self, first: FirstToken) -> float:
+        since_s, objective_s = first.since_arrival_s, self.objective_s
+        if since_s is None or objective_s is None or first.slo_ttft_s != objective_s:
+            return self.correction
+        changed = self.correction * (_LATE if since_s > objective_s else _IN_TIME)
+        return min(max(changed, 1.0), _MOST_CORRECTED)
 
     def _with_load(self, reported: LoadReported, now: float) -> "Forecast":
         load, name = reported.load, (reported.node, reported.replica)

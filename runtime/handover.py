@@ -112,7 +112,9 @@ def report_first_token(ctx: Context, request: Request, event: TokenEvent) -> Non
     dispatched_s = request.stamps.dispatched_s
     if dispatched_s is None or event.position != request.num_emitted or not event.num_tokens:
         return
-    first = FirstToken(seconds=ctx.now() - dispatched_s, is_late=_is_late(request, ctx.now()))
+    now, slo_ttft_s = ctx.now(), request.slo_ttft_s
+    since_s = None if request.num_emitted else now - request.stamps.arrived_s
+    first = FirstToken(seconds=now - dispatched_s, since_arrival_s=since_s, slo_ttft_s=slo_ttft_s)
     started_s, prefilled_s = event.stamps.started_s, event.stamps.prefilled_s
     if started_s is not None and prefilled_s is not None and prefilled_s > started_s:
         num_known = len(request.prompt_token_ids) + len(request.emitted_token_ids)
@@ -120,13 +122,7 @@ def report_first_token(ctx: Context, request: Request, event: TokenEvent) -> Non
             seconds=first.seconds,
             num_computed_tokens=max(num_known - event.num_cached_tokens, 0),
             computed_s=prefilled_s - started_s,
-            is_late=first.is_late,
+            since_arrival_s=since_s,
+            slo_ttft_s=slo_ttft_s,
         )
     ctx.report(first)
-
-
-def _is_late(request: Request, now: float) -> bool | None:
-    """Whether a first token is late; None without an objective, or after a part of the answer."""
-    if request.slo_ttft_s is None or request.num_emitted:
-        return None
-    return now - request.stamps.arrived_s > request.slo_ttft_s

@@ -141,6 +141,14 @@ def test_time_that_has_passed_and_the_first_token_count(running: Any) -> None:
     assert code_of(admission(late, 9.0)) == "slo_unreachable"
 
 
+def test_first_tokens_later_than_the_objective_make_it_stricter(running: Any) -> None:
+    admission = running(build(ROOMY, Setup("door")))
+    admission(served(600))
+    assert code_of(admission(asked())) == ""
+    admission(FirstToken(node="generate", seconds=0.01, since_arrival_s=1.1, slo_ttft_s=1.0))
+    assert code_of(admission(asked())) == "slo_unreachable"
+
+
 def test_without_evidence_nothing_is_predicted(running: Any) -> None:
     admission = running(build(ROOMY, Setup("door")))
     fields = {"num_prompt_tokens": 10**6, "num_served": 7, "num_served_tokens": 70, "busy_s": 9.0}

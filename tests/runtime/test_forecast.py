@@ -1,6 +1,7 @@
 """What is predicted, and from what evidence."""
 
 import pytest
+from msgspec.structs import replace
 
 from sagellm.runtime.backlog import Backlog
 from sagellm.runtime.feedback import FirstToken, LoadReported, QueueChanged
@@ -78,6 +79,24 @@ def waiting(forecast: Forecast, num_served: int = 0) -> Forecast:
     return forecast
 
 
+class Corrected:
+    """A forecast under an objective; four requests wait."""
+
+    def __init__(self, objective_s: float | None) -> None:
+        learnt = learned(*[(100, 1.0)] * 20)
+        self._forecast = waiting(waiting(replace(learnt, objective_s=objective_s)), 40)
+
+    def see(self, since_arrival_s: float | None, slo_ttft_s: float | None) -> None:
+        first = FirstToken(seconds=1.0, since_arrival_s=since_arrival_s, slo_ttft_s=slo_ttft_s)
+        self._forecast = self._forecast.after(first, 0.0)
+
+    @property
+    def wait_s(self) -> float:
+        ttft_s = self._forecast.ttft_s(ask(100), 0.0)
+        assert ttft_s is not None
+        return ttft_s - 1.0
+
+
 def test_ttft_adds_what_was_waited_the_queue_and_the_first_token() -> None:
     forecast = waiting(learned(*[(100, 1.0)] * 20))
     assert forecast.ttft_s(ask(100), 0.0) is None  # it took no time
@@ -88,21 +107,24 @@ def test_ttft_adds_what_was_waited_the_queue_and_the_first_token() -> None:
 
 
 def test_late_first_tokens_make_predicted_waits_longer_and_others_shorter_again() -> None:
-    forecast = waiting(waiting(learned(*[(100, 1.0)] * 20)), 40)
-
-    def wait_s() -> float:
-        ttft_s = forecast.ttft_s(ask(100), 0.0)
-        assert ttft_s is not None
-        return ttft_s - 1.0
-
-    right_s = wait_s()
-    for is_late, times in ((None, 1.0), (False, 1.0), (True, 1.25), (False, 1.25 * 0.995)):
-        forecast = forecast.after(FirstToken(seconds=1.0, is_late=is_late), 0.0)
-        assert wait_s() == pytest.approx(times * right_s)
-    for is_late, times in ((True, 4.0), (False, 1.0)):
+    forecast = Corrected(objective_s=2.0)
+    right_s = forecast.wait_s
+    for since_s, times in ((None, 1.0), (1.9, 1.0), (2.1, 1.25), (1.9, 1.25 * 0.995)):
+        forecast.see(since_s, 2.0)
+        assert forecast.wait_s == pytest.approx(times * right_s)
+    for since_s, times in ((2.1, 4.0), (1.9, 1.0)):
         for _ in range(300):
-            forecast = forecast.after(FirstToken(seconds=1.0, is_late=is_late), 0.0)
-        assert wait_s() == pytest.approx(times * right_s)
+            forecast.see(since_s, 2.0)
+        assert forecast.wait_s == pytest.approx(times * right_s)
+
+
+@pytest.mark.parametrize("objective_s", [2.0, None])
+def test_objectives_that_clients_choose_correct_nothing(objective_s: float | None) -> None:
+    forecast = Corrected(objective_s)
+    right_s = forecast.wait_s
+    for since_s, slo_ttft_s in ((0.5, 0.001), (50.0, 40.0), (9.0, None)):
+        forecast.see(since_s, slo_ttft_s)
+        assert forecast.wait_s == right_s
 
 
 def test_steps_are_timed_while_a_replica_is_busy() -> None:

@@ -38,11 +38,11 @@ def test_a_first_token_is_timed_from_when_its_request_left_the_queue() -> None:
     assert reported(2.5).seconds == pytest.approx(0.5)
 
 
-def test_it_is_late_where_more_has_passed_since_the_arrival_than_the_objective() -> None:
-    assert reported(2.9, slo_ttft_s=2.0).is_late is False
-    assert reported(3.1, slo_ttft_s=2.0).is_late is True
+def test_it_is_timed_from_its_arrival_too_with_its_objective() -> None:
+    first = reported(2.9, slo_ttft_s=2.0)
+    assert first.since_arrival_s == pytest.approx(1.9)
+    assert first.slo_ttft_s == 2.0
 
 
-def test_without_an_objective_or_after_a_part_of_the_answer_nothing_is_late() -> None:
-    assert reported(9.0).is_late is None
-    assert reported(9.0, slo_ttft_s=2.0, emitted_token_ids=(5,)).is_late is None
+def test_after_a_part_of_the_answer_the_arrival_says_nothing() -> None:
+    assert reported(9.0, slo_ttft_s=2.0, emitted_token_ids=(5,)).since_arrival_s is None
