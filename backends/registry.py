@@ -5,7 +5,7 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import cast
 
-from sagellm.backends.protocol import Backend
+from sagellm.backends.interface import Backend
 from sagellm.graphs.vocabulary import nearest
 
 GROUP = "sagellm.backends"

@@ -2,12 +2,12 @@
 
 import hashlib
 from collections import Counter
+from collections.abc import Sequence
 from collections.abc import Sequence as Rows
 
 import torch
 
-from sagellm.backends.row import Row, SamplingOptions
-from sagellm.backends.sampled import Logprob, Sampled
+from sagellm.backends.step import LogitsRow, Logprob, Sampled, SamplingParams, Scored
 
 _GREEDY_BELOW = 1e-5  # dividing by a smaller temperature overflows; as vLLM
 _NEVER = float("-inf")
@@ -21,7 +21,7 @@ def uniform(seed: int, choice: int, position: int) -> float:
     return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
 
-def sample(logits: torch.Tensor, rows: Rows[Row]) -> Sampled:
+def sample(logits: torch.Tensor, rows: Rows[LogitsRow]) -> Sampled:
     """One token a row of `logits` [R, vocab], float32.
 
     Every operation works on one row at a time or on all alike, so that a row's token does not
@@ -58,7 +58,7 @@ def _largest(logits: torch.Tensor) -> torch.Tensor:
     return logits.argmax(dim=-1)
 
 
-def _is_plain(row: Row) -> bool:
+def _is_plain(row: LogitsRow) -> bool:
     """Whether the largest logit decides."""
     sampling = row.sampling
     return sampling.temperature < _GREEDY_BELOW and not (
@@ -66,13 +66,13 @@ def _is_plain(row: Row) -> bool:
     )
 
 
-def _is_masked(row: Row) -> bool:
+def _is_masked(row: LogitsRow) -> bool:
     sampling = row.sampling
     is_short = row.num_output < sampling.min_tokens
     return is_short or bool(sampling.allowed_token_ids or sampling.bad_words_token_ids)
 
 
-def _has_penalty(sampling: SamplingOptions) -> bool:
+def _has_penalty(sampling: SamplingParams) -> bool:
     return (
         sampling.repetition_penalty != 1
         or sampling.presence_penalty != 0
@@ -80,7 +80,9 @@ def _has_penalty(sampling: SamplingOptions) -> bool:
     )
 
 
-def _sample_processed(logits: torch.Tensor, rows: Rows[Row]) -> tuple[torch.Tensor, list[int]]:
+def _sample_processed(
+    logits: torch.Tensor, rows: Rows[LogitsRow]
+) -> tuple[torch.Tensor, list[int]]:
     """A token for each row, and the rows for which no token is left.
 
     Order of steps as in vLLM: masks, bias, penalties, temperature, min_p, top_k, top_p.
@@ -103,7 +105,7 @@ def _sample_processed(logits: torch.Tensor, rows: Rows[Row]) -> tuple[torch.Tens
     return token_ids, none_left
 
 
-def _mask(logits: torch.Tensor, row: Row) -> None:
+def _mask(logits: torch.Tensor, row: LogitsRow) -> None:
     """Forbid what is not allowed, what completes a bad word, and an end before `min_tokens`."""
     sampling = row.sampling
     if sampling.allowed_token_ids:
@@ -129,13 +131,13 @@ def banned_tokens(sequences: Rows[Rows[int]], output: Rows[int]) -> list[int]:
     ]
 
 
-def _bias(logits: torch.Tensor, sampling: SamplingOptions) -> None:
+def _bias(logits: torch.Tensor, sampling: SamplingParams) -> None:
     if sampling.logit_bias:
         ids = torch.tensor(list(sampling.logit_bias))
         logits[ids] += torch.tensor(list(sampling.logit_bias.values()))
 
 
-def _penalise(logits: torch.Tensor, row: Row) -> None:
+def _penalise(logits: torch.Tensor, row: LogitsRow) -> None:
     """Repetition (CTRL, arXiv:1909.05858) over prompt and output; the others over the output."""
     sampling = row.sampling
     seen = torch.tensor(sorted(set(row.tokens)))
@@ -149,7 +151,7 @@ def _penalise(logits: torch.Tensor, row: Row) -> None:
         logits[torch.tensor(list(counts))] -= penalty
 
 
-def _sample_random(logits: torch.Tensor, rows: Rows[Row]) -> torch.Tensor:
+def _sample_random(logits: torch.Tensor, rows: Rows[LogitsRow]) -> torch.Tensor:
     """Invert the distribution function at one uniform number a row."""
     samplings = [row.sampling for row in rows]
     logits = logits / _column([sampling.temperature for sampling in samplings])
@@ -163,14 +165,14 @@ def _sample_random(logits: torch.Tensor, rows: Rows[Row]) -> torch.Tensor:
     return torch.searchsorted(cumulated, aims, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
 
 
-def _keep_min_p(logits: torch.Tensor, samplings: Rows[SamplingOptions]) -> None:
+def _keep_min_p(logits: torch.Tensor, samplings: Rows[SamplingParams]) -> None:
     """Drop tokens less likely than `min_p` times the most likely (arXiv:2407.01082)."""
     if any(sampling.min_p for sampling in samplings):
         floors = _column([sampling.min_p for sampling in samplings]).log()
         logits.masked_fill_(logits < logits.amax(dim=-1, keepdim=True) + floors, _NEVER)
 
 
-def _keep_top_k(logits: torch.Tensor, samplings: Rows[SamplingOptions]) -> None:
+def _keep_top_k(logits: torch.Tensor, samplings: Rows[SamplingParams]) -> None:
     """Keep the k most likely, and what is as likely as the last of them."""
     counts = [sampling.top_k for sampling in samplings]
     most = max((count for count in counts if count < logits.shape[1]), default=0)
@@ -182,7 +184,7 @@ def _keep_top_k(logits: torch.Tensor, samplings: Rows[SamplingOptions]) -> None:
         logits.masked_fill_(logits < least, _NEVER)
 
 
-def _keep_top_p(logits: torch.Tensor, samplings: Rows[SamplingOptions]) -> None:
+def _keep_top_p(logits: torch.Tensor, samplings: Rows[SamplingParams]) -> None:
     """Keep the smallest set of the most likely with probability `top_p` (arXiv:1904.09751).
 
     Most such sets are small: the most likely few are looked at first, and a row is sorted whole
@@ -221,7 +223,9 @@ def _column(values: list[float]) -> torch.Tensor:
     return torch.tensor(values).unsqueeze(1)
 
 
-def _logprobs(logits: torch.Tensor, rows: Rows[Row], token_ids: list[int]) -> list[Logprob | None]:
+def _logprobs(
+    logits: torch.Tensor, rows: Rows[LogitsRow], token_ids: list[int]
+) -> list[Logprob | None]:
     """Of the model's own distribution, before any processing, as vLLM's default."""
     found: list[Logprob | None] = []
     for row, scores, token_id in zip(rows, logits, token_ids, strict=True):
@@ -234,3 +238,25 @@ def _logprobs(logits: torch.Tensor, rows: Rows[Row], token_ids: list[int]) -> li
         top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
         found.append(Logprob(token_id, float(logprobs[token_id]), top))
     return found
+
+
+def score(logits: torch.Tensor, scored: Sequence[Scored]) -> list[list[Logprob]]:
+    """Logprobs of the tokens of each; `logits` [R, vocab] has their rows in that order."""
+    found, start = [], 0
+    for token_ids, num_top in scored:
+        found.append(_scored(logits[start : start + len(token_ids)], token_ids, num_top))
+        start += len(token_ids)
+    return found
+
+
+def _scored(logits: torch.Tensor, token_ids: list[int], num_top: int) -> list[Logprob]:
+    logprobs = logits.log_softmax(dim=-1)
+    chosen = logprobs.gather(1, torch.tensor(token_ids).unsqueeze(1)).squeeze(1)
+    ranks = (logprobs > chosen.unsqueeze(1)).sum(dim=-1) + 1
+    values, ids = logprobs.topk(min(num_top, logits.shape[1]), dim=-1)
+    tops = zip(ids.tolist(), values.tolist(), strict=True)
+    rows = zip(token_ids, chosen.tolist(), tops, ranks.tolist(), strict=True)
+    return [
+        Logprob(token_id, logprob, tuple(zip(*top, strict=True)), rank)
+        for token_id, logprob, top, rank in rows
+    ]

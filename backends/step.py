@@ -1,15 +1,143 @@
-"""One step: what a device is asked to compute, and the tensors that a kernel graph reads of it."""
+"""One step: the batch that a device computes, its input tensors, and the sampled tokens."""
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
 
-from sagellm.backends.row import Row
-from sagellm.backends.sampled import Sampled
+import msgspec
 
-if TYPE_CHECKING:  # graphs are checked, and the null engine runs, without loading torch
+if TYPE_CHECKING:
     import torch
+
+
+class Logprob(NamedTuple):
+    """The log probability of a token, and the most likely ones, best first."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+    rank: int | None = None  # 1: none is more likely; known of prompt tokens only
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """The tokens of one launch, in the order of its rows; `logprobs` where any were asked for.
+
+    `broken`: rows whose tokens mean nothing. In those that are `exhausted`, the sampling options
+    forbid every token; in the others, the logits are not finite. `prompt_logprobs`: in the order of
+    `StepBatch.scored`.
+    """
+
+    token_ids: list[int]
+    logprobs: list[Logprob | None] | None = None
+    broken: frozenset[int] = frozenset()
+    exhausted: frozenset[int] = frozenset()
+    prompt_logprobs: list[list[Logprob]] = field(default_factory=list)
+
+    def logprobs_of(self, rows: range) -> list[Logprob]:
+        """Those of some rows; none where none were asked for."""
+        found = [self.logprobs[row] for row in rows] if self.logprobs else []
+        return [logprob for logprob in found if logprob is not None]
+
+
+NO_SOURCE = -1
+
+
+class SamplingParams(Protocol):
+    """How tokens of one answer are sampled; see `Sampling` of the runtime."""
+
+    @property
+    def temperature(self) -> float: ...
+    @property
+    def top_k(self) -> int: ...
+    @property
+    def top_p(self) -> float: ...
+    @property
+    def min_p(self) -> float: ...
+    @property
+    def repetition_penalty(self) -> float: ...
+    @property
+    def presence_penalty(self) -> float: ...
+    @property
+    def frequency_penalty(self) -> float: ...
+    @property
+    def logit_bias(self) -> Mapping[int, float]: ...
+    @property
+    def allowed_token_ids(self) -> tuple[int, ...]: ...
+    @property
+    def bad_words_token_ids(self) -> tuple[tuple[int, ...], ...]: ...
+    @property
+    def min_tokens(self) -> int: ...
+    @property
+    def seed(self) -> int | None: ...
+    @property
+    def logprobs(self) -> int | None: ...
+
+
+class SampledSequence(Protocol):
+    """The sequence that a row belongs to. `tokens`, prompt and output, may grow meanwhile; what is
+    there does not change.
+    """
+
+    @property
+    def sampling(self) -> SamplingParams: ...
+    @property
+    def choice(self) -> int: ...
+    @property
+    def num_prompt(self) -> int: ...
+    @property
+    def tokens(self) -> list[int]: ...
+    @property
+    def stop_ids(self) -> frozenset[int]: ...
+    @property
+    def allowed_ids(self) -> "array[int]":
+        """`allowed_token_ids` of its sampling."""
+        ...
+
+
+class LogitsRow(msgspec.Struct):
+    """The token after the first `num_known` tokens of an answer, and after those `added` to them.
+
+    `added` are drafts; or, where there is a `source`, the token that this row of the launch before
+    samples: unknown until a device calls `feed`.
+    """
+
+    answer: SampledSequence
+    num_known: int
+    added: tuple[int, ...] = ()
+    source: int = NO_SOURCE
+
+    @property
+    def sampling(self) -> SamplingParams:
+        return self.answer.sampling
+
+    @property
+    def is_fed(self) -> bool:
+        return self.source != NO_SOURCE
+
+    @property
+    def num_output(self) -> int:
+        """The position of its token in the answer: with seed and choice, the key of its random
+        number.
+        """
+        num_added = len(self.added) if self.source == NO_SOURCE else 1
+        return self.num_known + num_added - self.answer.num_prompt
+
+    @property
+    def tokens(self) -> list[int]:
+        return [*self.answer.tokens[: self.num_known], *self.added]
+
+    @property
+    def output(self) -> list[int]:
+        return [*self.answer.tokens[self.answer.num_prompt : self.num_known], *self.added]
+
+    def feed(self, token_ids: Sequence[int]) -> None:
+        """Take what the launch before sampled, in the order of its rows."""
+        if self.is_fed:
+            self.added = (token_ids[self.source],)
+
 
 # A launch under way. `result()` waits for what was sampled, `add_done_callback` calls without
 # waiting, from a thread of the device; `cancel()` takes a launch back that has not begun.
@@ -46,7 +174,7 @@ class StepBatch:
     contexts: Sequence[int]
     block_tables: Sequence[Sequence[int]]
     logit_rows: Sequence[int]
-    rows: Sequence[Row] = ()
+    rows: Sequence[LogitsRow] = ()
     scored: Sequence[Scored] = ()
     states: Sequence[tuple[Sequence[int], Sequence[int]]] = ()
     fed: Sequence[tuple[int, int]] = ()

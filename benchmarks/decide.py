@@ -18,7 +18,7 @@ from cyclopts import App
 
 from benchmarks.machine import describe
 from sagellm import Graph
-from sagellm.registering import RESOLVER
+from sagellm.extensions import RESOLVER
 from sagellm.runtime.core.core import Core
 from sagellm.runtime.core.effects import Send
 from sagellm.runtime.core.events import Arrived, Emitted, Event, Opened, Released, Reported

@@ -18,7 +18,7 @@ from benchmarks.overhead import measure_overhead
 from benchmarks.peer import Transformers
 from benchmarks.report import Runs, measured, table, write
 from benchmarks.weights import model_folder
-from sagellm.cli.failure import Failure, show
+from sagellm.cli.errors import Failure, show_failure
 
 RESULTS = Path(__file__).parent / "results"
 APP = App(name="sagellm bench engine", help=__doc__)
@@ -129,7 +129,7 @@ def main() -> int:
     try:
         APP(result_action="return_none")
     except Failure as failure:
-        show(failure)
+        show_failure(failure)
         return failure.code
     return 0
 

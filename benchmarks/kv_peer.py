@@ -16,9 +16,8 @@ import trio
 import zmq
 
 from benchmarks.shape import QWEN05
-from sagellm.backends.cpu.storage import CpuStorage
-from sagellm.runtime.kv.pool_bytes import PoolBytes
-from sagellm.runtime.kv.shared import SharedMemory
+from sagellm.backends.cpu.kv_storage import CpuStorage
+from sagellm.runtime.kv.memory import PoolBytes, SharedMemory
 from sagellm.runtime.kv.transport import Sharing, Transport
 from sagellm.runtime.kv.transports import open_transport
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from benchmarks.cells import Cell, Run
 from benchmarks.shape import QWEN05
 from sagellm import Graph, Sampling, ops
-from sagellm.bridge import BlockingSession
+from sagellm.opening.bridge import BlockingSession
 
 # One sequence of full length: more than any cell needs, and taken only once it is written.
 NUM_BLOCKS = QWEN05.max_len // 16

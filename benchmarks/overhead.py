@@ -14,8 +14,7 @@ from benchmarks.ours import Ours, bench_graph
 from benchmarks.shape import LLAMA15M, QWEN05, Shape
 from benchmarks.weights import model_folder
 from sagellm.backends import StepInputs
-from sagellm.backends.cpu.native_program import NativeProgram
-from sagellm.backends.cpu.program import CpuProgram
+from sagellm.backends.cpu.program import CpuProgram, NativeProgram
 
 Run: TypeAlias = Callable[[Any, StepInputs, torch.Tensor], torch.Tensor]
 

@@ -13,7 +13,7 @@ from cyclopts import App
 from benchmarks.ours import NUM_BLOCKS
 from benchmarks.weights import model_folder
 from sagellm import Graph, Sampling, ops
-from sagellm.bridge import BlockingSession
+from sagellm.opening.bridge import BlockingSession
 
 APP = App(name="python -m benchmarks.prefix", help=__doc__)
 _ONE = Sampling(max_tokens=1, ignore_eos=True)

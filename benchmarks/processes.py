@@ -23,10 +23,9 @@ from benchmarks.shape import QWEN05
 from benchmarks.transports import transports
 from benchmarks.weights import model_folder
 from sagellm import Graph, Sampling
-from sagellm.backends.cpu.storage import CpuStorage
-from sagellm.runtime.engine.remote import RemoteEngine
-from sagellm.runtime.kv.pool_bytes import PoolBytes
-from sagellm.runtime.kv.shared import SharedMemory, SharedTransport
+from sagellm.backends.cpu.kv_storage import CpuStorage
+from sagellm.runtime.engine.remote_engine import RemoteEngine
+from sagellm.runtime.kv.memory import PoolBytes, SharedMemory, SharedTransport
 from sagellm.session import Session
 
 RESULTS = Path(__file__).parent / "results"
@@ -264,7 +263,7 @@ async def itl(rounds: int) -> dict[str, Any]:
     """Four streams decode for 20 s, and every 4 s a prompt of 2,048 tokens comes."""
     found: dict[str, Any] = {"pd, processes": await _waits("pd", "processes", {"threads": 1})}
     for budget in (512, 256, 128, 64):
-        options = {"threads": 2, "max_step_tokens": budget}
+        options = {"threads": 2, "max_num_batched_tokens": budget}
         found[f"joint, {budget} a step"] = await _waits("joint", "tasks", options)
     return found
 
@@ -289,14 +288,14 @@ async def _waits(graph: str, executor: str, options: dict[str, Any]) -> dict[str
 
 async def _decode(session: Session, number: int, waits: Waits) -> None:
     prompt = np.random.default_rng(number).integers(0, 150_000, 64).tolist()
-    heard_s = None
+    last_received_s = None
     sampling = Sampling(max_tokens=4000, ignore_eos=True)
     async with session.stream(prompt, sampling=sampling) as stream:
         async for _ in stream:
             now = trio.current_time()
-            if heard_s is not None:
-                waits.itl_s.append(now - heard_s)
-            heard_s = now
+            if last_received_s is not None:
+                waits.itl_s.append(now - last_received_s)
+            last_received_s = now
 
 
 async def _prompt(session: Session, number: int, waits: Waits) -> None:

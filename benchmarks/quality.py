@@ -23,8 +23,8 @@ from benchmarks.weights import model_folder
 from sagellm.backends import KVLayout, StepInputs
 from sagellm.backends.cpu import CpuBackend
 from sagellm.backends.cpu.native.library import native_kernels
-from sagellm.backends.cpu.quantised.making import quantised
-from sagellm.backends.quantised import GROUP, QuantisedWeight
+from sagellm.backends.cpu.quantised_linear import quantise
+from sagellm.backends.quantised_weight import GROUP_SIZE, QuantisedWeight
 from sagellm.graphs.models import build, facts
 from sagellm.runtime.models.folder import resolve_model
 
@@ -133,13 +133,13 @@ def plain(bits: int) -> Make:
     low, high, top = (-8, 7, -8.0) if bits == 4 else (-127, 127, 127.0)
 
     def make(weight: torch.Tensor) -> QuantisedWeight:
-        groups = weight.float().view(len(weight), -1, GROUP)
+        groups = weight.float().view(len(weight), -1, GROUP_SIZE)
         largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
         scales = ((largest if bits == 4 else largest.abs()) / top).half()
         wide = scales.float()
         codes = (groups / torch.where(wide == 0, 1.0, wide)).round().clamp(low, high).flatten(1)
         codes = (codes + 8).to(torch.uint8) if bits == 4 else codes.to(torch.int8)
-        return QuantisedWeight(bits, GROUP, codes, scales.squeeze(-1))
+        return QuantisedWeight(bits, GROUP_SIZE, codes, scales.squeeze(-1))
 
     return make
 
@@ -151,7 +151,7 @@ def per_channel(weight: torch.Tensor) -> torch.Tensor:
 
 
 def ours(bits: int) -> Make:
-    return lambda weight: quantised(weight, bits, native_kernels())
+    return lambda weight: quantise(weight, bits, native_kernels())
 
 
 FLOATS = Scheme("as stored", 16)

@@ -15,11 +15,10 @@ from collections.abc import Callable
 import torch
 
 from benchmarks.shape import QWEN05
-from sagellm.backends.cpu.linear import Linear, has_bfloat16_products, native, packed
+from sagellm.backends.cpu.linear import LinearFunction, has_bfloat16_products, native, packed
 from sagellm.backends.cpu.native.library import NativeKernels, native_kernels
-from sagellm.backends.cpu.quantised.making import quantised
-from sagellm.backends.cpu.quantised.packing import Packed
-from sagellm.backends.quantised import MODES
+from sagellm.backends.cpu.quantised_linear import PackedQuantised, quantise
+from sagellm.backends.quantised_weight import MODES
 
 _HIDDEN, _INNER = QWEN05.hidden, QWEN05.intermediate
 SHAPES = (
@@ -30,32 +29,32 @@ NUM_ROWS = (1, 4, 16, 32, 512)
 _CACHE_BYTES, _MOST_COPIES, _ROUNDS = 64 << 20, 160, 7
 
 
-def ways(kernels: NativeKernels, weight: torch.Tensor) -> dict[str, Callable[[], Linear]]:
+def ways(kernels: NativeKernels, weight: torch.Tensor) -> dict[str, Callable[[], LinearFunction]]:
     """Makers of a product with a copy of `weight`, by name."""
 
-    def of_mode(name: str) -> Callable[[], Linear]:
-        made = quantised(weight, MODES[name].weight_bits, kernels)
+    def of_mode(name: str) -> Callable[[], LinearFunction]:
+        made = quantise(weight, MODES[name].weight_bits, kernels)
 
-        def make() -> Linear:
-            return Packed(kernels, made, None, MODES[name].row_bits)
+        def make() -> LinearFunction:
+            return PackedQuantised(kernels, made, None, MODES[name].row_bits)
 
         return make
 
-    def floats() -> Linear:
+    def floats() -> LinearFunction:
         copy = weight.clone()
         return packed(copy, None) if has_bfloat16_products() else native(kernels, copy, None)
 
     return {"bf16": floats, **{name: of_mode(name) for name in MODES}}
 
 
-def copies(kernels: NativeKernels, shape: tuple[int, int]) -> dict[str, list[Linear]]:
+def copies(kernels: NativeKernels, shape: tuple[int, int]) -> dict[str, list[LinearFunction]]:
     """By way, as many products as have weights beyond the cache."""
     weight = torch.randn(shape).bfloat16()
     count = max(1, min(_MOST_COPIES, _CACHE_BYTES // (weight.numel() // 2)))
     return {name: [make() for _ in range(count)] for name, make in ways(kernels, weight).items()}
 
 
-def measure(made: dict[str, list[Linear]], rows: torch.Tensor) -> dict[str, float]:
+def measure(made: dict[str, list[LinearFunction]], rows: torch.Tensor) -> dict[str, float]:
     """Milliseconds a product, by way."""
     taken: dict[str, list[float]] = {name: [] for name in made}
     for _ in range(3 if len(rows) > 32 else _ROUNDS):

@@ -20,7 +20,7 @@ from benchmarks.peers.group import Group
 from benchmarks.peers.plan import Subject, subjects
 from benchmarks.peers.report import rounded
 from benchmarks.shape import Shape
-from sagellm.cli.failure import Failure, show
+from sagellm.cli.errors import Failure, show_failure
 
 RESULTS = Path(__file__).parent / "results"
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
@@ -191,7 +191,7 @@ def main() -> int:
     try:
         APP(result_action="return_none")
     except Failure as failure:
-        show(failure)
+        show_failure(failure)
         return failure.code
     return 0
 

@@ -14,8 +14,7 @@ import trio
 import zmq
 
 from benchmarks.kv_peer import BLOCKS, NUM_BYTES, opened
-from sagellm.runtime.kv.located import Located
-from sagellm.runtime.kv.transport import Transport
+from sagellm.runtime.kv.transport import BlockLocation, Transport
 
 KINDS = ("memory", "tcp", "nixl")
 NUM_EACH = 5  # transfers of one kind, between two of others
@@ -55,7 +54,7 @@ async def _fetches(kind: str) -> list[float]:
 
 
 async def _fetch_s(peer: "subprocess.Popen[str]", receiver: Transport) -> float:
-    source = msgspec.msgpack.decode(base64.b64decode(_said(peer)), type=Located)
+    source = msgspec.msgpack.decode(base64.b64decode(_said(peer)), type=BlockLocation)
     began_s = time.perf_counter()
     await receiver.fetch(source, BLOCKS, lambda: None)
     return time.perf_counter() - began_s

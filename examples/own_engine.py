@@ -7,9 +7,9 @@ import trio
 
 import sagellm
 from sagellm import Graph, ops
-from sagellm.runtime.engine.kinds.kind import EngineKind, Place
+from sagellm.runtime.engine.kinds import EngineKind, ReplicaPlace
 from sagellm.runtime.engine.mailbox import Mailbox
-from sagellm.runtime.engine.stop_strings import StopStrings
+from sagellm.runtime.engine.output_text import StopStrings
 from sagellm.runtime.messages import FinishReason, SequenceState, TokenEvent
 from sagellm.runtime.port import EngineEvent, EngineFacts, EngineHealth, EngineLoad, EngineRefusal
 
@@ -144,7 +144,7 @@ class Parrot:
         return self._mailboxes.setdefault(owner, Mailbox(lambda: None))
 
 
-async def open_parrot(options: Options, place: Place) -> Parrot:
+async def open_parrot(options: Options, place: ReplicaPlace) -> Parrot:
     """One replica, ready for `run`; `place` says which."""
     await trio.lowlevel.checkpoint()
     return Parrot(options)

@@ -22,7 +22,7 @@ def build() -> Graph:
     graph >> ops.admission() >> ops.map(shout) >> ops.policy_sort("slo_aware") >> split
     prefill = split.outlet("disaggregated") >> ops.route() >> ops.prefill(engine="p")
     prefill >> ops.kv_transfer() >> ops.decode(engine="d") >> metrics
-    split.outlet("joint") >> ops.generate(engine="d") >> metrics
+    split.outlet("aggregated") >> ops.generate(engine="d") >> metrics
     metrics >> ops.collect() >> ops.map(count_words).named("count")
     return graph
 

@@ -4,51 +4,50 @@ from collections.abc import Iterable, Iterator
 from itertools import chain
 
 from sagellm.graphs.diagnostics import Diagnostic, locate
-from sagellm.graphs.facts import EngineFactsView, EngineKindView, Facts
 from sagellm.graphs.ir import Graph
-from sagellm.graphs.rules import compatibility, items, models, names, options, resources, wiring
-from sagellm.graphs.rules.subject import Rule, Subject
+from sagellm.graphs.rules import dataflow, deployment, option_types, structure
+from sagellm.graphs.rules.rule import CheckContext, EngineFactsView, EngineKindView, Facts, Rule
 from sagellm.graphs.vocabulary import Vocabulary
 
 __all__ = ["EngineFactsView", "EngineKindView", "Facts", "check", "locate"]
 
 NAMES: tuple[Rule, ...] = (
-    names.unique_nodes,
-    names.known_ops,
-    names.known_nodes,
-    names.directed_ends,
-    names.listed_outlets,
-    names.known_outlets,
-    names.known_inlets,
+    structure.unique_nodes,
+    structure.known_ops,
+    structure.known_nodes,
+    structure.source_and_sink_directions,
+    structure.listed_outlets,
+    structure.known_outlets,
+    structure.known_inlets,
 )
 OPTIONS: tuple[Rule, ...] = (
-    options.operator_options,
-    options.engine_options,
-    options.executor_options,
-    options.known_engines,
-    options.used_engines,
-    options.known_functions,
-    models.model_options,
-    models.known_tasks,
-    models.own_names,
-    resources.capabilities,
-    resources.memory,
+    option_types.operator_options,
+    option_types.engine_options,
+    option_types.executor_options,
+    option_types.known_engines,
+    option_types.used_engines,
+    option_types.known_functions,
+    deployment.model_options,
+    deployment.known_tasks,
+    deployment.unique_model_names,
+    deployment.capabilities,
+    deployment.memory,
 )
 WIRING: tuple[Rule, ...] = (
-    wiring.source_and_sink,
-    wiring.fed_inlets,
-    wiring.led_outlets,
-    wiring.single_edges,
-    wiring.reachable,
-    wiring.acyclic,
+    structure.source_and_sink,
+    structure.fed_inlets,
+    structure.led_outlets,
+    structure.single_edges,
+    structure.reachable,
+    structure.acyclic,
 )
 MEANING: tuple[Rule, ...] = (
-    models.entered,
-    models.computed,
-    items.accepted_items,
-    compatibility.agreement,
-    compatibility.transferred,
-    resources.routed,
+    deployment.routed_models,
+    deployment.models_with_engines,
+    dataflow.accepted_items,
+    dataflow.matching_engines,
+    dataflow.transferred_kv,
+    deployment.routed_replicas,
 )
 
 
@@ -60,15 +59,15 @@ def check(graph: Graph, vocabulary: Vocabulary, facts: Facts) -> tuple[Diagnosti
     """
     if graph.dialect != "stream":
         raise ValueError(f"a stream graph is checked here, not a {graph.dialect} graph")
-    subject = Subject(graph, vocabulary, facts)
-    misnamed = _apply(NAMES, subject)
-    found = [*misnamed, *_apply(OPTIONS, subject)]
+    context = CheckContext(graph, vocabulary, facts)
+    misnamed = _apply(NAMES, context)
+    found = [*misnamed, *_apply(OPTIONS, context)]
     if not misnamed:
-        miswired = _apply(WIRING, subject)
-        found += miswired or _apply(MEANING, subject)
+        miswired = _apply(WIRING, context)
+        found += miswired or _apply(MEANING, context)
     return tuple(found)
 
 
-def _apply(rules: Iterable[Rule], subject: Subject) -> list[Diagnostic]:
-    found: Iterator[Diagnostic] = chain.from_iterable(rule(subject) for rule in rules)
+def _apply(rules: Iterable[Rule], context: CheckContext) -> list[Diagnostic]:
+    found: Iterator[Diagnostic] = chain.from_iterable(rule(context) for rule in rules)
     return list(found)

@@ -1,4 +1,4 @@
-"""What is wrong with a graph, and where: one record per mistake."""
+"""Errors of a graph, each with its place in a file, and the refusal of a model."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -48,13 +48,13 @@ def locate(
 ) -> tuple[Diagnostic, ...]:
     """The diagnostics with positions, in the order of the text; one that has its own keeps it."""
     placed = [
-        found if found.position else replace(found, position=place(found.path, positions))
+        found if found.position else replace(found, position=position_of(found.path, positions))
         for found in diagnostics
     ]
     return tuple(sorted(placed, key=_line_and_column))
 
 
-def place(path: Path, positions: Mapping[Path, Position]) -> Position | None:
+def position_of(path: Path, positions: Mapping[Path, Position]) -> Position | None:
     """Where `path` stands, or what encloses it. An option of a command has no place."""
     if path and str(path[0]).startswith("--"):
         return None
@@ -69,6 +69,24 @@ def _line_and_column(found: Diagnostic) -> tuple[int, int]:
     return (at.line, at.column) if at else (0, 0)
 
 
-def shortened(text: str, longest: int = 44) -> str:
+def truncated(text: str, longest: int = 44) -> str:
     """The text, its end cut off where it is long."""
     return text if len(text) <= longest else text[: longest - 3] + "..."
+
+
+_MAX_CHARS = 500  # a value of a config.json has any length
+
+
+class UnsupportedModel(ValueError):
+    """A model configuration that is not built; says the cause, the config field, and a way out."""
+
+    def __init__(self, cause: str, *, field: str, fix: str, file: str = "config.json") -> None:
+        self.cause = cause if len(cause) <= _MAX_CHARS else f"{cause[:_MAX_CHARS]}..."
+        self.field = field
+        self.fix = fix
+        self.file = file
+        super().__init__(f"{file}, {field}: {self.cause}; {fix}")
+
+    def in_file(self, file: str) -> "UnsupportedModel":
+        """The same refusal, with the path of the config.json that it is about."""
+        return UnsupportedModel(self.cause, field=self.field, fix=self.fix, file=file)

@@ -16,7 +16,7 @@ ROOT = "sagellm"
 logging.getLogger(ROOT).addHandler(logging.NullHandler())  # else warnings would go to stderr
 
 
-class Event:
+class LogEvent:
     """The message of a log record: what happened, and its fields. As text it is one line."""
 
     __slots__ = ("fields", "name")
@@ -46,7 +46,7 @@ def get_logger(name: str) -> BoundLogger:
     return cast(BoundLogger, wrapped)
 
 
-def _hand_over(_: object, __: str, line: EventDict) -> tuple[tuple[Event], dict[str, Any]]:
+def _hand_over(_: object, __: str, line: EventDict) -> tuple[tuple[LogEvent], dict[str, Any]]:
     """The arguments of a method of `logging.Logger`."""
     error = line.pop("exc_info", None)
-    return (Event(line.pop("event"), line),), {"exc_info": error}
+    return (LogEvent(line.pop("event"), line),), {"exc_info": error}

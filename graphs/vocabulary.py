@@ -101,7 +101,7 @@ class OpSpec:
         return {option.name: hints[option.name] for option in fields(self.options)}
 
 
-def lacking(needs: Iterable[str], offered: frozenset[str]) -> tuple[str, ...]:
+def unmet_needs(needs: Iterable[str], offered: frozenset[str]) -> tuple[str, ...]:
     """The needs that are not met, in order of the alphabet; "a|b" is met by either."""
     return tuple(sorted(need for need in needs if not offered.intersection(need.split("|"))))
 

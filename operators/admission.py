@@ -47,8 +47,7 @@ import msgspec
 from immutables import Map
 
 from sagellm.graphs.vocabulary import REQUEST, OpSpec, Port
-from sagellm.runtime.backlog import Backlog
-from sagellm.runtime.feedback import FirstToken, PrefixesChanged, QueueChanged
+from sagellm.runtime.feedback import Backlog, FirstToken, PrefixesChanged, QueueChanged
 from sagellm.runtime.forecast import Forecast
 from sagellm.runtime.messages import Request, refusal
 from sagellm.runtime.operator import (
@@ -56,21 +55,20 @@ from sagellm.runtime.operator import (
     Draw,
     Emit,
     Input,
-    Output,
+    OperatorOutput,
     Setup,
     Signal,
     Step,
     Terminate,
 )
-from sagellm.runtime.prefix_lookup import PrefixLookup
-from sagellm.runtime.prefixes import PrefixIndex
+from sagellm.runtime.prefixes import PrefixIndex, PrefixLookup
 
 SHARES = (1.0, 0.9, 0.8, 0.6, 0.4)  # of each bound, by priority: 0 critical ... 4 background
 _RETRY_S = 1.0  # where nothing is known of how fast the queue is served
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class AdmissionOptions:
     """`max_queued`: requests that may wait in `policy_sort` before new ones are refused.
 
     `max_queued_tokens`: the same for tokens: the uncached prompt and `max_tokens` of each choice.
@@ -87,13 +85,13 @@ SPEC = OpSpec(
     "admission",
     (Port("in", REQUEST),),
     (Port("out", REQUEST),),
-    options=Options,
+    options=AdmissionOptions,
     subscribes=frozenset({"cache", "queue", "first_token"}),
     signals=frozenset({"forget"}),
 )
 
 
-class Verdict(msgspec.Struct, frozen=True):
+class AdmissionVerdict(msgspec.Struct, frozen=True):
     """Why a request is refused; no code: it is not. `num_left` of its choices are still to come."""
 
     code: str = ""
@@ -102,13 +100,13 @@ class Verdict(msgspec.Struct, frozen=True):
     num_left: int = 0
 
 
-class Seen(msgspec.Struct, frozen=True):
+class AdmissionState(msgspec.Struct, frozen=True):
     """The state: how fast the queues are served, verdicts on requests with choices to come, and the
     prefix blocks of engines.
     """
 
     forecast: Forecast = Forecast()
-    verdicts: Map[str, Verdict] = Map()
+    verdicts: Map[str, AdmissionVerdict] = Map()
     indexes: Mapping[str, PrefixIndex] = {}
 
 
@@ -122,12 +120,12 @@ class Admission:
     """
 
     name: str
-    options: Options
+    options: AdmissionOptions
     lookup: PrefixLookup | None = None
 
     @property
-    def initial(self) -> Seen:
-        return Seen(Forecast(objective_s=self.options.slo_ttft_s))
+    def initial(self) -> AdmissionState:
+        return AdmissionState(Forecast(objective_s=self.options.slo_ttft_s))
 
     @property
     def subscribes(self) -> frozenset[str]:
@@ -135,7 +133,9 @@ class Admission:
         counts = self.options.max_queued_tokens is not None or self.options.slo_ttft_s is not None
         return SPEC.subscribes if counts else SPEC.subscribes - {"cache"}
 
-    def on(self, state: Seen, happened: Input, now: float, draw: Draw) -> Step[Seen]:
+    def on(
+        self, state: AdmissionState, happened: Input, now: float, draw: Draw
+    ) -> Step[AdmissionState]:
         match happened:
             case Arrival(item=Request() as request):
                 if state.indexes and self.lookup is not None:
@@ -143,18 +143,18 @@ class Admission:
                 return self._arrive(state, request, now)
             case QueueChanged() | FirstToken():
                 forecast = state.forecast.after(happened, now)
-                return Step(Seen(forecast, state.verdicts, state.indexes))
+                return Step(AdmissionState(forecast, state.verdicts, state.indexes))
             case PrefixesChanged(engine=engine, index=index):
                 indexes = {**state.indexes, engine: index}
-                return Step(Seen(state.forecast, state.verdicts, indexes))
+                return Step(AdmissionState(state.forecast, state.verdicts, indexes))
             case Signal(kind="forget", request_id=request_id):
                 return Step(_with_verdicts(state, _without(state.verdicts, request_id)))
         return Step(state)
 
-    def keeps(self, state: Seen, request_id: str) -> bool:
+    def keeps(self, state: AdmissionState, request_id: str) -> bool:
         return request_id in state.verdicts
 
-    def _arrive(self, state: Seen, request: Request, now: float) -> Step[Seen]:
+    def _arrive(self, state: AdmissionState, request: Request, now: float) -> Step[AdmissionState]:
         if request.expires_s is not None and request.expires_s <= now:
             late = f"{self.name}: it expired before it was admitted: allow it more time"
             return Step(state, (Terminate(refusal(request, "expired", now=now, error=late)),))
@@ -164,7 +164,7 @@ class Admission:
         verdicts = _followed(state.verdicts, request.request_id, verdict)
         return Step(_with_verdicts(state, verdicts), (self._answer(request, verdict, now),))
 
-    def _answer(self, request: Request, verdict: Verdict, now: float) -> Output:
+    def _answer(self, request: Request, verdict: AdmissionVerdict, now: float) -> OperatorOutput:
         if verdict.code:
             event = refusal(
                 request,
@@ -179,11 +179,11 @@ class Admission:
             request = msgspec.structs.replace(request, slo_ttft_s=self.options.slo_ttft_s)
         return Emit(request)
 
-    def _judge(self, forecast: Forecast, request: Request, now: float) -> Verdict:
+    def _judge(self, forecast: Forecast, request: Request, now: float) -> AdmissionVerdict:
         num_choices, pace = max(request.sampling.n, 1), forecast.pace
         code, error = ("", "") if pace.backlog.is_open else self._fault(forecast, request, now)
         retry_after_s = (pace.wait_s(now) or _RETRY_S) if code else None
-        return Verdict(code, error and f"{self.name}: {error}", retry_after_s, num_choices)
+        return AdmissionVerdict(code, error and f"{self.name}: {error}", retry_after_s, num_choices)
 
     def _fault(self, forecast: Forecast, request: Request, now: float) -> tuple[str, str]:
         """Code and reason of a refusal, or nothing twice."""
@@ -230,7 +230,9 @@ def _says_share(request: Request) -> str:
     return "" if share == 1 else f", of which priority {request.priority} may use {share:.0%}"
 
 
-def _followed(verdicts: Map[str, Verdict], request_id: str, verdict: Verdict) -> Map[str, Verdict]:
+def _followed(
+    verdicts: Map[str, AdmissionVerdict], request_id: str, verdict: AdmissionVerdict
+) -> Map[str, AdmissionVerdict]:
     """One choice fewer is to come."""
     if verdict.num_left <= 1:
         return _without(verdicts, request_id)
@@ -238,15 +240,15 @@ def _followed(verdicts: Map[str, Verdict], request_id: str, verdict: Verdict) ->
     return verdicts.set(request_id, rest)
 
 
-def _without(verdicts: Map[str, Verdict], request_id: str) -> Map[str, Verdict]:
+def _without(verdicts: Map[str, AdmissionVerdict], request_id: str) -> Map[str, AdmissionVerdict]:
     return verdicts.delete(request_id) if request_id in verdicts else verdicts
 
 
-def _with_verdicts(state: Seen, verdicts: Map[str, Verdict]) -> Seen:
+def _with_verdicts(state: AdmissionState, verdicts: Map[str, AdmissionVerdict]) -> AdmissionState:
     if verdicts is state.verdicts:
         return state
-    return Seen(state.forecast, verdicts, state.indexes)
+    return AdmissionState(state.forecast, verdicts, state.indexes)
 
 
-def build(options: Options, setup: Setup) -> Admission:
+def build(options: AdmissionOptions, setup: Setup) -> Admission:
     return Admission(setup.name, options, PrefixLookup.of(setup))

@@ -14,21 +14,21 @@ SPEC = OpSpec("collect", (Port("in", EVENT),), (Port("out", ANSWER),), options=N
 
 
 @dataclass(frozen=True, slots=True)
-class Chain:
+class EventChain:
     """The latest event of a choice, and those before it: adding one copies none."""
 
     event: TokenEvent
-    before: "Chain | None" = None
+    before: "EventChain | None" = None
 
     def __iter__(self) -> Iterator[TokenEvent]:
         """Latest first."""
-        link: Chain | None = self
+        link: EventChain | None = self
         while link is not None:
             yield link.event
             link = link.before
 
 
-Choices: TypeAlias = Map[str, Mapping[int, Chain]]  # request -> choice -> so far
+ChainsByChoice: TypeAlias = Map[str, Mapping[int, EventChain]]  # request -> choice -> so far
 
 
 def answer_of(events: tuple[TokenEvent, ...]) -> Answer:
@@ -58,10 +58,12 @@ class Collect:
     """A cancelled choice gives what it had, if its last event comes this way."""
 
     @property
-    def initial(self) -> Choices:
+    def initial(self) -> ChainsByChoice:
         return Map()
 
-    def on(self, state: Choices, happened: Input, now: float, draw: Draw) -> Step[Choices]:
+    def on(
+        self, state: ChainsByChoice, happened: Input, now: float, draw: Draw
+    ) -> Step[ChainsByChoice]:
         match happened:
             case Arrival(item=TokenEvent() as event):
                 return self._gather(state, event)
@@ -69,16 +71,18 @@ class Collect:
                 return Step(_updated(state, request_id, {}))
         return Step(state)
 
-    def _gather(self, state: Choices, event: TokenEvent) -> Step[Choices]:
+    def _gather(self, state: ChainsByChoice, event: TokenEvent) -> Step[ChainsByChoice]:
         choices = dict(state.get(event.request_id, {}))
-        chain = Chain(event, choices.pop(event.choice, None))
+        chain = EventChain(event, choices.pop(event.choice, None))
         if not event.is_last:
             return Step(state.set(event.request_id, {**choices, event.choice: chain}))
         answer = answer_of(tuple(chain)[::-1])
         return Step(_updated(state, event.request_id, choices), (Emit(answer),))
 
 
-def _updated(state: Choices, request_id: str, choices: Mapping[int, Chain]) -> Choices:
+def _updated(
+    state: ChainsByChoice, request_id: str, choices: Mapping[int, EventChain]
+) -> ChainsByChoice:
     if choices:
         return state.set(request_id, choices)
     return state.delete(request_id) if request_id in state else state

@@ -14,14 +14,20 @@ from sagellm.graphs.vocabulary import (
     OpSpec,
     Port,
 )
-from sagellm.runtime.handover import Held, abandon, merge_stamps, refused, report_first_token
+from sagellm.runtime.handover import (
+    HeldRequests,
+    merge_stamps,
+    refusal_event,
+    release_leases,
+    report_first_token,
+)
 from sagellm.runtime.messages import Item, Prefilled, Request, TokenEvent
 from sagellm.runtime.operator import Context, Credit, Setup, Signal
 from sagellm.runtime.port import EngineEvent, EngineFacts, EngineRefusal
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class DecodeOptions:
     """`max_inflight`: requests that prefill may send to one replica at a time, from when they enter
     prefill to their end; None: as many as the engine runs, and an eighth more, whose prompts are
     computed and moved meanwhile.
@@ -35,22 +41,22 @@ SPEC = OpSpec(
     "decode",
     inlets=(Port("in", PREFILLED),),
     outlets=(Port("out", EVENT),),
-    options=Options,
+    options=DecodeOptions,
     role="service",
     engine=True,
     needs=frozenset({TOKENS_IN, TOKENS_OUT, KV_TRANSFER, RESUME}),
 )
 
 
-class Decode:
+class DecodeService:
     """Emits the first token, then lets its engine go on from the blocks that were handed over."""
 
     concurrency = 1
     holds = True
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: DecodeOptions) -> None:
         self._options = options
-        self._held = Held()
+        self._held = HeldRequests()
 
     def capacity(self, facts: EngineFacts | None) -> Credit:
         """The core spends it when a request enters prefill, so that what has no place here yet
@@ -76,11 +82,13 @@ class Decode:
         request = msgspec.structs.replace(request, emitted_token_ids=emitted)
         self._held.add(request)
         try:
-            await ctx.engine.submit(request.sequence(ctx.name, lease=item.landing or item.lease))
+            await ctx.engine.submit(
+                request.sequence(ctx.name, lease=item.reservation or item.lease)
+            )
         except EngineRefusal as error:
             self.discard(ctx, item)
             ctx.release(request.key)
-            await ctx.terminate(refused(request, error, ctx.now()))
+            await ctx.terminate(refusal_event(request, error, ctx.now()))
 
     async def on_events(self, ctx: Context, events: tuple[EngineEvent, ...]) -> None:
         await ctx.emit_batch(map(self._stamped, events), self._note)
@@ -93,7 +101,7 @@ class Decode:
 
     def discard(self, ctx: Context, item: Item) -> None:
         self._held.drop(item.key)
-        abandon(ctx, item)
+        release_leases(ctx, item)
 
     def _note(self, ctx: Context, event: TokenEvent) -> None:
         self._held.note(event)
@@ -113,5 +121,5 @@ def _stamps(item: Prefilled) -> object:
     return item.first.stamps if item.first.is_last else item.request.stamps
 
 
-def build(options: Options, setup: Setup) -> Decode:
-    return Decode(options)
+def build(options: DecodeOptions, setup: Setup) -> DecodeService:
+    return DecodeService(options)

@@ -6,12 +6,26 @@ import msgspec
 
 from sagellm.graphs.vocabulary import OpSpec, Port
 from sagellm.runtime.messages import Item, TokenEvent
-from sagellm.runtime.operator import Arrival, Draw, Emit, Input, Output, Setup, Step, Terminate
-from sagellm.runtime.user_function import UserFunction, ending, failing, find_plain_function
+from sagellm.runtime.operator import (
+    Arrival,
+    Draw,
+    Emit,
+    Input,
+    OperatorOutput,
+    Setup,
+    Step,
+    Terminate,
+)
+from sagellm.runtime.user_function import (
+    UserFunction,
+    end_event,
+    failure_event,
+    find_plain_function,
+)
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class FilterOptions:
     """`function`: item -> whether it passes."""
 
     function: str
@@ -21,7 +35,7 @@ SPEC = OpSpec(
     "filter",
     (Port("in", "request|event|answer"),),
     (Port("out", "same"),),
-    options=Options,
+    options=FilterOptions,
     drops_tokens=True,
 )
 
@@ -47,16 +61,16 @@ class Filter:
                 return Step(None, self._sieve(item, now))
         return Step(None)
 
-    def _sieve(self, item: Item, now: float) -> tuple[Output, ...]:
+    def _sieve(self, item: Item, now: float) -> tuple[OperatorOutput, ...]:
         try:
             passes = self._passes(item)
         except Exception as error:
             why = self.function.explain(error)
-            return (Terminate(failing(item, why, now=now), error),)
+            return (Terminate(failure_event(item, why, now=now), error),)
         if passes:
             return (Emit(item),)
         if not isinstance(item, TokenEvent):
-            return (Terminate(ending(item, "filtered", now=now)),)
+            return (Terminate(end_event(item, "filtered", now=now)),)
         return (Emit(_emptied(item)),) if item.is_last else ()
 
     def _passes(self, item: Item) -> bool:
@@ -73,5 +87,5 @@ def _emptied(event: TokenEvent) -> TokenEvent:
     )
 
 
-def build(options: Options, setup: Setup) -> Filter:
+def build(options: FilterOptions, setup: Setup) -> Filter:
     return Filter(find_plain_function(setup, options.function))

@@ -12,24 +12,24 @@ from sagellm.runtime.operator import (
     Arrival,
     Draw,
     Emit,
-    Encode,
+    EncodeText,
     Input,
-    Output,
+    OperatorOutput,
     Setup,
     Step,
     Terminate,
 )
 from sagellm.runtime.user_function import (
     UserFunction,
-    ending,
-    failing,
+    apply_result,
+    end_event,
+    failure_event,
     find_plain_function,
-    rewritten,
 )
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class FlatMapOptions:
     """`function`: request -> prompts or requests; answer -> values."""
 
     function: str
@@ -39,7 +39,7 @@ SPEC = OpSpec(
     "flat_map",
     (Port("in", "request|answer"),),
     (Port("out", "same"),),
-    options=Options,
+    options=FlatMapOptions,
     drops_tokens=True,
 )
 
@@ -56,7 +56,7 @@ class FlatMap:
 
     name: str
     function: UserFunction
-    encode: Encode | None
+    encode: EncodeText | None
 
     @property
     def initial(self) -> None:
@@ -68,26 +68,26 @@ class FlatMap:
                 return Step(None, self._spread(item, now))
         return Step(None)
 
-    def _spread(self, item: Item, now: float) -> tuple[Output, ...]:
+    def _spread(self, item: Item, now: float) -> tuple[OperatorOutput, ...]:
         if isinstance(item, Request) and item.sampling.n > 1:
             why = f"{self.name}: it is one of n={item.sampling.n} choices already: ask for n=1"
-            return (Terminate(ending(item, "refused", now=now, error=why)),)
+            return (Terminate(end_event(item, "refused", now=now, error=why)),)
         try:
             return self._parts(item, now)
         except Exception as error:
             why = self.function.explain(error)
-            return (Terminate(failing(item, why, now=now), error),)
+            return (Terminate(failure_event(item, why, now=now), error),)
 
-    def _parts(self, item: Item, now: float) -> tuple[Output, ...]:
+    def _parts(self, item: Item, now: float) -> tuple[OperatorOutput, ...]:
         results = self._listed(item)
         if isinstance(item, Answer):
             return (Emit(msgspec.structs.replace(item, value=results)),)
         if not isinstance(item, Request):
             raise TypeError(f"flat_map takes requests and answers, not {type(item).__name__}")
         if not results:
-            return (Terminate(ending(item, "filtered", now=now)),)
+            return (Terminate(end_event(item, "filtered", now=now)),)
         sampling = msgspec.structs.replace(item.sampling, n=len(results))
-        choices = (rewritten(self.function, item, result, self.encode) for result in results)
+        choices = (apply_result(self.function, item, result, self.encode) for result in results)
         emits = tuple(
             Emit(msgspec.structs.replace(request, choice=choice, sampling=sampling))
             for choice, request in enumerate(choices)
@@ -104,5 +104,5 @@ class FlatMap:
         return tuple(results)
 
 
-def build(options: Options, setup: Setup) -> FlatMap:
+def build(options: FlatMapOptions, setup: Setup) -> FlatMap:
     return FlatMap(setup.name, find_plain_function(setup, options.function), setup.encode)

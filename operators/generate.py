@@ -12,15 +12,20 @@ from sagellm.graphs.vocabulary import (
     OpSpec,
     Port,
 )
-from sagellm.runtime.handover import Held, merge_stamps, refused, report_first_token
+from sagellm.runtime.handover import (
+    HeldRequests,
+    check_needs,
+    merge_stamps,
+    refusal_event,
+    report_first_token,
+)
 from sagellm.runtime.messages import Item, Request, TokenEvent
 from sagellm.runtime.operator import Context, Credit, Setup, Signal
 from sagellm.runtime.port import EngineEvent, EngineFacts, EngineRefusal
-from sagellm.runtime.request_needs import check_needs
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class GenerateOptions:
     """`max_inflight`: requests handed to one engine replica at a time; None: as many as it runs."""
 
     engine: str
@@ -31,22 +36,22 @@ SPEC = OpSpec(
     "generate",
     inlets=(Port("in", REQUEST),),
     outlets=(Port("out", EVENT),),
-    options=Options,
+    options=GenerateOptions,
     role="service",
     engine=True,
     needs=frozenset({f"{TOKENS_IN}|{TEXT_IN}", f"{TOKENS_OUT}|{TEXT_OUT}"}),
 )
 
 
-class Generate:
+class GenerateService:
     """Hands requests to its engine and the engine's tokens on; keeps what is in the engine."""
 
     concurrency = 1
     holds = True
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: GenerateOptions) -> None:
         self._options = options
-        self._held = Held()
+        self._held = HeldRequests()
 
     def capacity(self, facts: EngineFacts | None) -> Credit:
         if facts is None:
@@ -65,7 +70,7 @@ class Generate:
         except EngineRefusal as error:
             self._held.drop(item.key)
             ctx.release(item.key)
-            await ctx.terminate(refused(item, error, ctx.now()))
+            await ctx.terminate(refusal_event(item, error, ctx.now()))
 
     async def on_events(self, ctx: Context, events: tuple[EngineEvent, ...]) -> None:
         await ctx.emit_batch(map(self._stamped, events), self._note)
@@ -95,5 +100,5 @@ class Generate:
         return merge_stamps(request, event) if request is not None else event
 
 
-def build(options: Options, setup: Setup) -> Generate:
-    return Generate(options)
+def build(options: GenerateOptions, setup: Setup) -> GenerateService:
+    return GenerateService(options)

@@ -9,19 +9,32 @@ import msgspec
 
 from sagellm.graphs.vocabulary import REQUEST, OpSpec, Port
 from sagellm.runtime.messages import Request
-from sagellm.runtime.operator import Arrival, Draw, Emit, Input, Output, Setup, Step, Terminate
-from sagellm.runtime.user_function import UserFunction, failing, find_plain_function
+from sagellm.runtime.operator import (
+    Arrival,
+    Draw,
+    Emit,
+    Input,
+    OperatorOutput,
+    Setup,
+    Step,
+    Terminate,
+)
+from sagellm.runtime.user_function import UserFunction, failure_event, find_plain_function
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class KeyByOptions:
     """`function`: request -> key."""
 
     function: str
 
 
 SPEC = OpSpec(
-    "key_by", (Port("in", REQUEST),), (Port("out", REQUEST),), options=Options, signals=frozenset()
+    "key_by",
+    (Port("in", REQUEST),),
+    (Port("out", REQUEST),),
+    options=KeyByOptions,
+    signals=frozenset(),
 )
 
 
@@ -41,12 +54,12 @@ class KeyBy:
                 return Step(None, (self._keyed(request, now),))
         return Step(None)
 
-    def _keyed(self, request: Request, now: float) -> Output:
+    def _keyed(self, request: Request, now: float) -> OperatorOutput:
         try:
             key = self._key(request)
         except Exception as error:
             why = self.function.explain(error)
-            return Terminate(failing(request, why, now=now), error)
+            return Terminate(failure_event(request, why, now=now), error)
         tags = {**request.tags, "key": key}
         return Emit(msgspec.structs.replace(request, tags=tags))
 
@@ -57,5 +70,5 @@ class KeyBy:
         return str(result)
 
 
-def build(options: Options, setup: Setup) -> KeyBy:
+def build(options: KeyByOptions, setup: Setup) -> KeyBy:
     return KeyBy(find_plain_function(setup, options.function))

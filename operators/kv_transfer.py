@@ -7,8 +7,8 @@ import trio
 
 from sagellm.graphs.log import get_logger
 from sagellm.graphs.vocabulary import PREFILLED, OpSpec, Port
-from sagellm.runtime.handover import abandon
-from sagellm.runtime.kv.links import Links
+from sagellm.runtime.handover import release_leases
+from sagellm.runtime.kv.circuit_breaker import CircuitBreaker
 from sagellm.runtime.messages import Item, LeaseRef, Prefilled, Request
 from sagellm.runtime.operator import Context, Credit, Setup, Signal
 from sagellm.runtime.port import (
@@ -26,7 +26,7 @@ _PATIENT_EPOCHS = 3  # a lease that ended is asked for anew so often: a worker m
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class KVTransferOptions:
     """`max_inflight`: transfers under way at a time.
 
     `max_transfer_s`: the longest that one may take. Where blocks do not come, their prompt is
@@ -41,28 +41,28 @@ SPEC = OpSpec(
     "kv_transfer",
     inlets=(Port("in", PREFILLED),),
     outlets=(Port("out", PREFILLED),),
-    options=Options,
+    options=KVTransferOptions,
     role="service",
 )
 
 
-class KVTransfer:
+class KVTransferService:
     """Moves leases: source sending -> released, destination receiving -> filled."""
 
     holds = False
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: KVTransferOptions) -> None:
         self.concurrency = options.max_inflight
         self._options = options
-        self._links = Links()
+        self._links = CircuitBreaker()
 
     def capacity(self, facts: EngineFacts | None) -> Credit:
         return Credit(requests=self._options.max_inflight)
 
     async def on_item(self, ctx: Context, item: Item) -> None:
         assert isinstance(item, Prefilled)
-        if item.lease is not None and item.landing is not None:
-            item = await self._moved(ctx, item, item.lease, item.landing)
+        if item.lease is not None and item.reservation is not None:
+            item = await self._moved(ctx, item, item.lease, item.reservation)
         await ctx.emit(item)
 
     async def on_events(self, ctx: Context, events: tuple[EngineEvent, ...]) -> None:
@@ -76,21 +76,21 @@ class KVTransfer:
         return None
 
     def discard(self, ctx: Context, item: Item) -> None:
-        abandon(ctx, item)
+        release_leases(ctx, item)
 
     async def _moved(
-        self, ctx: Context, item: Prefilled, lease: LeaseRef, landing: LeaseRef
+        self, ctx: Context, item: Prefilled, lease: LeaseRef, reservation: LeaseRef
     ) -> Prefilled:
         """The item with its blocks where it is decoded. Without any where its link fails: then they
         are computed there. Raises EngineLost, and StaleLease the first times.
         """
-        link = (lease.engine, lease.replica), (landing.engine, landing.replica)
+        link = (lease.engine, lease.replica), (reservation.engine, reservation.replica)
         begun_s = ctx.now()
         if not self._links.begin(link, begun_s):
             return _without_blocks(ctx, item, has_failed=False)
         try:
             with trio.fail_after(self._options.max_transfer_s):
-                landed = await self._transfer(ctx, lease, landing)
+                received = await self._transfer(ctx, lease, reservation)
         except (DamagedBlocks, StaleLease, trio.TooSlowError) as error:
             self._links.failed(link, ctx.now(), took_s=ctx.now() - begun_s)
             if isinstance(error, StaleLease) and item.request.epoch < _PATIENT_EPOCHS:
@@ -103,12 +103,12 @@ class KVTransfer:
         self._links.passed(link)
         stamps = msgspec.structs.replace(item.request.stamps, transferred_s=ctx.now())
         request = msgspec.structs.replace(item.request, stamps=stamps)
-        return msgspec.structs.replace(item, request=request, lease=None, landing=landed)
+        return msgspec.structs.replace(item, request=request, lease=None, reservation=received)
 
-    async def _transfer(self, ctx: Context, lease: LeaseRef, landing: LeaseRef) -> LeaseRef:
+    async def _transfer(self, ctx: Context, lease: LeaseRef, reservation: LeaseRef) -> LeaseRef:
         """Copy, then acknowledge: the source is freed only once the destination holds all."""
         sender = kv_engine(ctx.engine_named(lease.engine, lease.replica))
-        receiver = kv_engine(ctx.engine_named(landing.engine, landing.replica))
+        receiver = kv_engine(ctx.engine_named(reservation.engine, reservation.replica))
         offer = LeaseOffer(
             request_id=lease.request_id,
             choice=lease.choice,
@@ -127,9 +127,9 @@ class KVTransfer:
 
 def _without_blocks(ctx: Context, item: Prefilled, *, has_failed: bool) -> Prefilled:
     ctx.not_transferred(item, has_failed=has_failed)
-    abandon(ctx, item)
-    return msgspec.structs.replace(item, lease=None, landing=None)
+    release_leases(ctx, item)
+    return msgspec.structs.replace(item, lease=None, reservation=None)
 
 
-def build(options: Options, setup: Setup) -> KVTransfer:
-    return KVTransfer(options)
+def build(options: KVTransferOptions, setup: Setup) -> KVTransferService:
+    return KVTransferService(options)

@@ -10,22 +10,28 @@ from sagellm.runtime.operator import (
     Credit,
     Draw,
     Emit,
-    Encode,
+    EncodeText,
     Input,
-    Output,
+    OperatorOutput,
     Setup,
     Signal,
     Step,
     Terminate,
 )
 from sagellm.runtime.port import EngineEvent, EngineFacts
-from sagellm.runtime.user_function import UserFunction, ending, failing, find_function, rewritten
+from sagellm.runtime.user_function import (
+    UserFunction,
+    apply_result,
+    end_event,
+    failure_event,
+    find_function,
+)
 
 DEFAULT_CONCURRENCY = 16  # such calls mostly wait, and a service of the user's bears some
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class MapOptions:
     """What to call, and how.
 
     `function`: request -> prompt or request; token event -> text or token event; answer -> any
@@ -41,7 +47,7 @@ SPEC = OpSpec(
     "map",
     (Port("in", "request|event|answer"),),
     (Port("out", "same"),),
-    options=Options,
+    options=MapOptions,
     signals=frozenset(),
     drops_tokens=True,
 )
@@ -56,7 +62,7 @@ class Map:
     """
 
     function: UserFunction
-    encode: Encode | None
+    encode: EncodeText | None
 
     @property
     def initial(self) -> None:
@@ -68,12 +74,12 @@ class Map:
                 return Step(None, (self._mapped(item, now),))
         return Step(None)
 
-    def _mapped(self, item: Item, now: float) -> Output:
+    def _mapped(self, item: Item, now: float) -> OperatorOutput:
         try:
-            return Emit(rewritten(self.function, item, self.function(item), self.encode))
+            return Emit(apply_result(self.function, item, self.function(item), self.encode))
         except Exception as error:
             why = self.function.explain(error)
-            return Terminate(failing(item, why, now=now), error)
+            return Terminate(failure_event(item, why, now=now), error)
 
 
 class AsyncMap:
@@ -85,7 +91,7 @@ class AsyncMap:
 
     holds = False
 
-    def __init__(self, function: UserFunction, encode: Encode | None, concurrency: int) -> None:
+    def __init__(self, function: UserFunction, encode: EncodeText | None, concurrency: int) -> None:
         self.concurrency = concurrency
         self._function = function
         self._encode = encode
@@ -96,13 +102,15 @@ class AsyncMap:
 
     async def on_item(self, ctx: Context, item: Item) -> None:
         if isinstance(item, TokenEvent) and self.concurrency > 1:
-            return await ctx.terminate(ending(item, "failed", now=ctx.now(), error=_unordered(ctx)))
+            return await ctx.terminate(
+                end_event(item, "failed", now=ctx.now(), error=_unordered(ctx))
+            )
         try:
             answered = await self._function.wait(item)
-            result = rewritten(self._function, item, answered, self._encode)
+            result = apply_result(self._function, item, answered, self._encode)
         except Exception as error:
             why = self._function.explain(error)
-            return await ctx.terminate(failing(item, why, now=ctx.now()), error)
+            return await ctx.terminate(failure_event(item, why, now=ctx.now()), error)
         await ctx.emit(result)
 
     async def on_events(self, ctx: Context, events: tuple[EngineEvent, ...]) -> None:
@@ -126,7 +134,7 @@ def _unordered(ctx: Context) -> str:
     )
 
 
-def build(options: Options, setup: Setup) -> Map | AsyncMap:
+def build(options: MapOptions, setup: Setup) -> Map | AsyncMap:
     """Raises ValueError for an unknown function, and for a concurrency without effect."""
     function = find_function(setup, options.function)
     if function.is_async:

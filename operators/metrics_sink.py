@@ -10,10 +10,10 @@ from msgspec import field
 from msgspec.structs import replace
 
 from sagellm.graphs.vocabulary import NoOptions, OpSpec, Port
-from sagellm.runtime.histogram import Histogram
+from sagellm.runtime.handover import Phases, phases_of
+from sagellm.runtime.histograms import LogHistogram
 from sagellm.runtime.messages import Answer, Item, TokenEvent
 from sagellm.runtime.operator import Arrival, Draw, Emit, EmitAll, Input, Setup, Signal, Step
-from sagellm.runtime.phases import Phases, phases_of
 
 SPEC = OpSpec(
     "metrics_sink",
@@ -24,7 +24,7 @@ SPEC = OpSpec(
 )
 
 
-class Times(NamedTuple):
+class TokenTimes(NamedTuple):
     """When tokens of one choice passed: for the first and for the latest time."""
 
     first_s: float
@@ -32,7 +32,7 @@ class Times(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Statistics:
+class SinkStatistics:
     """What passed so far. Quantiles are right within 1 %, and None where nothing was measured.
 
     TTFT: from arrival to the first token that passed. ITL: between two times that tokens of one
@@ -56,11 +56,11 @@ class Statistics:
         return self.num_tokens / self.elapsed_s if self.elapsed_s > 0 else 0.0
 
 
-_NO_TIMES: Mapping[int, Times] = {}
-UnderWay: TypeAlias = Map[str, Mapping[int, Times]]
+_NO_TIMES: Mapping[int, TokenTimes] = {}
+UnderWay: TypeAlias = Map[str, Mapping[int, TokenTimes]]
 
 
-class Passed(msgspec.Struct, frozen=True):
+class SinkState(msgspec.Struct, frozen=True):
     """The state: sums and histograms, and the times of choices that are under way."""
 
     ended: Mapping[str, int] = field(default_factory=dict)
@@ -68,16 +68,16 @@ class Passed(msgspec.Struct, frozen=True):
     num_tokens: int = 0
     since_s: float | None = None
     until_s: float = 0.0
-    ttft: Histogram = field(default_factory=Histogram)
-    itl: Histogram = field(default_factory=Histogram)
+    ttft: LogHistogram = field(default_factory=LogHistogram)
+    itl: LogHistogram = field(default_factory=LogHistogram)
     phases: Phases = field(default_factory=Phases)
     under_way: UnderWay = Map()
 
-    def with_events(self, events: Sequence[TokenEvent], now: float) -> "Passed":
+    def with_events(self, events: Sequence[TokenEvent], now: float) -> "SinkState":
         """The tokens of one engine step, or of one event."""
         under_way = self.under_way.mutate()
         gaps: list[float] = []
-        ended: list[tuple[TokenEvent, Times | None]] = []
+        ended: list[tuple[TokenEvent, TokenTimes | None]] = []
         num_tokens = self.num_tokens
         for event in events:
             known = under_way.get(event.request_id, _NO_TIMES)
@@ -86,7 +86,7 @@ class Passed(msgspec.Struct, frozen=True):
                 num_tokens += num_new
                 if times is not None:
                     gaps.append(now - times.last_s)
-                times = Times(times.first_s if times is not None else now, now)
+                times = TokenTimes(times.first_s if times is not None else now, now)
             if event.finish_reason is not None:
                 ended.append((event, times))
                 rest = {choice: known[choice] for choice in known if choice != event.choice}
@@ -104,19 +104,19 @@ class Passed(msgspec.Struct, frozen=True):
             after = after._with_end(event, times)
         return after
 
-    def with_answer(self, answer: Answer, now: float) -> "Passed":
-        """A whole answer tells when its first token was drawn, and nothing of the gaps."""
+    def with_answer(self, answer: Answer, now: float) -> "SinkState":
+        """A whole answer tells when its first token was sampled, and nothing of the gaps."""
         drawn_s = answer.stamps.prefilled_s
-        times = None if drawn_s is None else Times(drawn_s, now)
+        times = None if drawn_s is None else TokenTimes(drawn_s, now)
         num_tokens = self.num_tokens + answer.num_tokens
         return replace(self, num_tokens=num_tokens, until_s=now)._with_end(answer, times)
 
-    def without_request(self, request_id: str) -> "Passed":
+    def without_request(self, request_id: str) -> "SinkState":
         if request_id not in self.under_way:
             return self
         return replace(self, under_way=self.under_way.delete(request_id))
 
-    def _with_end(self, last: TokenEvent | Answer, times: Times | None) -> "Passed":
+    def _with_end(self, last: TokenEvent | Answer, times: TokenTimes | None) -> "SinkState":
         reason = last.finish_reason or "stop"
         arrived_s = last.stamps.arrived_s
         since_s = arrived_s if self.since_s is None else min(self.since_s, arrived_s)
@@ -131,14 +131,14 @@ class Passed(msgspec.Struct, frozen=True):
         )
 
 
-def statistics(state: Passed) -> Statistics:
+def statistics(state: SinkState) -> SinkStatistics:
     """The state in numbers that a person reads.
 
     Requests that end before an engine (refused, expired in the queue) do not pass here: they go
     to the sink on the `terminal` outlet.
     """
     num_requests = sum(state.ended.values())
-    return Statistics(
+    return SinkStatistics(
         num_requests=num_requests,
         ended=state.ended,
         num_prompt_tokens=state.num_prompt_tokens,
@@ -156,10 +156,10 @@ class MetricsSink:
     """Changes nothing of what passes."""
 
     @property
-    def initial(self) -> Passed:
-        return Passed()
+    def initial(self) -> SinkState:
+        return SinkState()
 
-    def on(self, state: Passed, happened: Input, now: float, draw: Draw) -> Step[Passed]:
+    def on(self, state: SinkState, happened: Input, now: float, draw: Draw) -> Step[SinkState]:
         match happened:
             case Arrival(item=item):
                 return Step(_counted(state, item, now), (Emit(item),))
@@ -167,12 +167,12 @@ class MetricsSink:
                 return Step(state.without_request(request_id))
         return Step(state)
 
-    def keeps(self, state: Passed, request_id: str) -> bool:
+    def keeps(self, state: SinkState, request_id: str) -> bool:
         return request_id in state.under_way
 
     def on_batch(
-        self, state: Passed, items: Sequence[Item], now: float, draw: Draw
-    ) -> Step[Passed]:
+        self, state: SinkState, items: Sequence[Item], now: float, draw: Draw
+    ) -> Step[SinkState]:
         events = [item for item in items if isinstance(item, TokenEvent)]
         if len(events) == len(items):
             return Step(state.with_events(events, now), (EmitAll(items),))
@@ -181,7 +181,7 @@ class MetricsSink:
         return Step(state, (EmitAll(items),))
 
 
-def _counted(state: Passed, item: Item, now: float) -> Passed:
+def _counted(state: SinkState, item: Item, now: float) -> SinkState:
     match item:
         case TokenEvent():
             return state.with_events((item,), now)

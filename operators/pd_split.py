@@ -14,12 +14,11 @@ from sagellm.graphs.vocabulary import REQUEST, OpSpec, Port
 from sagellm.runtime.feedback import HealthChanged, PrefixesChanged, Topology
 from sagellm.runtime.messages import Request
 from sagellm.runtime.operator import Arrival, Draw, Emit, Input, Setup, Step, Target
-from sagellm.runtime.prefix_lookup import PrefixLookup
-from sagellm.runtime.prefixes import PrefixIndex
+from sagellm.runtime.prefixes import PrefixIndex, PrefixLookup
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class PDSplitOptions:
     """When prefill and decode part.
 
     `min_uncached_tokens`: that many prompt tokens must be computed, at least; 0 parts always.
@@ -34,14 +33,14 @@ class Options:
 SPEC = OpSpec(
     "pd_split",
     (Port("in", REQUEST),),
-    (Port("disaggregated", REQUEST), Port("joint", REQUEST)),
-    options=Options,
+    (Port("disaggregated", REQUEST), Port("aggregated", REQUEST)),
+    options=PDSplitOptions,
     subscribes=frozenset({"cache", "health", "topology"}),
     signals=frozenset(),
 )
 
 
-def is_disaggregated(request: Request, options: Options) -> bool:
+def is_disaggregated(request: Request, options: PDSplitOptions) -> bool:
     """llm-d's decider (disaggregate iff input - hit tokens >= threshold), and the ratio's."""
     if request.num_uncached_tokens < options.min_uncached_tokens:
         return False
@@ -50,7 +49,7 @@ def is_disaggregated(request: Request, options: Options) -> bool:
     return ratio is None or num_prompt_tokens >= ratio * request.sampling.max_tokens
 
 
-class Seen(msgspec.Struct, frozen=True):
+class PDSplitState(msgspec.Struct, frozen=True):
     """The state: the replicas of prefill that are down, and how many there are of each engine.
 
     `is_cut`: no replica of some prefill operator is up. `indexes`: the prefix blocks of engines.
@@ -68,7 +67,7 @@ class PDSplit:
     engines that requests enter by each outlet.
     """
 
-    options: Options
+    options: PDSplitOptions
     apart: tuple[Target, ...] = ()
     ways: Mapping[str, PrefixLookup] = field(default_factory=dict)
 
@@ -80,10 +79,12 @@ class PDSplit:
         return SPEC.subscribes if is_asked else SPEC.subscribes - {"cache"}
 
     @property
-    def initial(self) -> Seen:
-        return Seen()
+    def initial(self) -> PDSplitState:
+        return PDSplitState()
 
-    def on(self, state: Seen, happened: Input, now: float, draw: Draw) -> Step[Seen]:
+    def on(
+        self, state: PDSplitState, happened: Input, now: float, draw: Draw
+    ) -> Step[PDSplitState]:
         match happened:
             case Arrival(item=Request() as request):
                 return Step(state, (self._sent(state, request),))
@@ -100,13 +101,13 @@ class PDSplit:
                 return Step(self._seen(state, state.down, num_replicas))
         return Step(state)
 
-    def _sent(self, state: Seen, request: Request) -> Emit:
+    def _sent(self, state: PDSplitState, request: Request) -> Emit:
         joint = self._on_way("joint", state, request)
         if state.is_cut or not is_disaggregated(joint, self.options):
             return Emit(joint, "joint")
         return Emit(self._on_way("disaggregated", state, request), "disaggregated")
 
-    def _on_way(self, outlet: str, state: Seen, request: Request) -> Request:
+    def _on_way(self, outlet: str, state: PDSplitState, request: Request) -> Request:
         """The request, with what is cached where that outlet leads to."""
         lookup = self.ways.get(outlet)
         if not state.indexes or lookup is None:
@@ -114,16 +115,16 @@ class PDSplit:
         return lookup.looked_up(request, state.indexes)
 
     def _seen(
-        self, state: Seen, down: frozenset[tuple[str, int]], num_replicas: Mapping[str, int]
-    ) -> Seen:
+        self, state: PDSplitState, down: frozenset[tuple[str, int]], num_replicas: Mapping[str, int]
+    ) -> PDSplitState:
         is_cut = False
         for target in self.apart:
             count = num_replicas.get(target.engine, target.num_replicas)
             is_cut = is_cut or sum(node == target.node for node, _ in down) >= count
-        return Seen(down, num_replicas, is_cut, state.indexes)
+        return PDSplitState(down, num_replicas, is_cut, state.indexes)
 
 
-def build(options: Options, setup: Setup) -> PDSplit:
+def build(options: PDSplitOptions, setup: Setup) -> PDSplit:
     only = frozenset({"disaggregated"})
     joint = {one.engine for one in setup.targets if one.outlets != only}
     apart = (one for one in setup.targets if one.outlets == only and one.engine not in joint)

@@ -11,9 +11,13 @@ import msgspec
 from sagellm.graphs.diagnostics import GraphError
 from sagellm.graphs.vocabulary import REQUEST, OpSpec, Port
 from sagellm.operators.policies import find_policy, refuse_unused
-from sagellm.operators.policies.options import Options
-from sagellm.operators.policies.order import Order, Policy, RankingPolicy
-from sagellm.operators.policies.queue import Entry, Known, Queue, differ
+from sagellm.operators.policies.order import Policy, PolicySortOptions, QueueOrder, RankingPolicy
+from sagellm.operators.policies.request_queue import (
+    QueueEntry,
+    RankContext,
+    RequestQueue,
+    backlogs_differ,
+)
 from sagellm.runtime.feedback import (
     CreditChanged,
     FirstToken,
@@ -30,23 +34,23 @@ from sagellm.runtime.operator import (
     Draw,
     Input,
     Offer,
-    Output,
+    OfferTaken,
+    OperatorOutput,
     Report,
     Setup,
     Signal,
     Step,
-    Taken,
     Terminate,
     Wake,
 )
-from sagellm.runtime.prefix_lookup import PrefixLookup
-from sagellm.runtime.user_function import UserFunction, failing, find_plain_function
+from sagellm.runtime.prefixes import PrefixLookup
+from sagellm.runtime.user_function import UserFunction, failure_event, find_plain_function
 
 SPEC = OpSpec(
     "policy_sort",
     (Port("in", REQUEST),),
     (Port("out", REQUEST),),
-    options=Options,
+    options=PolicySortOptions,
     subscribes=frozenset({"cache", "credit", "first_token", "health", "room", "topology"}),
     signals=frozenset({"cancel", "expire"}),
     queues=True,
@@ -57,7 +61,7 @@ SPEC = OpSpec(
 class PolicySort:
     """Never emits on its own account: it offers, keeps what is not taken, and waits for credit.
 
-    The answer `Taken` to an offer comes before any other input; an offer that is not answered was
+    The answer `OfferTaken` to an offer comes before any other input; an offer that is not answered was
     declined, and its items are offered again only once something was taken or credit came back.
     What waits is told upstream whenever it changes, as a `Backlog`.
 
@@ -67,15 +71,15 @@ class PolicySort:
 
     name: str
     policy: Policy
-    options: Options
+    options: PolicySortOptions
     function: UserFunction | None = None
     ranking: RankingPolicy | None = None
     lookup: PrefixLookup | None = None
 
     @property
-    def initial(self) -> Queue:
+    def initial(self) -> RequestQueue:
         state = self.ranking.initial if self.ranking is not None else None
-        return Queue(known=Known(self._orders(Forecast()), state=state))
+        return RequestQueue(known=RankContext(self._orders(Forecast()), state=state))
 
     @property
     def subscribes(self) -> frozenset[str]:
@@ -84,11 +88,13 @@ class PolicySort:
         wanted = SPEC.subscribes - {"cache"}
         return wanted if foresees or self.ranking is not None else wanted - {"first_token"}
 
-    def on(self, state: Queue, happened: Input, now: float, draw: Draw) -> Step[Queue]:
+    def on(
+        self, state: RequestQueue, happened: Input, now: float, draw: Draw
+    ) -> Step[RequestQueue]:
         match happened:
             case Arrival(item=Request() as request):
                 return self._arrive(state, request, now)
-            case Taken(item=Request() as request):
+            case OfferTaken(item=Request() as request):
                 after = self._taken(state.without_taken(request, now), request, now)
                 return self._settle(state, after, now)
             case FirstToken():
@@ -110,7 +116,7 @@ class PolicySort:
                 return self._settle(state, state, now)
         return Step(state, (), state.wake_at)
 
-    def _arrive(self, state: Queue, request: Request, now: float) -> Step[Queue]:
+    def _arrive(self, state: RequestQueue, request: Request, now: float) -> Step[RequestQueue]:
         if state.known.indexes and self.lookup is not None:
             request = self.lookup.looked_up(request, state.known.indexes)
         try:
@@ -119,26 +125,26 @@ class PolicySort:
             if self.function is None:
                 raise
             why = self.function.explain(error)
-            end = Terminate(failing(request, why, now=now), error)
+            end = Terminate(failure_event(request, why, now=now), error)
             return Step(state, (end,), state.wake_at)
         return self._settle(state, after, now)
 
-    def _ranked(self, queue: Queue, request: Request, now: float) -> Queue:
+    def _ranked(self, queue: RequestQueue, request: Request, now: float) -> RequestQueue:
         """With a request at its rank."""
         known = queue.known
         if self.ranking is None:
             return queue.with_request(request, known.orders[queue.level], now)
         rank, state = self.ranking.rank(known.state, request, now, known.forecast)
-        return queue.knowing(state=state).with_request(request, Order(lambda _: rank), now)
+        return queue.knowing(state=state).with_request(request, QueueOrder(lambda _: rank), now)
 
-    def _taken(self, queue: Queue, request: Request, now: float) -> Queue:
+    def _taken(self, queue: RequestQueue, request: Request, now: float) -> RequestQueue:
         """A policy with a state may want to know of a request that was sent."""
         taken = getattr(self.ranking, "taken", None)
         if taken is None:
             return queue
         return queue.knowing(state=taken(queue.known.state, request, now))
 
-    def _orders(self, forecast: Forecast) -> tuple[Order, ...]:
+    def _orders(self, forecast: Forecast) -> tuple[QueueOrder, ...]:
         """The orders of the policy, with prefills as they are predicted."""
 
         def prefill_s(request: Request) -> float:
@@ -149,13 +155,13 @@ class PolicySort:
 
     def _settle(
         self,
-        before: Queue,
-        after: Queue,
+        before: RequestQueue,
+        after: RequestQueue,
         now: float,
         *,
-        outputs: tuple[Output, ...] = (),
+        outputs: tuple[OperatorOutput, ...] = (),
         anew: bool = False,
-    ) -> Step[Queue]:
+    ) -> Step[RequestQueue]:
         """What every change entails: expiries, a change of order, news of the backlog, an offer.
         `anew`: what was declined is offered again.
         """
@@ -169,18 +175,18 @@ class PolicySort:
         order = after.known.orders[level]
         if level != after.level:
             after, anew = after.at_level(level, order), True
-        if differ(after.backlog, before.backlog):
+        if backlogs_differ(after.backlog, before.backlog):
             outputs += (Report(QueueChanged(backlog=after.told(order))),)
         after = after.lapsed(order, now)
         return self._offer(after, () if anew else after.declined, outputs, wake_at)
 
     def _offer(
         self,
-        queue: Queue,
-        declined: tuple[Entry, ...],
-        outputs: tuple[Output, ...],
+        queue: RequestQueue,
+        declined: tuple[QueueEntry, ...],
+        outputs: tuple[OperatorOutput, ...],
         wake_at: float | None,
-    ) -> Step[Queue]:
+    ) -> Step[RequestQueue]:
         """Offer what is at the head and was not declined."""
         head = queue.entries.head(self.options.window)
         if head == declined:
@@ -197,14 +203,14 @@ class PolicySort:
         return Step(queue, outputs, wake_at)
 
 
-_request: Callable[[Entry], Request] = itemgetter(3)
+_request: Callable[[QueueEntry], Request] = itemgetter(3)
 
 
 def _ends(requests: tuple[Request, ...], reason: FinishReason, now: float) -> tuple[Terminate, ...]:
     return tuple(Terminate(refusal(request, reason, now=now)) for request in requests)
 
 
-def build(options: Options, setup: Setup) -> PolicySort:
+def build(options: PolicySortOptions, setup: Setup) -> PolicySort:
     """Raises ValueError where the options contradict each other."""
     if (options.policy == "own") != (options.function is not None):
         raise ValueError(
@@ -215,11 +221,11 @@ def build(options: Options, setup: Setup) -> PolicySort:
         found = _named_policy(options, setup)
         if isinstance(found, Policy):
             return PolicySort(setup.name, found, options, lookup=lookup)
-        unranked = Policy((Order(lambda request: 0.0),))
+        unranked = Policy((QueueOrder(lambda request: 0.0),))
         return PolicySort(setup.name, unranked, options, ranking=found, lookup=lookup)
     refuse_unused("own", frozenset(), options)
     function = find_plain_function(setup, options.function)
-    policy = Policy((Order(partial(_own_rank, function)),))
+    policy = Policy((QueueOrder(partial(_own_rank, function)),))
     return PolicySort(setup.name, policy, options, function, lookup=lookup)
 
 
@@ -235,7 +241,7 @@ def _own_rank(function: UserFunction, request: Request) -> float:
     return number
 
 
-def _named_policy(options: Options, setup: Setup) -> Policy | RankingPolicy:
+def _named_policy(options: PolicySortOptions, setup: Setup) -> Policy | RankingPolicy:
     try:
         return find_policy(options.policy, options, ("operators", setup.name))
     except GraphError:

@@ -13,7 +13,13 @@ from sagellm.graphs.vocabulary import (
     OpSpec,
     Port,
 )
-from sagellm.runtime.handover import Held, abandon, merge_stamps, refused
+from sagellm.runtime.handover import (
+    HeldRequests,
+    check_needs,
+    merge_stamps,
+    refusal_event,
+    release_leases,
+)
 from sagellm.runtime.messages import Item, Prefilled, Request, TokenEvent
 from sagellm.runtime.operator import Context, Credit, Setup, Signal, Target
 from sagellm.runtime.port import (
@@ -25,11 +31,10 @@ from sagellm.runtime.port import (
     PrefillDone,
     kv_engine,
 )
-from sagellm.runtime.request_needs import check_needs
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class PrefillOptions:
     """`max_inflight`: requests taken at a time by one replica.
 
     Few, so that the rest wait in policy_sort where their order can still change; more than one,
@@ -44,24 +49,24 @@ SPEC = OpSpec(
     "prefill",
     inlets=(Port("in", REQUEST),),
     outlets=(Port("out", PREFILLED),),
-    options=Options,
+    options=PrefillOptions,
     role="service",
     engine=True,
     needs=frozenset({TOKENS_IN, TOKENS_OUT, KV_TRANSFER}),
 )
 
 
-class Prefill:
+class PrefillService:
     """Reserves blocks in the decode pool, then lets its engine compute the prompt and hold it."""
 
     holds = True
 
-    def __init__(self, options: Options, setup: Setup) -> None:
+    def __init__(self, options: PrefillOptions, setup: Setup) -> None:
         self.concurrency = options.max_inflight  # each may wait for a reservation
         self._options = options
         self._decode = _decode_target(options, setup)
-        self._held = Held()
-        self._landings: dict[tuple[str, int], KVTarget] = {}
+        self._held = HeldRequests()
+        self._reservations: dict[tuple[str, int], KVTarget] = {}
 
     def capacity(self, facts: EngineFacts | None) -> Credit:
         return Credit(requests=self._options.max_inflight)
@@ -76,7 +81,7 @@ class Prefill:
         except EngineRefusal as error:
             self.discard(ctx, item)
             ctx.release(item.key)
-            await ctx.terminate(refused(item, error, ctx.now()))
+            await ctx.terminate(refusal_event(item, error, ctx.now()))
 
     async def on_events(self, ctx: Context, events: tuple[EngineEvent, ...]) -> None:
         for event in events:
@@ -96,10 +101,10 @@ class Prefill:
 
     def discard(self, ctx: Context, item: Item) -> None:
         self._held.drop(item.key)
-        landing = self._landings.pop(item.key, None)
-        if landing is not None:
-            landing.abort()
-        abandon(ctx, item)
+        reservation = self._reservations.pop(item.key, None)
+        if reservation is not None:
+            reservation.abort()
+        release_leases(ctx, item)
 
     async def _reserve(self, ctx: Context, request: Request) -> None:
         """The destination's blocks come first: a filled lease never waits for a full pool."""
@@ -114,22 +119,22 @@ class Prefill:
             layout_hash=ctx.engine.facts.layout_hash,
         )
         engine = kv_engine(ctx.engine_named(self._decode.engine, replica))
-        self._landings[request.key] = await engine.import_(offer)
+        self._reservations[request.key] = await engine.import_(offer)
 
     async def _pass_on(self, ctx: Context, done: PrefillDone) -> None:
         request = self._held.get(done.first.key)
         assert request is not None
         self._held.drop(request.key)
-        landing = self._landings.pop(request.key, None)
-        if done.lease is None and landing is not None:
-            landing.abort()
-            landing = None
+        reservation = self._reservations.pop(request.key, None)
+        if done.lease is None and reservation is not None:
+            reservation.abort()
+            reservation = None
         first = merge_stamps(request, done.first)
         prefilled = Prefilled(
             request=msgspec.structs.replace(request, stamps=first.stamps),
             first=first,
             lease=done.lease,
-            landing=landing.lease if landing else None,
+            reservation=reservation.lease if reservation else None,
         )
         await ctx.emit(prefilled)
         ctx.release(request.key)
@@ -143,11 +148,11 @@ class Prefill:
         await ctx.terminate(merge_stamps(request, event))
 
 
-def _decode_target(options: Options, setup: Setup) -> Target | None:
+def _decode_target(options: PrefillOptions, setup: Setup) -> Target | None:
     """The operator that will decode; None where it shares this engine, and so its blocks."""
     target = next(iter(setup.targets), None)
     return None if target is None or target.engine == options.engine else target
 
 
-def build(options: Options, setup: Setup) -> Prefill:
-    return Prefill(options, setup)
+def build(options: PrefillOptions, setup: Setup) -> PrefillService:
+    return PrefillService(options, setup)

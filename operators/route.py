@@ -15,10 +15,9 @@ from typing import Any, TypeAlias
 import msgspec
 
 from sagellm.graphs.vocabulary import REQUEST, OpSpec, Port, nearest
-from sagellm.operators.routing import Candidates, Function, Hold, Strategy, find_strategy
-from sagellm.operators.routing.replicas import Pool, PoolView, Replica, bits
-from sagellm.operators.routing.strategy import make
-from sagellm.operators.routing.view import View
+from sagellm.operators.routing import Candidates, Hold, Strategy, StrategyFunction, find_strategy
+from sagellm.operators.routing.strategy import make_strategy
+from sagellm.operators.routing.view import PoolView, Replica, ReplicaPool, RouterView, bits
 from sagellm.runtime.feedback import (
     CreditChanged,
     FirstToken,
@@ -44,11 +43,11 @@ from sagellm.runtime.prefixes import Hasher
 from sagellm.runtime.user_code import WrongResult, kind_of, place_of_code
 
 _ALWAYS = frozenset({"credit", "load", "health", "topology"})
-_Placing: TypeAlias = tuple[Pool, Candidates, int]  # a pool, and the replica that is chosen
+_Placing: TypeAlias = tuple[ReplicaPool, Candidates, int]  # a pool, and the replica that is chosen
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class RouteOptions:
     """How to choose: `strategy` is a file of that name in `operators/routing`, or registered;
     `strategy_options` are its own.
     """
@@ -61,38 +60,38 @@ SPEC = OpSpec(
     "route",
     (Port("in", REQUEST),),
     (Port("out", REQUEST),),
-    options=Options,
+    options=RouteOptions,
     subscribes=_ALWAYS | {"cache", "first_token"},
     signals=frozenset({"forget"}),
 )
 
 
 @dataclass(frozen=True, slots=True)
-class Route:
+class Router:
     """Chooses for the whole path at once: decode's blocks are reserved before prefill starts.
 
     Operators that share an engine get the same replica of it. Where no target is replicated the
     request passes with each placed on replica 0.
     """
 
-    pools: tuple[Pool, ...]
-    strategy: Function | Strategy
+    pools: tuple[ReplicaPool, ...]
+    strategy: StrategyFunction | Strategy
     hasher: Hasher
-    entry: Pool | None = None  # the one pool that requests enter next, if it is one
-    by_node: Mapping[str, Pool] = field(default_factory=dict)
+    entry: ReplicaPool | None = None  # the one pool that requests enter next, if it is one
+    by_node: Mapping[str, ReplicaPool] = field(default_factory=dict)
     facts: Mapping[str, EngineFacts] = field(default_factory=dict)  # by pool
     foresees: bool = False  # whether the strategy wants a forecast
 
     @property
-    def initial(self) -> View:
-        return View.of(self.pools)
+    def initial(self) -> RouterView:
+        return RouterView.of(self.pools)
 
     @property
     def subscribes(self) -> frozenset[str]:
         wanted: Iterable[str] = getattr(self.strategy, "subscribes", ())
         return _ALWAYS.union(wanted)
 
-    def on(self, state: View, happened: Input, now: float, draw: Draw) -> Step[View]:
+    def on(self, state: RouterView, happened: Input, now: float, draw: Draw) -> Step[RouterView]:
         match happened:
             case Arrival(item=Request() as request):
                 if self.entry is not None and not state.pools[self.entry.name].free:
@@ -120,10 +119,10 @@ class Route:
                 return Step(_foreseen(state, happened, now))
         return Step(state)
 
-    def keeps(self, state: View, request_id: str) -> bool:
+    def keeps(self, state: RouterView, request_id: str) -> bool:
         return request_id in state.placed
 
-    def _placements(self, view: View, request: Request, now: float, draw: Draw) -> EmitFirst:
+    def _placements(self, view: RouterView, request: Request, now: float, draw: Draw) -> EmitFirst:
         """The request with its replicas, best first, each with the view that follows."""
         best: list[_Placing] = []
         others: list[Iterator[int]] = []
@@ -144,14 +143,14 @@ class Route:
             others.append(one for one in order if not isinstance(one, Hold))
         return EmitFirst(_each(view, request, best, others), hold_s=hold_s)
 
-    def _candidates(self, view: View, pool: Pool, request: Request) -> Candidates:
+    def _candidates(self, view: RouterView, pool: ReplicaPool, request: Request) -> Candidates:
         known = view.pools[pool.name]
         facts = self.facts.get(pool.name)
         return Candidates(known, request, view.num_routed, self.hasher, facts, view.forecast)
 
     def _ask(
-        self, view: View, pool: Pool, candidates: Candidates, now: float, draw: Draw
-    ) -> tuple[Any, View]:
+        self, view: RouterView, pool: ReplicaPool, candidates: Candidates, now: float, draw: Draw
+    ) -> tuple[Any, RouterView]:
         """What the strategy returns, and the view with its new state."""
         strategy: Any = self.strategy
         if not hasattr(strategy, "order"):
@@ -165,7 +164,7 @@ class Route:
             view = msgspec.structs.replace(view, states={**view.states, pool.name: after})
         return order, view
 
-    def _place_elsewhere(self, view: View, request: Request) -> Step[View]:
+    def _place_elsewhere(self, view: RouterView, request: Request) -> Step[RouterView]:
         """Place a request that engines failed on: on another replica, by load, whatever the
         strategy. It waits for one that has room; only where no other is up does it go back.
         """
@@ -180,7 +179,9 @@ class Route:
             chosen.append((pool, candidates, min(bits(usable), key=candidates.load)))
         return Step(view, (EmitFirst((_placed(view, request, chosen),)),))
 
-    def _order(self, pool: Pool, candidates: Candidates, returned: Any) -> Iterator[int | Hold]:
+    def _order(
+        self, pool: ReplicaPool, candidates: Candidates, returned: Any
+    ) -> Iterator[int | Hold]:
         """The candidates as the strategy returned them, one or several; then those that it left
         out, by their load. Only the first may be held for.
         """
@@ -196,7 +197,7 @@ class Route:
                 yield number
         yield from candidates.rest(tried)
 
-    def _check(self, pool: Pool, known: PoolView, number: object) -> None:
+    def _check(self, pool: ReplicaPool, known: PoolView, number: object) -> None:
         """Raises WrongResult for what is no replica of the pool, or one that was removed."""
         if type(number) is not int or not 0 <= number < known.size:
             said = number if type(number) is int else kind_of(number)
@@ -217,11 +218,13 @@ class Route:
         return WrongResult(f"the strategy returned {text} was wanted", code)
 
 
-def _foreseen(view: View, happened: FirstToken | LoadReported, now: float) -> View:
+def _foreseen(view: RouterView, happened: FirstToken | LoadReported, now: float) -> RouterView:
     return msgspec.structs.replace(view, forecast=view.forecast.after(happened, now))
 
 
-def _told(view: View, pool: Pool, told: CreditChanged | LoadReported | HealthChanged) -> View:
+def _told(
+    view: RouterView, pool: ReplicaPool, told: CreditChanged | LoadReported | HealthChanged
+) -> RouterView:
     """The view after feedback about a replica of a pool."""
     replica: Replica = pool.name, told.replica
     match told:
@@ -235,8 +238,8 @@ def _told(view: View, pool: Pool, told: CreditChanged | LoadReported | HealthCha
 
 
 def _each(
-    view: View, request: Request, best: list[_Placing], others: list[Iterator[int]]
-) -> Iterator[tuple[Request, View]]:
+    view: RouterView, request: Request, best: list[_Placing], others: list[Iterator[int]]
+) -> Iterator[tuple[Request, RouterView]]:
     """The request at the best replicas, and then at each other one of a pool that it enters."""
     yield _placed(view, request, best)
     for place, ((pool, candidates, _), order) in enumerate(zip(best, others, strict=True)):
@@ -245,7 +248,9 @@ def _each(
             yield _placed(view, request, [*best[:place], other, *best[place + 1 :]])
 
 
-def _placed(view: View, request: Request, chosen: list[_Placing]) -> tuple[Request, View]:
+def _placed(
+    view: RouterView, request: Request, chosen: list[_Placing]
+) -> tuple[Request, RouterView]:
     placement, where, num_cached = {**request.placement}, [], request.num_cached_tokens
     for pool, candidates, number in chosen:
         where.append((pool.name, number))
@@ -257,13 +262,13 @@ def _placed(view: View, request: Request, chosen: list[_Placing]) -> tuple[Reque
     return placed, view.place(placed, tuple(where))
 
 
-def pools_of(targets: tuple[Target, ...]) -> tuple[Pool, ...]:
+def pools_of(targets: tuple[Target, ...]) -> tuple[ReplicaPool, ...]:
     """The targets by engine; one without an engine is a pool of its own."""
     named: dict[str, list[Target]] = {}
     for target in targets:
         named.setdefault(target.engine or target.node, []).append(target)
     return tuple(
-        Pool(
+        ReplicaPool(
             name,
             members[0].num_replicas,
             tuple(target.node for target in members),
@@ -273,7 +278,7 @@ def pools_of(targets: tuple[Target, ...]) -> tuple[Pool, ...]:
     )
 
 
-def _wanted(strategy: Function | Strategy, strategy_name: str, name: str) -> frozenset[str]:
+def _wanted(strategy: StrategyFunction | Strategy, strategy_name: str, name: str) -> frozenset[str]:
     """The kinds of feedback that a strategy needs. Raises ValueError for one that is none."""
     wanted = frozenset(getattr(strategy, "subscribes", ()))
     for kind in sorted(wanted - SPEC.subscribes):
@@ -283,7 +288,7 @@ def _wanted(strategy: Function | Strategy, strategy_name: str, name: str) -> fro
     return wanted
 
 
-def build(options: Options, setup: Setup) -> Route:
+def build(options: RouteOptions, setup: Setup) -> Router:
     """Raises ValueError for an unknown strategy, GraphError for options that it does not take."""
     pools = pools_of(setup.targets)
     entries = [pool for pool in pools if pool.entries]
@@ -291,7 +296,7 @@ def build(options: Options, setup: Setup) -> Route:
     by_node = {node: pool for pool in pools for node in pool.nodes}
     found = find_strategy(options.strategy)
     path = ("operators", setup.name, "strategy_options")
-    strategy = make(found, options.strategy, options.strategy_options, path)
+    strategy = make_strategy(found, options.strategy, options.strategy_options, path)
     wanted = _wanted(strategy, options.strategy, setup.name)
     foresees = "first_token" in wanted
-    return Route(pools, strategy, setup.hasher, entry, by_node, setup.facts, foresees)
+    return Router(pools, strategy, setup.hasher, entry, by_node, setup.facts, foresees)

@@ -8,7 +8,7 @@ from sagellm.runtime.operator import Arrival, Draw, Emit, Input, Setup, Step, Te
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class RouteModelOptions:
     """`models`: keys of the table of models. Each is an outlet; a request that names none takes
     the first.
     """
@@ -20,7 +20,7 @@ SPEC = OpSpec(
     "route_model",
     (Port("in", REQUEST),),
     (),
-    options=Options,
+    options=RouteModelOptions,
     signals=frozenset(),
     listed_outlets=ListedPorts("models", REQUEST),
 )
@@ -55,5 +55,5 @@ class RouteModel:
         return refusal(request, "refused", now=now, error=error, code="bad_request")
 
 
-def build(options: Options, setup: Setup) -> RouteModel:
+def build(options: RouteModelOptions, setup: Setup) -> RouteModel:
     return RouteModel(tuple(options.models))

@@ -11,9 +11,15 @@ import msgspec
 from immutables import Map
 from msgspec.structs import replace
 
-from sagellm.runtime.backlog import Backlog, Pace, together
-from sagellm.runtime.feedback import FirstToken, LoadReported, QueueChanged
-from sagellm.runtime.line_fit import LineFit
+from sagellm.runtime.feedback import (
+    Backlog,
+    FirstToken,
+    LineFit,
+    LoadReported,
+    QueueChanged,
+    QueuePace,
+    combined,
+)
 from sagellm.runtime.messages import Request
 
 _EVIDENCE = 8.0  # prefills that must have been seen before any is predicted
@@ -34,7 +40,7 @@ class Forecast(msgspec.Struct, frozen=True):
     with another objective say nothing: clients choose those, and must not delay each other by it.
     """
 
-    pace: Pace = Pace()
+    pace: QueuePace = QueuePace()
     backlogs: Mapping[str, Backlog] = {}
     prefills: LineFit = LineFit()
     step_s: float | None = None
@@ -82,7 +88,7 @@ class Forecast(msgspec.Struct, frozen=True):
     def _with_backlog(self, node: str, backlog: Backlog, now: float) -> "Forecast":
         backlogs = {**self.backlogs, node: backlog}
         if len(backlogs) > 1:
-            backlog = together(backlogs.values())
+            backlog = combined(backlogs.values())
         pace = self.pace.with_backlog(backlog, now)
         return replace(self, pace=pace, backlogs=backlogs)
 

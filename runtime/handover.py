@@ -1,13 +1,69 @@
-"""Where operators hand requests to engines: giving up KV blocks, stamps, and refusals."""
+"""How operators hand requests to engines: needs, held requests, stamps, phases and refusals."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import msgspec
 
+from sagellm.graphs.vocabulary import LOGPROBS, RESUME, TOKENS_IN
 from sagellm.runtime.feedback import FirstToken
-from sagellm.runtime.messages import Item, Prefilled, Request, Stamps, TokenEvent, refusal
+from sagellm.runtime.messages import (
+    ENGINE_FAILED,
+    Item,
+    Prefilled,
+    Request,
+    Sampling,
+    Stamps,
+    TokenEvent,
+    refusal,
+)
 from sagellm.runtime.operator import Context, Signal
-from sagellm.runtime.port import Engine, EngineRefusal
+from sagellm.runtime.port import Engine, EngineFacts, EngineRefusal
+
+
+def _asks_logprobs(request: Request) -> bool:
+    sampling = request.sampling
+    return sampling.logprobs is not None or sampling.prompt_logprobs is not None
+
+
+def _names_tokens(request: Request) -> bool:
+    sampling: Sampling = request.sampling
+    return bool(
+        sampling.logit_bias
+        or sampling.stop_token_ids
+        or sampling.allowed_token_ids
+        or sampling.bad_words_token_ids
+    )
+
+
+# Capability -> who needs it, why a request is refused without it, and the code of that.
+NEEDS: dict[str, tuple[Callable[[Request], bool], str, str]] = {
+    LOGPROBS: (
+        _asks_logprobs,
+        "the engine gives no log probabilities; ask for none",
+        "bad_request",
+    ),
+    TOKENS_IN: (
+        _names_tokens,
+        "the engine knows no token ids; leave out logit_bias, stop_token_ids, allowed_token_ids "
+        "and bad_words_token_ids",
+        "bad_request",
+    ),
+    RESUME: (
+        lambda request: request.num_emitted > 0,
+        "the engine that answered was lost, and none of its kind can go on with an answer",
+        ENGINE_FAILED,
+    ),
+}
+
+
+def check_needs(request: Request, facts: EngineFacts) -> None:
+    """Raise EngineRefusal where a request asks for what an engine with those facts cannot do."""
+    for capability in NEEDS.keys() - facts.capabilities:
+        is_needed, why, code = NEEDS[capability]
+        if is_needed(request):
+            raise EngineRefusal(why, code)
 
 
 @dataclass(slots=True)
@@ -19,7 +75,7 @@ class _HeldRequest:
     texts: list[tuple[str, int]] = field(default_factory=list)  # and how many tokens each was
 
 
-class Held:
+class HeldRequests:
     """The requests that one operator has in its engine, and what that has emitted of them."""
 
     def __init__(self) -> None:
@@ -78,11 +134,11 @@ class Held:
                 ctx.engine.cancel(*key, self._requests[key].request.epoch)
 
 
-def abandon(ctx: Context, item: Item) -> None:
+def release_leases(ctx: Context, item: Item) -> None:
     """Free the leases that an item carries, in whichever pools they are; twice does no harm."""
     if not isinstance(item, Prefilled):
         return
-    for lease in (item.lease, item.landing):
+    for lease in (item.lease, item.reservation):
         if lease is not None:
             engine: Engine = ctx.engine_named(lease.engine, lease.replica)
             engine.cancel(lease.request_id, lease.choice, lease.epoch)
@@ -100,7 +156,7 @@ def merge_stamps(request: Request, event: TokenEvent) -> TokenEvent:
     return msgspec.structs.replace(event, stamps=Stamps(**{**after, **known}))
 
 
-def refused(request: Request, error: EngineRefusal, now: float) -> TokenEvent:
+def refusal_event(request: Request, error: EngineRefusal, now: float) -> TokenEvent:
     """The end of a request that its engine would not take."""
     return refusal(request, "refused", now=now, error=str(error), code=error.code)
 
@@ -126,3 +182,41 @@ def report_first_token(ctx: Context, request: Request, event: TokenEvent) -> Non
             slo_ttft_s=slo_ttft_s,
         )
     ctx.report(first)
+
+
+class Phases(NamedTuple):
+    """Seconds; 0 for a phase that the request never reached, or that its graph does not have."""
+
+    queue_s: float = 0.0
+    prefill_s: float = 0.0
+    transfer_s: float = 0.0
+    decode_s: float = 0.0
+
+    def plus(self, other: "Phases") -> "Phases":
+        queue_s, prefill_s, transfer_s, decode_s = other
+        return Phases(
+            self.queue_s + queue_s,
+            self.prefill_s + prefill_s,
+            self.transfer_s + transfer_s,
+            self.decode_s + decode_s,
+        )
+
+
+def phases_of(stamps: Stamps) -> Phases:
+    """A request waits until an engine begins with it; each later phase starts where one ended.
+
+    The time a request waits inside its engine belongs to the queue. A request that ended in the
+    queue spent all its time there.
+    """
+    arrived, finished = stamps.arrived_s, stamps.finished_s
+    started = _known(stamps.started_s, _known(finished, arrived))
+    prefilled = _known(stamps.prefilled_s, _known(finished, started))
+    transferred = _known(stamps.transferred_s, prefilled)
+    decoded = _known(finished, transferred)
+    return Phases(
+        started - arrived, prefilled - started, transferred - prefilled, decoded - transferred
+    )
+
+
+def _known(time: float | None, otherwise: float) -> float:
+    return otherwise if time is None else time

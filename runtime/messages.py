@@ -54,7 +54,7 @@ _MOST_KINDS = 256
 
 
 class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How to draw tokens. Greedy unless a temperature is given; names as in the OpenAI API.
+    """How to sample tokens. Greedy unless a temperature is given; names as in the OpenAI API.
 
     `seed` None means: the session draws one where the request enters. `top_k` 0 means all.
     `allowed_token_ids` empty means all. No answer completes a sequence of `bad_words_token_ids`;
@@ -109,7 +109,7 @@ class Stamps(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     arrived_s: float = 0.0
     dispatched_s: float | None = None  # left the queue of policy_sort
     started_s: float | None = None  # an engine began to compute it
-    prefilled_s: float | None = None  # its first token was drawn
+    prefilled_s: float | None = None  # its first token was sampled
     transferred_s: float | None = None  # its KV blocks reached the decode pool
     finished_s: float | None = None
 
@@ -291,13 +291,13 @@ class Prefilled(msgspec.Struct, frozen=True, kw_only=True, tag="prefilled"):
     """A request whose prompt is computed: its first token and where its KV blocks are.
 
     `lease` is the filled one in the prefill pool (None once it was handed over, or where the first
-    token was the last); `landing` is the one reserved for it in the decode pool.
+    token was the last); `reservation` is the one reserved for it in the decode pool.
     """
 
     request: Request
     first: TokenEvent
     lease: LeaseRef | None = None
-    landing: LeaseRef | None = None
+    reservation: LeaseRef | None = msgspec.field(default=None, name="landing")
 
     @property
     def request_id(self) -> str:

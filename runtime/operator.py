@@ -48,7 +48,9 @@ class Credit(msgspec.Struct, frozen=True, array_like=True):
         )
 
 
-Encode: TypeAlias = Callable[[str, str], tuple[int, ...]]  # (text, `Request.model`) -> token ids
+EncodeText: TypeAlias = Callable[
+    [str, str], tuple[int, ...]
+]  # (text, `Request.model`) -> token ids
 
 # ---- what an operator may meet -------------------------------------------------------------
 
@@ -74,7 +76,7 @@ class Signal(msgspec.Struct, frozen=True, array_like=True, gc=False):
         return key[0] == self.request_id and self.choice in (None, key[1])
 
 
-class Taken(msgspec.Struct, frozen=True, gc=False):
+class OfferTaken(msgspec.Struct, frozen=True, gc=False):
     """An `Offer` of this operator was accepted downstream."""
 
     item: Item
@@ -84,7 +86,7 @@ class Wake(msgspec.Struct, frozen=True, gc=False):
     """The time that the operator asked for by `wake_at` has come."""
 
 
-Input: TypeAlias = Arrival | Signal | Feedback | PrefixesChanged | Topology | Taken | Wake
+Input: TypeAlias = Arrival | Signal | Feedback | PrefixesChanged | Topology | OfferTaken | Wake
 
 # ---- what it may answer --------------------------------------------------------------------
 
@@ -126,7 +128,7 @@ class Wait(msgspec.Struct, frozen=True, gc=False):
 
 
 class Offer(msgspec.Struct, frozen=True, gc=False):
-    """Send one of these, the first that downstream has credit for, if any; answered by `Taken`.
+    """Send one of these, the first that downstream has credit for, if any; answered by `OfferTaken`.
     A request that is sent is stamped with the time.
 
     Only an operator that keeps what was not taken (policy_sort) may offer.
@@ -158,7 +160,9 @@ class Report(msgspec.Struct, frozen=True, gc=False):
     feedback: Feedback
 
 
-Output: TypeAlias = Emit | EmitAll | EmitFirst | Wait | Offer | Terminate | Announce | Report
+OperatorOutput: TypeAlias = (
+    Emit | EmitAll | EmitFirst | Wait | Offer | Terminate | Announce | Report
+)
 
 S = TypeVar("S")
 
@@ -167,7 +171,7 @@ class Step(msgspec.Struct, Generic[S], frozen=True):
     """The answer of a logic operator: its next state, what it sends, when to wake it."""
 
     state: S
-    outputs: tuple[Output, ...] = ()
+    outputs: tuple[OperatorOutput, ...] = ()
     wake_at: float | None = None
 
 
@@ -221,7 +225,7 @@ class Setup:
     name: str
     targets: tuple[Target, ...] = ()  # downstream, until the next router
     functions: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
-    encode: Encode | None = None
+    encode: EncodeText | None = None
     seed: int = 0
     facts: Mapping[str, EngineFacts] = field(default_factory=dict)
     models: Mapping[str, tuple[str, ...]] = field(default_factory=dict)

@@ -6,17 +6,16 @@ from typing import Any
 
 from sagellm.graphs.diagnostics import Diagnostic, GraphError
 from sagellm.graphs.ir import SINK, SOURCE, Edge, FrozenMap, Graph, Node
-from sagellm.graphs.rules.resources import unrouted_nodes
-from sagellm.graphs.served import served_models
+from sagellm.graphs.rules.deployment import unrouted_nodes
+from sagellm.graphs.sections import served_models
 from sagellm.graphs.vocabulary import PREFILLED, REQUEST, OpSpec, Port, Vocabulary
-from sagellm.runtime.block_hash import secret
 from sagellm.runtime.feedback import Topology
-from sagellm.runtime.operator import Encode, Logic, Service, Setup, Target
-from sagellm.runtime.options import read_options
+from sagellm.runtime.operator import EncodeText, Logic, Service, Setup, Target
 from sagellm.runtime.port import EngineFacts
-from sagellm.runtime.prefixes import MAX_PREFIX_BLOCKS, Hasher
+from sagellm.runtime.prefixes import MAX_PREFIX_BLOCKS, Hasher, hash_secret
+from sagellm.runtime.registry import read_options
 from sagellm.runtime.resolver import Resolver
-from sagellm.runtime.user_code import kind_of, sentence
+from sagellm.runtime.user_code import failure_text, kind_of
 
 CACHE = "cache"  # the kind by which operators ask for prefix indexes
 _LOGIC = ("initial", "on")
@@ -211,7 +210,7 @@ def plan(
     engines: Mapping[str, int],
     *,
     functions: Mapping[str, Callable[..., Any]] | None = None,
-    encode: Encode | None = None,
+    encode: EncodeText | None = None,
     seed: int = 0,
     facts: Mapping[str, EngineFacts] | None = None,
     block_key: bytes | None = None,
@@ -223,7 +222,7 @@ def plan(
     GraphError.
     """
     replicas = {node.name: _num_replicas(node, engines) for node in graph.nodes}
-    hasher = Hasher(block_key or secret())
+    hasher = Hasher(block_key or hash_secret())
     models = {one.key: one.engines for one in served_models(graph) if one.key}
     common = Setup("", (), functions or {}, encode, seed, facts or {}, models, hasher)
     made = build_operators(graph, resolver, replicas, common)
@@ -269,7 +268,7 @@ def build_operators(
             continue
         except Exception as error:  # of the user's own code
             raised = f"{node.op}: build raised {type(error).__name__}"
-            mistakes.append(Diagnostic("bad-operator", path, sentence(raised, error)))
+            mistakes.append(Diagnostic("bad-operator", path, failure_text(raised, error)))
             continue
         missing = _missing(made[node.name])
         if missing:

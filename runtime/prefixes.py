@@ -1,20 +1,84 @@
-"""Which replicas of an engine have which prefix blocks, as a value, and how a prompt is looked up.
+"""Prefix blocks: how they are hashed, what engines report, and how prompts are looked up."""
 
-A lookup hashes the blocks of a prompt as far as some replica has them, in order, and at most twice
-as far: 1.5 us a block. So a prompt of 100,000 tokens that is cached whole takes 10 ms in the loop,
-one of 2,000 tokens 0.2 ms, and one that is new some microseconds. Hashes are kept for the next
-lookup of the same prompt, which takes microseconds: it asks for the logarithm of as many blocks.
-"""
-
+import hashlib
+import secrets
+from array import array
 from collections import OrderedDict
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import msgspec
 from immutables import Map
+from msgspec.structs import replace
 
-from sagellm.runtime.block_hash import HASH_BYTES, block_content, block_digest, secret
 from sagellm.runtime.messages import Request
+
+HASH_BYTES = 8  # of a digest, where engines say which blocks they have
+_DIGEST_BYTES = 16
+_SECRET_BYTES = 32
+_SECRET = bytearray(secrets.token_bytes(_SECRET_BYTES))
+
+
+def hash_secret() -> bytes:
+    """The secret of this process."""
+    return bytes(_SECRET)
+
+
+def set_hash_secret(given: bytes) -> None:
+    """Take the secret of another process, before any engine is open here. Raises ValueError."""
+    if len(given) != _SECRET_BYTES:
+        raise ValueError(f"a secret has {_SECRET_BYTES} bytes, not {len(given)}")
+    _SECRET[:] = given
+
+
+def block_content(token_ids: Iterable[int], salt: str | None) -> bytes:
+    """What is hashed of a block; `salt`: of a sequence's first block."""
+    content = array("I", token_ids).tobytes()
+    return content if salt is None else salt.encode(errors="surrogatepass") + content
+
+
+def block_digest(parent: bytes, content: bytes, key: bytes | bytearray = _SECRET) -> bytes:
+    """The digest of a block after the one with digest `parent`, which is empty for the first."""
+    return hashlib.blake2b(parent + content, key=key, digest_size=_DIGEST_BYTES).digest()
+
+
+class CacheChanged(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="cache"):
+    """Prefix blocks that a replica of an engine has stored and dropped since the report before.
+
+    `sequence` rises by one within an `epoch`, which is one life of the replica. `is_first`: the
+    reports from this one on say all that it has; what was known of it before is void. `stored` and
+    `dropped` are hashes of HASH_BYTES each, one after the other; a block is in one of them, at
+    most. Blocks of a beginning come before those after it.
+    """
+
+    engine: str
+    replica: int
+    epoch: int
+    sequence: int
+    is_first: bool = False
+    stored: bytes = b""
+    dropped: bytes = b""
+
+
+OnCacheChanged: TypeAlias = Callable[[CacheChanged], None]
+
+
+@runtime_checkable
+class ReportsCache(Protocol):
+    """An engine that says which prefix blocks it has. One that does not is taken to have none."""
+
+    def report_cache(self, tell: OnCacheChanged) -> None:
+        """Call `tell` with all blocks that are there now, and with changes from then on: once a
+        step at most, unless there are many. Asked again, it begins anew. Nothing is noted, or sent,
+        before it is asked.
+        """
+
+
+def hashes_in(packed: bytes) -> Iterator[bytes]:
+    """The hashes that lie one after the other."""
+    return (packed[at : at + HASH_BYTES] for at in range(0, len(packed), HASH_BYTES))
+
 
 MAX_PREFIX_BLOCKS = 1 << 19  # 78 MB where four replicas share none
 _MOST_TOKENS = 1 << 20  # of prompts whose hashes are kept: those that are on their way just now
@@ -97,7 +161,7 @@ class Cached(NamedTuple):
         return 0
 
 
-NOTHING = Cached()
+NOTHING_CACHED = Cached()
 
 
 class PrefixIndex(msgspec.Struct, frozen=True):
@@ -117,11 +181,11 @@ class PrefixIndex(msgspec.Struct, frozen=True):
         """
         blocks = self.blocks
         if not blocks or request.sampling.prompt_logprobs is not None:
-            return NOTHING
+            return NOTHING_CACHED
         hashes = hasher.hashes(request, self.block_size)
         held = blocks.get(hashes[0], 0) & among & ~self.void if hashes.num_blocks else 0
         if not held:
-            return NOTHING
+            return NOTHING_CACHED
         levels, end = [], 1
         while held:
             end = self._end(hashes, held, end)
@@ -152,4 +216,66 @@ Indexes = Mapping[str, PrefixIndex]  # by engine
 
 def new_hasher() -> Hasher:
     """Of the engines that are opened in this process, or by workers of it."""
-    return Hasher(secret())
+    return Hasher(hash_secret())
+
+
+class TargetEngine(Protocol):
+    """What a lookup reads of a `Target` of the operator protocol."""
+
+    @property
+    def engine(self) -> str: ...
+
+    @property
+    def is_next(self) -> bool: ...
+
+    @property
+    def outlets(self) -> frozenset[str]: ...
+
+
+class LookupSetup(Protocol):
+    """What a lookup reads of a `Setup` of the operator protocol."""
+
+    @property
+    def targets(self) -> tuple[TargetEngine, ...]: ...
+
+    @property
+    def hasher(self) -> Hasher: ...
+
+    @property
+    def models(self) -> Mapping[str, tuple[str, ...]]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixLookup:
+    """Looks prompts up in the indexes of the `engines` that requests may enter next; of those, in a
+    graph of several models, the `models` of the request.
+
+    A request counts with the most that any replica has: it is not known yet which one takes it.
+    """
+
+    hasher: Hasher
+    engines: frozenset[str]
+    models: Mapping[str, tuple[str, ...]]
+
+    @classmethod
+    def of(cls, setup: LookupSetup, outlet: str | None = None) -> "PrefixLookup":
+        """For the engines downstream of an operator, or of one outlet of it."""
+        entered = (target for target in setup.targets if target.is_next and target.engine)
+        engines = (one.engine for one in entered if outlet is None or outlet in one.outlets)
+        return cls(setup.hasher, frozenset(engines), setup.models)
+
+    def looked_up(self, request: Request, indexes: Indexes) -> Request:
+        """The request with the number of its cached tokens; as it is, where no engine reports."""
+        known = [indexes[name] for name in self._engines_of(request) if name in indexes]
+        if not known:
+            return request
+        most = max(index.cached(request, self.hasher).most for index in known)
+        if most == request.num_cached_tokens:
+            return request
+        return replace(request, num_cached_tokens=most)
+
+    def _engines_of(self, request: Request) -> frozenset[str]:
+        if not self.models:
+            return self.engines
+        served = self.models.get(request.model) or next(iter(self.models.values()))
+        return self.engines.intersection(served)

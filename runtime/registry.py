@@ -1,17 +1,23 @@
-"""Registries: what a name in a graph means. Ours, those of a user, those of installed packages."""
+"""Registries: what a name in a graph means, and how its options are read."""
 
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from functools import lru_cache
 from importlib.metadata import EntryPoint, EntryPoints, entry_points
 from inspect import signature
 from types import FrameType
 from typing import Any, Generic, TypeVar
 
+import msgspec
+
+from sagellm.graphs.diagnostics import Diagnostic, GraphError, Path
+from sagellm.graphs.ir import FrozenMap, Value, freeze, thaw
+from sagellm.graphs.rules.option_types import check_options
+from sagellm.graphs.rules.rule import Facts
 from sagellm.graphs.vocabulary import nearest
-from sagellm.runtime.user_code import count_as_own, module_of, told_with_line
+from sagellm.runtime.user_code import count_as_own, error_text, module_of
 
 T = TypeVar("T")
 
@@ -118,7 +124,7 @@ class Registry(Mapping[str, T], Generic[T]):
         except Exception as error:
             raise BrokenEntryPoint(
                 f"{self.kind} {name!r} of {_package_of(offer)} cannot be loaded from "
-                f"{offer.value}: {told_with_line(error)}"
+                f"{offer.value}: {error_text(error)}"
             ) from error
 
 
@@ -146,7 +152,7 @@ def _place(frame: FrameType) -> str:
     return f"in {shown}:{frame.f_lineno}"
 
 
-_OWN = {__name__, "sagellm.runtime.resolver", "sagellm.registering"}
+_OWN = {__name__, "sagellm.runtime.resolver", "sagellm.extensions"}
 
 
 def check_callable(name: str, value: Any, takes: tuple[str, ...] | None = None) -> Any:
@@ -174,7 +180,7 @@ def _can_take(value: Callable[..., Any], number: int) -> bool:
     return True
 
 
-def check_own(what: str, value: type, parts: tuple[str, ...]) -> type:
+def check_user_class(what: str, value: type, parts: tuple[str, ...]) -> type:
     """The class itself. Raises TypeError where it lacks a part, or is no dataclass."""
     missing = [part for part in parts if not hasattr(value, part)]
     if missing:
@@ -188,3 +194,39 @@ def check_own(what: str, value: type, parts: tuple[str, ...]) -> type:
 FUNCTIONS: Registry[Callable[..., Any]] = Registry(
     "function", "sagellm.functions", {}, check_callable
 )
+
+
+class OptionError(ValueError):
+    """An option has a value that its type does not admit."""
+
+
+def read_options(options: type[T], attrs: FrozenMap | Mapping[str, Value]) -> T:
+    """Build `options` (a dataclass) from values already checked. Raises OptionError."""
+    known = {option.name for option in fields(options)}  # type: ignore[arg-type]
+    plain: dict[str, Any] = {name: thaw(value) for name, value in attrs.items() if name in known}
+    unknown = sorted(set(attrs) - known - {"engine"})
+    if unknown:
+        raise OptionError(f"{options.__name__} has no option {unknown[0]!r}")
+    try:
+        return msgspec.convert(plain, options)
+    except msgspec.ValidationError as error:
+        raise OptionError(str(error)) from error
+
+
+def check_and_read_options(made: type[T], given: Mapping[str, Any], path: Path) -> T:
+    """A dataclass of the values that stand at `path` of a graph, where nothing has checked them.
+    Raises GraphError with all that is wrong.
+    """
+    values = freeze(dict(given))
+    assert isinstance(values, FrozenMap)
+    mistakes = tuple(check_options(path, values, made, Facts()))
+    if mistakes:
+        raise GraphError(mistakes)
+    return read_options(made, values)
+
+
+def refuse_options(what: str, given: Mapping[str, Any], path: Path) -> None:
+    """Raises GraphError where there are values at `path` for what has no options."""
+    if given:
+        message = f"{what} has no options of its own"
+        raise GraphError((Diagnostic("unknown-option", path, message, "leave them out"),))

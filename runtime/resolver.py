@@ -15,7 +15,7 @@ class UnknownOperator(LookupError):
     """No operator has that name."""
 
 
-class Shipped(Mapping[str, OperatorModule]):
+class ShippedOperators(Mapping[str, OperatorModule]):
     """The files of `sagellm.operators`; each is imported when it is asked for."""
 
     def __init__(self) -> None:
@@ -53,10 +53,10 @@ def read_module(name: str, module: Any) -> OperatorModule:
         raise TypeError("an operator is a module with SPEC, an OpSpec, and build")
     if spec.name != name:
         raise ValueError(f"its SPEC is called {spec.name!r}, not {name!r}")
-    return checked(OperatorModule(spec, build))
+    return checked_operator(OperatorModule(spec, build))
 
 
-def checked(module: OperatorModule) -> OperatorModule:
+def checked_operator(module: OperatorModule) -> OperatorModule:
     """The operator itself. Raises TypeError where its parts are of the wrong kind."""
     if not isinstance(module.spec, OpSpec):
         raise TypeError(f"spec must be an OpSpec, not {type(module.spec).__name__}")
@@ -91,7 +91,7 @@ class Resolver:
     """
 
     def __init__(self, registered: Mapping[str, OperatorModule] | None = None) -> None:
-        self._operators = Registry("operator", "sagellm.operators", Shipped(), read_module)
+        self._operators = Registry("operator", "sagellm.operators", ShippedOperators(), read_module)
         for name, module in (registered or {}).items():
             self._operators.register(name, module)
 
@@ -99,7 +99,7 @@ class Resolver:
         """Add an operator. Raises ValueError where the name is taken, TypeError for what is no
         operator.
         """
-        self._operators.register(spec.name, checked(OperatorModule(spec, build)))
+        self._operators.register(spec.name, checked_operator(OperatorModule(spec, build)))
 
     @property
     def names(self) -> tuple[str, ...]:

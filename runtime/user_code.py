@@ -104,7 +104,7 @@ def traceback_of(error: BaseException) -> str | None:
     return "".join(traceback.format_exception(type(error), error, first)).rstrip()
 
 
-def told_with_line(error: BaseException) -> str:
+def error_text(error: BaseException) -> str:
     """Type, text and place of an error: `NameError: name 'x' is not defined (guard.py:3)`."""
     place = place_of(error)
     text = str(error)
@@ -114,7 +114,7 @@ def told_with_line(error: BaseException) -> str:
     return f"{named} ({place})" if place else named
 
 
-def sentence(public: str, cause: BaseException | None) -> str:
+def failure_text(public: str, cause: BaseException | None) -> str:
     """What may be told of an error (operator and type), with its text and its place behind."""
     if cause is None:
         return public

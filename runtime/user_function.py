@@ -18,8 +18,8 @@ from sagellm.runtime.messages import (
     Sampling,
     TokenEvent,
 )
-from sagellm.runtime.operator import Encode, Setup
-from sagellm.runtime.sampling import fault_of
+from sagellm.runtime.operator import EncodeText, Setup
+from sagellm.runtime.sampling_params import sampling_fault
 from sagellm.runtime.user_code import (
     LEAVING,
     CodeLeft,
@@ -99,13 +99,15 @@ def find_plain_function(setup: Setup, symbol: str) -> UserFunction:
     return function
 
 
-def failing(item: Item, why: str, *, now: float) -> TokenEvent:
+def failure_event(item: Item, why: str, *, now: float) -> TokenEvent:
     """The last event of a choice that fails in an operator; `why` is shown to clients."""
-    event = ending(item, "failed", now=now, error=why)
+    event = end_event(item, "failed", now=now, error=why)
     return msgspec.structs.replace(event, code=OPERATOR_FAILED)
 
 
-def ending(item: Item, reason: FinishReason, *, now: float, error: str | None = None) -> TokenEvent:
+def end_event(
+    item: Item, reason: FinishReason, *, now: float, error: str | None = None
+) -> TokenEvent:
     """The last event of the choice that `item` belongs to, where it ends here."""
     if isinstance(item, Prefilled):
         item = item.first
@@ -126,11 +128,11 @@ def ending(item: Item, reason: FinishReason, *, now: float, error: str | None = 
     )
 
 
-def rewritten(
+def apply_result(
     function: UserFunction,
     item: Item,
     result: object,
-    encode: Encode | None,
+    encode: EncodeText | None,
 ) -> Item:
     """What an item becomes where a user's function returned `result` for it.
 
@@ -150,7 +152,7 @@ def _rewritten_request(
     function: UserFunction,
     item: Request,
     result: object,
-    encode: Encode | None,
+    encode: EncodeText | None,
 ) -> Request:
     """Where the prompt or the model changed and the tokens did not, they are made anew."""
     if isinstance(result, str):
@@ -188,7 +190,7 @@ def _sampling(function: UserFunction, item: Request, result: Request) -> Samplin
     wanted = result.sampling
     seed = item.sampling.seed if wanted.seed is None else wanted.seed
     sampling = msgspec.structs.replace(wanted, n=item.sampling.n, seed=seed)
-    fault = fault_of(sampling)
+    fault = sampling_fault(sampling)
     if fault is not None:
         raise function.wrong(f"returned a Request with wrong sampling: {fault}")
     return sampling

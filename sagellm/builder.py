@@ -9,18 +9,17 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Union
 
-from sagellm.decisions import Decisions
+from sagellm.errors import unopened
+from sagellm.extensions import RESOLVER, import_all
 from sagellm.graphs.ir import SINK, SOURCE, Edge, FrozenMap, Node, freeze
 from sagellm.graphs.ir import Graph as FrozenGraph
 from sagellm.graphs.text import yaml
 from sagellm.graphs.text.yaml import Document
 from sagellm.graphs.vocabulary import OpSpec, nearest
-from sagellm.misuse import unopened
-from sagellm.opening import HOW_TO_OPEN, OpenGraph
-from sagellm.own_code import import_all
-from sagellm.registering import RESOLVER
+from sagellm.opening.decisions import DecisionFile
+from sagellm.opening.open_graph import HOW_TO_OPEN, OpenGraph
+from sagellm.opening.sources import graph_file, suggest_graph
 from sagellm.runtime.registry import FUNCTIONS
-from sagellm.shipped import graph_file, hint
 
 _NUMBERS = itertools.count(1)  # for functions that have no name of their own
 
@@ -41,7 +40,7 @@ class Operator:
         return self
 
     def outlet(self, name: str) -> "Outlet":
-        """One of several outlets: `split.outlet("joint") >> ops.generate(engine="d")`."""
+        """One of several outlets: `split.outlet("aggregated") >> ops.generate(engine="d")`."""
         known = tuple(port.name for port in self._own_spec.outlets)
         if name not in known:
             close = nearest(name, known) or next(iter(known), "")
@@ -193,7 +192,7 @@ class Graph:
             seed=seed,
         )
         if decisions is not None:
-            opening.record_to(Decisions(Path(decisions)))
+            opening.record_to(DecisionFile(Path(decisions)))
         return opening
 
     def serve(self, **options: Any) -> None:
@@ -288,4 +287,4 @@ def _is_wrapper(function: Callable[..., Any]) -> bool:
 
 def _no_graph(path: str | Path) -> FileNotFoundError:
     """Says what graphs there are."""
-    return FileNotFoundError(errno.ENOENT, f"no such graph ({hint(str(path))})", str(path))
+    return FileNotFoundError(errno.ENOENT, f"no such graph ({suggest_graph(str(path))})", str(path))

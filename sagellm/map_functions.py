@@ -1,6 +1,6 @@
 """The functions of the shipped graph `map`, which imports this module: an example to copy."""
 
-from sagellm.registering import function
+from sagellm.extensions import function
 from sagellm.runtime.messages import Answer, Request
 
 

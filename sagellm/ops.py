@@ -4,8 +4,8 @@ from collections.abc import Callable
 from functools import partial
 
 from sagellm.builder import Operator, operator
+from sagellm.extensions import RESOLVER
 from sagellm.graphs.vocabulary import nearest
-from sagellm.registering import RESOLVER
 
 
 def __getattr__(name: str) -> Callable[..., Operator]:

@@ -1,11 +1,15 @@
-"""What a session has done so far, as one frozen record."""
+"""The counts and the health of an open graph, each as one frozen record."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from sagellm.operators.metrics_sink import statistics as sink_statistics
 from sagellm.runtime.executors.tasks import TasksExecutor
-from sagellm.runtime.port import EngineLoad
+from sagellm.runtime.port import EngineHealth, EngineLoad
+
+if TYPE_CHECKING:
+    from sagellm.runtime.cluster.supervisor import Supervisor
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +42,7 @@ def statistics_of(executor: TasksExecutor, *, elapsed_s: float) -> Statistics:
     }
     every = [load for replicas in loads.values() for load in replicas]
     sinks = [node.name for node in executor.plan.graph.nodes if node.op == "metrics_sink"]
-    seen = sink_statistics(executor.core.region.cells[sinks[0]].state) if sinks else None
+    seen = sink_statistics(executor.core.logic_graph.cells[sinks[0]].state) if sinks else None
     return Statistics(
         elapsed_s=elapsed_s,
         num_requests=ledger.num_accepted,
@@ -57,3 +61,32 @@ def statistics_of(executor: TasksExecutor, *, elapsed_s: float) -> Statistics:
 
 def _peak(load: EngineLoad) -> float:
     return load.peak_leased_blocks / load.num_blocks if load.num_blocks else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """`num_open`: choices without their last event. `engines`: by name, one record a replica.
+
+    `missing`: which engines that requests cannot do without have no worker that serves, in words;
+    empty where each has one.
+    """
+
+    num_open: int
+    is_stopped: bool  # the graph has ended, or fallen over: it takes no request any more
+    engines: Mapping[str, tuple[EngineHealth, ...]]
+    missing: str = ""
+
+    @property
+    def is_hung(self) -> bool:
+        """Whether any replica has work and makes no progress."""
+        return any(engine.is_hung for replicas in self.engines.values() for engine in replicas)
+
+
+def health_of(executor: TasksExecutor, supervisor: "Supervisor | None" = None) -> Health:
+    engines = {
+        name: tuple(engine.health for engine in replicas)
+        for name, replicas in executor.engines.items()
+    }
+    plan, found = executor.core.plan, supervisor.missing if supervisor is not None else {}
+    missing = "; ".join(why for name, why in found.items() if not plan.can_avoid(name))
+    return Health(executor.core.ledger.num_open, executor.is_stopped, engines, missing)

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from sagellm.builder import Graph
-from sagellm.opening import OpenGraph
+from sagellm.opening.open_graph import OpenGraph
 
 EXECUTOR = os.environ.get("SAGELLM_TEST_EXECUTOR")
 settings.register_profile("sagellm", deadline=None, suppress_health_check=[HealthCheck.too_slow])

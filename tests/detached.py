@@ -27,12 +27,9 @@ from sagellm.backends import (
     Ticket,
     get_backend,
 )
-from sagellm.backends.cpu.storage import CpuStorage
-from sagellm.backends.kv_storage import Region, RunPairs, Runs
-from sagellm.backends.progress import Progress, silent
-from sagellm.backends.protocol import Stage, Weights
-from sagellm.backends.sampler import sample
-from sagellm.backends.scoring import score
+from sagellm.backends.cpu.kv_storage import CpuStorage
+from sagellm.backends.interface import Progress, Region, RunPairs, Runs, Stage, Weights, silent
+from sagellm.backends.sampler import sample, score
 from sagellm.backends.step_inputs import feed, step_inputs
 from sagellm.graphs.ir import Graph
 
@@ -203,7 +200,7 @@ class DetachedQueue:
                 raise LaunchError("the launch before has failed")
             feed(batch, inputs, sampled.token_ids)
         program = launch.program.inside.opened(_KEY)
-        with program.turn:
+        with program.lock:
             logits = program.run(inputs, _inside(launch.storage).pool)
         found = sample(logits[: len(batch.rows)], batch.rows)
         if batch.scored:

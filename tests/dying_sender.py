@@ -8,8 +8,8 @@ import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from sagellm import worker
-from sagellm.runtime.kv.wire import Wire, anything
+from sagellm.opening import worker_main
+from sagellm.runtime.kv.connection import Connection, no_check
 
 ORDER = "SAGELLM_TEST_DIE"  # the file's name
 
@@ -22,20 +22,20 @@ def give_order(path: Path, share: float) -> None:
 
 
 def main() -> None:
-    send = Wire.send
+    send = Connection.send
 
     async def deadly(
-        self: Wire, views: Sequence[bytes | memoryview], check: Callable[[], None] = anything
+        self: Connection, views: Sequence[bytes | memoryview], check: Callable[[], None] = no_check
     ) -> None:
-        if check is not anything and (share := _take_order()) is not None:
+        if check is not no_check and (share := _take_order()) is not None:
             head, seal, *blocks = views
             whole = b"".join(blocks)
             await send(self, [head, seal, whole[: int(share * len(whole))]], check)
             os.kill(os.getpid(), signal.SIGKILL)
         await send(self, views, check)
 
-    Wire.send = deadly  # type: ignore[method-assign]
-    worker.main()
+    Connection.send = deadly  # type: ignore[method-assign]
+    worker_main.main()
 
 
 def _take_order() -> float | None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 
 import trio
 
-from sagellm.runtime.engine.local import LocalEngine
+from sagellm.runtime.engine.local_engine import LocalEngine
 from sagellm.runtime.engine.runner import Runner
 from sagellm.runtime.messages import LeaseRef, Sampling, SequenceState, TokenEvent
 from sagellm.runtime.port import LeaseOffer, PrefillDone
@@ -114,20 +114,20 @@ async def hand_over(
         num_tokens=len(prompt),
         layout_hash=source.engine.facts.layout_hash,
     )
-    landing = await target.engine.import_(offer)
+    reservation = await target.engine.import_(offer)
     first = await source.submit(request_id, prompt, hold_kv=True, **fields)
     await first.done.wait()
     if first.lease is None:
-        landing.abort()
+        reservation.abort()
         return first, first
     sender = source.engine.export(first.lease)
     try:
-        await landing.receive(sender)
+        await reservation.receive(sender)
     finally:
         sender.release()
     emitted = tuple(first.token_ids)
     rest = await target.submit(
-        request_id, prompt, lease=landing.lease, emitted_token_ids=emitted, **fields
+        request_id, prompt, lease=reservation.lease, emitted_token_ids=emitted, **fields
     )
     await rest.done.wait()
     return first, rest

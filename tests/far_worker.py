@@ -3,7 +3,7 @@
 import ctypes
 import os
 
-from sagellm.worker import main
+from sagellm.opening.worker_main import main
 
 CLONE_NEWNET = 0x40000000
 

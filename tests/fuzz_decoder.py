@@ -11,16 +11,15 @@ import atheris
 
 with atheris.instrument_imports(include=["sagellm.runtime.comm"]):
     from sagellm.runtime.comm import zeromq
-    from sagellm.runtime.comm.channel import ChannelClosed
-    from sagellm.runtime.comm.frame import Frame, encode
+    from sagellm.runtime.comm.channel import ChannelClosed, Frame, encode
 
 import msgspec
 import trio
 
-from sagellm.runtime.comm.protocol import FromGraph, FromWorker
+from sagellm.runtime.comm.protocol import GraphMessage, WorkerMessage
 
-DECODERS = (zeromq._FROM_GRAPH, zeromq._FROM_WORKER)
-KNOWN = (FromGraph, FromWorker)
+DECODERS = (zeromq._GRAPH_DECODER, zeromq._WORKER_DECODER)
+KNOWN = (GraphMessage, WorkerMessage)
 
 
 def take(data: bytes) -> None:

@@ -10,13 +10,13 @@ import anyio
 import anyio.lowlevel
 from starlette.requests import Request
 
+from sagellm.gateway.api_errors import ApiError
 from sagellm.gateway.budgets import Budgets
-from sagellm.gateway.call import Call
-from sagellm.gateway.cards import ModelCard
-from sagellm.gateway.door import Door, Entry
-from sagellm.gateway.errors import ApiError
-from sagellm.gateway.gateway import Gateway, Served
+from sagellm.gateway.gateway import Gateway, HostedModel
+from sagellm.gateway.graph_bridge import GraphBridge, GraphRequest
+from sagellm.gateway.http.call import Call
 from sagellm.gateway.metrics.meters import NoMeters
+from sagellm.gateway.protocol.sampling_params import ModelCard
 from sagellm.gateway.readiness import Readiness
 from sagellm.gateway.settings import Budget, Settings, Streaming
 from sagellm.runtime.messages import TokenEvent
@@ -49,16 +49,18 @@ Batches = Sequence[Sequence[TokenEvent] | anyio.Event]
 
 
 @dataclass
-class ScriptedDoor:
+class ScriptedBridge:
     """Plays batches to each entry: `script(entry)`. Where it says an Event, it waits for it."""
 
-    script: Callable[[Entry], Batches]
-    entries: list[Entry] = field(default_factory=list)
+    script: Callable[[GraphRequest], Batches]
+    entries: list[GraphRequest] = field(default_factory=list)
     left: list[str] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
 
     @asynccontextmanager
-    async def enter(self, entry: Entry) -> AsyncIterator[AsyncIterator[Sequence[TokenEvent]]]:
+    async def enter(
+        self, entry: GraphRequest
+    ) -> AsyncIterator[AsyncIterator[Sequence[TokenEvent]]]:
         self.entries.append(entry)
         try:
             yield _Played(self.script(entry))
@@ -89,8 +91,8 @@ class _Played:
         raise StopAsyncIteration
 
 
-def playing(*batches: Sequence[TokenEvent] | anyio.Event) -> ScriptedDoor:
-    return ScriptedDoor(lambda entry: batches)
+def playing(*batches: Sequence[TokenEvent] | anyio.Event) -> ScriptedBridge:
+    return ScriptedBridge(lambda entry: batches)
 
 
 NAMES = ("m", "alias")
@@ -98,7 +100,7 @@ CARD = ModelCard(names=NAMES, root="m", max_model_len=MAX_MODEL_LEN, vocab_size=
 
 
 def gateway_before(
-    door: Door,
+    bridge: GraphBridge,
     *,
     tokenizer: Tokenizer | None = None,
     model: ModelCard = CARD,
@@ -108,8 +110,8 @@ def gateway_before(
     settings = Settings(served_models=NAMES, streaming=streaming)
     known: dict[str, Any] = {
         "settings": settings,
-        "door": door,
-        "models": (Served(model, tokenizer or ByteTokenizer()),),
+        "bridge": bridge,
+        "models": (HostedModel(model, tokenizer or ByteTokenizer()),),
         "readiness": Readiness(),
         "budgets": Budgets(Budget()),
         "meters": CountingMeters(),
@@ -229,6 +231,6 @@ class Client:
         self.sent = anyio.Event()
 
 
-async def post(endpoint: Any, door: Door, body: Any, **gateway: Any) -> Answered:
+async def post(endpoint: Any, bridge: GraphBridge, body: Any, **gateway: Any) -> Answered:
     """One whole call."""
-    return await Client(body).call(endpoint, gateway_before(door, **gateway))
+    return await Client(body).call(endpoint, gateway_before(bridge, **gateway))

@@ -15,10 +15,10 @@ import trio
 from gateway_process import ServedProcess, read_metrics
 from gateway_session import frozen_heap
 
-from sagellm.client.server_async import AsyncServer
-from sagellm.load.sender import REFUSALS, Drive, Record, Sender, Target
-from sagellm.load.summary import Objective, Summary, percentile, summarise
-from sagellm.load.workload import Prompts, closed, poisson, within
+from sagellm.client.server import AsyncServerConnection
+from sagellm.load import REFUSALS, LoadDriver, LoadTarget, RequestRecord, Sender
+from sagellm.load.report import Objective, Summary, percentile, summarise
+from sagellm.load.workload import Prompts, closed_loop, poisson, within
 
 MEAN_TOKENS = 32
 STEP_S = 0.02
@@ -72,7 +72,7 @@ class Overload:
 
     rate: float
     seconds: float
-    records: list[Record] = field(default_factory=list)
+    records: list[RequestRecord] = field(default_factory=list)
     retry_after: list[str] = field(default_factory=list)
     depths: list[float] = field(default_factory=list)  # of the queue, every 100 ms
     cpu_s: float = 0.0
@@ -139,14 +139,14 @@ async def overloaded(
 ) -> Overload:
     """Arrivals for so long; returns once all have ended."""
     load, transport = Overload(rate, seconds), Watched()
-    server = AsyncServer(served.url, None, 60.0, transport)
-    lengths = closed(64, MEAN_TOKENS, 0.5, seed)
+    server = AsyncServerConnection(served.url, None, 60.0, transport)
+    lengths = closed_loop(64, MEAN_TOKENS, 0.5, seed)
     arrivals = within(poisson(lengths, rate, seed), seconds)
     async with aclosing(server), trio.open_nursery() as nursery:
         nursery.start_soon(_sample, served, load)
-        target = Target(model="sage-tiny", options={"ignore_eos": True, "temperature": 0})
+        target = LoadTarget(model="sage-tiny", options={"ignore_eos": True, "temperature": 0})
         sender = Sender(server, target, Prompts("ids", seed=seed))
-        drive = Drive(sender.send, lambda: sender.now_s)
+        drive = LoadDriver(sender.send, lambda: sender.now_s)
         began_s = time.process_time()
         with frozen_heap():  # a client that walks all that pytest has loaded measures itself
             await drive.open(arrivals)

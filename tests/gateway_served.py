@@ -22,15 +22,14 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from sagellm import Graph, ops
-from sagellm.gateway.app import App
-from sagellm.gateway.door import Entry
-from sagellm.gateway.front import serve_session, server_class
 from sagellm.gateway.gateway import Gateway
-from sagellm.gateway.listen import bind
-from sagellm.gateway.routes import ROUTES
-from sagellm.gateway.routing import Route
-from sagellm.gateway.server.drain import Here, Server, serve
-from sagellm.gateway.settings import Settings
+from sagellm.gateway.graph_bridge import GraphRequest
+from sagellm.gateway.http.app import App
+from sagellm.gateway.http.call import EndpointRoute
+from sagellm.gateway.http.drain import HttpServer, ServingHere, serve
+from sagellm.gateway.http.routes import ROUTES
+from sagellm.gateway.lifecycle import serve_session, server_class
+from sagellm.gateway.settings import Settings, bind
 from sagellm.runtime.messages import TokenEvent
 
 SERVERS = ("hypercorn", "uvicorn")
@@ -38,7 +37,7 @@ GATEWAYS = int(os.environ.get("SAGELLM_TEST_GATEWAYS", "0"))  # processes; see c
 KEYS = {"api_keys": {"alice": "user-key"}, "admin_key": "admin-key"}
 
 
-class HeldDoor:
+class HeldBridge:
     """Each stream gets one token, and its end once it is let go. Lives on the app's loop."""
 
     def __init__(self) -> None:
@@ -46,7 +45,9 @@ class HeldDoor:
         self.reason = "stop"
 
     @asynccontextmanager
-    async def enter(self, entry: Entry) -> AsyncIterator[AsyncIterator[Sequence[TokenEvent]]]:
+    async def enter(
+        self, entry: GraphRequest
+    ) -> AsyncIterator[AsyncIterator[Sequence[TokenEvent]]]:
         let_go = anyio.Event()
         self.held.append(let_go)
         yield self._batches(let_go)
@@ -74,8 +75,8 @@ class Served:
 
     port: int
     app: App
-    server: Server
-    door: HeldDoor
+    server: HttpServer
+    bridge: HeldBridge
     signals: trio.MemorySendChannel[int]
     ended: trio.Event = field(default_factory=trio.Event)
 
@@ -87,7 +88,7 @@ class Served:
         self.signals.send_nowait(15)
 
     async def let_go(self, reason: str = "stop") -> None:
-        self.server.call_soon(self.door.let_go, reason)
+        self.server.call_soon(self.bridge.let_go, reason)
 
     async def idle(self) -> None:
         """No call is open any more."""
@@ -109,17 +110,17 @@ class Served:
 
 @asynccontextmanager
 async def serving(
-    server: str, *, routes: Sequence[Route] = (), **fields: Any
+    server: str, *, routes: Sequence[EndpointRoute] = (), **fields: Any
 ) -> AsyncIterator[Served]:
     """A gateway in this loop; killed at the end where it has not ended by itself."""
-    door = HeldDoor()
+    bridge = HeldBridge()
     settings = Settings(server=server, port=0, served_models=("m",), **fields)  # type: ignore[arg-type]
-    app = App(gateway_before(door, settings=settings), [*ROUTES, *routes])
+    app = App(gateway_before(bridge, settings=settings), [*ROUTES, *routes])
     app.gateway.readiness.is_ready = True  # type: ignore[misc]
     send, receive = trio.open_memory_channel[int](8)
     with bind("127.0.0.1", 0) as sock:
         running = server_class(server)(app, settings, sock)
-        served = Served(sock.getsockname()[1], app, running, door, send)
+        served = Served(sock.getsockname()[1], app, running, bridge, send)
         async with trio.open_nursery() as nursery:
             started = trio.Event()
             nursery.start_soon(_serve, served, receive, started)
@@ -132,7 +133,7 @@ async def _serve(served: Served, signals: AsyncIterator[int], started: trio.Even
     async def end_streams() -> None:
         await served.let_go("cancelled")
 
-    serving, settings = Here(served.server, served.app), served.gateway.settings
+    serving, settings = ServingHere(served.server, served.app), served.gateway.settings
     await serve(serving, settings, signals, end_streams, started.set)
     served.ended.set()
 
@@ -229,7 +230,7 @@ async def endless(gateway: Gateway, request: Request) -> Response:
     return Endless()
 
 
-ENDLESS = Route("GET", "/endless", endless)
+ENDLESS = EndpointRoute("GET", "/endless", endless)
 
 
 def get(path: str, *headers: str) -> bytes:

@@ -15,10 +15,9 @@ import trio
 from gateway_served import GATEWAYS, get, read_reply
 
 from sagellm import Graph
-from sagellm.gateway.front import serve_session
-from sagellm.gateway.listen import bind
-from sagellm.gateway.settings import Budget, Settings
-from sagellm.runtime.engine.local import LocalEngine
+from sagellm.gateway.lifecycle import serve_session
+from sagellm.gateway.settings import Budget, Settings, bind
+from sagellm.runtime.engine.local_engine import LocalEngine
 from sagellm.session import Session
 
 ANY = Budget(num_open=4096, num_waiting=4096, cancels_per_s=1e6)  # of one key

@@ -15,12 +15,18 @@ from models_on_the_fly import CHAT_TEMPLATE, EOS, VOCAB_SIZE, byte_tokenizer
 from safetensors.torch import load_file, save_file
 
 from sagellm.graphs.ir import Graph
-from sagellm.graphs.kernels.weights import weight_shapes
+from sagellm.graphs.kernels.memory import weight_shapes
 from sagellm.graphs.models import FAMILIES, build
-from sagellm.graphs.models.assembly import Assembly, Wire
 from sagellm.graphs.models.config import Config
-from sagellm.graphs.models.decoder import Decoder, attention, decoder_graph, linear
-from sagellm.graphs.models.family import Family, decoder
+from sagellm.graphs.models.decoder import (
+    Decoder,
+    KernelGraphBuilder,
+    NodeOutlet,
+    attention,
+    decoder_graph,
+    linear,
+)
+from sagellm.graphs.models.family import ModelFamily, read_decoder
 
 NAME = "HybridForCausalLM"
 WINDOW = 24
@@ -46,27 +52,31 @@ def _shape(config: Config) -> Decoder:
     mixers = config["mixers"]
     assert isinstance(mixers, list)
     windows = tuple(WINDOW if mixer == "window" else None for mixer in mixers)
-    return decoder(config, "-".join(mixers), windows=windows)
+    return read_decoder(config, "-".join(mixers), windows=windows)
 
 
 def _graph(shape: Decoder) -> Graph:
     mixers = shape.family.split("-")
 
-    def mixer(build: Assembly, shape: Decoder, layer: int, normed: Wire) -> Wire:
+    def mixer(
+        build: KernelGraphBuilder, shape: Decoder, layer: int, normed: NodeOutlet
+    ) -> NodeOutlet:
         mix = _linear_attention if mixers[layer] == "linear" else attention
         return mix(build, shape, layer, normed)
 
     return decoder_graph(shape, mixer)
 
 
-def _linear_attention(build: Assembly, shape: Decoder, layer: int, normed: Wire) -> Wire:
+def _linear_attention(
+    build: KernelGraphBuilder, shape: Decoder, layer: int, normed: NodeOutlet
+) -> NodeOutlet:
     size = shape.num_heads * shape.head_dim
     widths = {"q": size, "k": size, "v": size, "gate": shape.num_heads}
     given = {
         role: _product(build, layer, role, normed, (shape.hidden_size, width))
         for role, width in widths.items()
     }
-    mixed = build.thread(
+    mixed = build.add_stateful(
         f"layer{layer}_linear_attention",
         "linear_attention",
         given,
@@ -80,12 +90,14 @@ def _linear_attention(build: Assembly, shape: Decoder, layer: int, normed: Wire)
     return _product(build, layer, "o", mixed, (size, shape.hidden_size))
 
 
-def _product(build: Assembly, layer: int, role: str, rows: Wire, sizes: tuple[int, int]) -> Wire:
+def _product(
+    build: KernelGraphBuilder, layer: int, role: str, rows: NodeOutlet, sizes: tuple[int, int]
+) -> NodeOutlet:
     path = f"model.layers.{layer}.linear_attn.{role}_proj"
     return linear(build, f"layer{layer}_linear_{role}_proj", path, rows, sizes, False)
 
 
-FAMILY = Family(NAME, _shape, _graph)
+FAMILY = ModelFamily(NAME, _shape, _graph)
 
 
 @contextmanager

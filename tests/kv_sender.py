@@ -11,10 +11,9 @@ import msgspec
 import torch
 import trio
 
-from sagellm.backends.cpu.storage import CpuStorage
-from sagellm.runtime.kv.pool_bytes import PoolBytes
-from sagellm.runtime.kv.shared import SharedMemory
-from sagellm.runtime.kv.transport import Kind, Sharing, Transport
+from sagellm.backends.cpu.kv_storage import CpuStorage
+from sagellm.runtime.kv.memory import PoolBytes, SharedMemory
+from sagellm.runtime.kv.transport import Sharing, Transport, TransportName
 from sagellm.runtime.kv.transports import open_transport
 from sagellm.runtime.port import StaleLease
 
@@ -23,7 +22,7 @@ SIZE = 4 * 3 * 2 * 64 * 2 * 4 * 8
 
 
 def opened(
-    kind: Kind, seed: int | None, num_blocks: int = SHAPE[2]
+    kind: TransportName, seed: int | None, num_blocks: int = SHAPE[2]
 ) -> tuple[CpuStorage, Transport]:
     """A pool of random values, or of zeros."""
     shape = (*SHAPE[:2], num_blocks, *SHAPE[3:])
@@ -36,7 +35,7 @@ def opened(
     return storage, open_transport(Sharing(kind), PoolBytes(storage), memory)
 
 
-async def offer(kind: Kind, seed: int, blocks: Sequence[int]) -> None:
+async def offer(kind: TransportName, seed: int, blocks: Sequence[int]) -> None:
     _, transport = opened(kind, seed)
     over: list[bool] = []
     async with trio.open_nursery() as nursery:
@@ -59,5 +58,5 @@ def _check(over: list[bool]) -> Callable[[], None]:
 
 
 if __name__ == "__main__":
-    kind: Kind = sys.argv[1]  # type: ignore[assignment]
+    kind: TransportName = sys.argv[1]  # type: ignore[assignment]
     trio.run(offer, kind, int(sys.argv[2]), [int(block) for block in sys.argv[3:]])

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from sagellm.graphs.log import ROOT, Event
+from sagellm.graphs.log import ROOT, LogEvent
 
 Line = dict[str, Any]
 
@@ -16,7 +16,7 @@ class _Kept(logging.Handler):
         self.lines: list[Line] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        if isinstance(record.msg, Event):
+        if isinstance(record.msg, LogEvent):
             fields = {**record.msg.fields, "exc_info": record.exc_info}
             level = record.levelname.lower()
             self.lines.append({**fields, "event": record.msg.name, "log_level": level})

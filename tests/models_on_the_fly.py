@@ -53,8 +53,8 @@ FAMILIES: dict[str, dict[str, object]] = {
 def scarce_blocks(family: str) -> dict[str, int]:
     """Options with which prompts of 300 tokens are preempted; windows free what lies behind."""
     if "sliding_window" in FAMILIES[family]:
-        return {"num_blocks": 14, "max_step_tokens": 64}
-    return {"num_blocks": 34, "max_step_tokens": 2048}
+        return {"num_blocks": 14, "max_num_batched_tokens": 64}
+    return {"num_blocks": 34, "max_num_batched_tokens": 2048}
 
 
 def make_model(family: str, folder: Path, seed: int = 0, **changes: object) -> Path:

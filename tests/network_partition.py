@@ -20,8 +20,8 @@ import trio
 from process_streams import EXACT, PROMPTS, SEEDED, stream_all
 
 from sagellm import Graph, ops
-from sagellm.runtime.cluster.launch import Processes, ProcessLife
-from sagellm.runtime.cluster.options import ProcessesOptions
+from sagellm.runtime.cluster.executor_options import ProcessesOptions
+from sagellm.runtime.cluster.launch import ProcessLauncher, ProcessLife
 from sagellm.runtime.comm.keys import create_keys
 from sagellm.session import Session
 
@@ -70,7 +70,7 @@ def network() -> Iterator[str]:
             holder.kill()
 
 
-class OneFar(Processes):
+class OneFar(ProcessLauncher):
     """The first worker that it starts is far away, and whoever takes its place."""
 
     def __init__(self, options: ProcessesOptions, far: str) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 from sagellm import Graph, ops
 from sagellm.graphs.vocabulary import REQUEST, NoOptions, OpSpec, Port
-from sagellm.opening import OpenGraph
+from sagellm.opening.open_graph import OpenGraph
 from sagellm.operators.generate import SPEC
 from sagellm.runtime.operator import Build, OperatorModule
 from sagellm.runtime.resolver import Resolver

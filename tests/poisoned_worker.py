@@ -6,8 +6,8 @@ from typing import Any
 
 import trio
 
-from sagellm import worker
-from sagellm.runtime.engine.stepping import Stepping
+from sagellm.opening import worker_main
+from sagellm.runtime.engine.loop import Stepping
 
 POISON, HANG = 13, 14  # as the first token of a prompt
 
@@ -24,7 +24,7 @@ def main() -> None:
         return await run(self, batch, *rest)
 
     Stepping.run = deadly  # type: ignore[method-assign]
-    worker.main()
+    worker_main.main()
 
 
 if __name__ == "__main__":

@@ -53,13 +53,13 @@ class Streams:
 
     async def run(self, session: Session, number: int, sampling: Sampling, prompt: Any) -> None:
         self.tokens[number] = []
-        heard_s = None
+        last_received_s = None
         async with session.stream(prompt, sampling=sampling) as stream:
             async for event in outputs(stream):
                 now = trio.current_time()
-                if heard_s is not None:
-                    self.gaps_s[number] = max(self.gaps_s.get(number, 0.0), now - heard_s)
-                heard_s = now
+                if last_received_s is not None:
+                    self.gaps_s[number] = max(self.gaps_s.get(number, 0.0), now - last_received_s)
+                last_received_s = now
                 self.tokens[number] += event.token_ids
                 if event.finish_reason is not None:
                     self.reasons[number], self.codes[number] = event.finish_reason, event.code

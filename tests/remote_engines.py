@@ -6,10 +6,10 @@ from typing import Any
 import trio
 
 from sagellm.runtime.comm.channel import MemoryChannel, memory_channels
+from sagellm.runtime.engine.engine_server import EngineServer
 from sagellm.runtime.engine.kinds.modelled import ModelledOptions, open_modelled
-from sagellm.runtime.engine.local import LocalEngine
+from sagellm.runtime.engine.local_engine import LocalEngine
 from sagellm.runtime.engine.remote_kv import RemoteKVEngine
-from sagellm.runtime.engine.serving import EngineServer
 from sagellm.runtime.messages import Sampling, SequenceState
 
 PROMPT = tuple(range(1, 41))

@@ -14,17 +14,16 @@ from gateway_process import served_process
 import sagellm
 from sagellm import Graph, Sampling
 from sagellm.builder import RESOLVER
-from sagellm.checking import check_graph
 from sagellm.cli import main
-from sagellm.cli.config_file import read_config
-from sagellm.cli.printed import as_toml
-from sagellm.cli.serving import IN_A_FILE
+from sagellm.cli.config_file import as_toml, read_config
+from sagellm.cli.serve_options import CONFIG_FILE_OPTIONS
 from sagellm.cli.setting import LIMITS as SET_BY_LIMIT
 from sagellm.cli.setting import settings_of
 from sagellm.gateway.encoding import TEMPLATE_S, TOKENIZE_S
-from sagellm.gateway.protocol import foreign
-from sagellm.gateway.protocol.completions import ChatRequest, CompletionRequest
-from sagellm.gateway.protocol.conversation import (
+from sagellm.gateway.http.routes import ROUTES
+from sagellm.gateway.protocol import other_apis
+from sagellm.gateway.protocol.bodies import ChatRequest, CompletionRequest
+from sagellm.gateway.protocol.chat_messages import (
     MAX_PARTS,
     MAX_TOOLS,
     MAX_VARIABLE_LEN,
@@ -40,9 +39,9 @@ from sagellm.gateway.protocol.request import (
     MAX_STOP_TOKEN_IDS,
     MAX_WAIT_S,
 )
-from sagellm.gateway.routes import ROUTES
-from sagellm.gateway.settings import Budget, Limits, Streaming
+from sagellm.gateway.settings import Budget, RequestLimits, Streaming
 from sagellm.graphs.text.yaml import load
+from sagellm.opening.checking import check_graph
 from sagellm.operators.policies import POLICIES
 from sagellm.operators.routing import STRATEGIES
 from sagellm.runtime.messages import CODES
@@ -199,10 +198,10 @@ def test_every_field_of_a_request_is_in_the_docs() -> None:
 def test_every_field_that_is_taken_is_in_the_docs_with_type_and_reason() -> None:
     rows = re.findall(r"^\| ([\w ]+) \| `(\w+)` \| (\w+) \| (.+) \|$", SERVING, re.M)
     tables = {
-        "request": foreign.REQUEST.taken,
-        "message": foreign.MESSAGE.taken,
-        "part": foreign.PART.taken,
-        "tool call": foreign.TOOL_CALL.taken,
+        "request": other_apis.REQUEST.taken,
+        "message": other_apis.MESSAGE.taken,
+        "part": other_apis.PART.taken,
+        "tool call": other_apis.TOOL_CALL.taken,
     }
     known = [
         (where, name, *field) for where, table in tables.items() for name, field in table.items()
@@ -216,7 +215,7 @@ def test_the_scoring_in_the_docs_is_answered(url: str, capsys: pytest.CaptureFix
 
 
 def test_the_limits_in_the_docs_are_those_that_hold() -> None:
-    limits, stream, budget = Limits(), Streaming(), Budget()
+    limits, stream, budget = RequestLimits(), Streaming(), Budget()
     for number in (
         limits.header_bytes >> 10, limits.num_headers, limits.header_s, limits.body_bytes >> 20,
         limits.all_bodies_bytes >> 20,
@@ -235,7 +234,7 @@ def test_the_limits_in_the_docs_are_those_that_hold() -> None:
 def settings_rows() -> Iterator[str]:
     """The tables of docs/configuration.md: what can be set, and its default."""
     apart = ("api_key", "import", "set")  # tables of a file; and --import, which a graph file has
-    for struct in IN_A_FILE:
+    for struct in CONFIG_FILE_OPTIONS:
         for setting in settings_of(struct).values():
             if setting.name not in apart:
                 default = (
@@ -257,7 +256,7 @@ def test_the_file_of_settings_in_the_docs_is_right(tmp_path: Path) -> None:
     shown = block(CONFIGURATION, "host = ")
     path = tmp_path / "serve.toml"
     path.write_text(shown)
-    config = read_config(path, IN_A_FILE)
+    config = read_config(path, CONFIG_FILE_OPTIONS)
     assert config.limits
     assert config.keys
     assert config.set

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
-from sagellm.own_code import import_named
+from sagellm.extensions import import_named
 from sagellm.runtime.engine.kinds import KINDS
 
 _EXAMPLES = Path(__file__).parent.parent / "examples"

@@ -13,24 +13,24 @@ import trio
 from endings import generate
 
 from sagellm import Graph, Sampling
-from sagellm.backends.progress import Progress
+from sagellm.backends.interface import Progress
 from sagellm.builder import RESOLVER
-from sagellm.checking import check_graph
-from sagellm.decisions import Decisions, recorded
-from sagellm.engines import num_replicas, open_replica
 from sagellm.graphs.ir import Graph as FrozenGraph
-from sagellm.models import load_models
-from sagellm.runtime.cluster.backoff import RestartPolicy
-from sagellm.runtime.cluster.faults import CannotScale
-from sagellm.runtime.cluster.launch import TaskLife, Tasks
+from sagellm.opening.checking import check_graph
+from sagellm.opening.decisions import DecisionFile, recording
+from sagellm.opening.graph_engines import num_replicas, open_replica
+from sagellm.runtime.cluster import CannotScale
+from sagellm.runtime.cluster.child_process import RestartPolicy
+from sagellm.runtime.cluster.launch import TaskLauncher, TaskLife
 from sagellm.runtime.cluster.supervisor import Supervisor
 from sagellm.runtime.cluster.worker import Watch
-from sagellm.runtime.engine.kinds.kind import Place
-from sagellm.runtime.engine.local import LocalEngine
+from sagellm.runtime.engine.kinds import ReplicaPlace
+from sagellm.runtime.engine.local_engine import LocalEngine
 from sagellm.runtime.executors.tasks import TasksExecutor
 from sagellm.runtime.plan import plan
 from sagellm.runtime.port import Engine
 from sagellm.session import Session
+from sagellm.session.models import load_models
 
 # Deaths end a task, and are noticed by that; only silence needs asking, and may take its time.
 # It came while nobody was there; or it was twice, without a token, in a worker as that died.
@@ -41,7 +41,7 @@ ACTIONS = ("kill", "kill", "kill two", "mute", "garble", "restart", "scale", "sc
 OPTIONS = {"device": "null", "model": "null", "decode_step_s": 0.05, "prefill_token_s": 1e-3}
 
 
-class Lives(Tasks):
+class Lives(TaskLauncher):
     """Notes the lives that it begins, so that they can be ended."""
 
     def __init__(self) -> None:
@@ -53,7 +53,7 @@ class Lives(Tasks):
         self, graph: FrozenGraph, name: str, replica: int, _: int | None, progress: Progress
     ) -> Engine:
         await trio.sleep(2.0)  # what loading takes
-        engine = await open_replica(graph, Place(name, replica))
+        engine = await open_replica(graph, ReplicaPlace(name, replica))
         if isinstance(engine, LocalEngine):
             self.engines.append(engine)
         return engine
@@ -128,14 +128,14 @@ async def chaotic(
         policy=policy,
         draw=draw.random,
     )
-    log = Decisions(decisions) if decisions is not None else None
+    log = DecisionFile(decisions) if decisions is not None else None
     async with AsyncExitStack() as stack, trio.open_nursery() as nursery:
         await nursery.start(supervisor.run)
         engines = supervisor.engines
         counts = {name: len(replicas) for name, replicas in engines.items()}
         facts = {name: replicas[0].facts for name, replicas in engines.items()}
         ready = plan(graph, RESOLVER, counts, seed=seed, facts=facts)
-        record = stack.enter_context(recorded(log, ready, max_hold_s))
+        record = stack.enter_context(recording(log, ready, max_hold_s))
         make = partial(TasksExecutor, ready, engines=engines, max_hold_s=max_hold_s, record=record)
         session = Session(load_models(graph), make)
         session.supervisor = supervisor

@@ -1,21 +1,78 @@
-"""Paged attention: in C, or in torch: single rows together, more of them in chunks."""
+"""Rotary positions and paged attention, in C or in torch."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import TypeAlias
 
 import torch
 
-from sagellm.backends.cpu.binding import Binding
+from sagellm.backends.cpu.binding import Binding, ForwardContext
 from sagellm.backends.cpu.native.library import NativeKernels
-from sagellm.backends.cpu.step import Step
-from sagellm.graphs.kernels.attention import PagedAttention
+from sagellm.graphs.kernels.token_mixers import PagedAttention, Rope
+
+_FEWEST = 256  # positions of the first table
+
+
+class RopeTables:
+    """Cosines and sines by position: [positions, 2, head_dim / 2] float32, grown by doubling.
+
+    Angles are float32 products, as in transformers, so that far positions agree with it.
+    """
+
+    def __init__(self, options: Rope) -> None:
+        self._frequencies = frequencies(options)
+        self._tables = self._made(_FEWEST)
+
+    def up_to(self, num_positions: int) -> torch.Tensor:
+        """Tables that hold at least so many positions."""
+        tables = self._tables  # engines on other threads may put shorter ones there meanwhile
+        if num_positions > len(tables):
+            tables = self._tables = self._made(1 << (num_positions - 1).bit_length())
+        return tables
+
+    def _made(self, num_positions: int) -> torch.Tensor:
+        places = torch.arange(num_positions, dtype=torch.float32)
+        angles = torch.outer(places, self._frequencies)
+        return torch.stack([angles.cos(), angles.sin()], 1)
+
+
+@cache
+def rope_tables(options: Rope) -> RopeTables:
+    """One set of tables for all layers and programs that rotate alike."""
+    return RopeTables(options)
+
+
+def frequencies(options: Rope) -> torch.Tensor:
+    """[head_dim / 2] radians a position, scaled."""
+    steps = torch.arange(0, options.head_dim, 2, dtype=torch.int64).float() / options.head_dim
+    plain = 1.0 / options.theta**steps
+    if options.scaling == "linear":
+        return plain / options.factor
+    return _llama3(plain, options) if options.scaling == "llama3" else plain
+
+
+def _llama3(plain: torch.Tensor, options: Rope) -> torch.Tensor:
+    """Long waves are stretched, short ones kept, those between blended (Llama 3.1 release)."""
+    turns = options.original_max_len / (2 * math.pi / plain)  # within the original context
+    low, high = options.low_freq_factor, options.high_freq_factor
+    kept = ((turns - low) / (high - low)).clamp(0.0, 1.0)
+    return (1 - kept) * plain / options.factor + kept * plain
+
+
+def rotated(rows: torch.Tensor, tables: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Every head of rows [T, heads * head_dim], halves (a, b) -> (a cos - b sin, b cos + a sin)."""
+    cosine, sine = tables[positions][:, None].unbind(2)  # [T, 1, head_dim / 2]
+    first, second = rows.reshape(len(rows), -1, 2, tables.shape[2]).unbind(2)
+    turned = (first * cosine - second * sine, second * cosine + first * sine)
+    return torch.stack(turned, 2).flatten(1)
+
 
 _CHUNK = 64  # query rows at a time: scores stay in the cache
 
 # From q [T, heads * head_dim] to the same shape, over the pool as it is now.
-Attention: TypeAlias = Callable[[Step, torch.Tensor], torch.Tensor]
+Attention: TypeAlias = Callable[[ForwardContext, torch.Tensor], torch.Tensor]
 
 
 def attention(options: PagedAttention, binding: Binding) -> Attention:
@@ -23,12 +80,12 @@ def attention(options: PagedAttention, binding: Binding) -> Attention:
     if binding.native:
         return partial(_native, options, binding.native)
     if binding.deterministic:
-        return lambda step, q: row_by_row(options, step, q)
+        return lambda step, q: attend_row_by_row(options, step, q)
     return partial(_split, options)
 
 
 def _native(
-    options: PagedAttention, kernels: NativeKernels, step: Step, q: torch.Tensor
+    options: PagedAttention, kernels: NativeKernels, step: ForwardContext, q: torch.Tensor
 ) -> torch.Tensor:
     return kernels.attention(
         q,
@@ -43,14 +100,14 @@ def _native(
 
 
 @dataclass(frozen=True, slots=True)
-class Split:
+class _Split:
     """The rows of sequences with one new row, and (sequence, rows) of each of the others."""
 
     short: torch.Tensor
     long: tuple[tuple[int, slice], ...]
 
 
-def _split(options: PagedAttention, step: Step, q: torch.Tensor) -> torch.Tensor:
+def _split(options: PagedAttention, step: ForwardContext, q: torch.Tensor) -> torch.Tensor:
     """Sequences with one new row all at once; the others one by one."""
     split = step.once("split", lambda: _split_of(step))
     if not split.long:
@@ -63,7 +120,7 @@ def _split(options: PagedAttention, step: Step, q: torch.Tensor) -> torch.Tensor
     return out
 
 
-def _split_of(step: Step) -> Split:
+def _split_of(step: ForwardContext) -> _Split:
     short: list[int] = []
     long, start = [], 0
     for sequence, num_rows in enumerate(step.inputs.query_lens):
@@ -73,10 +130,12 @@ def _split_of(step: Step) -> Split:
         else:
             long.append((sequence, slice(rows.start, rows.stop)))
         start += num_rows
-    return Split(torch.tensor(short, dtype=torch.int64), tuple(long))
+    return _Split(torch.tensor(short, dtype=torch.int64), tuple(long))
 
 
-def row_by_row(options: PagedAttention, step: Step, q: torch.Tensor) -> torch.Tensor:
+def attend_row_by_row(
+    options: PagedAttention, step: ForwardContext, q: torch.Tensor
+) -> torch.Tensor:
     """Each row over its own context: shapes do not depend on the batch, so bits do not either."""
     sequences = step.row_sequences.tolist()
     contexts = (step.inputs.positions + 1).tolist()
@@ -85,7 +144,7 @@ def row_by_row(options: PagedAttention, step: Step, q: torch.Tensor) -> torch.Te
 
 
 def attend(
-    options: PagedAttention, step: Step, q: torch.Tensor, sequence: int, context: int
+    options: PagedAttention, step: ForwardContext, q: torch.Tensor, sequence: int, context: int
 ) -> torch.Tensor:
     """q at the last positions before `context` of one sequence, in chunks of query rows."""
     keys, values = _gathered(step, options, sequence, context)
@@ -125,7 +184,7 @@ class DecodeBatch:
 
 
 def decode(
-    options: PagedAttention, step: Step, q: torch.Tensor, rows: torch.Tensor
+    options: PagedAttention, step: ForwardContext, q: torch.Tensor, rows: torch.Tensor
 ) -> torch.Tensor:
     """One row a sequence: the heads of a group are the rows of a batched product."""
     kind = options.window, options.table
@@ -137,7 +196,9 @@ def decode(
     return (scores.softmax(-1) @ values).view(len(q), -1)
 
 
-def _decode_batch(step: Step, rows: torch.Tensor, window: int | None, table: int) -> DecodeBatch:
+def _decode_batch(
+    step: ForwardContext, rows: torch.Tensor, window: int | None, table: int
+) -> DecodeBatch:
     block_size = step.pool.shape[4]
     sequences = step.row_sequences[rows]
     at = step.inputs.positions[rows, None]
@@ -153,7 +214,7 @@ def _hidden(places: torch.Tensor, at: torch.Tensor, window: int | None) -> torch
 
 
 def _gathered(
-    step: Step, options: PagedAttention, sequence: int, context: int
+    step: ForwardContext, options: PagedAttention, sequence: int, context: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     num_blocks = -(-context // step.pool.shape[4])
     table = step.tables(options.table)[sequence : sequence + 1, :num_blocks]

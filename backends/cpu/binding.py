@@ -1,18 +1,20 @@
-"""What a kernel is bound to when a program is made: weights, dtype, pool layout, native code."""
+"""CPU kernels: what a kernel is bound to, what it is called with, and its native form."""
 
 import ctypes
 import itertools
 from collections import Counter
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar, cast
 
 import torch
 
 from sagellm.backends.cpu.native.library import NativeKernels
-from sagellm.backends.protocol import LoweringError, Weights
-from sagellm.backends.quantised import QuantisedWeight
-from sagellm.backends.step import KVLayout
+from sagellm.backends.interface import LoweringError, Weights
+from sagellm.backends.quantised_weight import QuantisedWeight
+from sagellm.backends.step import KVLayout, StepInputs
 from sagellm.graphs.ir import SINK, Graph
+from sagellm.graphs.kernels.token_mixers import PagedAttention, Rope
 
 _STORED = (torch.float32, torch.bfloat16, torch.float16)  # float8 and whole numbers need scales
 
@@ -114,3 +116,69 @@ def _spanning(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     memory.kept = list(parts)
     whole = torch.frombuffer(memory, dtype=parts[0].dtype)
     return whole.view(-1, *parts[0].shape[1:])
+
+
+T = TypeVar("T")
+
+
+class ForwardContext:
+    """Lives for one `run`. `once` keeps what is the same in every layer."""
+
+    def __init__(self, inputs: StepInputs, pool: torch.Tensor) -> None:
+        self.inputs = inputs
+        self.pool = pool
+        self._kept: dict[object, object] = {}
+
+    def once(self, key: object, make: Callable[[], T]) -> T:
+        """`make()` the first time `key` is asked for, the same value afterwards."""
+        if key not in self._kept:
+            self._kept[key] = make()
+        return cast(T, self._kept[key])
+
+    @property
+    def row_sequences(self) -> torch.Tensor:
+        """[T] int64: the sequence of each row."""
+        return self.once("row_sequences", self._row_sequences)
+
+    def _row_sequences(self) -> torch.Tensor:
+        starts = self.inputs.query_starts
+        return torch.repeat_interleave(torch.arange(len(starts) - 1), starts.diff())
+
+    def tables(self, table: int) -> torch.Tensor:
+        """[B, M] int32: the block tables of that number, one a sequence."""
+        count = len(self.inputs.context_lens)
+        return self.inputs.block_tables[table * count : (table + 1) * count]
+
+    def slots(self, table: int) -> torch.Tensor:
+        """[T] int64: where each row's key and value go in the blocks of that table."""
+        count = len(self.inputs.token_ids)
+        return self.inputs.slots[table * count : (table + 1) * count]
+
+    @property
+    def all_rows(self) -> torch.Tensor:
+        """[T] int64: 0, 1, 2, ..."""
+        return self.once("all_rows", lambda: torch.arange(len(self.inputs.token_ids)))
+
+    @property
+    def longest_context(self) -> int:
+        """Tokens; every position of the step is below it."""
+        return max(self.inputs.contexts)
+
+
+@dataclass(frozen=True, slots=True)
+class NativeKernel:
+    """Called, it runs on tensors. `fields` are those of its Instruction.
+
+    `widths` are those of its results; by default there is one, as wide as the first inlet. `keep`
+    is what pointers among the fields point to.
+    """
+
+    run: Callable[..., tuple[torch.Tensor, ...]]
+    fields: Mapping[str, int | float | None] = field(default_factory=dict)
+    widths: tuple[int, ...] = ()
+    keep: object = None
+    rope: Rope | None = None
+    attention: PagedAttention | None = None
+
+    def __call__(self, step: ForwardContext, *inlets: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return self.run(step, *inlets)

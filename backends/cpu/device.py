@@ -8,10 +8,8 @@ from types import ModuleType
 
 import psutil
 
-from sagellm.backends.kv_storage import KVStorage
-from sagellm.backends.progress import Progress, silent
-from sagellm.backends.protocol import Program, Queue, Stage, Weights
-from sagellm.backends.quantised import MODES
+from sagellm.backends.interface import KVStorage, Program, Progress, Queue, Stage, Weights, silent
+from sagellm.backends.quantised_weight import MODES
 from sagellm.backends.step import KVLayout
 from sagellm.graphs.ir import Graph
 from sagellm.graphs.kernels import infer
@@ -56,7 +54,7 @@ class CpuDevice:
     def allocate(
         self, layout: KVLayout, num_blocks: int, memory: memoryview | None = None
     ) -> KVStorage:
-        storage: KVStorage = _module("storage").allocate(layout, num_blocks, memory)
+        storage: KVStorage = _module("kv_storage").allocate(layout, num_blocks, memory)
         return storage
 
     def lower(

@@ -1,5 +1,6 @@
-"""Ways to multiply rows by a weight, and the choice among them by CPU, dtype and determinism."""
+"""Products of rows and a weight, and the choice among them by CPU, dtype and determinism."""
 
+import ctypes
 from collections.abc import Callable
 from typing import TypeAlias
 
@@ -7,17 +8,75 @@ import torch
 import torch.nn.functional as F
 
 from sagellm.backends.cpu.binding import Binding
-from sagellm.backends.cpu.native.library import NativeKernels
-from sagellm.backends.cpu.native.packed import pack
+from sagellm.backends.cpu.native.c_structs import NativeLinear
+from sagellm.backends.cpu.native.library import NativeKernels, PanelKind
 
-Linear: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
+
+class PackedLinear:
+    """rows [T, K] float32 -> [T, N] float32; rows may be strided, their elements may not.
+
+    `kernel` names a `multiply` of the library, and `gated` its gated form; `weight`, `scales` and
+    `zeros` are in its order, and live as long as this does, as `bias` [N] float32 does. `address`
+    is where its C `NativeLinear` is, for callers in C: good as long as this lives.
+    """
+
+    def __init__(
+        self,
+        kernels: NativeKernels,
+        kernel: str,
+        weight: torch.Tensor,
+        shape: tuple[int, int],
+        *,
+        gated: str | None = None,
+        bias: torch.Tensor | None = None,
+        scales: torch.Tensor | None = None,
+        zeros: torch.Tensor | None = None,
+        group: int = 0,
+    ) -> None:
+        self.shape = shape  # N, K
+        self._kernels = kernels
+        self._kept = (weight, scales, zeros, bias)
+        pointers = [None if part is None else part.data_ptr() for part in self._kept]
+        run = kernels.function(kernel), kernels.function(gated) if gated else None
+        self._struct = NativeLinear(*run, *pointers, *shape, group)
+        self.address = ctypes.addressof(self._struct)
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        return self._kernels.linear(self.address, rows, self.shape[0])
+
+
+def pack(
+    kernels: NativeKernels,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    kind: PanelKind | None = None,
+) -> PackedLinear:
+    """A copy of weight [N, K], float32 or bfloat16; the same bits for any number of rows.
+
+    `kind` None: what is fastest here for that dtype. "pairs" rounds the rows to bfloat16.
+    """
+    if kind is None:
+        bfloat: PanelKind = "pairs" if kernels.has_pairs else "bfloat"
+        kind = bfloat if weight.dtype == torch.bfloat16 else "float"
+    shape = (weight.shape[0], weight.shape[1])
+    return PackedLinear(
+        kernels,
+        f"sage_multiply_{kind}",
+        kernels.pack(weight, kind),
+        shape,
+        gated=f"sage_gated_{kind}" if kernels.is_gated(*shape) else None,
+        bias=bias,
+    )
+
+
+LinearFunction: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 
 _BLOCK_NUMBERS = 1 << 21  # of a weight at a time in float32: 8 MiB, within the cache
 
 
 def linear(
     binding: Binding, weight: torch.Tensor, bias: torch.Tensor | None, *, exact: bool = False
-) -> Linear:
+) -> LinearFunction:
     """rows [T, K] float32 -> [T, N] float32, for weight [N, K] and bias [N] float32.
 
     Where the CPU has products of bfloat16, rows are rounded to bfloat16 before they meet weights of
@@ -52,12 +111,12 @@ def _cpu_has(feature: str) -> bool:
     return bool(getattr(torch.cpu, f"_is_{feature}_supported", bool)())
 
 
-def plain(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
+def plain(weight: torch.Tensor, bias: torch.Tensor | None) -> LinearFunction:
     """torch's own product."""
     return lambda rows: F.linear(rows, weight, bias)
 
 
-def packed(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
+def packed(weight: torch.Tensor, bias: torch.Tensor | None) -> LinearFunction:
     """oneDNN's product with the weight in its own order: three times faster at few rows."""
     dtype = weight.dtype
     order = torch.ops.mkldnn._reorder_linear_weight(weight, 8)
@@ -72,12 +131,14 @@ def packed(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
     return run
 
 
-def native(kernels: NativeKernels, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
+def native(
+    kernels: NativeKernels, weight: torch.Tensor, bias: torch.Tensor | None
+) -> LinearFunction:
     """The C kernel with the weight in its own order: the same bits for any number of rows."""
     return pack(kernels, weight, bias)
 
 
-def upcast(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
+def upcast(weight: torch.Tensor, bias: torch.Tensor | None) -> LinearFunction:
     """Blocks of the weight are brought to float32, multiplied, and thrown away."""
     blocks = torch.split(weight, max(1, _BLOCK_NUMBERS // weight.shape[1]))
     scratch = torch.empty(0)
@@ -95,7 +156,7 @@ def upcast(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
     return run
 
 
-def row_by_row(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
+def row_by_row(weight: torch.Tensor, bias: torch.Tensor | None) -> LinearFunction:
     """One product a row, each on memory of the same alignment: the same bits in any batch."""
     wide = weight.float()
     return lambda rows: torch.cat(

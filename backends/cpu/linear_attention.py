@@ -6,9 +6,8 @@ from typing import TypeAlias
 import torch
 import torch.nn.functional as F
 
-from sagellm.backends.cpu.binding import Binding
-from sagellm.backends.cpu.step import Step
-from sagellm.graphs.kernels.linear_attention import LinearAttention
+from sagellm.backends.cpu.binding import Binding, ForwardContext
+from sagellm.graphs.kernels.token_mixers import LinearAttention
 
 _CHUNK = 64  # tokens whose products are made at once
 
@@ -23,7 +22,7 @@ def linear_attention(
     """One token after the other where bits must not depend on how a prompt is cut."""
     recurrence = token_by_token if binding.deterministic else in_chunks
 
-    def run(step: Step, *inlets: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def run(step: ForwardContext, *inlets: torch.Tensor) -> tuple[torch.Tensor, ...]:
         q, k, v, gate = (rows.view(len(rows), options.num_heads, -1) for rows in inlets[:4])
         read, written = step.inputs.states
         parts = slice(options.first_block, options.first_block + options.num_blocks)

@@ -7,15 +7,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from sagellm.backends.cpu.native_program import NativeProgram
-from sagellm.backends.cpu.program import CpuProgram
-from sagellm.backends.cpu.storage import CpuStorage
-from sagellm.backends.kv_storage import KVStorage
-from sagellm.backends.protocol import LaunchError, Program
-from sagellm.backends.sampled import Sampled
-from sagellm.backends.sampler import sample
-from sagellm.backends.scoring import score
-from sagellm.backends.step import StepBatch, StepInputs, Ticket
+from sagellm.backends.cpu.kv_storage import CpuStorage
+from sagellm.backends.cpu.program import CpuProgram, NativeProgram
+from sagellm.backends.interface import KVStorage, LaunchError, Program
+from sagellm.backends.sampler import sample, score
+from sagellm.backends.step import Sampled, StepBatch, StepInputs, Ticket
 from sagellm.backends.step_inputs import feed, step_inputs
 
 THREAD_NAME = "sagellm-engine"
@@ -75,7 +71,7 @@ def _computed(launch: _Launch) -> Sampled:
     batch, inputs = launch.batch, launch.inputs
     if batch.after is not None:
         feed(batch, inputs, _sampled_by(batch.after))
-    with launch.program.turn:
+    with launch.program.lock:
         logits = launch.program.run(inputs, launch.storage.pool)
     num_rows = len(batch.rows)
     sampled = sample(logits[:num_rows], batch.rows)

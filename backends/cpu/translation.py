@@ -4,12 +4,65 @@ import ctypes
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from sagellm.backends.cpu.buffers import LOGITS, Buffers, Place
-from sagellm.backends.cpu.native import structs
-from sagellm.backends.cpu.native_kernel import NativeKernel
-from sagellm.backends.plan import Instruction, Plan
+from sagellm.backends.cpu.binding import NativeKernel
+from sagellm.backends.cpu.native import c_structs
+from sagellm.backends.instructions import Instruction, KernelPlan
 from sagellm.graphs.kernels import KERNELS, KV
-from sagellm.graphs.kernels.attention import PagedAttention, Rope
+from sagellm.graphs.kernels.token_mixers import PagedAttention, Rope
+
+
+@dataclass(frozen=True, slots=True)
+class BufferSlice:
+    """Columns `column` .. `column + width` of the rows of a buffer; LOGITS is no arena's."""
+
+    buffer: int
+    column: int
+    width: int
+
+
+LOGITS_BUFFER = -1
+
+
+class Buffers:
+    """Hands out buffers as a plan goes by; each becomes as wide as the widest of its users."""
+
+    def __init__(self) -> None:
+        self._widths: list[int] = []
+        self._users: list[int] = []
+
+    def take(self, widths: Sequence[int]) -> tuple[BufferSlice, ...]:
+        """Matrices side by side in one buffer that nothing else uses."""
+        buffer = self._free_one(sum(widths))
+        self._widths[buffer] = max(self._widths[buffer], sum(widths))
+        self._users[buffer] = len(widths)
+        columns = [sum(widths[:index]) for index in range(len(widths))]
+        pairs = zip(columns, widths, strict=True)
+        return tuple(BufferSlice(buffer, column, width) for column, width in pairs)
+
+    def drop(self, place: BufferSlice) -> None:
+        """Nothing reads this matrix any more."""
+        if place.buffer != LOGITS_BUFFER:
+            self._users[place.buffer] -= 1
+
+    def stride(self, buffer: int) -> int:
+        """Floats from row to row."""
+        return self._widths[buffer]
+
+    def firsts(self) -> tuple[int, ...]:
+        """Floats a row of all buffers before each, and of all together at the end."""
+        return tuple(sum(self._widths[:index]) for index in range(len(self._widths) + 1))
+
+    def _free_one(self, width: int) -> int:
+        free = [index for index, users in enumerate(self._users) if users == 0]
+        wide = [index for index in free if self._widths[index] >= width]
+        if wide:
+            return min(wide, key=self._widths.__getitem__)
+        if free:
+            return max(free, key=self._widths.__getitem__)
+        self._widths.append(0)
+        self._users.append(0)
+        return len(self._widths) - 1
+
 
 _LINEAR, _GATED = "linear", "gated_linear"
 _OPS = (  # in the order of step.h
@@ -44,10 +97,10 @@ class UntranslatableError(Exception):
 class Translation:
     """`instructions` point to `kernels`' weights; the arena takes `num_floats` a row."""
 
-    instructions: "ctypes.Array[structs.Instruction]"
+    instructions: "ctypes.Array[c_structs.NativeInstruction]"
     kernels: tuple[NativeKernel, ...]
     ropes: tuple[Rope, ...]
-    attentions: tuple[structs.Heads, ...]
+    attentions: tuple[c_structs.NativeHeads, ...]
     names: tuple[str, ...]
     num_floats: int
     num_logits: int
@@ -58,11 +111,11 @@ class Translation:
 class _Value:
     """A matrix of floats; `chosen` has a row for each row of logits."""
 
-    place: Place
+    place: BufferSlice
     chosen: bool
 
 
-def translate(plan: Plan, kernels: Sequence[object]) -> Translation:
+def translate(plan: KernelPlan, kernels: Sequence[object]) -> Translation:
     """Raises UntranslatableError where a kernel has one form only, or wires are unusual."""
     native = tuple(kernel for kernel in kernels if isinstance(kernel, NativeKernel))
     if len(native) < len(kernels):
@@ -74,7 +127,7 @@ def translate(plan: Plan, kernels: Sequence[object]) -> Translation:
 
 
 class _Translator:
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: KernelPlan) -> None:
         self._plan = plan
         self._buffers = Buffers()
         self._values: dict[int, _Value] = {}
@@ -126,7 +179,7 @@ class _Translator:
         if step is self._plan.instructions[-1]:
             if step.outputs != (self._plan.logits,):
                 raise UntranslatableError("logits are not the last result")
-            return [_Value(Place(LOGITS, 0, widths[0]), chosen)]
+            return [_Value(BufferSlice(LOGITS_BUFFER, 0, widths[0]), chosen)]
         if op in (_LINEAR, _GATED):
             return [_Value(place, chosen) for place in self._buffers.take(widths)]
         places = [] if op == "kv_write" else [*self._over(step, op, registers)]
@@ -142,7 +195,7 @@ class _Translator:
         self._buffers.drop(place)
         return [_Value(place, outlets[0].chosen)]
 
-    def _over(self, step: Instruction, op: str, registers: Sequence[int]) -> Iterable[Place]:
+    def _over(self, step: Instruction, op: str, registers: Sequence[int]) -> Iterable[BufferSlice]:
         """The first inlet, where nothing else reads it: its place goes to the first result."""
         first = registers[0] if registers else -1
         if op in _IN_PLACE and first in step.dead and registers.count(first) == 1:
@@ -150,7 +203,7 @@ class _Translator:
 
     def translation(self, kernels: tuple[NativeKernel, ...]) -> Translation:
         firsts = self._buffers.firsts()
-        made = (structs.Instruction * len(self._steps))()
+        made = (c_structs.NativeInstruction * len(self._steps))()
         touched = _Touched()
         for target, (kernel, op, inlets, outlets) in zip(made, self._steps, strict=True):
             for name, value in kernel.fields.items():
@@ -177,8 +230,10 @@ class _Translator:
             return self._attentions.setdefault(_kind(kernel.attention), len(self._attentions))
         return 0
 
-    def _locate(self, view: structs.View, place: Place, firsts: Sequence[int]) -> None:
-        if place.buffer == LOGITS:
+    def _locate(
+        self, view: c_structs.NativeView, place: BufferSlice, firsts: Sequence[int]
+    ) -> None:
+        if place.buffer == LOGITS_BUFFER:
             view.first, view.column, view.width = -1, 0, place.width
             return
         view.first, view.column = firsts[place.buffer], place.column
@@ -217,6 +272,6 @@ def _kind(options: PagedAttention) -> PagedAttention:
     )
 
 
-def _heads(options: PagedAttention) -> structs.Heads:
+def _heads(options: PagedAttention) -> c_structs.NativeHeads:
     sizes = (options.num_heads, options.num_kv_heads, options.head_dim)
-    return structs.Heads(*sizes, options.window or 0, options.scale)
+    return c_structs.NativeHeads(*sizes, options.window or 0, options.scale)

@@ -24,7 +24,7 @@ from benchmarks.peers.plan import ERROR, MEMORY, START, Subject, subjects, too_l
 from benchmarks.peers.report import cell_record, table
 from benchmarks.peers.rounds import Found, Rounds
 from benchmarks.peers.timing import Figure, error
-from sagellm.cli.failure import Failure, show
+from sagellm.cli.errors import Failure, show_failure
 from sagellm.graphs.vocabulary import nearest
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -228,7 +228,7 @@ def main() -> int:
     try:
         APP(result_action="return_none")
     except Failure as failure:
-        show(failure)
+        show_failure(failure)
         return failure.code
     return 0
 

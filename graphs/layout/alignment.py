@@ -11,21 +11,21 @@ from math import inf
 from statistics import fmean
 from typing import TypeAlias
 
-from sagellm.graphs.layout.geometry import Cell
+from sagellm.graphs.layout.geometry import GridCell
 
-Neighbours: TypeAlias = Mapping[Cell, Sequence[Cell]]
-Segment: TypeAlias = tuple[Cell, Cell]  # an upper and a lower cell
+Neighbours: TypeAlias = Mapping[GridCell, Sequence[GridCell]]
+Segment: TypeAlias = tuple[GridCell, GridCell]  # an upper and a lower cell
 
 COLUMN_GAP = 28.0
 _NUM_SWEEPS = 8
 
 
 def centres(
-    rows: Sequence[Sequence[Cell]],
+    rows: Sequence[Sequence[GridCell]],
     lower: Neighbours,
     near: tuple[Neighbours, Neighbours],
-    widths: Mapping[Cell, float],
-) -> dict[Cell, float]:
+    widths: Mapping[GridCell, float],
+) -> dict[GridCell, float]:
     """The x of each cell's middle; neighbours of a row keep their order and COLUMN_GAP.
 
     `lower`: every edge; `near`: above each cell, and below it, those that it may stand in line
@@ -41,7 +41,7 @@ def centres(
     return _tightened(rows, lower, _balanced(found, widths), widths)
 
 
-def _crossed(rows: Sequence[Sequence[Cell]], lower: Neighbours) -> set[Segment]:
+def _crossed(rows: Sequence[Sequence[GridCell]], lower: Neighbours) -> set[Segment]:
     """Segments that must not be made straight, as one that is inside a long edge crosses them."""
     crossed: set[Segment] = set()
     for row, below in pairwise(rows):
@@ -58,12 +58,12 @@ def _is_inner(segment: Segment) -> bool:
 
 
 def _blocks(
-    rows: Sequence[Sequence[Cell]],
+    rows: Sequence[Sequence[GridCell]],
     near: tuple[Neighbours, Neighbours],
     crossed: set[Segment],
-) -> dict[Cell, Cell]:
+) -> dict[GridCell, GridCell]:
     """The topmost cell of each cell's block: those that shall stand in one straight line."""
-    root: dict[Cell, Cell] = {cell: cell for row in rows for cell in row}
+    root: dict[GridCell, GridCell] = {cell: cell for row in rows for cell in row}
     for before, row in pairwise(rows):
         place = {cell: n for n, cell in enumerate(before)}
         last = -1
@@ -79,18 +79,20 @@ def _blocks(
 
 
 def _compacted(
-    rows: Sequence[Sequence[Cell]], root: Mapping[Cell, Cell], widths: Mapping[Cell, float]
-) -> dict[Cell, float]:
+    rows: Sequence[Sequence[GridCell]],
+    root: Mapping[GridCell, GridCell],
+    widths: Mapping[GridCell, float],
+) -> dict[GridCell, float]:
     """Blocks as far left as they go; then each as far right as those right of it let it go."""
-    right: dict[Cell, dict[Cell, float]] = {block: {} for block in root.values()}
-    left: dict[Cell, dict[Cell, float]] = {block: {} for block in right}
+    right: dict[GridCell, dict[GridCell, float]] = {block: {} for block in root.values()}
+    left: dict[GridCell, dict[GridCell, float]] = {block: {} for block in right}
     for row in rows:
         for one, other in pairwise(row):
             apart = (widths[one] + widths[other]) / 2 + COLUMN_GAP
             apart = max(apart, right[root[one]].get(root[other], 0.0))
             right[root[one]][root[other]] = left[root[other]][root[one]] = apart
     order = _from_left(left, right)
-    x: dict[Cell, float] = {}
+    x: dict[GridCell, float] = {}
     for block in order:
         x[block] = max((x[one] + apart for one, apart in left[block].items()), default=0.0)
     for block in reversed(order):
@@ -100,8 +102,9 @@ def _compacted(
 
 
 def _from_left(
-    left: Mapping[Cell, Mapping[Cell, float]], right: Mapping[Cell, Mapping[Cell, float]]
-) -> list[Cell]:
+    left: Mapping[GridCell, Mapping[GridCell, float]],
+    right: Mapping[GridCell, Mapping[GridCell, float]],
+) -> list[GridCell]:
     num_left = {block: len(others) for block, others in left.items()}
     order = [block for block, count in num_left.items() if count == 0]
     for block in order:  # grows while it is walked
@@ -113,11 +116,11 @@ def _from_left(
 
 
 def _balanced(
-    found: Sequence[Mapping[Cell, float]], widths: Mapping[Cell, float]
-) -> dict[Cell, float]:
+    found: Sequence[Mapping[GridCell, float]], widths: Mapping[GridCell, float]
+) -> dict[GridCell, float]:
     """The mean of the two medians, after all were moved to the sides of the narrowest layout."""
 
-    def side(x: Mapping[Cell, float], pick: Callable[..., float], sign: int) -> float:
+    def side(x: Mapping[GridCell, float], pick: Callable[..., float], sign: int) -> float:
         return pick((value + sign * widths[cell] / 2 for cell, value in x.items()), default=0.0)
 
     lefts = [side(x, min, -1) for x in found]
@@ -134,14 +137,14 @@ def _balanced(
 
 
 def _tightened(
-    rows: Sequence[Sequence[Cell]],
+    rows: Sequence[Sequence[GridCell]],
     lower: Neighbours,
-    x: dict[Cell, float],
-    widths: Mapping[Cell, float],
-) -> dict[Cell, float]:
+    x: dict[GridCell, float],
+    widths: Mapping[GridCell, float],
+) -> dict[GridCell, float]:
     """Straight lines as near to the mean of what they are joined to as their rows leave room."""
     lines = _straight(lower, x)
-    joined: dict[Cell, list[Cell]] = {cell: [] for cell in x}
+    joined: dict[GridCell, list[GridCell]] = {cell: [] for cell in x}
     for cell, ends in lower.items():
         for end in ends:
             joined[cell].append(end)
@@ -159,9 +162,9 @@ def _tightened(
     return x
 
 
-def _straight(lower: Neighbours, x: Mapping[Cell, float]) -> list[list[Cell]]:
+def _straight(lower: Neighbours, x: Mapping[GridCell, float]) -> list[list[GridCell]]:
     """Cells that edges join and that stand exactly below each other."""
-    lines: dict[Cell, list[Cell]] = {cell: [cell] for cell in x}
+    lines: dict[GridCell, list[GridCell]] = {cell: [cell] for cell in x}
     for cell, ends in lower.items():
         for end in ends:
             if abs(x[cell] - x[end]) < 1e-6 and lines[cell] is not lines[end]:
@@ -174,17 +177,19 @@ def _straight(lower: Neighbours, x: Mapping[Cell, float]) -> list[list[Cell]]:
 class _Room:
     """How far a cell may go to either side before it comes too near to the next of its row."""
 
-    def __init__(self, rows: Sequence[Sequence[Cell]], widths: Mapping[Cell, float]) -> None:
+    def __init__(
+        self, rows: Sequence[Sequence[GridCell]], widths: Mapping[GridCell, float]
+    ) -> None:
         self._before = {right: left for row in rows for left, right in pairwise(row)}
         self._after = {left: right for right, left in self._before.items()}
         self._widths = widths
 
-    def left(self, cell: Cell, x: Mapping[Cell, float]) -> float:
+    def left(self, cell: GridCell, x: Mapping[GridCell, float]) -> float:
         return self._between(self._before[cell], cell, x) if cell in self._before else inf
 
-    def right(self, cell: Cell, x: Mapping[Cell, float]) -> float:
+    def right(self, cell: GridCell, x: Mapping[GridCell, float]) -> float:
         return self._between(cell, self._after[cell], x) if cell in self._after else inf
 
-    def _between(self, left: Cell, right: Cell, x: Mapping[Cell, float]) -> float:
+    def _between(self, left: GridCell, right: GridCell, x: Mapping[GridCell, float]) -> float:
         least = (self._widths[left] + self._widths[right]) / 2 + COLUMN_GAP
         return max(x[right] - x[left] - least, 0.0)

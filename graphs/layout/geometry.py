@@ -7,7 +7,9 @@ from typing import TypeAlias
 Point: TypeAlias = tuple[float, float]
 Size: TypeAlias = tuple[float, float]  # width and height
 Stroke: TypeAlias = tuple[Point, ...]  # a line; neighbours that share neither x nor y are a bend
-Cell: TypeAlias = str | tuple[int, int]  # a box by name, or an edge's number and the row it crosses
+GridCell: TypeAlias = (
+    str | tuple[int, int]
+)  # a box by name, or an edge's number and the row it crosses
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,15 +38,15 @@ class Box:
 
 
 @dataclass(frozen=True, slots=True)
-class Route:
+class EdgeRoute:
     """An edge from its source to its target: strokes, interrupted by the label where it has one."""
 
     strokes: tuple[Stroke, ...]
     label: Box | None = None
 
-    def moved(self, dx: float, dy: float) -> "Route":
+    def moved(self, dx: float, dy: float) -> "EdgeRoute":
         strokes = tuple(tuple((x + dx, y + dy) for x, y in stroke) for stroke in self.strokes)
-        return Route(strokes, self.label and self.label.moved(dx, dy))
+        return EdgeRoute(strokes, self.label and self.label.moved(dx, dy))
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +55,6 @@ class Layout:
 
     boxes: Mapping[str, Box]
     frames: Mapping[str, Box]
-    routes: tuple[Route, ...]
+    routes: tuple[EdgeRoute, ...]
     width: float
     height: float

@@ -1,47 +1,99 @@
-"""Rows of cells: what stands in each row of a layered layout, and what edges join."""
+"""Rows of cells of a layered layout, ordered so that few edges cross."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import combinations, pairwise
+from statistics import fmean
 from typing import TypeAlias
 
 from sagellm.graphs.layout.alignment import COLUMN_GAP, centres
-from sagellm.graphs.layout.crossings import ordered
-from sagellm.graphs.layout.geometry import Cell, Size
-from sagellm.graphs.layout.ranks import Band, Link, ranks, shortcuts, spine
+from sagellm.graphs.layout.geometry import GridCell, Size
+from sagellm.graphs.layout.ranks import Band, LayoutEdge, ranks, shortcuts, spine
+
+_NUM_SWEEPS = 12
+
+
+def ordered(
+    rows: Sequence[Sequence[GridCell]],
+    upper: Mapping[GridCell, Sequence[GridCell]],
+    lower: Mapping[GridCell, Sequence[GridCell]],
+    first: frozenset[GridCell],
+) -> list[list[GridCell]]:
+    """The rows, each sorted by the mean place of its neighbours, sweeping down and up in turn.
+
+    The best of all sweeps is returned. Cells of `first` stay at the left of their rows.
+    """
+    now = [sorted(row, key=lambda cell: cell not in first) for row in rows]
+    best, fewest = [list(row) for row in now], num_crossings(now, lower)
+    for sweep in range(_NUM_SWEEPS):
+        near = lower if sweep % 2 else upper
+        _sweep(now[::-1] if sweep % 2 else now, near, first)
+        if (count := num_crossings(now, lower)) < fewest:
+            best, fewest = [list(row) for row in now], count
+    return best
+
+
+def _sweep(
+    rows: Sequence[list[GridCell]],
+    near: Mapping[GridCell, Sequence[GridCell]],
+    first: frozenset[GridCell],
+) -> None:
+    place = {cell: float(n) for row in rows for n, cell in enumerate(row)}
+    for row in rows:
+        wish = {c: fmean(place[o] for o in near[c]) if near[c] else place[c] for c in row}
+        row.sort(key=lambda cell: (cell not in first, wish[cell]))
+        place.update({cell: float(n) for n, cell in enumerate(row)})
+
+
+def num_crossings(
+    rows: Sequence[Sequence[GridCell]], lower: Mapping[GridCell, Sequence[GridCell]]
+) -> int:
+    """How many pairs of edges between two rows cross."""
+    return sum(_between(row, below, lower) for row, below in pairwise(rows))
+
+
+def _between(
+    row: Sequence[GridCell], below: Sequence[GridCell], lower: Mapping[GridCell, Sequence[GridCell]]
+) -> int:
+    place = {cell: n for n, cell in enumerate(below)}
+    ends = [[place[end] for end in lower[cell]] for cell in row]
+    return sum(
+        right < left for one, other in combinations(ends, 2) for left in one for right in other
+    )
+
 
 THREAD_WIDTH = 10.0  # what an edge needs in a row that it only crosses
 
-Thread: TypeAlias = tuple[Cell, ...]  # the cells of one edge from top to bottom; none of a loop
+Thread: TypeAlias = tuple[GridCell, ...]  # the cells of one edge from top to bottom; none of a loop
 
 
 @dataclass(frozen=True, slots=True)
 class Grid:
     """The cells of each row from left to right. `labels`: the row of the label of an edge."""
 
-    rows: Sequence[Sequence[Cell]]
+    rows: Sequence[Sequence[GridCell]]
     row_of: Mapping[str, int]
     threads: Sequence[Thread]
     labels: Mapping[int, int]
-    widths: Mapping[Cell, float]
-    centres: Mapping[Cell, float]
+    widths: Mapping[GridCell, float]
+    centres: Mapping[GridCell, float]
 
-    def is_label(self, cell: Cell) -> bool:
+    def is_label(self, cell: GridCell) -> bool:
         return isinstance(cell, tuple) and self.labels.get(cell[0]) == cell[1]
 
 
-def grid(sizes: Mapping[str, Size], links: Sequence[Link], bands: Sequence[Band]) -> Grid:
+def grid(sizes: Mapping[str, Size], links: Sequence[LayoutEdge], bands: Sequence[Band]) -> Grid:
     """Cells in rows, in an order with few crossings, neighbours apart."""
     rank = ranks(list(sizes), links, bands)
     row_of, labels = _numbered(rank, links)
     threads = [_thread(number, link, row_of) for number, link in enumerate(links)]
-    rows: list[list[Cell]] = [[] for _ in range(max(row_of.values(), default=-1) + 1)]
+    rows: list[list[GridCell]] = [[] for _ in range(max(row_of.values(), default=-1) + 1)]
     for name, row in row_of.items():
         rows[row].append(name)
     for cell in (cell for thread in threads for cell in thread if isinstance(cell, tuple)):
         rows[cell[1]].append(cell)
     upper, lower = _neighbours(rows, threads)
-    first: frozenset[Cell] = frozenset(band.title for band in bands)
+    first: frozenset[GridCell] = frozenset(band.title for band in bands)
     in_order = ordered(rows, upper, lower, first)
     widths = _widths(in_order, sizes, links, labels)
     near = _neighbours(rows, threads, _grades(rank, links))
@@ -50,7 +102,7 @@ def grid(sizes: Mapping[str, Size], links: Sequence[Link], bands: Sequence[Band]
 
 
 def _numbered(
-    rank: Mapping[str, int], links: Sequence[Link]
+    rank: Mapping[str, int], links: Sequence[LayoutEdge]
 ) -> tuple[dict[str, int], dict[int, int]]:
     """The row of each box, and that of each label: a row between two ranks, where one is needed."""
     gaps = {n: _label_gap(link, rank) for n, link in enumerate(links) if _has_row(link)}
@@ -60,17 +112,17 @@ def _numbered(
     return row_of, {number: row_of_gap[gap] for number, gap in gaps.items()}
 
 
-def _has_row(link: Link) -> bool:
+def _has_row(link: LayoutEdge) -> bool:
     return link.label_width > 0 and not link.is_loop
 
 
-def _label_gap(link: Link, rank: Mapping[str, int]) -> int:
+def _label_gap(link: LayoutEdge, rank: Mapping[str, int]) -> int:
     """The number of the rank after which the label stands."""
     upper, lower = sorted((link.source, link.target), key=lambda name: rank[name])
     return rank[lower] - 1 if link.at_target == (lower == link.target) else rank[upper]
 
 
-def _thread(number: int, link: Link, row_of: Mapping[str, int]) -> Thread:
+def _thread(number: int, link: LayoutEdge, row_of: Mapping[str, int]) -> Thread:
     if link.is_loop:
         return ()
     upper, lower = sorted((link.source, link.target), key=lambda name: row_of[name])
@@ -78,7 +130,7 @@ def _thread(number: int, link: Link, row_of: Mapping[str, int]) -> Thread:
     return (upper, *((number, row) for row in crossed), lower)
 
 
-def _grades(rank: Mapping[str, int], links: Sequence[Link]) -> list[int]:
+def _grades(rank: Mapping[str, int], links: Sequence[LayoutEdge]) -> list[int]:
     """How much a box shall stand in line with its neighbour along each link; 0 comes first."""
     first, last = spine(rank, links), shortcuts(rank, links)
     return [
@@ -88,17 +140,17 @@ def _grades(rank: Mapping[str, int], links: Sequence[Link]) -> list[int]:
 
 
 def _neighbours(
-    rows: Sequence[Sequence[Cell]], threads: Sequence[Thread], grades: Sequence[int] = ()
-) -> tuple[dict[Cell, list[Cell]], dict[Cell, list[Cell]]]:
+    rows: Sequence[Sequence[GridCell]], threads: Sequence[Thread], grades: Sequence[int] = ()
+) -> tuple[dict[GridCell, list[GridCell]], dict[GridCell, list[GridCell]]]:
     """For each cell those above, and those below, that an edge joins it to.
 
     Of the edges at one side of a box only those of the first grade there count.
     """
     grades = grades or [0] * len(threads)
-    sides: tuple[dict[Cell, list[Cell]], ...] = ({}, {})
+    sides: tuple[dict[GridCell, list[GridCell]], ...] = ({}, {})
     for cell in (cell for row in rows for cell in row):
         sides[0][cell], sides[1][cell] = [], []
-    best: dict[tuple[int, Cell], int] = {}
+    best: dict[tuple[int, GridCell], int] = {}
     for number in sorted(range(len(threads)), key=lambda n: grades[n]):
         for above, below in pairwise(threads[number]):
             for side, cell, other in ((0, below, above), (1, above, below)):
@@ -108,12 +160,12 @@ def _neighbours(
 
 
 def _widths(
-    rows: Sequence[Sequence[Cell]],
+    rows: Sequence[Sequence[GridCell]],
     sizes: Mapping[str, Size],
-    links: Sequence[Link],
+    links: Sequence[LayoutEdge],
     labels: Mapping[int, int],
-) -> dict[Cell, float]:
-    widths: dict[Cell, float] = {}
+) -> dict[GridCell, float]:
+    widths: dict[GridCell, float] = {}
     for cell in (cell for row in rows for cell in row):
         if isinstance(cell, str):
             widths[cell] = sizes[cell][0]

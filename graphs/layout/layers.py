@@ -1,18 +1,83 @@
-"""A layered layout: boxes and labels in rows from top to bottom, edges as lines between rows.
+"""A layered layout: boxes and labels in rows, edges as lines between rows.
 
-After Sugiyama, Tagawa, Toda (1981). A label is a cell of a row like a box, and so is an edge in a
-row that it crosses: the order and the distances of cells keep all of them apart.
+After Sugiyama, Tagawa, Toda (1981).
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import TypeAlias
 
 from sagellm.graphs.layout.alignment import COLUMN_GAP
-from sagellm.graphs.layout.geometry import Box, Cell, Layout, Point, Route, Size
+from sagellm.graphs.layout.geometry import Box, EdgeRoute, GridCell, Layout, Point, Size
 from sagellm.graphs.layout.grid import Grid, grid
-from sagellm.graphs.layout.ports import Lines, lines, widest_bends
-from sagellm.graphs.layout.ranks import Band, Link
+from sagellm.graphs.layout.ranks import Band, LayoutEdge
+
+PORT_GAP = 14.0
+_INSET = 8.0  # from the corner of a box
+
+Lines: TypeAlias = list[list[float]]  # of each edge the x of each cell of its thread
+
+
+def lines(grid: Grid, sizes: Mapping[str, Size]) -> Lines:
+    """The x of each edge in each row from its upper box to its lower one; empty for a loop."""
+    found = [[grid.centres[cell] for cell in thread] for thread in grid.threads]
+    for at, towards in ((0, 1), (-1, -2)):
+        sides: dict[GridCell, list[int]] = defaultdict(list)
+        for number, thread in enumerate(grid.threads):
+            if thread:
+                sides[thread[at]].append(number)
+        for name, numbers in sides.items():
+            places = _places(grid, numbers, towards)
+            wish = [found[number][towards] for number in places]
+            ports = spread(wish, grid.centres[name], sizes[str(name)][0])
+            for number, x in zip(places, ports, strict=True):
+                found[number][at] = x
+    return found
+
+
+def _places(grid: Grid, numbers: Sequence[int], towards: int) -> list[int]:
+    """The edges of one side of a box, from left to right."""
+    return sorted(numbers, key=lambda number: grid.centres[grid.threads[number][towards]])
+
+
+def spread(wish: Sequence[float], centre: float, width: float) -> list[float]:
+    """The places nearest to the sorted `wish` on a side of that width, PORT_GAP apart.
+
+    Where they have no room they share the side evenly.
+    """
+    room = width - 2 * _INSET
+    if (len(wish) - 1) * PORT_GAP > room:
+        step = width / (len(wish) + 1)
+        return [centre - width / 2 + step * (n + 1) for n in range(len(wish))]
+    apart = [wanted - PORT_GAP * n for n, wanted in enumerate(wish)]
+    left, right = centre - room / 2, centre + room / 2 - PORT_GAP * (len(wish) - 1)
+    held = (min(max(x, left), right) for x in _rising(apart))
+    return [x + PORT_GAP * n for n, x in enumerate(held)]
+
+
+def _rising(values: Sequence[float]) -> list[float]:
+    """The nearest values, by least squares, that never fall: pool adjacent violators."""
+    pools: list[tuple[float, int]] = []
+    for value in values:
+        mean, size = value, 1
+        while pools and pools[-1][0] >= mean:
+            before, others = pools.pop()
+            mean, size = (before * others + mean * size) / (others + size), others + size
+        pools.append((mean, size))
+    return [mean for mean, size in pools for _ in range(size)]
+
+
+def widest_bends(grid: Grid, found: Lines) -> list[float]:
+    """After each row, how far to the side an edge goes on its way to the next row at most."""
+    widest = [0.0] * len(grid.rows)
+    for thread, line in zip(grid.threads, found, strict=True):
+        row = grid.row_of[str(thread[0])] if thread else 0
+        for step, (x, next_x) in enumerate(pairwise(line)):
+            widest[row + step] = max(widest[row + step], abs(next_x - x))
+    return widest
+
 
 MARGIN = 24.0
 LABEL_HEIGHT = 15.0
@@ -22,7 +87,9 @@ HEAD_ROOM = 10.0  # straight into a box, and out of one, so that heads stand upr
 _BENDS = 12.0, 32.0  # the least and the greatest height of a bend
 
 
-def lay_out(sizes: Mapping[str, Size], links: Sequence[Link], bands: Sequence[Band] = ()) -> Layout:
+def lay_out(
+    sizes: Mapping[str, Size], links: Sequence[LayoutEdge], bands: Sequence[Band] = ()
+) -> Layout:
     """Place boxes of the given (width, height), the titles of bands among them.
 
     No two boxes or labels touch, and no edge crosses one. A box is taller than given where its
@@ -39,7 +106,7 @@ def lay_out(sizes: Mapping[str, Size], links: Sequence[Link], bands: Sequence[Ba
     return _in_view(boxes, frames, [drawn.route(number) for number in range(len(links))])
 
 
-def _with_loops(sizes: Mapping[str, Size], links: Sequence[Link]) -> dict[str, Size]:
+def _with_loops(sizes: Mapping[str, Size], links: Sequence[LayoutEdge]) -> dict[str, Size]:
     num_loops = Counter(link.source for link in links if link.is_loop)
     return {
         name: (width, max(height, num_loops[name] * LOOP_HEIGHT))
@@ -90,7 +157,7 @@ class _Drawn:
     """All that the way of an edge depends on."""
 
     cells: Grid
-    links: Sequence[Link]
+    links: Sequence[LayoutEdge]
     ways: Lines
     spans: Sequence[Point]
     boxes: Mapping[str, Box]
@@ -115,7 +182,7 @@ class _Drawn:
                     width = self.links[number].label_width if self.cells.is_label(cell) else 0.0
                     yield x - width / 2, width
 
-    def route(self, number: int) -> Route:
+    def route(self, number: int) -> EdgeRoute:
         link, thread = self.links[number], self.cells.threads[number]
         if link.is_loop:
             return self._loop(number)
@@ -130,9 +197,11 @@ class _Drawn:
             strokes[-1] += after
         if thread[0] != link.source:
             strokes = [stroke[::-1] for stroke in reversed(strokes)]
-        return Route(tuple(tuple(dict.fromkeys(stroke)) for stroke in strokes), label)
+        return EdgeRoute(tuple(tuple(dict.fromkeys(stroke)) for stroke in strokes), label)
 
-    def _passed(self, cell: Cell, x: float, *, is_first: bool) -> tuple[list[Point], list[Point]]:
+    def _passed(
+        self, cell: GridCell, x: float, *, is_first: bool
+    ) -> tuple[list[Point], list[Point]]:
         """The points at the top and at the bottom of a row.
 
         Of a box they are on one side only, with a straight way to the end of the row: others in the
@@ -146,7 +215,7 @@ class _Drawn:
             return [], [(x, self.boxes[cell].bottom), (x, bottom + HEAD_ROOM)]
         return [(x, top - HEAD_ROOM), (x, self.boxes[cell].y)], []
 
-    def _loop(self, number: int) -> Route:
+    def _loop(self, number: int) -> EdgeRoute:
         """Out at the right side of a box and back; loops of one box stand below each other."""
         link, box = self.links[number], self.boxes[self.links[number].source]
         mine = [n for n, one in enumerate(self.links) if one.is_loop and one.source == link.source]
@@ -156,11 +225,11 @@ class _Drawn:
         stroke = ((box.right, out), (lane, out), (lane, back), (box.right, back))
         corner = lane + 5, middle - LABEL_HEIGHT / 2
         label = Box(*corner, link.label_width, LABEL_HEIGHT) if link.label_width else None
-        return Route((stroke,), label)
+        return EdgeRoute((stroke,), label)
 
 
 def _in_view(
-    boxes: Mapping[str, Box], frames: Mapping[str, Box], routes: Sequence[Route]
+    boxes: Mapping[str, Box], frames: Mapping[str, Box], routes: Sequence[EdgeRoute]
 ) -> Layout:
     """Everything moved so that nothing is left of the margin, or above it."""
     held = [*boxes.values(), *frames.values(), *_covered(routes)]
@@ -175,7 +244,7 @@ def _in_view(
     )
 
 
-def _covered(routes: Sequence[Route]) -> Iterator[Box]:
+def _covered(routes: Sequence[EdgeRoute]) -> Iterator[Box]:
     for route in routes:
         yield from (Box(x, y, 0, 0) for stroke in route.strokes for x, y in stroke)
         if route.label:

@@ -10,7 +10,7 @@ _END = "\0end"  # of a band, after its title; no box is named so
 
 
 @dataclass(frozen=True, slots=True)
-class Link:
+class LayoutEdge:
     """An edge to draw. `is_back`: it may lead up. `label_width` 0: it has no label.
 
     A label stands after the row of the source, or before that of the target with `at_target`.
@@ -37,7 +37,9 @@ class Band:
     members: tuple[str, ...]
 
 
-def ranks(names: Sequence[str], links: Sequence[Link], bands: Sequence[Band]) -> dict[str, int]:
+def ranks(
+    names: Sequence[str], links: Sequence[LayoutEdge], bands: Sequence[Band]
+) -> dict[str, int]:
     """Longest path from above, counted from 0. No two ends of a link share a rank, loops aside.
 
     A band has its title above its members. What feeds a member is above the title, and what a
@@ -51,11 +53,11 @@ def ranks(names: Sequence[str], links: Sequence[Link], bands: Sequence[Band]) ->
     return _dense({name: found[name] for name in names})
 
 
-def _forward(links: Iterable[Link]) -> list[Pair]:
+def _forward(links: Iterable[LayoutEdge]) -> list[Pair]:
     return [(link.source, link.target) for link in links if not (link.is_back or link.is_loop)]
 
 
-def _around(links: Sequence[Link], bands: Iterable[Band]) -> Iterable[Pair]:
+def _around(links: Sequence[LayoutEdge], bands: Iterable[Band]) -> Iterable[Pair]:
     forward = _forward(links)
     for band in bands:
         members, end = set(band.members), band.title + _END
@@ -99,7 +101,7 @@ def _dense(rank: Mapping[str, int]) -> dict[str, int]:
     return {name: number[value] for name, value in rank.items()}
 
 
-def shortcuts(rank: Mapping[str, int], links: Sequence[Link]) -> frozenset[int]:
+def shortcuts(rank: Mapping[str, int], links: Sequence[LayoutEdge]) -> frozenset[int]:
     """The numbers of the links whose ends a longer way joins too."""
     below: dict[str, set[str]] = {name: set() for name in rank}
     for link in links:
@@ -119,12 +121,12 @@ def shortcuts(rank: Mapping[str, int], links: Sequence[Link]) -> frozenset[int]:
     )
 
 
-def _ends(rank: Mapping[str, int], link: Link) -> Pair:
+def _ends(rank: Mapping[str, int], link: LayoutEdge) -> Pair:
     upper, lower = sorted((link.source, link.target), key=lambda name: rank[name])
     return upper, lower
 
 
-def spine(rank: Mapping[str, int], links: Sequence[Link]) -> frozenset[int]:
+def spine(rank: Mapping[str, int], links: Sequence[LayoutEdge]) -> frozenset[int]:
     """The numbers of the links of one longest way from the lowest box up, all of priority 0."""
     above: dict[str, list[int]] = {name: [] for name in rank}
     for number, link in enumerate(links):

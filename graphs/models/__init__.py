@@ -1,13 +1,13 @@
 """Model builders: from a parsed config.json to the kernel graph of one forward step."""
 
+from sagellm.graphs.diagnostics import UnsupportedModel
 from sagellm.graphs.ir import Graph
 from sagellm.graphs.models import llama, mistral, qwen2, qwen3
 from sagellm.graphs.models.config import Config
 from sagellm.graphs.models.facts import ModelFacts, facts_of
-from sagellm.graphs.models.family import Family
-from sagellm.graphs.models.unsupported import UnsupportedModel
+from sagellm.graphs.models.family import ModelFamily
 
-FAMILIES: dict[str, Family] = {
+FAMILIES: dict[str, ModelFamily] = {
     module.FAMILY.architecture: module.FAMILY for module in (llama, mistral, qwen2, qwen3)
 }
 
@@ -33,7 +33,7 @@ def check(config: Config) -> None:
     facts_of(config, _family(config).shape(config), Graph("unbuilt", "kernel"))
 
 
-def _family(config: Config) -> Family:
+def _family(config: Config) -> ModelFamily:
     """An unknown architecture is never taken for a slip: the nearest name is another model."""
     named = config.get("architectures")
     name = named[0] if isinstance(named, list | tuple) and named else named

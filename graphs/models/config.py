@@ -4,9 +4,9 @@ import sys
 from collections.abc import Mapping
 from typing import TypeAlias
 
-from sagellm.graphs.kernels.attention import Rope
+from sagellm.graphs.diagnostics import UnsupportedModel
+from sagellm.graphs.kernels.token_mixers import Rope
 from sagellm.graphs.models.quantisation import stored_quantisation
-from sagellm.graphs.models.unsupported import UnsupportedModel
 
 Config: TypeAlias = Mapping[str, object]
 

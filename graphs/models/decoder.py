@@ -1,12 +1,69 @@
-"""A pre-norm decoder with gated MLP as a kernel graph: what all families here share."""
+"""A pre-norm decoder with gated MLP as a kernel graph, shared by all model families."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TypeAlias
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple, TypeAlias
 
-from sagellm.graphs.ir import Graph
-from sagellm.graphs.kernels.attention import Rope
-from sagellm.graphs.models.assembly import Assembly, Wire
+from sagellm.graphs.ir import SINK, SOURCE, Edge, FrozenMap, Graph, Node
+from sagellm.graphs.kernels.kernel import KV
+from sagellm.graphs.kernels.token_mixers import Rope
+
+
+class NodeOutlet(NamedTuple):
+    """An outlet of a node."""
+
+    node: str
+    outlet: str = "out"
+
+
+class KernelGraphBuilder:
+    """A kernel graph in the making; `state` is the wire that holds the KV state now."""
+
+    def __init__(self, name: str, dtype: str) -> None:
+        self.name = name
+        self.dtype = dtype
+        self.state = NodeOutlet(SOURCE, KV)
+        self._nodes: list[Node] = []
+        self._edges: list[Edge] = []
+
+    @property
+    def graph(self) -> Graph:
+        attrs = FrozenMap({"dtype": self.dtype})
+        return Graph(self.name, "kernel", tuple(self._nodes), tuple(self._edges), attrs)
+
+    def step_input(self, name: str) -> NodeOutlet:
+        return NodeOutlet(SOURCE, name)
+
+    def add(
+        self, name: str, op: str, wires: Mapping[str, NodeOutlet], **options: object
+    ) -> NodeOutlet:
+        """A node fed by `wires` (inlet -> wire); the wire of its outlet `out`."""
+        self._nodes.append(Node(name, op).with_attrs(**options))
+        for inlet, wire in wires.items():
+            self._edges.append(Edge(wire.node, name, wire.outlet, inlet))
+        return NodeOutlet(name)
+
+    def add_stateful(
+        self,
+        name: str,
+        op: str,
+        wires: Mapping[str, NodeOutlet],
+        inputs: tuple[str, ...],
+        **options: object,
+    ) -> NodeOutlet:
+        """A node that the KV state goes through, fed by step inputs of the inlets' names too."""
+        given = {inlet: self.step_input(inlet) for inlet in inputs}
+        out = self.add(name, op, {**wires, **given, KV: self.state}, **options)
+        self.state = NodeOutlet(name, KV)
+        return out
+
+    def sink(self, inlet: str, wire: NodeOutlet) -> None:
+        self._edges.append(Edge(wire.node, SINK, wire.outlet, inlet))
+
+    @staticmethod
+    def record(options: Any) -> dict[str, object]:
+        """The attributes that say `options`, a dataclass."""
+        return asdict(options)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +89,7 @@ class Decoder:
 
 
 # From the normed rows of a layer to what is added to its rows: attention, or what replaces it.
-Mixer: TypeAlias = Callable[[Assembly, Decoder, int, Wire], Wire]
+Mixer: TypeAlias = Callable[[KernelGraphBuilder, Decoder, int, NodeOutlet], NodeOutlet]
 
 
 def decoder_graph(shape: Decoder, mixer: Mixer | None = None) -> Graph:
@@ -40,7 +97,7 @@ def decoder_graph(shape: Decoder, mixer: Mixer | None = None) -> Graph:
 
     `mixer` builds what tokens of a layer see of each other, where it is not attention in all.
     """
-    build = Assembly(shape.family, shape.dtype)
+    build = KernelGraphBuilder(shape.family, shape.dtype)
     ids = build.step_input("token_ids")
     weight, sizes = "model.embed_tokens.weight", (shape.vocab_size, shape.hidden_size)
     options = {"weight": weight, "vocab_size": sizes[0], "size": sizes[1], "dtype": shape.dtype}
@@ -53,7 +110,9 @@ def decoder_graph(shape: Decoder, mixer: Mixer | None = None) -> Graph:
     return build.graph
 
 
-def _mixed(build: Assembly, shape: Decoder, layer: int, rows: Wire, mixer: Mixer) -> Wire:
+def _mixed(
+    build: KernelGraphBuilder, shape: Decoder, layer: int, rows: NodeOutlet, mixer: Mixer
+) -> NodeOutlet:
     """rows + mixer(norm(rows))."""
     name = f"layer{layer}"
     normed = _norm(build, shape, f"{name}_input_norm", _path(layer, "input_layernorm"), rows)
@@ -61,14 +120,18 @@ def _mixed(build: Assembly, shape: Decoder, layer: int, rows: Wire, mixer: Mixer
     return build.add(f"{name}_attention_add", "add", {"a": rows, "b": out})
 
 
-def attention(build: Assembly, shape: Decoder, layer: int, normed: Wire) -> Wire:
+def attention(
+    build: KernelGraphBuilder, shape: Decoder, layer: int, normed: NodeOutlet
+) -> NodeOutlet:
     """Softmax attention with rotated queries and keys: the Mixer of most layers."""
     name = f"layer{layer}"
     q = _heads(build, shape, layer, "q", normed)
     k = _heads(build, shape, layer, "k", normed)
     v = _project(build, shape, layer, "v", normed)
-    build.thread(f"{name}_kv_write", "kv_write", {"k": k, "v": v}, ("slots",), **_kv(shape, layer))
-    mixed = build.thread(
+    build.add_stateful(
+        f"{name}_kv_write", "kv_write", {"k": k, "v": v}, ("slots",), **_kv(shape, layer)
+    )
+    mixed = build.add_stateful(
         f"{name}_attention",
         "paged_attention",
         {"q": q},
@@ -83,7 +146,7 @@ def attention(build: Assembly, shape: Decoder, layer: int, normed: Wire) -> Wire
     return linear(build, f"{name}_o_proj", path, mixed, sizes, shape.output_bias)
 
 
-def _mlp(build: Assembly, shape: Decoder, layer: int, rows: Wire) -> Wire:
+def _mlp(build: KernelGraphBuilder, shape: Decoder, layer: int, rows: NodeOutlet) -> NodeOutlet:
     """rows + down(silu(gate(norm(rows))) * up(norm(rows)))."""
     name, bias = f"layer{layer}", shape.mlp_bias
     up, down = (
@@ -104,7 +167,7 @@ def _mlp(build: Assembly, shape: Decoder, layer: int, rows: Wire) -> Wire:
     return build.add(f"{name}_mlp_add", "add", {"a": rows, "b": out})
 
 
-def _head(build: Assembly, shape: Decoder, rows: Wire) -> Wire:
+def _head(build: KernelGraphBuilder, shape: Decoder, rows: NodeOutlet) -> NodeOutlet:
     """Logits of the wanted rows alone: they are chosen before the last norm."""
     chosen = build.step_input("logit_rows")
     rows = build.add("logit_rows", "select_rows", {"in": rows, "rows": chosen})
@@ -113,7 +176,9 @@ def _head(build: Assembly, shape: Decoder, rows: Wire) -> Wire:
     return linear(build, "lm_head", path, rows, (shape.hidden_size, shape.vocab_size), False)
 
 
-def _heads(build: Assembly, shape: Decoder, layer: int, role: str, rows: Wire) -> Wire:
+def _heads(
+    build: KernelGraphBuilder, shape: Decoder, layer: int, role: str, rows: NodeOutlet
+) -> NodeOutlet:
     """Queries or keys: projected, normalised where the family does, rotated."""
     name = f"layer{layer}_{role}"
     heads = _project(build, shape, layer, role, rows)
@@ -125,7 +190,9 @@ def _heads(build: Assembly, shape: Decoder, layer: int, role: str, rows: Wire) -
     return build.add(f"{name}_rope", "rope", wires, **build.record(shape.rope))
 
 
-def _project(build: Assembly, shape: Decoder, layer: int, role: str, rows: Wire) -> Wire:
+def _project(
+    build: KernelGraphBuilder, shape: Decoder, layer: int, role: str, rows: NodeOutlet
+) -> NodeOutlet:
     num_heads = shape.num_heads if role == "q" else shape.num_kv_heads
     path, sizes = (
         _path(layer, f"self_attn.{role}_proj"),
@@ -138,8 +205,13 @@ def _project(build: Assembly, shape: Decoder, layer: int, role: str, rows: Wire)
 
 
 def linear(
-    build: Assembly, name: str, path: str, rows: Wire, sizes: tuple[int, int], bias: bool
-) -> Wire:
+    build: KernelGraphBuilder,
+    name: str,
+    path: str,
+    rows: NodeOutlet,
+    sizes: tuple[int, int],
+    bias: bool,
+) -> NodeOutlet:
     """A linear of the weight `path`, `sizes` in and out."""
     options: dict[str, object] = {"in_features": sizes[0], "out_features": sizes[1]}
     if bias:
@@ -147,7 +219,9 @@ def linear(
     return build.add(name, "linear", {"in": rows}, weight=f"{path}.weight", **options)
 
 
-def _norm(build: Assembly, shape: Decoder, name: str, path: str, rows: Wire) -> Wire:
+def _norm(
+    build: KernelGraphBuilder, shape: Decoder, name: str, path: str, rows: NodeOutlet
+) -> NodeOutlet:
     options = {"weight": f"{path}.weight", "size": shape.hidden_size, "epsilon": shape.epsilon}
     return build.add(name, "rms_norm", {"in": rows}, **options)
 

@@ -3,14 +3,14 @@
 from dataclasses import dataclass
 from math import prod
 
+from sagellm.graphs.diagnostics import UnsupportedModel
 from sagellm.graphs.ir import Graph
 from sagellm.graphs.kernels import KVGroup, kv_groups
-from sagellm.graphs.kernels.weights import weight_shapes
+from sagellm.graphs.kernels.memory import weight_shapes
 from sagellm.graphs.models import config as read
 from sagellm.graphs.models.config import Config
 from sagellm.graphs.models.decoder import Decoder
 from sagellm.graphs.models.quantisation import stored_quantisation
-from sagellm.graphs.models.unsupported import UnsupportedModel
 
 
 @dataclass(frozen=True, slots=True)

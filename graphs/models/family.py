@@ -4,15 +4,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from sagellm.graphs.diagnostics import UnsupportedModel
 from sagellm.graphs.ir import Graph
 from sagellm.graphs.models import config as read
 from sagellm.graphs.models.config import Config
 from sagellm.graphs.models.decoder import Decoder, decoder_graph
-from sagellm.graphs.models.unsupported import UnsupportedModel
 
 
 @dataclass(frozen=True, slots=True)
-class Family:
+class ModelFamily:
     """`architecture` is the name in config.json; `shape` reads the config into a Decoder.
 
     `graph` builds the kernel graph of it: a family whose layers do not all attend has its own.
@@ -23,7 +23,7 @@ class Family:
     graph: Callable[[Decoder], Graph] = decoder_graph
 
 
-def decoder(
+def read_decoder(
     config: Config, family: str, *, windows: tuple[int | None, ...], **differs: Any
 ) -> Decoder:
     """The Decoder that the fields common to all families say. Raises UnsupportedModel."""

@@ -3,12 +3,12 @@
 from sagellm.graphs.models import config as read
 from sagellm.graphs.models.config import Config
 from sagellm.graphs.models.decoder import Decoder
-from sagellm.graphs.models.family import Family, decoder
+from sagellm.graphs.models.family import ModelFamily, read_decoder
 
 
 def _shape(config: Config) -> Decoder:
     bias = read.flag(config, "attention_bias")
-    return decoder(
+    return read_decoder(
         config,
         "llama",
         windows=read.same_windows(config, None),
@@ -18,4 +18,4 @@ def _shape(config: Config) -> Decoder:
     )
 
 
-FAMILY = Family("LlamaForCausalLM", _shape)
+FAMILY = ModelFamily("LlamaForCausalLM", _shape)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sagellm.graphs.models.unsupported import UnsupportedModel
+from sagellm.graphs.diagnostics import UnsupportedModel
 
 _FIELD = "quantization_config"
 _METHODS = ("gptq", "awq")

@@ -3,14 +3,14 @@
 from sagellm.graphs.models import config as read
 from sagellm.graphs.models.config import Config
 from sagellm.graphs.models.decoder import Decoder
-from sagellm.graphs.models.family import Family, decoder
+from sagellm.graphs.models.family import ModelFamily, read_decoder
 
 
 def _shape(config: Config) -> Decoder:
     sliding = read.flag(config, "use_sliding_window")
     window = read.whole(config, "sliding_window", 4096) if sliding else None
     windows = read.layer_windows(config, window)
-    return decoder(config, "qwen2", windows=windows, qkv_bias=True)
+    return read_decoder(config, "qwen2", windows=windows, qkv_bias=True)
 
 
-FAMILY = Family("Qwen2ForCausalLM", _shape)
+FAMILY = ModelFamily("Qwen2ForCausalLM", _shape)

@@ -3,14 +3,14 @@
 from sagellm.graphs.models import config as read
 from sagellm.graphs.models.config import Config
 from sagellm.graphs.models.decoder import Decoder
-from sagellm.graphs.models.family import Family, decoder
+from sagellm.graphs.models.family import ModelFamily, read_decoder
 
 
 def _shape(config: Config) -> Decoder:
     sliding = read.flag(config, "use_sliding_window")
     window = read.whole(config, "sliding_window", 4096) if sliding else None
     bias = read.flag(config, "attention_bias")
-    return decoder(
+    return read_decoder(
         {"head_dim": 128, **config},
         "qwen3",
         windows=read.layer_windows(config, window),
@@ -20,4 +20,4 @@ def _shape(config: Config) -> Decoder:
     )
 
 
-FAMILY = Family("Qwen3ForCausalLM", _shape)
+FAMILY = ModelFamily("Qwen3ForCausalLM", _shape)

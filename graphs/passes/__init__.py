@@ -1,12 +1,49 @@
 """Passes over graphs, and the pipeline that prepares a kernel graph for a backend."""
 
-from sagellm.graphs.passes.fuse_add_norm import FuseAddNorm
-from sagellm.graphs.passes.fuse_gated_linear import FuseGatedLinear
-from sagellm.graphs.passes.fuse_linears import FuseGateUp, FuseQkv
-from sagellm.graphs.passes.fuse_rope_kv_write import FuseRopeKvWrite
-from sagellm.graphs.passes.fuse_silu_mul import FuseSiluMul
-from sagellm.graphs.passes.pipeline import Pass, UnknownPass, run_pipeline
-from sagellm.graphs.passes.place_layers import PlaceLayers
+from collections.abc import Sequence
+from typing import Protocol
+
+from sagellm.graphs.ir import Graph
+from sagellm.graphs.passes.fusion import (
+    FuseAddNorm,
+    FuseGatedLinear,
+    FuseGateUp,
+    FuseQkv,
+    FuseRopeKvWrite,
+    FuseSiluMul,
+)
+from sagellm.graphs.passes.placement import PlaceLayers
+from sagellm.graphs.vocabulary import nearest
+
+__all__ = ["KERNEL_PASSES", "Pass", "PlaceLayers", "UnknownPass", "run_pipeline"]
+
+
+class Pass(Protocol):
+    """A frozen dataclass that turns a graph into another of the same meaning."""
+
+    @property
+    def name(self) -> str: ...
+
+    def apply(self, graph: Graph) -> Graph: ...
+
+
+class UnknownPass(ValueError):
+    """`stop_after` names no pass of the pipeline."""
+
+
+def run_pipeline(graph: Graph, passes: Sequence[Pass], *, stop_after: str | None = None) -> Graph:
+    """Apply the passes in order, the one named `stop_after` last. Raises UnknownPass."""
+    names = [step.name for step in passes]
+    if stop_after is not None and stop_after not in names:
+        close = nearest(stop_after, names)
+        hint = f"did you mean {close!r}?" if close else f"there are {', '.join(names)}"
+        raise UnknownPass(f"no pass {stop_after!r}; {hint}")
+    for step in passes:
+        graph = step.apply(graph)
+        if step.name == stop_after:
+            break
+    return graph
+
 
 # The linears first: the later passes hide the nodes by which they are found.
 KERNEL_PASSES: tuple[Pass, ...] = (
@@ -17,5 +54,3 @@ KERNEL_PASSES: tuple[Pass, ...] = (
     FuseGatedLinear(),
     FuseRopeKvWrite(),
 )
-
-__all__ = ["KERNEL_PASSES", "Pass", "PlaceLayers", "UnknownPass", "run_pipeline"]

@@ -1,18 +1,31 @@
-"""A graph as text for a terminal, as Mermaid for a document, as SVG for a browser."""
+"""A graph as aligned text for a terminal, and as Mermaid for a document."""
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 
-from sagellm.graphs.diagnostics import shortened
-from sagellm.graphs.ir import SINK, Edge, FrozenMap, Graph, Node, Value
-from sagellm.graphs.passes.place import PROCESSES
-from sagellm.graphs.text.arrows import chains
-from sagellm.graphs.text.folding import Repeat, fold
-from sagellm.graphs.text.mermaid import as_mermaid
-from sagellm.graphs.text.phrases import told_body, told_options
-from sagellm.graphs.text.processes import Process, channels, is_placed, processes
+from sagellm.graphs.diagnostics import truncated
+from sagellm.graphs.ir import SINK, SOURCE, Edge, FrozenMap, Graph, Node, Value
+from sagellm.graphs.passes.placement import PROCESSES
+from sagellm.graphs.text.drawing import (
+    Arrow,
+    Drawing,
+    DrawnNode,
+    body_summary,
+    option_texts,
+    to_drawing,
+)
+from sagellm.graphs.text.folding import (
+    PlacedProcess,
+    Repeat,
+    fold,
+    is_placed,
+    placed_links,
+    placed_processes,
+)
+from sagellm.graphs.text.surface import chains
 from sagellm.graphs.text.svg import as_svg
-from sagellm.graphs.text.writing import flow
+from sagellm.graphs.text.yaml import flow
 
 __all__ = ["as_mermaid", "as_svg", "as_text"]
 
@@ -50,7 +63,7 @@ def _stream_lines(graph: Graph, unfold: bool) -> Iterator[str]:
 
 
 def _process_lines(graph: Graph, unfold: bool) -> Iterator[str]:
-    control, *workers = processes(graph, unfold=unfold)
+    control, *workers = placed_processes(graph, unfold=unfold)
     engines = f"; engines: {', '.join(control.engines)}" if control.engines else ""
     yield ""
     yield PROCESSES
@@ -59,30 +72,30 @@ def _process_lines(graph: Graph, unfold: bool) -> Iterator[str]:
     yield ""
     yield "links"
     labelled = [
-        (f"{one.source} -> {one.target}", one.label) for one in channels(graph, unfold=unfold)
+        (f"{one.source} -> {one.target}", one.label) for one in placed_links(graph, unfold=unfold)
     ]
     yield from _table([*labelled])
 
 
-def _worker(graph: Graph, worker: Process) -> tuple[str, ...]:
+def _worker(graph: Graph, worker: PlacedProcess) -> tuple[str, ...]:
     users = [node.name for node in graph.nodes if node.attrs.get("engine") in worker.engines]
     times = f"x {worker.count}" if worker.count > 1 else ""
     return worker.name, times, f"engine {worker.engines[0]}, for {', '.join(users) or 'nothing'}"
 
 
 def _options(value: Value) -> str:
-    return ", ".join(told_options(value)) if isinstance(value, FrozenMap) else flow(value)
+    return ", ".join(option_texts(value)) if isinstance(value, FrozenMap) else flow(value)
 
 
 def _operator(node: Node) -> tuple[str, ...]:
-    options = ", ".join(told_options(node.attrs))
-    body = told_body(node.body) if node.body else ""
+    options = ", ".join(option_texts(node.attrs))
+    body = body_summary(node.body) if node.body else ""
     return node.name, node.op, options, body
 
 
 def _kernel_lines(graph: Graph, unfold: bool) -> Iterator[str]:
     if graph.attrs:
-        yield "  " + ", ".join(told_options(graph.attrs))
+        yield "  " + ", ".join(option_texts(graph.attrs))
     yield ""
     folded = fold(graph, unfold=unfold)
     repeats = {name: one for one, names in folded.members.items() for name in names}
@@ -113,7 +126,7 @@ def _headed(repeat: Repeat | None) -> Iterator[str]:
 
 
 def _kernel_line(graph: Graph, node: Node, widths: tuple[int, int]) -> str:
-    told = (_inputs(graph, node.name), _outputs(graph, node), _told(node))
+    told = (_inputs(graph, node.name), _outputs(graph, node), _option_text(node))
     return f"{node.name:{widths[0]}}  {node.op:{widths[1]}}  {'  '.join(filter(None, told))}"
 
 
@@ -125,8 +138,8 @@ def _in_order(graph: Graph) -> tuple[Node, ...]:
         return graph.nodes
 
 
-def _told(node: Node) -> str:
-    options = shortened(", ".join(told_options(node.attrs)), 96)
+def _option_text(node: Node) -> str:
+    options = truncated(", ".join(option_texts(node.attrs)), 96)
     return f"{{{options}}}" if options else ""
 
 
@@ -153,3 +166,45 @@ def _table(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
     for row in zip(*columns, strict=True):
         cells = (f"{cell:{width}}" for cell, width in zip(row, widths, strict=True))
         yield ("  " + "  ".join(cells)).rstrip()
+
+
+_PLAIN = re.compile(r"[^\w .,:/=>~-]", re.ASCII)
+_SHAPES = {"end": ('(["', '"])'), "operator": ('["', '"]'), "engine": ('["', '"]')}
+_LINES = {"edge": "-->", "feedback": "-.->", "channel": "<-.->", "kv": "==>"}
+
+
+def as_mermaid(graph: Graph, *, unfold: bool = False) -> str:
+    """A Mermaid flowchart, with plain ids, so that any name is safe.
+
+    Repeated layers and replicas are drawn once, with their number, unless `unfold`.
+    """
+    shown = to_drawing(graph, unfold=unfold)
+    inner = (key for key in shown.items if key not in (SOURCE, SINK))
+    ids = {key: f"n{number}" for number, key in enumerate((SOURCE, *inner, SINK))}
+    return "\n".join(("flowchart TD", *_lines(shown, ids))) + "\n"
+
+
+def _lines(shown: Drawing, ids: Mapping[str, str]) -> Iterator[str]:
+    framed = {key for frame in shown.frames for key in frame.members}
+    yield from (
+        f"  {_box(ids[key], item)}" for key, item in shown.items.items() if key not in framed
+    )
+    for number, frame in enumerate(shown.frames):
+        yield f'  subgraph f{number}["{_text(frame.title)}"]'
+        yield from (f"    {_box(ids[key], shown.items[key])}" for key in frame.members)
+        yield "  end"
+    yield from (f"  {ids[a.source]} {_arrow(a)} {ids[a.target]}" for a in shown.arrows)
+
+
+def _box(name: str, item: DrawnNode) -> str:
+    opening, closing = _SHAPES[item.kind]
+    return f"{name}{opening}{'<br/>'.join(map(_text, item.lines))}{closing}"
+
+
+def _arrow(arrow: Arrow) -> str:
+    line = _LINES[arrow.kind]
+    return f'{line}|"{_text(arrow.label)}"|' if arrow.label else line
+
+
+def _text(text: str) -> str:
+    return _PLAIN.sub(lambda found: f"#{ord(found.group())};", text)

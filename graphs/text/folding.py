@@ -1,10 +1,11 @@
-"""Finds the layers of a kernel graph that repeat, and leaves one of them."""
+"""Folds repeated layers and replicas, so that a picture shows each of them once."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from sagellm.graphs.ir import Edge, FrozenMap, Graph, Node, Value
+from sagellm.graphs.passes.placement import CONTROL, PROCESSES, executor_kind, replicas_of
 
 _LAYER = re.compile(r"layer(\d+)_(.+)")
 _WEIGHT_LAYER = re.compile(r"\.(\d+)\.")
@@ -57,7 +58,7 @@ def fold(graph: Graph, *, unfold: bool = False) -> Folded:
         for number in range(repeat.first, repeat.last + 1)
         for node in layers[number]
     }
-    nodes = tuple(node for node in graph.nodes if _stand_in(node.name, home) == node.name)
+    nodes = tuple(node for node in graph.nodes if _shown_name(node.name, home) == node.name)
     members = {
         repeat: tuple(node.name for n in repeat.shown for node in layers[n]) for repeat in repeats
     }
@@ -87,7 +88,7 @@ def _layers(graph: Graph) -> dict[int, list[Node]]:
 
 def _repeats(graph: Graph, layers: Mapping[int, Sequence[Node]]) -> list[Repeat]:
     """From the first layer on, whatever period covers most layers; the shortest of those."""
-    looks = {number: _look(graph, nodes, number) for number, nodes in layers.items()}
+    looks = {number: _layer_signature(graph, nodes, number) for number, nodes in layers.items()}
     repeats: list[Repeat] = []
     at, left = min(looks, default=0), len(looks)
     while at in looks:
@@ -108,7 +109,7 @@ def _last(looks: Mapping[int, object], first: int, period: int) -> int:
     return first + count * period - 1 if count > 1 or period == 1 else first
 
 
-def _look(graph: Graph, nodes: Sequence[Node], number: int) -> object:
+def _layer_signature(graph: Graph, nodes: Sequence[Node], number: int) -> object:
     """What equal layers share: kernels, options, and the edges between them."""
     names = {node.name for node in nodes}
     kernels = tuple((without_layer(n.name), n.op, _numberless(n.attrs, number)) for n in nodes)
@@ -135,7 +136,7 @@ def _numberless(value: Value, number: int) -> Value:
     return value
 
 
-def _stand_in(name: str, home: Mapping[str, Repeat]) -> str:
+def _shown_name(name: str, home: Mapping[str, Repeat]) -> str:
     """The kernel of a shown layer that stands for this one; itself outside of layers."""
     number = layer_of(name)
     if name not in home or number is None:
@@ -148,9 +149,120 @@ def _stand_in(name: str, home: Mapping[str, Repeat]) -> str:
 def _edges(graph: Graph, home: Mapping[str, Repeat]) -> Iterator[Edge]:
     seen: set[Edge] = set()
     for edge in graph.edges:
-        source, target = _stand_in(edge.source, home), _stand_in(edge.target, home)
+        source, target = _shown_name(edge.source, home), _shown_name(edge.target, home)
         moved = replace(edge, source=source, target=target)
         crosses = edge.source not in home or home[edge.source] is not home.get(edge.target)
         if (moved == edge or crosses) and moved not in seen:
             seen.add(moved)
             yield moved
+
+
+_TRANSFER = "kv_transfer"
+_KV = "KV blocks"
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedProcess:
+    """`count` processes that are alike, with the engines that compute in them."""
+
+    name: str
+    title: str
+    engines: tuple[str, ...]
+    count: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedLink:
+    """From an operator to the engine that it drives; or, with `is_kv`, between two engines.
+
+    Engines are named as their processes are: `p`, or `p[0]` where replicas are shown one by one.
+    """
+
+    source: str
+    target: str
+    label: str
+    is_kv: bool = False
+
+
+def is_placed(graph: Graph) -> bool:
+    return PROCESSES in graph.attrs
+
+
+def placed_processes(placed: Graph, *, unfold: bool = False) -> tuple[PlacedProcess, ...]:
+    """First the process that has the operators. `unfold`: each replica is a process of its own."""
+    if executor_kind(placed) == "tasks":
+        return (PlacedProcess(CONTROL, "one process: executor tasks", tuple(placed.engines)),)
+    control = PlacedProcess(CONTROL, f"process {CONTROL}: gateway and operators", ())
+    counts = replicas_of(placed)
+    workers = (_workers(engine, count, unfold) for engine, count in counts.items())
+    return (control, *(worker for group in workers for worker in group))
+
+
+def _workers(engine: str, count: int, unfold: bool) -> tuple[PlacedProcess, ...]:
+    if unfold:
+        names = [f"{engine}[{number}]" for number in range(count)]
+        return tuple(PlacedProcess(name, f"worker {name}", (engine,)) for name in names)
+    times = f": x {count}" if count > 1 else ""
+    return (PlacedProcess(engine, f"worker {engine}{times}", (engine,), count),)
+
+
+def placed_links(placed: Graph, *, unfold: bool = False) -> Iterator[PlacedLink]:
+    """What operators reach engines by, then what KV blocks go through from engine to engine."""
+    names = {engine: (engine,) for engine in placed.engines}
+    for process in placed_processes(placed, unfold=unfold)[1:]:
+        (engine,) = process.engines
+        before = names[engine] if process.name != engine and names[engine] != (engine,) else ()
+        names[engine] = (*before, process.name)
+    for node in placed.nodes:
+        for target in names.get(str(node.attrs.get("engine")), ()):
+            yield PlacedLink(node.name, target, _link(placed))
+    for giver, taker in _transfers(placed):
+        for source in names[giver]:
+            yield from (PlacedLink(source, target, _kv(placed), True) for target in names[taker])
+
+
+def _link(placed: Graph) -> str:
+    """`ipc` or `tcp`; nothing within one process."""
+    return str(_executor(placed).get("address", "")).partition("://")[0]
+
+
+def _kv(placed: Graph) -> str:
+    transport = _executor(placed).get("kv")
+    return f"{_KV}: {transport}" if transport else _KV
+
+
+def _executor(graph: Graph) -> FrozenMap:
+    executor = graph.attrs.get("executor")
+    return executor if isinstance(executor, FrozenMap) else FrozenMap()
+
+
+def _transfers(graph: Graph) -> dict[tuple[str, str], None]:
+    """Pairs of engines between which an operator moves KV blocks."""
+    return {
+        (giver, taker): None
+        for node in graph.nodes
+        if node.op == _TRANSFER
+        for giver in _nearest(graph, node.name, graph.inputs, lambda edge: edge.source)
+        for taker in _nearest(graph, node.name, graph.outputs, lambda edge: edge.target)
+        if giver != taker
+    }
+
+
+def _nearest(
+    graph: Graph,
+    name: str,
+    edges: Callable[[str], tuple[Edge, ...]],
+    other: Callable[[Edge], str],
+) -> tuple[str, ...]:
+    """The engines of the operators that come next on every way from an operator."""
+    found: dict[str, None] = {}
+    seen, waiting = {name}, [name]
+    for at in waiting:  # grows while it is walked
+        for near in (other(edge) for edge in edges(at) if not edge.feedback):
+            engine = graph.node(near).attrs.get("engine") if near in graph.names else None
+            if isinstance(engine, str) and engine in graph.engines:
+                found[engine] = None
+            elif near not in seen:
+                seen.add(near)
+                waiting.append(near)
+    return tuple(found)

@@ -1,13 +1,115 @@
-"""From the plain values of a YAML file to a stream graph, noting every mistake of form."""
+"""From the plain values of a YAML file to a stream graph, edges written as arrows."""
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 
-from sagellm.graphs.diagnostics import VALUE, Diagnostic, Path, Position, place
+from sagellm.graphs.diagnostics import VALUE, Diagnostic, Path, Position, position_of
 from sagellm.graphs.ir import SINK, SOURCE, Edge, FrozenMap, Graph, Node, Value
-from sagellm.graphs.text.arrows import NAME, ArrowMistake, Link, parse
 from sagellm.graphs.text.tree import Tree
 from sagellm.graphs.vocabulary import nearest
+
+NAME = re.compile(r"[A-Za-z_](?:[A-Za-z0-9_-]*[A-Za-z0-9_])?")
+_END = re.compile(rf"(?P<name>{NAME.pattern})(?:\.(?P<port>{NAME.pattern}))?")
+_ARROW = re.compile(r"->|~>")
+
+
+@dataclass(frozen=True, slots=True)
+class ChainEnd:
+    """One end of an arrow, `name` or `name.port`, and where each starts in the text."""
+
+    name: str
+    port: str | None
+    at: int
+
+    @property
+    def port_at(self) -> int:
+        return self.at + len(self.name) + 1 if self.port else self.at
+
+
+@dataclass(frozen=True, slots=True)
+class ChainLink:
+    """One arrow of a chain, with its ends."""
+
+    left: ChainEnd
+    right: ChainEnd
+    feedback: bool
+
+    @property
+    def edge(self) -> Edge:
+        outlet, inlet = self.left.port or "out", self.right.port or "in"
+        return Edge(self.left.name, self.right.name, outlet, inlet, self.feedback)
+
+
+@dataclass(frozen=True, slots=True)
+class ChainError(Exception):
+    """A chain that cannot be read: where in its text, what, and how to fix it."""
+
+    at: int
+    message: str
+    hint: str
+
+
+def parse_chain(chain: str) -> tuple[ChainLink, ...]:
+    """The links of a chain. Raises ChainError.
+
+    A dotted name is an outlet left of an arrow and an inlet right of it, so between two arrows
+    it is refused: it could be either.
+    """
+    arrows = list(_ARROW.finditer(chain))
+    if not arrows:
+        raise ChainError(0, f"`{chain}` has no arrow", "write `a -> b`, or `a ~> b` for feedback")
+    starts = [0, *(arrow.end() for arrow in arrows)]
+    stops = [*(arrow.start() for arrow in arrows), len(chain)]
+    ends = [_chain_end(chain, start, stop) for start, stop in zip(starts, stops, strict=True)]
+    _refuse_middle_ports(ends)
+    return tuple(
+        ChainLink(left, right, arrow.group() == "~>")
+        for (left, right), arrow in zip(pairwise(ends), arrows, strict=True)
+    )
+
+
+def _chain_end(chain: str, start: int, stop: int) -> ChainEnd:
+    piece = chain[start:stop]
+    at = start + len(piece) - len(piece.lstrip())
+    found = _END.fullmatch(piece.strip())
+    if found:
+        return ChainEnd(found["name"], found["port"], at)
+    if not piece.strip():
+        raise ChainError(start, "an arrow with nothing beside it", "write `a -> b`")
+    hint = "write `operator` or `operator.port`, and `->` or `~>` between two of them"
+    raise ChainError(at, f"`{piece.strip()}` is neither an operator nor a port", hint)
+
+
+def _refuse_middle_ports(ends: list[ChainEnd]) -> None:
+    for before, end in pairwise(ends[:-1]):
+        if end.port:
+            dotted = f"{end.name}.{end.port}"
+            hint = f"write two edges: `{before.name} -> {end.name}` and `{dotted} -> ...`"
+            message = f"`{dotted}` between two arrows: is `{end.port}` an inlet or an outlet?"
+            raise ChainError(end.port_at, message, hint)
+
+
+def chains(edges: Iterable[Edge]) -> Iterator[str]:
+    """The edges as the fewest chains that keep their order; `parse` gives the same edges."""
+    text, last = "", None
+    for edge in edges:
+        if last is not None and _continues(last, edge):
+            text += str(edge)[len(edge.source) :]
+        else:
+            if text:
+                yield text
+            text = str(edge)
+        last = edge
+    if text:
+        yield text
+
+
+def _continues(last: Edge, edge: Edge) -> bool:
+    plain = last.inlet == "in" and edge.outlet == "out" and last.feedback == edge.feedback
+    return plain and last.target == edge.source
+
 
 VERSION = 1
 _NAME_OP = "add `op:` with the name of an operator, such as `op: generate`"
@@ -49,7 +151,7 @@ class Surface:
         return Graph(name, "stream", nodes, edges, FrozenMap(attrs))
 
     def _note(self, code: str, path: Path, message: str, hint: str | None) -> None:
-        at = place(path, self.tree.positions)
+        at = position_of(path, self.tree.positions)
         self.mistakes.append(Diagnostic(code, path, message, hint, at))
 
     def _mapping(self, path: Path, value: Value) -> FrozenMap:
@@ -146,8 +248,8 @@ class Surface:
     def _chain(self, index: int, chain: str) -> Iterator[Edge]:
         start = self._start(index, chain)
         try:
-            links = parse(chain)
-        except ArrowMistake as mistake:
+            links = parse_chain(chain)
+        except ChainError as mistake:
             at = self._shift(start, mistake.at)
             found = Diagnostic("bad-edge", ("edges",), mistake.message, mistake.hint, at)
             self.mistakes.append(found)
@@ -168,7 +270,7 @@ class Surface:
         at, exact = start
         return Position(at.file, at.line, at.column + offset) if exact else at
 
-    def _place(self, link: Link, start: tuple[Position, bool]) -> None:
+    def _place(self, link: ChainLink, start: tuple[Position, bool]) -> None:
         number = sum(len(path) == 2 for path in self.edge_positions)
         path: Path = ("edges", number)
         ends = {"source": link.left.at, "outlet": link.left.port_at}

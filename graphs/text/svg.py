@@ -6,10 +6,10 @@ from unicodedata import east_asian_width
 from xml.sax.saxutils import escape
 
 from sagellm.graphs.ir import Graph
-from sagellm.graphs.layout.geometry import Box, Layout, Point, Route, Size, Stroke
+from sagellm.graphs.layout.geometry import Box, EdgeRoute, Layout, Point, Size, Stroke
 from sagellm.graphs.layout.layers import lay_out
-from sagellm.graphs.layout.ranks import Band, Link
-from sagellm.graphs.text.drawing import Arrow, ArrowKind, Drawing, Item, drawing
+from sagellm.graphs.layout.ranks import Band, LayoutEdge
+from sagellm.graphs.text.drawing import Arrow, ArrowKind, Drawing, DrawnNode, to_drawing
 
 FONT_SIZE = 12.0
 LABEL_SIZE = 11.0
@@ -44,7 +44,7 @@ def as_svg(graph: Graph, *, unfold: bool = False) -> str:
 
     Repeated layers and replicas are drawn once, with their number, unless `unfold`.
     """
-    shown = drawing(graph, unfold=unfold)
+    shown = to_drawing(graph, unfold=unfold)
     layout = _laid_out(shown)
     return "\n".join(_document(shown, layout)) + "\n"
 
@@ -64,13 +64,13 @@ def _laid_out(shown: Drawing) -> Layout:
     return lay_out(sizes, [_link(arrow) for arrow in shown.arrows], bands)
 
 
-def _link(arrow: Arrow) -> Link:
+def _link(arrow: Arrow) -> LayoutEdge:
     width = text_width(arrow.label, LABEL_SIZE)
     is_back, priority = arrow.kind == "feedback", _PRIORITIES[arrow.kind]
-    return Link(arrow.source, arrow.target, is_back, width, arrow.at_target, priority)
+    return LayoutEdge(arrow.source, arrow.target, is_back, width, arrow.at_target, priority)
 
 
-def _size(item: Item) -> Size:
+def _size(item: DrawnNode) -> Size:
     width = max(map(text_width, item.lines)) + 2 * _PADDING
     height = len(item.lines) * _LINE_HEIGHT + 2 * _PADDING - 4
     return (width + _STACK, height + _STACK) if item.is_stacked else (width, height)
@@ -108,7 +108,7 @@ def _head(kind: str, style: str) -> str:
     )
 
 
-def _curves(route: Route, arrow: Arrow) -> Iterator[str]:
+def _curves(route: EdgeRoute, arrow: Arrow) -> Iterator[str]:
     style = "edge" if arrow.kind == "edge" else f"edge {arrow.kind}"
     head = f"url(#head-{'edge' if arrow.kind == 'feedback' else arrow.kind})"
     last = len(route.strokes) - 1
@@ -136,7 +136,7 @@ def _at(point: Point) -> str:
     return f"{point[0]:.1f},{point[1]:.1f}"
 
 
-def _drawn(box: Box, item: Item) -> Iterator[str]:
+def _drawn(box: Box, item: DrawnNode) -> Iterator[str]:
     if item.is_stacked:
         box = Box(box.x, box.y, box.width - _STACK, box.height - _STACK)
         yield _rectangle(box.moved(_STACK, _STACK), item.kind, 5)

@@ -17,7 +17,7 @@ from ruamel.yaml.events import (
     StreamEndEvent,
 )
 
-from sagellm.graphs.diagnostics import VALUE, Diagnostic, GraphError, Path, Position, shortened
+from sagellm.graphs.diagnostics import VALUE, Diagnostic, GraphError, Path, Position, truncated
 from sagellm.graphs.ir import FrozenMap, Value
 
 MAX_CHARACTERS = 65_536  # about a second to read; a graph of a thousand operators
@@ -178,8 +178,8 @@ class _Reader:
         key = self._node(event, ())
         if isinstance(key, str) and not (key == "<<" and event.style is None):
             return key
-        hint = "repeat the entries" if key == "<<" else f'quote it: "{shortened(event.value)}"'
-        self._note(event, "bad-key", f"`{shortened(event.value)}` is no name for a key", hint)
+        hint = "repeat the entries" if key == "<<" else f'quote it: "{truncated(event.value)}"'
+        self._note(event, "bad-key", f"`{truncated(event.value)}` is no name for a key", hint)
         return None
 
     def _repeated(self, event: Any, path: Path, key: str) -> None:
@@ -209,11 +209,11 @@ class _Reader:
 
     def _number(self, event: Any, text: str) -> Value:
         if not _fits(text):
-            message = f"`{shortened(text)}` does not fit 64 bits"
+            message = f"`{truncated(text)}` does not fit 64 bits"
             self._note(event, "too-large", message, "write a smaller number")
             return None
         if not _is_finite(text):
-            message = f"`{shortened(text)}` is no finite number"
+            message = f"`{truncated(text)}` is no finite number"
             self._note(event, "not-finite", message, "write a number")
             return None
         return plain_scalar(text)

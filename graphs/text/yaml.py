@@ -1,14 +1,16 @@
-"""The surface form of a stream graph: a YAML file that people write."""
+"""Loads and dumps the YAML form of a stream graph."""
 
-from collections.abc import Mapping
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path as FilePath
 
 from sagellm.graphs.diagnostics import Diagnostic, GraphError, Path, Position, locate
-from sagellm.graphs.ir import Graph
-from sagellm.graphs.text.surface import Surface
-from sagellm.graphs.text.tree import MAX_CHARACTERS, read
-from sagellm.graphs.text.writing import refuse_unwritable, write
+from sagellm.graphs.ir import SINK, SOURCE, FrozenMap, Graph, Node, Value
+from sagellm.graphs.text.surface import NAME, VERSION, Surface, chains
+from sagellm.graphs.text.tree import MAX_CHARACTERS, MAX_DEPTH, plain_scalar, read
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,3 +65,154 @@ def dump(graph: Graph) -> str:
     """
     refuse_unwritable(graph)
     return write(graph)
+
+
+_PLAIN = re.compile(r"(?:~/|\.{1,2}/|/)?[A-Za-z_](?:[\w./@+~-]*[\w/])?", re.ASCII)
+_SYMBOL = re.compile(r"[A-Za-z_]\w*(?:[.:][A-Za-z_]\w*)*")
+
+
+def write(graph: Graph) -> str:
+    """The YAML text of a graph that `refuse_unwritable` let pass."""
+    return "\n".join(_lines(graph)) + "\n"
+
+
+def _lines(graph: Graph) -> Iterator[str]:
+    yield f"sagellm: {VERSION}"
+    yield f"name: {scalar(graph.name)}"
+    if "imports" in graph.attrs:
+        yield f"imports: {flow(graph.attrs['imports'])}"
+    if "engines" in graph.attrs:
+        yield from _section("engines", graph.engines)
+    if "models" in graph.attrs:
+        yield from _section("models", graph.models)
+    yield from _section("operators", {node.name: _entries(node) for node in graph.nodes})
+    yield "edges:" if graph.edges else "edges: []"
+    yield from (f"  - {chain}" for chain in chains(graph.edges))
+    if "executor" in graph.attrs:
+        yield f"executor: {flow(graph.attrs['executor'])}"
+
+
+def _entries(node: Node) -> FrozenMap:
+    return FrozenMap({"op": node.op, **node.attrs})
+
+
+def _section(name: str, entries: Mapping[str, Value]) -> Iterator[str]:
+    yield f"{name}:" if entries else f"{name}: {{}}"
+    width = max((len(scalar(key)) + 1 for key in entries), default=0)
+    for key, value in entries.items():
+        yield f"  {scalar(key) + ':':{width}} {flow(value)}"
+
+
+def flow(value: Value) -> str:
+    """One line of YAML for a value."""
+    if isinstance(value, FrozenMap):
+        return "{" + ", ".join(f"{scalar(key)}: {flow(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, tuple):
+        return "[" + ", ".join(map(flow, value)) + "]"
+    return scalar(value)
+
+
+def scalar(value: bool | int | float | str | None) -> str:
+    """A scalar as YAML 1.2 reads it back; a text is quoted where it could be anything else."""
+    if not isinstance(value, str):
+        return json.dumps(value)
+    if _PLAIN.fullmatch(value) and plain_scalar(value) == value:
+        return value
+    quoted = json.dumps(value, ensure_ascii=False)
+    return "".join(letter if letter.isprintable() else _escape(letter) for letter in quoted)
+
+
+def _escape(letter: str) -> str:
+    return f"\\u{ord(letter):04x}" if ord(letter) < 0x10000 else f"\\U{ord(letter):08x}"
+
+
+def refuse_unwritable(graph: Graph) -> None:
+    """Raises GraphError with all that the surface form cannot hold."""
+    found = (*_lowered(graph), *_names(graph), *_shapes(graph), *_values(graph))
+    if found:
+        raise GraphError(found)
+
+
+def _refusal(path: Path, message: str, hint: str) -> Diagnostic:
+    return Diagnostic("not-surface", path, message, hint)
+
+
+def _lowered(graph: Graph) -> Iterator[Diagnostic]:
+    hint = "write the graph as JSON"
+    if graph.dialect != "stream":
+        yield _refusal((), f"a {graph.dialect} graph has no YAML form", hint)
+    for node in graph.nodes:
+        if node.body is not None:
+            path = ("operators", node.name)
+            yield _refusal(path, f"`{node.name}` has a body, which YAML does not hold", hint)
+    for number, edge in enumerate(graph.edges):
+        if edge.type is not None:
+            yield _refusal(("edges", number), f"`{edge}` is typed, which YAML does not say", hint)
+
+
+def _names(graph: Graph) -> Iterator[Diagnostic]:
+    ends = {name for edge in graph.edges for name in (edge.source, edge.target)}
+    ports = {name for edge in graph.edges for name in (edge.outlet, edge.inlet)}
+    for name in sorted({*graph.names, *graph.engines, *graph.models, *ends, *ports}):
+        if not NAME.fullmatch(name):
+            hint = "use letters, digits, `_` and, inside the name, `-`"
+            yield _refusal((), f"`{name}` is no name in YAML", hint)
+    for name in sorted({*graph.names, *graph.engines}):
+        if graph.names.count(name) > 1 or name in (SOURCE, SINK):
+            yield _refusal(("operators", name), f"`{name}` is taken", "choose another name")
+
+
+def _shapes(graph: Graph) -> Iterator[Diagnostic]:
+    for key in graph.attrs:
+        if key == "imports":
+            yield from _imports(graph.attrs[key])
+        elif key not in ("engines", "models", "executor"):
+            yield _refusal((key,), f"`{key}` has no place in the YAML form", "remove it")
+        elif not isinstance(graph.attrs[key], FrozenMap):
+            yield _refusal((key,), f"`{key}` must be a mapping", "give it options by name")
+    for name, options in graph.engines.items():
+        if not isinstance(options, FrozenMap):
+            yield _refusal(("engines", name), f"`{name}` must be a mapping", "name its options")
+    for name, options in graph.models.items():
+        if not isinstance(options, FrozenMap):
+            yield _refusal(("models", name), f"`{name}` must be a mapping", "name its options")
+    if "kind" not in _executor(graph):
+        yield _refusal(("executor",), "the executor has no kind", "add `kind: tasks`")
+
+
+def _imports(value: Value) -> Iterator[Diagnostic]:
+    names = value if isinstance(value, tuple) else (None,)
+    if not all(isinstance(name, str) and name for name in names):
+        yield _refusal(("imports",), "`imports` must be a list of texts", "name modules and files")
+
+
+def _executor(graph: Graph) -> FrozenMap:
+    executor = graph.attrs.get("executor", FrozenMap({"kind": "tasks"}))
+    return executor if isinstance(executor, FrozenMap) else FrozenMap({"kind": "tasks"})
+
+
+def _values(graph: Graph) -> Iterator[Diagnostic]:
+    yield from _unwritable((), graph.attrs, 0)
+    for node in graph.nodes:
+        path: Path = ("operators", node.name)
+        yield from _unwritable(path, node.attrs, 2)
+        if "op" in node.attrs:
+            yield _refusal(path, "an option may not be called `op`", "rename it")
+        function = node.attrs.get("function")
+        if isinstance(function, str) and not _SYMBOL.fullmatch(function):
+            message = f"`{node.name}` runs a function of this process alone, `{function}`"
+            yield _refusal((*path, "function"), message, "register the function under a name")
+
+
+def _unwritable(path: Path, value: Value, depth: int) -> Iterator[Diagnostic]:
+    if isinstance(value, FrozenMap | tuple):
+        pairs = value.items() if isinstance(value, FrozenMap) else enumerate(value)
+        if depth >= MAX_DEPTH:
+            yield _refusal(path, f"nested deeper than {MAX_DEPTH} levels", "flatten it")
+            return
+        for key, item in pairs:
+            yield from _unwritable((*path, key), item, depth + 1)
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield _refusal(path, f"{value} is no finite number", "use a number")
+    elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+        yield _refusal(path, f"{value} does not fit 64 bits", "use a smaller number")

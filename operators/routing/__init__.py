@@ -2,30 +2,36 @@
 users are registered, or offered by packages as entry points `sagellm.strategies`.
 """
 
-from sagellm.operators.routing import load_balanced, random, round_robin
-from sagellm.operators.routing.affinity import Affinity
-from sagellm.operators.routing.candidates import Candidates
-from sagellm.operators.routing.locality import Locality
-from sagellm.operators.routing.prefix_aware import PrefixAware
+from sagellm.operators.routing import strategies
+from sagellm.operators.routing.strategies import Affinity, Locality, PrefixAware
 from sagellm.operators.routing.strategy import (
-    Function,
+    Candidates,
     Hold,
     Order,
-    Registered,
+    RegisteredStrategy,
     Strategy,
+    StrategyFunction,
     check_strategy,
 )
 from sagellm.runtime.registry import Registry
 
-__all__ = ["STRATEGIES", "Candidates", "Function", "Hold", "Order", "Strategy", "find_strategy"]
+__all__ = [
+    "STRATEGIES",
+    "Candidates",
+    "Hold",
+    "Order",
+    "Strategy",
+    "StrategyFunction",
+    "find_strategy",
+]
 
-STRATEGIES: Registry[Registered] = Registry(
+STRATEGIES: Registry[RegisteredStrategy] = Registry(
     "strategy",
     "sagellm.strategies",
     {
-        "load_balanced": load_balanced.choose,
-        "round_robin": round_robin.choose,
-        "random": random.choose,
+        "load_balanced": strategies.load_balanced,
+        "round_robin": strategies.round_robin,
+        "random": strategies.random,
         "affinity": Affinity,
         "locality": Locality,
         "prefix_aware": PrefixAware,
@@ -34,6 +40,6 @@ STRATEGIES: Registry[Registered] = Registry(
 )
 
 
-def find_strategy(name: str) -> Registered:
+def find_strategy(name: str) -> RegisteredStrategy:
     """The strategy of that name. Raises ValueError."""
     return STRATEGIES.find(name)

@@ -1,14 +1,13 @@
-"""The control socket of a running graph: what runs it; restarting, draining, scaling that.
+"""The control socket of a running graph, and the folder that it lies in."""
 
-It lies in a folder of its user alone: that of the workers' socket, where there are workers. Who can
-connect may do it. One line of JSON asks, one answers.
-"""
-
+import fcntl
 import math
 import os
+import shutil
 import socket
 import tempfile
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -16,16 +15,54 @@ import msgspec
 import trio
 
 from sagellm.graphs.log import get_logger
-from sagellm.runtime.cluster.folder import PREFIX, Folder, remove_abandoned
+
+PREFIX = "sagellm-"
+_LOCK = "graph.lock"
+
+
+class SocketFolder:
+    """Made at once, for as long as this process lives or until `remove`. Raises OSError."""
+
+    def __init__(self) -> None:
+        remove_abandoned()
+        fresh = Path(tempfile.mkdtemp(prefix=f".{PREFIX}"))  # hidden until locked
+        self._lock = os.open(fresh / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        self.path = fresh.rename(fresh.with_name(fresh.name.removeprefix(".")))
+
+    def remove(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+        os.close(self._lock)
+
+
+def remove_abandoned() -> None:
+    """Remove the folders of this user's graphs of which no process is left."""
+    for lock in Path(tempfile.gettempdir()).glob(f"{PREFIX}*/{_LOCK}"):
+        with suppress(OSError), _held(lock):
+            shutil.rmtree(lock.parent, ignore_errors=True)
+
+
+@contextmanager
+def _held(lock: Path) -> Iterator[None]:
+    """Raises OSError where the graph lives, or is another user's."""
+    descriptor = os.open(lock, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        if os.fstat(descriptor).st_uid != os.getuid():
+            raise PermissionError(lock)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
 
 log = get_logger("sagellm.cluster")
 
 _NAME = "control"
-_MOST_BYTES = 4096  # of a question
-_PATIENCE_S = 10.0  # for one
+_MAX_REQUEST_BYTES = 4096  # of a question
+_REQUEST_TIMEOUT_S = 10.0  # for one
 
 
-class Asked(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class ControlRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One question. `operator` is a name of the graph, or all where it is None."""
 
     command: Literal["ps", "drain", "restart", "scale"]
@@ -34,7 +71,7 @@ class Asked(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     count: int | None = None  # of replicas, for `scale`
 
 
-class Row(msgspec.Struct, frozen=True, kw_only=True):
+class ReplicaStatus(msgspec.Struct, frozen=True, kw_only=True):
     """One replica of an operator. Operators that share an engine share its worker, and its pid."""
 
     graph: str
@@ -52,24 +89,24 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     executor: str = "processes"
 
 
-class Answered(msgspec.Struct, frozen=True, kw_only=True):
+class ControlReply(msgspec.Struct, frozen=True, kw_only=True):
     """Rows of all that were meant, after it was done; or why it was not."""
 
-    rows: tuple[Row, ...] = ()
+    rows: tuple[ReplicaStatus, ...] = ()
     error: str = ""
 
 
-class Members(Protocol):
+class ControlCommands(Protocol):
     """What runs one graph."""
 
-    async def obey(self, asked: Asked) -> Answered:
+    async def execute(self, asked: ControlRequest) -> ControlReply:
         """Answers once it is done."""
 
 
-class Control:
+class ControlSocket:
     """Answers for the members of one graph; the socket lies in `folder`."""
 
-    def __init__(self, members: Members, folder: Path) -> None:
+    def __init__(self, members: ControlCommands, folder: Path) -> None:
         self._members = members
         self._folder = folder
 
@@ -96,38 +133,38 @@ class Control:
 
     async def _serve(self, stream: trio.SocketStream) -> None:
         async with stream:
-            with trio.move_on_after(_PATIENCE_S) as asking:
+            with trio.move_on_after(_REQUEST_TIMEOUT_S) as asking:
                 answer = await self._answer(stream, asking)
                 with suppress(trio.BrokenResourceError):  # nobody waits for it
                     await stream.send_all(msgspec.json.encode(answer) + b"\n")
 
-    async def _answer(self, stream: trio.SocketStream, asking: trio.CancelScope) -> Answered:
+    async def _answer(self, stream: trio.SocketStream, asking: trio.CancelScope) -> ControlReply:
         """Whatever is asked, and goes wrong: the graph goes on."""
         try:
-            asked = msgspec.json.decode(await _line(stream), type=Asked)
+            asked = msgspec.json.decode(await _line(stream), type=ControlRequest)
         except (ValueError, trio.BrokenResourceError) as error:
-            return Answered(error=f"not understood: {error}")
+            return ControlReply(error=f"not understood: {error}")
         asking.deadline = math.inf  # a restart takes its time
         try:
-            return await self._members.obey(asked)
+            return await self._members.execute(asked)
         except Exception as error:
             log.error("control_failed", command=asked.command, exc_info=error)
-            return Answered(error=f"{asked.command} failed; see the log")
+            return ControlReply(error=f"{asked.command} failed; see the log")
 
 
-async def run_alone(
-    members: Members, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+async def serve_control(
+    members: ControlCommands, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
 ) -> None:
     """A control in a folder of its own, for a graph without workers. Where none can be made, the
     graph goes on without.
     """
     try:
-        folder = Folder()
+        folder = SocketFolder()
     except OSError as error:
         log.warning("control_not_open", error=str(error), fix="see that TMPDIR can be written to")
         task_status.started()
         return
-    control = Control(members, folder.path)
+    control = ControlSocket(members, folder.path)
     try:
         try:
             listening = await control.listen()
@@ -151,7 +188,7 @@ def running() -> tuple[Path, ...]:
     return tuple(path for _, path in sorted(found))
 
 
-async def ask(path: Path, asked: Asked) -> Answered:
+async def ask(path: Path, asked: ControlRequest) -> ControlReply:
     """Raises OSError where nobody listens any more; what was left of a graph without workers, which
     was killed, is removed.
     """
@@ -163,7 +200,7 @@ async def ask(path: Path, asked: Asked) -> Answered:
         raise
     async with connected as stream:
         await stream.send_all(msgspec.json.encode(asked) + b"\n")
-        return msgspec.json.decode(await _line(stream, most_bytes=1 << 24), type=Answered)
+        return msgspec.json.decode(await _line(stream, most_bytes=1 << 24), type=ControlReply)
 
 
 def _forget(path: Path) -> None:
@@ -173,7 +210,7 @@ def _forget(path: Path) -> None:
         path.parent.rmdir()
 
 
-async def _line(stream: trio.SocketStream, most_bytes: int = _MOST_BYTES) -> bytes:
+async def _line(stream: trio.SocketStream, most_bytes: int = _MAX_REQUEST_BYTES) -> bytes:
     """Raises BrokenResourceError where none comes, or one that is too long."""
     line = bytearray()
     async for part in stream:

@@ -1,7 +1,7 @@
-"""How the life of a worker begins: as a process of this machine, or as tasks of this very loop."""
+"""Launchers of workers: as processes of this machine, with spares, or as tasks of this loop."""
 
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from time import perf_counter
@@ -10,11 +10,11 @@ from typing import Protocol
 
 import trio
 
-from sagellm.runtime.cluster.folder import Folder
-from sagellm.runtime.cluster.options import IPC
-from sagellm.runtime.cluster.process import Process
-from sagellm.runtime.cluster.spares import Spares
-from sagellm.runtime.cluster.start import OpenEngine, Start, spare_env, work
+from sagellm.graphs.log import get_logger
+from sagellm.runtime.cluster.child_process import ChildProcess
+from sagellm.runtime.cluster.control import SocketFolder
+from sagellm.runtime.cluster.executor_options import IPC
+from sagellm.runtime.cluster.worker_main import OpenEngine, WorkerStart, spare_env, work
 from sagellm.runtime.comm.channel import Channel, ChannelClosed, MemoryChannel, memory_channels
 from sagellm.runtime.comm.keys import load_keys
 from sagellm.runtime.comm.zeromq import Hub
@@ -51,7 +51,7 @@ class Launcher(Protocol):
 class ProcessLife:
     """A process, and the link to it."""
 
-    def __init__(self, process: Process, channel: Channel) -> None:
+    def __init__(self, process: ChildProcess, channel: Channel) -> None:
         self._process = process
         self.channel = channel
 
@@ -70,7 +70,7 @@ class ProcessLife:
         self.channel.close()
 
 
-class Processes:
+class ProcessLauncher:
     """Workers as processes that run `module`, which calls `serve` (see `start.py`).
 
     They connect to `address`: that of a network (tcp), which takes the `keys` of a folder; else a
@@ -91,14 +91,14 @@ class Processes:
         devices: Sequence[str] = (),
     ) -> None:
         hub_keys = load_keys(Path(keys), "graph") if keys is not None else None
-        self._folder = Folder()
+        self._folder = SocketFolder()
         self.folder = self._folder.path
         self._module = module
         self._keys = keys
         self._env = env
         self._hub = Hub(hub_keys)
         spare = {**env, **spare_env(devices)}
-        self._spares = Spares(lambda: Process(module, spare), num_spares)
+        self._spares = Spares(lambda: ChildProcess(module, spare), num_spares)
         self._endpoint = f"ipc://{self.folder}/hub" if address == IPC else address
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -115,13 +115,13 @@ class Processes:
         name = secrets.token_bytes(16)
         # What trio's clock is ahead of the one that all processes of this machine read.
         offset_s = trio.current_time() - perf_counter()
-        start = Start(
+        start = WorkerStart(
             self._door(), name.hex(), epoch, offset_s, folder=str(self.folder), keys=self._keys
         )
-        self._spares.stir()
+        self._spares.postpone()
         # The first life of a worker is not what a spare is kept for.
         process = self._spares.take(start.line) if epoch > 1 else None
-        process = process or Process(self._module, {**self._env, **start.env})
+        process = process or ChildProcess(self._module, {**self._env, **start.env})
         return ProcessLife(process, self._hub.link(name, epoch))
 
     def _door(self) -> str:
@@ -161,7 +161,7 @@ class TaskLife:
         self.channel.close()
 
 
-class Tasks:
+class TaskLauncher:
     """Workers as tasks, linked by memory: in virtual time, and to be killed at a whim."""
 
     def __init__(self, open_engine: OpenEngine) -> None:
@@ -181,3 +181,70 @@ class Tasks:
         life = TaskLife(self._num_launched, here)
         self._nursery.start_soon(life.live, there, self._open_engine)
         return life
+
+
+log = get_logger("sagellm.cluster")
+
+QUIET_S = 5.0  # after the last start of a worker: a spare is not to compete with it
+_LOOK_S = 60.0  # between two looks whether one has died
+
+
+class Spares:
+    """Keeps `count` of them while `run` runs; `start` begins one."""
+
+    def __init__(self, start: Callable[[], ChildProcess], count: int) -> None:
+        self._start = start
+        self._count = count
+        self._waiting: list[ChildProcess] = []
+        self._changed = trio.Event()
+
+    def postpone(self) -> None:
+        """A worker starts: wait with the next spare."""
+        self._changed.set()
+
+    def take(self, part: bytes) -> ChildProcess | None:
+        """One that was given its part; None where none waits."""
+        while self._waiting:
+            process = self._waiting.pop()
+            try:
+                process.tell(part)
+            except OSError:  # it has died
+                process.kill()
+                process.close()
+            else:
+                return process
+        return None
+
+    async def run(self) -> None:
+        """Until cancelled; then none is left."""
+        try:
+            while self._count:
+                await self._quiet()
+                self._fill()
+                with trio.move_on_after(_LOOK_S):
+                    await self._changed.wait()
+        finally:
+            with trio.CancelScope(shield=True):
+                for process in self._waiting:
+                    process.kill()
+                    await process.wait()
+                    process.close()
+
+    async def _quiet(self) -> None:
+        """Wait until no worker has started for a while."""
+        while True:
+            self._changed = trio.Event()
+            with trio.move_on_after(QUIET_S) as waiting:
+                await self._changed.wait()
+            if waiting.cancelled_caught:
+                return
+
+    def _fill(self) -> None:
+        for process in [one for one in self._waiting if one.has_ended]:
+            self._waiting.remove(process)
+            process.close()
+        try:
+            while len(self._waiting) < self._count:
+                self._waiting.append(self._start())
+        except OSError as error:  # workers are started without
+            log.warning("spare_not_started", error=error.strerror)

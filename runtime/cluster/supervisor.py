@@ -6,17 +6,16 @@ from typing import Protocol
 
 import trio
 
-from sagellm.backends.progress import Progress, silent
+from sagellm.backends.interface import Progress, silent
 from sagellm.graphs.ir import Graph
 from sagellm.graphs.log import get_logger
-from sagellm.runtime.cluster.backoff import RestartPolicy, Restarts
-from sagellm.runtime.cluster.faults import CannotScale
-from sagellm.runtime.cluster.keeping import Keeper
+from sagellm.runtime.cluster import CannotScale
+from sagellm.runtime.cluster.child_process import RestartPolicy, Restarts
 from sagellm.runtime.cluster.launch import Launcher
+from sagellm.runtime.cluster.lifecycle import WorkerLifecycle
 from sagellm.runtime.cluster.worker import Watch, Worker, WorkerState
-from sagellm.runtime.engine.prefetching import Prefetcher
-from sagellm.runtime.engine.remote import RemoteEngine
-from sagellm.runtime.engine.remote_kv import remote_engine
+from sagellm.runtime.engine.remote_engine import RemoteEngine
+from sagellm.runtime.engine.remote_kv import Prefetcher, remote_engine
 from sagellm.runtime.port import EngineFacts
 
 log = get_logger("sagellm.cluster")
@@ -60,14 +59,14 @@ class Supervisor:
         ]
         self.on_change: Callable[[Worker], None] = lambda worker: None
         self._launcher = launcher
-        self._keeper = Keeper(
+        self._lifecycle = WorkerLifecycle(
             graph,
             launcher,
             watch,
             draw,
             siblings=lambda name: [one for one in self._all if one.engine_name == name],
-            turn=self._turn,
-            meet=self._meet,
+            set_state=self._set_state,
+            on_ready=self._on_ready,
             progress=progress,
         )
         self._ping_s = watch.ping_s
@@ -128,7 +127,7 @@ class Supervisor:
                     self._prefetcher = Prefetcher(self._nursery)
                     async with trio.open_nursery() as starting:
                         for worker in self.workers:
-                            starting.start_soon(self._nursery.start, self._keeper.keep, worker)
+                            starting.start_soon(self._nursery.start, self._lifecycle.keep, worker)
                     task_status.started()
             finally:
                 links.cancel()
@@ -141,7 +140,7 @@ class Supervisor:
         """
         worker.is_to_drain = not worker.is_serving
         if worker.is_serving:
-            self._turn(worker, "drained")
+            self._set_state(worker, "drained")
             log.info("worker_drained", worker=str(worker))
             siblings = [one for one in self.workers if one.engine_name == worker.engine_name]
             if worker.engine is not None and any(one.is_serving for one in siblings):
@@ -155,10 +154,10 @@ class Supervisor:
         for worker in workers:
             epoch = worker.epoch
             log.info("worker_restarting", worker=str(worker), pid=worker.pid)
-            worker.restarts.forgive()
+            worker.restarts.reset_backoff()
             worker.is_to_drain = False
             if worker.is_serving:
-                self._turn(worker, "drained")
+                self._set_state(worker, "drained")
             if worker.engine is not None:
                 worker.engine.evict()
             worker.leave()
@@ -207,7 +206,7 @@ class Supervisor:
                     self._all.append(worker)
                 worker.want()
                 added.append(worker)
-                await self._nursery.start(self._keeper.keep, worker)
+                await self._nursery.start(self._lifecycle.keep, worker)
         except BaseException:
             with trio.CancelScope(shield=True):
                 await self._remove(added)
@@ -216,7 +215,7 @@ class Supervisor:
     async def _remove(self, workers: Sequence[Worker]) -> None:
         """What runs there is taken over by others; returns once their processes are gone."""
         for worker in workers:
-            self._turn(worker, "removed")
+            self._set_state(worker, "removed")
             if worker.engine is not None:
                 worker.engine.is_removed = True
                 worker.engine.evict()
@@ -234,7 +233,7 @@ class Supervisor:
         with scope:
             await self._launcher.run(task_status)
 
-    def _meet(self, worker: Worker, facts: EngineFacts) -> None:
+    def _on_ready(self, worker: Worker, facts: EngineFacts) -> None:
         """It is ready, with an engine like this: perhaps for the first time."""
         if worker.engine is not None:
             return
@@ -242,13 +241,13 @@ class Supervisor:
             facts,
             name=worker.engine_name,
             replica=worker.replica,
-            on_change=lambda is_up: self._turn(worker, "ready" if is_up else "dead"),
+            on_change=lambda is_up: self._set_state(worker, "ready" if is_up else "dead"),
             prefetcher=self._prefetcher,
         )
         if self._dispatcher is not None:
             self._dispatcher.add(worker.engine_name, worker.engine)
 
-    def _turn(self, worker: Worker, state: WorkerState) -> None:
+    def _set_state(self, worker: Worker, state: WorkerState) -> None:
         if state == "ready" and worker.is_to_drain:
             state, worker.is_to_drain = "drained", False
         if worker.state == state:
@@ -257,7 +256,7 @@ class Supervisor:
             worker.state = state
         if worker.engine is not None:  # else nobody knows of it
             self.on_change(worker)
-        self._keeper.keep_half(worker.engine_name)
+        self._lifecycle.limit_ejections(worker.engine_name)
 
 
 def _outlook(worker: Worker) -> str:

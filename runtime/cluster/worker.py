@@ -1,12 +1,14 @@
-"""What a supervisor knows of one worker, and how it watches it."""
+"""The state of one worker, and which requests are suspected of its deaths."""
 
+from collections import deque
+from collections.abc import Set
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 import trio
 
-from sagellm.runtime.cluster.backoff import Restarts
-from sagellm.runtime.engine.remote import RemoteEngine
+from sagellm.runtime.cluster.child_process import Restarts
+from sagellm.runtime.engine.remote_engine import RemoteEngine
 
 # starting -> ready -> dead -> starting ...; ready -> drained, until restarted; ejected: dead for a
 # while, as its link fails; failing: dead for a while, as it has died too often of late; removed:
@@ -52,7 +54,7 @@ class Worker:
     was_ready: bool = False  # since it was last wanted
     has_served: bool = False  # a token, since a request was last to blame for its death
     life: trio.CancelScope | None = None
-    stirred: trio.Event = field(default_factory=trio.Event)  # somebody wants it back now
+    wake_up: trio.Event = field(default_factory=trio.Event)  # somebody wants it back now
     gone: trio.Event = field(default_factory=trio.Event)  # it was removed, and has ended
 
     def __str__(self) -> str:
@@ -71,13 +73,36 @@ class Worker:
         self.state, self.was_ready = "starting", False
         self.is_leaving = self.is_to_drain = False
         self.gone = trio.Event()
-        self.restarts.forgive()
+        self.restarts.reset_backoff()
         if self.engine is not None:
             self.engine.is_removed = False
 
     def leave(self) -> None:
         """End this life, in order, or the wait for the next one."""
-        self.stirred.set()
+        self.wake_up.set()
         if self.life is not None:
             self.is_leaving = True
             self.life.cancel()
+
+
+Key: TypeAlias = tuple[str, int]  # a request's id and a choice
+
+_MAX_DEATHS = 64  # that are remembered
+
+
+class Suspects:
+    """The requests that had no token yet from a worker as it died, death after death.
+
+    A request that was in two of them is taken for the cause of the second, as `Recovery` takes it
+    when it quarantines the request.
+    """
+
+    def __init__(self) -> None:
+        self._deaths: deque[Set[Key]] = deque(maxlen=_MAX_DEATHS)
+
+    def died(self, unserved: Set[Key]) -> bool:
+        """A worker died with those requests in it; whether one of them is to blame."""
+        is_known = any(not unserved.isdisjoint(earlier) for earlier in self._deaths)
+        if unserved:
+            self._deaths.append(unserved)
+        return is_known

@@ -1,1 +1,5 @@
-"""Links between processes: frames, channels, and what is said over them."""
+"""Links between processes: frames, channels, keys and messages."""
+
+
+class BadKeys(ValueError):
+    """Keys that are not there, or not to be trusted; the message says which, and how to fix it."""

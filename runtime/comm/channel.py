@@ -1,15 +1,19 @@
-"""The contract of a link between two processes, and the one inside a process."""
+"""The contract of a link between two processes, its frames, and the link inside one process."""
 
 import math
+import struct
+import zlib
 from collections import deque
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import trio
 
 from sagellm.runtime.comm.protocol import Message
 
-ROOM = 1024  # messages that a socket holds, either way
-MOST_WAITING = 64 * ROOM  # messages that a channel holds for a peer, or a reader, that is slow
+SOCKET_CAPACITY = 1024  # messages that a socket holds, either way
+MAX_PENDING = (
+    64 * SOCKET_CAPACITY
+)  # messages that a channel holds for a peer, or a reader, that is slow
 
 
 class ChannelClosed(ConnectionError):
@@ -20,7 +24,7 @@ class Channel(Protocol):
     """Messages in order, each once, or the link breaks: it never loses one silently.
 
     How much may be under way is the business of those who talk: what asks is answered, and events
-    wait for credit. `MOST_WAITING` is the last resort, where a peer does not take what it is sent.
+    wait for credit. `MAX_PENDING` is the last resort, where a peer does not take what it is sent.
     """
 
     def put(self, message: Message) -> None:
@@ -30,7 +34,7 @@ class Channel(Protocol):
         """The next message. Raises ChannelClosed once all that came before the end was received."""
 
     @property
-    def heard_s(self) -> float:
+    def last_received_s(self) -> float:
         """When anything last came, on trio's clock; any message is a sign of life."""
 
     def close(self, why: str = "it was closed") -> None:
@@ -43,14 +47,14 @@ class MemoryChannel:
     def __init__(self) -> None:
         self._peer: MemoryChannel = self
         self._inbox: deque[Message] = deque()
-        self._stirred = trio.lowlevel.ParkingLot()
+        self._changed = trio.lowlevel.ParkingLot()
         self._ended: str | None = None
-        self._heard_s = -math.inf
+        self._last_received_s = -math.inf
 
     def put(self, message: Message) -> None:
         if self._ended is not None:
             raise ChannelClosed(self._ended)
-        if len(self._peer._inbox) >= MOST_WAITING:
+        if len(self._peer._inbox) >= MAX_PENDING:
             self.close("its peer takes no messages")
             raise ChannelClosed("its peer takes no messages")
         if self._peer._ended is None:
@@ -61,22 +65,22 @@ class MemoryChannel:
         while not self._inbox:
             if self._ended is not None:
                 raise ChannelClosed(self._ended)
-            await self._stirred.park()
+            await self._changed.park()
         return self._inbox.popleft()
 
     @property
-    def heard_s(self) -> float:
-        return self._heard_s
+    def last_received_s(self) -> float:
+        return self._last_received_s
 
     def close(self, why: str = "it was closed") -> None:
         if self._ended is None:
             self._ended = why
-        self._stirred.unpark_all()
+        self._changed.unpark_all()
 
     def _take(self, message: Message) -> None:
         self._inbox.append(message)
-        self._heard_s = trio.current_time()
-        self._stirred.unpark()
+        self._last_received_s = trio.current_time()
+        self._changed.unpark()
 
 
 def memory_channels() -> tuple[MemoryChannel, MemoryChannel]:
@@ -84,3 +88,52 @@ def memory_channels() -> tuple[MemoryChannel, MemoryChannel]:
     one, other = MemoryChannel(), MemoryChannel()
     one._peer, other._peer = other, one
     return one, other
+
+
+MAX_FRAME_BYTES = 16 * 2**20  # a prompt of a million tokens fits; KV travels otherwise
+
+_HEADER = struct.Struct(">2sBxIQ")
+_CHECKSUM = struct.Struct(">I")
+_MAGIC, _VERSION = b"SG", 1
+_OVERHEAD = _HEADER.size + _CHECKSUM.size
+
+
+class FrameError(ValueError):
+    """Bytes that are no frame of ours; the message says what is wrong, and shows none of them."""
+
+
+class Frame(NamedTuple):
+    """A frame that came whole; nobody has looked at its body yet."""
+
+    epoch: int
+    number: int
+    body: bytes
+
+
+def encode(frame: Frame) -> bytes:
+    """Raises FrameError where the body is too long."""
+    size = _OVERHEAD + len(frame.body)
+    if size > MAX_FRAME_BYTES:
+        raise FrameError(f"a message of {size} bytes exceeds {MAX_FRAME_BYTES}")
+    header = _HEADER.pack(_MAGIC, _VERSION, frame.epoch, frame.number)
+    return b"".join((header, _CHECKSUM.pack(_sum(header, frame.body)), frame.body))
+
+
+def decode(data: bytes) -> Frame:
+    """Raises FrameError."""
+    if not _OVERHEAD <= len(data) <= MAX_FRAME_BYTES:
+        raise FrameError(f"{len(data)} bytes are too few, or too many, for a frame")
+    header, body = data[: _HEADER.size], data[_OVERHEAD:]
+    magic, version, epoch, number = _HEADER.unpack(header)
+    if magic != _MAGIC:
+        raise FrameError("it is no frame")
+    if version != _VERSION:
+        raise FrameError(f"version {version} is not {_VERSION}: both sides must run one release")
+    (checksum,) = _CHECKSUM.unpack_from(data, _HEADER.size)
+    if checksum != _sum(header, body):
+        raise FrameError("its checksum is wrong")
+    return Frame(epoch, number, body)
+
+
+def _sum(header: bytes, body: bytes) -> int:
+    return zlib.crc32(body, zlib.crc32(header))

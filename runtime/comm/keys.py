@@ -10,14 +10,14 @@ from typing import Literal, TypeAlias
 import zmq.auth
 from zmq.auth.thread import ThreadAuthenticator
 
-from sagellm.runtime.comm.faults import BadKeys
+from sagellm.runtime.comm import BadKeys
 
-Side: TypeAlias = Literal["graph", "worker"]
-SIDES: tuple[Side, ...] = ("graph", "worker")
+LinkSide: TypeAlias = Literal["graph", "worker"]
+SIDES: tuple[LinkSide, ...] = ("graph", "worker")
 
 
 @dataclass(frozen=True, slots=True)
-class Keys:
+class CurveKeys:
     """What one side has: its own pair, and the public key of the other. All are Z85 text."""
 
     public: bytes
@@ -25,7 +25,7 @@ class Keys:
     peer: bytes
 
     def secure_server(self, socket: "zmq.Socket[bytes]") -> None:
-        """Only who has the peer's pair may connect; see `Gate`."""
+        """Only who has the peer's pair may connect; see `CurveAuthenticator`."""
         socket.curve_server = True
         self._show(socket)
 
@@ -42,14 +42,14 @@ class Keys:
         socket.curve_publickey, socket.curve_secretkey = self.public, self.secret
 
 
-class Gate:
+class CurveAuthenticator:
     """A context whose servers admit the peer of those keys, and nobody else.
 
     It is open before any of its sockets is bound: without one, libzmq lets in every key. Contexts
     have one each, and graphs of one process other keys.
     """
 
-    def __init__(self, keys: Keys) -> None:
+    def __init__(self, keys: CurveKeys) -> None:
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._authenticator = ThreadAuthenticator(self.context)
         self._authenticator.start()
@@ -69,12 +69,12 @@ def create_keys(folder: Path) -> None:
         Path(secret).chmod(0o600)
 
 
-def load_keys(folder: Path, side: Side) -> Keys:
+def load_keys(folder: Path, side: LinkSide) -> CurveKeys:
     """Raises BadKeys."""
     (peer,) = set(SIDES) - {side}
     own, secret = _load(folder / f"{side}.key_secret", is_secret=True)
     other, _ = _load(folder / f"{peer}.key", is_secret=False)
-    return Keys(own, secret, other)
+    return CurveKeys(own, secret, other)
 
 
 def _load(path: Path, *, is_secret: bool) -> tuple[bytes, bytes]:

@@ -8,9 +8,8 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
-from sagellm.backends.progress import Event
-from sagellm.runtime.kv.located import Located
-from sagellm.runtime.kv.part import Part
+from sagellm.backends.interface import ProgressEvent
+from sagellm.runtime.kv.transport import BlockLocation, KVChunk
 from sagellm.runtime.messages import LeaseRef, SequenceState, TokenEvent
 from sagellm.runtime.port import (
     EngineFacts,
@@ -21,14 +20,14 @@ from sagellm.runtime.port import (
 )
 
 
-class _Said(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class _Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One thing said."""
 
 
 # ---- by the graph --------------------------------------------------------------------------
 
 
-class Open(_Said, frozen=True, kw_only=True, tag="open"):
+class Open(_Message, frozen=True, kw_only=True, tag="open"):
     """Load one replica of an engine of this graph (MessagePack); answered by `Ready`.
 
     `num_blocks`: of its pool in an earlier life, if it had one. `block_key`: what all engines of
@@ -42,14 +41,14 @@ class Open(_Said, frozen=True, kw_only=True, tag="open"):
     num_blocks: int | None = None
 
 
-class Submit(_Said, frozen=True, kw_only=True, tag="submit"):
+class Submit(_Message, frozen=True, kw_only=True, tag="submit"):
     """Answered by `Done` or `Refused`."""
 
     call: int
     state: SequenceState
 
 
-class Cancel(_Said, frozen=True, kw_only=True, tag="cancel"):
+class Cancel(_Message, frozen=True, kw_only=True, tag="cancel"):
     """The port's `cancel`."""
 
     request_id: str
@@ -57,125 +56,125 @@ class Cancel(_Said, frozen=True, kw_only=True, tag="cancel"):
     epoch: int
 
 
-class Import(_Said, frozen=True, kw_only=True, tag="import"):
-    """Reserve blocks; answered, in order of arrival, by `Landing` or `Refused`."""
+class Import(_Message, frozen=True, kw_only=True, tag="import"):
+    """Reserve blocks; answered, in order of arrival, by `BlocksReserved` or `Refused`."""
 
     call: int
     offer: LeaseOffer
 
 
-class Export(_Said, frozen=True, kw_only=True, tag="export"):
-    """Turn a held lease to `sending`; answered by `Exported`, of all but the first `num_landed`
+class Export(_Message, frozen=True, kw_only=True, tag="export"):
+    """Turn a held lease to `sending`; answered by `Exported`, of all but the first `num_received`
     blocks, or `Refused`.
     """
 
     call: int
     lease: LeaseRef
-    num_landed: int = 0
+    num_received: int = 0
 
 
-class ExportPart(_Said, frozen=True, kw_only=True, tag="export_part"):
+class ExportChunk(_Message, frozen=True, kw_only=True, tag="export_chunk"):
     """A part of a prompt that is still being computed; answered by `Exported` or `Refused`."""
 
     call: int
     lease: LeaseRef
-    part: Part
+    chunk: KVChunk
 
 
-class Receive(_Said, frozen=True, kw_only=True, tag="receive"):
-    """Copy that into a reserved lease, after the first `num_landed` blocks: then it is filled.
+class Receive(_Message, frozen=True, kw_only=True, tag="receive"):
+    """Copy that into a reserved lease, after the first `num_received` blocks: then it is filled.
     Answered by `Done` or `Refused`.
     """
 
     call: int
     lease: LeaseRef
-    source: Located
-    num_landed: int = 0
+    source: BlockLocation
+    num_received: int = 0
 
 
-class ReceivePart(_Said, frozen=True, kw_only=True, tag="receive_part"):
+class ReceiveChunk(_Message, frozen=True, kw_only=True, tag="receive_chunk"):
     """As `Receive`, of a prompt that is still being computed: more comes after this part."""
 
     call: int
     lease: LeaseRef
-    source: Located
-    part: Part
+    source: BlockLocation
+    chunk: KVChunk
 
 
-class Release(_Said, frozen=True, kw_only=True, tag="release"):
+class Release(_Message, frozen=True, kw_only=True, tag="release"):
     """The receiver has acknowledged, or given up: free the blocks of an exported lease."""
 
     lease: LeaseRef
 
 
-class Hold(_Said, frozen=True, kw_only=True, tag="hold"):
+class RenewLease(_Message, frozen=True, kw_only=True, tag="renew_lease"):
     """The receiver is still at it: keep the blocks of an exported lease."""
 
     lease: LeaseRef
 
 
-class Drop(_Said, frozen=True, kw_only=True, tag="drop"):
+class Drop(_Message, frozen=True, kw_only=True, tag="drop"):
     """Nobody waits for that call any more; it is answered all the same."""
 
     call: int
 
 
-class Grant(_Said, frozen=True, kw_only=True, tag="grant"):
+class Grant(_Message, frozen=True, kw_only=True, tag="grant"):
     """The reader of `owner` took a batch of events: one more may be sent."""
 
     owner: str
 
 
-class AskCache(_Said, frozen=True, kw_only=True, tag="ask_cache"):
-    """Report all prefix blocks that there are, and then changes, by `CacheNews`."""
+class SyncCache(_Message, frozen=True, kw_only=True, tag="sync_cache"):
+    """Report all prefix blocks that there are, and then changes, by `CacheUpdate`."""
 
 
-class GrantCache(_Said, frozen=True, kw_only=True, tag="grant_cache"):
-    """One `CacheNews` was read: one more may be sent."""
+class GrantCacheUpdate(_Message, frozen=True, kw_only=True, tag="grant_cache_update"):
+    """One `CacheUpdate` was read: one more may be sent."""
 
 
-class Idle(_Said, frozen=True, kw_only=True, tag="idle"):
+class Idle(_Message, frozen=True, kw_only=True, tag="idle"):
     """Answered by `Done` when no step computes."""
 
     call: int
 
 
-class Ping(_Said, frozen=True, kw_only=True, tag="ping"):
+class Ping(_Message, frozen=True, kw_only=True, tag="ping"):
     """Answered by `Pong`."""
 
 
-class Stop(_Said, frozen=True, kw_only=True, tag="stop"):
+class Stop(_Message, frozen=True, kw_only=True, tag="stop"):
     """End the engine, and the process."""
 
 
 # ---- by the worker -------------------------------------------------------------------------
 
 
-class Ready(_Said, frozen=True, kw_only=True, tag="ready"):
+class Ready(_Message, frozen=True, kw_only=True, tag="ready"):
     """The engine is open."""
 
     facts: EngineFacts
 
 
-class Starting(_Said, frozen=True, kw_only=True, tag="starting"):
+class Starting(_Message, frozen=True, kw_only=True, tag="starting"):
     """How far the start of the engine is; before `Ready`."""
 
-    event: Event
+    event: ProgressEvent
 
 
-class Unfit(_Said, frozen=True, kw_only=True, tag="unfit"):
+class Unfit(_Message, frozen=True, kw_only=True, tag="unfit"):
     """The engine cannot be opened: a fault of options, model or memory, safe to show."""
 
     error: str
 
 
-class Done(_Said, frozen=True, kw_only=True, tag="done"):
+class Done(_Message, frozen=True, kw_only=True, tag="done"):
     """The call has returned."""
 
     call: int
 
 
-class Refused(_Said, frozen=True, kw_only=True, tag="refused"):
+class Refused(_Message, frozen=True, kw_only=True, tag="refused"):
     """The call raised EngineRefusal, StaleLease or DamagedBlocks."""
 
     call: int
@@ -184,28 +183,28 @@ class Refused(_Said, frozen=True, kw_only=True, tag="refused"):
     code: str = ""
 
 
-class Landing(_Said, frozen=True, kw_only=True, tag="landing"):
+class BlocksReserved(_Message, frozen=True, kw_only=True, tag="blocks_reserved"):
     """Blocks are reserved under that lease."""
 
     call: int
     lease: LeaseRef
 
 
-class Exported(_Said, frozen=True, kw_only=True, tag="exported"):
+class Exported(_Message, frozen=True, kw_only=True, tag="exported"):
     """Where the blocks are."""
 
     call: int
-    source: Located
+    source: BlockLocation
 
 
-class Advanced(_Said, frozen=True, kw_only=True, tag="advanced"):
+class KVProgress(_Message, frozen=True, kw_only=True, tag="kv_progress"):
     """So many blocks of a prompt that is to be exported are computed, and do not change."""
 
     lease: LeaseRef
     num_blocks: int
 
 
-class Events(_Said, frozen=True, kw_only=True, tag="events"):
+class Events(_Message, frozen=True, kw_only=True, tag="events"):
     """What one step did to the sequences of `owner`; uses up one grant."""
 
     owner: str
@@ -213,7 +212,7 @@ class Events(_Said, frozen=True, kw_only=True, tag="events"):
     load: EngineLoad
 
 
-class CacheNews(_Said, frozen=True, kw_only=True, tag="cache_news"):
+class CacheUpdate(_Message, frozen=True, kw_only=True, tag="cache_update"):
     """Prefix blocks that were stored and dropped, as `CacheChanged` says; uses up one grant."""
 
     sequence: int
@@ -222,7 +221,7 @@ class CacheNews(_Said, frozen=True, kw_only=True, tag="cache_news"):
     dropped: bytes
 
 
-class Pong(_Said, frozen=True, kw_only=True, tag="pong"):
+class Pong(_Message, frozen=True, kw_only=True, tag="pong"):
     """A sign of life, and how the engine is. `step_tokens`: its steps by the tokens that they
     computed, counted in buckets; `num_step_tokens`: of all of them.
     """
@@ -233,36 +232,36 @@ class Pong(_Said, frozen=True, kw_only=True, tag="pong"):
     num_step_tokens: float = 0.0
 
 
-FromGraph: TypeAlias = (
+GraphMessage: TypeAlias = (
     Open
     | Submit
     | Cancel
     | Import
     | Export
-    | ExportPart
+    | ExportChunk
     | Receive
-    | ReceivePart
+    | ReceiveChunk
     | Release
-    | Hold
+    | RenewLease
     | Drop
     | Grant
-    | AskCache
-    | GrantCache
+    | SyncCache
+    | GrantCacheUpdate
     | Idle
     | Ping
     | Stop
 )
-FromWorker: TypeAlias = (
+WorkerMessage: TypeAlias = (
     Starting
     | Ready
     | Unfit
     | Done
     | Refused
-    | Landing
+    | BlocksReserved
     | Exported
-    | Advanced
+    | KVProgress
     | Events
-    | CacheNews
+    | CacheUpdate
     | Pong
 )
-Message: TypeAlias = FromGraph | FromWorker
+Message: TypeAlias = GraphMessage | WorkerMessage

@@ -2,7 +2,7 @@
 
 The hub is a ROUTER that knows its peers by a name that only they were told; what strangers send is
 dropped and counted. Over tcp all of it is encrypted, and who has no key is not let in (CURVE, see
-`keys`). Sockets are bounded (`ROOM`, `MAX_FRAME_BYTES`), linger for nobody, and an end
+`keys`). Sockets are bounded (`SOCKET_CAPACITY`, `MAX_FRAME_BYTES`), linger for nobody, and an end
 that finds its peer full, silent or garbled closes: it does not wait in the dark.
 """
 
@@ -16,10 +16,18 @@ import trio
 import zmq
 
 from sagellm.graphs.log import get_logger
-from sagellm.runtime.comm.channel import MOST_WAITING, ROOM, ChannelClosed
-from sagellm.runtime.comm.frame import MAX_FRAME_BYTES, Frame, FrameError, decode, encode
-from sagellm.runtime.comm.keys import Gate, Keys
-from sagellm.runtime.comm.protocol import FromGraph, FromWorker, Message
+from sagellm.runtime.comm.channel import (
+    MAX_FRAME_BYTES,
+    MAX_PENDING,
+    SOCKET_CAPACITY,
+    ChannelClosed,
+    Frame,
+    FrameError,
+    decode,
+    encode,
+)
+from sagellm.runtime.comm.keys import CurveAuthenticator, CurveKeys
+from sagellm.runtime.comm.protocol import GraphMessage, Message, WorkerMessage
 
 log = get_logger("sagellm.comm")
 
@@ -27,14 +35,14 @@ _BUNDLE = 256  # frames taken in one turn, so that other tasks run between two
 _RETRY_S = 0.005  # until what found no peer, or no room, is tried again
 _OPTIONS = {
     zmq.LINGER: 0,
-    zmq.SNDHWM: ROOM,
-    zmq.RCVHWM: ROOM,
+    zmq.SNDHWM: SOCKET_CAPACITY,
+    zmq.RCVHWM: SOCKET_CAPACITY,
     zmq.IMMEDIATE: 1,
     zmq.CONNECT_TIMEOUT: 1000,  # ms: the kernel waits longer and longer for a network that is down
     zmq.MAXMSGSIZE: MAX_FRAME_BYTES,
 }
-_FROM_GRAPH = msgspec.msgpack.Decoder(FromGraph)
-_FROM_WORKER = msgspec.msgpack.Decoder(FromWorker)
+_GRAPH_DECODER = msgspec.msgpack.Decoder(GraphMessage)
+_WORKER_DECODER = msgspec.msgpack.Decoder(WorkerMessage)
 
 
 class Link:
@@ -55,9 +63,9 @@ class Link:
         self._outbox: deque[bytes] = deque()
         self._num_sent = 0
         self._num_received = 0
-        self._stirred = trio.lowlevel.ParkingLot()
+        self._changed = trio.lowlevel.ParkingLot()
         self._ended: str | None = None
-        self._heard_s = -math.inf
+        self._last_received_s = -math.inf
 
     def put(self, message: Message) -> None:
         if self._ended is not None:
@@ -66,7 +74,7 @@ class Link:
         self._num_sent += 1
         self._outbox.append(frame)
         self.flush()
-        if len(self._outbox) > MOST_WAITING:
+        if len(self._outbox) > MAX_PENDING:
             self.close("its peer takes no messages")
             raise ChannelClosed("its peer takes no messages")
 
@@ -75,12 +83,12 @@ class Link:
         while not self._inbox:
             if self._ended is not None:
                 raise ChannelClosed(self._ended)
-            await self._stirred.park()
+            await self._changed.park()
         return self._inbox.popleft()
 
     @property
-    def heard_s(self) -> float:
-        return self._heard_s
+    def last_received_s(self) -> float:
+        return self._last_received_s
 
     @property
     def is_flushed(self) -> bool:
@@ -91,7 +99,7 @@ class Link:
             self._ended = why
             self._outbox.clear()
             self.on_close()
-        self._stirred.unpark_all()
+        self._changed.unpark_all()
 
     def flush(self) -> None:
         """Hand over what waits, as far as there is room."""
@@ -120,16 +128,16 @@ class Link:
         except (msgspec.DecodeError, ValueError) as error:
             self.close(f"its peer said what nobody understands: {type(error).__name__}")
             return False
-        if len(self._inbox) >= MOST_WAITING:
+        if len(self._inbox) >= MAX_PENDING:
             self.close("its peer says more than was asked for")
             return False
         self._inbox.append(message)
-        self._heard_s = trio.current_time()
-        self._stirred.unpark()
+        self._last_received_s = trio.current_time()
+        self._changed.unpark()
         return True
 
 
-class _Port:
+class _TrioSocket:
     """A socket under trio: what is sent is sent at once, or not at all.
 
     Its descriptor becomes readable when something has changed since the socket was last used, in
@@ -203,15 +211,15 @@ class _Port:
 class Hub:
     """The graph's end of the links to all its workers: one bound socket, with `keys` over tcp.
 
-    `num_strange` frames came from nobody that was announced, or were none of the life they should
+    `num_rejected` frames came from nobody that was announced, or were none of the life they should
     be of.
     """
 
-    def __init__(self, keys: Keys | None = None) -> None:
-        self.num_strange = 0
+    def __init__(self, keys: CurveKeys | None = None) -> None:
+        self.num_rejected = 0
         self._links: dict[bytes, Link] = {}
-        self._gate = Gate(keys) if keys is not None else None
-        self._port = _Port(zmq.ROUTER, self._take, self._gate.context if self._gate else None)
+        self._gate = CurveAuthenticator(keys) if keys is not None else None
+        self._port = _TrioSocket(zmq.ROUTER, self._take, self._gate.context if self._gate else None)
         self._port.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         if keys is not None:
             keys.secure_server(self._port.socket)
@@ -228,7 +236,7 @@ class Hub:
 
     def link(self, name: bytes, epoch: int) -> Link:
         """A link to the peer that will connect under `name`; what is put waits until it does."""
-        link = Link(lambda data: self._port.send([name, data]), _FROM_WORKER, epoch)
+        link = Link(lambda data: self._port.send([name, data]), _WORKER_DECODER, epoch)
         link.on_close = lambda: self._forget(name)
         self._links[name] = link
         return link
@@ -250,7 +258,7 @@ class Hub:
     def _take(self, parts: list[bytes]) -> None:
         link = self._links.get(parts[0])
         if link is None or len(parts) != 2 or not link.take(parts[1]):
-            self.num_strange += 1
+            self.num_rejected += 1
 
     def _forget(self, name: bytes) -> None:
         self._links.pop(name, None)
@@ -265,12 +273,14 @@ class Hub:
 class Dealer:
     """A worker's end: one link, to the hub at `endpoint`, under the name that the hub expects."""
 
-    def __init__(self, endpoint: str, name: bytes, epoch: int, keys: Keys | None = None) -> None:
-        self._port = _Port(zmq.DEALER, self._take)
+    def __init__(
+        self, endpoint: str, name: bytes, epoch: int, keys: CurveKeys | None = None
+    ) -> None:
+        self._port = _TrioSocket(zmq.DEALER, self._take)
         if keys is not None:
             keys.secure_client(self._port.socket)
         self._port.socket.setsockopt(zmq.ROUTING_ID, name)
-        self.link = Link(lambda data: self._port.send([data]), _FROM_GRAPH, epoch)
+        self.link = Link(lambda data: self._port.send([data]), _GRAPH_DECODER, epoch)
         self._port.allow(endpoint)
         self._port.socket.connect(endpoint)
 

@@ -5,9 +5,10 @@ from collections.abc import Callable
 from typing import Any
 
 from sagellm.graphs.ir import SOURCE
-from sagellm.runtime.core.books import Books, quarantined, unavailable
+from sagellm.runtime.core.accounting import Clock, Meter, stopped_clock
+from sagellm.runtime.core.availability import ReplicaSet
 from sagellm.runtime.core.credit import Gates
-from sagellm.runtime.core.effects import Effect, WakeAt
+from sagellm.runtime.core.effects import Effect, OperatorFault, Reaction, WakeAt
 from sagellm.runtime.core.events import (
     Arrived,
     CacheReported,
@@ -30,18 +31,17 @@ from sagellm.runtime.core.events import (
     Transferred,
     Withdrawn,
 )
-from sagellm.runtime.core.faults import OperatorFault
-from sagellm.runtime.core.flow import Flow
-from sagellm.runtime.core.inputs import Inputs
-from sagellm.runtime.core.meter import Clock, Meter, standing_still
+from sagellm.runtime.core.flow import Flow, Reentry
+from sagellm.runtime.core.inputs import InputQueue, RoomReports
+from sagellm.runtime.core.lifecycle import (
+    Register,
+    RequestLifecycle,
+    quarantined_event,
+    unavailable_event,
+)
+from sagellm.runtime.core.logic_graph import LogicGraph
 from sagellm.runtime.core.parking import Parking
-from sagellm.runtime.core.prefixes import Prefixes
-from sagellm.runtime.core.region import Region
-from sagellm.runtime.core.register import Register
-from sagellm.runtime.core.replicas import Replicas
-from sagellm.runtime.core.returns import Returns
-from sagellm.runtime.core.room import Room
-from sagellm.runtime.core.turn import Turn
+from sagellm.runtime.core.prefix_indexes import PrefixIndexes
 from sagellm.runtime.feedback import CreditChanged
 from sagellm.runtime.operator import Signal, Wake
 from sagellm.runtime.plan import Plan
@@ -61,14 +61,14 @@ class Core:
     """
 
     def __init__(
-        self, plan: Plan, *, max_hold_s: float = math.inf, clock: Clock = standing_still
+        self, plan: Plan, *, max_hold_s: float = math.inf, clock: Clock = stopped_clock
     ) -> None:
-        self._turn = turn = Turn()
+        self._reaction = reaction = Reaction()
         self.gates = Gates(plan.decoders)
         register = Register()
         num_replicas = {node.name: plan.num_replicas(node.name) for node in plan.graph.nodes}
         self.meter = Meter(plan.graph, plan.logic, num_replicas, clock)
-        self.region = Region(
+        self.logic_graph = LogicGraph(
             plan.graph,
             plan.logic,
             self.gates,
@@ -79,18 +79,22 @@ class Core:
         )
         self.register = register
         drops_tokens = any(plan.spec(node.name).drops_tokens for node in plan.graph.nodes)
-        self.books = Books(
-            turn, self.gates, self.region.holdings, register, drops_tokens=drops_tokens
+        self.lifecycle = RequestLifecycle(
+            reaction, self.gates, self.logic_graph.held_items, register, drops_tokens=drops_tokens
         )
-        self.ledger, self.recovery = self.books.ledger, self.books.recovery
+        self.ledger, self.recovery = self.lifecycle.ledger, self.lifecycle.recovery
         parking = Parking()
-        self._inputs = Inputs(plan, turn, self.region, self.meter, self.books, parking)
-        self._flow = Flow(turn, self.region, self.meter, self.books, parking, self._inputs)
-        self._returns = Returns(plan, turn, self.books, self._inputs, self._flow)
-        self.prefixes = Prefixes(plan, turn, self._inputs.change_prefixes)
-        self.replicas = Replicas(
+        self._inputs = InputQueue(
+            plan, reaction, self.logic_graph, self.meter, self.lifecycle, parking
+        )
+        self._flow = Flow(
+            reaction, self.logic_graph, self.meter, self.lifecycle, parking, self._inputs
+        )
+        self._reentry = Reentry(plan, reaction, self.lifecycle, self._inputs, self._flow)
+        self.prefixes = PrefixIndexes(plan, reaction, self._inputs.report_prefixes)
+        self.replicas = ReplicaSet(
             plan,
-            turn,
+            reaction,
             self.gates,
             self.meter,
             self._inputs,
@@ -99,25 +103,25 @@ class Core:
             max_hold_s,
         )
         self.outliers = self.replicas.outliers
-        self._room = Room(plan, self.gates)
-        self._told_s = math.inf
+        self._room = RoomReports(plan, self.gates)
+        self._wake_at_s = math.inf
         self._reactions = _reactions_of(self)
 
     def on(self, event: Event, now: float) -> list[Effect]:
         """What an event leads to, in order. `now` never falls."""
-        turn = self._turn
-        turn.now, turn.effects = now, []
+        reaction = self._reaction
+        reaction.now, reaction.effects = now, []
         self._reactions[type(event)](event)
         self.prefixes.settle()
         self._inputs.settle()
         if self.recovery.is_under_way:
-            self._returns.try_next()
+            self._reentry.try_next()
         if self._room.may_have_changed:
-            self._inputs.tell_room(self._room.changes())
-        has_moved = self.region.wakes_changed or self.register.expiries_changed
+            self._inputs.report_room(self._room.changes())
+        has_moved = self.logic_graph.wakes_changed or self.register.expiries_changed
         if has_moved or type(event) in _MOVES_TIME:
-            self._tell_time()
-        return turn.effects
+            self._request_wake()
+        return reaction.effects
 
     @property
     def plan(self) -> Plan:
@@ -129,37 +133,39 @@ class Core:
         """Whether no request is open, and no engine works for one that has ended."""
         return self.register.is_empty
 
-    def _tell_time(self) -> None:
+    def _request_wake(self) -> None:
         """Ask for a wake-up at another time than before, if that has changed."""
-        at_s = min(self.region.next_wake_s, self.register.next_expiry_s, self.replicas.next_time_s)
-        if at_s != self._told_s:
-            self._told_s = at_s
-            self._turn.effects.append(WakeAt(at_s))
+        at_s = min(
+            self.logic_graph.next_wake_s, self.register.next_expiry_s, self.replicas.next_time_s
+        )
+        if at_s != self._wake_at_s:
+            self._wake_at_s = at_s
+            self._reaction.effects.append(WakeAt(at_s))
 
     def _arrive(self, arrived: Arrived) -> None:
-        self.books.open(arrived.requests)
+        self.lifecycle.open(arrived.requests)
         self._inputs.settle()
         for request in arrived.requests:
             if self.recovery.is_blocked(request):
-                self.books.end(quarantined(request, self._turn.now), None)
+                self.lifecycle.end(quarantined_event(request, self._reaction.now), None)
             elif self.replicas.availability.is_cut:
-                self.books.end(unavailable(request, self._turn.now), None)
+                self.lifecycle.end(unavailable_event(request, self._reaction.now), None)
         fit = tuple(one for one in arrived.requests if self.register.is_open(one.key))
         if fit:
             self._flow.emit(arrived.ticket, SOURCE, 0, fit)
 
     def _end(self, ended: Ended) -> None:
         fault = None if ended.error is None else OperatorFault(ended.node, ended.error)
-        self.books.end(ended.event, fault)
+        self.lifecycle.end(ended.event, fault)
 
     def _signal(self, signal: Signal) -> None:
         """One of an unknown request does nothing."""
         if signal.request_id not in self.register.entries:
             return
         self.register.record_signal(signal)
-        self._returns.end_waiting(signal)
+        self._reentry.end_waiting(signal)
         self._inputs.signal(signal)
-        self.books.interrupt(signal)
+        self.lifecycle.interrupt(signal)
         self._flow.retry_request(signal.request_id)
 
     def _release(self, released: Released) -> None:
@@ -177,7 +183,7 @@ class Core:
         self._inputs.report(
             CreditChanged(node=node, replica=replica, num_left=num_left, request_id=key[0])
         )
-        self.books.let_go(key)
+        self.lifecycle.note_released(key)
         self._flow.retry(node, replica)
         if unused is not None:
             self._flow.retry(*unused)
@@ -191,7 +197,7 @@ class Core:
     def _fail_over(self, failed: EngineFailed) -> None:
         engine = self.plan.engine_name(failed.node) or ""
         self.outliers.computed_wrong((engine, failed.replica))
-        self._returns.fail_over(failed, engine, self.replicas.availability.num_present(engine))
+        self._reentry.fail_over(failed, engine, self.replicas.availability.num_present(engine))
 
     def _transfer(self, transferred: Transferred) -> None:
         note = self.outliers.passed if transferred.succeeded else self.outliers.failed
@@ -208,19 +214,19 @@ class Core:
 
     def _wake(self) -> None:
         """Expire requests, wake operators, and end what has waited long enough."""
-        now = self._turn.now
+        now = self._reaction.now
         for request_id in self.register.take_expired(now):
             self._signal(Signal("expire", request_id))
-        for node in self.region.take_due(now):
+        for node in self.logic_graph.take_due(now):
             self._inputs.feed(node, Wake())
-        for gate, request_ids in self.region.holds.take_due(now).items():
+        for gate, request_ids in self.logic_graph.holds.take_due(now).items():
             self._flow.end_holds(*gate, request_ids, num_left=self.gates.accounts[gate].requests)
         availability = self.replicas.availability
         if availability.take_due(now):
-            self._returns.end_unserved(availability.max_hold_s)
+            self._reentry.end_unserved(availability.max_hold_s)
             self._flow.retry_all()
         self.outliers.readmit_due()
-        self._told_s = math.nan  # whatever was told has passed: tell the next time anew
+        self._wake_at_s = math.nan  # whatever was told has passed: tell the next time anew
 
 
 def _reactions_of(core: Core) -> dict[type, Callable[[Any], None]]:
@@ -232,9 +238,9 @@ def _reactions_of(core: Core) -> dict[type, Callable[[Any], None]]:
         Withdrawn: lambda e: core._flow.withdraw(e.ticket),
         Released: core._release,
         Ended: core._end,
-        Failed: lambda e: core.books.fail(OperatorFault(e.node, e.error), e.item),
-        Finished: lambda e: core.books.finish(e.item, e.reason),
-        Returned: core._returns.enter_again,
+        Failed: lambda e: core.lifecycle.fail(OperatorFault(e.node, e.error), e.item),
+        Finished: lambda e: core.lifecycle.finish(e.item, e.reason),
+        Returned: core._reentry.enter_again,
         EngineFailed: core._fail_over,
         Transferred: core._transfer,
         Reported: lambda e: core._inputs.report(e.feedback),
@@ -244,5 +250,5 @@ def _reactions_of(core: Core) -> dict[type, Callable[[Any], None]]:
         ReplicaMarked: core._mark,
         ReplicaRemoved: core._remove,
         TimeCame: lambda e: core._wake(),
-        Stopped: lambda e: core.books.fail_open(),
+        Stopped: lambda e: core.lifecycle.fail_open(),
     }

@@ -4,11 +4,11 @@ import math
 from collections.abc import Iterable, Mapping
 
 from sagellm.runtime.messages import Item, Prefilled, Request
-from sagellm.runtime.min_tree import MutableMinTree
 from sagellm.runtime.operator import Credit
+from sagellm.runtime.persistent import MutableMinTree
 
 Gate = tuple[str, int]  # a service operator and its replica
-Key = tuple[str, int]  # a request and its choice
+ChoiceKey = tuple[str, int]  # a request and its choice
 _Spent = dict[tuple[Gate, int], tuple[Credit, ...]]  # by gate and choice, of each item there
 
 _ONE = Credit(1, 0, 0)
@@ -77,7 +77,7 @@ class Account:
         return self.blocks if self.requests >= 1 else -math.inf
 
 
-class Reserved:
+class ReservedCredit:
     """Credit that choices have spent at operators that they have not come to yet.
 
     `later`: for operators that requests enter, the one that decodes them, or others on the same
@@ -87,19 +87,19 @@ class Reserved:
 
     def __init__(self, later: Mapping[str, str]) -> None:
         self.later = dict(later)
-        self._gates: dict[Key, Gate] = {}
+        self._gates: dict[ChoiceKey, Gate] = {}
 
-    def add(self, gate: Gate, key: Key) -> None:
+    def add(self, gate: Gate, key: ChoiceKey) -> None:
         self._gates[key] = gate
 
-    def remove(self, key: Key) -> None:
+    def remove(self, key: ChoiceKey) -> None:
         """The choice is there, or its credit has come back."""
         del self._gates[key]
 
-    def is_at(self, gate: Gate, key: Key) -> bool:
+    def is_at(self, gate: Gate, key: ChoiceKey) -> bool:
         return self._gates.get(key) == gate
 
-    def gate_of(self, key: Key) -> Gate | None:
+    def gate_of(self, key: ChoiceKey) -> Gate | None:
         return self._gates.get(key)
 
 
@@ -111,7 +111,7 @@ class Gates:
     """
 
     def __init__(self, later: Mapping[str, str] | None = None) -> None:
-        self.reserved = Reserved(later or {})
+        self.reserved = ReservedCredit(later or {})
         self.accounts: dict[Gate, Account] = {}
         self._rooms: dict[str, MutableMinTree] = {}  # by operator: -room of each replica
         self._spent: dict[str, _Spent] = {}  # by request
@@ -181,7 +181,7 @@ class Gates:
         self.reserved.add(later, key)
         return None
 
-    def give(self, gate: Gate, key: Key) -> bool:
+    def give(self, gate: Gate, key: ChoiceKey) -> bool:
         """Return what the last item of `key` spent; False where it had spent nothing."""
         request_id, choice = key
         spent, place = self._spent.get(request_id, {}), (gate, choice)
@@ -209,7 +209,7 @@ class Gates:
         """Whether any gate holds something of a request."""
         return request_id in self._spent
 
-    def _spend(self, gate: Gate, key: Key, cost: Credit) -> bool:
+    def _spend(self, gate: Gate, key: ChoiceKey, cost: Credit) -> bool:
         if not self.accounts[gate].take(cost):
             return False
         request_id, choice = key

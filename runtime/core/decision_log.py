@@ -11,9 +11,8 @@ from typing import Any
 
 import msgspec
 
-from sagellm.runtime.core.effects import Effect
+from sagellm.runtime.core.effects import Effect, OperatorFault
 from sagellm.runtime.core.events import Event
-from sagellm.runtime.core.faults import OperatorFault
 from sagellm.runtime.port import EngineFacts
 from sagellm.runtime.user_code import NamedError, WrongResult, name_of
 

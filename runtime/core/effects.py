@@ -1,12 +1,29 @@
 """Effects: what the core asks its shell to do, in order."""
 
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import msgspec
 
-from sagellm.runtime.core.faults import OperatorFault
 from sagellm.runtime.messages import Forked, Item
 from sagellm.runtime.operator import Signal
+from sagellm.runtime.user_code import WrongResult, name_of
+
+
+class OperatorFault(Exception):
+    """`error` was raised by the operator `node`, or by a function that it called."""
+
+    def __init__(self, node: str, error: Exception) -> None:
+        super().__init__(node, error)
+        self.node = node
+        self.error = error
+
+    @property
+    def public(self) -> str:
+        """Names operator and type; not the error's text, which may be private."""
+        if isinstance(self.error, WrongResult):
+            return f"{self.node}: {self.error}"
+        return f"{self.node}: the operator raised {name_of(self.error)}"
 
 
 class _Effect(msgspec.Struct, frozen=True, array_like=True):
@@ -88,7 +105,7 @@ class Ejected(_Effect, frozen=True, tag="ejected"):
     for_s: float
 
 
-class AskCache(_Effect, frozen=True, tag="ask_cache"):
+class QueryCache(_Effect, frozen=True, tag="sync_cache"):
     """Ask the engine of a replica to report all prefix blocks that it has, and then changes."""
 
     engine: str
@@ -106,5 +123,16 @@ Effect: TypeAlias = (
     | Faulted
     | FailedOn
     | Ejected
-    | AskCache
+    | QueryCache
 )
+
+
+@dataclass(slots=True)
+class Reaction:
+    """`now` is in seconds of the shell's clock; the core has no other."""
+
+    now: float = 0.0
+    effects: list[Effect] = field(default_factory=list)
+
+    def time(self) -> float:
+        return self.now

@@ -7,11 +7,11 @@ from typing import TypeAlias
 
 import msgspec
 
-from sagellm.runtime.cache_changes import CacheChanged
 from sagellm.runtime.feedback import Feedback
 from sagellm.runtime.messages import FinishReason, Item, Request, TokenEvent
 from sagellm.runtime.operator import Credit, Signal
 from sagellm.runtime.port import LossCause
+from sagellm.runtime.prefixes import CacheChanged
 
 
 class _Event(msgspec.Struct, frozen=True, array_like=True):

@@ -1,17 +1,25 @@
-"""The flow of items into logic operators, and the retry of what found no credit."""
+"""The flow of items into logic operators: first tries, retries, and requests that enter again."""
+
+from msgspec.structs import replace
 
 from sagellm.graphs.ir import SOURCE
-from sagellm.runtime.core.books import Books, reason_of
+from sagellm.runtime.core.accounting import Meter
 from sagellm.runtime.core.credit import NoCredit
-from sagellm.runtime.core.effects import Discard, Parked, Resumed
-from sagellm.runtime.core.faults import OperatorFault
-from sagellm.runtime.core.inputs import Inputs
-from sagellm.runtime.core.meter import Meter
+from sagellm.runtime.core.effects import Discard, FailedOn, OperatorFault, Parked, Reaction, Resumed
+from sagellm.runtime.core.events import EngineFailed, Returned
+from sagellm.runtime.core.inputs import InputQueue
+from sagellm.runtime.core.lifecycle import (
+    RequestLifecycle,
+    quarantined_event,
+    reason_of,
+    retries_spent_event,
+)
+from sagellm.runtime.core.logic_graph import LogicGraph
 from sagellm.runtime.core.parking import ParkedInput, ParkedItems, Parking
-from sagellm.runtime.core.region import Region
-from sagellm.runtime.core.turn import Turn
 from sagellm.runtime.feedback import CreditChanged
 from sagellm.runtime.messages import Item, Request, TokenEvent
+from sagellm.runtime.operator import Arrival, Signal
+from sagellm.runtime.plan import Plan
 from sagellm.runtime.user_code import WrongResult
 
 
@@ -20,17 +28,17 @@ class Flow:
 
     def __init__(
         self,
-        turn: Turn,
-        region: Region,
+        reaction: Reaction,
+        logic_graph: LogicGraph,
         meter: Meter,
-        books: Books,
+        lifecycle: RequestLifecycle,
         parking: Parking,
-        inputs: Inputs,
+        inputs: InputQueue,
     ) -> None:
-        self._turn = turn
-        self._region = region
+        self._reaction = reaction
+        self._logic_graph = logic_graph
         self._meter = meter
-        self._books = books
+        self._lifecycle = lifecycle
         self._parking = parking
         self._inputs = inputs
 
@@ -48,10 +56,10 @@ class Flow:
         entry = ParkedItems(ticket, source, replica, items, outlet, request_id)
         num_sent = self._send_parked(entry)
         if entry.items:
-            entry.watches = self._meter.waiting(source, replica, self._region.undone)
+            entry.watches = self._meter.waiting(source, replica, self._logic_graph.undone)
             self._parking.add(entry)
             if ticket:
-                self._turn.effects.append(Parked(ticket, num_sent))
+                self._reaction.effects.append(Parked(ticket, num_sent))
 
     def withdraw(self, ticket: int) -> None:
         """Forget what is parked under a ticket; requests that have not entered are cancelled."""
@@ -61,7 +69,7 @@ class Flow:
         self._parking.remove(parked, parked.way)
         if parked.source == SOURCE:
             for item in parked.items:
-                self._books.finish(item, "cancelled")
+                self._lifecycle.finish(item, "cancelled")
 
     def retry(self, node: str, replica: int) -> None:
         """A replica has returned credit: try what waits for it, until something finds none."""
@@ -97,7 +105,7 @@ class Flow:
             num_sent = self._send_parked(parked)
             is_over = not parked.items
             if num_sent and parked.ticket:
-                self._turn.effects.append(Resumed(parked.ticket, num_sent))
+                self._reaction.effects.append(Resumed(parked.ticket, num_sent))
         else:
             refused = self._inputs.give(parked.node, parked.happened)
             is_over = refused is None
@@ -124,21 +132,21 @@ class Flow:
 
     def _send(self, source: str, replica: int, item: Item, outlet: str) -> NoCredit | None:
         """Send one item; NoCredit, and nothing has changed, where it must wait."""
-        register = self._books.register
+        register = self._lifecycle.register
         if isinstance(item, Request):
             signal = register.tombstone(item.request_id)
             if signal or register.is_over(item.key):
-                self._books.finish(item, reason_of(signal))
+                self._lifecycle.finish(item, reason_of(signal))
                 return None
         try:
-            outcomes = self._region.send(source, item, outlet, self._turn.now)
+            outcomes = self._logic_graph.send(source, item, outlet, self._reaction.now)
         except NoCredit as refused:
             return refused
         except Exception as error:  # must not take the graph down
             fault = error if isinstance(error, OperatorFault) else OperatorFault(source, error)
-            self._books.fail(fault, item)
+            self._lifecycle.fail(fault, item)
             if source != SOURCE:
-                self._turn.effects.append(Discard(source, replica, item))
+                self._reaction.effects.append(Discard(source, replica, item))
             return None
         self._meter.sent(source, replica)
         self._inputs.apply(outcomes)
@@ -147,10 +155,101 @@ class Flow:
     def _send_all(self, source: str, replica: int, items: tuple[Item, ...], outlet: str) -> bool:
         """Send all items at once; False, and nothing has changed, where one of them cannot be."""
         try:
-            outcomes = self._region.send_all(source, items, outlet, self._turn.now)
+            outcomes = self._logic_graph.send_all(source, items, outlet, self._reaction.now)
         except (NoCredit, OperatorFault, WrongResult):
             return False
         self._meter.sent(source, replica, len(items))
         self._inputs.apply(outcomes)
         self._inputs.settle()
         return True
+
+
+_MOST_REPLICAS = 2  # that a request is tried on, where engines fail on it
+
+
+class Reentry:
+    """Does what `Recovery` decides."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        reaction: Reaction,
+        lifecycle: RequestLifecycle,
+        inputs: InputQueue,
+        flow: Flow,
+    ) -> None:
+        self._plan = plan
+        self._reaction = reaction
+        self._lifecycle = lifecycle
+        self._inputs = inputs
+        self._flow = flow
+        self._recovery = lifecycle.recovery
+
+    def enter_again(self, returned: Returned) -> None:
+        """Send a request in again, after what it has emitted already, if that helps."""
+        request, lifecycle = returned.request, self._lifecycle
+        if lifecycle.register.tombstone(request.request_id) or not lifecycle.register.is_open(
+            request.key
+        ):
+            lifecycle.finish(request)
+            return
+        verdict = self._recovery.judge(returned.node, request, returned.cause)
+        if verdict == "now":
+            self._enter(returned.node, request)
+        elif verdict == "never":
+            lifecycle.end(quarantined_event(request, self._reaction.now), None)
+        elif verdict == "spent":
+            lifecycle.end(retries_spent_event(request, self._reaction.now), None)
+
+    def fail_over(self, failed: EngineFailed, engine: str, num_present: int) -> None:
+        """Send a request that an engine failed on to another replica, if there is one it has not
+        met; end it otherwise.
+        """
+        request, lifecycle = failed.request, self._lifecycle
+        replica = engine, failed.replica
+        error = failed.last.error or ""
+        self._reaction.effects.append(FailedOn(*replica, request.request_id, error))
+        if lifecycle.register.tombstone(request.request_id) or not lifecycle.register.is_open(
+            request.key
+        ):
+            lifecycle.finish(request)
+            return
+        avoid = dict.fromkeys((*request.avoid, replica))
+        if sum(name == engine for name, _ in avoid) < min(num_present, _MOST_REPLICAS + 1):
+            self._enter(failed.node, replace(request, avoid=tuple(avoid)))
+        else:
+            lifecycle.end(failed.last, None)
+
+    def try_next(self) -> None:
+        """Send the next of the requests that are tried one at a time, if it is its turn."""
+        while (due := self._recovery.next()) is not None:
+            self._enter(*due)
+            self._inputs.settle()
+
+    def end_waiting(self, signal: Signal) -> None:
+        """End what waits to be tried."""
+        for request in self._recovery.drop(signal.concerns):
+            self._lifecycle.finish(request)
+
+    def end_unserved(self, max_hold_s: float) -> None:
+        """End what has waited long enough for an engine of which no replica is there."""
+        now, lifecycle = self._reaction.now, self._lifecycle
+        for request_id, entry in tuple(lifecycle.register.entries.items()):
+            for choice in sorted(entry.choices):
+                since_s = self._recovery.lost_s((request_id, choice)) or entry.arrived_s
+                if now - since_s >= max_hold_s and not lifecycle.is_held(request_id, choice):
+                    entry.unavailable.add(choice)
+                    signal = Signal("cancel", request_id, choice)
+                    self.end_waiting(signal)
+                    self._inputs.signal(signal)
+                    lifecycle.interrupt(signal)
+                    self._flow.retry_request(request_id)
+
+    def _enter(self, node: str, request: Request) -> None:
+        self._recovery.num_migrated += 1
+        again = replace(request, epoch=request.epoch + 1, placement={}, num_cached_tokens=0)
+        entrance = self._plan.entrance(node)
+        if isinstance(entrance, str):
+            self._inputs.feed(entrance, Arrival(again))
+        else:
+            self._flow.emit(0, entrance.source, 0, (again,), entrance.outlet)

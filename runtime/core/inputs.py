@@ -6,15 +6,13 @@ from dataclasses import dataclass, field
 
 from msgspec.structs import replace
 
-from sagellm.runtime.core.books import Books, reason_of
-from sagellm.runtime.core.credit import NoCredit
-from sagellm.runtime.core.effects import Faulted, Send
-from sagellm.runtime.core.faults import OperatorFault
-from sagellm.runtime.core.journal import Outcome, Reached, Upstream
-from sagellm.runtime.core.meter import Meter
-from sagellm.runtime.core.parking import ParkedInput, Parking
-from sagellm.runtime.core.region import Region
-from sagellm.runtime.core.turn import Turn
+from sagellm.runtime.core.accounting import Meter
+from sagellm.runtime.core.credit import Gates, NoCredit
+from sagellm.runtime.core.effects import Faulted, OperatorFault, Reaction, Send
+from sagellm.runtime.core.journal import ReachedSink, TransactionOutcome, UpstreamFeedback
+from sagellm.runtime.core.lifecycle import RequestLifecycle, reason_of
+from sagellm.runtime.core.logic_graph import LogicGraph
+from sagellm.runtime.core.parking import ParkedInput, Parking, entrances
 from sagellm.runtime.feedback import (
     KINDS,
     Feedback,
@@ -28,6 +26,42 @@ from sagellm.runtime.operator import Arrival, Input, Signal, Wake
 from sagellm.runtime.plan import Plan
 from sagellm.runtime.prefixes import PrefixIndex
 
+
+class RoomReports:
+    """What the operators that subscribe to "room" were told."""
+
+    def __init__(self, plan: Plan, gates: Gates) -> None:
+        self._gates = gates
+        self._entrances = {
+            name: frozenset(entrances(plan.graph, plan.logic, name))
+            for name in plan.logic
+            if "room" in plan.spec(name).subscribes
+        }
+        self._full: set[str] = set()  # operators that were told so
+        self._full_services: set[str] = set()  # as they were at the last call of `changes`
+
+    @property
+    def may_have_changed(self) -> bool:
+        """Whether other service operators are full than at the last call of `changes`."""
+        return self._gates.full != self._full_services
+
+    def changes(self) -> list[RoomChanged]:
+        """What has changed since the last call; several changes that cancel out are none."""
+        self._full_services = set(self._gates.full)
+        found = []
+        for node, names in self._entrances.items():
+            is_full = all(map(self._has_no_room, names))
+            if is_full != (node in self._full):
+                (self._full.add if is_full else self._full.remove)(node)
+                found.append(RoomChanged(node=node, has_room=not is_full))
+        return found
+
+    def _has_no_room(self, node: str) -> bool:
+        """Whether no replica of an operator, or of the one that decodes for it, has room."""
+        gates = self._gates
+        return node in gates.full or gates.reserved.later.get(node) in gates.full
+
+
 _Subscribers = tuple[str, ...]
 
 
@@ -39,23 +73,29 @@ class _Line:
     numbers: dict[int, int] = field(default_factory=dict)
 
 
-class Inputs:
+class InputQueue:
     """What an input leads to is over before the next input is given, feedback included. An input
     that finds no credit is parked.
     """
 
     def __init__(
-        self, plan: Plan, turn: Turn, region: Region, meter: Meter, books: Books, parking: Parking
+        self,
+        plan: Plan,
+        reaction: Reaction,
+        logic_graph: LogicGraph,
+        meter: Meter,
+        lifecycle: RequestLifecycle,
+        parking: Parking,
     ) -> None:
         self._plan = plan
-        self._turn = turn
-        self._region = region
+        self._reaction = reaction
+        self._logic_graph = logic_graph
         self._meter = meter
-        self._books = books
+        self._lifecycle = lifecycle
         self._parking = parking
         self._inputs: deque[tuple[str, Input]] = deque()
         self._lines: dict[tuple[str, type], _Line] = {}
-        names, spec = tuple(region.cells), plan.spec
+        names, spec = tuple(logic_graph.cells), plan.spec
         self._taking: dict[str, _Subscribers] = {
             kind: tuple(name for name in names if kind in spec(name).signals)
             for kind in ("cancel", "expire", "forget")
@@ -81,7 +121,7 @@ class Inputs:
         self._spread(feedback, feedback.node)
         self.settle()
 
-    def tell_room(self, changes: Iterable[RoomChanged]) -> None:
+    def report_room(self, changes: Iterable[RoomChanged]) -> None:
         """Give each change to the operator that it concerns."""
         self._inputs += ((changed.node, changed) for changed in changes)
         self.settle()
@@ -91,38 +131,38 @@ class Inputs:
         self._inputs += ((name, topology) for name in self._placing)
         self.settle()
 
-    def change_prefixes(self, engine: str, index: PrefixIndex) -> None:
+    def report_prefixes(self, engine: str, index: PrefixIndex) -> None:
         """Give the index of an engine to those that ask for it."""
         changed = PrefixesChanged(engine, index)
         self._inputs += ((name, changed) for name in self._cache_readers[engine])
 
     def settle(self) -> None:
         """Give all inputs that wait; each may lead to more."""
-        books, inputs = self._books, self._inputs
-        while inputs or books.forgotten:
-            if books.forgotten:
-                for request_id in books.take_forgotten():
+        lifecycle, inputs = self._lifecycle, self._inputs
+        while inputs or lifecycle.forgotten:
+            if lifecycle.forgotten:
+                for request_id in lifecycle.take_forgotten():
                     self._forget(request_id)
                 continue
             node, happened = inputs.popleft()
             refused = self.give(node, happened)
             if refused is not None:
                 way = refused.node, refused.replica
-                watches = self._meter.blocked_watches(self._region.undone)
+                watches = self._meter.blocked_watches(self._logic_graph.undone)
                 self._parking.add(ParkedInput(node, happened, way, watches))
 
     def _forget(self, request_id: str) -> None:
         """Tell the operators that keep anything of a request that it has ended."""
-        self._region.forget(request_id)
+        self._logic_graph.forget(request_id)
         forget = Signal("forget", request_id)
         for name, keeps in self._forgetting:
-            if keeps is None or keeps(self._region.cells[name].state, request_id):
+            if keeps is None or keeps(self._logic_graph.cells[name].state, request_id):
                 self._inputs.append((name, forget))
 
     def give(self, node: str, happened: Input) -> NoCredit | None:
         """Give an operator one input; NoCredit, and nothing has changed, where it must wait."""
         try:
-            outcomes = self._region.feed(node, happened, self._turn.now)
+            outcomes = self._logic_graph.feed(node, happened, self._reaction.now)
         except NoCredit as refused:
             return refused
         except Exception as error:
@@ -131,25 +171,25 @@ class Inputs:
             return None
         if outcomes:
             self.apply(outcomes)
-        if type(happened) is Wake and (lost := self._region.lost(node)) is not None:
+        if type(happened) is Wake and (lost := self._logic_graph.lost(node)) is not None:
             self._end_by_fault(node, happened, OperatorFault(node, lost))
         return None
 
-    def apply(self, outcomes: list[Outcome]) -> None:
+    def apply(self, outcomes: list[TransactionOutcome]) -> None:
         """Do what a transaction led to; feedback waits for `settle`."""
-        books, effects = self._books, self._turn.effects
+        lifecycle, effects = self._lifecycle, self._reaction.effects
         for outcome in outcomes:
-            if type(outcome) is Reached:
+            if type(outcome) is ReachedSink:
                 if outcome.fault is None:
-                    books.to_sink(outcome.item, terminal=outcome.terminal)
+                    lifecycle.to_sink(outcome.item, terminal=outcome.terminal)
                 else:
                     assert isinstance(outcome.item, TokenEvent)
-                    books.end(outcome.item, outcome.fault)
+                    lifecycle.end(outcome.item, outcome.fault)
             elif type(outcome) is Send:
                 self._meter.entered(outcome.node, outcome.replica)
                 effects.append(outcome)
             else:
-                assert isinstance(outcome, Upstream)
+                assert isinstance(outcome, UpstreamFeedback)
                 self._spread(outcome.feedback, outcome.node)
 
     def is_to_wake(self, node: str) -> bool:
@@ -160,7 +200,7 @@ class Inputs:
             and isinstance(parked.happened, Wake)
             for parked in self._parking.all
         )
-        return waits or self._region.cells[node].wake_at is not None
+        return waits or self._logic_graph.cells[node].wake_at is not None
 
     def _spread(self, feedback: Feedback, node: str) -> None:
         """Number feedback of a node, and make it an input of all that subscribe to it."""
@@ -181,16 +221,16 @@ class Inputs:
         """A signal and an item concern one request. Other inputs may be what all that the operator
         holds waited for: unless a wake-up is to come, all of it ends.
         """
-        self._turn.effects.append(Faulted(fault, getattr(happened, "request_id", "")))
-        held = self._region.holdings.of(node)
+        self._reaction.effects.append(Faulted(fault, getattr(happened, "request_id", "")))
+        held = self._logic_graph.held_items.of(node)
         match happened:
             case Arrival(item):
-                self._books.fail(fault, item, is_logged=True)
+                self._lifecycle.fail(fault, item, is_logged=True)
             case Signal() as signal:
                 for item in held:
                     if signal.concerns(item.key):
-                        self._books.finish(item, reason_of(signal))
+                        self._lifecycle.finish(item, reason_of(signal))
             case _ if not self.is_to_wake(node):
-                self._region.restart(node)
+                self._logic_graph.restart(node)
                 for item in held:
-                    self._books.fail(fault, item, is_logged=True)
+                    self._lifecycle.fail(fault, item, is_logged=True)

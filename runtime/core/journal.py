@@ -6,18 +6,60 @@ from typing import Any, TypeAlias
 
 import msgspec
 
-from sagellm.runtime.core.credit import Gate, Gates, Key
-from sagellm.runtime.core.effects import Send
-from sagellm.runtime.core.faults import OperatorFault
-from sagellm.runtime.core.holdings import Holdings
-from sagellm.runtime.core.meter import LogicMeter, Tally
+from sagellm.runtime.core.accounting import CommittedCount, LogicMeter
+from sagellm.runtime.core.credit import ChoiceKey, Gate, Gates
+from sagellm.runtime.core.effects import OperatorFault, Send
 from sagellm.runtime.feedback import Feedback
 from sagellm.runtime.messages import Forked, Item
 from sagellm.runtime.operator import Draw, Logic
-from sagellm.runtime.user_function import failing
+from sagellm.runtime.user_function import failure_event
+
+_Choices = dict[int, Item]
 
 
-class Reached(msgspec.Struct):
+class HeldItems:
+    """The latest item of each open choice that stays at each operator: `held`, by operator,
+    request and choice.
+
+    `entries` has the ids of all open requests: items that come after the end of their request are
+    not kept.
+    """
+
+    def __init__(self, nodes: tuple[str, ...], entries: Container[str]) -> None:
+        self._entries = entries
+        self.held: dict[str, dict[str, _Choices]] = {node: {} for node in nodes}
+
+    def take(self, node: str, item: Item) -> None:
+        if item.request_id in self._entries:
+            self.held[node].setdefault(item.request_id, {})[item.choice] = item
+
+    def send(self, node: str, item: Item) -> None:
+        """An operator sent an item of this choice."""
+        held = self.held.get(node, {})  # a port or a service operator holds nothing here
+        if item.request_id in held:
+            self._drop(held, item.request_id, item.choice)
+
+    def forget(self, request_id: str, choice: int | None = None) -> None:
+        """A choice has ended; None: all of them."""
+        for held in self.held.values():
+            if choice is None:
+                held.pop(request_id, None)
+            elif request_id in held:
+                self._drop(held, request_id, choice)
+
+    def of(self, node: str) -> tuple[Item, ...]:
+        """In the order in which their requests came."""
+        return tuple(item for choices in self.held[node].values() for item in choices.values())
+
+    @staticmethod
+    def _drop(held: dict[str, _Choices], request_id: str, choice: int) -> None:
+        choices = held[request_id]
+        choices.pop(choice, None)
+        if not choices:
+            del held[request_id]
+
+
+class ReachedSink(msgspec.Struct):
     """An item reached the sink. `terminal`: over the implicit outlet; `fault`: what ended it."""
 
     item: Item | Forked
@@ -25,19 +67,19 @@ class Reached(msgspec.Struct):
     fault: OperatorFault | None = None
 
 
-class Upstream(msgspec.Struct):
+class UpstreamFeedback(msgspec.Struct):
     """Feedback of a logic operator for those upstream."""
 
     node: str
     feedback: Feedback
 
 
-Outcome: TypeAlias = Send | Reached | Upstream
+TransactionOutcome: TypeAlias = Send | ReachedSink | UpstreamFeedback
 Mark: TypeAlias = tuple[int, int, int, int, int, int, int]
 START: Mark = (0, 0, 0, 0, 0, 0, 0)
 
 
-class Cell:
+class LogicCell:
     """One logic operator, and what is kept of it between inputs."""
 
     __slots__ = (
@@ -60,15 +102,15 @@ class Journal:
 
     def __init__(self, cells: tuple[str, ...], gates: Gates, entries: Container[str]) -> None:
         """`entries`: the ids of the requests that are open."""
-        self.holdings = Holdings(cells, entries)
-        self.held = self.holdings.held
-        self.accepted: deque[tuple[Cell, Item]] = deque()  # offers to answer
-        self.outcomes: list[Outcome] = []
+        self.held_items = HeldItems(cells, entries)
+        self.held = self.held_items.held
+        self.accepted: deque[tuple[LogicCell, Item]] = deque()  # offers to answer
+        self.outcomes: list[TransactionOutcome] = []
         self._gates = gates
-        self.cells: list[tuple[Cell, Any, int, float | None]] = []  # as they were
-        self._taken: list[tuple[Gate, Key, Gate | None]] = []
+        self.cells: list[tuple[LogicCell, Any, int, float | None]] = []  # as they were
+        self._taken: list[tuple[Gate, ChoiceKey, Gate | None]] = []
         self._arrived: list[Item] = []  # at operators where their credit was reserved
-        self.counts: list[tuple[Tally, int]] = []
+        self.counts: list[tuple[CommittedCount, int]] = []
         self.moves: list[tuple[str, Item, bool]] = []  # operator, item, and whether it came in
         self.keeping: set[str] = set()  # operators that items came to
 
@@ -84,15 +126,15 @@ class Journal:
         self.outcomes.append(Send(*gate, item))
         return None
 
-    def came(self, cell: Cell, item: Item) -> None:
+    def came(self, cell: LogicCell, item: Item) -> None:
         """An operator keeps an item."""
         self.keeping.add(cell.name)
         self.moves.append((cell.name, item, True))
 
     def end(self, item: Item, fault: OperatorFault, now: float) -> None:
         """End the choice of an item that an operator failed on."""
-        event = failing(item, fault.public, now=now)
-        self.outcomes.append(Reached(event, terminal=True, fault=fault))
+        event = failure_event(item, fault.public, now=now)
+        self.outcomes.append(ReachedSink(event, terminal=True, fault=fault))
 
     def mark(self) -> Mark:
         """How far the transaction is, for `roll_back`."""
@@ -116,7 +158,7 @@ class Journal:
         del self.outcomes[outcomes:], self.counts[counts:], self.moves[moves:]
         del self._arrived[arrived:]
 
-    def commit(self) -> list[Outcome]:
+    def commit(self) -> list[TransactionOutcome]:
         """Make the changes final, and return what they lead to, in order."""
         self.cells.clear()
         if self._arrived:
@@ -131,7 +173,7 @@ class Journal:
                 self._taken.clear()
         if self.moves:
             for node, item, is_in in self.moves:
-                (self.holdings.take if is_in else self.holdings.send)(node, item)
+                (self.held_items.take if is_in else self.held_items.send)(node, item)
             self.moves.clear()
             self.keeping.clear()
         outcomes = self.outcomes

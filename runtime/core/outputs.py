@@ -1,38 +1,140 @@
-"""What operators put out: one way to treat each kind, inside a transaction."""
+"""Outputs of operators: how each kind is checked and carried out inside a transaction."""
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol, TypeAlias
 
 from msgspec.structs import replace
 
-from sagellm.runtime.core.answers import check_end, check_item
 from sagellm.runtime.core.credit import Gates, NoCredit
-from sagellm.runtime.core.faults import OperatorFault
-from sagellm.runtime.core.holds import Holds
-from sagellm.runtime.core.journal import Cell, Journal, Reached, Upstream
-from sagellm.runtime.core.ways import Ways
-from sagellm.runtime.messages import Item, Request
+from sagellm.runtime.core.effects import OperatorFault
+from sagellm.runtime.core.journal import Journal, LogicCell, ReachedSink, UpstreamFeedback
+from sagellm.runtime.core.parking import Holds, RefusalCache
+from sagellm.runtime.messages import Answer, Item, Prefilled, Request, TokenEvent
 from sagellm.runtime.operator import (
     Announce,
+    Arrival,
     Emit,
     EmitAll,
     EmitFirst,
+    Input,
     Offer,
+    OperatorOutput,
     Report,
+    Step,
     Terminate,
     Wait,
 )
-from sagellm.runtime.user_code import LEAVING, WrongResult, as_error
+from sagellm.runtime.user_code import LEAVING, WrongResult, as_error, kind_of, place_of_code
+
+ITEMS = frozenset({TokenEvent, Request, Prefilled, Answer})
+_LOST = "its request would never end: emit or terminate it"
+
+
+def must_be_answered(item: Item) -> bool:
+    """Whether a request hangs where an operator drops this item. Tokens may be left out."""
+    return not isinstance(item, TokenEvent) or item.is_last
+
+
+def check_step(operator: Any, happened: Input, step: object, before: object) -> None:
+    """Raise WrongResult for what is no Step, and for one that loses an item.
+
+    An item is lost where the operator sends nothing, keeps its state and asks for no wake-up.
+    """
+    if not isinstance(step, Step):
+        raise wrong_result(operator.on, f"`on` returned {kind_of(step)}; a Step was wanted")
+    if not isinstance(step.outputs, tuple):
+        kind = kind_of(step.outputs)
+        raise wrong_result(operator.on, f"the outputs of its Step are {kind}; a tuple was wanted")
+    if step.wake_at is not None and not _is_time(step.wake_at):
+        kind = kind_of(step.wake_at)
+        raise wrong_result(
+            operator.on, f"the wake_at of its Step is {kind}; a finite number was wanted"
+        )
+    if step.outputs or step.state is not before or step.wake_at is not None:
+        return
+    if isinstance(happened, Arrival) and must_be_answered(happened.item):
+        kind = type(happened.item).__name__
+        raise wrong_result(
+            operator.on, f"`on` took a {kind}, kept nothing and sent nothing; {_LOST}"
+        )
+
+
+def _is_time(value: object) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and -math.inf < value < math.inf  # type: ignore[operator]
+
+
+def state_was_lost(
+    operator: Any, state: object, initial: object, held: Iterable[Item]
+) -> WrongResult | None:
+    """The error of an operator that was given items, has sent none of them, waits for nothing, and
+    has the state of one that was given none.
+    """
+    item = next((item for item in held if must_be_answered(item)), None)
+    if item is None or not (state is None or _is_same(state, initial)):
+        return None
+    return wrong_result(
+        operator.on, f"`on` dropped a {type(item).__name__} from its state; {_LOST}"
+    )
+
+
+def _is_same(state: object, initial: object) -> bool:
+    try:
+        return bool(state == initial)
+    except Exception:  # a user's state need not compare
+        return False
+
+
+def check_item(operator: Any, item: object) -> None:
+    """Raise WrongResult for what cannot travel."""
+    if type(item) not in ITEMS:
+        cause = f"it sent {kind_of(item)}; a Request, TokenEvent, Prefilled or Answer was wanted"
+        raise wrong_result(operator.on, cause)
+
+
+def check_end(operator: Any, end: Terminate) -> None:
+    """Raise WrongResult where a Terminate would not end its request."""
+    if not isinstance(end.event, TokenEvent):
+        kind = kind_of(end.event)
+        raise wrong_result(operator.on, f"its Terminate has {kind}; a TokenEvent was wanted")
+    if not end.event.is_last:
+        raise wrong_result(
+            operator.on, "its Terminate has an event without a finish_reason; give one"
+        )
+
+
+def unknown_output(operator: Any, output: object) -> WrongResult:
+    wanted = ", ".join(kind.__name__ for kind in OperatorOutput.__args__)
+    return wrong_result(operator.on, f"{kind_of(output)} is no output; known are {wanted}")
+
+
+def unknown_outlet(operator: Any, outlet: str, known: Iterable[str]) -> WrongResult:
+    cause = f"its outlet {outlet!r} leads nowhere; connected are {', '.join(known) or 'none'}"
+    return wrong_result(getattr(operator, "on", None), cause)
+
+
+def not_answered(service: Any, item: Item) -> WrongResult:
+    """For a service operator with `holds` False that has sent nothing for an item."""
+    kind = type(item).__name__
+    return wrong_result(service.on_item, f"`on_item` took a {kind} and sent nothing; {_LOST}")
+
+
+def wrong_result(code: Any, message: str) -> WrongResult:
+    return WrongResult(message, place_of_code(code) if code is not None else None)
+
 
 Sending: TypeAlias = Callable[[str, Item, str, float], None]
-PutOut: TypeAlias = Callable[[Cell, Any, float, Sending], None]
+PutOut: TypeAlias = Callable[[LogicCell, Any, float, Sending], None]
 
 
 class Passing(Protocol):
     """Passes items along edges; both raise NoCredit and OperatorFault."""
 
-    def pass_on(self, node: str, item: Item, outlet: str, now: float) -> None: ...
-    def pass_all(self, node: str, items: Sequence[Item], outlet: str, now: float) -> None: ...
+    def propagate(self, node: str, item: Item, outlet: str, now: float) -> None: ...
+    def propagate_batch(
+        self, node: str, items: Sequence[Item], outlet: str, now: float
+    ) -> None: ...
 
 
 class Outputs:
@@ -41,12 +143,12 @@ class Outputs:
     """
 
     def __init__(
-        self, passage: Passing, gates: Gates, journal: Journal, ways: Ways, holds: Holds
+        self, propagation: Passing, gates: Gates, journal: Journal, ways: RefusalCache, holds: Holds
     ) -> None:
-        self._passage = passage
+        self._propagation = propagation
         self._gates = gates
         self._journal = journal
-        self._ways = ways
+        self._refusals = ways
         self._holds = holds
         self.by_type: dict[type, PutOut] = {
             Emit: self._emit,
@@ -59,21 +161,21 @@ class Outputs:
             Report: self._report,
         }
 
-    def _emit(self, cell: Cell, output: Emit, now: float, send: Sending) -> None:
+    def _emit(self, cell: LogicCell, output: Emit, now: float, send: Sending) -> None:
         check_item(cell.operator, output.item)
         send(cell.name, output.item, output.outlet, now)
 
-    def _emit_all(self, cell: Cell, output: EmitAll, now: float, send: Sending) -> None:
-        self._passage.pass_all(cell.name, output.items, output.outlet, now)
+    def _emit_all(self, cell: LogicCell, output: EmitAll, now: float, send: Sending) -> None:
+        self._propagation.propagate_batch(cell.name, output.items, output.outlet, now)
 
-    def _emit_first(self, cell: Cell, output: EmitFirst, now: float, send: Sending) -> None:
+    def _emit_first(self, cell: LogicCell, output: EmitFirst, now: float, send: Sending) -> None:
         """Raises the first NoCredit where no item finds any, or it is held back for the first."""
         refused: NoCredit | None = None
         mark, choices = self._journal.mark(), iter(output.choices)
         while (chosen := _next(cell, choices)) is not None:
             item, state = chosen
             try:
-                self._passage.pass_on(cell.name, item, output.outlet, now)
+                self._propagation.propagate(cell.name, item, output.outlet, now)
                 cell.state = state
                 return
             except NoCredit as error:
@@ -89,20 +191,20 @@ class Outputs:
             raise WrongResult("an EmitFirst has no item; give one at least")
         raise NoCredit(refused.node, None)
 
-    def _wait(self, cell: Cell, output: Wait, now: float, send: Sending) -> None:
+    def _wait(self, cell: LogicCell, output: Wait, now: float, send: Sending) -> None:
         raise NoCredit(output.node, None)
 
-    def _offer(self, cell: Cell, output: Offer, now: float, send: Sending) -> None:
+    def _offer(self, cell: LogicCell, output: Offer, now: float, send: Sending) -> None:
         """An item that an operator downstream fails on is taken, and ends as failed: it would
         else stay at the head of its queue, and fail every request that comes after it.
         """
         mark = self._journal.mark()
-        for item in self._ways.worth_trying(cell.name, output.items):
+        for item in self._refusals.worth_trying(cell.name, output.items):
             try:
-                self._passage.pass_on(cell.name, _dispatched(item, now), output.outlet, now)
+                self._propagation.propagate(cell.name, _dispatched(item, now), output.outlet, now)
             except NoCredit as error:
                 self._journal.roll_back(mark)
-                self._ways.remember(item, error.node)
+                self._refusals.remember(item, error.node)
                 continue
             except OperatorFault as fault:
                 self._journal.roll_back(mark)
@@ -110,22 +212,22 @@ class Outputs:
             self._journal.accepted.append((cell, item))
             return
 
-    def _terminate(self, cell: Cell, output: Terminate, now: float, send: Sending) -> None:
+    def _terminate(self, cell: LogicCell, output: Terminate, now: float, send: Sending) -> None:
         check_end(cell.operator, output)
         self._journal.counts.append((cell.meter.ended, 1))
         if output.event.finish_reason == "failed":
             self._journal.counts.append((cell.meter.errors, 1))
         fault = OperatorFault(cell.name, output.cause) if output.cause is not None else None
-        self._journal.outcomes.append(Reached(output.event, terminal=True, fault=fault))
+        self._journal.outcomes.append(ReachedSink(output.event, terminal=True, fault=fault))
 
-    def _announce(self, cell: Cell, output: Announce, now: float, send: Sending) -> None:
-        self._journal.outcomes.append(Reached(output.forked))
+    def _announce(self, cell: LogicCell, output: Announce, now: float, send: Sending) -> None:
+        self._journal.outcomes.append(ReachedSink(output.forked))
 
-    def _report(self, cell: Cell, output: Report, now: float, send: Sending) -> None:
-        self._journal.outcomes.append(Upstream(cell.name, output.feedback))
+    def _report(self, cell: LogicCell, output: Report, now: float, send: Sending) -> None:
+        self._journal.outcomes.append(UpstreamFeedback(cell.name, output.feedback))
 
 
-def _next(cell: Cell, choices: Iterator[tuple[Item, Any]]) -> tuple[Item, Any] | None:
+def _next(cell: LogicCell, choices: Iterator[tuple[Item, Any]]) -> tuple[Item, Any] | None:
     """Made by the operator as it is wanted: its errors are its faults."""
     try:
         return next(choices, None)

@@ -14,11 +14,11 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
-from sagellm.runtime.buckets import Buckets
+from sagellm.runtime.histograms import Buckets
 from sagellm.runtime.messages import Item, Request, TokenEvent
 from sagellm.runtime.port import LossCause
 
-Verdict: TypeAlias = Literal["now", "later", "never", "spent"]
+RecoveryVerdict: TypeAlias = Literal["now", "later", "never", "spent"]
 
 QUARANTINE_S = 600.0
 _BLAME: dict[LossCause, float] = {"death": 1.0, "link": 0.5, "none": 0.0}
@@ -44,7 +44,7 @@ class Recovery:
         self._waiting: deque[tuple[str, Request]] = deque()
         self._blocked_until_s: dict[bytes, float] = {}
 
-    def judge(self, node: str, request: Request, cause: LossCause) -> Verdict:
+    def judge(self, node: str, request: Request, cause: LossCause) -> RecoveryVerdict:
         """Of a request that an engine of `node` lost. What is to come later is kept, and given out
         by `next`. `never`: engines died of it. `spent`: it has come back too often, through no
         fault that is known.

@@ -5,32 +5,24 @@ from dataclasses import replace
 from weakref import WeakValueDictionary
 
 from sagellm.backends import Device, KVLayout, Program, get_backend
-from sagellm.backends.progress import Progress, silent
+from sagellm.backends.interface import Progress, silent
 from sagellm.graphs.kernels import KVBlocks, KVGroup
 from sagellm.graphs.models import build
 from sagellm.graphs.passes import PlaceLayers
-from sagellm.runtime.engine.detokenizer import IncrementalDetokenizer
-from sagellm.runtime.engine.device_runner import DeviceQueue, DeviceRunner
+from sagellm.runtime.engine.drafters import DraftLimits, ModelDrafter, NgramDrafter, draft_folder
 from sagellm.runtime.engine.options import EngineOptionError, EngineOptions
-from sagellm.runtime.engine.resources import EngineResources, OpenTranscript
+from sagellm.runtime.engine.output_text import IncrementalDetokenizer, OutputText
+from sagellm.runtime.engine.runner import DeviceQueue, DeviceRunner, EngineResources, OpenOutputText
 from sagellm.runtime.engine.sizing import engine_dtype, kv_blocks
-from sagellm.runtime.engine.speculation.draft_folder import draft_folder
-from sagellm.runtime.engine.speculation.draft_model import DraftLimits, ModelDrafter
-from sagellm.runtime.engine.speculation.drafter import Drafter
-from sagellm.runtime.engine.speculation.ngram import NgramDrafter
-from sagellm.runtime.engine.speculation.speculation import Speculation
-from sagellm.runtime.engine.transcript import Transcript
-from sagellm.runtime.kv.device_storage import DeviceStorage
+from sagellm.runtime.engine.speculation import Drafter, Speculation
+from sagellm.runtime.kv.memory import DeviceStorage, PoolBytes, SharedMemory
 from sagellm.runtime.kv.pool import BlockPool
-from sagellm.runtime.kv.pool_bytes import PoolBytes
-from sagellm.runtime.kv.shared import SharedMemory
 from sagellm.runtime.kv.transport import Sharing
 from sagellm.runtime.kv.transports import open_transport
 from sagellm.runtime.messages import SequenceState
 from sagellm.runtime.models.folder import ModelFolder
-from sagellm.runtime.models.quantised import open_weights
+from sagellm.runtime.models.stored_weights import open_weights, weight_names
 from sagellm.runtime.models.tokenizer import Tokenizer, load_tokenizer
-from sagellm.runtime.models.weights import weight_names
 from sagellm.runtime.port import EngineFacts
 
 # Engines of one process that compute the same function share weights and program as long as one
@@ -69,7 +61,7 @@ def open_resources(
         DeviceStorage(pool, transport),
         folder.facts.vocab_size,
         frozenset(folder.eos_token_ids),
-        _transcripts(tokenizer),
+        _output_text_opener(tokenizer),
         _speculation(options, folder, facts, device, runner),
     )
 
@@ -105,7 +97,7 @@ def _model_drafter(
     return ModelDrafter(
         replace(runner, program=_program(options, draft, blocks, device), storage=storage),
         BlockPool(facts.num_blocks, options.block_size),
-        DraftLimits(vocab_size, draft.facts.max_model_len, options.max_step_tokens),
+        DraftLimits(vocab_size, draft.facts.max_model_len, options.max_num_batched_tokens),
     )
 
 
@@ -171,22 +163,22 @@ def _all_tokens(blocks: KVBlocks) -> KVBlocks:
     return replace(blocks, groups=(KVGroup("full", tuple(layers)),))
 
 
-def _transcripts(tokenizer: Tokenizer) -> OpenTranscript:
+def _output_text_opener(tokenizer: Tokenizer) -> OpenOutputText:
     """How to begin the text of a sequence, after what it has already emitted."""
 
-    def open_transcript(state: SequenceState) -> Transcript:
+    def open_output_text(state: SequenceState) -> OutputText:
         sampling = state.sampling
 
         def decode(token_ids: list[int]) -> str:
             return tokenizer.decode(token_ids, skip_special_tokens=sampling.skip_special_tokens)
 
-        transcript = Transcript(
+        output_text = OutputText(
             IncrementalDetokenizer(decode),
             sampling.stop,
             min_tokens=sampling.min_tokens,
             keep_stop=sampling.include_stop_str_in_output,
         )
-        transcript.replay(state.emitted_token_ids)
-        return transcript
+        output_text.replay(state.emitted_token_ids)
+        return output_text
 
-    return open_transcript
+    return open_output_text

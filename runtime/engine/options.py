@@ -1,10 +1,10 @@
-"""The options of engines with a KV pool: what those have in common, and those of kind `local`."""
+"""Options of engines with a KV pool, and the limits that the scheduler derives from them."""
 
 import re
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from sagellm.backends.quantised import MODES
+from sagellm.backends.quantised_weight import MODES
 from sagellm.graphs.vocabulary import (
     KV_TRANSFER,
     LOGPROBS,
@@ -14,7 +14,25 @@ from sagellm.graphs.vocabulary import (
     TOKENS_OUT,
     nearest,
 )
-from sagellm.runtime.engine.limits import Limits
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one step may hold, and whether prefixes are kept.
+
+    `prefill_chunk` None: as many tokens of one prompt as fit.
+    """
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    prefill_chunk: int | None = None
+    prefix_caching: bool = True
+
+    @property
+    def max_chunk(self) -> int:
+        """Tokens of one sequence that a step computes at most."""
+        return min(self.max_num_batched_tokens, self.prefill_chunk or self.max_num_batched_tokens)
+
 
 _UNITS = {
     "": 1,
@@ -82,7 +100,7 @@ class PagedOptions:
 
     `model`: a built-in name, a folder, a Hub id, or "null". `dtype` None: the model's own. The KV
     pool has `num_blocks` blocks, or as many as `kv_memory` holds ("256MiB"), or a sensible number.
-    `max_step_tokens`: tokens computed in one step at most; `prefill_chunk`: of one prompt.
+    `max_num_batched_tokens`: tokens computed in one step at most; `prefill_chunk`: of one prompt.
     `prefix_caching`: blocks of ended sequences are kept, and reused where a prompt begins alike.
     """
 
@@ -93,7 +111,7 @@ class PagedOptions:
     kv_memory: str | None = None
     max_model_len: int | None = field(default=None, metadata={"min": 2})
     max_num_seqs: int = field(default=64, metadata={"min": 1})
-    max_step_tokens: int = field(default=512, metadata={"min": 2})
+    max_num_batched_tokens: int = field(default=512, metadata={"min": 2})
     prefill_chunk: int | None = field(default=None, metadata={"min": 1})
     prefix_caching: bool = True
     replicas: int = field(default=1, metadata={"min": 1})
@@ -111,7 +129,7 @@ class PagedOptions:
     @property
     def limits(self) -> Limits:
         return Limits(
-            self.max_num_seqs, self.max_step_tokens, self.prefill_chunk, self.prefix_caching
+            self.max_num_seqs, self.max_num_batched_tokens, self.prefill_chunk, self.prefix_caching
         )
 
 
@@ -191,10 +209,10 @@ class EngineOptions(PagedOptions):
                 f"draft_model: speculation {self.speculation} uses none; set speculation: draft, "
                 "or drop it"
             )
-        if self.num_drafted >= self.max_step_tokens:
+        if self.num_drafted >= self.max_num_batched_tokens:
             raise EngineOptionError(
                 f"num_draft_tokens: {self.num_drafted} and the token before them exceed "
-                f"max_step_tokens: {self.max_step_tokens}; give fewer"
+                f"max_num_batched_tokens: {self.max_num_batched_tokens}; give fewer"
             )
 
     def _check_quantization(self) -> None:

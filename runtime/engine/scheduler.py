@@ -3,11 +3,11 @@
 from bisect import insort
 from collections import deque
 
-from sagellm.runtime.engine.batch import SCORED_ROWS, Batch, Landing
-from sagellm.runtime.engine.chunking import share_budget
-from sagellm.runtime.engine.limits import Limits
-from sagellm.runtime.engine.reuse import PrefixReuse
+from sagellm.runtime.engine.batch import SCORED_ROWS, Batch, Reservation
+from sagellm.runtime.engine.options import Limits
+from sagellm.runtime.engine.prefix_cache import PrefixReuse
 from sagellm.runtime.engine.sequence import Sequence
+from sagellm.runtime.engine.token_budget import share_budget
 from sagellm.runtime.kv.lease import Lease
 from sagellm.runtime.kv.pool import BlockPool
 
@@ -31,7 +31,7 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.waiting: list[Sequence] = []  # in rank order
         self.adopted: deque[Sequence] = deque()
-        self.landings: deque[Landing] = deque()
+        self.reservations: deque[Reservation] = deque()
         self.num_preemptions = 0
         self.is_due = False  # what came since the last schedule may change who computes
         self.needs_rest = False  # no step may compute when the next one is collected
@@ -67,10 +67,10 @@ class Scheduler:
         else:
             self.adopted.append(sequence)
 
-    def stir(self) -> None:
+    def mark_due(self) -> None:
         """Something came, or became free: those who wait may be able to go on."""
         has_slot = (self.waiting or self.adopted) and self._num_slots > 0
-        if has_slot or self.landings:
+        if has_slot or self.reservations:
             self.is_due = True
 
     def remove(self, sequence: Sequence) -> None:
@@ -78,7 +78,7 @@ class Scheduler:
         for queue in (self.running, self.waiting, self.adopted):
             if sequence in queue:
                 queue.remove(sequence)
-                self.stir()
+                self.mark_due()
                 return
 
     @property
@@ -91,7 +91,7 @@ class Scheduler:
         self.needs_rest = False
         return self._schedule()
 
-    def schedule_ahead(self) -> Batch:
+    def schedule_next(self) -> Batch:
         """The step after those under way, before they have sampled: as if they had, and as if no
         answer ended by what they sample. What it computes for one that does is thrown away.
 
@@ -100,12 +100,12 @@ class Scheduler:
         blocks are to be merged, which takes a moment when nothing computes.
         """
         is_narrow = any(sequence.mailbox.num_free == 1 for sequence in self.running)
-        num_lacking = sum(map(self._num_lacking, (*self.running, *self.adopted)))
-        if self.needs_rest or is_narrow or num_lacking > self.pool.num_available:
+        num_blocks_missing = sum(map(self._num_lacking, (*self.running, *self.adopted)))
+        if self.needs_rest or is_narrow or num_blocks_missing > self.pool.num_available:
             return Batch()
         return self._schedule()
 
-    def withdraw(self, batch: Batch, *, has_begun: bool = False) -> None:
+    def unschedule(self, batch: Batch, *, has_begun: bool = False) -> None:
         """A batch that was scheduled ahead is not computed, or in vain: its tokens are pending
         again. What it admitted stays, with its blocks.
 
@@ -132,12 +132,14 @@ class Scheduler:
                 (decodes if sequence.num_pending == 1 else prefills).append(sequence)
         else:
             self._starved = self.waiting[0].arrival
-        self.grant()
+        self.grant_reservations()
         batch = Batch()
         prefills = self._share_scoring(prefills)
         self._add_decodes(batch, decodes, is_shared=bool(prefills))
         if prefills:
-            self._add_prefills(batch, prefills, self.limits.max_step_tokens - batch.num_tokens)
+            self._add_prefills(
+                batch, prefills, self.limits.max_num_batched_tokens - batch.num_tokens
+            )
         if self._keeps_states:
             self._keep_states(batch)
         self.is_due = False
@@ -178,11 +180,11 @@ class Scheduler:
         if lease is None or sequence.num_known <= lease.capacity:
             return 0
         num_beyond = max(0, sequence.num_pending - self._max_chunk)  # its next step
-        return self.pool.num_lacking(lease, sequence.num_known - num_beyond)
+        return self.pool.num_blocks_missing(lease, sequence.num_known - num_beyond)
 
     def _make_room(self, sequence: Sequence, lease: Lease, num_tokens: int) -> bool:
         """Give a sequence its next blocks, at the cost of those after it in rank."""
-        while self.pool.num_lacking(lease, num_tokens) > self.pool.num_available:
+        while self.pool.num_blocks_missing(lease, num_tokens) > self.pool.num_available:
             victim = max(self.running, key=lambda running: running.rank)
             self._preempt(victim)
             if victim is sequence:
@@ -229,10 +231,10 @@ class Scheduler:
 
     def _reserve(self, sequence: Sequence) -> bool:
         """Lease blocks for all known tokens and the next, beginning with those that were found."""
-        if self.landings and self.landings[0].arrival < sequence.arrival:
+        if self.reservations and self.reservations[0].arrival < sequence.arrival:
             return False
         prefix = self.reuse.usable(sequence)
-        if not self._fits(self.pool.num_wanted(len(sequence.tokens), prefix)):
+        if not self._fits(self.pool.num_blocks_needed(len(sequence.tokens), prefix)):
             return False
         self.reuse.lease(sequence)
         return True
@@ -243,7 +245,7 @@ class Scheduler:
 
     def _add_decodes(self, batch: Batch, decodes: list[Sequence], *, is_shared: bool) -> None:
         """One token each; past the budget they take turns, and leave prefills a part."""
-        budget = self.limits.max_step_tokens
+        budget = self.limits.max_num_batched_tokens
         room = budget - max(1, budget // 4) if is_shared and budget > 1 else budget
         batch.sequences = decodes[:room]
         batch.query_lens = [1] * len(batch.sequences)
@@ -263,8 +265,8 @@ class Scheduler:
         lease, num_known = sequence.lease, len(sequence.tokens)
         assert lease is not None
         if num_known + num_ahead > lease.capacity:
-            num_blocks = self.pool.num_lacking(lease, num_known + num_ahead)
-            if self._starved is None and not self.landings and self._fits(num_blocks):
+            num_blocks = self.pool.num_blocks_missing(lease, num_known + num_ahead)
+            if self._starved is None and not self.reservations and self._fits(num_blocks):
                 self.pool.grow(lease, num_known + num_ahead)
         return min(num_ahead, lease.capacity - num_known)
 
@@ -306,38 +308,38 @@ class Scheduler:
             lease = sequence.lease
             if lease is None or start % size or not 0 < start <= sequence.num_prompt:
                 continue
-            is_free = self._starved is None and not self.landings and self._fits(num_blocks)
+            is_free = self._starved is None and not self.reservations and self._fits(num_blocks)
             if is_free and lease.state_at(start) is lease.snapshot:
                 self.pool.keep_state(lease, start)
 
-    def land(self, landing: Landing) -> None:
-        """Queue for blocks that another pool will fill; `landing.granted` is set with the lease."""
-        self.landings.append(landing)
-        self.grant()
-        self.stir()
+    def reserve(self, reservation: Reservation) -> None:
+        """Queue for blocks that another pool will fill; `reservation.granted` is set with the lease."""
+        self.reservations.append(reservation)
+        self.grant_reservations()
+        self.mark_due()
 
-    def leave(self, landing: Landing) -> None:
+    def withdraw(self, reservation: Reservation) -> None:
         """Stop waiting, or give a granted lease back."""
-        if landing.lease is not None:
-            self.pool.advance(landing.lease, "cancel")
-        elif landing in self.landings:
-            self.landings.remove(landing)
-            self.grant()
+        if reservation.lease is not None:
+            self.pool.advance(reservation.lease, "cancel")
+        elif reservation in self.reservations:
+            self.reservations.remove(reservation)
+            self.grant_reservations()
 
-    def grant(self) -> None:
+    def grant_reservations(self) -> None:
         """Serve landings in order of arrival, but not before an older sequence that waits."""
-        while self.landings:
-            landing = self.landings[0]
-            if self._starved is not None and self._starved < landing.arrival:
+        while self.reservations:
+            reservation = self.reservations[0]
+            if self._starved is not None and self._starved < reservation.arrival:
                 return
-            num_tokens = landing.num_tokens
-            if not self._fits(self.pool.num_wanted(num_tokens, start=num_tokens)):
+            num_tokens = reservation.num_tokens
+            if not self._fits(self.pool.num_blocks_needed(num_tokens, start=num_tokens)):
                 return
-            self.landings.popleft()
-            landing.lease = self.pool.reserve(
-                landing.fence, num_tokens, "transfer", start=num_tokens
+            self.reservations.popleft()
+            reservation.lease = self.pool.reserve(
+                reservation.fence, num_tokens, "transfer", start=num_tokens
             )
-            landing.granted.set()
+            reservation.granted.set()
 
 
 def _leased(sequences: list[Sequence]) -> list[Sequence]:

@@ -4,10 +4,9 @@ from array import array
 from collections.abc import Sequence as Items
 
 from sagellm.runtime.engine.mailbox import Mailbox
-from sagellm.runtime.engine.transcript import Transcript
-from sagellm.runtime.kv.block_key import BlockKey
+from sagellm.runtime.engine.output_text import OutputText
 from sagellm.runtime.kv.lease import Fence, Lease
-from sagellm.runtime.kv.prefix_tree import Node
+from sagellm.runtime.kv.prefix_tree import BlockKey, PrefixNode
 from sagellm.runtime.messages import (
     FinishReason,
     SequenceState,
@@ -31,10 +30,31 @@ class Sequence:
     """
 
     __slots__ = (
-        "_allowed_ids", "arrival", "choice", "end", "fence", "found", "keys", "lease", "mailbox",
-        "max_output", "num_cached", "num_computed", "num_launched", "num_preemptions", "num_prompt",
-        "num_sampling", "num_scored",
-        "rank", "sampling", "scores", "stamps", "state", "stop_ids", "tokens", "transcript",
+        "_allowed_ids",
+        "arrival",
+        "choice",
+        "end",
+        "fence",
+        "found",
+        "keys",
+        "lease",
+        "mailbox",
+        "max_output",
+        "num_cached",
+        "num_computed",
+        "num_launched",
+        "num_preemptions",
+        "num_prompt",
+        "num_sampling",
+        "num_scored",
+        "output_text",
+        "rank",
+        "sampling",
+        "scores",
+        "stamps",
+        "state",
+        "stop_ids",
+        "tokens",
     )  # fmt: skip
 
     def __init__(
@@ -45,7 +65,7 @@ class Sequence:
         mailbox: Mailbox,
         max_output: int,
         stop_ids: frozenset[int],
-        transcript: Transcript | None,
+        output_text: OutputText | None,
     ) -> None:
         self.state = state
         self.choice = state.choice
@@ -62,11 +82,11 @@ class Sequence:
         self.num_preemptions = 0
         self.lease: Lease | None = None
         self.keys: list[BlockKey] = []  # of its full blocks, as far as they were asked for
-        self.found: list[Node] = []  # while it waits: the prefix that need not be computed
+        self.found: list[PrefixNode] = []  # while it waits: the prefix that need not be computed
         self.num_cached: int | None = None  # prompt tokens that it found when it first got blocks
         self.max_output = max_output  # by max_tokens and by the context limit
         self.stop_ids = stop_ids
-        self.transcript = transcript
+        self.output_text = output_text
         self.stamps = UNSTARTED
         self.end: FinishReason | None = None  # why it ends before its answer does
         # Prompt tokens that need no logprob (any more); the first has none.
@@ -132,11 +152,11 @@ class Sequence:
         start, end = self.num_scheduled + 1, self.num_scheduled + query_len + 1
         return range(max(start, self.num_scored), min(end, self.num_prompt))
 
-    def take_scores(self, positions: range, scores: list[TokenLogprob]) -> None:
+    def add_prompt_logprobs(self, positions: range, scores: list[TokenLogprob]) -> None:
         self.scores += scores
         self.num_scored = positions.stop
 
-    def give_scores(self) -> tuple[TokenLogprob, ...]:
+    def take_prompt_logprobs(self) -> tuple[TokenLogprob, ...]:
         """The prompt's logprobs, for the first event; afterwards they are forgotten."""
         if not self.scores:
             return ()
@@ -186,20 +206,20 @@ class Sequence:
 
     def take(self, token_ids: Items[int]) -> tuple[int, str, FinishReason | None, str | int | None]:
         """Append sampled tokens up to the one that ends the answer: how many were taken, and
-        `judge` of them all. Keys and values of all but the last are computed.
+        `check_stop` of them all. Keys and values of all but the last are computed.
         """
         text, reason, stop_reason, num_taken = "", None, None, 0
         for token_id in token_ids:
             self.tokens.append(token_id)
             num_taken += 1
-            fresh, reason, stop_reason = self.judge(token_id)
+            fresh, reason, stop_reason = self.check_stop(token_id)
             text += fresh
             if reason is not None:
                 break
         self.num_computed += num_taken - 1
         return num_taken, text, reason, stop_reason
 
-    def judge(self, token_id: int) -> tuple[str, FinishReason | None, str | int | None]:
+    def check_stop(self, token_id: int) -> tuple[str, FinishReason | None, str | int | None]:
         """What the newest token means: showable text, why the answer ends (if so), what matched.
 
         The text of a stop token itself is not shown unless the sampling says so; an end-of-text
@@ -221,10 +241,10 @@ class Sequence:
         return self._rest()[0]
 
     def _show(self, token_id: int) -> tuple[str, str | None]:
-        return self.transcript.push(token_id) if self.transcript else ("", None)
+        return self.output_text.push(token_id) if self.output_text else ("", None)
 
     def _rest(self) -> tuple[str, str | None]:
-        return self.transcript.finish() if self.transcript else ("", None)
+        return self.output_text.finish() if self.output_text else ("", None)
 
 
 def _is_to_be_scored(state: SequenceState) -> bool:

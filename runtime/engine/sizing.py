@@ -1,14 +1,16 @@
-"""How many KV blocks an engine gets, and what its facts are: from options and a model's config."""
+"""Sizes and facts of a paged KV pool, derived from options and a model's config."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import msgspec
 
-from sagellm.backends.quantised import GROUP, MODES
+from sagellm.backends.quantised_weight import GROUP_SIZE, MODES
 from sagellm.graphs.kernels import KVBlocks, KVGroup
 from sagellm.graphs.models import ModelFacts
-from sagellm.runtime.engine.options import EngineOptionError, SizedOptions, num_bytes
+from sagellm.graphs.rules.rule import EngineFactsView
+from sagellm.runtime.engine.options import EngineOptionError, PagedOptions, SizedOptions, num_bytes
 from sagellm.runtime.lease_shape import LeaseShape, TokenGroup
 from sagellm.runtime.models.folder import ModelFolder
 from sagellm.runtime.port import EngineFacts
@@ -129,7 +131,7 @@ def weight_bytes(options: SizedOptions, facts: ModelFacts) -> int:
 
 def _weight_bytes(bits: int) -> float:
     """Of one weight and its share of the group's scale in float16."""
-    return (bits + 16 / GROUP) / 8
+    return (bits + 16 / GROUP_SIZE) / 8
 
 
 def engine_facts(options: SizedOptions, folder: ModelFolder, sizing: Sizing) -> EngineFacts:
@@ -163,3 +165,40 @@ def _layout_hash(options: SizedOptions, facts: ModelFacts) -> str:
 
 def _digest(value: object) -> str:
     return hashlib.blake2b(msgspec.json.encode(value), digest_size=8).hexdigest()
+
+
+P = TypeVar("P", bound=PagedOptions)
+
+
+def resized(options: P, num_blocks: int | None) -> P:
+    """The options with a pool of so many blocks, unless that is None."""
+    return (
+        options if num_blocks is None else replace(options, num_blocks=num_blocks, kv_memory=None)
+    )
+
+
+def sizes(options: PagedOptions, sizing: Sizing) -> dict[str, int]:
+    """Options that say the size of a pool that memory decides."""
+    if options.num_blocks is not None or options.kv_memory is not None:
+        return {}
+    return {"num_blocks": sizing.num_blocks, "max_model_len": sizing.max_model_len}
+
+
+def facts_view(
+    options: SizedOptions, folder: ModelFolder, sizing: Sizing, *, pool_bytes: int
+) -> EngineFactsView:
+    """What the checks may know; `pool_bytes`: of real memory. Raises EngineOptionError."""
+    facts, model = engine_facts(options, folder, sizing), folder.facts
+    return EngineFactsView(
+        model_hash=facts.model_hash,
+        dtype=engine_dtype(options, model),
+        quantization=options.quantization or "none",
+        block_size=facts.block_size,
+        num_kv_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+        num_layers=kv_blocks(options, model).block_layers,
+        max_model_len=facts.max_model_len,
+        kv_pool_bytes=pool_bytes,
+        replicas=options.replicas,
+        capabilities=facts.capabilities,
+    )

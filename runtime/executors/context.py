@@ -1,19 +1,108 @@
-"""The context of one replica of a service operator: what the executor lends it."""
+"""What the executor lends a service operator: its context, and emissions that wait for credit."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
+from itertools import count, islice
 from typing import Protocol
 
 import msgspec
+import trio
 
+from sagellm.runtime.core.accounting import Clock
 from sagellm.runtime.core.core import Core
-from sagellm.runtime.core.events import Ended, Event, Released, Reported, Transferred
-from sagellm.runtime.core.meter import Clock
-from sagellm.runtime.executors.emissions import Emissions
+from sagellm.runtime.core.effects import Parked, Resumed
+from sagellm.runtime.core.events import (
+    Emitted,
+    Ended,
+    Event,
+    Released,
+    Reported,
+    Transferred,
+    Withdrawn,
+)
 from sagellm.runtime.feedback import Feedback
 from sagellm.runtime.messages import Item, Prefilled, TokenEvent
 from sagellm.runtime.operator import Sent
 from sagellm.runtime.port import Engine
+
+
+class _Emission:
+    """Items that a task waits to be rid of."""
+
+    def __init__(self, items: tuple[Item, ...], sent: Callable[[Item], None] | None) -> None:
+        self._items = iter(items)
+        self._num_left = len(items)
+        self._sent = sent
+        self.is_over = trio.Event()
+
+    def advance(self, number: int) -> None:
+        """So many more of the items were sent."""
+        for item in islice(self._items, number):
+            if self._sent is not None:
+                self._sent(item)
+        self._num_left -= number
+        if not self._num_left:
+            self.is_over.set()
+
+
+class Emissions:
+    """`dispatch` tells the core of an event, and does what it asks for."""
+
+    def __init__(self, dispatch: Callable[[Event], None]) -> None:
+        self._dispatch = dispatch
+        self._tickets = count(1)
+        self._num_sent: dict[int, int] = {}  # by ticket, before its task waits
+        self._emissions: dict[int, _Emission] = {}  # of tasks that wait
+
+    async def emit(
+        self,
+        node: str,
+        replica: int,
+        items: tuple[Item, ...],
+        outlet: str = "out",
+        sent: Callable[[Item], None] | None = None,
+    ) -> None:
+        """Send items of a service operator, waiting for credit; `sent` is called for each."""
+        await trio.lowlevel.checkpoint_if_cancelled()
+        await self.wait(items, lambda ticket: Emitted(ticket, node, replica, items, outlet), sent)
+
+    async def wait(
+        self,
+        items: tuple[Item, ...],
+        event: Callable[[int], Event],
+        sent: Callable[[Item], None] | None = None,
+    ) -> None:
+        """Tell the core of items, and wait until all have found credit."""
+        ticket = next(self._tickets)
+        self._dispatch(event(ticket))
+        num_sent = self._num_sent.pop(ticket, len(items))
+        if sent is not None:
+            for item in items[:num_sent]:
+                sent(item)
+        if num_sent == len(items):
+            return
+        emission = self._emissions[ticket] = _Emission(items[num_sent:], sent)
+        try:
+            await emission.is_over.wait()
+        except BaseException:
+            self._dispatch(Withdrawn(ticket))
+            raise
+        finally:
+            del self._emissions[ticket]
+
+    def advance(self, effect: Parked | Resumed) -> None:
+        """Items of a ticket were sent; its task does not wait yet, or waits for them."""
+        emission = self._emissions.get(effect.ticket)
+        if emission is not None:
+            emission.advance(effect.num_sent)
+        else:
+            before = self._num_sent.get(effect.ticket, 0)
+            self._num_sent[effect.ticket] = before + effect.num_sent
+
+    def end(self) -> None:
+        """The graph stops: let every task go on."""
+        for emission in self._emissions.values():
+            emission.is_over.set()
 
 
 class Executor(Protocol):
@@ -26,7 +115,7 @@ class Executor(Protocol):
     is_recorded: bool  # whether events are kept to be replayed
 
     def now(self) -> float: ...
-    def happen(self, event: Event) -> None: ...
+    def dispatch(self, event: Event) -> None: ...
 
 
 class ServiceContext:
@@ -78,14 +167,14 @@ class ServiceContext:
     async def terminate(self, event: TokenEvent, cause: Exception | None = None) -> None:
         self.owed.discard(event.key)
         self.meter.num_ended += 1
-        self.executor.happen(Ended(self.name, event, cause))
+        self.executor.dispatch(Ended(self.name, event, cause))
 
     def report(self, feedback: Feedback) -> None:
         named = msgspec.structs.replace(feedback, node=self.name, replica=self.replica)
-        self.executor.happen(Reported(named))
+        self.executor.dispatch(Reported(named))
 
     def release(self, key: tuple[str, int]) -> None:
-        self.executor.happen(Released(self.name, self.replica, *key))
+        self.executor.dispatch(Released(self.name, self.replica, *key))
 
     def not_transferred(self, item: Item, *, has_failed: bool) -> None:
         self.untransferred.add(item.key)
@@ -95,7 +184,7 @@ class ServiceContext:
 
     def note_transfer(self, item: Item, *, succeeded: bool) -> None:
         """Tell the core between which replicas KV blocks were transferred, if any were."""
-        if isinstance(item, Prefilled) and item.lease is not None and item.landing is not None:
+        if isinstance(item, Prefilled) and item.lease is not None and item.reservation is not None:
             sender = item.lease.engine, item.lease.replica
-            receiver = item.landing.engine, item.landing.replica
-            self.executor.happen(Transferred(sender, receiver, succeeded))
+            receiver = item.reservation.engine, item.reservation.replica
+            self.executor.dispatch(Transferred(sender, receiver, succeeded))

@@ -1,7 +1,7 @@
 """Reads the events of an engine for one replica of an operator."""
 
+from sagellm.runtime.core.effects import OperatorFault
 from sagellm.runtime.core.events import Ended, EngineFailed, Failed, Returned
-from sagellm.runtime.core.faults import OperatorFault
 from sagellm.runtime.executors.context import ServiceContext
 from sagellm.runtime.feedback import KINDS, LoadReported
 from sagellm.runtime.handover import merge_stamps
@@ -9,7 +9,7 @@ from sagellm.runtime.messages import ENGINE_FAILED, FinishReason, Request, Token
 from sagellm.runtime.operator import Service
 from sagellm.runtime.port import EngineEvent, Lost, PrefillDone
 from sagellm.runtime.user_code import LEAVING, as_error
-from sagellm.runtime.user_function import failing
+from sagellm.runtime.user_function import failure_event
 
 
 class EngineReader:
@@ -18,7 +18,7 @@ class EngineReader:
     def __init__(self, context: ServiceContext, service: Service) -> None:
         self._context = context
         self._service = service
-        self._happen = context.executor.happen
+        self._dispatch = context.executor.dispatch
         self._meter = context.meter
         executor, kind = context.executor, KINDS[LoadReported]
         # A log has what operators may subscribe to when it is replayed under other options.
@@ -63,7 +63,7 @@ class EngineReader:
         self._meter.num_errors += 1
         context.release(last.key)
         ended = merge_stamps(request, last)
-        self._happen(EngineFailed(context.name, context.replica, request, ended))
+        self._dispatch(EngineFailed(context.name, context.replica, request, ended))
         return True
 
     def _fail_events(self, events: tuple[EngineEvent, ...], error: Exception) -> None:
@@ -74,8 +74,8 @@ class EngineReader:
         for event in events:
             assert not isinstance(event, Lost)
             first = event.first if isinstance(event, PrefillDone) else event
-            last = failing(first, fault.public, now=context.now())
-            self._happen(Ended(context.name, last, error))
+            last = failure_event(first, fault.public, now=context.now())
+            self._dispatch(Ended(context.name, last, error))
             context.engine.cancel(first.request_id, first.choice, first.epoch)
             self._context.release(first.key)
 
@@ -86,7 +86,7 @@ class EngineReader:
             request = self._recalled(event.key)
             if request is not None:
                 self._context.release(event.key)
-                self._happen(Returned(self._context.name, request, event.cause))
+                self._dispatch(Returned(self._context.name, request, event.cause))
 
     def _recalled(self, key: tuple[str, int]) -> Request | None:
         """The request of a sequence that the operator has no more, with what was emitted of it."""
@@ -99,7 +99,7 @@ class EngineReader:
     def _fail_key(self, key: tuple[str, int], error: Exception) -> None:
         self._meter.num_errors += 1
         self._context.release(key)
-        self._happen(Failed(self._context.name, last_event(key, "failed"), error))
+        self._dispatch(Failed(self._context.name, last_event(key, "failed"), error))
 
 
 def last_event(key: tuple[str, int], reason: FinishReason) -> TokenEvent:

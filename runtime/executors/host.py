@@ -1,22 +1,79 @@
-"""A host: one replica of a service operator, its mailbox and its tasks."""
+"""A host: one replica of a service operator, its queue of items and its tasks."""
+
+from collections import deque
+from collections.abc import Callable
 
 import trio
 
-from sagellm.runtime.core.answers import must_be_answered, not_answered
-from sagellm.runtime.core.books import reason_of
+from sagellm.graphs.log import get_logger
+from sagellm.runtime.core.effects import OperatorFault
 from sagellm.runtime.core.events import Ended, Failed, Finished, Opened, Returned
-from sagellm.runtime.core.faults import OperatorFault
+from sagellm.runtime.core.lifecycle import reason_of
+from sagellm.runtime.core.outputs import must_be_answered, not_answered
 from sagellm.runtime.executors.context import Executor, ServiceContext
 from sagellm.runtime.executors.engine_reader import EngineReader, last_event
-from sagellm.runtime.executors.faults import log_fault
-from sagellm.runtime.executors.mailbox import Mailbox
 from sagellm.runtime.messages import Item, Prefilled, Request, TokenEvent
 from sagellm.runtime.operator import Service, Signal
 from sagellm.runtime.port import DamagedBlocks, EngineLost, LossCause, StaleLease
-from sagellm.runtime.user_code import LEAVING, as_error
+from sagellm.runtime.user_code import LEAVING, as_error, name_of, place_of, traceback_of
+
+log = get_logger("sagellm.executor")
 
 
-class Host:
+def log_fault(fault: OperatorFault, *, request_id: str) -> None:
+    """Log where an operator failed, and for which request.
+
+    An error of the user's own code is logged with its text and traceback: the code is the user's to
+    correct. Any other error is logged without its text, which may hold what a request says.
+    """
+    error = fault.error
+    said = {"node": fault.node, "request_id": request_id, "error": name_of(error)}
+    own = traceback_of(error)
+    if own is None:
+        log.error("operator_failed", **said, at=_places(error))
+    else:
+        log.error("operator_failed", **said, at=place_of(error), exception=own)
+
+
+def _places(error: Exception) -> list[str]:
+    """file:line of each frame, outermost first."""
+    places, trace = [], error.__traceback__
+    while trace is not None:
+        places.append(f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}")
+        trace = trace.tb_next
+    return places
+
+
+class ItemQueue:
+    """First in, first out; items of an ended request can be taken out of the middle."""
+
+    def __init__(self) -> None:
+        self._items: deque[Item] = deque()
+        self._waiting = trio.lowlevel.ParkingLot()
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def put(self, item: Item) -> None:
+        self._items.append(item)
+        self._waiting.unpark()
+
+    async def take(self) -> Item:
+        """The oldest item; waits for one. Cancelled, it takes nothing."""
+        await trio.lowlevel.checkpoint_if_cancelled()
+        while not self._items:
+            await self._waiting.park()
+        return self._items.popleft()
+
+    def remove(self, unwanted: Callable[[Item], bool]) -> tuple[Item, ...]:
+        """Take out, and return, the items that are not wanted any more."""
+        removed = tuple(item for item in self._items if unwanted(item))
+        if removed:
+            self._items = deque(item for item in self._items if not unwanted(item))
+        return removed
+
+
+class ServiceHost:
     """Hands items to a service operator, in up to `concurrency` tasks, and ends what is signalled
     or raised meanwhile.
     """
@@ -25,13 +82,13 @@ class Host:
         self._context = context = ServiceContext(executor, name, replica)
         self._executor = executor
         self._service = service
-        self._mailbox = Mailbox()
+        self._mailbox = ItemQueue()
         self._scopes: list[tuple[Item, trio.CancelScope]] = []
         self._meter = context.meter
         self._register = executor.core.register
         facts = context.engine.facts if context.engine_name else None
         block_size = facts.block_size if facts else 1
-        executor.happen(Opened(name, replica, service.capacity(facts), block_size))
+        executor.dispatch(Opened(name, replica, service.capacity(facts), block_size))
 
     def start(self, nursery: trio.Nursery) -> None:
         for _ in range(self._service.concurrency):
@@ -124,12 +181,14 @@ class Host:
             cause: LossCause = "none"
             if recalled is not None and isinstance(error, EngineLost):
                 cause = error.cause
-            self._executor.happen(Returned(self._context.name, request, cause))
+            self._executor.dispatch(Returned(self._context.name, request, cause))
 
     def _end(self, item: Item) -> None:
         """A signal ended an item that the operator holds no more."""
         self._give_up(item)
-        self._executor.happen(Finished(item, reason_of(self._register.tombstone(item.request_id))))
+        self._executor.dispatch(
+            Finished(item, reason_of(self._register.tombstone(item.request_id)))
+        )
 
     def _end_held(self, signal: Signal) -> None:
         """The operator failed on a signal: end what it keeps of that request."""
@@ -140,11 +199,11 @@ class Host:
             if holder == gate:
                 key = signal.request_id, choice
                 self._context.release(key)
-                self._executor.happen(Ended(self._context.name, last_event(key, "cancelled")))
+                self._executor.dispatch(Ended(self._context.name, last_event(key, "cancelled")))
 
     def _fail(self, item: Item, error: Exception) -> None:
         self._give_up(item)
-        self._executor.happen(Failed(self._context.name, item, error))
+        self._executor.dispatch(Failed(self._context.name, item, error))
 
     def _give_up(self, item: Item) -> None:
         self.discard(item)
@@ -164,7 +223,7 @@ class Host:
 
 def _is_transfer(item: Item) -> bool:
     """Whether its blocks are to move from one pool to another."""
-    return isinstance(item, Prefilled) and item.lease is not None and item.landing is not None
+    return isinstance(item, Prefilled) and item.lease is not None and item.reservation is not None
 
 
 def _request_of(item: Item) -> Request | None:

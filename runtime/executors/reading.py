@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from sagellm.graphs.ir import SINK, Node
+from sagellm.runtime.core.accounting import Meter
 from sagellm.runtime.core.credit import Gate, Gates
-from sagellm.runtime.core.meter import Meter
 from sagellm.runtime.plan import Plan
 
 TERMINAL = "terminal"  # the implicit outlet of every operator, to the sink

@@ -8,10 +8,8 @@ from typing import TypeAlias
 import trio
 
 from sagellm.graphs.log import get_logger
-from sagellm.runtime.cache_changes import ReportsCache
 from sagellm.runtime.core.core import Core
 from sagellm.runtime.core.effects import (
-    AskCache,
     Deliver,
     Discard,
     Effect,
@@ -20,6 +18,7 @@ from sagellm.runtime.core.effects import (
     Faulted,
     Interrupt,
     Parked,
+    QueryCache,
     Resumed,
     Send,
     WakeAt,
@@ -33,20 +32,43 @@ from sagellm.runtime.core.events import (
     ReplicaRemoved,
     Signalled,
     Stopped,
+    TimeCame,
 )
-from sagellm.runtime.executors.emissions import Emissions
-from sagellm.runtime.executors.faults import log_fault
-from sagellm.runtime.executors.host import Host
+from sagellm.runtime.executors.context import Emissions
+from sagellm.runtime.executors.host import ServiceHost, log_fault
 from sagellm.runtime.executors.reading import Reading, read
-from sagellm.runtime.executors.timer import Timer
 from sagellm.runtime.messages import Forked, Item, Request
 from sagellm.runtime.operator import Signal
 from sagellm.runtime.plan import Plan
 from sagellm.runtime.port import Engine
+from sagellm.runtime.prefixes import ReportsCache
+
+
+class Timer:
+    """Tells the core when the time that it asked for last has come."""
+
+    def __init__(self, dispatch: Callable[[Event], None]) -> None:
+        self._dispatch = dispatch
+        self._at_s = inf
+        self._moved = trio.Event()
+
+    def set(self, effect: WakeAt) -> None:
+        self._at_s = effect.at_s
+        self._moved.set()
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        while True:
+            self._moved = trio.Event()
+            with trio.move_on_at(self._at_s):
+                await self._moved.wait()
+                continue
+            self._dispatch(TimeCame())
+
 
 log = get_logger("sagellm.executor")
 
-Record: TypeAlias = Callable[[float, Event, list[Effect]], None]
+RecordDecision: TypeAlias = Callable[[float, Event, list[Effect]], None]
 
 
 class ExecutorStopped(RuntimeError):
@@ -72,7 +94,7 @@ class TasksExecutor:
         *,
         engines: Mapping[str, tuple[Engine, ...]] | None = None,
         max_hold_s: float = inf,
-        record: Record | None = None,
+        record: RecordDecision | None = None,
     ) -> None:
         self.engines = dict(engines or {})
         self.cause: Exception | None = None  # of the end that is being delivered
@@ -83,10 +105,10 @@ class TasksExecutor:
         self._record = record
         self.is_recorded = record is not None
         self._events: deque[Event] = deque()
-        self._is_happening = False
-        self.emissions = Emissions(self.happen)
+        self._is_dispatching = False
+        self.emissions = Emissions(self.dispatch)
         self._at_rest = trio.lowlevel.ParkingLot()
-        self._timer = Timer(self.happen)
+        self._timer = Timer(self.dispatch)
         self._nursery: trio.Nursery | None = None
         self.is_stopped = False
         self._do: dict[type, Callable[..., None]] = {
@@ -102,12 +124,12 @@ class TasksExecutor:
             Faulted: lambda effect: log_fault(effect.fault, request_id=effect.request_id),
             FailedOn: _log_failure,
             Ejected: _log_ejection,
-            AskCache: lambda effect: _ask_cache(
-                self.engines[effect.engine][effect.replica], happen=self.happen
+            QueryCache: lambda effect: _ask_cache(
+                self.engines[effect.engine][effect.replica], dispatch=self.dispatch
             ),
         }
         self._hosts = {
-            (node, replica): Host(self, node, replica, service)
+            (node, replica): ServiceHost(self, node, replica, service)
             for node, service in plan.services.items()
             for replica in range(plan.num_replicas(node))
         }
@@ -128,7 +150,7 @@ class TasksExecutor:
                 task_status.started()
         finally:
             self.is_stopped = True
-            self.happen(Stopped())
+            self.dispatch(Stopped())
             self._at_rest.unpark_all()
             self.emissions.end()
 
@@ -156,12 +178,12 @@ class TasksExecutor:
         try:
             await self.emissions.wait(choices, lambda ticket: Arrived(ticket, choices))
         except BaseException:
-            self.happen(Signalled(Signal("cancel", request_id)))
+            self.dispatch(Signalled(Signal("cancel", request_id)))
             raise
 
     def signal(self, signal: Signal) -> None:
         """End a request, or a choice of it; one that is unknown is ignored."""
-        self.happen(Signalled(signal))
+        self.dispatch(Signalled(signal))
 
     async def idle(self) -> None:
         """Wait until all requests have ended and every block is free, or the executor stops."""
@@ -184,30 +206,32 @@ class TasksExecutor:
         replica = len(self.engines[name])
         self.engines[name] = (*self.engines[name], engine)
         self._nursery.start_soon(engine.run)
-        self.happen(ReplicaAdded(name))
+        self.dispatch(ReplicaAdded(name))
         for node in self.plan.nodes_of(name):
-            host = self._hosts[node, replica] = Host(self, node, replica, self.plan.services[node])
+            host = self._hosts[node, replica] = ServiceHost(
+                self, node, replica, self.plan.services[node]
+            )
             host.start(self._nursery)
 
     def mark(self, engine: str, replica: int, *, is_up: bool) -> None:
         """A replica of an engine is lost, or is back."""
-        self.happen(ReplicaMarked(engine, replica, is_up))
+        self.dispatch(ReplicaMarked(engine, replica, is_up))
 
     def remove(self, engine: str, replica: int) -> None:
         """A replica that was lost is not to come back."""
-        self.happen(ReplicaRemoved(engine, replica))
+        self.dispatch(ReplicaRemoved(engine, replica))
 
-    def happen(self, event: Event) -> None:
+    def dispatch(self, event: Event) -> None:
         """Tell the core of an event, and do what it asks for. Events of that come after."""
         self._events.append(event)
-        if self._is_happening:
+        if self._is_dispatching:
             return
-        self._is_happening = True
+        self._is_dispatching = True
         try:
             while self._events:
                 self._react(self._events.popleft())
         finally:
-            self._is_happening = False
+            self._is_dispatching = False
 
     def _react(self, event: Event) -> None:
         now = self.clock()
@@ -224,9 +248,9 @@ class TasksExecutor:
         self._deliver(effect.item)
 
 
-def _ask_cache(engine: Engine, happen: Callable[[Event], None]) -> None:
+def _ask_cache(engine: Engine, dispatch: Callable[[Event], None]) -> None:
     if isinstance(engine, ReportsCache):
-        engine.report_cache(lambda changed: happen(CacheReported(changed)))
+        engine.report_cache(lambda changed: dispatch(CacheReported(changed)))
 
 
 def _log_failure(effect: FailedOn) -> None:

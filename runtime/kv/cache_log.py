@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 # Hashes in one report: 64 KiB. A step of some hundred sequences stores a tenth of that.
-MOST_REPORTED = 8192
+MAX_REPORTED = 8192
 # Changes that wait for a slow reader: beyond that, telling all anew costs no more than they do.
-MOST_WAITING = 4 * MOST_REPORTED
+MAX_PENDING = 4 * MAX_REPORTED
 
 
 class CacheReport(NamedTuple):
@@ -20,7 +20,7 @@ class CacheReport(NamedTuple):
 
 
 class CacheLog:
-    """Notes changes until they are read, at most `MOST_WAITING`: where more come, it forgets them
+    """Notes changes until they are read, at most `MAX_PENDING`: where more come, it forgets them
     and begins anew with all that is stored. `stored`: the hashes of all blocks, parents first.
     """
 
@@ -32,10 +32,10 @@ class CacheLog:
         self._sequence = 0
 
     @property
-    def has_news(self) -> bool:
+    def has_changes(self) -> bool:
         return self._is_due or bool(self._changes) or bool(self._rest)
 
-    def begin_anew(self) -> None:
+    def resend_all(self) -> None:
         """Tell all that is stored once more; the reader has missed something."""
         self._is_due = True
         self._changes.clear()
@@ -46,12 +46,12 @@ class CacheLog:
         if self._is_due:
             return
         self._changes[block] = is_stored
-        if len(self._changes) > MOST_WAITING:
-            self.begin_anew()
+        if len(self._changes) > MAX_PENDING:
+            self.resend_all()
 
     def take(self) -> CacheReport | None:
-        """The next report, of `MOST_REPORTED` blocks at most; None: there is nothing to report."""
-        if not self.has_news:
+        """The next report, of `MAX_REPORTED` blocks at most; None: there is nothing to report."""
+        if not self.has_changes:
             return None
         self._sequence += 1
         if self._is_due:
@@ -63,7 +63,7 @@ class CacheLog:
         return CacheReport(self._sequence, False, *self._take_changes())
 
     def _take_changes(self) -> tuple[bytes, bytes]:
-        taken = list(self._changes.items())[:MOST_REPORTED]
+        taken = list(self._changes.items())[:MAX_REPORTED]
         if len(taken) == len(self._changes):
             self._changes = {}
         else:
@@ -74,7 +74,7 @@ class CacheLog:
 
 
 def _packed(blocks: Iterable[bytes]) -> deque[bytes]:
-    """Hashes in pieces of `MOST_REPORTED`; one piece at least."""
+    """Hashes in pieces of `MAX_REPORTED`; one piece at least."""
     every = list(blocks)
-    starts = range(0, max(len(every), 1), MOST_REPORTED)
-    return deque(b"".join(every[start : start + MOST_REPORTED]) for start in starts)
+    starts = range(0, max(len(every), 1), MAX_REPORTED)
+    return deque(b"".join(every[start : start + MAX_REPORTED]) for start in starts)

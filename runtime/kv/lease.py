@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
-from sagellm.runtime.kv.prefix_tree import Node
+from sagellm.runtime.kv.prefix_tree import PrefixNode
 from sagellm.runtime.messages import LeaseRef
 from sagellm.runtime.port import StaleLease
 
@@ -14,7 +14,7 @@ LeaseEvent: TypeAlias = Literal[
 ]  # fmt: skip
 LeaseOwner: TypeAlias = Literal["sequence", "transfer"]
 
-UNHELD = -1  # in a block table: behind a window, and given back
+FREED = -1  # in a block table: behind a window, and given back
 
 LIVE: tuple[LeaseState, ...] = ("reserved", "receiving", "filled", "sending")
 FAULTS: tuple[LeaseEvent, ...] = ("cancel", "expire", "refuse", "crash")
@@ -51,7 +51,7 @@ class Lease:
     """References to blocks of one pool, with exactly one owner. Only its pool changes it.
 
     `tables`: the block tables of all KV groups, as LeaseShape counts them, by position; what lies
-    behind a window is `UNHELD`. `num_tokens` is the length it was asked for; `path` what is
+    behind a window is `FREED`. `num_tokens` is the length it was asked for; `path` what is
     published of its leading blocks: other sequences may refer to those, and nobody writes them any
     more.
 
@@ -65,7 +65,7 @@ class Lease:
     tables: list[list[int]]
     num_tokens: int
     capacity: int  # tokens that the blocks can hold
-    path: list[Node] = field(default_factory=list)
+    path: list[PrefixNode] = field(default_factory=list)
     state: LeaseState = "reserved"
     snapshot: list[int] = field(default_factory=list)
     kept: list[tuple[int, list[int]]] = field(default_factory=list)
@@ -73,7 +73,7 @@ class Lease:
     @property
     def blocks(self) -> list[int]:
         """Every block that it refers to."""
-        held = [block for table in self.tables for block in table if block != UNHELD]
+        held = [block for table in self.tables for block in table if block != FREED]
         return held + self.snapshot + [block for _, kept in self.kept for block in kept]
 
     def state_at(self, position: int) -> list[int]:

@@ -16,11 +16,10 @@ import trio
 import xxhash
 from nixl_cu12 import nixl_agent, nixl_agent_config
 
-from sagellm.backends.kv_storage import places_of
+from sagellm.backends.interface import block_addresses
 from sagellm.graphs.log import get_logger
-from sagellm.runtime.kv.located import Located, NixlBlocks
-from sagellm.runtime.kv.pool_bytes import PoolBytes, Run, runs_of, slices_of
-from sagellm.runtime.kv.transport import MOST_COPIES, damaged
+from sagellm.runtime.kv.memory import PoolBytes, RunPair, runs_of, slices_of
+from sagellm.runtime.kv.transport import MAX_COPIES, BlockLocation, NixlBlocks, damaged
 from sagellm.runtime.port import DamagedBlocks
 
 log = get_logger("sagellm.kv")
@@ -74,7 +73,7 @@ class NixlTransport:
         )
 
     async def fetch(
-        self, source: Located, blocks: Sequence[int], check: Callable[[], None]
+        self, source: BlockLocation, blocks: Sequence[int], check: Callable[[], None]
     ) -> None:
         if not isinstance(source, NixlBlocks):
             raise TypeError(f"NIXL fetches from NIXL, not from {type(source).__name__}")
@@ -84,7 +83,7 @@ class NixlTransport:
         chunks = self._pool.chunks(len(blocks))
         async with self._lock:
             for chunk, wanted in zip(chunks, source.sums, strict=True):
-                for _ in range(MOST_COPIES):
+                for _ in range(MAX_COPIES):
                     await self._read(peer, source, chunk, runs)
                     if self._land(chunk, landed, wanted, check):
                         break
@@ -92,7 +91,7 @@ class NixlTransport:
                 else:
                     raise damaged(len(blocks))
 
-    def forget_gone(self) -> None:
+    def drop_stale(self) -> None:
         """An agent that is gone costs some names until this one is; none is asked for again."""
 
     async def run(self) -> None:
@@ -110,11 +109,11 @@ class NixlTransport:
         return self._peers[key]
 
     async def _read(
-        self, peer: str, source: NixlBlocks, layers: range, runs: Sequence[Run]
+        self, peer: str, source: NixlBlocks, layers: range, runs: Sequence[RunPair]
     ) -> None:
         """Fill the landing with a chunk: what `KVStorage.read` gives, one after the other."""
         layout, sent = self._pool.storage.layout, [sent for sent, _ in runs]
-        theirs = places_of(source.address, layout, source.pool_blocks, sent, layers)
+        theirs = block_addresses(source.address, layout, source.pool_blocks, sent, layers)
         self._make_room(sum(size for _, size in theirs))
         ours, at = [], self._landing.ctypes.data
         for _, size in theirs:

@@ -4,10 +4,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Items
 
-from sagellm.runtime.kv.block_key import BlockKey
 from sagellm.runtime.kv.cache_log import CacheLog
-from sagellm.runtime.kv.lease import UNHELD, Fence, Lease, LeaseEvent, LeaseOwner
-from sagellm.runtime.kv.prefix_tree import Entry, Node, PrefixTree
+from sagellm.runtime.kv.lease import FREED, Fence, Lease, LeaseEvent, LeaseOwner
+from sagellm.runtime.kv.prefix_tree import BlockKey, GroupBlocks, PrefixNode, PrefixTree
 from sagellm.runtime.lease_shape import LeaseShape
 from sagellm.runtime.messages import NORMAL, LeaseRef
 from sagellm.runtime.port import StaleLease
@@ -43,7 +42,7 @@ class BlockPool:
         self.on_free = on_free
         self.keeps_prefixes = keeps_prefixes
         self.shape = shape = shape or LeaseShape(block_size)
-        self.forgets = shape.forgets  # whether leases have anything to `settle`
+        self.forgets = shape.forgets  # whether leases have anything to `free_unread`
         self.num_leased = 0
         self.peak_leased = 0
         self._free = list(range(num_blocks - 1, -1, -1))  # a stack: the warmest block goes first
@@ -96,8 +95,8 @@ class BlockPool:
         """Of one block table without a window."""
         return -(-num_tokens // self.block_size)
 
-    def num_wanted(
-        self, num_tokens: int, prefix: Items[Node] = (), *, start: int | None = None
+    def num_blocks_needed(
+        self, num_tokens: int, prefix: Items[PrefixNode] = (), *, start: int | None = None
     ) -> int:
         """How many available blocks a reservation would take."""
         start = len(prefix) * self.block_size if start is None else start
@@ -112,7 +111,7 @@ class BlockPool:
         num_tokens: int,
         owner: LeaseOwner = "sequence",
         *,
-        prefix: Items[Node] = (),
+        prefix: Items[PrefixNode] = (),
         priority: int = NORMAL,
         start: int | None = None,
     ) -> Lease:
@@ -123,7 +122,7 @@ class BlockPool:
         what comes before is received. Raises PoolExhausted.
         """
         start = len(prefix) * self.block_size if start is None else start
-        self._require(self.num_wanted(num_tokens, prefix, start=start))
+        self._require(self.num_blocks_needed(num_tokens, prefix, start=start))
         spans = self.shape.spans(num_tokens, start)
         shares = [shared for _, _, shared in self._shares(num_tokens, prefix, start)]
         states = self._states(prefix)
@@ -132,7 +131,7 @@ class BlockPool:
         lease = Lease(self._next_id, fence, owner, [], num_tokens, 0)
         for group, (first, end), shared in zip(self.shape.groups, spans, shares, strict=True):
             for table in range(group.num_tables):
-                held = [UNHELD] * first + [entry.blocks[table] for entry in shared]
+                held = [FREED] * first + [entry.blocks[table] for entry in shared]
                 lease.tables.append(held + self._take(end - len(held)))
         lease.snapshot = self._take(self.shape.num_state_blocks)
         lease.kept = [(start, list(entry.blocks)) for entry in states]
@@ -142,11 +141,11 @@ class BlockPool:
         self._leases[lease.lease_id] = lease
         return lease
 
-    def child(self, parent: Node | None, key: BlockKey) -> Node | None:
+    def child(self, parent: PrefixNode | None, key: BlockKey) -> PrefixNode | None:
         """The published block of that key behind a live `parent`."""
         return self._tree.child(parent, key)
 
-    def num_reusable(self, path: Items[Node]) -> int:
+    def num_reusable(self, path: Items[PrefixNode]) -> int:
         """How much of a live path a sequence can begin with: every group must have what is read
         from there on, all blocks, those in the window, or the state just there.
         """
@@ -192,7 +191,7 @@ class BlockPool:
         self._give(doubles)
         return True
 
-    def num_lacking(self, lease: Lease, num_tokens: int) -> int:
+    def num_blocks_missing(self, lease: Lease, num_tokens: int) -> int:
         """How many blocks more it takes to hold so many tokens."""
         count = self.num_blocks_for(num_tokens)
         return sum(max(0, count - len(table)) for table in lease.tables)
@@ -200,7 +199,7 @@ class BlockPool:
     def grow(self, lease: Lease, num_tokens: int) -> None:
         """Extend a lease so that it holds `num_tokens`. Raises PoolExhausted, StaleLease."""
         lease.require("reserved", "filled")
-        self._require(self.num_lacking(lease, num_tokens))
+        self._require(self.num_blocks_missing(lease, num_tokens))
         for table in lease.tables:
             table += self._take(self.num_blocks_for(num_tokens) - len(table))
         self._note_capacity(lease)
@@ -215,7 +214,7 @@ class BlockPool:
         lease.snapshot = self._take(self.shape.num_state_blocks)
         self.peak_leased = max(self.peak_leased, self.num_leased)
 
-    def settle(self, lease: Lease, num_computed: int) -> None:
+    def free_unread(self, lease: Lease, num_computed: int) -> None:
         """Give back what no step reads any more that begins at `num_computed` or later."""
         for group, tables in zip(self.shape.groups, self._of_group, strict=True):
             if group.window is not None:
@@ -304,26 +303,26 @@ class BlockPool:
         self.peak_leased = max(self.peak_leased, self.num_leased)
 
     def _shares(
-        self, num_tokens: int, prefix: Items[Node], start: int
-    ) -> Iterator[tuple[int, int, list[Entry]]]:
+        self, num_tokens: int, prefix: Items[PrefixNode], start: int
+    ) -> Iterator[tuple[int, int, list[GroupBlocks]]]:
         """Of each group: its tables, how many blocks each gets, and the entries that are shared."""
         spans = self.shape.spans(num_tokens, start)
         for index, (group, (first, end)) in enumerate(zip(self.shape.groups, spans, strict=True)):
             entries = (node.entries[index] for node in prefix[first:])
             yield group.num_tables, end - first, [entry for entry in entries if entry]
 
-    def _states(self, path: Items[Node]) -> list[Entry]:
+    def _states(self, path: Items[PrefixNode]) -> list[GroupBlocks]:
         """The snapshot at the end of a path, if there is one."""
         entry = path[-1].entries[-1] if path and self.shape.num_state_blocks else None
         return [entry] if entry else []
 
-    def _num_idle(self, entries: Items[Entry]) -> int:
+    def _num_idle(self, entries: Items[GroupBlocks]) -> int:
         """Blocks of those entries that no lease refers to."""
         references = self._references
         return sum(len(one.blocks) for one in entries if not references[one.blocks[0]])
 
     def _join(
-        self, lease: Lease, node: Node, priority: int, doubles: list[int], *, may_swap: bool
+        self, lease: Lease, node: PrefixNode, priority: int, doubles: list[int], *, may_swap: bool
     ) -> bool:
         """Attach the lease's next blocks to `node`, or refer to those that it has."""
         at = len(lease.path)
@@ -334,7 +333,7 @@ class BlockPool:
                 own = tuple([table[at] for table in lease.tables[tables]])
             entry = node.entries[index]
             if entry is None:
-                if own[0] != UNHELD:
+                if own[0] != FREED:
                     self._tree.attach(node, index, own)
             elif entry.blocks != own and self.shape.groups[index].window is None:
                 if not may_swap:
@@ -348,12 +347,12 @@ class BlockPool:
     def _slide(self, tables: list[list[int]], end: int) -> None:
         """Give back the blocks before `end`, the oldest first."""
         first = end
-        while first > 0 and tables[0][first - 1] != UNHELD:
+        while first > 0 and tables[0][first - 1] != FREED:
             first -= 1
         for at in range(first, end):
             self._give([table[at] for table in tables])
             for table in tables:
-                table[at] = UNHELD
+                table[at] = FREED
 
     def _publish_state(self, lease: Lease, position: int, blocks: list[int]) -> None:
         """Let others begin at `position`, where that is known by its tokens."""
@@ -362,7 +361,7 @@ class BlockPool:
         if node is not None and node.is_live and node.entries[-1] is None:
             self._tree.attach(node, self._state_group, tuple(blocks))
 
-    def _refer(self, entry: Entry, priority: int) -> None:
+    def _refer(self, entry: GroupBlocks, priority: int) -> None:
         is_idle = not self._references[entry.blocks[0]]
         self._tree.use(entry, priority, is_idle=is_idle)
         for block in entry.blocks:
@@ -379,7 +378,7 @@ class BlockPool:
         del self._free[-count:]
         for block in taken:
             self._references[block] = 1
-        self._tree.note_handed_out(count)
+        self._tree.advance_clock(count)
         self.num_leased += count
         return taken
 

@@ -1,19 +1,41 @@
-"""The prefix tree of a pool: full blocks by what they hold, for sequences that begin alike."""
+"""Prefix caching: full blocks by a keyed hash of their tokens, for sequences that begin alike."""
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from sagellm.runtime.kv.block_key import BlockKey
 from sagellm.runtime.kv.cache_log import CacheLog
 from sagellm.runtime.messages import PRIORITIES
+from sagellm.runtime.prefixes import HASH_BYTES, block_content, block_digest
+
+
+class BlockKey(NamedTuple):
+    """`content` is what was hashed behind the parent's digest: token ids and, of a first block, the
+    salt. It is compared at each hit, so that a collision would serve nobody else's block.
+    """
+
+    digest: bytes
+    content: bytes
+
+    @property
+    def short(self) -> bytes:
+        """The hash by which routers know it."""
+        return self.digest[:HASH_BYTES]
+
+
+def block_key(parent: BlockKey | None, token_ids: Iterable[int], salt: str) -> BlockKey:
+    """The key of a block of `token_ids` behind `parent`; None: it is a sequence's first block."""
+    content = block_content(token_ids, salt if parent is None else None)
+    return BlockKey(block_digest(parent.digest if parent else b"", content), content)
+
 
 _LAST = len(PRIORITIES) - 1
 _GENERATIONS = 8  # in one turnover of the pool
 
 
 @dataclass(slots=True, eq=False)
-class Node:
+class PrefixNode:
     """A block of tokens after those of its parents, all computed. Only its tree changes it.
 
     `entries`: where that memory lies, by KV group; None where it was never kept, or is gone.
@@ -22,10 +44,10 @@ class Node:
     """
 
     key: BlockKey
-    parent: "Node | None"
+    parent: "PrefixNode | None"
     priority: int
-    entries: "list[Entry | None]"
-    children: "dict[bytes, Node]" = field(default_factory=dict)
+    entries: "list[GroupBlocks | None]"
+    children: "dict[bytes, PrefixNode]" = field(default_factory=dict)
     is_live: bool = True
 
     @property
@@ -37,14 +59,14 @@ class Node:
 
 
 @dataclass(slots=True, eq=False)
-class Entry:
+class GroupBlocks:
     """The blocks of one node in one KV group: a block of each table, or a snapshot of state.
 
     They are leased, given back and evicted together. `priority`, `generation`: when the last lease
     on them ended.
     """
 
-    node: Node
+    node: PrefixNode
     group: int
     blocks: tuple[int, ...]
     priority: int = _LAST
@@ -66,9 +88,9 @@ class PrefixTree:
     """
 
     def __init__(self, num_blocks: int, num_groups: int = 1, *, is_anchored: bool = True) -> None:
-        self._first: dict[bytes, Node] = {}
-        self._owners: list[Entry | None] = [None] * num_blocks  # by block
-        self._idle: list[OrderedDict[Entry, None]] = [OrderedDict() for _ in PRIORITIES]
+        self._first: dict[bytes, PrefixNode] = {}
+        self._owners: list[GroupBlocks | None] = [None] * num_blocks  # by block
+        self._idle: list[OrderedDict[GroupBlocks, None]] = [OrderedDict() for _ in PRIORITIES]
         self._num_groups = num_groups
         self._is_anchored = is_anchored
         self._num_handed_out = 0
@@ -86,15 +108,15 @@ class PrefixTree:
             yield node.key.short
 
     @property
-    def idle(self) -> Iterator[Entry]:
+    def idle(self) -> Iterator[GroupBlocks]:
         return (entry for each in self._idle for entry in each)
 
-    def child(self, parent: Node | None, key: BlockKey) -> Node | None:
+    def child(self, parent: PrefixNode | None, key: BlockKey) -> PrefixNode | None:
         """The node of that key behind `parent`, which is live; None: behind nothing."""
         found = self._children(parent).get(key.digest)
         return found if found is not None and found.key.content == key.content else None
 
-    def insert(self, parent: Node | None, key: BlockKey, priority: int) -> Node | None:
+    def insert(self, parent: PrefixNode | None, key: BlockKey, priority: int) -> PrefixNode | None:
         """The node that was known for `key`, or a new one without entries; `parent` is leased.
 
         None where there can be none: the parent is gone, or another node has this digest.
@@ -104,28 +126,28 @@ class PrefixTree:
         siblings = self._children(parent)
         if key.digest in siblings:
             return self.child(parent, key)
-        node = Node(key, parent, _clamped(priority), [None] * self._num_groups)
+        node = PrefixNode(key, parent, _clamped(priority), [None] * self._num_groups)
         siblings[key.digest] = node
         _raise(parent, node.priority)
         if self.log is not None:
             self.log.note(key.short, is_stored=True)
         return node
 
-    def attach(self, node: Node, group: int, blocks: tuple[int, ...]) -> None:
+    def attach(self, node: PrefixNode, group: int, blocks: tuple[int, ...]) -> None:
         """From now on these blocks, which are leased, have the memory of a node in that group."""
-        entry = node.entries[group] = Entry(node, group, blocks)
+        entry = node.entries[group] = GroupBlocks(node, group, blocks)
         for block in blocks:
             self._owners[block] = entry
 
-    def use(self, entry: Entry, priority: int, *, is_idle: bool) -> None:
+    def use(self, entry: GroupBlocks, priority: int, *, is_idle: bool) -> None:
         """A lease refers to it from now on."""
         if is_idle:
             del self._idle[entry.priority][entry]
             self.num_idle -= len(entry.blocks)
-            self.note_handed_out(len(entry.blocks))
+            self.advance_clock(len(entry.blocks))
         _raise(entry.node, _clamped(priority))
 
-    def note_handed_out(self, num_blocks: int) -> None:
+    def advance_clock(self, num_blocks: int) -> None:
         """The clock: how many blocks were leased."""
         self._num_handed_out += num_blocks
 
@@ -162,7 +184,7 @@ class PrefixTree:
         self._forget(entry)
         return blocks
 
-    def drop(self, node: Node) -> list[int]:
+    def drop(self, node: PrefixNode) -> list[int]:
         """Forget a node and all behind it; the blocks of those entries that were idle."""
         if not node.is_live:
             return []
@@ -183,14 +205,14 @@ class PrefixTree:
         """Forget every node; the blocks of those entries that were idle."""
         return [block for node in list(self._first.values()) for block in self.drop(node)]
 
-    def prune(self, node: Node | None) -> None:
+    def prune(self, node: PrefixNode | None) -> None:
         """Forget a node that is there for nothing, and its parents that are so then."""
         while node is not None and node.is_live and not node.children and not any(node.entries):
             del self._children(node.parent)[node.key.digest]
             self._end(node)
             node = node.parent
 
-    def check(self, references: list[int], tips: "set[Node]") -> None:
+    def check(self, references: list[int], tips: "set[PrefixNode]") -> None:
         """Assert that the tree, what is idle and the references of all blocks agree.
 
         `tips`: where live leases end; there may be nodes without entries.
@@ -216,10 +238,10 @@ class PrefixTree:
                     assert references[node.parent.block] >= references[node.block]
         assert num_owned == sum(owner is not None for owner in self._owners)
 
-    def _children(self, parent: Node | None) -> dict[bytes, Node]:
+    def _children(self, parent: PrefixNode | None) -> dict[bytes, PrefixNode]:
         return self._first if parent is None else parent.children
 
-    def _take_idle(self, entry: Entry) -> tuple[int, ...]:
+    def _take_idle(self, entry: GroupBlocks) -> tuple[int, ...]:
         """Its blocks where it was idle; it is so no more."""
         idle = self._idle[entry.priority]
         if entry not in idle:
@@ -228,17 +250,17 @@ class PrefixTree:
         self.num_idle -= len(entry.blocks)
         return entry.blocks
 
-    def _end(self, node: Node) -> None:
+    def _end(self, node: PrefixNode) -> None:
         node.is_live = False
         if self.log is not None:
             self.log.note(node.key.short, is_stored=False)
 
-    def _disown(self, entry: Entry) -> None:
+    def _disown(self, entry: GroupBlocks) -> None:
         entry.node.entries[entry.group] = None
         for block in entry.blocks:
             self._owners[block] = None
 
-    def _forget(self, entry: Entry) -> None:
+    def _forget(self, entry: GroupBlocks) -> None:
         """An entry that is not idle, and its node where nothing is left that it is there for."""
         node = entry.node
         if not (self._is_anchored and entry.group == 0):
@@ -253,7 +275,7 @@ class PrefixTree:
         self._end(node)
 
 
-def _raise(node: Node | None, priority: int) -> None:
+def _raise(node: PrefixNode | None, priority: int) -> None:
     """None is less critical than those behind it: else it would be evicted before them."""
     while node is not None and node.priority > priority:
         node.priority, node = priority, node.parent

@@ -25,13 +25,21 @@ from functools import partial
 
 import trio
 
-from sagellm.backends.kv_storage import Staged
+from sagellm.backends.interface import StagingBuffers
 from sagellm.graphs.log import get_logger
-from sagellm.runtime.kv.located import Located, TcpBlocks
-from sagellm.runtime.kv.pool_bytes import PoolBytes, slices_of
-from sagellm.runtime.kv.sealed import KEY_BYTES, SALT_BYTES, SEAL_BYTES, Seal, Sealer
-from sagellm.runtime.kv.transport import MOST_COPIES, damaged
-from sagellm.runtime.kv.wire import Broken, Stalled, Wire, pieces_of
+from sagellm.runtime.kv.connection import (
+    KEY_BYTES,
+    SALT_BYTES,
+    SEAL_BYTES,
+    Connection,
+    ConnectionBroken,
+    ConnectionStalled,
+    Seal,
+    Sealer,
+    pieces_of,
+)
+from sagellm.runtime.kv.memory import PoolBytes, slices_of
+from sagellm.runtime.kv.transport import MAX_COPIES, BlockLocation, TcpBlocks, damaged
 from sagellm.runtime.port import DamagedBlocks, StaleLease
 
 log = get_logger("sagellm.kv")
@@ -77,7 +85,7 @@ class TcpTransport:
     async def offer(self, blocks: Sequence[int], check: Callable[[], None]) -> TcpBlocks:
         await trio.lowlevel.checkpoint()
         check()
-        self.forget_gone()
+        self.drop_stale()
         name = secrets.token_bytes(16)
         export = _Export(secrets.token_bytes(KEY_BYTES), tuple(blocks), check)
         self._exports[name] = export
@@ -86,7 +94,7 @@ class TcpTransport:
         )
 
     async def fetch(
-        self, source: Located, blocks: Sequence[int], check: Callable[[], None]
+        self, source: BlockLocation, blocks: Sequence[int], check: Callable[[], None]
     ) -> None:
         if not isinstance(source, TcpBlocks):
             raise TypeError(f"tcp fetches from tcp, not from {type(source).__name__}")
@@ -102,7 +110,7 @@ class TcpTransport:
         finally:
             self.num_damaged += receiver.num_damaged
 
-    def forget_gone(self) -> None:
+    def drop_stale(self) -> None:
         for name, export in tuple(self._exports.items()):
             if export.is_over:
                 del self._exports[name]
@@ -114,32 +122,35 @@ class TcpTransport:
                 while True:
                     nursery.start_soon(self._serve, await self._accept())
 
-    async def _accept(self) -> Wire:
+    async def _accept(self) -> Connection:
         while True:
             await trio.lowlevel.wait_readable(self._listener)
             try:
-                return Wire(self._listener.accept()[0])
+                return Connection(self._listener.accept()[0])
             except BlockingIOError:
                 continue
             except OSError as error:  # it has left already, or there is no descriptor for it
                 log.warning("kv_not_accepted", error=error.strerror)
                 await trio.sleep(0.1)
 
-    async def _serve(self, wire: Wire) -> None:
-        with closing(wire), suppress(Broken, StaleLease):  # it asks again, or knows why not
-            hello = await self._hear_hello(wire)
+    async def _serve(self, connection: Connection) -> None:
+        with (
+            closing(connection),
+            suppress(ConnectionBroken, StaleLease),
+        ):  # it asks again, or knows why not
+            hello = await self._hear_hello(connection)
             if hello is not None:
                 async with self._places:
-                    await self._send(wire, *hello)
+                    await self._send(connection, *hello)
 
-    async def _hear_hello(self, wire: Wire) -> tuple[_Export, bytes] | None:
+    async def _hear_hello(self, connection: Connection) -> tuple[_Export, bytes] | None:
         """What is wanted, and the receiver's salt; None of a stranger."""
         with trio.move_on_after(_GREETING_S) as greeting:
             self._strangers.append(greeting)
             if len(self._strangers) > _MOST_STRANGERS:
                 self._strangers[0].cancel()
             try:
-                magic, version, name, salt = _HELLO.unpack(await wire.take(_HELLO.size))
+                magic, version, name, salt = _HELLO.unpack(await connection.take(_HELLO.size))
             finally:
                 self._strangers.remove(greeting)
             export = self._exports.get(name)
@@ -147,35 +158,39 @@ class TcpTransport:
                 return export, salt
         return None
 
-    async def _send(self, wire: Wire, export: _Export, receiver_salt: bytes) -> None:
+    async def _send(self, connection: Connection, export: _Export, receiver_salt: bytes) -> None:
         export.check()
         salt = secrets.token_bytes(SALT_BYTES)
-        await wire.send([salt])
+        await connection.send([salt])
         asks = Sealer(export.key, salt + receiver_salt, to_server=True)
         answers = Sealer(export.key, salt + receiver_salt, to_server=False)
         chunks = self._pool.chunks(len(export.blocks))
         runs = slices_of(export.blocks)
         while True:
-            asked, seal = await wire.take(_ASK.size), await wire.take(SEAL_BYTES)
+            asked, seal = await connection.take(_ASK.size), await connection.take(SEAL_BYTES)
             (number,) = _ASK.unpack(asked)
             if not asks.is_sealed(seal, [asked]) or number >= len(chunks):
                 return
             export.check()
             views = self._pool.storage.read(runs, chunks[number])
-            await _send_chunk(wire, answers.begin(), number, views, export.check)
+            await _send_chunk(connection, answers.begin(), number, views, export.check)
 
 
 async def _send_chunk(
-    wire: Wire, seal: Seal, number: int, views: Sequence[memoryview], check: Callable[[], None]
+    connection: Connection,
+    seal: Seal,
+    number: int,
+    views: Sequence[memoryview],
+    check: Callable[[], None],
 ) -> None:
     head = memoryview(_HEAD.pack(number, sum(map(len, views))))
     *pieces, last = pieces_of([head, *views], _PIECE_BYTES)
     for piece in pieces:
         seal.add(piece)
-        await wire.send(piece, check)
+        await connection.send(piece, check)
         check()  # there was a checkpoint, and the next piece is read
     seal.add(last)
-    await wire.send([*last, seal.end()], check)
+    await connection.send([*last, seal.end()], check)
 
 
 class _Receiver:
@@ -184,7 +199,7 @@ class _Receiver:
     def __init__(
         self,
         source: TcpBlocks,
-        wanted: Sequence[tuple[int, Callable[[], Staged]]],
+        wanted: Sequence[tuple[int, Callable[[], StagingBuffers]]],
         check: Callable[[], None],
     ) -> None:
         self.num_damaged = 0
@@ -200,61 +215,61 @@ class _Receiver:
 
     async def receive(self) -> None:
         """Get what is wanted over one connection, as far as it lasts."""
-        with closing(await self._connect()) as wire:
-            asks, answers = await self._greet(wire)
+        with closing(await self._connect()) as connection:
+            asks, answers = await self._greet(connection)
             try:
                 for number, _ in self._wanted:
-                    await self._ask(wire, asks, number)
+                    await self._ask(connection, asks, number)
                 while self._wanted:
-                    if not await self._take(wire, answers):
-                        await self._ask(wire, asks, self._wanted[-1][0])
-            except Stalled:
+                    if not await self._take(connection, answers):
+                        await self._ask(connection, asks, self._wanted[-1][0])
+            except ConnectionStalled:
                 raise DamagedBlocks("the sender fell silent") from None
-            except Broken:
+            except ConnectionBroken:
                 self._num_breaks += 1
-                if self._num_breaks >= MOST_COPIES:
+                if self._num_breaks >= MAX_COPIES:
                     cause = "the connection to the sender broke again and again"
                     raise DamagedBlocks(cause) from None
 
-    async def _connect(self) -> Wire:
+    async def _connect(self) -> Connection:
         with trio.move_on_after(_GREETING_S):
             try:
                 stream = await trio.open_tcp_stream(self._source.host, self._source.port)
             except OSError:
                 raise DamagedBlocks("the worker that holds the blocks cannot be reached") from None
-            return Wire(socket.socket(fileno=stream.socket.detach()))
+            return Connection(socket.socket(fileno=stream.socket.detach()))
         raise DamagedBlocks("the worker that holds the blocks does not answer")
 
-    async def _greet(self, wire: Wire) -> tuple[Sealer, Sealer]:
+    async def _greet(self, connection: Connection) -> tuple[Sealer, Sealer]:
         ours, key = secrets.token_bytes(SALT_BYTES), self._source.key
         try:
-            await wire.send([_HELLO.pack(_MAGIC, _VERSION, self._source.export, ours)])
-            salts = await wire.take(SALT_BYTES) + ours
-        except Stalled:
+            await connection.send([_HELLO.pack(_MAGIC, _VERSION, self._source.export, ours)])
+            salts = await connection.take(SALT_BYTES) + ours
+        except ConnectionStalled:
             raise DamagedBlocks("the worker that holds the blocks does not answer") from None
-        except Broken:
+        except ConnectionBroken:
             raise StaleLease("the lease of the blocks has ended") from None
         return Sealer(key, salts, to_server=True), Sealer(key, salts, to_server=False)
 
-    async def _ask(self, wire: Wire, asks: Sealer, number: int) -> None:
+    async def _ask(self, connection: Connection, asks: Sealer, number: int) -> None:
         asked = _ASK.pack(number)
-        await wire.send([asked + asks.seal([asked])])
+        await connection.send([asked + asks.seal([asked])])
 
-    async def _take(self, wire: Wire, answers: Sealer) -> bool:
+    async def _take(self, connection: Connection, answers: Sealer) -> bool:
         """Whether the next chunk came as it was sent; if not, it goes to the end of the queue."""
         number, stage = self._wanted[0]
         staged = stage()
         views = staged.views
         expected = _HEAD.pack(number, sum(map(len, views)))
-        if await wire.take(_HEAD.size) != expected:
-            raise Broken("another chunk came than was asked for")
+        if await connection.take(_HEAD.size) != expected:
+            raise ConnectionBroken("another chunk came than was asked for")
         seal = answers.begin()
         seal.add([expected])
         for piece in pieces_of(views, _PIECE_BYTES):
-            await wire.fill(piece, self._check)
+            await connection.fill(piece, self._check)
             self._check()  # there was a checkpoint behind the last byte
             seal.add(piece)
-        said = await wire.take(SEAL_BYTES)
+        said = await connection.take(SEAL_BYTES)
         self._wanted.popleft()
         if hmac.compare_digest(seal.end(), said):
             self._check()
@@ -267,5 +282,5 @@ class _Receiver:
     def _count_damage(self, number: int) -> None:
         self.num_damaged += 1
         self._num_copies[number] += 1
-        if self._num_copies[number] >= MOST_COPIES:
+        if self._num_copies[number] >= MAX_COPIES:
             raise damaged(self._source.num_blocks)

@@ -1,13 +1,11 @@
-"""Both ends of a copy between two block pools, of one process or of two."""
+"""Transfers between two block pools, and the leases that a transfer owns."""
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from sagellm.runtime.kv.lease import Lease, LeaseState
-from sagellm.runtime.kv.located import Located
-from sagellm.runtime.kv.part import Part
+from sagellm.runtime.kv.lease import Fence, Lease, LeaseState
 from sagellm.runtime.kv.pool import BlockPool
-from sagellm.runtime.kv.storage import Storage
+from sagellm.runtime.kv.transport import BlockLocation, KVChunk, Storage
 from sagellm.runtime.messages import LeaseRef
 from sagellm.runtime.port import KVSource, StaleLease
 
@@ -21,12 +19,12 @@ class PoolSource:
     held: Lease
     lease: LeaseRef
 
-    async def share(self, num_landed: int = 0) -> Located:
+    async def share(self, num_received: int = 0) -> BlockLocation:
         """How a receiver in another process finds the blocks after those that have landed there.
         Raises StaleLease.
         """
-        _check_rest(self.pool.num_blocks_for(self.lease.num_tokens), num_landed)
-        blocks = self.pool.sent(self.held, num_landed)
+        _check_rest(self.pool.num_blocks_for(self.lease.num_tokens), num_received)
+        blocks = self.pool.sent(self.held, num_received)
         return await self.storage.share(blocks, lambda: self.held.require("sending"))
 
     def release(self) -> None:
@@ -39,7 +37,7 @@ class PoolSource:
 class PoolTarget:
     """The receiving side: a lease that a transfer owns until a sequence adopts it.
 
-    `on_abort` tells the engine that nobody will adopt it. `num_landed` blocks came while the rest
+    `on_abort` tells the engine that nobody will adopt it. `num_received` blocks came while the rest
     was still being computed.
     """
 
@@ -48,7 +46,7 @@ class PoolTarget:
     held: Lease
     lease: LeaseRef
     on_abort: Callable[[], None]
-    num_landed: int = 0
+    num_received: int = 0
 
     async def receive(self, source: KVSource) -> None:
         """Copy all blocks. Raises StaleLease; aborts its own lease where it does not succeed."""
@@ -56,22 +54,22 @@ class PoolTarget:
             raise TypeError(f"a pool receives from a pool of its process, not {type(source)}")
         await self._receive(lambda: self._copy(source))
 
-    async def fetch(self, source: Located, num_landed: int = 0) -> None:
+    async def fetch(self, source: BlockLocation, num_received: int = 0) -> None:
         """Copy all but what has landed from another process, which keeps it until it is told.
         Raises StaleLease, DamagedBlocks; aborts its own lease where it does not succeed.
         """
-        await self._receive(lambda: self._fetch(source, num_landed))
+        await self._receive(lambda: self._fetch(source, num_received))
 
-    async def fetch_part(self, source: Located, part: Part) -> None:
+    async def fetch_chunk(self, source: BlockLocation, chunk: KVChunk) -> None:
         """Copy a part of a prompt that is still being computed. Raises StaleLease, DamagedBlocks;
         then it has not landed, and the lease is as it was.
         """
-        self._check_follows(part.first)
-        blocks = self.pool.full_blocks(self.held, part.first, part.end)
-        if len(blocks) < part.num_blocks:
-            raise StaleLease(f"lease {self.lease.lease_id} has no room for {part}")
+        self._check_follows(chunk.first)
+        blocks = self.pool.full_blocks(self.held, chunk.first, chunk.end)
+        if len(blocks) < chunk.num_blocks:
+            raise StaleLease(f"lease {self.lease.lease_id} has no room for {chunk}")
         await self._copy_blocks(source, blocks, "reserved")
-        self.num_landed = max(self.num_landed, part.end)
+        self.num_received = max(self.num_received, chunk.end)
 
     def abort(self) -> None:
         """Give the blocks back, unless a sequence has adopted them."""
@@ -88,17 +86,19 @@ class PoolTarget:
             self.abort()
             raise
 
-    async def _fetch(self, source: Located, num_landed: int) -> None:
-        _check_rest(self.pool.num_blocks_for(self.held.num_tokens), num_landed)
-        self._check_follows(num_landed)
-        blocks = self.pool.sent(self.held, num_landed)
+    async def _fetch(self, source: BlockLocation, num_received: int) -> None:
+        _check_rest(self.pool.num_blocks_for(self.held.num_tokens), num_received)
+        self._check_follows(num_received)
+        blocks = self.pool.sent(self.held, num_received)
         await self._copy_blocks(source, blocks, "receiving")
 
     def _check_follows(self, first: int) -> None:
-        if first > self.num_landed:
-            raise StaleLease(f"block {first} came where {self.num_landed} blocks are there")
+        if first > self.num_received:
+            raise StaleLease(f"block {first} came where {self.num_received} blocks are there")
 
-    async def _copy_blocks(self, source: Located, blocks: list[int], state: LeaseState) -> None:
+    async def _copy_blocks(
+        self, source: BlockLocation, blocks: list[int], state: LeaseState
+    ) -> None:
         """A sender that names other blocks than these keeps another kind of memory: one without a
         recurrent state, say.
         """
@@ -125,7 +125,103 @@ class PoolTarget:
         check()
 
 
-def _check_rest(num_blocks: int, num_landed: int) -> None:
+def _check_rest(num_blocks: int, num_received: int) -> None:
     """That something of so many blocks has not landed: the last step's have not, always."""
-    if num_landed >= num_blocks:
-        raise StaleLease(f"{num_landed} of {num_blocks} blocks would have landed")
+    if num_received >= num_blocks:
+        raise StaleLease(f"{num_received} of {num_blocks} blocks would have landed")
+
+
+class PoolTransfers:
+    """One pool's side of all transfers; a fence has at most one lease held and one target here."""
+
+    def __init__(self, pool: BlockPool, storage: Storage, *, engine: str, replica: int) -> None:
+        self._pool = pool
+        self._storage = storage
+        self._engine = engine
+        self._replica = replica
+        self._held: dict[Fence, Lease] = {}
+        self._targets: dict[Fence, PoolTarget] = {}
+
+    def hold(self, lease: Lease, num_tokens: int) -> LeaseRef:
+        """Keep the blocks of a computed prompt until they are exported, adopted or cancelled."""
+        lease.num_tokens = num_tokens
+        if lease.state == "reserved":  # an adopted lease is filled already
+            self._pool.advance(lease, "fill")
+        self._held[lease.fence] = lease
+        return lease.ref(self._engine, self._replica)
+
+    def export(self, ref: LeaseRef) -> PoolSource:
+        """The sending side of a held lease. Raises StaleLease."""
+        lease = self._pool.find(ref)
+        if self._held.get(lease.fence) is not lease:
+            raise StaleLease(f"lease {ref.lease_id} is not held for an export")
+        self._pool.advance(lease, "send")
+        del self._held[lease.fence]
+        return PoolSource(self._pool, self._storage, lease, ref)
+
+    async def share_chunk(self, ref: LeaseRef, chunk: KVChunk) -> BlockLocation:
+        """How a part of a prompt that is still being computed is found: its blocks of full
+        attention. Raises StaleLease.
+
+        They are its sequence's: what is shared ends with its lease, or where other blocks that hold
+        the same take their place.
+        """
+        lease = self._pool.find(ref)
+        blocks = self._pool.full_blocks(lease, chunk.first, chunk.end)
+
+        def check() -> None:
+            lease.require("reserved", "filled", "sending")
+            if self._pool.full_blocks(lease, chunk.first, chunk.end) != blocks:
+                raise StaleLease(f"lease {ref.lease_id} has other blocks by now")
+
+        return await self._storage.share(blocks, check)
+
+    def target(self, fence: Fence) -> PoolTarget | None:
+        """The receiving side that was opened for `fence` and not yet adopted or aborted."""
+        return self._targets.get(fence)
+
+    def target_of(self, ref: LeaseRef) -> PoolTarget:
+        """The receiving side of that very lease. Raises StaleLease."""
+        target = self._targets.get(Fence(ref.request_id, ref.choice, ref.epoch))
+        if target is None or target.lease != ref:
+            raise StaleLease(f"lease {ref.lease_id} of request {ref.request_id} is gone")
+        return target
+
+    def open_target(self, lease: Lease) -> PoolTarget:
+        """The receiving side of reserved blocks."""
+
+        def forget() -> None:
+            self._targets.pop(lease.fence, None)
+
+        ref = lease.ref(self._engine, self._replica)
+        target = PoolTarget(self._pool, self._storage, lease, ref, forget)
+        self._targets[lease.fence] = target
+        return target
+
+    def adopt(self, ref: LeaseRef, fence: Fence) -> Lease:
+        """Make a sequence the owner of a filled lease, held or received. Raises StaleLease."""
+        lease = self._pool.find(ref)
+        lease.require("filled")
+        if lease.fence != fence:
+            raise StaleLease(f"lease {ref.lease_id} is of {lease.fence}, not of {fence}")
+        held, target = self._held.get(fence), self._targets.get(fence)
+        if held is lease:
+            del self._held[fence]
+        elif target is not None and target.held is lease:
+            del self._targets[fence]
+        else:
+            raise StaleLease(f"lease {ref.lease_id} has an owner already")
+        lease.owner = "sequence"
+        return lease
+
+    def cancel(self, fence: Fence) -> None:
+        """Free what is held or reserved for `fence`."""
+        if fence in self._held:
+            self._pool.advance(self._held.pop(fence), "cancel")
+        if fence in self._targets:
+            self._targets[fence].abort()
+
+    def clear(self) -> None:
+        """Forget all; the pool ends the leases."""
+        self._held.clear()
+        self._targets.clear()

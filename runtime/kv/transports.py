@@ -2,8 +2,7 @@
 
 import importlib
 
-from sagellm.runtime.kv.pool_bytes import PoolBytes
-from sagellm.runtime.kv.shared import SharedMemory, SharedTransport
+from sagellm.runtime.kv.memory import PoolBytes, SharedMemory, SharedTransport
 from sagellm.runtime.kv.tcp import TcpTransport
 from sagellm.runtime.kv.transport import Sharing, Transport
 

@@ -13,8 +13,7 @@ import jinja2
 import jinja2.meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from sagellm.runtime.models.fault import ModelError
-from sagellm.runtime.models.sandbox.fault import TextError
+from sagellm.runtime.models import ModelError, TextError
 
 TEMPLATE_FILE = "chat_template.jinja"
 
@@ -23,7 +22,7 @@ MAX_TEMPLATE_BYTES = 128 << 10  # the longest of published models have a fifth o
 Scalar: TypeAlias = bool | int | float | str
 
 # What a template is given by us: no caller may give it another value.
-GIVEN = frozenset(
+RESERVED_VARIABLES = frozenset(
     {
         *("messages", "tools", "documents", "add_generation_prompt", "continue_final_message"),
         *("tokenize", "chat_template", "bos_token", "eos_token", "unk_token", "pad_token"),
@@ -48,7 +47,7 @@ class Rendering:
     variables: Mapping[str, Scalar] = field(default_factory=dict)
 
 
-ANSWERED = Rendering()  # the prompt of the next message
+DEFAULT_RENDERING = Rendering()  # the prompt of the next message
 
 
 class ChatTemplateError(TextError):
@@ -100,9 +99,11 @@ class ChatTemplate:
             read = jinja2.meta.find_undeclared_variables(environment.parse(self._text))
         except Exception:  # as above
             return frozenset()
-        return frozenset(read) - GIVEN - environment.globals.keys()
+        return frozenset(read) - RESERVED_VARIABLES - environment.globals.keys()
 
-    def render(self, messages: Sequence[Mapping[str, Any]], how: Rendering = ANSWERED) -> str:
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], how: Rendering = DEFAULT_RENDERING
+    ) -> str:
         """The prompt of a conversation. Raises ChatTemplateError."""
         check_messages(messages)
         given = [self._given(message) for message in messages]
@@ -122,7 +123,7 @@ class ChatTemplate:
             cause = str(error) or type(error).__name__
             raise ChatTemplateError(f"the chat template refused the messages: {cause}") from error
         _check_unicode(text)
-        return _cut(text, messages[-1]["content"]) if how.continue_final_message else text
+        return _up_to_final(text, messages[-1]["content"]) if how.continue_final_message else text
 
     def _given(self, message: Mapping[str, Any]) -> dict[str, Any]:
         """A message of tool calls may have no content: many templates take that for a text, so it
@@ -147,7 +148,7 @@ def _check_unicode(text: str) -> None:
         raise ChatTemplateError("the chat template made a text that is not Unicode") from error
 
 
-def _cut(text: str, final: str) -> str:
+def _up_to_final(text: str, final: str) -> str:
     """The text up to the end of its final message; spaces that the template took off stay off."""
     if final.strip() not in text or _CONTINUED.strip() not in text:
         raise ChatTemplateError("the chat template does not show the end of the final message")
@@ -187,3 +188,28 @@ def _read_text(file: Path) -> str:
         return file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ModelError(f"{file} is not UTF-8: {error}; download it again") from error
+
+
+def pack_conversation(messages: Sequence[Mapping[str, Any]], how: Rendering) -> bytes:
+    """A conversation as JSON, which keeps the order of fields, large integers and surrogates."""
+    options = {
+        "add_generation_prompt": how.add_generation_prompt,
+        "continue_final_message": how.continue_final_message,
+        "tools": how.tools,
+        "variables": how.variables,
+    }
+    try:
+        return json.dumps((list(messages), options), default=_as_dict).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ChatTemplateError(f"the messages are not JSON: {error}") from error
+
+
+def unpack_conversation(given: bytes) -> tuple[list[dict[str, Any]], Rendering]:
+    messages, options = json.loads(given)
+    return messages, Rendering(**{**options, "tools": tuple(options["tools"])})
+
+
+def _as_dict(value: object) -> object:
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise TypeError(f"{type(value).__name__} has no JSON form")

@@ -1,18 +1,16 @@
-"""Whether the tensors that a folder stores are those that its config.json asks for.
-
-What is found here is found by headers, before a weight is read.
-"""
+"""Whether stored tensors fit config.json, found by their headers before a weight is read."""
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
-from sagellm.graphs.kernels.weights import Shape, linear_weights, weight_shapes
+from sagellm.graphs.kernels.memory import Shape, linear_weights, weight_shapes
 from sagellm.graphs.models import build
 from sagellm.graphs.models.config import num_layers
 from sagellm.graphs.models.quantisation import StoredQuantisation, stored_quantisation
 from sagellm.graphs.vocabulary import nearest
-from sagellm.runtime.models.fault import ModelError
+from sagellm.runtime.models import ModelError
 from sagellm.runtime.models.files import StoredTensor
 
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
@@ -42,7 +40,7 @@ _FIX = "give the folder the config.json that these weights were saved with, or d
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class StoredModel:
     """What a folder says and holds."""
 
     name: str
@@ -50,7 +48,7 @@ class Stored:
     tensors: Mapping[str, StoredTensor]
 
 
-def check_fit(stored: Stored) -> tuple[str, ...]:
+def check_fit(stored: StoredModel) -> tuple[str, ...]:
     """The tensors that nothing reads and that are not known to be harmless.
 
     Raises ModelError with the tensors that are missing, misshapen, or that would have to be read
@@ -73,7 +71,7 @@ def check_fit(stored: Stored) -> tuple[str, ...]:
     return unread
 
 
-def _check_layers(stored: Stored) -> None:
+def _check_layers(stored: StoredModel) -> None:
     """Raise ModelError, before a graph of all layers is built, where there cannot be so many."""
     layers, tensors = num_layers(stored.config), len(stored.tensors)
     if layers > tensors:
@@ -81,7 +79,7 @@ def _check_layers(stored: Stored) -> None:
         raise ModelError(f"model {stored.name}: {cause} only {tensors} tensors", _FIX)
 
 
-def _check_quantisation(stored: Stored, said: StoredQuantisation | None) -> None:
+def _check_quantisation(stored: StoredModel, said: StoredQuantisation | None) -> None:
     """Raise ModelError where config.json and the tensors differ on whether they are quantised."""
     packed = next((name for name in stored.tensors if name.endswith(_QUANTISED)), None)
     if said is not None and packed is None:
@@ -97,7 +95,7 @@ def _check_quantisation(stored: Stored, said: StoredQuantisation | None) -> None
         )
 
 
-def _example(stored: Stored) -> str:
+def _example(stored: StoredModel) -> str:
     first = next((name for name in stored.tensors if name.startswith("model.layers.")), None)
     return f": {first} is {stored.tensors[first].dtype}" if first else ""
 
@@ -152,7 +150,7 @@ def _misshapen(
             yield f"tensor {name} is stored as {found.dtype}, which is not one of {known}"
 
 
-def _unread(wanted: Mapping[str, Shape | None], stored: Stored) -> Iterator[str]:
+def _unread(wanted: Mapping[str, Shape | None], stored: StoredModel) -> Iterator[str]:
     tied = bool(stored.config.get("tie_word_embeddings"))
     for name in stored.tensors:
         is_known = _HARMLESS.search(name) or _belongs_to_packed(name, stored.tensors)
@@ -161,7 +159,7 @@ def _unread(wanted: Mapping[str, Shape | None], stored: Stored) -> Iterator[str]
 
 
 def _needed(
-    unread: Iterable[str], wanted: Mapping[str, Shape | None], stored: Stored
+    unread: Iterable[str], wanted: Mapping[str, Shape | None], stored: StoredModel
 ) -> Iterator[str]:
     """Tensors of the decoder that would be left out of the computation, and whole layers."""
     modules = {name.rpartition(".")[0] for name in (*wanted, HEAD)}
@@ -196,3 +194,31 @@ def _listed(mistakes: list[str]) -> str:
     more = [f"and {left} more"] if left else []
     lines = "".join(f"\n  {line}" for line in (*shown, *more))
     return f"{len(mistakes)} tensors do not fit config.json:{lines}"
+
+
+TIE = "tie_word_embeddings"
+_CHUNK_BYTES = 1 << 20
+
+
+def untie_if_different(
+    config: Mapping[str, object], path: Path, tensors: Mapping[str, StoredTensor]
+) -> Mapping[str, object]:
+    """The configuration, untied where the folder holds a head that differs from the embeddings."""
+    head, embeddings = tensors.get(HEAD), tensors.get(EMBEDDINGS)
+    if not config.get(TIE) or head is None or embeddings is None:
+        return config
+    return config if _is_same(path, head, embeddings) else {**config, TIE: False}
+
+
+def _is_same(path: Path, one: StoredTensor, other: StoredTensor) -> bool:
+    """Whether two tensors are equal, byte for byte."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    with (path / one.file).open("rb") as first, (path / other.file).open("rb") as second:
+        first.seek(one.begin)
+        second.seek(other.begin)
+        for offset in range(0, one.num_bytes, _CHUNK_BYTES):
+            length = min(_CHUNK_BYTES, one.num_bytes - offset)
+            if first.read(length) != second.read(length):
+                return False
+    return True

@@ -1,29 +1,83 @@
-"""A model's folder: found by name, checked before anything is computed, read without torch."""
+"""A model's folder: found by name or on the Hub, and checked before anything is computed."""
 
+import errno
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import huggingface_hub  # which imports its HTTP client, and its errors, when it is asked for a file
+
 from sagellm.graphs.models import ModelFacts, UnsupportedModel, check, facts
 from sagellm.graphs.vocabulary import nearest
-from sagellm.runtime.models.contents import (
+from sagellm.runtime.models import FolderWarning, ModelError
+from sagellm.runtime.models.files import (
     CONFIG,
     SHARD_INDEX,
     WEIGHTS,
+    StoredTensor,
     check_config,
     check_tokenizer,
     check_weights,
+    read_header,
+    read_json,
     refuse_file,
 )
-from sagellm.runtime.models.fault import FolderWarning, ModelError
-from sagellm.runtime.models.files import StoredTensor, read_header, read_json
-from sagellm.runtime.models.fit import Stored, check_fit
-from sagellm.runtime.models.hub import HubError, download
-from sagellm.runtime.models.ties import TIE, untied_if_different
+from sagellm.runtime.models.fit import TIE, StoredModel, check_fit, untie_if_different
 
 __all__ = ["SHARD_INDEX", "ModelError", "ModelFolder", "open_folder", "resolve_model"]
+
+
+_DOWNLOADED = ["*.json", "*.safetensors", "*.jinja", "tokenizer*"]
+_NEVER_DOWNLOADED = ["*.py", "*.bin", "*.pt", "*.pth", "*/*"]
+
+
+class HubError(OSError):
+    """The Hub did not give the model: `cause` says why, `fix` what to do."""
+
+    def __init__(self, cause: str, fix: str) -> None:
+        self.cause = cause
+        self.fix = fix
+        super().__init__(f"{cause}; {fix}")
+
+
+def download(name: str) -> Path:
+    """The local snapshot of a Hub model, downloaded where it is not cached. Raises HubError."""
+    try:
+        folder = huggingface_hub.snapshot_download(
+            name, allow_patterns=_DOWNLOADED, ignore_patterns=_NEVER_DOWNLOADED
+        )
+    except (OSError, ValueError) as error:  # errors of the Hub and of its HTTP client are OSErrors
+        raise _explained(error) from error
+    return Path(folder)
+
+
+def _explained(error: OSError | ValueError) -> HubError:
+    """The Hub answers alike for a private model and for one that is not there."""
+    errors = huggingface_hub.errors
+    if isinstance(error, errors.GatedRepoError):
+        return HubError(
+            "it is gated", "accept its licence on its page at the Hub, and set HF_TOKEN"
+        )
+    if isinstance(error, errors.RepositoryNotFoundError):
+        cause = "the Hub has no such model, or it is private"
+        return HubError(cause, "check the name, or set HF_TOKEN")
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        cause = "it is not in the cache, and the Hub cannot be reached"
+        return HubError(cause, "check the network and HF_HUB_OFFLINE, or give a folder")
+    if isinstance(error, errors.HfHubHTTPError):
+        cause = f"the Hub answered {error.response.status_code}"
+        return HubError(cause, "try again later, or give a folder")
+    number = getattr(error, "errno", None)
+    cache = huggingface_hub.constants.HF_HUB_CACHE
+    if number == errno.ENOSPC:
+        return HubError(f"the disk is full at {cache}", "free some space, or set HF_HOME")
+    if number in (errno.EACCES, errno.EROFS):
+        return HubError(f"{cache} cannot be written to", "set HF_HOME to a folder of yours")
+    cause = f"the download failed ({type(error).__name__})"
+    return HubError(cause, "check the name, or give a folder")
+
 
 _SHIPPED = Path(__file__).parent
 BUILT_IN: dict[str, Path] = {"sage-tiny": _SHIPPED / "sage_tiny"}
@@ -99,8 +153,8 @@ def open_folder(name: str, path: Path) -> ModelFolder:
         raise error.in_file(str(path / CONFIG)) from None
     check_tokenizer(name, path)
     tensors = _stored(name, path)
-    config = untied_if_different(said, path, tensors)
-    unread = check_fit(Stored(name, config, tensors))
+    config = untie_if_different(said, path, tensors)
+    unread = check_fit(StoredModel(name, config, tensors))
     model_facts = facts(config)
     return ModelFolder(
         name,

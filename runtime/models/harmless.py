@@ -14,10 +14,12 @@ import msgspec
 from tokenizers import Tokenizer
 from tokenizers.models import BPE, WordLevel, WordPiece
 
-from sagellm.runtime.models.fault import ModelError
+from sagellm.runtime.models import ModelError
 from sagellm.runtime.models.pipelines import SPLITS
 
-Part: TypeAlias = Mapping[str, Any]  # a component as tokenizer.json has it: "type", and options
+Component: TypeAlias = Mapping[
+    str, Any
+]  # a component as tokenizer.json has it: "type", and options
 
 MAX_TOKEN_CHARS = 4096  # published vocabularies have runs of some hundred spaces
 _MAX_GROWTH = 64  # characters that normalizing may make of one
@@ -44,8 +46,8 @@ def encodes_harmlessly(tokenizer: Tokenizer) -> bool:
     """Whether the time and the tokens of a text are in proportion to its length."""
     return (
         _growth(_state(tokenizer.normalizer)) <= _MAX_GROWTH
-        and all(_cuts_plainly(part) for part in _parts(_state(tokenizer.pre_tokenizer)))
-        and all(_adds_little(part) for part in _parts(_state(tokenizer.post_processor)))
+        and all(_cuts_plainly(part) for part in _components(_state(tokenizer.pre_tokenizer)))
+        and all(_adds_little(part) for part in _components(_state(tokenizer.post_processor)))
         and _is_plain_model(tokenizer.model)
     )
 
@@ -53,7 +55,7 @@ def encodes_harmlessly(tokenizer: Tokenizer) -> bool:
 def check_decoder(name: str, tokenizer: Tokenizer) -> None:
     """Raise ModelError where a few tokens could become a text without bound."""
     growth = 1.0
-    for part in _parts(_state(tokenizer.decoder)):
+    for part in _components(_state(tokenizer.decoder)):
         growth *= _DECODERS.get(part["type"], _unbounded)(part)
     if growth > _MAX_GROWTH:
         cause = f"model {name}: the decoder of tokenizer.json may multiply texts without bound"
@@ -119,18 +121,18 @@ def read_parts(name: str, path: Path) -> TokenizerParts:
     return parts
 
 
-def _state(component: Any) -> Part | None:
+def _state(component: Any) -> Component | None:
     """A component as the library writes it; {"type": ""} where it does not."""
     if component is None:
         return None
     try:
-        found: Part = json.loads(component.__getstate__())
+        found: Component = json.loads(component.__getstate__())
     except (AttributeError, TypeError, ValueError):
         return {"type": ""}
     return found
 
 
-def _parts(part: Part | None) -> Iterator[Part]:
+def _components(part: Component | None) -> Iterator[Component]:
     """The components of a sequence, or the one that it is."""
     if part is None:
         return
@@ -139,44 +141,44 @@ def _parts(part: Part | None) -> Iterator[Part]:
         yield part
         return
     for one in inner:
-        yield from _parts(one)
+        yield from _components(one)
 
 
 _INNER = ("normalizers", "pretokenizers", "processors", "decoders")
 
 
-def _growth(normalizer: Part | None) -> float:
+def _growth(normalizer: Component | None) -> float:
     growth = 1.0
-    for part in _parts(normalizer):
+    for part in _components(normalizer):
         growth *= _NORMALIZERS.get(part["type"], _unbounded)(part)
     return growth
 
 
-def _unbounded(part: Part) -> float:
+def _unbounded(part: Component) -> float:
     return float("inf")
 
 
-def _same(part: Part) -> float:
+def _same(part: Component) -> float:
     return 1.0
 
 
-def _replaced(part: Part) -> float:
+def _replaced(part: Component) -> float:
     """By a text; a regular expression may match nothing, everywhere, and take its time."""
     pattern = part.get("pattern", {}).get("String")
     return max(1.0, len(part["content"]) / len(pattern)) if pattern else float("inf")
 
 
-def _prepended(part: Part) -> float:
+def _prepended(part: Component) -> float:
     return 1.0 + len(part["prepend"])
 
 
-def _stripped(part: Part) -> float:
+def _stripped(part: Component) -> float:
     """Cutting off more than there is would panic."""
     return 1.0 if part["stop"] == 0 else float("inf")
 
 
 # Characters that each may make of one (Unicode's worst case of a composition).
-_NORMALIZERS: dict[str, Callable[[Part], float]] = {
+_NORMALIZERS: dict[str, Callable[[Component], float]] = {
     **dict.fromkeys(("NFC", "NFD", "Lowercase", "BertNormalizer"), lambda part: 4.0),
     **dict.fromkeys(("NFKC", "NFKD"), lambda part: 18.0),
     **dict.fromkeys(("Strip", "StripAccents", "Nmt"), _same),
@@ -184,7 +186,7 @@ _NORMALIZERS: dict[str, Callable[[Part], float]] = {
     "Replace": _replaced,
     "Prepend": _prepended,
 }
-_DECODERS: dict[str, Callable[[Part], float]] = {
+_DECODERS: dict[str, Callable[[Component], float]] = {
     **dict.fromkeys(("ByteLevel", "ByteFallback", "Fuse", "Metaspace"), _same),
     **dict.fromkeys(("WordPiece", "BPEDecoder", "CTC"), lambda part: 2.0),
     "Strip": _stripped,
@@ -198,13 +200,13 @@ _PLAIN_CUTS = frozenset(
 )
 
 
-def _cuts_plainly(part: Part) -> bool:
+def _cuts_plainly(part: Component) -> bool:
     if part["type"] != "Split":
         return part["type"] in _PLAIN_CUTS
     return "String" in part["pattern"] or part["pattern"].get("Regex") in SPLITS
 
 
-def _adds_little(part: Part) -> bool:
+def _adds_little(part: Component) -> bool:
     match part["type"]:
         case "ByteLevel" | "BertProcessing" | "RobertaProcessing":
             return True

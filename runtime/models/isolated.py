@@ -4,21 +4,26 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sagellm.runtime.models.chat import ANSWERED, ChatTemplateError, Rendering, check_messages
-from sagellm.runtime.models.conversation import pack
-from sagellm.runtime.models.sandbox.fault import TextError
-from sagellm.runtime.models.sandbox.messages import (
-    Ask,
-    Encode,
-    Refused,
-    Render,
-    Setup,
-    Template,
-    Text,
-    TokenizerFile,
-    Tokens,
+from sagellm.runtime.models import TextError
+from sagellm.runtime.models.chat import (
+    DEFAULT_RENDERING,
+    ChatTemplateError,
+    Rendering,
+    check_messages,
+    pack_conversation,
 )
-from sagellm.runtime.models.sandbox.pool import Sandbox
+from sagellm.runtime.models.helper import (
+    EncodedTokens,
+    EncodeWork,
+    HelperSetup,
+    RenderedText,
+    RenderWork,
+    TemplateJob,
+    TokenizerJob,
+    WorkRefused,
+    WorkRequest,
+)
+from sagellm.runtime.models.sandbox import Sandbox
 
 RENDERER, ENCODER = (f"sagellm.runtime.models.{name}_helper" for name in ("render", "encode"))
 
@@ -37,7 +42,7 @@ class IsolatedTemplate:
     """A chat template that is rendered in a helper process."""
 
     def __init__(self, model: str, text: str, special_tokens: Mapping[str, str]) -> None:
-        setup = Setup(Template(text, dict(special_tokens)), RENDER_BYTES, COMPILE_CPU_S)
+        setup = HelperSetup(TemplateJob(text, dict(special_tokens)), RENDER_BYTES, COMPILE_CPU_S)
         self.sandbox = Sandbox(RENDERER, setup, what="chat template", model=model)
 
     @property
@@ -48,33 +53,39 @@ class IsolatedTemplate:
         except TextError:
             return frozenset()
 
-    async def variables_soon(self) -> frozenset[str]:
+    async def variables_async(self) -> frozenset[str]:
         """The same on a loop."""
         try:
-            return frozenset((await self.sandbox.ready_soon()).variables)
+            return frozenset((await self.sandbox.ready_async()).variables)
         except TextError:
             return frozenset()
 
-    def render(self, messages: Sequence[Mapping[str, Any]], how: Rendering = ANSWERED) -> str:
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], how: Rendering = DEFAULT_RENDERING
+    ) -> str:
         """The prompt of a conversation; blocks.
 
         Raises ChatTemplateError, LimitExceeded, HelperUnavailable.
         """
         return _text(self.sandbox.call(self.ask(messages, how)))
 
-    async def render_soon(
-        self, messages: Sequence[Mapping[str, Any]], how: Rendering = ANSWERED
+    async def render_async(
+        self, messages: Sequence[Mapping[str, Any]], how: Rendering = DEFAULT_RENDERING
     ) -> str:
         """The same on a loop, for messages that are short."""
         return _text(await self.sandbox.ask(self.ask(messages, how)))
 
     @staticmethod
-    def ask(messages: Sequence[Mapping[str, Any]], how: Rendering = ANSWERED) -> Ask:
+    def ask(
+        messages: Sequence[Mapping[str, Any]], how: Rendering = DEFAULT_RENDERING
+    ) -> WorkRequest:
         """What a helper is asked. Raises ChatTemplateError where messages are not JSON."""
         check_messages(messages)
-        given = pack(messages, how)
+        given = pack_conversation(messages, how)
         growth = _TEXT_GROWTH * len(given)
-        return Ask(Render(given), RENDER_CPU_S, RENDER_BYTES + 4 * growth, _TEXT_BYTES + growth)
+        return WorkRequest(
+            RenderWork(given), RENDER_CPU_S, RENDER_BYTES + 4 * growth, _TEXT_BYTES + growth
+        )
 
 
 class IsolatedEncoder:
@@ -83,41 +94,41 @@ class IsolatedEncoder:
     def __init__(
         self, model: str, file: Path, model_config: Mapping[str, Any], config: Mapping[str, Any]
     ) -> None:
-        job = TokenizerFile(str(file.resolve()), dict(model_config), dict(config))
+        job = TokenizerJob(str(file.resolve()), dict(model_config), dict(config))
         size = file.stat().st_size
         memory_bytes = ENCODE_BYTES + _LOAD_BYTES_A_BYTE * size
-        setup = Setup(job, memory_bytes, _LOAD_CPU_S + _LOAD_CPU_S_A_BYTE * size)
+        setup = HelperSetup(job, memory_bytes, _LOAD_CPU_S + _LOAD_CPU_S_A_BYTE * size)
         self.sandbox = Sandbox(ENCODER, setup, what="tokenizer", model=model)
 
     def encode(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[tuple[int, ...]]:
         """Tokens of each text; blocks. Raises TextError, HelperUnavailable."""
         return _token_ids(self.sandbox.call(self.ask(texts, add_special_tokens=add_special_tokens)))
 
-    async def encode_soon(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
+    async def encode_async(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
         """Tokens of a short text, on a loop."""
         reply = await self.sandbox.ask(self.ask((text,), add_special_tokens=add_special_tokens))
         return _token_ids(reply)[0]
 
     @staticmethod
-    def ask(texts: Sequence[str], *, add_special_tokens: bool) -> Ask:
+    def ask(texts: Sequence[str], *, add_special_tokens: bool) -> WorkRequest:
         num_chars = sum(map(len, texts))
-        return Ask(
-            Encode(tuple(texts), add_special_tokens),
+        return WorkRequest(
+            EncodeWork(tuple(texts), add_special_tokens),
             ENCODE_CPU_S + _CPU_S_A_CHAR * num_chars,
             ENCODE_BYTES + _BYTES_A_CHAR * num_chars,
             _IDS_BYTES + _IDS_BYTES_A_CHAR * num_chars,
         )
 
 
-def _text(reply: Text | Tokens | Refused) -> str:
-    if isinstance(reply, Refused):
+def _text(reply: RenderedText | EncodedTokens | WorkRefused) -> str:
+    if isinstance(reply, WorkRefused):
         raise ChatTemplateError(reply.cause)
-    assert isinstance(reply, Text)
+    assert isinstance(reply, RenderedText)
     return reply.text
 
 
-def _token_ids(reply: Text | Tokens | Refused) -> list[tuple[int, ...]]:
-    if isinstance(reply, Refused):
+def _token_ids(reply: RenderedText | EncodedTokens | WorkRefused) -> list[tuple[int, ...]]:
+    if isinstance(reply, WorkRefused):
         raise TextError(f"the model's tokenizer refused the text: {reply.cause}")
-    assert isinstance(reply, Tokens)
+    assert isinstance(reply, EncodedTokens)
     return list(reply.token_ids)

@@ -11,7 +11,7 @@ from typing import Any
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 
-from sagellm.runtime.models.fault import FolderWarning
+from sagellm.runtime.models import FolderWarning
 
 AS_STORED, QWEN, LLAMA = "TokenizersBackend", "Qwen2Tokenizer", "LlamaTokenizer"
 # The fields of config.json, and of tokenizer_config.json, that are read here.

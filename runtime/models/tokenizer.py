@@ -1,7 +1,7 @@
-"""Text to token ids and back: the model's tokenizer.json, special tokens and chat template."""
+"""Tokenizers: text to token ids and back, with special tokens and chat templates."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,15 +10,15 @@ from weakref import WeakValueDictionary
 import msgspec
 import tokenizers
 
+from sagellm.runtime.models import FolderWarning, HelperUnavailable, LimitExceeded
 from sagellm.runtime.models.chat import (
-    ANSWERED,
+    DEFAULT_RENDERING,
     TEMPLATE_FILE,
     ChatTemplate,
     ChatTemplateError,
     Rendering,
     find_template,
 )
-from sagellm.runtime.models.fault import FolderWarning
 from sagellm.runtime.models.folder import ModelError, ModelFolder
 from sagellm.runtime.models.harmless import (
     check_decoder,
@@ -28,7 +28,6 @@ from sagellm.runtime.models.harmless import (
 )
 from sagellm.runtime.models.isolated import IsolatedEncoder, IsolatedTemplate
 from sagellm.runtime.models.pipelines import FIELDS, MODEL_FIELDS, read_tokenizer, set_pipeline
-from sagellm.runtime.models.sandbox.fault import HelperUnavailable, LimitExceeded
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -106,7 +105,7 @@ class Tokenizer(Protocol):
         """The names that its chat template reads beside what every template is given."""
         ...
 
-    def apply_chat_template(self, messages: Messages, how: Rendering = ANSWERED) -> str:
+    def apply_chat_template(self, messages: Messages, how: Rendering = DEFAULT_RENDERING) -> str:
         """The prompt of a conversation. Raises ChatTemplateError."""
         ...
 
@@ -190,7 +189,7 @@ class FolderTokenizer:
     def chat_variables(self) -> frozenset[str]:
         return self._template.variables if self._template is not None else frozenset()
 
-    def apply_chat_template(self, messages: Messages, how: Rendering = ANSWERED) -> str:
+    def apply_chat_template(self, messages: Messages, how: Rendering = DEFAULT_RENDERING) -> str:
         if self._template is None:
             raise ChatTemplateError(
                 f"model {self._name} has no chat template; give a plain prompt instead"
@@ -234,7 +233,7 @@ class ByteTokenizer:
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return bytes(token % 256 for token in token_ids).decode(errors="replace")
 
-    def apply_chat_template(self, messages: Messages, how: Rendering = ANSWERED) -> str:
+    def apply_chat_template(self, messages: Messages, how: Rendering = DEFAULT_RENDERING) -> str:
         text = "".join(f"{one['role']}: {one['content'] or ''}\n" for one in messages)
         return text.removesuffix("\n") if how.continue_final_message else text
 
@@ -327,3 +326,61 @@ def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
         if isinstance(value, str):
             found[name] = value
     return found
+
+
+class RemoteTokenizer:
+    """Implements Tokenizer: every text has no tokens, and there is no chat template."""
+
+    eos_token_ids: tuple[int, ...] = ()
+    warnings: tuple[FolderWarning, ...] = ()
+    isolated_template: IsolatedTemplate | None = None
+    isolated_encoder: IsolatedEncoder | None = None
+    vocab_size = 0
+    special_tokens: Mapping[str, str] = {}
+    chat_template: str | None = None
+    chat_variables: frozenset[str] = frozenset()
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        yield
+
+    def token(self, token_id: int) -> str:
+        return ""
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return b""
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
+        return ()
+
+    def encode_batch(
+        self, texts: Sequence[str], *, add_special_tokens: bool = True
+    ) -> list[tuple[int, ...]]:
+        return [() for _ in texts]
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        return ""
+
+    def apply_chat_template(self, messages: Messages, how: Rendering = DEFAULT_RENDERING) -> str:
+        raise ChatTemplateError(
+            "the engine of this model has its own chat template, which is not known here; "
+            "give a plain prompt instead"
+        )
+
+    def encode_chat(self, messages: Messages) -> tuple[int, ...]:
+        return self.encode(self.apply_chat_template(messages))
+
+
+def bad_words_token_ids(tokenizer: Tokenizer, words: Iterable[str]) -> tuple[tuple[int, ...], ...]:
+    """The tokens of each word at the beginning of a text; and of the word after a space, where that
+    is as many tokens and another first one. As vLLM, so that equal requests ban equal tokens.
+    """
+    found: list[tuple[int, ...]] = []
+    bare = [word.lstrip() or word for word in words]
+    texts = [text for word in bare for text in (word, f" {word}")]
+    encoded = tokenizer.encode_batch(texts, add_special_tokens=False) if texts else []
+    for plain, spaced in zip(encoded[::2], encoded[1::2], strict=True):
+        found.append(plain)
+        if plain[:1] != spaced[:1] and len(plain) == len(spaced):
+            found.append(spaced)
+    return tuple(token_ids for token_ids in found if token_ids)

@@ -13,8 +13,16 @@ from functools import partial
 
 import trio
 
-from sagellm.chaos.relay import Faults, RelayedProcesses
-from sagellm.chaos.scenario import LASTING, Event, FdLimit, Load, Scale, ScenarioError, Toxic
+from sagellm.chaos.relay import LinkFaults, RelayedProcesses
+from sagellm.chaos.scenario import (
+    LASTING,
+    FdLimit,
+    Scale,
+    ScenarioError,
+    ScenarioEvent,
+    StreamLoad,
+    Toxic,
+)
 from sagellm.runtime.cluster.worker import Worker
 from sagellm.runtime.messages import Sampling
 from sagellm.session import Session
@@ -23,7 +31,7 @@ _IDS = range(20, 120)  # token ids that every model has
 
 
 @dataclass
-class Outcome:
+class StreamOutcomes:
     """What came of the streams of one run."""
 
     tokens: dict[tuple[int, int], list[int]] = field(default_factory=dict)  # (load, number)
@@ -38,14 +46,16 @@ class Outcome:
 
 
 def begin_streams(
-    session: Session, outcome: Outcome, number: int, load: Load, nursery: trio.Nursery
+    session: Session, outcome: StreamOutcomes, number: int, load: StreamLoad, nursery: trio.Nursery
 ) -> None:
     """All streams of a load; `number` tells loads of one scenario apart."""
     for stream in range(load.streams):
         nursery.start_soon(_stream, session, outcome, (number, stream), load)
 
 
-async def _stream(session: Session, outcome: Outcome, key: tuple[int, int], load: Load) -> None:
+async def _stream(
+    session: Session, outcome: StreamOutcomes, key: tuple[int, int], load: StreamLoad
+) -> None:
     draw = random.Random(f"{load.seed} {key}")
     prompt = draw.choices(_IDS, k=load.prompt_tokens)
     sampling = Sampling(
@@ -55,13 +65,13 @@ async def _stream(session: Session, outcome: Outcome, key: tuple[int, int], load
         ignore_eos=True,
     )
     outcome.tokens[key] = []
-    heard_s: float | None = None
+    last_received_s: float | None = None
     async with session.stream(prompt, sampling=sampling) as stream:
         while outputs := await stream.take():
             now = trio.current_time()
-            if heard_s is not None:
-                outcome.gaps_s.append(now - heard_s)
-            heard_s = now
+            if last_received_s is not None:
+                outcome.gaps_s.append(now - last_received_s)
+            last_received_s = now
             for event in outputs:
                 outcome.tokens[key] += event.token_ids
                 if event.finish_reason is not None:
@@ -71,7 +81,9 @@ async def _stream(session: Session, outcome: Outcome, key: tuple[int, int], load
 class Player:
     """`outcome` is what came of the streams so far."""
 
-    def __init__(self, session: Session, launcher: RelayedProcesses, outcome: Outcome) -> None:
+    def __init__(
+        self, session: Session, launcher: RelayedProcesses, outcome: StreamOutcomes
+    ) -> None:
         self.outcome = outcome
         self._session = session
         self._launcher = launcher
@@ -79,7 +91,7 @@ class Player:
         self._read_clock = time.time
         self._jumps_s: dict[int, float] = {}
 
-    async def play(self, events: tuple[Event, ...]) -> None:
+    async def play(self, events: tuple[ScenarioEvent, ...]) -> None:
         """Returns once every event has happened, and every stream has ended."""
         began_s = trio.current_time()
         async with trio.open_nursery() as nursery:
@@ -99,7 +111,7 @@ class Player:
             for number in tuple(self._lasting):
                 self._undo(number)
 
-    async def _await_time(self, event: Event, began_s: float) -> None:
+    async def _await_time(self, event: ScenarioEvent, began_s: float) -> None:
         if event.at_s is not None:
             await trio.sleep_until(max(began_s + event.at_s, trio.current_time()))
         while event.after_tokens is not None and self.outcome.fewest < event.after_tokens:
@@ -107,7 +119,7 @@ class Player:
                 raise ScenarioError(f"no stream has {event.after_tokens} tokens: all have ended")
             await trio.sleep(0.001)
 
-    async def _happen(self, number: int, event: Event) -> None:
+    async def _happen(self, number: int, event: ScenarioEvent) -> None:
         await getattr(self, f"_{event.kind}")(number, getattr(event, event.kind))
         if event.kind in LASTING and event.for_s is not None:
             await trio.sleep(event.for_s)
@@ -139,7 +151,7 @@ class Player:
         self._lasting[number] = lambda: setattr(faults, "is_cut", False)
 
     async def _toxic(self, number: int, toxic: Toxic) -> None:
-        faults, clean = self._faults(toxic.worker), Faults()
+        faults, clean = self._faults(toxic.worker), LinkFaults()
         names = ("delay_s", "chunk_bytes", "reset_every", "flip")
         for name in names:
             setattr(faults, name, getattr(toxic, name))
@@ -222,7 +234,7 @@ class Player:
         _send(pid, number)
         return pid
 
-    def _faults(self, name: str) -> Faults:
+    def _faults(self, name: str) -> LinkFaults:
         return self._launcher.relays[self._pid(name)].faults
 
 

@@ -1,18 +1,23 @@
-"""A relay on the link between a graph and one worker, and workers that are started behind one."""
+"""Faults between a graph and its workers: a relay on the link, damaged KV transfers."""
 
+import importlib
 import math
+import os
 import random
 import socket
 import struct
 from dataclasses import dataclass, field
 from itertools import count
+from typing import Any
 
 import trio
 
+from sagellm.backends.interface import RunPairs
 from sagellm.graphs.log import get_logger
-from sagellm.logs import inherited
-from sagellm.runtime.cluster.launch import Processes, ProcessLife
-from sagellm.runtime.cluster.options import ProcessesOptions
+from sagellm.logs import logs_environment
+from sagellm.opening import worker_main
+from sagellm.runtime.cluster.executor_options import ProcessesOptions
+from sagellm.runtime.cluster.launch import ProcessLauncher, ProcessLife
 
 log = get_logger("sagellm.chaos")
 
@@ -21,7 +26,7 @@ _RESET = struct.pack("ii", 1, 0)  # closing sends RST, and forgets what was not 
 
 
 @dataclass(slots=True)
-class Faults:
+class LinkFaults:
     """See `scenario.Toxic`. `is_cut`: nothing passes, and nothing is lost; `num_to_flip`: of the
     next chunks, each one bit.
     """
@@ -43,7 +48,7 @@ class Relay:
     family: socket.AddressFamily
     address: str | tuple[str, int]
     draw: random.Random
-    faults: Faults = field(default_factory=Faults)
+    faults: LinkFaults = field(default_factory=LinkFaults)
     num_resets: int = 0
     num_flipped: int = 0
     _num_passed: int = 0
@@ -114,14 +119,14 @@ class Relay:
         return bytes(changed)
 
 
-MODULE = "sagellm.chaos.worker"
+CHAOS_WORKER_MODULE = "sagellm.chaos.relay"
 
 
-class RelayedProcesses(Processes):
-    """As `Processes`; `relays` has that of each process, by its pid."""
+class RelayedProcesses(ProcessLauncher):
+    """As `ProcessLauncher`; `relays` has that of each process, by its pid."""
 
     def __init__(self, options: ProcessesOptions, seed: int = 0) -> None:
-        super().__init__(MODULE, options.address, options.keys, inherited())
+        super().__init__(CHAOS_WORKER_MODULE, options.address, options.keys, logs_environment())
         self.relays: dict[int, Relay] = {}
         self._draw = random.Random(seed)
         self._numbers = count()
@@ -162,3 +167,31 @@ def _family(address: str | tuple[str, int]) -> int:
     if isinstance(address, str):
         return socket.AF_UNIX
     return socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+
+
+KV_DAMAGE_VARIABLE = "SAGELLM_CHAOS_KV_DAMAGE"
+_STORAGE = "sagellm.backends.cpu.kv_storage"  # imports torch
+
+
+def damage_kv_transfers(share: float) -> None:
+    """From now on, that share of the chunks that come to this process has a bit that is wrong."""
+    storage: Any = importlib.import_module(_STORAGE).CpuStorage
+    draw, receive = random.Random(os.getpid()), storage.receive
+
+    def receive_and_flip(self: Any, memory: memoryview, pairs: RunPairs, layers: range) -> int:
+        found: int = receive(self, memory, pairs, layers)
+        if draw.random() >= share:
+            return found
+        landed = [run for _, run in pairs]
+        flipped: memoryview = draw.choice(self.read(landed, layers))
+        flipped[draw.randrange(len(flipped))] ^= 1 << draw.randrange(8)
+        found = self.checksum(landed, layers)
+        return found
+
+    storage.receive = receive_and_flip
+
+
+if __name__ == "__main__":
+    if share := float(os.environ.get(KV_DAMAGE_VARIABLE, "0")):
+        damage_kv_transfers(share)
+    worker_main.main()

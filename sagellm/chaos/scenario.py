@@ -14,7 +14,7 @@ from sagellm.graphs.diagnostics import GraphError
 from sagellm.graphs.ir import thaw
 from sagellm.graphs.text.tree import read
 from sagellm.graphs.vocabulary import nearest
-from sagellm.shipped import hint, shipped_file, shipped_names
+from sagellm.opening.sources import shipped_file, shipped_names, suggest_graph
 
 IDENTICAL = "identical"
 _COMPARISON = re.compile(
@@ -89,7 +89,7 @@ class _Part(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """A mapping of the file."""
 
 
-class Load(_Part, frozen=True, kw_only=True):
+class StreamLoad(_Part, frozen=True, kw_only=True):
     """Streams that begin at once, each with a prompt and a seed of its own."""
 
     streams: int = 16
@@ -128,7 +128,7 @@ class Scale(_Part, frozen=True, kw_only=True):
     replicas: int
 
 
-class Event(_Part, frozen=True, kw_only=True):
+class ScenarioEvent(_Part, frozen=True, kw_only=True):
     """One thing that happens, and when: `at_s` after the start, or once every stream that runs has
     had `after_tokens`. What lasts is undone `for_s` later.
 
@@ -138,7 +138,7 @@ class Event(_Part, frozen=True, kw_only=True):
     at_s: float | None = None
     after_tokens: int | None = None
     for_s: float | None = None
-    load: Load | None = None
+    load: StreamLoad | None = None
     kill: str | None = None
     sigterm: str | None = None
     stop: str | None = None
@@ -189,12 +189,12 @@ class Scenario(_Part, frozen=True, kw_only=True):
     graph: str
     set: dict[str, str | int | float | bool | None] = {}
     kv_damage: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0
-    events: tuple[Event, ...]
+    events: tuple[ScenarioEvent, ...]
     checks: tuple[str, ...] = ("identical",)
 
 
 @dataclass(frozen=True, slots=True)
-class Loaded:
+class LoadedScenario:
     """A scenario and where it was."""
 
     scenario: Scenario
@@ -207,7 +207,7 @@ class Loaded:
         return shipped_file(name) if name in shipped_names() else self.path.parent / name
 
 
-def load_scenario(path: Path) -> Loaded:
+def load_scenario(path: Path) -> LoadedScenario:
     """Raises ScenarioError, OSError."""
     with path.open("rb") as file:
         content = file.read(_MOST_BYTES + 1)
@@ -236,10 +236,10 @@ def load_scenario(path: Path) -> Loaded:
         is_loaded = is_loaded or event.load is not None
     if not is_loaded:
         raise ScenarioError(f"{path}: no event is a load: nothing would be asked of the graph")
-    loaded = Loaded(scenario, path)
+    loaded = LoadedScenario(scenario, path)
     if not loaded.graph.is_file():
         cause = f"{path}: graph: {scenario.graph} is no shipped graph, and no file beside it"
-        raise ScenarioError(f"{cause}; {hint(scenario.graph)}")
+        raise ScenarioError(f"{cause}; {suggest_graph(scenario.graph)}")
     return loaded
 
 
@@ -249,7 +249,7 @@ def _explained(message: str) -> str:
         return message
     known = [
         name
-        for part in (Event, Scenario, Load, Toxic, FdLimit, Scale)
+        for part in (ScenarioEvent, Scenario, StreamLoad, Toxic, FdLimit, Scale)
         for name in part.__struct_fields__
     ]
     close = nearest(found[1], known)

@@ -1,14 +1,59 @@
 """The command line: `sagellm run | serve | chat | complete | graph | bench | ...`."""
 
+import platform
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as installed
+from typing import Literal
 
+import msgspec
 from cyclopts import App, Parameter
 
-from sagellm.cli.failure import explain, show
-from sagellm.cli.version import sagellm_version
+from sagellm.cli.errors import explain, show_failure
 from sagellm.logs import command_logs
+
+LISTED = ("torch", "trio", "msgspec", "safetensors", "tokenizers", "pyzmq", "starlette")
+
+
+def sagellm_version() -> str:
+    """The version of this package, as installed."""
+    return installed("sagellm")
+
+
+def versions() -> dict[str, str | None]:
+    """Package name -> version, None where it is missing; no package is imported."""
+    return {name: _version(name) for name in LISTED}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return installed(name)
+    except PackageNotFoundError:
+        return None
+
+
+def version(*, json: bool = False) -> None:
+    """List sagellm, Python, the platform and the packages that matter, with their versions.
+
+    Parameters
+    ----------
+    json
+        Print one object, name to version; null for a package that is missing.
+    """
+    found = {
+        "sagellm": sagellm_version(),
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        **versions(),
+    }
+    if json:
+        print(msgspec.json.encode(found).decode())
+        return
+    for name, number in found.items():
+        print(f"{name:12} {number or 'missing'}")
+
 
 HELP = """LLM serving as a dataflow: one graph from a prompt to tokens.
 
@@ -21,16 +66,16 @@ APP = App(
 APP.command("sagellm.cli.run:run", name="run", help="Answer a prompt, or a file of them.")
 APP.command("sagellm.cli.serve:serve", name="serve", help="Serve a graph to OpenAI clients.")
 APP.command("sagellm.cli.chat:chat", name="chat", help="Talk to a model on any server.")
-APP.command("sagellm.cli.remote:complete", name="complete", help="What follows a text.")
+APP.command("sagellm.cli.complete:complete", name="complete", help="What follows a text.")
 APP.command("sagellm.cli.workers:ps", name="ps", help="Who works for the graphs that run.")
 APP.command("sagellm.cli.workers:restart", name="restart", help="Replace an operator's workers.")
 APP.command("sagellm.cli.workers:drain", name="drain", help="Give a worker nothing new.")
 APP.command("sagellm.cli.workers:scale", name="scale", help="Have more or fewer replicas.")
 APP.command("sagellm.cli.replay:run", name="replay", help="Decide again what a log says.")
-APP.command("sagellm.cli.secrets:keys", name="keys", help="Make keys for links over a network.")
+APP.command("sagellm.cli.keys:keys", name="keys", help="Make keys for links over a network.")
 APP.command("sagellm.cli.doctor:doctor", name="doctor", help="Check this machine and set-up.")
-APP.command("sagellm.cli.version:version", name="version", help="List installed versions.")
-APP.command("sagellm.cli.completion:completion", name="completion", help="Print a shell's script.")
+APP.command("sagellm.cli:version", name="version", help="List installed versions.")
+APP.command("sagellm.cli:completion", name="completion", help="Print a shell's script.")
 
 GRAPH = App(name="graph", help="Check and draw graphs.")
 GRAPH.command("sagellm.cli.graph:check", name="check", help="Find mistakes without running.")
@@ -50,7 +95,7 @@ BENCH.command(
 BENCH.command("sagellm.cli.bench:peers", name="peers", help="The engine beside other engines.")
 BENCH.command("sagellm.cli.bench:processes", name="processes", help="What processes cost.")
 BENCH.command("sagellm.cli.bench:size", name="size", help="The engine over batch and context.")
-BENCH.command("sagellm.cli.bench_serve:serve", name="serve", help="Load on any server.")
+BENCH.command("sagellm.cli.bench:serve", name="serve", help="Load on any server.")
 APP.command(BENCH)
 
 
@@ -70,6 +115,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         failure = explain(error)
         if failure is None:
             raise
-        show(failure)
+        show_failure(failure)
         return failure.code
     return code if isinstance(code, int) else 0
+
+
+def completion(shell: Literal["bash", "zsh", "fish"], /) -> None:
+    """Print the completion script of a shell.
+
+    Parameters
+    ----------
+    shell
+        bash reads it from ~/.local/share/bash-completion/completions/sagellm, zsh from _sagellm in
+        a folder of fpath, fish from ~/.config/fish/completions/sagellm.fish.
+    """
+    print(_with_file_names(APP.generate_completion(shell=shell)))
+
+
+def _with_file_names(script: str) -> str:
+    """Let bash complete file names where no option or command fits: graphs and models are paths."""
+    return script.replace("complete -F _sagellm", "complete -o default -F _sagellm")

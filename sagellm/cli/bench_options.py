@@ -9,19 +9,18 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 from cyclopts.validators import Number
 
-from sagellm.cli.failure import Failure
-from sagellm.load.report import TABLE, WHOLE
-from sagellm.load.sender import Target
-from sagellm.load.summary import Objective
+from sagellm.cli.errors import Failure
+from sagellm.load import LoadTarget
+from sagellm.load.report import CSV_FILE, JSON_FILE, Objective
 from sagellm.load.workload import (
-    Arrival,
-    Kind,
+    PlannedRequest,
+    PromptKind,
     Prompts,
     TraceError,
-    closed,
+    closed_loop,
     poisson,
     read_trace,
-    replay,
+    replay_trace,
     within,
 )
 
@@ -38,7 +37,7 @@ COUNT, POSITIVE = Number(gte=1), Number(gt=0)
 
 @Parameter(name="*", group="When")
 @dataclass(frozen=True, kw_only=True)
-class WhenOptions:
+class ScheduleOptions:
     """One of: so many at a time, so many a second, or a trace."""
 
     concurrency: Annotated[int | None, Parameter(validator=COUNT)] = None
@@ -65,13 +64,13 @@ class WhenOptions:
 
 @Parameter(name="*", group="What")
 @dataclass(frozen=True, kw_only=True)
-class WhatOptions:
+class WorkloadOptions:
     """What is asked."""
 
     endpoint: Literal["completions", "chat"] = "completions"
     """/v1/completions or /v1/chat/completions."""
 
-    prompts: Kind | None = None
+    prompts: PromptKind | None = None
     """Random token ids or words [default: ids; words for a chat, which takes no ids]."""
 
     vocab_size: Annotated[int | None, Parameter(validator=COUNT)] = None
@@ -108,7 +107,7 @@ class WhatOptions:
     """Equal seeds send equal requests at equal times."""
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> PromptKind:
         return self.prompts or ("words" if self.endpoint == "chat" else "ids")
 
 
@@ -142,7 +141,9 @@ class ResultOptions:
         return Objective(self.slo_ttft, self.slo_itl)
 
 
-def check_together(when: WhenOptions, what: WhatOptions, results: ResultOptions) -> None:
+def check_load_options(
+    when: ScheduleOptions, what: WorkloadOptions, results: ResultOptions
+) -> None:
     """Raise Failure for options that contradict each other, or would be ignored."""
     loops = [name for name in ("concurrency", "rate", "trace") if getattr(when, name) is not None]
     if len(loops) > 1:
@@ -158,7 +159,7 @@ def check_together(when: WhenOptions, what: WhatOptions, results: ResultOptions)
     _check_free(results)
 
 
-def _check_trace(when: WhenOptions, what: WhatOptions) -> None:
+def _check_trace(when: ScheduleOptions, what: WorkloadOptions) -> None:
     """A trace has lengths of its own, and nothing else can be clipped or replayed faster."""
     if when.trace is None and when.speedup is not None:
         raise Failure("--speedup is of a trace, and there is none", "add --trace FILE")
@@ -173,18 +174,18 @@ def _check_trace(when: WhenOptions, what: WhatOptions) -> None:
 def _check_free(results: ResultOptions) -> None:
     if results.output is None or results.force:
         return
-    for name in (WHOLE, TABLE):
+    for name in (JSON_FILE, CSV_FILE):
         if (results.output / name).exists():
             fix = "--force overwrites it; or choose another folder"
             raise Failure("the folder holds results", fix, str(results.output / name))
 
 
-def target_of(what: WhatOptions, model: str) -> Target:
+def target_of(what: WorkloadOptions, model: str) -> LoadTarget:
     """What every request has in common."""
     options: dict[str, Any] = {"temperature": what.temperature}
     if not what.stop_at_eos:
         options["ignore_eos"] = True
-    return Target(
+    return LoadTarget(
         model=model,
         is_chat=what.endpoint == "chat",
         options=options,
@@ -194,14 +195,14 @@ def target_of(what: WhatOptions, model: str) -> Target:
     )
 
 
-def prompts_of(what: WhatOptions) -> Prompts:
+def prompts_of(what: WorkloadOptions) -> Prompts:
     return Prompts(what.kind, seed=what.seed, vocab_size=what.vocab_size or VOCAB_SIZE)
 
 
-def arrivals_of(when: WhenOptions, what: WhatOptions) -> Iterator[Arrival]:
+def arrivals_of(when: ScheduleOptions, what: WorkloadOptions) -> Iterator[PlannedRequest]:
     """The requests of the load, in order. Raises Failure for a trace that cannot be read."""
     if when.trace is not None:
-        arrivals = replay(
+        arrivals = replay_trace(
             _read(when.trace),
             speedup=when.speedup or 1.0,
             max_input_len=what.max_input_len,
@@ -209,7 +210,7 @@ def arrivals_of(when: WhenOptions, what: WhatOptions) -> Iterator[Arrival]:
         )
     else:
         lengths = what.input_len or INPUT_LEN, what.output_len or OUTPUT_LEN
-        arrivals = closed(*lengths, what.spread or 0.0, what.seed)
+        arrivals = closed_loop(*lengths, what.spread or 0.0, what.seed)
         if when.rate is not None:
             arrivals = poisson(arrivals, when.rate, what.seed)
     if is_open(when) and when.duration is not None:
@@ -217,13 +218,13 @@ def arrivals_of(when: WhenOptions, what: WhatOptions) -> Iterator[Arrival]:
     return islice(arrivals, _num_requests(when))
 
 
-def warmup_of(when: WhenOptions, what: WhatOptions) -> Iterator[Arrival]:
+def warmup_of(when: ScheduleOptions, what: WorkloadOptions) -> Iterator[PlannedRequest]:
     """Requests as long as the load's first, which share no prefix with any of them."""
     for arrival in islice(arrivals_of(when, what), when.warmup):
-        yield Arrival(0.0, arrival.input_len, arrival.output_len)
+        yield PlannedRequest(0.0, arrival.input_len, arrival.output_len)
 
 
-def settings_of(when: WhenOptions, what: WhatOptions) -> dict[str, Any]:
+def load_settings(when: ScheduleOptions, what: WorkloadOptions) -> dict[str, Any]:
     """The options of a load as they hold: None is what this load does not have."""
     settings = {**asdict(when), **asdict(what), "prompts": what.kind}
     settings["num_requests"] = _num_requests(when)
@@ -233,7 +234,7 @@ def settings_of(when: WhenOptions, what: WhatOptions) -> dict[str, Any]:
     return {name: str(v) if isinstance(v, Path) else v for name, v in settings.items()}
 
 
-def _defaults(when: WhenOptions, what: WhatOptions) -> dict[str, Any]:
+def _defaults(when: ScheduleOptions, what: WorkloadOptions) -> dict[str, Any]:
     defaults: dict[str, Any] = {"vocab_size": VOCAB_SIZE} if what.kind == "ids" else {}
     if when.trace is not None:
         return defaults | {"speedup": 1.0}
@@ -241,7 +242,7 @@ def _defaults(when: WhenOptions, what: WhatOptions) -> dict[str, Any]:
     return defaults if is_open(when) else defaults | {"concurrency": CONCURRENCY}
 
 
-def shorter(when: WhenOptions) -> str:
+def length_options(when: ScheduleOptions) -> str:
     """The options that make requests shorter."""
     return (
         "--input-len or --output-len"
@@ -250,17 +251,17 @@ def shorter(when: WhenOptions) -> str:
     )
 
 
-def is_open(when: WhenOptions) -> bool:
+def is_open(when: ScheduleOptions) -> bool:
     return when.rate is not None or when.trace is not None
 
 
-def _num_requests(when: WhenOptions) -> int | None:
+def _num_requests(when: ScheduleOptions) -> int | None:
     if when.num_requests is None and when.duration is None and when.trace is None:
         return NUM_REQUESTS
     return when.num_requests
 
 
-def _read(path: Path) -> list[Arrival]:
+def _read(path: Path) -> list[PlannedRequest]:
     try:
         return read_trace(path)
     except TraceError as error:

@@ -8,11 +8,11 @@ from pathlib import Path
 import msgspec
 import trio
 
-from sagellm.chaos.run import Report, run_scenario
 from sagellm.chaos.scenario import ScenarioError, load_scenario
-from sagellm.cli.failure import FAILED, Failure
-from sagellm.cli.named import warn_of_file
-from sagellm.logs import own_logs
+from sagellm.chaos.scenario_run import ScenarioReport, run_scenario
+from sagellm.cli.errors import FAILED, Failure
+from sagellm.cli.graph_argument import warn_shadowed_graph
+from sagellm.logs import process_logs
 
 
 def run(*scenarios: Path, seed: int = 0, decisions: Path | None = None, json: bool = False) -> int:
@@ -39,15 +39,15 @@ def run(*scenarios: Path, seed: int = 0, decisions: Path | None = None, json: bo
     return 0 if all(report.is_passed for report in reports) else FAILED
 
 
-def _run(path: Path, seed: int, decisions: Path | None, json: bool) -> Report:
+def _run(path: Path, seed: int, decisions: Path | None, json: bool) -> ScenarioReport:
     log = None
     if decisions is not None:
         decisions.mkdir(parents=True, exist_ok=True)
         log = decisions / f"{path.stem}.decisions"
     try:
         loaded = load_scenario(path)
-        warn_of_file(loaded.scenario.graph, path.parent, "beside the scenario")
-        with own_logs(logging.WARNING):  # which a full disk does not end
+        warn_shadowed_graph(loaded.scenario.graph, path.parent, "beside the scenario")
+        with process_logs(logging.WARNING):  # which a full disk does not end
             report = trio.run(run_scenario, loaded, seed, log)
     except* ScenarioError as group:
         raise Failure(_first(group), "docs/operations.md has what a scenario may say") from None

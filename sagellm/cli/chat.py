@@ -12,10 +12,15 @@ import msgspec
 import trio
 from cyclopts import Parameter
 
-from sagellm.cli.failure import INTERRUPTED, Failure, explain, show
-from sagellm.cli.output import Told, print_json, show_cost, tell
-from sagellm.cli.remote import DrawOptions, ServerOptions, explained, read_text
-from sagellm.client.asking import first_of
+from sagellm.cli.complete import (
+    RequestSamplingOptions,
+    ServerOptions,
+    read_text,
+    translate_client_errors,
+)
+from sagellm.cli.errors import INTERRUPTED, Failure, explain, show_failure
+from sagellm.cli.terminal import StreamedAnswer, print_answer, print_stream, show_stats
+from sagellm.client.http_calls import first_model_of
 from sagellm.graphs.vocabulary import nearest
 
 SLASH = "/"
@@ -54,7 +59,7 @@ def text_of(line: str) -> str | None:
     return None if line.startswith(SLASH) else line
 
 
-def obey(line: str, talk: Conversation) -> None:
+def execute(line: str, talk: Conversation) -> None:
     """Run the command of a line. Raises Leave, Failure, OSError."""
     word, _, argument = line.strip().partition(" ")
     command = COMMANDS.get(word)
@@ -121,7 +126,7 @@ HINT = "/help lists commands, Ctrl-C stops an answer, Ctrl-D leaves"
 def chat(
     *,
     server: ServerOptions = ServerOptions(),  # noqa: B008 - frozen
-    draw: DrawOptions = DrawOptions(),  # noqa: B008 - frozen
+    draw: RequestSamplingOptions = RequestSamplingOptions(),  # noqa: B008 - frozen
     system: str | None = None,
     question: Annotated[
         str | None, Parameter(name=("--question", "-q"), allow_leading_hyphen=True)
@@ -156,7 +161,7 @@ class Talk:
     """A conversation so far; an answer that was stopped is kept as far as it came."""
 
     server: ServerOptions
-    draw: DrawOptions
+    draw: RequestSamplingOptions
     has_usage: bool = False
     messages: list[dict[str, str]] = field(default_factory=list)
 
@@ -170,14 +175,14 @@ class Talk:
     def record(self) -> dict[str, object]:
         return {"model": self.server.model, "messages": self.messages}
 
-    def ask(self, question: str, *, silent: bool = False) -> Told:
+    def ask(self, question: str, *, silent: bool = False) -> StreamedAnswer:
         """The answer, printed while it comes; a question without any is forgotten.
 
         Raises Failure.
         """
         self.say("user", question)
         try:
-            with explained():
+            with translate_client_errors():
                 told = trio.run(self._answer, silent)
         except BaseException:
             self.messages.pop()
@@ -188,13 +193,13 @@ class Talk:
             self.messages.pop()
         return told
 
-    async def _answer(self, silent: bool) -> Told:
+    async def _answer(self, silent: bool) -> StreamedAnswer:
         options: dict[str, Any] = {**self.draw.given}
         if self.has_usage:
             options["stream_options"] = {"include_usage": True}
         async with self.server.client() as client:
             asking = client.chat(self.messages, self.server.model, stream=True, **options)
-            return await tell(asking, silent=silent)
+            return await print_stream(asking, silent=silent)
 
 
 def _found(talk: Talk) -> Talk:
@@ -202,19 +207,19 @@ def _found(talk: Talk) -> Talk:
 
     async def find() -> ServerOptions:
         async with talk.server.client() as client:
-            url, model = client.url, talk.server.model or first_of(await client.models())
+            url, model = client.url, talk.server.model or first_model_of(await client.models())
             return replace(talk.server, url=url, model=model)
 
-    with explained():
+    with translate_client_errors():
         return replace(talk, server=trio.run(find))
 
 
 def _once(talk: Talk, question: str, stats: bool, json: bool) -> int:
     told = talk.ask(question, silent=json)
     if json and not told.is_stopped:
-        print_json(told, str(talk.server.model))
+        print_answer(told, str(talk.server.model))
     if stats:
-        show_cost(told)
+        show_stats(told)
     return INTERRUPTED if told.is_stopped else 0
 
 
@@ -229,7 +234,7 @@ def _converse(talk: Talk, stats: bool) -> int:
         except Leave:
             return 0
         except (Failure, OSError) as error:
-            show(explain(error) or Failure(str(error), ""))
+            show_failure(explain(error) or Failure(str(error), ""))
     return 0
 
 
@@ -237,11 +242,11 @@ def _take(line: str, talk: Talk, stats: bool) -> None:
     """Obey a command, or ask a question. Raises Leave, Failure, OSError."""
     text = text_of(line)
     if text is None:
-        return obey(line, talk)
+        return execute(line, talk)
     if text.strip():
         told = talk.ask(text)
         if stats:
-            show_cost(told)
+            show_stats(told)
     return None
 
 

@@ -1,5 +1,6 @@
-"""`--config FILE`: the options of `sagellm serve` from TOML, each mistake with its line."""
+"""`--config FILE` and `--print-config`: the options of `sagellm serve` as TOML."""
 
+import json
 import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -7,12 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sagellm.cli.failure import Failure
-from sagellm.cli.setting import LIMITS, InvalidSetting, Setting, settings_of
-from sagellm.gateway.settings import Budget
+from sagellm.cli.errors import Failure
+from sagellm.cli.setting import LIMITS, GivenOptions, InvalidSetting, Setting, settings_of
+from sagellm.gateway.settings import Budget, RequestLimits, Settings, Streaming
 from sagellm.graphs.vocabulary import nearest
 
-MAX_BYTES = 1 << 20
+MAX_CONFIG_BYTES = 1 << 20
 TABLES = ("limits", "keys", "set")
 _OPTIONS_ONLY = {  # not in a file, and what to write instead
     "api_key": "write a table [keys.NAME] with key_file, key_env or key",
@@ -27,7 +28,7 @@ _KEY = re.compile(r"""\s*((?:[\w-]+|"[^"]*"|'[^']*')(?:\s*\.\s*(?:[\w-]+|"[^"]*"
 _PART = re.compile(r"""[\w-]+|"[^"]*"|'[^']*'""")
 _AT_LINE = re.compile(r"line (\d+), column (\d+)")
 
-Place = tuple[str, ...]
+KeyPath = tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +43,7 @@ class KeyTable:
 
 
 @dataclass(frozen=True, slots=True)
-class Config:
+class ConfigFile:
     """What a file says: `values` by the names of fields of the option structs, `limits` by those of
     LIMITS, `set` by `op.key`.
     """
@@ -54,16 +55,18 @@ class Config:
     path: Path | None = None
 
 
-def read_config(path: Path, structs: Sequence[type]) -> Config:
+def read_config(path: Path, structs: Sequence[type]) -> ConfigFile:
     """The settings of a file: options of these structs, `[limits]`, `[keys.NAME]`, `[set]`.
 
     Paths in the file are relative to its folder. Raises Failure with every mistake and its line;
     OSError where the file cannot be read.
     """
     with path.open("rb") as file:
-        content = file.read(MAX_BYTES + 1)
-    if len(content) > MAX_BYTES:
-        raise Failure(f"the file is larger than {MAX_BYTES >> 20} MiB", "is it TOML?", str(path))
+        content = file.read(MAX_CONFIG_BYTES + 1)
+    if len(content) > MAX_CONFIG_BYTES:
+        raise Failure(
+            f"the file is larger than {MAX_CONFIG_BYTES >> 20} MiB", "is it TOML?", str(path)
+        )
     try:
         text = content.decode("utf-8-sig")
         tree = tomllib.loads(text)
@@ -71,7 +74,7 @@ def read_config(path: Path, structs: Sequence[type]) -> Config:
         raise Failure("the file is not UTF-8", "save it as UTF-8", str(path)) from None
     except tomllib.TOMLDecodeError as error:
         raise _not_toml(error, text, path) from None
-    reading = _Reading(path, _lines(text), structs)
+    reading = _Reader(path, _lines(text), structs)
     config = reading.config(tree)
     if reading.mistakes:
         raise _failure(reading.mistakes)
@@ -87,7 +90,7 @@ def read_limits(given: Sequence[str]) -> dict[str, Any]:
         if not equals:
             raise Failure("a limit needs a value", "for example --limit body_bytes=16MiB", where)
         if name not in LIMITS:
-            raise Failure(f"there is no limit {name!r}", _likely(name, LIMITS), where)
+            raise Failure(f"there is no limit {name!r}", _suggestion(name, LIMITS), where)
         try:
             found[name] = LIMITS[name].read(_number(value.strip()))
         except InvalidSetting as error:
@@ -111,10 +114,10 @@ class _Mistake:
     fix: str
 
 
-class _Reading:
+class _Reader:
     """One file while it is read; `mistakes` are all that were met."""
 
-    def __init__(self, path: Path, lines: Mapping[Place, int], structs: Sequence[type]) -> None:
+    def __init__(self, path: Path, lines: Mapping[KeyPath, int], structs: Sequence[type]) -> None:
         self.mistakes: list[_Mistake] = []
         self._path = path
         self._lines = lines
@@ -125,7 +128,7 @@ class _Reading:
             if setting.name not in {*_OPTIONS_ONLY, *TABLES}
         }
 
-    def config(self, tree: Mapping[str, Any]) -> Config:
+    def config(self, tree: Mapping[str, Any]) -> ConfigFile:
         values: dict[str, Any] = {}
         tables: dict[str, Mapping[str, Any]] = {}
         for written, value in tree.items():
@@ -137,7 +140,7 @@ class _Reading:
                 values |= self._read((written,), name, setting, value)
             else:
                 self._unknown((written,), key, [*self._settings, *TABLES])
-        return Config(
+        return ConfigFile(
             values=values,
             limits=self._limits(("limits",), tables.get("limits", {})),
             keys={name: self._key(name, one) for name, one in tables.get("keys", {}).items()},
@@ -145,7 +148,7 @@ class _Reading:
             path=self._path,
         )
 
-    def _limits(self, place: Place, table: Mapping[str, Any]) -> dict[str, Any]:
+    def _limits(self, place: KeyPath, table: Mapping[str, Any]) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for written, value in table.items():
             key = written.replace("-", "_")
@@ -156,7 +159,7 @@ class _Reading:
         return found
 
     def _key(self, name: str, value: object) -> KeyTable:
-        place: Place = ("keys", name)
+        place: KeyPath = ("keys", name)
         if isinstance(value, str):  # the short form: team-a = "KEY"
             return KeyTable(key=value, where=self._where(place))
         table = self._table(place, value)
@@ -176,7 +179,7 @@ class _Reading:
             self._mistake(place, f"the key {name} needs one place to come from", fix)
         return KeyTable(**given, budget=budget, where=self._where(place))
 
-    def _read(self, place: Place, name: str, setting: Setting, value: object) -> dict[str, Any]:
+    def _read(self, place: KeyPath, name: str, setting: Setting, value: object) -> dict[str, Any]:
         try:
             found = setting.read(value)
         except InvalidSetting as error:
@@ -186,23 +189,23 @@ class _Reading:
             found = self._path.absolute().parent / found
         return {name: found}
 
-    def _table(self, place: Place, value: object) -> Mapping[str, Any]:
+    def _table(self, place: KeyPath, value: object) -> Mapping[str, Any]:
         if isinstance(value, dict) and value:
             return value
         name = ".".join(place)
         self._mistake(place, f"{name} is no table, or an empty one", f"write [{name}] and its keys")
         return {}
 
-    def _unknown(self, place: Place, key: str, known: Sequence[str]) -> None:
-        fix = _OPTIONS_ONLY.get(key) or _likely(key, known)
+    def _unknown(self, place: KeyPath, key: str, known: Sequence[str]) -> None:
+        fix = _OPTIONS_ONLY.get(key) or _suggestion(key, known)
         if key in LIMITS and key not in known:
             fix = f"write {key} below [limits]"
         self._mistake(place, f"there is no setting {place[-1]!r} here", fix)
 
-    def _mistake(self, place: Place, cause: str, fix: str) -> None:
+    def _mistake(self, place: KeyPath, cause: str, fix: str) -> None:
         self.mistakes.append(_Mistake(self._where(place), cause, fix))
 
-    def _where(self, place: Place) -> str:
+    def _where(self, place: KeyPath) -> str:
         while place and place not in self._lines:
             place = place[:-1]
         return f"{self._path}:{self._lines.get(place, 1)}"
@@ -215,7 +218,7 @@ _KEY_SOURCES = {
 }
 
 
-def _likely(name: str, known: Mapping[str, Any] | Sequence[str]) -> str:
+def _suggestion(name: str, known: Mapping[str, Any] | Sequence[str]) -> str:
     close = nearest(name, list(known))
     return f"did you mean {close}?" if close else f"there are {', '.join(known)}"
 
@@ -229,10 +232,10 @@ def _flat(prefix: str, table: Mapping[str, Any]) -> Iterator[tuple[str, object]]
             yield prefix + key, value
 
 
-def _lines(text: str) -> dict[Place, int]:
+def _lines(text: str) -> dict[KeyPath, int]:
     """Where each key stands; tomllib does not say."""
-    found: dict[Place, int] = {}
-    table: Place = ()
+    found: dict[KeyPath, int] = {}
+    table: KeyPath = ()
     for number, line in enumerate(text.splitlines(), 1):
         if (header := _HEADER.match(line)) and "=" not in line.partition("]")[0]:
             table = _parts(header[1])
@@ -244,7 +247,7 @@ def _lines(text: str) -> dict[Place, int]:
     return found
 
 
-def _parts(text: str) -> Place:
+def _parts(text: str) -> KeyPath:
     return tuple(part.strip("\"'") for part in _PART.findall(text))
 
 
@@ -262,3 +265,91 @@ def _failure(mistakes: Sequence[_Mistake]) -> Failure:
         return Failure(only.cause, only.fix, only.where)
     listed = "".join(f"\n  {one.where}: {one.cause}; {one.fix}" for one in mistakes)
     return Failure(f"{len(mistakes)} mistakes in the settings{listed}", "nothing was started")
+
+
+SECRETS = ("admin_key",)
+_APART = ("api_key", "config", "import", "limit", "print_config", *TABLES)
+
+
+def format_config(
+    options: Sequence[GivenOptions],
+    settings: Settings,
+    config: ConfigFile,
+    changes: Mapping[str, object],
+) -> str:
+    """A file that gives the same settings, once its keys are filled in. What is not changed is a
+    comment. `changes`: of the graph.
+    """
+    lines = ["# sagellm serve GRAPH --config THIS_FILE", ""]
+    for struct in options:
+        for name, setting in settings_of(type(struct)).items():
+            if setting.name not in _APART:
+                lines += _setting_lines(setting, getattr(struct, name), setting.default)
+    lines += ["[limits]", *_limit_lines(settings)]
+    for name in settings.api_keys:
+        lines += _key_lines(name, config)
+    if changes:
+        assigned = (f"{_quoted(name)} = {_value(value)}" for name, value in changes.items())
+        lines += ["[set]", *assigned]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _setting_lines(setting: Setting, value: Any, default: Any) -> list[str]:
+    lines = [f"# {setting.doc}"]
+    if value is None:
+        lines.append(f"# {setting.name} =")
+    elif setting.name in SECRETS or _has_password(value):
+        lines.append(f"# {setting.name} is set, and not shown")
+    else:
+        mark = "# " if value == default else ""
+        lines.append(f"{mark}{setting.name} = {as_toml(setting, value)}")
+    return [*lines, ""]
+
+
+def _has_password(value: object) -> bool:
+    """Whether it is a URL that names a user: https://user:password@host."""
+    return isinstance(value, str) and "://" in value and "@" in value
+
+
+def as_toml(setting: Setting, value: Any) -> str:
+    """The value as a file has it: "8MiB" rather than 8388608."""
+    if setting.is_bytes:
+        for shift, unit in ((20, "MiB"), (10, "KiB")):
+            if value % (1 << shift) == 0:
+                return f'"{value >> shift}{unit}"'
+    return _value(value)
+
+
+def _limit_lines(settings: Settings) -> Iterator[str]:
+    usual = Settings(api_keys=settings.api_keys).common_budget
+    parts = (settings.limits, RequestLimits()), (settings.streaming, Streaming())
+    for part, default in (*parts, (settings.common_budget, usual)):
+        for name in settings_of(type(part)):
+            yield from _setting_lines(LIMITS[name], getattr(part, name), getattr(default, name))
+
+
+def _key_lines(name: str, config: ConfigFile) -> list[str]:
+    """A key in the file would be one that others may read: say where it came from."""
+    table = config.keys.get(name)
+    lines = [f"[keys.{_quoted(name)}]"]
+    if table is not None and table.key_file is not None:
+        lines.append(f"key_file = {_value(table.key_file)}")
+    elif table is not None and table.key_env:
+        lines.append(f"key_env = {_value(table.key_env)}")
+    else:
+        lines.append("# its key is not shown")
+        lines[0] = f"# {lines[0]}"
+        return [*lines, ""]
+    known = settings_of(Budget).keys()
+    return [*lines, *(f"{key} = {_value(table.budget[key])}" for key in known & table.budget), ""]
+
+
+def _quoted(name: str) -> str:
+    return name if name.replace("-", "").replace("_", "").isalnum() else json.dumps(name)
+
+
+def _value(value: Any) -> str:
+    """JSON's texts, numbers and truth values are TOML's."""
+    if isinstance(value, tuple | list):
+        return f"[{', '.join(map(_value, value))}]"
+    return json.dumps(str(value) if isinstance(value, Path) else value, ensure_ascii=False)

@@ -1,12 +1,259 @@
-"""`sagellm doctor`: whether this machine and this set-up can serve."""
+"""`sagellm doctor`: checks whether this machine and this installation can serve."""
 
-from collections.abc import Mapping
-from dataclasses import asdict
+import hashlib
+import os
+import platform
+import re
+import resource
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, requires
+from importlib.metadata import version as installed
+from importlib.resources import files
+from pathlib import Path
+from typing import Literal
 
 import msgspec
+import psutil
+import torch
 from rich.console import Console
 
-from sagellm.cli.checks import CHECKS, Check, Finding
+from sagellm.backends.cpu.native.compiler import (
+    built,
+    c_compiler,
+    library_name,
+    writable_folder,
+)
+from sagellm.cli.errors import CONFIGURATION, RESOURCES
+from sagellm.graphs.diagnostics import GraphError
+from sagellm.graphs.text import yaml
+from sagellm.opening.sources import shipped_file, shipped_names
+from sagellm.runtime.models import HelperUnavailable, LimitExceeded
+from sagellm.runtime.models.isolated import RENDER_BYTES, RENDER_CPU_S, IsolatedTemplate
+
+GIB = 1 << 30
+_LINE_END = "\n"
+_ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+MIN_FREE_BYTES = 2 * GIB  # sage-tiny, torch itself, and a pool of KV blocks
+MIN_OPEN_FILES = 1024
+GOOD_OPEN_FILES = 4096  # each connection is one, and 1,000 clients at once are nothing special
+
+# Versions that are known to be wrong here: package, first good version, what the others do.
+TOO_OLD = (
+    ("torch", (2, 11), "kernels are called that it does not have"),
+    ("jinja2", (3, 1, 6), "a chat template can leave the sandbox (CVE-2025-27516)"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What one check found. `fix` is set unless it is ok; `code` is the exit code of a failure."""
+
+    status: Literal["ok", "warning", "failed"]
+    detail: str
+    fix: str = ""
+    code: int = CONFIGURATION
+
+
+Check = Callable[[], Finding]
+
+
+def _python() -> Finding:
+    found = f"{platform.python_implementation()} {platform.python_version()}"
+    if sys.implementation.name != "cpython":
+        return Finding("warning", found, "use CPython: nothing else is tested")
+    return Finding("ok", found)
+
+
+def _packages() -> Finding:
+    """The dependencies that the package itself declares, extras left out."""
+    declared = [text for text in requires("sagellm") or () if "extra ==" not in text]
+    names = [match[0] for text in declared if (match := re.match(r"[\w.-]+", text))]
+    missing = [name for name in names if _version(name) is None]
+    if missing:
+        return Finding("failed", f"missing: {', '.join(missing)}", "make setup")
+    return Finding("ok", f"all {len(names)} are installed")
+
+
+def _versions() -> Finding:
+    bad = [
+        f"{name} {'.'.join(map(str, found))}: {effect}"
+        for name, good, effect in TOO_OLD
+        if (found := _version(name)) is not None and found < good
+    ]
+    if bad:
+        return Finding("failed", "; ".join(bad), "make setup, or upgrade these packages")
+    return Finding("ok", "no known bad ones")
+
+
+def _version(name: str) -> tuple[int, ...] | None:
+    try:
+        return tuple(int(part) for part in re.findall(r"\d+", installed(name).split("+")[0])[:3])
+    except PackageNotFoundError:
+        return None
+
+
+def _torch() -> Finding:
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        fix = "install the torch of the Python package index"
+        return Finding("warning", f"{torch.__version__}, without oneDNN: slow", fix)
+    return Finding("ok", f"{torch.__version__}, oneDNN")
+
+
+def _cpu() -> Finding:
+    capability = torch.backends.cpu.get_cpu_capability()
+    found = f"{_cpu_name()}, {capability}"
+    if capability == "DEFAULT":
+        fix = "use a machine with AVX2 or NEON; this one will be very slow"
+        return Finding("warning", found, fix)
+    return Finding("ok", found)
+
+
+def _cpu_name() -> str:
+    listing = Path("/proc/cpuinfo")
+    text = listing.read_text() if listing.exists() else ""
+    match = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return match[1] if match else platform.processor() or platform.machine()
+
+
+def _threads() -> Finding:
+    usable = _usable_cores()
+    found = f"{torch.get_num_threads()} threads on {usable} cores"
+    if torch.get_num_threads() > usable:
+        return Finding("warning", found, f"export OMP_NUM_THREADS={usable}")
+    return Finding("ok", found)
+
+
+def _usable_cores() -> int:
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def _memory() -> Finding:
+    memory = psutil.virtual_memory()
+    found = f"{memory.available / GIB:.1f} of {memory.total / GIB:.1f} GiB free"
+    if memory.available < MIN_FREE_BYTES:
+        fix = "stop other programs, or give the engines fewer KV blocks"
+        return Finding("failed", found, fix, RESOURCES)
+    return Finding("ok", found)
+
+
+def _disk() -> Finding:
+    free = shutil.disk_usage(tempfile.gettempdir()).free
+    found = f"{free / GIB:.1f} GiB free for temporary files"
+    if free < GIB:
+        return Finding("failed", found, "free some disk space, or set TMPDIR", RESOURCES)
+    return Finding("ok", found)
+
+
+def _open_files() -> Finding:
+    """`serve` raises the soft limit to the hard one by itself."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < 0:  # no limit
+        return Finding("ok", "as many open files as are wanted")
+    found = f"{hard} open files at once, for serve ({soft} for others)"
+    if hard < MIN_OPEN_FILES:
+        fix = f"raise the hard limit: ulimit -Hn {GOOD_OPEN_FILES} as root, LimitNOFILE= of systemd"
+        return Finding("failed", found, fix, RESOURCES)
+    if hard < GOOD_OPEN_FILES:
+        fix = f"as many connections: raise it for more (ulimit -Hn {GOOD_OPEN_FILES}, LimitNOFILE=)"
+        return Finding("warning", found, fix)
+    return Finding("ok", found)
+
+
+def _compiler() -> Finding:
+    found = c_compiler()
+    if not found:
+        fix = "install a C compiler (gcc or clang) for the faster kernels"
+        return Finding("warning", "none", fix)
+    try:
+        said = subprocess.run([*found, "--version"], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.SubprocessError) as error:
+        return Finding("warning", f"{shlex.join(found)}: {error}", "install gcc or clang")
+    return Finding("ok", f"{shlex.join(found)}: {said.stdout.partition(_LINE_END)[0]}")
+
+
+def _kernels() -> Finding:
+    """Where the compiled kernels are, or are going to be."""
+    compiler = c_compiler()
+    if not compiler:
+        return Finding("warning", "none: torch computes, slower", "install gcc or clang")
+    try:
+        there = built(library_name(compiler))
+        folder, why_not = writable_folder()
+    except (OSError, subprocess.SubprocessError) as error:
+        return Finding("warning", f"none: {error}", "install gcc or clang")
+    found = f"compiled, in {there.parent}" if there else f"compiled at the first start, to {folder}"
+    if why_not:
+        fix = "see that the folder can be written to, or set XDG_CACHE_HOME"
+        return Finding("warning", f"{why_not}: {found}", fix)
+    return Finding("ok", found)
+
+
+def _graphs() -> Finding:
+    """The shipped graphs, read as they are: what they import is not."""
+    try:
+        names = [yaml.load_file(shipped_file(name)).graph.name for name in shipped_names()]
+    except GraphError as error:
+        return Finding("failed", str(error), "reinstall sagellm: make setup")
+    if not names:
+        return Finding("failed", "none", "reinstall sagellm: make setup")
+    return Finding("ok", ", ".join(names))
+
+
+def _model() -> Finding:
+    """The shipped model, by the hash of its files in order of their names."""
+    folder = Path(str(files("sagellm.runtime"))) / "models" / "sage_tiny"
+    if not (folder / "model.safetensors").is_file():
+        return Finding("failed", "sage-tiny is missing", "reinstall sagellm: make setup")
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+        digest.update(path.name.encode() + path.read_bytes())
+    return Finding("ok", f"sage-tiny {digest.hexdigest()[:16]}")
+
+
+def _templates() -> Finding:
+    """Whether a chat template that never ends is stopped."""
+    template = IsolatedTemplate("", _ENDLESS, {})
+    try:
+        template.render([{"role": "user", "content": ""}])
+    except LimitExceeded:
+        pass
+    except HelperUnavailable as error:
+        return Finding("failed", str(error), "raise the limit of processes: ulimit -u", RESOURCES)
+    else:
+        return Finding("failed", "a template was not stopped", "use Linux: its limits are tested")
+    finally:
+        template.sandbox.close()
+    found = f"helper processes are stopped after {RENDER_CPU_S:g} s of CPU time"
+    if sys.platform != "linux":
+        fix = "take models from those you trust: this system limits no memory of a process"
+        return Finding("warning", found, fix)
+    return Finding("ok", f"{found}, and have {RENDER_BYTES >> 20} MiB of memory")
+
+
+CHECKS: dict[str, Check] = {
+    "python": _python,
+    "packages": _packages,
+    "versions": _versions,
+    "torch": _torch,
+    "cpu": _cpu,
+    "threads": _threads,
+    "memory": _memory,
+    "disk": _disk,
+    "limits": _open_files,
+    "compiler": _compiler,
+    "kernels": _kernels,
+    "graphs": _graphs,
+    "model": _model,
+    "templates": _templates,
+}
+
 
 _STYLES = {"ok": "green", "warning": "yellow", "failed": "bold red"}
 
@@ -19,7 +266,7 @@ def doctor(*, json: bool = False) -> int:
     json
         Print {"ok": ..., "checks": [{"name", "status", "detail", "fix"}]}.
     """
-    findings = examine(CHECKS)
+    findings = run_checks(CHECKS)
     if json:
         print(msgspec.json.encode(report(findings)).decode())
     else:
@@ -27,7 +274,7 @@ def doctor(*, json: bool = False) -> int:
     return exit_code(findings)
 
 
-def examine(checks: Mapping[str, Check]) -> dict[str, Finding]:
+def run_checks(checks: Mapping[str, Check]) -> dict[str, Finding]:
     """Run every check."""
     return {name: check() for name, check in checks.items()}
 

@@ -7,23 +7,22 @@ import msgspec
 from cyclopts import Parameter
 
 from sagellm.builder import Graph
-from sagellm.checking import check_graph
-from sagellm.cli.failure import CONFIGURATION, Failure
-from sagellm.cli.named import choose_graph, import_code, named_file
-from sagellm.cli.options import settings
+from sagellm.cli.errors import CONFIGURATION, Failure
+from sagellm.cli.graph_argument import choose_graph, find_graph_file, import_code
 from sagellm.cli.placing import check_executor, placed
-from sagellm.engines import engine_options
+from sagellm.cli.run_options import parse_assignments
+from sagellm.extensions import RESOLVER
 from sagellm.graphs import ir
 from sagellm.graphs.diagnostics import Diagnostic, GraphError
 from sagellm.graphs.kernels import infer
 from sagellm.graphs.models import build
 from sagellm.graphs.passes import KERNEL_PASSES, UnknownPass, run_pipeline
-from sagellm.graphs.passes.attach_bodies import AttachBodies
-from sagellm.graphs.passes.place import Place
+from sagellm.graphs.passes.placement import AttachBodies, Place
 from sagellm.graphs.text.draw import as_mermaid, as_svg, as_text
 from sagellm.graphs.vocabulary import nearest
-from sagellm.overrides import override
-from sagellm.registering import RESOLVER
+from sagellm.opening.checking import check_graph
+from sagellm.opening.graph_engines import engine_options
+from sagellm.opening.sources import override
 from sagellm.runtime.engine.options import PagedOptions
 from sagellm.runtime.models.folder import resolve_model
 from sagellm.runtime.registry import FUNCTIONS
@@ -61,7 +60,7 @@ def check(
     """
     try:
         named, model = choose_graph(file, model, import_)
-        graph = check_graph(named.document, RESOLVER, FUNCTIONS, settings(set_), model)
+        graph = check_graph(named.document, RESOLVER, FUNCTIONS, parse_assignments(set_), model)
     except GraphError as error:
         if not json:
             raise
@@ -114,7 +113,7 @@ def show(
     """
     import_code(import_)
     chosen = {} if executor is None else {"executor.kind": executor}
-    graph = _shown(file, node, after, chosen | settings(set_))
+    graph = _shown(file, node, after, chosen | parse_assignments(set_))
     print(FORMATS[format](graph, unfold=unfold), end="")
 
 
@@ -138,7 +137,7 @@ FORMATS: dict[Format, _Drawer] = {
 def _shown(
     file: str, node: str | None, after: str | None, overrides: dict[str, object]
 ) -> ir.Graph:
-    found = named_file(file)
+    found = find_graph_file(file)
     if found is None:
         if node or overrides:
             cause = "--node, --set and --executor are for graphs, and this is a model"

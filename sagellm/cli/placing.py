@@ -5,12 +5,12 @@ from dataclasses import asdict, replace
 from sagellm.graphs.check import Facts, locate
 from sagellm.graphs.diagnostics import GraphError
 from sagellm.graphs.ir import FrozenMap, Graph, freeze
-from sagellm.graphs.passes.place import Place
-from sagellm.graphs.rules.options import executor_options
-from sagellm.graphs.rules.subject import Subject
+from sagellm.graphs.passes.placement import Place
+from sagellm.graphs.rules.option_types import executor_options
+from sagellm.graphs.rules.rule import CheckContext
 from sagellm.graphs.text.yaml import Document
 from sagellm.graphs.vocabulary import Vocabulary
-from sagellm.runtime.cluster.options import EXECUTORS, processes_options
+from sagellm.runtime.cluster.executor_options import EXECUTORS, processes_options
 
 _LINKS = ("address", "kv")  # what pictures show of the executor's options, given or not
 
@@ -18,7 +18,7 @@ _LINKS = ("address", "kv")  # what pictures show of the executor's options, give
 def check_executor(graph: Graph, document: Document) -> None:
     """Raise GraphError for an executor or an option of it that there is not."""
     facts = Facts(executors=EXECUTORS)
-    found = tuple(executor_options(Subject(graph, Vocabulary({}), facts)))
+    found = tuple(executor_options(CheckContext(graph, Vocabulary({}), facts)))
     if found:
         raise GraphError(locate(found, document.positions))
 

@@ -8,10 +8,10 @@ from typing import Annotated, Any
 import msgspec
 from cyclopts import Parameter
 
-from sagellm.cli.failure import FAILED, Failure
-from sagellm.cli.named import import_code
-from sagellm.cli.options import settings
-from sagellm.replay import Difference, Replayed, replay
+from sagellm.cli.errors import FAILED, Failure
+from sagellm.cli.graph_argument import import_code
+from sagellm.cli.run_options import parse_assignments
+from sagellm.opening.decisions import ReplayDifference, ReplayResult, replay
 from sagellm.runtime.core.decision_log import LogError
 from sagellm.runtime.core.events import Event
 from sagellm.runtime.registry import FUNCTIONS
@@ -80,7 +80,7 @@ def run(
     """
     import_code(import_)
     try:
-        found = replay(log, functions=FUNCTIONS, overrides=settings(set_))
+        found = replay(log, functions=FUNCTIONS, overrides=parse_assignments(set_))
     except OSError as error:
         raise Failure(f"{error.strerror}", "name a file that --decisions wrote", str(log)) from None
     except LogError as error:
@@ -92,7 +92,7 @@ def run(
     return 0 if found.difference is None else FAILED
 
 
-def _show(found: Replayed) -> None:
+def _show(found: ReplayResult) -> None:
     cut = "; the log ends before its graph did" if found.is_cut else ""
     counts = f"{found.num_events} events, {found.num_effects} effects"
     if found.difference is None:
@@ -102,7 +102,7 @@ def _show(found: Replayed) -> None:
     _show_difference(found.difference)
 
 
-def _show_difference(difference: Difference) -> None:
+def _show_difference(difference: ReplayDifference) -> None:
     print(f"event {difference.number}, at {difference.now_s:.6f} s: {event_line(difference.event)}")
     for title, effects in (("recorded", difference.recorded), ("replayed", difference.replayed)):
         print(f"  {title}:" if effects else f"  {title}: nothing")

@@ -11,25 +11,23 @@ import trio
 from cyclopts import Parameter
 
 from sagellm.backends import LoweringError, UnknownBackend
-from sagellm.batch.line import Ask, numbered_lines
-from sagellm.batch.output import Output, open_output
-from sagellm.batch.serve import Batch, Tally
-from sagellm.cli.failure import ENGINE_FIX, FAILED, INTERRUPTED, Failure, draining
-from sagellm.cli.loading import shown_start
-from sagellm.cli.named import choose_graph, chosen_model
-from sagellm.cli.options import (
+from sagellm.batch import BatchRun, LineCounts, OutputFile, open_output
+from sagellm.batch.lines import LineRequest, numbered_lines
+from sagellm.cli.errors import ENGINE_FIX, FAILED, INTERRUPTED, Failure, drain_on_interrupt
+from sagellm.cli.graph_argument import choose_graph, choose_model
+from sagellm.cli.run_options import (
     FileOptions,
     PromptOptions,
-    SamplingOptions,
-    check_together,
-    settings,
+    RunSamplingOptions,
+    check_run_options,
+    parse_assignments,
 )
-from sagellm.cli.output import Progress, print_summary, show_summary
 from sagellm.cli.single import answer_prompt
-from sagellm.prompts import check_room
+from sagellm.cli.terminal import FileProgress, print_summary, show_start_progress, show_summary
 from sagellm.runtime.engine.options import EngineOptionError
 from sagellm.runtime.messages import Answer
 from sagellm.session import Session
+from sagellm.session.requests import check_room
 
 STDIN, STDOUT = 0, 1
 DRAINING = "finishing what runs; Ctrl-C again stops at once"
@@ -38,7 +36,7 @@ DRAINING = "finishing what runs; Ctrl-C again stops at once"
 async def answer_file(
     opening: AbstractAsyncContextManager[Session],
     files: FileOptions,
-    draw: SamplingOptions,
+    draw: RunSamplingOptions,
     json: bool,
     model: str = "",
 ) -> int:
@@ -49,16 +47,16 @@ async def answer_file(
     _check_output(files)
     with _input(files.input) as source:
         async with opening as session:
-            with _output(files) as output, Progress(files.input) as progress:
+            with _output(files) as output, FileProgress(files.input) as progress:
                 batch = _batch(session, output, draw, progress, model)
-                async with draining(drain, DRAINING):
-                    tally = await batch.serve(numbered_lines(source), drain)
-            (print_summary if json else show_summary)(session.statistics(), tally)
-    return INTERRUPTED if drain.cancel_called else _exit_code(tally)
+                async with drain_on_interrupt(drain, DRAINING):
+                    counts = await batch.serve(numbered_lines(source), drain)
+            (print_summary if json else show_summary)(session.statistics(), counts)
+    return INTERRUPTED if drain.cancel_called else _exit_code(counts)
 
 
-def _exit_code(tally: Tally) -> int:
-    return FAILED if tally.num_failed else 0
+def _exit_code(counts: LineCounts) -> int:
+    return FAILED if counts.num_failed else 0
 
 
 def _source(path: Path | None) -> int | str:
@@ -88,19 +86,23 @@ def _check_output(files: FileOptions) -> None:
         raise Failure("the output exists", fix, str(files.output))
 
 
-def _output(files: FileOptions) -> Output:
+def _output(files: FileOptions) -> OutputFile:
     """Opened once the graph is, so that a graph that cannot be leaves no empty file."""
     if files.output is None:
-        return Output(open(STDOUT, "wb", closefd=False), Path("standard output"))
+        return OutputFile(open(STDOUT, "wb", closefd=False), Path("standard output"))
     return open_output(files.output, force=files.force, resume=files.resume)
 
 
 def _batch(
-    session: Session, output: Output, draw: SamplingOptions, progress: Progress, default: str
-) -> Batch:
+    session: Session,
+    output: OutputFile,
+    draw: RunSamplingOptions,
+    progress: FileProgress,
+    default: str,
+) -> BatchRun:
     """`default`: the model of lines that name none."""
 
-    async def reply(ask: Ask) -> Sequence[Answer]:
+    async def reply(ask: LineRequest) -> Sequence[Answer]:
         model = ask.fields.get("model", default)
         encoded = session.encode(ask.prompt, model=model)
         if ask.has_max_tokens or draw.max_tokens is not None:
@@ -109,7 +111,7 @@ def _batch(
         fields = {**ask.fields, "model": model}
         return await session.generate_all(encoded, sampling=ask.sampling, **fields)
 
-    return Batch(reply, output, draw.sampling, frozenset(draw.given), report=progress.advance)
+    return BatchRun(reply, output, draw.sampling, frozenset(draw.given), report=progress.advance)
 
 
 def run(
@@ -118,7 +120,7 @@ def run(
     *,
     asked: PromptOptions = PromptOptions(),  # noqa: B008 - frozen
     files: FileOptions = FileOptions(),  # noqa: B008 - frozen
-    draw: SamplingOptions = SamplingOptions(),  # noqa: B008 - frozen
+    draw: RunSamplingOptions = RunSamplingOptions(),  # noqa: B008 - frozen
     model: str | None = None,
     executor: str | None = None,
     set_: Annotated[tuple[str, ...], Parameter(name="--set")] = (),
@@ -150,12 +152,14 @@ def run(
     json
         Print the answer, or the summary of a file, as JSON.
     """
-    check_together(asked, files)
+    check_run_options(asked, files)
     named, model = choose_graph(graph, model, import_)
-    model, asked_model = chosen_model(named, model)
-    opening = named.open(set=settings(set_), model=model, executor=executor, decisions=decisions)
+    model, asked_model = choose_model(named, model)
+    opening = named.open(
+        set=parse_assignments(set_), model=model, executor=executor, decisions=decisions
+    )
     try:
-        with shown_start() as progress:
+        with show_start_progress() as progress:
             opening.report_to(progress)
             if asked.prompt is None:
                 return trio.run(answer_file, opening, files, draw, json, asked_model)

@@ -5,33 +5,32 @@ import gc
 import trio
 
 from sagellm.backends import LoweringError, UnknownBackend
-from sagellm.cli.config_file import Config, read_config
-from sagellm.cli.failure import CONFIGURATION, ENGINE_FIX, RESOURCES, Failure, warn
-from sagellm.cli.loading import shown_start
-from sagellm.cli.named import choose_graphs
-from sagellm.cli.options import settings as assignments
-from sagellm.cli.printed import printed
-from sagellm.cli.secrets import exposed
-from sagellm.cli.serving import (
-    IN_A_FILE,
+from sagellm.cli.config_file import ConfigFile, format_config, read_config
+from sagellm.cli.errors import CONFIGURATION, ENGINE_FIX, RESOURCES, Failure, warn
+from sagellm.cli.graph_argument import choose_graphs
+from sagellm.cli.keys import readable_secrets
+from sagellm.cli.run_options import parse_assignments as assignments
+from sagellm.cli.serve_options import (
+    CONFIG_FILE_OPTIONS,
     ConfigOptions,
     GraphOptions,
     ListenOptions,
-    ModelOptions,
-    WatchOptions,
-    check_installed,
+    ObservabilityOptions,
+    ServedModelOptions,
+    bound_socket,
     check_open_files,
-    listening,
-    logs_of,
-    overrides,
+    check_server_installed,
+    engine_overrides,
     read_settings,
     served_names,
+    server_logs,
 )
 from sagellm.cli.setting import merge_given
-from sagellm.decisions import Decisions
-from sagellm.gateway.front import serve_graph
+from sagellm.cli.terminal import show_start_progress
+from sagellm.gateway.lifecycle import serve_graph
 from sagellm.gateway.processes.supervision import GatewaysFailed
-from sagellm.log_writer import write_line
+from sagellm.logs.lines import write_line
+from sagellm.opening.decisions import DecisionFile
 from sagellm.runtime.engine.options import EngineOptionError
 
 
@@ -40,9 +39,9 @@ def serve(
     /,
     *models: str,
     listen: ListenOptions = ListenOptions(),  # noqa: B008 - frozen
-    served: ModelOptions = ModelOptions(),  # noqa: B008 - frozen
+    served: ServedModelOptions = ServedModelOptions(),  # noqa: B008 - frozen
     opened: GraphOptions = GraphOptions(),  # noqa: B008 - frozen
-    watch: WatchOptions = WatchOptions(),  # noqa: B008 - frozen
+    watch: ObservabilityOptions = ObservabilityOptions(),  # noqa: B008 - frozen
     config: ConfigOptions = ConfigOptions(),  # noqa: B008 - frozen
 ) -> int:
     """Serve a graph, or models, to OpenAI clients.
@@ -57,29 +56,35 @@ def serve(
     models
         Further models, served beside the first; `model` in a request chooses.
     """
-    file = read_config(config.config, IN_A_FILE) if config.config else Config()
+    file = read_config(config.config, CONFIG_FILE_OPTIONS) if config.config else ConfigFile()
     listen, served = merge_given(listen, file.values), merge_given(served, file.values)
     opened, watch = merge_given(opened, file.values), merge_given(watch, file.values)
     chosen, model = choose_graphs((graph, *models), opened.model, opened.import_)
     names = served_names(chosen, model, served)
     settings = read_settings(listen, names, watch, file, config.limit)
-    check_installed(settings.server)
-    for warning in exposed(file, (listen.tls_key, listen.admin_key_file, listen.salt_key_file)):
+    check_server_installed(settings.server)
+    for warning in readable_secrets(
+        file, (listen.tls_key, listen.admin_key_file, listen.salt_key_file)
+    ):
         warn(warning)
     changes = {**file.set, **assignments(opened.set_)}
     if config.print_config:
-        print(printed((opened, listen, served, watch), settings, file, changes), end="")
+        print(format_config((opened, listen, served, watch), settings, file, changes), end="")
         return 0
     check_open_files()
     opening = chosen.open(
-        set=overrides(chosen, served) | changes, model=model, executor=opened.executor
+        set=engine_overrides(chosen, served) | changes, model=model, executor=opened.executor
     )
-    with logs_of(watch, settings), listening(settings) as sock, shown_start() as progress:
+    with (
+        server_logs(watch, settings),
+        bound_socket(settings) as sock,
+        show_start_progress() as progress,
+    ):
         opening.report_to(progress)
         if opened.decisions is not None:
-            opening.record_to(Decisions(opened.decisions, opened.decisions_bytes))
+            opening.record_to(DecisionFile(opened.decisions, opened.decisions_bytes))
         try:
-            trio.run(serve_graph, opening, settings, sock, _settled)
+            trio.run(serve_graph, opening, settings, sock, _started)
         except (UnknownBackend, LoweringError, EngineOptionError) as error:
             raise Failure(str(error), ENGINE_FIX, graph) from None
         except GatewaysFailed as error:
@@ -89,13 +94,13 @@ def serve(
     return 0
 
 
-def _settled(text: str) -> None:
+def _started(text: str) -> None:
     """All is loaded: say where the gateway listens."""
     gc.collect()
     gc.freeze()  # what was loaded stays: to walk it all again would stall every stream for 50 ms
-    tell(text)
+    print_address(text)
 
 
-def tell(text: str) -> None:
+def print_address(text: str) -> None:
     """Print where the gateway listens."""
     write_line(f"{text}\n".encode())  # served all the same, where nobody can read that

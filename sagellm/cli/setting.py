@@ -23,7 +23,7 @@ from typing import (
 import msgspec
 from cyclopts import Parameter, Token
 
-from sagellm.gateway.settings import Budget, Limits, Streaming
+from sagellm.gateway.settings import Budget, RequestLimits, Streaming
 from sagellm.runtime.engine.options import EngineOptionError, num_bytes
 
 
@@ -36,7 +36,7 @@ def _whole(kind: Any, tokens: Sequence[Token]) -> int:
         raise ValueError(f"{text} is no whole number") from None
 
 
-Whole: TypeAlias = Annotated[int, Parameter(converter=_whole, n_tokens=1)]
+WholeNumber: TypeAlias = Annotated[int, Parameter(converter=_whole, n_tokens=1)]
 
 
 _KINDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
@@ -50,18 +50,18 @@ class InvalidSetting(ValueError):
     """A value that a setting does not take; the message says what it takes."""
 
 
-class TracksGiven:
+class GivenOptions:
     """Options that know which of them were given: `given` has their names."""
 
     given: frozenset[str]
 
-    def __new__(cls, **given: object) -> "TracksGiven":
+    def __new__(cls, **given: object) -> "GivenOptions":
         self = super().__new__(cls)
         object.__setattr__(self, "given", frozenset(given))
         return self
 
 
-T = TypeVar("T", bound=TracksGiven)
+T = TypeVar("T", bound=GivenOptions)
 
 
 def merge_given(options: T, values: Mapping[str, Any]) -> T:
@@ -196,7 +196,7 @@ def _path(kind: type, value: object) -> object:
     raise ValueError(value)
 
 
-STRUCTS = (Limits, Streaming, Budget)
+LIMIT_STRUCTS = (RequestLimits, Streaming, Budget)
 LIMITS: Mapping[str, Setting] = {
-    name: setting for struct in STRUCTS for name, setting in settings_of(struct).items()
+    name: setting for struct in LIMIT_STRUCTS for name, setting in settings_of(struct).items()
 }  # what `--limit` and `[limits]` take

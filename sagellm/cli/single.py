@@ -7,15 +7,15 @@ from typing import TypeVar
 
 import trio
 
-from sagellm.batch.line import Prompt
-from sagellm.batch.output import encode, failure, record
-from sagellm.cli.failure import CONFIGURATION, FAILED, INTERRUPTED, Failure, draining
-from sagellm.cli.options import PromptOptions, SamplingOptions
-from sagellm.cli.output import show_summary
-from sagellm.prompts import Encoded, check_room
+from sagellm.batch import answer_record, encode_record, error_record
+from sagellm.batch.lines import LinePrompt
+from sagellm.cli.errors import CONFIGURATION, FAILED, INTERRUPTED, Failure, drain_on_interrupt
+from sagellm.cli.run_options import PromptOptions, RunSamplingOptions
+from sagellm.cli.terminal import show_summary
 from sagellm.runtime.messages import SERVED, Answer, Sampling
 from sagellm.runtime.models.chat import ChatTemplateError
 from sagellm.session import Output, RequestError, RequestFailed, RequestRefused, Session
+from sagellm.session.requests import Encoded, check_room
 
 PROMPT_ID = "prompt"
 _FIX_OF_FAULT = "correct what is named there; the log on stderr has the traceback of your own code"
@@ -26,7 +26,7 @@ T = TypeVar("T")
 async def answer_prompt(
     opening: AbstractAsyncContextManager[Session],
     asked: PromptOptions,
-    draw: SamplingOptions,
+    draw: RunSamplingOptions,
     json: bool,
     model: str = "",
 ) -> int:
@@ -35,7 +35,7 @@ async def answer_prompt(
     answer = _streamed if asked.stream else _whole
     async with opening as session:
         with trio.CancelScope() as asking:
-            async with draining(asking, "cancelled"):
+            async with drain_on_interrupt(asking, "cancelled"):
                 end = await _accepted(_asked(answer, session, prompt, draw, json, model))
         if asking.cancelled_caught:
             return INTERRUPTED
@@ -44,7 +44,7 @@ async def answer_prompt(
     return 0
 
 
-def _prompt(asked: PromptOptions) -> Prompt:
+def _prompt(asked: PromptOptions) -> LinePrompt:
     text = _text(asked.prompt)
     if not text:
         raise Failure("the prompt is empty", 'give --prompt "Hello", or pipe text into --prompt -')
@@ -77,8 +77,8 @@ async def _accepted(answering: Awaitable[T]) -> T:
 async def _asked(
     answer: Callable[..., Awaitable[T]],
     session: Session,
-    prompt: Prompt,
-    draw: SamplingOptions,
+    prompt: LinePrompt,
+    draw: RunSamplingOptions,
     json: bool,
     model: str,
 ) -> T:
@@ -96,11 +96,11 @@ async def _whole(
         answer = await session.generate(prompt, sampling=sampling, model=model)
     except (RequestRefused, RequestFailed) as error:
         if json:
-            line = failure(PROMPT_ID, str(error), str(error.end.finish_reason))
-            _write(encode(line).decode())
+            line = error_record(PROMPT_ID, str(error), str(error.end.finish_reason))
+            _write(encode_record(line).decode())
         raise
     if json:
-        _write(encode(record(PROMPT_ID, [answer])).decode())
+        _write(encode_record(answer_record(PROMPT_ID, [answer])).decode())
     elif answer.finish_reason in SERVED:
         _write(f"{answer.text if answer.value is None else answer.value}\n")
     return answer
@@ -114,9 +114,9 @@ async def _streamed(
     async with session.stream(prompt, sampling=sampling, model=model) as stream:
         try:
             async for event in stream:
-                _write(encode(_event(event)).decode() if json else event.text)
+                _write(encode_record(_event(event)).decode() if json else event.text)
         except (RequestRefused, RequestFailed) as error:
-            _write(encode(_event(error.end)).decode() if json else "\n")
+            _write(encode_record(_event(error.end)).decode() if json else "\n")
             raise
     _write("" if json else "\n")
     return event

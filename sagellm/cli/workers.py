@@ -13,15 +13,21 @@ from cyclopts.validators import Number
 from rich.console import Console
 from rich.table import Table
 
-from sagellm.cli.failure import Failure
-from sagellm.cli.setting import Whole
-from sagellm.runtime.cluster.control import Answered, Asked, Row, ask, running
+from sagellm.cli.errors import Failure
+from sagellm.cli.setting import WholeNumber
+from sagellm.runtime.cluster.control import (
+    ControlReply,
+    ControlRequest,
+    ReplicaStatus,
+    ask,
+    running,
+)
 
 _NONE_RUNS = "sagellm serve GRAPH --executor processes runs one with workers"
 _COLUMNS = ("graph", "graph pid", "operator", "pid", "state", "restarts", "run", "wait", "kv")
 
-Replica = Annotated[Whole | None, Parameter(validator=Number(gte=0))]
-Pid = Whole | None
+Replica = Annotated[WholeNumber | None, Parameter(validator=Number(gte=0))]
+Pid = WholeNumber | None
 
 
 def ps(*, json: bool = False) -> int:
@@ -32,7 +38,7 @@ def ps(*, json: bool = False) -> int:
     json
         Print a list of objects: operator, replica, pid, state, restarts, executor, what it does.
     """
-    rows = [row for rows in _rows_of(trio.run(_answers, Asked("ps"))) for row in rows]
+    rows = [row for rows in _rows_of(trio.run(_answers, ControlRequest("ps"))) for row in rows]
     if json:
         print(msgspec.json.encode(rows).decode())
     else:
@@ -58,7 +64,7 @@ def restart(
     json
         Print them as `ps` does.
     """
-    return _change(_of("restart", operator, replica), graph_pid, json)
+    return _change(_request_for("restart", operator, replica), graph_pid, json)
 
 
 def drain(
@@ -79,22 +85,24 @@ def drain(
     json
         Print them as `ps` does.
     """
-    return _change(_of("drain", operator, replica), graph_pid, json)
+    return _change(_request_for("drain", operator, replica), graph_pid, json)
 
 
-def _of(command: Literal["drain", "restart"], operator: str, replica: int | None) -> Asked:
+def _request_for(
+    command: Literal["drain", "restart"], operator: str, replica: int | None
+) -> ControlRequest:
     """`decode[0]`, as `ps` shows a worker, is replica 0 of decode."""
     found = re.fullmatch(r"(.+)\[(\d+)\]", operator)
     if found is None:
-        return Asked(command, operator, replica)
+        return ControlRequest(command, operator, replica)
     if replica not in (None, int(found[2])):
         raise Failure(f"{operator} is not --replica {replica}", "name one of them")
-    return Asked(command, found[1], int(found[2]))
+    return ControlRequest(command, found[1], int(found[2]))
 
 
 def scale(
     operator: str,
-    count: Annotated[Whole, Parameter(validator=Number(gte=1))],
+    count: Annotated[WholeNumber, Parameter(validator=Number(gte=1))],
     /,
     *,
     graph_pid: Pid = None,
@@ -115,11 +123,11 @@ def scale(
     json
         Print them as `ps` does.
     """
-    return _change(Asked("scale", operator, count=count), graph_pid, json)
+    return _change(ControlRequest("scale", operator, count=count), graph_pid, json)
 
 
-def _change(asked: Asked, graph_pid: int | None, json: bool) -> int:
-    done = trio.run(_asked_of_one, asked, graph_pid).rows
+def _change(asked: ControlRequest, graph_pid: int | None, json: bool) -> int:
+    done = trio.run(_ask_one_graph, asked, graph_pid).rows
     if json:
         print(msgspec.json.encode(done).decode())
     else:
@@ -133,11 +141,11 @@ def _change(asked: Asked, graph_pid: int | None, json: bool) -> int:
     return 0
 
 
-async def _asked_of_one(asked: Asked, graph_pid: int | None) -> Answered:
+async def _ask_one_graph(asked: ControlRequest, graph_pid: int | None) -> ControlReply:
     """The answer of the one graph that is meant. Raises Failure."""
     listed = {
         path: answer
-        for path, answer in (await _answers(Asked("ps"))).items()
+        for path, answer in (await _answers(ControlRequest("ps"))).items()
         if answer.rows and answer.rows[0].executor == "processes"
     }
     if not listed:
@@ -159,11 +167,11 @@ async def _asked_of_one(asked: Asked, graph_pid: int | None) -> Answered:
     return answer
 
 
-def _rows_of(listed: Mapping[Path, Answered]) -> list[tuple[Row, ...]]:
+def _rows_of(listed: Mapping[Path, ControlReply]) -> list[tuple[ReplicaStatus, ...]]:
     return [answer.rows for answer in listed.values() if answer.rows]
 
 
-async def _answers(asked: Asked) -> dict[Path, Answered]:
+async def _answers(asked: ControlRequest) -> dict[Path, ControlReply]:
     """Of every graph that still runs."""
     found = {}
     for path in running():
@@ -172,7 +180,7 @@ async def _answers(asked: Asked) -> dict[Path, Answered]:
     return found
 
 
-def _print(rows: Sequence[Row]) -> None:
+def _print(rows: Sequence[ReplicaStatus]) -> None:
     """Within the width of the terminal: names that are too long go on in the next line."""
     if not rows:
         Console(stderr=True).print("no graph is served here", markup=False)

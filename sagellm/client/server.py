@@ -1,36 +1,51 @@
-"""One server over HTTP, for plain threads."""
+"""The connection to one server over HTTP, for plain threads and for async code."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, suppress
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from contextlib import aclosing, closing, suppress
 from typing import Any
 
 import httpx2
 
-from sagellm.client import asking
-from sagellm.client.answers import Piece, Reply, StreamReader, pieces, read_body, reply
-from sagellm.client.failure import ClientError, refused, translated
-from sagellm.client.finding import LOCAL, PROBE_S, headers, is_server, nobody, transport_options
-from sagellm.client.streams import Stream
+from sagellm.client import http_calls
+from sagellm.client.http_calls import (
+    LOCAL,
+    PROBE_S,
+    is_server,
+    no_server,
+    request_headers,
+    transport_options,
+)
+from sagellm.client.replies import (
+    AsyncReplyStream,
+    ChunkReader,
+    Piece,
+    ReplyStream,
+    TextReply,
+    chunk_pieces,
+    read_body,
+    whole_reply,
+)
+from sagellm.client.responses import BodyBytes, ClientError, raising_client_errors, response_error
 
-JSON = {"Content-Type": "application/json"}
+_JSON_HEADERS = {"Content-Type": "application/json"}
 
 
 def find_server() -> str:
     """The first local address where an OpenAI-compatible server answers. Raises ClientError."""
     found = next((url for url in LOCAL if _answers(url)), None)
     if found is None:
-        raise nobody()
+        raise no_server()
     return found
 
 
 def _answers(url: str) -> bool:
     with suppress(httpx2.HTTPError), httpx2.Client(trust_env=False, timeout=PROBE_S) as probe:
-        answer = probe.get(f"{url}{asking.MODELS}", headers=headers(None))
+        answer = probe.get(f"{url}{http_calls.MODELS}", headers=request_headers(None))
         return is_server(answer.status_code, answer.content)
     return False
 
 
-class Server:
+class ServerConnection:
     """Connections to one server; any number of threads may use them at once."""
 
     def __init__(self, url: str, api_key: str | None, timeout_s: float) -> None:
@@ -46,37 +61,37 @@ class Server:
         options: Mapping[str, Any],
         model: str | None,
         stream: bool,
-    ) -> Reply | Stream:
+    ) -> TextReply | ReplyStream:
         """One call for text: whole, or as it comes once the server has accepted it."""
-        content = asking.encode(call, options, model or self._first_model(), stream)
+        content = http_calls.encode_call(call, options, model or self._first_model(), stream)
         response = self._send("POST", path, content)
         if stream:
             return self._streamed(response)
-        return reply(read_body(self._read(response)))
+        return whole_reply(read_body(self._read(response)))
 
     def models(self) -> list[str]:
-        return asking.model_ids(self._get(asking.MODELS))
+        return http_calls.read_model_ids(self._get(http_calls.MODELS))
 
     def status(self) -> dict[str, Any]:
         """What the server tells of itself; what it does not offer is None."""
-        is_ready = self._offered(asking.HEALTH) is not None
-        load, version = self._offered(asking.LOAD), self._offered(asking.VERSION)
-        return asking.status(self.url, self.models(), is_ready, load, version)
+        is_ready = self._offered(http_calls.HEALTH) is not None
+        load, version = self._offered(http_calls.LOAD), self._offered(http_calls.VERSION)
+        return http_calls.server_status(self.url, self.models(), is_ready, load, version)
 
     def embed(self, texts: Sequence[str], model: str | None) -> list[list[float]]:
         call = {"model": model or self._first_model(), "input": list(texts)}
         try:
-            response = self._send("POST", asking.EMBEDDINGS, asking.encode_plain(call))
-            return asking.vectors(self._read(response))
+            response = self._send("POST", http_calls.EMBEDDINGS, http_calls.encode_json(call))
+            return http_calls.read_embeddings(self._read(response))
         except ClientError as error:
-            raise asking.without_embeddings(error) from error
+            raise http_calls.without_embeddings(error) from error
 
     def close(self) -> None:
         self._http.close()
 
     def _first_model(self) -> str:
         if self._first is None:
-            self._first = asking.first_of(self.models())
+            self._first = http_calls.first_model_of(self.models())
         return self._first
 
     def _get(self, path: str) -> bytes:
@@ -93,30 +108,158 @@ class Server:
 
     def _send(self, method: str, path: str, content: bytes | None = None) -> httpx2.Response:
         """An answer that is accepted and not read yet. Raises ClientError."""
-        with translated(self.url):
-            extra = JSON if content is not None else None
+        with raising_client_errors(self.url):
+            extra = _JSON_HEADERS if content is not None else None
             request = self._http.build_request(method, path, content=content, headers=extra)
             response = self._http.send(request, stream=True)
         if not response.is_success:
-            raise refused(response.status_code, response.headers, self._read(response))
+            raise response_error(response.status_code, response.headers, self._read(response))
         return response
 
     def _read(self, response: httpx2.Response) -> bytes:
-        with translated(self.url), closing(response):
+        with raising_client_errors(self.url), closing(response):
             return response.read()
 
-    def _streamed(self, response: httpx2.Response) -> Stream:
-        if asking.is_stream(response.headers):
-            return Stream(self._pieces(response), response.close)
-        raise asking.not_streamed(self._read(response))
+    def _streamed(self, response: httpx2.Response) -> ReplyStream:
+        if http_calls.is_stream(response.headers):
+            return ReplyStream(self._pieces(response), response.close)
+        raise http_calls.not_streamed(self._read(response))
 
     def _pieces(self, response: httpx2.Response) -> Iterator[Piece]:
-        reader = StreamReader()
+        reader = ChunkReader()
         body = response.iter_bytes()
         with closing(response):
             while not reader.is_over:
-                with translated(self.url):
+                with raising_client_errors(self.url):
                     data = next(body, None)
                 reader.end() if data is None else reader.feed(data)
                 while (chunk := reader.next()) is not None:
-                    yield from pieces(chunk)
+                    yield from chunk_pieces(chunk)
+
+
+async def find_server_async() -> str:
+    """The first local address where an OpenAI-compatible server answers. Raises ClientError."""
+    for url in LOCAL:
+        if await _answers_async(url):
+            return url
+    raise no_server()
+
+
+async def _answers_async(url: str) -> bool:
+    with suppress(httpx2.HTTPError):
+        async with httpx2.AsyncClient(trust_env=False, timeout=PROBE_S) as probe:
+            answer = await probe.get(f"{url}{http_calls.MODELS}", headers=request_headers(None))
+            return is_server(answer.status_code, answer.content)
+    return False
+
+
+class AsyncServerConnection:
+    """Connections to one server, for the tasks of one event loop."""
+
+    def __init__(
+        self,
+        url: str,
+        api_key: str | None,
+        timeout_s: float,
+        transport: httpx2.AsyncBaseTransport | None = None,
+    ) -> None:
+        self.url = url
+        options: Any = transport_options(url, api_key, timeout_s)
+        self._http = httpx2.AsyncClient(**options, transport=transport)
+        self._first: str | None = None
+
+    async def ask(
+        self,
+        path: str,
+        call: Mapping[str, Any],
+        options: Mapping[str, Any],
+        model: str | None,
+        stream: bool,
+    ) -> TextReply | AsyncReplyStream:
+        """One call for text: whole, or as it comes once the server has accepted it."""
+        content = http_calls.encode_call(call, options, model or await self.first_model(), stream)
+        response = await self.send("POST", path, content)
+        if stream:
+            return await self._streamed(response)
+        return whole_reply(read_body(await self.read(response)))
+
+    async def models(self) -> list[str]:
+        return http_calls.read_model_ids(await self._get(http_calls.MODELS))
+
+    async def status(self) -> dict[str, Any]:
+        """What the server tells of itself; what it does not offer is None."""
+        is_ready = await self._offered(http_calls.HEALTH) is not None
+        load, version = (
+            await self._offered(http_calls.LOAD),
+            await self._offered(http_calls.VERSION),
+        )
+        return http_calls.server_status(self.url, await self.models(), is_ready, load, version)
+
+    async def embed(self, texts: Sequence[str], model: str | None) -> list[list[float]]:
+        call = {"model": model or await self.first_model(), "input": list(texts)}
+        try:
+            response = await self.send("POST", http_calls.EMBEDDINGS, http_calls.encode_json(call))
+            return http_calls.read_embeddings(await self.read(response))
+        except ClientError as error:
+            raise http_calls.without_embeddings(error) from error
+
+    async def aclose(self) -> None:
+        await self._http.aclose()
+
+    async def first_model(self) -> str:
+        """The model that the server names first; asked once."""
+        if self._first is None:
+            self._first = http_calls.first_model_of(await self.models())
+        return self._first
+
+    async def send(self, method: str, path: str, content: bytes | None = None) -> httpx2.Response:
+        """An answer that is accepted and not read yet: to be closed. Raises ClientError."""
+        with raising_client_errors(self.url):
+            extra = _JSON_HEADERS if content is not None else None
+            request = self._http.build_request(method, path, content=content, headers=extra)
+            response = await self._http.send(request, stream=True)
+        if not response.is_success:
+            raise response_error(response.status_code, response.headers, await self.read(response))
+        return response
+
+    async def _get(self, path: str) -> bytes:
+        return await self.read(await self.send("GET", path))
+
+    async def _offered(self, path: str) -> bytes | None:
+        """The answer of an endpoint that a server may lack, or refuse."""
+        try:
+            return await self._get(path)
+        except ClientError as error:
+            if error.status is None:
+                raise
+            return None
+
+    async def read(self, response: httpx2.Response) -> bytes:
+        """The whole body; the answer is closed then. Raises ClientError."""
+        with raising_client_errors(self.url):
+            async with aclosing(response):
+                return await response.aread()
+
+    async def _streamed(self, response: httpx2.Response) -> AsyncReplyStream:
+        if not http_calls.is_stream(response.headers):
+            raise http_calls.not_streamed(await self.read(response))
+        body = BodyBytes(response, self.url)
+        generator = _read_pieces(body)
+
+        async def close() -> None:
+            await generator.aclose()
+            await body.aclose()
+
+        return AsyncReplyStream(generator, close)
+
+
+async def _read_pieces(body: BodyBytes) -> AsyncGenerator[Piece, None]:
+    reader = ChunkReader()
+    async with body:
+        while not reader.is_over:
+            data = await body.next()
+            reader.end() if data is None else reader.feed(data)
+            while (chunk := reader.next()) is not None:
+                for piece in chunk_pieces(chunk):
+                    yield piece
+        await body.finish()

@@ -4,18 +4,25 @@ from collections.abc import Iterable, Mapping, Sequence
 from importlib import import_module
 from typing import Any, Literal, Protocol, overload
 
-from sagellm.client.answers import Reply
-from sagellm.client.asking import CHAT, COMPLETIONS, Messages, Prompt, texts_of
-from sagellm.client.failure import CLOSED, MISUSED, ClientError
-from sagellm.client.finding import check_embedded, given_key, given_url
-from sagellm.client.server import Server, find_server
-from sagellm.client.streams import Stream
-from sagellm.misuse import blocked_loop, misused
+from sagellm.client.http_calls import (
+    CHAT,
+    COMPLETIONS,
+    Messages,
+    Prompt,
+    check_embedded,
+    configured_key,
+    configured_url,
+    texts_of,
+)
+from sagellm.client.replies import ReplyStream, TextReply
+from sagellm.client.responses import CLOSED, MISUSED, ClientError
+from sagellm.client.server import ServerConnection, find_server
+from sagellm.errors import blocked_loop, misused
 
 TIMEOUT_S = 60.0
 
 
-class Served(Protocol):
+class InferenceService(Protocol):
     """Whatever answers: a server over HTTP, or a graph in this process."""
 
     def ask(
@@ -25,7 +32,7 @@ class Served(Protocol):
         options: Mapping[str, Any],
         model: str | None,
         stream: bool,
-    ) -> Reply | Stream: ...
+    ) -> TextReply | ReplyStream: ...
 
     def models(self) -> list[str]: ...
 
@@ -50,7 +57,7 @@ class UnifiedInferenceClient:
 
     def __init__(
         self,
-        served: Served,
+        served: InferenceService,
         *,
         default_llm_model: str | None = None,
         default_embedding_model: str | None = None,
@@ -78,14 +85,14 @@ class UnifiedInferenceClient:
         model takes the default, or else the first that the server names. Raises ClientError where
         no server is found.
         """
-        served: Served
+        served: InferenceService
         if embedded:
             _check_place("UnifiedInferenceClient.create(embedded=True)")
             check_embedded(control_plane_url)
             served = import_module("sagellm.client.embedded").Embedded(default_llm_model)
         else:
-            url = given_url(control_plane_url) or find_server()
-            served = Server(url, given_key(api_key), timeout)
+            url = configured_url(control_plane_url) or find_server()
+            served = ServerConnection(url, configured_key(api_key), timeout)
         return cls(
             served,
             default_llm_model=default_llm_model,
@@ -100,7 +107,7 @@ class UnifiedInferenceClient:
         *,
         stream: Literal[False] = False,
         **options: Any,
-    ) -> Reply: ...
+    ) -> TextReply: ...
     @overload
     def chat(
         self,
@@ -109,7 +116,7 @@ class UnifiedInferenceClient:
         *,
         stream: Literal[True],
         **options: Any,
-    ) -> Stream: ...
+    ) -> ReplyStream: ...
     def chat(
         self,
         messages: Messages,
@@ -117,7 +124,7 @@ class UnifiedInferenceClient:
         *,
         stream: bool = False,
         **options: Any,
-    ) -> Reply | Stream:
+    ) -> TextReply | ReplyStream:
         """The next message of a conversation: its text, or with `stream` its pieces as they come.
 
         The text is a `str` that knows `finish_reason`, `usage` and, for n > 1, `choices`.
@@ -133,14 +140,14 @@ class UnifiedInferenceClient:
         *,
         stream: Literal[False] = False,
         **options: Any,
-    ) -> Reply: ...
+    ) -> TextReply: ...
     @overload
     def generate(
         self, prompt: Prompt, model: str | None = None, *, stream: Literal[True], **options: Any
-    ) -> Stream: ...
+    ) -> ReplyStream: ...
     def generate(
         self, prompt: Prompt, model: str | None = None, *, stream: bool = False, **options: Any
-    ) -> Reply | Stream:
+    ) -> TextReply | ReplyStream:
         """What follows a prompt (text or token ids), as `chat` gives it."""
         call = {"prompt": prompt}
         return self._ready("generate").ask(COMPLETIONS, call, options, model or self._llm, stream)
@@ -168,7 +175,7 @@ class UnifiedInferenceClient:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _ready(self, method: str) -> Served:
+    def _ready(self, method: str) -> InferenceService:
         """What answers. Raises ClientError in an async loop, and after `close`."""
         _check_place(f"UnifiedInferenceClient.{method}")
         if self._is_closed:

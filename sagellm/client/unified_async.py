@@ -4,17 +4,24 @@ from collections.abc import Iterable, Mapping, Sequence
 from importlib import import_module
 from typing import Any, Literal, Protocol, overload
 
-from sagellm.client.answers import Reply
-from sagellm.client.asking import CHAT, COMPLETIONS, Messages, Prompt, texts_of
-from sagellm.client.failure import CLOSED, MISUSED, ClientError
-from sagellm.client.finding import check_embedded, given_key, given_url
-from sagellm.client.server_async import AsyncServer, find_server
-from sagellm.client.streams import AsyncStream
+from sagellm.client.http_calls import (
+    CHAT,
+    COMPLETIONS,
+    Messages,
+    Prompt,
+    check_embedded,
+    configured_key,
+    configured_url,
+    texts_of,
+)
+from sagellm.client.replies import AsyncReplyStream, TextReply
+from sagellm.client.responses import CLOSED, MISUSED, ClientError
+from sagellm.client.server import AsyncServerConnection, find_server_async
 from sagellm.client.unified import TIMEOUT_S
-from sagellm.misuse import misused
+from sagellm.errors import misused
 
 
-class AsyncServed(Protocol):
+class AsyncInferenceService(Protocol):
     """Whatever answers: a server over HTTP, or a graph in this process."""
 
     async def ask(
@@ -24,7 +31,7 @@ class AsyncServed(Protocol):
         options: Mapping[str, Any],
         model: str | None,
         stream: bool,
-    ) -> Reply | AsyncStream: ...
+    ) -> TextReply | AsyncReplyStream: ...
 
     async def models(self) -> list[str]: ...
 
@@ -63,7 +70,7 @@ class AsyncUnifiedInferenceClient:
         self._llm = default_llm_model
         self._embedding = default_embedding_model
         self._timeout_s = timeout
-        self._found: AsyncServed | None = None
+        self._found: AsyncInferenceService | None = None
         self._is_closed = False
 
     @classmethod
@@ -81,8 +88,8 @@ class AsyncUnifiedInferenceClient:
         if embedded:
             check_embedded(control_plane_url)
         return cls(
-            url=None if embedded else given_url(control_plane_url),
-            api_key=given_key(api_key),
+            url=None if embedded else configured_url(control_plane_url),
+            api_key=configured_key(api_key),
             embedded=embedded,
             default_llm_model=default_llm_model,
             default_embedding_model=default_embedding_model,
@@ -97,7 +104,7 @@ class AsyncUnifiedInferenceClient:
         *,
         stream: Literal[False] = False,
         **options: Any,
-    ) -> Reply: ...
+    ) -> TextReply: ...
     @overload
     async def chat(
         self,
@@ -106,7 +113,7 @@ class AsyncUnifiedInferenceClient:
         *,
         stream: Literal[True],
         **options: Any,
-    ) -> AsyncStream: ...
+    ) -> AsyncReplyStream: ...
     async def chat(
         self,
         messages: Messages,
@@ -114,7 +121,7 @@ class AsyncUnifiedInferenceClient:
         *,
         stream: bool = False,
         **options: Any,
-    ) -> Reply | AsyncStream:
+    ) -> TextReply | AsyncReplyStream:
         """The next message of a conversation: its text, or with `stream` its pieces as they come.
 
         The text is a `str` that knows `finish_reason`, `usage` and, for n > 1, `choices`.
@@ -130,14 +137,14 @@ class AsyncUnifiedInferenceClient:
         *,
         stream: Literal[False] = False,
         **options: Any,
-    ) -> Reply: ...
+    ) -> TextReply: ...
     @overload
     async def generate(
         self, prompt: Prompt, model: str | None = None, *, stream: Literal[True], **options: Any
-    ) -> AsyncStream: ...
+    ) -> AsyncReplyStream: ...
     async def generate(
         self, prompt: Prompt, model: str | None = None, *, stream: bool = False, **options: Any
-    ) -> Reply | AsyncStream:
+    ) -> TextReply | AsyncReplyStream:
         """What follows a prompt (text or token ids), as `chat` gives it."""
         served, call = await self._served(), {"prompt": prompt}
         return await served.ask(COMPLETIONS, call, options, model or self._llm, stream)
@@ -180,7 +187,7 @@ class AsyncUnifiedInferenceClient:
     async def __aexit__(self, *_: object) -> None:
         await self.aclose()
 
-    async def _served(self) -> AsyncServed:
+    async def _served(self) -> AsyncInferenceService:
         """What answers, found at the first call. Raises ClientError after `aclose`."""
         if self._is_closed:
             raise ClientError(CLOSED, code=MISUSED)
@@ -188,6 +195,8 @@ class AsyncUnifiedInferenceClient:
             cause = "an embedded graph is opened by `async with`; enter the client first"
             raise ClientError(cause, code=MISUSED)
         if self._found is None:
-            self._url = self._url or await find_server()
-            self._found = self._found or AsyncServer(self._url, self._api_key, self._timeout_s)
+            self._url = self._url or await find_server_async()
+            self._found = self._found or AsyncServerConnection(
+                self._url, self._api_key, self._timeout_s
+            )
         return self._found

@@ -8,13 +8,13 @@ from typing import Protocol
 
 import anyio
 
-from sagellm.gateway.errors import ApiError
+from sagellm.gateway.api_errors import ApiError
 from sagellm.gateway.settings import Budget
 
 _ITEM_BYTES = 8  # written and read in one access of memory
 
 
-class Count(Protocol):
+class Counter(Protocol):
     """How much of something there is, here and elsewhere."""
 
     def add(self, number: int) -> None:
@@ -24,7 +24,7 @@ class Count(Protocol):
     def total(self) -> int: ...
 
 
-class LocalCount:
+class LocalCounter:
     """There is nobody else."""
 
     def __init__(self) -> None:
@@ -34,7 +34,7 @@ class LocalCount:
         self.total += number
 
 
-class Tally:
+class SharedCounters:
     """A table in memory that processes share: a row a gateway, a column a name.
 
     No row has two writers, so that there is nothing to lock. A sum may be a moment old.
@@ -48,18 +48,18 @@ class Tally:
         self._cells = memoryview(self._map).cast("q")
 
     @classmethod
-    def make(cls, num_rows: int, names: Sequence[str]) -> "Tally":
+    def make(cls, num_rows: int, names: Sequence[str]) -> "SharedCounters":
         """A new table, all zero; its descriptor is for those who share it."""
         descriptor = os.memfd_create("sagellm-tally")
         os.ftruncate(descriptor, max(1, num_rows * len(names)) * _ITEM_BYTES)
         return cls(descriptor, num_rows, names)
 
-    def count(self, name: str, row: int) -> Count:
+    def count(self, name: str, row: int) -> Counter:
         """Of one column, as one row changes it. A name that is not in the table is counted here."""
         column = self._columns.get(name)
         if column is None:
-            return LocalCount()
-        return _SharedCount(self._cells, len(self._columns), column, row)
+            return LocalCounter()
+        return _SharedCounter(self._cells, len(self._columns), column, row)
 
     def clear(self, row: int) -> None:
         """Whoever wrote that row is no more."""
@@ -73,7 +73,7 @@ class Tally:
         os.close(self.descriptor)
 
 
-class _SharedCount:
+class _SharedCounter:
     def __init__(self, cells: memoryview, width: int, column: int, row: int) -> None:
         self._cells = cells
         self._width = width
@@ -118,7 +118,7 @@ class Bucket:
 class _Tenant:
     """What one key has under way."""
 
-    def __init__(self, budget: Budget, num_open: Count, num_waiting: Count) -> None:
+    def __init__(self, budget: Budget, num_open: Counter, num_waiting: Counter) -> None:
         self.budget = budget
         self.num_open = num_open
         self.num_waiting = num_waiting
@@ -137,7 +137,7 @@ class Budgets:
         self,
         budget: Budget,
         now: Callable[[], float] = anyio.current_time,
-        count: Callable[[str], Count] = lambda name: LocalCount(),
+        count: Callable[[str], Counter] = lambda name: LocalCounter(),
         own: Mapping[str, Budget] = MappingProxyType({}),
     ) -> None:
         self._budget = budget
@@ -147,7 +147,7 @@ class Budgets:
         self._tenants: dict[str, _Tenant] = {}
         self._retries = Bucket(MAX_RETRIES, level=RETRY_BURST)
 
-    def hold(self, tenant: str, num_requests: int = 1) -> "Hold":
+    def hold(self, tenant: str, num_requests: int = 1) -> "BudgetHold":
         """Places for the requests of one call, given back at the end of the `with` block.
 
         Entering raises ApiError 429 where the tenant has too much under way, or has cancelled too
@@ -156,10 +156,10 @@ class Budgets:
         """
         known = self._tenants.get(tenant)
         if known is None:
-            num_open, num_waiting = (self._count(name) for name in count_names(tenant))
+            num_open, num_waiting = (self._count(name) for name in counter_names(tenant))
             budget = self._own.get(tenant, self._budget)
             known = self._tenants[tenant] = _Tenant(budget, num_open, num_waiting)
-        return Hold(self, known, num_requests)
+        return BudgetHold(self, known, num_requests)
 
     def may_retry(self, tenant: str = "") -> bool:
         """Whether one refused call is told to try again: x-should-retry. Spends of the budget."""
@@ -210,12 +210,12 @@ def _exceeds(num: int, num_more: int, bound: int) -> bool:
     return 0 < bound < num + num_more and num > 0
 
 
-def count_names(tenant: str) -> tuple[str, str]:
+def counter_names(tenant: str) -> tuple[str, str]:
     """Of its numbers of requests under way, and of those among them without a first token."""
     return f"open {tenant}", f"waiting {tenant}"
 
 
-class Hold:
+class BudgetHold:
     """Places in a tenant's budget."""
 
     def __init__(self, budgets: Budgets, tenant: _Tenant, num_requests: int) -> None:
@@ -233,7 +233,7 @@ class Hold:
         self._tenant.num_waiting.add(-self._num_waiting)
         self._num_waiting = 0
 
-    def __enter__(self) -> "Hold":
+    def __enter__(self) -> "BudgetHold":
         self._budgets.enter(self._tenant, self._num_requests)
         self._num_waiting = self._num_requests
         return self

@@ -11,13 +11,12 @@ from typing import Any, TypeVar
 import anyio
 import msgspec
 
-from sagellm.gateway.errors import ApiError, wrong
-from sagellm.gateway.threads import NoThread, Overrun, Threads
-from sagellm.runtime.models.bad_words import bad_words_token_ids
-from sagellm.runtime.models.chat import ANSWERED, ChatTemplateError, Rendering
-from sagellm.runtime.models.sandbox.fault import HelperUnavailable, LimitExceeded, TextError
-from sagellm.runtime.models.sandbox.pool import MAX_IDLE
-from sagellm.runtime.models.tokenizer import Messages, Tokenizer
+from sagellm.gateway.api_errors import ApiError, wrong
+from sagellm.gateway.threads import NoThread, Overrun, WorkerThreads
+from sagellm.runtime.models import HelperUnavailable, LimitExceeded, TextError
+from sagellm.runtime.models.chat import DEFAULT_RENDERING, ChatTemplateError, Rendering
+from sagellm.runtime.models.sandbox import MAX_IDLE
+from sagellm.runtime.models.tokenizer import Messages, Tokenizer, bad_words_token_ids
 
 TEMPLATE_S = 0.25  # of CPU, to render one conversation: beyond, its messages are at fault
 TOKENIZE_S = 60.0  # of the clock, waiting for a thread included: beyond, the server is overloaded
@@ -29,7 +28,7 @@ _NUM_THREADS = 4  # of each kind; one that outlives its deadline keeps its place
 T = TypeVar("T")
 
 
-class Prompt(msgspec.Struct, frozen=True):
+class EncodedPrompt(msgspec.Struct, frozen=True):
     """A prompt ready for the graph. `messages`: of a chat whose engine takes text."""
 
     text: str
@@ -37,13 +36,13 @@ class Prompt(msgspec.Struct, frozen=True):
     messages: tuple[dict[str, Any], ...] = ()
 
 
-class Encoder:
+class PromptEncoder:
     """Encodes prompts on any event loop without stalling it. Never empty: that is a 400."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._rendering = Threads(_NUM_THREADS)
-        self._tokenizing = Threads(_NUM_THREADS)
+        self._rendering = WorkerThreads(_NUM_THREADS)
+        self._tokenizing = WorkerThreads(_NUM_THREADS)
 
     @cached_property
     def _renderers(self) -> anyio.CapacityLimiter:
@@ -60,7 +59,7 @@ class Encoder:
         if isolated is None:
             return self._tokenizer.chat_variables
         with _admitted("messages"):
-            return await isolated.variables_soon()
+            return await isolated.variables_async()
 
     async def text(
         self, text: str, *, add_special_tokens: bool = True, param: str = "prompt"
@@ -80,7 +79,7 @@ class Encoder:
                 return await self._within(self._encoders, lambda: self._tokenizing.run(encode))
             return await self._within(
                 self._encoders,
-                lambda: isolated.encode_soon(text, add_special_tokens=add_special_tokens),
+                lambda: isolated.encode_async(text, add_special_tokens=add_special_tokens),
             )
 
     async def exceeds(self, text: str, max_len: int, *, param: str = "prompt") -> bool:
@@ -122,14 +121,18 @@ class Encoder:
             return await self._within(self._encoders, lambda: self._tokenizing.run(encode))
 
     async def chat(
-        self, messages: Messages, how: Rendering = ANSWERED, *, add_special_tokens: bool = False
-    ) -> Prompt:
+        self,
+        messages: Messages,
+        how: Rendering = DEFAULT_RENDERING,
+        *,
+        add_special_tokens: bool = False,
+    ) -> EncodedPrompt:
         """The prompt of a conversation. Raises ApiError where its template does not admit it."""
         text = await self.render(messages, how)
         token_ids = await self.text(text, add_special_tokens=add_special_tokens, param="messages")
-        return Prompt(text, token_ids)
+        return EncodedPrompt(text, token_ids)
 
-    async def render(self, messages: Messages, how: Rendering = ANSWERED) -> str:
+    async def render(self, messages: Messages, how: Rendering = DEFAULT_RENDERING) -> str:
         """The text of a conversation. Raises ApiError where its template does not admit it."""
 
         def render() -> str:
@@ -141,7 +144,7 @@ class Encoder:
                 return await self._render_here(render)
             if _is_long(messages, how):
                 return await self._within(self._renderers, lambda: self._rendering.run(render))
-            return await self._within(self._renderers, lambda: isolated.render_soon(messages, how))
+            return await self._within(self._renderers, lambda: isolated.render_async(messages, how))
 
     async def _render_here(self, render: Callable[[], str]) -> str:
         """In a thread always: how long a template loops is no matter of how long a message is."""

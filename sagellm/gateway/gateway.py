@@ -8,12 +8,11 @@ from hashlib import blake2b
 from typing import NamedTuple, Protocol
 
 from sagellm.gateway.answers.logprobs import TokenTexts
-from sagellm.gateway.budgets import Count, LocalCount
-from sagellm.gateway.cards import ModelCard
-from sagellm.gateway.door import Door
-from sagellm.gateway.encoding import Encoder
+from sagellm.gateway.budgets import Counter, LocalCounter
+from sagellm.gateway.encoding import PromptEncoder
+from sagellm.gateway.graph_bridge import GraphBridge
 from sagellm.gateway.metrics.meters import Meters
-from sagellm.gateway.protocol.sampling import ModelFacts
+from sagellm.gateway.protocol.sampling_params import ModelBounds, ModelCard
 from sagellm.gateway.settings import Settings
 from sagellm.graphs.ir import Graph
 from sagellm.runtime.models.tokenizer import Tokenizer
@@ -23,24 +22,24 @@ _NUM_BROKEN = 4096  # more calls than break off while the graph ends one
 
 
 @dataclass(slots=True)
-class Served:
+class HostedModel:
     """A model behind HTTP: what clients are told of it, and its own text side."""
 
     card: ModelCard
     tokenizer: Tokenizer
-    encoder: Encoder = field(init=False)
+    encoder: PromptEncoder = field(init=False)
     tokens: TokenTexts = field(init=False)
 
     def __post_init__(self) -> None:
-        self.encoder = Encoder(self.tokenizer)
+        self.encoder = PromptEncoder(self.tokenizer)
         self.tokens = TokenTexts(self.tokenizer)
 
     @property
-    def facts(self) -> ModelFacts:
+    def facts(self) -> ModelBounds:
         return self.card.facts
 
 
-class Claimed(NamedTuple):
+class ClaimedIds(NamedTuple):
     """The id of a call, unique among those under way, and those of its requests in the graph."""
 
     id: str
@@ -82,14 +81,14 @@ class Gateway:
     """
 
     settings: Settings
-    door: Door
-    models: tuple[Served, ...]  # the first serves requests that name none
+    bridge: GraphBridge
+    models: tuple[HostedModel, ...]  # the first serves requests that name none
     readiness: Readiness
     budgets: Budgets
     meters: Meters
     graph: Graph | None = None
     is_draining: bool = False
-    num_calls: Count = field(default_factory=LocalCount)  # of all gateways before the graph
+    num_calls: Counter = field(default_factory=LocalCounter)  # of all gateways before the graph
     _open_ids: dict[str, int] = field(default_factory=dict)  # with the number of their requests
     _broken_ids: dict[str, None] = field(default_factory=dict)  # oldest first
     _salt_key: bytes = b""
@@ -98,7 +97,7 @@ class Gateway:
         self._salt_key = self.settings.salt_key[:64] or secrets.token_bytes(32)
 
     @contextmanager
-    def claim(self, request_id: str, num_requests: int = 1) -> Iterator[Claimed]:
+    def claim(self, request_id: str, num_requests: int = 1) -> Iterator[ClaimedIds]:
         """The id of one call, which is `request_id` unless that is in use now, for the `with`
         block; the requests of a call that has several have numbers behind it.
 
@@ -109,7 +108,7 @@ class Gateway:
             request_id = secrets.token_hex(16)
         self._open_ids[request_id] = num_requests
         try:
-            yield Claimed(request_id, _numbered(request_id, num_requests))
+            yield ClaimedIds(request_id, _numbered(request_id, num_requests))
         except BaseException:
             self._broken_ids[request_id] = None
             if len(self._broken_ids) > _NUM_BROKEN:

@@ -6,7 +6,7 @@ from typing import NamedTuple, Protocol
 
 import anyio
 
-from sagellm.gateway.door import Door, Entry
+from sagellm.gateway.graph_bridge import GraphBridge, GraphRequest
 from sagellm.graphs.log import get_logger
 from sagellm.runtime.messages import OPERATOR_FAILED, PRIORITIES, SERVED, Sampling
 
@@ -21,7 +21,7 @@ _OWN_FAULT = f"{_ENDED}: failed; "
 _NO_PROBE = "the graph failed the probe"
 
 
-class Health(Protocol):
+class GraphHealth(Protocol):
     """What the watch asks of the graph."""
 
     @property
@@ -41,8 +41,8 @@ class Readiness:
     """True once a token came through the whole graph, until an engine hangs or has no worker left.
     Then again.
 
-    The watch is a task of its own on the loop that `door` belongs to; the answers may be read from
-    any thread.
+    The watch is a task of its own on the loop that `bridge` belongs to; the answers may be read
+    from any thread.
     """
 
     def __init__(self) -> None:
@@ -51,7 +51,7 @@ class Readiness:
         self.on_change: Callable[[], None] = lambda: None
 
     async def watch(
-        self, door: Door, health: Callable[[], Health], probes: Sequence["Probe"]
+        self, bridge: GraphBridge, health: Callable[[], GraphHealth], probes: Sequence["Probe"]
     ) -> None:
         """Probe until a token of each model comes, watch until there is a fault, and again. Never
         returns.
@@ -60,7 +60,7 @@ class Readiness:
         while True:
             await self._sound(health)
             before = self.reason
-            if await self._all_probed(door, probes):
+            if await self._all_probed(bridge, probes):
                 self._become(True, "")
                 self._become(False, await _next_fault(health))
                 continue
@@ -68,25 +68,25 @@ class Readiness:
             retry_s = min(2 * retry_s, MAX_RETRY_S) if is_same else RETRY_S
             await anyio.sleep(retry_s)
 
-    async def _sound(self, health: Callable[[], Health]) -> None:
+    async def _sound(self, health: Callable[[], GraphHealth]) -> None:
         """Wait until there is no fault, and say each that there is meanwhile."""
         while fault := _fault(health()):
             self._become(False, fault)
             await anyio.sleep(WATCH_S)
 
-    async def _all_probed(self, door: Door, probes: Sequence["Probe"]) -> bool:
+    async def _all_probed(self, bridge: GraphBridge, probes: Sequence["Probe"]) -> bool:
         """One model after the other: what the first lacks is the reason."""
         for each in probes:
-            if not await self._probed(door, each.entry()):
+            if not await self._probed(bridge, each.entry()):
                 return False
         return True
 
-    async def _probed(self, door: Door, entry: Entry) -> bool:
+    async def _probed(self, bridge: GraphBridge, entry: GraphRequest) -> bool:
         """Whether the graph answers; what it says instead becomes the reason."""
         reason = "no token came in time"
         try:
             with anyio.move_on_after(PROBE_S):
-                reason = await _answered(door, entry)
+                reason = await _answered(bridge, entry)
         except Exception as error:  # whatever it is, the gateway is not ready
             reason = _NO_PROBE
             if self.reason != reason:
@@ -103,13 +103,13 @@ class Readiness:
             self.on_change()
 
 
-def _fault(health: Health) -> str:
+def _fault(health: GraphHealth) -> str:
     if health.is_stopped:
         return "the graph has stopped"
     return "an engine makes no progress" if health.is_hung else health.missing
 
 
-async def _next_fault(health: Callable[[], Health]) -> str:
+async def _next_fault(health: Callable[[], GraphHealth]) -> str:
     """Wait until there is one. Nothing tells of a hang but that nothing happens: so ask."""
     while not (fault := _fault(health())):  # noqa: ASYNC110
         await anyio.sleep(WATCH_S)
@@ -123,8 +123,8 @@ class Probe(NamedTuple):
     text: str
     model: str = ""
 
-    def entry(self) -> Entry:
-        return Entry(
+    def entry(self) -> GraphRequest:
+        return GraphRequest(
             request_id=f"probe-{secrets.token_hex(8)}",
             text=self.text,
             token_ids=self.token_ids,
@@ -135,10 +135,10 @@ class Probe(NamedTuple):
         )
 
 
-async def _answered(door: Door, entry: Entry) -> str:
+async def _answered(bridge: GraphBridge, entry: GraphRequest) -> str:
     """Nothing where the graph served the probe, or filtered it out; else why not."""
     reason = "the graph let no token out"
-    async with door.enter(entry) as batches:
+    async with bridge.enter(entry) as batches:
         async for events in batches:
             last = events[-1]
             if last.finish_reason in SERVED or last.finish_reason == "filtered":

@@ -24,7 +24,7 @@ class NoThread(Exception):
     """Every thread has work that nobody waits for any more: no place is likely to become free."""
 
 
-class Threads:
+class WorkerThreads:
     """At most `limit` at work; work whose caller has left keeps its place until it ends.
 
     anyio's own limiter promises that on trio only: on asyncio it gives the place of an abandoned

@@ -1,6 +1,270 @@
-"""Load on an OpenAI-compatible server, and what it measures.
+"""Sends load to an OpenAI-compatible server, in a closed or an open loop.
 
 A load generator of our own: guidellm and aiperf do more, and bring torch, transformers and a
-hundred packages with them, which have no place beside a server. What is measured is defined as they
-define it (see `sagellm.load.sender`), so that results can be laid side by side.
+hundred packages with them, which have no place beside a server. Every figure is defined as they
+define it, so that results can be laid side by side.
 """
+
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any
+
+import trio
+
+from sagellm.client.http_calls import CHAT, COMPLETIONS, encode_call, is_stream, not_streamed
+from sagellm.client.replies import Choice, ChunkReader, ResponseBody
+from sagellm.client.responses import TIMED_OUT, BodyBytes, ClientError
+from sagellm.client.server import AsyncServerConnection
+from sagellm.load.workload import PlannedRequest, Prompts
+
+REFUSALS = (429, 503)
+
+
+@dataclass(slots=True)
+class RequestRecord:
+    """Times in seconds since the load began; latencies are counted from when it was sent.
+
+    TTFT ends with the first token, of which a role or an empty last chunk is none. `itl_s` holds
+    the time between one event with tokens and the next: a server that puts several tokens into one
+    event has fewer and longer ones (`tpot_s` is not touched by that). A request that was refused
+    and tried again is counted from its first attempt.
+    """
+
+    number: int
+    planned_s: float
+    sent_s: float
+    input_len: int  # as asked, in tokens or words
+    output_len: int
+    first_s: float | None = None
+    last_s: float | None = None  # of its last token
+    ended_s: float = 0.0
+    itl_s: list[float] = field(default_factory=list)
+    num_events: int = 0  # with tokens
+    num_attempts: int = 1
+    num_refusals: int = 0
+    prompt_tokens: int | None = None  # as the server says
+    completion_tokens: int | None = None
+    finish_reason: str | None = None
+    status: int | None = None
+    error: str | None = None  # its class: http_429, timed_out, cut_off ...
+    message: str | None = None  # what the server says of it
+    code: str | None = None  # the server's own word for it
+
+    def token(self, now_s: float) -> None:
+        """An event with tokens has come."""
+        if self.last_s is None:
+            self.first_s = now_s
+        else:
+            self.itl_s.append(now_s - self.last_s)
+        self.last_s = now_s
+        self.num_events += 1
+
+    def last(self, now_s: float) -> None:
+        """The event that only ends has come: with it its token, which has no text (an EOS)."""
+        self.first_s = now_s if self.first_s is None else self.first_s
+        self.last_s = now_s
+
+    @property
+    def is_ok(self) -> bool:
+        return self.error is None
+
+    @property
+    def lag_s(self) -> float:
+        """How late this client sent it."""
+        return self.sent_s - self.planned_s
+
+    @property
+    def ttft_s(self) -> float | None:
+        return None if self.first_s is None else self.first_s - self.sent_s
+
+    @property
+    def e2e_s(self) -> float:
+        return self.ended_s - self.sent_s
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the answer: as the server counted, or else one an event."""
+        return self.num_events if self.completion_tokens is None else self.completion_tokens
+
+    @property
+    def tpot_s(self) -> float | None:
+        """Mean time of a token behind the first; None where there is none."""
+        if self.first_s is None or self.last_s is None or self.num_tokens < 2:
+            return None
+        return (self.last_s - self.first_s) / (self.num_tokens - 1)
+
+
+_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 8.0  # before another attempt, where the server names no time
+
+
+@dataclass(frozen=True, slots=True)
+class LoadTarget:
+    """What is asked, and how long and how often."""
+
+    model: str
+    is_chat: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+    num_retries: int = 0
+    timeout_s: float = 600.0
+    seed: int = 0
+
+
+class Sender:
+    """Sends requests of one load to one server. Begin it when the load begins."""
+
+    def __init__(self, server: AsyncServerConnection, target: LoadTarget, prompts: Prompts) -> None:
+        self._server = server
+        self._target = target
+        self._prompts = prompts
+        self._draw = Random(f"{target.seed}/waits")
+        self.started_s = trio.current_time()
+
+    @property
+    def now_s(self) -> float:
+        return trio.current_time() - self.started_s
+
+    async def send(self, number: int, arrival: PlannedRequest, planned_s: float) -> RequestRecord:
+        """One request with its retries. Whatever goes wrong is in the record."""
+        content = self._content(number, arrival)
+        lengths = arrival.input_len, arrival.output_len
+        record = RequestRecord(number, planned_s, self.now_s, *lengths)
+        try:
+            with trio.fail_after(self._target.timeout_s):
+                await self._attempts(content, record)
+        except trio.TooSlowError:
+            record.error = TIMED_OUT
+        except ClientError as error:
+            record.status = error.status or record.status
+            record.error, record.message = error_class(error), error.message
+            record.code = error.code
+        record.ended_s = record.ended_s or self.now_s
+        return record
+
+    def _content(self, number: int, arrival: PlannedRequest) -> bytes:
+        prompt = self._prompts.make(number, arrival.input_len, arrival.block_ids)
+        if self._target.is_chat:
+            call: dict[str, Any] = {"messages": [{"role": "user", "content": prompt}]}
+        else:
+            call = {"prompt": prompt}
+        wanted = {"max_tokens": arrival.output_len, "stream_options": {"include_usage": True}}
+        return encode_call({**call, **wanted}, self._target.options, self._target.model, True)
+
+    async def _attempts(self, content: bytes, record: RequestRecord) -> None:
+        while True:
+            try:
+                return await self._attempt(content, record)
+            except ClientError as error:
+                if error.status not in REFUSALS or record.first_s is not None:
+                    raise  # also where it says so in the middle of an answer
+                record.num_refusals += 1
+                if record.num_attempts > self._target.num_retries or error.should_retry is False:
+                    raise
+                await trio.sleep(self._wait_s(error, record.num_attempts))
+                record.num_attempts += 1
+
+    def _wait_s(self, error: ClientError, num_attempts: int) -> float:
+        """As the server says; else twice as long each time, drawn so that clients spread."""
+        if error.retry_after_s is not None:
+            return error.retry_after_s
+        longest_s = min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2.0 ** (num_attempts - 1))
+        return self._draw.uniform(0.5 * longest_s, longest_s)
+
+    async def _attempt(self, content: bytes, record: RequestRecord) -> None:
+        path = CHAT if self._target.is_chat else COMPLETIONS
+        response = await self._server.send("POST", path, content)
+        record.status = response.status_code
+        if not is_stream(response.headers):
+            raise not_streamed(await self._server.read(response))
+        async with BodyBytes(response, self._server.url) as body:
+            await self._stream(body, record)
+
+    async def _stream(self, body: BodyBytes, record: RequestRecord) -> None:
+        reader = ChunkReader()
+        while not reader.is_over:
+            data = await body.next()
+            now_s = self.now_s
+            reader.end() if data is None else reader.feed(data)
+            while (chunk := reader.next()) is not None:
+                _note(chunk, record, now_s)
+        record.ended_s = now_s
+        await body.finish()
+
+
+def error_class(error: ClientError) -> str:
+    """What errors are counted by: the status of HTTP, or what became of the connection."""
+    return f"http_{error.status}" if error.status is not None else error.code or "failed"
+
+
+def _note(chunk: ResponseBody, record: RequestRecord, now_s: float) -> None:
+    if any(_has_token(choice) for choice in chunk.choices):
+        record.token(now_s)
+    elif any(choice.finish_reason is not None for choice in chunk.choices):
+        record.last(now_s)
+    for choice in chunk.choices:
+        record.finish_reason = choice.finish_reason or record.finish_reason
+    if chunk.usage is not None:
+        record.prompt_tokens = chunk.usage.prompt_tokens
+        record.completion_tokens = chunk.usage.completion_tokens
+
+
+def _has_token(choice: Choice) -> bool:
+    """A token whose text is not whole yet has an empty text; so has the chunk that only ends."""
+    if choice.content is None or choice.is_opening:
+        return False
+    return bool(choice.content) or choice.finish_reason is None
+
+
+SendRequest = Callable[
+    [int, PlannedRequest, float], Awaitable[RequestRecord]
+]  # number, request, when it was planned
+
+
+@dataclass(slots=True)
+class LoadDriver:
+    """One load under way. `stop`, once cancelled, sends nothing more; what runs goes on.
+
+    `records` grow as requests end. `num_open` and its highest value are of this client.
+    """
+
+    send: SendRequest
+    now_s: Callable[[], float]  # since the load began
+    report: Callable[[RequestRecord], None] = lambda record: None
+    stop: trio.CancelScope = field(default_factory=trio.CancelScope)
+    records: list[RequestRecord] = field(default_factory=list)
+    num_open: int = 0
+    num_open_peak: int = 0
+
+    async def closed(
+        self, arrivals: Iterator[PlannedRequest], concurrency: int, until_s: float = float("inf")
+    ) -> None:
+        """So many at a time, each followed by the next, until time or requests are over."""
+        numbered = enumerate(arrivals)
+        async with trio.open_nursery() as nursery:
+            for _ in range(concurrency):
+                nursery.start_soon(self._worker, numbered, until_s)
+
+    async def open(self, arrivals: Iterator[PlannedRequest]) -> None:
+        """Each at its time, however many are under way: a slow server is spared nothing."""
+        async with trio.open_nursery() as nursery:
+            with self.stop:
+                for number, arrival in enumerate(arrivals):
+                    await trio.sleep(max(0.0, arrival.at_s - self.now_s()))
+                    nursery.start_soon(self._one, number, arrival, arrival.at_s)
+
+    async def _worker(self, numbered: "enumerate[PlannedRequest]", until_s: float) -> None:
+        while not self.stop.cancel_called and self.now_s() < until_s:
+            found = next(numbered, None)
+            if found is None:
+                return
+            await self._one(*found, self.now_s())
+
+    async def _one(self, number: int, arrival: PlannedRequest, planned_s: float) -> None:
+        self.num_open += 1
+        self.num_open_peak = max(self.num_open_peak, self.num_open)
+        try:
+            record = await self.send(number, arrival, planned_s)
+        finally:
+            self.num_open -= 1
+        self.records.append(record)
+        self.report(record)

@@ -1,7 +1,9 @@
-"""The results of a load: a table to read, JSON and CSV to keep, and plots."""
+"""The results of a load: the summary of its records, a table, JSON, CSV and plots."""
 
 import csv
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from math import ceil, floor
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +13,184 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from sagellm.load.sender import Record
-from sagellm.load.summary import Objective, Spread, Summary
-from sagellm.naming import naming
+from sagellm.errors import naming_file
+from sagellm.load import RequestRecord
+
+SATURATED_CPU_RATIO = (
+    0.8  # of one core: above it the client, not the server, may be what was measured
+)
+
+
+class Spread(msgspec.Struct, frozen=True):
+    """How one latency is spread, in seconds."""
+
+    mean: float
+    p50: float
+    p90: float
+    p95: float
+    p99: float
+    max: float
+
+
+class Objective(msgspec.Struct, frozen=True):
+    """What makes a request good: its TTFT, and its mean time a token behind the first (TPOT)."""
+
+    ttft_s: float | None = None
+    itl_s: float | None = None
+
+    def holds(self, record: RequestRecord) -> bool:
+        """An unserved request is never good; one with a single token has no second figure."""
+        if not record.is_ok:
+            return False
+        ttft_s, tpot_s = record.ttft_s, record.tpot_s
+        is_prompt = self.ttft_s is None or (ttft_s is not None and ttft_s <= self.ttft_s)
+        return is_prompt and (self.itl_s is None or tpot_s is None or tpot_s <= self.itl_s)
+
+
+class Goodput(msgspec.Struct, frozen=True):
+    """Requests that met the objective: how many, what share of all, how many a second."""
+
+    objective: Objective
+    num_good: int
+    ratio: float
+    per_s: float
+
+
+class ClientCost(msgspec.Struct, frozen=True):
+    """What this client itself took: a client that is busy all the time measures itself."""
+
+    cpu_s: float
+    cpu_ratio: float  # of one core
+    cpu_us_per_event: float | None
+    num_open_peak: int
+
+    @property
+    def is_saturated(self) -> bool:
+        return self.cpu_ratio > SATURATED_CPU_RATIO
+
+
+class Summary(msgspec.Struct, frozen=True):
+    """Rates in requests or tokens a second. `offered` is what was planned (None in a closed loop:
+    nothing is), `sent` what this client reached, `reached` what was answered.
+    """
+
+    elapsed_s: float
+    num_sent: int
+    num_ok: int
+    num_failed: int
+    errors: dict[str, int]
+    num_refusals: int  # answers 429 and 503, those to retries included
+    num_retries: int
+    offered_per_s: float | None
+    sent_per_s: float
+    reached_per_s: float
+    prompt_tokens: int
+    completion_tokens: int
+    tokens_per_s: float
+    tokens_per_event: float | None
+    is_token_count_known: bool  # False: a server without usage; an event was taken for a token
+    ttft_s: Spread | None
+    itl_s: Spread | None
+    tpot_s: Spread | None
+    e2e_s: Spread | None
+    lag_s: Spread | None
+    goodput: Goodput | None
+    client: ClientCost
+
+
+def percentile(ordered: Sequence[float], share: float) -> float:
+    """Of values in order, by linear interpolation between the two closest ranks."""
+    at = (len(ordered) - 1) * share
+    low, high = ordered[floor(at)], ordered[ceil(at)]
+    return low + (high - low) * (at - floor(at))
+
+
+def spread(values: Iterable[float | None]) -> Spread | None:
+    """None where there is no value."""
+    ordered = sorted(value for value in values if value is not None)
+    if not ordered:
+        return None
+    p50, p90, p95, p99 = (percentile(ordered, share) for share in (0.5, 0.9, 0.95, 0.99))
+    return Spread(sum(ordered) / len(ordered), p50, p90, p95, p99, ordered[-1])
+
+
+def summarise(
+    records: Sequence[RequestRecord],
+    *,
+    cpu_s: float,
+    num_open_peak: int,
+    objective: Objective | None = None,
+    is_open_loop: bool = False,
+) -> Summary:
+    """Latencies are of the requests that were served; rates are over the time from the first
+    request's plan to the last one's end.
+    """
+    served = [record for record in records if record.is_ok]
+    start_s = min((record.planned_s for record in records), default=0.0)
+    elapsed_s = max((record.ended_s for record in records), default=0.0) - start_s
+    num_tokens = sum(record.num_tokens for record in served)
+    num_events = sum(record.num_events for record in records)
+    return Summary(
+        elapsed_s=elapsed_s,
+        num_sent=len(records),
+        num_ok=len(served),
+        num_failed=len(records) - len(served),
+        errors=dict(Counter(record.error for record in records if record.error).most_common()),
+        num_refusals=sum(record.num_refusals for record in records),
+        num_retries=sum(record.num_attempts - 1 for record in records),
+        offered_per_s=_rate([record.planned_s for record in records]) if is_open_loop else None,
+        sent_per_s=_rate([record.sent_s for record in records]),
+        reached_per_s=_over(len(served), elapsed_s),
+        prompt_tokens=sum(record.prompt_tokens or 0 for record in served),
+        completion_tokens=num_tokens,
+        tokens_per_s=_over(num_tokens, elapsed_s),
+        tokens_per_event=_share(num_tokens, sum(record.num_events for record in served)),
+        is_token_count_known=all(record.completion_tokens is not None for record in served),
+        **_latencies(served, records),
+        goodput=_goodput(records, objective, elapsed_s) if objective is not None else None,
+        client=ClientCost(
+            cpu_s=cpu_s,
+            cpu_ratio=_over(cpu_s, elapsed_s),
+            cpu_us_per_event=_share(cpu_s * 1e6, num_events),
+            num_open_peak=num_open_peak,
+        ),
+    )
+
+
+def _latencies(served: Sequence[RequestRecord], records: Sequence[RequestRecord]) -> dict[str, Any]:
+    return {
+        "ttft_s": spread(record.ttft_s for record in served),
+        "itl_s": spread(itl_s for record in served for itl_s in record.itl_s),
+        "tpot_s": spread(record.tpot_s for record in served),
+        "e2e_s": spread(record.e2e_s for record in served),
+        "lag_s": spread(record.lag_s for record in records),
+    }
+
+
+def _goodput(records: Sequence[RequestRecord], objective: Objective, elapsed_s: float) -> Goodput:
+    num_good = sum(objective.holds(record) for record in records)
+    return Goodput(
+        objective, num_good, _over(num_good, float(len(records))), _over(num_good, elapsed_s)
+    )
+
+
+def _rate(times_s: Sequence[float]) -> float:
+    """Events a second, by the gaps between the first and the last."""
+    return _over(len(times_s) - 1, max(times_s) - min(times_s)) if times_s else 0.0
+
+
+def _over(count: float, seconds: float) -> float:
+    return count / seconds if seconds > 0 else 0.0
+
+
+def _share(count: float, of: int) -> float | None:
+    return count / of if of else None
+
 
 _SIZE_INCHES, _DPI = (12.0, 4.0), 120
 
 
-def plot_cdf(path: Path, records: Sequence[Record], objective: Objective | None) -> None:
+def plot_cdf(path: Path, records: Sequence[RequestRecord], objective: Objective | None) -> None:
     """The cumulative distributions of TTFT, ITL and end-to-end time of what was served."""
     served = [record for record in records if record.is_ok]
     wanted = objective or Objective()
@@ -29,7 +201,7 @@ def plot_cdf(path: Path, records: Sequence[Record], objective: Objective | None)
     _curve(e2e, "end to end", (record.e2e_s for record in served), None)
     ttft.set_ylabel("share of all")
     figure.suptitle(f"{len(served)} of {len(records)} requests served")
-    with naming(path):
+    with naming_file(path):
         figure.savefig(path, dpi=_DPI)
 
 
@@ -44,7 +216,7 @@ def _curve(axes: Axes, title: str, values: Iterable[float | None], bound_s: floa
         axes.axvline(bound_s * 1e3, linestyle="--", color="tab:red")
 
 
-WHOLE, TABLE = "bench.json", "requests.csv"
+JSON_FILE, CSV_FILE = "bench.json", "requests.csv"
 _LATENCIES = {
     "TTFT": "ttft_s",
     "ITL": "itl_s",
@@ -53,36 +225,36 @@ _LATENCIES = {
     "sent late": "lag_s",
 }
 _SHARES = ("mean", "p50", "p90", "p95", "p99", "max")
-_SAID = (*Record.__dataclass_fields__, "ttft_s", "tpot_s", "e2e_s", "lag_s")
-_COLUMNS = tuple(name for name in _SAID if name != "itl_s")
+_RECORD_FIELDS = (*RequestRecord.__dataclass_fields__, "ttft_s", "tpot_s", "e2e_s", "lag_s")
+_COLUMNS = tuple(name for name in _RECORD_FIELDS if name != "itl_s")
 
 
-def row(record: Record) -> dict[str, Any]:
+def record_row(record: RequestRecord) -> dict[str, Any]:
     """One request as plain data, with what follows from it."""
-    return {name: getattr(record, name) for name in _SAID}
+    return {name: getattr(record, name) for name in _RECORD_FIELDS}
 
 
-def write_whole(
-    path: Path, settings: Mapping[str, Any], summary: Summary, records: Sequence[Record]
+def write_json_file(
+    path: Path, settings: Mapping[str, Any], summary: Summary, records: Sequence[RequestRecord]
 ) -> None:
     """Settings, summary and every request with its ITLs, as one JSON object."""
-    rows = [row(record) for record in records]
+    rows = [record_row(record) for record in records]
     whole = {"settings": settings, "summary": summary, "requests": rows}
-    with naming(path):
+    with naming_file(path):
         path.write_bytes(msgspec.json.format(msgspec.json.encode(whole), indent=1) + b"\n")
 
 
-def write_table(path: Path, records: Sequence[Record]) -> None:
+def write_csv_file(path: Path, records: Sequence[RequestRecord]) -> None:
     """One line a request; its ITLs are in the JSON alone."""
-    with naming(path), path.open("w", newline="", encoding="utf-8") as file:
+    with naming_file(path), path.open("w", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, _COLUMNS, extrasaction="ignore")
         table.writeheader()
-        table.writerows(row(record) for record in records)
+        table.writerows(record_row(record) for record in records)
 
 
-def show(console: Console, summary: Summary) -> None:
+def show_report(console: Console, summary: Summary) -> None:
     """Counts and rates, and a table of percentiles in milliseconds."""
-    for label, value in figures(summary):
+    for label, value in figure_rows(summary):
         console.print(f"{label + ':':18}{value}", markup=False)
     table = Table("ms", *_SHARES)
     for label, name in _LATENCIES.items():
@@ -90,11 +262,11 @@ def show(console: Console, summary: Summary) -> None:
         if spread is not None:
             table.add_row(label, *(f"{getattr(spread, share) * 1e3:.1f}" for share in _SHARES))
     console.print(table)
-    for warning in warnings(summary):
+    for warning in summary_warnings(summary):
         console.print(f"warning: {warning}", markup=False)
 
 
-def figures(summary: Summary) -> Iterator[tuple[str, str]]:
+def figure_rows(summary: Summary) -> Iterator[tuple[str, str]]:
     """Label and value of each count and rate."""
     yield "requests", f"{summary.num_ok} served, {summary.num_failed} failed{_errors(summary)}"
     if summary.num_refusals:
@@ -113,7 +285,7 @@ def figures(summary: Summary) -> Iterator[tuple[str, str]]:
     yield "this client", f"{client.cpu_ratio:.1%} of a core{each}, {client.num_open_peak} open"
 
 
-def warnings(summary: Summary) -> Iterator[str]:
+def summary_warnings(summary: Summary) -> Iterator[str]:
     """What makes the figures say less than they seem to."""
     if summary.client.is_saturated:
         yield "this client was busy all the time; the latencies may be its own"

@@ -20,7 +20,7 @@ class TraceError(ValueError):
     """A trace that cannot be read; the message says where and why."""
 
 
-class Arrival(msgspec.Struct, frozen=True):
+class PlannedRequest(msgspec.Struct, frozen=True):
     """One request: seconds since the first, and lengths in tokens.
 
     Equal `block_ids` of two requests mean equal tokens, from the beginning on: a shared prefix.
@@ -39,7 +39,7 @@ class _Mooncake(msgspec.Struct, frozen=True):
     hash_ids: tuple[int, ...] = ()
 
 
-def read_trace(path: Path) -> list[Arrival]:
+def read_trace(path: Path) -> list[PlannedRequest]:
     """A trace of Azure's (CSV) or Mooncake's (JSON lines), told apart by its first line.
 
     Raises TraceError, OSError.
@@ -55,7 +55,7 @@ def read_trace(path: Path) -> list[Arrival]:
     return [msgspec.structs.replace(one, at_s=one.at_s - start_s) for one in found]
 
 
-def _mooncake(lines: Iterable[str]) -> Iterator[Arrival]:
+def _mooncake(lines: Iterable[str]) -> Iterator[PlannedRequest]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -63,12 +63,12 @@ def _mooncake(lines: Iterable[str]) -> Iterator[Arrival]:
             read = msgspec.json.decode(line, type=_Mooncake)
         except ValueError as error:
             raise TraceError(f"line {number}: {error}") from None
-        yield Arrival(
+        yield PlannedRequest(
             read.timestamp / 1e3, read.input_length, max(1, read.output_length), read.hash_ids
         )
 
 
-def _azure(lines: Iterable[str]) -> Iterator[Arrival]:
+def _azure(lines: Iterable[str]) -> Iterator[PlannedRequest]:
     rows = csv.DictReader(lines)
     absent = [name for name in _AZURE if name not in (rows.fieldnames or ())]
     if absent:
@@ -81,7 +81,7 @@ def _azure(lines: Iterable[str]) -> Iterator[Arrival]:
             at_s = _utc(datetime.fromisoformat(at.strip())).timestamp()
         except ValueError as error:
             raise TraceError(f"line {rows.line_num}: {error}") from None
-        yield Arrival(at_s, max(1, input_len), max(1, output_len))
+        yield PlannedRequest(at_s, max(1, input_len), max(1, output_len))
 
 
 def _utc(at: datetime) -> datetime:
@@ -89,7 +89,7 @@ def _utc(at: datetime) -> datetime:
     return at if at.tzinfo else at.replace(tzinfo=UTC)
 
 
-Kind: TypeAlias = Literal["ids", "words"]
+PromptKind: TypeAlias = Literal["ids", "words"]
 _CACHED_BLOCKS = 4096  # of 512 items: some 16 MB
 _TEXT = """
 a about after all also and any as at back be because but by can come could day do even first for
@@ -107,7 +107,7 @@ class Prompts:
     `ids` are of 0 ... vocab_size - 1; a word is one token or little more in most vocabularies.
     """
 
-    def __init__(self, kind: Kind, *, seed: int, vocab_size: int = 256) -> None:
+    def __init__(self, kind: PromptKind, *, seed: int, vocab_size: int = 256) -> None:
         self._kind = kind
         self._seed = seed
         self._items: Sequence[int] | Sequence[str]
@@ -135,14 +135,16 @@ class Prompts:
         return draw.choices(self._items, k=BLOCK_LEN)  # type: ignore[return-value]
 
 
-def closed(input_len: int, output_len: int, spread: float, seed: int) -> Iterator[Arrival]:
+def closed_loop(
+    input_len: int, output_len: int, spread: float, seed: int
+) -> Iterator[PlannedRequest]:
     """Requests without end; when each is sent, the answers before it decide."""
     draw = Random(f"{seed}/lengths")
     for _ in count():
-        yield Arrival(0.0, _near(draw, input_len, spread), _near(draw, output_len, spread))
+        yield PlannedRequest(0.0, _near(draw, input_len, spread), _near(draw, output_len, spread))
 
 
-def poisson(arrivals: Iterable[Arrival], rate: float, seed: int) -> Iterator[Arrival]:
+def poisson(arrivals: Iterable[PlannedRequest], rate: float, seed: int) -> Iterator[PlannedRequest]:
     """The same requests at the times of a Poisson process of `rate` requests a second.
 
     The first comes after a gap like any other, so that the times are those of the process.
@@ -150,19 +152,19 @@ def poisson(arrivals: Iterable[Arrival], rate: float, seed: int) -> Iterator[Arr
     draw, at_s = Random(f"{seed}/arrivals"), 0.0
     for arrival in arrivals:
         at_s += draw.expovariate(rate)
-        yield Arrival(at_s, arrival.input_len, arrival.output_len)
+        yield PlannedRequest(at_s, arrival.input_len, arrival.output_len)
 
 
-def replay(
-    arrivals: Iterable[Arrival],
+def replay_trace(
+    arrivals: Iterable[PlannedRequest],
     *,
     speedup: float = 1.0,
     max_input_len: int | None = None,
     max_output_len: int | None = None,
-) -> Iterator[Arrival]:
+) -> Iterator[PlannedRequest]:
     """A trace, faster or slower than it was, and with lengths clipped."""
     for arrival in arrivals:
-        yield Arrival(
+        yield PlannedRequest(
             arrival.at_s / speedup,
             _clip(arrival.input_len, max_input_len),
             _clip(arrival.output_len, max_output_len),
@@ -170,7 +172,7 @@ def replay(
         )
 
 
-def within(arrivals: Iterable[Arrival], duration_s: float) -> Iterator[Arrival]:
+def within(arrivals: Iterable[PlannedRequest], duration_s: float) -> Iterator[PlannedRequest]:
     """Those that come before the time is over."""
     return takewhile(lambda arrival: arrival.at_s < duration_s, arrivals)
 

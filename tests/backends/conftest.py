@@ -9,8 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from sagellm.backends.cpu import CpuBackend
-from sagellm.backends.cpu.native_program import NativeProgram
-from sagellm.backends.cpu.program import CpuProgram
+from sagellm.backends.cpu.program import CpuProgram, NativeProgram
 from sagellm.backends.step import KVLayout, StepInputs
 from sagellm.graphs.models import ModelFacts, build, facts
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sagellm.backends.cpu.binding import Binding
-from sagellm.backends.protocol import LoweringError
+from sagellm.backends.interface import LoweringError
 from sagellm.backends.step import KVLayout
 from sagellm.graphs.ir import Graph
 

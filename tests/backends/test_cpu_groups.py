@@ -8,7 +8,7 @@ from sagellm.backends.cpu.linear_attention import in_chunks, load, store, token_
 from sagellm.backends.step import KVLayout, StepBatch
 from sagellm.backends.step_inputs import step_inputs
 from sagellm.graphs.kernels import KVBlocks, kv_groups
-from sagellm.graphs.kernels.linear_attention import LinearAttention
+from sagellm.graphs.kernels.token_mixers import LinearAttention
 from sagellm.graphs.models import build
 from sagellm.graphs.passes import PlaceLayers
 

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from sagellm.backends.cpu.attention import row_by_row
+from sagellm.backends.cpu.attention import attend_row_by_row
+from sagellm.backends.cpu.binding import ForwardContext
 from sagellm.backends.cpu.native.library import native_kernels
-from sagellm.backends.cpu.step import Step
 from sagellm.backends.step import StepInputs
-from sagellm.graphs.kernels.attention import PagedAttention
+from sagellm.graphs.kernels.token_mixers import PagedAttention
 
 KERNELS = native_kernels()
 pytestmark = pytest.mark.skipif(KERNELS is None, reason="no C compiler on this machine")
@@ -70,7 +70,7 @@ class Case:
         inputs, q = self.inputs(rows), self._queries(rows)
         if self.is_rounded:
             q = (q * self.options.scale).bfloat16().float() / self.options.scale
-        found = row_by_row(self.options, Step(inputs, self.pool), q)
+        found = attend_row_by_row(self.options, ForwardContext(inputs, self.pool), q)
         return found.split(list(inputs.query_lens))
 
     def _queries(self, rows):

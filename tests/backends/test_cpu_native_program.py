@@ -9,10 +9,9 @@ import pytest
 import torch
 
 from sagellm.backends.cpu import CpuBackend, linear
-from sagellm.backends.cpu.native import structs
+from sagellm.backends.cpu.native import c_structs
 from sagellm.backends.cpu.native.library import native_kernels
-from sagellm.backends.cpu.native_program import NativeProgram
-from sagellm.backends.cpu.program import CpuProgram
+from sagellm.backends.cpu.program import CpuProgram, NativeProgram
 
 KERNELS = native_kernels()
 pytestmark = pytest.mark.skipif(KERNELS is None, reason="no C compiler on this machine")
@@ -163,6 +162,6 @@ def test_memory_goes_with_the_program(reference, paged, monkeypatch):
 
 
 def test_python_and_c_mean_the_same_structures():
-    sizes = (ctypes.c_long * len(structs.SIZED))()
+    sizes = (ctypes.c_long * len(c_structs.SIZED))()
     KERNELS._library.sage_sizes(sizes)
-    assert list(sizes) == [ctypes.sizeof(kind) for kind in structs.SIZED]
+    assert list(sizes) == [ctypes.sizeof(kind) for kind in c_structs.SIZED]

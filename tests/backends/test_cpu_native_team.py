@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from sagellm.backends.cpu.linear import pack
 from sagellm.backends.cpu.native.library import native_kernels
-from sagellm.backends.cpu.native.packed import pack
 
 KERNELS = native_kernels()
 TASKS = Path("/proc/self/task")

@@ -6,9 +6,9 @@ import gc
 import pytest
 import torch
 
+from sagellm.backends.cpu.linear import PackedLinear, pack
+from sagellm.backends.cpu.native.c_structs import NativeLinear
 from sagellm.backends.cpu.native.library import native_kernels
-from sagellm.backends.cpu.native.packed import PackedLinear, pack
-from sagellm.backends.cpu.native.structs import Linear
 
 KERNELS = native_kernels()
 pytestmark = pytest.mark.skipif(KERNELS is None, reason="no C compiler on this machine")
@@ -118,7 +118,7 @@ SHARE = ctypes.CFUNCTYPE(  # `multiply` of linear.h
 def gated(linear, x, width, threads):
     """By the gated kernel, into columns 1 .. width + 1 of a wider matrix."""
     out = torch.full((len(x), width + 3), torch.nan)
-    multiply = SHARE(Linear.from_address(linear.address).gated)
+    multiply = SHARE(NativeLinear.from_address(linear.address).gated)
     for number in range(threads):
         place = out.data_ptr() + out.element_size()
         sizes = x.stride(0), place, out.stride(0), len(x)
@@ -154,13 +154,13 @@ def test_a_shape_without_a_gated_kernel_has_none(width, depth):
     assert not KERNELS.is_gated(width, depth)
     if depth == 64:
         linear = packed(torch.randn(width, depth), None, "float")
-        assert Linear.from_address(linear.address).gated is None
+        assert NativeLinear.from_address(linear.address).gated is None
 
 
 def test_the_struct_names_what_the_c_kernels_read():
     weight, bias = torch.randn(5, 3), torch.randn(5)
     linear = pack(KERNELS, weight, bias)
-    found = Linear.from_address(linear.address)
+    found = NativeLinear.from_address(linear.address)
     assert (found.num_cols, found.k, found.group) == (*linear.shape, 0)
     assert (found.scales, found.zeros, found.bias) == (None, None, bias.data_ptr())
     assert found.run == ctypes.cast(KERNELS._library.sage_multiply_float, ctypes.c_void_p).value
@@ -186,4 +186,4 @@ def test_bfloat16_is_multiplied_in_pairs_where_the_cpu_can(monkeypatch, has_pair
     monkeypatch.setattr(type(KERNELS), "has_pairs", has_pairs)
     linear = pack(KERNELS, torch.randn(5, 3).bfloat16(), None)
     chosen = KERNELS.function(f"sage_multiply_{kernel}")
-    assert Linear.from_address(linear.address).run == chosen
+    assert NativeLinear.from_address(linear.address).run == chosen

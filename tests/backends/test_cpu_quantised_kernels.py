@@ -8,9 +8,8 @@ import torch
 
 from sagellm.backends.cpu.native import compiler
 from sagellm.backends.cpu.native.library import NativeKernels, native_kernels
-from sagellm.backends.cpu.quantised.dequantising import dequantising, rounded
-from sagellm.backends.cpu.quantised.packing import Packed
-from sagellm.backends.quantised import QuantisedWeight
+from sagellm.backends.cpu.quantised_linear import PackedQuantised, dequantising, rounded
+from sagellm.backends.quantised_weight import QuantisedWeight
 
 KERNELS = native_kernels()
 pytestmark = pytest.mark.skipif(KERNELS is None, reason="no C compiler on this machine")
@@ -68,7 +67,7 @@ def test_products_are_those_of_the_rounded_rows(bits, row_bits, width, depth, gr
     weight, x, bias = random_weight(bits, width, depth, group), torch.randn(rows, depth), None
     if width > 1:
         bias = torch.randn(width)
-    found = Packed(KERNELS, weight, bias, row_bits)(x)
+    found = PackedQuantised(KERNELS, weight, bias, row_bits)(x)
     assert error(found, wanted(weight, x, bias, row_bits)) < 1e-5
 
 
@@ -77,7 +76,7 @@ def test_products_are_those_of_the_rounded_rows(bits, row_bits, width, depth, gr
 def test_zeros_and_order(bits, row_bits, width, depth, group):
     weight = random_weight(bits, width, depth, group, zeros=True, order=True)
     x = torch.randn(6, depth)
-    found = Packed(KERNELS, weight, None, row_bits)(x)
+    found = PackedQuantised(KERNELS, weight, None, row_bits)(x)
     assert error(found, wanted(weight, x, None, row_bits)) < 1e-5
 
 
@@ -87,7 +86,7 @@ def test_the_largest_numbers_do_not_overflow(bits, row_bits):
     for code in (0, 15) if bits == 4 else (-127, 127):
         weight = random_weight(bits, 16, 64)
         weight.codes.fill_(code)
-        found = Packed(KERNELS, weight, None, row_bits)(x)
+        found = PackedQuantised(KERNELS, weight, None, row_bits)(x)
         assert error(found, x.double() @ weight.dequantised().double().T) < 1e-6
 
 
@@ -95,13 +94,13 @@ def test_the_largest_numbers_do_not_overflow(bits, row_bits):
 @pytest.mark.parametrize("scale", [0.0, 1e-38, 1e-20, 1e20])
 def test_rows_of_any_size(bits, row_bits, scale):
     weight, x = random_weight(bits, 5, 96), torch.randn(3, 96) * scale
-    found = Packed(KERNELS, weight, None, row_bits)(x)
+    found = PackedQuantised(KERNELS, weight, None, row_bits)(x)
     assert torch.allclose(found.double(), wanted(weight, x, None, row_bits), rtol=1e-3, atol=1e-30)
 
 
 def test_rows_of_16_bits_lose_next_to_nothing():
     weight, x = random_weight(8, 40, 896), torch.randn(4, 896)
-    found = Packed(KERNELS, weight, None, 16)(x)
+    found = PackedQuantised(KERNELS, weight, None, 16)(x)
     assert error(found, x.double() @ weight.dequantised().double().T) < 3e-5
 
 
@@ -109,7 +108,7 @@ def test_rows_of_16_bits_lose_next_to_nothing():
 @pytest.mark.parametrize("depth", [77, 2061])
 def test_a_row_has_the_same_bits_at_any_place_of_any_batch(bits, row_bits, depth, one_thread):
     x = torch.randn(600, depth)  # more than a thread keeps at a time
-    packed = Packed(KERNELS, random_weight(bits, 31, depth, zeros=True), None, row_bits)
+    packed = PackedQuantised(KERNELS, random_weight(bits, 31, depth, zeros=True), None, row_bits)
     whole = packed(x)
     for size in (1, 2, 3, 4, 5, 6, 9, 127, 200):
         some = min(len(x), 20 * size)
@@ -118,7 +117,7 @@ def test_a_row_has_the_same_bits_at_any_place_of_any_batch(bits, row_bits, depth
 
 
 def test_rows_may_be_strided_and_threads_more_than_panels():
-    packed = Packed(KERNELS, random_weight(4, 5, 64), None, 8)
+    packed = PackedQuantised(KERNELS, random_weight(4, 5, 64), None, 8)
     x, before = torch.randn(6, 100), torch.get_num_threads()
     found = packed(x[:, 8:72])
     assert torch.equal(found, packed(x[:, 8:72].contiguous()))
@@ -132,7 +131,7 @@ def test_rows_may_be_strided_and_threads_more_than_panels():
 @FORMS
 @pytest.mark.parametrize("num_rows", [1, 64, 200])
 def test_threads_share_rows_or_columns_and_change_no_bit(bits, row_bits, num_rows):
-    packed = Packed(KERNELS, random_weight(bits, 97, 301), torch.randn(97), row_bits)
+    packed = PackedQuantised(KERNELS, random_weight(bits, 97, 301), torch.randn(97), row_bits)
     x, before = torch.randn(num_rows, 301), torch.get_num_threads()
     found = []
     try:
@@ -149,7 +148,7 @@ def test_threads_share_rows_or_columns_and_change_no_bit(bits, row_bits, num_row
 def test_torch_alone_agrees(bits, row_bits, alone):
     weight, x = random_weight(bits, 70, 77, order=True), torch.randn(5, 77)
     bias = torch.randn(70)
-    quick = Packed(KERNELS, weight, bias, row_bits)(x)
+    quick = PackedQuantised(KERNELS, weight, bias, row_bits)(x)
     slow = dequantising(weight, bias, row_bits, alone=alone)
     exact = 1e-5 if bits == row_bits else 1e-2  # it leaves rows as they are, but in w8a8
     assert error(slow(x), quick) < exact
@@ -181,7 +180,7 @@ def test_other_cpus_get_the_same(flags, bits, row_bits, built):
     weight = random_weight(bits, 33, 301, 64, zeros=True)
     weight.scales[0, :3] = torch.tensor([1e-7, 6e4, -3e-5])  # subnormal, huge, negative
     x = torch.randn(5, 301)
-    found, own = (Packed(k, weight, None, row_bits)(x) for k in (other, KERNELS))
+    found, own = (PackedQuantised(k, weight, None, row_bits)(x) for k in (other, KERNELS))
     assert error(found, own) < 1e-6
 
 

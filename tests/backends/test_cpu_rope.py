@@ -1,7 +1,7 @@
 """The shared tables of angles: long enough for whoever asks, whatever others do meanwhile."""
 
-from sagellm.backends.cpu.rope import RopeTables
-from sagellm.graphs.kernels.attention import Rope
+from sagellm.backends.cpu.attention import RopeTables
+from sagellm.graphs.kernels.token_mixers import Rope
 
 
 class Raced(RopeTables):

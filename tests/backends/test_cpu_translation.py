@@ -4,11 +4,11 @@ written over what is still read, and what C would misread is not translated."""
 import pytest
 
 from sagellm.backends.cpu import CpuBackend
+from sagellm.backends.cpu.binding import NativeKernel
 from sagellm.backends.cpu.native.library import native_kernels
-from sagellm.backends.cpu.native_kernel import NativeKernel
-from sagellm.backends.cpu.native_program import NativeProgram
+from sagellm.backends.cpu.program import NativeProgram
 from sagellm.backends.cpu.translation import _OPS, UntranslatableError, translate
-from sagellm.backends.plan import Instruction, Plan
+from sagellm.backends.instructions import Instruction, KernelPlan
 from sagellm.graphs.ir import Node
 from sagellm.graphs.kernels import STEP_INPUTS
 
@@ -59,7 +59,7 @@ def translated(*steps, logits=C):
         for op, inputs, outputs, dead in steps
     ]
     kernels = [NativeKernel(lambda step: (), widths=(8,)) for _ in made]
-    plan = Plan(tuple(made), INPUTS, logits, len(INPUTS) + 3)
+    plan = KernelPlan(tuple(made), INPUTS, logits, len(INPUTS) + 3)
     return translate(plan, kernels).instructions
 
 

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from sagellm.backends import KVLayout, Row, StepBatch, get_backend
-from sagellm.backends.null.backend import null_token
+from sagellm.backends import KVLayout, LogitsRow, StepBatch, get_backend
+from sagellm.backends.null import null_token
 from sagellm.graphs.diagnostics import GraphError
 from sagellm.graphs.models import build
 from sagellm.runtime.engine.mailbox import Mailbox
@@ -30,14 +30,14 @@ def answer():
     )
     mailbox, stop_ids = Mailbox(lambda: None), frozenset[int]()
     return Sequence(
-        state, arrival=1, mailbox=mailbox, max_output=9, stop_ids=stop_ids, transcript=None
+        state, arrival=1, mailbox=mailbox, max_output=9, stop_ids=stop_ids, output_text=None
     )
 
 
 def test_a_launch_is_over_at_once_and_samples_what_seed_choice_and_position_say():
     device = get_backend("null").device()
     program = device.lower(build(CONFIG), {}, **OPTIONS)
-    batch = StepBatch([5], [1], [1], [[0]], [0], rows=[Row(answer(), 1)])
+    batch = StepBatch([5], [1], [1], [[0]], [0], rows=[LogitsRow(answer(), 1)])
     ticket = device.open_queue().launch(program, device.allocate(LAYOUT, 4), batch)
     assert ticket.result(timeout=0).token_ids == [null_token(7, 3, 0, 32)]
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.generation import NoBadWordsLogitsProcessor
 
-from sagellm.backends import Row, sampler
+from sagellm.backends import LogitsRow, sampler
 from sagellm.backends.sampler import banned_tokens, sample, uniform
 from sagellm.runtime.engine.mailbox import Mailbox
 from sagellm.runtime.engine.sequence import Sequence
@@ -32,9 +32,9 @@ def row(output=(), prompt=(0,), choice=0, stop_ids=(), **sampling):
         mailbox=Mailbox(lambda: None),
         max_output=100,
         stop_ids=frozenset(stop_ids),
-        transcript=None,
+        output_text=None,
     )
-    return Row(sequence, len(sequence.tokens))
+    return LogitsRow(sequence, len(sequence.tokens))
 
 
 def sample_one(one, logits=LOGITS):
@@ -121,8 +121,8 @@ def test_allowed_tokens_are_read_once_a_sequence(monkeypatch):
     assert sample_one(first) == 4
     monkeypatch.setattr(sampler.torch, "tensor", None)  # nothing is built from Python's numbers
     assert sample_one(first) == 4
-    assert sample_one(Row(first.answer, 1, (4,))) == 4
-    fed = Row(first.answer, 1, source=1)
+    assert sample_one(LogitsRow(first.answer, 1, (4,))) == 4
+    fed = LogitsRow(first.answer, 1, source=1)
     fed.feed([9, 4])
     assert (fed.tokens, fed.num_output) == ([0, 4], 1)
     assert sample_one(fed) == 4

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from sagellm.cli.failure import CONFIGURATION
-from sagellm.cli.serving import ListenOptions
+from sagellm.cli.errors import CONFIGURATION
+from sagellm.cli.serve_options import ListenOptions
 
 UNIT = Path(__file__).resolve().parents[2] / "deploy" / "sagellm.service"
 TEXT = UNIT.read_text()

@@ -47,7 +47,7 @@ SPECS = (
     OpSpec(
         "pd_split",
         (Port("in", REQUEST),),
-        (Port("disaggregated", REQUEST), Port("joint", REQUEST)),
+        (Port("disaggregated", REQUEST), Port("aggregated", REQUEST)),
         Splitting,
     ),
     OpSpec("route", (Port("in", REQUEST),), (Port("out", REQUEST),), Routing),

@@ -26,7 +26,7 @@ operators:
 edges:
   - source -> admission -> sort -> split
   - split.disaggregated -> route -> prefill -> transfer -> decode -> metrics -> sink
-  - split.joint -> generate -> metrics
+  - split.aggregated -> generate -> metrics
 executor: {kind: tasks}
 """
 MOVES = frozenset({"kv_transfer"})
@@ -54,8 +54,15 @@ def test_the_unbroken_file_is_right(vocabulary: Vocabulary) -> None:
         ("executor:", "exekutor:", 20, 1, "unknown key `exekutor`", "`executor`"),
         ("op: route", "opp: route", 10, 3, "`op`", "`opp`"),
         ("max_queued: 1024", "max_queued: 1, max_queued: 2", 7, 45, "twice", "line 7"),
-        ("split.joint ->", "split.joint >", 19, 5, "neither", "->"),
-        ("-> sort -> split", "-> split.joint -> sort", 17, 34, "inlet or an outlet", "two edges"),
+        ("split.aggregated ->", "split.aggregated >", 19, 5, "neither", "->"),
+        (
+            "-> sort -> split",
+            "-> split.aggregated -> sort",
+            17,
+            34,
+            "inlet or an outlet",
+            "two edges",
+        ),
         ("op: kv_transfer", "op: kv_transfr", 12, 19, "unknown op `kv_transfr`", "`kv_transfer`"),
         ("max_queued: ", "max_queud: ", 7, 30, "no option `max_queud`", "`max_queued`"),
         ("max_queued: 1024", "max_queued: yes", 7, 42, "an integer, not `yes`", "an integer"),
@@ -67,7 +74,7 @@ def test_the_unbroken_file_is_right(vocabulary: Vocabulary) -> None:
         ("engine: p", "engine: q", 11, 36, "no engine is called `q`", "there are d, p"),
         ("engine: p", "engine: d", 4, 3, "no operator uses engine `p`", "remove it"),
         ("-> route ->", "-> rout ->", 18, 28, "no operator is called `rout`", "`route`"),
-        ("split.joint", "split.jont", 19, 11, "no outlet `jont`", "`joint`"),
+        ("split.aggregated", "split.jont", 19, 11, "no outlet `jont`", "`joint`"),
         ("-> metrics\n", "-> metrics.event\n", 19, 40, "no inlet `event`", "there are in"),
         ("  - split.j", "  - decode.terminal -> sink\n  - split.j", 19, 12, "no outlet", "without"),
         ("source -> admission", "admission", 16, 1, "no edge leaves", "source -> admission"),
@@ -77,7 +84,14 @@ def test_the_unbroken_file_is_right(vocabulary: Vocabulary) -> None:
         ("-> transfer ->", "->", 12, 3, "ever reaches `transfer`", "... -> transfer"),
         ("-> sort -> split", "-> split", 8, 3, "ever reaches `sort`", "... -> sort"),
         ("-> generate -> metrics", "-> metrics", 14, 3, "reaches `generate`", "-> generate"),
-        ("  - split.joint", "  - route -> metrics\n  - split.joint", 19, 5, "one owner", "two"),
+        (
+            "  - split.aggregated",
+            "  - route -> metrics\n  - split.aggregated",
+            19,
+            5,
+            "one owner",
+            "two",
+        ),
         ("kind: tasks", "kind: task", 20, 18, "unknown kind of executor: `task`", "`tasks`"),
         ("kind: tasks", "kind: tasks, size: 2", 20, 25, "no option `size`", "there are none"),
     ],
@@ -123,9 +137,9 @@ def test_a_mistake_of_several_lines(
 
 
 def test_a_cut_chain_is_told_at_both_ends(vocabulary: Vocabulary) -> None:
-    told = diagnosed(PD.replace("split.joint -> generate", "generate"), vocabulary)
+    told = diagnosed(PD.replace("split.aggregated -> generate", "generate"), vocabulary)
     assert told == [
-        "pd.yaml:9:3: the outlet `joint` of `split` leads nowhere (write `split.joint -> ...`)",
+        "pd.yaml:9:3: the outlet `joint` of `split` leads nowhere (write `split.aggregated -> ...`)",
         "pd.yaml:14:3: nothing feeds the inlet `in` of `generate` (write `... -> generate`)",
     ]
 

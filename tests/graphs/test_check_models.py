@@ -7,7 +7,7 @@ import pytest
 from sagellm.graphs.check import Facts, check
 from sagellm.graphs.diagnostics import Diagnostic, GraphError
 from sagellm.graphs.ir import Edge, FrozenMap, Graph, Node, freeze
-from sagellm.graphs.served import ServedModel, served_models
+from sagellm.graphs.sections import ServedModel, served_models
 from sagellm.graphs.text import yaml
 from sagellm.graphs.vocabulary import EVENT, REQUEST, ListedPorts, OpSpec, Port, Vocabulary
 

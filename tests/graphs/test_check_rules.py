@@ -10,8 +10,8 @@ import sagellm.graphs
 from sagellm.graphs.check import EngineFactsView, EngineKindView, Facts, check
 from sagellm.graphs.diagnostics import Diagnostic
 from sagellm.graphs.ir import Edge, FrozenMap, Graph, Node
-from sagellm.graphs.rules.items import carried
-from sagellm.graphs.rules.subject import Subject
+from sagellm.graphs.rules.dataflow import carried_items
+from sagellm.graphs.rules.rule import CheckContext
 from sagellm.graphs.text.yaml import load_file
 from sagellm.graphs.vocabulary import OpSpec, Port, Vocabulary
 
@@ -184,7 +184,7 @@ def test_a_name_of_an_open_set_is_looked_up() -> None:
 
 
 def test_items_follow_same_along_the_graph(vocabulary: Vocabulary) -> None:
-    found = carried(Subject(PD, vocabulary, Facts()))
+    found = carried_items(CheckContext(PD, vocabulary, Facts()))
     assert found["metrics", "out"] == {"event"}
     assert found["transfer", "out"] == {"prefilled"}
 

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from sagellm.graphs.ir import Edge, FrozenMap, Graph, Node, TensorType
-from sagellm.graphs.passes.place import Place
+from sagellm.graphs.passes.placement import Place
 from sagellm.graphs.text.draw import as_mermaid, as_text
 from sagellm.graphs.text.yaml import load
 
@@ -18,7 +18,7 @@ operators:
   generate: {op: generate, engine: g}
 edges:
   - source -> split
-  - split.joint -> generate -> sink
+  - split.aggregated -> generate -> sink
   - generate ~> split
 executor: {kind: tasks}
 """,
@@ -60,7 +60,7 @@ operators
 
 edges
   source -> split
-  split.joint -> generate -> sink
+  split.aggregated -> generate -> sink
   generate ~> split
 """
     )

@@ -16,7 +16,7 @@ from sagellm.graphs.kernels import infer
 from sagellm.graphs.layout.geometry import Box, Point
 from sagellm.graphs.models import FAMILIES, build
 from sagellm.graphs.passes import KERNEL_PASSES, run_pipeline
-from sagellm.graphs.passes.place import Place
+from sagellm.graphs.passes.placement import Place
 from sagellm.graphs.text.draw import as_svg
 from sagellm.graphs.text.svg import FONT_SIZE, LABEL_SIZE, text_width
 from sagellm.graphs.text.yaml import load_file

@@ -1,6 +1,6 @@
 """Diagnostics: how they read, and how they find their place in a text."""
 
-from sagellm.graphs.diagnostics import Diagnostic, GraphError, Position, locate, place
+from sagellm.graphs.diagnostics import Diagnostic, GraphError, Position, locate, position_of
 
 POSITIONS = {
     (): Position("f", 1, 1),
@@ -28,11 +28,11 @@ def test_an_error_carries_and_prints_all() -> None:
 
 
 def test_a_path_is_placed_at_the_nearest_that_encloses_it() -> None:
-    assert place(("operators", "sort", "window"), POSITIONS) == Position("f", 3, 20)
-    assert place(("operators", "sort", "window", "value"), POSITIONS) == Position("f", 3, 20)
-    assert place(("operators", "route", "strategy"), POSITIONS) == Position("f", 2, 1)
-    assert place(("edges", 0), POSITIONS) == Position("f", 1, 1)
-    assert place(("edges", 0), {}) is None
+    assert position_of(("operators", "sort", "window"), POSITIONS) == Position("f", 3, 20)
+    assert position_of(("operators", "sort", "window", "value"), POSITIONS) == Position("f", 3, 20)
+    assert position_of(("operators", "route", "strategy"), POSITIONS) == Position("f", 2, 1)
+    assert position_of(("edges", 0), POSITIONS) == Position("f", 1, 1)
+    assert position_of(("edges", 0), {}) is None
 
 
 def test_locating_sorts_by_line_and_keeps_known_positions() -> None:

@@ -5,7 +5,7 @@ import pytest
 from sagellm.graphs.diagnostics import GraphError
 from sagellm.graphs.kernels import KVBlocks, KVGroup, infer, kv_groups
 from sagellm.graphs.models import build, facts
-from sagellm.graphs.models.assembly import Assembly, Wire
+from sagellm.graphs.models.decoder import KernelGraphBuilder, NodeOutlet
 from sagellm.graphs.passes import KERNEL_PASSES, PlaceLayers, run_pipeline
 
 SMALL = {
@@ -50,7 +50,7 @@ def test_groups_are_the_same_of_a_fused_graph_and_known_as_a_fact():
 
 def recurrent(width=6):
     """A graph of one layer with a state, whose gate is so wide."""
-    made = Assembly("recurrent", "float32")
+    made = KernelGraphBuilder("recurrent", "float32")
     rows = made.add(
         "embed",
         "embedding",
@@ -62,7 +62,7 @@ def recurrent(width=6):
     )
     options = {"weight": "g", "in_features": 24, "out_features": width}
     gate = made.add("gate", "linear", {"in": rows}, **options)
-    out = made.thread(
+    out = made.add_stateful(
         "mix",
         "linear_attention",
         {"q": rows, "k": rows, "v": rows, "gate": gate},
@@ -154,10 +154,10 @@ def test_a_model_of_one_group_is_left_as_it_was():
 
 
 def test_a_layer_that_two_kernels_read_is_kept_for_the_one_that_sees_farthest():
-    made = Assembly("shared", "float32")
-    rows = Wire("embed")
+    made = KernelGraphBuilder("shared", "float32")
+    rows = NodeOutlet("embed")
     for name, window in (("a", 5), ("b", None), ("c", 9)):
-        made.thread(
+        made.add_stateful(
             name,
             "paged_attention",
             {"q": rows},

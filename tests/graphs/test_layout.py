@@ -6,18 +6,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pictures import crosses, holds, overlap
 
-from sagellm.graphs.layout.crossings import num_crossings
-from sagellm.graphs.layout.geometry import Box, Cell, Layout
-from sagellm.graphs.layout.layers import FRAME_PADDING, lay_out
-from sagellm.graphs.layout.ports import PORT_GAP, spread
-from sagellm.graphs.layout.ranks import Band, Link, ranks, shortcuts, spine
+from sagellm.graphs.layout.geometry import Box, GridCell, Layout
+from sagellm.graphs.layout.grid import num_crossings
+from sagellm.graphs.layout.layers import FRAME_PADDING, PORT_GAP, lay_out, spread
+from sagellm.graphs.layout.ranks import Band, LayoutEdge, ranks, shortcuts, spine
 
 SIZE = (60.0, 30.0)
-CHAIN = [Link("a", "b"), Link("b", "c"), Link("a", "c")]
+CHAIN = [LayoutEdge("a", "b"), LayoutEdge("b", "c"), LayoutEdge("a", "c")]
 
 
 def test_rows_go_down_along_edges() -> None:
-    links = [*CHAIN, Link("c", "a", is_back=True)]
+    links = [*CHAIN, LayoutEdge("c", "a", is_back=True)]
     layout = lay_out(dict.fromkeys("cba", SIZE), links)
     assert layout.boxes["a"].bottom < layout.boxes["b"].y
     assert layout.boxes["b"].bottom < layout.boxes["c"].y
@@ -37,13 +36,13 @@ def test_edges_end_at_their_boxes() -> None:
 
 
 def test_parallel_edges_run_apart() -> None:
-    layout = lay_out({"a": SIZE, "b": SIZE}, [Link("a", "b"), Link("a", "b")])
+    layout = lay_out({"a": SIZE, "b": SIZE}, [LayoutEdge("a", "b"), LayoutEdge("a", "b")])
     starts = sorted(route.strokes[0][0][0] for route in layout.routes)
     assert starts[1] - starts[0] >= PORT_GAP
 
 
 def test_a_label_interrupts_its_edge() -> None:
-    layout = lay_out({"a": SIZE, "b": SIZE}, [Link("a", "b", label_width=40.0)])
+    layout = lay_out({"a": SIZE, "b": SIZE}, [LayoutEdge("a", "b", label_width=40.0)])
     (route,) = layout.routes
     assert route.label is not None
     above, below = route.strokes
@@ -51,9 +50,9 @@ def test_a_label_interrupts_its_edge() -> None:
 
 
 def test_a_label_stands_by_the_end_that_it_names() -> None:
-    links = [*CHAIN[:2], Link("a", "c", label_width=40.0)]
+    links = [*CHAIN[:2], LayoutEdge("a", "c", label_width=40.0)]
     near = lay_out(dict.fromkeys("abc", SIZE), links)
-    far = lay_out(dict.fromkeys("abc", SIZE), [*links[:2], Link("a", "c", False, 40.0, True)])
+    far = lay_out(dict.fromkeys("abc", SIZE), [*links[:2], LayoutEdge("a", "c", False, 40.0, True)])
     first, second = near.routes[2].label, far.routes[2].label
     assert first is not None
     assert second is not None
@@ -62,7 +61,7 @@ def test_a_label_stands_by_the_end_that_it_names() -> None:
 
 
 def test_what_a_band_feeds_is_below_all_of_it() -> None:
-    links = [Link("before", "a"), Link("a", "b"), Link("a", "after")]
+    links = [LayoutEdge("before", "a"), LayoutEdge("a", "b"), LayoutEdge("a", "after")]
     names = ["before", "a", "b", "after", "title"]
     rank = ranks(names, links, [Band("title", ("a", "b"))])
     assert sorted(names, key=lambda name: rank[name]) == ["before", "title", "a", "b", "after"]
@@ -73,13 +72,19 @@ def test_an_edge_round_a_longer_way_is_a_shortcut() -> None:
 
 
 def test_the_longest_way_is_the_spine() -> None:
-    links = [*CHAIN, Link("c", "d", priority=1)]
+    links = [*CHAIN, LayoutEdge("c", "d", priority=1)]
     assert spine({"a": 0, "b": 1, "c": 2, "d": 3}, links) == {0, 1}
 
 
 def test_the_spine_is_straight_and_what_is_beside_it_does_not_bend_it() -> None:
-    links = [Link("a", "b"), Link("b", "c"), Link("a", "x"), Link("x", "c"), Link("c", "d")]
-    links += [Link("b", "b2"), Link("b2", "c")]
+    links = [
+        LayoutEdge("a", "b"),
+        LayoutEdge("b", "c"),
+        LayoutEdge("a", "x"),
+        LayoutEdge("x", "c"),
+        LayoutEdge("c", "d"),
+    ]
+    links += [LayoutEdge("b", "b2"), LayoutEdge("b2", "c")]
     boxes = lay_out(dict.fromkeys(["a", "b", "b2", "c", "d", "x"], SIZE), links).boxes
     assert len({boxes[name].centre for name in ("a", "b", "b2", "c", "d")}) == 1
     assert boxes["x"].centre != boxes["a"].centre
@@ -87,9 +92,9 @@ def test_the_spine_is_straight_and_what_is_beside_it_does_not_bend_it() -> None:
 
 def test_crossings_are_counted_and_avoided() -> None:
     rows = [["a", "b"], ["c", "d"]]
-    lower: dict[Cell, list[Cell]] = {"a": ["d"], "b": ["c"], "c": [], "d": []}
+    lower: dict[GridCell, list[GridCell]] = {"a": ["d"], "b": ["c"], "c": [], "d": []}
     assert num_crossings(rows, lower) == 1
-    layout = lay_out(dict.fromkeys("abcd", SIZE), [Link("a", "d"), Link("b", "c")])
+    layout = lay_out(dict.fromkeys("abcd", SIZE), [LayoutEdge("a", "d"), LayoutEdge("b", "c")])
     left, right = (
         layout.boxes["a"].x < layout.boxes["b"].x,
         layout.boxes["d"].x < layout.boxes["c"].x,
@@ -121,7 +126,9 @@ def test_boxes_and_labels_never_overlap_and_edges_cross_none(
     sizes: dict[str, tuple[float, float]], data: st.DataObject
 ) -> None:
     ends = st.sampled_from(sorted(sizes))
-    link = st.builds(Link, ends, ends, st.booleans(), widths, st.booleans(), st.integers(0, 2))
+    link = st.builds(
+        LayoutEdge, ends, ends, st.booleans(), widths, st.booleans(), st.integers(0, 2)
+    )
     links = data.draw(st.lists(link, max_size=12))
     members = data.draw(st.sets(ends))
     bands = [Band("title", tuple(sorted(members)))] if members else []

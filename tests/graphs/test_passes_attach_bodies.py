@@ -1,7 +1,7 @@
 """Bodies: the kernel graph of an engine inside the operators that use it."""
 
 from sagellm.graphs.ir import Edge, Graph, Node
-from sagellm.graphs.passes.attach_bodies import AttachBodies
+from sagellm.graphs.passes.placement import AttachBodies
 
 BODY = Graph("model", "kernel", nodes=(Node("embed", "embedding"),))
 

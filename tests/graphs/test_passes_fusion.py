@@ -9,7 +9,7 @@ from sagellm.graphs.ir import SINK, Edge, TensorType
 from sagellm.graphs.kernels import infer, logits_type, verify
 from sagellm.graphs.models import FAMILIES, build
 from sagellm.graphs.passes import KERNEL_PASSES, UnknownPass, run_pipeline
-from sagellm.graphs.passes.fuse_gated_linear import FuseGatedLinear
+from sagellm.graphs.passes.fusion import FuseGatedLinear
 
 SMALL = {
     "vocab_size": 32,

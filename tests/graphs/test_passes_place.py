@@ -5,8 +5,7 @@ from dataclasses import replace
 from sagellm import Graph
 from sagellm.graphs.ir import FrozenMap
 from sagellm.graphs.ir import Graph as FrozenGraph
-from sagellm.graphs.passes.place import Place, replicas_of
-from sagellm.graphs.passes.share_cores import ShareCores
+from sagellm.graphs.passes.placement import Place, ShareCores, replicas_of
 
 
 def under(kind: str, graph: FrozenGraph) -> FrozenGraph:

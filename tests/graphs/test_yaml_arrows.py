@@ -3,7 +3,7 @@
 import pytest
 
 from sagellm.graphs.ir import Edge
-from sagellm.graphs.text.arrows import ArrowMistake, chains, parse
+from sagellm.graphs.text.surface import ChainError, chains, parse_chain
 
 
 @pytest.mark.parametrize(
@@ -21,7 +21,7 @@ from sagellm.graphs.text.arrows import ArrowMistake, chains, parse
     ],
 )
 def test_a_chain_is_its_edges(chain: str, edges: list[Edge]) -> None:
-    assert [link.edge for link in parse(chain)] == edges
+    assert [link.edge for link in parse_chain(chain)] == edges
 
 
 @pytest.mark.parametrize(
@@ -38,15 +38,15 @@ def test_a_chain_is_its_edges(chain: str, edges: list[Edge]) -> None:
     ],
 )
 def test_a_broken_chain_says_where(chain: str, at: int, word: str) -> None:
-    with pytest.raises(ArrowMistake) as caught:
-        parse(chain)
+    with pytest.raises(ChainError) as caught:
+        parse_chain(chain)
     assert caught.value.at == at
     assert word in caught.value.message
     assert caught.value.hint
 
 
 def test_ends_know_their_place() -> None:
-    (link,) = parse("split.joint -> sort.late")
+    (link,) = parse_chain("split.aggregated -> sort.late")
     assert (link.left.at, link.left.port_at) == (0, 6)
     assert (link.right.at, link.right.port_at) == (15, 20)
 

@@ -6,8 +6,7 @@ import pytest
 
 from sagellm.graphs.diagnostics import GraphError
 from sagellm.graphs.ir import Edge, FrozenMap, Graph, Node, freeze
-from sagellm.graphs.text.writing import scalar
-from sagellm.graphs.text.yaml import dump, load
+from sagellm.graphs.text.yaml import dump, load, scalar
 
 TEXT = """\
 sagellm: 1
@@ -20,7 +19,7 @@ operators:
   split: {op: pd_split}
 edges:
   - source -> sort -> split
-  - split.joint -> sort.late
+  - split.aggregated -> sort.late
   - split ~> sort
   - split -> sink
 executor: {kind: tasks}

@@ -18,7 +18,7 @@ operators:
   split: {op: pd_split}
 edges:
   - source -> sort -> split
-  - split.joint -> sink
+  - split.aggregated -> sink
   - "split ~> sort.load"
 executor: {kind: tasks}
 """
@@ -165,9 +165,9 @@ def test_a_mistake_of_form_has_its_place(
 
 
 def test_a_dotted_name_between_arrows_is_explained() -> None:
-    (found,) = mistakes(TEXT.replace("-> sort -> split", "-> split.joint -> sort"))
+    (found,) = mistakes(TEXT.replace("-> sort -> split", "-> split.aggregated -> sort"))
     assert "inlet or an outlet" in found.message
-    assert found.hint == "write two edges: `source -> split` and `split.joint -> ...`"
+    assert found.hint == "write two edges: `source -> split` and `split.aggregated -> ...`"
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ def test_pd_many_has_two_replicas_of_each_engine_and_routes_both_ways() -> None:
     graph = load_file(FOLDER / "pd_many.yaml").graph
     assert [options["replicas"] for options in graph.engines.values()] == [2, 2]
     assert graph.inputs("prefill")[0].source == "route"
-    assert graph.inputs("generate")[0].source == "route_joint"
+    assert graph.inputs("generate")[0].source == "route_aggregated"
 
 
 def test_map_runs_a_function_on_each_side_of_the_model() -> None:

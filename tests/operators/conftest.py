@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from sagellm.runtime.operator import Draw, Input, Logic, Output
+from sagellm.runtime.operator import Draw, Input, Logic, OperatorOutput
 
 
 class Running:
@@ -17,7 +17,7 @@ class Running:
         self.wake_at: float | None = None
         self._num_inputs = 0
 
-    def __call__(self, happened: Input, now: float = 0.0) -> tuple[Output, ...]:
+    def __call__(self, happened: Input, now: float = 0.0) -> tuple[OperatorOutput, ...]:
         draw = Draw(0, "test", self._num_inputs)
         self._num_inputs += 1
         step = self.operator.on(self.state, happened, now, draw)

@@ -3,9 +3,8 @@ from typing import Any
 import pytest
 from immutables import Map
 
-from sagellm.operators.admission import Options, Seen, build
-from sagellm.runtime.backlog import Backlog
-from sagellm.runtime.feedback import CreditChanged, FirstToken, QueueChanged
+from sagellm.operators.admission import AdmissionOptions, AdmissionState, build
+from sagellm.runtime.feedback import Backlog, CreditChanged, FirstToken, QueueChanged
 from sagellm.runtime.messages import Request, Sampling, Stamps
 from sagellm.runtime.operator import Arrival, Emit, Setup, Signal, Terminate
 
@@ -15,7 +14,7 @@ def waiting(number: int, sequence: int = 1) -> Any:
 
 
 def test_a_request_enters_while_there_is_room(running: Any) -> None:
-    admission = running(build(Options(max_queued=2), Setup("admission")))
+    admission = running(build(AdmissionOptions(max_queued=2), Setup("admission")))
     request = Request(request_id="r")
     assert admission(Arrival(request)) == (Emit(request),)
     admission(waiting(1))
@@ -23,7 +22,7 @@ def test_a_request_enters_while_there_is_room(running: Any) -> None:
 
 
 def test_a_full_queue_refuses_and_says_what_to_do(running: Any) -> None:
-    admission = running(build(Options(max_queued=2), Setup("door")))
+    admission = running(build(AdmissionOptions(max_queued=2), Setup("door")))
     admission(waiting(2))
     (output,) = admission(Arrival(Request(request_id="r", choice=1)))
     assert isinstance(output, Terminate)
@@ -34,7 +33,7 @@ def test_a_full_queue_refuses_and_says_what_to_do(running: Any) -> None:
 
 
 def test_room_that_is_told_of_admits_again(running: Any) -> None:
-    admission = running(build(Options(max_queued=1), Setup("admission")))
+    admission = running(build(AdmissionOptions(max_queued=1), Setup("admission")))
     admission(waiting(1, 1))
     admission(waiting(0, 2))
     (output,) = admission(Arrival(Request(request_id="r")))
@@ -42,21 +41,21 @@ def test_room_that_is_told_of_admits_again(running: Any) -> None:
 
 
 def test_an_expired_request_does_not_enter(running: Any) -> None:
-    admission = running(build(Options(), Setup("admission")))
+    admission = running(build(AdmissionOptions(), Setup("admission")))
     (output,) = admission(Arrival(Request(request_id="r", expires_s=5.0)), 5.0)
     assert output.event.finish_reason == "expired"
     assert output.event.stamps.finished_s == 5.0
 
 
 def test_other_feedback_changes_nothing(running: Any) -> None:
-    admission = running(build(Options(max_queued=1), Setup("admission")))
+    admission = running(build(AdmissionOptions(max_queued=1), Setup("admission")))
     assert admission(CreditChanged(node="decode", num_left=1.0)) == ()
-    assert admission.state == Seen()
+    assert admission.state == AdmissionState()
 
 
 # ---- bounds, predictions, priorities -------------------------------------------------------------
 
-ROOMY = Options(max_queued=10_000, slo_ttft_s=1.0)
+ROOMY = AdmissionOptions(max_queued=10_000, slo_ttft_s=1.0)
 
 
 def told(num_requests: int, **fields: Any) -> Any:
@@ -89,7 +88,7 @@ def code_of(outputs: Any) -> str:
 
 
 def test_tokens_that_wait_are_bounded(running: Any) -> None:
-    admission = running(build(Options(max_queued_tokens=1000), Setup("door")))
+    admission = running(build(AdmissionOptions(max_queued_tokens=1000), Setup("door")))
     sampling = Sampling(max_tokens=50)
     admission(told(3, num_tokens=700))
     assert code_of(admission(asked(prompt_token_ids=(1,) * 50, sampling=sampling))) == ""
@@ -99,7 +98,9 @@ def test_tokens_that_wait_are_bounded(running: Any) -> None:
 
 
 def test_what_waits_for_nothing_enters(running: Any) -> None:
-    admission = running(build(Options(max_queued_tokens=10, slo_ttft_s=0.01), Setup("door")))
+    admission = running(
+        build(AdmissionOptions(max_queued_tokens=10, slo_ttft_s=0.01), Setup("door"))
+    )
     admission(FirstToken(node="generate", seconds=9.0))
     assert code_of(admission(asked(prompt_token_ids=(1,) * 500))) == ""
 
@@ -116,7 +117,7 @@ def test_a_first_token_that_would_come_too_late_is_refused(running: Any) -> None
 
 
 def test_a_request_may_bring_its_own_objective(running: Any) -> None:
-    admission = running(build(Options(), Setup("door")))
+    admission = running(build(AdmissionOptions(), Setup("door")))
     admission(served(900))
     assert code_of(admission(asked())) == ""
     assert code_of(admission(asked(slo_ttft_s=1.0))) == "slo_unreachable"
@@ -169,7 +170,7 @@ def test_the_rate_follows_the_load(running: Any) -> None:
 
 @pytest.mark.parametrize(("priority", "limit"), list(enumerate((100, 90, 80, 60, 40))))
 def test_the_less_urgent_are_refused_first(running: Any, priority: int, limit: int) -> None:
-    admission = running(build(Options(max_queued=100), Setup("door")))
+    admission = running(build(AdmissionOptions(max_queued=100), Setup("door")))
     admission(waiting(limit - 1))
     assert code_of(admission(asked(priority=priority))) == ""
     admission(waiting(limit))
@@ -183,7 +184,7 @@ def test_the_less_urgent_are_refused_first(running: Any, priority: int, limit: i
 
 @pytest.mark.parametrize(("num_waiting", "code"), [(7, "queue_full"), (4, "")])
 def test_choices_enter_together_or_not_at_all(running: Any, num_waiting: int, code: str) -> None:
-    admission = running(build(Options(max_queued=10), Setup("door")))
+    admission = running(build(AdmissionOptions(max_queued=10), Setup("door")))
     admission(waiting(num_waiting))
     for choice in range(4):
         outputs = admission(asked(choice=choice, sampling=Sampling(n=4)))
@@ -193,7 +194,7 @@ def test_choices_enter_together_or_not_at_all(running: Any, num_waiting: int, co
 
 
 def test_a_request_that_ends_early_leaves_no_verdict(running: Any) -> None:
-    admission = running(build(Options(), Setup("door")))
+    admission = running(build(AdmissionOptions(), Setup("door")))
     admission(asked(sampling=Sampling(n=4)))
     assert len(admission.state.verdicts) == 1
     admission(Signal("forget", "r"))
@@ -211,7 +212,7 @@ def test_equal_inputs_give_equal_answers(running: Any) -> None:
 
 def test_a_silence_between_two_departures_is_not_the_end_of_all_service(running: Any) -> None:
     """A request of 1000 tokens leaves once a minute, and others come all the time."""
-    admission = running(build(Options(slo_ttft_s=400.0), Setup("door")))
+    admission = running(build(AdmissionOptions(slo_ttft_s=400.0), Setup("door")))
 
     def told_at(seconds: float) -> None:
         num_served = int(seconds // 60)
@@ -246,7 +247,7 @@ def give_bursts(admission: Any) -> None:
 def test_answers_that_end_together_leave_a_long_silence_behind(
     running: Any, silence_s: float, code: str
 ) -> None:
-    admission = running(build(Options(slo_ttft_s=2.0), Setup("door")))
+    admission = running(build(AdmissionOptions(slo_ttft_s=2.0), Setup("door")))
     give_bursts(admission)
     now = 20.05 + silence_s
     assert code_of(admission(asked(stamps=Stamps(arrived_s=now)), now)) == code
@@ -254,7 +255,7 @@ def test_answers_that_end_together_leave_a_long_silence_behind(
 
 def test_a_full_engine_and_an_empty_queue_refuse_what_would_come_too_late(running: Any) -> None:
     """And a queue of which nothing is known to wait, nor an engine to be full, refuses nothing."""
-    admission = running(build(Options(slo_ttft_s=2.0), Setup("door")))
+    admission = running(build(AdmissionOptions(slo_ttft_s=2.0), Setup("door")))
     give_bursts(admission)
     newcomer = asked(stamps=Stamps(arrived_s=20.1))
     assert code_of(admission(newcomer, 20.1)) == "slo_unreachable"
@@ -274,7 +275,7 @@ def test_after_a_long_silence_a_retry_makes_sense_within_as_long(running: Any) -
 
 
 def test_several_queues_count_together(running: Any) -> None:
-    admission = running(build(Options(max_queued=10), Setup("door")))
+    admission = running(build(AdmissionOptions(max_queued=10), Setup("door")))
 
     def tell(node: str, num_requests: int, busy_s: float) -> None:
         backlog = Backlog(num_requests=num_requests, num_served=8, busy_s=busy_s)

@@ -2,14 +2,14 @@ from typing import Any
 
 import pytest
 
-from sagellm.operators.filter import Options, build
+from sagellm.operators.filter import FilterOptions, build
 from sagellm.runtime.messages import Answer, Request, TokenEvent
 from sagellm.runtime.operator import Arrival, Emit, Setup, Terminate
 
 
 def sieve(running: Any, function: Any, item: Any) -> Any:
     setup = Setup("guard", functions={"f": function})
-    return running(build(Options("f"), setup))(Arrival(item), 2.0)
+    return running(build(FilterOptions("f"), setup))(Arrival(item), 2.0)
 
 
 @pytest.mark.parametrize("kind", [Request, TokenEvent, Answer])
@@ -48,4 +48,4 @@ def test_an_async_function_is_refused() -> None:
         return True
 
     with pytest.raises(ValueError, match=r"guard: f is async, which only map can call"):
-        build(Options("f"), Setup("guard", functions={"f": later}))
+        build(FilterOptions("f"), Setup("guard", functions={"f": later}))

@@ -4,10 +4,10 @@ import pytest
 
 from sagellm.graphs.ir import SOURCE, Edge, Graph, Node
 from sagellm.operators import policy_sort
-from sagellm.operators.flat_map import Options, build
+from sagellm.operators.flat_map import FlatMapOptions, build
 from sagellm.runtime.core.credit import Gates
 from sagellm.runtime.core.effects import Send
-from sagellm.runtime.core.region import Region
+from sagellm.runtime.core.logic_graph import LogicGraph
 from sagellm.runtime.messages import Answer, Forked, Request, Sampling
 from sagellm.runtime.operator import Announce, Arrival, Credit, Emit, Setup
 
@@ -16,7 +16,7 @@ def spread(running: Any, function: Any, item: Any) -> Any:
     setup = Setup(
         "fan", functions={"f": function}, encode=lambda text, model: tuple(map(ord, text))
     )
-    return running(build(Options("f"), setup))(Arrival(item))
+    return running(build(FlatMapOptions("f"), setup))(Arrival(item))
 
 
 def test_a_request_becomes_choices_after_the_session_is_told(running: Any) -> None:
@@ -73,19 +73,19 @@ def test_choices_that_find_credit_at_once_are_sent_once() -> None:
     names = ("fan", "sort")
     functions = {"f": lambda request: list(request.prompt)}
     logic = {
-        "fan": build(Options("f"), Setup("fan", functions=functions)),
-        "sort": policy_sort.build(policy_sort.Options(), Setup("sort")),
+        "fan": build(FlatMapOptions("f"), Setup("fan", functions=functions)),
+        "sort": policy_sort.build(policy_sort.PolicySortOptions(), Setup("sort")),
     }
     edges = (Edge(SOURCE, "fan"), Edge("fan", "sort"), Edge("sort", "engine"))
     gates = Gates()
     gates.open(("engine", 0), Credit(requests=2))
-    region = Region(
+    logic_graph = LogicGraph(
         Graph("g", nodes=tuple(Node(name, name) for name in (*names, "engine")), edges=edges),
         logic,
         gates,
         {"engine": 1},
     )
-    effects = region.send(SOURCE, Request(request_id="r", prompt="abc"), "out", 0.0)
+    effects = logic_graph.send(SOURCE, Request(request_id="r", prompt="abc"), "out", 0.0)
     sent = [effect.item.choice for effect in effects if isinstance(effect, Send)]
     assert sent == [0, 1]
-    assert [entry[3].choice for entry in region.cells["sort"].state.entries] == [2]
+    assert [entry[3].choice for entry in logic_graph.cells["sort"].state.entries] == [2]

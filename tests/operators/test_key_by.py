@@ -1,13 +1,13 @@
 from typing import Any
 
-from sagellm.operators.key_by import Options, build
+from sagellm.operators.key_by import KeyByOptions, build
 from sagellm.runtime.messages import Request
 from sagellm.runtime.operator import Arrival, Setup
 
 
 def keyed(running: Any, function: Any, request: Any) -> Any:
     setup = Setup("key", functions={"f": function})
-    (output,) = running(build(Options("f"), setup))(Arrival(request))
+    (output,) = running(build(KeyByOptions("f"), setup))(Arrival(request))
     return output
 
 

@@ -4,7 +4,7 @@ import msgspec
 import pytest
 import trio
 
-from sagellm.operators.map import AsyncMap, Options, build
+from sagellm.operators.map import AsyncMap, MapOptions, build
 from sagellm.runtime.messages import Answer, Request, TokenEvent
 from sagellm.runtime.operator import Arrival, Emit, Setup
 
@@ -15,7 +15,7 @@ def encode(text: str, model: str = "") -> Any:
 
 def mapped(running: Any, function: Any, item: Any) -> Any:
     setup = Setup("m", functions={"f": function}, encode=encode)
-    (output,) = running(build(Options("f"), setup))(Arrival(item))
+    (output,) = running(build(MapOptions("f"), setup))(Arrival(item))
     return output
 
 
@@ -71,9 +71,9 @@ def test_the_text_of_an_error_stays_private(running: Any) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (Options("g"), "m: unknown function 'g'"),
-        (Options("ff"), "did you mean f"),
-        (Options("f", concurrency=2), "not async"),
+        (MapOptions("g"), "m: unknown function 'g'"),
+        (MapOptions("ff"), "did you mean f"),
+        (MapOptions("f", concurrency=2), "not async"),
     ],
 )
 def test_mistakes_are_found_when_it_is_built(options: Any, message: str) -> None:
@@ -101,7 +101,7 @@ class Desk:
 
 def async_map(function: Any, **options: Any) -> Any:
     setup = Setup("m", functions={"f": function}, encode=encode)
-    operator = build(Options("f", **options), setup)
+    operator = build(MapOptions("f", **options), setup)
     assert isinstance(operator, AsyncMap)
     return operator
 

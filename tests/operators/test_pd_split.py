@@ -2,7 +2,7 @@ from typing import Any
 
 import pytest
 
-from sagellm.operators.pd_split import Options, build
+from sagellm.operators.pd_split import PDSplitOptions, build
 from sagellm.runtime.feedback import HealthChanged, Topology
 from sagellm.runtime.messages import Request, Sampling
 from sagellm.runtime.operator import Arrival, Setup, Signal, Target
@@ -15,32 +15,32 @@ def outlet(running: Any, options: Any, **fields: Any) -> Any:
 
 @pytest.mark.parametrize(("length", "expected"), [(31, "joint"), (32, "disaggregated")])
 def test_the_threshold_itself_is_disaggregated(running: Any, length: int, expected: Any) -> None:
-    assert outlet(running, Options(), prompt_token_ids=(1,) * length) == expected
+    assert outlet(running, PDSplitOptions(), prompt_token_ids=(1,) * length) == expected
 
 
 def test_cached_tokens_do_not_count_and_emitted_ones_do(running: Any) -> None:
     long = (1,) * 40
-    assert outlet(running, Options(), prompt_token_ids=long, num_cached_tokens=9) == "joint"
+    assert outlet(running, PDSplitOptions(), prompt_token_ids=long, num_cached_tokens=9) == "joint"
     resumed = {"prompt_token_ids": (1,) * 30, "emitted_token_ids": (2, 2)}
-    assert outlet(running, Options(), **resumed) == "disaggregated"
+    assert outlet(running, PDSplitOptions(), **resumed) == "disaggregated"
 
 
 def test_zero_disaggregates_everything(running: Any) -> None:
-    assert outlet(running, Options(min_uncached_tokens=0)) == "disaggregated"
+    assert outlet(running, PDSplitOptions(min_uncached_tokens=0)) == "disaggregated"
 
 
 @pytest.mark.parametrize(("max_tokens", "expected"), [(10, "disaggregated"), (11, "joint")])
 def test_the_ratio_of_prompt_to_answer_counts_if_given(
     running: Any, max_tokens: int, expected: Any
 ) -> None:
-    options = Options(min_prompt_ratio=4.0)
+    options = PDSplitOptions(min_prompt_ratio=4.0)
     sampling = Sampling(max_tokens=max_tokens)
     assert outlet(running, options, prompt_token_ids=(1,) * 40, sampling=sampling) == expected
 
 
 def test_the_item_is_not_changed(running: Any) -> None:
     request = Request(request_id="r")
-    split = running(build(Options(), Setup("split")))
+    split = running(build(PDSplitOptions(), Setup("split")))
     assert split(Arrival(request))[0].item is request
     assert split(Signal("cancel", "r")) == ()
 
@@ -52,7 +52,7 @@ def test_long_prompts_go_joint_while_no_prefill_replica_is_up(running: Any) -> N
         Target("decode", 1, "d", False, apart),
         Target("generate", 1, "d", True, joint),
     )
-    split = running(build(Options(), Setup("split", targets=targets)))
+    split = running(build(PDSplitOptions(), Setup("split", targets=targets)))
 
     def way() -> str:
         (emit,) = split(Arrival(Request(request_id="r", prompt_token_ids=(1,) * 99)))

@@ -6,17 +6,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sagellm.operators.policies import POLICIES
-from sagellm.operators.policy_sort import Options, build
-from sagellm.runtime.backlog import Backlog
-from sagellm.runtime.feedback import CreditChanged, LoadReported, QueueChanged, RoomChanged
+from sagellm.operators.policy_sort import PolicySortOptions, build
+from sagellm.runtime.feedback import Backlog, CreditChanged, LoadReported, QueueChanged, RoomChanged
 from sagellm.runtime.messages import Request, Stamps
 from sagellm.runtime.operator import (
     Arrival,
     Offer,
+    OfferTaken,
     Report,
     Setup,
     Signal,
-    Taken,
     Terminate,
     Wake,
 )
@@ -53,13 +52,13 @@ def drain(sort: Any, outputs: Any = (), now: float = 0.0) -> Any:
     while offers := [output for output in outputs if isinstance(output, Offer)]:
         item = offers[0].items[0]
         taken.append(item.request_id)
-        outputs = sort(Taken(item), now)
+        outputs = sort(OfferTaken(item), now)
     return taken
 
 
 @pytest.fixture
 def sort(running: Any) -> Any:
-    return running(build(Options(window=2), Setup("sort")))
+    return running(build(PolicySortOptions(window=2), Setup("sort")))
 
 
 def test_a_newcomer_is_offered(sort: Any) -> None:
@@ -71,7 +70,7 @@ def test_a_newcomer_is_offered(sort: Any) -> None:
 def test_taken_is_removed_and_the_rest_is_offered(sort: Any) -> None:
     sort(Arrival(ask("a")))
     offer = sort(Arrival(ask("b")))[-1]
-    outputs = sort(Taken(offer.items[0]))
+    outputs = sort(OfferTaken(offer.items[0]))
     assert told(outputs) == [1]
     assert offered(outputs) == ["a"]
     assert drain(sort) == ["a"]
@@ -125,7 +124,7 @@ def test_an_expired_request_is_never_offered(sort: Any) -> None:
 
 def test_taken_forgets_the_expiry(sort: Any) -> None:
     offer = sort(Arrival(ask("a", expires_s=1.0)))[-1]
-    sort(Taken(offer.items[0]))
+    sort(OfferTaken(offer.items[0]))
     assert sort.wake_at is None
 
 
@@ -136,7 +135,7 @@ def test_a_reentered_request_keeps_its_turn(sort: Any) -> None:
 
 
 def test_a_request_that_is_late_gives_way_for_half_its_objective(running: Any) -> None:
-    sort = running(build(Options(policy="slo_aware", window=4), Setup("sort")))
+    sort = running(build(PolicySortOptions(policy="slo_aware", window=4), Setup("sort")))
     sort(Arrival(ask("late", slo_ttft_s=1.0)))
     sort(Arrival(ask("tight", 0.5, slo_ttft_s=0.7)))
     sort(Arrival(ask("free")))
@@ -147,7 +146,7 @@ def test_a_request_that_is_late_gives_way_for_half_its_objective(running: Any) -
 
 
 def test_a_request_that_is_very_late_is_in_no_hurry_any_more(running: Any) -> None:
-    sort = running(build(Options(policy="slo_aware", window=4), Setup("sort")))
+    sort = running(build(PolicySortOptions(policy="slo_aware", window=4), Setup("sort")))
     sort(Arrival(ask("early", 0.0)))
     sort(Arrival(ask("lost", 0.5, slo_ttft_s=1.0)))
     sort(Arrival(ask("free", 1.0)))
@@ -157,15 +156,15 @@ def test_a_request_that_is_very_late_is_in_no_hurry_any_more(running: Any) -> No
 
 
 def test_what_was_declined_can_be_taken_after_its_time_has_passed(running: Any) -> None:
-    sort = running(build(Options(policy="slo_aware"), Setup("sort")))
+    sort = running(build(PolicySortOptions(policy="slo_aware"), Setup("sort")))
     (item,) = sort(Arrival(ask("late", slo_ttft_s=1.0)))[-1].items
     sort(Arrival(ask("other", slo_ttft_s=9.0)), 1.2)
-    sort(Taken(item), 1.2)
+    sort(OfferTaken(item), 1.2)
     assert [entry[3].request_id for entry in sort.state.entries] == ["other"]
 
 
 def test_adaptive_changes_the_order_of_those_that_wait(running: Any) -> None:
-    options = Options(policy="adaptive", busy_queued=2, overloaded_queued=9)
+    options = PolicySortOptions(policy="adaptive", busy_queued=2, overloaded_queued=9)
     sort = running(build(options, Setup("sort")))
     sort(Arrival(ask("free", 0.0)))
     outputs = sort(Arrival(ask("tight", 1.0, slo_ttft_s=1.0)), 1.0)
@@ -176,7 +175,7 @@ def test_adaptive_changes_the_order_of_those_that_wait(running: Any) -> None:
 
 def test_a_users_order(running: Any) -> None:
     functions = {"longest": lambda request: -len(request.prompt)}
-    options = Options(policy="own", function="longest")
+    options = PolicySortOptions(policy="own", function="longest")
     sort = running(build(options, Setup("sort", functions=functions)))
     for prompt in ("x", "xxx", "xx"):
         sort(Arrival(ask(prompt, prompt=prompt)))
@@ -193,7 +192,7 @@ def test_a_users_order(running: Any) -> None:
     ],
 )
 def test_a_rank_that_is_none_fails_its_request_only(running: Any, function: Any, says: str) -> None:
-    options = Options(policy="own", function="rank")
+    options = PolicySortOptions(policy="own", function="rank")
     sort = running(build(options, Setup("sort", functions={"rank": function})))
     (output,) = sort(Arrival(ask("a")))
     assert output.event.finish_reason == "failed"
@@ -204,13 +203,16 @@ def test_a_rank_that_is_none_fails_its_request_only(running: Any, function: Any,
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (Options(policy="own"), "belong together"),
-        (Options(function="rank"), "belong together"),
-        (Options(aging_s=1.0), "fifo does not use aging_s.*priority"),
-        (Options(policy="own", function="rank", aging_s=1.0), "own does not use aging_s"),
-        (Options(policy="own", function="rnak"), "did you mean rank"),
-        (Options(policy="adaptive", busy_queued=200), "sort: busy_queued=200 must be below"),
-        (replace(Options(), policy="fifi"), "did you mean fifo"),
+        (PolicySortOptions(policy="own"), "belong together"),
+        (PolicySortOptions(function="rank"), "belong together"),
+        (PolicySortOptions(aging_s=1.0), "fifo does not use aging_s.*priority"),
+        (PolicySortOptions(policy="own", function="rank", aging_s=1.0), "own does not use aging_s"),
+        (PolicySortOptions(policy="own", function="rnak"), "did you mean rank"),
+        (
+            PolicySortOptions(policy="adaptive", busy_queued=200),
+            "sort: busy_queued=200 must be below",
+        ),
+        (replace(PolicySortOptions(), policy="fifi"), "did you mean fifo"),
     ],
 )
 def test_options_that_contradict_each_other_are_refused(options: Any, message: str) -> None:
@@ -235,7 +237,7 @@ STEPS = st.lists(st.sampled_from(["take", "decline", "cancel"]), max_size=40)
 @given(st.sampled_from(sorted(POLICIES)), REQUESTS, STEPS)
 def test_no_request_is_lost_or_doubled(running: Any, policy: str, drawn: Any, steps: Any) -> None:
     thresholds = {"busy_queued": 3, "overloaded_queued": 9} if policy == "adaptive" else {}
-    sort = running(build(Options(policy=policy, window=3, **thresholds), Setup("sort")))
+    sort = running(build(PolicySortOptions(policy=policy, window=3, **thresholds), Setup("sort")))
     seen, steps = [], iter(steps)
     for number, (arrived_s, priority, length, expires_s, weight) in enumerate(drawn):
         request = ask(
@@ -254,7 +256,7 @@ def test_no_request_is_lost_or_doubled(running: Any, policy: str, drawn: Any, st
         while step == "take" and (offers := [o for o in outputs if isinstance(o, Offer)]):
             seen += [key[0] for key in ended(outputs)]
             seen.append(offers[-1].items[-1].request_id)
-            outputs = sort(Taken(offers[-1].items[-1]), number / 4)
+            outputs = sort(OfferTaken(offers[-1].items[-1]), number / 4)
         seen += [key[0] for key in ended(outputs)]
     held = [entry[3].request_id for entry in sort.state.entries]
     assert sorted(seen + held) == sorted(str(number) for number in range(len(drawn)))

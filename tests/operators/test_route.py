@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sagellm.operators.route import Options, build, pools_of
+from sagellm.operators.route import RouteOptions, build, pools_of
 from sagellm.operators.routing import STRATEGIES
 from sagellm.runtime.feedback import CreditChanged, HealthChanged, LoadReported, Topology
 from sagellm.runtime.messages import Request, Sampling
@@ -18,7 +18,7 @@ TARGETS = (Target("prefill", 2, "p"), Target("decode", 3, "d"))
 @pytest.fixture
 def route(running: Any) -> Any:
     def open_route(strategy: str = "load_balanced", targets: Any = TARGETS) -> Any:
-        return running(build(Options(strategy), Setup("route", targets=targets)))
+        return running(build(RouteOptions(strategy), Setup("route", targets=targets)))
 
     return open_route
 
@@ -154,7 +154,7 @@ def test_only_replicas_that_exist_are_chosen(
     running: Any, strategy: str, num_replicas: int, steps: Any
 ) -> None:
     targets = (Target("prefill", num_replicas, "p"), Target("decode", 2, "d"))
-    router = running(build(Options(strategy), Setup("route", targets=targets)))
+    router = running(build(RouteOptions(strategy), Setup("route", targets=targets)))
     for number, step in steps:
         if step == "place":
             placement = place(router, str(number), user_id=str(number % 3))

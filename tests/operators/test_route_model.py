@@ -4,13 +4,13 @@ from typing import Any
 
 import pytest
 
-from sagellm.operators.route_model import SPEC, Options, build
+from sagellm.operators.route_model import SPEC, RouteModelOptions, build
 from sagellm.runtime.messages import Request
 from sagellm.runtime.operator import Arrival, Setup, Signal
 
 
 def answered(running: Any, happened: Any) -> Any:
-    return running(build(Options(("small", "large")), Setup("choose")))(happened)
+    return running(build(RouteModelOptions(("small", "large")), Setup("choose")))(happened)
 
 
 @pytest.mark.parametrize(

@@ -135,13 +135,13 @@ SPLIT = Setup("prefill", targets=(Target("decode", 1, "d"),))
 
 
 def prefilled(**changes: Any) -> Prefilled:
-    known = {"request": REQUEST, "first": FIRST, "lease": lease("p"), "landing": lease("d")}
+    known = {"request": REQUEST, "first": FIRST, "lease": lease("p"), "reservation": lease("d")}
     return Prefilled(**{**known, **changes})
 
 
 async def test_prefill_reserves_where_it_will_decode_before_it_computes() -> None:
     ctx: Any = Context()
-    await prefill.build(prefill.Options("p"), SPLIT).on_item(ctx, REQUEST)
+    await prefill.build(prefill.PrefillOptions("p"), SPLIT).on_item(ctx, REQUEST)
     assert ctx.engines["d"].log == ["reserve 4"]
     (state,) = ctx.engine.submitted
     assert (state.hold_kv, state.owner) == (True, "op")
@@ -149,34 +149,34 @@ async def test_prefill_reserves_where_it_will_decode_before_it_computes() -> Non
 
 async def test_prefill_hands_on_both_leases() -> None:
     ctx: Any = Context()
-    operator = prefill.build(prefill.Options("p"), SPLIT)
+    operator = prefill.build(prefill.PrefillOptions("p"), SPLIT)
     await operator.on_item(ctx, REQUEST)
     await operator.on_events(ctx, (PrefillDone(first=FIRST, lease=lease("p")),))
     (item,) = ctx.sent
-    assert (item.lease, item.landing) == (lease("p"), lease("d"))
+    assert (item.lease, item.reservation) == (lease("p"), lease("d"))
     assert item.request.stamps == Stamps(arrived_s=1.0, started_s=2.0, prefilled_s=3.0)
     assert ctx.released == [("r", 0)]
 
 
 async def test_a_first_token_that_is_the_last_needs_no_landing() -> None:
     ctx: Any = Context()
-    operator = prefill.build(prefill.Options("p"), SPLIT)
+    operator = prefill.build(prefill.PrefillOptions("p"), SPLIT)
     await operator.on_item(ctx, REQUEST)
     await operator.on_events(ctx, (PrefillDone(first=LAST, lease=None),))
     assert ctx.engines["d"].log == ["reserve 4", "aborted"]
-    assert ctx.sent[0].landing is None
+    assert ctx.sent[0].reservation is None
 
 
 async def test_a_refused_prefill_gives_its_reservation_back() -> None:
     ctx: Any = Context(p=True)
-    await prefill.build(prefill.Options("p"), SPLIT).on_item(ctx, REQUEST)
+    await prefill.build(prefill.PrefillOptions("p"), SPLIT).on_item(ctx, REQUEST)
     assert ctx.engines["d"].log == ["reserve 4", "aborted"]
     assert (ctx.ended[0].finish_reason, ctx.ended[0].error) == ("refused", "too long")
 
 
 async def test_a_cancelled_prefill_gives_its_reservation_back() -> None:
     ctx: Any = Context()
-    operator = prefill.build(prefill.Options("p"), SPLIT)
+    operator = prefill.build(prefill.PrefillOptions("p"), SPLIT)
     await operator.on_item(ctx, REQUEST)
     operator.on_signal(ctx, Signal("cancel", "r"))
     assert ctx.engine.log == ["cancel r 0 3"]
@@ -188,24 +188,30 @@ async def test_a_cancelled_prefill_gives_its_reservation_back() -> None:
 async def test_prefill_and_decode_of_one_engine_need_no_reservation() -> None:
     ctx: Any = Context()
     shared = Setup("prefill", targets=(Target("decode", 1, "p"),))
-    await prefill.build(prefill.Options("p"), shared).on_item(ctx, REQUEST)
+    await prefill.build(prefill.PrefillOptions("p"), shared).on_item(ctx, REQUEST)
     assert ctx.engines["d"].log == []
 
 
 async def test_a_transfer_frees_the_source_once_the_destination_has_all() -> None:
     ctx: Any = Context()
-    await kv_transfer.build(kv_transfer.Options(), Setup("t")).on_item(ctx, prefilled())
+    await kv_transfer.build(kv_transfer.KVTransferOptions(), Setup("t")).on_item(ctx, prefilled())
     assert ctx.engines["p"].log == ["released"]
     assert ctx.engines["d"].log == ["reserve 4", "received"]
     (item,) = ctx.sent
-    assert (item.lease, item.landing, item.request.stamps.transferred_s) == (None, lease("d"), 9.0)
+    assert (item.lease, item.reservation, item.request.stamps.transferred_s) == (
+        None,
+        lease("d"),
+        9.0,
+    )
 
 
 async def test_a_broken_transfer_frees_the_source() -> None:
     ctx: Any = Context()
     ctx.engines["d"].log.append("break")
     with pytest.raises(RuntimeError):
-        await kv_transfer.build(kv_transfer.Options(), Setup("t")).on_item(ctx, prefilled())
+        await kv_transfer.build(kv_transfer.KVTransferOptions(), Setup("t")).on_item(
+            ctx, prefilled()
+        )
     assert ctx.engines["p"].log == ["released"]
 
 
@@ -217,10 +223,10 @@ async def test_blocks_that_do_not_come_are_computed_where_they_are_decoded(
     ctx: Any = Context()
     ctx.engines["d"].error = error
     late = Request(request_id="r", prompt_token_ids=(1, 2, 3, 4), epoch=3)
-    transfer = kv_transfer.build(kv_transfer.Options(), Setup("t"))
+    transfer = kv_transfer.build(kv_transfer.KVTransferOptions(), Setup("t"))
     await transfer.on_item(ctx, prefilled(request=late))
     (item,) = ctx.sent
-    assert (item.lease, item.landing, item.request.stamps.transferred_s) == (None, None, None)
+    assert (item.lease, item.reservation, item.request.stamps.transferred_s) == (None, None, None)
     assert ctx.engines["p"].log == ["released", "cancel r 0 3"]
     assert ctx.engines["d"].log == ["reserve 4", "cancel r 0 3"]
     assert ctx.untransferred == [(("r", 0), True)]
@@ -230,7 +236,7 @@ async def test_a_lease_that_ended_goes_in_again_the_first_times() -> None:
     ctx: Any = Context()
     ctx.engines["d"].error = StaleLease("x")
     first = Request(request_id="r", prompt_token_ids=(1, 2, 3, 4), epoch=0)
-    transfer = kv_transfer.build(kv_transfer.Options(), Setup("t"))
+    transfer = kv_transfer.build(kv_transfer.KVTransferOptions(), Setup("t"))
     with pytest.raises(StaleLease):
         await transfer.on_item(ctx, prefilled(request=first))
     assert ctx.untransferred == []
@@ -239,7 +245,7 @@ async def test_a_lease_that_ended_goes_in_again_the_first_times() -> None:
 async def test_a_link_that_fails_is_not_tried_by_everybody() -> None:
     ctx: Any = Context()
     ctx.engines["d"].error = DamagedBlocks("x")
-    transfer = kv_transfer.build(kv_transfer.Options(), Setup("t"))
+    transfer = kv_transfer.build(kv_transfer.KVTransferOptions(), Setup("t"))
     for _ in range(9):
         await transfer.on_item(ctx, prefilled())
     assert [failed for _, failed in ctx.untransferred] == [True] * 5 + [False] * 4
@@ -248,22 +254,24 @@ async def test_a_link_that_fails_is_not_tried_by_everybody() -> None:
 
 async def test_nothing_is_transferred_for_a_request_that_has_ended() -> None:
     ctx: Any = Context()
-    ended = prefilled(lease=None, landing=None, first=LAST)
-    await kv_transfer.build(kv_transfer.Options(), Setup("t")).on_item(ctx, ended)
+    ended = prefilled(lease=None, reservation=None, first=LAST)
+    await kv_transfer.build(kv_transfer.KVTransferOptions(), Setup("t")).on_item(ctx, ended)
     assert ctx.sent == [ended]
 
 
 @pytest.mark.parametrize("module", [kv_transfer, decode])
 def test_a_discarded_item_frees_both_leases(module: Any) -> None:
     ctx: Any = Context()
-    options = kv_transfer.Options() if module is kv_transfer else decode.Options("d")
+    options = (
+        kv_transfer.KVTransferOptions() if module is kv_transfer else decode.DecodeOptions("d")
+    )
     module.build(options, Setup("op")).discard(ctx, prefilled())
     assert ctx.engines["p"].log == ctx.engines["d"].log == ["cancel r 0 3"]
 
 
 async def test_decode_goes_on_behind_the_first_token() -> None:
     ctx: Any = Context()
-    await decode.build(decode.Options("d"), Setup("op")).on_item(ctx, prefilled(lease=None))
+    await decode.build(decode.DecodeOptions("d"), Setup("op")).on_item(ctx, prefilled(lease=None))
     assert [event.token_ids for event in ctx.sent] == [(7,)]
     (state,) = ctx.engine.submitted
     assert (state.emitted_token_ids, state.lease) == ((7,), lease("d"))
@@ -271,8 +279,8 @@ async def test_decode_goes_on_behind_the_first_token() -> None:
 
 async def test_decode_of_an_ended_request_only_says_so() -> None:
     ctx: Any = Context()
-    ended = prefilled(lease=None, landing=None, first=LAST)
-    await decode.build(decode.Options("d"), Setup("op")).on_item(ctx, ended)
+    ended = prefilled(lease=None, reservation=None, first=LAST)
+    await decode.build(decode.DecodeOptions("d"), Setup("op")).on_item(ctx, ended)
     assert ctx.sent[0].is_last
     assert ctx.engine.submitted == []
     assert ctx.released == [("r", 0)]
@@ -292,14 +300,14 @@ async def test_credit_comes_back_with_the_last_event(module: Any) -> None:
 
 async def test_a_refused_request_is_told_why() -> None:
     ctx: Any = Context(p=True)
-    await generate.build(generate.Options("p"), Setup("op")).on_item(ctx, REQUEST)
+    await generate.build(generate.GenerateOptions("p"), Setup("op")).on_item(ctx, REQUEST)
     assert ctx.ended[0].error == "too long"
     assert ctx.released == [("r", 0)]
 
 
 def test_generate_takes_as_many_as_its_engine_runs() -> None:
-    operator = generate.build(generate.Options("p"), Setup("op"))
+    operator = generate.build(generate.GenerateOptions("p"), Setup("op"))
     assert operator.capacity(FACTS).requests == 8
     assert operator.capacity(FACTS).blocks == 100
-    small = generate.build(generate.Options("p", max_inflight=2), Setup("op"))
+    small = generate.build(generate.GenerateOptions("p", max_inflight=2), Setup("op"))
     assert small.capacity(FACTS).requests == 2

@@ -9,16 +9,14 @@ from msgspec.structs import replace
 from sagellm import Graph, ops
 from sagellm.builder import RESOLVER
 from sagellm.operators import admission, pd_split, policy_sort, route
-from sagellm.runtime.backlog import Backlog
-from sagellm.runtime.block_hash import secret
-from sagellm.runtime.feedback import FirstToken, PrefixesChanged, QueueChanged
+from sagellm.runtime.feedback import Backlog, FirstToken, PrefixesChanged, QueueChanged
 from sagellm.runtime.messages import Request, Sampling, Stamps
 from sagellm.runtime.operator import Arrival, Emit, Setup, Target, Terminate
 from sagellm.runtime.plan import plan
 from sagellm.runtime.port import EngineFacts
-from sagellm.runtime.prefixes import Hasher, PrefixIndex, PromptHashes
+from sagellm.runtime.prefixes import Hasher, PrefixIndex, PromptHashes, hash_secret
 
-HASHER = Hasher(secret())
+HASHER = Hasher(hash_secret())
 SIZE = 10
 PROMPT = tuple(range(101))
 APART, JOINT = frozenset({"disaggregated"}), frozenset({"joint"})
@@ -53,7 +51,7 @@ def way(split: Any, request: Request | None = None) -> tuple[str, int]:
 
 
 def test_a_prompt_that_is_cached_at_the_joint_engine_goes_there(running: Any) -> None:
-    split = running(pd_split.build(pd_split.Options(min_uncached_tokens=32), SETUP))
+    split = running(pd_split.build(pd_split.PDSplitOptions(min_uncached_tokens=32), SETUP))
     assert way(split) == ("disaggregated", 0)
     split(has("d", 60))
     assert way(split) == ("disaggregated", 0)
@@ -63,16 +61,19 @@ def test_a_prompt_that_is_cached_at_the_joint_engine_goes_there(running: Any) ->
 
 
 def test_what_the_prefill_engine_has_parts_nothing_and_is_told_on_that_way(running: Any) -> None:
-    split = running(pd_split.build(pd_split.Options(min_uncached_tokens=32), SETUP))
+    split = running(pd_split.build(pd_split.PDSplitOptions(min_uncached_tokens=32), SETUP))
     split(has("p", 100))
     assert way(split) == ("disaggregated", 100)
 
 
 def test_it_asks_for_prefix_blocks_only_where_they_may_change_a_decision() -> None:
-    assert "cache" in pd_split.build(pd_split.Options(), SETUP).subscribes
-    assert "cache" not in pd_split.build(pd_split.Options(min_uncached_tokens=0), SETUP).subscribes
+    assert "cache" in pd_split.build(pd_split.PDSplitOptions(), SETUP).subscribes
+    assert (
+        "cache"
+        not in pd_split.build(pd_split.PDSplitOptions(min_uncached_tokens=0), SETUP).subscribes
+    )
     apart = Setup("it", TARGETS[:2])
-    assert "cache" not in pd_split.build(pd_split.Options(), apart).subscribes
+    assert "cache" not in pd_split.build(pd_split.PDSplitOptions(), apart).subscribes
 
 
 # ---- admission ---------------------------------------------------------------------------------
@@ -84,7 +85,7 @@ def refused(door: Any, request: Request) -> str:
 
 
 def test_a_cached_prompt_is_admitted_where_another_is_one_too_many(running: Any) -> None:
-    options = admission.Options(max_queued_tokens=100)
+    options = admission.AdmissionOptions(max_queued_tokens=100)
     door = running(admission.build(options, SETUP))
     door(QueueChanged(node="sort", backlog=Backlog(num_requests=1, num_tokens=20)))
     assert refused(door, ask("a", priority=0)) == "queue_full"  # 101 + 9 + 20
@@ -95,7 +96,7 @@ def test_a_cached_prompt_is_admitted_where_another_is_one_too_many(running: Any)
 
 def test_a_cached_prompt_is_predicted_to_be_sooner(running: Any) -> None:
     """Prefills of 10 and 100 tokens took 0.1 and 1 s: so do these."""
-    door = running(admission.build(admission.Options(slo_ttft_s=1.0), SETUP))
+    door = running(admission.build(admission.AdmissionOptions(slo_ttft_s=1.0), SETUP))
     for number in range(20):
         num_tokens = 100 if number % 2 else 10
         computed_s = num_tokens / 100
@@ -113,7 +114,7 @@ def test_a_cached_prompt_is_predicted_to_be_sooner(running: Any) -> None:
 
 
 def test_the_request_says_what_is_cached(running: Any) -> None:
-    door = running(admission.build(admission.Options(), SETUP))
+    door = running(admission.build(admission.AdmissionOptions(), SETUP))
     door(has("p", 20))
     door(has("d", 40))
     (emit,) = door(Arrival(ask()))
@@ -125,7 +126,7 @@ def test_the_request_says_what_is_cached(running: Any) -> None:
 def test_a_model_is_not_taken_for_another(running: Any) -> None:
     models = {"small": ("p",), "large": ("d",)}
     setup = Setup("it", TARGETS, hasher=HASHER, models=models)
-    door = running(admission.build(admission.Options(), setup))
+    door = running(admission.build(admission.AdmissionOptions(), setup))
     door(has("p", 20))
     door(has("d", 40))
     for model, cached in (("small", 20), ("large", 40), ("", 20)):
@@ -137,9 +138,9 @@ def test_admission_asks_only_where_it_counts_tokens_or_predicts() -> None:
     asks = [
         "cache" in admission.build(options, SETUP).subscribes
         for options in (
-            admission.Options(),
-            admission.Options(max_queued_tokens=10),
-            admission.Options(slo_ttft_s=1.0),
+            admission.AdmissionOptions(),
+            admission.AdmissionOptions(max_queued_tokens=10),
+            admission.AdmissionOptions(slo_ttft_s=1.0),
         )
     ]
     assert asks == [False, True, True]
@@ -160,7 +161,7 @@ def late(name: str, tokens: tuple[int, ...]) -> Request:
 
 def test_slack_counts_what_is_to_be_computed(running: Any) -> None:
     """The shorter prompt has more slack, until the longer one is cached."""
-    options = policy_sort.Options(policy="slo_aware", prefill_tokens_per_s=20.0)
+    options = policy_sort.PolicySortOptions(policy="slo_aware", prefill_tokens_per_s=20.0)
     longer, shorter = late("longer", PROMPT), late("shorter", PROMPT[1:60])
     sort = running(policy_sort.build(options, SETUP))
     assert sorted_names(sort, shorter, longer) == ["longer", "shorter"]
@@ -173,7 +174,7 @@ def test_slack_counts_what_is_to_be_computed(running: Any) -> None:
 
 def test_prefill_times_are_learned_unless_they_are_given(running: Any) -> None:
     """At 1000 tokens a second the earlier deadline is first; at 10 the longer prompt must be."""
-    sort = running(policy_sort.build(policy_sort.Options(policy="slo_aware"), SETUP))
+    sort = running(policy_sort.build(policy_sort.PolicySortOptions(policy="slo_aware"), SETUP))
     first, longer = late("first", PROMPT[:20]), replace(late("longer", PROMPT), slo_ttft_s=11.0)
     assert sorted_names(sort, first, longer) == ["first", "longer"]
     for _ in range(10):
@@ -191,7 +192,7 @@ def test_prefill_times_are_learned_unless_they_are_given(running: Any) -> None:
     ],
 )
 def test_first_tokens_are_listened_to_only_where_ranks_use_them(options: Any, learns: bool) -> None:
-    sort: Any = policy_sort.build(policy_sort.Options(**options), SETUP)
+    sort: Any = policy_sort.build(policy_sort.PolicySortOptions(**options), SETUP)
     assert ("first_token" in sort.subscribes) == learns
     assert "cache" not in sort.subscribes
 
@@ -202,7 +203,7 @@ def test_first_tokens_are_listened_to_only_where_ranks_use_them(options: Any, le
 def test_a_routed_request_says_what_its_own_replica_has(running: Any) -> None:
     """Whatever the strategy; upstream it counted with the most that any has."""
     setup = Setup("route", TARGETS[:1], hasher=HASHER)
-    router = running(route.build(route.Options("round_robin"), setup))
+    router = running(route.build(route.RouteOptions("round_robin"), setup))
     router(has("p", 60, mask=0b10))
     cached = {}
     for number in range(2):

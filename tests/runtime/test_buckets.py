@@ -2,7 +2,7 @@
 
 import math
 
-from sagellm.runtime.buckets import Buckets
+from sagellm.runtime.histograms import Buckets
 
 
 def test_a_bound_belongs_to_its_bucket() -> None:

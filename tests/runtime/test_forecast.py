@@ -3,8 +3,7 @@
 import pytest
 from msgspec.structs import replace
 
-from sagellm.runtime.backlog import Backlog
-from sagellm.runtime.feedback import FirstToken, LoadReported, QueueChanged
+from sagellm.runtime.feedback import Backlog, FirstToken, LoadReported, QueueChanged
 from sagellm.runtime.forecast import Forecast
 from sagellm.runtime.messages import Request, Stamps
 from sagellm.runtime.port import EngineLoad

@@ -5,11 +5,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sagellm.runtime.histogram import Histogram
+from sagellm.runtime.histograms import LogHistogram
 
 
 def filled(values: list[float]) -> Any:
-    histogram = Histogram()
+    histogram = LogHistogram()
     for value in values:
         histogram = histogram.with_sample(value)
     return histogram
@@ -27,4 +27,4 @@ def test_no_time_at_all_is_a_sample() -> None:
 
 
 def test_of_nothing_there_is_no_quantile() -> None:
-    assert Histogram().quantile(0.5) is None
+    assert LogHistogram().quantile(0.5) is None

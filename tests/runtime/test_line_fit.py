@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sagellm.runtime.line_fit import LineFit
+from sagellm.runtime.feedback import LineFit
 
 SAMPLES = st.lists(
     st.tuples(st.integers(0, 10_000), st.floats(0, 100, allow_subnormal=False)), min_size=1

@@ -5,7 +5,7 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sagellm.runtime.min_tree import MinTree, MutableMinTree
+from sagellm.runtime.persistent import MinTree, MutableMinTree
 
 VALUES = st.sampled_from([0.0, 1.0, 2.5, -1.0, -math.inf, math.inf])
 

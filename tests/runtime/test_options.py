@@ -6,7 +6,7 @@ from typing import Literal
 import pytest
 
 from sagellm.graphs.ir import FrozenMap
-from sagellm.runtime.options import OptionError, read_options
+from sagellm.runtime.registry import OptionError, read_options
 
 
 @dataclass(frozen=True, slots=True)

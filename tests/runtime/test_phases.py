@@ -2,8 +2,8 @@ from typing import Any
 
 import pytest
 
+from sagellm.runtime.handover import Phases, phases_of
 from sagellm.runtime.messages import Stamps
-from sagellm.runtime.phases import Phases, phases_of
 
 FULL = {"started_s": 2.0, "prefilled_s": 4.0, "transferred_s": 4.5, "finished_s": 9.0}
 

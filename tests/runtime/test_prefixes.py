@@ -6,13 +6,12 @@ import secrets
 from immutables import Map
 from msgspec.structs import replace
 
-from sagellm.runtime.block_hash import secret
-from sagellm.runtime.kv.block_key import BlockKey, block_key
+from sagellm.runtime.kv.prefix_tree import BlockKey, block_key
 from sagellm.runtime.messages import Request, Sampling
-from sagellm.runtime.prefixes import Hasher, PrefixIndex, PromptHashes
+from sagellm.runtime.prefixes import Hasher, PrefixIndex, PromptHashes, hash_secret
 
 SIZE = 4
-KEY = secret()
+KEY = hash_secret()
 
 
 def ask(*tokens: int, salt: str = "", **fields: object) -> Request:

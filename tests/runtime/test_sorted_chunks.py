@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sagellm.runtime.sorted_chunks import SortedChunks
+from sagellm.runtime.persistent import SortedChunks
 
 ITEMS = st.lists(st.tuples(st.integers(0, 30), st.integers(0, 5)), max_size=60)
 

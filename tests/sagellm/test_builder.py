@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 from models_on_the_fly import make_model
 
-from sagellm import Graph, GraphError, Request, checking, ops
+from sagellm import Graph, GraphError, Request, ops
 from sagellm.builder import RESOLVER
 from sagellm.graphs.ir import SINK, SOURCE
 from sagellm.graphs.text import yaml
 from sagellm.graphs.text.yaml import Document
-from sagellm.overrides import override
+from sagellm.opening import checking
+from sagellm.opening.sources import override
 
 
 def pd() -> Graph:
@@ -26,7 +27,7 @@ def pd() -> Graph:
     route = split.outlet("disaggregated") >> ops.route(strategy="load_balanced")
     transfer = route >> ops.prefill(engine="p") >> ops.kv_transfer().named("transfer")
     transfer >> ops.decode(engine="d") >> metrics
-    split.outlet("joint") >> ops.generate(engine="d") >> metrics
+    split.outlet("aggregated") >> ops.generate(engine="d") >> metrics
     return graph
 
 
@@ -177,7 +178,7 @@ async def test_no_model_is_fetched_for_a_graph_that_makes_no_sense(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked: list[str] = []
-    monkeypatch.setattr(checking, "described", lambda graph, name: asked.append(name))
+    monkeypatch.setattr(checking, "describe_engine", lambda graph, name: asked.append(name))
     with pytest.raises(GraphError, match="max_queued"):
         await Graph.load("pd").open(set={"admission.max_queue": 1}, model="a/b").__aenter__()
     assert asked == []

@@ -10,14 +10,13 @@ from text_kind import PARROT
 
 from sagellm import Graph, ops
 from sagellm.backends import get_backend
-from sagellm.checking import check_graph, checked
-from sagellm.engines import described, open_replica
+from sagellm.extensions import RESOLVER
 from sagellm.graphs.diagnostics import GraphError
 from sagellm.graphs.vocabulary import CAPABILITIES
-from sagellm.registering import RESOLVER
-from sagellm.runtime.engine.kinds import KINDS
-from sagellm.runtime.engine.kinds.kind import Place
-from sagellm.runtime.request_needs import NEEDS
+from sagellm.opening.checking import check_graph, checked_graph
+from sagellm.opening.graph_engines import describe_engine, open_replica
+from sagellm.runtime.engine.kinds import KINDS, ReplicaPlace
+from sagellm.runtime.handover import NEEDS
 
 ROOT = Path(__file__).resolve().parents[2]
 DOC = (ROOT / "docs" / "engines.md").read_text()
@@ -95,7 +94,7 @@ def test_the_kind_in_the_docs_is_that_of_the_example() -> None:
 
 
 def test_the_model_in_the_docs_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    exec(block("from sagellm.runtime.engine.limits"), {})
+    exec(block("from sagellm.runtime.engine.options"), {})
     first, last = capsys.readouterr().out.splitlines()
     assert "num_tokens=1," in first
     assert "num_tokens=99999," in last
@@ -153,8 +152,8 @@ async def test_an_engine_is_opened_as_large_as_it_was_checked(
 
     document = Graph.load("joint").document
     with_memory(16)
-    found = checked(document, RESOLVER)
+    found = checked_graph(document, RESOLVER)
     with_memory(32)
-    engine = await open_replica(found.sized, Place("g"))
+    engine = await open_replica(found.sized, ReplicaPlace("g"))
     assert engine.facts.num_blocks == found.sizes["g"]["num_blocks"]
-    assert described(found.graph, "g").sizes["num_blocks"] > engine.facts.num_blocks
+    assert describe_engine(found.graph, "g").sizes["num_blocks"] > engine.facts.num_blocks

@@ -38,7 +38,7 @@ class Gate:
 
     inner: Any
     opened: trio.Event
-    runs_ahead = False
+    async_scheduling = False
 
     def launch(self, batch: Any, after: Any = None) -> GatedLaunch:
         return GatedLaunch(self.inner.launch(batch), self.opened)

@@ -97,7 +97,7 @@ async def loaded(
         while trio.current_time() < stop_s:
             nursery.start_soon(ask, draw.choice(priorities))
             await trio.sleep(draw.expovariate(rate))
-            waiting = session.executor.core.region.cells["sort"].state.backlog.num_requests
+            waiting = session.executor.core.logic_graph.cells["sort"].state.backlog.num_requests
             load.most_queued = max(load.most_queued, waiting)
     await session.idle()
     session.executor.core.ledger.check()
@@ -200,7 +200,9 @@ async def test_waiting_tokens_are_bounded_too(autojump_clock: MockClock) -> None
 
         async def watch() -> None:
             while True:
-                seen.append(session.executor.core.region.cells["sort"].state.backlog.num_tokens)
+                seen.append(
+                    session.executor.core.logic_graph.cells["sort"].state.backlog.num_tokens
+                )
                 await trio.sleep(0.01)
 
         async with trio.open_nursery() as nursery:

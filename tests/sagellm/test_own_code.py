@@ -8,19 +8,19 @@ import pytest
 
 import sagellm.map_functions  # its functions outlive the tests, as the module does
 from sagellm import Graph, Sampling
-from sagellm.backends.progress import silent
-from sagellm.checking import check_graph
+from sagellm.backends.interface import silent
 from sagellm.cli import main
+from sagellm.extensions import RESOLVER
 from sagellm.graphs.diagnostics import GraphError
 from sagellm.graphs.text.codec import from_json, from_msgpack, to_json, to_msgpack
 from sagellm.graphs.text.yaml import Document, dump, load
-from sagellm.opening import OpenGraph
+from sagellm.opening.checking import check_graph
+from sagellm.opening.open_graph import OpenGraph
+from sagellm.opening.sources import shipped_names
+from sagellm.opening.worker_main import open_engine
 from sagellm.operators.policies import POLICIES
 from sagellm.operators.routing import STRATEGIES
-from sagellm.registering import RESOLVER
 from sagellm.runtime.registry import FUNCTIONS
-from sagellm.shipped import shipped_names
-from sagellm.worker import open_engine
 
 GRAPH = """\
 sagellm: 1

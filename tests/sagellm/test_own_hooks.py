@@ -11,7 +11,7 @@ from own_graph import own_generate_graph, own_graph
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from sagellm import RequestFailed, Sampling
-from sagellm.operators.generate import Generate
+from sagellm.operators.generate import GenerateService
 from sagellm.runtime.messages import Item
 from sagellm.runtime.operator import Arrival, Context, Credit, Draw, Emit, Input, Signal, Step
 from sagellm.runtime.port import EngineFacts, Lost
@@ -85,7 +85,7 @@ async def test_a_cancel_reaches_the_operators_after_one_that_raises(
 # ---- an operator with an engine ---------------------------------------------------------------
 
 
-class OwnGenerate(Generate):
+class OwnGenerate(GenerateService):
     """Raises for the engine's events of the request `bad`, and where its engine lost it."""
 
     async def on_events(self, ctx: Context, events: Any) -> None:

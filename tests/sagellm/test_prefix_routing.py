@@ -10,8 +10,8 @@ from trio.testing import MockClock
 from virtual_workers import chaotic
 
 from sagellm import Graph, Sampling, ops
-from sagellm.replay import replay
-from sagellm.runtime.block_hash import secret, take_secret
+from sagellm.opening.decisions import replay
+from sagellm.runtime.prefixes import hash_secret, set_hash_secret
 from sagellm.session import Session
 
 NULL = {
@@ -138,13 +138,13 @@ async def test_a_worker_that_was_lost_is_not_taken_for_warm(
         for group in (1, 2):
             await ask(session, group, 6)
         assert known.num_blocks_of("g", warm) > 0
-    kept = secret()
-    take_secret(bytes(32))  # as another process has another one
+    kept = hash_secret()
+    set_hash_secret(bytes(32))  # as another process has another one
     try:
         replayed = replay(log, functions={})
         without = replay(log, functions={}, overrides={"route.strategy": "round_robin"})
     finally:
-        take_secret(kept)
+        set_hash_secret(kept)
     assert replayed.difference is None
     assert replayed.num_events > 50
     assert without.difference is not None

@@ -33,7 +33,7 @@ from process_streams import (
 
 from sagellm import Graph, Sampling, ops
 from sagellm.graphs.diagnostics import GraphError
-from sagellm.runtime.cluster.faults import CannotScale
+from sagellm.runtime.cluster import CannotScale
 from sagellm.runtime.comm.keys import create_keys
 from sagellm.runtime.messages import SERVED
 from sagellm.session import Session
@@ -79,7 +79,7 @@ async def test_answers_over_tcp_are_those_of_one_process(links: dict[str, Any]) 
     assert found.tokens == await right("pd_many", SEEDED)
 
 
-IN_STEPS = {"p.max_step_tokens": 48, "prefill.max_inflight": 2}
+IN_STEPS = {"p.max_num_batched_tokens": 48, "prefill.max_inflight": 2}
 
 
 def long_prompts(first: int) -> dict[int, list[int]]:
@@ -291,7 +291,7 @@ async def test_a_sender_that_dies_midway_leaves_no_half_written_block(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     order = tmp_path / "order"
-    monkeypatch.setattr("sagellm.workers.MODULE", "dying_sender")
+    monkeypatch.setattr("sagellm.opening.worker_processes.WORKER_MODULE", "dying_sender")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     monkeypatch.setenv(ORDER, str(order))
     brief = Sampling(max_tokens=20, ignore_eos=True, temperature=1.0, seed=2)
@@ -393,7 +393,7 @@ async def test_replicas_that_nobody_chooses_are_refused() -> None:
 async def test_a_request_that_kills_workers_is_quarantined(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("sagellm.workers.MODULE", "poisoned_worker")
+    monkeypatch.setattr("sagellm.opening.worker_processes.WORKER_MODULE", "poisoned_worker")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     poison = [POISON, *range(20, 60)]
     async with opened("pd_many") as session:

@@ -5,10 +5,10 @@ import trio
 from exercises import KINDS, exercises
 
 from sagellm import Graph, Sampling
-from sagellm.backends.quantised import MODES
+from sagellm.backends.quantised_weight import MODES
 from sagellm.builder import RESOLVER
-from sagellm.checking import check_graph
 from sagellm.graphs.diagnostics import GraphError
+from sagellm.opening.checking import check_graph
 
 NUM_EXERCISES = 20  # of a kind
 AT_LEAST = {"int8": 0.95, "int4": 0.85, "w8a8": 0.95}

@@ -55,7 +55,7 @@ async def step_s(session: Session) -> float:
 async def test_a_short_request_does_not_wait_for_a_long_one(kind: str, folder: str) -> None:
     (short,) = random_prompts([4])
     long_prompt, long_answer = ([1] * 700, 4) if "prompt" in kind else ([1] * 8, 700)
-    limits = {"g.max_step_tokens": 64, "g.max_model_len": 1024, "g.prefix_caching": False}
+    limits = {"g.max_num_batched_tokens": 64, "g.max_model_len": 1024, "g.prefix_caching": False}
     async with Graph.load("joint").open(set=limits, model=folder) as session:
         for _ in range(2):
             await ttft_s(session, short)
@@ -77,7 +77,9 @@ async def test_a_short_request_does_not_wait_for_a_long_one(kind: str, folder: s
 @pytest.mark.parametrize("graph", ["pd", "pd_many"])
 async def test_cancelled_at_random_points(graph: str, folder: str) -> None:
     draw = random.Random(graph)
-    limits = {f"{e}.max_step_tokens": 64 for e in "pd"} | {f"{e}.max_model_len": 1024 for e in "pd"}
+    limits = {f"{e}.max_num_batched_tokens": 64 for e in "pd"} | {
+        f"{e}.max_model_len": 1024 for e in "pd"
+    }
     async with Graph.load(graph).open(set=limits, model=folder) as session:
 
         async def asked_and_cancelled(number: int) -> None:

@@ -19,7 +19,7 @@ from sagellm import (
     TokenEvent,
     ops,
 )
-from sagellm.runtime.core.inputs import Inputs
+from sagellm.runtime.core.inputs import InputQueue
 from sagellm.runtime.feedback import Feedback, LoadReported
 from sagellm.session import RequestError, Session, gather
 
@@ -69,7 +69,7 @@ async def test_load_is_reported_where_an_operator_or_a_log_wants_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     reports: list[Feedback] = []
-    monkeypatch.setattr(Inputs, "report", lambda self, feedback: reports.append(feedback))
+    monkeypatch.setattr(InputQueue, "report", lambda self, feedback: reports.append(feedback))
     log = tmp_path / "log" if is_recorded else None
     async with joint(before=before).open(decisions=log) as session:
         await session.generate("hello", sampling=LONG)

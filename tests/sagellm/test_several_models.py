@@ -13,10 +13,10 @@ from trio.testing import MockClock
 
 from sagellm import Graph, RequestRefused, Sampling, ops
 from sagellm.graphs.diagnostics import GraphError
-from sagellm.models import load_models
 from sagellm.runtime.messages import Request
 from sagellm.session import RequestError, Session
-from sagellm.several import graph_of, keys_of
+from sagellm.session.models import load_models
+from sagellm.several_models import graph_of_models, model_keys
 
 TWO = Path("examples/two_models.yaml")
 SUM = [{"role": "user", "content": "What is 23 + 45?"}]
@@ -66,7 +66,7 @@ class Notes:
 
 async def test_each_model_reads_and_writes_with_its_own_tokenizer(folder: Path) -> None:
     """The mirrored one answers alike only where nobody mistakes its tokens for the other's."""
-    graph = graph_of(["sage-tiny", str(folder)])
+    graph = graph_of_models(["sage-tiny", str(folder)])
     async with opened(graph) as session:
         one = await session.generate(SUM, sampling=GREEDY, model="sage-tiny")
         other = await session.generate(SUM, sampling=GREEDY, model="mirror")
@@ -132,7 +132,7 @@ async def test_a_limit_of_the_table_holds_for_its_model_alone(autojump_clock: Mo
 
 async def test_salts_of_models_that_differ_never_meet(folder: Path) -> None:
     """Of two names of one model they do: its blocks are the same."""
-    graph, notes = graph_of(["sage-tiny", str(folder)]), Notes()
+    graph, notes = graph_of_models(["sage-tiny", str(folder)]), Notes()
     async with opened(graph) as session:
         session.observers.append(notes)
         for model in ("sage-tiny", "mirror"):
@@ -146,7 +146,7 @@ async def test_salts_of_models_that_differ_never_meet(folder: Path) -> None:
 def test_models_of_one_config_have_scopes_of_their_own(folder: Path, tmp_path: Path) -> None:
     """Their weights may differ."""
     twin = shutil.copytree(folder, tmp_path / "twin")
-    one, other = load_models(graph_of([str(folder), str(twin)]).ir).all
+    one, other = load_models(graph_of_models([str(folder), str(twin)]).ir).all
     assert one.scope != other.scope
 
 
@@ -195,9 +195,9 @@ def test_the_model_of_all_engines_cannot_be_changed_at_once() -> None:
     ],
 )
 def test_keys_are_names_that_an_edge_can_say(names: list[str], keys: list[str]) -> None:
-    assert keys_of(names) == keys
+    assert model_keys(names) == keys
 
 
 def test_two_models_of_one_name_are_refused() -> None:
     with pytest.raises(ValueError, match="called sage-tiny"):
-        graph_of(["sage-tiny", "sage-tiny"])
+        graph_of_models(["sage-tiny", "sage-tiny"])

@@ -11,8 +11,8 @@ from trio.testing import MockClock
 
 from sagellm import Graph, Sampling, ops
 from sagellm.runtime.core.outliers import FIRST_S
+from sagellm.runtime.engine.kinds.modelled import ModelledLaunch
 from sagellm.runtime.engine.mailbox import Mailbox
-from sagellm.runtime.engine.modelled.runner import ModelledLaunch
 from sagellm.runtime.messages import TokenEvent
 from sagellm.session import Session
 

@@ -10,9 +10,9 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from sagellm import Graph, Sampling, TokenEvent, ops
-from sagellm.models import Models
 from sagellm.runtime.messages import Forked, Item, Request
 from sagellm.session import Encoded, RequestError, Session
+from sagellm.session.models import Models
 
 LONG = Sampling(max_tokens=50, ignore_eos=True)
 STEP_S = 0.01

@@ -22,7 +22,7 @@ from virtual_workers import chaotic
 from sagellm import Graph, RequestError, Sampling, ops
 from sagellm.gateway.processes.supervision import GatewaysFailed
 from sagellm.graphs.diagnostics import GraphError
-from sagellm.opening import OpenGraph
+from sagellm.opening.open_graph import OpenGraph
 from sagellm.runtime.engine.kinds import KINDS
 from sagellm.session import Session
 

@@ -11,9 +11,9 @@ from trio.testing import MockClock
 from virtual_workers import EXCUSED, bursts, chaotic
 
 from sagellm import Graph, Sampling, ops
-from sagellm.backends.null.backend import null_token
-from sagellm.replay import replay
-from sagellm.runtime.cluster.backoff import RestartPolicy
+from sagellm.backends.null import null_token
+from sagellm.opening.decisions import replay
+from sagellm.runtime.cluster.child_process import RestartPolicy
 
 LONG = Sampling(max_tokens=1000, ignore_eos=True)
 HOURS = float(os.environ.get("SAGELLM_CHAOS_HOURS", "1"))  # virtual ones, a seed

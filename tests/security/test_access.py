@@ -6,8 +6,8 @@ from collections.abc import Iterator
 import pytest
 from gateway_served import KEYS, SERVERS, Reply, ask, null_gateway
 
-from sagellm.gateway.routes import ROUTES
-from sagellm.gateway.routing import Route
+from sagellm.gateway.http.call import EndpointRoute
+from sagellm.gateway.http.routes import ROUTES
 
 USER, ADMIN = "Authorization: Bearer user-key", "Authorization: Bearer admin-key"
 STRANGERS = {
@@ -34,12 +34,12 @@ def routes() -> list[object]:
     return [pytest.param(route, id=f"{route.method} {route.path}") for route in ROUTES]
 
 
-def example(route: Route) -> str:
+def example(route: EndpointRoute) -> str:
     return route.path.replace("{id:path}", "m").replace("{id}", "x")
 
 
 @pytest.mark.parametrize("route", routes())
-def test_who_is_let_in(port: int, route: Route) -> None:
+def test_who_is_let_in(port: int, route: EndpointRoute) -> None:
     path = example(route)
     for kind, header in STRANGERS.items():
         expected = {200} if route.access == "open" else {401}
@@ -50,7 +50,7 @@ def test_who_is_let_in(port: int, route: Route) -> None:
 
 
 @pytest.mark.parametrize("route", routes())
-def test_no_way_round(port: int, route: Route) -> None:
+def test_no_way_round(port: int, route: EndpointRoute) -> None:
     path = example(route)
     others = (
         f"/{path}",

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from sagellm.runtime.comm import protocol
-from sagellm.runtime.kv.located import SharedBlocks, TcpBlocks
+from sagellm.runtime.kv.transport import SharedBlocks, TcpBlocks
 from sagellm.runtime.messages import LeaseRef, TokenEvent
 from sagellm.runtime.port import EngineHealth, EngineLoad, LeaseOffer
 

@@ -40,7 +40,7 @@ async def test_sixty_four_streams_survive_a_killed_decode_worker(sampling: Sampl
 
 async def test_an_engine_that_hangs_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its process lives, and answers; what hung it is stopped the second time."""
-    monkeypatch.setattr("sagellm.workers.MODULE", "poisoned_worker")
+    monkeypatch.setattr("sagellm.opening.worker_processes.WORKER_MODULE", "poisoned_worker")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     prompts: dict[int, Any] = {**dict(enumerate(PROMPTS[:12])), 12: [HANG, *range(20, 60)]}
     async with opened("pd_many", **{"executor.hang_s": 0.5}) as session:

@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 from time import monotonic
 
-from sagellm.backends.progress import Compiling, Progress, silent
+from sagellm.backends.interface import Compiling, Progress, silent
 from sagellm.graphs.log import get_logger
 
 _SOURCES = Path(__file__).parent

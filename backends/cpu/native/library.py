@@ -1,6 +1,7 @@
 """The C kernels as functions on tensors; rows may be strided, their elements may not."""
 
 import ctypes
+import mmap
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
@@ -9,11 +10,43 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 
-from sagellm.backends.cpu.large_pages import empty_in_large_pages
+from sagellm.backends.cpu.native.c_structs import NativeBatch, NativeHeads, NativeLayer, NativeStep
 from sagellm.backends.cpu.native.compiler import compiled
-from sagellm.backends.cpu.native.structs import Batch, Heads, Layer, Step
-from sagellm.backends.progress import Progress, silent
+from sagellm.backends.interface import Progress, silent
 from sagellm.graphs.log import get_logger
+
+LARGE_PAGE = 2 << 20  # bytes
+
+
+def empty_in_large_pages(num_elements: int, dtype: torch.dtype) -> torch.Tensor:
+    """A vector, as far as it fills large pages; a common one where it fills none.
+
+    The rest lies in small pages, so that no memory is taken for what is not there. The system may
+    have no large pages left, or none at all: then the memory is as any other.
+    """
+    num_bytes = num_elements * dtype.itemsize
+    advice = getattr(mmap, "MADV_HUGEPAGE", None)  # Linux
+    if num_bytes < LARGE_PAGE or advice is None:
+        return torch.empty(num_elements, dtype=dtype)
+    memory = mmap.mmap(-1, num_bytes + LARGE_PAGE)
+    start = -_address_of(memory) % LARGE_PAGE
+    try:
+        memory.madvise(advice, start, num_bytes // LARGE_PAGE * LARGE_PAGE)
+    except OSError:  # a kernel without them
+        return torch.empty(num_elements, dtype=dtype)
+    return torch.frombuffer(memory, dtype=torch.uint8, count=num_bytes, offset=start).view(dtype)
+
+
+def in_large_pages(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy of a contiguous tensor in such memory; itself where it fills no large page."""
+    if tensor.nbytes < LARGE_PAGE:
+        return tensor
+    return empty_in_large_pages(tensor.numel(), tensor.dtype).view(tensor.shape).copy_(tensor)
+
+
+def _address_of(memory: mmap.mmap) -> int:
+    return torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
+
 
 _log = get_logger(__name__)
 _opened: list["NativeKernels | None"] = []  # none, or the one of this process
@@ -215,12 +248,12 @@ class NativeKernels:
         out = torch.empty(q.shape)
         _, _, _, kv_heads, block_size, head_dim = pool.shape
         keys, values, bfloat = _keys_and_values(pool, layer)
-        heads = Heads(q.shape[1] // head_dim, kv_heads, head_dim, window or 0, scale)
-        batch = Batch(
+        heads = NativeHeads(q.shape[1] // head_dim, kv_heads, head_dim, window or 0, scale)
+        batch = NativeBatch(
             *(block_tables.shape[1], len(context_lens), block_size),
             *(query_starts.data_ptr(), context_lens.data_ptr(), bfloat),
         )
-        place = Layer(q.data_ptr(), keys, values, out.data_ptr(), q.stride(0), out.stride(0))
+        place = NativeLayer(q.data_ptr(), keys, values, out.data_ptr(), q.stride(0), out.stride(0))
         place.tables = block_tables.data_ptr()
         structures = (ctypes.byref(part) for part in (heads, batch, place))
         if self._library.sage_attention(*structures, torch.get_num_threads()):
@@ -239,13 +272,13 @@ class NativeKernels:
         )
         return sum_
 
-    def run_step(self, step: Step) -> None:
+    def run_step(self, step: NativeStep) -> None:
         """All instructions of a step. Raises IndexError for a token outside of the vocabulary."""
         failed = self._library.sage_step_run(ctypes.byref(step), torch.get_num_threads())
         if failed:
             raise _STEP_ERRORS[failed]
 
-    def close_step(self, step: Step) -> None:
+    def close_step(self, step: NativeStep) -> None:
         """Frees what C kept for the next step."""
         self._library.sage_step_close(ctypes.byref(step))
 

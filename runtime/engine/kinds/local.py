@@ -1,4 +1,4 @@
-"""The kind `local`: our own engine, on a device of this machine."""
+"""The kind `local`: our own engine on a device of this machine."""
 
 import gc
 import importlib
@@ -8,23 +8,25 @@ from dataclasses import replace
 
 import trio
 
-from sagellm.backends import get_backend
-from sagellm.runtime.engine.kinds.kind import Described, EngineKind, Place
-from sagellm.runtime.engine.kinds.paged import facts_view, resized, sizes
-from sagellm.runtime.engine.local import LocalEngine
-from sagellm.runtime.engine.opening import open_device, open_engine
-from sagellm.runtime.engine.options import LOCAL_CAPABILITIES, EngineOptions
-from sagellm.runtime.engine.sizing import size
-from sagellm.runtime.engine.speculation.draft_folder import draft_folder
-from sagellm.runtime.models.folder import resolve_model
+from sagellm.backends import Device, get_backend, list_available_backends
+from sagellm.backends.interface import Progress, silent
+from sagellm.graphs.vocabulary import nearest
+from sagellm.runtime.engine.drafters import draft_folder
+from sagellm.runtime.engine.kinds import EngineDescription, EngineKind, ReplicaPlace
+from sagellm.runtime.engine.local_engine import LocalEngine
+from sagellm.runtime.engine.options import LOCAL_CAPABILITIES, EngineOptionError, EngineOptions
+from sagellm.runtime.engine.sizing import engine_facts, facts_view, resized, size, sizes
+from sagellm.runtime.kv.transport import Sharing
+from sagellm.runtime.models.folder import ModelFolder, resolve_model
+from sagellm.runtime.port import EngineFacts
 
 
-async def _open(options: EngineOptions, place: Place) -> LocalEngine:
+async def _open(options: EngineOptions, place: ReplicaPlace) -> LocalEngine:
     """Loading weights takes seconds, in a thread."""
     return await trio.to_thread.run_sync(_load, options, place, abandon_on_cancel=place.may_abandon)
 
 
-def _load(options: EngineOptions, place: Place) -> LocalEngine:
+def _load(options: EngineOptions, place: ReplicaPlace) -> LocalEngine:
     _import_torch()
     return open_engine(
         resized(options, place.num_blocks),
@@ -35,12 +37,12 @@ def _load(options: EngineOptions, place: Place) -> LocalEngine:
     )
 
 
-def _describe(options: EngineOptions) -> Described:
+def _describe(options: EngineOptions) -> EngineDescription:
     memory_bytes = open_device(options).memory_bytes
     folder = resolve_model(options.model)
     draft = draft_folder(options, folder)
     sizing = size(options, folder.facts, memory_bytes)
-    return Described(
+    return EngineDescription(
         replace(
             facts_view(options, folder, sizing, pool_bytes=sizing.pool_bytes),
             device=options.device,
@@ -88,3 +90,54 @@ def _import_torch() -> None:
         gc.freeze()
     finally:
         gc.enable()
+
+
+# By name, so that a graph can be checked without loading torch.
+_RESOURCES = "sagellm.runtime.engine.device_resources"
+
+
+def open_engine(
+    options: EngineOptions,
+    *,
+    name: str,
+    replica: int = 0,
+    sharing: Sharing | None = None,
+    progress: Progress = silent,
+) -> LocalEngine:
+    """One replica, ready for `run`: loads weights, lowers the kernel graph, allocates the pool.
+
+    `sharing`: other processes reach the pool through that. `progress` is called with each event.
+    Takes seconds without a checkpoint. Raises EngineOptionError, ModelError, UnsupportedModel,
+    LoweringError.
+    """
+    folder = resolve_model(options.model)
+    device = open_device(options, replica)
+    facts = facts_of(options, folder, device)
+    opened = importlib.import_module(_RESOURCES).open_resources
+    resources = opened(options, folder, facts, device, sharing, progress)
+    return LocalEngine(resources, name=name, replica=replica)
+
+
+def open_device(options: EngineOptions, replica: int = 0) -> Device:
+    """The device of one replica. Raises EngineOptionError."""
+    known = list_available_backends()
+    if options.backend not in known:
+        close = nearest(options.backend, known)
+        hint = f"did you mean {close}?" if close else "see `sagellm doctor`"
+        raise EngineOptionError(f"device: {options.device!r} is not built; {hint}")
+    backend = get_backend(options.backend)
+    names, index = backend.devices(), options.device_index
+    if index is None:
+        return backend.device(replica % max(1, len(names)))
+    if index >= len(names):
+        there = f"there are {', '.join(names)}" if names else "there is none"
+        raise EngineOptionError(f"device: no {options.device} on this machine; {there}")
+    return backend.device(index)
+
+
+def facts_of(
+    options: EngineOptions, folder: ModelFolder, device: Device | None = None
+) -> EngineFacts:
+    """The facts that an engine opened now would have; reads no weight. Raises EngineOptionError."""
+    memory_bytes = (device or open_device(options)).memory_bytes
+    return engine_facts(options, folder, size(options, folder.facts, memory_bytes))

@@ -1,22 +1,23 @@
-"""The kind `modelled`: it schedules and leases as `local` does, computes nothing, and takes the
-time of a cost model.
+"""The kind `modelled`: it schedules and leases as `local` does, computes nothing, and takes
+the time of a cost model.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import trio
 
-from sagellm.backends import get_backend
+from sagellm.backends import Sampled, get_backend
+from sagellm.backends.null import null_tokens
 from sagellm.graphs.vocabulary import KV_TRANSFER, RESUME, TOKENS_IN, TOKENS_OUT
-from sagellm.runtime.engine.kinds.kind import Described, EngineKind, Place
-from sagellm.runtime.engine.kinds.paged import facts_view, resized, sizes
-from sagellm.runtime.engine.local import LocalEngine
-from sagellm.runtime.engine.modelled.cost import StepCost
-from sagellm.runtime.engine.modelled.runner import ModelledRunner
-from sagellm.runtime.engine.modelled.storage import ModelledStorage
+from sagellm.runtime.engine.batch import Batch, rows_of
+from sagellm.runtime.engine.kinds import EngineDescription, EngineKind, ReplicaPlace
+from sagellm.runtime.engine.local_engine import LocalEngine
 from sagellm.runtime.engine.options import PagedOptions
-from sagellm.runtime.engine.resources import EngineResources
-from sagellm.runtime.engine.sizing import Sizing, engine_facts, size
+from sagellm.runtime.engine.runner import EngineResources, StepLaunch
+from sagellm.runtime.engine.sizing import Sizing, engine_facts, facts_view, resized, size, sizes
+from sagellm.runtime.engine.step_cost import StepCost, StepShape, step_shape
+from sagellm.runtime.kv.transport import BlockLocation, BlockPairs, SharedBlocks, Storage
 from sagellm.runtime.models.folder import ModelFolder, resolve_model
 
 _CAPABILITIES = frozenset({TOKENS_IN, TOKENS_OUT, KV_TRANSFER, RESUME})
@@ -83,17 +84,93 @@ def _size(options: ModelledOptions, folder: ModelFolder) -> Sizing:
     return size(options, folder.facts, get_backend(_BACKEND).device().memory_bytes)
 
 
-async def _open(options: ModelledOptions, place: Place) -> LocalEngine:
+async def _open(options: ModelledOptions, place: ReplicaPlace) -> LocalEngine:
     await trio.lowlevel.checkpoint()
     sized = resized(options, place.num_blocks)
     return open_modelled(sized, name=place.engine, replica=place.replica)
 
 
-def _describe(options: ModelledOptions) -> Described:
+def _describe(options: ModelledOptions) -> EngineDescription:
     folder = resolve_model(options.model)
     sizing = _size(options, folder)
     view = facts_view(options, folder, sizing, pool_bytes=0)
-    return Described(view, options.model, folder, folder.warnings, sizes(options, sizing))
+    return EngineDescription(view, options.model, folder, folder.warnings, sizes(options, sizing))
 
 
 KIND = EngineKind(ModelledOptions, _CAPABILITIES, _open, _describe)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelledLaunch:
+    """The step begins when somebody waits for the result."""
+
+    batch: Batch
+    seconds: float
+    vocab_size: int
+
+    async def result(self) -> Sampled:
+        await trio.sleep(self.seconds)
+        token_ids = null_tokens(rows_of(self.batch), self.vocab_size)
+        return Sampled(token_ids, prompt_logprobs=[[] for _ in self.batch.scoring])
+
+    def recall(self) -> bool:
+        return False
+
+
+@dataclass(frozen=True, slots=True)
+class ModelledRunner:
+    """Sleeps for the cost of each batch, on trio's clock. Token ids follow from seed, choice and
+    position.
+    """
+
+    vocab_size: int
+    cost: StepCost
+    async_scheduling: bool = False
+
+    def launch(self, batch: Batch, after: StepLaunch | None = None) -> ModelledLaunch:
+        return ModelledLaunch(batch, self.cost.seconds(shape_of(batch)), self.vocab_size)
+
+    async def open(self) -> None:
+        await trio.lowlevel.checkpoint()
+
+    async def close(self) -> None:
+        """Nothing runs."""
+
+
+def shape_of(batch: Batch) -> StepShape:
+    """What the cost of a batch depends on."""
+    prompts = (sequence.num_prompt for sequence in batch.sequences)
+    return step_shape(zip(batch.starts, batch.query_lens, prompts, strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class ModelledStorage:
+    """Implements Storage. A copy takes as long as its bytes take on a link of `bytes_per_s`."""
+
+    block_bytes: int
+    bytes_per_s: float
+    num_damaged: int = 0
+
+    async def receive(self, sender: Storage, pairs: BlockPairs, check: Callable[[], None]) -> None:
+        check()
+        await trio.sleep(self._seconds(len(pairs)))
+
+    async def share(self, blocks: Sequence[int], check: Callable[[], None]) -> BlockLocation:
+        await trio.lowlevel.checkpoint()
+        check()
+        return SharedBlocks(pid=0, descriptor=-1, size=0, blocks=tuple(blocks))
+
+    async def fetch(
+        self, source: BlockLocation, blocks: Sequence[int], check: Callable[[], None]
+    ) -> None:
+        check()
+        await trio.sleep(self._seconds(len(blocks)))
+
+    def drop_stale(self) -> None:
+        """There is nothing to forget."""
+
+    async def serve(self) -> None:
+        await trio.sleep_forever()
+
+    def _seconds(self, num_blocks: int) -> float:
+        return num_blocks * self.block_bytes / self.bytes_per_s

@@ -4,7 +4,7 @@ import codecs
 from collections.abc import Sequence
 from typing import Protocol
 
-from sagellm.gateway.answers.structs import (
+from sagellm.gateway.answers.objects import (
     ChatLogprob,
     ChatLogprobs,
     CompletionLogprobs,

@@ -15,27 +15,27 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_late
 from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.process_collector import ProcessCollector
 
-from sagellm.gateway.cards import ModelCard
 from sagellm.gateway.metrics.meters import Counts, HttpMeters, LoopLag, lengths
-from sagellm.gateway.metrics.observer import KVShape, Measure, Observer
-from sagellm.gateway.metrics.own import graph_families, http_families
+from sagellm.gateway.metrics.native import graph_families, http_families
+from sagellm.gateway.metrics.observer import KVShape, Measure, RequestObserver
 from sagellm.gateway.metrics.snapshot import EngineReading, ModelReading, Snapshot, read_engines
 from sagellm.gateway.metrics.vllm import instrumentator_families, vllm_families
-from sagellm.graphs.served import operators_of
-from sagellm.models import Model
+from sagellm.gateway.protocol.sampling_params import ModelCard
+from sagellm.graphs.sections import model_operators
 from sagellm.runtime.executors.reading import Window, option_of
 from sagellm.session import Session
+from sagellm.session.models import Model
 
 
-class Format(NamedTuple):
+class ExpositionFormat(NamedTuple):
     """`encode` writes the families of a registry; names are never escaped."""
 
     encode: Callable[[CollectorRegistry], bytes]
     content_type: str
 
 
-TEXT = Format(generate_latest, CONTENT_TYPE_PLAIN_0_0_4)
-OPEN_METRICS = Format(
+TEXT = ExpositionFormat(generate_latest, CONTENT_TYPE_PLAIN_0_0_4)
+OPEN_METRICS = ExpositionFormat(
     partial(openmetrics.generate_latest, escaping=openmetrics.ALLOWUTF8, version="1.0.0"),
     "application/openmetrics-text; version=1.0.0; charset=utf-8",
 )
@@ -43,7 +43,7 @@ _TEXT_TYPES = frozenset({"text/plain", "text/*", "*/*"})
 _OPEN_METRICS_TYPE = "application/openmetrics-text"
 
 
-def format_of(accept: str) -> Format:
+def format_of(accept: str) -> ExpositionFormat:
     """The format for an Accept header; text also for a header that names neither format."""
     accepted = set(_media_types(accept))
     return OPEN_METRICS if _OPEN_METRICS_TYPE in accepted and not accepted & _TEXT_TYPES else TEXT
@@ -177,7 +177,7 @@ class GatewayMeters(HttpMeters):
         yield from http_families(http, lags)
 
 
-def _observer(session: Session, models: Sequence[ModelCard]) -> Observer:
+def _observer(session: Session, models: Sequence[ModelCard]) -> RequestObserver:
     executor = session.executor
     facts = [engine.facts for engine in executor.all_engines]
     longest = max((each.max_model_len for each in facts), default=1)
@@ -189,7 +189,7 @@ def _observer(session: Session, models: Sequence[ModelCard]) -> Observer:
         for card, model in zip(models, session.models.all, strict=True)
     }
     first = own[models[0].id]
-    return Observer(executor.now, table, lengths(longest), first.kv, first.slo_ttft_s, own)
+    return RequestObserver(executor.now, table, lengths(longest), first.kv, first.slo_ttft_s, own)
 
 
 def _measure(session: Session, model: Model) -> Measure:
@@ -199,10 +199,10 @@ def _measure(session: Session, model: Model) -> Measure:
     kv = KVShape()
     if replicas:
         kv = KVShape(replicas[0].facts.shape, replicas[0].facts.kv_block_bytes)
-    passed = operators_of(executor.plan.graph, model.key)
+    passed = model_operators(executor.plan.graph, model.key)
     objectives = [
         option_of(executor.plan, name, "slo_ttft_s")
-        for name in executor.core.region.cells
+        for name in executor.core.logic_graph.cells
         if name in passed
     ]
     return Measure(kv, next((each for each in objectives if each is not None), None))

@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 import anyio
 
 from sagellm.logs import num_dropped_lines
-from sagellm.runtime.buckets import Buckets
+from sagellm.runtime.histograms import Buckets
 from sagellm.runtime.messages import CODES, PRIORITIES
 
 TTFT_S = (
@@ -189,7 +189,7 @@ class Meters(Protocol):
         """Measure how late the app's loop is, until cancelled; for a loop that has no session."""
 
 
-class Call(NamedTuple):
+class EndpointCall(NamedTuple):
     endpoint: str
     method: str
 
@@ -201,9 +201,9 @@ class HttpMeters:
         self._endpoints = frozenset(endpoints)
         self.num_active = 0
         self.num_disconnects = 0
-        self.requests: dict[Call, int] = {}
-        self.responses: dict[tuple[Call, int], int] = {}
-        self.seconds: dict[Call, Buckets] = {}
+        self.requests: dict[EndpointCall, int] = {}
+        self.responses: dict[tuple[EndpointCall, int], int] = {}
+        self.seconds: dict[EndpointCall, Buckets] = {}
         self.all_seconds = Buckets(ALL_CALLS_S)  # of the calls that vLLM measures
         self.app_lag = LoopLag(_LAG_INTERVAL_S)
 
@@ -237,8 +237,8 @@ class HttpMeters:
     def disconnected(self) -> None:
         self.num_disconnects += 1
 
-    def _call(self, endpoint: str, method: str) -> Call:
-        return Call(self._known(endpoint), method if method in _METHODS else UNKNOWN)
+    def _call(self, endpoint: str, method: str) -> EndpointCall:
+        return EndpointCall(self._known(endpoint), method if method in _METHODS else UNKNOWN)
 
     def _known(self, endpoint: str) -> str:
         return endpoint if endpoint in self._endpoints else UNKNOWN

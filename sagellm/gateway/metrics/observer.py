@@ -61,7 +61,7 @@ class Measure:
     slo_ttft_s: float | None = None
 
 
-class Observer:
+class RequestObserver:
     """Some microseconds a request and one a token; lives on the session's loop, and is read there.
 
     `models` maps the names that clients may use to the name that the metrics use. Whatever else a
@@ -210,7 +210,7 @@ def _note_preemptions(track: _Track, item: TokenEvent | Answer) -> None:
 
 
 def _first_token_s(item: TokenEvent | Answer, now: float) -> float:
-    """A whole answer says itself when its first token was drawn."""
+    """A whole answer says itself when its first token was sampled."""
     drawn_s = item.stamps.prefilled_s
     return drawn_s if isinstance(item, Answer) and drawn_s is not None else now
 

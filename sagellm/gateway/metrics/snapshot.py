@@ -1,17 +1,66 @@
-"""What a scrape shows of the graph: everything of one moment, taken on the session's own loop."""
+"""A snapshot of the graph for one scrape, and the families that show it."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeAlias, runtime_checkable
+
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
 
 from sagellm.gateway.metrics.meters import Counts
-from sagellm.runtime.buckets import Buckets
-from sagellm.runtime.cluster.backoff import BLAMES, Restarts
+from sagellm.runtime.cluster.child_process import BLAMES, Restarts
 from sagellm.runtime.cluster.worker import Worker
 from sagellm.runtime.core.core import Core
 from sagellm.runtime.executors.reading import Reading, Shares
 from sagellm.runtime.executors.tasks import TasksExecutor
+from sagellm.runtime.histograms import Buckets
 from sagellm.runtime.port import CountingSteps, Engine, EngineFacts, EngineHealth, EngineLoad
+
+Labels: TypeAlias = Mapping[str, str]
+Values: TypeAlias = Iterable[tuple[Labels, float]]
+
+
+def counter(name: str, documentation: str, values: Values) -> Metric:
+    """`name` without `_total`, which the exposition adds."""
+    family = CounterMetricFamily(name, documentation)
+    for labels, value in values:
+        family.add_sample(f"{name}_total", dict(labels), value)
+    return family
+
+
+def gauge(name: str, documentation: str, values: Values) -> Metric:
+    family = GaugeMetricFamily(name, documentation)
+    for labels, value in values:
+        family.add_sample(name, dict(labels), value)
+    return family
+
+
+def histogram(
+    name: str,
+    documentation: str,
+    values: Iterable[tuple[Labels, Buckets]],
+    only: Collection[float] | None = None,
+) -> Metric:
+    """`only`: the bounds that are shown, of those that the buckets have."""
+    family = HistogramMetricFamily(name, documentation)
+    for labels, buckets in values:
+        passed = 0
+        for bound, passed in buckets.cumulative():
+            if only is not None and bound not in only and bound != float("inf"):
+                continue
+            family.add_sample(f"{name}_bucket", {**labels, "le": _text(bound)}, passed)
+        family.add_sample(f"{name}_count", dict(labels), passed)
+        family.add_sample(f"{name}_sum", dict(labels), buckets.total)
+    return family
+
+
+def _text(bound: float) -> str:
+    """As Go writes a bound: the clients of other languages compare these as text."""
+    return "+Inf" if bound == float("inf") else str(float(bound))
 
 
 @runtime_checkable

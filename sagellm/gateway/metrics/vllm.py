@@ -5,17 +5,24 @@ from itertools import zip_longest
 
 from prometheus_client.core import Metric
 
-from sagellm.gateway.metrics.families import Labels, counter, gauge, histogram
 from sagellm.gateway.metrics.meters import (
     HANDLER_S,
     NOT_MEASURED,
     UNKNOWN,
-    Call,
     Counts,
+    EndpointCall,
     HttpMeters,
 )
-from sagellm.gateway.metrics.snapshot import EngineReading, ModelReading, Snapshot
-from sagellm.runtime.buckets import Buckets
+from sagellm.gateway.metrics.snapshot import (
+    EngineReading,
+    Labels,
+    ModelReading,
+    Snapshot,
+    counter,
+    gauge,
+    histogram,
+)
+from sagellm.runtime.histograms import Buckets
 from sagellm.runtime.port import DraftCounts, EngineLoad
 
 _NO_HANDLER = "none"  # for a path that is no route
@@ -35,7 +42,7 @@ def instrumentator_families(http: HttpMeters) -> Iterator[Metric]:
 
 
 def _requests(http: HttpMeters) -> list[tuple[Labels, float]]:
-    grouped: dict[tuple[Call, str], int] = {}
+    grouped: dict[tuple[EndpointCall, str], int] = {}
     for (call, status), number in http.responses.items():
         if call.endpoint not in NOT_MEASURED:
             key = call, f"{status // 100}xx"
@@ -46,7 +53,7 @@ def _requests(http: HttpMeters) -> list[tuple[Labels, float]]:
     ]
 
 
-def _http_labels(call: Call) -> Labels:
+def _http_labels(call: EndpointCall) -> Labels:
     handler = _NO_HANDLER if call.endpoint == UNKNOWN else call.endpoint
     return {"handler": handler, "method": call.method}
 

@@ -1,15 +1,246 @@
-"""A link between two processes of this machine: a socket pair, messages framed by their length."""
+"""The link between the process of a graph and a gateway process: messages, frames."""
 
 from collections.abc import AsyncGenerator
+from pathlib import Path
 from socket import socket
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import anyio
 import msgspec
 from anyio.abc import ByteStream
 
-from sagellm.gateway.processes.messages import dec_hook, enc_hook
+from sagellm.gateway.api_errors import ApiError
+from sagellm.gateway.graph_bridge import GraphRequest
+from sagellm.gateway.protocol.sampling_params import ModelCard
+from sagellm.gateway.settings import Settings
 from sagellm.graphs.log import get_logger
+from sagellm.runtime.histograms import Buckets
+from sagellm.runtime.messages import TokenEvent
+
+
+class _LinkMessage(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    pass
+
+
+# ---- from the graph -------------------------------------------------------------------------
+
+
+class GatewaySetup(_LinkMessage, frozen=True, tag=True):
+    """The first that a gateway hears. `graph` is encoded; `log_level` is that of `logging`, and
+    `log_format` that of `sagellm.logs`.
+    """
+
+    settings: Settings
+    models: tuple[ModelCard, ...]
+    graph: bytes
+    log_level: int
+    is_ready: bool
+    not_ready_reason: str
+    is_draining: bool
+    log_format: str | None = None
+
+
+class StreamEvents(_LinkMessage, frozen=True, tag=True):
+    """What came for a stream; `is_end`: nothing comes after."""
+
+    stream: int
+    events: list[TokenEvent]
+    is_end: bool = False
+
+
+class StreamRefused(_LinkMessage, frozen=True, tag=True):
+    """The end of a stream, with the fields of an ApiError."""
+
+    stream: int
+    status: int
+    message: str
+    param: str | None = None
+    code: str | None = None
+    retry_after_s: float | None = None
+    should_retry: bool | None = None
+
+    @property
+    def error(self) -> ApiError:
+        return ApiError(
+            self.status,
+            self.message,
+            param=self.param,
+            code=self.code,
+            retry_after_s=self.retry_after_s,
+            should_retry=self.should_retry,
+        )
+
+
+class ReadinessChanged(_LinkMessage, frozen=True, tag=True):
+    """The graph produces tokens, or why it does not."""
+
+    is_ready: bool
+    reason: str
+
+
+class QueryAnswer(_LinkMessage, frozen=True, tag=True):
+    """To a question of that number: whether a request was known, or the metrics, if there are."""
+
+    number: int
+    is_known: bool = False
+    content: bytes = b""
+    content_type: str = ""
+
+
+class ReportCounters(_LinkMessage, frozen=True, tag=True):
+    """Say `CounterReport` with this number at once."""
+
+    number: int
+
+
+class StartDrain(_LinkMessage, frozen=True, tag=True):
+    """Take nothing new; say `Drained` once nothing is under way."""
+
+
+class Retire(_LinkMessage, frozen=True, tag=True):
+    """Take no more connections, finish what is under way, and end: another takes its place."""
+
+
+class Shutdown(_LinkMessage, frozen=True, tag=True):
+    """Close the connections that have nothing more to say, and end."""
+
+
+GraphMessage: TypeAlias = (
+    GatewaySetup
+    | StreamEvents
+    | StreamRefused
+    | ReadinessChanged
+    | QueryAnswer
+    | ReportCounters
+    | StartDrain
+    | Retire
+    | Shutdown
+)
+
+
+# ---- from a gateway -------------------------------------------------------------------------
+
+
+class Started(_LinkMessage, frozen=True, tag=True):
+    """It takes connections."""
+
+
+class SubmitRequest(_LinkMessage, frozen=True, tag=True):
+    """A request begins, under a number of the gateway's own."""
+
+    stream: int
+    entry: GraphRequest
+
+
+class TokensRead(_LinkMessage, frozen=True, tag=True):
+    """So many more tokens of it were read."""
+
+    stream: int
+    num_tokens: int
+
+
+class Abandon(_LinkMessage, frozen=True, tag=True):
+    """Nobody reads it any more."""
+
+    stream: int
+
+
+class CancelRequest(_LinkMessage, frozen=True, tag=True):
+    """A question: end a request of this gateway."""
+
+    number: int
+    request_id: str
+
+
+class CancelCall(_LinkMessage, frozen=True, tag=True):
+    """A question: end the requests of a call, whichever gateway has it."""
+
+    number: int
+    call_id: str
+
+
+class Scrape(_LinkMessage, frozen=True, tag=True):
+    """A question: the metrics of the graph and of all gateways, as the Accept header wants them."""
+
+    number: int
+    accept: str
+
+
+class BucketCounts(_LinkMessage, frozen=True, tag=True):
+    """The samples of `Buckets` whose bounds both sides know."""
+
+    counts: list[int]
+    total: float
+
+    @classmethod
+    def of(cls, buckets: Buckets) -> "BucketCounts":
+        return cls(buckets.counts, buckets.total)
+
+    def add_to(self, buckets: Buckets) -> None:
+        buckets.counts = [a + b for a, b in zip(buckets.counts, self.counts, strict=True)]
+        buckets.total += self.total
+
+
+class CounterReport(_LinkMessage, frozen=True, tag=True):
+    """What a gateway has counted since it started: a sign of life, too."""
+
+    number: int  # of the question; 0: of none
+    num_active: int
+    num_disconnects: int
+    num_dropped_lines: int
+    requests: list[tuple[str, str, int]]  # endpoint, method
+    responses: list[tuple[str, str, int, int]]  # endpoint, method, status
+    seconds: list[tuple[str, str, BucketCounts]]  # endpoint, method
+    all_seconds: BucketCounts
+    app_lag: BucketCounts
+
+
+class Drained(_LinkMessage, frozen=True, tag=True):
+    """Drained."""
+
+
+class RetireRequested(_LinkMessage, frozen=True, tag=True):
+    """It got SIGTERM, and would like to `Retire`."""
+
+
+GatewayMessage: TypeAlias = (
+    Started
+    | SubmitRequest
+    | TokensRead
+    | Abandon
+    | CancelRequest
+    | CancelCall
+    | Scrape
+    | CounterReport
+    | Drained
+    | RetireRequested
+)
+
+
+def stream_refused(stream: int, error: ApiError) -> StreamRefused:
+    return StreamRefused(
+        stream,
+        error.status,
+        error.message,
+        error.param,
+        error.code,
+        error.retry_after_s,
+        error.should_retry,
+    )
+
+
+def enc_hook(value: Any) -> Any:
+    """For what msgspec does not know."""
+    if isinstance(value, Path):
+        return str(value)
+    raise NotImplementedError(type(value).__name__)
+
+
+def dec_hook(kind: type, value: Any) -> Any:
+    if kind is Path:
+        return Path(value)
+    raise NotImplementedError(kind.__name__)
+
 
 LOG = get_logger("sagellm.gateway")
 
@@ -20,21 +251,21 @@ _MOST_BYTES = 256 << 20  # of one message; bodies of calls are bounded long befo
 _READ_BYTES = 1 << 18
 
 
-class Link(Generic[T]):
-    """Both sides of one have one; `hears` is the union of the messages that come, of type T.
+class MessageLink(Generic[T]):
+    """Both sides of one have one; `receives` is the union of the messages that come, of type T.
 
     What is put during one turn of the loop leaves together. What may wait is bounded by those who
     put: streams by their windows, calls by their budgets.
     """
 
-    def __init__(self, stream: ByteStream, hears: Any) -> None:
+    def __init__(self, stream: ByteStream, receives: Any) -> None:
         self._stream = stream
         self._encoder = msgspec.msgpack.Encoder(enc_hook=enc_hook)
         self._decoder: msgspec.msgpack.Decoder[T] = msgspec.msgpack.Decoder(
-            hears, dec_hook=dec_hook
+            receives, dec_hook=dec_hook
         )
         self._waiting = bytearray()
-        self._stirred = anyio.Event()
+        self._has_waiting = anyio.Event()
         self._is_sending = False
         self.is_broken = False
 
@@ -44,14 +275,14 @@ class Link(Generic[T]):
             body = self._encoder.encode(message)
             self._waiting += len(body).to_bytes(_HEAD_BYTES, "little")
             self._waiting += body
-            self._stirred.set()
+            self._has_waiting.set()
 
     async def send(self) -> None:
         """What is put, until cancelled or the other side is gone."""
         try:
             while True:
-                await self._stirred.wait()
-                self._stirred = anyio.Event()
+                await self._has_waiting.wait()
+                self._has_waiting = anyio.Event()
                 leaving, self._waiting = self._waiting, bytearray()
                 self._is_sending = True
                 await self._stream.send(bytes(leaving))

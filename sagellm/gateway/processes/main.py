@@ -15,46 +15,46 @@ import anyio
 import msgspec
 from anyio.abc import TaskGroup, UNIXSocketStream
 
-from sagellm.gateway.app import App, build_app
-from sagellm.gateway.budgets import Budgets, Tally, count_names
-from sagellm.gateway.gateway import Gateway, Served
-from sagellm.gateway.layers.access import tenants
-from sagellm.gateway.processes.door import RemoteDoor
-from sagellm.gateway.processes.link import Link, read_first
-from sagellm.gateway.processes.messages import (
-    Answered,
-    Ask,
-    Drain,
-    Events,
-    FromGraph,
-    Idle,
-    Leaving,
-    Readied,
-    Refused,
+from sagellm.gateway.budgets import Budgets, SharedCounters, counter_names
+from sagellm.gateway.gateway import Gateway, HostedModel
+from sagellm.gateway.http.app import App, build_app
+from sagellm.gateway.http.checks import tenants
+from sagellm.gateway.http.drain import CLOSE_S, ignore_noted
+from sagellm.gateway.http.routes import PATHS
+from sagellm.gateway.processes.link import (
+    Drained,
+    GatewaySetup,
+    GraphMessage,
+    MessageLink,
+    QueryAnswer,
+    ReadinessChanged,
+    ReportCounters,
     Retire,
-    Setup,
-    Stop,
-    Up,
+    RetireRequested,
+    Shutdown,
+    StartDrain,
+    Started,
+    StreamEvents,
+    StreamRefused,
+    read_first,
 )
-from sagellm.gateway.processes.meters import RemoteMeters, counted
-from sagellm.gateway.routes import PATHS
-from sagellm.gateway.server.drain import CLOSE_S, ignore_noted
+from sagellm.gateway.processes.process_bridge import ProcessBridge, RemoteMeters, counter_report
 from sagellm.gateway.settings import Settings
 from sagellm.graphs.text.codec import from_msgpack
-from sagellm.logs import own_logs
-from sagellm.models import Models, load_models
-from sagellm.runtime.cluster.lifeline import hold_lifeline
+from sagellm.logs import process_logs
+from sagellm.runtime.cluster.child_process import end_with_parent
+from sagellm.session.models import Models, load_models
 
 _VARIABLE = "SAGELLM_GATEWAY"
 
 
 @dataclass(frozen=True, slots=True)
-class Start:
+class GatewayStart:
     """Descriptors: the link to the graph's process, the socket that is served, the table of counts;
     and which of its rows is this gateway's.
     """
 
-    door: int
+    bridge: int
     listener: int
     tally: int
     num_rows: int
@@ -66,31 +66,31 @@ class Start:
 
     @property
     def files(self) -> tuple[int, ...]:
-        return self.door, self.listener, self.tally
+        return self.bridge, self.listener, self.tally
 
     @classmethod
-    def read(cls) -> "Start":
+    def read(cls) -> "GatewayStart":
         return msgspec.json.decode(os.environ.pop(_VARIABLE), type=cls)
 
 
-def tally_names(settings: Settings) -> tuple[str, ...]:
+def counter_columns(settings: Settings) -> tuple[str, ...]:
     """The columns of the table: calls under way, and what each tenant has."""
-    return "calls", *(name for tenant in tenants(settings) for name in count_names(tenant))
+    return "calls", *(name for tenant in tenants(settings) for name in counter_names(tenant))
 
 
 _SERVERS = {  # the loop that each runs on, and what it is there
-    "hypercorn": ("trio", {}, "sagellm.gateway.server.hypercorn", "HypercornServer"),
+    "hypercorn": ("trio", {}, "sagellm.gateway.http.hypercorn", "HypercornServer"),
     "uvicorn": (
         "asyncio",
         {"use_uvloop": True},
-        "sagellm.gateway.server.uvicorn",
+        "sagellm.gateway.http.uvicorn",
         "UvicornOnItsLoop",
     ),
 }
 
 
 @dataclass
-class Told:
+class ReportedReadiness:
     """Readiness as the graph's process tells it."""
 
     is_ready: bool
@@ -98,27 +98,27 @@ class Told:
 
 
 def main() -> None:
-    start = Start.read()
-    hold_lifeline()
+    start = GatewayStart.read()
+    end_with_parent()
     ignore_noted()
-    door = socket(fileno=start.door)
-    setup = read_first(door, Setup)
+    bridge = socket(fileno=start.bridge)
+    setup = read_first(bridge, GatewaySetup)
     settings = setup.settings
     known = (*settings.api_keys.values(), settings.admin_key or "")
     backend, options, module, name = _SERVERS[settings.server]
     make_server = getattr(import_module(module), name)
     form = setup.log_format
-    with own_logs(setup.log_level, key=settings.salt_key, known=known, form=form):
-        run = partial(_run, setup, start, door, make_server)
+    with process_logs(setup.log_level, key=settings.salt_key, known=known, form=form):
+        run = partial(_run, setup, start, bridge, make_server)
         is_done = anyio.run(run, backend=backend, backend_options=options)
     sys.exit(not is_done)
 
 
 async def _run(
-    setup: Setup, start: Start, door_socket: socket, make_server: Callable[..., Any]
+    setup: GatewaySetup, start: GatewayStart, door_socket: socket, make_server: Callable[..., Any]
 ) -> bool:
     async with await UNIXSocketStream.from_socket(door_socket) as stream:
-        link: Link[FromGraph] = Link(stream, FromGraph)
+        link: MessageLink[GraphMessage] = MessageLink(stream, GraphMessage)
         models = load_models(from_msgpack(setup.graph))
         gateway = _gateway(setup, start, link, models)
         app = build_app(gateway)
@@ -127,22 +127,24 @@ async def _run(
             return await _Serving(app, server, link).run()
 
 
-def _gateway(setup: Setup, start: Start, link: Link[FromGraph], models: Models) -> Gateway:
+def _gateway(
+    setup: GatewaySetup, start: GatewayStart, link: MessageLink[GraphMessage], models: Models
+) -> Gateway:
     settings = setup.settings
-    tally = Tally(start.tally, start.num_rows, tally_names(settings))
+    tally = SharedCounters(start.tally, start.num_rows, counter_columns(settings))
     count = partial(tally.count, row=start.row)
     graph = from_msgpack(setup.graph)
-    door = RemoteDoor(link, settings.streaming)
+    bridge = ProcessBridge(link, settings.streaming)
     return Gateway(
         settings=settings,
-        door=door,
+        bridge=bridge,
         models=tuple(
-            Served(card, model.tokenizer)
+            HostedModel(card, model.tokenizer)
             for card, model in zip(setup.models, models.all, strict=True)
         ),
-        readiness=Told(setup.is_ready, setup.not_ready_reason),
+        readiness=ReportedReadiness(setup.is_ready, setup.not_ready_reason),
         budgets=Budgets(settings.common_budget, count=count, own=settings.budgets),
-        meters=RemoteMeters(door, PATHS),
+        meters=RemoteMeters(bridge, PATHS),
         graph=graph,
         is_draining=setup.is_draining,
         num_calls=count("calls"),
@@ -152,7 +154,7 @@ def _gateway(setup: Setup, start: Start, link: Link[FromGraph], models: Models) 
 class _Serving:
     """Serves until the graph says so or is gone; or it is retired, and all connections are done."""
 
-    def __init__(self, app: App, server: Any, link: Link[FromGraph]) -> None:
+    def __init__(self, app: App, server: Any, link: MessageLink[GraphMessage]) -> None:
         self._app = app
         self._server = server
         self._link = link
@@ -169,14 +171,14 @@ class _Serving:
                 tasks.start_soon(self._meters.watch_app_loop)
             gc.collect()
             gc.freeze()  # what was loaded stays: no collection walks it again
-            self._link.put(Up())
+            self._link.put(Started())
             tasks.start_soon(self._ask_at_signal)
             tasks.start_soon(self._obey, tasks)
             await self._over.wait()
             self._server.stop()
             with anyio.move_on_after(CLOSE_S):
                 await self._stopped.wait()
-                self._link.put(counted(self._meters))
+                self._link.put(counter_report(self._meters))
                 await self._link.flush()
             tasks.cancel_scope.cancel()
         return self._is_done
@@ -190,7 +192,7 @@ class _Serving:
     async def _ask_at_signal(self) -> None:
         with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGQUIT) as signals:
             async for _ in signals:
-                self._link.put(Leaving())
+                self._link.put(RetireRequested())
 
     async def _retire(self) -> None:
         """Others take new connections meanwhile."""
@@ -201,7 +203,7 @@ class _Serving:
 
     def _drain(self) -> None:
         self._app.gateway.is_draining = True
-        self._app.calls.when_idle(lambda: self._link.put(Idle()))
+        self._app.calls.when_idle(lambda: self._link.put(Drained()))
 
     @property
     def _meters(self) -> RemoteMeters:
@@ -210,28 +212,28 @@ class _Serving:
 
     async def _obey(self, tasks: TaskGroup) -> None:
         """Until told to stop, or nobody tells anything any more."""
-        door, readiness = self._app.gateway.door, self._app.gateway.readiness
-        assert isinstance(door, RemoteDoor)
-        assert isinstance(readiness, Told)
+        bridge, readiness = self._app.gateway.bridge, self._app.gateway.readiness
+        assert isinstance(bridge, ProcessBridge)
+        assert isinstance(readiness, ReportedReadiness)
         if self._app.gateway.is_draining:
             self._drain()
         try:
             async for message in self._link.messages():
-                if isinstance(message, Events | Refused | Answered):
-                    door.hear(message)
-                elif isinstance(message, Ask):
-                    self._link.put(counted(self._meters, message.number))
-                elif isinstance(message, Readied):
+                if isinstance(message, StreamEvents | StreamRefused | QueryAnswer):
+                    bridge.handle(message)
+                elif isinstance(message, ReportCounters):
+                    self._link.put(counter_report(self._meters, message.number))
+                elif isinstance(message, ReadinessChanged):
                     readiness.is_ready, readiness.reason = message.is_ready, message.reason
-                elif isinstance(message, Drain):
+                elif isinstance(message, StartDrain):
                     self._drain()
                 elif isinstance(message, Retire):
                     tasks.start_soon(self._retire)
-                elif isinstance(message, Stop):
+                elif isinstance(message, Shutdown):
                     self._is_done = True
                     break
         finally:
-            door.close()
+            bridge.close()
             self._over.set()
 
 

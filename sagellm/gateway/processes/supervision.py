@@ -12,34 +12,33 @@ from secrets import token_bytes
 import msgspec
 import trio
 
-from sagellm.gateway.budgets import Tally
-from sagellm.gateway.cards import ModelCard
-from sagellm.gateway.listen import BACKLOG
+from sagellm.gateway.budgets import SharedCounters
+from sagellm.gateway.http.drain import CLOSE_S
+from sagellm.gateway.http.routes import PATHS
 from sagellm.gateway.metrics.exposition import GatewayMeters
-from sagellm.gateway.processes.life import EXIT_S, Life
-from sagellm.gateway.processes.main import Start, tally_names
-from sagellm.gateway.processes.messages import (
-    Answered,
-    Cancel,
+from sagellm.gateway.processes.gateway_process import EXIT_S, GatewayProcess
+from sagellm.gateway.processes.link import (
     CancelCall,
-    Drain,
-    FromGateway,
-    Leaving,
-    Readied,
+    CancelRequest,
+    GatewayMessage,
+    GatewaySetup,
+    QueryAnswer,
+    ReadinessChanged,
     Retire,
+    RetireRequested,
     Scrape,
-    Setup,
-    Stop,
+    Shutdown,
+    StartDrain,
 )
-from sagellm.gateway.processes.meters import SummedMeters, counted
+from sagellm.gateway.processes.main import GatewayStart, counter_columns
+from sagellm.gateway.processes.process_bridge import SummedMeters, counter_report
+from sagellm.gateway.protocol.sampling_params import ModelCard
 from sagellm.gateway.readiness import Readiness
-from sagellm.gateway.routes import PATHS
-from sagellm.gateway.server.drain import CLOSE_S
-from sagellm.gateway.settings import Settings
+from sagellm.gateway.settings import BACKLOG, Settings
 from sagellm.graphs.log import get_logger
 from sagellm.graphs.text.codec import to_msgpack
-from sagellm.logs import shown_here
-from sagellm.runtime.cluster.backoff import RestartPolicy, Restarts
+from sagellm.logs import current_logs
+from sagellm.runtime.cluster.child_process import RestartPolicy, Restarts
 from sagellm.session import Session
 
 log = get_logger("sagellm.gateway")
@@ -52,7 +51,7 @@ class GatewaysFailed(Exception):
     """One did not start at all."""
 
 
-class GatewayProcesses:
+class GatewaySupervisor:
     """Serves one session by several processes, which take connections from one socket.
 
     What a process has under way when it dies is cancelled. For the methods see `Serving`.
@@ -77,8 +76,8 @@ class GatewayProcesses:
         self._sock = sock
         self._num_rows = 2 * settings.num_gateways  # of those that serve, and of those that leave
         self._free_rows = list(range(self._num_rows))
-        self._tally = Tally.make(self._num_rows, tally_names(settings))
-        self._lives: list[Life] = []
+        self._tally = SharedCounters.make(self._num_rows, counter_columns(settings))
+        self._lives: list[GatewayProcess] = []
         self._past = SummedMeters(PATHS)  # of lives that are over
         self._claimed: set[str] = set()  # ids of requests, of all gateways
         self._changed = trio.lowlevel.ParkingLot()
@@ -98,7 +97,7 @@ class GatewayProcesses:
 
     def drain(self) -> int:
         self._is_draining = True
-        self._tell(Drain())
+        self._tell(StartDrain())
         return self._tally.count("calls", 0).total
 
     async def idle(self) -> None:
@@ -108,7 +107,7 @@ class GatewayProcesses:
     def stop(self) -> None:
         self._is_stopping = True
         self._sock.close()
-        self._tell(Stop())
+        self._tell(Shutdown())
         self._changed.unpark_all()
 
     # ---- lives -------------------------------------------------------------------------------
@@ -118,7 +117,7 @@ class GatewayProcesses:
             life.link.put(message)
 
     def _tell_readiness(self) -> None:
-        self._tell(Readied(self._readiness.is_ready, self._readiness.reason))
+        self._tell(ReadinessChanged(self._readiness.is_ready, self._readiness.reason))
 
     async def _keep(
         self,
@@ -153,7 +152,7 @@ class GatewayProcesses:
             )
             await trio.sleep(delay_s)
 
-    async def _begin(self, nursery: trio.Nursery) -> Life | None:
+    async def _begin(self, nursery: trio.Nursery) -> GatewayProcess | None:
         """A life that runs in the nursery, whatever becomes of whoever began it; None at the end of
         all.
         """
@@ -163,7 +162,7 @@ class GatewayProcesses:
                 continue
             row = self._free_rows.pop(0)
             try:
-                life = await Life.begin(partial(self._start, row), self._setup)
+                life = await GatewayProcess.begin(partial(self._start, row), self._setup)
             except OSError as error:  # no memory, no file, or too many processes
                 if not self._is_started:
                     cause = f"a gateway could not be started: {error.strerror}"
@@ -177,11 +176,11 @@ class GatewayProcesses:
                 return life
         return None
 
-    async def _live(self, nursery: trio.Nursery, life: Life, row: int) -> None:
-        hear = partial(self._hear, nursery, life)
+    async def _live(self, nursery: trio.Nursery, life: GatewayProcess, row: int) -> None:
+        handle = partial(self._handle, nursery, life)
         streaming, claimed = self._settings.streaming, self._claimed
         try:
-            await life.run(self._session, streaming, claimed, hear)
+            await life.run(self._session, streaming, claimed, handle)
         except Exception as error:  # a fault of ours: the others go on
             life.why = "its link failed"
             log.error("gateway_link_failed", exc_info=error)
@@ -193,11 +192,13 @@ class GatewayProcesses:
                 self._past.add(life.counted, is_alive=False)
             self._changed.unpark_all()
 
-    def _start(self, row: int, door: int) -> Start:
-        return Start(door, self._sock.fileno(), self._tally.descriptor, self._num_rows, row)
+    def _start(self, row: int, bridge: int) -> GatewayStart:
+        return GatewayStart(
+            bridge, self._sock.fileno(), self._tally.descriptor, self._num_rows, row
+        )
 
-    def _setup(self) -> Setup:
-        return Setup(
+    def _setup(self) -> GatewaySetup:
+        return GatewaySetup(
             self._settings,
             self._models,
             to_msgpack(self._session.executor.plan.graph),
@@ -205,37 +206,39 @@ class GatewayProcesses:
             self._readiness.is_ready,
             self._readiness.reason,
             self._is_draining,
-            (shown_here() or ("", None))[1],
+            (current_logs() or ("", None))[1],
         )
 
     # ---- what gateways say -------------------------------------------------------------------
 
-    def _hear(self, nursery: trio.Nursery, life: Life, message: FromGateway) -> None:
+    def _handle(self, nursery: trio.Nursery, life: GatewayProcess, message: GatewayMessage) -> None:
         put = life.link.put
         match message:
-            case Cancel(number, request_id):
-                is_known = life.desk is not None and life.desk.cancel(request_id)
-                put(Answered(number, is_known=is_known))
+            case CancelRequest(number, request_id):
+                is_known = life.endpoint is not None and life.endpoint.cancel(request_id)
+                put(QueryAnswer(number, is_known=is_known))
             case CancelCall(number, call_id):
-                put(Answered(number, is_known=self._cancel_call(call_id)))
+                put(QueryAnswer(number, is_known=self._cancel_call(call_id)))
             case Scrape():
                 nursery.start_soon(self._answer_scrape, put, message)
-            case Leaving() if self._is_draining or not self._free_rows:
+            case RetireRequested() if self._is_draining or not self._free_rows:
                 life.is_over = False  # it leaves with all of them; or nobody could take its place
-            case Leaving():
+            case RetireRequested():
                 put(Retire())
         self._changed.unpark_all()
 
     def _cancel_call(self, call_id: str) -> bool:
-        desks = [life.desk for life in self._lives if life.desk is not None]
-        return any([desk.cancel_call(call_id) for desk in desks])  # noqa: C419 (all of them)
+        desks = [life.endpoint for life in self._lives if life.endpoint is not None]
+        return any([endpoint.cancel_call(call_id) for endpoint in desks])  # noqa: C419 (all of them)
 
     async def _answer_scrape(self, put: Callable[[msgspec.Struct], None], asked: Scrape) -> None:
         with trio.move_on_after(FRESH_S):
             await self._counted_anew()
         summed = SummedMeters(PATHS)
-        summed.add(counted(self._past), is_alive=False)
-        summed.add(counted(self._meters), is_alive=False)  # the lines that this process dropped
+        summed.add(counter_report(self._past), is_alive=False)
+        summed.add(
+            counter_report(self._meters), is_alive=False
+        )  # the lines that this process dropped
         for life in self._lives:
             if life.counted is not None:
                 summed.add(life.counted, is_alive=True)
@@ -243,9 +246,9 @@ class GatewayProcesses:
             content, content_type = await self._meters.exposition(asked.accept, summed)
         except Exception as error:  # whoever asked is told, and everybody else goes on
             log.error("scrape_failed", exc_info=error)
-            put(Answered(asked.number, is_known=False))
+            put(QueryAnswer(asked.number, is_known=False))
         else:
-            put(Answered(asked.number, True, content, content_type))
+            put(QueryAnswer(asked.number, True, content, content_type))
 
     async def _counted_anew(self) -> None:
         asked = [(life, life.ask()) for life in self._lives]

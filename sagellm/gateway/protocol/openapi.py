@@ -5,11 +5,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from sagellm.gateway.answers import structs
-from sagellm.gateway.protocol.completions import ChatRequest, CompletionRequest
+from sagellm.gateway.answers import objects
+from sagellm.gateway.protocol.bodies import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeChat,
+    TokenizePrompt,
+)
 from sagellm.gateway.protocol.schemas import Schema, Struct, reference, schemas_of
-from sagellm.gateway.protocol.tokenize import DetokenizeRequest, TokenizeChat, TokenizePrompt
-from sagellm.gateway.settings import Limits
+from sagellm.gateway.settings import RequestLimits
 
 EVENTS = "text/event-stream"
 TEXT = "text/plain"
@@ -31,24 +36,26 @@ class Operation:
 
 
 OPERATIONS: dict[str, Operation] = {
-    "/v1/models": Operation("The models that are served", gives=(structs.Models,)),
-    "/v1/models/{id}": Operation("One model", gives=(structs.Model,)),
+    "/v1/models": Operation("The models that are served", gives=(objects.ModelList,)),
+    "/v1/models/{id}": Operation("One model", gives=(objects.ModelEntry,)),
     "/v1/completions": Operation(
-        "Continue a text", (CompletionRequest,), (structs.Completion,), EVENTS
+        "Continue a text", (CompletionRequest,), (objects.Completion,), EVENTS
     ),
     "/v1/chat/completions": Operation(
-        "Answer a conversation", (ChatRequest,), (structs.ChatCompletion,), EVENTS
+        "Answer a conversation", (ChatRequest,), (objects.ChatCompletion,), EVENTS
     ),
     "/invocations": Operation(
         "A completion or a chat, by what the body holds",
         (CompletionRequest, ChatRequest),
-        (structs.Completion, structs.ChatCompletion),
+        (objects.Completion, objects.ChatCompletion),
         EVENTS,
     ),
-    "/tokenize": Operation("Text to token ids", (TokenizePrompt, TokenizeChat), (structs.Tokens,)),
-    "/detokenize": Operation("Token ids to text", (DetokenizeRequest,), (structs.Detokenized,)),
-    "/tokenizer_info": Operation("Facts of the tokenizer", gives=(structs.TokenizerFacts,)),
-    "/v1/sagellm/requests/{id}/cancel": Operation("End a request", gives=(structs.Cancelled,)),
+    "/tokenize": Operation(
+        "Text to token ids", (TokenizePrompt, TokenizeChat), (objects.TokenizeAnswer,)
+    ),
+    "/detokenize": Operation("Token ids to text", (DetokenizeRequest,), (objects.Detokenized,)),
+    "/tokenizer_info": Operation("Facts of the tokenizer", gives=(objects.TokenizerFacts,)),
+    "/v1/sagellm/requests/{id}/cancel": Operation("End a request", gives=(objects.Cancelled,)),
     "/live": Operation("Whether the process answers", is_empty=True),
     "/ready": Operation("Whether tokens are being produced", is_empty=True),
     "/health": Operation("Whether the server is healthy", is_empty=True),
@@ -111,7 +118,7 @@ _KEYS = {
 }
 
 
-class Route(Protocol):
+class DescribedRoute(Protocol):
     """What is read of a route."""
 
     @property
@@ -127,11 +134,15 @@ class Route(Protocol):
 
 
 def openapi(
-    routes: Iterable[Route], version: str, limits: Limits | None = None, *, needs_key: bool = True
+    routes: Iterable[DescribedRoute],
+    version: str,
+    limits: RequestLimits | None = None,
+    *,
+    needs_key: bool = True,
 ) -> dict[str, Any]:
     """The document for these routes. `needs_key`: whether the server asks users for a key."""
     structs = [one for known in OPERATIONS.values() for one in (*known.takes, *known.gives)]
-    schemas = schemas_of(dict.fromkeys(structs), limits or Limits())
+    schemas = schemas_of(dict.fromkeys(structs), limits or RequestLimits())
     paths: dict[str, Schema] = {}
     for route in routes:
         path = _PARAMETER.sub(r"{\1}", route.path)
@@ -148,7 +159,7 @@ def openapi(
     }
 
 
-def _operation(route: Route, path: str, needs_key: bool) -> Schema:
+def _operation(route: DescribedRoute, path: str, needs_key: bool) -> Schema:
     """One method of one path; a path that no table knows answers some JSON."""
     known = OPERATIONS.get(path) or Operation(path)
     parameters = [_parameter(name) for name in _PARAMETER.findall(path)]
@@ -212,7 +223,7 @@ def _security_schemes() -> Schema:
     }
 
 
-def _security(route: Route, needs_key: bool) -> list[Schema]:
+def _security(route: DescribedRoute, needs_key: bool) -> list[Schema]:
     """Each entry is one way in; none at all means that the way is open."""
     if route.access == "admin":
         return [{"admin": []}]

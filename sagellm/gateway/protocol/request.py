@@ -5,13 +5,12 @@ from typing import Annotated, Any, Literal, TypeAlias
 import msgspec
 from msgspec import Meta
 
-from sagellm.gateway.errors import ApiError, wrong
-from sagellm.gateway.protocol.fields import fields_of
-from sagellm.gateway.protocol.foreign import REQUEST, STREAM_OPTIONS
-from sagellm.gateway.protocol.json import read_json
-from sagellm.gateway.settings import Limits
+from sagellm.gateway.api_errors import ApiError, wrong
+from sagellm.gateway.protocol.json import fields_of, read_json
+from sagellm.gateway.protocol.other_apis import REQUEST, STREAM_OPTIONS
+from sagellm.gateway.settings import RequestLimits
 from sagellm.runtime.messages import PRIORITIES
-from sagellm.runtime.sampling import RANGES
+from sagellm.runtime.sampling_params import RANGES
 
 
 def within(name: str) -> Meta:
@@ -29,13 +28,13 @@ MAX_HINT_LEN = 512
 MAX_WAIT_S = 86_400.0
 
 TokenId: TypeAlias = Annotated[int, Meta(ge=0, lt=1 << 31)]
-Text: TypeAlias = Annotated[str, Meta(min_length=1)]
+NonEmptyText: TypeAlias = Annotated[str, Meta(min_length=1)]
 BadWord: TypeAlias = Annotated[str, Meta(min_length=1, max_length=MAX_BAD_WORD_LEN)]
 Hint: TypeAlias = Annotated[str, Meta(max_length=MAX_HINT_LEN)]
-Seconds: TypeAlias = Annotated[float, Meta(gt=0, le=MAX_WAIT_S)]
+WaitSeconds: TypeAlias = Annotated[float, Meta(gt=0, le=MAX_WAIT_S)]
 TokenKey: TypeAlias = Annotated[str, Meta(pattern=r"^(0|[1-9][0-9]{0,9})$(?!\n)")]
 Bias: TypeAlias = Annotated[float, Meta(ge=-100, le=100)]
-Side: TypeAlias = Literal["left", "right"]
+TruncationSide: TypeAlias = Literal["left", "right"]
 Effort: TypeAlias = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 RequestId: TypeAlias = Annotated[
     str, Meta(pattern=r"^[A-Za-z0-9._-]{1,128}$(?!\n)")
@@ -66,7 +65,7 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     frequency_penalty: Annotated[float, within("frequency_penalty")] = 0.0
     logit_bias: dict[TokenKey, Bias] = {}
     seed: Annotated[int, within("seed")] | None = None
-    stop: Text | list[Text] = []
+    stop: NonEmptyText | list[NonEmptyText] = []
     stream: bool = False
     stream_options: StreamOptions | None = None
     # vLLM
@@ -85,14 +84,14 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     skip_special_tokens: bool = True
     ignore_eos: bool = False
     truncate_prompt_tokens: Annotated[int, Meta(ge=-1, lt=1 << 31)] | None = None
-    truncation_side: Side = "left"
+    truncation_side: TruncationSide = "left"
     return_token_ids: bool = False
     priority: Annotated[int, Meta(ge=0, le=max(PRIORITIES.values()))] | None = None
     request_id: RequestId | None = None
     cache_salt: Annotated[str, Meta(min_length=1, max_length=MAX_SALT_LEN)] | None = None
     # ours
-    slo_ttft_s: Seconds | None = None
-    timeout_s: Seconds | None = None
+    slo_ttft_s: WaitSeconds | None = None
+    timeout_s: WaitSeconds | None = None
     # hints
     user: Hint | None = None
     safety_identifier: Hint | None = None
@@ -119,7 +118,7 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         return self.stream_options is not None and self.stream_options.continuous_usage_stats
 
 
-def check_generation(request: Generation, limits: Limits) -> None:
+def check_generation(request: Generation, limits: RequestLimits) -> None:
     """Raise ApiError (400; 404 for the model) for what is too long, too many or contradictory."""
     check_model_name(request.model, limits)
     at_most("n", request.n, limits.num_choices)
@@ -128,7 +127,7 @@ def check_generation(request: Generation, limits: Limits) -> None:
     _check_pairs(request)
 
 
-def check_model_name(name: str | None, limits: Limits) -> None:
+def check_model_name(name: str | None, limits: RequestLimits) -> None:
     """A name that is too long is the name of no model."""
     if name is not None and len(name) > limits.model_name_len:
         message = f"model: there is none with a name of {len(name)} characters"
@@ -142,7 +141,7 @@ def at_most(param: str, number: int, limit: int, unit: str = "") -> None:
         raise wrong(param, f"{what}; the limit is {limit}")
 
 
-def _check_stops(request: Generation, limits: Limits) -> None:
+def _check_stops(request: Generation, limits: RequestLimits) -> None:
     at_most("stop", len(request.stops), limits.num_stop, "strings")
     for text in request.stops:
         at_most("stop", len(text.encode()), limits.stop_bytes, "bytes in one string")
@@ -156,7 +155,7 @@ def _check_pairs(request: Generation) -> None:
         raise wrong("truncate_prompt_tokens", "is 0; it must be 1 or more, or -1 for the context")
 
 
-def read_fields(body: bytes, struct: type[msgspec.Struct], limits: Limits) -> dict[str, Any]:
+def read_fields(body: bytes, struct: type[msgspec.Struct], limits: RequestLimits) -> dict[str, Any]:
     """What the body says of the fields of `struct`, types unchecked. Raises ApiError (400)."""
     value = read_json(body, max_depth=limits.json_depth)
     said = fields_of(value, struct.__struct_fields__, REQUEST)

@@ -7,15 +7,21 @@ from typing import Any, TypeAlias
 
 import msgspec
 
-from sagellm.gateway.protocol.completions import ChatRequest, CompletionRequest
-from sagellm.gateway.protocol.conversation import (
+from sagellm.gateway.protocol.bodies import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeChat,
+    TokenizePrompt,
+)
+from sagellm.gateway.protocol.chat_messages import (
     MAX_PARTS,
+    ConversationMessage,
     FunctionCall,
-    Message,
     TextPart,
     ToolCall,
 )
-from sagellm.gateway.protocol.foreign import (
+from sagellm.gateway.protocol.other_apis import (
     FUNCTION_CALL,
     MESSAGE,
     PART,
@@ -25,8 +31,7 @@ from sagellm.gateway.protocol.foreign import (
     Foreign,
 )
 from sagellm.gateway.protocol.request import StreamOptions
-from sagellm.gateway.protocol.tokenize import DetokenizeRequest, TokenizeChat, TokenizePrompt
-from sagellm.gateway.settings import Limits
+from sagellm.gateway.settings import RequestLimits
 
 Schema: TypeAlias = dict[str, Any]
 Struct: TypeAlias = type[msgspec.Struct]
@@ -41,7 +46,7 @@ _SENT: dict[Struct, Foreign] = {
     TokenizeChat: REQUEST,
     DetokenizeRequest: REQUEST,
     StreamOptions: STREAM_OPTIONS,
-    Message: MESSAGE,
+    ConversationMessage: MESSAGE,
     TextPart: PART,
     ToolCall: TOOL_CALL,
     FunctionCall: FUNCTION_CALL,
@@ -61,14 +66,14 @@ _HAS_CONTENT: Schema = {
 }
 
 
-def schemas_of(structs: Iterable[Struct], limits: Limits) -> dict[str, Schema]:
+def schemas_of(structs: Iterable[Struct], limits: RequestLimits) -> dict[str, Schema]:
     """The schema of each struct, and of those inside it, by name."""
     _, schemas = msgspec.json.schema_components(structs, ref_template=_PLACE)
     for struct, foreign in _SENT.items():
         if struct.__name__ in schemas:
             _open(schemas[struct.__name__], foreign)
-    if Message.__name__ in schemas:
-        schemas[Message.__name__] |= _HAS_CONTENT
+    if ConversationMessage.__name__ in schemas:
+        schemas[ConversationMessage.__name__] |= _HAS_CONTENT
     for schema in schemas.values():
         schema["description"] = cleandoc(schema.get("description", schema["title"]))
         _bound(schema.get("properties", {}), limits)
@@ -106,7 +111,7 @@ def _or_null(schema: Schema) -> Schema:
     return {"anyOf": [*plain.get("anyOf", [plain]), _NULL], **default}
 
 
-def _bound(properties: dict[str, Schema], limits: Limits) -> None:
+def _bound(properties: dict[str, Schema], limits: RequestLimits) -> None:
     """Ranges that the types leave open, because the operator sets them."""
     bounds: dict[str, Schema] = {
         "logit_bias": {"maxProperties": limits.num_logit_bias},
@@ -129,13 +134,13 @@ def _branches(schema: Schema) -> Iterator[Schema]:
     yield from schema.get("anyOf", [schema])
 
 
-def _stop(limits: Limits) -> Schema:
+def _stop(limits: RequestLimits) -> Schema:
     text = {"type": "string", "minLength": 1, "maxLength": limits.stop_bytes}
     several = {"type": "array", "items": text, "maxItems": limits.num_stop}
     return {"anyOf": [text, several, _NULL], "default": []}
 
 
-def _prompt(limits: Limits) -> Schema:
+def _prompt(limits: RequestLimits) -> Schema:
     """One kind at a time, which the struct's type cannot say."""
     text: Schema = {"type": "string", "minLength": 1}
     ids = {

@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sagellm.operators.policies import POLICIES, find_policy
-from sagellm.operators.policies.options import Options
-from sagellm.operators.policies.order import Order, Policy
+from sagellm.operators.policies.order import Policy, PolicySortOptions, QueueOrder
 from sagellm.runtime.messages import PRIORITIES, Request, Stamps
 
 
@@ -22,7 +21,7 @@ def ask(arrived_s: float = 0.0, num_tokens: int = 1, **fields: Any) -> Any:
 
 
 def order(name: str, level: int = 0, **options: Any) -> Any:
-    return find_policy(name, Options(policy=name, **options)).orders[level]
+    return find_policy(name, PolicySortOptions(policy=name, **options)).orders[level]
 
 
 def ascend(rank: Any, *requests: Any) -> Any:
@@ -85,7 +84,7 @@ def test_smiths_rule_minimises_weighted_completion(jobs: Any) -> None:
 
 
 def test_adaptive_is_fifo_then_slack_then_shortest() -> None:
-    calm, busy, overloaded = find_policy("adaptive", Options(policy="adaptive")).orders
+    calm, busy, overloaded = find_policy("adaptive", PolicySortOptions(policy="adaptive")).orders
     assert calm == order("fifo")
     assert busy.lapses
     assert ascend(overloaded.rank, ask(1.0, num_tokens=10), ask(0.0, num_tokens=1000))
@@ -94,7 +93,9 @@ def test_adaptive_is_fifo_then_slack_then_shortest() -> None:
 
 
 def test_a_level_holds_until_the_load_has_halved() -> None:
-    policy = find_policy("adaptive", Options(policy="adaptive", busy_queued=4, overloaded_queued=8))
+    policy = find_policy(
+        "adaptive", PolicySortOptions(policy="adaptive", busy_queued=4, overloaded_queued=8)
+    )
     level, levels = 0, []
     for num_waiting in (3, 4, 2, 1, 8, 5, 4, 3, 1):
         level = policy.level(level, num_waiting)
@@ -103,7 +104,7 @@ def test_a_level_holds_until_the_load_has_halved() -> None:
 
 
 def test_a_policy_of_one_order_has_one_level() -> None:
-    assert Policy((Order(lambda request: 0.0),)).level(0, 10**6) == 0
+    assert Policy((QueueOrder(lambda request: 0.0),)).level(0, 10**6) == 0
 
 
 def test_each_policy_names_itself_and_options_that_exist() -> None:
@@ -111,10 +112,10 @@ def test_each_policy_names_itself_and_options_that_exist() -> None:
         assert module.__doc__.startswith(f"{name}: ")
         for option in module.USES:
             assert f"`{option}`" in module.__doc__
-            assert hasattr(Options(), option)
+            assert hasattr(PolicySortOptions(), option)
 
 
 @pytest.mark.parametrize(("name", "hint"), [("slo_awar", "did you mean slo_aware"), ("?", "known")])
 def test_an_unknown_policy_is_refused(name: str, hint: str) -> None:
     with pytest.raises(ValueError, match=hint):
-        find_policy(name, Options())
+        find_policy(name, PolicySortOptions())

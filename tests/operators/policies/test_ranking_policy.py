@@ -9,10 +9,10 @@ from immutables import Map
 import sagellm
 from sagellm.graphs.diagnostics import GraphError
 from sagellm.operators.policies import POLICIES
-from sagellm.operators.policy_sort import Options, build
+from sagellm.operators.policy_sort import PolicySortOptions, build
 from sagellm.runtime.forecast import Forecast
 from sagellm.runtime.messages import Request
-from sagellm.runtime.operator import Arrival, Setup, Taken
+from sagellm.runtime.operator import Arrival, OfferTaken, Setup
 
 
 @dataclass(frozen=True)
@@ -53,24 +53,26 @@ def order_of(sort: Any) -> list[str]:
 
 
 def test_one_user_does_not_go_before_another_again_and_again(running: Any) -> None:
-    sort = running(build(Options("fair"), Setup("sort")))
+    sort = running(build(PolicySortOptions("fair"), Setup("sort")))
     for name, user in (("a1", "a"), ("a2", "a"), ("a3", "a"), ("b1", "b"), ("b2", "b")):
         sort(Arrival(ask(name, user)))
     assert order_of(sort) == ["a1", "b1", "a2", "b2", "a3"]
 
 
 def test_its_options_come_from_the_graph(running: Any) -> None:
-    sort = running(build(Options("fair", policy_options={"tokens_per_share": 1.0}), Setup("sort")))
+    sort = running(
+        build(PolicySortOptions("fair", policy_options={"tokens_per_share": 1.0}), Setup("sort"))
+    )
     sort(Arrival(ask("a1", "a")))
     sort(Arrival(ask("a2", "a")))
     assert [entry[0] for entry in sort.state.entries] == [0.0, 200.0]
 
 
 def test_it_hears_of_what_was_sent(running: Any) -> None:
-    sort = running(build(Options("fair"), Setup("sort")))
+    sort = running(build(PolicySortOptions("fair"), Setup("sort")))
     first = ask("a1", "a")
     sort(Arrival(first))
-    sort(Taken(first))
+    sort(OfferTaken(first))
     sort(Arrival(ask("b1", "b")))
     assert [entry[0] for entry in sort.state.entries] == [1.0]
 
@@ -85,7 +87,7 @@ def test_it_hears_of_what_was_sent(running: Any) -> None:
 )
 def test_wrong_options_are_told_as_those_of_operators(policy: str, options: Any, says: str) -> None:
     with pytest.raises(GraphError) as caught:
-        build(Options(policy, policy_options=options), Setup("sort"))
+        build(PolicySortOptions(policy, policy_options=options), Setup("sort"))
     assert says in str(caught.value)
     assert caught.value.diagnostics[0].path[:3] == ("operators", "sort", "policy_options")
 

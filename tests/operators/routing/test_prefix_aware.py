@@ -6,19 +6,16 @@ import pytest
 from immutables import Map
 from msgspec.structs import replace
 
-from sagellm.operators.routing.candidates import Candidates
-from sagellm.operators.routing.prefix_aware import PrefixAware
-from sagellm.operators.routing.replicas import Pool
-from sagellm.operators.routing.strategy import Hold
-from sagellm.operators.routing.view import View
-from sagellm.runtime.block_hash import secret
+from sagellm.operators.routing.strategies import PrefixAware
+from sagellm.operators.routing.strategy import Candidates, Hold
+from sagellm.operators.routing.view import ReplicaPool, RouterView
 from sagellm.runtime.feedback import FirstToken
 from sagellm.runtime.messages import Request, Sampling
 from sagellm.runtime.operator import Draw
-from sagellm.runtime.prefixes import Hasher, PrefixIndex, PromptHashes
+from sagellm.runtime.prefixes import Hasher, PrefixIndex, PromptHashes, hash_secret
 
-POOL = Pool("p", 3, ("prefill",), ("prefill",))
-HASHER = Hasher(secret())
+POOL = ReplicaPool("p", 3, ("prefill",), ("prefill",))
+HASHER = Hasher(hash_secret())
 PROMPT = tuple(range(101))
 SIZE = 10
 
@@ -29,24 +26,24 @@ def ask(name: str = "r", num_tokens: int = 101, **fields: Any) -> Request:
     return Request(request_id=name, prompt_token_ids=tokens, sampling=sampling, **fields)
 
 
-def warm(**held: int) -> View:
+def warm(**held: int) -> RouterView:
     """A view of replicas that have so many tokens of the prompt cached: r1=40."""
     hashes, blocks = PromptHashes(PROMPT, "", SIZE, HASHER.key), dict[bytes, int]()
     for name, num_tokens in held.items():
         for index in range(num_tokens // SIZE):
             bit = 1 << int(name[1:])
             blocks[hashes[index]] = blocks.get(hashes[index], 0) | bit
-    return View.of((POOL,)).with_index("p", PrefixIndex(SIZE, Map(blocks)))
+    return RouterView.of((POOL,)).with_index("p", PrefixIndex(SIZE, Map(blocks)))
 
 
-def order(view: View, request: Request | None = None, **options: Any) -> list[Any]:
+def order(view: RouterView, request: Request | None = None, **options: Any) -> list[Any]:
     asked = request or ask()
     candidates = Candidates(view.pools["p"], asked, view.num_routed, HASHER, forecast=view.forecast)
     found, _ = PrefixAware(**options).order(None, candidates, 0.0, Draw(0, "route", 0))
     return [found] if isinstance(found, int) else list(found)  # type: ignore[arg-type]
 
 
-def loaded(view: View, replica: int, num_requests: int, num_tokens: int = 11) -> View:
+def loaded(view: RouterView, replica: int, num_requests: int, num_tokens: int = 11) -> RouterView:
     """With so many requests at a replica, of `num_tokens` and 10 of their answers."""
     for number in range(num_requests):
         view = view.place(ask(f"{replica}-{number}", num_tokens), (("p", replica),))
@@ -65,7 +62,7 @@ def test_nobody_is_held_for_longer_than_the_prefix_takes_to_compute() -> None:
     assert candidates.prefill_s(1) == pytest.approx(0.021)
 
 
-def full(view: View, replica: int) -> View:
+def full(view: RouterView, replica: int) -> RouterView:
     return view.take_back(("p", replica), "", 0.0)
 
 
@@ -106,10 +103,10 @@ def test_tenants_do_not_meet() -> None:
 
 @pytest.mark.parametrize("num_replicas", [40, 1000])
 def test_a_decision_compares_a_few_however_many_have_the_prefix(num_replicas: int) -> None:
-    pool = Pool("p", num_replicas, ("prefill",))
+    pool = ReplicaPool("p", num_replicas, ("prefill",))
     hashes = PromptHashes(PROMPT, "", SIZE, HASHER.key)
     everywhere = PrefixIndex(SIZE, Map({hashes[0]: (1 << num_replicas) - 1}))
-    view = View.of((pool,)).with_index("p", everywhere)
+    view = RouterView.of((pool,)).with_index("p", everywhere)
     seen = set()
     for turn in range(0, num_replicas, 10):
         candidates = Candidates(view.pools["p"], ask(), turn, HASHER)

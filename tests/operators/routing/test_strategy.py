@@ -8,7 +8,7 @@ import pytest
 import sagellm
 from sagellm.graphs.diagnostics import GraphError
 from sagellm.operators import route as route_module
-from sagellm.operators.route import Options, build
+from sagellm.operators.route import RouteOptions, build
 from sagellm.operators.routing import STRATEGIES, Candidates
 from sagellm.operators.routing.strategy import check_strategy
 from sagellm.runtime.messages import Request
@@ -49,12 +49,12 @@ def place(router: Any, number: int) -> int:
 
 
 def test_a_strategy_has_a_state_and_options(running: Any) -> None:
-    router = running(build(Options("in_bursts", {"length": 3}), SETUP))
+    router = running(build(RouteOptions("in_bursts", {"length": 3}), SETUP))
     assert [place(router, number) for number in range(9)] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
 
 
 def test_its_state_stays_where_nothing_was_sent(running: Any) -> None:
-    router = running(build(Options("in_bursts"), SETUP))
+    router = running(build(RouteOptions("in_bursts"), SETUP))
     before = router.state
     for number in range(4):
         router.state = before
@@ -75,7 +75,7 @@ def test_wrong_options_are_told_as_those_of_operators(
     strategy: str, options: Any, says: str
 ) -> None:
     with pytest.raises(GraphError) as caught:
-        build(Options(strategy, options), SETUP)
+        build(RouteOptions(strategy, options), SETUP)
     assert says in str(caught.value)
     assert caught.value.diagnostics[0].path[:3] == ("operators", "route", "strategy_options")
 
@@ -112,15 +112,15 @@ def test_options_of_a_strategy_can_be_set_from_outside() -> None:
 
 
 def test_only_what_a_strategy_needs_is_subscribed_to() -> None:
-    assert "cache" not in build(Options(), SETUP).subscribes
-    assert "cache" not in build(Options("in_bursts"), SETUP).subscribes
-    assert "cache" in build(Options("prefix_aware"), SETUP).subscribes
+    assert "cache" not in build(RouteOptions(), SETUP).subscribes
+    assert "cache" not in build(RouteOptions("in_bursts"), SETUP).subscribes
+    assert "cache" in build(RouteOptions("prefix_aware"), SETUP).subscribes
 
 
 def test_a_kind_of_feedback_that_there_is_not_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(InBursts, "subscribes", frozenset({"cach"}), raising=False)
     with pytest.raises(ValueError, match="in_bursts subscribes to 'cach': did you mean cache"):
-        build(Options("in_bursts"), SETUP)
+        build(RouteOptions("in_bursts"), SETUP)
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_what_is_no_strategy_is_refused(wrong: Any, says: str) -> None:
 
 def test_an_answer_without_a_state_is_named(running: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(InBursts, "order", lambda *_: 0)
-    router = running(build(Options("in_bursts"), SETUP))
+    router = running(build(RouteOptions("in_bursts"), SETUP))
     with pytest.raises(WrongResult, match="a value of type int; an order and a state"):
         router(Arrival(Request(request_id="r", prompt_token_ids=(1,))))
 

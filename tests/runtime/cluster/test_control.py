@@ -9,9 +9,9 @@ import pytest
 import trio
 
 from sagellm.graphs.ir import FrozenMap, Graph, Node
-from sagellm.runtime.cluster.control import Asked, Control, ask, running
-from sagellm.runtime.cluster.launch import Processes
-from sagellm.runtime.cluster.members import Workers
+from sagellm.runtime.cluster.control import ControlRequest, ControlSocket, ask, running
+from sagellm.runtime.cluster.control_commands import WorkerCommands
+from sagellm.runtime.cluster.launch import ProcessLauncher
 from sagellm.runtime.cluster.supervisor import Supervisor
 from sagellm.runtime.cluster.worker import Watch
 
@@ -25,11 +25,11 @@ GRAPH = Graph("g", "stream", NODES, (), FrozenMap({"engines": FrozenMap(ENGINES)
 
 @asynccontextmanager
 async def controlled() -> AsyncIterator[tuple[Supervisor, Path]]:
-    launcher = Processes("sagellm.worker")
+    launcher = ProcessLauncher("sagellm.opening.worker_main")
     supervisor = Supervisor(GRAPH, {"e": 2}, launcher, watch=Watch(ping_s=0.02))
     async with trio.open_nursery() as nursery:
         await nursery.start(supervisor.run)
-        await nursery.start(Control(Workers(supervisor), launcher.folder).run)
+        await nursery.start(ControlSocket(WorkerCommands(supervisor), launcher.folder).run)
         yield supervisor, launcher.folder
         nursery.cancel_scope.cancel()
 
@@ -39,37 +39,39 @@ async def test_a_running_graph_tells_who_works_changes_it_and_refuses_what_it_do
 ):
     async with controlled() as (supervisor, folder):
         (path,) = [path for path in running() if path.parent == folder]
-        listed = await ask(path, Asked("ps"))
+        listed = await ask(path, ControlRequest("ps"))
         assert [(row.operator, row.replica, row.state) for row in listed.rows] == [
             *(("decode", 0, "ready"), ("decode", 1, "ready")),
             *(("generate", 0, "ready"), ("generate", 1, "ready")),
         ]
         assert [row.pid for row in listed.rows[:2]] == [one.pid for one in supervisor.workers]
 
-        (drained,) = (await ask(path, Asked("drain", "decode", 1))).rows
+        (drained,) = (await ask(path, ControlRequest("drain", "decode", 1))).rows
         assert (drained.state, drained.pid) == ("drained", listed.rows[1].pid)
 
-        back = (await ask(path, Asked("restart", "generate"))).rows
+        back = (await ask(path, ControlRequest("restart", "generate"))).rows
         assert [(row.replica, row.state, row.restarts) for row in back] == [
             *((0, "ready", 0), (1, "ready", 0))
         ]
         assert not {row.pid for row in back} & {row.pid for row in listed.rows}
 
-        fewer = (await ask(path, Asked("scale", "decode", count=1))).rows
+        fewer = (await ask(path, ControlRequest("scale", "decode", count=1))).rows
         assert [(row.operator, row.replica, row.state) for row in fewer] == [("decode", 0, "ready")]
-        assert "needs a replica" in (await ask(path, Asked("scale", "decode", count=0))).error
+        assert (
+            "needs a replica" in (await ask(path, ControlRequest("scale", "decode", count=0))).error
+        )
 
-        assert "did you mean decode?" in (await ask(path, Asked("drain", "decod"))).error
-        assert "no replica 7" in (await ask(path, Asked("drain", "decode", 7))).error
+        assert "did you mean decode?" in (await ask(path, ControlRequest("drain", "decod"))).error
+        assert "no replica 7" in (await ask(path, ControlRequest("drain", "decode", 7))).error
         for garbage in (b"{}\n", b"ps\n", b'{"command": "\xff"}\n', b"x" * 10_000, b""):
             assert b"not understood" in await said(str(path), garbage)
     assert folder not in [path.parent for path in running()]
 
 
 async def test_a_restart_takes_as_long_as_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sagellm.runtime.cluster.control._PATIENCE_S", 0.05)
+    monkeypatch.setattr("sagellm.runtime.cluster.control._REQUEST_TIMEOUT_S", 0.05)
     async with controlled() as (_, folder):
-        rows = (await ask(folder / "control", Asked("restart", "decode"))).rows
+        rows = (await ask(folder / "control", ControlRequest("restart", "decode"))).rows
         assert [row.state for row in rows] == ["ready", "ready"]
 
 
@@ -80,7 +82,7 @@ async def test_a_restart_does_not_keep_a_graph_from_ending() -> None:
             @nursery.start_soon
             async def restart() -> None:
                 with suppress(trio.BrokenResourceError, OSError):
-                    await ask(folder / "control", Asked("restart"))
+                    await ask(folder / "control", ControlRequest("restart"))
 
             await trio.sleep(0.2)
             nursery.cancel_scope.cancel()
@@ -107,4 +109,4 @@ def test_only_what_is_known_can_be_asked(fields: dict[str, Any]) -> None:
     import msgspec
 
     with pytest.raises(msgspec.ValidationError):
-        msgspec.convert(fields, Asked)
+        msgspec.convert(fields, ControlRequest)

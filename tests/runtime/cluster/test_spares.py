@@ -11,9 +11,9 @@ import trio
 from waiting import until
 
 from sagellm.graphs.ir import FrozenMap, Graph
-from sagellm.runtime.cluster import spares
-from sagellm.runtime.cluster.backoff import RestartPolicy
-from sagellm.runtime.cluster.launch import Processes
+from sagellm.runtime.cluster import launch
+from sagellm.runtime.cluster.child_process import RestartPolicy
+from sagellm.runtime.cluster.launch import ProcessLauncher
 from sagellm.runtime.cluster.supervisor import Supervisor
 from sagellm.runtime.cluster.worker import Watch, Worker
 
@@ -55,8 +55,8 @@ class Watched:
 @pytest.fixture
 async def watched(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Watched]:
     """With one spare; afterwards no process is left."""
-    monkeypatch.setattr(spares, "QUIET_S", 0.05)
-    launcher = Processes("sagellm.worker", num_spares=1)
+    monkeypatch.setattr(launch, "QUIET_S", 0.05)
+    launcher = ProcessLauncher("sagellm.opening.worker_main", num_spares=1)
     policy = RestartPolicy(first_s=0.05)
     one = Supervisor(GRAPH, {"e": 1}, launcher, watch=QUICK, policy=policy)
     found = Watched(one, frozenset(children()))

@@ -16,9 +16,9 @@ import trio
 from waiting import until
 
 from sagellm.graphs.ir import FrozenMap, Graph
-from sagellm.runtime.cluster.backoff import RestartPolicy
-from sagellm.runtime.cluster.faults import WorkerUnfit
-from sagellm.runtime.cluster.launch import Processes
+from sagellm.runtime.cluster import WorkerUnfit
+from sagellm.runtime.cluster.child_process import RestartPolicy
+from sagellm.runtime.cluster.launch import ProcessLauncher
 from sagellm.runtime.cluster.supervisor import Supervisor
 from sagellm.runtime.cluster.worker import Watch, Worker
 
@@ -35,7 +35,7 @@ def graph(**options: Any) -> Graph:
 async def supervised(
     replicas: int = 1, *, policy: RestartPolicy | None = None, **options: Any
 ) -> AsyncIterator[Supervisor]:
-    launcher = Processes("sagellm.worker")
+    launcher = ProcessLauncher("sagellm.opening.worker_main")
     supervisor = Supervisor(
         graph(**options),
         {"e": replicas},

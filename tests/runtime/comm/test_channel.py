@@ -14,10 +14,17 @@ import pytest
 import trio
 import zmq
 
-from sagellm.runtime.comm.channel import ROOM, Channel, ChannelClosed, memory_channels
-from sagellm.runtime.comm.faults import BadKeys
-from sagellm.runtime.comm.frame import MAX_FRAME_BYTES, Frame, encode
-from sagellm.runtime.comm.keys import Keys, create_keys, load_keys
+from sagellm.runtime.comm import BadKeys
+from sagellm.runtime.comm.channel import (
+    MAX_FRAME_BYTES,
+    SOCKET_CAPACITY,
+    Channel,
+    ChannelClosed,
+    Frame,
+    encode,
+    memory_channels,
+)
+from sagellm.runtime.comm.keys import CurveKeys, create_keys, load_keys
 from sagellm.runtime.comm.protocol import Cancel, Done, Ping, Pong
 from sagellm.runtime.comm.zeromq import Dealer, Hub
 from sagellm.runtime.port import EngineHealth, EngineLoad
@@ -62,7 +69,7 @@ class Zeromq:
 
     @asynccontextmanager
     async def stranger(
-        self, name: bytes, keys: Keys | None = None
+        self, name: bytes, keys: CurveKeys | None = None
     ) -> AsyncIterator["zmq.Socket[bytes]"]:
         dealer = zmq.Context.instance().socket(zmq.DEALER)
         dealer.setsockopt(zmq.ROUTING_ID, name)
@@ -101,11 +108,13 @@ async def sides(
 
 async def test_messages_come_in_order_and_once(sides: tuple[Channel, Channel]) -> None:
     graph, worker = sides
-    for number in range(ROOM // 2):
+    for number in range(SOCKET_CAPACITY // 2):
         graph.put(cancel(number))
     for number in range(100):
         worker.put(Done(call=number))
-    assert [await worker.receive() for _ in range(ROOM // 2)] == [*map(cancel, range(ROOM // 2))]
+    assert [await worker.receive() for _ in range(SOCKET_CAPACITY // 2)] == [
+        *map(cancel, range(SOCKET_CAPACITY // 2))
+    ]
     assert [await graph.receive() for _ in range(100)] == [Done(call=n) for n in range(100)]
 
 
@@ -146,17 +155,17 @@ async def test_both_sides_talk_at_once(sides: tuple[Channel, Channel]) -> None:
 async def test_what_came_is_a_sign_of_life(sides: tuple[Channel, Channel]) -> None:
     graph, worker = sides
     before = trio.current_time()
-    assert graph.heard_s < before
+    assert graph.last_received_s < before
     worker.put(PONG)
     await graph.receive()
-    assert before <= graph.heard_s <= trio.current_time()
+    assert before <= graph.last_received_s <= trio.current_time()
 
 
 async def test_a_closed_side_says_and_hears_nothing(sides: tuple[Channel, Channel]) -> None:
     graph, worker = sides
     worker.put(PONG)
     with trio.fail_after(10):
-        while graph.heard_s < 0:  # noqa: ASYNC110 - it is not received yet
+        while graph.last_received_s < 0:  # noqa: ASYNC110 - it is not received yet
             await trio.sleep(0.01)
     graph.close("it was enough")
     assert await graph.receive() == PONG  # what came before the end
@@ -185,7 +194,7 @@ async def test_a_peer_that_takes_nothing_ends_the_link(sides: tuple[Channel, Cha
     graph, _ = sides
 
     def flood() -> None:
-        for number in range(400 * ROOM):  # the kernel holds some, over tcp
+        for number in range(400 * SOCKET_CAPACITY):  # the kernel holds some, over tcp
             graph.put(cancel(number))
 
     with pytest.raises(ChannelClosed, match="takes no messages"):
@@ -213,7 +222,7 @@ async def test_garbage_of_a_known_peer_is_dropped(zeromq: Zeromq, kind: str) -> 
     zeromq.dealer._port.socket.send(garbage()[kind])
     zeromq.dealer.link.put(PONG)
     assert await zeromq.link.receive() == PONG
-    assert zeromq.hub.num_strange == 1
+    assert zeromq.hub.num_rejected == 1
 
 
 @pytest.mark.parametrize("kind", garbage())
@@ -229,7 +238,7 @@ async def test_a_stranger_is_not_heard(zeromq: Zeromq) -> None:
     async with zeromq.stranger(b"somebody") as stranger:
         stranger.send(encode(Frame(3, 0, msgspec.msgpack.encode(PONG))))
         with trio.fail_after(5):
-            while not zeromq.hub.num_strange:  # noqa: ASYNC110 - of another thread
+            while not zeromq.hub.num_rejected:  # noqa: ASYNC110 - of another thread
                 await trio.sleep(0.01)
     zeromq.dealer.link.put(PONG)
     assert await zeromq.link.receive() == PONG
@@ -310,7 +319,7 @@ async def test_what_is_said_before_the_peer_is_there_reaches_it(tmp_path: Path) 
 # ---- over tcp only -------------------------------------------------------------------------
 
 
-def stolen(folder: Path) -> dict[str, Keys | None]:
+def stolen(folder: Path) -> dict[str, CurveKeys | None]:
     """What somebody may have who knows the address, the name and the public keys, but no secret."""
     create_keys(folder / "others")
     graph, worker = (load_keys(folder / "keys", side) for side in ("graph", "worker"))
@@ -318,9 +327,9 @@ def stolen(folder: Path) -> dict[str, Keys | None]:
     return {
         "no keys": None,
         "keys of another graph": others,
-        "a pair of their own": Keys(others.public, others.secret, graph.public),
-        "the graph's own pair": Keys(graph.public, graph.secret, graph.public),
-        "half of a pair": Keys(worker.public, others.secret, graph.public),
+        "a pair of their own": CurveKeys(others.public, others.secret, graph.public),
+        "the graph's own pair": CurveKeys(graph.public, graph.secret, graph.public),
+        "half of a pair": CurveKeys(worker.public, others.secret, graph.public),
     }
 
 
@@ -345,7 +354,7 @@ async def test_who_has_no_key_is_not_let_in(has: str, tcp: Zeromq, tmp_path: Pat
         assert await tcp.link.receive() == PONG
         await trio.sleep(0.1)
         assert stranger.poll(0) == 0
-    assert tcp.hub.num_strange == 0  # what it sent was never read
+    assert tcp.hub.num_rejected == 0  # what it sent was never read
 
 
 async def test_what_is_said_over_tcp_cannot_be_read(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sagellm.runtime.comm.frame import MAX_FRAME_BYTES, Frame, FrameError, decode, encode
+from sagellm.runtime.comm.channel import MAX_FRAME_BYTES, Frame, FrameError, decode, encode
 
 FRAMES = st.builds(
     Frame, st.integers(0, 2**32 - 1), st.integers(0, 2**64 - 1), st.binary(max_size=200)

@@ -113,7 +113,7 @@ def test_returned_credit_sends_what_waits() -> None:
 def test_operators_are_told_whether_engines_are_full() -> None:
     """Once at the end of an event: credit that comes and is taken at once changes nothing."""
     core = routed(1)
-    cell, told = core.region.cells["policy_sort"], []
+    cell, told = core.logic_graph.cells["policy_sort"], []
     answer = cell.on
 
     def noting(state: Any, happened: Input, now: float, draw: Draw) -> Step[Any]:
@@ -261,10 +261,10 @@ def test_a_topology_reaches_the_operators_that_subscribe_to_it() -> None:
     core.on(ReplicaMarked("g", 1, is_up=False), 0.0)
     core.on(ReplicaRemoved("g", 1), 0.0)
     assert core.plan.removed == {("g", 1)}
-    pool = core.region.cells["route"].state.pools["g"]
+    pool = core.logic_graph.cells["route"].state.pools["g"]
     assert [pool.replicas[number].is_removed for number in range(2)] == [False, True]
     core.on(ReplicaAdded("g"), 0.0)
-    assert core.region.cells["route"].state.pools["g"].size == 3
+    assert core.logic_graph.cells["route"].state.pools["g"].size == 3
 
 
 def test_what_an_operator_downstream_fails_on_is_discarded_by_its_sender() -> None:
@@ -310,7 +310,7 @@ def test_nothing_is_kept_of_what_is_over() -> None:
         core.on(Released("generate", replica, name, 0), 1.0)
     assert core.is_at_rest
     core.ledger.check()
-    assert len(core.region.cells["route"].state.placed) == 0
+    assert len(core.logic_graph.cells["route"].state.placed) == 0
     assert core.gates.holders("a") == ()
     assert core.gates.accounts[("generate", 0)].requests == 1
     assert math.isinf(core.register.next_expiry_s)
@@ -318,7 +318,7 @@ def test_nothing_is_kept_of_what_is_over() -> None:
 
 def placed(core: Core, name: str) -> int:
     """How many places of a request the router knows."""
-    return len(core.region.cells["route"].state.placed.get(name, ()))
+    return len(core.logic_graph.cells["route"].state.placed.get(name, ()))
 
 
 def test_operators_forget_a_request_once_no_replica_holds_any_of_it() -> None:
@@ -328,7 +328,7 @@ def test_operators_forget_a_request_once_no_replica_holds_any_of_it() -> None:
     assert (placed(core, "a"), core.is_at_rest) == (1, True)
     core.on(Released("generate", 0, "a", 0), 1.0)
     assert placed(core, "a") == 0
-    assert core.region.cells["route"].state.pools["g"].replicas[0].num_held == 0
+    assert core.logic_graph.cells["route"].state.pools["g"].replicas[0].num_held == 0
 
 
 def test_an_id_that_is_used_again_is_forgotten_before_it_enters() -> None:
@@ -340,4 +340,4 @@ def test_an_id_that_is_used_again_is_forgotten_before_it_enters() -> None:
     for _ in range(2):
         core.on(Released("generate", 0, "a", 0), 2.0)
     assert placed(core, "a") == 0
-    assert core.region.cells["route"].state.pools["g"].replicas[0].num_held == 0
+    assert core.logic_graph.cells["route"].state.pools["g"].replicas[0].num_held == 0

@@ -99,7 +99,7 @@ def test_each_waits_for_its_own_time(core: Core) -> None:
 def test_a_held_request_that_is_cancelled_leaves_nothing(core: Core) -> None:
     arrive(core, "held", 1.0, "patient")
     core.on(Signalled(Signal("cancel", "held")), 1.5)
-    assert core.region.holds.next_end_s == math.inf
+    assert core.logic_graph.holds.next_end_s == math.inf
     assert sent(core.on(TimeCame(), 3.0)) == []
 
 

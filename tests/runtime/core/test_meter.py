@@ -12,11 +12,10 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from sagellm import Graph, Sampling
 from sagellm.graphs.ir import SINK, SOURCE, Edge, Node
 from sagellm.graphs.ir import Graph as IR
-from sagellm.runtime.backlog import Backlog
-from sagellm.runtime.core.meter import Stopwatch
+from sagellm.runtime.core.accounting import Stopwatch
 from sagellm.runtime.executors.reading import EdgeReading, OperatorReading, Reading, Window, shares
 from sagellm.runtime.executors.tasks import TasksExecutor
-from sagellm.runtime.feedback import QueueChanged
+from sagellm.runtime.feedback import Backlog, QueueChanged
 from sagellm.runtime.messages import Request, TokenEvent, refusal
 from sagellm.runtime.operator import (
     Arrival,

@@ -15,13 +15,12 @@ from models_on_the_fly import make_model, random_prompts
 from trio.testing import wait_all_tasks_blocked
 
 from sagellm.backends import Logprob, Sampled, StepBatch
-from sagellm.runtime.engine.batch import Batch
-from sagellm.runtime.engine.device_runner import DeviceQueue
+from sagellm.runtime.engine.batch import Batch, step_batch
+from sagellm.runtime.engine.kinds.local import open_engine
 from sagellm.runtime.engine.kinds.modelled import ModelledOptions, open_modelled
 from sagellm.runtime.engine.mailbox import MAX_BATCHES
-from sagellm.runtime.engine.opening import open_engine
 from sagellm.runtime.engine.options import EngineOptions
-from sagellm.runtime.engine.step_batch import step_batch
+from sagellm.runtime.engine.runner import DeviceQueue
 from sagellm.runtime.messages import Sampling, SequenceState
 
 STOP = 9
@@ -86,7 +85,7 @@ class Scripted:
     launches: list[ScriptedLaunch] = field(default_factory=list)  # that were waited for
     queued: list[ScriptedLaunch] = field(default_factory=list)
     fails_at: int | None = None
-    runs_ahead: bool = True
+    async_scheduling: bool = True
     is_patient: bool = True
 
     def launch(self, batch, after=None):
@@ -285,7 +284,7 @@ async def test_equal_blocks_are_merged_but_never_beneath_a_step_that_reads_them(
 
 
 async def test_steps_are_launched_ahead_while_a_prompt_is_chunked():
-    engine, device = scripted(max_step_tokens=8, max_model_len=128)
+    engine, device = scripted(max_num_batched_tokens=8, max_model_len=128)
     async with running(engine) as [driver]:
         decoding = await driver.submit("a", (1, 2), sampling=sampled(9))
         await wait_all_tasks_blocked()
@@ -304,7 +303,7 @@ async def test_steps_are_launched_ahead_while_a_prompt_is_chunked():
 
 
 async def test_the_last_chunk_of_a_prompt_feeds_the_step_after_it():
-    engine, device = scripted(max_step_tokens=8)
+    engine, device = scripted(max_num_batched_tokens=8)
     async with running(engine) as [driver]:
         reply = await driver.submit("a", tuple(range(20)), sampling=sampled(3))
         await wait_all_tasks_blocked()
@@ -402,11 +401,11 @@ def folder(tmp_path_factory):
     return make_model("qwen3", tmp_path_factory.mktemp("qwen3"))
 
 
-def open_on(folder, *, runs_ahead, **options):
+def open_on(folder, *, async_scheduling, **options):
     options = {"model": str(folder), "deterministic": True, "max_model_len": 256, **options}
     engine = open_engine(EngineOptions(**options), name="e")
-    if not runs_ahead:
-        put_runner(engine, replace(engine._resources.runner, runs_ahead=False))
+    if not async_scheduling:
+        put_runner(engine, replace(engine._resources.runner, async_scheduling=False))
     return engine
 
 
@@ -453,15 +452,17 @@ async def traffic(engine, seed, monkeypatch):
     return driver.replies, cancelled, num_ahead
 
 
-@pytest.mark.parametrize("options", [{}, {"num_blocks": 16, "max_step_tokens": 32}])
+@pytest.mark.parametrize("options", [{}, {"num_blocks": 16, "max_num_batched_tokens": 32}])
 @pytest.mark.parametrize("seed", range(3))
 async def test_answers_are_the_same_with_and_without_the_step_ahead(
     folder, seed, options, monkeypatch
 ):
     ahead, cancelled, count = await traffic(
-        open_on(folder, runs_ahead=True, **options), seed, monkeypatch
+        open_on(folder, async_scheduling=True, **options), seed, monkeypatch
     )
-    alone, _, none = await traffic(open_on(folder, runs_ahead=False, **options), seed, monkeypatch)
+    alone, _, none = await traffic(
+        open_on(folder, async_scheduling=False, **options), seed, monkeypatch
+    )
     assert count > 20
     assert none == 0
     for (name, choice), reply in ahead.items():
@@ -480,7 +481,7 @@ async def test_answers_are_the_same_with_and_without_the_step_ahead(
 
 async def test_an_engine_that_stops_between_two_steps_leaves_nothing_running(folder):
     for pause in range(8):
-        engine = open_on(folder, runs_ahead=True)
+        engine = open_on(folder, async_scheduling=True)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(engine.run)
             await engine.submit(

@@ -10,12 +10,12 @@ from engine_driver import Driver
 from remote_engines import Pair, live, open_null
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from sagellm.runtime.cache_changes import CacheChanged, ReportsCache, TellCache, hashes_in
-from sagellm.runtime.comm.protocol import CacheNews, Events
-from sagellm.runtime.engine import serving
-from sagellm.runtime.engine.local import LocalEngine
-from sagellm.runtime.engine.remote import RemoteEngine
+from sagellm.runtime.comm.protocol import CacheUpdate, Events
+from sagellm.runtime.engine import engine_server
+from sagellm.runtime.engine.local_engine import LocalEngine
+from sagellm.runtime.engine.remote_engine import RemoteEngine
 from sagellm.runtime.kv import cache_log
+from sagellm.runtime.prefixes import CacheChanged, OnCacheChanged, ReportsCache, hashes_in
 
 
 class Heard:
@@ -99,26 +99,26 @@ async def test_nothing_is_sent_before_anybody_asks(
         assert pair.local.pool._tree.log is None
     kinds = set(map(type, sent))
     assert Events in kinds
-    assert CacheNews not in kinds
+    assert CacheUpdate not in kinds
 
 
 async def test_who_asks_later_is_told_all_in_pieces(
     autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cache_log, "MOST_REPORTED", 2)
+    monkeypatch.setattr(cache_log, "MAX_REPORTED", 2)
     async with running() as (pair, nursery):
         await answer(pair, nursery, 1)
         heard = Heard()
         pair.remote.report_cache(heard)
         await wait_all_tasks_blocked()
         assert heard.blocks == blocks_of(pair.local)
-        assert len(heard.reports) == len(heard.blocks) // 2 > serving.WINDOW
+        assert len(heard.reports) == len(heard.blocks) // 2 > engine_server.WINDOW
 
 
 async def test_a_graph_that_does_not_read_makes_a_worker_begin_anew(
     autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cache_log, "MOST_WAITING", 6)
+    monkeypatch.setattr(cache_log, "MAX_PENDING", 6)
     async with running() as (pair, nursery):
         heard = Heard()
         unsaid: list[object] = []
@@ -130,7 +130,7 @@ async def test_a_graph_that_does_not_read_makes_a_worker_begin_anew(
         )
         pair.remote.report_cache(heard)
         await answer(pair, nursery, 1, 2, 3)
-        assert len(heard.reports) == serving.WINDOW
+        assert len(heard.reports) == engine_server.WINDOW
         monkeypatch.undo()
         for grant in unsaid:
             pair.remote.say(grant)  # type: ignore[arg-type]
@@ -175,7 +175,7 @@ class ReportingKind:
 
     def __init__(self, local: LocalEngine) -> None:
         self._local = local
-        self._tell: TellCache = lambda changed: None
+        self._tell: OnCacheChanged = lambda changed: None
         self._num_reports = 0
 
     def __getattr__(self, name: str) -> Any:
@@ -183,7 +183,7 @@ class ReportingKind:
             raise AttributeError(name)
         return getattr(self._local, name)
 
-    def report_cache(self, tell: TellCache) -> None:
+    def report_cache(self, tell: OnCacheChanged) -> None:
         self._tell = tell
         self.report(b"one-----" + b"two-----", is_first=True)
 

@@ -13,13 +13,13 @@ from virtual_workers import Lives, chaotic
 
 from sagellm import Graph, Sampling
 from sagellm.backends import KVLayout
-from sagellm.backends.progress import Progress
-from sagellm.engines import engine_options
+from sagellm.backends.interface import Progress
 from sagellm.graphs.ir import Graph as FrozenGraph
-from sagellm.runtime.engine.local import LocalEngine
-from sagellm.runtime.engine.opening import open_engine
+from sagellm.opening.graph_engines import engine_options
+from sagellm.runtime.engine.kinds.local import open_engine
+from sagellm.runtime.engine.local_engine import LocalEngine
 from sagellm.runtime.engine.options import EngineOptionError, EngineOptions
-from sagellm.runtime.kv.pool_bytes import PoolBytes
+from sagellm.runtime.kv.memory import PoolBytes
 from sagellm.runtime.kv.tcp import TcpTransport
 from sagellm.runtime.kv.transport import Sharing
 
@@ -94,7 +94,7 @@ async def test_blocks_go_from_one_device_to_the_other(backend: DetachedBackend) 
 async def test_blocks_are_staged_over_tcp(
     backend: DetachedBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sagellm.runtime.kv.pool_bytes._CHUNK_BYTES", 4000)
+    monkeypatch.setattr("sagellm.runtime.kv.memory._CHUNK_BYTES", 4000)
     layout = KVLayout(num_layers=3, num_kv_heads=2, head_dim=8, block_size=4, dtype="float32")
     left, right = (backend.device(index).allocate(layout, 16) for index in range(2))
     sent, landed, layers = [slice(2, 7)], [slice(9, 14)], range(3)

@@ -8,8 +8,7 @@ import pytest
 import trio
 from engine_driver import Driver, hand_over, running
 
-from sagellm.runtime.engine.kinds.modelled import ModelledOptions, open_modelled
-from sagellm.runtime.engine.modelled.runner import ModelledLaunch
+from sagellm.runtime.engine.kinds.modelled import ModelledLaunch, ModelledOptions, open_modelled
 from sagellm.runtime.messages import Sampling, SequenceState
 from sagellm.runtime.port import EngineRefusal, LeaseOffer, StaleLease
 
@@ -216,14 +215,14 @@ async def test_import_waits_for_blocks_in_order(autojump_clock):
         engine, order = driver.engine, []
         held = await engine.import_(offer(engine, "first", 100))
 
-        async def land(request_id):
+        async def reserve(request_id):
             target = await engine.import_(offer(engine, request_id, 100))
             order.append(request_id)
             target.abort()
 
         async with trio.open_nursery() as nursery:
             for request_id in "abc":
-                nursery.start_soon(land, request_id)
+                nursery.start_soon(reserve, request_id)
                 await trio.testing.wait_all_tasks_blocked()
             assert order == []
             held.abort()
@@ -253,12 +252,12 @@ async def test_two_imports_of_one_request_wait_for_one_target(autojump_clock):
         engine, targets = driver.engine, []
         held = await engine.import_(offer(engine, "first", 100))
 
-        async def land():
+        async def reserve():
             targets.append(await engine.import_(offer(engine, "r", 60)))
 
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(land)
-            nursery.start_soon(land)
+            nursery.start_soon(reserve)
+            nursery.start_soon(reserve)
             await trio.testing.wait_all_tasks_blocked()
             held.abort()
         assert targets[0] is targets[1]
@@ -390,7 +389,12 @@ async def test_stopping_frees_everything_and_ends_readers(autojump_clock):
 async def test_cancelling_at_random_points_frees_every_block(autojump_clock, seed):
     """Fifty requests go through both engines; each is cancelled somewhere, or not."""
     draw = random.Random(seed)
-    small = {"num_blocks": 40, "max_model_len": 256, "max_num_seqs": 6, "max_step_tokens": 32}
+    small = {
+        "num_blocks": 40,
+        "max_model_len": 256,
+        "max_num_seqs": 6,
+        "max_num_batched_tokens": 32,
+    }
     async with running(open_null("p", **small), open_null("d", **small)) as drivers:
 
         async def serve(request_id):

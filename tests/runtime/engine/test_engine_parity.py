@@ -15,7 +15,7 @@ from models_on_the_fly import (
     scarce_blocks,
 )
 
-from sagellm.runtime.engine.opening import open_engine
+from sagellm.runtime.engine.kinds.local import open_engine
 from sagellm.runtime.engine.options import EngineOptions
 
 LENGTHS = (1, 2, 5, 17, 40, 90, 180, 300)
@@ -70,7 +70,7 @@ async def test_alone(exam):
 
 @pytest.mark.parametrize("budget", [7, 64, 2048])
 async def test_eight_at_once_in_chunks(exam, budget):
-    engine = open_exact(exam, max_step_tokens=budget)
+    engine = open_exact(exam, max_num_batched_tokens=budget)
     assert await answer_together(engine, exam) == exam.right.tokens
 
 

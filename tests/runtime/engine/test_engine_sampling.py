@@ -8,7 +8,7 @@ import trio
 from engine_driver import hand_over, put_runner, running
 from models_on_the_fly import EOS, byte_tokenizer, make_model, random_prompts, reference
 
-from sagellm.runtime.engine.opening import open_engine
+from sagellm.runtime.engine.kinds.local import open_engine
 from sagellm.runtime.engine.options import EngineOptions
 from sagellm.runtime.messages import Sampling
 
@@ -49,7 +49,7 @@ async def warm_answers(engine):
 
 async def test_seeded_tokens_are_the_same_alone_batched_preempted_and_split(folder):
     batched = await warm_answers(open_on(folder))
-    crowded = open_on(folder, num_blocks=16, max_step_tokens=32)
+    crowded = open_on(folder, num_blocks=16, max_num_batched_tokens=32)
     assert await warm_answers(crowded) == batched
     assert crowded.load.num_preemptions > 0
     alone = await answer(open_on(folder), PROMPTS[1], max_tokens=40, **WARM)
@@ -206,7 +206,11 @@ class Launches:
 
     def __init__(self, runner):
         self.runner = runner
-        self.runs_ahead, self.open, self.close = runner.runs_ahead, runner.open, runner.close
+        self.async_scheduling, self.open, self.close = (
+            runner.async_scheduling,
+            runner.open,
+            runner.close,
+        )
         self.starting = []
 
     def launch(self, batch, after=None):
@@ -218,7 +222,7 @@ class Launches:
 async def test_a_short_prompt_behind_a_long_one_waits_two_steps(folder):
     """For the step that computes, and for one that may have begun behind it."""
     long, short = random_prompts((200, 4))
-    engine = open_on(folder, max_step_tokens=16)
+    engine = open_on(folder, max_num_batched_tokens=16)
     launches = Launches(engine._resources.runner)
     put_runner(engine, launches)
     async with running(engine) as [driver]:
@@ -235,7 +239,7 @@ async def test_a_short_prompt_behind_a_long_one_waits_two_steps(folder):
 @pytest.mark.parametrize("seed", range(2))
 async def test_cancelling_two_computing_engines_anywhere_frees_every_block(folder, seed):
     chance = random.Random(seed)
-    small = {"num_blocks": 16, "max_step_tokens": 32}
+    small = {"num_blocks": 16, "max_num_batched_tokens": 32}
     async with running(open_on(folder, **small), open_on(folder, **small)) as drivers:
 
         async def serve(index):

@@ -18,18 +18,17 @@ from virtual_workers import Lives, chaotic
 
 from sagellm import Graph, Sampling
 from sagellm.backends import Sampled
-from sagellm.backends.progress import Progress
-from sagellm.engines import engine_options
+from sagellm.backends.interface import Progress
 from sagellm.graphs.ir import Graph as FrozenGraph
+from sagellm.opening.graph_engines import engine_options
 from sagellm.runtime.engine.batch import Batch
-from sagellm.runtime.engine.device_runner import DeviceLaunch
-from sagellm.runtime.engine.local import LocalEngine
-from sagellm.runtime.engine.opening import open_engine
+from sagellm.runtime.engine.kinds.local import open_engine
+from sagellm.runtime.engine.local_engine import LocalEngine
 from sagellm.runtime.engine.options import EngineOptionError, EngineOptions
-from sagellm.runtime.kv.device_storage import DeviceStorage
-from sagellm.runtime.kv.lease import UNHELD
-from sagellm.runtime.kv.part import Part
-from sagellm.runtime.kv.transport import Sharing
+from sagellm.runtime.engine.runner import DeviceLaunch
+from sagellm.runtime.kv.lease import FREED
+from sagellm.runtime.kv.memory import DeviceStorage
+from sagellm.runtime.kv.transport import KVChunk, Sharing
 from sagellm.runtime.messages import LeaseRef
 from sagellm.runtime.port import EngineRefusal, LeaseOffer, StaleLease
 
@@ -93,7 +92,12 @@ def exam(
 def opened(
     exam: Exam, replica: int = 0, sharing: Sharing | None = None, **options: Any
 ) -> LocalEngine:
-    known = {"deterministic": True, "max_model_len": 256, "max_step_tokens": 64, "threads": 1}
+    known = {
+        "deterministic": True,
+        "max_model_len": 256,
+        "max_num_batched_tokens": 64,
+        "threads": 1,
+    }
     options = {"model": str(exam.folder), "device": exam.device, **known, **options}
     return open_engine(EngineOptions(**options), name="e", replica=replica, sharing=sharing)
 
@@ -110,7 +114,7 @@ async def ask_all(driver: Driver, exam: Exam, epoch: int = 0) -> list[list[int]]
 
 async def answered_alone(exam: Exam) -> list[list[int]]:
     found = []
-    async with running(opened(exam, prefix_caching=False, max_step_tokens=512)) as [driver]:
+    async with running(opened(exam, prefix_caching=False, max_num_batched_tokens=512)) as [driver]:
         for index, prompt in enumerate(exam.prompts):
             reply = await driver.submit(str(index), prompt, max_tokens=NUM_NEW)
             await reply.done.wait()
@@ -146,7 +150,11 @@ async def test_all_together(exam: Exam) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"prefill_chunk": 7}, {"max_step_tokens": 9, "block_size": 4}, {"deterministic": False}],
+    [
+        {"prefill_chunk": 7},
+        {"max_num_batched_tokens": 9, "block_size": 4},
+        {"deterministic": False},
+    ],
 )
 async def test_in_chunks_and_small_blocks(exam: Exam, options: dict[str, Any]) -> None:
     async with running(opened(exam, **options)) as [driver]:
@@ -154,7 +162,7 @@ async def test_in_chunks_and_small_blocks(exam: Exam, options: dict[str, Any]) -
 
 
 async def test_preempted(exam: Exam) -> None:
-    options = {"block_size": 4, "max_model_len": 150, "max_step_tokens": 8}
+    options = {"block_size": 4, "max_model_len": 150, "max_num_batched_tokens": 8}
     engine = opened(exam, **options, num_blocks=fewest(exam, **options))
     async with running(engine) as [driver]:
         assert await ask_all(driver, exam) == exam.right
@@ -169,7 +177,7 @@ async def test_what_a_step_computed_behind_one_that_failed_is_computed_again(
     short = replace(exam, prompts=random_prompts(range(4, 14)))
     async with running(opened(exam)) as [driver]:
         right = await ask_all(driver, short)
-    engine = opened(exam, block_size=4, max_step_tokens=4)
+    engine = opened(exam, block_size=4, max_num_batched_tokens=4)
     behind = fail_late(engine, monkeypatch, fails_at)
     async with running(engine) as [driver]:
         answers = await ask_all(driver, short)
@@ -255,7 +263,7 @@ def watched(engine: LocalEngine) -> list[list[int]]:
         collect(batch, sampled)
         engine.pool.check()
         for lease in engine.pool.leases:
-            seen.append([sum(block != UNHELD for block in table) for table in lease.tables])
+            seen.append([sum(block != FREED for block in table) for table in lease.tables])
 
     engine._collector.collect = watching  # type: ignore[method-assign]
     return seen
@@ -336,10 +344,10 @@ async def test_blocks_without_a_state_are_refused(exam: Exam) -> None:
         assert held.lease is not None
         sender = source.export(held.lease)
         offer = offer_of(source, prompt)
-        landing = await target.import_(offer)
+        reservation = await target.import_(offer)
         sender.held.snapshot, snapshot = [], sender.held.snapshot
         with pytest.raises(StaleLease, match="blocks were sent where"):
-            await landing.receive(sender)
+            await reservation.receive(sender)
         sender.held.snapshot = snapshot
         sender.release()
         with pytest.raises(EngineRefusal, match="another layout"):
@@ -379,7 +387,7 @@ async def test_moved_between_workers_that_die(
 
     monkeypatch.setattr(Lives, "_open", begun)
     options = {"device": exam.device, "model": str(exam.folder), "deterministic": True}
-    options |= {"max_model_len": 256, "max_step_tokens": 32, "threads": 1}
+    options |= {"max_model_len": 256, "max_num_batched_tokens": 32, "threads": 1}
     monkeypatch.setattr(virtual_workers, "OPTIONS", options)
     sampling = Sampling(max_tokens=NUM_NEW, ignore_eos=True, seed=1)
     found: dict[int, list[int]] = {}
@@ -404,28 +412,28 @@ async def test_blocks_of_full_attention_go_early_and_the_rest_at_the_end(exam: E
     options, prompt = {"block_size": 4, "prefill_chunk": 16}, exam.prompts[-1]
     source, target = (opened(exam, number, sharing=Sharing("tcp"), **options) for number in (0, 1))
     advances: list[tuple[LeaseRef, int]] = []
-    source.tell_advances(lambda lease, num_blocks: advances.append((lease, num_blocks)))
+    source.report_kv_progress(lambda lease, num_blocks: advances.append((lease, num_blocks)))
     async with running(source, target) as [prefill, decode], trio.open_nursery() as nursery:
         nursery.start_soon(source.serve_blocks)
         nursery.start_soon(target.serve_blocks)
-        landing = await target.import_(offer_of(source, prompt))
+        reservation = await target.import_(offer_of(source, prompt))
         first = await prefill.submit("r", prompt, hold_kv=True)
         await first.done.wait()
         num_early = 0
         for lease, num_blocks in advances[:3]:
-            part = Part(first=num_early, end=num_blocks)
-            located = await source.export_part(lease, part)
-            await target.receive_part(landing.lease, located, part)
+            chunk = KVChunk(first=num_early, end=num_blocks)
+            located = await source.export_chunk(lease, chunk)
+            await target.receive_chunk(reservation.lease, located, chunk)
             num_early = num_blocks
         assert first.lease is not None
         sender = source.export(first.lease)
         located = await sender.share(num_early)
         assert located.num_blocks == len(source.pool.sent(sender.held, num_early))
-        await target.receive(landing.lease, located, num_early)
+        await target.receive(reservation.lease, located, num_early)
         sender.release()
         emitted = tuple(first.token_ids)
         rest = await decode.submit(
-            "r", prompt, lease=landing.lease, emitted_token_ids=emitted, max_tokens=NUM_NEW
+            "r", prompt, lease=reservation.lease, emitted_token_ids=emitted, max_tokens=NUM_NEW
         )
         await rest.done.wait()
         nursery.cancel_scope.cancel()

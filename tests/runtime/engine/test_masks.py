@@ -11,7 +11,7 @@ from msgspec import structs
 from transformers import AutoModelForCausalLM
 
 from sagellm import Graph
-from sagellm.runtime.engine.opening import open_engine
+from sagellm.runtime.engine.kinds.local import open_engine
 from sagellm.runtime.engine.options import EngineOptions
 from sagellm.runtime.messages import Sampling
 from sagellm.runtime.port import EngineRefusal

@@ -31,7 +31,7 @@ def test_what_is_no_size(text):
     ("options", "reason"),
     [
         ({"block_size": 0}, "block_size: 0 is too small; give at least 1"),
-        ({"max_step_tokens": 1}, "max_step_tokens"),
+        ({"max_num_batched_tokens": 1}, "max_num_batched_tokens"),
         ({"num_blocks": 4, "kv_memory": "1GiB"}, "both size the KV pool"),
         ({"speculation": "ngrm"}, "speculation: 'ngrm' is unknown; did you mean ngram?"),
         ({"speculation": "42"}, "use ngram or draft"),
@@ -40,7 +40,10 @@ def test_what_is_no_size(text):
         ({"draft_model": "sage-tiny"}, "draft_model: nothing is drafted without speculation"),
         ({"num_draft_tokens": 4}, "num_draft_tokens: nothing is drafted without speculation"),
         ({"speculation": "ngram", "num_draft_tokens": 0}, "give at least 1"),
-        ({"speculation": "ngram", "max_step_tokens": 4}, "exceed max_step_tokens: 4; give fewer"),
+        (
+            {"speculation": "ngram", "max_num_batched_tokens": 4},
+            "exceed max_num_batched_tokens: 4; give fewer",
+        ),
         ({"device": "null"}, "device: null computes nothing, .*; write kind: modelled"),
         ({"device": "null:0"}, "write kind: modelled"),
         ({"model": "null"}, "model: null computes nothing, .*; write kind: modelled"),

@@ -10,12 +10,11 @@ import trio
 from remote_engines import Pair, live, open_null, sequence
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from sagellm.runtime.engine.local import LocalEngine
-from sagellm.runtime.engine.modelled.storage import ModelledStorage
-from sagellm.runtime.engine.prefetching import Prefetcher
-from sagellm.runtime.engine.remote_kv import RemoteKVEngine
-from sagellm.runtime.kv.part import Part
+from sagellm.runtime.engine.kinds.modelled import ModelledStorage
+from sagellm.runtime.engine.local_engine import LocalEngine
+from sagellm.runtime.engine.remote_kv import Prefetcher, RemoteKVEngine
 from sagellm.runtime.kv.transfer import PoolTarget
+from sagellm.runtime.kv.transport import KVChunk
 from sagellm.runtime.messages import LeaseRef
 from sagellm.runtime.port import (
     DamagedBlocks,
@@ -82,7 +81,7 @@ async def couple(monkeypatch: pytest.MonkeyPatch, *, step: int = STEP) -> AsyncI
         copied.append(len(blocks))
 
     monkeypatch.setattr(ModelledStorage, "fetch", noted)
-    options: dict[str, Any] = {"max_step_tokens": step, "prefill_token_s": 1e-3}
+    options: dict[str, Any] = {"max_num_batched_tokens": step, "prefill_token_s": 1e-3}
     options |= {"max_model_len": 300}
     locals_ = [open_null(name, **options) for name in ("p", "d")]
     bytes_per_s = locals_[0].facts.kv_block_bytes / BLOCK_S
@@ -149,14 +148,14 @@ async def test_where_nothing_is_reserved_nothing_moves(
 async def test_a_part_that_fails_is_left_to_the_transfer(
     error: Exception, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fetch_part: Callable[..., Any] = PoolTarget.fetch_part
+    fetch_chunk: Callable[..., Any] = PoolTarget.fetch_chunk
 
-    async def fails(self: PoolTarget, source: Any, part: Part) -> None:
-        if part.first == 4:
+    async def fails(self: PoolTarget, source: Any, chunk: KVChunk) -> None:
+        if chunk.first == 4:
             raise error
-        await fetch_part(self, source, part)
+        await fetch_chunk(self, source, chunk)
 
-    monkeypatch.setattr(PoolTarget, "fetch_part", fails)
+    monkeypatch.setattr(PoolTarget, "fetch_chunk", fails)
     async with couple(monkeypatch) as two:
         await two.reserve()
         await two.begin()

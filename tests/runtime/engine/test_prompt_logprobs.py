@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from sagellm import Graph
 from sagellm.backends.cpu import queue
 from sagellm.runtime.engine.batch import SCORED_ROWS
-from sagellm.runtime.engine.opening import open_engine
+from sagellm.runtime.engine.kinds.local import open_engine
 from sagellm.runtime.engine.options import EngineOptions
 from sagellm.runtime.messages import Sampling, SequenceState
 from sagellm.runtime.port import EngineRefusal
@@ -66,7 +66,7 @@ def given(reply):
     return reply.events[0].prompt_logprobs
 
 
-@pytest.mark.parametrize("options", [{}, {"max_step_tokens": 7}, {"prefill_chunk": 33}])
+@pytest.mark.parametrize("options", [{}, {"max_num_batched_tokens": 7}, {"prefill_chunk": 33}])
 async def test_together_and_in_chunks(exam, options):
     async with running(open_on(exam, **options)) as [driver]:
         for index, prompt in enumerate(PROMPTS):
@@ -120,7 +120,7 @@ async def test_rows_of_logits_are_few_and_each_is_computed_once(exam, rows):
 
 
 async def test_preempted_prompts_are_scored_once(exam, rows):
-    engine = open_on(exam, num_blocks=16, max_step_tokens=32)
+    engine = open_on(exam, num_blocks=16, max_num_batched_tokens=32)
     async with running(engine) as [driver]:
         for index in (2, 3, 4, 5):
             await driver.submit(str(index), PROMPTS[index], sampling=scored(40))

@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 
 from sagellm.backends import get_backend
-from sagellm.backends.quantised import MODES
+from sagellm.backends.quantised_weight import MODES
 from sagellm.runtime.engine import device_resources
-from sagellm.runtime.engine.opening import facts_of, open_engine
+from sagellm.runtime.engine.kinds.local import facts_of, open_engine
 from sagellm.runtime.engine.options import EngineOptionError, EngineOptions
 from sagellm.runtime.engine.sizing import size, weight_bytes
 from sagellm.runtime.models.folder import resolve_model

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from sagellm.runtime.engine.batch import Landing
-from sagellm.runtime.engine.limits import Limits
+from sagellm.runtime.engine.batch import Reservation
 from sagellm.runtime.engine.mailbox import MAX_BATCHES, Mailbox
+from sagellm.runtime.engine.options import Limits
 from sagellm.runtime.engine.scheduler import Scheduler
 from sagellm.runtime.engine.sequence import Sequence
 from sagellm.runtime.kv.lease import Fence
@@ -45,7 +45,7 @@ class Bench:
             mailbox=self.mailbox,
             max_output=100,
             stop_ids=frozenset(),
-            transcript=None,
+            output_text=None,
         )
         self.scheduler.add(sequence)
         return sequence
@@ -53,12 +53,12 @@ class Bench:
     def step(self):
         """Schedule and compute: sequence -> tokens computed."""
         batch = self.scheduler.schedule()
-        assert batch.num_tokens <= self.scheduler.limits.max_step_tokens
+        assert batch.num_tokens <= self.scheduler.limits.max_num_batched_tokens
         for sequence, query_len in zip(batch.sequences, batch.query_lens, strict=True):
             sequence.num_computed += query_len
             assert sequence.num_computed <= sequence.lease.capacity
             self.scheduler.reuse.publish(sequence)
-            self.pool.settle(sequence.lease, sequence.num_computed)
+            self.pool.free_unread(sequence.lease, sequence.num_computed)
         for sequence in batch.sampling:
             assert sequence.num_pending == 0
             sequence.tokens.append(1)
@@ -231,18 +231,18 @@ def test_a_full_mailbox_stops_its_sequences():
     assert bench.step() == {}
 
 
-def land(bench, num_tokens):
+def reserve(bench, num_tokens):
     bench.arrivals += 1
-    landing = Landing(Fence(f"l{bench.arrivals}", 0, 0), num_tokens, bench.arrivals)
-    bench.scheduler.land(landing)
-    return landing
+    reservation = Reservation(Fence(f"l{bench.arrivals}", 0, 0), num_tokens, bench.arrivals)
+    bench.scheduler.reserve(reservation)
+    return reservation
 
 
 async def test_landings_are_served_in_order():
     bench = Bench(num_blocks=4)
     running = bench.add(12)
     bench.step()
-    large, small = land(bench, 12), land(bench, 4)
+    large, small = reserve(bench, 12), reserve(bench, 4)
     assert not large.granted.is_set()
     assert not small.granted.is_set()
     bench.finish(running)
@@ -257,8 +257,8 @@ async def test_a_landing_waits_behind_an_older_sequence():
     bench.step()
     waiting = bench.add(12)
     bench.step()
-    landing = land(bench, 4)
-    assert not landing.granted.is_set()
+    reservation = reserve(bench, 4)
+    assert not reservation.granted.is_set()
     bench.finish(running)
     assert set(bench.step()) == {waiting}
 
@@ -267,11 +267,11 @@ async def test_a_sequence_waits_behind_an_older_landing():
     bench = Bench(num_blocks=4)
     running = bench.add(12)
     bench.step()
-    landing, waiting = land(bench, 12), bench.add(4)
+    reservation, waiting = reserve(bench, 12), bench.add(4)
     assert waiting not in bench.step()
     bench.finish(running)
     bench.step()
-    assert landing.granted.is_set()
+    assert reservation.granted.is_set()
     assert waiting in bench.step()
 
 
@@ -279,10 +279,10 @@ async def test_leaving_the_line_lets_the_next_in():
     bench = Bench(num_blocks=4)
     bench.add(12)
     bench.step()
-    large, small = land(bench, 12), land(bench, 4)
-    bench.scheduler.leave(large)
+    large, small = reserve(bench, 12), reserve(bench, 4)
+    bench.scheduler.withdraw(large)
     assert small.granted.is_set()
-    bench.scheduler.leave(small)
+    bench.scheduler.withdraw(small)
     assert bench.pool.num_free == 1
 
 
@@ -290,10 +290,10 @@ async def test_a_preempted_sequence_comes_before_a_younger_landing():
     bench = Bench(num_blocks=4)
     first, second = bench.add(8), bench.add(7)
     bench.step()
-    landing = land(bench, 8)
+    reservation = reserve(bench, 8)
     bench.step()
     assert second.lease is None
-    assert not landing.granted.is_set()
+    assert not reservation.granted.is_set()
     bench.finish(first)
     assert second in bench.step()
 

@@ -274,7 +274,7 @@ async def test_a_request_that_comes_again_and_fails_on_its_way_ends() -> None:
     specs = {"a": OpSpec("a", queues=True)}
     async with running(specs, a=Refusing(), b=slow) as (executor, delivered):
         await executor.submit(request("r"))
-        executor.happen(Returned("b", request("r"), "none"))
+        executor.dispatch(Returned("b", request("r"), "none"))
         slow.gate.set()
     assert reasons(delivered) == {"r": "failed"}
 

@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-from sagellm.runtime.kv.block_key import block_key
+from sagellm.runtime.kv.prefix_tree import block_key
 
 FIRST = block_key(None, [1, 2, 3, 4], "s")
 
@@ -30,7 +30,7 @@ def test_the_salt_is_compared_too():
 
 def test_every_process_hashes_with_a_key_of_its_own():
     program = (
-        "from sagellm.runtime.kv.block_key import block_key\n"
+        "from sagellm.runtime.kv.prefix_tree import block_key\n"
         "print(block_key(None, [1, 2, 3, 4], 's').digest.hex())"
     )
     seen = [

@@ -4,13 +4,13 @@ import random
 
 import pytest
 
-from sagellm.runtime.cache_changes import hashes_in
 from sagellm.runtime.kv import cache_log
-from sagellm.runtime.kv.block_key import BlockKey, block_key
 from sagellm.runtime.kv.cache_log import CacheLog
 from sagellm.runtime.kv.lease import Fence
 from sagellm.runtime.kv.pool import BlockPool
+from sagellm.runtime.kv.prefix_tree import BlockKey, block_key
 from sagellm.runtime.lease_shape import LeaseShape, TokenGroup
+from sagellm.runtime.prefixes import hashes_in
 
 SIZE = 4
 
@@ -82,7 +82,7 @@ def test_what_is_stored_and_evicted_is_told_once_a_read() -> None:
     keep(pool, "b", 5, 6, 7)  # evicts both
     assert reader.read() == set(shorts(5, 6, 7))
     assert reader.num_reports == 3
-    assert not reader.log.has_news
+    assert not reader.log.has_changes
 
 
 def test_a_reader_knows_what_the_pool_has_whatever_happens() -> None:
@@ -94,14 +94,14 @@ def test_a_reader_knows_what_the_pool_has_whatever_happens() -> None:
         if draw.random() < 0.3:
             assert reader.read() == set(pool._tree.hashes)
         if draw.random() < 0.02:
-            reader.log.begin_anew()
+            reader.log.resend_all()
     pool.release_all()
     assert reader.read() == set()
 
 
 def test_a_slow_reader_costs_bounded_memory_and_begins_anew(monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setattr(cache_log, "MOST_WAITING", 8)
-    monkeypatch.setattr(cache_log, "MOST_REPORTED", 3)
+    monkeypatch.setattr(cache_log, "MAX_PENDING", 8)
+    monkeypatch.setattr(cache_log, "MAX_REPORTED", 3)
     pool = BlockPool(12, SIZE)
     reader = Reader(pool.open_log())
     reader.read()
@@ -114,7 +114,7 @@ def test_a_slow_reader_costs_bounded_memory_and_begins_anew(monkeypatch) -> None
 
 
 def test_changes_while_all_is_told_in_pieces_come_after_it(monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setattr(cache_log, "MOST_REPORTED", 2)
+    monkeypatch.setattr(cache_log, "MAX_REPORTED", 2)
     pool = BlockPool(6, SIZE)
     keep(pool, "a", 1, 2, 3, 4, 5, 6)
     reader = Reader(pool.open_log())

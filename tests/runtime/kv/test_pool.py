@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from sagellm.runtime.kv.block_key import block_key
 from sagellm.runtime.kv.lease import FAULTS, Fence
 from sagellm.runtime.kv.pool import BlockPool, PoolExhausted
+from sagellm.runtime.kv.prefix_tree import block_key
 from sagellm.runtime.port import StaleLease
 
 A, B = Fence("a", 0, 0), Fence("b", 0, 0)
@@ -187,7 +187,7 @@ class PoolMachine(RuleBasedStateMachine):
     @rule(num_tokens=st.integers(0, 30), token_id=st.integers(0, 2), priority=st.integers(0, 4))
     def reserve(self, num_tokens, token_id, priority):
         prefix = self.found(token_id, num_tokens // 4)
-        wanted = self.pool.num_wanted(num_tokens, prefix)
+        wanted = self.pool.num_blocks_needed(num_tokens, prefix)
         before = self.pool.num_available
         if wanted > before:
             with pytest.raises(PoolExhausted):

@@ -5,9 +5,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from sagellm.runtime.kv.block_key import block_key
-from sagellm.runtime.kv.lease import FAULTS, UNHELD, Fence
+from sagellm.runtime.kv.lease import FAULTS, FREED, Fence
 from sagellm.runtime.kv.pool import BlockPool
+from sagellm.runtime.kv.prefix_tree import block_key
 from sagellm.runtime.lease_shape import LeaseShape, TokenGroup
 
 FULL, WINDOW, WIDE = TokenGroup(), TokenGroup(2, 6), TokenGroup(1, 11)
@@ -42,14 +42,14 @@ def lease_of(pool, num_tokens, num_computed, fence=A):
     lease = pool.reserve(fence, num_tokens)
     pool.grow(lease, num_tokens)
     pool.publish(lease, key_path(4, 1, num_computed // 4))
-    pool.settle(lease, num_computed)
+    pool.free_unread(lease, num_computed)
     return lease
 
 
 def test_blocks_behind_a_window_are_given_back():
     pool = BlockPool(60, 4, keeps_prefixes=False, shape=SHAPES["hybrid"])
     lease = lease_of(pool, 40, 32)
-    assert [table.count(UNHELD) for table in lease.tables] == [0, 6, 6]  # 32 sees 27 ... 32
+    assert [table.count(FREED) for table in lease.tables] == [0, 6, 6]  # 32 sees 27 ... 32
     assert pool.num_leased == 10 + 2 * 4 + 2
     pool.check()
 
@@ -75,7 +75,7 @@ def test_a_prefix_ends_where_its_state_is_kept():
     pool = BlockPool(60, 4, shape=SHAPES["hybrid"])
     lease = pool.reserve(A, 40)
     pool.publish(lease, key_path(4, 1, 5))
-    pool.settle(lease, 20)
+    pool.free_unread(lease, 20)
     assert pool.num_reusable(lease.path) == 0
     kept = lease.snapshot
     pool.keep_state(lease, 20)
@@ -83,13 +83,13 @@ def test_a_prefix_ends_where_its_state_is_kept():
     assert pool.num_reusable(lease.path) == 0  # nobody has computed from there: it may be written
     pool.grow(lease, 28)
     pool.publish(lease, key_path(4, 1, 7)[5:])
-    pool.settle(lease, 28)
+    pool.free_unread(lease, 28)
     assert pool.num_reusable(lease.path) == 5
     other = pool.reserve(B, 40, prefix=lease.path[:5])
     assert other.state_at(20) == kept
     assert other.snapshot != kept
     assert other.tables[0][:5] == lease.tables[0][:5]
-    assert other.tables[1][:3] == [UNHELD] * 3
+    assert other.tables[1][:3] == [FREED] * 3
     pool.check()
 
 
@@ -100,8 +100,8 @@ def test_blocks_are_sent_in_one_order_with_the_state_at_the_end():
     full, *windows = lease.tables
     assert pool.sent(lease) == [*full, *windows[0][6:], *windows[1][6:], *lease.snapshot]
     assert pool.sent(lease, first=5) == pool.sent(lease)[5:]
-    landing = pool.reserve(B, 30, "transfer", start=30)
-    assert len(pool.sent(landing)) == len(pool.sent(lease))
+    reservation = pool.reserve(B, 30, "transfer", start=30)
+    assert len(pool.sent(reservation)) == len(pool.sent(lease))
     assert pool.full_blocks(lease, 2, 4) == full[2:4]
 
 
@@ -126,7 +126,7 @@ class GroupsMachine(RuleBasedStateMachine):
                 break
             path.append(node)
         prefix = path[: self.pool.num_reusable(path)]
-        wanted, before = self.pool.num_wanted(num_tokens, prefix), self.pool.num_available
+        wanted, before = self.pool.num_blocks_needed(num_tokens, prefix), self.pool.num_available
         if wanted > before:
             return
         self.number += 1
@@ -141,7 +141,7 @@ class GroupsMachine(RuleBasedStateMachine):
         lease = data.draw(st.sampled_from(list(self.leases)))
         token_id, start = self.leases[lease]
         pool, size = self.pool, self.shape.num_state_blocks
-        if pool.num_lacking(lease, start + count) > pool.num_available:
+        if pool.num_blocks_missing(lease, start + count) > pool.num_available:
             return
         if start + count > lease.capacity:
             pool.grow(lease, start + count)
@@ -151,7 +151,7 @@ class GroupsMachine(RuleBasedStateMachine):
         keys = key_path(4, token_id, (start + count) // 4)[len(lease.path) :]
         if not lease.path or lease.path[-1].is_live:
             pool.publish(lease, keys)
-        pool.settle(lease, start + count)
+        pool.free_unread(lease, start + count)
         self.leases[lease] = token_id, start + count
 
     @precondition(lambda self: self.leases)
@@ -171,8 +171,8 @@ class GroupsMachine(RuleBasedStateMachine):
             groups = [group for group in self.shape.groups for _ in range(group.num_tables)]
             for group, table in zip(groups, lease.tables, strict=True):
                 first = self.shape.first(group, computed)
-                assert table[:first] == [UNHELD] * first
-                assert UNHELD not in table[first:]
+                assert table[:first] == [FREED] * first
+                assert FREED not in table[first:]
 
     def teardown(self):
         for lease in list(self.leases):

@@ -2,10 +2,10 @@
 
 import pytest
 
-from sagellm.runtime.kv import block_key as keys
-from sagellm.runtime.kv.block_key import block_key
+from sagellm.runtime.kv import prefix_tree as keys
 from sagellm.runtime.kv.lease import Fence
 from sagellm.runtime.kv.pool import BlockPool
+from sagellm.runtime.kv.prefix_tree import block_key
 
 SIZE = 4
 

@@ -13,10 +13,9 @@ import trio
 from kv_sender import opened
 from toxic_proxy import Toxic, ToxicProxy, cutting, flipping
 
-from sagellm.runtime.kv import pool_bytes, tcp, wire
-from sagellm.runtime.kv.located import TcpBlocks
-from sagellm.runtime.kv.sealed import KEY_BYTES, SALT_BYTES, Sealer
-from sagellm.runtime.kv.wire import pieces_of
+from sagellm.runtime.kv import connection, memory, tcp
+from sagellm.runtime.kv.connection import KEY_BYTES, SALT_BYTES, Sealer, pieces_of
+from sagellm.runtime.kv.transport import TcpBlocks
 from sagellm.runtime.port import DamagedBlocks, StaleLease
 
 SENT = [3, 4, 5, 9, 8, 20, 21, 60]
@@ -55,7 +54,7 @@ class Tcp:
 async def ends(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[Tcp]:
-    monkeypatch.setattr(pool_bytes, "_CHUNK_BYTES", 1)
+    monkeypatch.setattr(memory, "_CHUNK_BYTES", 1)
     monkeypatch.setattr(tcp, "_PIECE_BYTES", request.param)
     both = Tcp()
     async with trio.open_nursery() as nursery:
@@ -107,7 +106,7 @@ async def test_a_connection_that_swallows_bytes_is_given_up_once(
     at: int, ends: Tcp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever waits can have the blocks elsewhere: no second connection is waited for."""
-    monkeypatch.setattr(wire, "_STALL_S", 0.05)
+    monkeypatch.setattr(connection, "_STALL_S", 0.05)
 
     def swallow(so_far: int, data: bytes) -> bytes:
         return data[: max(0, at - so_far)]

@@ -5,13 +5,12 @@ import torch
 import trio
 import trio.testing
 
-from sagellm.backends.cpu.storage import CpuStorage
-from sagellm.runtime.engine.modelled.storage import ModelledStorage
-from sagellm.runtime.kv.device_storage import DeviceStorage
-from sagellm.runtime.kv.exchange import Exchange
+from sagellm.backends.cpu.kv_storage import CpuStorage
+from sagellm.runtime.engine.kinds.modelled import ModelledStorage
 from sagellm.runtime.kv.lease import Fence
+from sagellm.runtime.kv.memory import DeviceStorage, PoolBytes
 from sagellm.runtime.kv.pool import BlockPool
-from sagellm.runtime.kv.pool_bytes import PoolBytes
+from sagellm.runtime.kv.transfer import PoolTransfers
 from sagellm.runtime.port import StaleLease
 
 FENCE = Fence("r", 0, 0)
@@ -24,13 +23,13 @@ class Side:
     def __init__(self, name, storage):
         self.pool = BlockPool(8, 4)
         self.storage = storage
-        self.exchange = Exchange(self.pool, storage, engine=name, replica=0)
+        self.exchange = PoolTransfers(self.pool, storage, engine=name, replica=0)
 
     def send(self, num_tokens=10):
         lease = self.pool.reserve(FENCE, num_tokens)
         return self.exchange.export(self.exchange.hold(lease, num_tokens))
 
-    def land(self, num_tokens=10):
+    def reserve(self, num_tokens=10):
         return self.exchange.open_target(self.pool.reserve(FENCE, num_tokens, "transfer"))
 
 
@@ -41,7 +40,7 @@ def tensors(fill):
 async def test_blocks_arrive_bit_for_bit():
     left, right = Side("p", tensors(True)), Side("d", tensors(False))
     left.pool.reserve(Fence("other", 0, 0), 8)  # so that block numbers differ
-    source, target = left.send(), right.land()
+    source, target = left.send(), right.reserve()
     sent, landed = source.held.blocks, target.held.blocks
     await target.receive(source)
     assert sent != landed
@@ -53,9 +52,9 @@ async def test_blocks_arrive_bit_for_bit():
 
 
 async def test_a_source_that_is_cancelled_midway_aborts_the_target(monkeypatch):
-    monkeypatch.setattr("sagellm.runtime.kv.pool_bytes._CHUNK_BYTES", 1)
+    monkeypatch.setattr("sagellm.runtime.kv.memory._CHUNK_BYTES", 1)
     left, right = Side("p", tensors(True)), Side("d", tensors(False))
-    source, target = left.send(), right.land()
+    source, target = left.send(), right.reserve()
     async with trio.open_nursery() as nursery:
 
         @nursery.start_soon
@@ -70,7 +69,7 @@ async def test_a_source_that_is_cancelled_midway_aborts_the_target(monkeypatch):
 
 async def test_a_cancelled_copy_gives_its_blocks_back(autojump_clock):
     left, right = Side("p", ModelledStorage(1000, 100)), Side("d", ModelledStorage(1000, 100))
-    source, target = left.send(), right.land()
+    source, target = left.send(), right.reserve()
     with trio.move_on_after(5):
         await target.receive(source)
     assert right.pool.num_leased == 0
@@ -82,7 +81,7 @@ async def test_a_cancelled_copy_gives_its_blocks_back(autojump_clock):
 
 async def test_a_null_copy_takes_its_time(autojump_clock):
     left, right = Side("p", ModelledStorage(1000, 100)), Side("d", ModelledStorage(1000, 100))
-    source, target = left.send(), right.land()
+    source, target = left.send(), right.reserve()
     start = trio.current_time()
     await target.receive(source)
     assert trio.current_time() - start == pytest.approx(3 * 1000 / 100)
@@ -90,7 +89,7 @@ async def test_a_null_copy_takes_its_time(autojump_clock):
 
 async def test_an_adopted_lease_survives_an_abort():
     left, right = Side("p", tensors(True)), Side("d", tensors(False))
-    target = right.land()
+    target = right.reserve()
     await target.receive(left.send())
     lease = right.exchange.adopt(target.lease, FENCE)
     target.abort()
@@ -100,7 +99,7 @@ async def test_an_adopted_lease_survives_an_abort():
 
 async def test_a_lease_is_adopted_once():
     left, right = Side("p", tensors(True)), Side("d", tensors(False))
-    target = right.land()
+    target = right.reserve()
     await target.receive(left.send())
     right.exchange.adopt(target.lease, FENCE)
     with pytest.raises(StaleLease, match="has an owner already"):
@@ -109,7 +108,7 @@ async def test_a_lease_is_adopted_once():
 
 def test_an_empty_landing_cannot_be_adopted():
     side = Side("d", tensors(False))
-    target = side.land()
+    target = side.reserve()
     with pytest.raises(StaleLease, match="is reserved, not filled"):
         side.exchange.adopt(target.lease, FENCE)
 
@@ -125,7 +124,7 @@ def test_a_lease_is_exported_once():
 def test_cancel_frees_what_is_held_and_what_is_reserved():
     side = Side("p", tensors(True))
     side.exchange.hold(side.pool.reserve(FENCE, 10), 10)
-    side.land()
+    side.reserve()
     side.exchange.cancel(FENCE)
     assert side.pool.num_leased == 0
     side.exchange.cancel(FENCE)
@@ -135,4 +134,4 @@ def test_cancel_frees_what_is_held_and_what_is_reserved():
 async def test_only_pools_of_this_process_are_received_from():
     side = Side("d", tensors(False))
     with pytest.raises(TypeError, match="of its process"):
-        await side.land().receive(object())
+        await side.reserve().receive(object())

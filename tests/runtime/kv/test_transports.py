@@ -15,18 +15,22 @@ import torch
 import trio
 from kv_sender import opened
 
-from sagellm.backends.cpu import storage
-from sagellm.backends.cpu.storage import CpuStorage
-from sagellm.runtime.kv import pool_bytes
-from sagellm.runtime.kv.located import Located, SharedBlocks, TcpBlocks
-from sagellm.runtime.kv.pool_bytes import PoolBytes
-from sagellm.runtime.kv.shared import SharedMemory, SharedTransport, map_shared
-from sagellm.runtime.kv.transport import Kind, Transport
+from sagellm.backends.cpu import kv_storage
+from sagellm.backends.cpu.kv_storage import CpuStorage
+from sagellm.runtime.kv import memory as pool_bytes
+from sagellm.runtime.kv.memory import PoolBytes, SharedMemory, SharedTransport, map_shared
+from sagellm.runtime.kv.transport import (
+    BlockLocation,
+    SharedBlocks,
+    TcpBlocks,
+    Transport,
+    TransportName,
+)
 from sagellm.runtime.port import DamagedBlocks, StaleLease
 
 SENT = [3, 4, 5, 9, 8, 20, 21, 60]
 LANDED = [1, 2, 3, 4, 5, 40, 41, 42]
-KINDS: tuple[Kind, ...] = ("memory", "tcp", "nixl")
+KINDS: tuple[TransportName, ...] = ("memory", "tcp", "nixl")
 
 
 def fine() -> None:
@@ -40,7 +44,7 @@ def gone() -> None:
 class Pair:
     """A pool that sends, and an empty one that receives."""
 
-    def __init__(self, kind: Kind) -> None:
+    def __init__(self, kind: TransportName) -> None:
         self.sent, self.sender = opened(kind, seed=1)
         self.landed, self.receiver = opened(kind, seed=None, num_blocks=48)
 
@@ -87,7 +91,7 @@ async def test_blocks_arrive_bit_for_bit_and_no_others(chunk: None, pair: Pair) 
 async def test_blocks_arrive_bit_for_bit_without_a_compiler(
     chunk: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage, "native_kernels", lambda: None)
+    monkeypatch.setattr(kv_storage, "native_kernels", lambda: None)
     pair = Pair("memory")
     await pair.move()
     assert pair.is_right
@@ -127,7 +131,7 @@ async def test_a_transfer_that_is_cancelled_harms_no_other(pair: Pair) -> None:
 
 
 @pytest.mark.parametrize("kind", ["memory", "nixl"])
-async def test_blocks_written_after_they_were_offered_are_an_error(kind: Kind) -> None:
+async def test_blocks_written_after_they_were_offered_are_an_error(kind: TransportName) -> None:
     pair = Pair(kind)  # over tcp what is there is sent, and sealed as it is sent
     source = await pair.sender.offer(SENT, fine)
     pair.sent.pool[2, 1, SENT[-1], 0, 0, 0] += 1
@@ -150,7 +154,7 @@ async def test_blocks_that_are_not_there_are_refused(block: int) -> None:
 
 async def test_blocks_of_another_kind_are_refused(pair: Pair) -> None:
     other = SharedTransport(PoolBytes(pair.sent), SharedMemory(1))
-    source: Located = await other.offer(SENT, fine)
+    source: BlockLocation = await other.offer(SENT, fine)
     if isinstance(pair.receiver, SharedTransport):
         source = TcpBlocks(host="127.0.0.1", port=1, export=b"", key=b"", num_blocks=8)
     with pytest.raises(TypeError, match="not from"):
@@ -161,7 +165,7 @@ async def test_blocks_of_another_kind_are_refused(pair: Pair) -> None:
 
 
 @contextmanager
-def sending(kind: Kind) -> Iterator[tuple[Located, "subprocess.Popen[str]"]]:
+def sending(kind: TransportName) -> Iterator[tuple[BlockLocation, "subprocess.Popen[str]"]]:
     """A process that offers SENT of the pool with seed 1."""
     command = [sys.executable, "-m", "kv_sender", kind, "1", *map(str, SENT)]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -169,12 +173,12 @@ def sending(kind: Kind) -> Iterator[tuple[Located, "subprocess.Popen[str]"]]:
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=env) as process:
         assert process.stdout is not None
         line = process.stdout.readline()
-        yield msgspec.msgpack.decode(base64.b64decode(line), type=Located), process
+        yield msgspec.msgpack.decode(base64.b64decode(line), type=BlockLocation), process
         process.kill()
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_blocks_come_from_another_process(kind: Kind) -> None:
+async def test_blocks_come_from_another_process(kind: TransportName) -> None:
     (sent, _), (landed, receiver) = opened("memory", seed=1), opened(kind, seed=None)
     async with running(receiver):
         with sending(kind) as (source, _), trio.fail_after(30):
@@ -183,7 +187,7 @@ async def test_blocks_come_from_another_process(kind: Kind) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_a_process_that_is_gone_has_no_blocks(kind: Kind) -> None:
+async def test_a_process_that_is_gone_has_no_blocks(kind: TransportName) -> None:
     landed, receiver = opened(kind, seed=None)
     async with running(receiver):
         with sending(kind) as (source, process):
@@ -247,7 +251,7 @@ def test_a_process_that_may_open_no_more_files_says_so(
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.EMFILE, "Too many open files")
 
-    monkeypatch.setattr(f"sagellm.runtime.kv.shared.{call}", full)
+    monkeypatch.setattr(f"sagellm.runtime.kv.memory.{call}", full)
     with pytest.raises(DamagedBlocks, match="Too many open files"):
         map_shared(os.getpid(), memory.descriptor, memory.size)
 

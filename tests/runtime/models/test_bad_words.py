@@ -3,9 +3,8 @@
 import pytest
 
 from sagellm import Graph, Sampling
-from sagellm.runtime.models.bad_words import bad_words_token_ids
 from sagellm.runtime.models.folder import resolve_model
-from sagellm.runtime.models.tokenizer import ByteTokenizer, load_tokenizer
+from sagellm.runtime.models.tokenizer import ByteTokenizer, bad_words_token_ids, load_tokenizer
 
 
 class Spaced(ByteTokenizer):

@@ -9,8 +9,7 @@ from models_on_the_fly import make_model
 
 from sagellm.graphs.models import UnsupportedModel
 from sagellm.runtime.models import folder as folders
-from sagellm.runtime.models.folder import ModelError, resolve_model, shard_files
-from sagellm.runtime.models.hub import HubError
+from sagellm.runtime.models.folder import HubError, ModelError, resolve_model, shard_files
 
 
 @pytest.fixture(scope="module")

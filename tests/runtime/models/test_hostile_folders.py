@@ -10,12 +10,11 @@ import pytest
 from hostile_folders import HEALTHY, MESSAGES, TEMPLATES, TOKENIZERS, hostile_folder, load
 
 from sagellm.graphs.models import UnsupportedModel
-from sagellm.prompts import RequestError, encode
-from sagellm.runtime.models import isolated
-from sagellm.runtime.models.bad_words import bad_words_token_ids
+from sagellm.runtime.models import TextError, isolated
 from sagellm.runtime.models.chat import MAX_TEMPLATE_BYTES, Rendering
 from sagellm.runtime.models.folder import ModelError, resolve_model
-from sagellm.runtime.models.sandbox.fault import TextError
+from sagellm.runtime.models.tokenizer import bad_words_token_ids
+from sagellm.session.requests import RequestError, encode
 
 MAX_GROWTH_MB = 64
 MAX_CPU_S = 0.2  # of this process: its helpers' time is theirs

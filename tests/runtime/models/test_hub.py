@@ -12,7 +12,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
-from sagellm.runtime.models.hub import HubError, download
+from sagellm.runtime.models.folder import HubError, download
 
 
 def test_code_and_pickles_are_not_downloaded(monkeypatch, tmp_path):

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from sagellm.cli import main
-from sagellm.runtime.models import ties
+from sagellm.runtime.models import fit
 from sagellm.runtime.models.files import StoredTensor
 from sagellm.runtime.models.folder import ModelError, resolve_model
 
@@ -126,8 +126,8 @@ def test_tensors_are_compared_whole(tmp_path: Path) -> None:
         changed = bytearray(5_000_001)
         changed[place] = 1
         (tmp_path / "b").write_bytes(changed)
-        assert not ties._is_same(tmp_path, *stored)
-    assert ties._is_same(tmp_path, stored[0], stored[0])
+        assert not fit._is_same(tmp_path, *stored)
+    assert fit._is_same(tmp_path, stored[0], stored[0])
 
 
 def test_a_second_copy_of_tied_embeddings_is_taken_silently(folder: Path) -> None:

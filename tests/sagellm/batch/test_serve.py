@@ -8,9 +8,8 @@ import pytest
 import trio
 import trio.testing
 
-from sagellm.batch.line import Ask
-from sagellm.batch.output import Output
-from sagellm.batch.serve import Batch
+from sagellm.batch import BatchRun, OutputFile
+from sagellm.batch.lines import LineRequest
 from sagellm.runtime.messages import Answer
 
 PATH = Path("answers.jsonl")  # what errors name
@@ -23,7 +22,7 @@ class Kept(BytesIO):
         return [json.loads(line) for line in self.getvalue().splitlines()]
 
 
-async def echo(ask: Ask) -> Sequence[Answer]:
+async def echo(ask: LineRequest) -> Sequence[Answer]:
     await trio.lowlevel.checkpoint()
     return [Answer(request_id=str(ask.id), text=str(ask.prompt))]
 
@@ -33,24 +32,24 @@ async def numbered(*lines: dict[str, Any] | bytes) -> AsyncIterator[tuple[int, b
         yield number, line if isinstance(line, bytes) else json.dumps(line).encode()
 
 
-def batch(file: Kept, reply: Any = echo, answered: frozenset[str] = frozenset()) -> Batch:
-    return Batch(reply, Output(file, PATH, answered), num_in_flight=2)
+def batch(file: Kept, reply: Any = echo, answered: frozenset[str] = frozenset()) -> BatchRun:
+    return BatchRun(reply, OutputFile(file, PATH, answered), num_in_flight=2)
 
 
 async def test_every_line_gets_a_line() -> None:
     file = Kept()
-    tally = await batch(file).serve(numbered({"id": "a", "prompt": "x"}, {"prompt": "y"}))
+    counts = await batch(file).serve(numbered({"id": "a", "prompt": "x"}, {"prompt": "y"}))
     assert {(line["id"], line["text"]) for line in file.lines()} == {("a", "x"), (2, "y")}
-    assert (tally.num_answered, tally.num_failed) == (2, 0)
+    assert (counts.num_answered, counts.num_failed) == (2, 0)
 
 
 async def test_a_malformed_line_does_not_lose_the_others() -> None:
     file = Kept()
-    tally = await batch(file).serve(numbered({"prompt": "x"}, b"{", {"prompt": "y"}))
+    counts = await batch(file).serve(numbered({"prompt": "x"}, b"{", {"prompt": "y"}))
     errors = {line["id"]: line["error"] for line in file.lines() if "error" in line}
     assert errors[2]["type"] == "malformed"
     assert errors[2]["message"].startswith("line 2: ")
-    assert (tally.num_answered, tally.num_failed) == (2, 1)
+    assert (counts.num_answered, counts.num_failed) == (2, 1)
 
 
 async def test_a_second_use_of_an_id_is_refused() -> None:
@@ -63,13 +62,13 @@ async def test_a_second_use_of_an_id_is_refused() -> None:
 async def test_what_was_answered_before_is_skipped() -> None:
     file = Kept()
     running = batch(file, answered=frozenset({"a"}))
-    tally = await running.serve(numbered({"id": "a", "prompt": "x"}, {"id": "b", "prompt": "y"}))
+    counts = await running.serve(numbered({"id": "a", "prompt": "x"}, {"id": "b", "prompt": "y"}))
     assert [line["id"] for line in file.lines()] == ["b"]
-    assert (tally.num_skipped, tally.num_done) == (1, 2)
+    assert (counts.num_skipped, counts.num_done) == (1, 2)
 
 
 async def test_a_refusal_before_the_graph_is_an_error_with_the_line() -> None:
-    async def refuse(ask: Ask) -> Sequence[Answer]:
+    async def refuse(ask: LineRequest) -> Sequence[Answer]:
         raise ValueError("temperature is -1")
 
     file = Kept()
@@ -81,7 +80,7 @@ async def test_a_refusal_before_the_graph_is_an_error_with_the_line() -> None:
 async def test_no_more_than_the_bound_are_in_flight() -> None:
     running, peak = 0, 0
 
-    async def count(ask: Ask) -> Sequence[Answer]:
+    async def count(ask: LineRequest) -> Sequence[Answer]:
         nonlocal running, peak
         running += 1
         peak = max(peak, running)
@@ -102,26 +101,26 @@ async def test_refused_lines_give_their_slot_back() -> None:
 async def test_draining_finishes_what_runs_and_reads_no_more() -> None:
     drain = trio.CancelScope()
 
-    async def answer(ask: Ask) -> Sequence[Answer]:
+    async def answer(ask: LineRequest) -> Sequence[Answer]:
         drain.cancel()
         return await echo(ask)
 
     file = Kept()
     with trio.fail_after(5):
-        tally = await batch(file, answer).serve(numbered(*[{"prompt": "x"}] * 50), drain)
-    assert 1 <= tally.num_answered <= 3
-    assert len(file.lines()) == tally.num_answered
+        counts = await batch(file, answer).serve(numbered(*[{"prompt": "x"}] * 50), drain)
+    assert 1 <= counts.num_answered <= 3
+    assert len(file.lines()) == counts.num_answered
 
 
 @pytest.mark.parametrize(("line", "is_error"), [({"prompt": "x"}, False), (b"{", True)])
 async def test_each_line_is_reported(line: Any, is_error: bool) -> None:
     seen: list[dict[str, Any] | None] = []
-    await Batch(echo, Output(Kept(), PATH), report=seen.append).serve(numbered(line))
+    await BatchRun(echo, OutputFile(Kept(), PATH), report=seen.append).serve(numbered(line))
     assert ["error" in (written or {}) for written in seen] == [is_error]
 
 
 async def test_a_skipped_line_is_reported_as_none() -> None:
     seen: list[dict[str, Any] | None] = []
-    running = Batch(echo, Output(Kept(), PATH, frozenset({"a"})), report=seen.append)
+    running = BatchRun(echo, OutputFile(Kept(), PATH, frozenset({"a"})), report=seen.append)
     await running.serve(numbered({"id": "a", "prompt": "x"}))
     assert seen == [None]

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 import pytest
 import trio
 
-from sagellm.chaos.relay import Faults, Relay
+from sagellm.chaos.relay import LinkFaults, Relay
 
 DATA = secrets.token_bytes(20_000)
 
@@ -23,7 +23,7 @@ async def relayed(**faults: object) -> AsyncIterator[tuple[Relay, trio.SocketStr
         listening = socket.create_server(("127.0.0.1", 0))
         listening.setblocking(False)
         address: tuple[str, int] = listeners[0].socket.getsockname()
-        relay = Relay(listening, socket.AF_INET, address, random.Random(1), Faults(**faults))  # type: ignore[arg-type]
+        relay = Relay(listening, socket.AF_INET, address, random.Random(1), LinkFaults(**faults))  # type: ignore[arg-type]
         nursery.start_soon(relay.run)
         async with await trio.open_tcp_stream(*listening.getsockname()) as stream:
             yield relay, stream

@@ -6,11 +6,11 @@ from typing import Any
 import msgspec
 import pytest
 
-from sagellm.chaos.run import Report
 from sagellm.chaos.scenario import ScenarioError, load_scenario, metric_value, read_check
+from sagellm.chaos.scenario_run import ScenarioReport
 from sagellm.cli import main
-from sagellm.gateway.metrics.families import counter
-from sagellm.shipped import graph_file
+from sagellm.gateway.metrics.snapshot import counter
+from sagellm.opening.sources import graph_file
 
 EXAMPLES = Path(__file__).parents[3] / "examples" / "chaos"
 GOOD = """
@@ -21,7 +21,7 @@ events:
   - load: {streams: 2}
   - {after_tokens: 3, kill: "d[0]"}
 """
-FIGURES = Report("x").figures()
+FIGURES = ScenarioReport("x").figures()
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.stem)
@@ -80,8 +80,8 @@ def test_a_graph_is_a_shipped_one_or_else_a_file_beside_the_scenario(
 def test_the_file_that_a_shipped_name_does_not_mean_is_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    async def passed(*_: object) -> Report:
-        return Report("x")
+    async def passed(*_: object) -> ScenarioReport:
+        return ScenarioReport("x")
 
     monkeypatch.setattr("sagellm.cli.chaos.run_scenario", passed)
     (tmp_path / "pd.yaml").touch()

@@ -285,8 +285,8 @@ def test_results_are_kept_though_the_reader_of_stdout_has_left(
     def left(*_: object) -> None:
         raise BrokenPipeError
 
-    monkeypatch.setattr("sagellm.cli.bench_serve._say", left)
-    monkeypatch.setattr("sagellm.cli.show", lambda failure: None)
+    monkeypatch.setattr("sagellm.cli.bench._print_load_summary", left)
+    monkeypatch.setattr("sagellm.cli.show_failure", lambda failure: None)
     with scripted(GOOD) as server:
         bench(server, "--num-requests", "2", "--output", str(tmp_path))
     assert len(json.loads((tmp_path / "bench.json").read_text())["requests"]) == 2

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from sagellm.cli import main
-from sagellm.cli.failure import CONFIGURATION
+from sagellm.cli.errors import CONFIGURATION
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from sagellm.cli import main
-from sagellm.cli.config_file import Config, read_config, read_limits
-from sagellm.cli.failure import Failure
-from sagellm.cli.serving import IN_A_FILE
+from sagellm.cli.config_file import ConfigFile, read_config, read_limits
+from sagellm.cli.errors import Failure
+from sagellm.cli.serve_options import CONFIG_FILE_OPTIONS
 
 WHOLE = """\
 # A server for two teams.
@@ -37,8 +37,8 @@ def written(tmp_path: Path, text: str) -> Path:
     return path
 
 
-def read(tmp_path: Path, text: str) -> Config:
-    return read_config(written(tmp_path, text), IN_A_FILE)
+def read(tmp_path: Path, text: str) -> ConfigFile:
+    return read_config(written(tmp_path, text), CONFIG_FILE_OPTIONS)
 
 
 def test_what_a_file_says(tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_a_file_that_is_none(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "serve.toml"
     path.write_bytes(content)
     with pytest.raises(Failure, match=r"UTF-8|larger"):
-        read_config(path, IN_A_FILE)
+        read_config(path, CONFIG_FILE_OPTIONS)
 
 
 def test_a_file_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
@@ -146,7 +146,7 @@ def test_a_limit_that_is_none(given: str, cause: str, fix: str) -> None:
 def test_the_settings_that_hold_are_printed_and_nothing_is_started(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sagellm.opening.open_engines", None)
+    monkeypatch.setattr("sagellm.opening.open_graph.open_engines", None)
     monkeypatch.setenv("TEAM_A", "hidden-a")
     path = written(tmp_path, WHOLE.replace("tls_certificate", "# "))
     options = ("--config", str(path), "--port", "9", "--limit", "num_waiting=65", "--insecure")

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 
 from sagellm.backends.cpu.native.compiler import c_compiler, library_name, temporary_folder
-from sagellm.cli import checks, main
-from sagellm.cli.checks import CHECKS, Finding
-from sagellm.cli.doctor import doctor, examine, exit_code, report
+from sagellm.cli import doctor as checks
+from sagellm.cli import main
+from sagellm.cli.doctor import CHECKS, Finding, doctor, exit_code, report, run_checks
+from sagellm.runtime.models import HelperUnavailable
 from sagellm.runtime.models.isolated import IsolatedTemplate
-from sagellm.runtime.models.sandbox.fault import HelperUnavailable
 
 OK = Finding("ok", "fine")
 SLOW = Finding("warning", "slow", "be quick")
@@ -18,7 +18,7 @@ FULL = Finding("failed", "full", "tidy up", code=3)
 
 
 def test_every_check_says_how_to_fix_what_it_finds() -> None:
-    for name, finding in examine(CHECKS).items():
+    for name, finding in run_checks(CHECKS).items():
         assert finding.detail, name
         assert (finding.status == "ok") != bool(finding.fix), name
 

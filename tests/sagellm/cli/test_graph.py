@@ -5,7 +5,7 @@ from xml.etree import ElementTree
 import pytest
 
 from sagellm.cli import main
-from sagellm.shipped import shipped_names
+from sagellm.opening.sources import shipped_names
 
 WRONG = """\
 sagellm: 1
@@ -64,7 +64,7 @@ def test_show_prints_operators_and_edges(capsys: pytest.CaptureFixture[str]) -> 
     assert main(["graph", "show", "pd"]) == 0
     shown = capsys.readouterr().out
     assert "policy_sort" in shown
-    assert "split.joint -> generate" in shown
+    assert "split.aggregated -> generate" in shown
 
 
 def test_show_draws_mermaid(capsys: pytest.CaptureFixture[str]) -> None:

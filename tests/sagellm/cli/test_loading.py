@@ -7,21 +7,21 @@ import sys
 
 import pytest
 
-from sagellm.backends.progress import Compiling, Event, Loading
-from sagellm.cli.loading import SHORT_BYTES, shown_start
-from sagellm.logs import WRITERS, own_logs
+from sagellm.backends.interface import Compiling, Loading, ProgressEvent
+from sagellm.cli.terminal import SHORT_BYTES, show_start_progress
+from sagellm.logs import WRITERS, process_logs
 
 GIB = 1 << 30
 COMPILING = Compiling("/usr/bin/gcc -m64", "/home/me/.cache/sagellm/native")
 
 
-def seen(monkeypatch: pytest.MonkeyPatch, *events: Event) -> str:
+def seen(monkeypatch: pytest.MonkeyPatch, *events: ProgressEvent) -> str:
     """What a terminal shows of these, and of what comes too late."""
     monkeypatch.setenv("COLUMNS", "100")
     reader, writer = pty.openpty()
     with os.fdopen(writer, "w") as stderr:
         monkeypatch.setattr(sys, "stderr", stderr)
-        with shown_start() as progress:
+        with show_start_progress() as progress:
             for event in events:
                 progress(event)
         progress(Loading("late", 1, GIB))
@@ -63,13 +63,13 @@ def test_each_worker_has_a_bar_and_small_models_have_none(monkeypatch: pytest.Mo
 
 
 def test_log_lines_do_not_stand_in_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
-    with own_logs(20):
+    with process_logs(20):
         seen(monkeypatch, Loading("big", 1, GIB))
         assert [writer.takes_line for writer in WRITERS] == [False]
         reader, writer = pty.openpty()
         with os.fdopen(writer, "w") as stderr:
             monkeypatch.setattr(sys, "stderr", stderr)
-            with shown_start() as progress:
+            with show_start_progress() as progress:
                 progress(Loading("big", 1, GIB))
                 assert [writer.takes_line for writer in WRITERS] == [True]
             monkeypatch.undo()
@@ -77,7 +77,7 @@ def test_log_lines_do_not_stand_in_a_bar(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_nobody_else_sees_it(capsys: pytest.CaptureFixture[str]) -> None:
-    with shown_start() as progress:
+    with show_start_progress() as progress:
         progress(COMPILING)
         progress(Loading("big", GIB, 4 * GIB))
     assert capsys.readouterr() == ("", "")

@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from sagellm.batch.output import failure
-from sagellm.cli.output import Progress
+from sagellm.batch import error_record
+from sagellm.cli.terminal import FileProgress
 
 
 def test_without_a_terminal_only_failures_are_shown(
@@ -11,9 +11,9 @@ def test_without_a_terminal_only_failures_are_shown(
 ) -> None:
     path = tmp_path / "in"
     path.write_text("{}\n{}\n")
-    with Progress(path) as progress:
+    with FileProgress(path) as progress:
         progress.advance({"id": 1, "text": ""})
-        progress.advance(failure("[b]", "line 2: no", "malformed"))
+        progress.advance(error_record("[b]", "line 2: no", "malformed"))
         progress.advance(None)
     assert capsys.readouterr().err == "[b]: line 2: no\n"
 
@@ -24,6 +24,6 @@ def test_on_a_terminal_there_is_a_bar_with_its_end(
     monkeypatch.setenv("FORCE_COLOR", "1")
     path = tmp_path / "in"
     path.write_text("{}\n\n{}")
-    with Progress(path) as progress:
+    with FileProgress(path) as progress:
         progress.advance({"id": 1, "text": ""})
     assert "1/2" in capsys.readouterr().err

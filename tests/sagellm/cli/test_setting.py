@@ -8,19 +8,18 @@ from typing import Any, Literal, get_args, get_origin
 import pytest
 from tls_pairs import tls_pair
 
-from sagellm.cli.config_file import Config, read_config
-from sagellm.cli.printed import printed
-from sagellm.cli.serving import (
-    IN_A_FILE,
+from sagellm.cli.config_file import ConfigFile, format_config, read_config
+from sagellm.cli.serve_options import (
+    CONFIG_FILE_OPTIONS,
     GraphOptions,
     ListenOptions,
-    ModelOptions,
-    WatchOptions,
+    ObservabilityOptions,
+    ServedModelOptions,
     read_settings,
 )
 from sagellm.cli.setting import (
+    LIMIT_STRUCTS,
     LIMITS,
-    STRUCTS,
     InvalidSetting,
     Setting,
     _plain,
@@ -53,7 +52,7 @@ def written(tmp_path: Path) -> Path:
     (tmp_path / "salt").write_text("a-salt-key-of-32-bytes-or-more--")
     values = {
         setting.name: other(setting)
-        for struct in (ListenOptions, WatchOptions)
+        for struct in (ListenOptions, ObservabilityOptions)
         for name, setting in settings_of(struct).items()
         if name not in ("api_key", "admin_key_file")
     }
@@ -67,10 +66,10 @@ def written(tmp_path: Path) -> Path:
 
 
 def test_every_field_of_the_settings_can_be_set_in_a_file(written: Path) -> None:
-    config = read_config(written, IN_A_FILE)
+    config = read_config(written, CONFIG_FILE_OPTIONS)
     listen, watch = (
         merge_given(ListenOptions(), config.values),
-        merge_given(WatchOptions(), config.values),
+        merge_given(ObservabilityOptions(), config.values),
     )
     settings, usual = read_settings(listen, ("other",), watch, config), Settings()
     unset = [
@@ -89,29 +88,29 @@ def test_every_field_of_the_settings_can_be_set_in_a_file(written: Path) -> None
 
 
 def test_a_password_in_a_url_is_not_printed() -> None:
-    options = WatchOptions(otlp_endpoint="http://user:hunter2@collector:4318")
-    shown = printed((options,), Settings(), Config(), {})
+    options = ObservabilityOptions(otlp_endpoint="http://user:hunter2@collector:4318")
+    shown = format_config((options,), Settings(), ConfigFile(), {})
     assert "hunter2" not in shown
     assert "otlp_endpoint is set, and not shown" in shown
 
 
 def test_what_is_printed_gives_the_same_settings(written: Path, tmp_path: Path) -> None:
-    config = read_config(written, IN_A_FILE)
-    options = [merge_given(struct(), config.values) for struct in IN_A_FILE]
+    config = read_config(written, CONFIG_FILE_OPTIONS)
+    options = [merge_given(struct(), config.values) for struct in CONFIG_FILE_OPTIONS]
     settings = read_settings(options[1], ("other",), options[3], config)  # type: ignore[arg-type]
-    shown = printed(options, settings, config, {"admission.max_queued": 7})
+    shown = format_config(options, settings, config, {"admission.max_queued": 7})
     assert '"k"' not in shown
     assert "admin_key is set, and not shown" in shown
     again = tmp_path / "printed.toml"
     again.write_text(shown)
-    read = read_config(again, IN_A_FILE)
+    read = read_config(again, CONFIG_FILE_OPTIONS)
     known = {key: value for key, value in config.values.items() if key != "admin_key"}
     assert read.values == known
     assert read.limits == config.limits
     assert read.set == {"admission.max_queued": 7}
 
 
-@pytest.mark.parametrize("struct", [*IN_A_FILE, *STRUCTS])
+@pytest.mark.parametrize("struct", [*CONFIG_FILE_OPTIONS, *LIMIT_STRUCTS])
 def test_every_setting_has_a_sentence(struct: type) -> None:
     settings = settings_of(struct)
     assert set(settings) == {field.name for field in fields(struct)}
@@ -120,8 +119,8 @@ def test_every_setting_has_a_sentence(struct: type) -> None:
 
 def test_no_two_settings_have_one_name() -> None:
     """`--limit` and `[limits]` name all limits, whatever they are limits of."""
-    assert len(LIMITS) == sum(len(fields(struct)) for struct in STRUCTS)
-    options = [one.name for struct in IN_A_FILE for one in settings_of(struct).values()]
+    assert len(LIMITS) == sum(len(fields(struct)) for struct in LIMIT_STRUCTS)
+    options = [one.name for struct in CONFIG_FILE_OPTIONS for one in settings_of(struct).values()]
     assert len(options) == len(set(options))
 
 
@@ -134,7 +133,7 @@ def test_an_option_wins_over_the_file_also_where_it_is_the_default() -> None:
         is None
     )
     assert merge_given(GraphOptions(), values).model == "m"
-    assert merge_given(ModelOptions(), values) == ModelOptions()
+    assert merge_given(ServedModelOptions(), values) == ServedModelOptions()
 
 
 @pytest.mark.parametrize(

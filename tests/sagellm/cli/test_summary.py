@@ -2,8 +2,8 @@ import json
 
 import pytest
 
-from sagellm.batch.serve import Tally
-from sagellm.cli.output import print_summary, rows_of, show_summary
+from sagellm.batch import LineCounts
+from sagellm.cli.terminal import print_summary, show_summary, summary_rows
 from sagellm.statistics import Statistics
 
 SEEN = Statistics(
@@ -23,7 +23,7 @@ SEEN = Statistics(
 
 
 def test_the_figures() -> None:
-    assert dict(rows_of(SEEN)) == {
+    assert dict(summary_rows(SEEN)) == {
         "requests": "1",
         "tokens": "30",
         "tokens/s": "15.0",
@@ -36,13 +36,16 @@ def test_the_figures() -> None:
 @pytest.mark.parametrize(
     ("tally", "shown"),
     [
-        (Tally(num_answered=3), "3"),
-        (Tally(num_answered=3, num_failed=1), "4 (1 failed)"),
-        (Tally(num_answered=1, num_failed=1, num_skipped=5), "2 (1 failed, 5 answered before)"),
+        (LineCounts(num_answered=3), "3"),
+        (LineCounts(num_answered=3, num_failed=1), "4 (1 failed)"),
+        (
+            LineCounts(num_answered=1, num_failed=1, num_skipped=5),
+            "2 (1 failed, 5 answered before)",
+        ),
     ],
 )
-def test_requests_are_lines_of_the_file(tally: Tally, shown: str) -> None:
-    assert dict(rows_of(SEEN, tally))["requests"] == shown
+def test_requests_are_lines_of_the_file(tally: LineCounts, shown: str) -> None:
+    assert dict(summary_rows(SEEN, tally))["requests"] == shown
 
 
 def test_without_a_terminal_it_is_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
@@ -62,7 +65,7 @@ def test_on_a_terminal_it_is_a_table(
 
 
 def test_json_has_seconds_and_null(capsys: pytest.CaptureFixture[str]) -> None:
-    print_summary(SEEN, Tally(num_answered=3, num_failed=1))
+    print_summary(SEEN, LineCounts(num_answered=3, num_failed=1))
     found = json.loads(capsys.readouterr().out)
     assert found["ttft_s"] == {"p50": 0.0251, "p99": 0.04}
     assert found["itl_s"] == {"p50": None, "p99": None}

@@ -6,9 +6,9 @@ from rich.cells import cell_len
 
 from sagellm.cli import main, workers
 from sagellm.cli.workers import _print
-from sagellm.runtime.cluster.control import Answered, Asked, Row
+from sagellm.runtime.cluster.control import ControlReply, ControlRequest, ReplicaStatus
 
-ROW = Row(
+ROW = ReplicaStatus(
     graph="pd_many",
     graph_pid=4_194_304,
     operator="generate",
@@ -39,8 +39,8 @@ def test_a_row_fits_80_columns(
 def test_a_graph_without_workers_cannot_be_restarted(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    async def answers(_: object) -> dict[str, Answered]:
-        return {"path": Answered(rows=(msgspec.structs.replace(ROW, executor="tasks"),))}
+    async def answers(_: object) -> dict[str, ControlReply]:
+        return {"path": ControlReply(rows=(msgspec.structs.replace(ROW, executor="tasks"),))}
 
     monkeypatch.setattr(workers, "_answers", answers)
     assert main(["restart", "generate"]) == 2
@@ -58,7 +58,7 @@ def test_a_graph_without_workers_cannot_be_restarted(
 def test_a_worker_is_named_as_ps_shows_it(
     command: str, arguments: list[str], replica: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[Asked] = []
+    seen: list[ControlRequest] = []
     monkeypatch.setattr(workers, "_change", lambda asked, *_: seen.append(asked) or 0)
     assert main([command, *arguments]) == 0
     assert [(one.command, one.operator, one.replica) for one in seen] == [

@@ -4,8 +4,8 @@ import anyio
 import pytest
 
 from sagellm import AsyncUnifiedInferenceClient, ClientError, UnifiedInferenceClient
-from sagellm.client.events import check
-from sagellm.client.failure import NOT_OFFERED
+from sagellm.client.embedded import check_served
+from sagellm.client.responses import NOT_OFFERED
 from sagellm.runtime.messages import Answer, TokenEvent
 
 ASK = [{"role": "user", "content": "What is 23 + 45?"}]
@@ -145,7 +145,7 @@ def test_an_end_that_is_no_answer_has_the_status_of_the_gateway(
     for kind in (TokenEvent, Answer):
         end = kind(request_id="r", finish_reason=reason, code=code, retry_after_s=2.0)
         with pytest.raises(ClientError) as caught:
-            check(end)
+            check_served(end)
         assert (caught.value.status, caught.value.retry_after_s) == (status, 2.0)
 
 

@@ -7,8 +7,8 @@ import pytest
 from scripted_server import MODEL, Call, Script, Server, error, scripted, telling, text
 
 from sagellm import ClientError, UnifiedInferenceClient
-from sagellm.client.failure import BAD_ANSWER, CUT_OFF, NOT_OFFERED, TIMED_OUT, UNREACHABLE
-from sagellm.client.streams import Stream
+from sagellm.client.replies import ReplyStream
+from sagellm.client.responses import BAD_ANSWER, CUT_OFF, NOT_OFFERED, TIMED_OUT, UNREACHABLE
 
 ASK = [{"role": "user", "content": "Hello?"}]
 
@@ -160,7 +160,7 @@ def test_every_failure_of_a_stream_is_an_error(
     assert found == pieces
 
 
-def read_all(call: Callable[[], Stream]) -> tuple[list[str], ClientError]:
+def read_all(call: Callable[[], ReplyStream]) -> tuple[list[str], ClientError]:
     """The pieces before the error, and the error."""
     found: list[str] = []
     try:

@@ -7,8 +7,8 @@ import pytest
 from scripted_server import Call, Script, error, scripted, telling, text
 
 from sagellm import AsyncUnifiedInferenceClient, ClientError
-from sagellm.client import server_async
-from sagellm.client.failure import CUT_OFF, NOT_OFFERED
+from sagellm.client import server as server_async
+from sagellm.client.responses import CUT_OFF, NOT_OFFERED
 
 ASK = [{"role": "user", "content": "Hello?"}]
 Client = AsyncUnifiedInferenceClient

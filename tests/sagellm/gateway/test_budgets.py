@@ -4,8 +4,8 @@ from contextlib import ExitStack
 
 import pytest
 
+from sagellm.gateway.api_errors import ApiError
 from sagellm.gateway.budgets import CANCEL_BURST, Budgets
-from sagellm.gateway.errors import ApiError
 from sagellm.gateway.settings import Budget, Settings
 
 

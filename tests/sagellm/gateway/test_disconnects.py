@@ -13,7 +13,7 @@ import trio.testing
 from gateway_served import SERVERS, post
 from gateway_session import Held, ServedSession, held, late_wakes, served_session
 
-from sagellm.load.summary import percentile
+from sagellm.load.report import percentile
 
 NUM_CLIENTS = 500
 NUM_AT_ONCE = 16
@@ -24,7 +24,7 @@ SLOW = {
     for engine in ("p", "d")
     for option, value in {
         "device": "null",
-        "max_step_tokens": 64,
+        "max_num_batched_tokens": 64,
         "prefill_token_s": 2e-4,
         "decode_step_s": 0.005,
         "kv_bytes_per_s": KV_BYTES_PER_S,

@@ -8,9 +8,9 @@ import anyio
 import pytest
 from gateway_calls import playing, post
 
-from sagellm.gateway.encoding import Encoder
-from sagellm.gateway.endpoints.completions import chat
-from sagellm.gateway.errors import ApiError
+from sagellm.gateway.api_errors import ApiError
+from sagellm.gateway.encoding import PromptEncoder
+from sagellm.gateway.http.endpoints import chat
 from sagellm.runtime.models.chat import ChatTemplateError
 from sagellm.runtime.models.tokenizer import ByteTokenizer
 
@@ -45,21 +45,21 @@ def _kind() -> str:
 
 def test_what_is_short_is_encoded_in_place(run):
     tokenizer = Watched()
-    assert run(lambda: Encoder(tokenizer).text("hey")) == tuple(b"hey")
-    assert run(lambda: Encoder(tokenizer).ids(tuple(b"hey"))) == "hey"
+    assert run(lambda: PromptEncoder(tokenizer).text("hey")) == tuple(b"hey")
+    assert run(lambda: PromptEncoder(tokenizer).ids(tuple(b"hey"))) == "hey"
     assert tokenizer.threads == {"loop"}
 
 
 def test_what_is_long_is_encoded_in_a_thread(run):
     tokenizer = Watched()
-    assert len(run(lambda: Encoder(tokenizer).text("x" * 5000))) == 5000
-    assert len(run(lambda: Encoder(tokenizer).ids((120,) * 5000))) == 5000
+    assert len(run(lambda: PromptEncoder(tokenizer).text("x" * 5000))) == 5000
+    assert len(run(lambda: PromptEncoder(tokenizer).ids((120,) * 5000))) == 5000
     assert tokenizer.threads == {"worker"}
 
 
 def test_a_template_is_rendered_in_a_thread(run):
     tokenizer = Watched()
-    prompt = run(lambda: Encoder(tokenizer).render(MESSAGES))
+    prompt = run(lambda: PromptEncoder(tokenizer).render(MESSAGES))
     assert prompt == "user: hey\n"
     assert tokenizer.threads == {"worker"}
 
@@ -93,14 +93,17 @@ def _asked_at_once(run: Any, tokenizer: Watched, num: int, release_s: float) -> 
     """What becomes of so many chats; their templates go on after `release_s`."""
     found: list[str] = []
 
-    async def ask_one(encoder: Encoder) -> None:
+    async def ask_one(encoder: PromptEncoder) -> None:
         try:
             found.append((await encoder.chat(MESSAGES)).text)
         except ApiError as error:
             found.append(f"{error.status} {error.code}")
 
     async def ask() -> None:
-        encoder, opener = Encoder(tokenizer), threading.Timer(release_s, tokenizer.goes_on.set)
+        encoder, opener = (
+            PromptEncoder(tokenizer),
+            threading.Timer(release_s, tokenizer.goes_on.set),
+        )
         opener.start()
         try:
             with anyio.fail_after(30):
@@ -139,7 +142,7 @@ def test_the_server_says_when_to_try_again(run, monkeypatch):
     async def ask() -> ApiError:
         try:
             with pytest.raises(ApiError) as caught:
-                await Encoder(tokenizer).chat(MESSAGES)
+                await PromptEncoder(tokenizer).chat(MESSAGES)
             return caught.value
         finally:
             tokenizer.goes_on.set()
@@ -155,7 +158,7 @@ def test_spellings_of_many_tokens_are_looked_up_in_a_thread(run):
             return super().token(token_id)
 
     tokenizer = Spelling()
-    spelt = run(lambda: Encoder(tokenizer).spelt((120,) * 5000))
+    spelt = run(lambda: PromptEncoder(tokenizer).spelt((120,) * 5000))
     assert spelt == ["<0x78>"] * 5000
     assert tokenizer.threads == {"worker"}
 
@@ -166,6 +169,6 @@ async def test_what_a_template_says_of_its_messages_is_not_repeated():
             raise ChatTemplateError("at 0x7f: hey")
 
     with pytest.raises(ApiError) as caught:
-        await Encoder(Broken()).chat(MESSAGES)
+        await PromptEncoder(Broken()).chat(MESSAGES)
     assert caught.value.status == 400
     assert "0x7f" not in caught.value.message

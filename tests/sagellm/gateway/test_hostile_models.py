@@ -13,10 +13,9 @@ from gateway_calls import post as call
 from gateway_served import SERVERS, Served, get, post, serving
 from hostile_folders import HEALTHY, MESSAGES, TEMPLATES, TOKENIZERS, hostile_folder, load
 
-from sagellm.gateway.encoding import Encoder
-from sagellm.gateway.endpoints.completions import chat, completions
-from sagellm.gateway.endpoints.tokenize import tokenize
-from sagellm.runtime.models.sandbox.fault import HelperUnavailable
+from sagellm.gateway.encoding import PromptEncoder
+from sagellm.gateway.http.endpoints import chat, completions, tokenize
+from sagellm.runtime.models import HelperUnavailable
 from sagellm.runtime.models.tokenizer import Tokenizer
 
 CANARY_S = 0.05
@@ -40,7 +39,7 @@ def hostile(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Tokenize
 async def test_the_server_answers_all_the_while(server: str, hostile: Tokenizer) -> None:
     """A call that needs no text, and one of the same model that brings its tokens."""
     async with serving(server) as served:
-        served.gateway.models[0].encoder = Encoder(hostile)
+        served.gateway.models[0].encoder = PromptEncoder(hostile)
         for raw in (get("/live"), post("/v1/completions", {"model": "m", "prompt": [1], "n": 99})):
             await served.ask(raw)  # what is made at first use is made now
         seconds, statuses = await _canaries_during(served)
@@ -56,13 +55,13 @@ async def test_a_warm_call_costs_little_more(tmp_path: Path) -> None:
     """Than one that is rendered in a thread and encoded in place."""
     isolated = load(hostile_folder(tmp_path, HEALTHY, TOKENIZERS["regex"]))
     with isolated.kept():
-        apart_s = await _chat_s(Encoder(isolated))
-    plain_s = await _chat_s(Encoder(load(Path("sage-tiny"))))
+        apart_s = await _chat_s(PromptEncoder(isolated))
+    plain_s = await _chat_s(PromptEncoder(load(Path("sage-tiny"))))
     print(f"a chat of 64 characters: {apart_s * 1e6:.0f} us, in the process {plain_s * 1e6:.0f} us")
     assert apart_s - plain_s <= WARM_S
 
 
-async def _chat_s(encoder: Encoder) -> float:
+async def _chat_s(encoder: PromptEncoder) -> float:
     """A fast one of many: the first quartile."""
     seconds = []
     for _ in range(200):

@@ -7,8 +7,7 @@ import trio
 from gateway_served import post, read_reply
 from gateway_session import served_session
 
-from sagellm.gateway.listen import raise_open_files
-from sagellm.gateway.settings import Limits
+from sagellm.gateway.settings import RequestLimits, raise_open_files
 
 NUM = 1000
 FAST = {"g.device": "null", "g.decode_step_s": 0.0, "g.prefill_token_s": 0.0}
@@ -53,4 +52,4 @@ async def test_a_thousand_prompts_of_one_call_are_answered() -> None:
         with trio.fail_after(60):
             reply = await read_reply(stream)
     assert reply.status == 200
-    assert len(json.loads(reply.body)["choices"]) == NUM <= Limits().num_prompts
+    assert len(json.loads(reply.body)["choices"]) == NUM <= RequestLimits().num_prompts

@@ -1,7 +1,7 @@
 """Paths in answers: bounded and escaped; the nearest route is named."""
 
-from sagellm.gateway.routes import PATHS
-from sagellm.gateway.routing import MAX_PATH_LEN, no_such_path, shown
+from sagellm.gateway.http.call import MAX_PATH_LEN, no_such_path, shown
+from sagellm.gateway.http.routes import PATHS
 
 
 def test_a_path_is_shown_escaped_and_bounded() -> None:

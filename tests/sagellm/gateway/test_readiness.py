@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import anyio
 import pytest
 import trio
-from gateway_calls import ScriptedDoor, event, last, playing
+from gateway_calls import ScriptedBridge, event, last, playing
 from logged import logged
 from trio.testing import MockClock
 
-from sagellm.gateway.door import Door
-from sagellm.gateway.errors import ApiError
+from sagellm.gateway.api_errors import ApiError
+from sagellm.gateway.graph_bridge import GraphBridge
 from sagellm.gateway.readiness import PROBE_S, RETRY_S, WATCH_S, Probe, Readiness
 from sagellm.runtime.messages import OPERATOR_FAILED, TokenEvent
 
@@ -29,11 +29,11 @@ PROBES = (Probe((1,), "x"),)
 
 @asynccontextmanager
 async def watched(
-    door: Door, health: Health, probes: Sequence[Probe] = PROBES
+    bridge: GraphBridge, health: Health, probes: Sequence[Probe] = PROBES
 ) -> AsyncIterator[Readiness]:
     readiness = Readiness()
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(readiness.watch, door, lambda: health, probes)
+        nursery.start_soon(readiness.watch, bridge, lambda: health, probes)
         await trio.testing.wait_all_tasks_blocked()
         yield readiness
         nursery.cancel_scope.cancel()
@@ -46,28 +46,28 @@ async def test_it_is_not_ready_before_a_token_came() -> None:
 
 
 async def test_the_probe_is_one_token_before_all_others() -> None:
-    door = playing([last("b")])
-    async with watched(door, Health()):
-        (entry,) = door.entries
+    bridge = playing([last("b")])
+    async with watched(bridge, Health()):
+        (entry,) = bridge.entries
     assert (entry.sampling.max_tokens, entry.priority, entry.token_ids) == (1, 0, (1,))
-    assert door.left == [entry.request_id]
+    assert bridge.left == [entry.request_id]
 
 
 async def test_each_model_is_probed_and_one_that_fails_is_named(autojump_clock: MockClock) -> None:
     answers: list[TokenEvent] = [last("a"), last(reason="refused"), last("a"), last("b")]
-    door = ScriptedDoor(lambda entry: [[answers.pop(0)]])
+    bridge = ScriptedBridge(lambda entry: [[answers.pop(0)]])
     probes = (Probe((1,), "x", "one"), Probe((2,), "x", "two"))
-    async with watched(door, Health(), probes) as readiness:
+    async with watched(bridge, Health(), probes) as readiness:
         assert readiness.reason == "the graph ended the probe: refused (model two)"
         await trio.sleep(RETRY_S + 0.1)
         assert readiness.is_ready
-    assert [entry.model for entry in door.entries] == ["one", "two", "one", "two"]
+    assert [entry.model for entry in bridge.entries] == ["one", "two", "one", "two"]
 
 
 async def test_a_refused_probe_is_tried_again(autojump_clock: MockClock) -> None:
     answers: list[TokenEvent] = [last(reason="refused"), last("b")]
-    door = ScriptedDoor(lambda entry: [[answers.pop(0)]])
-    async with watched(door, Health()) as readiness:
+    bridge = ScriptedBridge(lambda entry: [[answers.pop(0)]])
+    async with watched(bridge, Health()) as readiness:
         assert not readiness.is_ready
         assert "refused" in readiness.reason
         await trio.sleep(RETRY_S + 0.1)
@@ -86,10 +86,10 @@ async def test_own_code_that_goes_on_failing_is_probed_less_often(
     """Each time its traceback is logged."""
     end = last(reason="failed", code=OPERATOR_FAILED, error="after: the function f raised E")
     answers = [end] * 9 + [last("b")]
-    door = ScriptedDoor(lambda entry: [[answers.pop(0)]])
-    async with watched(door, Health()) as readiness:
+    bridge = ScriptedBridge(lambda entry: [[answers.pop(0)]])
+    async with watched(bridge, Health()) as readiness:
         await trio.sleep(30)
-        assert 4 <= len(door.entries) <= 7
+        assert 4 <= len(bridge.entries) <= 7
         await trio.sleep(60)
         assert readiness.is_ready
 
@@ -98,20 +98,20 @@ async def test_a_door_that_goes_on_failing_is_logged_once(autojump_clock: MockCl
     def script(entry: object) -> list[list[TokenEvent]]:
         raise RuntimeError
 
-    door = ScriptedDoor(script)
+    bridge = ScriptedBridge(script)
     with logged() as lines:
-        async with watched(door, Health()):
+        async with watched(bridge, Health()):
             await trio.sleep(20)
-    assert len(door.entries) > 10
+    assert len(bridge.entries) > 10
     assert [line["event"] for line in lines] == ["probe_failed", "readiness"]
 
 
 async def test_a_probe_without_end_fails(autojump_clock: MockClock) -> None:
-    door = ScriptedDoor(lambda entry: [anyio.Event()])
-    async with watched(door, Health()) as readiness:
+    bridge = ScriptedBridge(lambda entry: [anyio.Event()])
+    async with watched(bridge, Health()) as readiness:
         await trio.sleep(PROBE_S + 0.1)
         assert readiness.reason == "no token came in time"
-        assert door.left == [door.entries[0].request_id]
+        assert bridge.left == [bridge.entries[0].request_id]
 
 
 @pytest.mark.parametrize("raised", [ApiError(503, "x"), RuntimeError("secret")])
@@ -119,22 +119,22 @@ async def test_a_door_that_fails_says_nothing_of_why(raised: Exception) -> None:
     def script(entry: object) -> list[list[TokenEvent]]:
         raise raised
 
-    async with watched(ScriptedDoor(script), Health()) as readiness:
+    async with watched(ScriptedBridge(script), Health()) as readiness:
         assert (readiness.is_ready, readiness.reason) == (False, "the graph failed the probe")
 
 
 async def test_a_hang_is_seen_at_once_and_needs_a_new_probe(autojump_clock: MockClock) -> None:
-    health, door = Health(), playing([last("b")])
-    async with watched(door, health) as readiness:
+    health, bridge = Health(), playing([last("b")])
+    async with watched(bridge, health) as readiness:
         health.is_hung = True
         await trio.sleep(WATCH_S + 0.01)
         assert (readiness.is_ready, readiness.reason) == (False, "an engine makes no progress")
         await trio.sleep(60)
-        assert len(door.entries) == 1
+        assert len(bridge.entries) == 1
         health.is_hung = False
         await trio.sleep(RETRY_S + 0.1)
         assert readiness.is_ready
-        assert len(door.entries) == 2
+        assert len(bridge.entries) == 2
 
 
 async def test_a_graph_that_has_stopped_is_not_ready(autojump_clock: MockClock) -> None:
@@ -148,9 +148,9 @@ async def test_a_graph_that_has_stopped_is_not_ready(autojump_clock: MockClock) 
 async def test_a_path_without_a_worker_is_not_ready_and_each_change_is_one_line(
     autojump_clock: MockClock,
 ) -> None:
-    health, door = Health(), playing([last("b")])
+    health, bridge = Health(), playing([last("b")])
     with logged() as lines:
-        async with watched(door, health) as readiness:
+        async with watched(bridge, health) as readiness:
             health.missing = "engine d has no worker: d[0] is started again"
             await trio.sleep(WATCH_S + 0.01)
             assert (readiness.is_ready, readiness.reason) == (False, health.missing)
@@ -158,7 +158,7 @@ async def test_a_path_without_a_worker_is_not_ready_and_each_change_is_one_line(
             health.missing = "engine d has no worker: d[0] dies again and again"
             await trio.sleep(10)
             assert (readiness.is_ready, readiness.reason) == (False, health.missing)
-            assert len(door.entries) == 1
+            assert len(bridge.entries) == 1
             health.missing = ""
             await trio.sleep(WATCH_S + 0.01)
             assert readiness.is_ready

@@ -6,10 +6,9 @@ import pytest
 import trio
 from gateway_calls import gateway_before, playing
 
-from sagellm.gateway.app import build_app
-from sagellm.gateway.front import server_class
-from sagellm.gateway.listen import bind
-from sagellm.gateway.settings import Settings
+from sagellm.gateway.http.app import build_app
+from sagellm.gateway.lifecycle import server_class
+from sagellm.gateway.settings import Settings, bind
 
 
 @pytest.mark.parametrize("half", ["tls_certificate", "tls_key"])

@@ -11,8 +11,8 @@ from gateway_calls import event, last, playing, post
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from sagellm.client.sse import EventReader
-from sagellm.gateway.endpoints.completions import chat, completions
+from sagellm.client.responses import EventReader
+from sagellm.gateway.http.endpoints import chat, completions
 
 HARD = ["\r", "\n\n", "\r\n\r\n", "\u2028", "\u2029\x85", "\x0b\x0c\x1c\x1d\x1e", "\x00", "\ufeff"]
 HARD += ["\N{GRINNING FACE}", "data: [DONE]\n\n", ": x\n", "id: 1\n", '"}]}\n\n', "\\u2028", "\\"]

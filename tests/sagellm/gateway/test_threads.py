@@ -9,7 +9,7 @@ from functools import partial
 import anyio
 import pytest
 
-from sagellm.gateway.threads import Overrun, Threads
+from sagellm.gateway.threads import Overrun, WorkerThreads
 
 
 @pytest.fixture
@@ -28,14 +28,14 @@ def _wait(gate: threading.Event, prompt: _Prompt) -> None:
     gate.wait(20)
 
 
-async def given_up(threads: Threads, gate: threading.Event) -> None:
+async def given_up(threads: WorkerThreads, gate: threading.Event) -> None:
     with anyio.move_on_after(0.02):
         await threads.run(gate.wait)
 
 
 def test_abandoned_work_keeps_its_place_until_it_ends(run, gate):
     async def check() -> tuple[bool, str]:
-        threads = Threads(1)
+        threads = WorkerThreads(1)
         await given_up(threads, gate)
         with anyio.move_on_after(0.05) as wait:
             await threads.run(lambda: "too early")
@@ -48,7 +48,7 @@ def test_abandoned_work_keeps_its_place_until_it_ends(run, gate):
 
 def test_one_that_waits_goes_on_when_the_abandoned_work_ends(run, gate):
     async def check() -> str:
-        threads = Threads(1)
+        threads = WorkerThreads(1)
         await given_up(threads, gate)
         opener = threading.Timer(0.05, gate.set)
         opener.start()
@@ -63,7 +63,7 @@ def test_nothing_stays_of_abandoned_work_that_has_ended(run):
 
     async def check() -> int:
         gate, freed = threading.Event(), threading.Semaphore(0)
-        threads = Threads(2)
+        threads = WorkerThreads(2)
         for _ in range(2):
             prompt = _Prompt()
             weakref.finalize(prompt, freed.release)
@@ -95,7 +95,7 @@ def test_work_is_bounded_where_the_system_has_no_clock_of_a_thread(
             pass
 
     async def check() -> str:
-        threads = Threads(2)
+        threads = WorkerThreads(2)
         with pytest.raises(Overrun), anyio.fail_after(20):
             await threads.run_within(0.05, spin)
         return await threads.run_within(20, lambda: "done")
@@ -105,7 +105,7 @@ def test_work_is_bounded_where_the_system_has_no_clock_of_a_thread(
 
 def test_an_error_reaches_the_caller_and_frees_the_place(run):
     async def check() -> str:
-        threads = Threads(1)
+        threads = WorkerThreads(1)
         with pytest.raises(ZeroDivisionError):
             await threads.run(lambda: 1 / 0)
         with anyio.fail_after(20):
@@ -116,7 +116,7 @@ def test_an_error_reaches_the_caller_and_frees_the_place(run):
 
 def test_a_loop_that_closes_before_its_work_ends_is_no_trouble(run, gate):
     async def check() -> None:
-        await given_up(Threads(1), gate)
+        await given_up(WorkerThreads(1), gate)
 
     run(check)
     gate.set()

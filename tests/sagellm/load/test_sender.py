@@ -10,9 +10,9 @@ import trio
 from scripted_server import MODEL, delta, error, text, used
 from trio.testing import MockClock
 
-from sagellm.client.server_async import AsyncServer
-from sagellm.load.sender import Record, Sender, Target
-from sagellm.load.workload import Arrival, Prompts
+from sagellm.client.server import AsyncServerConnection
+from sagellm.load import LoadTarget, RequestRecord, Sender
+from sagellm.load.workload import PlannedRequest, Prompts
 
 URL = "http://scripted"
 Timed = tuple[float, Any]  # seconds to wait, then what to send
@@ -53,12 +53,12 @@ def transport(*answers: httpx2.Response) -> tuple[httpx2.MockTransport, list[Any
     return httpx2.MockTransport(answer), asked
 
 
-async def send(*answers: httpx2.Response, **fields: Any) -> tuple[Record, list[Any]]:
+async def send(*answers: httpx2.Response, **fields: Any) -> tuple[RequestRecord, list[Any]]:
     fake, asked = transport(*answers)
-    server = AsyncServer(URL, None, 60.0, fake)
+    server = AsyncServerConnection(URL, None, 60.0, fake)
     kind = "words" if fields.get("is_chat") else "ids"
-    sender = Sender(server, Target(model=MODEL, **fields), Prompts(kind, seed=0))
-    record = await sender.send(0, Arrival(0.0, 5, 3), 0.0)
+    sender = Sender(server, LoadTarget(model=MODEL, **fields), Prompts(kind, seed=0))
+    record = await sender.send(0, PlannedRequest(0.0, 5, 3), 0.0)
     await server.aclose()
     return record, asked
 

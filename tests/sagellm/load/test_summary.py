@@ -1,12 +1,14 @@
 import pytest
 
-from sagellm.load.sender import Record
-from sagellm.load.summary import Objective, percentile, spread, summarise
+from sagellm.load import RequestRecord
+from sagellm.load.report import Objective, percentile, spread, summarise
 
 
-def record(number: int, sent_s: float, tokens_s: tuple[float, ...], **fields: object) -> Record:
+def record(
+    number: int, sent_s: float, tokens_s: tuple[float, ...], **fields: object
+) -> RequestRecord:
     """A request planned and sent at a time, with a token at each of these."""
-    made = Record(number, sent_s, sent_s, input_len=4, output_len=len(tokens_s))
+    made = RequestRecord(number, sent_s, sent_s, input_len=4, output_len=len(tokens_s))
     for at_s in tokens_s:
         made.token(at_s)
     made.ended_s = tokens_s[-1] if tokens_s else sent_s

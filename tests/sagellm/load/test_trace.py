@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from sagellm.load.workload import Arrival, TraceError, read_trace
+from sagellm.load.workload import PlannedRequest, TraceError, read_trace
 
 AZURE = """TIMESTAMP,ContextTokens,GeneratedTokens
 2023-11-16 18:15:46.6805900,374,44
@@ -26,15 +26,15 @@ def write(folder: Path, text: str) -> Path:
 
 def test_azure(tmp_path: Path) -> None:
     first, second, third = read_trace(write(tmp_path, AZURE))
-    assert first == Arrival(0.0, 374, 44)
+    assert first == PlannedRequest(0.0, 374, 44)
     assert second.at_s == pytest.approx(4.314579, abs=1e-5)
     assert (third.input_len, third.output_len) == (879, 1)
 
 
 def test_mooncake(tmp_path: Path) -> None:
     assert read_trace(write(tmp_path, MOONCAKE)) == [
-        Arrival(0.0, 600, 6, (0, 1)),
-        Arrival(0.25, 1024, 92, (0, 2)),
+        PlannedRequest(0.0, 600, 6, (0, 1)),
+        PlannedRequest(0.25, 1024, 92, (0, 2)),
     ]
 
 

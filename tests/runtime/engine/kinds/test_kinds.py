@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from sagellm.runtime.engine.kinds import KINDS
-from sagellm.runtime.engine.kinds.kind import EngineKind, Place, read_kind
+from sagellm.runtime.engine.kinds import KINDS, EngineKind, ReplicaPlace, read_kind
 from sagellm.runtime.engine.kinds.local import KIND as LOCAL
 from sagellm.runtime.engine.kinds.modelled import KIND as MODELLED
 
@@ -18,7 +17,7 @@ class Options:
     replicas: int = 3
 
 
-async def no_engine(options: Options, place: Place):
+async def no_engine(options: Options, place: ReplicaPlace):
     raise AssertionError
 
 

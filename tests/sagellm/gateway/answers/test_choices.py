@@ -4,12 +4,12 @@ from typing import Any
 
 import msgspec
 import pytest
-from gateway_calls import Client, ScriptedDoor, event, gateway_before, last, playing, post
+from gateway_calls import Client, ScriptedBridge, event, gateway_before, last, playing, post
 
-from sagellm.gateway.answers.structs import ChatCompletion, Completion
-from sagellm.gateway.door import Entry
-from sagellm.gateway.endpoints.completions import chat, completions
-from sagellm.runtime.engine.detokenizer import IncrementalDetokenizer
+from sagellm.gateway.answers.objects import ChatCompletion, Completion
+from sagellm.gateway.graph_bridge import GraphRequest
+from sagellm.gateway.http.endpoints import chat, completions
+from sagellm.runtime.engine.output_text import IncrementalDetokenizer
 from sagellm.runtime.models.tokenizer import ByteTokenizer
 
 COMPLETION = {"model": "m", "prompt": "hey"}
@@ -67,9 +67,11 @@ async def test_a_whole_answer_has_every_field(endpoint, body):
 @BOTH
 @pytest.mark.parametrize("stream", [True, False])
 async def test_n_choices_have_their_indices(endpoint, body, stream):
-    door = playing([event("b", choice=1)], [last("B", choice=1), event("a")], [last("A", choice=0)])
-    answered = await post(endpoint, door, {**body, "n": 2, "stream": stream})
-    assert door.entries[0].sampling.n == 2
+    bridge = playing(
+        [event("b", choice=1)], [last("B", choice=1), event("a")], [last("A", choice=0)]
+    )
+    answered = await post(endpoint, bridge, {**body, "n": 2, "stream": stream})
+    assert bridge.entries[0].sampling.n == 2
     if stream:
         assert (answered.text(0), answered.text(1)) == ("aA", "bB")
     else:
@@ -83,19 +85,19 @@ async def test_the_cache_is_what_the_first_choice_found():
     """The others find what the first has left."""
     second = event("b", choice=1, num_cached_tokens=3)
     ends = [last("c", num_cached_tokens=0), last("d", choice=1)]
-    door = playing([second, event("a", num_cached_tokens=1)], ends)
-    answered = await post(completions, door, {**COMPLETION, "n": 2})
+    bridge = playing([second, event("a", num_cached_tokens=1)], ends)
+    answered = await post(completions, bridge, {**COMPLETION, "n": 2})
     assert answered.json["usage"]["prompt_tokens_details"]["cached_tokens"] == 1
 
 
 async def test_a_choice_that_fails_ends_the_others():
-    door = playing([event("a"), event("b", choice=1)], [last("", "failed", choice=1)])
-    answered = await post(completions, door, {**COMPLETION, "n": 2})
+    bridge = playing([event("a"), event("b", choice=1)], [last("", "failed", choice=1)])
+    answered = await post(completions, bridge, {**COMPLETION, "n": 2})
     assert answered.status == 500
-    assert door.left == ["abc"]
+    assert bridge.left == ["abc"]
 
 
-def echoing(entry: Entry) -> Any:
+def echoing(entry: GraphRequest) -> Any:
     """Each choice says its prompt and its number."""
     numbers = range(entry.sampling.n)
     first = [event(entry.text, choice=number) for number in numbers]
@@ -108,8 +110,8 @@ PROMPTS = ["x", "yy"], [[120], [121, 121]]
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_several_prompts_have_indices_one_after_the_other(run, prompt):
     body = {"model": "m", "prompt": prompt, "n": 2}
-    whole = run(lambda: post(completions, ScriptedDoor(echoing), body)).json
-    streamed = run(lambda: post(completions, ScriptedDoor(echoing), {**body, "stream": True}))
+    whole = run(lambda: post(completions, ScriptedBridge(echoing), body)).json
+    streamed = run(lambda: post(completions, ScriptedBridge(echoing), {**body, "stream": True}))
     texts = ["x0", "x1", "yy0", "yy1"]
     assert [choice["text"] for choice in whole["choices"]] == texts
     assert [choice["index"] for choice in whole["choices"]] == [0, 1, 2, 3]
@@ -119,31 +121,33 @@ def test_several_prompts_have_indices_one_after_the_other(run, prompt):
 
 
 async def test_requests_of_one_call_have_ids_of_their_own():
-    door = ScriptedDoor(echoing)
-    await post(completions, door, {"prompt": ["x", "yy"]})
-    assert sorted(entry.request_id for entry in door.entries) == ["abc/0", "abc/1"]
-    assert sorted(door.left) == ["abc/0", "abc/1"]
+    bridge = ScriptedBridge(echoing)
+    await post(completions, bridge, {"prompt": ["x", "yy"]})
+    assert sorted(entry.request_id for entry in bridge.entries) == ["abc/0", "abc/1"]
+    assert sorted(bridge.left) == ["abc/0", "abc/1"]
 
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_one_refused_prompt_ends_the_others(run, stream):
-    def play(entry: Entry) -> Any:
+    def play(entry: GraphRequest) -> Any:
         return [[last("", "refused", code="queue_full")]] if entry.text == "yy" else []
 
     async def ask() -> Any:
-        door = ScriptedDoor(play)
+        bridge = ScriptedBridge(play)
         client = Client({"prompt": ["x", "yy"], "stream": stream})
-        return door, await client.call(completions, gateway_before(door))
+        return bridge, await client.call(completions, gateway_before(bridge))
 
-    door, answered = run(ask)
+    bridge, answered = run(ask)
     assert answered.status == 503
-    assert sorted(door.left) == ["abc/0", "abc/1"]
+    assert sorted(bridge.left) == ["abc/0", "abc/1"]
 
 
 @pytest.mark.parametrize("stream", [True, False])
 async def test_echo_begins_each_choice_with_the_prompt(stream):
-    door = playing([event("a"), event("b", choice=1)], [last("c"), last("d", choice=1)])
-    answered = await post(completions, door, {**COMPLETION, "echo": True, "n": 2, "stream": stream})
+    bridge = playing([event("a"), event("b", choice=1)], [last("c"), last("d", choice=1)])
+    answered = await post(
+        completions, bridge, {**COMPLETION, "echo": True, "n": 2, "stream": stream}
+    )
     if stream:
         assert (answered.text(0), answered.text(1)) == ("heyac", "heybd")
     else:
@@ -160,8 +164,8 @@ async def test_token_ids_are_returned_where_asked_for():
     whole = (await post(completions, playing([event("a")], [last("b")]), body)).json["choices"][0]
     assert whole["token_ids"] == list(b"ab")
     assert whole["prompt_token_ids"] == list(b"hey")
-    door = playing([event("a")], [last("b")])
-    streamed = (await post(completions, door, {**body, "stream": True})).events
+    bridge = playing([event("a")], [last("b")])
+    streamed = (await post(completions, bridge, {**body, "stream": True})).events
     first, second = (chunk["choices"][0] for chunk in streamed)
     assert (first["token_ids"], first["prompt_token_ids"]) == ([97], list(b"hey"))
     assert second["token_ids"] == [98]
@@ -180,6 +184,6 @@ async def test_token_ids_of_a_chat():
 
 
 async def test_a_graph_may_make_more_choices_than_were_asked_for():
-    door = playing([last("a")], [last("b", choice=1)])
-    answered = await post(completions, door, {**COMPLETION, "stream": True})
+    bridge = playing([last("a")], [last("b", choice=1)])
+    answered = await post(completions, bridge, {**COMPLETION, "stream": True})
     assert (answered.text(0), answered.text(1)) == ("a", "b")

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from gateway_calls import event, last, playing, post
 
-from sagellm.gateway.endpoints.completions import chat, completions
+from sagellm.gateway.http.endpoints import chat, completions
 from sagellm.runtime.messages import TokenLogprob
 
 COMPLETION = {"model": "m", "prompt": "hey"}
@@ -25,7 +25,7 @@ def first(text: str, **fields: Any) -> Any:
     return event("a", prompt_logprobs=prompt, logprobs=(scored(97),), **fields)
 
 
-def door(text: str = "hey", num_choices: int = 1) -> Any:
+def bridge(text: str = "hey", num_choices: int = 1) -> Any:
     end = {"logprobs": (scored(98),)}
     return playing(
         [first(text, choice=choice) for choice in range(num_choices)],
@@ -54,7 +54,7 @@ def shown(answered: Any) -> list[Any]:
 @pytest.mark.parametrize("num_top", [0, 1, 3])
 async def test_a_completion_has_the_prompt_s_logprobs_in_each_choice(stream, num_top):
     body = {**COMPLETION, "n": 2, "stream": stream, "prompt_logprobs": num_top}
-    answered = await post(completions, door(num_choices=2), body)
+    answered = await post(completions, bridge(num_choices=2), body)
     right = [None, entry(101, num_top), entry(121, num_top)]
     chunks = answered.events if stream else [answered.json]
     assert shown(chunks) == [right, right]
@@ -66,7 +66,7 @@ async def test_a_completion_has_the_prompt_s_logprobs_in_each_choice(stream, num
 async def test_a_chat_has_them_once(stream):
     text = "user: h\n"
     body = {**CHAT, "n": 2, "stream": stream, "prompt_logprobs": 1}
-    answered = await post(chat, door(text, 2), body)
+    answered = await post(chat, bridge(text, 2), body)
     right = [None, *(entry(token, 1) for token in text.encode()[1:])]
     chunks = answered.events if stream else [answered.json]
     assert [chunk["prompt_logprobs"] for chunk in chunks if "prompt_logprobs" in chunk] == [right]
@@ -76,7 +76,7 @@ async def test_a_chat_has_them_once(stream):
 @BOTH
 @STREAMED
 async def test_unasked_there_are_none(endpoint, body, stream):
-    answered = await post(endpoint, door(), {**body, "stream": stream, "n": 1})
+    answered = await post(endpoint, bridge(), {**body, "stream": stream, "n": 1})
     assert b"prompt_logprobs" not in answered.body
 
 
@@ -89,7 +89,7 @@ async def test_an_engine_that_scores_nothing_says_null(endpoint, body):
 
 async def test_an_echo_and_the_prompt_s_logprobs_each_show_as_many_as_asked():
     body = {**COMPLETION, "echo": True, "logprobs": 1, "prompt_logprobs": 3}
-    opened = door()
+    opened = bridge()
     choice = (await post(completions, opened, body)).json["choices"][0]
     assert opened.entries[0].sampling.prompt_logprobs == 3
     assert choice["prompt_logprobs"][1] == entry(101, 3)
@@ -126,7 +126,7 @@ async def test_a_prompt_alone_is_echoed_and_scored(stream, reason):
 
 @pytest.mark.parametrize("fields", [{}, {"echo": False}, {"max_completion_tokens": 0}])
 async def test_no_tokens_without_an_echo_are_refused(fields):
-    answered = await post(completions, door(), {**COMPLETION, "max_tokens": 0, **fields})
+    answered = await post(completions, bridge(), {**COMPLETION, "max_tokens": 0, **fields})
     assert answered.status == 400
     assert answered.json["error"]["param"] in ("max_tokens", "max_completion_tokens")
 
@@ -134,7 +134,7 @@ async def test_no_tokens_without_an_echo_are_refused(fields):
 @STREAMED
 async def test_tokens_of_a_completion_by_their_ids(stream):
     body = {**COMPLETION, "echo": True, "logprobs": 1, "return_tokens_as_token_ids": True}
-    answered = await post(completions, door(), {**body, "stream": stream})
+    answered = await post(completions, bridge(), {**body, "stream": stream})
     chunks = answered.events if stream else [answered.json]
     found = [chunk["choices"][0]["logprobs"] for chunk in chunks]
     names = [f"token_id:{token}" for token in (104, 101, 121, 97, 98)]
@@ -148,7 +148,7 @@ async def test_tokens_of_a_completion_by_their_ids(stream):
 @STREAMED
 async def test_tokens_of_a_chat_by_their_ids(stream):
     body = {**CHAT, "logprobs": True, "top_logprobs": 1, "return_tokens_as_token_ids": True}
-    answered = await post(chat, door("user: h\n"), {**body, "stream": stream})
+    answered = await post(chat, bridge("user: h\n"), {**body, "stream": stream})
     choices = [chunk["choices"][0] for chunk in (answered.events if stream else [answered.json])]
     found = [
         one for choice in choices for one in (choice.get("logprobs") or {"content": []})["content"]
@@ -159,7 +159,7 @@ async def test_tokens_of_a_chat_by_their_ids(stream):
 
 @BOTH
 async def test_bad_words_enter_as_tokens(endpoint, body):
-    opened = door()
+    opened = bridge()
     await post(endpoint, opened, {**body, "bad_words": ["no", " yes"], "allowed_token_ids": [9, 8]})
     sampling = opened.entries[0].sampling
     assert sampling.bad_words_token_ids == (tuple(b"no"), tuple(b"yes"))
@@ -181,5 +181,5 @@ async def test_bad_words_enter_as_tokens(endpoint, body):
     ],
 )
 async def test_what_cannot_be_is_refused_by_name(endpoint, body, fields, param):
-    answered = await post(endpoint, door(), {**body, **fields})
+    answered = await post(endpoint, bridge(), {**body, **fields})
     assert (answered.status, answered.json["error"]["param"]) == (400, param)

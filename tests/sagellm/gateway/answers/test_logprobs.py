@@ -6,7 +6,7 @@ import pytest
 from gateway_calls import event, last, playing, post
 
 from sagellm.gateway.answers.logprobs import TokenTexts
-from sagellm.gateway.endpoints.completions import chat, completions
+from sagellm.gateway.http.endpoints import chat, completions
 from sagellm.runtime.messages import TokenLogprob
 from sagellm.runtime.models.folder import resolve_model
 from sagellm.runtime.models.tokenizer import ByteTokenizer, load_tokenizer
@@ -66,11 +66,11 @@ async def test_the_chosen_token_is_counted_once_where_it_is_among_the_likely():
 @pytest.mark.parametrize("stream", [True, False])
 async def test_echo_has_the_prompt_s_tokens_and_null_for_the_first(stream):
     prompt = (logprob(101, -1.0), logprob(121, -2.0))
-    door = playing([last("a", logprobs=(logprob(97),), prompt_logprobs=prompt)])
+    bridge = playing([last("a", logprobs=(logprob(97),), prompt_logprobs=prompt)])
     body = {**COMPLETION, "echo": True, "max_tokens": 1, "stream": stream}
-    answered = await post(completions, door, body)
+    answered = await post(completions, bridge, body)
     chunk = answered.events[0] if stream else answered.json
-    assert door.entries[0].sampling.prompt_logprobs == 1
+    assert bridge.entries[0].sampling.prompt_logprobs == 1
     assert chunk["choices"][0]["logprobs"] == {
         "tokens": ["h", "e", "y", "a"],
         "token_logprobs": [None, -1.0, -2.0, -0.5],
@@ -112,8 +112,8 @@ async def test_unasked_they_are_null(endpoint, body):
 
 
 async def test_what_cannot_be_is_as_low_as_json_goes():
-    door = playing([last("a", logprobs=(logprob(97, float("-inf")),))])
-    answered = await post(completions, door, COMPLETION)
+    bridge = playing([last("a", logprobs=(logprob(97, float("-inf")),))])
+    answered = await post(completions, bridge, COMPLETION)
     assert answered.json["choices"][0]["logprobs"]["token_logprobs"] == [-9999.0]
 
 

@@ -10,13 +10,13 @@ from gateway_calls import event, last
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from sagellm.gateway.answers.completions import ChatForm, CompletionForm
+from sagellm.gateway.answers.event_stream import DONE, KEEP_ALIVE
+from sagellm.gateway.answers.event_stream import event as sse_event
+from sagellm.gateway.answers.forms import ChatForm, CompletionForm
 from sagellm.gateway.answers.logprobs import TokenTexts
-from sagellm.gateway.answers.reply import Asked, Reply, Tally
-from sagellm.gateway.answers.sse import DONE, KEEP_ALIVE
-from sagellm.gateway.answers.sse import event as sse_event
-from sagellm.gateway.encoding import Prompt
-from sagellm.gateway.errors import ApiError
+from sagellm.gateway.answers.writer import AnswerSpec, AnswerWriter, UsageCounter
+from sagellm.gateway.api_errors import ApiError
+from sagellm.gateway.encoding import EncodedPrompt
 from sagellm.runtime.models.tokenizer import ByteTokenizer
 
 HARD = ["\r", "\r\n\r\n", "\u2028", "\u2029\x85", "\x0b\x0c\x1c", "\N{GRINNING FACE}", "\x00", ""]
@@ -49,8 +49,10 @@ def client(content: bytes, sizes: Sequence[int]) -> openai.OpenAI:
 
 
 def streamed(form: Any, pieces: Sequence[str]) -> bytes:
-    asked = Asked(id="i", created=1, model="m", prompts=(Prompt("p", (1,)),), num_choices=1)
-    reply = Reply(asked, form(asked, TokenTexts(ByteTokenizer())), Tally())
+    asked = AnswerSpec(
+        id="i", created=1, model="m", prompts=(EncodedPrompt("p", (1,)),), num_choices=1
+    )
+    reply = AnswerWriter(asked, form(asked, TokenTexts(ByteTokenizer())), UsageCounter())
     chunks = [reply.chunks([(0, event(piece))]) for piece in pieces]
     return KEEP_ALIVE.join([*chunks, reply.chunks([(0, last())]) + DONE])
 

@@ -7,8 +7,8 @@ import pytest
 from gateway_calls import Client, event, gateway_before, last, playing, post
 from trio.testing import MockClock
 
-from sagellm.gateway.answers.sse import KEEP_ALIVE
-from sagellm.gateway.endpoints.completions import chat, completions
+from sagellm.gateway.answers.event_stream import KEEP_ALIVE
+from sagellm.gateway.http.endpoints import chat, completions
 from sagellm.gateway.settings import Streaming
 
 COMPLETION = {"model": "m", "prompt": "hey", "stream": True}
@@ -60,8 +60,8 @@ async def test_a_chat_begins_with_the_role():
     ("reason", "shown"), [("stop", "stop"), ("length", "length"), ("filtered", "content_filter")]
 )
 async def test_only_the_last_chunk_of_a_choice_has_a_finish_reason(endpoint, body, reason, shown):
-    door = playing([event("a")], [last("b", reason, stop_reason="end")])
-    answered = await post(endpoint, door, body)
+    bridge = playing([event("a")], [last("b", reason, stop_reason="end")])
+    answered = await post(endpoint, bridge, body)
     *before, end = (chunk["choices"][0] for chunk in answered.events)
     assert end["finish_reason"] == shown
     assert end["stop_reason"] == "end"
@@ -100,19 +100,19 @@ async def test_continuous_usage_is_on_every_chunk(endpoint, body):
 
 @BOTH
 async def test_a_token_without_text_still_yields_a_chunk(endpoint, body):
-    door = playing([event("", num=1)], [event("", num=1)], [last("x")])
-    answered = await post(endpoint, door, body)
+    bridge = playing([event("", num=1)], [event("", num=1)], [last("x")])
+    answered = await post(endpoint, bridge, body)
     texts = [text for _, text in answered.deltas]
     assert texts == ["", "", "x"] if endpoint is completions else ["", "", "", "x"]
 
 
 @BOTH
 async def test_what_comes_together_is_one_chunk_a_choice_and_one_send(endpoint, body):
-    door = playing(
+    bridge = playing(
         [event("a"), event("b", choice=1), event("c"), event("d", choice=1)],
         [last("e"), last("f", choice=1)],
     )
-    answered = await post(endpoint, door, {**body, "n": 2})
+    answered = await post(endpoint, bridge, {**body, "n": 2})
     texts = [(index, text) for index, text in answered.deltas if text]
     assert texts == [(0, "ac"), (1, "bd"), (0, "e"), (1, "f")]
     assert len(answered.sends) == 2
@@ -121,8 +121,8 @@ async def test_what_comes_together_is_one_chunk_a_choice_and_one_send(endpoint, 
 
 @BOTH
 def test_an_error_after_200_is_an_event_and_then_done(run, endpoint, body):
-    door = playing([event("a")], [event("b"), last("", "failed", error="secret path")])
-    answered = run(lambda: post(endpoint, door, body))
+    bridge = playing([event("a")], [event("b"), last("", "failed", error="secret path")])
+    answered = run(lambda: post(endpoint, bridge, body))
     assert answered.status == 200
     assert answered.text() == "ab"
     error = answered.events[-1]["error"]
@@ -156,8 +156,8 @@ def test_an_error_after_200_is_an_event_and_then_done(run, endpoint, body):
 async def test_a_refusal_before_the_first_token_has_its_status(
     endpoint, body, reason, code, status, shown, stream
 ):
-    door = playing([last("", reason, code=code, error="too long")])
-    answered = await post(endpoint, door, {**body, "stream": stream})
+    bridge = playing([last("", reason, code=code, error="too long")])
+    answered = await post(endpoint, bridge, {**body, "stream": stream})
     assert answered.status == status
     assert answered.json["error"]["code"] == shown
     is_told = status == 400 or code == "operator_failed"
@@ -248,16 +248,16 @@ def test_keep_alive_on_both_loops(run):
 @BOTH
 def test_a_client_that_leaves_ends_its_request(run, endpoint, body):
     async def ask() -> Any:
-        door, client = playing([event("a")], anyio.Event()), Client(body)
-        gateway = gateway_before(door)
+        bridge, client = playing([event("a")], anyio.Event()), Client(body)
+        gateway = gateway_before(bridge)
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(client.call, endpoint, gateway)
             await client.received(1)
             client.gone.set()
-        return door, client.answered, gateway
+        return bridge, client.answered, gateway
 
-    door, answered, gateway = run(ask)
-    assert door.left == ["abc"]
+    bridge, answered, gateway = run(ask)
+    assert bridge.left == ["abc"]
     assert not answered.is_whole
     assert gateway.meters.num_disconnects == 1
     assert gateway.budgets.num_open("t") == 0
@@ -268,61 +268,61 @@ def test_a_client_that_leaves_ends_its_request(run, endpoint, body):
 def test_a_client_that_leaves_before_the_first_token_ends_its_request(run, endpoint, body, stream):
     async def ask() -> Any:
         waiting, client = anyio.Event(), Client({**body, "stream": stream})
-        door = playing(waiting)
-        gateway = gateway_before(door)
+        bridge = playing(waiting)
+        gateway = gateway_before(bridge)
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(client.call, endpoint, gateway)
-            while not door.entries:
+            while not bridge.entries:
                 await anyio.lowlevel.checkpoint()
             client.gone.set()
-        return door, client.answered, gateway
+        return bridge, client.answered, gateway
 
-    door, answered, gateway = run(ask)
-    assert door.left == ["abc"]
+    bridge, answered, gateway = run(ask)
+    assert bridge.left == ["abc"]
     assert answered.status in (0, 499)
     assert gateway.meters.num_disconnects == 1
     assert gateway.budgets.num_open("t") == 0
 
 
 async def test_a_server_that_raises_at_a_gone_client_ends_the_request():
-    door, client = playing([event("a")], [last("b")]), Client(COMPLETION)
+    bridge, client = playing([event("a")], [last("b")]), Client(COMPLETION)
 
     async def fail(message: Any) -> None:
         raise OSError("gone")
 
     client.send = fail
-    gateway = gateway_before(door)
+    gateway = gateway_before(bridge)
     await client.call(completions, gateway)
-    assert door.left == ["abc"]
+    assert bridge.left == ["abc"]
     assert gateway.meters.num_disconnects == 1
 
 
 async def test_a_client_that_does_not_read_is_ended_after_thirty_seconds(
     autojump_clock: MockClock,
 ):
-    door, client = playing([event("a")], [event("b")], [last("c")]), Client(COMPLETION)
+    bridge, client = playing([event("a")], [event("b")], [last("c")]), Client(COMPLETION)
     client.reads = anyio.Event()
     with anyio.fail_after(36):  # it is looked at when a comment would be due
-        await client.call(completions, gateway_before(door))
+        await client.call(completions, gateway_before(bridge))
     assert anyio.current_time() >= 30
-    assert door.left == ["abc"]
+    assert bridge.left == ["abc"]
     assert not client.answered.is_whole
 
 
 async def test_a_client_that_does_not_read_comments_is_ended(autojump_clock: MockClock):
-    door, client = playing([event("a")], anyio.Event()), Client(COMPLETION)
+    bridge, client = playing([event("a")], anyio.Event()), Client(COMPLETION)
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(client.call, completions, gateway_before(door))
+        tasks.start_soon(client.call, completions, gateway_before(bridge))
         await client.received(1)
         client.reads = anyio.Event()
-    assert door.left == ["abc"]
+    assert bridge.left == ["abc"]
 
 
 async def test_a_comment_that_is_slow_to_leave_holds_the_events_back(autojump_clock: MockClock):
     more = anyio.Event()
-    door, client = playing([event("a")], more, [last("b")]), Client(COMPLETION)
+    bridge, client = playing([event("a")], more, [last("b")]), Client(COMPLETION)
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(client.call, completions, gateway_before(door))
+        tasks.start_soon(client.call, completions, gateway_before(bridge))
         await client.received(1)
         client.reads = anyio.Event()
         await anyio.sleep(6)  # a comment waits to be read

@@ -5,7 +5,7 @@ import trio
 import trio.testing
 from trio.testing import MockClock
 
-from sagellm.gateway.metrics.meters import Call, HttpMeters, LoopLag, NoMeters
+from sagellm.gateway.metrics.meters import EndpointCall, HttpMeters, LoopLag, NoMeters
 
 PATH = "/v1/completions"
 
@@ -21,7 +21,7 @@ def test_calls_are_counted_by_endpoint_method_and_status(meters: HttpMeters) -> 
     assert meters.num_active == 2
     meters.request_ended(PATH, "POST", 200, 0.2)
     meters.request_ended(PATH, "POST", 429, 0.1)
-    call = Call(PATH, "POST")
+    call = EndpointCall(PATH, "POST")
     assert meters.num_active == 0
     assert meters.requests == {call: 2}
     assert meters.responses == {(call, 200): 1, (call, 429): 1}
@@ -32,7 +32,7 @@ def test_what_is_in_no_table_is_unknown(meters: HttpMeters) -> None:
     for number in range(1000):
         meters.request_started(f"/{number}", f"M{number}")
         meters.request_ended(f"/{number}", f"M{number}", 404 if number % 2 else number * 1000, 0)
-    call = Call("unknown", "unknown")
+    call = EndpointCall("unknown", "unknown")
     assert meters.requests == {call: 1000}
     assert set(meters.responses) == {(call, 404), (call, 0)}
 

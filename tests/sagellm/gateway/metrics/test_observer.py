@@ -10,7 +10,7 @@ from trio.testing import MockClock
 
 from sagellm import Graph, RequestFailed, RequestRefused, Sampling, ops
 from sagellm.gateway.metrics.meters import Counts
-from sagellm.gateway.metrics.observer import KVShape, Observer
+from sagellm.gateway.metrics.observer import KVShape, RequestObserver
 from sagellm.runtime.lease_shape import LeaseShape
 from sagellm.runtime.messages import (
     Answer,
@@ -37,8 +37,8 @@ NULL = {
 MODELS = {"": "m", "m": "m", "alias": "m"}
 
 
-def observe(session: Session) -> Observer:
-    observer = Observer(
+def observe(session: Session) -> RequestObserver:
+    observer = RequestObserver(
         session.executor.now, MODELS, (1, 10, 100, 1000), KVShape(LeaseShape(16), 64)
     )
     session.observers.append(observer)
@@ -128,7 +128,7 @@ class Driven:
 
     def __init__(self, slo_ttft_s: float | None = None) -> None:
         self.now = 0.0
-        self.observer = Observer(
+        self.observer = RequestObserver(
             lambda: self.now, MODELS, (1, 10, 100), KVShape(LeaseShape(16), 64), slo_ttft_s
         )
 
@@ -231,7 +231,7 @@ def test_the_longest_choice_is_that_of_the_request(driven: Driven) -> None:
 
 
 def test_labels_come_from_the_table_only() -> None:
-    observer = Observer(lambda: 0.0, MODELS, (1,), KVShape())
+    observer = RequestObserver(lambda: 0.0, MODELS, (1,), KVShape())
     for number in range(1000):
         observer.submitted([Request(request_id=f"{number}", model=f'x"}} {number}\n')])
         last = TokenEvent(request_id=f"{number}", finish_reason="refused", code=f"code {number}")

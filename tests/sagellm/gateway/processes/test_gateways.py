@@ -21,10 +21,10 @@ from gateway_served import SERVERS, get, post, read_reply
 from gateway_session import ServedSession, served_session
 from waiting import until
 
-from sagellm.gateway.processes import life, supervision
+from sagellm.gateway.processes import gateway_process, supervision
 from sagellm.gateway.processes.supervision import GatewaysFailed
 from sagellm.gateway.settings import Budget, Streaming
-from sagellm.runtime.cluster.backoff import RestartPolicy
+from sagellm.runtime.cluster.child_process import RestartPolicy
 
 pytestmark = pytest.mark.in_process
 STEP_S = 0.005
@@ -391,8 +391,8 @@ async def test_a_second_signal_ends_the_streams_of_all() -> None:
 
 
 async def test_a_frozen_one_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(life, "ASK_S", 0.1)
-    monkeypatch.setattr(life, "SILENT_S", 1.0)
+    monkeypatch.setattr(gateway_process, "POLL_S", 0.1)
+    monkeypatch.setattr(gateway_process, "SILENT_S", 1.0)
     async with pair() as both:
         frozen, other = both.pids
         client = await both.stream_at(frozen, num_tokens=4000)
@@ -407,8 +407,8 @@ async def test_a_frozen_one_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 async def test_one_that_starts_slowly_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(life, "ASK_S", 0.02)
-    monkeypatch.setattr(life, "SILENT_S", 0.1)
+    monkeypatch.setattr(gateway_process, "POLL_S", 0.02)
+    monkeypatch.setattr(gateway_process, "SILENT_S", 0.1)
     async with pair(num=1) as one:
         assert len(one.pids) == 1
         monkeypatch.undo()

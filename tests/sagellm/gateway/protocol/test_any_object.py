@@ -7,40 +7,38 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sagellm.gateway.errors import ApiError
-from sagellm.gateway.protocol.completions import (
+from sagellm.gateway.api_errors import ApiError
+from sagellm.gateway.protocol.bodies import (
     ChatRequest,
     CompletionRequest,
+    DetokenizeRequest,
+    TokenizeChat,
+    TokenizePrompt,
     read_chat,
     read_completion,
+    read_detokenize,
+    read_tokenize,
 )
-from sagellm.gateway.protocol.conversation import (
+from sagellm.gateway.protocol.chat_messages import (
+    ConversationMessage,
     FunctionCall,
-    Message,
     TextPart,
     ToolCall,
     rendering_of,
 )
-from sagellm.gateway.protocol.foreign import MESSAGE, PART, REQUEST, TOOL_CALL
+from sagellm.gateway.protocol.other_apis import MESSAGE, PART, REQUEST, TOOL_CALL
 from sagellm.gateway.protocol.request import StreamOptions
-from sagellm.gateway.protocol.sampling import ModelFacts, kept_ids, sampling_of
-from sagellm.gateway.protocol.tokenize import (
-    DetokenizeRequest,
-    TokenizeChat,
-    TokenizePrompt,
-    read_detokenize,
-    read_tokenize,
-)
-from sagellm.gateway.settings import Limits
-from sagellm.runtime.sampling import fault_of
+from sagellm.gateway.protocol.sampling_params import ModelBounds, kept_ids, sampling_of
+from sagellm.gateway.settings import RequestLimits
+from sagellm.runtime.sampling_params import sampling_fault
 
-FACTS = ModelFacts(vocab_size=100, max_model_len=64)
+FACTS = ModelBounds(vocab_size=100, max_model_len=64)
 MARK = "no-one-reads-this"
 TEXT = st.sampled_from(["", MARK, MARK * 9, "text", "user", "left", "none", "system", "\U0001f600"])
 NUMBERS = st.integers(-3, 40) | st.floats(-3, 3) | st.sampled_from([2**31, 2**63, -(2**63), 1e300])
 INSIDE = st.sampled_from(
     [
-        *Message.__struct_fields__,
+        *ConversationMessage.__struct_fields__,
         *TextPart.__struct_fields__,
         *StreamOptions.__struct_fields__,
         *(name for tables in (MESSAGE, PART, TOOL_CALL) for table in tables for name in table),
@@ -99,12 +97,12 @@ def test_any_object_is_a_request_or_refused(name: str, data: st.DataObject) -> N
     read, needed, known = FORMS[name]
     body = data.draw(bodies(needed, known))
     try:
-        request = read(json.dumps(body).encode(), Limits())
+        request = read(json.dumps(body).encode(), RequestLimits())
         if isinstance(request, CompletionRequest | ChatRequest):
             if isinstance(request, ChatRequest):
                 rendering_of(request, frozenset({"thinking", MARK}))
             kept_ids(request, (1, 2, 3), FACTS)
-            assert fault_of(sampling_of(request, FACTS, 3)) is None
+            assert sampling_fault(sampling_of(request, FACTS, 3)) is None
     except ApiError as error:
         shown = f"{error.message} {error.param} {error.code}"
         if error.status not in (400, 404) or MARK in shown:

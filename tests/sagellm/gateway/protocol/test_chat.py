@@ -5,16 +5,16 @@ from typing import Any
 
 import pytest
 
-from sagellm.gateway.errors import ApiError
-from sagellm.gateway.protocol.completions import ChatRequest, read_chat
-from sagellm.gateway.settings import Limits
+from sagellm.gateway.api_errors import ApiError
+from sagellm.gateway.protocol.bodies import ChatRequest, read_chat
+from sagellm.gateway.settings import RequestLimits
 
-LIMITS = Limits()
+LIMITS = RequestLimits()
 USER = {"role": "user", "content": "hi"}
 SECRET = "the-prompt-nobody-may-see"
 
 
-def read(*messages: Any, limits: Limits = LIMITS, **fields: Any) -> ChatRequest:
+def read(*messages: Any, limits: RequestLimits = LIMITS, **fields: Any) -> ChatRequest:
     return read_chat(json.dumps({"messages": messages or [USER], **fields}).encode(), limits)
 
 
@@ -127,7 +127,7 @@ def test_the_number_of_messages_is_bounded() -> None:
     assert len(read(*[USER] * 2048).messages) == 2048
     assert "has 2049 messages; the limit is 2048" in refusal(*[USER] * 2049).message
     with pytest.raises(ApiError, match="has 2 messages; the limit is 1"):
-        read(USER, USER, limits=Limits(num_messages=1))
+        read(USER, USER, limits=RequestLimits(num_messages=1))
 
 
 @pytest.mark.parametrize("messages", [[], None, "hi", {}, 5])

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 
-from sagellm.gateway.errors import ApiError
-from sagellm.gateway.protocol.completions import CompletionRequest, read_completion
-from sagellm.gateway.settings import Limits
+from sagellm.gateway.api_errors import ApiError
+from sagellm.gateway.protocol.bodies import CompletionRequest, read_completion
+from sagellm.gateway.settings import RequestLimits
 
-LIMITS = Limits()
+LIMITS = RequestLimits()
 
 
 def read(**fields: Any) -> CompletionRequest:
@@ -167,9 +167,9 @@ def test_limits_are_the_operators() -> None:
     body = json.dumps({"prompt": ["a", "b"], "n": 2}).encode()
     assert read_completion(body, LIMITS).n == 2
     with pytest.raises(ApiError, match="n: is 2; the limit is 1"):
-        read_completion(body, Limits(num_choices=1))
+        read_completion(body, RequestLimits(num_choices=1))
     with pytest.raises(ApiError, match="has 2 prompts; the limit is 1"):
-        read_completion(body, Limits(num_prompts=1))
+        read_completion(body, RequestLimits(num_prompts=1))
 
 
 def test_both_spellings_of_max_tokens_may_agree() -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sagellm.gateway.errors import ApiError
+from sagellm.gateway.api_errors import ApiError
 from sagellm.gateway.protocol import json as strict
 from sagellm.gateway.protocol.json import read_json
 

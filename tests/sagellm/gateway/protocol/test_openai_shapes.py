@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from openai.types.chat.completion_create_params import CompletionCreateParamsBase as ChatParams
 from openai.types.completion_create_params import CompletionCreateParamsBase as CompletionParams
 
-from sagellm.gateway.protocol.completions import (
+from sagellm.gateway.protocol.bodies import (
     ChatRequest,
     CompletionRequest,
     read_chat,
     read_completion,
 )
-from sagellm.gateway.protocol.foreign import REQUEST
-from sagellm.gateway.settings import Limits
+from sagellm.gateway.protocol.other_apis import REQUEST
+from sagellm.gateway.settings import RequestLimits
 
 VLLM = """ignore_eos min_tokens top_k min_p repetition_penalty stop_token_ids
     include_stop_str_in_output skip_special_tokens add_special_tokens truncate_prompt_tokens
@@ -123,14 +123,14 @@ def texts_of(message: dict[str, Any]) -> str:
 @given(COMPLETIONS)
 def test_completions_of_openai_python_are_read(fields: dict[str, Any]) -> None:
     body = sent(lambda client: client.completions.create, **fields)
-    assert same(read_completion(body, Limits()), fields)
+    assert same(read_completion(body, RequestLimits()), fields)
 
 
 @settings(max_examples=50)
 @given(CHATS)
 def test_chats_of_openai_python_are_read(fields: dict[str, Any]) -> None:
     body = sent(lambda client: client.chat.completions.create, **fields)
-    request = read_chat(body, Limits())
+    request = read_chat(body, RequestLimits())
     assert same(request, fields)
     plain = [message["content"] for message in request.conversation]
     assert plain == [texts_of(message) for message in fields["messages"]]
@@ -176,7 +176,7 @@ def test_completions_of_other_clients_are_read(name: str) -> None:
     fields = {key: value for key, value in COMPLETION_BODIES[name].items() if value is not None}
     options = fields.pop("stream_options", {})
     body = json.dumps(COMPLETION_BODIES[name]).encode()
-    request = read_completion(body, Limits())
+    request = read_completion(body, RequestLimits())
     assert same(request, fields)
     assert request.has_usage == options.get("include_usage", False)
 
@@ -184,5 +184,5 @@ def test_completions_of_other_clients_are_read(name: str) -> None:
 def test_chats_of_lm_eval_are_read() -> None:
     message = {"role": "user", "content": "hi", "type": "text"}
     said = {"messages": [message], "model": "m", "max_tokens": 5, "temperature": 0, "seed": 1}
-    request = read_chat(json.dumps({**said, "stop": ["\n"]}).encode(), Limits())
+    request = read_chat(json.dumps({**said, "stop": ["\n"]}).encode(), RequestLimits())
     assert request.conversation == [{"role": "user", "content": "hi"}]

@@ -10,11 +10,15 @@ import schemathesis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sagellm.gateway.errors import ApiError
-from sagellm.gateway.protocol.completions import read_chat, read_completion
+from sagellm.gateway.api_errors import ApiError
+from sagellm.gateway.protocol.bodies import (
+    read_chat,
+    read_completion,
+    read_detokenize,
+    read_tokenize,
+)
 from sagellm.gateway.protocol.openapi import OPERATIONS, openapi
-from sagellm.gateway.protocol.tokenize import read_detokenize, read_tokenize
-from sagellm.gateway.settings import Limits
+from sagellm.gateway.settings import RequestLimits
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,9 @@ def test_who_may_enter_is_said(access: str, needs_key: bool, ways: list[str]) ->
 
 
 def test_the_operators_limits_are_in_it() -> None:
-    limits = Limits(num_choices=3, num_stop=2, num_prompts=4, num_messages=5, num_logit_bias=6)
+    limits = RequestLimits(
+        num_choices=3, num_stop=2, num_prompts=4, num_messages=5, num_logit_bias=6
+    )
     document = openapi([], "1", limits)
     chat = document["components"]["schemas"]["ChatRequest"]["properties"]
     text = json.dumps(chat)
@@ -160,14 +166,14 @@ BAD: list[tuple[str, Any]] = [
 
 @pytest.mark.parametrize(("path", "body"), GOOD)
 def test_the_schema_allows_what_is_read(path: str, body: Any) -> None:
-    READERS[path](json.dumps(body).encode(), Limits())
+    READERS[path](json.dumps(body).encode(), RequestLimits())
     assert validator(path).is_valid(body)
 
 
 @pytest.mark.parametrize(("path", "body"), BAD)
 def test_the_schema_forbids_what_is_refused(path: str, body: Any) -> None:
     with pytest.raises(ApiError):
-        READERS[path](json.dumps(body).encode(), Limits())
+        READERS[path](json.dumps(body).encode(), RequestLimits())
     assert not validator(path).is_valid(body)
 
 
@@ -194,7 +200,7 @@ UNSAID = (
 def surprise(path: str, body: Any) -> str | None:
     """Why the body was refused, unless no schema could have said it."""
     try:
-        READERS[path](json.dumps(body).encode(), Limits())
+        READERS[path](json.dumps(body).encode(), RequestLimits())
     except ApiError as error:
         return None if any(why in error.message for why in UNSAID) else error.message
     return None

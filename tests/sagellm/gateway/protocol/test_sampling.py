@@ -8,27 +8,27 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sagellm.gateway.errors import ApiError
-from sagellm.gateway.protocol.completions import (
+from sagellm.gateway.api_errors import ApiError
+from sagellm.gateway.protocol.bodies import (
     ChatRequest,
     CompletionRequest,
     read_chat,
     read_completion,
 )
-from sagellm.gateway.protocol.sampling import ModelFacts, check_ids, kept_ids, sampling_of
-from sagellm.gateway.settings import Limits
+from sagellm.gateway.protocol.sampling_params import ModelBounds, check_ids, kept_ids, sampling_of
+from sagellm.gateway.settings import RequestLimits
 from sagellm.runtime.messages import Sampling
 
-FACTS = ModelFacts(vocab_size=100, max_model_len=64)
+FACTS = ModelBounds(vocab_size=100, max_model_len=64)
 
 
 def completion(**fields: Any) -> CompletionRequest:
-    return read_completion(json.dumps({"prompt": "hi", **fields}).encode(), Limits())
+    return read_completion(json.dumps({"prompt": "hi", **fields}).encode(), RequestLimits())
 
 
 def chat(**fields: Any) -> ChatRequest:
     said = {"messages": [{"role": "user", "content": "hi"}], **fields}
-    return read_chat(json.dumps(said).encode(), Limits())
+    return read_chat(json.dumps(said).encode(), RequestLimits())
 
 
 def refusal(request: CompletionRequest | ChatRequest, num_prompt_tokens: int = 4) -> ApiError:
@@ -127,7 +127,7 @@ def test_an_answer_fits_the_context(make: Any, num_prompt: int, max_tokens: int)
 
 
 def test_the_default_stays_within_what_an_engine_takes() -> None:
-    sampling = sampling_of(chat(), ModelFacts(100, 10_000_000), 4)
+    sampling = sampling_of(chat(), ModelBounds(100, 10_000_000), 4)
     assert sampling.max_tokens == 1 << 20
 
 

@@ -5,17 +5,17 @@ from typing import Any
 
 import pytest
 
-from sagellm.gateway.errors import ApiError
-from sagellm.gateway.protocol.tokenize import (
+from sagellm.gateway.api_errors import ApiError
+from sagellm.gateway.protocol.bodies import (
     DetokenizeRequest,
     TokenizeChat,
     TokenizePrompt,
     read_detokenize,
     read_tokenize,
 )
-from sagellm.gateway.settings import Limits
+from sagellm.gateway.settings import RequestLimits
 
-LIMITS = Limits()
+LIMITS = RequestLimits()
 USER = {"role": "user", "content": "hi"}
 
 

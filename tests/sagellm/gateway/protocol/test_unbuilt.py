@@ -7,18 +7,18 @@ from typing import Any
 
 import pytest
 
-from sagellm.gateway.errors import ApiError
-from sagellm.gateway.protocol.completions import (
+from sagellm.gateway.api_errors import ApiError
+from sagellm.gateway.protocol.bodies import (
     ChatRequest,
     CompletionRequest,
     read_chat,
     read_completion,
 )
-from sagellm.gateway.protocol.conversation import Message, TextPart
-from sagellm.gateway.protocol.foreign import MESSAGE, PART, REQUEST
-from sagellm.gateway.settings import Limits
+from sagellm.gateway.protocol.chat_messages import ConversationMessage, TextPart
+from sagellm.gateway.protocol.other_apis import MESSAGE, PART, REQUEST
+from sagellm.gateway.settings import RequestLimits
 
-LIMITS = Limits()
+LIMITS = RequestLimits()
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
 
 ASKED: dict[str, Any] = {
@@ -160,7 +160,7 @@ def test_no_field_is_both_built_and_unbuilt() -> None:
     )
     assert not chat_fields & completion_fields & set(REQUEST.unbuilt)
     assert not (chat_fields | completion_fields | set(REQUEST.unbuilt)) & set(REQUEST.taken)
-    assert not set(MESSAGE.unbuilt) & {*Message.__struct_fields__, *MESSAGE.taken}
+    assert not set(MESSAGE.unbuilt) & {*ConversationMessage.__struct_fields__, *MESSAGE.taken}
     assert not set(PART.unbuilt) & {*TextPart.__struct_fields__, *PART.taken}
 
 

@@ -1,0 +1,129 @@
+"""A KV pool in memory of the host: one tensor; bytes are copied, summed and shared in place."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+
+from sagellm.backends.cpu.native.library import native_kernels
+from sagellm.backends.interface import (
+    KVStorage,
+    LoweringError,
+    Region,
+    RunPairs,
+    Runs,
+    block_addresses,
+)
+from sagellm.backends.step import KVLayout
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_Bytes = np.ndarray[Any, np.dtype[np.uint8]]  # layers, keys and values, blocks, bytes of a block
+
+
+@dataclass(frozen=True, slots=True)
+class InPlaceBuffers:
+    """Views of the pool itself: there is nothing to commit."""
+
+    views: list[memoryview]
+
+    def commit(self) -> None:
+        """What was written is there."""
+
+
+class CpuStorage:
+    """Implements KVStorage. `pool` has the shape of `KVLayout.pool_shape`."""
+
+    def __init__(self, pool: torch.Tensor) -> None:
+        self.pool = pool
+        self.layout = _layout_of(pool)
+        self.num_blocks = pool.shape[2]
+        self._bytes = _as_blocks(pool.view(torch.uint8).numpy().reshape(-1), self.layout)
+
+    def copy(self, source: KVStorage, pairs: RunPairs, layers: range) -> None:
+        if not isinstance(source, CpuStorage):
+            raise TypeError(f"a pool of the cpu copies from another, not from {type(source)}")
+        theirs, ours = source._bytes[_slice(layers)], self._bytes[_slice(layers)]
+        for sent, landed in pairs:
+            ours[:, :, landed] = theirs[:, :, sent]
+
+    def receive(self, memory: memoryview, pairs: RunPairs, layers: range) -> int:
+        source = _as_blocks(np.frombuffer(memory, dtype=np.uint8), self.layout)
+        kernels = native_kernels() if _is_summed_natively(self._bytes.shape[-1]) else None
+        if kernels is not None:
+            theirs = _places(source, self.layout, [run for run, _ in pairs], layers)
+            ours = _places(self._bytes, self.layout, [run for _, run in pairs], layers)
+            copies = zip(theirs, ours, strict=True)
+            return kernels.copy_sum([(here, there, size) for (here, size), (there, _) in copies])
+        hashed = xxhash.xxh3_64()
+        for their_kind, our_kind in zip(
+            _kinds(source, layers), _kinds(self._bytes, layers), strict=True
+        ):
+            for sent, landed in pairs:
+                our_kind[landed] = their_kind[sent]
+                hashed.update(our_kind[landed].data)  # while it is in the CPU's cache
+        return hashed.intdigest()
+
+    def read(self, runs: Runs, layers: range) -> list[memoryview]:
+        return [kind[run].data.cast("B") for kind in _kinds(self._bytes, layers) for run in runs]
+
+    def stage(self, runs: Runs, layers: range) -> InPlaceBuffers:
+        return InPlaceBuffers(self.read(runs, layers))
+
+    def checksum(self, runs: Runs, layers: range) -> int:
+        hashed = xxhash.xxh3_64()
+        for view in self.read(runs, layers):
+            hashed.update(view)
+        return hashed.intdigest()
+
+    def register(self) -> Region:
+        return Region(self.pool.data_ptr(), self.pool.nbytes)
+
+
+def allocate(layout: KVLayout, num_blocks: int, memory: memoryview | None = None) -> CpuStorage:
+    """A pool of zeros. Raises LoweringError for a dtype that there is not."""
+    # Fresh pages of the system are zero, and taken only once they are written; torch.zeros writes
+    # them all.
+    dtype, flags = torch_dtype(layout.dtype), MAP_PRIVATE | MAP_ANONYMOUS
+    pages = memory or mmap(-1, num_blocks * layout.block_bytes, flags=flags)
+    pool = torch.frombuffer(pages, dtype=dtype)
+    return CpuStorage(pool.view(layout.pool_shape(num_blocks)))
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """Raises LoweringError."""
+    if name not in _DTYPES:
+        raise LoweringError(f"the cpu backend has no dtype {name!r}; use {' or '.join(_DTYPES)}")
+    return _DTYPES[name]
+
+
+def _layout_of(pool: torch.Tensor) -> KVLayout:
+    num_layers, _, _, num_kv_heads, block_size, head_dim = pool.shape
+    dtype = str(pool.dtype).removeprefix("torch.")
+    return KVLayout(num_layers, num_kv_heads, head_dim, block_size, dtype)
+
+
+def _as_blocks(memory: _Bytes, layout: KVLayout) -> _Bytes:
+    kind_bytes = layout.block_bytes // (2 * layout.num_layers)
+    return memory.reshape(layout.num_layers, 2, -1, kind_bytes)
+
+
+def _slice(layers: range) -> slice:
+    return slice(layers.start, layers.stop)
+
+
+def _kinds(pool: _Bytes, layers: range) -> Iterator[_Bytes]:
+    """Keys, then values, of one layer after the other."""
+    return (kind for layer in pool[_slice(layers)] for kind in layer)
+
+
+def _places(pool: _Bytes, layout: KVLayout, runs: Runs, layers: range) -> list[tuple[int, int]]:
+    return block_addresses(pool.ctypes.data, layout, pool.shape[2], runs, layers)
+
+
+def _is_summed_natively(block_bytes: int) -> bool:
+    """See `NativeKernels.copy_sum`."""
+    return block_bytes % 64 == 0 and block_bytes > 240

@@ -1,0 +1,95 @@
+"""The structures that Python fills and C reads: each mirrors one of a header, field by field."""
+
+import ctypes
+from typing import Any, ClassVar
+
+_POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int32, ctypes.c_float
+
+
+class NativeHeads(ctypes.Structure):
+    """attention.h: how a layer attends. `window` 0: all that came before."""
+
+    _fields_: ClassVar[list[tuple[str, Any]]] = [
+        *((name, _LONG) for name in ("heads", "kv_heads", "head_dim", "window")),
+        ("scale", _FLOAT),
+    ]
+
+
+class NativeBatch(ctypes.Structure):
+    """attention.h: where the sequences of a step begin, and how long they are."""
+
+    _fields_: ClassVar[list[tuple[str, Any]]] = [
+        *((name, _LONG) for name in ("table_len", "num_sequences", "block_size")),
+        ("query_starts", _POINTER),
+        ("context_lens", _POINTER),
+        ("bfloat", _INT),
+    ]
+
+
+class NativeLayer(ctypes.Structure):
+    """attention.h: the queries of one layer, its keys and values, and where results go."""
+
+    _fields_: ClassVar[list[tuple[str, Any]]] = [
+        *((name, _POINTER) for name in ("q", "keys", "values", "out")),
+        *((name, _LONG) for name in ("ldq", "ldo")),
+        ("tables", _POINTER),
+    ]
+
+
+class NativeLinear(ctypes.Structure):
+    """linear.h: a weight as its kernel wants it, and the kernel."""
+
+    _fields_: ClassVar[list[tuple[str, Any]]] = [
+        *((name, _POINTER) for name in ("run", "gated", "weight", "scales", "zeros", "bias")),
+        *((name, _LONG) for name in ("num_cols", "k", "group")),
+    ]
+
+
+class NativeView(ctypes.Structure):
+    """step.h: a matrix in the arena; `first` below 0 is the buffer of the logits."""
+
+    _fields_: ClassVar[list[tuple[str, Any]]] = [
+        (name, _LONG) for name in ("first", "column", "width")
+    ]
+
+
+class NativeInstruction(ctypes.Structure):
+    """step.h: one kernel with its weight and the matrices that it reads and fills."""
+
+    _fields_: ClassVar[list[tuple[str, Any]]] = [
+        *((name, _INT) for name in ("op", "waits", "chosen", "bfloat")),
+        ("inlets", NativeView * 3),
+        ("outlets", NativeView * 2),
+        ("weight", _POINTER),
+        *((name, _LONG) for name in ("width", "size", "layer", "table", "blocks")),
+        ("epsilon", _FLOAT),
+    ]
+
+
+class NativeStep(ctypes.Structure):
+    """step.h: a program, the inputs of one step, and memory that C keeps between steps."""
+
+    _fields_: ClassVar[list[tuple[str, Any]]] = [
+        *((name, _POINTER) for name in ("instructions", "heads", "tables")),
+        *((name, _LONG) for name in ("num_instructions", "num_heads")),
+        ("batch", NativeBatch),
+        *((name, _POINTER) for name in ("token_ids", "positions", "slots", "logit_rows", "pool")),
+        ("block_tables", _POINTER),
+        *((name, _LONG) for name in ("layer_bytes", "side_bytes", "kv_heads", "head_dim")),
+        *((name, _LONG) for name in ("num_rows", "num_logit_rows")),
+        *((name, _POINTER) for name in ("arena", "logits")),
+        ("capacity", _LONG),
+        ("times", _POINTER),
+        ("memory", _POINTER),
+        ("memory_bytes", _LONG),
+    ]
+
+
+SIZED = (
+    NativeStep,
+    NativeInstruction,
+    NativeLinear,
+    NativeHeads,
+    NativeBatch,
+    NativeLayer,
+)  # in the order of sage_sizes

@@ -1,1 +1,0 @@
-"""Quantised weights on the CPU: making them, and multiplying by them."""

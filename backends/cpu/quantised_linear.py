@@ -1,0 +1,287 @@
+"""Quantised weights on the CPU: made on load, packed for C, and multiplied."""
+
+import ctypes
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch.nn.functional import pad
+
+from sagellm.backends.cpu.binding import Binding
+from sagellm.backends.cpu.linear import LinearFunction, linear
+from sagellm.backends.cpu.native.library import NativeKernels, in_large_pages
+from sagellm.backends.quantised_weight import (
+    GROUP_SIZE,
+    LOGITS_MODE,
+    MODES,
+    ZERO_CODE,
+    QuantisationMode,
+    QuantisedWeight,
+)
+
+
+def quantised_linear(
+    binding: Binding,
+    names: Sequence[str],
+    sizes: Sequence[int],
+    size: int,
+    bias: torch.Tensor | None,
+) -> LinearFunction | None:
+    """rows [T, size] -> [T, sum(sizes)] by the weights of these names, one below the other.
+
+    None where all of them are stored in floats and stay so.
+    """
+    stored = [binding.stored(name, rows, size) for name, rows in zip(names, sizes, strict=True)]
+    if binding.quantization is None and not any(stored):
+        return None
+    named = zip(stored, names, sizes, strict=True)
+    weights = [found or _on_load(binding, name, rows, size) for found, name, rows in named]
+    if (joined := _joined(weights)) is not None:
+        return _bound_product(binding, joined, bias, binding.makes_logits(names[0]))
+    biases = [None] * len(sizes) if bias is None else list(torch.split(bias, list(sizes)))
+    parts = [_bound_product(binding, *part, False) for part in zip(weights, biases, strict=True)]
+    return lambda rows: torch.cat([part(rows) for part in parts], 1)
+
+
+def _on_load(binding: Binding, name: str, rows: int, size: int) -> QuantisedWeight | torch.Tensor:
+    weight = binding.weight(name, rows, size)
+    if binding.quantization is None:
+        return weight
+    bits = (LOGITS_MODE if binding.makes_logits(name) else MODES[binding.quantization]).weight_bits
+    return quantise(weight, bits, binding.native)
+
+
+def _bound_product(
+    binding: Binding,
+    weight: QuantisedWeight | torch.Tensor,
+    bias: torch.Tensor | None,
+    is_logits: bool,
+) -> LinearFunction:
+    if isinstance(weight, torch.Tensor):
+        return linear(binding, weight, bias, exact=is_logits)
+    mode = LOGITS_MODE if is_logits else MODES.get(binding.quantization or "")
+    bits = _row_bits(weight.bits, mode, binding.deterministic)
+    kernels = binding.native
+    if kernels is None:
+        return dequantising(weight, bias, bits, alone=binding.deterministic)
+    return PackedQuantised(kernels, weight, bias, bits)
+
+
+def _row_bits(weight_bits: int, mode: QuantisationMode | None, deterministic: bool) -> int:
+    """8 where the mode says so, or a 4-bit weight's own error hides that of such rows.
+
+    `mode` None: of a weight that is stored quantised. `deterministic` asks for exact products.
+    """
+    if weight_bits == 4:
+        return 16 if deterministic else 8
+    return mode.row_bits if mode else 16
+
+
+def _joined(weights: Sequence[QuantisedWeight | torch.Tensor]) -> QuantisedWeight | None:
+    """The weights as one; None where their forms differ."""
+    first, *others = weights
+    if not isinstance(first, QuantisedWeight):
+        return None
+    if not all(isinstance(other, QuantisedWeight) and _alike(first, other) for other in others):
+        return None
+    alike = [weight for weight in weights if isinstance(weight, QuantisedWeight)]
+    zeros = None if first.zeros is None else torch.cat([one.zeros for one in alike])  # type: ignore[misc]
+    codes, scales = (torch.cat([getattr(w, name) for w in alike]) for name in ("codes", "scales"))
+    return QuantisedWeight(first.bits, first.group, codes, scales, zeros, first.order)
+
+
+def _alike(a: QuantisedWeight, b: QuantisedWeight) -> bool:
+    if (a.bits, a.group, a.zeros is None) != (b.bits, b.group, b.zeros is None):
+        return False
+    if a.order is None or b.order is None:
+        return a.order is b.order
+    return torch.equal(a.order, b.order)
+
+
+BLOCK = 32  # codes along k whose products are summed as whole numbers
+_COLUMNS = 16  # of a panel; their number is even
+_POINTER, _LONG = ctypes.c_void_p, ctypes.c_long
+
+
+class NativeQuant(ctypes.Structure):
+    """`NativeQuant` of quant.c: a `Linear`, and the order of k."""
+
+    _fields_ = (
+        *((name, _POINTER) for name in ("run", "gated", "weight", "scales", "zeros", "bias")),
+        *((name, _LONG) for name in ("num_cols", "k", "group")),
+        ("order", _POINTER),
+    )
+
+
+class PackedQuantised:
+    """rows [T, K] float32 -> [T, N] float32: the same bits for a row whatever rows are beside it.
+
+    Makes `row_bits` (8 or 16) of each number of a row. A C `Linear` is at `address`, which points
+    into tensors that live as long as this does.
+    """
+
+    def __init__(
+        self,
+        kernels: NativeKernels,
+        weight: QuantisedWeight,
+        bias: torch.Tensor | None,
+        row_bits: int,
+    ) -> None:
+        zeros = None if weight.zeros is None else _packed_groups(weight.zeros.short())
+        order = None if weight.order is None else weight.order.int().contiguous()
+        self.shape = weight.shape
+        codes = in_large_pages(_packed_codes(weight))
+        self._kept = (codes, _packed_groups(weight.scales.half()), zeros, bias, order)
+        numbers, scales, *optional = (_address(tensor) for tensor in self._kept)
+        run = kernels.function(f"sage_quant_{weight.bits}_{row_bits}")
+        self._struct = NativeQuant(
+            run, None, numbers, scales, optional[0], optional[1], *self.shape
+        )
+        self._struct.group, self._struct.order = weight.group, optional[2]
+        self._kernels = kernels
+        self.address = ctypes.addressof(self._struct)
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        return self._kernels.linear(self.address, rows, self.shape[0])
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self._kept if tensor is not None)
+
+
+def _packed_codes(weight: QuantisedWeight) -> torch.Tensor:
+    """[N, K] -> [panel, k / 4, 16, 4]; in 4 bits two fours along k share the bytes of one."""
+    num_rows, size = weight.shape
+    fill = ZERO_CODE[weight.bits]  # its product with an activation of 0 is 0, whatever it is
+    filled = pad(weight.codes, (0, -size % BLOCK, 0, -num_rows % (2 * _COLUMNS)), value=fill)
+    panels = filled.view(-1, _COLUMNS, filled.shape[1] // 4, 4).transpose(1, 2)
+    if weight.bits == 8:
+        return panels.contiguous()
+    low, high = panels[:, 0::2], panels[:, 1::2]
+    return (low | (high << 4)).contiguous()
+
+
+def _packed_groups(of_groups: torch.Tensor) -> torch.Tensor:
+    """[N, G] -> [panel, G, 16]."""
+    filled = pad(of_groups, (0, 0, 0, -len(of_groups) % (2 * _COLUMNS)))
+    return filled.view(-1, _COLUMNS, filled.shape[1]).transpose(1, 2).contiguous()
+
+
+def _address(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+_LARGEST_CODE = {8: 127, 16: 127 * 256 + 127}  # of 16 bits, what two bytes with sign hold
+_BLOCK_NUMBERS = 1 << 21  # of a weight at a time: 8 MiB in float32, within the cache
+
+
+def dequantising(
+    weight: QuantisedWeight, bias: torch.Tensor | None, row_bits: int, *, alone: bool
+) -> LinearFunction:
+    """rows [T, K] -> [T, N]. `alone`: one row a product, for the same bits in any batch.
+
+    Rows are rounded where an 8-bit weight meets 8-bit rows, so that the mode means the same as in
+    C; elsewhere they stay as they are.
+    """
+    order = None if weight.order is None else weight.order.long()
+
+    def run(rows: torch.Tensor) -> torch.Tensor:
+        given = rows if order is None else rows[:, order]
+        if weight.bits == row_bits == 8:
+            given = rounded(given)
+        parts = torch.split(given, 1) if alone else (given,)
+        blocks = [
+            [F.linear(part.clone(), wide) for part in parts] for wide in _float_blocks(weight)
+        ]
+        out = torch.cat([torch.cat(block) for block in blocks], 1)
+        return out if bias is None else out.add_(bias)
+
+    return run
+
+
+def _float_blocks(weight: QuantisedWeight) -> Iterator[torch.Tensor]:
+    """Rows of the weight in float32, in the order of its codes."""
+    step = max(1, _BLOCK_NUMBERS // weight.shape[1])
+    for top in range(0, weight.shape[0], step):
+        yield weight.rows(top, top + step).ordered()
+
+
+def rounded(rows: torch.Tensor, bits: int = 8) -> torch.Tensor:
+    """Rows as the C kernels see them: whole numbers with a scale for each 32, in float32."""
+    size, top = rows.shape[1], _LARGEST_CODE[bits]
+    blocks = pad(rows, (0, -size % BLOCK)).view(len(rows), -1, BLOCK)
+    most = blocks.abs().amax(-1, keepdim=True)
+    codes = (blocks * torch.where(most > 1e-30, top / most, 0.0)).round()
+    seen: torch.Tensor = (codes * (most / top)).flatten(1)[:, :size]
+    return seen
+
+
+_NUMBERS_AT_ONCE = 1 << 18  # numbers at a time, so that what a try makes stays in the cache
+
+# Which code the largest number of a group may get. 4 bits have one code more below 0 than above,
+# and giving up a little of the largest number makes the others better.
+TRIES = {
+    4: tuple(code for size in (6.5, 7.0, 7.5, 8.0, 8.5, 9.0, 9.5) for code in (-size, size)),
+    8: tuple(127.0 + 0.25 * step for step in range(-8, 9)),
+}
+_LARGEST_SCALE = 65504.0  # of float16
+_LIMITS = {4: (-8, 7), 8: (-127, 127)}
+
+
+def quantise(
+    weight: torch.Tensor, bits: int, kernels: NativeKernels | None = None
+) -> QuantisedWeight:
+    """`weight` [N, K], float32 or bfloat16, in groups of 32: without zeros, scales in float16."""
+    if kernels:
+        return QuantisedWeight(
+            bits, GROUP_SIZE, *kernels.quantise(weight.contiguous(), bits, TRIES[bits])
+        )
+    parts = [_quantise_part(part.float(), bits) for part in torch.split(weight, _num_rows(weight))]
+    codes, scales = (torch.cat(of_parts) for of_parts in zip(*parts, strict=True))
+    return QuantisedWeight(bits, GROUP_SIZE, codes, scales)
+
+
+def _num_rows(weight: torch.Tensor) -> int:
+    return max(1, _NUMBERS_AT_ONCE // weight.shape[1])
+
+
+def _quantise_part(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    groups = pad(weight, (0, -weight.shape[1] % GROUP_SIZE)).view(len(weight), -1, GROUP_SIZE)
+    scales = _best_scales(groups, bits).half()
+    codes = _codes(groups, scales.float(), bits) + ZERO_CODE[bits]
+    dtype = torch.uint8 if bits == 4 else torch.int8
+    return codes.to(dtype).flatten(1)[:, : weight.shape[1]], scales.squeeze(-1)
+
+
+def _best_scales(groups: torch.Tensor, bits: int) -> torch.Tensor:
+    """[N, G, 1]: of all tries, and of the least-squares fit to the best one's codes."""
+    largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
+    best = _stored(largest / TRIES[bits][0])
+    error = _error(groups, best, bits)
+    for code in TRIES[bits][1:]:
+        best, error = _better(groups, _stored(largest / code), best, error, bits)
+    codes = _codes(groups, best, bits)
+    fit = (groups * codes).sum(-1, True) / (codes.square().sum(-1, True) + 1e-30)
+    return _better(groups, _stored(fit), best, error, bits)[0]
+
+
+def _stored(scales: torch.Tensor) -> torch.Tensor:
+    """The nearest scales that float16 has: codes are chosen for those."""
+    return scales.clamp(-_LARGEST_SCALE, _LARGEST_SCALE).half().float()
+
+
+def _better(
+    groups: torch.Tensor, scales: torch.Tensor, best: torch.Tensor, error: torch.Tensor, bits: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    found = _error(groups, scales, bits)
+    is_less = found < error
+    return torch.where(is_less, scales, best), torch.where(is_less, found, error)
+
+
+def _error(groups: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:
+    return (_codes(groups, scales, bits) * scales - groups).square().sum(-1, True)
+
+
+def _codes(groups: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:
+    inverse = torch.where(scales.abs() > 1e-30, 1 / scales, 0.0)
+    return (groups * inverse).round().clamp(*_LIMITS[bits])

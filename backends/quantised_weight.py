@@ -1,0 +1,72 @@
+"""A weight in few bits: whole numbers, and a scale for each group of them; and what makes one."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # graphs are checked without loading torch
+    import torch
+
+ZERO_CODE = {4: 8, 8: 0}  # the code that stands for 0 where a weight has no zeros of its own
+GROUP_SIZE = 32  # codes along k that share a scale, of weights that are quantised on load
+
+
+@dataclass(frozen=True, slots=True)
+class QuantisationMode:
+    """Bits of a weight, and of the rows that meet it.
+
+    Rows of 16 bits keep what sums in float32 keep; rows of 8 lose as much as an int8 weight does.
+    """
+
+    weight_bits: int
+    row_bits: int
+
+
+MODES: Mapping[str, QuantisationMode] = {
+    "int8": QuantisationMode(8, 16),
+    "int4": QuantisationMode(4, 8),
+    "w8a8": QuantisationMode(8, 8),
+}
+LOGITS_MODE = QuantisationMode(8, 16)  # in every mode: an error there goes into the answer as it is
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class QuantisedWeight:
+    """weight[n, k] = (codes[n, k] - zeros[n, g]) * scales[n, g], where g is k // group.
+
+    Shapes: `codes` [N, K] (8 bits: int8; 4 bits: uint8 of 0 to 15), `scales` [N, G] float16,
+    `zeros` [N, G] int16, or None where every zero is ZERO[bits]. `group`: codes along k that share
+    a scale, a multiple of 32; the last group may be shorter. `order` [K] int32: which k each column
+    of codes is for; None: in order.
+    """
+
+    bits: int
+    group: int
+    codes: "torch.Tensor"
+    scales: "torch.Tensor"
+    zeros: "torch.Tensor | None" = None
+    order: "torch.Tensor | None" = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.codes.shape[0], self.codes.shape[1]
+
+    def rows(self, top: int, end: int) -> "QuantisedWeight":
+        """Rows top to end, as a view."""
+        zeros = None if self.zeros is None else self.zeros[top:end]
+        part = self.codes[top:end], self.scales[top:end]
+        return QuantisedWeight(self.bits, self.group, *part, zeros, self.order)
+
+    def dequantised(self) -> "torch.Tensor":
+        """The weight that this stands for: float32 [N, K], its columns in order of k."""
+        values = self.ordered()
+        return values if self.order is None else values[:, self.order.argsort()]
+
+    def ordered(self) -> "torch.Tensor":
+        """The same, its columns as the codes have them."""
+        zeros = ZERO_CODE[self.bits] if self.zeros is None else self._each(self.zeros)
+        return (self.codes.float() - zeros) * self._each(self.scales)
+
+    def _each(self, of_groups: "torch.Tensor") -> "torch.Tensor":
+        """[N, G] -> float32 [N, K]."""
+        return of_groups.float().repeat_interleave(self.group, 1)[:, : self.shape[1]]

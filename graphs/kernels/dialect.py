@@ -1,0 +1,228 @@
+"""The kernel dialect: every kernel, the rules of a kernel graph, and type inference."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+
+import msgspec
+
+from sagellm.graphs.diagnostics import Diagnostic, GraphError
+from sagellm.graphs.ir import SINK, SOURCE, Edge, EdgeType, Graph, Node, TensorType
+from sagellm.graphs.kernels.kernel import KV, Kernel, ShapeError, Types
+from sagellm.graphs.kernels.rowwise import (
+    ADD,
+    ADD_RMS_NORM,
+    EMBEDDING,
+    GATE_UP_LINEAR,
+    GATED_LINEAR,
+    LINEAR,
+    MUL,
+    QKV_LINEAR,
+    RMS_NORM,
+    SELECT_ROWS,
+    SILU,
+    SILU_MUL,
+)
+from sagellm.graphs.kernels.token_mixers import (
+    KV_WRITE,
+    LINEAR_ATTENTION,
+    PAGED_ATTENTION,
+    ROPE,
+    ROPE_KV_WRITE,
+)
+from sagellm.graphs.vocabulary import Vocabulary, nearest
+
+KERNELS: dict[str, Kernel] = {
+    kernel.spec.name: kernel
+    for kernel in (
+        EMBEDDING,
+        RMS_NORM,
+        LINEAR,
+        ROPE,
+        KV_WRITE,
+        PAGED_ATTENTION,
+        SILU,
+        MUL,
+        ADD,
+        SELECT_ROWS,
+        QKV_LINEAR,
+        GATE_UP_LINEAR,
+        GATED_LINEAR,
+        ADD_RMS_NORM,
+        SILU_MUL,
+        ROPE_KV_WRITE,
+        LINEAR_ATTENTION,
+    )
+}
+
+KERNEL_VOCABULARY = Vocabulary({name: kernel.spec for name, kernel in KERNELS.items()})
+
+# T new tokens, B sequences, M blocks of the longest, R rows of logits, N blocks of a snapshot of
+# recurrent states. Where a model has several block tables, `slots` and `block_tables` have those of
+# all sequences for the first table, then for the second, and so on.
+STEP_INPUTS: dict[str, EdgeType] = {
+    "token_ids": TensorType(("T",), "int64"),
+    "positions": TensorType(("T",), "int64"),
+    "slots": TensorType(("T",), "int64"),
+    "query_starts": TensorType(("B+1",), "int64"),
+    "context_lens": TensorType(("B",), "int64"),
+    "block_tables": TensorType(("B", "M"), "int32"),
+    "logit_rows": TensorType(("R",), "int64"),
+    "states": TensorType((2, "B", "N"), "int32"),  # read before the step, and written by it
+    "kv": KV,
+}
+STEP_OUTPUTS = ("logits", "kv")
+
+
+KernelRule = Callable[[Graph], Iterator[Diagnostic]]
+
+
+def verify(graph: Graph) -> tuple[Diagnostic, ...]:
+    """Every breach of a rule. Rules after the first table assume that ops and ports are known."""
+    known = tuple(found for rule in NAME_RULES for found in rule(graph))
+    return known or tuple(found for rule in WIRING_RULES for found in rule(graph))
+
+
+def known_kernels(graph: Graph) -> Iterator[Diagnostic]:
+    for node in graph.nodes:
+        if node.op not in KERNELS:
+            yield _breach("unknown-kernel", node.name, f"no kernel {node.op!r}", node.op, KERNELS)
+
+
+def unique_names(graph: Graph) -> Iterator[Diagnostic]:
+    for name, count in Counter(graph.names).items():
+        if count > 1 or name in (SOURCE, SINK):
+            yield _breach("duplicate-node", name, "the name of a node is its own alone")
+
+
+def known_options(graph: Graph) -> Iterator[Diagnostic]:
+    for node in graph.nodes:
+        if node.op in KERNELS:
+            yield from _option_breaches(node)
+
+
+def known_ports(graph: Graph) -> Iterator[Diagnostic]:
+    outlets, inlets = _outlet_names(graph), _inlet_names(graph)
+    for edge in graph.edges:
+        yield from _port_breaches(graph, edge, edge.source, edge.outlet, outlets)
+        yield from _port_breaches(graph, edge, edge.target, edge.inlet, inlets)
+
+
+def acyclic(graph: Graph) -> Iterator[Diagnostic]:
+    try:
+        graph.topological()
+    except ValueError as error:
+        yield Diagnostic("cycle", ("edges",), str(error))
+
+
+def fed_once(graph: Graph) -> Iterator[Diagnostic]:
+    fed = Counter((edge.target, edge.inlet) for edge in graph.edges)
+    for name, inlets in _inlet_names(graph).items():
+        for inlet in inlets:
+            if fed[name, inlet] != 1:
+                yield _breach(
+                    "unfed-inlet", name, f"inlet {inlet!r} is fed {fed[name, inlet]} times"
+                )
+
+
+def outlets_used(graph: Graph) -> Iterator[Diagnostic]:
+    used = {(edge.source, edge.outlet) for edge in graph.edges}
+    for name, outlets in _outlet_names(graph).items():
+        for outlet in outlets:
+            if name != SOURCE and (name, outlet) not in used:
+                yield _breach("dangling-outlet", name, f"nothing uses outlet {outlet!r}")
+
+
+def states_linear(graph: Graph) -> Iterator[Diagnostic]:
+    """A state has one user at a time: that is what orders writes and reads."""
+    used = Counter(edge.source for edge in graph.edges if edge.outlet == KV)
+    for name, count in used.items():
+        if count > 1:
+            yield _breach("state-shared", name, f"state {KV!r} goes to {count} nodes; thread it")
+    for edge in graph.edges:
+        if (edge.outlet == KV) != (edge.inlet == KV):
+            yield _breach("state-mixed", edge.target, f"{edge}: a state feeds a state inlet alone")
+
+
+NAME_RULES: tuple[KernelRule, ...] = (known_kernels, unique_names, known_options, known_ports)
+WIRING_RULES: tuple[KernelRule, ...] = (acyclic, fed_once, outlets_used, states_linear)
+
+
+def _port_breaches(
+    graph: Graph, edge: Edge, name: str, port: str, ports: Mapping[str, tuple[str, ...]]
+) -> Iterator[Diagnostic]:
+    """Nodes of an unknown kernel have been reported, and their ports are anyone's guess."""
+    if name in graph.names and name not in ports:
+        return
+    known = ports.get(name, ())
+    if port not in known:
+        yield _breach("unknown-port", name, f"{edge}: no port {port!r}", port, known)
+
+
+def _option_breaches(node: Node) -> Iterator[Diagnostic]:
+    kernel = KERNELS[node.op]
+    known = list(kernel.spec.option_types)
+    for option in node.attrs:
+        if option not in known:
+            yield _breach("unknown-option", node.name, f"no option {option!r}", option, known)
+    try:
+        kernel.options(node)
+    except msgspec.ValidationError as error:
+        yield _breach("bad-option", node.name, f"{node.op}: {error}")
+
+
+def _breach(
+    code: str, node: str, message: str, name: str = "", known: Iterable[str] = ()
+) -> Diagnostic:
+    close = nearest(name, list(known)) if name else None
+    hint = f"did you mean {close!r}?" if close else None
+    return Diagnostic(code, ("nodes", node), f"{node}: {message}", hint)
+
+
+def _outlet_names(graph: Graph) -> dict[str, tuple[str, ...]]:
+    ports = {n.name: tuple(p.name for p in KERNELS[n.op].spec.outlets) for n in _known_nodes(graph)}
+    return {SOURCE: tuple(STEP_INPUTS), **ports}
+
+
+def _inlet_names(graph: Graph) -> dict[str, tuple[str, ...]]:
+    ports = {n.name: tuple(p.name for p in KERNELS[n.op].spec.inlets) for n in _known_nodes(graph)}
+    return {SINK: STEP_OUTPUTS, **ports}
+
+
+def _known_nodes(graph: Graph) -> Iterator[Node]:
+    return (node for node in graph.nodes if node.op in KERNELS)
+
+
+def infer(graph: Graph) -> Graph:
+    """The same graph with the type of every edge filled in.
+
+    Raises GraphError: what `verify` finds, or the first node whose inlets do not fit it.
+    """
+    found = verify(graph)
+    if found:
+        raise GraphError(found)
+    types: dict[tuple[str, str], EdgeType] = {(SOURCE, k): v for k, v in STEP_INPUTS.items()}
+    for node in graph.topological():
+        types |= _outlet_types(node, _inlet_types(graph, node.name, types))
+    return replace(
+        graph, edges=tuple(replace(e, type=types[e.source, e.outlet]) for e in graph.edges)
+    )
+
+
+def logits_type(graph: Graph) -> EdgeType | None:
+    """The type of the graph's logits, once inferred."""
+    return next((edge.type for edge in graph.inputs(SINK) if edge.inlet == "logits"), None)
+
+
+def _inlet_types(graph: Graph, name: str, types: dict[tuple[str, str], EdgeType]) -> Types:
+    return {edge.inlet: types[edge.source, edge.outlet] for edge in graph.inputs(name)}
+
+
+def _outlet_types(node: Node, inlets: Types) -> dict[tuple[str, str], EdgeType]:
+    try:
+        outlets = KERNELS[node.op].outlet_types(node, inlets)
+    except ShapeError as error:
+        where = ("nodes", node.name)
+        message = f"{node.name} ({node.op}): {error}"
+        raise GraphError((Diagnostic("shape-mismatch", where, message),)) from None
+    return {(node.name, outlet): kind for outlet, kind in outlets.items()}

@@ -1,0 +1,215 @@
+"""Rules on engines and models: capabilities, replicas, memory, names and routes."""
+
+from collections.abc import Iterator
+
+from sagellm.graphs.diagnostics import VALUE, Diagnostic, Path
+from sagellm.graphs.ir import SOURCE, FrozenMap, Graph, downstream
+from sagellm.graphs.rules.option_types import check_options
+from sagellm.graphs.rules.rule import CheckContext, EngineFactsView, choice
+from sagellm.graphs.sections import (
+    MODELS_OPTION,
+    ROUTE_MODEL,
+    ServedModelOptions,
+    engine_kind,
+    model_engines,
+    model_outlets,
+    model_routers,
+    router_outlets,
+    served_models,
+)
+from sagellm.graphs.vocabulary import unmet_needs
+
+ROUTE = "route"
+_ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def capabilities(context: CheckContext) -> Iterator[Diagnostic]:
+    for node, spec in context.specified:
+        engine = context.engine_of(node, spec)
+        offered = context.facts.engine(engine).capabilities if engine else None
+        if engine is None or offered is None or not (lacks := unmet_needs(spec.needs, offered)):
+            continue
+        what = ", ".join(need.replace("|", " or ") for need in lacks)
+        kind = engine_kind(context.graph.engines[engine])
+        message = f"`{node.name}` needs {what}, which engine `{engine}` of kind `{kind}` lacks"
+        path = ("operators", node.name, "engine", VALUE)
+        yield Diagnostic(
+            "missing-capability", path, message, _capable_engines(context, spec.needs, offered)
+        )
+
+
+def _capable_engines(context: CheckContext, needs: frozenset[str], offered: frozenset[str]) -> str:
+    """A hint: an engine of the graph that can do it, and the kinds whose engines can."""
+    engines = (
+        name
+        for name in context.graph.engines
+        if not unmet_needs(needs, context.facts.engine(name).capabilities or frozenset())
+    )
+    kinds = [
+        name
+        for name, kind in (context.facts.engine_kinds or {}).items()
+        if not unmet_needs(needs, kind.capabilities)
+    ]
+    fixes = [f"use engine `{name}`" for name in engines][:1]
+    if kinds:
+        fixes.append(f"an engine of kind {' or '.join(f'`{kind}`' for kind in kinds)} can do it")
+    return "; ".join(fixes) or f"it offers {', '.join(sorted(offered)) or 'nothing'}"
+
+
+def routed_replicas(context: CheckContext) -> Iterator[Diagnostic]:
+    unrouted = unrouted_nodes(context.graph)
+    for node, spec in context.specified:
+        engine = context.engine_of(node, spec)
+        if engine and node.name in unrouted and (count := num_replicas(context, engine)) > 1:
+            message = (
+                f"engine `{engine}` has {count} replicas; nothing chooses one for `{node.name}`"
+            )
+            hint = f"put an operator with `op: {ROUTE}` before `{node.name}`"
+            yield Diagnostic("unrouted-replicas", ("operators", node.name), message, hint)
+
+
+def unrouted_nodes(graph: Graph) -> set[str]:
+    """Take the routers away: what a request still reaches has none before it."""
+    routers = [node.name for node in graph.nodes if node.op == ROUTE]
+    return downstream(graph, SOURCE, avoiding=routers)
+
+
+def num_replicas(context: CheckContext, engine: str) -> int:
+    """How many replicas an engine has: the fact, else its option, else 1."""
+    known = context.facts.engine(engine).replicas
+    options = context.graph.engines[engine]
+    told = options.get("replicas") if isinstance(options, FrozenMap) else None
+    return known or (told if isinstance(told, int) else 1)
+
+
+def memory(context: CheckContext) -> Iterator[Diagnostic]:
+    """The pools of all engines on one device fit its memory, as it was when they were sized."""
+    views = {name: context.facts.engine(name) for name in context.graph.engines}
+    for device in dict.fromkeys(view.device for view in views.values()):
+        here = {name: view for name, view in views.items() if view.device == device}
+        known = [view.memory_bytes for view in here.values() if view.memory_bytes is not None]
+        yield from _memory_excess(
+            context, tuple(here), max(known, default=context.facts.memory_bytes)
+        )
+
+
+def _memory_excess(
+    context: CheckContext, engines: tuple[str, ...], limit: int | None
+) -> Iterator[Diagnostic]:
+    pools = {name: _pool_bytes(context, name) for name in engines}
+    total = sum(pools.values())
+    if limit is None or total <= limit:
+        return
+    largest = max(pools, key=lambda name: pools[name])
+    message = f"the KV pools need {_mib(total)}, and there are {_mib(limit)} of memory"
+    if len(pools) > 1:
+        message += f"; `{largest}` needs {_mib(pools[largest])}"
+    hint = _fitting_blocks(context, largest, limit - total + pools[largest])
+    yield Diagnostic("too-much-memory", ("engines", largest), message, hint)
+
+
+def _pool_bytes(context: CheckContext, engine: str) -> int:
+    return (context.facts.engine(engine).kv_pool_bytes or 0) * num_replicas(context, engine)
+
+
+def _fitting_blocks(context: CheckContext, engine: str, free_bytes: int) -> str:
+    """A hint: how many blocks a replica could have, where the facts tell a block's size."""
+    block_bytes = _block_bytes(context.facts.engine(engine))
+    if block_bytes is None or free_bytes < block_bytes:
+        return "give the engines fewer KV blocks"
+    num_blocks = free_bytes // (block_bytes * num_replicas(context, engine))
+    return f"{num_blocks} blocks a replica of `{engine}` would fit"
+
+
+def _block_bytes(facts: EngineFactsView) -> int | None:
+    factors = (facts.num_layers, facts.num_kv_heads, facts.head_dim, facts.block_size)
+    size = 2 * _ITEM_BYTES.get(facts.dtype or "", 0)  # keys and values
+    for factor in factors:
+        size *= factor or 0
+    return size or None
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:,.1f} MiB"
+
+
+def model_options(context: CheckContext) -> Iterator[Diagnostic]:
+    for key, given in context.graph.models.items():
+        path: Path = ("models", key)
+        if isinstance(given, FrozenMap):
+            yield from check_options(path, given, ServedModelOptions, context.facts)
+        else:
+            message = f"the options of model `{key}` must be a mapping"
+            yield Diagnostic("wrong-type", path, message, "write `{aliases: [...]}`, or `{}`")
+
+
+def known_tasks(context: CheckContext) -> Iterator[Diagnostic]:
+    for key, given in context.graph.models.items():
+        tasks = given.get("tasks", ("generate",)) if isinstance(given, FrozenMap) else ("generate",)
+        path: Path = ("models", key, "tasks", VALUE)
+        hint = "write `tasks: [generate]`, or leave it out"
+        if isinstance(tasks, tuple) and "embed" in tasks:
+            message = f"`{key}` is to embed, and no operator of this version computes embeddings"
+            yield Diagnostic("unbuilt-task", path, message, hint)
+        elif tasks == ():
+            yield Diagnostic("wrong-value", path, f"`tasks` of `{key}` lists nothing", hint)
+
+
+def unique_model_names(context: CheckContext) -> Iterator[Diagnostic]:
+    """A name that clients use means one model."""
+    owners: dict[str, str] = {}
+    for model in served_models(context.graph):
+        for name in dict.fromkeys((*model.names, model.key)) if model.key else ():
+            owner = owners.setdefault(name, model.key)
+            path: Path = ("models", model.key)
+            if not name:
+                message = f"a name of `{model.key}` is empty"
+                yield Diagnostic("wrong-value", path, message, "write what clients call it")
+            elif owner != model.key:
+                message = f"`{owner}` and `{model.key}` are both called `{name}`"
+                yield Diagnostic("duplicate-model", path, message, "give each names of its own")
+
+
+def routed_models(context: CheckContext) -> Iterator[Diagnostic]:
+    """Each model of the table has an outlet, and each outlet a model of the table, if any."""
+    graph, leading = context.graph, model_outlets(context.graph)
+    found = model_routers(graph)
+    if not found:
+        for key in tuple(graph.models)[1:]:
+            message = f"nothing sends a request to `{key}` rather than to another model"
+            hint = f"put an operator with `op: {ROUTE_MODEL}` behind `source`"
+            yield Diagnostic("unrouted-model", ("models", key), message, hint)
+        return
+    for key in graph.models:
+        if key not in leading:
+            message = f"no operator `{ROUTE_MODEL}` has an outlet for the model `{key}`"
+            hint = f"add it to `{MODELS_OPTION}` of `{found[0]}`"
+            yield Diagnostic("unrouted-model", ("models", key), message, hint)
+    for name in found if graph.models else ():
+        for key in router_outlets(graph, name):
+            if key not in graph.models:
+                path: Path = ("operators", name, MODELS_OPTION, VALUE)
+                hint = choice(key, graph.models)
+                message = f"the table `models` has no model `{key}`"
+                yield Diagnostic("unknown-model", path, message, hint)
+
+
+def models_with_engines(context: CheckContext) -> Iterator[Diagnostic]:
+    """Each model has an engine, and each engine computes for a model."""
+    graph = context.graph
+    if not model_routers(graph):
+        return
+    used = {key: model_engines(graph, key) for key in model_outlets(graph)}
+    for key, engines in used.items():
+        if not engines:
+            path: Path = ("operators", model_routers(graph)[0])
+            message = f"no engine computes for the model `{key}`"
+            hint = f"lead its outlet to an operator with an engine, `{model_routers(graph)[0]}.{key} ->`"
+            yield Diagnostic("no-engine", path, message, hint)
+    every = {name for engines in used.values() for name in engines}
+    for node, spec in context.specified:
+        engine = context.engine_of(node, spec)
+        if engine is not None and engine not in every:
+            message = f"no outlet of a `{ROUTE_MODEL}` leads to `{node.name}`"
+            hint = f"put it behind an outlet, `{model_routers(graph)[0]}.MODEL -> {node.name}`"
+            yield Diagnostic("unrouted-engine", ("operators", node.name), message, hint)

@@ -1,0 +1,109 @@
+"""A rule and its input: a stream graph, its vocabulary, and the facts around it."""
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from sagellm.graphs.diagnostics import Diagnostic
+from sagellm.graphs.ir import Edge, Graph, Node
+from sagellm.graphs.vocabulary import NoOptions, OpSpec, Vocabulary, nearest
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFactsView:
+    """One engine of the graph, as far as it is known; None skips the rules that ask for it."""
+
+    model_hash: str | None = None
+    dtype: str | None = None
+    quantization: str | None = None  # "none" for weights as they are stored
+    block_size: int | None = None  # tokens
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    num_layers: int | None = None  # of one KV block
+    max_model_len: int | None = None
+    kv_pool_bytes: int | None = None  # of one replica
+    device: str = ""  # whose memory the pool is in
+    memory_bytes: int | None = None  # of that device, as its pool was sized for; None: of `Facts`
+    replicas: int | None = None  # None: the engine's option `replicas`, or 1
+    capabilities: frozenset[str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineKindView:
+    """One kind of engine: the dataclass of its options, and what an engine of it can do."""
+
+    options: type
+    capabilities: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """The surroundings that a graph is checked against.
+
+    `engine_kinds` are the kinds of engines by name; None skips the rules on their options.
+    `executors` maps a kind of executor to the dataclass of its options. `names` holds the known
+    names of an open set, such as policies: an option whose field has metadata
+    {"names": "policies"} must be one of them.
+    """
+
+    memory_bytes: int | None = None  # shared by the KV pools of engines on one device
+    engines: Mapping[str, EngineFactsView] = field(default_factory=dict)
+    functions: Collection[str] | None = None  # the user's, by registered name
+    engine_kinds: Mapping[str, EngineKindView] | None = None
+    executors: Mapping[str, type] = field(default_factory=lambda: {"tasks": NoOptions})
+    names: Mapping[str, Collection[str]] = field(default_factory=dict)
+
+    def engine(self, name: str) -> EngineFactsView:
+        return self.engines.get(name, EngineFactsView())
+
+
+@dataclass(frozen=True, slots=True)
+class CheckContext:
+    """A stream graph under check."""
+
+    graph: Graph
+    vocabulary: Vocabulary
+    facts: Facts
+
+    def spec(self, name: str) -> OpSpec | None:
+        """What the operator of that node declares; None for `source`, `sink` and unknown names."""
+        for node in self.graph.nodes:
+            if node.name == name:
+                return self._spec_of(node)
+        return None
+
+    @property
+    def specified(self) -> Iterator[tuple[Node, OpSpec]]:
+        """The nodes whose op is known."""
+        for node in self.graph.nodes:
+            spec = self._spec_of(node)
+            if spec is not None:
+                yield node, spec
+
+    def _spec_of(self, node: Node) -> OpSpec | None:
+        spec = self.vocabulary.get(node.op)
+        return spec.with_options(node.attrs) if spec else None
+
+    @property
+    def forward(self) -> Iterator[tuple[int, Edge]]:
+        """The numbered edges that items travel along downstream."""
+        return ((n, edge) for n, edge in enumerate(self.graph.edges) if not edge.feedback)
+
+    def engine_of(self, node: Node, spec: OpSpec) -> str | None:
+        """The engine that a node refers to, if it does and the graph has it."""
+        name = node.attrs.get("engine")
+        return (
+            name if spec.engine and isinstance(name, str) and name in self.graph.engines else None
+        )
+
+
+Rule: TypeAlias = Callable[[CheckContext], Iterator[Diagnostic]]
+
+
+def choice(name: object, known: Iterable[str]) -> str:
+    """A hint: the known name that was probably meant, or all there are."""
+    names = sorted(known)
+    close = nearest(str(name), names)
+    if close is not None:
+        return f"did you mean `{close}`?"
+    return f"there are {', '.join(names)}" if names else "there are none"

@@ -1,0 +1,259 @@
+"""The queue of `policy_sort`: requests in the order of a policy, as a value."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+import msgspec
+from immutables import Map
+from msgspec.structs import replace
+
+from sagellm.operators.policies.order import QueueOrder
+from sagellm.runtime.feedback import Backlog
+from sagellm.runtime.forecast import Forecast
+from sagellm.runtime.messages import Request
+from sagellm.runtime.operator import Signal
+from sagellm.runtime.persistent import SortedChunks
+from sagellm.runtime.prefixes import PrefixIndex
+
+# rank, arrival, number: the number is unique, so two requests are never compared.
+QueueEntry: TypeAlias = tuple[float, float, int, Request]
+_Expiry: TypeAlias = tuple[float, int, QueueEntry]
+EntriesByRequest: TypeAlias = Map[str, tuple[QueueEntry, ...]]
+
+
+class RankContext(msgspec.Struct, frozen=True):
+    """What ranks depend on beside requests and time.
+
+    `orders`: of the policy, with prefills as they are predicted now. `state`: of a policy that has
+    one. `indexes`: the prefix blocks of engines.
+    """
+
+    orders: tuple[QueueOrder, ...]
+    forecast: Forecast = Forecast()
+    state: Any = None
+    indexes: Mapping[str, PrefixIndex] = {}
+
+
+class RequestQueue(msgspec.Struct, frozen=True):
+    """The waiting requests. An update costs microseconds, however many wait.
+
+    `entries` ascend by rank, arrival and number; `expiries` by time. `choices`: the entries of each
+    request. `declined` are candidates that found no credit since credit last changed.
+    """
+
+    entries: SortedChunks[QueueEntry] = SortedChunks()
+    expiries: SortedChunks[_Expiry] = SortedChunks()
+    choices: EntriesByRequest = Map()
+    declined: tuple[QueueEntry, ...] = ()
+    level: int = 0
+    num_arrived: int = 0
+    backlog: Backlog = Backlog()  # of the entries
+    waiting_since_s: float = 0.0  # when something began to wait
+    told_s: float = 0.0  # until when `backlog.busy_s` counts
+    num_sent: int = 0
+    num_sent_tokens: int = 0  # of prompts
+    known: RankContext = RankContext(())
+
+    @property
+    def wake_at(self) -> float | None:
+        first = self.expiries.first
+        return None if first is None else first[0]
+
+    def knowing(self, **changes: Any) -> "RequestQueue":
+        """The same requests, with something else known."""
+        return replace(self, known=replace(self.known, **changes))
+
+    def busy_s(self, now: float) -> float:
+        """How long something has waited in it, or could not have been sent on, until now."""
+        backlog = self.backlog
+        if now <= self.told_s or backlog.is_open:
+            return backlog.busy_s
+        return backlog.busy_s + now - self.told_s
+
+    def with_request(self, request: Request, order: QueueOrder, now: float) -> "RequestQueue":
+        """Raises what the order's rank raises, and ValueError where that is not a number."""
+        rank = float(order.rank(request))
+        if math.isnan(rank):
+            raise ValueError("a rank must be a number")
+        number, request_id = self.num_arrived, request.request_id
+        entry = (rank, request.stamps.arrived_s, number, request)
+        choices = (*self.choices.get(request_id, ()), entry)
+        expiries = self.expiries
+        if request.expires_s is not None:
+            expiries = expiries.inserted((request.expires_s, number, entry))
+        return RequestQueue(
+            self.entries.inserted(entry),
+            expiries,
+            self.choices.set(request_id, choices),
+            self.declined,
+            self.level,
+            number + 1,
+            _counted(self.backlog, request, 1, request.num_uncached_tokens, self.busy_s(now)),
+            self.waiting_since_s if self.backlog.num_requests else now,
+            max(self.told_s, now),
+            self.num_sent,
+            self.num_sent_tokens,
+            self.known,
+        )
+
+    def without_taken(self, taken: Request, now: float) -> "RequestQueue":
+        """Without the candidate that was taken; nothing counts as declined any more."""
+        entry, *others = self.choices[taken.request_id]
+        if others:
+            entry = next(one for one in (entry, *others) if _is_same(one[3], taken))
+        waited = max(self.told_s, now) > self.waiting_since_s
+        return self._without(entry, now, (), was_sent=True, was_served=waited)
+
+    def with_room(self, now: float, *, has_room: bool) -> "RequestQueue":
+        """Engines downstream have room for a request again, or have none any more."""
+        backlog = replace(self.backlog, busy_s=self.busy_s(now), num_full=not has_room)
+        if has_room and not len(self.entries) and self.num_sent:
+            backlog = replace(
+                backlog,
+                num_served=backlog.num_served + 1,
+                num_served_tokens=backlog.num_served_tokens + self.num_sent_tokens // self.num_sent,
+            )
+        return replace(self, backlog=backlog, told_s=max(self.told_s, now))
+
+    def without_signalled(
+        self, signal: Signal, now: float
+    ) -> tuple["RequestQueue", tuple[Request, ...]]:
+        """The queue without the requests that a signal ends, and those."""
+        entries = self.choices.get(signal.request_id, ())
+        return self._without_all([one for one in entries if signal.concerns(one[3].key)], now)
+
+    def without_expired(self, now: float) -> tuple["RequestQueue", tuple[Request, ...]]:
+        """The queue without the requests whose time has passed, and those."""
+        expired: list[QueueEntry] = []
+        for expires_s, _, entry in self.expiries:
+            if expires_s > now:
+                break
+            expired.append(entry)
+        return self._without_all(expired, now)
+
+    def at_level(self, level: int, order: QueueOrder) -> "RequestQueue":
+        """The same requests in another order."""
+        queue = self
+        for entry in self.entries:
+            queue = queue._moved(entry, float(order.rank(entry[3])))
+        return replace(queue, level=level, declined=())
+
+    def told(self, order: QueueOrder) -> Backlog:
+        """What waits, as operators upstream should know it: an order may make no one patient."""
+        if order.lapses:
+            return self.backlog
+        return replace(self.backlog, num_patient=0, num_patient_tokens=0)
+
+    def lapsed(self, order: QueueOrder, now: float) -> "RequestQueue":
+        """The same requests, those whose time has passed at their later ranks."""
+        if order.grace_s is None:
+            return self
+        queue = self
+        while (first := queue.entries.first) is not None and first[0] < now:
+            queue = queue._moved(first, order.later_rank(first[3], now))
+        return queue
+
+    def _moved(self, entry: QueueEntry, rank: float) -> "RequestQueue":
+        """The same requests, one of them at another rank."""
+        moved = (rank, *entry[1:])
+        request = entry[3]
+        expiries = self.expiries
+        if request.expires_s is not None:
+            expiries = expiries.removed((request.expires_s, entry[2], entry))
+            expiries = expiries.inserted((request.expires_s, entry[2], moved))
+        choices = self.choices[request.request_id]
+        return replace(
+            self,
+            entries=self.entries.removed(entry).inserted(moved),
+            expiries=expiries,
+            choices=self.choices.set(request.request_id, _exchanged(choices, entry, moved)),
+            declined=_exchanged(self.declined, entry, moved),
+        )
+
+    def _without(
+        self,
+        entry: QueueEntry,
+        now: float,
+        declined: tuple[QueueEntry, ...],
+        *,
+        was_sent: bool = False,
+        was_served: bool = False,
+    ) -> "RequestQueue":
+        request, expiries = entry[3], self.expiries
+        num_tokens, busy_s = request.num_uncached_tokens, self.busy_s(now)
+        if request.expires_s is not None:
+            expiries = expiries.removed((request.expires_s, entry[2], entry))
+        return RequestQueue(
+            self.entries.removed(entry),
+            expiries,
+            _without_choice(self.choices, entry),
+            declined,
+            self.level,
+            self.num_arrived,
+            _counted(self.backlog, request, -1, num_tokens, busy_s, was_served=was_served),
+            self.waiting_since_s,
+            max(self.told_s, now),
+            self.num_sent + was_sent,
+            self.num_sent_tokens + num_tokens * was_sent,
+            self.known,
+        )
+
+    def _without_all(
+        self, entries: list[QueueEntry], now: float
+    ) -> tuple["RequestQueue", tuple[Request, ...]]:
+        queue = self
+        for entry in entries:
+            queue = queue._without(entry, now, queue.declined)
+        return queue, tuple(entry[3] for entry in entries)
+
+
+def _without_choice(choices: EntriesByRequest, entry: QueueEntry) -> EntriesByRequest:
+    request_id = entry[3].request_id
+    if len(choices[request_id]) == 1:
+        return choices.delete(request_id)
+    rest = tuple(one for one in choices[request_id] if one[2] != entry[2])
+    return choices.set(request_id, rest)
+
+
+def _exchanged(
+    entries: tuple[QueueEntry, ...], entry: QueueEntry, other: QueueEntry
+) -> tuple[QueueEntry, ...]:
+    return tuple(other if one[2] == entry[2] else one for one in entries)
+
+
+def _counted(
+    backlog: Backlog,
+    request: Request,
+    sign: int,
+    num_prompt_tokens: int,
+    busy_s: float,
+    *,
+    was_served: bool = False,
+) -> Backlog:
+    """The backlog with a request of so many uncached tokens more, or less."""
+    is_patient = request.slo_ttft_s is None
+    return Backlog(
+        backlog.num_requests + sign,
+        backlog.num_tokens + sign * (num_prompt_tokens + request.sampling.max_tokens),
+        backlog.num_prompt_tokens + sign * num_prompt_tokens,
+        backlog.num_patient + sign * is_patient,
+        backlog.num_patient_tokens + sign * num_prompt_tokens * is_patient,
+        backlog.num_served + was_served,
+        backlog.num_served_tokens + num_prompt_tokens * was_served,
+        busy_s,
+        backlog.num_full,
+    )
+
+
+def backlogs_differ(one: Backlog, other: Backlog) -> bool:
+    """Whether anything but their busy time does."""
+    if one is other:
+        return False
+    if one.num_requests != other.num_requests:
+        return True
+    return replace(one, busy_s=other.busy_s) != other
+
+
+def _is_same(held: Request, taken: Request) -> bool:
+    return held is taken or (held.key == taken.key and held.epoch == taken.epoch)

@@ -1,5 +1,0 @@
-"""What links cannot be made of."""
-
-
-class BadKeys(ValueError):
-    """Keys that are not there, or not to be trusted; the message says which, and how to fix it."""

@@ -1,0 +1,217 @@
+"""The accounts of a core: the ledger of requests, and the meters of operators and edges."""
+
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from sagellm.graphs.ir import Graph
+from sagellm.runtime.messages import Answer, Forked, Item, TokenEvent
+
+LedgerKey = tuple[str, int]
+
+
+class LedgerError(AssertionError):
+    """The books do not balance: a fault of sagellm, never of its user."""
+
+
+@dataclass(slots=True)
+class Ledger:
+    """Counts what came in and what went out; `check` raises LedgerError where they differ."""
+
+    gaps: bool = False  # a user's filter or map may leave tokens out
+    num_accepted: int = 0
+    ended: Counter[str] = field(default_factory=Counter)
+    num_tokens: int = 0
+    _next_position: dict[LedgerKey, int] = field(default_factory=dict)
+    faults: list[str] = field(default_factory=list)
+
+    @property
+    def num_open(self) -> int:
+        return len(self._next_position)
+
+    def accept(self, key: LedgerKey, *, position: int = 0) -> None:
+        """A choice enters; `position` is that of its first new token."""
+        self.num_accepted += 1
+        if key in self._next_position:
+            self.faults.append(f"{key} was accepted twice")
+        self._next_position[key] = position
+
+    def fork(self, forked: Forked) -> None:
+        """The one choice of a request became several."""
+        for choice in range(forked.num_choices):
+            if (forked.request_id, choice) not in self._next_position:
+                self.accept((forked.request_id, choice))
+
+    def record(self, item: Item) -> None:
+        """An item reached the sink."""
+        if isinstance(item, TokenEvent):
+            self.record_tokens(item)
+        elif item.key not in self._next_position:
+            self._miss(item)
+        elif isinstance(item, Answer):
+            self.num_tokens += item.num_tokens
+            self._end(item.key, item.finish_reason)
+
+    def record_tokens(self, event: TokenEvent) -> None:
+        """Tokens reached the sink, or the end of a choice."""
+        key, position = event.key, event.position
+        num_tokens = len(event.token_ids) + event.num_tokens_without_ids
+        expected = self._next_position.get(key)
+        if expected is None:
+            self._miss(event)
+            return
+        if position != expected and num_tokens and (position < expected or not self.gaps):
+            self.faults.append(f"{key} gave position {position}, not {expected}")
+        self._next_position[key] = position + num_tokens
+        self.num_tokens += num_tokens
+        if event.finish_reason is not None:
+            self._end(key, event.finish_reason)
+
+    def _miss(self, item: Item) -> None:
+        self.faults.append(f"{item.key} had no request, or had ended")
+
+    def _end(self, key: LedgerKey, reason: str) -> None:
+        del self._next_position[key]
+        self.ended[reason] += 1
+
+    def check(self) -> None:
+        """At rest: accepted = ended, nothing open, no fault. Raises LedgerError."""
+        if self._next_position:
+            self.faults.append(f"never ended: {sorted(self._next_position)[:8]}")
+        if self.num_accepted != self.ended.total():
+            self.faults.append(f"{self.num_accepted} accepted, {self.ended.total()} ended")
+        if self.faults:
+            raise LedgerError("; ".join(self.faults))
+
+
+Clock: TypeAlias = Callable[[], float]
+
+
+@dataclass(slots=True)
+class CommittedCount:
+    """A count; a transaction adds to it where it is committed."""
+
+    count: int = 0
+
+
+class Stopwatch:
+    """Adds up the time during which something is the case, for one or for several at once."""
+
+    __slots__ = ("_clock", "_since_s", "_total_s", "level")
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._since_s = 0.0
+        self._total_s = 0.0
+        self.level = 0
+
+    def enter(self) -> None:
+        if self.level == 0:
+            self._since_s = self._clock()
+        self.level += 1
+
+    def leave(self) -> None:
+        self.level -= 1
+        if self.level == 0:
+            self._total_s += self._clock() - self._since_s
+
+    @property
+    def seconds(self) -> float:
+        return self._total_s + (self._clock() - self._since_s if self.level else 0.0)
+
+
+@dataclass(slots=True)
+class LogicMeter:
+    """One logic operator. What came and went, its edges count."""
+
+    blocked: Stopwatch  # an input of it is undone, or it holds a queue that nobody takes from
+    ended: CommittedCount = field(default_factory=CommittedCount)
+    errors: CommittedCount = field(default_factory=CommittedCount)
+    process_s: float = 0.0
+    num_queued: int = 0
+    is_queue: bool = False
+
+    def queue(self, num_queued: int) -> None:
+        """The operator told how many wait in it."""
+        self.is_queue = True
+        if bool(num_queued) != bool(self.num_queued):
+            (self.blocked.enter if num_queued else self.blocked.leave)()
+        self.num_queued = num_queued
+
+
+@dataclass(slots=True)
+class ServiceMeter:
+    """One replica of a service operator: busy while it holds an item, be it in its engine."""
+
+    held: Stopwatch
+    blocked: Stopwatch  # a task of it waits for credit downstream
+    num_in: int = 0
+    num_sent: int = 0
+    num_ended: int = 0
+    num_errors: int = 0
+    process_s: float = 0.0
+
+
+def stopped_clock() -> float:
+    return 0.0
+
+
+_ONE_EACH: Mapping[str, int] = {}
+
+
+class Meter:
+    """All meters of one graph. Reading it changes nothing, so any number of readers may.
+
+    `clock` only times the operators; no decision depends on it.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        logic: Collection[str],
+        replicas: Mapping[str, int] = _ONE_EACH,
+        clock: Clock = stopped_clock,
+    ) -> None:
+        self.clock = clock
+        self.edges = {
+            (edge.source, edge.outlet): CommittedCount()
+            for edge in graph.edges
+            if not edge.feedback
+        }
+        self.logic = {name: LogicMeter(Stopwatch(clock)) for name in logic}
+        self.services: dict[tuple[str, int], ServiceMeter] = {}
+        for node in graph.nodes:
+            for replica in range(replicas.get(node.name, 1)) if node.name not in self.logic else ():
+                self.add(node.name, replica)
+
+    def add(self, node: str, replica: int) -> None:
+        """One more replica of a service operator."""
+        self.services[node, replica] = ServiceMeter(Stopwatch(self.clock), Stopwatch(self.clock))
+
+    def sent(self, source: str, replica: int, number: int = 1) -> None:
+        """A service operator, or the source, got rid of items."""
+        service = self.services.get((source, replica))
+        if service is not None:
+            service.num_sent += number
+
+    def entered(self, node: str, replica: int) -> None:
+        """A service operator was given an item."""
+        service = self.services[node, replica]
+        service.num_in += 1
+        service.held.enter()
+
+    def queue(self, node: str, num_queued: int) -> None:
+        """An operator reported how many wait in it."""
+        if node in self.logic:
+            self.logic[node].queue(num_queued)
+
+    def waiting(self, source: str, replica: int, undone: Sequence[str]) -> list[Stopwatch]:
+        """What times an item of `source` that waits for credit, and the operators undone by it."""
+        watches = self.blocked_watches(undone)
+        if (source, replica) in self.services:
+            watches.append(self.services[source, replica].blocked)
+        return watches
+
+    def blocked_watches(self, nodes: Sequence[str]) -> list[Stopwatch]:
+        return [self.logic[node].blocked for node in dict.fromkeys(nodes)]

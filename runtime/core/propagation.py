@@ -1,0 +1,214 @@
+"""The passage of items through logic operators, inside one transaction."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from sagellm.graphs.ir import SINK, Graph
+from sagellm.runtime.core.accounting import CommittedCount, Meter
+from sagellm.runtime.core.credit import Gates, NoCredit
+from sagellm.runtime.core.effects import OperatorFault
+from sagellm.runtime.core.journal import Journal, LogicCell, ReachedSink
+from sagellm.runtime.core.outputs import (
+    ITEMS,
+    Outputs,
+    Sending,
+    check_step,
+    unknown_outlet,
+    unknown_output,
+)
+from sagellm.runtime.core.parking import Holds, RefusalCache, replica_for
+from sagellm.runtime.messages import Item, Request
+from sagellm.runtime.operator import (
+    Arrival,
+    Emit,
+    EmitFirst,
+    Input,
+    OfferTaken,
+    OperatorOutput,
+    Step,
+    Terminate,
+    Wait,
+)
+from sagellm.runtime.user_code import LEAVING, WrongResult, as_error
+
+_SENDING = frozenset({EmitFirst, Wait, Terminate})  # an item is not kept
+
+
+class Propagation:
+    """Runs operators, and passes what they put out along the edges. All changes are in the journal.
+
+    `num_replicas`: of a service operator, by now.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        cells: Mapping[str, LogicCell],
+        gates: Gates,
+        journal: Journal,
+        meter: Meter,
+        num_replicas: Mapping[str, int],
+    ) -> None:
+        self.wakes_changed = False
+        self._cells = cells
+        self._gates = gates
+        self._journal = journal
+        self._num_replicas = num_replicas
+        self._clock = meter.clock
+        self._edges: dict[tuple[str, str], tuple[str, str, LogicCell | None, CommittedCount]] = {
+            (edge.source, edge.outlet): (
+                edge.target,
+                edge.inlet,
+                cells.get(edge.target),
+                meter.edges[edge.source, edge.outlet],
+            )
+            for edge in graph.edges
+            if not edge.feedback
+        }
+        self.ways = RefusalCache(graph, cells, gates)
+        self.holds = Holds()
+        self._put_out = Outputs(self, gates, journal, self.ways, self.holds).by_type
+
+    def run_input(self, cell: LogicCell, happened: Input, now: float) -> bool:
+        """Run an input, and answer the offers that it led to before the next input; False where
+        it has changed nothing but the state of the operator.
+        """
+        outputs = self._ask(cell, cell.on, happened, now)
+        if type(happened) is Arrival:
+            self._arrived(cell, happened.item, outputs, now)
+        elif outputs:
+            self._answer(cell, outputs, now, self._send_apart)
+        else:
+            return False
+        if self._journal.accepted:
+            self._settle(now)
+        return True
+
+    def _settle(self, now: float) -> None:
+        """Answer the offers that were accepted."""
+        accepted = self._journal.accepted
+        while accepted:
+            offering, item = accepted.popleft()
+            outputs = self._ask(offering, offering.on, OfferTaken(item), now)
+            self._answer(offering, outputs, now, self._send_apart)
+
+    def propagate(self, node: str, item: Item, outlet: str, now: float) -> None:
+        """Pass an item along the edge from an outlet of a node. Raises NoCredit, OperatorFault."""
+        found = self._edges.get((node, outlet))
+        if found is None:
+            raise self._unknown_outlet(node, outlet)
+        target, inlet, cell, tally = found
+        journal = self._journal
+        journal.counts.append((tally, 1))
+        held = journal.held.get(node)
+        if (held and item.request_id in held) or node in journal.keeping:
+            journal.moves.append((node, item, False))
+        if cell is not None:
+            outputs = self._ask(cell, cell.on, Arrival(item, inlet), now)
+            self._arrived(cell, item, outputs, now)
+            if journal.accepted:
+                self._settle(now)
+        elif target == SINK:
+            journal.outcomes.append(ReachedSink(item))
+        else:
+            self._enter(target, item)
+
+    def propagate_batch(self, node: str, items: Sequence[Item], outlet: str, now: float) -> None:
+        """Pass several items along one edge: at once, where the operator there takes batches."""
+        found = self._edges.get((node, outlet))
+        if found is None:
+            raise self._unknown_outlet(node, outlet)
+        target, _, cell, tally = found
+        on_batch = getattr(cell.operator, "on_batch", None) if cell is not None else None
+        if cell is not None and on_batch is not None:
+            self._journal.counts.append((tally, len(items)))
+            outputs = self._ask(cell, on_batch, items, now)
+            self._answer(cell, outputs, now, self.propagate)
+        elif target == SINK:
+            self._journal.counts.append((tally, len(items)))
+            self._journal.outcomes += map(ReachedSink, items)
+        else:
+            for item in items:
+                self.propagate(node, item, outlet, now)
+
+    def _arrived(
+        self, cell: LogicCell, item: Item, outputs: tuple[OperatorOutput, ...], now: float
+    ) -> None:
+        """Put out what an operator makes of an item; nearly all send the item on at once."""
+        if len(outputs) == 1 and type(outputs[0]) is Emit:
+            sent = outputs[0].item
+            if sent is item or (type(sent) is Request and sent.key == item.key):
+                return self.propagate(cell.name, sent, outputs[0].outlet, now)
+        elif not (len(outputs) == 1 and type(outputs[0]) in _SENDING):
+            self._journal.came(cell, item)
+        self._answer(cell, outputs, now, self.propagate)
+
+    def _ask(
+        self, cell: LogicCell, method: Callable[..., Any], given: Any, now: float
+    ) -> tuple[OperatorOutput, ...]:
+        """What an operator puts out; its new state is the cell's from now on."""
+        before, number, draw = cell.state, cell.num_inputs, cell.draw
+        self._journal.cells.append((cell, before, number, cell.wake_at))
+        begun_s = self._clock()
+        try:
+            draw.number, draw.count = number, 0
+            step = method(before, given, now, draw)
+            if (
+                type(step) is not Step
+                or type(step.outputs) is not tuple
+                or step.wake_at is not None
+                or (type(given) is Arrival and not step.outputs)
+            ):
+                check_step(cell.operator, given, step, before)
+        except (Exception, *LEAVING) as error:
+            cell.meter.errors.count += 1
+            raise OperatorFault(cell.name, as_error(error)) from error
+        cell.meter.process_s += self._clock() - begun_s
+        cell.state, wake_at = step.state, step.wake_at
+        cell.num_inputs = number + 1
+        if cell.wake_at != wake_at:
+            cell.wake_at, self.wakes_changed = wake_at, True
+        return step.outputs  # type: ignore[no-any-return]
+
+    def _answer(
+        self, cell: LogicCell, outputs: tuple[OperatorOutput, ...], now: float, send: Sending
+    ) -> None:
+        try:
+            for output in outputs:
+                if type(output) is Emit and type(output.item) in ITEMS:
+                    send(cell.name, output.item, output.outlet, now)
+                    continue
+                put_out = self._put_out.get(type(output))
+                if put_out is None:
+                    raise unknown_output(cell.operator, output)
+                put_out(cell, output, now, send)
+        except WrongResult as error:
+            raise OperatorFault(cell.name, error) from None
+
+    def _send_apart(self, node: str, item: Item, outlet: str, now: float) -> None:
+        """Send one of the items that were kept: if an operator downstream fails on it, it ends
+        alone.
+        """
+        mark = self._journal.mark()
+        try:
+            self.propagate(node, item, outlet, now)
+        except OperatorFault as fault:
+            self._journal.roll_back(mark)
+            self._journal.end(item, fault, now)
+
+    def _enter(self, node: str, item: Item) -> None:
+        replica = replica_for(item, node, self._num_replicas[node])
+        decoder, later = self._gates.reserved.later.get(node), None
+        if decoder is not None:
+            assert isinstance(item, Request)
+            later = decoder, item.placement.get(decoder, replica)  # the same one on one engine
+        refusing = self._journal.take((node, replica), item, later)
+        if refusing is not None:
+            raise NoCredit(*refusing)
+
+    def _unknown_outlet(self, node: str, outlet: str) -> Exception:
+        known = [edge[1] for edge in self._edges if edge[0] == node]
+        cell = self._cells.get(node)
+        if cell is None:
+            return unknown_outlet(None, outlet, known)
+        return OperatorFault(node, unknown_outlet(cell.operator, outlet, known))

@@ -1,0 +1,290 @@
+"""The worker's half of the engine port: serves one engine, of any kind, over a channel."""
+
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from typing import Protocol, TypeAlias, runtime_checkable
+
+import trio
+
+from sagellm.runtime.comm.channel import Channel, ChannelClosed
+from sagellm.runtime.comm.protocol import (
+    BlocksReserved,
+    CacheUpdate,
+    Cancel,
+    Done,
+    Drop,
+    Events,
+    Export,
+    ExportChunk,
+    Exported,
+    Grant,
+    GrantCacheUpdate,
+    Idle,
+    Import,
+    KVProgress,
+    Ping,
+    Pong,
+    Ready,
+    Receive,
+    ReceiveChunk,
+    Refused,
+    Release,
+    RenewLease,
+    Stop,
+    Submit,
+    SyncCache,
+    WorkerMessage,
+)
+from sagellm.runtime.engine.prefix_cache import open_cache_log
+from sagellm.runtime.engine.worker_calls import LEASE_S
+from sagellm.runtime.kv.cache_log import CacheLog
+from sagellm.runtime.kv.transfer import PoolSource
+from sagellm.runtime.kv.transport import BlockLocation, KVChunk
+from sagellm.runtime.messages import LeaseRef
+from sagellm.runtime.port import (
+    CountingSteps,
+    DamagedBlocks,
+    Engine,
+    EngineRefusal,
+    KVEngine,
+    Lost,
+    StaleLease,
+    moves_kv,
+)
+from sagellm.runtime.prefixes import ReportsCache
+
+Action: TypeAlias = tuple[int, Callable[[], Awaitable[WorkerMessage]]]  # a call, what answers it
+
+
+@runtime_checkable
+class SharedKVEngine(KVEngine, Protocol):
+    """An engine whose pool other processes reach: what a worker needs beside the port."""
+
+    def export(self, lease: LeaseRef) -> PoolSource: ...
+
+    async def export_chunk(self, lease: LeaseRef, chunk: KVChunk) -> BlockLocation:
+        """Where a part of a prompt is that is still being computed. Raises StaleLease."""
+
+    async def receive(self, lease: LeaseRef, source: BlockLocation, num_received: int = 0) -> None:
+        """Fill a reserved lease from another process, after the blocks that have landed there.
+        Raises StaleLease, DamagedBlocks.
+        """
+
+    async def receive_chunk(self, lease: LeaseRef, source: BlockLocation, chunk: KVChunk) -> None:
+        """Fill a part of it, while others are computed. Raises StaleLease, DamagedBlocks."""
+
+    def report_kv_progress(self, tell: Callable[[LeaseRef, int], None]) -> None:
+        """Call `tell` with the leases of prompts that are to be exported, and with how many of
+        their blocks are computed, as that grows.
+        """
+
+    def drop_stale(self) -> None:
+        """Let go of what belonged to other processes that are gone."""
+
+    async def serve_blocks(self) -> None:
+        """Let other processes fetch what is exported, until cancelled."""
+
+
+class KVServer:
+    """Does what is asked of one engine's pool. `say`: sends a message to the graph."""
+
+    def __init__(self, engine: SharedKVEngine, say: Callable[[WorkerMessage], None]) -> None:
+        self._engine = engine
+        self._sources: dict[LeaseRef, PoolSource] = {}
+        self._expiries_s: dict[LeaseRef, float] = {}
+        self._exported, self._to_expire = trio.open_memory_channel[LeaseRef](float("inf"))
+        engine.report_kv_progress(
+            lambda lease, count: say(KVProgress(lease=lease, num_blocks=count))
+        )
+
+    async def run(self) -> None:
+        """Serve blocks, and end exports that nobody acknowledges, until cancelled."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._engine.serve_blocks)
+            async for lease in self._to_expire:
+                nursery.start_soon(self._expire, lease)
+
+    def drop_stale(self) -> None:
+        self._engine.drop_stale()
+
+    def action(self, message: object) -> Action | None:
+        """What answers a message, or None after one that needs no answer."""
+        match message:
+            case Export(call=call):
+                return call, lambda: self._export(message)
+            case ExportChunk(call=call):
+                return call, lambda: self._export_chunk(message)
+            case Import(call=call):
+                return call, lambda: self._import(message)
+            case Receive(call=call):
+                return call, lambda: self._receive(message)
+            case ReceiveChunk(call=call):
+                return call, lambda: self._receive_chunk(message)
+            case RenewLease(lease=lease):
+                if lease in self._expiries_s:
+                    self._expiries_s[lease] = trio.current_time() + LEASE_S
+            case Release(lease=lease):
+                self._release(lease)
+        return None
+
+    async def _import(self, message: Import) -> BlocksReserved:
+        target = await self._engine.import_(message.offer)
+        return BlocksReserved(call=message.call, lease=target.lease)
+
+    async def _export(self, message: Export) -> Exported:
+        lease = message.lease
+        source = self._engine.export(lease)
+        self._sources[lease] = source
+        self._expiries_s[lease] = trio.current_time() + LEASE_S
+        self._exported.send_nowait(lease)
+        return Exported(call=message.call, source=await source.share(message.num_received))
+
+    async def _export_chunk(self, message: ExportChunk) -> Exported:
+        source = await self._engine.export_chunk(message.lease, message.chunk)
+        return Exported(call=message.call, source=source)
+
+    async def _receive(self, message: Receive) -> Done:
+        await self._engine.receive(message.lease, message.source, message.num_received)
+        return Done(call=message.call)
+
+    async def _receive_chunk(self, message: ReceiveChunk) -> Done:
+        await self._engine.receive_chunk(message.lease, message.source, message.chunk)
+        return Done(call=message.call)
+
+    def _release(self, lease: LeaseRef) -> None:
+        source = self._sources.pop(lease, None)
+        self._expiries_s.pop(lease, None)
+        if source is not None:
+            source.release()
+
+    async def _expire(self, lease: LeaseRef) -> None:
+        """Where nobody acknowledges it, nor says that the transfer goes on."""
+        while self._expiries_s.get(lease, 0.0) > trio.current_time():  # noqa: ASYNC110
+            await trio.sleep_until(self._expiries_s[lease])
+        self._release(lease)
+
+
+WINDOW = 4  # batches of events under way to one reader; reports of prefix blocks, too
+
+
+class EngineServer:
+    """Runs `engine` until it is told to stop, or its channel ends."""
+
+    def __init__(self, engine: Engine, channel: Channel) -> None:
+        self._engine = engine
+        self._channel = channel
+        self._scopes: dict[int, trio.CancelScope] = {}  # of calls that may wait
+        self._cache_log: CacheLog | None = None
+        self._cache_window = WINDOW
+        self._windows: dict[str, trio.Semaphore] = {}
+        self._kv = _kv_server(engine, self._say)
+
+    async def run(self) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._engine.run)
+            if self._kv is not None:
+                nursery.start_soon(self._kv.run)
+            self._channel.put(Ready(facts=self._engine.facts))
+            with suppress(ChannelClosed):  # nobody is left to serve
+                while not isinstance(message := await self._channel.receive(), Stop):
+                    await self._obey(message, nursery)
+            nursery.cancel_scope.cancel()
+
+    async def _obey(self, message: object, nursery: trio.Nursery) -> None:
+        match message:
+            case Submit(call=call, state=state):
+                if state.owner not in self._windows:
+                    self._windows[state.owner] = trio.Semaphore(WINDOW)
+                    nursery.start_soon(self._forward, state.owner)
+                await self._answer(call, lambda: self._submit(call, message))
+            case Cancel(request_id=request_id, choice=choice, epoch=epoch):
+                self._engine.cancel(request_id, choice, epoch)
+            case Grant(owner=owner) if owner in self._windows:
+                self._windows[owner].release()
+            case SyncCache() if isinstance(self._engine, ReportsCache):
+                self._cache_log = open_cache_log(self._engine, self._say_cache)
+                self._say_cache()
+            case GrantCacheUpdate():
+                self._cache_window += 1
+                self._say_cache()
+            case Idle(call=call):
+                nursery.start_soon(self._answer, call, lambda: self._idle(call))
+            case Drop(call=call):
+                if call in self._scopes:
+                    self._scopes[call].cancel()
+            case Ping():
+                if self._kv is not None:
+                    self._kv.drop_stale()
+                self._say(self._pong())
+            case _ if self._kv is not None:
+                self._obey_kv(self._kv, message, nursery)
+
+    def _obey_kv(self, server: KVServer, message: object, nursery: trio.Nursery) -> None:
+        action = server.action(message)
+        if action is not None:
+            nursery.start_soon(self._answer, *action)
+
+    async def _answer(self, call: int, action: Callable[[], Awaitable[WorkerMessage]]) -> None:
+        """Say what became of a call: every one is answered once, dropped ones too."""
+        answer: WorkerMessage = Refused(call=call, kind="refusal", error="the call was dropped")
+        with trio.CancelScope() as scope:
+            self._scopes[call] = scope
+            try:
+                answer = await action()
+            except EngineRefusal as error:
+                answer = Refused(call=call, kind="refusal", error=str(error), code=error.code)
+            except StaleLease as error:
+                answer = Refused(call=call, kind="stale", error=str(error))
+            except DamagedBlocks as error:
+                answer = Refused(call=call, kind="damaged", error=str(error))
+            finally:
+                del self._scopes[call]
+        self._say(answer)
+
+    async def _submit(self, call: int, message: Submit) -> Done:
+        await self._engine.submit(message.state)
+        return Done(call=call)
+
+    def _pong(self) -> Pong:
+        engine = self._engine
+        steps = engine.step_tokens if isinstance(engine, CountingSteps) else None
+        return Pong(
+            load=engine.load,
+            health=engine.health,
+            step_tokens=tuple(steps.counts) if steps is not None else (),
+            num_step_tokens=steps.total if steps is not None else 0.0,
+        )
+
+    async def _idle(self, call: int) -> Done:
+        await self._engine.idle()
+        self._say(self._pong())
+        return Done(call=call)
+
+    async def _forward(self, owner: str) -> None:
+        """The events of one owner, as fast as its reader takes them."""
+        async for events in self._engine.events(owner):
+            await self._windows[owner].acquire()
+            told = tuple(event for event in events if not isinstance(event, Lost))
+            self._say(Events(owner=owner, events=told, load=self._engine.load))
+
+    def _say_cache(self) -> None:
+        """Say which prefix blocks have changed, as fast as that is read."""
+        assert self._cache_log is not None
+        while self._cache_window and (report := self._cache_log.take()) is not None:
+            self._cache_window -= 1
+            self._say(CacheUpdate(**report._asdict()))
+
+    def _say(self, message: WorkerMessage) -> None:
+        with suppress(ChannelClosed):  # whoever receives from it learns so, too
+            self._channel.put(message)
+
+
+def _kv_server(engine: Engine, say: Callable[[WorkerMessage], None]) -> KVServer | None:
+    """Raises TypeError where the engine says that it can move KV blocks, and has not what a worker
+    needs for it.
+    """
+    if not moves_kv(engine):
+        return None
+    if not isinstance(engine, SharedKVEngine):
+        raise TypeError(f"{type(engine).__name__} cannot move KV blocks between processes")
+    return KVServer(engine, say)

@@ -1,0 +1,212 @@
+"""Prefix caching: what a sequence reuses and publishes, and reports of cached blocks."""
+
+from collections.abc import Callable, Iterable
+from typing import Protocol, runtime_checkable
+
+from sagellm.runtime.engine.sequence import Sequence
+from sagellm.runtime.kv.cache_log import CacheLog, CacheReport
+from sagellm.runtime.kv.pool import BlockPool
+from sagellm.runtime.kv.prefix_tree import BlockKey, PrefixNode, block_key
+from sagellm.runtime.prefixes import CacheChanged, OnCacheChanged, ReportsCache, hashes_in
+
+Computing = dict[bytes, tuple[int, int]]  # digest of the block computed next -> rank of by whom
+
+
+class PrefixReuse:
+    """Finds and publishes the full blocks of sequences in one pool, inside their salts.
+
+    Where the pool keeps no prefixes, only choices of one request share blocks. Keys are hashed
+    once, and a search goes on where the last one ended: a step costs nothing per block.
+    """
+
+    def __init__(self, pool: BlockPool) -> None:
+        self._pool = pool
+        self.num_queried_tokens = 0  # of sequences when they first got blocks, as vLLM counts
+        self.num_hit_tokens = 0
+
+    def find(self, sequence: Sequence) -> list[PrefixNode]:
+        """The longest published prefix of a sequence that waits.
+
+        At least one known token stays to be computed: it gives the logits. A prompt that is scored
+        is computed whole: only its own logits say how likely its tokens are.
+        """
+        found = sequence.found
+        while found and not found[-1].is_live:
+            found.pop()
+        for index in range(len(found), self._num_sharable(sequence)):
+            parent = found[-1] if found else None
+            node = self._pool.child(parent, self._key(sequence, index))
+            if node is None:
+                break
+            found.append(node)
+        return found
+
+    def usable(self, sequence: Sequence) -> list[PrefixNode]:
+        """What of the found prefix a sequence can begin with."""
+        found = sequence.found
+        return found[: self._pool.num_reusable(found)] if self._pool.forgets else found
+
+    def lease(self, sequence: Sequence) -> None:
+        """Reserve blocks for all known tokens, the found prefix by reference.
+
+        Raises PoolExhausted.
+        """
+        prefix, num_tokens = self.usable(sequence), len(sequence.tokens)
+        priority = sequence.state.priority
+        sequence.lease = self._pool.reserve(
+            sequence.fence, num_tokens, prefix=prefix, priority=priority
+        )
+        sequence.num_computed = len(prefix) * self._pool.block_size
+        sequence.found = []
+        if sequence.num_cached is None:
+            sequence.num_cached = min(sequence.num_computed, sequence.num_prompt)
+            if self._pool.keeps_prefixes and not sequence.is_scoring:
+                self.num_queried_tokens += num_tokens
+                self.num_hit_tokens += sequence.num_computed
+
+    def publish(self, sequence: Sequence, *, may_swap: bool = True) -> bool:
+        """Let others find the blocks that are full now. Where a step under way reads them they may
+        not be swapped for equal ones; False: there is one that must be, and it waits.
+        """
+        lease = sequence.lease
+        assert lease is not None
+        num_known = min(sequence.num_computed, len(sequence.tokens))
+        new = range(len(lease.path), num_known // self._pool.block_size)
+        if new and (not lease.path or lease.path[-1].is_live):
+            keys = [self._key(sequence, index) for index in new]
+            return self._pool.publish(lease, keys, sequence.state.priority, may_swap=may_swap)
+        return True
+
+    def computing(self, sequences: Iterable[Sequence]) -> Computing:
+        """What prompts under way compute next."""
+        known: Computing = {}
+        for sequence in sequences:
+            self.note_computing(known, sequence)
+        return known
+
+    def note_computing(self, known: Computing, sequence: Sequence) -> None:
+        """Add the block that a running prompt fills next.
+
+        Not where it may not go on at once, or goes slowly: nobody shall wait for that.
+        """
+        index = len(sequence.lease.path) if sequence.lease else 0
+        is_stuck = sequence.is_scoring or sequence.mailbox.is_full
+        if sequence.num_uncomputed < 2 or is_stuck or index >= self._num_full(sequence):
+            return
+        digest = self._key(sequence, index).digest
+        known[digest] = min(known.get(digest, sequence.rank), sequence.rank)
+
+    def is_awaited(self, sequence: Sequence, computing: Computing) -> bool:
+        """Whether one before it in rank computes the block that it lacks first.
+
+        Then it waits, and computes only what they do not share: the other is ahead in any case.
+        """
+        index = len(sequence.found)
+        if index >= self._num_sharable(sequence):
+            return False
+        rank = computing.get(self._key(sequence, index).digest)
+        return rank is not None and rank < sequence.rank
+
+    def _num_full(self, sequence: Sequence) -> int:
+        return len(sequence.tokens) // self._pool.block_size
+
+    def _num_sharable(self, sequence: Sequence) -> int:
+        return 0 if sequence.is_scoring else (len(sequence.tokens) - 1) // self._pool.block_size
+
+    def _key(self, sequence: Sequence, index: int) -> BlockKey:
+        keys, size = sequence.keys, self._pool.block_size
+        while len(keys) <= index:
+            tokens = sequence.tokens[len(keys) * size : (len(keys) + 1) * size]
+            keys.append(block_key(keys[-1] if keys else None, tokens, self._scope(sequence)))
+        return keys[index]
+
+    def _scope(self, sequence: Sequence) -> str:
+        """Who may share: those of one salt, or the choices of one request."""
+        state = sequence.state
+        return state.salt if self._pool.keeps_prefixes else f"{state.epoch}/{state.request_id}"
+
+
+class CacheReporter:
+    """Opens a log of the pool where somebody asks, and says when there is something to read."""
+
+    def __init__(self, pool: BlockPool) -> None:
+        self._pool = pool
+        self._log: CacheLog | None = None
+        self._on_news: Callable[[], None] = lambda: None
+
+    def open_log(self, on_news: Callable[[], None]) -> CacheLog:
+        """A new log, which has all blocks to tell. `on_news` is called after a step that changed
+        some; the reader of the log before is not called any more.
+        """
+        self._log = self._pool.open_log()
+        self._on_news = on_news
+        return self._log
+
+    def report_to(self, tell: OnCacheChanged, engine: str, replica: int) -> None:
+        """Call `tell` with all reports, at once and after each step."""
+        log = self.open_log(lambda: tell_all())
+
+        def tell_all() -> None:
+            while (report := log.take()) is not None:
+                tell(changed_by(report, engine, replica))
+
+        tell_all()
+
+    def flush(self) -> None:
+        """Let the reader read what has changed."""
+        if self._log is not None and self._log.has_changes:
+            self._on_news()
+
+
+@runtime_checkable
+class HasCacheReporter(Protocol):
+    """An engine that says which prefix blocks it has to whoever reads its log."""
+
+    cache: CacheReporter
+
+
+class CacheMirror:
+    """The prefix blocks of an engine that reports to a function, and a log of them for a reader
+    that may be slow. `on_news` is called after each report.
+    """
+
+    def __init__(self) -> None:
+        self.on_news: Callable[[], None] = lambda: None
+        self._blocks: dict[bytes, None] = {}
+        self.log = CacheLog(lambda: self._blocks)
+
+    def take(self, changed: CacheChanged) -> None:
+        """Take a report of the engine."""
+        if changed.is_first:
+            self._blocks.clear()
+            self.log.resend_all()
+        for block in hashes_in(changed.stored):
+            self._blocks[block] = None
+            self.log.note(block, is_stored=True)
+        for block in hashes_in(changed.dropped):
+            self._blocks.pop(block, None)
+            self.log.note(block, is_stored=False)
+        self.on_news()
+
+
+def open_cache_log(engine: ReportsCache, on_news: Callable[[], None]) -> CacheLog:
+    """A new log of an engine's prefix blocks. `on_news` is called when there is more to read."""
+    if isinstance(engine, HasCacheReporter):
+        return engine.cache.open_log(on_news)
+    mirror = CacheMirror()
+    engine.report_cache(mirror.take)
+    mirror.on_news = on_news
+    return mirror.log
+
+
+def changed_by(report: CacheReport, engine: str, replica: int, epoch: int = 1) -> CacheChanged:
+    """A report, as a graph is told it."""
+    return CacheChanged(
+        engine=engine,
+        replica=replica,
+        epoch=epoch,
+        sequence=report.sequence,
+        is_first=report.is_first,
+        stored=report.stored,
+        dropped=report.dropped,
+    )

@@ -1,0 +1,47 @@
+"""How prompts share the tokens of one step."""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeVar
+
+
+class PendingPrefill(Protocol):
+    """A prompt that is to be computed. `rank`: (priority, arrival); the lowest goes first."""
+
+    @property
+    def rank(self) -> tuple[int, int]: ...
+
+    @property
+    def num_pending(self) -> int: ...
+
+
+P = TypeVar("P", bound=PendingPrefill)
+
+
+def share_budget(
+    prefills: Sequence[P], budget: int, chunk: Callable[[P, int], int], *, sat_out: bool
+) -> tuple[list[tuple[P, int]], bool]:
+    """The tokens that each prompt computes, and whether the first in rank sits this step out.
+
+    Half of the budget goes to the first in rank, the rest to the shortest first. So a short prompt
+    does not wait for a long one, and none starves. Where a prompt can be finished in this step, the
+    first in rank sits it out, though never twice running (`sat_out`: it did in the step before): a
+    first token then waits for the step under way and a short one, not for two full ones.
+    `chunk(prompt, budget)`: how many tokens of a prompt a step may compute.
+    """
+    first = min(prefills, key=lambda prefill: prefill.rank)
+    others = [prefill for prefill in prefills if prefill is not first]
+    others.sort(key=lambda prefill: (prefill.rank[0], prefill.num_pending))
+    half = chunk(first, (budget + 1) // 2)
+    rest = budget - half
+    ending = [prefill for prefill in others if prefill.num_pending <= rest]
+    sits_out = bool(ending) and first.num_pending > half and not sat_out
+    shares: list[tuple[P, int]] = []
+    for prefill in ending if sits_out else others:
+        share = chunk(prefill, rest)
+        if share:
+            shares.append((prefill, share))
+        rest -= share
+    whole = 0 if sits_out else chunk(first, half + rest)
+    if whole:
+        shares.append((first, whole))
+    return shares, sits_out

@@ -1,0 +1,175 @@
+"""A TCP connection that moves memory without copies, and the seals of its messages."""
+
+import hashlib
+import hmac
+import socket
+import struct
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
+
+import trio
+from cryptography.hazmat.primitives.ciphers import AEADEncryptionContext, Cipher
+from cryptography.hazmat.primitives.ciphers.algorithms import AES
+from cryptography.hazmat.primitives.ciphers.modes import GCM
+
+_MOST_VIEWS = 512  # in one call; the kernel takes 1,024
+_WORTHWHILE_BYTES = 2**19  # to be woken for, unless fewer are to come
+_STALL_S = 3.0  # for that much, or to make room: else the other side is gone
+_BUFFER_BYTES = 4 * 2**20  # asked of the kernel, which may give less
+
+
+class ConnectionBroken(ConnectionError):
+    """The connection has ended, or says what it should not."""
+
+
+class ConnectionStalled(ConnectionBroken):
+    """The other side is silent, or takes nothing."""
+
+
+def no_check() -> None:
+    """A check of memory that nobody takes away."""
+
+
+class Connection:
+    """One connected socket. `check` is called right before memory is touched: see Transport.
+
+    All methods raise Broken; a socket whose call was cancelled is fit for nothing but `close`.
+    """
+
+    def __init__(self, connected: socket.socket) -> None:
+        connected.setblocking(False)
+        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+            connected.setsockopt(socket.SOL_SOCKET, option, _BUFFER_BYTES)
+        self._socket = connected
+
+    async def send(
+        self, views: Sequence[bytes | memoryview], check: Callable[[], None] = no_check
+    ) -> None:
+        await self._move(views, check, lambda some: self._socket.sendmsg(some), is_sending=True)
+
+    async def fill(self, views: Sequence[memoryview], check: Callable[[], None] = no_check) -> None:
+        def receive(some: list[memoryview]) -> int:
+            return self._socket.recvmsg_into(some)[0]
+
+        await self._move(views, check, receive, is_sending=False)
+
+    async def take(self, size: int) -> bytes:
+        """So many bytes, which must be few."""
+        taken = bytearray(size)
+        await self.fill([memoryview(taken)])
+        return bytes(taken)
+
+    def close(self) -> None:
+        self._socket.close()
+
+    async def _move(
+        self,
+        views: Sequence[bytes | memoryview],
+        check: Callable[[], None],
+        call: Callable[[list[memoryview]], int],
+        *,
+        is_sending: bool,
+    ) -> None:
+        wait = trio.lowlevel.wait_writable if is_sending else trio.lowlevel.wait_readable
+        rest = deque(memoryview(view) for view in views if len(view))
+        if not rest:
+            await trio.lowlevel.checkpoint()
+        while rest:
+            check()
+            try:
+                num_moved = call(list(islice(rest, _MOST_VIEWS)))
+            except BlockingIOError:
+                if not is_sending:
+                    least = min(sum(map(len, rest)), _WORTHWHILE_BYTES)
+                    self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, least)
+                with trio.move_on_after(_STALL_S) as stalling:
+                    await wait(self._socket)
+                if stalling.cancelled_caught:
+                    raise ConnectionStalled(f"next to nothing passed in {_STALL_S:g} s") from None
+                continue
+            except OSError as error:
+                raise ConnectionBroken(f"the connection ended: {error.strerror}") from None
+            if num_moved == 0:
+                raise ConnectionBroken("the connection was closed")
+            _advance(rest, num_moved)
+            await trio.lowlevel.checkpoint()
+
+
+def _advance(rest: deque[memoryview], num_bytes: int) -> None:
+    """Drop what was moved from the front."""
+    while num_bytes:
+        first = rest.popleft()
+        if len(first) > num_bytes:
+            rest.appendleft(first[num_bytes:])
+            return
+        num_bytes -= len(first)
+
+
+def pieces_of(views: Sequence[memoryview], size: int) -> list[list[memoryview]]:
+    """The views, cut where they are longer, in lists of `size` bytes each; the last may be less.
+
+    There is always a last one, if an empty one.
+    """
+    pieces: list[list[memoryview]] = [[]]
+    room = size
+    for view in views:
+        while view:
+            if not room:
+                pieces.append([])
+                room = size
+            pieces[-1].append(view[:room])
+            view, room = view[room:], room - len(view[:room])
+    return pieces
+
+
+KEY_BYTES = 32
+SALT_BYTES = 16
+SEAL_BYTES = 16
+
+_NONCE = struct.Struct(">8xI")
+_TO_SERVER = 1 << 31  # so that the sides of a connection never use one number
+
+
+class Seal:
+    """One seal in the making."""
+
+    def __init__(self, encryptor: AEADEncryptionContext) -> None:
+        self._encryptor = encryptor
+
+    def add(self, parts: Iterable[bytes | memoryview]) -> None:
+        for part in parts:
+            self._encryptor.authenticate_additional_data(part)
+
+    def end(self) -> bytes:
+        self._encryptor.finalize()
+        return self._encryptor.tag
+
+
+class Sealer:
+    """Seals one direction of one connection; each seal has a number of its own.
+
+    The connection has a key of its own, made of both sides' salts: as each draws its salt anew, no
+    number is used twice with a key, whatever the other side, or who stands between, says.
+    """
+
+    def __init__(self, key: bytes, salts: bytes, *, to_server: bool) -> None:
+        self._key = AES(hashlib.blake2b(salts, key=key, digest_size=KEY_BYTES).digest())
+        self._number = _TO_SERVER if to_server else 0
+
+    def begin(self) -> "Seal":
+        """The seal of the next thing that is said, which is given to it bit by bit."""
+        nonce = _NONCE.pack(self._number)
+        self._number += 1
+        return Seal(Cipher(self._key, GCM(nonce)).encryptor())
+
+    def seal(self, parts: Iterable[bytes | memoryview]) -> bytes:
+        """The seal of the next thing that is said."""
+        seal = self.begin()
+        seal.add(parts)
+        return seal.end()
+
+    def is_sealed(self, seal: bytes, parts: Iterable[bytes | memoryview]) -> bool:
+        """Whether the next thing that was heard came with its seal."""
+        return hmac.compare_digest(self.seal(parts), seal)

@@ -1,0 +1,287 @@
+"""Sandboxes: helper processes with limits, for work that a model's own files define.
+
+A chat template is a program, and a tokenizer.json may be one. Either can multiply a text
+until memory or time runs out. A thread cannot be stopped; a helper process can.
+"""
+
+import threading
+import time
+import weakref
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
+from typing import Generic, TypeVar
+
+import anyio
+
+from sagellm.graphs.log import get_logger
+from sagellm.runtime.models import HelperUnavailable, LimitExceeded, ModelError, TextError
+from sagellm.runtime.models.helper import (
+    AnswerTooLong,
+    EncodedTokens,
+    Helper,
+    HelperDied,
+    HelperReady,
+    HelperReply,
+    HelperSetup,
+    RenderedText,
+    WorkRefused,
+    WorkRequest,
+    encode_frame,
+)
+
+ANSWER_S = 60.0  # of the clock, waiting for a core included: beyond, the machine is overloaded
+_HOLD_S = 0.001  # a loop waits so long in place: as a rule the answer is there sooner
+MAX_SETUP_BYTES = 192 << 10  # a socket takes so much before the helper has begun to read
+MAX_IDLE = 2  # as many calls as a gateway makes at once
+_LOG_AGAIN_S = _RETRY_S = 60.0
+T = TypeVar("T")
+log = get_logger("sagellm.models")
+
+
+class Sandbox:
+    """Does one job of one model in helper processes that run `module`.
+
+    `what` names the job in messages ("chat template"), `model` the folder in the log, where ""
+    logs nothing. Calls may come from any thread and any loop: each has a helper of its own for as
+    long as it lasts. How many there are at once is up to the callers. Raises ModelError for a
+    setup that is too long.
+    """
+
+    def __init__(self, module: str, setup: HelperSetup, *, what: str, model: str) -> None:
+        self._module = module
+        self._setup = _checked_size(setup, what, model)
+        self._what = what
+        self._model = model
+        self._lock = threading.Lock()
+        self._idle: list[Helper] = []
+        self._num_users = 0
+        self._ready: HelperReady | None = None
+        self._broken: LimitExceeded | None = None  # the job cannot be set up within its limits
+        self._broken_s = float("-inf")
+        self._logged_s = float("-inf")
+        weakref.finalize(self, _end_all, self._idle)
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Have a helper ready for the `with` block: the first call need not wait for its start."""
+        with self._lock:
+            self._num_users += 1
+        try:
+            self._replenish()
+            yield
+        finally:
+            with self._lock:
+                self._num_users -= 1
+                is_last = not self._num_users
+            if is_last:
+                self.close()
+
+    def close(self) -> None:
+        """End idle helpers. A later call starts one again."""
+        with self._lock:
+            idle, self._idle[:] = tuple(self._idle), ()
+        _end_all(list(idle))
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """Of idle helpers."""
+        return tuple(helper.pid for helper in self._idle)
+
+    def ready(self) -> HelperReady:
+        """What is known of the job once it was set up. Raises as `call`."""
+        return self._ready if self._ready is not None else _run_blocking(self._set_up())
+
+    async def ready_async(self) -> HelperReady:
+        return self._ready if self._ready is not None else await _run_async(self._set_up())
+
+    def call(self, ask: WorkRequest) -> RenderedText | EncodedTokens | WorkRefused:
+        """The answer; blocks. Raises LimitExceeded, HelperUnavailable, and TextError where a text
+        has a lone surrogate.
+        """
+        return self._checked(_run_blocking(self._answered(ask, _framed(ask))), ask)
+
+    async def ask(self, ask: WorkRequest) -> RenderedText | EncodedTokens | WorkRefused:
+        """As `call`, on trio or asyncio, without blocking the loop if `ask` is short.
+
+        Not cancelled before the answer is there: the limits bound that time.
+        """
+        return self._checked(await _run_async(self._answered(ask, _framed(ask))), ask)
+
+    def _checked(
+        self, reply: HelperReply, ask: WorkRequest
+    ) -> RenderedText | EncodedTokens | WorkRefused:
+        if isinstance(reply, AnswerTooLong):
+            raise LimitExceeded(self._what, f"made more than {ask.max_answer_bytes >> 10} KiB")
+        assert not isinstance(reply, HelperReady)
+        return reply
+
+    def _set_up(self) -> Generator[Helper, None, HelperReady]:
+        helper = self._take()
+        ready = yield from self._guarded(helper, helper.become_ready(), self._setup)
+        self._give(helper)
+        return ready
+
+    def _answered(self, ask: WorkRequest, data: bytes) -> Generator[Helper, None, HelperReply]:
+        helper = self._take()
+        yield from self._guarded(helper, helper.become_ready(), self._setup)
+        reply = yield from self._guarded(helper, helper.exchange(data), ask)
+        self._give(helper)
+        return reply
+
+    def _guarded(
+        self, helper: Helper, steps: Generator[Helper, None, T], limits: HelperSetup | WorkRequest
+    ) -> Generator[Helper, None, T]:
+        """End a helper whose caller gives up; say why one has died."""
+        is_setup = helper.ready is None
+        try:
+            found = yield from steps
+        except HelperDied as died:
+            fault = self._fault(died, limits)
+            if is_setup:
+                self._broken, self._broken_s = fault, time.monotonic()
+            self._report(fault)
+            self._replenish()
+            raise fault from None
+        except BaseException:
+            helper.end()
+            raise
+        if is_setup:
+            self._ready = helper.ready
+        return found
+
+    def _take(self) -> Helper:
+        """An idle helper that lives, or a new one. Raises LimitExceeded where none can work."""
+        if self._is_broken:
+            assert self._broken is not None
+            raise LimitExceeded(self._what, self._broken.limit)
+        while True:
+            with self._lock:
+                helper = self._idle.pop() if self._idle else None
+            if helper is None:
+                return self._start()
+            if helper.is_alive:
+                return helper
+            helper.end()
+
+    @property
+    def _is_broken(self) -> bool:
+        """It would be so again, unless the machine as a whole was short of memory."""
+        return time.monotonic() - self._broken_s < _RETRY_S
+
+    def _start(self) -> Helper:
+        try:
+            return Helper(self._module, self._setup)
+        except OSError as error:
+            log.error("model_helper_not_started", model=self._model, cause=str(error))
+            raise HelperUnavailable("no helper process could be started") from error
+
+    def _give(self, helper: Helper) -> None:
+        with self._lock:
+            if len(self._idle) < MAX_IDLE:
+                self._idle.append(helper)
+                return
+        helper.end()
+
+    def _replenish(self) -> None:
+        """Keep a helper ahead of the next call, while somebody keeps this open."""
+        if self._num_users and not self._idle and not self._is_broken:
+            try:
+                self._give(self._start())
+            except HelperUnavailable:
+                return  # the next call says so
+
+    def _fault(self, died: HelperDied, limits: HelperSetup | WorkRequest) -> LimitExceeded:
+        """Raises HelperUnavailable where the helper itself has failed."""
+        if died.is_out_of_time:
+            limit = f"took more than {limits.cpu_s:.3g} s of CPU time"
+        elif died.is_out_of_memory:
+            limit = f"took more than {limits.memory_bytes >> 20} MiB of memory"
+        elif died.code < 0:
+            limit = f"ended its helper process (signal {-died.code})"
+        else:
+            log.error("model_helper_failed", model=self._model, code=died.code)
+            raise HelperUnavailable(f"a helper process ended with code {died.code}")
+        return LimitExceeded(self._what, limit)
+
+    def _report(self, fault: LimitExceeded) -> None:
+        """Once a minute: who calls such a model calls it often."""
+        now_s = time.monotonic()
+        if self._model and now_s - self._logged_s >= _LOG_AGAIN_S:
+            self._logged_s = now_s
+            log.warning("model_helper_killed", model=self._model, cause=fault.cause)
+
+
+def _checked_size(setup: HelperSetup, what: str, model: str) -> HelperSetup:
+    if (length := len(encode_frame(setup))) > MAX_SETUP_BYTES:
+        cause = f"model {model}: its {what} is set up with {length} bytes of text and options"
+        raise ModelError(cause, f"at most {MAX_SETUP_BYTES} are taken; see tokenizer_config.json")
+    return setup
+
+
+def _framed(ask: WorkRequest) -> bytes:
+    try:
+        return encode_frame(ask)
+    except UnicodeEncodeError as error:
+        raise TextError(f"the prompt is not Unicode text: {error.reason}") from error
+
+
+class _Exchange(Generic[T]):
+    """Steps of an exchange, up to its result."""
+
+    def __init__(self, steps: Generator[Helper, None, T]) -> None:
+        self._steps = steps
+        self.found: list[T] = []
+
+    def advance(self) -> Helper | None:
+        """The helper to wait for; None once the result is found."""
+        try:
+            return next(self._steps)
+        except StopIteration as end:
+            self.found.append(end.value)
+            return None
+
+
+def _run_blocking(steps: Generator[Helper, None, T]) -> T:
+    deadline_s = time.monotonic() + ANSWER_S
+    with closing(steps):
+        call = _Exchange(steps)
+        while helper := call.advance():
+            if not helper.is_readable(max(0.0, deadline_s - time.monotonic())):
+                raise _late()
+        return call.found[0]
+
+
+async def _run_async(steps: Generator[Helper, None, T]) -> T:
+    with closing(steps):
+        call = _Exchange(steps)
+        helper = call.advance()
+        if helper is not None and helper.is_readable(_HOLD_S):
+            helper = call.advance()
+        if helper is not None:
+            await _finish(call, helper)
+        return call.found[0]
+
+
+async def _finish(call: _Exchange[T], helper: Helper | None) -> None:
+    with anyio.CancelScope(shield=True), _deadline():
+        while helper is not None:
+            await anyio.wait_readable(helper)
+            helper = call.advance()
+
+
+@contextmanager
+def _deadline() -> Iterator[None]:
+    try:
+        with anyio.fail_after(ANSWER_S):
+            yield
+    except TimeoutError:
+        raise _late() from None
+
+
+def _late() -> HelperUnavailable:
+    return HelperUnavailable(f"a helper process gave no answer within {ANSWER_S:g} s")
+
+
+def _end_all(helpers: list[Helper]) -> None:
+    for helper in helpers:
+        helper.end()

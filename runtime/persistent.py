@@ -1,0 +1,175 @@
+"""Persistent sequences: a change makes a new value and copies a small part of the old one."""
+
+import math
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator
+from itertools import chain, islice
+from operator import itemgetter
+from typing import Any, Generic, TypeVar
+
+_WIDTH = 32  # an update copies one leaf and the minima of all leaves: a microsecond for a thousand
+
+_EMPTY = (math.inf,) * _WIDTH
+
+
+T = TypeVar("T")
+
+
+def _exchanged(items: tuple[T, ...], index: int, item: T) -> tuple[T, ...]:
+    return items[:index] + (item,) + items[index + 1 :]  # noqa: RUF005 (quicker)
+
+
+class MutableMinTree:
+    """The same for one owner: a change copies nothing. Values never set are infinite."""
+
+    __slots__ = ("_leaves", "_minima", "minimum")
+
+    def __init__(self) -> None:
+        self._leaves: list[list[float]] = []
+        self._minima: list[float] = []
+        self.minimum = math.inf
+
+    def __setitem__(self, index: int, value: float) -> None:
+        number = index // _WIDTH
+        while number >= len(self._leaves):
+            self._leaves.append([math.inf] * _WIDTH)
+            self._minima.append(math.inf)
+        leaf = self._leaves[number]
+        leaf[index % _WIDTH] = value
+        lowest = min(leaf)
+        if lowest != self._minima[number]:
+            self._minima[number] = lowest
+            self.minimum = min(self._minima)
+
+
+class MinTree:
+    """Immutable. Values that were never set are infinite, and an infinite value is never found."""
+
+    __slots__ = ("_leaves", "_minima", "minimum")
+
+    def __init__(self) -> None:
+        self._leaves: tuple[tuple[float, ...], ...] = ()
+        self._minima: tuple[float, ...] = ()
+        self.minimum = math.inf
+
+    def __getitem__(self, index: int) -> float:
+        leaf = index // _WIDTH
+        return self._leaves[leaf][index % _WIDTH] if leaf < len(self._leaves) else math.inf
+
+    def with_value(self, index: int, value: float) -> "MinTree":
+        number, offset = divmod(index, _WIDTH)
+        leaves, minima = self._leaves, self._minima
+        if number >= len(leaves):
+            leaves += (_EMPTY,) * (number + 1 - len(leaves))
+            minima += (math.inf,) * (number + 1 - len(minima))
+        leaf = leaves[number]
+        if leaf[offset] == value:
+            return self
+        leaf = _exchanged(leaf, offset, value)
+        changed = MinTree.__new__(MinTree)
+        changed._leaves = _exchanged(leaves, number, leaf)
+        changed._minima, changed.minimum = minima, self.minimum
+        lowest = value if value <= minima[number] else min(leaf)
+        if lowest != minima[number]:
+            changed._minima = _exchanged(minima, number, lowest)
+            changed.minimum = min(changed._minima)
+        return changed
+
+    def argmin(self, start: int = 0) -> int | None:
+        """The index of the smallest value, of equal ones the first at or after `start`, else the
+        first of all; None where every value is infinite.
+        """
+        lowest = self.minimum
+        if lowest == math.inf:
+            return None
+        number, offset = divmod(start, _WIDTH)
+        if number < len(self._leaves) and lowest in self._leaves[number][offset:]:
+            return number * _WIDTH + self._leaves[number].index(lowest, offset)
+        if lowest in self._minima[number + 1 :]:
+            number = self._minima.index(lowest, number + 1)
+        else:
+            number = self._minima.index(lowest)
+        return number * _WIDTH + self._leaves[number].index(lowest)
+
+
+ItemT = TypeVar("ItemT", bound=tuple[Any, ...])
+
+_MOST = 128  # in a chunk; it is then cut in two
+_first = itemgetter(0)
+
+
+class SortedChunks(Generic[ItemT]):
+    """Ascending, immutable. Equal items may be in it several times."""
+
+    __slots__ = ("_chunks", "_len")
+
+    def __init__(self, items: Iterable[ItemT] = ()) -> None:
+        ascending = tuple(sorted(items))
+        starts = range(0, len(ascending), _MOST // 2)
+        self._chunks = tuple(ascending[start : start + _MOST // 2] for start in starts)
+        self._len = len(ascending)
+
+    def __len__(self) -> int:
+        return self._len
+
+    def __iter__(self) -> Iterator[ItemT]:
+        return chain.from_iterable(self._chunks)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, SortedChunks) and tuple(self) == tuple(other)
+
+    def __hash__(self) -> int:
+        return hash(tuple(self))
+
+    def __repr__(self) -> str:
+        return f"SortedChunks({list(self)!r})"
+
+    @property
+    def first(self) -> ItemT | None:
+        return self._chunks[0][0] if self._chunks else None
+
+    def head(self, number: int) -> tuple[ItemT, ...]:
+        """The first `number` items, or all."""
+        if self._chunks and len(self._chunks[0]) >= number:
+            return self._chunks[0][:number]
+        return tuple(islice(self, number))
+
+    def inserted(self, item: ItemT) -> "SortedChunks[ItemT]":
+        if not self._chunks:
+            return self._with(0, 0, ((item,),), 1)
+        if item >= self._chunks[-1][-1]:  # often
+            index = len(self._chunks) - 1
+            chunk = self._chunks[index] + (item,)
+        else:
+            index = max(bisect_right(self._chunks, item, key=_first) - 1, 0)
+            chunk = self._chunks[index]
+            place = bisect_right(chunk, item)
+            chunk = chunk[:place] + (item,) + chunk[place:]  # noqa: RUF005 (quicker)
+        middle = len(chunk) // 2
+        cut = (chunk[:middle], chunk[middle:]) if len(chunk) > _MOST else (chunk,)
+        return self._with(index, index + 1, cut, 1)
+
+    def removed(self, item: ItemT) -> "SortedChunks[ItemT]":
+        """Without an item that is in it. Raises KeyError where it is not."""
+        if self._chunks and self._chunks[0][0] is item:  # often
+            rest = self._chunks[0][1:]
+            return self._with(0, 1, (rest,) if rest else (), -1)
+        index = max(bisect_right(self._chunks, item, key=_first) - 1, 0)
+        chunk = self._chunks[index] if self._chunks else ()
+        place = bisect_left(chunk, item)
+        if place == len(chunk) or chunk[place] != item:
+            raise KeyError(item)
+        rest = chunk[:place] + chunk[place + 1 :]
+        return self._with(index, index + 1, (rest,) if rest else (), -1)
+
+    def _with(
+        self, start: int, end: int, chunks: tuple[tuple[ItemT, ...], ...], growth: int
+    ) -> "SortedChunks[ItemT]":
+        changed: SortedChunks[ItemT] = SortedChunks.__new__(SortedChunks)
+        others = self._chunks
+        if end == len(others):
+            changed._chunks = others[:start] + chunks
+        else:
+            changed._chunks = others[:start] + chunks + others[end:]
+        changed._len = self._len + growth
+        return changed

@@ -1,0 +1,288 @@
+"""The lines of a file of prompts: read without holding up the event loop, and checked."""
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from io import FileIO
+from typing import Annotated, Any, Literal, TypeAlias
+
+import msgspec
+import trio
+from msgspec import UNSET, Meta, UnsetType
+
+from sagellm.graphs.vocabulary import nearest
+from sagellm.runtime.messages import PRIORITIES, Sampling
+
+CHUNK_BYTES = 1 << 20
+
+
+async def numbered_lines(file: FileIO) -> AsyncIterator[tuple[int, bytes]]:
+    """The lines that are not blank, with their numbers from 1. Of one that is longer than
+    MAX_LINE_BYTES only so much comes that it is seen to be.
+
+    Reads in a thread, which cancellation leaves behind: a pipe or a terminal may never answer.
+    `file` is unbuffered, so that such a thread holds no lock that the end of the process needs.
+    """
+    number, line = 1, bytearray()
+    while chunk := await trio.to_thread.run_sync(file.read, CHUNK_BYTES, abandon_on_cancel=True):
+        *ends, rest = chunk.split(b"\n")
+        for end in ends:
+            _extend(line, end)
+            if shown := _stripped(number, bytes(line)):
+                yield number, shown
+            number += 1
+            line.clear()
+        _extend(line, rest)
+    if shown := _stripped(number, bytes(line)):
+        yield number, shown
+
+
+def _extend(line: bytearray, part: bytes) -> None:
+    """In place: copying the line for each chunk would make long ones quadratic."""
+    line += part[: MAX_LINE_BYTES + 1 - len(line)]
+
+
+def _stripped(number: int, line: bytes) -> bytes:
+    """The line without white space around it, and without a byte order mark before the first."""
+    if len(line) > MAX_LINE_BYTES:
+        return line
+    return line.removeprefix(b"\xef\xbb\xbf").strip() if number == 1 else line.strip()
+
+
+LineId: TypeAlias = str | int
+LinePrompt: TypeAlias = str | list[int] | list[dict[str, str]]
+LinePriority: TypeAlias = int | str
+
+MAX_LINE_BYTES = 64 << 20  # far beyond any prompt that a model takes
+
+
+class LineTextPart(msgspec.Struct, forbid_unknown_fields=True):
+    """A piece of a message; only text is served."""
+
+    type: Literal["text"]
+    text: str
+
+
+class LineMessage(msgspec.Struct, forbid_unknown_fields=True):
+    """One turn of a conversation."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str | list[LineTextPart]
+
+    @property
+    def plain(self) -> dict[str, str]:
+        text = self.content
+        whole = text if isinstance(text, str) else "".join(part.text for part in text)
+        return {"role": self.role, "content": whole}
+
+
+class LineFields(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """What both kinds of line may say: the prompt, and how to draw. The session has the ranges."""
+
+    prompt: str | list[int] | UnsetType = UNSET
+    messages: Annotated[list[LineMessage], Meta(min_length=1)] | UnsetType = UNSET
+    max_tokens: int | UnsetType = UNSET
+    min_tokens: int | UnsetType = UNSET
+    temperature: float | UnsetType = UNSET
+    top_k: int | UnsetType = UNSET
+    top_p: float | UnsetType = UNSET
+    min_p: float | UnsetType = UNSET
+    repetition_penalty: float | UnsetType = UNSET
+    presence_penalty: float | UnsetType = UNSET
+    frequency_penalty: float | UnsetType = UNSET
+    logit_bias: dict[int, float] | UnsetType | None = UNSET
+    seed: int | UnsetType | None = UNSET
+    stop: str | list[str] | UnsetType | None = UNSET
+    stop_token_ids: list[int] | UnsetType = UNSET
+    include_stop_str_in_output: bool | UnsetType = UNSET
+    skip_special_tokens: bool | UnsetType = UNSET
+    ignore_eos: bool | UnsetType = UNSET
+    n: int | UnsetType = UNSET
+    priority: LinePriority | UnsetType = UNSET
+
+
+class PlainLine(LineFields, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """A line of ours: the fields themselves."""
+
+    id: LineId | UnsetType = UNSET
+    logprobs: int | UnsetType | None = UNSET
+    model: str | UnsetType = UNSET
+    user_id: str | UnsetType = UNSET
+    slo_ttft_s: float | UnsetType = UNSET
+    cost_budget: float | UnsetType = UNSET
+
+
+class BatchBody(LineFields, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """The body of an OpenAI request. `model` chooses among several that a graph serves."""
+
+    model: str | UnsetType = UNSET
+    max_completion_tokens: int | UnsetType = UNSET
+    logprobs: bool | int | UnsetType | None = UNSET
+    top_logprobs: int | UnsetType | None = UNSET
+    user: str | UnsetType = UNSET
+    stream: Literal[False] | UnsetType = UNSET
+
+
+class BatchLine(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """A line of an OpenAI batch file."""
+
+    custom_id: str
+    body: BatchBody
+    method: Literal["POST"] = "POST"
+    url: Literal["/v1/chat/completions", "/v1/completions"] | UnsetType = UNSET
+
+
+class LineError(ValueError):
+    """An input line that cannot be asked. `id` is its own where it could be read."""
+
+    def __init__(self, number: int, message: str, id: LineId | None = None) -> None:
+        self.number = number
+        self.id: LineId = number if id is None else id
+        super().__init__(f"line {number}: {message}")
+
+
+@dataclass(frozen=True, slots=True)
+class LineRequest:
+    """One line, understood: whom to answer (`id`), what, and how. `fields` are the request's."""
+
+    id: LineId
+    number: int
+    prompt: LinePrompt
+    sampling: Sampling
+    fields: dict[str, Any] = field(default_factory=dict)
+    has_max_tokens: bool = field(default=False, compare=False)  # whether the line says how many
+
+
+def parse_line(
+    number: int, raw: bytes, defaults: Sampling, given: frozenset[str] = frozenset()
+) -> LineRequest:
+    """Read one line. What it does not say comes from `defaults`; raises LineError.
+
+    `given` names the defaults that the user chose: they also go before OpenAI's own default
+    temperature of 1, which otherwise holds for lines with a `body`.
+    """
+    if len(raw) > MAX_LINE_BYTES:
+        raise LineError(number, f"longer than {MAX_LINE_BYTES >> 20} MiB")
+    plain = _decode(number, raw)
+    own_id = _id_of(plain)
+    try:
+        if "body" in plain or "custom_id" in plain:
+            return _batch_request(number, plain, defaults, given)
+        return _plain_request(number, _convert(plain, PlainLine), defaults)
+    except (ValueError, RecursionError) as error:
+        raise LineError(number, str(error), own_id) from None
+
+
+def _decode(number: int, raw: bytes) -> dict[str, Any]:
+    try:
+        plain = msgspec.json.decode(raw)
+    except (ValueError, RecursionError) as error:
+        raise LineError(number, str(error)) from None
+    if not isinstance(plain, dict):
+        raise LineError(number, "expected an object: {...}")
+    return plain
+
+
+def _id_of(plain: dict[str, Any]) -> LineId | None:
+    found = plain.get("custom_id", plain.get("id"))
+    return found if isinstance(found, str | int) and not isinstance(found, bool) else None
+
+
+def _convert(plain: Any, schema: type[Any], where: str = "") -> Any:
+    """Check `plain` against a schema. Raises ValueError; an unknown field gets its nearest name."""
+    known: tuple[str, ...] = schema.__struct_fields__
+    for name in plain if isinstance(plain, dict) else ():
+        if name not in known:
+            close = nearest(name, known)
+            hint = f"did you mean `{close}`?" if close else f"known are {', '.join(known)}"
+            raise ValueError(f"unknown field `{where}{name}`; {hint}")
+    return msgspec.convert(plain, schema, str_keys=True)
+
+
+def _plain_request(number: int, line: PlainLine, defaults: Sampling) -> LineRequest:
+    said = _sampling(line)
+    return LineRequest(
+        id=number if line.id is UNSET else line.id,
+        number=number,
+        prompt=_prompt(line),
+        sampling=msgspec.structs.replace(defaults, **said, **_set_fields(line, ("logprobs",))),
+        fields=_request_fields(line, ("model", "user_id", "slo_ttft_s", "cost_budget")),
+        has_max_tokens="max_tokens" in said,
+    )
+
+
+def _batch_request(
+    number: int, plain: dict[str, Any], defaults: Sampling, given: frozenset[str]
+) -> LineRequest:
+    if "body" in plain:
+        _convert(plain["body"], BatchBody, "body.")
+    line: BatchLine = _convert(plain, BatchLine)
+    body = line.body
+    _check_url(line)
+    said = ({} if "temperature" in given else {"temperature": 1.0}) | _sampling(body)
+    if body.max_completion_tokens is not UNSET:
+        said["max_tokens"] = body.max_completion_tokens
+    user = {} if body.user is UNSET else {"user_id": body.user}
+    return LineRequest(
+        id=line.custom_id,
+        number=number,
+        prompt=_prompt(body),
+        sampling=msgspec.structs.replace(defaults, **said, logprobs=_num_logprobs(body)),
+        fields=_request_fields(body, ("model",)) | user,
+        has_max_tokens="max_tokens" in said,
+    )
+
+
+def _check_url(line: BatchLine) -> None:
+    wanted = "/v1/completions" if line.body.messages is UNSET else "/v1/chat/completions"
+    if line.url is not UNSET and line.url != wanted:
+        raise ValueError(f"a body for {wanted} under the url {line.url}")
+
+
+def _num_logprobs(body: BatchBody) -> int | None:
+    """Chat says `logprobs: true, top_logprobs: k`; completions say `logprobs: k`."""
+    top = body.top_logprobs if isinstance(body.top_logprobs, int) else None
+    if body.logprobs is True:
+        return top or 0
+    if top is not None:
+        raise ValueError("`top_logprobs` needs `logprobs`: true")
+    return body.logprobs if isinstance(body.logprobs, int) and body.logprobs is not False else None
+
+
+def _prompt(line: LineFields) -> LinePrompt:
+    if (line.prompt is UNSET) == (line.messages is UNSET):
+        raise ValueError("give either `prompt` or `messages`")
+    if line.messages is not UNSET:
+        return [message.plain for message in line.messages]
+    if not line.prompt:
+        raise ValueError("`prompt` is empty")
+    return line.prompt
+
+
+def _set_fields(line: msgspec.Struct, names: tuple[str, ...]) -> dict[str, Any]:
+    return {name: value for name in names if (value := getattr(line, name)) is not UNSET}
+
+
+def _sampling(line: LineFields) -> dict[str, Any]:
+    """The fields of Sampling that the line says, null meaning unsaid."""
+    shared = tuple(
+        name for name in Sampling.__struct_fields__ if name in LineFields.__struct_fields__
+    )
+    said = {name: value for name, value in _set_fields(line, shared).items() if value is not None}
+    if "stop" in said:
+        said["stop"] = (said["stop"],) if isinstance(said["stop"], str) else tuple(said["stop"])
+    if "stop_token_ids" in said:
+        said["stop_token_ids"] = tuple(said["stop_token_ids"])
+    return said
+
+
+def _request_fields(line: LineFields, names: tuple[str, ...]) -> dict[str, Any]:
+    fields = _set_fields(line, (*names, "priority"))
+    if isinstance(fields.get("priority"), str):
+        fields["priority"] = _priority(fields["priority"])
+    return fields
+
+
+def _priority(name: str) -> int:
+    if name not in PRIORITIES:
+        raise ValueError(f"unknown priority `{name}`; known are {', '.join(PRIORITIES)}")
+    return PRIORITIES[name]

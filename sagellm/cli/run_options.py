@@ -1,0 +1,114 @@
+"""The options of `sagellm run`, in groups, and what they mean together."""
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+from cyclopts import Parameter
+from cyclopts.validators import Number
+
+from sagellm.cli.errors import Failure
+from sagellm.runtime.messages import Sampling
+
+
+@Parameter(name="*", group="One prompt")
+@dataclass(frozen=True, kw_only=True)
+class PromptOptions:
+    """Ask once, and print the answer."""
+
+    prompt: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None
+    """The prompt; `-` reads it from stdin."""
+
+    chat: bool = False
+    """Put the prompt to the model as a user's message, by its chat template."""
+
+    stream: bool = False
+    """Print the answer while it comes."""
+
+
+@Parameter(name="*", group="A file of prompts")
+@dataclass(frozen=True, kw_only=True)
+class FileOptions:
+    """Answer JSON lines."""
+
+    input: Annotated[Path | None, Parameter(allow_leading_hyphen=True)] = None
+    """JSON lines with `prompt` or `messages`, or an OpenAI batch file; `-` is stdin."""
+
+    output: Path | None = None
+    """Where the answers go, as JSON lines in order of completion; stdout unless given."""
+
+    force: bool = False
+    """Overwrite the output."""
+
+    resume: bool = False
+    """Keep the answers that the output holds, and ask the others."""
+
+
+@Parameter(name="*", group="How to answer")
+@dataclass(frozen=True, kw_only=True)
+class RunSamplingOptions:
+    """What a line of a file may still say otherwise."""
+
+    max_tokens: Annotated[int | None, Parameter(validator=Number(gte=1))] = None
+    """The longest answer, in tokens [default: 128]."""
+
+    temperature: Annotated[float | None, Parameter(validator=Number(gte=0, lte=100))] = None
+    """0 always takes the likeliest token [default: 0]."""
+
+    seed: int | None = None
+    """Makes an answer with a temperature repeatable."""
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The options that the user chose."""
+        named = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in named.items() if value is not None}
+
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(**self.given)
+
+
+def check_run_options(asked: PromptOptions, files: FileOptions) -> None:
+    """Raise Failure for options that contradict each other, or would be ignored."""
+    if (asked.prompt is None) == (files.input is None):
+        raise Failure("give either --prompt or --input", 'for example --prompt "Hello"')
+    if asked.prompt is not None:
+        _refuse(asked.prompt, "--prompt", files, ("output", "force", "resume"))
+    else:
+        _refuse(files.input, "--input", asked, ("chat", "stream"))
+    if files.force and files.resume:
+        raise Failure("--force and --resume contradict each other", "give one of them")
+    if files.output is None and (files.force or files.resume):
+        raise Failure("--force and --resume need a file", "add --output FILE")
+
+
+def _refuse(chosen: object, option: str, options: object, names: tuple[str, ...]) -> None:
+    for name in names:
+        if getattr(options, name):
+            raise Failure(f"--{name} does not go with {option}", f"leave --{name} out")
+
+
+def parse_assignments(assignments: tuple[str, ...]) -> dict[str, object]:
+    """`split.min_uncached_tokens=8` as {"split.min_uncached_tokens": 8}; values are JSON or text.
+
+    Raises Failure for one without `op.key=`.
+    """
+    found: dict[str, object] = {}
+    for assignment in assignments:
+        path, equals, text = assignment.partition("=")
+        if not equals or "." not in path.strip("."):
+            cause = f"--set {assignment} does not say op.key=value"
+            raise Failure(cause, "for example --set split.min_uncached_tokens=8")
+        found[path] = _assigned_value(text)
+    return found
+
+
+def _assigned_value(text: str) -> object:
+    """`null` stays text: it is the name of a device, and no option is none."""
+    try:
+        value: object = msgspec.json.decode(text)
+    except ValueError:
+        return text
+    return text if value is None else value

@@ -1,0 +1,185 @@
+"""Calls over HTTP: which server, what each call sends, and how plain answers read."""
+
+import os
+import ssl
+from collections.abc import Iterable, Mapping, Sequence
+from ipaddress import ip_address
+from typing import Any
+
+import httpx2
+import msgspec
+
+from sagellm.client.replies import read_body
+from sagellm.client.responses import BAD_ANSWER, NOT_OFFERED, UNREACHABLE, ClientError
+
+URL_VARIABLE, KEY_VARIABLE = "SAGELLM_URL", "SAGELLM_API_KEY"
+LOCAL = ("http://127.0.0.1:8000", "http://127.0.0.1:8889")
+PROBE_S = 0.5
+_LOCKED = (401, 403)
+
+
+def read_url(url: str) -> str:
+    """The root of a server: a scheme in front, no slash and no `/v1` behind. Raises ClientError."""
+    whole = url if "://" in url else f"http://{url}"
+    try:
+        read = httpx2.URL(whole)
+    except httpx2.InvalidURL as error:
+        raise ClientError(f"{url!r} is not a URL: {error}", code=NOT_OFFERED) from None
+    if read.scheme not in ("http", "https") or not read.host:
+        raise ClientError(f"{url!r} is not the URL of an HTTP server", code=NOT_OFFERED)
+    return whole.rstrip("/").removesuffix("/v1").rstrip("/")
+
+
+def configured_url(url: str | None) -> str | None:
+    """The URL that the caller or the environment names, if one does."""
+    named = url or os.environ.get(URL_VARIABLE)
+    return read_url(named) if named else None
+
+
+def configured_key(api_key: str | None) -> str | None:
+    return api_key if api_key is not None else os.environ.get(KEY_VARIABLE)
+
+
+def request_headers(api_key: str | None) -> dict[str, str]:
+    """What every call sends. A stream that is compressed comes in lumps, so none is asked for."""
+    plain = {"Accept-Encoding": "identity", "User-Agent": "sagellm"}
+    return {**plain, "Authorization": f"Bearer {api_key}"} if api_key else plain
+
+
+def is_local(url: str) -> bool:
+    """Whether a URL names this machine, which no proxy of the environment can reach."""
+    host = httpx2.URL(url).host
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
+
+
+def transport_options(url: str, api_key: str | None, timeout_s: float) -> Mapping[str, object]:
+    """How a httpx2 client for one server is set up; blocking and not, the same."""
+    return {
+        "base_url": url,
+        "headers": request_headers(api_key),
+        "timeout": httpx2.Timeout(timeout_s, connect=min(timeout_s, 10.0)),
+        "trust_env": not is_local(url),  # no proxy stands before this machine
+        "verify": ssl.create_default_context(),  # obeys SSL_CERT_FILE wherever the server is
+        "limits": httpx2.Limits(max_connections=None, max_keepalive_connections=None),
+    }
+
+
+def is_server(status: int, body: bytes) -> bool:
+    """Whether `/v1/models` was answered as an OpenAI-compatible server does."""
+    if status in _LOCKED:
+        return b"error" in body
+    try:
+        found = msgspec.json.decode(body)
+    except ValueError:
+        return False
+    return status == 200 and isinstance(found, dict) and isinstance(found.get("data"), list)
+
+
+def no_server() -> ClientError:
+    """No server was found."""
+    tried = ", ".join(LOCAL)
+    fix = f"start one with `sagellm serve`, give a URL, or set {URL_VARIABLE}"
+    return ClientError(f"no server answers at {tried}; {fix}", code=UNREACHABLE)
+
+
+def check_embedded(url: str | None) -> None:
+    """Raise ClientError for a URL beside `embedded`: one of the two would be ignored."""
+    if url is not None:
+        cause = "an embedded graph has no URL; leave one of the two out"
+        raise ClientError(cause, code=NOT_OFFERED)
+
+
+Messages = Sequence[Mapping[str, Any]]
+Prompt = str | Sequence[int]
+CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
+MODELS, HEALTH, LOAD, VERSION = "/v1/models", "/health", "/load", "/version"
+_ABSENT = (404, 405, 501)
+
+
+def encode_call(
+    call: Mapping[str, Any], options: Mapping[str, Any], model: str, stream: bool
+) -> bytes:
+    """The body of a call; options go to the server as they are given."""
+    return encode_json({"model": model, **call, **options, "stream": stream})
+
+
+def encode_json(body: Mapping[str, Any]) -> bytes:
+    """JSON. Raises ClientError for what cannot be."""
+    try:
+        return msgspec.json.encode(body)
+    except (TypeError, UnicodeEncodeError) as error:
+        raise ClientError(f"the call is no JSON: {error}", code=NOT_OFFERED) from None
+
+
+def is_stream(headers: Mapping[str, str]) -> bool:
+    kind, _, _ = headers.get("content-type", "").partition(";")
+    return kind.strip().lower() == "text/event-stream"
+
+
+def not_streamed(body: bytes) -> ClientError:
+    """What is wrong with an answer that was asked for as a stream and is none."""
+    try:
+        read_body(body)
+    except ClientError as error:
+        return error
+    return ClientError("the server does not stream: it sent the whole answer", code=BAD_ANSWER)
+
+
+def read_model_ids(body: bytes) -> list[str]:
+    """The names in `/v1/models`. Raises ClientError where it is no such list."""
+    try:
+        return [str(entry["id"]) for entry in msgspec.json.decode(body)["data"]]
+    except (ValueError, TypeError, KeyError, UnicodeDecodeError) as error:
+        raise ClientError("/v1/models is no list of models", code=BAD_ANSWER) from error
+
+
+def first_model_of(models: Sequence[str]) -> str:
+    if not models:
+        raise ClientError("the server serves no model", code=NOT_OFFERED)
+    return models[0]
+
+
+def read_embeddings(body: bytes) -> list[list[float]]:
+    """Embeddings in the order of the texts."""
+    try:
+        entries = msgspec.json.decode(body)["data"]
+        ordered = sorted(entries, key=lambda entry: entry["index"])
+        return [[float(value) for value in entry["embedding"]] for entry in ordered]
+    except (ValueError, TypeError, KeyError, UnicodeDecodeError) as error:
+        raise ClientError("the answer holds no embeddings", code=BAD_ANSWER) from error
+
+
+def texts_of(texts: str | Iterable[str]) -> list[str]:
+    return [texts] if isinstance(texts, str) else list(texts)
+
+
+def without_embeddings(error: ClientError) -> ClientError:
+    """Says so where the server has no such endpoint; any other error as it is."""
+    if error.status not in _ABSENT:
+        return error
+    cause = f"this server has no embeddings: {error.message}"
+    return ClientError(cause, status=error.status, code=NOT_OFFERED, type=error.type)
+
+
+def server_status(
+    url: str, models: Sequence[str], is_ready: bool, load: bytes | None, version: bytes | None
+) -> dict[str, Any]:
+    """What `get_status` says of a server; None for what it does not tell."""
+    return {
+        "mode": "http",
+        "url": url,
+        "is_ready": is_ready,
+        "models": list(models),
+        "server_load": _read_field(load, "server_load"),
+        "version": _read_field(version, "version"),
+    }
+
+
+def _read_field(body: bytes | None, name: str) -> Any:
+    try:
+        return msgspec.json.decode(body)[name] if body else None
+    except (ValueError, TypeError, KeyError, UnicodeDecodeError):
+        return None

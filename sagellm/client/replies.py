@@ -1,0 +1,335 @@
+"""The answers of the OpenAI API: whole texts, streams of pieces, and their reader."""
+
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from typing import Any, Generic, TypeVar
+
+import msgspec
+
+from sagellm.client.responses import (
+    BAD_ANSWER,
+    CUT_OFF,
+    MISUSED,
+    ClientError,
+    EventReader,
+    EventTooLong,
+    ServerSentEvent,
+    stream_error,
+)
+from sagellm.errors import blocked_loop, misused
+
+DONE = b"[DONE]"
+
+
+class PromptDetails(msgspec.Struct, frozen=True):
+    """How much of a prompt was in the cache."""
+
+    cached_tokens: int | None = None
+
+
+class Usage(msgspec.Struct, frozen=True):
+    """Tokens of one call, as the server counted them."""
+
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    total_tokens: int | None = None
+    prompt_tokens_details: PromptDetails | None = None
+
+
+class ResponseMessage(msgspec.Struct, frozen=True):
+    """What a chat says: a whole message, or the next part of it."""
+
+    role: str | None = None
+    content: str | None = None
+
+
+class Choice(msgspec.Struct, frozen=True):
+    """One choice of a whole answer, or of a chunk; of `/v1/completions` or of a chat."""
+
+    index: int = 0
+    text: str | None = None
+    delta: ResponseMessage | None = None
+    message: ResponseMessage | None = None
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+    logprobs: Any = None
+
+    @property
+    def content(self) -> str | None:
+        """Its text; None where it holds none at all, as in a chunk that only ends."""
+        said = self.message or self.delta
+        return said.content if said is not None else self.text
+
+    @property
+    def is_opening(self) -> bool:
+        """Whether it is the chunk that opens a chat, before any token."""
+        delta = self.delta
+        is_empty = delta is not None and delta.role is not None and not delta.content
+        return is_empty and self.finish_reason is None
+
+
+class ResponseBody(msgspec.Struct, frozen=True):
+    """A whole answer or one chunk of a stream. Unknown fields are left aside."""
+
+    id: str | None = None
+    model: str | None = None
+    choices: tuple[Choice, ...] = ()
+    usage: Usage | None = None
+    error: Any = None
+
+
+_DECODER = msgspec.json.Decoder(ResponseBody)
+
+
+class TextReply(str):
+    """The text of a whole answer, and how it ended. `choices` are all that were asked for."""
+
+    finish_reason: str | None
+    stop_reason: str | int | None
+    logprobs: Any
+    usage: Usage | None
+    model: str | None
+    id: str | None
+    choices: "tuple[TextReply, ...]"
+
+
+class Piece(str):
+    """The next text of one choice of a stream; the last has a finish reason.
+
+    A server that was asked for usage sends it in a piece without text behind the last.
+    """
+
+    choice: int
+    finish_reason: str | None
+    stop_reason: str | int | None
+    logprobs: Any
+    usage: Usage | None
+
+
+def make_piece(
+    text: str = "",
+    *,
+    choice: int = 0,
+    finish_reason: str | None = None,
+    stop_reason: str | int | None = None,
+    logprobs: Any = None,
+    usage: Usage | None = None,
+) -> Piece:
+    """A piece with all that it knows."""
+    made = Piece(text)
+    made.choice, made.finish_reason, made.stop_reason = choice, finish_reason, stop_reason
+    made.logprobs, made.usage = logprobs, usage
+    return made
+
+
+def whole_reply(body: ResponseBody) -> TextReply:
+    """The whole answer. Raises ClientError where it holds none."""
+    ordered = sorted(body.choices, key=lambda choice: choice.index)
+    if not ordered:
+        raise ClientError("the server's answer holds no choice", code=BAD_ANSWER)
+    replies = tuple(_choice_reply(choice, body) for choice in ordered)
+    for one in replies:
+        one.choices = replies
+    return replies[0]
+
+
+def _choice_reply(choice: Choice, body: ResponseBody) -> TextReply:
+    made = TextReply(choice.content or "")
+    made.finish_reason, made.stop_reason = choice.finish_reason, choice.stop_reason
+    made.logprobs, made.usage = choice.logprobs, body.usage
+    made.model, made.id = body.model, body.id
+    return made
+
+
+def read_body(data: bytes) -> ResponseBody:
+    """A body of JSON. Raises ClientError where it is none, or holds an error."""
+    try:
+        body = _DECODER.decode(data)
+    except ValueError as error:  # of msgspec, and of text that is no UTF-8
+        raise ClientError(f"the server's answer makes no sense: {error}", code=BAD_ANSWER) from None
+    if body.error is not None:
+        raise stream_error(data)
+    return body
+
+
+class ChunkReader:
+    """The chunks of one streamed answer, from the bytes of its body.
+
+    A stream is whole when `[DONE]` came, or the body ended, after every choice had its finish
+    reason; anything else is an error, never a silent end. What came before an error is still read.
+    """
+
+    def __init__(self) -> None:
+        self._events = EventReader()
+        self._bodies: deque[ResponseBody] = deque()
+        self._open: set[int] = set()
+        self._num_choices = 0
+        self._error: ClientError | None = None
+        self.is_over = False
+
+    def feed(self, data: bytes) -> None:
+        """Take what the network brought."""
+        try:
+            for event in self._events.feed(data):
+                if self.is_over:
+                    return
+                self._take(event)
+        except EventTooLong as error:
+            self._fail(ClientError(f"the server sent {error}", code=BAD_ANSWER))
+        except ClientError as error:
+            self._fail(error)
+
+    def end(self) -> None:
+        """The body has ended."""
+        if not self.is_over:
+            self._finish("the connection")
+
+    def next(self) -> ResponseBody | None:
+        """The next chunk, or None until more is fed. Raises ClientError behind the last."""
+        if self._bodies:
+            return self._bodies.popleft()
+        if self._error is not None:
+            raise self._error
+        return None
+
+    def _take(self, event: ServerSentEvent) -> None:
+        if event.data == DONE:
+            return self._finish("the stream")
+        if event.name == "error":
+            raise stream_error(event.data)
+        body = read_body(event.data)
+        self._bodies.append(body)
+        for choice in body.choices:
+            self._note(choice)
+
+    def _note(self, choice: Choice) -> None:
+        if choice.finish_reason is not None:
+            self._open.discard(choice.index)
+        else:
+            self._open.add(choice.index)
+        self._num_choices += 1
+
+    def _finish(self, what: str) -> None:
+        if self._open or not self._num_choices:
+            self._fail(ClientError(f"{what} ended before the answer was whole", code=CUT_OFF))
+        self.is_over = True
+
+    def _fail(self, error: ClientError) -> None:
+        self._error, self.is_over = error, True
+
+
+def chunk_pieces(body: ResponseBody) -> list[Piece]:
+    """What a caller is given of one chunk: its choices, and usage behind the last of them."""
+    said = [
+        make_piece(
+            choice.content or "",
+            choice=choice.index,
+            finish_reason=choice.finish_reason,
+            stop_reason=choice.stop_reason,
+            logprobs=choice.logprobs,
+        )
+        for choice in body.choices
+        if not choice.is_opening
+    ]
+    if body.usage is not None:
+        _attach_usage(said, body.usage)
+    return said
+
+
+def _attach_usage(said: list[Piece], usage: Usage) -> None:
+    if said:
+        said[-1].usage = usage
+    else:
+        said.append(make_piece(usage=usage))
+
+
+C = TypeVar("C")
+
+
+class _StreamState(Generic[C]):
+    """What both kinds of stream know once they are over: how choice 0 ended, and the usage."""
+
+    finish_reason: str | None = None
+    usage: Usage | None = None
+    _is_closed = False
+
+    def __init__(self, close: Callable[[], C]) -> None:
+        self._close = close
+
+    def _note(self, piece: Piece) -> Piece:
+        if piece.choice == 0 and piece.finish_reason is not None:
+            self.finish_reason = piece.finish_reason
+        if piece.usage is not None:
+            self.usage = piece.usage
+        return piece
+
+
+@misused(
+    __aiter__="a stream of UnifiedInferenceClient is read with `for`",
+    __aenter__="a stream of UnifiedInferenceClient is entered with `with`",
+)
+class ReplyStream(_StreamState[None]):
+    """The pieces of one answer as they come. Closed before its end, the request is cancelled.
+
+    Raises ClientError where the answer breaks off. `with` closes it; so does losing it.
+    """
+
+    def __init__(self, pieces: Iterator[Piece], close: Callable[[], None]) -> None:
+        super().__init__(close)
+        self._pieces = pieces
+
+    def __iter__(self) -> "ReplyStream":
+        return self
+
+    def __next__(self) -> Piece:
+        if self._is_closed:
+            raise StopIteration
+        fault = blocked_loop("reading a blocking stream", "AsyncUnifiedInferenceClient")
+        if fault is not None:
+            raise ClientError(fault, code=MISUSED)
+        return self._note(next(self._pieces))
+
+    def close(self) -> None:
+        """Idempotent; afterwards the stream is at its end."""
+        self._is_closed = True
+        self._close()
+
+    def __enter__(self) -> "ReplyStream":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self._close()
+
+
+@misused(
+    __iter__="a stream of AsyncUnifiedInferenceClient is read with `async for`",
+    __enter__="a stream of AsyncUnifiedInferenceClient is entered with `async with`",
+)
+class AsyncReplyStream(_StreamState[Awaitable[None]]):
+    """As `ReplyStream`, for trio and asyncio; only `async with` and `aclose` close it in time."""
+
+    def __init__(self, pieces: AsyncIterator[Piece], close: Callable[[], Awaitable[None]]) -> None:
+        super().__init__(close)
+        self._pieces = pieces
+
+    def __aiter__(self) -> "AsyncReplyStream":
+        return self
+
+    async def __anext__(self) -> Piece:
+        if self._is_closed:
+            raise StopAsyncIteration
+        return self._note(await anext(self._pieces))
+
+    async def aclose(self) -> None:
+        """Idempotent; afterwards the stream is at its end."""
+        self._is_closed = True
+        await self._close()
+
+    async def __aenter__(self) -> "AsyncReplyStream":
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()

@@ -1,0 +1,272 @@
+"""The responses of a server: errors as `ClientError`, and streams as events."""
+
+import ssl
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import anyio
+import httpx2
+import msgspec
+
+UNREACHABLE = "unreachable"  # nobody listens there
+TIMED_OUT = "timed_out"  # no sign of the server for too long
+CUT_OFF = "cut_off"  # the answer ended before it was whole
+BAD_ANSWER = "bad_answer"  # the answer is not what the OpenAI API says
+NOT_OFFERED = "not_offered"  # the server, or this client, cannot do that
+TRANSPORT = (httpx2.RequestError, httpx2.InvalidURL)  # what httpx2 raises
+MISUSED = "misused"  # a call in a place or form that cannot work
+CLOSED = "the client is closed; create another one"
+_QUOTED_CHARS = 200
+
+
+class ClientError(Exception):
+    """A call that was not answered.
+
+    `status` is that of HTTP, or None where there was none (a server that cannot be reached, an
+    error inside a stream). `code` is the server's, or one of this module's. `retry_after_s` is
+    when the server says that another attempt makes sense, `should_retry` whether it says that one
+    does at all.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int | None = None,
+        code: str | None = None,
+        type: str | None = None,
+        param: str | None = None,
+        retry_after_s: float | None = None,
+        should_retry: bool | None = None,
+        request_id: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.status = status
+        self.code = code
+        self.type = type
+        self.param = param
+        self.retry_after_s = retry_after_s
+        self.should_retry = should_retry
+        self.request_id = request_id
+
+
+def response_error(status: int, headers: Mapping[str, str], body: bytes) -> ClientError:
+    """The error that an answer other than 2xx holds."""
+    said = _error_fields(body)
+    return ClientError(
+        _text(said.get("message")) or _status_message(status, body),
+        status=status,
+        code=_text(said.get("code")),
+        type=_text(said.get("type")),
+        param=_text(said.get("param")),
+        retry_after_s=_seconds(headers.get("retry-after")),
+        should_retry={"true": True, "false": False}.get(headers.get("x-should-retry", "")),
+        request_id=headers.get("x-request-id"),
+    )
+
+
+def stream_error(data: bytes | str) -> ClientError:
+    """The error that a stream holds in place of a chunk."""
+    raw = data.encode() if isinstance(data, str) else data
+    said = _error_fields(raw)
+    code = said.get("code")
+    is_status = isinstance(code, int) and 400 <= code < 600
+    return ClientError(
+        _text(said.get("message")) or f"the stream ended with an error: {_quoted(raw)}",
+        status=code if is_status else None,
+        code=_text(code),
+        type=_text(said.get("type")),
+        param=_text(said.get("param")),
+    )
+
+
+def _first_message(error: BaseException) -> str:
+    """The first text among an error and its causes: under TLS the outer ones have none."""
+    while not str(error) and (cause := error.__cause__ or error.__context__) is not None:
+        error = cause
+    text = str(error) or type(error).__name__
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"{text}; SSL_CERT_FILE names the file of an authority of your own"
+    return text
+
+
+@contextmanager
+def raising_client_errors(url: str) -> Iterator[None]:
+    """Raise ClientError for what the transport raises."""
+    try:
+        yield
+    except TRANSPORT as error:
+        raise transport_error(error, url) from error
+
+
+def transport_error(error: Exception, url: str) -> ClientError:
+    """What one of TRANSPORT means."""
+    match error:
+        case httpx2.ConnectError() | httpx2.ConnectTimeout():
+            text = f"no server answers at {url}: {_first_message(error)}"
+            return ClientError(text, code=UNREACHABLE)
+        case httpx2.TimeoutException():
+            return ClientError(f"{url} sent nothing for too long", code=TIMED_OUT)
+        case httpx2.InvalidURL() | httpx2.UnsupportedProtocol():
+            return ClientError(f"{url} is not the URL of a server: {error}", code=NOT_OFFERED)
+    cause = f"the connection to {url} broke: {str(error) or type(error).__name__}"
+    return ClientError(cause, code=CUT_OFF)
+
+
+def _error_fields(body: bytes) -> dict[str, Any]:
+    """{"error": {...}} of the OpenAI API, and its likes: a text, or `detail`, or no envelope."""
+    try:
+        found = msgspec.json.decode(body)
+    except ValueError:
+        return {}
+    if not isinstance(found, dict):
+        return {}
+    inner = found.get("error", found)
+    if isinstance(inner, str):
+        return {"message": inner}
+    if not isinstance(inner, dict):
+        return {}
+    return inner if "message" in inner else {**inner, "message": inner.get("detail")}
+
+
+def _status_message(status: int, body: bytes) -> str:
+    quoted = _quoted(body)
+    return f"the server answered {status}" + (f": {quoted}" if quoted else "")
+
+
+def _quoted(body: bytes) -> str:
+    """The beginning of what the server sent, on one line."""
+    return " ".join(body[:_QUOTED_CHARS].decode(errors="replace").split())
+
+
+def _text(value: object) -> str | None:
+    return None if value is None else str(value)
+
+
+def _seconds(value: str | None) -> float | None:
+    """Retry-After in seconds; its date form is not used by servers of this kind."""
+    try:
+        seconds = float(value or "")
+    except ValueError:
+        return None
+    return seconds if 0 <= seconds < float("inf") else None
+
+
+LARGEST_EVENT = 16 << 20  # bytes
+_BOM = b"\xef\xbb\xbf"
+
+
+class EventTooLong(ValueError):
+    """An event that does not end."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServerSentEvent:
+    """One event; its data lines are joined by line feeds."""
+
+    data: bytes
+    name: str = "message"
+
+
+class EventReader:
+    """Turns the bytes of a body, cut anywhere, into events.
+
+    Lines end with LF, CR or CRLF and with nothing else: text that holds U+2028 or U+0085 stays
+    whole, which a reader built on `str.splitlines` cuts. Comments, ids and retry times are skipped.
+    httpx2.EventSource does the same for a Response alone, at three times the cost an event.
+    """
+
+    def __init__(self, largest: int = LARGEST_EVENT) -> None:
+        self._largest = largest
+        self._rest = b""  # of a line that has not ended
+        self._is_first = True
+        self._ended_with_cr = False
+        self._data: list[bytes] = []
+        self._name = ""
+        self._size = 0
+
+    def feed(self, chunk: bytes) -> list[ServerSentEvent]:
+        """The events that are whole now. Raises EventTooLong."""
+        lines = (self._rest + self._without_cr(chunk)).split(b"\n")
+        if self._is_first:
+            if len(lines) == 1 and _BOM.startswith(lines[0]):
+                self._rest = lines[0]  # may be a part of the mark
+                return []
+            lines[0] = lines[0].removeprefix(_BOM)
+            self._is_first = False
+        self._rest = lines.pop()
+        events = [event for line in lines if (event := self._line(line)) is not None]
+        if self._size + len(self._rest) > self._largest:
+            raise EventTooLong(f"an event of more than {self._largest} bytes")
+        return events
+
+    def _without_cr(self, chunk: bytes) -> bytes:
+        """The chunk with LF for CR and CRLF, also for a CRLF that two chunks share."""
+        if self._ended_with_cr and chunk:
+            chunk = chunk.removeprefix(b"\n")
+            self._ended_with_cr = False
+        if b"\r" not in chunk:
+            return chunk
+        self._ended_with_cr = chunk.endswith(b"\r")
+        return chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+
+    def _line(self, line: bytes) -> ServerSentEvent | None:
+        """Take one line; an empty one ends the event."""
+        if not line:
+            return self._dispatch()
+        self._size += len(line)
+        field, _, value = line.partition(b":")
+        value = value[1:] if value[:1] == b" " else value
+        if field == b"data":
+            self._data.append(value)
+        elif field == b"event":
+            self._name = value.decode(errors="replace")
+        return None
+
+    def _dispatch(self) -> ServerSentEvent | None:
+        data, name = self._data, self._name
+        self._data, self._name, self._size = [], "", 0
+        return ServerSentEvent(b"\n".join(data), name or "message") if data else None
+
+
+LINGER_S = 1.0  # for a server that has said all, and does not end its answer
+
+
+class BodyBytes:
+    """Read with `next` until None, then `finish`; `aclose` hangs up unless all was read."""
+
+    def __init__(self, response: httpx2.Response, url: str) -> None:
+        self._response = response
+        self._chunks = response.aiter_bytes()
+        self._url = url
+
+    async def next(self) -> bytes | None:
+        """What the network brings; None at the end. Raises ClientError."""
+        try:  # no context manager: this runs for every event
+            return await anext(self._chunks, None)
+        except TRANSPORT as error:
+            raise transport_error(error, self._url) from error
+
+    async def finish(self) -> None:
+        """Read the little that is left, so that the connection serves another call."""
+        with anyio.move_on_after(LINGER_S), suppress(httpx2.HTTPError):
+            async for _ in self._chunks:
+                pass
+
+    async def aclose(self) -> None:
+        """Close the connection first; reading on then ends every generator inside httpx2, of which
+        it leaves one to the garbage collector, where trio warns of it.
+        """
+        await self._response.aclose()
+        with suppress(httpx2.HTTPError, httpx2.StreamError):
+            async for _ in self._chunks:
+                pass
+
+    async def __aenter__(self) -> "BodyBytes":
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()

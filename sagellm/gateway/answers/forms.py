@@ -1,0 +1,254 @@
+"""The chunks and answers of /v1/completions and /v1/chat/completions."""
+
+from collections.abc import Iterable
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+from sagellm.gateway.answers.event_stream import escaped, event
+from sagellm.gateway.answers.event_stream import event as sse_event
+from sagellm.gateway.answers.logprobs import (
+    CompletionLogprobsWriter,
+    Texts,
+    chat_logprobs,
+    joined,
+    prompt_logprobs,
+)
+from sagellm.gateway.answers.objects import (
+    ApiUsage,
+    ChatChoice,
+    ChatChunk,
+    ChatChunkChoice,
+    ChatCompletion,
+    ChatDelta,
+    ChatLogprobs,
+    ChatMessage,
+    Completion,
+    CompletionChoice,
+    CompletionChunk,
+    CompletionLogprobs,
+    Ids,
+    PromptLogprobs,
+)
+from sagellm.gateway.answers.writer import FINISH, AnswerSpec, Indexed
+from sagellm.gateway.encoding import EncodedPrompt
+from sagellm.runtime.messages import TokenEvent
+
+_MARK = "\0"  # stands for the text; no other field of a chunk has one
+_ENCODED_MARK = msgspec.json.encode(_MARK)
+_encode = msgspec.json.Encoder().encode
+
+
+class ChunkTemplate:
+    """A chunk with everything in it but its text."""
+
+    MARK = _MARK
+
+    def __init__(self, chunk: msgspec.Struct) -> None:
+        """`chunk` has MARK where its text will be."""
+        self._head, _, self._tail = event(_encode(chunk)).partition(_ENCODED_MARK)
+
+    def with_text(self, text: str) -> bytes:
+        return self._head + escaped(_encode(text)) + self._tail
+
+
+class CompletionForm:
+    """Writes the choices of one call. With echo, a choice begins with its prompt."""
+
+    def __init__(self, asked: AnswerSpec, texts: Texts) -> None:
+        self._asked = asked
+        self._texts = texts
+        self._choices: dict[int, CompletionLogprobsWriter] = {}  # those begun
+        self._frames: dict[int, ChunkTemplate] = {}
+        self._usage: UnsetType | None = None if asked.has_usage else UNSET
+        self._is_plain = not (
+            asked.has_logprobs
+            or asked.has_token_ids
+            or asked.is_echo
+            or asked.num_prompt_logprobs is not None
+        )
+
+    def opening(self, usage: ApiUsage | None) -> bytes:
+        return b""
+
+    def chunk(self, index: int, event: TokenEvent, usage: ApiUsage | None) -> bytes:
+        if self._is_plain and event.finish_reason is None and usage is None:
+            return self._frame(index).with_text(event.text)
+        chunk = self._chunk([self._choice(index, event)], usage)
+        return sse_event(msgspec.json.encode(chunk))
+
+    def usage(self, usage: ApiUsage) -> bytes:
+        return sse_event(msgspec.json.encode(self._chunk([], usage)))
+
+    def whole(self, choices: Iterable[Indexed], usage: ApiUsage) -> bytes:
+        asked = self._asked
+        completion = Completion(
+            id=asked.id,
+            created=asked.created,
+            model=asked.model,
+            choices=[self._choice(index, event) for index, event in choices],
+            usage=usage,
+        )
+        return msgspec.json.encode(completion)
+
+    def _chunk(self, choices: list[CompletionChoice], usage: ApiUsage | None) -> CompletionChunk:
+        asked = self._asked
+        return CompletionChunk(
+            id=asked.id,
+            created=asked.created,
+            model=asked.model,
+            choices=choices,
+            usage=self._usage if usage is None else usage,
+        )
+
+    def _frame(self, index: int) -> ChunkTemplate:
+        frame = self._frames.get(index)
+        if frame is None:
+            chunk = self._chunk([CompletionChoice(index, ChunkTemplate.MARK)], None)
+            frame = self._frames[index] = ChunkTemplate(chunk)
+        return frame
+
+    def _choice(self, index: int, event: TokenEvent) -> CompletionChoice:
+        asked, is_first = self._asked, index not in self._choices
+        writer = self._choices.setdefault(
+            index, CompletionLogprobsWriter(self._texts, asked.num_logprobs or 0)
+        )
+        prompt = asked.prompts[min(index // asked.num_choices, len(asked.prompts) - 1)]
+        is_echoed = is_first and asked.is_echo
+        return CompletionChoice(
+            index=index,
+            text=prompt.text + event.text if is_echoed else event.text,
+            logprobs=_logprobs(writer, event, prompt if is_echoed else None)
+            if asked.has_logprobs
+            else None,
+            finish_reason=FINISH[event.finish_reason],
+            stop_reason=event.stop_reason,
+            prompt_token_ids=prompt.token_ids if asked.has_token_ids and is_first else UNSET,
+            token_ids=event.token_ids if asked.has_token_ids else UNSET,
+            prompt_logprobs=self._prompt_logprobs(prompt, event) if is_first else UNSET,
+        )
+
+    def _prompt_logprobs(
+        self, prompt: EncodedPrompt, event: TokenEvent
+    ) -> PromptLogprobs | UnsetType:
+        num_top = self._asked.num_prompt_logprobs
+        if num_top is None:
+            return UNSET
+        return prompt_logprobs(self._texts, prompt.token_ids, event.prompt_logprobs, num_top)
+
+
+def _logprobs(
+    writer: CompletionLogprobsWriter, event: TokenEvent, prompt: EncodedPrompt | None
+) -> CompletionLogprobs:
+    """Of an event's tokens, behind those of the prompt where it is echoed."""
+    if prompt is None:
+        return writer.tokens(event.logprobs)
+    echoed = writer.prompt(prompt.token_ids, event.prompt_logprobs)
+    return joined(echoed, writer.tokens(event.logprobs))
+
+
+_ROLE = ChatDelta(role="assistant", content="")
+
+
+class ChatForm:
+    """Writes the choices of one call; a stream begins with the role of each."""
+
+    def __init__(self, asked: AnswerSpec, texts: Texts) -> None:
+        self._asked = asked
+        self._texts = texts
+        self._frames: dict[int, ChunkTemplate] = {}
+        self._usage: UnsetType | None = None if asked.has_usage else UNSET
+        self._shows_prompt = asked.num_prompt_logprobs is not None  # still to be shown
+        self._is_plain = not (asked.has_logprobs or asked.has_token_ids or self._shows_prompt)
+
+    def opening(self, usage: ApiUsage | None) -> bytes:
+        roles = [
+            self._chunk([ChatChunkChoice(index, _ROLE)], usage, self._prompt_ids)
+            for index in range(self._asked.num_indices)
+        ]
+        return b"".join(sse_event(msgspec.json.encode(role)) for role in roles)
+
+    def chunk(self, index: int, event: TokenEvent, usage: ApiUsage | None) -> bytes:
+        if self._is_plain and event.finish_reason is None and usage is None:
+            return self._frame(index).with_text(event.text)
+        choice = ChatChunkChoice(
+            index=index,
+            delta=ChatDelta(content=event.text),
+            logprobs=self._logprobs(event),
+            finish_reason=FINISH[event.finish_reason],
+            stop_reason=event.stop_reason,
+            token_ids=self._token_ids(event),
+        )
+        chunk = self._chunk([choice], usage, prompt_logprobs=self._prompt_logprobs(event))
+        return sse_event(msgspec.json.encode(chunk))
+
+    def usage(self, usage: ApiUsage) -> bytes:
+        return sse_event(msgspec.json.encode(self._chunk([], usage)))
+
+    def whole(self, choices: Iterable[Indexed], usage: ApiUsage) -> bytes:
+        asked, told = self._asked, list(choices)
+        completion = ChatCompletion(
+            id=asked.id,
+            created=asked.created,
+            model=asked.model,
+            choices=[self._choice(index, event) for index, event in told],
+            usage=usage,
+            prompt_token_ids=self._prompt_ids,
+            prompt_logprobs=self._prompt_logprobs(told[0][1]),
+        )
+        return msgspec.json.encode(completion)
+
+    def _choice(self, index: int, event: TokenEvent) -> ChatChoice:
+        return ChatChoice(
+            index=index,
+            message=ChatMessage(content=event.text),
+            logprobs=self._logprobs(event),
+            finish_reason=FINISH[event.finish_reason],
+            stop_reason=event.stop_reason,
+            token_ids=self._token_ids(event),
+        )
+
+    def _chunk(
+        self,
+        choices: list[ChatChunkChoice],
+        usage: ApiUsage | None,
+        prompt_token_ids: Ids | UnsetType = UNSET,
+        prompt_logprobs: PromptLogprobs | UnsetType = UNSET,
+    ) -> ChatChunk:
+        asked = self._asked
+        return ChatChunk(
+            id=asked.id,
+            created=asked.created,
+            model=asked.model,
+            choices=choices,
+            usage=self._usage if usage is None else usage,
+            prompt_token_ids=prompt_token_ids,
+            prompt_logprobs=prompt_logprobs,
+        )
+
+    def _frame(self, index: int) -> ChunkTemplate:
+        frame = self._frames.get(index)
+        if frame is None:
+            chunk = self._chunk(
+                [ChatChunkChoice(index, ChatDelta(content=ChunkTemplate.MARK))], None
+            )
+            frame = self._frames[index] = ChunkTemplate(chunk)
+        return frame
+
+    def _logprobs(self, event: TokenEvent) -> ChatLogprobs | None:
+        return chat_logprobs(self._texts, event.logprobs) if self._asked.has_logprobs else None
+
+    def _prompt_logprobs(self, event: TokenEvent) -> PromptLogprobs | UnsetType:
+        """Once: every choice's first event has the same."""
+        if not self._shows_prompt:
+            return UNSET
+        self._shows_prompt = False
+        token_ids, num_top = self._asked.prompts[0].token_ids, self._asked.num_prompt_logprobs or 0
+        return prompt_logprobs(self._texts, token_ids, event.prompt_logprobs, num_top)
+
+    def _token_ids(self, event: TokenEvent) -> Ids | UnsetType:
+        return event.token_ids if self._asked.has_token_ids else UNSET
+
+    @property
+    def _prompt_ids(self) -> Ids | UnsetType:
+        return self._asked.prompts[0].token_ids if self._asked.has_token_ids else UNSET

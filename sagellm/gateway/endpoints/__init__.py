@@ -1,1 +1,0 @@
-"""What each route does, one file a group of routes."""

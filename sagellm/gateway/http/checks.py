@@ -1,0 +1,336 @@
+"""The checks before an endpoint: headers, host, origin, key, and the body's size and time."""
+
+import hmac
+import ipaddress
+import socket
+from dataclasses import dataclass
+from hashlib import sha256
+from math import inf
+from typing import Literal
+from urllib.parse import urlsplit
+
+import anyio
+from starlette.types import Message, Receive, Scope
+
+from sagellm.gateway.api_errors import ApiError
+from sagellm.gateway.settings import RequestLimits, Settings, is_loopback
+
+_OVERHEAD = 4  # ": " and the end of the line
+_VERSIONS = ("1.0", "1.1", "2")
+_FRAMING = (b"host", b"content-length", b"transfer-encoding")
+
+
+def check_headers(scope: Scope, limits: RequestLimits) -> None:
+    """Raises ApiError 431 for size, 400 for framing that leaves room for request smuggling
+    (RFC 9112, 3.2 and 6.3): servers differ in which of these they let pass.
+    """
+    headers = scope["headers"]
+    if scope["http_version"] not in _VERSIONS:
+        raise ApiError(400, "HTTP/1.1 and HTTP/2 are spoken here")
+    if len(headers) > limits.num_headers:
+        raise ApiError(431, f"more than {limits.num_headers} headers")
+    size = len(scope.get("raw_path") or b"") + len(scope["query_string"])
+    found: dict[bytes, list[bytes]] = {}
+    for name, value in headers:
+        size += len(name) + len(value) + _OVERHEAD
+        if name in _FRAMING:
+            found.setdefault(name, []).append(value)
+    if size > limits.header_bytes:
+        raise ApiError(431, f"the headers are larger than {limits.header_bytes} bytes")
+    _check_framing(found)
+
+
+def _check_framing(found: dict[bytes, list[bytes]]) -> None:
+    hosts = found.get(b"host", [])
+    if len(hosts) != 1 or not hosts[0]:
+        raise ApiError(400, "a request needs exactly one Host header")
+    lengths, encodings = found.get(b"content-length"), found.get(b"transfer-encoding")
+    if lengths and encodings:
+        raise ApiError(400, "Content-Length and Transfer-Encoding exclude each other")
+    if lengths and (len(lengths) > 1 or not lengths[0].isdigit()):
+        raise ApiError(400, "Content-Length must be one number")
+    if encodings and [one.lower() for one in encodings] != [b"chunked"]:
+        raise ApiError(400, "the only Transfer-Encoding is chunked")
+
+
+ANY = "*"
+_ADD_IT = "the operator may add it with --allowed-host"
+
+# Domains that no public registry sells: RFC 6762 and 8375, ICANN's `.internal`, what routers give,
+# and the services of Kubernetes (`.svc`, `.cluster.local`).
+_PRIVATE = frozenset({"internal", "local", "svc", "home", "lan", "intranet", "corp", "localdomain"})
+_HOME = ".home.arpa"
+# What container engines call the machine that they run on; they reach its loopback too.
+_CONTAINER_HOSTS = frozenset({"host.docker.internal", "host.containers.internal"})
+# A page cannot leave these out. `sec-fetch-mode` is not among them: the fetch of Node sends it too.
+_OF_BROWSERS = frozenset({b"origin", b"sec-fetch-site", b"sec-fetch-dest"})
+
+
+class Hosts:
+    """The names that this gateway answers to.
+
+    An address is always let in: a page reaches a foreign server under a name of its own (DNS
+    rebinding), never under the server's address. A private name (`sagellm`, `sagellm.ns.svc`) is
+    let in where the gateway listens at more than loopback, but not for a browser: a neighbour in
+    the network can answer for such a name (mDNS, LLMNR, DHCP), serve a page under it, and then let
+    the name lead here.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        given = {name.lower() for name in (*settings.allowed_hosts, settings.host)}
+        self._names = frozenset({*given, "localhost"})
+        self._program_names = _CONTAINER_HOSTS | {socket.gethostname().lower()}
+        self._origins = frozenset(settings.allowed_origins)
+        self._takes_private = not is_loopback(settings.host)
+
+    def check(self, scope: Scope) -> None:
+        """Raises ApiError 421 for a foreign Host, 421 for a browser under a private name, 403 for a
+        foreign Origin, and 403 for what a browser says that another site's page asked for.
+        """
+        host = origins = site = mode = b""
+        is_browser = False
+        for name, value in scope["headers"]:
+            is_browser = is_browser or name in _OF_BROWSERS
+            if name == b"host":
+                host = value
+            elif name == b"origin":
+                origins += b"," + value
+            elif name == b"sec-fetch-site":
+                site = value
+            elif name == b"sec-fetch-mode":
+                mode = value
+        text = host.decode("latin-1").lower()
+        self._check_host(text, is_browser)
+        if origins:
+            self._check_origin(origins[1:].decode("latin-1"), text)
+        elif site in (b"cross-site", b"same-site") and mode != b"navigate":
+            raise _foreign()  # an image, a script: only a link may lead here from another site
+
+    def _check_host(self, host: str, is_browser: bool) -> None:
+        name = _hostname(host)
+        if name is not None and self._is_trusted(name):
+            return
+        if name is None or not self._is_for_programs(name):
+            raise ApiError(421, f"this host is not served here; {_ADD_IT}", code="unknown_host")
+        if is_browser:
+            message = f"under this name the server answers programs, not browsers; {_ADD_IT}"
+            raise ApiError(421, message, code="unknown_host")
+
+    def _is_trusted(self, name: str) -> bool:
+        """Whether nobody but the operator can say where the name leads."""
+        is_named = name in self._names or ANY in self._names
+        return is_named or _is_address(name) or name.endswith(".localhost")
+
+    def _is_for_programs(self, name: str) -> bool:
+        return name in self._program_names or (self._takes_private and _is_private(name))
+
+    def _check_origin(self, origin: str, host: str) -> None:
+        parts = origin.lower().split("://")
+        is_own = len(parts) == 2 and parts[0] in ("http", "https") and parts[1] == host
+        if not is_own and origin not in self._origins:
+            raise _foreign()
+
+
+def _foreign() -> ApiError:
+    return ApiError(403, "requests of other web pages are refused", code="foreign_origin")
+
+
+def _is_private(name: str) -> bool:
+    """A name without a dot, or under a domain that nobody can buy."""
+    labels = name.rstrip(".").split(".")
+    return len(labels) == 1 or labels[-1] in _PRIVATE or f".{name}".endswith(_HOME)
+
+
+def _hostname(host: str) -> str | None:
+    """The name before the port; None for what is no authority."""
+    if not host or set(host) & set("/\\@?# \t,"):
+        return None
+    try:
+        parts = urlsplit(f"//{host}")
+        return parts.hostname if parts.port is None or parts.port > 0 else None
+    except ValueError:
+        return None
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+Access = Literal["open", "user", "admin", "metrics"]
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Whose key was given."""
+
+    tenant: str
+    is_admin: bool = False
+
+
+ANONYMOUS = Caller("anonymous")
+ADMIN = Caller("admin", is_admin=True)
+
+
+class ApiKeys:
+    """All keys, by their hashes.
+
+    A call is compared with every one of them, whatever it gives: neither the time that it takes nor
+    the answer tells which keys there are.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._users = [(name, _digest(key)) for name, key in settings.api_keys.items()]
+        self._admin = settings.admin_key and _digest(settings.admin_key)
+        self._open_metrics = settings.open_metrics
+
+    def caller(self, scope: Scope, access: Access) -> Caller:
+        """Raises ApiError 401 without a key that is known, 403 for a user on admin routes."""
+        if access == "open" or (access == "metrics" and self._open_metrics):
+            return ANONYMOUS
+        caller = self._known(_digest_of(scope))
+        if caller is None:
+            raise ApiError(401, "a valid API key is needed", code="invalid_api_key")
+        if access == "admin" and not caller.is_admin:
+            raise ApiError(403, "this needs the admin key", code="admin_only")
+        return caller
+
+    def _known(self, given: bytes) -> Caller | None:
+        found = None if self._users else ANONYMOUS
+        for name, digest in self._users:
+            if hmac.compare_digest(given, digest):
+                found = Caller(name)
+        if self._admin and hmac.compare_digest(given, self._admin):
+            found = ADMIN
+        return found
+
+
+def tenants(settings: Settings) -> tuple[str, ...]:
+    """All that `ApiKeys` may name."""
+    return (*settings.api_keys, ADMIN.tenant, ANONYMOUS.tenant)
+
+
+def _digest(key: str) -> bytes:
+    return sha256(key.encode()).digest()
+
+
+def _digest_of(scope: Scope) -> bytes:
+    """Of the key that was given; equal to no key's where there is none, or more than one."""
+    given = [value for name, value in scope["headers"] if name == b"authorization"]
+    scheme, _, key = given[0].partition(b" ") if len(given) == 1 else (b"", b"", b"")
+    return sha256(key.strip()).digest() if scheme.lower() == b"bearer" else bytes(32)
+
+
+BODIES_RETRY_S = 1.0
+
+
+class OpenBodies:
+    """The bytes that the bodies of all open calls have, which are bounded together: each is held
+    as text and as tokens until its call ends.
+    """
+
+    def __init__(self, limits: RequestLimits) -> None:
+        self._limit = limits.all_bodies_bytes
+        self.num_bytes = 0
+
+    def check(self, num_bytes: float, own_bytes: int = 0) -> None:
+        """Raises ApiError 503 where so many more are too many. A body that is larger than the bound
+        is read alone; `own_bytes` are those of the same body.
+        """
+        if self.num_bytes + num_bytes > self._limit and self.num_bytes > own_bytes:
+            message = "the server holds too many large requests; try again"
+            raise ApiError(503, message, code="too_many_bodies", retry_after_s=BODIES_RETRY_S)
+
+
+class RequestBody:
+    """Wraps `receive`. `is_whole`: nothing of the body is on its way any more. `read_s`: when its
+    last part was read, on the loop's clock; None before. How long a client takes to send it is the
+    client's time.
+    """
+
+    def __init__(
+        self,
+        scope: Scope,
+        receive: Receive,
+        limits: RequestLimits,
+        started_s: float,
+        bodies: OpenBodies,
+    ) -> None:
+        self._receive = receive
+        self._limits = limits
+        self._bodies = bodies
+        self._deadline_s = started_s + limits.body_s
+        self._num_bytes = 0
+        self.is_whole = not _has_body(scope)
+        self.read_s: float | None = None
+
+    async def receive(self) -> Message:
+        """Raises ApiError 413 as soon as the body is too large, 408 where it takes too long, 503
+        where too much is in hand with the bodies of others.
+        """
+        if self.is_whole:
+            return await self._receive()
+        with anyio.CancelScope(deadline=self._deadline_s) as late:
+            return self._counted(await self._receive())
+        assert late.cancelled_caught
+        raise ApiError(408, f"the body took longer than {self._limits.body_s:g} s")
+
+    def _counted(self, message: Message) -> Message:
+        num_bytes = len(message.get("body", b""))
+        self.is_whole = not message.get("more_body", False)
+        if self.is_whole:
+            self.read_s = anyio.current_time()
+        if self._num_bytes + num_bytes > self._limits.body_bytes:
+            raise too_large(self._limits)
+        self._bodies.check(num_bytes, self._num_bytes)
+        self._num_bytes += num_bytes
+        self._bodies.num_bytes += num_bytes
+        return message
+
+    def drop(self) -> None:
+        """Nobody holds the body any more. May be called more than once."""
+        self._bodies.num_bytes -= self._num_bytes
+        self._num_bytes = 0
+
+    async def discard(self) -> None:
+        """Read what nobody wants until the body ends, the client leaves, or the time is over.
+
+        Without it a server that waits for its app to read could not end the call.
+        """
+        with anyio.CancelScope(deadline=self._deadline_s):
+            more = not self.is_whole
+            while more:
+                more = (await self._receive()).get("more_body", False)
+            self.is_whole = True
+
+
+def check_body(scope: Scope, limits: RequestLimits, bodies: OpenBodies) -> None:
+    """Raises ApiError for what the headers say of the body: 413 too large, 415 compressed, 503 too
+    large beside those in hand.
+    """
+    for name, value in scope["headers"]:
+        if name == b"content-encoding" and value.strip().lower() not in (b"", b"identity"):
+            raise ApiError(415, "compressed bodies are not taken", param="content-encoding")
+        if name == b"content-length":
+            if _length(value) > limits.body_bytes:
+                raise too_large(limits)
+            bodies.check(_length(value))
+
+
+def too_large(limits: RequestLimits) -> ApiError:
+    return ApiError(413, f"the body is larger than {limits.body_bytes} bytes")
+
+
+def _length(value: bytes) -> float:
+    """More digits than any length has are not worth converting."""
+    digits = value.lstrip(b"0")
+    return inf if len(digits) > 18 else int(digits or b"0")
+
+
+def _has_body(scope: Scope) -> bool:
+    """HTTP/2 needs no header to send one."""
+    named = any(name in (b"content-length", b"transfer-encoding") for name, _ in scope["headers"])
+    return named or scope["http_version"] == "2"

@@ -1,0 +1,287 @@
+"""The endpoints: status, models, completions, chats, tokens, administration."""
+
+from importlib.metadata import version as installed
+
+import anyio.lowlevel
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from sagellm.gateway.answers.forms import ChatForm, CompletionForm
+from sagellm.gateway.answers.objects import (
+    Cancelled,
+    Detokenized,
+    ModelEntry,
+    ModelList,
+    TokenizeAnswer,
+    TokenizerFacts,
+)
+from sagellm.gateway.api_errors import ApiError, draining, wrong
+from sagellm.gateway.encoding import EncodedPrompt
+from sagellm.gateway.gateway import Gateway, HostedModel, plain_id
+from sagellm.gateway.http.generation import GenerationCall, encoded, respond, samplings_of
+from sagellm.gateway.protocol.bodies import (
+    ChatRequest,
+    CompletionRequest,
+    TokenizePrompt,
+    TokenizeRequest,
+    read_chat,
+    read_completion,
+    read_detokenize,
+    read_tokenize,
+)
+from sagellm.gateway.protocol.chat_messages import rendering_of
+from sagellm.gateway.protocol.json import read_json
+from sagellm.gateway.protocol.sampling_params import ModelCard, check_ids, kept_ids
+from sagellm.graphs.text.codec import to_json
+from sagellm.graphs.vocabulary import nearest
+from sagellm.runtime.models.chat import DEFAULT_RENDERING, Rendering
+
+VERSION = installed("sagellm")
+
+
+async def live(gateway: Gateway, request: Request) -> Response:
+    """200 for as long as the process answers at all."""
+    return Response()
+
+
+async def ready(gateway: Gateway, request: Request) -> Response:
+    """200 where new requests are taken and tokens have been seen to come; else 503."""
+    if gateway.is_draining:
+        raise draining()
+    return await health(gateway, request)
+
+
+async def health(gateway: Gateway, request: Request) -> Response:
+    """200 where tokens have been seen to come, also while draining; else 503 with the reason."""
+    if not gateway.readiness.is_ready:
+        reason = gateway.readiness.reason
+        raise ApiError(503, f"not ready: {reason}", code="not_ready", retry_after_s=1.0)
+    return Response()
+
+
+async def version(gateway: Gateway, request: Request) -> Response:
+    return _json({"version": VERSION})
+
+
+async def load(gateway: Gateway, request: Request) -> Response:
+    """The number of calls under way, which routers balance by: of all gateways at this address."""
+    return _json({"server_load": request.state.calls.everywhere.total})
+
+
+def _json(content: dict[str, object]) -> Response:
+    return Response(msgspec.json.encode(content), media_type="application/json")
+
+
+async def metrics(gateway: Gateway, request: Request) -> Response:
+    """Answers in the text format that the Accept header asks for."""
+    body, content_type = await gateway.meters.exposition(request.headers.get("accept", ""))
+    return Response(body, headers={"content-type": content_type, "cache-control": "no-store"})
+
+
+def served_model(gateway: Gateway, name: str | None) -> HostedModel:
+    """The model that a request names; unsaid, the first. Raises ApiError 404."""
+    if name is None:
+        return gateway.models[0]
+    found = next((served for served in gateway.models if name in served.card.names), None)
+    if found is None:
+        raise _unknown(gateway, name)
+    return found
+
+
+async def models(gateway: Gateway, request: Request) -> Response:
+    cards = [served.card for served in gateway.models]
+    return json_response(
+        ModelList(data=[_model(card, name) for card in cards for name in card.names])
+    )
+
+
+async def model(gateway: Gateway, request: Request) -> Response:
+    name = request.path_params["id"]
+    return json_response(_model(served_model(gateway, name).card, name))
+
+
+def json_response(content: msgspec.Struct) -> Response:
+    return Response(msgspec.json.encode(content), media_type="application/json")
+
+
+def _model(card: ModelCard, name: str) -> ModelEntry:
+    return ModelEntry(
+        id=name, created=card.created, root=card.root, max_model_len=card.max_model_len
+    )
+
+
+def _unknown(gateway: Gateway, name: str) -> ApiError:
+    close = nearest(name, [known for served in gateway.models for known in served.card.names])
+    hint = f"did you mean {close}? " if close else ""
+    message = f"the model does not exist; {hint}GET /v1/models lists those that are served"
+    return ApiError(404, message, param="model", code="model_not_found")
+
+
+async def cancel(gateway: Gateway, request: Request) -> Response:
+    """End a call by its x-request-id or the id of its answer; its client is told."""
+    named = request.path_params["id"]
+    known = [await gateway.bridge.cancel(request_id) for request_id in gateway.requests_of(named)]
+    if not any(known) and not await gateway.bridge.cancel_elsewhere(plain_id(named)):
+        raise ApiError(404, "no such request is under way", param="id", code="request_not_found")
+    return json_response(Cancelled(id=named, cancelled=True))
+
+
+async def graph(gateway: Gateway, request: Request) -> Response:
+    """The graph that is open, as JSON."""
+    if gateway.graph is None:
+        raise ApiError(404, "this gateway serves no graph of its own")
+    return Response(to_json(gateway.graph), media_type="application/json")
+
+
+async def completions(gateway: Gateway, request: Request) -> Response:
+    with gateway.budgets.hold(request.state.call.tenant):  # to read and encode it costs, too
+        work = await _work(gateway, await request.body())
+    return await respond(gateway, request, work)
+
+
+async def _work(gateway: Gateway, body: bytes) -> GenerationCall:
+    asked = read_completion(body, gateway.settings.limits)
+    served = served_model(gateway, asked.model)
+    prompts = await _prompts(served, asked)
+    return GenerationCall(
+        request=asked,
+        served=served,
+        prompts=tuple(prompts),
+        samplings=await samplings_of(served, asked, prompts),
+        make_form=CompletionForm,
+        prefix="cmpl-",
+        is_echo=asked.echo,
+        is_prompt_only=asked.is_prompt_only,
+    )
+
+
+async def _prompts(served: HostedModel, asked: CompletionRequest) -> list[EncodedPrompt]:
+    """Between any two of them others have their turn: each alone may be encoded in place."""
+    prompts: list[EncodedPrompt] = []
+    for given in asked.prompts:
+        if prompts:
+            await anyio.lowlevel.checkpoint()
+        prompts.append(await _prompt(served, asked, given))
+    return prompts
+
+
+async def _prompt(
+    served: HostedModel, asked: CompletionRequest, given: str | tuple[int, ...]
+) -> EncodedPrompt:
+    """Its text and tokens; the text of what is left where it is truncated."""
+    if not isinstance(given, str):
+        check_ids("prompt", given, served.facts)
+        kept = kept_ids(asked, given, served.facts)
+        return EncodedPrompt(await served.encoder.ids(kept), kept)
+    token_ids = await encoded(served, asked, given)
+    kept = kept_ids(asked, token_ids, served.facts)
+    text = given if len(kept) == len(token_ids) else await served.encoder.ids(kept)
+    return EncodedPrompt(text, kept)
+
+
+async def chat(gateway: Gateway, request: Request) -> Response:
+    with gateway.budgets.hold(request.state.call.tenant):  # to read and encode it costs, too
+        work = await _chat_work(gateway, await request.body())
+    return await respond(gateway, request, work)
+
+
+async def _chat_work(gateway: Gateway, body: bytes) -> GenerationCall:
+    asked = read_chat(body, gateway.settings.limits)
+    served = served_model(gateway, asked.model)
+    prompt = await _chat_prompt(served, asked)
+    return GenerationCall(
+        request=asked,
+        served=served,
+        prompts=(prompt,),
+        samplings=await samplings_of(served, asked, (prompt,)),
+        make_form=ChatForm,
+        prefix="chatcmpl-",
+    )
+
+
+def _unrendered(asked: ChatRequest, how: Rendering) -> EncodedPrompt:
+    """The conversation as it is, for an engine with a template of its own."""
+    if how != DEFAULT_RENDERING:
+        raise wrong("messages", "go to an engine that renders them itself, in its own way only")
+    return EncodedPrompt("", (), tuple(asked.conversation))
+
+
+async def _chat_prompt(served: HostedModel, asked: ChatRequest) -> EncodedPrompt:
+    """The conversation as the model's template writes it, or its part that is kept."""
+    how = rendering_of(asked, await served.encoder.variables())
+    if served.facts.takes_text:
+        return _unrendered(asked, how)
+    text = await served.encoder.render(asked.conversation, how)
+    token_ids = await encoded(served, asked, text)
+    kept = kept_ids(asked, token_ids, served.facts)
+    return EncodedPrompt(
+        text if len(kept) == len(token_ids) else await served.encoder.ids(kept), kept
+    )
+
+
+async def invocations(gateway: Gateway, request: Request) -> Response:
+    """A chat where the body has `messages`, a completion where it has a `prompt`."""
+    with gateway.budgets.hold(request.state.call.tenant):
+        body = read_json(await request.body(), max_depth=gateway.settings.limits.json_depth)
+    if isinstance(body, dict) and body.get("messages") is not None:
+        return await chat(gateway, request)
+    if isinstance(body, dict) and body.get("prompt") is not None:
+        return await completions(gateway, request)
+    raise ApiError(400, "the body has neither `messages` (a chat) nor a `prompt`")
+
+
+async def tokenize(gateway: Gateway, request: Request) -> Response:
+    with gateway.budgets.hold(request.state.call.tenant):
+        return json_response(await _tokens(gateway, await request.body()))
+
+
+async def detokenize(gateway: Gateway, request: Request) -> Response:
+    with gateway.budgets.hold(request.state.call.tenant):
+        asked = read_detokenize(await request.body(), gateway.settings.limits)
+        served = served_model(gateway, asked.model)
+        check_ids("tokens", asked.tokens, served.facts)
+        return json_response(Detokenized(await served.encoder.ids(tuple(asked.tokens))))
+
+
+async def _tokens(gateway: Gateway, body: bytes) -> TokenizeAnswer:
+    asked = read_tokenize(body, gateway.settings.limits)
+    served = served_model(gateway, asked.model)
+    token_ids = await _token_ids(served, asked)
+    return TokenizeAnswer(
+        count=len(token_ids),
+        max_model_len=served.card.max_model_len,
+        tokens=token_ids,
+        token_strs=await served.encoder.spelt(token_ids) if asked.return_token_strs else None,
+    )
+
+
+async def tokenizer_info(gateway: Gateway, request: Request) -> Response:
+    """Of the model that the query names, `?model=NAME`."""
+    served = served_model(gateway, request.query_params.get("model"))
+    tokenizer = served.tokenizer
+    special = tokenizer.special_tokens
+    eos = tokenizer.eos_token_ids
+    return json_response(
+        TokenizerFacts(
+            tokenizer_class=type(tokenizer).__name__,
+            vocab_size=tokenizer.vocab_size,
+            model_max_length=served.card.max_model_len,
+            bos_token=special.get("bos_token"),
+            eos_token=special.get("eos_token") or (tokenizer.token(eos[0]) if eos else None),
+            unk_token=special.get("unk_token"),
+            pad_token=special.get("pad_token"),
+            chat_template=tokenizer.chat_template,
+        )
+    )
+
+
+async def _token_ids(served: HostedModel, asked: TokenizeRequest) -> tuple[int, ...]:
+    if served.facts.takes_text:
+        raise wrong("model", "has an engine that takes text; its tokens are not known here")
+    add = asked.add_special_tokens
+    if isinstance(asked, TokenizePrompt):
+        return await served.encoder.text(asked.prompt, add_special_tokens=add)
+    how = rendering_of(asked, await served.encoder.variables())
+    prompt = await served.encoder.chat(asked.conversation, how, add_special_tokens=add)
+    return prompt.token_ids

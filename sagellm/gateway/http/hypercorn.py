@@ -1,0 +1,217 @@
+"""Hypercorn's protocols on trio, in the nursery of the session; with limits that it has not."""
+
+import errno
+import select
+from collections.abc import Iterator
+from socket import socket
+from typing import Any
+
+import trio
+from hypercorn.app_wrappers import ASGIWrapper
+from hypercorn.events import Event, Updated
+from hypercorn.protocol import ProtocolWrapper
+from hypercorn.trio.tcp_server import TCPServer
+from hypercorn.trio.worker_context import WorkerContext
+from hypercorn.typing import ConnectionState
+
+from sagellm.gateway.http.app import App, Overflow
+from sagellm.gateway.http.hypercorn_protocols import Connection, HypercornConfig, Protocols
+from sagellm.gateway.settings import BACKLOG, Settings, max_connections
+from sagellm.graphs.log import get_logger
+
+LOG = get_logger("sagellm.gateway")
+FULL_S = 0.1  # how long to wait where the system has no file descriptor left
+_AT_ONCE = 64  # connections accepted in one turn of the loop, beside the first
+_AT_ONCE_BOUNDED = 4  # where others can be refused: each costs milliseconds, and engines wait
+_MOST_REFUSED = 256  # in one turn
+_FULL = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
+
+
+class HypercornServer:
+    """Serves from `run` until `stop`, and then until the last connection is done.
+
+    Hypercorn's own `serve` lets one broken connection end all, waits for ever in a send that
+    nobody takes, and accepts until no file descriptor is left: so the connections are ours.
+    """
+
+    def __init__(self, app: App, settings: Settings, sock: socket) -> None:
+        self._app = ASGIWrapper(app)  # type: ignore[arg-type]
+        self._config = configure(settings)
+        self._tls = self._config.create_ssl_context()
+        self._stall_s = settings.streaming.stall_s
+        self._sock = sock
+        self._accepting = trio.CancelScope()
+        self._context = WorkerContext(None)
+        self._open: set[Connection] = set()
+        self._closed = trio.lowlevel.ParkingLot()
+        self._free = trio.Semaphore(max_connections())
+        self._overflow = Overflow(app)
+        self._polled = select.poll()  # whether connections wait
+
+    def stop(self) -> None:
+        """Take no more connections, and close those that are idle."""
+        self._accepting.cancel()
+
+    def call_soon(self, function: Any, *args: Any) -> None:
+        """Call on the loop of the app: this one."""
+        function(*args)
+
+    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Cancelled, it closes every connection at once."""
+        self._sock.listen(BACKLOG)
+        self._polled.register(self._sock, select.POLLIN)
+        listener = trio.SocketListener(trio.socket.from_stdlib_socket(self._sock))
+        async with trio.open_nursery() as connections:
+            try:
+                task_status.started()
+                with self._accepting:
+                    await self._accept(listener, connections)
+                listener.socket.close()
+                await self._context.terminated.set()
+                await self._none_open()
+            finally:
+                listener.socket.close()
+                self._kill()  # sends are shielded: only a closed socket ends them
+
+    async def _accept(self, listener: trio.SocketListener, connections: trio.Nursery) -> None:
+        """Take what waits in the kernel's queue, where it stays while there are too many.
+
+        trio takes one connection a turn of the loop: where turns are late, callers would wait
+        there unseen, and a refusal would come later than an answer. With an objective a turn takes
+        a few, or one once some have waited, so that engines and streams have their turn too, and
+        refuses the rest once they have waited for long.
+        """
+        while True:
+            await self._free.acquire()
+            try:
+                stream = await listener.accept()
+            except OSError as error:
+                self._free.release()
+                if error.errno not in _FULL:
+                    raise
+                LOG.warning("accept_paused", reason=error.strerror)
+                await trio.sleep(FULL_S)
+            except BaseException:
+                self._free.release()
+                raise
+            else:
+                for each in (stream, *self._waiting()):
+                    connections.start_soon(self._serve, Connection(each, self._stall_s))
+
+    def _waiting(self) -> Iterator[trio.SocketStream]:
+        """Connections to serve that need not be waited for, each with a place in `_free`."""
+        can_refuse = self._overflow.is_bounded and self._tls is None
+        few = 0 if self._overflow.is_strained(trio.current_time()) else _AT_ONCE_BOUNDED
+        for _ in range(few if can_refuse else _AT_ONCE):
+            sock = self._next()
+            if sock is None:
+                return
+            yield _stream(sock)
+        if not can_refuse:
+            return
+        if not self._polled.poll(0):
+            self._overflow.none_waits()
+        elif self._overflow.is_over(trio.current_time()):
+            yield from self._not_refused()
+
+    def _not_refused(self) -> Iterator[trio.SocketStream]:
+        """Refuse the calls that wait. What is none, or has not come whole, is served."""
+        num_refused = 0
+        for _ in range(_MOST_REFUSED):
+            sock = self._next()
+            if sock is None:
+                break
+            if self._overflow.refuse(sock):
+                num_refused += 1
+                self._free.release()
+            else:
+                yield _stream(sock)
+        if num_refused:
+            LOG.warning("calls_refused", num_calls=num_refused, reason="the loop is too late")
+
+    def _next(self) -> socket | None:
+        """A connection that waits, with a place in `_free`; None where there is none."""
+        try:
+            self._free.acquire_nowait()
+        except trio.WouldBlock:
+            return None
+        try:
+            sock, _ = self._sock.accept()
+        except OSError:  # none waits; or what is wrong is said where one is waited for
+            self._overflow.none_waits()
+            self._free.release()
+            return None
+        sock.setblocking(False)
+        return sock
+
+    async def _serve(self, connection: Connection) -> None:
+        """A fault in one connection ends that one alone."""
+        self._open.add(connection)
+        stream: Any = connection
+        if self._tls is not None:
+            stream = trio.SSLStream(connection, self._tls, server_side=True, https_compatible=True)
+        try:
+            state = ConnectionState({})
+            await _Server(self._app, self._config, self._context, state, stream).run()
+        except* Exception as group:
+            LOG.warning("connection_failed", exc_info=group)
+        finally:
+            connection.kill()
+            self._open.discard(connection)
+            self._free.release()
+            self._closed.unpark_all()
+
+    async def _none_open(self) -> None:
+        while self._open:
+            await self._closed.park()
+
+    def _kill(self) -> None:
+        for connection in self._open:
+            connection.kill()
+
+
+def _stream(sock: socket) -> trio.SocketStream:
+    return trio.SocketStream(trio.socket.from_stdlib_socket(sock))
+
+
+def configure(settings: Settings) -> HypercornConfig:
+    """No read time-out: a client that waits for its answer sends nothing. Headers have
+    `keep_alive_timeout` seconds, bodies those of our own layer.
+    """
+    config = HypercornConfig()
+    config.stall_s = settings.streaming.stall_s
+    config.accesslog = config.errorlog = None
+    config.include_server_header = False
+    config.keep_alive_timeout = settings.limits.header_s
+    config.ssl_handshake_timeout = settings.limits.header_s
+    config.h11_max_incomplete_size = settings.limits.header_bytes
+    config.h2_max_header_list_size = settings.limits.header_bytes
+    config.h2_max_concurrent_streams = 100
+    if settings.tls_certificate is not None and settings.tls_key is not None:
+        config.certfile, config.keyfile = str(settings.tls_certificate), str(settings.tls_key)
+    return config
+
+
+class _Server(TCPServer):
+    """Hypercorn's connection, with our protocols. A client that has left takes no place: else its
+    connection would stay open until the idle time is over.
+    """
+
+    _has_left = False
+
+    async def _read_data(self) -> None:
+        await super()._read_data()
+        self._has_left = True
+        await self.idle_task.stop()
+
+    async def protocol_send(self, event: Event) -> None:
+        if not (self._has_left and isinstance(event, Updated)):
+            await super().protocol_send(event)
+
+    @property
+    def protocol(self) -> ProtocolWrapper:
+        return self._protocol
+
+    @protocol.setter
+    def protocol(self, made: ProtocolWrapper) -> None:
+        self._protocol = Protocols(made)

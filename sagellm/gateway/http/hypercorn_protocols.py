@@ -1,0 +1,220 @@
+"""Hypercorn's HTTP/1.1 and HTTP/2, which leave nothing behind of a client that does not read."""
+
+from contextlib import suppress
+from http import HTTPStatus
+from itertools import chain
+from typing import Any
+
+import h11
+import hypercorn
+import trio
+from h2.errors import ErrorCodes
+from hypercorn.events import Event, Updated
+from hypercorn.protocol import ProtocolWrapper
+from hypercorn.protocol.events import Body, EndBody
+from hypercorn.protocol.events import Event as StreamEvent
+from hypercorn.protocol.h2 import H2Protocol
+from hypercorn.protocol.h11 import H11Protocol
+from hypercorn.typing import H11SendableEvent
+
+from sagellm.gateway.http.app import refusal
+
+LINGER_S = 1.0  # how long a closed connection waits for what the client still sends
+_GONE = (trio.BrokenResourceError, trio.ClosedResourceError)
+
+
+class Connection(trio.abc.HalfCloseableStream):
+    """Wraps a socket stream.
+
+    A client that does not take one send in `stall_s` is cut off, also where the sender is shielded
+    from cancellation. After `send_eof` what still comes is read and thrown away until the client
+    closes too: to close with unread bytes would make the kernel drop the answer (RFC 9112, 9.6).
+    """
+
+    def __init__(self, stream: trio.SocketStream, stall_s: float) -> None:
+        self._stream = stream
+        self._stall_s = stall_s
+        self._is_leaving = False
+        self._is_reading = False
+        self._ended = trio.Event()
+
+    @property
+    def socket(self) -> trio.socket.SocketType:
+        return self._stream.socket
+
+    def kill(self) -> None:
+        """Close at once; whoever sends or receives gets ClosedResourceError."""
+        self._ended.set()
+        self._stream.socket.close()
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        with trio.move_on_after(self._stall_s):
+            await self._stream.send_all(data)
+            return
+        self.kill()
+        raise trio.BrokenResourceError("the client does not read")
+
+    async def wait_send_all_might_not_block(self) -> None:
+        await self._stream.wait_send_all_might_not_block()
+
+    async def send_eof(self) -> None:
+        self._is_leaving = True
+        await self._stream.send_eof()
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        """Nothing, as at the end, once this side has closed."""
+        if self._is_reading:  # the one who closes reads the rest
+            await self._ended.wait()
+            return b""
+        self._is_reading = True
+        try:
+            return await self._receive(max_bytes)
+        finally:
+            self._is_reading = False
+
+    async def aclose(self) -> None:
+        if self._is_leaving and not self._ended.is_set():
+            with trio.move_on_after(LINGER_S), suppress(*_GONE):
+                await self.receive_some(1 << 16)
+        self.kill()
+        await trio.lowlevel.checkpoint()
+
+    async def _receive(self, max_bytes: int | None) -> bytes:
+        while True:
+            try:
+                data = bytes(await self._stream.receive_some(max_bytes))
+            except _GONE:
+                self._ended.set()
+                raise
+            if not data:
+                self._ended.set()
+            if not data or not self._is_leaving:
+                return data
+
+
+_PHRASES = {status.value: status.phrase.encode() for status in HTTPStatus}
+
+
+class HypercornConfig(hypercorn.Config):
+    """Carries our limit to where Hypercorn makes its protocols."""
+
+    stall_s: float
+
+
+class HypercornHttp1(H11Protocol):
+    """Refuses what is no HTTP as everything else is refused. It stays HTTP/1.1 whatever the Upgrade
+    header says, which proxies in front hand on unread. A status line has the standard phrase:
+    Hypercorn leaves it empty, and some clients show an error by nothing else.
+    """
+
+    async def _check_protocol(self, event: h11.Request) -> None:
+        if event.method == b"PRI":
+            await super()._check_protocol(event)
+
+    async def _create_stream(self, request: h11.Request) -> None:
+        plain = [(name, value) for name, value in request.headers if name != b"upgrade"]
+        if len(plain) < len(request.headers):
+            request = h11.Request(
+                method=request.method,
+                headers=plain,
+                target=request.target,
+                http_version=request.http_version,
+            )
+        await super()._create_stream(request)
+
+    async def _send_h11_event(self, event: H11SendableEvent) -> None:
+        if isinstance(event, h11.Response | h11.InformationalResponse):
+            event = type(event)(
+                status_code=event.status_code,
+                headers=event.headers,
+                reason=_PHRASES.get(event.status_code, b""),
+            )
+        await super()._send_h11_event(event)
+
+    async def _send_error_response(self, status_code: int) -> None:
+        headers, body = refusal(status_code)
+        own = chain(headers, self.config.response_headers("h11"))
+        await self._send_h11_event(h11.Response(status_code=status_code, headers=list(own)))
+        await self._send_h11_event(h11.Data(data=body))
+        await self._send_h11_event(h11.EndOfMessage())
+
+
+class HypercornHttp2(H2Protocol):
+    """Resets a stream that ends early, or whose client lets none of it come for `stall_s`.
+
+    Hypercorn says nothing of either; and who sends waits there for the window of a client that has
+    reset its stream, or is gone, for ever.
+
+    A connection without a stream is idle, whatever it sends: it has `keep_alive_timeout` for the
+    next request. Hypercorn stops counting at the preface, and goes on after the first answer.
+    """
+
+    config: HypercornConfig
+
+    async def initiate(
+        self, headers: list[tuple[bytes, bytes]] | None = None, settings: bytes | None = None
+    ) -> None:
+        await super().initiate(headers, settings)
+        if self.idle:
+            await self.send(Updated(idle=True))
+
+    async def handle(self, event: Event) -> None:
+        had_streams = bool(self.streams)
+        await super().handle(event)
+        if had_streams and self.idle and not self.closed:
+            await self.send(Updated(idle=True))
+
+    async def stream_send(self, event: StreamEvent) -> None:
+        if not isinstance(event, Body | EndBody):
+            return await super().stream_send(event)
+        with trio.move_on_after(self.config.stall_s):
+            return await super().stream_send(event)
+        await self._close_stream(event.stream_id)
+
+    async def _close_stream(self, stream_id: int) -> None:
+        await super()._close_stream(stream_id)
+        buffer = self.stream_buffers.get(stream_id)
+        if buffer is None or buffer.complete:
+            return
+        await buffer.close()  # lets go who waits for room in it
+        await self._window_updated(stream_id)  # wakes the task that drops it
+        if not self.closed and not self.connection.streams[stream_id].closed:
+            self.connection.reset_stream(stream_id, ErrorCodes.INTERNAL_ERROR)
+            await self._flush()
+
+
+class Protocols(ProtocolWrapper):
+    """Whichever of the two a connection speaks, and may change to."""
+
+    def __init__(self, made: ProtocolWrapper) -> None:
+        super().__init__(
+            made.app,
+            made.config,
+            made.context,
+            made.task_group,
+            made.state,
+            made.ssl,
+            made.client,
+            made.server,
+            made.send,
+            "h2" if isinstance(made.protocol, H2Protocol) else None,
+        )
+
+    @property
+    def protocol(self) -> HypercornHttp1 | HypercornHttp2:
+        return self._protocol
+
+    @protocol.setter
+    def protocol(self, made: H11Protocol | H2Protocol) -> None:
+        ours: Any = HypercornHttp2 if isinstance(made, H2Protocol) else HypercornHttp1
+        self._protocol: HypercornHttp1 | HypercornHttp2 = ours(
+            self.app,
+            self.config,
+            self.context,
+            self.task_group,
+            self.state,
+            self.ssl,
+            self.client,
+            self.server,
+            self.send,
+        )

@@ -1,0 +1,226 @@
+"""Every route of the gateway, and the pages for browsers."""
+
+import re
+from base64 import b64encode
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from hashlib import blake2b, sha256
+from importlib.resources import files
+from importlib.resources.abc import Traversable
+from typing import Any
+
+import msgspec
+from jinja2 import Environment, Template
+from markupsafe import Markup
+from starlette.requests import Request
+from starlette.responses import Response
+
+from sagellm.gateway.gateway import Gateway
+from sagellm.gateway.http.call import EndpointRoute
+from sagellm.gateway.http.endpoints import (
+    VERSION,
+    cancel,
+    chat,
+    completions,
+    detokenize,
+    graph,
+    health,
+    invocations,
+    live,
+    load,
+    metrics,
+    model,
+    models,
+    ready,
+    tokenize,
+    tokenizer_info,
+    version,
+)
+from sagellm.gateway.protocol.openapi import openapi
+from sagellm.gateway.settings import RequestLimits, Settings
+
+_KEYS = {"user": "an API key", "admin": "the admin key"}
+
+
+def docs_page(document: dict[str, Any]) -> Response:
+    """The page of one document."""
+    template, style = _template(), _text("docs.css")
+    body = template.render(
+        document=document,
+        style=Markup(style),
+        keys=_keys,
+        names=_names,
+        answers=lambda operation: _answers(document, operation),
+    )
+    headers = {
+        "cache-control": "no-store",
+        "content-security-policy": (
+            f"default-src 'none'; style-src 'sha256-{_hash(style)}'; base-uri 'none'; "
+            "form-action 'none'; frame-ancestors 'none'"
+        ),
+        "referrer-policy": "no-referrer",
+        "x-content-type-options": "nosniff",
+    }
+    return Response(body, headers=headers, media_type="text/html")
+
+
+def _keys(operation: dict[str, Any]) -> str:
+    return " or ".join(_KEYS[name] for way in operation["security"] for name in way)
+
+
+def _names(content: dict[str, Any]) -> str:
+    """The schemas that a body may have."""
+    return " or ".join(re.findall(r"#/components/schemas/(\w+)", str(content)))
+
+
+def _answers(document: dict[str, Any], operation: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    refusals = document["components"]["responses"]
+    for status, answer in operation["responses"].items():
+        yield status, answer.get("description") or refusals[status]["description"]
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(_text("docs.html"))
+
+
+@cache
+def _text(name: str) -> str:
+    return files("sagellm.gateway").joinpath("reference", name).read_text()
+
+
+def _hash(style: str) -> str:
+    """What the policy allows: the bytes between the tags."""
+    return b64encode(sha256(style.encode()).digest()).decode()
+
+
+INDEX = "index.html"
+MEDIA_TYPES = {
+    ".css": "text/css; charset=utf-8",
+    ".html": "text/html; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".svg": "image/svg+xml",
+}
+# Nothing from elsewhere, nothing inline, no form that leaves the page, and nobody frames it.
+POLICY = "; ".join(
+    (
+        "default-src 'none'",
+        "script-src 'self'",
+        "style-src 'self'",
+        "img-src 'self'",
+        "connect-src 'self'",
+        "base-uri 'none'",
+        "form-action 'none'",
+        "frame-ancestors 'none'",
+    )
+)
+HEADERS = {
+    "cache-control": "no-cache",  # kept, and asked for again: a new version shows at once
+    "content-security-policy": POLICY,
+    "cross-origin-resource-policy": "same-origin",
+    "referrer-policy": "no-referrer",
+    "x-content-type-options": "nosniff",
+    "x-frame-options": "DENY",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class PageFile:
+    """One file of the page, which every gateway serves alike: it depends on no setting."""
+
+    content: bytes
+    media_type: str
+
+    async def __call__(self, gateway: Gateway, request: Request) -> Response:
+        """The file; 304 where the browser has it."""
+        headers = {**HEADERS, "etag": self.etag}
+        if self.etag in _tags(request.headers.get("if-none-match", "")):
+            return Response(status_code=304, headers=headers)
+        return Response(self.content, headers=headers, media_type=self.media_type)
+
+    @property
+    def etag(self) -> str:
+        return f'"{blake2b(self.content, digest_size=16).hexdigest()}"'
+
+
+def page_files() -> dict[str, PageFile]:
+    """Each file by its path on the server."""
+    found = sorted((files("sagellm.gateway") / "page").iterdir(), key=lambda file: file.name)
+    return {_path(file.name): _read(file) for file in found}
+
+
+def _path(name: str) -> str:
+    return "/" if name == INDEX else f"/page/{name}"
+
+
+def _read(file: Traversable) -> PageFile:
+    suffix = file.name[file.name.rindex(".") :]
+    return PageFile(file.read_bytes(), MEDIA_TYPES[suffix])
+
+
+def _tags(header: str) -> set[str]:
+    """The entity tags of If-None-Match; weak ones compare as strong ones (RFC 9110, 13.1.2)."""
+    return {tag.strip().removeprefix("W/") for tag in header.split(",")}
+
+
+async def described(gateway: Gateway, request: Request) -> Response:
+    """The OpenAPI document of these routes."""
+    settings = gateway.settings
+    return Response(_document(settings.limits, bool(settings.api_keys)), media_type=_JSON)
+
+
+async def docs(gateway: Gateway, request: Request) -> Response:
+    """The same as a page."""
+    settings = gateway.settings
+    return _page(settings.limits, bool(settings.api_keys))
+
+
+@lru_cache
+def _document(limits: RequestLimits, needs_key: bool) -> bytes:
+    return msgspec.json.encode(openapi(ROUTES, VERSION, limits, needs_key=needs_key))
+
+
+@lru_cache
+def _page(limits: RequestLimits, needs_key: bool) -> Response:
+    return docs_page(openapi(ROUTES, VERSION, limits, needs_key=needs_key))
+
+
+_JSON = "application/json"
+
+ROUTES = (
+    EndpointRoute("GET", "/live", live, access="open", while_draining=True),
+    EndpointRoute("GET", "/ready", ready, access="open", while_draining=True),
+    EndpointRoute("GET", "/health", health, while_draining=True),
+    EndpointRoute("GET", "/ping", health, while_draining=True),
+    EndpointRoute("POST", "/ping", health, while_draining=True),
+    EndpointRoute("GET", "/version", version, while_draining=True),
+    EndpointRoute("GET", "/load", load, while_draining=True),
+    EndpointRoute("GET", "/metrics", metrics, access="metrics", while_draining=True),
+    # Open, as the page is: a browser has no key to send. They hold no more than the package does.
+    EndpointRoute("GET", "/openapi.json", described, access="open", while_draining=True),
+    EndpointRoute("GET", "/docs", docs, access="open", while_draining=True),
+    EndpointRoute("GET", "/v1/models", models),
+    EndpointRoute("GET", "/v1/models/{id:path}", model),
+    EndpointRoute("POST", "/v1/completions", completions, generates=True),
+    EndpointRoute("POST", "/v1/chat/completions", chat, generates=True),
+    EndpointRoute("POST", "/invocations", invocations, generates=True),
+    EndpointRoute("POST", "/tokenize", tokenize),
+    EndpointRoute("POST", "/detokenize", detokenize),
+    EndpointRoute("GET", "/tokenizer_info", tokenizer_info),
+    EndpointRoute("GET", "/v1/sagellm/graph", graph, access="admin", while_draining=True),
+    EndpointRoute(
+        "POST", "/v1/sagellm/requests/{id}/cancel", cancel, access="admin", while_draining=True
+    ),
+)
+# Open, where a key is asked, too: a browser that opens a page has no key. They hold no secret.
+PAGE_ROUTES = tuple(
+    EndpointRoute("GET", path, file, access="open") for path, file in page_files().items()
+)
+PATHS = tuple(dict.fromkeys(route.path for route in (*ROUTES, *PAGE_ROUTES)))
+
+
+def routes_of(settings: Settings) -> tuple[EndpointRoute, ...]:
+    """The routes of one gateway: those of the API, and the page unless it is off."""
+    return (*ROUTES, *PAGE_ROUTES) if settings.page else ROUTES

@@ -1,0 +1,200 @@
+"""A gateway before an open session: built, probed, served, drained."""
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
+from importlib import import_module
+from socket import socket
+
+import trio
+
+from sagellm.gateway.budgets import Budgets
+from sagellm.gateway.gateway import Gateway, HostedModel
+from sagellm.gateway.graph_bridge import GraphBridge, SessionBridge
+from sagellm.gateway.http.app import App, build_app
+from sagellm.gateway.http.drain import (
+    GatewayServing,
+    HttpServer,
+    ServingHere,
+    ending_signals,
+    serve,
+)
+from sagellm.gateway.http.routes import PATHS
+from sagellm.gateway.metrics.exposition import GatewayMeters
+from sagellm.gateway.processes.supervision import GatewaysFailed, GatewaySupervisor
+from sagellm.gateway.protocol.sampling_params import ModelCard, model_cards
+from sagellm.gateway.readiness import Probe, Readiness
+from sagellm.gateway.settings import Settings, Streaming, banner, url_of
+from sagellm.gateway.thread_bridge import open_thread_bridge
+from sagellm.graphs.ir import Graph
+from sagellm.graphs.sections import engine_kind
+from sagellm.runtime.cluster.control import serve_control
+from sagellm.runtime.cluster.control_commands import OneProcessCommands
+from sagellm.runtime.engine.kinds import KINDS
+from sagellm.runtime.models import HelperUnavailable, TextError
+from sagellm.runtime.models.tokenizer import Tokenizer
+from sagellm.session import Session
+from sagellm.tracing import open_tracing
+
+PROBE_TEXT = "Hello"
+_SERVERS = {  # loaded when chosen: uvicorn is an extra
+    "hypercorn": ("sagellm.gateway.http.hypercorn", "HypercornServer"),
+    "uvicorn": ("sagellm.gateway.http.uvicorn", "UvicornServer"),
+}
+
+
+def server_class(name: str) -> Callable[[App, Settings, socket], HttpServer]:
+    """Raises ModuleNotFoundError where the extra of that server is not installed."""
+    module, attribute = _SERVERS[name]
+    found: Callable[[App, Settings, socket], HttpServer] = getattr(import_module(module), attribute)
+    return found
+
+
+async def serve_graph(
+    opening: AbstractAsyncContextManager[Session],
+    settings: Settings,
+    sock: socket,
+    tell: Callable[[str], None],
+) -> None:
+    """Open the graph and serve it on a bound socket, until SIGTERM or SIGINT end it.
+
+    `tell` is given where and how to call the gateway, once it answers.
+    """
+    async with opening as session:
+        with ending_signals() as signals:
+            await serve_session(session, settings, sock, signals, tell)
+
+
+async def serve_session(
+    session: Session,
+    settings: Settings,
+    sock: socket,
+    signals: AsyncIterator[int],
+    tell: Callable[[str], None],
+) -> None:
+    """As `serve_graph`, for a session that is open; `signals` end it. Raises GatewaysFailed."""
+    if settings.num_gateways:
+        _check_kinds(session.executor.plan.graph)
+    models, readiness = model_cards(session, settings), Readiness()
+    has_chat = session.tokenizer.chat_template is not None
+    names = [card.id for card in models]
+    said = banner(url_of(sock, settings), names, settings, has_chat=has_chat)
+    async with (
+        _unwrapped(),
+        _traced(session, settings, models),
+        _bridge(session, settings) as bridge,
+        trio.open_nursery() as nursery,
+    ):
+        meters = meters_of(session, settings, models)
+        serving: GatewayServing
+        if settings.num_gateways:
+            serving = GatewaySupervisor(session, settings, models, meters, readiness, sock)
+        else:
+            app = build_app(gateway_of(session, settings, bridge, meters, models, readiness))
+            serving = ServingHere(server_class(settings.server)(app, settings, sock), app)
+        if session.supervisor is None:  # else it has a control of its own
+            executed = session.executor.plan
+            await nursery.start(
+                serve_control, OneProcessCommands(executed.graph, session.executor.engines)
+            )
+        nursery.start_soon(meters.run)
+        if settings.server == "hypercorn" and not settings.num_gateways:
+            nursery.start_soon(meters.watch_app_loop)  # this loop; uvicorn watches its own
+        nursery.start_soon(_watch, readiness, session, settings.streaming)
+        await serve(serving, settings, signals, session.close, lambda: tell(said))
+        nursery.cancel_scope.cancel()
+
+
+def _check_kinds(graph: Graph) -> None:
+    """Gateway processes import no code of the user. Raises GatewaysFailed."""
+    kinds = {engine_kind(values) for values in graph.engines.values()}
+    for kind in filter(KINDS.is_registered_here, sorted(kinds)):
+        raise GatewaysFailed(
+            f"gateway processes do not know the engine kind {kind!r} that this program registers: "
+            "install it as a package, or serve without --gateways"
+        )
+
+
+def gateway_of(
+    session: Session,
+    settings: Settings,
+    bridge: GraphBridge,
+    meters: GatewayMeters,
+    models: Sequence[ModelCard],
+    readiness: Readiness,
+) -> Gateway:
+    return Gateway(
+        settings=settings,
+        bridge=bridge,
+        models=tuple(
+            HostedModel(card, model.tokenizer)
+            for card, model in zip(models, session.models.all, strict=True)
+        ),
+        readiness=readiness,
+        budgets=Budgets(settings.common_budget, own=settings.budgets),
+        meters=meters,
+        graph=session.executor.plan.graph,
+    )
+
+
+def meters_of(session: Session, settings: Settings, models: Sequence[ModelCard]) -> GatewayMeters:
+    return GatewayMeters(
+        session,
+        models=models,
+        endpoints=PATHS,
+        compat=settings.metrics_compat,
+    )
+
+
+@asynccontextmanager
+async def _unwrapped() -> AsyncIterator[None]:
+    """Let GatewaysFailed out of the nurseries as it was raised."""
+    try:
+        yield
+    except BaseExceptionGroup as group:
+        found: BaseException | None = group.subgroup(GatewaysFailed)
+        if found is None:
+            raise
+        while isinstance(found, BaseExceptionGroup):
+            found = found.exceptions[0]
+        raise found from group
+
+
+@asynccontextmanager
+async def _bridge(session: Session, settings: Settings) -> AsyncIterator[GraphBridge]:
+    """For the loop of the app: this one, or uvicorn's in its own thread."""
+    if settings.server == "hypercorn" or settings.num_gateways:
+        yield SessionBridge(session, settings.streaming)
+        return
+    async with open_thread_bridge(session, settings.streaming) as bridge:
+        yield bridge
+
+
+def _traced(
+    session: Session, settings: Settings, models: Sequence[ModelCard]
+) -> AbstractAsyncContextManager[None]:
+    if settings.otlp_endpoint is None:
+        return nullcontext()
+    return open_tracing(
+        session,
+        endpoint=settings.otlp_endpoint,
+        model=models[0].id,
+        names={card.key: card.id for card in models if card.key},
+        sample=settings.trace_sample,
+    )
+
+
+def _probe(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Any token does where the model's own tokenizer fails: what is probed is the graph."""
+    try:
+        return tokenizer.encode(PROBE_TEXT) or (0,)
+    except (TextError, HelperUnavailable):
+        return (0,)
+
+
+async def _watch(readiness: Readiness, session: Session, streaming: Streaming) -> None:
+    """Probes of each model go through a door of this loop: the graph is the same."""
+    probes = []
+    for model in session.models.all:
+        token_ids = await trio.to_thread.run_sync(_probe, model.tokenizer, abandon_on_cancel=True)
+        probes.append(Probe(token_ids, PROBE_TEXT, model.key))
+    await readiness.watch(SessionBridge(session, streaming), session.health, probes)

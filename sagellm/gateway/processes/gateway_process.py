@@ -1,0 +1,304 @@
+"""One gateway process as the graph's process has it: its requests, its life."""
+
+import socket
+from collections.abc import Callable, Sequence
+from contextlib import aclosing
+from typing import Protocol
+
+import msgspec
+import trio
+from anyio.abc import UNIXSocketStream
+
+from sagellm.gateway.api_errors import ApiError
+from sagellm.gateway.gateway import call_of
+from sagellm.gateway.graph_bridge import GraphRequest, event_of
+from sagellm.gateway.processes.link import (
+    Abandon,
+    CounterReport,
+    Drained,
+    GatewayMessage,
+    GatewaySetup,
+    MessageLink,
+    ReportCounters,
+    RetireRequested,
+    Started,
+    StreamEvents,
+    SubmitRequest,
+    TokensRead,
+    stream_refused,
+)
+from sagellm.gateway.processes.main import GatewayStart
+from sagellm.gateway.settings import Streaming
+from sagellm.gateway.thread_bridge import StreamForwarder, forward_stream
+from sagellm.runtime.cluster.child_process import ChildProcess
+from sagellm.session import Output, Session
+
+_NUM_ROUNDS = 3  # of question and answer with a gateway; by then it would have said what it read
+
+
+class PolledGateway(Protocol):
+    """The process at the other end of the link."""
+
+    def ask_once(self) -> int:
+        """Ask it for a sign of life, unless it owes one; the number of that question."""
+
+    def has_answered(self, number: int) -> bool: ...
+
+
+class GatewayEndpoint:
+    """Takes the requests of one gateway, for as long as `nursery` runs.
+
+    An id that is in use, by a request of another gateway as a rule, is given a suffix, which no
+    client sees: it is answered by its gateway. `claimed` has the ids of all desks.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        streaming: Streaming,
+        claimed: set[str],
+        link: MessageLink[GatewayMessage],
+        nursery: trio.Nursery,
+        gateway: PolledGateway,
+    ) -> None:
+        self._session = session
+        self._streaming = streaming
+        self._link = link
+        self._nursery = nursery
+        self._gateway = gateway
+        self._readers: dict[int, _LinkReader] = {}
+        self._claimed = claimed
+
+    def handle(self, message: SubmitRequest | TokensRead | Abandon) -> None:
+        """What is said of a stream that has ended means nothing any more."""
+        if isinstance(message, SubmitRequest):
+            self._begin(message.stream, message.entry)
+            return
+        reader = self._readers.get(message.stream)
+        if reader is None:
+            return
+        if isinstance(message, TokensRead):
+            reader.take(message.num_tokens)
+        else:
+            reader.leave()
+
+    def cancel(self, request_id: str) -> bool:
+        """End the request that was asked for by that id; False where there is none."""
+        return self._cancel(lambda asked_id: asked_id == request_id)
+
+    def cancel_call(self, call_id: str) -> bool:
+        """End the requests of a call; False where it is none of this gateway's."""
+        return self._cancel(lambda asked_id: call_of(asked_id) == call_id)
+
+    def _cancel(self, is_meant: Callable[[str], bool]) -> bool:
+        meant = [one.request_id for one in self._readers.values() if is_meant(one.asked_id)]
+        return any([self._session.cancel(request_id) for request_id in meant])  # noqa: C419 (all)
+
+    def _begin(self, stream: int, entry: GraphRequest) -> None:
+        asked_id = entry.request_id
+        entry = msgspec.structs.replace(entry, request_id=self._free_id(asked_id))
+        reader = _LinkReader(
+            stream, asked_id, entry.request_id, self._link.put, self._forget, self._gateway
+        )
+        self._readers[stream] = reader
+        self._claimed.add(entry.request_id)
+        self._nursery.start_soon(forward_stream, self._session, self._streaming, entry, reader)
+
+    def _free_id(self, asked_id: str) -> str:
+        found, number = asked_id, 1
+        while found in self._claimed or self._session.is_in_use(found):
+            number += 1
+            found = f"{asked_id}~{number}"
+        return found
+
+    def _forget(self, stream: int) -> None:
+        reader = self._readers.pop(stream, None)
+        if reader is not None:
+            self._claimed.discard(reader.request_id)
+
+
+class _LinkReader:
+    """One request of the gateway, as its events are sent there."""
+
+    def __init__(
+        self,
+        stream: int,
+        asked_id: str,
+        request_id: str,
+        put: Callable[[msgspec.Struct], None],
+        forget: Callable[[int], None],
+        gateway: PolledGateway,
+    ) -> None:
+        self.asked_id = asked_id
+        self.request_id = request_id
+        self.forwarder: StreamForwarder | None = None
+        self.num_taken = 0
+        self.is_left = False
+        self._stream = stream
+        self._put = put
+        self._forget = forget
+        self._gateway = gateway
+        self._num_rounds = 0  # since it took something
+        self._asked: int | None = None
+
+    def send(self, outputs: Sequence[Output], end: ApiError | bool) -> None:
+        if end:
+            self._forget(self._stream)
+        if self.is_left:
+            return
+        if isinstance(end, ApiError):
+            self._put(stream_refused(self._stream, end))
+        else:
+            events = [event_of(output) for output in outputs]
+            self._put(StreamEvents(self._stream, events, end))
+
+    def take(self, num_tokens: int) -> None:
+        self.num_taken += num_tokens
+        self._num_rounds, self._asked = 0, None
+        if self.forwarder is not None and self.forwarder.is_held:
+            self.forwarder.flush()
+
+    def hold(self) -> None:
+        """Find out whether the gateway is awake."""
+        if self.is_excused() and (self._asked is None or self._gateway.has_answered(self._asked)):
+            self._num_rounds += self._asked is not None
+            self._asked = self._gateway.ask_once()
+
+    def is_excused(self) -> bool:
+        """The gateway may be stopped, or busy: only where it has answered, and has still taken
+        nothing, the client is what does not read.
+        """
+        return self._num_rounds < _NUM_ROUNDS
+
+    def leave(self) -> None:
+        self.is_left = True
+        if self.forwarder is not None:
+            self.forwarder.scope.cancel()
+
+
+MODULE = "sagellm.gateway.processes.main"
+START_S = 60.0  # until it takes connections
+POLL_S = 1.0  # how often it is asked for what it has counted, which is a sign of life, too
+SILENT_S = 10.0  # after which it counts as dead, if it does not compute
+BUSY_S = 60.0  # the same, if it does: many large bodies at once take long to parse
+EXIT_S = 1.0  # what a process takes from its last word to its end
+
+
+class GatewayProcess:
+    """`counted`: what it said last of what it counted. `is_idle`: it was drained, and is done.
+    `is_over`: it has ended, or leaves; another may take its place.
+    """
+
+    def __init__(self, process: ChildProcess, stream: UNIXSocketStream) -> None:
+        self.link: MessageLink[GatewayMessage] = MessageLink(stream, GatewayMessage)
+        self.endpoint: GatewayEndpoint | None = None
+        self.counted: CounterReport | None = None
+        self.is_up = self.is_idle = self.is_over = False
+        self.why = ""  # it ended
+        self._process = process
+        self._stream = stream
+        self._num_asked = 0
+        self._last_received_s = trio.current_time()
+        self._cpu_s = 0.0
+
+    @classmethod
+    async def begin(
+        cls, start: Callable[[int], GatewayStart], setup: Callable[[], GatewaySetup]
+    ) -> "GatewayProcess":
+        """`start` is given the process's end of the link; what `setup` gives is all that is known
+        when this returns. Raises OSError.
+        """
+        here, there = socket.socketpair()
+        with there:
+            begun = start(there.fileno())
+            try:
+                process = ChildProcess(MODULE, begun.env, begun.files)
+            except OSError:
+                here.close()
+                raise
+        life = cls(process, await UNIXSocketStream.from_socket(here))
+        life.link.put(setup())  # before anything else that it is told
+        return life
+
+    async def run(
+        self,
+        session: Session,
+        streaming: Streaming,
+        claimed: set[str],
+        handle: Callable[[GatewayMessage], None],
+    ) -> None:
+        """Until it ends: take its requests to the session, and tell the rest to `handle`.
+
+        Its requests are cancelled with it. Cancelled, it is killed. `claimed`: see Desk.
+        """
+        has_left = False
+        try:
+            async with trio.open_nursery() as nursery:
+                self.endpoint = GatewayEndpoint(
+                    session, streaming, claimed, self.link, nursery, self
+                )
+                nursery.start_soon(self.link.send)
+                nursery.start_soon(self._watch, nursery.cancel_scope)
+                async with aclosing(self.link.messages()) as messages:
+                    async for message in messages:
+                        self._handle(message, handle)
+                has_left = True
+                nursery.cancel_scope.cancel()
+        finally:
+            with trio.CancelScope(shield=True):
+                await self._end(EXIT_S if has_left else 0.0)
+
+    def ask(self) -> int:
+        """Ask for what it has counted by now: `counted` will have this number, or a higher one."""
+        self._num_asked += 1
+        self.link.put(ReportCounters(self._num_asked))
+        return self._num_asked
+
+    def ask_once(self) -> int:
+        """As `ask`, unless an answer is owed already; the number of that question."""
+        return self._num_asked if not self.has_answered(self._num_asked) else self.ask()
+
+    def has_answered(self, number: int) -> bool:
+        return self.counted is not None and self.counted.number >= number
+
+    def _handle(self, message: GatewayMessage, handle: Callable[[GatewayMessage], None]) -> None:
+        self._last_received_s = trio.current_time()
+        match message:
+            case SubmitRequest() | TokensRead() | Abandon():
+                assert self.endpoint is not None
+                self.endpoint.handle(message)
+                return
+            case CounterReport():
+                self.counted = message
+            case Started():
+                self.is_up = True
+            case Drained():
+                self.is_idle = True
+            case RetireRequested():
+                self.is_over = True
+        handle(message)
+
+    async def _watch(self, scope: trio.CancelScope) -> None:
+        """Ask for signs of life; end a life that gives none, but not for what we did not hear."""
+        while True:
+            asked_s = trio.current_time()
+            self.ask()
+            await trio.sleep(POLL_S)
+            now = trio.current_time()
+            if now - asked_s > 2 * POLL_S:
+                self._last_received_s = now
+            before, self._cpu_s = self._cpu_s, self._process.cpu_s
+            patience_s = BUSY_S if self._cpu_s > before else SILENT_S
+            if now - self._last_received_s > (patience_s if self.is_up else START_S):
+                self.why = f"no sign of life for {now - self._last_received_s:.0f} s"
+                scope.cancel()
+
+    async def _end(self, patience_s: float) -> None:
+        with trio.move_on_after(patience_s):  # whoever ends by itself says how
+            await self._process.wait()
+        self._process.kill()
+        code = await self._process.wait()
+        self.why = self.why or (f"signal {-code}" if code < 0 else f"exit code {code}")
+        self.is_over = True
+        self._process.close()
+        await self._stream.aclose()

@@ -1,0 +1,262 @@
+"""The bodies of completions, chats, /tokenize and /detokenize."""
+
+import re
+from typing import Annotated, Any, TypeAlias, TypeVar, get_args
+
+import msgspec
+from msgspec import Meta
+
+from sagellm.gateway.api_errors import ApiError, wrong
+from sagellm.gateway.protocol.chat_messages import (
+    ConversationMessage,
+    Role,
+    ToolChoice,
+    Tools,
+    Variables,
+    check_choice,
+    check_conversation,
+    plain_messages,
+    read_messages,
+)
+from sagellm.gateway.protocol.json import fields_of, read_json
+from sagellm.gateway.protocol.other_apis import REQUEST
+from sagellm.gateway.protocol.request import (
+    Effort,
+    Generation,
+    NonEmptyText,
+    TokenId,
+    TruncationSide,
+    at_most,
+    check_generation,
+    check_model_name,
+    read_fields,
+)
+from sagellm.gateway.settings import RequestLimits
+from sagellm.runtime.sampling_params import MAX_LOGPROBS, RANGES
+
+T = TypeVar("T")
+
+_PLACE = re.compile(r" - at (?:`key` in )?`\$\.?(.*)`$", re.DOTALL)
+_MISSING = re.compile(r"Object missing required field `(\w+)`")
+_CHOICES = {
+    "role": get_args(Role),
+    "reasoning_effort": get_args(Effort),
+    "truncation_side": get_args(TruncationSide),
+    "type": ("text",),
+    "tool_choice": get_args(ToolChoice),
+}
+_STEP = re.compile(r"\.?(\w+)|\[(\d+)\]")
+
+
+def convert(plain: dict[str, Any], struct: type[T]) -> T:
+    """Check every type and range. Raises ApiError (400), which quotes numbers but never text."""
+    try:
+        return msgspec.convert(plain, struct)
+    except msgspec.ValidationError as error:
+        fault = str(error)
+    raise _refusal(fault, plain)
+
+
+def _refusal(fault: str, plain: dict[str, Any]) -> ApiError:
+    place = _PLACE.search(fault)
+    param = place.group(1).removesuffix("[...]") if place else ""
+    what = _PLACE.sub("", fault)
+    missing = _MISSING.match(what)
+    if missing:
+        param = f"{param}.{missing.group(1)}".lstrip(".")
+        return wrong(param, "is missing", "missing_required_parameter")
+    if what.startswith("Invalid enum value"):  # goes on with the value, which is the client's text
+        return wrong(param, f"must be one of {', '.join(_choices(param))}")
+    return wrong(param, _number(param, plain) + what[:1].lower() + what[1:])
+
+
+def _choices(param: str) -> tuple[str, ...]:
+    leaf = param.rpartition(".")[2]
+    return ("function",) if leaf == "type" and "tool" in param else _CHOICES[leaf]
+
+
+def _number(param: str, plain: Any) -> str:
+    """ "is 17; " where a number stands there."""
+    for name, index in _STEP.findall(param):
+        step = int(index) if index else name
+        if isinstance(plain, dict | list) and _has(plain, step):
+            plain = plain[step]
+        else:
+            return ""
+    is_number = isinstance(plain, int | float) and not isinstance(plain, bool)
+    return f"is {plain}; " if is_number else ""
+
+
+def _has(plain: dict[str, Any] | list[Any], step: str | int) -> bool:
+    if isinstance(plain, list):
+        return isinstance(step, int) and step < len(plain)
+    return step in plain
+
+
+TokenIds: TypeAlias = Annotated[list[TokenId], Meta(min_length=1)]
+# A list is all text, all ids, or all lists of ids; a type cannot say it, `_check_prompt` does.
+PromptField: TypeAlias = (
+    NonEmptyText | Annotated[list[NonEmptyText | TokenId | TokenIds], Meta(min_length=1)]
+)
+
+
+class CompletionRequest(Generation, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The body of a completion. `logprobs` k: those of the chosen and the k most likely tokens,
+    with `echo` of the prompt's tokens too. With `echo`, `max_tokens` may be 0: then the answer is
+    the prompt, and its logprobs.
+    """
+
+    prompt: PromptField
+    max_tokens: Annotated[int, Meta(ge=0, le=RANGES["max_tokens"][1])] | None = None
+    echo: bool = False
+    logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
+    best_of: int | None = None  # 1, or `n`: then nothing is left to choose
+    add_special_tokens: bool = True
+
+    @property
+    def is_prompt_only(self) -> bool:
+        """Whether nothing is to be generated."""
+        return self.echo and self.asked_tokens == 0
+
+    @property
+    def prompts(self) -> tuple[str | tuple[int, ...], ...]:
+        """Each prompt: text, or token ids."""
+        if isinstance(self.prompt, str):
+            return (self.prompt,)
+        if isinstance(self.prompt[0], int):
+            return (_ids(self.prompt),)
+        return tuple(one if isinstance(one, str) else _ids(one) for one in self.prompt)
+
+
+def read_completion(body: bytes, limits: RequestLimits) -> CompletionRequest:
+    """Raises ApiError (400) that names the field; what depends on the model is not checked yet."""
+    request = convert(read_fields(body, CompletionRequest, limits), CompletionRequest)
+    check_generation(request, limits)
+    _check_prompt(request.prompt, limits)
+    if request.asked_tokens == 0 and not request.echo:
+        raise wrong("max_tokens", "is 0; it must be 1 or more, or `echo` must be true")
+    if request.best_of not in (None, 1, request.n):
+        raise wrong("best_of", f"is {request.best_of}; only the value of n ({request.n}) is served")
+    return request
+
+
+def _ids(prompt: Any) -> tuple[int, ...]:
+    return tuple(prompt)
+
+
+def _check_prompt(prompt: str | list[Any], limits: RequestLimits) -> None:
+    if isinstance(prompt, str):
+        return
+    kinds = {type(one) for one in prompt}
+    if len(kinds) > 1:
+        raise wrong("prompt", "mixes text, token ids and lists of them; use one kind")
+    if int not in kinds:
+        at_most("prompt", len(prompt), limits.num_prompts, "prompts")
+
+
+class ChatRequest(Generation, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The body of a chat. `logprobs` asks for those of the answer's tokens, `top_logprobs` k for
+    those of the k most likely as well. `reasoning_effort` is a hint. `tools` are shown to the
+    model where `tool_choice` is "none", as vLLM shows them; no tool is ever called.
+    """
+
+    messages: Annotated[list[ConversationMessage], Meta(min_length=1)]
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
+    add_special_tokens: bool = False  # beside those that the template brings
+    reasoning_effort: Effort | None = None
+    tools: Tools = msgspec.field(default_factory=list)
+    tool_choice: ToolChoice | None = None
+    add_generation_prompt: bool | None = None  # None: unless the final message goes on
+    continue_final_message: bool = False
+    chat_template_kwargs: Variables = msgspec.field(default_factory=dict)
+
+    @property
+    def conversation(self) -> list[dict[str, Any]]:
+        """The messages as a chat template takes them."""
+        return plain_messages(self)
+
+
+def read_chat(body: bytes, limits: RequestLimits) -> ChatRequest:
+    """Raises ApiError (400) that names the field; what depends on the model is not checked yet."""
+    said = read_fields(body, ChatRequest, limits)
+    if "messages" in said:
+        said["messages"] = read_messages(said["messages"], limits)
+    check_choice(said)
+    request = convert(said, ChatRequest)
+    check_generation(request, limits)
+    check_conversation(request, limits)
+    if request.top_logprobs and not request.logprobs:
+        raise wrong("top_logprobs", "needs `logprobs`: true")
+    return request
+
+
+class TokenizePrompt(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A text to count and cut. `return_token_strs` asks for each token as text."""
+
+    prompt: str
+    model: str | None = None
+    add_special_tokens: bool = True
+    return_token_strs: bool = False
+
+
+class TokenizeChat(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A conversation to render, count and cut, as a chat would."""
+
+    messages: Annotated[list[ConversationMessage], Meta(min_length=1)]
+    model: str | None = None
+    add_special_tokens: bool = False
+    return_token_strs: bool = False
+    tools: Tools = []
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
+    chat_template_kwargs: Variables = {}
+
+    @property
+    def conversation(self) -> list[dict[str, Any]]:
+        """The messages as a chat template takes them."""
+        return plain_messages(self)
+
+
+TokenizeRequest: TypeAlias = TokenizePrompt | TokenizeChat
+
+
+class DetokenizeRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Ids to turn into text."""
+
+    tokens: list[TokenId]
+    model: str | None = None
+
+
+def read_tokenize(body: bytes, limits: RequestLimits) -> TokenizeRequest:
+    """The form with `messages` where they are given. Raises ApiError (400)."""
+    value = read_json(body, max_depth=limits.json_depth)
+    struct = _form_of(value)
+    said = fields_of(value, struct.__struct_fields__, REQUEST)
+    if "messages" in said:
+        said["messages"] = read_messages(said["messages"], limits)
+    request = convert(said, struct)
+    check_model_name(request.model, limits)
+    if isinstance(request, TokenizeChat):
+        check_conversation(request, limits)
+    return request
+
+
+def read_detokenize(body: bytes, limits: RequestLimits) -> DetokenizeRequest:
+    """Raises ApiError (400); whether the model knows the ids is not checked yet."""
+    said = read_fields(body, DetokenizeRequest, limits)
+    request = convert(said, DetokenizeRequest)
+    check_model_name(request.model, limits)
+    return request
+
+
+def _form_of(value: Any) -> type[TokenizeRequest]:
+    """Which of the two it is. Takes what is null of `prompt` and `messages` away."""
+    if not isinstance(value, dict):
+        return TokenizePrompt
+    given = [name for name in ("prompt", "messages") if value.get(name) is not None]
+    if len(given) == 2:
+        raise wrong("prompt", "stands beside `messages`; give one of them")
+    for name in {"prompt", "messages"}.difference(given):
+        value.pop(name, None)
+    return TokenizeChat if given == ["messages"] else TokenizePrompt

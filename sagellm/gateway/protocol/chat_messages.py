@@ -1,0 +1,281 @@
+"""The messages and tools of a conversation, and how they become a prompt."""
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, Protocol, TypeAlias
+
+import msgspec
+from msgspec import Meta
+
+from sagellm.gateway.api_errors import ApiError, wrong
+from sagellm.gateway.protocol.json import fields_of, read_json, shown
+from sagellm.gateway.protocol.other_apis import FUNCTION_CALL, MESSAGE, PART, TOOL_CALL
+from sagellm.gateway.protocol.request import at_most
+from sagellm.gateway.settings import RequestLimits
+from sagellm.runtime.models.chat import RESERVED_VARIABLES, Rendering
+
+MAX_TOOLS = 128  # as in the OpenAI API; of calls in one message too
+ToolChoice: TypeAlias = Literal["none", "auto"]
+
+
+class ToolFunction(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a tool does. `parameters` is a JSON schema, which is shown and not read."""
+
+    name: Annotated[str, Meta(min_length=1)]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(msgspec.Struct, frozen=True, kw_only=True):
+    """A function that the model may be told of. Further fields are dropped."""
+
+    type: Literal["function"]
+    function: ToolFunction
+
+    @property
+    def plain(self) -> dict[str, Any]:
+        """As a chat template knows it."""
+        plain: dict[str, Any] = msgspec.to_builtins(self)
+        return plain
+
+
+class FunctionCall(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`arguments`: the JSON text of an object; "" has none."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A call in an earlier message of the assistant."""
+
+    function: FunctionCall
+    id: str | None = None
+    type: Literal["function"] = "function"
+
+    @property
+    def plain(self) -> dict[str, Any]:
+        """As chat templates know it: the arguments are an object."""
+        function = {"name": self.function.name, "arguments": self._arguments}
+        plain = {"type": self.type, "function": function}
+        return plain if self.id is None else {"id": self.id, **plain}
+
+    @property
+    def _arguments(self) -> dict[str, Any]:
+        text = self.function.arguments
+        arguments: dict[str, Any] = msgspec.json.decode(text) if text else {}
+        return arguments
+
+
+Tools: TypeAlias = Annotated[list[Tool], Meta(max_length=MAX_TOOLS)]
+ToolCalls: TypeAlias = Annotated[list[ToolCall], Meta(max_length=MAX_TOOLS)]
+
+
+def check_arguments(call: ToolCall, where: str, max_depth: int) -> None:
+    """Raise ApiError (400) where the arguments are no JSON object; the text is not shown."""
+    text, param = call.function.arguments, f"{where}.function.arguments"
+    try:
+        is_object = not text or isinstance(read_json(text.encode(), max_depth=max_depth), dict)
+    except ApiError:
+        is_object = False
+    if not is_object:
+        raise wrong(param, "must be the JSON text of an object")
+
+
+def check_choice(said: dict[str, Any]) -> None:
+    """Raise ApiError (400) where a call of a tool is asked for, which is not built."""
+    choice = said.get("tool_choice")
+    if choice not in (None, "none", "auto"):
+        raise _unsupported("tool_choice", "this server makes no tool calls; send `none`")
+    if said.get("tools") and choice != "none":
+        cure = "leave them out, or show them to the model with `tool_choice`: `none`"
+        raise _unsupported("tools", f"this server makes no tool calls; {cure}")
+
+
+def _unsupported(param: str, message: str) -> ApiError:
+    return wrong(param, message, "unsupported_parameter")
+
+
+MAX_PARTS = 1024  # of one message
+Role: TypeAlias = Literal["system", "developer", "user", "assistant", "tool"]
+
+
+class TextPart(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A piece of a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ConversationMessage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One turn of a conversation. One of the assistant with `tool_calls` needs no content.
+
+    `reasoning_content` and `reasoning` are two spellings of one text. `type` is what some clients
+    add to every message.
+    """
+
+    role: Role
+    content: str | list[TextPart] | None = None
+    tool_calls: ToolCalls = []
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    name: str | None = None
+    tool_call_id: str | None = None
+    type: Literal["text"] = "text"
+
+    @property
+    def plain(self) -> dict[str, Any]:
+        """As a chat template knows it: a developer is a system, parts are one text."""
+        role = "system" if self.role == "developer" else self.role
+        plain = {"role": role, "content": self._text}
+        thought = self.reasoning if self.reasoning_content is None else self.reasoning_content
+        more = {
+            "tool_calls": [call.plain for call in self.calls] or None,
+            "reasoning_content": thought,
+            "reasoning": thought,
+            "name": self.name,
+            "tool_call_id": self.tool_call_id,
+        }
+        return plain | {name: value for name, value in more.items() if value is not None}
+
+    @property
+    def calls(self) -> list[ToolCall]:
+        """Of the assistant; what others have is left out, as vLLM does."""
+        return self.tool_calls if self.role == "assistant" else []
+
+    @property
+    def _text(self) -> str | None:
+        if self.content is None or isinstance(self.content, str):
+            return self.content
+        return "".join(part.text for part in self.content)
+
+
+def read_messages(value: Any, limits: RequestLimits) -> Any:
+    """The messages with only fields that are served in them, types unchecked.
+
+    Raises ApiError (400) that names the place of what is not served.
+    """
+    if not isinstance(value, list):
+        return value
+    at_most("messages", len(value), limits.num_messages, "messages")
+    return [_message(message, f"messages[{index}]") for index, message in enumerate(value)]
+
+
+def _message(message: Any, where: str) -> dict[str, Any]:
+    said = fields_of(message, ConversationMessage.__struct_fields__, MESSAGE, where)
+    parts = said.get("content")
+    if isinstance(parts, list):
+        at_most(f"{where}.content", len(parts), MAX_PARTS, "parts")
+        said["content"] = [
+            _part(part, f"{where}.content[{index}]") for index, part in enumerate(parts)
+        ]
+    calls = said.get("tool_calls")
+    if isinstance(calls, list):
+        said["tool_calls"] = [
+            _call(call, f"{where}.tool_calls[{index}]") for index, call in enumerate(calls)
+        ]
+    return said
+
+
+def _part(part: Any, where: str) -> dict[str, Any]:
+    if isinstance(part, dict) and part.get("type", "text") != "text":
+        raise wrong(f"{where}.type", "only parts of type `text` are served")
+    return fields_of(part, TextPart.__struct_fields__, PART, where)
+
+
+def _call(call: Any, where: str) -> dict[str, Any]:
+    said = fields_of(call, ToolCall.__struct_fields__, TOOL_CALL, where)
+    if said.get("type", "function") != "function":
+        raise wrong(f"{where}.type", "only calls of type `function` are served")
+    if "function" in said:
+        known = FunctionCall.__struct_fields__
+        said["function"] = fields_of(said["function"], known, FUNCTION_CALL, f"{where}.function")
+    return said
+
+
+def check_messages(messages: Sequence[ConversationMessage], limits: RequestLimits) -> None:
+    """Raise ApiError (400) for content that is missing, and calls that are none."""
+    for index, message in enumerate(messages):
+        where = f"messages[{index}]"
+        if message.content is None and not message.calls:
+            raise wrong(f"{where}.content", "is missing", "missing_required_parameter")
+        for number, call in enumerate(message.calls):
+            check_arguments(call, f"{where}.tool_calls[{number}]", limits.json_depth)
+
+
+MAX_VARIABLES = 32
+MAX_VARIABLE_LEN = 512
+_LARGEST = 1 << 20  # a template may repeat a text so often
+
+Variable: TypeAlias = (
+    bool
+    | Annotated[int, Meta(ge=-_LARGEST, le=_LARGEST)]
+    | Annotated[float, Meta(ge=-_LARGEST, le=_LARGEST)]
+    | Annotated[str, Meta(max_length=MAX_VARIABLE_LEN)]
+    | None
+)
+Variables: TypeAlias = Annotated[dict[str, Variable], Meta(max_length=MAX_VARIABLES)]
+# Switches that clients send to any model: one whose template does not read them has none.
+_SWITCHES = frozenset({"enable_thinking", "thinking"})
+
+
+class Conversation(Protocol):
+    """What is read of a request that has messages."""
+
+    @property
+    def messages(self) -> Sequence[ConversationMessage]: ...
+
+    @property
+    def tools(self) -> Sequence[Tool]: ...
+
+    @property
+    def add_generation_prompt(self) -> bool | None: ...
+
+    @property
+    def continue_final_message(self) -> bool: ...
+
+    @property
+    def chat_template_kwargs(self) -> Mapping[str, Variable]: ...
+
+
+def check_conversation(asked: Conversation, limits: RequestLimits) -> None:
+    """Raise ApiError (400) for what no model could be asked."""
+    check_messages(asked.messages, limits)
+    if not asked.continue_final_message:
+        return
+    if asked.add_generation_prompt:
+        raise wrong("add_generation_prompt", "stands beside continue_final_message; give one")
+    if asked.messages[-1].content is None:
+        raise wrong("continue_final_message", "needs a final message with content")
+
+
+def plain_messages(asked: Conversation) -> list[dict[str, Any]]:
+    """The messages as a chat template takes them."""
+    return [message.plain for message in asked.messages]
+
+
+def rendering_of(asked: Conversation, read: frozenset[str]) -> Rendering:
+    """How the model's template, which reads the names `read`, is to render it.
+
+    Raises ApiError (400) for a variable that the template does not read, or may not be given.
+    """
+    for name in asked.chat_template_kwargs:
+        _check_variable(name, read)
+    add = asked.add_generation_prompt
+    return Rendering(
+        add_generation_prompt=not asked.continue_final_message if add is None else add,
+        continue_final_message=asked.continue_final_message,
+        tools=tuple(tool.plain for tool in asked.tools),
+        variables={
+            name: value
+            for name, value in asked.chat_template_kwargs.items()
+            if value is not None and name in read
+        },
+    )
+
+
+def _check_variable(name: str, read: frozenset[str]) -> None:
+    if name in RESERVED_VARIABLES:
+        raise wrong("chat_template_kwargs", f"{shown(name)} is not for clients to set there")
+    if name not in read | _SWITCHES:
+        raise wrong("chat_template_kwargs", f"the model's template reads no variable {shown(name)}")

@@ -1,0 +1,163 @@
+"""Fields of other APIs, for each object that clients send.
+
+An unbuilt field is refused unless it asks for nothing. A taken field changes no token: its type is
+checked, then it is dropped. An endpoint that builds a field looks at it before these tables.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple, TypeAlias
+
+from sagellm.gateway.api_errors import ApiError, wrong
+
+# Field -> the values, beside null, with which it asks for what happens anyway.
+Unbuilt: TypeAlias = Mapping[str, tuple[Any, ...]]
+
+
+class IgnoredField(NamedTuple):
+    """`type`: as JSON schema names it. `note`: why no token depends on the field."""
+
+    type: str
+    note: str
+
+
+class Foreign(NamedTuple):
+    """The fields of one object that are unbuilt, and those that are taken."""
+
+    unbuilt: Unbuilt
+    taken: Mapping[str, IgnoredField]
+
+
+REQUEST = Foreign(
+    unbuilt={
+        # OpenAI
+        "audio": (),
+        "best_of": (1,),
+        "echo": (False,),
+        "function_call": ("none",),
+        "functions": ([],),
+        "modalities": (["text"],),
+        "moderation": (),
+        "parallel_tool_calls": (True, False),  # there are no tool calls
+        "response_format": ({"type": "text"},),
+        "suffix": (),
+        "tool_choice": ("none",),
+        "tools": ([],),
+        "web_search_options": (),
+        # vLLM
+        "add_generation_prompt": (True,),
+        "chat_template": (),
+        "chat_template_kwargs": ({},),
+        "continue_final_message": (False,),
+        "documents": ([],),
+        "ec_transfer_params": (),
+        "guided_choice": (),
+        "guided_decoding_backend": (),
+        "guided_grammar": (),
+        "guided_json": (),
+        "guided_regex": (),
+        "guided_whitespace_pattern": (),
+        "include_reasoning": (True,),
+        "kv_transfer_params": (),
+        "length_penalty": (1,),
+        "logits_processors": ([],),
+        "logprob_token_ids": (),
+        "lora": (),
+        "lora_request": (),
+        "media_io_kwargs": ({},),
+        "mm_processor_kwargs": ({},),
+        "prompt_embeds": (),
+        "repetition_detection": (),
+        "return_prompt_text": (False,),
+        "return_token_offsets": (False,),
+        "session_id": (),
+        "spaces_between_special_tokens": (True,),
+        "stream_interval": (1,),
+        "structured_outputs": (),
+        "thinking_token_budget": (-1,),
+        "trust_remote_code": (False,),
+        "use_beam_search": (False,),
+        "vllm_xargs": ({},),
+        "watermarking": (False,),
+        # SGLang
+        "ebnf": (),
+        "json_schema": (),
+        "lora_path": (),
+        "regex": (),
+    },
+    taken={
+        "metadata": IgnoredField("object", "labels for the caller's own records"),
+        "prediction": IgnoredField(
+            "object", "a guess of the answer; `speculation` is set in the graph"
+        ),
+        "prompt_cache_options": IgnoredField("object", "prefixes are kept in any case"),
+        "prompt_cache_retention": IgnoredField("string", "prefixes are kept in any case"),
+        "reasoning": IgnoredField("object", "a hint, as `reasoning_effort`"),
+        "service_tier": IgnoredField("string", "there is one tier; `priority` orders requests"),
+        "store": IgnoredField("boolean", "no answer is stored"),
+        "timeout": IgnoredField("number", "the client's own; `timeout_s` ends a request here"),
+        "verbosity": IgnoredField("string", "a hint"),
+    },
+)
+STREAM_OPTIONS = Foreign(unbuilt={"include_obfuscation": (False,)}, taken={})
+MESSAGE = Foreign(
+    unbuilt={
+        "annotations": ([],),
+        "audio": (),
+        "function_call": (),
+        "refusal": (),
+    },
+    taken={
+        "cache_control": IgnoredField("object", "prefixes are kept in any case"),
+        "id": IgnoredField("string", "no template reads it"),
+    },
+)
+PART = Foreign(
+    unbuilt={
+        "annotations": ([],),
+        "audio_url": (),
+        "file": (),
+        "image_url": (),
+        "input_audio": (),
+        "refusal": (),
+        "video_url": (),
+    },
+    taken={
+        "cache_control": IgnoredField("object", "prefixes are kept in any case"),
+        "prompt_cache_breakpoint": IgnoredField("object", "prefixes are kept in any case"),
+    },
+)
+TOOL_CALL = Foreign(
+    unbuilt={},
+    taken={
+        "index": IgnoredField("integer", "the place of a call in its list says the same"),
+    },
+)
+FUNCTION_CALL = Foreign({}, {})
+_TYPES: dict[str, tuple[type, ...]] = {
+    "boolean": (bool,),
+    "integer": (int,),
+    "number": (int, float),
+    "object": (dict,),
+    "string": (str,),
+}
+
+
+def refuse_unbuilt(param: str, value: Any, harmless: tuple[Any, ...]) -> None:
+    """Raise ApiError (400) unless the value is null or asks for nothing."""
+    if value is None or any(_is_same(value, plain) for plain in harmless):
+        return
+    message = f"{param}: this server does not support it; leave it out"
+    raise ApiError(400, message, param=param, code="unsupported_parameter")
+
+
+def _is_same(value: Any, plain: Any) -> bool:
+    """Equal and of one type: 1 is not True."""
+    return type(value) is type(plain) and value == plain
+
+
+def check_ignored(param: str, value: Any, taken: IgnoredField) -> None:
+    """Raise ApiError (400) for a value of another type; null is of every type."""
+    if value is None or type(value) in _TYPES[taken.type]:
+        return
+    article = "an" if taken.type[0] in "aeio" else "a"
+    raise wrong(param, f"must be {article} {taken.type}")

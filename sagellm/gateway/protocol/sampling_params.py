@@ -1,0 +1,214 @@
+"""The card of a served model, and sampling parameters checked against the model."""
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from sagellm.gateway.api_errors import ApiError, wrong
+from sagellm.gateway.protocol.bodies import ChatRequest, CompletionRequest
+from sagellm.gateway.protocol.request import Generation
+from sagellm.gateway.settings import Settings
+from sagellm.runtime.messages import Sampling
+from sagellm.runtime.sampling_params import RANGES, sampling_fault
+from sagellm.session import Session
+
+_COMPLETION_TOKENS = 16  # unless said, as in the OpenAI API; a chat may fill the context
+# Fields that mean to an engine what they mean to a client.
+_SAME = (
+    "min_tokens",
+    "temperature",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "seed",
+    "include_stop_str_in_output",
+    "skip_special_tokens",
+    "ignore_eos",
+    "n",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelBounds:
+    """What of a model bounds a request: ids are 0 ... vocab_size - 1. A model whose engine takes
+    text has a `vocab_size` of 0: no token of it is known here.
+    """
+
+    vocab_size: int
+    max_model_len: int
+
+    @property
+    def takes_text(self) -> bool:
+        return self.vocab_size == 0
+
+
+def sampling_of(
+    request: CompletionRequest | ChatRequest, facts: ModelBounds, num_prompt_tokens: int
+) -> Sampling:
+    """How to answer a prompt of so many tokens. Raises ApiError (400) with field and numbers."""
+    max_tokens = _max_tokens(request, facts, num_prompt_tokens)
+    check_ids("stop_token_ids", request.stop_token_ids, facts)
+    bias = {int(token): value for token, value in request.logit_bias.items()}
+    check_ids("logit_bias", bias, facts)
+    allowed = request.allowed_token_ids or []
+    check_ids("allowed_token_ids", allowed, facts)
+    same: dict[str, Any] = {name: getattr(request, name) for name in _SAME}
+    sampling = Sampling(
+        **same,
+        max_tokens=max_tokens,
+        top_k=max(0, request.top_k),
+        logit_bias=bias,
+        allowed_token_ids=tuple(sorted(set(allowed))),
+        bad_words=tuple(request.bad_words),
+        stop=request.stops,
+        stop_token_ids=tuple(request.stop_token_ids),
+        logprobs=num_logprobs(request),
+        prompt_logprobs=_num_prompt_logprobs(request),
+    )
+    fault = sampling_fault(sampling)
+    if fault is not None:
+        param, _, what = fault.partition(" ")
+        raise wrong(param, what)
+    return sampling
+
+
+def fitted(
+    sampling: Sampling,
+    request: CompletionRequest | ChatRequest,
+    facts: ModelBounds,
+    num_prompt_tokens: int,
+) -> Sampling:
+    """The same for another prompt of the request; nothing but `max_tokens` depends on the prompt.
+    Raises ApiError (400).
+    """
+    max_tokens = _max_tokens(request, facts, num_prompt_tokens)
+    if max_tokens == sampling.max_tokens:
+        return sampling
+    return msgspec.structs.replace(sampling, max_tokens=max_tokens)
+
+
+def kept_ids(
+    request: Generation, token_ids: tuple[int, ...], facts: ModelBounds
+) -> tuple[int, ...]:
+    """The prompt's tokens that `truncate_prompt_tokens` keeps, from the side that is not cut.
+
+    -1 keeps what leaves room for the answer.
+    """
+    limit = request.truncate_prompt_tokens
+    if limit is None:
+        return token_ids
+    if facts.takes_text:
+        raise wrong("truncate_prompt_tokens", "is not for an engine that takes text alone")
+    if limit < 0:
+        limit = max(1, facts.max_model_len - (request.asked_tokens or 1))
+    return token_ids[:limit] if request.truncation_side == "right" else token_ids[-limit:]
+
+
+def check_ids(param: str, token_ids: Iterable[int], facts: ModelBounds) -> None:
+    """Raise ApiError (400) for the first id that the model does not know."""
+    if facts.takes_text and any(True for _ in token_ids):
+        raise wrong(param, "has token ids; the engine of this model takes text alone")
+    unknown = next((token for token in token_ids if not 0 <= token < facts.vocab_size), None)
+    if unknown is not None:
+        raise wrong(param, f"has token {unknown}; the model knows 0 ... {facts.vocab_size - 1}")
+
+
+def _max_tokens(
+    request: CompletionRequest | ChatRequest, facts: ModelBounds, num_prompt_tokens: int
+) -> int:
+    """As asked, or the default, cut to what the context leaves, and no less than `min_tokens`."""
+    prompt = _prompt_param(request)
+    if num_prompt_tokens == 0 and not facts.takes_text:
+        raise wrong(prompt, "has 0 tokens; give at least one")
+    room = facts.max_model_len - num_prompt_tokens
+    if (request.asked_tokens or 1) > room:
+        raise _too_long(prompt, num_prompt_tokens, request.asked_tokens, facts)
+    default = room if isinstance(request, ChatRequest) else _COMPLETION_TOKENS
+    found = request.asked_tokens or min(default, room, int(RANGES["max_tokens"][1]))
+    if request.asked_tokens == 0:
+        found = 1  # of the prompt alone; engines make one token, which is not shown
+    if request.min_tokens > found:
+        raise wrong("min_tokens", f"is {request.min_tokens}, more than max_tokens ({found})")
+    return found
+
+
+def _prompt_param(request: CompletionRequest | ChatRequest) -> str:
+    return "messages" if isinstance(request, ChatRequest) else "prompt"
+
+
+def far_too_long(request: CompletionRequest | ChatRequest, facts: ModelBounds) -> ApiError:
+    """For a prompt whose tokens nobody has counted to the end."""
+    limit = facts.max_model_len
+    message = f"has more than {limit} tokens; the context limit is {limit} in all"
+    return wrong(_prompt_param(request), message, "context_length_exceeded")
+
+
+def _too_long(prompt: str, num_prompt: int, asked: int | None, facts: ModelBounds) -> ApiError:
+    answer = "" if asked is None else f" and max_tokens is {asked}"
+    message = f"has {num_prompt} tokens{answer}; the context limit is {facts.max_model_len} in all"
+    return wrong(prompt, message, "context_length_exceeded")
+
+
+def num_logprobs(request: CompletionRequest | ChatRequest) -> int | None:
+    """Most likely tokens to show beside each of the answer; None: no logprobs at all."""
+    if isinstance(request, CompletionRequest):
+        return request.logprobs
+    return (request.top_logprobs or 0) if request.logprobs else None
+
+
+def _num_prompt_logprobs(request: CompletionRequest | ChatRequest) -> int | None:
+    """As many as either form of the answer shows: vLLM's own, or the logprobs of an echo."""
+    is_echo = isinstance(request, CompletionRequest) and request.echo
+    echoed = num_logprobs(request) if is_echo else None
+    asked = [number for number in (request.prompt_logprobs, echoed) if number is not None]
+    return max(asked, default=None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelCard:
+    """A model that is served. `names` are what clients may call it, the first in answers; `key`
+    what the graph calls it, where it serves several.
+    """
+
+    names: tuple[str, ...]
+    key: str = ""
+    root: str
+    max_model_len: int
+    vocab_size: int
+    created: int  # seconds of the wall clock, as the API has it
+
+    @property
+    def id(self) -> str:
+        return self.names[0]
+
+    @property
+    def facts(self) -> ModelBounds:
+        return ModelBounds(self.vocab_size, self.max_model_len)
+
+
+def model_cards(session: Session, settings: Settings) -> tuple[ModelCard, ...]:
+    """What clients are told of the models, in the order of the session's.
+
+    The settings name the only model of a graph; several have the names of their table. No card
+    holds a path of this machine.
+    """
+    models, created = session.models, int(time.time())
+    cards = []
+    for model in models.all:
+        names = model.served.names if models.is_several else settings.served_models
+        cards.append(
+            ModelCard(
+                names=names,
+                key=model.key if models.is_several else "",
+                root=names[0],
+                max_model_len=session.max_model_len_of(model.key),
+                vocab_size=model.tokenizer.vocab_size,
+                created=created,
+            )
+        )
+    return tuple(cards)

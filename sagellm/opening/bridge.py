@@ -1,0 +1,291 @@
+"""A session used from asyncio or from plain threads: trio runs in a thread of its own."""
+
+import asyncio
+import atexit
+import queue
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Future
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, ExitStack
+from typing import Any, Generic, TypeVar
+
+from anyio import to_thread
+from anyio.from_thread import BlockingPortal, start_blocking_portal
+
+from sagellm.errors import misused, refuse_in_loop
+from sagellm.runtime.executors.tasks import ExecutorStopped
+from sagellm.runtime.messages import Answer
+from sagellm.session import Output, Prompt, RequestError, Session
+from sagellm.session.requests import Encoded
+from sagellm.statistics import Health, Statistics
+
+OpenSession = Callable[[], AbstractAsyncContextManager[Session]]
+T = TypeVar("T")
+_ASYNC = "`async with graph.open()`, whose session is awaited"
+
+
+class _StreamEnd:
+    """Behind the last item of a stream; with the error that ended it, if one did."""
+
+    def __init__(self, error: BaseException | None) -> None:
+        self.error = error
+
+
+class _SessionThread:
+    """A trio thread that holds one open session."""
+
+    def __init__(self, open_session: OpenSession) -> None:
+        self._open = open_session
+        self._stack = ExitStack()
+        self._is_open = False
+        self.portal: BlockingPortal
+        self.session: Session
+
+    def open(self) -> None:
+        with ExitStack() as stack:
+            self.portal = stack.enter_context(start_blocking_portal(backend="trio"))
+            manager: AbstractContextManager[Session] = self.portal.wrap_async_context_manager(
+                self._open()
+            )
+            self.session = stack.enter_context(manager)
+            self._stack = stack.pop_all()
+        self._is_open = True
+        atexit.register(self.close)  # a program may forget to: threads of C would abort its end
+
+    def close(self) -> None:
+        atexit.unregister(self.close)
+        self._is_open = False
+        self._stack.close()
+
+    def start(
+        self, put: Callable[[Any], None], prompt: Prompt, fields: dict[str, Any]
+    ) -> "Future[None]":
+        """Stream one request into `put`, which is called in the trio thread and must not wait."""
+
+        async def pump() -> None:
+            async with self.session.stream(prompt, **fields) as stream:
+                async for item in stream:
+                    put(item)
+
+        self._check_open()
+        future = self.portal.start_task_soon(pump)
+        future.add_done_callback(lambda done: put(_StreamEnd(_error_of(done))))
+        return future
+
+    def call(self, function: Callable[..., Awaitable[T]], *args: Any, **kwargs: Any) -> "Future[T]":
+        async def run() -> T:
+            return await function(*args, **kwargs)
+
+        self._check_open()
+        return self.portal.start_task_soon(run)
+
+    def ask(self, function: Callable[..., T], *args: Any) -> T:
+        """Call a function that does not wait."""
+        self._check_open()
+        return self.portal.call(function, *args)
+
+    def _check_open(self) -> None:
+        """Raise RequestError where the graph is closed, as a session inside trio does."""
+        if not self._is_open:
+            raise RequestError(str(ExecutorStopped()))
+
+
+def _error_of(done: "Future[None]") -> BaseException | None:
+    return None if done.cancelled() else done.exception()
+
+
+class _BridgedStream(Generic[T]):
+    """What both kinds of stream share: the end, and cancelling what is unfinished."""
+
+    _future: "Future[None] | None" = None
+    _is_over = False
+
+    def _close(self) -> None:
+        if self._future is not None:
+            self._future.cancel()
+
+    def _is_end(self, item: object) -> bool:
+        self._is_over = isinstance(item, _StreamEnd)
+        if isinstance(item, _StreamEnd) and item.error is not None:
+            raise item.error
+        return self._is_over
+
+
+@misused(
+    __aiter__="a stream of a blocking session is read with `for`",
+    __aenter__="a stream of a blocking session is entered with `with`",
+)
+class BlockingStream(_BridgedStream[Output]):
+    """The tokens of one request for a plain thread: an iterator and a context manager."""
+
+    def __init__(self, thread: _SessionThread, prompt: Prompt, fields: dict[str, Any]) -> None:
+        self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._future = thread.start(self._queue.put, prompt, fields)
+
+    def __enter__(self) -> "BlockingStream":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+
+    def __iter__(self) -> "BlockingStream":
+        return self
+
+    def __next__(self) -> Output:
+        if self._is_over:
+            raise StopIteration
+        refuse_in_loop("reading a blocking stream", _ASYNC)
+        item = self._queue.get()
+        if self._is_end(item):
+            raise StopIteration
+        output: Output = item
+        return output
+
+
+class BlockingSession:
+    """An open graph, for plain threads; any number of them may use it at once.
+
+    Waiting methods raise UsageError in a thread that runs a trio or asyncio loop.
+    """
+
+    def __init__(self, thread: _SessionThread) -> None:
+        self._thread = thread
+
+    def stream(self, prompt: Prompt, **fields: Any) -> BlockingStream:
+        """As `Session.stream`; the request starts at once."""
+        refuse_in_loop("session.stream of a blocking session", _ASYNC)
+        return BlockingStream(self._thread, prompt, fields)
+
+    def generate(self, prompt: Prompt, **fields: Any) -> Answer:
+        return self._wait("generate", self._thread.session.generate, prompt, **fields)
+
+    def generate_all(self, prompt: Prompt, **fields: Any) -> list[Answer]:
+        return self._wait("generate_all", self._thread.session.generate_all, prompt, **fields)
+
+    def idle(self) -> None:
+        """Wait until every request has ended."""
+        self._wait("idle", self._thread.session.idle)
+
+    def cancel(self, request_id: str) -> bool:
+        """End a request; False where it is not known."""
+        return self._thread.ask(self._thread.session.cancel, request_id)
+
+    @property
+    def max_model_len(self) -> int:
+        return self._thread.session.max_model_len
+
+    def statistics(self) -> Statistics:
+        return self._thread.ask(self._thread.session.statistics)
+
+    def health(self) -> Health:
+        return self._thread.ask(self._thread.session.health)
+
+    def encode(self, prompt: Prompt) -> Encoded:
+        """As `Session.encode`."""
+        return self._thread.session.encode(prompt)
+
+    def _wait(self, name: str, call: Callable[..., Awaitable[T]], *args: Any, **kwargs: Any) -> T:
+        refuse_in_loop(f"session.{name} of a blocking session", _ASYNC)
+        return self._thread.call(call, *args, **kwargs).result()
+
+
+@misused(
+    __iter__="a stream of an asyncio session is read with `async for`",
+    __enter__="a stream of an asyncio session is entered with `async with`",
+    __await__="a stream is not awaited: read it with `async for`, or await session.generate(...)",
+)
+class AsyncioStream(_BridgedStream[Output]):
+    """The tokens of one request for an asyncio task."""
+
+    def __init__(self, thread: _SessionThread, prompt: Prompt, fields: dict[str, Any]) -> None:
+        loop = asyncio.get_running_loop()
+        self._queue: asyncio.Queue[Any] = asyncio.Queue()
+
+        def put(item: object) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(self._queue.put_nowait, item)
+
+        self._future = thread.start(put, prompt, fields)
+
+    async def __aenter__(self) -> "AsyncioStream":
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        self._close()
+
+    def __aiter__(self) -> "AsyncioStream":
+        return self
+
+    async def __anext__(self) -> Output:
+        if self._is_over:
+            raise StopAsyncIteration
+        item = await self._queue.get()
+        if self._is_end(item):
+            raise StopAsyncIteration
+        output: Output = item
+        return output
+
+
+class AsyncioSession:
+    """An open graph, for asyncio tasks of one loop."""
+
+    def __init__(self, thread: _SessionThread) -> None:
+        self._thread = thread
+
+    def stream(self, prompt: Prompt, **fields: Any) -> AsyncioStream:
+        """As `Session.stream`; the request starts at once."""
+        return AsyncioStream(self._thread, prompt, fields)
+
+    async def generate(self, prompt: Prompt, **fields: Any) -> Answer:
+        return await asyncio.wrap_future(
+            self._thread.call(self._thread.session.generate, prompt, **fields)
+        )
+
+    async def generate_all(self, prompt: Prompt, **fields: Any) -> list[Answer]:
+        return await asyncio.wrap_future(
+            self._thread.call(self._thread.session.generate_all, prompt, **fields)
+        )
+
+    async def idle(self) -> None:
+        """Wait until every request has ended."""
+        await asyncio.wrap_future(self._thread.call(self._thread.session.idle))
+
+    def cancel(self, request_id: str) -> None:
+        self._thread.portal.start_task_soon(self._thread.session.cancel, request_id)
+
+    @property
+    def max_model_len(self) -> int:
+        return self._thread.session.max_model_len
+
+    def statistics(self) -> Statistics:
+        return self._thread.ask(self._thread.session.statistics)
+
+    def health(self) -> Health:
+        return self._thread.ask(self._thread.session.health)
+
+    def encode(self, prompt: Prompt) -> Encoded:
+        """As `Session.encode`."""
+        return self._thread.session.encode(prompt)
+
+
+class Bridge:
+    """Opens a session in a trio thread, for callers outside trio."""
+
+    def __init__(self, open_session: OpenSession) -> None:
+        self._thread = _SessionThread(open_session)
+
+    def open_blocking(self) -> BlockingSession:
+        self._thread.open()
+        return BlockingSession(self._thread)
+
+    async def open_asyncio(self) -> AsyncioSession:
+        await to_thread.run_sync(self._thread.open)
+        return AsyncioSession(self._thread)
+
+    def close_blocking(self) -> None:
+        self._thread.close()
+
+    async def close_asyncio(self) -> None:
+        await to_thread.run_sync(self._thread.close)

@@ -1,0 +1,268 @@
+"""Checks a graph against this machine and its models' configs; no weight is read."""
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sagellm.graphs.check import Facts, check, locate
+from sagellm.graphs.diagnostics import VALUE, Diagnostic, GraphError, Path
+from sagellm.graphs.ir import Graph
+from sagellm.graphs.log import get_logger
+from sagellm.graphs.models import UnsupportedModel
+from sagellm.graphs.sections import KIND, ROUTE_MODEL, ServedModel, engine_kind, served_models
+from sagellm.graphs.text.yaml import Document
+from sagellm.opening.graph_engines import KindViews, describe_engine
+from sagellm.opening.sources import assignment, override, with_engine_options
+from sagellm.operators.policies import OWN, POLICIES
+from sagellm.operators.routing import STRATEGIES
+from sagellm.runtime.cluster.executor_options import EXECUTORS, processes_options
+from sagellm.runtime.engine.kinds import KINDS, EngineDescription
+from sagellm.runtime.engine.options import EngineOptionError
+from sagellm.runtime.models import FolderWarning
+from sagellm.runtime.models.folder import ModelError
+from sagellm.runtime.operator import Setup
+from sagellm.runtime.plan import build_operators
+from sagellm.runtime.registry import BrokenEntryPoint, OptionError
+from sagellm.runtime.resolver import Resolver
+
+LOG = get_logger("sagellm.models")
+_NAMED = (("operators",), ("engines",), ("models",))  # paths whose next part is a name
+
+
+def check_graph(
+    document: Document,
+    resolver: Resolver,
+    functions: Mapping[str, Callable[..., Any]] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    model: str | None = None,
+) -> Graph:
+    """The graph of `checked`."""
+    return checked_graph(document, resolver, functions, overrides, model).graph
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedGraph:
+    """A graph with its overrides, free of mistakes, and the sizes of its engines' pools."""
+
+    graph: Graph
+    sizes: Mapping[str, Mapping[str, int]]
+
+    @property
+    def sized(self) -> Graph:
+        """The graph with what was left to the size of the memory set: it is asked for once, so
+        that engines are opened as they were checked.
+        """
+        graph = self.graph
+        for name, options in self.sizes.items():
+            graph = with_engine_options(graph, name, options)
+        return graph
+
+
+def checked_graph(
+    document: Document,
+    resolver: Resolver,
+    functions: Mapping[str, Callable[..., Any]] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    model: str | None = None,
+) -> CheckedGraph:
+    """The graph with its overrides, free of mistakes. Raises GraphError with every one found.
+
+    `functions` None: which functions will be registered is not known, and not checked. Nothing
+    that `imports` names is imported. Models are looked up, and fetched where they are not here,
+    only for a graph that makes sense without them. What may surprise in their folders is logged.
+    """
+    graph = override(document.graph, overrides or {}, model)
+    facts = Facts(
+        functions=functions,
+        engine_kinds=KindViews(),
+        executors=EXECUTORS,
+        names={"policies": _RegistryNames(POLICIES, OWN), "strategies": STRATEGIES},
+    )
+    engines: dict[str, EngineDescription] = {}
+    _load_operators(document, graph, resolver)
+    found = check(graph, resolver.vocabulary, facts)
+    if not found:
+        given = _given_models(graph, overrides or {}, model)
+        looked = {
+            name: _describe_or_diagnose(name, graph, given.get(name, "")) for name in graph.engines
+        }
+        engines = {name: one for name, one in looked.items() if isinstance(one, EngineDescription)}
+        mistaken = [one for one in looked.values() if isinstance(one, Diagnostic)]
+        found = tuple(dict.fromkeys(mistaken))  # engines that share a model share its mistake
+        views = {name: engine.view for name, engine in engines.items()}
+        found += check(graph, resolver.vocabulary, replace(facts, engines=views))
+        found += _mixed_tokenizers(graph, engines)
+        log_warnings(warning for engine in engines.values() for warning in engine.warnings)
+    if not found:
+        found = _mistaken_executor(graph) + _kinds_of_this_process(graph)
+    if not found:
+        found = _unbuildable(graph, resolver, functions)
+    if found:
+        raise GraphError(locate(_as_given(found, overrides or {}), document.positions))
+    return CheckedGraph(graph, {name: engine.sizes for name, engine in engines.items()})
+
+
+def _as_given(found: Iterable[Diagnostic], overrides: Mapping[str, Any]) -> list[Diagnostic]:
+    """A mistake in what was set from outside is not one of the graph's text."""
+    return [replace(one, path=_path_as_given(one, overrides)) for one in found]
+
+
+def _path_as_given(found: Diagnostic, overrides: Mapping[str, Any]) -> Path:
+    """The path of a mistake, or the option of a command that it is in."""
+    kind, *names = found.path if found.path[:1] in _NAMED else (None, *found.path)
+    target = ".".join(str(name) for name in names[:2])
+    if kind == "engines" and len(names) == 1:  # of options that do not fit together
+        named = (one for one in overrides if one.startswith(f"{target}."))
+        target = next((one for one in named if one.partition(".")[2] in found.message), "")
+    if target not in overrides:
+        return found.path
+    if target == "executor.kind":
+        return (f"--executor {overrides[target]}",)
+    return (assignment(target, overrides[target]),)
+
+
+class _RegistryNames(Collection[str]):
+    """The names of a registry and one more; installed packages are asked last, if at all."""
+
+    def __init__(self, known: Collection[str], more: str) -> None:
+        self._known, self._more = known, more
+
+    def __contains__(self, name: object) -> bool:
+        return name == self._more or name in self._known
+
+    def __iter__(self) -> Iterator[str]:
+        yield from (*self._known, self._more)
+
+    def __len__(self) -> int:
+        return len(self._known) + 1
+
+
+def _load_operators(document: Document, graph: Graph, resolver: Resolver) -> None:
+    """Raises GraphError for operators of installed packages that cannot be had."""
+    found = []
+    for node in graph.nodes:
+        try:
+            resolver.vocabulary.get(node.op)
+        except BrokenEntryPoint as error:
+            path = ("operators", node.name, "op", VALUE)
+            hint = "fix or remove that package"
+            found.append(Diagnostic("broken-entry-point", path, str(error), hint))
+    if found:
+        raise GraphError(locate(found, document.positions))
+
+
+def _mistaken_executor(graph: Graph) -> tuple[Diagnostic, ...]:
+    """Options of the executor that do not go together."""
+    options = processes_options(graph)
+    return tuple(
+        Diagnostic("bad-options", ("executor", option), f"{option}: {message}", hint)
+        for option, message, hint in (options.mistakes() if options is not None else ())
+    )
+
+
+def _kinds_of_this_process(graph: Graph) -> tuple[Diagnostic, ...]:
+    """Engines that no worker process can open: workers import no code of the user."""
+    if processes_options(graph) is None:
+        return ()
+    kinds = {name: engine_kind(values) for name, values in graph.engines.items()}
+    return tuple(
+        Diagnostic(
+            "bad-engine",
+            ("engines", name, KIND, VALUE),
+            f"kind `{kind}` is registered in this process, and worker processes do not know it",
+            "install it as a package with an entry point `sagellm.engines`, or use `kind: tasks` "
+            "of the executor",
+        )
+        for name, kind in kinds.items()
+        if KINDS.is_registered_here(kind)
+    )
+
+
+class _AnyFunction(dict[str, Callable[..., Any]]):
+    """Stands for functions that will be registered later."""
+
+    def __contains__(self, name: object) -> bool:
+        return True
+
+    def __missing__(self, name: str) -> Callable[..., Any]:
+        return lambda item: item
+
+
+def _unbuildable(
+    graph: Graph, resolver: Resolver, functions: Mapping[str, Callable[..., Any]] | None
+) -> tuple[Diagnostic, ...]:
+    """Options that contradict each other: found by building every operator, and nothing else."""
+    replicas = dict.fromkeys(graph.names, 1)
+    known = _AnyFunction() if functions is None else functions
+    try:
+        build_operators(graph, resolver, replicas, Setup("", functions=known))
+    except GraphError as error:
+        return error.diagnostics
+    return ()
+
+
+def log_warnings(warnings: Iterable[FolderWarning]) -> None:
+    """Log what may surprise in the folders of models, each once."""
+    for warning in dict.fromkeys(warnings):
+        LOG.warning(warning.event, model=warning.model, cause=warning.cause, fix=warning.fix)
+
+
+def _mixed_tokenizers(
+    graph: Graph, engines: Mapping[str, EngineDescription]
+) -> tuple[Diagnostic, ...]:
+    """Engines of one model that read the same token ids as different text."""
+    found = (_mixed(served, engines) for served in served_models(graph))
+    return tuple(one for one in found if one is not None)
+
+
+def _mixed(served: ServedModel, engines: Mapping[str, EngineDescription]) -> Diagnostic | None:
+    seen: dict[str, str] = {}
+    for name in served.engines:
+        if name in engines:
+            seen.setdefault(_tokenizer_hash(engines[name]), name)
+    if len(seen) < 2:
+        return None
+    first, other, *_ = seen.values()
+    message = f"engines {first} and {other} have different tokenizers"
+    hint = (
+        "a request is encoded once: give them models of one family, "
+        f"or an outlet each of an operator with `op: {ROUTE_MODEL}`"
+    )
+    return Diagnostic("mixed-tokenizers", ("engines", other), message, hint)
+
+
+def _tokenizer_hash(engine: EngineDescription) -> str:
+    """Empty where the engine takes text, and encodes it itself."""
+    return engine.folder.tokenizer_hash if engine.folder is not None else ""
+
+
+def _given_models(graph: Graph, overrides: Mapping[str, Any], model: str | None) -> dict[str, str]:
+    """Engine -> what the user wrote beside the graph to choose its model."""
+    given = {} if model is None else dict.fromkeys(graph.engines, f"--model {model}")
+    named = {name: f"{name}.model" for name in graph.engines}
+    return given | {
+        name: assignment(target, overrides[target])
+        for name, target in named.items()
+        if target in overrides
+    }
+
+
+def _describe_or_diagnose(name: str, graph: Graph, given: str) -> EngineDescription | Diagnostic:
+    """An engine that can be opened, or why it cannot be.
+
+    `given`: how the user chose its model, where that is not in the graph's text.
+    """
+    try:
+        return describe_engine(graph, name)
+    except ModelError as error:
+        return _bad_model(name, given, error.cause, error.fix)
+    except UnsupportedModel as error:
+        return _bad_model(name, given, f"{error.file}, {error.field}: {error.cause}", error.fix)
+    except (OptionError, EngineOptionError) as error:
+        return Diagnostic("bad-engine", ("engines", name), f"engine {name}: {error}")
+
+
+def _bad_model(name: str, given: str, cause: str, fix: str) -> Diagnostic:
+    if given:
+        return Diagnostic("bad-engine", (given,), cause, fix or None)
+    return Diagnostic("bad-engine", ("engines", name), f"engine {name}: {cause}", fix or None)

@@ -1,0 +1,161 @@
+"""The log of a graph's decisions: written while the graph runs, and replayed later."""
+
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from sagellm.extensions import RESOLVER
+from sagellm.graphs.ir import Graph
+from sagellm.graphs.log import get_logger
+from sagellm.graphs.text.codec import from_msgpack, to_msgpack
+from sagellm.opening.sources import override
+from sagellm.runtime.core.core import Core
+from sagellm.runtime.core.decision_log import (
+    DecisionReader,
+    DecisionWriter,
+    Header,
+    encode_effects,
+    shown_effects,
+)
+from sagellm.runtime.core.effects import Effect
+from sagellm.runtime.core.events import Event
+from sagellm.runtime.executors.tasks import RecordDecision
+from sagellm.runtime.operator import EncodeText
+from sagellm.runtime.plan import Plan, plan
+from sagellm.session.models import load_models
+
+log = get_logger("sagellm.decisions")
+
+MAX_DECISION_BYTES = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class DecisionFile:
+    """Where a graph writes its decisions, and how much at most. The file holds prompts: only its
+    owner may read it.
+    """
+
+    path: Path
+    max_bytes: int = MAX_DECISION_BYTES
+
+
+@contextmanager
+def recording(
+    decisions: DecisionFile | None, plan: Plan, max_hold_s: float
+) -> Iterator[RecordDecision | None]:
+    """What an executor calls with each event; None where nothing is to be recorded.
+
+    A full disk ends the log, and nothing else. Raises OSError where the file cannot be written.
+    """
+    if decisions is None:
+        yield None
+        return
+    header = Header(
+        graph=to_msgpack(plan.graph),
+        engines=dict(plan.engines),
+        seed=plan.seed,
+        max_hold_s=None if math.isinf(max_hold_s) else max_hold_s,
+        facts=dict(plan.facts),
+        block_key=plan.block_key if any(map(plan.reads_cache, plan.engines)) else b"",
+    )
+    with open(decisions.path, "wb", opener=_open_private) as file:
+        writer = DecisionWriter(file, header, decisions.max_bytes)
+        yield _Recorder(writer, decisions.path)
+
+
+class _Recorder:
+    def __init__(self, writer: DecisionWriter, path: Path) -> None:
+        self._writer = writer
+        self._path = str(path)
+
+    def __call__(self, now: float, event: Event, effects: list[Effect]) -> None:
+        if self._writer.is_full:
+            return
+        try:
+            self._writer.record(now, event, effects)
+        except OSError as error:
+            self._writer.is_full = True
+            log.warning("decisions_not_written", file=self._path, error=str(error))
+        else:
+            if self._writer.is_full:
+                log.warning("decisions_full", file=self._path)
+
+
+def _open_private(path: str, flags: int) -> int:
+    """Opens a file for its owner alone, also one that was there before."""
+    descriptor = os.open(path, flags, 0o600)
+    os.fchmod(descriptor, 0o600)
+    return descriptor
+
+
+@dataclass(frozen=True, slots=True)
+class ReplayDifference:
+    """The first event whose effects differ; `number` counts from 1."""
+
+    number: int
+    now_s: float
+    event: Event
+    recorded: list[Any]
+    replayed: list[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class ReplayResult:
+    """What a replay came to. `is_cut`: the log ends before its graph did."""
+
+    num_events: int
+    num_effects: int
+    is_cut: bool
+    difference: ReplayDifference | None = None
+
+
+def replay(
+    path: Path,
+    *,
+    functions: Mapping[str, Callable[..., Any]],
+    overrides: Mapping[str, Any] | None = None,
+) -> ReplayResult:
+    """Replay a log, until effects differ. `overrides` change options of its graph.
+
+    Raises OSError, LogError for a file that is no log, and GraphError for overrides that do not fit
+    and for functions that are not registered.
+    """
+    with open(path, "rb") as file:
+        reader = DecisionReader(file)
+        header = reader.header
+        graph = override(from_msgpack(header.graph), overrides or {})
+        hold_s = math.inf if header.max_hold_s is None else header.max_hold_s
+        encode = _encoder(graph)
+        made = plan(
+            graph,
+            RESOLVER,
+            header.engines,
+            functions=functions,
+            encode=encode,
+            seed=header.seed,
+            facts=header.facts,
+            block_key=header.block_key or None,
+        )
+        core = Core(made, max_hold_s=hold_s)
+        num_events = num_effects = 0
+        for now, event, recorded in reader:
+            effects = core.on(event, now)
+            num_events += 1
+            num_effects += len(effects)
+            replayed = encode_effects(effects)
+            if replayed != recorded:
+                found = shown_effects(recorded), shown_effects(replayed)
+                difference = ReplayDifference(num_events, now, event, *found)
+                return ReplayResult(num_events, num_effects, reader.is_cut, difference)
+        return ReplayResult(num_events, num_effects, reader.is_cut)
+
+
+def _encoder(graph: Graph) -> EncodeText:
+    """Encodes as the graph's models do, which are loaded when a function first needs one."""
+    models = cache(lambda: load_models(graph))
+    return lambda text, model: models().encode(text, model)

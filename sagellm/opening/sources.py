@@ -1,0 +1,157 @@
+"""The graph that is meant: the file of a name, and options set from outside."""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from sagellm import graphs
+from sagellm.graphs.diagnostics import Diagnostic, GraphError
+from sagellm.graphs.ir import FrozenMap, Graph, Node, freeze
+from sagellm.graphs.sections import KIND, served_models
+from sagellm.graphs.vocabulary import nearest
+from sagellm.runtime.engine.kinds import KINDS
+
+_FOLDER = Path(graphs.__file__).parent
+_IN_REPOSITORY = re.compile(r"graphs/(\w+)\.yaml")
+SUFFIXES = (".yaml", ".yml")
+
+
+def shipped_names() -> tuple[str, ...]:
+    """The names of the shipped graphs."""
+    return tuple(sorted(path.stem for path in _FOLDER.glob("*.yaml")))
+
+
+def shipped_file(name: str) -> Path:
+    """The file of a shipped graph, by its name."""
+    return _FOLDER / f"{name}.yaml"
+
+
+def graph_file(name: str | Path) -> Path:
+    """The file that a name means, which need not exist. A `Path` is always a path."""
+    if isinstance(name, str) and name in shipped_names():
+        return shipped_file(name)
+    path, in_repository = Path(name), _IN_REPOSITORY.fullmatch(str(name))
+    if in_repository and in_repository[1] in shipped_names() and not path.parent.exists():
+        return shipped_file(in_repository[1])
+    return path
+
+
+def shadowed_by(name: str, folder: Path) -> str | None:
+    """What in `folder` has the name of a shipped graph, as it can be written: `./pd.yaml`."""
+    if name not in shipped_names():
+        return None
+    found = _first(folder, (f"{name}{suffix}" for suffix in (*SUFFIXES, "")))
+    is_shipped = found is not None and (folder / found).samefile(shipped_file(name))
+    return None if is_shipped else found
+
+
+def suggest_graph(name: str) -> str:
+    """What to write instead of a graph that is not there."""
+    close = nearest(Path(name).stem, shipped_names())
+    return (
+        f"did you mean {close}?"
+        if close
+        else f"give a file, or one of {', '.join(shipped_names())}"
+    )
+
+
+def _first(folder: Path, names: Iterable[str]) -> str | None:
+    return next((f"./{name}" for name in names if (folder / name).exists()), None)
+
+
+def override(graph: Graph, overrides: Mapping[str, Any], model: str | None = None) -> Graph:
+    """The graph with options replaced; `NAME.option`, where NAME is an operator, an engine or a
+    model of the table, looked for in that order. `NAME.option.key` sets one key of an operator's
+    option that is a mapping.
+
+    `model` replaces the model of every engine. Raises GraphError for a name that is not there;
+    whether the option exists is for the graph's check to say.
+    """
+    for target, value in overrides.items():
+        graph = _set(graph, target, value)
+    if model is not None and len(served_models(graph)) > 1:
+        flag, hint = f"--model {model}", "write --set ENGINE.model=..."
+        message = "the graph serves several models, and this would make one of them"
+        raise GraphError((Diagnostic("bad-override", (flag,), message, hint),))
+    return graph if model is None else _with_model(graph, model)
+
+
+def _set(graph: Graph, target: str, value: Any) -> Graph:
+    name, dot, option = target.partition(".")
+    if not dot or not option:
+        raise _mistake(target, value, "write NAME.option=value")
+    if name == "executor":
+        return _with_executor(graph, option, value)
+    if name in graph.names:
+        nodes = tuple(
+            _with_option(node, option, value) if node.name == name else node for node in graph.nodes
+        )
+        return replace(graph, nodes=nodes)
+    if name in graph.engines:
+        kept = _with_kind(graph, name, value) if option == KIND else graph
+        return with_engine_options(kept, name, {option: value})
+    if name in graph.models:
+        return _with_entry(graph, "models", name, {option: value})
+    known = (*graph.names, *graph.engines, *graph.models)
+    close = nearest(name, known)
+    hint = f"did you mean {close}?" if close else f"there are {', '.join(known)}"
+    raise _mistake(target, value, f"no operator, engine or model is named {name!r}", hint)
+
+
+def _with_option(node: Node, option: str, value: Any) -> Node:
+    whole, dot, key = option.partition(".")
+    before = node.attrs.get(whole, FrozenMap())
+    if not dot or not isinstance(before, FrozenMap):
+        return node.with_attrs(**{option: value})
+    return node.with_attrs(**{whole: FrozenMap({**before, key: freeze(value)})})
+
+
+def _with_executor(graph: Graph, option: str, value: Any) -> Graph:
+    """Another kind takes no option of the one that the file names."""
+    before = graph.attrs.get("executor")
+    known = dict(before) if isinstance(before, FrozenMap) and option != "kind" else {}
+    changed = FrozenMap({**known, option: freeze(value)})
+    return replace(graph, attrs=FrozenMap({**graph.attrs, "executor": changed}))
+
+
+def _with_kind(graph: Graph, name: str, kind: Any) -> Graph:
+    """Another kind takes no option of the file that it does not know."""
+    before = graph.engines[name]
+    if kind not in KINDS or not isinstance(before, FrozenMap):
+        return graph
+    known = {option.name for option in fields(KINDS[kind].options)}
+    kept = FrozenMap({option: value for option, value in before.items() if option in known})
+    whole = FrozenMap({**graph.engines, name: kept})
+    return replace(graph, attrs=FrozenMap({**graph.attrs, "engines": whole}))
+
+
+def with_engine_options(graph: Graph, name: str, options: Mapping[str, Any]) -> Graph:
+    """With options of one engine changed."""
+    return _with_entry(graph, "engines", name, options)
+
+
+def _with_entry(graph: Graph, section: str, name: str, options: Mapping[str, Any]) -> Graph:
+    """An engine or a model with some of its options changed."""
+    entries = graph.engines if section == "engines" else graph.models
+    before = entries[name]
+    known = dict(before) if isinstance(before, FrozenMap) else {}
+    changed = FrozenMap({**known, **{key: freeze(value) for key, value in options.items()}})
+    whole = FrozenMap({**entries, name: changed})
+    return replace(graph, attrs=FrozenMap({**graph.attrs, section: whole}))
+
+
+def _with_model(graph: Graph, model: str) -> Graph:
+    for name in graph.engines:
+        graph = with_engine_options(graph, name, {"model": model})
+    return graph
+
+
+def assignment(target: str, value: Any) -> str:
+    """An override as the command line has it."""
+    return f"--set {target}={value}"
+
+
+def _mistake(target: str, value: Any, message: str, hint: str | None = None) -> GraphError:
+    return GraphError((Diagnostic("bad-override", (assignment(target, value),), message, hint),))

@@ -1,0 +1,66 @@
+"""Starts the engines of a graph as worker processes, under a supervisor."""
+
+import os
+from collections.abc import Callable
+
+import trio
+
+from sagellm.backends.interface import Progress, silent
+from sagellm.graphs.ir import Graph
+from sagellm.graphs.passes import run_pipeline
+from sagellm.graphs.passes.placement import Place, ShareCores, replicas_of
+from sagellm.logs import logs_environment
+from sagellm.opening.graph_engines import engine_options
+from sagellm.runtime.cluster.control import ControlSocket
+from sagellm.runtime.cluster.control_commands import WorkerCommands
+from sagellm.runtime.cluster.executor_options import ProcessesOptions
+from sagellm.runtime.cluster.launch import ProcessLauncher
+from sagellm.runtime.cluster.supervisor import Supervisor
+from sagellm.runtime.cluster.worker import Watch
+from sagellm.runtime.engine.options import EngineOptions
+
+WORKER_MODULE = "sagellm.opening.worker_main"
+
+
+async def start_workers(
+    graph: Graph,
+    options: ProcessesOptions,
+    nursery: trio.Nursery,
+    launch: Callable[[ProcessesOptions], ProcessLauncher] | None = None,
+    progress: Progress = silent,
+) -> Supervisor:
+    """Returns once every worker is ready; they run until the nursery ends. Raises WorkerUnfit,
+    BadKeys.
+    """
+    cores = len(os.sched_getaffinity(0))
+    computing = tuple(name for name in graph.engines if _computes(graph, name))
+    placed = run_pipeline(graph, (ShareCores(cores, computing), Place()))
+    devices = tuple(sorted({engine_options(placed, name).device for name in computing}))
+    launcher = launch(options) if launch else _launcher(options, devices)
+    supervisor = Supervisor(
+        placed,
+        replicas_of(placed),
+        launcher,
+        watch=Watch(options.ping_s, options.silent_s, options.hang_s),
+        progress=progress,
+    )
+    await nursery.start(supervisor.run)
+    await nursery.start(ControlSocket(WorkerCommands(supervisor), launcher.folder).run)
+    return supervisor
+
+
+def _computes(graph: Graph, name: str) -> bool:
+    """Whether an engine computes on a device, with threads of this machine."""
+    return isinstance(engine_options(graph, name), EngineOptions)
+
+
+def _launcher(options: ProcessesOptions, devices: tuple[str, ...]) -> ProcessLauncher:
+    num_spares = options.num_spares if devices else 0
+    return ProcessLauncher(
+        WORKER_MODULE,
+        options.address,
+        options.keys,
+        logs_environment(),
+        num_spares=num_spares,
+        devices=devices,
+    )

@@ -1,0 +1,237 @@
+"""Requests of a session, read and checked; and the errors of requests not served."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeAlias, cast
+
+import msgspec
+
+from sagellm.graphs.vocabulary import nearest
+from sagellm.runtime.messages import NORMAL, PRIORITIES, Answer, Sampling, TokenEvent
+from sagellm.runtime.models import HelperUnavailable, TextError
+from sagellm.runtime.models.tokenizer import Messages, Tokenizer, bad_words_token_ids
+from sagellm.runtime.sampling_params import sampling_fault
+from sagellm.runtime.user_code import failure_text
+
+_SPAN = 1 << 31  # no model knows more tokens
+
+
+class RequestError(ValueError):
+    """A request that was wrong before it entered the graph: the message says what and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A prompt whose text and tokens are both known: neither is made anew of the other."""
+
+    text: str
+    token_ids: tuple[int, ...]
+
+
+Prompt: TypeAlias = str | Encoded | Sequence[int] | Sequence[Mapping[str, Any]]
+
+
+def encode(tokenizer: Tokenizer, prompt: Prompt) -> Encoded:
+    """The prompt's text, which a `map` before the model may rewrite, and its tokens.
+
+    Raises RequestError for what is no prompt, and for an empty one.
+    """
+    with _admitted():
+        encoded = _encoded(tokenizer, prompt)
+    if not encoded.token_ids:
+        raise RequestError("the prompt is empty; give at least one token")
+    return encoded
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A prompt that its engine encodes: a text, or messages."""
+
+    text: str = ""
+    messages: tuple[dict[str, Any], ...] = ()
+
+
+def read_text(prompt: Prompt) -> Text:
+    """The prompt of a model whose engine takes text. Raises RequestError for token ids, for what is
+    no prompt, and for an empty one.
+    """
+    if isinstance(prompt, str | Encoded):
+        text = Text(_unicode(prompt if isinstance(prompt, str) else prompt.text))
+    elif isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
+        text = Text(messages=tuple(dict(cast(Mapping[str, Any], one)) for one in prompt))
+    elif isinstance(prompt, Sequence) and not isinstance(prompt, bytes | bytearray):
+        raise RequestError("the engine of this model takes text; give text or messages, not ids")
+    else:
+        raise RequestError(f"a prompt is text or messages, not {_kind(prompt)}")
+    if not text.text and not text.messages:
+        raise RequestError("the prompt is empty; give some text")
+    return text
+
+
+def encode_bad_words(tokenizer: Tokenizer, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+    """Raises RequestError where the tokenizer does not admit one."""
+    with _admitted():
+        return bad_words_token_ids(tokenizer, words)
+
+
+@contextmanager
+def _admitted() -> Iterator[None]:
+    """What the model's own template or tokenizer refuses is an error of the request."""
+    try:
+        yield
+    except (TextError, HelperUnavailable) as error:
+        raise RequestError(str(error)) from error
+
+
+def encode_prompt(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
+    """Tokens of a prompt that may begin with its own special tokens (a rendered conversation)."""
+    plain, full = tokenizer.encode(text, add_special_tokens=False), tokenizer.encode(text)
+    return plain if plain[:1] == full[:1] else full
+
+
+def _encoded(tokenizer: Tokenizer, prompt: Prompt) -> Encoded:
+    if isinstance(prompt, Encoded):
+        return Encoded(_unicode(prompt.text), _read_ids(prompt.token_ids))
+    if isinstance(prompt, str):
+        return Encoded(prompt, tokenizer.encode(_unicode(prompt)))
+    if not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray):
+        raise RequestError(f"a prompt is text, token ids or messages, not {_kind(prompt)}")
+    if prompt and isinstance(prompt[0], Mapping):
+        text = _unicode(tokenizer.apply_chat_template(cast(Messages, prompt)))
+        return Encoded(text, tokenizer.encode(text, add_special_tokens=False))
+    token_ids = _read_ids(prompt)
+    return Encoded(tokenizer.decode(token_ids, skip_special_tokens=False), token_ids)
+
+
+def _unicode(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(f"the prompt is not Unicode text: {error.reason}") from error
+    return text
+
+
+def _read_ids(prompt: Sequence[Any]) -> tuple[int, ...]:
+    """Token ids as plain integers. Whether the model knows them, its engine says."""
+    for token in prompt:
+        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < _SPAN:
+            raise RequestError(f"the prompt has {token!r} where a token id should be")
+    return tuple(prompt)
+
+
+def _kind(value: object) -> str:
+    return type(value).__name__
+
+
+class _Fields(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a caller may say of a request, beside its prompt and sampling."""
+
+    request_id: Annotated[str, msgspec.Meta(min_length=1, max_length=256)] = ""
+    priority: Annotated[int, msgspec.Meta(ge=0, le=4)] = NORMAL
+    user_id: str = ""
+    model: str = ""
+    salt: Annotated[str, msgspec.Meta(max_length=256)] = ""
+    trace: Annotated[str, msgspec.Meta(max_length=512)] = ""
+    slo_ttft_s: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    timeout_s: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    waited_s: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    cost_budget: Annotated[float, msgspec.Meta(ge=0)] | None = None
+    tags: dict[str, str] = {}
+
+
+def read_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields with their types checked, as `Request` has them, and those of `Timing`.
+
+    A `trace` becomes the tag "traceparent". Raises RequestError.
+    """
+    for name in fields:
+        if name not in _Fields.__struct_fields__:
+            raise RequestError(f"a request has no field {name!r}; {_hint(name)}")
+    if fields.get("priority") in PRIORITIES:
+        fields = {**fields, "priority": PRIORITIES[fields["priority"]]}
+    try:
+        read = msgspec.convert(fields, _Fields)
+    except msgspec.ValidationError as error:
+        raise RequestError(f"a field of the request is wrong: {error}") from error
+    known = {name: getattr(read, name) for name in fields}
+    if known.pop("trace", ""):
+        known["tags"] = {**read.tags, "traceparent": read.trace}
+    return known
+
+
+def _hint(name: str) -> str:
+    """What a caller meant by a field that a request does not have."""
+    if name in Sampling.__struct_fields__:
+        return f"it belongs to the sampling: sampling=Sampling({name}=...)"
+    close = nearest(name, (*_Fields.__struct_fields__, *Sampling.__struct_fields__))
+    if close in Sampling.__struct_fields__:
+        return f"did you mean sampling=Sampling({close}=...)?"
+    known = ", ".join(_Fields.__struct_fields__)
+    return f"did you mean {close!r}?" if close else f"known are {known}"
+
+
+def check_room(num_prompt_tokens: int, max_tokens: int, max_model_len: int) -> None:
+    """Raise RequestError where a prompt and the answer asked for do not fit the context."""
+    room = max_model_len - num_prompt_tokens
+    if 0 < room < max_tokens:
+        raise RequestError(
+            f"the prompt has {num_prompt_tokens} tokens and max_tokens is {max_tokens}; the "
+            f"context limit is {max_model_len} in all; give max_tokens {room} or less, "
+            "or a shorter prompt"
+        )
+
+
+def read_sampling(sampling: Sampling) -> Sampling:
+    """The parameters with types and ranges checked: msgspec structs do not check what they are
+    given. Raises RequestError.
+    """
+    if not isinstance(sampling, Sampling):
+        raise RequestError(f"sampling is a Sampling, not {_kind(sampling)}")
+    try:
+        read = msgspec.convert(msgspec.structs.asdict(sampling), Sampling)
+    except msgspec.ValidationError as error:
+        raise RequestError(f"sampling is wrong: {error}") from error
+    fault = sampling_fault(read)
+    if fault is not None:
+        raise RequestError(fault)
+    return read
+
+
+class RequestRefused(RequestError):
+    """The graph refused the request: the message says why.
+
+    `code` is a key of `CODES` in `sagellm.runtime.messages`, or empty. `retry_after_s`: when
+    another attempt makes sense, where the graph says so. `end` is the last event of the choice, or
+    its answer as far as it came.
+    """
+
+    def __init__(self, end: TokenEvent | Answer) -> None:
+        super().__init__(end.error or "the graph refused the request")
+        self.end = end
+        self.code = end.code
+        self.retry_after_s = end.retry_after_s
+
+
+class RequestFailed(RuntimeError):
+    """The request failed in the graph.
+
+    Where the user's own code raised, the message has the operator, the type, the text and
+    file:line, and `__cause__` is what was raised. `code` and `end` are as in `RequestRefused`.
+    """
+
+    def __init__(self, end: TokenEvent | Answer, cause: BaseException | None = None) -> None:
+        super().__init__(failure_text(end.error or "the request failed in the graph", cause))
+        self.end = end
+        self.code = end.code
+
+
+def raise_unserved(end: TokenEvent | Answer, cause: BaseException | None = None) -> None:
+    """Raise RequestRefused or RequestFailed for the last event of a choice that says so.
+
+    Served, filtered, expired and cancelled choices raise nothing: `finish_reason` tells them apart.
+    """
+    if end.finish_reason == "refused":
+        raise RequestRefused(end)
+    if end.finish_reason == "failed":
+        raise RequestFailed(end, cause) from cause

@@ -1,0 +1,57 @@
+"""The graph that serves several models side by side, each with a queue and an engine of its own."""
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from sagellm import ops
+from sagellm.builder import Graph
+from sagellm.graphs.ir import SINK, SOURCE
+
+NAME = "models"
+MAX_QUEUED = 4096  # of each model, as in the graphs that ship
+_OTHER = re.compile(r"[^A-Za-z0-9_-]+")
+_TAKEN = ("choose", "metrics", SOURCE, SINK, "terminal")
+
+
+def public_model_name(model: str) -> str:
+    """What clients call a model: never a path of this machine."""
+    return Path(model).resolve().name if Path(model).exists() else model
+
+
+def model_keys(names: Iterable[str]) -> list[str]:
+    """A key for each model, which the graph can name outlets and engines by, each its own."""
+    keys: list[str] = []
+    for name in names:
+        plain = _OTHER.sub("_", name.rpartition("/")[2]).strip("-") or "model"
+        first = plain if plain[0].isalpha() or plain[0] == "_" else f"m_{plain}"
+        key, number = first, 2
+        while key in keys or key in _TAKEN:
+            key, number = f"{first}_{number}", number + 1
+        keys.append(key)
+    return keys
+
+
+def graph_of_models(models: Sequence[str]) -> Graph:
+    """`route_model` before a branch for each model: admission, queue, engine; one metrics sink.
+
+    Raises ValueError where two of them have one name.
+    """
+    names = [public_model_name(model) for model in models]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"two of the models are called {twice}")
+    keys = model_keys(names)
+    graph, choose, metrics = Graph(NAME), ops.route_model(keys).named("choose"), ops.metrics_sink()
+    graph >> choose
+    for key, name, model in zip(keys, names, models, strict=True):
+        graph.engine(key, model=model, device="cpu").model(key, **_named(key, name))
+        admission = ops.admission(max_queued=MAX_QUEUED).named(f"admission_{key}")
+        sort = ops.policy_sort("slo_aware").named(f"sort_{key}")
+        generate = ops.generate(engine=key).named(f"generate_{key}")
+        choose.outlet(key) >> admission >> sort >> generate >> metrics.named("metrics")
+    return graph
+
+
+def _named(key: str, name: str) -> dict[str, str]:
+    return {} if key == name else {"name": name}

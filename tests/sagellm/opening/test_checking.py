@@ -1,0 +1,70 @@
+"""Where a model that is refused is said to stand: where the user wrote it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sagellm import Graph, GraphError
+from sagellm.backends.cpu.device import CpuDevice
+from sagellm.builder import RESOLVER
+from sagellm.graphs.diagnostics import Diagnostic
+from sagellm.opening.checking import check_graph
+
+
+def refused(graph: Graph, **given: Any) -> Diagnostic:
+    with pytest.raises(GraphError) as error:
+        check_graph(graph.document, RESOLVER, {}, **given)
+    (only,) = error.value.diagnostics
+    return only
+
+
+def test_a_model_of_the_command_line_is_said_once_and_there(tmp_path: Path) -> None:
+    missing = str(tmp_path / "missing")
+    found = refused(Graph.load("pd"), model=missing)
+    assert (found.path, found.position) == ((f"--model {missing}",), None)
+    assert found.message == f"model {missing}: there is no such folder"
+    assert found.hint == "check the path"
+
+
+def test_a_model_that_is_set_for_one_engine() -> None:
+    found = refused(Graph.load("pd"), overrides={"p.model": "./missing"})
+    assert (found.path, found.position) == (("--set p.model=./missing",), None)
+
+
+def test_a_model_of_a_file_is_said_at_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_text(
+        "sagellm: 1\nname: own\nengines:\n  g: {model: ./missing}\n"
+        "operators:\n  generate: {op: generate, engine: g}\n"
+        "edges: [source -> generate -> sink]\n"
+    )
+    found = refused(Graph.load(path))
+    assert found.position is not None
+    assert (found.position.file, found.position.line) == (str(path), 4)
+
+
+@pytest.mark.parametrize(
+    ("graph", "target", "value", "place"),
+    [
+        ("pd", "split.min_uncached_tokens", "eight", "--set split.min_uncached_tokens=eight"),
+        ("pd", "splitt.x", 1, "--set splitt.x=1"),
+        ("pd", "executor.kind", "process", "--executor process"),
+        ("joint", "g.max_model_len", 999999, "--set g.max_model_len=999999"),
+        ("joint", "g.device", "gpu", "--set g.device=gpu"),
+    ],
+)
+def test_a_mistake_in_what_was_set_is_not_one_of_the_file(
+    graph: str, target: str, value: object, place: str
+) -> None:
+    found = refused(Graph.load(graph), overrides={target: value})
+    assert (found.path, found.position) == ((place,), None)
+
+
+async def test_the_size_of_a_pool_is_asked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory shrinks while engines are opened: they are opened as they were checked."""
+    told = iter(2**30 // (1 + count) for count in range(100))
+    monkeypatch.setattr(CpuDevice, "memory_bytes", property(lambda _: next(told)))
+    async with Graph.load("pd_many").open() as session:
+        for replicas in session.executor.engines.values():
+            assert len({engine.facts.num_blocks for engine in replicas}) == 1
