@@ -14,7 +14,8 @@ import msgspec
 
 from sagellm.graphs.diagnostics import Diagnostic, GraphError, Path
 from sagellm.graphs.ir import FrozenMap, Value, freeze, thaw
-from sagellm.graphs.rules.option_types import check_options
+from sagellm.graphs.log import get_logger
+from sagellm.graphs.rules.option_types import check_options, old_names
 from sagellm.graphs.rules.rule import Facts
 from sagellm.graphs.vocabulary import nearest
 from sagellm.runtime.user_code import count_as_own, error_text, module_of
@@ -196,12 +197,16 @@ FUNCTIONS: Registry[Callable[..., Any]] = Registry(
 )
 
 
+log = get_logger("sagellm.options")
+
+
 class OptionError(ValueError):
     """An option has a value that its type does not admit."""
 
 
 def read_options(options: type[T], attrs: FrozenMap | Mapping[str, Value]) -> T:
     """Build `options` (a dataclass) from values already checked. Raises OptionError."""
+    attrs = with_current_names(options, attrs)
     known = {option.name for option in fields(options)}  # type: ignore[arg-type]
     plain: dict[str, Any] = {name: thaw(value) for name, value in attrs.items() if name in known}
     unknown = sorted(set(attrs) - known - {"engine"})
@@ -211,6 +216,19 @@ def read_options(options: type[T], attrs: FrozenMap | Mapping[str, Value]) -> T:
         return msgspec.convert(plain, options)
     except msgspec.ValidationError as error:
         raise OptionError(str(error)) from error
+
+
+def with_current_names(options: type, values: Mapping[str, Value]) -> Mapping[str, Value]:
+    """The values with old spellings of options replaced by current names; logs a warning."""
+    current = old_names(options)
+    for old in current.keys() & values.keys():
+        _warn_of_old_name(old, current[old])
+    return {current.get(name, name): value for name, value in values.items()}
+
+
+@lru_cache(maxsize=64)  # once a process: options are read again and again
+def _warn_of_old_name(old: str, name: str) -> None:
+    log.warning("option_renamed", option=old, use=name)
 
 
 def check_and_read_options(made: type[T], given: Mapping[str, Any], path: Path) -> T:

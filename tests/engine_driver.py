@@ -16,13 +16,13 @@ OWNER = "test"
 
 def put_runner(engine: LocalEngine, runner: Runner) -> None:
     """Compute with that runner from now on."""
-    stepping = engine._stepping
-    engine._resources = stepping._resources = replace(engine._resources, runner=runner)
+    loop = engine._loop
+    engine._resources = loop._resources = replace(engine._resources, runner=runner)
 
 
 @dataclass
 class Reply:
-    """What came back for one sequence."""
+    """The events of one sequence, gathered."""
 
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
@@ -33,7 +33,7 @@ class Reply:
 
 
 class Driver:
-    """Submits sequences and gathers their events; `replies` is by request id and choice."""
+    """Submits sequences and gathers their events. `replies`: by request id and choice."""
 
     def __init__(self, engine: LocalEngine, owner: str = OWNER) -> None:
         self.engine = engine
@@ -78,7 +78,7 @@ class Driver:
             reply.done.set()
 
     async def at_rest(self) -> None:
-        """Every block is free, once a step is over that began before its sequences had ended."""
+        """Wait for a step whose sequences may have ended already; then every block is free."""
         with trio.fail_after(10):
             await self.engine.idle()
         assert self.engine.pool.num_leased == 0
@@ -90,7 +90,7 @@ class Driver:
 
 @asynccontextmanager
 async def running(*engines: LocalEngine) -> AsyncIterator[list[Driver]]:
-    """Engines that step, each with a driver; at the end at rest, with every block free."""
+    """Run engines, each with a driver. At the end they are at rest, with every block free."""
     drivers = [Driver(engine) for engine in engines]
     async with trio.open_nursery() as nursery:
         for driver in drivers:
@@ -106,7 +106,7 @@ async def running(*engines: LocalEngine) -> AsyncIterator[list[Driver]]:
 async def hand_over(
     source: Driver, target: Driver, request_id: str, prompt: Sequence[int], **fields: object
 ) -> tuple[Reply, Reply]:
-    """Prefill in one engine, copy the blocks, decode in the other: both replies."""
+    """Prefill in one engine, copy the blocks, decode in the other. Return both replies."""
     offer = LeaseOffer(
         request_id=request_id,
         choice=0,

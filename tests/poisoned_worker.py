@@ -1,4 +1,4 @@
-"""A worker that dies of a prompt, or hangs with it: the likes of a fault in a kernel."""
+"""A worker that dies of a prompt, or hangs with it, as after a fault in a kernel."""
 
 import os
 import signal
@@ -7,23 +7,23 @@ from typing import Any
 import trio
 
 from sagellm.opening import worker_main
-from sagellm.runtime.engine.loop import Stepping
+from sagellm.runtime.engine.loop import EngineLoop
 
 POISON, HANG = 13, 14  # as the first token of a prompt
 
 
 def main() -> None:
-    run = Stepping.run
+    compute = EngineLoop._compute
 
-    async def deadly(self: Stepping, batch: Any, *rest: Any) -> Any:
+    async def deadly(self: EngineLoop, batch: Any, *rest: Any) -> Any:
         firsts = {sequence.tokens[0] for sequence in batch.sequences}
         if POISON in firsts:
             os.kill(os.getpid(), signal.SIGKILL)
         if HANG in firsts:
             await trio.sleep_forever()  # its loop lives, and answers when it is asked
-        return await run(self, batch, *rest)
+        return await compute(self, batch, *rest)
 
-    Stepping.run = deadly  # type: ignore[method-assign]
+    EngineLoop._compute = deadly  # type: ignore[method-assign]
     worker_main.main()
 
 

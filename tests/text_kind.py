@@ -15,7 +15,7 @@ _ENTRY = KINDS._registered.pop("parrot")
 
 @contextmanager
 def registered() -> Iterator[ModuleType]:
-    """As `import_named` leaves it: `kind: parrot` means this kind."""
+    """Register the kind for the duration of a test, as `import_named` does."""
     KINDS._registered["parrot"] = _ENTRY
     try:
         yield PARROT

@@ -21,6 +21,14 @@ _WORDS = {
 }
 
 
+def old_names(options: type) -> dict[str, str]:
+    """Old spellings of the options that a dataclass declares, each with the current name. A field
+    declares an old spelling by `metadata={"old_name": ...}`.
+    """
+    declared = {option.metadata.get("old_name"): option.name for option in fields(options)}
+    return {old: name for old, name in declared.items() if old is not None}
+
+
 def accepts(hint: Any, value: Value) -> bool:
     """True where `value` is of type `hint`: an int is a float too, a bool is no int."""
     origin, parts = get_origin(hint), get_args(hint)
@@ -133,7 +141,7 @@ def _options_of_kind(
     path: Path, given: FrozenMap, kinds: Mapping[str, EngineKindView], facts: Facts
 ) -> Iterator[Diagnostic]:
     kind = engine_kind(given)
-    own = {option.name for option in fields(kinds[kind].options)}
+    own = _names(kinds[kind])
     values = kind_options(given)
     foreign = {name: _kinds_with(name, kinds) for name in values if name not in own}
     for name, others in foreign.items():
@@ -149,11 +157,12 @@ def _options_of_kind(
 
 
 def _kinds_with(option: str, kinds: Mapping[str, EngineKindView]) -> list[str]:
-    return [
-        name
-        for name, kind in kinds.items()
-        if any(declared.name == option for declared in fields(kind.options))
-    ]
+    return [name for name, kind in kinds.items() if option in _names(kind)]
+
+
+def _names(kind: EngineKindView) -> set[str]:
+    """The options of a kind, old spellings included."""
+    return {option.name for option in fields(kind.options)} | set(old_names(kind.options))
 
 
 def _listed(kinds: list[str]) -> str:
@@ -217,9 +226,15 @@ def check_options(
     """What is wrong with options `given` at `path` for a dataclass that declares them."""
     hints = get_type_hints(options)
     declared: dict[str, Field[Any]] = {option.name: option for option in fields(options)}
+    current = old_names(options)
     for name, value in given.items():
-        if name in declared:
-            yield from _value((*path, name), value, hints[name], declared[name], facts)
+        option_name = current.get(name, name)
+        if name != option_name and option_name in given:
+            message = f"`{name}` is the old name of `{option_name}`, which is given too"
+            yield Diagnostic("unknown-option", (*path, name), message, "drop it")
+        elif option_name in declared:
+            option = declared[option_name]
+            yield from _value((*path, name), value, hints[option_name], option, facts)
         else:
             message = f"`{path[-1]}` has no option `{name}`"
             hint = choice(name, declared)

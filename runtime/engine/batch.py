@@ -10,12 +10,27 @@ import trio
 
 from sagellm.backends import LogitsRow, Scored, StepBatch, Ticket
 from sagellm.backends.step import NO_SOURCE
+from sagellm.runtime.engine.options import Limits
 from sagellm.runtime.engine.sequence import Sequence
+from sagellm.runtime.engine.token_budget import decode_budget, share_budget
 from sagellm.runtime.kv.lease import Fence, Lease
 
-# Prompt tokens scored in one step at most: a row of logits is as wide as the vocabulary, so that
-# those of a whole prompt would take gigabytes.
+# Prompt tokens scored in one step at most: a row of logits is as wide as the vocabulary, so the
+# rows of a whole prompt would take gigabytes.
 SCORED_ROWS = 64
+
+
+@dataclass(slots=True, eq=False)
+class Reservation:
+    """A request for blocks that another pool will fill. `granted` is set with `lease`, or without
+    a lease when the engine stops.
+    """
+
+    fence: Fence
+    num_tokens: int
+    arrival: int
+    granted: trio.Event = field(default_factory=trio.Event)
+    lease: Lease | None = None
 
 
 class Scoring(NamedTuple):
@@ -27,13 +42,12 @@ class Scoring(NamedTuple):
 
 @dataclass(slots=True)
 class Batch:
-    """One step: `query_lens[i]` new tokens of `sequences[i]`, the next pending ones of each, which
-    are those from `starts[i]` on.
+    """One step: `query_lens[i]` pending tokens of `sequences[i]`, from position `starts[i]` on.
 
-    `sampling` are those that have nothing pending after this step, and so sample a token; `scoring`
-    says of which prompt tokens logprobs are wanted. The first `num_decodes` sequences have one
-    pending token, the one they sampled last; the step before may still be sampling it. `drafts` are
-    guesses of what some of those sample next, computed after it and counted in its query length.
+    `sampling`: sequences without pending tokens after this step, which sample a token. `scoring`:
+    prompt tokens whose logprobs are wanted. The first `num_decodes` sequences have one pending
+    token, the last sampled; the step before may still be sampling it. `drafts`: guessed tokens of
+    some decodes, computed after the pending token and counted in its query length.
     """
 
     sequences: list[Sequence] = field(default_factory=list)
@@ -43,9 +57,18 @@ class Batch:
     scoring: list[Scoring] = field(default_factory=list)
     num_decodes: int = 0
     drafts: dict[Sequence, list[int]] = field(default_factory=dict)
-    begun: tuple[int, ...] = ()  # tokens of each that count as under way
+    begun: tuple[int, ...] = ()  # tokens of each sequence that count as launched
+
+    def add_decodes(self, decodes: list[Sequence]) -> None:
+        """Add decodes to an empty batch, one token each."""
+        self.sequences = decodes
+        self.query_lens = [1] * len(decodes)
+        self.starts = [sequence.num_scheduled for sequence in decodes]
+        self.sampling = list(decodes)
+        self.num_decodes = len(decodes)
 
     def add(self, sequence: Sequence, query_len: int) -> None:
+        """Add the next `query_len` pending tokens of a sequence."""
         self.sequences.append(sequence)
         self.query_lens.append(query_len)
         self.starts.append(sequence.num_scheduled)
@@ -55,15 +78,15 @@ class Batch:
         if positions:
             self.scoring.append(Scoring(sequence, positions))
 
-    def guess(self, index: int, drafts: list[int]) -> None:
-        """Compute drafts after the pending token of a decode; its lease reaches that far."""
+    def add_drafts(self, index: int, drafts: list[int]) -> None:
+        """Compute drafts after the pending token of a decode. Its lease must reach that far."""
         if drafts:
             self.drafts[self.sequences[index]] = drafts
             self.query_lens[index] += len(drafts)
 
     def begin(self) -> None:
-        """Count its tokens as under way, but for drafts: the next batch is made as if they were
-        computed, and nobody takes their blocks.
+        """Count the tokens as launched, but for drafts: the next batch is made as if they were
+        computed, and their blocks are not freed.
         """
         self.begun = tuple(self.query_lens)
         for sequence, query_len in zip(self.sequences, self.begun, strict=True):
@@ -72,7 +95,7 @@ class Batch:
             sequence.num_sampling += 1
 
     def end(self) -> None:
-        """The step is over, or was recalled."""
+        """Undo `begin`: the step is over, or was cancelled."""
         for sequence, query_len in zip(self.sequences, self.begun, strict=True):
             sequence.num_launched -= query_len
         for sequence in self.sampling:
@@ -84,12 +107,12 @@ class Batch:
 
     @property
     def is_decoding(self) -> bool:
-        """Whether no prompt is computed."""
+        """Whether the batch computes no prompt."""
         return self.num_decodes == len(self.sequences)
 
     @property
     def row_sequences(self) -> list[Sequence]:
-        """The sequence of each token that is sampled: one of each, and one more for each draft."""
+        """The sequence of each sampled row: one row a sampling sequence, and one a draft."""
         return [
             sequence
             for sequence in self.sampling
@@ -97,30 +120,72 @@ class Batch:
         ]
 
     @property
-    def num_answer_tokens(self) -> int:
-        """Tokens of answers that are computed, one after the other or again."""
-        steps = zip(self.sequences, self.starts, self.query_lens, strict=True)
-        return sum(count for sequence, start, count in steps if start >= sequence.num_prompt)
-
-    @property
     def num_tokens(self) -> int:
         return sum(self.query_lens)
 
 
-@dataclass(slots=True, eq=False)
-class Reservation:
-    """Somebody who waits for blocks that another pool will fill."""
+class TokenBudget:
+    """Fills batches with at most `limits.max_num_batched_tokens` tokens.
 
-    fence: Fence
-    num_tokens: int
-    arrival: int
-    granted: trio.Event = field(default_factory=trio.Event)
-    lease: Lease | None = None
+    `boundary`: block size of a pool that keeps recurrent states at the ends of blocks; None for
+    other pools.
+    """
+
+    def __init__(self, limits: Limits, boundary: int | None) -> None:
+        self._limits = limits
+        self._boundary = boundary
+        self._sat_out = False  # the first prefill in rank got nothing in the last step
+        self._sat_out_before = False  # the same of the step before
+        self._scored: dict[Sequence, int] = {}  # tokens that scored prompts may compute
+
+    def share(self, decodes: list[Sequence], prefills: list[Sequence]) -> Batch:
+        """A batch of one token of each decode, and of chunks of prefills.
+
+        Decodes past the budget are left out; when prompts are computed, a quarter of the budget is
+        theirs.
+        """
+        self._sat_out_before = self._sat_out
+        batch, budget = Batch(), self._limits.max_num_batched_tokens
+        prefills = self._share_scoring(prefills)
+        batch.add_decodes(decodes[: decode_budget(budget, has_prefills=bool(prefills))])
+        if prefills:
+            shares, self._sat_out = share_budget(
+                prefills, budget - batch.num_decodes, self._chunk, sat_out=self._sat_out
+            )
+            for sequence, count in shares:
+                batch.add(sequence, count)
+        return batch
+
+    def undo(self) -> None:
+        """The batch that was shared last is not computed."""
+        self._sat_out = self._sat_out_before
+
+    def _share_scoring(self, prefills: list[Sequence]) -> list[Sequence]:
+        """Prefills that may compute in this step: scored prompts share SCORED_ROWS by rank."""
+        self._scored, room = {}, SCORED_ROWS
+        scoring = [sequence for sequence in prefills if sequence.is_scoring]
+        for sequence in sorted(scoring, key=lambda scoring: scoring.rank):
+            self._scored[sequence] = min(room, sequence.num_pending)
+            room -= self._scored[sequence]
+        return [sequence for sequence in prefills if self._scored.get(sequence) != 0]
+
+    def _chunk(self, sequence: Sequence, budget: int) -> int:
+        most = self._scored.get(sequence, budget)
+        chunk = min(sequence.num_pending, self._limits.prefill_chunk or budget, budget, most)
+        return chunk if self._boundary is None else self._cut(sequence, chunk, self._boundary)
+
+    def _cut(self, sequence: Sequence, chunk: int, size: int) -> int:
+        """Cut a chunk where others can find the recurrent state after it: at the end of a block
+        that is followed by more of the prompt.
+        """
+        start = sequence.num_scheduled
+        last = min(start + chunk, sequence.num_known - 1)
+        return max(last // size * size - start, 0) or chunk
 
 
 def step_batch(batch: Batch, before: Batch | None = None, after: Ticket | None = None) -> StepBatch:
-    """`before` is the batch of the ticket `after`, which may still be computing: what it samples is
-    fed to this one on the device.
+    """The batch as a device takes it. `before`: the batch of the ticket `after`, which may still
+    compute; the device feeds its sampled tokens to this batch.
     """
     sources = {sequence: row for row, sequence in enumerate(before.sampling)} if before else {}
     token_ids: list[int] = []
@@ -128,7 +193,7 @@ def step_batch(batch: Batch, before: Batch | None = None, after: Ticket | None =
     steps = zip(batch.sequences, batch.starts, batch.query_lens, strict=True)
     for sequence, start, query_len in steps:
         known = sequence.tokens[start : start + query_len]
-        if not known:  # the step before samples it
+        if not known:  # `before` samples the token
             fed.append((len(token_ids), sources[sequence]))
             known.append(0)
         token_ids += known
@@ -149,30 +214,13 @@ def step_batch(batch: Batch, before: Batch | None = None, after: Ticket | None =
     )
 
 
-def _block_tables(batch: Batch) -> list[list[int]]:
-    """The first table of all sequences, then the second."""
-    tables = [sequence.lease.tables for sequence in batch.sequences if sequence.lease]
-    if len(tables[0]) == 1:  # most models
-        return [table for (table,) in tables]
-    return [table for alike in zip(*tables, strict=True) for table in alike]
-
-
-def _states(batch: Batch) -> list[tuple[list[int], list[int]]]:
-    """Where each sequence's recurrent state is read and written, of models that have some."""
-    leases = [sequence.lease for sequence in batch.sequences if sequence.lease]
-    if not leases[0].snapshot:
-        return []
-    steps = zip(leases, batch.starts, strict=True)
-    return [(lease.state_at(start), lease.snapshot) for lease, start in steps]
-
-
 def rows_of(
     batch: Batch, sources: Mapping[Sequence, int] = MappingProxyType({})
 ) -> list[LogitsRow]:
-    """What is sampled: a token for each sampling sequence, and one more after each of its drafts.
+    """The rows that sample: a token for each sampling sequence, and a token after each draft.
 
-    Sampling after a draft depends on the tokens before it and on its position, as it would in a
-    step of its own. `sources`: the rows of the step before, by sequence.
+    Sampling after a draft depends on the tokens before it and on its position, as in a step of its
+    own. `sources`: the rows of the step before, by sequence.
     """
     found = []
     for sequence in batch.sampling:
@@ -186,9 +234,26 @@ def rows_of(
     return found
 
 
+def _block_tables(batch: Batch) -> list[list[int]]:
+    """The first table of all sequences, then the second."""
+    tables = [sequence.lease.tables for sequence in batch.sequences if sequence.lease]
+    if len(tables[0]) == 1:  # most models
+        return [table for (table,) in tables]
+    return [table for alike in zip(*tables, strict=True) for table in alike]
+
+
+def _states(batch: Batch) -> list[tuple[list[int], list[int]]]:
+    """The blocks where each sequence's recurrent state is read and written, if models have any."""
+    leases = [sequence.lease for sequence in batch.sequences if sequence.lease]
+    if not leases[0].snapshot:
+        return []
+    steps = zip(leases, batch.starts, strict=True)
+    return [(lease.state_at(start), lease.snapshot) for lease, start in steps]
+
+
 def _logit_rows(batch: Batch) -> list[int]:
-    """Which of the new tokens need logits: first where tokens are sampled, then where some are
-    scored.
+    """The new tokens that need logits: first those after which tokens are sampled, then those that
+    score a prompt token.
     """
     ends = list(accumulate(batch.query_lens))
     if len(batch.sampling) == len(ends) and not batch.drafts and not batch.scoring:
@@ -201,7 +266,7 @@ def _logit_rows(batch: Batch) -> list[int]:
         if sequence in sampling:
             sample_rows += range(end - len(batch.drafts.get(sequence, ())) - 1, end)
         if sequence in scored:
-            # A token's logits are those of the token before it.
+            # A token is scored by the logits of the token before it.
             first = end - query_len - start - 1
             positions = scored[sequence].positions
             score_rows += range(first + positions.start, first + positions.stop)

@@ -1,4 +1,4 @@
-"""What an engine works with on a device that computes: program, pool, queue, tokenizer."""
+"""The resources of an engine that computes: program, KV pool, device queue, tokenizer, drafter."""
 
 import threading
 from dataclasses import replace
@@ -25,8 +25,8 @@ from sagellm.runtime.models.stored_weights import open_weights, weight_names
 from sagellm.runtime.models.tokenizer import Tokenizer, load_tokenizer
 from sagellm.runtime.port import EngineFacts
 
-# Engines of one process that compute the same function share weights and program as long as one
-# of them lives; what is in here is never changed, so nothing can go stale.
+# Engines of one process that compute the same function share weights and program, as long as one
+# of them lives. Programs never change, so no entry can go stale.
 _programs: "WeakValueDictionary[tuple[object, ...], Program]" = WeakValueDictionary()
 _loading = threading.Lock()
 
@@ -39,9 +39,8 @@ def open_resources(
     sharing: Sharing | None,
     progress: Progress = silent,
 ) -> EngineResources:
-    """Load, lower and allocate; with `sharing`, so that other processes can read the pool.
-
-    Raises EngineOptionError, ModelError, LoweringError.
+    """Load weights, lower the program, and allocate the pool. With `sharing`, other processes can
+    read the pool. Raises EngineOptionError, ModelError, LoweringError.
     """
     blocks = kv_blocks(options, folder.facts)
     layout = _layout(options, folder, blocks)
@@ -90,7 +89,7 @@ def _model_drafter(
     device: Device,
     runner: DeviceRunner,
 ) -> ModelDrafter:
-    """A pool of as many blocks as the engine's own, of the smaller model, on the same queue."""
+    """A drafter on the engine's own queue, with a pool of as many blocks as the engine's pool."""
     blocks = _all_tokens(kv_blocks(options, draft.facts))
     vocab_size = min(vocab_size, draft.facts.vocab_size)
     storage = device.allocate(_layout(options, draft, blocks), facts.num_blocks)
@@ -143,7 +142,7 @@ def _lower(
         progress=progress,
     )
     weights.loaded()
-    weights.give_back()  # most of them were copied; the rows of an embedding come as they are read
+    weights.give_back()  # kernels have copies; rows of an embedding are read again when needed
     return program
 
 
@@ -158,13 +157,13 @@ def _layout(options: EngineOptions, folder: ModelFolder, blocks: KVBlocks) -> KV
 
 
 def _all_tokens(blocks: KVBlocks) -> KVBlocks:
-    """One group of all layers: a draft model keeps what is behind its windows."""
+    """One group of all layers: a draft model keeps tokens that its windows have passed."""
     layers = sorted(layer for group in blocks.groups for layer in group.layers)
     return replace(blocks, groups=(KVGroup("full", tuple(layers)),))
 
 
 def _output_text_opener(tokenizer: Tokenizer) -> OpenOutputText:
-    """How to begin the text of a sequence, after what it has already emitted."""
+    """A function that opens the output text of a sequence, after the text already emitted."""
 
     def open_output_text(state: SequenceState) -> OutputText:
         sampling = state.sampling

@@ -1,5 +1,5 @@
-"""A modelled engine as a synchronous state machine, which jumps from one change of its batch to the
-next: no task, no clock, no token by token.
+"""An engine as a synchronous model, without tasks and clock: it jumps from one change of its batch
+to the next.
 """
 
 from bisect import bisect_right, insort
@@ -14,30 +14,30 @@ from sagellm.runtime.engine.step_cost import (
     StepCost,
     step_shape,
 )
-from sagellm.runtime.engine.token_budget import share_budget
+from sagellm.runtime.engine.token_budget import decode_budget, share_budget
 from sagellm.runtime.messages import NORMAL, FinishReason
 from sagellm.runtime.port import EngineLoad
 
 
 class EngineModel:
     """Schedules as the engine does (`Scheduler`, `share_budget`), and takes the time of the same
-    `StepCost`. Its cost grows with changes of the batch, not with tokens: an arrival, a chunk of a
-    prompt, an end, a full pool. Where more sequences decode than `max_num_batched_tokens`, each step is a
-    change.
+    `StepCost`. Its own running time grows with changes of the batch, not with tokens. A change is
+    an arrival, a chunk of a prompt, an end, or a full pool. When more sequences decode than
+    `max_num_batched_tokens`, each step is a change.
 
-    Times are the caller's, in seconds, and never go back. What happens at one time is told before
-    `advance` to that time: sequences that arrive together start together, as in an engine that
-    finds both when its step ends.
+    The caller passes times, in seconds, which never go back. Everything that happens at one time
+    must be submitted or cancelled before `advance` to that time: sequences that arrive together
+    start together, as in an engine that finds both when its step ends.
 
-    It knows numbers of tokens, not tokens. A sequence says how much of it is cached (`num_cached`),
-    and has blocks of its own for that: no blocks are shared. A full pool preempts the last in rank,
-    which is later computed again from its beginning: as the engine does with `prefix_caching` off.
-    With it on, an engine may find some of those blocks again, and be earlier than this model.
+    The model knows numbers of tokens, not tokens. The cached tokens of a sequence (`num_cached`)
+    take blocks of its own: no blocks are shared. A full pool preempts the last in rank, which is
+    later computed again from its beginning, as in an engine with `prefix_caching` off. An engine
+    with `prefix_caching` on may reuse some of those blocks, and be earlier than this model.
     """
 
     def __init__(self, cost: StepCost, limits: Limits, *, num_blocks: int, block_size: int) -> None:
         self.num_preemptions = 0
-        self.num_changes = 0  # of the batch: what this has cost
+        self.num_changes = 0  # of the batch: the work of the model
         self.num_steps = 0
         self._cost = cost
         self._limits = limits
@@ -65,7 +65,7 @@ class EngineModel:
         num_cached: int = 0,
         priority: int = NORMAL,
     ) -> None:
-        """Queue a sequence of so many prompt tokens, that ends with `num_output` tokens.
+        """Queue a sequence of `num_prompt` tokens, which ends after `num_output` tokens.
 
         `num_emitted` of these it has already: it resumes. `num_cached` tokens need not be computed,
         at most all but the last. Raises ValueError for numbers that no engine takes.
@@ -87,7 +87,7 @@ class EngineModel:
             self._cut_run(now)
 
     def cancel(self, key: SequenceKey, now: float) -> None:
-        """End a sequence, at once or after the step that computes it. Ignores an unknown one."""
+        """End a sequence, at once or after the step that computes it. Ignores an unknown key."""
         self._catch_up(now)
         sequence = self._sequences.get(key)
         if sequence is None:
@@ -99,21 +99,21 @@ class EngineModel:
         self._cut_run(now)
 
     def advance(self, now: float) -> list[SequenceProgress]:
-        """All that has happened until then, in order of time."""
+        """Everything that has happened until `now`, in order of time."""
         self._catch_up(now, is_whole=True)
         progress, self._progress = self._progress, []
         return progress
 
     @property
     def next_at(self) -> float:
-        """When its batch changes next; infinite while nothing is to be computed."""
+        """The time of the next change of the batch; infinite while nothing is to be computed."""
         if self._progress or (self._run is None and self._sequences):
             return self._time_s
         return inf if self._run is None else self._run.end_s
 
     @property
     def load(self) -> EngineLoad:
-        """As of the last change."""
+        """The load after the last change."""
         pending = (one.num_pending for one in self._running if one.num_pending > 1)
         waiting = (one.num_known - one.num_cached for one in self._waiting)
         return EngineLoad(
@@ -130,7 +130,9 @@ class EngineModel:
     # ---- time ------------------------------------------------------------------------------
 
     def _catch_up(self, now: float, *, is_whole: bool = False) -> None:
-        """Do what happens before `now`, and what ends then; `is_whole`: also what begins then."""
+        """Advance to `now`. End runs until `now`; start runs before `now`, and with `is_whole` also
+        a run at `now`.
+        """
         while True:
             if self._run is not None:
                 if self._run.end_s > now:
@@ -143,7 +145,7 @@ class EngineModel:
                 return
 
     def _cut_run(self, now: float) -> None:
-        """Let the run end with the step that is under way: the batch changes after it."""
+        """End the run with the step under way at `now`: the batch changes after that step."""
         run = self._run
         if run is None or run.num_steps == 1:
             return
@@ -158,7 +160,7 @@ class EngineModel:
     # ---- one change of the batch -------------------------------------------------------------
 
     def _start(self) -> None:
-        """Schedule, and begin a run with what came out."""
+        """Schedule, and begin a run of the scheduled batch."""
         self.num_changes += 1
         num_preemptions = self.num_preemptions
         decodes = self._grow_decodes()
@@ -174,14 +176,14 @@ class EngineModel:
         run.end_s = self._end_s(run, num_steps)
 
     def _finish(self, run: ModelledRun) -> None:
-        """Take what a run has computed."""
+        """Take the outcome of a run."""
         self._run, self._time_s = None, run.end_s
         self.num_steps += run.num_steps
         for sequence, count in run.rows:
             is_sampling = count == sequence.num_pending
             sequence.num_computed += count + run.num_steps - 1
             self._grow(sequence, sequence.num_computed)
-            # The token of the step under way is thrown away where the sequence was cancelled.
+            # A sequence that was cancelled during the step does not emit the token of the step.
             sequence.num_emitted += run.num_steps - sequence.is_cancelled if is_sampling else 0
         for sequence, _ in run.rows:
             if sequence.is_cancelled:
@@ -194,9 +196,9 @@ class EngineModel:
     def _rows(
         self, decodes: list[ModelledSequence], prefills: list[ModelledSequence]
     ) -> list[tuple[ModelledSequence, int]]:
-        """What one step computes of each sequence; decodes past the budget take turns."""
+        """The tokens of each sequence in one step. Decodes past the budget take turns."""
         budget = self._limits.max_num_batched_tokens
-        room = budget - max(1, budget // 4) if prefills and budget > 1 else budget
+        room = decode_budget(budget, has_prefills=bool(prefills))
         rows = [(sequence, 1) for sequence in decodes[:room]]
         if len(decodes) > room:
             for sequence in decodes[:room]:
@@ -212,7 +214,7 @@ class EngineModel:
         return min(sequence.num_pending, self._limits.prefill_chunk or budget, budget)
 
     def _num_alike(self, decodes: list[ModelledSequence]) -> int:
-        """How many steps the same sequences decode: until one ends, or the pool is full."""
+        """How many steps the same sequences decode, until a sequence ends or the pool is full."""
         if not all(one.is_decoding and one.has_reported for one in decodes):
             return 1
         most = min(one.num_output - one.num_emitted for one in decodes)
@@ -225,12 +227,12 @@ class EngineModel:
         return max(1, fitting)
 
     def _num_needed(self, decodes: list[ModelledSequence], num_steps: int) -> int:
-        """Blocks that so many steps need beside those that they have."""
+        """Blocks that so many steps need beyond the blocks of their sequences."""
         return sum(
             self._blocks_for(one.num_known + num_steps - 1) - one.num_blocks for one in decodes
         )
 
-    # ---- who computes, as in Scheduler -------------------------------------------------------
+    # ---- scheduling, as in Scheduler ---------------------------------------------------------
 
     def _grow_decodes(self) -> list[ModelledSequence]:
         decodes = []
@@ -241,7 +243,7 @@ class EngineModel:
         return [sequence for sequence in decodes if sequence.num_blocks]
 
     def _make_room(self, sequence: ModelledSequence) -> bool:
-        """Give a decode its next block, at the cost of those after it in rank."""
+        """Give a decode its next block, and preempt the last in rank for it if need be."""
         if sequence.num_known <= sequence.num_blocks * self._block_size:
             return True
         while not self._num_free:
@@ -260,7 +262,7 @@ class EngineModel:
         self._queue(sequence)
 
     def _admit(self) -> list[ModelledSequence]:
-        """Start waiting sequences while slots and blocks last; those with one pending token."""
+        """Start waiting sequences while slots and blocks last. Return the decodes among them."""
         admitted: list[ModelledSequence] = []
         num_slots = self._limits.max_num_seqs - len(self._running)
         for sequence in self._waiting[: max(num_slots, 0)]:

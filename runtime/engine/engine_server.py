@@ -53,40 +53,44 @@ from sagellm.runtime.port import (
 )
 from sagellm.runtime.prefixes import ReportsCache
 
-Action: TypeAlias = tuple[int, Callable[[], Awaitable[WorkerMessage]]]  # a call, what answers it
+WINDOW = 4  # batches of events on the way to one reader; reports of prefix blocks, too
+
+Action: TypeAlias = tuple[int, Callable[[], Awaitable[WorkerMessage]]]  # a call, and its answer
 
 
 @runtime_checkable
 class SharedKVEngine(KVEngine, Protocol):
-    """An engine whose pool other processes reach: what a worker needs beside the port."""
+    """An engine whose pool other processes reach: methods that a worker needs beside the port."""
 
     def export(self, lease: LeaseRef) -> PoolSource: ...
 
     async def export_chunk(self, lease: LeaseRef, chunk: KVChunk) -> BlockLocation:
-        """Where a part of a prompt is that is still being computed. Raises StaleLease."""
+        """The place of a computed chunk of a prompt that is not whole yet. Raises StaleLease."""
 
     async def receive(self, lease: LeaseRef, source: BlockLocation, num_received: int = 0) -> None:
-        """Fill a reserved lease from another process, after the blocks that have landed there.
+        """Fill a reserved lease from another process, after its first `num_received` blocks.
         Raises StaleLease, DamagedBlocks.
         """
 
     async def receive_chunk(self, lease: LeaseRef, source: BlockLocation, chunk: KVChunk) -> None:
-        """Fill a part of it, while others are computed. Raises StaleLease, DamagedBlocks."""
+        """Fill a chunk of a reserved lease while later chunks are computed. Raises StaleLease,
+        DamagedBlocks.
+        """
 
-    def report_kv_progress(self, tell: Callable[[LeaseRef, int], None]) -> None:
-        """Call `tell` with the leases of prompts that are to be exported, and with how many of
-        their blocks are computed, as that grows.
+    def report_kv_progress(self, report: Callable[[LeaseRef, int], None]) -> None:
+        """Call `report` with the lease of a prompt that is to be exported, and with its number of
+        computed blocks, whenever the number has grown.
         """
 
     def drop_stale(self) -> None:
-        """Let go of what belonged to other processes that are gone."""
+        """Free what belonged to other processes that are gone."""
 
     async def serve_blocks(self) -> None:
-        """Let other processes fetch what is exported, until cancelled."""
+        """Let other processes fetch exported blocks, until cancelled."""
 
 
 class KVServer:
-    """Does what is asked of one engine's pool. `say`: sends a message to the graph."""
+    """Exports and imports KV blocks of one engine. `say` sends a message to the graph."""
 
     def __init__(self, engine: SharedKVEngine, say: Callable[[WorkerMessage], None]) -> None:
         self._engine = engine
@@ -98,7 +102,7 @@ class KVServer:
         )
 
     async def run(self) -> None:
-        """Serve blocks, and end exports that nobody acknowledges, until cancelled."""
+        """Serve blocks, and end exports that no receiver acknowledges, until cancelled."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._engine.serve_blocks)
             async for lease in self._to_expire:
@@ -108,7 +112,9 @@ class KVServer:
         self._engine.drop_stale()
 
     def action(self, message: object) -> Action | None:
-        """What answers a message, or None after one that needs no answer."""
+        """The action that answers a message. None for a message without an answer, which is obeyed
+        at once.
+        """
         match message:
             case Export(call=call):
                 return call, lambda: self._export(message)
@@ -158,22 +164,19 @@ class KVServer:
             source.release()
 
     async def _expire(self, lease: LeaseRef) -> None:
-        """Where nobody acknowledges it, nor says that the transfer goes on."""
+        """Release an exported lease that its receiver neither acknowledges nor holds in time."""
         while self._expiries_s.get(lease, 0.0) > trio.current_time():  # noqa: ASYNC110
             await trio.sleep_until(self._expiries_s[lease])
         self._release(lease)
 
 
-WINDOW = 4  # batches of events under way to one reader; reports of prefix blocks, too
-
-
 class EngineServer:
-    """Runs `engine` until it is told to stop, or its channel ends."""
+    """Runs `engine` until the graph says `Stop`, or the channel ends."""
 
     def __init__(self, engine: Engine, channel: Channel) -> None:
         self._engine = engine
         self._channel = channel
-        self._scopes: dict[int, trio.CancelScope] = {}  # of calls that may wait
+        self._scopes: dict[int, trio.CancelScope] = {}  # of calls under way
         self._cache_log: CacheLog | None = None
         self._cache_window = WINDOW
         self._windows: dict[str, trio.Semaphore] = {}
@@ -185,7 +188,7 @@ class EngineServer:
             if self._kv is not None:
                 nursery.start_soon(self._kv.run)
             self._channel.put(Ready(facts=self._engine.facts))
-            with suppress(ChannelClosed):  # nobody is left to serve
+            with suppress(ChannelClosed):  # the graph is gone
                 while not isinstance(message := await self._channel.receive(), Stop):
                     await self._obey(message, nursery)
             nursery.cancel_scope.cancel()
@@ -196,6 +199,7 @@ class EngineServer:
                 if state.owner not in self._windows:
                     self._windows[state.owner] = trio.Semaphore(WINDOW)
                     nursery.start_soon(self._forward, state.owner)
+                # Awaited here: a later `Cancel` must not overtake the sequence that it cancels.
                 await self._answer(call, lambda: self._submit(call, message))
             case Cancel(request_id=request_id, choice=choice, epoch=epoch):
                 self._engine.cancel(request_id, choice, epoch)
@@ -225,7 +229,9 @@ class EngineServer:
             nursery.start_soon(self._answer, *action)
 
     async def _answer(self, call: int, action: Callable[[], Awaitable[WorkerMessage]]) -> None:
-        """Say what became of a call: every one is answered once, dropped ones too."""
+        """Answer a call with its outcome. Every call, even a dropped one, is answered once: the
+        graph waits for the answer before it frees blocks.
+        """
         answer: WorkerMessage = Refused(call=call, kind="refusal", error="the call was dropped")
         with trio.CancelScope() as scope:
             self._scopes[call] = scope
@@ -261,27 +267,27 @@ class EngineServer:
         return Done(call=call)
 
     async def _forward(self, owner: str) -> None:
-        """The events of one owner, as fast as its reader takes them."""
+        """Send the events of one owner, as fast as its reader takes them."""
         async for events in self._engine.events(owner):
             await self._windows[owner].acquire()
-            told = tuple(event for event in events if not isinstance(event, Lost))
-            self._say(Events(owner=owner, events=told, load=self._engine.load))
+            sent = tuple(event for event in events if not isinstance(event, Lost))
+            self._say(Events(owner=owner, events=sent, load=self._engine.load))
 
     def _say_cache(self) -> None:
-        """Say which prefix blocks have changed, as fast as that is read."""
+        """Report changed prefix blocks, as fast as the graph reads reports."""
         assert self._cache_log is not None
         while self._cache_window and (report := self._cache_log.take()) is not None:
             self._cache_window -= 1
             self._say(CacheUpdate(**report._asdict()))
 
     def _say(self, message: WorkerMessage) -> None:
-        with suppress(ChannelClosed):  # whoever receives from it learns so, too
+        with suppress(ChannelClosed):  # `run` ends when it receives from the channel
             self._channel.put(message)
 
 
 def _kv_server(engine: Engine, say: Callable[[WorkerMessage], None]) -> KVServer | None:
-    """Raises TypeError where the engine says that it can move KV blocks, and has not what a worker
-    needs for it.
+    """The server of an engine's KV blocks; None for an engine that cannot move blocks. Raises
+    TypeError for an engine that declares `kv_transfer` without the methods that a worker needs.
     """
     if not moves_kv(engine):
         return None

@@ -1,6 +1,6 @@
 """The engine's loop: schedule, launch, collect, emit."""
 
-from collections.abc import Callable
+import heapq
 from contextlib import suppress
 
 import msgspec
@@ -9,10 +9,12 @@ import trio
 from sagellm.backends import Sampled
 from sagellm.graphs.log import get_logger
 from sagellm.runtime.engine.batch import Batch
+from sagellm.runtime.engine.mailbox import Mailbox
+from sagellm.runtime.engine.prefix_cache import CacheReporter
 from sagellm.runtime.engine.runner import EngineResources, StepLaunch
 from sagellm.runtime.engine.scheduler import Scheduler
 from sagellm.runtime.engine.sequence import UNSTARTED, Sequence
-from sagellm.runtime.engine.speculation import Speculation, verified
+from sagellm.runtime.engine.speculation import verified
 from sagellm.runtime.engine.watchdog import Watchdog
 from sagellm.runtime.histograms import Buckets
 from sagellm.runtime.kv.lease import Fence, Lease, LeaseEvent
@@ -24,44 +26,163 @@ log = get_logger("sagellm.engine")
 
 STEP_TOKENS = (1, *(8 << power for power in range(12)))  # 8 ... 16384, the buckets of vLLM
 
+_BROKEN_LOGITS = "its logits are not finite; the weights or their dtype are wrong"
+_LEASE_EVENT: dict[FinishReason, LeaseEvent] = {
+    "stop": "finish",
+    "length": "finish",
+    "cancelled": "cancel",
+    "expired": "expire",
+    "refused": "refuse",
+    "failed": "crash",
+}
 
-class Stepping:
-    """The steps of one engine, with async scheduling: as in vLLM, the next step is scheduled and
-    launched before the current one has sampled. `name` and `replica` are for the log.
+
+class EngineLoop:
+    """Steps one engine with async scheduling: as in vLLM, the next step is scheduled and launched
+    before the current step has sampled.
+
+    The loop keeps each sequence until the sequence ends. Blocks that a launched step writes stay
+    leased until the step is collected, even when their sequence has ended before.
     """
 
     def __init__(
-        self, scheduler: Scheduler, resources: EngineResources, *, name: str, replica: int
+        self,
+        scheduler: Scheduler,
+        exchange: PoolTransfers,
+        cache: CacheReporter,
+        resources: EngineResources,
+        *,
+        name: str,
+        replica: int,
     ) -> None:
+        self.sequences: dict[Fence, Sequence] = {}
+        self.mailboxes: dict[str, Mailbox] = {}  # by owner
         self.watchdog = Watchdog()
         self.num_steps = 0
         self.step_tokens = Buckets(STEP_TOKENS)  # computed in one step
         self._scheduler = scheduler
+        self._exchange = exchange
+        self._cache = cache
         self._resources = resources
+        self._speculation = resources.speculation
         self._name = name
         self._replica = replica
-        self._launched: StepLaunch | None = None  # computes, or is next to
-        self._next: StepLaunch | None = None  # begins when that has sampled
+        self._launched: StepLaunch | None = None  # computes, or is the next to compute
+        self._next: StepLaunch | None = None  # begins when `_launched` has sampled
+        self._orphaned: list[tuple[Lease, LeaseEvent]] = []  # of sequences that ended mid-step
+        self._expiries: list[tuple[float, int, Fence]] = []
+        self._changed = trio.Event()
+        self._idle = trio.lowlevel.ParkingLot()
+
+    async def step(self) -> None:
+        """Schedule, launch, collect, emit. Wait for a change when no sequence can advance."""
+        self._expire()
+        batch = self._launched.batch if self._launched else self._scheduler.schedule()
+        if not batch.sequences:
+            self._cache.flush()
+            await self._wait()
+            return
+        sampled = await self._compute(batch)
+        self._collect(batch, sampled)
+        self._emit()
+
+    # ---- between steps ---------------------------------------------------------------------------
 
     @property
-    def is_computing(self) -> bool:
-        return self._launched is not None
+    def has_work(self) -> bool:
+        """Whether some sequence has a reader that takes its events."""
+        return any(not sequence.mailbox.is_full for sequence in self.sequences.values())
 
-    def next_batch(self) -> Batch:
-        """The batch that is launched already, or a new one; empty where nothing can advance."""
-        return self._launched.batch if self._launched else self._scheduler.schedule()
+    def mailbox(self, owner: str) -> Mailbox:
+        if owner not in self.mailboxes:
+            self.mailboxes[owner] = Mailbox(self._reader_made_room)
+        return self.mailboxes[owner]
 
-    async def run(self, batch: Batch) -> Sampled | Exception:
-        """Compute and sample; the batch's blocks stay leased until this returns.
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence; end one that was resumed after its last token."""
+        if self._launched is None and not self.has_work:
+            self.watchdog.reset(trio.current_time())
+        self.sequences[sequence.fence] = sequence
+        if sequence.num_output >= sequence.max_output:
+            self._end(sequence, "length")
+            return
+        expires_s = sequence.state.expires_s
+        if expires_s is not None:
+            heapq.heappush(self._expiries, (expires_s, sequence.arrival, sequence.fence))
+        self._scheduler.add(sequence)
+        self.notify()
 
-        The batch after it is launched meanwhile, and computes when this returns.
+    def interrupt(self, sequence: Sequence, reason: FinishReason) -> None:
+        """End a sequence now, or after the launched step that still writes its blocks."""
+        if sequence.num_launched:
+            self._cancel_next()
+        if sequence.num_launched:  # some launched step was not cancelled
+            sequence.forced_end = sequence.forced_end or reason
+        else:
+            self._end(sequence, reason)
+
+    def notify(self) -> None:
+        """Schedule anew, after a sequence came, blocks became free, or a reader made room."""
+        self._scheduler.mark_due()
+        if self._scheduler.is_due:
+            self._cancel_next()
+        self._changed.set()
+
+    async def idle(self) -> None:
+        """Wait until no step computes."""
+        while self._launched is not None:
+            await self._idle.park()
+
+    def clear(self) -> None:
+        """Forget every sequence without an event, and end every reader. The pool ends the leases;
+        the caller has closed the runner.
+        """
+        self.sequences.clear()
+        self._orphaned.clear()
+        self._launched = self._next = None
+        if self._speculation is not None:
+            self._speculation.clear()
+        for mailbox in self.mailboxes.values():
+            mailbox.close()
+        self._idle.unpark_all()
+
+    def _reader_made_room(self) -> None:
+        # Its sequences could not advance before, which was no hang of the engine.
+        self.watchdog.reset(trio.current_time())
+        self.notify()
+
+    def _expire(self) -> None:
+        """End sequences that have passed their deadline."""
+        if not self._expiries:
+            return
+        now = trio.current_time()
+        while self._expiries and self._expiries[0][0] <= now:
+            _, arrival, fence = heapq.heappop(self._expiries)
+            sequence = self.sequences.get(fence)
+            # Another sequence may have the same fence by now.
+            if sequence is not None and sequence.arrival == arrival:
+                self.interrupt(sequence, "expired")
+
+    async def _wait(self) -> None:
+        """Wait until a change, or until the next deadline."""
+        self._changed = trio.Event()
+        with trio.move_on_at(self._expiries[0][0] if self._expiries else float("inf")):
+            await self._changed.wait()
+
+    # ---- launch --------------------------------------------------------------------------------
+
+    async def _compute(self, batch: Batch) -> Sampled | Exception:
+        """Compute and sample a batch, and launch the next batch meanwhile.
+
+        The blocks of the batch stay leased until this returns. Return the exception of a failed
+        step.
         """
         now = trio.current_time()
         for sequence in batch.sequences:
             if sequence.stamps is UNSTARTED:
                 sequence.stamps = Stamps(started_s=now)
         self.num_steps += 1
-        self.watchdog.start(now)
+        self.watchdog.start_step(now)
         if self._launched is None:
             batch.begin()
         try:
@@ -73,20 +194,10 @@ class Stepping:
         finally:
             batch.end()
             self._launched, self._next = self._next, None
-            self.watchdog.finish(trio.current_time())
-
-    def recall(self) -> None:
-        """Something came that the next batch does not know: schedule anew, if it has not begun."""
-        if self._next is not None and self._next.recall():
-            self._scheduler.unschedule(self._next.batch)
-            self._next = None
-
-    def clear(self) -> None:
-        """Nothing computes any more."""
-        self._launched = self._next = None
+            self.watchdog.finish_step(trio.current_time())
 
     async def _run(self, batch: Batch) -> Sampled:
-        speculation = self._resources.speculation
+        speculation = self._speculation
         if speculation is not None:
             await speculation.extend(batch, self._scheduler)
         self.step_tokens.observe(batch.num_tokens)
@@ -109,173 +220,72 @@ class Stepping:
                 self._next = self._resources.runner.launch(batch, launched)
                 batch.begin()
 
+    def _cancel_next(self) -> None:
+        """Cancel the next step unless it has begun: it was scheduled before the latest change."""
+        if self._next is not None and self._next.cancel():
+            self._scheduler.unschedule(self._next.batch)
+            self._next = None
+
     async def _drop_next(self) -> None:
-        """Wait until nothing computes that was launched after a step that failed."""
-        self.recall()
+        """Wait until no step computes that was launched after a step that failed."""
+        self._cancel_next()
         if self._next is not None:
             with suppress(Exception):
                 await self._next.result()
             batch, self._next = self._next.batch, None
             self._scheduler.unschedule(batch, has_begun=True)
 
+    # ---- collect -------------------------------------------------------------------------------
 
-_BROKEN_LOGITS = "its logits are not finite; the weights or their dtype are wrong"
-_LEASE_EVENT: dict[FinishReason, LeaseEvent] = {
-    "stop": "finish",
-    "length": "finish",
-    "cancelled": "cancel",
-    "expired": "expire",
-    "refused": "refuse",
-    "failed": "crash",
-}
+    def _collect(self, batch: Batch, sampled: Sampled | Exception) -> None:
+        """Update sequences with the outcome of their step, and end sequences that are done.
 
-
-class Collector:
-    """Keeps the sequences of an engine until they end.
-
-    `on_kv_progress` hears of each step of a prompt that is to be exported, but of the last: how many of
-    its blocks of full attention are computed.
-
-    What a step under way writes stays leased until it is collected, also where its sequence has
-    ended before.
-    """
-
-    def __init__(
-        self, scheduler: Scheduler, exchange: PoolTransfers, speculation: Speculation | None
-    ) -> None:
-        self.sequences: dict[Fence, Sequence] = {}
-        self._scheduler = scheduler
-        self._exchange = exchange
-        self._speculation = speculation
-        self.on_kv_progress: Callable[[Lease, int], None] = lambda lease, num_blocks: None
-        self._left: list[tuple[Lease, LeaseEvent]] = []  # by sequences that ended before their step
-
-    def collect(self, batch: Batch, sampled: Sampled | Exception) -> None:
-        """Take a step's outcome into the sequences, and end those that are over.
-
-        What it drew for sequences that ended before it did, and hold no lease any more, is thrown
-        away.
+        Tokens sampled for a sequence that ended during the step, and has no lease any more, are
+        dropped.
         """
-        left, self._left = self._left, []
-        for lease, event in left:
+        orphaned, self._orphaned = self._orphaned, []
+        for lease, event in orphaned:
             self._scheduler.pool.advance(lease, event)
         if isinstance(sampled, Exception):
             self._fail(batch, sampled)
             return
-        self._advance(batch, sampled)
+        self._scheduler.update(batch, sampled.broken)
         for scoring, found in zip(batch.scoring, sampled.prompt_logprobs, strict=True):
-            scoring.sequence.add_prompt_logprobs(
-                scoring.positions, [TokenLogprob(*one) for one in found]
-            )
-        self._accept_all(batch, sampled, trio.current_time())
+            logprobs = [TokenLogprob(*one) for one in found]
+            scoring.sequence.add_prompt_logprobs(scoring.positions, logprobs)
+        self._accept(batch, sampled, trio.current_time())
         for sequence in batch.sequences:
-            if sequence.end is not None and sequence.lease is not None:
-                self.end(sequence, sequence.end, _BROKEN_LOGITS)
-
-    def interrupt(self, sequence: Sequence, reason: FinishReason) -> None:
-        """End a sequence now, or after the step under way that still writes its blocks."""
-        if sequence.num_launched:
-            sequence.end = sequence.end or reason
-        else:
-            self.end(sequence, reason)
-
-    def end(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> None:
-        """Post the last event of a sequence that sampled no last token.
-
-        After "stop" the event has the text that was still held back.
-        """
-        self._forget(sequence, _LEASE_EVENT[reason])
-        now = trio.current_time()
-        sequence.stamps = msgspec.structs.replace(sequence.stamps, finished_s=now)
-        last = sequence.event(
-            position=sequence.num_output,
-            text=sequence.rest() if reason == "stop" else "",
-            prompt_logprobs=sequence.take_prompt_logprobs() if reason == "stop" else (),
-            finish_reason=reason,
-        )
-        if reason == "failed":
-            last = msgspec.structs.replace(last, error=error, code=ENGINE_FAILED)
-        sequence.mailbox.post(last)
-        sequence.mailbox.flush()
-
-    def clear(self) -> None:
-        """Forget all without an event; the pool ends the leases."""
-        self.sequences.clear()
-        self._left.clear()
+            if sequence.forced_end is not None and sequence.lease is not None:
+                self._end(sequence, sequence.forced_end, _BROKEN_LOGITS)
 
     def _fail(self, batch: Batch, cause: Exception) -> None:
         error = f"the engine failed while it computed this sequence ({type(cause).__name__})"
         for sequence in batch.sequences:
             if sequence.lease is not None:
-                self.end(sequence, sequence.end or "failed", error)
+                self._end(sequence, sequence.forced_end or "failed", error)
         for sequence in tuple(self.sequences.values()):
-            if sequence.end is not None:  # after the step behind, which was withdrawn
-                self.end(sequence, sequence.end)
+            if sequence.forced_end is not None:  # it waited for the next step, which was dropped
+                self._end(sequence, sequence.forced_end)
 
-    def _advance(self, batch: Batch, sampled: Sampled) -> None:
-        """Count what is computed now, and let others find it."""
-        pool, drafts = self._scheduler.pool, batch.drafts
-        rows = batch.row_sequences if sampled.broken else []
-        broken = {rows[row] for row in sampled.broken}
-        for sequence, query_len in zip(batch.sequences, batch.query_lens, strict=True):
-            lease = sequence.lease
-            if lease is None:
-                continue
-            num_drafts = len(drafts.get(sequence, ())) if drafts else 0
-            sequence.num_computed += query_len - num_drafts
-            if sequence not in broken:
-                if sequence.num_computed >= (len(lease.path) + 1) * pool.block_size:
-                    self._publish(sequence)
-                if sequence.state.hold_kv and sequence.num_pending and pool.shape.has_full:
-                    self.on_kv_progress(lease, sequence.num_computed // pool.block_size)
-            if pool.forgets:
-                pool.free_unread(lease, sequence.num_computed)
-
-    def _publish(self, sequence: Sequence) -> None:
-        """Blocks that the next step reads already are not exchanged for others that hold the same:
-        that waits for the end of a step with none launched after it.
-        """
-        if not self._scheduler.reuse.publish(sequence, may_swap=not sequence.num_launched):
-            self._scheduler.needs_rest = True
-
-    def _accept_all(self, batch: Batch, sampled: Sampled, now: float) -> None:
+    def _accept(self, batch: Batch, sampled: Sampled, now: float) -> None:
+        """Append sampled tokens and post them; end sequences, or hold blocks for an export."""
         for sequence, rows, is_broken in verified(batch, sampled):
-            if sequence.end is not None or sequence.lease is None:
+            if sequence.forced_end is not None or sequence.lease is None:
                 continue
             if self._speculation is not None and sequence in batch.drafts:
-                self._speculation.learn(
-                    sequence, len(batch.drafts[sequence]), max(0, len(rows) - 1)
-                )
+                num_right = max(0, len(rows) - 1)
+                self._speculation.learn(sequence, len(batch.drafts[sequence]), num_right)
             if rows:
-                self._accept(sequence, sampled, rows, now)
+                event = sequence.accept(sampled, rows, now)
+                if event.is_last:
+                    self._forget(sequence, "finish")
+                if sequence.state.hold_kv:
+                    lease = None if event.is_last else self._hold(sequence)
+                    sequence.mailbox.post(PrefillDone(first=event, lease=lease))
+                else:
+                    sequence.mailbox.post(event)
             if is_broken and sequence.lease is not None:
-                sequence.end = "stop" if rows.stop in sampled.exhausted else "failed"
-
-    def _accept(self, sequence: Sequence, sampled: Sampled, rows: range, now: float) -> None:
-        """Append sampled tokens: post them, hold the prompt for an export, or end the sequence."""
-        position = sequence.num_output
-        token_ids = sampled.token_ids[rows.start : rows.stop]
-        num_taken, text, reason, stop_reason = sequence.take(token_ids)
-        if not position:
-            sequence.mark_prefilled(now)
-        if reason is not None:
-            sequence.stamps = msgspec.structs.replace(sequence.stamps, finished_s=now)
-        event = sequence.event(
-            position=position,
-            token_ids=tuple(token_ids[:num_taken]),
-            text=text,
-            logprobs=_for_events(sampled, rows[:num_taken]) if sampled.logprobs else (),
-            prompt_logprobs=sequence.take_prompt_logprobs(),
-            finish_reason=reason,
-            stop_reason=stop_reason,
-        )
-        if reason is not None:
-            self._forget(sequence, "finish")
-        if sequence.state.hold_kv:
-            lease = None if reason is not None else self._hold(sequence)
-            sequence.mailbox.post(PrefillDone(first=event, lease=lease))
-        else:
-            sequence.mailbox.post(event)
+                sequence.forced_end = "stop" if rows.stop in sampled.exhausted else "failed"
 
     def _hold(self, sequence: Sequence) -> LeaseRef:
         """Keep the blocks of a prompt after its sequence has left, until export or cancel."""
@@ -285,19 +295,34 @@ class Collector:
         self._forget(sequence, "finish")
         return self._exchange.hold(lease, sequence.num_computed)
 
+    # ---- emit ----------------------------------------------------------------------------------
+
+    def _emit(self) -> None:
+        """Give each reader the events of the step as one batch, and report the prefix cache."""
+        for mailbox in self.mailboxes.values():
+            mailbox.flush()
+        self._cache.flush()
+        if self._launched is None:
+            self._idle.unpark_all()
+
+    def _end(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> None:
+        """Post the last event of a sequence that sampled no last token."""
+        self._forget(sequence, _LEASE_EVENT[reason])
+        last = sequence.last_event(trio.current_time(), reason)
+        if reason == "failed":
+            last = msgspec.structs.replace(last, error=error, code=ENGINE_FAILED)
+        sequence.mailbox.post(last)
+        sequence.mailbox.flush()
+
     def _forget(self, sequence: Sequence, event: LeaseEvent) -> None:
+        """Drop a sequence, and end its lease now, or once no launched step writes its blocks."""
         self._scheduler.remove(sequence)
         del self.sequences[sequence.fence]
         if self._speculation is not None:
             self._speculation.forget(sequence)
         if sequence.lease is not None:
             if sequence.num_launched:
-                self._left.append((sequence.lease, event))
+                self._orphaned.append((sequence.lease, event))
             else:
                 self._scheduler.pool.advance(sequence.lease, event)
             sequence.lease = None
-
-
-def _for_events(sampled: Sampled, rows: range) -> tuple[TokenLogprob, ...]:
-    """The logprobs of rows, as events carry them."""
-    return tuple(TokenLogprob(*logprob) for logprob in sampled.logprobs_of(rows))

@@ -1,4 +1,4 @@
-"""Where an engine leaves the events of one owner, one batch a step."""
+"""Mailboxes: the events of one owner, one batch a step, on their way from an engine to a reader."""
 
 from collections import deque
 from collections.abc import Callable
@@ -7,17 +7,18 @@ import trio
 
 from sagellm.runtime.port import EngineEvent
 
-# Batches that may wait. One is being read while the next step computes; two more absorb the jitter
-# of the reader. More would only let an engine run ahead of a reader that cannot follow.
+# Batches that may wait. One batch is read while the next step computes, and two more absorb the
+# jitter of the reader. More would only let an engine outrun a slow reader.
 MAX_BATCHES = 4
 
 
 class Mailbox:
-    """The events of one owner: `post` and `flush` by the engine, `async for` by one reader.
+    """The events of one owner. The engine calls `post` and `flush`; one reader iterates.
 
-    It never blocks the engine: while `is_full`, the scheduler passes over the owner's sequences, so
-    a slow reader holds up nobody but itself. What is posted outside a step (a cancelled sequence)
-    may exceed the bound by one event a sequence.
+    A mailbox never blocks the engine. While it `is_full`, the scheduler skips the owner's
+    sequences, so a slow reader delays its own sequences alone. Events posted outside a step (of a
+    cancelled sequence) may exceed the bound by one event a sequence. `on_read` is called when a
+    full mailbox has room again.
     """
 
     def __init__(self, on_read: Callable[[], None]) -> None:
@@ -30,14 +31,14 @@ class Mailbox:
 
     @property
     def num_free(self) -> int:
-        """Batches that it still takes."""
+        """Batches that still fit."""
         return max(0, MAX_BATCHES - len(self._batches))
 
     def post(self, event: EngineEvent) -> None:
         self._posted.append(event)
 
     def flush(self) -> None:
-        """Make what was posted one batch, if anything was."""
+        """Make the posted events one batch, if there are any."""
         if self._posted:
             self._batches.append(tuple(self._posted))
             self._posted.clear()
@@ -45,7 +46,7 @@ class Mailbox:
             self._filled.set()
 
     def close(self) -> None:
-        """The reader gets what is left, then the end."""
+        """End the iteration after the batches that are left."""
         self.flush()
         self._is_closed = True
         self._filled.set()

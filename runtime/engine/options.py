@@ -1,4 +1,4 @@
-"""Options of engines with a KV pool, and the limits that the scheduler derives from them."""
+"""Options of engines with a KV pool, and the limits of a scheduler that follow from them."""
 
 import re
 from dataclasses import dataclass, field
@@ -18,9 +18,10 @@ from sagellm.graphs.vocabulary import (
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one step may hold, and whether prefixes are kept.
+    """The size of one step, and whether prefixes are kept.
 
-    `prefill_chunk` None: as many tokens of one prompt as fit.
+    `max_num_seqs`: sequences of a step. `max_num_batched_tokens`: tokens of a step.
+    `prefill_chunk`: tokens of one prompt in a step; None: as many as fit.
     """
 
     max_num_seqs: int
@@ -50,7 +51,7 @@ _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 
 
 class EngineOptionError(ValueError):
-    """An engine option that cannot be obeyed; the message names it and says how to fix it."""
+    """An engine option that cannot be obeyed. The message names the option and a fix."""
 
 
 def num_bytes(size: str) -> int:
@@ -65,8 +66,8 @@ def num_bytes(size: str) -> int:
 
 
 class SizedOptions(Protocol):
-    """What the size of a pool, and the facts of its engine, depend on. `quantization`: the form of
-    the weights in memory.
+    """The options that pool size and facts of an engine depend on. `quantization`: the form of the
+    weights in memory.
     """
 
     @property
@@ -100,8 +101,8 @@ class PagedOptions:
 
     `model`: a built-in name, a folder, a Hub id, or "null". `dtype` None: the model's own. The KV
     pool has `num_blocks` blocks, or as many as `kv_memory` holds ("256MiB"), or a sensible number.
-    `max_num_batched_tokens`: tokens computed in one step at most; `prefill_chunk`: of one prompt.
-    `prefix_caching`: blocks of ended sequences are kept, and reused where a prompt begins alike.
+    `max_num_batched_tokens`: the most tokens of one step; `prefill_chunk`: the most tokens of one
+    prompt in a step. `prefix_caching`: keep blocks of ended sequences for prompts that begin alike.
     """
 
     model: str = "sage-tiny"
@@ -111,7 +112,9 @@ class PagedOptions:
     kv_memory: str | None = None
     max_model_len: int | None = field(default=None, metadata={"min": 2})
     max_num_seqs: int = field(default=64, metadata={"min": 1})
-    max_num_batched_tokens: int = field(default=512, metadata={"min": 2})
+    max_num_batched_tokens: int = field(
+        default=512, metadata={"min": 2, "old_name": "max_step_tokens"}
+    )
     prefill_chunk: int | None = field(default=None, metadata={"min": 1})
     prefix_caching: bool = True
     replicas: int = field(default=1, metadata={"min": 1})
@@ -119,6 +122,7 @@ class PagedOptions:
     def __post_init__(self) -> None:
         for name, option in self.__dataclass_fields__.items():
             value, least = getattr(self, name), option.metadata.get("min")
+            # The checks of graphs compare with `min` too; Python callers come here unchecked.
             if least is not None and value is not None and value < least:
                 raise EngineOptionError(f"{name}: {value} is too small; give at least {least}")
         if self.num_blocks is not None and self.kv_memory is not None:
@@ -138,7 +142,7 @@ class EngineOptions(PagedOptions):
     """The options of kind `local`. Raises EngineOptionError for values that no engine can obey.
 
     `device`: a backend, and which of its devices ("cpu", "cuda:1"); without a number, replicas take
-    them in turn. `deterministic`: the same bits for a sequence whatever it is batched with.
+    devices in turn. `deterministic`: the same bits for a sequence whatever it is batched with.
     `threads` None: torch's choice. `quantization`, one of MODES: the form in which weights of
     linears are kept and multiplied; None: as they are stored. `speculation`: "ngram" drafts from a
     sequence's own tokens, "draft" with the model `draft_model`, which has the same vocabulary; at
@@ -161,12 +165,12 @@ class EngineOptions(PagedOptions):
 
     @property
     def capabilities(self) -> frozenset[str]:
-        """What an engine with these options can do."""
+        """The capabilities of an engine with these options."""
         return LOCAL_CAPABILITIES
 
     @property
     def num_drafted(self) -> int:
-        """Tokens to draft for a sequence in one step at most, where any are."""
+        """The most tokens to draft for a sequence in one step, if any are drafted."""
         return 4 if self.num_draft_tokens is None else self.num_draft_tokens
 
     @property
@@ -176,7 +180,7 @@ class EngineOptions(PagedOptions):
 
     @property
     def device_index(self) -> int | None:
-        """The one of its devices; None: each replica takes the next."""
+        """The number of the device; None: each replica takes the next device."""
         _, colon, index = self.device.partition(":")
         return int(index) if colon else None
 
@@ -209,6 +213,7 @@ class EngineOptions(PagedOptions):
                 f"draft_model: speculation {self.speculation} uses none; set speculation: draft, "
                 "or drop it"
             )
+        # A token and its drafts are computed in one step.
         if self.num_drafted >= self.max_num_batched_tokens:
             raise EngineOptionError(
                 f"num_draft_tokens: {self.num_drafted} and the token before them exceed "

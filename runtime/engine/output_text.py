@@ -6,7 +6,7 @@ from typing import Protocol
 
 
 class Detokenizer(Protocol):
-    """Turns tokens into text, holding back what is not a whole character yet."""
+    """Turns tokens into text, and holds back characters that are not whole yet."""
 
     def push(self, token_id: int) -> str: ...
 
@@ -14,7 +14,10 @@ class Detokenizer(Protocol):
 
 
 class OutputText:
-    """Detokenises, and looks for stop strings: see `StopStrings`."""
+    """The output text of one sequence: detokenises tokens, and finds stop strings.
+
+    `min_tokens` and `keep_stop`: see `StopStrings`.
+    """
 
     def __init__(
         self,
@@ -28,24 +31,25 @@ class OutputText:
         self._stops = StopStrings(stop, min_tokens=min_tokens, keep_stop=keep_stop)
 
     def push(self, token_id: int) -> tuple[str, str | None]:
-        """The text that became showable, and the stop string that ended it, if any."""
+        """The text that may be shown now, and the stop string that ended the text, or None."""
         return self._stops.push(self._detokenizer.push(token_id))
 
     def replay(self, token_ids: Items[int]) -> None:
-        """Reach the state behind tokens whose text was already shown."""
+        """Take tokens whose text was already shown, when a sequence resumes."""
         for token_id in token_ids:
             self.push(token_id)
 
     def finish(self) -> tuple[str, str | None]:
-        """What was held back until now: the answer is over."""
+        """The text held back until now, and the stop string in it, or None: no token follows."""
         return self._stops.finish(self._detokenizer.flush())
 
 
 class StopStrings:
-    """Holds text back while it could be the beginning of a stop string; for one answer.
+    """Finds stop strings in the text of one answer. Text that may be the beginning of a stop string
+    is held back.
 
-    `min_tokens`: tokens within which no stop string counts (as in vLLM). `keep_stop`: the stop
-    string itself is shown.
+    `min_tokens`: tokens within which no stop string counts, as in vLLM. `keep_stop`: show the stop
+    string itself.
     """
 
     def __init__(
@@ -58,8 +62,8 @@ class StopStrings:
         self._held = ""
 
     def push(self, text: str, num_tokens: int = 1) -> tuple[str, str | None]:
-        """Of so many more tokens, which are this text: the text that became showable, and the stop
-        string that ended the answer, if any.
+        """Take the text of `num_tokens` more tokens. Return the text that may be shown now, and the
+        stop string that ended the answer, or None.
         """
         self._num_tokens += num_tokens
         text = self._held + text
@@ -69,7 +73,9 @@ class StopStrings:
         return self._match(text)
 
     def finish(self, text: str = "") -> tuple[str, str | None]:
-        """What was held back until now, and this text: the answer is over."""
+        """The text held back until now, with `text` after it, and the stop string in it, or None:
+        the answer is over.
+        """
         text, self._held = self._held + text, ""
         return self._match(text, is_last=True) if self._stop else (text, None)
 
@@ -86,35 +92,37 @@ class StopStrings:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that begins `stop`."""
+    """Length of the longest suffix of `text` that is a proper prefix of `stop`."""
     longest = min(len(text), len(stop) - 1)
     return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)
 
 
-# What decoders put where bytes are no character yet. A text that ends so is held back until the
-# next token shows whether the character is completed or wrong.
+# Decoders write this character for bytes that are no character yet. A text that ends with it is
+# held back until the next token completes the character, or shows that it is broken.
 _BROKEN = "\N{REPLACEMENT CHARACTER}"
-_CHARACTER_BYTES = 4  # of UTF-8, at most; a token that has any bytes at all has one or more
+_CHARACTER_BYTES = 4  # at most, in UTF-8; a token that has text has at least one byte
 _NUM_HELD = 4 * _CHARACTER_BYTES  # tokens that may wait for a character to become whole
 
 
 class IncrementalDetokenizer:
-    """Decodes a short window of tokens: those of the last text shown, and those behind it.
+    """Turns tokens into text one at a time: whole characters only, and in sum the text that
+    `decode` gives for all tokens.
 
-    The window keeps what a decoder derives from neighbours (a leading space, a character in
-    several tokens) right without decoding the whole answer at each step; after vLLM and
-    text-generation-inference. `decode` gives the text of a list of tokens. Tokens without text
-    never enter the window, and broken bytes leave it, so that it stays short whatever comes.
+    It decodes a short window: the tokens of the last text shown, and the tokens after them. The
+    window keeps right what a decoder derives from neighbours (a leading space, a character in
+    several tokens) without decoding the whole answer at each step; after vLLM and
+    text-generation-inference. Tokens without text never enter the window, and broken bytes leave
+    it, so the window stays short.
     """
 
     def __init__(self, decode: Callable[[list[int]], str]) -> None:
         self._decode = decode
         self._window: list[int] = []
-        self._num_shown = 0  # tokens of the window whose text was given out
-        self._shown = ""  # what the window decodes to, as far as it was given out
+        self._num_shown = 0  # tokens of the window whose text was shown
+        self._shown = ""  # the text of those tokens
 
     def push(self, token_id: int) -> str:
-        """The characters that became whole with this token."""
+        """The characters that are whole with this token."""
         self._window.append(token_id)
         text = self._decode(self._window)
         if not text.endswith(_BROKEN) and len(text) > len(self._shown):
@@ -124,7 +132,7 @@ class IncrementalDetokenizer:
         return self._release() if len(self._window) - self._num_shown > _NUM_HELD else ""
 
     def flush(self) -> str:
-        """What was held back, broken characters included: no token follows."""
+        """The text held back, broken characters included: no token follows."""
         text = self._decode(self._window)
         return self._advance(text) if len(text) > len(self._shown) else ""
 
@@ -136,11 +144,9 @@ class IncrementalDetokenizer:
         return fresh
 
     def _release(self) -> str:
-        """Give out what no further byte can change: all before the last character.
-
-        Cut where the text is shortest: byte fallback shows a run of bytes that begins or ends
-        inside a character as one broken character a byte, those of whole characters included.
-        """
+        """Show the text that no further byte can change: all before the last character."""
+        # Cut at the shortest text: byte fallback shows a run of bytes that begins or ends
+        # inside a character as one broken character a byte, even for its whole characters.
         num, size = len(self._window), _CHARACTER_BYTES
         end = min(range(num - size, num), key=lambda end: len(self._text(0, end)))
         starts = range(end - size, end - 2 * size, -1)

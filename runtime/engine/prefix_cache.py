@@ -9,28 +9,30 @@ from sagellm.runtime.kv.pool import BlockPool
 from sagellm.runtime.kv.prefix_tree import BlockKey, PrefixNode, block_key
 from sagellm.runtime.prefixes import CacheChanged, OnCacheChanged, ReportsCache, hashes_in
 
-Computing = dict[bytes, tuple[int, int]]  # digest of the block computed next -> rank of by whom
+# Digest of the block that a running prompt fills next -> rank of the prompt.
+Computing = dict[bytes, tuple[int, int]]
 
 
 class PrefixReuse:
-    """Finds and publishes the full blocks of sequences in one pool, inside their salts.
+    """Finds and publishes the full blocks of sequences in one pool. Sequences share blocks only
+    within a salt.
 
-    Where the pool keeps no prefixes, only choices of one request share blocks. Keys are hashed
-    once, and a search goes on where the last one ended: a step costs nothing per block.
+    In a pool that keeps no prefixes, only choices of one request share blocks. Keys are hashed
+    once, and a search continues at the end of the search before, so a step costs nothing per block.
     """
 
     def __init__(self, pool: BlockPool) -> None:
         self._pool = pool
-        self.num_queried_tokens = 0  # of sequences when they first got blocks, as vLLM counts
+        self.num_queried_tokens = 0  # counted when a sequence first leases blocks, as vLLM does
         self.num_hit_tokens = 0
 
     def find(self, sequence: Sequence) -> list[PrefixNode]:
-        """The longest published prefix of a sequence that waits.
+        """Find the longest published prefix of a waiting sequence.
 
-        At least one known token stays to be computed: it gives the logits. A prompt that is scored
-        is computed whole: only its own logits say how likely its tokens are.
+        At least one known token is left to compute, for its logits. A scored prompt has no prefix:
+        only the logits of all of its tokens say how likely the tokens are.
         """
-        found = sequence.found
+        found = sequence.cached_prefix
         while found and not found[-1].is_live:
             found.pop()
         for index in range(len(found), self._num_sharable(sequence)):
@@ -42,22 +44,19 @@ class PrefixReuse:
         return found
 
     def usable(self, sequence: Sequence) -> list[PrefixNode]:
-        """What of the found prefix a sequence can begin with."""
-        found = sequence.found
+        """The part of the found prefix that a sequence can begin with."""
+        found = sequence.cached_prefix
         return found[: self._pool.num_reusable(found)] if self._pool.forgets else found
 
     def lease(self, sequence: Sequence) -> None:
-        """Reserve blocks for all known tokens, the found prefix by reference.
-
-        Raises PoolExhausted.
-        """
+        """Lease blocks for all known tokens; the found prefix is shared. Raises PoolExhausted."""
         prefix, num_tokens = self.usable(sequence), len(sequence.tokens)
         priority = sequence.state.priority
         sequence.lease = self._pool.reserve(
             sequence.fence, num_tokens, prefix=prefix, priority=priority
         )
         sequence.num_computed = len(prefix) * self._pool.block_size
-        sequence.found = []
+        sequence.cached_prefix = []
         if sequence.num_cached is None:
             sequence.num_cached = min(sequence.num_computed, sequence.num_prompt)
             if self._pool.keeps_prefixes and not sequence.is_scoring:
@@ -65,8 +64,10 @@ class PrefixReuse:
                 self.num_hit_tokens += sequence.num_computed
 
     def publish(self, sequence: Sequence, *, may_swap: bool = True) -> bool:
-        """Let others find the blocks that are full now. Where a step under way reads them they may
-        not be swapped for equal ones; False: there is one that must be, and it waits.
+        """Publish the blocks that are full now, so that other sequences find them.
+
+        A block that equals a published block is swapped for it, unless `may_swap` is False because
+        a launched step reads the block. Return False when such a swap has to wait.
         """
         lease = sequence.lease
         assert lease is not None
@@ -78,7 +79,7 @@ class PrefixReuse:
         return True
 
     def computing(self, sequences: Iterable[Sequence]) -> Computing:
-        """What prompts under way compute next."""
+        """The blocks that running prompts fill next."""
         known: Computing = {}
         for sequence in sequences:
             self.note_computing(known, sequence)
@@ -87,7 +88,7 @@ class PrefixReuse:
     def note_computing(self, known: Computing, sequence: Sequence) -> None:
         """Add the block that a running prompt fills next.
 
-        Not where it may not go on at once, or goes slowly: nobody shall wait for that.
+        Skip blocked or slow sequences: no other sequence should wait for them.
         """
         index = len(sequence.lease.path) if sequence.lease else 0
         is_stuck = sequence.is_scoring or sequence.mailbox.is_full
@@ -97,11 +98,12 @@ class PrefixReuse:
         known[digest] = min(known.get(digest, sequence.rank), sequence.rank)
 
     def is_awaited(self, sequence: Sequence, computing: Computing) -> bool:
-        """Whether one before it in rank computes the block that it lacks first.
+        """Whether a sequence before it in rank computes the first block that this sequence lacks.
 
-        Then it waits, and computes only what they do not share: the other is ahead in any case.
+        It should then wait, and compute only the blocks after the shared prefix: the other sequence
+        is served first in any case.
         """
-        index = len(sequence.found)
+        index = len(sequence.cached_prefix)
         if index >= self._num_sharable(sequence):
             return False
         rank = computing.get(self._key(sequence, index).digest)
@@ -121,13 +123,13 @@ class PrefixReuse:
         return keys[index]
 
     def _scope(self, sequence: Sequence) -> str:
-        """Who may share: those of one salt, or the choices of one request."""
+        """Sequences of one scope may share blocks: of one salt, or the choices of one request."""
         state = sequence.state
         return state.salt if self._pool.keeps_prefixes else f"{state.epoch}/{state.request_id}"
 
 
 class CacheReporter:
-    """Opens a log of the pool where somebody asks, and says when there is something to read."""
+    """Opens a log of the pool when a reader asks, and tells the reader when the log has news."""
 
     def __init__(self, pool: BlockPool) -> None:
         self._pool = pool
@@ -135,8 +137,8 @@ class CacheReporter:
         self._on_news: Callable[[], None] = lambda: None
 
     def open_log(self, on_news: Callable[[], None]) -> CacheLog:
-        """A new log, which has all blocks to tell. `on_news` is called after a step that changed
-        some; the reader of the log before is not called any more.
+        """Open a log that begins with all blocks. `on_news` is called after each step that changed
+        some block. The reader of an earlier log is called no more.
         """
         self._log = self._pool.open_log()
         self._on_news = on_news
@@ -153,21 +155,21 @@ class CacheReporter:
         tell_all()
 
     def flush(self) -> None:
-        """Let the reader read what has changed."""
+        """Call the reader if blocks have changed."""
         if self._log is not None and self._log.has_changes:
             self._on_news()
 
 
 @runtime_checkable
 class HasCacheReporter(Protocol):
-    """An engine that says which prefix blocks it has to whoever reads its log."""
+    """An engine that reports its prefix blocks through a log."""
 
     cache: CacheReporter
 
 
 class CacheMirror:
-    """The prefix blocks of an engine that reports to a function, and a log of them for a reader
-    that may be slow. `on_news` is called after each report.
+    """A copy of the prefix blocks of an engine that reports to a function, and a log of the blocks
+    for a reader that may be slow. `on_news` is called after each report.
     """
 
     def __init__(self) -> None:
@@ -190,7 +192,7 @@ class CacheMirror:
 
 
 def open_cache_log(engine: ReportsCache, on_news: Callable[[], None]) -> CacheLog:
-    """A new log of an engine's prefix blocks. `on_news` is called when there is more to read."""
+    """Open a log of an engine's prefix blocks. `on_news` is called when there is more to read."""
     if isinstance(engine, HasCacheReporter):
         return engine.cache.open_log(on_news)
     mirror = CacheMirror()
@@ -200,7 +202,7 @@ def open_cache_log(engine: ReportsCache, on_news: Callable[[], None]) -> CacheLo
 
 
 def changed_by(report: CacheReport, engine: str, replica: int, epoch: int = 1) -> CacheChanged:
-    """A report, as a graph is told it."""
+    """A report of a log, as a message to the graph."""
     return CacheChanged(
         engine=engine,
         replica=replica,

@@ -1,4 +1,9 @@
-"""KV transfers between worker processes, as the graph's process drives them."""
+"""KV transfers between two workers, as the graph's process drives them.
+
+A transfer copies the blocks of a computed prompt into blocks that another engine has reserved.
+A prefetch copies chunks of a prompt there while later chunks are still being computed; the transfer
+then copies the rest.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,128 +12,40 @@ import trio
 
 from sagellm.runtime.comm.protocol import (
     BlocksReserved,
+    Export,
     ExportChunk,
     Exported,
     Import,
     KVProgress,
+    Receive,
     ReceiveChunk,
+    Release,
+    RenewLease,
 )
 from sagellm.runtime.engine.remote_engine import RemoteEngine
-from sagellm.runtime.engine.worker_calls import Asked, RemoteSource, RemoteTarget
+from sagellm.runtime.engine.worker_calls import WorkerCalls
 from sagellm.runtime.kv.lease import Fence
-from sagellm.runtime.kv.transport import KVChunk
+from sagellm.runtime.kv.transport import BlockLocation, KVChunk
 from sagellm.runtime.messages import LeaseRef
 from sagellm.runtime.port import (
     DamagedBlocks,
     EngineFacts,
     EngineLost,
     EngineRefusal,
+    KVSource,
     LeaseOffer,
     LossCause,
     StaleLease,
     has_kv_transfer,
 )
 
-_SILENT_S = 1.0  # a part that takes longer to fail is the last one: the transfer has the rest
-
-
-@dataclass(slots=True)
-class _Prefetch:
-    """One prompt. `source`: who computes it, and how many of its blocks there are by now."""
-
-    target: Asked
-    reservation: LeaseRef
-    source: tuple[Asked, LeaseRef, int] | None = None
-    num_received: int = 0
-    is_settled: bool = False
-    moving: trio.Event | None = None  # set when the part under way has come, or failed
-
-
-class Prefetcher:
-    """Moves blocks while `nursery` runs."""
-
-    def __init__(self, nursery: trio.Nursery) -> None:
-        self._nursery = nursery
-        self._flights: dict[Fence, _Prefetch] = {}
-
-    def reservation(self, engine: Asked, lease: LeaseRef) -> None:
-        """Blocks of that engine are reserved for a prompt."""
-        self._flights.setdefault(_fence(lease), _Prefetch(engine, lease))
-
-    def kv_progressed(self, engine: Asked, lease: LeaseRef, num_blocks: int) -> None:
-        """So many blocks of a prompt are computed, by that engine, and will not change."""
-        flight = self._flights.get(_fence(lease))
-        if flight is None or flight.is_settled:  # it is decoded where it is computed
-            return
-        flight.source = engine, lease, num_blocks
-        if flight.moving is None:
-            flight.moving = trio.Event()
-            self._nursery.start_soon(self._move, flight)
-
-    async def settle(self, lease: LeaseRef) -> int:
-        """Stop; how many of the blocks that are reserved there have come already."""
-        fence = _fence(lease)
-        flight = self._flights.get(fence)
-        if flight is None:
-            return 0
-        flight.is_settled = True
-        if flight.moving is not None:
-            await flight.moving.wait()
-        self._flights.pop(fence, None)
-        return flight.num_received
-
-    def forget(self, fence: Fence) -> None:
-        """Nobody waits for that prompt any more."""
-        flight = self._flights.pop(fence, None)
-        if flight is not None:
-            flight.is_settled = True
-
-    def lose(self, engine: Asked) -> None:
-        """It is gone, with what was reserved there."""
-        for fence, flight in tuple(self._flights.items()):
-            if flight.target is engine:
-                self.forget(fence)
-
-    async def _move(self, flight: _Prefetch) -> None:
-        """Part after part, until it has caught up. A part that fails is left to the transfer."""
-        try:
-            while flight.source is not None and not flight.is_settled:
-                engine, lease, num_blocks = flight.source
-                if num_blocks <= flight.num_received:
-                    flight.source = None
-                    continue
-                begun_s = trio.current_time()
-                chunk = KVChunk(first=flight.num_received, end=num_blocks)
-                try:
-                    await _move_chunk(flight, engine, lease, chunk)
-                except (StaleLease, DamagedBlocks, EngineLost, EngineRefusal):
-                    if trio.current_time() - begun_s > _SILENT_S:
-                        flight.is_settled = True
-                    if flight.source == (engine, lease, num_blocks):  # there is nothing newer
-                        flight.source = None
-        finally:
-            assert flight.moving is not None
-            flight.moving.set()
-            flight.moving = None
-
-
-async def _move_chunk(flight: _Prefetch, engine: Asked, lease: LeaseRef, chunk: KVChunk) -> None:
-    answer = await engine.ask(lambda call: ExportChunk(call=call, lease=lease, chunk=chunk))
-    assert isinstance(answer, Exported)
-    await flight.target.ask(
-        lambda call: ReceiveChunk(
-            call=call, lease=flight.reservation, source=answer.source, chunk=chunk
-        )
-    )
-    flight.num_received = chunk.end
-
-
-def _fence(lease: LeaseRef) -> Fence:
-    return Fence(lease.request_id, lease.choice, lease.epoch)
+_SILENT_S = 1.0  # after a chunk that took longer to fail, the rest is left to the transfer
 
 
 class RemoteKVEngine(RemoteEngine):
-    """`prefetcher`: moves blocks of prompts that are still being computed, if given."""
+    """A remote engine whose KV blocks can move. `prefetcher`, if given, moves chunks of prompts
+    that are still being computed.
+    """
 
     def __init__(
         self,
@@ -137,7 +54,7 @@ class RemoteKVEngine(RemoteEngine):
         name: str,
         replica: int = 0,
         on_change: Callable[[bool], None] = lambda is_up: None,
-        prefetcher: Prefetcher | None = None,
+        prefetcher: "Prefetcher | None" = None,
     ) -> None:
         super().__init__(facts, name=name, replica=replica, on_change=on_change)
         self._prefetcher = prefetcher
@@ -147,18 +64,19 @@ class RemoteKVEngine(RemoteEngine):
             self._prefetcher.forget(Fence(request_id, choice, epoch))
         super().cancel(request_id, choice, epoch)
 
-    def export(self, lease: LeaseRef) -> RemoteSource:
-        return RemoteSource(self, lease)
+    def export(self, lease: LeaseRef) -> "RemoteSource":
+        return RemoteSource(self.calls, lease)
 
-    async def import_(self, offer: LeaseOffer) -> RemoteTarget:
+    async def import_(self, offer: LeaseOffer) -> "RemoteTarget":
         try:
-            answer = await self.ask(lambda call: Import(call=call, offer=offer))
+            answer = await self.calls.ask(lambda call: Import(call=call, offer=offer))
         except trio.Cancelled:
-            self.cancel(offer.request_id, offer.choice, offer.epoch)  # it may have had them already
+            # The worker may have reserved the blocks already.
+            self.cancel(offer.request_id, offer.choice, offer.epoch)
             raise
         assert isinstance(answer, BlocksReserved)
         if self._prefetcher is not None:
-            self._prefetcher.reservation(self, answer.lease)
+            self._prefetcher.reserved(self, answer.lease)
         return RemoteTarget(self, answer.lease, self._prefetcher)
 
     def _lose(self, cause: LossCause) -> None:
@@ -166,11 +84,11 @@ class RemoteKVEngine(RemoteEngine):
         if self._prefetcher is not None:
             self._prefetcher.lose(self)
 
-    def _hear(self, message: object) -> None:
+    def _take(self, message: object) -> None:
         if not isinstance(message, KVProgress):
-            super()._hear(message)
+            super()._take(message)
         elif self._prefetcher is not None:
-            self._prefetcher.kv_progressed(self, message.lease, message.num_blocks)
+            self._prefetcher.progressed(self, message.lease, message.num_blocks)
 
 
 def remote_engine(
@@ -179,11 +97,167 @@ def remote_engine(
     name: str,
     replica: int = 0,
     on_change: Callable[[bool], None] = lambda is_up: None,
-    prefetcher: Prefetcher | None = None,
+    prefetcher: "Prefetcher | None" = None,
 ) -> RemoteEngine:
-    """The graph's side of an engine with those facts."""
+    """A remote engine with these facts; a RemoteKVEngine if its KV blocks can move."""
     if not has_kv_transfer(facts):
         return RemoteEngine(facts, name=name, replica=replica, on_change=on_change)
     return RemoteKVEngine(
         facts, name=name, replica=replica, on_change=on_change, prefetcher=prefetcher
     )
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteSource:
+    """The sending side of a transfer. Its worker is asked when the receiver begins."""
+
+    calls: WorkerCalls
+    lease: LeaseRef
+
+    async def locate(self, num_received: int = 0) -> BlockLocation:
+        """The place of the blocks after the first `num_received`. The lease is `sending` from now
+        on. Raises StaleLease, EngineLost.
+        """
+        with trio.CancelScope(shield=True):
+            answer = await self.calls.ask(
+                lambda call: Export(call=call, lease=self.lease, num_received=num_received)
+            )
+        assert isinstance(answer, Exported)
+        return answer.source
+
+    def hold(self) -> None:
+        """The transfer goes on: the lease must not expire."""
+        self.calls.say(RenewLease(lease=self.lease))
+
+    def release(self) -> None:
+        self.calls.say(Release(lease=self.lease))
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteTarget:
+    """The receiving side of a transfer: its worker copies from the place of the sender's blocks."""
+
+    engine: RemoteKVEngine
+    lease: LeaseRef
+    prefetcher: "Prefetcher | None" = None
+
+    async def receive(self, source: KVSource) -> None:
+        if not isinstance(source, RemoteSource):
+            raise TypeError(f"a worker receives from a worker, not from {type(source).__name__}")
+        try:
+            num_received = await self.prefetcher.settle(self.lease) if self.prefetcher else 0
+            located = await source.locate(num_received)
+            await self.engine.calls.ask(
+                lambda call: Receive(
+                    call=call, lease=self.lease, source=located, num_received=num_received
+                ),
+                source.hold,
+            )
+        except BaseException:
+            self.abort()
+            raise
+
+    def abort(self) -> None:
+        lease = self.lease
+        self.engine.cancel(lease.request_id, lease.choice, lease.epoch)
+
+
+@dataclass(slots=True)
+class _Prefetch:
+    """One prompt. `source`: the engine that computes it, its lease there, and how many blocks are
+    computed. `moving` is set when the chunk under way has come, or failed.
+    """
+
+    target: RemoteKVEngine
+    reservation: LeaseRef
+    source: tuple[RemoteKVEngine, LeaseRef, int] | None = None
+    num_received: int = 0
+    is_settled: bool = False
+    moving: trio.Event | None = None
+
+
+class Prefetcher:
+    """Moves chunks of prompts while `nursery` runs."""
+
+    def __init__(self, nursery: trio.Nursery) -> None:
+        self._nursery = nursery
+        self._prefetches: dict[Fence, _Prefetch] = {}
+
+    def reserved(self, engine: RemoteKVEngine, lease: LeaseRef) -> None:
+        """An engine has reserved blocks for a prompt."""
+        self._prefetches.setdefault(_fence(lease), _Prefetch(engine, lease))
+
+    def progressed(self, engine: RemoteKVEngine, lease: LeaseRef, num_blocks: int) -> None:
+        """An engine has computed so many blocks of a prompt, which do not change any more."""
+        prefetch = self._prefetches.get(_fence(lease))
+        if prefetch is None or prefetch.is_settled:  # the prompt is decoded where it is computed
+            return
+        prefetch.source = engine, lease, num_blocks
+        if prefetch.moving is None:
+            prefetch.moving = trio.Event()
+            self._nursery.start_soon(self._move, prefetch)
+
+    async def settle(self, lease: LeaseRef) -> int:
+        """Stop. Return how many blocks of the reserved lease have come already."""
+        fence = _fence(lease)
+        prefetch = self._prefetches.get(fence)
+        if prefetch is None:
+            return 0
+        prefetch.is_settled = True
+        if prefetch.moving is not None:  # `num_received` is not final before
+            await prefetch.moving.wait()
+        self._prefetches.pop(fence, None)
+        return prefetch.num_received
+
+    def forget(self, fence: Fence) -> None:
+        """No transfer will come for that prompt."""
+        prefetch = self._prefetches.pop(fence, None)
+        if prefetch is not None:
+            prefetch.is_settled = True
+
+    def lose(self, engine: RemoteEngine) -> None:
+        """The engine is gone, with its reserved blocks."""
+        for fence, prefetch in tuple(self._prefetches.items()):
+            if prefetch.target is engine:
+                self.forget(fence)
+
+    async def _move(self, prefetch: _Prefetch) -> None:
+        """Move chunk after chunk until all computed blocks have come. A chunk that fails is left to
+        the transfer.
+        """
+        try:
+            while prefetch.source is not None and not prefetch.is_settled:
+                engine, lease, num_blocks = prefetch.source
+                if num_blocks <= prefetch.num_received:
+                    prefetch.source = None
+                    continue
+                begun_s = trio.current_time()
+                chunk = KVChunk(first=prefetch.num_received, end=num_blocks)
+                try:
+                    await _move_chunk(prefetch, engine, lease, chunk)
+                except (StaleLease, DamagedBlocks, EngineLost, EngineRefusal):
+                    if trio.current_time() - begun_s > _SILENT_S:
+                        prefetch.is_settled = True
+                    if prefetch.source == (engine, lease, num_blocks):  # nothing newer is computed
+                        prefetch.source = None
+        finally:
+            assert prefetch.moving is not None
+            prefetch.moving.set()
+            prefetch.moving = None
+
+
+async def _move_chunk(
+    prefetch: _Prefetch, engine: RemoteKVEngine, lease: LeaseRef, chunk: KVChunk
+) -> None:
+    answer = await engine.calls.ask(lambda call: ExportChunk(call=call, lease=lease, chunk=chunk))
+    assert isinstance(answer, Exported)
+    await prefetch.target.calls.ask(
+        lambda call: ReceiveChunk(
+            call=call, lease=prefetch.reservation, source=answer.source, chunk=chunk
+        )
+    )
+    prefetch.num_received = chunk.end
+
+
+def _fence(lease: LeaseRef) -> Fence:
+    return Fence(lease.request_id, lease.choice, lease.epoch)

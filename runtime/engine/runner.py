@@ -1,5 +1,5 @@
-"""How an engine computes: the runner protocol, the runner of a device, and the resources of
-an engine.
+"""How an engine computes: the runner protocol, the runner of a device, and all that an engine is
+built from.
 """
 
 from collections.abc import Callable
@@ -19,26 +19,28 @@ from sagellm.runtime.port import EngineFacts
 
 
 class StepLaunch(Protocol):
-    """A batch on its way."""
+    """A launched batch."""
 
     @property
     def batch(self) -> Batch: ...
 
     async def result(self) -> Sampled:
-        """Wait for what was sampled; raises what went wrong.
+        """Wait until the batch is computed, and return what was sampled. Raises what failed.
 
-        Cancellation is delivered only once nothing writes the sequences' blocks any more.
+        Cancellation is delivered after nothing writes the sequences' blocks any more.
         """
         ...
 
-    def recall(self) -> bool:
-        """Take it back; False where it has begun. Nobody waits for the result of one recalled."""
+    def cancel(self) -> bool:
+        """Cancel the batch unless it has begun; return whether it is cancelled. A cancelled launch
+        has no result.
+        """
         ...
 
 
 class Runner(Protocol):
-    """One engine's way to compute. `async_scheduling`: a batch may be launched while the one before it
-    computes; then it begins without the host.
+    """Computes the batches of one engine. `async_scheduling`: a batch may be launched while the
+    batch before it computes, and then begins without the host.
     """
 
     @property
@@ -47,22 +49,22 @@ class Runner(Protocol):
     def launch(self, batch: Batch, after: StepLaunch | None = None) -> StepLaunch:
         """Compute keys and values of the batch's tokens, and sample.
 
-        `after`: the launch before, which may sample some of those tokens; where it fails, a batch
-        that needs its tokens fails too.
+        `after`: the launch before, which may sample some of those tokens. If it fails, a batch that
+        needs its tokens fails too.
         """
         ...
 
     async def open(self) -> None:
-        """Start what `launch` needs; `close` ends it, also when this was cancelled."""
+        """Start what `launch` needs. The caller must `close`, even when this is cancelled."""
         ...
 
     async def close(self) -> None:
-        """Leave nothing running. Shielded from cancellation, and brief."""
+        """End everything that runs. Called under a shield, so it must be brief."""
         ...
 
 
 class DeviceLaunch:
-    """A ticket that a trio task can wait for."""
+    """A ticket that a trio task can await."""
 
     def __init__(self, batch: Batch, ticket: Ticket) -> None:
         self.batch = batch
@@ -72,31 +74,32 @@ class DeviceLaunch:
         ticket.add_done_callback(lambda _: token.run_sync_soon(self._over.set))
 
     async def result(self) -> Sampled:
-        """Shielded: a computation cannot be interrupted, and what it writes must not be freed
-        before it ends. A cancellation is delivered afterwards.
-        """
+        # Shielded: a computation cannot be interrupted, and blocks that it writes must not be freed
+        # before it ends.
         with trio.CancelScope(shield=True):
             await self._over.wait()
         await trio.lowlevel.checkpoint_if_cancelled()
         return self.ticket.result()
 
-    def recall(self) -> bool:
+    def cancel(self) -> bool:
         return self.ticket.cancel()
 
     async def over(self) -> None:
-        """Take it back, or wait until it is over, well or badly."""
-        if not self.recall():
+        """Cancel the batch, or wait until it is computed or has failed."""
+        if not self.cancel():
             await self._over.wait()
 
 
 class DeviceQueue:
-    """A queue of `device` between `open` and `close`; several programs may be launched on it."""
+    """A queue of `device`, open between `open` and `close`. Several programs may share it: a draft
+    model runs on the queue of the model that it drafts for.
+    """
 
     def __init__(self, device: Device, threads: int | None = None) -> None:
         self._device = device
         self._threads = threads
         self._queue: Queue | None = None
-        self._launches: list[DeviceLaunch] = []  # that may not be over
+        self._launches: list[DeviceLaunch] = []  # launches that may still compute
 
     def open(self) -> None:
         self._queue = self._device.open_queue(self._threads)
@@ -125,7 +128,7 @@ class DeviceQueue:
 
 @dataclass(frozen=True, slots=True)
 class DeviceRunner:
-    """Launches one program on one pool; opens and closes the queue, which others may share."""
+    """Launches one program on one pool. It opens and closes the queue, which others may share."""
 
     queue: DeviceQueue
     program: Program
@@ -148,8 +151,8 @@ OpenOutputText: TypeAlias = Callable[[SequenceState], OutputText]
 
 @dataclass(frozen=True, slots=True)
 class EngineResources:
-    """What an engine works with. `open_output_text` is None where tokens have no text, `speculation`
-    where no tokens are drafted.
+    """All that an engine is built from. `open_output_text` is None when tokens have no text, and
+    `speculation` is None when no tokens are drafted.
     """
 
     facts: EngineFacts
@@ -163,7 +166,7 @@ class EngineResources:
 
     @property
     def async_scheduling(self) -> bool:
-        """Whether a step may be scheduled while the one before it computes: drafts need to know
-        what that samples.
+        """Whether the next step may be scheduled while a step computes. Drafts follow the tokens
+        that the step samples, so speculation excludes it.
         """
         return self.runner.async_scheduling and self.speculation is None

@@ -1,8 +1,11 @@
-"""The one object that travels through an engine: a sequence, what is known and what is computed."""
+"""The object that travels through an engine: a sequence, its tokens, and how many are computed."""
 
 from array import array
 from collections.abc import Sequence as Items
 
+import msgspec
+
+from sagellm.backends import Sampled
 from sagellm.runtime.engine.mailbox import Mailbox
 from sagellm.runtime.engine.output_text import OutputText
 from sagellm.runtime.kv.lease import Fence, Lease
@@ -21,40 +24,20 @@ UNSTARTED = Stamps()
 class Sequence:
     """A submitted `SequenceState` while the engine works on it.
 
-    `tokens` are prompt and output; the first `num_computed` of them have keys and values in
-    `lease`. What is pending is computed next; when nothing is, a token is sampled. Preemption drops
-    lease and `num_computed` and keeps `tokens`: the same code path resumes it.
+    `tokens` are prompt and output. The first `num_computed` tokens have keys and values in `lease`.
+    Pending tokens are computed next; when no token is pending, a token is sampled. Preemption drops
+    `lease` and `num_computed` and keeps `tokens`, so a preempted sequence resumes on the same code
+    path.
 
-    Steps under way compute the next `num_launched` tokens, and sample `num_sampling` more: pending
-    is what comes after those.
+    Launched steps compute the next `num_launched` tokens and sample `num_sampling` more tokens.
+    Tokens after those are pending.
     """
 
     __slots__ = (
-        "_allowed_ids",
-        "arrival",
-        "choice",
-        "end",
-        "fence",
-        "found",
-        "keys",
-        "lease",
-        "mailbox",
-        "max_output",
-        "num_cached",
-        "num_computed",
-        "num_launched",
-        "num_preemptions",
-        "num_prompt",
-        "num_sampling",
-        "num_scored",
-        "output_text",
-        "rank",
-        "sampling",
-        "scores",
-        "stamps",
-        "state",
-        "stop_ids",
-        "tokens",
+        "_allowed_ids", "arrival", "cached_prefix", "choice", "fence", "forced_end", "keys",
+        "lease", "mailbox", "max_output", "num_cached", "num_computed", "num_launched",
+        "num_preemptions", "num_prompt", "num_sampling", "num_scored", "output_text",
+        "prompt_logprobs", "rank", "sampling", "stamps", "state", "stop_ids", "tokens",
     )  # fmt: skip
 
     def __init__(
@@ -72,7 +55,7 @@ class Sequence:
         self.sampling = state.sampling
         self.fence = Fence(state.request_id, state.choice, state.epoch)
         self.arrival = arrival
-        self.rank = (state.priority, arrival)  # who goes first; the last in rank is preempted first
+        self.rank = (state.priority, arrival)  # the lowest goes first, the highest is preempted
         self.mailbox = mailbox
         self.tokens = [*state.prompt_token_ids, *state.emitted_token_ids]
         self.num_prompt = len(state.prompt_token_ids)
@@ -81,22 +64,22 @@ class Sequence:
         self.num_sampling = 0
         self.num_preemptions = 0
         self.lease: Lease | None = None
-        self.keys: list[BlockKey] = []  # of its full blocks, as far as they were asked for
-        self.found: list[PrefixNode] = []  # while it waits: the prefix that need not be computed
-        self.num_cached: int | None = None  # prompt tokens that it found when it first got blocks
+        self.keys: list[BlockKey] = []  # of full blocks, hashed as they are needed
+        self.cached_prefix: list[PrefixNode] = []  # published blocks found while the sequence waits
+        self.num_cached: int | None = None  # prompt tokens reused when blocks were first leased
         self.max_output = max_output  # by max_tokens and by the context limit
         self.stop_ids = stop_ids
         self.output_text = output_text
         self.stamps = UNSTARTED
-        self.end: FinishReason | None = None  # why it ends before its answer does
-        # Prompt tokens that need no logprob (any more); the first has none.
-        self.num_scored = 1 if _is_to_be_scored(state) else self.num_prompt
-        self.scores: list[TokenLogprob] = []
+        self.forced_end: FinishReason | None = None  # ends the sequence before its answer does
+        # Prompt tokens that need no logprob (any more). The first token has no logprob.
+        self.num_scored = 1 if _wants_prompt_logprobs(state) else self.num_prompt
+        self.prompt_logprobs: list[TokenLogprob] = []
         self._allowed_ids: array[int] | None = None
 
     @property
     def num_known(self) -> int:
-        """Tokens, and those that steps under way sample."""
+        """Tokens, and tokens that launched steps sample."""
         return len(self.tokens) + self.num_sampling
 
     @property
@@ -106,18 +89,18 @@ class Sequence:
 
     @property
     def num_pending(self) -> int:
-        """Tokens whose keys and values no step computes yet: known ones less scheduled ones."""
+        """Known tokens less scheduled tokens: no step computes their keys and values yet."""
         return len(self.tokens) + self.num_sampling - self.num_computed - self.num_launched
 
     @property
     def num_uncomputed(self) -> int:
-        """Tokens without keys and values, those under way among them."""
+        """Tokens without keys and values, launched tokens included."""
         return len(self.tokens) - self.num_computed
 
     @property
     def is_ending(self) -> bool:
-        """Whether no step is to come after those under way, whatever they sample."""
-        if self.end is not None:
+        """Whether the sequence ends with its launched steps, whatever they sample."""
+        if self.forced_end is not None:
             return True
         if not self.num_sampling:
             return False
@@ -133,47 +116,81 @@ class Sequence:
 
     @property
     def allowed_ids(self) -> "array[int]":
-        """`allowed_token_ids` of its sampling as plain numbers, made when they are first read: a
-        long tuple takes milliseconds to convert, and every step reads it.
-        """
+        """`allowed_token_ids` of the sampling options, as plain numbers."""
+        # Converted once: a long tuple takes milliseconds to convert, and every step reads the ids.
         if self._allowed_ids is None:
             self._allowed_ids = array("q", self.state.sampling.allowed_token_ids)
         return self._allowed_ids
 
+    def adopt(self, lease: Lease) -> None:
+        """Begin after the tokens that an imported or held lease covers."""
+        self.lease = lease
+        self.num_computed = lease.num_tokens
+        self.num_cached = 0  # the engine that computed the tokens has counted them
+
+    # ---- prompt logprobs -----------------------------------------------------------------------
+
     @property
     def is_scoring(self) -> bool:
-        """Whether logprobs of the prompt are wanted that are not known yet."""
+        """Whether wanted logprobs of the prompt are still to be computed."""
         return self.num_scored < self.num_prompt
 
     def unscored(self, query_len: int) -> range:
-        """Positions whose logprobs the next `query_len` pending tokens give: a token's logits are
-        those of the token behind it. What is computed again after a preemption is not scored again.
+        """Positions whose logprobs the next `query_len` pending tokens give: the logits of a token
+        score the token after it. Tokens computed again after a preemption are not scored again.
         """
         start, end = self.num_scheduled + 1, self.num_scheduled + query_len + 1
         return range(max(start, self.num_scored), min(end, self.num_prompt))
 
-    def add_prompt_logprobs(self, positions: range, scores: list[TokenLogprob]) -> None:
-        self.scores += scores
+    def add_prompt_logprobs(self, positions: range, logprobs: list[TokenLogprob]) -> None:
+        self.prompt_logprobs += logprobs
         self.num_scored = positions.stop
 
     def take_prompt_logprobs(self) -> tuple[TokenLogprob, ...]:
-        """The prompt's logprobs, for the first event; afterwards they are forgotten."""
-        if not self.scores:
+        """The prompt's logprobs, for the first event; afterwards the sequence has none."""
+        if not self.prompt_logprobs:
             return ()
-        scores, self.scores = tuple(self.scores), []
-        return scores
+        logprobs, self.prompt_logprobs = tuple(self.prompt_logprobs), []
+        return logprobs
 
-    def adopt(self, lease: Lease) -> None:
-        """Begin behind the tokens that an imported, or held, lease covers."""
-        self.lease = lease
-        self.num_computed = lease.num_tokens
-        self.num_cached = 0  # whoever computed them has said so
+    # ---- output --------------------------------------------------------------------------------
 
-    def mark_prefilled(self, now: float) -> None:
-        """The prompt is computed, and its first token sampled."""
-        self.stamps = Stamps(started_s=self.stamps.started_s, prefilled_s=now)
+    def accept(self, sampled: Sampled, rows: range, now: float) -> TokenEvent:
+        """Append the tokens of these rows of `sampled` up to a stop, and return their event."""
+        position = self.num_output
+        token_ids = sampled.token_ids[rows.start : rows.stop]
+        num_taken, text, reason, stop_reason = self.append(token_ids)
+        if not position:  # the first token: the prompt is computed
+            self.stamps = Stamps(started_s=self.stamps.started_s, prefilled_s=now)
+        if reason is not None:
+            self.stamps = msgspec.structs.replace(self.stamps, finished_s=now)
+        logprobs: tuple[TokenLogprob, ...] = ()
+        if sampled.logprobs:
+            found = sampled.logprobs_of(rows[:num_taken])
+            logprobs = tuple(TokenLogprob(*logprob) for logprob in found)
+        return self._event(
+            position=position,
+            token_ids=tuple(token_ids[:num_taken]),
+            text=text,
+            logprobs=logprobs,
+            prompt_logprobs=self.take_prompt_logprobs(),
+            finish_reason=reason,
+            stop_reason=stop_reason,
+        )
 
-    def event(
+    def last_event(self, now: float, reason: FinishReason) -> TokenEvent:
+        """The last event of a sequence that sampled no last token. After "stop" the event has the
+        text that was still held back.
+        """
+        self.stamps = msgspec.structs.replace(self.stamps, finished_s=now)
+        return self._event(
+            position=self.num_output,
+            text=self._held_text()[0] if reason == "stop" else "",
+            prompt_logprobs=self.take_prompt_logprobs() if reason == "stop" else (),
+            finish_reason=reason,
+        )
+
+    def _event(
         self,
         *,
         position: int,
@@ -184,7 +201,6 @@ class Sequence:
         finish_reason: FinishReason | None = None,
         stop_reason: str | int | None = None,
     ) -> TokenEvent:
-        """An event of this sequence, with its stamps so far."""
         # CPython makes a dict of more than 15 keyword arguments: such a call takes three times
         # as long.
         return TokenEvent(
@@ -204,9 +220,11 @@ class Sequence:
             stamps=self.stamps,
         )
 
-    def take(self, token_ids: Items[int]) -> tuple[int, str, FinishReason | None, str | int | None]:
-        """Append sampled tokens up to the one that ends the answer: how many were taken, and
-        `check_stop` of them all. Keys and values of all but the last are computed.
+    def append(
+        self, token_ids: Items[int]
+    ) -> tuple[int, str, FinishReason | None, str | int | None]:
+        """Append sampled tokens up to the token that ends the answer. Return the number of tokens
+        taken, and what `check_stop` returns for all of them.
         """
         text, reason, stop_reason, num_taken = "", None, None, 0
         for token_id in token_ids:
@@ -216,37 +234,36 @@ class Sequence:
             text += fresh
             if reason is not None:
                 break
+        # Each token but the last was a draft, whose keys and values the step has computed.
         self.num_computed += num_taken - 1
         return num_taken, text, reason, stop_reason
 
     def check_stop(self, token_id: int) -> tuple[str, FinishReason | None, str | int | None]:
-        """What the newest token means: showable text, why the answer ends (if so), what matched.
+        """For the newest token: text that may be shown, why the answer ends (or None), and the stop
+        string or stop token that matched.
 
-        The text of a stop token itself is not shown unless the sampling says so; an end-of-text
-        token is no stop reason of its own, as in the OpenAI API.
+        The text of a stop token is shown only with `include_stop_str_in_output`. An end-of-text
+        token is no stop reason, as in the OpenAI API.
         """
         if token_id in self.stop_ids and self.num_output > self.sampling.min_tokens:
             named = token_id in self.sampling.stop_token_ids
             shown = self._show(token_id) if self.sampling.include_stop_str_in_output else ("", None)
-            return shown[0] + self._rest()[0], "stop", token_id if named else None
+            return shown[0] + self._held_text()[0], "stop", token_id if named else None
         text, matched = self._show(token_id)
         if matched is None and self.num_output >= self.max_output:
-            rest, matched = self._rest()
+            rest, matched = self._held_text()
             text += rest
             return text, "stop" if matched else "length", matched
         return text, "stop" if matched else None, matched
 
-    def rest(self) -> str:
-        """Text that was held back, where the answer ends without another token."""
-        return self._rest()[0]
-
     def _show(self, token_id: int) -> tuple[str, str | None]:
         return self.output_text.push(token_id) if self.output_text else ("", None)
 
-    def _rest(self) -> tuple[str, str | None]:
+    def _held_text(self) -> tuple[str, str | None]:
+        """Text that was held back, and the stop string in it: no token follows."""
         return self.output_text.finish() if self.output_text else ("", None)
 
 
-def _is_to_be_scored(state: SequenceState) -> bool:
+def _wants_prompt_logprobs(state: SequenceState) -> bool:
     """A resumed sequence gave the logprobs of its prompt before its first token."""
     return state.sampling.prompt_logprobs is not None and not state.emitted_token_ids

@@ -15,15 +15,18 @@ from sagellm.runtime.lease_shape import LeaseShape, TokenGroup
 from sagellm.runtime.models.folder import ModelFolder
 from sagellm.runtime.port import EngineFacts
 
-_MEMORY_PART = 0.25  # of what is free: weights, activations and other engines need the rest
-_LEAST_PART = 0.05  # where the weights seem to leave less: another engine may have them already
+_MEMORY_PART = 0.25  # of free memory: weights, activations and other engines need the rest
+_LEAST_PART = 0.05  # of free memory, if weights seem to leave less: they may be loaded already
 _STEPS_UNDER_WAY = 2  # with async scheduling: one computes, the next is launched
 _NUM_LONGEST = 8  # sequences of full length that the default pool holds, with all windows
+_SHORTEST = 2  # a prompt of one token, and its answer
+
+P = TypeVar("P", bound=PagedOptions)
 
 
 @dataclass(frozen=True, slots=True)
 class Sizing:
-    """The pool and context limit of one replica; `weight_bytes` are shared by all of a model."""
+    """The pool and context limit of one replica. All engines of a model share `weight_bytes`."""
 
     num_blocks: int
     max_model_len: int
@@ -36,7 +39,9 @@ class Sizing:
 
 
 def engine_dtype(options: SizedOptions, facts: ModelFacts) -> str:
-    """The dtype that weights and KV are kept in; float16 models are computed in float32."""
+    """The dtype of weights and KV. Float16 models are computed in float32. Raises
+    EngineOptionError.
+    """
     dtype = options.dtype or facts.dtype
     if dtype not in ("float32", "bfloat16", "float16"):
         raise EngineOptionError(f"dtype: {dtype!r} is unknown; use float32 or bfloat16")
@@ -45,14 +50,12 @@ def engine_dtype(options: SizedOptions, facts: ModelFacts) -> str:
     return "float32" if dtype == "float16" else dtype
 
 
-_SHORTEST = 2  # a prompt of one token, and its answer
-
-
 def size(options: SizedOptions, facts: ModelFacts, memory_bytes: int) -> Sizing:
     """Size the pool for `memory_bytes` of free memory.
 
-    The pool must hold one sequence of full length, so that some sequence can always advance. Where
-    nothing was asked for, the context limit shrinks to what memory holds. Raises EngineOptionError.
+    The pool must hold one sequence of full length, so that some sequence can always advance.
+    Without options that say otherwise, the context limit shrinks to the tokens that memory holds.
+    Raises EngineOptionError.
     """
     block_bytes, shape = kv_blocks(options, facts).block_bytes, lease_shape(options, facts)
     longest = min(options.max_model_len or facts.max_model_len, facts.max_model_len)
@@ -78,14 +81,14 @@ def size(options: SizedOptions, facts: ModelFacts, memory_bytes: int) -> Sizing:
 
 
 def kv_blocks(options: SizedOptions, facts: ModelFacts) -> KVBlocks:
-    """How the model's KV groups lie in the blocks of a pool."""
+    """The layout of the model's KV groups in the blocks of a pool."""
     groups = facts.kv_groups or (KVGroup("full", tuple(range(facts.num_layers))),)
     itemsize = 4 if engine_dtype(options, facts) == "float32" else 2
     return KVBlocks(groups, facts.num_kv_heads, facts.head_dim, options.block_size, itemsize)
 
 
 def lease_shape(options: SizedOptions, facts: ModelFacts) -> LeaseShape:
-    """How many of those blocks a sequence takes."""
+    """How many blocks of a pool a sequence takes."""
     blocks = kv_blocks(options, facts)
     return LeaseShape(
         options.block_size,
@@ -115,9 +118,9 @@ def _check_room(
 
 
 def weight_bytes(options: SizedOptions, facts: ModelFacts) -> int:
-    """What the weights take once they are loaded, norms and biases as weights of a linear.
+    """The memory of loaded weights. Norms and biases are counted as weights of a linear.
 
-    The embedding stays as it is stored, also where its copy for the logits is quantised.
+    The embedding stays as it is stored, even if its copy for the logits is quantised.
     """
     itemsize = 4 if engine_dtype(options, facts) == "float32" else 2
     table = facts.vocab_size * facts.hidden_size
@@ -130,12 +133,14 @@ def weight_bytes(options: SizedOptions, facts: ModelFacts) -> int:
 
 
 def _weight_bytes(bits: int) -> float:
-    """Of one weight and its share of the group's scale in float16."""
+    """Bytes of one weight, with its share of the group's scale in float16."""
     return (bits + 16 / GROUP_SIZE) / 8
 
 
 def engine_facts(options: SizedOptions, folder: ModelFolder, sizing: Sizing) -> EngineFacts:
-    """What graph checks and operators may know; no weight is read. Raises EngineOptionError."""
+    """The facts of an engine for graph checks and operators. Reads no weight. Raises
+    EngineOptionError.
+    """
     dtype = engine_dtype(options, folder.facts)
     if options.quantization is not None and folder.facts.weight_bits:
         raise EngineOptionError(
@@ -157,7 +162,7 @@ def engine_facts(options: SizedOptions, folder: ModelFolder, sizing: Sizing) -> 
 
 
 def _layout_hash(options: SizedOptions, facts: ModelFacts) -> str:
-    """Equal where the blocks of one pool mean the same in another."""
+    """A hash that is equal for pools that can exchange blocks."""
     blocks = kv_blocks(options, facts)
     shape = [blocks.num_kv_heads, blocks.head_dim, blocks.block_size, engine_dtype(options, facts)]
     return _digest([*shape, blocks.block_layers, list(map(str, blocks.groups))])
@@ -167,18 +172,15 @@ def _digest(value: object) -> str:
     return hashlib.blake2b(msgspec.json.encode(value), digest_size=8).hexdigest()
 
 
-P = TypeVar("P", bound=PagedOptions)
-
-
 def resized(options: P, num_blocks: int | None) -> P:
-    """The options with a pool of so many blocks, unless that is None."""
+    """The options with a pool of `num_blocks`; the same options if that is None."""
     return (
         options if num_blocks is None else replace(options, num_blocks=num_blocks, kv_memory=None)
     )
 
 
 def sizes(options: PagedOptions, sizing: Sizing) -> dict[str, int]:
-    """Options that say the size of a pool that memory decides."""
+    """Options that fix the size of the pool, if they left it to the size of memory."""
     if options.num_blocks is not None or options.kv_memory is not None:
         return {}
     return {"num_blocks": sizing.num_blocks, "max_model_len": sizing.max_model_len}
@@ -187,7 +189,9 @@ def sizes(options: PagedOptions, sizing: Sizing) -> dict[str, int]:
 def facts_view(
     options: SizedOptions, folder: ModelFolder, sizing: Sizing, *, pool_bytes: int
 ) -> EngineFactsView:
-    """What the checks may know; `pool_bytes`: of real memory. Raises EngineOptionError."""
+    """The facts of an engine for graph checks. `pool_bytes`: the real memory that the pool takes.
+    Raises EngineOptionError.
+    """
     facts, model = engine_facts(options, folder, sizing), folder.facts
     return EngineFactsView(
         model_hash=facts.model_hash,

@@ -1,4 +1,4 @@
-"""The cost of a modelled step, and the sequences and runs of steps that it is the cost of."""
+"""The cost of a step as a pure function of its batch, and the sequences of a modelled engine."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -6,19 +6,17 @@ from typing import NamedTuple
 
 from sagellm.runtime.messages import FinishReason
 
-StepRow = tuple[
-    int, int, int
-]  # of one sequence: first token to compute, how many, tokens of its prompt
+# One sequence of a step: its first token to compute, how many tokens, tokens of its prompt.
+StepRow = tuple[int, int, int]
 
 
 class StepShape(NamedTuple):
-    """What the cost of a step depends on.
+    """The counts that the cost of a step depends on.
 
-    `num_prefill_tokens`: tokens of prompts, and of answers that are computed again. Cached tokens
-    are not among them: they count as context. `num_prefill_pairs`: pairs of such a token and a
-    token that it attends to, itself included. `num_decode_rows`: sequences that compute the token
-    sampled last. `num_context_tokens`: the contexts of all rows, decodes and prefills, after the
-    step.
+    `num_prefill_tokens`: computed tokens of prompts, and of answers that are computed again. Cached
+    tokens count as context instead. `num_prefill_pairs`: pairs of such a token and a token that it
+    attends to, itself included. `num_decode_rows`: sequences that compute the token sampled last.
+    `num_context_tokens`: the contexts of all rows, decodes and prefills, after the step.
     """
 
     num_prefill_tokens: int
@@ -30,8 +28,8 @@ class StepShape(NamedTuple):
 def step_shape(rows: Iterable[StepRow]) -> StepShape:
     """The shape of a step with these rows.
 
-    One new token is a decode only after the whole prompt: the last token of a prompt that was
-    computed in chunks is a prefill token, like those before it.
+    A row of one token is a decode only after the whole prompt. The last token of a prompt that is
+    computed in chunks is a prefill token.
     """
     tokens = pairs = decodes = contexts = 0
     for start, count, num_prompt in rows:
@@ -46,7 +44,7 @@ def step_shape(rows: Iterable[StepRow]) -> StepShape:
 
 @dataclass(frozen=True, slots=True)
 class StepCost:
-    """Coefficients in seconds: a step, and each of what `StepShape` counts."""
+    """Seconds of a step, and seconds of one of each that `StepShape` counts."""
 
     step_s: float
     prefill_token_s: float
@@ -55,7 +53,7 @@ class StepCost:
     context_token_s: float = 0.0
 
     def seconds(self, shape: StepShape) -> float:
-        """How long a step takes."""
+        """The duration of a step."""
         return (
             self.step_s
             + shape.num_prefill_tokens * self.prefill_token_s
@@ -65,8 +63,8 @@ class StepCost:
         )
 
     def run_seconds(self, first: StepShape, num_steps: int) -> float:
-        """How long so many steps take of which `first` is the first, where all rows decode: each
-        step, the context of each row is one token longer.
+        """The duration of consecutive steps in which all rows decode. `first` is the first step;
+        in each step after it, the context of each row is one token longer.
         """
         num_grown = first.num_decode_rows * (num_steps * (num_steps - 1) // 2)
         return num_steps * self.seconds(first) + num_grown * self.context_token_s
@@ -76,10 +74,10 @@ SequenceKey = tuple[str, int]  # request id, choice
 
 
 class SequenceProgress(NamedTuple):
-    """Tokens of a sequence, the last of them at `at_s`; with `end`, nothing comes after it.
+    """Progress of a sequence: reported with its first token, and at its end.
 
-    A sequence has one of these for its first token, and one for its end: `num_tokens` counts those
-    since the one before.
+    `num_tokens`: tokens since the report before, the last of them at `at_s`. `end`: why the
+    sequence has ended; None with the first token.
     """
 
     key: SequenceKey
@@ -90,7 +88,9 @@ class SequenceProgress(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class ModelledSequence:
-    """`num_cached` tokens have keys and values when it is admitted for the first time."""
+    """A sequence as numbers of tokens. `num_cached` tokens have keys and values when the sequence
+    is first admitted.
+    """
 
     key: SequenceKey
     rank: tuple[int, int]
@@ -100,7 +100,7 @@ class ModelledSequence:
     num_cached: int
     num_computed: int = 0
     num_blocks: int = 0
-    num_reported: int = 0  # of those emitted
+    num_reported: int = 0  # of the emitted tokens
     has_reported: bool = False  # its first token
     is_cancelled: bool = False
 
@@ -114,13 +114,15 @@ class ModelledSequence:
 
     @property
     def is_decoding(self) -> bool:
-        """Whether its next token is all that it computes."""
+        """Whether the token sampled last is the only pending token."""
         return self.num_pending == 1 and self.num_computed >= self.num_prompt
 
 
 @dataclass(slots=True)
 class ModelledRun:
-    """Steps one after the other that compute the same rows, more than one only if all decode."""
+    """Consecutive steps that compute the same rows. Only rows that all decode make a run of more
+    than one step.
+    """
 
     begun_s: float
     rows: list[tuple[ModelledSequence, int]]

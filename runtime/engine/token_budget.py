@@ -1,4 +1,4 @@
-"""How prompts share the tokens of one step."""
+"""How decodes and prompts share the token budget of one step."""
 
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
@@ -17,16 +17,21 @@ class PendingPrefill(Protocol):
 P = TypeVar("P", bound=PendingPrefill)
 
 
+def decode_budget(budget: int, *, has_prefills: bool) -> int:
+    """The most decodes of one step. With prefills, a quarter of the budget is left for those."""
+    return budget - max(1, budget // 4) if has_prefills and budget > 1 else budget
+
+
 def share_budget(
     prefills: Sequence[P], budget: int, chunk: Callable[[P, int], int], *, sat_out: bool
 ) -> tuple[list[tuple[P, int]], bool]:
     """The tokens that each prompt computes, and whether the first in rank sits this step out.
 
-    Half of the budget goes to the first in rank, the rest to the shortest first. So a short prompt
-    does not wait for a long one, and none starves. Where a prompt can be finished in this step, the
-    first in rank sits it out, though never twice running (`sat_out`: it did in the step before): a
-    first token then waits for the step under way and a short one, not for two full ones.
-    `chunk(prompt, budget)`: how many tokens of a prompt a step may compute.
+    Half of the budget goes to the first in rank, the rest to the shortest first, so that a short
+    prompt does not wait for a long prompt, and no prompt starves. When some prompt can be finished
+    in this step, the first in rank sits the step out, but never twice in a row (`sat_out`: it did
+    in the step before). A first token then waits for the launched step and a short step, not for
+    two full steps. `chunk(prompt, budget)`: how many tokens of a prompt a step may compute.
     """
     first = min(prefills, key=lambda prefill: prefill.rank)
     others = [prefill for prefill in prefills if prefill is not first]

@@ -1,105 +1,133 @@
-"""Both ends of a transfer between two workers, as the graph holds them."""
+"""Calls to the worker of an engine replica: questions, which the worker answers once each, and
+messages without an answer.
+"""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import trio
 
+from sagellm.runtime.comm.channel import Channel, ChannelClosed
 from sagellm.runtime.comm.protocol import (
     BlocksReserved,
+    Cancel,
     Done,
+    Drop,
     Export,
     ExportChunk,
     Exported,
+    Grant,
+    GrantCacheUpdate,
     Idle,
     Import,
     Receive,
     ReceiveChunk,
+    Refused,
     Release,
     RenewLease,
     Submit,
+    SyncCache,
 )
-from sagellm.runtime.kv.transport import BlockLocation
-from sagellm.runtime.messages import LeaseRef
-from sagellm.runtime.port import KVSource
+from sagellm.runtime.port import DamagedBlocks, EngineLost, EngineRefusal, LossCause, StaleLease
 
-LEASE_S = 10.0  # an exported lease ends then, where its receiver does not say that it goes on
+LEASE_S = 10.0  # an exported lease ends after that time, unless its receiver holds it
 
 Question: TypeAlias = Callable[
     [int], Submit | Import | Export | ExportChunk | Receive | ReceiveChunk | Idle
 ]
+Notice: TypeAlias = Cancel | Release | RenewLease | Grant | SyncCache | GrantCacheUpdate | Drop
 
 
-class Prefetches(Protocol):
-    """Moves blocks of prompts before they are whole; see `prefetching`."""
+@dataclass(slots=True)
+class _Call:
+    """A question under way. `done` is set with `answer`, or without an answer when the worker is
+    lost; `cause` then says how.
+    """
 
-    async def settle(self, lease: LeaseRef) -> int:
-        """Stop; how many of the blocks that are reserved there have come already."""
+    done: trio.Event = field(default_factory=trio.Event)
+    answer: Done | BlocksReserved | Exported | Refused | None = None
+    cause: LossCause = "none"
 
 
-class Asked(Protocol):
-    """What an end needs of its engine."""
+class WorkerCalls:
+    """Sends to the worker of one replica over `channel`, which is None while there is no worker."""
+
+    def __init__(self, name: str, replica: int) -> None:
+        self.channel: Channel | None = None
+        self._name = name
+        self._replica = replica
+        self._numbers: Iterator[int] = itertools.count()
+        self._calls: dict[int, _Call] = {}
+
+    def require(self) -> Channel:
+        """The channel. Raises EngineLost."""
+        if self.channel is None:
+            raise EngineLost(self._name, self._replica)
+        return self.channel
+
+    def say(self, message: Notice) -> None:
+        """Send a message without an answer. A worker that is gone needs none."""
+        if self.channel is not None:
+            with suppress(ChannelClosed):  # the task that receives from it reports the loss
+                self.channel.put(message)
 
     async def ask(
         self, question: Question, meanwhile: Callable[[], None] | None = None
-    ) -> Done | BlocksReserved | Exported: ...
+    ) -> Done | BlocksReserved | Exported:
+        """The answer to a question. Raises EngineLost, and what the worker raised. While it waits,
+        `meanwhile` is called more than once in LEASE_S.
 
-    def say(self, message: Release | RenewLease) -> None: ...
-
-    def cancel(self, request_id: str, choice: int, epoch: int) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class RemoteSource:
-    """The sending side of a transfer. Its worker is asked when the receiver begins."""
-
-    engine: Asked
-    lease: LeaseRef
-
-    async def locate(self, num_received: int = 0) -> BlockLocation:
-        """Where the blocks are, but for the first, which have landed; from now on they are
-        `sending`. Raises StaleLease, EngineLost.
+        Cancellation tells the worker, and is delivered after its answer: until then the worker may
+        read or write blocks that the caller is about to free.
         """
-        with trio.CancelScope(shield=True):
-            answer = await self.engine.ask(
-                lambda call: Export(call=call, lease=self.lease, num_received=num_received)
-            )
-        assert isinstance(answer, Exported)
-        return answer.source
-
-    def hold(self) -> None:
-        """The transfer goes on: the lease is not to end."""
-        self.engine.say(RenewLease(lease=self.lease))
-
-    def release(self) -> None:
-        self.engine.say(Release(lease=self.lease))
-
-
-@dataclass(frozen=True, slots=True)
-class RemoteTarget:
-    """The receiving side: its worker copies, from where the sender's worker says the blocks are."""
-
-    engine: Asked
-    lease: LeaseRef
-    prefetcher: "Prefetches | None" = None
-
-    async def receive(self, source: KVSource) -> None:
-        if not isinstance(source, RemoteSource):
-            raise TypeError(f"a worker receives from a worker, not from {type(source).__name__}")
+        await trio.lowlevel.checkpoint_if_cancelled()
+        channel, number = self.require(), next(self._numbers)
+        call = self._calls[number] = _Call()
         try:
-            num_received = await self.prefetcher.settle(self.lease) if self.prefetcher else 0
-            located = await source.locate(num_received)
-            await self.engine.ask(
-                lambda call: Receive(
-                    call=call, lease=self.lease, source=located, num_received=num_received
-                ),
-                source.hold,
-            )
-        except BaseException:
-            self.abort()
+            channel.put(question(number))
+        except ChannelClosed:
+            del self._calls[number]
+            raise EngineLost(self._name, self._replica) from None
+        try:
+            while meanwhile is not None and not call.done.is_set():
+                with trio.move_on_after(LEASE_S / 3):
+                    await call.done.wait()
+                    break
+                meanwhile()
+            await call.done.wait()
+        except trio.Cancelled:
+            self.say(Drop(call=number))
+            with trio.CancelScope(shield=True):
+                await call.done.wait()
             raise
+        if call.answer is None:
+            raise EngineLost(self._name, self._replica, cause=call.cause)
+        if isinstance(call.answer, Refused):
+            raise _raised(call.answer)
+        return call.answer
 
-    def abort(self) -> None:
-        lease = self.lease
-        self.engine.cancel(lease.request_id, lease.choice, lease.epoch)
+    def take_answer(self, answer: Done | BlocksReserved | Exported | Refused) -> None:
+        """Give an answer of the worker to the call that waits for it."""
+        call = self._calls.pop(answer.call, None)
+        if call is not None:
+            call.answer = answer
+            call.done.set()
+
+    def lose(self, cause: LossCause) -> None:
+        """End all calls under way: the worker is gone."""
+        calls, self._calls = self._calls, {}
+        for call in calls.values():
+            call.cause = cause
+            call.done.set()
+
+
+def _raised(refused: Refused) -> Exception:
+    """The exception that the call raised in the worker."""
+    if refused.kind == "stale":
+        return StaleLease(refused.error)
+    if refused.kind == "damaged":
+        return DamagedBlocks(refused.error)
+    return EngineRefusal(refused.error, refused.code)

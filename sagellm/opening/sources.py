@@ -9,9 +9,11 @@ from typing import Any
 from sagellm import graphs
 from sagellm.graphs.diagnostics import Diagnostic, GraphError
 from sagellm.graphs.ir import FrozenMap, Graph, Node, freeze
-from sagellm.graphs.sections import KIND, served_models
+from sagellm.graphs.rules.option_types import old_names
+from sagellm.graphs.sections import KIND, engine_kind, served_models
 from sagellm.graphs.vocabulary import nearest
 from sagellm.runtime.engine.kinds import KINDS
+from sagellm.runtime.registry import with_current_names
 
 _FOLDER = Path(graphs.__file__).parent
 _IN_REPOSITORY = re.compile(r"graphs/(\w+)\.yaml")
@@ -121,14 +123,23 @@ def _with_kind(graph: Graph, name: str, kind: Any) -> Graph:
     before = graph.engines[name]
     if kind not in KINDS or not isinstance(before, FrozenMap):
         return graph
-    known = {option.name for option in fields(KINDS[kind].options)}
+    options = KINDS[kind].options
+    known = {option.name for option in fields(options)} | set(old_names(options))
     kept = FrozenMap({option: value for option, value in before.items() if option in known})
     whole = FrozenMap({**graph.engines, name: kept})
     return replace(graph, attrs=FrozenMap({**graph.attrs, "engines": whole}))
 
 
 def with_engine_options(graph: Graph, name: str, options: Mapping[str, Any]) -> Graph:
-    """With options of one engine changed."""
+    """With options of one engine changed. A new value replaces one under the old spelling, too."""
+    before = graph.engines[name]
+    kind = engine_kind(before)
+    if kind in KINDS.ours and isinstance(before, FrozenMap):
+        declared = KINDS[kind].options
+        kept = FrozenMap(with_current_names(declared, before))
+        whole = FrozenMap({**graph.engines, name: kept})
+        graph = replace(graph, attrs=FrozenMap({**graph.attrs, "engines": whole}))
+        options = with_current_names(declared, options)
     return _with_entry(graph, "engines", name, options)
 
 

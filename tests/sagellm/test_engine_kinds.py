@@ -14,9 +14,10 @@ from sagellm.extensions import RESOLVER
 from sagellm.graphs.diagnostics import GraphError
 from sagellm.graphs.vocabulary import CAPABILITIES
 from sagellm.opening.checking import check_graph, checked_graph
-from sagellm.opening.graph_engines import describe_engine, open_replica
+from sagellm.opening.graph_engines import describe_engine, engine_options, open_replica
 from sagellm.runtime.engine.kinds import KINDS, ReplicaPlace
 from sagellm.runtime.handover import NEEDS
+from sagellm.runtime.registry import _warn_of_old_name
 
 ROOT = Path(__file__).resolve().parents[2]
 DOC = (ROOT / "docs" / "engines.md").read_text()
@@ -141,6 +142,34 @@ def test_setting_a_kind_drops_what_it_does_not_have() -> None:
         "kind": "modelled",
         "decode_step_s": 0.0,
     }
+
+
+def document_with(**options: Any) -> Any:
+    return (Graph("g").engine("e", **options) >> ops.generate(engine="e")).document
+
+
+def test_an_option_is_taken_under_its_old_name() -> None:
+    for options, overrides in (
+        ({"max_step_tokens": 32}, {}),
+        ({}, {"e.max_step_tokens": 32}),
+        ({"max_num_batched_tokens": 64}, {"e.max_step_tokens": 32}),
+        ({"max_step_tokens": 64}, {"e.max_num_batched_tokens": 32}),
+    ):
+        found = check_graph(document_with(**options), RESOLVER, {}, overrides)
+        assert engine_options(found, "e").max_num_batched_tokens == 32
+
+
+def test_an_old_name_is_checked_as_the_option() -> None:
+    (found,) = mistakes(max_step_tokens=1)
+    assert "`max_num_batched_tokens` must be at least 2, not `1`" in found
+    (found,) = mistakes(max_step_tokens=64, max_num_batched_tokens=64)
+    assert "`max_step_tokens` is the old name of `max_num_batched_tokens`" in found
+
+
+def test_an_old_name_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    _warn_of_old_name.cache_clear()
+    engine_options(check_graph(document_with(max_step_tokens=64), RESOLVER), "e")
+    assert "option_renamed" in caplog.text
 
 
 async def test_an_engine_is_opened_as_large_as_it_was_checked(

@@ -36,7 +36,7 @@ def sicken(monkeypatch: pytest.MonkeyPatch) -> Any:
         async def poisoned(launch: Any) -> Any:
             sampled = await result(launch)
             sampling = launch.batch.sampling
-            if not any(one.mailbox in engine._mailboxes.values() for one in sampling):
+            if not any(one.mailbox in engine._loop.mailboxes.values() for one in sampling):
                 return sampled
             rows = (row for row, one in enumerate(sampling) if one.num_output >= from_token)
             return dataclasses.replace(sampled, broken=frozenset(rows))
@@ -127,7 +127,7 @@ async def test_tokens_of_the_step_that_failed_are_kept(autojump_clock: MockClock
         nursery.start_soon(ask)
         engines: Any = session.executor.engines["g"]
         await trio.sleep(0.1)  # some steps of virtual time
-        (sequence,) = [one for engine in engines for one in engine._sequences.values()]
+        (sequence,) = [one for engine in engines for one in engine._loop.sequences.values()]
         start, key = sequence.num_output, sequence.state
         assert 0 < start < 28
         token_ids = right.token_ids[start : start + 2]
@@ -137,7 +137,7 @@ async def test_tokens_of_the_step_that_failed_are_kept(autojump_clock: MockClock
         sequence.mailbox.post(replace(end, code="engine_failed"))
         sequence.mailbox.flush()
         sequence.mailbox = Mailbox(lambda: None)  # an engine that failed says nothing more
-        engine = next(one for one in engines if sequence in one._sequences.values())
+        engine = next(one for one in engines if sequence in one._loop.sequences.values())
         engine.cancel("r", 0, key.epoch)
     assert answers[0].token_ids == right.token_ids
     session.executor.core.ledger.check()

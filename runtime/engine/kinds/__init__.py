@@ -20,9 +20,9 @@ from sagellm.runtime.registry import Registry
 class ReplicaPlace:
     """Which replica of an engine is opened, and where.
 
-    `sharing`: how other processes reach its KV pool; None where all engines are in this process.
-    `num_blocks`: of its pool in an earlier life, if it had one. `progress` is called with each
-    event of the start. `may_abandon`: a cancelled opening may leave a thread that still loads.
+    `sharing`: how other processes reach its KV pool; None when all engines are in this process.
+    `num_blocks`: the size of its pool in an earlier life, if it had one. `progress` is called with
+    each event of the start. `may_abandon`: a cancelled opening may leave a thread that still loads.
     """
 
     engine: str
@@ -35,11 +35,11 @@ class ReplicaPlace:
 
 @dataclass(frozen=True, slots=True)
 class EngineDescription:
-    """An engine that can be opened, as far as it is known without loading it.
+    """What is known of an engine before it is loaded.
 
-    `folder`: of the model whose tokenizer encodes its prompts; None where it takes text.
-    `warnings`: what a user should know of folders. `sizes`: options that the size of the memory has
-    decided, so that the engine is opened as it was checked.
+    `folder`: the model folder whose tokenizer encodes its prompts; None when it takes text.
+    `warnings`: what a user should know of model folders. `sizes`: options that follow from the size
+    of the memory; they are set when the engine is opened, so that it opens as it was checked.
     """
 
     view: EngineFactsView
@@ -53,11 +53,12 @@ class EngineDescription:
 class EngineKind:
     """One kind of engine: `kind: NAME` of an engine in a graph.
 
-    `options`: the frozen dataclass of its options; if it has `replicas`, that many are opened, and
-    if it has `model`, that names the model. `capabilities`: what its engines can do, of
-    CAPABILITIES. `open(options, place)` opens one replica. `describe(options)` says what is known
-    before; it reads no weight. Both raise EngineOptionError, ModelError or UnsupportedModel for
-    what cannot be opened. Raises TypeError and ValueError for parts that are none.
+    `options`: the frozen dataclass of its options. Its field `replicas`, if it has one, is the
+    number of engines to open, and its field `model` names the model. `capabilities`: what its
+    engines can do, of CAPABILITIES. `open(options, place)` opens one replica. `describe(options)`
+    returns what is known before, and reads no weight. Both raise EngineOptionError, ModelError or
+    UnsupportedModel for an engine that cannot be opened. Raises TypeError and ValueError for
+    invalid fields.
     """
 
     options: type
@@ -77,7 +78,7 @@ class EngineKind:
                 raise TypeError(f"{name} must be a function, not {type(part).__name__}")
 
     def described(self, options: Any) -> EngineDescription:
-        """What `describe` says, or what follows from the options alone."""
+        """The result of `describe`, or a description that follows from the options alone."""
         if self.describe is not None:
             return self.describe(options)
         view = EngineFactsView(
@@ -87,15 +88,17 @@ class EngineKind:
 
 
 def read_kind(name: str, found: Any) -> EngineKind:
-    """An entry point is an EngineKind, or a module with one as KIND. Raises TypeError."""
+    """The kind that an entry point offers: an EngineKind, or a module whose KIND is an EngineKind.
+    Raises TypeError.
+    """
     kind = getattr(found, "KIND", found)
     if not isinstance(kind, EngineKind):
         raise TypeError(f"{name!r} must be an EngineKind, or a module with KIND, an EngineKind")
     return kind
 
 
-class _Shipped(Mapping[str, EngineKind]):
-    """The files of this folder; each is imported when its kind is asked for."""
+class _Lazy(Mapping[str, EngineKind]):
+    """Kinds by name, each imported from its module when it is asked for."""
 
     def __init__(self, modules: Mapping[str, str]) -> None:
         self._modules = modules
@@ -113,10 +116,13 @@ class _Shipped(Mapping[str, EngineKind]):
         return len(self._modules)
 
 
+# The kinds that ship: a new kind is a file of this folder, and a line here. Kinds of users are
+# registered, or offered by packages as entry points `sagellm.engines`. Option types, checks, and
+# the tests of the documents derive from this registry.
 KINDS: Registry[EngineKind] = Registry(
     "engine kind",
     "sagellm.engines",
-    _Shipped(
+    _Lazy(
         {
             LOCAL: "sagellm.runtime.engine.kinds.local",
             MODELLED: "sagellm.runtime.engine.kinds.modelled",

@@ -17,12 +17,80 @@ from sagellm.runtime.engine.local_engine import LocalEngine
 from sagellm.runtime.engine.options import LOCAL_CAPABILITIES, EngineOptionError, EngineOptions
 from sagellm.runtime.engine.sizing import engine_facts, facts_view, resized, size, sizes
 from sagellm.runtime.kv.transport import Sharing
-from sagellm.runtime.models.folder import ModelFolder, resolve_model
-from sagellm.runtime.port import EngineFacts
+from sagellm.runtime.models.folder import resolve_model
+
+# Imported by name when an engine is opened, so that a graph can be checked without loading torch.
+_RESOURCES = "sagellm.runtime.engine.device_resources"
+
+
+def open_engine(
+    options: EngineOptions,
+    *,
+    name: str,
+    replica: int = 0,
+    sharing: Sharing | None = None,
+    progress: Progress = silent,
+) -> LocalEngine:
+    """Open one replica, ready for `run`: load weights, lower the kernel graph, allocate the pool.
+
+    `sharing`: how other processes reach the pool. `progress` is called with each event of the
+    start. Takes seconds without a checkpoint. Raises EngineOptionError, ModelError,
+    UnsupportedModel, LoweringError.
+    """
+    folder = resolve_model(options.model)
+    device = open_device(options, replica)
+    facts = engine_facts(options, folder, size(options, folder.facts, device.memory_bytes))
+    open_resources = importlib.import_module(_RESOURCES).open_resources
+    resources = open_resources(options, folder, facts, device, sharing, progress)
+    return LocalEngine(resources, name=name, replica=replica)
+
+
+def open_device(options: EngineOptions, replica: int = 0) -> Device:
+    """The device of one replica. Raises EngineOptionError."""
+    known = list_available_backends()
+    if options.backend not in known:
+        close = nearest(options.backend, known)
+        hint = f"did you mean {close}?" if close else "see `sagellm doctor`"
+        raise EngineOptionError(f"device: {options.device!r} is not built; {hint}")
+    backend = get_backend(options.backend)
+    names, index = backend.devices(), options.device_index
+    if index is None:
+        return backend.device(replica % max(1, len(names)))
+    if index >= len(names):
+        there = f"there are {', '.join(names)}" if names else "there is none"
+        raise EngineOptionError(f"device: no {options.device} on this machine; {there}")
+    return backend.device(index)
+
+
+def prepare(devices: Sequence[str]) -> None:
+    """Import what engines on these devices need, before their options are known."""
+    if not devices:
+        return
+    _import_torch()
+    importlib.import_module(_RESOURCES)
+    for device in devices:
+        get_backend(device.partition(":")[0])
+
+
+def _import_torch() -> None:
+    """Import torch before other modules load it, and freeze its objects.
+
+    Collections of cycles would go over hundreds of thousands of objects that stay for good: again
+    and again during the import, and whenever a server collects later.
+    """
+    if "torch" in sys.modules or not gc.isenabled():
+        return
+    gc.collect()  # garbage would be frozen too
+    gc.disable()
+    try:
+        importlib.import_module("torch")
+        gc.freeze()
+    finally:
+        gc.enable()
 
 
 async def _open(options: EngineOptions, place: ReplicaPlace) -> LocalEngine:
-    """Loading weights takes seconds, in a thread."""
+    # In a thread: loading weights takes seconds.
     return await trio.to_thread.run_sync(_load, options, place, abandon_on_cancel=place.may_abandon)
 
 
@@ -56,88 +124,10 @@ def _describe(options: EngineOptions) -> EngineDescription:
 
 
 def _num_devices(options: EngineOptions) -> int:
-    """Over how many devices the replicas are spread."""
+    """The number of devices that the replicas are spread over."""
     if options.device_index is not None:
         return 1
     return max(1, min(options.replicas, len(get_backend(options.backend).devices())))
 
 
 KIND = EngineKind(EngineOptions, LOCAL_CAPABILITIES, _open, _describe)
-
-
-def prepare(devices: Sequence[str]) -> None:
-    """Import what engines on those devices need, before it is known what they load."""
-    if not devices:
-        return
-    _import_torch()
-    importlib.import_module("sagellm.runtime.engine.device_resources")
-    for device in devices:
-        get_backend(device.partition(":")[0])
-
-
-def _import_torch() -> None:
-    """Once a process, before anything else is loaded, and without collections of cycles.
-
-    They would go over its hundreds of thousands of objects again and again, which stay: now, and
-    whenever a server collects later. So these are frozen, with whatever else is alive.
-    """
-    if "torch" in sys.modules or not gc.isenabled():
-        return
-    gc.collect()  # what is garbage now would be frozen too
-    gc.disable()
-    try:
-        importlib.import_module("torch")
-        gc.freeze()
-    finally:
-        gc.enable()
-
-
-# By name, so that a graph can be checked without loading torch.
-_RESOURCES = "sagellm.runtime.engine.device_resources"
-
-
-def open_engine(
-    options: EngineOptions,
-    *,
-    name: str,
-    replica: int = 0,
-    sharing: Sharing | None = None,
-    progress: Progress = silent,
-) -> LocalEngine:
-    """One replica, ready for `run`: loads weights, lowers the kernel graph, allocates the pool.
-
-    `sharing`: other processes reach the pool through that. `progress` is called with each event.
-    Takes seconds without a checkpoint. Raises EngineOptionError, ModelError, UnsupportedModel,
-    LoweringError.
-    """
-    folder = resolve_model(options.model)
-    device = open_device(options, replica)
-    facts = facts_of(options, folder, device)
-    opened = importlib.import_module(_RESOURCES).open_resources
-    resources = opened(options, folder, facts, device, sharing, progress)
-    return LocalEngine(resources, name=name, replica=replica)
-
-
-def open_device(options: EngineOptions, replica: int = 0) -> Device:
-    """The device of one replica. Raises EngineOptionError."""
-    known = list_available_backends()
-    if options.backend not in known:
-        close = nearest(options.backend, known)
-        hint = f"did you mean {close}?" if close else "see `sagellm doctor`"
-        raise EngineOptionError(f"device: {options.device!r} is not built; {hint}")
-    backend = get_backend(options.backend)
-    names, index = backend.devices(), options.device_index
-    if index is None:
-        return backend.device(replica % max(1, len(names)))
-    if index >= len(names):
-        there = f"there are {', '.join(names)}" if names else "there is none"
-        raise EngineOptionError(f"device: no {options.device} on this machine; {there}")
-    return backend.device(index)
-
-
-def facts_of(
-    options: EngineOptions, folder: ModelFolder, device: Device | None = None
-) -> EngineFacts:
-    """The facts that an engine opened now would have; reads no weight. Raises EngineOptionError."""
-    memory_bytes = (device or open_device(options)).memory_bytes
-    return engine_facts(options, folder, size(options, folder.facts, memory_bytes))

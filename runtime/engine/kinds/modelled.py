@@ -1,5 +1,5 @@
-"""The kind `modelled`: it schedules and leases as `local` does, computes nothing, and takes
-the time of a cost model.
+"""The kind `modelled`: it schedules and leases as `local` does, but a cost model says how long
+steps take, and nothing is computed.
 """
 
 from collections.abc import Callable, Sequence
@@ -58,7 +58,7 @@ class ModelledOptions(PagedOptions):
 
     @property
     def quantization(self) -> None:
-        """Weights are not loaded; their form is that of the folder."""
+        """None: no weights are loaded, and their form is that of the folder."""
 
     @property
     def capabilities(self) -> frozenset[str]:
@@ -66,7 +66,7 @@ class ModelledOptions(PagedOptions):
 
 
 def open_modelled(options: ModelledOptions, *, name: str, replica: int = 0) -> LocalEngine:
-    """One replica, ready for `run`. Raises EngineOptionError, ModelError, UnsupportedModel."""
+    """Open one replica, ready for `run`. Raises EngineOptionError, ModelError, UnsupportedModel."""
     folder = resolve_model(options.model)
     facts = engine_facts(options, folder, _size(options, folder))
     vocab_size = folder.facts.vocab_size
@@ -80,29 +80,9 @@ def open_modelled(options: ModelledOptions, *, name: str, replica: int = 0) -> L
     return LocalEngine(resources, name=name, replica=replica)
 
 
-def _size(options: ModelledOptions, folder: ModelFolder) -> Sizing:
-    return size(options, folder.facts, get_backend(_BACKEND).device().memory_bytes)
-
-
-async def _open(options: ModelledOptions, place: ReplicaPlace) -> LocalEngine:
-    await trio.lowlevel.checkpoint()
-    sized = resized(options, place.num_blocks)
-    return open_modelled(sized, name=place.engine, replica=place.replica)
-
-
-def _describe(options: ModelledOptions) -> EngineDescription:
-    folder = resolve_model(options.model)
-    sizing = _size(options, folder)
-    view = facts_view(options, folder, sizing, pool_bytes=0)
-    return EngineDescription(view, options.model, folder, folder.warnings, sizes(options, sizing))
-
-
-KIND = EngineKind(ModelledOptions, _CAPABILITIES, _open, _describe)
-
-
 @dataclass(frozen=True, slots=True)
 class ModelledLaunch:
-    """The step begins when somebody waits for the result."""
+    """A step that begins when its result is awaited."""
 
     batch: Batch
     seconds: float
@@ -113,7 +93,7 @@ class ModelledLaunch:
         token_ids = null_tokens(rows_of(self.batch), self.vocab_size)
         return Sampled(token_ids, prompt_logprobs=[[] for _ in self.batch.scoring])
 
-    def recall(self) -> bool:
+    def cancel(self) -> bool:
         return False
 
 
@@ -138,14 +118,16 @@ class ModelledRunner:
 
 
 def shape_of(batch: Batch) -> StepShape:
-    """What the cost of a batch depends on."""
+    """The shape that the cost of a batch depends on."""
     prompts = (sequence.num_prompt for sequence in batch.sequences)
     return step_shape(zip(batch.starts, batch.query_lens, prompts, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
 class ModelledStorage:
-    """Implements Storage. A copy takes as long as its bytes take on a link of `bytes_per_s`."""
+    """Implements Storage without memory. A copy takes as long as its bytes take on a link of
+    `bytes_per_s`.
+    """
 
     block_bytes: int
     bytes_per_s: float
@@ -174,3 +156,23 @@ class ModelledStorage:
 
     def _seconds(self, num_blocks: int) -> float:
         return num_blocks * self.block_bytes / self.bytes_per_s
+
+
+def _size(options: ModelledOptions, folder: ModelFolder) -> Sizing:
+    return size(options, folder.facts, get_backend(_BACKEND).device().memory_bytes)
+
+
+async def _open(options: ModelledOptions, place: ReplicaPlace) -> LocalEngine:
+    await trio.lowlevel.checkpoint()
+    sized = resized(options, place.num_blocks)
+    return open_modelled(sized, name=place.engine, replica=place.replica)
+
+
+def _describe(options: ModelledOptions) -> EngineDescription:
+    folder = resolve_model(options.model)
+    sizing = _size(options, folder)
+    view = facts_view(options, folder, sizing, pool_bytes=0)
+    return EngineDescription(view, options.model, folder, folder.warnings, sizes(options, sizing))
+
+
+KIND = EngineKind(ModelledOptions, _CAPABILITIES, _open, _describe)

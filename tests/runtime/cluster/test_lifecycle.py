@@ -118,7 +118,7 @@ async def serving_life(chaos: Chaos) -> TaskLife:
     """Of the worker that has a request of which no token has come."""
     while True:
         for worker in chaos.supervisor.workers:
-            if worker.engine is not None and worker.engine._waiting:
+            if worker.engine is not None and worker.engine._silent:
                 return next(life for life in chaos.lives.lives if life.pid == worker.pid)
         await trio.sleep(0.01)
 

@@ -1,6 +1,6 @@
-"""The step ahead: the same answers, nothing of it reaches a reader that should not, no block early.
+"""Async scheduling: the same answers, no event too many, no block freed too early.
 
-A scripted device runs steps when it is told to, so that each moment between two of them is met.
+A scripted device runs each step on a permit, so that tests meet each moment between two steps.
 """
 
 import random
@@ -28,7 +28,7 @@ STOP = 9
 
 @dataclass(repr=False)
 class ScriptedLaunch:
-    """Samples when its device is permitted to; `blocks` must be the same then as now."""
+    """A launch that samples on a permit of its device. `blocks` must be the same then as now."""
 
     device: "Scripted"
     batch: Batch
@@ -38,12 +38,12 @@ class ScriptedLaunch:
     sampled: list[int] | None = None
 
     @property
-    def is_ahead(self):
+    def is_next(self):
         return self.after is not None
 
     @property
     def is_fed(self):
-        """Whether it computes what the launch before it samples."""
+        """Whether it computes tokens that the launch before it samples."""
         return bool(self.numbers.fed)
 
     async def result(self):
@@ -66,7 +66,7 @@ class ScriptedLaunch:
         scores = [[Logprob(0, 0.0) for _ in one.token_ids] for one in self.numbers.scored]
         return Sampled(self.sampled, prompt_logprobs=scores)
 
-    def recall(self):
+    def cancel(self):
         if not self.device.is_patient or self is self.device.queued[0]:
             return False
         self.device.queued.remove(self)
@@ -106,7 +106,7 @@ class Scripted:
 
 
 def scripted(**options):
-    """A null engine on a scripted device that runs ahead."""
+    """A null engine with async scheduling on a scripted device."""
     values = {"model": "null", "num_blocks": 32, "block_size": 4, "max_model_len": 64, **options}
     engine = open_modelled(ModelledOptions(**values), name="e")
     device = Scripted()
@@ -128,7 +128,7 @@ def sampled(max_tokens, **fields):
     return Sampling(max_tokens=max_tokens, ignore_eos=True, seed=1, **fields)
 
 
-async def test_a_step_behind_another_takes_its_tokens():
+async def test_the_next_step_takes_the_tokens_of_the_step_before():
     engine, device = scripted()
     async with running(engine) as [driver]:
         reply = await driver.submit("r", (1, 2), sampling=sampled(5))
@@ -140,7 +140,7 @@ async def test_a_step_behind_another_takes_its_tokens():
         assert [row.added for row in rows] == [(token,) for token in reply.token_ids[:-1]]
 
 
-async def test_blocks_of_an_ended_sequence_stay_leased_until_the_step_ahead_is_over():
+async def test_blocks_of_an_ended_sequence_stay_leased_until_the_next_step_is_over():
     engine, device = scripted()
     device.token = lambda name, position: STOP if position == 1 else 100
     idle_with = []
@@ -162,7 +162,7 @@ async def test_blocks_of_an_ended_sequence_stay_leased_until_the_step_ahead_is_o
         assert not idle_with
         await steps(device)
         assert idle_with == [0]
-    assert reply.token_ids == [100, STOP]  # `running` has read on: nothing came behind the end
+    assert reply.token_ids == [100, STOP]  # `running` has read on: no event came after the end
     assert len(device.batches) == 3
 
 
@@ -181,7 +181,7 @@ async def test_a_new_sequence_may_take_the_name_of_one_whose_step_is_not_over():
         assert second.token_ids == [100]
 
 
-async def test_who_ends_by_length_is_not_computed_once_more():
+async def test_a_sequence_that_ends_by_length_is_not_computed_once_more():
     engine, device = scripted()
     async with running(engine) as [driver]:
         await driver.submit("short", (1, 2), sampling=sampled(2))
@@ -193,7 +193,7 @@ async def test_who_ends_by_length_is_not_computed_once_more():
     assert sum("long" in names(batch) for batch in device.batches) == 4
 
 
-async def test_an_arrival_recalls_the_step_ahead_and_joins_in_its_place():
+async def test_an_arrival_cancels_the_next_step_and_joins_in_its_place():
     engine, device = scripted()
     async with running(engine) as [driver]:
         await driver.submit("a", (1, 2), sampling=sampled(6))
@@ -202,13 +202,13 @@ async def test_an_arrival_recalls_the_step_ahead_and_joins_in_its_place():
         await driver.submit("b", (1, 2), sampling=sampled(2))
         await steps(device)
         assert "b" in names(device.batches[-1])
-        assert not device.launches[-1].is_ahead
+        assert not device.launches[-1].is_next
         await steps(device, 5)
         await driver.all_done()
         assert driver.replies["a", 0].token_ids == [100, 101, 102, 103, 104, 105]
 
 
-async def test_a_cancel_recalls_the_step_ahead_and_frees_the_blocks_after_the_launched_one():
+async def test_a_cancel_cancels_the_next_step_and_frees_the_blocks_after_the_launched_one():
     engine, device = scripted()
     async with running(engine) as [driver]:
         reply = await driver.submit("a", (1, 2), sampling=sampled(6))
@@ -223,7 +223,7 @@ async def test_a_cancel_recalls_the_step_ahead_and_frees_the_blocks_after_the_la
     assert len(device.batches) == 2
 
 
-async def test_a_reader_that_does_not_read_has_no_more_drawn_for_it_than_its_mailbox_holds():
+async def test_a_reader_that_does_not_read_has_no_more_sampled_for_it_than_its_mailbox_holds():
     engine, device = scripted()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(engine.run)
@@ -238,7 +238,7 @@ async def test_a_reader_that_does_not_read_has_no_more_drawn_for_it_than_its_mai
         nursery.cancel_scope.cancel()
 
 
-async def test_the_step_behind_one_that_fails_fails_with_it_and_the_engine_goes_on():
+async def test_the_step_after_one_that_fails_fails_with_it_and_the_engine_goes_on():
     engine, device = scripted()
     device.fails_at = 2
     async with running(engine) as [driver]:
@@ -283,7 +283,7 @@ async def test_equal_blocks_are_merged_but_never_beneath_a_step_that_reads_them(
         await driver.all_done()
 
 
-async def test_steps_are_launched_ahead_while_a_prompt_is_chunked():
+async def test_next_steps_are_launched_while_a_prompt_is_chunked():
     engine, device = scripted(max_num_batched_tokens=8, max_model_len=128)
     async with running(engine) as [driver]:
         decoding = await driver.submit("a", (1, 2), sampling=sampled(9))
@@ -295,7 +295,7 @@ async def test_steps_are_launched_ahead_while_a_prompt_is_chunked():
         await steps(device, 4)
         chunked = device.launches[began:]
         assert all(names(launch.batch) == ["a", "b"] for launch in chunked)
-        assert all(launch.is_ahead for launch in chunked)
+        assert all(launch.is_next for launch in chunked)
         await steps(device, 9)
         await driver.all_done()
         assert decoding.token_ids == [100 + position for position in range(9)]
@@ -310,12 +310,12 @@ async def test_the_last_chunk_of_a_prompt_feeds_the_step_after_it():
         await steps(device, 5)
         assert reply.token_ids == [100, 101, 102]
     assert [launch.batch.query_lens for launch in device.launches] == [[8], [8], [4], [1], [1]]
-    assert [launch.is_ahead for launch in device.launches] == [False, True, True, True, True]
+    assert [launch.is_next for launch in device.launches] == [False, True, True, True, True]
     assert [launch.is_fed for launch in device.launches] == [False, False, False, True, True]
 
 
-async def test_steps_are_launched_ahead_while_requests_wait():
-    """And who waits takes the place of one that ends by its length in the very next step."""
+async def test_next_steps_are_launched_while_requests_wait():
+    """A waiting sequence takes the place of one that ends by its length in the very next step."""
     engine, device = scripted(max_num_seqs=2)
     async with running(engine) as [driver]:
         for number, (name, count) in enumerate((("a", 3), ("b", 6), ("c", 3), ("d", 3))):
@@ -330,7 +330,7 @@ async def test_steps_are_launched_ahead_while_requests_wait():
 
     assert steps_of("c")[0] == steps_of("a")[-1] + 1
     assert steps_of("d")[0] == min(steps_of("b")[-1], steps_of("c")[-1]) + 1
-    assert all(launch.is_ahead for launch in device.launches[steps_of("b")[0] + 1 :])
+    assert all(launch.is_next for launch in device.launches[steps_of("b")[0] + 1 :])
 
 
 async def test_an_arrival_that_cannot_start_recalls_nothing():
@@ -343,11 +343,11 @@ async def test_an_arrival_that_cannot_start_recalls_nothing():
         assert len(device.queued) == 2
         await steps(device, 6)
         await driver.all_done()
-    assert all(launch.is_ahead for launch in device.launches[1:])
+    assert all(launch.is_next for launch in device.launches[1:])
 
 
 @pytest.mark.parametrize("is_patient", [True, False])
-async def test_one_admitted_ahead_keeps_its_blocks_until_its_step_is_over(is_patient):
+async def test_a_sequence_admitted_to_the_next_step_keeps_its_blocks_until_that_is_over(is_patient):
     engine, device = scripted(max_num_seqs=1)
     device.is_patient = is_patient
     async with running(engine) as [driver]:
@@ -365,7 +365,7 @@ async def test_one_admitted_ahead_keeps_its_blocks_until_its_step_is_over(is_pat
         assert engine.pool.num_leased == 0
 
 
-async def test_one_admitted_ahead_of_a_step_that_fails_is_computed_again():
+async def test_a_sequence_admitted_after_a_step_that_fails_is_computed_again():
     engine, device = scripted(max_num_seqs=1)
     device.fails_at = 2
     async with running(engine) as [driver]:
@@ -377,7 +377,7 @@ async def test_one_admitted_ahead_of_a_step_that_fails_is_computed_again():
         assert fine.token_ids == [100, 101]
 
 
-async def test_who_is_cancelled_while_computed_behind_a_step_that_failed_ends():
+async def test_a_sequence_cancelled_in_the_step_after_one_that_failed_ends():
     engine, device = scripted(max_num_seqs=1)
     device.is_patient, device.fails_at = False, 2
     async with running(engine) as [driver]:
@@ -410,7 +410,7 @@ def open_on(folder, *, async_scheduling, **options):
 
 
 def some_sampling(draw):
-    """Greedy, seeded, with penalties, with stops: whatever a draw may depend on."""
+    """Greedy, seeded, with penalties, with stops: everything that sampling may depend on."""
     fields = {"max_tokens": draw.randrange(4, 40), "ignore_eos": draw.random() < 0.5, "seed": 3}
     if draw.random() < 0.6:
         fields |= {"temperature": 2.0, "top_k": 40, "top_p": 0.95}
@@ -424,14 +424,14 @@ def some_sampling(draw):
 
 
 async def traffic(engine, seed, monkeypatch):
-    """What comes back for random arrivals, some of them cancelled on the way."""
+    """The replies to random arrivals, some of which are cancelled."""
     draw = random.Random(seed)
     prompts = random_prompts((3, 20, 45, 90))
-    num_ahead, launch = 0, DeviceQueue.launch
+    num_next, launch = 0, DeviceQueue.launch
 
     def counting(self, program, storage, batch, after):
-        nonlocal num_ahead
-        num_ahead += after is not None
+        nonlocal num_next
+        num_next += after is not None
         return launch(self, program, storage, batch, after)
 
     monkeypatch.setattr(DeviceQueue, "launch", counting)
@@ -449,15 +449,15 @@ async def traffic(engine, seed, monkeypatch):
                 engine.cancel(name, 0, 0)
         await driver.all_done()
     monkeypatch.undo()
-    return driver.replies, cancelled, num_ahead
+    return driver.replies, cancelled, num_next
 
 
 @pytest.mark.parametrize("options", [{}, {"num_blocks": 16, "max_num_batched_tokens": 32}])
 @pytest.mark.parametrize("seed", range(3))
-async def test_answers_are_the_same_with_and_without_the_step_ahead(
+async def test_answers_are_the_same_with_and_without_async_scheduling(
     folder, seed, options, monkeypatch
 ):
-    ahead, cancelled, count = await traffic(
+    answers, cancelled, count = await traffic(
         open_on(folder, async_scheduling=True, **options), seed, monkeypatch
     )
     alone, _, none = await traffic(
@@ -465,7 +465,7 @@ async def test_answers_are_the_same_with_and_without_the_step_ahead(
     )
     assert count > 20
     assert none == 0
-    for (name, choice), reply in ahead.items():
+    for (name, choice), reply in answers.items():
         other = alone[name, choice]
         if name in cancelled:
             size = min(len(reply.token_ids), len(other.token_ids))

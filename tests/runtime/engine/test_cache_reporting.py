@@ -1,4 +1,4 @@
-"""Engines say which prefix blocks they have: here, and over a channel to a worker."""
+"""Engines report their prefix blocks: in this process, and over a channel to a worker."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -19,7 +19,7 @@ from sagellm.runtime.prefixes import CacheChanged, OnCacheChanged, ReportsCache,
 
 
 class Heard:
-    """What a graph knows of one engine."""
+    """The prefix blocks of one engine, as a graph knows them."""
 
     def __init__(self) -> None:
         self.reports: list[CacheChanged] = []
@@ -93,8 +93,8 @@ async def test_nothing_is_sent_before_anybody_asks(
 ) -> None:
     sent: list[object] = []
     async with running() as (pair, nursery):
-        hear = pair.remote._hear
-        monkeypatch.setattr(pair.remote, "_hear", lambda said: (sent.append(said), hear(said)))
+        hear = pair.remote._take
+        monkeypatch.setattr(pair.remote, "_take", lambda said: (sent.append(said), hear(said)))
         await answer(pair, nursery, 1)
         assert pair.local.pool._tree.log is None
     kinds = set(map(type, sent))
@@ -102,7 +102,7 @@ async def test_nothing_is_sent_before_anybody_asks(
     assert CacheUpdate not in kinds
 
 
-async def test_who_asks_later_is_told_all_in_pieces(
+async def test_a_late_reader_is_told_all_in_pieces(
     autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cache_log, "MAX_REPORTED", 2)
@@ -122,9 +122,9 @@ async def test_a_graph_that_does_not_read_makes_a_worker_begin_anew(
     async with running() as (pair, nursery):
         heard = Heard()
         unsaid: list[object] = []
-        say = pair.remote.say
+        say = pair.remote.calls.say
         monkeypatch.setattr(
-            pair.remote,
+            pair.remote.calls,
             "say",
             lambda said: unsaid.append(said) if type(said).__name__ == "GrantCache" else say(said),
         )
@@ -133,7 +133,7 @@ async def test_a_graph_that_does_not_read_makes_a_worker_begin_anew(
         assert len(heard.reports) == engine_server.WINDOW
         monkeypatch.undo()
         for grant in unsaid:
-            pair.remote.say(grant)  # type: ignore[arg-type]
+            pair.remote.calls.say(grant)  # type: ignore[arg-type]
         await wait_all_tasks_blocked()
         assert heard.blocks == blocks_of(pair.local)
         assert heard.num_first >= 2
@@ -171,7 +171,7 @@ async def test_an_engine_here_tells_as_well(autojump_clock: MockClock) -> None:
 
 
 class ReportingKind:
-    """An engine of another kind: it reports to a function, and keeps no log."""
+    """An engine of another kind, which reports to a function and keeps no log."""
 
     def __init__(self, local: LocalEngine) -> None:
         self._local = local

@@ -1,4 +1,4 @@
-"""Text while it comes: whole characters only, in sum what decoding all tokens gives."""
+"""Incremental text: whole characters only, and in sum the text of all tokens."""
 
 import pytest
 import tokenizers
@@ -13,7 +13,7 @@ FAMILY = "👩‍👩‍👧"
 
 
 def sentencepiece_tokenizer():
-    """As Llama 2's: pieces with a leading bar for a space, other characters as bytes."""
+    """A tokenizer like Llama 2's: a leading bar for a space, bytes for other characters."""
     pieces = ["▁", "▁the", "▁a", "t", "h", "e", "s", "<unk>"]
     vocab = {piece: index for index, piece in enumerate(pieces)}
     vocab |= {f"<0x{byte:02X}>": len(pieces) + byte for byte in range(256)}
@@ -39,7 +39,7 @@ OTHERS = [byte for byte in range(256) if byte not in PRINTABLE]
 
 
 def byte_id(byte):
-    """The token of one byte; byte-level BPE writes unprintable ones as letters from 256 on."""
+    """The token of one byte. Byte-level BPE writes unprintable bytes as letters from 256 on."""
     letter = chr(byte if byte in PRINTABLE else 256 + OTHERS.index(byte))
     return byte_tokenizer().token_to_id(letter)
 
@@ -86,8 +86,8 @@ def test_any_tokens_stream_to_their_decoding(ids):
 
 
 @pytest.mark.parametrize("ids", [[EOS], [0x80], [0xE2, 0x82], [EOS, 0xFF], [0xEF, 0xBF, 0xBD]])
-@pytest.mark.parametrize("behind", [[], [0xE2, 0x82, 0xAC]])
-def test_the_window_stays_short_whatever_comes(ids, behind):
+@pytest.mark.parametrize("rest", [[], [0xE2, 0x82, 0xAC]])
+def test_the_window_stays_short_whatever_comes(ids, rest):
     tokenizer, lengths = byte_tokenizer(), []
 
     def decode(window):
@@ -95,7 +95,7 @@ def test_the_window_stays_short_whatever_comes(ids, behind):
         return tokenizer.decode(window)
 
     detokenizer = IncrementalDetokenizer(decode)
-    tokens = [one if one == EOS else byte_id(one) for one in [0x61, *ids * 100, *behind]]
+    tokens = [one if one == EOS else byte_id(one) for one in [0x61, *ids * 100, *rest]]
     parts = [*map(detokenizer.push, tokens), detokenizer.flush()]
     assert max(lengths) <= 32
     assert "".join(parts) == tokenizer.decode(tokens)

@@ -1,4 +1,4 @@
-"""Engines on devices that are no CPU: memory of their own, late results, two of them."""
+"""Engines on devices that are no CPU: with memory of their own and late results, one or two."""
 
 from collections.abc import Iterator
 from typing import Any

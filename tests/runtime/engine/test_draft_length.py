@@ -1,4 +1,4 @@
-"""How many tokens are drafted: by what was right, by what pays, and after a rest."""
+"""Draft lengths: after right and wrong drafts, by price, and after a pause."""
 
 from itertools import pairwise
 
@@ -10,14 +10,14 @@ CHEAP, DEAR = 0.1, 1.0
 HOPE = 0.7
 
 
-def drafted(pace, num_steps, num_right, price=CHEAP):
-    """Tokens drafted in each of some steps of which at most `num_right` are right."""
+def drafted(length, num_steps, num_right, price=CHEAP):
+    """Tokens drafted in each of `num_steps` steps, of which at most `num_right` are right."""
     counts = []
     for _ in range(num_steps):
-        count = pace.want(price, HOPE)
+        count = length.next(price, HOPE)
         counts.append(count)
         if count:
-            pace.learn(count, min(count, num_right))
+            length.learn(count, min(count, num_right))
     return counts
 
 
@@ -39,9 +39,9 @@ def test_partly_right_drafts_shrink_to_what_was_right():
 
 
 def test_a_sequence_that_begins_to_repeat_is_found_out_and_grows_again():
-    pace = DraftLength(4)
-    drafted(pace, 60, 0)
-    counts = drafted(pace, 80, 4)
+    length = DraftLength(4)
+    drafted(length, 60, 0)
+    counts = drafted(length, 80, 4)
     assert counts[-5:] == [4] * 5
     first = next(at for at, count in enumerate(counts) if count)
     assert counts[first : first + 3] == [1, 2, 3]

@@ -22,7 +22,7 @@ PLENTY = 10_000  # blocks
 
 @dataclass(frozen=True)
 class Asked:
-    """One sequence. Arrivals differ by less than a tick, so that none comes as a step ends."""
+    """One sequence. Arrivals differ by less than a tick, so none meets the end of a step."""
 
     number: int
     tick: int
@@ -48,7 +48,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Seen:
-    """Of one sequence: when its first and its last token came, how many, and why it ended."""
+    """One sequence: times of its first and last token, number of tokens, and why it ended."""
 
     first_s: float | None
     last_s: float
@@ -74,7 +74,7 @@ def options_of(limits, ticks, num_blocks, *, caching=True):
 
 
 def by_engine(options, workload):
-    """What the engine gives, on trio's clock."""
+    """The outcome of the engine, on trio's clock."""
     seen = {}
 
     async def one(driver, asked):
@@ -126,7 +126,7 @@ def model_of(options):
 
 
 def by_model(options, workload):
-    """What the model gives, in as few steps as it can."""
+    """The outcome of the model, in as few steps as it can."""
     model = model_of(options)
     happen = [(asked.arrives_s, 0, asked.number, asked) for asked in workload]
     happen += [

@@ -36,7 +36,7 @@ async def test_an_answer_ends_by_length(autojump_clock):
 
 
 async def test_sequences_that_are_sent_together_do_not_wait_a_turn_for_each_other(autojump_clock):
-    """Where turns of the loop are late, the last of many would begin many turns late."""
+    """Sequences submitted together start together, even if turns of trio's loop are late."""
     turned = trio.Event()
 
     async def turn() -> None:
@@ -298,7 +298,7 @@ async def test_import_refuses_what_never_fits(fields, reason):
             await driver.engine.import_(offer(driver.engine, **fields))
 
 
-async def test_a_landing_without_its_blocks_cannot_decode(autojump_clock):
+async def test_a_reservation_without_its_blocks_cannot_decode(autojump_clock):
     async with running(open_null()) as [driver]:
         target = await driver.engine.import_(offer(driver.engine))
         with pytest.raises(StaleLease, match="reserved"):
@@ -306,7 +306,7 @@ async def test_a_landing_without_its_blocks_cannot_decode(autojump_clock):
         target.abort()
 
 
-async def test_resuming_behind_the_last_token_ends_at_once(autojump_clock):
+async def test_resuming_after_the_last_token_ends_at_once(autojump_clock):
     async with running(open_null()) as [driver]:
         reply = await driver.submit("r", PROMPT, max_tokens=3, emitted_token_ids=(1, 2, 3))
         await reply.done.wait()
@@ -375,7 +375,7 @@ async def test_stopping_frees_everything_and_ends_readers(autojump_clock):
             async for batch in engine.events("o"):
                 seen.extend(batch)
 
-        await engine.import_(offer(engine, "landing"))
+        await engine.import_(offer(engine, "reserved"))
         await engine.submit(_state("r"))
         await trio.sleep(0.05)
         scope.cancel()
@@ -387,7 +387,7 @@ async def test_stopping_frees_everything_and_ends_readers(autojump_clock):
 
 @pytest.mark.parametrize("seed", range(4))
 async def test_cancelling_at_random_points_frees_every_block(autojump_clock, seed):
-    """Fifty requests go through both engines; each is cancelled somewhere, or not."""
+    """Fifty requests go through both engines. Each may be cancelled at any moment."""
     draw = random.Random(seed)
     small = {
         "num_blocks": 40,

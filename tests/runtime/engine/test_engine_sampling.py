@@ -202,7 +202,7 @@ async def test_engines_of_one_model_share_its_program(folder):
 
 
 class Launches:
-    """Computes with `runner`; `starting` has the first tokens that each launch samples."""
+    """Computes with `runner`. `starting`: the requests whose first token each launch samples."""
 
     def __init__(self, runner):
         self.runner = runner
@@ -219,8 +219,8 @@ class Launches:
         return self.runner.launch(batch, after)
 
 
-async def test_a_short_prompt_behind_a_long_one_waits_two_steps(folder):
-    """For the step that computes, and for one that may have begun behind it."""
+async def test_a_short_prompt_after_a_long_one_waits_two_steps(folder):
+    """For the step that computes, and for the next step, which may have begun."""
     long, short = random_prompts((200, 4))
     engine = open_on(folder, max_num_batched_tokens=16)
     launches = Launches(engine._resources.runner)

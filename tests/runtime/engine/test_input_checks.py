@@ -1,4 +1,4 @@
-"""What an engine refuses at its own door, whoever asks and on whichever way in."""
+"""Checks that an engine makes itself, for any caller and any way of submitting."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -36,7 +36,7 @@ BAD_SAMPLING: list[dict[str, Any]] = [
 
 @dataclass
 class Way:
-    """One way into an engine: alone, with its blocks held at the end, or behind adopted blocks."""
+    """One way of submitting: alone, with blocks held at the end, or after adopted blocks."""
 
     driver: Driver
     name: str
@@ -57,7 +57,7 @@ class Way:
 
 @pytest.fixture(params=["plain", "held", "adopted"])
 async def way(request):
-    """The way in; afterwards the engine serves a canary, and every block is free."""
+    """Submit in this way. Afterwards the engine serves a canary, and every block is free."""
     engine = open_modelled(ModelledOptions(model="null", max_model_len=48), name="e")
     async with running(engine) as [driver]:
         found = Way(driver, request.param)

@@ -1,4 +1,4 @@
-"""Layers with windows and recurrent states: the same answers however a sequence is served."""
+"""Layers with windows and recurrent states: the same answers in every way of serving."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -73,7 +73,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path
 
 @pytest.fixture(scope="module")
 def answers() -> dict[str, list[list[int]]]:
-    """Those of each model, once the first exam has asked for them."""
+    """The right answers of each model, computed for its first exam."""
     return {}
 
 
@@ -170,48 +170,48 @@ async def test_preempted(exam: Exam) -> None:
 
 
 @pytest.mark.parametrize("fails_at", [12, 25, 40])
-async def test_what_a_step_computed_behind_one_that_failed_is_computed_again(
+async def test_tokens_computed_in_the_step_after_one_that_failed_are_computed_again(
     exam: Exam, monkeypatch: pytest.MonkeyPatch, fails_at: int
 ) -> None:
-    """Once more from where it began: a state has gone on meanwhile."""
+    """Tokens are computed again from the start of the step: states have advanced meanwhile."""
     short = replace(exam, prompts=random_prompts(range(4, 14)))
     async with running(opened(exam)) as [driver]:
         right = await ask_all(driver, short)
     engine = opened(exam, block_size=4, max_num_batched_tokens=4)
-    behind = fail_late(engine, monkeypatch, fails_at)
+    late = fail_late(engine, monkeypatch, fails_at)
     async with running(engine) as [driver]:
         answers = await ask_all(driver, short)
     ends = [reply.events[-1].finish_reason for reply in driver.replies.values()]
     whole = [index for index, end in enumerate(ends) if end == "length"]
-    assert behind
+    assert late
     assert set(ends) == {"failed", "length"}
     assert [answers[index] for index in whole] == [right[index] for index in whole]
     assert (engine.load.num_preemptions > 0) == exam.has_state
 
 
 def fail_late(engine: LocalEngine, patch: pytest.MonkeyPatch, number: int) -> list[str]:
-    """Let a step fail when the one behind it is over; who was computed in that one alone."""
-    behind: list[str] = []
+    """Let a step fail after the next step is over. Return the requests computed in that alone."""
+    late: list[str] = []
     result = DeviceLaunch.result
 
     async def fail(launch: DeviceLaunch) -> Sampled:
         sampled = await result(launch)
-        ahead = engine._stepping._next
-        if engine._stepping.num_steps < number or behind or not isinstance(ahead, DeviceLaunch):
+        after = engine._loop._next
+        if engine._loop.num_steps < number or late or not isinstance(after, DeviceLaunch):
             return sampled
-        others = [one for one in ahead.batch.sequences if one not in launch.batch.sequences]
+        others = [one for one in after.batch.sequences if one not in launch.batch.sequences]
         if any(one.num_computed for one in others):
-            await result(ahead)
-            behind.extend(one.fence.request_id for one in others)
+            await result(after)
+            late.extend(one.fence.request_id for one in others)
             raise RuntimeError("broken")
         return sampled
 
     patch.setattr(DeviceLaunch, "result", fail)
-    return behind
+    return late
 
 
 def fewest(exam: Exam, **options: Any) -> int:
-    """The blocks of the smallest pool."""
+    """The number of blocks of the smallest pool."""
     facts = opened(exam, **options).facts
     return facts.shape.num_needed(facts.max_model_len)
 
@@ -257,7 +257,7 @@ async def test_a_reused_prefix(exam: Exam) -> None:
 
 def watched(engine: LocalEngine) -> list[list[int]]:
     """The blocks held in each table of each lease, after each step."""
-    collect, seen = engine._collector.collect, []
+    collect, seen = engine._loop._collect, []
 
     def watching(batch: Batch, sampled: Sampled | Exception) -> None:
         collect(batch, sampled)
@@ -265,11 +265,11 @@ def watched(engine: LocalEngine) -> list[list[int]]:
         for lease in engine.pool.leases:
             seen.append([sum(block != FREED for block in table) for table in lease.tables])
 
-    engine._collector.collect = watching  # type: ignore[method-assign]
+    engine._loop._collect = watching  # type: ignore[method-assign]
     return seen
 
 
-async def test_windows_give_back_what_lies_behind_them(exam: Exam) -> None:
+async def test_windows_free_the_blocks_that_they_have_passed(exam: Exam) -> None:
     engine = opened(exam, block_size=4, prefill_chunk=16)
     windows = [one.window for one in engine.facts.shape.groups for _ in range(one.num_tables)]
     seen = watched(engine)

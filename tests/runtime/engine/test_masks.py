@@ -1,4 +1,4 @@
-"""Allowed tokens and bad words: as transformers has them, and the same however they are run."""
+"""Allowed tokens and bad words: as in transformers, and the same in every batch."""
 
 import itertools
 
@@ -136,7 +136,7 @@ async def test_handed_over_is_alone(folder):
 
 @pytest.mark.parametrize("speculation", [None, "ngram"])
 async def test_where_no_token_is_left_the_answer_stops(folder, speculation):
-    """The second token is forbidden behind every first."""
+    """The second token is forbidden after every first."""
     banned = tuple((first, second) for first in (7, 8) for second in (7, 8))
     sampling = Sampling(
         max_tokens=9, allowed_token_ids=(7, 8), bad_words_token_ids=banned, prompt_logprobs=0
@@ -153,7 +153,7 @@ async def test_where_no_token_is_left_the_answer_stops(folder, speculation):
 
 @pytest.mark.parametrize("graph", ["joint", "pd"])
 async def test_where_no_first_token_is_left_the_answer_is_empty(folder, graph):
-    """The end is all that is allowed, and too early."""
+    """Only the end-of-text token is allowed, before `min_tokens`."""
     sampling = Sampling(
         max_tokens=9, min_tokens=3, allowed_token_ids=(5,), stop_token_ids=(5,), prompt_logprobs=0
     )

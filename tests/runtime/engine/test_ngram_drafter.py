@@ -1,4 +1,4 @@
-"""Drafts from a sequence's own tokens: the newest of the longest matches, in whatever pieces."""
+"""Drafts from a sequence's own tokens: the newest of the longest matches."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -33,7 +33,7 @@ def test_a_loop_goes_on_in_its_period():
 
 
 def brute_force(tokens, count):
-    """Straight from the definition, for few enough places."""
+    """The definition itself, for few enough positions."""
     for size in (4, 3, 2):
         for place in range(len(tokens) - 1, size - 1, -1):
             if len(tokens) > size and tokens[place - size : place] == tokens[-size:]:

@@ -1,4 +1,4 @@
-"""Options and sizing: what no engine can obey is refused with its name and a way out."""
+"""Options and sizing: an option that no engine can obey is refused, with its name and a fix."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Stop strings: found across tokens, held back while they may come, never shown by accident."""
+"""Stop strings: found across tokens, and never shown by accident."""
 
 import pytest
 from hypothesis import given
@@ -21,7 +21,7 @@ class Letters:
 
 
 def shown(pieces, stop, **options):
-    """What is shown after each piece, and which stop string ended it."""
+    """The text shown after each piece, and the stop string that ended the text."""
     output_text, parts = OutputText(Letters(pieces), stop, **options), []
     for token_id in range(len(pieces)):
         text, matched = output_text.push(token_id)
@@ -76,7 +76,7 @@ def test_replay_shows_nothing_again():
     stop=st.lists(st.text("abc", min_size=1, max_size=3), max_size=3),
 )
 def test_pieces_do_not_matter(keep, pieces, stop):
-    """However the text comes, the same is shown as if it came letter by letter."""
+    """Text in any pieces is shown as text letter by letter."""
     parts, matched = shown(pieces, tuple(stop), keep_stop=keep)
     whole, wanted = shown(list("".join(pieces)), tuple(stop), keep_stop=keep)
     if matched is None:

@@ -1,4 +1,4 @@
-"""Blocks that come while the rest of their prompt is computed, and what spoils that."""
+"""Prefetched chunks of a prompt, and the faults that end a prefetch."""
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -32,7 +32,7 @@ PROMPT = tuple(n % 250 for n in range(NUM_TOKENS))
 
 @dataclass
 class Couple:
-    """Who computes prompts, and who decodes them; `copied`: blocks of each copy."""
+    """Two engines: one computes prompts, one decodes. `copied`: blocks of each copy."""
 
     prefill: Pair
     decode: Pair
@@ -92,7 +92,7 @@ async def couple(monkeypatch: pytest.MonkeyPatch, *, step: int = STEP) -> AsyncI
         await wait_all_tasks_blocked()
         yield Couple(*pairs, prefetcher, copied)
         await wait_all_tasks_blocked()
-        assert not prefetcher._flights
+        assert not prefetcher._prefetches
         nursery.cancel_scope.cancel()
     for local in locals_:
         local.pool.check()
@@ -105,7 +105,7 @@ def _pair(local: LocalEngine, prefetcher: Prefetcher, nursery: trio.Nursery) -> 
 
 
 async def transfer(two: Couple, lease: LeaseRef) -> Any:
-    """As the operator does it, after which decode may begin."""
+    """Transfer as the operator does. Afterwards decode may begin."""
     target = await two.reserve()
     source = two.prefill.remote.export(lease)
     try:
@@ -145,7 +145,7 @@ async def test_where_nothing_is_reserved_nothing_moves(
 
 
 @pytest.mark.parametrize("error", [DamagedBlocks("x"), StaleLease("x")], ids=["damaged", "stale"])
-async def test_a_part_that_fails_is_left_to_the_transfer(
+async def test_a_chunk_that_fails_is_left_to_the_transfer(
     error: Exception, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fetch_chunk: Callable[..., Any] = PoolTarget.fetch_chunk
@@ -178,7 +178,7 @@ async def test_a_cancelled_prompt_leaves_nothing(
 
 
 @pytest.mark.parametrize("victim", ["prefill", "decode"])
-async def test_a_worker_that_dies_meanwhile_takes_nobody_with_it(
+async def test_a_worker_that_dies_meanwhile_fails_no_other(
     victim: str,
     autojump_clock: MockClock,
     monkeypatch: pytest.MonkeyPatch,

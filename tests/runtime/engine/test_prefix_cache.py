@@ -1,4 +1,4 @@
-"""Prefix reuse in an engine: what is computed, counted in tokens, and what is left behind."""
+"""Prefix reuse in an engine: computed tokens are counted, and no block stays leased."""
 
 import random
 
@@ -24,7 +24,7 @@ def num_computed(engine: LocalEngine) -> int:
 
 
 async def ask(driver: Driver, request_id, prompt, **fields):
-    """Its reply, and how many tokens were computed meanwhile."""
+    """The reply to a sequence, and the number of tokens computed meanwhile."""
     before = num_computed(driver.engine)
     fields = fields if "sampling" in fields else {"max_tokens": 1, **fields}
     reply = await driver.submit(request_id, prompt, **fields)
@@ -98,7 +98,7 @@ async def test_the_urgent_does_not_wait_for_the_less_urgent(autojump_clock):
     assert cached(urgent) != {192}
 
 
-async def test_nobody_waits_for_a_reader_that_does_not_read(autojump_clock):
+async def test_no_sequence_waits_for_a_reader_that_does_not_read(autojump_clock):
     engine = open_null(max_num_batched_tokens=32)
     async with running(engine) as [driver]:
         stuck = SequenceState(owner="stuck", request_id="s", prompt_token_ids=SYSTEM)
@@ -299,8 +299,8 @@ async def test_any_traffic_keeps_the_books(seed, is_on, autojump_clock):
 
 
 def _check_each_step(engine):
-    """Check the pool after each step; what is returned tells how many steps that were."""
-    count, collect = 0, engine._collector.collect
+    """Check the pool after each step. Return a function that gives the number of steps."""
+    count, collect = 0, engine._loop._collect
 
     def checked(batch, sampled):
         nonlocal count
@@ -308,5 +308,5 @@ def _check_each_step(engine):
         engine.pool.check()
         count += 1
 
-    engine._collector.collect = checked
+    engine._loop._collect = checked
     return lambda: count

@@ -1,4 +1,4 @@
-"""Logprobs of the prompt's own tokens against transformers, however the prompt is computed."""
+"""Logprobs of prompt tokens against transformers, in every way of computing the prompt."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ class Exam:
     logprobs: list[torch.Tensor]  # [tokens, vocab]: row i is of token i + 1
 
     def check(self, prompt, found):
-        """Every token but the first, with the most likely ones at its place."""
+        """Logprobs of every token but the first, and of the most likely tokens at its position."""
         right = self.logprobs[PROMPTS.index(prompt)]
         assert [scored.token_id for scored in found] == list(prompt[1:])
         for position, scored in enumerate(found):
@@ -61,7 +61,7 @@ def scored(max_tokens=3, **fields):
 
 
 def given(reply):
-    """What the first event says; no other says anything."""
+    """The prompt logprobs of the first event. No other event may have any."""
     assert not any(event.prompt_logprobs for event in reply.events[1:])
     return reply.events[0].prompt_logprobs
 
@@ -98,7 +98,7 @@ async def test_every_choice_has_them(exam):
 
 @pytest.fixture
 def rows(monkeypatch):
-    """How many rows of logits each step scored."""
+    """The number of rows of logits that each step scored."""
     counts = []
     score = queue.score
 

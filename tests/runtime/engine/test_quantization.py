@@ -7,12 +7,17 @@ import pytest
 from sagellm.backends import get_backend
 from sagellm.backends.quantised_weight import MODES
 from sagellm.runtime.engine import device_resources
-from sagellm.runtime.engine.kinds.local import facts_of, open_engine
+from sagellm.runtime.engine.kinds.local import open_device, open_engine
 from sagellm.runtime.engine.options import EngineOptionError, EngineOptions
-from sagellm.runtime.engine.sizing import size, weight_bytes
+from sagellm.runtime.engine.sizing import engine_facts, size, weight_bytes
 from sagellm.runtime.models.folder import resolve_model
 
 TINY = resolve_model("sage-tiny")
+
+
+def facts_of(options, folder):
+    memory_bytes = open_device(options).memory_bytes
+    return engine_facts(options, folder, size(options, folder.facts, memory_bytes))
 
 
 @pytest.mark.parametrize(
@@ -55,7 +60,7 @@ def test_models_of_different_modes_do_not_continue_each_other():
 
 @pytest.mark.parametrize("mode", [None, *MODES])
 def test_the_size_of_the_weights_is_known_before_they_are_loaded(mode):
-    """Of a model so large that what is not counted exactly, norms and scales' ends, is little."""
+    """The model is so large that the tensors not counted exactly (norms, scales) are small."""
     options = EngineOptions(quantization=mode, dtype="bfloat16")
     told = weight_bytes(options, TINY.facts)
     table = TINY.facts.vocab_size * TINY.facts.hidden_size

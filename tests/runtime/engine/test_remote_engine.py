@@ -1,4 +1,4 @@
-"""The engine port over a channel: as if the engine were here, and what its loss means."""
+"""The engine port over a channel: as in one process, and after a loss of the worker."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -13,8 +13,8 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from sagellm.runtime.comm.channel import memory_channels
 from sagellm.runtime.engine.engine_server import WINDOW, EngineServer
 from sagellm.runtime.engine.local_engine import LocalEngine
-from sagellm.runtime.engine.remote_kv import RemoteKVEngine
-from sagellm.runtime.engine.worker_calls import LEASE_S, RemoteSource, RemoteTarget
+from sagellm.runtime.engine.remote_kv import RemoteKVEngine, RemoteSource, RemoteTarget
+from sagellm.runtime.engine.worker_calls import LEASE_S
 from sagellm.runtime.messages import LeaseRef
 from sagellm.runtime.port import (
     EngineLost,
@@ -138,7 +138,7 @@ async def test_blocks_are_handed_over_between_workers(autojump_clock: MockClock)
 async def transferring(
     **options: Any,
 ) -> AsyncIterator[tuple[Pair, Pair, RemoteSource, RemoteTarget]]:
-    """Two engines, the computed prompt that one exports, and where the other is to have it."""
+    """Two engines, the export of a computed prompt in one, and its target in the other."""
     async with (
         served(open_null("p", **options), open_null("d", **options)) as [left, right],
         trio.open_nursery() as nursery,
@@ -175,7 +175,7 @@ async def test_an_exported_lease_that_nobody_acknowledges_ends(autojump_clock: M
         await pair.remote.export(held.lease).locate()
         pair.remote.cancel("r", 0, 0)
         await trio.sleep(LEASE_S - 0.1)
-        assert pair.local.pool.num_leased > 0  # somebody may be reading them
+        assert pair.local.pool.num_leased > 0  # a receiver may be reading them
         await trio.sleep(0.2)
         assert pair.local.pool.num_leased == 0
         nursery.cancel_scope.cancel()
@@ -239,7 +239,7 @@ async def test_a_loss_ends_all_that_was_open(autojump_clock: MockClock) -> None:
 
 @pytest.mark.parametrize("num_turns", range(10))
 @pytest.mark.parametrize("ends", ["lost", "evicted"])
-async def test_who_submits_as_all_is_lost_hears_of_it_once(
+async def test_a_caller_that_submits_during_a_loss_hears_of_it_once(
     ends: str, num_turns: int, autojump_clock: MockClock
 ) -> None:
     async with served(open_null()) as [pair], trio.open_nursery() as nursery:
@@ -316,7 +316,7 @@ async def test_a_life_that_is_ended_from_outside_is_a_death(autojump_clock: Mock
 async def test_what_was_read_late_asks_nothing_of_the_next_life(autojump_clock: MockClock) -> None:
     async with served(open_null(decode_step_s=0.01)) as [pair], trio.open_nursery() as nursery:
         await pair.remote.submit(sequence(max_tokens=1000))
-        await trio.sleep(5)  # nobody reads: batches wait
+        await trio.sleep(5)  # no reader: batches wait
         pair.lose()
         await wait_all_tasks_blocked()
         live(pair.remote, open_null(), nursery)
@@ -332,7 +332,7 @@ async def test_what_was_read_late_asks_nothing_of_the_next_life(autojump_clock: 
 
 
 async def test_what_is_evicted_is_lost_here_and_cancelled_there(autojump_clock: MockClock) -> None:
-    """Again and again: nobody reads what the worker still says of it, and its credit comes back."""
+    """Evict again and again: no reader takes later events, and their credit comes back."""
     async with served(open_null(decode_step_s=0.01)) as [pair], trio.open_nursery() as nursery:
         seen: list[Any] = []
 

@@ -1,4 +1,4 @@
-"""Who computes when: budgets, fairness, admission, preemption, landings."""
+"""Which sequences compute when: budgets, fairness, admission, preemption, reservations."""
 
 import zlib
 
@@ -18,7 +18,7 @@ from sagellm.runtime.messages import SequenceState, TokenEvent
 
 
 class Bench:
-    """A scheduler, and what an engine would do between its steps."""
+    """A scheduler, with the work that an engine does between steps."""
 
     def __init__(
         self, num_blocks=64, max_num_seqs=8, budget=64, chunk=None, is_kept=True, shape=None
@@ -29,7 +29,7 @@ class Bench:
         self.arrivals = 0
 
     def add(self, num_prompt, *, request_id=None, choice=0, priority=2):
-        """A prompt unlike all others, but for those of the same request id."""
+        """A prompt that shares blocks only with prompts of the same request id."""
         self.arrivals += 1
         request_id = request_id or str(self.arrivals)
         state = SequenceState(
@@ -62,7 +62,6 @@ class Bench:
         for sequence in batch.sampling:
             assert sequence.num_pending == 0
             sequence.tokens.append(1)
-            sequence.mark_prefilled(0.0)
         self.pool.check()
         return dict(zip(batch.sequences, batch.query_lens, strict=True))
 
@@ -117,7 +116,7 @@ def test_a_long_prompt_sits_out_never_twice_running():
     assert took_part == [False, True] * 3
 
 
-def test_a_short_prompt_behind_a_long_answer_starts_at_once():
+def test_a_short_prompt_after_a_long_answer_starts_at_once():
     bench = Bench()
     decoding = bench.add(4)
     for _ in range(5):
@@ -238,7 +237,7 @@ def reserve(bench, num_tokens):
     return reservation
 
 
-async def test_landings_are_served_in_order():
+async def test_reservations_are_served_in_order():
     bench = Bench(num_blocks=4)
     running = bench.add(12)
     bench.step()
@@ -251,7 +250,7 @@ async def test_landings_are_served_in_order():
     assert small.granted.is_set()
 
 
-async def test_a_landing_waits_behind_an_older_sequence():
+async def test_a_reservation_waits_for_an_older_sequence():
     bench = Bench(num_blocks=4)
     running = bench.add(12)
     bench.step()
@@ -263,7 +262,7 @@ async def test_a_landing_waits_behind_an_older_sequence():
     assert set(bench.step()) == {waiting}
 
 
-async def test_a_sequence_waits_behind_an_older_landing():
+async def test_a_sequence_waits_for_an_older_reservation():
     bench = Bench(num_blocks=4)
     running = bench.add(12)
     bench.step()
@@ -286,7 +285,7 @@ async def test_leaving_the_line_lets_the_next_in():
     assert bench.pool.num_free == 1
 
 
-async def test_a_preempted_sequence_comes_before_a_younger_landing():
+async def test_a_preempted_sequence_comes_before_a_younger_reservation():
     bench = Bench(num_blocks=4)
     first, second = bench.add(8), bench.add(7)
     bench.step()
@@ -306,7 +305,7 @@ async def test_a_preempted_sequence_comes_before_a_younger_landing():
     num_blocks=st.integers(15, 30),
 )
 def test_every_sequence_ends(prompts, budget, max_num_seqs, num_blocks):
-    """A pool that holds the longest sequence serves all, whatever is preempted."""
+    """A pool that holds the longest sequence serves all sequences, with any preemptions."""
     bench = Bench(num_blocks, max_num_seqs, budget)
     unfinished = {bench.add(num_prompt): count for num_prompt, count in prompts}
     for _ in range(5000):
@@ -336,7 +335,7 @@ def test_every_sequence_ends(prompts, budget, max_num_seqs, num_blocks):
 def test_every_sequence_of_any_groups_ends(
     prompts, budget, max_num_seqs, num_spare, windows, has_full, num_state_blocks
 ):
-    """The smallest pool of a shape serves all, also where they share prefixes."""
+    """The smallest pool of a shape serves all sequences, even if they share prefixes."""
     groups = (*([TokenGroup()] * has_full), *(TokenGroup(2, window) for window in windows))
     assume(groups or num_state_blocks)
     shape = LeaseShape(4, groups, num_state_blocks, max_ahead=2 * budget)

@@ -1,4 +1,4 @@
-"""Answers with drafts are those without, whatever the sampling asks for, event texts included.
+"""Answers with drafts equal answers without, for any sampling options, event texts included.
 
 The clock stands still, so that steps cost nothing and drafts always pay.
 """
@@ -51,7 +51,7 @@ def open_on(folder, **options):
 
 
 async def answers(engine, fields, *, num_choices=1):
-    """Of all prompts at once: everything that a client would see, joined over events."""
+    """Everything that a client would see of all prompts, served together, joined over events."""
     sampling = Sampling(**{"max_tokens": NUM_NEW, "ignore_eos": True, **fields})
     async with running(engine) as [driver]:
         for index, prompt in enumerate(PROMPTS):
@@ -142,11 +142,11 @@ async def test_cancelled_while_drafts_are_computed(looping, kind, mock_clock):
             engine.cancel(str(replies.index(reply)), 0, 0)
         await driver.all_done()
     assert "cancelled" in {reply.last.finish_reason for reply in replies}
-    assert kind == "ngram" or engine._speculation.drafter.pool.num_leased == 0
+    assert kind == "ngram" or engine._resources.speculation.drafter.pool.num_leased == 0
 
 
 async def test_a_full_pool_goes_without_drafts(looping, mock_clock):
-    """8 blocks: a prompt of 90 and its answer fill them, so that nothing is left for drafts."""
+    """A prompt of 90 tokens and its answer fill the 8 blocks, and leave no block for drafts."""
     engine = open_on(looping, num_blocks=8, max_model_len=128, speculation="ngram")
     found = await answers(engine, {"max_tokens": 38})
     assert found == await answers(open_on(looping), {"max_tokens": 38})
@@ -158,7 +158,7 @@ async def test_a_drafter_that_fails_costs_no_answer(looping, mock_clock):
     async def fail(wanted):
         raise RuntimeError("no")
 
-    engine._speculation.drafter.draft = fail
+    engine._resources.speculation.drafter.draft = fail
     found = await answers(engine, {})
     assert found == await answers(open_on(looping), {})
     assert engine.load.drafts.num_drafts == 0
@@ -173,6 +173,6 @@ async def test_an_engine_that_ends_midway_keeps_no_draft_block(looping, mock_clo
         await driver.submit("r", PROMPTS[0], max_tokens=200)
         while engine.load.drafts.num_drafts < 3:
             await trio.lowlevel.checkpoint()
-        assert engine._speculation.drafter.pool.num_leased > 0
+        assert engine._resources.speculation.drafter.pool.num_leased > 0
         nursery.cancel_scope.cancel()
-    assert engine.pool.num_leased == engine._speculation.drafter.pool.num_leased == 0
+    assert engine.pool.num_leased == engine._resources.speculation.drafter.pool.num_leased == 0

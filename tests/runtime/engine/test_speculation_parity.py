@@ -68,10 +68,10 @@ async def answer_together(engine, exam):
 
 
 def check_counts(engine):
-    """And that the draft model holds no block either."""
+    """Check that the draft model holds no block either."""
     counts = engine.load.drafts
     assert counts.num_accepted_tokens <= counts.num_draft_tokens
-    pool = getattr(engine._speculation.drafter, "pool", None)
+    pool = getattr(engine._resources.speculation.drafter, "pool", None)
     if pool is not None:
         pool.check()
         assert pool.num_leased == 0
@@ -115,7 +115,7 @@ async def test_resumed_from_emitted_tokens(exam, drafts):
 
 
 async def test_the_model_itself_is_always_right(exam, mock_clock):
-    """With a clock that stands, steps cost nothing: every decode drafts all it may."""
+    """With a clock that stands still, steps cost nothing: every decode drafts all that it may."""
     drafts = {"speculation": "draft", "draft_model": str(exam.folder)}
     engine = open_exact(exam, max_num_batched_tokens=2048, **drafts)
     assert await answer_together(engine, exam) == exam.right.tokens

@@ -1,4 +1,4 @@
-"""Drafting goes on where it pays and ends where it does not; steps take the time they are told."""
+"""Drafting goes on where it pays, and ends where it does not. Steps take given times."""
 
 from dataclasses import dataclass
 
@@ -35,7 +35,7 @@ class CountingLaunch:
 
 @dataclass
 class CountingRunner:
-    """The token at each place is known, and a step takes what it is told."""
+    """The token at each position is known, and a step takes a given time."""
 
     step_s: float
     row_s: float
@@ -53,7 +53,7 @@ class CountingRunner:
 
 @dataclass
 class Guesses:
-    """Right, or always wrong; each takes `token_s`."""
+    """Drafts that are all right, or all wrong. Each takes `token_s`."""
 
     is_right: bool = True
     token_s: float = 0.0
@@ -62,7 +62,7 @@ class Guesses:
         await trio.sleep(self.token_s * sum(wanted.values()))
         shift = 0 if self.is_right else 97
         return {
-            sequence: [token(sequence.num_output + ahead) + shift for ahead in range(count)]
+            sequence: [token(sequence.num_output + at) + shift for at in range(count)]
             for sequence, count in wanted.items()
         }
 
@@ -74,7 +74,7 @@ class Guesses:
 
 
 async def serve(costs, drafter, *, num_sequences=1, num_tokens=256):
-    """Seconds until all answers were there, and the engine's load."""
+    """Seconds until all answers were complete, and the engine's load."""
     speculation = Speculation(drafter, 4) if drafter else None
     resources = EngineResources(
         FACTS, Limits(64, 512), CountingRunner(*costs), ModelledStorage(1, 1e9), 200,

@@ -50,7 +50,7 @@ def test_a_run_costs_what_its_steps_cost(contexts, num_steps):
     ],
 )
 async def test_the_engine_takes_what_the_model_says(autojump_clock, options, first_s, rest_s):
-    """Of a prompt of 40 tokens, and an answer of three."""
+    """The rows of a prompt of 40 tokens and an answer of three tokens."""
     async with running(open_modelled(ModelledOptions(model="null", **options), name="e")) as [e]:
         begun_s = trio.current_time()
         reply = await e.submit("r", range(1, 41), max_tokens=3)

@@ -1,4 +1,4 @@
-"""The price of a row: what the steps' times say it costs, in answer tokens."""
+"""The price of a row, in answer tokens, derived from step times."""
 
 import pytest
 
@@ -13,7 +13,7 @@ def observed(step_s, rows):
 
 
 def price(costs, num_decodes, token_s=0.0):
-    """In a step of decodes alone, with drafts of four at most."""
+    """The price in a step of decodes alone, with drafts of at most four tokens."""
     return costs.price(num_decodes, num_decodes, most=5 * num_decodes, token_s=token_s)
 
 

@@ -1,4 +1,4 @@
-"""Which sampled tokens count: the right drafts and one more, up to a row that is no number."""
+"""Sampled tokens that count: right drafts and one more, up to a row that is not finite."""
 
 import pytest
 
@@ -29,7 +29,7 @@ def batch_of(*drafts):
     for index, guesses in enumerate(drafts):
         batch.add(sequence(1, 2, 3, num_computed=2), 1)
         batch.num_decodes += 1
-        batch.guess(index, guesses)
+        batch.add_drafts(index, guesses)
     return batch
 
 

@@ -1,4 +1,4 @@
-"""An engine knows when it hangs: in a step, or because nothing can be scheduled."""
+"""The watchdog reports a hang: in a step, or because no sequence can be scheduled."""
 
 from dataclasses import dataclass, field
 

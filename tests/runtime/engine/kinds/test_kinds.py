@@ -1,4 +1,4 @@
-"""The registry of engine kinds: its table, what a kind is made of, and what importing it loads."""
+"""The registry of engine kinds: its table, the fields of a kind, and lazy imports."""
 
 import subprocess
 import sys
