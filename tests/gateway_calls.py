@@ -13,14 +13,16 @@ from starlette.requests import Request
 from sagellm.gateway.api_errors import ApiError
 from sagellm.gateway.budgets import Budgets
 from sagellm.gateway.gateway import Gateway, HostedModel
-from sagellm.gateway.graph_bridge import GraphBridge, GraphRequest
+from sagellm.gateway.graph_bridge import NOW, GraphBridge
 from sagellm.gateway.http.call import Call
 from sagellm.gateway.metrics.meters import NoMeters
 from sagellm.gateway.protocol.sampling_params import ModelCard
 from sagellm.gateway.readiness import Readiness
 from sagellm.gateway.settings import Budget, Settings, Streaming
+from sagellm.runtime.messages import Request as GraphRequest
 from sagellm.runtime.messages import TokenEvent
 from sagellm.runtime.models.tokenizer import ByteTokenizer, Tokenizer
+from sagellm.session.requests import Timing
 
 MAX_MODEL_LEN = 64
 
@@ -50,22 +52,24 @@ Batches = Sequence[Sequence[TokenEvent] | anyio.Event]
 
 @dataclass
 class ScriptedBridge:
-    """Plays batches to each entry: `script(entry)`. Where it says an Event, it waits for it."""
+    """Plays batches to each request: `script(request)`. At an Event it waits."""
 
     script: Callable[[GraphRequest], Batches]
-    entries: list[GraphRequest] = field(default_factory=list)
+    requests: list[GraphRequest] = field(default_factory=list)
+    timings: list[Timing] = field(default_factory=list)
     left: list[str] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
 
     @asynccontextmanager
-    async def enter(
-        self, entry: GraphRequest
+    async def open_stream(
+        self, request: GraphRequest, timing: Timing = NOW
     ) -> AsyncIterator[AsyncIterator[Sequence[TokenEvent]]]:
-        self.entries.append(entry)
+        self.requests.append(request)
+        self.timings.append(timing)
         try:
-            yield _Played(self.script(entry))
+            yield _Played(self.script(request))
         finally:
-            self.left.append(entry.request_id)
+            self.left.append(request.request_id)
 
     async def cancel(self, request_id: str) -> bool:
         self.cancelled.append(request_id)
@@ -92,7 +96,7 @@ class _Played:
 
 
 def playing(*batches: Sequence[TokenEvent] | anyio.Event) -> ScriptedBridge:
-    return ScriptedBridge(lambda entry: batches)
+    return ScriptedBridge(lambda request: batches)
 
 
 NAMES = ("m", "alias")

@@ -23,14 +23,16 @@ from starlette.types import Receive, Scope, Send
 
 from sagellm import Graph, ops
 from sagellm.gateway.gateway import Gateway
-from sagellm.gateway.graph_bridge import GraphRequest
+from sagellm.gateway.graph_bridge import NOW
 from sagellm.gateway.http.app import App
 from sagellm.gateway.http.call import EndpointRoute
 from sagellm.gateway.http.drain import HttpServer, ServingHere, serve
 from sagellm.gateway.http.routes import ROUTES
 from sagellm.gateway.lifecycle import serve_session, server_class
 from sagellm.gateway.settings import Settings, bind
+from sagellm.runtime.messages import Request as GraphRequest
 from sagellm.runtime.messages import TokenEvent
+from sagellm.session.requests import Timing
 
 SERVERS = ("hypercorn", "uvicorn")
 GATEWAYS = int(os.environ.get("SAGELLM_TEST_GATEWAYS", "0"))  # processes; see conftest
@@ -45,8 +47,8 @@ class HeldBridge:
         self.reason = "stop"
 
     @asynccontextmanager
-    async def enter(
-        self, entry: GraphRequest
+    async def open_stream(
+        self, request: GraphRequest, timing: Timing = NOW
     ) -> AsyncIterator[AsyncIterator[Sequence[TokenEvent]]]:
         let_go = anyio.Event()
         self.held.append(let_go)
@@ -116,7 +118,7 @@ async def serving(
     bridge = HeldBridge()
     settings = Settings(server=server, port=0, served_models=("m",), **fields)  # type: ignore[arg-type]
     app = App(gateway_before(bridge, settings=settings), [*ROUTES, *routes])
-    app.gateway.readiness.is_ready = True  # type: ignore[misc]
+    app.gateway.readiness.is_ready = True
     send, receive = trio.open_memory_channel[int](8)
     with bind("127.0.0.1", 0) as sock:
         running = server_class(server)(app, settings, sock)

@@ -1,4 +1,4 @@
-"""Errors of calls: one exception, one JSON shape, and the refusals while draining or overloaded."""
+"""The errors of HTTP calls: one exception, its JSON, and the refusals of a busy server."""
 
 import math
 from collections.abc import MutableMapping
@@ -8,7 +8,6 @@ import msgspec
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
-from sagellm.graphs.ir import Graph
 from sagellm.graphs.log import get_logger
 
 _TYPES = {
@@ -29,7 +28,7 @@ _TYPES = {
 
 
 class ApiError(Exception):
-    """Ends a call. `message` is shown to the client: it never holds a path, a prompt or the text
+    """Ends a call. The client is shown `message`, which must not hold a path, a prompt or the text
     of another exception. `retry_after_s` and `should_retry` become headers.
     """
 
@@ -72,12 +71,12 @@ class ApiError(Exception):
 
 
 def note_error(scope: MutableMapping[str, Any], error: ApiError) -> None:
-    """Remember what the client of a call is told, for the log."""
+    """Keep the error of a call for its log line."""
     scope["state"]["error"] = error.code or error.type
 
 
 def wrong(param: str, message: str, code: str | None = None) -> ApiError:
-    """A 400 that names the field."""
+    """Return a 400 that names the wrong field."""
     return ApiError(400, f"{param}: {message}", param=param, code=code)
 
 
@@ -85,12 +84,12 @@ LOG = get_logger("sagellm.gateway")
 
 
 def response_of(error: ApiError) -> Response:
-    """The answer to a call that was refused."""
+    """Return the response to a refused call."""
     return Response(error.encoded, error.status, headers_of(error), "application/json")
 
 
 def headers_of(error: ApiError) -> dict[str, str]:
-    """What the headers of that answer say of the error."""
+    """Return the headers of the response to a refused call."""
     headers = {}
     if error.retry_after_s is not None:
         headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
@@ -102,9 +101,10 @@ def headers_of(error: ApiError) -> dict[str, str]:
 
 
 def failure_of(error: Exception, request_id: str) -> ApiError | None:
-    """What the client is told of an exception: a refusal as it is, the rest by its request id.
+    """Return the error that the client is shown for an exception; None where the client has left.
 
-    None where the client has left. What is our fault is logged with its traceback.
+    An ApiError is shown unchanged. Any other exception is a fault of the server: it is logged with
+    its traceback, and the client is shown the request id.
     """
     error = _only(error)
     if isinstance(error, ApiError):
@@ -116,13 +116,13 @@ def failure_of(error: Exception, request_id: str) -> ApiError | None:
 
 
 def _only(error: Exception) -> Exception:
-    """The exception inside groups of one."""
+    """Return the exception inside nested groups of one."""
     while isinstance(error, ExceptionGroup) and len(error.exceptions) == 1:
         error = error.exceptions[0]
     return error
 
 
-RETRY_AFTER_S = 5.0  # by then a load balancer has taken this gateway out
+RETRY_AFTER_S = 5.0  # a load balancer has removed this gateway by then
 
 
 def draining() -> ApiError:
@@ -135,34 +135,17 @@ def draining() -> ApiError:
     )
 
 
-# A call takes turns of the loop to be read, encoded, admitted and answered, each as late as the
-# last: so many of them.
-_NUM_TURNS = 10
-
-
-def objective_of(graph: Graph | None) -> float | None:
-    """The longest time to a first token that the operator has set for all requests.
-
-    None where requests may come in over an `admission` that has no objective: which one a call
-    meets is not known before it is read.
-    """
-    nodes = graph.nodes if graph is not None else ()
-    found = [node.attrs.get("slo_ttft_s") for node in nodes if node.op == "admission"]
-    known = [float(each) for each in found if isinstance(each, int | float)]
-    return max(known) if known and len(known) == len(found) else None
-
-
-def is_too_late(lag_s: float, objective_s: float | None) -> bool:
-    """Whether a call that begins now would miss the objective through the loop alone."""
-    return objective_s is not None and _NUM_TURNS * lag_s > objective_s
+# The turns of the event loop that a call needs to be read, encoded, admitted and answered. Each
+# turn may be late by the measured lag.
+NUM_TURNS = 10
 
 
 def shed(lag_s: float, *, should_retry: bool) -> ApiError:
-    """The error that the client is told."""
+    """Return the error of a call that is refused because the loop is too late."""
     return ApiError(
         503,
         "the server has too much to do; try again later",
         code="slo_unreachable",
-        retry_after_s=max(1.0, _NUM_TURNS * lag_s),
+        retry_after_s=max(1.0, NUM_TURNS * lag_s),
         should_retry=should_retry,
     )

@@ -1,8 +1,9 @@
-"""Budgets: what one tenant may have open, counted over all gateway processes."""
+"""The budgets of tenants: their open and waiting requests, counted over all gateways."""
 
 import mmap
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import MappingProxyType, TracebackType
 from typing import Protocol
 
@@ -11,21 +12,21 @@ import anyio
 from sagellm.gateway.api_errors import ApiError
 from sagellm.gateway.settings import Budget
 
-_ITEM_BYTES = 8  # written and read in one access of memory
+_ITEM_BYTES = 8  # one cell is read and written in one memory access
 
 
 class Counter(Protocol):
-    """How much of something there is, here and elsewhere."""
+    """A number that several processes count together."""
 
     def add(self, number: int) -> None:
-        """Here; it may be negative."""
+        """Add to this process's part; `number` may be negative."""
 
     @property
     def total(self) -> int: ...
 
 
 class LocalCounter:
-    """There is nobody else."""
+    """A number that one process counts alone."""
 
     def __init__(self) -> None:
         self.total = 0
@@ -35,9 +36,9 @@ class LocalCounter:
 
 
 class SharedCounters:
-    """A table in memory that processes share: a row a gateway, a column a name.
+    """A table in memory that processes share: one row a gateway, one column a name.
 
-    No row has two writers, so that there is nothing to lock. A sum may be a moment old.
+    Each row has one writer, so nothing is locked. A sum may be a moment old.
     """
 
     def __init__(self, descriptor: int, num_rows: int, names: Sequence[str]) -> None:
@@ -49,20 +50,20 @@ class SharedCounters:
 
     @classmethod
     def make(cls, num_rows: int, names: Sequence[str]) -> "SharedCounters":
-        """A new table, all zero; its descriptor is for those who share it."""
+        """Return a new table of zeros. Other processes share it by its descriptor."""
         descriptor = os.memfd_create("sagellm-tally")
         os.ftruncate(descriptor, max(1, num_rows * len(names)) * _ITEM_BYTES)
         return cls(descriptor, num_rows, names)
 
     def count(self, name: str, row: int) -> Counter:
-        """Of one column, as one row changes it. A name that is not in the table is counted here."""
+        """Return the counter of a column, for one row. An unknown name is counted locally."""
         column = self._columns.get(name)
         if column is None:
             return LocalCounter()
         return _SharedCounter(self._cells, len(self._columns), column, row)
 
     def clear(self, row: int) -> None:
-        """Whoever wrote that row is no more."""
+        """Set a row to zero after its writer has ended."""
         width = len(self._columns)
         for cell in range(row * width, (row + 1) * width):
             self._cells[cell] = 0
@@ -88,17 +89,17 @@ class _SharedCounter:
         return sum(self._cells[self._column :: self._width])
 
 
-RETRY_RATIO = 0.1  # retries that admitted calls pay for: load grows by no more than that
-RETRY_BURST = 10.0  # retries that nobody has paid for
-MAX_RETRIES = 1000.0  # paid for, and not asked for yet
-CANCEL_BURST = 4096  # cancels at once of a tenant whose open requests are not bounded
+RETRY_RATIO = 0.1  # retries that each admitted call pays for: bounds the load of retries
+RETRY_BURST = 10.0  # retries allowed at the start
+MAX_RETRIES = 1000.0  # the most that may be saved up
+CANCEL_BURST = 4096  # cancels at once, where open requests are not bounded
 BUSY_RETRY_S = 1.0
 
 
 class Bucket:
-    """A token bucket: `rate` tokens a second, `burst` at the most. It may go into debt.
+    """A token bucket of `rate` tokens a second and at most `burst` tokens. It may go into debt.
 
-    It begins full, or with `level` tokens.
+    The bucket begins full, or with `level` tokens.
     """
 
     def __init__(self, burst: float, *, rate: float = 0.0, level: float | None = None) -> None:
@@ -111,26 +112,28 @@ class Bucket:
         return self._level
 
     def add(self, tokens: float, now: float) -> None:
-        """Negative `tokens` are taken."""
+        """Add tokens, or take them if `tokens` is negative."""
         self._level = min(self._burst, self.level(now) + tokens)
 
 
 class _Tenant:
-    """What one key has under way."""
+    """The counters of one tenant."""
 
     def __init__(self, budget: Budget, num_open: Counter, num_waiting: Counter) -> None:
         self.budget = budget
         self.num_open = num_open
         self.num_waiting = num_waiting
-        burst = max(budget.cancels_per_s, budget.num_open or CANCEL_BURST)  # all that it has
+        burst = max(
+            budget.cancels_per_s, budget.num_open or CANCEL_BURST
+        )  # a client may break off all its requests at once
         self.cancels = Bucket(burst, rate=budget.cancels_per_s)
 
 
 class Budgets:
-    """Tenants are named by keys that the operator gave: there are only so many.
+    """The budgets of all tenants. The operator names the tenants, so their number is bounded.
 
-    `count` gives the numbers that all gateways before one graph add up to. What is cancelled, and
-    told to try again, each of them counts alone. `budget` is that of a tenant not named in `own`.
+    `count` returns the counter of a name, which all gateways of one graph share. Each gateway
+    counts cancels and retries alone. A tenant not named in `own` has `budget`.
     """
 
     def __init__(
@@ -148,11 +151,11 @@ class Budgets:
         self._retries = Bucket(MAX_RETRIES, level=RETRY_BURST)
 
     def hold(self, tenant: str, num_requests: int = 1) -> "BudgetHold":
-        """Places for the requests of one call, given back at the end of the `with` block.
+        """Return places for the requests of one call, which the end of the `with` block frees.
 
-        Entering raises ApiError 429 where the tenant has too much under way, or has cancelled too
-        much of late; a call that is larger than the budget is let in alone. A block that ends by
-        cancellation counts as a cancel.
+        Entering raises ApiError 429 where the tenant has too many open or waiting requests, or has
+        recently cancelled too many. A call that is larger than the budget is admitted alone. A
+        block that ends by cancellation counts as a cancel.
         """
         known = self._tenants.get(tenant)
         if known is None:
@@ -162,7 +165,7 @@ class Budgets:
         return BudgetHold(self, known, num_requests)
 
     def may_retry(self, tenant: str = "") -> bool:
-        """Whether one refused call is told to try again: x-should-retry. Spends of the budget."""
+        """Whether a refused call is told to try again (x-should-retry). Spends a retry."""
         now = self._now()
         if self._retries.level(now) < 1:
             return False
@@ -173,7 +176,7 @@ class Budgets:
         known = self._tenants.get(tenant)
         return known.num_open.total if known else 0
 
-    # ---- what holds use ----------------------------------------------------------------------
+    # ---- called by holds ---------------------------------------------------------------------
 
     def enter(self, tenant: _Tenant, num_requests: int) -> None:
         budget, now = tenant.budget, self._now()
@@ -189,7 +192,7 @@ class Budgets:
         tenant.num_waiting.add(num_requests)
 
     def served(self) -> None:
-        """A call has its first token, and pays for retries of others."""
+        """Note the first token of a call, which pays for retries of other calls."""
         self._retries.add(RETRY_RATIO, self._now())
 
     def cancelled(self, tenant: _Tenant) -> None:
@@ -206,25 +209,41 @@ class Budgets:
 
 
 def _exceeds(num: int, num_more: int, bound: int) -> bool:
-    """A call larger than its bound is let in alone."""
+    """Whether a bound is exceeded. A call larger than its bound is admitted alone."""
     return 0 < bound < num + num_more and num > 0
 
 
 def counter_names(tenant: str) -> tuple[str, str]:
-    """Of its numbers of requests under way, and of those among them without a first token."""
+    """Return the names of a tenant's counters: open requests, and those without a token."""
     return f"open {tenant}", f"waiting {tenant}"
 
 
 class BudgetHold:
-    """Places in a tenant's budget."""
+    """The places of one call in its tenant's budget."""
 
     def __init__(self, budgets: Budgets, tenant: _Tenant, num_requests: int) -> None:
         self._budgets, self._tenant = budgets, tenant
-        self._num_requests = num_requests
-        self._num_waiting = 0
+        self._num_asked = num_requests
+        self._num_requests = self._num_waiting = 0
+        self._is_cancelled = False
+
+    @contextmanager
+    def widened(self, num_requests: int) -> Iterator[None]:
+        """Hold one place for each request of the call, while the block lasts.
+
+        Raises ApiError 429 where the tenant has no room for them. A block that ends by
+        cancellation counts as a cancel, even if an outer block absorbs the cancellation.
+        """
+        self._release()
+        self._acquire(num_requests)
+        try:
+            yield
+        except BaseException as error:
+            self._note(error)
+            raise
 
     def first_token(self) -> None:
-        """The call waits no longer. May be called more than once."""
+        """Note that the call waits no longer. May be called more than once."""
         if self._num_waiting:
             self._wait_no_longer()
             self._budgets.served()
@@ -233,9 +252,23 @@ class BudgetHold:
         self._tenant.num_waiting.add(-self._num_waiting)
         self._num_waiting = 0
 
+    def _acquire(self, num_requests: int) -> None:
+        self._budgets.enter(self._tenant, num_requests)
+        self._num_requests = self._num_waiting = num_requests
+
+    def _release(self) -> None:
+        self._wait_no_longer()
+        self._tenant.num_open.add(-self._num_requests)
+        self._num_requests = 0
+
+    def _note(self, error: BaseException) -> None:
+        """Count a cancellation, which is no Exception, once."""
+        if not (isinstance(error, Exception) or self._is_cancelled):
+            self._is_cancelled = True
+            self._budgets.cancelled(self._tenant)
+
     def __enter__(self) -> "BudgetHold":
-        self._budgets.enter(self._tenant, self._num_requests)
-        self._num_waiting = self._num_requests
+        self._acquire(self._num_asked)
         return self
 
     def __exit__(
@@ -244,7 +277,6 @@ class BudgetHold:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._wait_no_longer()
-        self._tenant.num_open.add(-self._num_requests)
-        if kind is not None and not issubclass(kind, Exception):
-            self._budgets.cancelled(self._tenant)
+        self._release()
+        if error is not None:
+            self._note(error)

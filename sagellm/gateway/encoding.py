@@ -1,15 +1,15 @@
-"""Prompts to text and token ids; what may take long is done in a worker thread, within bounds.
+"""Encodes prompts without stalling the event loop: long work runs in bounded worker threads.
 
-What a model's own files may make endless is done in a helper process (`runtime/models/sandbox/`).
+Work that a model's own files could make endless runs in a helper process
+(`runtime/models/sandbox/`).
 """
 
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import anyio
-import msgspec
 
 from sagellm.gateway.api_errors import ApiError, wrong
 from sagellm.gateway.threads import NoThread, Overrun, WorkerThreads
@@ -17,27 +17,20 @@ from sagellm.runtime.models import HelperUnavailable, LimitExceeded, TextError
 from sagellm.runtime.models.chat import DEFAULT_RENDERING, ChatTemplateError, Rendering
 from sagellm.runtime.models.sandbox import MAX_IDLE
 from sagellm.runtime.models.tokenizer import Messages, Tokenizer, bad_words_token_ids
+from sagellm.session.requests import Encoded
 
-TEMPLATE_S = 0.25  # of CPU, to render one conversation: beyond, its messages are at fault
-TOKENIZE_S = 60.0  # of the clock, waiting for a thread included: beyond, the server is overloaded
+TEMPLATE_S = 0.25  # CPU time to render one conversation; beyond it, the messages are at fault
+TOKENIZE_S = 60.0  # wall time, with the wait for a thread; beyond it, the server is overloaded
 RETRY_S = 1.0
-_SHORT_LEN = 2048  # characters, or tokens, that are worked faster than a thread is woken for
-_SHORT_CHARS = 16384  # that are sent to a helper process without holding the loop
-_CHARS_A_TOKEN = 16  # more than most texts have: a beginning so long shows what does not fit
-_NUM_THREADS = 4  # of each kind; one that outlives its deadline keeps its place until it ends
+_SHORT_LEN = 2048  # characters or tokens: shorter work is faster than waking a thread
+_SHORT_CHARS = 16384  # short enough to be packed for a helper process on the loop
+_CHARS_A_TOKEN = 16  # more than most texts have
+_NUM_THREADS = 4  # threads of each kind; work beyond its deadline keeps its thread
 T = TypeVar("T")
 
 
-class EncodedPrompt(msgspec.Struct, frozen=True):
-    """A prompt ready for the graph. `messages`: of a chat whose engine takes text."""
-
-    text: str
-    token_ids: tuple[int, ...]
-    messages: tuple[dict[str, Any], ...] = ()
-
-
 class PromptEncoder:
-    """Encodes prompts on any event loop without stalling it. Never empty: that is a 400."""
+    """Encodes the prompts of one model, on trio and on asyncio."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -46,7 +39,7 @@ class PromptEncoder:
 
     @cached_property
     def _renderers(self) -> anyio.CapacityLimiter:
-        """Places in helper processes; as those of Threads, made on the loop that uses them."""
+        """Places in helper processes, made on the loop that uses them."""
         return anyio.CapacityLimiter(MAX_IDLE)
 
     @cached_property
@@ -54,7 +47,7 @@ class PromptEncoder:
         return anyio.CapacityLimiter(MAX_IDLE)
 
     async def variables(self) -> frozenset[str]:
-        """The names that the chat template reads; none where it is broken."""
+        """Return the names that the chat template reads; none for a broken template."""
         isolated = self._tokenizer.isolated_template
         if isolated is None:
             return self._tokenizer.chat_variables
@@ -64,8 +57,9 @@ class PromptEncoder:
     async def text(
         self, text: str, *, add_special_tokens: bool = True, param: str = "prompt"
     ) -> tuple[int, ...]:
-        """Tokens of a text, which the field `param` gave. Raises ApiError where the tokenizer does
-        not admit it, or takes too long.
+        """Return the tokens of a text, which is the value of the field `param`.
+
+        Raises ApiError where the tokenizer rejects the text or takes too long.
         """
 
         def encode() -> tuple[int, ...]:
@@ -83,10 +77,10 @@ class PromptEncoder:
             )
 
     async def exceeds(self, text: str, max_len: int, *, param: str = "prompt") -> bool:
-        """Whether the beginning of a long text alone has far more tokens than `max_len`; False also
-        where only the whole text would show it. Raises ApiError as `text`.
+        """Whether the beginning of a long text alone has far more tokens than `max_len`.
 
-        What follows merges with no more than the end of the beginning: twice `max_len` is enough.
+        False also where only the whole text would show that. Raises ApiError as `text` does.
+        Tokens at the cut may change with the rest of the text, so the bound is twice `max_len`.
         """
         beginning = text[: _CHARS_A_TOKEN * max_len]
         if len(beginning) == len(text):
@@ -94,7 +88,7 @@ class PromptEncoder:
         return len(await self.text(beginning, param=param)) > 2 * max_len
 
     async def ids(self, token_ids: tuple[int, ...], *, skip_special_tokens: bool = False) -> str:
-        """The text of tokens. Raises ApiError where that takes too long."""
+        """Return the text of tokens. Raises ApiError where decoding takes too long."""
 
         def decode() -> str:
             return self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
@@ -102,7 +96,7 @@ class PromptEncoder:
         return await self._tokenize(decode, len(token_ids))
 
     async def spelt(self, token_ids: tuple[int, ...]) -> list[str]:
-        """Each token as the vocabulary spells it. Raises ApiError where that takes too long."""
+        """Return each token as the vocabulary spells it. Raises ApiError as `ids` does."""
 
         def spell() -> list[str]:
             return [self._tokenizer.token(token_id) for token_id in token_ids]
@@ -110,7 +104,7 @@ class PromptEncoder:
         return await self._tokenize(spell, len(token_ids))
 
     async def banned(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
-        """Bad words as sequences of tokens. Raises ApiError where that takes too long."""
+        """Return bad words as sequences of tokens. Raises ApiError as `text` does."""
 
         def encode() -> tuple[tuple[int, ...], ...]:
             return bad_words_token_ids(self._tokenizer, words)
@@ -126,14 +120,14 @@ class PromptEncoder:
         how: Rendering = DEFAULT_RENDERING,
         *,
         add_special_tokens: bool = False,
-    ) -> EncodedPrompt:
-        """The prompt of a conversation. Raises ApiError where its template does not admit it."""
+    ) -> Encoded:
+        """Return the prompt of a conversation. Raises ApiError where the template rejects it."""
         text = await self.render(messages, how)
         token_ids = await self.text(text, add_special_tokens=add_special_tokens, param="messages")
-        return EncodedPrompt(text, token_ids)
+        return Encoded(text, token_ids)
 
     async def render(self, messages: Messages, how: Rendering = DEFAULT_RENDERING) -> str:
-        """The text of a conversation. Raises ApiError where its template does not admit it."""
+        """Return the text of a conversation. Raises ApiError where the template rejects it."""
 
         def render() -> str:
             return self._tokenizer.apply_chat_template(messages, how)
@@ -147,20 +141,25 @@ class PromptEncoder:
             return await self._within(self._renderers, lambda: isolated.render_async(messages, how))
 
     async def _render_here(self, render: Callable[[], str]) -> str:
-        """In a thread always: how long a template loops is no matter of how long a message is."""
+        """Render in a thread, always: a template may loop for long over a short message."""
         try:
             with anyio.fail_after(TOKENIZE_S):
                 return await self._rendering.run_within(TEMPLATE_S, render)
         except Overrun:
             late = f"the chat template took longer than {TEMPLATE_S:g} s of CPU time"
             raise wrong("messages", late) from None
-        except (NoThread, TimeoutError):  # others have all the threads: no fault of these messages
+        except (
+            NoThread,
+            TimeoutError,
+        ):  # other calls have all the threads: not a fault of these messages
             raise _busy() from None
 
     async def _within(self, places: anyio.CapacityLimiter, work: Callable[[], Awaitable[T]]) -> T:
-        """Work in a helper process, of which each model has a few."""
+        """Do work that uses a helper process; each model has a few of them."""
         try:
-            places.acquire_on_behalf_of_nowait(work)  # as a rule: waiting costs more than asking
+            places.acquire_on_behalf_of_nowait(
+                work
+            )  # usually free, and asking is cheaper than waiting
         except anyio.WouldBlock:
             await self._place(places, work)
         try:
@@ -187,8 +186,8 @@ class PromptEncoder:
 
 @contextmanager
 def _admitted(param: str) -> Iterator[None]:
-    """What clients are told where the model's own files refuse a text. The text of their errors
-    is not repeated.
+    """Turn the errors of the model's own files into ApiError. Their texts are not shown: they may
+    quote the prompt.
     """
     try:
         yield
@@ -204,7 +203,7 @@ def _admitted(param: str) -> Iterator[None]:
 
 
 def _is_long(messages: Messages, how: Rendering) -> bool:
-    """Too long to be packed on the loop; also where that is not known at a glance."""
+    """Whether messages are too long to be packed on the loop, or of an unknown length."""
     values = [value for message in messages for value in message.values() if value is not None]
     if how.tools or not all(isinstance(value, str) for value in values):
         return True

@@ -1,76 +1,57 @@
 """The bridge between the HTTP app and an open graph."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
-from typing import Any, Protocol
+from typing import Protocol, TypeAlias
 
 import anyio
-import msgspec
 from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 
-from sagellm.gateway.answers.writer import EventBatch
 from sagellm.gateway.api_errors import ApiError
 from sagellm.gateway.settings import Streaming
-from sagellm.runtime.messages import Sampling, TokenEvent
+from sagellm.runtime.messages import Request, TokenEvent
 from sagellm.session import Output, Session, Stream
-from sagellm.session.requests import Encoded, RequestError
+from sagellm.session.requests import RequestError, Timing
+from sagellm.session.stream import UnreadLimits
 
-
-class GraphRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """One request as the gateway hands it to the graph. Times in seconds."""
-
-    request_id: str
-    text: str  # of the prompt, which a map before the model may rewrite
-    token_ids: tuple[int, ...]
-    messages: tuple[dict[str, Any], ...] = ()  # instead of a text, where the engine takes text
-    sampling: Sampling
-    priority: int = 2
-    tenant: str = ""
-    model: str = ""
-    salt: str = ""
-    slo_ttft_s: float | None = None
-    timeout_s: float | None = None
-    waited_s: float = 0.0  # since its body was read
-    trace: str = ""  # W3C traceparent, if any
-    operation: str = "text_completion"  # or "chat", as traces call it
+EventBatch: TypeAlias = Sequence[tuple[int, TokenEvent]]  # with the number of each event's request
+NOW = Timing()  # a request that has just arrived, without a timeout
 
 
 class GraphBridge(Protocol):
-    """A graph that is open. All methods are called from the loop that the app runs on."""
+    """The app's way to an open graph. All methods are called on the app's loop."""
 
-    def enter(
-        self, entry: GraphRequest
+    def open_stream(
+        self, request: Request, timing: Timing = NOW
     ) -> AbstractAsyncContextManager[AsyncIterator[Sequence[TokenEvent]]]:
-        """Start a request. Yields what has come since the last batch, in order, never empty.
+        """Start a request, as `Session.start` does. Yields batches of events in order; no batch is
+        empty.
 
         Every choice ends with exactly one event that has a `finish_reason`. Leaving the context
-        cancels what is unfinished. A request whose reader leaves more than the settings' tokens or
-        bytes unread is cancelled; what was buffered may still be read, and its last event has
+        cancels the unfinished request. A request whose reader leaves more than the settings' tokens
+        or bytes unread is cancelled: the buffered events can still be read, and the last one has
         finish reason "cancelled" and code "slow_reader".
-        Raises ApiError where the graph cannot take it at all.
+        Raises ApiError where the graph does not take the request.
         """
 
     async def cancel(self, request_id: str) -> bool:
-        """End a request from outside; False where it is not known."""
+        """End a request of this gateway. Return False for an unknown id."""
 
     async def cancel_elsewhere(self, call_id: str) -> bool:
-        """End all requests of a call that another gateway before the same graph has; False where
-        none knows it.
+        """End all requests of a call of another gateway of the same graph. Return False where no
+        gateway knows the call.
         """
 
 
 class SessionBridge:
-    """Reads the streams of an open session."""
+    """Reads the streams of a session in the same loop."""
 
     def __init__(self, session: Session, streaming: Streaming) -> None:
         self._session = session
-        self._streaming = streaming
+        self._limits = UnreadLimits(streaming.num_buffered_tokens, streaming.num_buffered_bytes)
 
-    def enter(self, entry: GraphRequest) -> "SessionBatches":
-        limits = self._streaming
-        return SessionBatches(
-            stream_of(self._session, entry, limits.num_buffered_tokens, limits.num_buffered_bytes)
-        )
+    def open_stream(self, request: Request, timing: Timing = NOW) -> "SessionBatches":
+        return SessionBatches(start_stream(self._session, request, timing, self._limits))
 
     async def cancel(self, request_id: str) -> bool:
         return self._session.cancel(request_id)
@@ -80,7 +61,7 @@ class SessionBridge:
 
 
 class SessionBatches:
-    """One request that was let in: its batches, until the context is left."""
+    """The batches of one request, in the session's loop."""
 
     def __init__(self, stream: Stream) -> None:
         self._stream = stream
@@ -88,7 +69,7 @@ class SessionBatches:
     async def __aenter__(self) -> "SessionBatches":
         try:
             await self._stream.__aenter__()
-        except RequestError as error:
+        except RequestError as error:  # ids are unique here, so the session has ended
             raise graph_closed() from error
         return self
 
@@ -105,48 +86,59 @@ class SessionBatches:
         return [event_of(output) for output in outputs]
 
 
-def stream_of(session: Session, entry: GraphRequest, limit_tokens: int, limit_bytes: int) -> Stream:
-    """The stream of an entry, not started. Raises ApiError for what a session does not take."""
+class EventInbox:
+    """A queue of one request's events, filled and read on the app's loop."""
+
+    def __init__(self, on_read: Callable[[int], None]) -> None:
+        """`on_read` is called with the number of tokens of each batch that is read."""
+        self.end: ApiError | bool = False
+        self._on_read = on_read
+        self._unread: list[Output] = []
+        self._arrival = anyio.Event()
+
+    def put(self, outputs: Sequence[Output], end: ApiError | bool) -> None:
+        """Add events. `end`: whether these are the last, or the error that ends the request."""
+        self._unread.extend(outputs)
+        self.end = self.end or end
+        self._arrival.set()
+
+    def __aiter__(self) -> "EventInbox":
+        return self
+
+    async def __anext__(self) -> Sequence[TokenEvent]:
+        while not self._unread:
+            if isinstance(self.end, ApiError):
+                raise self.end
+            if self.end:
+                raise StopAsyncIteration
+            self._arrival = anyio.Event()  # events of anyio cannot be cleared
+            await self._arrival.wait()
+        taken, self._unread = self._unread, []
+        self._on_read(num_tokens(taken))
+        return [event_of(output) for output in taken]
+
+
+def start_stream(
+    session: Session, request: Request, timing: Timing, limits: UnreadLimits
+) -> Stream:
+    """Return the stream of a request, not entered. Raises ApiError for a wrong request."""
     try:
-        return session.stream(
-            entry.messages or Encoded(entry.text, entry.token_ids),
-            sampling=entry.sampling,
-            limit_tokens=limit_tokens,
-            limit_bytes=limit_bytes,
-            **fields_of(entry),
-        )
+        return session.start(request, timing, limits)
     except RequestError as error:
-        raise bad_request(error) from error
-
-
-def fields_of(entry: GraphRequest) -> dict[str, object]:
-    """What a session is told of an entry beside its prompt."""
-    return {
-        "request_id": entry.request_id,
-        "priority": entry.priority,
-        "user_id": entry.tenant,
-        "model": entry.model,
-        "salt": entry.salt,
-        "trace": entry.trace,
-        "tags": {"operation": entry.operation},
-        "slo_ttft_s": entry.slo_ttft_s,
-        "timeout_s": entry.timeout_s,
-        "waited_s": entry.waited_s,
-    }
-
-
-def bad_request(error: RequestError) -> ApiError:
-    """What was wrong with the request, as the session says it to its callers."""
-    return ApiError(400, str(error))
+        raise ApiError(400, str(error)) from error
 
 
 def graph_closed() -> ApiError:
-    """The graph takes no more."""
+    """Return the error of a request for a graph that is closing."""
     return ApiError(503, "the server is shutting down", code="shutting_down", retry_after_s=1.0)
 
 
+def num_tokens(outputs: Sequence[Output]) -> int:
+    return sum(output.num_tokens for output in outputs)
+
+
 def event_of(output: Output) -> TokenEvent:
-    """A whole answer, as some operators give it, is an event that is the only and last one."""
+    """Return an output as an event. A whole answer of some operators is its only event."""
     if isinstance(output, TokenEvent):
         return output
     return TokenEvent(
@@ -169,44 +161,47 @@ def event_of(output: Output) -> TokenEvent:
 
 
 @asynccontextmanager
-async def entered(
-    bridge: GraphBridge, entries: Sequence[GraphRequest]
+async def open_streams(
+    bridge: GraphBridge, requests: Sequence[Request], timing: Timing
 ) -> AsyncIterator[AsyncIterator[EventBatch]]:
-    """The batches of the entries, with the number of each event's entry.
+    """Start all requests of one call. Yields batches of (number of the request, event).
 
-    What came together is read together. Leaving the context cancels what is unfinished. Raises
-    ApiError where the graph cannot take one of them.
+    Batches that wait are read together. Leaving the context cancels the unfinished requests.
+    Raises ApiError where the graph does not take one of them.
     """
-    if len(entries) == 1:
-        async with bridge.enter(entries[0]) as batches:
-            yield _Numbered(batches, 0)
+    if len(requests) == 1:  # needs neither tasks nor a queue
+        async with bridge.open_stream(requests[0], timing) as batches:
+            yield _Numbered(batches)
         return
     async with _unwrapped(), anyio.create_task_group() as tasks:
         send, receive = anyio.create_memory_object_stream[
             EventBatch
-        ]()  # no buffer: readers hold back
+        ]()  # no buffer: a slow reader holds streams back
         async with receive:
             async with send:
-                for number, entry in enumerate(entries):
-                    tasks.start_soon(_forward, bridge, entry, number, send.clone())
+                for number, request in enumerate(requests):
+                    stream = bridge.open_stream(request, timing)
+                    tasks.start_soon(_forward, stream, number, send.clone())
             yield _Merged(receive)
         tasks.cancel_scope.cancel()
 
 
 class _Numbered:
-    def __init__(self, batches: AsyncIterator[Sequence[TokenEvent]], number: int) -> None:
+    """The batches of a call with one request."""
+
+    def __init__(self, batches: AsyncIterator[Sequence[TokenEvent]]) -> None:
         self._batches = batches
-        self._number = number
 
     def __aiter__(self) -> "_Numbered":
         return self
 
     async def __anext__(self) -> EventBatch:
-        number = self._number
-        return [(number, event) for event in await self._batches.__anext__()]
+        return [(0, event) for event in await self._batches.__anext__()]
 
 
 class _Merged:
+    """The batches of a call with several requests."""
+
     def __init__(self, receive: MemoryObjectReceiveStream[EventBatch]) -> None:
         self._receive = receive
 
@@ -214,7 +209,7 @@ class _Merged:
         return self
 
     async def __anext__(self) -> EventBatch:
-        """Whatever waits, at least one batch."""
+        """Return all waiting batches, at least one, as one batch."""
         try:
             found = [*await self._receive.receive()]
         except anyio.EndOfStream:
@@ -226,16 +221,18 @@ class _Merged:
 
 
 async def _forward(
-    bridge: GraphBridge, entry: GraphRequest, number: int, send: MemoryObjectSendStream[EventBatch]
+    stream: AbstractAsyncContextManager[AsyncIterator[Sequence[TokenEvent]]],
+    number: int,
+    send: MemoryObjectSendStream[EventBatch],
 ) -> None:
-    async with send, bridge.enter(entry) as batches:
-        async for batch in _Numbered(batches, number):
-            await send.send(batch)
+    async with send, stream as batches:
+        async for batch in batches:
+            await send.send([(number, event) for event in batch])
 
 
 @asynccontextmanager
 async def _unwrapped() -> AsyncIterator[None]:
-    """Let the first error out of the task group as it was raised."""
+    """Unwrap the first error from the exception group of a task group."""
     try:
         yield
     except ExceptionGroup as group:

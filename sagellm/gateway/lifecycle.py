@@ -1,4 +1,4 @@
-"""A gateway before an open session: built, probed, served, drained."""
+"""The life of a gateway: it is built for an open session, probed, served and drained."""
 
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
@@ -36,14 +36,14 @@ from sagellm.session import Session
 from sagellm.tracing import open_tracing
 
 PROBE_TEXT = "Hello"
-_SERVERS = {  # loaded when chosen: uvicorn is an extra
+_SERVERS = {  # imported when chosen: uvicorn is an extra
     "hypercorn": ("sagellm.gateway.http.hypercorn", "HypercornServer"),
     "uvicorn": ("sagellm.gateway.http.uvicorn", "UvicornServer"),
 }
 
 
 def server_class(name: str) -> Callable[[App, Settings, socket], HttpServer]:
-    """Raises ModuleNotFoundError where the extra of that server is not installed."""
+    """Return the class of a server. Raises ModuleNotFoundError where its extra is missing."""
     module, attribute = _SERVERS[name]
     found: Callable[[App, Settings, socket], HttpServer] = getattr(import_module(module), attribute)
     return found
@@ -53,15 +53,15 @@ async def serve_graph(
     opening: AbstractAsyncContextManager[Session],
     settings: Settings,
     sock: socket,
-    tell: Callable[[str], None],
+    announce: Callable[[str], None],
 ) -> None:
-    """Open the graph and serve it on a bound socket, until SIGTERM or SIGINT end it.
+    """Open the graph and serve it on a bound socket, until SIGTERM or SIGINT.
 
-    `tell` is given where and how to call the gateway, once it answers.
+    `announce` is called with the banner, once the gateway answers.
     """
     async with opening as session:
         with ending_signals() as signals:
-            await serve_session(session, settings, sock, signals, tell)
+            await serve_session(session, settings, sock, signals, announce)
 
 
 async def serve_session(
@@ -69,9 +69,9 @@ async def serve_session(
     settings: Settings,
     sock: socket,
     signals: AsyncIterator[int],
-    tell: Callable[[str], None],
+    announce: Callable[[str], None],
 ) -> None:
-    """As `serve_graph`, for a session that is open; `signals` end it. Raises GatewaysFailed."""
+    """As `serve_graph`, for an open session, until one of `signals`. Raises GatewaysFailed."""
     if settings.num_gateways:
         _check_kinds(session.executor.plan.graph)
     models, readiness = model_cards(session, settings), Readiness()
@@ -91,7 +91,7 @@ async def serve_session(
         else:
             app = build_app(gateway_of(session, settings, bridge, meters, models, readiness))
             serving = ServingHere(server_class(settings.server)(app, settings, sock), app)
-        if session.supervisor is None:  # else it has a control of its own
+        if session.supervisor is None:  # a supervisor has a control of its own
             executed = session.executor.plan
             await nursery.start(
                 serve_control, OneProcessCommands(executed.graph, session.executor.engines)
@@ -100,12 +100,12 @@ async def serve_session(
         if settings.server == "hypercorn" and not settings.num_gateways:
             nursery.start_soon(meters.watch_app_loop)  # this loop; uvicorn watches its own
         nursery.start_soon(_watch, readiness, session, settings.streaming)
-        await serve(serving, settings, signals, session.close, lambda: tell(said))
-        nursery.cancel_scope.cancel()
+        await serve(serving, settings, signals, session.close, lambda: announce(said))
+        nursery.cancel_scope.cancel()  # ends the meters, the control and the watch
 
 
 def _check_kinds(graph: Graph) -> None:
-    """Gateway processes import no code of the user. Raises GatewaysFailed."""
+    """Raise GatewaysFailed for engine kinds of the user: gateway processes cannot import them."""
     kinds = {engine_kind(values) for values in graph.engines.values()}
     for kind in filter(KINDS.is_registered_here, sorted(kinds)):
         raise GatewaysFailed(
@@ -147,7 +147,7 @@ def meters_of(session: Session, settings: Settings, models: Sequence[ModelCard])
 
 @asynccontextmanager
 async def _unwrapped() -> AsyncIterator[None]:
-    """Let GatewaysFailed out of the nurseries as it was raised."""
+    """Unwrap GatewaysFailed from the exception groups of nurseries."""
     try:
         yield
     except BaseExceptionGroup as group:
@@ -161,7 +161,7 @@ async def _unwrapped() -> AsyncIterator[None]:
 
 @asynccontextmanager
 async def _bridge(session: Session, settings: Settings) -> AsyncIterator[GraphBridge]:
-    """For the loop of the app: this one, or uvicorn's in its own thread."""
+    """Open the bridge for the app's loop: this loop, or uvicorn's in a thread of its own."""
     if settings.server == "hypercorn" or settings.num_gateways:
         yield SessionBridge(session, settings.streaming)
         return
@@ -184,7 +184,7 @@ def _traced(
 
 
 def _probe(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Any token does where the model's own tokenizer fails: what is probed is the graph."""
+    """Return the tokens of a probe. Any token does: a probe tests the graph, not the tokenizer."""
     try:
         return tokenizer.encode(PROBE_TEXT) or (0,)
     except (TextError, HelperUnavailable):
@@ -192,9 +192,10 @@ def _probe(tokenizer: Tokenizer) -> tuple[int, ...]:
 
 
 async def _watch(readiness: Readiness, session: Session, streaming: Streaming) -> None:
-    """Probes of each model go through a door of this loop: the graph is the same."""
+    """Watch with a bridge of this loop, whichever bridge the app uses: the graph is the same."""
     probes = []
     for model in session.models.all:
+        # A model's own tokenizer may take long: not on this loop.
         token_ids = await trio.to_thread.run_sync(_probe, model.tokenizer, abandon_on_cancel=True)
         probes.append(Probe(token_ids, PROBE_TEXT, model.key))
     await readiness.watch(SessionBridge(session, streaming), session.health, probes)

@@ -1,4 +1,4 @@
-"""Whether tokens are being produced: a probe through the door, then a watch over the engines."""
+"""Whether the graph produces tokens: a probe of each model, then a watch over the engines."""
 
 import secrets
 from collections.abc import Callable, Sequence
@@ -6,15 +6,15 @@ from typing import NamedTuple, Protocol
 
 import anyio
 
-from sagellm.gateway.graph_bridge import GraphBridge, GraphRequest
+from sagellm.gateway.graph_bridge import GraphBridge
 from sagellm.graphs.log import get_logger
-from sagellm.runtime.messages import OPERATOR_FAILED, PRIORITIES, SERVED, Sampling
+from sagellm.runtime.messages import OPERATOR_FAILED, PRIORITIES, SERVED, Request, Sampling
 
 LOG = get_logger("sagellm.gateway")
 
-PROBE_S = 5.0  # a probe that takes longer has failed
+PROBE_S = 5.0  # a slower probe has failed
 RETRY_S = 1.0
-MAX_RETRY_S = 10.0  # while code of the user's own fails, which logs a traceback each time
+MAX_RETRY_S = 10.0  # while the user's own code fails: each probe then logs a traceback
 WATCH_S = 0.1
 _ENDED = "the graph ended the probe"
 _OWN_FAULT = f"{_ENDED}: failed; "
@@ -22,7 +22,7 @@ _NO_PROBE = "the graph failed the probe"
 
 
 class GraphHealth(Protocol):
-    """What the watch asks of the graph."""
+    """The health of a graph, as the watch reads it."""
 
     @property
     def is_hung(self) -> bool:
@@ -30,31 +30,40 @@ class GraphHealth(Protocol):
 
     @property
     def is_stopped(self) -> bool:
-        """Whether the graph runs no more."""
+        """Whether the graph has stopped."""
 
     @property
     def missing(self) -> str:
-        """Which engines have no worker that serves; empty where each has one."""
+        """The engines without a serving worker, as text; empty where each engine has one."""
 
 
 class Readiness:
-    """True once a token came through the whole graph, until an engine hangs or has no worker left.
-    Then again.
+    """Whether the gateway is ready: after a token of each model has passed the whole graph, until
+    an engine hangs or loses its last worker.
 
-    The watch is a task of its own on the loop that `bridge` belongs to; the answers may be read
-    from any thread.
+    `on_change` is called after each change. `watch` runs on the loop of the bridge; `is_ready` and
+    `reason` may be read from any thread.
     """
 
-    def __init__(self) -> None:
-        self.is_ready = False
-        self.reason = "starting"
+    def __init__(self, is_ready: bool = False, reason: str = "starting") -> None:
+        self.is_ready = is_ready
+        self.reason = reason
         self.on_change: Callable[[], None] = lambda: None
+
+    def change(self, is_ready: bool, reason: str) -> bool:
+        """Set both values. Return False, without effect, where both are unchanged."""
+        before = self.is_ready, self.reason
+        self.is_ready, self.reason = is_ready, reason
+        if before == (is_ready, reason):
+            return False
+        self.on_change()
+        return True
 
     async def watch(
         self, bridge: GraphBridge, health: Callable[[], GraphHealth], probes: Sequence["Probe"]
     ) -> None:
-        """Probe until a token of each model comes, watch until there is a fault, and again. Never
-        returns.
+        """Probe until each model has produced a token, watch for a fault, and begin again. Runs
+        until cancelled.
         """
         retry_s = RETRY_S
         while True:
@@ -69,38 +78,35 @@ class Readiness:
             await anyio.sleep(retry_s)
 
     async def _sound(self, health: Callable[[], GraphHealth]) -> None:
-        """Wait until there is no fault, and say each that there is meanwhile."""
+        """Wait until the graph has no fault, and report each fault meanwhile."""
         while fault := _fault(health()):
             self._become(False, fault)
             await anyio.sleep(WATCH_S)
 
     async def _all_probed(self, bridge: GraphBridge, probes: Sequence["Probe"]) -> bool:
-        """One model after the other: what the first lacks is the reason."""
+        """Probe one model after the other; the first failure becomes the reason."""
         for each in probes:
-            if not await self._probed(bridge, each.entry()):
+            if not await self._probed(bridge, each.request()):
                 return False
         return True
 
-    async def _probed(self, bridge: GraphBridge, entry: GraphRequest) -> bool:
-        """Whether the graph answers; what it says instead becomes the reason."""
+    async def _probed(self, bridge: GraphBridge, request: Request) -> bool:
+        """Whether the graph answers the probe; a failure becomes the reason."""
         reason = "no token came in time"
         try:
             with anyio.move_on_after(PROBE_S):
-                reason = await _answered(bridge, entry)
-        except Exception as error:  # whatever it is, the gateway is not ready
+                reason = await _answered(bridge, request)
+        except Exception as error:  # any failure means that the gateway is not ready
             reason = _NO_PROBE
             if self.reason != reason:
                 LOG.error("probe_failed", exc_info=error)
         if reason:
-            self._become(False, f"{reason} (model {entry.model})" if entry.model else reason)
+            self._become(False, f"{reason} (model {request.model})" if request.model else reason)
         return not reason
 
     def _become(self, is_ready: bool, reason: str) -> None:
-        before = self.is_ready, self.reason
-        self.is_ready, self.reason = is_ready, reason
-        if before != (is_ready, reason):
+        if self.change(is_ready, reason):
             (LOG.info if is_ready else LOG.warning)("readiness", is_ready=is_ready, reason=reason)
-            self.on_change()
 
 
 def _fault(health: GraphHealth) -> str:
@@ -110,35 +116,36 @@ def _fault(health: GraphHealth) -> str:
 
 
 async def _next_fault(health: Callable[[], GraphHealth]) -> str:
-    """Wait until there is one. Nothing tells of a hang but that nothing happens: so ask."""
+    """Wait for a fault. A hang raises no event, so the health is polled."""
     while not (fault := _fault(health())):  # noqa: ASYNC110
         await anyio.sleep(WATCH_S)
     return fault
 
 
 class Probe(NamedTuple):
-    """A prompt for one model, which is asked for one token before everybody else."""
+    """A prompt that asks one model for one token, with the highest priority."""
 
     token_ids: tuple[int, ...]
     text: str
     model: str = ""
 
-    def entry(self) -> GraphRequest:
-        return GraphRequest(
+    def request(self) -> Request:
+        return Request(
             request_id=f"probe-{secrets.token_hex(8)}",
-            text=self.text,
-            token_ids=self.token_ids,
+            prompt=self.text,
+            prompt_token_ids=self.token_ids,
             sampling=Sampling(max_tokens=1),
             priority=PRIORITIES["critical"],
-            tenant="probe",
+            user_id="probe",
             model=self.model,
+            tags={"operation": "text_completion"},
         )
 
 
-async def _answered(bridge: GraphBridge, entry: GraphRequest) -> str:
-    """Nothing where the graph served the probe, or filtered it out; else why not."""
+async def _answered(bridge: GraphBridge, request: Request) -> str:
+    """Return why the graph did not serve the probe; empty where it served or filtered it."""
     reason = "the graph let no token out"
-    async with bridge.enter(entry) as batches:
+    async with bridge.open_stream(request) as batches:
         async for events in batches:
             last = events[-1]
             if last.finish_reason in SERVED or last.finish_reason == "filtered":

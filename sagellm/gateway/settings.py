@@ -24,7 +24,7 @@ Rate: TypeAlias = Annotated[float, Meta(ge=0)]
 
 @dataclass(frozen=True, slots=True)
 class RequestLimits:
-    """What a request may be, before it is refused; sizes in bytes, times in seconds."""
+    """The limits of a request, beyond which it is refused. Sizes in bytes, times in seconds."""
 
     header_bytes: Annotated[int, Meta(ge=256, extra={"unit": "bytes"})] = 16 << 10
     """Size of the request line and all headers."""
@@ -71,7 +71,7 @@ class RequestLimits:
 
 @dataclass(frozen=True, slots=True)
 class Streaming:
-    """How answers are sent."""
+    """Limits of the answers that are sent."""
 
     keep_alive_s: PositiveSeconds = 5.0
     """Silence of a stream until a comment is sent."""
@@ -88,7 +88,7 @@ class Streaming:
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What one key may have under way at once, and cancel. 0: no bound."""
+    """The most requests that one key may have open, and cancel. 0: no bound."""
 
     num_open: Bound = 1024
     """Requests under way, streaming or waiting: each choice of each prompt is one; 0: no bound."""
@@ -100,38 +100,38 @@ class Budget:
     """Cancelled calls a second, after `num_open` at once; 0: no bound."""
 
 
-# Without keys all clients share one budget: what one of them may not do, nobody may.
+# Without keys all clients share one budget, so a bound for one client would bound all of them.
 GRAPH_ALONE = Budget(num_open=0, num_waiting=0, cancels_per_s=0.0)
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """One gateway. `api_keys` maps a tenant's name to its key; empty: no key is asked for.
+    """The settings of one gateway. `api_keys` maps a tenant's name to its key; empty: no keys.
 
-    `served_models`: the names that clients may use, the first of them in answers. `admin_key` opens
-    the admin routes, which are closed to all where there is none. `salt_key` keys the prefix salts
-    and the hashes in logs; drawn anew at each start unless given. Raises ValueError for half of a
-    TLS setup, which would be served in the clear.
+    `served_models` are the names that clients may use; answers have the first. `admin_key` opens
+    the admin routes; without one they are closed. `salt_key` keys the prefix salts and the hashes
+    in logs; the default is a random key at each start. Raises ValueError for a TLS certificate
+    without its key, and for a key without its certificate.
 
-    `budgets` are those of tenants that have one of their own. `budget` is that of all others. None:
-    `Budget()` where there are keys; else the graph's admission is all that bounds requests.
+    `budgets` maps a tenant to a budget of its own; all other tenants have `budget`. The default is
+    `Budget()` where there are keys. Without keys only the graph's admission bounds requests.
     """
 
     host: str = "127.0.0.1"
     port: int = 8000
     server: Literal["hypercorn", "uvicorn"] = "hypercorn"
-    num_gateways: int = 0  # processes that speak HTTP; 0: that of the graph does
+    num_gateways: int = 0  # processes that speak HTTP; 0: the graph's process does
     api_keys: dict[str, str] = field(default_factory=dict, repr=False)
     admin_key: str | None = field(default=None, repr=False)
     salt_key: bytes = field(default=b"", repr=False)
     served_models: tuple[str, ...] = ()
-    allowed_hosts: tuple[str, ...] = ()  # beside the address that is served, and localhost
+    allowed_hosts: tuple[str, ...] = ()  # in addition to the served address and localhost
     allowed_origins: tuple[str, ...] = ()
-    drain_s: float = 600.0  # open streams may take so long after SIGTERM
+    drain_s: float = 600.0  # how long open streams may go on after SIGTERM
     linger_s: float = 0.0  # how long a drained listener stays, so that load balancers see the 503
     metrics_compat: tuple[str, ...] = ("vllm",)
     open_metrics: bool = False  # /metrics without a key
-    otlp_endpoint: str | None = None  # of a collector that traces are sent to
+    otlp_endpoint: str | None = None  # the collector of traces
     trace_sample: float = 0.01  # share of the requests that become traces
     page: bool = True  # the page at /, for a browser
     tls_certificate: Path | None = None
@@ -147,25 +147,25 @@ class Settings:
 
     @property
     def common_budget(self) -> Budget:
-        """Of each tenant that has none of its own."""
+        """The budget of each tenant without one of its own."""
         return self.budget or (Budget() if self.api_keys else GRAPH_ALONE)
 
 
-BACKLOG = 4096  # the kernel takes less where net.core.somaxconn says so
+BACKLOG = 4096  # the kernel may take less: net.core.somaxconn
 MOST_FILES = 1 << 20  # more than any machine serves
-LEAST_FILES = 64  # to start at all: with fewer, sockets of the graph's processes cannot be made
-_SPARE_FILES = 48  # for the engine, the logs and whoever opens a file while the gateway is full
+LEAST_FILES = 64  # with fewer, sockets of the graph's processes cannot be made
+_SPARE_FILES = 48  # for engines, logs and other files of the process while the gateway is full
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket that takes no connections yet. Raises OSError: in use, not ours, not known."""
+    """Return a bound socket that does not listen yet. Raises OSError."""
     family, kind, protocol, _, address = socket.getaddrinfo(
         host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
     )[0]
     sock = socket.socket(family, kind, protocol)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # clients that vanished
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # finds clients that vanished
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.bind(address)
     except OSError:
@@ -182,7 +182,7 @@ def url_of(sock: socket.socket, settings: Settings) -> str:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach what is bound to `host`."""
+    """Whether only this machine can reach a socket that is bound to `host`."""
     if host.lower() == "localhost":
         return True
     with suppress(ValueError):
@@ -191,7 +191,7 @@ def is_loopback(host: str) -> bool:
 
 
 def max_connections() -> int:
-    """As many as leave some file descriptors to the rest of the process."""
+    """The number of connections that leaves file descriptors to the rest of the process."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return max(8, min(soft, MOST_FILES) - _SPARE_FILES - _num_open_files())
 
@@ -201,12 +201,12 @@ def raise_open_files() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
     if 0 <= soft < wanted:
-        with suppress(OSError, ValueError):  # a sandbox may forbid it: serve with what there is
+        with suppress(OSError, ValueError):  # a sandbox may forbid it: serve with the present limit
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def num_files() -> int:
-    """How many files this process may have open."""
+    """The number of files that this process may have open."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return MOST_FILES if soft == resource.RLIM_INFINITY else soft
 
@@ -222,7 +222,7 @@ _ANY_HOST = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}
 
 
 def banner(url: str, models: Sequence[str], settings: Settings, *, has_chat: bool) -> str:
-    """Lines for people; the last one asks the first model from a shell. No key is in them."""
+    """Return the lines that announce a server, with a command that calls it. They hold no key."""
     reachable, model, named = _reachable(url), models[0], ", ".join(models)
     word = "models" if len(models) > 1 else "model"
     lines = [
@@ -238,7 +238,7 @@ def banner(url: str, models: Sequence[str], settings: Settings, *, has_chat: boo
 
 
 def curl(url: str, model: str, settings: Settings, *, has_chat: bool) -> str:
-    """A command that asks the model for something short."""
+    """Return a shell command that asks the model for a short answer."""
     asked: dict[str, object] = {"model": model, "max_tokens": 64}
     if has_chat:
         path, asked["messages"] = "chat/completions", [{"role": "user", "content": "Hello"}]
@@ -254,12 +254,12 @@ def curl(url: str, model: str, settings: Settings, *, has_chat: bool) -> str:
 
 
 def _key(settings: Settings) -> str:
-    """The variable, as the shell expands it; without the name where it is NAME=KEY."""
+    """Return the shell's expansion of the variable, without a leading NAME=."""
     return f"${{{KEY_VARIABLE}#*=}}" if _is_named_key(settings) else f"${KEY_VARIABLE}"
 
 
 def _is_key(settings: Settings) -> bool:
-    """Whether what the command sends is a key of this server."""
+    """Whether the variable holds a key of this server."""
     given = os.environ.get(KEY_VARIABLE, "")
     return given in settings.api_keys.values() or _is_named_key(settings)
 
@@ -270,7 +270,7 @@ def _is_named_key(settings: Settings) -> bool:
 
 
 def _reachable(url: str) -> str:
-    """The same for a client on this machine, where the server listens at every address."""
+    """Return the URL for a client on this machine, also where the host means every address."""
     scheme, _, rest = url.partition("://")
     host, _, port = rest.rpartition(":")
     return f"{scheme}://{_ANY_HOST.get(host, host)}:{port}"

@@ -1,4 +1,4 @@
-"""The door of an app on an asyncio loop to a session whose trio loop is in another thread."""
+"""The bridge from an app on an asyncio loop to a session on a trio loop in another thread."""
 
 import asyncio
 from collections import deque
@@ -9,48 +9,60 @@ from typing import Any, Protocol
 import trio
 
 from sagellm.gateway.api_errors import ApiError
-from sagellm.gateway.graph_bridge import GraphRequest, event_of, graph_closed, stream_of
+from sagellm.gateway.graph_bridge import (
+    NOW,
+    EventInbox,
+    graph_closed,
+    num_tokens,
+    start_stream,
+)
 from sagellm.gateway.settings import Streaming
-from sagellm.runtime.messages import TokenEvent
-from sagellm.session import Output, Session
-from sagellm.session.requests import RequestError
-from sagellm.session.stream import Stream
+from sagellm.runtime.messages import Request
+from sagellm.session import Output, Session, Stream
+from sagellm.session.requests import RequestError, Timing
+from sagellm.session.stream import UnreadLimits
 
-_WINDOW = 4  # this part of what may wait unread waits at the reader, the rest in the stream
+_WINDOW = 4  # a quarter of the unread events may wait at the reader, the rest in the stream
 
 
 class BatchReader(Protocol):
-    """Whoever asked, as the trio loop sees it."""
+    """The reader of one request, as the trio loop sees it."""
 
-    forwarder: "StreamForwarder | None"  # set once its stream is there
+    forwarder: "StreamForwarder | None"  # set when the stream has been made
+
+    @property
+    def request(self) -> Request: ...
+
+    @property
+    def timing(self) -> Timing: ...
 
     @property
     def num_taken(self) -> int:
-        """Tokens that were read, as far as known here."""
+        """The tokens that were read, as far as the trio loop knows."""
 
     @property
     def is_left(self) -> bool:
-        """Whether it wants no more."""
+        """Whether the reader has left."""
 
     def hold(self) -> None:
-        """Something waits, for which there is no room; called again while that is so."""
+        """Called while events wait and the window is full."""
 
     def is_excused(self) -> bool:
-        """Whether something between here and whoever asked may be what does not read."""
+        """Whether the client may be innocent: something before it may be slow."""
 
     def send(self, outputs: Sequence[Output], end: ApiError | bool) -> None:
-        """`end`: whether, or with which error, nothing comes after."""
+        """Send events. `end`: whether these are the last, or the error that ends the request."""
 
 
 class StreamForwarder:
-    """Sends a stream's events over as they come, while there is room.
+    """Sends the events of a stream to its reader, as long as the window has room.
 
-    What finds no room stays in the stream, and counts against its limits.
+    Other events stay in the stream, and count against its limits.
     """
 
     def __init__(self, stream: Stream, to: BatchReader, window: int) -> None:
         self.stream = stream
-        self.scope = trio.CancelScope()  # over when all was sent, or the reader has left
+        self.scope = trio.CancelScope()  # cancelled when all is sent, or the reader has left
         self.is_held = False
         self.is_finished = False
         self._to = to
@@ -59,10 +71,10 @@ class StreamForwarder:
         stream.on_arrival = self.flush
 
     def flush(self) -> None:
-        """Send what waits. While the window is full nothing is sent: reading calls this again."""
+        """Send the waiting events, unless the window is full; reading calls this again."""
         if self._is_full:
             self.is_held = True
-            if self._is_full:  # still: it may have been read before `is_held` could be seen
+            if self._is_full:  # the reader may have read before it could see `is_held`
                 self._to.hold()
                 return
         self.is_held = False
@@ -77,16 +89,16 @@ class StreamForwarder:
         return self._num_sent - self._to.num_taken >= self._window
 
 
-async def forward_stream(
-    session: Session, streaming: Streaming, entry: GraphRequest, to: BatchReader
-) -> None:
-    """One request's task in the trio loop, which sleeps but for its start and its end."""
+async def forward_stream(session: Session, streaming: Streaming, to: BatchReader) -> None:
+    """Run the stream of one request in the trio loop, until its end or its reader's."""
     window = window_of(streaming)
-    tokens = streaming.num_buffered_tokens - window
-    size = streaming.num_buffered_bytes - streaming.num_buffered_bytes // _WINDOW
+    limits = UnreadLimits(
+        streaming.num_buffered_tokens - window,
+        streaming.num_buffered_bytes - streaming.num_buffered_bytes // _WINDOW,
+    )
     end = graph_closed()
     try:
-        stream = stream_of(session, entry, tokens, size)
+        stream = start_stream(session, to.request, to.timing, limits)
         forwarder = to.forwarder = StreamForwarder(stream, to, window)
         stream.is_excused = to.is_excused
         if to.is_left:
@@ -104,21 +116,18 @@ async def forward_stream(
 
 
 def window_of(streaming: Streaming) -> int:
-    """The tokens that may be on their way to a reader, or wait there."""
+    """Return the tokens that may be sent to a reader and not read yet."""
     return max(1, streaming.num_buffered_tokens // _WINDOW)
-
-
-def num_tokens(outputs: Sequence[Output]) -> int:
-    return sum(output.num_tokens for output in outputs)
 
 
 @asynccontextmanager
 async def open_thread_bridge(
     session: Session, streaming: Streaming
 ) -> AsyncIterator["ThreadBridge"]:
-    """A door for one asyncio loop, open for as long as this trio context is.
+    """Open a bridge for one asyncio loop, as long as this trio context lasts.
 
-    Leaving it cancels what is unfinished; its readers are told that the server shuts down.
+    Leaving the context cancels the unfinished requests. Their readers get the error
+    "shutting_down".
     """
     async with trio.open_nursery() as nursery:
         bridge = ThreadBridge(session, streaming, nursery)
@@ -130,7 +139,7 @@ async def open_thread_bridge(
 
 
 class ThreadBridge:
-    """Made in the trio thread; `enter` and `cancel` are called in the loop of the app."""
+    """Made in the trio thread; `open_stream` and `cancel` are called on the app's loop."""
 
     def __init__(self, session: Session, streaming: Streaming, nursery: trio.Nursery) -> None:
         self.session = session
@@ -138,25 +147,25 @@ class ThreadBridge:
         self.is_closed = False
         self._nursery = nursery
         self._token = trio.lowlevel.current_trio_token()
-        self._ferry: _LoopBatcher | None = None
+        self._batcher: _LoopBatcher | None = None
 
-    def enter(self, entry: GraphRequest) -> "ThreadBatches":
-        if self._ferry is None:
-            self._ferry = _LoopBatcher(asyncio.get_running_loop())
-        return ThreadBatches(self, entry, self._ferry)
+    def open_stream(self, request: Request, timing: Timing = NOW) -> "ThreadBatches":
+        if self._batcher is None:
+            self._batcher = _LoopBatcher(asyncio.get_running_loop())
+        return ThreadBatches(self, self._batcher, request, timing)
 
     async def cancel(self, request_id: str) -> bool:
         loop = asyncio.get_running_loop()
         known: asyncio.Future[bool] = loop.create_future()
 
-        def tell(is_known: bool) -> None:
+        def answer(is_known: bool) -> None:
             if not known.done():
                 known.set_result(is_known)
 
         def ask() -> None:
             is_known = self.session.cancel(request_id)
             with suppress(RuntimeError):  # the loop was closed meanwhile
-                loop.call_soon_threadsafe(tell, is_known)
+                loop.call_soon_threadsafe(answer, is_known)
 
         self.call(ask)
         return await known
@@ -165,129 +174,110 @@ class ThreadBridge:
         return False
 
     def call(self, function: Any, *args: Any) -> None:
-        """Run a function in the trio thread, soon. Raises ApiError where that has ended."""
+        """Run a function in the trio thread, soon. Raises ApiError where the thread has ended."""
         try:
             self._token.run_sync_soon(function, *args)
         except trio.RunFinishedError as error:
             raise graph_closed() from error
 
-    def start(self, entered: "ThreadBatches", entry: GraphRequest) -> None:
-        """In the trio thread."""
+    def start(self, batches: "ThreadBatches") -> None:
+        """Start a request. Called in the trio thread."""
+        batcher = batches.batcher
         if self.is_closed:
-            entered.batcher.send(entered, (), graph_closed())
+            batcher.send(batches, (), graph_closed())
             return
-        if entered.batcher.departure is None:
-            entered.batcher.departure = trio.Event()
-            self._nursery.start_soon(entered.batcher.run)
-        self._nursery.start_soon(forward_stream, self.session, self.streaming, entry, entered)
+        if batcher.wakeup is None:
+            batcher.wakeup = trio.Event()
+            self._nursery.start_soon(batcher.run)
+        self._nursery.start_soon(forward_stream, self.session, self.streaming, batches)
 
 
 class _LoopBatcher:
-    """Brings batches to the asyncio loop. All that one turn of the trio loop yields goes over with
-    one wake-up: a wake-up in the middle would make the threads take turns at every event.
+    """Hands batches to the asyncio loop, with one wake-up for each turn of the trio loop.
+
+    A wake-up for each batch would make the two threads take turns at every event.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.departure: trio.Event | None = None  # set when something waits; None: it does not run
+        self.wakeup: trio.Event | None = None  # set when batches wait; None: `run` does not run
         self._loop = loop
         self._waiting: deque[tuple[ThreadBatches, Sequence[Output], ApiError | bool]] = deque()
 
     def send(self, to: "ThreadBatches", outputs: Sequence[Output], end: ApiError | bool) -> None:
-        """In the trio thread. `end`: whether, or with which error, nothing comes after."""
+        """Add a batch. Called in the trio thread."""
         self._waiting.append((to, outputs, end))
-        if self.departure is not None:
-            self.departure.set()
+        if self.wakeup is not None:
+            self.wakeup.set()
         else:
-            self._depart()
+            self._wake()
 
     async def run(self) -> None:
-        """Until cancelled; what is sent after that goes over one by one."""
+        """Wake the asyncio loop until cancelled. Later batches are handed over one by one."""
         try:
             while True:
-                assert self.departure is not None
-                await self.departure.wait()
-                self.departure = trio.Event()
-                self._depart()
+                assert self.wakeup is not None
+                await self.wakeup.wait()
+                self.wakeup = trio.Event()
+                self._wake()
         finally:
-            self.departure = None
-            self._depart()
+            self.wakeup = None
+            self._wake()
 
-    def _depart(self) -> None:
-        with suppress(RuntimeError):  # the loop was closed: nobody reads any more
-            self._loop.call_soon_threadsafe(self._land)
+    def _wake(self) -> None:
+        with suppress(RuntimeError):  # the loop is closed, and has no readers
+            self._loop.call_soon_threadsafe(self._hand_over)
 
-    def _land(self) -> None:
+    def _hand_over(self) -> None:
         while self._waiting:
             to, outputs, end = self._waiting.popleft()
-            to.put(outputs, end)
+            to.inbox.put(outputs, end)
 
 
 class ThreadBatches:
-    """One request that was let in, seen from the asyncio loop."""
+    """One request of the app, as both loops use it."""
 
-    def __init__(self, bridge: ThreadBridge, entry: GraphRequest, batcher: _LoopBatcher) -> None:
+    def __init__(
+        self, bridge: ThreadBridge, batcher: _LoopBatcher, request: Request, timing: Timing
+    ) -> None:
         self.batcher = batcher
-        self.forwarder: StreamForwarder | None = None  # set in the trio thread
+        self.request = request
+        self.timing = timing
+        self.inbox = EventInbox(self._on_read)
+        self.forwarder: StreamForwarder | None = None  # written in the trio loop only
         self.is_left = False
         self.num_taken = 0  # tokens; written in the asyncio loop only
-        self._door = bridge
-        self._entry = entry
-        self._unread: list[Output] = []
-        self._end: ApiError | bool = False
-        self._arrival: asyncio.Future[None] | None = None  # what a reader waits for
+        self._bridge = bridge
 
-    async def __aenter__(self) -> "ThreadBatches":
-        self._door.call(self._door.start, self, self._entry)
-        return self
+    async def __aenter__(self) -> EventInbox:
+        self._bridge.call(self._bridge.start, self)
+        return self.inbox
 
     async def __aexit__(self, *_: object) -> None:
         self.is_left = True
-        if not self._end:
+        if not self.inbox.end:
             with suppress(ApiError):
-                self._door.call(_cancel, self)
-
-    def __aiter__(self) -> "ThreadBatches":
-        return self
-
-    async def __anext__(self) -> Sequence[TokenEvent]:
-        while not self._unread:
-            if isinstance(self._end, ApiError):
-                raise self._end
-            if self._end:
-                raise StopAsyncIteration
-            self._arrival = asyncio.get_running_loop().create_future()
-            await self._arrival
-        return self._take()
+                self._bridge.call(_cancel, self)
 
     def hold(self) -> None:
-        """In the trio thread."""
+        """Do nothing. Called in the trio thread."""
 
     def is_excused(self) -> bool:
-        """In the trio thread: the other one is of the same process."""
+        """Return False: the reader is in the same process. Called in the trio thread."""
         return False
 
     def send(self, outputs: Sequence[Output], end: ApiError | bool) -> None:
-        """In the trio thread."""
+        """Send events to the app's loop. Called in the trio thread."""
         self.batcher.send(self, outputs, end)
 
-    def put(self, outputs: Sequence[Output], end: ApiError | bool) -> None:
-        """Called by the ferry."""
-        self._unread.extend(outputs)
-        self._end = self._end or end
-        if self._arrival is not None and not self._arrival.done():
-            self._arrival.set_result(None)
-
-    def _take(self) -> list[TokenEvent]:
-        taken, self._unread = self._unread, []
-        self.num_taken += num_tokens(taken)
+    def _on_read(self, num_tokens: int) -> None:
+        self.num_taken += num_tokens
         forwarder = self.forwarder
         if forwarder is not None and forwarder.is_held:
             with suppress(ApiError):
-                self._door.call(forwarder.flush)
-        return [event_of(output) for output in taken]
+                self._bridge.call(forwarder.flush)
 
 
-def _cancel(entered: ThreadBatches) -> None:
-    """In the trio thread: the reader has gone."""
-    if entered.forwarder is not None:
-        entered.forwarder.scope.cancel()
+def _cancel(batches: ThreadBatches) -> None:
+    """Cancel the request of a reader that has left. Called in the trio thread."""
+    if batches.forwarder is not None:
+        batches.forwarder.scope.cancel()

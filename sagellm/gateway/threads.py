@@ -1,4 +1,4 @@
-"""Worker threads that are never more than so many, however many callers gave up on theirs."""
+"""A bounded number of worker threads, also where callers gave up on their work."""
 
 import threading
 import time
@@ -13,39 +13,39 @@ import anyio.to_thread
 
 T = TypeVar("T")
 
-_LOOK_S = 0.02  # the shortest time between two looks at how much CPU time some work has used
+_LOOK_S = 0.02  # the shortest time between two looks at the CPU time of work
 
 
 class Overrun(Exception):
-    """The work used more CPU time than it may, and is left to itself."""
+    """The work exceeded its CPU time. The thread goes on until the work ends."""
 
 
 class NoThread(Exception):
-    """Every thread has work that nobody waits for any more: no place is likely to become free."""
+    """Every thread has abandoned work: no thread is likely to become free."""
 
 
 class WorkerThreads:
-    """At most `limit` at work; work whose caller has left keeps its place until it ends.
+    """At most `limit` threads. Work whose caller has left keeps its thread until it ends.
 
-    anyio's own limiter promises that on trio only: on asyncio it gives the place of an abandoned
-    thread to the next caller, so that hung work would pile up threads without a bound.
+    anyio's own limiter promises that on trio only. On asyncio it gives the place of an abandoned
+    thread to the next caller, so hung work would pile up threads without a bound.
     """
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._num_abandoned = 0
 
-    # Made where it is first used: its owner may be built on another loop than it runs on.
+    # Made at the first use: the owner may be built on another loop than it runs on.
     @cached_property
     def _places(self) -> anyio.CapacityLimiter:
         return anyio.CapacityLimiter(self._limit)
 
     async def run(self, work: Callable[[], T]) -> T:
-        """The work's result, from a thread. Cancelling it leaves the work to end by itself."""
+        """Return the work's result, from a thread. Cancellation does not stop the work."""
         job = _Job(work, anyio.lowlevel.current_token(), self._end_abandoned)
         await self._places.acquire_on_behalf_of(job)
         try:
-            # A limiter of its own, so that the places above are all that bounds the threads.
+            # A new limiter, so that only the places above bound the threads.
             own = anyio.CapacityLimiter(1)
             return await anyio.to_thread.run_sync(job, abandon_on_cancel=True, limiter=own)
         finally:
@@ -55,17 +55,17 @@ class WorkerThreads:
                 self._places.release_on_behalf_of(job)
 
     async def run_within(self, max_cpu_s: float, work: Callable[[], T]) -> T:
-        """As `run`, for work that may use so much CPU time. The time that it waits for a place, for
-        a core or for the interpreter's lock does not count.
+        """As `run`, for work that may use `max_cpu_s` of CPU time. Waiting for a thread, a core or
+        the interpreter's lock does not count.
 
-        Raises Overrun, and NoThread where waiting for a place is in vain.
+        Raises Overrun, and NoThread where no thread is likely to become free.
         """
         timed = _Timed(work)
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self._watch, timed, max_cpu_s, tasks.cancel_scope)
             try:
                 await self.run(timed)
-            except Exception as error:  # raised below, outside the group, which would wrap it
+            except Exception as error:  # raised below: the task group would wrap it
                 timed.error = error
             tasks.cancel_scope.cancel()
         return timed.result()
@@ -89,12 +89,12 @@ class WorkerThreads:
 
 
 class _Timed(Generic[T]):
-    """Work whose CPU time can be read from any thread while it is done."""
+    """Work whose CPU time can be read from any thread while the work runs."""
 
     def __init__(self, work: Callable[[], T]) -> None:
         self._work = work
         self._found: list[T] = []
-        self._clock: Callable[[], float] | None = None  # of the thread at work, if there is one
+        self._clock: Callable[[], float] | None = None  # the clock of the thread that does the work
         self._began_s = 0.0
         self.is_begun = False
         self.error: Exception | None = None
@@ -125,8 +125,9 @@ class _Timed(Generic[T]):
 
 
 def _own_clock() -> Callable[[], float]:
-    """The CPU time of the calling thread, for all threads to read. The clock on the wall where the
-    system does not say (macOS): then waiting counts too.
+    """Return the clock of the calling thread's CPU time, which all threads may read.
+
+    Where the system has no such clock (macOS), the wall clock is returned, and waiting counts too.
     """
     clock_id_of = getattr(time, "pthread_getcpuclockid", None)
     if clock_id_of is None:
@@ -135,8 +136,8 @@ def _own_clock() -> Callable[[], float]:
 
 
 class _Job(Generic[T]):
-    """Work in a thread. Where its caller leaves first, `end_abandoned` is called on the loop after
-    the work has ended.
+    """Work in a thread. If the caller leaves first, `end_abandoned` is called on the loop after the
+    end of the work.
     """
 
     def __init__(
@@ -154,7 +155,7 @@ class _Job(Generic[T]):
 
     def __call__(self) -> T:
         with self._lock:
-            if self._left:  # its place is given back already
+            if self._left:  # its place is free already
                 raise RuntimeError("the work's caller left before it began")
             self._at_work = True
         try:
@@ -167,14 +168,14 @@ class _Job(Generic[T]):
                 self._end_from_thread()
 
     def leave(self) -> bool:
-        """The caller waits no longer; called once, on the loop. Whether the work goes on."""
+        """Return whether the work goes on without its caller. Called once, on the loop."""
         with self._lock:
             self._left = True
             return self._at_work
 
     def _end_from_thread(self) -> None:
-        """Not waited for: a loop that is about to close would never answer."""
+        """Call `end_abandoned` without waiting: a loop that is about to close never answers."""
         loop: Any = self._loop.native_token  # trio's, or asyncio's event loop
         soon = getattr(loop, "run_sync_soon", None) or loop.call_soon_threadsafe
-        with suppress(RuntimeError):  # the loop is over, and its places with it
+        with suppress(RuntimeError):  # the loop has ended
             soon(self._end_abandoned, self)

@@ -1,23 +1,38 @@
-"""The models of an open graph: their tokenizers and names, and which one a request means."""
+"""The models of an open graph: their tokenizers and names, and the requests made for them."""
 
-from collections.abc import Iterator
+import secrets
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
+from typing import Any
+
+import msgspec
 
 from sagellm.graphs.ir import Graph
 from sagellm.graphs.sections import ServedModel, served_models
 from sagellm.graphs.vocabulary import nearest
 from sagellm.opening.graph_engines import describe_engine
+from sagellm.runtime.messages import Request, Sampling
 from sagellm.runtime.models import FolderWarning
 from sagellm.runtime.models.folder import ModelFolder
 from sagellm.runtime.models.tokenizer import RemoteTokenizer, Tokenizer, load_tokenizer
-from sagellm.session.requests import RequestError, encode_prompt
+from sagellm.session.requests import (
+    Encoded,
+    Prompt,
+    RequestError,
+    empty_prompt,
+    encode,
+    encode_bad_words,
+    encode_prompt,
+    read_sampling,
+    read_text,
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """One model. `root` is what its first engine loads; `scope` differs where models differ."""
+    """One model. `root` is what its first engine loads; different models have different scopes."""
 
     served: ServedModel
     tokenizer: Tokenizer
@@ -26,18 +41,51 @@ class Model:
 
     @property
     def key(self) -> str:
-        """Its outlet of `route_model`; empty for the only model of a graph that names none."""
+        """The model's outlet of `route_model`; empty where the graph has one unnamed model."""
         return self.served.key
 
     @property
     def takes_text(self) -> bool:
-        """Whether its engines encode prompts themselves."""
+        """Whether the model's engines encode prompts themselves."""
         return isinstance(self.tokenizer, RemoteTokenizer)
+
+    def read(self, prompt: Prompt) -> Encoded:
+        """Return a prompt as the engine takes it: with tokens, or as text or messages.
+
+        Raises RequestError.
+        """
+        return read_text(prompt) if self.takes_text else encode(self.tokenizer, prompt)
+
+    def fitted(self, request: Request) -> Sampling:
+        """Return the sampling of a request, with `max_tokens` cut to the model's own limit.
+
+        Engines know only their own limits. Raises RequestError where no token is left.
+        """
+        sampling, max_model_len = request.sampling, self.served.max_model_len
+        if max_model_len is None:
+            return sampling
+        num_prompt_tokens = len(request.prompt_token_ids)
+        room = max_model_len - num_prompt_tokens
+        if room < 1:
+            raise RequestError(
+                f"the prompt has {num_prompt_tokens} tokens; the context limit of the model "
+                f"is {max_model_len}, and an answer needs one more"
+            )
+        return msgspec.structs.replace(sampling, max_tokens=min(sampling.max_tokens, room))
+
+    def with_banned(self, sampling: Sampling) -> Sampling:
+        """Return the sampling with bad words as token ids, unless the engine takes text."""
+        if self.takes_text:
+            return sampling
+        banned = encode_bad_words(self.tokenizer, sampling.bad_words)
+        return msgspec.structs.replace(
+            sampling, bad_words=(), bad_words_token_ids=sampling.bad_words_token_ids + banned
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class Models:
-    """All models of one graph, at least one. The first serves requests that name none."""
+    """All models of one graph, at least one. The first is the default."""
 
     all: tuple[Model, ...]
 
@@ -51,17 +99,17 @@ class Models:
 
     @property
     def warnings(self) -> tuple[FolderWarning, ...]:
-        """What may surprise in the folders of their tokenizers."""
+        """The warnings about the folders of all tokenizers."""
         return tuple(warning for model in self.all for warning in model.tokenizer.warnings)
 
     def find(self, name: str) -> Model | None:
-        """The model that a name, an alias or a key means, and the default for an empty name."""
+        """Return the model of a name, an alias or a key; the default for an empty name."""
         if not name:
             return self.default
         return next((m for m in self.all if name == m.key or name in m.served.names), None)
 
     def named(self, name: str) -> Model:
-        """As `find`; the only model of a graph answers to any name. Raises RequestError."""
+        """As `find`, but a graph's only model has every name. Raises RequestError."""
         found = self.find(name) if self.is_several else self.default
         if found is None:
             known = [each for model in self.all for each in model.served.names]
@@ -70,17 +118,54 @@ class Models:
             raise RequestError(f"there is no model {name!r}; {hint}")
         return found
 
-    def encode(self, text: str, name: str = "") -> tuple[int, ...]:
-        """The tokens of a prompt that an operator of the graph has rewritten.
+    def read(self, prompt: Prompt, sampling: Sampling, fields: Mapping[str, Any]) -> Request:
+        """Return a caller's request, with the prompt and the bad words as tokens.
 
-        Where the graph knows no model of that name, `route_model` refuses the request later.
+        `fields` are fields of a Request. Raises RequestError.
+        """
+        sampling = read_sampling(sampling)
+        model = self.named(fields.get("model", ""))
+        encoded = model.read(prompt)
+        return Request(
+            **fields,
+            prompt=encoded.text,
+            messages=encoded.messages,
+            prompt_token_ids=encoded.token_ids,
+            sampling=model.with_banned(sampling),
+        )
+
+    def choices_of(self, request: Request) -> list[Request]:
+        """Return one request for each choice, with model, length and seed resolved.
+
+        Raises RequestError.
+        """
+        model = self.named(request.model)
+        if not (request.prompt_token_ids or model.takes_text):
+            raise empty_prompt()
+        sampling = model.fitted(request)
+        if self.is_several:
+            salt = (
+                f"{model.scope}/{request.salt}"  # equal tokens of two models have different blocks
+            )
+            request = msgspec.structs.replace(request, model=model.key, salt=salt)
+        seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
+        sampling = msgspec.structs.replace(sampling, seed=seed)
+        return [
+            msgspec.structs.replace(request, sampling=sampling, choice=choice)
+            for choice in range(sampling.n)
+        ]
+
+    def encode(self, text: str, name: str = "") -> tuple[int, ...]:
+        """Return the tokens of a prompt that an operator of the graph has rewritten.
+
+        An unknown name is encoded for the default model: `route_model` refuses it later.
         """
         model = (self.find(name) if self.is_several else None) or self.default
         return encode_prompt(model.tokenizer, text)
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """Have the helper processes of all tokenizers ready for the `with` block."""
+        """Keep the helper processes of all tokenizers ready for the `with` block."""
         with ExitStack() as stack:
             for tokenizer in {id(each.tokenizer): each.tokenizer for each in self.all}.values():
                 stack.enter_context(tokenizer.kept())

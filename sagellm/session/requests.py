@@ -1,9 +1,8 @@
-"""Requests of a session, read and checked; and the errors of requests not served."""
+"""The requests of a session, read and checked, and the errors of requests not served."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Annotated, Any, TypeAlias, cast
+from typing import Annotated, Any, NamedTuple, TypeAlias, cast
 
 import msgspec
 
@@ -18,66 +17,68 @@ _SPAN = 1 << 31  # no model knows more tokens
 
 
 class RequestError(ValueError):
-    """A request that was wrong before it entered the graph: the message says what and why."""
+    """A request that was wrong before it entered the graph. The message says why."""
 
 
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """A prompt whose text and tokens are both known: neither is made anew of the other."""
+class Encoded(msgspec.Struct, frozen=True):
+    """A prompt with both text and tokens: neither is computed again from the other.
+
+    For an engine that takes text, `token_ids` is empty, and the prompt is the text or `messages`.
+    """
 
     text: str
     token_ids: tuple[int, ...]
+    messages: tuple[dict[str, Any], ...] = ()
 
 
 Prompt: TypeAlias = str | Encoded | Sequence[int] | Sequence[Mapping[str, Any]]
 
 
 def encode(tokenizer: Tokenizer, prompt: Prompt) -> Encoded:
-    """The prompt's text, which a `map` before the model may rewrite, and its tokens.
+    """Return the prompt's text, which a `map` before the model may rewrite, and its tokens.
 
-    Raises RequestError for what is no prompt, and for an empty one.
+    Raises RequestError for a value that is no prompt, and for an empty prompt.
     """
     with _admitted():
         encoded = _encoded(tokenizer, prompt)
     if not encoded.token_ids:
-        raise RequestError("the prompt is empty; give at least one token")
+        raise empty_prompt()
     return encoded
 
 
-@dataclass(frozen=True, slots=True)
-class Text:
-    """A prompt that its engine encodes: a text, or messages."""
-
-    text: str = ""
-    messages: tuple[dict[str, Any], ...] = ()
+def empty_prompt() -> RequestError:
+    return RequestError("the prompt is empty; give at least one token")
 
 
-def read_text(prompt: Prompt) -> Text:
-    """The prompt of a model whose engine takes text. Raises RequestError for token ids, for what is
-    no prompt, and for an empty one.
+def read_text(prompt: Prompt) -> Encoded:
+    """Return the prompt of a model whose engine takes text.
+
+    Raises RequestError for token ids, for a value that is no prompt, and for an empty prompt.
     """
-    if isinstance(prompt, str | Encoded):
-        text = Text(_unicode(prompt if isinstance(prompt, str) else prompt.text))
+    if isinstance(prompt, str):
+        read = Encoded(_unicode(prompt), ())
+    elif isinstance(prompt, Encoded):
+        read = Encoded(_unicode(prompt.text), (), prompt.messages)
     elif isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
-        text = Text(messages=tuple(dict(cast(Mapping[str, Any], one)) for one in prompt))
+        read = Encoded("", (), tuple(dict(cast(Mapping[str, Any], one)) for one in prompt))
     elif isinstance(prompt, Sequence) and not isinstance(prompt, bytes | bytearray):
         raise RequestError("the engine of this model takes text; give text or messages, not ids")
     else:
         raise RequestError(f"a prompt is text or messages, not {_kind(prompt)}")
-    if not text.text and not text.messages:
+    if not read.text and not read.messages:
         raise RequestError("the prompt is empty; give some text")
-    return text
+    return read
 
 
 def encode_bad_words(tokenizer: Tokenizer, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
-    """Raises RequestError where the tokenizer does not admit one."""
+    """Return bad words as token ids. Raises RequestError where the tokenizer rejects a word."""
     with _admitted():
         return bad_words_token_ids(tokenizer, words)
 
 
 @contextmanager
 def _admitted() -> Iterator[None]:
-    """What the model's own template or tokenizer refuses is an error of the request."""
+    """Turn the errors of the model's template and tokenizer into RequestError."""
     try:
         yield
     except (TextError, HelperUnavailable) as error:
@@ -85,7 +86,10 @@ def _admitted() -> Iterator[None]:
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
-    """Tokens of a prompt that may begin with its own special tokens (a rendered conversation)."""
+    """Return the tokens of a prompt, without a second set of leading special tokens.
+
+    A rendered conversation already begins with them.
+    """
     plain, full = tokenizer.encode(text, add_special_tokens=False), tokenizer.encode(text)
     return plain if plain[:1] == full[:1] else full
 
@@ -113,7 +117,7 @@ def _unicode(text: str) -> str:
 
 
 def _read_ids(prompt: Sequence[Any]) -> tuple[int, ...]:
-    """Token ids as plain integers. Whether the model knows them, its engine says."""
+    """Return token ids as plain integers. The engine checks them against its vocabulary."""
     for token in prompt:
         if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < _SPAN:
             raise RequestError(f"the prompt has {token!r} where a token id should be")
@@ -125,7 +129,7 @@ def _kind(value: object) -> str:
 
 
 class _Fields(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a caller may say of a request, beside its prompt and sampling."""
+    """The fields of a request other than its prompt and sampling."""
 
     request_id: Annotated[str, msgspec.Meta(min_length=1, max_length=256)] = ""
     priority: Annotated[int, msgspec.Meta(ge=0, le=4)] = NORMAL
@@ -140,10 +144,22 @@ class _Fields(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tags: dict[str, str] = {}
 
 
-def read_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields with their types checked, as `Request` has them, and those of `Timing`.
+class Timing(NamedTuple):
+    """When a request arrived, and for how long its answer is wanted.
 
-    A `trace` becomes the tag "traceparent". Raises RequestError.
+    `waited_s` is the time from the arrival at the caller to the submission. `timeout_s` counts
+    from the arrival; None means no end. Both are durations, because the clocks of two processes
+    differ.
+    """
+
+    timeout_s: float | None = None
+    waited_s: float = 0.0
+
+
+def read_fields(fields: Mapping[str, Any]) -> tuple[dict[str, Any], Timing]:
+    """Return the fields of a `Request`, with types checked, and the timing.
+
+    The field `trace` becomes the tag "traceparent". Raises RequestError.
     """
     for name in fields:
         if name not in _Fields.__struct_fields__:
@@ -157,11 +173,11 @@ def read_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     known = {name: getattr(read, name) for name in fields}
     if known.pop("trace", ""):
         known["tags"] = {**read.tags, "traceparent": read.trace}
-    return known
+    return known, Timing(known.pop("timeout_s", None), known.pop("waited_s", 0.0))
 
 
 def _hint(name: str) -> str:
-    """What a caller meant by a field that a request does not have."""
+    """Return the likely correction of an unknown field."""
     if name in Sampling.__struct_fields__:
         return f"it belongs to the sampling: sampling=Sampling({name}=...)"
     close = nearest(name, (*_Fields.__struct_fields__, *Sampling.__struct_fields__))
@@ -172,7 +188,7 @@ def _hint(name: str) -> str:
 
 
 def check_room(num_prompt_tokens: int, max_tokens: int, max_model_len: int) -> None:
-    """Raise RequestError where a prompt and the answer asked for do not fit the context."""
+    """Raise RequestError where prompt and answer together do not fit the context."""
     room = max_model_len - num_prompt_tokens
     if 0 < room < max_tokens:
         raise RequestError(
@@ -183,8 +199,9 @@ def check_room(num_prompt_tokens: int, max_tokens: int, max_model_len: int) -> N
 
 
 def read_sampling(sampling: Sampling) -> Sampling:
-    """The parameters with types and ranges checked: msgspec structs do not check what they are
-    given. Raises RequestError.
+    """Return the parameters with types and ranges checked. Raises RequestError.
+
+    The constructor of a msgspec struct does not check its arguments.
     """
     if not isinstance(sampling, Sampling):
         raise RequestError(f"sampling is a Sampling, not {_kind(sampling)}")
@@ -199,11 +216,11 @@ def read_sampling(sampling: Sampling) -> Sampling:
 
 
 class RequestRefused(RequestError):
-    """The graph refused the request: the message says why.
+    """The graph refused the request. The message says why.
 
-    `code` is a key of `CODES` in `sagellm.runtime.messages`, or empty. `retry_after_s`: when
-    another attempt makes sense, where the graph says so. `end` is the last event of the choice, or
-    its answer as far as it came.
+    `code` is a key of `CODES` in `sagellm.runtime.messages`, or empty. `retry_after_s` is the
+    wait before another attempt, if the graph gives one. `end` is the last event of the choice, or
+    the unfinished answer.
     """
 
     def __init__(self, end: TokenEvent | Answer) -> None:
@@ -217,7 +234,7 @@ class RequestFailed(RuntimeError):
     """The request failed in the graph.
 
     Where the user's own code raised, the message has the operator, the type, the text and
-    file:line, and `__cause__` is what was raised. `code` and `end` are as in `RequestRefused`.
+    file:line, and `__cause__` is the exception. `code` and `end` are as in `RequestRefused`.
     """
 
     def __init__(self, end: TokenEvent | Answer, cause: BaseException | None = None) -> None:
@@ -227,9 +244,9 @@ class RequestFailed(RuntimeError):
 
 
 def raise_unserved(end: TokenEvent | Answer, cause: BaseException | None = None) -> None:
-    """Raise RequestRefused or RequestFailed for the last event of a choice that says so.
+    """Raise RequestRefused or RequestFailed where `end` says that a choice was not served.
 
-    Served, filtered, expired and cancelled choices raise nothing: `finish_reason` tells them apart.
+    Served, filtered, expired and cancelled choices raise nothing.
     """
     if end.finish_reason == "refused":
         raise RequestRefused(end)

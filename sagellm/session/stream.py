@@ -1,6 +1,5 @@
-"""The tokens of one request on their way to its reader, and the answer that they add up to."""
+"""The stream of one request: its tokens, their reader, and the answer that they add up to."""
 
-import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from itertools import chain
@@ -18,44 +17,29 @@ from sagellm.runtime.messages import (
     Stamps,
     TokenEvent,
 )
-from sagellm.session.requests import RequestError, raise_unserved
+from sagellm.session.requests import RequestError, Timing, raise_unserved
 
 Output: TypeAlias = TokenEvent | Answer
 OUTPUTS = (TokenEvent, Answer)  # a test against a tuple takes half as long as one against a union
-ItemCallback: TypeAlias = Callable[[Item | Forked], None]
 _LOGPROB_BYTES = 16  # an id and a number
-_MOST_EXCUSED = 16  # times the limits, whoever is to blame
+_MOST_EXCUSED = 16  # times the limits, even if the reader is not to blame
 
 
 class Upstream(Protocol):
-    """What a stream asks of the session that it belongs to."""
+    """The session, as streams use it."""
 
-    async def submit(
-        self, requests: Sequence[Request], caller: ItemCallback, timing: "Timing"
-    ) -> None: ...
-    def dismiss(self, request_id: str, caller: ItemCallback) -> None: ...
-    def forget(self, request_id: str, caller: ItemCallback) -> None: ...
-    def forget_soon(self, request_id: str, caller: ItemCallback) -> None: ...
-    def end(self, request_id: str, code: str) -> None: ...
-    def cause_of(self, key: tuple[str, int]) -> Exception | None: ...
+    async def submit(self, stream: "Stream") -> None:
+        """Register the stream and submit its requests. Raises RequestError."""
+
+    def forget(self, stream: "Stream") -> None:
+        """Cancel the unfinished request, and deliver nothing more to the stream."""
 
 
-class Timing(NamedTuple):
-    """When a request arrived, and for how long its answer is wanted.
-
-    `waited_s`: what has passed since it arrived at whoever asks, until it is submitted.
-    `timeout_s` counts from its arrival; None: for ever.
-    """
-
-    timeout_s: float | None = None
-    waited_s: float = 0.0
-
-
-UNSERVED = ("refused", "failed")  # finish reasons that reading an answer raises for
+UNSERVED = ("refused", "failed")  # finish reasons for which reading raises
 
 
 class UnreadLimits(NamedTuple):
-    """What may wait unread of one request. None: as much as comes."""
+    """The most of one request that may wait unread. None: no bound."""
 
     tokens: int | None = None
     bytes: int | None = None
@@ -69,14 +53,15 @@ class UnreadLimits(NamedTuple):
 class Stream:
     """The tokens of one request as they come: an async iterator, entered or not.
 
-    Leaving the `async with`, `aclose`, or losing the last reference cancels what is unfinished;
-    the stream is then at its end. Cancelled before it was let in, a request ends as cancelled.
-    Where a choice was refused or failed, reading raises RequestRefused or RequestFailed.
+    Leaving the `async with`, `aclose`, or losing the last reference cancels the unfinished
+    request, and the stream is at its end. A request that is cancelled before it entered the graph
+    ends as cancelled. Reading raises RequestRefused or RequestFailed for a choice that was refused
+    or failed.
 
-    Where more than `limits` waits unread, the request is cancelled in its engine at once. What
-    waits can still be read; each choice that it cut short ends as cancelled, with the code
-    "slow_reader". Counted are the tokens of events and the bytes of their text and logprobs, not
-    logprobs of the prompt and whole answers, which come in one piece however fast the reader is.
+    Where more than `limits` waits unread, the request is cancelled in its engine at once. The
+    waiting events can still be read; each unfinished choice ends as cancelled, with the code
+    "slow_reader". The limits count the tokens of events, and the bytes of their text and logprobs.
+    They do not count logprobs of the prompt and whole answers, which come in one piece.
     """
 
     def __init__(
@@ -86,24 +71,25 @@ class Stream:
         timing: Timing = Timing(),  # noqa: B008 (an immutable value)
         limits: UnreadLimits = UnreadLimits(),  # noqa: B008 (an immutable value)
     ) -> None:
+        self.requests = requests
+        self.timing = timing
         self._session = session
-        self._requests = requests
-        self._timing = timing
         self._unread = _Unread(limits)
         self._arrived = trio.lowlevel.ParkingLot()
         self._num_open = len(requests)
         self._is_started = False
         self._is_overrun = False
-        self._wants_ends = False  # its reader waits for more than the next token
-        self._causes: dict[int, Exception | None] = {}  # of choices that failed
-        self._caller = _weakly(self)
-        self.on_arrival: Callable[[], None] | None = None  # called for whatever comes
-        # Asked when more waits than may: whether that may not be the reader's fault.
+        self._wants_ends = False  # the reader waits for the ends of choices
+        self._causes: dict[
+            int, Exception | None
+        ] = {}  # choice -> its exception, for failed choices
+        self.on_arrival: Callable[[], None] | None = None  # called after each item
+        # Whether something other than the reader may be slow; asked where more waits than may.
         self.is_excused: Callable[[], bool] = lambda: False
 
     @property
     def request_id(self) -> str:
-        return self._requests[0].request_id
+        return self.requests[0].request_id
 
     async def __aenter__(self) -> "Stream":
         await self._start()
@@ -116,7 +102,7 @@ class Stream:
         return self
 
     async def __anext__(self) -> Output:
-        """The next event or answer. Cancelled here, the request goes on until closed.
+        """Return the next event or answer. Cancellation does not end the request; `aclose` does.
 
         Raises RequestRefused or RequestFailed in place of the last event of a choice.
         """
@@ -128,17 +114,18 @@ class Stream:
         return output
 
     async def take(self) -> tuple[Output, ...]:
-        """All that waits, at least one; none where the stream is at its end.
+        """Return all items that wait, at least one; an empty tuple at the end of the stream.
 
-        What one engine step yields comes together. Cancelled, it takes nothing. Refusals and
-        failures are events here: nothing is raised for them.
+        The items of one engine step come together. Cancellation takes nothing. Refusals and
+        failures are returned as events, not raised.
         """
         await self._wait()
         return self._unread.pop_all()
 
     async def take_ended(self) -> tuple[Output, ...]:
-        """As `take`, once every choice has ended, or one has not been served: who wants whole
-        answers is not woken for each token.
+        """As `take`, after every choice has ended, or one choice was refused or failed.
+
+        A reader of whole answers is thereby not woken for each token.
         """
         self._wants_ends = True
         try:
@@ -148,49 +135,53 @@ class Stream:
         return self._unread.pop_all()
 
     def cause_of(self, choice: int) -> Exception | None:
-        """What was raised in the graph for a choice that failed, where that is known here."""
+        """The exception in the graph that made a choice fail, if it is known."""
         return self._causes.get(choice)
 
     def take_nowait(self) -> tuple[Output, ...]:
-        """All that waits, which may be nothing."""
+        """Return all items that wait, perhaps none."""
         return self._unread.pop_all()
 
     @property
     def is_over(self) -> bool:
-        """Whether all has come; it may still wait to be read."""
+        """Whether no more items come; some may still wait to be read."""
         return self._num_open == 0
 
     async def aclose(self) -> None:
-        """Cancel what is unfinished; the blocks are free within one engine step."""
+        """Cancel the unfinished request; its blocks are free within one engine step."""
         self._is_started = True
-        self._session.forget(self.request_id, self._caller)
+        self._session.forget(self)
         self._unread.pop_all()
         self._num_open = 0
         self._arrived.unpark_all()
 
-    def __del__(self) -> None:
-        if self._is_started and self._num_open:
-            self._session.forget_soon(self.request_id, self._caller)
+    def put(self, item: Item | Forked, cause: Exception | None) -> bool:
+        """Take an item from the session. `cause`: the exception that made its choice fail.
 
-    def put(self, item: Item | Forked) -> None:
-        """Called by the session for each item of this request."""
+        Return True, once, where more waits unread than may: the session cancels the request.
+        """
         if isinstance(item, OUTPUTS):
             self._unread.put(item)
             if item.finish_reason is not None:
                 self._num_open -= 1
                 if item.finish_reason == "failed":
-                    self._causes[item.choice] = self._session.cause_of(item.key)
+                    self._causes[item.choice] = cause
         elif isinstance(item, Forked):
             self._num_open += item.num_choices - 1
-        if self._num_open == 0:
-            self._session.dismiss(self.request_id, self._caller)
-        elif self._unread.is_limited and not self._is_overrun and self._is_too_much:
-            self._is_overrun = True
-            self._session.end(self.request_id, "slow_reader")
+        overruns = self._overruns
         if self._is_due and self._arrived:
             self._arrived.unpark_all()
         if self.on_arrival is not None:
             self.on_arrival()
+        return overruns
+
+    @property
+    def _overruns(self) -> bool:
+        """Whether the limits are exceeded for the first time, while more items can come."""
+        if self._num_open == 0 or not self._unread.is_limited or self._is_overrun:
+            return False
+        self._is_overrun = self._is_too_much
+        return self._is_overrun
 
     @property
     def _is_too_much(self) -> bool:
@@ -198,7 +189,7 @@ class Stream:
         return unread.is_beyond(1) and (unread.is_beyond(_MOST_EXCUSED) or not self.is_excused())
 
     async def _wait(self) -> None:
-        """Until something waits, or nothing can come any more."""
+        """Wait for an item, or for the end of the stream."""
         if not self._is_started:
             await self._start()
         await trio.lowlevel.checkpoint_if_cancelled()
@@ -207,7 +198,7 @@ class Stream:
 
     @property
     def _is_due(self) -> bool:
-        """Whether there is what the reader waits for."""
+        """Whether the reader need wait no longer."""
         if self._num_open == 0:
             return True
         return self._unread.has_unserved if self._wants_ends else bool(self._unread)
@@ -216,14 +207,14 @@ class Stream:
         if not self._is_started:
             self._is_started = True
             try:
-                await self._session.submit(self._requests, self._caller, self._timing)
+                await self._session.submit(self)
             except RequestError:
                 self._num_open = 0
                 raise
 
 
 class _Unread:
-    """What a reader has not taken yet, and how much of it counts."""
+    """The items that the reader has not taken yet, and their counted size."""
 
     def __init__(self, limits: UnreadLimits) -> None:
         self._items: deque[Output] = deque()
@@ -231,13 +222,13 @@ class _Unread:
         self.is_limited = limits != UnreadLimits()
         self._num_tokens = 0
         self._num_bytes = 0
-        self.has_unserved = False  # the end of a choice that was refused, or failed
+        self.has_unserved = False  # the end of a refused or failed choice waits
 
     def __bool__(self) -> bool:
         return bool(self._items)
 
     def is_beyond(self, times: int) -> bool:
-        """Whether more waits than so many times the limits."""
+        """Whether more waits than `times` the limits."""
         tokens, size = self._limits
         return (tokens is not None and self._num_tokens > times * tokens) or (
             size is not None and self._num_bytes > times * size
@@ -274,20 +265,8 @@ def _num_bytes(event: TokenEvent) -> int:
     return len(event.text.encode(errors="replace")) + _LOGPROB_BYTES * num_logprobs
 
 
-def _weakly(stream: Stream) -> ItemCallback:
-    """What the session calls; it does not keep alive a stream that its reader has dropped."""
-    reference = weakref.ref(stream)
-
-    def put(item: Item | Forked) -> None:
-        alive = reference()
-        if alive is not None:
-            alive.put(item)
-
-    return put
-
-
 def gather(parts: Sequence[Output]) -> Answer:
-    """The answer that one choice's events add up to."""
+    """Return the answer that the items of one choice add up to."""
     last = parts[-1]
     if isinstance(last, Answer):
         return last
@@ -313,8 +292,9 @@ def gather(parts: Sequence[Output]) -> Answer:
 
 
 def _stamps(first: TokenEvent, last: TokenEvent) -> Stamps:
-    """How the request began, as its first event says (the last may come from outside its engine),
-    and when it ended.
+    """Return the stamps of the first event, with the end of the last event.
+
+    The last event may come from outside the engine, and then has no stamps of the engine.
     """
     began = msgspec.structs.asdict(first.stamps)
     known = {name: at for name, at in began.items() if at is not None and name != "finished_s"}

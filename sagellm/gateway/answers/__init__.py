@@ -1,1 +1,1 @@
-"""What is sent back: token events as the chunks and answers of the OpenAI API."""
+"""Answers: token events as the chunks and the answers of the OpenAI API."""

@@ -1,11 +1,11 @@
-"""Server-sent events: the frame of one event, and a stream that lives as long as its client."""
+"""Server-sent events: the bytes of one event, and a stream that lives as long as its client."""
 
-from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 
 import anyio
 from starlette.requests import ClientDisconnect
-from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from sagellm.gateway.api_errors import ApiError, note_error
@@ -20,18 +20,18 @@ HEADERS = {
 }
 _RAW = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
 _FAILED = ApiError(500, "internal error; the answer is not whole")
-# JSON may hold these as they are, but many clients split a stream at whatever Unicode calls a line.
+# JSON may hold these characters, but many clients split a stream at every Unicode line end.
 _LINE_ENDS = {"\x85": b"\\u0085", "\u2028": b"\\u2028", "\u2029": b"\\u2029"}
 _ESCAPES = tuple((character.encode(), escape) for character, escape in _LINE_ENDS.items())
 
 
 def event(content: bytes) -> bytes:
-    """One event whose data is a JSON text."""
+    """Return the bytes of one event, whose data is a JSON text."""
     return b"data: " + escaped(content) + b"\n\n"
 
 
 def escaped(content: bytes) -> bytes:
-    """The same JSON text, on one line whatever is taken for a line's end."""
+    """Return the JSON text with every Unicode line end escaped."""
     if not content.isascii():
         for character, escape in _ESCAPES:
             content = content.replace(character, escape)
@@ -39,20 +39,20 @@ def escaped(content: bytes) -> bytes:
 
 
 class EventWriter:
-    """Where the events of one stream are written. Bytes that are given together leave together.
+    """Writes the events of one stream. The bytes of one `send` are sent together.
 
-    Raises ClientDisconnect where the server says so.
+    Raises ClientDisconnect where the server reports that the client has left.
     """
 
     def __init__(self, send: Send) -> None:
         self._send = send
-        self._quiet: anyio.Event | None = None  # while a keep-alive comment is on its way
+        self._quiet: anyio.Event | None = None  # set when the current keep-alive comment is sent
         self.is_started = False
         self.is_sending = False
-        self.since_s = anyio.current_time()  # that it sends, or has nothing to send
+        self.since_s = anyio.current_time()  # start of the current send, or end of the last comment
 
     async def send(self, content: bytes, *, is_last: bool = False) -> None:
-        """Waits for as long as the client does not read."""
+        """Send events. Waits as long as the client does not read."""
         self.is_sending, self.since_s = True, anyio.current_time()
         if self._quiet is not None:
             await self._quiet.wait()
@@ -61,10 +61,10 @@ class EventWriter:
         self.is_sending = False
 
     async def keep_alive(self) -> None:
-        """A comment; events that come meanwhile wait behind it.
+        """Send a comment; events wait meanwhile.
 
-        Before the first event it begins the stream: what waits so long has been admitted, so that a
-        refusal with a status of its own is hardly to come any more.
+        The comment begins a stream without events. A request that waits so long has been admitted,
+        so a refusal with a status of its own is unlikely to come.
         """
         self.since_s = anyio.current_time()
         quiet = self._quiet = anyio.Event()
@@ -87,102 +87,104 @@ class EventWriter:
             raise ClientDisconnect from error
 
 
-Tell = Callable[[EventWriter], Awaitable[None]]
+@asynccontextmanager
+async def event_stream(
+    scope: Scope,
+    receive: Receive,
+    send: Send,
+    streaming: Streaming,
+    on_gone: Callable[[], None],
+) -> AsyncIterator[EventWriter]:
+    """Open a stream of events for the `async with` block that writes them.
 
-
-class EventStream(Response):
-    """Runs `tell`, which writes the events, and ends the stream as the contract has it.
-
-    An ApiError before anything was sent is raised; after that it becomes the last event, and so
-    does a fault of our own, which is raised too. Where the client leaves, or does not read for
-    `stall_s`, `tell` is cancelled, the stream is left unfinished, and `on_gone` is called.
-    What the last event says went wrong is noted in the call's state, for the log.
+    An ApiError before the first event is raised. A later ApiError becomes the last event. Any other
+    exception becomes the last event and is raised. Where the client leaves, or reads nothing for
+    `stall_s`, the block is cancelled, the stream stays unfinished, and `on_gone` is called. The
+    error of the last event is noted in the call's state, for its log line.
     """
-
-    def __init__(self, tell: Tell, streaming: Streaming, on_gone: Callable[[], None]) -> None:
-        super().__init__(headers=HEADERS)
-        self._tell = tell
-        self._streaming = streaming
-        self._on_gone = on_gone
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        outlet, is_over = EventWriter(send), False
-        failure: Exception | None = None
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(self._attend, receive, outlet, tasks.cancel_scope)
-            try:
-                await self._finish(outlet, scope)
-                is_over = True
-            except ClientDisconnect:
-                is_over = False
-            except Exception as error:
-                is_over, failure = True, error
-            tasks.cancel_scope.cancel()
-        if failure is not None:
-            raise failure
-        if not is_over:
-            self._on_gone()
-
-    async def _finish(self, outlet: EventWriter, scope: Scope) -> None:
-        last = DONE
+    events, is_over = EventWriter(send), False
+    failure: Exception | None = None
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(_attend, receive, events, streaming, tasks.cancel_scope)
         try:
-            return await self._tell(outlet)
+            async with _ending(events, scope):
+                yield events
+            is_over = True
         except ClientDisconnect:
+            is_over = False
+        except Exception as error:  # raised outside the group, which would wrap it
+            is_over, failure = True, error
+        tasks.cancel_scope.cancel()
+    if failure is not None:
+        raise failure
+    if not is_over:
+        on_gone()
+
+
+@asynccontextmanager
+async def _ending(events: EventWriter, scope: Scope) -> AsyncIterator[None]:
+    """Write an error as the last event, where the block fails after the first event."""
+    try:
+        yield
+    except ClientDisconnect:
+        raise
+    except ApiError as error:
+        if not events.is_started:
             raise
-        except ApiError as error:
-            if not outlet.is_started:
-                raise
-            note_error(scope, error)
-            last = event(error.encoded) + DONE
-        except Exception:
-            if outlet.is_started:
-                note_error(scope, _FAILED)
-                await outlet.send(event(_FAILED.encoded) + DONE, is_last=True)
-            raise
-        await outlet.send(last, is_last=True)
-
-    async def _attend(
-        self, receive: Receive, outlet: EventWriter, whole: anyio.CancelScope
-    ) -> None:
-        """Wait for the client to leave; meanwhile keep the stream alive, or end it as stalled."""
-        while True:
-            soon_s = anyio.current_time() + self._streaming.keep_alive_s  # a send may end before
-            with anyio.CancelScope(deadline=min(soon_s, self._due_s(outlet))):
-                await until_gone(receive)
-                break
-            if anyio.current_time() < self._due_s(outlet):
-                continue  # something was sent meanwhile
-            if outlet.is_sending or not await self._is_heard(outlet):
-                break
-        whole.cancel()
-
-    async def _is_heard(self, outlet: EventWriter) -> bool:
-        """Whether a comment could be sent in time."""
-        with anyio.move_on_after(self._streaming.stall_s) as limit:
-            await outlet.keep_alive()
-        return not limit.cancelled_caught
-
-    def _due_s(self, outlet: EventWriter) -> float:
-        """When sending has stalled; or when it is time to say that we are still there."""
-        limits = self._streaming
-        return outlet.since_s + (limits.stall_s if outlet.is_sending else limits.keep_alive_s)
+        note_error(scope, error)
+        await events.send(event(error.encoded) + DONE, is_last=True)
+    except Exception:
+        if events.is_started:
+            note_error(scope, _FAILED)
+            await events.send(event(_FAILED.encoded) + DONE, is_last=True)
+        raise
 
 
-T = TypeVar("T")
+async def _attend(
+    receive: Receive, events: EventWriter, streaming: Streaming, whole: anyio.CancelScope
+) -> None:
+    """Keep the stream alive. Cancel `whole` when the client leaves or stalls."""
+    while True:
+        soon_s = anyio.current_time() + streaming.keep_alive_s  # a send may end earlier
+        with anyio.CancelScope(deadline=min(soon_s, _due_s(events, streaming))):
+            await until_gone(receive)
+            break
+        if anyio.current_time() < _due_s(events, streaming):
+            continue  # an event was sent meanwhile
+        if events.is_sending or not await _is_heard(events, streaming):
+            break
+    whole.cancel()
+
+
+async def _is_heard(events: EventWriter, streaming: Streaming) -> bool:
+    """Send a comment. Return whether the client read it in time."""
+    with anyio.move_on_after(streaming.stall_s) as limit:
+        await events.keep_alive()
+    return not limit.cancelled_caught
+
+
+def _due_s(events: EventWriter, streaming: Streaming) -> float:
+    """Return when the current send has stalled, or when the next comment is due."""
+    return events.since_s + (streaming.stall_s if events.is_sending else streaming.keep_alive_s)
 
 
 async def until_gone(receive: Receive) -> None:
-    """Return when the client has left. Its request was read before."""
+    """Wait until the client has left. Its request must have been read."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
-async def attended(receive: Receive, work: Callable[[], Awaitable[T]]) -> T | None:
-    """What `work` returns; None where the client left first, and `work` was cancelled.
+@dataclass(slots=True)
+class AttendedClient:
+    """`has_left`: the client left before the end of the block."""
 
-    Raises what `work` raises, as it was raised.
-    """
-    result: T | None = None
+    has_left: bool = False
+
+
+@asynccontextmanager
+async def attended(receive: Receive) -> AsyncIterator[AttendedClient]:
+    """Cancel the block when the client leaves. Exceptions of the block are raised unwrapped."""
+    client = AttendedClient(has_left=True)
     failure: Exception | None = None
 
     async def attend() -> None:
@@ -192,10 +194,10 @@ async def attended(receive: Receive, work: Callable[[], Awaitable[T]]) -> T | No
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(attend)
         try:
-            result = await work()
-        except Exception as error:
-            failure = error
+            yield client
+            client.has_left = False
+        except Exception as error:  # raised outside the group, which would wrap it
+            client.has_left, failure = False, error
         tasks.cancel_scope.cancel()
     if failure is not None:
         raise failure
-    return result

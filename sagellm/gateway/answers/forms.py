@@ -31,21 +31,21 @@ from sagellm.gateway.answers.objects import (
     PromptLogprobs,
 )
 from sagellm.gateway.answers.writer import FINISH, AnswerSpec, Indexed
-from sagellm.gateway.encoding import EncodedPrompt
 from sagellm.runtime.messages import TokenEvent
+from sagellm.session.requests import Encoded
 
-_MARK = "\0"  # stands for the text; no other field of a chunk has one
+_MARK = "\0"  # stands for the text; no other field of a chunk holds it
 _ENCODED_MARK = msgspec.json.encode(_MARK)
 _encode = msgspec.json.Encoder().encode
 
 
 class ChunkTemplate:
-    """A chunk with everything in it but its text."""
+    """An encoded chunk with a gap for its text, so that most chunks need no encoder."""
 
     MARK = _MARK
 
     def __init__(self, chunk: msgspec.Struct) -> None:
-        """`chunk` has MARK where its text will be."""
+        """`chunk` has MARK in the place of its text."""
         self._head, _, self._tail = event(_encode(chunk)).partition(_ENCODED_MARK)
 
     def with_text(self, text: str) -> bytes:
@@ -53,12 +53,12 @@ class ChunkTemplate:
 
 
 class CompletionForm:
-    """Writes the choices of one call. With echo, a choice begins with its prompt."""
+    """Writes the choices of one completion. With echo, a choice begins with its prompt."""
 
     def __init__(self, asked: AnswerSpec, texts: Texts) -> None:
         self._asked = asked
         self._texts = texts
-        self._choices: dict[int, CompletionLogprobsWriter] = {}  # those begun
+        self._choices: dict[int, CompletionLogprobsWriter] = {}  # choices that have begun
         self._frames: dict[int, ChunkTemplate] = {}
         self._usage: UnsetType | None = None if asked.has_usage else UNSET
         self._is_plain = not (
@@ -128,9 +128,7 @@ class CompletionForm:
             prompt_logprobs=self._prompt_logprobs(prompt, event) if is_first else UNSET,
         )
 
-    def _prompt_logprobs(
-        self, prompt: EncodedPrompt, event: TokenEvent
-    ) -> PromptLogprobs | UnsetType:
+    def _prompt_logprobs(self, prompt: Encoded, event: TokenEvent) -> PromptLogprobs | UnsetType:
         num_top = self._asked.num_prompt_logprobs
         if num_top is None:
             return UNSET
@@ -138,9 +136,9 @@ class CompletionForm:
 
 
 def _logprobs(
-    writer: CompletionLogprobsWriter, event: TokenEvent, prompt: EncodedPrompt | None
+    writer: CompletionLogprobsWriter, event: TokenEvent, prompt: Encoded | None
 ) -> CompletionLogprobs:
-    """Of an event's tokens, behind those of the prompt where it is echoed."""
+    """Return the logprobs of an event's tokens, after those of an echoed prompt."""
     if prompt is None:
         return writer.tokens(event.logprobs)
     echoed = writer.prompt(prompt.token_ids, event.prompt_logprobs)
@@ -151,14 +149,16 @@ _ROLE = ChatDelta(role="assistant", content="")
 
 
 class ChatForm:
-    """Writes the choices of one call; a stream begins with the role of each."""
+    """Writes the choices of one chat. A stream begins with the role of each choice."""
 
     def __init__(self, asked: AnswerSpec, texts: Texts) -> None:
         self._asked = asked
         self._texts = texts
         self._frames: dict[int, ChunkTemplate] = {}
         self._usage: UnsetType | None = None if asked.has_usage else UNSET
-        self._shows_prompt = asked.num_prompt_logprobs is not None  # still to be shown
+        self._shows_prompt = (
+            asked.num_prompt_logprobs is not None
+        )  # the prompt's logprobs are still to be shown
         self._is_plain = not (asked.has_logprobs or asked.has_token_ids or self._shows_prompt)
 
     def opening(self, usage: ApiUsage | None) -> bytes:
@@ -239,7 +239,7 @@ class ChatForm:
         return chat_logprobs(self._texts, event.logprobs) if self._asked.has_logprobs else None
 
     def _prompt_logprobs(self, event: TokenEvent) -> PromptLogprobs | UnsetType:
-        """Once: every choice's first event has the same."""
+        """Return the prompt's logprobs once: the first event of every choice has the same."""
         if not self._shows_prompt:
             return UNSET
         self._shows_prompt = False

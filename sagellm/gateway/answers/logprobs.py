@@ -19,7 +19,7 @@ _LEAST = -9999.0  # JSON has no infinity; what vLLM and OpenAI show instead
 
 
 class Texts(Protocol):
-    """How tokens are written in an answer."""
+    """Writes tokens in an answer, as bytes and as text."""
 
     def bytes(self, token_id: int) -> bytes: ...
 
@@ -27,7 +27,7 @@ class Texts(Protocol):
 
 
 class TokenTexts:
-    """Tokens as bytes and as text, each looked up once. Part of a character is spelt in bytes."""
+    """Writes tokens as their own text. Each token is looked up once."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -41,7 +41,7 @@ class TokenTexts:
         return found
 
     def text(self, token_id: int) -> str:
-        """As the OpenAI API writes it: `bytes:\\xf0\\x9f` where that is no whole character."""
+        """Return the token as the OpenAI API writes it, `bytes:\\xf0\\x9f` where it is partial."""
         found = self._texts.get(token_id)
         if found is None:
             found = self._texts[token_id] = _spelt(self.bytes(token_id))
@@ -49,7 +49,7 @@ class TokenTexts:
 
 
 class TokenNames:
-    """Tokens written by their ids, `token_id:17`, so that none is taken for another."""
+    """Writes tokens by their ids, `token_id:17`, which are unique."""
 
     def __init__(self, texts: Texts) -> None:
         self._texts = texts
@@ -69,7 +69,7 @@ def _spelt(content: bytes) -> str:
 
 
 class CompletionLogprobsWriter:
-    """The logprobs of one choice's pieces; offsets run on from piece to piece."""
+    """Writes the logprobs of one choice's pieces. Text offsets continue from piece to piece."""
 
     def __init__(self, texts: Texts, num_top: int) -> None:
         self._texts = texts
@@ -80,7 +80,7 @@ class CompletionLogprobsWriter:
     def prompt(
         self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprob]
     ) -> CompletionLogprobs:
-        """Of an echoed prompt: all tokens, of which the first has no probability."""
+        """Write the logprobs of an echoed prompt. Its first token has none."""
         return self._write(token_ids, _padded(token_ids, logprobs))
 
     def tokens(self, logprobs: Sequence[TokenLogprob]) -> CompletionLogprobs:
@@ -97,7 +97,7 @@ class CompletionLogprobsWriter:
         )
 
     def _top(self, entry: TokenLogprob) -> dict[str, float]:
-        """The most likely tokens, and the chosen one in any case."""
+        """Return the most likely tokens, and always the chosen token."""
         text = self._texts.text
         top: dict[str, float] = {}
         best = entry.top[: self._num_top]
@@ -123,7 +123,7 @@ def joined(first: CompletionLogprobs, second: CompletionLogprobs) -> CompletionL
 def prompt_logprobs(
     texts: Texts, token_ids: Sequence[int], logprobs: Sequence[TokenLogprob], num_top: int
 ) -> PromptLogprobs:
-    """Of a prompt's tokens and the `num_top` most likely at each place, as vLLM writes them."""
+    """Return a prompt's logprobs in vLLM's form, with the `num_top` most likely at each place."""
     return [
         None if entry is None else _prompt_logprob(texts, entry, num_top)
         for entry in _padded(token_ids, logprobs)
@@ -145,12 +145,12 @@ def _ranked(texts: Texts, token_id: int, logprob: float, rank: int | None) -> Pr
 def _padded(
     token_ids: Sequence[int], logprobs: Sequence[TokenLogprob]
 ) -> list[TokenLogprob | None]:
-    """One entry a token of the prompt: the first, at least, has no probability."""
+    """Return one entry for each token of a prompt; the first token has no logprob."""
     return [*[None] * (len(token_ids) - len(logprobs)), *logprobs]
 
 
 def chat_logprobs(texts: Texts, logprobs: Sequence[TokenLogprob]) -> ChatLogprobs:
-    """Of one piece of a chat's choice."""
+    """Return the logprobs of one piece of a chat's choice."""
     return ChatLogprobs([_chat_logprob(texts, entry) for entry in logprobs])
 
 

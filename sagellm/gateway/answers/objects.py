@@ -1,4 +1,4 @@
-"""Every object that an answer may hold, field by field as the OpenAI API and vLLM spell them."""
+"""The objects of answers, with fields named as in the OpenAI API and in vLLM."""
 
 from typing import Annotated, Literal, TypeAlias
 
@@ -49,7 +49,7 @@ class PromptLogprob(msgspec.Struct, frozen=True):
     decoded_token: str
 
 
-# By token id, the prompt's own token first; the prompt's first token has none.
+# Token id -> logprob, the prompt's own token first. The prompt's first token has None.
 PromptLogprobs: TypeAlias = list[dict[int, PromptLogprob] | None]
 
 

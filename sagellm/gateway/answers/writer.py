@@ -1,4 +1,4 @@
-"""The answer to one call as its events come: joined by choice, counted, and written in a form."""
+"""Writes the answer to one call: joins events by choice, counts tokens, and maps errors."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -14,20 +14,21 @@ from sagellm.gateway.answers.objects import (
     PromptTokensDetails,
 )
 from sagellm.gateway.api_errors import ApiError
-from sagellm.gateway.encoding import EncodedPrompt
+from sagellm.gateway.graph_bridge import EventBatch, graph_closed
 from sagellm.runtime.messages import OPERATOR_FAILED, SERVED, TokenEvent
+from sagellm.session.requests import Encoded
 
 _OVERLOADED = {
     "queue_full": "the server has too much to do; try again later",
     "slo_unreachable": "the first token would come too late; try again later",
     "unavailable": "no engine is there to serve the request; try again later",
 }
-_RETRY_S = 1.0  # where the graph does not say when
+_RETRY_S = 1.0  # where the graph gives no time
 MayRetry = Callable[[], bool]
 
 
 def error_of(event: TokenEvent, request_id: str, may_retry: MayRetry) -> ApiError | None:
-    """None where the choice goes on, or was served. `may_retry` is asked of an overload only."""
+    """Return the error of an unserved choice, else None. Only an overload calls `may_retry`."""
     reason = event.finish_reason
     if reason is None or reason in SERVED or reason == "filtered":
         return None
@@ -50,7 +51,7 @@ def error_of(event: TokenEvent, request_id: str, may_retry: MayRetry) -> ApiErro
 def _refused(event: TokenEvent, may_retry: MayRetry) -> ApiError:
     if event.code == "bad_request":
         return ApiError(400, event.error or "the model cannot serve this request")
-    if event.code not in _OVERLOADED:  # by an operator of the user's own
+    if event.code not in _OVERLOADED:  # by a user's own operator
         return ApiError(400, event.error or "the graph refused the request", code="refused")
     return ApiError(
         503,
@@ -73,17 +74,17 @@ _NO_REASONING = CompletionTokensDetails()
 
 
 class UsageCounter:
-    """Counts of all prompts and choices of one call, as their events come."""
+    """Counts the tokens of one call: all prompts and all choices."""
 
     def __init__(self) -> None:
-        self._num_prompt: dict[int, int] = {}  # tokens of each prompt
+        self._num_prompt: dict[int, int] = {}  # number of a prompt -> its tokens
         self._num_cached: dict[int, int] = {}
         self._num_completion = 0
-        self.first_s: float | None = None  # when its first batch came, on the loop's clock
+        self.first_s: float | None = None  # when the first batch came, a time of the loop's clock
 
     def count(self, prompt: int, event: TokenEvent) -> None:
-        """A prompt counts once; what of it was cached says its first choice: the others find what
-        that one has left.
+        """Count an event. A prompt counts once, and its cached tokens are those of choice 0: other
+        choices find the blocks of choice 0 in the cache.
         """
         self._num_completion += event.num_tokens
         if event.num_prompt_tokens > self._num_prompt.get(prompt, 0):
@@ -103,8 +104,7 @@ class UsageCounter:
         )
 
 
-EventBatch: TypeAlias = Sequence[tuple[int, TokenEvent]]  # with the number of its prompt
-Indexed: TypeAlias = tuple[int, TokenEvent]  # with the index of its choice
+Indexed: TypeAlias = tuple[int, TokenEvent]  # with the index of the event's choice
 
 FINISH: dict[str | None, ApiFinishReason | None] = {
     None: None,
@@ -116,20 +116,20 @@ FINISH: dict[str | None, ApiFinishReason | None] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnswerSpec:
-    """What was asked for, as far as it shows in the answer."""
+    """The parts of a request that decide what its answer shows."""
 
     id: str
     created: int
     model: str
-    prompts: tuple[EncodedPrompt, ...]
-    num_choices: int  # of each prompt
-    num_logprobs: int | None = None  # most likely tokens beside each of the answer
-    num_prompt_logprobs: int | None = None  # the same of the prompt, in vLLM's form
+    prompts: tuple[Encoded, ...]
+    num_choices: int  # choices of each prompt
+    num_logprobs: int | None = None  # most likely tokens to show beside each token of the answer
+    num_prompt_logprobs: int | None = None  # the same for the prompt, in vLLM's form
     has_token_ids: bool = False
     has_usage: bool = False
     has_continuous_usage: bool = False
     is_echo: bool = False
-    is_prompt_only: bool = False  # what was generated is not shown
+    is_prompt_only: bool = False  # generated tokens are not shown
 
     @property
     def has_logprobs(self) -> bool:
@@ -141,19 +141,19 @@ class AnswerSpec:
 
 
 class AnswerForm(Protocol):
-    """How one of the APIs writes what came. Its events are whole server-sent events."""
+    """Writes answers in the form of one API. Events are whole server-sent events."""
 
     def opening(self, usage: ApiUsage | None) -> bytes:
-        """Events before the first text."""
+        """Return the events before the first text."""
 
     def chunk(self, index: int, event: TokenEvent, usage: ApiUsage | None) -> bytes:
-        """The event of one choice's next piece."""
+        """Return the event of a choice's next piece."""
 
     def usage(self, usage: ApiUsage) -> bytes:
-        """The event of a stream's whole usage."""
+        """Return the event with the usage of the whole stream."""
 
     def whole(self, choices: Iterable[Indexed], usage: ApiUsage) -> bytes:
-        """The JSON text of an answer that is not streamed."""
+        """Return the JSON text of a whole answer."""
 
 
 class MakeAnswerForm(Protocol):
@@ -161,9 +161,9 @@ class MakeAnswerForm(Protocol):
 
 
 class AnswerWriter:
-    """Gathers the batches of one call, for one of: `chunks` and `ending`, or `add` and `whole`.
+    """Writes the answer to one call: `chunks` and `ending` for a stream, or `add` and `whole`.
 
-    Prompt i, choice j has index i * n + j, as in the OpenAI API.
+    Choice j of prompt i has index i * n + j, as in the OpenAI API.
     """
 
     def __init__(self, asked: AnswerSpec, form: AnswerForm, tally: UsageCounter) -> None:
@@ -176,11 +176,16 @@ class AnswerWriter:
 
     @property
     def is_finished(self) -> bool:
-        """Whether each choice that was asked for has ended. A graph may have made more of them."""
+        """Whether all requested choices have ended. A graph may make more choices."""
         return self._num_unfinished <= 0
 
+    def check_finished(self) -> None:
+        """Raise ApiError where a choice has not ended: an unfinished answer must not look whole."""
+        if not self.is_finished:
+            raise graph_closed()
+
     def chunks(self, batch: EventBatch) -> bytes:
-        """The events of what came together: one for each choice that it is of."""
+        """Return the events of a batch, one for each of its choices."""
         joined_batch = self._joined(batch)
         usage = self._tally.usage if self._asked.has_continuous_usage else None
         events = [self._form.chunk(index, event, usage) for index, event in joined_batch]
@@ -190,7 +195,7 @@ class AnswerWriter:
         return b"".join(events)
 
     def ending(self) -> bytes:
-        """What comes after the last chunk."""
+        """Return the events after the last chunk."""
         return self._form.usage(self._tally.usage) if self._asked.has_usage else b""
 
     def add(self, batch: EventBatch) -> None:
@@ -198,12 +203,12 @@ class AnswerWriter:
             self._parts.setdefault(index, []).append(event)
 
     def whole(self) -> bytes:
-        """Of what was added."""
+        """Return the whole answer of the added batches."""
         choices = ((index, joined(self._parts[index])) for index in sorted(self._parts))
         return self._form.whole(choices, self._tally.usage)
 
     def _joined(self, batch: EventBatch) -> list[Indexed]:
-        """One event a choice, in the order in which their first ones came."""
+        """Return one event for each choice, in the order of their first events."""
         parts: dict[int, list[TokenEvent]] = {}
         for prompt, event in batch:
             if self._asked.is_prompt_only:
@@ -216,7 +221,7 @@ class AnswerWriter:
 
 
 def _ungenerated(event: TokenEvent) -> TokenEvent:
-    """Of the prompt alone: engines make one token at least, and nobody asked for it."""
+    """Return the event without its tokens: engines make at least one, also if none is wanted."""
     return msgspec.structs.replace(
         event,
         text="",
@@ -229,7 +234,7 @@ def _ungenerated(event: TokenEvent) -> TokenEvent:
 
 
 def joined(events: Sequence[TokenEvent]) -> TokenEvent:
-    """One event that says what several of one choice say."""
+    """Return one event that joins several events of one choice."""
     if len(events) == 1:
         return events[0]
     last = events[-1]

@@ -12,17 +12,16 @@ from starlette.requests import Request
 from starlette.types import Message, Receive, Scope, Send
 
 from sagellm.gateway.api_errors import (
+    NUM_TURNS,
     ApiError,
     draining,
     failure_of,
     headers_of,
-    is_too_late,
     note_error,
-    objective_of,
     response_of,
     shed,
 )
-from sagellm.gateway.gateway import Gateway
+from sagellm.gateway.gateway import Gateway, objective_of
 from sagellm.gateway.http.call import (
     Call,
     EndpointRoute,
@@ -50,13 +49,14 @@ PIECE_BYTES = 64 << 10
 
 
 def build_app(gateway: Gateway) -> "App":
-    """The app of one open graph, with all routes that its settings allow."""
+    """Return the app of one open graph, with all routes that its settings allow."""
     return App(gateway, routes_of(gateway.settings))
 
 
 class App:
-    """Answers HTTP; refuses WebSockets. `calls` are those that a drain waits for. `generating`: the
-    paths of calls that generate, by their bytes.
+    """Answers HTTP and refuses WebSockets. Every call passes the same checks, in the same order.
+
+    A drain waits for `calls`. `generating` maps the bytes of a path that generates to the path.
     """
 
     def __init__(self, gateway: Gateway, routes: Iterable[EndpointRoute]) -> None:
@@ -75,13 +75,13 @@ class App:
 
     @property
     def lag_s(self) -> float:
-        """How late the loop is now."""
+        """How late the event loop is."""
         return self.gateway.meters.app_lag_s()
 
     @property
     def is_too_late(self) -> bool:
-        """Whether the loop is too late to serve a call."""
-        return is_too_late(self.lag_s, self.objective_s)
+        """Whether a call that begins now would miss the objective through the loop alone."""
+        return self.objective_s is not None and NUM_TURNS * self.lag_s > self.objective_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -109,7 +109,7 @@ class App:
     async def _answer(
         self, route: EndpointRoute, scope: Scope, body: RequestBody, sending: "_Sending"
     ) -> None:
-        """An answer that fails once it has begun is cut off: it never ends as if it were whole."""
+        """Answer a call. A response that fails after its start is cut off: it never looks whole."""
         try:
             self._check(route, scope)
             request = Request(scope, body.receive, sending.send)
@@ -117,7 +117,7 @@ class App:
             await response(scope, body.receive, sending.send)
         except Exception as error:
             refusal = failure_of(error, sending.call.request_id)
-            body.drop()  # before the answer: to read what is left of the body may take long
+            body.drop()  # before the answer: discarding the rest of the body may take long
             if refusal is not None and not sending.status:
                 note_error(scope, refusal)
                 await response_of(refusal)(scope, body.receive, sending.send)
@@ -125,7 +125,7 @@ class App:
             body.drop()
 
     def _check(self, route: EndpointRoute, scope: Scope) -> None:
-        """All that can be said before the body is read. Raises ApiError."""
+        """Check everything that needs no body. Raises ApiError."""
         settings = self.gateway.settings
         check_headers(scope, settings.limits)
         self._hosts.check(scope)
@@ -139,7 +139,7 @@ class App:
         check_body(scope, settings.limits, self.bodies)
 
     def _shed(self, tenant: str) -> None:
-        """Raises ApiError where the loop is too late to serve a call."""
+        """Raise ApiError where the event loop is too late to serve a call."""
         if self.is_too_late:
             raise shed(self.lag_s, should_retry=self.gateway.budgets.may_retry(tenant))
 
@@ -151,7 +151,7 @@ class App:
 
 
 class _Sending:
-    """Wraps `send`. `status` is 0 until an answer has begun."""
+    """Wraps `send` for one call. `status` is 0 until the response has begun."""
 
     def __init__(self, send: Send, call: Call, body: RequestBody) -> None:
         self._send = send
@@ -176,16 +176,18 @@ class _Sending:
         if last.get("more_body", False):
             await self._send(last)
             return
-        self._is_whole = True  # before: servers end a call while its last send is under way
+        self._is_whole = True  # before the send: servers end a call during its last send
         await self._send_last(last)
 
     async def _send_last(self, message: Message) -> None:
-        """Hypercorn makes its connection ready for the next call in here, and tells the app that
-        the client has gone: who is cancelled by that would leave it half made, and for ever open.
+        """Send the end of the response, shielded from cancellation, while the rest of the body is
+        read.
 
-        Servers hand out the end of an answer only while somebody reads the rest of the body.
+        During this send Hypercorn prepares its connection for the next call, and reports the client
+        as gone: cancellation would leave the connection half prepared, and open for ever. Servers
+        send the end of a response only while the rest of the body is read.
         """
-        with anyio.CancelScope(shield=True):  # bounded: a client that does not read is cut off
+        with anyio.CancelScope(shield=True):  # bounded: servers cut off clients that do not read
             if self._body.is_whole:
                 await self._send(message)
                 return
@@ -196,7 +198,7 @@ class _Sending:
 
 
 def _parts(message: Message) -> Iterator[Message]:
-    """A large body in pieces: a client has the servers' time for each of them, not for all."""
+    """Yield a large body in pieces: servers bound the time of each send."""
     body = message.get("body", b"")
     end = 0
     for end in range(PIECE_BYTES, len(body), PIECE_BYTES):
@@ -206,7 +208,7 @@ def _parts(message: Message) -> Iterator[Message]:
 
 
 async def _lifespan(receive: Receive, send: Send) -> None:
-    """Who opens the gateway closes it; a server has nothing to start or stop here."""
+    """Confirm all lifespan events. The opener of the gateway also closes it."""
     while True:
         message = await receive()
         await send({"type": f"{message['type']}.complete"})
@@ -223,7 +225,7 @@ _MESSAGES = {
 
 
 def refusal(status: int) -> tuple[list[tuple[bytes, bytes]], bytes]:
-    """Headers and body; the connection is closed behind them."""
+    """Return the headers and the body of a refusal that closes its connection."""
     body = ApiError(status, _MESSAGES.get(status, _MESSAGES[400])).encoded
     headers = [
         (b"content-type", b"application/json"),
@@ -234,41 +236,41 @@ def refusal(status: int) -> tuple[list[tuple[bytes, bytes]], bytes]:
     return headers, body
 
 
-_MOST_BYTES = 64 << 10  # of a call that is refused here
-_WAIT = 1 / 10  # of the objective: how long connections may wait to be accepted
-_STRAINED = 1 / 40  # of the objective: how long until a turn takes one connection alone
+_MOST_BYTES = 64 << 10  # the largest call that may be refused unread
+_WAIT = 1 / 10  # the part of the objective that connections may wait to be accepted
+_STRAINED = 1 / 40  # the part of the objective after which a turn accepts one connection
 _LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*(\d{1,6})[ \t]*(?=\r\n)", re.IGNORECASE)
 _ID = re.compile(rb"\r\nx-request-id:[ \t]*([^\r\n]*?)[ \t]*(?=\r\n)", re.IGNORECASE)
 
 
 class Overflow:
-    """Knows since when connections wait to be accepted, and refuses what came too long ago.
+    """Notes since when connections wait to be accepted, and refuses calls that wait too long.
 
-    `is_bounded`: whether the graph has an objective. Without one nothing is refused here.
+    `is_bounded`: the graph has an objective. Without an objective no call is refused here.
     """
 
     def __init__(self, app: App) -> None:
         self._app = app
         self._waiting_since_s: float | None = None
-        self._over_s = -math.inf  # when calls were refused last
+        self._over_s = -math.inf  # the last time that calls were refused
 
     @property
     def is_bounded(self) -> bool:
         return self._app.objective_s is not None
 
     def is_strained(self, now: float) -> bool:
-        """Whether more come than are taken, now or less than an objective ago: then each call that
-        is taken delays others.
+        """Whether more connections come than are accepted, or came less than one objective ago.
+        Each accepted call then delays others.
         """
         objective_s = self._app.objective_s or math.inf
         return now - self._over_s < objective_s or self._waited_s(now) > _STRAINED * objective_s
 
     def none_waits(self) -> None:
-        """All connections were accepted."""
+        """Note that no connection waits."""
         self._waiting_since_s = None
 
     def is_over(self, now: float) -> bool:
-        """Whether those that wait now, after others were accepted, have waited too long."""
+        """Whether the connections that still wait have waited too long."""
         objective_s = self._app.objective_s
         if objective_s is None:
             return False
@@ -280,22 +282,23 @@ class Overflow:
         return is_over
 
     def _waited_s(self, now: float) -> float:
-        """How long there have been some, turn after turn, that were not accepted."""
+        """Return how long connections have waited without a break."""
         return 0.0 if self._waiting_since_s is None else now - self._waiting_since_s
 
     def refuse(self, sock: socket) -> bool:
-        """Answer the call that a connection has brought with a 503, and close the connection.
-        False, and nothing was read, unless it is the whole of a short call that generates.
+        """Answer the call of a new connection with a 503, and close the connection.
+
+        Return False, without reading, unless the whole of a short call that generates has come.
         """
         try:
             sent = sock.recv(_MOST_BYTES, MSG_PEEK)
-        except OSError:  # nothing has come yet
+        except OSError:  # no bytes have come yet
             return False
         path = self._path_of(sent)
         if path is None:
             return False
-        with suppress(OSError):  # the client has left
-            sock.recv(_MOST_BYTES)  # else the kernel drops the answer as the socket is closed
+        with suppress(OSError):  # the client may have left
+            sock.recv(_MOST_BYTES)  # the kernel drops the answer if unread bytes are left
             sock.send(self._answer(sent))
             sock.shutdown(SHUT_WR)
         sock.close()
@@ -305,7 +308,7 @@ class Overflow:
         return True
 
     def _path_of(self, sent: bytes) -> str | None:
-        """The route of a whole call that generates; None for anything else."""
+        """Return the path of a whole call that generates; None for any other bytes."""
         head, end, body = sent.partition(b"\r\n\r\n")
         line = head.partition(b"\r\n")[0].split(b" ")
         length = _LENGTH.search(head + b"\r\n")

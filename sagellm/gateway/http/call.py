@@ -12,7 +12,7 @@ from urllib.parse import unquote
 import anyio
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import Scope
+from starlette.types import ASGIApp, Scope
 
 from sagellm.gateway.answers.writer import UsageCounter
 from sagellm.gateway.api_errors import ApiError, response_of
@@ -20,17 +20,17 @@ from sagellm.gateway.budgets import Counter
 from sagellm.gateway.gateway import Gateway
 from sagellm.gateway.http.checks import Access
 
-Endpoint: TypeAlias = Callable[[Gateway, Request], Awaitable[Response]]
+Endpoint: TypeAlias = Callable[[Gateway, Request], Awaitable[ASGIApp]]
 
 _PARAMETER = re.compile(r"{(\w+)(:path)?}")
 
 
 @dataclass(frozen=True, slots=True)
 class EndpointRoute:
-    """What one path answers to. Whoever forgets `access` has a route that needs the key.
+    """A method and a path, and the endpoint that answers them. By default a route needs a key.
 
-    `{name}` in a path is one segment, `{name:path}` may hold slashes. `while_draining`: it answers
-    until the process ends. `generates`: it is refused first where the server has too much to do.
+    `{name}` in a path is one segment; `{name:path}` may hold slashes. `while_draining`: the route
+    answers until the process ends. `generates`: an overloaded server refuses the call first.
     """
 
     method: str
@@ -42,7 +42,7 @@ class EndpointRoute:
 
 
 async def not_found(gateway: Gateway, request: Request) -> Response:
-    """What there is no route for; a caller without a key learns only that it needs one."""
+    """Answer a path without a route. A caller without a key learns only that a key is needed."""
     raise ApiError(404, no_such_path(request.scope.get("raw_path") or b"", request.scope["paths"]))
 
 
@@ -55,7 +55,7 @@ async def not_allowed(gateway: Gateway, request: Request) -> Response:
 
 
 async def without_slash(gateway: Gateway, request: Request) -> Response:
-    """Keeps method and body (RFC 9110, 15.4.8). The target is a route's path: of this server."""
+    """Redirect with method and body (RFC 9110, 15.4.8), always to a path of this server."""
     query = request.scope["query_string"].decode("latin-1")
     target = request.scope["redirected_to"] + (f"?{query}" if query else "")
     return Response(status_code=307, headers={"location": target})
@@ -65,8 +65,8 @@ NOT_FOUND = EndpointRoute("GET", "", not_found, while_draining=True)
 
 
 class RouteTable:
-    """Paths are compared byte for byte, before any decoding: //v1, /V1 and %2e%2e are no routes,
-    and so need a key and lead nowhere.
+    """Finds the route of a request. Paths are compared byte for byte, before any decoding: //v1,
+    /V1 and %2e%2e are unknown paths, which need a key.
     """
 
     def __init__(self, routes: Iterable[EndpointRoute]) -> None:
@@ -81,7 +81,7 @@ class RouteTable:
                 methods.setdefault("HEAD", route)
 
     def find(self, scope: Scope) -> EndpointRoute:
-        """The route of a request; sets `path_params` in the scope. Never fails."""
+        """Return the route of a request, and set `path_params` in the scope. Never fails."""
         methods, parameters = self._lookup(scope.get("raw_path") or b"")
         scope["path_params"] = parameters
         scope["paths"] = self.paths
@@ -95,8 +95,8 @@ class RouteTable:
         return EndpointRoute(scope["method"], any_route.path, not_allowed, any_route.access, True)
 
     def _without_slash(self, scope: Scope) -> EndpointRoute | None:
-        """A redirect, where the path is that of a route but for one slash at its end. It needs
-        the key, as every path does that is no route.
+        """Return a redirect where the path is a route's path with one more slash at its end. The
+        redirect needs a key, as every unknown path does.
         """
         raw_path: bytes = scope.get("raw_path") or b""
         methods = self._exact.get(raw_path[:-1]) if raw_path.endswith(b"/") else None
@@ -107,7 +107,7 @@ class RouteTable:
         return EndpointRoute(scope["method"], route.path, without_slash, while_draining=True)
 
     def _methods(self, path: str) -> dict[str, EndpointRoute]:
-        """The routes of one path, which is new or known."""
+        """Return the routes of a path by method; a new path has none."""
         if path in self.paths:
             return self._lookup(path.encode())[0]
         self.paths += (path,)
@@ -140,13 +140,13 @@ def _pattern(path: str) -> re.Pattern[str]:
 
 
 def _word(method: str) -> str:
-    """A method fit for an answer."""
+    """Return a method in a form that is safe to show."""
     return method if method.isalpha() and len(method) <= 16 else "this method"
 
 
-MAX_PATH_LEN = 120  # characters: a client chooses them
+MAX_PATH_LEN = 120  # characters; clients choose them
 _CHAT, _COMPLETIONS = "/v1/chat/completions", "/v1/completions"
-# Paths of other APIs, and the route here that does what they do.
+# Paths of other APIs, and the route here with the same purpose.
 _ELSEWHERE = {
     "/api/chat": _CHAT,
     "/api/generate": _COMPLETIONS,
@@ -161,13 +161,13 @@ _UNSAFE = re.compile(rb"[^A-Za-z0-9/._~%{}:@!$&()*+,;=-]")
 
 
 def shown(raw_path: bytes) -> str:
-    """A path fit for answers and logs: bounded, and anything but plain characters escaped."""
+    """Return a path that is safe to show: bounded, with all but plain characters escaped."""
     text = _UNSAFE.sub(lambda found: b"%%%02X" % found[0][0], raw_path[: MAX_PATH_LEN + 1]).decode()
     return text if len(text) <= MAX_PATH_LEN else f"{text[:MAX_PATH_LEN]}..."
 
 
 def no_such_path(raw_path: bytes, paths: Iterable[str]) -> str:
-    """The message of a 404. `paths` are those of the routes."""
+    """Return the message of a 404. `paths` are the paths of the routes."""
     path = shown(raw_path)
     known = _ELSEWHERE.get(path.rstrip("/"))
     if known is not None:
@@ -186,9 +186,9 @@ _TRACEPARENT = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """The facts of one call, in `request.state.call`. `started_s` is of the loop's own clock.
+    """The facts of one call, in `request.state.call`. `started_s` is a time of the loop's clock.
 
-    `tenant` is the name of the key that was given; "" before it was checked.
+    `tenant` is the name of the caller's key; "" before the key was checked.
     """
 
     request_id: str
@@ -199,26 +199,26 @@ class Call:
 
 
 def read_request_id(headers: Headers) -> str:
-    """The caller's id where it is one plain word, else a new one."""
+    """Return the caller's id if it is one plain word, else a new id."""
     given = _only(headers, b"x-request-id", _REQUEST_ID)
     return given or secrets.token_hex(16)
 
 
 def read_traceparent(headers: Headers) -> str:
-    """The W3C trace context, or "" where it is none."""
+    """Return the W3C trace context, or "" for an invalid header."""
     return _only(headers, b"traceparent", _TRACEPARENT)
 
 
 def _only(headers: Headers, name: bytes, form: re.Pattern[bytes]) -> str:
-    """The one value of a header, if it has the form."""
-    values = [value for key, value in headers if key == name]
+    """Return the only value of a header if it has the form, else ""."""
+    values = [value for key, value in headers if key == name]  # two values are ambiguous
     return values[0].decode() if len(values) == 1 and form.fullmatch(values[0]) else ""
 
 
 class OpenCalls:
-    """The calls under way that a drain waits for. All methods are called on the app's loop.
+    """The open calls that a drain waits for. All methods are called on the app's loop.
 
-    `everywhere` counts those of all gateways before one graph.
+    `everywhere` counts the calls of all gateways of one graph.
     """
 
     def __init__(self, everywhere: Counter) -> None:
@@ -236,22 +236,22 @@ class OpenCalls:
             self.num_open -= 1
             self.everywhere.add(-1)
             if not self.num_open:
-                self._tell()
+                self._call_waiting()
 
-    def when_idle(self, tell: Callable[[], None]) -> None:
-        """Call `tell` once, as soon as no call is open: now, if none is."""
-        self._waiting.append(tell)
+    def when_idle(self, callback: Callable[[], None]) -> None:
+        """Call `callback` once, as soon as no call is open; at once if none is."""
+        self._waiting.append(callback)
         if not self.num_open:
-            self._tell()
+            self._call_waiting()
 
-    def _tell(self) -> None:
-        waiting, self._waiting = self._waiting, []
-        for tell in waiting:
-            tell()
+    def _call_waiting(self) -> None:
+        waiting, self._waiting = self._waiting, []  # a callback may add another
+        for callback in waiting:
+            callback()
 
 
 def new_call(scope: Scope) -> Call:
-    """A call whose caller is not known yet; its id is fit for headers and logs."""
+    """Return a new call, with an unknown caller and an id that is safe in headers and logs."""
     headers = scope["headers"]
     return Call(
         request_id=read_request_id(headers),
@@ -261,7 +261,7 @@ def new_call(scope: Scope) -> Call:
 
 
 def echo(call: Call) -> list[tuple[bytes, bytes]]:
-    """The headers that every answer has."""
+    """Return the headers that every response has."""
     processing_ms = round((anyio.current_time() - call.started_s) * 1000)
     return [
         (b"x-request-id", call.request_id.encode()),
@@ -270,12 +270,12 @@ def echo(call: Call) -> list[tuple[bytes, bytes]]:
 
 
 _METHOD_LEN = 16
-_SHORTEST_S = 1e-3  # of which a rate says anything
+_SHORTEST_S = 1e-3  # the shortest time that gives a meaningful rate
 
 
 def call_fields(call: Call, scope: Scope, status: int, now: float) -> dict[str, object]:
-    """The fields of its log line: `error` where its client was told of one, and of tokens where any
-    were counted. `now` is on the loop's clock.
+    """Return the fields of a call's log line, with `error` where the client was shown an error, and
+    with token counts where tokens came. `now` is a time of the loop's clock.
     """
     fields: dict[str, object] = {
         "request_id": call.request_id,
@@ -289,29 +289,29 @@ def call_fields(call: Call, scope: Scope, status: int, now: float) -> dict[str, 
     error: str | None = scope["state"].get("error")
     if error is not None:  # a stream that fails after its first event has status 200
         fields["error"] = error
-    tally: UsageCounter | None = scope["state"].get("tally")
-    return fields if tally is None else fields | dict(_tokens(call, tally, now))
+    counter: UsageCounter | None = scope["state"].get("usage")
+    return fields if counter is None else fields | dict(_tokens(call, counter, now))
 
 
 def path_of(scope: Scope) -> str:
-    """As answers show it, without its query, which may hold a key."""
+    """Return the path to show, without its query, which may hold a key."""
     raw: bytes = scope.get("raw_path") or b""
     return shown(raw.partition(b"?")[0])
 
 
 def client_of(scope: Scope) -> str:
-    """The address that the connection is from: a proxy's where there is one."""
+    """Return the address of the connection's other end, which may be a proxy."""
     client = scope.get("client")
     return str(client[0]) if client else ""
 
 
-def _tokens(call: Call, tally: UsageCounter, now: float) -> Iterator[tuple[str, object]]:
-    """Tokens a second count from the first token on, those of all choices together."""
-    usage = tally.usage
-    if tally.first_s is None or not usage.completion_tokens:
+def _tokens(call: Call, counter: UsageCounter, now: float) -> Iterator[tuple[str, object]]:
+    """Yield token counts and times. The rate counts all choices, from the first token on."""
+    usage = counter.usage
+    if counter.first_s is None or not usage.completion_tokens:
         return
     yield "num_prompt_tokens", usage.prompt_tokens
     yield "num_output_tokens", usage.completion_tokens
-    yield "ttft_s", round(tally.first_s - call.started_s, 6)
-    if usage.completion_tokens > 1 and now - tally.first_s > _SHORTEST_S:
-        yield "tokens_per_s", round((usage.completion_tokens - 1) / (now - tally.first_s), 2)
+    yield "ttft_s", round(counter.first_s - call.started_s, 6)
+    if usage.completion_tokens > 1 and now - counter.first_s > _SHORTEST_S:
+        yield "tokens_per_s", round((usage.completion_tokens - 1) / (now - counter.first_s), 2)

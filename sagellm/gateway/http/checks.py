@@ -21,8 +21,8 @@ _FRAMING = (b"host", b"content-length", b"transfer-encoding")
 
 
 def check_headers(scope: Scope, limits: RequestLimits) -> None:
-    """Raises ApiError 431 for size, 400 for framing that leaves room for request smuggling
-    (RFC 9112, 3.2 and 6.3): servers differ in which of these they let pass.
+    """Raise ApiError 431 for the size of headers, and 400 for framing that allows request smuggling
+    (RFC 9112, 3.2 and 6.3): servers differ in the framing that they reject.
     """
     headers = scope["headers"]
     if scope["http_version"] not in _VERSIONS:
@@ -56,24 +56,24 @@ def _check_framing(found: dict[bytes, list[bytes]]) -> None:
 ANY = "*"
 _ADD_IT = "the operator may add it with --allowed-host"
 
-# Domains that no public registry sells: RFC 6762 and 8375, ICANN's `.internal`, what routers give,
-# and the services of Kubernetes (`.svc`, `.cluster.local`).
+# Domains that no public registry sells: RFC 6762 and 8375, ICANN's `.internal`, names that routers
+# give, and the services of Kubernetes (`.svc`, `.cluster.local`).
 _PRIVATE = frozenset({"internal", "local", "svc", "home", "lan", "intranet", "corp", "localdomain"})
 _HOME = ".home.arpa"
-# What container engines call the machine that they run on; they reach its loopback too.
+# Names of a container's host, through which containers reach its loopback.
 _CONTAINER_HOSTS = frozenset({"host.docker.internal", "host.containers.internal"})
-# A page cannot leave these out. `sec-fetch-mode` is not among them: the fetch of Node sends it too.
+# Headers that a page cannot leave out. Node's fetch sends `sec-fetch-mode`, so it is not here.
 _OF_BROWSERS = frozenset({b"origin", b"sec-fetch-site", b"sec-fetch-dest"})
 
 
 class Hosts:
-    """The names that this gateway answers to.
+    """The host names that this gateway answers to.
 
-    An address is always let in: a page reaches a foreign server under a name of its own (DNS
-    rebinding), never under the server's address. A private name (`sagellm`, `sagellm.ns.svc`) is
-    let in where the gateway listens at more than loopback, but not for a browser: a neighbour in
-    the network can answer for such a name (mDNS, LLMNR, DHCP), serve a page under it, and then let
-    the name lead here.
+    An address is always allowed: DNS rebinding reaches a foreign server under a name of the
+    attacker, never under the server's address. A private name (`sagellm`, `sagellm.ns.svc`) is
+    allowed where the gateway listens beyond loopback, but not for browsers: a neighbour in the
+    network can answer for such a name (mDNS, LLMNR, DHCP), serve a page under it, and then point
+    the name at this gateway.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -84,8 +84,8 @@ class Hosts:
         self._takes_private = not is_loopback(settings.host)
 
     def check(self, scope: Scope) -> None:
-        """Raises ApiError 421 for a foreign Host, 421 for a browser under a private name, 403 for a
-        foreign Origin, and 403 for what a browser says that another site's page asked for.
+        """Check Host and Origin. Raises ApiError 421 for a foreign Host and for a browser under a
+        private name, and 403 for a foreign Origin and for a request that another site caused.
         """
         host = origins = site = mode = b""
         is_browser = False
@@ -104,7 +104,7 @@ class Hosts:
         if origins:
             self._check_origin(origins[1:].decode("latin-1"), text)
         elif site in (b"cross-site", b"same-site") and mode != b"navigate":
-            raise _foreign()  # an image, a script: only a link may lead here from another site
+            raise _foreign()  # an image or a script; only a link of another site may lead here
 
     def _check_host(self, host: str, is_browser: bool) -> None:
         name = _hostname(host)
@@ -117,7 +117,7 @@ class Hosts:
             raise ApiError(421, message, code="unknown_host")
 
     def _is_trusted(self, name: str) -> bool:
-        """Whether nobody but the operator can say where the name leads."""
+        """Whether only the operator decides where the name leads."""
         is_named = name in self._names or ANY in self._names
         return is_named or _is_address(name) or name.endswith(".localhost")
 
@@ -136,13 +136,13 @@ def _foreign() -> ApiError:
 
 
 def _is_private(name: str) -> bool:
-    """A name without a dot, or under a domain that nobody can buy."""
+    """Whether a name has no dot, or is under a domain that nobody can buy."""
     labels = name.rstrip(".").split(".")
     return len(labels) == 1 or labels[-1] in _PRIVATE or f".{name}".endswith(_HOME)
 
 
 def _hostname(host: str) -> str | None:
-    """The name before the port; None for what is no authority."""
+    """Return the name before the port; None for an invalid authority."""
     if not host or set(host) & set("/\\@?# \t,"):
         return None
     try:
@@ -165,7 +165,7 @@ Access = Literal["open", "user", "admin", "metrics"]
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Whose key was given."""
+    """The tenant whose key a call has."""
 
     tenant: str
     is_admin: bool = False
@@ -176,10 +176,8 @@ ADMIN = Caller("admin", is_admin=True)
 
 
 class ApiKeys:
-    """All keys, by their hashes.
-
-    A call is compared with every one of them, whatever it gives: neither the time that it takes nor
-    the answer tells which keys there are.
+    """All API keys, as hashes. A call's key is compared with every key, so that neither the time
+    nor the answer of the comparison reveals which keys exist.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -188,7 +186,9 @@ class ApiKeys:
         self._open_metrics = settings.open_metrics
 
     def caller(self, scope: Scope, access: Access) -> Caller:
-        """Raises ApiError 401 without a key that is known, 403 for a user on admin routes."""
+        """Return the caller. Raises ApiError 401 without a known key, 403 for users on admin
+        routes.
+        """
         if access == "open" or (access == "metrics" and self._open_metrics):
             return ANONYMOUS
         caller = self._known(_digest_of(scope))
@@ -209,16 +209,17 @@ class ApiKeys:
 
 
 def tenants(settings: Settings) -> tuple[str, ...]:
-    """All that `ApiKeys` may name."""
+    """Return all tenants that `ApiKeys` may return."""
     return (*settings.api_keys, ADMIN.tenant, ANONYMOUS.tenant)
 
 
 def _digest(key: str) -> bytes:
+    # Hashes have one length, so a comparison does not reveal the length of a key.
     return sha256(key.encode()).digest()
 
 
 def _digest_of(scope: Scope) -> bytes:
-    """Of the key that was given; equal to no key's where there is none, or more than one."""
+    """Return the hash of a call's key; for no key, or several, a hash that equals none."""
     given = [value for name, value in scope["headers"] if name == b"authorization"]
     scheme, _, key = given[0].partition(b" ") if len(given) == 1 else (b"", b"", b"")
     return sha256(key.strip()).digest() if scheme.lower() == b"bearer" else bytes(32)
@@ -228,8 +229,8 @@ BODIES_RETRY_S = 1.0
 
 
 class OpenBodies:
-    """The bytes that the bodies of all open calls have, which are bounded together: each is held
-    as text and as tokens until its call ends.
+    """The total size of the bodies of all open calls, which is bounded: each body is kept as text
+    and as tokens until its call ends.
     """
 
     def __init__(self, limits: RequestLimits) -> None:
@@ -237,8 +238,8 @@ class OpenBodies:
         self.num_bytes = 0
 
     def check(self, num_bytes: float, own_bytes: int = 0) -> None:
-        """Raises ApiError 503 where so many more are too many. A body that is larger than the bound
-        is read alone; `own_bytes` are those of the same body.
+        """Raise ApiError 503 where `num_bytes` more exceed the bound. A body larger than the bound
+        is read alone; `own_bytes` of the total belong to the same body.
         """
         if self.num_bytes + num_bytes > self._limit and self.num_bytes > own_bytes:
             message = "the server holds too many large requests; try again"
@@ -246,9 +247,9 @@ class OpenBodies:
 
 
 class RequestBody:
-    """Wraps `receive`. `is_whole`: nothing of the body is on its way any more. `read_s`: when its
-    last part was read, on the loop's clock; None before. How long a client takes to send it is the
-    client's time.
+    """Wraps `receive` for one body. `is_whole`: all of the body has been read. `read_s`: when its
+    last part was read, a time of the loop's clock; None before. The time that a client takes to
+    send its body is not the server's.
     """
 
     def __init__(
@@ -268,8 +269,8 @@ class RequestBody:
         self.read_s: float | None = None
 
     async def receive(self) -> Message:
-        """Raises ApiError 413 as soon as the body is too large, 408 where it takes too long, 503
-        where too much is in hand with the bodies of others.
+        """Return the next message. Raises ApiError 413 for a body that is too large, 408 for one
+        that is too slow, and 503 where all open bodies together are too large.
         """
         if self.is_whole:
             return await self._receive()
@@ -291,14 +292,14 @@ class RequestBody:
         return message
 
     def drop(self) -> None:
-        """Nobody holds the body any more. May be called more than once."""
+        """Note that the body is kept no longer. May be called more than once."""
         self._bodies.num_bytes -= self._num_bytes
         self._num_bytes = 0
 
     async def discard(self) -> None:
-        """Read what nobody wants until the body ends, the client leaves, or the time is over.
+        """Read the rest of the body until its end, the client's end, or the deadline.
 
-        Without it a server that waits for its app to read could not end the call.
+        A server that waits for its app to read could otherwise not end the call.
         """
         with anyio.CancelScope(deadline=self._deadline_s):
             more = not self.is_whole
@@ -308,8 +309,8 @@ class RequestBody:
 
 
 def check_body(scope: Scope, limits: RequestLimits, bodies: OpenBodies) -> None:
-    """Raises ApiError for what the headers say of the body: 413 too large, 415 compressed, 503 too
-    large beside those in hand.
+    """Check the body by its headers. Raises ApiError 413 where it is too large, 415 where it is
+    compressed, and 503 where all open bodies together are too large.
     """
     for name, value in scope["headers"]:
         if name == b"content-encoding" and value.strip().lower() not in (b"", b"identity"):
@@ -325,12 +326,12 @@ def too_large(limits: RequestLimits) -> ApiError:
 
 
 def _length(value: bytes) -> float:
-    """More digits than any length has are not worth converting."""
+    """Return a Content-Length; infinity for more digits than any length has."""
     digits = value.lstrip(b"0")
     return inf if len(digits) > 18 else int(digits or b"0")
 
 
 def _has_body(scope: Scope) -> bool:
-    """HTTP/2 needs no header to send one."""
+    """Whether a body may come. HTTP/2 needs no header to send one."""
     named = any(name in (b"content-length", b"transfer-encoding") for name, _ in scope["headers"])
     return named or scope["http_version"] == "2"

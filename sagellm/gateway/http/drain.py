@@ -1,4 +1,4 @@
-"""Serving until a signal comes, then ending: first gently, then at once."""
+"""Serves until a signal, then drains: first gently, then at once."""
 
 import signal
 import sys
@@ -17,13 +17,14 @@ from sagellm.graphs.log import get_logger
 LOG = get_logger("sagellm.gateway")
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT)
-NOTED = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)  # which would end a process unasked
+NOTED = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)  # their default would end the process
 
 
 @contextmanager
 def ending_signals() -> Iterator[AsyncIterator[int]]:
-    """Those that end a server; only the main thread receives any. SIGHUP is one of them where
-    standard error is a terminal: the terminal has gone.
+    """Yield the signals that end a server; only the main thread receives signals.
+
+    SIGHUP ends a server whose standard error is a terminal: the terminal was closed.
     """
     if threading.current_thread() is not threading.main_thread():
         yield _never()
@@ -35,7 +36,7 @@ def ending_signals() -> Iterator[AsyncIterator[int]]:
 
 @dataclass(frozen=True, slots=True)
 class _Obeyed:
-    """Those of the signals `received` that are `ending`; the others are logged."""
+    """The `ending` signals among those `received`; the others are logged."""
 
     received: AsyncIterator[int]
     ending: tuple[int, ...]
@@ -59,51 +60,51 @@ def _is_in_terminal() -> bool:
 
 
 def ignore_noted() -> None:
-    """In a process that the server has started: whoever signals all of them means the server."""
+    """Ignore signals in a child process: a signal to the process group is for the server."""
     for number in NOTED:
         signal.signal(number, signal.SIG_IGN)
 
 
-ABORT_S = 1.0  # for the error event of every stream to leave
+ABORT_S = 1.0  # until the error event of every stream is sent
 SECOND_SIGNAL = "a second Ctrl-C or SIGTERM ends what is open at once"
-CLOSE_S = 0.5  # for connections that have nothing more to say
+CLOSE_S = 0.5  # until idle connections are closed
 
 
 class HttpServer(Protocol):
-    """What runs the app on a socket. Called from trio, wherever the app's loop is."""
+    """Runs the app on a socket. Called from trio, even if the app has another loop."""
 
     async def run(self, task_status: trio.TaskStatus[None] = ...) -> None:
-        """Serve until stopped and every connection is done; cancelled, close them at once."""
+        """Serve until stopped and all connections are done. Cancellation closes them at once."""
 
     def stop(self) -> None:
-        """Take no more connections."""
+        """Accept no more connections."""
 
     def call_soon(self, function: Callable[..., Any], *args: Any) -> None:
-        """Call on the app's loop."""
+        """Call a function on the app's loop."""
 
 
 class GatewayServing(Protocol):
-    """Whatever serves: the gateway of this process, or those of others."""
+    """The gateway of this process, or the gateways in processes of their own."""
 
     async def run(self, task_status: trio.TaskStatus[None] = ...) -> None:
-        """Serve until stopped and every connection is done; cancelled, close them at once."""
+        """Serve until stopped and all connections are done. Cancellation closes them at once."""
 
     def drain(self) -> int:
-        """Refuse new calls; returns the number of those under way."""
+        """Refuse new calls. Return the number of open calls."""
 
     async def idle(self) -> None:
-        """Wait until no call is open that a drain waits for."""
+        """Wait until no call is open, but for those that a drain does not wait for."""
 
     def stop(self) -> None:
-        """Take no more connections."""
+        """Accept no more connections."""
 
     @property
     def close_s(self) -> float:
-        """What ending takes at the most, once nothing is under way."""
+        """The most time that the end takes after the last call."""
 
 
 class ServingHere:
-    """The one gateway of this process."""
+    """The gateway of this process."""
 
     close_s = CLOSE_S
 
@@ -135,16 +136,16 @@ async def serve(
     end_streams: Callable[[], Awaitable[None]],
     started: Callable[[], None] = lambda: None,
 ) -> None:
-    """Serve until the first of `signals`, and return once what is open has ended.
+    """Serve until the first of `signals`, then drain, and return after the last open call.
 
-    From then on the gateway takes nothing new, but its listener stays until the last stream is
-    done, so that health checks and refusals are still answered. After a second signal, or the
-    settings' `drain_s`, `end_streams` gives every stream its error event.
+    While it drains, the gateway refuses new calls. Its listener stays until the last stream has
+    ended, so that health checks and refusals are answered. After a second signal, or after the
+    settings' `drain_s`, `end_streams` ends every stream with an error event.
     """
     stopped, first, second = trio.Event(), trio.Event(), trio.Event()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_await_signals, signals, first, second)
-        with trio.CancelScope() as serving_scope:  # starting may take long, too
+        with trio.CancelScope() as serving_scope:  # a signal may come while the server starts
             nursery.start_soon(_cancel_at, first, serving_scope)
             await nursery.start(_run, serving, stopped)
             started()

@@ -17,9 +17,13 @@ from sagellm.gateway.answers.objects import (
     TokenizerFacts,
 )
 from sagellm.gateway.api_errors import ApiError, draining, wrong
-from sagellm.gateway.encoding import EncodedPrompt
 from sagellm.gateway.gateway import Gateway, HostedModel, plain_id
-from sagellm.gateway.http.generation import GenerationCall, encoded, respond, samplings_of
+from sagellm.gateway.http.generation import (
+    GenerationCall,
+    GenerationResponse,
+    encoded,
+    samplings_of,
+)
 from sagellm.gateway.protocol.bodies import (
     ChatRequest,
     CompletionRequest,
@@ -36,24 +40,25 @@ from sagellm.gateway.protocol.sampling_params import ModelCard, check_ids, kept_
 from sagellm.graphs.text.codec import to_json
 from sagellm.graphs.vocabulary import nearest
 from sagellm.runtime.models.chat import DEFAULT_RENDERING, Rendering
+from sagellm.session.requests import Encoded
 
 VERSION = installed("sagellm")
 
 
 async def live(gateway: Gateway, request: Request) -> Response:
-    """200 for as long as the process answers at all."""
+    """Answer 200 as long as the process answers at all."""
     return Response()
 
 
 async def ready(gateway: Gateway, request: Request) -> Response:
-    """200 where new requests are taken and tokens have been seen to come; else 503."""
+    """Answer 200 where new requests are taken and the graph produces tokens; else 503."""
     if gateway.is_draining:
         raise draining()
     return await health(gateway, request)
 
 
 async def health(gateway: Gateway, request: Request) -> Response:
-    """200 where tokens have been seen to come, also while draining; else 503 with the reason."""
+    """Answer 200 where the graph produces tokens, also while draining; else 503 with why."""
     if not gateway.readiness.is_ready:
         reason = gateway.readiness.reason
         raise ApiError(503, f"not ready: {reason}", code="not_ready", retry_after_s=1.0)
@@ -65,7 +70,7 @@ async def version(gateway: Gateway, request: Request) -> Response:
 
 
 async def load(gateway: Gateway, request: Request) -> Response:
-    """The number of calls under way, which routers balance by: of all gateways at this address."""
+    """Answer the number of open calls of all gateways at this address, for routers to balance."""
     return _json({"server_load": request.state.calls.everywhere.total})
 
 
@@ -74,13 +79,13 @@ def _json(content: dict[str, object]) -> Response:
 
 
 async def metrics(gateway: Gateway, request: Request) -> Response:
-    """Answers in the text format that the Accept header asks for."""
+    """Answer the metrics, in the text format that the Accept header asks for."""
     body, content_type = await gateway.meters.exposition(request.headers.get("accept", ""))
     return Response(body, headers={"content-type": content_type, "cache-control": "no-store"})
 
 
 def served_model(gateway: Gateway, name: str | None) -> HostedModel:
-    """The model that a request names; unsaid, the first. Raises ApiError 404."""
+    """Return the model of a name; the first model for None. Raises ApiError 404."""
     if name is None:
         return gateway.models[0]
     found = next((served for served in gateway.models if name in served.card.names), None)
@@ -119,8 +124,9 @@ def _unknown(gateway: Gateway, name: str) -> ApiError:
 
 
 async def cancel(gateway: Gateway, request: Request) -> Response:
-    """End a call by its x-request-id or the id of its answer; its client is told."""
+    """End a call by its x-request-id or the id of its answer. Its client gets an error."""
     named = request.path_params["id"]
+    # A list, not `any`: every request of the call must be cancelled.
     known = [await gateway.bridge.cancel(request_id) for request_id in gateway.requests_of(named)]
     if not any(known) and not await gateway.bridge.cancel_elsewhere(plain_id(named)):
         raise ApiError(404, "no such request is under way", param="id", code="request_not_found")
@@ -128,19 +134,36 @@ async def cancel(gateway: Gateway, request: Request) -> Response:
 
 
 async def graph(gateway: Gateway, request: Request) -> Response:
-    """The graph that is open, as JSON."""
+    """Answer the open graph as JSON."""
     if gateway.graph is None:
         raise ApiError(404, "this gateway serves no graph of its own")
     return Response(to_json(gateway.graph), media_type="application/json")
 
 
-async def completions(gateway: Gateway, request: Request) -> Response:
-    with gateway.budgets.hold(request.state.call.tenant):  # to read and encode it costs, too
-        work = await _work(gateway, await request.body())
-    return await respond(gateway, request, work)
+async def completions(gateway: Gateway, request: Request) -> GenerationResponse:
+    return GenerationResponse(gateway, request, _completion_call)
 
 
-async def _work(gateway: Gateway, body: bytes) -> GenerationCall:
+async def chat(gateway: Gateway, request: Request) -> GenerationResponse:
+    return GenerationResponse(gateway, request, _chat_call)
+
+
+async def invocations(gateway: Gateway, request: Request) -> GenerationResponse:
+    """Answer a chat where the body has `messages`, a completion where it has a `prompt`."""
+    return GenerationResponse(gateway, request, _invocation_call)
+
+
+async def _invocation_call(gateway: Gateway, body: bytes) -> GenerationCall:
+    # The readers parse the body again: they take bytes, so that every endpoint checks the same way.
+    value = read_json(body, max_depth=gateway.settings.limits.json_depth)
+    if isinstance(value, dict) and value.get("messages") is not None:
+        return await _chat_call(gateway, body)
+    if isinstance(value, dict) and value.get("prompt") is not None:
+        return await _completion_call(gateway, body)
+    raise ApiError(400, "the body has neither `messages` (a chat) nor a `prompt`")
+
+
+async def _completion_call(gateway: Gateway, body: bytes) -> GenerationCall:
     asked = read_completion(body, gateway.settings.limits)
     served = served_model(gateway, asked.model)
     prompts = await _prompts(served, asked)
@@ -156,9 +179,9 @@ async def _work(gateway: Gateway, body: bytes) -> GenerationCall:
     )
 
 
-async def _prompts(served: HostedModel, asked: CompletionRequest) -> list[EncodedPrompt]:
-    """Between any two of them others have their turn: each alone may be encoded in place."""
-    prompts: list[EncodedPrompt] = []
+async def _prompts(served: HostedModel, asked: CompletionRequest) -> list[Encoded]:
+    """Return all prompts, with a checkpoint between them: a short prompt is encoded in place."""
+    prompts: list[Encoded] = []
     for given in asked.prompts:
         if prompts:
             await anyio.lowlevel.checkpoint()
@@ -168,25 +191,19 @@ async def _prompts(served: HostedModel, asked: CompletionRequest) -> list[Encode
 
 async def _prompt(
     served: HostedModel, asked: CompletionRequest, given: str | tuple[int, ...]
-) -> EncodedPrompt:
-    """Its text and tokens; the text of what is left where it is truncated."""
-    if not isinstance(given, str):
+) -> Encoded:
+    """Return the prompt's text and tokens, after truncation."""
+    if not isinstance(given, str):  # operators may rewrite the text of a prompt of ids, too
         check_ids("prompt", given, served.facts)
         kept = kept_ids(asked, given, served.facts)
-        return EncodedPrompt(await served.encoder.ids(kept), kept)
+        return Encoded(await served.encoder.ids(kept), kept)
     token_ids = await encoded(served, asked, given)
     kept = kept_ids(asked, token_ids, served.facts)
     text = given if len(kept) == len(token_ids) else await served.encoder.ids(kept)
-    return EncodedPrompt(text, kept)
+    return Encoded(text, kept)
 
 
-async def chat(gateway: Gateway, request: Request) -> Response:
-    with gateway.budgets.hold(request.state.call.tenant):  # to read and encode it costs, too
-        work = await _chat_work(gateway, await request.body())
-    return await respond(gateway, request, work)
-
-
-async def _chat_work(gateway: Gateway, body: bytes) -> GenerationCall:
+async def _chat_call(gateway: Gateway, body: bytes) -> GenerationCall:
     asked = read_chat(body, gateway.settings.limits)
     served = served_model(gateway, asked.model)
     prompt = await _chat_prompt(served, asked)
@@ -200,35 +217,22 @@ async def _chat_work(gateway: Gateway, body: bytes) -> GenerationCall:
     )
 
 
-def _unrendered(asked: ChatRequest, how: Rendering) -> EncodedPrompt:
-    """The conversation as it is, for an engine with a template of its own."""
+def _unrendered(asked: ChatRequest, how: Rendering) -> Encoded:
+    """Return the conversation unrendered, for an engine with a template of its own."""
     if how != DEFAULT_RENDERING:
         raise wrong("messages", "go to an engine that renders them itself, in its own way only")
-    return EncodedPrompt("", (), tuple(asked.conversation))
+    return Encoded("", (), tuple(asked.conversation))
 
 
-async def _chat_prompt(served: HostedModel, asked: ChatRequest) -> EncodedPrompt:
-    """The conversation as the model's template writes it, or its part that is kept."""
+async def _chat_prompt(served: HostedModel, asked: ChatRequest) -> Encoded:
+    """Return the conversation as the model's template renders it, after truncation."""
     how = rendering_of(asked, await served.encoder.variables())
     if served.facts.takes_text:
         return _unrendered(asked, how)
     text = await served.encoder.render(asked.conversation, how)
     token_ids = await encoded(served, asked, text)
     kept = kept_ids(asked, token_ids, served.facts)
-    return EncodedPrompt(
-        text if len(kept) == len(token_ids) else await served.encoder.ids(kept), kept
-    )
-
-
-async def invocations(gateway: Gateway, request: Request) -> Response:
-    """A chat where the body has `messages`, a completion where it has a `prompt`."""
-    with gateway.budgets.hold(request.state.call.tenant):
-        body = read_json(await request.body(), max_depth=gateway.settings.limits.json_depth)
-    if isinstance(body, dict) and body.get("messages") is not None:
-        return await chat(gateway, request)
-    if isinstance(body, dict) and body.get("prompt") is not None:
-        return await completions(gateway, request)
-    raise ApiError(400, "the body has neither `messages` (a chat) nor a `prompt`")
+    return Encoded(text if len(kept) == len(token_ids) else await served.encoder.ids(kept), kept)
 
 
 async def tokenize(gateway: Gateway, request: Request) -> Response:
@@ -257,7 +261,7 @@ async def _tokens(gateway: Gateway, body: bytes) -> TokenizeAnswer:
 
 
 async def tokenizer_info(gateway: Gateway, request: Request) -> Response:
-    """Of the model that the query names, `?model=NAME`."""
+    """Answer facts of the tokenizer of the model in the query, `?model=NAME`."""
     served = served_model(gateway, request.query_params.get("model"))
     tokenizer = served.tokenizer
     special = tokenizer.special_tokens

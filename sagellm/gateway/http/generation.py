@@ -1,46 +1,49 @@
-"""A call that generates: its prompts enter the graph, its answer leaves as a stream or whole."""
+"""Calls that generate: their prompts enter the graph, and their answers are streamed or whole."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import time
+from typing import TypeAlias
 
 import anyio
 import anyio.lowlevel
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
-from sagellm.gateway.answers.event_stream import DONE, EventStream, EventWriter, attended
+from sagellm.gateway.answers.event_stream import DONE, EventWriter, attended, event_stream
 from sagellm.gateway.answers.logprobs import TokenNames
 from sagellm.gateway.answers.writer import (
     AnswerSpec,
     AnswerWriter,
-    EventBatch,
     MakeAnswerForm,
     UsageCounter,
     error_of,
 )
 from sagellm.gateway.api_errors import ApiError
-from sagellm.gateway.encoding import EncodedPrompt
-from sagellm.gateway.gateway import Gateway, Hold, HostedModel
-from sagellm.gateway.graph_bridge import GraphRequest, entered
+from sagellm.gateway.budgets import BudgetHold
+from sagellm.gateway.gateway import Gateway, HostedModel
+from sagellm.gateway.graph_bridge import EventBatch, open_streams
 from sagellm.gateway.http.call import Call
 from sagellm.gateway.http.checks import RequestBody
 from sagellm.gateway.protocol.bodies import ChatRequest, CompletionRequest
 from sagellm.gateway.protocol.sampling_params import far_too_long, fitted, num_logprobs, sampling_of
 from sagellm.runtime.messages import NORMAL, Sampling
+from sagellm.runtime.messages import Request as GraphRequest
+from sagellm.session.requests import Encoded, Timing
 
-CLIENT_LEFT = 499  # for the log: nobody is there to read it
+CLIENT_LEFT = 499  # for the log and the metrics: the client is gone
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationCall:
-    """A checked call: one sampling a prompt; `prefix` is that of the answer's id."""
+    """A checked call, with one sampling for each prompt. `prefix` begins the id of its answer."""
 
     request: CompletionRequest | ChatRequest
     served: HostedModel
-    prompts: tuple[EncodedPrompt, ...]
+    prompts: tuple[Encoded, ...]
     samplings: tuple[Sampling, ...]
     make_form: MakeAnswerForm
     prefix: str
@@ -48,11 +51,17 @@ class GenerationCall:
     is_prompt_only: bool = False
 
 
+ReadCall: TypeAlias = Callable[
+    [Gateway, bytes], Awaitable[GenerationCall]
+]  # of the body; raises ApiError
+
+
 async def encoded(
     served: HostedModel, asked: CompletionRequest | ChatRequest, text: str
 ) -> tuple[int, ...]:
-    """The tokens of a text of the call. Raises ApiError, for a text far beyond the context before
-    all of it is tokenised.
+    """Return the tokens of a text of the call. Raises ApiError.
+
+    A text far beyond the context is refused before all of it is tokenised.
     """
     facts = served.facts
     is_kept = asked.truncate_prompt_tokens is None
@@ -64,11 +73,11 @@ async def encoded(
 
 
 async def samplings_of(
-    served: HostedModel, asked: CompletionRequest | ChatRequest, prompts: Sequence[EncodedPrompt]
+    served: HostedModel, asked: CompletionRequest | ChatRequest, prompts: Sequence[Encoded]
 ) -> tuple[Sampling, ...]:
-    """One a prompt, bad words as token ids. Raises ApiError.
+    """Return the sampling of each prompt, with bad words as token ids. Raises ApiError.
 
-    Ids and texts are checked once, and shared: a request may have 262,144 of them.
+    All samplings share ids and texts, which are checked once: a request may have 262,144 of them.
     """
     facts = served.facts
     sampling = sampling_of(asked, facts, len(prompts[0].token_ids))
@@ -82,152 +91,146 @@ async def samplings_of(
     return tuple(samplings)
 
 
-async def respond(gateway: Gateway, request: Request, work: GenerationCall) -> Response:
-    """The answer, streamed or whole. Raises ApiError where nothing of it can be served."""
-    tally = request.state.tally = UsageCounter()  # for the log, whatever becomes of the call
-    body: RequestBody | None = request.scope["state"].get("body")
-    read_s = body.read_s if body is not None else None
-    running = _Running(gateway, request.state.call, work, tally, read_s)
-    on_gone = gateway.meters.disconnected
-    if work.request.stream:
-        return EventStream(running.tell, gateway.settings.streaming, on_gone)
-    content = await attended(request.receive, running.whole)
-    if content is None:
-        on_gone()
-        return Response(status_code=CLIENT_LEFT)
-    return Response(content, media_type="application/json")
+class GenerationResponse:
+    """The response to one call: reads the body, sends its requests to the graph, and writes the
+    events as a stream or as one whole answer.
+    """
 
-
-class _Running:
-    """One call between its start and its end."""
-
-    def __init__(
-        self,
-        gateway: Gateway,
-        call: Call,
-        work: GenerationCall,
-        tally: UsageCounter,
-        read_s: float | None,
-    ) -> None:
-        """`read_s`: when its body was read."""
+    def __init__(self, gateway: Gateway, request: Request, read: ReadCall) -> None:
         self._gateway = gateway
-        self._read_s = read_s
-        self._call = call
-        self._work = work
-        self._tally = tally
+        self._request = request
+        self._read = read
+        self._call: Call = request.state.call
+        self._usage = request.state.usage = UsageCounter()  # for the log line of the call
 
-    async def tell(self, outlet: EventWriter) -> None:
-        """Stream. A refusal before the first event is raised, so that it has its own status."""
-        with self._started() as (ids, reply, hold):
-            async with entered(self._gateway.bridge, self._entries(ids)) as batches:
-                last = b""  # as a rule only the end is missing behind it, and goes along
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Raises ApiError where the call is refused before the response has begun."""
+        gateway = self._gateway
+        with gateway.budgets.hold(
+            self._call.tenant
+        ) as hold:  # reading and encoding a body cost memory and threads
+            work = await self._read(gateway, await self._request.body())
+            if work.request.stream:
+                limits, on_gone = gateway.settings.streaming, gateway.meters.disconnected
+                async with event_stream(scope, receive, send, limits, on_gone) as events:
+                    await self._stream(work, hold, events)
+                return
+            async with attended(receive) as client:
+                content = await self._whole(work, hold)
+        if client.has_left:
+            gateway.meters.disconnected()
+            response = Response(status_code=CLIENT_LEFT)
+        else:
+            response = Response(content, media_type="application/json")
+        await response(scope, receive, send)
+
+    async def _stream(self, work: GenerationCall, hold: BudgetHold, events: EventWriter) -> None:
+        """Stream the answer. Raises a refusal before the first event, for its HTTP status."""
+        with self._started(work, hold) as (requests, answer):
+            async with open_streams(self._gateway.bridge, requests, self._timing(work)) as batches:
+                last = b""  # kept back to be sent with the end: usually no event is between them
                 async for batch in batches:
-                    served, error = self._split(batch)
-                    if served:  # a refusal pays for no retry
-                        self._came(hold)
-                    if error is not None and not outlet.is_started:
+                    served, error = self._split(batch, hold)
+                    if error is not None and not events.is_started:
                         raise error
-                    content = last + (reply.chunks(served) if served else b"")
-                    last = content if reply.is_finished and error is None else b""
+                    content = last + (answer.chunks(served) if served else b"")
+                    last = content if answer.is_finished and error is None else b""
                     if content and not last:
-                        await outlet.send(content)
+                        await events.send(content)
                     if error is not None:
                         raise error
-            _check_finished(reply)
-            await outlet.send(last + reply.ending() + DONE, is_last=True)
+            answer.check_finished()
+            await events.send(last + answer.ending() + DONE, is_last=True)
 
-    async def whole(self) -> bytes:
-        with self._started() as (ids, reply, hold):
-            async with entered(self._gateway.bridge, self._entries(ids)) as batches:
+    async def _whole(self, work: GenerationCall, hold: BudgetHold) -> bytes:
+        with self._started(work, hold) as (requests, answer):
+            async with open_streams(self._gateway.bridge, requests, self._timing(work)) as batches:
                 async for batch in batches:
-                    served, error = self._split(batch)
-                    if served:  # a refusal pays for no retry
-                        self._came(hold)
+                    served, error = self._split(batch, hold)
                     if error is not None:
                         raise error
-                    reply.add(served)
-            _check_finished(reply)
-            return reply.whole()
-
-    def _came(self, hold: Hold) -> None:
-        hold.first_token()
-        if self._tally.first_s is None:
-            self._tally.first_s = anyio.current_time()
+                    answer.add(served)
+            answer.check_finished()
+            return answer.whole()
 
     @contextmanager
-    def _started(self) -> Iterator[tuple[tuple[str, ...], AnswerWriter, Hold]]:
-        """Ids for the graph, where the answer is gathered, and places in the tenant's budget."""
-        gateway, work = self._gateway, self._work
+    def _started(
+        self, work: GenerationCall, hold: BudgetHold
+    ) -> Iterator[tuple[list[GraphRequest], AnswerWriter]]:
+        """Yield the requests of a call, under unique ids, and the writer of their answer."""
         wanted = work.request.request_id or self._call.request_id
         with (
-            gateway.budgets.hold(self._call.tenant, len(work.prompts) * work.request.n) as hold,
-            gateway.claim(wanted, len(work.prompts)) as claimed,
+            hold.widened(len(work.prompts) * work.request.n),
+            self._gateway.claim(wanted, len(work.prompts)) as claimed,
         ):
-            asked = self._asked(claimed.id)
+            spec = _answer_spec(work, claimed.id)
             names = work.request.return_tokens_as_token_ids
             texts = TokenNames(work.served.tokens) if names else work.served.tokens
-            reply = AnswerWriter(asked, work.make_form(asked, texts), self._tally)
-            yield claimed.request_ids, reply, hold
+            answer = AnswerWriter(spec, work.make_form(spec, texts), self._usage)
+            yield self._requests(work, claimed.request_ids), answer
 
-    def _asked(self, claimed_id: str) -> AnswerSpec:
-        work, request = self._work, self._work.request
-        return AnswerSpec(
-            id=work.prefix + claimed_id,
-            created=int(time()),
-            model=work.served.card.id,
-            prompts=work.prompts,
-            num_choices=request.n,
-            num_logprobs=num_logprobs(request),
-            num_prompt_logprobs=request.prompt_logprobs,
-            has_token_ids=request.return_token_ids,
-            has_usage=request.has_usage,
-            has_continuous_usage=request.has_continuous_usage,
-            is_echo=work.is_echo,
-            is_prompt_only=work.is_prompt_only,
-        )
-
-    def _entries(self, ids: Sequence[str]) -> list[GraphRequest]:
-        request, call, gateway = self._work.request, self._call, self._gateway
-        card = self._work.served.card
-        salt = gateway.salt_of(call.tenant, request.cache_salt)
-        now = anyio.current_time()
-        waited_s = now - (now if self._read_s is None else self._read_s)
+    def _requests(self, work: GenerationCall, ids: Sequence[str]) -> list[GraphRequest]:
+        asked, call, card = work.request, self._call, work.served.card
+        tags = {"operation": "chat" if work.prefix == "chatcmpl-" else "text_completion"}
+        if call.traceparent:
+            tags["traceparent"] = call.traceparent
+        salt = self._gateway.salt_of(call.tenant, asked.cache_salt)
         return [
             GraphRequest(
                 request_id=request_id,
-                text=prompt.text,
-                token_ids=prompt.token_ids,
+                prompt=prompt.text,
+                prompt_token_ids=prompt.token_ids,
                 messages=prompt.messages,
                 sampling=sampling,
-                priority=NORMAL if request.priority is None else request.priority,
-                tenant=call.tenant,
+                priority=NORMAL if asked.priority is None else asked.priority,
+                user_id=call.tenant,
                 model=card.key or card.id,
                 salt=salt,
-                slo_ttft_s=request.slo_ttft_s,
-                timeout_s=request.timeout_s,
-                waited_s=waited_s,
-                trace=call.traceparent,
-                operation="chat" if self._work.prefix == "chatcmpl-" else "text_completion",
+                slo_ttft_s=asked.slo_ttft_s,
+                tags=tags,
             )
-            for request_id, prompt, sampling in zip(
-                ids, self._work.prompts, self._work.samplings, strict=True
-            )
+            for request_id, prompt, sampling in zip(ids, work.prompts, work.samplings, strict=True)
         ]
 
-    def _split(self, batch: EventBatch) -> tuple[EventBatch, ApiError | None]:
-        """What came before the first event that says that its choice was not served; and why."""
+    def _timing(self, work: GenerationCall) -> Timing:
+        """Return the timing of a call that arrived when its body had been read."""
+        now = anyio.current_time()
+        body: RequestBody | None = self._request.scope["state"].get("body")
+        read_s = None if body is None else body.read_s
+        return Timing(work.request.timeout_s, 0.0 if read_s is None else now - read_s)
+
+    def _split(self, batch: EventBatch, hold: BudgetHold) -> tuple[EventBatch, ApiError | None]:
+        """Return the events before the first unserved choice, and the error of that choice."""
+        error = None
         for number, (_, event) in enumerate(batch):
             if event.finish_reason is not None:
                 error = error_of(event, self._call.request_id, self._may_retry)
                 if error is not None:
-                    return batch[:number], error
-        return batch, None
+                    batch = batch[:number]
+                    break
+        if batch:  # a refused call pays for no retry
+            hold.first_token()
+            if self._usage.first_s is None:
+                self._usage.first_s = anyio.current_time()
+        return batch, error
 
     def _may_retry(self) -> bool:
         return self._gateway.budgets.may_retry(self._call.tenant)
 
 
-def _check_finished(reply: AnswerWriter) -> None:
-    """An answer never ends as if it were whole."""
-    if not reply.is_finished:
-        raise ApiError(503, "the server is shutting down", code="shutting_down", retry_after_s=1.0)
+def _answer_spec(work: GenerationCall, claimed_id: str) -> AnswerSpec:
+    asked = work.request
+    return AnswerSpec(
+        id=work.prefix + claimed_id,
+        created=int(time()),
+        model=work.served.card.id,
+        prompts=work.prompts,
+        num_choices=asked.n,
+        num_logprobs=num_logprobs(asked),
+        num_prompt_logprobs=asked.prompt_logprobs,
+        has_token_ids=asked.return_token_ids,
+        has_usage=asked.has_usage,
+        has_continuous_usage=asked.has_continuous_usage,
+        is_echo=work.is_echo,
+        is_prompt_only=work.is_prompt_only,
+    )

@@ -1,4 +1,4 @@
-"""Hypercorn's protocols on trio, in the nursery of the session; with limits that it has not."""
+"""Serves the app with Hypercorn's protocols on trio, with limits that Hypercorn lacks."""
 
 import errno
 import select
@@ -20,18 +20,19 @@ from sagellm.gateway.settings import BACKLOG, Settings, max_connections
 from sagellm.graphs.log import get_logger
 
 LOG = get_logger("sagellm.gateway")
-FULL_S = 0.1  # how long to wait where the system has no file descriptor left
-_AT_ONCE = 64  # connections accepted in one turn of the loop, beside the first
-_AT_ONCE_BOUNDED = 4  # where others can be refused: each costs milliseconds, and engines wait
-_MOST_REFUSED = 256  # in one turn
+FULL_S = 0.1  # the wait where the system has no free file descriptor
+_AT_ONCE = 64  # connections accepted in one turn of the loop, after the first
+_AT_ONCE_BOUNDED = 4  # if others can be refused: each costs milliseconds of engines
+_MOST_REFUSED = 256  # calls refused in one turn
 _FULL = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
 
 class HypercornServer:
     """Serves from `run` until `stop`, and then until the last connection is done.
 
-    Hypercorn's own `serve` lets one broken connection end all, waits for ever in a send that
-    nobody takes, and accepts until no file descriptor is left: so the connections are ours.
+    Hypercorn's own `serve` ends with one broken connection, waits for ever in a send to a client
+    that does not read, and accepts until no file descriptor is left. This class therefore accepts
+    connections itself.
     """
 
     def __init__(self, app: App, settings: Settings, sock: socket) -> None:
@@ -46,18 +47,18 @@ class HypercornServer:
         self._closed = trio.lowlevel.ParkingLot()
         self._free = trio.Semaphore(max_connections())
         self._overflow = Overflow(app)
-        self._polled = select.poll()  # whether connections wait
+        self._polled = select.poll()  # tells whether connections wait
 
     def stop(self) -> None:
-        """Take no more connections, and close those that are idle."""
+        """Accept no more connections, and close idle ones."""
         self._accepting.cancel()
 
     def call_soon(self, function: Any, *args: Any) -> None:
-        """Call on the loop of the app: this one."""
+        """Call a function on the app's loop, which is this loop."""
         function(*args)
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Cancelled, it closes every connection at once."""
+        """Serve. Cancellation closes every connection at once."""
         self._sock.listen(BACKLOG)
         self._polled.register(self._sock, select.POLLIN)
         listener = trio.SocketListener(trio.socket.from_stdlib_socket(self._sock))
@@ -71,15 +72,15 @@ class HypercornServer:
                 await self._none_open()
             finally:
                 listener.socket.close()
-                self._kill()  # sends are shielded: only a closed socket ends them
+                self._kill()  # shielded sends end only when their socket is closed
 
     async def _accept(self, listener: trio.SocketListener, connections: trio.Nursery) -> None:
-        """Take what waits in the kernel's queue, where it stays while there are too many.
+        """Accept connections from the kernel's queue, where they wait while too many are open.
 
-        trio takes one connection a turn of the loop: where turns are late, callers would wait
-        there unseen, and a refusal would come later than an answer. With an objective a turn takes
-        a few, or one once some have waited, so that engines and streams have their turn too, and
-        refuses the rest once they have waited for long.
+        trio accepts one connection in each turn of the loop. Where turns are late, callers would
+        wait in the queue unseen, and a refusal would come later than an answer. With an objective,
+        a turn accepts a few connections, or one after others have waited, so that engines and
+        streams have their turns, and refuses the rest after a long wait.
         """
         while True:
             await self._free.acquire()
@@ -99,7 +100,7 @@ class HypercornServer:
                     connections.start_soon(self._serve, Connection(each, self._stall_s))
 
     def _waiting(self) -> Iterator[trio.SocketStream]:
-        """Connections to serve that need not be waited for, each with a place in `_free`."""
+        """Yield the waiting connections to serve, each with a place in `_free`."""
         can_refuse = self._overflow.is_bounded and self._tls is None
         few = 0 if self._overflow.is_strained(trio.current_time()) else _AT_ONCE_BOUNDED
         for _ in range(few if can_refuse else _AT_ONCE):
@@ -115,7 +116,7 @@ class HypercornServer:
             yield from self._not_refused()
 
     def _not_refused(self) -> Iterator[trio.SocketStream]:
-        """Refuse the calls that wait. What is none, or has not come whole, is served."""
+        """Refuse the waiting calls. Yield connections without a whole call, which are served."""
         num_refused = 0
         for _ in range(_MOST_REFUSED):
             sock = self._next()
@@ -130,14 +131,14 @@ class HypercornServer:
             LOG.warning("calls_refused", num_calls=num_refused, reason="the loop is too late")
 
     def _next(self) -> socket | None:
-        """A connection that waits, with a place in `_free`; None where there is none."""
+        """Return a waiting connection, with a place in `_free`; None where none waits."""
         try:
             self._free.acquire_nowait()
         except trio.WouldBlock:
             return None
         try:
             sock, _ = self._sock.accept()
-        except OSError:  # none waits; or what is wrong is said where one is waited for
+        except OSError:  # none waits; other errors recur in the waiting accept, which handles them
             self._overflow.none_waits()
             self._free.release()
             return None
@@ -145,7 +146,7 @@ class HypercornServer:
         return sock
 
     async def _serve(self, connection: Connection) -> None:
-        """A fault in one connection ends that one alone."""
+        """Serve one connection. A fault ends only this connection."""
         self._open.add(connection)
         stream: Any = connection
         if self._tls is not None:
@@ -175,8 +176,8 @@ def _stream(sock: socket) -> trio.SocketStream:
 
 
 def configure(settings: Settings) -> HypercornConfig:
-    """No read time-out: a client that waits for its answer sends nothing. Headers have
-    `keep_alive_timeout` seconds, bodies those of our own layer.
+    """Return Hypercorn's settings, without a read timeout: a client that waits for its answer sends
+    nothing. `keep_alive_timeout` bounds headers, and `RequestBody` bounds bodies.
     """
     config = HypercornConfig()
     config.stall_s = settings.streaming.stall_s
@@ -193,8 +194,8 @@ def configure(settings: Settings) -> HypercornConfig:
 
 
 class _Server(TCPServer):
-    """Hypercorn's connection, with our protocols. A client that has left takes no place: else its
-    connection would stay open until the idle time is over.
+    """Hypercorn's connection, with the protocols of this package. The connection of a client that
+    has left is closed at once, not after the idle time.
     """
 
     _has_left = False

@@ -1,4 +1,4 @@
-"""Hypercorn's HTTP/1.1 and HTTP/2, which leave nothing behind of a client that does not read."""
+"""Hypercorn's HTTP/1.1 and HTTP/2, with bounds for clients that do not read."""
 
 from contextlib import suppress
 from http import HTTPStatus
@@ -19,16 +19,16 @@ from hypercorn.typing import H11SendableEvent
 
 from sagellm.gateway.http.app import refusal
 
-LINGER_S = 1.0  # how long a closed connection waits for what the client still sends
+LINGER_S = 1.0  # how long a closed connection reads what the client still sends
 _GONE = (trio.BrokenResourceError, trio.ClosedResourceError)
 
 
 class Connection(trio.abc.HalfCloseableStream):
     """Wraps a socket stream.
 
-    A client that does not take one send in `stall_s` is cut off, also where the sender is shielded
-    from cancellation. After `send_eof` what still comes is read and thrown away until the client
-    closes too: to close with unread bytes would make the kernel drop the answer (RFC 9112, 9.6).
+    A client that does not read one send within `stall_s` is cut off, even if the sender is shielded
+    from cancellation. After `send_eof`, incoming bytes are read and dropped until the client
+    closes: closing with unread bytes would make the kernel drop the answer (RFC 9112, 9.6).
     """
 
     def __init__(self, stream: trio.SocketStream, stall_s: float) -> None:
@@ -43,7 +43,7 @@ class Connection(trio.abc.HalfCloseableStream):
         return self._stream.socket
 
     def kill(self) -> None:
-        """Close at once; whoever sends or receives gets ClosedResourceError."""
+        """Close at once. Tasks that send or receive get ClosedResourceError."""
         self._ended.set()
         self._stream.socket.close()
 
@@ -62,8 +62,8 @@ class Connection(trio.abc.HalfCloseableStream):
         await self._stream.send_eof()
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
-        """Nothing, as at the end, once this side has closed."""
-        if self._is_reading:  # the one who closes reads the rest
+        """Return bytes from the client; none after this side has closed."""
+        if self._is_reading:  # the task that closes reads the rest
             await self._ended.wait()
             return b""
         self._is_reading = True
@@ -96,15 +96,17 @@ _PHRASES = {status.value: status.phrase.encode() for status in HTTPStatus}
 
 
 class HypercornConfig(hypercorn.Config):
-    """Carries our limit to where Hypercorn makes its protocols."""
+    """Hypercorn's settings, with the limit of a send."""
 
     stall_s: float
 
 
 class HypercornHttp1(H11Protocol):
-    """Refuses what is no HTTP as everything else is refused. It stays HTTP/1.1 whatever the Upgrade
-    header says, which proxies in front hand on unread. A status line has the standard phrase:
-    Hypercorn leaves it empty, and some clients show an error by nothing else.
+    """HTTP/1.1 that answers invalid requests with a JSON error.
+
+    The connection stays HTTP/1.1: the Upgrade header, which proxies hand on unread, is ignored.
+    Status lines have the standard phrase, because some clients show nothing else of an error;
+    Hypercorn leaves the phrase empty.
     """
 
     async def _check_protocol(self, event: h11.Request) -> None:
@@ -140,13 +142,13 @@ class HypercornHttp1(H11Protocol):
 
 
 class HypercornHttp2(H2Protocol):
-    """Resets a stream that ends early, or whose client lets none of it come for `stall_s`.
+    """HTTP/2 that resets a stream which ends early, or whose client reads nothing for `stall_s`.
 
-    Hypercorn says nothing of either; and who sends waits there for the window of a client that has
-    reset its stream, or is gone, for ever.
+    Hypercorn resets neither, and its senders wait for ever for the window of a client that has
+    reset its stream or is gone.
 
-    A connection without a stream is idle, whatever it sends: it has `keep_alive_timeout` for the
-    next request. Hypercorn stops counting at the preface, and goes on after the first answer.
+    A connection without a stream is idle, even if it sends bytes: its next request must come within
+    `keep_alive_timeout`. Hypercorn's idle time stops at the preface until the first answer.
     """
 
     config: HypercornConfig
@@ -176,7 +178,7 @@ class HypercornHttp2(H2Protocol):
         buffer = self.stream_buffers.get(stream_id)
         if buffer is None or buffer.complete:
             return
-        await buffer.close()  # lets go who waits for room in it
+        await buffer.close()  # releases the task that waits for room in the buffer
         await self._window_updated(stream_id)  # wakes the task that drops it
         if not self.closed and not self.connection.streams[stream_id].closed:
             self.connection.reset_stream(stream_id, ErrorCodes.INTERNAL_ERROR)
@@ -184,7 +186,7 @@ class HypercornHttp2(H2Protocol):
 
 
 class Protocols(ProtocolWrapper):
-    """Whichever of the two a connection speaks, and may change to."""
+    """The protocol of a connection, which may change from HTTP/1.1 to HTTP/2."""
 
     def __init__(self, made: ProtocolWrapper) -> None:
         super().__init__(

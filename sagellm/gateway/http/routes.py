@@ -44,7 +44,7 @@ _KEYS = {"user": "an API key", "admin": "the admin key"}
 
 
 def docs_page(document: dict[str, Any]) -> Response:
-    """The page of one document."""
+    """Return the page that shows an OpenAPI document."""
     template, style = _template(), _text("docs.css")
     body = template.render(
         document=document,
@@ -70,7 +70,7 @@ def _keys(operation: dict[str, Any]) -> str:
 
 
 def _names(content: dict[str, Any]) -> str:
-    """The schemas that a body may have."""
+    """Return the names of the schemas that a body may have."""
     return " or ".join(re.findall(r"#/components/schemas/(\w+)", str(content)))
 
 
@@ -92,7 +92,7 @@ def _text(name: str) -> str:
 
 
 def _hash(style: str) -> str:
-    """What the policy allows: the bytes between the tags."""
+    """Return the hash of a style sheet, for the content security policy."""
     return b64encode(sha256(style.encode()).digest()).decode()
 
 
@@ -103,7 +103,7 @@ MEDIA_TYPES = {
     ".js": "text/javascript; charset=utf-8",
     ".svg": "image/svg+xml",
 }
-# Nothing from elsewhere, nothing inline, no form that leaves the page, and nobody frames it.
+# No foreign or inline content, no forms that leave the page, and no framing.
 POLICY = "; ".join(
     (
         "default-src 'none'",
@@ -117,7 +117,7 @@ POLICY = "; ".join(
     )
 )
 HEADERS = {
-    "cache-control": "no-cache",  # kept, and asked for again: a new version shows at once
+    "cache-control": "no-cache",  # browsers ask again each time, so a new version shows at once
     "content-security-policy": POLICY,
     "cross-origin-resource-policy": "same-origin",
     "referrer-policy": "no-referrer",
@@ -128,13 +128,13 @@ HEADERS = {
 
 @dataclass(frozen=True, slots=True)
 class PageFile:
-    """One file of the page, which every gateway serves alike: it depends on no setting."""
+    """One file of the chat page, equal in every gateway: it depends on no setting."""
 
     content: bytes
     media_type: str
 
     async def __call__(self, gateway: Gateway, request: Request) -> Response:
-        """The file; 304 where the browser has it."""
+        """Answer the file, or 304 where the browser has it."""
         headers = {**HEADERS, "etag": self.etag}
         if self.etag in _tags(request.headers.get("if-none-match", "")):
             return Response(status_code=304, headers=headers)
@@ -146,7 +146,7 @@ class PageFile:
 
 
 def page_files() -> dict[str, PageFile]:
-    """Each file by its path on the server."""
+    """Return the files of the chat page by their paths on the server."""
     found = sorted((files("sagellm.gateway") / "page").iterdir(), key=lambda file: file.name)
     return {_path(file.name): _read(file) for file in found}
 
@@ -161,18 +161,18 @@ def _read(file: Traversable) -> PageFile:
 
 
 def _tags(header: str) -> set[str]:
-    """The entity tags of If-None-Match; weak ones compare as strong ones (RFC 9110, 13.1.2)."""
+    """Return the tags of If-None-Match; weak tags compare as strong ones (RFC 9110, 13.1.2)."""
     return {tag.strip().removeprefix("W/") for tag in header.split(",")}
 
 
 async def described(gateway: Gateway, request: Request) -> Response:
-    """The OpenAPI document of these routes."""
+    """Answer the OpenAPI document of these routes."""
     settings = gateway.settings
     return Response(_document(settings.limits, bool(settings.api_keys)), media_type=_JSON)
 
 
 async def docs(gateway: Gateway, request: Request) -> Response:
-    """The same as a page."""
+    """Answer the OpenAPI document as a page."""
     settings = gateway.settings
     return _page(settings.limits, bool(settings.api_keys))
 
@@ -198,7 +198,7 @@ ROUTES = (
     EndpointRoute("GET", "/version", version, while_draining=True),
     EndpointRoute("GET", "/load", load, while_draining=True),
     EndpointRoute("GET", "/metrics", metrics, access="metrics", while_draining=True),
-    # Open, as the page is: a browser has no key to send. They hold no more than the package does.
+    # Open, because a browser has no key to send. The documents hold no secret.
     EndpointRoute("GET", "/openapi.json", described, access="open", while_draining=True),
     EndpointRoute("GET", "/docs", docs, access="open", while_draining=True),
     EndpointRoute("GET", "/v1/models", models),
@@ -214,7 +214,7 @@ ROUTES = (
         "POST", "/v1/sagellm/requests/{id}/cancel", cancel, access="admin", while_draining=True
     ),
 )
-# Open, where a key is asked, too: a browser that opens a page has no key. They hold no secret.
+# Open even if keys are required: a browser that opens a page has no key. The files hold no secret.
 PAGE_ROUTES = tuple(
     EndpointRoute("GET", path, file, access="open") for path, file in page_files().items()
 )
@@ -222,5 +222,5 @@ PATHS = tuple(dict.fromkeys(route.path for route in (*ROUTES, *PAGE_ROUTES)))
 
 
 def routes_of(settings: Settings) -> tuple[EndpointRoute, ...]:
-    """The routes of one gateway: those of the API, and the page unless it is off."""
+    """Return the routes of the API, and of the chat page unless the settings turn it off."""
     return (*ROUTES, *PAGE_ROUTES) if settings.page else ROUTES

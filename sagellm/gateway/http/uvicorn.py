@@ -1,4 +1,4 @@
-"""uvicorn on uvloop and httptools, in a thread of its own; with limits that it has not."""
+"""Serves the app with uvicorn, uvloop and httptools, with limits that uvicorn lacks."""
 
 import asyncio
 import logging
@@ -17,12 +17,12 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from sagellm.gateway.http.app import App, refusal
 from sagellm.gateway.settings import BACKLOG, Settings, max_connections
 
-LINGER_S = 1.0  # for the client to read why it was refused
-_SPARE_S = 5.0  # the app's own limit on a body's time comes first, and answers
+LINGER_S = 1.0  # for the client to read its refusal
+_SPARE_S = 5.0  # the app's limit of a body's time comes first, with an answer
 
 
 class UvicornConfig(uvicorn.Config):
-    """Carries our limits to where uvicorn makes its connections, and what to run beside them."""
+    """uvicorn's settings, with the limits of connections and a task for the app's loop."""
 
     settings: Settings
     max_connections: int
@@ -30,7 +30,7 @@ class UvicornConfig(uvicorn.Config):
 
 
 class UvicornHttp1(HttpToolsProtocol):
-    """Closes a connection whose headers or body take too long, or whose peer does not read."""
+    """HTTP/1.1 that closes slow connections: late headers, a late body, or a client that stalls."""
 
     def __init__(self, config: UvicornConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
@@ -107,8 +107,8 @@ class UvicornHttp1(HttpToolsProtocol):
         self.refuse(400)
 
     def refuse(self, status: int) -> None:
-        """Answer bytes that never became a request; close once the client has, or a moment later:
-        to close with unread bytes would make the kernel drop the answer.
+        """Answer bytes that are no request. The connection closes with the client, or a moment
+        later: closing with unread bytes would make the kernel drop the answer.
         """
         headers, body = refusal(status)
         lines = [name + b": " + value + b"\r\n" for name, value in headers]
@@ -123,7 +123,7 @@ class UvicornHttp1(HttpToolsProtocol):
         self._reading = self.loop.call_later(LINGER_S, self.close)
 
     def close(self) -> None:
-        """Close once what is left has been taken, or cut off who does not take it."""
+        """Close after the client has read the rest, or cut off a client that does not read."""
         self.transport.close()
         if self._closing is None:
             self._closing = self.loop.call_later(self._stall_s, self.transport.abort)
@@ -138,7 +138,7 @@ class UvicornHttp1(HttpToolsProtocol):
             self._reading = None
 
     def _late(self) -> None:
-        """Bytes of a next request do not end the answer to the one before."""
+        """Close a late connection, unless it still answers the request before."""
         is_answering = self.cycle is not None and not self.cycle.response_complete
         if is_answering and not self._in_body:
             self._expect(self._limits.header_s)
@@ -152,7 +152,7 @@ KEEP_ALIVE_S = 5
 class UvicornServer:
     """Serves from `run` until `stop`, and then until the last connection is done.
 
-    The app runs on an asyncio loop in a thread; all methods are called from trio.
+    The app runs on an asyncio loop in a thread. All methods are called from trio.
     """
 
     def __init__(self, app: App, settings: Settings, sock: socket) -> None:
@@ -160,17 +160,17 @@ class UvicornServer:
         self._sock = sock
 
     def stop(self) -> None:
-        """Take no more connections, and close those that are idle."""
+        """Accept no more connections, and close idle ones."""
         self._server.should_exit = True
 
     def call_soon(self, function: Callable[..., Any], *args: Any) -> None:
-        """Call on the loop of the app."""
+        """Call a function on the app's loop."""
         if self._server.loop is not None:
-            with suppress(RuntimeError):  # the loop has ended, and with it every call
+            with suppress(RuntimeError):  # the loop has ended
                 self._server.loop.call_soon_threadsafe(function, *args)
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Cancelled, it closes every connection at once."""
+        """Serve. Cancellation closes every connection at once."""
         started, ended = trio.Event(), trio.Event()
         token = trio.lowlevel.current_trio_token()
         self._server.tell_started = lambda: token.run_sync_soon(started.set)
@@ -181,11 +181,13 @@ class UvicornServer:
                 task_status.started()
                 await ended.wait()
             finally:
-                self._server.should_exit = self._server.force_exit = True  # still starting, too
+                self._server.should_exit = self._server.force_exit = (
+                    True  # also while the server starts
+                )
                 self.call_soon(self._server.abort)
 
     async def _run_thread(self, ended: trio.Event) -> None:
-        """Waits for the thread also where it is cancelled: `abort` ends it."""
+        """Wait for the thread, also after cancellation: `abort` ends the thread."""
         try:
             await trio.to_thread.run_sync(self._run)
         finally:
@@ -197,7 +199,7 @@ class UvicornServer:
 
 
 class UvicornOnItsLoop:
-    """As UvicornServer, for a process whose own loop is the asyncio loop that the app runs on."""
+    """As UvicornServer, in a process whose main loop is the app's asyncio loop."""
 
     def __init__(self, app: App, settings: Settings, sock: socket) -> None:
         self._server = _Server(configure(app, settings))
@@ -216,7 +218,7 @@ class UvicornOnItsLoop:
 
 
 def configure(app: App, settings: Settings) -> UvicornConfig:
-    logging.getLogger("uvicorn").setLevel(logging.CRITICAL + 1)  # the app logs what goes wrong
+    logging.getLogger("uvicorn").setLevel(logging.CRITICAL + 1)  # the app logs failures
     config = UvicornConfig(
         app,
         http=UvicornHttp1,
@@ -240,7 +242,7 @@ def configure(app: App, settings: Settings) -> UvicornConfig:
 
 class _Server(uvicorn.Server):
     config: UvicornConfig
-    loop: asyncio.AbstractEventLoop | None = None  # until it runs
+    loop: asyncio.AbstractEventLoop | None = None  # set by `startup`
     watching: asyncio.Task[None]
     tell_started: Callable[[], None]
 
@@ -252,11 +254,11 @@ class _Server(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Not here: whoever runs this knows what they mean."""
+        """Capture no signals: the caller handles them."""
         yield
 
     def abort(self) -> None:
-        """End now: every connection is closed, and every call hears of it."""
+        """Close every connection, and cancel every call."""
         for connection in tuple(self.server_state.connections):
             connection.transport.abort()
         for task in self.server_state.tasks:

@@ -1,1 +1,1 @@
-"""What the gateway tells of itself: counters, histograms and their Prometheus exposition."""
+"""Metrics: counters, histograms and their exposition for Prometheus."""

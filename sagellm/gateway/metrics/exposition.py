@@ -1,4 +1,4 @@
-"""The meters of one gateway as text: Prometheus or OpenMetrics."""
+"""The exposition of a gateway's meters, in the format of Prometheus or OpenMetrics."""
 
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -28,7 +28,7 @@ from sagellm.session.models import Model
 
 
 class ExpositionFormat(NamedTuple):
-    """`encode` writes the families of a registry; names are never escaped."""
+    """A text format. `encode` writes the families of a registry, without escaping names."""
 
     encode: Callable[[CollectorRegistry], bytes]
     content_type: str
@@ -44,13 +44,13 @@ _OPEN_METRICS_TYPE = "application/openmetrics-text"
 
 
 def format_of(accept: str) -> ExpositionFormat:
-    """The format for an Accept header; text also for a header that names neither format."""
+    """Return the format for an Accept header; the default is text."""
     accepted = set(_media_types(accept))
     return OPEN_METRICS if _OPEN_METRICS_TYPE in accepted and not accepted & _TEXT_TYPES else TEXT
 
 
 def _media_types(accept: str) -> Iterator[str]:
-    """The types that a header accepts; a weight of zero refuses one (RFC 9110, 12.4.2)."""
+    """Yield the types that a header accepts. A weight of 0 refuses a type (RFC 9110, 12.4.2)."""
     for part in accept.lower().split(","):
         media_type, *parameters = (word.strip() for word in part.split(";"))
         weights = [word[2:] for word in parameters if word.startswith("q=")]
@@ -58,11 +58,11 @@ def _media_types(accept: str) -> Iterator[str]:
             yield media_type
 
 
-WINDOW_S = 10.0  # over which operators are busy, idle or back-pressured
+WINDOW_S = 10.0  # the time over which shares of operators are computed
 
 
 class _Scrape:
-    """A collector: what the registry shows is what it was given last."""
+    """A collector that shows the families of the current scrape."""
 
     def __init__(self) -> None:
         self.families: Iterable[Metric] = ()
@@ -72,14 +72,14 @@ class _Scrape:
 
 
 class GatewayMeters(HttpMeters):
-    """Counts what a session and its gateway do.
+    """The meters of a session and its gateway.
 
-    Made on the session's loop, where `run` samples; the calls of the HTTP layers and `exposition`
-    belong to the app's loop, which may be in another thread. The registry is its own: nothing of
-    the process around shows in it, but the process's memory and time.
+    They are made on the session's loop, where `run` samples. The HTTP app and `exposition` use the
+    app's loop, which may be in another thread. The registry is private: of the process around it
+    shows only memory and time.
 
-    `models`: those that are served; metrics have the first name of each for all of its names.
-    `endpoints`: the paths of the route table. `compat`: "vllm" adds what vLLM calls its own.
+    `models`: the served models; metrics have the first name of each model. `endpoints`: the paths
+    of the route table. `compat`: "vllm" adds the metrics of vLLM.
     """
 
     def __init__(
@@ -112,15 +112,15 @@ class GatewayMeters(HttpMeters):
     async def exposition(
         self, accept: str = "", http: HttpMeters | None = None
     ) -> tuple[bytes, str]:
-        """`http`: what several gateways have counted, where it is not this one that did."""
+        """Return the text and its content type. `http`: the sum of several gateways' meters."""
         encode, content_type = format_of(accept)
         shown = await self.snapshot()
         self._scrape.families = self.families(shown, http)
         return encode(self._registry), content_type
 
     async def snapshot(self) -> Snapshot:
-        """The graph at one moment; from any loop."""
-        if threading.get_ident() == self._thread:
+        """Return a snapshot of the graph. May be called from any loop."""
+        if threading.get_ident() == self._thread:  # the executor may be read in its thread only
             return self._take()
         cross = partial(anyio.from_thread.run_sync, self._take, token=self._token)
         return await anyio.to_thread.run_sync(cross)
@@ -144,8 +144,8 @@ class GatewayMeters(HttpMeters):
     def _read_models(
         self, counts: Mapping[str, Counts], engines: tuple[EngineReading, ...]
     ) -> tuple[ModelReading, ...]:
-        """The only model has all that is open, the gateway's own probes too; of several, each has
-        what clients have open.
+        """Return one reading for each model. An only model has all open choices, with probes; each
+        of several models has the open choices of clients.
         """
         every = self._session.models
         if not every.is_several:
@@ -164,7 +164,7 @@ class GatewayMeters(HttpMeters):
         self._window.add(self._session.executor.reading())
 
     def families(self, shown: Snapshot, http: HttpMeters | None = None) -> Iterator[Metric]:
-        """What is shown of that moment."""
+        """Yield the metric families of a snapshot."""
         if self._is_vllm:
             yield from vllm_families(shown)
         yield from graph_families(shown)
@@ -193,7 +193,7 @@ def _observer(session: Session, models: Sequence[ModelCard]) -> RequestObserver:
 
 
 def _measure(session: Session, model: Model) -> Measure:
-    """The blocks of a model's first engine, and the objective of an operator on its way."""
+    """Return the block size of a model's first engine, and the objective on the model's path."""
     executor = session.executor
     replicas = executor.engines.get(model.served.engines[0], ())
     kv = KVShape()

@@ -1,4 +1,4 @@
-"""The meters of one gateway process: plain integers and buckets, cheap to change."""
+"""The meters of one gateway process: integers and buckets that are cheap to change."""
 
 import copy
 import math
@@ -24,20 +24,20 @@ REQUEST_S = (
 )  # fmt: skip
 CHOICES = (1, 2, 5, 10, 20)
 PREEMPTIONS = (1, 2, 3, 4, 5, 10, 20)
-# Those of prometheus-fastapi-instrumentator: by handler, and of all calls together.
+# The buckets of prometheus-fastapi-instrumentator: by handler, and of all calls together.
 HANDLER_S = (0.1, 0.5, 1)
 ALL_CALLS_S = (
     0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75,
     1, 1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5, 7.5, 10, 30, 60,
 )  # fmt: skip
-# Phases are short on small models: a millisecond and up, as SGLang's stages.
+# Phases are short on small models: from a millisecond on, as SGLang's stages.
 PHASE_S = tuple(round(0.001 * 1.62**power, 6) for power in range(30))
 LAG_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 CALL_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 
 
 def lengths(longest: int) -> tuple[int, ...]:
-    """1, 2, 5, 10, 20, 50 ... as far as `longest`."""
+    """Return the bounds 1, 2, 5, 10, 20, 50 ... up to `longest`."""
     bounds = (digit * 10**power for power in range(len(str(longest))) for digit in (1, 2, 5))
     return tuple(bound for bound in bounds if bound <= longest) or (1,)
 
@@ -47,9 +47,9 @@ class Ticking(Protocol):
 
 
 class LoopLag:
-    """Sleeps `interval_s` again and again, and notes by how much each sleep was too long.
+    """Measures how late an event loop is: sleeps `interval_s` repeatedly, and notes each delay.
 
-    `tick` is called at each waking. One instance belongs to one loop.
+    `tick` is called after each sleep. One instance belongs to one loop.
     """
 
     def __init__(self, interval_s: float = 0.5, tick: Ticking | None = None) -> None:
@@ -60,11 +60,11 @@ class LoopLag:
         self._due_s = math.inf
 
     def now_s(self) -> float:
-        """How late the latest sleeper is, or was."""
+        """Return the present delay, or the latest one."""
         return max(self._latest_s, anyio.current_time() - self._due_s)
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Measure until cancelled."""
         while True:
             self._due_s = anyio.current_time() + self._interval_s
             await anyio.sleep_until(self._due_s)
@@ -97,10 +97,10 @@ _LENGTHS = ("prompt_len", "computed_len", "generation_len", "longest_len", "max_
 
 @dataclass(slots=True)
 class Counts:
-    """Since the start. Choices are counted as requests, as the ledger does.
+    """Counts since the start. Each choice counts as a request, as in the ledger.
 
-    `lengths`: the bounds for numbers of tokens. TTFT, ITL and end-to-end times end where an item
-    is delivered; the other times are those of the stamps.
+    `lengths`: the bounds of token counts. TTFT, ITL and end-to-end times end when an item is
+    delivered. The other times are times of the stamps.
     """
 
     lengths: tuple[int, ...]
@@ -123,11 +123,11 @@ class Counts:
     decode: Buckets = field(init=False)
     kv_transfer: Buckets = field(init=False)
     num_choices: Buckets = field(init=False)
-    num_preemptions: Buckets = field(init=False)  # of a choice that an engine began
+    num_preemptions: Buckets = field(init=False)  # counted for choices that an engine began
     prompt_len: Buckets = field(init=False)
     computed_len: Buckets = field(init=False)
     generation_len: Buckets = field(init=False)
-    longest_len: Buckets = field(init=False)  # of all choices of a request
+    longest_len: Buckets = field(init=False)  # the longest of a request's choices
     max_tokens: Buckets = field(init=False)
     phases: dict[str, Buckets] = field(init=False)
 
@@ -148,7 +148,7 @@ class Counts:
         self.rejected[key] = self.rejected.get(key, 0) + 1
 
     def snapshot(self) -> "Counts":
-        """What was counted so far; it changes no more."""
+        """Return a copy that does not change."""
         copied = copy.copy(self)
         for each in fields(self):
             value = getattr(self, each.name)
@@ -158,35 +158,35 @@ class Counts:
         return copied
 
 
-# What probes and scrapers call: no part of the HTTP metrics that vLLM has too.
+# Calls of probes and scrapers, which the HTTP metrics of vLLM leave out.
 NOT_MEASURED = frozenset({"/metrics", "/health", "/load", "/ping", "/version", "/live", "/ready"})
-UNKNOWN = "unknown"  # for whatever a client named that is in no table
-_LAG_INTERVAL_S = 0.1  # short: calls are refused by what it shows
+UNKNOWN = "unknown"  # for names of clients that no table has
+_LAG_INTERVAL_S = 0.1  # short: the measured delay decides on refusals
 _METHODS = frozenset({"GET", "POST", "HEAD", "PUT", "DELETE", "OPTIONS", "PATCH"})
 
 
 class Meters(Protocol):
-    """Called on the app's loop. `endpoint` is a path of the route table, never what a client wrote;
-    whatever is in no table counts as "unknown".
+    """The meters that the app uses, on its loop. `endpoint` is a path of the route table, never
+    text of a client. Other endpoints and methods count as "unknown".
     """
 
     def request_started(self, endpoint: str, method: str) -> None:
-        """A call came in; exactly one `request_ended` follows."""
+        """Count a new call; exactly one `request_ended` follows."""
 
     def request_ended(self, endpoint: str, method: str, status: int, seconds: float) -> None:
-        """A call is over; `status` 499 where the client went first."""
+        """Count the end of a call. `status` is 499 where the client left first."""
 
     def disconnected(self) -> None:
-        """A client left before its answer was whole."""
+        """Count a client that left before its answer was whole."""
 
     async def exposition(self, accept: str = "") -> tuple[bytes, str]:
-        """The text of /metrics and its content type, as the Accept header wants it."""
+        """Return the text of /metrics and its content type, for an Accept header."""
 
     def app_lag_s(self) -> float:
-        """How late the app's loop is now."""
+        """Return how late the app's loop is."""
 
     async def watch_app_loop(self) -> None:
-        """Measure how late the app's loop is, until cancelled; for a loop that has no session."""
+        """Measure how late the app's loop is, until cancelled."""
 
 
 class EndpointCall(NamedTuple):
@@ -195,7 +195,7 @@ class EndpointCall(NamedTuple):
 
 
 class HttpMeters:
-    """Counts calls by endpoint. Lives on the app's loop, and is read there."""
+    """Counts calls by endpoint, on the app's loop."""
 
     def __init__(self, endpoints: Iterable[str]) -> None:
         self._endpoints = frozenset(endpoints)
@@ -204,12 +204,12 @@ class HttpMeters:
         self.requests: dict[EndpointCall, int] = {}
         self.responses: dict[tuple[EndpointCall, int], int] = {}
         self.seconds: dict[EndpointCall, Buckets] = {}
-        self.all_seconds = Buckets(ALL_CALLS_S)  # of the calls that vLLM measures
+        self.all_seconds = Buckets(ALL_CALLS_S)  # all calls that vLLM measures
         self.app_lag = LoopLag(_LAG_INTERVAL_S)
 
     @property
     def num_dropped_lines(self) -> int:
-        """Of the log, by this process."""
+        """The log lines that this process dropped."""
         return num_dropped_lines()
 
     def app_lag_s(self) -> float:

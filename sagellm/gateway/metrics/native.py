@@ -1,4 +1,4 @@
-"""The metrics of our own: operators, edges, engines, requests by phase, HTTP calls."""
+"""The metrics named sagellm_*: operators, edges, engines, phases of requests, HTTP calls."""
 
 from collections.abc import Callable, Iterable, Iterator
 
@@ -77,7 +77,7 @@ _COUNTED: dict[str, tuple[str, Callable[[Counts], float]]] = {
 
 
 def graph_families(shown: Snapshot) -> Iterator[Metric]:
-    """What was read of the graph."""
+    """Yield the metrics of the graph."""
     yield from _operators(shown)
     yield from _engines(shown)
     yield from _requests(shown)
@@ -106,7 +106,7 @@ def _operators(shown: Snapshot) -> Iterator[Metric]:
 
 
 def _place(shown: Snapshot, one: OperatorReading) -> Labels:
-    """`replica`, for Prometheus calls the address that it scrapes `instance`."""
+    """Return the labels of an operator. Prometheus reserves the label `instance`."""
     return {
         "graph": shown.graph,
         "operator": one.node,
@@ -180,7 +180,7 @@ def _phases(shown: Snapshot) -> Iterator[tuple[Labels, Buckets]]:
 
 
 def http_families(http: HttpMeters, lags: Iterable[tuple[str, Buckets]]) -> Iterator[Metric]:
-    """What the app counted on its own loop; `lags` by the loop's name."""
+    """Yield the metrics of HTTP calls. `lags`: the delays of each loop, by its name."""
     yield counter(
         "sagellm_http_requests",
         "Calls that came in.",

@@ -1,4 +1,4 @@
-"""The session's observer: counts requests and tokens as they enter and as they are delivered."""
+"""The session's observer: counts requests when they enter, and tokens when they are delivered."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from sagellm.gateway.metrics.meters import UNKNOWN, Counts
 from sagellm.runtime.lease_shape import LeaseShape
 from sagellm.runtime.messages import SERVED, Answer, Forked, Item, Request, Stamps, TokenEvent
 
-PROBE = "probe"  # the tenant of the gateway's own requests, which no client sent
+PROBE = "probe"  # the tenant of the gateway's own probes
 _NO_STAMPS = Stamps()
 _UNKNOWN = LeaseShape(1)
 
@@ -32,42 +32,42 @@ class _Track:
     arrived_s: float
     num_tokens: int = 0
     num_cached: int = 0
-    num_preemptions: int = 0  # in the engines before this one
-    preempted_here: tuple[int, int] = (0, 0)  # epoch, and preemptions in the engine that has it
+    num_preemptions: int = 0  # in earlier engines
+    preempted_here: tuple[int, int] = (0, 0)  # epoch, and preemptions in the present engine
     first_s: float = 0.0
     last_s: float = 0.0
-    stamps: Stamps = _NO_STAMPS  # of its first event: the last may come from outside its engine
+    stamps: Stamps = (
+        _NO_STAMPS  # from the first event: the last event may come from outside the engine
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class KVShape:
-    """What a transfer moves."""
+    """The KV blocks that a transfer moves."""
 
     lease: LeaseShape = _UNKNOWN
     block_bytes: int = 0
 
     def num_bytes(self, num_tokens: int) -> int:
-        """Of the blocks with which another engine goes on after so many tokens."""
+        """Return the size of the blocks that another engine needs after `num_tokens`."""
         return self.lease.num_blocks(num_tokens, num_tokens) * self.block_bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """What requests of one model are measured by; `slo_ttft_s`: the objective of those that bring
-    none.
-    """
+    """The measure of one model's requests. `slo_ttft_s`: the objective of requests without one."""
 
     kv: KVShape
     slo_ttft_s: float | None = None
 
 
 class RequestObserver:
-    """Some microseconds a request and one a token; lives on the session's loop, and is read there.
+    """Counts the requests of a session, on the session's loop. It costs some microseconds for each
+    request and one for each token.
 
-    `models` maps the names that clients may use to the name that the metrics use. Whatever else a
-    request names counts as "unknown": no client makes a label. `now` is the executor's clock.
-    `own`: by the name that the metrics use, where a model has another measure than `kv` and
-    `slo_ttft_s`.
+    `models` maps the names that clients may use to the names in metrics. Any other name counts as
+    "unknown", so that clients cannot make labels. `now` is the executor's clock. `own` has the
+    measures of models, by their names in metrics; other models have `kv` and `slo_ttft_s`.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class RequestObserver:
         return len(self._open)
 
     def snapshot(self) -> dict[str, Counts]:
-        """Counts by model name; the unknown only once one was asked for."""
+        """Return the counts by model name; of unknown models only if one was requested."""
         return {
             name: counts.snapshot()
             for name, counts in self._counts.items()
@@ -99,7 +99,7 @@ class RequestObserver:
         }
 
     def submitted(self, requests: Sequence[Request]) -> None:
-        """All choices of one request were accepted. The gateway's own probes are not counted."""
+        """Count all choices of one request, unless it is a probe of the gateway."""
         first = requests[0]
         if first.user_id == PROBE:
             return
@@ -113,7 +113,7 @@ class RequestObserver:
             self._open[request.key] = _Track(counts, call, request, measure, arrived_s)
 
     def delivered(self, item: Item | Forked) -> None:
-        """An item reached the sink. One of a request that was never submitted is not counted."""
+        """Count an item that reached the sink, unless its request was never submitted."""
         if isinstance(item, Forked):
             self._fork(item)
             return
@@ -131,7 +131,7 @@ class RequestObserver:
             self._end(track, item, now)
 
     def _fork(self, forked: Forked) -> None:
-        """The one choice of a request became several."""
+        """Track the choices that an operator made of one choice."""
         track = self._open.get((forked.request_id, 0))
         if track is None:
             return
@@ -148,7 +148,7 @@ class RequestObserver:
         self, track: _Track, item: TokenEvent | Answer, num_tokens: int, now: float
     ) -> None:
         counts = track.counts
-        # Only the engine that computed the prompt knows: not the one that ends it, perhaps.
+        # Only the engine that computed the prompt knows this; another engine may end the request.
         track.num_cached = max(track.num_cached, item.num_cached_tokens)
         if track.num_tokens:
             counts.itl.observe(now - track.last_s)
@@ -186,7 +186,7 @@ class RequestObserver:
             counts.longest_len.observe(call.longest)
 
     def _end_answer(self, track: _Track, last: TokenEvent | Answer, reason: str) -> None:
-        """What only a request has that got tokens."""
+        """Count what only a request with tokens has."""
         counts, num_tokens, request = track.counts, track.num_tokens, track.request
         counts.prompt_len.observe(last.num_prompt_tokens)
         counts.computed_len.observe(last.num_prompt_tokens - track.num_cached)
@@ -201,7 +201,7 @@ class RequestObserver:
 
 
 def _note_preemptions(track: _Track, item: TokenEvent | Answer) -> None:
-    """An engine counts from zero: a request that went on elsewhere has those of both."""
+    """Add up preemptions: each engine counts a request's preemptions from zero."""
     epoch = item.epoch if isinstance(item, TokenEvent) else track.preempted_here[0]
     before_epoch, before = track.preempted_here
     if epoch != before_epoch or item.num_preemptions < before:
@@ -210,13 +210,13 @@ def _note_preemptions(track: _Track, item: TokenEvent | Answer) -> None:
 
 
 def _first_token_s(item: TokenEvent | Answer, now: float) -> float:
-    """A whole answer says itself when its first token was sampled."""
+    """Return the time of the first token. A whole answer has it in its stamps."""
     drawn_s = item.stamps.prefilled_s
     return drawn_s if isinstance(item, Answer) and drawn_s is not None else now
 
 
 def _observe_phases(counts: Counts, stamps: Stamps, arrived_s: float, finished_s: float) -> None:
-    """Each phase that the request reached; one that ended in the queue spent all its time there."""
+    """Observe each phase that the request reached. All time before an engine is queue time."""
     started_s, prefilled_s, phases = stamps.started_s, stamps.prefilled_s, counts.phases
     queue_s = (finished_s if started_s is None else started_s) - arrived_s
     phases["queue"].observe(queue_s)

@@ -1,4 +1,4 @@
-"""A snapshot of the graph for one scrape, and the families that show it."""
+"""A snapshot of the graph for one scrape, and constructors of the metric families."""
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ Values: TypeAlias = Iterable[tuple[Labels, float]]
 
 
 def counter(name: str, documentation: str, values: Values) -> Metric:
-    """`name` without `_total`, which the exposition adds."""
+    """Return a counter. `name` has no `_total`: the exposition adds it."""
     family = CounterMetricFamily(name, documentation)
     for labels, value in values:
         family.add_sample(f"{name}_total", dict(labels), value)
@@ -45,7 +45,7 @@ def histogram(
     values: Iterable[tuple[Labels, Buckets]],
     only: Collection[float] | None = None,
 ) -> Metric:
-    """`only`: the bounds that are shown, of those that the buckets have."""
+    """Return a histogram. `only`: the bounds to show, among those of the buckets."""
     family = HistogramMetricFamily(name, documentation)
     for labels, buckets in values:
         passed = 0
@@ -59,13 +59,13 @@ def histogram(
 
 
 def _text(bound: float) -> str:
-    """As Go writes a bound: the clients of other languages compare these as text."""
+    """Return a bound as Go writes it, because scrapers compare bounds as text."""
     return "+Inf" if bound == float("inf") else str(float(bound))
 
 
 @runtime_checkable
 class Replaceable(Protocol):
-    """An engine whose worker may be missing, and be replaced."""
+    """An engine whose worker may be lost and replaced."""
 
     num_lives: int
     is_removed: bool
@@ -88,9 +88,9 @@ class EngineReading:
     num_restarts: int
     is_ejected: bool
     num_ejections: int
-    deaths: Mapping[str, int]  # of its workers, by blame
+    deaths: Mapping[str, int]  # deaths of its workers, by blame
     is_failing: bool
-    num_known_blocks: int  # of its cached prefixes: known to routers
+    num_known_blocks: int  # cached prefix blocks that routers know of
 
     @property
     def kv_usage(self) -> float:
@@ -100,8 +100,8 @@ class EngineReading:
 
 @dataclass(frozen=True, slots=True)
 class ModelReading:
-    """One model by the first of its names. `num_open` are choices of it that the graph has not
-    ended yet. An engine that computes for two models is in both.
+    """One model, by the first of its names. `num_open` counts its open choices. An engine of two
+    models is in the readings of both.
     """
 
     name: str
@@ -114,18 +114,20 @@ class ModelReading:
 
     @property
     def num_waiting(self) -> int:
-        """Open and computed by no engine: in a queue of the graph, an engine's, or in transfer."""
+        """Open choices that no engine computes: in a queue of the graph or an engine, or in
+        transfer.
+        """
         return max(self.num_open - self.num_running, 0)
 
     @property
     def kv_usage(self) -> float:
-        """Of the fullest pool."""
+        """The usage of the fullest pool."""
         return max((engine.kv_usage for engine in self.engines), default=0.0)
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """`counts` by model name."""
+    """The state of a graph at one moment, read on the session's loop. `counts`: by model name."""
 
     graph: str
     models: tuple[ModelReading, ...]

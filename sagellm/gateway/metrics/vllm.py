@@ -1,4 +1,4 @@
-"""Metrics under the names of vLLM and of its HTTP instrumentator."""
+"""The metrics under the names of vLLM and of its HTTP instrumentator."""
 
 from collections.abc import Callable, Iterator
 from itertools import zip_longest
@@ -25,11 +25,11 @@ from sagellm.gateway.metrics.snapshot import (
 from sagellm.runtime.histograms import Buckets
 from sagellm.runtime.port import DraftCounts, EngineLoad
 
-_NO_HANDLER = "none"  # for a path that is no route
+_NO_HANDLER = "none"  # for unknown paths
 
 
 def instrumentator_families(http: HttpMeters) -> Iterator[Metric]:
-    """Status codes are grouped, as "2xx"; probes and scrapes are left out, as in vLLM."""
+    """Yield the HTTP metrics, with grouped status codes ("2xx") and without probes, as vLLM."""
     yield counter("http_requests", "Calls that ended.", _requests(http))
     seconds = [
         (_http_labels(call), taken)
@@ -68,7 +68,12 @@ _FINISHED = {
     "failed": "error",
 }
 _REJECTED = {"queue_full": "max_num_queued_reqs"}
-_OTHER_CACHES = ("host", "p2p", "disk", "external_unspecified")  # no such tier is built
+_OTHER_CACHES = (
+    "host",
+    "p2p",
+    "disk",
+    "external_unspecified",
+)  # tiers of vLLM that do not exist here
 _SLEEP_STATES = {"awake": 1, "weights_offloaded": 0, "discard_all": 0}
 
 _COUNTERS: dict[str, tuple[str, Callable[[Counts], int]]] = {
@@ -175,7 +180,7 @@ def _counters(shown: Snapshot) -> Iterator[Metric]:
 
 
 def _drafts(shown: Snapshot) -> Iterator[Metric]:
-    """Of the engines that speculate; nothing where none does, as in vLLM."""
+    """Yield the metrics of speculative engines; none without such engines, as in vLLM."""
     found = {model.name: _draft_counts(model) for model in shown.models}
     every = {name: drafts for name, drafts in found.items() if drafts}
     if not every:
@@ -201,7 +206,10 @@ def _by_source(shown: Snapshot) -> Iterator[tuple[Labels, float]]:
         num_computed = counts.prompt_tokens - counts.cached_tokens
         yield _labels(model, source="local_compute"), num_computed
         yield _labels(model, source="local_cache_hit"), counts.cached_tokens
-        yield _labels(model, source="external_kv_transfer"), 0  # prefilled in this graph, too
+        yield (
+            _labels(model, source="external_kv_transfer"),
+            0,
+        )  # transferred tokens were prefilled in this graph
 
 
 def _cached_by_source(shown: Snapshot) -> Iterator[tuple[Labels, float]]:
@@ -212,7 +220,7 @@ def _cached_by_source(shown: Snapshot) -> Iterator[tuple[Labels, float]]:
 
 
 def _by_reason(shown: Snapshot) -> Iterator[tuple[Labels, float]]:
-    """What was refused is no ended request to vLLM, but a rejection."""
+    """Yield ended requests. vLLM counts refused requests as rejections only."""
     for model, counts in shown.counts.items():
         totals = dict.fromkeys(_FINISHED.values(), 0)
         for reason, number in counts.ended.items():
@@ -230,7 +238,7 @@ def _rejections(shown: Snapshot) -> Iterator[tuple[Labels, float]]:
 
 
 def _steps(shown: Snapshot) -> Iterator[Metric]:
-    """Steps of all engines of a model together; not of engines that do not count them."""
+    """Yield the tokens of steps, summed over the engines of a model that count steps."""
     values = [
         (_labels(model.name), total)
         for model in shown.models

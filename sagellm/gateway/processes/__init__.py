@@ -1,1 +1,1 @@
-"""Gateways in processes of their own, and what links them to the process of the graph."""
+"""Gateways in processes of their own, and their links to the process of the graph."""

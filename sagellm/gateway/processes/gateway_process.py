@@ -1,4 +1,4 @@
-"""One gateway process as the graph's process has it: its requests, its life."""
+"""One gateway process, as the graph's process sees it: its requests, its start and its end."""
 
 import socket
 from collections.abc import Callable, Sequence
@@ -11,7 +11,7 @@ from anyio.abc import UNIXSocketStream
 
 from sagellm.gateway.api_errors import ApiError
 from sagellm.gateway.gateway import call_of
-from sagellm.gateway.graph_bridge import GraphRequest, event_of
+from sagellm.gateway.graph_bridge import event_of
 from sagellm.gateway.processes.link import (
     Abandon,
     CounterReport,
@@ -31,25 +31,26 @@ from sagellm.gateway.processes.main import GatewayStart
 from sagellm.gateway.settings import Streaming
 from sagellm.gateway.thread_bridge import StreamForwarder, forward_stream
 from sagellm.runtime.cluster.child_process import ChildProcess
+from sagellm.runtime.messages import Request
 from sagellm.session import Output, Session
 
-_NUM_ROUNDS = 3  # of question and answer with a gateway; by then it would have said what it read
+_NUM_ROUNDS = 3  # counter reports without a report of reading, after which a client is slow
 
 
 class PolledGateway(Protocol):
-    """The process at the other end of the link."""
+    """The gateway process at the other end of a link."""
 
     def ask_once(self) -> int:
-        """Ask it for a sign of life, unless it owes one; the number of that question."""
+        """Ask for a counter report, unless one is due. Return the number of the report."""
 
     def has_answered(self, number: int) -> bool: ...
 
 
 class GatewayEndpoint:
-    """Takes the requests of one gateway, for as long as `nursery` runs.
+    """Takes the requests of one gateway to the session, as long as `nursery` runs.
 
-    An id that is in use, by a request of another gateway as a rule, is given a suffix, which no
-    client sees: it is answered by its gateway. `claimed` has the ids of all desks.
+    A request whose id is in use, usually by another gateway, gets a suffix. Clients do not see the
+    suffix: their gateway answers under its own id. `claimed` has the ids of all gateways.
     """
 
     def __init__(
@@ -70,9 +71,9 @@ class GatewayEndpoint:
         self._claimed = claimed
 
     def handle(self, message: SubmitRequest | TokensRead | Abandon) -> None:
-        """What is said of a stream that has ended means nothing any more."""
+        """Take a message of the gateway. Messages of closed streams are ignored."""
         if isinstance(message, SubmitRequest):
-            self._begin(message.stream, message.entry)
+            self._begin(message)
             return
         reader = self._readers.get(message.stream)
         if reader is None:
@@ -83,26 +84,28 @@ class GatewayEndpoint:
             reader.leave()
 
     def cancel(self, request_id: str) -> bool:
-        """End the request that was asked for by that id; False where there is none."""
+        """End a request by its gateway's id. Return False for an unknown id."""
         return self._cancel(lambda asked_id: asked_id == request_id)
 
     def cancel_call(self, call_id: str) -> bool:
-        """End the requests of a call; False where it is none of this gateway's."""
+        """End the requests of a call. Return False where it is not a call of this gateway."""
         return self._cancel(lambda asked_id: call_of(asked_id) == call_id)
 
     def _cancel(self, is_meant: Callable[[str], bool]) -> bool:
-        meant = [one.request_id for one in self._readers.values() if is_meant(one.asked_id)]
+        meant = [
+            reader.request.request_id
+            for reader in self._readers.values()
+            if is_meant(reader.asked_id)
+        ]
         return any([self._session.cancel(request_id) for request_id in meant])  # noqa: C419 (all)
 
-    def _begin(self, stream: int, entry: GraphRequest) -> None:
-        asked_id = entry.request_id
-        entry = msgspec.structs.replace(entry, request_id=self._free_id(asked_id))
-        reader = _LinkReader(
-            stream, asked_id, entry.request_id, self._link.put, self._forget, self._gateway
-        )
+    def _begin(self, message: SubmitRequest) -> None:
+        asked_id, stream = message.request.request_id, message.stream
+        request = msgspec.structs.replace(message.request, request_id=self._free_id(asked_id))
+        reader = _LinkReader(message, request, self._link.put, self._forget, self._gateway)
         self._readers[stream] = reader
-        self._claimed.add(entry.request_id)
-        self._nursery.start_soon(forward_stream, self._session, self._streaming, entry, reader)
+        self._claimed.add(request.request_id)
+        self._nursery.start_soon(forward_stream, self._session, self._streaming, reader)
 
     def _free_id(self, asked_id: str) -> str:
         found, number = asked_id, 1
@@ -114,31 +117,32 @@ class GatewayEndpoint:
     def _forget(self, stream: int) -> None:
         reader = self._readers.pop(stream, None)
         if reader is not None:
-            self._claimed.discard(reader.request_id)
+            self._claimed.discard(reader.request.request_id)
 
 
 class _LinkReader:
-    """One request of the gateway, as its events are sent there."""
+    """One request of the gateway. Sends its events over the link."""
 
     def __init__(
         self,
-        stream: int,
-        asked_id: str,
-        request_id: str,
+        message: SubmitRequest,
+        request: Request,
         put: Callable[[msgspec.Struct], None],
         forget: Callable[[int], None],
         gateway: PolledGateway,
     ) -> None:
-        self.asked_id = asked_id
-        self.request_id = request_id
+        """`request`: the request of the message, under an id that is free in the session."""
+        self.asked_id = message.request.request_id
+        self.request = request
+        self.timing = message.timing
         self.forwarder: StreamForwarder | None = None
         self.num_taken = 0
         self.is_left = False
-        self._stream = stream
+        self._stream = message.stream
         self._put = put
         self._forget = forget
         self._gateway = gateway
-        self._num_rounds = 0  # since it took something
+        self._num_rounds = 0  # since the last report of reading
         self._asked: int | None = None
 
     def send(self, outputs: Sequence[Output], end: ApiError | bool) -> None:
@@ -159,14 +163,14 @@ class _LinkReader:
             self.forwarder.flush()
 
     def hold(self) -> None:
-        """Find out whether the gateway is awake."""
+        """Ask whether the gateway is awake, while its window is full."""
         if self.is_excused() and (self._asked is None or self._gateway.has_answered(self._asked)):
             self._num_rounds += self._asked is not None
             self._asked = self._gateway.ask_once()
 
     def is_excused(self) -> bool:
-        """The gateway may be stopped, or busy: only where it has answered, and has still taken
-        nothing, the client is what does not read.
+        """Whether the gateway may be stopped or busy. If it sends counter reports, but none of
+        reading, the client does not read.
         """
         return self._num_rounds < _NUM_ROUNDS
 
@@ -177,16 +181,16 @@ class _LinkReader:
 
 
 MODULE = "sagellm.gateway.processes.main"
-START_S = 60.0  # until it takes connections
-POLL_S = 1.0  # how often it is asked for what it has counted, which is a sign of life, too
-SILENT_S = 10.0  # after which it counts as dead, if it does not compute
-BUSY_S = 60.0  # the same, if it does: many large bodies at once take long to parse
-EXIT_S = 1.0  # what a process takes from its last word to its end
+START_S = 60.0  # until it accepts connections
+POLL_S = 1.0  # between two requests for a counter report, which is a sign of life
+SILENT_S = 10.0  # silence after which an idle process counts as dead
+BUSY_S = 60.0  # the same for a busy process: many large bodies take long to parse
+EXIT_S = 1.0  # from the last message of a process to its exit
 
 
 class GatewayProcess:
-    """`counted`: what it said last of what it counted. `is_idle`: it was drained, and is done.
-    `is_over`: it has ended, or leaves; another may take its place.
+    """A gateway process and its link. `counted`: its last counter report. `is_idle`: it is drained.
+    `is_over`: it has exited, or retires, and another process may take its place.
     """
 
     def __init__(self, process: ChildProcess, stream: UNIXSocketStream) -> None:
@@ -194,7 +198,7 @@ class GatewayProcess:
         self.endpoint: GatewayEndpoint | None = None
         self.counted: CounterReport | None = None
         self.is_up = self.is_idle = self.is_over = False
-        self.why = ""  # it ended
+        self.why = ""  # the cause of the exit
         self._process = process
         self._stream = stream
         self._num_asked = 0
@@ -205,8 +209,8 @@ class GatewayProcess:
     async def begin(
         cls, start: Callable[[int], GatewayStart], setup: Callable[[], GatewaySetup]
     ) -> "GatewayProcess":
-        """`start` is given the process's end of the link; what `setup` gives is all that is known
-        when this returns. Raises OSError.
+        """Start a process. `start` gets the descriptor of the process's end of the link. `setup` is
+        called after the start, for the present state. Raises OSError.
         """
         here, there = socket.socketpair()
         with there:
@@ -217,7 +221,7 @@ class GatewayProcess:
                 here.close()
                 raise
         life = cls(process, await UNIXSocketStream.from_socket(here))
-        life.link.put(setup())  # before anything else that it is told
+        life.link.put(setup())  # the first message of the link
         return life
 
     async def run(
@@ -227,9 +231,10 @@ class GatewayProcess:
         claimed: set[str],
         handle: Callable[[GatewayMessage], None],
     ) -> None:
-        """Until it ends: take its requests to the session, and tell the rest to `handle`.
+        """Take requests to the session, and other messages to `handle`, until the process exits.
 
-        Its requests are cancelled with it. Cancelled, it is killed. `claimed`: see Desk.
+        The end of the process cancels its requests. Cancellation kills the process. `claimed`: see
+        GatewayEndpoint.
         """
         has_left = False
         try:
@@ -249,13 +254,13 @@ class GatewayProcess:
                 await self._end(EXIT_S if has_left else 0.0)
 
     def ask(self) -> int:
-        """Ask for what it has counted by now: `counted` will have this number, or a higher one."""
+        """Ask for a counter report. `counted` will have the returned number, or a higher one."""
         self._num_asked += 1
         self.link.put(ReportCounters(self._num_asked))
         return self._num_asked
 
     def ask_once(self) -> int:
-        """As `ask`, unless an answer is owed already; the number of that question."""
+        """As `ask`, unless a report is due already. Return the number of the report."""
         return self._num_asked if not self.has_answered(self._num_asked) else self.ask()
 
     def has_answered(self, number: int) -> bool:
@@ -279,7 +284,7 @@ class GatewayProcess:
         handle(message)
 
     async def _watch(self, scope: trio.CancelScope) -> None:
-        """Ask for signs of life; end a life that gives none, but not for what we did not hear."""
+        """Poll the process, and end one that is silent, unless this loop was too late to read."""
         while True:
             asked_s = trio.current_time()
             self.ask()
@@ -294,7 +299,7 @@ class GatewayProcess:
                 scope.cancel()
 
     async def _end(self, patience_s: float) -> None:
-        with trio.move_on_after(patience_s):  # whoever ends by itself says how
+        with trio.move_on_after(patience_s):  # a process that exits by itself has an exit code
             await self._process.wait()
         self._process.kill()
         code = await self._process.wait()

@@ -10,24 +10,24 @@ import msgspec
 from anyio.abc import ByteStream
 
 from sagellm.gateway.api_errors import ApiError
-from sagellm.gateway.graph_bridge import GraphRequest
 from sagellm.gateway.protocol.sampling_params import ModelCard
 from sagellm.gateway.settings import Settings
 from sagellm.graphs.log import get_logger
 from sagellm.runtime.histograms import Buckets
-from sagellm.runtime.messages import TokenEvent
+from sagellm.runtime.messages import Request, TokenEvent
+from sagellm.session.requests import Timing
 
 
 class _LinkMessage(msgspec.Struct, frozen=True, array_like=True, tag=True):
     pass
 
 
-# ---- from the graph -------------------------------------------------------------------------
+# ---- messages of the graph's process --------------------------------------------------------
 
 
 class GatewaySetup(_LinkMessage, frozen=True, tag=True):
-    """The first that a gateway hears. `graph` is encoded; `log_level` is that of `logging`, and
-    `log_format` that of `sagellm.logs`.
+    """The first message to a gateway. `graph` is MessagePack; `log_level` is a level of `logging`,
+    and `log_format` a format of `sagellm.logs`.
     """
 
     settings: Settings
@@ -41,7 +41,7 @@ class GatewaySetup(_LinkMessage, frozen=True, tag=True):
 
 
 class StreamEvents(_LinkMessage, frozen=True, tag=True):
-    """What came for a stream; `is_end`: nothing comes after."""
+    """New events of a stream. `is_end`: these are the last events."""
 
     stream: int
     events: list[TokenEvent]
@@ -49,7 +49,7 @@ class StreamEvents(_LinkMessage, frozen=True, tag=True):
 
 
 class StreamRefused(_LinkMessage, frozen=True, tag=True):
-    """The end of a stream, with the fields of an ApiError."""
+    """The end of a stream by an error, with the fields of an ApiError."""
 
     stream: int
     status: int
@@ -72,14 +72,14 @@ class StreamRefused(_LinkMessage, frozen=True, tag=True):
 
 
 class ReadinessChanged(_LinkMessage, frozen=True, tag=True):
-    """The graph produces tokens, or why it does not."""
+    """Whether the graph produces tokens, and the reason if it does not."""
 
     is_ready: bool
     reason: str
 
 
 class QueryAnswer(_LinkMessage, frozen=True, tag=True):
-    """To a question of that number: whether a request was known, or the metrics, if there are."""
+    """The answer to the query of that number: whether a request was known, or the metrics."""
 
     number: int
     is_known: bool = False
@@ -88,21 +88,21 @@ class QueryAnswer(_LinkMessage, frozen=True, tag=True):
 
 
 class ReportCounters(_LinkMessage, frozen=True, tag=True):
-    """Say `CounterReport` with this number at once."""
+    """Asks for a `CounterReport` with this number, at once."""
 
     number: int
 
 
 class StartDrain(_LinkMessage, frozen=True, tag=True):
-    """Take nothing new; say `Drained` once nothing is under way."""
+    """Refuse new calls; send `Drained` after the last open call."""
 
 
 class Retire(_LinkMessage, frozen=True, tag=True):
-    """Take no more connections, finish what is under way, and end: another takes its place."""
+    """Accept no more connections, finish the open calls, and exit: another process takes over."""
 
 
 class Shutdown(_LinkMessage, frozen=True, tag=True):
-    """Close the connections that have nothing more to say, and end."""
+    """Close idle connections, and exit."""
 
 
 GraphMessage: TypeAlias = (
@@ -118,56 +118,57 @@ GraphMessage: TypeAlias = (
 )
 
 
-# ---- from a gateway -------------------------------------------------------------------------
+# ---- messages of a gateway ------------------------------------------------------------------
 
 
 class Started(_LinkMessage, frozen=True, tag=True):
-    """It takes connections."""
+    """The gateway accepts connections."""
 
 
 class SubmitRequest(_LinkMessage, frozen=True, tag=True):
-    """A request begins, under a number of the gateway's own."""
+    """A new request, under a stream number of the gateway."""
 
     stream: int
-    entry: GraphRequest
+    request: Request
+    timing: Timing
 
 
 class TokensRead(_LinkMessage, frozen=True, tag=True):
-    """So many more tokens of it were read."""
+    """The number of tokens that were read since the last report."""
 
     stream: int
     num_tokens: int
 
 
 class Abandon(_LinkMessage, frozen=True, tag=True):
-    """Nobody reads it any more."""
+    """The reader of a stream has left."""
 
     stream: int
 
 
 class CancelRequest(_LinkMessage, frozen=True, tag=True):
-    """A question: end a request of this gateway."""
+    """A query: end a request of this gateway."""
 
     number: int
     request_id: str
 
 
 class CancelCall(_LinkMessage, frozen=True, tag=True):
-    """A question: end the requests of a call, whichever gateway has it."""
+    """A query: end the requests of a call of any gateway."""
 
     number: int
     call_id: str
 
 
 class Scrape(_LinkMessage, frozen=True, tag=True):
-    """A question: the metrics of the graph and of all gateways, as the Accept header wants them."""
+    """A query: the metrics of the graph and of all gateways, for an Accept header."""
 
     number: int
     accept: str
 
 
 class BucketCounts(_LinkMessage, frozen=True, tag=True):
-    """The samples of `Buckets` whose bounds both sides know."""
+    """The samples of `Buckets`; both sides know the bounds."""
 
     counts: list[int]
     total: float
@@ -182,9 +183,9 @@ class BucketCounts(_LinkMessage, frozen=True, tag=True):
 
 
 class CounterReport(_LinkMessage, frozen=True, tag=True):
-    """What a gateway has counted since it started: a sign of life, too."""
+    """The counts of a gateway since its start. The report is also a sign of life."""
 
-    number: int  # of the question; 0: of none
+    number: int  # the number of the `ReportCounters`; 0 without one
     num_active: int
     num_disconnects: int
     num_dropped_lines: int
@@ -196,11 +197,11 @@ class CounterReport(_LinkMessage, frozen=True, tag=True):
 
 
 class Drained(_LinkMessage, frozen=True, tag=True):
-    """Drained."""
+    """The gateway has no open calls after `StartDrain`."""
 
 
 class RetireRequested(_LinkMessage, frozen=True, tag=True):
-    """It got SIGTERM, and would like to `Retire`."""
+    """The gateway got SIGTERM, and asks for `Retire`."""
 
 
 GatewayMessage: TypeAlias = (
@@ -230,7 +231,7 @@ def stream_refused(stream: int, error: ApiError) -> StreamRefused:
 
 
 def enc_hook(value: Any) -> Any:
-    """For what msgspec does not know."""
+    """Encode a type that msgspec does not know."""
     if isinstance(value, Path):
         return str(value)
     raise NotImplementedError(type(value).__name__)
@@ -247,15 +248,15 @@ LOG = get_logger("sagellm.gateway")
 T = TypeVar("T")
 
 _HEAD_BYTES = 4
-_MOST_BYTES = 256 << 20  # of one message; bodies of calls are bounded long before
+_MOST_BYTES = 256 << 20  # the largest message; far above the limits of bodies
 _READ_BYTES = 1 << 18
 
 
 class MessageLink(Generic[T]):
-    """Both sides of one have one; `receives` is the union of the messages that come, of type T.
+    """One end of a link over a socket pair. `receives` is the union of incoming messages, type T.
 
-    What is put during one turn of the loop leaves together. What may wait is bounded by those who
-    put: streams by their windows, calls by their budgets.
+    Messages that are put in one turn of the loop are sent together. The queue has no bound of its
+    own: the windows of streams and the budgets of calls bound it.
     """
 
     def __init__(self, stream: ByteStream, receives: Any) -> None:
@@ -270,7 +271,7 @@ class MessageLink(Generic[T]):
         self.is_broken = False
 
     def put(self, message: msgspec.Struct) -> None:
-        """Send it soon; nothing happens where nobody hears any more."""
+        """Send a message soon. Without effect on a broken link."""
         if not self.is_broken:
             body = self._encoder.encode(message)
             self._waiting += len(body).to_bytes(_HEAD_BYTES, "little")
@@ -278,7 +279,7 @@ class MessageLink(Generic[T]):
             self._has_waiting.set()
 
     async def send(self) -> None:
-        """What is put, until cancelled or the other side is gone."""
+        """Send messages until cancelled, or until the other process is gone."""
         try:
             while True:
                 await self._has_waiting.wait()
@@ -292,12 +293,12 @@ class MessageLink(Generic[T]):
             self._waiting.clear()
 
     async def flush(self) -> None:
-        """Wait until `send` has sent all that was put."""
+        """Wait until `send` has sent all messages."""
         while (self._waiting or self._is_sending) and not self.is_broken:  # noqa: ASYNC110
             await anyio.sleep(0.001)
 
     async def messages(self) -> AsyncGenerator[T]:
-        """Until the other side is gone, or says what nobody understands."""
+        """Yield messages until the other process is gone, or until a message is invalid."""
         unread = bytearray()
         try:
             while True:
@@ -313,7 +314,7 @@ class MessageLink(Generic[T]):
 
 
 def read_first(sock: socket, kind: type[T]) -> T:
-    """The first message, before any loop runs. Raises OSError where the other side is gone."""
+    """Read the first message, before any loop runs. Raises OSError for a broken link."""
     size = int.from_bytes(_exactly(sock, _HEAD_BYTES), "little")
     return msgspec.msgpack.decode(_exactly(sock, size), type=kind, dec_hook=dec_hook)
 
@@ -329,7 +330,7 @@ def _exactly(sock: socket, size: int) -> bytes:
 
 
 def _frames(unread: bytearray) -> list[bytes]:
-    """The bodies of all whole frames, which are taken away. Raises ValueError."""
+    """Remove all whole frames from `unread`, and return their bodies. Raises ValueError."""
     found, start = [], 0
     while len(unread) - start >= _HEAD_BYTES:
         size = int.from_bytes(unread[start : start + _HEAD_BYTES], "little")

@@ -1,4 +1,4 @@
-"""What a gateway's process runs: the app and its server, before a door to the graph's process."""
+"""The main program of a gateway process: the app, its server, and the link to the graph."""
 
 import gc
 import os
@@ -39,6 +39,7 @@ from sagellm.gateway.processes.link import (
     read_first,
 )
 from sagellm.gateway.processes.process_bridge import ProcessBridge, RemoteMeters, counter_report
+from sagellm.gateway.readiness import Readiness
 from sagellm.gateway.settings import Settings
 from sagellm.graphs.text.codec import from_msgpack
 from sagellm.logs import process_logs
@@ -50,8 +51,8 @@ _VARIABLE = "SAGELLM_GATEWAY"
 
 @dataclass(frozen=True, slots=True)
 class GatewayStart:
-    """Descriptors: the link to the graph's process, the socket that is served, the table of counts;
-    and which of its rows is this gateway's.
+    """The start of a gateway process: descriptors of the link, the listening socket and the table
+    of counters, and the gateway's row of that table.
     """
 
     bridge: int
@@ -74,11 +75,11 @@ class GatewayStart:
 
 
 def counter_columns(settings: Settings) -> tuple[str, ...]:
-    """The columns of the table: calls under way, and what each tenant has."""
+    """Return the columns of the table: open calls, and the counters of each tenant."""
     return "calls", *(name for tenant in tenants(settings) for name in counter_names(tenant))
 
 
-_SERVERS = {  # the loop that each runs on, and what it is there
+_SERVERS = {  # server -> its loop, the loop's options, module and class
     "hypercorn": ("trio", {}, "sagellm.gateway.http.hypercorn", "HypercornServer"),
     "uvicorn": (
         "asyncio",
@@ -89,22 +90,14 @@ _SERVERS = {  # the loop that each runs on, and what it is there
 }
 
 
-@dataclass
-class ReportedReadiness:
-    """Readiness as the graph's process tells it."""
-
-    is_ready: bool
-    reason: str
-
-
 def main() -> None:
     start = GatewayStart.read()
     end_with_parent()
     ignore_noted()
     bridge = socket(fileno=start.bridge)
-    setup = read_first(bridge, GatewaySetup)
+    setup = read_first(bridge, GatewaySetup)  # before any loop: the settings decide which one runs
     settings = setup.settings
-    known = (*settings.api_keys.values(), settings.admin_key or "")
+    known = (*settings.api_keys.values(), settings.admin_key or "")  # never shown in log lines
     backend, options, module, name = _SERVERS[settings.server]
     make_server = getattr(import_module(module), name)
     form = setup.log_format
@@ -142,7 +135,7 @@ def _gateway(
             HostedModel(card, model.tokenizer)
             for card, model in zip(setup.models, models.all, strict=True)
         ),
-        readiness=ReportedReadiness(setup.is_ready, setup.not_ready_reason),
+        readiness=Readiness(setup.is_ready, setup.not_ready_reason),
         budgets=Budgets(settings.common_budget, count=count, own=settings.budgets),
         meters=RemoteMeters(bridge, PATHS),
         graph=graph,
@@ -152,7 +145,7 @@ def _gateway(
 
 
 class _Serving:
-    """Serves until the graph says so or is gone; or it is retired, and all connections are done."""
+    """Serves until the graph's process ends it or is gone, or until a retirement is complete."""
 
     def __init__(self, app: App, server: Any, link: MessageLink[GraphMessage]) -> None:
         self._app = app
@@ -163,14 +156,14 @@ class _Serving:
         self._is_done = False
 
     async def run(self) -> bool:
-        """Whether it ends because it was told to."""
+        """Serve. Return whether the end was requested."""
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self._link.send)
             await tasks.start(self._serve)
-            if self._app.gateway.settings.server == "hypercorn":  # uvicorn runs it itself
+            if self._app.gateway.settings.server == "hypercorn":  # uvicorn measures its loop itself
                 tasks.start_soon(self._meters.watch_app_loop)
             gc.collect()
-            gc.freeze()  # what was loaded stays: no collection walks it again
+            gc.freeze()  # loaded objects stay: collections skip them
             self._link.put(Started())
             tasks.start_soon(self._ask_at_signal)
             tasks.start_soon(self._obey, tasks)
@@ -195,7 +188,7 @@ class _Serving:
                 self._link.put(RetireRequested())
 
     async def _retire(self) -> None:
-        """Others take new connections meanwhile."""
+        """Finish the open connections. Other processes accept new ones."""
         self._server.stop()
         await self._stopped.wait()
         self._is_done = True
@@ -211,10 +204,9 @@ class _Serving:
         return self._app.gateway.meters
 
     async def _obey(self, tasks: TaskGroup) -> None:
-        """Until told to stop, or nobody tells anything any more."""
+        """Obey messages until `Shutdown`, or until the link is broken."""
         bridge, readiness = self._app.gateway.bridge, self._app.gateway.readiness
         assert isinstance(bridge, ProcessBridge)
-        assert isinstance(readiness, ReportedReadiness)
         if self._app.gateway.is_draining:
             self._drain()
         try:
@@ -224,7 +216,7 @@ class _Serving:
                 elif isinstance(message, ReportCounters):
                     self._link.put(counter_report(self._meters, message.number))
                 elif isinstance(message, ReadinessChanged):
-                    readiness.is_ready, readiness.reason = message.is_ready, message.reason
+                    readiness.change(message.is_ready, message.reason)
                 elif isinstance(message, StartDrain):
                     self._drain()
                 elif isinstance(message, Retire):

@@ -1,12 +1,12 @@
 """The gateway process's side of its link: requests, queries and counters."""
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import anyio
 
 from sagellm.gateway.api_errors import ApiError
-from sagellm.gateway.graph_bridge import GraphRequest, graph_closed
+from sagellm.gateway.graph_bridge import NOW, EventInbox, graph_closed
 from sagellm.gateway.metrics.meters import CALL_S, EndpointCall, HttpMeters
 from sagellm.gateway.processes.link import (
     Abandon,
@@ -24,25 +24,25 @@ from sagellm.gateway.processes.link import (
     TokensRead,
 )
 from sagellm.gateway.settings import Streaming
-from sagellm.gateway.thread_bridge import num_tokens, window_of
+from sagellm.gateway.thread_bridge import window_of
 from sagellm.runtime.histograms import Buckets
-from sagellm.runtime.messages import TokenEvent
+from sagellm.runtime.messages import Request
+from sagellm.session.requests import Timing
 
 
 class ProcessBridge:
-    """Lives on the app's loop, as its link does; whoever reads the link tells it by `handle`."""
+    """The bridge of a gateway process. It lives on the app's loop; `handle` gets its messages."""
 
     def __init__(self, link: MessageLink[GraphMessage], streaming: Streaming) -> None:
         self.link = link
-        self.report_tokens = max(
-            1, window_of(streaming) // 2
-        )  # tokens that are read between two words
+        # Reports of half a window reach the graph before it has to stop sending.
+        self.report_tokens = max(1, window_of(streaming) // 2)
         self._numbers = itertools.count()
-        self._streams: dict[int, ProcessBatches] = {}
+        self._streams: dict[int, EventInbox] = {}
         self._questions: dict[int, _PendingQuery] = {}
 
-    def enter(self, entry: GraphRequest) -> "ProcessBatches":
-        return ProcessBatches(self, next(self._numbers), entry)
+    def open_stream(self, request: Request, timing: Timing = NOW) -> "ProcessBatches":
+        return ProcessBatches(self, SubmitRequest(next(self._numbers), request, timing))
 
     async def cancel(self, request_id: str) -> bool:
         return (await self._ask(CancelRequest(next(self._numbers), request_id))).is_known
@@ -51,32 +51,32 @@ class ProcessBridge:
         return (await self._ask(CancelCall(next(self._numbers), call_id))).is_known
 
     async def scrape(self, accept: str) -> tuple[bytes, str]:
-        """The metrics of all, and their content type."""
+        """Return the metrics of the graph and all gateways, and their content type."""
         answer = await self._ask(Scrape(next(self._numbers), accept))
         if not answer.is_known:
             raise ApiError(500, "the metrics could not be read; see the log")
         return answer.content, answer.content_type
 
     def handle(self, message: StreamEvents | StreamRefused | QueryAnswer) -> None:
-        """What came of a stream that has been left means nothing any more."""
+        """Take a message of the graph. Messages of closed streams are ignored."""
         if isinstance(message, QueryAnswer):
             question = self._questions.get(message.number)
             if question is not None:
                 question.answer = message
                 question.came.set()
             return
-        entered = self._streams.get(message.stream)
-        if entered is None:
+        inbox = self._streams.get(message.stream)
+        if inbox is None:
             return
         if isinstance(message, StreamRefused):
-            entered.put((), message.error)
+            inbox.put((), message.error)
         else:
-            entered.put(message.events, message.is_end)
+            inbox.put(message.events, message.is_end)
 
     def close(self) -> None:
-        """The graph is gone: whoever waits is told."""
-        for entered in tuple(self._streams.values()):
-            entered.put((), graph_closed())
+        """End all streams and queries: the graph's process is gone."""
+        for inbox in tuple(self._streams.values()):
+            inbox.put((), graph_closed())
         for question in self._questions.values():
             question.came.set()
 
@@ -92,17 +92,18 @@ class ProcessBridge:
             raise graph_closed()
         return question.answer
 
-    # ---- what streams use --------------------------------------------------------------------
+    # ---- called by streams -------------------------------------------------------------------
 
-    def begin(self, entered: "ProcessBatches", entry: GraphRequest) -> None:
+    def submit(self, message: SubmitRequest, inbox: EventInbox) -> None:
         if self.link.is_broken:
             raise graph_closed()
-        self.link.put(SubmitRequest(entered.number, entry))
-        self._streams[entered.number] = entered
+        self.link.put(message)
+        self._streams[message.stream] = inbox
 
-    def leave(self, entered: "ProcessBatches") -> None:
-        if self._streams.pop(entered.number, None) is not None and not entered.is_over:
-            self.link.put(Abandon(entered.number))
+    def leave(self, stream: int) -> None:
+        inbox = self._streams.pop(stream, None)
+        if inbox is not None and not inbox.end:
+            self.link.put(Abandon(stream))
 
 
 class _PendingQuery:
@@ -112,65 +113,37 @@ class _PendingQuery:
 
 
 class ProcessBatches:
-    """One request that was let in."""
+    """The batches of one request of this gateway."""
 
-    def __init__(self, bridge: ProcessBridge, number: int, entry: GraphRequest) -> None:
-        self.number = number
-        self._door = bridge
-        self._entry = entry
-        self._unread: list[TokenEvent] = []
-        self._end: ApiError | bool = False
-        self._num_unreported = 0  # tokens that were read, and the graph was not told yet
-        self._came = anyio.Event()
+    def __init__(self, bridge: ProcessBridge, message: SubmitRequest) -> None:
+        self._bridge = bridge
+        self._message = message
+        self._inbox = EventInbox(self._on_read)
+        self._num_unreported = 0  # tokens read since the last report
 
-    @property
-    def is_over(self) -> bool:
-        return self._end is not False
-
-    async def __aenter__(self) -> "ProcessBatches":
-        self._door.begin(self, self._entry)
-        return self
+    async def __aenter__(self) -> EventInbox:
+        self._bridge.submit(self._message, self._inbox)
+        return self._inbox
 
     async def __aexit__(self, *_: object) -> None:
-        self._door.leave(self)
+        self._bridge.leave(self._message.stream)
 
-    def __aiter__(self) -> "ProcessBatches":
-        return self
-
-    async def __anext__(self) -> Sequence[TokenEvent]:
-        while not self._unread:
-            if isinstance(self._end, ApiError):
-                raise self._end
-            if self._end:
-                raise StopAsyncIteration
-            self._came = anyio.Event()
-            await self._came.wait()
-        taken, self._unread = self._unread, []
-        self._tell(num_tokens(taken))
-        return taken
-
-    def put(self, events: Sequence[TokenEvent], end: ApiError | bool) -> None:
-        """Called by the door."""
-        self._unread.extend(events)
-        self._end = self._end or end
-        self._came.set()
-
-    def _tell(self, num_taken: int) -> None:
-        self._num_unreported += num_taken
-        if self._num_unreported >= self._door.report_tokens and not self.is_over:
-            self._door.link.put(TokensRead(self.number, self._num_unreported))
+    def _on_read(self, num_tokens: int) -> None:
+        self._num_unreported += num_tokens
+        if self._num_unreported >= self._bridge.report_tokens and not self._inbox.end:
+            self._bridge.link.put(TokensRead(self._message.stream, self._num_unreported))
             self._num_unreported = 0
 
 
 class RemoteMeters(HttpMeters):
-    """Those of one gateway. The exposition is the graph's, who asks all gateways for it."""
+    """The meters of one gateway process. Its exposition comes from the graph's process."""
 
     def __init__(self, bridge: ProcessBridge, endpoints: Iterable[str]) -> None:
         super().__init__(endpoints)
-        self._door = bridge
+        self._bridge = bridge
 
     async def exposition(self, accept: str = "") -> tuple[bytes, str]:
-        return await self._door.scrape(accept)
+        return await self._bridge.scrape(accept)
 
 
 def counter_report(meters: HttpMeters, number: int = 0) -> CounterReport:
@@ -188,7 +161,7 @@ def counter_report(meters: HttpMeters, number: int = 0) -> CounterReport:
 
 
 class SummedMeters(HttpMeters):
-    """Those of several gateways, in the process of the graph."""
+    """The sum of several gateways' meters, in the graph's process."""
 
     def __init__(self, endpoints: Iterable[str]) -> None:
         super().__init__(endpoints)
@@ -199,7 +172,7 @@ class SummedMeters(HttpMeters):
         return self._num_dropped_lines
 
     def add(self, counted: CounterReport, *, is_alive: bool) -> None:
-        """What one gateway has counted in its life; nothing is under way in one that is over."""
+        """Add the report of one gateway. A gateway that has exited has no open calls."""
         self.num_active += counted.num_active if is_alive else 0
         self.num_disconnects += counted.num_disconnects
         self._num_dropped_lines += counted.num_dropped_lines

@@ -1,4 +1,4 @@
-"""Gateways in processes of their own before one session: started, watched, started again."""
+"""Supervises the gateway processes of one session: starts, watches and restarts them."""
 
 import random
 import socket
@@ -43,18 +43,18 @@ from sagellm.session import Session
 
 log = get_logger("sagellm.gateway")
 
-POLICY = RestartPolicy(first_s=0.05)  # what is accepted meanwhile waits for it
-FRESH_S = 0.5  # how long a scrape waits for what the gateways have counted
+POLICY = RestartPolicy(first_s=0.05)  # new connections wait for the restart
+FRESH_S = 0.5  # how long a scrape waits for counter reports
 
 
 class GatewaysFailed(Exception):
-    """One did not start at all."""
+    """A gateway process could not be started."""
 
 
 class GatewaySupervisor:
-    """Serves one session by several processes, which take connections from one socket.
+    """Serves one session by several processes, which accept connections from one socket.
 
-    What a process has under way when it dies is cancelled. For the methods see `Serving`.
+    The death of a process cancels its requests. For the methods see `GatewayServing`.
     """
 
     close_s = CLOSE_S + EXIT_S
@@ -74,15 +74,15 @@ class GatewaySupervisor:
         self._meters = meters
         self._readiness = readiness
         self._sock = sock
-        self._num_rows = 2 * settings.num_gateways  # of those that serve, and of those that leave
+        self._num_rows = 2 * settings.num_gateways  # for serving and for retiring processes
         self._free_rows = list(range(self._num_rows))
         self._tally = SharedCounters.make(self._num_rows, counter_columns(settings))
         self._lives: list[GatewayProcess] = []
-        self._past = SummedMeters(PATHS)  # of lives that are over
-        self._claimed: set[str] = set()  # ids of requests, of all gateways
+        self._past = SummedMeters(PATHS)  # the counts of processes that have exited
+        self._claimed: set[str] = set()  # request ids of all gateways
         self._changed = trio.lowlevel.ParkingLot()
         self._is_started = self._is_draining = self._is_stopping = False
-        readiness.on_change = self._tell_readiness
+        readiness.on_change = self._send_readiness
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Raises GatewaysFailed."""
@@ -97,7 +97,7 @@ class GatewaySupervisor:
 
     def drain(self) -> int:
         self._is_draining = True
-        self._tell(StartDrain())
+        self._broadcast(StartDrain())
         return self._tally.count("calls", 0).total
 
     async def idle(self) -> None:
@@ -107,17 +107,17 @@ class GatewaySupervisor:
     def stop(self) -> None:
         self._is_stopping = True
         self._sock.close()
-        self._tell(Shutdown())
+        self._broadcast(Shutdown())
         self._changed.unpark_all()
 
-    # ---- lives -------------------------------------------------------------------------------
+    # ---- processes ---------------------------------------------------------------------------
 
-    def _tell(self, message: msgspec.Struct) -> None:
+    def _broadcast(self, message: msgspec.Struct) -> None:
         for life in self._lives:
             life.link.put(message)
 
-    def _tell_readiness(self) -> None:
-        self._tell(ReadinessChanged(self._readiness.is_ready, self._readiness.reason))
+    def _send_readiness(self) -> None:
+        self._broadcast(ReadinessChanged(self._readiness.is_ready, self._readiness.reason))
 
     async def _keep(
         self,
@@ -125,7 +125,7 @@ class GatewaySupervisor:
         number: int,
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
-        """One gateway: one life after the other."""
+        """Keep one gateway running: start a new process after each exit."""
         restarts, was_up = Restarts(POLICY), False
         while not self._is_stopping:
             began_s = trio.current_time()
@@ -139,7 +139,7 @@ class GatewaySupervisor:
                     task_status.started()
                 await self._changed.park()
             if not life.why:
-                log.info("gateway_leaves", gateway=number)  # somebody asked it to
+                log.info("gateway_leaves", gateway=number)  # it was asked to retire
                 continue
             if self._is_stopping:
                 return
@@ -153,8 +153,8 @@ class GatewaySupervisor:
             await trio.sleep(delay_s)
 
     async def _begin(self, nursery: trio.Nursery) -> GatewayProcess | None:
-        """A life that runs in the nursery, whatever becomes of whoever began it; None at the end of
-        all.
+        """Start a process that runs in the nursery, apart from this task. Return None when
+        stopping.
         """
         while not self._is_stopping:
             if not self._free_rows:
@@ -163,7 +163,7 @@ class GatewaySupervisor:
             row = self._free_rows.pop(0)
             try:
                 life = await GatewayProcess.begin(partial(self._start, row), self._setup)
-            except OSError as error:  # no memory, no file, or too many processes
+            except OSError as error:  # no memory, no descriptor, or too many processes
                 if not self._is_started:
                     cause = f"a gateway could not be started: {error.strerror}"
                     raise GatewaysFailed(cause) from error
@@ -181,7 +181,7 @@ class GatewaySupervisor:
         streaming, claimed = self._settings.streaming, self._claimed
         try:
             await life.run(self._session, streaming, claimed, handle)
-        except Exception as error:  # a fault of ours: the others go on
+        except Exception as error:  # a fault of this program: other gateways go on
             life.why = "its link failed"
             log.error("gateway_link_failed", exc_info=error)
         finally:
@@ -209,7 +209,7 @@ class GatewaySupervisor:
             (current_logs() or ("", None))[1],
         )
 
-    # ---- what gateways say -------------------------------------------------------------------
+    # ---- messages of gateways ----------------------------------------------------------------
 
     def _handle(self, nursery: trio.Nursery, life: GatewayProcess, message: GatewayMessage) -> None:
         put = life.link.put
@@ -222,7 +222,9 @@ class GatewaySupervisor:
             case Scrape():
                 nursery.start_soon(self._answer_scrape, put, message)
             case RetireRequested() if self._is_draining or not self._free_rows:
-                life.is_over = False  # it leaves with all of them; or nobody could take its place
+                life.is_over = (
+                    False  # it drains with the others, or no process could take its place
+                )
             case RetireRequested():
                 put(Retire())
         self._changed.unpark_all()
@@ -238,13 +240,13 @@ class GatewaySupervisor:
         summed.add(counter_report(self._past), is_alive=False)
         summed.add(
             counter_report(self._meters), is_alive=False
-        )  # the lines that this process dropped
+        )  # the log lines that this process dropped
         for life in self._lives:
             if life.counted is not None:
                 summed.add(life.counted, is_alive=True)
         try:
             content, content_type = await self._meters.exposition(asked.accept, summed)
-        except Exception as error:  # whoever asked is told, and everybody else goes on
+        except Exception as error:  # only this query fails
             log.error("scrape_failed", exc_info=error)
             put(QueryAnswer(asked.number, is_known=False))
         else:

@@ -49,12 +49,14 @@ _STEP = re.compile(r"\.?(\w+)|\[(\d+)\]")
 
 
 def convert(plain: dict[str, Any], struct: type[T]) -> T:
-    """Check every type and range. Raises ApiError (400), which quotes numbers but never text."""
+    """Convert plain values, with types and ranges checked. Raises ApiError (400) without text."""
     try:
         return msgspec.convert(plain, struct)
     except msgspec.ValidationError as error:
         fault = str(error)
-    raise _refusal(fault, plain)
+    raise _refusal(
+        fault, plain
+    )  # outside `except`: the error must not have the body as its context
 
 
 def _refusal(fault: str, plain: dict[str, Any]) -> ApiError:
@@ -65,7 +67,9 @@ def _refusal(fault: str, plain: dict[str, Any]) -> ApiError:
     if missing:
         param = f"{param}.{missing.group(1)}".lstrip(".")
         return wrong(param, "is missing", "missing_required_parameter")
-    if what.startswith("Invalid enum value"):  # goes on with the value, which is the client's text
+    if what.startswith(
+        "Invalid enum value"
+    ):  # the message goes on with the value, which is the client's text
         return wrong(param, f"must be one of {', '.join(_choices(param))}")
     return wrong(param, _number(param, plain) + what[:1].lower() + what[1:])
 
@@ -76,7 +80,7 @@ def _choices(param: str) -> tuple[str, ...]:
 
 
 def _number(param: str, plain: Any) -> str:
-    """ "is 17; " where a number stands there."""
+    """Return "is 17; " for a number at that place, else ""."""
     for name, index in _STEP.findall(param):
         step = int(index) if index else name
         if isinstance(plain, dict | list) and _has(plain, step):
@@ -94,7 +98,7 @@ def _has(plain: dict[str, Any] | list[Any], step: str | int) -> bool:
 
 
 TokenIds: TypeAlias = Annotated[list[TokenId], Meta(min_length=1)]
-# A list is all text, all ids, or all lists of ids; a type cannot say it, `_check_prompt` does.
+# A list is all text, all ids, or all lists of ids. `_check_prompt` checks that: a type cannot.
 PromptField: TypeAlias = (
     NonEmptyText | Annotated[list[NonEmptyText | TokenId | TokenIds], Meta(min_length=1)]
 )
@@ -115,12 +119,12 @@ class CompletionRequest(Generation, frozen=True, kw_only=True, forbid_unknown_fi
 
     @property
     def is_prompt_only(self) -> bool:
-        """Whether nothing is to be generated."""
+        """Whether the answer is the prompt alone."""
         return self.echo and self.asked_tokens == 0
 
     @property
     def prompts(self) -> tuple[str | tuple[int, ...], ...]:
-        """Each prompt: text, or token ids."""
+        """The prompts, each as text or as token ids."""
         if isinstance(self.prompt, str):
             return (self.prompt,)
         if isinstance(self.prompt[0], int):
@@ -129,7 +133,7 @@ class CompletionRequest(Generation, frozen=True, kw_only=True, forbid_unknown_fi
 
 
 def read_completion(body: bytes, limits: RequestLimits) -> CompletionRequest:
-    """Raises ApiError (400) that names the field; what depends on the model is not checked yet."""
+    """Read a completion's body. Raises ApiError (400). Checks of the model come later."""
     request = convert(read_fields(body, CompletionRequest, limits), CompletionRequest)
     check_generation(request, limits)
     _check_prompt(request.prompt, limits)
@@ -163,7 +167,7 @@ class ChatRequest(Generation, frozen=True, kw_only=True, forbid_unknown_fields=T
     messages: Annotated[list[ConversationMessage], Meta(min_length=1)]
     logprobs: bool = False
     top_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
-    add_special_tokens: bool = False  # beside those that the template brings
+    add_special_tokens: bool = False  # in addition to the template's own
     reasoning_effort: Effort | None = None
     tools: Tools = msgspec.field(default_factory=list)
     tool_choice: ToolChoice | None = None
@@ -178,7 +182,7 @@ class ChatRequest(Generation, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 def read_chat(body: bytes, limits: RequestLimits) -> ChatRequest:
-    """Raises ApiError (400) that names the field; what depends on the model is not checked yet."""
+    """Read a chat's body. Raises ApiError (400). Checks of the model come later."""
     said = read_fields(body, ChatRequest, limits)
     if "messages" in said:
         said["messages"] = read_messages(said["messages"], limits)
@@ -229,7 +233,7 @@ class DetokenizeRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
 
 
 def read_tokenize(body: bytes, limits: RequestLimits) -> TokenizeRequest:
-    """The form with `messages` where they are given. Raises ApiError (400)."""
+    """Read a body of /tokenize, with `messages` or a `prompt`. Raises ApiError (400)."""
     value = read_json(body, max_depth=limits.json_depth)
     struct = _form_of(value)
     said = fields_of(value, struct.__struct_fields__, REQUEST)
@@ -243,7 +247,7 @@ def read_tokenize(body: bytes, limits: RequestLimits) -> TokenizeRequest:
 
 
 def read_detokenize(body: bytes, limits: RequestLimits) -> DetokenizeRequest:
-    """Raises ApiError (400); whether the model knows the ids is not checked yet."""
+    """Read a body of /detokenize. Raises ApiError (400). The ids are checked later."""
     said = read_fields(body, DetokenizeRequest, limits)
     request = convert(said, DetokenizeRequest)
     check_model_name(request.model, limits)
@@ -251,7 +255,7 @@ def read_detokenize(body: bytes, limits: RequestLimits) -> DetokenizeRequest:
 
 
 def _form_of(value: Any) -> type[TokenizeRequest]:
-    """Which of the two it is. Takes what is null of `prompt` and `messages` away."""
+    """Return the type of a body of /tokenize. Removes a null `prompt` or `messages`."""
     if not isinstance(value, dict):
         return TokenizePrompt
     given = [name for name in ("prompt", "messages") if value.get(name) is not None]

@@ -1,4 +1,4 @@
-"""The messages and tools of a conversation, and how they become a prompt."""
+"""The messages and tools of a conversation, and how a chat template renders them."""
 
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Protocol, TypeAlias
@@ -13,7 +13,7 @@ from sagellm.gateway.protocol.request import at_most
 from sagellm.gateway.settings import RequestLimits
 from sagellm.runtime.models.chat import RESERVED_VARIABLES, Rendering
 
-MAX_TOOLS = 128  # as in the OpenAI API; of calls in one message too
+MAX_TOOLS = 128  # as in the OpenAI API; also the most calls in one message
 ToolChoice: TypeAlias = Literal["none", "auto"]
 
 
@@ -34,7 +34,7 @@ class Tool(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def plain(self) -> dict[str, Any]:
-        """As a chat template knows it."""
+        """The tool as chat templates read it."""
         plain: dict[str, Any] = msgspec.to_builtins(self)
         return plain
 
@@ -55,7 +55,7 @@ class ToolCall(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     @property
     def plain(self) -> dict[str, Any]:
-        """As chat templates know it: the arguments are an object."""
+        """The call as chat templates read it: the arguments are an object."""
         function = {"name": self.function.name, "arguments": self._arguments}
         plain = {"type": self.type, "function": function}
         return plain if self.id is None else {"id": self.id, **plain}
@@ -72,7 +72,7 @@ ToolCalls: TypeAlias = Annotated[list[ToolCall], Meta(max_length=MAX_TOOLS)]
 
 
 def check_arguments(call: ToolCall, where: str, max_depth: int) -> None:
-    """Raise ApiError (400) where the arguments are no JSON object; the text is not shown."""
+    """Raise ApiError (400) where the arguments are no JSON object. The error has no text."""
     text, param = call.function.arguments, f"{where}.function.arguments"
     try:
         is_object = not text or isinstance(read_json(text.encode(), max_depth=max_depth), dict)
@@ -83,7 +83,7 @@ def check_arguments(call: ToolCall, where: str, max_depth: int) -> None:
 
 
 def check_choice(said: dict[str, Any]) -> None:
-    """Raise ApiError (400) where a call of a tool is asked for, which is not built."""
+    """Raise ApiError (400) where the model may call tools, which is not supported."""
     choice = said.get("tool_choice")
     if choice not in (None, "none", "auto"):
         raise _unsupported("tool_choice", "this server makes no tool calls; send `none`")
@@ -96,7 +96,7 @@ def _unsupported(param: str, message: str) -> ApiError:
     return wrong(param, message, "unsupported_parameter")
 
 
-MAX_PARTS = 1024  # of one message
+MAX_PARTS = 1024  # parts of one message
 Role: TypeAlias = Literal["system", "developer", "user", "assistant", "tool"]
 
 
@@ -125,7 +125,7 @@ class ConversationMessage(msgspec.Struct, frozen=True, kw_only=True, forbid_unkn
 
     @property
     def plain(self) -> dict[str, Any]:
-        """As a chat template knows it: a developer is a system, parts are one text."""
+        """The message as chat templates read it: a developer is a system, parts are one text."""
         role = "system" if self.role == "developer" else self.role
         plain = {"role": role, "content": self._text}
         thought = self.reasoning if self.reasoning_content is None else self.reasoning_content
@@ -140,7 +140,7 @@ class ConversationMessage(msgspec.Struct, frozen=True, kw_only=True, forbid_unkn
 
     @property
     def calls(self) -> list[ToolCall]:
-        """Of the assistant; what others have is left out, as vLLM does."""
+        """The calls of the assistant. Calls of other roles are dropped, as in vLLM."""
         return self.tool_calls if self.role == "assistant" else []
 
     @property
@@ -151,9 +151,9 @@ class ConversationMessage(msgspec.Struct, frozen=True, kw_only=True, forbid_unkn
 
 
 def read_messages(value: Any, limits: RequestLimits) -> Any:
-    """The messages with only fields that are served in them, types unchecked.
+    """Return the messages with their known fields, types unchecked.
 
-    Raises ApiError (400) that names the place of what is not served.
+    Raises ApiError (400) that names the place of an unsupported field.
     """
     if not isinstance(value, list):
         return value
@@ -194,7 +194,7 @@ def _call(call: Any, where: str) -> dict[str, Any]:
 
 
 def check_messages(messages: Sequence[ConversationMessage], limits: RequestLimits) -> None:
-    """Raise ApiError (400) for content that is missing, and calls that are none."""
+    """Raise ApiError (400) for missing content and for invalid calls."""
     for index, message in enumerate(messages):
         where = f"messages[{index}]"
         if message.content is None and not message.calls:
@@ -205,7 +205,7 @@ def check_messages(messages: Sequence[ConversationMessage], limits: RequestLimit
 
 MAX_VARIABLES = 32
 MAX_VARIABLE_LEN = 512
-_LARGEST = 1 << 20  # a template may repeat a text so often
+_LARGEST = 1 << 20  # a template may repeat a text that often
 
 Variable: TypeAlias = (
     bool
@@ -215,12 +215,12 @@ Variable: TypeAlias = (
     | None
 )
 Variables: TypeAlias = Annotated[dict[str, Variable], Meta(max_length=MAX_VARIABLES)]
-# Switches that clients send to any model: one whose template does not read them has none.
+# Switches that clients send to any model. A template that does not read them ignores them.
 _SWITCHES = frozenset({"enable_thinking", "thinking"})
 
 
 class Conversation(Protocol):
-    """What is read of a request that has messages."""
+    """The fields of a request with messages that this module reads."""
 
     @property
     def messages(self) -> Sequence[ConversationMessage]: ...
@@ -239,7 +239,7 @@ class Conversation(Protocol):
 
 
 def check_conversation(asked: Conversation, limits: RequestLimits) -> None:
-    """Raise ApiError (400) for what no model could be asked."""
+    """Raise ApiError (400) for a conversation that no model can answer."""
     check_messages(asked.messages, limits)
     if not asked.continue_final_message:
         return
@@ -250,14 +250,15 @@ def check_conversation(asked: Conversation, limits: RequestLimits) -> None:
 
 
 def plain_messages(asked: Conversation) -> list[dict[str, Any]]:
-    """The messages as a chat template takes them."""
+    """Return the messages as chat templates read them."""
     return [message.plain for message in asked.messages]
 
 
 def rendering_of(asked: Conversation, read: frozenset[str]) -> Rendering:
-    """How the model's template, which reads the names `read`, is to render it.
+    """Return how the model's template renders the conversation. `read` has the template's names.
 
-    Raises ApiError (400) for a variable that the template does not read, or may not be given.
+    Raises ApiError (400) for a variable that the template does not read, or that clients may not
+    set.
     """
     for name in asked.chat_template_kwargs:
         _check_variable(name, read)

@@ -14,16 +14,16 @@ _PLAIN = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 
 def shown(name: str) -> str:
-    """A field's name, unless it could be anything else: then only its length."""
+    """Return a field's name if it is a plain word, else its length."""
     return f"`{name}`" if _PLAIN.fullmatch(name) else f"of {len(name)} characters"
 
 
-# How long a body holds the loop: the parser and the checks behind it run for each of these.
+# Limits on the time that a body holds the loop: parser and checks run for each of these.
 MAX_BRACKETS = 1 << 17
 MOST = {",": 1 << 20, ":": 1 << 17, ".": 1 << 16, "e": 1 << 16, "E": 1 << 16}
 MAX_QUOTES = 1 << 19
-_EXACT = 1 << 53  # up to here a float is exactly the integer that it shows
-_INT_DIGITS = 19  # of the largest 64-bit integer
+_EXACT = 1 << 53  # up to here every integer is exact as a float
+_INT_DIGITS = 19  # digits of the largest 64-bit integer
 
 _OUTLINE = bytes.maketrans(b"{}123456789", b"[]000000000")  # brackets alike, digits alike
 _BUT_BRACKETS = bytes(byte for byte in range(256) if byte not in b"[]")
@@ -34,12 +34,13 @@ _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def read_json(body: bytes, *, max_depth: int) -> Any:
-    """The value of `body`: UTF-8, each key once, numbers of 64 bits, no NUL, no half characters.
+    """Return the value of a body: UTF-8, each key once, numbers of 64 bits, no NUL and no lone
+    surrogates.
 
-    Raises ApiError (400), whose message holds nothing of the body but the name of a key.
+    Raises ApiError (400). Its message holds nothing of the body but the name of a key.
     """
     text = _decode(body)
-    escapes = body.replace(rb"\\", b"")  # each backslash that is left escapes what follows it
+    escapes = body.replace(rb"\\", b"")  # each remaining backslash begins an escape
     if rb"\u0000" in escapes:
         raise ApiError(400, "the body has a NUL in a string; leave it out")
     outside = _outside_strings(escapes)
@@ -61,11 +62,11 @@ def _decode(body: bytes) -> str:
         return body.decode()
     except UnicodeDecodeError:
         fault = "the body is not UTF-8"
-    raise ApiError(400, fault)  # out here, so that it does not carry the body as its context
+    raise ApiError(400, fault)  # outside `except`: the error must not have the body as its context
 
 
 def _outside_strings(escapes: bytes) -> bytes:
-    """What stands outside strings, as far as the body is JSON; a parser goes no further."""
+    """Return the bytes outside strings. Correct up to the first error of a parser."""
     plain = escapes.replace(rb"\"", b"")
     if plain.count(b'"') > MAX_QUOTES:
         raise ApiError(400, f"the body has more than {MAX_QUOTES // 2} strings")
@@ -87,7 +88,7 @@ def _check_outline(outline: bytes, max_depth: int) -> None:
     if len(brackets) > MAX_BRACKETS:
         limit = MAX_BRACKETS // 2
         raise ApiError(400, f"the body has more than {limit} objects and arrays")
-    for _ in range(max_depth):  # each turn takes the innermost level away
+    for _ in range(max_depth):  # each turn removes the innermost level
         brackets = brackets.replace(b"[]", b"")
     num_open = brackets.count(b"[")
     if num_open != brackets.count(b"]") and num_open <= max_depth:
@@ -110,12 +111,12 @@ def _parse(text: str) -> Any:
 
 
 def _reason(error: json.JSONDecodeError) -> str:
-    """The parser's own phrase, without what it may quote."""
+    """Return the parser's phrase, without its quotation of the body."""
     return error.msg.partition(":")[0].removesuffix(" at").lower()
 
 
 def _check_unicode(value: Any) -> None:
-    """Raise where a string has half of a surrogate pair, which no UTF-8 can hold."""
+    """Raise ApiError for a string with half of a surrogate pair, which UTF-8 cannot hold."""
     try:
         json.dumps(value, ensure_ascii=False).encode()
         return
@@ -140,7 +141,7 @@ def _float(text: str) -> float | int:
     value = float(text)
     if math.isinf(value):
         raise ApiError(400, "the body has a number beyond the range of 64-bit floats")
-    # 16.0 is an integer to JSON Schema and to many clients; and there is no -0.0.
+    # 16.0 is an integer in JSON Schema and for many clients. This also removes -0.0.
     return int(value) if value.is_integer() and abs(value) <= _EXACT else value
 
 
@@ -149,16 +150,15 @@ _DECODER = json.JSONDecoder(
 )
 
 
-_GUESSED_LEN = 64  # names beyond are nobody's slip, and comparing them takes long
+_GUESSED_LEN = 64  # longer names are no typing errors, and comparing them takes long
 
 
 def fields_of(
     value: Any, known: tuple[str, ...], foreign: Foreign, where: str = ""
 ) -> dict[str, Any]:
-    """What the object says, null being unsaid, of whatever field. `where` is its own place:
-    "messages[0]".
+    """Return the fields of an object without nulls. `where` is the object's place: "messages[0]".
 
-    Raises ApiError (400) that names the first field which is not served.
+    Raises ApiError (400) that names the first unknown or unsupported field.
     """
     if not isinstance(value, dict):
         raise wrong(where, "must be an object") if where else _no_object()

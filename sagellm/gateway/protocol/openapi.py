@@ -1,4 +1,4 @@
-"""The OpenAPI 3.1 document: what every path takes and answers, ranges and refusals included."""
+"""The OpenAPI 3.1 document: bodies, answers, ranges and errors of every path."""
 
 import re
 from collections.abc import Iterable
@@ -23,9 +23,9 @@ HTML = "text/html"
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """`takes`: what a body may be. `gives`: the JSON of an answer, where there is one.
+    """The description of one path. `takes`: types of its body. `gives`: types of its JSON answer.
 
-    `also` is another media type that an answer may have: that of a stream, or of plain text.
+    `also` is another media type of the answer: an event stream, or plain text.
     """
 
     summary: str
@@ -69,7 +69,7 @@ OPERATIONS: dict[str, Operation] = {
 }
 
 
-# What any call may be refused with, then what else a call with a body may.
+# The errors of any call, and further errors of a call with a body.
 _REFUSALS = {
     400: "The request is wrong; `param` names the field",
     401: "A valid API key is needed",
@@ -88,7 +88,7 @@ _BODY_REFUSALS = {
     415: "The body is encoded",
     504: "The request took longer than it may",
 }
-# A stream of events is no string to a reader of this document, and 3.1 has no words for one.
+# OpenAPI 3.1 cannot describe a stream of events, which is no string for readers of the document.
 _ALSO: dict[str, Schema] = {
     EVENTS: {},
     TEXT: {"schema": {"type": "string"}},
@@ -119,7 +119,7 @@ _KEYS = {
 
 
 class DescribedRoute(Protocol):
-    """What is read of a route."""
+    """The fields of a route that this module reads."""
 
     @property
     def method(self) -> str: ...
@@ -140,7 +140,7 @@ def openapi(
     *,
     needs_key: bool = True,
 ) -> dict[str, Any]:
-    """The document for these routes. `needs_key`: whether the server asks users for a key."""
+    """Return the document of routes. `needs_key`: the server asks users for a key."""
     structs = [one for known in OPERATIONS.values() for one in (*known.takes, *known.gives)]
     schemas = schemas_of(dict.fromkeys(structs), limits or RequestLimits())
     paths: dict[str, Schema] = {}
@@ -160,7 +160,7 @@ def openapi(
 
 
 def _operation(route: DescribedRoute, path: str, needs_key: bool) -> Schema:
-    """One method of one path; a path that no table knows answers some JSON."""
+    """Return one method of one path. A path that is not in the table answers JSON."""
     known = OPERATIONS.get(path) or Operation(path)
     parameters = [_parameter(name) for name in _PARAMETER.findall(path)]
     operation: Schema = {
@@ -224,7 +224,7 @@ def _security_schemes() -> Schema:
 
 
 def _security(route: DescribedRoute, needs_key: bool) -> list[Schema]:
-    """Each entry is one way in; none at all means that the way is open."""
+    """Return the alternative keys of a route; an empty list means no key."""
     if route.access == "admin":
         return [{"admin": []}]
     if route.access == "open" or not needs_key:

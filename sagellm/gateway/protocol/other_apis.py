@@ -1,7 +1,8 @@
-"""Fields of other APIs, for each object that clients send.
+"""Tables of fields of other APIs, for each object that clients send.
 
-An unbuilt field is refused unless it asks for nothing. A taken field changes no token: its type is
-checked, then it is dropped. An endpoint that builds a field looks at it before these tables.
+An unbuilt field is refused, unless its value asks for the default. A taken field changes no token:
+its type is checked, and the field is dropped. An endpoint that supports a field of these tables
+reads it before.
 """
 
 from collections.abc import Mapping
@@ -9,19 +10,19 @@ from typing import Any, NamedTuple, TypeAlias
 
 from sagellm.gateway.api_errors import ApiError, wrong
 
-# Field -> the values, beside null, with which it asks for what happens anyway.
+# Field -> the values other than null that ask for the default.
 Unbuilt: TypeAlias = Mapping[str, tuple[Any, ...]]
 
 
 class IgnoredField(NamedTuple):
-    """`type`: as JSON schema names it. `note`: why no token depends on the field."""
+    """`type`: a type of JSON schema. `note`: why no token depends on the field."""
 
     type: str
     note: str
 
 
 class Foreign(NamedTuple):
-    """The fields of one object that are unbuilt, and those that are taken."""
+    """The unbuilt and the taken fields of one object."""
 
     unbuilt: Unbuilt
     taken: Mapping[str, IgnoredField]
@@ -143,7 +144,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
 
 
 def refuse_unbuilt(param: str, value: Any, harmless: tuple[Any, ...]) -> None:
-    """Raise ApiError (400) unless the value is null or asks for nothing."""
+    """Raise ApiError (400) unless the value is null or asks for the default."""
     if value is None or any(_is_same(value, plain) for plain in harmless):
         return
     message = f"{param}: this server does not support it; leave it out"
@@ -151,12 +152,12 @@ def refuse_unbuilt(param: str, value: Any, harmless: tuple[Any, ...]) -> None:
 
 
 def _is_same(value: Any, plain: Any) -> bool:
-    """Equal and of one type: 1 is not True."""
+    """Whether two values are equal and of one type: 1 is not True."""
     return type(value) is type(plain) and value == plain
 
 
 def check_ignored(param: str, value: Any, taken: IgnoredField) -> None:
-    """Raise ApiError (400) for a value of another type; null is of every type."""
+    """Raise ApiError (400) for a value of another type; null has every type."""
     if value is None or type(value) in _TYPES[taken.type]:
         return
     article = "an" if taken.type[0] in "aeio" else "a"

@@ -1,4 +1,4 @@
-"""What the bodies of completions and chats share: how to sample, when to stop, how to send."""
+"""The fields that the bodies of completions and chats share, and their checks."""
 
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -14,7 +14,7 @@ from sagellm.runtime.sampling_params import RANGES
 
 
 def within(name: str) -> Meta:
-    """The range that every engine holds a sampling parameter to."""
+    """Return the range of a sampling parameter, which all engines share."""
     low, high = RANGES[name]
     return Meta(ge=low, le=high)
 
@@ -38,7 +38,7 @@ TruncationSide: TypeAlias = Literal["left", "right"]
 Effort: TypeAlias = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 RequestId: TypeAlias = Annotated[
     str, Meta(pattern=r"^[A-Za-z0-9._-]{1,128}$(?!\n)")
-]  # "$" alone lets one line end pass
+]  # "$" alone allows a line end
 
 
 class StreamOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -99,12 +99,12 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     @property
     def stops(self) -> tuple[str, ...]:
-        """The stop strings, however many were given."""
+        """The stop strings; the body has one or a list."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
     @property
     def asked_tokens(self) -> int | None:
-        """How many tokens an answer may have, in either spelling; None: not said."""
+        """The most tokens of an answer, in either spelling; None: not given."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @property
@@ -119,7 +119,7 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 def check_generation(request: Generation, limits: RequestLimits) -> None:
-    """Raise ApiError (400; 404 for the model) for what is too long, too many or contradictory."""
+    """Raise ApiError (400; 404 for the model) for values beyond limits, or in conflict."""
     check_model_name(request.model, limits)
     at_most("n", request.n, limits.num_choices)
     at_most("logit_bias", len(request.logit_bias), limits.num_logit_bias, "entries")
@@ -128,7 +128,7 @@ def check_generation(request: Generation, limits: RequestLimits) -> None:
 
 
 def check_model_name(name: str | None, limits: RequestLimits) -> None:
-    """A name that is too long is the name of no model."""
+    """Raise ApiError (404) for a name that is too long for any model."""
     if name is not None and len(name) > limits.model_name_len:
         message = f"model: there is none with a name of {len(name)} characters"
         raise ApiError(404, message, param="model", code="model_not_found")
@@ -156,7 +156,7 @@ def _check_pairs(request: Generation) -> None:
 
 
 def read_fields(body: bytes, struct: type[msgspec.Struct], limits: RequestLimits) -> dict[str, Any]:
-    """What the body says of the fields of `struct`, types unchecked. Raises ApiError (400)."""
+    """Return the values of the fields of `struct`, types unchecked. Raises ApiError (400)."""
     value = read_json(body, max_depth=limits.json_depth)
     said = fields_of(value, struct.__struct_fields__, REQUEST)
     if "stream_options" in said:

@@ -15,8 +15,8 @@ from sagellm.runtime.messages import Sampling
 from sagellm.runtime.sampling_params import RANGES, sampling_fault
 from sagellm.session import Session
 
-_COMPLETION_TOKENS = 16  # unless said, as in the OpenAI API; a chat may fill the context
-# Fields that mean to an engine what they mean to a client.
+_COMPLETION_TOKENS = 16  # the default, as in the OpenAI API; a chat may fill the context
+# Fields that an engine takes unchanged.
 _SAME = (
     "min_tokens",
     "temperature",
@@ -35,8 +35,9 @@ _SAME = (
 
 @dataclass(frozen=True, slots=True)
 class ModelBounds:
-    """What of a model bounds a request: ids are 0 ... vocab_size - 1. A model whose engine takes
-    text has a `vocab_size` of 0: no token of it is known here.
+    """The bounds that a model sets to requests. Its token ids are 0 ... vocab_size - 1.
+
+    A model whose engine takes text has a `vocab_size` of 0: its tokens are unknown here.
     """
 
     vocab_size: int
@@ -50,7 +51,7 @@ class ModelBounds:
 def sampling_of(
     request: CompletionRequest | ChatRequest, facts: ModelBounds, num_prompt_tokens: int
 ) -> Sampling:
-    """How to answer a prompt of so many tokens. Raises ApiError (400) with field and numbers."""
+    """Return the sampling of a prompt of `num_prompt_tokens`. Raises ApiError (400)."""
     max_tokens = _max_tokens(request, facts, num_prompt_tokens)
     check_ids("stop_token_ids", request.stop_token_ids, facts)
     bias = {int(token): value for token, value in request.logit_bias.items()}
@@ -83,7 +84,8 @@ def fitted(
     facts: ModelBounds,
     num_prompt_tokens: int,
 ) -> Sampling:
-    """The same for another prompt of the request; nothing but `max_tokens` depends on the prompt.
+    """Return the sampling of another prompt of the request: only `max_tokens` depends on it.
+
     Raises ApiError (400).
     """
     max_tokens = _max_tokens(request, facts, num_prompt_tokens)
@@ -95,9 +97,9 @@ def fitted(
 def kept_ids(
     request: Generation, token_ids: tuple[int, ...], facts: ModelBounds
 ) -> tuple[int, ...]:
-    """The prompt's tokens that `truncate_prompt_tokens` keeps, from the side that is not cut.
+    """Return the tokens of a prompt that `truncate_prompt_tokens` keeps.
 
-    -1 keeps what leaves room for the answer.
+    -1 keeps as many tokens as leave room for the answer.
     """
     limit = request.truncate_prompt_tokens
     if limit is None:
@@ -110,7 +112,7 @@ def kept_ids(
 
 
 def check_ids(param: str, token_ids: Iterable[int], facts: ModelBounds) -> None:
-    """Raise ApiError (400) for the first id that the model does not know."""
+    """Raise ApiError (400) for the first id that is not in the vocabulary."""
     if facts.takes_text and any(True for _ in token_ids):
         raise wrong(param, "has token ids; the engine of this model takes text alone")
     unknown = next((token for token in token_ids if not 0 <= token < facts.vocab_size), None)
@@ -121,7 +123,11 @@ def check_ids(param: str, token_ids: Iterable[int], facts: ModelBounds) -> None:
 def _max_tokens(
     request: CompletionRequest | ChatRequest, facts: ModelBounds, num_prompt_tokens: int
 ) -> int:
-    """As asked, or the default, cut to what the context leaves, and no less than `min_tokens`."""
+    """Return the most tokens of the answer: as requested, or the default within the context.
+
+    Raises ApiError (400) where that is less than `min_tokens`, or more than the context has room
+    for.
+    """
     prompt = _prompt_param(request)
     if num_prompt_tokens == 0 and not facts.takes_text:
         raise wrong(prompt, "has 0 tokens; give at least one")
@@ -131,7 +137,7 @@ def _max_tokens(
     default = room if isinstance(request, ChatRequest) else _COMPLETION_TOKENS
     found = request.asked_tokens or min(default, room, int(RANGES["max_tokens"][1]))
     if request.asked_tokens == 0:
-        found = 1  # of the prompt alone; engines make one token, which is not shown
+        found = 1  # engines make at least one token, which is not shown
     if request.min_tokens > found:
         raise wrong("min_tokens", f"is {request.min_tokens}, more than max_tokens ({found})")
     return found
@@ -142,7 +148,7 @@ def _prompt_param(request: CompletionRequest | ChatRequest) -> str:
 
 
 def far_too_long(request: CompletionRequest | ChatRequest, facts: ModelBounds) -> ApiError:
-    """For a prompt whose tokens nobody has counted to the end."""
+    """Return the error of a prompt that was not tokenised to its end."""
     limit = facts.max_model_len
     message = f"has more than {limit} tokens; the context limit is {limit} in all"
     return wrong(_prompt_param(request), message, "context_length_exceeded")
@@ -155,14 +161,14 @@ def _too_long(prompt: str, num_prompt: int, asked: int | None, facts: ModelBound
 
 
 def num_logprobs(request: CompletionRequest | ChatRequest) -> int | None:
-    """Most likely tokens to show beside each of the answer; None: no logprobs at all."""
+    """Return the number of most likely tokens to show; None: no logprobs."""
     if isinstance(request, CompletionRequest):
         return request.logprobs
     return (request.top_logprobs or 0) if request.logprobs else None
 
 
 def _num_prompt_logprobs(request: CompletionRequest | ChatRequest) -> int | None:
-    """As many as either form of the answer shows: vLLM's own, or the logprobs of an echo."""
+    """Return the larger of the two numbers that answers show: vLLM's field, and an echo."""
     is_echo = isinstance(request, CompletionRequest) and request.echo
     echoed = num_logprobs(request) if is_echo else None
     asked = [number for number in (request.prompt_logprobs, echoed) if number is not None]
@@ -171,8 +177,9 @@ def _num_prompt_logprobs(request: CompletionRequest | ChatRequest) -> int | None
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelCard:
-    """A model that is served. `names` are what clients may call it, the first in answers; `key`
-    what the graph calls it, where it serves several.
+    """A served model, as clients see it. Clients may use any of `names`; answers have the first.
+
+    `key` is the model's name in a graph of several models.
     """
 
     names: tuple[str, ...]
@@ -180,7 +187,7 @@ class ModelCard:
     root: str
     max_model_len: int
     vocab_size: int
-    created: int  # seconds of the wall clock, as the API has it
+    created: int  # seconds since 1970, as in the OpenAI API
 
     @property
     def id(self) -> str:
@@ -192,10 +199,10 @@ class ModelCard:
 
 
 def model_cards(session: Session, settings: Settings) -> tuple[ModelCard, ...]:
-    """What clients are told of the models, in the order of the session's.
+    """Return the cards of a session's models, in order.
 
-    The settings name the only model of a graph; several have the names of their table. No card
-    holds a path of this machine.
+    The settings name the only model of a graph; the graph names several models. No card holds a
+    path of this machine.
     """
     models, created = session.models, int(time.time())
     cards = []

@@ -1,4 +1,4 @@
-"""JSON schemas of the structs that travel, with the ranges that this gateway's limits set."""
+"""JSON schemas of requests and answers, with the limits of this gateway."""
 
 from collections.abc import Iterable, Iterator
 from copy import deepcopy
@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 
 import msgspec
 
+from sagellm.gateway.answers.objects import ApiUsage, ModelEntry, ModelList, TokenizeAnswer
 from sagellm.gateway.protocol.bodies import (
     ChatRequest,
     CompletionRequest,
@@ -20,6 +21,7 @@ from sagellm.gateway.protocol.chat_messages import (
     FunctionCall,
     TextPart,
     ToolCall,
+    ToolFunction,
 )
 from sagellm.gateway.protocol.other_apis import (
     FUNCTION_CALL,
@@ -38,7 +40,7 @@ Struct: TypeAlias = type[msgspec.Struct]
 
 _PLACE = "#/components/schemas/{name}"
 _NULL: Schema = {"type": "null"}
-# What clients send, with the fields that may stand there as long as they ask for nothing.
+# The structs of requests, with the fields of other APIs that may stand in them.
 _SENT: dict[Struct, Foreign] = {
     CompletionRequest: REQUEST,
     ChatRequest: REQUEST,
@@ -51,7 +53,16 @@ _SENT: dict[Struct, Foreign] = {
     ToolCall: TOOL_CALL,
     FunctionCall: FUNCTION_CALL,
 }
-# A message has content, unless it is one of the assistant with calls.
+# Published names of schemas, where the Python types are named otherwise.
+_PUBLISHED: dict[Struct, str] = {
+    ApiUsage: "Usage",
+    ConversationMessage: "Message",
+    ModelEntry: "Model",
+    ModelList: "Models",
+    TokenizeAnswer: "Tokens",
+    ToolFunction: "Function",
+}
+# A message has content, unless it is the assistant's and has calls.
 _HAS_CONTENT: Schema = {
     "anyOf": [
         {"required": ["content"], "properties": {"content": {"type": ["string", "array"]}}},
@@ -67,36 +78,60 @@ _HAS_CONTENT: Schema = {
 
 
 def schemas_of(structs: Iterable[Struct], limits: RequestLimits) -> dict[str, Schema]:
-    """The schema of each struct, and of those inside it, by name."""
-    _, schemas = msgspec.json.schema_components(structs, ref_template=_PLACE)
+    """Return the schemas of structs, and of the structs inside them, by name."""
+    _, components = msgspec.json.schema_components(structs, ref_template=_PLACE)
+    schemas = _published(components)
     for struct, foreign in _SENT.items():
-        if struct.__name__ in schemas:
-            _open(schemas[struct.__name__], foreign)
-    if ConversationMessage.__name__ in schemas:
-        schemas[ConversationMessage.__name__] |= _HAS_CONTENT
+        if _name(struct) in schemas:
+            _open(schemas[_name(struct)], foreign)
+    if _name(ConversationMessage) in schemas:
+        schemas[_name(ConversationMessage)] |= _HAS_CONTENT
     for schema in schemas.values():
-        schema["description"] = cleandoc(schema.get("description", schema["title"]))
+        schema["description"] = cleandoc(str(schema.get("description", schema["title"])))
         _bound(schema.get("properties", {}), limits)
-    if CompletionRequest.__name__ in schemas:
-        properties = schemas[CompletionRequest.__name__]["properties"]
+    if _name(CompletionRequest) in schemas:
+        properties = schemas[_name(CompletionRequest)]["properties"]
         properties["prompt"] = _prompt(limits)
         properties["best_of"] = {"enum": [None, 1], "description": "or the value of `n`"}
     return schemas
 
 
 def reference(struct: Struct) -> Schema:
-    return {"$ref": _PLACE.format(name=struct.__name__)}
+    return {"$ref": _PLACE.format(name=_name(struct))}
+
+
+def _name(struct: Struct) -> str:
+    return _PUBLISHED.get(struct, struct.__name__)
+
+
+def _published(components: dict[str, Schema]) -> dict[str, Schema]:
+    """Return the schemas under their published names."""
+    names = {struct.__name__: name for struct, name in _PUBLISHED.items()}
+    words = names | {_PLACE.format(name=old): _PLACE.format(name=new) for old, new in names.items()}
+
+    def renamed(value: Any) -> Any:
+        if isinstance(value, list):
+            return [renamed(each) for each in value]
+        if not isinstance(value, dict):
+            return value
+        return {
+            key: words.get(each, each)
+            if isinstance(each, str) and key in ("title", "$ref")
+            else renamed(each)
+            for key, each in value.items()
+        }
+
+    return {names.get(name, name): renamed(schema) for name, schema in components.items()}
 
 
 def _open(schema: Schema, foreign: Foreign) -> None:
-    """Where a field need not be said, null is as good, whatever its name; and so is asking an
-    unbuilt one nothing.
-    """
+    """Allow null for every optional field, and the fields of other APIs with their defaults."""
     properties, required = schema["properties"], schema.get("required", ())
     for name, known in properties.items():
         if name not in required:
             properties[name] = _or_null(known)
     for name, harmless in foreign.unbuilt.items():
+        # A copy, because schemas are changed in place.
         properties.setdefault(name, {"enum": [None, *deepcopy(harmless)]})
     for name, taken in foreign.taken.items():
         properties.setdefault(name, {"type": [taken.type, "null"], "description": taken.note})
@@ -112,7 +147,7 @@ def _or_null(schema: Schema) -> Schema:
 
 
 def _bound(properties: dict[str, Schema], limits: RequestLimits) -> None:
-    """Ranges that the types leave open, because the operator sets them."""
+    """Add the ranges that the operator's limits set."""
     bounds: dict[str, Schema] = {
         "logit_bias": {"maxProperties": limits.num_logit_bias},
         "messages": {"maxItems": limits.num_messages},
@@ -130,7 +165,7 @@ def _bound(properties: dict[str, Schema], limits: RequestLimits) -> None:
 
 
 def _branches(schema: Schema) -> Iterator[Schema]:
-    """The schema itself, or each that it may be."""
+    """Yield the alternatives of a schema, or the schema itself."""
     yield from schema.get("anyOf", [schema])
 
 
@@ -141,7 +176,7 @@ def _stop(limits: RequestLimits) -> Schema:
 
 
 def _prompt(limits: RequestLimits) -> Schema:
-    """One kind at a time, which the struct's type cannot say."""
+    """Return the schema of `prompt`: a list has items of one kind, which no type can say."""
     text: Schema = {"type": "string", "minLength": 1}
     ids = {
         "type": "array",

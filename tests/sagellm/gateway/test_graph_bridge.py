@@ -15,7 +15,7 @@ from anyio.from_thread import start_blocking_portal
 
 from sagellm import Graph, Sampling, ops
 from sagellm.gateway.api_errors import ApiError
-from sagellm.gateway.graph_bridge import GraphBridge, GraphRequest, SessionBridge
+from sagellm.gateway.graph_bridge import NOW, GraphBridge, SessionBridge
 from sagellm.gateway.processes.gateway_process import GatewayEndpoint
 from sagellm.gateway.processes.link import (
     CancelRequest,
@@ -28,8 +28,9 @@ from sagellm.gateway.processes.process_bridge import ProcessBridge
 from sagellm.gateway.settings import Streaming
 from sagellm.gateway.thread_bridge import open_thread_bridge
 from sagellm.runtime.engine.engine_server import WINDOW
-from sagellm.runtime.messages import TokenEvent
+from sagellm.runtime.messages import Request, TokenEvent
 from sagellm.session import Session
+from sagellm.session.requests import Timing
 
 STREAMING = Streaming()
 SLOW_S = 0.02  # a step; a busy machine is late by fewer of them
@@ -183,15 +184,19 @@ def behind(request: pytest.FixtureRequest) -> Callable[..., None]:
     return request.param
 
 
-def entry(request_id: str = "r", *, max_tokens: int = 40, prompt: Any = (1, 2), **fields: Any):
+def asked(request_id: str = "r", *, max_tokens: int = 40, prompt: Any = (1, 2), **fields: Any):
     sampling = Sampling(max_tokens=max_tokens, ignore_eos=True, n=fields.pop("n", 1))
-    return GraphRequest(
-        request_id=request_id, text="ab", token_ids=tuple(prompt), sampling=sampling, **fields
+    return Request(
+        request_id=request_id,
+        prompt="ab",
+        prompt_token_ids=tuple(prompt),
+        sampling=sampling,
+        **fields,
     )
 
 
-async def read(bridge: GraphBridge, asked: GraphRequest) -> list[TokenEvent]:
-    async with bridge.enter(asked) as batches:
+async def read(bridge: GraphBridge, request: Request, timing: Timing = NOW) -> list[TokenEvent]:
+    async with bridge.open_stream(request, timing) as batches:
         return await rest(batches)
 
 
@@ -222,7 +227,7 @@ async def num_computed(session: Session) -> Any:
 
 def test_every_token_comes_in_order_and_one_event_is_the_last(behind):
     async def body(bridge: GraphBridge, _: Behind) -> None:
-        events = await read(bridge, entry())
+        events = await read(bridge, asked())
         positions = [event.position for event in events if event.token_ids]
         assert positions == list(range(40))
         assert [event.finish_reason for event in events if event.is_last] == ["length"]
@@ -232,9 +237,9 @@ def test_every_token_comes_in_order_and_one_event_is_the_last(behind):
     behind(body)
 
 
-def test_choices_come_through_one_entry(behind):
+def test_choices_come_through_one_asked(behind):
     async def body(bridge: GraphBridge, _: Behind) -> None:
-        events = await read(bridge, entry(n=3))
+        events = await read(bridge, asked(n=3))
         last = [event.choice for event in events if event.is_last]
         assert sorted(last) == [0, 1, 2]
         assert num_tokens(events) == 120
@@ -257,8 +262,9 @@ def test_the_facts_of_an_entry_reach_the_graph(behind):
             session.observers.append(seen)
 
         await there.do(observe)
-        facts = {"tenant": "t", "model": "m", "salt": "s", "priority": 1, "slo_ttft_s": 2.5}
-        await read(bridge, entry(**facts, timeout_s=90.0, trace="00-a-b-01"))
+        facts = {"user_id": "t", "model": "m", "salt": "s", "priority": 1, "slo_ttft_s": 2.5}
+        tags = {"traceparent": "00-a-b-01"}
+        await read(bridge, asked(**facts, tags=tags), Timing(timeout_s=90.0))
         request = seen.request
         assert (request.prompt, request.prompt_token_ids) == ("ab", (1, 2))
         assert (request.user_id, request.model, request.salt) == ("t", "m", "s")
@@ -271,7 +277,7 @@ def test_the_facts_of_an_entry_reach_the_graph(behind):
 
 def test_leaving_cancels(behind):
     async def body(bridge: GraphBridge, there: Behind) -> None:
-        async with bridge.enter(entry(max_tokens=4000)) as batches:
+        async with bridge.open_stream(asked(max_tokens=4000)) as batches:
             await anext(batches)
         assert await there.do(ended) == {"cancelled": 1}
         assert await there.do(num_computed) < STREAMING.num_buffered_tokens / 2
@@ -282,8 +288,8 @@ def test_leaving_cancels(behind):
 def test_being_cancelled_while_it_waits_cancels(behind):
     async def body(bridge: GraphBridge, there: Behind) -> None:
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(read, bridge, entry(max_tokens=8000))
-            await read(bridge, entry("other", max_tokens=2))
+            tasks.start_soon(read, bridge, asked(max_tokens=8000))
+            await read(bridge, asked("other", max_tokens=2))
             tasks.cancel_scope.cancel()
         assert await there.do(ended) == {"length": 1, "cancelled": 1}
         assert await there.do(num_computed) < STREAMING.num_buffered_tokens / 2
@@ -294,7 +300,7 @@ def test_being_cancelled_while_it_waits_cancels(behind):
 def test_leaving_at_once_leaves_nothing_behind(behind):
     async def body(bridge: GraphBridge, there: Behind) -> None:
         for number in range(20):
-            async with bridge.enter(entry(f"r{number}", max_tokens=4000)):
+            async with bridge.open_stream(asked(f"r{number}", max_tokens=4000)):
                 pass
         await there.do(idle)
 
@@ -303,7 +309,7 @@ def test_leaving_at_once_leaves_nothing_behind(behind):
 
 def test_what_is_not_read_is_bounded_and_its_request_ended(behind):
     async def body(bridge: GraphBridge, there: Behind) -> None:
-        async with bridge.enter(entry(max_tokens=4000)) as batches:
+        async with bridge.open_stream(asked(max_tokens=4000)) as batches:
             first = list(await anext(batches))
             assert await there.do(ended) == {"cancelled": 1}
             events = await rest(batches)
@@ -320,7 +326,7 @@ def test_what_is_not_read_is_bounded_and_its_request_ended(behind):
 def test_a_reader_that_is_late_but_within_the_limits_gets_all(behind):
     async def body(bridge: GraphBridge, there: Behind) -> None:
         num = STREAMING.num_buffered_tokens // 2
-        async with bridge.enter(entry(max_tokens=num)) as batches:
+        async with bridge.open_stream(asked(max_tokens=num)) as batches:
             first = list(await anext(batches))
             await there.do(idle)
             events = first + await rest(batches)
@@ -332,7 +338,7 @@ def test_a_reader_that_is_late_but_within_the_limits_gets_all(behind):
 
 def test_a_request_is_ended_from_outside(behind):
     async def body(bridge: GraphBridge, there: Behind) -> None:
-        async with bridge.enter(entry(max_tokens=8000)) as batches:
+        async with bridge.open_stream(asked(max_tokens=8000)) as batches:
             await anext(batches)
             assert await bridge.cancel("r")
             events = await rest(batches)
@@ -349,7 +355,7 @@ def test_many_at_once(behind):
         found: dict[str, int] = {}
 
         async def ask(name: str) -> None:
-            found[name] = num_tokens(await read(bridge, entry(name)))
+            found[name] = num_tokens(await read(bridge, asked(name)))
 
         async with anyio.create_task_group() as tasks:
             for number in range(60):
@@ -363,7 +369,7 @@ def test_many_at_once(behind):
 def test_what_no_session_takes_is_a_refusal(behind):
     async def body(bridge: GraphBridge, _: Behind) -> None:
         with pytest.raises(ApiError, match="empty") as caught:
-            await read(bridge, entry(prompt=()))
+            await read(bridge, asked(prompt=()))
         assert caught.value.status == 400
 
     behind(body)
@@ -371,7 +377,7 @@ def test_what_no_session_takes_is_a_refusal(behind):
 
 def test_a_session_that_closes_ends_its_readers(behind):
     async def body(bridge: GraphBridge, there: Behind) -> None:
-        async with bridge.enter(entry(max_tokens=8000)) as batches:
+        async with bridge.open_stream(asked(max_tokens=8000)) as batches:
             await anext(batches)
 
             async def close(session: Session) -> None:
@@ -388,10 +394,10 @@ def test_a_session_that_closes_ends_its_readers(behind):
 @pytest.mark.parametrize("behind", [in_one_loop, in_another_thread])
 def test_two_requests_of_one_name_are_not_let_in(behind):
     async def body(bridge: GraphBridge, _: Behind) -> None:
-        async with bridge.enter(entry(max_tokens=8000)) as batches:
+        async with bridge.open_stream(asked(max_tokens=8000)) as batches:
             await anext(batches)
             with pytest.raises(ApiError):
-                await read(bridge, entry())
+                await read(bridge, asked())
 
     behind(body, SLOW_S)
 
@@ -401,9 +407,9 @@ def test_over_a_link_they_are_two(behind):
     """The names are those of a gateway, of which there may be several; none sees another's."""
 
     async def body(bridge: GraphBridge, there: Behind) -> None:
-        async with bridge.enter(entry(max_tokens=4000)) as batches:
+        async with bridge.open_stream(asked(max_tokens=4000)) as batches:
             await anext(batches)
-            events = await read(bridge, entry(max_tokens=5))
+            events = await read(bridge, asked(max_tokens=5))
             assert num_tokens(events) == 5
         assert await there.do(ended) == {"length": 1, "cancelled": 1}
 

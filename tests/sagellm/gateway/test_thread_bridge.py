@@ -11,11 +11,11 @@ from anyio.from_thread import start_blocking_portal
 
 from sagellm import Graph, Sampling, ops
 from sagellm.gateway.api_errors import ApiError
-from sagellm.gateway.graph_bridge import GraphRequest
 from sagellm.gateway.settings import Streaming
 from sagellm.gateway.thread_bridge import ThreadBridge, open_thread_bridge
+from sagellm.runtime.messages import Request
 
-ENTRY = {"text": "a", "token_ids": (1,)}
+PROMPT = {"prompt": "a", "prompt_token_ids": (1,)}
 LONG = Sampling(max_tokens=100, ignore_eos=True)
 
 
@@ -52,12 +52,12 @@ class Portal:
         self._context.__exit__(*error)
 
 
-def entry(name: str, sampling: Sampling = LONG) -> GraphRequest:
-    return GraphRequest(request_id=name, sampling=sampling, **ENTRY)
+def asked(name: str, sampling: Sampling = LONG) -> Request:
+    return Request(request_id=name, sampling=sampling, **PROMPT)
 
 
 async def read(bridge: ThreadBridge, name: str) -> Sequence[Any]:
-    async with bridge.enter(entry(name)) as batches:
+    async with bridge.open_stream(asked(name)) as batches:
         return [event async for batch in batches for event in batch]
 
 
@@ -93,7 +93,7 @@ def test_no_thread_is_started_for_a_request():
 def test_closing_the_door_ends_its_readers():
     async def ask(portal: Portal) -> None:
         sampling = Sampling(max_tokens=8000, ignore_eos=True)
-        async with portal.bridge.enter(entry("r", sampling)) as batches:
+        async with portal.bridge.open_stream(asked("r", sampling)) as batches:
             await anext(batches)
             portal.close()
             with pytest.raises(ApiError) as caught:
@@ -131,7 +131,9 @@ def test_a_closed_door_takes_nothing():
 
 def test_a_loop_that_closes_in_the_middle_harms_nobody():
     async def ask(bridge: ThreadBridge) -> None:
-        await bridge.enter(entry("r", Sampling(max_tokens=8000, ignore_eos=True))).__aenter__()
+        await bridge.open_stream(
+            asked("r", Sampling(max_tokens=8000, ignore_eos=True))
+        ).__aenter__()
 
     with Portal() as portal:
         asyncio.run(ask(portal.bridge))  # and the reader is gone, without a word

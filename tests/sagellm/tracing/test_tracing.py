@@ -15,7 +15,7 @@ from opentelemetry.trace import SpanKind, StatusCode
 from trio.testing import MockClock
 
 from sagellm import Graph, Sampling
-from sagellm.gateway.graph_bridge import GraphRequest, SessionBridge
+from sagellm.gateway.graph_bridge import SessionBridge
 from sagellm.gateway.settings import Streaming
 from sagellm.runtime.messages import (
     Answer,
@@ -308,11 +308,12 @@ async def test_the_gateway_says_what_is_a_chat(autojump_clock: MockClock) -> Non
         session.observers.append(Tracer(traces.append, session.executor.now, model="m", sample=1.0))
         bridge = SessionBridge(session, Streaming())
         for operation in ("chat", "text_completion"):
-            entry = GraphRequest(
-                request_id=operation, text="a", token_ids=(1,), sampling=Sampling(max_tokens=1),
-                operation=operation, trace=PARENT,
+            request = Request(
+                request_id=operation, prompt="a", prompt_token_ids=(1,),
+                sampling=Sampling(max_tokens=1),
+                tags={"operation": operation, "traceparent": PARENT},
             )  # fmt: skip
-            async with bridge.enter(entry) as batches:
+            async with bridge.open_stream(request) as batches:
                 async for _ in batches:
                     pass
     assert [trace.root.name for trace in traces] == ["chat m", "text_completion m"]

@@ -7,9 +7,9 @@ import pytest
 from gateway_calls import Client, ScriptedBridge, event, gateway_before, last, playing, post
 
 from sagellm.gateway.answers.objects import ChatCompletion, Completion
-from sagellm.gateway.graph_bridge import GraphRequest
 from sagellm.gateway.http.endpoints import chat, completions
 from sagellm.runtime.engine.output_text import IncrementalDetokenizer
+from sagellm.runtime.messages import Request as GraphRequest
 from sagellm.runtime.models.tokenizer import ByteTokenizer
 
 COMPLETION = {"model": "m", "prompt": "hey"}
@@ -71,7 +71,7 @@ async def test_n_choices_have_their_indices(endpoint, body, stream):
         [event("b", choice=1)], [last("B", choice=1), event("a")], [last("A", choice=0)]
     )
     answered = await post(endpoint, bridge, {**body, "n": 2, "stream": stream})
-    assert bridge.entries[0].sampling.n == 2
+    assert bridge.requests[0].sampling.n == 2
     if stream:
         assert (answered.text(0), answered.text(1)) == ("aA", "bB")
     else:
@@ -97,10 +97,10 @@ async def test_a_choice_that_fails_ends_the_others():
     assert bridge.left == ["abc"]
 
 
-def echoing(entry: GraphRequest) -> Any:
+def echoing(request: GraphRequest) -> Any:
     """Each choice says its prompt and its number."""
-    numbers = range(entry.sampling.n)
-    first = [event(entry.text, choice=number) for number in numbers]
+    numbers = range(request.sampling.n)
+    first = [event(request.prompt, choice=number) for number in numbers]
     return [first, *[[last(str(number), choice=number)] for number in numbers]]
 
 
@@ -123,14 +123,14 @@ def test_several_prompts_have_indices_one_after_the_other(run, prompt):
 async def test_requests_of_one_call_have_ids_of_their_own():
     bridge = ScriptedBridge(echoing)
     await post(completions, bridge, {"prompt": ["x", "yy"]})
-    assert sorted(entry.request_id for entry in bridge.entries) == ["abc/0", "abc/1"]
+    assert sorted(request.request_id for request in bridge.requests) == ["abc/0", "abc/1"]
     assert sorted(bridge.left) == ["abc/0", "abc/1"]
 
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_one_refused_prompt_ends_the_others(run, stream):
-    def play(entry: GraphRequest) -> Any:
-        return [[last("", "refused", code="queue_full")]] if entry.text == "yy" else []
+    def play(request: GraphRequest) -> Any:
+        return [[last("", "refused", code="queue_full")]] if request.prompt == "yy" else []
 
     async def ask() -> Any:
         bridge = ScriptedBridge(play)

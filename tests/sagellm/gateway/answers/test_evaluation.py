@@ -91,7 +91,7 @@ async def test_an_echo_and_the_prompt_s_logprobs_each_show_as_many_as_asked():
     body = {**COMPLETION, "echo": True, "logprobs": 1, "prompt_logprobs": 3}
     opened = bridge()
     choice = (await post(completions, opened, body)).json["choices"][0]
-    assert opened.entries[0].sampling.prompt_logprobs == 3
+    assert opened.requests[0].sampling.prompt_logprobs == 3
     assert choice["prompt_logprobs"][1] == entry(101, 3)
     assert choice["logprobs"]["top_logprobs"][1:3] == [
         {"z": -0.1, "e": -1.0},
@@ -111,7 +111,7 @@ async def test_a_prompt_alone_is_echoed_and_scored(stream, reason):
     answered = await post(completions, opened, body)
     chunks = answered.events if stream else [answered.json]
     (choice,) = [choice for chunk in chunks for choice in chunk["choices"]]
-    assert opened.entries[0].sampling.max_tokens == 1
+    assert opened.requests[0].sampling.max_tokens == 1
     assert (choice["text"], choice["finish_reason"], choice["stop_reason"]) == (
         "hey",
         "length",
@@ -161,7 +161,7 @@ async def test_tokens_of_a_chat_by_their_ids(stream):
 async def test_bad_words_enter_as_tokens(endpoint, body):
     opened = bridge()
     await post(endpoint, opened, {**body, "bad_words": ["no", " yes"], "allowed_token_ids": [9, 8]})
-    sampling = opened.entries[0].sampling
+    sampling = opened.requests[0].sampling
     assert sampling.bad_words_token_ids == (tuple(b"no"), tuple(b"yes"))
     assert (sampling.bad_words, sampling.allowed_token_ids) == ((), (8, 9))
 

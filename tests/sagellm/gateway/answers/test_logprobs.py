@@ -70,7 +70,7 @@ async def test_echo_has_the_prompt_s_tokens_and_null_for_the_first(stream):
     body = {**COMPLETION, "echo": True, "max_tokens": 1, "stream": stream}
     answered = await post(completions, bridge, body)
     chunk = answered.events[0] if stream else answered.json
-    assert bridge.entries[0].sampling.prompt_logprobs == 1
+    assert bridge.requests[0].sampling.prompt_logprobs == 1
     assert chunk["choices"][0]["logprobs"] == {
         "tokens": ["h", "e", "y", "a"],
         "token_logprobs": [None, -1.0, -2.0, -0.5],

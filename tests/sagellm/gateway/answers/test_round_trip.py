@@ -16,8 +16,8 @@ from sagellm.gateway.answers.forms import ChatForm, CompletionForm
 from sagellm.gateway.answers.logprobs import TokenTexts
 from sagellm.gateway.answers.writer import AnswerSpec, AnswerWriter, UsageCounter
 from sagellm.gateway.api_errors import ApiError
-from sagellm.gateway.encoding import EncodedPrompt
 from sagellm.runtime.models.tokenizer import ByteTokenizer
+from sagellm.session.requests import Encoded
 
 HARD = ["\r", "\r\n\r\n", "\u2028", "\u2029\x85", "\x0b\x0c\x1c", "\N{GRINNING FACE}", "\x00", ""]
 HARD += ["data: [DONE]\n\n", ": keep-alive", "</script>", '"}]}', "\\u2028"]
@@ -49,9 +49,7 @@ def client(content: bytes, sizes: Sequence[int]) -> openai.OpenAI:
 
 
 def streamed(form: Any, pieces: Sequence[str]) -> bytes:
-    asked = AnswerSpec(
-        id="i", created=1, model="m", prompts=(EncodedPrompt("p", (1,)),), num_choices=1
-    )
+    asked = AnswerSpec(id="i", created=1, model="m", prompts=(Encoded("p", (1,)),), num_choices=1)
     reply = AnswerWriter(asked, form(asked, TokenTexts(ByteTokenizer())), UsageCounter())
     chunks = [reply.chunks([(0, event(piece))]) for piece in pieces]
     return KEEP_ALIVE.join([*chunks, reply.chunks([(0, last())]) + DONE])

@@ -272,7 +272,7 @@ def test_a_client_that_leaves_before_the_first_token_ends_its_request(run, endpo
         gateway = gateway_before(bridge)
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(client.call, endpoint, gateway)
-            while not bridge.entries:
+            while not bridge.requests:
                 await anyio.lowlevel.checkpoint()
             client.gone.set()
         return bridge, client.answered, gateway

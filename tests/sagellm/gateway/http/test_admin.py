@@ -17,7 +17,7 @@ async def cancelled(named: str, body: Any) -> Any:
     gateway = gateway_before(bridge)
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(Client(body).call, completions, gateway)
-        while not bridge.entries:
+        while not bridge.requests:
             await anyio.lowlevel.checkpoint()
         answered = await Client(id=named).call(cancel, gateway)
         tasks.cancel_scope.cancel()

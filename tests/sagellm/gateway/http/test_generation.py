@@ -11,64 +11,72 @@ from starlette.requests import ClientDisconnect, Request
 
 from sagellm.gateway.api_errors import ApiError
 from sagellm.gateway.budgets import Budgets
-from sagellm.gateway.encoding import EncodedPrompt
-from sagellm.gateway.graph_bridge import GraphRequest
 from sagellm.gateway.http.endpoints import chat, completions, detokenize, invocations, tokenize
 from sagellm.gateway.http.generation import samplings_of
 from sagellm.gateway.protocol.bodies import read_completion
 from sagellm.gateway.settings import Budget, RequestLimits, Settings
+from sagellm.runtime.messages import Request as GraphRequest
 from sagellm.runtime.models.tokenizer import ByteTokenizer
+from sagellm.session.requests import Encoded, Timing
 
 COMPLETION = {"model": "m", "prompt": "hey"}
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hey"}]}
 BOTH = pytest.mark.parametrize(("endpoint", "body"), [(completions, COMPLETION), (chat, CHAT)])
 
 
-async def entry_of(endpoint: Any, body: Any, **call: Any) -> GraphRequest:
+async def request_of(endpoint: Any, body: Any, **call: Any) -> GraphRequest:
     bridge = playing([last("a")])
     answered = await Client(body).call(endpoint, gateway_before(bridge), **call)
     assert answered.status == 200, answered.json
-    return bridge.entries[0]
+    return bridge.requests[0]
 
 
 @BOTH
 async def test_the_facts_of_the_call_go_with_it(endpoint, body):
-    entry = await entry_of(
+    request = await request_of(
         endpoint,
         {**body, "priority": 4, "slo_ttft_s": 2.0, "timeout_s": 9.0, "seed": 5},
         tenant="acme",
         traceparent="00-a-b-01",
     )
-    assert (entry.tenant, entry.trace, entry.model) == ("acme", "00-a-b-01", "m")
-    assert (entry.priority, entry.slo_ttft_s, entry.timeout_s) == (4, 2.0, 9.0)
-    assert entry.sampling.seed == 5
+    assert (request.user_id, request.model) == ("acme", "m")
+    assert request.tags["traceparent"] == "00-a-b-01"
+    assert (request.priority, request.slo_ttft_s) == (4, 2.0)
+    assert request.sampling.seed == 5
+
+
+@BOTH
+async def test_the_time_that_a_call_allows_goes_with_it(endpoint, body):
+    bridge = playing([last("a")])
+    await post(endpoint, bridge, {**body, "timeout_s": 9.0})
+    assert bridge.timings == [Timing(timeout_s=9.0)]
 
 
 @BOTH
 async def test_unsaid_the_priority_is_normal(endpoint, body):
-    assert (await entry_of(endpoint, body)).priority == 2
+    assert (await request_of(endpoint, body)).priority == 2
 
 
 async def test_a_text_prompt_enters_with_its_tokens():
-    entry = await entry_of(completions, COMPLETION)
-    assert (entry.text, entry.token_ids) == ("hey", tuple(b"hey"))
+    request = await request_of(completions, COMPLETION)
+    assert (request.prompt, request.prompt_token_ids) == ("hey", tuple(b"hey"))
 
 
 async def test_token_ids_enter_as_they_are():
-    entry = await entry_of(completions, {"prompt": [104, 255]})
-    assert (entry.text, entry.token_ids) == ("h\N{REPLACEMENT CHARACTER}", (104, 255))
+    request = await request_of(completions, {"prompt": [104, 255]})
+    assert (request.prompt, request.prompt_token_ids) == ("h\N{REPLACEMENT CHARACTER}", (104, 255))
 
 
 async def test_a_conversation_enters_as_the_template_writes_it():
-    entry = await entry_of(chat, CHAT)
-    assert (entry.text, entry.token_ids) == ("user: hey\n", tuple(b"user: hey\n"))
+    request = await request_of(chat, CHAT)
+    assert (request.prompt, request.prompt_token_ids) == ("user: hey\n", tuple(b"user: hey\n"))
 
 
 async def test_a_truncated_prompt_enters_with_the_text_that_is_left():
-    entry = await entry_of(completions, {**COMPLETION, "truncate_prompt_tokens": 2})
-    assert (entry.text, entry.token_ids) == ("ey", tuple(b"ey"))
-    entry = await entry_of(chat, {**CHAT, "truncate_prompt_tokens": 4})
-    assert (entry.text, entry.token_ids) == ("hey\n", tuple(b"hey\n"))
+    request = await request_of(completions, {**COMPLETION, "truncate_prompt_tokens": 2})
+    assert (request.prompt, request.prompt_token_ids) == ("ey", tuple(b"ey"))
+    request = await request_of(chat, {**CHAT, "truncate_prompt_tokens": 4})
+    assert (request.prompt, request.prompt_token_ids) == ("hey\n", tuple(b"hey\n"))
 
 
 @pytest.mark.parametrize("prompt", [[256], [[1], [256]]])
@@ -105,7 +113,7 @@ async def test_a_text_far_beyond_the_context_is_refused_by_its_beginning(endpoin
 
 async def test_a_long_text_that_is_truncated_is_read_to_its_end():
     asked = {"prompt": "x" * 500_000 + "end", "truncate_prompt_tokens": 3}
-    assert (await entry_of(completions, asked)).text == "end"
+    assert (await request_of(completions, asked)).prompt == "end"
 
 
 async def test_a_long_text_of_few_tokens_is_not_refused():
@@ -116,7 +124,7 @@ async def test_a_long_text_of_few_tokens_is_not_refused():
     bridge = playing([last("a")])
     answered = await post(completions, bridge, {"prompt": "x" * 20_000}, tokenizer=Words())
     assert answered.status == 200
-    assert len(bridge.entries[0].token_ids) == 20
+    assert len(bridge.requests[0].prompt_token_ids) == 20
 
 
 MANY = {
@@ -133,9 +141,11 @@ async def test_the_prompts_of_a_call_share_what_is_the_same_for_all(asked):
     bridge = playing([last("a")])
     body = {**MANY, "max_tokens": asked, "prompt": [*MANY["prompt"], "a" * 60]}
     await Client(body).call(completions, gateway_before(bridge))
-    assert len({id(entry.sampling.allowed_token_ids) for entry in bridge.entries}) == 1
-    assert bridge.entries[0].sampling.allowed_token_ids == (5, 9)
-    found = {len(entry.token_ids): entry.sampling.max_tokens for entry in bridge.entries}
+    assert len({id(request.sampling.allowed_token_ids) for request in bridge.requests}) == 1
+    assert bridge.requests[0].sampling.allowed_token_ids == (5, 9)
+    found = {
+        len(request.prompt_token_ids): request.sampling.max_tokens for request in bridge.requests
+    }
     assert found == {length: asked or (4 if length == 60 else 16) for length in (1, 2, 3, 4, 5, 60)}
 
 
@@ -144,7 +154,7 @@ async def test_others_have_their_turn_between_the_samplings_of_a_call():
         gateway_before(playing()),
         read_completion(json.dumps(MANY).encode(), RequestLimits()),
     )
-    prompts = [EncodedPrompt(text, tuple(text.encode())) for text in asked.prompts]
+    prompts = [Encoded(text, tuple(text.encode())) for text in asked.prompts]
     num_turns = 0
 
     async def count_turns() -> None:
@@ -175,7 +185,7 @@ async def test_prefixes_are_shared_inside_a_tenant_and_a_salt_only(endpoint, bod
 
     async def salt(tenant: str, **fields: Any) -> str:
         await Client({**body, **fields}).call(endpoint, gateway, tenant=tenant)
-        return gateway.bridge.entries[-1].salt
+        return gateway.bridge.requests[-1].salt
 
     plain = await salt("t")
     others = [await salt("u"), await salt("t", cache_salt="x"), await salt("tx")]
@@ -192,7 +202,9 @@ def test_salts_under_one_key_are_the_same_at_every_start():
 
 
 async def test_the_id_of_a_body_comes_first():
-    assert (await entry_of(completions, {**COMPLETION, "request_id": "mine"})).request_id == "mine"
+    assert (
+        await request_of(completions, {**COMPLETION, "request_id": "mine"})
+    ).request_id == "mine"
 
 
 async def test_a_call_whose_id_is_in_use_gets_another():
@@ -202,7 +214,7 @@ async def test_a_call_whose_id_is_in_use_gets_another():
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(first.call, completions, gateway)
         tasks.start_soon(second.call, completions, gateway)
-        while len(bridge.entries) < 2:
+        while len(bridge.requests) < 2:
             await anyio.lowlevel.checkpoint()
         more.set()
     ids = {client.answered.json["id"] for client in (first, second)}
@@ -218,12 +230,12 @@ async def test_a_tenant_over_its_budget_is_refused(endpoint, body, stream):
     gateway = gateway_before(bridge, budgets=Budgets(Budget(num_open=1)))
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(Client(body).call, endpoint, gateway)
-        while not bridge.entries:
+        while not bridge.requests:
             await anyio.lowlevel.checkpoint()
         answered = await Client({**body, "stream": stream}).call(endpoint, gateway)
         tasks.cancel_scope.cancel()
     assert answered.status == 429
-    assert len(bridge.entries) == 1
+    assert len(bridge.requests) == 1
     assert gateway.budgets.num_open("t") == 0
 
 
@@ -233,7 +245,7 @@ async def test_each_choice_of_each_prompt_counts_against_the_budget():
     async with anyio.create_task_group() as tasks:
         body = {"prompt": ["a", "b", "c"], "n": 2}
         tasks.start_soon(Client(body).call, completions, gateway)
-        while len(bridge.entries) < 3:
+        while len(bridge.requests) < 3:
             await anyio.lowlevel.checkpoint()
         assert gateway.budgets.num_open("t") == 6
         tasks.cancel_scope.cancel()
@@ -270,11 +282,11 @@ async def test_a_call_with_a_token_waits_no_longer(endpoint, body):
         tasks.start_soon(second.call, endpoint, gateway)
         await second.received(1)
         tasks.cancel_scope.cancel()
-    assert len(bridge.entries) == 2
+    assert len(bridge.requests) == 2
 
 
 async def test_an_overload_says_when_to_come_back():
-    def script(entry: GraphRequest) -> Any:
+    def script(request: GraphRequest) -> Any:
         return [[last("", "refused", code="queue_full", retry_after_s=2.5)]]
 
     bridge = playing()
@@ -283,8 +295,9 @@ async def test_an_overload_says_when_to_come_back():
 
     async def refused() -> Any:
         client = Client(COMPLETION)
+        response = await completions(gateway, Request(client.scope(), client.receive))
         with pytest.raises(ApiError) as caught:
-            await completions(gateway, Request(client.scope(), client.receive))
+            await response(client.scope(), client.receive, client.send)
         return caught.value
 
     error = await refused()

@@ -14,7 +14,7 @@ from gateway_session import ServedSession, served_session
 from trio.testing import MockClock
 
 from sagellm import Graph, ops
-from sagellm.gateway.api_errors import objective_of
+from sagellm.gateway.gateway import objective_of
 from sagellm.gateway.http.app import build_app
 from sagellm.gateway.metrics.meters import LoopLag, NoMeters
 from sagellm.graphs.ir import FrozenMap, Node
@@ -71,7 +71,7 @@ async def test_the_time_that_a_client_takes_to_send_its_body_is_its_own(
     """Else a client that holds its body back would arrive before those that came meanwhile."""
     bridge = playing([last("x")])
     await posted("/v1/completions", upload_s=3.0, bridge=bridge)
-    assert [entry.waited_s for entry in bridge.entries] == [0.0]
+    assert [timing.waited_s for timing in bridge.timings] == [0.0]
 
 
 @pytest.mark.parametrize(
