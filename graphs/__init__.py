@@ -1,1 +1,1 @@
-"""Floor 0, what a graph is: IR, vocabulary, checks, passes, text forms, model builders."""
+"""Floor 0: the IR, vocabulary, checks, passes, text forms and model builders of graphs."""

@@ -1,7 +1,4 @@
-"""Checks a stream graph before anything is loaded or started."""
-
-from collections.abc import Iterable, Iterator
-from itertools import chain
+"""Checks a stream graph before an engine loads; the table of all rules."""
 
 from sagellm.graphs.diagnostics import Diagnostic, locate
 from sagellm.graphs.ir import Graph
@@ -11,63 +8,65 @@ from sagellm.graphs.vocabulary import Vocabulary
 
 __all__ = ["EngineFactsView", "EngineKindView", "Facts", "check", "locate"]
 
-NAMES: tuple[Rule, ...] = (
-    structure.unique_nodes,
-    structure.known_ops,
-    structure.known_nodes,
-    structure.source_and_sink_directions,
-    structure.listed_outlets,
-    structure.known_outlets,
-    structure.known_inlets,
-)
-OPTIONS: tuple[Rule, ...] = (
-    option_types.operator_options,
-    option_types.engine_options,
-    option_types.executor_options,
-    option_types.known_engines,
-    option_types.used_engines,
-    option_types.known_functions,
-    deployment.model_options,
-    deployment.known_tasks,
-    deployment.unique_model_names,
-    deployment.capabilities,
-    deployment.memory,
-)
-WIRING: tuple[Rule, ...] = (
-    structure.source_and_sink,
-    structure.fed_inlets,
-    structure.led_outlets,
-    structure.single_edges,
-    structure.reachable,
-    structure.acyclic,
-)
-MEANING: tuple[Rule, ...] = (
-    deployment.routed_models,
-    deployment.models_with_engines,
-    dataflow.accepted_items,
-    dataflow.matching_engines,
-    dataflow.transferred_kv,
-    deployment.routed_replicas,
-)
+# The rules of each stage. `check` says which stage depends on which.
+RULES: dict[str, tuple[Rule, ...]] = {
+    "names": (
+        structure.unique_nodes,
+        structure.known_ops,
+        structure.known_nodes,
+        structure.source_and_sink_directions,
+        structure.listed_outlets,
+        structure.known_outlets,
+        structure.known_inlets,
+    ),
+    "options": (
+        option_types.operator_options,
+        option_types.engine_options,
+        option_types.executor_options,
+        option_types.known_engines,
+        option_types.used_engines,
+        option_types.known_functions,
+        deployment.model_options,
+        deployment.known_tasks,
+        deployment.unique_model_names,
+        deployment.capabilities,
+        deployment.memory,
+    ),
+    "wiring": (
+        structure.source_and_sink,
+        structure.fed_inlets,
+        structure.led_outlets,
+        structure.single_edges,
+        structure.reachable,
+        structure.acyclic,
+    ),
+    "meaning": (
+        deployment.routed_models,
+        deployment.models_with_engines,
+        dataflow.accepted_items,
+        dataflow.matching_engines,
+        dataflow.transferred_kv,
+        deployment.routed_replicas,
+    ),
+}
 
 
 def check(graph: Graph, vocabulary: Vocabulary, facts: Facts) -> tuple[Diagnostic, ...]:
-    """Every mistake in a stream graph; pure. `locate` adds the places in a text.
+    """Find every mistake in a stream graph. Pure; `locate` adds positions in a file.
 
-    One mistake gives one diagnostic: wiring is judged once all names are known, and what travels
-    along it once it is whole. Raises ValueError for a graph of another dialect.
+    One mistake gives one diagnostic. So wiring is checked only if all names are known, and its
+    meaning only if the wiring is complete. Raises ValueError for a kernel graph.
     """
     if graph.dialect != "stream":
         raise ValueError(f"a stream graph is checked here, not a {graph.dialect} graph")
     context = CheckContext(graph, vocabulary, facts)
-    misnamed = _apply(NAMES, context)
-    found = [*misnamed, *_apply(OPTIONS, context)]
+    misnamed = _apply("names", context)
+    found = [*misnamed, *_apply("options", context)]
     if not misnamed:
-        miswired = _apply(WIRING, context)
-        found += miswired or _apply(MEANING, context)
+        miswired = _apply("wiring", context)
+        found += miswired or _apply("meaning", context)
     return tuple(found)
 
 
-def _apply(rules: Iterable[Rule], context: CheckContext) -> list[Diagnostic]:
-    found: Iterator[Diagnostic] = chain.from_iterable(rule(context) for rule in rules)
-    return list(found)
+def _apply(stage: str, context: CheckContext) -> list[Diagnostic]:
+    return [found for rule in RULES[stage] for found in rule(context)]

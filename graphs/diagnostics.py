@@ -4,7 +4,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 Path = tuple[str | int, ...]  # ("operators", "split", "min_uncached_tokens") or ("edges", 2)
-VALUE = "value"  # (*path, VALUE) is where the value of a key stands; path itself is the key
+VALUE = "value"  # `path` is the place of a key, (*path, VALUE) the place of its value
+_MAX_CAUSE_CHARS = 500  # a cause may quote a value of config.json of any length
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +22,7 @@ class Position:
 
 @dataclass(frozen=True, slots=True)
 class Diagnostic:
-    """One mistake: where (path, and position once known), what, and how to fix it."""
+    """One mistake: its path in the graph, a message, a fix, and its position in a file."""
 
     code: str  # kebab-case, stable: "unknown-op"
     path: Path
@@ -36,7 +37,7 @@ class Diagnostic:
 
 
 class GraphError(ValueError):
-    """A graph that cannot be run: carries every diagnostic found."""
+    """A graph that cannot run. `diagnostics` has every mistake that was found."""
 
     def __init__(self, diagnostics: tuple[Diagnostic, ...]) -> None:
         self.diagnostics = diagnostics
@@ -46,16 +47,19 @@ class GraphError(ValueError):
 def locate(
     diagnostics: Iterable[Diagnostic], positions: Mapping[Path, Position]
 ) -> tuple[Diagnostic, ...]:
-    """The diagnostics with positions, in the order of the text; one that has its own keeps it."""
+    """Add positions to the diagnostics that have none, and sort them by position."""
     placed = [
         found if found.position else replace(found, position=position_of(found.path, positions))
         for found in diagnostics
     ]
-    return tuple(sorted(placed, key=_line_and_column))
+    return tuple(sorted(placed, key=_order))
 
 
 def position_of(path: Path, positions: Mapping[Path, Position]) -> Position | None:
-    """Where `path` stands, or what encloses it. An option of a command has no place."""
+    """The position of `path`, else of the nearest path that encloses it.
+
+    An option of the command line (`--option`) has no position.
+    """
     if path and str(path[0]).startswith("--"):
         return None
     for length in range(len(path), -1, -1):
@@ -64,29 +68,27 @@ def position_of(path: Path, positions: Mapping[Path, Position]) -> Position | No
     return None
 
 
-def _line_and_column(found: Diagnostic) -> tuple[int, int]:
+def _order(found: Diagnostic) -> tuple[int, int]:
     at = found.position
     return (at.line, at.column) if at else (0, 0)
 
 
 def truncated(text: str, longest: int = 44) -> str:
-    """The text, its end cut off where it is long."""
+    """Cut a text to at most `longest` characters."""
     return text if len(text) <= longest else text[: longest - 3] + "..."
 
 
-_MAX_CHARS = 500  # a value of a config.json has any length
-
-
 class UnsupportedModel(ValueError):
-    """A model configuration that is not built; says the cause, the config field, and a way out."""
+    """A model configuration that would not be computed right: cause, config field, and a fix."""
 
     def __init__(self, cause: str, *, field: str, fix: str, file: str = "config.json") -> None:
-        self.cause = cause if len(cause) <= _MAX_CHARS else f"{cause[:_MAX_CHARS]}..."
+        is_long = len(cause) > _MAX_CAUSE_CHARS
+        self.cause = f"{cause[:_MAX_CAUSE_CHARS]}..." if is_long else cause
         self.field = field
         self.fix = fix
         self.file = file
         super().__init__(f"{file}, {field}: {self.cause}; {fix}")
 
     def in_file(self, file: str) -> "UnsupportedModel":
-        """The same refusal, with the path of the config.json that it is about."""
+        """The same refusal for the config.json at the path `file`."""
         return UnsupportedModel(self.cause, field=self.field, fix=self.fix, file=file)

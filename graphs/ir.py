@@ -12,13 +12,13 @@ SINK = "sink"
 
 
 class FrozenMap(Mapping[str, "Value"]):
-    """A hashable mapping that keeps insertion order; equality ignores order."""
+    """A hashable mapping that keeps insertion order. Equality ignores the order."""
 
     __slots__ = ("_hash", "_items")
 
     def __init__(self, items: "Mapping[str, Value] | Iterable[tuple[str, Value]]" = ()) -> None:
         self._items: dict[str, Value] = dict(items)
-        self._hash: int | None = None
+        self._hash: int | None = None  # kept: computing it walks all values
 
     def __getitem__(self, key: str) -> "Value":
         return self._items[key]
@@ -42,7 +42,7 @@ Value: TypeAlias = "bool | int | float | str | tuple[Value, ...] | FrozenMap | N
 
 
 def freeze(value: object) -> Value:
-    """The immutable form of a JSON-like value. Raises TypeError for anything else."""
+    """Make a JSON-like value immutable. Raises TypeError for any other value."""
     if value is None or isinstance(value, bool | int | float | str | FrozenMap):
         return value
     if isinstance(value, Mapping):
@@ -53,7 +53,7 @@ def freeze(value: object) -> Value:
 
 
 def thaw(value: Value) -> object:
-    """The plain dict / list form of a frozen value."""
+    """Turn a frozen value back into dicts and lists."""
     if isinstance(value, FrozenMap):
         return {key: thaw(item) for key, item in value.items()}
     if isinstance(value, tuple):
@@ -63,7 +63,7 @@ def thaw(value: Value) -> object:
 
 @dataclass(frozen=True, slots=True)
 class TensorType:
-    """What a kernel edge carries: a shape (integers or symbolic names), a dtype."""
+    """The type of a kernel edge: a shape, of integers or symbolic names, and a dtype."""
 
     shape: tuple[int | str, ...]
     dtype: str
@@ -77,7 +77,7 @@ EdgeType: TypeAlias = TensorType | str  # a stream edge carries a named item typ
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """One operator or kernel: a name unique in its graph, an op of the vocabulary, options."""
+    """An operator or kernel. `name` is unique in the graph; `op` names a spec of the vocabulary."""
 
     name: str
     op: str
@@ -108,10 +108,10 @@ class Edge:
 
 @dataclass(frozen=True, slots=True)
 class Graph:
-    """Nodes, edges and attributes, nothing else. `source` and `sink` are ports, not nodes.
+    """Nodes, edges and attributes. `source` and `sink` are reserved ports, not nodes.
 
-    `dialect` is "stream" (operators) or "kernel" (kernels). A stream graph keeps its engines, its
-    table of models and its executor in `attrs` under those names.
+    `dialect` is "stream" (operators) or "kernel" (kernels). The `attrs` of a stream graph have the
+    entries `engines`, `models` and `executor`.
     """
 
     name: str
@@ -121,7 +121,7 @@ class Graph:
     attrs: FrozenMap = field(default_factory=FrozenMap)
 
     def node(self, name: str) -> Node:
-        """The node of that name. Raises KeyError."""
+        """Find a node. Raises KeyError for an unknown name."""
         for node in self.nodes:
             if node.name == name:
                 return node
@@ -138,7 +138,7 @@ class Graph:
 
     @property
     def models(self) -> FrozenMap:
-        """The table of models as it is written: key -> options. See `served.py`."""
+        """The table of models as written: key -> options. See `sections.py`."""
         models = self.attrs.get("models", FrozenMap())
         return models if isinstance(models, FrozenMap) else FrozenMap()
 
@@ -151,17 +151,18 @@ class Graph:
         )
 
     def topological(self) -> tuple[Node, ...]:
-        """Nodes so that every forward edge points right. Raises ValueError on a cycle."""
+        """Order the nodes so that forward edges point right. Raises ValueError on a cycle."""
         by_name = {node.name: node for node in self.nodes}
         successors: dict[str, list[str]] = {name: [] for name in by_name}
         num_unmet = dict.fromkeys(by_name, 0)
         for edge in self.edges:
+            # `source` and `sink` are no nodes, and the graph may be unchecked: skip unknown names.
             if not edge.feedback and edge.source in by_name and edge.target in by_name:
                 successors[edge.source].append(edge.target)
                 num_unmet[edge.target] += 1
         ready = [name for name in by_name if num_unmet[name] == 0]
         order: list[Node] = []
-        for name in ready:  # grows while it is walked
+        for name in ready:  # the loop appends to `ready`
             order.append(by_name[name])
             for target in successors[name]:
                 num_unmet[target] -= 1
@@ -174,13 +175,13 @@ class Graph:
 
     @property
     def hash(self) -> str:
-        """16 hex digits, stable across processes and machines; blind to order of options."""
+        """16 hex digits, equal on all machines. The order of options does not change them."""
         encoded = msgspec.json.encode(plain(self), order="sorted")
         return hashlib.blake2b(encoded, digest_size=8).hexdigest()
 
 
 def plain(graph: Graph) -> dict[str, object]:
-    """The graph as plain dicts and lists: the form that JSON and MessagePack hold."""
+    """Turn a graph into plain dicts and lists, the form of JSON and MessagePack."""
     return {
         "name": graph.name,
         "dialect": graph.dialect,
@@ -211,7 +212,10 @@ def _plain_edge(edge: Edge) -> dict[str, object]:
 
 
 def downstream(graph: Graph, start: str, avoiding: Iterable[str] = ()) -> set[str]:
-    """All that forward edges lead to from `start`, itself included, not through `avoiding`."""
+    """The names that forward edges reach from `start`, `start` included.
+
+    The walk does not enter nodes of `avoiding`.
+    """
     successors: dict[str, list[str]] = {}
     for edge in graph.edges:
         if not edge.feedback:

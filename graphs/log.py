@@ -1,6 +1,6 @@
-"""The log of every floor: events with fields, handed to the standard library's `logging`.
+"""The log of every floor: events with fields, sent to the standard library's `logging`.
 
-Nothing is shown until a program asks for it: by `sagellm.log("info")`, or by a handler of its own.
+A program sees nothing until it calls `sagellm.log("info")` or adds a handler.
 """
 
 import logging
@@ -17,7 +17,7 @@ logging.getLogger(ROOT).addHandler(logging.NullHandler())  # else warnings would
 
 
 class LogEvent:
-    """The message of a log record: what happened, and its fields. As text it is one line."""
+    """The message of a log record: the name of an event, and its fields. `str` gives one line."""
 
     __slots__ = ("fields", "name")
 
@@ -32,7 +32,7 @@ class LogEvent:
 def get_logger(name: str) -> BoundLogger:
     """A logger below "sagellm": `log.info("worker_up", worker="decode[0]")`.
 
-    It obeys the levels and handlers of `logging` alone, however structlog is configured.
+    Levels and handlers of `logging` apply; the configuration of structlog does not.
     """
     wrapped = structlog.wrap_logger(
         logging.getLogger(name),
@@ -47,6 +47,6 @@ def get_logger(name: str) -> BoundLogger:
 
 
 def _hand_over(_: object, __: str, line: EventDict) -> tuple[tuple[LogEvent], dict[str, Any]]:
-    """The arguments of a method of `logging.Logger`."""
+    """A structlog processor: the arguments for a method of `logging.Logger`."""
     error = line.pop("exc_info", None)
     return (LogEvent(line.pop("event"), line),), {"exc_info": error}

@@ -1,4 +1,9 @@
-"""Reads the sections `engines`, `models` and `executor` of a stream graph."""
+"""Reads the sections `engines`, `models` and `executor` of a stream graph.
+
+A model enters the graph at an outlet of an operator `route_model`; the outlet has the model's key.
+The engines of a model are downstream of that outlet. A graph without such an operator serves one
+model.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -6,51 +11,21 @@ from typing import Literal
 
 from sagellm.graphs.ir import FrozenMap, Graph, Value, downstream
 
-LOCAL = "local"  # the kind that computes, and the default
-MODELLED = "modelled"  # the kind of the device "null" and of the model "null"
+LOCAL = "local"  # the default kind of an engine, which computes
+MODELLED = "modelled"  # the kind for the device "null" and for the model "null"
 KIND = "kind"
-_DEVICE, _MODEL, _NULL = "device", "model", "null"
-
-
-def engine_kind(values: Value) -> str:
-    """The kind of an engine: its entry `kind`. Without one, the kind is `modelled` where the device
-    or the model is "null", which compute nothing, and `local` elsewhere.
-    """
-    given = _options(values)
-    if KIND in given:
-        return str(given[KIND])
-    return MODELLED if _is_null(given) else LOCAL
-
-
-def kind_options(values: Value) -> FrozenMap:
-    """The options that the engine's kind is given: without `kind`, and without the device from
-    which the kind `modelled` was derived.
-    """
-    given = _options(values)
-    dropped = {KIND} if KIND in given or not _is_null(given) else {_DEVICE}
-    return FrozenMap({name: value for name, value in given.items() if name not in dropped})
-
-
-def _is_null(given: FrozenMap) -> bool:
-    backend = str(given.get(_DEVICE)).partition(":")[0]
-    return _NULL in (backend, given.get(_MODEL))
-
-
-def _options(values: Value) -> FrozenMap:
-    return values if isinstance(values, FrozenMap) else FrozenMap()
-
-
 ROUTE_MODEL = "route_model"
 MODELS_OPTION = "models"  # the option of `route_model` that lists its outlets
+_DEVICE, _MODEL, _NULL = "device", "model", "null"
 
 
 @dataclass(frozen=True, slots=True)
 class ServedModelOptions:
-    """What the table of models says of one. The key of its entry is its outlet of `route_model`.
+    """The options of an entry in the table of models.
 
-    `name`: what clients call it, and answers and metrics name; the key unless given. `aliases`:
-    further names. `max_model_len`: the most tokens of a prompt and its answer together, where that
-    is less than its engines take. `tasks`: what it is asked for.
+    `name`: the model's name for clients, in answers and in metrics; the key of the entry unless
+    given. `aliases`: further names for clients. `max_model_len`: the limit of a prompt and its
+    answer in tokens, below the limit of the engines. `tasks`: the tasks that clients may request.
     """
 
     name: str | None = None
@@ -63,8 +38,8 @@ class ServedModelOptions:
 class ServedModel:
     """One model of a graph that `check` has passed.
 
-    `key` and `names` are empty for the only model of a graph that says nothing of it. `engines`:
-    those that compute for it, in the order of the graph. `max_model_len`: as the table has it.
+    `key` and `names` are empty for the model of a graph without a table of models. `engines`: the
+    engines that compute for the model, in the order of the graph. `max_model_len`: from the table.
     """
 
     key: str
@@ -73,65 +48,106 @@ class ServedModel:
     max_model_len: int | None = None
 
 
+def engine_kind(values: Value) -> str:
+    """The kind of an engine with the options `values`.
+
+    Without an entry `kind`, the kind is `modelled` for the device or the model "null", else
+    `local`.
+    """
+    options = _options(values)
+    if KIND in options:
+        return str(options[KIND])
+    return MODELLED if _is_null(options) else LOCAL
+
+
+def kind_options(values: Value) -> FrozenMap:
+    """The options for the engine's kind: without `kind`, and without a device "null" from which
+    the kind `modelled` followed.
+    """
+    options = _options(values)
+    dropped = {KIND} if KIND in options or not _is_null(options) else {_DEVICE}
+    return FrozenMap({name: value for name, value in options.items() if name not in dropped})
+
+
+def num_replicas(values: object) -> int:
+    """The number of replicas of an engine with the options `values`; 1 unless given."""
+    count = values.get("replicas", 1) if isinstance(values, FrozenMap) else 1
+    return count if isinstance(count, int) else 1
+
+
+def executor_kind(graph: Graph) -> str:
+    """The kind of the graph's executor; `tasks` unless given."""
+    executor = graph.attrs.get("executor")
+    kind = executor.get("kind", "tasks") if isinstance(executor, FrozenMap) else executor
+    return kind if isinstance(kind, str) else "tasks"
+
+
+def _is_null(options: FrozenMap) -> bool:
+    backend = str(options.get(_DEVICE)).partition(":")[0]
+    return _NULL in (backend, options.get(_MODEL))
+
+
+def _options(values: Value) -> FrozenMap:
+    return values if isinstance(values, FrozenMap) else FrozenMap()
+
+
 def served_models(graph: Graph) -> tuple[ServedModel, ...]:
-    """The models in the order of the table, else of the outlets; the first is the default."""
+    """The models in the order of the table, then of the outlets. The first is the default."""
     keys = tuple(dict.fromkeys((*graph.models, *model_outlets(graph))))
     if not keys:
         return (ServedModel("", (), tuple(graph.engines)),)
     return tuple(_served_model(graph, key) for key in keys)
 
 
+def _served_model(graph: Graph, key: str) -> ServedModel:
+    values = graph.models.get(key, FrozenMap())
+    limit = _options(values).get("max_model_len")
+    max_model_len = limit if isinstance(limit, int) else None
+    return ServedModel(key, model_names(key, values), model_engines(graph, key), max_model_len)
+
+
 def model_routers(graph: Graph) -> tuple[str, ...]:
-    """The operators that send each request to its model."""
+    """The operators `route_model` of a graph."""
     return tuple(node.name for node in graph.nodes if node.op == ROUTE_MODEL)
 
 
 def model_outlets(graph: Graph) -> tuple[str, ...]:
-    """The keys that lead from some `route_model`, each once."""
+    """The outlets of all operators `route_model`, each once. An outlet is the key of a model."""
     return tuple(
         dict.fromkeys(key for name in model_routers(graph) for key in router_outlets(graph, name))
     )
 
 
 def router_outlets(graph: Graph, router: str) -> tuple[str, ...]:
-    """The keys that lead from one `route_model`."""
+    """The outlets of one operator `route_model`."""
     keys = graph.node(router).attrs.get(MODELS_OPTION)
     return tuple(key for key in keys if isinstance(key, str)) if isinstance(keys, tuple) else ()
 
 
 def model_engines(graph: Graph, key: str) -> tuple[str, ...]:
-    """The engines downstream of a model's outlets; all, where nothing routes by model."""
+    """The engines downstream of a model's outlets; all engines without a `route_model`."""
     if not model_routers(graph):
         return tuple(graph.engines)
     nodes = _model_nodes(graph, key) & set(graph.names)
-    named = {graph.node(name).attrs.get("engine") for name in nodes}
-    return tuple(name for name in graph.engines if name in named)
+    used = {graph.node(name).attrs.get("engine") for name in nodes}
+    return tuple(name for name in graph.engines if name in used)
 
 
 def model_operators(graph: Graph, key: str) -> tuple[str, ...]:
-    """The operators that a request for a model may pass: all but those of other models alone."""
-    others = set[str]().union(*(_model_nodes(graph, name) for name in model_outlets(graph)))
-    return tuple(
-        name for name in graph.names if name in _model_nodes(graph, key) or name not in others
-    )
+    """The operators that a request for the model may pass.
+
+    Operators upstream of every `route_model` belong to all models.
+    """
+    routed = set[str]().union(*(_model_nodes(graph, name) for name in model_outlets(graph)))
+    own = _model_nodes(graph, key)
+    return tuple(name for name in graph.names if name in own or name not in routed)
 
 
-def model_names(key: str, options: Value) -> tuple[str, ...]:
-    """What clients may call a model, by its entry; the first is in answers."""
-    given = options if isinstance(options, FrozenMap) else FrozenMap()
-    name = given.get("name")
-    return tuple(dict.fromkeys(_texts(key if name is None else name, given.get("aliases"))))
-
-
-def _model_nodes(graph: Graph, key: str) -> set[str]:
-    """All that the outlets of a model lead to."""
-    entered = (
-        edge.target
-        for name in model_routers(graph)
-        for edge in graph.outputs(name, key)
-        if not edge.feedback
-    )
-    return set[str]().union(*(downstream(graph, target) for target in entered))
+def model_names(key: str, values: Value) -> tuple[str, ...]:
+    """The names that clients may use for a model. Answers have the first of them."""
+    options = _options(values)
+    name = options.get("name")
+    return tuple(dict.fromkeys(_texts(key if name is None else name, options.get("aliases"))))
 
 
 def _texts(name: Value, aliases: Value) -> Iterator[str]:
@@ -139,8 +155,12 @@ def _texts(name: Value, aliases: Value) -> Iterator[str]:
     return (each for each in (name, *listed) if isinstance(each, str))
 
 
-def _served_model(graph: Graph, key: str) -> ServedModel:
-    options = graph.models.get(key, FrozenMap())
-    limit = options.get("max_model_len") if isinstance(options, FrozenMap) else None
-    max_model_len = limit if isinstance(limit, int) else None
-    return ServedModel(key, model_names(key, options), model_engines(graph, key), max_model_len)
+def _model_nodes(graph: Graph, key: str) -> set[str]:
+    """The names that the outlets of a model reach."""
+    first = (
+        edge.target
+        for name in model_routers(graph)
+        for edge in graph.outputs(name, key)
+        if not edge.feedback
+    )
+    return set[str]().union(*(downstream(graph, target) for target in first))

@@ -1,33 +1,33 @@
-"""What ops a dialect knows: declared as data, so that a graph is checked without its code."""
+"""The ops of a dialect, declared as data: a graph is checked without the code of its ops."""
 
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, get_type_hints
 
-# What a stream edge carries. `any` accepts each of them; a port may name several with "|".
-REQUEST = "request"  # a prompt and how to answer it
-PREFILLED = "prefilled"  # a request, its first token and a lease on its KV blocks
-EVENT = "event"  # tokens of one request, or its end
+# Item types of stream edges. A port may name several with "|"; `any` accepts every type.
+REQUEST = "request"  # a prompt and its sampling options
+PREFILLED = "prefilled"  # a request, its first token and the lease on its KV blocks
+EVENT = "event"  # tokens of an answer, or its end
 ANSWER = "answer"  # the whole answer to one request
 ANY = "any"
 
-SIGNALS = frozenset({"cancel", "expire", "forget"})  # what overtakes items
+SIGNALS = frozenset({"cancel", "expire", "forget"})  # they overtake items
 
-# What an engine may be able to do: its kind declares it, an operator or a request needs it.
-TOKENS_IN = "tokens_in"  # takes a prompt as token ids of its model
-TEXT_IN = "text_in"  # takes a prompt as text, or as messages
-TOKENS_OUT = "tokens_out"  # its events have token ids
-TEXT_OUT = "text_out"  # its events have text
-KV_TRANSFER = "kv_transfer"  # exports KV blocks to, and imports them from, another engine
-RESUME = "resume"  # goes on with a sequence of which tokens were emitted elsewhere
-LOGPROBS = "logprobs"  # gives log probabilities of sampled tokens and of a prompt's tokens
+# Capabilities of engines: a kind of engine declares them, operators and requests need them.
+TOKENS_IN = "tokens_in"  # prompts are token ids of its model
+TEXT_IN = "text_in"  # prompts are text, or messages
+TOKENS_OUT = "tokens_out"  # events have token ids
+TEXT_OUT = "text_out"  # events have text
+KV_TRANSFER = "kv_transfer"  # exports and imports KV blocks
+RESUME = "resume"  # continues a sequence that another engine began
+LOGPROBS = "logprobs"  # of sampled tokens and of the tokens of a prompt
 CAPABILITIES = (TOKENS_IN, TEXT_IN, TOKENS_OUT, TEXT_OUT, KV_TRANSFER, RESUME, LOGPROBS)
 
 
 @dataclass(frozen=True, slots=True)
 class Port:
-    """An inlet or outlet. `carries` names item types joined by `|`; `same` = the first inlet's."""
+    """An inlet or outlet. `carries`: item types joined by `|`; `same` is the first inlet's type."""
 
     name: str
     carries: str = ANY
@@ -35,13 +35,13 @@ class Port:
 
 @dataclass(frozen=True, slots=True)
 class ListedPorts:
-    """Ports that an option of the op lists by name; all of them carry the same."""
+    """Ports whose names an option of the op lists. All of them carry the same item types."""
 
     option: str
     carries: str = ANY
 
     def ports(self, given: Mapping[str, object]) -> tuple[Port, ...]:
-        """Those of an op with these options, each name once; none where the option lists none."""
+        """The listed ports of an op with the options `given`, each name once."""
         names = given.get(self.option)
         listed = names if isinstance(names, tuple | list) else ()
         texts = dict.fromkeys(name for name in listed if isinstance(name, str))
@@ -57,13 +57,14 @@ class NoOptions:
 class OpSpec:
     """One op: its ports, the frozen dataclass of its options, and its role.
 
-    `role` is "logic" (pure), "service" (owns something outside) or "kernel". `engine` says that
-    the op refers to an engine by the option `engine`; `needs` are the capabilities that this engine
-    must have, where "a|b" stands for either of two.
-    `subscribes`: the kinds of feedback, and "topology", that it is given. `signals`: the kinds of
-    signal that it is given; an operator that holds nothing of a request needs none. `queues`:
-    requests wait in it, and a request whose engine was lost comes back to it. `drops_tokens`: it
-    may leave tokens of an answer out. `listed_outlets`: further outlets, which an option names.
+    `role` is "logic" (pure), "service" (owns an engine, a socket, a file) or "kernel". `engine`:
+    the op names an engine by its option `engine`. `needs`: the capabilities that the engine must
+    have; "a|b" is met by either of two.
+    `subscribes`: the kinds of feedback, and "topology", that the operator receives. `signals`: the
+    kinds of signal that it receives; an operator without state of a request needs none. `queues`:
+    requests wait in the operator, and a request returns to it after its engine was lost.
+    `drops_tokens`: the operator may leave out tokens of an answer. `listed_outlets`: further
+    outlets, which an option names.
     """
 
     name: str
@@ -80,7 +81,7 @@ class OpSpec:
     listed_outlets: ListedPorts | None = None
 
     def with_options(self, given: Mapping[str, object]) -> "OpSpec":
-        """The spec of one operator with these options: its `outlets` are all that it has."""
+        """The spec of one operator: `outlets` includes the outlets that its options list."""
         if self.listed_outlets is None:
             return self
         listed = self.listed_outlets.ports(given)
@@ -102,7 +103,7 @@ class OpSpec:
 
 
 def unmet_needs(needs: Iterable[str], offered: frozenset[str]) -> tuple[str, ...]:
-    """The needs that are not met, in order of the alphabet; "a|b" is met by either."""
+    """The needs that `offered` does not meet, sorted. Either capability of "a|b" meets the need."""
     return tuple(sorted(need for need in needs if not offered.intersection(need.split("|"))))
 
 
@@ -123,6 +124,6 @@ class Vocabulary(Mapping[str, OpSpec]):
 
 
 def nearest(name: str, known: "Mapping[str, object] | tuple[str, ...] | list[str]") -> str | None:
-    """The known name most like `name`, if any is close enough to be a slip of the hand."""
+    """The known name most like `name`; None where no name is close enough for a typing error."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return close[0] if close else None

@@ -19,6 +19,7 @@ _NAMES = {
     "function": "sagellm.extensions",
     "register_engine_kind": "sagellm.extensions",
     "register_function": "sagellm.extensions",
+    "register_model_family": "sagellm.graphs.models",
     "register_operator": "sagellm.extensions",
     "register_policy": "sagellm.extensions",
     "register_strategy": "sagellm.extensions",

@@ -1,6 +1,6 @@
-"""A model family whose layers keep all, a window, or a recurrent state of what they have seen.
+"""A model family with layers of full attention, of a window, and of a recurrent state.
 
-It is registered as a family of the package would be; a whole pass in plain torch is its reference.
+A whole pass in plain torch is the reference.
 """
 
 import json
@@ -108,7 +108,7 @@ def registered() -> Iterator[None]:
 
 
 def make_hybrid(folder: Path, mixers: Sequence[str] = LAYERS) -> Path:
-    """Write a random model of those layers."""
+    """Write a folder with a random model of the given layers."""
     config = {**CONFIG, "mixers": list(mixers), "num_hidden_layers": len(mixers)}
     draw = torch.Generator().manual_seed(3)
     weights = {
@@ -131,7 +131,7 @@ def make_hybrid(folder: Path, mixers: Sequence[str] = LAYERS) -> Path:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Products of a few rows are faster so, above all on a busy machine."""
+    """Compute with one thread: faster for products of a few rows, most of all on a busy machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -140,8 +140,9 @@ def one_thread() -> Iterator[None]:
 
 @torch.inference_mode()
 def greedy(folder: Path, prompt: Sequence[int], answer: Sequence[int]) -> list[int]:
-    """The likeliest token at each position of an answer, from one pass over all of it: the answer
-    itself, where it is the greedy one.
+    """The most probable token at each position of an answer, from one pass over the answer.
+
+    The result equals `answer` if `answer` is greedy.
     """
     weights = load_file(folder / "model.safetensors")
     mixers = json.loads((folder / "config.json").read_text())["mixers"]
@@ -174,7 +175,7 @@ def _recurrent(here: Mapping[str, torch.Tensor], normed: torch.Tensor, _: str) -
     gates = F.logsigmoid(normed @ here["linear_attn.gate_proj"].T).cumsum(0).T
     kept = (
         (gates[:, :, None] - gates[:, None]).tril().exp().tril()
-    )  # what of a token is left at one
+    )  # the share of token s in the state at token t
     scores = torch.einsum("thd,shd->hts", q * DIM**-0.5, k) * kept
     out = torch.einsum("hts,shd->thd", scores, v)
     return out.flatten(1) @ here["linear_attn.o_proj"].T

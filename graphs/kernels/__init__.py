@@ -1,4 +1,4 @@
-"""The kernel dialect: its vocabulary, the rules that every graph obeys, and type inference."""
+"""The kernel dialect: kernels, rules, type inference, and the memory of a kernel graph."""
 
 from sagellm.graphs.kernels.dialect import (
     KERNEL_VOCABULARY,

@@ -3,63 +3,23 @@
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from typing import TypeAlias
 
 import msgspec
 
 from sagellm.graphs.diagnostics import Diagnostic, GraphError
 from sagellm.graphs.ir import SINK, SOURCE, Edge, EdgeType, Graph, Node, TensorType
 from sagellm.graphs.kernels.kernel import KV, Kernel, ShapeError, Types
-from sagellm.graphs.kernels.rowwise import (
-    ADD,
-    ADD_RMS_NORM,
-    EMBEDDING,
-    GATE_UP_LINEAR,
-    GATED_LINEAR,
-    LINEAR,
-    MUL,
-    QKV_LINEAR,
-    RMS_NORM,
-    SELECT_ROWS,
-    SILU,
-    SILU_MUL,
-)
-from sagellm.graphs.kernels.token_mixers import (
-    KV_WRITE,
-    LINEAR_ATTENTION,
-    PAGED_ATTENTION,
-    ROPE,
-    ROPE_KV_WRITE,
-)
+from sagellm.graphs.kernels.rowwise import ROWWISE
+from sagellm.graphs.kernels.token_mixers import TOKEN_MIXERS
 from sagellm.graphs.vocabulary import Vocabulary, nearest
 
-KERNELS: dict[str, Kernel] = {
-    kernel.spec.name: kernel
-    for kernel in (
-        EMBEDDING,
-        RMS_NORM,
-        LINEAR,
-        ROPE,
-        KV_WRITE,
-        PAGED_ATTENTION,
-        SILU,
-        MUL,
-        ADD,
-        SELECT_ROWS,
-        QKV_LINEAR,
-        GATE_UP_LINEAR,
-        GATED_LINEAR,
-        ADD_RMS_NORM,
-        SILU_MUL,
-        ROPE_KV_WRITE,
-        LINEAR_ATTENTION,
-    )
-}
-
+KERNELS: dict[str, Kernel] = {kernel.spec.name: kernel for kernel in (*ROWWISE, *TOKEN_MIXERS)}
 KERNEL_VOCABULARY = Vocabulary({name: kernel.spec for name, kernel in KERNELS.items()})
 
-# T new tokens, B sequences, M blocks of the longest, R rows of logits, N blocks of a snapshot of
-# recurrent states. Where a model has several block tables, `slots` and `block_tables` have those of
-# all sequences for the first table, then for the second, and so on.
+# The inputs of a step. T: new tokens; B: sequences; M: blocks of the longest sequence; R: rows of
+# logits; N: blocks of a snapshot of recurrent states. For a model with several block tables,
+# `slots` and `block_tables` list all sequences for the first table, then for the second, ...
 STEP_INPUTS: dict[str, EdgeType] = {
     "token_ids": TensorType(("T",), "int64"),
     "positions": TensorType(("T",), "int64"),
@@ -68,19 +28,14 @@ STEP_INPUTS: dict[str, EdgeType] = {
     "context_lens": TensorType(("B",), "int64"),
     "block_tables": TensorType(("B", "M"), "int32"),
     "logit_rows": TensorType(("R",), "int64"),
-    "states": TensorType((2, "B", "N"), "int32"),  # read before the step, and written by it
+    "states": TensorType(
+        (2, "B", "N"), "int32"
+    ),  # [0]: blocks that the step reads; [1]: blocks that it writes
     "kv": KV,
 }
 STEP_OUTPUTS = ("logits", "kv")
 
-
-KernelRule = Callable[[Graph], Iterator[Diagnostic]]
-
-
-def verify(graph: Graph) -> tuple[Diagnostic, ...]:
-    """Every breach of a rule. Rules after the first table assume that ops and ports are known."""
-    known = tuple(found for rule in NAME_RULES for found in rule(graph))
-    return known or tuple(found for rule in WIRING_RULES for found in rule(graph))
+KernelRule: TypeAlias = Callable[[Graph], Iterator[Diagnostic]]
 
 
 def known_kernels(graph: Graph) -> Iterator[Diagnostic]:
@@ -134,7 +89,7 @@ def outlets_used(graph: Graph) -> Iterator[Diagnostic]:
 
 
 def states_linear(graph: Graph) -> Iterator[Diagnostic]:
-    """A state has one user at a time: that is what orders writes and reads."""
+    """A state has one user at a time: this orders the writes to the pool and the reads from it."""
     used = Counter(edge.source for edge in graph.edges if edge.outlet == KV)
     for name, count in used.items():
         if count > 1:
@@ -148,10 +103,18 @@ NAME_RULES: tuple[KernelRule, ...] = (known_kernels, unique_names, known_options
 WIRING_RULES: tuple[KernelRule, ...] = (acyclic, fed_once, outlets_used, states_linear)
 
 
+def verify(graph: Graph) -> tuple[Diagnostic, ...]:
+    """Find every breach of a rule. The rules on wiring assume that ops and ports are known."""
+    known = tuple(found for rule in NAME_RULES for found in rule(graph))
+    return known or tuple(found for rule in WIRING_RULES for found in rule(graph))
+
+
 def _port_breaches(
     graph: Graph, edge: Edge, name: str, port: str, ports: Mapping[str, tuple[str, ...]]
 ) -> Iterator[Diagnostic]:
-    """Nodes of an unknown kernel have been reported, and their ports are anyone's guess."""
+    """Report a port that a node lacks. Nodes of an unknown kernel are skipped: their ports are
+    unknown, and `known_kernels` reports them.
+    """
     if name in graph.names and name not in ports:
         return
     known = ports.get(name, ())
@@ -194,9 +157,10 @@ def _known_nodes(graph: Graph) -> Iterator[Node]:
 
 
 def infer(graph: Graph) -> Graph:
-    """The same graph with the type of every edge filled in.
+    """Fill in the type of every edge.
 
-    Raises GraphError: what `verify` finds, or the first node whose inlets do not fit it.
+    Raises GraphError with the breaches that `verify` finds, or with the first node that cannot take
+    the types of its inlets.
     """
     found = verify(graph)
     if found:
@@ -210,7 +174,7 @@ def infer(graph: Graph) -> Graph:
 
 
 def logits_type(graph: Graph) -> EdgeType | None:
-    """The type of the graph's logits, once inferred."""
+    """The type of the logits; None before `infer`."""
     return next((edge.type for edge in graph.inputs(SINK) if edge.inlet == "logits"), None)
 
 

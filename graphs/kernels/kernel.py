@@ -1,4 +1,4 @@
-"""What a kernel declares: its ports and options, and how output types follow from input types."""
+"""The declaration of a kernel: ports, options, and the types of its outlets."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,41 +10,41 @@ from sagellm.graphs.ir import EdgeType, Node, TensorType, thaw
 from sagellm.graphs.vocabulary import OpSpec, Port
 
 TENSOR = "tensor"
-KV = "kv"  # the key / value pool as a state: it threads through every kernel that touches it
+KV = "kv"  # the KV pool as a state: an edge from kernel to kernel, in the order of their access
 
 Types: TypeAlias = dict[str, EdgeType]
 Infer: TypeAlias = Callable[[Any, Mapping[str, TensorType]], dict[str, TensorType]]
 
 
 class ShapeError(ValueError):
-    """Input types that a kernel cannot take; the message names the inlet."""
+    """A kernel cannot take the types of its inlets. The message names the inlet."""
 
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """One kernel: its OpSpec (options type included) and its type rule.
+    """One kernel: its OpSpec, with the type of its options, and its type rule.
 
-    `infer(options, inlets)` maps the types of the tensor inlets to those of the tensor outlets
-    and raises ShapeError. State ports are no concern of it.
+    `infer(options, inlets)` maps the types of tensor inlets to the types of tensor outlets, and
+    raises ShapeError. Types of state ports are left out.
     """
 
     spec: OpSpec
     infer: Infer
 
     def outlet_types(self, node: Node, inlets: Types) -> Types:
-        """The type of each outlet of `node`; a state passes through unchanged."""
+        """The type of each outlet of `node`. A state passes through unchanged."""
         tensors = {name: kind for name, kind in inlets.items() if isinstance(kind, TensorType)}
         found: Types = dict(self.infer(self.options(node), tensors))
         return found | {port.name: KV for port in self.spec.outlets if port.carries == KV}
 
     def options(self, node: Node) -> Any:
-        """The node's attributes as the kernel's option type. Raises msgspec.ValidationError."""
+        """Convert the attributes of a node to options. Raises msgspec.ValidationError."""
         plain = {key: thaw(value) for key, value in node.attrs.items()}
         return msgspec.convert(plain, self.spec.options)
 
 
 def kernel(name: str, inlets: str, outlets: str, options: type, infer: Infer) -> Kernel:
-    """Declare a kernel. Ports are names separated by blanks; the port `kv` carries the state."""
+    """Declare a kernel. `inlets` and `outlets`: names separated by blanks; `kv` is the state."""
     spec = OpSpec(name, _ports(inlets), _ports(outlets), options, role="kernel")
     return Kernel(spec, infer)
 
@@ -60,7 +60,7 @@ def expect_last(kind: TensorType, size: int, what: str) -> None:
 
 
 def expect_same(kinds: Mapping[str, TensorType]) -> TensorType:
-    """The one type that all of `kinds` have. Raises ShapeError."""
+    """The common type of `kinds`. Raises ShapeError where two types differ."""
     first = next(iter(kinds.values()))
     if any(kind != first for kind in kinds.values()):
         shown = ", ".join(f"{name} {kind}" for name, kind in kinds.items())

@@ -1,7 +1,7 @@
-"""The memory that a kernel graph needs: weights, KV groups, and blocks of a pool."""
+"""The memory that a kernel graph needs: weights, KV groups, and blocks of a KV pool."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, TypeAlias
 
@@ -9,19 +9,25 @@ from sagellm.graphs.ir import Graph, Value
 from sagellm.graphs.kernels.dialect import KERNELS
 from sagellm.graphs.kernels.token_mixers import LinearAttention, PagedAttention
 
-Shape = tuple[int, ...]
+Shape: TypeAlias = tuple[int, ...]
+GroupKind: TypeAlias = Literal["full", "window", "state"]
+_ORDER: tuple[GroupKind, ...] = ("full", "window", "state")
+_WASTE_SHARE = 8  # one of so many layers in the pool's blocks may stay empty
 
 
 def weight_shapes(graph: Graph) -> dict[str, Shape]:
-    """Shape by tensor name, of an unfused kernel graph, in the order of its nodes."""
+    """The shapes of the weights by tensor name, in the order of the nodes.
+
+    The graph must be unfused: fused kernels name several weights.
+    """
     found: dict[str, Shape] = {}
     for node in graph.nodes:
-        found |= _READS.get(node.op, _no_weights)(node.attrs)
+        found |= _SHAPES_OF.get(node.op, _no_weights)(node.attrs)
     return found
 
 
 def linear_weights(graph: Graph) -> frozenset[str]:
-    """The weights of the graph's linears: those that a folder may store quantised."""
+    """The names of the weights of linears, which a model folder may store quantised."""
     return frozenset(str(node.attrs["weight"]) for node in graph.nodes if node.op == "linear")
 
 
@@ -50,23 +56,19 @@ def _whole(value: Value) -> int:
     return value
 
 
-_READS: dict[str, Callable[[Mapping[str, Value]], dict[str, Shape]]] = {
+_SHAPES_OF: dict[str, Callable[[Mapping[str, Value]], dict[str, Shape]]] = {
     "embedding": _embedding,
     "linear": _linear,
     "rms_norm": _norm,
 }
 
 
-GroupKind: TypeAlias = Literal["full", "window", "state"]
-_ORDER: tuple[GroupKind, ...] = ("full", "window", "state")
-
-
 @dataclass(frozen=True, slots=True)
 class KVGroup:
-    """Layers that remember alike.
+    """Layers that keep the same kind of memory between steps.
 
-    `full`: the keys and values of all tokens. `window`: those of the last `window` tokens. `state`:
-    a recurrent state of `state_bytes` a layer, whatever the length of the sequence.
+    `full`: keys and values of all tokens. `window`: keys and values of the last `window` tokens.
+    `state`: a recurrent state of `state_bytes` a layer, for a sequence of any length.
     """
 
     kind: GroupKind
@@ -82,14 +84,14 @@ class KVGroup:
 def kv_groups(graph: Graph) -> tuple[KVGroup, ...]:
     """The groups of a kernel graph, fused or not: full attention first, states last.
 
-    A layer whose keys and values several kernels read is kept for the one that sees farthest.
+    Several kernels may read the keys and values of one layer: the widest window counts.
     """
     found: dict[int, KVGroup] = {}
     for node in graph.nodes:
         if node.op in ("paged_attention", "linear_attention"):
-            one = _group(KERNELS[node.op].options(node))
-            (layer,) = one.layers
-            found[layer] = max(found.get(layer, one), one, key=_window_len)
+            group = _group(KERNELS[node.op].options(node))
+            (layer,) = group.layers
+            found[layer] = max(found.get(layer, group), group, key=_window_len)
     return _merged(found)
 
 
@@ -106,12 +108,9 @@ def _window_len(group: KVGroup) -> float:
 
 def _merged(by_layer: dict[int, KVGroup]) -> tuple[KVGroup, ...]:
     layers: dict[KVGroup, list[int]] = {}
-    for layer, one in sorted(by_layer.items()):
-        layers.setdefault(KVGroup(one.kind, (), one.window, one.state_bytes), []).append(layer)
-    groups = [
-        KVGroup(alike.kind, tuple(numbers), alike.window, alike.state_bytes)
-        for alike, numbers in layers.items()
-    ]
+    for layer, group in sorted(by_layer.items()):
+        layers.setdefault(replace(group, layers=()), []).append(layer)
+    groups = [replace(group, layers=tuple(numbers)) for group, numbers in layers.items()]
     return tuple(sorted(groups, key=_rank))
 
 
@@ -119,16 +118,14 @@ def _rank(group: KVGroup) -> tuple[int, int, int]:
     return _ORDER.index(group.kind), group.window or 0, group.state_bytes
 
 
-_MOST_WASTE = 8  # of that many layers in the pool's blocks, one may be empty
-
-
 @dataclass(frozen=True)
 class KVBlocks:
-    """All groups share one pool of equal blocks, after vLLM's hybrid KV cache manager.
+    """The layout of all groups in one pool of equal blocks, after vLLM's hybrid KV cache manager.
 
-    A block holds `block_layers` layers of `block_size` tokens, or a part of their states. A group
-    with more layers takes several blocks for the same tokens: one for each of its *tables*. So what
-    one group frees, another can use, and a transfer moves blocks without knowing what is in them.
+    A block holds `block_layers` layers of `block_size` tokens, or a part of the states of so many
+    layers. A group with more layers has several block *tables*, and takes a block in each of them
+    for the same tokens. Equal blocks let one group use the blocks that another group frees, and let
+    a transfer move blocks without knowledge of their content.
     `itemsize`: bytes of a number in a key or value.
     """
 
@@ -140,17 +137,17 @@ class KVBlocks:
 
     @cached_property
     def block_layers(self) -> int:
-        """The most layers a block at which next to none of them are empty."""
+        """The largest number of layers in a block at which few of them stay empty."""
         counts = [len(group.layers) for group in self.groups]
         total = sum(counts)
         for width in range(min(counts), 1, -1):
-            if sum(-(-count // width) * width for count in counts) <= total + total // _MOST_WASTE:
+            if sum(-(-count // width) * width for count in counts) <= total + total // _WASTE_SHARE:
                 return width
         return 1
 
     @property
     def layer_bytes(self) -> int:
-        """Of one layer of a block: keys and values."""
+        """Bytes of the keys and values of one layer in a block."""
         return 2 * self.num_kv_heads * self.block_size * self.head_dim * self.itemsize
 
     @property
@@ -159,7 +156,7 @@ class KVBlocks:
 
     @property
     def token_groups(self) -> tuple[KVGroup, ...]:
-        """The groups that keep something of each token."""
+        """The groups that keep keys and values of tokens."""
         return tuple(group for group in self.groups if group.kind != "state")
 
     def num_tables(self, group: KVGroup) -> int:
@@ -167,24 +164,24 @@ class KVBlocks:
 
     @property
     def num_state_blocks(self) -> int:
-        """Of one snapshot: the states of all layers of one sequence."""
+        """Blocks of a snapshot, which has the states of all layers of one sequence."""
         return sum(map(self._snapshot_blocks, self.groups))
 
     def row(self, layer: int) -> int:
-        """The layer of its blocks in which a layer of the model lies."""
+        """The layer within a block that holds the layer `layer` of the model."""
         return self._index(layer)[1] % self.block_layers
 
     def table(self, layer: int) -> int:
-        """The block table of a layer that attends. Tables are counted group by group."""
+        """The block table of an attention layer. Tables are numbered group by group."""
         group, index = self._index(layer)
         tables = [self.num_tables(other) for other in self.token_groups]
         return sum(tables[: self.groups.index(group)]) + index // self.block_layers
 
     def state_blocks(self, layer: int) -> range:
-        """Which blocks of a snapshot hold the state of a layer, a part in each."""
+        """The blocks of a snapshot that hold the state of a layer, a part in each."""
         group, index = self._index(layer)
         before = self.groups[: self.groups.index(group)]
-        count = self._parts(group)
+        count = self._layer_blocks(group)
         first = sum(map(self._snapshot_blocks, before)) + index // self.block_layers * count
         return range(first, first + count)
 
@@ -194,9 +191,9 @@ class KVBlocks:
                 return group, group.layers.index(layer)
         raise KeyError(f"layer {layer} keeps nothing between steps")
 
-    def _parts(self, group: KVGroup) -> int:
-        """Blocks over which the state of one layer is spread."""
+    def _layer_blocks(self, group: KVGroup) -> int:
+        """The number of blocks over which the state of one layer is spread."""
         return -(-group.state_bytes // self.layer_bytes)
 
     def _snapshot_blocks(self, group: KVGroup) -> int:
-        return self.num_tables(group) * self._parts(group)
+        return self.num_tables(group) * self._layer_blocks(group)

@@ -4,13 +4,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from sagellm.graphs.ir import TensorType
-from sagellm.graphs.kernels.kernel import Infer, ShapeError, expect_last, expect_same, kernel
+from sagellm.graphs.kernels.kernel import (
+    Infer,
+    Kernel,
+    ShapeError,
+    expect_last,
+    expect_same,
+    kernel,
+)
 from sagellm.graphs.vocabulary import NoOptions
 
 
 @dataclass(frozen=True, slots=True)
 class Embedding:
-    """`weight` [vocab_size, size], as stored; `dtype` is that of the result."""
+    """Looks up rows of `weight` [vocab_size, size]. `dtype`: of the result, not of the weight."""
 
     weight: str
     vocab_size: int
@@ -32,15 +39,12 @@ def _select_rows(_: NoOptions, inlets: Mapping[str, TensorType]) -> dict[str, Te
     return {"out": TensorType((*chosen.shape, *rows.shape[1:]), rows.dtype)}
 
 
-EMBEDDING = kernel("embedding", "in", "out", Embedding, _embedding)
-SELECT_ROWS = kernel("select_rows", "in rows", "out", NoOptions, _select_rows)
-
-
 @dataclass(frozen=True, slots=True)
 class RmsNorm:
-    """Normalises every run of `size` elements of a row, so that heads can be normalised too.
+    """Root-mean-square norm (Zhang and Sennrich 2019, arXiv:1910.07467).
 
-    out = in / sqrt(mean(in ** 2) + epsilon) * weight, with `weight` [size]; fp32 inside.
+    out = in / sqrt(mean(in ** 2) + epsilon) * weight, with `weight` [size], computed in fp32. Each
+    run of `size` elements of a row is normalised by itself: a whole row, or each head of a row.
     """
 
     weight: str
@@ -61,10 +65,6 @@ def _add_rms_norm(options: RmsNorm, inlets: Mapping[str, TensorType]) -> dict[st
     return {"sum": kind, **_rms_norm(options, {"in": kind})}
 
 
-RMS_NORM = kernel("rms_norm", "in", "out", RmsNorm, _rms_norm)
-ADD_RMS_NORM = kernel("add_rms_norm", "a b", "sum out", RmsNorm, _add_rms_norm)
-
-
 @dataclass(frozen=True, slots=True)
 class Linear:
     """out = in @ weight.T + bias, with `weight` [out_features, in_features]."""
@@ -77,7 +77,7 @@ class Linear:
 
 @dataclass(frozen=True, slots=True)
 class FusedLinear:
-    """Several linears over the same rows; one entry each. Ungated, in the order of the outlets."""
+    """Several linears over the same rows. The entries have the order of the outlets."""
 
     weights: tuple[str, ...]
     in_features: int
@@ -105,17 +105,21 @@ def _gated(options: FusedLinear, inlets: Mapping[str, TensorType]) -> dict[str, 
     return {"out": expect_same(_fused("gate", "up")(options, inlets))}
 
 
-LINEAR = kernel("linear", "in", "out", Linear, _linear)
-QKV_LINEAR = kernel("qkv_linear", "in", "q k v", FusedLinear, _fused("q", "k", "v"))
-GATE_UP_LINEAR = kernel("gate_up_linear", "in", "gate up", FusedLinear, _fused("gate", "up"))
-GATED_LINEAR = kernel("gated_linear", "in", "out", FusedLinear, _gated)  # silu(gate) * up
-
-
 def _same(_: NoOptions, inlets: Mapping[str, TensorType]) -> dict[str, TensorType]:
     return {"out": expect_same(inlets)}
 
 
-SILU = kernel("silu", "in", "out", NoOptions, _same)
-MUL = kernel("mul", "a b", "out", NoOptions, _same)
-ADD = kernel("add", "a b", "out", NoOptions, _same)
-SILU_MUL = kernel("silu_mul", "gate up", "out", NoOptions, _same)  # silu(gate) * up
+ROWWISE: tuple[Kernel, ...] = (
+    kernel("embedding", "in", "out", Embedding, _embedding),
+    kernel("select_rows", "in rows", "out", NoOptions, _select_rows),
+    kernel("rms_norm", "in", "out", RmsNorm, _rms_norm),
+    kernel("add_rms_norm", "a b", "sum out", RmsNorm, _add_rms_norm),
+    kernel("linear", "in", "out", Linear, _linear),
+    kernel("qkv_linear", "in", "q k v", FusedLinear, _fused("q", "k", "v")),
+    kernel("gate_up_linear", "in", "gate up", FusedLinear, _fused("gate", "up")),
+    kernel("gated_linear", "in", "out", FusedLinear, _gated),  # silu(gate) * up
+    kernel("silu", "in", "out", NoOptions, _same),
+    kernel("mul", "a b", "out", NoOptions, _same),
+    kernel("add", "a b", "out", NoOptions, _same),
+    kernel("silu_mul", "gate up", "out", NoOptions, _same),  # silu(gate) * up
+)

@@ -4,16 +4,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from sagellm.graphs.ir import TensorType
-from sagellm.graphs.kernels.kernel import ShapeError, expect_last, kernel
+from sagellm.graphs.kernels.kernel import Kernel, ShapeError, expect_last, kernel
+
+# States are sums over a whole sequence: float32, even in a pool of 16-bit numbers.
+_STATE_ITEM_BYTES = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Rope:
-    """Rotary position embedding (Su et al. 2021, arXiv:2104.09864), halves rotated, per head.
+    """Rotary position embedding (Su et al. 2021, arXiv:2104.09864) of each head, by halves.
 
-    `scaling` is "default"; "linear" (frequencies divided by `factor`); or "llama3": long waves
-    divided by `factor`, waves between original_max_len / high_freq_factor and
-    original_max_len / low_freq_factor blended (Llama 3.1 release).
+    `scaling` is "default", "linear" or "llama3". "linear" divides frequencies by `factor`. "llama3"
+    divides the frequencies of wavelengths above original_max_len / low_freq_factor by `factor`, and
+    blends between that wavelength and original_max_len / high_freq_factor (Llama 3.1 release).
     """
 
     head_dim: int
@@ -27,9 +30,9 @@ class Rope:
 
 @dataclass(frozen=True, slots=True)
 class KVWrite:
-    """Writes each row's key and value to its slot of one layer of the pool.
+    """Writes the key and the value of each row to the slot of the row, in one layer of the pool.
 
-    `table`: of the block tables of each sequence, the one that the slots are of.
+    `table`: the block table, of those of a sequence, to which the slots belong.
     """
 
     layer: int
@@ -53,8 +56,8 @@ class RopeKVWrite:
 class PagedAttention:
     """Causal softmax(scale * q k) v over the blocks of each row's sequence.
 
-    A row at position p sees positions max(0, p - window + 1) .. p (all before it if no window).
-    `table`: which of the block tables of each sequence.
+    A row at position p sees positions max(0, p - window + 1) .. p; without a window, 0 .. p.
+    `table`: the block table, of those of a sequence, that lists the blocks.
     """
 
     layer: int
@@ -64,6 +67,32 @@ class PagedAttention:
     scale: float
     window: int | None = None
     table: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class LinearAttention:
+    """S_t = g_t S_{t-1} + k_t^T v_t and o_t = scale * q_t S_t, for each head and token.
+
+    g_t = sigmoid(gate_t) is one number a head. S is [key_dim, value_dim], and 0 before the first
+    token. The recurrence is that of retention (Sun et al. 2023, arXiv:2307.08621), the
+    data-dependent scalar gate that of Mamba-2 (Dao and Gu 2024, arXiv:2405.21060).
+
+    The kernel reads the state of a sequence from the blocks `first_block` ..
+    `first_block + num_blocks` of `states[0]`, and writes it to the same blocks of `states[1]`, in
+    layer `layer` of these blocks.
+    """
+
+    layer: int
+    num_heads: int
+    key_dim: int
+    value_dim: int
+    scale: float = 1.0
+    first_block: int = 0
+    num_blocks: int = 0
+
+    @property
+    def state_bytes(self) -> int:
+        return self.num_heads * self.key_dim * self.value_dim * _STATE_ITEM_BYTES
 
 
 def _rope(options: Rope, inlets: Mapping[str, TensorType]) -> dict[str, TensorType]:
@@ -89,7 +118,9 @@ def _rope_kv_write(options: RopeKVWrite, inlets: Mapping[str, TensorType]) -> di
     return {"q": inlets["q"]}
 
 
-def _attention(options: PagedAttention, inlets: Mapping[str, TensorType]) -> dict[str, TensorType]:
+def _paged_attention(
+    options: PagedAttention, inlets: Mapping[str, TensorType]
+) -> dict[str, TensorType]:
     expect_last(inlets["q"], options.num_heads * options.head_dim, "q")
     if options.num_heads % options.num_kv_heads:
         raise ShapeError(f"{options.num_heads} heads do not share {options.num_kv_heads} KV heads")
@@ -99,48 +130,6 @@ def _attention(options: PagedAttention, inlets: Mapping[str, TensorType]) -> dic
 def _expect_rows(inlets: Mapping[str, TensorType], rows: str, column: str) -> None:
     if inlets[rows].shape[0] != inlets[column].shape[0]:
         raise ShapeError(f"{rows} is {inlets[rows]}, {column} is {inlets[column]}: rows differ")
-
-
-ROPE = kernel("rope", "in positions", "out", Rope, _rope)
-KV_WRITE = kernel("kv_write", "k v slots kv", "kv", KVWrite, _kv_write)
-ROPE_KV_WRITE = kernel(
-    "rope_kv_write", "q k v positions slots kv", "q kv", RopeKVWrite, _rope_kv_write
-)
-PAGED_ATTENTION = kernel(
-    "paged_attention",
-    "q query_starts context_lens block_tables kv",
-    "out kv",
-    PagedAttention,
-    _attention,
-)
-
-
-_STATE_ITEM_BYTES = 4  # sums over a whole sequence are kept in float32, whatever the pool's dtype
-
-
-@dataclass(frozen=True, slots=True)
-class LinearAttention:
-    """S_t = g_t S_{t-1} + k_t^T v_t and o_t = scale * q_t S_t, for each head and token.
-
-    g_t = sigmoid(gate_t) is one number a head, S is [key_dim, value_dim] and 0 before the first
-    token. It is the recurrence of retention (Sun et al. 2023, arXiv:2307.08621) with the
-    data-dependent scalar gate of Mamba-2 (Dao and Gu 2024, arXiv:2405.21060).
-
-    The state of a sequence is read from the blocks `first_block` .. `first_block + num_blocks` of
-    `states[0]`, and written to the same of `states[1]`, in layer `layer` of those blocks.
-    """
-
-    layer: int
-    num_heads: int
-    key_dim: int
-    value_dim: int
-    scale: float = 1.0
-    first_block: int = 0
-    num_blocks: int = 0
-
-    @property
-    def state_bytes(self) -> int:
-        return self.num_heads * self.key_dim * self.value_dim * _STATE_ITEM_BYTES
 
 
 def _linear_attention(
@@ -155,10 +144,22 @@ def _linear_attention(
     return {"out": inlets["v"]}
 
 
-LINEAR_ATTENTION = kernel(
-    "linear_attention",
-    "q k v gate query_starts context_lens states kv",
-    "out kv",
-    LinearAttention,
-    _linear_attention,
+TOKEN_MIXERS: tuple[Kernel, ...] = (
+    kernel("rope", "in positions", "out", Rope, _rope),
+    kernel("kv_write", "k v slots kv", "kv", KVWrite, _kv_write),
+    kernel("rope_kv_write", "q k v positions slots kv", "q kv", RopeKVWrite, _rope_kv_write),
+    kernel(
+        "paged_attention",
+        "q query_starts context_lens block_tables kv",
+        "out kv",
+        PagedAttention,
+        _paged_attention,
+    ),
+    kernel(
+        "linear_attention",
+        "q k v gate query_starts context_lens states kv",
+        "out kv",
+        LinearAttention,
+        _linear_attention,
+    ),
 )

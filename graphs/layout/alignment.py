@@ -1,8 +1,8 @@
-"""Where the cells of a layered layout stand from left to right, so that long edges are straight.
+"""Horizontal positions of the cells of a layered layout, with long edges made straight.
 
 After Brandes and Köpf, "Fast and simple horizontal coordinate assignment" (2001): four layouts,
-each aligned to one corner, and the mean of their medians. Blocks are compacted by longest paths. At
-last each straight line is moved towards its neighbours as far as there is room.
+each aligned to one corner, and the mean of their two medians. Longest paths compact the blocks of
+each layout. Finally, straight lines move towards their neighbours as far as there is room.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -26,23 +26,26 @@ def centres(
     near: tuple[Neighbours, Neighbours],
     widths: Mapping[GridCell, float],
 ) -> dict[GridCell, float]:
-    """The x of each cell's middle; neighbours of a row keep their order and COLUMN_GAP.
+    """The x of the middle of each cell. Cells of a row keep their order, COLUMN_GAP apart.
 
-    `lower`: every edge; `near`: above each cell, and below it, those that it may stand in line
-    with; they do where each is near the other.
+    `lower`: the neighbours below each cell. `near`: the neighbours above, and those below, with
+    which a cell may be aligned; two cells are aligned if each is near the other.
     """
     crossed = _crossed(rows, lower)
     found = []
-    for turned, ways in ((rows, near), (rows[::-1], near[::-1])):
+    for turned, sides in ((rows, near), (rows[::-1], near[::-1])):
         for sign in (1, -1):
             each = [list(row)[::sign] for row in turned]
-            x = _compacted(each, _blocks(each, ways, crossed), widths)
+            x = _compacted(each, _blocks(each, sides, crossed), widths)
             found.append({cell: sign * value for cell, value in x.items()})
     return _tightened(rows, lower, _balanced(found, widths), widths)
 
 
 def _crossed(rows: Sequence[Sequence[GridCell]], lower: Neighbours) -> set[Segment]:
-    """Segments that must not be made straight, as one that is inside a long edge crosses them."""
+    """The segments to leave bent: one of each crossing pair, if possible no inner segment.
+
+    An inner segment is a part of a long edge, between two rows that the edge crosses.
+    """
     crossed: set[Segment] = set()
     for row, below in pairwise(rows):
         place = {cell: n for n, cell in enumerate(below)}
@@ -62,7 +65,7 @@ def _blocks(
     near: tuple[Neighbours, Neighbours],
     crossed: set[Segment],
 ) -> dict[GridCell, GridCell]:
-    """The topmost cell of each cell's block: those that shall stand in one straight line."""
+    """The topmost cell of the block of each cell. A block is a straight line of cells."""
     root: dict[GridCell, GridCell] = {cell: cell for row in rows for cell in row}
     for before, row in pairwise(rows):
         place = {cell: n for n, cell in enumerate(before)}
@@ -83,7 +86,7 @@ def _compacted(
     root: Mapping[GridCell, GridCell],
     widths: Mapping[GridCell, float],
 ) -> dict[GridCell, float]:
-    """Blocks as far left as they go; then each as far right as those right of it let it go."""
+    """Move all blocks to the left, then each block to the right, up to the blocks right of it."""
     right: dict[GridCell, dict[GridCell, float]] = {block: {} for block in root.values()}
     left: dict[GridCell, dict[GridCell, float]] = {block: {} for block in right}
     for row in rows:
@@ -107,7 +110,7 @@ def _from_left(
 ) -> list[GridCell]:
     num_left = {block: len(others) for block, others in left.items()}
     order = [block for block, count in num_left.items() if count == 0]
-    for block in order:  # grows while it is walked
+    for block in order:  # the loop appends to `order`
         for other in right[block]:
             num_left[other] -= 1
             if num_left[other] == 0:
@@ -118,7 +121,7 @@ def _from_left(
 def _balanced(
     found: Sequence[Mapping[GridCell, float]], widths: Mapping[GridCell, float]
 ) -> dict[GridCell, float]:
-    """The mean of the two medians, after all were moved to the sides of the narrowest layout."""
+    """The mean of the two medians, after the layouts moved to the sides of the narrowest."""
 
     def side(x: Mapping[GridCell, float], pick: Callable[..., float], sign: int) -> float:
         return pick((value + sign * widths[cell] / 2 for cell, value in x.items()), default=0.0)
@@ -142,7 +145,7 @@ def _tightened(
     x: dict[GridCell, float],
     widths: Mapping[GridCell, float],
 ) -> dict[GridCell, float]:
-    """Straight lines as near to the mean of what they are joined to as their rows leave room."""
+    """Move each straight line towards the mean of its neighbours, as far as there is room."""
     lines = _straight(lower, x)
     joined: dict[GridCell, list[GridCell]] = {cell: [] for cell in x}
     for cell, ends in lower.items():
@@ -163,7 +166,7 @@ def _tightened(
 
 
 def _straight(lower: Neighbours, x: Mapping[GridCell, float]) -> list[list[GridCell]]:
-    """Cells that edges join and that stand exactly below each other."""
+    """Lists of cells that are joined by edges and exactly below each other."""
     lines: dict[GridCell, list[GridCell]] = {cell: [cell] for cell in x}
     for cell, ends in lower.items():
         for end in ends:
@@ -175,7 +178,7 @@ def _straight(lower: Neighbours, x: Mapping[GridCell, float]) -> list[list[GridC
 
 
 class _Room:
-    """How far a cell may go to either side before it comes too near to the next of its row."""
+    """The room of a cell to either side, up to COLUMN_GAP from the next cell of its row."""
 
     def __init__(
         self, rows: Sequence[Sequence[GridCell]], widths: Mapping[GridCell, float]

@@ -1,4 +1,4 @@
-"""Boxes, and the ways of edges between them."""
+"""Boxes, and the routes of edges between them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -6,15 +6,16 @@ from typing import TypeAlias
 
 Point: TypeAlias = tuple[float, float]
 Size: TypeAlias = tuple[float, float]  # width and height
-Stroke: TypeAlias = tuple[Point, ...]  # a line; neighbours that share neither x nor y are a bend
-GridCell: TypeAlias = (
-    str | tuple[int, int]
-)  # a box by name, or an edge's number and the row it crosses
+Stroke: TypeAlias = tuple[
+    Point, ...
+]  # a line, with a bend between points that share neither x nor y
+# A box, by name; or the place where an edge crosses a row, by the numbers of edge and row.
+GridCell: TypeAlias = str | tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """A rectangle: left, top, and its size."""
+    """A rectangle: its left, its top, and its size."""
 
     x: float
     y: float
@@ -39,7 +40,7 @@ class Box:
 
 @dataclass(frozen=True, slots=True)
 class EdgeRoute:
-    """An edge from its source to its target: strokes, interrupted by the label where it has one."""
+    """The strokes of an edge from source to target. The label stands between two strokes."""
 
     strokes: tuple[Stroke, ...]
     label: Box | None = None
@@ -51,7 +52,7 @@ class EdgeRoute:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Boxes and frames by name, one route a link in the order of the links, and the whole size."""
+    """Boxes and frames by name, a route for each edge in order, and the size of the picture."""
 
     boxes: Mapping[str, Box]
     frames: Mapping[str, Box]

@@ -10,7 +10,126 @@ from sagellm.graphs.layout.alignment import COLUMN_GAP, centres
 from sagellm.graphs.layout.geometry import GridCell, Size
 from sagellm.graphs.layout.ranks import Band, LayoutEdge, ranks, shortcuts, spine
 
+# The cells of one edge from top to bottom; empty for a loop.
+EdgePath: TypeAlias = tuple[GridCell, ...]
+
+EDGE_WIDTH = 10.0  # the space of an edge in a row that it crosses
 _NUM_SWEEPS = 12
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """The cells of each row from left to right. `labels`: the row of the label, by edge number."""
+
+    rows: Sequence[Sequence[GridCell]]
+    row_of: Mapping[str, int]
+    paths: Sequence[EdgePath]
+    labels: Mapping[int, int]
+    widths: Mapping[GridCell, float]
+    centres: Mapping[GridCell, float]
+
+    def is_label(self, cell: GridCell) -> bool:
+        return isinstance(cell, tuple) and self.labels.get(cell[0]) == cell[1]
+
+
+def grid(sizes: Mapping[str, Size], edges: Sequence[LayoutEdge], bands: Sequence[Band]) -> Grid:
+    """Make rows of cells with few crossings, and space between neighbours."""
+    rank = ranks(list(sizes), edges, bands)
+    row_of, labels = _numbered(rank, edges)
+    paths = [_edge_path(number, edge, row_of) for number, edge in enumerate(edges)]
+    rows: list[list[GridCell]] = [[] for _ in range(max(row_of.values(), default=-1) + 1)]
+    for name, row in row_of.items():
+        rows[row].append(name)
+    for cell in (cell for path in paths for cell in path if isinstance(cell, tuple)):
+        rows[cell[1]].append(cell)
+    upper, lower = _neighbours(rows, paths)
+    first: frozenset[GridCell] = frozenset(band.title for band in bands)
+    in_order = ordered(rows, upper, lower, first)
+    widths = _widths(in_order, sizes, edges, labels)
+    near = _neighbours(rows, paths, _grades(rank, edges))
+    x = centres(in_order, lower, near, widths)
+    return Grid(in_order, row_of, paths, labels, widths, x)
+
+
+def _numbered(
+    rank: Mapping[str, int], edges: Sequence[LayoutEdge]
+) -> tuple[dict[str, int], dict[int, int]]:
+    """The row of each box, and of each label. Labels have rows between those of two ranks."""
+    gaps = {n: _label_gap(edge, rank) for n, edge in enumerate(edges) if _has_row(edge)}
+    labelled = sorted(set(gaps.values()))
+    row_of = {name: value + sum(gap < value for gap in labelled) for name, value in rank.items()}
+    row_of_gap = {gap: gap + 1 + number for number, gap in enumerate(labelled)}
+    return row_of, {number: row_of_gap[gap] for number, gap in gaps.items()}
+
+
+def _has_row(edge: LayoutEdge) -> bool:
+    return edge.label_width > 0 and not edge.is_loop
+
+
+def _label_gap(edge: LayoutEdge, rank: Mapping[str, int]) -> int:
+    """The rank above the label."""
+    upper, lower = sorted((edge.source, edge.target), key=lambda name: rank[name])
+    return rank[lower] - 1 if edge.at_target == (lower == edge.target) else rank[upper]
+
+
+def _edge_path(number: int, edge: LayoutEdge, row_of: Mapping[str, int]) -> EdgePath:
+    if edge.is_loop:
+        return ()
+    upper, lower = sorted((edge.source, edge.target), key=lambda name: row_of[name])
+    crossed = range(row_of[upper] + 1, row_of[lower])
+    return (upper, *((number, row) for row in crossed), lower)
+
+
+def _grades(rank: Mapping[str, int], edges: Sequence[LayoutEdge]) -> list[int]:
+    """The order in which edges align boxes; 0 comes first: the spine, then by priority."""
+    first, last = spine(rank, edges), shortcuts(rank, edges)
+    return [
+        0 if number in first else 1 + max(edge.priority, number in last)
+        for number, edge in enumerate(edges)
+    ]
+
+
+def _neighbours(
+    rows: Sequence[Sequence[GridCell]], paths: Sequence[EdgePath], grades: Sequence[int] = ()
+) -> tuple[dict[GridCell, list[GridCell]], dict[GridCell, list[GridCell]]]:
+    """The neighbours of each cell above, and those below.
+
+    Edges of the lowest grade at each side of a box count, the others do not.
+    """
+    grades = grades or [0] * len(paths)
+    sides: tuple[dict[GridCell, list[GridCell]], ...] = ({}, {})
+    for cell in (cell for row in rows for cell in row):
+        sides[0][cell], sides[1][cell] = [], []
+    best: dict[tuple[int, GridCell], int] = {}
+    for number in sorted(range(len(paths)), key=lambda n: grades[n]):
+        for above, below in pairwise(paths[number]):
+            for side, cell, other in ((0, below, above), (1, above, below)):
+                if best.setdefault((side, cell), grades[number]) == grades[number]:
+                    sides[side][cell].append(other)
+    return sides[0], sides[1]
+
+
+def _widths(
+    rows: Sequence[Sequence[GridCell]],
+    sizes: Mapping[str, Size],
+    edges: Sequence[LayoutEdge],
+    labels: Mapping[int, int],
+) -> dict[GridCell, float]:
+    widths: dict[GridCell, float] = {}
+    for cell in (cell for row in rows for cell in row):
+        if isinstance(cell, str):
+            widths[cell] = sizes[cell][0]
+        else:
+            is_label = labels.get(cell[0]) == cell[1]
+            widths[cell] = edges[cell[0]].label_width if is_label else EDGE_WIDTH
+    beside: dict[str, float] = {}
+    for edge in edges:
+        if edge.is_loop:
+            needed = COLUMN_GAP + edge.label_width
+            beside[edge.source] = max(beside.get(edge.source, 0.0), needed)
+    for name, width in beside.items():
+        widths[name] += 2 * width  # at both sides, so that the box stays in the middle
+    return widths
 
 
 def ordered(
@@ -19,17 +138,17 @@ def ordered(
     lower: Mapping[GridCell, Sequence[GridCell]],
     first: frozenset[GridCell],
 ) -> list[list[GridCell]]:
-    """The rows, each sorted by the mean place of its neighbours, sweeping down and up in turn.
+    """Sort each row by the mean place of its neighbours, sweeping down and up in turn.
 
-    The best of all sweeps is returned. Cells of `first` stay at the left of their rows.
+    Returns the sweep with the fewest crossings. Cells of `first` stay leftmost in their rows.
     """
-    now = [sorted(row, key=lambda cell: cell not in first) for row in rows]
-    best, fewest = [list(row) for row in now], num_crossings(now, lower)
+    current = [sorted(row, key=lambda cell: cell not in first) for row in rows]
+    best, fewest = [list(row) for row in current], num_crossings(current, lower)
     for sweep in range(_NUM_SWEEPS):
         near = lower if sweep % 2 else upper
-        _sweep(now[::-1] if sweep % 2 else now, near, first)
-        if (count := num_crossings(now, lower)) < fewest:
-            best, fewest = [list(row) for row in now], count
+        _sweep(current[::-1] if sweep % 2 else current, near, first)
+        if (count := num_crossings(current, lower)) < fewest:
+            best, fewest = [list(row) for row in current], count
     return best
 
 
@@ -48,7 +167,7 @@ def _sweep(
 def num_crossings(
     rows: Sequence[Sequence[GridCell]], lower: Mapping[GridCell, Sequence[GridCell]]
 ) -> int:
-    """How many pairs of edges between two rows cross."""
+    """The number of pairs of edges that cross between two rows."""
     return sum(_between(row, below, lower) for row, below in pairwise(rows))
 
 
@@ -60,123 +179,3 @@ def _between(
     return sum(
         right < left for one, other in combinations(ends, 2) for left in one for right in other
     )
-
-
-THREAD_WIDTH = 10.0  # what an edge needs in a row that it only crosses
-
-Thread: TypeAlias = tuple[GridCell, ...]  # the cells of one edge from top to bottom; none of a loop
-
-
-@dataclass(frozen=True, slots=True)
-class Grid:
-    """The cells of each row from left to right. `labels`: the row of the label of an edge."""
-
-    rows: Sequence[Sequence[GridCell]]
-    row_of: Mapping[str, int]
-    threads: Sequence[Thread]
-    labels: Mapping[int, int]
-    widths: Mapping[GridCell, float]
-    centres: Mapping[GridCell, float]
-
-    def is_label(self, cell: GridCell) -> bool:
-        return isinstance(cell, tuple) and self.labels.get(cell[0]) == cell[1]
-
-
-def grid(sizes: Mapping[str, Size], links: Sequence[LayoutEdge], bands: Sequence[Band]) -> Grid:
-    """Cells in rows, in an order with few crossings, neighbours apart."""
-    rank = ranks(list(sizes), links, bands)
-    row_of, labels = _numbered(rank, links)
-    threads = [_thread(number, link, row_of) for number, link in enumerate(links)]
-    rows: list[list[GridCell]] = [[] for _ in range(max(row_of.values(), default=-1) + 1)]
-    for name, row in row_of.items():
-        rows[row].append(name)
-    for cell in (cell for thread in threads for cell in thread if isinstance(cell, tuple)):
-        rows[cell[1]].append(cell)
-    upper, lower = _neighbours(rows, threads)
-    first: frozenset[GridCell] = frozenset(band.title for band in bands)
-    in_order = ordered(rows, upper, lower, first)
-    widths = _widths(in_order, sizes, links, labels)
-    near = _neighbours(rows, threads, _grades(rank, links))
-    x = centres(in_order, lower, near, widths)
-    return Grid(in_order, row_of, threads, labels, widths, x)
-
-
-def _numbered(
-    rank: Mapping[str, int], links: Sequence[LayoutEdge]
-) -> tuple[dict[str, int], dict[int, int]]:
-    """The row of each box, and that of each label: a row between two ranks, where one is needed."""
-    gaps = {n: _label_gap(link, rank) for n, link in enumerate(links) if _has_row(link)}
-    labelled = sorted(set(gaps.values()))
-    row_of = {name: value + sum(gap < value for gap in labelled) for name, value in rank.items()}
-    row_of_gap = {gap: gap + 1 + number for number, gap in enumerate(labelled)}
-    return row_of, {number: row_of_gap[gap] for number, gap in gaps.items()}
-
-
-def _has_row(link: LayoutEdge) -> bool:
-    return link.label_width > 0 and not link.is_loop
-
-
-def _label_gap(link: LayoutEdge, rank: Mapping[str, int]) -> int:
-    """The number of the rank after which the label stands."""
-    upper, lower = sorted((link.source, link.target), key=lambda name: rank[name])
-    return rank[lower] - 1 if link.at_target == (lower == link.target) else rank[upper]
-
-
-def _thread(number: int, link: LayoutEdge, row_of: Mapping[str, int]) -> Thread:
-    if link.is_loop:
-        return ()
-    upper, lower = sorted((link.source, link.target), key=lambda name: row_of[name])
-    crossed = range(row_of[upper] + 1, row_of[lower])
-    return (upper, *((number, row) for row in crossed), lower)
-
-
-def _grades(rank: Mapping[str, int], links: Sequence[LayoutEdge]) -> list[int]:
-    """How much a box shall stand in line with its neighbour along each link; 0 comes first."""
-    first, last = spine(rank, links), shortcuts(rank, links)
-    return [
-        0 if number in first else 1 + max(link.priority, number in last)
-        for number, link in enumerate(links)
-    ]
-
-
-def _neighbours(
-    rows: Sequence[Sequence[GridCell]], threads: Sequence[Thread], grades: Sequence[int] = ()
-) -> tuple[dict[GridCell, list[GridCell]], dict[GridCell, list[GridCell]]]:
-    """For each cell those above, and those below, that an edge joins it to.
-
-    Of the edges at one side of a box only those of the first grade there count.
-    """
-    grades = grades or [0] * len(threads)
-    sides: tuple[dict[GridCell, list[GridCell]], ...] = ({}, {})
-    for cell in (cell for row in rows for cell in row):
-        sides[0][cell], sides[1][cell] = [], []
-    best: dict[tuple[int, GridCell], int] = {}
-    for number in sorted(range(len(threads)), key=lambda n: grades[n]):
-        for above, below in pairwise(threads[number]):
-            for side, cell, other in ((0, below, above), (1, above, below)):
-                if best.setdefault((side, cell), grades[number]) == grades[number]:
-                    sides[side][cell].append(other)
-    return sides[0], sides[1]
-
-
-def _widths(
-    rows: Sequence[Sequence[GridCell]],
-    sizes: Mapping[str, Size],
-    links: Sequence[LayoutEdge],
-    labels: Mapping[int, int],
-) -> dict[GridCell, float]:
-    widths: dict[GridCell, float] = {}
-    for cell in (cell for row in rows for cell in row):
-        if isinstance(cell, str):
-            widths[cell] = sizes[cell][0]
-        else:
-            is_label = labels.get(cell[0]) == cell[1]
-            widths[cell] = links[cell[0]].label_width if is_label else THREAD_WIDTH
-    beside: dict[str, float] = {}
-    for link in links:
-        if link.is_loop:
-            needed = COLUMN_GAP + link.label_width
-            beside[link.source] = max(beside.get(link.source, 0.0), needed)
-    for name, width in beside.items():
-        widths[name] += 2 * width  # left too, where nothing is, to keep the box in the middle
-    return widths

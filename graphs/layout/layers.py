@@ -14,20 +14,54 @@ from sagellm.graphs.layout.geometry import Box, EdgeRoute, GridCell, Layout, Poi
 from sagellm.graphs.layout.grid import Grid, grid
 from sagellm.graphs.layout.ranks import Band, LayoutEdge
 
-PORT_GAP = 14.0
-_INSET = 8.0  # from the corner of a box
+# The x of each cell of its path, by edge number.
+Lines: TypeAlias = list[list[float]]
 
-Lines: TypeAlias = list[list[float]]  # of each edge the x of each cell of its thread
+MARGIN = 24.0
+LABEL_HEIGHT = 15.0
+FRAME_PADDING = 14.0
+LOOP_HEIGHT = 18.0
+HEAD_ROOM = 10.0  # edges are straight next to a box, so that arrow heads stand upright
+_BENDS = 12.0, 32.0  # the smallest and the largest height of a bend
+PORT_GAP = 14.0
+_INSET = 8.0  # of ports, from the corner of a box
+
+
+def lay_out(
+    sizes: Mapping[str, Size], edges: Sequence[LayoutEdge], bands: Sequence[Band] = ()
+) -> Layout:
+    """Place boxes of the given (width, height). The titles of bands are boxes as well.
+
+    No two boxes or labels touch, and no edge crosses a box or a label. A box with loops may become
+    taller than given.
+    """
+    sizes = _with_loops(sizes, edges)
+    cells = grid(sizes, edges, bands)
+    tracks = lines(cells, sizes)
+    spans = _spans(cells, sizes, bands, widest_bends(cells, tracks))
+    boxes = {name: _box(name, size, cells, spans) for name, size in sizes.items()}
+    _to_the_left(boxes, cells, bands)
+    drawn = _Drawn(cells, edges, tracks, spans, boxes)
+    frames = {band.title: drawn.frame(band) for band in bands}
+    return _in_view(boxes, frames, [drawn.route(number) for number in range(len(edges))])
+
+
+def _with_loops(sizes: Mapping[str, Size], edges: Sequence[LayoutEdge]) -> dict[str, Size]:
+    num_loops = Counter(edge.source for edge in edges if edge.is_loop)
+    return {
+        name: (width, max(height, num_loops[name] * LOOP_HEIGHT))
+        for name, (width, height) in sizes.items()
+    }
 
 
 def lines(grid: Grid, sizes: Mapping[str, Size]) -> Lines:
-    """The x of each edge in each row from its upper box to its lower one; empty for a loop."""
-    found = [[grid.centres[cell] for cell in thread] for thread in grid.threads]
+    """The x of each edge in each row, from its upper box to its lower box; empty for a loop."""
+    found = [[grid.centres[cell] for cell in path] for path in grid.paths]
     for at, towards in ((0, 1), (-1, -2)):
         sides: dict[GridCell, list[int]] = defaultdict(list)
-        for number, thread in enumerate(grid.threads):
-            if thread:
-                sides[thread[at]].append(number)
+        for number, path in enumerate(grid.paths):
+            if path:
+                sides[path[at]].append(number)
         for name, numbers in sides.items():
             places = _places(grid, numbers, towards)
             wish = [found[number][towards] for number in places]
@@ -38,14 +72,14 @@ def lines(grid: Grid, sizes: Mapping[str, Size]) -> Lines:
 
 
 def _places(grid: Grid, numbers: Sequence[int], towards: int) -> list[int]:
-    """The edges of one side of a box, from left to right."""
-    return sorted(numbers, key=lambda number: grid.centres[grid.threads[number][towards]])
+    """Sort the edges at one side of a box from left to right."""
+    return sorted(numbers, key=lambda number: grid.centres[grid.paths[number][towards]])
 
 
 def spread(wish: Sequence[float], centre: float, width: float) -> list[float]:
-    """The places nearest to the sorted `wish` on a side of that width, PORT_GAP apart.
+    """The places nearest to the sorted `wish` on a side of a box, PORT_GAP apart.
 
-    Where they have no room they share the side evenly.
+    Places without room for the gap share the side evenly.
     """
     room = width - 2 * _INSET
     if (len(wish) - 1) * PORT_GAP > room:
@@ -58,7 +92,7 @@ def spread(wish: Sequence[float], centre: float, width: float) -> list[float]:
 
 
 def _rising(values: Sequence[float]) -> list[float]:
-    """The nearest values, by least squares, that never fall: pool adjacent violators."""
+    """The nearest rising values by least squares (the algorithm pool adjacent violators)."""
     pools: list[tuple[float, int]] = []
     for value in values:
         mean, size = value, 1
@@ -70,54 +104,19 @@ def _rising(values: Sequence[float]) -> list[float]:
 
 
 def widest_bends(grid: Grid, found: Lines) -> list[float]:
-    """After each row, how far to the side an edge goes on its way to the next row at most."""
+    """The widest sideways step of an edge below each row."""
     widest = [0.0] * len(grid.rows)
-    for thread, line in zip(grid.threads, found, strict=True):
-        row = grid.row_of[str(thread[0])] if thread else 0
+    for path, line in zip(grid.paths, found, strict=True):
+        row = grid.row_of[str(path[0])] if path else 0
         for step, (x, next_x) in enumerate(pairwise(line)):
             widest[row + step] = max(widest[row + step], abs(next_x - x))
     return widest
 
 
-MARGIN = 24.0
-LABEL_HEIGHT = 15.0
-FRAME_PADDING = 14.0
-LOOP_HEIGHT = 18.0
-HEAD_ROOM = 10.0  # straight into a box, and out of one, so that heads stand upright
-_BENDS = 12.0, 32.0  # the least and the greatest height of a bend
-
-
-def lay_out(
-    sizes: Mapping[str, Size], links: Sequence[LayoutEdge], bands: Sequence[Band] = ()
-) -> Layout:
-    """Place boxes of the given (width, height), the titles of bands among them.
-
-    No two boxes or labels touch, and no edge crosses one. A box is taller than given where its
-    loops need that.
-    """
-    sizes = _with_loops(sizes, links)
-    cells = grid(sizes, links, bands)
-    ways = lines(cells, sizes)
-    spans = _spans(cells, sizes, bands, widest_bends(cells, ways))
-    boxes = {name: _box(name, size, cells, spans) for name, size in sizes.items()}
-    _to_the_left(boxes, cells, bands)
-    drawn = _Drawn(cells, links, ways, spans, boxes)
-    frames = {band.title: drawn.frame(band) for band in bands}
-    return _in_view(boxes, frames, [drawn.route(number) for number in range(len(links))])
-
-
-def _with_loops(sizes: Mapping[str, Size], links: Sequence[LayoutEdge]) -> dict[str, Size]:
-    num_loops = Counter(link.source for link in links if link.is_loop)
-    return {
-        name: (width, max(height, num_loops[name] * LOOP_HEIGHT))
-        for name, (width, height) in sizes.items()
-    }
-
-
 def _spans(
     cells: Grid, sizes: Mapping[str, Size], bands: Sequence[Band], bends: Sequence[float]
 ) -> list[Point]:
-    """Top and bottom of each row."""
+    """The top and the bottom of each row."""
     label_rows = set(cells.labels.values())
     opening = {cells.row_of[band.title] for band in bands}
     closing = {max(cells.row_of[name] for name in band.members) for band in bands}
@@ -134,14 +133,14 @@ def _spans(
 
 
 def _box(name: str, size: Size, cells: Grid, spans: Sequence[Point]) -> Box:
-    """In the middle of its row's height."""
+    """Place a box at half the height of its row."""
     width, height = size
     middle = sum(spans[cells.row_of[name]]) / 2
     return Box(cells.centres[name] - width / 2, middle - height / 2, width, height)
 
 
 def _to_the_left(boxes: dict[str, Box], cells: Grid, bands: Sequence[Band]) -> None:
-    """Titles stand at the left of their frames, or left of the edges that pass there."""
+    """Move the titles of frames to the left, beyond edges that pass there."""
     for band in bands:
         title, row = boxes[band.title], cells.rows[cells.row_of[band.title]]
         room = [
@@ -154,58 +153,58 @@ def _to_the_left(boxes: dict[str, Box], cells: Grid, bands: Sequence[Band]) -> N
 
 @dataclass(frozen=True, slots=True)
 class _Drawn:
-    """All that the way of an edge depends on."""
+    """The placed boxes and lines, from which frames and routes follow."""
 
     cells: Grid
-    links: Sequence[LayoutEdge]
-    ways: Lines
+    edges: Sequence[LayoutEdge]
+    tracks: Lines
     spans: Sequence[Point]
     boxes: Mapping[str, Box]
 
     def frame(self, band: Band) -> Box:
-        """Around the title, the members, and all labels and edges in their rows."""
+        """A frame around the title, the members, and all labels and edges in their rows."""
         held = [self.boxes[name] for name in (band.title, *band.members)]
         top, bottom = min(box.y for box in held), max(box.bottom for box in held)
         held += [Box(x, top, width, 0) for x, width in self._between(top, bottom)]
-        for number, link in enumerate(self.links):
-            if link.is_loop and link.source in band.members:
+        for number, edge in enumerate(self.edges):
+            if edge.is_loop and edge.source in band.members:
                 held += _covered([self._loop(number)])
         x, right = min(box.x for box in held), max(box.right for box in held)
         pad = FRAME_PADDING
         return Box(x - pad, top - pad / 2, right - x + 2 * pad, bottom - top + 1.5 * pad)
 
     def _between(self, top: float, bottom: float) -> Iterator[Point]:
-        """Left ends and widths of all edges and labels that rows between those heights hold."""
-        for number, thread in enumerate(self.cells.threads):
-            for cell, x in zip(thread, self.ways[number], strict=True):
+        """The left and the width of all edges and labels in the rows between two heights."""
+        for number, path in enumerate(self.cells.paths):
+            for cell, x in zip(path, self.tracks[number], strict=True):
                 if isinstance(cell, tuple) and top <= self.spans[cell[1]][0] <= bottom:
-                    width = self.links[number].label_width if self.cells.is_label(cell) else 0.0
+                    width = self.edges[number].label_width if self.cells.is_label(cell) else 0.0
                     yield x - width / 2, width
 
     def route(self, number: int) -> EdgeRoute:
-        link, thread = self.links[number], self.cells.threads[number]
-        if link.is_loop:
+        edge, path = self.edges[number], self.cells.paths[number]
+        if edge.is_loop:
             return self._loop(number)
         strokes: list[list[Point]] = [[]]
         label = None
-        for cell, x in zip(thread, self.ways[number], strict=True):
-            before, after = self._passed(cell, x, is_first=cell == thread[0])
+        for cell, x in zip(path, self.tracks[number], strict=True):
+            before, after = self._passed(cell, x, is_first=cell == path[0])
             strokes[-1] += before
             if self.cells.is_label(cell):
-                label = Box(x - link.label_width / 2, before[0][1], link.label_width, LABEL_HEIGHT)
+                label = Box(x - edge.label_width / 2, before[0][1], edge.label_width, LABEL_HEIGHT)
                 strokes.append([])
             strokes[-1] += after
-        if thread[0] != link.source:
+        if path[0] != edge.source:
             strokes = [stroke[::-1] for stroke in reversed(strokes)]
         return EdgeRoute(tuple(tuple(dict.fromkeys(stroke)) for stroke in strokes), label)
 
     def _passed(
         self, cell: GridCell, x: float, *, is_first: bool
     ) -> tuple[list[Point], list[Point]]:
-        """The points at the top and at the bottom of a row.
+        """The points of an edge at the top and at the bottom of a row.
 
-        Of a box they are on one side only, with a straight way to the end of the row: others in the
-        row may be taller.
+        At a box, the points are at one side only. They lead straight to the end of the row, since
+        other boxes in the row may be taller.
         """
         if not isinstance(cell, str):
             top, bottom = self.spans[cell[1]]
@@ -216,22 +215,22 @@ class _Drawn:
         return [(x, top - HEAD_ROOM), (x, self.boxes[cell].y)], []
 
     def _loop(self, number: int) -> EdgeRoute:
-        """Out at the right side of a box and back; loops of one box stand below each other."""
-        link, box = self.links[number], self.boxes[self.links[number].source]
-        mine = [n for n, one in enumerate(self.links) if one.is_loop and one.source == link.source]
+        """Route a loop at the right side of a box. Several loops of one box have a lane each."""
+        edge, box = self.edges[number], self.boxes[self.edges[number].source]
+        mine = [n for n, one in enumerate(self.edges) if one.is_loop and one.source == edge.source]
         room = box.height / len(mine)
         middle, lane = box.y + room * (mine.index(number) + 0.5), box.right + COLUMN_GAP / 2
         out, back = middle + room * 0.3, middle - room * 0.3
         stroke = ((box.right, out), (lane, out), (lane, back), (box.right, back))
         corner = lane + 5, middle - LABEL_HEIGHT / 2
-        label = Box(*corner, link.label_width, LABEL_HEIGHT) if link.label_width else None
+        label = Box(*corner, edge.label_width, LABEL_HEIGHT) if edge.label_width else None
         return EdgeRoute((stroke,), label)
 
 
 def _in_view(
     boxes: Mapping[str, Box], frames: Mapping[str, Box], routes: Sequence[EdgeRoute]
 ) -> Layout:
-    """Everything moved so that nothing is left of the margin, or above it."""
+    """Move everything to the right of the left margin, and below the upper margin."""
     held = [*boxes.values(), *frames.values(), *_covered(routes)]
     dx = MARGIN - min((box.x for box in held), default=0.0)
     dy = MARGIN - min((box.y for box in held), default=0.0)

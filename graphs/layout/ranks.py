@@ -1,4 +1,4 @@
-"""The row of each box in a layered layout: every edge leads down, cycles and feedback aside."""
+"""The ranks of boxes in a layered layout: edges lead down, but for cycles and feedback."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -6,15 +6,15 @@ from typing import TypeAlias
 
 Pair: TypeAlias = tuple[str, str]  # an upper and a lower box
 
-_END = "\0end"  # of a band, after its title; no box is named so
+_END = "\0end"  # suffix for the end of a band; no name of a box contains it
 
 
 @dataclass(frozen=True, slots=True)
 class LayoutEdge:
-    """An edge to draw. `is_back`: it may lead up. `label_width` 0: it has no label.
+    """An edge to draw. `is_back`: the edge may lead up. `label_width` 0: no label.
 
-    A label stands after the row of the source, or before that of the target with `at_target`.
-    A box stands in line along those of its edges that have the least `priority` number.
+    The label is below the row of the source or, with `at_target`, above the row of the target.
+    A box is aligned with its neighbours along the edges of the lowest `priority` number.
     """
 
     source: str
@@ -31,34 +31,35 @@ class LayoutEdge:
 
 @dataclass(frozen=True, slots=True)
 class Band:
-    """Boxes in rows of their own, framed; `title` names the box that holds the frame's title."""
+    """A frame around boxes that share rows with no others. `title`: the box with its title."""
 
     title: str
     members: tuple[str, ...]
 
 
 def ranks(
-    names: Sequence[str], links: Sequence[LayoutEdge], bands: Sequence[Band]
+    names: Sequence[str], edges: Sequence[LayoutEdge], bands: Sequence[Band]
 ) -> dict[str, int]:
-    """Longest path from above, counted from 0. No two ends of a link share a rank, loops aside.
+    """The rank of each box: the length of the longest path from above, from 0.
 
-    A band has its title above its members. What feeds a member is above the title, and what a
-    member feeds is below all members.
+    The two ends of an edge have different ranks, unless the edge is a loop. The title of a band is
+    above its members. Boxes that feed a member are above the title; boxes that a member feeds are
+    below all members.
     """
-    firm = [*_forward(links), *_around(links, bands)]
+    firm = [*_forward(edges), *_around(edges, bands)]
     ends = [band.title + _END for band in bands]
     place = {name: n for n, name in enumerate(_sequence([*names, *ends], firm))}
-    loose = [(link.source, link.target) for link in links if link.is_back and not link.is_loop]
+    loose = [(edge.source, edge.target) for edge in edges if edge.is_back and not edge.is_loop]
     found = _longest(place, [*firm, *loose])
     return _dense({name: found[name] for name in names})
 
 
-def _forward(links: Iterable[LayoutEdge]) -> list[Pair]:
-    return [(link.source, link.target) for link in links if not (link.is_back or link.is_loop)]
+def _forward(edges: Iterable[LayoutEdge]) -> list[Pair]:
+    return [(edge.source, edge.target) for edge in edges if not (edge.is_back or edge.is_loop)]
 
 
-def _around(links: Sequence[LayoutEdge], bands: Iterable[Band]) -> Iterable[Pair]:
-    forward = _forward(links)
+def _around(edges: Sequence[LayoutEdge], bands: Iterable[Band]) -> Iterable[Pair]:
+    forward = _forward(edges)
     for band in bands:
         members, end = set(band.members), band.title + _END
         for member in band.members:
@@ -72,7 +73,7 @@ def _around(links: Sequence[LayoutEdge], bands: Iterable[Band]) -> Iterable[Pair
 
 
 def _sequence(names: Sequence[str], pairs: Iterable[Pair]) -> list[str]:
-    """Upper boxes first; where only cycles are left, the first box left comes next."""
+    """Upper boxes first. If only cycles are left, the first remaining box comes next."""
     above: dict[str, set[str]] = {name: set() for name in names}
     for upper, lower in pairs:
         above[lower].add(upper)
@@ -85,7 +86,7 @@ def _sequence(names: Sequence[str], pairs: Iterable[Pair]) -> list[str]:
 
 
 def _longest(place: Mapping[str, int], pairs: Iterable[Pair]) -> dict[str, int]:
-    """Ranks by longest path, each pair turned so that it leads forward in the sequence."""
+    """Ranks by longest path. Each pair is turned to lead forward in the sequence `place`."""
     above: dict[str, list[str]] = {name: [] for name in place}
     for pair in pairs:
         upper, lower = sorted(pair, key=lambda name: place[name])
@@ -101,12 +102,12 @@ def _dense(rank: Mapping[str, int]) -> dict[str, int]:
     return {name: number[value] for name, value in rank.items()}
 
 
-def shortcuts(rank: Mapping[str, int], links: Sequence[LayoutEdge]) -> frozenset[int]:
-    """The numbers of the links whose ends a longer way joins too."""
+def shortcuts(rank: Mapping[str, int], edges: Sequence[LayoutEdge]) -> frozenset[int]:
+    """The numbers of the edges whose ends are also joined by a longer path."""
     below: dict[str, set[str]] = {name: set() for name in rank}
-    for link in links:
-        if not link.is_loop:
-            upper, lower = _ends(rank, link)
+    for edge in edges:
+        if not edge.is_loop:
+            upper, lower = _ends(rank, edge)
             below[upper].add(lower)
     bit = {name: 1 << number for number, name in enumerate(rank)}
     reached: dict[str, int] = {}
@@ -116,28 +117,28 @@ def shortcuts(rank: Mapping[str, int], links: Sequence[LayoutEdge]) -> frozenset
             reached[name] |= reached[lower] | bit[lower]
     return frozenset(
         number
-        for number, (upper, lower) in enumerate(_ends(rank, link) for link in links)
+        for number, (upper, lower) in enumerate(_ends(rank, edge) for edge in edges)
         if any(reached[other] & bit[lower] for other in below[upper])
     )
 
 
-def _ends(rank: Mapping[str, int], link: LayoutEdge) -> Pair:
-    upper, lower = sorted((link.source, link.target), key=lambda name: rank[name])
+def _ends(rank: Mapping[str, int], edge: LayoutEdge) -> Pair:
+    upper, lower = sorted((edge.source, edge.target), key=lambda name: rank[name])
     return upper, lower
 
 
-def spine(rank: Mapping[str, int], links: Sequence[LayoutEdge]) -> frozenset[int]:
-    """The numbers of the links of one longest way from the lowest box up, all of priority 0."""
+def spine(rank: Mapping[str, int], edges: Sequence[LayoutEdge]) -> frozenset[int]:
+    """The numbers of the edges of one longest path upwards from the lowest box, of priority 0."""
     above: dict[str, list[int]] = {name: [] for name in rank}
-    for number, link in enumerate(links):
-        if link.priority == 0 and not link.is_loop:
-            above[_ends(rank, link)[1]].append(number)
+    for number, edge in enumerate(edges):
+        if edge.priority == 0 and not edge.is_loop:
+            above[_ends(rank, edge)[1]].append(number)
     reached = [name for name, numbers in above.items() if numbers]
     at = max(reached, key=lambda name: rank[name], default=None)
     found = []
     while at is not None and above[at]:
-        near = max(rank[_ends(rank, links[number])[0]] for number in above[at])
-        ways = [number for number in above[at] if rank[_ends(rank, links[number])[0]] == near]
-        found.append(ways[(len(ways) - 1) // 2])
-        at = _ends(rank, links[found[-1]])[0]
+        near = max(rank[_ends(rank, edges[number])[0]] for number in above[at])
+        nearest = [number for number in above[at] if rank[_ends(rank, edges[number])[0]] == near]
+        found.append(nearest[(len(nearest) - 1) // 2])
+        at = _ends(rank, edges[found[-1]])[0]
     return frozenset(found)

@@ -2,18 +2,35 @@
 
 from sagellm.graphs.diagnostics import UnsupportedModel
 from sagellm.graphs.ir import Graph
-from sagellm.graphs.models import llama, mistral, qwen2, qwen3
 from sagellm.graphs.models.config import Config
+from sagellm.graphs.models.decoder import Decoder
 from sagellm.graphs.models.facts import ModelFacts, facts_of
-from sagellm.graphs.models.family import ModelFamily
+from sagellm.graphs.models.family import (
+    FAMILIES,
+    ModelFamily,
+    find_family,
+    known_architectures,
+    read_decoder,
+    register_model_family,
+)
 
-FAMILIES: dict[str, ModelFamily] = {
-    module.FAMILY.architecture: module.FAMILY for module in (llama, mistral, qwen2, qwen3)
-}
+__all__ = [
+    "FAMILIES",
+    "Config",
+    "Decoder",
+    "ModelFacts",
+    "ModelFamily",
+    "UnsupportedModel",
+    "build",
+    "check",
+    "facts",
+    "read_decoder",
+    "register_model_family",
+]
 
 
 def build(config: Config) -> Graph:
-    """The unfused kernel graph, untyped, of one forward step of a ragged batch.
+    """Build the kernel graph of one forward step of a ragged batch, without fusions and types.
 
     Raises UnsupportedModel for an architecture or a field that would not be computed right.
     """
@@ -22,29 +39,31 @@ def build(config: Config) -> Graph:
 
 
 def facts(config: Config) -> ModelFacts:
-    """What the rest of the system needs to know of the model. Raises UnsupportedModel."""
+    """The facts of a model for the rest of the system. Raises UnsupportedModel."""
     family = _family(config)
     shape = family.shape(config)
     return facts_of(config, shape, family.graph(shape))
 
 
 def check(config: Config) -> None:
-    """Raise UnsupportedModel where `facts` would, without building a graph of all layers."""
+    """Raise UnsupportedModel where `facts` would, without the cost of a graph of all layers."""
     facts_of(config, _family(config).shape(config), Graph("unbuilt", "kernel"))
 
 
 def _family(config: Config) -> ModelFamily:
-    """An unknown architecture is never taken for a slip: the nearest name is another model."""
+    """The family of a config. Raises UnsupportedModel.
+
+    The error does not propose the nearest name: an unknown architecture is no typing error, and
+    the nearest name is another model.
+    """
     named = config.get("architectures")
     name = named[0] if isinstance(named, list | tuple) and named else named
     if not isinstance(name, str):
-        fix = "name one of " + ", ".join(FAMILIES)
+        fix = "name one of " + ", ".join(known_architectures())
         raise UnsupportedModel("it names no architecture", field="architectures", fix=fix)
-    if name not in FAMILIES:
-        fix = f"use a model of one of {', '.join(FAMILIES)}"
+    family = find_family(name)
+    if family is None:
+        fix = f"use a model of one of {', '.join(known_architectures())}"
         cause = f"architecture {name} is not built into sagellm"
         raise UnsupportedModel(cause, field="architectures", fix=fix)
-    return FAMILIES[name]
-
-
-__all__ = ["FAMILIES", "ModelFacts", "UnsupportedModel", "build", "check", "facts"]
+    return family

@@ -1,4 +1,4 @@
-"""Typed reading of a parsed config.json: every wrong field is refused by name."""
+"""Typed reading of a parsed config.json. UnsupportedModel names the wrong field."""
 
 import sys
 from collections.abc import Mapping
@@ -13,10 +13,10 @@ Config: TypeAlias = Mapping[str, object]
 _DTYPES = ("float32", "bfloat16", "float16")
 _ROPE_TYPES = ("default", "linear", "llama3")
 _LAYER_TYPES = ("full_attention", "sliding_attention")
-_MAX_LAYERS = 4096  # published models have some hundred at most
+_MAX_LAYERS = 4096  # published models have a few hundred at most
 _NO_REMOTE_CODE = "use a model whose architecture is built in"
 
-# Fields that change the result and are not built: field -> (values that change nothing, way out).
+# Fields whose effect is not built: field -> (values without an effect, fix).
 _REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
     "hidden_act": (("silu", "swish", None), "only silu is built"),
     "auto_map": ((None,), f"remote code never runs; {_NO_REMOTE_CODE}"),
@@ -42,7 +42,7 @@ def refuse_unbuilt(config: Config) -> None:
 
 
 def whole(config: Config, field: str, default: int | None = None, *, least: int = 1) -> int:
-    """A whole number of at least `least`. Raises UnsupportedModel if it is missing or not that."""
+    """A whole number of at least `least`. Raises UnsupportedModel for any other value."""
     value = config.get(field)
     value = default if value is None else value
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
@@ -52,7 +52,7 @@ def whole(config: Config, field: str, default: int | None = None, *, least: int 
 
 
 def num_layers(config: Config) -> int:
-    """Raises UnsupportedModel also for a number that no model has: lists are made of it."""
+    """The number of layers, limited: a hostile config must not make lists of any length."""
     count = whole(config, "num_hidden_layers")
     if count > _MAX_LAYERS:
         fix = f"set the model's own number, of at most {_MAX_LAYERS}"
@@ -63,18 +63,18 @@ def num_layers(config: Config) -> int:
 
 
 def number(config: Config, field: str, default: float | None = None) -> float:
-    """A finite number. Raises UnsupportedModel if it is missing or not that."""
+    """A finite number. Raises UnsupportedModel for any other value."""
     value = config.get(field)
     value = default if value is None else value
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise UnsupportedModel(f"{value!r} is not a number", field=field, fix="set it to a number")
-    if not abs(value) <= sys.float_info.max:  # nor is NaN
+    if not abs(value) <= sys.float_info.max:  # false for NaN as well
         raise UnsupportedModel("it is not finite", field=field, fix="set a finite number")
     return float(value)
 
 
 def flag(config: Config, field: str, default: bool = False) -> bool:
-    """true or false. Raises UnsupportedModel for anything else."""
+    """true or false. Raises UnsupportedModel for any other value."""
     value = config.get(field)
     value = default if value is None else value
     if not isinstance(value, bool):
@@ -94,7 +94,10 @@ def dtype(config: Config) -> str:
 
 
 def head_dim(config: Config) -> int:
-    """`head_dim`, or hidden_size / num_attention_heads, which must divide. Even."""
+    """`head_dim`, else hidden_size / num_attention_heads.
+
+    Raises UnsupportedModel for an odd size, and for a division with a remainder.
+    """
     if config.get("head_dim") is not None:
         size = whole(config, "head_dim")
     else:
@@ -110,9 +113,9 @@ def head_dim(config: Config) -> int:
 
 
 def rope(config: Config) -> Rope:
-    """The rotary embedding: `rope_parameters` (transformers 5), or rope_theta, rope_scaling.
+    """The rotary embedding: `rope_parameters` (transformers 5), or `rope_theta`, `rope_scaling`.
 
-    rope_scaling counts where both are given, as in transformers.
+    `rope_scaling` wins where both are given, as in transformers.
     """
     field = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
     table = config.get(field) or {}
@@ -161,9 +164,10 @@ def _factor(table: Config) -> float:
 
 
 def layer_windows(config: Config, window: int | None) -> tuple[int | None, ...]:
-    """The sliding window of each layer, by `layer_types`, or by `max_window_layers` without it.
+    """The sliding window of each layer: by `layer_types`, else by `max_window_layers`.
 
-    28 is the default of transformers. Raises UnsupportedModel for types that are not built.
+    `max_window_layers` (28 by default, as in transformers) counts the first layers, which have no
+    window. Raises UnsupportedModel for types that are not built.
     """
     count = num_layers(config)
     types = config.get("layer_types")
@@ -177,7 +181,7 @@ def layer_windows(config: Config, window: int | None) -> tuple[int | None, ...]:
 
 
 def same_windows(config: Config, window: int | None) -> tuple[int | None, ...]:
-    """`window` for every layer. Raises UnsupportedModel if `layer_types` says otherwise."""
+    """The same window for every layer. Raises UnsupportedModel where `layer_types` differs."""
     windows = (window,) * num_layers(config)
     if config.get("layer_types") is not None and layer_windows(config, window) != windows:
         raise UnsupportedModel(

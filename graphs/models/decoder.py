@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from sagellm.graphs.ir import SINK, SOURCE, Edge, FrozenMap, Graph, Node
 from sagellm.graphs.kernels.kernel import KV
@@ -10,14 +10,14 @@ from sagellm.graphs.kernels.token_mixers import Rope
 
 
 class NodeOutlet(NamedTuple):
-    """An outlet of a node."""
+    """An outlet of a node: a tensor, or the KV state."""
 
     node: str
     outlet: str = "out"
 
 
 class KernelGraphBuilder:
-    """A kernel graph in the making; `state` is the wire that holds the KV state now."""
+    """Builds a kernel graph node by node. `state` is the outlet with the latest KV state."""
 
     def __init__(self, name: str, dtype: str) -> None:
         self.name = name
@@ -32,43 +32,43 @@ class KernelGraphBuilder:
         return Graph(self.name, "kernel", tuple(self._nodes), tuple(self._edges), attrs)
 
     def step_input(self, name: str) -> NodeOutlet:
+        """An input of the step, one of `STEP_INPUTS`."""
         return NodeOutlet(SOURCE, name)
 
     def add(
-        self, name: str, op: str, wires: Mapping[str, NodeOutlet], **options: object
+        self, name: str, op: str, inlets: Mapping[str, NodeOutlet], **options: object
     ) -> NodeOutlet:
-        """A node fed by `wires` (inlet -> wire); the wire of its outlet `out`."""
+        """Add a node whose inlets are fed by the given outlets. Returns its outlet `out`."""
         self._nodes.append(Node(name, op).with_attrs(**options))
-        for inlet, wire in wires.items():
-            self._edges.append(Edge(wire.node, name, wire.outlet, inlet))
+        for inlet, outlet in inlets.items():
+            self._edges.append(Edge(outlet.node, name, outlet.outlet, inlet))
         return NodeOutlet(name)
 
     def add_stateful(
         self,
         name: str,
         op: str,
-        wires: Mapping[str, NodeOutlet],
-        inputs: tuple[str, ...],
+        inlets: Mapping[str, NodeOutlet],
+        step_inputs: tuple[str, ...],
         **options: object,
     ) -> NodeOutlet:
-        """A node that the KV state goes through, fed by step inputs of the inlets' names too."""
-        given = {inlet: self.step_input(inlet) for inlet in inputs}
-        out = self.add(name, op, {**wires, **given, KV: self.state}, **options)
+        """Add a node that reads or writes the KV state. Returns its outlet `out`.
+
+        The step inputs feed the inlets of the same names.
+        """
+        given = {inlet: self.step_input(inlet) for inlet in step_inputs}
+        out = self.add(name, op, {**inlets, **given, KV: self.state}, **options)
         self.state = NodeOutlet(name, KV)
         return out
 
-    def sink(self, inlet: str, wire: NodeOutlet) -> None:
-        self._edges.append(Edge(wire.node, SINK, wire.outlet, inlet))
-
-    @staticmethod
-    def record(options: Any) -> dict[str, object]:
-        """The attributes that say `options`, a dataclass."""
-        return asdict(options)
+    def sink(self, inlet: str, outlet: NodeOutlet) -> None:
+        """Connect an outlet to the sink of the graph."""
+        self._edges.append(Edge(outlet.node, SINK, outlet.outlet, inlet))
 
 
 @dataclass(frozen=True, slots=True)
 class Decoder:
-    """Everything that decides the graph. Weight names are those of Hugging Face folders."""
+    """The sizes and features that decide the graph. Weights have the names of Hugging Face."""
 
     family: str
     dtype: str
@@ -88,20 +88,26 @@ class Decoder:
     qk_norm: bool = False
 
 
-# From the normed rows of a layer to what is added to its rows: attention, or what replaces it.
+# (builder, decoder, layer, normed rows) -> rows that are added to those of the layer. A mixer
+# combines the tokens of a sequence: attention, or linear attention.
 Mixer: TypeAlias = Callable[[KernelGraphBuilder, Decoder, int, NodeOutlet], NodeOutlet]
 
 
 def decoder_graph(shape: Decoder, mixer: Mixer | None = None) -> Graph:
-    """The unfused kernel graph of one forward step of a ragged batch.
+    """Build the unfused kernel graph of one forward step of a ragged batch.
 
-    `mixer` builds what tokens of a layer see of each other, where it is not attention in all.
+    `mixer` builds the token mixer of each layer; `attention` unless given.
     """
     build = KernelGraphBuilder(shape.family, shape.dtype)
-    ids = build.step_input("token_ids")
-    weight, sizes = "model.embed_tokens.weight", (shape.vocab_size, shape.hidden_size)
-    options = {"weight": weight, "vocab_size": sizes[0], "size": sizes[1], "dtype": shape.dtype}
-    rows = build.add("embed", "embedding", {"in": ids}, **options)
+    rows = build.add(
+        "embed",
+        "embedding",
+        {"in": build.step_input("token_ids")},
+        weight="model.embed_tokens.weight",
+        vocab_size=shape.vocab_size,
+        size=shape.hidden_size,
+        dtype=shape.dtype,
+    )
     for layer in range(len(shape.windows)):
         rows = _mixed(build, shape, layer, rows, mixer or attention)
         rows = _mlp(build, shape, layer, rows)
@@ -123,20 +129,19 @@ def _mixed(
 def attention(
     build: KernelGraphBuilder, shape: Decoder, layer: int, normed: NodeOutlet
 ) -> NodeOutlet:
-    """Softmax attention with rotated queries and keys: the Mixer of most layers."""
+    """Softmax attention with rotated queries and keys, the mixer of most layers."""
     name = f"layer{layer}"
     q = _heads(build, shape, layer, "q", normed)
     k = _heads(build, shape, layer, "k", normed)
     v = _project(build, shape, layer, "v", normed)
-    build.add_stateful(
-        f"{name}_kv_write", "kv_write", {"k": k, "v": v}, ("slots",), **_kv(shape, layer)
-    )
+    kv = {"layer": layer, "num_kv_heads": shape.num_kv_heads, "head_dim": shape.head_dim}
+    build.add_stateful(f"{name}_kv_write", "kv_write", {"k": k, "v": v}, ("slots",), **kv)
     mixed = build.add_stateful(
         f"{name}_attention",
         "paged_attention",
         {"q": q},
         ("query_starts", "context_lens", "block_tables"),
-        **_kv(shape, layer),
+        **kv,
         num_heads=shape.num_heads,
         scale=shape.head_dim**-0.5,
         window=shape.windows[layer],
@@ -149,26 +154,21 @@ def attention(
 def _mlp(build: KernelGraphBuilder, shape: Decoder, layer: int, rows: NodeOutlet) -> NodeOutlet:
     """rows + down(silu(gate(norm(rows))) * up(norm(rows)))."""
     name, bias = f"layer{layer}", shape.mlp_bias
-    up, down = (
-        (shape.hidden_size, shape.intermediate_size),
-        (
-            shape.intermediate_size,
-            shape.hidden_size,
-        ),
-    )
+    widen = shape.hidden_size, shape.intermediate_size
+    narrow = shape.intermediate_size, shape.hidden_size
     path = _path(layer, "post_attention_layernorm")
     normed = _norm(build, shape, f"{name}_post_norm", path, rows)
-    gate = linear(build, f"{name}_gate_proj", _path(layer, "mlp.gate_proj"), normed, up, bias)
-    raised = linear(build, f"{name}_up_proj", _path(layer, "mlp.up_proj"), normed, up, bias)
-    opened = build.add(f"{name}_silu", "silu", {"in": gate})
-    product = build.add(f"{name}_mul", "mul", {"a": opened, "b": raised})
+    gate = linear(build, f"{name}_gate_proj", _path(layer, "mlp.gate_proj"), normed, widen, bias)
+    up = linear(build, f"{name}_up_proj", _path(layer, "mlp.up_proj"), normed, widen, bias)
+    gate = build.add(f"{name}_silu", "silu", {"in": gate})
+    product = build.add(f"{name}_mul", "mul", {"a": gate, "b": up})
     path = _path(layer, "mlp.down_proj")
-    out = linear(build, f"{name}_down_proj", path, product, down, bias)
+    out = linear(build, f"{name}_down_proj", path, product, narrow, bias)
     return build.add(f"{name}_mlp_add", "add", {"a": rows, "b": out})
 
 
 def _head(build: KernelGraphBuilder, shape: Decoder, rows: NodeOutlet) -> NodeOutlet:
-    """Logits of the wanted rows alone: they are chosen before the last norm."""
+    """The logits. Rows without logits are dropped before the last norm, to save its work."""
     chosen = build.step_input("logit_rows")
     rows = build.add("logit_rows", "select_rows", {"in": rows, "rows": chosen})
     rows = _norm(build, shape, "final_norm", "model.norm", rows)
@@ -179,29 +179,24 @@ def _head(build: KernelGraphBuilder, shape: Decoder, rows: NodeOutlet) -> NodeOu
 def _heads(
     build: KernelGraphBuilder, shape: Decoder, layer: int, role: str, rows: NodeOutlet
 ) -> NodeOutlet:
-    """Queries or keys: projected, normalised where the family does, rotated."""
+    """Queries or keys: projected, normalised if the family has `qk_norm`, and rotated."""
     name = f"layer{layer}_{role}"
     heads = _project(build, shape, layer, role, rows)
     if shape.qk_norm:
         weight = _path(layer, f"self_attn.{role}_norm.weight")
         options = {"weight": weight, "size": shape.head_dim, "epsilon": shape.epsilon}
         heads = build.add(f"{name}_norm", "rms_norm", {"in": heads}, **options)
-    wires = {"in": heads, "positions": build.step_input("positions")}
-    return build.add(f"{name}_rope", "rope", wires, **build.record(shape.rope))
+    inlets = {"in": heads, "positions": build.step_input("positions")}
+    return build.add(f"{name}_rope", "rope", inlets, **asdict(shape.rope))
 
 
 def _project(
     build: KernelGraphBuilder, shape: Decoder, layer: int, role: str, rows: NodeOutlet
 ) -> NodeOutlet:
     num_heads = shape.num_heads if role == "q" else shape.num_kv_heads
-    path, sizes = (
-        _path(layer, f"self_attn.{role}_proj"),
-        (
-            shape.hidden_size,
-            num_heads * shape.head_dim,
-        ),
-    )
-    return linear(build, f"layer{layer}_{role}_proj", path, rows, sizes, shape.qkv_bias)
+    path, size = _path(layer, f"self_attn.{role}_proj"), num_heads * shape.head_dim
+    name = f"layer{layer}_{role}_proj"
+    return linear(build, name, path, rows, (shape.hidden_size, size), shape.qkv_bias)
 
 
 def linear(
@@ -212,7 +207,7 @@ def linear(
     sizes: tuple[int, int],
     bias: bool,
 ) -> NodeOutlet:
-    """A linear of the weight `path`, `sizes` in and out."""
+    """Add a linear with the weight `path`.weight. `sizes`: input and output features."""
     options: dict[str, object] = {"in_features": sizes[0], "out_features": sizes[1]}
     if bias:
         options["bias"] = f"{path}.bias"
@@ -224,10 +219,6 @@ def _norm(
 ) -> NodeOutlet:
     options = {"weight": f"{path}.weight", "size": shape.hidden_size, "epsilon": shape.epsilon}
     return build.add(name, "rms_norm", {"in": rows}, **options)
-
-
-def _kv(shape: Decoder, layer: int) -> dict[str, object]:
-    return {"layer": layer, "num_kv_heads": shape.num_kv_heads, "head_dim": shape.head_dim}
 
 
 def _path(layer: int, rest: str) -> str:

@@ -1,4 +1,4 @@
-"""What the rest of the system needs to know of a model: from its config and its kernel graph."""
+"""Facts of a model for the rest of the system, from its config and its kernel graph."""
 
 from dataclasses import dataclass
 from math import prod
@@ -15,10 +15,10 @@ from sagellm.graphs.models.quantisation import stored_quantisation
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """`max_model_len` in tokens; `sliding_window` only where every layer has it.
+    """`max_model_len`: in tokens. `sliding_window`: None unless all layers have the same window.
 
-    `weight_bits`: of a linear's weight with its share of scales, where it is stored quantised.
-    `kv_groups`: what it remembers between steps; empty: the keys and values of all layers.
+    `weight_bits`: bits of a quantised weight with its share of scales; None for floats.
+    `kv_groups`: the memory between steps; empty means keys and values of all layers.
     """
 
     family: str
@@ -39,8 +39,9 @@ class ModelFacts:
 
 
 def facts_of(config: Config, shape: Decoder, graph: Graph) -> ModelFacts:
-    """The facts of the model that `shape` was read from, and `graph` built. Raises
-    UnsupportedModel.
+    """Collect the facts; `config` was read into `shape`, from which `graph` was built.
+
+    Raises UnsupportedModel.
     """
     stored = stored_quantisation(config)
     return ModelFacts(
@@ -63,15 +64,15 @@ def facts_of(config: Config, shape: Decoder, graph: Graph) -> ModelFacts:
 
 
 def num_parameters(graph: Graph) -> int:
-    """Stored numbers, tied embeddings counted once."""
+    """The number of stored parameters. Tied embeddings count once."""
     return sum(map(prod, weight_shapes(graph).values()))
 
 
 def _eos(config: Config, vocab_size: int) -> tuple[int, ...]:
-    """Ids outside the vocabulary are left out: they are never sampled."""
+    """The end tokens, without ids outside the vocabulary: such ids are never sampled."""
     value = config.get("eos_token_id")
     ids = value if isinstance(value, list | tuple) else () if value is None else (value,)
-    if not all(type(token) is int for token in ids):  # true is no id
+    if not all(type(token) is int for token in ids):  # isinstance would accept true
         fix = "give one token id or a list of them"
         raise UnsupportedModel(f"{value!r} is not a token id", field="eos_token_id", fix=fix)
     return tuple(token for token in ids if 0 <= token < vocab_size)

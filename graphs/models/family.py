@@ -1,7 +1,8 @@
-"""A model family: how its config.json is read, and what is asked of it."""
+"""Model families: a table by architecture, to which packages and programs add their own."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from sagellm.graphs.diagnostics import UnsupportedModel
@@ -10,12 +11,17 @@ from sagellm.graphs.models import config as read
 from sagellm.graphs.models.config import Config
 from sagellm.graphs.models.decoder import Decoder, decoder_graph
 
+GROUP = "sagellm.model_families"  # of entry points: the name is the architecture
+_DEFAULT_WINDOW = 4096  # of transformers, for Mistral and Qwen
+
 
 @dataclass(frozen=True, slots=True)
 class ModelFamily:
-    """`architecture` is the name in config.json; `shape` reads the config into a Decoder.
+    """All models of one architecture.
 
-    `graph` builds the kernel graph of it: a family whose layers do not all attend has its own.
+    `architecture` is the name in config.json. `shape` reads a config, and raises UnsupportedModel
+    for a field that would not be computed right. `graph` builds the kernel graph; a family with
+    other layers than `decoder_graph` has a builder of its own.
     """
 
     architecture: str
@@ -26,7 +32,11 @@ class ModelFamily:
 def read_decoder(
     config: Config, family: str, *, windows: tuple[int | None, ...], **differs: Any
 ) -> Decoder:
-    """The Decoder that the fields common to all families say. Raises UnsupportedModel."""
+    """Read the fields that all families share. Raises UnsupportedModel.
+
+    `windows`: the sliding window of each layer. `differs`: fields of Decoder in which the family
+    differs from the defaults.
+    """
     read.refuse_unbuilt(config)
     heads = read.whole(config, "num_attention_heads")
     kv_heads = read.whole(config, "num_key_value_heads", heads)
@@ -48,3 +58,107 @@ def read_decoder(
         windows=windows,
         **differs,
     )
+
+
+def _llama(config: Config) -> Decoder:
+    """Llama 2, 3 and 3.2 (rope type "llama3")."""
+    bias = read.flag(config, "attention_bias")
+    return read_decoder(
+        config,
+        "llama",
+        windows=read.same_windows(config, None),
+        qkv_bias=bias,
+        output_bias=bias,
+        mlp_bias=read.flag(config, "mlp_bias"),
+    )
+
+
+def _mistral(config: Config) -> Decoder:
+    """Mistral: one sliding window for all layers. null is no window; without the field, 4096."""
+    is_sliding = config.get("sliding_window", _DEFAULT_WINDOW) is not None
+    window = read.whole(config, "sliding_window", _DEFAULT_WINDOW) if is_sliding else None
+    return read_decoder(config, "mistral", windows=read.same_windows(config, window))
+
+
+def _qwen2(config: Config) -> Decoder:
+    """Qwen2 and Qwen2.5: biases on queries, keys and values."""
+    return read_decoder(config, "qwen2", windows=_qwen_windows(config), qkv_bias=True)
+
+
+def _qwen3(config: Config) -> Decoder:
+    """Qwen3: queries and keys are normalised per head before the rotation."""
+    bias = read.flag(config, "attention_bias")
+    return read_decoder(
+        {"head_dim": 128, **config},
+        "qwen3",
+        windows=_qwen_windows(config),
+        qkv_bias=bias,
+        output_bias=bias,
+        qk_norm=True,
+    )
+
+
+def _qwen_windows(config: Config) -> tuple[int | None, ...]:
+    is_sliding = read.flag(config, "use_sliding_window")
+    window = read.whole(config, "sliding_window", _DEFAULT_WINDOW) if is_sliding else None
+    return read.layer_windows(config, window)
+
+
+# By architecture. Families that a program registers, or a package offers, are added here.
+FAMILIES: dict[str, ModelFamily] = {
+    family.architecture: family
+    for family in (
+        ModelFamily("LlamaForCausalLM", _llama),
+        ModelFamily("MistralForCausalLM", _mistral),
+        ModelFamily("Qwen2ForCausalLM", _qwen2),
+        ModelFamily("Qwen3ForCausalLM", _qwen3),
+    )
+}
+
+
+def register_model_family(family: ModelFamily) -> None:
+    """Add a family to this process; a worker process knows shipped and installed families only.
+
+    Raises TypeError for another type, ValueError where the architecture has a family already.
+    """
+    if not isinstance(family, ModelFamily):
+        raise TypeError(f"a model family must be a ModelFamily, not {type(family).__name__}")
+    if FAMILIES.setdefault(family.architecture, family) != family:
+        raise ValueError(f"the architecture {family.architecture!r} has a model family already")
+
+
+def find_family(architecture: str) -> ModelFamily | None:
+    """The family in the table, else of an installed package, which is imported now.
+
+    Raises UnsupportedModel for a package whose family cannot be loaded.
+    """
+    if architecture not in FAMILIES:
+        offers = {entry.value: entry for entry in entry_points(group=GROUP, name=architecture)}
+        if len(offers) > 1:
+            cause = f"{architecture} is offered by {' and '.join(map(_package, offers.values()))}"
+            raise UnsupportedModel(cause, field="architectures", fix="remove one of the packages")
+        for entry in offers.values():
+            FAMILIES[architecture] = _load(entry)
+    return FAMILIES.get(architecture)
+
+
+def known_architectures() -> tuple[str, ...]:
+    """The architectures of the table, then those that installed packages offer."""
+    return tuple(dict.fromkeys((*FAMILIES, *sorted(entry_points(group=GROUP).names))))
+
+
+def _load(entry: EntryPoint) -> ModelFamily:
+    fix = f"fix or remove {_package(entry)}"
+    try:
+        family = entry.load()
+    except Exception as error:  # a package may raise anything while it is imported
+        cause = f"the family {entry.value} cannot be loaded: {type(error).__name__}: {error}"
+        raise UnsupportedModel(cause, field="architectures", fix=fix) from error
+    if not isinstance(family, ModelFamily):
+        cause = f"{entry.value} is no ModelFamily, but a {type(family).__name__}"
+        raise UnsupportedModel(cause, field="architectures", fix=fix)
+    return family
+
+
+def _package(entry: EntryPoint) -> str:
+    return f"package {entry.dist.name}" if entry.dist is not None else "an installed package"

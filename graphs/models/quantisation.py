@@ -1,4 +1,4 @@
-"""How a folder's weights are stored in few bits: `quantization_config` of config.json."""
+"""The quantisation of stored weights: `quantization_config` of config.json."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,14 +10,15 @@ _FIELD = "quantization_config"
 _METHODS = ("gptq", "awq")
 _FORMATS = {"gptq": ("gptq", "gptq_v2"), "awq": ("gemm",)}
 _BITS = {"gptq": (4, 8), "awq": (4,)}
-_BLOCK = 32  # codes along k that kernels take at a time
+_BLOCK = 32  # input features that a kernel unpacks at a time
 
 
 @dataclass(frozen=True, slots=True)
 class StoredQuantisation:
-    """`group_size` None: one group a row. `zero_offset`: what zeros are stored less by.
+    """Weights of `bits` bits with a scale and a zero a group of input features.
 
-    `reorders`: the groups may be of rows out of order, and the folder says which they are.
+    `group_size` None: one group a row. `zero_offset`: zeros are stored less this number.
+    `reorders`: the features of a group need not be adjacent; the folder stores their order.
     """
 
     method: str
@@ -28,12 +29,12 @@ class StoredQuantisation:
 
     @property
     def weight_bits(self) -> float:
-        """Bits a weight, scale (float16) and zero included."""
+        """Bits a weight, with its share of the scale (float16) and the zero."""
         return self.bits + (32 / self.group_size if self.group_size else 0.0)
 
 
 def stored_quantisation(config: Mapping[str, object]) -> StoredQuantisation | None:
-    """None for weights in floats. Raises UnsupportedModel for what is not built."""
+    """None for weights in floats. Raises UnsupportedModel for a format that is not built."""
     table = config.get(_FIELD)
     if table is None:
         return None
@@ -56,7 +57,7 @@ def _method(table: Mapping[Any, Any]) -> str:
 
 
 def _format(table: Mapping[Any, Any], method: str) -> str:
-    """GPTQ: `checkpoint_format`, in older folders nothing, or a flag. AWQ: `version`."""
+    """The packing of the weights. Field `checkpoint_format` or a flag (GPTQ), `version` (AWQ)."""
     names = ("checkpoint_format", "format") if method == "gptq" else ("version", "format")
     given = next((table[name] for name in names if table.get(name) is not None), None)
     form = str(given or _FORMATS[method][0]).lower()
@@ -90,7 +91,7 @@ def _reorders(table: Mapping[Any, Any]) -> bool:
 
 
 def _refuse_variants(table: Mapping[Any, Any]) -> None:
-    """What would be read wrong: settings that differ by layer, and words of another width."""
+    """Refuse variants that would be unpacked wrong without an error."""
     if table.get("dynamic"):
         raise _unsupported("settings by layer (dynamic) are not built", "quantise all alike")
     if str(table.get("pack_dtype") or "int32") != "int32":

@@ -1,17 +1,10 @@
-"""Passes over graphs, and the pipeline that prepares a kernel graph for a backend."""
+"""Passes over graphs, and the pipeline that applies them in order."""
 
 from collections.abc import Sequence
 from typing import Protocol
 
 from sagellm.graphs.ir import Graph
-from sagellm.graphs.passes.fusion import (
-    FuseAddNorm,
-    FuseGatedLinear,
-    FuseGateUp,
-    FuseQkv,
-    FuseRopeKvWrite,
-    FuseSiluMul,
-)
+from sagellm.graphs.passes.fusion import KERNEL_PASSES
 from sagellm.graphs.passes.placement import PlaceLayers
 from sagellm.graphs.vocabulary import nearest
 
@@ -43,14 +36,3 @@ def run_pipeline(graph: Graph, passes: Sequence[Pass], *, stop_after: str | None
         if step.name == stop_after:
             break
     return graph
-
-
-# The linears first: the later passes hide the nodes by which they are found.
-KERNEL_PASSES: tuple[Pass, ...] = (
-    FuseQkv(),
-    FuseGateUp(),
-    FuseAddNorm(),
-    FuseSiluMul(),
-    FuseGatedLinear(),
-    FuseRopeKvWrite(),
-)

@@ -1,7 +1,8 @@
-"""Fusion passes: each replaces a pattern of kernels by one kernel."""
+"""Fusion passes: a table of patterns, each replaced by one kernel."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 from sagellm.graphs.ir import Edge, Graph, Node
 
@@ -10,10 +11,10 @@ NodePort = tuple[str, str]  # (node, inlet or outlet)
 
 @dataclass(frozen=True, slots=True)
 class Fusion:
-    """`node` takes the place of `removed`.
+    """One match of a pattern: `node` takes the place of the nodes `removed`.
 
-    `inlets` says which inlet of a removed node feeds which inlet of the new one, `outlets` where
-    the users of a removed outlet go. Edges between removed nodes, and into inlets not named, fall.
+    `inlets` maps inlets of removed nodes to inlets of `node`; `outlets` does the same for outlets.
+    Edges between removed nodes, and edges into inlets that `inlets` does not name, are dropped.
     """
 
     node: Node
@@ -22,8 +23,31 @@ class Fusion:
     outlets: Mapping[NodePort, str]
 
 
+# (graph, node at the anchor) -> the fusion; None where the pattern does not match.
+Match: TypeAlias = Callable[[Graph, Node], Fusion | None]
+
+
+@dataclass(frozen=True, slots=True)
+class FusionPass:
+    """A pass that replaces every match of one pattern.
+
+    `anchor` is the op of the node at which `match` is tried.
+    """
+
+    name: str
+    anchor: str
+    match: Match
+
+    def apply(self, graph: Graph) -> Graph:
+        for node in graph.nodes:
+            if node.op == self.anchor and (fusion := self.match(graph, node)) is not None:
+                graph = fuse(graph, fusion)
+        return graph
+
+
 def fuse(graph: Graph, fusion: Fusion) -> Graph:
-    """The graph with the fusion done; the new node stands where the last removed one stood."""
+    """Replace the removed nodes; the new node stands where the last of them stood."""
+    # At the last position, the producers of all inputs stand before the new node.
     last = max(index for index, node in enumerate(graph.nodes) if node.name in fusion.removed)
     nodes = tuple(
         fusion.node if index == last else node
@@ -48,90 +72,78 @@ def _moved(edge: Edge, fusion: Fusion) -> Edge | None:
     return edge
 
 
-def fed_by(graph: Graph, node: str, inlet: str = "in") -> Edge:
-    """The edge into that inlet. Raises KeyError if nothing feeds it."""
+def _fed_by(graph: Graph, node: str, inlet: str = "in") -> Edge:
+    """The edge into an inlet. Raises KeyError where nothing feeds the inlet."""
     for edge in graph.edges:
         if edge.target == node and edge.inlet == inlet:
             return edge
     raise KeyError((node, inlet))
 
 
-def producer(graph: Graph, node: str, inlet: str = "in") -> Node | None:
-    """The node that feeds that inlet, if it is a node and feeds nothing else with that outlet."""
-    edge = fed_by(graph, node, inlet)
+def _sole_producer(graph: Graph, node: str, inlet: str = "in") -> Node | None:
+    """The node that feeds an inlet; None for `source`, and for an outlet with other users.
+
+    A fused kernel has no outlets for inner results, so a result with a second user must not
+    become one.
+    """
+    edge = _fed_by(graph, node, inlet)
     if edge.source not in graph.names or len(graph.outputs(edge.source, edge.outlet)) > 1:
         return None
     return graph.node(edge.source)
 
 
-@dataclass(frozen=True, slots=True)
-class FuseQkv:
-    """The projections behind one attention become `qkv_linear`."""
-
-    name: str = "fuse_qkv"
-
-    def apply(self, graph: Graph) -> Graph:
-        for node in graph.nodes:
-            if node.op == "kv_write" and (linears := _qkv(graph, node)):
-                graph = _fuse_linears(graph, linears, "qkv_linear", ("q", "k", "v"))
-        return graph
-
-
-@dataclass(frozen=True, slots=True)
-class FuseGateUp:
-    """The two projections into silu(gate) * up become `gate_up_linear`."""
-
-    name: str = "fuse_gate_up"
-
-    def apply(self, graph: Graph) -> Graph:
-        for node in graph.nodes:
-            if node.op == "mul" and (linears := _gate_up(graph, node)):
-                graph = _fuse_linears(graph, linears, "gate_up_linear", ("gate", "up"))
-        return graph
-
-
-def _qkv(graph: Graph, write: Node) -> tuple[Node, ...] | None:
+def _attention_after(graph: Graph, write: Node) -> Node | None:
+    """The paged attention that takes the KV state of a `kv_write`."""
     readers = [edge.target for edge in graph.outputs(write.name, "kv")]
     if len(readers) != 1 or readers[0] not in graph.names:
         return None
-    if graph.node(readers[0]).op != "paged_attention":
+    node = graph.node(readers[0])
+    return node if node.op == "paged_attention" else None
+
+
+def _prefix(name: str, suffix: str) -> str:
+    """`layer0` of `layer0_mul` and the suffix `mul`; empty where the suffix is all."""
+    return name.removesuffix(suffix).rstrip("_")
+
+
+def _qkv(graph: Graph, write: Node) -> Fusion | None:
+    """The projections to queries, keys and values of one attention become `qkv_linear`."""
+    attention = _attention_after(graph, write)
+    if attention is None:
         return None
-    q = _projection(graph, readers[0], "q")
+    q = _projection(graph, attention.name, "q")
     k, v = (_projection(graph, write.name, inlet) for inlet in ("k", "v"))
-    return _same_rows(graph, q, k, v)
+    return _merged_linears(graph, (q, k, v), "qkv_linear", ("q", "k", "v"))
 
 
-def _gate_up(graph: Graph, mul: Node) -> tuple[Node, ...] | None:
-    silu = producer(graph, mul.name, "a")
+def _gate_up(graph: Graph, mul: Node) -> Fusion | None:
+    """The two projections to silu(gate) * up become `gate_up_linear`."""
+    silu = _sole_producer(graph, mul.name, "a")
     if silu is None or silu.op != "silu":
         return None
-    return _same_rows(graph, _projection(graph, silu.name), _projection(graph, mul.name, "b"))
+    linears = _projection(graph, silu.name), _projection(graph, mul.name, "b")
+    return _merged_linears(graph, linears, "gate_up_linear", ("gate", "up"))
 
 
 def _projection(graph: Graph, name: str, inlet: str = "in") -> Node | None:
-    """The linear behind an inlet, past norms and rotations of its heads."""
-    node = producer(graph, name, inlet)
+    """The linear that feeds an inlet, possibly through a norm and a rotation of heads."""
+    node = _sole_producer(graph, name, inlet)
     while node is not None and node.op in ("rope", "rms_norm"):
-        node = producer(graph, node.name)
+        node = _sole_producer(graph, node.name)
     return node if node is not None and node.op == "linear" else None
 
 
-def _same_rows(graph: Graph, *linears: Node | None) -> tuple[Node, ...] | None:
-    found = tuple(linear for linear in linears if linear is not None)
-    rows = {_wire(fed_by(graph, linear.name)) for linear in found}
-    return found if len(found) == len(linears) and len(rows) == 1 else None
-
-
-def _wire(edge: Edge) -> tuple[str, str]:
-    return edge.source, edge.outlet
-
-
-def _fuse_linears(
-    graph: Graph, linears: tuple[Node, ...], op: str, outlets: tuple[str, ...]
-) -> Graph:
+def _merged_linears(
+    graph: Graph, nodes: tuple[Node | None, ...], op: str, outlets: tuple[str, ...]
+) -> Fusion | None:
+    """One linear with an outlet for each of `nodes`, where all are linears of the same rows."""
+    linears = tuple(node for node in nodes if node is not None)
+    rows = {(edge.source, edge.outlet) for edge in (_fed_by(graph, n.name) for n in linears)}
+    if len(linears) < len(nodes) or len(rows) > 1:
+        return None
     first = linears[0]
-    stem = first.name.removesuffix(f"{outlets[0]}_proj").rstrip("_")
-    node = Node(f"{stem}_{op.removesuffix('_linear')}" if stem else op, op).with_attrs(
+    prefix = _prefix(first.name, f"{outlets[0]}_proj")
+    node = Node(f"{prefix}_{op.removesuffix('_linear')}" if prefix else op, op).with_attrs(
         weights=tuple(linear.attrs["weight"] for linear in linears),
         in_features=first.attrs["in_features"],
         out_features=tuple(linear.attrs["out_features"] for linear in linears),
@@ -139,119 +151,60 @@ def _fuse_linears(
     )
     names = tuple(linear.name for linear in linears)
     users = {(name, "out"): outlet for name, outlet in zip(names, outlets, strict=True)}
-    return fuse(graph, Fusion(node, names, {(first.name, "in"): "in"}, users))
+    return Fusion(node, names, {(first.name, "in"): "in"}, users)
 
 
-@dataclass(frozen=True, slots=True)
-class FuseAddNorm:
-    """add -> rms_norm becomes `add_rms_norm`, which hands on the sum as well.
+def _add_norm(graph: Graph, norm: Node) -> Fusion | None:
+    """add -> rms_norm becomes `add_rms_norm`, which has an outlet for the sum as well.
 
-    The sum must have another user (the next add): a norm that is its only one stays as it is.
+    The sum must have another user, such as the next add.
     """
-
-    name: str = "fuse_add_norm"
-
-    def apply(self, graph: Graph) -> Graph:
-        for norm in graph.nodes:
-            if norm.op == "rms_norm" and (add := _add(graph, norm)):
-                graph = fuse(graph, _add_norm_fusion(add, norm))
-        return graph
-
-
-def _add(graph: Graph, norm: Node) -> Node | None:
-    edge = fed_by(graph, norm.name)
-    if edge.source not in graph.names or graph.node(edge.source).op != "add":
+    source = _fed_by(graph, norm.name).source
+    if source not in graph.names or graph.node(source).op != "add":
         return None
-    users = [user for user in graph.outputs(edge.source) if user.target != norm.name]
-    return graph.node(edge.source) if users else None
+    if all(user.target == norm.name for user in graph.outputs(source)):
+        return None
+    inlets = {(source, "a"): "a", (source, "b"): "b"}
+    outlets = {(source, "out"): "sum", (norm.name, "out"): "out"}
+    return Fusion(replace(norm, op="add_rms_norm"), (source, norm.name), inlets, outlets)
 
 
-def _add_norm_fusion(add: Node, norm: Node) -> Fusion:
-    inlets = {(add.name, "a"): "a", (add.name, "b"): "b"}
-    outlets = {(add.name, "out"): "sum", (norm.name, "out"): "out"}
-    node = replace(norm, op="add_rms_norm")
-    return Fusion(node, (add.name, norm.name), inlets, outlets)
-
-
-@dataclass(frozen=True, slots=True)
-class FuseSiluMul:
-    """silu -> mul.a becomes `silu_mul`."""
-
-    name: str = "fuse_silu_mul"
-
-    def apply(self, graph: Graph) -> Graph:
-        for mul in graph.nodes:
-            if mul.op == "mul":
-                silu = producer(graph, mul.name, "a")
-                if silu is not None and silu.op == "silu":
-                    graph = fuse(graph, _silu_mul_fusion(silu, mul))
-        return graph
-
-
-def _silu_mul_fusion(silu: Node, mul: Node) -> Fusion:
-    name = mul.name.removesuffix("mul").rstrip("_")
-    node = Node(f"{name}_silu_mul" if name else "silu_mul", "silu_mul")
+def _silu_mul(graph: Graph, mul: Node) -> Fusion | None:
+    """silu(gate) * up becomes `silu_mul`."""
+    silu = _sole_producer(graph, mul.name, "a")
+    if silu is None or silu.op != "silu":
+        return None
+    prefix = _prefix(mul.name, "mul")
+    node = Node(f"{prefix}_silu_mul" if prefix else "silu_mul", "silu_mul")
     inlets = {(silu.name, "in"): "gate", (mul.name, "b"): "up"}
     return Fusion(node, (silu.name, mul.name), inlets, {(mul.name, "out"): "out"})
 
 
-@dataclass(frozen=True, slots=True)
-class FuseGatedLinear:
+def _gated_linear(graph: Graph, product: Node) -> Fusion | None:
     """gate_up_linear -> silu_mul becomes `gated_linear`."""
-
-    name: str = "fuse_gated_linear"
-
-    def apply(self, graph: Graph) -> Graph:
-        for product in graph.nodes:
-            if product.op == "silu_mul":
-                linear = _gate_and_up(graph, product.name)
-                if linear is not None:
-                    graph = fuse(graph, _gated_linear_fusion(linear, product))
-        return graph
-
-
-def _gate_and_up(graph: Graph, product: str) -> Node | None:
-    """The kernel that makes both inlets of silu_mul, each by the outlet of that name."""
-    linear, other = (producer(graph, product, inlet) for inlet in ("gate", "up"))
+    linear, other = (_sole_producer(graph, product.name, inlet) for inlet in ("gate", "up"))
     if linear is None or linear != other or linear.op != "gate_up_linear":
         return None
-    return linear if fed_by(graph, product, "gate").outlet == "gate" else None
-
-
-def _gated_linear_fusion(linear: Node, product: Node) -> Fusion:
-    stem = linear.name.removesuffix("gate_up").rstrip("_")
-    node = Node(f"{stem}_gated" if stem else "gated", "gated_linear", linear.attrs)
+    if _fed_by(graph, product.name, "gate").outlet != "gate":
+        return None  # the product takes `up` as its gate
+    prefix = _prefix(linear.name, "gate_up")
+    node = Node(f"{prefix}_gated" if prefix else "gated", "gated_linear", linear.attrs)
     inlets, outlets = {(linear.name, "in"): "in"}, {(product.name, "out"): "out"}
     return Fusion(node, (linear.name, product.name), inlets, outlets)
 
 
-@dataclass(frozen=True, slots=True)
-class FuseRopeKvWrite:
-    """rope(q), rope(k) -> kv_write before one attention becomes `rope_kv_write`."""
-
-    name: str = "fuse_rope_kv_write"
-
-    def apply(self, graph: Graph) -> Graph:
-        for write in graph.nodes:
-            if write.op == "kv_write" and (ropes := _ropes(graph, write)):
-                graph = fuse(graph, _rope_kv_write_fusion(write, *ropes))
-        return graph
-
-
-def _ropes(graph: Graph, write: Node) -> tuple[Node, Node, int] | None:
-    """The rotations of queries and keys, and the number of query heads, if they match."""
-    (reader,) = (edge.target for edge in graph.outputs(write.name, "kv"))
-    if reader not in graph.names or graph.node(reader).op != "paged_attention":
+def _rope_kv_write(graph: Graph, write: Node) -> Fusion | None:
+    """rope(q) and rope(k) -> kv_write before one attention become `rope_kv_write`."""
+    attention = _attention_after(graph, write)
+    if attention is None:
         return None
-    q, k = producer(graph, reader, "q"), producer(graph, write.name, "k")
+    q, k = _sole_producer(graph, attention.name, "q"), _sole_producer(graph, write.name, "k")
     if q is None or k is None or q.op != "rope" or k.op != "rope" or q.attrs != k.attrs:
         return None
-    places = {fed_by(graph, rope.name, "positions").source for rope in (q, k)}
-    num_heads = graph.node(reader).attrs["num_heads"]
-    return (q, k, num_heads) if len(places) == 1 and isinstance(num_heads, int) else None
-
-
-def _rope_kv_write_fusion(write: Node, q: Node, k: Node, num_heads: int) -> Fusion:
+    positions = {_fed_by(graph, rope.name, "positions").source for rope in (q, k)}
+    num_heads = attention.attrs["num_heads"]
+    if len(positions) > 1 or not isinstance(num_heads, int):
+        return None
     table = {"table": write.attrs["table"]} if "table" in write.attrs else {}
     node = Node(write.name.replace("kv_write", "rope_kv_write"), "rope_kv_write").with_attrs(
         **table,
@@ -266,6 +219,16 @@ def _rope_kv_write_fusion(write: Node, q: Node, k: Node, num_heads: int) -> Fusi
         (k.name, "in"): "k",
         **{(write.name, inlet): inlet for inlet in ("v", "slots", "kv")},
     }
-    return Fusion(
-        node, (q.name, k.name, write.name), inlets, {(q.name, "out"): "q", (write.name, "kv"): "kv"}
-    )
+    outlets = {(q.name, "out"): "q", (write.name, "kv"): "kv"}
+    return Fusion(node, (q.name, k.name, write.name), inlets, outlets)
+
+
+# The linears come first: later fusions remove the nodes by which their patterns are found.
+KERNEL_PASSES: tuple[FusionPass, ...] = (
+    FusionPass("fuse_qkv", "kv_write", _qkv),
+    FusionPass("fuse_gate_up", "mul", _gate_up),
+    FusionPass("fuse_add_norm", "rms_norm", _add_norm),
+    FusionPass("fuse_silu_mul", "mul", _silu_mul),
+    FusionPass("fuse_gated_linear", "silu_mul", _gated_linear),
+    FusionPass("fuse_rope_kv_write", "kv_write", _rope_kv_write),
+)

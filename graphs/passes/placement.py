@@ -1,22 +1,23 @@
-"""Placement passes: operators into processes, threads to engines, layers into blocks."""
+"""Placement passes: processes of operators, threads of engines, blocks of layers, bodies."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from sagellm.graphs.ir import FrozenMap, Graph, Node, Value
 from sagellm.graphs.kernels.memory import KVBlocks
+from sagellm.graphs.sections import executor_kind, num_replicas
 
-CONTROL = "graph"  # the process that opened the graph, and has its source and sink
-PROCESSES = "processes"  # the attribute that the pass sets
+CONTROL = "graph"  # the process that opened the graph: it has the operators, source and sink
+PROCESSES = "processes"  # the attribute that `Place` sets
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Sets the graph's attribute `processes`: the operators of each process, by its name.
+    """Set the attribute `processes`: the operators of each process, by the name of the process.
 
-    Logic operators chain into one process, with the operators that drive engines: these hand on a
-    step's tokens in one turn of a loop. What computes is a process a replica of each engine
-    (`d[0]`), which its operators share. Under executor `tasks` all is in one process.
+    All operators run in the process `graph`, also those that drive engines: the tokens of a step
+    pass through them in one turn of a loop. Each replica of an engine (`d[0]`) is a process of its
+    own, listed with the operators that use the engine. Executor `tasks` has one process.
     """
 
     name: str = "place"
@@ -32,25 +33,12 @@ class Place:
 
 
 def worker_name(engine: str, replica: int) -> str:
-    """Of the process that runs one replica of an engine."""
+    """The name of the process that runs one replica of an engine."""
     return f"{engine}[{replica}]"
 
 
-def executor_kind(graph: Graph) -> str:
-    """`tasks` where the graph does not say."""
-    executor = graph.attrs.get("executor")
-    kind = executor.get("kind", "tasks") if isinstance(executor, FrozenMap) else executor
-    return kind if isinstance(kind, str) else "tasks"
-
-
-def num_replicas(values: object) -> int:
-    """Of an engine with those options."""
-    count = values.get("replicas", 1) if isinstance(values, FrozenMap) else 1
-    return count if isinstance(count, int) else 1
-
-
 def replicas_of(placed: Graph) -> dict[str, int]:
-    """How many worker processes a placed graph has for each engine."""
+    """The number of worker processes of each engine in a placed graph."""
     processes = placed.attrs[PROCESSES]
     assert isinstance(processes, FrozenMap)
     return {
@@ -61,9 +49,11 @@ def replicas_of(placed: Graph) -> dict[str, int]:
 
 @dataclass(frozen=True, slots=True)
 class ShareCores:
-    """Sets the option `threads` of those `engines` that leave it open: `num_cores` over all their
-    replicas, and at least one. More threads than cores would wait for each other in every kernel.
-    `engines`: those that compute with threads of this machine.
+    """Set the option `threads` of the engines that do not give it: an equal share of `num_cores`
+    for each replica, at least 1.
+
+    `engines`: the engines that compute with threads of this machine. With more threads than cores,
+    threads would wait for each other in every kernel.
     """
 
     num_cores: int
@@ -89,9 +79,10 @@ _TOKENS = ("kv_write", "rope_kv_write", "paged_attention")
 
 @dataclass(frozen=True, slots=True)
 class PlaceLayers:
-    """Writes into each kernel with memory the layer of its blocks, and which blocks those are.
+    """Write into each kernel with KV memory its layer within a block, and its block table or the
+    blocks of its state.
 
-    Before it `layer` counts the layers of the model, and there is one block table.
+    Before the pass, `layer` counts the layers of the model.
     """
 
     blocks: KVBlocks
@@ -114,9 +105,10 @@ class PlaceLayers:
 
 @dataclass(frozen=True, slots=True)
 class AttachBodies:
-    """`bodies`: engine name -> kernel graph, built from that engine's config.json.
+    """Give each operator with an engine the kernel graph that the engine runs, as its body.
 
-    Operators of one engine share one body; the result has a hash of its own.
+    `bodies`: kernel graph by engine. Operators of one engine share one body. The result has another
+    hash than the surface graph.
     """
 
     bodies: Mapping[str, Graph] = field(default_factory=dict)

@@ -1,1 +1,1 @@
-"""Rules that a stream graph obeys, one mistake each; `sagellm.graphs.check` applies them."""
+"""The rules of a stream graph. `sagellm.graphs.check` has the table and applies the rules."""

@@ -6,24 +6,34 @@ from dataclasses import dataclass
 from sagellm.graphs.diagnostics import Diagnostic
 from sagellm.graphs.ir import SINK, SOURCE, Edge, Node
 from sagellm.graphs.rules.rule import CheckContext
-from sagellm.graphs.vocabulary import ANSWER, ANY, EVENT, PREFILLED, REQUEST, OpSpec
+from sagellm.graphs.vocabulary import ANSWER, ANY, EVENT, PREFILLED, REQUEST, OpSpec, Port
 
 Outlet = tuple[str, str]
 ItemTypes = frozenset[str]
 
-SAME = "same"  # an outlet that carries what arrives at the first inlet
-_LEAVING: ItemTypes = frozenset({EVENT, ANSWER})  # what `sink` takes
+SAME = "same"  # an outlet that carries the item types of the first inlet
+_SINK_TYPES: ItemTypes = frozenset({EVENT, ANSWER})
+TRANSFER = "kv_transfer"
+_AGREED = {  # a fact that must be equal on both engines -> its name in a message
+    "dtype": "dtype",
+    "quantization": "quantization",
+    "block_size": "block size",
+    "num_layers": "number of layers",
+    "num_kv_heads": "number of KV heads",
+    "head_dim": "head dimension",
+    "max_model_len": "context limit",
+}
 
 
 def item_types(carries: str) -> ItemTypes:
-    """The item types that a port names."""
+    """Split the item types of a port."""
     return frozenset(part.strip() for part in carries.split("|"))
 
 
 def accepted_items(context: CheckContext) -> Iterator[Diagnostic]:
-    travelling = carried_items(context)
+    carried = carried_items(context)
     for number, edge in enumerate(context.graph.edges):
-        given = travelling.get((edge.source, edge.outlet), frozenset())
+        given = carried.get((edge.source, edge.outlet), frozenset())
         wanted = _wanted(context, edge)
         if ANY not in wanted | given and not given <= wanted:
             message = f"`{edge.target}` takes {_listed(wanted)}, not {_listed(given - wanted)}"
@@ -32,7 +42,7 @@ def accepted_items(context: CheckContext) -> Iterator[Diagnostic]:
 
 
 def carried_items(context: CheckContext) -> Mapping[Outlet, ItemTypes]:
-    """What each outlet may carry, with `same` followed along the graph to a fixed point."""
+    """The item types of each outlet. `same` propagates along the graph to a fixed point."""
     found: dict[Outlet, ItemTypes] = {(SOURCE, "out"): frozenset({REQUEST})}
     before = None
     while before != found:
@@ -54,19 +64,20 @@ def _arriving(
         *(found.get((edge.source, edge.outlet), frozenset()) for edge in edges)
     )
     wanted = item_types(spec.inlets[0].carries)
-    return arriving if ANY in wanted else arriving & wanted  # a wrong item is told once
+    # A wrong item type is dropped here: downstream it would be reported a second time.
+    return arriving if ANY in wanted else arriving & wanted
 
 
 def _wanted(context: CheckContext, edge: Edge) -> ItemTypes:
     if edge.target == SINK:
-        return _LEAVING
+        return _SINK_TYPES
     spec = context.spec(edge.target)
     port = spec.inlet(edge.inlet) if spec else None
     return item_types(port.carries) if port else frozenset({ANY})
 
 
 def _converters(context: CheckContext, given: ItemTypes, wanted: ItemTypes) -> str:
-    """A hint: ops that take what is given and give what is wanted."""
+    """A hint: the ops that turn the given item types into wanted ones."""
     ops = sorted(
         name
         for name, spec in context.vocabulary.items()
@@ -80,101 +91,99 @@ def _listed(found: ItemTypes) -> str:
     return " or ".join(sorted(found))
 
 
-TRANSFER = "kv_transfer"
-_AGREED = {  # a fact that both engines share -> its name in a message
-    "dtype": "dtype",
-    "quantization": "quantization",
-    "block_size": "block size",
-    "num_layers": "number of layers",
-    "num_kv_heads": "number of KV heads",
-    "head_dim": "head dimension",
-    "max_model_len": "context limit",
-}
-
-
 @dataclass(frozen=True, slots=True)
 class KVHandoff:
-    """A lease's way from one engine's operator to another's; `is_moved` by a kv_transfer."""
+    """A path of a KV lease between two operators with engines. `is_moved`: by a `kv_transfer`."""
 
-    giver: str
-    taker: str
+    sender: str
+    receiver: str
     from_engine: str
     to_engine: str
     is_moved: bool
 
 
 def matching_engines(context: CheckContext) -> Iterator[Diagnostic]:
-    """Each pair of engines once, and nothing but the model where that differs."""
-    told: set[tuple[str, str]] = set()
-    for handover in kv_handoffs(context):
-        pair = handover.from_engine, handover.to_engine
-        if pair not in told:
-            told.add(pair)
-            yield from _mismatches(context, handover)
+    """A prefill engine and its decode engine agree on model, dtype and KV layout.
+
+    Each pair of engines is reported once; for different models, no further fact is reported.
+    """
+    checked: set[tuple[str, str]] = set()
+    for handoff in kv_handoffs(context):
+        pair = handoff.from_engine, handoff.to_engine
+        if pair not in checked:
+            checked.add(pair)
+            yield from _mismatches(context, handoff)
 
 
 def transferred_kv(context: CheckContext) -> Iterator[Diagnostic]:
-    for handover in kv_handoffs(context):
-        if not handover.is_moved and handover.from_engine != handover.to_engine:
+    """A `kv_transfer` moves each KV lease that changes its engine."""
+    for handoff in kv_handoffs(context):
+        if not handoff.is_moved and handoff.from_engine != handoff.to_engine:
             message = (
-                f"`{handover.giver}` and `{handover.taker}` run on different engines,"
+                f"`{handoff.sender}` and `{handoff.receiver}` run on different engines,"
                 " and nothing moves the KV blocks"
             )
             hint = f"put an operator with `op: {TRANSFER}` between"
-            path = ("operators", handover.taker)
+            path = ("operators", handoff.receiver)
             yield Diagnostic("missing-transfer", path, message, hint)
 
 
 def kv_handoffs(context: CheckContext) -> Iterator[KVHandoff]:
-    """Every way of a lease between operators with engines, in the order of the graph."""
+    """Every path of a KV lease between operators with engines, in the order of the graph."""
     for node, spec in context.specified:
         engine = context.engine_of(node, spec)
-        if engine is not None and any(
-            PREFILLED in item_types(port.carries) for port in spec.outlets
-        ):
+        if engine is not None and _carry_leases(spec.outlets):
             yield from _handoffs_from(context, node, engine)
 
 
-def _handoffs_from(context: CheckContext, giver: Node, engine: str) -> Iterator[KVHandoff]:
-    seen = {(giver.name, False)}
-    waiting = [(giver.name, False)]
+def _handoffs_from(context: CheckContext, sender: Node, engine: str) -> Iterator[KVHandoff]:
+    """Walk breadth-first through operators without an engine.
+
+    A node is visited twice where one path to it has a `kv_transfer` and another has none.
+    """
+    visited = {(sender.name, False)}
+    waiting = [(sender.name, False)]
     while waiting:
         name, is_moved = waiting.pop(0)
         for _, edge in context.forward:
             if edge.source != name or (spec := context.spec(edge.target)) is None:
                 continue
             node = context.graph.node(edge.target)
-            taking = context.engine_of(node, spec)
-            state = node.name, is_moved or node.op == TRANSFER
-            if taking is not None and _takes_leases(spec):
-                yield KVHandoff(giver.name, node.name, engine, taking, is_moved)
-            elif taking is None and state not in seen:
-                seen.add(state)
-                waiting.append(state)
+            to_engine = context.engine_of(node, spec)
+            visit = node.name, is_moved or node.op == TRANSFER
+            if to_engine is not None and _carry_leases(spec.inlets):
+                yield KVHandoff(sender.name, node.name, engine, to_engine, is_moved)
+            elif to_engine is None and visit not in visited:
+                visited.add(visit)
+                waiting.append(visit)
 
 
-def _takes_leases(spec: OpSpec) -> bool:
-    return any(PREFILLED in item_types(port.carries) for port in spec.inlets)
+def _carry_leases(ports: tuple[Port, ...]) -> bool:
+    return any(PREFILLED in item_types(port.carries) for port in ports)
 
 
-def _mismatches(context: CheckContext, handover: KVHandoff) -> Iterator[Diagnostic]:
-    p, d = handover.from_engine, handover.to_engine
-    giving, taking = context.facts.engine(p), context.facts.engine(d)
-    ends = f"`{handover.giver}` (engine `{p}`) and `{handover.taker}` (engine `{d}`)"
-    differing = {name: words for name, words in _AGREED.items() if _differ(giving, taking, name)}
+def _mismatches(context: CheckContext, handoff: KVHandoff) -> Iterator[Diagnostic]:
+    p, d = handoff.from_engine, handoff.to_engine
+    sending, receiving = context.facts.engine(p), context.facts.engine(d)
+    ends = f"`{handoff.sender}` (engine `{p}`) and `{handoff.receiver}` (engine `{d}`)"
+    differing = {
+        name: words for name, words in _AGREED.items() if _differ(sending, receiving, name)
+    }
+    # Another dtype or quantization says more than that the hashes differ.
     explained = "dtype" in differing or "quantization" in differing
-    if _differ(giving, taking, "model_hash") and not explained:
+    if _differ(sending, receiving, "model_hash") and not explained:
         hint = f"give `{p}` and `{d}` the same `model`"
         message = f"{ends} run different models"
         yield Diagnostic("pd-mismatch", ("engines", d, "model"), message, hint)
         return
     for name, words in differing.items():
-        values = f"{getattr(giving, name)} and {getattr(taking, name)}"
+        values = f"{getattr(sending, name)} and {getattr(receiving, name)}"
         message = f"{ends} disagree on the {words}: {values}"
         hint = f"give `{p}` and `{d}` the same `{name}`"
         yield Diagnostic("pd-mismatch", ("engines", d, name), message, hint)
 
 
-def _differ(giving: object, taking: object, name: str) -> bool:
-    ours, theirs = getattr(giving, name), getattr(taking, name)
+def _differ(sending: object, receiving: object, name: str) -> bool:
+    """Whether a fact is known on both sides and differs."""
+    ours, theirs = getattr(sending, name), getattr(receiving, name)
     return ours is not None and theirs is not None and bool(ours != theirs)

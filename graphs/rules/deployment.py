@@ -14,6 +14,7 @@ from sagellm.graphs.sections import (
     model_engines,
     model_outlets,
     model_routers,
+    num_replicas,
     router_outlets,
     served_models,
 )
@@ -27,19 +28,18 @@ def capabilities(context: CheckContext) -> Iterator[Diagnostic]:
     for node, spec in context.specified:
         engine = context.engine_of(node, spec)
         offered = context.facts.engine(engine).capabilities if engine else None
-        if engine is None or offered is None or not (lacks := unmet_needs(spec.needs, offered)):
+        if engine is None or offered is None or not (unmet := unmet_needs(spec.needs, offered)):
             continue
-        what = ", ".join(need.replace("|", " or ") for need in lacks)
+        what = ", ".join(need.replace("|", " or ") for need in unmet)
         kind = engine_kind(context.graph.engines[engine])
         message = f"`{node.name}` needs {what}, which engine `{engine}` of kind `{kind}` lacks"
         path = ("operators", node.name, "engine", VALUE)
-        yield Diagnostic(
-            "missing-capability", path, message, _capable_engines(context, spec.needs, offered)
-        )
+        hint = _capable_engines(context, spec.needs, offered)
+        yield Diagnostic("missing-capability", path, message, hint)
 
 
 def _capable_engines(context: CheckContext, needs: frozenset[str], offered: frozenset[str]) -> str:
-    """A hint: an engine of the graph that can do it, and the kinds whose engines can."""
+    """A hint: an engine of the graph, and kinds of engines, with the needed capabilities."""
     engines = (
         name
         for name in context.graph.engines
@@ -60,7 +60,7 @@ def routed_replicas(context: CheckContext) -> Iterator[Diagnostic]:
     unrouted = unrouted_nodes(context.graph)
     for node, spec in context.specified:
         engine = context.engine_of(node, spec)
-        if engine and node.name in unrouted and (count := num_replicas(context, engine)) > 1:
+        if engine and node.name in unrouted and (count := _replicas(context, engine)) > 1:
             message = (
                 f"engine `{engine}` has {count} replicas; nothing chooses one for `{node.name}`"
             )
@@ -69,28 +69,28 @@ def routed_replicas(context: CheckContext) -> Iterator[Diagnostic]:
 
 
 def unrouted_nodes(graph: Graph) -> set[str]:
-    """Take the routers away: what a request still reaches has none before it."""
+    """The names that a request reaches without passing an operator `route`."""
     routers = [node.name for node in graph.nodes if node.op == ROUTE]
     return downstream(graph, SOURCE, avoiding=routers)
 
 
-def num_replicas(context: CheckContext, engine: str) -> int:
-    """How many replicas an engine has: the fact, else its option, else 1."""
+def _replicas(context: CheckContext, engine: str) -> int:
+    """The number of replicas of an engine: the fact, else its option, else 1."""
     known = context.facts.engine(engine).replicas
-    options = context.graph.engines[engine]
-    told = options.get("replicas") if isinstance(options, FrozenMap) else None
-    return known or (told if isinstance(told, int) else 1)
+    return known or num_replicas(context.graph.engines[engine])
 
 
 def memory(context: CheckContext) -> Iterator[Diagnostic]:
-    """The pools of all engines on one device fit its memory, as it was when they were sized."""
+    """The KV pools of all engines on one device fit into its memory.
+
+    The memory is the figure with which the pools were sized.
+    """
     views = {name: context.facts.engine(name) for name in context.graph.engines}
     for device in dict.fromkeys(view.device for view in views.values()):
         here = {name: view for name, view in views.items() if view.device == device}
         known = [view.memory_bytes for view in here.values() if view.memory_bytes is not None]
-        yield from _memory_excess(
-            context, tuple(here), max(known, default=context.facts.memory_bytes)
-        )
+        limit = max(known, default=context.facts.memory_bytes)
+        yield from _memory_excess(context, tuple(here), limit)
 
 
 def _memory_excess(
@@ -109,19 +109,20 @@ def _memory_excess(
 
 
 def _pool_bytes(context: CheckContext, engine: str) -> int:
-    return (context.facts.engine(engine).kv_pool_bytes or 0) * num_replicas(context, engine)
+    return (context.facts.engine(engine).kv_pool_bytes or 0) * _replicas(context, engine)
 
 
 def _fitting_blocks(context: CheckContext, engine: str, free_bytes: int) -> str:
-    """A hint: how many blocks a replica could have, where the facts tell a block's size."""
+    """A hint: the number of blocks that would fit, where the facts give the size of a block."""
     block_bytes = _block_bytes(context.facts.engine(engine))
     if block_bytes is None or free_bytes < block_bytes:
         return "give the engines fewer KV blocks"
-    num_blocks = free_bytes // (block_bytes * num_replicas(context, engine))
+    num_blocks = free_bytes // (block_bytes * _replicas(context, engine))
     return f"{num_blocks} blocks a replica of `{engine}` would fit"
 
 
 def _block_bytes(facts: EngineFactsView) -> int | None:
+    # An unknown factor counts as 0, so that an unknown size is None.
     factors = (facts.num_layers, facts.num_kv_heads, facts.head_dim, facts.block_size)
     size = 2 * _ITEM_BYTES.get(facts.dtype or "", 0)  # keys and values
     for factor in factors:
@@ -156,7 +157,7 @@ def known_tasks(context: CheckContext) -> Iterator[Diagnostic]:
 
 
 def unique_model_names(context: CheckContext) -> Iterator[Diagnostic]:
-    """A name that clients use means one model."""
+    """Each name for clients belongs to one model."""
     owners: dict[str, str] = {}
     for model in served_models(context.graph):
         for name in dict.fromkeys((*model.names, model.key)) if model.key else ():
@@ -171,21 +172,21 @@ def unique_model_names(context: CheckContext) -> Iterator[Diagnostic]:
 
 
 def routed_models(context: CheckContext) -> Iterator[Diagnostic]:
-    """Each model of the table has an outlet, and each outlet a model of the table, if any."""
-    graph, leading = context.graph, model_outlets(context.graph)
-    found = model_routers(graph)
-    if not found:
-        for key in tuple(graph.models)[1:]:
+    """Each model of the table has an outlet. If there is a table, each outlet is in it."""
+    graph, outlets = context.graph, model_outlets(context.graph)
+    routers = model_routers(graph)
+    if not routers:
+        for key in tuple(graph.models)[1:]:  # every request goes to the first model
             message = f"nothing sends a request to `{key}` rather than to another model"
             hint = f"put an operator with `op: {ROUTE_MODEL}` behind `source`"
             yield Diagnostic("unrouted-model", ("models", key), message, hint)
         return
     for key in graph.models:
-        if key not in leading:
+        if key not in outlets:
             message = f"no operator `{ROUTE_MODEL}` has an outlet for the model `{key}`"
-            hint = f"add it to `{MODELS_OPTION}` of `{found[0]}`"
+            hint = f"add it to `{MODELS_OPTION}` of `{routers[0]}`"
             yield Diagnostic("unrouted-model", ("models", key), message, hint)
-    for name in found if graph.models else ():
+    for name in routers if graph.models else ():
         for key in router_outlets(graph, name):
             if key not in graph.models:
                 path: Path = ("operators", name, MODELS_OPTION, VALUE)
@@ -195,16 +196,17 @@ def routed_models(context: CheckContext) -> Iterator[Diagnostic]:
 
 
 def models_with_engines(context: CheckContext) -> Iterator[Diagnostic]:
-    """Each model has an engine, and each engine computes for a model."""
+    """Each model has an engine, and each engine has a model."""
     graph = context.graph
     if not model_routers(graph):
         return
     used = {key: model_engines(graph, key) for key in model_outlets(graph)}
     for key, engines in used.items():
         if not engines:
-            path: Path = ("operators", model_routers(graph)[0])
+            router = model_routers(graph)[0]
+            path: Path = ("operators", router)
             message = f"no engine computes for the model `{key}`"
-            hint = f"lead its outlet to an operator with an engine, `{model_routers(graph)[0]}.{key} ->`"
+            hint = f"lead its outlet to an operator with an engine, `{router}.{key} ->`"
             yield Diagnostic("no-engine", path, message, hint)
     every = {name for engines in used.values() for name in engines}
     for node, spec in context.specified:

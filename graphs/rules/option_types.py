@@ -30,7 +30,7 @@ def old_names(options: type) -> dict[str, str]:
 
 
 def accepts(hint: Any, value: Value) -> bool:
-    """True where `value` is of type `hint`: an int is a float too, a bool is no int."""
+    """Whether `value` has the type `hint`. An int is a float as well; a bool is no int."""
     origin, parts = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         return any(accepts(part, value) for part in parts)
@@ -56,7 +56,7 @@ def _plain_accepts(hint: Any, value: Value) -> bool:
         return True
     if hint is None or hint is NoneType:
         return value is None
-    if isinstance(value, bool):
+    if isinstance(value, bool):  # before int, of which bool is a subclass
         return hint is bool
     if hint is float:
         return isinstance(value, int | float)
@@ -69,7 +69,7 @@ def _is_mapping(hint: Any) -> bool:
 
 
 def choices(hint: Any) -> tuple[str, ...]:
-    """The texts that a type with Literals allows; none where it allows other things too."""
+    """The texts that the Literals of a type allow; empty for a type without Literals."""
     origin, parts = get_origin(hint), get_args(hint)
     if origin is Literal:
         return tuple(map(str, parts))
@@ -79,7 +79,7 @@ def choices(hint: Any) -> tuple[str, ...]:
 
 
 def described(hint: Any) -> str:
-    """A type in words: "an integer or null"."""
+    """Describe a type for a message: "an integer or null"."""
     origin, parts = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         return " or ".join(described(part) for part in parts)
@@ -93,7 +93,7 @@ def described(hint: Any) -> str:
 
 
 def shown(value: object) -> str:
-    """A value as YAML would say it."""
+    """Show a value for a message, as YAML writes it."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -192,7 +192,10 @@ def known_engines(context: CheckContext) -> Iterator[Diagnostic]:
 
 
 def used_engines(context: CheckContext) -> Iterator[Diagnostic]:
-    """An engine that nobody uses would load a model for nothing; excused by a wrong reference."""
+    """Every engine has an operator, since an unused engine would load a model in vain.
+
+    The rule is skipped after a wrong reference, which may be a misspelt name of the engine.
+    """
     named = {context.engine_of(node, spec) for node, spec in context.specified if spec.engine}
     unspecified = any(node.op not in context.vocabulary for node in context.graph.nodes)
     if None in named or unspecified:
@@ -223,7 +226,10 @@ _REGISTER = "register it in a file of yours, and name that file by `--import` or
 def check_options(
     path: Path, given: Mapping[str, Value], options: type, facts: Facts
 ) -> Iterator[Diagnostic]:
-    """What is wrong with options `given` at `path` for a dataclass that declares them."""
+    """Check the options `given` at `path` against the dataclass that declares them.
+
+    Field metadata may have `min` and `max`, and `names`: a set of known names in `facts.names`.
+    """
     hints = get_type_hints(options)
     declared: dict[str, Field[Any]] = {option.name: option for option in fields(options)}
     current = old_names(options)

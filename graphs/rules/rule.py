@@ -11,26 +11,26 @@ from sagellm.graphs.vocabulary import NoOptions, OpSpec, Vocabulary, nearest
 
 @dataclass(frozen=True, slots=True)
 class EngineFactsView:
-    """One engine of the graph, as far as it is known; None skips the rules that ask for it."""
+    """The known facts of one engine. None skips the rules that need the fact."""
 
     model_hash: str | None = None
     dtype: str | None = None
-    quantization: str | None = None  # "none" for weights as they are stored
+    quantization: str | None = None  # "none": the weights as stored
     block_size: int | None = None  # tokens
     num_kv_heads: int | None = None
     head_dim: int | None = None
     num_layers: int | None = None  # of one KV block
     max_model_len: int | None = None
     kv_pool_bytes: int | None = None  # of one replica
-    device: str = ""  # whose memory the pool is in
-    memory_bytes: int | None = None  # of that device, as its pool was sized for; None: of `Facts`
+    device: str = ""  # the device whose memory holds the pool
+    memory_bytes: int | None = None  # of the device; None: the figure of `Facts`
     replicas: int | None = None  # None: the engine's option `replicas`, or 1
     capabilities: frozenset[str] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class EngineKindView:
-    """One kind of engine: the dataclass of its options, and what an engine of it can do."""
+    """One kind of engine: the dataclass of its options, and its capabilities."""
 
     options: type
     capabilities: frozenset[str] = frozenset()
@@ -38,12 +38,12 @@ class EngineKindView:
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """The surroundings that a graph is checked against.
+    """The facts around a graph that its rules need. The caller collects them.
 
-    `engine_kinds` are the kinds of engines by name; None skips the rules on their options.
-    `executors` maps a kind of executor to the dataclass of its options. `names` holds the known
-    names of an open set, such as policies: an option whose field has metadata
-    {"names": "policies"} must be one of them.
+    `engine_kinds`: the kinds of engines by name; None skips the rules on options of engines.
+    `executors`: the dataclass of options by kind of executor. `names`: the known names of open
+    sets, such as policies; an option whose field has the metadata {"names": "policies"} must be
+    one of the set.
     """
 
     memory_bytes: int | None = None  # shared by the KV pools of engines on one device
@@ -66,7 +66,7 @@ class CheckContext:
     facts: Facts
 
     def spec(self, name: str) -> OpSpec | None:
-        """What the operator of that node declares; None for `source`, `sink` and unknown names."""
+        """The spec of an operator; None for `source`, `sink` and unknown names."""
         for node in self.graph.nodes:
             if node.name == name:
                 return self._spec_of(node)
@@ -74,7 +74,7 @@ class CheckContext:
 
     @property
     def specified(self) -> Iterator[tuple[Node, OpSpec]]:
-        """The nodes whose op is known."""
+        """The nodes whose op is known, with their specs."""
         for node in self.graph.nodes:
             spec = self._spec_of(node)
             if spec is not None:
@@ -86,11 +86,11 @@ class CheckContext:
 
     @property
     def forward(self) -> Iterator[tuple[int, Edge]]:
-        """The numbered edges that items travel along downstream."""
+        """The edges without feedback, with their numbers in the graph."""
         return ((n, edge) for n, edge in enumerate(self.graph.edges) if not edge.feedback)
 
     def engine_of(self, node: Node, spec: OpSpec) -> str | None:
-        """The engine that a node refers to, if it does and the graph has it."""
+        """The engine that a node names; None where the graph has no such engine."""
         name = node.attrs.get("engine")
         return (
             name if spec.engine and isinstance(name, str) and name in self.graph.engines else None
@@ -101,7 +101,7 @@ Rule: TypeAlias = Callable[[CheckContext], Iterator[Diagnostic]]
 
 
 def choice(name: object, known: Iterable[str]) -> str:
-    """A hint: the known name that was probably meant, or all there are."""
+    """A hint: the nearest known name, or all known names."""
     names = sorted(known)
     close = nearest(str(name), names)
     if close is not None:

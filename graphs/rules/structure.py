@@ -32,7 +32,7 @@ def known_ops(context: CheckContext) -> Iterator[Diagnostic]:
 
 
 def known_nodes(context: CheckContext) -> Iterator[Diagnostic]:
-    """Each unknown name once, where it first stands."""
+    """Report each unknown name once, at its first edge."""
     known = {*context.graph.names, *_ENDS}
     for number, edge in enumerate(context.graph.edges):
         for end, name in (("source", edge.source), ("target", edge.target)):
@@ -56,7 +56,7 @@ def source_and_sink_directions(context: CheckContext) -> Iterator[Diagnostic]:
 
 
 def listed_outlets(context: CheckContext) -> Iterator[Diagnostic]:
-    """Outlets that an option lists have names that an edge can say, each its own."""
+    """The outlets that an option lists have valid names, each listed once."""
     for node in context.graph.nodes:
         spec = context.vocabulary.get(node.op)
         listed = spec.listed_outlets if spec else None
@@ -154,7 +154,7 @@ def led_outlets(context: CheckContext) -> Iterator[Diagnostic]:
 
 
 def single_edges(context: CheckContext) -> Iterator[Diagnostic]:
-    """An item has one owner, so an outlet hands it to one inlet."""
+    """An outlet leads to one inlet, since an item has one owner."""
     first: dict[tuple[str, str], Edge] = {}
     for number, edge in context.forward:
         other = first.setdefault((edge.source, edge.outlet), edge)
@@ -166,7 +166,10 @@ def single_edges(context: CheckContext) -> Iterator[Diagnostic]:
 
 
 def reachable(context: CheckContext) -> Iterator[Diagnostic]:
-    """Nodes without any edge, and islands; what hangs on an unfed inlet is told by that rule."""
+    """Every node is downstream of `source`.
+
+    Nodes downstream of an unfed inlet are skipped: `fed_inlets` reports that mistake.
+    """
     if not _has_source(context):
         return
     found = downstream(context.graph, SOURCE)
@@ -180,7 +183,7 @@ def reachable(context: CheckContext) -> Iterator[Diagnostic]:
 
 
 def acyclic(context: CheckContext) -> Iterator[Diagnostic]:
-    """Every forward edge that closes a cycle, in the order of a depth-first walk."""
+    """Report each forward edge that closes a cycle, found by a depth-first walk."""
     finished: set[str] = set()
     for name in (SOURCE, *context.graph.names):
         if name not in finished:
@@ -189,7 +192,7 @@ def acyclic(context: CheckContext) -> Iterator[Diagnostic]:
 
 def _closing(context: CheckContext, start: str, finished: set[str]) -> Iterator[Diagnostic]:
     trail = [start]
-    walks = [_leaving(context, start)]
+    walks = [_leaving(context, start)]  # iterators instead of recursion: a graph may be long
     while walks:
         number, edge = next(walks[-1], (0, None))
         if edge is None:

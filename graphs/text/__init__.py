@@ -1,0 +1,1 @@
+"""Text forms of graphs: YAML, JSON and MessagePack; terminal text, Mermaid and SVG."""

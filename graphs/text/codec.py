@@ -1,4 +1,4 @@
-"""Any graph, bodies and types included, as JSON or MessagePack bytes and back."""
+"""Encodes graphs, with bodies and types, as JSON or MessagePack, and decodes them."""
 
 import math
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ import msgspec
 from sagellm.graphs.diagnostics import Diagnostic, GraphError
 from sagellm.graphs.ir import Edge, EdgeType, FrozenMap, Graph, Node, TensorType, freeze, plain
 
-MAX_DEPTH = 64  # of bodies and options: no graph of ours comes near, and Python's stack holds it
+MAX_DEPTH = 64  # of bodies and options: far above real graphs, far below Python's stack
 
 
 class _Tensor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -42,22 +42,22 @@ class _Graph(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def to_json(graph: Graph) -> bytes:
-    """The graph as JSON, indented for people. Raises GraphError for what JSON cannot hold."""
+    """Encode as indented JSON. Raises GraphError for values that JSON cannot hold."""
     return msgspec.json.format(msgspec.json.encode(_writable(graph)), indent=1)
 
 
 def from_json(content: bytes) -> Graph:
-    """The graph of `to_json`. Raises GraphError where `content` is no graph."""
+    """Decode the JSON of a graph. Raises GraphError for any other content."""
     return _decoded(content, _JSON)
 
 
 def to_msgpack(graph: Graph) -> bytes:
-    """The graph as MessagePack. Raises GraphError for what it cannot hold."""
+    """Encode as MessagePack. Raises GraphError for values that MessagePack cannot hold."""
     return msgspec.msgpack.encode(_writable(graph))
 
 
 def from_msgpack(content: bytes) -> Graph:
-    """The graph of `to_msgpack`. Raises GraphError where `content` is no graph."""
+    """Decode the MessagePack of a graph. Raises GraphError for any other content."""
     return _decoded(content, _MSGPACK)
 
 
@@ -76,7 +76,7 @@ def _decoded(
 ) -> Graph:
     try:
         read = decoder.decode(content)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:  # a ValidationError is one too
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:  # covers ValidationError
         raise _malformed(str(error)) from None
     except RecursionError:
         raise _malformed(f"nested deeper than {MAX_DEPTH} levels") from None
@@ -95,7 +95,7 @@ def _malformed(message: str) -> GraphError:
 
 
 def _odd_graph(graph: _Graph, depth: int) -> Iterator[str]:
-    """What the types of the records let pass and a graph cannot hold."""
+    """Values that the records accept and a graph cannot hold."""
     yield from _odd_values(graph.attrs, depth)
     for node in graph.nodes:
         yield from _odd_values(node.attrs, depth + 1)

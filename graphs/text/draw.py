@@ -29,11 +29,16 @@ from sagellm.graphs.text.yaml import flow
 
 __all__ = ["as_mermaid", "as_svg", "as_text"]
 
+# Mermaid: characters to escape, the brackets of a box, the line of an arrow.
+_SPECIAL = re.compile(r"[^\w .,:/=>~-]", re.ASCII)
+_BRACKETS = {"end": ('(["', '"])'), "operator": ('["', '"]'), "engine": ('["', '"]')}
+_LINES = {"edge": "-->", "feedback": "-.->", "channel": "<-.->", "kv": "==>"}
+
 
 def as_text(graph: Graph, *, unfold: bool = False) -> str:
-    """The graph in aligned columns: operators and chains, or one kernel a line with its types.
+    """Write a graph in aligned columns: operators and chains, or a kernel a line with its types.
 
-    Of repeated layers the first is listed, and replicas are counted, unless `unfold`.
+    Repeated layers are listed once, and replicas are counted, unless `unfold`.
     """
     is_kernel = graph.dialect == "kernel"
     lines = _kernel_lines(graph, unfold) if is_kernel else _stream_lines(graph, unfold)
@@ -71,10 +76,11 @@ def _process_lines(graph: Graph, unfold: bool) -> Iterator[str]:
     yield from _table([*rows, *(_worker(graph, worker) for worker in workers)])
     yield ""
     yield "links"
-    labelled = [
-        (f"{one.source} -> {one.target}", one.label) for one in placed_links(graph, unfold=unfold)
+    labelled: list[tuple[str, ...]] = [
+        (f"{link.source} -> {link.target}", link.label)
+        for link in placed_links(graph, unfold=unfold)
     ]
-    yield from _table([*labelled])
+    yield from _table(labelled)
 
 
 def _worker(graph: Graph, worker: PlacedProcess) -> tuple[str, ...]:
@@ -98,12 +104,12 @@ def _kernel_lines(graph: Graph, unfold: bool) -> Iterator[str]:
         yield "  " + ", ".join(option_texts(graph.attrs))
     yield ""
     folded = fold(graph, unfold=unfold)
-    repeats = {name: one for one, names in folded.members.items() for name in names}
+    repeats = {name: repeat for repeat, names in folded.members.items() for name in names}
     nodes = [node for node in _in_order(graph) if node.name in folded.graph.names]
     indent = 4 if repeats else 2
     widths = _widths(nodes)
     for repeat, lines in groupby(nodes, key=lambda node: repeats.get(node.name)):
-        yield from _headed(repeat)
+        yield from _title(repeat)
         margin = " " * (indent if repeat else 2)
         for node in lines:
             yield f"{margin}{_kernel_line(graph, node, widths)}".rstrip()
@@ -111,27 +117,27 @@ def _kernel_lines(graph: Graph, unfold: bool) -> Iterator[str]:
 
 
 def _widths(nodes: Sequence[Node]) -> tuple[int, int]:
-    """Of the columns with names and with ops."""
+    """The widths of the columns with names and with ops."""
     return (
         max((len(node.name) for node in nodes), default=0),
         max((len(node.op) for node in nodes), default=0),
     )
 
 
-def _headed(repeat: Repeat | None) -> Iterator[str]:
-    """The line above a layer that stands for others."""
+def _title(repeat: Repeat | None) -> Iterator[str]:
+    """The title line of a repeat."""
     if repeat:
         shown = f" (layer {repeat.first} is shown)" if repeat.count > 1 else ""
         yield f"  {repeat.title}{shown}"
 
 
 def _kernel_line(graph: Graph, node: Node, widths: tuple[int, int]) -> str:
-    told = (_inputs(graph, node.name), _outputs(graph, node), _option_text(node))
-    return f"{node.name:{widths[0]}}  {node.op:{widths[1]}}  {'  '.join(filter(None, told))}"
+    parts = (_inputs(graph, node.name), _outputs(graph, node), _option_text(node))
+    return f"{node.name:{widths[0]}}  {node.op:{widths[1]}}  {'  '.join(filter(None, parts))}"
 
 
 def _in_order(graph: Graph) -> tuple[Node, ...]:
-    """Producers first; as they stand where a cycle leaves no such order."""
+    """The nodes with producers first; in the order of the graph if it has a cycle."""
     try:
         return graph.topological()
     except ValueError:
@@ -155,12 +161,12 @@ def _input(edge: Edge) -> str:
 
 def _outputs(graph: Graph, node: Node) -> str:
     kinds = {edge.outlet: str(edge.type) for edge in graph.outputs(node.name) if edge.type}
-    told = (kind if name == "out" else f"{name} {kind}" for name, kind in kinds.items())
-    return "-> " + ", ".join(told) if kinds else ""
+    types = (kind if name == "out" else f"{name} {kind}" for name, kind in kinds.items())
+    return "-> " + ", ".join(types) if kinds else ""
 
 
 def _table(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
-    """Rows of equal length, columns aligned, empty columns left out."""
+    """Align the columns of rows of equal length. Empty columns are left out."""
     columns = [column for column in zip(*rows, strict=True) if any(column)]
     widths = [max(map(len, column)) for column in columns]
     for row in zip(*columns, strict=True):
@@ -168,37 +174,32 @@ def _table(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
         yield ("  " + "  ".join(cells)).rstrip()
 
 
-_PLAIN = re.compile(r"[^\w .,:/=>~-]", re.ASCII)
-_SHAPES = {"end": ('(["', '"])'), "operator": ('["', '"]'), "engine": ('["', '"]')}
-_LINES = {"edge": "-->", "feedback": "-.->", "channel": "<-.->", "kv": "==>"}
-
-
 def as_mermaid(graph: Graph, *, unfold: bool = False) -> str:
-    """A Mermaid flowchart, with plain ids, so that any name is safe.
+    """Write a graph as a Mermaid flowchart. The ids are numbers: a name may be a Mermaid keyword.
 
     Repeated layers and replicas are drawn once, with their number, unless `unfold`.
     """
     shown = to_drawing(graph, unfold=unfold)
-    inner = (key for key in shown.items if key not in (SOURCE, SINK))
+    inner = (key for key in shown.nodes if key not in (SOURCE, SINK))
     ids = {key: f"n{number}" for number, key in enumerate((SOURCE, *inner, SINK))}
-    return "\n".join(("flowchart TD", *_lines(shown, ids))) + "\n"
+    return "\n".join(("flowchart TD", *_mermaid_lines(shown, ids))) + "\n"
 
 
-def _lines(shown: Drawing, ids: Mapping[str, str]) -> Iterator[str]:
+def _mermaid_lines(shown: Drawing, ids: Mapping[str, str]) -> Iterator[str]:
     framed = {key for frame in shown.frames for key in frame.members}
     yield from (
-        f"  {_box(ids[key], item)}" for key, item in shown.items.items() if key not in framed
+        f"  {_box(ids[key], node)}" for key, node in shown.nodes.items() if key not in framed
     )
     for number, frame in enumerate(shown.frames):
         yield f'  subgraph f{number}["{_text(frame.title)}"]'
-        yield from (f"    {_box(ids[key], shown.items[key])}" for key in frame.members)
+        yield from (f"    {_box(ids[key], shown.nodes[key])}" for key in frame.members)
         yield "  end"
     yield from (f"  {ids[a.source]} {_arrow(a)} {ids[a.target]}" for a in shown.arrows)
 
 
-def _box(name: str, item: DrawnNode) -> str:
-    opening, closing = _SHAPES[item.kind]
-    return f"{name}{opening}{'<br/>'.join(map(_text, item.lines))}{closing}"
+def _box(name: str, node: DrawnNode) -> str:
+    opening, closing = _BRACKETS[node.kind]
+    return f"{name}{opening}{'<br/>'.join(map(_text, node.lines))}{closing}"
 
 
 def _arrow(arrow: Arrow) -> str:
@@ -207,4 +208,4 @@ def _arrow(arrow: Arrow) -> str:
 
 
 def _text(text: str) -> str:
-    return _PLAIN.sub(lambda found: f"#{ord(found.group())};", text)
+    return _SPECIAL.sub(lambda found: f"#{ord(found.group())};", text)

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from sagellm.graphs.diagnostics import truncated
 from sagellm.graphs.ir import SINK, SOURCE, Edge, FrozenMap, Graph, Node, Value
@@ -19,54 +19,13 @@ from sagellm.graphs.text.folding import (
 )
 from sagellm.graphs.text.yaml import flow, scalar
 
-
-def option_texts(options: Mapping[str, Value]) -> Iterator[str]:
-    """Each option as `name: value`."""
-    return (f"{scalar(name)}: {flow(value)}" for name, value in options.items())
-
-
-def port_label(edge: Edge) -> str:
-    """What an edge says of itself: ports that are not the usual ones, and its type."""
-    kind = "" if edge.type is None else str(edge.type)
-    return " ".join(part for part in (port_names(edge), kind) if part)
-
-
-def port_names(edge: Edge) -> str:
-    """The ports of an edge that are not the usual ones; an inlet after `>` beside an outlet."""
-    outlet = "" if edge.outlet == "out" else edge.outlet
-    inlet = "" if edge.inlet in ("in", edge.outlet) else edge.inlet
-    return " > ".join(port for port in (outlet, inlet) if port)
-
-
-def outlet_types(graph: Graph, node: Node) -> Iterator[str]:
-    """What a kernel gives, an outlet each: `float32[T, 64]`, `q float32[T, 64]`."""
-    kinds = {edge.outlet: str(edge.type) for edge in graph.outputs(node.name) if edge.type}
-    for outlet, kind in kinds.items():
-        if kind != outlet:
-            yield kind if outlet == "out" else f"{outlet} {kind}"
-
-
-def entry_inlets(graph: Graph, node: Node) -> list[str]:
-    """What a kernel takes from `source`."""
-    if graph.dialect != "kernel":
-        return []
-    return [edge.outlet for edge in graph.inputs(node.name) if edge.source == SOURCE]
-
-
-def body_summary(body: Graph) -> str:
-    """A body in one line: its name, its size and its commonest ops."""
-    counts = Counter(node.op for node in body.nodes).most_common(4)
-    ops = ", ".join(f"{count} {op}" for op, count in counts)
-    return f"body {body.name}: {len(body.nodes)} nodes ({ops}), hash {body.hash}"
-
-
-DrawnNodeKind = Literal["operator", "end", "engine"]
-ArrowKind = Literal["edge", "feedback", "channel", "kv"]
+DrawnNodeKind: TypeAlias = Literal["operator", "end", "engine"]
+ArrowKind: TypeAlias = Literal["edge", "feedback", "channel", "kv"]
 
 
 @dataclass(frozen=True, slots=True)
 class DrawnNode:
-    """A box: its lines of text, the first of which is its name. `is_stacked`: one of many."""
+    """A box. The first line is its name. `is_stacked`: the box stands for several."""
 
     lines: tuple[str, ...]
     kind: DrawnNodeKind = "operator"
@@ -75,7 +34,7 @@ class DrawnNode:
 
 @dataclass(frozen=True, slots=True)
 class Arrow:
-    """A line between two items, by their keys. `at_target`: the label names the target's inlet."""
+    """A line between two boxes, given by their keys. `at_target`: the label is at the target."""
 
     source: str
     target: str
@@ -86,7 +45,7 @@ class Arrow:
 
 @dataclass(frozen=True, slots=True)
 class DrawnFrame:
-    """What belongs together."""
+    """A frame around boxes, given by their keys."""
 
     title: str
     members: tuple[str, ...]
@@ -94,16 +53,16 @@ class DrawnFrame:
 
 @dataclass(frozen=True, slots=True)
 class Drawing:
-    """Items by key; the key of an operator or a kernel is its name."""
+    """Boxes by key, arrows, and frames. The key of an operator or kernel is its name."""
 
     title: str
-    items: Mapping[str, DrawnNode]
+    nodes: Mapping[str, DrawnNode]
     arrows: tuple[Arrow, ...]
     frames: tuple[DrawnFrame, ...] = field(default=())
 
 
 def to_drawing(graph: Graph, *, unfold: bool = False) -> Drawing:
-    """The drawing of a graph of either dialect; of its processes, once pass `place` was applied.
+    """Draw a graph of either dialect. After the pass `place`, the drawing has processes.
 
     Repeated layers and replicas are drawn once, with their number, unless `unfold`.
     """
@@ -113,9 +72,9 @@ def to_drawing(graph: Graph, *, unfold: bool = False) -> Drawing:
 
 
 def _operators(graph: Graph) -> Drawing:
-    items = dict(_ends(graph))
-    items |= {node.name: DrawnNode(tuple(_operator_lines(node))) for node in graph.nodes}
-    return Drawing(graph.name, items, tuple(_arrows(graph, items)))
+    nodes = dict(_ends(graph))
+    nodes |= {node.name: DrawnNode(tuple(_operator_lines(node))) for node in graph.nodes}
+    return Drawing(graph.name, nodes, tuple(_arrows(graph, nodes)))
 
 
 def _ends(graph: Graph) -> Iterator[tuple[str, DrawnNode]]:
@@ -127,43 +86,44 @@ def _operator_lines(node: Node) -> Iterator[str]:
     yield node.name
     if node.op != node.name:
         yield node.op
-    yield from (truncated(told) for told in option_texts(node.attrs))
+    yield from (truncated(text) for text in option_texts(node.attrs))
     if node.body is not None:
         yield f"body: {len(node.body.nodes)} nodes"
 
 
-def _arrows(graph: Graph, items: Mapping[str, DrawnNode]) -> Iterator[Arrow]:
+def _arrows(graph: Graph, nodes: Mapping[str, DrawnNode]) -> Iterator[Arrow]:
     for edge in graph.edges:
-        if edge.source in items and edge.target in items:
+        if edge.source in nodes and edge.target in nodes:
             kind: ArrowKind = "feedback" if edge.feedback else "edge"
             yield Arrow(edge.source, edge.target, port_label(edge), kind)
 
 
 def _kernels(folded: Folded) -> Drawing:
-    """Every kernel's output types are in its box, and what it takes from `source`.
+    """Draw kernels. The box of a kernel has the types of its outlets and its step inputs.
 
-    Nearly every kernel reads the step's inputs: edges from there would hide the others.
+    Edges from `source` are left out: nearly every kernel reads step inputs, and such edges would
+    hide the others.
     """
-    graph, items = folded.graph, {}
+    graph, nodes = folded.graph, {}
     alone = {
         name for repeat, names in folded.members.items() if repeat.period == 1 for name in names
     }
     for node in graph.nodes:
         name = without_layer(node.name) if node.name in alone else node.name
-        items[node.name] = DrawnNode((name, *_kernel_lines(graph, node, name)))
-    items |= {end: item for end, item in _ends(graph) if end == SINK}
+        nodes[node.name] = DrawnNode((name, *_kernel_lines(graph, node, name)))
+    nodes |= {end: node for end, node in _ends(graph) if end == SINK}
     arrows = tuple(_kernel_arrow(edge) for edge in graph.edges if edge.source != SOURCE)
-    arrows = tuple(arrow for arrow in arrows if arrow.source in items and arrow.target in items)
+    arrows = tuple(arrow for arrow in arrows if arrow.source in nodes and arrow.target in nodes)
     frames = tuple(DrawnFrame(repeat.title, names) for repeat, names in folded.members.items())
-    return Drawing(graph.name, items, arrows, frames)
+    return Drawing(graph.name, nodes, arrows, frames)
 
 
 def _kernel_lines(graph: Graph, node: Node, name: str) -> Iterator[str]:
     if node.op != name:
         yield node.op
     yield from map(truncated, outlet_types(graph, node))
-    if entries := entry_inlets(graph, node):
-        yield truncated(f"from source: {', '.join(entries)}")
+    if inputs := source_inputs(graph, node):
+        yield truncated(f"from source: {', '.join(inputs)}")
 
 
 def _kernel_arrow(edge: Edge) -> Arrow:
@@ -172,16 +132,16 @@ def _kernel_arrow(edge: Edge) -> Arrow:
 
 
 def _placed(graph: Graph, unfold: bool) -> Drawing:
-    """Operators in the frame of the process that they run in, below it the workers."""
-    plain = _operators(graph)
+    """Draw the operators in the frame of their process, and the workers below the frame."""
+    operators = _operators(graph)
     control, *workers = placed_processes(graph, unfold=unfold)
     inside = {_engine_key(name): _engine(graph, name) for name in control.engines}
-    outside = {_engine_key(one.name): _worker(graph, one) for one in workers}
-    links = tuple(_channel(one) for one in placed_links(graph, unfold=unfold))
-    members = (*plain.items, *inside)
+    outside = {_engine_key(process.name): _worker(graph, process) for process in workers}
+    links = tuple(_link_arrow(link) for link in placed_links(graph, unfold=unfold))
+    members = (*operators.nodes, *inside)
     frames = (DrawnFrame(control.title, members),) if members else ()
-    items = {**plain.items, **inside, **outside}
-    return Drawing(graph.name, items, (*plain.arrows, *links), frames)
+    nodes = {**operators.nodes, **inside, **outside}
+    return Drawing(graph.name, nodes, (*operators.arrows, *links), frames)
 
 
 def _engine_key(name: str) -> str:
@@ -191,8 +151,8 @@ def _engine_key(name: str) -> str:
 def _engine(graph: Graph, name: str, drop: tuple[str, ...] = ()) -> DrawnNode:
     options = graph.engines[name]
     kept = options.items() if isinstance(options, FrozenMap) else ()
-    told = option_texts({key: value for key, value in kept if key not in drop})
-    return DrawnNode((f"engine {name}", *map(truncated, told)), "engine")
+    texts = option_texts({key: value for key, value in kept if key not in drop})
+    return DrawnNode((f"engine {name}", *map(truncated, texts)), "engine")
 
 
 def _worker(graph: Graph, process: PlacedProcess) -> DrawnNode:
@@ -200,7 +160,47 @@ def _worker(graph: Graph, process: PlacedProcess) -> DrawnNode:
     return DrawnNode((process.title, *lines), "engine", process.count > 1)
 
 
-def _channel(channel: PlacedLink) -> Arrow:
-    source = _engine_key(channel.source) if channel.is_kv else channel.source
-    kind: ArrowKind = "kv" if channel.is_kv else "channel"
-    return Arrow(source, _engine_key(channel.target), channel.label, kind)
+def _link_arrow(link: PlacedLink) -> Arrow:
+    source = _engine_key(link.source) if link.is_kv else link.source
+    kind: ArrowKind = "kv" if link.is_kv else "channel"
+    return Arrow(source, _engine_key(link.target), link.label, kind)
+
+
+def option_texts(options: Mapping[str, Value]) -> Iterator[str]:
+    """Write each option as `name: value`."""
+    return (f"{scalar(name)}: {flow(value)}" for name, value in options.items())
+
+
+def port_label(edge: Edge) -> str:
+    """The label of an edge: its ports other than `out` and `in`, and its type."""
+    kind = "" if edge.type is None else str(edge.type)
+    return " ".join(part for part in (port_names(edge), kind) if part)
+
+
+def port_names(edge: Edge) -> str:
+    """The ports of an edge other than `out` and `in`: `q`, or `sum > a` for two names."""
+    outlet = "" if edge.outlet == "out" else edge.outlet
+    inlet = "" if edge.inlet in ("in", edge.outlet) else edge.inlet
+    return " > ".join(port for port in (outlet, inlet) if port)
+
+
+def outlet_types(graph: Graph, node: Node) -> Iterator[str]:
+    """The type of each outlet of a kernel: `float32[T, 64]`, `q float32[T, 64]`."""
+    kinds = {edge.outlet: str(edge.type) for edge in graph.outputs(node.name) if edge.type}
+    for outlet, kind in kinds.items():
+        if kind != outlet:
+            yield kind if outlet == "out" else f"{outlet} {kind}"
+
+
+def source_inputs(graph: Graph, node: Node) -> list[str]:
+    """The step inputs that a kernel reads."""
+    if graph.dialect != "kernel":
+        return []
+    return [edge.outlet for edge in graph.inputs(node.name) if edge.source == SOURCE]
+
+
+def body_summary(body: Graph) -> str:
+    """Describe a body in one line: name, size, most frequent ops, and hash."""
+    counts = Counter(node.op for node in body.nodes).most_common(4)
+    ops = ", ".join(f"{count} {op}" for op, count in counts)
+    return f"body {body.name}: {len(body.nodes)} nodes ({ops}), hash {body.hash}"

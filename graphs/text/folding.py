@@ -5,15 +5,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from sagellm.graphs.ir import Edge, FrozenMap, Graph, Node, Value
-from sagellm.graphs.passes.placement import CONTROL, PROCESSES, executor_kind, replicas_of
+from sagellm.graphs.passes.placement import CONTROL, PROCESSES, replicas_of
+from sagellm.graphs.sections import executor_kind
 
 _LAYER = re.compile(r"layer(\d+)_(.+)")
+_TRANSFER = "kv_transfer"
+_KV = "KV blocks"
 _WEIGHT_LAYER = re.compile(r"\.(\d+)\.")
 
 
 @dataclass(frozen=True, slots=True)
 class Repeat:
-    """Layers `first` to `last`: `period` different layers, over and over."""
+    """Layers `first` to `last`: a sequence of `period` different layers, repeated."""
 
     first: int
     last: int
@@ -32,42 +35,42 @@ class Repeat:
 
     @property
     def shown(self) -> range:
-        """The layers that stand for all."""
+        """The layers that a picture shows for all."""
         return range(self.first, self.first + self.period)
 
 
 @dataclass(frozen=True, slots=True)
 class Folded:
-    """`graph` has of each repeat the layers that are shown; `members`: the names of their nodes."""
+    """`graph` has only the shown layers of each repeat. `members`: the names of their nodes."""
 
     graph: Graph
     members: Mapping[Repeat, tuple[str, ...]]
 
 
 def fold(graph: Graph, *, unfold: bool = False) -> Folded:
-    """Each repeat stands for all of its layers. `unfold`: each layer is a repeat of its own.
+    """Show one repetition of each repeat. With `unfold`, each layer is a repeat by itself.
 
-    An edge that leaves a hidden layer for a node outside of its repeat leaves the shown layer; one
-    from a repeat to itself is left out.
+    An edge from a hidden layer to a node outside its repeat starts at the shown layer. An edge from
+    a repeat to itself is left out.
     """
     layers = _layers(graph)
     repeats = [Repeat(n, n) for n in sorted(layers)] if unfold else _repeats(graph, layers)
-    home = {
+    repeat_of = {
         node.name: repeat
         for repeat in repeats
         for number in range(repeat.first, repeat.last + 1)
         for node in layers[number]
     }
-    nodes = tuple(node for node in graph.nodes if _shown_name(node.name, home) == node.name)
+    nodes = tuple(node for node in graph.nodes if _shown_name(node.name, repeat_of) == node.name)
     members = {
         repeat: tuple(node.name for n in repeat.shown for node in layers[n]) for repeat in repeats
     }
-    shown = replace(graph, nodes=nodes, edges=tuple(_edges(graph, home)))
+    shown = replace(graph, nodes=nodes, edges=tuple(_edges(graph, repeat_of)))
     return Folded(shown, members)
 
 
 def layer_of(name: str) -> int | None:
-    """The number of the layer that a kernel is in, by its name."""
+    """The number of the layer of a kernel, from the name of its node."""
     found = _LAYER.fullmatch(name)
     return int(found[1]) if found else None
 
@@ -87,32 +90,37 @@ def _layers(graph: Graph) -> dict[int, list[Node]]:
 
 
 def _repeats(graph: Graph, layers: Mapping[int, Sequence[Node]]) -> list[Repeat]:
-    """From the first layer on, whatever period covers most layers; the shortest of those."""
-    looks = {number: _layer_signature(graph, nodes, number) for number, nodes in layers.items()}
+    """Cover the layers with repeats, the longest first repeat first, with its shortest period."""
+    signatures = {
+        number: _layer_signature(graph, nodes, number) for number, nodes in layers.items()
+    }
     repeats: list[Repeat] = []
-    at, left = min(looks, default=0), len(looks)
-    while at in looks:
-        choices = (Repeat(at, _last(looks, at, p), p) for p in range(1, left // 2 + 1))
-        whole = max(choices, key=lambda one: one.last, default=Repeat(at, at))
-        repeats.append(whole)
-        left -= whole.last - at + 1
-        at = whole.last + 1
-    return [*repeats, *(Repeat(n, n) for n in looks if n >= at)]
+    first, num_left = min(signatures, default=0), len(signatures)
+    while first in signatures:
+        choices = (
+            Repeat(first, _last_repeated(signatures, first, p), p)
+            for p in range(1, num_left // 2 + 1)
+        )
+        longest = max(choices, key=lambda repeat: repeat.last, default=Repeat(first, first))
+        repeats.append(longest)
+        num_left -= longest.last - first + 1
+        first = longest.last + 1
+    return [*repeats, *(Repeat(n, n) for n in signatures if n >= first)]
 
 
-def _last(looks: Mapping[int, object], first: int, period: int) -> int:
-    """The last layer of a repeat that begins at `first`; `first` itself if it is none."""
+def _last_repeated(signatures: Mapping[int, object], first: int, period: int) -> int:
+    """The last layer of a repeat that begins at `first`; `first` if nothing repeats."""
     end = first + period
-    while looks.get(end, end) == looks.get(end - period):
+    while signatures.get(end, end) == signatures.get(end - period):
         end += 1
     count = (end - first) // period
     return first + count * period - 1 if count > 1 or period == 1 else first
 
 
 def _layer_signature(graph: Graph, nodes: Sequence[Node], number: int) -> object:
-    """What equal layers share: kernels, options, and the edges between them."""
+    """A value that equal layers share: kernels, options, and inner edges."""
     names = {node.name for node in nodes}
-    kernels = tuple((without_layer(n.name), n.op, _numberless(n.attrs, number)) for n in nodes)
+    kernels = tuple((without_layer(n.name), n.op, _without_number(n.attrs, number)) for n in nodes)
     inner = tuple(
         (without_layer(edge.source), edge.outlet, without_layer(edge.target), edge.inlet, edge.type)
         for name in sorted(names)
@@ -122,48 +130,46 @@ def _layer_signature(graph: Graph, nodes: Sequence[Node], number: int) -> object
     return kernels, frozenset(inner)
 
 
-def _numberless(value: Value, number: int) -> Value:
-    """The options of a kernel without the number of its layer."""
+def _without_number(value: Value, number: int) -> Value:
+    """Remove the number of the layer from the options of a kernel."""
     if isinstance(value, FrozenMap):
         return FrozenMap(
-            (key, None if key == "layer" and item == number else _numberless(item, number))
+            (key, None if key == "layer" and item == number else _without_number(item, number))
             for key, item in value.items()
         )
     if isinstance(value, tuple):
-        return tuple(_numberless(item, number) for item in value)
+        return tuple(_without_number(item, number) for item in value)
     if isinstance(value, str):
         return _WEIGHT_LAYER.sub(lambda m: ".*." if int(m[1]) == number else m[0], value)
     return value
 
 
-def _shown_name(name: str, home: Mapping[str, Repeat]) -> str:
-    """The kernel of a shown layer that stands for this one; itself outside of layers."""
+def _shown_name(name: str, repeat_of: Mapping[str, Repeat]) -> str:
+    """The name of the kernel that a picture shows for a kernel."""
     number = layer_of(name)
-    if name not in home or number is None:
+    if name not in repeat_of or number is None:
         return name
-    repeat = home[name]
+    repeat = repeat_of[name]
     shown = repeat.first + (number - repeat.first) % repeat.period
     return f"layer{shown}_{without_layer(name)}"
 
 
-def _edges(graph: Graph, home: Mapping[str, Repeat]) -> Iterator[Edge]:
+def _edges(graph: Graph, repeat_of: Mapping[str, Repeat]) -> Iterator[Edge]:
     seen: set[Edge] = set()
     for edge in graph.edges:
-        source, target = _shown_name(edge.source, home), _shown_name(edge.target, home)
+        source, target = _shown_name(edge.source, repeat_of), _shown_name(edge.target, repeat_of)
         moved = replace(edge, source=source, target=target)
-        crosses = edge.source not in home or home[edge.source] is not home.get(edge.target)
+        crosses = edge.source not in repeat_of or repeat_of[edge.source] is not repeat_of.get(
+            edge.target
+        )
         if (moved == edge or crosses) and moved not in seen:
             seen.add(moved)
             yield moved
 
 
-_TRANSFER = "kv_transfer"
-_KV = "KV blocks"
-
-
 @dataclass(frozen=True, slots=True)
 class PlacedProcess:
-    """`count` processes that are alike, with the engines that compute in them."""
+    """A group of `count` equal processes, with the engines that compute in them."""
 
     name: str
     title: str
@@ -173,9 +179,9 @@ class PlacedProcess:
 
 @dataclass(frozen=True, slots=True)
 class PlacedLink:
-    """From an operator to the engine that it drives; or, with `is_kv`, between two engines.
+    """A link from an operator to the engine that it drives or, with `is_kv`, between two engines.
 
-    Engines are named as their processes are: `p`, or `p[0]` where replicas are shown one by one.
+    An engine has the name of its process: `p`, or `p[0]` where each replica is shown.
     """
 
     source: str
@@ -189,7 +195,7 @@ def is_placed(graph: Graph) -> bool:
 
 
 def placed_processes(placed: Graph, *, unfold: bool = False) -> tuple[PlacedProcess, ...]:
-    """First the process that has the operators. `unfold`: each replica is a process of its own."""
+    """The process of the operators, then the workers. `unfold` lists each replica by itself."""
     if executor_kind(placed) == "tasks":
         return (PlacedProcess(CONTROL, "one process: executor tasks", tuple(placed.engines)),)
     control = PlacedProcess(CONTROL, f"process {CONTROL}: gateway and operators", ())
@@ -207,7 +213,7 @@ def _workers(engine: str, count: int, unfold: bool) -> tuple[PlacedProcess, ...]
 
 
 def placed_links(placed: Graph, *, unfold: bool = False) -> Iterator[PlacedLink]:
-    """What operators reach engines by, then what KV blocks go through from engine to engine."""
+    """The links from operators to engines, then the links for KV blocks between engines."""
     names = {engine: (engine,) for engine in placed.engines}
     for process in placed_processes(placed, unfold=unfold)[1:]:
         (engine,) = process.engines
@@ -216,13 +222,13 @@ def placed_links(placed: Graph, *, unfold: bool = False) -> Iterator[PlacedLink]
     for node in placed.nodes:
         for target in names.get(str(node.attrs.get("engine")), ()):
             yield PlacedLink(node.name, target, _link(placed))
-    for giver, taker in _transfers(placed):
-        for source in names[giver]:
-            yield from (PlacedLink(source, target, _kv(placed), True) for target in names[taker])
+    for sender, receiver in _transfers(placed):
+        for source in names[sender]:
+            yield from (PlacedLink(source, target, _kv(placed), True) for target in names[receiver])
 
 
 def _link(placed: Graph) -> str:
-    """`ipc` or `tcp`; nothing within one process."""
+    """The label of a link: `ipc` or `tcp`; empty within one process."""
     return str(_executor(placed).get("address", "")).partition("://")[0]
 
 
@@ -237,14 +243,14 @@ def _executor(graph: Graph) -> FrozenMap:
 
 
 def _transfers(graph: Graph) -> dict[tuple[str, str], None]:
-    """Pairs of engines between which an operator moves KV blocks."""
+    """The pairs of engines between which an operator moves KV blocks."""
     return {
-        (giver, taker): None
+        (sender, receiver): None
         for node in graph.nodes
         if node.op == _TRANSFER
-        for giver in _nearest(graph, node.name, graph.inputs, lambda edge: edge.source)
-        for taker in _nearest(graph, node.name, graph.outputs, lambda edge: edge.target)
-        if giver != taker
+        for sender in _nearest(graph, node.name, graph.inputs, lambda edge: edge.source)
+        for receiver in _nearest(graph, node.name, graph.outputs, lambda edge: edge.target)
+        if sender != receiver
     }
 
 
@@ -254,10 +260,10 @@ def _nearest(
     edges: Callable[[str], tuple[Edge, ...]],
     other: Callable[[Edge], str],
 ) -> tuple[str, ...]:
-    """The engines of the operators that come next on every way from an operator."""
+    """The engines of the nearest operators with an engine, on each path from an operator."""
     found: dict[str, None] = {}
     seen, waiting = {name}, [name]
-    for at in waiting:  # grows while it is walked
+    for at in waiting:  # the loop appends to `waiting`
         for near in (other(edge) for edge in edges(at) if not edge.feedback):
             engine = graph.node(near).attrs.get("engine") if near in graph.names else None
             if isinstance(engine, str) and engine in graph.engines:

@@ -10,6 +10,10 @@ from sagellm.graphs.ir import SINK, SOURCE, Edge, FrozenMap, Graph, Node, Value
 from sagellm.graphs.text.tree import Tree
 from sagellm.graphs.vocabulary import nearest
 
+VERSION = 1
+_OP_HINT = "add `op:` with the name of an operator, such as `op: generate`"
+_REQUIRED = ("sagellm", "name", "operators", "edges")
+_SECTIONS = (*_REQUIRED, "imports", "engines", "models", "executor")
 NAME = re.compile(r"[A-Za-z_](?:[A-Za-z0-9_-]*[A-Za-z0-9_])?")
 _END = re.compile(rf"(?P<name>{NAME.pattern})(?:\.(?P<port>{NAME.pattern}))?")
 _ARROW = re.compile(r"->|~>")
@@ -17,7 +21,7 @@ _ARROW = re.compile(r"->|~>")
 
 @dataclass(frozen=True, slots=True)
 class ChainEnd:
-    """One end of an arrow, `name` or `name.port`, and where each starts in the text."""
+    """One end of an arrow, `name` or `name.port`. `at`: its offset in the text of the chain."""
 
     name: str
     port: str | None
@@ -30,7 +34,7 @@ class ChainEnd:
 
 @dataclass(frozen=True, slots=True)
 class ChainLink:
-    """One arrow of a chain, with its ends."""
+    """One arrow of a chain, between two ends."""
 
     left: ChainEnd
     right: ChainEnd
@@ -44,7 +48,7 @@ class ChainLink:
 
 @dataclass(frozen=True, slots=True)
 class ChainError(Exception):
-    """A chain that cannot be read: where in its text, what, and how to fix it."""
+    """A chain that cannot be parsed. `at`: the offset of the mistake in the text."""
 
     at: int
     message: str
@@ -52,10 +56,10 @@ class ChainError(Exception):
 
 
 def parse_chain(chain: str) -> tuple[ChainLink, ...]:
-    """The links of a chain. Raises ChainError.
+    """Parse `a -> b.inlet`, `a.outlet -> b`, `a -> b -> c`, and feedback `a ~> b`.
 
-    A dotted name is an outlet left of an arrow and an inlet right of it, so between two arrows
-    it is refused: it could be either.
+    Raises ChainError. A dotted name between two arrows is refused, since its port could be the
+    inlet of the left arrow or the outlet of the right one.
     """
     arrows = list(_ARROW.finditer(chain))
     if not arrows:
@@ -92,7 +96,7 @@ def _refuse_middle_ports(ends: list[ChainEnd]) -> None:
 
 
 def chains(edges: Iterable[Edge]) -> Iterator[str]:
-    """The edges as the fewest chains that keep their order; `parse` gives the same edges."""
+    """Write edges as the fewest chains in the same order; `parse_chain` gives the edges back."""
     text, last = "", None
     for edge in edges:
         if last is not None and _continues(last, edge):
@@ -111,15 +115,9 @@ def _continues(last: Edge, edge: Edge) -> bool:
     return plain and last.target == edge.source
 
 
-VERSION = 1
-_NAME_OP = "add `op:` with the name of an operator, such as `op: generate`"
-_REQUIRED = ("sagellm", "name", "operators", "edges")
-_SECTIONS = (*_REQUIRED, "imports", "engines", "models", "executor")
-
-
 @dataclass(slots=True)
-class Surface:
-    """One reading of a file: `graph()` once, then its `mistakes` and `positions`."""
+class SurfaceReader:
+    """Reads the graph of one file. Call `graph()` once, then read `mistakes` and `positions`."""
 
     tree: Tree
     lines: list[str]
@@ -128,7 +126,10 @@ class Surface:
 
     @property
     def positions(self) -> dict[Path, Position]:
-        """Places of the graph's paths: edges are counted, not the lines that list them."""
+        """The position of each path of the graph.
+
+        Edges are numbered in the graph, since a line of the file may hold a chain of several.
+        """
         places = self.tree.positions.items()
         others = {path: at for path, at in places if path[:1] != ("edges",) or len(path) == 1}
         return others | self.edge_positions
@@ -150,7 +151,7 @@ class Surface:
         name = self._text(("name",), top.get("name", ""))
         return Graph(name, "stream", nodes, edges, FrozenMap(attrs))
 
-    def _note(self, code: str, path: Path, message: str, hint: str | None) -> None:
+    def _report(self, code: str, path: Path, message: str, hint: str | None) -> None:
         at = position_of(path, self.tree.positions)
         self.mistakes.append(Diagnostic(code, path, message, hint, at))
 
@@ -159,13 +160,13 @@ class Surface:
             return value
         name = f"`{path[-1]}`" if path else "a graph file"
         hint = "write `name: value` entries"
-        self._note("bad-form", (*path, VALUE), f"{name} must be a mapping", hint)
+        self._report("bad-form", (*path, VALUE), f"{name} must be a mapping", hint)
         return FrozenMap()
 
     def _text(self, path: Path, value: Value) -> str:
         if isinstance(value, str):
             return value
-        self._note("bad-form", (*path, VALUE), f"`{path[-1]}` must be a text", "quote it")
+        self._report("bad-form", (*path, VALUE), f"`{path[-1]}` must be a text", "quote it")
         return ""
 
     def _check_sections(self, top: FrozenMap) -> None:
@@ -173,24 +174,24 @@ class Surface:
             if key not in _SECTIONS:
                 close = nearest(key, _SECTIONS)
                 hint = f"did you mean `{close}`?" if close else f"there are {', '.join(_SECTIONS)}"
-                self._note("unknown-key", (key,), f"unknown key `{key}`", hint)
+                self._report("unknown-key", (key,), f"unknown key `{key}`", hint)
         for key in _REQUIRED:
             if isinstance(self.tree.value, FrozenMap) and key not in top:
                 hint = f"add `sagellm: {VERSION}`" if key == "sagellm" else f"add `{key}:`"
-                self._note("missing-key", (), f"the key `{key}` is missing", hint)
+                self._report("missing-key", (), f"the key `{key}` is missing", hint)
         version = top.get("sagellm", VERSION)
         if version is True or version != VERSION:
             message = f"version {version} of the graph format is not known"
-            self._note("bad-version", ("sagellm", VALUE), message, f"write `sagellm: {VERSION}`")
+            self._report("bad-version", ("sagellm", VALUE), message, f"write `sagellm: {VERSION}`")
 
     def _check_name(self, path: Path) -> None:
         name = str(path[-1])
         if name in (SOURCE, SINK):
             hint = "choose another name"
-            self._note("reserved-name", path, f"`{name}` is a port of every graph", hint)
+            self._report("reserved-name", path, f"`{name}` is a port of every graph", hint)
         elif not NAME.fullmatch(name):
             hint = "use letters, digits, `_` and, inside the name, `-`"
-            self._note("bad-name", path, f"`{name}` is no name", hint)
+            self._report("bad-name", path, f"`{name}` is no name", hint)
 
     def _named(self, section: str, value: Value) -> FrozenMap:
         """A section of `name: {option: value}` entries."""
@@ -202,21 +203,21 @@ class Surface:
         )
 
     def _imports(self, value: Value) -> tuple[str, ...]:
-        """Modules and files of the user's code; they are not looked for here."""
+        """The names of modules and files. The caller decides whether to import them."""
         if not isinstance(value, tuple):
             hint = "write `imports: [my_module, my_file.py]`"
-            self._note("bad-form", ("imports", VALUE), "`imports` must be a list", hint)
+            self._report("bad-form", ("imports", VALUE), "`imports` must be a list", hint)
             return ()
         for index, name in enumerate(value):
             if not isinstance(name, str) or not name:
                 message = "an import must be a text: a module or the path of a .py file"
-                self._note("bad-form", ("imports", index), message, "quote it")
+                self._report("bad-form", ("imports", index), message, "quote it")
         return tuple(name for name in value if isinstance(name, str) and name)
 
     def _executor(self, value: Value) -> FrozenMap:
         executor = self._mapping(("executor",), value)
         if isinstance(value, FrozenMap) and "kind" not in executor:
-            self._note(
+            self._report(
                 "missing-key", ("executor",), "the executor has no kind", "add `kind: tasks`"
             )
         return executor
@@ -228,22 +229,22 @@ class Surface:
             options = dict(self._mapping(path, item))
             if isinstance(item, FrozenMap) and "op" not in options:
                 close = nearest("op", list(options))
-                hint = f"did you mean `op` by `{close}`?" if close else _NAME_OP
-                self._note("missing-key", path, f"operator `{name}` does not say its `op`", hint)
+                hint = f"did you mean `op` by `{close}`?" if close else _OP_HINT
+                self._report("missing-key", path, f"operator `{name}` does not say its `op`", hint)
             op = self._text((*path, "op"), options.pop("op", ""))
             yield Node(name, op, FrozenMap(options))
 
     def _edges(self, value: Value) -> Iterator[Edge]:
         if not isinstance(value, tuple):
             hint = "write `- source -> ...` lines"
-            self._note("bad-form", ("edges", VALUE), "`edges` must be a list", hint)
+            self._report("bad-form", ("edges", VALUE), "`edges` must be a list", hint)
             return
         for index, chain in enumerate(value):
             if isinstance(chain, str):
                 yield from self._chain(index, chain)
             else:
                 message = "an edge must be a text such as `a -> b`"
-                self._note("bad-form", ("edges", index), message, "write `- a -> b`")
+                self._report("bad-form", ("edges", index), message, "write `- a -> b`")
 
     def _chain(self, index: int, chain: str) -> Iterator[Edge]:
         start = self._start(index, chain)
@@ -259,7 +260,10 @@ class Surface:
             yield link.edge
 
     def _start(self, index: int, chain: str) -> tuple[Position, bool]:
-        """Where a chain begins, and whether it stands there letter by letter."""
+        """The position of a chain, and whether offsets in the chain are offsets in the line.
+
+        They are not where YAML escapes or folds the text of the chain.
+        """
         at = self.tree.positions["edges", index]
         column = self.lines[at.line - 1].find(chain, at.column - 1)
         if column < 0:

@@ -1,4 +1,4 @@
-"""A drawing as SVG: boxes in rows, curves for edges, frames around what belongs together."""
+"""A drawing as SVG: boxes in rows, curves for edges, and frames."""
 
 from collections.abc import Iterator
 from itertools import pairwise
@@ -13,11 +13,11 @@ from sagellm.graphs.text.drawing import Arrow, ArrowKind, Drawing, DrawnNode, to
 
 FONT_SIZE = 12.0
 LABEL_SIZE = 11.0
-_LETTER = 0.62  # of the font's size: the widest of the monospace fonts that are asked for
-_WIDE_LETTER = 1.35  # Chinese, Japanese, Korean; emoji are the widest
+_LETTER = 0.62  # width by font size, of the widest monospace font in the style
+_WIDE_LETTER = 1.35  # of Chinese, Japanese, Korean, and of emoji, which are the widest
 _LINE_HEIGHT = 16.0
 _PADDING = 9.0
-_STACK = 5.0  # how far the boxes of a stack stand out
+_STACK = 5.0  # the offset between the boxes of a stack
 _STYLE = """\
 .paper{fill:#ffffff}text{font:12px ui-monospace,Menlo,Consolas,'DejaVu Sans Mono',monospace;\
 fill:#1f2933}
@@ -40,7 +40,7 @@ _HEADS = {"edge": "head", "channel": "head head-channel", "kv": "head head-kv"}
 
 
 def as_svg(graph: Graph, *, unfold: bool = False) -> str:
-    """A picture of the graph, rows from `source` down to `sink`, on light and on dark pages.
+    """Draw a graph as SVG, from `source` at the top to `sink`, for light and dark pages.
 
     Repeated layers and replicas are drawn once, with their number, unless `unfold`.
     """
@@ -50,13 +50,13 @@ def as_svg(graph: Graph, *, unfold: bool = False) -> str:
 
 
 def text_width(text: str, size: float = FONT_SIZE) -> float:
-    """At least as wide as a line of the picture's font."""
+    """The width of a text, or more: the page's font is unknown."""
     wide = sum(east_asian_width(letter) in "WF" for letter in text)
     return size * ((len(text) - wide) * _LETTER + wide * _WIDE_LETTER)
 
 
 def _laid_out(shown: Drawing) -> Layout:
-    sizes = {key: _size(item) for key, item in shown.items.items()}
+    sizes = {key: _size(node) for key, node in shown.nodes.items()}
     titles = [f"\0frame {number}" for number in range(len(shown.frames))]
     for title, frame in zip(titles, shown.frames, strict=True):
         sizes[title] = text_width(frame.title), _LINE_HEIGHT
@@ -70,10 +70,10 @@ def _link(arrow: Arrow) -> LayoutEdge:
     return LayoutEdge(arrow.source, arrow.target, is_back, width, arrow.at_target, priority)
 
 
-def _size(item: DrawnNode) -> Size:
-    width = max(map(text_width, item.lines)) + 2 * _PADDING
-    height = len(item.lines) * _LINE_HEIGHT + 2 * _PADDING - 4
-    return (width + _STACK, height + _STACK) if item.is_stacked else (width, height)
+def _size(node: DrawnNode) -> Size:
+    width = max(map(text_width, node.lines)) + 2 * _PADDING
+    height = len(node.lines) * _LINE_HEIGHT + 2 * _PADDING - 4
+    return (width + _STACK, height + _STACK) if node.is_stacked else (width, height)
 
 
 def _document(shown: Drawing, layout: Layout) -> Iterator[str]:
@@ -91,8 +91,8 @@ def _document(shown: Drawing, layout: Layout) -> Iterator[str]:
         yield _text((at.x, at.y + 12), frame.title, "title")
     for route, arrow in zip(layout.routes, shown.arrows, strict=True):
         yield from _curves(route, arrow)
-    for key, item in shown.items.items():
-        yield from _drawn(layout.boxes[key], item)
+    for key, node in shown.nodes.items():
+        yield from _drawn(layout.boxes[key], node)
     for route, arrow in zip(layout.routes, shown.arrows, strict=True):
         if route.label:
             point = route.label.centre, route.label.bottom - 4
@@ -136,12 +136,12 @@ def _at(point: Point) -> str:
     return f"{point[0]:.1f},{point[1]:.1f}"
 
 
-def _drawn(box: Box, item: DrawnNode) -> Iterator[str]:
-    if item.is_stacked:
+def _drawn(box: Box, node: DrawnNode) -> Iterator[str]:
+    if node.is_stacked:
         box = Box(box.x, box.y, box.width - _STACK, box.height - _STACK)
-        yield _rectangle(box.moved(_STACK, _STACK), item.kind, 5)
-    yield _rectangle(box, item.kind, 5)
-    for number, line in enumerate(item.lines):
+        yield _rectangle(box.moved(_STACK, _STACK), node.kind, 5)
+    yield _rectangle(box, node.kind, 5)
+    for number, line in enumerate(node.lines):
         point = box.x + _PADDING, box.y + _PADDING + 9 + number * _LINE_HEIGHT
         yield _text(point, line, "quiet" if number else "name")
 

@@ -1,4 +1,4 @@
-"""Reads YAML into frozen plain values and their places: no tags, no objects, bounded in size."""
+"""Reads YAML into frozen plain values with positions. Tags are refused, sizes are limited."""
 
 import math
 import re
@@ -20,11 +20,11 @@ from ruamel.yaml.events import (
 from sagellm.graphs.diagnostics import VALUE, Diagnostic, GraphError, Path, Position, truncated
 from sagellm.graphs.ir import FrozenMap, Value
 
-MAX_CHARACTERS = 65_536  # about a second to read; a graph of a thousand operators
-MAX_VALUES = 20_000  # with each alias counted at its full size
+MAX_CHARACTERS = 65_536  # a graph of a thousand operators; reading takes about a second
+MAX_VALUES = 20_000  # each alias counts all values of its anchor
 MAX_DEPTH = 24
 
-_SYNTAX_HINTS = {  # a word of the parser's complaint -> how to fix it
+_SYNTAX_HINTS = {  # a part of the parser's message -> a fix
     "'\\t'": "indent with spaces, not with tabs",
     "mapping values": "quote a text that holds `: `, or check the indentation",
     "expected ',' or": "what begins in line {line} is not closed",
@@ -45,7 +45,7 @@ _INT64 = range(-(2**63), 2**63)
 
 @dataclass(slots=True)
 class Tree:
-    """A text as plain values, where each path stands, and the mistakes met on the way."""
+    """A text as plain values, the position of each path, and the mistakes in the text."""
 
     value: Value
     positions: dict[Path, Position]
@@ -53,7 +53,11 @@ class Tree:
 
 
 def read(text: str, *, file: str) -> Tree:
-    """The one YAML 1.2 document of `text`. Raises GraphError where its syntax is broken."""
+    """Read the only YAML 1.2 document of a text.
+
+    Raises GraphError for a syntax error and for a text beyond the limits. Other mistakes are in the
+    result, so that the caller can report them together with its own.
+    """
     reader = _Reader(file)
     if len(text) > MAX_CHARACTERS:
         reader.refuse("too-large", Position(file, 1, 1), f"more than {MAX_CHARACTERS} characters")
@@ -63,7 +67,7 @@ def read(text: str, *, file: str) -> Tree:
         mark = error.problem_mark or error.context_mark
         place = Position(file, mark.line + 1, mark.column + 1)
         reader.refuse("bad-yaml", place, str(error.problem or error.context), _syntax_hint(error))
-    except YAMLError as error:  # the reader's: a character that YAML does not allow
+    except YAMLError as error:  # without a mark: a character that YAML does not allow
         reader.refuse("bad-yaml", _nth(text, error, file), "a character that YAML does not allow")
     return Tree(value, reader.positions, reader.mistakes)
 
@@ -83,7 +87,7 @@ def _nth(text: str, error: YAMLError, file: str) -> Position:
 
 @dataclass(slots=True)
 class _Reader:
-    """Turns parser events into values; an anchor's value is shared by its aliases."""
+    """Turns parser events into values. Aliases share the value of their anchor."""
 
     file: str
     positions: dict[Path, Position] = field(default_factory=dict)
@@ -131,7 +135,7 @@ class _Reader:
         return value
 
     def _alias(self, event: Any) -> Value:
-        if event.anchor not in self._anchors:  # an alias inside its own anchor as well
+        if event.anchor not in self._anchors:  # also for an alias inside its own anchor
             message = f"no value before this place is anchored as `&{event.anchor}`"
             self._note(event, "unknown-alias", message, "write the value itself")
             return None
@@ -192,7 +196,7 @@ class _Reader:
         self._skip(next(self._events))
 
     def _skip(self, event: Any) -> None:
-        """Read past a value; its mistakes are still told, its places are forgotten."""
+        """Skip a value: its mistakes are kept, its positions are dropped."""
         kept = self.positions
         self.positions = {}
         self._value(event, ())
@@ -220,7 +224,9 @@ class _Reader:
 
 
 def _fits(text: str) -> bool:
-    """False for an integer beyond 64 bits; Python itself refuses to read thousands of digits."""
+    """Whether an integer fits 64 bits. Long texts are not parsed: `int` raises for thousands of
+    digits.
+    """
     if not _INT.fullmatch(text):
         return True
     return len(text.lstrip("+-0ox")) <= 64 and plain_scalar(text) in _INT64
@@ -233,7 +239,7 @@ def _is_finite(text: str) -> bool:
 
 
 def plain_scalar(text: str) -> Value:
-    """What an unquoted text means in YAML 1.2: `yes`, `on` and `1_000` are texts."""
+    """The YAML 1.2 value of an unquoted text. `yes`, `on` and `1_000` are texts."""
     if text in _NULL:
         return None
     if text in _BOOL:

@@ -9,17 +9,18 @@ from pathlib import Path as FilePath
 
 from sagellm.graphs.diagnostics import Diagnostic, GraphError, Path, Position, locate
 from sagellm.graphs.ir import SINK, SOURCE, FrozenMap, Graph, Node, Value
-from sagellm.graphs.text.surface import NAME, VERSION, Surface, chains
+from sagellm.graphs.text.surface import NAME, VERSION, SurfaceReader, chains
 from sagellm.graphs.text.tree import MAX_CHARACTERS, MAX_DEPTH, plain_scalar, read
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A graph as read, and where each path of it stands. Positions are no part of the graph.
+    """A graph and the positions of its paths in the file. Positions are not part of the graph.
 
     Paths: ("engines", name, option), ("operators", name, option), ("executor", option), and
-    ("edges", n) for the n-th edge of the graph, with "source", "outlet", "target" or "inlet"
-    behind it. A path is the place of its key; with "value" behind it, that of its value.
+    ("edges", n) for the n-th edge of the graph, optionally followed by "source", "outlet",
+    "target" or "inlet". A path has the position of its key; the same path, followed by "value",
+    has the position of the value.
     """
 
     graph: Graph
@@ -29,21 +30,23 @@ class Document:
 def load(text: str, *, file: str) -> Document:
     """Read a graph. Raises GraphError with every mistake of form, each with its position.
 
-    Whether its ops, options and wiring make sense is for `sagellm.graphs.check` to say.
+    Ops, options and wiring are not checked: `sagellm.graphs.check` does that.
     """
     tree = read(text, file=file)
-    surface = Surface(tree, text.splitlines())
-    graph = surface.graph()
-    mistakes = (*tree.mistakes, *surface.mistakes)
+    reader = SurfaceReader(tree, text.splitlines())
+    graph = reader.graph()
+    mistakes = (*tree.mistakes, *reader.mistakes)
     if mistakes:
-        raise GraphError(locate(mistakes, surface.positions))
-    return Document(graph, surface.positions)
+        raise GraphError(locate(mistakes, reader.positions))
+    return Document(graph, reader.positions)
 
 
 def load_file(path: str | FilePath) -> Document:
     """Read a graph from a UTF-8 file. Raises OSError, and GraphError as `load` does."""
     with open(path, "rb") as file:
-        content = file.read(4 * MAX_CHARACTERS + 1)  # `load` refuses what is longer
+        content = file.read(
+            4 * MAX_CHARACTERS + 1
+        )  # 4 bytes a character at most; `load` refuses a longer text
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -58,21 +61,21 @@ def _not_utf8(file: str, before: bytes) -> Diagnostic:
 
 
 def dump(graph: Graph) -> str:
-    """The YAML text of a surface graph; loading it gives an equal graph.
+    """Write a surface graph as YAML. Loading the text gives an equal graph.
 
-    Raises GraphError for what the surface form cannot hold: kernel graphs, bodies, typed edges,
-    a function that has no name (`sagellm.graphs.text.codec` holds all but the last).
+    Raises GraphError for kernel graphs, bodies, typed edges and functions without a name, which the
+    YAML form cannot hold. `sagellm.graphs.text.codec` holds all of them but such functions.
     """
-    refuse_unwritable(graph)
-    return write(graph)
+    _refuse_unwritable(graph)
+    return _written(graph)
 
 
 _PLAIN = re.compile(r"(?:~/|\.{1,2}/|/)?[A-Za-z_](?:[\w./@+~-]*[\w/])?", re.ASCII)
 _SYMBOL = re.compile(r"[A-Za-z_]\w*(?:[.:][A-Za-z_]\w*)*")
 
 
-def write(graph: Graph) -> str:
-    """The YAML text of a graph that `refuse_unwritable` let pass."""
+def _written(graph: Graph) -> str:
+    """The YAML text of a graph that `_refuse_unwritable` accepts."""
     return "\n".join(_lines(graph)) + "\n"
 
 
@@ -104,7 +107,7 @@ def _section(name: str, entries: Mapping[str, Value]) -> Iterator[str]:
 
 
 def flow(value: Value) -> str:
-    """One line of YAML for a value."""
+    """Write a value in YAML flow style, on one line."""
     if isinstance(value, FrozenMap):
         return "{" + ", ".join(f"{scalar(key)}: {flow(item)}" for key, item in value.items()) + "}"
     if isinstance(value, tuple):
@@ -113,7 +116,7 @@ def flow(value: Value) -> str:
 
 
 def scalar(value: bool | int | float | str | None) -> str:
-    """A scalar as YAML 1.2 reads it back; a text is quoted where it could be anything else."""
+    """Write a scalar for YAML 1.2. A text is quoted where YAML could read another value."""
     if not isinstance(value, str):
         return json.dumps(value)
     if _PLAIN.fullmatch(value) and plain_scalar(value) == value:
@@ -126,8 +129,8 @@ def _escape(letter: str) -> str:
     return f"\\u{ord(letter):04x}" if ord(letter) < 0x10000 else f"\\U{ord(letter):08x}"
 
 
-def refuse_unwritable(graph: Graph) -> None:
-    """Raises GraphError with all that the surface form cannot hold."""
+def _refuse_unwritable(graph: Graph) -> None:
+    """Raise GraphError with every part of a graph that the YAML form cannot hold."""
     found = (*_lowered(graph), *_names(graph), *_shapes(graph), *_values(graph))
     if found:
         raise GraphError(found)
@@ -170,12 +173,10 @@ def _shapes(graph: Graph) -> Iterator[Diagnostic]:
             yield _refusal((key,), f"`{key}` has no place in the YAML form", "remove it")
         elif not isinstance(graph.attrs[key], FrozenMap):
             yield _refusal((key,), f"`{key}` must be a mapping", "give it options by name")
-    for name, options in graph.engines.items():
-        if not isinstance(options, FrozenMap):
-            yield _refusal(("engines", name), f"`{name}` must be a mapping", "name its options")
-    for name, options in graph.models.items():
-        if not isinstance(options, FrozenMap):
-            yield _refusal(("models", name), f"`{name}` must be a mapping", "name its options")
+    for section, entries in (("engines", graph.engines), ("models", graph.models)):
+        for name, options in entries.items():
+            if not isinstance(options, FrozenMap):
+                yield _refusal((section, name), f"`{name}` must be a mapping", "name its options")
     if "kind" not in _executor(graph):
         yield _refusal(("executor",), "the executor has no kind", "add `kind: tasks`")
 

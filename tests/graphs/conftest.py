@@ -1,4 +1,4 @@
-"""A small vocabulary of the shape that the operators declare."""
+"""A small vocabulary with specs like those of the operators."""
 
 from dataclasses import dataclass, field
 from typing import Literal

@@ -1,4 +1,4 @@
-"""Seeded mistakes in a YAML file: each gives one diagnostic, in its place, with a useful hint."""
+"""Seeded mistakes in a YAML file: each gives one diagnostic with a position and a useful hint."""
 
 import pytest
 
@@ -35,7 +35,7 @@ FACTS = Facts(functions=frozenset({"guard"}), engines={"p": CAPABLE, "d": CAPABL
 
 
 def diagnosed(text: str, vocabulary: Vocabulary, facts: Facts = FACTS) -> list[str]:
-    """One line a mistake, `file:line:column: message (hint)`."""
+    """The diagnostics, one a line: `file:line:column: message (hint)`."""
     try:
         document = load(text, file="pd.yaml")
     except GraphError as error:
@@ -136,7 +136,7 @@ def test_a_mistake_of_several_lines(
     assert hint in fix
 
 
-def test_a_cut_chain_is_told_at_both_ends(vocabulary: Vocabulary) -> None:
+def test_a_cut_chain_is_reported_at_both_ends(vocabulary: Vocabulary) -> None:
     told = diagnosed(PD.replace("split.aggregated -> generate", "generate"), vocabulary)
     assert told == [
         "pd.yaml:9:3: the outlet `joint` of `split` leads nowhere (write `split.aggregated -> ...`)",
@@ -144,7 +144,7 @@ def test_a_cut_chain_is_told_at_both_ends(vocabulary: Vocabulary) -> None:
     ]
 
 
-def test_many_mistakes_are_told_in_one_pass(vocabulary: Vocabulary) -> None:
+def test_many_mistakes_are_reported_in_one_pass(vocabulary: Vocabulary) -> None:
     text = PD.replace("max_queued: 1024", "max_queued: -1").replace("engine: p", "engine: q")
     text = text.replace("kind: tasks", "kind: rays").replace("op: route", "op: rout")
     starts = [told.split(": ")[0] for told in diagnosed(text, vocabulary)]

@@ -1,4 +1,4 @@
-"""Several models in a graph: their table, the outlets that lead to them, their engines."""
+"""Several models in a graph: their table, their outlets and their engines."""
 
 from dataclasses import dataclass, field
 

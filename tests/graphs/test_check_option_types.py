@@ -1,4 +1,4 @@
-"""Types of options: which values they take, and how they are said."""
+"""Types of options: the values that they accept, and their description in messages."""
 
 from collections.abc import Mapping
 from typing import Any, Literal

@@ -1,4 +1,4 @@
-"""Rules that need facts, and graphs that no YAML says."""
+"""Rules that need facts, and graphs that the YAML form cannot hold."""
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -30,7 +30,7 @@ ENGINE = EngineFactsView(
 
 
 def facts(**changes: object) -> Facts:
-    """Two equal engines, but for what engine `d` has changed."""
+    """The facts of two engines `p` and `d`, equal but for the changes of `d`."""
     return Facts(engines={"p": ENGINE, "d": replace(ENGINE, **changes)})  # type: ignore[arg-type]
 
 
@@ -71,11 +71,11 @@ def test_prefill_and_decode_must_agree(
     assert "same" in found.hint
 
 
-def test_what_is_not_known_is_not_judged(vocabulary: Vocabulary) -> None:
+def test_unknown_facts_break_no_rule(vocabulary: Vocabulary) -> None:
     assert check(PD, vocabulary, facts(block_size=None, model_hash=None)) == ()
 
 
-def test_another_model_is_told_without_what_follows_from_it(vocabulary: Vocabulary) -> None:
+def test_different_models_are_reported_without_further_facts(vocabulary: Vocabulary) -> None:
     assert len(check(PD, vocabulary, facts(model_hash="other", num_layers=8, head_dim=64))) == 1
 
 
@@ -215,7 +215,7 @@ def test_feedback_feeds_no_inlet(vocabulary: Vocabulary) -> None:
     assert {"unfed-inlet", "dangling-outlet"} <= set(codes(found))
 
 
-def test_an_island_and_its_cycle_are_told(vocabulary: Vocabulary) -> None:
+def test_an_island_and_its_cycle_are_reported(vocabulary: Vocabulary) -> None:
     graph = chain("generate")
     ring = (Edge("admission", "policy_sort"), Edge("policy_sort", "admission"))
     nodes = (*graph.nodes, Node("admission", "admission"), Node("policy_sort", "policy_sort"))
@@ -238,7 +238,9 @@ def test_an_island_and_its_cycle_are_told(vocabulary: Vocabulary) -> None:
         (Graph("x", nodes=(Node("a", "decode", FrozenMap({"engine": 1})),)), "wrong-type"),
     ],
 )
-def test_what_only_a_program_can_get_wrong(vocabulary: Vocabulary, graph: Graph, code: str) -> None:
+def test_mistakes_that_only_a_program_can_make(
+    vocabulary: Vocabulary, graph: Graph, code: str
+) -> None:
     assert code in codes(check(graph, vocabulary, Facts()))
 
 

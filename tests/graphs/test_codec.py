@@ -1,4 +1,4 @@
-"""The JSON and MessagePack forms: what they look like and what they refuse."""
+"""The JSON and MessagePack forms: their content, and the values that they refuse."""
 
 import json
 from dataclasses import replace

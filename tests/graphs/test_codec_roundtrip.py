@@ -1,4 +1,4 @@
-"""Whatever a graph holds, its text forms give it back."""
+"""Property tests: text forms and bytes give any graph back."""
 
 from contextlib import suppress
 

@@ -1,4 +1,4 @@
-"""The SVG picture: well-formed XML, text in its box, labels apart, no line through either."""
+"""The SVG picture: well-formed XML, text inside its box, no label on another, no line across."""
 
 import re
 import xml.etree.ElementTree as ET
@@ -39,7 +39,7 @@ CONFIG = {
 
 @dataclass(frozen=True)
 class Seen:
-    """What a picture shows: text in boxes and titles, labels of edges, boxes, frames, lines."""
+    """The parts of a picture: text in boxes and titles, labels of edges, boxes, frames, lines."""
 
     words: tuple[tuple[str, Box], ...]
     labels: tuple[tuple[str, Box], ...]
@@ -72,7 +72,7 @@ def is_edge(path: ET.Element) -> bool:
 
 
 def rectangle(found: ET.Element) -> Box:
-    """Of `paper`, which is as large as the picture, nothing."""
+    """A rectangle; None for `paper`, which is as large as the picture."""
     return Box(*(float(found.attrib.get(name, "0").strip("%")) for name in NAMES))
 
 
@@ -108,7 +108,7 @@ def curve(p: Point, q: Point, r: Point, s: Point) -> Iterator[Point]:
 
 
 def check_picture(picture: str) -> None:
-    """Every promise at once, on whatever picture."""
+    """Check every property of a picture."""
     shown = seen(picture)
     labels = [box for _, box in shown.labels]
     titles = [box for _, box in shown.words if not any(holds(one, box) for one in shown.boxes)]
@@ -195,7 +195,7 @@ def test_every_operator_and_outlet_is_named_once() -> None:
     assert "policy: slo_aware" in said
 
 
-def test_the_longest_way_is_one_straight_line() -> None:
+def test_the_longest_path_is_one_straight_line() -> None:
     shown = seen(as_svg(kernels("Qwen3ForCausalLM", fused=False), unfold=True))
     middles = {round(box.centre) for box in shown.boxes}
     main = max(middles, key=lambda x: sum(round(box.centre) == x for box in shown.boxes))
@@ -258,7 +258,7 @@ def test_names_are_escaped() -> None:
     assert said[-1] == 'x: "</text><script>"'
 
 
-def test_what_kernels_take_from_source_is_written_in_them() -> None:
+def test_boxes_of_kernels_list_their_step_inputs() -> None:
     edges = (Edge("source", "rope", "positions", "positions"), Edge("rope", "sink", inlet="rows"))
     said = texts(as_svg(Graph("k", "kernel", (Node("rope", "rope"),), edges)))
     assert "source" not in said

@@ -1,4 +1,4 @@
-"""Repeated layers: found whatever their period, and one of them left, with the edges of all."""
+"""Repeated layers of any period are found; the shown layer keeps the edges of all."""
 
 import pytest
 

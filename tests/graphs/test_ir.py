@@ -12,7 +12,7 @@ def chain(*names: str) -> Graph:
     return Graph("chain", nodes=tuple(Node(name, "map") for name in names), edges=edges)
 
 
-def test_a_frozen_map_equals_whatever_its_order() -> None:
+def test_frozen_maps_are_equal_in_any_order() -> None:
     one, other = FrozenMap({"a": 1, "b": 2}), FrozenMap({"b": 2, "a": 1})
     assert one == other
     assert hash(one) == hash(other)
@@ -126,5 +126,5 @@ def test_the_hash_ignores_the_order_of_options() -> None:
         Graph("g", attrs=FrozenMap({"a": 1})),
     ],
 )
-def test_the_hash_tells_graphs_apart(changed: Graph) -> None:
+def test_different_graphs_have_different_hashes(changed: Graph) -> None:
     assert changed.hash not in (Graph("g").hash, golden().hash)

@@ -1,4 +1,4 @@
-"""Diagnostics: how they read, and how they find their place in a text."""
+"""Diagnostics: their text, and their positions in a file."""
 
 from sagellm.graphs.diagnostics import Diagnostic, GraphError, Position, locate, position_of
 

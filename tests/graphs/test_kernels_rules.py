@@ -1,4 +1,4 @@
-"""The rules that every kernel graph obeys: each breach is found once, with its node."""
+"""The rules of kernel graphs: each breach is found once, with its node."""
 
 from dataclasses import replace
 

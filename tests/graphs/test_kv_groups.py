@@ -1,4 +1,4 @@
-"""What a kernel graph keeps between steps: groups of layers, and where they lie in blocks."""
+"""The memory of a kernel graph between steps: groups of layers, and their layout in blocks."""
 
 import pytest
 
@@ -49,7 +49,7 @@ def test_groups_are_the_same_of_a_fused_graph_and_known_as_a_fact():
 
 
 def recurrent(width=6):
-    """A graph of one layer with a state, whose gate is so wide."""
+    """A graph of one layer with a recurrent state. `width`: of its gate."""
     made = KernelGraphBuilder("recurrent", "float32")
     rows = made.add(
         "embed",
@@ -153,7 +153,7 @@ def test_a_model_of_one_group_is_left_as_it_was():
     assert PlaceLayers(KVBlocks(kv_groups(graph), 2, 16, 4, 4)).apply(graph) == graph
 
 
-def test_a_layer_that_two_kernels_read_is_kept_for_the_one_that_sees_farthest():
+def test_a_layer_that_several_kernels_read_has_the_widest_window():
     made = KernelGraphBuilder("shared", "float32")
     rows = NodeOutlet("embed")
     for name, window in (("a", 5), ("b", None), ("c", 9)):

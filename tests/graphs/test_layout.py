@@ -67,11 +67,11 @@ def test_what_a_band_feeds_is_below_all_of_it() -> None:
     assert sorted(names, key=lambda name: rank[name]) == ["before", "title", "a", "b", "after"]
 
 
-def test_an_edge_round_a_longer_way_is_a_shortcut() -> None:
+def test_an_edge_beside_a_longer_path_is_a_shortcut() -> None:
     assert shortcuts({"a": 0, "b": 1, "c": 2}, CHAIN) == {2}
 
 
-def test_the_longest_way_is_the_spine() -> None:
+def test_the_longest_path_is_the_spine() -> None:
     links = [*CHAIN, LayoutEdge("c", "d", priority=1)]
     assert spine({"a": 0, "b": 1, "c": 2, "d": 3}, links) == {0, 1}
 

@@ -1,4 +1,4 @@
-"""What each fusion pass turns a graph into; that logits stay the same is tested on the backend."""
+"""The graph after each fusion pass. Tests of the backend compare the logits."""
 
 from collections import Counter
 from dataclasses import replace
@@ -9,7 +9,6 @@ from sagellm.graphs.ir import SINK, Edge, TensorType
 from sagellm.graphs.kernels import infer, logits_type, verify
 from sagellm.graphs.models import FAMILIES, build
 from sagellm.graphs.passes import KERNEL_PASSES, UnknownPass, run_pipeline
-from sagellm.graphs.passes.fusion import FuseGatedLinear
 
 SMALL = {
     "vocab_size": 32,
@@ -63,7 +62,7 @@ def test_qkv_becomes_one_with_weights_in_order():
     assert node.attrs["out_features"] == (16, 8, 8)
 
 
-def test_qkv_is_found_behind_the_norms_of_heads():
+def test_qkv_is_found_before_the_norms_of_heads():
     graph = after("fuse_qkv", graph_of("Qwen3ForCausalLM", head_dim=4))
     assert ops(graph)["qkv_linear"] == 2
     assert {edge.outlet for edge in graph.inputs("layer0_q_norm")} == {"q"}
@@ -75,7 +74,7 @@ def test_gate_and_up_become_one():
     assert ops(graph)["linear"] == 2 * 2 + 1  # o and down of each layer, the head
 
 
-def test_an_add_is_fused_with_the_norm_behind_it_and_hands_on_the_sum():
+def test_an_add_is_fused_with_the_next_norm_and_keeps_its_sum():
     graph = after("fuse_add_norm")
     assert ops(graph)["add_rms_norm"] == 3
     assert ops(graph)["add"] == 1  # the last one goes to the chosen rows
@@ -105,7 +104,8 @@ def test_a_product_of_something_else_is_left_alone():
     crossed = replace(gate, inlet=up.inlet), replace(up, inlet=gate.inlet)
     graph = replace(before, edges=(*others, *crossed))
     assert verify(graph) == ()
-    assert FuseGatedLinear().apply(graph) == graph
+    (fusion,) = (step for step in KERNEL_PASSES if step.name == "fuse_gated_linear")
+    assert fusion.apply(graph) == graph
 
 
 def test_rope_and_write_become_one_between_the_same_states():

@@ -1,4 +1,4 @@
-"""Who shares a process: what decides and drives is in one, what computes is one each."""
+"""Placement: all operators share one process, each replica of an engine has its own."""
 
 from dataclasses import replace
 

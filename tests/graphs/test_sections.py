@@ -1,4 +1,4 @@
-"""Which kind an engine of a graph is, and which options that kind is given."""
+"""The kind of an engine of a graph, and the options for that kind."""
 
 import pytest
 

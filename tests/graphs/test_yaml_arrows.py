@@ -1,4 +1,4 @@
-"""Chains of arrows: read, written, and refused where they can be read twice."""
+"""Chains of arrows: parsed, written, and refused where they are ambiguous."""
 
 import pytest
 
@@ -45,7 +45,7 @@ def test_a_broken_chain_says_where(chain: str, at: int, word: str) -> None:
     assert caught.value.hint
 
 
-def test_ends_know_their_place() -> None:
+def test_ends_have_offsets() -> None:
     (link,) = parse_chain("split.aggregated -> sort.late")
     assert (link.left.at, link.left.port_at) == (0, 6)
     assert (link.right.at, link.right.port_at) == (15, 20)

@@ -1,4 +1,4 @@
-"""Writing the surface form, and refusing what it cannot hold."""
+"""Writing the YAML form, and refusing graphs that it cannot hold."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Reading the surface form: the graph, its places, and mistakes of form."""
+"""Reading the YAML form: the graph, its positions, and mistakes of form."""
 
 from pathlib import Path
 
