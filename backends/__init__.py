@@ -1,4 +1,4 @@
-"""Floor 1, devices and kernels: what runs a lowered kernel graph."""
+"""Floor 1, devices and kernels: backends lower kernel graphs to programs and run them."""
 
 from sagellm.backends.interface import (
     Backend,

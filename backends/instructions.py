@@ -1,4 +1,4 @@
-"""A kernel graph as a flat list of instructions over registers that are reused once dead."""
+"""A kernel graph as a flat list of instructions; registers are reused once their value is dead."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,9 +11,10 @@ Wire = tuple[str, str]
 
 @dataclass(frozen=True, slots=True)
 class Instruction:
-    """Run `node` on the registers `inputs`, put results into `outputs`, then drop `dead`.
+    """Run `node` on the registers `inputs`, store the results in `outputs`, then free `dead`.
 
-    Inputs and outputs follow the order of the kernel's ports; the KV state is left out of outputs.
+    Inputs and outputs are in the order of the kernel's ports. The KV state has no output register:
+    kernels change the pool in place.
     """
 
     node: Node
@@ -30,7 +31,7 @@ class Instruction:
 
 @dataclass(frozen=True, slots=True)
 class KernelPlan:
-    """`step_inputs` says which register holds which input at the start; `logits` is the result."""
+    """The instructions of a step, and the registers of its inputs and its `logits`."""
 
     instructions: tuple[Instruction, ...]
     step_inputs: dict[str, int]
@@ -42,9 +43,9 @@ class KernelPlan:
 
 
 def plan_kernels(graph: Graph) -> KernelPlan:
-    """Instructions in topological order, with as few registers as live tensors need.
+    """The instructions of a graph in topological order, in few registers.
 
-    `graph` must hold to the rules of the kernel dialect. Step inputs are never dropped.
+    `graph` must obey the rules of the kernel dialect. Registers of step inputs are never freed.
     """
     registers = _Registers(graph)
     instructions = tuple(registers.instruction(node) for node in graph.topological())
@@ -54,7 +55,7 @@ def plan_kernels(graph: Graph) -> KernelPlan:
 
 
 class _Registers:
-    """Which register holds which wire, as the instructions go by."""
+    """Register allocation: the register of each wire, while instructions are made in order."""
 
     def __init__(self, graph: Graph) -> None:
         self.step_inputs = {name: index for index, name in enumerate(STEP_INPUTS)}

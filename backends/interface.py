@@ -10,19 +10,19 @@ from sagellm.backends.quantised_weight import QuantisedWeight
 from sagellm.backends.step import KVLayout, StepBatch, Ticket
 from sagellm.graphs.ir import Graph
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # graphs are checked, and the null engine runs, without loading torch
     import torch
 
 
 class Compiling(msgspec.Struct, frozen=True, tag=True):
-    """The C kernels are compiled, which happens once for a CPU, a compiler and a version."""
+    """The C kernels are being compiled: once for each CPU, compiler and version of the sources."""
 
     compiler: str
     folder: str
 
 
 class Loading(msgspec.Struct, frozen=True, tag=True):
-    """So many bytes of a model's weights have been read; the last time `num_bytes` is the total."""
+    """Bytes of a model's weights that have been read; in the last event all of them."""
 
     model: str
     num_bytes: int
@@ -34,16 +34,16 @@ Progress: TypeAlias = Callable[[ProgressEvent], None]  # called from the thread 
 
 
 def silent(event: ProgressEvent) -> None:
-    """For whom nobody waits."""
+    """Ignore the event: the Progress of a caller that shows none."""
 
 
-Runs: TypeAlias = Sequence[slice]  # of blocks of a pool that follow each other
+Runs: TypeAlias = Sequence[slice]  # each a run of consecutive blocks of a pool
 RunPairs: TypeAlias = Sequence[tuple[slice, slice]]  # runs of the sender and of the receiver
 
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """Memory that may be registered for remote reads. `kind`: as NIXL names it."""
+    """Memory that may be registered for remote reads. `kind`: the memory type in NIXL's words."""
 
     address: int
     num_bytes: int
@@ -52,22 +52,22 @@ class Region:
 
 
 class StagingBuffers(Protocol):
-    """Buffers of the host for blocks that arrive. `views`, in the order of `KVStorage.read`."""
+    """Host buffers that blocks are received into; `views` are in the order of `KVStorage.read`."""
 
     @property
     def views(self) -> list[memoryview]: ...
 
     def commit(self) -> None:
-        """What is in the views is in the pool afterwards; on a CPU it is there already."""
+        """Copy the buffers into the pool. A no-op where the views are the pool's own memory."""
         ...
 
 
 class KVStorage(Protocol):
-    """The keys and values of one block pool. Nothing above a backend touches their bytes but here.
+    """The keys and values of one block pool. Code above the backends reaches their bytes only here.
 
-    All calls come from one thread and return when they are done. The caller sees to it that no
-    launch under way writes blocks that are read, or reads blocks that are written. Bytes of the
-    host are in one order: layer after layer, in a layer keys then values, of these run after run.
+    All calls come from one thread and return when they are done. The caller ensures that no running
+    launch writes blocks that are read here, or reads blocks that are written here. Bytes in host
+    memory have one order: by layer, in a layer keys before values, in each of these run after run.
     """
 
     @property
@@ -77,39 +77,40 @@ class KVStorage(Protocol):
     def num_blocks(self) -> int: ...
 
     def copy(self, source: "KVStorage", pairs: RunPairs, layers: range) -> None:
-        """From a pool of the same backend and layout, perhaps of another device. Raises TypeError
-        for a pool of another backend.
+        """Copy blocks from a pool of the same backend and layout, on this or another device.
+
+        Raises TypeError for a pool of another backend.
         """
         ...
 
     def receive(self, memory: memoryview, pairs: RunPairs, layers: range) -> int:
-        """From a pool of the same layout that lies in `memory` of the host; the checksum (XXH3, 64
-        bits) of what has arrived.
+        """Copy blocks from a pool of the same layout that lies in host `memory`; return the
+        checksum (XXH3, 64 bits) of the copied bytes.
         """
         ...
 
     def read(self, runs: Runs, layers: range) -> list[memoryview]:
-        """The bytes of blocks: the pool's own memory, or a copy, which the views keep alive."""
+        """The bytes of blocks, as views of the pool's memory or of a copy that they keep alive."""
         ...
 
     def stage(self, runs: Runs, layers: range) -> StagingBuffers:
-        """Buffers to fill with the bytes of blocks."""
+        """Buffers to receive the bytes of blocks into; `commit` writes them to the pool."""
         ...
 
     def checksum(self, runs: Runs, layers: range) -> int:
-        """XXH3, 64 bits, of what `read` gives."""
+        """The checksum (XXH3, 64 bits) of the bytes that `read` returns."""
         ...
 
     def register(self) -> Region:
-        """All of the pool: its address stays the same as long as the storage lives."""
+        """The whole pool. The address stays the same as long as the storage lives."""
         ...
 
 
 def block_addresses(
     address: int, layout: KVLayout, num_blocks: int, runs: Runs, layers: range
 ) -> list[tuple[int, int]]:
-    """Address and size of what `KVStorage.read` gives, in a pool that begins at `address`."""
-    block_bytes = layout.block_bytes // (2 * layout.num_layers)
+    """Address and size of each piece that `KVStorage.read` returns, for a pool at `address`."""
+    block_bytes = layout.block_bytes // (2 * layout.num_layers)  # of keys or values of one layer
     return [
         (
             address + ((layer * 2 + kind) * num_blocks + run.start) * block_bytes,
@@ -121,54 +122,58 @@ def block_addresses(
     ]
 
 
-Stage: TypeAlias = Callable[[Graph], Graph]
+Stage: TypeAlias = Callable[[Graph], Graph]  # one step of lowering
 Weights: TypeAlias = Mapping[str, "torch.Tensor | QuantisedWeight"]
 
 
 class Program(Protocol):
-    """A lowered kernel graph with its weights; the last thing it does is to sample.
+    """A lowered kernel graph with its weights; its last step is to sample.
 
-    `str()` shows its instructions. Several queues of one device may launch it.
+    `str()` shows the instructions. Several queues of one device may launch the same program.
+    Engines with the same model share it by a weak reference, so an implementation allows those.
     """
 
     def __str__(self) -> str: ...
 
 
 class Queue(Protocol):
-    """Launches of one engine, computed in the order in which they were made. From one thread."""
+    """The launches of one engine, computed in order. All calls come from one thread."""
 
     def launch(self, program: Program, storage: KVStorage, batch: StepBatch) -> Ticket:
-        """Begin a step, or queue it after those that were launched before; returns at once.
+        """Queue a step after the earlier launches; return at once.
 
-        It writes the keys and values of all new tokens into `storage`, and samples a token for each
-        row, a function of its logits, its tokens and (seed, choice, position) alone. What it
-        samples stays on the device for the launch after it. Errors are those of the ticket.
+        The step writes the keys and values of all new tokens into `storage` and samples a token for
+        each row. A sampled token is a function of the row's logits, its tokens and (seed, choice,
+        position) alone. Sampled tokens stay on the device for the next launch. The ticket raises
+        the errors of the step.
         """
         ...
 
     def close(self) -> None:
-        """Free what the queue needs. Every launch is over."""
+        """Free the queue's resources. The caller calls it after every launch has ended."""
         ...
 
 
 class Device(Protocol):
-    """One device. Where calls take long, they are made from threads that may wait."""
+    """One device. Calls may block: engines make them from worker threads."""
 
     @property
     def name(self) -> str:
-        """As `Backend.devices` names it."""
+        """The name in `Backend.devices`."""
         ...
 
     @property
     def memory_bytes(self) -> int:
-        """Memory that pools could take now."""
+        """Free memory that pools could take."""
         ...
 
     def allocate(
         self, layout: KVLayout, num_blocks: int, memory: "memoryview | None" = None
     ) -> KVStorage:
-        """A pool of zeros, its pages untouched where possible; in the caller's `memory`, which is
-        zero and which other processes may read, if given.
+        """A pool of zeros, its pages untouched where possible.
+
+        `memory`: the caller's, filled with zeros and perhaps read by other processes; None: the
+        device allocates.
         """
         ...
 
@@ -183,47 +188,46 @@ class Device(Protocol):
         quantization: str | None = None,
         progress: Progress = silent,
     ) -> Program:
-        """A program that keeps weights and pool in `dtype`; reads each weight once.
+        """A program that keeps weights and pool in `dtype`. Reads each weight once.
 
-        `quantization`: one of the backend's, for the weights of linears; None: as stored.
-        `progress` hears what takes long.
-
-        `deterministic`: one choice of kernel for all batch sizes, so that a row's logits are the
-        same bits alone, in a batch and in chunks. Raises GraphError or LoweringError.
+        `quantization`: a mode of the backend, for the weights of linears; None: as stored.
+        `progress` is called with the slow parts of lowering. `deterministic`: one choice of kernel
+        for all batch sizes, so that a row's logits are the same bits alone, in a batch and in
+        chunks. Raises GraphError for an invalid graph, LoweringError for one that cannot run here.
         """
         ...
 
     def open_queue(self, threads: int | None = None) -> Queue:
-        """`threads` of the host that its kernels may use; None: as many as there are cores."""
+        """A queue whose kernels use so many host threads; None: one a core."""
         ...
 
 
 class Backend(Protocol):
-    """A kind of device. `stages`: the named graph-to-graph steps of lowering, in order."""
+    """A kind of device, found by its `name`. `stages`: the named steps of lowering, in order."""
 
     @property
     def name(self) -> str: ...
 
     @property
     def quantizations(self) -> tuple[str, ...]:
-        """The modes of quantising weights on load that `Device.lower` takes."""
+        """The modes of quantisation on load that `Device.lower` accepts."""
         ...
 
     @property
     def stages(self) -> Mapping[str, Stage]: ...
 
     def devices(self) -> tuple[str, ...]:
-        """The devices of this kind on this machine."""
+        """The names of the devices of this kind on this machine."""
         ...
 
     def device(self, index: int = 0) -> Device:
-        """The device `devices()[index]`; the same object each time."""
+        """The device `devices()[index]`; the same object for each call."""
         ...
 
 
 class LoweringError(ValueError):
-    """A graph that this backend cannot run with these weights."""
+    """This backend cannot run the graph with these weights."""
 
 
 class LaunchError(RuntimeError):
-    """A launch that was not computed, because the one that it comes after failed."""
+    """A launch was not computed, because the launch before it failed."""

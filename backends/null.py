@@ -20,15 +20,12 @@ from sagellm.backends.step import KVLayout, LogitsRow, Sampled, StepBatch, Ticke
 from sagellm.graphs.ir import Graph, TensorType
 from sagellm.graphs.kernels import infer, logits_type
 
-__all__ = ["BACKEND", "NullBackend"]
-
-
-_MEMORY_BYTES = 1 << 40  # nothing is stored, so a pool may be as large as a test wants
+_MEMORY_BYTES = 1 << 40  # pools store nothing, so that tests may have them as large as they like
 _MASK = (1 << 64) - 1
 
 
 def null_token(seed: int, choice: int, position: int, vocab_size: int) -> int:
-    """A token that depends on (seed, choice, position) alone: splitmix64's mixing steps."""
+    """A token that depends on (seed, choice, position) alone, by the mixing steps of splitmix64."""
     mixed = (seed * 0x9E3779B97F4A7C15 + choice * 0xD1B54A32D192ED03 + position + 1) & _MASK
     mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & _MASK
@@ -36,23 +33,23 @@ def null_token(seed: int, choice: int, position: int, vocab_size: int) -> int:
 
 
 def null_tokens(rows: Sequence[LogitsRow], vocab_size: int) -> list[int]:
-    """One for each row."""
+    """The null token of each row."""
     return [
         null_token(row.answer.sampling.seed or 0, row.answer.choice, row.num_output, vocab_size)
         for row in rows
     ]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class NullProgram:
-    """Knows how many tokens there are, and nothing else."""
+    """A program that keeps nothing of its graph but the size of the vocabulary."""
 
     vocab_size: int
 
 
 @dataclass(frozen=True, slots=True)
 class NullPool:
-    """A shape. Its bytes are none: copies do nothing, and there is nothing to read."""
+    """A pool that has a shape and no bytes: copies do nothing, and reads return nothing."""
 
     layout: KVLayout
     num_blocks: int
@@ -68,7 +65,7 @@ class NullPool:
         return []
 
     def stage(self, runs: Runs, layers: range) -> StagingBuffers:
-        return _NOTHING
+        return _NO_BUFFERS
 
     def checksum(self, runs: Runs, layers: range) -> int:
         return 0
@@ -78,20 +75,20 @@ class NullPool:
 
 
 @dataclass(frozen=True, slots=True)
-class _Nothing:
+class _NoBuffers:
     @property
     def views(self) -> list[memoryview]:
         return []
 
     def commit(self) -> None:
-        """Nothing came."""
+        """Do nothing."""
 
 
-_NOTHING = _Nothing()
+_NO_BUFFERS = _NoBuffers()
 
 
 class NullQueue:
-    """Every launch is over at once."""
+    """A queue whose launches are over when `launch` returns."""
 
     def launch(self, program: Program, storage: KVStorage, batch: StepBatch) -> Ticket:
         if not isinstance(program, NullProgram):
@@ -101,11 +98,13 @@ class NullQueue:
         return ticket
 
     def close(self) -> None:
-        """There is nothing to free."""
+        """Do nothing: the queue holds no resource."""
 
 
 @dataclass(frozen=True, slots=True)
 class NullDevice:
+    """A device whose `lower` checks the graph and reads the size of its vocabulary."""
+
     name: str = "null"
 
     @property
@@ -139,7 +138,7 @@ class NullDevice:
 
 @dataclass(frozen=True, slots=True)
 class NullBackend:
-    """Checks graphs as the others do, reads no weight, touches no memory, imports no torch."""
+    """A backend that checks graphs as others do, but reads no weights and imports no torch."""
 
     name: str = "null"
 
@@ -152,7 +151,7 @@ class NullBackend:
         return {"infer": infer}
 
     def devices(self) -> tuple[str, ...]:
-        return ("null",)
+        return (self.name,)
 
     def device(self, index: int = 0) -> NullDevice:
         return NullDevice(self.devices()[index])

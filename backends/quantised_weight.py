@@ -1,4 +1,4 @@
-"""A weight in few bits: whole numbers, and a scale for each group of them; and what makes one."""
+"""A quantised weight: integer codes with a scale for each group; and the modes that make one."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # graphs are checked without loading torch
     import torch
 
-ZERO_CODE = {4: 8, 8: 0}  # the code that stands for 0 where a weight has no zeros of its own
-GROUP_SIZE = 32  # codes along k that share a scale, of weights that are quantised on load
+ZERO_CODE = {4: 8, 8: 0}  # by bits: the code of 0.0 in a weight without zeros of its own
+GROUP_SIZE = 32  # codes along k that share a scale, in weights that are quantised on load
 
 
 @dataclass(frozen=True, slots=True)
 class QuantisationMode:
-    """Bits of a weight, and of the rows that meet it.
+    """Bits of a weight, and of the activation rows that it is multiplied by.
 
-    Rows of 16 bits keep what sums in float32 keep; rows of 8 lose as much as an int8 weight does.
+    Rows of 16 bits keep the precision of float32 sums; rows of 8 bits lose as much as an int8
+    weight does.
     """
 
     weight_bits: int
@@ -27,7 +28,8 @@ MODES: Mapping[str, QuantisationMode] = {
     "int4": QuantisationMode(4, 8),
     "w8a8": QuantisationMode(8, 8),
 }
-LOGITS_MODE = QuantisationMode(8, 16)  # in every mode: an error there goes into the answer as it is
+# The product that makes the logits uses this mode in every mode: no later layer evens out an error.
+LOGITS_MODE = QuantisationMode(8, 16)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,9 +37,9 @@ class QuantisedWeight:
     """weight[n, k] = (codes[n, k] - zeros[n, g]) * scales[n, g], where g is k // group.
 
     Shapes: `codes` [N, K] (8 bits: int8; 4 bits: uint8 of 0 to 15), `scales` [N, G] float16,
-    `zeros` [N, G] int16, or None where every zero is ZERO[bits]. `group`: codes along k that share
-    a scale, a multiple of 32; the last group may be shorter. `order` [K] int32: which k each column
-    of codes is for; None: in order.
+    `zeros` [N, G] int16, or None where every zero is ZERO_CODE[bits]. `group`: codes along k that
+    share a scale, a multiple of 32; the last group may be shorter. `order` [K] int32: the k of each
+    column of codes; None: ascending.
     """
 
     bits: int
@@ -52,21 +54,21 @@ class QuantisedWeight:
         return self.codes.shape[0], self.codes.shape[1]
 
     def rows(self, top: int, end: int) -> "QuantisedWeight":
-        """Rows top to end, as a view."""
+        """The rows from `top` to `end`, as a view."""
         zeros = None if self.zeros is None else self.zeros[top:end]
         part = self.codes[top:end], self.scales[top:end]
         return QuantisedWeight(self.bits, self.group, *part, zeros, self.order)
 
     def dequantised(self) -> "torch.Tensor":
-        """The weight that this stands for: float32 [N, K], its columns in order of k."""
+        """The weight in float32 [N, K], its columns in ascending order of k."""
         values = self.ordered()
         return values if self.order is None else values[:, self.order.argsort()]
 
     def ordered(self) -> "torch.Tensor":
-        """The same, its columns as the codes have them."""
+        """The weight in float32 [N, K], its columns in the order of the codes."""
         zeros = ZERO_CODE[self.bits] if self.zeros is None else self._each(self.zeros)
         return (self.codes.float() - zeros) * self._each(self.scales)
 
     def _each(self, of_groups: "torch.Tensor") -> "torch.Tensor":
-        """[N, G] -> float32 [N, K]."""
+        """Repeat a value of each group for its columns: [N, G] -> float32 [N, K]."""
         return of_groups.float().repeat_interleave(self.group, 1)[:, : self.shape[1]]

@@ -3,7 +3,6 @@
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
-from collections.abc import Sequence as Rows
 
 import torch
 
@@ -15,18 +14,18 @@ _NUCLEUS = 256  # tokens looked at before a row is sorted whole
 
 
 def uniform(seed: int, choice: int, position: int) -> float:
-    """In [0, 1), a function of (seed, choice, position) alone; 53 bits of BLAKE2b."""
+    """A number in [0, 1), a function of (seed, choice, position) alone: 53 bits of BLAKE2b."""
     key = f"{seed}/{choice}/{position}".encode()
     digest = hashlib.blake2b(key, digest_size=8).digest()
     return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
 
-def sample(logits: torch.Tensor, rows: Rows[LogitsRow]) -> Sampled:
-    """One token a row of `logits` [R, vocab], float32.
+def sample(logits: torch.Tensor, rows: Sequence[LogitsRow]) -> Sampled:
+    """Sample one token for each row of `logits` [R, vocab] float32.
 
-    Every operation works on one row at a time or on all alike, so that a row's token does not
-    depend on its neighbours. Rows without a largest finite logit are `broken`, and sampled as if
-    all their logits were zero.
+    Every operation treats one row at a time or all rows alike, so that a row's token does not
+    depend on the other rows. Rows whose largest logit is not finite are `broken`; their token is
+    sampled as if all logits were zero.
     """
     if not rows:
         return Sampled([])
@@ -50,16 +49,14 @@ def sample(logits: torch.Tensor, rows: Rows[LogitsRow]) -> Sampled:
 
 
 def _largest(logits: torch.Tensor) -> torch.Tensor:
-    """Where each row is largest, or first no number. On CPUs numpy's search is vectorised, torch's
-    is not: it takes ten times as long.
-    """
-    if logits.device.type == "cpu":
+    """[R] the index of the largest logit of each row, or of the first NaN."""
+    if logits.device.type == "cpu":  # numpy's search is vectorised; torch's takes ten times as long
         return torch.from_numpy(logits.numpy().argmax(axis=-1))
     return logits.argmax(dim=-1)
 
 
 def _is_plain(row: LogitsRow) -> bool:
-    """Whether the largest logit decides."""
+    """Whether the token is that of the largest logit."""
     sampling = row.sampling
     return sampling.temperature < _GREEDY_BELOW and not (
         sampling.logit_bias or _is_masked(row) or _has_penalty(sampling)
@@ -81,15 +78,15 @@ def _has_penalty(sampling: SamplingParams) -> bool:
 
 
 def _sample_processed(
-    logits: torch.Tensor, rows: Rows[LogitsRow]
+    logits: torch.Tensor, rows: Sequence[LogitsRow]
 ) -> tuple[torch.Tensor, list[int]]:
-    """A token for each row, and the rows for which no token is left.
+    """A token for each row, and the rows of which masks forbid every token. Changes `logits`.
 
-    Order of steps as in vLLM: masks, bias, penalties, temperature, min_p, top_k, top_p.
+    The order of steps is vLLM's: masks, bias, penalties, temperature, min_p, top_k, top_p.
     """
     none_left = []
     for index, row in enumerate(rows):
-        if _is_masked(row):  # only a mask leaves nothing, and to look takes a while
+        if _is_masked(row):  # only a mask can forbid every token, and the search takes a while
             _mask(logits[index], row)
             if float(logits[index].amax()) == _NEVER:
                 none_left.append(index)
@@ -106,7 +103,7 @@ def _sample_processed(
 
 
 def _mask(logits: torch.Tensor, row: LogitsRow) -> None:
-    """Forbid what is not allowed, what completes a bad word, and an end before `min_tokens`."""
+    """Forbid tokens that are not allowed, complete a bad word, or stop before `min_tokens`."""
     sampling = row.sampling
     if sampling.allowed_token_ids:
         allowed = torch.frombuffer(row.answer.allowed_ids, dtype=torch.int64)
@@ -120,9 +117,10 @@ def _mask(logits: torch.Tensor, row: LogitsRow) -> None:
         logits[torch.tensor(sorted(row.answer.stop_ids))] = _NEVER
 
 
-def banned_tokens(sequences: Rows[Rows[int]], output: Rows[int]) -> list[int]:
-    """The last token of each sequence whose other tokens end the output: as vLLM, the output
-    alone; a prompt bans nothing.
+def banned_tokens(sequences: Sequence[Sequence[int]], output: Sequence[int]) -> list[int]:
+    """The last token of each bad word whose other tokens are the end of the output.
+
+    As in vLLM the prompt does not count: a bad word that begins in the prompt bans nothing.
     """
     return [
         sequence[-1]
@@ -138,7 +136,9 @@ def _bias(logits: torch.Tensor, sampling: SamplingParams) -> None:
 
 
 def _penalise(logits: torch.Tensor, row: LogitsRow) -> None:
-    """Repetition (CTRL, arXiv:1909.05858) over prompt and output; the others over the output."""
+    """Apply the penalties: repetition (CTRL, arXiv:1909.05858) counts prompt and output, presence
+    and frequency count the output.
+    """
     sampling = row.sampling
     seen = torch.tensor(sorted(set(row.tokens)))
     scores = logits[seen]
@@ -151,29 +151,29 @@ def _penalise(logits: torch.Tensor, row: LogitsRow) -> None:
         logits[torch.tensor(list(counts))] -= penalty
 
 
-def _sample_random(logits: torch.Tensor, rows: Rows[LogitsRow]) -> torch.Tensor:
-    """Invert the distribution function at one uniform number a row."""
+def _sample_random(logits: torch.Tensor, rows: Sequence[LogitsRow]) -> torch.Tensor:
+    """Sample a token for each row by inverting its distribution function at one uniform number."""
     samplings = [row.sampling for row in rows]
     logits = logits / _column([sampling.temperature for sampling in samplings])
     _keep_min_p(logits, samplings)
     _keep_top_k(logits, samplings)
     _keep_top_p(logits, samplings)
-    # Float64, so that rounding moves no boundary by more than the logits' own last bits.
+    # In float64 rounding moves no boundary by more than the last bits of the logits do.
     cumulated = logits.double().softmax(dim=-1).cumsum(dim=-1)
     numbers = [uniform(row.sampling.seed or 0, row.answer.choice, row.num_output) for row in rows]
     aims = torch.tensor(numbers, dtype=torch.float64).unsqueeze(1) * cumulated[:, -1:]
     return torch.searchsorted(cumulated, aims, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
 
 
-def _keep_min_p(logits: torch.Tensor, samplings: Rows[SamplingParams]) -> None:
+def _keep_min_p(logits: torch.Tensor, samplings: Sequence[SamplingParams]) -> None:
     """Drop tokens less likely than `min_p` times the most likely (arXiv:2407.01082)."""
     if any(sampling.min_p for sampling in samplings):
         floors = _column([sampling.min_p for sampling in samplings]).log()
         logits.masked_fill_(logits < logits.amax(dim=-1, keepdim=True) + floors, _NEVER)
 
 
-def _keep_top_k(logits: torch.Tensor, samplings: Rows[SamplingParams]) -> None:
-    """Keep the k most likely, and what is as likely as the last of them."""
+def _keep_top_k(logits: torch.Tensor, samplings: Sequence[SamplingParams]) -> None:
+    """Keep the k most likely tokens, and those as likely as the last of them."""
     counts = [sampling.top_k for sampling in samplings]
     most = max((count for count in counts if count < logits.shape[1]), default=0)
     if most:
@@ -184,11 +184,11 @@ def _keep_top_k(logits: torch.Tensor, samplings: Rows[SamplingParams]) -> None:
         logits.masked_fill_(logits < least, _NEVER)
 
 
-def _keep_top_p(logits: torch.Tensor, samplings: Rows[SamplingParams]) -> None:
-    """Keep the smallest set of the most likely with probability `top_p` (arXiv:1904.09751).
+def _keep_top_p(logits: torch.Tensor, samplings: Sequence[SamplingParams]) -> None:
+    """Keep the smallest set of the most likely tokens with probability `top_p` (arXiv:1904.09751).
 
-    Most such sets are small: the most likely few are looked at first, and a row is sorted whole
-    only where they fall short. Each row's own total makes that choice change no result.
+    Most such sets are small, so only the _NUCLEUS most likely tokens are sorted, and a whole row
+    where those fall short. Shares are of the whole row's total, so both ways give the same set.
     """
     chosen = [index for index, sampling in enumerate(samplings) if sampling.top_p < 1]
     if not chosen:
@@ -207,8 +207,8 @@ def _keep_top_p(logits: torch.Tensor, samplings: Rows[SamplingParams]) -> None:
 def _least_kept(
     rows: torch.Tensor, totals: torch.Tensor, shares: torch.Tensor, num_best: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The smallest logit [R, 1] that is kept among the `num_best` largest of each row, and for
-    which rows [R] those reach the share.
+    """The smallest logit [R, 1] to keep among the `num_best` largest of each row; and [R] whether
+    those reach the share.
     """
     best = rows.topk(num_best, dim=-1).values
     cumulated = (best - totals).exp().cumsum(dim=-1)
@@ -224,9 +224,9 @@ def _column(values: list[float]) -> torch.Tensor:
 
 
 def _logprobs(
-    logits: torch.Tensor, rows: Rows[LogitsRow], token_ids: list[int]
+    logits: torch.Tensor, rows: Sequence[LogitsRow], token_ids: list[int]
 ) -> list[Logprob | None]:
-    """Of the model's own distribution, before any processing, as vLLM's default."""
+    """Logprobs of the model's own distribution, before any processing, as vLLM's default."""
     found: list[Logprob | None] = []
     for row, scores, token_id in zip(rows, logits, token_ids, strict=True):
         count = row.sampling.logprobs
@@ -241,7 +241,7 @@ def _logprobs(
 
 
 def score(logits: torch.Tensor, scored: Sequence[Scored]) -> list[list[Logprob]]:
-    """Logprobs of the tokens of each; `logits` [R, vocab] has their rows in that order."""
+    """Logprobs of the prompt tokens in each of `scored`; `logits` [R, vocab] in the same order."""
     found, start = [], 0
     for token_ids, num_top in scored:
         found.append(_scored(logits[start : start + len(token_ids)], token_ids, num_top))
@@ -250,6 +250,7 @@ def score(logits: torch.Tensor, scored: Sequence[Scored]) -> list[list[Logprob]]
 
 
 def _scored(logits: torch.Tensor, token_ids: list[int], num_top: int) -> list[Logprob]:
+    """The logprob and rank of each token; row i of `logits` predicts `token_ids[i]`."""
     logprobs = logits.log_softmax(dim=-1)
     chosen = logprobs.gather(1, torch.tensor(token_ids).unsqueeze(1)).squeeze(1)
     ranks = (logprobs > chosen.unsqueeze(1)).sum(dim=-1) + 1

@@ -8,26 +8,26 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
 
 import msgspec
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # graphs are checked, and the null engine runs, without loading torch
     import torch
 
 
 class Logprob(NamedTuple):
-    """The log probability of a token, and the most likely ones, best first."""
+    """The log probability of a token, and `top`: the most likely tokens, best first."""
 
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
-    rank: int | None = None  # 1: none is more likely; known of prompt tokens only
+    rank: int | None = None  # 1: no token is more likely; set for prompt tokens only
 
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """The tokens of one launch, in the order of its rows; `logprobs` where any were asked for.
+    """The tokens of one launch, in the order of its rows; `logprobs` where a row asked for them.
 
-    `broken`: rows whose tokens mean nothing. In those that are `exhausted`, the sampling options
-    forbid every token; in the others, the logits are not finite. `prompt_logprobs`: in the order of
-    `StepBatch.scored`.
+    `broken`: rows without a valid token. For the `exhausted` rows among them, the sampling options
+    forbid every token; for the others, the logits are not finite. `prompt_logprobs`: in the order
+    of `StepBatch.scored`.
     """
 
     token_ids: list[int]
@@ -37,16 +37,16 @@ class Sampled:
     prompt_logprobs: list[list[Logprob]] = field(default_factory=list)
 
     def logprobs_of(self, rows: range) -> list[Logprob]:
-        """Those of some rows; none where none were asked for."""
+        """The logprobs of some rows; rows that asked for none are left out."""
         found = [self.logprobs[row] for row in rows] if self.logprobs else []
         return [logprob for logprob in found if logprob is not None]
 
 
-NO_SOURCE = -1
+NO_SOURCE = -1  # of a LogitsRow whose tokens are all known
 
 
 class SamplingParams(Protocol):
-    """How tokens of one answer are sampled; see `Sampling` of the runtime."""
+    """How the tokens of one answer are sampled; implemented by `Sampling` of the runtime."""
 
     @property
     def temperature(self) -> float: ...
@@ -77,8 +77,10 @@ class SamplingParams(Protocol):
 
 
 class SampledSequence(Protocol):
-    """The sequence that a row belongs to. `tokens`, prompt and output, may grow meanwhile; what is
-    there does not change.
+    """The sequence that a row belongs to.
+
+    `tokens` are those of prompt and output. Another thread may append to them during a launch;
+    entries never change.
     """
 
     @property
@@ -93,15 +95,15 @@ class SampledSequence(Protocol):
     def stop_ids(self) -> frozenset[int]: ...
     @property
     def allowed_ids(self) -> "array[int]":
-        """`allowed_token_ids` of its sampling."""
+        """The `allowed_token_ids` of its sampling, as int64 that a tensor can share."""
         ...
 
 
 class LogitsRow(msgspec.Struct):
-    """The token after the first `num_known` tokens of an answer, and after those `added` to them.
+    """A row of logits to sample from: the token after `num_known` tokens and the `added` ones.
 
-    `added` are drafts; or, where there is a `source`, the token that this row of the launch before
-    samples: unknown until a device calls `feed`.
+    `added` are drafts. Where a `source` is given, the added token is the one that row `source` of
+    the launch before samples; it is unknown until the device calls `feed`.
     """
 
     answer: SampledSequence
@@ -115,13 +117,12 @@ class LogitsRow(msgspec.Struct):
 
     @property
     def is_fed(self) -> bool:
+        """Whether the added token comes from the launch before."""
         return self.source != NO_SOURCE
 
     @property
     def num_output(self) -> int:
-        """The position of its token in the answer: with seed and choice, the key of its random
-        number.
-        """
+        """The position of the token in the answer; with seed and choice the random number's key."""
         num_added = len(self.added) if self.source == NO_SOURCE else 1
         return self.num_known + num_added - self.answer.num_prompt
 
@@ -134,18 +135,18 @@ class LogitsRow(msgspec.Struct):
         return [*self.answer.tokens[self.answer.num_prompt : self.num_known], *self.added]
 
     def feed(self, token_ids: Sequence[int]) -> None:
-        """Take what the launch before sampled, in the order of its rows."""
+        """Set the added token. `token_ids`: of the rows of the launch before, in their order."""
         if self.is_fed:
             self.added = (token_ids[self.source],)
 
 
-# A launch under way. `result()` waits for what was sampled, `add_done_callback` calls without
-# waiting, from a thread of the device; `cancel()` takes a launch back that has not begun.
+# A running launch. `result()` waits for the sampled tokens; `add_done_callback` does not wait, and
+# calls from a thread of the device; `cancel()` drops a launch that has not begun.
 Ticket: TypeAlias = Future[Sampled]
 
 
 class Scored(NamedTuple):
-    """Tokens of a prompt whose logprobs are wanted, with those of the `num_top` most likely."""
+    """Prompt tokens to score: their logprobs, and at each position the `num_top` most likely."""
 
     token_ids: list[int]
     num_top: int
@@ -153,20 +154,21 @@ class Scored(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class StepBatch:
-    """The new tokens of several sequences, as numbers of the host: what one launch computes.
+    """The input of one launch: the new tokens of several sequences, as numbers in host memory.
 
-    `query_lens[i]` new tokens of sequence i, which has `contexts[i]` tokens after the step, in
-    `block_tables[i]`; lists are read before `launch` returns. A model whose layers lie in several
-    block tables has those of all sequences for the first, then for the second, and so on. Blocks
-    that no kernel of a table reads any more are -1. `states`: of a model with recurrent state, the
-    blocks from which each sequence reads it (none before its first token), and to which it is
-    written.
+    Sequence i has `query_lens[i]` new tokens, and `contexts[i]` tokens after the step, in the
+    blocks `block_tables[i]`. Lists are read before `launch` returns. A model whose layers use
+    several block tables has the first tables of all sequences, then the second tables, and so on.
+    Blocks that no kernel of a table reads any more are -1. `states`: for a model with recurrent
+    state, the blocks that each sequence reads its state from (none before its first token) and the
+    blocks that the step writes it to.
 
-    `logit_rows` says which of the new tokens need logits: first those of `rows`, which are sampled,
-    then those of `scored`.
+    `logit_rows`: indices of the new tokens that need logits; first those of `rows`, which are
+    sampled, then those of `scored`.
 
-    `fed`: (which new token, row of `after`): tokens that the launch `after` samples. The host need
-    not know them yet; in `token_ids` they are 0. A launch fails where the one it comes `after` did.
+    `fed`: pairs (index of a new token, row of `after`) for tokens that the launch `after` samples.
+    The host may not know them yet; in `token_ids` they are 0. A launch fails if the launch `after`
+    failed.
     """
 
     token_ids: Sequence[int]
@@ -183,13 +185,13 @@ class StepBatch:
 
 @dataclass(frozen=True, slots=True)
 class StepInputs:
-    """The inputs that the kernel dialect declares (STEP_INPUTS), but for the KV pool, as tensors.
+    """The inputs that the kernel dialect declares (STEP_INPUTS) as tensors, without the KV pool.
 
-    A ragged batch: the new tokens of all sequences, one after the other.
+    A ragged batch: the new tokens of all sequences, one sequence after the other.
 
     Shapes: T new tokens in all, B sequences, M the largest number of blocks of one sequence, R rows
-    of logits wanted, N blocks of a recurrent state, G block tables. All on the backend's device;
-    integers are int64, blocks int32.
+    of logits, N blocks of a recurrent state, G block tables. All tensors are on the backend's
+    device; integers are int64, blocks int32.
     """
 
     token_ids: "torch.Tensor"  # [T]
@@ -198,19 +200,19 @@ class StepInputs:
     query_starts: "torch.Tensor"  # [B + 1] offsets into T
     context_lens: "torch.Tensor"  # [B] tokens of the sequence after this step, new ones included
     block_tables: "torch.Tensor"  # [G * B, M] blocks in order; padded with 0
-    logit_rows: "torch.Tensor"  # [R] which of the T rows need logits
-    states: "torch.Tensor"  # [2, B, N] where states are read (-1: they are 0) and written
-    query_lens: tuple[int, ...]  # the same as query_starts and context_lens, for the host
+    logit_rows: "torch.Tensor"  # [R] indices into T of the rows that need logits
+    states: "torch.Tensor"  # [2, B, N] blocks that states are read from (-1: zeros), written to
+    query_lens: tuple[int, ...]  # as in StepBatch, for code on the host
     contexts: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class KVLayout:
-    """The shape of the blocks in which a model's key / value cache lies.
+    """The shape of the blocks of a model's KV cache.
 
-    `num_layers`: of one block; a model with several KV groups may have more. One tensor holds a
-    pool: [num_layers, 2, num_blocks, num_kv_heads, block_size, head_dim] (2: keys, values), so that
-    one block of one layer is contiguous per key or value.
+    `num_layers`: layers in one block; a model with several KV groups may have more layers. One
+    tensor holds a pool: [num_layers, 2, num_blocks, num_kv_heads, block_size, head_dim] (2: keys,
+    values), so that the keys, or the values, of one block in one layer are contiguous.
     """
 
     num_layers: int
@@ -227,5 +229,6 @@ class KVLayout:
         return self.num_layers * per_layer * itemsize
 
     def pool_shape(self, num_blocks: int) -> tuple[int, ...]:
+        """The shape of the pool's tensor."""
         head = (self.num_layers, 2, num_blocks)
         return (*head, self.num_kv_heads, self.block_size, self.head_dim)

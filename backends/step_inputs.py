@@ -1,4 +1,4 @@
-"""A batch as the ragged tensors that a kernel graph reads."""
+"""From a batch to the ragged tensors that a kernel graph reads."""
 
 from functools import cache
 from typing import TypeAlias
@@ -13,7 +13,7 @@ Integers: TypeAlias = npt.NDArray[np.int64]
 
 
 def step_inputs(batch: StepBatch, block_size: int) -> StepInputs:
-    """Tensors in the host's memory; tokens that are `fed` are still 0."""
+    """The inputs of a step as tensors in host memory. Tokens that are `fed` are 0 until `feed`."""
     query_lens = np.array(batch.query_lens, dtype=np.int64)
     ends = np.array(batch.contexts, dtype=np.int64)
     query_starts = np.zeros(len(ends) + 1, dtype=np.int64)
@@ -38,7 +38,7 @@ def step_inputs(batch: StepBatch, block_size: int) -> StepInputs:
 
 
 def _block_tables(batch: StepBatch, block_size: int) -> npt.NDArray[np.int32]:
-    """[G * B, M]: M is what the longest context takes; shorter rows are padded with 0."""
+    """[G * B, M] int32: M is the number of blocks of the longest context; padded with 0."""
     counts = [-(-context // block_size) for context in batch.contexts]
     longest = max(counts)
     counts *= len(batch.block_tables) // len(counts)
@@ -51,7 +51,7 @@ def _block_tables(batch: StepBatch, block_size: int) -> npt.NDArray[np.int32]:
 def _blocks_at(
     tables: npt.NDArray[np.int32], owners: Integers, at: Integers, count: int
 ) -> npt.NDArray[np.int32]:
-    """[G, T], or [T] of a single table: the block in which each new token lies."""
+    """[G, T], or [T] for a single table: the block of each new token."""
     if len(tables) == count:
         return tables[owners, at]
     return tables.reshape(-1, count, tables.shape[1])[:, owners, at]
@@ -63,7 +63,7 @@ def _no_states(count: int) -> torch.Tensor:
 
 
 def _states(batch: StepBatch) -> torch.Tensor:
-    """[2, B, N], N of a model without recurrent state being 0."""
+    """[2, B, N] int32; N is 0 for a model without recurrent state."""
     if not batch.states:
         return _no_states(len(batch.contexts))
     states = np.full((2, len(batch.contexts), len(batch.states[0][1])), -1, dtype=np.int32)
@@ -74,7 +74,7 @@ def _states(batch: StepBatch) -> torch.Tensor:
 
 
 def feed(batch: StepBatch, inputs: StepInputs, token_ids: list[int]) -> None:
-    """Fill in what the launch before sampled: among the inputs, and in the rows to be sampled."""
+    """Fill in the tokens that the launch before sampled: in the inputs, and in the batch's rows."""
     if batch.fed:
         places, sources = zip(*batch.fed, strict=True)
         inputs.token_ids.numpy()[list(places)] = [token_ids[source] for source in sources]

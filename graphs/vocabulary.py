@@ -27,10 +27,14 @@ CAPABILITIES = (TOKENS_IN, TEXT_IN, TOKENS_OUT, TEXT_OUT, KV_TRANSFER, RESUME, L
 
 @dataclass(frozen=True, slots=True)
 class Port:
-    """An inlet or outlet. `carries`: item types joined by `|`; `same` is the first inlet's type."""
+    """An inlet or outlet. `carries` names item types joined by `|`; `same` = the first inlet's.
+
+    `aliases`: further names that the edges of a graph may use for an outlet.
+    """
 
     name: str
     carries: str = ANY
+    aliases: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +95,8 @@ class OpSpec:
         return next((port for port in self.inlets if port.name == name), None)
 
     def outlet(self, name: str) -> Port | None:
-        return next((port for port in self.outlets if port.name == name), None)
+        """The outlet of that name or alias."""
+        return next((port for port in self.outlets if name in (port.name, *port.aliases)), None)
 
     @property
     def option_types(self) -> dict[str, Any]:

@@ -1,42 +1,45 @@
-"""admission: the door. Lets a request in while it can be served in time, and refuses it otherwise.
+"""admission: accepts a request while it can be served in time, and refuses it otherwise.
 
-A request with several choices is judged once, at its first, and counts with all of them. Where
-nothing waits and an engine has room, every request enters: a refusal would gain nothing, and what
-is served keeps the evidence fresh. Otherwise it is refused, at once, with the time after which to
-try again, where
+A request with several choices is judged once, at the first choice, and counts with all of them.
+Where nothing waits and an engine has room, every request is accepted: a refusal would gain nothing,
+and served requests keep the measurements fresh. Otherwise a request is refused at once, with the
+time after which to try again, for one of two reasons:
 
-    queue_full        behind others, more than `max_queued` requests, or `max_queued_tokens`, would
-                      wait
-    slo_unreachable   its first token would come later than its objective allows:
-                      waited + wait + first token; wait is the longer of
+    queue_full        others wait, and with the request more than `max_queued` requests, or
+                      `max_queued_tokens`, would wait
+    slo_unreachable   the first token would come later than the objective allows:
+                      waited + wait + first token, where wait is the longer of
                       (prompt tokens that wait / tokens served a second) * margin
-                      the rest of this silence: of the time until the next request leaves
+                      and the rest of the current gap, the time until the next request leaves
 
-The prediction takes all that waits as ahead of the newcomer, but where `policy_sort` serves by
-objective (slo_aware) not the requests that have none. Its rate is what left the queue while
-something waited or engines were full, with a memory of two such seconds, or of eight requests where
-those took longer; several queues count as one, as fast as their mean. The margin is three standard
-deviations of such a wait, 1 + 3 / sqrt(requests that wait). A silence ends as the latest 32 did:
-answers of equal length that began together end together, and the next comes a whole answer later.
-The first token takes the mean time from leaving the queue, longer or shorter by what the prefill of
-the request differs from the mean one, once eight prefills have shown how long those take. Where
-first tokens come later than `slo_ttft_s` all the same, waits are multiplied by a correction from 1
-to 4: a quarter more with each that is late, half a hundredth less with each in time. Requests that
-bring an objective of their own do not change it. Before eight requests have waited and been served
-nothing is predicted. All of it is the `Forecast` of
-`runtime/forecast.py`, which other operators may keep, too.
+The prediction counts all waiting requests as served before the new one; where `policy_sort` serves
+by objective (slo_aware), it does not count those without an objective. The rate is that of requests
+that left the queue while something waited or engines were full, over the last two such seconds, or
+the last eight requests where those took longer. Several queues count as one queue of their mean
+rate. The margin is three standard deviations of such a wait, 1 + 3 / sqrt(requests that wait). A
+gap is predicted to end as the latest 32 gaps did: answers of equal length that began together end
+together, and the next one ends a whole answer later.
 
-Tokens of a prompt are those to be computed. Where engines report which prefix blocks they have, the
-longest cached prefix that any replica has is left out, and the request says so to the operators
-after this one (`num_cached_tokens`). They report where this operator has a bound in tokens or an
-objective, where a strategy of `route` asks, or `pd_split`.
+The first token takes the mean time since a request left the queue, corrected by the difference of
+the request's prefill from the mean prefill, once eight prefills have shown how long those take.
+Where first tokens still come later than `slo_ttft_s`, waits are multiplied by a correction from 1
+to 4: a quarter more after each late first token, half a hundredth less after each one in time.
+Requests with an objective of their own do not change the correction. Nothing is predicted before
+eight requests have waited and been served. The prediction is `Forecast` of `runtime/forecast.py`,
+which other operators may use, too.
 
-Under load the less urgent go first. Of each bound (requests, tokens, objective) a priority may use
+Tokens of a prompt are the tokens to compute. Where engines report their prefix blocks, the longest
+cached prefix of any replica does not count, and the request carries it to later operators
+(`num_cached_tokens`). Engines report if this operator has a bound in tokens or an objective, or if
+`pd_split` or a strategy of `route` asks for it.
+
+Under load the less urgent requests are refused first. Of each bound (requests, tokens, objective) a
+priority may use
 
     critical 100 %   high 90 %   normal 80 %   low 60 %   background 40 %
 
-so that what is left of the queue is kept for the more urgent, and a critical request is refused
-only where the queue is full, when all others have been refused for long.
+so that the rest of the queue is kept for the more urgent. A critical request is refused only where
+the queue is full, long after all others are refused.
 """
 
 import math
@@ -64,16 +67,16 @@ from sagellm.runtime.operator import (
 from sagellm.runtime.prefixes import PrefixIndex, PrefixLookup
 
 SHARES = (1.0, 0.9, 0.8, 0.6, 0.4)  # of each bound, by priority: 0 critical ... 4 background
-_RETRY_S = 1.0  # where nothing is known of how fast the queue is served
+_RETRY_S = 1.0  # told to clients before the queue's rate is known
 
 
 @dataclass(frozen=True, slots=True)
 class AdmissionOptions:
     """`max_queued`: requests that may wait in `policy_sort` before new ones are refused.
 
-    `max_queued_tokens`: the same for tokens: the uncached prompt and `max_tokens` of each choice.
-    None: no bound. `slo_ttft_s`: the objective of requests that bring none, for this operator and
-    for those behind it. None: only requests with an objective of their own are refused for it.
+    `max_queued_tokens`: the same bound in tokens: the uncached prompt and `max_tokens` of each
+    choice; None: no bound. `slo_ttft_s`: the objective of requests without one, for this operator
+    and later ones; None: only requests with an objective of their own are refused for it.
     """
 
     max_queued: int = field(default=4096, metadata={"min": 1})
@@ -92,7 +95,7 @@ SPEC = OpSpec(
 
 
 class AdmissionVerdict(msgspec.Struct, frozen=True):
-    """Why a request is refused; no code: it is not. `num_left` of its choices are still to come."""
+    """Why a request is refused; without a `code` it is accepted. `num_left`: choices to come."""
 
     code: str = ""
     error: str = ""
@@ -101,8 +104,8 @@ class AdmissionVerdict(msgspec.Struct, frozen=True):
 
 
 class AdmissionState(msgspec.Struct, frozen=True):
-    """The state: how fast the queues are served, verdicts on requests with choices to come, and the
-    prefix blocks of engines.
+    """The state: the forecast of waits, verdicts on requests with choices to come, and the prefix
+    blocks of engines.
     """
 
     forecast: Forecast = Forecast()
@@ -112,11 +115,13 @@ class AdmissionState(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """Inside one region what it knows of the queue is exact at every arrival: what an input caused,
-    feedback included, is over before the executor takes the next input. Where an operator between
-    the two can wait (a map with an async function), the requests in that operator are not counted
-    yet; its credits bound how many that are. Where nothing downstream tells "queue", nothing waits
-    unboundedly either, for the source itself is held back: everything passes.
+    """Decides on each arriving request by the reported backlog and its forecast.
+
+    In one region the backlog is exact at every arrival, because all effects of an input, feedback
+    included, are over before the executor takes the next input. Requests in an operator between
+    admission and the queue that can wait (a map with an async function) are not counted yet; the
+    credit of that operator bounds their number. Where no operator downstream reports "queue", every
+    request passes: nothing queues without bound, because credit holds back the source.
     """
 
     name: str
@@ -129,7 +134,7 @@ class Admission:
 
     @property
     def subscribes(self) -> frozenset[str]:
-        """It asks for prefix blocks where it counts tokens, or predicts, for every request."""
+        """Subscribe to prefix blocks only where every request's tokens are counted or predicted."""
         counts = self.options.max_queued_tokens is not None or self.options.slo_ttft_s is not None
         return SPEC.subscribes if counts else SPEC.subscribes - {"cache"}
 
@@ -161,7 +166,7 @@ class Admission:
         verdict = state.verdicts.get(request.request_id) or self._judge(
             state.forecast, request, now
         )
-        verdicts = _followed(state.verdicts, request.request_id, verdict)
+        verdicts = _counted_down(state.verdicts, request.request_id, verdict)
         return Step(_with_verdicts(state, verdicts), (self._answer(request, verdict, now),))
 
     def _answer(self, request: Request, verdict: AdmissionVerdict, now: float) -> OperatorOutput:
@@ -181,12 +186,12 @@ class Admission:
 
     def _judge(self, forecast: Forecast, request: Request, now: float) -> AdmissionVerdict:
         num_choices, pace = max(request.sampling.n, 1), forecast.pace
-        code, error = ("", "") if pace.backlog.is_open else self._fault(forecast, request, now)
+        code, error = ("", "") if pace.backlog.is_open else self._refusal(forecast, request, now)
         retry_after_s = (pace.wait_s(now) or _RETRY_S) if code else None
         return AdmissionVerdict(code, error and f"{self.name}: {error}", retry_after_s, num_choices)
 
-    def _fault(self, forecast: Forecast, request: Request, now: float) -> tuple[str, str]:
-        """Code and reason of a refusal, or nothing twice."""
+    def _refusal(self, forecast: Forecast, request: Request, now: float) -> tuple[str, str]:
+        """Code and reason of a refusal; two empty texts where the request is accepted."""
         backlog = forecast.pace.backlog
         full = self._overflow(backlog, request) if backlog.num_requests else ""
         if full:
@@ -230,10 +235,10 @@ def _says_share(request: Request) -> str:
     return "" if share == 1 else f", of which priority {request.priority} may use {share:.0%}"
 
 
-def _followed(
+def _counted_down(
     verdicts: Map[str, AdmissionVerdict], request_id: str, verdict: AdmissionVerdict
 ) -> Map[str, AdmissionVerdict]:
-    """One choice fewer is to come."""
+    """The verdicts after one more choice of the request: dropped after the last choice."""
     if verdict.num_left <= 1:
         return _without(verdicts, request_id)
     rest = msgspec.structs.replace(verdict, num_left=verdict.num_left - 1)

@@ -1,4 +1,4 @@
-"""collect: gathers the tokens of a choice, and sends one whole answer at its last event."""
+"""collect: gathers the token events of a choice, and emits one whole answer at the last event."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,24 +15,24 @@ SPEC = OpSpec("collect", (Port("in", EVENT),), (Port("out", ANSWER),), options=N
 
 @dataclass(frozen=True, slots=True)
 class EventChain:
-    """The latest event of a choice, and those before it: adding one copies none."""
+    """The latest event of a choice and the chain of earlier ones. Adding an event copies none."""
 
     event: TokenEvent
     before: "EventChain | None" = None
 
     def __iter__(self) -> Iterator[TokenEvent]:
-        """Latest first."""
+        """The events, latest first."""
         link: EventChain | None = self
         while link is not None:
             yield link.event
             link = link.before
 
 
-ChainsByChoice: TypeAlias = Map[str, Mapping[int, EventChain]]  # request -> choice -> so far
+ChainsByChoice: TypeAlias = Map[str, Mapping[int, EventChain]]  # request -> choice -> events
 
 
 def answer_of(events: tuple[TokenEvent, ...]) -> Answer:
-    """The concatenation of the events of one choice, in order; the last says how it ended."""
+    """The answer of one choice from its events, in order; the last event says how it ended."""
     last = events[-1]
     return Answer(
         request_id=last.request_id,
@@ -55,7 +55,7 @@ def answer_of(events: tuple[TokenEvent, ...]) -> Answer:
 
 
 class Collect:
-    """A cancelled choice gives what it had, if its last event comes this way."""
+    """Emits an answer for each last event, also for a cancelled choice: with the tokens so far."""
 
     @property
     def initial(self) -> ChainsByChoice:
@@ -68,7 +68,7 @@ class Collect:
             case Arrival(item=TokenEvent() as event):
                 return self._gather(state, event)
             case Signal(kind="forget", request_id=request_id):
-                return Step(_updated(state, request_id, {}))
+                return Step(_with_choices(state, request_id, {}))
         return Step(state)
 
     def _gather(self, state: ChainsByChoice, event: TokenEvent) -> Step[ChainsByChoice]:
@@ -77,10 +77,10 @@ class Collect:
         if not event.is_last:
             return Step(state.set(event.request_id, {**choices, event.choice: chain}))
         answer = answer_of(tuple(chain)[::-1])
-        return Step(_updated(state, event.request_id, choices), (Emit(answer),))
+        return Step(_with_choices(state, event.request_id, choices), (Emit(answer),))
 
 
-def _updated(
+def _with_choices(
     state: ChainsByChoice, request_id: str, choices: Mapping[int, EventChain]
 ) -> ChainsByChoice:
     if choices:

@@ -1,4 +1,4 @@
-"""decode: continuous batching of sequences whose prompt was computed elsewhere."""
+"""decode: continuous batching of sequences whose prompts were computed by another engine."""
 
 from dataclasses import dataclass, field
 
@@ -28,9 +28,9 @@ from sagellm.runtime.port import EngineEvent, EngineFacts, EngineRefusal
 
 @dataclass(frozen=True, slots=True)
 class DecodeOptions:
-    """`max_inflight`: requests that prefill may send to one replica at a time, from when they enter
-    prefill to their end; None: as many as the engine runs, and an eighth more, whose prompts are
-    computed and moved meanwhile.
+    """`max_inflight`: requests for one replica at a time, counted from when they enter prefill to
+    their end; None: as many as the engine runs, and an eighth more, whose prompts are computed and
+    transferred meanwhile.
     """
 
     engine: str
@@ -49,7 +49,7 @@ SPEC = OpSpec(
 
 
 class DecodeService:
-    """Emits the first token, then lets its engine go on from the blocks that were handed over."""
+    """Emits the first token, then has its engine decode from the transferred blocks."""
 
     concurrency = 1
     holds = True
@@ -59,8 +59,10 @@ class DecodeService:
         self._held = HeldRequests()
 
     def capacity(self, facts: EngineFacts | None) -> Credit:
-        """The core spends it when a request enters prefill, so that what has no place here yet
-        waits in `policy_sort`.
+        """The credit of one replica.
+
+        The core spends it when a request enters prefill, so that requests without a place here wait
+        in `policy_sort`.
         """
         if facts is None:
             return Credit()
@@ -117,7 +119,7 @@ class DecodeService:
 
 
 def _stamps(item: Prefilled) -> object:
-    """Where the first token is the last, its own stamps say when the request finished."""
+    """The stamps of the first token. If it is the last token too, its own say when it finished."""
     return item.first.stamps if item.first.is_last else item.request.stamps
 
 

@@ -1,4 +1,4 @@
-"""filter: lets pass what a user's function says yes to."""
+"""filter: passes on the items for which a user's function returns true."""
 
 from dataclasses import dataclass
 
@@ -26,7 +26,7 @@ from sagellm.runtime.user_function import (
 
 @dataclass(frozen=True, slots=True)
 class FilterOptions:
-    """`function`: item -> whether it passes."""
+    """`function`: item -> whether to pass it on."""
 
     function: str
 
@@ -42,10 +42,10 @@ SPEC = OpSpec(
 
 @dataclass(frozen=True, slots=True)
 class Filter:
-    """A request or an answer that does not pass ends as filtered.
+    """Ends requests and answers that do not pass as `filtered`.
 
-    Of tokens that do not pass the caller sees nothing, but their sequence runs on; its last event
-    always passes, without text and tokens if the function says no, for it ends the answer. Where
+    Token events that do not pass are dropped, and their sequence goes on. The last event always
+    passes, because it ends the answer; without text and tokens if the function returns false. If
     the function raises, the request fails, and the executor stops its sequence.
     """
 
@@ -74,7 +74,9 @@ class Filter:
         return (Emit(_emptied(item)),) if item.is_last else ()
 
     def _passes(self, item: Item) -> bool:
-        """Any value is as true as Python says, but None: as a rule, a `return` is missing."""
+        """Whether the function returns a true value. Raises WrongResult for None, which as a rule
+        means that a `return` is missing.
+        """
         result = self.function(item)
         if result is None:
             raise self.function.wanted(result, "True or False")
@@ -82,6 +84,7 @@ class Filter:
 
 
 def _emptied(event: TokenEvent) -> TokenEvent:
+    """The event without tokens: only its end is left."""
     return msgspec.structs.replace(
         event, text="", token_ids=(), num_tokens_without_ids=0, logprobs=()
     )

@@ -1,4 +1,4 @@
-"""flat_map: makes of one item as many as a user's function returns."""
+"""flat_map: turns one item into as many as a user's function returns."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -46,12 +46,12 @@ SPEC = OpSpec(
 
 @dataclass(frozen=True, slots=True)
 class FlatMap:
-    """A request becomes the choices 0 ... k - 1 of the same id, each with `sampling.n` = k.
+    """Turns a request into the choices 0 ... k - 1 of the same id, each with `sampling.n` = k.
 
-    With k = 0 it ends as filtered. A request that is one of several choices already (n > 1, also
-    because an earlier flat_map made it so) is refused. All k leave at once: put flat_map before
-    `policy_sort`, for an engine with credit for fewer than k would wait for ever. An answer keeps
-    its identity, and its `value` becomes the tuple of what the function returned.
+    With k = 0 the request ends as filtered. A request that is one of several choices already (n >
+    1, perhaps by an earlier flat_map) is refused. All k leave at once: flat_map must come before
+    `policy_sort`, because an engine with credit for fewer than k would block forever. An answer
+    keeps its identity; its `value` becomes the tuple of the function's results.
     """
 
     name: str
@@ -95,8 +95,8 @@ class FlatMap:
         return (Announce(Forked(request_id=item.request_id, num_choices=len(emits))), *emits)
 
     def _listed(self, item: Item) -> tuple[object, ...]:
-        """Raises WrongResult for a text, which would fall apart into letters, and for what has no
-        parts.
+        """The results of the function. Raises WrongResult for a value that is not iterable, and for
+        a text, which would be taken apart into letters.
         """
         results = self.function(item)
         if isinstance(results, str | bytes) or not isinstance(results, Iterable):

@@ -1,4 +1,4 @@
-"""generate: prefill and decode in one replica, chunked prefill mixed into decode batches."""
+"""generate: prefill and decode in one replica, with chunked prefill mixed into decode batches."""
 
 from dataclasses import dataclass, field
 
@@ -26,7 +26,7 @@ from sagellm.runtime.port import EngineEvent, EngineFacts, EngineRefusal
 
 @dataclass(frozen=True, slots=True)
 class GenerateOptions:
-    """`max_inflight`: requests handed to one engine replica at a time; None: as many as it runs."""
+    """`max_inflight`: requests that one replica has at a time; None: as many as its engine runs."""
 
     engine: str
     max_inflight: int | None = field(default=None, metadata={"min": 1})
@@ -44,7 +44,7 @@ SPEC = OpSpec(
 
 
 class GenerateService:
-    """Hands requests to its engine and the engine's tokens on; keeps what is in the engine."""
+    """Submits requests to its engine and emits the tokens. Holds each request until it ends."""
 
     concurrency = 1
     holds = True
@@ -92,7 +92,7 @@ class GenerateService:
             ctx.release(event.key)
 
     def _stamped(self, event: EngineEvent) -> TokenEvent:
-        """The first and the last event carry the request's stamps; those between need none."""
+        """The event, with the stamps of its request if it is the first or the last one."""
         assert isinstance(event, TokenEvent)
         if event.finish_reason is None and event.position:
             return event

@@ -1,6 +1,7 @@
-"""key_by: gives each request a key of the user's making, which `route` by affinity keeps together.
+"""key_by: gives each request a key by a user's function. The strategy `affinity` of `route` sends
+requests of one key to one replica.
 
-The key is `tags["key"]`, of text; the user_id stays what it is.
+The key is the text `tags["key"]`; the user_id does not change.
 """
 
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ SPEC = OpSpec(
 
 @dataclass(frozen=True, slots=True)
 class KeyBy:
-    """A request whose key cannot be computed ends as failed."""
+    """Adds the key to requests. A request whose key cannot be computed ends as `failed`."""
 
     function: UserFunction
 

@@ -22,15 +22,16 @@ from sagellm.runtime.port import (
 
 log = get_logger("sagellm.kv")
 
-_PATIENT_EPOCHS = 3  # a lease that ended is asked for anew so often: a worker may have gone
+# A stale lease may mean that a worker died: the request then goes back to the queue, in a new
+# epoch. From this epoch on it is decoded without the transfer instead.
+_PATIENT_EPOCHS = 3
 
 
 @dataclass(frozen=True, slots=True)
 class KVTransferOptions:
-    """`max_inflight`: transfers under way at a time.
+    """`max_inflight`: concurrent transfers. `max_transfer_s`: the timeout of one transfer.
 
-    `max_transfer_s`: the longest that one may take. Where blocks do not come, their prompt is
-    computed where it is to be decoded.
+    If a transfer fails, the decode engine computes the prompt itself.
     """
 
     max_inflight: int = field(default=4, metadata={"min": 1})
@@ -47,7 +48,9 @@ SPEC = OpSpec(
 
 
 class KVTransferService:
-    """Moves leases: source sending -> released, destination receiving -> filled."""
+    """Moves the blocks of leases: the source goes from sending to released, the destination from
+    receiving to filled.
+    """
 
     holds = False
 
@@ -69,10 +72,10 @@ class KVTransferService:
         raise AssertionError("kv_transfer has no engine of its own")
 
     def on_signal(self, ctx: Context, signal: Signal) -> None:
-        """The executor cancels the transfer itself."""
+        """Do nothing: the executor cancels the task of the transfer."""
 
     def recall(self, ctx: Context, key: tuple[str, int]) -> Request | None:
-        """It has no engine of its own."""
+        """None: the operator has no engine of its own."""
         return None
 
     def discard(self, ctx: Context, item: Item) -> None:
@@ -81,8 +84,10 @@ class KVTransferService:
     async def _moved(
         self, ctx: Context, item: Prefilled, lease: LeaseRef, reservation: LeaseRef
     ) -> Prefilled:
-        """The item with its blocks where it is decoded. Without any where its link fails: then they
-        are computed there. Raises EngineLost, and StaleLease the first times.
+        """The item with its blocks in the decode pool; without blocks if the transfer failed, or if
+        the link has failed too often to be tried.
+
+        Raises EngineLost; and StaleLease in the first epochs, so that the request is queued again.
         """
         link = (lease.engine, lease.replica), (reservation.engine, reservation.replica)
         begun_s = ctx.now()
@@ -106,7 +111,7 @@ class KVTransferService:
         return msgspec.structs.replace(item, request=request, lease=None, reservation=received)
 
     async def _transfer(self, ctx: Context, lease: LeaseRef, reservation: LeaseRef) -> LeaseRef:
-        """Copy, then acknowledge: the source is freed only once the destination holds all."""
+        """Copy the blocks, then release the source: only after the destination has all of them."""
         sender = kv_engine(ctx.engine_named(lease.engine, lease.replica))
         receiver = kv_engine(ctx.engine_named(reservation.engine, reservation.replica))
         offer = LeaseOffer(
@@ -126,6 +131,7 @@ class KVTransferService:
 
 
 def _without_blocks(ctx: Context, item: Prefilled, *, has_failed: bool) -> Prefilled:
+    """The item without leases, which are freed: the decode engine computes the prompt."""
     ctx.not_transferred(item, has_failed=has_failed)
     release_leases(ctx, item)
     return msgspec.structs.replace(item, lease=None, reservation=None)

@@ -1,4 +1,4 @@
-"""map: puts each item through a user's function, plain or async."""
+"""map: calls a user's function, plain or async, on each item, and passes on the result."""
 
 from dataclasses import dataclass, field
 
@@ -27,16 +27,14 @@ from sagellm.runtime.user_function import (
     find_function,
 )
 
-DEFAULT_CONCURRENCY = 16  # such calls mostly wait, and a service of the user's bears some
+DEFAULT_CONCURRENCY = 16  # async functions mostly wait, for services that take several calls
 
 
 @dataclass(frozen=True, slots=True)
 class MapOptions:
-    """What to call, and how.
-
-    `function`: request -> prompt or request; token event -> text or token event; answer -> any
-    value (text replaces the answer's text too). `concurrency`: calls of an async function that
-    may be under way at a time, 16 if not given; not for a plain function.
+    """`function`: request -> prompt or request; token event -> text or token event; answer -> any
+    value (a text replaces the answer's text too). `concurrency`: concurrent calls of an async
+    function; None: 16. A plain function takes none.
     """
 
     function: str
@@ -55,10 +53,10 @@ SPEC = OpSpec(
 
 @dataclass(frozen=True, slots=True)
 class Map:
-    """With a plain function: it must not wait, for the graph waits with it.
+    """The operator with a plain function, which must not block: the graph would block with it.
 
-    Where the function raises, or returns what it may not, that request fails and no other: the
-    executor stops its sequence and drops the tokens of it that are still under way.
+    If the function raises, or returns a value of a wrong type, that request fails and no other. The
+    executor then stops its sequence and drops tokens of it that are still in the graph.
     """
 
     function: UserFunction
@@ -83,10 +81,10 @@ class Map:
 
 
 class AsyncMap:
-    """With an async function: other items overtake one that waits.
+    """The operator with an async function. Items overtake an item whose call takes longer.
 
-    So token events need `concurrency: 1`, or a `collect` before; else their request fails. A
-    cancel of the request cancels its call.
+    Token events must keep their order, so they need `concurrency: 1`, or a `collect` before this
+    operator; else their request fails. Cancelling a request cancels its call.
     """
 
     holds = False
@@ -97,7 +95,7 @@ class AsyncMap:
         self._encode = encode
 
     def capacity(self, facts: EngineFacts | None) -> Credit:
-        """As many as are called at a time: the others wait upstream, where order can change."""
+        """Credit for `concurrency` items: others wait upstream, where their order can change."""
         return Credit(requests=self.concurrency)
 
     async def on_item(self, ctx: Context, item: Item) -> None:
@@ -114,17 +112,17 @@ class AsyncMap:
         await ctx.emit(result)
 
     async def on_events(self, ctx: Context, events: tuple[EngineEvent, ...]) -> None:
-        """None come: it has no engine."""
+        """Do nothing: the operator has no engine."""
 
     def on_signal(self, ctx: Context, signal: Signal) -> None:
-        """Nothing is left elsewhere: the executor cancels the call."""
+        """Do nothing: the executor cancels the call."""
 
     def recall(self, ctx: Context, key: tuple[str, int]) -> Request | None:
-        """It has no engine of its own."""
+        """None: the operator has no engine of its own."""
         return None
 
     def discard(self, ctx: Context, item: Item) -> None:
-        """An item holds nothing here."""
+        """Do nothing: the operator holds nothing of an item."""
 
 
 def _unordered(ctx: Context) -> str:
@@ -135,7 +133,10 @@ def _unordered(ctx: Context) -> str:
 
 
 def build(options: MapOptions, setup: Setup) -> Map | AsyncMap:
-    """Raises ValueError for an unknown function, and for a concurrency without effect."""
+    """The operator for the function: its kind depends on whether the function is async.
+
+    Raises ValueError for an unknown function, and for a `concurrency` without effect.
+    """
     function = find_function(setup, options.function)
     if function.is_async:
         return AsyncMap(function, setup.encode, options.concurrency or DEFAULT_CONCURRENCY)

@@ -1,4 +1,4 @@
-"""metrics_sink: lets everything pass, and counts and times it on the way."""
+"""metrics_sink: passes everything on, and counts and times it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ SPEC = OpSpec(
 
 
 class TokenTimes(NamedTuple):
-    """When tokens of one choice passed: for the first and for the latest time."""
+    """When tokens of one choice passed for the first time, and for the last time so far."""
 
     first_s: float
     last_s: float
@@ -33,10 +33,10 @@ class TokenTimes(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class SinkStatistics:
-    """What passed so far. Quantiles are right within 1 %, and None where nothing was measured.
+    """Statistics of all items so far. Quantiles are right within 1 %; None: nothing was measured.
 
-    TTFT: from arrival to the first token that passed. ITL: between two times that tokens of one
-    choice passed; several tokens at one time (one engine step) count as one. `phases` are means
+    TTFT: from the request's arrival to its first token here. ITL: between two times that tokens of
+    one choice came; tokens that come together (of one engine step) count as one. `phases`: means
     over the requests that ended here. `elapsed_s`: from the first arrival to the last event.
     """
 
@@ -61,7 +61,7 @@ UnderWay: TypeAlias = Map[str, Mapping[int, TokenTimes]]
 
 
 class SinkState(msgspec.Struct, frozen=True):
-    """The state: sums and histograms, and the times of choices that are under way."""
+    """The state: sums, histograms, and the token times of choices that have not ended."""
 
     ended: Mapping[str, int] = field(default_factory=dict)
     num_prompt_tokens: int = 0
@@ -74,7 +74,7 @@ class SinkState(msgspec.Struct, frozen=True):
     under_way: UnderWay = Map()
 
     def with_events(self, events: Sequence[TokenEvent], now: float) -> "SinkState":
-        """The tokens of one engine step, or of one event."""
+        """The state after the events of one engine step."""
         under_way = self.under_way.mutate()
         gaps: list[float] = []
         ended: list[tuple[TokenEvent, TokenTimes | None]] = []
@@ -105,9 +105,9 @@ class SinkState(msgspec.Struct, frozen=True):
         return after
 
     def with_answer(self, answer: Answer, now: float) -> "SinkState":
-        """A whole answer tells when its first token was sampled, and nothing of the gaps."""
-        drawn_s = answer.stamps.prefilled_s
-        times = None if drawn_s is None else TokenTimes(drawn_s, now)
+        """The state after a whole answer, which has the time of its first token and no ITL."""
+        sampled_s = answer.stamps.prefilled_s
+        times = None if sampled_s is None else TokenTimes(sampled_s, now)
         num_tokens = self.num_tokens + answer.num_tokens
         return replace(self, num_tokens=num_tokens, until_s=now)._with_end(answer, times)
 
@@ -132,10 +132,10 @@ class SinkState(msgspec.Struct, frozen=True):
 
 
 def statistics(state: SinkState) -> SinkStatistics:
-    """The state in numbers that a person reads.
+    """The statistics of a state.
 
-    Requests that end before an engine (refused, expired in the queue) do not pass here: they go
-    to the sink on the `terminal` outlet.
+    Requests that end before an engine (refused, expired in the queue) are not counted: they go to
+    the sink by the `terminal` outlet, not through this operator.
     """
     num_requests = sum(state.ended.values())
     return SinkStatistics(
@@ -153,7 +153,7 @@ def statistics(state: SinkState) -> SinkStatistics:
 
 
 class MetricsSink:
-    """Changes nothing of what passes."""
+    """Emits every item unchanged."""
 
     @property
     def initial(self) -> SinkState:

@@ -1,8 +1,9 @@
-"""pd_split: sends long prompts to a prefill engine of their own, short ones to a joint engine.
+"""pd_split: sends long prompts to a prefill engine, short ones to an aggregated engine.
 
-Long is what the joint engine would have to compute: without what one of its replicas has in its
-prefix cache. While no replica of the prefill engine is up, long prompts go to the joint engine,
-too. A request that leaves says in `num_cached_tokens` what is cached on the way that it goes.
+The length of a prompt is the number of tokens that the aggregated engine would have to compute:
+what one of its replicas has in its prefix cache does not count. While no replica of the prefill
+engine is up, long prompts go to the aggregated engine, too. A request that leaves says in
+`num_cached_tokens` what the engine that it goes to has of its prompt.
 """
 
 from collections.abc import Mapping
@@ -19,10 +20,10 @@ from sagellm.runtime.prefixes import PrefixIndex, PrefixLookup
 
 @dataclass(frozen=True, slots=True)
 class PDSplitOptions:
-    """When prefill and decode part.
+    """When prefill and decode run on different engines.
 
-    `min_uncached_tokens`: that many prompt tokens must be computed, at least; 0 parts always.
-    `min_prompt_ratio`: if given, also that many prompt tokens for each token of `max_tokens`
+    `min_uncached_tokens`: the fewest prompt tokens to compute; 0: every request is split.
+    `min_prompt_ratio`: if given, also the fewest prompt tokens for each token of `max_tokens`
     (names of the published API: prefilling_threshold_input_tokens, prefilling_threshold_ratio).
     """
 
@@ -30,10 +31,11 @@ class PDSplitOptions:
     min_prompt_ratio: float | None = field(default=None, metadata={"min": 0.0})
 
 
+DISAGGREGATED, AGGREGATED = "disaggregated", "aggregated"  # the outlets
 SPEC = OpSpec(
     "pd_split",
     (Port("in", REQUEST),),
-    (Port("disaggregated", REQUEST), Port("aggregated", REQUEST)),
+    (Port(DISAGGREGATED, REQUEST), Port(AGGREGATED, REQUEST, aliases=("joint",))),
     options=PDSplitOptions,
     subscribes=frozenset({"cache", "health", "topology"}),
     signals=frozenset(),
@@ -41,7 +43,7 @@ SPEC = OpSpec(
 
 
 def is_disaggregated(request: Request, options: PDSplitOptions) -> bool:
-    """llm-d's decider (disaggregate iff input - hit tokens >= threshold), and the ratio's."""
+    """llm-d's decider (disaggregate iff input - hit tokens >= threshold), and the ratio option."""
     if request.num_uncached_tokens < options.min_uncached_tokens:
         return False
     ratio = options.min_prompt_ratio
@@ -50,33 +52,34 @@ def is_disaggregated(request: Request, options: PDSplitOptions) -> bool:
 
 
 class PDSplitState(msgspec.Struct, frozen=True):
-    """The state: the replicas of prefill that are down, and how many there are of each engine.
+    """The state: (node, replica) of prefill engines that are down, and each engine's replicas.
 
-    `is_cut`: no replica of some prefill operator is up. `indexes`: the prefix blocks of engines.
+    `is_prefill_down`: some prefill operator has no replica up. `indexes`: the prefix blocks of
+    engines.
     """
 
     down: frozenset[tuple[str, int]] = frozenset()
     num_replicas: Mapping[str, int] = {}
-    is_cut: bool = False
+    is_prefill_down: bool = False
     indexes: Mapping[str, PrefixIndex] = {}
 
 
 @dataclass(frozen=True, slots=True)
 class PDSplit:
-    """`apart`: the operators of engines that only the outlet `disaggregated` leads to. `ways`: the
-    engines that requests enter by each outlet.
+    """`prefill_targets`: the operators of engines that only the outlet `disaggregated` leads to.
+    `lookups`: by outlet, what the engines that requests enter there have cached.
     """
 
     options: PDSplitOptions
-    apart: tuple[Target, ...] = ()
-    ways: Mapping[str, PrefixLookup] = field(default_factory=dict)
+    prefill_targets: tuple[Target, ...] = ()
+    lookups: Mapping[str, PrefixLookup] = field(default_factory=dict)
 
     @property
     def subscribes(self) -> frozenset[str]:
-        """Where all requests part, or no engine is joint, nothing depends on prefix blocks."""
-        joint = self.ways.get("joint")
-        is_asked = self.options.min_uncached_tokens > 0 and joint is not None and joint.engines
-        return SPEC.subscribes if is_asked else SPEC.subscribes - {"cache"}
+        """Feedback on prefix blocks is needed only where they can change a decision."""
+        lookup = self.lookups.get(AGGREGATED)
+        is_needed = self.options.min_uncached_tokens > 0 and lookup is not None and lookup.engines
+        return SPEC.subscribes if is_needed else SPEC.subscribes - {"cache"}
 
     @property
     def initial(self) -> PDSplitState:
@@ -92,41 +95,46 @@ class PDSplit:
                 indexes = {**state.indexes, engine: index}
                 return Step(msgspec.structs.replace(state, indexes=indexes))
             case HealthChanged(node=node, replica=replica, is_up=is_up):
-                if all(target.node != node for target in self.apart):
+                if all(target.node != node for target in self.prefill_targets):
                     return Step(state)
                 changed = frozenset({(node, replica)})
                 down = state.down - changed if is_up else state.down | changed
-                return Step(self._seen(state, down, state.num_replicas))
+                return Step(self._after_change(state, down, state.num_replicas))
             case Topology(num_replicas=num_replicas):
-                return Step(self._seen(state, state.down, num_replicas))
+                return Step(self._after_change(state, state.down, num_replicas))
         return Step(state)
 
     def _sent(self, state: PDSplitState, request: Request) -> Emit:
-        joint = self._on_way("joint", state, request)
-        if state.is_cut or not is_disaggregated(joint, self.options):
-            return Emit(joint, "joint")
-        return Emit(self._on_way("disaggregated", state, request), "disaggregated")
+        aggregated = self._looked_up(AGGREGATED, state, request)
+        if state.is_prefill_down or not is_disaggregated(aggregated, self.options):
+            return Emit(aggregated, AGGREGATED)
+        return Emit(self._looked_up(DISAGGREGATED, state, request), DISAGGREGATED)
 
-    def _on_way(self, outlet: str, state: PDSplitState, request: Request) -> Request:
-        """The request, with what is cached where that outlet leads to."""
-        lookup = self.ways.get(outlet)
+    def _looked_up(self, outlet: str, state: PDSplitState, request: Request) -> Request:
+        """The request with the number of its tokens cached in the engines after that outlet."""
+        lookup = self.lookups.get(outlet)
         if not state.indexes or lookup is None:
             return request
         return lookup.looked_up(request, state.indexes)
 
-    def _seen(
+    def _after_change(
         self, state: PDSplitState, down: frozenset[tuple[str, int]], num_replicas: Mapping[str, int]
     ) -> PDSplitState:
-        is_cut = False
-        for target in self.apart:
+        """The state after a replica went up or down, or the number of replicas changed."""
+        is_prefill_down = False
+        for target in self.prefill_targets:
             count = num_replicas.get(target.engine, target.num_replicas)
-            is_cut = is_cut or sum(node == target.node for node, _ in down) >= count
-        return PDSplitState(down, num_replicas, is_cut, state.indexes)
+            num_down = sum(node == target.node for node, _ in down)
+            is_prefill_down = is_prefill_down or num_down >= count
+        return PDSplitState(down, num_replicas, is_prefill_down, state.indexes)
 
 
 def build(options: PDSplitOptions, setup: Setup) -> PDSplit:
-    only = frozenset({"disaggregated"})
-    joint = {one.engine for one in setup.targets if one.outlets != only}
-    apart = (one for one in setup.targets if one.outlets == only and one.engine not in joint)
-    ways = {port.name: PrefixLookup.of(setup, port.name) for port in SPEC.outlets}
-    return PDSplit(options, tuple(apart), ways)
+    only = frozenset({DISAGGREGATED})
+    # An engine that the other outlet leads to as well (decode's) is lost for both ways alike.
+    shared = {target.engine for target in setup.targets if target.outlets != only}
+    prefill_targets = tuple(
+        target for target in setup.targets if target.outlets == only and target.engine not in shared
+    )
+    lookups = {port.name: PrefixLookup.of(setup, port.name) for port in SPEC.outlets}
+    return PDSplit(options, prefill_targets, lookups)

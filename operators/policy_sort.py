@@ -1,4 +1,4 @@
-"""policy_sort: where requests wait. Sends the first of its policy's order that can be taken."""
+"""policy_sort: the queue of requests. Sends them on in the order of a policy, as credit allows."""
 
 import math
 from collections.abc import Callable
@@ -59,14 +59,14 @@ SPEC = OpSpec(
 
 @dataclass(frozen=True, slots=True)
 class PolicySort:
-    """Never emits on its own account: it offers, keeps what is not taken, and waits for credit.
+    """Offers requests downstream, and keeps those that are not taken until there is credit.
 
-    The answer `OfferTaken` to an offer comes before any other input; an offer that is not answered was
-    declined, and its items are offered again only once something was taken or credit came back.
-    What waits is told upstream whenever it changes, as a `Backlog`.
+    The answer `OfferTaken` to an offer comes before any other input. An offer without an answer was
+    declined; its requests are offered again after another one was taken or credit was returned. The
+    backlog is reported upstream whenever it changes.
 
-    `ranking`: a policy with a state, if it has one; `policy` then says nothing. A request that
-    arrives is looked up in the prefix blocks of engines, where some operator asks for these.
+    `ranking`: a policy with a state; `policy` is then not used. An arriving request is looked up in
+    the prefix blocks of engines, if those report them.
     """
 
     name: str
@@ -79,11 +79,13 @@ class PolicySort:
     @property
     def initial(self) -> RequestQueue:
         state = self.ranking.initial if self.ranking is not None else None
-        return RequestQueue(known=RankContext(self._orders(Forecast()), state=state))
+        return RequestQueue(context=RankContext(self._orders(Forecast()), state=state))
 
     @property
     def subscribes(self) -> frozenset[str]:
-        """It listens to what is said of prefix blocks, and does not ask for it."""
+        """Feedback that must be sent. Prefix blocks ("cache") are used only where another operator
+        makes engines report them.
+        """
         foresees = any(order.foreseen is not None for order in self.policy.orders)
         wanted = SPEC.subscribes - {"cache"}
         return wanted if foresees or self.ranking is not None else wanted - {"first_token"}
@@ -98,12 +100,12 @@ class PolicySort:
                 after = self._taken(state.without_taken(request, now), request, now)
                 return self._settle(state, after, now)
             case FirstToken():
-                forecast = state.known.forecast.after(happened, now)
+                forecast = state.context.forecast.after(happened, now)
                 orders = self._orders(forecast)
-                return Step(state.knowing(forecast=forecast, orders=orders), (), state.wake_at)
+                return Step(state.with_context(forecast=forecast, orders=orders), (), state.wake_at)
             case PrefixesChanged(engine=engine, index=index):
-                indexes = {**state.known.indexes, engine: index}
-                return Step(state.knowing(indexes=indexes), (), state.wake_at)
+                indexes = {**state.context.indexes, engine: index}
+                return Step(state.with_context(indexes=indexes), (), state.wake_at)
             case RoomChanged(has_room=has_room):
                 return self._settle(state, state.with_room(now, has_room=has_room), now)
             case CreditChanged() | HealthChanged() | Topology():
@@ -117,8 +119,8 @@ class PolicySort:
         return Step(state, (), state.wake_at)
 
     def _arrive(self, state: RequestQueue, request: Request, now: float) -> Step[RequestQueue]:
-        if state.known.indexes and self.lookup is not None:
-            request = self.lookup.looked_up(request, state.known.indexes)
+        if state.context.indexes and self.lookup is not None:
+            request = self.lookup.looked_up(request, state.context.indexes)
         try:
             after = self._ranked(state, request, now)
         except Exception as error:
@@ -130,22 +132,24 @@ class PolicySort:
         return self._settle(state, after, now)
 
     def _ranked(self, queue: RequestQueue, request: Request, now: float) -> RequestQueue:
-        """With a request at its rank."""
-        known = queue.known
+        """The queue with a new request at its rank. Raises what a user's rank function raises."""
+        context = queue.context
         if self.ranking is None:
-            return queue.with_request(request, known.orders[queue.level], now)
-        rank, state = self.ranking.rank(known.state, request, now, known.forecast)
-        return queue.knowing(state=state).with_request(request, QueueOrder(lambda _: rank), now)
+            return queue.with_request(request, context.orders[queue.level], now)
+        rank, state = self.ranking.rank(context.state, request, now, context.forecast)
+        return queue.with_context(state=state).with_request(
+            request, QueueOrder(lambda _: rank), now
+        )
 
     def _taken(self, queue: RequestQueue, request: Request, now: float) -> RequestQueue:
-        """A policy with a state may want to know of a request that was sent."""
+        """The queue after a request was sent, with the new state of a policy that has `taken`."""
         taken = getattr(self.ranking, "taken", None)
         if taken is None:
             return queue
-        return queue.knowing(state=taken(queue.known.state, request, now))
+        return queue.with_context(state=taken(queue.context.state, request, now))
 
     def _orders(self, forecast: Forecast) -> tuple[QueueOrder, ...]:
-        """The orders of the policy, with prefills as they are predicted."""
+        """The orders of the policy, with ranks that use predicted prefill times."""
 
         def prefill_s(request: Request) -> float:
             predicted_s = forecast.prefill_s(request.num_uncached_tokens)
@@ -162,8 +166,8 @@ class PolicySort:
         outputs: tuple[OperatorOutput, ...] = (),
         anew: bool = False,
     ) -> Step[RequestQueue]:
-        """What every change entails: expiries, a change of order, news of the backlog, an offer.
-        `anew`: what was declined is offered again.
+        """Do what every change of the queue needs: end expired requests, change the order with the
+        load, report the backlog, and offer requests. `anew`: offer declined requests again.
         """
         wake_at = after.wake_at
         if wake_at is not None and wake_at <= now:
@@ -172,11 +176,11 @@ class PolicySort:
             wake_at = after.wake_at
         policy = self.policy
         level = policy.level(after.level, len(after.entries)) if policy.rising else 0
-        order = after.known.orders[level]
+        order = after.context.orders[level]
         if level != after.level:
             after, anew = after.at_level(level, order), True
         if backlogs_differ(after.backlog, before.backlog):
-            outputs += (Report(QueueChanged(backlog=after.told(order))),)
+            outputs += (Report(QueueChanged(backlog=after.reported(order))),)
         after = after.lapsed(order, now)
         return self._offer(after, () if anew else after.declined, outputs, wake_at)
 
@@ -187,7 +191,7 @@ class PolicySort:
         outputs: tuple[OperatorOutput, ...],
         wake_at: float | None,
     ) -> Step[RequestQueue]:
-        """Offer what is at the head and was not declined."""
+        """Offer the requests at the head of the queue that were not declined."""
         head = queue.entries.head(self.options.window)
         if head == declined:
             fresh: tuple[Request, ...] = ()
@@ -211,7 +215,7 @@ def _ends(requests: tuple[Request, ...], reason: FinishReason, now: float) -> tu
 
 
 def build(options: PolicySortOptions, setup: Setup) -> PolicySort:
-    """Raises ValueError where the options contradict each other."""
+    """The operator. Raises ValueError for contradicting options, GraphError for a policy's own."""
     if (options.policy == "own") != (options.function is not None):
         raise ValueError(
             f"{setup.name}: policy: own and function belong together: give both, or neither"
@@ -230,7 +234,7 @@ def build(options: PolicySortOptions, setup: Setup) -> PolicySort:
 
 
 def _own_rank(function: UserFunction, request: Request) -> float:
-    """The rank that a user's function gives. Raises WrongResult for what is no number."""
+    """The rank by a user's function. Raises WrongResult for a result that is not a number."""
     rank = function(request)
     try:
         number = float(rank)

@@ -1,4 +1,4 @@
-"""prefill: computes a prompt's KV blocks and first token, once there is room to decode it."""
+"""prefill: computes a prompt's KV blocks and first token, once the decode pool has room for it."""
 
 from dataclasses import dataclass, field
 
@@ -35,10 +35,10 @@ from sagellm.runtime.port import (
 
 @dataclass(frozen=True, slots=True)
 class PrefillOptions:
-    """`max_inflight`: requests taken at a time by one replica.
+    """`max_inflight`: requests that one replica has at a time.
 
-    Few, so that the rest wait in policy_sort where their order can still change; more than one,
-    so that the engine has the next prompt when it ends one.
+    Few, so that the others wait in policy_sort, where their order can still change; more than one,
+    so that the engine has the next prompt when it finishes one.
     """
 
     engine: str
@@ -57,12 +57,14 @@ SPEC = OpSpec(
 
 
 class PrefillService:
-    """Reserves blocks in the decode pool, then lets its engine compute the prompt and hold it."""
+    """Reserves blocks in the decode pool, then has its engine compute the prompt and hold its
+    blocks.
+    """
 
     holds = True
 
     def __init__(self, options: PrefillOptions, setup: Setup) -> None:
-        self.concurrency = options.max_inflight  # each may wait for a reservation
+        self.concurrency = options.max_inflight  # each request may wait for a reservation
         self._options = options
         self._decode = _decode_target(options, setup)
         self._held = HeldRequests()
@@ -107,7 +109,11 @@ class PrefillService:
         release_leases(ctx, item)
 
     async def _reserve(self, ctx: Context, request: Request) -> None:
-        """The destination's blocks come first: a filled lease never waits for a full pool."""
+        """Reserve the request's blocks in the decode pool, waiting until there are enough.
+
+        Before the prompt is computed, so that computed blocks never wait for a full decode pool.
+        Raises EngineRefusal.
+        """
         if self._decode is None:
             return
         replica = request.placement.get(self._decode.node, 0)
@@ -122,6 +128,7 @@ class PrefillService:
         self._reservations[request.key] = await engine.import_(offer)
 
     async def _pass_on(self, ctx: Context, done: PrefillDone) -> None:
+        """Emit a prefilled request with its leases, and free its place here."""
         request = self._held.get(done.first.key)
         assert request is not None
         self._held.drop(request.key)
@@ -140,7 +147,7 @@ class PrefillService:
         ctx.release(request.key)
 
     async def _end(self, ctx: Context, event: TokenEvent) -> None:
-        """The engine ended the sequence before its first token: cancelled or failed."""
+        """End a request whose sequence was cancelled or failed before its first token."""
         request = self._held.get(event.key)
         assert request is not None
         self.discard(ctx, request)
@@ -149,7 +156,7 @@ class PrefillService:
 
 
 def _decode_target(options: PrefillOptions, setup: Setup) -> Target | None:
-    """The operator that will decode; None where it shares this engine, and so its blocks."""
+    """The operator that decodes; None if it shares this engine, and so its blocks."""
     target = next(iter(setup.targets), None)
     return None if target is None or target.engine == options.engine else target
 

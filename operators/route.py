@@ -1,11 +1,11 @@
-"""route: chooses a replica for every engine operator downstream, the (prefill, decode) pair.
+"""route: chooses a replica for every engine operator downstream, such as a (prefill, decode) pair.
 
-The strategy orders the replicas that are up and have room; the first that has credit for the
-request takes it. While one has, nothing waits, unless the strategy holds the request back for a
-replica, for a time that it says.
+The strategy orders the replicas that are up and have room; the first with credit for the request
+takes it. While a replica has credit no request waits, unless the strategy holds the request back
+for another replica, for a limited time.
 
-A request that leaves says in `num_cached_tokens` what the replica that it enters has of its prompt,
-where engines tell that: they do if the strategy, or an operator before, asks for it.
+A request that leaves carries in `num_cached_tokens` how much of its prompt the chosen replica has
+cached, if engines report that: they do if the strategy, or an earlier operator, asks for it.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,9 +14,14 @@ from typing import Any, TypeAlias
 
 import msgspec
 
-from sagellm.graphs.vocabulary import REQUEST, OpSpec, Port, nearest
+from sagellm.graphs.vocabulary import REQUEST, OpSpec, Port
 from sagellm.operators.routing import Candidates, Hold, Strategy, StrategyFunction, find_strategy
-from sagellm.operators.routing.strategy import make_strategy
+from sagellm.operators.routing.strategy import (
+    ROUTER_FEEDBACK,
+    STRATEGY_FEEDBACK,
+    make_strategy,
+    wanted_feedback,
+)
 from sagellm.operators.routing.view import PoolView, Replica, ReplicaPool, RouterView, bits
 from sagellm.runtime.feedback import (
     CreditChanged,
@@ -42,14 +47,13 @@ from sagellm.runtime.port import EngineFacts
 from sagellm.runtime.prefixes import Hasher
 from sagellm.runtime.user_code import WrongResult, kind_of, place_of_code
 
-_ALWAYS = frozenset({"credit", "load", "health", "topology"})
-_Placing: TypeAlias = tuple[ReplicaPool, Candidates, int]  # a pool, and the replica that is chosen
+_Placing: TypeAlias = tuple[ReplicaPool, Candidates, int]  # a pool, and the chosen replica
 
 
 @dataclass(frozen=True, slots=True)
 class RouteOptions:
-    """How to choose: `strategy` is a file of that name in `operators/routing`, or registered;
-    `strategy_options` are its own.
+    """How to choose a replica. `strategy`: a name of the table in `sagellm.operators.routing`, or a
+    registered one; `strategy_options`: the options of a strategy that is a class.
     """
 
     strategy: str = field(default="load_balanced", metadata={"names": "strategies"})
@@ -61,26 +65,27 @@ SPEC = OpSpec(
     (Port("in", REQUEST),),
     (Port("out", REQUEST),),
     options=RouteOptions,
-    subscribes=_ALWAYS | {"cache", "first_token"},
+    subscribes=ROUTER_FEEDBACK | STRATEGY_FEEDBACK,
     signals=frozenset({"forget"}),
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Router:
-    """Chooses for the whole path at once: decode's blocks are reserved before prefill starts.
+    """Chooses replicas for the whole path of a request at once, because the blocks of decode are
+    reserved before prefill starts.
 
-    Operators that share an engine get the same replica of it. Where no target is replicated the
-    request passes with each placed on replica 0.
+    Operators that share an engine get the same replica of it. An engine that is not replicated has
+    replica 0.
     """
 
     pools: tuple[ReplicaPool, ...]
     strategy: StrategyFunction | Strategy
     hasher: Hasher
-    entry: ReplicaPool | None = None  # the one pool that requests enter next, if it is one
+    entry: ReplicaPool | None = None  # the pool that requests enter next, if there is only one
     by_node: Mapping[str, ReplicaPool] = field(default_factory=dict)
     facts: Mapping[str, EngineFacts] = field(default_factory=dict)  # by pool
-    foresees: bool = False  # whether the strategy wants a forecast
+    foresees: bool = False  # whether the strategy subscribes to forecasts
 
     @property
     def initial(self) -> RouterView:
@@ -89,7 +94,7 @@ class Router:
     @property
     def subscribes(self) -> frozenset[str]:
         wanted: Iterable[str] = getattr(self.strategy, "subscribes", ())
-        return _ALWAYS.union(wanted)
+        return ROUTER_FEEDBACK.union(wanted)
 
     def on(self, state: RouterView, happened: Input, now: float, draw: Draw) -> Step[RouterView]:
         match happened:
@@ -109,12 +114,12 @@ class Router:
                 is_mine = engine in state.pools
                 return Step(state.with_index(engine, index) if is_mine else state)
             case CreditChanged() | LoadReported() | HealthChanged():
-                of = self.by_node.get(happened.node)
-                if of is None:
+                changed = self.by_node.get(happened.node)
+                if changed is None:
                     return Step(state)
                 if self.foresees and isinstance(happened, LoadReported):
                     state = _foreseen(state, happened, now)
-                return Step(_told(state, of, happened))
+                return Step(_with_feedback(state, changed, happened))
             case FirstToken():
                 return Step(_foreseen(state, happened, now))
         return Step(state)
@@ -123,7 +128,7 @@ class Router:
         return request_id in state.placed
 
     def _placements(self, view: RouterView, request: Request, now: float, draw: Draw) -> EmitFirst:
-        """The request with its replicas, best first, each with the view that follows."""
+        """The request with replicas to try, best first, each with the view after it."""
         best: list[_Placing] = []
         others: list[Iterator[int]] = []
         hold_s = 0.0
@@ -131,7 +136,7 @@ class Router:
             candidates = self._candidates(view, pool, request)
             returned, view = self._ask(view, pool, candidates, now, draw)
             if type(returned) is int and returned >= 0 and candidates.mask >> returned & 1:
-                best.append((pool, candidates, returned))  # nearly always
+                best.append((pool, candidates, returned))  # the common case: one replica, no order
                 others.append(candidates.rest(1 << returned))
                 continue
             order = self._order(pool, candidates, returned)
@@ -141,7 +146,7 @@ class Router:
             number = first.replica if isinstance(first, Hold) else first
             best.append((pool, candidates, number))
             others.append(one for one in order if not isinstance(one, Hold))
-        return EmitFirst(_each(view, request, best, others), hold_s=hold_s)
+        return EmitFirst(_placings(view, request, best, others), hold_s=hold_s)
 
     def _candidates(self, view: RouterView, pool: ReplicaPool, request: Request) -> Candidates:
         known = view.pools[pool.name]
@@ -151,7 +156,7 @@ class Router:
     def _ask(
         self, view: RouterView, pool: ReplicaPool, candidates: Candidates, now: float, draw: Draw
     ) -> tuple[Any, RouterView]:
-        """What the strategy returns, and the view with its new state."""
+        """The strategy's order, not yet checked, and the view with the strategy's new state."""
         strategy: Any = self.strategy
         if not hasattr(strategy, "order"):
             return strategy(candidates, now, draw), view
@@ -165,8 +170,10 @@ class Router:
         return order, view
 
     def _place_elsewhere(self, view: RouterView, request: Request) -> Step[RouterView]:
-        """Place a request that engines failed on: on another replica, by load, whatever the
-        strategy. It waits for one that has room; only where no other is up does it go back.
+        """Place a request that engines failed on: on another replica, by load, for any strategy.
+
+        The request waits for another replica that has room. It returns to the replica that failed
+        only where no other is up.
         """
         chosen: list[_Placing] = []
         for pool in self.pools:
@@ -182,8 +189,8 @@ class Router:
     def _order(
         self, pool: ReplicaPool, candidates: Candidates, returned: Any
     ) -> Iterator[int | Hold]:
-        """The candidates as the strategy returned them, one or several; then those that it left
-        out, by their load. Only the first may be held for.
+        """The replicas that the strategy returned, one or several; then the other candidates by
+        load. Only the first may be a Hold. Raises WrongResult.
         """
         is_order = isinstance(returned, Iterable) and not isinstance(returned, str)
         tried = 0
@@ -198,7 +205,7 @@ class Router:
         yield from candidates.rest(tried)
 
     def _check(self, pool: ReplicaPool, known: PoolView, number: object) -> None:
-        """Raises WrongResult for what is no replica of the pool, or one that was removed."""
+        """Raise WrongResult unless `number` is a replica of the pool that was not removed."""
         if type(number) is not int or not 0 <= number < known.size:
             said = number if type(number) is int else kind_of(number)
             raise self._wrong(f"{said}; a replica of {pool.name}, 0 to {known.size - 1},")
@@ -207,7 +214,7 @@ class Router:
             raise self._wrong(f"{said}; one of candidates.numbers")
 
     def _checked(self, hold: Hold) -> Hold:
-        """Raises WrongResult for one without a limit."""
+        """The hold. Raises WrongResult where its limit is not a finite time."""
         if not 0 <= hold.limit_s < float("inf"):
             raise self._wrong(f"a Hold of {hold.limit_s} seconds; a limit of some seconds")
         return hold
@@ -219,28 +226,29 @@ class Router:
 
 
 def _foreseen(view: RouterView, happened: FirstToken | LoadReported, now: float) -> RouterView:
+    """The view with its forecast after that feedback."""
     return msgspec.structs.replace(view, forecast=view.forecast.after(happened, now))
 
 
-def _told(
-    view: RouterView, pool: ReplicaPool, told: CreditChanged | LoadReported | HealthChanged
+def _with_feedback(
+    view: RouterView, pool: ReplicaPool, happened: CreditChanged | LoadReported | HealthChanged
 ) -> RouterView:
-    """The view after feedback about a replica of a pool."""
-    replica: Replica = pool.name, told.replica
-    match told:
+    """The view after feedback on a replica of a pool."""
+    replica: Replica = pool.name, happened.replica
+    match happened:
         case CreditChanged(request_id=request_id, num_left=num_left):
-            left = num_left if told.node in pool.entries else None
+            left = num_left if happened.node in pool.entries else None
             return view.take_back(replica, request_id, left)
         case LoadReported(load=load):
-            return view.report(replica, told.node, told.sequence, load)
+            return view.report(replica, happened.node, happened.sequence, load)
         case HealthChanged(is_up=is_up):
             return view.mark(replica, is_up=is_up)
 
 
-def _each(
+def _placings(
     view: RouterView, request: Request, best: list[_Placing], others: list[Iterator[int]]
 ) -> Iterator[tuple[Request, RouterView]]:
-    """The request at the best replicas, and then at each other one of a pool that it enters."""
+    """The request at the best replicas; then at each other replica of the pools that it enters."""
     yield _placed(view, request, best)
     for place, ((pool, candidates, _), order) in enumerate(zip(best, others, strict=True)):
         for number in order if pool.entries else ():
@@ -251,6 +259,7 @@ def _each(
 def _placed(
     view: RouterView, request: Request, chosen: list[_Placing]
 ) -> tuple[Request, RouterView]:
+    """The request with its replica for each operator, and the view that counts it there."""
     placement, where, num_cached = {**request.placement}, [], request.num_cached_tokens
     for pool, candidates, number in chosen:
         where.append((pool.name, number))
@@ -263,7 +272,7 @@ def _placed(
 
 
 def pools_of(targets: tuple[Target, ...]) -> tuple[ReplicaPool, ...]:
-    """The targets by engine; one without an engine is a pool of its own."""
+    """The targets by engine. A target without an engine is a pool of its own."""
     named: dict[str, list[Target]] = {}
     for target in targets:
         named.setdefault(target.engine or target.node, []).append(target)
@@ -278,18 +287,8 @@ def pools_of(targets: tuple[Target, ...]) -> tuple[ReplicaPool, ...]:
     )
 
 
-def _wanted(strategy: StrategyFunction | Strategy, strategy_name: str, name: str) -> frozenset[str]:
-    """The kinds of feedback that a strategy needs. Raises ValueError for one that is none."""
-    wanted = frozenset(getattr(strategy, "subscribes", ()))
-    for kind in sorted(wanted - SPEC.subscribes):
-        known = sorted(SPEC.subscribes)
-        hint = f"did you mean {nearest(kind, known) or ' or '.join(known)}?"
-        raise ValueError(f"{name}: strategy {strategy_name} subscribes to {kind!r}: {hint}")
-    return wanted
-
-
 def build(options: RouteOptions, setup: Setup) -> Router:
-    """Raises ValueError for an unknown strategy, GraphError for options that it does not take."""
+    """The operator. Raises ValueError for an unknown strategy, GraphError for its options."""
     pools = pools_of(setup.targets)
     entries = [pool for pool in pools if pool.entries]
     entry = entries[0] if len(entries) == 1 else None
@@ -297,6 +296,5 @@ def build(options: RouteOptions, setup: Setup) -> Router:
     found = find_strategy(options.strategy)
     path = ("operators", setup.name, "strategy_options")
     strategy = make_strategy(found, options.strategy, options.strategy_options, path)
-    wanted = _wanted(strategy, options.strategy, setup.name)
-    foresees = "first_token" in wanted
+    foresees = "first_token" in wanted_feedback(strategy, options.strategy, setup.name)
     return Router(pools, strategy, setup.hasher, entry, by_node, setup.facts, foresees)

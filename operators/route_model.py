@@ -1,4 +1,4 @@
-"""route_model: sends each request to the outlet of the model that it names."""
+"""route_model: sends each request to the outlet of its model."""
 
 from dataclasses import dataclass
 
@@ -9,8 +9,8 @@ from sagellm.runtime.operator import Arrival, Draw, Emit, Input, Setup, Step, Te
 
 @dataclass(frozen=True, slots=True)
 class RouteModelOptions:
-    """`models`: keys of the table of models. Each is an outlet; a request that names none takes
-    the first.
+    """`models`: keys of the table of models, each an outlet; a request without a model takes the
+    first one.
     """
 
     models: tuple[str, ...]
@@ -28,8 +28,10 @@ SPEC = OpSpec(
 
 @dataclass(frozen=True, slots=True)
 class RouteModel:
-    """Has no state. A request for a model that is not listed is refused: the session, which knows
-    all models, lets none in; a function before this operator may have changed it.
+    """Refuses a request for a model that is not listed.
+
+    The session accepts only models of the graph, but a function before this operator may change the
+    request's model.
     """
 
     models: tuple[str, ...]

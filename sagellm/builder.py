@@ -42,7 +42,7 @@ class Operator:
     def outlet(self, name: str) -> "Outlet":
         """One of several outlets: `split.outlet("aggregated") >> ops.generate(engine="d")`."""
         known = tuple(port.name for port in self._own_spec.outlets)
-        if name not in known:
+        if not self.has_outlet(name):
             close = nearest(name, known) or next(iter(known), "")
             hint = f"did you mean {close!r}?" if close else "its options name none"
             raise ValueError(f"{self.spec.name} has no outlet {name!r}; {hint}")

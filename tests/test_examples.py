@@ -17,6 +17,8 @@ SAYS = {
     "own_engine.py": "a graph of operators",
     "own_family.py": "68",
     "own_policy.py": "[16, 4, 8, 12]",
+    "own_strategy.py": "[0, 0, 0, 1, 1, 1]",
+    "own_backend.py": "(0, 1, 2, 3, 4)",
     "embed_in_asyncio.py": "elppa",
     "batch_file.py": '"id":"batch"',
     "client.py": "400 max_tokens",

@@ -1,4 +1,4 @@
-"""The CPU backend: the living definition of every kernel, and a fast one."""
+"""The CPU backend: every kernel in torch, as its definition, and most of them in C, for speed."""
 
 from sagellm.backends.cpu.device import CpuBackend
 

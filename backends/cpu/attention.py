@@ -1,4 +1,4 @@
-"""Rotary positions and paged attention, in C or in torch."""
+"""Rotary position embeddings, and paged attention in C or in torch."""
 
 import math
 from collections.abc import Callable
@@ -13,12 +13,16 @@ from sagellm.backends.cpu.native.library import NativeKernels
 from sagellm.graphs.kernels.token_mixers import PagedAttention, Rope
 
 _FEWEST = 256  # positions of the first table
+_CHUNK = 64  # query rows at a time, so that their scores fit in the CPU's cache
+
+# From q [T, heads * head_dim] to the same shape, over the pool of the step.
+Attention: TypeAlias = Callable[[ForwardContext, torch.Tensor], torch.Tensor]
 
 
 class RopeTables:
     """Cosines and sines by position: [positions, 2, head_dim / 2] float32, grown by doubling.
 
-    Angles are float32 products, as in transformers, so that far positions agree with it.
+    Angles are float32 products, as in transformers, so that far positions agree with its results.
     """
 
     def __init__(self, options: Rope) -> None:
@@ -26,8 +30,8 @@ class RopeTables:
         self._tables = self._made(_FEWEST)
 
     def up_to(self, num_positions: int) -> torch.Tensor:
-        """Tables that hold at least so many positions."""
-        tables = self._tables  # engines on other threads may put shorter ones there meanwhile
+        """Tables of at least so many positions."""
+        tables = self._tables  # read once: another engine's thread may set shorter ones meanwhile
         if num_positions > len(tables):
             tables = self._tables = self._made(1 << (num_positions - 1).bit_length())
         return tables
@@ -40,12 +44,12 @@ class RopeTables:
 
 @cache
 def rope_tables(options: Rope) -> RopeTables:
-    """One set of tables for all layers and programs that rotate alike."""
+    """The tables that all layers and programs with these options share."""
     return RopeTables(options)
 
 
 def frequencies(options: Rope) -> torch.Tensor:
-    """[head_dim / 2] radians a position, scaled."""
+    """The angles by which a position turns each pair: [head_dim / 2] radians, scaled."""
     steps = torch.arange(0, options.head_dim, 2, dtype=torch.int64).float() / options.head_dim
     plain = 1.0 / options.theta**steps
     if options.scaling == "linear":
@@ -54,29 +58,25 @@ def frequencies(options: Rope) -> torch.Tensor:
 
 
 def _llama3(plain: torch.Tensor, options: Rope) -> torch.Tensor:
-    """Long waves are stretched, short ones kept, those between blended (Llama 3.1 release)."""
-    turns = options.original_max_len / (2 * math.pi / plain)  # within the original context
+    """Scale low frequencies, keep high ones, and blend those between (Llama 3.1 release)."""
+    turns = options.original_max_len / (2 * math.pi / plain)  # full turns in the original context
     low, high = options.low_freq_factor, options.high_freq_factor
     kept = ((turns - low) / (high - low)).clamp(0.0, 1.0)
     return (1 - kept) * plain / options.factor + kept * plain
 
 
 def rotated(rows: torch.Tensor, tables: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Every head of rows [T, heads * head_dim], halves (a, b) -> (a cos - b sin, b cos + a sin)."""
+    """Rotate every head of rows [T, heads * head_dim]: its halves (a, b) become
+    (a cos - b sin, b cos + a sin).
+    """
     cosine, sine = tables[positions][:, None].unbind(2)  # [T, 1, head_dim / 2]
     first, second = rows.reshape(len(rows), -1, 2, tables.shape[2]).unbind(2)
     turned = (first * cosine - second * sine, second * cosine + first * sine)
     return torch.stack(turned, 2).flatten(1)
 
 
-_CHUNK = 64  # query rows at a time: scores stay in the cache
-
-# From q [T, heads * head_dim] to the same shape, over the pool as it is now.
-Attention: TypeAlias = Callable[[ForwardContext, torch.Tensor], torch.Tensor]
-
-
 def attention(options: PagedAttention, binding: Binding) -> Attention:
-    """How this program attends: the C kernel where it may be used, else torch."""
+    """The attention of a program: by the C kernel where there is one, else by torch."""
     if binding.native:
         return partial(_native, options, binding.native)
     if binding.deterministic:
@@ -101,14 +101,14 @@ def _native(
 
 @dataclass(frozen=True, slots=True)
 class _Split:
-    """The rows of sequences with one new row, and (sequence, rows) of each of the others."""
+    """`short`: rows of sequences with one new row; `long`: (sequence, its rows) of the others."""
 
     short: torch.Tensor
     long: tuple[tuple[int, slice], ...]
 
 
 def _split(options: PagedAttention, step: ForwardContext, q: torch.Tensor) -> torch.Tensor:
-    """Sequences with one new row all at once; the others one by one."""
+    """Attend to sequences with one new row all at once, and to the others one by one."""
     split = step.once("split", lambda: _split_of(step))
     if not split.long:
         return decode(options, step, q, split.short)
@@ -136,7 +136,7 @@ def _split_of(step: ForwardContext) -> _Split:
 def attend_row_by_row(
     options: PagedAttention, step: ForwardContext, q: torch.Tensor
 ) -> torch.Tensor:
-    """Each row over its own context: shapes do not depend on the batch, so bits do not either."""
+    """Attend with one row at a time: shapes, and so bits, do not depend on the batch."""
     sequences = step.row_sequences.tolist()
     contexts = (step.inputs.positions + 1).tolist()
     each = zip(torch.split(q, 1), sequences, contexts, strict=True)
@@ -146,7 +146,7 @@ def attend_row_by_row(
 def attend(
     options: PagedAttention, step: ForwardContext, q: torch.Tensor, sequence: int, context: int
 ) -> torch.Tensor:
-    """q at the last positions before `context` of one sequence, in chunks of query rows."""
+    """Attend with the last rows of one sequence of `context` tokens, in chunks of query rows."""
     keys, values = _gathered(step, options, sequence, context)
     first = context - len(q)
     chunks = []
@@ -159,12 +159,14 @@ def attend(
 def _chunk(
     options: PagedAttention, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, first: int
 ) -> torch.Tensor:
-    """Rows at positions first, first + 1, ...; keys and values [kv_heads, context, head_dim]."""
+    """Attend with rows at positions first, first + 1, ...; keys and values [kv_heads, context,
+    head_dim].
+    """
     num_rows, kv_heads = len(q), options.num_kv_heads
     low = 0 if options.window is None else max(0, first - options.window + 1)
     keys, values = keys[:, low : first + num_rows], values[:, low : first + num_rows]
     heads = q.view(num_rows, kv_heads, -1, options.head_dim).permute(1, 2, 0, 3)
-    folded = heads.reshape(kv_heads, -1, options.head_dim)  # a group's heads, each with all rows
+    folded = heads.reshape(kv_heads, -1, options.head_dim)  # the rows of all heads of a group
     scores = torch.bmm(folded * options.scale, keys.transpose(1, 2))
     scores = scores.view(kv_heads, -1, num_rows, keys.shape[1])
     at = torch.arange(first, first + num_rows)[:, None]
@@ -177,7 +179,9 @@ def _chunk(
 
 @dataclass(frozen=True, slots=True)
 class DecodeBatch:
-    """One-row sequences. `tables` [B, M]; `hidden` [B, 1, 1, M * block_size] is what none sees."""
+    """Sequences with one row: their block `tables` [B, M], and the positions that are masked, as
+    `hidden` [B, 1, 1, M * block_size].
+    """
 
     tables: torch.Tensor
     hidden: torch.Tensor
@@ -186,13 +190,14 @@ class DecodeBatch:
 def decode(
     options: PagedAttention, step: ForwardContext, q: torch.Tensor, rows: torch.Tensor
 ) -> torch.Tensor:
-    """One row a sequence: the heads of a group are the rows of a batched product."""
+    """Attend with one row a sequence: the heads of a group are the rows of a batched product."""
     kind = options.window, options.table
     batch = step.once(("decode", kind), lambda: _decode_batch(step, rows, *kind))
     keys, values = (_dense(step.pool[options.layer, side], batch.tables) for side in (0, 1))
     grouped = q.view(len(q), options.num_kv_heads, -1, options.head_dim) * options.scale
     scores = (grouped @ keys.transpose(2, 3)).masked_fill_(batch.hidden, -torch.inf)
-    values.masked_fill_(batch.hidden.transpose(2, 3), 0)  # 0 * NaN of a block's last user is NaN
+    # A weight of 0 times a NaN that the block's last user left there would be NaN.
+    values.masked_fill_(batch.hidden.transpose(2, 3), 0)
     return (scores.softmax(-1) @ values).view(len(q), -1)
 
 
@@ -208,14 +213,15 @@ def _decode_batch(
 
 
 def _hidden(places: torch.Tensor, at: torch.Tensor, window: int | None) -> torch.Tensor:
-    """Which of `places` a row at position `at` does not see."""
-    ahead = places > at
-    return ahead if window is None else ahead | (places <= at - window)
+    """Which of the positions `places` a row at position `at` may not attend to."""
+    later = places > at
+    return later if window is None else later | (places <= at - window)
 
 
 def _gathered(
     step: ForwardContext, options: PagedAttention, sequence: int, context: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """The keys and the values of one sequence: [kv_heads, M * block_size, head_dim] float32."""
     num_blocks = -(-context // step.pool.shape[4])
     table = step.tables(options.table)[sequence : sequence + 1, :num_blocks]
     keys, values = (_dense(step.pool[options.layer, side], table)[0] for side in (0, 1))
@@ -223,6 +229,6 @@ def _gathered(
 
 
 def _dense(side: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
-    """[B, kv_heads, M * block_size, head_dim] float32 of blocks [blocks, kv_heads, size, dim]."""
+    """Gather blocks [blocks, kv_heads, size, dim] to [B, kv_heads, M * size, dim] float32."""
     picked = side[tables.long()].transpose(1, 2)  # [B, kv_heads, M, block_size, head_dim]
     return picked.flatten(2, 3).float()

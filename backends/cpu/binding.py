@@ -1,4 +1,6 @@
-"""CPU kernels: what a kernel is bound to, what it is called with, and its native form."""
+"""Binding of CPU kernels: the weights and options at lowering, the context of a step, and kernels
+that have a native form.
+"""
 
 import ctypes
 import itertools
@@ -16,13 +18,14 @@ from sagellm.backends.step import KVLayout, StepInputs
 from sagellm.graphs.ir import SINK, Graph
 from sagellm.graphs.kernels.token_mixers import PagedAttention, Rope
 
-_STORED = (torch.float32, torch.bfloat16, torch.float16)  # float8 and whole numbers need scales
+_STORED = (torch.float32, torch.bfloat16, torch.float16)  # float8 and integers would need scales
 
 
 class Binding:
-    """Hands out weights in the program's dtype, each read once.
+    """The weights and options that kernels are bound to when a program is made.
 
-    `native` is None without a C compiler. A weight that several nodes name is shared.
+    Weights are converted to the program's dtype and read once each. A weight that several nodes
+    name is shared. `native` is None without a C compiler.
     """
 
     def __init__(
@@ -48,9 +51,9 @@ class Binding:
         self._heads = {node.attrs.get("weight") for node in heads}
 
     def weight(self, name: str, *shape: int) -> torch.Tensor:
-        """A weight of that shape, contiguous. Raises LoweringError if it is absent or another.
+        """A weight of that shape, contiguous, in the program's dtype.
 
-        So it does for a weight that is stored quantised.
+        Raises LoweringError if the weight is absent, has another shape, or is stored quantised.
         """
         if name in self._shared:
             return self._shared[name]
@@ -69,9 +72,10 @@ class Binding:
         return found
 
     def joined(self, names: Sequence[str], sizes: Sequence[int], size: int) -> torch.Tensor:
-        """Weights [N, K] one behind the other, N as `sizes` say: [sum of sizes, K].
+        """Weights [N, K] concatenated to [sum of sizes, K]; `sizes` has the N of each.
 
-        No copy is made of those that lie so in the file. Raises as `weight` does.
+        Weights that are adjacent in memory (as they often are in a file) are not copied. Raises as
+        `weight` does.
         """
         parts = [self.weight(name, rows, size) for name, rows in zip(names, sizes, strict=True)]
         ends = itertools.pairwise(parts)
@@ -80,13 +84,13 @@ class Binding:
         return torch.cat(parts)
 
     def stored(self, name: str, *shape: int) -> QuantisedWeight | None:
-        """A weight that is stored quantised, of that shape; None if it is in floats."""
+        """A weight that is stored quantised, of that shape; None if it is stored in floats."""
         if name in self._shared:
             return None
         found = self._found(name, shape)
         if isinstance(found, QuantisedWeight):
             return found
-        self._looked_at[name] = found  # `weight` comes next, and is not to read it again
+        self._looked_at[name] = found  # `weight` is called next, and must not read it a second time
         return None
 
     def _found(self, name: str, shape: tuple[int, ...]) -> torch.Tensor | QuantisedWeight:
@@ -101,16 +105,16 @@ class Binding:
         return found
 
     def vector(self, name: str, size: int) -> torch.Tensor:
-        """A weight of one dimension, in float32: norms and biases."""
+        """A weight of one dimension in float32: of a norm, or a bias."""
         return self.weight(name, size).float()
 
     def makes_logits(self, name: str) -> bool:
-        """Whether rows times this weight are the logits."""
+        """Whether the product with this weight gives the logits."""
         return name in self._heads
 
 
 def _spanning(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The memory of contiguous tensors that touch, as one tensor, which keeps them."""
+    """One tensor over the memory of adjacent contiguous tensors; it keeps them alive."""
     num_bytes = sum(part.nbytes for part in parts)
     memory: Any = (ctypes.c_char * num_bytes).from_address(parts[0].data_ptr())
     memory.kept = list(parts)
@@ -122,7 +126,10 @@ T = TypeVar("T")
 
 
 class ForwardContext:
-    """Lives for one `run`. `once` keeps what is the same in every layer."""
+    """The inputs and the pool of one step, and values that all layers share (`once`).
+
+    Lives for one `run` of a program.
+    """
 
     def __init__(self, inputs: StepInputs, pool: torch.Tensor) -> None:
         self.inputs = inputs
@@ -130,7 +137,7 @@ class ForwardContext:
         self._kept: dict[object, object] = {}
 
     def once(self, key: object, make: Callable[[], T]) -> T:
-        """`make()` the first time `key` is asked for, the same value afterwards."""
+        """The value of `make()` for this key, made on the first call and kept for later ones."""
         if key not in self._kept:
             self._kept[key] = make()
         return cast(T, self._kept[key])
@@ -145,32 +152,27 @@ class ForwardContext:
         return torch.repeat_interleave(torch.arange(len(starts) - 1), starts.diff())
 
     def tables(self, table: int) -> torch.Tensor:
-        """[B, M] int32: the block tables of that number, one a sequence."""
+        """[B, M] int32: the block tables with that number, one a sequence."""
         count = len(self.inputs.context_lens)
         return self.inputs.block_tables[table * count : (table + 1) * count]
 
     def slots(self, table: int) -> torch.Tensor:
-        """[T] int64: where each row's key and value go in the blocks of that table."""
+        """[T] int64: the slot of each row's key and value in the blocks of that table."""
         count = len(self.inputs.token_ids)
         return self.inputs.slots[table * count : (table + 1) * count]
 
     @property
-    def all_rows(self) -> torch.Tensor:
-        """[T] int64: 0, 1, 2, ..."""
-        return self.once("all_rows", lambda: torch.arange(len(self.inputs.token_ids)))
-
-    @property
     def longest_context(self) -> int:
-        """Tokens; every position of the step is below it."""
+        """The number of tokens of the longest sequence; every position of the step is below it."""
         return max(self.inputs.contexts)
 
 
 @dataclass(frozen=True, slots=True)
 class NativeKernel:
-    """Called, it runs on tensors. `fields` are those of its Instruction.
+    """A kernel that runs on tensors when called, and that a native step can run as well.
 
-    `widths` are those of its results; by default there is one, as wide as the first inlet. `keep`
-    is what pointers among the fields point to.
+    `fields`: of its NativeInstruction. `widths`: of its results; empty: each is as wide as the
+    first inlet. `keep`: the owner of memory that pointers among the fields refer to.
     """
 
     run: Callable[..., tuple[torch.Tensor, ...]]

@@ -1,4 +1,4 @@
-"""The CPU as a backend: one device, its memory, and the stages of lowering."""
+"""The CPU as a backend: its one device and the stages of lowering. Imports no torch."""
 
 import importlib
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ from sagellm.graphs.passes import KERNEL_PASSES, Pass
 
 @dataclass(frozen=True, slots=True)
 class CpuBackend:
-    """`passes` and `native` say how kernels are fused and whether compiled ones may be used."""
+    """The backend `cpu`. `passes`: the kernel fusions; `native`: whether C kernels may be used."""
 
     name: str = "cpu"
     passes: tuple[Pass, ...] = KERNEL_PASSES
@@ -42,7 +42,7 @@ class CpuBackend:
 
 @dataclass(frozen=True, slots=True)
 class CpuDevice:
-    """All of the machine's cores and its memory. Nothing is imported to ask for its size."""
+    """All cores and the memory of the machine. The first call that needs torch imports torch."""
 
     backend: CpuBackend
     name: str
@@ -70,7 +70,7 @@ class CpuDevice:
     ) -> Program:
         for stage in self.backend.stages.values():
             graph = stage(graph)
-        program: Program = _module("program").lowered(
+        program: Program = _module("program").lower(
             graph,
             weights,
             layout=layout,
@@ -93,12 +93,12 @@ def _device(backend: CpuBackend, name: str) -> CpuDevice:
 
 
 def _module(name: str) -> ModuleType:
-    """A module of this backend that needs torch: a graph is checked without it."""
+    """A module of this backend that imports torch. Graphs are checked without torch."""
     return importlib.import_module(f"sagellm.backends.cpu.{name}")
 
 
 def activations_float32(graph: Graph) -> Graph:
-    """Activations in float32 whatever the weights are: they are small, and lose no bits."""
+    """Keep activations in float32 for weights of any dtype: they are small, and lose no bits."""
     nodes = tuple(
         node.with_attrs(dtype="float32") if node.op == "embedding" else node for node in graph.nodes
     )

@@ -1,4 +1,4 @@
-"""A KV pool in memory of the host: one tensor; bytes are copied, summed and shared in place."""
+"""A KV pool in host memory: one tensor, whose bytes are copied, checksummed and shared in place."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,17 +21,17 @@ from sagellm.backends.interface import (
 from sagellm.backends.step import KVLayout
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_Bytes = np.ndarray[Any, np.dtype[np.uint8]]  # layers, keys and values, blocks, bytes of a block
+_Bytes = np.ndarray[Any, np.dtype[np.uint8]]  # [layers, keys and values, blocks, bytes]
 
 
 @dataclass(frozen=True, slots=True)
 class InPlaceBuffers:
-    """Views of the pool itself: there is nothing to commit."""
+    """Staging buffers that are views of the pool itself."""
 
     views: list[memoryview]
 
     def commit(self) -> None:
-        """What was written is there."""
+        """Do nothing: the bytes are in the pool already."""
 
 
 class CpuStorage:
@@ -47,8 +47,8 @@ class CpuStorage:
         if not isinstance(source, CpuStorage):
             raise TypeError(f"a pool of the cpu copies from another, not from {type(source)}")
         theirs, ours = source._bytes[_slice(layers)], self._bytes[_slice(layers)]
-        for sent, landed in pairs:
-            ours[:, :, landed] = theirs[:, :, sent]
+        for sent, received in pairs:
+            ours[:, :, received] = theirs[:, :, sent]
 
     def receive(self, memory: memoryview, pairs: RunPairs, layers: range) -> int:
         source = _as_blocks(np.frombuffer(memory, dtype=np.uint8), self.layout)
@@ -62,9 +62,9 @@ class CpuStorage:
         for their_kind, our_kind in zip(
             _kinds(source, layers), _kinds(self._bytes, layers), strict=True
         ):
-            for sent, landed in pairs:
-                our_kind[landed] = their_kind[sent]
-                hashed.update(our_kind[landed].data)  # while it is in the CPU's cache
+            for sent, received in pairs:
+                our_kind[received] = their_kind[sent]
+                hashed.update(our_kind[received].data)  # while the bytes are in the CPU's cache
         return hashed.intdigest()
 
     def read(self, runs: Runs, layers: range) -> list[memoryview]:
@@ -84,9 +84,9 @@ class CpuStorage:
 
 
 def allocate(layout: KVLayout, num_blocks: int, memory: memoryview | None = None) -> CpuStorage:
-    """A pool of zeros. Raises LoweringError for a dtype that there is not."""
-    # Fresh pages of the system are zero, and taken only once they are written; torch.zeros writes
-    # them all.
+    """A pool of zeros. Raises LoweringError for an unknown dtype."""
+    # Fresh pages of the system are zero, and take memory only when they are written; torch.zeros
+    # would write all of them.
     dtype, flags = torch_dtype(layout.dtype), MAP_PRIVATE | MAP_ANONYMOUS
     pages = memory or mmap(-1, num_blocks * layout.block_bytes, flags=flags)
     pool = torch.frombuffer(pages, dtype=dtype)
@@ -94,7 +94,7 @@ def allocate(layout: KVLayout, num_blocks: int, memory: memoryview | None = None
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """Raises LoweringError."""
+    """The dtype of that name. Raises LoweringError for an unknown one."""
     if name not in _DTYPES:
         raise LoweringError(f"the cpu backend has no dtype {name!r}; use {' or '.join(_DTYPES)}")
     return _DTYPES[name]
@@ -116,7 +116,7 @@ def _slice(layers: range) -> slice:
 
 
 def _kinds(pool: _Bytes, layers: range) -> Iterator[_Bytes]:
-    """Keys, then values, of one layer after the other."""
+    """The keys, then the values, of one layer after the other."""
     return (kind for layer in pool[_slice(layers)] for kind in layer)
 
 
@@ -125,5 +125,5 @@ def _places(pool: _Bytes, layout: KVLayout, runs: Runs, layers: range) -> list[t
 
 
 def _is_summed_natively(block_bytes: int) -> bool:
-    """See `NativeKernels.copy_sum`."""
+    """Whether blocks have a size that `NativeKernels.copy_sum` accepts."""
     return block_bytes % 64 == 0 and block_bytes > 240

@@ -1,4 +1,4 @@
-"""Products of rows and a weight, and the choice among them by CPU, dtype and determinism."""
+"""Linear layers of float weights: ways to multiply, chosen by CPU, dtype and determinism."""
 
 import ctypes
 from collections.abc import Callable
@@ -11,76 +11,18 @@ from sagellm.backends.cpu.binding import Binding
 from sagellm.backends.cpu.native.c_structs import NativeLinear
 from sagellm.backends.cpu.native.library import NativeKernels, PanelKind
 
+LinearFunction: TypeAlias = Callable[[torch.Tensor], torch.Tensor]  # rows [T, K] -> [T, N], float32
 
-class PackedLinear:
-    """rows [T, K] float32 -> [T, N] float32; rows may be strided, their elements may not.
-
-    `kernel` names a `multiply` of the library, and `gated` its gated form; `weight`, `scales` and
-    `zeros` are in its order, and live as long as this does, as `bias` [N] float32 does. `address`
-    is where its C `NativeLinear` is, for callers in C: good as long as this lives.
-    """
-
-    def __init__(
-        self,
-        kernels: NativeKernels,
-        kernel: str,
-        weight: torch.Tensor,
-        shape: tuple[int, int],
-        *,
-        gated: str | None = None,
-        bias: torch.Tensor | None = None,
-        scales: torch.Tensor | None = None,
-        zeros: torch.Tensor | None = None,
-        group: int = 0,
-    ) -> None:
-        self.shape = shape  # N, K
-        self._kernels = kernels
-        self._kept = (weight, scales, zeros, bias)
-        pointers = [None if part is None else part.data_ptr() for part in self._kept]
-        run = kernels.function(kernel), kernels.function(gated) if gated else None
-        self._struct = NativeLinear(*run, *pointers, *shape, group)
-        self.address = ctypes.addressof(self._struct)
-
-    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
-        return self._kernels.linear(self.address, rows, self.shape[0])
-
-
-def pack(
-    kernels: NativeKernels,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    kind: PanelKind | None = None,
-) -> PackedLinear:
-    """A copy of weight [N, K], float32 or bfloat16; the same bits for any number of rows.
-
-    `kind` None: what is fastest here for that dtype. "pairs" rounds the rows to bfloat16.
-    """
-    if kind is None:
-        bfloat: PanelKind = "pairs" if kernels.has_pairs else "bfloat"
-        kind = bfloat if weight.dtype == torch.bfloat16 else "float"
-    shape = (weight.shape[0], weight.shape[1])
-    return PackedLinear(
-        kernels,
-        f"sage_multiply_{kind}",
-        kernels.pack(weight, kind),
-        shape,
-        gated=f"sage_gated_{kind}" if kernels.is_gated(*shape) else None,
-        bias=bias,
-    )
-
-
-LinearFunction: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
-
-_BLOCK_NUMBERS = 1 << 21  # of a weight at a time in float32: 8 MiB, within the cache
+_BLOCK_NUMBERS = 1 << 21  # numbers of a weight block in float32: 8 MiB, which fit in the cache
 
 
 def linear(
     binding: Binding, weight: torch.Tensor, bias: torch.Tensor | None, *, exact: bool = False
 ) -> LinearFunction:
-    """rows [T, K] float32 -> [T, N] float32, for weight [N, K] and bias [N] float32.
+    """The fastest product with weight [N, K] and bias [N] float32 on this CPU.
 
-    Where the CPU has products of bfloat16, rows are rounded to bfloat16 before they meet weights of
-    that dtype; oneDNN rounds its results as well, which `exact` forbids.
+    Where the CPU multiplies bfloat16, rows are rounded to bfloat16 before they are multiplied by
+    weights of that dtype. oneDNN rounds its results as well, which `exact` forbids.
     """
     is_wide = weight.dtype == torch.float32
     is_rounded = not is_wide and not exact and not binding.deterministic
@@ -96,28 +38,28 @@ def linear(
 def has_bfloat16_products() -> bool:
     """Whether oneDNN multiplies bfloat16 natively here, by AVX512-BF16 or AMX.
 
-    It takes bfloat16 on older CPUs as well, where it is slower than float32.
+    On older CPUs oneDNN accepts bfloat16 too, but is slower than in float32.
     """
     return has_tiles() or (bool(torch._C._has_mkldnn) and _cpu_has("avx512_bf16"))
 
 
 def has_tiles() -> bool:
-    """Whether oneDNN has AMX here, whose products of matrices no kernel of ours matches."""
+    """Whether oneDNN can use AMX here: its matrix products are faster than our C kernels'."""
     return bool(torch._C._has_mkldnn) and _cpu_has("amx_tile")
 
 
 def _cpu_has(feature: str) -> bool:
-    """What torch knows of this CPU; older versions of it ask for fewer features."""
+    """Whether torch finds the feature; older versions of torch know fewer features."""
     return bool(getattr(torch.cpu, f"_is_{feature}_supported", bool)())
 
 
 def plain(weight: torch.Tensor, bias: torch.Tensor | None) -> LinearFunction:
-    """torch's own product."""
+    """The product by torch."""
     return lambda rows: F.linear(rows, weight, bias)
 
 
 def packed(weight: torch.Tensor, bias: torch.Tensor | None) -> LinearFunction:
-    """oneDNN's product with the weight in its own order: three times faster at few rows."""
+    """The product by oneDNN with the weight in its packed order: three times faster at few rows."""
     dtype = weight.dtype
     order = torch.ops.mkldnn._reorder_linear_weight(weight, 8)
     offset = None if bias is None else bias.to(dtype)
@@ -134,12 +76,12 @@ def packed(weight: torch.Tensor, bias: torch.Tensor | None) -> LinearFunction:
 def native(
     kernels: NativeKernels, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> LinearFunction:
-    """The C kernel with the weight in its own order: the same bits for any number of rows."""
+    """The product by the C kernel: the same bits for any number of rows."""
     return pack(kernels, weight, bias)
 
 
 def upcast(weight: torch.Tensor, bias: torch.Tensor | None) -> LinearFunction:
-    """Blocks of the weight are brought to float32, multiplied, and thrown away."""
+    """The product in float32: converts the weight block by block, and keeps no converted block."""
     blocks = torch.split(weight, max(1, _BLOCK_NUMBERS // weight.shape[1]))
     scratch = torch.empty(0)
 
@@ -161,4 +103,58 @@ def row_by_row(weight: torch.Tensor, bias: torch.Tensor | None) -> LinearFunctio
     wide = weight.float()
     return lambda rows: torch.cat(
         [F.linear(row.clone(), wide, bias) for row in torch.split(rows, 1)]
+    )
+
+
+class PackedLinear:
+    """The product by a C kernel with a packed weight; rows may be strided, their elements may not.
+
+    `kernel` names a `multiply` of the library, and `gated` its gated form; `weight` is in the
+    kernel's order. `address`: of the C `NativeLinear`, for callers in C; valid while this lives.
+    """
+
+    def __init__(
+        self,
+        kernels: NativeKernels,
+        kernel: str,
+        weight: torch.Tensor,
+        shape: tuple[int, int],
+        *,
+        gated: str | None = None,
+        bias: torch.Tensor | None = None,
+    ) -> None:
+        self.shape = shape  # N, K
+        self._kernels = kernels
+        self._kept = (weight, bias)  # the struct points into their memory
+        run = kernels.function(kernel), kernels.function(gated) if gated else None
+        self._struct = NativeLinear(*run, weight.data_ptr())
+        self._struct.bias = None if bias is None else bias.data_ptr()
+        self._struct.num_cols, self._struct.k = shape
+        self.address = ctypes.addressof(self._struct)
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        return self._kernels.linear(self.address, rows, self.shape[0])
+
+
+def pack(
+    kernels: NativeKernels,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    kind: PanelKind | None = None,
+) -> PackedLinear:
+    """The product with a packed copy of weight [N, K], which is float32 or bfloat16.
+
+    `kind` None: the fastest on this CPU for the dtype. "pairs" rounds the rows to bfloat16.
+    """
+    if kind is None:
+        bfloat: PanelKind = "pairs" if kernels.has_pairs else "bfloat"
+        kind = bfloat if weight.dtype == torch.bfloat16 else "float"
+    shape = (weight.shape[0], weight.shape[1])
+    return PackedLinear(
+        kernels,
+        f"sage_multiply_{kind}",
+        kernels.pack(weight, kind),
+        shape,
+        gated=f"sage_gated_{kind}" if kernels.is_gated(*shape) else None,
+        bias=bias,
     )

@@ -1,4 +1,4 @@
-"""Linear attention in torch: states of sequences are read from their blocks, and written back."""
+"""Linear attention in torch, with the states of sequences in blocks of the KV pool."""
 
 from collections.abc import Callable
 from typing import TypeAlias
@@ -9,17 +9,20 @@ import torch.nn.functional as F
 from sagellm.backends.cpu.binding import Binding, ForwardContext
 from sagellm.graphs.kernels.token_mixers import LinearAttention
 
-_CHUNK = 64  # tokens whose products are made at once
+_CHUNK = 64  # tokens that are multiplied at once
 
-# Of one sequence: q, k, v [T, heads, size], gate [T, heads] and the state before them; what comes
-# out [T, heads, value_dim], and the state after them.
+# For one sequence: from q, k, v [T, heads, size], gate [T, heads] and the state before the tokens
+# to the result [T, heads, value_dim] and the state after them.
 Recurrence: TypeAlias = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 
 def linear_attention(
     options: LinearAttention, binding: Binding
 ) -> Callable[..., tuple[torch.Tensor, ...]]:
-    """One token after the other where bits must not depend on how a prompt is cut."""
+    """The kernel with these options: reads each sequence's state, and writes the state after the
+    step.
+    """
+    # Products of chunks round differently from steps of one token, and prompts are cut variously.
     recurrence = token_by_token if binding.deterministic else in_chunks
 
     def run(step: ForwardContext, *inlets: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -40,7 +43,7 @@ def linear_attention(
 
 
 def load(options: LinearAttention, pool: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
-    """[heads, key_dim, value_dim] float32; 0 where there are no blocks."""
+    """Read a state from its blocks: [heads, key_dim, value_dim] float32; zeros for block -1."""
     shape = options.num_heads, options.key_dim, options.value_dim
     if int(blocks[0]) < 0:
         return torch.zeros(shape)
@@ -51,7 +54,7 @@ def load(options: LinearAttention, pool: torch.Tensor, blocks: torch.Tensor) -> 
 def store(
     options: LinearAttention, pool: torch.Tensor, blocks: torch.Tensor, state: torch.Tensor
 ) -> None:
-    """The bytes of a state into its blocks, whatever the pool's own dtype is."""
+    """Write the float32 bytes of a state to its blocks, whatever the dtype of the pool."""
     pages = pool[options.layer][:, blocks.long()]
     flat = pages.reshape(-1).view(torch.float32)
     flat[: state.numel()] = state.reshape(-1)
@@ -61,7 +64,7 @@ def store(
 def token_by_token(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, gate: torch.Tensor, state: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A Recurrence as it is defined; every shape is the same for any number of tokens."""
+    """The Recurrence by its definition; no shape depends on the number of tokens."""
     out = torch.empty_like(v)
     for token in range(len(q)):
         added = k[token, :, :, None] * v[token, :, None, :]
@@ -73,7 +76,7 @@ def token_by_token(
 def in_chunks(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, gate: torch.Tensor, state: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A Recurrence by products of whole chunks (Yang et al. 2023, arXiv:2312.06635)."""
+    """The Recurrence by products of whole chunks (Yang et al. 2023, arXiv:2312.06635)."""
     chunks = []
     for top in range(0, len(q), _CHUNK):
         rows = slice(top, top + _CHUNK)
@@ -85,9 +88,11 @@ def in_chunks(
 def _chunk(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, gate: torch.Tensor, state: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What is kept of one token at another is the exponential of a difference: never above 1."""
+    """The Recurrence for one chunk. The decay from one token to a later one is computed as the
+    exponential of a difference of logs, which is at most 1 and so cannot overflow.
+    """
     q, k, v = (rows.transpose(0, 1) for rows in (q, k, v))  # heads first
-    since = F.logsigmoid(gate).cumsum(0).T[:, :, None]  # [heads, T, 1]
+    since = F.logsigmoid(gate).cumsum(0).T[:, :, None]  # [heads, T, 1]: log of the decay so far
     kept = (since - since.transpose(1, 2)).tril().exp().tril()
     out = (q @ k.transpose(1, 2) * kept) @ v + (q * since.exp()) @ state
     last = since[:, -1:]

@@ -1,4 +1,6 @@
-"""What runs each kernel: one rule a kernel, with the native form where there is one."""
+"""The lowering of each kernel of the dialect: a function on tensors, and its native form where the
+C library has one. `LOWERINGS` is the table.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -14,8 +16,9 @@ from sagellm.backends.cpu.quantised_linear import quantised_linear
 from sagellm.graphs.kernels.rowwise import Embedding, FusedLinear, Linear, RmsNorm
 from sagellm.graphs.kernels.token_mixers import KVWrite, PagedAttention, Rope, RopeKVWrite
 
-# Called with the step and the tensors of the kernel's inlets; returns those of its outlets.
+# From the step's ForwardContext and the tensors of the kernel's inlets to those of its outlets.
 BoundKernel: TypeAlias = Callable[..., tuple[torch.Tensor, ...]]
+# From the options of a kernel, and what it is bound to, to the kernel.
 Lowering: TypeAlias = Callable[[Any, Binding], BoundKernel]
 Tensors: TypeAlias = tuple[torch.Tensor, ...]
 
@@ -43,7 +46,7 @@ def _rms_norm(options: RmsNorm, binding: Binding) -> BoundKernel:
             lambda step, rows: (kernels.rms_norm(rows, weight, size, epsilon),),
             _norm_fields(options, weight),
         )
-    return _alone(binding, lambda step, rows: (_normed(rows, weight, options),))
+    return _row_by_row(binding, lambda step, rows: (_normed(rows, weight, options),))
 
 
 def _add_rms_norm(options: RmsNorm, binding: Binding) -> BoundKernel:
@@ -59,7 +62,7 @@ def _add_rms_norm(options: RmsNorm, binding: Binding) -> BoundKernel:
         total = a + b
         return total, _normed(total, weight, options)
 
-    return _alone(binding, run)
+    return _row_by_row(binding, run)
 
 
 def _norm_fields(options: RmsNorm, weight: torch.Tensor) -> dict[str, int | float | None]:
@@ -67,7 +70,8 @@ def _norm_fields(options: RmsNorm, weight: torch.Tensor) -> dict[str, int | floa
 
 
 def _normed(rows: torch.Tensor, weight: torch.Tensor, options: RmsNorm) -> torch.Tensor:
-    heads = rows.reshape(len(rows), rows.shape[1] // options.size, options.size)  # of 0 rows too
+    # Sizes are given in full: -1 cannot be inferred for 0 rows.
+    heads = rows.reshape(len(rows), rows.shape[1] // options.size, options.size)
     return F.rms_norm(heads, (options.size,), weight, options.epsilon).flatten(1)
 
 
@@ -102,7 +106,7 @@ def _gated_linear(options: FusedLinear, binding: Binding) -> BoundKernel:
 
 
 def _product(run: BoundKernel, multiply: object, widths: Sequence[int]) -> BoundKernel:
-    """`run`, which multiplies by `multiply`, with its native form if that has an `address`."""
+    """`run` as a kernel: with a native form where `multiply`, which it calls, has an `address`."""
     address: int | None = getattr(multiply, "address", None)
     if address is None:
         return run
@@ -141,7 +145,7 @@ def _kv_write(options: KVWrite, binding: Binding) -> BoundKernel:
 
 
 def _write(layer: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor) -> None:
-    """Rows of k and v to their slots of layer [2, blocks, kv_heads, block_size, head_dim]."""
+    """Write rows of k and v to slots of a layer [2, blocks, kv_heads, block_size, head_dim]."""
     _, _, kv_heads, block_size, head_dim = layer.shape
     block, offset = slots // block_size, slots % block_size
     for side, rows in zip(layer, (k, v), strict=True):
@@ -172,7 +176,7 @@ def _paged_attention(options: PagedAttention, binding: Binding) -> BoundKernel:
 
 
 def _silu(_: object, binding: Binding) -> BoundKernel:
-    return NativeKernel(_alone(binding, lambda step, rows: (F.silu(rows),)))
+    return NativeKernel(_row_by_row(binding, lambda step, rows: (F.silu(rows),)))
 
 
 def _mul(_: object, binding: Binding) -> BoundKernel:
@@ -186,11 +190,13 @@ def _add(_: object, binding: Binding) -> BoundKernel:
 def _silu_mul(_: object, binding: Binding) -> BoundKernel:
     if kernels := binding.native:
         return NativeKernel(lambda step, gate, up: (kernels.silu_mul(gate, up),))
-    return _alone(binding, lambda step, gate, up: (F.silu(gate) * up,))
+    return _row_by_row(binding, lambda step, gate, up: (F.silu(gate) * up,))
 
 
-def _alone(binding: Binding, kernel: BoundKernel) -> BoundKernel:
-    """`kernel`, one row a call where bits must not depend on the other rows of the batch."""
+def _row_by_row(binding: Binding, kernel: BoundKernel) -> BoundKernel:
+    """`kernel`; in a deterministic program called row by row, so that the bits of a row do not
+    depend on the other rows of the batch.
+    """
     if not binding.deterministic:
         return kernel
 

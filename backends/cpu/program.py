@@ -1,4 +1,4 @@
-"""Programs: one runs a step in one call of C, one calls kernel after kernel."""
+"""Programs of the CPU: one calls kernel after kernel, one runs a whole step in one call of C."""
 
 import ctypes
 import itertools
@@ -21,13 +21,61 @@ from sagellm.backends.step import KVLayout, StepInputs
 from sagellm.graphs.ir import Graph
 from sagellm.graphs.kernels import KERNELS, KV
 
-_ROWS = 16  # a multiple of it has each buffer begin at a cache line
+_ROWS = 16  # rows of the arena are a multiple of it, so that each buffer begins at a cache line
+_EMPTY = torch.empty(0)
+
+
+@dataclass(frozen=True, slots=True)
+class KernelCall:
+    """A bound kernel with the registers that it reads and fills, and those dead after it."""
+
+    kernel: BoundKernel
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    dead: tuple[int, ...]
+
+
+class CpuProgram:
+    """Calls kernel after kernel on torch tensors. Holds the weights; the pool is the caller's.
+
+    Not reentrant: a caller of `run` holds `lock`.
+    """
+
+    def __init__(self, calls: tuple[KernelCall, ...], plan: KernelPlan) -> None:
+        self.lock = threading.Lock()
+        self._calls = calls
+        self._plan = plan
+
+    def __str__(self) -> str:
+        return str(self._plan)
+
+    @torch.no_grad()
+    def run(self, inputs: StepInputs, pool: torch.Tensor) -> torch.Tensor:
+        """Run a step: write keys and values of the T rows to `pool`; return logits [R, vocab] in
+        float32.
+        """
+        step = ForwardContext(inputs, pool)
+        registers = self._load(inputs, pool)
+        for call in self._calls:
+            results = call.kernel(step, *(registers[index] for index in call.inputs))
+            for index, result in zip(call.outputs, results, strict=True):
+                registers[index] = result
+            for index in call.dead:
+                registers[index] = _EMPTY
+        return registers[self._plan.logits]
+
+    def _load(self, inputs: StepInputs, pool: torch.Tensor) -> list[torch.Tensor]:
+        registers = [_EMPTY] * self._plan.num_registers
+        for name, index in self._plan.step_inputs.items():
+            registers[index] = pool if name == KV else getattr(inputs, name)
+        return registers
 
 
 class NativeProgram:
-    """Keeps the arena of its buffers between steps; it grows with the rows of a step.
+    """Runs a step in one call of C. Keeps its arena between steps, and grows it with their rows.
 
-    `on_tensors` is the same program kernel by kernel, which it shows. Whoever runs it takes `lock`.
+    `on_tensors`: the same program kernel by kernel, for `str`. Not reentrant: a caller of `run`
+    holds `lock`.
     """
 
     def __init__(
@@ -54,7 +102,7 @@ class NativeProgram:
 
     @torch.no_grad()
     def run(self, inputs: StepInputs, pool: torch.Tensor) -> torch.Tensor:
-        """Float32 logits [R, vocab]; keys and values of the T rows are in `pool` afterwards.
+        """Run a step: write keys and values of the T rows to `pool`; return logits [R, vocab].
 
         Raises IndexError for a token outside of the vocabulary.
         """
@@ -69,9 +117,9 @@ class NativeProgram:
         return logits
 
     def profile(self, inputs: StepInputs, pool: torch.Tensor) -> list[tuple[str, int]]:
-        """Nanoseconds that each instruction of one such step takes, waits for all threads between.
+        """Run a step, and return each instruction's name and nanoseconds.
 
-        For a look at where time goes: the step is a little slower than `run`.
+        All threads meet after each instruction, so that the step is a little slower than in `run`.
         """
         count = len(self._translation.instructions)
         times = (ctypes.c_int64 * (count + 1))()
@@ -84,11 +132,11 @@ class NativeProgram:
         return list(zip(self._translation.names, spans, strict=True))
 
     def _grow(self, num_rows: int) -> None:
-        """Buffers for at least so many rows."""
+        """Grow the arena to at least so many rows."""
         step = self._step
         if num_rows > step.capacity or step.arena is None:
             step.capacity = -(-num_rows // _ROWS) * _ROWS
-            self._arena = torch.empty(0)  # the old one goes before the new one comes
+            self._arena = torch.empty(0)  # free the old arena before the new one is allocated
             self._arena = torch.empty(step.capacity * self._translation.num_floats)
             step.arena = self._arena.data_ptr()
 
@@ -113,51 +161,7 @@ class NativeProgram:
         batch.bfloat = pool.dtype == torch.bfloat16
 
 
-@dataclass(frozen=True, slots=True)
-class KernelCall:
-    """One kernel with its weights, and the registers it reads, fills and leaves dead."""
-
-    kernel: BoundKernel
-    inputs: tuple[int, ...]
-    outputs: tuple[int, ...]
-    dead: tuple[int, ...]
-
-
-class CpuProgram:
-    """Runs its calls in order. Holds the weights; the pool is the caller's.
-
-    Not reentrant: whoever runs it takes `lock`.
-    """
-
-    def __init__(self, calls: tuple[KernelCall, ...], plan: KernelPlan) -> None:
-        self.lock = threading.Lock()
-        self._calls = calls
-        self._plan = plan
-
-    def __str__(self) -> str:
-        return str(self._plan)
-
-    @torch.no_grad()
-    def run(self, inputs: StepInputs, pool: torch.Tensor) -> torch.Tensor:
-        """Float32 logits [R, vocab]; keys and values of the T rows are in `pool` afterwards."""
-        step = ForwardContext(inputs, pool)
-        registers = self._load(inputs, pool)
-        for call in self._calls:
-            results = call.kernel(step, *(registers[index] for index in call.inputs))
-            for index, result in zip(call.outputs, results, strict=True):
-                registers[index] = result
-            for index in call.dead:
-                registers[index] = _EMPTY
-        return registers[self._plan.logits]
-
-    def _load(self, inputs: StepInputs, pool: torch.Tensor) -> list[torch.Tensor]:
-        registers = [_EMPTY] * self._plan.num_registers
-        for name, index in self._plan.step_inputs.items():
-            registers[index] = pool if name == KV else getattr(inputs, name)
-        return registers
-
-
-def lowered(
+def lower(
     graph: Graph,
     weights: Weights,
     *,
@@ -168,7 +172,7 @@ def lowered(
     progress: Progress,
     is_native: bool,
 ) -> CpuProgram | NativeProgram:
-    """The program of a graph that has passed all stages. Raises LoweringError."""
+    """The program of a graph that has passed all stages of lowering. Raises LoweringError."""
     native = native_kernels(progress) if is_native else None
     how = torch_dtype(dtype), native, deterministic, quantization
     return bind(plan_kernels(graph), Binding(graph, weights, layout, *how))
@@ -177,10 +181,10 @@ def lowered(
 def bind(planned: KernelPlan, binding: Binding) -> CpuProgram | NativeProgram:
     """Give every instruction its kernel and its weights. Raises LoweringError.
 
-    The native step runs the plan where every kernel has a form for it.
+    The program is native where every kernel has a native form.
     """
-    # What makes the logits comes first: its weight is the largest, and in memory twice while it is
-    # copied, when as yet little else is there.
+    # The kernel of the logits is bound first: its weight is the largest, and in memory twice while
+    # it is packed. At that time few other weights are loaded.
     *others, last = planned.instructions
     head = _call(last, binding)
     calls = (*(_call(step, binding) for step in others), head)
@@ -197,6 +201,3 @@ def bind(planned: KernelPlan, binding: Binding) -> CpuProgram | NativeProgram:
 def _call(step: Instruction, binding: Binding) -> KernelCall:
     kernel = LOWERINGS[step.node.op](KERNELS[step.node.op].options(step.node), binding)
     return KernelCall(kernel, step.inputs, step.outputs, step.dead)
-
-
-_EMPTY = torch.empty(0)

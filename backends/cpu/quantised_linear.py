@@ -1,4 +1,4 @@
-"""Quantised weights on the CPU: made on load, packed for C, and multiplied."""
+"""Linear layers of quantised weights: quantised on load, packed for C, and multiplied."""
 
 import ctypes
 from collections.abc import Iterator, Sequence
@@ -27,9 +27,9 @@ def quantised_linear(
     size: int,
     bias: torch.Tensor | None,
 ) -> LinearFunction | None:
-    """rows [T, size] -> [T, sum(sizes)] by the weights of these names, one below the other.
+    """The product rows [T, size] -> [T, sum(sizes)] with the concatenated weights of these names.
 
-    None where all of them are stored in floats and stay so.
+    None where all weights are stored in floats and the mode keeps them so.
     """
     stored = [binding.stored(name, rows, size) for name, rows in zip(names, sizes, strict=True)]
     if binding.quantization is None and not any(stored):
@@ -68,9 +68,11 @@ def _bound_product(
 
 
 def _row_bits(weight_bits: int, mode: QuantisationMode | None, deterministic: bool) -> int:
-    """8 where the mode says so, or a 4-bit weight's own error hides that of such rows.
+    """Bits of the activation rows that a weight is multiplied by.
 
-    `mode` None: of a weight that is stored quantised. `deterministic` asks for exact products.
+    8 where the mode says so, and for 4-bit weights, whose own error hides that of 8-bit rows; but
+    16 for those in a `deterministic` program, where products must be exact. `mode` None: of a
+    weight that is stored quantised.
     """
     if weight_bits == 4:
         return 16 if deterministic else 8
@@ -78,7 +80,7 @@ def _row_bits(weight_bits: int, mode: QuantisationMode | None, deterministic: bo
 
 
 def _joined(weights: Sequence[QuantisedWeight | torch.Tensor]) -> QuantisedWeight | None:
-    """The weights as one; None where their forms differ."""
+    """The weights concatenated to one; None where their forms differ."""
     first, *others = weights
     if not isinstance(first, QuantisedWeight):
         return None
@@ -98,13 +100,13 @@ def _alike(a: QuantisedWeight, b: QuantisedWeight) -> bool:
     return torch.equal(a.order, b.order)
 
 
-BLOCK = 32  # codes along k whose products are summed as whole numbers
-_COLUMNS = 16  # of a panel; their number is even
+BLOCK = 32  # codes along k whose products are summed as integers
+_COLUMNS = 16  # columns of a panel; the number of panels is even
 _POINTER, _LONG = ctypes.c_void_p, ctypes.c_long
 
 
 class NativeQuant(ctypes.Structure):
-    """`NativeQuant` of quant.c: a `Linear`, and the order of k."""
+    """The C struct `Quant` of quant.c: a `Linear`, and the order of k."""
 
     _fields_ = (
         *((name, _POINTER) for name in ("run", "gated", "weight", "scales", "zeros", "bias")),
@@ -114,10 +116,9 @@ class NativeQuant(ctypes.Structure):
 
 
 class PackedQuantised:
-    """rows [T, K] float32 -> [T, N] float32: the same bits for a row whatever rows are beside it.
+    """The product rows [T, K] -> [T, N], float32, by C. A row's bits do not depend on other rows.
 
-    Makes `row_bits` (8 or 16) of each number of a row. A C `Linear` is at `address`, which points
-    into tensors that live as long as this does.
+    Rows are quantised to `row_bits` (8 or 16). `address`: of a C `Linear`; valid while this lives.
     """
 
     def __init__(
@@ -150,9 +151,11 @@ class PackedQuantised:
 
 
 def _packed_codes(weight: QuantisedWeight) -> torch.Tensor:
-    """[N, K] -> [panel, k / 4, 16, 4]; in 4 bits two fours along k share the bytes of one."""
+    """Codes [N, K] in the order of C: [panel, k / 4, 16, 4]. With 4 bits, each byte holds a code of
+    one group of four and a code of the next group.
+    """
     num_rows, size = weight.shape
-    fill = ZERO_CODE[weight.bits]  # its product with an activation of 0 is 0, whatever it is
+    fill = ZERO_CODE[weight.bits]  # padding is multiplied by activations of 0
     filled = pad(weight.codes, (0, -size % BLOCK, 0, -num_rows % (2 * _COLUMNS)), value=fill)
     panels = filled.view(-1, _COLUMNS, filled.shape[1] // 4, 4).transpose(1, 2)
     if weight.bits == 8:
@@ -162,7 +165,7 @@ def _packed_codes(weight: QuantisedWeight) -> torch.Tensor:
 
 
 def _packed_groups(of_groups: torch.Tensor) -> torch.Tensor:
-    """[N, G] -> [panel, G, 16]."""
+    """Values of groups [N, G] in the order of C: [panel, G, 16]."""
     filled = pad(of_groups, (0, 0, 0, -len(of_groups) % (2 * _COLUMNS)))
     return filled.view(-1, _COLUMNS, filled.shape[1]).transpose(1, 2).contiguous()
 
@@ -171,17 +174,18 @@ def _address(tensor: torch.Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-_LARGEST_CODE = {8: 127, 16: 127 * 256 + 127}  # of 16 bits, what two bytes with sign hold
-_BLOCK_NUMBERS = 1 << 21  # of a weight at a time: 8 MiB in float32, within the cache
+_LARGEST_CODE = {8: 127, 16: 127 * 256 + 127}  # 16 bits: two signed bytes
+_BLOCK_NUMBERS = 1 << 21  # numbers of a weight block in float32: 8 MiB, which fit in the cache
 
 
 def dequantising(
     weight: QuantisedWeight, bias: torch.Tensor | None, row_bits: int, *, alone: bool
 ) -> LinearFunction:
-    """rows [T, K] -> [T, N]. `alone`: one row a product, for the same bits in any batch.
+    """The product rows [T, K] -> [T, N] in torch. `alone`: one row a product, for the same bits in
+    any batch.
 
-    Rows are rounded where an 8-bit weight meets 8-bit rows, so that the mode means the same as in
-    C; elsewhere they stay as they are.
+    Rows are rounded where an 8-bit weight is multiplied by 8-bit rows, so that the mode gives the
+    same results as in C; elsewhere rows are not rounded.
     """
     order = None if weight.order is None else weight.order.long()
 
@@ -200,14 +204,16 @@ def dequantising(
 
 
 def _float_blocks(weight: QuantisedWeight) -> Iterator[torch.Tensor]:
-    """Rows of the weight in float32, in the order of its codes."""
+    """Blocks of the weight's rows in float32, columns in the order of its codes."""
     step = max(1, _BLOCK_NUMBERS // weight.shape[1])
     for top in range(0, weight.shape[0], step):
         yield weight.rows(top, top + step).ordered()
 
 
 def rounded(rows: torch.Tensor, bits: int = 8) -> torch.Tensor:
-    """Rows as the C kernels see them: whole numbers with a scale for each 32, in float32."""
+    """The values that C kernels compute with: rows quantised with a scale for each 32 numbers, in
+    float32.
+    """
     size, top = rows.shape[1], _LARGEST_CODE[bits]
     blocks = pad(rows, (0, -size % BLOCK)).view(len(rows), -1, BLOCK)
     most = blocks.abs().amax(-1, keepdim=True)
@@ -216,10 +222,10 @@ def rounded(rows: torch.Tensor, bits: int = 8) -> torch.Tensor:
     return seen
 
 
-_NUMBERS_AT_ONCE = 1 << 18  # numbers at a time, so that what a try makes stays in the cache
+_NUMBERS_AT_ONCE = 1 << 18  # of a weight: the temporaries of a try fit in the cache
 
-# Which code the largest number of a group may get. 4 bits have one code more below 0 than above,
-# and giving up a little of the largest number makes the others better.
+# Codes that the largest number of a group is tried with. 4 bits have one code more below 0 than
+# above, and clipping the largest number a little makes the others more precise.
 TRIES = {
     4: tuple(code for size in (6.5, 7.0, 7.5, 8.0, 8.5, 9.0, 9.5) for code in (-size, size)),
     8: tuple(127.0 + 0.25 * step for step in range(-8, 9)),
@@ -231,7 +237,10 @@ _LIMITS = {4: (-8, 7), 8: (-127, 127)}
 def quantise(
     weight: torch.Tensor, bits: int, kernels: NativeKernels | None = None
 ) -> QuantisedWeight:
-    """`weight` [N, K], float32 or bfloat16, in groups of 32: without zeros, scales in float16."""
+    """Quantise `weight` [N, K] float32 or bfloat16 in groups of 32, without zeros.
+
+    Each group gets the scale of least squared error.
+    """
     if kernels:
         return QuantisedWeight(
             bits, GROUP_SIZE, *kernels.quantise(weight.contiguous(), bits, TRIES[bits])
@@ -254,7 +263,9 @@ def _quantise_part(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch
 
 
 def _best_scales(groups: torch.Tensor, bits: int) -> torch.Tensor:
-    """[N, G, 1]: of all tries, and of the least-squares fit to the best one's codes."""
+    """The scales [N, G, 1] of least error among all tries and the least-squares fit to the codes of
+    the best try.
+    """
     largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
     best = _stored(largest / TRIES[bits][0])
     error = _error(groups, best, bits)
@@ -266,7 +277,7 @@ def _best_scales(groups: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def _stored(scales: torch.Tensor) -> torch.Tensor:
-    """The nearest scales that float16 has: codes are chosen for those."""
+    """Round scales to float16: codes are chosen for the scales that are stored."""
     return scales.clamp(-_LARGEST_SCALE, _LARGEST_SCALE).half().float()
 
 

@@ -1,4 +1,4 @@
-"""A queue of the CPU: launches computed in order, on one long-lived thread."""
+"""The launch queue of the CPU: launches are computed in order, on one long-lived thread."""
 
 import queue
 import threading
@@ -27,10 +27,10 @@ class _Launch:
 
 
 class CpuQueue:
-    """Implements Queue. Its thread starts at once; `threads` is what torch may use in it.
+    """Implements Queue. Its thread starts at once, and gives torch so many `threads`.
 
-    One thread for all launches, because OpenMP and the C kernels keep a team of threads for each
-    thread that calls them. Inputs are made by the caller, while the launch before computes.
+    One thread computes all launches, because OpenMP and the C kernels keep a team of threads for
+    each thread that calls them. The caller makes the inputs, while the launch before computes.
     """
 
     def __init__(self, threads: int | None = None) -> None:
@@ -81,7 +81,7 @@ def _computed(launch: _Launch) -> Sampled:
 
 
 def _sampled_by(ticket: Ticket) -> list[int]:
-    """The tokens of a launch of the same queue, which is over. Raises LaunchError."""
+    """The tokens of the launch before, which has ended. Raises LaunchError if it failed."""
     if ticket.cancelled() or ticket.exception() is not None:
         raise LaunchError("the launch before has failed")
     return ticket.result().token_ids

@@ -1,4 +1,6 @@
-"""A bound plan as instructions of the native step: matrices in an arena, waits between threads."""
+"""From a bound plan to the instructions of the native step: where matrices lie in the arena, and
+where threads wait for each other.
+"""
 
 import ctypes
 from collections.abc import Iterable, Sequence
@@ -10,28 +12,30 @@ from sagellm.backends.instructions import Instruction, KernelPlan
 from sagellm.graphs.kernels import KERNELS, KV
 from sagellm.graphs.kernels.token_mixers import PagedAttention, Rope
 
+LOGITS_BUFFER = -1  # the tensor of the logits, which is not in the arena
+
 
 @dataclass(frozen=True, slots=True)
 class BufferSlice:
-    """Columns `column` .. `column + width` of the rows of a buffer; LOGITS is no arena's."""
+    """A matrix in a buffer: columns `column` to `column + width` of the buffer's rows."""
 
     buffer: int
     column: int
     width: int
 
 
-LOGITS_BUFFER = -1
-
-
 class Buffers:
-    """Hands out buffers as a plan goes by; each becomes as wide as the widest of its users."""
+    """Allocates the buffers of an arena in the order of a plan, and reuses those that are free.
+
+    A buffer becomes as wide as the widest of its users.
+    """
 
     def __init__(self) -> None:
         self._widths: list[int] = []
         self._users: list[int] = []
 
     def take(self, widths: Sequence[int]) -> tuple[BufferSlice, ...]:
-        """Matrices side by side in one buffer that nothing else uses."""
+        """Allocate matrices of these widths, side by side in one free buffer."""
         buffer = self._free_one(sum(widths))
         self._widths[buffer] = max(self._widths[buffer], sum(widths))
         self._users[buffer] = len(widths)
@@ -40,19 +44,20 @@ class Buffers:
         return tuple(BufferSlice(buffer, column, width) for column, width in pairs)
 
     def drop(self, place: BufferSlice) -> None:
-        """Nothing reads this matrix any more."""
+        """Free a matrix. Its buffer is free when all its matrices are."""
         if place.buffer != LOGITS_BUFFER:
             self._users[place.buffer] -= 1
 
     def stride(self, buffer: int) -> int:
-        """Floats from row to row."""
+        """The width of a buffer: floats from row to row."""
         return self._widths[buffer]
 
     def firsts(self) -> tuple[int, ...]:
-        """Floats a row of all buffers before each, and of all together at the end."""
+        """The offset of each buffer, in floats a row; and the width of all buffers at the end."""
         return tuple(sum(self._widths[:index]) for index in range(len(self._widths) + 1))
 
     def _free_one(self, width: int) -> int:
+        """The narrowest free buffer of enough width; else the widest free one; else a new one."""
         free = [index for index, users in enumerate(self._users) if users == 0]
         wide = [index for index in free if self._widths[index] >= width]
         if wide:
@@ -69,14 +74,9 @@ _OPS = (  # in the order of step.h
     *("embedding", "select_rows", "rms_norm", "add_rms_norm", _LINEAR, _GATED, "rope"),
     *("kv_write", "rope_kv_write", "paged_attention", "add", "mul", "silu", "silu_mul"),
 )
-_SAME = {"qkv_linear": _LINEAR, "gate_up_linear": _LINEAR}
-_IN_PLACE = (
-    "add",
-    "mul",
-    "silu",
-    "silu_mul",
-    "add_rms_norm",
-)  # the first result over the first inlet
+_SAME = {"qkv_linear": _LINEAR, "gate_up_linear": _LINEAR}  # in C one op with several results
+_IN_PLACE = ("add", "mul", "silu", "silu_mul", "add_rms_norm")  # may overwrite their first inlet
+# Inlets that C reads from the step itself, with the input of the step that each must be fed by.
 _STEP_PORTS = {
     ("embedding", "in"): "token_ids",
     ("select_rows", "rows"): "logit_rows",
@@ -86,16 +86,20 @@ _STEP_PORTS = {
         for name in ("positions", "slots", "query_starts", "context_lens", "block_tables", KV)
     },
 }
-_EVERY_ROW = ("rope", "kv_write", "rope_kv_write", "paged_attention")
+_EVERY_ROW = ("rope", "kv_write", "rope_kv_write", "paged_attention")  # need all T rows
 
 
 class UntranslatableError(Exception):
-    """A plan that only the interpreter on tensors can run."""
+    """The plan has no native form; a CpuProgram can run it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Translation:
-    """`instructions` point to `kernels`' weights; the arena takes `num_floats` a row."""
+    """A plan in native form. `instructions` point to memory that `kernels` keep alive.
+
+    The arena needs `num_floats` a row. `ropes` and `attentions`: the distinct options that the
+    field `table` of instructions counts. `names`: of the nodes, for profiles.
+    """
 
     instructions: "ctypes.Array[c_structs.NativeInstruction]"
     kernels: tuple[NativeKernel, ...]
@@ -104,19 +108,23 @@ class Translation:
     names: tuple[str, ...]
     num_floats: int
     num_logits: int
-    is_chosen: bool  # logits are those of chosen rows
+    is_chosen: bool  # logits are computed for the chosen rows only (`logit_rows`)
 
 
 @dataclass(frozen=True, slots=True)
 class _Value:
-    """A matrix of floats; `chosen` has a row for each row of logits."""
+    """A matrix of floats. `chosen`: it has the R rows of logits, else all T rows."""
 
     place: BufferSlice
     chosen: bool
 
 
 def translate(plan: KernelPlan, kernels: Sequence[object]) -> Translation:
-    """Raises UntranslatableError where a kernel has one form only, or wires are unusual."""
+    """The native form of a plan. `kernels`: bound, one an instruction.
+
+    Raises UntranslatableError where a kernel has no native form, or its inlets are fed by other
+    values than the C step reads.
+    """
     native = tuple(kernel for kernel in kernels if isinstance(kernel, NativeKernel))
     if len(native) < len(kernels):
         raise UntranslatableError("a kernel is not the C library's")
@@ -127,6 +135,8 @@ def translate(plan: KernelPlan, kernels: Sequence[object]) -> Translation:
 
 
 class _Translator:
+    """Collects the steps of a plan with the places of their matrices, then writes the C structs."""
+
     def __init__(self, plan: KernelPlan) -> None:
         self._plan = plan
         self._buffers = Buffers()
@@ -136,6 +146,7 @@ class _Translator:
         self._attentions: dict[PagedAttention, int] = {}
 
     def add(self, step: Instruction, kernel: NativeKernel) -> None:
+        """Translate the next instruction of the plan. Raises UntranslatableError."""
         op = _SAME.get(step.node.op, step.node.op)
         if op not in _OPS:
             raise UntranslatableError(f"{op} is no instruction")
@@ -152,7 +163,10 @@ class _Translator:
         self._steps.append((kernel, op, inlets, [*outlets, *scratch]))
 
     def _activations(self, step: Instruction) -> Iterable[int]:
-        """Registers of the inlets that hold matrices; the others must be what C takes them for."""
+        """The registers of inlets that hold matrices.
+
+        Raises UntranslatableError where another inlet is not fed by the input that C reads there.
+        """
         ports = KERNELS[step.node.op].spec.inlets
         for port, index in zip(ports, step.inputs, strict=True):
             expected = _STEP_PORTS.get((step.node.op, port.name))
@@ -188,7 +202,7 @@ class _Translator:
         return [_Value(place, chosen) for place in places]
 
     def _scratch(self, op: str, outlets: Sequence[_Value]) -> list[_Value]:
-        """Room beside its result that a kernel needs, and nothing reads afterwards."""
+        """Memory that a kernel needs beside its result, and that no later kernel reads."""
         if op != _GATED:
             return []
         (place,) = self._buffers.take([2 * outlets[0].place.width])
@@ -196,12 +210,13 @@ class _Translator:
         return [_Value(place, outlets[0].chosen)]
 
     def _over(self, step: Instruction, op: str, registers: Sequence[int]) -> Iterable[BufferSlice]:
-        """The first inlet, where nothing else reads it: its place goes to the first result."""
+        """The place of the first inlet, if the kernel may overwrite it: nothing else reads it."""
         first = registers[0] if registers else -1
         if op in _IN_PLACE and first in step.dead and registers.count(first) == 1:
             yield self._values.pop(first).place
 
     def translation(self, kernels: tuple[NativeKernel, ...]) -> Translation:
+        """The whole plan, after its last instruction was added."""
         firsts = self._buffers.firsts()
         made = (c_structs.NativeInstruction * len(self._steps))()
         touched = _Touched()
@@ -241,18 +256,22 @@ class _Translator:
 
 
 class _Touched:
-    """Which buffers were read and written since all threads last met."""
+    """The buffers that kernels read and wrote since all threads last waited for each other."""
 
     def __init__(self) -> None:
         self._read: set[int] = set()
         self._written: set[int] = set()
 
     def must_wait(self, op: str, inlets: Sequence[_Value], outlets: Sequence[_Value]) -> bool:
-        """Whether this kernel touches what another wrote, or writes what another reads."""
+        """Whether threads must wait before this kernel: it touches a buffer that a kernel wrote, or
+        writes a buffer that a kernel reads.
+        """
         read = {value.place.buffer for value in inlets}
         written = {value.place.buffer for value in outlets}
         clash = self._written & (read | written) or self._read & written
-        waits = bool(clash) or op == "paged_attention"  # reads the pool; its pieces are counted on
+        # Attention always waits: it reads the pool, which is no buffer, and its threads take pieces
+        # of work from one counter.
+        waits = bool(clash) or op == "paged_attention"
         if waits:
             self._read, self._written = set(), set()
         self._read |= read
@@ -261,7 +280,7 @@ class _Touched:
 
 
 def _kind(options: PagedAttention) -> PagedAttention:
-    """The same for all layers that attend alike."""
+    """The options without layer and table: equal for all layers that attend alike."""
     return PagedAttention(
         0,
         options.num_heads,

@@ -1,15 +1,25 @@
-"""The policies of `policy_sort`, by name. A new one is a file beside these and a line below; those
-of users are registered, or offered by packages as entry points `sagellm.policies`.
+"""The policies of `policy_sort`, by name, in one table.
+
+A new policy that ships is a function in `order.py` and an entry in the table below. Users register
+theirs (`sagellm.register_policy`), or a package offers them as entry points `sagellm.policies`.
 """
 
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, dataclass, fields
-from types import ModuleType
 from typing import Any
 
 from sagellm.graphs.diagnostics import Path
-from sagellm.operators.policies import order
-from sagellm.operators.policies.order import Policy, PolicySortOptions, RankingPolicy
+from sagellm.operators.policies.order import (
+    Policy,
+    PolicySortOptions,
+    QueueOrder,
+    RankingPolicy,
+    adaptive,
+    cost_optimized,
+    fifo,
+    priority,
+    slo_aware,
+)
 from sagellm.runtime.registry import (
     Registry,
     check_and_read_options,
@@ -18,17 +28,32 @@ from sagellm.runtime.registry import (
     refuse_options,
 )
 
+__all__ = [
+    "OWN",
+    "POLICIES",
+    "Policy",
+    "PolicySortOptions",
+    "QueueOrder",
+    "RankingPolicy",
+    "RegisteredPolicy",
+    "check_policy",
+    "find_policy",
+    "refuse_unused",
+]
+
 
 @dataclass(frozen=True, slots=True)
 class RegisteredPolicy:
-    """One policy: what makes it from the options of `policy_sort`, and which of them it uses."""
+    """The function or class that makes a policy, and the options of `policy_sort` that it uses."""
 
     policy: Callable[[PolicySortOptions], Policy] | type[RankingPolicy]
-    USES: frozenset[str] = frozenset()
+    uses: frozenset[str] = frozenset()
 
 
 def check_policy(name: str, policy: Any, uses: Iterable[str] = ()) -> RegisteredPolicy:
-    """Raises TypeError and ValueError for parts that are none."""
+    """The entry of a user's policy. Raises TypeError for what is no policy, and ValueError for a
+    used option that `policy_sort` does not have.
+    """
     if isinstance(policy, type):
         check_user_class(f"policy {name!r}", policy, ("initial", "rank"))
     else:
@@ -39,34 +64,37 @@ def check_policy(name: str, policy: Any, uses: Iterable[str] = ()) -> Registered
     return RegisteredPolicy(policy, used)
 
 
-def _read(name: str, found: Any) -> RegisteredPolicy:
-    """An entry point is a module as those beside this one, or the function `policy` alone."""
+def _read_entry_point(name: str, found: Any) -> RegisteredPolicy:
+    """An entry point is a policy, or a module with `policy` and perhaps `USES`."""
     return check_policy(name, getattr(found, "policy", found), getattr(found, "USES", ()))
 
 
-POLICIES: Registry[ModuleType | RegisteredPolicy] = Registry(
+POLICIES: Registry[RegisteredPolicy] = Registry(
     "policy",
     "sagellm.policies",
     {
-        "fifo": order,
-        "priority": order,
-        "slo_aware": order,
-        "cost_optimized": order,
-        "adaptive": order,
+        "fifo": RegisteredPolicy(fifo),
+        "priority": RegisteredPolicy(priority, frozenset({"aging_s"})),
+        "slo_aware": RegisteredPolicy(slo_aware, frozenset({"prefill_tokens_per_s"})),
+        "cost_optimized": RegisteredPolicy(cost_optimized),
+        "adaptive": RegisteredPolicy(
+            adaptive, frozenset({"prefill_tokens_per_s", "busy_queued", "overloaded_queued"})
+        ),
     },
-    _read,
+    _read_entry_point,
 )
-OWN = "own"  # the order of `function`
+OWN = "own"  # the order of `function`; a policy too, but made by `policy_sort` itself
 
 
 def find_policy(name: str, options: PolicySortOptions, path: Path = ()) -> Policy | RankingPolicy:
     """The policy of that name; `path`: of `policy_sort` in the graph.
 
-    Raises ValueError for an unknown name, and for an option that the policy does not use.
+    Raises ValueError for an unknown name, and for an option that the policy does not use;
+    GraphError for wrong `policy_options`.
     """
-    module = POLICIES.find(name)
-    refuse_unused(name, module.USES, options)
-    made, where = module.policy, (*path, "policy_options")
+    registered = POLICIES.find(name)
+    refuse_unused(name, registered.uses, options)
+    made, where = registered.policy, (*path, "policy_options")
     if isinstance(made, type):
         return check_and_read_options(made, options.policy_options, where)
     refuse_options(f"policy `{name}`", options.policy_options, where)
@@ -77,9 +105,9 @@ def find_policy(name: str, options: PolicySortOptions, path: Path = ()) -> Polic
 
 
 def refuse_unused(name: str, uses: frozenset[str], options: PolicySortOptions) -> None:
-    """Raises ValueError where an option was changed that only other policies use."""
+    """Raise ValueError where a graph sets an option that only other policies use."""
     for option in fields(PolicySortOptions):
-        users = [other for other, each in POLICIES.at_hand.items() if option.name in each.USES]
+        users = [other for other, each in POLICIES.at_hand.items() if option.name in each.uses]
         is_changed = option.default is not MISSING and (
             getattr(options, option.name) != option.default
         )

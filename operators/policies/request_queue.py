@@ -23,10 +23,10 @@ EntriesByRequest: TypeAlias = Map[str, tuple[QueueEntry, ...]]
 
 
 class RankContext(msgspec.Struct, frozen=True):
-    """What ranks depend on beside requests and time.
+    """Values that ranks depend on, besides requests and time.
 
-    `orders`: of the policy, with prefills as they are predicted now. `state`: of a policy that has
-    one. `indexes`: the prefix blocks of engines.
+    `orders`: of the policy, with the current predictions of prefill times. `state`: of a policy
+    that has one. `indexes`: the prefix blocks of engines.
     """
 
     orders: tuple[QueueOrder, ...]
@@ -36,10 +36,10 @@ class RankContext(msgspec.Struct, frozen=True):
 
 
 class RequestQueue(msgspec.Struct, frozen=True):
-    """The waiting requests. An update costs microseconds, however many wait.
+    """The waiting requests. An update takes microseconds, independent of their number.
 
     `entries` ascend by rank, arrival and number; `expiries` by time. `choices`: the entries of each
-    request. `declined` are candidates that found no credit since credit last changed.
+    request. `declined`: candidates that found no credit since credit last changed.
     """
 
     entries: SortedChunks[QueueEntry] = SortedChunks()
@@ -49,30 +49,32 @@ class RequestQueue(msgspec.Struct, frozen=True):
     level: int = 0
     num_arrived: int = 0
     backlog: Backlog = Backlog()  # of the entries
-    waiting_since_s: float = 0.0  # when something began to wait
-    told_s: float = 0.0  # until when `backlog.busy_s` counts
+    waiting_since_s: float = 0.0  # since when the queue has not been empty
+    counted_until_s: float = 0.0  # the time up to which `backlog.busy_s` is counted
     num_sent: int = 0
     num_sent_tokens: int = 0  # of prompts
-    known: RankContext = RankContext(())
+    context: RankContext = RankContext(())
 
     @property
     def wake_at(self) -> float | None:
         first = self.expiries.first
         return None if first is None else first[0]
 
-    def knowing(self, **changes: Any) -> "RequestQueue":
-        """The same requests, with something else known."""
-        return replace(self, known=replace(self.known, **changes))
+    def with_context(self, **changes: Any) -> "RequestQueue":
+        """The queue with these fields of its context changed."""
+        return replace(self, context=replace(self.context, **changes))
 
     def busy_s(self, now: float) -> float:
-        """How long something has waited in it, or could not have been sent on, until now."""
+        """For how long, until now, requests have waited here or engines were full."""
         backlog = self.backlog
-        if now <= self.told_s or backlog.is_open:
+        if now <= self.counted_until_s or backlog.is_open:
             return backlog.busy_s
-        return backlog.busy_s + now - self.told_s
+        return backlog.busy_s + now - self.counted_until_s
 
     def with_request(self, request: Request, order: QueueOrder, now: float) -> "RequestQueue":
-        """Raises what the order's rank raises, and ValueError where that is not a number."""
+        """The queue with one more request. Raises ValueError for a rank of NaN, and what the rank
+        function raises.
+        """
         rank = float(order.rank(request))
         if math.isnan(rank):
             raise ValueError("a rank must be a number")
@@ -91,22 +93,22 @@ class RequestQueue(msgspec.Struct, frozen=True):
             number + 1,
             _counted(self.backlog, request, 1, request.num_uncached_tokens, self.busy_s(now)),
             self.waiting_since_s if self.backlog.num_requests else now,
-            max(self.told_s, now),
+            max(self.counted_until_s, now),
             self.num_sent,
             self.num_sent_tokens,
-            self.known,
+            self.context,
         )
 
     def without_taken(self, taken: Request, now: float) -> "RequestQueue":
-        """Without the candidate that was taken; nothing counts as declined any more."""
+        """The queue without a request that was sent. No candidate counts as declined any more."""
         entry, *others = self.choices[taken.request_id]
         if others:
             entry = next(one for one in (entry, *others) if _is_same(one[3], taken))
-        waited = max(self.told_s, now) > self.waiting_since_s
+        waited = max(self.counted_until_s, now) > self.waiting_since_s
         return self._without(entry, now, (), was_sent=True, was_served=waited)
 
     def with_room(self, now: float, *, has_room: bool) -> "RequestQueue":
-        """Engines downstream have room for a request again, or have none any more."""
+        """The queue after engines downstream got room for a request, or have none any more."""
         backlog = replace(self.backlog, busy_s=self.busy_s(now), num_full=not has_room)
         if has_room and not len(self.entries) and self.num_sent:
             backlog = replace(
@@ -114,17 +116,17 @@ class RequestQueue(msgspec.Struct, frozen=True):
                 num_served=backlog.num_served + 1,
                 num_served_tokens=backlog.num_served_tokens + self.num_sent_tokens // self.num_sent,
             )
-        return replace(self, backlog=backlog, told_s=max(self.told_s, now))
+        return replace(self, backlog=backlog, counted_until_s=max(self.counted_until_s, now))
 
     def without_signalled(
         self, signal: Signal, now: float
     ) -> tuple["RequestQueue", tuple[Request, ...]]:
-        """The queue without the requests that a signal ends, and those."""
+        """The queue without the requests that a signal ends; and those requests."""
         entries = self.choices.get(signal.request_id, ())
         return self._without_all([one for one in entries if signal.concerns(one[3].key)], now)
 
     def without_expired(self, now: float) -> tuple["RequestQueue", tuple[Request, ...]]:
-        """The queue without the requests whose time has passed, and those."""
+        """The queue without the requests that have expired; and those requests."""
         expired: list[QueueEntry] = []
         for expires_s, _, entry in self.expiries:
             if expires_s > now:
@@ -133,20 +135,22 @@ class RequestQueue(msgspec.Struct, frozen=True):
         return self._without_all(expired, now)
 
     def at_level(self, level: int, order: QueueOrder) -> "RequestQueue":
-        """The same requests in another order."""
+        """The queue in the order of another level."""
         queue = self
         for entry in self.entries:
             queue = queue._moved(entry, float(order.rank(entry[3])))
         return replace(queue, level=level, declined=())
 
-    def told(self, order: QueueOrder) -> Backlog:
-        """What waits, as operators upstream should know it: an order may make no one patient."""
+    def reported(self, order: QueueOrder) -> Backlog:
+        """The backlog to report upstream. Under an order without objectives no request is patient:
+        those without an objective do not let others pass.
+        """
         if order.lapses:
             return self.backlog
         return replace(self.backlog, num_patient=0, num_patient_tokens=0)
 
     def lapsed(self, order: QueueOrder, now: float) -> "RequestQueue":
-        """The same requests, those whose time has passed at their later ranks."""
+        """The queue with requests whose rank has passed at their later ranks."""
         if order.grace_s is None:
             return self
         queue = self
@@ -155,7 +159,7 @@ class RequestQueue(msgspec.Struct, frozen=True):
         return queue
 
     def _moved(self, entry: QueueEntry, rank: float) -> "RequestQueue":
-        """The same requests, one of them at another rank."""
+        """The queue with one entry at another rank."""
         moved = (rank, *entry[1:])
         request = entry[3]
         expiries = self.expiries
@@ -187,16 +191,16 @@ class RequestQueue(msgspec.Struct, frozen=True):
         return RequestQueue(
             self.entries.removed(entry),
             expiries,
-            _without_choice(self.choices, entry),
+            _without_entry(self.choices, entry),
             declined,
             self.level,
             self.num_arrived,
             _counted(self.backlog, request, -1, num_tokens, busy_s, was_served=was_served),
             self.waiting_since_s,
-            max(self.told_s, now),
+            max(self.counted_until_s, now),
             self.num_sent + was_sent,
             self.num_sent_tokens + num_tokens * was_sent,
-            self.known,
+            self.context,
         )
 
     def _without_all(
@@ -208,7 +212,7 @@ class RequestQueue(msgspec.Struct, frozen=True):
         return queue, tuple(entry[3] for entry in entries)
 
 
-def _without_choice(choices: EntriesByRequest, entry: QueueEntry) -> EntriesByRequest:
+def _without_entry(choices: EntriesByRequest, entry: QueueEntry) -> EntriesByRequest:
     request_id = entry[3].request_id
     if len(choices[request_id]) == 1:
         return choices.delete(request_id)
@@ -231,7 +235,7 @@ def _counted(
     *,
     was_served: bool = False,
 ) -> Backlog:
-    """The backlog with a request of so many uncached tokens more, or less."""
+    """The backlog with one request more (`sign` 1) or fewer (-1)."""
     is_patient = request.slo_ttft_s is None
     return Backlog(
         backlog.num_requests + sign,
@@ -247,7 +251,7 @@ def _counted(
 
 
 def backlogs_differ(one: Backlog, other: Backlog) -> bool:
-    """Whether anything but their busy time does."""
+    """Whether two backlogs differ in anything but their busy time."""
     if one is other:
         return False
     if one.num_requests != other.num_requests:
@@ -256,4 +260,5 @@ def backlogs_differ(one: Backlog, other: Backlog) -> bool:
 
 
 def _is_same(held: Request, taken: Request) -> bool:
+    """Whether both are the same choice of a request, in the same epoch."""
     return held is taken or (held.key == taken.key and held.epoch == taken.epoch)

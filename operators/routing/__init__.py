@@ -1,9 +1,18 @@
-"""The strategies of `route`, by name. A new one is a file beside these and a line below; those of
-users are registered, or offered by packages as entry points `sagellm.strategies`.
+"""The strategies of `route`, by name, in one table.
+
+A new strategy that ships is a function or a class in `strategies.py` and an entry in the table
+below. Users register theirs (`sagellm.register_strategy`), or a package offers them as entry points
+`sagellm.strategies`.
 """
 
-from sagellm.operators.routing import strategies
-from sagellm.operators.routing.strategies import Affinity, Locality, PrefixAware
+from sagellm.operators.routing.strategies import (
+    Affinity,
+    Locality,
+    PrefixAware,
+    load_balanced,
+    random,
+    round_robin,
+)
 from sagellm.operators.routing.strategy import (
     Candidates,
     Hold,
@@ -29,9 +38,9 @@ STRATEGIES: Registry[RegisteredStrategy] = Registry(
     "strategy",
     "sagellm.strategies",
     {
-        "load_balanced": strategies.load_balanced,
-        "round_robin": strategies.round_robin,
-        "random": strategies.random,
+        "load_balanced": load_balanced,
+        "round_robin": round_robin,
+        "random": random,
         "affinity": Affinity,
         "locality": Locality,
         "prefix_aware": PrefixAware,
@@ -41,5 +50,5 @@ STRATEGIES: Registry[RegisteredStrategy] = Registry(
 
 
 def find_strategy(name: str) -> RegisteredStrategy:
-    """The strategy of that name. Raises ValueError."""
+    """The strategy of that name. Raises ValueError for an unknown name."""
     return STRATEGIES.find(name)

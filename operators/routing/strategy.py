@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
 from sagellm.graphs.diagnostics import Path
+from sagellm.graphs.vocabulary import nearest
 from sagellm.operators.routing.view import PoolView, bits, tokens_of
 from sagellm.runtime.forecast import Forecast
 from sagellm.runtime.messages import Request
@@ -22,12 +23,14 @@ NOTHING_KNOWN = Forecast()
 
 
 class Candidates:
-    """The replicas of one pool that a strategy orders for one request: those that are up and have
-    room; where none has, those that are up; where none is, all. At the last two the request waits.
+    """The replicas of one pool that a strategy orders for one request.
 
-    `turn` rises by one with each request that was routed. `facts` are those of the engine, None
-    where they are not known: `block_size`, `num_blocks`, `max_num_seqs`, `max_model_len` ...
-    `forecast` knows something where the strategy subscribes to "first_token".
+    Candidates are the replicas that are up and have room; if there are none, those that are up; if
+    none is up, all. In the last two cases the request waits.
+
+    `turn` rises by one with each routed request. `facts` are those of the engine (`block_size`,
+    `num_blocks`, `max_num_seqs`, `max_model_len` ...), None if unknown. `forecast` has predictions
+    if the strategy subscribes to "first_token".
     """
 
     __slots__ = ("_cached", "_hasher", "facts", "forecast", "pool", "request", "turn")
@@ -51,12 +54,12 @@ class Candidates:
 
     @property
     def numbers(self) -> tuple[int, ...]:
-        """All candidates, ascending. Linear in their number."""
+        """The numbers of all candidates, ascending. Takes time linear in their number."""
         return tuple(bits(self.pool.candidates))
 
     @property
     def mask(self) -> int:
-        """The same as a mask: bit n is set where replica n is a candidate."""
+        """The candidates as a mask: bit n is set if replica n is a candidate."""
         return self.pool.candidates
 
     @property
@@ -66,8 +69,9 @@ class Candidates:
 
     @property
     def cached(self) -> Cached:
-        """How many tokens of the request are cached on which replicas, candidates or not. It is
-        looked up when it is first asked for.
+        """How many tokens of the request are cached on which replicas, candidates or not.
+
+        Looked up on first use, because a strategy may not need it.
         """
         if self._cached is None:
             index, hasher, self._cached = self.pool.index, self._hasher, NOTHING_CACHED
@@ -76,8 +80,9 @@ class Candidates:
         return self._cached
 
     def num_cached_tokens(self, number: int) -> int:
-        """Tokens of the request that a replica has in its prefix cache, as far as engines say it: 0
-        where the strategy does not subscribe to "cache".
+        """Tokens of the request that a replica has in its prefix cache, as engines report.
+
+        0 if the strategy does not subscribe to "cache".
         """
         return self.cached.num_tokens(number)
 
@@ -87,51 +92,51 @@ class Candidates:
         return known - self.num_cached_tokens(number)
 
     def num_pending_tokens(self, number: int) -> int:
-        """Prompt tokens that a replica has to compute before those of a new request: as its engine
-        reported, and of what was sent there since.
+        """Prompt tokens that a replica has to compute before those of a new request: by its last
+        report, and of requests sent there since.
         """
         return self.pool.replicas[number].num_pending
 
     def prefill_s(self, number: int) -> float | None:
-        """Predicted seconds until a replica has computed the prompt, after those that it has to
-        compute already; None before there is evidence.
+        """Predicted seconds until a replica has computed its pending prompts and this one; None
+        before there is evidence.
         """
         num_tokens = self.num_pending_tokens(number) + self.num_uncached_tokens(number)
         return self.forecast.prefill_s(num_tokens)
 
     @property
     def step_s(self) -> float | None:
-        """Predicted seconds of an engine step, so of each further token; None: not known."""
+        """Predicted seconds of an engine step, and so of each further token; None: unknown."""
         return self.forecast.step_s
 
     def num_requests(self, number: int) -> int:
-        """Requests that a replica has."""
+        """The number of requests that a replica has."""
         known = self.pool.replicas[number]
         return max(known.num_held, known.num_reported)
 
     def num_left(self, number: int) -> float:
-        """Requests that a replica still has credit for."""
+        """The number of requests that a replica still has credit for."""
         return self.pool.replicas[number].num_left
 
     def load(self, number: int) -> float:
-        """Outstanding tokens of a replica."""
+        """The outstanding tokens of a replica."""
         return self.pool.replicas[number].load(tokens_of(self.request))
 
     def least_loaded(self) -> int:
-        """Ties go round, so that an idle pool fills evenly."""
+        """The candidate of least load. Ties go round, so that an idle pool fills evenly."""
         start = self.turn % self.pool.size
         found = self.pool.loads.argmin(start)
         return found if found is not None else min(self.numbers, key=self._waiting_rank(start))
 
     def by_load(self) -> Iterator[int]:
-        """The candidates, least loaded first; the first comes at once, the others are sorted."""
+        """The candidates, least loaded first. The first comes without sorting the others."""
         first = self.least_loaded()
         yield first
         rank = self._waiting_rank(self.turn % self.pool.size)
         yield from sorted((number for number in self.numbers if number != first), key=rank)
 
     def rest(self, tried: int) -> Iterator[int]:
-        """The candidates that are not in the mask `tried`, least loaded first."""
+        """The candidates outside of the mask `tried`, least loaded first."""
         if tried != self.mask:
             yield from (number for number in self.by_load() if not tried >> number & 1)
 
@@ -142,17 +147,23 @@ class Candidates:
 
 @dataclass(frozen=True, slots=True)
 class Hold:
-    """As the first of an order: a replica that the request waits for although others have room, for
-    `limit_s` at most from the first time that it was held back. After that the next ones are tried.
+    """The first of an order: a replica that the request waits for although others have room.
+
+    The request waits at most `limit_s`, counted from when it was first held back; then the next
+    replicas of the order are tried.
     """
 
     replica: int
     limit_s: float
 
 
-# Replicas of the candidates, best first; one alone may be given as it is.
+# Feedback that every router gets, and feedback that a strategy may subscribe to in addition.
+ROUTER_FEEDBACK = frozenset({"credit", "load", "health", "topology"})
+STRATEGY_FEEDBACK = frozenset({"cache", "first_token"})
+
+# Numbers of replicas, best first, or one number.
 Order: TypeAlias = int | Hold | Iterable[int | Hold]
-# The third argument is a random source.
+# From the candidates, the time in seconds and a random source to an order.
 StrategyFunction: TypeAlias = Callable[[Candidates, float, Draw], Order]
 
 
@@ -160,20 +171,22 @@ class Strategy(Protocol):
     """A strategy with options, or with a state of its own: a frozen dataclass, whose fields are the
     options that `strategy_options` of `route` gives.
 
-    One that also has `subscribes`, of kinds of feedback, needs "cache" for
-    `candidates.num_cached_tokens`, or "first_token" for `prefill_s`, `step_s` and `forecast`. What
-    nobody needs is not sent.
+    Its attribute `subscribes`, if it has one, names the feedback that it needs: "cache" for
+    `candidates.num_cached_tokens`, "first_token" for `prefill_s`, `step_s` and `forecast`. Feedback
+    that no operator subscribes to is not sent.
     """
 
     @property
     def initial(self) -> Any:
-        """Its first state, a value; each pool of replicas has one."""
+        """The first state, a value. Each pool of replicas has a state of its own."""
 
     def order(
         self, state: Any, candidates: Candidates, now: float, draw: Draw
     ) -> tuple[Order, Any]:
-        """The order for one request, and the state after the request was sent to the first that
-        has credit; where none has, the state stays as it is, and the request is ordered again.
+        """The order for one request, and the next state.
+
+        The request is sent to the first replica with credit, and the next state holds. If none has
+        credit, the state does not change, and the request is ordered again later.
         """
 
 
@@ -181,7 +194,7 @@ RegisteredStrategy: TypeAlias = StrategyFunction | type[Strategy]
 
 
 def check_strategy(name: str, value: Any) -> Any:
-    """The value itself. Raises TypeError for what is no strategy."""
+    """The strategy itself. Raises TypeError for a value that is none."""
     if not isinstance(value, type):
         return check_callable(name, value, takes=("candidates", "now", "draw"))
     return check_user_class(f"strategy {name!r}", value, ("initial", "order"))
@@ -190,8 +203,21 @@ def check_strategy(name: str, value: Any) -> Any:
 def make_strategy(
     found: RegisteredStrategy, name: str, given: Mapping[str, Any], path: Path
 ) -> StrategyFunction | Strategy:
-    """A strategy with its options, which stand at `path` of the graph. Raises GraphError."""
+    """A strategy with its options, which are at `path` of the graph. Raises GraphError."""
     if isinstance(found, type):
         return check_and_read_options(found, given, path)
     refuse_options(f"strategy `{name}`", given, path)
     return found
+
+
+def wanted_feedback(strategy: StrategyFunction | Strategy, name: str, node: str) -> frozenset[str]:
+    """The kinds of feedback that a strategy subscribes to.
+
+    Raises ValueError for an unknown kind; the message begins with `node`, the operator's name.
+    """
+    wanted = frozenset(getattr(strategy, "subscribes", ()))
+    known = sorted(ROUTER_FEEDBACK | STRATEGY_FEEDBACK)
+    for kind in sorted(wanted.difference(known)):
+        hint = f"did you mean {nearest(kind, known) or ' or '.join(known)}?"
+        raise ValueError(f"{node}: strategy {name} subscribes to {kind!r}: {hint}")
+    return wanted

@@ -1,4 +1,4 @@
-"""What a router knows of the replicas that it chooses over, as values."""
+"""The state of a router: what it knows of the replicas that it chooses from, as values."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -17,33 +17,34 @@ from sagellm.runtime.prefixes import PrefixIndex
 
 Replica = tuple[str, int]  # a pool (an engine, or a node without one) and a number in it
 
-_SMOOTHING = 1 / 16  # of the latest request in the mean size of requests
-_DRIFT = 1.25  # how far that mean may move before all loads are computed anew
+_SMOOTHING = 1 / 16  # weight of the latest request in the mean size of requests
+_DRIFT = 1.25  # factor by which that mean may move before all loads are computed anew
 
 
 def tokens_of(request: Request) -> int:
-    """What a request may cost a replica: its prompt to compute, and its answer at the longest."""
+    """The most tokens that a request may cost a replica: its uncached prompt, and `max_tokens`."""
     return request.num_uncached_tokens + request.sampling.max_tokens
 
 
 class ReplicaView(msgspec.Struct, frozen=True):
     """What a router knows of one replica.
 
-    `num_held`, `num_tokens`: of the requests that this router sent there, until their credit comes
-    back, or they end on their way. `num_left`: requests that its credit has room for.
+    `num_held`, `num_tokens`: number and tokens of the requests that this router sent there, until
+    their credit is returned or they end on the way. `num_left`: requests that its credit still has
+    room for.
     """
 
     num_held: int = 0
     num_tokens: int = 0
     num_left: float = math.inf
-    num_pending: int = 0  # prompt tokens to compute: as reported, and of requests sent since
+    num_pending: int = 0  # prompt tokens to compute: of the last report, and of requests sent since
     num_reported: int = 0  # requests running and waiting in its engine
-    reporter: tuple[str, int] = ("", 0)  # who reported that, and the report's number
+    reporter: tuple[str, int] = ("", 0)  # the node of the last report, and the report's number
     is_up: bool = True
     is_removed: bool = False
 
     def load(self, request_tokens: float) -> float:
-        """Outstanding tokens; each request of others counts `request_tokens`."""
+        """Outstanding tokens. Each request that others sent counts `request_tokens`."""
         num_foreign = self.num_reported - self.num_held
         return (
             self.num_tokens + num_foreign * request_tokens if num_foreign > 0 else self.num_tokens
@@ -52,8 +53,10 @@ class ReplicaView(msgspec.Struct, frozen=True):
     def holding(
         self, number: int, num_tokens: int, num_left: float, num_uncached: int = 0
     ) -> "ReplicaView":
-        """With so many more requests, or fewer, of so many tokens, and room for others. Those that
-        have left it were in its last report.
+        """The view with `number` requests more (or fewer, if negative), of so many tokens.
+
+        `num_left`: its credit afterwards. Requests that leave were in the last report, so they are
+        subtracted from its count.
         """
         num_reported = self.num_reported + number if number < 0 else self.num_reported
         return ReplicaView(
@@ -73,10 +76,10 @@ NEW = ReplicaView()
 
 @dataclass(frozen=True, slots=True)
 class ReplicaPool:
-    """The replicas to choose over: those of one engine, whichever operators use it.
+    """The replicas of one engine, for all operators (`nodes`) that use the engine.
 
-    `num_replicas`: at first; a topology may say more. `entries`: of the operators, those that
-    requests enter next, so that their credit decides.
+    `num_replicas`: at the start; a Topology may add some. `entries`: the operators among `nodes`
+    that requests enter next, so that their credit decides.
     """
 
     name: str
@@ -86,26 +89,28 @@ class ReplicaPool:
 
 
 class PoolView(msgspec.Struct, frozen=True):
-    """The replicas of one pool. Masks have a bit a replica: whatever their number, an update takes
-    microseconds, and so does finding the least loaded.
+    """What a router knows of the replicas of one pool.
+
+    Masks have a bit for each replica, so that an update, and finding the least loaded replica, take
+    microseconds for any number of replicas.
     """
 
-    size: int  # how many replicas it has had
+    size: int  # replicas so far, removed ones included
     replicas: Map[int, ReplicaView] = Map()
     free: int = 0  # up, and with room
     up: int = 0
     known: int = 0  # not removed
-    loads: MinTree = MinTree()  # of those that are free
-    request_tokens: float = 1.0  # what a request of others counts as
-    mean_tokens: float = 0.0  # of the requests that were placed
-    index: PrefixIndex | None = None  # of the prefix blocks that they have, if anybody asks
+    loads: MinTree = MinTree()  # of the free replicas; infinity for the others
+    request_tokens: float = 1.0  # tokens that each request of others counts
+    mean_tokens: float = 0.0  # of the requests placed so far
+    index: PrefixIndex | None = None  # of their prefix blocks, if engines report them
 
     @classmethod
     def opened(cls, size: int) -> "PoolView":
         return cls(0).grown(size)
 
     def grown(self, size: int) -> "PoolView":
-        """With all replicas below `size`."""
+        """The view with new replicas up to number `size` - 1."""
         pool = self
         for number in range(self.size, size):
             pool = replace(pool, size=number + 1).with_replica(number, NEW)
@@ -132,7 +137,7 @@ class PoolView(msgspec.Struct, frozen=True):
         )
 
     def placed(self, number: int, num_tokens: int, num_uncached: int) -> "PoolView":
-        """With one more request there, of so many tokens, and prompt tokens to compute."""
+        """The view with one more request at a replica, of so many tokens and uncached tokens."""
         mean = self.mean_tokens
         mean = mean + (num_tokens - mean) * _SMOOTHING if mean else float(num_tokens)
         view = self.replicas[number]
@@ -143,7 +148,7 @@ class PoolView(msgspec.Struct, frozen=True):
         return pool
 
     def with_request_tokens(self, request_tokens: float) -> "PoolView":
-        """All loads computed anew: requests are of another size than before."""
+        """The view with all loads computed anew for requests of another size."""
         pool = replace(self, request_tokens=request_tokens)
         for number, view in self.replicas.items():
             pool = pool.with_replica(number, view)
@@ -151,14 +156,14 @@ class PoolView(msgspec.Struct, frozen=True):
 
     @property
     def candidates(self) -> int:
-        """The mask of those to choose from: free ones, else those that are up, else those that may
-        come back; at the last two a request waits.
+        """The mask of replicas to choose from: the free ones. If there are none, those that are up,
+        else those not removed: there the request waits.
         """
         return self.free or self.up or self.known
 
 
 def nth_bit(mask: int, index: int) -> int:
-    """The number of the bit that is set with `index` set bits below it."""
+    """The number of the set bit that has `index` set bits below it."""
     low, high = 0, mask.bit_length()
     while high - low > 1:
         middle = (low + high) // 2
@@ -168,7 +173,7 @@ def nth_bit(mask: int, index: int) -> int:
 
 
 def bits(mask: int) -> Iterator[int]:
-    """The numbers of the bits that are set, ascending."""
+    """The numbers of the set bits, ascending."""
     while mask:
         low = mask & -mask
         yield low.bit_length() - 1
@@ -179,8 +184,8 @@ Placed: TypeAlias = Map[str, tuple[tuple[Replica, int], ...]]
 
 
 class RouterView(msgspec.Struct, frozen=True):
-    """The state of a router. `placed`: request -> where its choices went, and their tokens.
-    `states`: of the strategy, by pool. `forecast`: where the strategy wants one.
+    """The state of a router. `placed`: request id -> the replicas of its choices, and their tokens.
+    `states`: of the strategy, by pool. `forecast`: kept if the strategy subscribes to it.
     """
 
     pools: Mapping[str, PoolView]
@@ -196,10 +201,6 @@ class RouterView(msgspec.Struct, frozen=True):
     def replica(self, replica: Replica) -> ReplicaView:
         return self.pools[replica[0]].replicas.get(replica[1], NEW)
 
-    def load(self, replica: Replica, request: Request) -> float:
-        """Outstanding tokens; a request of others counts as much as the one in hand."""
-        return self.replica(replica).load(tokens_of(request))
-
     def place(self, request: Request, replicas: tuple[Replica, ...]) -> "RouterView":
         num_uncached = request.num_uncached_tokens
         num_tokens = num_uncached + request.sampling.max_tokens
@@ -214,7 +215,10 @@ class RouterView(msgspec.Struct, frozen=True):
     def take_back(
         self, replica: Replica, request_id: str, num_left: float | None = None
     ) -> "RouterView":
-        """A replica holds a choice of a request no more; `num_left`: where requests enter it."""
+        """The view after a replica's credit of one choice was returned.
+
+        `num_left`: the replica's credit, if requests enter it next; None: unchanged.
+        """
         known, placed = self.replica(replica), self.placed
         left = known.num_left if num_left is None else num_left
         for place, (where, num_tokens) in enumerate(placed.get(request_id, ())):
@@ -224,39 +228,41 @@ class RouterView(msgspec.Struct, frozen=True):
         return self._with(replica, known.holding(0, 0, left), placed)
 
     def forget(self, request_id: str) -> "RouterView":
-        """Its last event has passed: whatever it took is free."""
+        """The view without a request that has ended: nothing of it counts any more."""
         view = self
         while where := view.placed.get(request_id):
             view = view.take_back(where[0][0], request_id)
         return view
 
     def report(self, replica: Replica, node: str, sequence: int, load: EngineLoad) -> "RouterView":
-        """The latest load wins; one that a later one of its node overtook changes nothing."""
+        """The view with a replica's reported load. A report older than the last one of its node is
+        ignored.
+        """
         known = self.replica(replica)
         if known.reporter[0] == node and sequence <= known.reporter[1]:
             return self
         num_reported = load.num_running + load.num_waiting
-        heard = replace(
+        reported = replace(
             known,
             num_reported=num_reported,
             num_pending=load.num_pending_prefill_tokens,
             reporter=(node, sequence),
         )
-        return self._with(replica, heard)
+        return self._with(replica, reported)
 
     def mark(self, replica: Replica, *, is_up: bool) -> "RouterView":
-        """Its engine is back, or is lost: either way without what it had."""
+        """The view after an engine replica was lost or came back; it has no requests either way."""
         known = replace(
             self.replica(replica), is_up=is_up, num_pending=0, num_reported=0, reporter=("", 0)
         )
         return self._with(replica, known)
 
     def with_index(self, pool: str, index: PrefixIndex) -> "RouterView":
-        """As the engine of a pool says which prefix blocks its replicas have."""
+        """The view with the reported prefix blocks of a pool's replicas."""
         return replace(self, pools={**self.pools, pool: replace(self.pools[pool], index=index)})
 
     def resize(self, pool: str, size: int, removed: frozenset[Replica]) -> "RouterView":
-        """As a topology says."""
+        """The view after a Topology: `size` replicas so far, of which some are removed."""
         grown = self.pools[pool].grown(size)
         for number, known in grown.replicas.items():
             is_removed = (pool, number) in removed
@@ -277,7 +283,7 @@ class RouterView(msgspec.Struct, frozen=True):
 
 
 def _without(placed: Placed, request_id: str, place: int) -> Placed:
-    """Without one of the places of a request."""
+    """`placed` without one of the choices of a request."""
     where = placed[request_id]
     if len(where) == 1:
         return placed.delete(request_id)

@@ -14,7 +14,7 @@ from sagellm.graphs.diagnostics import GraphError
 from sagellm.graphs.ir import thaw
 from sagellm.graphs.text.tree import read
 from sagellm.graphs.vocabulary import nearest
-from sagellm.opening.sources import shipped_file, shipped_names, suggest_graph
+from sagellm.opening.sources import is_shipped_name, shipped_file, suggest_graph
 
 IDENTICAL = "identical"
 _COMPARISON = re.compile(
@@ -204,7 +204,7 @@ class LoadedScenario:
     def graph(self) -> Path:
         """The file of its graph: a shipped one, or one beside the scenario."""
         name = self.scenario.graph
-        return shipped_file(name) if name in shipped_names() else self.path.parent / name
+        return shipped_file(name) if is_shipped_name(name) else self.path.parent / name
 
 
 def load_scenario(path: Path) -> LoadedScenario:

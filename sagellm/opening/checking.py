@@ -4,13 +4,15 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from sagellm.backends.registry import is_registered_here
 from sagellm.graphs.check import Facts, check, locate
 from sagellm.graphs.diagnostics import VALUE, Diagnostic, GraphError, Path
-from sagellm.graphs.ir import Graph
+from sagellm.graphs.ir import FrozenMap, Graph
 from sagellm.graphs.log import get_logger
 from sagellm.graphs.models import UnsupportedModel
 from sagellm.graphs.sections import KIND, ROUTE_MODEL, ServedModel, engine_kind, served_models
 from sagellm.graphs.text.yaml import Document
+from sagellm.graphs.vocabulary import Vocabulary
 from sagellm.opening.graph_engines import KindViews, describe_engine
 from sagellm.opening.sources import assignment, override, with_engine_options
 from sagellm.operators.policies import OWN, POLICIES
@@ -80,6 +82,7 @@ def checked_graph(
     )
     engines: dict[str, EngineDescription] = {}
     _load_operators(document, graph, resolver)
+    graph = _with_outlet_names(graph, resolver.vocabulary)
     found = check(graph, resolver.vocabulary, facts)
     if not found:
         given = _given_models(graph, overrides or {}, model)
@@ -94,7 +97,8 @@ def checked_graph(
         found += _mixed_tokenizers(graph, engines)
         log_warnings(warning for engine in engines.values() for warning in engine.warnings)
     if not found:
-        found = _mistaken_executor(graph) + _kinds_of_this_process(graph)
+        found = _mistaken_executor(graph)
+        found += _kinds_of_this_process(graph) + _backends_of_this_process(graph)
     if not found:
         found = _unbuildable(graph, resolver, functions)
     if found:
@@ -119,6 +123,22 @@ def _path_as_given(found: Diagnostic, overrides: Mapping[str, Any]) -> Path:
     if target == "executor.kind":
         return (f"--executor {overrides[target]}",)
     return (assignment(target, overrides[target]),)
+
+
+def _with_outlet_names(graph: Graph, vocabulary: Vocabulary) -> Graph:
+    """The graph with aliases of outlets (`joint` of `pd_split`) replaced by the outlets' names, so
+    that nothing later knows of aliases. Each alias is logged.
+    """
+    ops, edges = {node.name: node.op for node in graph.nodes}, []
+    for edge in graph.edges:
+        spec = vocabulary.get(ops.get(edge.source, ""))
+        port = spec.outlet(edge.outlet) if spec is not None else None
+        if port is not None and port.name != edge.outlet:
+            old, new = f"{edge.source}.{edge.outlet}", f"{edge.source}.{port.name}"
+            LOG.warning("outlet_renamed", graph=graph.name, outlet=old, fix=f"write {new}")
+            edge = replace(edge, outlet=port.name)
+        edges.append(edge)
+    return replace(graph, edges=tuple(edges))
 
 
 class _RegistryNames(Collection[str]):
@@ -175,6 +195,28 @@ def _kinds_of_this_process(graph: Graph) -> tuple[Diagnostic, ...]:
         )
         for name, kind in kinds.items()
         if KINDS.is_registered_here(kind)
+    )
+
+
+def _backends_of_this_process(graph: Graph) -> tuple[Diagnostic, ...]:
+    """Engines whose device no worker process has: workers import no code of the user."""
+    if processes_options(graph) is None:
+        return ()
+    devices = {
+        name: str(values.get("device", ""))
+        for name, values in graph.engines.items()
+        if isinstance(values, FrozenMap)
+    }
+    return tuple(
+        Diagnostic(
+            "bad-engine",
+            ("engines", name, "device", VALUE),
+            f"backend `{device}` is registered in this process; worker processes do not know it",
+            "install it as a package with an entry point `sagellm.backends`, or use `kind: tasks` "
+            "of the executor",
+        )
+        for name, device in devices.items()
+        if is_registered_here(device.partition(":")[0])
     )
 
 

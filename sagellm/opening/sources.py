@@ -18,6 +18,7 @@ from sagellm.runtime.registry import with_current_names
 _FOLDER = Path(graphs.__file__).parent
 _IN_REPOSITORY = re.compile(r"graphs/(\w+)\.yaml")
 SUFFIXES = (".yaml", ".yml")
+ALIASES = {"aggregated": "joint"}
 
 
 def shipped_names() -> tuple[str, ...]:
@@ -26,23 +27,28 @@ def shipped_names() -> tuple[str, ...]:
 
 
 def shipped_file(name: str) -> Path:
-    """The file of a shipped graph, by its name."""
-    return _FOLDER / f"{name}.yaml"
+    """The file of a shipped graph, by its name or alias."""
+    return _FOLDER / f"{ALIASES.get(name, name)}.yaml"
+
+
+def is_shipped_name(name: object) -> bool:
+    """Whether a shipped graph has that name or alias."""
+    return name in ALIASES or name in shipped_names()
 
 
 def graph_file(name: str | Path) -> Path:
     """The file that a name means, which need not exist. A `Path` is always a path."""
-    if isinstance(name, str) and name in shipped_names():
+    if isinstance(name, str) and is_shipped_name(name):
         return shipped_file(name)
     path, in_repository = Path(name), _IN_REPOSITORY.fullmatch(str(name))
-    if in_repository and in_repository[1] in shipped_names() and not path.parent.exists():
+    if in_repository and is_shipped_name(in_repository[1]) and not path.parent.exists():
         return shipped_file(in_repository[1])
     return path
 
 
 def shadowed_by(name: str, folder: Path) -> str | None:
     """What in `folder` has the name of a shipped graph, as it can be written: `./pd.yaml`."""
-    if name not in shipped_names():
+    if not is_shipped_name(name):
         return None
     found = _first(folder, (f"{name}{suffix}" for suffix in (*SUFFIXES, "")))
     is_shipped = found is not None and (folder / found).samefile(shipped_file(name))
@@ -51,7 +57,7 @@ def shadowed_by(name: str, folder: Path) -> str | None:
 
 def suggest_graph(name: str) -> str:
     """What to write instead of a graph that is not there."""
-    close = nearest(Path(name).stem, shipped_names())
+    close = nearest(Path(name).stem, (*shipped_names(), *ALIASES))
     return (
         f"did you mean {close}?"
         if close

@@ -1,11 +1,14 @@
 """Backends by name."""
 
+from dataclasses import dataclass
 from importlib.metadata import EntryPoint
 
 import pytest
 
 from sagellm.backends import UnknownBackend, get_backend, list_available_backends, registry
 from sagellm.backends.cpu import BACKEND
+from sagellm.backends.null import NullBackend
+from sagellm.backends.registry import register_backend
 
 
 def test_every_listed_backend_opens_under_its_name():
@@ -22,6 +25,32 @@ def test_an_unknown_name_gets_the_nearest():
 def test_a_name_like_none_gets_the_list():
     with pytest.raises(UnknownBackend, match="there are cpu, null"):
         get_backend("zzzzzz")
+
+
+@dataclass(frozen=True)
+class Renamed(NullBackend):
+    name: str = "renamed"
+
+
+def test_a_registered_backend_is_found_under_its_name(monkeypatch):
+    monkeypatch.setattr(registry, "_registered", {})
+    register_backend(Renamed())
+    register_backend(Renamed())
+    assert get_backend("renamed") == Renamed()
+    assert "renamed" in list_available_backends()
+    assert registry.is_registered_here("renamed")
+    assert not registry.is_registered_here("null")
+
+
+def test_what_is_no_backend_and_a_name_that_is_taken_are_refused(monkeypatch):
+    monkeypatch.setattr(registry, "_registered", {})
+    with pytest.raises(TypeError, match="backend int has no name"):
+        register_backend(3)
+    with pytest.raises(ValueError, match="'null' exists already"):
+        register_backend(NullBackend())
+    register_backend(Renamed())
+    with pytest.raises(ValueError, match="'renamed' exists already"):
+        register_backend(NullBackend("renamed"))
 
 
 def test_a_backend_of_another_package_is_found_by_entry_point(monkeypatch):

@@ -74,13 +74,13 @@ def test_the_unbroken_file_is_right(vocabulary: Vocabulary) -> None:
         ("engine: p", "engine: q", 11, 36, "no engine is called `q`", "there are d, p"),
         ("engine: p", "engine: d", 4, 3, "no operator uses engine `p`", "remove it"),
         ("-> route ->", "-> rout ->", 18, 28, "no operator is called `rout`", "`route`"),
-        ("split.aggregated", "split.jont", 19, 11, "no outlet `jont`", "`joint`"),
-        ("-> metrics\n", "-> metrics.event\n", 19, 40, "no inlet `event`", "there are in"),
-        ("  - split.j", "  - decode.terminal -> sink\n  - split.j", 19, 12, "no outlet", "without"),
+        ("split.aggregated", "split.agregated", 19, 11, "no outlet `agregated`", "`aggregated`"),
+        ("-> metrics\n", "-> metrics.event\n", 19, 45, "no inlet `event`", "there are in"),
+        ("  - split.a", "  - decode.terminal -> sink\n  - split.a", 19, 12, "no outlet", "without"),
         ("source -> admission", "admission", 16, 1, "no edge leaves", "source -> admission"),
         ("metrics -> sink", "metrics", 16, 1, "no edge reaches `sink`", "metrics -> sink"),
         ("-> generate -> metrics", "-> generate", 14, 3, "leads nowhere", "`generate -> ...`"),
-        ("-> metrics\n", "-> split\n", 19, 32, "cycle", "`generate ~> split`"),
+        ("-> metrics\n", "-> split\n", 19, 37, "cycle", "`generate ~> split`"),
         ("-> transfer ->", "->", 12, 3, "ever reaches `transfer`", "... -> transfer"),
         ("-> sort -> split", "-> split", 8, 3, "ever reaches `sort`", "... -> sort"),
         ("-> generate -> metrics", "-> metrics", 14, 3, "reaches `generate`", "-> generate"),
@@ -139,7 +139,8 @@ def test_a_mistake_of_several_lines(
 def test_a_cut_chain_is_reported_at_both_ends(vocabulary: Vocabulary) -> None:
     told = diagnosed(PD.replace("split.aggregated -> generate", "generate"), vocabulary)
     assert told == [
-        "pd.yaml:9:3: the outlet `joint` of `split` leads nowhere (write `split.aggregated -> ...`)",
+        "pd.yaml:9:3: the outlet `aggregated` of `split` leads nowhere "
+        "(write `split.aggregated -> ...`)",
         "pd.yaml:14:3: nothing feeds the inlet `in` of `generate` (write `... -> generate`)",
     ]
 

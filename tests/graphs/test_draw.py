@@ -141,7 +141,7 @@ flowchart TD
   n1["split<br/>pd_split<br/>min_uncached_tokens: 8"]
   n2["generate<br/>engine: g"]
   n0 --> n1
-  n1 -->|"joint"| n2
+  n1 -->|"aggregated"| n2
   n2 --> n3
   n2 -.-> n1
 """
@@ -161,7 +161,7 @@ flowchart TD
     n2["generate<br/>engine: g"]
   end
   n0 --> n1
-  n1 -->|"joint"| n2
+  n1 -->|"aggregated"| n2
   n2 --> n4
   n2 -.-> n1
   n2 <-.->|"ipc"| n3

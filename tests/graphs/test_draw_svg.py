@@ -191,7 +191,7 @@ def texts(picture: str) -> list[str]:
 def test_every_operator_and_outlet_is_named_once() -> None:
     said = texts(as_svg(PD))
     assert all(said.count(name) == 1 for name in (*PD.names, "source", "sink"))
-    assert said.count("disaggregated") == said.count("joint") == 1
+    assert said.count("disaggregated") == said.count("aggregated") == 1
     assert "policy: slo_aware" in said
 
 

@@ -48,7 +48,7 @@ def test_a_broken_chain_says_where(chain: str, at: int, word: str) -> None:
 def test_ends_have_offsets() -> None:
     (link,) = parse_chain("split.aggregated -> sort.late")
     assert (link.left.at, link.left.port_at) == (0, 6)
-    assert (link.right.at, link.right.port_at) == (15, 20)
+    assert (link.right.at, link.right.port_at) == (20, 25)
 
 
 def test_edges_are_written_as_the_fewest_chains() -> None:

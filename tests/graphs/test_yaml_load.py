@@ -49,7 +49,7 @@ def test_a_file_becomes_a_graph() -> None:
     assert graph.edges == (
         Edge("source", "sort"),
         Edge("sort", "split"),
-        Edge("split", "sink", outlet="joint"),
+        Edge("split", "sink", outlet="aggregated"),
         Edge("split", "sort", inlet="load", feedback=True),
     )
 

@@ -286,10 +286,13 @@ async def test_decode_of_an_ended_request_only_says_so() -> None:
     assert ctx.released == [("r", 0)]
 
 
-@pytest.mark.parametrize("module", [generate, decode])
-async def test_credit_comes_back_with_the_last_event(module: Any) -> None:
+@pytest.mark.parametrize(
+    ("module", "options"),
+    [(generate, generate.GenerateOptions("p")), (decode, decode.DecodeOptions("p"))],
+)
+async def test_credit_comes_back_with_the_last_event(module: Any, options: Any) -> None:
     ctx: Any = Context()
-    operator = module.build(module.Options("p"), Setup("op"))
+    operator = module.build(options, Setup("op"))
     await operator.on_item(ctx, REQUEST if module is generate else prefilled())
     await operator.on_events(ctx, (FIRST,))
     assert ctx.released == []

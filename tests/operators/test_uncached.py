@@ -19,11 +19,11 @@ from sagellm.runtime.prefixes import Hasher, PrefixIndex, PromptHashes, hash_sec
 HASHER = Hasher(hash_secret())
 SIZE = 10
 PROMPT = tuple(range(101))
-APART, JOINT = frozenset({"disaggregated"}), frozenset({"joint"})
+APART, AGGREGATED = frozenset({"disaggregated"}), frozenset({"aggregated"})
 TARGETS = (
     Target("prefill", 2, "p", True, APART),
     Target("decode", 2, "d", False, APART),
-    Target("generate", 2, "d", True, JOINT),
+    Target("generate", 2, "d", True, AGGREGATED),
 )
 SETUP = Setup("it", TARGETS, hasher=HASHER)
 
@@ -50,13 +50,13 @@ def way(split: Any, request: Request | None = None) -> tuple[str, int]:
     return emit.outlet, emit.item.num_cached_tokens
 
 
-def test_a_prompt_that_is_cached_at_the_joint_engine_goes_there(running: Any) -> None:
+def test_a_prompt_that_is_cached_at_the_aggregated_engine_goes_there(running: Any) -> None:
     split = running(pd_split.build(pd_split.PDSplitOptions(min_uncached_tokens=32), SETUP))
     assert way(split) == ("disaggregated", 0)
     split(has("d", 60))
     assert way(split) == ("disaggregated", 0)
     split(has("d", 70))
-    assert way(split) == ("joint", 70)
+    assert way(split) == ("aggregated", 70)
     assert way(split, ask(salt="other")) == ("disaggregated", 0)
 
 

@@ -45,7 +45,7 @@ def test_targets_know_which_outlets_lead_to_them() -> None:
     assert outlets == {
         "prefill": ({"disaggregated"}, True),
         "decode": ({"disaggregated"}, False),
-        "generate": ({"joint"}, True),
+        "generate": ({"aggregated"}, True),
     }
 
 

@@ -68,7 +68,7 @@ def test_a_name_of_ones_own_is_taken_once() -> None:
     [
         (lambda: ops.admision(), "did you mean 'admission'"),
         (lambda: ops.admission(max_queue=3), "did you mean 'max_queued'"),
-        (lambda: ops.pd_split().outlet("join"), "did you mean 'joint'"),
+        (lambda: ops.pd_split().outlet("agregated"), "did you mean 'aggregated'"),
         (lambda: ops.kv_transfer(1, 2, 3), "takes 2 options"),
         (lambda: ops.admission() >> ops.route(), "begin with Graph"),
     ],

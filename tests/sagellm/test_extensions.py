@@ -37,10 +37,10 @@ edges:
 """
 PACKAGE = """\
 from sagellm.graphs.vocabulary import OpSpec
-from sagellm.operators.policies.order import Order, Policy
-from sagellm.operators.filter import Options, build as build_filter
+from sagellm.operators.policies.order import Policy, QueueOrder
+from sagellm.operators.filter import FilterOptions, build as build_filter
 
-SPEC = OpSpec("fake_filter", options=Options)
+SPEC = OpSpec("fake_filter", options=FilterOptions)
 
 def build(options, setup):
     return build_filter(options, setup)
@@ -49,7 +49,7 @@ def keep(item):
     return True
 
 def newest(options):
-    return Policy((Order(lambda request: -request.stamps.arrived_s),))
+    return Policy((QueueOrder(lambda request: -request.stamps.arrived_s),))
 
 def last(candidates, now, draw):
     return candidates.numbers[-1]

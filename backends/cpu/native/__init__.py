@@ -1,1 +1,1 @@
-"""CPU kernels in C, compiled on the user's machine when first used."""
+"""CPU kernels in C, compiled on the user's machine on first use."""

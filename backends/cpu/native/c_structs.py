@@ -1,4 +1,6 @@
-"""The structures that Python fills and C reads: each mirrors one of a header, field by field."""
+"""The structures that Python fills and C reads. Each mirrors one of a header, field by field: a
+test compares their sizes (`sage_sizes`).
+"""
 
 import ctypes
 from typing import Any, ClassVar
@@ -7,7 +9,7 @@ _POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int32, 
 
 
 class NativeHeads(ctypes.Structure):
-    """attention.h: how a layer attends. `window` 0: all that came before."""
+    """attention.h: the heads of a layer. `window` 0: all earlier tokens."""
 
     _fields_: ClassVar[list[tuple[str, Any]]] = [
         *((name, _LONG) for name in ("heads", "kv_heads", "head_dim", "window")),
@@ -16,7 +18,7 @@ class NativeHeads(ctypes.Structure):
 
 
 class NativeBatch(ctypes.Structure):
-    """attention.h: where the sequences of a step begin, and how long they are."""
+    """attention.h: the sequences of a step: their first rows and their lengths."""
 
     _fields_: ClassVar[list[tuple[str, Any]]] = [
         *((name, _LONG) for name in ("table_len", "num_sequences", "block_size")),
@@ -27,7 +29,7 @@ class NativeBatch(ctypes.Structure):
 
 
 class NativeLayer(ctypes.Structure):
-    """attention.h: the queries of one layer, its keys and values, and where results go."""
+    """attention.h: the queries, the keys and values, and the result of one layer."""
 
     _fields_: ClassVar[list[tuple[str, Any]]] = [
         *((name, _POINTER) for name in ("q", "keys", "values", "out")),
@@ -37,7 +39,7 @@ class NativeLayer(ctypes.Structure):
 
 
 class NativeLinear(ctypes.Structure):
-    """linear.h: a weight as its kernel wants it, and the kernel."""
+    """linear.h: a kernel, and a weight in the kernel's order."""
 
     _fields_: ClassVar[list[tuple[str, Any]]] = [
         *((name, _POINTER) for name in ("run", "gated", "weight", "scales", "zeros", "bias")),
@@ -46,7 +48,7 @@ class NativeLinear(ctypes.Structure):
 
 
 class NativeView(ctypes.Structure):
-    """step.h: a matrix in the arena; `first` below 0 is the buffer of the logits."""
+    """step.h: a matrix in the arena; `first` below 0 means the tensor of the logits."""
 
     _fields_: ClassVar[list[tuple[str, Any]]] = [
         (name, _LONG) for name in ("first", "column", "width")
@@ -54,7 +56,7 @@ class NativeView(ctypes.Structure):
 
 
 class NativeInstruction(ctypes.Structure):
-    """step.h: one kernel with its weight and the matrices that it reads and fills."""
+    """step.h: a kernel with its weight, and the matrices that it reads and fills."""
 
     _fields_: ClassVar[list[tuple[str, Any]]] = [
         *((name, _INT) for name in ("op", "waits", "chosen", "bfloat")),
@@ -67,7 +69,7 @@ class NativeInstruction(ctypes.Structure):
 
 
 class NativeStep(ctypes.Structure):
-    """step.h: a program, the inputs of one step, and memory that C keeps between steps."""
+    """step.h: a program, the inputs of one step, and the memory that C keeps between steps."""
 
     _fields_: ClassVar[list[tuple[str, Any]]] = [
         *((name, _POINTER) for name in ("instructions", "heads", "tables")),

@@ -1,4 +1,4 @@
-"""Building the C kernels once a machine: a shared library in the user's cache."""
+"""Building the C kernels once a machine: a shared library in the user's cache. Imports no torch."""
 
 import atexit
 import hashlib
@@ -21,15 +21,15 @@ _FLAGS = (
     *("-shared", "-fPIC", "-Wno-psabi"),
 )
 _TIMEOUT_S = 120.0
-_MOST_STDERR = 2000  # bytes of it in the log: its end, where the error is
+_MOST_STDERR = 2000  # bytes of the compiler's stderr in the log: the end, where the error is
 _log = get_logger(__name__)
 
 
 def c_compiler() -> tuple[str, ...]:
-    """The command: $CC with its arguments, else cc, gcc or clang; () where there is none."""
+    """The compiler's command: $CC with its arguments, else cc, gcc or clang; () without any."""
     try:
         named = shlex.split(os.environ.get("CC", ""))
-    except ValueError:  # a quotation that does not end
+    except ValueError:  # $CC has a quotation that does not end
         return ()
     for name, *arguments in [named] if named else [["cc"], ["gcc"], ["clang"]]:
         if path := shutil.which(name):
@@ -38,9 +38,10 @@ def c_compiler() -> tuple[str, ...]:
 
 
 def compiled(progress: Progress = silent) -> Path | None:
-    """The library for this source and CPU, built now if need be; None if it cannot be built.
+    """The library for these sources and this CPU, built if needed; None if it cannot be built.
 
-    What another user could have written is never returned. `progress` hears of a build.
+    A file that another user could have written is never returned, for it is loaded as code.
+    `progress` is called before a build.
     """
     compiler = c_compiler()
     if not compiler:
@@ -57,7 +58,9 @@ def compiled(progress: Progress = silent) -> Path | None:
 
 
 def built(name: str) -> Path | None:
-    """The library of that name where an earlier start has built it, and nobody else can have."""
+    """The library of that name that an earlier start built; None where there is none, or where
+    another user could have written it.
+    """
     for folder in (cache_folder(), temporary_folder()):
         if folder is not None and _is_private(folder) and _is_private(folder / name):
             return folder / name
@@ -84,12 +87,12 @@ def _cause(error: OSError | subprocess.SubprocessError) -> str:
 
 
 def _build(compiler: tuple[str, ...], library: Path) -> Path:
-    """Compiled beside the target and moved there, so that two processes may race."""
+    """Compile beside the target, then move the file there, so that two processes may race."""
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         fresh = Path(folder) / library.name
         command = [*compiler, *_FLAGS, "-o", str(fresh), *map(str, _sources(".c")), "-lm"]
         subprocess.run(command, check=True, capture_output=True, timeout=_TIMEOUT_S)
-        fresh.chmod(0o700)  # whatever the umask
+        fresh.chmod(0o700)  # the umask may allow others to write
         fresh.replace(library)
     return library
 
@@ -99,12 +102,12 @@ def _sources(*suffixes: str) -> list[Path]:
 
 
 def library_name(compiler: tuple[str, ...]) -> str:
-    """Of the file for this source, compiler and CPU."""
+    """The name of the library file for these sources, this compiler and this CPU."""
     return f"kernels-{_key(compiler)}.so"
 
 
 def _key(compiler: tuple[str, ...]) -> str:
-    """Changes with the sources, the flags, the compiler, the C library and the CPU."""
+    """A hash of the sources, the flags, the compiler, the C library and the CPU."""
     parts = [path.read_bytes() for path in _sources(".c", ".h")]
     parts += [repr((_FLAGS, compiler, platform.libc_ver())).encode(), _version(compiler), _cpu()]
     return hashlib.blake2b(b"\0".join(parts), digest_size=8).hexdigest()
@@ -116,7 +119,7 @@ def _version(compiler: tuple[str, ...]) -> bytes:
 
 
 def _cpu() -> bytes:
-    """The CPU's model and features, without what changes from moment to moment."""
+    """The CPU's model and features, without values that change, such as its frequency."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -126,8 +129,9 @@ def _cpu() -> bytes:
 
 
 def writable_folder() -> tuple[Path, str]:
-    """Where libraries are built, and why not in the user's cache, or "": there where that can be
-    written to by its user alone, else in a temporary folder of the same kind.
+    """The folder where libraries are built, and the reason if it is not the user's cache, else "".
+
+    The cache is used if only its user can write to it, else a temporary folder of that kind.
     """
     folder, why = cache_folder(), "the user has no home"
     if folder is not None:
@@ -139,7 +143,7 @@ def writable_folder() -> tuple[Path, str]:
 
 
 def _why_unfit(folder: Path) -> str:
-    """Why nothing can be built there that is safe to load; the folder is made if need be."""
+    """Why a library that is built there would not be safe to load, or ""; makes the folder."""
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         if not _is_private(folder):
@@ -151,30 +155,31 @@ def _why_unfit(folder: Path) -> str:
 
 
 def temporary_folder() -> Path:
-    """One for all processes of the user: what is built there is found until the machine ends. Its
-    name can be foreseen, so it is used only where it is the user's own.
+    """The temporary folder that all processes of the user share until the machine restarts.
+
+    Its name can be guessed: callers check that the folder belongs to the user before they use it.
     """
     return Path(tempfile.gettempdir()) / f"sagellm-native-{os.getuid()}"
 
 
 def _temporary() -> Path:
-    """One that goes with the process."""
+    """A temporary folder that is removed when the process exits."""
     folder = tempfile.mkdtemp(prefix="sagellm-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return Path(folder)
 
 
 def _is_private(path: Path) -> bool:
-    """Whether it is there, the user's own, and for others to write neither it nor a link to it."""
+    """Whether the path exists, belongs to the user, and cannot be written by others."""
     try:
-        found = path.lstat()  # a link is writable by all
+        found = path.lstat()  # links are refused: lstat finds them writable by all
     except OSError:
         return False
     return found.st_uid == os.getuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
 def cache_folder() -> Path | None:
-    """The user's; None where there is no home."""
+    """The folder in the user's cache; None where the user has no home."""
     try:
         root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     except RuntimeError:

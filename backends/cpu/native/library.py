@@ -15,40 +15,8 @@ from sagellm.backends.cpu.native.compiler import compiled
 from sagellm.backends.interface import Progress, silent
 from sagellm.graphs.log import get_logger
 
-LARGE_PAGE = 2 << 20  # bytes
-
-
-def empty_in_large_pages(num_elements: int, dtype: torch.dtype) -> torch.Tensor:
-    """A vector, as far as it fills large pages; a common one where it fills none.
-
-    The rest lies in small pages, so that no memory is taken for what is not there. The system may
-    have no large pages left, or none at all: then the memory is as any other.
-    """
-    num_bytes = num_elements * dtype.itemsize
-    advice = getattr(mmap, "MADV_HUGEPAGE", None)  # Linux
-    if num_bytes < LARGE_PAGE or advice is None:
-        return torch.empty(num_elements, dtype=dtype)
-    memory = mmap.mmap(-1, num_bytes + LARGE_PAGE)
-    start = -_address_of(memory) % LARGE_PAGE
-    try:
-        memory.madvise(advice, start, num_bytes // LARGE_PAGE * LARGE_PAGE)
-    except OSError:  # a kernel without them
-        return torch.empty(num_elements, dtype=dtype)
-    return torch.frombuffer(memory, dtype=torch.uint8, count=num_bytes, offset=start).view(dtype)
-
-
-def in_large_pages(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy of a contiguous tensor in such memory; itself where it fills no large page."""
-    if tensor.nbytes < LARGE_PAGE:
-        return tensor
-    return empty_in_large_pages(tensor.numel(), tensor.dtype).view(tensor.shape).copy_(tensor)
-
-
-def _address_of(memory: mmap.mmap) -> int:
-    return torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
-
-
 _log = get_logger(__name__)
+LARGE_PAGE = 2 << 20  # bytes
 _opened: list["NativeKernels | None"] = []  # none, or the one of this process
 _opening = threading.Lock()
 
@@ -85,9 +53,9 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
 
 
 def native_kernels(progress: Progress = silent) -> "NativeKernels | None":
-    """The kernels of this machine, built on first use; None without a working C compiler.
+    """The kernels of this process, built on first use; None without a working C compiler.
 
-    `progress` hears of a build.
+    `progress` is called if they are built.
     """
     with _opening:
         if not _opened:
@@ -96,7 +64,7 @@ def native_kernels(progress: Progress = silent) -> "NativeKernels | None":
 
 
 def open_kernels(progress: Progress = silent) -> "NativeKernels | None":
-    """As `native_kernels`, each time anew.
+    """Open the library, building it if needed; None where that fails.
 
     A library that does not load, such as one cut short by a full disk, is built once more.
     """
@@ -114,9 +82,10 @@ def open_kernels(progress: Progress = silent) -> "NativeKernels | None":
 
 
 class NativeKernels:
-    """Activations are float32; weights and pools float32 or bfloat16. Results are new tensors.
+    """The C kernels. Activations are float32, weights and pools float32 or bfloat16, results new
+    tensors.
 
-    Every kernel is batch-invariant: a row's bits do not depend on the rows beside it.
+    Every kernel is batch-invariant: a row's bits do not depend on other rows.
     """
 
     def __init__(self, path: Path) -> None:
@@ -127,20 +96,20 @@ class NativeKernels:
         self._library.sage_copy_sum.restype = ctypes.c_uint64
 
     def function(self, name: str) -> int:
-        """Where a C function is, for a struct that names it."""
+        """The address of a C function, for a struct that points to it."""
         return ctypes.cast(getattr(self._library, name), _POINTER).value or 0
 
     @property
     def has_pairs(self) -> bool:
-        """Whether this CPU multiplies pairs of bfloat16."""
+        """Whether this CPU multiplies pairs of bfloat16 (AVX512-BF16)."""
         return bool(self._library.sage_has_pairs())
 
     def is_gated(self, num_cols: int, size: int) -> bool:
-        """Whether weights [num_cols, size] have a gated kernel."""
+        """Whether there is a gated kernel for weights [num_cols, size]."""
         return bool(self._library.sage_is_gated(num_cols, size))
 
     def pack(self, weight: torch.Tensor, kind: PanelKind) -> torch.Tensor:
-        """weight [N, K], contiguous, in an order of panel.h: a vector of its dtype."""
+        """A copy of a contiguous weight [N, K] in an order of panel.h: a vector of its dtype."""
         number = _KINDS.index(kind)
         num_bytes = self._library.sage_packed_bytes(*weight.shape, number)
         packed = empty_in_large_pages(num_bytes // weight.element_size(), weight.dtype)
@@ -166,7 +135,9 @@ class NativeKernels:
         return codes, scales
 
     def linear(self, linear: int, rows: torch.Tensor, num_cols: int) -> torch.Tensor:
-        """rows [T, K] times the weight of the C `Linear` at that address: [T, num_cols]."""
+        """The product of rows [T, K] with the weight of the C `Linear` at the address `linear`:
+        [T, num_cols].
+        """
         out = torch.empty(len(rows), num_cols)
         threads = torch.get_num_threads()
         self._library.sage_linear(linear, *_matrix(rows), *_matrix(out), len(rows), threads)
@@ -175,13 +146,13 @@ class NativeKernels:
     def rms_norm(
         self, rows: torch.Tensor, weight: torch.Tensor, size: int, epsilon: float
     ) -> torch.Tensor:
-        """Every run of `size` of each row of rows [T, N], normed."""
+        """RMSNorm of every `size` consecutive numbers of each row of rows [T, N]."""
         return self._norm(rows, None, weight, size, epsilon)[1]
 
     def add_rms_norm(
         self, a: torch.Tensor, b: torch.Tensor, weight: torch.Tensor, size: int, epsilon: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """a + b, and that normed."""
+        """The sum a + b, and the RMSNorm of the sum."""
         return self._norm(a, b, weight, size, epsilon)
 
     def _norm(
@@ -198,7 +169,7 @@ class NativeKernels:
         return sums, out
 
     def silu_mul(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        """silu(gate) * up, [T, N] each."""
+        """silu(gate) * up, for gate and up [T, N]."""
         out = torch.empty(gate.shape)
         self._library.sage_silu_mul(
             *_matrix(gate), *_matrix(up), out.data_ptr(), *gate.shape, torch.get_num_threads()
@@ -217,9 +188,9 @@ class NativeKernels:
         pool: torch.Tensor,
         layer: int,
     ) -> torch.Tensor:
-        """Rotated q [T, heads * head_dim]; rotated k, and v, written to their slots.
+        """Return rotated q [T, heads * head_dim]; write rotated k, and v, to their slots.
 
-        tables: [positions, 2, head_dim / 2]; pool: [layers, 2, blocks, kv_heads, block_size,
+        Shapes: tables [positions, 2, head_dim / 2], pool [layers, 2, blocks, kv_heads, block_size,
         head_dim].
         """
         out = torch.empty(q.shape)
@@ -244,7 +215,10 @@ class NativeKernels:
         scale: float,
         window: int | None,
     ) -> torch.Tensor:
-        """q [T, heads * head_dim] over the blocks of each row's sequence."""
+        """Attention of q [T, heads * head_dim] over the blocks of each row's sequence.
+
+        Raises MemoryError.
+        """
         out = torch.empty(q.shape)
         _, _, _, kv_heads, block_size, head_dim = pool.shape
         keys, values, bfloat = _keys_and_values(pool, layer)
@@ -261,9 +235,10 @@ class NativeKernels:
         return out
 
     def copy_sum(self, runs: Sequence[tuple[int, int, int]]) -> int:
-        """Copy runs of (address, address, size); the xxh3_64 of what was copied.
+        """Copy runs (source address, target address, bytes); return the xxh3_64 of the bytes.
 
-        Sizes are multiples of 64, and more than 240 in all.
+        Each size is a multiple of 64; their sum is above 240. The caller ensures that the memory
+        exists.
         """
         count, (sources, targets, sizes) = len(runs), zip(*runs, strict=True)
         pointers = _POINTER * count
@@ -273,13 +248,16 @@ class NativeKernels:
         return sum_
 
     def run_step(self, step: NativeStep) -> None:
-        """All instructions of a step. Raises IndexError for a token outside of the vocabulary."""
+        """Run all instructions of a step.
+
+        Raises IndexError for a token outside of the vocabulary, and MemoryError.
+        """
         failed = self._library.sage_step_run(ctypes.byref(step), torch.get_num_threads())
         if failed:
             raise _STEP_ERRORS[failed]
 
     def close_step(self, step: NativeStep) -> None:
-        """Frees what C kept for the next step."""
+        """Free the memory that C keeps between steps."""
         self._library.sage_step_close(ctypes.byref(step))
 
 
@@ -294,15 +272,44 @@ def _matrix(rows: torch.Tensor) -> tuple[int, int]:
 
 
 def _keys_and_values(pool: torch.Tensor, layer: int) -> tuple[int, int, int]:
-    """Where one layer's begin, and whether they are bfloat16; slices of tensors would cost more."""
+    """The addresses of a layer's keys and values, and whether they are bfloat16.
+
+    Computed from strides, because slices of tensors cost more time.
+    """
     side, size = pool.stride(1), pool.element_size()
     first = pool.data_ptr() + pool.stride(0) * layer * size
     return first, first + side * size, _is_bfloat(pool)
 
 
-def _pointer(tensor: torch.Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
-
-
 def _is_bfloat(tensor: torch.Tensor) -> int:
     return int(tensor.dtype == torch.bfloat16)
+
+
+def empty_in_large_pages(num_elements: int, dtype: torch.dtype) -> torch.Tensor:
+    """An uninitialised vector in large pages, from which sequential reads are faster.
+
+    The last part, which would not fill a large page, is in small pages, so that no memory is
+    wasted. Where the system has no large pages, the vector is in small pages.
+    """
+    num_bytes = num_elements * dtype.itemsize
+    advice = getattr(mmap, "MADV_HUGEPAGE", None)  # Linux
+    if num_bytes < LARGE_PAGE or advice is None:
+        return torch.empty(num_elements, dtype=dtype)
+    memory = mmap.mmap(-1, num_bytes + LARGE_PAGE)
+    start = -_address_of(memory) % LARGE_PAGE
+    try:
+        memory.madvise(advice, start, num_bytes // LARGE_PAGE * LARGE_PAGE)
+    except OSError:  # a kernel without them
+        return torch.empty(num_elements, dtype=dtype)
+    return torch.frombuffer(memory, dtype=torch.uint8, count=num_bytes, offset=start).view(dtype)
+
+
+def in_large_pages(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy of a contiguous tensor in large pages; the tensor itself where it fills none."""
+    if tensor.nbytes < LARGE_PAGE:
+        return tensor
+    return empty_in_large_pages(tensor.numel(), tensor.dtype).view(tensor.shape).copy_(tensor)
+
+
+def _address_of(memory: mmap.mmap) -> int:
+    return torch.frombuffer(memory, dtype=torch.uint8).data_ptr()

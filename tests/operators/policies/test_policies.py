@@ -1,16 +1,20 @@
 """Each policy against the definition in its docstring."""
 
 import math
+import re
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sagellm.operators.policies import POLICIES, find_policy
+from sagellm.operators.policies import OWN, POLICIES, find_policy
 from sagellm.operators.policies.order import Policy, PolicySortOptions, QueueOrder
 from sagellm.runtime.messages import PRIORITIES, Request, Stamps
+
+DOCS = (Path(__file__).parents[3] / "docs" / "graphs.md").read_text()
 
 
 def ask(arrived_s: float = 0.0, num_tokens: int = 1, **fields: Any) -> Any:
@@ -107,12 +111,18 @@ def test_a_policy_of_one_order_has_one_level() -> None:
     assert Policy((QueueOrder(lambda request: 0.0),)).level(0, 10**6) == 0
 
 
-def test_each_policy_names_itself_and_options_that_exist() -> None:
-    for name, module in POLICIES.items():
-        assert module.__doc__.startswith(f"{name}: ")
-        for option in module.USES:
-            assert f"`{option}`" in module.__doc__
+def test_the_table_names_each_policy_and_options_that_exist() -> None:
+    for name, registered in POLICIES.items():
+        assert registered.policy.__name__ == name
+        assert registered.policy.__doc__
+        for option in registered.uses:
             assert hasattr(PolicySortOptions(), option)
+
+
+def test_the_docs_name_the_policies_of_the_table() -> None:
+    (row,) = (line for line in DOCS.splitlines() if line.startswith("| `policy_sort` |"))
+    listed = row.split("`policy`: ")[1].split("(with")[0]
+    assert re.findall(r"`(\w+)`", listed) == [*POLICIES.ours, OWN]
 
 
 @pytest.mark.parametrize(("name", "hint"), [("slo_awar", "did you mean slo_aware"), ("?", "known")])

@@ -1,6 +1,8 @@
 """Each strategy against the definition in its docstring."""
 
+import re
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -99,9 +101,16 @@ def test_the_hash_is_the_same_in_every_process() -> None:
     assert [choose_by_key(key, range(8)) for key in ("", "a", "b", "user")] == [2, 6, 7, 1]
 
 
-def test_each_strategy_names_itself() -> None:
+def test_the_table_names_each_strategy() -> None:
     for name, strategy in STRATEGIES.items():
-        assert strategy.__module__ == f"sagellm.operators.routing.{name}"
+        assert strategy.__name__.lower() in (name, name.replace("_", ""))
+        assert strategy.__doc__
+
+
+def test_the_docs_name_the_strategies_of_the_table() -> None:
+    docs = (Path(__file__).parents[3] / "docs" / "graphs.md").read_text()
+    (row,) = (line for line in docs.splitlines() if line.startswith("| `route` |"))
+    assert re.findall(r"`(\w+)`", row.split("`strategy`: ")[1].split(";")[0]) == [*STRATEGIES.ours]
 
 
 @pytest.mark.parametrize(("name", "hint"), [("locallity", "did you mean locality"), ("?", "known")])

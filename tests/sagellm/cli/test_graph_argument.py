@@ -132,6 +132,17 @@ def test_a_shipped_graph_is_never_shadowed_and_the_file_is_said(
     assert f"write ./{other} for" in line
 
 
+def test_aggregated_is_another_name_of_the_graph_joint(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert graph_file("aggregated") == graph_file("joint") == graph_file("graphs/aggregated.yaml")
+    assert main(["graph", "check", "aggregated"]) == 0
+    assert Graph.load("aggregated").name == "joint"
+    (here / "aggregated.yaml").write_text(OWN)
+    assert main(["graph", "check", "aggregated"]) == 0
+    assert "write ./aggregated.yaml for" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["./joint.yaml", "joint.yaml", "graphs/joint.yaml"])
 def test_a_path_means_that_file(name: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (here / "graphs").mkdir()

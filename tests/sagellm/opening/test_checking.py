@@ -1,14 +1,20 @@
 """Where a model that is refused is said to stand: where the user wrote it."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from logged import logged
 
-from sagellm import Graph, GraphError
+from sagellm import Graph, GraphError, ops
+from sagellm.backends import registry
 from sagellm.backends.cpu.device import CpuDevice
+from sagellm.backends.null import NullBackend
 from sagellm.builder import RESOLVER
 from sagellm.graphs.diagnostics import Diagnostic
+from sagellm.graphs.ir import Graph as FrozenGraph
+from sagellm.graphs.text.yaml import Document
 from sagellm.opening.checking import check_graph
 
 
@@ -68,3 +74,37 @@ async def test_the_size_of_a_pool_is_asked_for_once(monkeypatch: pytest.MonkeyPa
     async with Graph.load("pd_many").open() as session:
         for replicas in session.executor.engines.values():
             assert len({engine.facts.num_blocks for engine in replicas}) == 1
+
+
+def renamed(graph: FrozenGraph, old: str, new: str) -> FrozenGraph:
+    edges = tuple(replace(edge, outlet=new) if edge.outlet == old else edge for edge in graph.edges)
+    return replace(graph, edges=edges)
+
+
+def test_the_outlet_joint_is_taken_for_aggregated_and_said() -> None:
+    graph = Graph.load("pd").document.graph
+    former = Document(renamed(graph, "aggregated", "joint"), {})
+    with logged() as lines:
+        assert check_graph(former, RESOLVER) == check_graph(Document(graph, {}), RESOLVER)
+    (line,) = [line for line in lines if line["event"] == "outlet_renamed"]
+    assert (line["outlet"], line["fix"]) == ("split.joint", "write split.aggregated")
+
+
+def test_python_takes_the_outlet_joint_too() -> None:
+    split = ops.pd_split()
+    graph = Graph("g").engine("g", model="null", device="null") >> split
+    split.outlet("joint") >> ops.generate(engine="g").named("short")
+    split.outlet("disaggregated") >> ops.generate(engine="g").named("long")
+    found = check_graph(graph.document, RESOLVER)
+    assert found.outputs("pd_split", "aggregated")
+
+
+def test_worker_processes_do_not_have_a_backend_of_this_process(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(registry, "_registered", {"mine": NullBackend("mine")})
+    graph = Graph("g").engine("g", model="null", device="mine:0")
+    graph >> ops.generate(engine="g")
+    check_graph(graph.document, RESOLVER)
+    found = refused(graph, overrides={"executor.kind": "processes"})
+    assert "backend `mine:0` is registered in this process" in found.message
