@@ -1,43 +1,181 @@
-"""A forecast: how long requests take by now, as a value that operators keep and feed.
+"""Forecasts of waits and latencies, as values that operators keep and update.
 
-It is learned from feedback alone: an operator that subscribes to "queue", "first_token" or "load"
-passes what it is given to `after`, and asks. What it has no evidence for is None.
+A forecast learns from feedback alone. An operator that subscribes to "queue", "first_token" or
+"load" passes the feedback to `after` and asks for predictions. A prediction without evidence is
+None.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import msgspec
 from immutables import Map
-from msgspec.structs import replace
+from msgspec.structs import astuple, replace
 
-from sagellm.runtime.feedback import (
-    Backlog,
-    FirstToken,
-    LineFit,
-    LoadReported,
-    QueueChanged,
-    QueuePace,
-    combined,
-)
+from sagellm.runtime.feedback import Backlog, FirstToken, LoadReported, QueueChanged
 from sagellm.runtime.messages import Request
 
-_EVIDENCE = 8.0  # prefills that must have been seen before any is predicted
-_FADE = 1 - 1 / 64  # of what is known of prefills, with each that is seen
-_WEIGHT = 1 / 8  # of the latest step in the mean
-_LATE = 1.25  # a late first token makes predicted waits longer by a quarter,
-_IN_TIME = 0.995  # one in time makes them shorter again: in balance where 2 in 100 are late
-_MOST_CORRECTED = 4.0
+_SPREAD = 0.1  # of the mean: a smaller spread of tokens shows no slope
+_MEMORY_S = 2.0  # of busy time: the weight of a served request falls to 1/e
+_MIN_SERVED = 8  # served requests before the first prediction, and before anything is forgotten
+_FIRST_TOKEN_WEIGHT = 1 / 8  # of the latest first token in the mean
+_DEVIATIONS = 3.0  # standard deviations above the mean wait
+_NUM_GAPS = 32  # silences that are kept
+_BURST_S = 1e-3  # shorter gaps between departures count as one burst
+_QUANTILE = 0.95  # of the silences, for the prediction of a long one
+_MIN_PREFILLS = 8.0  # observed prefills before the first prediction
+_FADE = 1 - 1 / 64  # of the weight of earlier prefills, with each new one
+_STEP_WEIGHT = 1 / 8  # of the latest step in the mean step time
+# A late first token lengthens predicted waits; one in time shortens them. The two are in balance
+# where 2 of 100 first tokens are late.
+_LATE_FACTOR = 1.25
+_IN_TIME_FACTOR = 0.995
+_MAX_CORRECTION = 4.0
+
+
+class LineFit(msgspec.Struct, frozen=True):
+    """A least-squares line of seconds by tokens, in which older samples fade; a value.
+
+    The line never falls and never starts below zero. Samples of about one size show no slope: the
+    line then goes through the origin. `weight`: the weight of all samples; a new sample weighs 1.
+    """
+
+    weight: float = 0.0
+    tokens: float = 0.0  # faded sums
+    seconds: float = 0.0
+    squares: float = 0.0
+    products: float = 0.0
+
+    def with_samples(
+        self, num_tokens: float, seconds: float, *, count: int = 1, kept: float = 1.0
+    ) -> "LineFit":
+        """Add `count` equal samples with these sums.
+
+        `kept`: the share of their weight that earlier samples keep.
+        """
+        return LineFit(
+            self.weight * kept + count,
+            self.tokens * kept + num_tokens,
+            self.seconds * kept + seconds,
+            self.squares * kept + num_tokens * num_tokens / count,
+            self.products * kept + num_tokens * seconds / count,
+        )
+
+    def seconds_of(self, num_tokens: float, count: float = 1.0) -> float:
+        """The time of `count` requests with `num_tokens` together. Needs at least one sample."""
+        mean, mean_s = self.tokens / self.weight, self.seconds / self.weight
+        slope = self._slope(mean, mean_s)
+        return count * (mean_s - slope * mean) + slope * num_tokens
+
+    def _slope(self, mean: float, mean_s: float) -> float:
+        if mean <= 0:
+            return 0.0
+        variance = self.squares / self.weight - mean * mean
+        if variance <= (_SPREAD * mean) ** 2:
+            return mean_s / mean
+        slope = (self.products / self.weight - mean * mean_s) / variance
+        return min(max(slope, 0.0), mean_s / mean)
+
+
+class QueuePace(msgspec.Struct, frozen=True):
+    """How fast a queue is served, learned from backlogs and first tokens; a value.
+
+    `intervals`: the time between departures, by tokens. Where engines mostly prefill, intervals
+    grow with tokens; where long answers hold all places, they do not. Intervals fade with busy
+    time, so that they follow the load, but no faster than requests are served: nothing may leave
+    for minutes, and the known pace must outlast that. `silent_s`: time since the last departure, as
+    of `seen_s`. `gaps`: the silences before the latest departures.
+    """
+
+    backlog: Backlog = Backlog()
+    intervals: LineFit = LineFit()
+    silent_s: float = 0.0
+    seen_s: float = 0.0
+    gaps: tuple[float, ...] = ()
+    first_token_s: float = 0.0  # mean, from the queue to the first token
+
+    def with_backlog(self, backlog: Backlog, now: float) -> "QueuePace":
+        """The pace after a report of the backlog."""
+        silent_s = self.silent_s + backlog.busy_s - self.backlog.busy_s
+        num_served = backlog.num_served - self.backlog.num_served
+        if not num_served:
+            return replace(self, backlog=backlog, silent_s=silent_s, seen_s=now)
+        tokens = backlog.num_served_tokens - self.backlog.num_served_tokens
+        gap_s = silent_s / num_served
+        faded = math.exp(-min(silent_s / _MEMORY_S, num_served / _MIN_SERVED))
+        return replace(
+            self,
+            backlog=backlog,
+            intervals=self.intervals.with_samples(tokens, silent_s, count=num_served, kept=faded),
+            silent_s=0.0,
+            seen_s=now,
+            gaps=(*self.gaps, gap_s)[-_NUM_GAPS:] if gap_s > _BURST_S else self.gaps,
+        )
+
+    def with_first_token(self, seconds: float) -> "QueuePace":
+        """The pace after a first token, `seconds` after its request left the queue."""
+        if not self.first_token_s:
+            return replace(self, first_token_s=seconds)
+        change = _FIRST_TOKEN_WEIGHT * (seconds - self.first_token_s)
+        return replace(self, first_token_s=self.first_token_s + change)
+
+    def long_wait_s(self, now: float) -> float | None:
+        """The wait of a new request after all that are not patient; all but a few in a hundred wait
+        less.
+
+        None without evidence. The longer of two estimates counts. By rate: departures are taken as
+        Poisson, so that the time of n departures has a standard deviation of 1 / sqrt(n) of itself.
+        By silence: the next departure comes as late as after 95 % of the silences that lasted at
+        least as long as the running one. Answers of equal length that begin together end together,
+        and a long silence follows that the rate does not show.
+        """
+        backlog = self.backlog
+        num_ahead = backlog.num_requests - backlog.num_patient
+        num_tokens = backlog.num_prompt_tokens - backlog.num_patient_tokens
+        wait_s = self._seconds_of(num_ahead, num_tokens, now)
+        if wait_s is None:
+            return None
+        by_rate_s = wait_s * (1 + _DEVIATIONS / math.sqrt(max(num_ahead, 1)))
+        return max(by_rate_s, self._rest_of_silence_s(now))
+
+    def wait_s(self, now: float) -> float | None:
+        """The time until all waiting requests have left the queue; None without evidence."""
+        return self._seconds_of(self.backlog.num_requests, self.backlog.num_prompt_tokens, now)
+
+    def _silence_s(self, now: float) -> float:
+        """Busy time since the last departure."""
+        if self.backlog.is_open:
+            return self.silent_s
+        return self.silent_s + max(now - self.seen_s, 0.0)
+
+    def _rest_of_silence_s(self, now: float) -> float:
+        silence_s = self._silence_s(now)
+        longer = sorted(gap for gap in self.gaps if gap >= silence_s)
+        return longer[int(_QUANTILE * len(longer))] - silence_s if longer else 0.0
+
+    def _seconds_of(self, num_requests: int, num_tokens: int, now: float) -> float | None:
+        """The time until so many waiting requests have left; the running silence counts too."""
+        known = self.intervals
+        if self.backlog.num_served < _MIN_SERVED or known.seconds + self._silence_s(now) <= 0:
+            return None
+        if known.seconds <= 0:
+            known = known.with_samples(0, self._silence_s(now))
+            return known.seconds_of(num_tokens, num_requests)
+        scale = 1 + self._silence_s(now) / known.seconds
+        return scale * known.seconds_of(num_tokens, num_requests)
 
 
 class Forecast(msgspec.Struct, frozen=True):
-    """`pace` is that of all queues together, of which `backlogs` has the latest, by operator.
+    """Predicted waits, prefills and steps of the engines after an operator.
 
-    `prefills`: of the latest. `step_s`: the mean time of an engine step while a replica was busy.
-    `steps`: the number of each replica's latest step, and when it was reported. `correction`: what
-    predicted waits are multiplied by, since first tokens came later than `objective_s` all the
-    same: on a machine that others use, too, the pace falls after a request was let in. Requests
-    with another objective say nothing: clients choose those, and must not delay each other by it.
+    `pace`: of all queues together; `backlogs`: the latest backlog of each operator. `prefills`: the
+    latest ones. `step_s`: the mean time of a step while a replica was busy. `steps`: by replica,
+    the number of the latest step and when it was reported.
+
+    `correction`: a factor on predicted waits, raised when first tokens come later than
+    `objective_s`: on a machine with other work, the pace may fall after a request was admitted.
+    Requests with another objective do not count: clients choose those, and must not delay each
+    other by them.
     """
 
     pace: QueuePace = QueuePace()
@@ -49,7 +187,7 @@ class Forecast(msgspec.Struct, frozen=True):
     objective_s: float | None = None
 
     def after(self, happened: QueueChanged | FirstToken | LoadReported, now: float) -> "Forecast":
-        """The forecast with that feedback."""
+        """The forecast after one report of feedback."""
         match happened:
             case QueueChanged(node=node, backlog=backlog):
                 return self._with_backlog(node, backlog, now)
@@ -59,14 +197,15 @@ class Forecast(msgspec.Struct, frozen=True):
                 return self._with_load(happened, now)
 
     def prefill_s(self, num_tokens: float) -> float | None:
-        """What an engine takes to compute so many prompt tokens, beside what it does by now."""
-        if self.prefills.weight < 0.9 * _EVIDENCE or self.prefills.tokens <= 0:
+        """The time that a prefill of so many tokens adds to an engine's work; None if unknown."""
+        if self.prefills.weight < 0.9 * _MIN_PREFILLS or self.prefills.tokens <= 0:
             return None
         return self.prefills.seconds_of(num_tokens)
 
     def first_token_s(self, request: Request) -> float:
-        """From leaving the queue to the first token. As long as prefills are not predicted, the
-        mean of all requests.
+        """The time from the queue to the first token.
+
+        The mean of all requests, until there are enough prefills to predict one by its tokens.
         """
         mean_s = self.pace.first_token_s
         own_s = self.prefill_s(request.num_uncached_tokens)
@@ -76,8 +215,10 @@ class Forecast(msgspec.Struct, frozen=True):
         return max(mean_s - usual_s, 0.0) + own_s
 
     def ttft_s(self, request: Request, now: float) -> float | None:
-        """From its arrival to its first token, for a request that enters the queue now: what all
-        but a few in a hundred stay below.
+        """The TTFT of a request that enters the queue now, since its arrival; few in a hundred
+        exceed it.
+
+        None without evidence.
         """
         wait_s = self.pace.long_wait_s(now)
         if wait_s is None:
@@ -97,15 +238,15 @@ class Forecast(msgspec.Struct, frozen=True):
         if first.num_computed_tokens > 0:
             num_tokens = first.num_computed_tokens
             prefills = prefills.with_samples(num_tokens, first.computed_s, kept=_FADE)
-        correction = self._corrected(first)
+        correction = self._correction_after(first)
         return replace(self, pace=pace, prefills=prefills, correction=correction)
 
-    def _corrected(self, first: FirstToken) -> float:
+    def _correction_after(self, first: FirstToken) -> float:
         since_s, objective_s = first.since_arrival_s, self.objective_s
         if since_s is None or objective_s is None or first.slo_ttft_s != objective_s:
             return self.correction
-        changed = self.correction * (_LATE if since_s > objective_s else _IN_TIME)
-        return min(max(changed, 1.0), _MOST_CORRECTED)
+        changed = self.correction * (_LATE_FACTOR if since_s > objective_s else _IN_TIME_FACTOR)
+        return min(max(changed, 1.0), _MAX_CORRECTION)
 
     def _with_load(self, reported: LoadReported, now: float) -> "Forecast":
         load, name = reported.load, (reported.node, reported.replica)
@@ -114,5 +255,12 @@ class Forecast(msgspec.Struct, frozen=True):
         step_s = self.step_s
         if before is not None and load.num_steps > before[0] and now > before[1]:
             latest_s = (now - before[1]) / (load.num_steps - before[0])
-            step_s = latest_s if step_s is None else step_s + _WEIGHT * (latest_s - step_s)
+            step_s = latest_s if step_s is None else step_s + _STEP_WEIGHT * (latest_s - step_s)
         return replace(self, steps=steps, step_s=step_s)
+
+
+def combined(backlogs: Collection[Backlog]) -> Backlog:
+    """The sum of several backlogs: waiting and served requests, and busy time."""
+    if len(backlogs) == 1:
+        return next(iter(backlogs))
+    return Backlog(*map(sum, zip(*map(astuple, backlogs), strict=True)))

@@ -1,4 +1,4 @@
-"""How operators hand requests to engines: needs, held requests, stamps, phases and refusals."""
+"""How operators hand requests to engines: needs, held requests, leases, stamps and phases."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,6 +10,7 @@ from sagellm.graphs.vocabulary import LOGPROBS, RESUME, TOKENS_IN
 from sagellm.runtime.feedback import FirstToken
 from sagellm.runtime.messages import (
     ENGINE_FAILED,
+    ChoiceKey,
     Item,
     Prefilled,
     Request,
@@ -37,7 +38,7 @@ def _names_tokens(request: Request) -> bool:
     )
 
 
-# Capability -> who needs it, why a request is refused without it, and the code of that.
+# Capability -> whether a request needs it, and the message and code of a refusal without it.
 NEEDS: dict[str, tuple[Callable[[Request], bool], str, str]] = {
     LOGPROBS: (
         _asks_logprobs,
@@ -59,7 +60,7 @@ NEEDS: dict[str, tuple[Callable[[Request], bool], str, str]] = {
 
 
 def check_needs(request: Request, facts: EngineFacts) -> None:
-    """Raise EngineRefusal where a request asks for what an engine with those facts cannot do."""
+    """Raise EngineRefusal where a request needs a capability that the engine lacks."""
     for capability in NEEDS.keys() - facts.capabilities:
         is_needed, why, code = NEEDS[capability]
         if is_needed(request):
@@ -68,31 +69,32 @@ def check_needs(request: Request, facts: EngineFacts) -> None:
 
 @dataclass(slots=True)
 class _HeldRequest:
-    """A request, and what was emitted of it: token ids, or texts where an engine gives none."""
+    """A request and what was emitted of it: token ids, or texts where the engine gives no ids."""
 
     request: Request
     token_ids: list[int] = field(default_factory=list)
-    texts: list[tuple[str, int]] = field(default_factory=list)  # and how many tokens each was
+    texts: list[tuple[str, int]] = field(default_factory=list)  # each with its number of tokens
 
 
 class HeldRequests:
-    """The requests that one operator has in its engine, and what that has emitted of them."""
+    """The requests that one operator has in its engine, each with what was emitted of it."""
 
     def __init__(self) -> None:
-        self._requests: dict[tuple[str, int], _HeldRequest] = {}
-        self._choices: dict[str, dict[int, None]] = {}  # by request
+        self._requests: dict[ChoiceKey, _HeldRequest] = {}
+        self._choices: dict[str, dict[int, None]] = {}  # by request id, for signals
 
     def add(self, request: Request) -> None:
         self._requests[request.key] = _HeldRequest(request)
         self._choices.setdefault(request.request_id, {})[request.choice] = None
 
-    def get(self, key: tuple[str, int]) -> Request | None:
+    def get(self, key: ChoiceKey) -> Request | None:
         held = self._requests.get(key)
         return held.request if held is not None else None
 
     def note(self, event: TokenEvent) -> Request | None:
-        """An event was emitted; with its last one a request is held no more. Returns the request,
-        None where it is not held.
+        """Record an emitted event, and drop the request with its last event.
+
+        Returns the request, or None where the operator does not hold it.
         """
         held = self._requests.get((event.request_id, event.choice))
         if held is None:
@@ -104,7 +106,7 @@ class HeldRequests:
             self.drop(event.key)
         return held.request
 
-    def drop(self, key: tuple[str, int]) -> None:
+    def drop(self, key: ChoiceKey) -> None:
         if self._requests.pop(key, None) is None:
             return
         choices = self._choices[key[0]]
@@ -112,8 +114,8 @@ class HeldRequests:
         if not choices:
             del self._choices[key[0]]
 
-    def recall(self, key: tuple[str, int]) -> Request | None:
-        """Drop a request, and return it with all that was emitted of it."""
+    def recall(self, key: ChoiceKey) -> Request | None:
+        """Drop a request, and return it with everything that was emitted of it."""
         held = self._requests.get(key)
         if held is None:
             return None
@@ -127,7 +129,10 @@ class HeldRequests:
         )
 
     def cancel(self, ctx: Context, signal: Signal) -> None:
-        """End in the engine what a signal concerns, however many others are held."""
+        """Cancel the choices that a signal concerns in the engine.
+
+        The cost does not grow with the other held requests.
+        """
         for choice in tuple(self._choices.get(signal.request_id, ())):
             key = signal.request_id, choice
             if signal.concerns(key):
@@ -135,7 +140,7 @@ class HeldRequests:
 
 
 def release_leases(ctx: Context, item: Item) -> None:
-    """Free the leases that an item carries, in whichever pools they are; twice does no harm."""
+    """Free the leases of an item in whichever pools they are. Repeating it does no harm."""
     if not isinstance(item, Prefilled):
         return
     for lease in (item.lease, item.reservation):
@@ -145,10 +150,9 @@ def release_leases(ctx: Context, item: Item) -> None:
 
 
 def merge_stamps(request: Request, event: TokenEvent) -> TokenEvent:
-    """The event with the stamps of the phases before its engine.
+    """The event with the stamps of earlier phases.
 
-    What an earlier phase stamped stays: a decode engine starts a sequence that a prefill engine
-    had started long before.
+    An earlier stamp wins: a decode engine starts a sequence that a prefill engine started before.
     """
     before = msgspec.structs.asdict(request.stamps)
     after = msgspec.structs.asdict(event.stamps)
@@ -157,13 +161,14 @@ def merge_stamps(request: Request, event: TokenEvent) -> TokenEvent:
 
 
 def refusal_event(request: Request, error: EngineRefusal, now: float) -> TokenEvent:
-    """The end of a request that its engine would not take."""
+    """The last event of a request that its engine refused."""
     return refusal(request, "refused", now=now, error=str(error), code=error.code)
 
 
 def report_first_token(ctx: Context, request: Request, event: TokenEvent) -> None:
-    """Report upstream, once for each request, how long its first token took from leaving its queue
-    to leaving this operator.
+    """Report the latency of the first token upstream, once for each request.
+
+    The latency runs from the queue to this operator's outlet.
     """
     dispatched_s = request.stamps.dispatched_s
     if dispatched_s is None or event.position != request.num_emitted or not event.num_tokens:
@@ -185,7 +190,7 @@ def report_first_token(ctx: Context, request: Request, event: TokenEvent) -> Non
 
 
 class Phases(NamedTuple):
-    """Seconds; 0 for a phase that the request never reached, or that its graph does not have."""
+    """Seconds of each phase; 0 for a phase that the request never reached or the graph lacks."""
 
     queue_s: float = 0.0
     prefill_s: float = 0.0
@@ -203,10 +208,11 @@ class Phases(NamedTuple):
 
 
 def phases_of(stamps: Stamps) -> Phases:
-    """A request waits until an engine begins with it; each later phase starts where one ended.
+    """Split the time of a request into phases, by its stamps.
 
-    The time a request waits inside its engine belongs to the queue. A request that ended in the
-    queue spent all its time there.
+    A request is queued until an engine begins with it, so waiting inside an engine counts as
+    queued. Each later phase begins where the previous one ended. A request that ended in the queue
+    spent all its time there.
     """
     arrived, finished = stamps.arrived_s, stamps.finished_s
     started = _known(stamps.started_s, _known(finished, arrived))

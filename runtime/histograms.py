@@ -1,4 +1,4 @@
-"""Histograms: counts of samples in fixed buckets, and in logarithmic ones as a value."""
+"""Histograms: counts of samples in fixed buckets, and in logarithmic buckets as a value."""
 
 import math
 from bisect import bisect_left
@@ -10,9 +10,10 @@ from immutables import Map
 
 
 class Buckets:
-    """Each sample falls into the first bucket whose bound it does not pass; the last has none.
+    """Counts in buckets with fixed upper bounds; a sample costs a tenth of a microsecond.
 
-    `total` is the sum of all samples.
+    A sample falls into the first bucket whose bound it does not exceed; the last bucket is
+    unbounded. `total`: the sum of all samples.
     """
 
     __slots__ = ("bounds", "counts", "total")
@@ -27,13 +28,13 @@ class Buckets:
         self.total += value
 
     def copy(self) -> "Buckets":
-        """What was observed so far."""
+        """A copy of all counts."""
         copied = Buckets(self.bounds)
         copied.counts, copied.total = self.counts.copy(), self.total
         return copied
 
     def add(self, other: "Buckets") -> None:
-        """Take in what another with the same bounds has observed."""
+        """Add the counts of another histogram with the same bounds."""
         self.counts = [a + b for a, b in zip(self.counts, other.counts, strict=True)]
         self.total += other.total
 
@@ -42,20 +43,20 @@ class Buckets:
         return sum(self.counts)
 
     def cumulative(self) -> Iterator[tuple[float, int]]:
-        """(bound, samples that do not pass it), up to infinity: as Prometheus counts."""
+        """(bound, samples up to the bound), with infinity last: the form of Prometheus."""
         passed = 0
         for bound, count in zip((*self.bounds, float("inf")), self.counts, strict=True):
             passed += count
             yield bound, passed
 
 
-GROWTH = 1.02  # each bucket is 2 % wider than the one before: a quantile is right within 1 %
-_LEAST = 1e-9  # what is shorter, zero too, falls into the first bucket
+GROWTH = 1.02  # each bucket is 2 % wider than the last: a quantile is exact within 1 %
+_LEAST = 1e-9  # shorter durations, zero included, fall into the first bucket
 _LOG_GROWTH = math.log(GROWTH)
 
 
 class LogHistogram(msgspec.Struct, frozen=True):
-    """Counts per bucket; some hundred buckets span nanoseconds to days."""
+    """Counts in logarithmic buckets, as a value; some hundred buckets span nanoseconds to days."""
 
     counts: Map[int, int] = Map()
     num_samples: int = 0
@@ -67,7 +68,7 @@ class LogHistogram(msgspec.Struct, frozen=True):
         )
 
     def with_samples(self, values: Sequence[float]) -> "LogHistogram":
-        """Equal values that follow each other, as the gaps of one engine step, cost little."""
+        """Add several samples; equal ones in a row, as the gaps of one engine step, cost little."""
         counts = self.counts
         for value, equal in groupby(values):
             bucket = _bucket(value)
@@ -75,7 +76,10 @@ class LogHistogram(msgspec.Struct, frozen=True):
         return LogHistogram(counts, self.num_samples + len(values))
 
     def quantile(self, share: float) -> float | None:
-        """The value that at least `share` (0 ... 1) of the samples do not pass; None of none."""
+        """The value that at least `share` (0 ... 1) of the samples do not exceed.
+
+        None without samples.
+        """
         rank = max(math.ceil(share * self.num_samples), 1)
         for bucket in sorted(self.counts):
             rank -= self.counts[bucket]

@@ -1,4 +1,4 @@
-"""How many blocks of a pool the tokens of one sequence take, and which of them are still read."""
+"""The shape of a lease: how many blocks of a pool a sequence takes, and which are still read."""
 
 from dataclasses import dataclass
 from itertools import accumulate
@@ -6,9 +6,9 @@ from itertools import accumulate
 
 @dataclass(frozen=True, slots=True)
 class TokenGroup:
-    """Layers that keep keys and values of the same tokens: of all, or of the last `window`.
+    """Layers that keep the KV of the same tokens: of all tokens, or of the last `window`.
 
-    They take a block in each of `num_tables` block tables for every `block_size` tokens.
+    For every `block_size` tokens, a group takes one block in each of its `num_tables` block tables.
     """
 
     num_tables: int = 1
@@ -19,8 +19,8 @@ class TokenGroup:
 class LeaseShape:
     """What a lease holds: block tables of token groups, and a snapshot of recurrent state.
 
-    `groups`: the one of full attention, if there is one, comes first. `num_state_blocks`: of one
-    snapshot. `max_ahead`: tokens of one sequence that steps under way compute at most.
+    `groups`: full attention comes first, if there is any. `num_state_blocks`: of one snapshot.
+    `max_ahead`: the most tokens that steps in progress compute of one sequence.
     """
 
     block_size: int
@@ -40,12 +40,12 @@ class LeaseShape:
 
     @property
     def forgets(self) -> bool:
-        """Whether blocks are read no more before their sequence ends."""
+        """Whether some blocks become unread before their sequence ends."""
         return self.num_state_blocks > 0 or any(group.window for group in self.groups)
 
     @property
     def ends(self) -> tuple[int, ...]:
-        """The number of tables up to the end of each group."""
+        """For each group, the number of tables up to its end."""
         return tuple(accumulate(group.num_tables for group in self.groups))
 
     def num_full(self, num_tokens: int) -> int:
@@ -53,15 +53,16 @@ class LeaseShape:
         return -(-num_tokens // self.block_size)
 
     def first(self, group: TokenGroup, position: int) -> int:
-        """Of one table, the first block that the token at `position` reads."""
+        """The first block of a table that the token at `position` reads."""
         if group.window is None:
             return 0
         return max(0, position - group.window + 1) // self.block_size
 
     def spans(self, num_tokens: int, start: int) -> list[tuple[int, int]]:
-        """For each group, which blocks of its tables a sequence of `num_tokens` is given.
+        """The range of blocks in the tables of each group, for a sequence of `num_tokens`.
 
-        It computes the tokens from `start` on. A window slides along on the blocks that it frees.
+        The sequence computes the tokens from `start` on. A window reuses the blocks that it has
+        left.
         """
         end = self.num_full(num_tokens)
         found = []
@@ -71,24 +72,25 @@ class LeaseShape:
         return found
 
     def num_blocks(self, num_tokens: int, start: int = 0) -> int:
-        """Blocks that a sequence is given when it starts, nothing of it being shared."""
+        """Blocks that a sequence takes when it starts and shares none."""
         spans = zip(self.groups, self.spans(num_tokens, start), strict=True)
         held = sum(group.num_tables * (end - first) for group, (first, end) in spans)
         return held + self.num_state_blocks
 
     def num_needed(self, num_tokens: int) -> int:
-        """Blocks with which a sequence of that length always advances: it may start from one
-        snapshot and write another.
+        """Blocks with which a sequence of that length always advances.
+
+        Recurrent state counts twice: a sequence may start from one snapshot and write another.
         """
         return self.num_blocks(num_tokens) + self.num_state_blocks
 
     def num_fixed(self, num_tokens: int) -> int:
-        """Those of them that do not grow with its length, once it is longer than all windows."""
+        """The part of `num_needed` that does not grow once the sequence exceeds all windows."""
         full = self.groups[0].num_tables * self.num_full(num_tokens) if self.has_full else 0
         return self.num_needed(num_tokens) - full
 
     def num_tokens(self, num_blocks: int, most: int) -> int:
-        """The longest sequence, up to `most` tokens, that always advances in so many blocks."""
+        """The longest sequence, up to `most` tokens, that always advances in `num_blocks`."""
         low, high = 0, -(-most // self.block_size)
         while low < high:
             middle = (low + high + 1) // 2
@@ -99,5 +101,5 @@ class LeaseShape:
         return min(low * self.block_size, most)
 
     def _reach(self, group: TokenGroup, end: int) -> int:
-        """Blocks of one table that a sequence reads and writes at a time."""
+        """Blocks of one table that a sequence reads and writes at the same time."""
         return end if group.window is None else self.num_full(group.window + self.max_ahead) + 1

@@ -1,14 +1,15 @@
-"""What travels: requests forward, tokens back, and the state of a sequence into an engine."""
+"""Messages: requests travel forward, tokens travel back, and engines take sequence states."""
 
-from types import NoneType
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import msgspec
+
+from sagellm.runtime.sampling import Sampling
 
 FinishReason: TypeAlias = Literal[
     "stop", "length", "cancelled", "refused", "expired", "failed", "filtered"
 ]
-# Why a request ended, for programs: what a gateway answers, and whether a retry may help.
+# Why a request ended, for programs: a gateway chooses its status and the retry advice by the code.
 CODES: dict[str, str] = {
     "bad_request": "the request itself cannot be served",
     "queue_full": "too many requests or tokens wait",
@@ -22,109 +23,43 @@ CODES: dict[str, str] = {
 }
 OPERATOR_FAILED = "operator_failed"
 ENGINE_FAILED = "engine_failed"
-SERVED: frozenset[str] = frozenset({"stop", "length"})  # the reasons that mean an answer
+# (request_id, choice). A plain tuple: one is made for every token, and a named one costs 0.3 us.
+ChoiceKey: TypeAlias = tuple[str, int]
+SERVED: frozenset[str] = frozenset({"stop", "length"})  # the reasons of a complete answer
 
 PRIORITIES = {"critical": 0, "high": 1, "normal": 2, "low": 3, "background": 4}
 NORMAL = PRIORITIES["normal"]
 
 
-_WHOLE, _NUMBER = "a whole number", "a number"
-_SAMPLING_NUMBERS: tuple[tuple[str, tuple[type, ...], str], ...] = (
-    *((name, (int,), _WHOLE) for name in ("max_tokens", "min_tokens", "top_k", "n")),
-    *((name, (int, NoneType), _WHOLE) for name in ("seed", "logprobs", "prompt_logprobs")),
-    *(
-        (name, (int, float), _NUMBER)
-        for name in ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty",
-                     "frequency_penalty")
-    ),
-)  # fmt: skip
-_SAMPLING_OTHERS: tuple[tuple[str, type | tuple[type, ...], str], ...] = (
-    ("logit_bias", dict, "a dict of token ids and numbers"),
-    ("stop", (tuple, list), "a tuple of strings"),
-    ("stop_token_ids", (tuple, list), "a tuple of token ids"),
-    ("allowed_token_ids", (tuple, list), "a tuple of token ids"),
-    ("bad_words", (tuple, list), "a tuple of strings"),
-    ("bad_words_token_ids", (tuple, list), "a tuple of tuples of token ids"),
-    ("ignore_eos", bool, "True or False"),
-    ("skip_special_tokens", bool, "True or False"),
-    ("include_stop_str_in_output", bool, "True or False"),
-)
-_RIGHT_KINDS: set[tuple[type, ...]] = set()  # types of all values, as were right before
-_MOST_KINDS = 256
+class EngineReplica(NamedTuple):
+    """One replica of an engine, by the name of the engine and the number of the replica."""
 
-
-class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How to sample tokens. Greedy unless a temperature is given; names as in the OpenAI API.
-
-    `seed` None means: the session draws one where the request enters. `top_k` 0 means all.
-    `allowed_token_ids` empty means all. No answer completes a sequence of `bad_words_token_ids`;
-    the session resolves `bad_words`, which are texts, to such sequences. Where no token is left to
-    sample, the answer ends with reason "stop".
-    """
-
-    max_tokens: int = 128
-    min_tokens: int = 0
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: dict[int, float] = {}
-    allowed_token_ids: tuple[int, ...] = ()
-    bad_words: tuple[str, ...] = ()
-    bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    include_stop_str_in_output: bool = False
-    skip_special_tokens: bool = True
-    ignore_eos: bool = False
-    logprobs: int | None = None  # None: none; k: the chosen token's and the k most likely
-    prompt_logprobs: int | None = None  # the same for the prompt's tokens, in the first event
-    n: int = 1
-
-    def __post_init__(self) -> None:
-        """Raises TypeError for a value of a wrong type. Ranges are checked by `fault_of`."""
-        kinds = tuple(map(type, msgspec.structs.astuple(self)))
-        if kinds not in _RIGHT_KINDS:
-            self._check_types()
-            if len(_RIGHT_KINDS) < _MOST_KINDS:
-                _RIGHT_KINDS.add(kinds)
-
-    def _check_types(self) -> None:
-        for name, kinds, wanted in _SAMPLING_NUMBERS:
-            value = getattr(self, name)
-            if not isinstance(value, kinds) or (value is True or value is False):
-                raise TypeError(f"{name} is {value!r}; it must be {wanted}")
-        for name, kind, wanted in _SAMPLING_OTHERS:
-            if not isinstance(getattr(self, name), kind):
-                raise TypeError(f"{name} is {getattr(self, name)!r}; it must be {wanted}")
+    engine: str
+    number: int
 
 
 class Stamps(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """When each phase of a request ended, in seconds of the executor's monotonic clock."""
+    """The end of each phase of a request, in seconds of the executor's monotonic clock."""
 
     arrived_s: float = 0.0
     dispatched_s: float | None = None  # left the queue of policy_sort
-    started_s: float | None = None  # an engine began to compute it
-    prefilled_s: float | None = None  # its first token was sampled
-    transferred_s: float | None = None  # its KV blocks reached the decode pool
+    started_s: float | None = None  # an engine began to compute the prompt
+    prefilled_s: float | None = None  # the first token was sampled
+    transferred_s: float | None = None  # the KV blocks reached the decode pool
     finished_s: float | None = None
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True, tag="request"):
-    """One choice of one request on its way to an engine. (request_id, choice) names it.
+    """One choice of one request on its way to an engine, identified by (request_id, choice).
 
-    `prompt_token_ids` is empty, and `prompt` or `messages` is what its engine encodes, where that
-    takes text. It resumes with `emitted_token_ids`, or with `emitted_text`, which was
-    `num_emitted_without_ids` tokens.
+    For an engine that takes text, `prompt_token_ids` is empty and the engine encodes `prompt` or
+    `messages`. A request with `emitted_token_ids`, or with `emitted_text` of
+    `num_emitted_without_ids` tokens, resumes after those tokens.
     """
 
     request_id: str
     choice: int = 0
-    epoch: int = 0  # raised when a request re-enters; with the id the fence of its leases
+    epoch: int = 0  # rises when the request enters again; fences its leases
     prompt: str = ""
     messages: tuple[dict[str, Any], ...] = ()
     prompt_token_ids: tuple[int, ...] = ()
@@ -132,13 +67,13 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, tag="request"):
     priority: int = NORMAL  # 0 critical ... 4 background
     user_id: str = ""
     model: str = ""
-    salt: str = ""  # of the tenant: prefix blocks are shared inside one salt only
+    salt: str = ""  # of the tenant: prefix blocks are shared within one salt only
     slo_ttft_s: float | None = None  # objective for the first token, from arrival
-    expires_s: float | None = None  # clock time after which nobody wants the answer
+    expires_s: float | None = None  # clock time after which the answer is not wanted
     cost_budget: float | None = None
-    placement: dict[str, int] = {}  # node name -> replica, as route chose
-    avoid: tuple[tuple[str, int], ...] = ()  # engines and replicas that have failed on it
-    num_cached_tokens: int = 0  # of the prompt, as far as the router knows
+    placement: dict[str, int] = {}  # node name -> the replica that route chose
+    avoid: tuple[EngineReplica, ...] = ()  # replicas that failed on this request
+    num_cached_tokens: int = 0  # of the prompt, as the router knows
     emitted_token_ids: tuple[int, ...] = ()
     emitted_text: str = ""
     num_emitted_without_ids: int = 0
@@ -146,12 +81,12 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, tag="request"):
     tags: dict[str, str] = {}
 
     @property
-    def key(self) -> tuple[str, int]:
+    def key(self) -> ChoiceKey:
         return self.request_id, self.choice
 
     @property
     def num_emitted(self) -> int:
-        """Tokens of the answer that were emitted already; where there are any, it resumes."""
+        """Tokens of the answer that were emitted already; a request with any resumes."""
         return len(self.emitted_token_ids) + self.num_emitted_without_ids
 
     @property
@@ -163,7 +98,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, tag="request"):
     def sequence(
         self, owner: str, *, hold_kv: bool = False, lease: "LeaseRef | None" = None
     ) -> "SequenceState":
-        """What an engine is given of this request by the operator `owner`."""
+        """The sequence state that the operator `owner` submits to an engine."""
         return SequenceState(
             owner=owner,
             request_id=self.request_id,
@@ -185,13 +120,13 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, tag="request"):
 
 
 class SequenceState(msgspec.Struct, frozen=True, kw_only=True, tag="sequence"):
-    """All that an engine needs to start, or to resume, one sequence. Versioned: crosses processes.
+    """All that an engine needs to start or resume one sequence. Versioned, as it crosses processes.
 
-    The prompt is `prompt_token_ids`, or for an engine that takes text `prompt` or `messages`. With
-    `emitted_token_ids`, or `emitted_text` of `num_emitted_without_ids` tokens, the sequence resumes
-    after them. `owner` is the operator that the events go to. `hold_kv`: stop after the first token
-    and keep the lease for an export. `lease`: the blocks, in this engine's own pool, that already
-    hold the prompt's keys and values.
+    The prompt is `prompt_token_ids`, or for an engine that takes text `prompt` or `messages`. A
+    sequence with `emitted_token_ids`, or with `emitted_text` of `num_emitted_without_ids` tokens,
+    resumes after those tokens. Events go to the operator `owner`. `hold_kv`: stop after the first
+    token and keep the lease for an export. `lease`: blocks in the engine's own pool that already
+    hold the KV of the prompt.
     """
 
     version: int = 1
@@ -205,7 +140,7 @@ class SequenceState(msgspec.Struct, frozen=True, kw_only=True, tag="sequence"):
     emitted_token_ids: tuple[int, ...] = ()
     emitted_text: str = ""
     num_emitted_without_ids: int = 0
-    sampling: Sampling = Sampling()  # with the seed resolved
+    sampling: Sampling = Sampling()  # its seed is resolved
     salt: str = ""
     adapter: str | None = None
     grammar: str | None = None
@@ -216,7 +151,7 @@ class SequenceState(msgspec.Struct, frozen=True, kw_only=True, tag="sequence"):
     expires_s: float | None = None
 
     @property
-    def key(self) -> tuple[str, int]:
+    def key(self) -> ChoiceKey:
         return self.request_id, self.choice
 
     @property
@@ -226,7 +161,7 @@ class SequenceState(msgspec.Struct, frozen=True, kw_only=True, tag="sequence"):
 
 
 class LeaseRef(msgspec.Struct, frozen=True, kw_only=True, tag="lease"):
-    """Names a lease of one pool from outside it. (request_id, choice, epoch) is its fence."""
+    """Names a lease of one pool outside that pool. (request_id, choice, epoch) is the fence."""
 
     engine: str
     replica: int
@@ -234,24 +169,25 @@ class LeaseRef(msgspec.Struct, frozen=True, kw_only=True, tag="lease"):
     request_id: str
     choice: int
     epoch: int
-    num_tokens: int  # whose keys and values the blocks hold, or will hold
+    num_tokens: int  # tokens whose KV the blocks hold or will hold
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, gc=False):
-    """The log probability of a chosen token, and the most likely ones, best first."""
+    """The log probability of a sampled token, and the most likely tokens, best first."""
 
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
-    rank: int | None = None  # 1: none is more likely; known of prompt tokens only
+    rank: int | None = None  # 1: most likely; known of prompt tokens only
 
 
 class TokenEvent(msgspec.Struct, frozen=True, kw_only=True, tag="tokens", gc=False):
-    """New tokens of one choice, or its end, or both; `position` is that of its first token.
+    """New tokens of one choice, or the end of the choice, or both.
 
-    The last event of a choice, and no other, has a `finish_reason`. `text` is what became whole
-    with these tokens: it may be empty, and never ends inside a character. Tokens whose ids are not
-    known, as their engine gives text alone, are counted by `num_tokens_without_ids`.
+    `position` is the position of the first token. The last event of a choice, and no other event,
+    has a `finish_reason`. `text` is the output text that these tokens complete; `text` may be empty
+    and never ends inside a character. Where an engine gives text without token ids,
+    `num_tokens_without_ids` counts the tokens.
     """
 
     request_id: str
@@ -262,19 +198,19 @@ class TokenEvent(msgspec.Struct, frozen=True, kw_only=True, tag="tokens", gc=Fal
     num_tokens_without_ids: int = 0
     text: str = ""
     logprobs: tuple[TokenLogprob, ...] = ()
-    prompt_logprobs: tuple[TokenLogprob, ...] = ()  # of the prompt's tokens but the first
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()  # of all prompt tokens but the first
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None  # the stop string or token id that matched
-    error: str | None = None  # why it was refused or failed; safe to show
-    code: str = ""  # the same for programs: a key of CODES, or nothing
-    retry_after_s: float | None = None  # when a refused request may be tried again
+    error: str | None = None  # why the choice was refused or failed; safe to show
+    code: str = ""  # a key of CODES, or empty
+    retry_after_s: float | None = None  # wait before a refused request is tried again
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
-    num_preemptions: int = 0  # of the sequence, in the engine that the event comes from
+    num_preemptions: int = 0  # of the sequence, in the engine of this event
     stamps: Stamps = Stamps()
 
     @property
-    def key(self) -> tuple[str, int]:
+    def key(self) -> ChoiceKey:
         return self.request_id, self.choice
 
     @property
@@ -288,10 +224,10 @@ class TokenEvent(msgspec.Struct, frozen=True, kw_only=True, tag="tokens", gc=Fal
 
 
 class Prefilled(msgspec.Struct, frozen=True, kw_only=True, tag="prefilled"):
-    """A request whose prompt is computed: its first token and where its KV blocks are.
+    """A request after prefill: its first token, and where its KV blocks are.
 
-    `lease` is the filled one in the prefill pool (None once it was handed over, or where the first
-    token was the last); `reservation` is the one reserved for it in the decode pool.
+    `lease` is the filled lease in the prefill pool, or None after the handover and where the first
+    token was the last. `reservation` is the lease that the decode pool has reserved.
     """
 
     request: Request
@@ -308,12 +244,15 @@ class Prefilled(msgspec.Struct, frozen=True, kw_only=True, tag="prefilled"):
         return self.request.choice
 
     @property
-    def key(self) -> tuple[str, int]:
+    def key(self) -> ChoiceKey:
         return self.request.key
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True, tag="answer"):
-    """The whole answer of one choice; `value` is what a user's function made of it, if any did."""
+    """The whole answer of one choice.
+
+    `value` is what a user's function returned for the answer, if a function did.
+    """
 
     request_id: str
     choice: int = 0
@@ -334,7 +273,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True, tag="answer"):
     value: object = None
 
     @property
-    def key(self) -> tuple[str, int]:
+    def key(self) -> ChoiceKey:
         return self.request_id, self.choice
 
     @property
@@ -348,7 +287,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True, tag="answer"):
 
 
 class Forked(msgspec.Struct, frozen=True, kw_only=True, tag="forked"):
-    """Tells the session that one request became the choices 0 ... num_choices - 1."""
+    """Announces to the session that one request became the choices 0 ... num_choices - 1."""
 
     request_id: str
     num_choices: int
@@ -366,7 +305,7 @@ def refusal(
     code: str = "",
     retry_after_s: float | None = None,
 ) -> TokenEvent:
-    """The terminal event of a request that ends before an engine took it."""
+    """The last event of a request that ends before an engine takes the request."""
     stamps = msgspec.structs.replace(request.stamps, finished_s=now)
     return TokenEvent(
         request_id=request.request_id,

@@ -1,58 +1,30 @@
-"""The operator protocol: what an operator is given, and what it may answer."""
+"""The operator protocol: the inputs of an operator, its outputs, and what it is built with."""
 
 import hashlib
 import math
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import (
-    Any,
-    Generic,
-    Literal,
-    Protocol,
-    TypeAlias,
-    TypeVar,
-    runtime_checkable,
-)
+from typing import Any, Generic, Literal, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import msgspec
 
 from sagellm.graphs.vocabulary import OpSpec
 from sagellm.runtime.feedback import Feedback, PrefixesChanged, Topology
-from sagellm.runtime.messages import Forked, Item, Request, TokenEvent
+from sagellm.runtime.messages import ChoiceKey, Forked, Item, Request, TokenEvent
 from sagellm.runtime.port import Engine, EngineEvent, EngineFacts
 from sagellm.runtime.prefixes import Hasher, new_hasher
 
 
 class Credit(msgspec.Struct, frozen=True, array_like=True):
-    """What may be under way towards one replica: requests, prompt tokens, KV blocks."""
+    """How much may be in transit to one replica: requests, prompt tokens and KV blocks."""
 
     requests: float = math.inf
     tokens: float = math.inf
     blocks: float = math.inf
 
-    def __add__(self, other: "Credit") -> "Credit":
-        return Credit(
-            self.requests + other.requests, self.tokens + other.tokens, self.blocks + other.blocks
-        )
 
-    def __sub__(self, other: "Credit") -> "Credit":
-        return Credit(
-            self.requests - other.requests, self.tokens - other.tokens, self.blocks - other.blocks
-        )
-
-    def covers(self, cost: "Credit") -> bool:
-        return (
-            cost.requests <= self.requests
-            and cost.tokens <= self.tokens
-            and cost.blocks <= self.blocks
-        )
-
-
-EncodeText: TypeAlias = Callable[
-    [str, str], tuple[int, ...]
-]  # (text, `Request.model`) -> token ids
-
-# ---- what an operator may meet -------------------------------------------------------------
+# (text, `Request.model`) -> token ids
+EncodeText: TypeAlias = Callable[[str, str], tuple[int, ...]]
 
 
 class Arrival(msgspec.Struct, frozen=True, gc=False):
@@ -65,19 +37,20 @@ class Arrival(msgspec.Struct, frozen=True, gc=False):
 class Signal(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Overtakes items, goes to every operator, and may come twice.
 
-    `cancel` and `expire` end a request; `forget` says that its last terminal event has passed.
+    `cancel` and `expire` end a request. `forget` says that the last terminal event of a request has
+    passed.
     """
 
     kind: Literal["cancel", "expire", "forget"]
     request_id: str
-    choice: int | None = None  # None: all choices
+    choice: int | None = None  # None: all choices of the request
 
-    def concerns(self, key: tuple[str, int]) -> bool:
+    def concerns(self, key: ChoiceKey) -> bool:
         return key[0] == self.request_id and self.choice in (None, key[1])
 
 
 class OfferTaken(msgspec.Struct, frozen=True, gc=False):
-    """An `Offer` of this operator was accepted downstream."""
+    """An item of this operator's `Offer` was accepted downstream."""
 
     item: Item
 
@@ -88,30 +61,30 @@ class Wake(msgspec.Struct, frozen=True, gc=False):
 
 Input: TypeAlias = Arrival | Signal | Feedback | PrefixesChanged | Topology | OfferTaken | Wake
 
-# ---- what it may answer --------------------------------------------------------------------
-
 
 class Emit(msgspec.Struct, frozen=True, gc=False):
-    """Send an item. Where there is no credit for it, the whole input is undone and waits."""
+    """Send an item. Without credit for the item, the whole input is undone and waits."""
 
     item: Item
     outlet: str = "out"
 
 
 class EmitAll(msgspec.Struct, frozen=True, gc=False):
-    """Send several items in order, as one. An operator that has `on_batch` may answer with it."""
+    """Send several items in order in one transaction.
+
+    An operator with `on_batch` may answer with it.
+    """
 
     items: Sequence[Item]
     outlet: str = "out"
 
 
 class EmitFirst(msgspec.Struct, frozen=True):
-    """Send the first of these that downstream has credit for: one item, placed in several ways,
-    each with the state that the operator has once that one is sent. They are made as they are
-    tried. Where there is credit for none, the whole input is undone and waits.
+    """Send the first of these choices that has credit: one item, placed in several ways.
 
-    `hold_s`: the input also waits where there is credit for others than the first, so long from the
-    first time that it was held back.
+    Each choice comes with the operator's state after it; choices are made as they are tried.
+    Without credit for any, the whole input is undone and waits. `hold_s`: the input waits for the
+    first choice, for so long from its first try, even where other choices have credit.
     """
 
     choices: Iterable[tuple[Item, Any]]
@@ -120,18 +93,19 @@ class EmitFirst(msgspec.Struct, frozen=True):
 
 
 class Wait(msgspec.Struct, frozen=True, gc=False):
-    """The service operator `node`, which an item would go to, has no credit at any replica: the
-    whole input is undone and waits.
+    """Undo the whole input and wait for credit.
+
+    `node`: the service operator that the item would go to, none of whose replicas has credit.
     """
 
     node: str
 
 
 class Offer(msgspec.Struct, frozen=True, gc=False):
-    """Send one of these, the first that downstream has credit for, if any; answered by `OfferTaken`.
-    A request that is sent is stamped with the time.
+    """Send the first of these items that has credit, if any; answered by `OfferTaken`.
 
-    Only an operator that keeps what was not taken (policy_sort) may offer.
+    A request that is sent is stamped with the time. Only an operator that keeps the other items may
+    offer, such as policy_sort.
     """
 
     items: tuple[Item, ...]
@@ -139,9 +113,10 @@ class Offer(msgspec.Struct, frozen=True, gc=False):
 
 
 class Terminate(msgspec.Struct, frozen=True):
-    """Send the last event of a request over the implicit `terminal` outlet to the sink.
+    """Send the last event of a request over the implicit outlet `terminal` to the sink.
 
-    `cause` is what was raised, if anything was: the log and a caller in this process get it.
+    `cause`: the exception that ended the request, if any, for the log and for a caller in this
+    process.
     """
 
     event: TokenEvent
@@ -149,7 +124,7 @@ class Terminate(msgspec.Struct, frozen=True):
 
 
 class Announce(msgspec.Struct, frozen=True):
-    """Tell the session that a request became several choices; sent before the first of them."""
+    """Announce to the session that a request became several choices, before the first of them."""
 
     forked: Forked
 
@@ -168,7 +143,7 @@ S = TypeVar("S")
 
 
 class Step(msgspec.Struct, Generic[S], frozen=True):
-    """The answer of a logic operator: its next state, what it sends, when to wake it."""
+    """The answer of a logic operator: its next state, its outputs, and when to wake it."""
 
     state: S
     outputs: tuple[OperatorOutput, ...] = ()
@@ -176,8 +151,9 @@ class Step(msgspec.Struct, Generic[S], frozen=True):
 
 
 class Draw:
-    """A random source that is a pure function of (seed, node, number of the input). It is of use
-    while that input is answered, and not later.
+    """A random source: a pure function of (seed, node, number of the input).
+
+    Valid only while that input is answered.
     """
 
     __slots__ = ("_node", "_seed", "count", "number")
@@ -186,7 +162,7 @@ class Draw:
         self._seed = seed
         self._node = node
         self.number = number
-        self.count = 0  # of what was drawn for this input
+        self.count = 0  # numbers drawn for this input
 
     def random(self) -> float:
         """Uniform in [0, 1)."""
@@ -203,8 +179,10 @@ class Draw:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A replicated operator downstream, over which a router chooses. `is_next`: requests enter it
-    without passing another service operator. `outlets`: those of this operator that lead there.
+    """A replicated operator downstream, over which a router chooses.
+
+    `is_next`: requests enter it without passing another service operator. `outlets`: the outlets of
+    the own operator that lead there.
     """
 
     node: str
@@ -218,12 +196,12 @@ class Target:
 class Setup:
     """What an operator is built with: its place in the graph, and functions it may call.
 
-    `facts`: of the engines, as far as they are known. `models`: the engines of each model, by its
-    key, the default one first; empty where the graph serves one model.
+    `facts`: of the engines, where known. `models`: the engines of each model by its key, the
+    default model first; empty where the graph serves one model.
     """
 
     name: str
-    targets: tuple[Target, ...] = ()  # downstream, until the next router
+    targets: tuple[Target, ...] = ()  # downstream, up to the next router
     functions: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     encode: EncodeText | None = None
     seed: int = 0
@@ -235,12 +213,11 @@ class Setup:
 class Logic(Protocol[S]):
     """A pure operator: no I/O, no clock, no task. Equal inputs give equal answers.
 
-    One that also has `on_batch(state, items, now, draw) -> Step` is given the items of one engine
-    step at once; it must then answer all of them, and keep none. One that has
-    `keeps(state, request_id) -> bool` is told to forget those requests only that it keeps. One that
-    has `subscribes` is given those kinds of feedback, which are some of those that its spec names:
-    so many as its options need. Prefix blocks ("cache") are reported where some operator asks for
-    them in this way, and then to all whose specs name them.
+    Three members are optional. `on_batch(state, items, now, draw) -> Step` is given all items of
+    one engine step; it must answer all and keep none. `keeps(state, request_id) -> bool` limits
+    signals "forget" to the requests that the operator keeps. `subscribes` limits the feedback kinds
+    of the spec to those that the options need. Prefix blocks ("cache") are reported if any operator
+    asks for them in this way, and then to all operators whose specs name them.
     """
 
     @property
@@ -250,14 +227,14 @@ class Logic(Protocol[S]):
 
 
 class Context(Protocol):
-    """What the executor lends a service operator. `replica` is its own number."""
+    """What the executor lends a service operator. `replica`: the operator's own number."""
 
     name: str
     replica: int
 
     @property
     def engine(self) -> Engine:
-        """The engine that the option `engine` names, of this operator's replica."""
+        """The engine of the option `engine`, at this operator's replica."""
 
     def engine_of(self, node: str, replica: int) -> Engine:
         """The engine of another operator."""
@@ -270,8 +247,10 @@ class Context(Protocol):
         """Send an item, waiting for credit."""
 
     async def emit_batch(self, items: Iterable[TokenEvent], done: "Sent") -> None:
-        """Send the events of one engine step, in order; `done` is called for each once it is sent,
-        before anybody can answer to it: its id may be in use again while the others wait.
+        """Send the events of one engine step, in order.
+
+        `done` is called for each event once it is sent and before anybody can react to it: the
+        request id may be in use again while later events still wait.
         """
 
     async def terminate(self, event: TokenEvent, cause: Exception | None = None) -> None:
@@ -280,12 +259,14 @@ class Context(Protocol):
     def report(self, feedback: Feedback) -> None:
         """Send feedback upstream."""
 
-    def release(self, key: tuple[str, int]) -> None:
-        """Return the credit of an item that this operator took: it no longer holds it."""
+    def release(self, key: ChoiceKey) -> None:
+        """Return the credit of an item that this operator no longer holds."""
 
     def not_transferred(self, item: Item, *, has_failed: bool) -> None:
-        """The blocks of an item that this operator has now do not come: a transfer has failed, or
-        was not tried. The item goes on without.
+        """Record that the KV blocks of the current item do not come.
+
+        `has_failed`: a transfer has failed; False where none was tried. The item goes on without
+        blocks.
         """
 
 
@@ -296,32 +277,33 @@ Sent: TypeAlias = Callable[[Context, TokenEvent], None]
 class Service(Protocol):
     """An operator that owns something outside: an engine, a socket, a user's async function.
 
-    The executor calls `on_item` in up to `concurrency` tasks. A cancel signal cancels the call
-    that holds the request; the executor then emits the terminal event itself, and calls
-    `on_signal` in any case, for what the operator left elsewhere (in its engine).
-    `holds` says that the credit of an item is kept after `on_item` returns, until `release`.
+    The executor calls `on_item` in up to `concurrency` tasks. A cancel signal cancels the call that
+    holds the request. The executor then emits the terminal event, and always calls `on_signal`, so
+    that the operator can clean up elsewhere, such as in its engine. `holds`: the credit of an item
+    is kept after `on_item` returns, until `release`.
     """
 
     concurrency: int
     holds: bool
 
     def capacity(self, facts: EngineFacts | None) -> Credit:
-        """What one replica takes before it returns credit; `facts` are its engine's, if any."""
+        """The credit that one replica grants; `facts` are those of its engine, if any."""
 
     async def on_item(self, ctx: Context, item: Item) -> None: ...
 
     async def on_events(self, ctx: Context, events: tuple[EngineEvent, ...]) -> None:
-        """Events of the engine for this operator; called only where the spec has an engine."""
+        """Handle events of the engine; called only where the spec has an engine."""
 
     def on_signal(self, ctx: Context, signal: Signal) -> None: ...
 
-    def recall(self, ctx: Context, key: tuple[str, int]) -> Request | None:
-        """The engine lost that sequence: forget it, and return its request with all that was
-        emitted of it. None where this operator holds no such.
+    def recall(self, ctx: Context, key: ChoiceKey) -> Request | None:
+        """Forget a sequence that the engine lost, and return its request with all emitted tokens.
+
+        None where this operator does not hold the sequence.
         """
 
     def discard(self, ctx: Context, item: Item) -> None:
-        """The item was ended before it was taken: free what it holds."""
+        """Free what an item holds that ended before the operator took it."""
 
 
 Build: TypeAlias = Callable[[Any, Setup], "Logic[Any] | Service"]
@@ -329,11 +311,7 @@ Build: TypeAlias = Callable[[Any, Setup], "Logic[Any] | Service"]
 
 @dataclass(frozen=True, slots=True)
 class OperatorModule:
-    """One operator file as the resolver found it: its spec and how to build it from options."""
+    """One operator that the resolver found: its spec, and how to build it from options."""
 
     spec: OpSpec
     build: Build
-
-
-Facts: TypeAlias = Mapping[str, EngineFacts]
-AsyncFunction: TypeAlias = Callable[..., Awaitable[Any]]

@@ -7,7 +7,7 @@ from itertools import chain, islice
 from operator import itemgetter
 from typing import Any, Generic, TypeVar
 
-_WIDTH = 32  # an update copies one leaf and the minima of all leaves: a microsecond for a thousand
+_WIDTH = 32  # an update copies one leaf and all minima: a microsecond for a thousand values
 
 _EMPTY = (math.inf,) * _WIDTH
 
@@ -15,12 +15,12 @@ _EMPTY = (math.inf,) * _WIDTH
 T = TypeVar("T")
 
 
-def _exchanged(items: tuple[T, ...], index: int, item: T) -> tuple[T, ...]:
+def _with_item(items: tuple[T, ...], index: int, item: T) -> tuple[T, ...]:
     return items[:index] + (item,) + items[index + 1 :]  # noqa: RUF005 (quicker)
 
 
 class MutableMinTree:
-    """The same for one owner: a change copies nothing. Values never set are infinite."""
+    """A `MinTree` with one owner, changed in place. Values that were never set are infinite."""
 
     __slots__ = ("_leaves", "_minima", "minimum")
 
@@ -43,7 +43,10 @@ class MutableMinTree:
 
 
 class MinTree:
-    """Immutable. Values that were never set are infinite, and an infinite value is never found."""
+    """Numbers by index whose minimum is known; an immutable value.
+
+    Values that were never set are infinite. An infinite value is never the minimum.
+    """
 
     __slots__ = ("_leaves", "_minima", "minimum")
 
@@ -65,19 +68,19 @@ class MinTree:
         leaf = leaves[number]
         if leaf[offset] == value:
             return self
-        leaf = _exchanged(leaf, offset, value)
+        leaf = _with_item(leaf, offset, value)
         changed = MinTree.__new__(MinTree)
-        changed._leaves = _exchanged(leaves, number, leaf)
+        changed._leaves = _with_item(leaves, number, leaf)
         changed._minima, changed.minimum = minima, self.minimum
         lowest = value if value <= minima[number] else min(leaf)
         if lowest != minima[number]:
-            changed._minima = _exchanged(minima, number, lowest)
+            changed._minima = _with_item(minima, number, lowest)
             changed.minimum = min(changed._minima)
         return changed
 
     def argmin(self, start: int = 0) -> int | None:
-        """The index of the smallest value, of equal ones the first at or after `start`, else the
-        first of all; None where every value is infinite.
+        """The index of the smallest value: of equal values the first at or after `start`, else the
+        first of all. None where every value is infinite.
         """
         lowest = self.minimum
         if lowest == math.inf:
@@ -94,19 +97,19 @@ class MinTree:
 
 ItemT = TypeVar("ItemT", bound=tuple[Any, ...])
 
-_MOST = 128  # in a chunk; it is then cut in two
+_MAX_CHUNK = 128  # items; a longer chunk is cut in two
 _first = itemgetter(0)
 
 
 class SortedChunks(Generic[ItemT]):
-    """Ascending, immutable. Equal items may be in it several times."""
+    """An immutable sorted sequence in ascending order. Equal items may occur several times."""
 
     __slots__ = ("_chunks", "_len")
 
     def __init__(self, items: Iterable[ItemT] = ()) -> None:
         ascending = tuple(sorted(items))
-        starts = range(0, len(ascending), _MOST // 2)
-        self._chunks = tuple(ascending[start : start + _MOST // 2] for start in starts)
+        starts = range(0, len(ascending), _MAX_CHUNK // 2)
+        self._chunks = tuple(ascending[start : start + _MAX_CHUNK // 2] for start in starts)
         self._len = len(ascending)
 
     def __len__(self) -> int:
@@ -146,11 +149,11 @@ class SortedChunks(Generic[ItemT]):
             place = bisect_right(chunk, item)
             chunk = chunk[:place] + (item,) + chunk[place:]  # noqa: RUF005 (quicker)
         middle = len(chunk) // 2
-        cut = (chunk[:middle], chunk[middle:]) if len(chunk) > _MOST else (chunk,)
+        cut = (chunk[:middle], chunk[middle:]) if len(chunk) > _MAX_CHUNK else (chunk,)
         return self._with(index, index + 1, cut, 1)
 
     def removed(self, item: ItemT) -> "SortedChunks[ItemT]":
-        """Without an item that is in it. Raises KeyError where it is not."""
+        """The sequence without one `item`. Raises KeyError where the item is missing."""
         if self._chunks and self._chunks[0][0] is item:  # often
             rest = self._chunks[0][1:]
             return self._with(0, 1, (rest,) if rest else (), -1)

@@ -10,6 +10,7 @@ from sagellm.graphs.rules.deployment import unrouted_nodes
 from sagellm.graphs.sections import served_models
 from sagellm.graphs.vocabulary import PREFILLED, REQUEST, OpSpec, Port, Vocabulary
 from sagellm.runtime.feedback import Topology
+from sagellm.runtime.messages import EngineReplica
 from sagellm.runtime.operator import EncodeText, Logic, Service, Setup, Target
 from sagellm.runtime.port import EngineFacts
 from sagellm.runtime.prefixes import MAX_PREFIX_BLOCKS, Hasher, hash_secret
@@ -17,7 +18,7 @@ from sagellm.runtime.registry import read_options
 from sagellm.runtime.resolver import Resolver
 from sagellm.runtime.user_code import failure_text, kind_of
 
-CACHE = "cache"  # the kind by which operators ask for prefix indexes
+CACHE = "cache"  # the feedback kind of prefix indexes
 _LOGIC = ("initial", "on")
 _SERVICE = (
     "concurrency", "holds", "capacity", "on_item", "on_events", "on_signal", "recall", "discard",
@@ -26,10 +27,11 @@ _SERVICE = (
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What an executor runs: a value, so that a change of the topology makes a new one.
+    """The operators, engines and topology that an executor runs: a value, renewed with each
+    topology.
 
     `engines`: how many replicas each engine has had; their numbers are 0 ... count - 1. `epoch`
-    rises with each change of that. The engines themselves are the executor's.
+    rises with each change of the topology. The executor owns the engines themselves.
     """
 
     graph: Graph
@@ -38,14 +40,14 @@ class Plan:
     engines: Mapping[str, int] = field(default_factory=dict)
     specs: Mapping[str, OpSpec] = field(default_factory=dict)  # by node
     seed: int = 0
-    removed: frozenset[tuple[str, int]] = frozenset()  # replicas of engines: not to come back
+    removed: frozenset[EngineReplica] = frozenset()  # replicas that will not come back
     epoch: int = 0
     facts: Mapping[str, EngineFacts] = field(default_factory=dict)  # by engine, where known
-    block_key: bytes = b""  # with which engines hash their blocks
+    block_key: bytes = b""  # the secret of block hashes
 
     @property
     def max_prefix_blocks(self) -> int:
-        """Prefix blocks that the core keeps the hashes of."""
+        """The bound on the prefix block hashes of the core."""
         executor = self.graph.attrs.get("executor")
         given = executor.get("max_prefix_blocks") if isinstance(executor, FrozenMap) else None
         return given if isinstance(given, int) else MAX_PREFIX_BLOCKS
@@ -55,41 +57,41 @@ class Plan:
         return any(CACHE in self.subscribes(name) for name in self.cache_readers(engine))
 
     def cache_readers(self, engine: str) -> tuple[str, ...]:
-        """The operators that are told which prefix blocks an engine has, if any of them asks."""
+        """The operators that get the prefix blocks of an engine, if any operator asks for them."""
         upstream = (name for node in self.nodes_of(engine) for name in self._reached(node))
-        return tuple(name for name in dict.fromkeys(upstream) if self._may_read_cache(name))
-
-    def _may_read_cache(self, node: str) -> bool:
-        return node in self.logic and CACHE in self.spec(node).subscribes
+        logic = (name for name in dict.fromkeys(upstream) if name in self.logic)
+        return tuple(name for name in logic if CACHE in self.spec(name).subscribes)
 
     @property
     def topology(self) -> Topology:
-        """Which replicas there are, as operators are told."""
+        """The replicas of all engines, as operators get them."""
         return Topology(self.epoch, dict(self.engines), self.removed)
 
     def with_replica(self, engine: str) -> "Plan":
-        """The same with one more replica of an engine; its number is the old count."""
+        """The plan with one more replica of an engine, numbered by the old count."""
         return replace(self, engines={**self.engines, engine: self.engines[engine] + 1})
 
     def num_replicas(self, node: str) -> int:
-        """How many replicas an operator has had: as many as its engine, or one."""
+        """How many replicas an operator has had: those of its engine, or one."""
         return self.engines.get(self.engine_name(node) or "", 1)
 
     def spec(self, node: str) -> OpSpec:
-        """What the operator of a node declares; nothing, where it was built without a spec."""
+        """The spec of an operator; an empty one where the operator was built without a spec."""
         return self.specs.get(node) or OpSpec(node)
 
     def nodes_of(self, engine: str) -> tuple[str, ...]:
-        """The operators that an engine works for."""
+        """The operators that use an engine."""
         return tuple(node for node in self.services if self.engine_name(node) == engine)
 
     def is_routed(self, engine: str) -> bool:
-        """Whether some operator chooses a replica of it for each request, on every way there."""
+        """Whether a router chooses the replica of an engine on every path to it."""
         return not set(self.nodes_of(engine)) & unrouted_nodes(self.graph)
 
     def can_avoid(self, engine: str) -> bool:
-        """Whether requests go another way while no replica of an engine is up: an operator before
-        it hears of its health, and has an outlet that leads to other engines only.
+        """Whether requests take another path while no replica of an engine is up.
+
+        Another path needs an operator upstream that subscribes to "health" and has an outlet that
+        leads to other engines only.
         """
         nodes = self.nodes_of(engine)
         return bool(nodes) and all(self._can_avoid(node, set(nodes)) for node in nodes)
@@ -103,7 +105,7 @@ class Plan:
         )
 
     def _outlets(self, node: str) -> tuple[Edge, ...]:
-        """The edges out of an operator that has several outlets."""
+        """The edges out of an operator with several outlets."""
         edges = tuple(edge for edge in self.graph.outputs(node) if not edge.feedback)
         return edges if len({edge.outlet for edge in edges}) > 1 else ()
 
@@ -124,15 +126,17 @@ class Plan:
 
     @property
     def last_engine_nodes(self) -> tuple[str, ...]:
-        """The operators with an engine that no other operator with an engine comes after."""
+        """The operators with an engine that precede no other operator with an engine."""
         nodes = [node for node in self.services if self.engine_name(node)]
         before = {name for node in nodes for name in self.ancestors(node)}
         return tuple(node for node in nodes if node not in before)
 
     @property
     def decoders(self) -> dict[str, str]:
-        """For each operator that takes requests, the one whose credit they take too: the one that
-        decodes them later, or that decodes on the same engine. None where that may be several.
+        """For operators that take requests: the operator whose credit a request reserves too.
+
+        The second operator decodes the requests later, or on the same engine. Operators with
+        several candidates are left out.
         """
         decoders = tuple(name for name in self.services if self._decodes(name))
         found: dict[str, str] = {}
@@ -154,7 +158,7 @@ class Plan:
         """The nodes upstream of `node`, nearest first."""
         found: dict[str, None] = {}
         level = [node]
-        for name in level:
+        for name in level:  # grows while it is read: breadth first
             for edge in self.graph.inputs(name):
                 if not edge.feedback and edge.source not in found and edge.source != SOURCE:
                     found[edge.source] = None
@@ -162,8 +166,10 @@ class Plan:
         return tuple(found)
 
     def entrance(self, node: str) -> "str | Edge":
-        """Where a request enters again that an engine of `node` lost: at the nearest operator
-        upstream that queues, or else over the edge to the first of the operators that place it.
+        """The place where a request enters again after an engine of `node` lost it.
+
+        The place is the nearest operator upstream that queues, or else the edge to the first of the
+        operators that place requests.
         """
         for name in (node, *self.ancestors(node)):
             if self.spec(name).queues:
@@ -174,20 +180,19 @@ class Plan:
         return edge
 
     def subscribers(self, node: str, kind: str) -> tuple[str, ...]:
-        """The logic operators that feedback of `node` reaches: those upstream that subscribe to the
-        kind, nearest first, and those that a feedback edge leads to.
+        """The logic operators that get feedback of one kind from `node`.
+
+        These are the subscribers upstream, nearest first, and those that a feedback edge leads to.
         """
         return tuple(name for name in self._reached(node) if kind in self.subscribes(name))
 
     def _reached(self, node: str) -> dict[str, None]:
-        """The operators that feedback of a node reaches."""
+        """The operators that feedback of a node can reach."""
         led = tuple(edge.target for edge in self.graph.outputs(node) if edge.feedback)
         return dict.fromkeys((*self.ancestors(node), *led))
 
     def subscribes(self, node: str) -> frozenset[str]:
-        """The kinds of feedback that an operator is given: those of its spec, or fewer, where it
-        says which.
-        """
+        """The feedback kinds that an operator gets: those of its spec, or its own `subscribes`."""
         if node not in self.logic:
             return frozenset()
         kinds: frozenset[str] = getattr(self.logic[node], "subscribes", self.spec(node).subscribes)
@@ -215,11 +220,11 @@ def plan(
     facts: Mapping[str, EngineFacts] | None = None,
     block_key: bytes | None = None,
 ) -> Plan:
-    """Build the operators of a graph that `check` has passed; `engines`: replicas of each engine.
+    """Build the operators of a graph that `check` has passed. Raises GraphError.
 
-    `facts`: of each engine; where they are missing, nothing is known of its prefix blocks.
-    `block_key`: what its engines hash those with, unless that is this process's own. Raises
-    GraphError.
+    `engines`: the number of replicas of each engine. `facts`: of each engine; nothing is known of
+    the prefix blocks of an engine without facts. `block_key`: the secret of the engines' block
+    hashes; this process's secret if None.
     """
     replicas = {node.name: _num_replicas(node, engines) for node in graph.nodes}
     hasher = Hasher(block_key or hash_secret())
@@ -247,8 +252,9 @@ def build_operators(
     replicas: Mapping[str, int],
     common: Setup,
 ) -> "dict[str, Logic[Any] | Service]":
-    """Every operator by name, built with what is `common` to all. Raises GraphError with all
-    options that contradict each other, which only their operators know.
+    """Build every operator of a graph, by name.
+
+    Raises GraphError with all mistakes, including those that only operators can find.
     """
     made: dict[str, Logic[Any] | Service] = {}
     mistakes: list[Diagnostic] = []
@@ -266,7 +272,7 @@ def build_operators(
         except ValueError as error:
             mistakes.append(Diagnostic("bad-options", path, str(error)))
             continue
-        except Exception as error:  # of the user's own code
+        except Exception as error:  # raised by the user's own code
             raised = f"{node.op}: build raised {type(error).__name__}"
             mistakes.append(Diagnostic("bad-operator", path, failure_text(raised, error)))
             continue
@@ -284,7 +290,7 @@ def _has(ports: Iterable[Port], carries: str) -> bool:
 
 
 def _missing(operator: object) -> str:
-    """What an operator lacks, of `Service` where it has `on_item`, else of `Logic`."""
+    """The members that an operator lacks: of Service if it has `on_item`, else of Logic."""
     kind = _SERVICE if hasattr(operator, "on_item") else _LOGIC
     return ", ".join(name for name in kind if not hasattr(operator, name))
 
@@ -297,11 +303,11 @@ def _num_replicas(node: Node, engines: Mapping[str, int]) -> int:
 def targets_of(
     graph: Graph, node: Node, vocabulary: Vocabulary, replicas: Mapping[str, int]
 ) -> tuple[Target, ...]:
-    """Engine operators downstream, as far as the next operator of the same op."""
+    """The engine operators downstream of a node, up to the next operator of the same op."""
     outlets: dict[str, set[str]] = {}  # by operator: the outlets of `node` that lead there
     near = {node.name}  # reached without passing a service operator
     level = [(edge.target, edge) for edge in graph.outputs(node.name)]
-    for name, edge in level:
+    for name, edge in level:  # grows while it is read: breadth first
         is_end = name == SINK or edge.feedback or graph.node(name).op == node.op
         if is_end or edge.outlet in outlets.setdefault(name, set()):
             continue

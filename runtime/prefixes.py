@@ -1,4 +1,15 @@
-"""Prefix blocks: how they are hashed, what engines report, and how prompts are looked up."""
+"""Prefix blocks: how they are hashed, what engines report, and how prompts are looked up.
+
+All engines and routers of a graph hash alike. A hash covers all tokens up to the end of its block
+and the salt of the tenant, and is keyed by a secret of the process that opened the graph: nobody
+else can provoke a collision, or test a guess of a prompt. Worker processes get the secret over
+their link. No log line has it; a decision log has it where operators read prefixes, beside the
+prompts.
+
+A look-up hashes a prompt's blocks, in order, as far as any replica has them and at most twice as
+far, at 1.5 us a block: 10 ms for 100,000 cached tokens, 0.2 ms for 2,000, microseconds for a new
+prompt. A later look-up of the same prompt reuses the hashes and takes microseconds.
+"""
 
 import hashlib
 import secrets
@@ -14,7 +25,7 @@ from msgspec.structs import replace
 
 from sagellm.runtime.messages import Request
 
-HASH_BYTES = 8  # of a digest, where engines say which blocks they have
+HASH_BYTES = 8  # of a digest, in reports of engines
 _DIGEST_BYTES = 16
 _SECRET_BYTES = 32
 _SECRET = bytearray(secrets.token_bytes(_SECRET_BYTES))
@@ -26,30 +37,33 @@ def hash_secret() -> bytes:
 
 
 def set_hash_secret(given: bytes) -> None:
-    """Take the secret of another process, before any engine is open here. Raises ValueError."""
+    """Use the secret of another process, before any engine is open here.
+
+    Raises ValueError for a wrong length.
+    """
     if len(given) != _SECRET_BYTES:
         raise ValueError(f"a secret has {_SECRET_BYTES} bytes, not {len(given)}")
     _SECRET[:] = given
 
 
 def block_content(token_ids: Iterable[int], salt: str | None) -> bytes:
-    """What is hashed of a block; `salt`: of a sequence's first block."""
+    """The hashed bytes of a block; `salt` is given for the first block of a sequence only."""
     content = array("I", token_ids).tobytes()
     return content if salt is None else salt.encode(errors="surrogatepass") + content
 
 
 def block_digest(parent: bytes, content: bytes, key: bytes | bytearray = _SECRET) -> bytes:
-    """The digest of a block after the one with digest `parent`, which is empty for the first."""
+    """The digest of a block after the block `parent`, which is empty for the first block."""
     return hashlib.blake2b(parent + content, key=key, digest_size=_DIGEST_BYTES).digest()
 
 
 class CacheChanged(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="cache"):
-    """Prefix blocks that a replica of an engine has stored and dropped since the report before.
+    """Prefix blocks that a replica of an engine stored and dropped since its previous report.
 
-    `sequence` rises by one within an `epoch`, which is one life of the replica. `is_first`: the
-    reports from this one on say all that it has; what was known of it before is void. `stored` and
-    `dropped` are hashes of HASH_BYTES each, one after the other; a block is in one of them, at
-    most. Blocks of a beginning come before those after it.
+    `sequence` rises by one within an `epoch`, one life of the replica. `is_first`: earlier reports
+    are void, and the reports from this one on list all blocks. `stored` and `dropped`: concatenated
+    hashes of HASH_BYTES; a block is in at most one of them, and never before the blocks that
+    precede it.
     """
 
     engine: str
@@ -66,27 +80,29 @@ OnCacheChanged: TypeAlias = Callable[[CacheChanged], None]
 
 @runtime_checkable
 class ReportsCache(Protocol):
-    """An engine that says which prefix blocks it has. One that does not is taken to have none."""
+    """An engine that reports its prefix blocks. Any other engine counts as having none."""
 
-    def report_cache(self, tell: OnCacheChanged) -> None:
-        """Call `tell` with all blocks that are there now, and with changes from then on: once a
-        step at most, unless there are many. Asked again, it begins anew. Nothing is noted, or sent,
-        before it is asked.
+    def report_cache(self, on_change: OnCacheChanged) -> None:
+        """Call `on_change` with all blocks at once, and with later changes: about once a step.
+
+        A second call starts over with all blocks. Nothing is recorded or sent before the first
+        call.
         """
 
 
 def hashes_in(packed: bytes) -> Iterator[bytes]:
-    """The hashes that lie one after the other."""
+    """The single hashes of concatenated ones."""
     return (packed[at : at + HASH_BYTES] for at in range(0, len(packed), HASH_BYTES))
 
 
-MAX_PREFIX_BLOCKS = 1 << 19  # 78 MB where four replicas share none
-_MOST_TOKENS = 1 << 20  # of prompts whose hashes are kept: those that are on their way just now
+MAX_PREFIX_BLOCKS = 1 << 19  # 78 MB where four replicas share no blocks
+_MAX_KEPT_TOKENS = 1 << 20  # of the prompts whose hashes are kept: those on their way to engines
 
 
 class PromptHashes:
-    """The hashes of a prompt's full blocks but the last token's, each computed when it is first
-    asked for. The last token is always computed anew, for its logits.
+    """The hashes of the full blocks of a prompt, computed when first read.
+
+    The last token is left out: it is always computed, for its logits.
     """
 
     __slots__ = ("_block_size", "_digest", "_hashes", "_key", "_salt", "num_blocks", "tokens")
@@ -101,7 +117,7 @@ class PromptHashes:
         self._hashes: list[bytes] = []
 
     def __getitem__(self, index: int) -> bytes:
-        """The hash of a block. Raises IndexError where there is none."""
+        """The hash of a block. Raises IndexError past the last block."""
         hashes = self._hashes
         if index >= self.num_blocks:
             raise IndexError(index)
@@ -115,8 +131,10 @@ class PromptHashes:
 
 
 class Hasher:
-    """Hashes prompts as the engines of a graph hash their blocks: with the same `key`. It keeps the
-    hashes of the latest prompts, of 1 Mi tokens together: several operators ask for them.
+    """Hashes prompts with the `key` of the engines of a graph.
+
+    The hashes of the latest prompts are kept, up to 1 Mi tokens, because several operators read
+    them.
     """
 
     def __init__(self, key: bytes) -> None:
@@ -125,36 +143,42 @@ class Hasher:
         self._num_tokens = 0
 
     def hashes(self, request: Request, block_size: int) -> PromptHashes:
-        """Of all tokens of a request that are known: its prompt, and what was emitted already."""
+        """The hashes of all known tokens of a request: the prompt and emitted tokens."""
         tokens = request.prompt_token_ids
-        if request.emitted_token_ids:  # rare: its engine was lost
+        if request.emitted_token_ids:  # rare: an engine of the request was lost
             known = tokens + request.emitted_token_ids
             return PromptHashes(known, request.salt, block_size, self.key)
-        name = id(tokens), request.salt, block_size  # the tuple is kept, so its id is not reused
+        name = (
+            id(tokens),
+            request.salt,
+            block_size,
+        )  # the tuple is kept alive, so its id is not reused
         found = self._kept.get(name)
         if found is None:
             found = self._kept[name] = PromptHashes(tokens, request.salt, block_size, self.key)
             self._num_tokens += len(tokens)
-            while self._num_tokens > _MOST_TOKENS and self._kept:
+            while self._num_tokens > _MAX_KEPT_TOKENS and self._kept:
                 _, oldest = self._kept.popitem(last=False)
                 self._num_tokens -= len(oldest.tokens)
         return found
 
 
 class Cached(NamedTuple):
-    """How much of a prompt replicas have: `levels` are (tokens, mask of the replicas that have so
-    many, and no more), the most tokens first. Replicas that have none are in no level.
+    """How much of a prompt the replicas have.
+
+    `levels`: (tokens, mask of the replicas that have exactly so many), most tokens first. A replica
+    without any is in no level.
     """
 
     levels: tuple[tuple[int, int], ...] = ()
 
     @property
     def most(self) -> int:
-        """Tokens that the replica has which has most."""
+        """The tokens of the replica that has most."""
         return self.levels[0][0] if self.levels else 0
 
     def num_tokens(self, replica: int) -> int:
-        """Tokens that a replica has."""
+        """The tokens of one replica."""
         for num_tokens, mask in self.levels:
             if mask >> replica & 1:
                 return num_tokens
@@ -165,10 +189,10 @@ NOTHING_CACHED = Cached()
 
 
 class PrefixIndex(msgspec.Struct, frozen=True):
-    """Which replicas of one engine have a block, as masks, by the block's hash.
+    """The replicas of one engine that have each block, as a bit mask by the hash of the block.
 
-    It is as the engine said: a block may be gone by the time that a request comes to it. Replicas
-    of the mask `void` have nothing, whatever `blocks` says: theirs are being forgotten.
+    The index follows reports: a block may be evicted before a request arrives. Replicas in the mask
+    `void` count as empty, although `blocks` may still list them while their blocks are removed.
     """
 
     block_size: int
@@ -176,8 +200,10 @@ class PrefixIndex(msgspec.Struct, frozen=True):
     void: int = 0
 
     def cached(self, request: Request, hasher: Hasher, among: int = -1) -> Cached:
-        """What replicas of the mask `among` have of a request's tokens. Nothing is hashed where no
-        block is known; a prompt whose own logits are asked for is computed whole.
+        """The tokens of a request that replicas in the mask `among` have.
+
+        Without any known block nothing is hashed. A request for prompt logprobs computes its whole
+        prompt, so nothing counts as cached.
         """
         blocks = self.blocks
         if not blocks or request.sampling.prompt_logprobs is not None:
@@ -195,8 +221,10 @@ class PrefixIndex(msgspec.Struct, frozen=True):
         return Cached(tuple(reversed(levels)))
 
     def _end(self, hashes: PromptHashes, held: int, start: int) -> int:
-        """The first block from `start` on that not all replicas of the mask `held` have: they have
-        what is before any block that they have. Found in steps that double, and then halve.
+        """The first block from `start` on that some replica of `held` lacks.
+
+        A replica that has a block has all blocks before it. The search doubles its steps, then
+        halves.
         """
         blocks, low, step = self.blocks, start, 1
         while low < hashes.num_blocks and blocks.get(hashes[low], 0) & held == held:
@@ -215,7 +243,7 @@ Indexes = Mapping[str, PrefixIndex]  # by engine
 
 
 def new_hasher() -> Hasher:
-    """Of the engines that are opened in this process, or by workers of it."""
+    """A hasher for the engines opened in this process or by its workers."""
     return Hasher(hash_secret())
 
 
@@ -247,10 +275,10 @@ class LookupSetup(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class PrefixLookup:
-    """Looks prompts up in the indexes of the `engines` that requests may enter next; of those, in a
-    graph of several models, the `models` of the request.
+    """Looks prompts up in the indexes of the `engines` that requests enter next.
 
-    A request counts with the most that any replica has: it is not known yet which one takes it.
+    In a graph of several models, only the engines of the request's model count (`models`). The
+    replica with most tokens counts: the router has not chosen a replica yet.
     """
 
     hasher: Hasher
@@ -259,13 +287,13 @@ class PrefixLookup:
 
     @classmethod
     def of(cls, setup: LookupSetup, outlet: str | None = None) -> "PrefixLookup":
-        """For the engines downstream of an operator, or of one outlet of it."""
+        """For the engines downstream of an operator, or of one of its outlets."""
         entered = (target for target in setup.targets if target.is_next and target.engine)
         engines = (one.engine for one in entered if outlet is None or outlet in one.outlets)
         return cls(setup.hasher, frozenset(engines), setup.models)
 
     def looked_up(self, request: Request, indexes: Indexes) -> Request:
-        """The request with the number of its cached tokens; as it is, where no engine reports."""
+        """The request with its number of cached tokens; unchanged where no engine reports."""
         known = [indexes[name] for name in self._engines_of(request) if name in indexes]
         if not known:
             return request

@@ -1,4 +1,4 @@
-"""Registries: what a name in a graph means, and how its options are read."""
+"""Registries: what a name in a graph means, and how the options of that name are read."""
 
 import os
 import sys
@@ -24,16 +24,15 @@ T = TypeVar("T")
 
 
 class BrokenEntryPoint(ValueError):
-    """An installed package offers something under a name, and it cannot be had."""
+    """An entry point of an installed package cannot be loaded."""
 
 
 class Registry(Mapping[str, T], Generic[T]):
-    """Things of one kind by name; `kind` is "operator", "function", "policy", "strategy" or
-    "engine kind".
+    """Objects of one `kind` by name: operators, functions, policies, strategies or engine kinds.
 
-    A name is looked up in this order: what ships, what was registered, and the entry points of
-    installed packages in `group`. An entry point is imported when its name is asked for, never
-    before; `read` makes a T of its object, or raises TypeError or ValueError.
+    A look-up tries what sagellm ships, then registered names, then the entry points of installed
+    packages in `group`. An entry point is imported at the first look-up of its name. `read` turns
+    its object into a T, or raises TypeError or ValueError.
     """
 
     def __init__(
@@ -43,14 +42,14 @@ class Registry(Mapping[str, T], Generic[T]):
         self.group = group
         self.ours = ours
         self._read = read
-        self._registered: dict[str, tuple[T, str]] = {}  # and the place in the user's code
+        self._registered: dict[str, tuple[T, str]] = {}  # with the place in the user's code
         self._loaded: dict[str, T] = {}
 
     def register(self, name: str, value: T) -> None:
-        """Add one. The same line of code may register anew, as a module does that is reloaded.
+        """Register a value. The same line of code may do so again, as a reloaded module does.
 
-        Raises ValueError for a name that is no identifier, and for one that is taken: the message
-        names both places.
+        Raises ValueError for a name that is no identifier or is taken; the message names both
+        places.
         """
         if not all(part.isidentifier() for part in name.split(".")):
             raise ValueError(f"{name!r} is no name for a {self.kind}: use letters, digits and `_`")
@@ -65,15 +64,18 @@ class Registry(Mapping[str, T], Generic[T]):
 
     @property
     def at_hand(self) -> Mapping[str, T]:
-        """What ships and what was registered."""
+        """Shipped and registered values, without entry points."""
         return {**self.ours, **{name: value for name, (value, _) in self._registered.items()}}
 
     def is_registered_here(self, name: str) -> bool:
-        """Whether this process registered it: other processes do not have it."""
+        """Whether this process registered the name; no other process knows it."""
         return name in self._registered
 
     def find(self, name: str) -> T:
-        """Raises ValueError with the nearest name, or all there are; BrokenEntryPoint."""
+        """The value of a name. Raises BrokenEntryPoint.
+
+        Raises ValueError for an unknown name, with the nearest name or all names.
+        """
         if name in self:
             return self[name]
         close = nearest(name, list(self))
@@ -131,7 +133,7 @@ class Registry(Mapping[str, T], Generic[T]):
 
 @lru_cache(maxsize=16)
 def _installed(path: tuple[str, ...], group: str) -> EntryPoints:
-    """The entry points of all packages on `sys.path`; reading them takes some milliseconds."""
+    """The entry points of all packages on `sys.path`; reading them takes milliseconds."""
     return entry_points(group=group)
 
 
@@ -140,9 +142,9 @@ def _package_of(offer: EntryPoint) -> str:
 
 
 def _caller() -> FrameType:
-    """The frame of a user's code that called into sagellm."""
+    """The frame of the user's code that called into sagellm."""
     frame = sys._getframe(1)
-    while frame.f_back and str(frame.f_globals.get("__name__")) in _OWN:
+    while frame.f_back and str(frame.f_globals.get("__name__")) in _OWN_MODULES:
         frame = frame.f_back
     return frame
 
@@ -153,12 +155,13 @@ def _place(frame: FrameType) -> str:
     return f"in {shown}:{frame.f_lineno}"
 
 
-_OWN = {__name__, "sagellm.runtime.resolver", "sagellm.extensions"}
+_OWN_MODULES = {__name__, "sagellm.runtime.resolver", "sagellm.extensions"}
 
 
 def check_callable(name: str, value: Any, takes: tuple[str, ...] | None = None) -> Any:
-    """The value itself. Raises TypeError where it cannot be called, or not with what it is to be
-    given: `takes`, one after the other.
+    """The value itself.
+
+    Raises TypeError where the value is not callable, or not with the positional arguments `takes`.
     """
     if not callable(value):
         raise TypeError(f"{name!r} must be a function, not {type(value).__name__}")
@@ -171,18 +174,21 @@ def check_callable(name: str, value: Any, takes: tuple[str, ...] | None = None) 
 
 
 def _can_take(value: Callable[..., Any], number: int) -> bool:
-    """Whether so many arguments may be given to it; taken to be so where nothing says it."""
+    """Whether a function accepts so many arguments; True where its signature is unknown."""
     try:
         signature(value).bind(*range(number))
     except TypeError:
         return False
-    except ValueError:  # made in C
+    except ValueError:  # written in C
         return True
     return True
 
 
 def check_user_class(what: str, value: type, parts: tuple[str, ...]) -> type:
-    """The class itself. Raises TypeError where it lacks a part, or is no dataclass."""
+    """The class itself.
+
+    Raises TypeError where the class lacks one of `parts`, or is no dataclass.
+    """
     missing = [part for part in parts if not hasattr(value, part)]
     if missing:
         raise TypeError(f"{what}: class {value.__name__} has no {missing[0]}")
@@ -191,7 +197,7 @@ def check_user_class(what: str, value: type, parts: tuple[str, ...]) -> type:
     return value
 
 
-# The user's functions: `function: NAME` of an operator. None ships in this table.
+# The user's functions, for the option `function` of operators. sagellm ships none.
 FUNCTIONS: Registry[Callable[..., Any]] = Registry(
     "function", "sagellm.functions", {}, check_callable
 )
@@ -201,11 +207,11 @@ log = get_logger("sagellm.options")
 
 
 class OptionError(ValueError):
-    """An option has a value that its type does not admit."""
+    """A value does not fit the type of its option."""
 
 
 def read_options(options: type[T], attrs: FrozenMap | Mapping[str, Value]) -> T:
-    """Build `options` (a dataclass) from values already checked. Raises OptionError."""
+    """Build the dataclass `options` from checked values. Raises OptionError."""
     attrs = with_current_names(options, attrs)
     known = {option.name for option in fields(options)}  # type: ignore[arg-type]
     plain: dict[str, Any] = {name: thaw(value) for name, value in attrs.items() if name in known}
@@ -232,8 +238,9 @@ def _warn_of_old_name(old: str, name: str) -> None:
 
 
 def check_and_read_options(made: type[T], given: Mapping[str, Any], path: Path) -> T:
-    """A dataclass of the values that stand at `path` of a graph, where nothing has checked them.
-    Raises GraphError with all that is wrong.
+    """Check the values at `path` of a graph, and build the dataclass `made` of them.
+
+    Raises GraphError with all mistakes.
     """
     values = freeze(dict(given))
     assert isinstance(values, FrozenMap)
@@ -244,7 +251,7 @@ def check_and_read_options(made: type[T], given: Mapping[str, Any], path: Path) 
 
 
 def refuse_options(what: str, given: Mapping[str, Any], path: Path) -> None:
-    """Raises GraphError where there are values at `path` for what has no options."""
+    """Raise GraphError where values are given at `path` for something without options."""
     if given:
         message = f"{what} has no options of its own"
         raise GraphError((Diagnostic("unknown-option", path, message, "leave them out"),))

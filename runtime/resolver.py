@@ -1,4 +1,4 @@
-"""The resolver: the one place where the name of an operator reaches code."""
+"""The resolver: the one place where the name of an operator leads to its code."""
 
 import importlib
 import pkgutil
@@ -16,7 +16,7 @@ class UnknownOperator(LookupError):
 
 
 class ShippedOperators(Mapping[str, OperatorModule]):
-    """The files of `sagellm.operators`; each is imported when it is asked for."""
+    """The modules of `sagellm.operators`; each is imported at its first look-up."""
 
     def __init__(self) -> None:
         self._loaded: dict[str, OperatorModule] = {}
@@ -45,8 +45,9 @@ class ShippedOperators(Mapping[str, OperatorModule]):
 
 
 def read_module(name: str, module: Any) -> OperatorModule:
-    """The operator in a module (or any object) with `SPEC` and `build`. Raises TypeError,
-    ValueError.
+    """The operator in a module, or in any object, with `SPEC` and `build`.
+
+    Raises TypeError, ValueError.
     """
     spec, build = getattr(module, "SPEC", None), getattr(module, "build", None)
     if not isinstance(spec, OpSpec) or build is None:
@@ -57,16 +58,16 @@ def read_module(name: str, module: Any) -> OperatorModule:
 
 
 def checked_operator(module: OperatorModule) -> OperatorModule:
-    """The operator itself. Raises TypeError where its parts are of the wrong kind."""
+    """The operator itself. Raises TypeError where a part has the wrong type."""
     if not isinstance(module.spec, OpSpec):
         raise TypeError(f"spec must be an OpSpec, not {type(module.spec).__name__}")
     check_callable("build", module.build)
-    _ = module.spec.option_types  # raises TypeError where options are no dataclass
+    _ = module.spec.option_types  # raises TypeError where the options are no dataclass
     return module
 
 
 class _Specs(Vocabulary):
-    """The specs of all operators, of which only those are imported that are asked for."""
+    """The specs of all operators; a look-up imports its operator only."""
 
     def __init__(self, operators: Registry[OperatorModule]) -> None:
         super().__init__({})
@@ -86,8 +87,9 @@ class _Specs(Vocabulary):
 
 
 class Resolver:
-    """Finds `op: prefill` in `sagellm.operators.prefill`, operators that a user registered, and
-    those that installed packages offer as entry points `sagellm.operators`.
+    """Finds operators by name: shipped ones, registered ones, and entry points `sagellm.operators`.
+
+    The shipped operator `prefill` is the module `sagellm.operators.prefill`.
     """
 
     def __init__(self, registered: Mapping[str, OperatorModule] | None = None) -> None:
@@ -96,8 +98,9 @@ class Resolver:
             self._operators.register(name, module)
 
     def register(self, spec: OpSpec, build: Build) -> None:
-        """Add an operator. Raises ValueError where the name is taken, TypeError for what is no
-        operator.
+        """Register an operator.
+
+        Raises ValueError where the name is taken, TypeError for wrong parts.
         """
         self._operators.register(spec.name, checked_operator(OperatorModule(spec, build)))
 
@@ -106,8 +109,9 @@ class Resolver:
         return tuple(self._operators)
 
     def operator(self, name: str) -> OperatorModule:
-        """The operator of that name. Raises UnknownOperator with the nearest one, and
-        BrokenEntryPoint.
+        """The operator of that name.
+
+        Raises UnknownOperator with the nearest name, and BrokenEntryPoint.
         """
         if name not in self._operators:
             close = nearest(name, self.names)

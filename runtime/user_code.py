@@ -1,4 +1,4 @@
-"""Errors of a user's own code: where they were raised, and what is said of them."""
+"""Errors of a user's own code: where they were raised, and how messages name them."""
 
 import asyncio
 import inspect
@@ -13,15 +13,18 @@ from typing import Any
 _STDLIB = tuple({sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")})
 _INSTALLED = frozenset({"site-packages", "dist-packages"})
 _TEXT_CHARS = 500
-_own_packages: set[str] = set()  # installed ones that offer operators, functions, ...
+_user_packages: set[str] = set()  # installed packages that offer operators, functions, ...
 
 
 class WrongResult(TypeError):
-    """A user's code returned what its operator does not take. The text has types, no values."""
+    """A user's code returned a value that its operator does not take.
+
+    The message has types and no values, so that it is safe to show.
+    """
 
     def __init__(self, message: str, place: str | None = None) -> None:
         super().__init__(message)
-        self.place = place  # file:line of the code that returned
+        self.place = place  # file:line of the code that returned the result
 
 
 class NamedError(RuntimeError):
@@ -33,8 +36,9 @@ class NamedError(RuntimeError):
 
 
 class CodeLeft(NamedError):
-    """A user's code raised what would end the program or its task: SystemExit, CancelledError of
-    asyncio. That is an error of the request it was called for.
+    """A user's code raised SystemExit, or CancelledError of asyncio.
+
+    Both would end the program or its task; they count as an error of the request instead.
     """
 
     def __init__(self, error: BaseException) -> None:
@@ -47,42 +51,42 @@ LEAVING = (SystemExit, asyncio.CancelledError)
 
 
 def as_error(error: BaseException) -> Exception:
-    """What user code raised, as an error of its request."""
+    """The exception of a user's code as an error of its request."""
     return error if isinstance(error, Exception) else CodeLeft(error)
 
 
 def name_of(error: BaseException) -> str:
-    """The type of an error, as a sentence names it."""
+    """The type of an error, for a message."""
     return error.kind if isinstance(error, NamedError) else type(error).__name__
 
 
 def count_as_own(*modules: str) -> None:
-    """From now on, take the packages of these modules for the user's own, installed or not."""
-    _own_packages.update(module.partition(".")[0] for module in modules)
+    """Count the packages of these modules as the user's own code, installed or not."""
+    _user_packages.update(module.partition(".")[0] for module in modules)
 
 
 def module_of(code: object) -> str:
-    """The module of a function, or of the class of an object; empty where none is known."""
+    """The module of a function or of an object's class; empty if unknown."""
     plain = getattr(code, "func", code)  # functools.partial has `func`
     return str(getattr(plain, "__module__", None) or "")
 
 
 def place_of(error: BaseException) -> str | None:
-    """file:line of the innermost frame in the user's own file; None where no frame is the user's.
+    """file:line of the innermost frame in the user's own code; None without such a frame.
 
-    Frames of sagellm, the standard library and installed packages are passed over, but for packages
+    Frames of sagellm, the standard library and installed packages are skipped, but for packages
     that `count_as_own`.
     """
     if isinstance(error, WrongResult) and error.place:
         return error.place
-    own = [trace for trace in _traces(error.__traceback__) if _is_own(trace)]
+    own = [trace for trace in _traces(error.__traceback__) if _is_user_frame(trace)]
     files = [trace for trace in own if not _file(trace).startswith("<")]
     last = (files or own)[-1:]
     return f"{_file(last[0])}:{last[0].tb_lineno}" if last else None
 
 
 def place_of_code(code: Callable[..., Any]) -> str | None:
-    """file:line where a function, or the method `__call__` of an object, is defined.
+    """file:line of the definition of a function, or of an object's `__call__`.
 
     None for code of sagellm itself.
     """
@@ -95,10 +99,10 @@ def place_of_code(code: Callable[..., Any]) -> str | None:
 
 
 def traceback_of(error: BaseException) -> str | None:
-    """The traceback from the user's first frame on, as text; None where no frame is the user's."""
+    """The traceback from the user's first frame on, as text; None without such a frame."""
     if isinstance(error, WrongResult) and error.place:
         return f"{error.place}: {error}"
-    first = next((trace for trace in _traces(error.__traceback__) if _is_own(trace)), None)
+    first = next((trace for trace in _traces(error.__traceback__) if _is_user_frame(trace)), None)
     if first is None:
         return None
     return "".join(traceback.format_exception(type(error), error, first)).rstrip()
@@ -115,7 +119,10 @@ def error_text(error: BaseException) -> str:
 
 
 def failure_text(public: str, cause: BaseException | None) -> str:
-    """What may be told of an error (operator and type), with its text and its place behind."""
+    """The public part of a message (operator and type), with the text and place of its cause.
+
+    Only callers in this process may see the whole: the text of a cause may hold private data.
+    """
     if cause is None:
         return public
     text = "" if isinstance(cause, WrongResult) else " ".join(str(cause).split())
@@ -127,7 +134,7 @@ def failure_text(public: str, cause: BaseException | None) -> str:
 
 
 def kind_of(value: object) -> str:
-    """How a sentence names a wrong value: None, NaN, or its type."""
+    """How a message names a wrong value: None, NaN, or its type."""
     if isinstance(value, float) and math.isnan(value):
         return "NaN"
     return "None" if value is None else f"a value of type {type(value).__name__}"
@@ -145,11 +152,11 @@ def _file(trace: TracebackType) -> str:
     return trace.tb_frame.f_code.co_filename
 
 
-def _is_own(trace: TracebackType) -> bool:
+def _is_user_frame(trace: TracebackType) -> bool:
     package = str(trace.tb_frame.f_globals.get("__name__", "")).partition(".")[0]
     file = _file(trace)
     if package == "sagellm" or file.startswith("<frozen"):
         return False
     if _INSTALLED.intersection(Path(file).parts):
-        return package in _own_packages
+        return package in _user_packages
     return not file.startswith(_STDLIB)

@@ -1,4 +1,4 @@
-"""A user's function inside a graph: how it is found, and what becomes of what it raises."""
+"""A user's function inside a graph: how it is found, called, and what its results become."""
 
 import inspect
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from sagellm.runtime.messages import (
     TokenEvent,
 )
 from sagellm.runtime.operator import EncodeText, Setup
-from sagellm.runtime.sampling_params import sampling_fault
+from sagellm.runtime.sampling import sampling_fault
 from sagellm.runtime.user_code import (
     LEAVING,
     CodeLeft,
@@ -34,7 +34,7 @@ from sagellm.runtime.user_code import (
 
 @dataclass(frozen=True, slots=True)
 class UserFunction:
-    """A function that an operator calls; `symbol` is its name in the graph."""
+    """A function that an operator calls; `symbol` is the name of the function in the graph."""
 
     operator: str
     symbol: str
@@ -46,7 +46,7 @@ class UserFunction:
         return is_async(self.call) or is_async(getattr(self.call, "__call__", None))  # noqa: B004
 
     def __call__(self, item: Item) -> Any:
-        """What the function returns for an item. Raises WrongResult for a coroutine."""
+        """Call the function. Raises WrongResult where it returns a coroutine."""
         try:
             result = self.call(item)
         except LEAVING as error:
@@ -57,21 +57,21 @@ class UserFunction:
         return result
 
     async def wait(self, item: Item) -> Any:
-        """The same of an async function."""
+        """Call an async function and wait for its result."""
         try:
             return await self.call(item)
         except LEAVING as error:
             raise CodeLeft(error) from error
 
     def wrong(self, message: str) -> WrongResult:
-        """The error of a function that returned what its operator does not take."""
+        """The error of a function that returned an unusable value."""
         return WrongResult(message, place_of_code(self.call))
 
     def wanted(self, result: object, wanted: str) -> WrongResult:
         return self.wrong(f"returned {kind_of(result)}; {wanted} was wanted")
 
     def explain(self, error: Exception) -> str:
-        """Names operator, function and type of the error; not its text, which may be private."""
+        """Name the operator, the function and the type of the error, without its private text."""
         if isinstance(error, WrongResult):
             return f"{self.operator}: the function {self.symbol} {error}"
         return f"{self.operator}: the function {self.symbol} raised {name_of(error)}"
@@ -89,7 +89,10 @@ def find_function(setup: Setup, symbol: str) -> UserFunction:
 
 
 def find_plain_function(setup: Setup, symbol: str) -> UserFunction:
-    """As `find_function`, for an operator that cannot wait. Raises ValueError if it is async."""
+    """The registered function of that name, for an operator that cannot wait.
+
+    Raises ValueError, also for an async function.
+    """
     function = find_function(setup, symbol)
     if function.is_async:
         raise ValueError(
@@ -100,7 +103,7 @@ def find_plain_function(setup: Setup, symbol: str) -> UserFunction:
 
 
 def failure_event(item: Item, why: str, *, now: float) -> TokenEvent:
-    """The last event of a choice that fails in an operator; `why` is shown to clients."""
+    """The last event of a choice that fails in an operator; clients see `why`."""
     event = end_event(item, "failed", now=now, error=why)
     return msgspec.structs.replace(event, code=OPERATOR_FAILED)
 
@@ -108,13 +111,15 @@ def failure_event(item: Item, why: str, *, now: float) -> TokenEvent:
 def end_event(
     item: Item, reason: FinishReason, *, now: float, error: str | None = None
 ) -> TokenEvent:
-    """The last event of the choice that `item` belongs to, where it ends here."""
+    """The last event of the choice of `item`, which ends at an operator."""
     if isinstance(item, Prefilled):
         item = item.first
     emitted = item.num_emitted if isinstance(item, Request) else item.num_tokens
     start = item.position if isinstance(item, TokenEvent) else 0
     known = len(item.prompt_token_ids) if isinstance(item, Request) else item.num_prompt_tokens
-    cached = 0 if isinstance(item, Request) else item.num_cached_tokens  # a request's is a guess
+    cached = (
+        0 if isinstance(item, Request) else item.num_cached_tokens
+    )  # the number in a request is a guess
     return TokenEvent(
         request_id=item.request_id,
         choice=item.choice,
@@ -134,10 +139,10 @@ def apply_result(
     result: object,
     encode: EncodeText | None,
 ) -> Item:
-    """What an item becomes where a user's function returned `result` for it.
+    """The item after a user's function returned `result` for it.
 
-    Its identity stays, and so does the end of a sequence. Raises WrongResult for a result of
-    another kind than the item.
+    The identity of the item and the end of a sequence stay. Raises WrongResult where the result
+    does not fit the item.
     """
     if isinstance(item, Request):
         return _rewritten_request(function, item, result, encode)
@@ -154,7 +159,7 @@ def _rewritten_request(
     result: object,
     encode: EncodeText | None,
 ) -> Request:
-    """Where the prompt or the model changed and the tokens did not, they are made anew."""
+    """Encode the prompt again where it or the model changed and the token ids did not."""
     if isinstance(result, str):
         result = msgspec.structs.replace(item, prompt=result)
     if not isinstance(result, Request):
@@ -186,7 +191,7 @@ def _rewritten_request(
 
 
 def _sampling(function: UserFunction, item: Request, result: Request) -> Sampling:
-    """A function may ask for other parameters; the seed stays unless it gives one."""
+    """The sampling parameters of a result; the seed stays unless the function gives another."""
     wanted = result.sampling
     seed = item.sampling.seed if wanted.seed is None else wanted.seed
     sampling = msgspec.structs.replace(wanted, n=item.sampling.n, seed=seed)

@@ -1,1 +1,1 @@
-"""The core: everything that decides without waiting. See `core.py`."""
+"""The core: all decisions that need no waiting. Start reading at `core.py`."""

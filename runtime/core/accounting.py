@@ -6,32 +6,34 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from sagellm.graphs.ir import Graph
-from sagellm.runtime.messages import Answer, Forked, Item, TokenEvent
-
-LedgerKey = tuple[str, int]
+from sagellm.runtime.messages import Answer, ChoiceKey, Forked, Item, TokenEvent
 
 
 class LedgerError(AssertionError):
-    """The books do not balance: a fault of sagellm, never of its user."""
+    """The accounts do not balance: a fault of sagellm, never of its user."""
 
 
 @dataclass(slots=True)
 class Ledger:
-    """Counts what came in and what went out; `check` raises LedgerError where they differ."""
+    """Checks that every accepted request ends once, and that its tokens come in order without a
+    gap.
 
-    gaps: bool = False  # a user's filter or map may leave tokens out
+    `check` raises LedgerError for all faults.
+    """
+
+    gaps: bool = False  # whether a user's filter or map may leave tokens out
     num_accepted: int = 0
     ended: Counter[str] = field(default_factory=Counter)
     num_tokens: int = 0
-    _next_position: dict[LedgerKey, int] = field(default_factory=dict)
+    _next_position: dict[ChoiceKey, int] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
 
     @property
     def num_open(self) -> int:
         return len(self._next_position)
 
-    def accept(self, key: LedgerKey, *, position: int = 0) -> None:
-        """A choice enters; `position` is that of its first new token."""
+    def accept(self, key: ChoiceKey, *, position: int = 0) -> None:
+        """A choice enters; `position`: of its first new token."""
         self.num_accepted += 1
         if key in self._next_position:
             self.faults.append(f"{key} was accepted twice")
@@ -54,7 +56,7 @@ class Ledger:
             self._end(item.key, item.finish_reason)
 
     def record_tokens(self, event: TokenEvent) -> None:
-        """Tokens reached the sink, or the end of a choice."""
+        """Tokens, or the end of a choice, reached the sink."""
         key, position = event.key, event.position
         num_tokens = len(event.token_ids) + event.num_tokens_without_ids
         expected = self._next_position.get(key)
@@ -71,12 +73,16 @@ class Ledger:
     def _miss(self, item: Item) -> None:
         self.faults.append(f"{item.key} had no request, or had ended")
 
-    def _end(self, key: LedgerKey, reason: str) -> None:
+    def _end(self, key: ChoiceKey, reason: str) -> None:
         del self._next_position[key]
         self.ended[reason] += 1
 
     def check(self) -> None:
-        """At rest: accepted = ended, nothing open, no fault. Raises LedgerError."""
+        """Check an idle graph: as many requests ended as were accepted, none is open, no fault
+        occurred.
+
+        Raises LedgerError.
+        """
         if self._next_position:
             self.faults.append(f"never ended: {sorted(self._next_position)[:8]}")
         if self.num_accepted != self.ended.total():
@@ -90,13 +96,13 @@ Clock: TypeAlias = Callable[[], float]
 
 @dataclass(slots=True)
 class CommittedCount:
-    """A count; a transaction adds to it where it is committed."""
+    """A count of items; a transaction adds to it when it is committed."""
 
     count: int = 0
 
 
 class Stopwatch:
-    """Adds up the time during which something is the case, for one or for several at once."""
+    """The total time during which at least one interval is open."""
 
     __slots__ = ("_clock", "_since_s", "_total_s", "level")
 
@@ -123,9 +129,9 @@ class Stopwatch:
 
 @dataclass(slots=True)
 class LogicMeter:
-    """One logic operator. What came and went, its edges count."""
+    """The meter of a logic operator. The meters of its edges count its items."""
 
-    blocked: Stopwatch  # an input of it is undone, or it holds a queue that nobody takes from
+    blocked: Stopwatch  # its input was undone, or its queue waits for credit
     ended: CommittedCount = field(default_factory=CommittedCount)
     errors: CommittedCount = field(default_factory=CommittedCount)
     process_s: float = 0.0
@@ -133,7 +139,7 @@ class LogicMeter:
     is_queue: bool = False
 
     def queue(self, num_queued: int) -> None:
-        """The operator told how many wait in it."""
+        """Record how many items wait in the operator."""
         self.is_queue = True
         if bool(num_queued) != bool(self.num_queued):
             (self.blocked.enter if num_queued else self.blocked.leave)()
@@ -142,10 +148,10 @@ class LogicMeter:
 
 @dataclass(slots=True)
 class ServiceMeter:
-    """One replica of a service operator: busy while it holds an item, be it in its engine."""
+    """The meter of one replica of a service operator: busy while it holds an item."""
 
     held: Stopwatch
-    blocked: Stopwatch  # a task of it waits for credit downstream
+    blocked: Stopwatch  # one of its tasks waits for credit downstream
     num_in: int = 0
     num_sent: int = 0
     num_ended: int = 0
@@ -161,7 +167,7 @@ _ONE_EACH: Mapping[str, int] = {}
 
 
 class Meter:
-    """All meters of one graph. Reading it changes nothing, so any number of readers may.
+    """All meters of one graph. Reading changes nothing, so there may be any number of readers.
 
     `clock` only times the operators; no decision depends on it.
     """
@@ -186,28 +192,28 @@ class Meter:
                 self.add(node.name, replica)
 
     def add(self, node: str, replica: int) -> None:
-        """One more replica of a service operator."""
+        """Add a replica of a service operator."""
         self.services[node, replica] = ServiceMeter(Stopwatch(self.clock), Stopwatch(self.clock))
 
     def sent(self, source: str, replica: int, number: int = 1) -> None:
-        """A service operator, or the source, got rid of items."""
+        """Count items that a service operator, or the source, has sent."""
         service = self.services.get((source, replica))
         if service is not None:
             service.num_sent += number
 
     def entered(self, node: str, replica: int) -> None:
-        """A service operator was given an item."""
+        """Count an item that a service operator was given."""
         service = self.services[node, replica]
         service.num_in += 1
         service.held.enter()
 
     def queue(self, node: str, num_queued: int) -> None:
-        """An operator reported how many wait in it."""
+        """Record how many items wait in an operator."""
         if node in self.logic:
             self.logic[node].queue(num_queued)
 
     def waiting(self, source: str, replica: int, undone: Sequence[str]) -> list[Stopwatch]:
-        """What times an item of `source` that waits for credit, and the operators undone by it."""
+        """The stopwatches to run while an item of `source` waits for credit."""
         watches = self.blocked_watches(undone)
         if (source, replica) in self.services:
             watches.append(self.services[source, replica].blocked)

@@ -1,45 +1,42 @@
-"""The availability of engine replicas, and what the core does as it changes."""
+"""The availability of engine replicas, and what the core does when it changes."""
 
 import math
 from dataclasses import replace
 
 from sagellm.runtime.core.accounting import Meter
-from sagellm.runtime.core.credit import Gates
+from sagellm.runtime.core.credit import CreditGate, Gates
 from sagellm.runtime.core.effects import Ejected, Reaction
 from sagellm.runtime.core.events import Opened
 from sagellm.runtime.core.inputs import InputQueue
 from sagellm.runtime.core.outliers import Outliers
 from sagellm.runtime.core.prefix_indexes import PrefixIndexes
 from sagellm.runtime.feedback import CreditChanged, HealthChanged
+from sagellm.runtime.messages import EngineReplica
 from sagellm.runtime.plan import Plan
 
-_LOOKS = 8  # within the time that requests wait
-
-Replica = tuple[str, int]  # an engine's name and a number
+_CHECKS_PER_HOLD = 8  # of waiting requests, within `max_hold_s`
 
 
 class Availability:
-    """Closes and reopens gates as replicas are lost and come back.
+    """Which replicas are present; closes and reopens their gates.
 
-    `max_hold_s`: how long requests wait for an engine of which no replica is there. Marking one
-    replica costs the same however many there are, but for the last one of an engine.
+    `max_hold_s`: how long requests wait for an engine without any replica. The cost of marking one
+    replica does not grow with their number, except for the last one of an engine.
     """
 
     def __init__(self, plan: Plan, gates: Gates, max_hold_s: float) -> None:
         self.plan = plan
         self.max_hold_s = max_hold_s
         self.gates = gates
-        self._lost: set[Replica] = set()
+        self._lost: set[EngineReplica] = set()
         self._num_lost: dict[str, int] = {}  # by engine
-        self._removed: set[Replica] = set()  # of those that are lost: not to come back
-        self._until_s: dict[str, float] = {}  # of engines without any replica
+        self._removed: set[EngineReplica] = set()  # lost replicas that will not come back
+        self._until_s: dict[str, float] = {}  # engines without a replica: when their requests end
 
     def mark(self, engine: str, replica: int, now: float, *, is_up: bool) -> None:
         """A replica of an engine is lost, or is back."""
-        if is_up:
-            self._mark_up((engine, replica))
-        else:
-            self._mark_lost((engine, replica))
+        marked = EngineReplica(engine, replica)
+        (self._mark_up if is_up else self._mark_lost)(marked)
         if self.num_present(engine):
             self._until_s.pop(engine, None)
         else:
@@ -47,15 +44,17 @@ class Availability:
         self.gates.blocked = self._blocked()
 
     def remove(self, engine: str, replica: int) -> None:
-        """A replica that was lost is not to come back. Its gates open: what was placed there finds
-        out that it is lost, and is placed anew.
-        """
-        self._removed.add((engine, replica))
-        for node in self.plan.nodes_of(engine):
-            self.gates.removed.add((node, replica))
-            self.gates.reopen((node, replica))
+        """A lost replica will not come back.
 
-    def is_lost(self, replica: Replica) -> bool:
+        Its gates open: requests that were placed there fail, and are placed again.
+        """
+        self._removed.add(EngineReplica(engine, replica))
+        for node in self.plan.nodes_of(engine):
+            gate = CreditGate(node, replica)
+            self.gates.removed.add(gate)
+            self.gates.reopen(gate)
+
+    def is_lost(self, replica: EngineReplica) -> bool:
         return replica in self._lost
 
     def num_present(self, engine: str) -> int:
@@ -64,45 +63,49 @@ class Availability:
 
     @property
     def is_cut(self) -> bool:
-        """Whether no way through the graph is left."""
+        """Whether no path through the graph is left."""
         if not self._until_s:
             return False
         return all(node in self.gates.blocked for node in self.plan.last_engine_nodes)
 
     @property
     def next_end_s(self) -> float:
-        """When somebody has waited long enough."""
+        """When the first waiting request has waited long enough."""
         return min(self._until_s.values(), default=math.inf)
 
     def take_due(self, now: float) -> bool:
-        """Whether that is now; it is looked at again soon, for those that came later."""
+        """Whether a request may have waited long enough at `now`.
+
+        Later requests are checked soon after.
+        """
         late = [engine for engine, until_s in self._until_s.items() if until_s <= now]
         for engine in late:
-            self._until_s[engine] = now + self.max_hold_s / _LOOKS
+            self._until_s[engine] = now + self.max_hold_s / _CHECKS_PER_HOLD
         return bool(late)
 
-    def _mark_up(self, replica: Replica) -> None:
+    def _mark_up(self, replica: EngineReplica) -> None:
         engine, number = replica
         if replica in self._lost:
             self._lost.discard(replica)
             self._num_lost[engine] -= 1
         self._removed.discard(replica)
         for node in self.plan.nodes_of(engine):
-            self.gates.removed.discard((node, number))
-            self.gates.reopen((node, number))
+            gate = CreditGate(node, number)
+            self.gates.removed.discard(gate)
+            self.gates.reopen(gate)
 
-    def _mark_lost(self, replica: Replica) -> None:
+    def _mark_lost(self, replica: EngineReplica) -> None:
         engine, number = replica
         if replica not in self._lost:
             self._lost.add(replica)
             self._num_lost[engine] = self._num_lost.get(engine, 0) + 1
         if replica not in self._removed:
             for node in self.plan.nodes_of(engine):
-                self.gates.close((node, number))
+                self.gates.close(CreditGate(node, number))
 
     def _blocked(self) -> frozenset[str]:
-        """Where no replica of an engine is left: all its operators, and all engines' operators
-        before them, for what they compute would find nowhere to go.
+        """The operators that take nothing: those of an engine without replicas, and all engine
+        operators before them, whose results would have nowhere to go.
         """
         plan, blocked = self.plan, set[str]()
         for engine in self._until_s:
@@ -113,9 +116,9 @@ class Availability:
 
 
 class ReplicaSet:
-    """Keeps the plan, the gates and the operators that place requests informed of the replicas.
+    """Keeps the plan, the gates and the operators up to date with the replicas of engines.
 
-    `num_replicas`: by service operator; it is kept up to date here.
+    `num_replicas`: by service operator; updated here.
     """
 
     def __init__(
@@ -141,12 +144,12 @@ class ReplicaSet:
 
     @property
     def next_time_s(self) -> float:
-        """When a hold ends, or an ejection."""
+        """When a hold or an ejection ends."""
         return min(self.availability.next_end_s, self.outliers.next_end_s)
 
     def open(self, opened: Opened) -> None:
-        """A replica of a service operator is there, and grants credit."""
-        gate = opened.node, opened.replica
+        """A replica of a service operator is up, and grants credit."""
+        gate = CreditGate(opened.node, opened.replica)
         self._gates.open(gate, opened.capacity, opened.block_size)
         num_left = self._gates.accounts[gate].requests
         credit = CreditChanged(node=opened.node, replica=opened.replica, num_left=num_left)
@@ -156,7 +159,7 @@ class ReplicaSet:
             self._prefixes.ask(engine, opened.replica)
 
     def add(self, engine: str) -> None:
-        """An engine has one more replica, which takes nothing before it is marked as up."""
+        """Add a replica to an engine; the replica takes nothing before it is marked as up."""
         number = self.plan.engines[engine]
         self._change(self.plan.with_replica(engine))
         for node in self.plan.nodes_of(engine):
@@ -165,33 +168,36 @@ class ReplicaSet:
         self.mark(engine, number, is_up=False)
 
     def mark(self, engine: str, number: int, *, is_up: bool) -> None:
-        """Close the ways to a replica that is lost, or open them to one that is back."""
+        """Close the gates of a lost replica, or open those of a replica that is back."""
+        replica = EngineReplica(engine, number)
         self.availability.mark(engine, number, self._reaction.now, is_up=is_up)
-        self.outliers.forget((engine, number))
+        self.outliers.forget(replica)
         if is_up:
             self._prefixes.ask(engine, number)
         else:
             self._prefixes.lose(engine, number)
-        if is_up and (engine, number) in self.plan.removed:
-            self._change(replace(self.plan, removed=self.plan.removed - {(engine, number)}))
-        self._report_health((engine, number), is_up=is_up)
+        if is_up and replica in self.plan.removed:
+            self._change(replace(self.plan, removed=self.plan.removed - {replica}))
+        self._report_health(replica, is_up=is_up)
 
     def remove(self, engine: str, number: int) -> None:
-        """A replica that was lost is not to come back."""
+        """A lost replica will not come back."""
         self.availability.remove(engine, number)
-        self._change(replace(self.plan, removed=self.plan.removed | {(engine, number)}))
+        self._change(
+            replace(self.plan, removed=self.plan.removed | {EngineReplica(engine, number)})
+        )
 
     def _change(self, plan: Plan) -> None:
         self.plan = self.availability.plan = replace(plan, epoch=self.plan.epoch + 1)
         self._inputs.change(self.plan.topology)
 
-    def _eject(self, replica: Replica, for_s: float) -> None:
-        """A replica is ejected for some time, or is back."""
+    def _eject(self, replica: EngineReplica, for_s: float) -> None:
+        """Announce that a replica is ejected for some time, or with 0 seconds is back."""
         self._reaction.effects.append(Ejected(*replica, for_s))
         self._report_health(replica, is_up=for_s == 0)
 
-    def _report_health(self, replica: Replica, *, is_up: bool) -> None:
-        """A replica that is lost is never reported to be up."""
+    def _report_health(self, replica: EngineReplica, *, is_up: bool) -> None:
+        """Report the health of a replica; a lost replica is never reported as up."""
         engine, number = replica
         is_up = is_up and not self.availability.is_lost(replica)
         for node in self.plan.nodes_of(engine):

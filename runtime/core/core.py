@@ -1,4 +1,4 @@
-"""The core: all that decides without waiting, behind one entrance, `on(event, now) -> effects`."""
+"""The core: all decisions that need no waiting, in one entry point `on(event, now) -> effects`."""
 
 import math
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from typing import Any
 from sagellm.graphs.ir import SOURCE
 from sagellm.runtime.core.accounting import Clock, Meter, stopped_clock
 from sagellm.runtime.core.availability import ReplicaSet
-from sagellm.runtime.core.credit import Gates
+from sagellm.runtime.core.credit import CreditGate, Gates
 from sagellm.runtime.core.effects import Effect, OperatorFault, Reaction, WakeAt
 from sagellm.runtime.core.events import (
     Arrived,
@@ -33,31 +33,33 @@ from sagellm.runtime.core.events import (
 )
 from sagellm.runtime.core.flow import Flow, Reentry
 from sagellm.runtime.core.inputs import InputQueue, RoomReports
-from sagellm.runtime.core.lifecycle import (
+from sagellm.runtime.core.logic_graph import LogicGraph
+from sagellm.runtime.core.parking import Parking
+from sagellm.runtime.core.prefix_indexes import PrefixIndexes
+from sagellm.runtime.core.request_lifecycle import (
     Register,
     RequestLifecycle,
     quarantined_event,
     unavailable_event,
 )
-from sagellm.runtime.core.logic_graph import LogicGraph
-from sagellm.runtime.core.parking import Parking
-from sagellm.runtime.core.prefix_indexes import PrefixIndexes
 from sagellm.runtime.feedback import CreditChanged
+from sagellm.runtime.messages import EngineReplica
 from sagellm.runtime.operator import Signal, Wake
 from sagellm.runtime.plan import Plan
 
-_MOVES_TIME = frozenset(
+# Events after which a hold or an ejection may end at another time.
+_MAY_MOVE_WAKE = frozenset(
     {ReplicaMarked, ReplicaAdded, ReplicaRemoved, Transferred, EngineFailed, TimeCame}
 )
 
 
 class Core:
-    """The logic operators of a plan, the credits, the register of open requests, recovery, the
-    replicas' health and the ledger. It waits for nothing, and knows no clock and no random source:
-    equal events at equal times have equal effects.
+    """Decides for a plan: its logic operators, credit, requests, recovery, replicas and the ledger.
 
-    `max_hold_s`: how long requests wait for an engine of which no replica is there. `clock` only
-    times the operators; no decision depends on it.
+    The core never waits and has neither a clock nor a random source: equal events at equal times
+    have equal effects, so that a log of events can be replayed. `max_hold_s`: how long requests
+    wait for an engine without any replica. `clock` only times the operators; no decision depends on
+    it.
     """
 
     def __init__(
@@ -103,38 +105,39 @@ class Core:
             max_hold_s,
         )
         self.outliers = self.replicas.outliers
-        self._room = RoomReports(plan, self.gates)
+        self._room_reports = RoomReports(plan, self.gates)
         self._wake_at_s = math.inf
-        self._reactions = _reactions_of(self)
+        self._handlers = _event_handlers(self)
 
     def on(self, event: Event, now: float) -> list[Effect]:
-        """What an event leads to, in order. `now` never falls."""
+        """The effects of an event, in order. `now` must never decrease."""
         reaction = self._reaction
         reaction.now, reaction.effects = now, []
-        self._reactions[type(event)](event)
+        self._handlers[type(event)](event)
         self.prefixes.settle()
         self._inputs.settle()
         if self.recovery.is_under_way:
             self._reentry.try_next()
-        if self._room.may_have_changed:
-            self._inputs.report_room(self._room.changes())
-        has_moved = self.logic_graph.wakes_changed or self.register.expiries_changed
-        if has_moved or type(event) in _MOVES_TIME:
+        # Last, because changes within one event may cancel each other out.
+        if self._room_reports.may_have_changed:
+            self._inputs.report_room(self._room_reports.changes())
+        may_have_moved = self.logic_graph.wakes_changed or self.register.expiries_changed
+        if may_have_moved or type(event) in _MAY_MOVE_WAKE:
             self._request_wake()
         return reaction.effects
 
     @property
     def plan(self) -> Plan:
-        """The plan as it is by now."""
+        """The current plan: a new replica makes a new one."""
         return self.replicas.plan
 
     @property
     def is_at_rest(self) -> bool:
-        """Whether no request is open, and no engine works for one that has ended."""
+        """Whether no request is open, and no engine works for a request that has ended."""
         return self.register.is_empty
 
     def _request_wake(self) -> None:
-        """Ask for a wake-up at another time than before, if that has changed."""
+        """Request a wake-up, unless its time is unchanged."""
         at_s = min(
             self.logic_graph.next_wake_s, self.register.next_expiry_s, self.replicas.next_time_s
         )
@@ -144,7 +147,7 @@ class Core:
 
     def _arrive(self, arrived: Arrived) -> None:
         self.lifecycle.open(arrived.requests)
-        self._inputs.settle()
+        self._inputs.settle()  # operators forget an earlier request of the same id first
         for request in arrived.requests:
             if self.recovery.is_blocked(request):
                 self.lifecycle.end(quarantined_event(request, self._reaction.now), None)
@@ -159,9 +162,10 @@ class Core:
         self.lifecycle.end(ended.event, fault)
 
     def _signal(self, signal: Signal) -> None:
-        """One of an unknown request does nothing."""
+        """Pass on a signal; one for an unknown request does nothing."""
         if signal.request_id not in self.register.entries:
             return
+        # First, because items that the signal overtakes must find the tombstone.
         self.register.record_signal(signal)
         self._reentry.end_waiting(signal)
         self._inputs.signal(signal)
@@ -169,14 +173,14 @@ class Core:
         self._flow.retry_request(signal.request_id)
 
     def _release(self, released: Released) -> None:
-        """Return credit, and let those that wait for it try again."""
-        gate = released.node, released.replica
+        """Return the credit of an item, and retry what waits for credit."""
+        gate = CreditGate(released.node, released.replica)
         key = released.request_id, released.choice
         if not self.gates.give(gate, key):
             return
         self.meter.services[gate].held.leave()
         unused = self.gates.reserved.gate_of(key)
-        if unused is not None and len(self.gates.holders(*key)) == 1:  # it will not come there
+        if unused is not None and len(self.gates.holders(*key)) == 1:  # the item will not get there
             self.gates.give(unused, key)
         node, replica = gate
         num_left = self.gates.accounts[gate].requests
@@ -191,12 +195,12 @@ class Core:
     def _emit(self, emitted: Emitted) -> None:
         node, replica, items = emitted.node, emitted.replica, emitted.items
         if self.outliers.suspects and any(getattr(item, "num_tokens", 0) for item in items):
-            self.outliers.computed((self.plan.engine_name(node) or "", replica))
+            self.outliers.computed(EngineReplica(self.plan.engine_name(node) or "", replica))
         self._flow.emit(emitted.ticket, node, replica, items, emitted.outlet)
 
     def _fail_over(self, failed: EngineFailed) -> None:
         engine = self.plan.engine_name(failed.node) or ""
-        self.outliers.computed_wrong((engine, failed.replica))
+        self.outliers.computed_wrong(EngineReplica(engine, failed.replica))
         self._reentry.fail_over(failed, engine, self.replicas.availability.num_present(engine))
 
     def _transfer(self, transferred: Transferred) -> None:
@@ -208,7 +212,7 @@ class Core:
         self._flow.retry_all()
 
     def _remove(self, removed: ReplicaRemoved) -> None:
-        """What was placed there finds out that it is lost, and is placed anew."""
+        """Remove a lost replica. Requests that were placed on it fail, and are placed again."""
         self.replicas.remove(removed.engine, removed.replica)
         self._flow.retry_all()
 
@@ -226,11 +230,11 @@ class Core:
             self._reentry.end_unserved(availability.max_hold_s)
             self._flow.retry_all()
         self.outliers.readmit_due()
-        self._wake_at_s = math.nan  # whatever was told has passed: tell the next time anew
+        self._wake_at_s = math.nan  # the requested time has passed: request the next one anew
 
 
-def _reactions_of(core: Core) -> dict[type, Callable[[Any], None]]:
-    """What a core does at each kind of event."""
+def _event_handlers(core: Core) -> dict[type, Callable[[Any], None]]:
+    """The handler of each kind of event."""
     return {
         Opened: core.replicas.open,
         Arrived: core._arrive,

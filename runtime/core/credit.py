@@ -1,21 +1,30 @@
-"""Credits: how much may be under way on the edges into service operators."""
+"""Credit: how much may be in transit to the replicas of service operators."""
 
 import math
 from collections.abc import Iterable, Mapping
+from typing import NamedTuple, TypeAlias
 
-from sagellm.runtime.messages import Item, Prefilled, Request
+from sagellm.runtime.messages import ChoiceKey, Item, Prefilled, Request
 from sagellm.runtime.operator import Credit
 from sagellm.runtime.persistent import MutableMinTree
 
-Gate = tuple[str, int]  # a service operator and its replica
-ChoiceKey = tuple[str, int]  # a request and its choice
-_Spent = dict[tuple[Gate, int], tuple[Credit, ...]]  # by gate and choice, of each item there
+
+class CreditGate(NamedTuple):
+    """One replica of a service operator, which grants credit."""
+
+    node: str
+    replica: int
+
+
+_Spent: TypeAlias = dict[
+    tuple[CreditGate, int], tuple[Credit, ...]
+]  # by gate and choice: the cost of each item
 
 _ONE = Credit(1, 0, 0)
 
 
 def cost_of(item: Item, block_size: int) -> Credit:
-    """What an item takes of the receiver's credit: events and answers cost one request only."""
+    """The credit that an item takes; events and answers cost one request only."""
     request = item.request if isinstance(item, Prefilled) else item
     if not isinstance(request, Request):
         return _ONE
@@ -24,9 +33,9 @@ def cost_of(item: Item, block_size: int) -> Credit:
 
 
 class NoCredit(Exception):
-    """An item found no credit at the service operator `node`: the transaction is undone.
+    """An item found no credit at the service operator `node`: its transaction must be undone.
 
-    `replica`: at the one where the item was placed; None: at no replica.
+    `replica`: the one where the item was placed; None: no replica has credit.
     """
 
     def __init__(self, node: str, replica: int | None) -> None:
@@ -36,7 +45,7 @@ class NoCredit(Exception):
 
 
 class Account:
-    """The credit of one replica: what is left, and how many items have spent some of it."""
+    """The credit of one replica: what is left, and how many items have spent some."""
 
     __slots__ = ("block_size", "blocks", "capacity", "num_items", "requests", "tokens")
 
@@ -51,7 +60,7 @@ class Account:
         )
 
     def take(self, cost: Credit) -> bool:
-        """Spend a cost if it is covered; an item larger than all passes alone."""
+        """Spend a cost if it is covered. An item that exceeds the whole capacity passes alone."""
         requests, tokens = self.requests - cost.requests, self.tokens - cost.tokens
         blocks = self.blocks - cost.blocks
         if self.num_items and (requests < 0 or tokens < 0 or blocks < 0):
@@ -61,7 +70,7 @@ class Account:
         return True
 
     def give(self, cost: Credit) -> None:
-        """Return what an item spent."""
+        """Return the cost of an item."""
         self.num_items -= 1
         self.requests += cost.requests
         self.tokens += cost.tokens
@@ -69,8 +78,9 @@ class Account:
 
     @property
     def room(self) -> float:
-        """Blocks that a request may take now; infinite where nothing is under way, for then even
-        an item larger than all passes; negative where no request may pass.
+        """Blocks that a request may take now; negative where no request may enter.
+
+        Infinite on an idle replica, where even an item that exceeds the whole capacity may enter.
         """
         if not self.num_items:
             return math.inf
@@ -78,59 +88,62 @@ class Account:
 
 
 class ReservedCredit:
-    """Credit that choices have spent at operators that they have not come to yet.
+    """Credit that choices have spent at operators that they will reach later.
 
-    `later`: for operators that requests enter, the one that decodes them, or others on the same
-    engine. A request that enters the first spends credit at the second too, so that it finds a
-    place there: what has none waits where it is queued.
+    `later`: for operators that requests enter, the operator that decodes them, or another one on
+    the same engine. A request that enters the first spends credit at the second too, so that it has
+    a place there. A request without both waits in its queue.
     """
 
     def __init__(self, later: Mapping[str, str]) -> None:
         self.later = dict(later)
-        self._gates: dict[ChoiceKey, Gate] = {}
+        self._gates: dict[ChoiceKey, CreditGate] = {}
 
-    def add(self, gate: Gate, key: ChoiceKey) -> None:
+    def add(self, gate: CreditGate, key: ChoiceKey) -> None:
         self._gates[key] = gate
 
     def remove(self, key: ChoiceKey) -> None:
-        """The choice is there, or its credit has come back."""
+        """Drop a reservation: the choice has arrived, or its credit was returned."""
         del self._gates[key]
 
-    def is_at(self, gate: Gate, key: ChoiceKey) -> bool:
+    def is_at(self, gate: CreditGate, key: ChoiceKey) -> bool:
         return self._gates.get(key) == gate
 
-    def gate_of(self, key: ChoiceKey) -> Gate | None:
+    def gate_of(self, key: ChoiceKey) -> CreditGate | None:
         return self._gates.get(key)
 
 
 class Gates:
-    """The credit left for each service operator; every take can be taken back.
+    """The credit left for each service operator; every take can be undone.
 
     `closed`: gates that take no requests, which may go elsewhere. `blocked`: operators that take
-    nothing at all, but at `removed` gates: what was placed there must find out that it is lost.
+    nothing, except at `removed` gates: a request that was placed there must fail and be placed
+    again.
     """
 
     def __init__(self, later: Mapping[str, str] | None = None) -> None:
         self.reserved = ReservedCredit(later or {})
-        self.accounts: dict[Gate, Account] = {}
-        self._rooms: dict[str, MutableMinTree] = {}  # by operator: -room of each replica
-        self._spent: dict[str, _Spent] = {}  # by request
-        self.closed: set[Gate] = set()
+        self.accounts: dict[tuple[str, int], Account] = {}
+        self._rooms: dict[str, MutableMinTree] = {}  # by operator: minus the room of each replica
+        self._spent: dict[
+            str, _Spent
+        ] = {}  # by request id, so that a signal finds its gates without a search
+        self.closed: set[CreditGate] = set()
         self.blocked: frozenset[str] = frozenset()
-        self.removed: set[Gate] = set()
-        self.full: set[str] = set()  # operators of which no replica has room for a request
+        self.removed: set[CreditGate] = set()
+        self.full: set[str] = set()  # operators without room for a request at any replica
 
-    def open(self, gate: Gate, capacity: Credit, block_size: int = 1) -> None:
+    def open(self, gate: CreditGate, capacity: Credit, block_size: int = 1) -> None:
         self.accounts[gate] = Account(capacity, block_size)
-        self._rooms.setdefault(gate[0], MutableMinTree())
+        self._rooms.setdefault(gate.node, MutableMinTree())
         self._note_room(gate)
 
-    def close(self, gate: Gate) -> None:
+    def close(self, gate: CreditGate) -> None:
         """Let no more requests in."""
         self.closed.add(gate)
         self._note_room(gate)
 
-    def reopen(self, gate: Gate) -> None:
+    def reopen(self, gate: CreditGate) -> None:
         self.closed.discard(gate)
         self._note_room(gate)
 
@@ -147,24 +160,26 @@ class Gates:
         return room >= cost_of(item, self.accounts[node, 0].block_size).blocks
 
     def may_take_at_any(self, nodes: Iterable[str], item: Item) -> bool:
-        """The same of several operators."""
+        """Whether any replica of several operators might take an item."""
         for node in nodes:  # noqa: SIM110 (quicker)
             if self.may_take(node, item):
                 return True
         return False
 
     def is_full(self, node: str) -> bool:
-        """Whether no replica of `node` may take any request."""
+        """Whether no replica of `node` can take any request."""
         return self._rooms[node].minimum == math.inf
 
-    def take(self, gate: Gate, item: Item, later: Gate | None = None) -> Gate | None:
-        """Spend the item's cost, at once also at the gate `later`, where the item will come later.
-        Returns the gate that has no credit for it; then nothing is spent. An item larger than all
-        passes alone.
+    def take(
+        self, gate: CreditGate, item: Item, later: CreditGate | None = None
+    ) -> CreditGate | None:
+        """Spend the cost of an item, at the gate `later` too if the item will go there.
 
-        Through a closed gate passes what has its place already, and cannot choose another: it
-        comes back from there, if that is lost.
+        Returns the gate without credit, and then spends nothing. An item that exceeds the whole
+        capacity passes alone. A closed gate admits an item that already has its place and cannot
+        choose another; the item returns if its replica is lost.
         """
+        # Nearly always both are empty.
         if (self.closed or self.blocked) and self._is_closed_to(gate, item):
             return gate
         key, block_size = item.key, self.accounts[gate].block_size
@@ -181,8 +196,8 @@ class Gates:
         self.reserved.add(later, key)
         return None
 
-    def give(self, gate: Gate, key: ChoiceKey) -> bool:
-        """Return what the last item of `key` spent; False where it had spent nothing."""
+    def give(self, gate: CreditGate, key: ChoiceKey) -> bool:
+        """Return the cost of the last item of `key`; False where it had spent nothing."""
         request_id, choice = key
         spent, place = self._spent.get(request_id, {}), (gate, choice)
         if place not in spent:
@@ -200,16 +215,18 @@ class Gates:
         self._note_room(gate)
         return True
 
-    def holders(self, request_id: str, choice: int | None = None) -> tuple[tuple[Gate, int], ...]:
-        """The gates that hold something of a request, each with the choice that it holds."""
+    def holders(
+        self, request_id: str, choice: int | None = None
+    ) -> tuple[tuple[CreditGate, int], ...]:
+        """The gates that hold a part of a request, each with the choice that it holds."""
         spent = self._spent.get(request_id, {})
         return tuple(place for place in spent if choice is None or place[1] == choice)
 
     def holds(self, request_id: str) -> bool:
-        """Whether any gate holds something of a request."""
+        """Whether any gate holds a part of a request."""
         return request_id in self._spent
 
-    def _spend(self, gate: Gate, key: ChoiceKey, cost: Credit) -> bool:
+    def _spend(self, gate: CreditGate, key: ChoiceKey, cost: Credit) -> bool:
         if not self.accounts[gate].take(cost):
             return False
         request_id, choice = key
@@ -221,12 +238,12 @@ class Gates:
         self._note_room(gate)
         return True
 
-    def _is_closed_to(self, gate: Gate, item: Item) -> bool:
-        if gate[0] in self.blocked and gate not in self.removed:
+    def _is_closed_to(self, gate: CreditGate, item: Item) -> bool:
+        if gate.node in self.blocked and gate not in self.removed:
             return True
         return gate in self.closed and not isinstance(item, Prefilled)
 
-    def _note_room(self, gate: Gate) -> None:
+    def _note_room(self, gate: CreditGate) -> None:
         node, replica = gate
         rooms = self._rooms[node]
         rooms[replica] = math.inf if gate in self.closed else -self.accounts[gate].room

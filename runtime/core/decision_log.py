@@ -1,8 +1,8 @@
-"""The log of decisions: the events of a core, with their times and effects, in a file.
+"""The decision log: the events of a core, with their times and effects, in a file.
 
-A header, then a frame for each event: its length in four bytes, most significant first, and a
-MessagePack array [seconds, event, effects]. A log that reached its bound ends with an empty frame.
-Exceptions are kept as their type's name and, where the text is safe to show, their text.
+A header, then one frame for each event: four bytes of length, most significant first, and a
+MessagePack array [seconds, event, effects]. An empty frame ends a log that reached its size limit.
+Exceptions are kept as the name of their type and, where the text is safe to show, their text.
 """
 
 from collections.abc import Iterator
@@ -18,22 +18,24 @@ from sagellm.runtime.user_code import NamedError, WrongResult, name_of
 
 MAGIC = b"sagellm decisions 1\n"
 _LENGTH_BYTES = 4
-_MOST_BYTES = 1 << 28  # of one frame: what claims more is no log
+_MAX_FRAME_BYTES = 1 << 28  # a longer frame means that the file is no log
 
 
 class LogError(ValueError):
-    """A file that is no log of decisions."""
+    """A file is no decision log, or is damaged."""
 
 
 class Header(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What a core is made of: the graph (MessagePack), its engines' replicas, seed and bound; and,
-    where its operators ask for prefix blocks, facts of the engines and what blocks are hashed with.
+    """What a core is built from: the graph (MessagePack), engine replicas, seed and hold limit.
+
+    If operators read prefix blocks, also the facts of the engines and the secret of the block
+    hashes.
     """
 
     graph: bytes
     engines: dict[str, int]
     seed: int = 0
-    max_hold_s: float | None = None  # None: for ever
+    max_hold_s: float | None = None  # None: forever
     facts: dict[str, EngineFacts] = {}
     block_key: bytes = b""
 
@@ -52,17 +54,19 @@ class _ErrorText(msgspec.Struct, frozen=True):
 
 
 class DecisionWriter:
-    """Writes a log until it has `max_bytes`. Raises OSError where the disk does."""
+    """Writes a log of up to `max_bytes`. Raises OSError where the disk does."""
 
     def __init__(self, file: BufferedWriter, header: Header, max_bytes: int) -> None:
         self._file = file
-        self._num_left = max_bytes - len(MAGIC) - _LENGTH_BYTES  # of the mark that it is full
+        self._num_left = (
+            max_bytes - len(MAGIC) - _LENGTH_BYTES
+        )  # of the frame that marks a full log
         self.is_full = False
         file.write(MAGIC)
         self._write(_encode(header))
 
     def record(self, now: float, event: Event, effects: list[Effect]) -> None:
-        """Write one event and what it led to; nothing once the log is full."""
+        """Write one event and its effects; nothing once the log is full."""
         if not self.is_full:
             self._write(_encode((now, event, effects)))
 
@@ -75,9 +79,9 @@ class DecisionWriter:
 
 
 class DecisionReader:
-    """Reads a log. `is_cut` once it was read: it reached its bound, or its writer was killed.
+    """Reads a log. Raises LogError.
 
-    Raises LogError for a file that is none.
+    `is_cut`, valid after reading: the log reached its limit, or its writer was killed.
     """
 
     def __init__(self, file: BufferedReader) -> None:
@@ -99,7 +103,7 @@ class DecisionReader:
     def _read(self) -> bytes | None:
         prefix = self._file.read(_LENGTH_BYTES)
         length = int.from_bytes(prefix, "big")
-        if length > _MOST_BYTES:
+        if length > _MAX_FRAME_BYTES:
             raise LogError("it is damaged")
         content = self._file.read(length)
         if len(prefix) == _LENGTH_BYTES and length and len(content) == length:
@@ -109,23 +113,23 @@ class DecisionReader:
 
 
 def encode_effects(effects: list[Effect]) -> bytes:
-    """As a log has them: equal effects give equal bytes."""
+    """Effects as a log has them: equal effects give equal bytes."""
     return _encode(effects)
 
 
 def shown_effects(content: bytes) -> list[Any]:
-    """Encoded effects as plain values, for a person to read."""
+    """Encoded effects as plain values, for people to read."""
     return list(msgspec.msgpack.decode(content))
 
 
 def _plain(value: Any) -> Any:
-    """What MessagePack has no type for."""
+    """A value for a type that MessagePack lacks."""
     if isinstance(value, OperatorFault):
         return [value.node, _plain(value.error)]
     if isinstance(value, Exception):
         wrong = str(value) if isinstance(value, WrongResult) else None
         return _ErrorText(name_of(value), wrong)
-    return {"object": type(value).__name__}  # what a function of the user made of an answer
+    return {"object": type(value).__name__}  # the value that a user's function gave an answer
 
 
 def _real(kind: type, value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Effects: what the core asks its shell to do, in order."""
+"""Effects: what the core asks its executor to do, in order."""
 
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -20,18 +20,20 @@ class OperatorFault(Exception):
 
     @property
     def public(self) -> str:
-        """Names operator and type; not the error's text, which may be private."""
+        """Names the operator and the type of the error, without its text, which may be private."""
         if isinstance(self.error, WrongResult):
             return f"{self.node}: {self.error}"
         return f"{self.node}: the operator raised {name_of(self.error)}"
 
 
 class _Effect(msgspec.Struct, frozen=True, array_like=True):
-    """`gc=False`, where it can be part of no cycle: it costs less. Tagged, an array on the wire."""
+    """Tagged, and an array on the wire. `gc=False`, where no reference cycle is possible, is
+    cheaper.
+    """
 
 
 class Send(_Effect, frozen=True, gc=False, tag="send"):
-    """Hand an item to a replica of a service operator; its credit is spent."""
+    """Give an item to a replica of a service operator; its credit is spent."""
 
     node: str
     replica: int
@@ -39,14 +41,14 @@ class Send(_Effect, frozen=True, gc=False, tag="send"):
 
 
 class Deliver(_Effect, frozen=True, tag="deliver"):
-    """Hand an item to the session. `error`: what was raised for a choice that ends by it."""
+    """Give an item to the session. `error`: the exception that ended the choice."""
 
     item: Item | Forked
     error: Exception | None = None
 
 
 class Interrupt(_Effect, frozen=True, tag="interrupt"):
-    """Give a signal to a replica that holds something of the request."""
+    """Give a signal to a replica that holds a part of the request."""
 
     node: str
     replica: int
@@ -54,7 +56,7 @@ class Interrupt(_Effect, frozen=True, tag="interrupt"):
 
 
 class Discard(_Effect, frozen=True, tag="discard"):
-    """An operator failed on an item that a replica emitted: free what the item holds."""
+    """Free what an item holds: an operator failed on the item, which this replica had emitted."""
 
     node: str
     replica: int
@@ -62,21 +64,21 @@ class Discard(_Effect, frozen=True, tag="discard"):
 
 
 class Parked(_Effect, frozen=True, tag="parked"):
-    """Of the event with that ticket, `num_sent` items found credit; the others wait for it."""
+    """`num_sent` items of a ticket had credit; the other items wait."""
 
     ticket: int
     num_sent: int
 
 
 class Resumed(_Effect, frozen=True, tag="resumed"):
-    """`num_sent` more of the parked items of a ticket found credit."""
+    """`num_sent` more of the parked items of a ticket had credit."""
 
     ticket: int
     num_sent: int
 
 
 class WakeAt(_Effect, frozen=True, tag="wake_at"):
-    """Give the event `TimeCame` at that time instead of any told before; infinite: never."""
+    """Send the event `TimeCame` at this time instead of any earlier request; infinite: never."""
 
     at_s: float
 
@@ -98,7 +100,7 @@ class FailedOn(_Effect, frozen=True, tag="failed_on"):
 
 
 class Ejected(_Effect, frozen=True, tag="ejected"):
-    """Log that a replica gets no new requests for some time; 0 seconds: that it gets them again."""
+    """Log that a replica gets no new requests for `for_s` seconds; 0: it gets them again."""
 
     engine: str
     replica: int
@@ -106,7 +108,7 @@ class Ejected(_Effect, frozen=True, tag="ejected"):
 
 
 class QueryCache(_Effect, frozen=True, tag="sync_cache"):
-    """Ask the engine of a replica to report all prefix blocks that it has, and then changes."""
+    """Ask the engine of a replica to report all prefix blocks, and later changes."""
 
     engine: str
     replica: int
@@ -129,7 +131,7 @@ Effect: TypeAlias = (
 
 @dataclass(slots=True)
 class Reaction:
-    """`now` is in seconds of the shell's clock; the core has no other."""
+    """The time of the current event and its effects so far; shared by all parts of the core."""
 
     now: float = 0.0
     effects: list[Effect] = field(default_factory=list)

@@ -1,6 +1,6 @@
-"""Events: all that may change a decision of the core.
+"""Events: everything that may change a decision of the core.
 
-The log of (now, event) is the log of its decisions.
+The log of (now, event) is the decision log.
 """
 
 from typing import TypeAlias
@@ -8,20 +8,22 @@ from typing import TypeAlias
 import msgspec
 
 from sagellm.runtime.feedback import Feedback
-from sagellm.runtime.messages import FinishReason, Item, Request, TokenEvent
+from sagellm.runtime.messages import EngineReplica, FinishReason, Item, Request, TokenEvent
 from sagellm.runtime.operator import Credit, Signal
 from sagellm.runtime.port import LossCause
 from sagellm.runtime.prefixes import CacheChanged
 
 
 class _Event(msgspec.Struct, frozen=True, array_like=True):
-    """Tagged, and an array on the wire: most events are small. The most frequent ones, which are
-    never part of a cycle, are `gc=False`: that costs less.
+    """Tagged, and an array on the wire, as most events are small.
+
+    The most frequent events, which are part of no reference cycle, use `gc=False` because it is
+    cheaper.
     """
 
 
 class Opened(_Event, frozen=True, tag="opened"):
-    """A replica of a service operator is there, and grants so much credit."""
+    """A replica of a service operator is up, and grants credit."""
 
     node: str
     replica: int
@@ -30,9 +32,9 @@ class Opened(_Event, frozen=True, tag="opened"):
 
 
 class Arrived(_Event, frozen=True, gc=False, tag="arrived"):
-    """All choices of one request are to enter through `source`. The id is in use by no other.
+    """All choices of one request are to enter through `source`. No open request has the same id.
 
-    Where there is no credit for one, the effect `Parked` names the ticket.
+    If a choice has no credit, the effect `Parked` names the ticket.
     """
 
     ticket: int
@@ -40,8 +42,10 @@ class Arrived(_Event, frozen=True, gc=False, tag="arrived"):
 
 
 class Emitted(_Event, frozen=True, gc=False, tag="emitted"):
-    """A service operator sends items, in order. Where there is no credit for one, it and the later
-    items are parked, and the effect `Parked` names the ticket.
+    """A service operator sends items, in order.
+
+    If an item has no credit, it and all later items are parked, and the effect `Parked` names the
+    ticket.
     """
 
     ticket: int
@@ -52,13 +56,13 @@ class Emitted(_Event, frozen=True, gc=False, tag="emitted"):
 
 
 class Withdrawn(_Event, frozen=True, tag="withdrawn"):
-    """The task that waits for a ticket is gone: forget what is parked."""
+    """The task that waited for a ticket is gone: drop the parked items."""
 
     ticket: int
 
 
 class Released(_Event, frozen=True, gc=False, tag="released"):
-    """A service operator holds an item no more: its credit is free."""
+    """A service operator no longer holds an item: its credit is free."""
 
     node: str
     replica: int
@@ -67,7 +71,7 @@ class Released(_Event, frozen=True, gc=False, tag="released"):
 
 
 class Ended(_Event, frozen=True, tag="ended"):
-    """A service operator ends a choice. `error`: what it raised, if it did."""
+    """A service operator ends a choice. `error`: the exception that it raised, if any."""
 
     node: str
     event: TokenEvent
@@ -75,7 +79,7 @@ class Ended(_Event, frozen=True, tag="ended"):
 
 
 class Failed(_Event, frozen=True, tag="failed"):
-    """A service operator raised while it had an item."""
+    """A service operator raised an exception while it had an item."""
 
     node: str
     item: Item
@@ -98,8 +102,9 @@ class Returned(_Event, frozen=True, tag="returned"):
 
 
 class EngineFailed(_Event, frozen=True, tag="engine_failed"):
-    """The engine of a replica failed while it computed a request, and has let go of it. `last`: the
-    event that ends the request, unless another replica takes it.
+    """The engine of a replica failed while it computed a request, and has released the request.
+
+    `last`: the event that ends the request, unless another replica takes it.
     """
 
     node: str
@@ -109,10 +114,10 @@ class EngineFailed(_Event, frozen=True, tag="engine_failed"):
 
 
 class Transferred(_Event, frozen=True, tag="transferred"):
-    """KV blocks were transferred between replicas of two engines, or were damaged on the way."""
+    """KV blocks were transferred between replicas of two engines, or the transfer failed."""
 
-    sender: tuple[str, int]
-    receiver: tuple[str, int]
+    sender: EngineReplica
+    receiver: EngineReplica
     succeeded: bool
 
 
@@ -123,13 +128,13 @@ class Reported(_Event, frozen=True, gc=False, tag="reported"):
 
 
 class CacheReported(_Event, frozen=True, gc=False, tag="cache_reported"):
-    """An engine says which prefix blocks it has."""
+    """An engine reports its prefix blocks."""
 
     changed: CacheChanged
 
 
 class Signalled(_Event, frozen=True, tag="signalled"):
-    """A caller ends a request, or one choice of it."""
+    """A caller ends a request, or one of its choices."""
 
     signal: Signal
 
@@ -149,7 +154,7 @@ class ReplicaMarked(_Event, frozen=True, tag="replica_marked"):
 
 
 class ReplicaRemoved(_Event, frozen=True, tag="replica_removed"):
-    """A replica that was lost will not come back."""
+    """A lost replica will not come back."""
 
     engine: str
     replica: int
@@ -160,7 +165,7 @@ class TimeCame(_Event, frozen=True, tag="time_came"):
 
 
 class Stopped(_Event, frozen=True, tag="stopped"):
-    """The graph stops: end every choice that is open as failed."""
+    """The graph stops: all open choices end as failed."""
 
 
 Event: TypeAlias = (

@@ -8,23 +8,23 @@ from sagellm.runtime.core.credit import NoCredit
 from sagellm.runtime.core.effects import Discard, FailedOn, OperatorFault, Parked, Reaction, Resumed
 from sagellm.runtime.core.events import EngineFailed, Returned
 from sagellm.runtime.core.inputs import InputQueue
-from sagellm.runtime.core.lifecycle import (
+from sagellm.runtime.core.logic_graph import LogicGraph
+from sagellm.runtime.core.parking import BlockedAt, ParkedInput, ParkedItems, Parking
+from sagellm.runtime.core.request_lifecycle import (
     RequestLifecycle,
     quarantined_event,
     reason_of,
     retries_spent_event,
 )
-from sagellm.runtime.core.logic_graph import LogicGraph
-from sagellm.runtime.core.parking import ParkedInput, ParkedItems, Parking
 from sagellm.runtime.feedback import CreditChanged
-from sagellm.runtime.messages import Item, Request, TokenEvent
+from sagellm.runtime.messages import EngineReplica, Item, Request, TokenEvent
 from sagellm.runtime.operator import Arrival, Signal
 from sagellm.runtime.plan import Plan
 from sagellm.runtime.user_code import WrongResult
 
 
 class Flow:
-    """Sends what ports and service operators emit; what finds no credit is parked, in order."""
+    """Sends the items of ports and service operators; items without credit are parked, in order."""
 
     def __init__(
         self,
@@ -45,7 +45,7 @@ class Flow:
     def emit(
         self, ticket: int, source: str, replica: int, items: tuple[Item, ...], outlet: str = "out"
     ) -> None:
-        """Send items in order; the first that finds no credit is parked, with those after it."""
+        """Send items in order. The first item without credit is parked, with all later items."""
         first = items[0]
         if len(items) > 1:
             if type(first) is TokenEvent and self._send_all(source, replica, items, outlet):
@@ -62,26 +62,28 @@ class Flow:
                 self._reaction.effects.append(Parked(ticket, num_sent))
 
     def withdraw(self, ticket: int) -> None:
-        """Forget what is parked under a ticket; requests that have not entered are cancelled."""
+        """Drop the items of a ticket; requests that have not entered end as cancelled."""
         parked = self._parking.of_ticket(ticket)
         if parked is None:
             return
-        self._parking.remove(parked, parked.way)
+        self._parking.remove(parked, parked.blocked_at)
         if parked.source == SOURCE:
             for item in parked.items:
                 self._lifecycle.finish(item, "cancelled")
 
     def retry(self, node: str, replica: int) -> None:
-        """A replica has returned credit: try what waits for it, until something finds none."""
+        """Retry the entries that wait for a replica, until one is blocked again."""
         if self._parking.is_empty:
             return
-        for way in ((node, replica), (node, None)):
-            while (parked := self._parking.first(way)) is not None and self._try(parked):
+        for gate in (BlockedAt(node, replica), BlockedAt(node, None)):
+            while (parked := self._parking.first(gate)) is not None and self._try(parked):
                 pass
 
     def end_holds(self, node: str, replica: int, request_ids: list[str], num_left: float) -> None:
-        """Requests have waited for a replica for long enough. What of them is parked is tried;
-        operators that keep requests offer them again, as if its credit had changed.
+        """Stop holding requests back for a replica.
+
+        Their parked inputs are retried. Operators that keep requests offer them again, as after a
+        change of credit.
         """
         credit = CreditChanged(node=node, replica=replica, num_left=num_left)
         self._inputs.report(credit)
@@ -89,18 +91,18 @@ class Flow:
             self.retry_request(request_id)
 
     def retry_all(self) -> None:
-        """Ways may have opened: try everything."""
+        """Retry all parked entries, after gates may have opened."""
         for parked in self._parking.all:
             self._try(parked)
 
     def retry_request(self, request_id: str) -> None:
-        """Try what of a request is parked: it was signalled, or its hold is over."""
+        """Retry the parked entries of a request, after a signal or the end of its hold."""
         for parked in self._parking.of_request(request_id):
             self._try(parked)
 
     def _try(self, parked: ParkedInput | ParkedItems) -> bool:
-        """Try what is parked; False where it waits for the same as before."""
-        before = parked.way
+        """Retry a parked entry; False where it is blocked at the same gate."""
+        before = parked.blocked_at
         if isinstance(parked, ParkedItems):
             num_sent = self._send_parked(parked)
             is_over = not parked.items
@@ -109,21 +111,22 @@ class Flow:
         else:
             refused = self._inputs.give(parked.node, parked.happened)
             is_over = refused is None
-            parked.way = (refused.node, refused.replica) if refused is not None else before
+            if refused is not None:
+                parked.blocked_at = BlockedAt(refused.node, refused.replica)
         if is_over:
             self._parking.remove(parked, before)
-        elif parked.way != before:
+        elif parked.blocked_at != before:
             self._parking.move(parked, before)
         self._inputs.settle()
-        return is_over or parked.way != before
+        return is_over or parked.blocked_at != before
 
     def _send_parked(self, parked: ParkedItems) -> int:
-        """Send its items until one finds no credit; how many were sent."""
+        """Send parked items until one has no credit. Returns how many were sent."""
         num_sent = 0
         for item in parked.items:
             refused = self._send(parked.source, parked.replica, item, parked.outlet)
             if refused is not None:
-                parked.way = refused.node, refused.replica
+                parked.blocked_at = BlockedAt(refused.node, refused.replica)
                 break
             num_sent += 1
             self._inputs.settle()
@@ -131,18 +134,18 @@ class Flow:
         return num_sent
 
     def _send(self, source: str, replica: int, item: Item, outlet: str) -> NoCredit | None:
-        """Send one item; NoCredit, and nothing has changed, where it must wait."""
+        """Send one item. Without credit, return NoCredit; then nothing has changed."""
         register = self._lifecycle.register
         if isinstance(item, Request):
             signal = register.tombstone(item.request_id)
-            if signal or register.is_over(item.key):
+            if signal or register.is_over(item.key):  # the signal overtook the request
                 self._lifecycle.finish(item, reason_of(signal))
                 return None
         try:
             outcomes = self._logic_graph.send(source, item, outlet, self._reaction.now)
         except NoCredit as refused:
             return refused
-        except Exception as error:  # must not take the graph down
+        except Exception as error:  # an operator's fault must not stop the graph
             fault = error if isinstance(error, OperatorFault) else OperatorFault(source, error)
             self._lifecycle.fail(fault, item)
             if source != SOURCE:
@@ -153,7 +156,7 @@ class Flow:
         return None
 
     def _send_all(self, source: str, replica: int, items: tuple[Item, ...], outlet: str) -> bool:
-        """Send all items at once; False, and nothing has changed, where one of them cannot be."""
+        """Send all items in one transaction; False, with nothing changed, where that fails."""
         try:
             outcomes = self._logic_graph.send_all(source, items, outlet, self._reaction.now)
         except (NoCredit, OperatorFault, WrongResult):
@@ -164,11 +167,11 @@ class Flow:
         return True
 
 
-_MOST_REPLICAS = 2  # that a request is tried on, where engines fail on it
+_MAX_REPLICAS = 2  # that a request on which engines fail is tried on
 
 
 class Reentry:
-    """Does what `Recovery` decides."""
+    """Requests whose engine was lost: they enter again or end, as `Recovery` decides."""
 
     def __init__(
         self,
@@ -186,7 +189,7 @@ class Reentry:
         self._recovery = lifecycle.recovery
 
     def enter_again(self, returned: Returned) -> None:
-        """Send a request in again, after what it has emitted already, if that helps."""
+        """Let a request enter again after its emitted tokens, unless it must end."""
         request, lifecycle = returned.request, self._lifecycle
         if lifecycle.register.tombstone(request.request_id) or not lifecycle.register.is_open(
             request.key
@@ -202,11 +205,12 @@ class Reentry:
             lifecycle.end(retries_spent_event(request, self._reaction.now), None)
 
     def fail_over(self, failed: EngineFailed, engine: str, num_present: int) -> None:
-        """Send a request that an engine failed on to another replica, if there is one it has not
-        met; end it otherwise.
+        """Send a request on which an engine failed to a replica that it has not met.
+
+        Without such a replica, or after enough of them, the request ends.
         """
         request, lifecycle = failed.request, self._lifecycle
-        replica = engine, failed.replica
+        replica = EngineReplica(engine, failed.replica)
         error = failed.last.error or ""
         self._reaction.effects.append(FailedOn(*replica, request.request_id, error))
         if lifecycle.register.tombstone(request.request_id) or not lifecycle.register.is_open(
@@ -215,24 +219,24 @@ class Reentry:
             lifecycle.finish(request)
             return
         avoid = dict.fromkeys((*request.avoid, replica))
-        if sum(name == engine for name, _ in avoid) < min(num_present, _MOST_REPLICAS + 1):
+        if sum(name == engine for name, _ in avoid) < min(num_present, _MAX_REPLICAS + 1):
             self._enter(failed.node, replace(request, avoid=tuple(avoid)))
         else:
             lifecycle.end(failed.last, None)
 
     def try_next(self) -> None:
-        """Send the next of the requests that are tried one at a time, if it is its turn."""
+        """Send the next requests on trial, one at a time."""
         while (due := self._recovery.next()) is not None:
             self._enter(*due)
             self._inputs.settle()
 
     def end_waiting(self, signal: Signal) -> None:
-        """End what waits to be tried."""
+        """End the requests of a signal that wait for their trial."""
         for request in self._recovery.drop(signal.concerns):
             self._lifecycle.finish(request)
 
     def end_unserved(self, max_hold_s: float) -> None:
-        """End what has waited long enough for an engine of which no replica is there."""
+        """End the requests that have waited too long for an engine without replicas."""
         now, lifecycle = self._reaction.now, self._lifecycle
         for request_id, entry in tuple(lifecycle.register.entries.items()):
             for choice in sorted(entry.choices):

@@ -1,4 +1,4 @@
-"""The inputs of logic operators: given in order, with all that they lead to."""
+"""The inputs of logic operators: given in order, with everything that they lead to."""
 
 from collections import deque
 from collections.abc import Iterable
@@ -10,9 +10,9 @@ from sagellm.runtime.core.accounting import Meter
 from sagellm.runtime.core.credit import Gates, NoCredit
 from sagellm.runtime.core.effects import Faulted, OperatorFault, Reaction, Send
 from sagellm.runtime.core.journal import ReachedSink, TransactionOutcome, UpstreamFeedback
-from sagellm.runtime.core.lifecycle import RequestLifecycle, reason_of
 from sagellm.runtime.core.logic_graph import LogicGraph
-from sagellm.runtime.core.parking import ParkedInput, Parking, entrances
+from sagellm.runtime.core.parking import BlockedAt, ParkedInput, Parking, entrances
+from sagellm.runtime.core.request_lifecycle import RequestLifecycle, reason_of
 from sagellm.runtime.feedback import (
     KINDS,
     Feedback,
@@ -28,7 +28,7 @@ from sagellm.runtime.prefixes import PrefixIndex
 
 
 class RoomReports:
-    """What the operators that subscribe to "room" were told."""
+    """The feedback "room": the latest report to each subscriber, and later changes."""
 
     def __init__(self, plan: Plan, gates: Gates) -> None:
         self._gates = gates
@@ -37,8 +37,8 @@ class RoomReports:
             for name in plan.logic
             if "room" in plan.spec(name).subscribes
         }
-        self._full: set[str] = set()  # operators that were told so
-        self._full_services: set[str] = set()  # as they were at the last call of `changes`
+        self._full: set[str] = set()  # subscribers whose latest report says that nothing has room
+        self._full_services: set[str] = set()  # at the last call of `changes`
 
     @property
     def may_have_changed(self) -> bool:
@@ -46,7 +46,7 @@ class RoomReports:
         return self._gates.full != self._full_services
 
     def changes(self) -> list[RoomChanged]:
-        """What has changed since the last call; several changes that cancel out are none."""
+        """All changes since the last call. Changes that cancel each other out are left out."""
         self._full_services = set(self._gates.full)
         found = []
         for node, names in self._entrances.items():
@@ -57,7 +57,7 @@ class RoomReports:
         return found
 
     def _has_no_room(self, node: str) -> bool:
-        """Whether no replica of an operator, or of the one that decodes for it, has room."""
+        """Whether neither an operator nor the operator that decodes for it has room."""
         gates = self._gates
         return node in gates.full or gates.reserved.later.get(node) in gates.full
 
@@ -66,16 +66,21 @@ _Subscribers = tuple[str, ...]
 
 
 @dataclass(slots=True)
-class _Line:
-    """Feedback of one kind of a node: who is given it, and how much each replica gave so far."""
+class _Subscription:
+    """The subscribers to one kind of feedback of a node.
+
+    `numbers`: how many reports each replica has given.
+    """
 
     subscribers: _Subscribers
     numbers: dict[int, int] = field(default_factory=dict)
 
 
 class InputQueue:
-    """What an input leads to is over before the next input is given, feedback included. An input
-    that finds no credit is parked.
+    """Gives inputs to operators one at a time, in order.
+
+    Everything that an input leads to, feedback included, is done before the next input. An input
+    without credit is parked.
     """
 
     def __init__(
@@ -94,73 +99,77 @@ class InputQueue:
         self._lifecycle = lifecycle
         self._parking = parking
         self._inputs: deque[tuple[str, Input]] = deque()
-        self._lines: dict[tuple[str, type], _Line] = {}
+        self._subscriptions: dict[tuple[str, type], _Subscription] = {}
         names, spec = tuple(logic_graph.cells), plan.spec
-        self._taking: dict[str, _Subscribers] = {
+        self._signal_takers: dict[str, _Subscribers] = {
             kind: tuple(name for name in names if kind in spec(name).signals)
             for kind in ("cancel", "expire", "forget")
         }
-        self._forgetting = [
-            (name, getattr(plan.logic[name], "keeps", None)) for name in self._taking["forget"]
+        self._forget_takers = [
+            (name, getattr(plan.logic[name], "keeps", None))
+            for name in self._signal_takers["forget"]
         ]
-        self._placing = tuple(name for name in names if "topology" in plan.subscribes(name))
+        self._topology_takers = tuple(name for name in names if "topology" in plan.subscribes(name))
         self._cache_readers = {engine: plan.cache_readers(engine) for engine in plan.engines}
 
     def feed(self, node: str, happened: Input) -> None:
-        """Give an operator an input. Its faults are logged, and end what nothing else would end."""
+        """Give an operator an input. A fault is logged, and ends the requests that depend on the
+        input.
+        """
         self._inputs.append((node, happened))
         self.settle()
 
     def signal(self, signal: Signal) -> None:
         """Give a signal to every operator that takes its kind."""
-        self._inputs += ((name, signal) for name in self._taking[signal.kind])
+        self._inputs += ((name, signal) for name in self._signal_takers[signal.kind])
         self.settle()
 
     def report(self, feedback: Feedback) -> None:
-        """Give feedback to those that subscribe to it."""
-        self._spread(feedback, feedback.node)
+        """Give feedback to its subscribers."""
+        self._publish(feedback, feedback.node)
         self.settle()
 
     def report_room(self, changes: Iterable[RoomChanged]) -> None:
-        """Give each change to the operator that it concerns."""
+        """Give each change to its subscriber."""
         self._inputs += ((changed.node, changed) for changed in changes)
         self.settle()
 
     def change(self, topology: Topology) -> None:
-        """Give a new topology to those that place requests."""
-        self._inputs += ((name, topology) for name in self._placing)
+        """Give a new topology to its subscribers."""
+        self._inputs += ((name, topology) for name in self._topology_takers)
         self.settle()
 
     def report_prefixes(self, engine: str, index: PrefixIndex) -> None:
-        """Give the index of an engine to those that ask for it."""
+        """Queue the new index of an engine for the operators that read it."""
         changed = PrefixesChanged(engine, index)
         self._inputs += ((name, changed) for name in self._cache_readers[engine])
 
     def settle(self) -> None:
-        """Give all inputs that wait; each may lead to more."""
+        """Give all queued inputs; each may queue more."""
         lifecycle, inputs = self._lifecycle, self._inputs
-        while inputs or lifecycle.forgotten:
-            if lifecycle.forgotten:
-                for request_id in lifecycle.take_forgotten():
+        while inputs or lifecycle.to_forget:
+            if lifecycle.to_forget:
+                for request_id in lifecycle.take_to_forget():
                     self._forget(request_id)
                 continue
             node, happened = inputs.popleft()
             refused = self.give(node, happened)
             if refused is not None:
-                way = refused.node, refused.replica
+                gate = BlockedAt(refused.node, refused.replica)
                 watches = self._meter.blocked_watches(self._logic_graph.undone)
-                self._parking.add(ParkedInput(node, happened, way, watches))
+                self._parking.add(ParkedInput(node, happened, gate, watches))
 
     def _forget(self, request_id: str) -> None:
-        """Tell the operators that keep anything of a request that it has ended."""
+        """Signal to the operators that keep a part of a request that the request has ended."""
         self._logic_graph.forget(request_id)
         forget = Signal("forget", request_id)
-        for name, keeps in self._forgetting:
+        for name, keeps in self._forget_takers:
+            # An operator without `keeps` gets the signal for every request.
             if keeps is None or keeps(self._logic_graph.cells[name].state, request_id):
                 self._inputs.append((name, forget))
 
     def give(self, node: str, happened: Input) -> NoCredit | None:
-        """Give an operator one input; NoCredit, and nothing has changed, where it must wait."""
+        """Give an operator one input. Without credit, return NoCredit; then nothing has changed."""
         try:
             outcomes = self._logic_graph.feed(node, happened, self._reaction.now)
         except NoCredit as refused:
@@ -171,17 +180,18 @@ class InputQueue:
             return None
         if outcomes:
             self.apply(outcomes)
+        # An operator that has dropped its state would never send what it held.
         if type(happened) is Wake and (lost := self._logic_graph.lost(node)) is not None:
             self._end_by_fault(node, happened, OperatorFault(node, lost))
         return None
 
     def apply(self, outcomes: list[TransactionOutcome]) -> None:
-        """Do what a transaction led to; feedback waits for `settle`."""
+        """Apply the outcomes of a transaction; feedback is queued for `settle`."""
         lifecycle, effects = self._lifecycle, self._reaction.effects
         for outcome in outcomes:
             if type(outcome) is ReachedSink:
                 if outcome.fault is None:
-                    lifecycle.to_sink(outcome.item, terminal=outcome.terminal)
+                    lifecycle.deliver(outcome.item, terminal=outcome.terminal)
                 else:
                     assert isinstance(outcome.item, TokenEvent)
                     lifecycle.end(outcome.item, outcome.fault)
@@ -190,7 +200,7 @@ class InputQueue:
                 effects.append(outcome)
             else:
                 assert isinstance(outcome, UpstreamFeedback)
-                self._spread(outcome.feedback, outcome.node)
+                self._publish(outcome.feedback, outcome.node)
 
     def is_to_wake(self, node: str) -> bool:
         """Whether a wake-up of an operator is to come, or waits for credit."""
@@ -202,24 +212,28 @@ class InputQueue:
         )
         return waits or self._logic_graph.cells[node].wake_at is not None
 
-    def _spread(self, feedback: Feedback, node: str) -> None:
-        """Number feedback of a node, and make it an input of all that subscribe to it."""
+    def _publish(self, feedback: Feedback, node: str) -> None:
+        """Number feedback of a node, and queue it for all subscribers."""
         kind = type(feedback)
         if isinstance(feedback, QueueChanged):
             self._meter.queue(node, feedback.backlog.num_requests)
-        line = self._lines.get((node, kind))
-        if line is None:
-            line = self._lines[node, kind] = _Line(self._plan.subscribers(node, KINDS[kind]))
-        if line.subscribers:
-            replica, numbers = feedback.replica, line.numbers
+        subscription = self._subscriptions.get((node, kind))
+        if subscription is None:
+            subscription = self._subscriptions[node, kind] = _Subscription(
+                self._plan.subscribers(node, KINDS[kind])
+            )
+        if subscription.subscribers:
+            replica, numbers = feedback.replica, subscription.numbers
             numbers[replica] = number = numbers.get(replica, 0) + 1
             numbered = replace(feedback, node=node, sequence=number)
-            for name in line.subscribers:
+            for name in subscription.subscribers:
                 self._inputs.append((name, numbered))
 
     def _end_by_fault(self, node: str, happened: Input, fault: OperatorFault) -> None:
-        """A signal and an item concern one request. Other inputs may be what all that the operator
-        holds waited for: unless a wake-up is to come, all of it ends.
+        """End the requests that depended on an input that failed.
+
+        A signal and an item concern one request. Any other input may be what all held requests
+        waited for: all of them end, unless a wake-up is to come.
         """
         self._reaction.effects.append(Faulted(fault, getattr(happened, "request_id", "")))
         held = self._logic_graph.held_items.of(node)

@@ -1,4 +1,4 @@
-"""A journal: what a transaction over logic operators has changed, so that it can be undone."""
+"""The journal of a transaction over logic operators: every change, so that it can be undone."""
 
 from collections import deque
 from collections.abc import Container
@@ -7,10 +7,10 @@ from typing import Any, TypeAlias
 import msgspec
 
 from sagellm.runtime.core.accounting import CommittedCount, LogicMeter
-from sagellm.runtime.core.credit import ChoiceKey, Gate, Gates
+from sagellm.runtime.core.credit import CreditGate, Gates
 from sagellm.runtime.core.effects import OperatorFault, Send
 from sagellm.runtime.feedback import Feedback
-from sagellm.runtime.messages import Forked, Item
+from sagellm.runtime.messages import ChoiceKey, Forked, Item
 from sagellm.runtime.operator import Draw, Logic
 from sagellm.runtime.user_function import failure_event
 
@@ -18,11 +18,10 @@ _Choices = dict[int, Item]
 
 
 class HeldItems:
-    """The latest item of each open choice that stays at each operator: `held`, by operator,
-    request and choice.
+    """The latest item of each open choice that stays at a logic operator.
 
-    `entries` has the ids of all open requests: items that come after the end of their request are
-    not kept.
+    These choices end if the operator fails. `held`: by operator, request and choice. `entries`: the
+    ids of all open requests; an item that arrives after the end of its request is not recorded.
     """
 
     def __init__(self, nodes: tuple[str, ...], entries: Container[str]) -> None:
@@ -34,13 +33,13 @@ class HeldItems:
             self.held[node].setdefault(item.request_id, {})[item.choice] = item
 
     def send(self, node: str, item: Item) -> None:
-        """An operator sent an item of this choice."""
-        held = self.held.get(node, {})  # a port or a service operator holds nothing here
+        """Record that an operator sent an item of this choice."""
+        held = self.held.get(node, {})  # ports and service operators are not in it
         if item.request_id in held:
             self._drop(held, item.request_id, item.choice)
 
     def forget(self, request_id: str, choice: int | None = None) -> None:
-        """A choice has ended; None: all of them."""
+        """Drop a choice that has ended; None: all choices of the request."""
         for held in self.held.values():
             if choice is None:
                 held.pop(request_id, None)
@@ -48,7 +47,7 @@ class HeldItems:
                 self._drop(held, request_id, choice)
 
     def of(self, node: str) -> tuple[Item, ...]:
-        """In the order in which their requests came."""
+        """The items at an operator, in the order in which their requests came."""
         return tuple(item for choices in self.held[node].values() for item in choices.values())
 
     @staticmethod
@@ -60,7 +59,10 @@ class HeldItems:
 
 
 class ReachedSink(msgspec.Struct):
-    """An item reached the sink. `terminal`: over the implicit outlet; `fault`: what ended it."""
+    """An item reached the sink.
+
+    `terminal`: over the implicit outlet. `fault`: the fault that ended the choice.
+    """
 
     item: Item | Forked
     terminal: bool = False
@@ -68,7 +70,7 @@ class ReachedSink(msgspec.Struct):
 
 
 class UpstreamFeedback(msgspec.Struct):
-    """Feedback of a logic operator for those upstream."""
+    """Feedback of a logic operator for operators upstream."""
 
     node: str
     feedback: Feedback
@@ -80,7 +82,7 @@ START: Mark = (0, 0, 0, 0, 0, 0, 0)
 
 
 class LogicCell:
-    """One logic operator, and what is kept of it between inputs."""
+    """One logic operator with its state between inputs."""
 
     __slots__ = (
         "draw", "initial", "meter", "name", "num_inputs", "on", "operator", "state", "wake_at",
@@ -98,24 +100,26 @@ class LogicCell:
 
 
 class Journal:
-    """Changes of one transaction. Counts and holdings change only where it is committed."""
+    """The changes of one transaction. Counts and held items change only on commit."""
 
     def __init__(self, cells: tuple[str, ...], gates: Gates, entries: Container[str]) -> None:
         """`entries`: the ids of the requests that are open."""
         self.held_items = HeldItems(cells, entries)
         self.held = self.held_items.held
-        self.accepted: deque[tuple[LogicCell, Item]] = deque()  # offers to answer
+        self.accepted: deque[tuple[LogicCell, Item]] = (
+            deque()
+        )  # accepted offers that are to be answered
         self.outcomes: list[TransactionOutcome] = []
         self._gates = gates
-        self.cells: list[tuple[LogicCell, Any, int, float | None]] = []  # as they were
-        self._taken: list[tuple[Gate, ChoiceKey, Gate | None]] = []
-        self._arrived: list[Item] = []  # at operators where their credit was reserved
+        self.cells: list[tuple[LogicCell, Any, int, float | None]] = []  # cells as they were before
+        self._taken: list[tuple[CreditGate, ChoiceKey, CreditGate | None]] = []
+        self._arrived: list[Item] = []  # items that arrived where they had reserved credit
         self.counts: list[tuple[CommittedCount, int]] = []
-        self.moves: list[tuple[str, Item, bool]] = []  # operator, item, and whether it came in
-        self.keeping: set[str] = set()  # operators that items came to
+        self.held_changes: list[tuple[str, Item, bool]] = []  # operator, item, is kept
+        self.keeping: set[str] = set()  # operators that keep an item of this transaction
 
-    def take(self, gate: Gate, item: Item, later: Gate | None) -> Gate | None:
-        """Spend credit for an item, also at the gate `later`; returns the gate that has none."""
+    def take(self, gate: CreditGate, item: Item, later: CreditGate | None) -> CreditGate | None:
+        """Spend credit for an item, also at the gate `later`; returns the gate without credit."""
         if self._gates.reserved.is_at(gate, item.key):
             self._arrived.append(item)
         else:
@@ -126,25 +130,25 @@ class Journal:
         self.outcomes.append(Send(*gate, item))
         return None
 
-    def came(self, cell: LogicCell, item: Item) -> None:
-        """An operator keeps an item."""
+    def keep(self, cell: LogicCell, item: Item) -> None:
+        """Record that an operator keeps an item."""
         self.keeping.add(cell.name)
-        self.moves.append((cell.name, item, True))
+        self.held_changes.append((cell.name, item, True))
 
     def end(self, item: Item, fault: OperatorFault, now: float) -> None:
-        """End the choice of an item that an operator failed on."""
+        """End the choice of an item on which an operator failed."""
         event = failure_event(item, fault.public, now=now)
         self.outcomes.append(ReachedSink(event, terminal=True, fault=fault))
 
     def mark(self) -> Mark:
-        """How far the transaction is, for `roll_back`."""
+        """The current position in the transaction, for `roll_back`."""
         return (
             len(self.cells), len(self._taken), len(self.accepted), len(self.outcomes),
-            len(self.counts), len(self.moves), len(self._arrived),
+            len(self.counts), len(self.held_changes), len(self._arrived),
         )  # fmt: skip
 
     def roll_back(self, mark: Mark) -> None:
-        cells, taken, accepted, outcomes, counts, moves, arrived = mark
+        cells, taken, accepted, outcomes, counts, held_changes, arrived = mark
         while len(self.cells) > cells:
             cell, *before = self.cells.pop()
             cell.state, cell.num_inputs, cell.wake_at = before
@@ -155,26 +159,26 @@ class Journal:
                 self._gates.give(later, key)
         while len(self.accepted) > accepted:
             self.accepted.pop()
-        del self.outcomes[outcomes:], self.counts[counts:], self.moves[moves:]
+        del self.outcomes[outcomes:], self.counts[counts:], self.held_changes[held_changes:]
         del self._arrived[arrived:]
 
     def commit(self) -> list[TransactionOutcome]:
-        """Make the changes final, and return what they lead to, in order."""
+        """Make all changes final, and return the outcomes in order."""
         self.cells.clear()
         if self._arrived:
             for item in self._arrived:
                 self._gates.reserved.remove(item.key)
             self._arrived.clear()
         if self.counts:
-            for tally, number in self.counts:
-                tally.count += number
+            for committed, number in self.counts:
+                committed.count += number
             self.counts.clear()
-            if self._taken:
+            if self._taken:  # credit is taken at the end of an edge, and every edge counts
                 self._taken.clear()
-        if self.moves:
-            for node, item, is_in in self.moves:
+        if self.held_changes:
+            for node, item, is_in in self.held_changes:
                 (self.held_items.take if is_in else self.held_items.send)(node, item)
-            self.moves.clear()
+            self.held_changes.clear()
             self.keeping.clear()
         outcomes = self.outcomes
         if outcomes:

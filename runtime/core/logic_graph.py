@@ -1,4 +1,4 @@
-"""Connected logic operators, run as one: each input is a transaction over their states."""
+"""The logic operators of a graph, run as one: each input is a transaction over their states."""
 
 import math
 from collections.abc import Container, Mapping, Sequence
@@ -16,10 +16,10 @@ from sagellm.runtime.user_code import WrongResult
 
 
 class LogicGraph:
-    """The logic operators of a graph, and the edges that leave them.
+    """The logic operators of a graph and the edges that leave them.
 
-    Nothing here waits or knows a clock: `feed` either does all that an input entails and returns
-    the outcomes, or raises and nothing has changed.
+    Nothing here waits or has a clock. `feed` and `send` either do everything that an input leads to
+    and return the outcomes, or raise and have changed nothing.
     """
 
     def __init__(
@@ -33,12 +33,12 @@ class LogicGraph:
         meter: Meter | None = None,
         entries: Container[str] = (),
     ) -> None:
-        """`entries`: the ids of the requests that are open."""
+        """`entries`: the ids of the open requests."""
         meter = meter or Meter(graph, logic)
         self.cells = {
             name: LogicCell(name, made, meter.logic[name], seed) for name, made in logic.items()
         }
-        self.undone: tuple[str, ...] = ()  # the operators whose input found no credit the last time
+        self.undone: tuple[str, ...] = ()  # operators whose latest input had no credit
         self._journal = Journal(tuple(logic), gates, entries)
         self.held_items = self._journal.held_items
         self._propagation = Propagation(
@@ -49,7 +49,7 @@ class LogicGraph:
 
     @property
     def wakes_changed(self) -> bool:
-        """Whether `next_wake_s` may be another than when it was read last."""
+        """Whether `next_wake_s` may have changed since it was read."""
         return self._propagation.wakes_changed or self.holds.has_changed
 
     @property
@@ -71,24 +71,24 @@ class LogicGraph:
         return due
 
     def forget(self, request_id: str) -> None:
-        """A request has ended: forget what is known of it here."""
-        self._propagation.ways.forget(request_id)
+        """Drop the refusals and holds of a request that has ended."""
+        self._propagation.refusals.forget(request_id)
         self.holds.forget(request_id)
 
     def restart(self, node: str) -> None:
-        """Give an operator its first state again, after it failed on the one that it has."""
+        """Reset an operator to its first state, after it failed on the current one."""
         cell = self.cells[node]
         cell.state, cell.wake_at, self._propagation.wakes_changed = cell.initial, None, True
 
     def lost(self, node: str) -> WrongResult | None:
-        """The error of an operator that has dropped its state with requests in it, if it has."""
+        """The error of an operator that dropped its state with requests in it; None without one."""
         cell, items = self.cells[node], self.held_items.of(node)
         if not items or cell.wake_at is not None:
             return None
         return state_was_lost(cell.operator, cell.state, cell.initial, items)
 
     def feed(self, node: str, happened: Input, now: float) -> list[TransactionOutcome]:
-        """All outcomes of an input. Raises NoCredit and OperatorFault; then nothing has changed."""
+        """The outcomes of an input. Raises NoCredit and OperatorFault; then nothing has changed."""
         try:
             has_led_on = self._propagation.run_input(self.cells[node], happened, now)
         except BaseException as error:
@@ -96,11 +96,11 @@ class LogicGraph:
             raise
         if not has_led_on:
             self._journal.cells.clear()
-            return self._journal.outcomes  # none
+            return self._journal.outcomes  # no outcomes
         return self._journal.commit()
 
     def send(self, source: str, item: Item, outlet: str, now: float) -> list[TransactionOutcome]:
-        """Send an item from a port or a service operator; raises as `feed`."""
+        """Send an item from a port or a service operator. Raises as `feed` does."""
         try:
             self._propagation.propagate(source, item, outlet, now)
         except BaseException as error:
@@ -111,7 +111,7 @@ class LogicGraph:
     def send_all(
         self, source: str, items: Sequence[Item], outlet: str, now: float
     ) -> list[TransactionOutcome]:
-        """Send items in one transaction; raises as `feed` where one of them fails."""
+        """Send items in one transaction. Raises as `feed` does where any item fails."""
         try:
             self._propagation.propagate_batch(source, items, outlet, now)
         except BaseException as error:

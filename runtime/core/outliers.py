@@ -1,151 +1,154 @@
-"""Replicas whose transfers or computations fail again and again, over a bad link or by bad memory
-or weights: routed around.
+"""Outlier detection: replicas that fail again and again get no new requests for some time.
 
-As in Envoy's outlier detection: after `MOST_FAULTS` faults in a row a replica is ejected, for
-`FIRST_S` the first time, twice that the second, and so on; then it is tried again. Never more than
-half of an engine's replicas are, whatever they do. What is under way there goes on. Of the two ends
-of a transfer, the one that failed with more others is to blame, or else the receiver.
+Transfers fail over a bad link, computations by bad memory or weights. After `MOST_FAULTS` faults in
+a row a replica is ejected, for `FIRST_S` the first time, twice that the second time, and so on, as
+in Envoy; then it is tried again. At most half of an engine's replicas are ejected. Running requests
+continue. For a failed transfer, the end that failed with more peers is to blame, or else the
+receiver.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol, TypeAlias
+from typing import Protocol
+
+from sagellm.runtime.messages import EngineReplica
 
 MOST_FAULTS = 5
 FIRST_S = 10.0
-_MOST_KEPT = 4 * MOST_FAULTS
-
-Replica: TypeAlias = tuple[str, int]  # an engine's name and a number
+_MAX_PEERS = 4 * MOST_FAULTS
 
 
 @dataclass(slots=True)
 class _Record:
-    """`peers`: with whom its last transfers failed, since one succeeded; `because`: those for whom
-    it is ejected.
+    """The faults of one replica.
+
+    `peers`: of its failed transfers since the last success. `because`: the peers for which it is
+    ejected.
     """
 
-    replica: Replica
-    peers: list[Replica] = field(default_factory=list)
-    because: list[Replica] = field(default_factory=list)
+    replica: EngineReplica
+    peers: list[EngineReplica] = field(default_factory=list)
+    because: list[EngineReplica] = field(default_factory=list)
     num_ejections: int = 0  # in a row
-    until_s: float | None = None  # while it is ejected
-    back_s: float = 0.0  # since when it is not
+    until_s: float | None = None  # end of the ejection; None while admitted
+    back_s: float = 0.0  # end of the last ejection
 
 
 class Presence(Protocol):
-    """Which replicas are there."""
+    """Which replicas are present."""
 
-    def is_lost(self, replica: Replica) -> bool: ...
+    def is_lost(self, replica: EngineReplica) -> bool: ...
 
     def num_present(self, engine: str) -> int: ...
 
 
 class Outliers:
-    """`on_change(replica, for_s)` is called as a replica is ejected for so many seconds, and with 0
-    as it is readmitted. `clock` is the core's.
+    """`on_change(replica, for_s)`: called when a replica is ejected for so long, or readmitted (0).
+
+    `clock`: the core's.
     """
 
     def __init__(
         self,
         presence: Presence,
         clock: Callable[[], float],
-        on_change: Callable[[Replica, float], None],
+        on_change: Callable[[EngineReplica, float], None],
     ) -> None:
-        self.num_ejections: dict[Replica, int] = {}  # ever
-        self.suspects: set[Replica] = set()  # whose engine failed, and gave no token since
+        self.num_ejections: dict[tuple[str, int], int] = {}  # since the start
+        self.suspects: set[EngineReplica] = set()  # their engine failed, and gave no token since
         self._presence = presence
         self._clock = clock
         self._on_change = on_change
-        self._records: dict[Replica, _Record] = {}
+        self._records: dict[tuple[str, int], _Record] = {}
 
-    def failed(self, sender: Replica, receiver: Replica) -> None:
-        """A transfer between them did; either may be to blame, unless one of them is lost."""
+    def failed(self, sender: EngineReplica, receiver: EngineReplica) -> None:
+        """A transfer failed; either end may be to blame, unless one of them is lost."""
         if self._presence.is_lost(sender) or self._presence.is_lost(receiver):
             return
         ends = [self._records.setdefault(one, _Record(one)) for one in (receiver, sender)]
         for record, peer in zip(ends, (sender, receiver), strict=True):
             record.peers.append(peer)
-            del record.peers[:-_MOST_KEPT]
+            del record.peers[:-_MAX_PEERS]
         for record in sorted(ends, key=lambda record: -len(set(record.peers))):
             is_due = record.until_s is None and len(record.peers) >= MOST_FAULTS
             if is_due and self._eject(record):
-                self._absolve(record.replica)
+                self._clear_peer(record.replica)
 
-    def passed(self, sender: Replica, receiver: Replica) -> None:
-        """A transfer succeeded: neither is to blame for those before."""
+    def passed(self, sender: EngineReplica, receiver: EngineReplica) -> None:
+        """A transfer succeeded: neither end is to blame for the failures before."""
         for replica in (sender, receiver):
             record = self._records.get(replica)
             if record is None:
                 continue
             record.peers.clear()
-            if record.until_s is None and self._has_been_well(record):
+            if record.until_s is None and self._is_rehabilitated(record):
                 del self._records[replica]
 
-    def computed_wrong(self, replica: Replica) -> None:
-        """Its engine failed on a request, whoever else took part."""
+    def computed_wrong(self, replica: EngineReplica) -> None:
+        """The engine of a replica failed on a request."""
         if self._presence.is_lost(replica):
             return
         self.suspects.add(replica)
         record = self._records.setdefault(replica, _Record(replica))
         record.peers.append(replica)
-        del record.peers[:-_MOST_KEPT]
+        del record.peers[:-_MAX_PEERS]
         if record.until_s is None and len(record.peers) >= MOST_FAULTS:
             self._eject(record)
 
-    def computed(self, replica: Replica) -> None:
-        """Its engine gave a token: what failed before was the requests' own."""
+    def computed(self, replica: EngineReplica) -> None:
+        """The engine of a replica gave a token: the requests caused its earlier failures."""
         self.suspects.discard(replica)
         self.passed(replica, replica)
 
-    def forget(self, replica: Replica) -> None:
-        """It is gone, or is back anew: what failed with it is nobody's fault any more."""
+    def forget(self, replica: EngineReplica) -> None:
+        """A replica is lost, or is back with a new process: forget all faults with it."""
         self.suspects.discard(replica)
         record = self._records.pop(replica, None)
         if record is not None and record.until_s is not None:
             self._on_change(replica, 0.0)
-        self._absolve(replica)
+        self._clear_peer(replica)
         for other in self._records.values():
             if other.until_s is not None and replica in other.because:
                 other.because = [peer for peer in other.because if peer != replica]
                 if len(other.because) < MOST_FAULTS:
                     self._readmit(other)
-        self._keep_half(replica[0])
+        self._readmit_for_quorum(replica.engine)
 
-    def is_ejected(self, replica: Replica) -> bool:
+    def is_ejected(self, replica: tuple[str, int]) -> bool:
         record = self._records.get(replica)
         return record is not None and record.until_s is not None
 
     @property
     def next_end_s(self) -> float:
-        """When the next one is tried again."""
+        """When the next replica is readmitted."""
         ends = (record.until_s for record in self._records.values())
         return min((end for end in ends if end is not None), default=math.inf)
 
     def readmit_due(self) -> None:
-        """Try those again whose time has come."""
+        """Readmit the replicas whose ejection is over."""
         for record in self._records.values():
             if record.until_s is not None and record.until_s <= self._clock():
                 self._readmit(record)
 
-    def _absolve(self, culprit: Replica) -> None:
-        """What failed with it was nobody else's fault."""
+    def _clear_peer(self, culprit: EngineReplica) -> None:
+        """Clear the faults of other replicas with the culprit."""
         for record in self._records.values():
             if record.replica != culprit:
                 record.peers = [peer for peer in record.peers if peer != culprit]
 
     def _ejected(self, engine: str) -> list[_Record]:
         records = self._records.values()
-        return [one for one in records if one.replica[0] == engine and one.until_s is not None]
+        return [one for one in records if one.replica.engine == engine and one.until_s is not None]
 
-    def _keep_half(self, engine: str) -> None:
-        """Where others are lost, those that are ejected are needed: the next in line first."""
+    def _readmit_for_quorum(self, engine: str) -> None:
+        """Readmit replicas, the next in line first, where others are lost."""
         out = sorted(self._ejected(engine), key=lambda record: record.until_s or 0.0)
         while 2 * len(out) > self._presence.num_present(engine):
             self._readmit(out.pop(0))
 
     def _eject(self, record: _Record) -> bool:
-        """Unless too many are out already."""
+        """Eject a replica, unless too many are ejected; True where it was."""
         engine, _ = record.replica
         if 2 * (len(self._ejected(engine)) + 1) > self._presence.num_present(engine):
             return False
@@ -163,6 +166,6 @@ class Outliers:
         record.because.clear()
         self._on_change(record.replica, 0.0)
 
-    def _has_been_well(self, record: _Record) -> bool:
-        """For as long as it was out the last time."""
+    def _is_rehabilitated(self, record: _Record) -> bool:
+        """Whether a replica has been admitted for as long as its last ejection."""
         return self._clock() - record.back_s >= FIRST_S * record.num_ejections

@@ -1,4 +1,7 @@
-"""Outputs of operators: how each kind is checked and carried out inside a transaction."""
+"""Outputs of operators: how each kind is checked and carried out inside a transaction.
+
+A wrong output is an error of its operator, so that no request gets lost.
+"""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -6,7 +9,7 @@ from typing import Any, Protocol, TypeAlias
 
 from msgspec.structs import replace
 
-from sagellm.runtime.core.credit import Gates, NoCredit
+from sagellm.runtime.core.credit import CreditGate, Gates, NoCredit
 from sagellm.runtime.core.effects import OperatorFault
 from sagellm.runtime.core.journal import Journal, LogicCell, ReachedSink, UpstreamFeedback
 from sagellm.runtime.core.parking import Holds, RefusalCache
@@ -32,14 +35,14 @@ _LOST = "its request would never end: emit or terminate it"
 
 
 def must_be_answered(item: Item) -> bool:
-    """Whether a request hangs where an operator drops this item. Tokens may be left out."""
+    """Whether a request hangs if an operator drops this item. Tokens may be left out."""
     return not isinstance(item, TokenEvent) or item.is_last
 
 
 def check_step(operator: Any, happened: Input, step: object, before: object) -> None:
-    """Raise WrongResult for what is no Step, and for one that loses an item.
+    """Raise WrongResult for anything but a Step, and for a Step that loses an item.
 
-    An item is lost where the operator sends nothing, keeps its state and asks for no wake-up.
+    An item is lost if the operator sends nothing, keeps its state and asks for no wake-up.
     """
     if not isinstance(step, Step):
         raise wrong_result(operator.on, f"`on` returned {kind_of(step)}; a Step was wanted")
@@ -68,8 +71,10 @@ def _is_time(value: object) -> bool:
 def state_was_lost(
     operator: Any, state: object, initial: object, held: Iterable[Item]
 ) -> WrongResult | None:
-    """The error of an operator that was given items, has sent none of them, waits for nothing, and
-    has the state of one that was given none.
+    """The error of an operator that has dropped the items it kept.
+
+    Such an operator was given items, has sent none of them, waits for nothing, and has its initial
+    state or None.
     """
     item = next((item for item in held if must_be_answered(item)), None)
     if item is None or not (state is None or _is_same(state, initial)):
@@ -82,19 +87,19 @@ def state_was_lost(
 def _is_same(state: object, initial: object) -> bool:
     try:
         return bool(state == initial)
-    except Exception:  # a user's state need not compare
+    except Exception:  # a user's state may not be comparable
         return False
 
 
 def check_item(operator: Any, item: object) -> None:
-    """Raise WrongResult for what cannot travel."""
+    """Raise WrongResult for an object that cannot travel."""
     if type(item) not in ITEMS:
         cause = f"it sent {kind_of(item)}; a Request, TokenEvent, Prefilled or Answer was wanted"
         raise wrong_result(operator.on, cause)
 
 
 def check_end(operator: Any, end: Terminate) -> None:
-    """Raise WrongResult where a Terminate would not end its request."""
+    """Raise WrongResult for a Terminate that would not end its request."""
     if not isinstance(end.event, TokenEvent):
         kind = kind_of(end.event)
         raise wrong_result(operator.on, f"its Terminate has {kind}; a TokenEvent was wanted")
@@ -115,7 +120,7 @@ def unknown_outlet(operator: Any, outlet: str, known: Iterable[str]) -> WrongRes
 
 
 def not_answered(service: Any, item: Item) -> WrongResult:
-    """For a service operator with `holds` False that has sent nothing for an item."""
+    """The error of a service operator with `holds` False that sent nothing for an item."""
     kind = type(item).__name__
     return wrong_result(service.on_item, f"`on_item` took a {kind} and sent nothing; {_LOST}")
 
@@ -124,12 +129,12 @@ def wrong_result(code: Any, message: str) -> WrongResult:
     return WrongResult(message, place_of_code(code) if code is not None else None)
 
 
-Sending: TypeAlias = Callable[[str, Item, str, float], None]
-PutOut: TypeAlias = Callable[[LogicCell, Any, float, Sending], None]
+SendItem: TypeAlias = Callable[[str, Item, str, float], None]
+OutputHandler: TypeAlias = Callable[[LogicCell, Any, float, SendItem], None]
 
 
-class Passing(Protocol):
-    """Passes items along edges; both raise NoCredit and OperatorFault."""
+class ItemSender(Protocol):
+    """Sends items along edges. Both methods raise NoCredit and OperatorFault."""
 
     def propagate(self, node: str, item: Item, outlet: str, now: float) -> None: ...
     def propagate_batch(
@@ -138,19 +143,25 @@ class Passing(Protocol):
 
 
 class Outputs:
-    """`by_type`: what is done with each kind of output of a cell, at which time. The last argument
-    sends an item that the operator emits.
+    """`by_type`: the handler of each kind of output, called as (cell, output, now, send).
+
+    `send` sends an item that the operator emits.
     """
 
     def __init__(
-        self, propagation: Passing, gates: Gates, journal: Journal, ways: RefusalCache, holds: Holds
+        self,
+        propagation: ItemSender,
+        gates: Gates,
+        journal: Journal,
+        refusals: RefusalCache,
+        holds: Holds,
     ) -> None:
         self._propagation = propagation
         self._gates = gates
         self._journal = journal
-        self._refusals = ways
+        self._refusals = refusals
         self._holds = holds
-        self.by_type: dict[type, PutOut] = {
+        self.by_type: dict[type, OutputHandler] = {
             Emit: self._emit,
             EmitAll: self._emit_all,
             EmitFirst: self._emit_first,
@@ -161,15 +172,19 @@ class Outputs:
             Report: self._report,
         }
 
-    def _emit(self, cell: LogicCell, output: Emit, now: float, send: Sending) -> None:
+    def _emit(self, cell: LogicCell, output: Emit, now: float, send: SendItem) -> None:
         check_item(cell.operator, output.item)
         send(cell.name, output.item, output.outlet, now)
 
-    def _emit_all(self, cell: LogicCell, output: EmitAll, now: float, send: Sending) -> None:
+    def _emit_all(self, cell: LogicCell, output: EmitAll, now: float, send: SendItem) -> None:
         self._propagation.propagate_batch(cell.name, output.items, output.outlet, now)
 
-    def _emit_first(self, cell: LogicCell, output: EmitFirst, now: float, send: Sending) -> None:
-        """Raises the first NoCredit where no item finds any, or it is held back for the first."""
+    def _emit_first(self, cell: LogicCell, output: EmitFirst, now: float, send: SendItem) -> None:
+        """Send the first choice that has credit.
+
+        Raises NoCredit where none has credit, and while the input is held back for the first
+        choice.
+        """
         refused: NoCredit | None = None
         mark, choices = self._journal.mark(), iter(output.choices)
         while (chosen := _next(cell, choices)) is not None:
@@ -180,23 +195,26 @@ class Outputs:
                 return
             except NoCredit as error:
                 self._journal.roll_back(mark)
+                # Only the first choice may hold the input back.
                 if refused is None and output.hold_s and error.replica is not None:
-                    way = error.node, error.replica
-                    if self._holds.holds(cell.name, item, way, output.hold_s, now):
+                    gate = CreditGate(error.node, error.replica)
+                    if self._holds.holds(cell.name, item, gate, output.hold_s, now):
                         raise
                 refused = refused or error
                 if not self._gates.may_take(error.node, item):
-                    break
+                    break  # no replica has credit: other choices are tried in vain
         if refused is None:
             raise WrongResult("an EmitFirst has no item; give one at least")
         raise NoCredit(refused.node, None)
 
-    def _wait(self, cell: LogicCell, output: Wait, now: float, send: Sending) -> None:
+    def _wait(self, cell: LogicCell, output: Wait, now: float, send: SendItem) -> None:
         raise NoCredit(output.node, None)
 
-    def _offer(self, cell: LogicCell, output: Offer, now: float, send: Sending) -> None:
-        """An item that an operator downstream fails on is taken, and ends as failed: it would
-        else stay at the head of its queue, and fail every request that comes after it.
+    def _offer(self, cell: LogicCell, output: Offer, now: float, send: SendItem) -> None:
+        """Send the first offered item that has credit.
+
+        If an operator downstream fails on an item, the item counts as accepted and ends as failed.
+        In its queue it would fail every later request.
         """
         mark = self._journal.mark()
         for item in self._refusals.worth_trying(cell.name, output.items):
@@ -212,7 +230,7 @@ class Outputs:
             self._journal.accepted.append((cell, item))
             return
 
-    def _terminate(self, cell: LogicCell, output: Terminate, now: float, send: Sending) -> None:
+    def _terminate(self, cell: LogicCell, output: Terminate, now: float, send: SendItem) -> None:
         check_end(cell.operator, output)
         self._journal.counts.append((cell.meter.ended, 1))
         if output.event.finish_reason == "failed":
@@ -220,15 +238,15 @@ class Outputs:
         fault = OperatorFault(cell.name, output.cause) if output.cause is not None else None
         self._journal.outcomes.append(ReachedSink(output.event, terminal=True, fault=fault))
 
-    def _announce(self, cell: LogicCell, output: Announce, now: float, send: Sending) -> None:
+    def _announce(self, cell: LogicCell, output: Announce, now: float, send: SendItem) -> None:
         self._journal.outcomes.append(ReachedSink(output.forked))
 
-    def _report(self, cell: LogicCell, output: Report, now: float, send: Sending) -> None:
+    def _report(self, cell: LogicCell, output: Report, now: float, send: SendItem) -> None:
         self._journal.outcomes.append(UpstreamFeedback(cell.name, output.feedback))
 
 
 def _next(cell: LogicCell, choices: Iterator[tuple[Item, Any]]) -> tuple[Item, Any] | None:
-    """Made by the operator as it is wanted: its errors are its faults."""
+    """The next choice, which the operator makes now: its exceptions are faults of the operator."""
     try:
         return next(choices, None)
     except (Exception, *LEAVING) as error:
@@ -237,7 +255,7 @@ def _next(cell: LogicCell, choices: Iterator[tuple[Item, Any]]) -> tuple[Item, A
 
 
 def _dispatched(item: Item, now: float) -> Item:
-    """A request as it leaves its queue, stamped with the time."""
+    """A request that leaves its queue, stamped with the time."""
     if not isinstance(item, Request):
         return item
     return replace(item, stamps=replace(item.stamps, dispatched_s=now))

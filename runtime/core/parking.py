@@ -1,4 +1,4 @@
-"""Inputs and items that wait for credit, requests held back, and refused offers."""
+"""Inputs and items that wait for credit, requests held back, and offers that were refused."""
 
 import heapq
 import math
@@ -7,42 +7,50 @@ from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import count
 from operator import is_
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import msgspec
 
 from sagellm.graphs.ir import Graph
 from sagellm.runtime.core.accounting import Stopwatch
-from sagellm.runtime.core.credit import Gates
+from sagellm.runtime.core.credit import CreditGate, Gates
 from sagellm.runtime.core.journal import LogicCell
 from sagellm.runtime.messages import Item, Prefilled, Request
 from sagellm.runtime.operator import Arrival, Input
 
-BlockedAt: TypeAlias = tuple[str, int | None]  # a service operator, and one replica or any of them
+
+class BlockedAt(NamedTuple):
+    """A service operator without credit, at one replica or, where that is None, at all."""
+
+    node: str
+    replica: int | None
+
+
+_NOT_TRIED = BlockedAt("", None)
 
 
 @dataclass(slots=True, eq=False)
 class ParkedInput:
-    """An input of a logic operator. What it leads to finds no credit at `way`."""
+    """An input of a logic operator that leads to an item without credit at `blocked_at`."""
 
     node: str
     happened: Input
-    way: BlockedAt
+    blocked_at: BlockedAt
     watches: list[Stopwatch]
     number: int = 0
 
     @property
     def request_id(self) -> str | None:
-        """The request that waits, if it is one."""
+        """The request that waits; None where the input is not the arrival of a request."""
         item = self.happened.item if isinstance(self.happened, Arrival) else None
         return item.request_id if isinstance(item, Request) else None
 
 
 @dataclass(slots=True, eq=False)
 class ParkedItems:
-    """Items that a port or a service operator sends: the first of them finds no credit at `way`.
+    """Items from a port or a service operator; the first has no credit at `blocked_at`.
 
-    `request_id`: of the request, if the items are requests; all are of one then.
+    `request_id`: of the request, where the items are requests. Such items all belong to one.
     """
 
     ticket: int
@@ -51,7 +59,7 @@ class ParkedItems:
     items: tuple[Item, ...]
     outlet: str
     request_id: str | None
-    way: BlockedAt = ("", None)
+    blocked_at: BlockedAt = _NOT_TRIED
     watches: list[Stopwatch] = field(default_factory=list)
     number: int = 0
 
@@ -60,17 +68,18 @@ ParkedEntry: TypeAlias = ParkedInput | ParkedItems
 
 
 class Parking:
-    """All that is parked: by what it waits for, in order, by request and by ticket."""
+    """All parked entries, by the gate that blocks them (in order), by request and by ticket."""
 
     def __init__(self) -> None:
         self._numbers = count(1)
-        self._by_way: defaultdict[BlockedAt, dict[int, ParkedEntry]] = defaultdict(dict)
+        self._by_gate: defaultdict[BlockedAt, dict[int, ParkedEntry]] = defaultdict(dict)
         self._by_request: defaultdict[str, dict[int, ParkedEntry]] = defaultdict(dict)
         self._by_ticket: dict[int, ParkedItems] = {}
 
     def add(self, parked: ParkedEntry) -> None:
+        """Park an entry and start its stopwatches."""
         parked.number = next(self._numbers)
-        self._by_way[parked.way][parked.number] = parked
+        self._by_gate[parked.blocked_at][parked.number] = parked
         if parked.request_id is not None:
             self._by_request[parked.request_id][parked.number] = parked
         if isinstance(parked, ParkedItems) and parked.ticket:
@@ -79,12 +88,12 @@ class Parking:
             watch.enter()
 
     def move(self, parked: ParkedEntry, before: BlockedAt) -> None:
-        """It waits for another way than before."""
+        """File an entry under its new gate; `before` is the old one."""
         self._leave(parked, before)
-        self._by_way[parked.way][parked.number] = parked
+        self._by_gate[parked.blocked_at][parked.number] = parked
 
     def remove(self, parked: ParkedEntry, before: BlockedAt) -> None:
-        """Forget it; it waited for the way `before`."""
+        """Remove an entry that is filed under `before`, and stop its stopwatches."""
         self._leave(parked, before)
         if parked.request_id is not None:
             del self._by_request[parked.request_id][parked.number]
@@ -97,11 +106,11 @@ class Parking:
 
     @property
     def is_empty(self) -> bool:
-        return not self._by_way
+        return not self._by_gate
 
-    def first(self, way: BlockedAt) -> ParkedEntry | None:
-        """What waits longest for a way."""
-        waiting = self._by_way.get(way)
+    def first(self, blocked_at: BlockedAt) -> ParkedEntry | None:
+        """The entry that has waited longest for a gate."""
+        waiting = self._by_gate.get(blocked_at)
         return next(iter(waiting.values())) if waiting else None
 
     def of_ticket(self, ticket: int) -> ParkedItems | None:
@@ -112,82 +121,82 @@ class Parking:
 
     @property
     def all(self) -> list[ParkedEntry]:
-        """In the order in which they came."""
-        every = [parked for waiting in self._by_way.values() for parked in waiting.values()]
+        """All entries in the order in which they were parked."""
+        every = [parked for waiting in self._by_gate.values() for parked in waiting.values()]
         return sorted(every, key=lambda parked: parked.number)
 
-    def _leave(self, parked: ParkedEntry, way: BlockedAt) -> None:
-        del self._by_way[way][parked.number]
-        if not self._by_way[way]:
-            del self._by_way[way]
+    def _leave(self, parked: ParkedEntry, gate: BlockedAt) -> None:
+        del self._by_gate[gate][parked.number]
+        if not self._by_gate[gate]:
+            del self._by_gate[gate]
 
 
-_Key = tuple[str, int, int]  # an operator, a choice, and an epoch of the request
+_HoldKey: TypeAlias = tuple[str, int, int]  # an operator, a choice, and an epoch of the request
 
 
 @dataclass(slots=True)
 class _Hold:
     request_id: str
     until_s: float
-    way: tuple[str, int]  # the service operator and replica that it waits for by now
+    gate: CreditGate  # the replica that the request waits for now
     is_over: bool = False
 
 
 @dataclass(slots=True)
 class Holds:
-    """Each request is held back once by each operator, from its first try on. What comes to be
-    tried again is not forgotten before the request ends.
+    """Requests that wait a limited time for one replica, although other replicas have room.
+
+    Each operator holds back a request once, from the first try on. A hold is kept until its request
+    ends, so that a request that is tried again gets no second hold.
     """
 
-    _by_request: dict[str, dict[_Key, _Hold]] = field(default_factory=dict)
+    _by_request: dict[str, dict[_HoldKey, _Hold]] = field(default_factory=dict)
     _ends: list[tuple[float, int, _Hold]] = field(default_factory=list)
     _num_holds: int = 0
-    has_changed: bool = False  # the next end, since somebody asked
+    has_changed: bool = False  # whether the next end may have changed since it was read
 
-    def holds(
-        self, node: str, item: Item, way: tuple[str, int], limit_s: float, now: float
-    ) -> bool:
-        """Whether operator `node` may keep an item back for `way`; it has `limit_s` for that."""
+    def holds(self, node: str, item: Item, gate: CreditGate, limit_s: float, now: float) -> bool:
+        """Whether operator `node` may hold an item back for `gate`, for up to `limit_s`."""
         if not isinstance(item, Request):
             return False
         known = self._by_request.setdefault(item.request_id, {})
         key = node, item.choice, item.epoch
         hold = known.get(key)
         if hold is None:
-            hold = known[key] = _Hold(item.request_id, now + limit_s, way)
+            hold = known[key] = _Hold(item.request_id, now + limit_s, gate)
             self._num_holds += 1
             heapq.heappush(self._ends, (hold.until_s, self._num_holds, hold))
             self.has_changed = True
-        hold.way = way  # the last one: its input waits there
+        hold.gate = gate  # the latest gate: the input is parked there
         return now < hold.until_s and not hold.is_over
 
     def forget(self, request_id: str) -> None:
-        """A request has ended."""
+        """Drop the holds of a request that has ended."""
         if request_id in self._by_request:
             for hold in self._by_request.pop(request_id).values():
                 hold.is_over = True
 
     @property
     def next_end_s(self) -> float:
-        """When the first hold ends."""
+        """When the first hold ends; infinite without holds."""
         self.has_changed = False
         while self._ends and self._ends[0][2].is_over:
             heapq.heappop(self._ends)
         return self._ends[0][0] if self._ends else math.inf
 
-    def take_due(self, now: float) -> dict[tuple[str, int], list[str]]:
-        """The ways that requests have waited for long enough, and those requests."""
-        due: dict[tuple[str, int], list[str]] = {}
+    def take_due(self, now: float) -> dict[CreditGate, list[str]]:
+        """End the holds that are due. Returns their requests, by the gate that they waited for."""
+        due: dict[CreditGate, list[str]] = {}
         while self._ends and self._ends[0][0] <= now:
             hold = heapq.heappop(self._ends)[2]
             if not hold.is_over:
                 hold.is_over = True
-                due.setdefault(hold.way, []).append(hold.request_id)
+                due.setdefault(hold.gate, []).append(hold.request_id)
         return due
 
 
 class _Refusal(msgspec.Struct, frozen=True, gc=False):
-    """An item was refused by the service operator `node`; `states` is what its way depended on."""
+    """The service operator `node` refused an item; `states` are those that led the item there."""
 
     node: str
     item: Item
@@ -195,8 +204,10 @@ class _Refusal(msgspec.Struct, frozen=True, gc=False):
 
 
 class RefusalCache:
-    """Knows where an offered request would be refused, as long as nothing changes its way: neither
-    the request nor the state of an operator with several outlets.
+    """The service operators that refused offered requests, so that no offer is tried in vain.
+
+    A refusal is valid while neither the request nor the state of an operator with several outlets
+    changes: until then the request would go to the same service operator.
     """
 
     def __init__(self, graph: Graph, cells: Mapping[str, LogicCell], gates: Gates) -> None:
@@ -205,49 +216,53 @@ class RefusalCache:
         outlets = {name: {edge.outlet for edge in graph.outputs(name)} for name in cells}
         self._branching = tuple(cell for name, cell in cells.items() if len(outlets[name]) > 1)
         self._states: tuple[Any, ...] = tuple(cell.state for cell in self._branching)
-        self._refusals: dict[int, _Refusal] = {}  # by the identity of the item, which a way keeps
-        self._of_request: dict[str, set[int]] = {}  # the keys of these, by request
+        # By the identity of the item: a refusal keeps its item alive, so no id is used again.
+        self._refusals: dict[int, _Refusal] = {}
+        self._by_request: dict[str, set[int]] = {}  # the keys of `_refusals`
 
     def remember(self, item: Item, node: str) -> None:
-        """A service operator has refused an item that was worth trying; nothing has changed."""
+        """Record that a service operator refused an item that `worth_trying` had yielded."""
         if isinstance(item, Request):
             self._refusals[id(item)] = _Refusal(node, item, self._states)
-            self._of_request.setdefault(item.request_id, set()).add(id(item))
+            self._by_request.setdefault(item.request_id, set()).add(id(item))
 
     def worth_trying(self, node: str, items: tuple[Item, ...]) -> Iterator[Item]:
-        """The items of `node` that a service operator might take: the one that refused an item
-        before and that it would go to again, or any at all. Nothing may change meanwhile.
+        """The items of `node` that a service operator might take: the operator that refused the
+        item, where its refusal is valid, or any operator. States must not change meanwhile.
         """
-        ways, states, gates = self._refusals, self._states_now(), self._gates
-        entrances = self._entrances[node]
+        refusals, states, gates = self._refusals, self._states_now(), self._gates
+        entered = self._entrances[node]
         full = ""  # an operator that has no room for any request
         for item in items:
-            way = ways.get(id(item))
-            if way is None or way.states is not states:
-                if gates.may_take_at_any(entrances, item):
+            refusal = refusals.get(id(item))
+            if refusal is None or refusal.states is not states:
+                if gates.may_take_at_any(entered, item):
                     yield item
-            elif way.node == full:
+            elif refusal.node == full:
                 continue
-            elif gates.may_take(way.node, item):
+            elif gates.may_take(refusal.node, item):
                 yield item
-            elif gates.is_full(way.node):
-                full = way.node
+            elif gates.is_full(refusal.node):
+                full = refusal.node
 
     def _states_now(self) -> tuple[Any, ...]:
-        """What ways depend on now: the same object for as long as none of it changes."""
+        """The states of branching operators: the same tuple object until one of them changes."""
         states = [cell.state for cell in self._branching]
         if not all(map(is_, states, self._states)):
             self._states = tuple(states)
         return self._states
 
     def forget(self, request_id: str) -> None:
-        """A request has ended, or was taken."""
-        for key in self._of_request.pop(request_id, ()):
+        """Drop the refusals of a request that has ended."""
+        for key in self._by_request.pop(request_id, ()):
             del self._refusals[key]
 
 
 def replica_for(item: Item, node: str, num_replicas: int) -> int:
-    """The replica that the router placed an item on; the only one where there is one."""
+    """The replica of `node` that the router placed an item on, or the only replica.
+
+    Raises LookupError where there are several replicas and no router chose one.
+    """
     if num_replicas == 1:
         return 0
     request = item.request if isinstance(item, Prefilled) else item
@@ -260,7 +275,7 @@ def entrances(graph: Graph, cells: Container[str], start: str) -> tuple[str, ...
     """The service operators, and the sink, that items of `start` reach through logic operators."""
     found: dict[str, None] = {}
     level = [start]
-    for node in level:
+    for node in level:  # grows while it is read: breadth first
         for edge in graph.outputs(node):
             if edge.feedback or edge.target in level:
                 continue

@@ -1,4 +1,4 @@
-"""What the engines of a graph have said of their prefix blocks, kept for all operators that ask."""
+"""Indexes of the prefix blocks that engines report, shared by all operators that subscribe."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -7,142 +7,147 @@ from immutables import Map, MapMutation
 from msgspec.structs import replace
 
 from sagellm.runtime.core.effects import QueryCache, Reaction
+from sagellm.runtime.messages import EngineReplica
 from sagellm.runtime.plan import Plan
 from sagellm.runtime.prefixes import CacheChanged, PrefixIndex, hashes_in
 
-Replica = tuple[str, int]  # an engine's name and a number
-
-FORGOTTEN_AT_ONCE = 1024  # blocks, in one turn: 1 to 4 ms
+FORGOTTEN_AT_ONCE = 1024  # blocks in one event: 1 to 4 ms
 
 
 @dataclass(slots=True)
 class _Reporter:
-    """One replica: its last report, and the blocks that it is known to have, each as the one object
-    that all replicas and the index share. Not `is_heard`: what it reports is not to be used before
-    it begins anew. `is_asked_later`: once its blocks are forgotten.
+    """The last report of one replica, and the blocks that it has.
+
+    Each hash in `blocks` is the one bytes object that all replicas and the index share. While
+    `is_valid` is False, reports are ignored until the replica reports all blocks. `is_asked_later`:
+    the replica is asked after its old blocks are forgotten.
     """
 
     epoch: int = 0
     sequence: int = 0
-    is_heard: bool = False
+    is_valid: bool = False
     is_asked_later: bool = False
     blocks: dict[bytes, bytes] = field(default_factory=dict)
 
 
 class PrefixIndexes:
-    """One index an engine, a value that operators are given as it changes.
+    """One `PrefixIndex` for each engine; operators get a new value with every change.
 
-    It takes reports in their order. After a gap, an epoch that did not begin with all blocks, or a
-    loss, the replica is asked to begin anew, and until then counts as one that has nothing. What it
-    had is forgotten in slices, one an event; it is asked after the last.
+    Reports are applied in order. After a gap, an epoch that did not begin with all blocks, or a
+    loss, the replica is asked to report all blocks, and counts as empty until then. Its old blocks
+    are forgotten in slices, one slice an event; the replica is asked after the last slice.
 
-    All indexes together have `most_blocks` hashes at most. Beyond that what comes last is left
-    out, so that what engines keep longest is known: they drop what is used least, which makes room.
-    Of a replica of which a block was left out no more is stored, as that may come behind the block.
-    Each eighth of the bound that comes back makes one such replica be asked anew.
+    All indexes together keep at most `plan.max_prefix_blocks` hashes. Blocks beyond that are left
+    out. The blocks that engines keep longest stay known: engines evict what is used least, and
+    every eviction makes room. After one block of a replica was left out, no more blocks of the
+    replica are stored, because they may follow the missing block. For each eighth of the bound that
+    becomes free, one such replica is asked to report all blocks.
     """
 
     def __init__(
-        self, plan: Plan, reaction: Reaction, give: Callable[[str, PrefixIndex], None]
+        self, plan: Plan, reaction: Reaction, on_change: Callable[[str, PrefixIndex], None]
     ) -> None:
-        """`give` is called with an engine whose index has changed."""
+        """`on_change` is called with an engine and its new index."""
         self.indexes = {
             engine: PrefixIndex(plan.facts[engine].block_size)
             for engine in plan.engines
             if engine in plan.facts and plan.reads_cache(engine)
         }
-        self._most_blocks = plan.max_prefix_blocks
+        self._max_blocks = plan.max_prefix_blocks
         self._reaction = reaction
-        self._give = give
+        self._on_change = on_change
         self._num_blocks = 0
-        self._num_returned = 0  # by drops and losses, since somebody was truncated
-        self._reporters: dict[Replica, _Reporter] = {}
-        self._forgetting: dict[Replica, None] = {}  # in order
-        self._truncated: dict[Replica, None] = {}  # in order
+        self._num_freed = 0  # by drops and losses, since a replica was truncated
+        self._reporters: dict[tuple[str, int], _Reporter] = {}  # by replica
+        self._forgetting: dict[EngineReplica, None] = {}  # in order
+        self._truncated: dict[EngineReplica, None] = {}  # in order
 
-    def ask(self, engine: str, replica: int) -> None:
-        """Ask a replica for all blocks that it has, if any operator wants to know."""
-        if engine not in self.indexes:
-            return
-        known = self._reporters.setdefault((engine, replica), _Reporter())
-        known.is_heard = False
-        known.is_asked_later = (engine, replica) in self._forgetting
-        if not known.is_asked_later:
-            self._reaction.effects.append(QueryCache(engine, replica))
+    def ask(self, engine: str, number: int) -> None:
+        """Ask a replica for all its blocks, if any operator subscribes to them."""
+        if engine in self.indexes:
+            self._ask(EngineReplica(engine, number))
 
     def report(self, changed: CacheChanged) -> None:
-        """Take a report of a replica."""
-        engine, replica = changed.engine, changed.replica
-        known = self._reporters.get((engine, replica))
+        """Apply a report of a replica."""
+        replica = EngineReplica(changed.engine, changed.replica)
+        known = self._reporters.get(replica)
         if known is None:
             return
         if changed.is_first:
-            self._forget(engine, replica, known)
-            if known.blocks:  # that takes some events: let it say all once more
-                self.ask(engine, replica)
+            self._forget(replica, known)
+            if known.blocks:  # forgetting takes several events: ask for a full report after them
+                self._ask(replica)
                 return
-            known.epoch, known.is_heard = changed.epoch, True
-        elif not known.is_heard:
+            known.epoch, known.is_valid = changed.epoch, True
+        elif not known.is_valid:
             return
         elif (changed.epoch, changed.sequence) != (known.epoch, known.sequence + 1):
-            self._begin_anew(engine, replica)
+            self._begin_anew(replica)
             return
         known.sequence = changed.sequence
-        self._change(engine, replica, known, changed.stored, changed.dropped)
+        self._change(replica, known, changed.stored, changed.dropped)
 
-    def lose(self, engine: str, replica: int) -> None:
-        """A replica is gone, with what it had."""
-        known = self._reporters.get((engine, replica))
+    def lose(self, engine: str, number: int) -> None:
+        """Forget the blocks of a replica that is lost."""
+        replica = EngineReplica(engine, number)
+        known = self._reporters.get(replica)
         if known is not None:
-            self._num_returned += len(known.blocks)
-            self._forget(engine, replica, known)
+            self._num_freed += len(known.blocks)
+            self._forget(replica, known)
 
     def settle(self) -> None:
-        """After each event: forget a slice, and ask one anew of whom blocks were left out."""
+        """Forget one slice of blocks and ask one truncated replica again, after each event."""
         if self._forgetting:
             self._forget_slice()
         if not self._truncated:
-            self._num_returned = 0
+            self._num_freed = 0
             return
-        share = max(1, self._most_blocks // 8)
-        num_free = min(self._num_returned, self._most_blocks - self._num_blocks)
+        share = max(1, self._max_blocks // 8)
+        num_free = min(self._num_freed, self._max_blocks - self._num_blocks)
         if num_free >= share:
-            self._num_returned = num_free - share
-            self._begin_anew(*next(iter(self._truncated)))
+            self._num_freed = num_free - share
+            self._begin_anew(next(iter(self._truncated)))
 
     @property
     def num_blocks(self) -> int:
-        """Hashes that are kept."""
+        """Hashes in all indexes."""
         return self._num_blocks
 
-    def num_blocks_of(self, engine: str, replica: int) -> int:
-        """How many blocks a replica is known to have."""
-        known = self._reporters.get((engine, replica))
-        is_known = known is not None and (engine, replica) not in self._forgetting
-        return len(known.blocks) if known is not None and is_known else 0
+    def num_blocks_of(self, engine: str, number: int) -> int:
+        """Blocks that a replica is known to have; 0 while they are being forgotten."""
+        replica = EngineReplica(engine, number)
+        known = self._reporters.get(replica)
+        return 0 if known is None or replica in self._forgetting else len(known.blocks)
 
-    def _begin_anew(self, engine: str, replica: int) -> None:
-        self._forget(engine, replica, self._reporters[engine, replica])
-        self.ask(engine, replica)
+    def _ask(self, replica: EngineReplica) -> None:
+        known = self._reporters.setdefault(replica, _Reporter())
+        known.is_valid = False
+        known.is_asked_later = replica in self._forgetting
+        if not known.is_asked_later:
+            self._reaction.effects.append(QueryCache(*replica))
 
-    def _forget(self, engine: str, replica: int, known: _Reporter) -> None:
-        """It has nothing from now on."""
-        known.is_heard = known.is_asked_later = False
-        self._truncated.pop((engine, replica), None)
-        if not known.blocks or (engine, replica) in self._forgetting:
+    def _begin_anew(self, replica: EngineReplica) -> None:
+        self._forget(replica, self._reporters[replica])
+        self._ask(replica)
+
+    def _forget(self, replica: EngineReplica, known: _Reporter) -> None:
+        """Count a replica as empty; many blocks are marked void, and removed in later events."""
+        known.is_valid = known.is_asked_later = False
+        self._truncated.pop(replica, None)
+        if not known.blocks or replica in self._forgetting:
             return
         if len(known.blocks) <= FORGOTTEN_AT_ONCE:
-            self._change(engine, replica, known, b"", b"".join(known.blocks))
+            self._change(replica, known, b"", b"".join(known.blocks))
             return
-        self._forgetting[engine, replica] = None
-        index = self.indexes[engine]
-        self._set(engine, replace(index, void=index.void | 1 << replica))
+        self._forgetting[replica] = None
+        index = self.indexes[replica.engine]
+        self._set(replica.engine, replace(index, void=index.void | 1 << replica.number))
 
     def _forget_slice(self) -> None:
-        """The blocks that came last go first: so none is left whose beginning is gone."""
-        engine, replica = next(iter(self._forgetting))
-        known, bit = self._reporters[engine, replica], 1 << replica
-        index = self.indexes[engine]
+        """Remove the latest blocks first, so that no block outlives the blocks before it."""
+        replica = next(iter(self._forgetting))
+        known, bit = self._reporters[replica], 1 << replica.number
+        index = self.indexes[replica.engine]
         with index.blocks.mutate() as blocks:
             for _ in range(min(FORGOTTEN_AT_ONCE, len(known.blocks))):
                 self._drop(blocks, known.blocks.popitem()[0], bit)
@@ -151,17 +156,18 @@ class PrefixIndexes:
         void = index.void
         if not known.blocks:
             void &= ~bit
-            del self._forgetting[engine, replica]
+            del self._forgetting[replica]
             if known.is_asked_later:
-                self.ask(engine, replica)
-        self._set(engine, PrefixIndex(index.block_size, after, void))
+                self._ask(replica)
+        self._set(replica.engine, PrefixIndex(index.block_size, after, void))
 
     def _change(
-        self, engine: str, replica: int, known: _Reporter, stored: bytes, dropped: bytes
+        self, replica: EngineReplica, known: _Reporter, stored: bytes, dropped: bytes
     ) -> None:
         if not stored and not dropped:
             return
-        index, bit = self.indexes[engine], 1 << replica
+        engine, bit = replica.engine, 1 << replica.number
+        index = self.indexes[engine]
         num_before = len(index.blocks)
         with index.blocks.mutate() as blocks:
             for block in hashes_in(dropped):
@@ -169,10 +175,10 @@ class PrefixIndexes:
                     self._drop(blocks, block, bit)
             num_dropped = num_before - len(blocks)
             self._num_blocks -= num_dropped
-            if known.is_heard:  # else it is forgotten
-                self._num_returned += num_dropped
-            num_room = self._most_blocks - self._num_blocks
-            if (engine, replica) not in self._truncated:
+            if known.is_valid:  # else these blocks are being forgotten, and were counted before
+                self._num_freed += num_dropped
+            num_room = self._max_blocks - self._num_blocks
+            if replica not in self._truncated:
                 for block in hashes_in(stored):
                     held = blocks.get(block, 0)
                     if held:
@@ -180,22 +186,22 @@ class PrefixIndexes:
                     elif num_room:
                         num_room -= 1
                     else:
-                        self._truncated[engine, replica] = None
+                        self._truncated[replica] = None
                         break
                     blocks[block] = held | bit
                     known.blocks[block] = block
             after: Map[bytes, int] = blocks.finish()
-        self._num_blocks = self._most_blocks - num_room
+        self._num_blocks = self._max_blocks - num_room
         self._set(engine, PrefixIndex(index.block_size, after, index.void))
 
     def _shared(self, engine: str, held: int, block: bytes) -> bytes:
-        """The object that is a block's hash, of the first replica that has it."""
+        """The bytes object of a block's hash, from the first replica that has the block."""
         first = (held & -held).bit_length() - 1
         return self._reporters[engine, first].blocks[block]
 
     def _set(self, engine: str, index: PrefixIndex) -> None:
         self.indexes[engine] = index
-        self._give(engine, index)
+        self._on_change(engine, index)
 
     @staticmethod
     def _drop(blocks: MapMutation[bytes, int], block: bytes, bit: int) -> None:

@@ -1,17 +1,17 @@
-"""The passage of items through logic operators, inside one transaction."""
+"""The propagation of items through logic operators, inside one transaction."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from sagellm.graphs.ir import SINK, Graph
 from sagellm.runtime.core.accounting import CommittedCount, Meter
-from sagellm.runtime.core.credit import Gates, NoCredit
+from sagellm.runtime.core.credit import CreditGate, Gates, NoCredit
 from sagellm.runtime.core.effects import OperatorFault
 from sagellm.runtime.core.journal import Journal, LogicCell, ReachedSink
 from sagellm.runtime.core.outputs import (
     ITEMS,
     Outputs,
-    Sending,
+    SendItem,
     check_step,
     unknown_outlet,
     unknown_output,
@@ -31,13 +31,13 @@ from sagellm.runtime.operator import (
 )
 from sagellm.runtime.user_code import LEAVING, WrongResult, as_error
 
-_SENDING = frozenset({EmitFirst, Wait, Terminate})  # an item is not kept
+_SENDING = frozenset({EmitFirst, Wait, Terminate})  # outputs after which an item is not kept
 
 
 class Propagation:
-    """Runs operators, and passes what they put out along the edges. All changes are in the journal.
+    """Runs operators and passes their outputs along edges, and records all changes in the journal.
 
-    `num_replicas`: of a service operator, by now.
+    `num_replicas`: the current number for each service operator.
     """
 
     def __init__(
@@ -65,88 +65,93 @@ class Propagation:
             for edge in graph.edges
             if not edge.feedback
         }
-        self.ways = RefusalCache(graph, cells, gates)
+        self.refusals = RefusalCache(graph, cells, gates)
         self.holds = Holds()
-        self._put_out = Outputs(self, gates, journal, self.ways, self.holds).by_type
+        self._output_handlers = Outputs(self, gates, journal, self.refusals, self.holds).by_type
 
     def run_input(self, cell: LogicCell, happened: Input, now: float) -> bool:
-        """Run an input, and answer the offers that it led to before the next input; False where
-        it has changed nothing but the state of the operator.
+        """Run an input, and answer the offers that it leads to.
+
+        Returns False where the input has changed nothing but the state of the operator.
         """
-        outputs = self._ask(cell, cell.on, happened, now)
+        outputs = self._run_operator(cell, cell.on, happened, now)
         if type(happened) is Arrival:
-            self._arrived(cell, happened.item, outputs, now)
+            self._send_on(cell, happened.item, outputs, now)
         elif outputs:
-            self._answer(cell, outputs, now, self._send_apart)
+            self._carry_out(cell, outputs, now, self._send_separately)
         else:
             return False
         if self._journal.accepted:
-            self._settle(now)
+            self._answer_offers(now)
         return True
 
-    def _settle(self, now: float) -> None:
+    def _answer_offers(self, now: float) -> None:
         """Answer the offers that were accepted."""
         accepted = self._journal.accepted
         while accepted:
             offering, item = accepted.popleft()
-            outputs = self._ask(offering, offering.on, OfferTaken(item), now)
-            self._answer(offering, outputs, now, self._send_apart)
+            outputs = self._run_operator(offering, offering.on, OfferTaken(item), now)
+            self._carry_out(offering, outputs, now, self._send_separately)
 
     def propagate(self, node: str, item: Item, outlet: str, now: float) -> None:
-        """Pass an item along the edge from an outlet of a node. Raises NoCredit, OperatorFault."""
+        """Pass an item along the edge from an outlet. Raises NoCredit, OperatorFault."""
         found = self._edges.get((node, outlet))
         if found is None:
-            raise self._unknown_outlet(node, outlet)
-        target, inlet, cell, tally = found
+            raise self._outlet_error(node, outlet)
+        target, inlet, cell, count = found
         journal = self._journal
-        journal.counts.append((tally, 1))
+        journal.counts.append((count, 1))
+        # Sending changes what is held only where this node holds the item, or took it just now.
         held = journal.held.get(node)
         if (held and item.request_id in held) or node in journal.keeping:
-            journal.moves.append((node, item, False))
+            journal.held_changes.append((node, item, False))
         if cell is not None:
-            outputs = self._ask(cell, cell.on, Arrival(item, inlet), now)
-            self._arrived(cell, item, outputs, now)
+            outputs = self._run_operator(cell, cell.on, Arrival(item, inlet), now)
+            self._send_on(cell, item, outputs, now)
             if journal.accepted:
-                self._settle(now)
+                self._answer_offers(now)
         elif target == SINK:
             journal.outcomes.append(ReachedSink(item))
         else:
             self._enter(target, item)
 
     def propagate_batch(self, node: str, items: Sequence[Item], outlet: str, now: float) -> None:
-        """Pass several items along one edge: at once, where the operator there takes batches."""
+        """Pass several items along one edge: at once, if the operator there takes batches."""
         found = self._edges.get((node, outlet))
         if found is None:
-            raise self._unknown_outlet(node, outlet)
-        target, _, cell, tally = found
+            raise self._outlet_error(node, outlet)
+        target, _, cell, count = found
         on_batch = getattr(cell.operator, "on_batch", None) if cell is not None else None
         if cell is not None and on_batch is not None:
-            self._journal.counts.append((tally, len(items)))
-            outputs = self._ask(cell, on_batch, items, now)
-            self._answer(cell, outputs, now, self.propagate)
+            self._journal.counts.append((count, len(items)))
+            outputs = self._run_operator(cell, on_batch, items, now)
+            self._carry_out(cell, outputs, now, self.propagate)
         elif target == SINK:
-            self._journal.counts.append((tally, len(items)))
+            self._journal.counts.append((count, len(items)))
             self._journal.outcomes += map(ReachedSink, items)
         else:
             for item in items:
                 self.propagate(node, item, outlet, now)
 
-    def _arrived(
+    def _send_on(
         self, cell: LogicCell, item: Item, outputs: tuple[OperatorOutput, ...], now: float
     ) -> None:
-        """Put out what an operator makes of an item; nearly all send the item on at once."""
+        """Carry out the answer to an item; nearly all operators send the item on at once."""
         if len(outputs) == 1 and type(outputs[0]) is Emit:
             sent = outputs[0].item
             if sent is item or (type(sent) is Request and sent.key == item.key):
                 return self.propagate(cell.name, sent, outputs[0].outlet, now)
         elif not (len(outputs) == 1 and type(outputs[0]) in _SENDING):
-            self._journal.came(cell, item)
-        self._answer(cell, outputs, now, self.propagate)
+            self._journal.keep(cell, item)
+        self._carry_out(cell, outputs, now, self.propagate)
 
-    def _ask(
+    def _run_operator(
         self, cell: LogicCell, method: Callable[..., Any], given: Any, now: float
     ) -> tuple[OperatorOutput, ...]:
-        """What an operator puts out; its new state is the cell's from now on."""
+        """The outputs of an operator for an input; the cell gets the new state.
+
+        The checks before `check_step` avoid its call for nearly all answers.
+        """
         before, number, draw = cell.state, cell.num_inputs, cell.draw
         self._journal.cells.append((cell, before, number, cell.wake_at))
         begun_s = self._clock()
@@ -160,7 +165,7 @@ class Propagation:
                 or (type(given) is Arrival and not step.outputs)
             ):
                 check_step(cell.operator, given, step, before)
-        except (Exception, *LEAVING) as error:
+        except (Exception, *LEAVING) as error:  # users write operators: only a request may fail
             cell.meter.errors.count += 1
             raise OperatorFault(cell.name, as_error(error)) from error
         cell.meter.process_s += self._clock() - begun_s
@@ -170,24 +175,25 @@ class Propagation:
             cell.wake_at, self.wakes_changed = wake_at, True
         return step.outputs  # type: ignore[no-any-return]
 
-    def _answer(
-        self, cell: LogicCell, outputs: tuple[OperatorOutput, ...], now: float, send: Sending
+    def _carry_out(
+        self, cell: LogicCell, outputs: tuple[OperatorOutput, ...], now: float, send: SendItem
     ) -> None:
         try:
             for output in outputs:
                 if type(output) is Emit and type(output.item) in ITEMS:
                     send(cell.name, output.item, output.outlet, now)
                     continue
-                put_out = self._put_out.get(type(output))
-                if put_out is None:
+                handle = self._output_handlers.get(type(output))
+                if handle is None:
                     raise unknown_output(cell.operator, output)
-                put_out(cell, output, now, send)
+                handle(cell, output, now, send)
         except WrongResult as error:
             raise OperatorFault(cell.name, error) from None
 
-    def _send_apart(self, node: str, item: Item, outlet: str, now: float) -> None:
-        """Send one of the items that were kept: if an operator downstream fails on it, it ends
-        alone.
+    def _send_separately(self, node: str, item: Item, outlet: str, now: float) -> None:
+        """Send one of the items that an operator kept.
+
+        If an operator downstream fails on the item, only that item ends.
         """
         mark = self._journal.mark()
         try:
@@ -201,12 +207,14 @@ class Propagation:
         decoder, later = self._gates.reserved.later.get(node), None
         if decoder is not None:
             assert isinstance(item, Request)
-            later = decoder, item.placement.get(decoder, replica)  # the same one on one engine
-        refusing = self._journal.take((node, replica), item, later)
+            later = CreditGate(
+                decoder, item.placement.get(decoder, replica)
+            )  # the same replica, where both operators use one engine
+        refusing = self._journal.take(CreditGate(node, replica), item, later)
         if refusing is not None:
             raise NoCredit(*refusing)
 
-    def _unknown_outlet(self, node: str, outlet: str) -> Exception:
+    def _outlet_error(self, node: str, outlet: str) -> Exception:
         known = [edge[1] for edge in self._edges if edge[0] == node]
         cell = self._cells.get(node)
         if cell is None:

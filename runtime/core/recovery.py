@@ -1,10 +1,11 @@
-"""What becomes of requests whose engine was lost: again at once, on trial, or never more.
+"""Recovery of requests whose engine was lost: enter again at once, on trial, or never.
 
-A request that had got tokens from the engine goes in again at once. One that had not may be what
+A request that got tokens since its last loss enters again at once. Any other request may be what
 the engine died of: such requests are tried one at a time, each until its first token, so that a
-second death has one cause. A request of two deaths is quarantined, and its like refused for long.
+second death has one cause. After two deaths a request is quarantined, and equal requests are
+refused for `QUARANTINE_S`.
 
-The end of a link to an engine counts as half a death: it is rarely the fault of a request.
+The loss of a link counts as half a death, because a request is rarely its cause.
 """
 
 import hashlib
@@ -15,18 +16,16 @@ from typing import Literal, TypeAlias
 import msgspec
 
 from sagellm.runtime.histograms import Buckets
-from sagellm.runtime.messages import Item, Request, TokenEvent
+from sagellm.runtime.messages import ChoiceKey, Item, Request, TokenEvent
 from sagellm.runtime.port import LossCause
 
 RecoveryVerdict: TypeAlias = Literal["now", "later", "never", "spent"]
 
 QUARANTINE_S = 600.0
 _BLAME: dict[LossCause, float] = {"death": 1.0, "link": 0.5, "none": 0.0}
-_MOST_BLAME = 2.0  # since its last token
+_MAX_BLAME = 2.0  # since the last token
 _GAPS_S = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
-_MOST_RETURNS = 100  # of one request, whoever is to blame: engines come and go, but not so often
-
-Key = tuple[str, int]
+_MAX_RETURNS = 100  # of one request, for whatever cause: engines are replaced, but not so often
 
 
 class Recovery:
@@ -34,20 +33,21 @@ class Recovery:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self.num_migrated = 0
-        self.gaps_s = Buckets(_GAPS_S)  # from a loss to the next token, or the end
+        self.gaps_s = Buckets(_GAPS_S)  # from a loss to the next token or the end
         self._clock = clock
-        self._lost_s: dict[Key, float] = {}
-        self._num_returns: dict[Key, int] = {}
-        self._blame: dict[Key, float] = {}
-        self._num_known: dict[Key, int] = {}  # tokens that it had when it went in last
-        self._on_trial: Key | None = None
+        self._lost_s: dict[ChoiceKey, float] = {}
+        self._num_returns: dict[ChoiceKey, int] = {}
+        self._blame: dict[ChoiceKey, float] = {}
+        self._num_known: dict[ChoiceKey, int] = {}  # emitted tokens at the last loss
+        self._on_trial: ChoiceKey | None = None
         self._waiting: deque[tuple[str, Request]] = deque()
         self._blocked_until_s: dict[bytes, float] = {}
 
     def judge(self, node: str, request: Request, cause: LossCause) -> RecoveryVerdict:
-        """Of a request that an engine of `node` lost. What is to come later is kept, and given out
-        by `next`. `never`: engines died of it. `spent`: it has come back too often, through no
-        fault that is known.
+        """Decide on a request that an engine of `node` lost.
+
+        `now`: let it enter. `later`: kept here, and returned by `next`. `never`: engines died of
+        it. `spent`: it returned too often, although no fault of its own is known.
         """
         key = request.key
         self._lost_s.setdefault(key, self._clock())
@@ -61,35 +61,35 @@ class Recovery:
             self._blame[key] = 0.0
         else:
             self._blame[key] = self._blame.get(key, 0.0) + _BLAME[cause]
-        if self._num_returns[key] > _MOST_RETURNS:
+        if self._num_returns[key] > _MAX_RETURNS:
             return "spent"
         if not self._blame[key]:
             return "now"
-        if self._blame[key] >= _MOST_BLAME:
+        if self._blame[key] >= _MAX_BLAME:
             self._blocked_until_s[_digest(request)] = self._clock() + QUARANTINE_S
             return "never"
         self._waiting.append((node, request))
         return "later"
 
     def next(self) -> tuple[str, Request] | None:
-        """The next request to be tried, once none is on trial; it is on trial from now on."""
+        """The next request to try, which is now on trial; None while another is on trial."""
         if self._on_trial is not None or not self._waiting:
             return None
         node, request = self._waiting.popleft()
         self._on_trial = request.key
         return node, request
 
-    def lost_s(self, key: Key) -> float | None:
-        """When a request was lost that has not come through since."""
+    def lost_s(self, key: ChoiceKey) -> float | None:
+        """When a request was lost, if it has had no token since."""
         return self._lost_s.get(key)
 
     @property
     def is_under_way(self) -> bool:
-        """Whether any request has not come through yet."""
+        """Whether any request has had no token since its loss."""
         return bool(self._lost_s)
 
     def note(self, item: Item) -> None:
-        """An item reached the sink: with the first token, or the end, a request is through."""
+        """An item reached the sink: its first token, or its end, completes the recovery."""
         if item.key not in self._lost_s:
             return
         if isinstance(item, TokenEvent) and not item.num_tokens and not item.is_last:
@@ -98,14 +98,14 @@ class Recovery:
         if self._on_trial == item.key:
             self._on_trial = None
 
-    def drop(self, concerned: Callable[[Key], bool]) -> tuple[Request, ...]:
-        """Take out, and return, what waits for its trial and is not wanted any more."""
+    def drop(self, concerned: Callable[[ChoiceKey], bool]) -> tuple[Request, ...]:
+        """Remove and return the requests that wait for their trial and are concerned."""
         dropped = tuple(request for _, request in self._waiting if concerned(request.key))
         if dropped:
             self._waiting = deque(one for one in self._waiting if not concerned(one[1].key))
         return dropped
 
-    def forget(self, key: Key) -> None:
+    def forget(self, key: ChoiceKey) -> None:
         """The choice has ended."""
         if key not in self._num_returns:
             return
@@ -117,7 +117,7 @@ class Recovery:
             self._on_trial = None
 
     def is_blocked(self, request: Request) -> bool:
-        """Whether its like was quarantined of late."""
+        """Whether an equal request was quarantined recently."""
         if not self._blocked_until_s:
             return False
         now = self._clock()
@@ -128,7 +128,7 @@ class Recovery:
 
 
 def _digest(request: Request) -> bytes:
-    """Of what it makes an engine compute, whoever asks."""
+    """The digest of everything that a request makes an engine compute, for any client."""
     sampling = msgspec.structs.replace(request.sampling, seed=None)
     prompt = request.prompt_token_ids or (request.prompt, request.messages)
     content = msgspec.msgpack.encode((prompt, sampling))

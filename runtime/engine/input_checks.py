@@ -7,7 +7,7 @@ from sagellm.runtime.engine.runner import EngineResources
 from sagellm.runtime.engine.sequence import Sequence
 from sagellm.runtime.messages import Sampling, SequenceState
 from sagellm.runtime.port import EngineFacts, EngineRefusal, LeaseOffer
-from sagellm.runtime.sampling_params import sampling_fault
+from sagellm.runtime.sampling import sampling_fault
 
 VERSION = 1  # of SequenceState
 

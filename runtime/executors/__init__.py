@@ -1,1 +1,1 @@
-"""Executors: how the operators of one stream graph are run."""
+"""Executors: how the operators of a stream graph are run."""

@@ -21,38 +21,41 @@ from sagellm.runtime.core.events import (
     Withdrawn,
 )
 from sagellm.runtime.feedback import Feedback
-from sagellm.runtime.messages import Item, Prefilled, TokenEvent
+from sagellm.runtime.messages import EngineReplica, Item, Prefilled, TokenEvent
 from sagellm.runtime.operator import Sent
 from sagellm.runtime.port import Engine
 
 
 class _Emission:
-    """Items that a task waits to be rid of."""
+    """Items that a task waits to have sent."""
 
     def __init__(self, items: tuple[Item, ...], sent: Callable[[Item], None] | None) -> None:
         self._items = iter(items)
         self._num_left = len(items)
         self._sent = sent
-        self.is_over = trio.Event()
+        self.is_done = trio.Event()
 
     def advance(self, number: int) -> None:
-        """So many more of the items were sent."""
+        """`number` more of the items were sent."""
         for item in islice(self._items, number):
             if self._sent is not None:
                 self._sent(item)
         self._num_left -= number
         if not self._num_left:
-            self.is_over.set()
+            self.is_done.set()
 
 
 class Emissions:
-    """`dispatch` tells the core of an event, and does what it asks for."""
+    """The items that tasks send into the core, and the tasks that wait for credit.
+
+    `dispatch` gives an event to the core and carries out its effects.
+    """
 
     def __init__(self, dispatch: Callable[[Event], None]) -> None:
         self._dispatch = dispatch
         self._tickets = count(1)
-        self._num_sent: dict[int, int] = {}  # by ticket, before its task waits
-        self._emissions: dict[int, _Emission] = {}  # of tasks that wait
+        self._num_sent: dict[int, int] = {}  # by ticket, until its task waits
+        self._emissions: dict[int, _Emission] = {}  # of waiting tasks, by ticket
 
     async def emit(
         self,
@@ -62,7 +65,8 @@ class Emissions:
         outlet: str = "out",
         sent: Callable[[Item], None] | None = None,
     ) -> None:
-        """Send items of a service operator, waiting for credit; `sent` is called for each."""
+        """Send items of a service operator, waiting for credit. `sent` is called for each."""
+        # No full checkpoint: with credit, an item costs no switch of tasks.
         await trio.lowlevel.checkpoint_if_cancelled()
         await self.wait(items, lambda ticket: Emitted(ticket, node, replica, items, outlet), sent)
 
@@ -72,7 +76,10 @@ class Emissions:
         event: Callable[[int], Event],
         sent: Callable[[Item], None] | None = None,
     ) -> None:
-        """Tell the core of items, and wait until all have found credit."""
+        """Dispatch an event with items, and wait until all of them have had credit.
+
+        Cancellation withdraws the items that are still parked.
+        """
         ticket = next(self._tickets)
         self._dispatch(event(ticket))
         num_sent = self._num_sent.pop(ticket, len(items))
@@ -83,7 +90,7 @@ class Emissions:
             return
         emission = self._emissions[ticket] = _Emission(items[num_sent:], sent)
         try:
-            await emission.is_over.wait()
+            await emission.is_done.wait()
         except BaseException:
             self._dispatch(Withdrawn(ticket))
             raise
@@ -91,7 +98,7 @@ class Emissions:
             del self._emissions[ticket]
 
     def advance(self, effect: Parked | Resumed) -> None:
-        """Items of a ticket were sent; its task does not wait yet, or waits for them."""
+        """Items of a ticket were sent; its task may not wait yet."""
         emission = self._emissions.get(effect.ticket)
         if emission is not None:
             emission.advance(effect.num_sent)
@@ -100,19 +107,19 @@ class Emissions:
             self._num_sent[effect.ticket] = before + effect.num_sent
 
     def end(self) -> None:
-        """The graph stops: let every task go on."""
+        """The graph stops: let every task continue."""
         for emission in self._emissions.values():
-            emission.is_over.set()
+            emission.is_done.set()
 
 
 class Executor(Protocol):
-    """What a context and its host need of the executor around them."""
+    """What a context and its host need of the executor."""
 
     core: Core
     engines: dict[str, tuple[Engine, ...]]
     clock: Clock
     emissions: Emissions
-    is_recorded: bool  # whether events are kept to be replayed
+    is_recorded: bool  # whether events are logged for a replay
 
     def now(self) -> float: ...
     def dispatch(self, event: Event) -> None: ...
@@ -121,8 +128,8 @@ class Executor(Protocol):
 class ServiceContext:
     """Implements the protocol Context.
 
-    `owed`: items that were taken and that nothing was sent for yet. `untransferred`: items whose KV
-    blocks do not come.
+    `unanswered`: items that the operator took and has sent nothing for. `untransferred`: items
+    whose KV blocks do not come.
     """
 
     def __init__(self, executor: Executor, name: str, replica: int) -> None:
@@ -131,7 +138,7 @@ class ServiceContext:
         self.executor = executor
         self.meter = executor.core.meter.services[name, replica]
         self.engine_name = executor.core.plan.engine_name(name)
-        self.owed: set[tuple[str, int]] = set()
+        self.unanswered: set[tuple[str, int]] = set()
         self.untransferred: set[tuple[str, int]] = set()
 
     @property
@@ -153,19 +160,19 @@ class ServiceContext:
         return self.executor.now()
 
     async def emit(self, item: Item, outlet: str = "out") -> None:
-        self.owed.discard(item.key)
+        self.unanswered.discard(item.key)
         await self.executor.emissions.emit(self.name, self.replica, (item,), outlet)
 
     async def emit_batch(self, items: Iterable[TokenEvent], sent: Sent) -> None:
         batch = tuple(items)
-        if self.owed:
-            self.owed.difference_update(item.key for item in batch)
+        if self.unanswered:
+            self.unanswered.difference_update(item.key for item in batch)
         if batch:
             done = partial(sent, self)
             await self.executor.emissions.emit(self.name, self.replica, batch, sent=done)
 
     async def terminate(self, event: TokenEvent, cause: Exception | None = None) -> None:
-        self.owed.discard(event.key)
+        self.unanswered.discard(event.key)
         self.meter.num_ended += 1
         self.executor.dispatch(Ended(self.name, event, cause))
 
@@ -183,8 +190,8 @@ class ServiceContext:
             self.note_transfer(item, succeeded=False)
 
     def note_transfer(self, item: Item, *, succeeded: bool) -> None:
-        """Tell the core between which replicas KV blocks were transferred, if any were."""
+        """Report to the core between which replicas KV blocks were transferred, if any were."""
         if isinstance(item, Prefilled) and item.lease is not None and item.reservation is not None:
-            sender = item.lease.engine, item.lease.replica
-            receiver = item.reservation.engine, item.reservation.replica
+            sender = EngineReplica(item.lease.engine, item.lease.replica)
+            receiver = EngineReplica(item.reservation.engine, item.reservation.replica)
             self.executor.dispatch(Transferred(sender, receiver, succeeded))

@@ -13,7 +13,10 @@ from sagellm.runtime.user_function import failure_event
 
 
 class EngineReader:
-    """Hands events to the operator; what the engine lost, or failed on, goes back to the core."""
+    """Gives events to the operator.
+
+    Requests that the engine lost, or on which it failed, return to the core.
+    """
 
     def __init__(self, context: ServiceContext, service: Service) -> None:
         self._context = context
@@ -21,21 +24,21 @@ class EngineReader:
         self._dispatch = context.executor.dispatch
         self._meter = context.meter
         executor, kind = context.executor, KINDS[LoadReported]
-        # A log has what operators may subscribe to when it is replayed under other options.
+        # A decision log needs all reports: a replay with other options may have other subscribers.
         self._reports_load = executor.is_recorded or bool(
             executor.core.plan.subscribers(context.name, kind)
         )
 
     async def run(self) -> None:
-        """Until the engine stops."""
+        """Read until the engine stops."""
         context, clock = self._context, self._context.executor.clock
         async for events in context.engine.events(context.name):
-            if isinstance(events[0], Lost):
+            if isinstance(events[0], Lost):  # a batch of losses holds nothing else
                 self._recall(events)
                 continue
             begun_s = clock()
             failed = [one for one in events if getattr(one, "code", "") == ENGINE_FAILED]
-            if failed:  # after the tokens of the same step, which their requests keep
+            if failed:  # failures come after the tokens of their step, which the requests keep
                 await self._hand_on(tuple(one for one in events if one not in failed))
                 events = tuple(one for one in failed if not self._is_failed_over(one))
             await self._hand_on(events)
@@ -52,8 +55,9 @@ class EngineReader:
             self._fail_events(events, as_error(error))
 
     def _is_failed_over(self, last: EngineEvent) -> bool:
-        """Let the core decide where the request goes that the engine failed on; False where the
-        operator does not know it.
+        """Let the core decide where a request goes on which the engine failed.
+
+        False where the operator does not hold the request.
         """
         context = self._context
         assert isinstance(last, TokenEvent)
@@ -67,7 +71,7 @@ class EngineReader:
         return True
 
     def _fail_events(self, events: tuple[EngineEvent, ...], error: Exception) -> None:
-        """End the choices of these events: what the operator did with them is unknown."""
+        """End the choices of events on which the operator raised: its state of them is unknown."""
         context = self._context
         self._meter.num_errors += 1
         fault = OperatorFault(context.name, error)
@@ -80,7 +84,7 @@ class EngineReader:
             self._context.release(first.key)
 
     def _recall(self, lost: tuple[EngineEvent, ...]) -> None:
-        """The engine is gone: what it held goes in again."""
+        """The engine is gone: return the requests that it held to the core."""
         for event in lost:
             assert isinstance(event, Lost)
             request = self._recalled(event.key)
@@ -89,7 +93,7 @@ class EngineReader:
                 self._dispatch(Returned(self._context.name, request, event.cause))
 
     def _recalled(self, key: tuple[str, int]) -> Request | None:
-        """The request of a sequence that the operator has no more, with what was emitted of it."""
+        """Take the request of a sequence from the operator, with everything emitted of it."""
         try:
             return self._service.recall(self._context, key)
         except (Exception, *LEAVING) as error:

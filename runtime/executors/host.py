@@ -8,8 +8,8 @@ import trio
 from sagellm.graphs.log import get_logger
 from sagellm.runtime.core.effects import OperatorFault
 from sagellm.runtime.core.events import Ended, Failed, Finished, Opened, Returned
-from sagellm.runtime.core.lifecycle import reason_of
 from sagellm.runtime.core.outputs import must_be_answered, not_answered
+from sagellm.runtime.core.request_lifecycle import reason_of
 from sagellm.runtime.executors.context import Executor, ServiceContext
 from sagellm.runtime.executors.engine_reader import EngineReader, last_event
 from sagellm.runtime.messages import Item, Prefilled, Request, TokenEvent
@@ -23,16 +23,16 @@ log = get_logger("sagellm.executor")
 def log_fault(fault: OperatorFault, *, request_id: str) -> None:
     """Log where an operator failed, and for which request.
 
-    An error of the user's own code is logged with its text and traceback: the code is the user's to
-    correct. Any other error is logged without its text, which may hold what a request says.
+    An error of the user's own code is logged with its text and traceback, because the user has to
+    fix the code. Any other error is logged without its text, which may quote a request.
     """
     error = fault.error
-    said = {"node": fault.node, "request_id": request_id, "error": name_of(error)}
+    fields = {"node": fault.node, "request_id": request_id, "error": name_of(error)}
     own = traceback_of(error)
     if own is None:
-        log.error("operator_failed", **said, at=_places(error))
+        log.error("operator_failed", **fields, at=_places(error))
     else:
-        log.error("operator_failed", **said, at=place_of(error), exception=own)
+        log.error("operator_failed", **fields, at=place_of(error), exception=own)
 
 
 def _places(error: Exception) -> list[str]:
@@ -45,7 +45,11 @@ def _places(error: Exception) -> list[str]:
 
 
 class ItemQueue:
-    """First in, first out; items of an ended request can be taken out of the middle."""
+    """The items that wait for one service operator, first in, first out.
+
+    The credit of the operator bounds the queue. Items of an ended request are removed from the
+    middle.
+    """
 
     def __init__(self) -> None:
         self._items: deque[Item] = deque()
@@ -66,7 +70,7 @@ class ItemQueue:
         return self._items.popleft()
 
     def remove(self, unwanted: Callable[[Item], bool]) -> tuple[Item, ...]:
-        """Take out, and return, the items that are not wanted any more."""
+        """Remove and return the unwanted items."""
         removed = tuple(item for item in self._items if unwanted(item))
         if removed:
             self._items = deque(item for item in self._items if not unwanted(item))
@@ -74,8 +78,9 @@ class ItemQueue:
 
 
 class ServiceHost:
-    """Hands items to a service operator, in up to `concurrency` tasks, and ends what is signalled
-    or raised meanwhile.
+    """Gives items to a service operator, in up to `concurrency` tasks.
+
+    Ends items that are signalled meanwhile, or on which the operator raises.
     """
 
     def __init__(self, executor: Executor, name: str, replica: int, service: Service) -> None:
@@ -101,7 +106,7 @@ class ServiceHost:
         return len(self._mailbox)
 
     def put(self, item: Item) -> None:
-        """Take an item whose credit is spent; one that its cancel overtook ends here."""
+        """Queue an item whose credit is spent; end one whose cancel signal came before it."""
         if isinstance(item, TokenEvent) or self._register.tombstone(item.request_id) is None:
             self._mailbox.put(item)
         else:
@@ -115,7 +120,7 @@ class ServiceHost:
                 scope.cancel()
         try:
             self._service.on_signal(self._context, signal)
-        except (Exception, *LEAVING) as error:  # the other operators must hear the signal too
+        except (Exception, *LEAVING) as error:  # other operators must get the signal too
             self._log(as_error(error), signal.request_id)
             self._end_held(signal)
 
@@ -135,7 +140,8 @@ class ServiceHost:
                 if not isinstance(error, EngineLost):
                     self._context.note_transfer(item, succeeded=False)
                 self._meter.num_errors += _is_transfer(item)
-                self._send_back(item, error)
+                self._return_request(item, error)
+                # `take` does not yield while items wait, and all may have lost their engine.
                 await trio.lowlevel.checkpoint()
                 return
             except (Exception, *LEAVING) as error:
@@ -156,42 +162,45 @@ class ServiceHost:
             self._context.release(item.key)
 
     async def _take(self, item: Item) -> None:
-        """Raises WrongResult where the operator has let go of an item that it never answered."""
+        """Run the operator. Raises WrongResult where it has dropped an item without an answer."""
         if not self._service.holds and must_be_answered(item):
-            self._context.owed.add(item.key)
+            self._context.unanswered.add(item.key)
         try:
             await self._service.on_item(self._context, item)
-            if item.key in self._context.owed:
+            if item.key in self._context.unanswered:
                 raise not_answered(self._service, item)
         finally:
-            self._context.owed.discard(item.key)
+            self._context.unanswered.discard(item.key)
 
-    def _send_back(self, item: Item, error: Exception) -> None:
-        """An engine was lost, or what it held, while this operator had the item."""
+    def _return_request(self, item: Item, error: Exception) -> None:
+        """The operator had an item when its engine, or the engine's data, was lost."""
         try:
             recalled = self._service.recall(self._context, item.key)
-        except (Exception, *LEAVING) as fault:  # what was emitted is unknown: it cannot go in again
+        except (
+            Exception,
+            *LEAVING,
+        ) as fault:  # the emitted tokens are unknown: the request cannot resume
             self._fail(item, as_error(fault))
             return
         request = recalled or _request_of(item)
         if request is None:
             self._fail(item, error)
         else:
-            self._give_up(item)
+            self._discard_and_release(item)
             cause: LossCause = "none"
             if recalled is not None and isinstance(error, EngineLost):
                 cause = error.cause
             self._executor.dispatch(Returned(self._context.name, request, cause))
 
     def _end(self, item: Item) -> None:
-        """A signal ended an item that the operator holds no more."""
-        self._give_up(item)
+        """A signal ended an item; the operator no longer holds it."""
+        self._discard_and_release(item)
         self._executor.dispatch(
             Finished(item, reason_of(self._register.tombstone(item.request_id)))
         )
 
     def _end_held(self, signal: Signal) -> None:
-        """The operator failed on a signal: end what it keeps of that request."""
+        """The operator failed on a signal: end everything it keeps of that request."""
         if not self._service.holds or signal.kind == "forget":
             return
         gate = self._context.name, self._context.replica
@@ -202,10 +211,10 @@ class ServiceHost:
                 self._executor.dispatch(Ended(self._context.name, last_event(key, "cancelled")))
 
     def _fail(self, item: Item, error: Exception) -> None:
-        self._give_up(item)
+        self._discard_and_release(item)
         self._executor.dispatch(Failed(self._context.name, item, error))
 
-    def _give_up(self, item: Item) -> None:
+    def _discard_and_release(self, item: Item) -> None:
         self.discard(item)
         self._context.release(item.key)
 
@@ -216,13 +225,13 @@ class ServiceHost:
             self._log(as_error(error), item.request_id)
 
     def _log(self, error: Exception, request_id: str) -> None:
-        """For a fault in what cleans up: its request ends in any case."""
+        """Log a fault during clean-up; the request ends in any case."""
         self._meter.num_errors += 1
         log_fault(OperatorFault(self._context.name, error), request_id=request_id)
 
 
 def _is_transfer(item: Item) -> bool:
-    """Whether its blocks are to move from one pool to another."""
+    """Whether the blocks of an item are to move to another pool."""
     return isinstance(item, Prefilled) and item.lease is not None and item.reservation is not None
 
 
@@ -233,5 +242,5 @@ def _request_of(item: Item) -> Request | None:
 
 
 def _is_ended_by(item: Item, signal: Signal) -> bool:
-    """Requests end at once; the tokens of a running sequence go on to their last event."""
+    """Requests end at once; tokens of a running sequence continue to their last event."""
     return not isinstance(item, TokenEvent) and signal.concerns(item.key)

@@ -1,4 +1,4 @@
-"""What the meters of an executor show at one moment, and how operators spent the time between."""
+"""The readings of an executor's meters, and how operators spent the time between two of them."""
 
 import math
 from collections import deque
@@ -8,18 +8,18 @@ from typing import Any, NamedTuple
 
 from sagellm.graphs.ir import SINK, Node
 from sagellm.runtime.core.accounting import Meter
-from sagellm.runtime.core.credit import Gate, Gates
+from sagellm.runtime.core.credit import Gates
 from sagellm.runtime.plan import Plan
 
-TERMINAL = "terminal"  # the implicit outlet of every operator, to the sink
+TERMINAL = "terminal"  # the implicit outlet of every operator to the sink
 
 
 @dataclass(frozen=True, slots=True)
 class OperatorReading:
-    """One operator, or one replica of it, since the graph was opened.
+    """One logic operator, or one replica of a service operator, since the graph was opened.
 
-    `num_out` counts all outlets, the implicit `terminal` too. `process_s` adds up its calls, which
-    may overlap; `busy_s`, `backpressured_s` and the idle rest add up to the time that has passed.
+    `num_out` counts all outlets, the implicit `terminal` included. `process_s` sums up calls, which
+    may overlap; `busy_s`, `backpressured_s` and the idle rest sum up to the elapsed time.
     """
 
     node: str
@@ -38,7 +38,7 @@ class OperatorReading:
 
 @dataclass(frozen=True, slots=True)
 class EdgeReading:
-    """One edge; the implicit ones to the sink too."""
+    """One edge, explicit or implicit."""
 
     source: str
     outlet: str
@@ -55,8 +55,11 @@ class Reading:
     edges: tuple[EdgeReading, ...]
 
 
-def read(meter: Meter, plan: Plan, gates: Gates, waiting: Mapping[Gate, int]) -> Reading:
-    """`waiting`: how many items each service operator has before it. Changes nothing."""
+def read(meter: Meter, plan: Plan, gates: Gates, waiting: Mapping[tuple[str, int], int]) -> Reading:
+    """Read all meters; nothing changes.
+
+    `waiting`: how many items wait for each service operator.
+    """
     edges = _edges(meter, plan)
     operators: list[OperatorReading] = []
     for node in plan.graph.nodes:
@@ -89,7 +92,9 @@ def _logic(meter: Meter, plan: Plan, node: Node, edges: tuple[EdgeReading, ...])
     )
 
 
-def _service(meter: Meter, op: str, gate: Gate, gates: Gates, num_waiting: int) -> OperatorReading:
+def _service(
+    meter: Meter, op: str, gate: tuple[str, int], gates: Gates, num_waiting: int
+) -> OperatorReading:
     service, capacity = meter.services[gate], gates.accounts[gate].capacity.requests
     blocked_s = service.blocked.seconds
     return OperatorReading(
@@ -109,7 +114,7 @@ def _service(meter: Meter, op: str, gate: Gate, gates: Gates, num_waiting: int) 
 
 
 def _edges(meter: Meter, plan: Plan) -> tuple[EdgeReading, ...]:
-    drawn = [
+    explicit = [
         EdgeReading(
             edge.source, edge.outlet, edge.target, meter.edges[edge.source, edge.outlet].count
         )
@@ -120,11 +125,11 @@ def _edges(meter: Meter, plan: Plan) -> tuple[EdgeReading, ...]:
     for (name, _), service in meter.services.items():
         ended[name] = ended.get(name, 0) + service.num_ended
     implicit = [EdgeReading(name, TERMINAL, SINK, count) for name, count in ended.items()]
-    return (*drawn, *implicit)
+    return (*explicit, *implicit)
 
 
 def _bound(plan: Plan, node: str) -> int | None:
-    """How many may wait at `node`, as the nearest operator says that bounds a queue."""
+    """How many items may wait at `node`, by the nearest operator that bounds its queue."""
     for name in (node, *plan.ancestors(node)):
         bound = option_of(plan, name, "max_queued")
         if isinstance(bound, int):
@@ -133,12 +138,12 @@ def _bound(plan: Plan, node: str) -> int | None:
 
 
 def option_of(plan: Plan, node: str, option: str) -> Any:
-    """An option of a logic operator that keeps its `options`; None where there is none."""
+    """An option of a logic operator that keeps its `options`; None if it has none such."""
     return getattr(getattr(plan.logic.get(node), "options", None), option, None)
 
 
 class Shares(NamedTuple):
-    """How an operator spent a span of time; the three add up to one."""
+    """How an operator spent a span of time; the three shares sum up to one."""
 
     busy: float
     idle: float
@@ -146,7 +151,7 @@ class Shares(NamedTuple):
 
 
 def shares(before: OperatorReading, after: OperatorReading, elapsed_s: float) -> Shares:
-    """Idle where no time has passed."""
+    """The shares of a span; all idle where no time has passed."""
     if elapsed_s <= 0:
         return Shares(0.0, 1.0, 0.0)
     busy = min(max((after.busy_s - before.busy_s) / elapsed_s, 0.0), 1.0)
@@ -156,21 +161,24 @@ def shares(before: OperatorReading, after: OperatorReading, elapsed_s: float) ->
 
 
 class Window:
-    """The readings of the last `span_s` seconds, for shares that do not depend on who asks when."""
+    """The readings of the last `span_s` seconds, so that shares do not depend on when they are
+    read.
+    """
 
     def __init__(self, span_s: float) -> None:
         self._span_s = span_s
         self._readings: deque[Reading] = deque()
 
     def add(self, reading: Reading) -> None:
-        """Keep a reading, newer than all before; one that is a whole span old stays."""
+        """Keep a reading, newer than all before. The newest that is a whole span old stays."""
         self._readings.append(reading)
         while len(self._readings) > 1 and self._readings[1].at_s <= reading.at_s - self._span_s:
             self._readings.popleft()
 
     def shares(self, now: Reading) -> dict[tuple[str, int], Shares]:
-        """(operator, replica) -> how it spent the time since the oldest reading; one that is newer
-        counts as idle.
+        """(operator, replica) -> its shares since the oldest reading.
+
+        A replica that is newer than that reading counts as idle.
         """
         since = self._readings[0] if self._readings else now
         before = {(one.node, one.replica): one for one in since.operators}

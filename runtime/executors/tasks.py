@@ -45,7 +45,7 @@ from sagellm.runtime.prefixes import ReportsCache
 
 
 class Timer:
-    """Tells the core when the time that it asked for last has come."""
+    """Dispatches `TimeCame` at the time that the core asked for last."""
 
     def __init__(self, dispatch: Callable[[Event], None]) -> None:
         self._dispatch = dispatch
@@ -57,7 +57,7 @@ class Timer:
         self._moved.set()
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Run until cancelled."""
         while True:
             self._moved = trio.Event()
             with trio.move_on_at(self._at_s):
@@ -72,19 +72,18 @@ RecordDecision: TypeAlias = Callable[[float, Event, list[Effect]], None]
 
 
 class ExecutorStopped(RuntimeError):
-    """A request for a graph that runs no more."""
+    """A request came to a graph that has stopped."""
 
     def __init__(self) -> None:
         super().__init__("the graph has stopped; open it again")
 
 
 class TasksExecutor:
-    """Runs a core under trio. Logic operators run inside the core, service operators in tasks of
-    their own; every item that reaches the sink is handed to `deliver`, which must not wait: what
-    one request may pile up there is bounded by its `max_tokens`.
+    """Runs a core under trio: logic operators in the core, service operators in tasks of their own.
 
-    `engines`: the replicas of each engine of the plan. `record`: is given each event, with its time
-    and effects.
+    Every item at the sink is given to `deliver`, which must not wait; `max_tokens` bounds the items
+    of one request there. `engines`: the replicas of each engine of the plan. `record`: called with
+    each event, its time and its effects.
     """
 
     def __init__(
@@ -97,7 +96,7 @@ class TasksExecutor:
         record: RecordDecision | None = None,
     ) -> None:
         self.engines = dict(engines or {})
-        self.cause: Exception | None = None  # of the end that is being delivered
+        self.cause: Exception | None = None  # the exception of the end that is being delivered
         self.clock = trio.lowlevel.current_clock().current_time
         self.now = trio.current_time
         self.core = Core(plan, max_hold_s=max_hold_s, clock=self.clock)
@@ -111,9 +110,9 @@ class TasksExecutor:
         self._timer = Timer(self.dispatch)
         self._nursery: trio.Nursery | None = None
         self.is_stopped = False
-        self._do: dict[type, Callable[..., None]] = {
+        self._effect_handlers: dict[type, Callable[..., None]] = {
             Send: lambda effect: self._hosts[effect.node, effect.replica].put(effect.item),
-            Deliver: self._hand_over,
+            Deliver: self._deliver_item,
             Interrupt: lambda effect: self._hosts[effect.node, effect.replica].signal(
                 effect.signal
             ),
@@ -137,7 +136,7 @@ class TasksExecutor:
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Run until cancelled, or until an engine or an operator's task fails.
 
-        What is open then ends as failed, so that nobody waits for it.
+        All open requests then end as failed, so that no caller waits for them.
         """
         try:
             async with trio.open_nursery() as nursery:
@@ -149,6 +148,7 @@ class TasksExecutor:
                 nursery.start_soon(self._timer.run)
                 task_status.started()
         finally:
+            # In this order: no new request may enter, and all open ones end before tasks go on.
             self.is_stopped = True
             self.dispatch(Stopped())
             self._at_rest.unpark_all()
@@ -156,7 +156,7 @@ class TasksExecutor:
 
     @property
     def plan(self) -> Plan:
-        """The plan as it is by now: a replica that is added makes a new one."""
+        """The current plan: a new replica makes a new one."""
         return self.core.plan
 
     @property
@@ -167,8 +167,8 @@ class TasksExecutor:
     async def submit(self, *choices: Request) -> None:
         """Let all choices of one request in through `source`.
 
-        Waits only where no operator of the graph queues; cancelled there, what has not entered
-        ends as cancelled. Raises ExecutorStopped, and ValueError where the request is known.
+        Waits only in a graph without a queue. Cancelled there, choices that have not entered end as
+        cancelled. Raises ExecutorStopped, and ValueError where the request id is in use.
         """
         if self.is_stopped:
             raise ExecutorStopped
@@ -182,18 +182,18 @@ class TasksExecutor:
             raise
 
     def signal(self, signal: Signal) -> None:
-        """End a request, or a choice of it; one that is unknown is ignored."""
+        """End a request or one of its choices; an unknown one is ignored."""
         self.dispatch(Signalled(signal))
 
     async def idle(self) -> None:
-        """Wait until all requests have ended and every block is free, or the executor stops."""
+        """Wait until all requests have ended and all blocks are free, or the executor stops."""
         while not self.core.is_at_rest and not self.is_stopped:
             await self._at_rest.park()
         for engine in self.all_engines:
             await engine.idle()
 
     def reading(self) -> Reading:
-        """What operators and edges have done so far."""
+        """The meters of operators and edges since the start."""
         waiting = {gate: host.num_waiting for gate, host in self._hosts.items()}
         return read(self.core.meter, self.plan, self.core.gates, waiting)
 
@@ -201,7 +201,7 @@ class TasksExecutor:
         return self.plan.is_routed(engine)
 
     def add(self, name: str, engine: Engine) -> None:
-        """One more replica of an engine that is routed to; nothing reaches it before `mark`."""
+        """Add a replica to a routed engine. The replica gets no request before `mark`."""
         assert self._nursery is not None
         replica = len(self.engines[name])
         self.engines[name] = (*self.engines[name], engine)
@@ -218,32 +218,35 @@ class TasksExecutor:
         self.dispatch(ReplicaMarked(engine, replica, is_up))
 
     def remove(self, engine: str, replica: int) -> None:
-        """A replica that was lost is not to come back."""
+        """A lost replica will not come back."""
         self.dispatch(ReplicaRemoved(engine, replica))
 
     def dispatch(self, event: Event) -> None:
-        """Tell the core of an event, and do what it asks for. Events of that come after."""
+        """Give an event to the core and carry out its effects.
+
+        Events that arise from the effects are dispatched after them, in order.
+        """
         self._events.append(event)
-        if self._is_dispatching:
+        if self._is_dispatching:  # the core is not re-entrant
             return
         self._is_dispatching = True
         try:
             while self._events:
-                self._react(self._events.popleft())
+                self._handle(self._events.popleft())
         finally:
             self._is_dispatching = False
 
-    def _react(self, event: Event) -> None:
+    def _handle(self, event: Event) -> None:
         now = self.clock()
         effects = self.core.on(event, now)
         if self._record is not None:
             self._record(now, event, effects)
         for effect in effects:
-            self._do[type(effect)](effect)
+            self._effect_handlers[type(effect)](effect)
         if self._at_rest and self.core.is_at_rest:
             self._at_rest.unpark_all()
 
-    def _hand_over(self, effect: Deliver) -> None:
+    def _deliver_item(self, effect: Deliver) -> None:
         self.cause = effect.error
         self._deliver(effect.item)
 

@@ -5,7 +5,7 @@ import pytest
 from sagellm.graphs.ir import SOURCE, Edge, Graph, Node
 from sagellm.operators import policy_sort
 from sagellm.operators.flat_map import FlatMapOptions, build
-from sagellm.runtime.core.credit import Gates
+from sagellm.runtime.core.credit import CreditGate, Gates
 from sagellm.runtime.core.effects import Send
 from sagellm.runtime.core.logic_graph import LogicGraph
 from sagellm.runtime.messages import Answer, Forked, Request, Sampling
@@ -78,7 +78,7 @@ def test_choices_that_find_credit_at_once_are_sent_once() -> None:
     }
     edges = (Edge(SOURCE, "fan"), Edge("fan", "sort"), Edge("sort", "engine"))
     gates = Gates()
-    gates.open(("engine", 0), Credit(requests=2))
+    gates.open(CreditGate("engine", 0), Credit(requests=2))
     logic_graph = LogicGraph(
         Graph("g", nodes=tuple(Node(name, name) for name in (*names, "engine")), edges=edges),
         logic,

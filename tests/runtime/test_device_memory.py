@@ -1,4 +1,4 @@
-"""Nothing above a backend touches memory of a device: tensors are its own, and are copied by it."""
+"""Only a backend touches the memory of its device: it owns and copies all tensors."""
 
 import re
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 TOUCHES = re.compile(r"\.numpy\(\)|\.tolist\(\)|\.item\(\)|\.data_ptr\(\)|torch\.from_numpy")
 FLOORS = ("graphs", "runtime", "operators", "sagellm")
-# Weights are read on the host, from files, before a device has them.
+# Weights are read from files on the host, before they are on a device.
 ON_THE_HOST = ("runtime/models/",)
 
 

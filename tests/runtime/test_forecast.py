@@ -1,10 +1,12 @@
-"""What is predicted, and from what evidence."""
+"""Forecasts: predictions, and the evidence that they need."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from sagellm.runtime.feedback import Backlog, FirstToken, LoadReported, QueueChanged
-from sagellm.runtime.forecast import Forecast
+from sagellm.runtime.forecast import Forecast, LineFit
 from sagellm.runtime.messages import Request, Stamps
 from sagellm.runtime.port import EngineLoad
 
@@ -43,7 +45,7 @@ def test_prefills_of_one_length_show_a_rate() -> None:
 
 
 def test_prefills_of_several_lengths_show_a_line() -> None:
-    """0.1 s and a hundredth of a second a token."""
+    """0.1 s for a prefill, and 0.01 s for each token."""
     forecast = learned(*[(10, 0.2), (100, 1.1), (50, 0.6)] * 5)
     assert forecast.prefill_s(200) == pytest.approx(2.1)
     assert forecast.prefill_s(0) == pytest.approx(0.1)
@@ -68,7 +70,7 @@ def test_the_first_token_of_a_cached_prompt_comes_sooner() -> None:
 
 
 def waiting(forecast: Forecast, num_served: int = 0) -> Forecast:
-    """With four requests that wait, and forty more served, in 0.1 s each."""
+    """A pace with four waiting requests and forty served ones, 0.1 s each."""
     for number in range(num_served, num_served + 40):
         backlog = Backlog(
             4, 400, 400, num_served=number, num_served_tokens=100 * number,
@@ -98,7 +100,7 @@ class Corrected:
 
 def test_ttft_adds_what_was_waited_the_queue_and_the_first_token() -> None:
     forecast = waiting(learned(*[(100, 1.0)] * 20))
-    assert forecast.ttft_s(ask(100), 0.0) is None  # it took no time
+    assert forecast.ttft_s(ask(100), 0.0) is None  # no time has passed
     forecast = waiting(forecast, 40)
     wait_s = forecast.pace.long_wait_s(3.0)
     assert wait_s is not None
@@ -132,3 +134,49 @@ def test_steps_are_timed_while_a_replica_is_busy() -> None:
         load = EngineLoad(num_running=num_running, num_steps=num_steps)
         forecast = forecast.after(LoadReported(node="g", replica=0, load=load), now)
     assert forecast.step_s == pytest.approx(0.1)
+
+
+SAMPLES = st.lists(
+    st.tuples(st.integers(0, 10_000), st.floats(0, 100, allow_subnormal=False)), min_size=1
+)
+
+
+def fitted(*samples: tuple[float, float]) -> LineFit:
+    fit = LineFit()
+    for num_tokens, seconds in samples:
+        fit = fit.with_samples(num_tokens, seconds)
+    return fit
+
+
+def test_samples_on_a_line_give_that_line() -> None:
+    fit = fitted((0, 1.0), (100, 2.0), (200, 3.0))
+    assert fit.seconds_of(300) == pytest.approx(4.0)
+    assert fit.seconds_of(300, 2) == pytest.approx(2 * 1.0 + 3.0)
+
+
+def test_samples_of_one_size_are_proportional() -> None:
+    fit = fitted((100, 1.0), (101, 3.0))
+    assert fit.seconds_of(50) == pytest.approx(1.0, rel=0.02)
+
+
+def test_what_takes_no_longer_with_more_tokens_is_flat() -> None:
+    fit = fitted(*[(10, 0.3), (1000, 0.2)] * 8)
+    assert fit.seconds_of(0) == fit.seconds_of(5000) == pytest.approx(0.25)
+
+
+def test_equal_samples_may_come_together() -> None:
+    assert LineFit().with_samples(30, 6.0, count=3) == fitted(*[(10, 2.0)] * 3)
+
+
+def test_older_samples_count_less() -> None:
+    fit = fitted((10, 5.0)).with_samples(10, 1.0, kept=0.0)
+    assert fit.seconds_of(10) == pytest.approx(1.0)
+
+
+@given(SAMPLES, st.integers(0, 10_000), st.integers(0, 10_000))
+def test_the_line_never_falls_and_is_never_negative(
+    samples: list[tuple[int, float]], one: int, other: int
+) -> None:
+    fit = fitted(*samples)
+    low, high = sorted((one, other))
+    assert -1e-6 <= fit.seconds_of(low) <= fit.seconds_of(high) + 1e-6

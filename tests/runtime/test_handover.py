@@ -1,4 +1,4 @@
-"""What operators that run engines report of a first token."""
+"""Reports of first tokens, and the phases of a request."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 
 from sagellm.runtime.feedback import FirstToken
-from sagellm.runtime.handover import report_first_token
+from sagellm.runtime.handover import Phases, phases_of, report_first_token
 from sagellm.runtime.messages import Request, Stamps, TokenEvent
 
 
 @dataclass
 class Reports:
-    """The context of an operator: its time, and what it reports."""
+    """The context of an operator, with its time and its reports."""
 
     time_s: float
     made: list[FirstToken] = field(default_factory=list)
@@ -25,7 +25,7 @@ class Reports:
 
 
 def reported(now: float, **fields: Any) -> FirstToken:
-    """The first token of a request that arrived at 1 s, left its queue at 2 s, and got it `now`."""
+    """Report the first token of a request that arrived at 1 s and left its queue at 2 s."""
     ctx, stamps = Reports(now), Stamps(arrived_s=1.0, dispatched_s=2.0)
     request = Request(request_id="r", prompt_token_ids=(1,) * 8, stamps=stamps, **fields)
     event = TokenEvent(request_id="r", position=request.num_emitted, token_ids=(7,))
@@ -46,3 +46,27 @@ def test_it_is_timed_from_its_arrival_too_with_its_objective() -> None:
 
 def test_after_a_part_of_the_answer_the_arrival_says_nothing() -> None:
     assert reported(9.0, slo_ttft_s=2.0, emitted_token_ids=(5,)).since_arrival_s is None
+
+
+FULL = {"started_s": 2.0, "prefilled_s": 4.0, "transferred_s": 4.5, "finished_s": 9.0}
+
+
+@pytest.mark.parametrize(
+    ("passed", "expected"),
+    [
+        (FULL, (1.0, 2.0, 0.5, 4.5)),
+        ({**FULL, "dispatched_s": 1.5}, (1.0, 2.0, 0.5, 4.5)),
+        ({**FULL, "transferred_s": None}, (1.0, 2.0, 0.0, 5.0)),  # joint
+        ({"dispatched_s": 1.5, "finished_s": 3.0}, (2.0, 0.0, 0.0, 0.0)),  # ended in a queue
+        ({"started_s": 2.0, "finished_s": 3.0}, (1.0, 1.0, 0.0, 0.0)),  # ended in prefill
+        ({}, (0.0, 0.0, 0.0, 0.0)),
+    ],
+)
+def test_phases_add_up_to_the_whole(passed: Any, expected: Any) -> None:
+    stamps = Stamps(arrived_s=1.0, **passed)
+    assert phases_of(stamps) == expected
+    assert sum(expected) == (stamps.finished_s or 1.0) - 1.0
+
+
+def test_phases_add() -> None:
+    assert Phases(1, 2, 3, 4).plus(Phases(queue_s=1)) == (2, 2, 3, 4)

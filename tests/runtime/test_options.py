@@ -1,4 +1,4 @@
-"""Options: plain values become the frozen dataclass that an operator declares."""
+"""Options: plain values become the frozen dataclass of an operator."""
 
 from dataclasses import dataclass
 from typing import Literal

@@ -1,4 +1,4 @@
-"""A plan: what each operator is told of its place in the graph."""
+"""A plan: what each operator gets to know of its place in the graph."""
 
 from dataclasses import replace
 

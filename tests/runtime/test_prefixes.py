@@ -1,4 +1,4 @@
-"""What is cached of a prompt, and where: hashed as engines hash, inside one tenant's salt."""
+"""Cached prefixes: hashed as engines hash, within the salt of one tenant."""
 
 import random
 import secrets
@@ -19,7 +19,7 @@ def ask(*tokens: int, salt: str = "", **fields: object) -> Request:
 
 
 def engine_hashes(tokens: tuple[int, ...], salt: str = "") -> list[bytes]:
-    """As an engine of this process knows the full blocks."""
+    """The hashes of full blocks as an engine of this process computes them."""
     keys: list[BlockKey] = []
     for start in range(0, len(tokens) - SIZE + 1, SIZE):
         keys.append(block_key(keys[-1] if keys else None, tokens[start : start + SIZE], salt))
@@ -27,7 +27,7 @@ def engine_hashes(tokens: tuple[int, ...], salt: str = "") -> list[bytes]:
 
 
 def index_of(*held: tuple[int, tuple[int, ...]], salt: str = "") -> PrefixIndex:
-    """The index of (replica, tokens) that replicas have."""
+    """The index of replicas that have these tokens, given as (replica, tokens)."""
     blocks: dict[bytes, int] = {}
     for replica, tokens in held:
         for block in engine_hashes(tokens, salt):

@@ -1,4 +1,4 @@
-"""The resolver finds operators by name, and says which one was meant."""
+"""The resolver finds operators by name, and suggests the nearest name."""
 
 import pytest
 

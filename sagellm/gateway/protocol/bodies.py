@@ -32,7 +32,7 @@ from sagellm.gateway.protocol.request import (
     read_fields,
 )
 from sagellm.gateway.settings import RequestLimits
-from sagellm.runtime.sampling_params import MAX_LOGPROBS, RANGES
+from sagellm.runtime.sampling import MAX_LOGPROBS, RANGES
 
 T = TypeVar("T")
 

@@ -10,7 +10,7 @@ from sagellm.gateway.protocol.json import fields_of, read_json
 from sagellm.gateway.protocol.other_apis import REQUEST, STREAM_OPTIONS
 from sagellm.gateway.settings import RequestLimits
 from sagellm.runtime.messages import PRIORITIES
-from sagellm.runtime.sampling_params import RANGES
+from sagellm.runtime.sampling import RANGES
 
 
 def within(name: str) -> Meta:

@@ -1,4 +1,4 @@
-"""Which ways through a graph are shut while engines are missing, and for how long that is borne."""
+"""Which gates are closed while engines are missing, and how long requests wait for them."""
 
 import math
 
@@ -7,7 +7,7 @@ import pytest
 from sagellm import Graph
 from sagellm.builder import RESOLVER
 from sagellm.runtime.core.availability import Availability
-from sagellm.runtime.core.credit import Gates
+from sagellm.runtime.core.credit import CreditGate, Gates
 from sagellm.runtime.messages import Request
 from sagellm.runtime.operator import Credit
 from sagellm.runtime.plan import plan
@@ -19,15 +19,15 @@ def available(graph: str, max_hold_s: float = HOLD_S, **replicas: int) -> Availa
     made, gates = plan(Graph.load(graph).ir, RESOLVER, replicas), Gates()
     for node in made.services:
         for number in range(made.num_replicas(node)):
-            gates.open((node, number), Credit())
+            gates.open(CreditGate(node, number), Credit())
     return Availability(made, gates, max_hold_s)
 
 
 def closed(missing: Availability) -> set[tuple[str, int]]:
-    """The replicas of operators with an engine that take no new request."""
+    """The gates of operators with an engine that take no new request."""
     plan, gates = missing.plan, missing.gates
     every = {
-        (node, number)
+        CreditGate(node, number)
         for node in plan.services
         if plan.engine_name(node)
         for number in range(plan.num_replicas(node))
@@ -41,22 +41,24 @@ def lose(missing: Availability, *lost: tuple[str, int], now: float = 0.0) -> Non
 
 
 @pytest.mark.parametrize(
-    ("lost", "shut"),
+    ("lost", "closed_gates"),
     [
         ([], set()),
         ([("p", 1)], {("prefill", 1)}),
         ([("d", 0)], {("decode", 0), ("generate", 0)}),
         ([("p", 0), ("p", 1)], {("prefill", 0), ("prefill", 1)}),
         (
-            [("d", 0), ("d", 1)],  # what prefill computes would find nowhere to go
+            [("d", 0), ("d", 1)],  # the results of prefill would have nowhere to go
             {(node, n) for node in ("prefill", "decode", "generate") for n in (0, 1)},
         ),
     ],
 )
-def test_what_is_shut(lost: list[tuple[str, int]], shut: set[tuple[str, int]]) -> None:
+def test_which_gates_are_closed(
+    lost: list[tuple[str, int]], closed_gates: set[tuple[str, int]]
+) -> None:
     missing = available("pd_many", p=2, d=2)
     lose(missing, *lost)
-    assert closed(missing) == shut
+    assert closed(missing) == closed_gates
     for engine, replica in lost:
         missing.mark(engine, replica, 1.0, is_up=True)
     assert closed(missing) == set()
@@ -67,7 +69,7 @@ def test_what_is_shut(lost: list[tuple[str, int]], shut: set[tuple[str, int]]) -
     [
         ("joint", [], False),
         ("joint", [("g", 0)], True),
-        ("pd", [("p", 0)], False),  # short prompts do without
+        ("pd", [("p", 0)], False),  # short prompts need no prefill engine
         ("pd", [("d", 0)], True),
     ],
 )

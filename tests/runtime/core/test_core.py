@@ -1,4 +1,4 @@
-"""The core: events in, effects out, with nothing of trio, a clock or a device."""
+"""The core: events in, effects out, without trio, a clock or a device."""
 
 import math
 import subprocess
@@ -61,7 +61,7 @@ def routed(num_replicas: int = 2, *, capacity: float = 1) -> Core:
 
 
 def plain(*names: str, capacity: float = 1) -> Core:
-    """source -> services of these names -> sink; their tasks are the test."""
+    """source -> services of these names -> sink; the test stands for their tasks."""
     edges = tuple(Edge(a, b) for a, b in pairwise((SOURCE, *names, SINK)))
     graph = IR("g", nodes=tuple(Node(name, name) for name in names), edges=edges)
     core = Core(Plan(graph, {}, dict.fromkeys(names)))  # type: ignore[arg-type]
@@ -85,7 +85,7 @@ def test_importing_it_imports_neither_trio_nor_torch() -> None:
 
 
 def test_while_a_replica_has_room_nothing_waits() -> None:
-    """Three long requests fill replica 1 of three places; a heavy one is all that replica 0 has."""
+    """Replica 1 holds three long requests, replica 0 one heavy request. Each has three places."""
     core = routed(2, capacity=3)
     heavy = Request(request_id="heavy", prompt_token_ids=(1,) * 5000)
     assert sent(core.on(Arrived(1, (heavy,)), 0.0)) == [("heavy", 0)]
@@ -111,14 +111,16 @@ def test_returned_credit_sends_what_waits() -> None:
 
 
 def test_operators_are_told_whether_engines_are_full() -> None:
-    """Once at the end of an event: credit that comes and is taken at once changes nothing."""
+    """Room is reported at the end of an event: credit that comes and goes within it changes
+    nothing.
+    """
     core = routed(1)
-    cell, told = core.logic_graph.cells["policy_sort"], []
+    cell, reports = core.logic_graph.cells["policy_sort"], []
     answer = cell.on
 
     def noting(state: Any, happened: Input, now: float, draw: Draw) -> Step[Any]:
         if isinstance(happened, RoomChanged):
-            told.append((now, happened.has_room))
+            reports.append((now, happened.has_room))
         return answer(state, happened, now, draw)
 
     cell.on = noting
@@ -126,7 +128,7 @@ def test_operators_are_told_whether_engines_are_full() -> None:
         core.on(Arrived(1, (request(name),)), 0.0)
     for second, name in enumerate("abc"):
         core.on(Released("generate", 0, name, 0), second + 1.0)
-    assert told == [(0.0, False), (3.0, True)]
+    assert reports == [(0.0, False), (3.0, True)]
 
 
 def test_items_without_credit_are_parked_and_go_on_in_order() -> None:
@@ -155,7 +157,7 @@ def test_a_signal_interrupts_those_that_hold_its_request_and_no_other() -> None:
     assert core.on(Signalled(Signal("cancel", "b")), 1.0) == [
         Interrupt("generate", 1, Signal("cancel", "b"))
     ]
-    assert reasons(core.on(Signalled(Signal("cancel", "c")), 1.0)) == ["cancelled"]  # it waited
+    assert reasons(core.on(Signalled(Signal("cancel", "c")), 1.0)) == ["cancelled"]  # it was queued
 
 
 def test_a_request_expires_at_its_time() -> None:
@@ -185,7 +187,7 @@ def test_a_replica_that_is_lost_gets_none_until_it_is_back() -> None:
 
 
 class Noting:
-    """Notes topologies, and passes items on."""
+    """Notes topologies and passes items on."""
 
     initial: tuple[Topology, ...] = ()
 
@@ -199,7 +201,7 @@ class Noting:
 
 
 def disaggregated(num_places: int) -> Core:
-    """The graph `pd`, whose decode has so many places; the other operators have room."""
+    """The graph `pd` with limited credit at decode and room at all other operators."""
     core = Core(plan(Graph.load("pd").ir, RESOLVER, {"p": 1, "d": 1}))
     for node in core.plan.services:
         core.on(Opened(node, 0, Credit(num_places if node == "decode" else 8), 16), 0.0)
@@ -233,7 +235,7 @@ def test_a_request_that_ends_in_prefill_gives_its_place_in_decode_back() -> None
 
 
 def test_what_one_engine_decodes_is_counted_once() -> None:
-    """Short prompts take places of the same engine."""
+    """Short prompts take credit of the same engine."""
     core = disaggregated(1)
     short = Request(request_id="short", prompt_token_ids=(1,) * 8)
     assert entered(core.on(Arrived(1, (short,)), 0.0)) == [("generate", "short")]
@@ -317,7 +319,7 @@ def test_nothing_is_kept_of_what_is_over() -> None:
 
 
 def placed(core: Core, name: str) -> int:
-    """How many places of a request the router knows."""
+    """How many choices of a request the router counts as placed."""
     return len(core.logic_graph.cells["route"].state.placed.get(name, ()))
 
 

@@ -1,13 +1,13 @@
-"""Credits: what is taken is given back, and never more is under way than there is."""
+"""Credit: every take can be undone, and no more is in transit than was granted."""
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sagellm.runtime.core.credit import Gates, cost_of
+from sagellm.runtime.core.credit import CreditGate, Gates, cost_of
 from sagellm.runtime.messages import Prefilled, Request, TokenEvent
 from sagellm.runtime.operator import Credit
 
-GATE = ("engine", 0)
+GATE = CreditGate("engine", 0)
 
 
 def request(name: str, num_tokens: int) -> Request:
@@ -88,7 +88,7 @@ def test_what_is_under_way_never_exceeds_the_capacity(moves: list[tuple[int, int
 
 def test_a_place_that_comes_later_is_taken_at_once_or_nothing_is() -> None:
     gates = Gates({"engine": "decode"})
-    later = ("decode", 0)
+    later = CreditGate("decode", 0)
     gates.open(GATE, Credit(4))
     gates.open(later, Credit(1), block_size=4)
     assert gates.take(GATE, request("a", 8), later) is None

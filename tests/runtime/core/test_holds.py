@@ -1,4 +1,4 @@
-"""A strategy may hold a request back for a replica, for as long as it says, and no longer."""
+"""A strategy may hold a request back for a replica until its limit, and no longer."""
 
 import math
 from dataclasses import dataclass
@@ -84,7 +84,7 @@ def test_it_goes_to_another_once_its_time_is_over(core: Core) -> None:
 def test_others_pass_it(core: Core) -> None:
     arrive(core, "held", 1.0, "patient")
     assert sent(arrive(core, "other", 1.5)) == [("other", 1)]
-    assert sent(core.on(TimeCame(), 3.0)) == []  # nobody has room now
+    assert sent(core.on(TimeCame(), 3.0)) == []  # no replica has room now
     assert sent(core.on(Released("generate", 1, "other", 0), 3.5)) == [("held", 1)]
 
 

@@ -1,4 +1,4 @@
-"""The ledger finds every way in which the books can fail to balance."""
+"""The ledger finds every way in which its accounts can fail to balance."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""A region: transactions over the states of logic operators."""
+"""Transactions over the states of logic operators."""
 
 import math
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from sagellm.graphs.ir import SINK, SOURCE, Edge, Graph, Node
-from sagellm.runtime.core.credit import Gates, NoCredit
+from sagellm.runtime.core.credit import CreditGate, Gates, NoCredit
 from sagellm.runtime.core.effects import Send
 from sagellm.runtime.core.journal import ReachedSink, UpstreamFeedback
 from sagellm.runtime.core.logic_graph import LogicGraph
@@ -73,7 +73,7 @@ class Keeping:
 
 @dataclass(frozen=True)
 class Doubling:
-    """Tells upstream, then sends each item twice."""
+    """Reports feedback, then sends each item twice."""
 
     initial: int = 0
 
@@ -99,7 +99,7 @@ def make(
     graph = Graph("g", nodes=nodes, edges=chain(SOURCE, *names, "engine"))
     gates = Gates()
     for replica in range(replicas):
-        gates.open(("engine", replica), capacity)
+        gates.open(CreditGate("engine", replica), capacity)
     return LogicGraph(graph, logic, gates, {"engine": replicas}), gates
 
 
@@ -119,13 +119,13 @@ def test_without_credit_nothing_has_happened() -> None:
     with pytest.raises(NoCredit, match="engine"):
         logic_graph.send(SOURCE, request("second"), "out", 0.0)
     assert logic_graph.cells["a"].state == 1
-    gates.give(("engine", 0), ("first", 0))
+    gates.give(CreditGate("engine", 0), ("first", 0))
     assert sent(logic_graph.send(SOURCE, request("second"), "out", 0.0)) == ["second"]
 
 
 def test_what_an_undone_input_sent_is_taken_back() -> None:
     logic_graph, gates = make({"a": Doubling()}, "a", capacity=Credit(1))
-    with pytest.raises(NoCredit):  # the second one finds no credit
+    with pytest.raises(NoCredit):  # the second item finds no credit
         logic_graph.send(SOURCE, request("r"), "out", 0.0)
     assert gates.accounts["engine", 0].num_items == 0
     assert logic_graph.feed("a", Wake(), 0.0) == [UpstreamFeedback("a", waiting(0))]
@@ -136,7 +136,7 @@ def test_an_offer_without_credit_keeps_the_item() -> None:
     logic_graph.send(SOURCE, request("first"), "out", 0.0)
     assert sent(logic_graph.send(SOURCE, request("second"), "out", 0.0)) == []
     assert [item.request_id for item in logic_graph.cells["q"].state] == ["second"]
-    gates.give(("engine", 0), ("first", 0))
+    gates.give(CreditGate("engine", 0), ("first", 0))
     assert sent(logic_graph.feed("q", CreditChanged(node="engine"), 0.0)) == ["second"]
     assert logic_graph.cells["q"].state == ()
 
@@ -160,8 +160,8 @@ def test_one_credit_message_sends_all_that_fit() -> None:
     logic_graph, gates = make({"q": Keeping()}, "q", capacity=Credit(2))
     for name in "abcd":
         logic_graph.send(SOURCE, request(name), "out", 0.0)
-    gates.give(("engine", 0), ("a", 0))
-    gates.give(("engine", 0), ("b", 0))
+    gates.give(CreditGate("engine", 0), ("a", 0))
+    gates.give(CreditGate("engine", 0), ("b", 0))
     assert sent(logic_graph.feed("q", CreditChanged(node="engine"), 0.0)) == ["c", "d"]
 
 
@@ -184,10 +184,10 @@ def test_signals_end_what_is_held_and_tell_upstream() -> None:
     logic_graph, _ = make({"q": Keeping()}, "q", capacity=Credit(1))
     for name in "ab":
         logic_graph.send(SOURCE, request(name), "out", 0.0)
-    ended, told = logic_graph.feed("q", Signal("cancel", "b"), 0.0)
+    ended, report = logic_graph.feed("q", Signal("cancel", "b"), 0.0)
     assert isinstance(ended, ReachedSink)
     assert ended.terminal
-    assert told == UpstreamFeedback("q", waiting(0))
+    assert report == UpstreamFeedback("q", waiting(0))
 
 
 def test_wake_times_are_kept_until_the_next_answer() -> None:

@@ -1,4 +1,4 @@
-"""Meters: exact counts, and time that adds up, on a clock that the tests hold."""
+"""Meters: exact counts and times that add up, on a clock that the tests control."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -62,13 +62,13 @@ class Timed:
         raise AssertionError
 
     def on_signal(self, ctx: Context, signal: Signal) -> None:
-        """Nothing is elsewhere."""
+        """Do nothing: no engine holds a part of the item."""
 
     def recall(self, ctx: Context, key: tuple[str, int]) -> None:
         return None
 
     def discard(self, ctx: Context, item: Any) -> None:
-        """Nothing is held."""
+        """Do nothing: an item holds nothing."""
 
 
 class Answering(Timed):
@@ -83,7 +83,7 @@ class Refusing(Timed):
 
 
 class Pass:
-    """Logic that passes all, tells a queue of as many as the request's prompt says, or fails."""
+    """Logic that passes all items, reports a queue as long as the prompt says, or fails."""
 
     initial = None
 
@@ -201,7 +201,7 @@ async def test_calls_overlap_and_busy_time_does_not(autojump_clock: MockClock) -
 
 
 async def test_who_waits_for_credit_is_backpressured(autojump_clock: MockClock) -> None:
-    """c takes one item at a time; what a has ready waits, and so does the operator between."""
+    """c takes one item at a time; finished items of a wait, and so does the operator between."""
     fast, slow = Timed(concurrency=4), Answering(capacity=1)
     async with running(a=fast, b=Pass(), c=slow) as executor:
         for number in range(4):
@@ -301,7 +301,7 @@ async def test_shipped_graphs_balance_and_equal_runs_read_equal(
 
     first, second = await run(), await run()
     assert first.edges == second.edges
-    if graph == "joint":  # which replica wakes first at one moment is trio's choice
+    if graph == "joint":  # trio chooses which replica wakes first
         assert counts_of(first) == counts_of(second)
         assert times_of(first) == pytest.approx(times_of(second))
 
@@ -309,7 +309,7 @@ async def test_shipped_graphs_balance_and_equal_runs_read_equal(
 async def test_replicas_add_up_to_their_edges(autojump_clock: MockClock) -> None:
     async with Graph.load("pd_many").open(set=NULL) as session:
         async with trio.open_nursery() as nursery:
-            for number in range(40):  # none has a prefix that another one computed
+            for number in range(40):  # no two prompts share a prefix
                 nursery.start_soon(session.generate, [number] * 100)
         reading = session.executor.reading()
     came = {edge.target: 0 for edge in reading.edges}

@@ -1,4 +1,4 @@
-"""What the core keeps of engines' prefix blocks: ordered, resynchronised, bounded."""
+"""Indexes of reported prefix blocks: ordered, resynchronised, bounded."""
 
 from dataclasses import replace
 from typing import Any
@@ -90,7 +90,7 @@ def test_a_lost_replica_has_nothing_and_is_asked_when_it_is_back() -> None:
     report(core, 1, 1, is_first=True, stored=(1, 2))
     core.on(ReplicaMarked("g", 1, is_up=False), 2.0)
     assert known(core) == {1: 0b01}
-    report(core, 1, 2, stored=(3,))  # of the life that has ended
+    report(core, 1, 2, stored=(3,))  # of an epoch that has ended
     assert known(core) == {1: 0b01}
     assert asked(core.on(ReplicaMarked("g", 1, is_up=True), 3.0)) == [1]
     report(core, 1, 1, epoch=2, is_first=True, stored=(7,))
@@ -113,11 +113,11 @@ def test_what_was_left_out_is_asked_for_once_there_is_room() -> None:
     report(core, 1, 1, is_first=True, stored=range(20, 30))
     assert known(core) == dict.fromkeys(range(10), 1) | dict.fromkeys(range(20, 26), 2)
     assert asked(report(core, 0, 2, dropped=(9,))) == []
-    report(core, 1, 2, stored=(30,))  # may come behind one that was left out
+    report(core, 1, 2, stored=(30,))  # may follow a block that was left out
     assert 30 not in known(core)
     assert asked(report(core, 0, 3, dropped=(8,))) == [1]
     assert known(core) == dict.fromkeys(range(8), 1)
-    # it is truncated again; the room that it made itself makes nobody be asked
+    # The replica is truncated again. Room that a replica makes itself asks no replica.
     assert asked(report(core, 1, 1, is_first=True, stored=range(20, 30))) == []
     assert asked(report(core, 0, 4, stored=(0,))) == []
     assert known(core) == dict.fromkeys(range(8), 1) | dict.fromkeys(range(20, 28), 2)

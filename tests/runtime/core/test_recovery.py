@@ -1,4 +1,4 @@
-"""Requests whose engine was lost: who goes in again, who is tried alone, who is not tried again."""
+"""Requests whose engine was lost: which enter again, which are tried alone, which end."""
 
 from typing import Any
 

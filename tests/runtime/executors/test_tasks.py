@@ -31,7 +31,7 @@ from sagellm.runtime.plan import Plan
 
 
 class Answering:
-    """Answers each request with one last event, once `gate` is open; notes what it discards."""
+    """Answers each request with one last event once `gate` is open; notes discarded items."""
 
     holds = False
 
@@ -79,7 +79,7 @@ class Relay(Answering):
 async def running(
     specs: dict[str, OpSpec] | None = None, **services: Any
 ) -> AsyncIterator[tuple[TasksExecutor, list[Any]]]:
-    """source -> services in order -> sink; the books balance afterwards."""
+    """source -> services in order -> sink; checks the ledger afterwards."""
     names = (SOURCE, *services, SINK)
     edges = tuple(Edge(a, b) for a, b in pairwise(names))
     graph = Graph("g", nodes=tuple(Node(name, name) for name in services), edges=edges)
@@ -150,14 +150,14 @@ async def test_a_cancel_that_overtakes_its_request_is_not_lost() -> None:
     first, second = Relay(is_open=False), Answering()
     async with running(a=first, b=second) as (executor, delivered):
         await executor.submit(request("r"))
-        executor.core.register.record_signal(Signal("cancel", "r"))  # it has passed `a` already
+        executor.core.register.record_signal(Signal("cancel", "r"))  # sent after `a`
         first.gate.set()
     assert reasons(delivered) == {"r": "cancelled"}
 
 
 @dataclass(frozen=True)
 class Keeping:
-    """A logic operator that keeps what it gets, for ever."""
+    """A logic operator that keeps every item forever."""
 
     initial: int = 0
 
@@ -169,7 +169,7 @@ async def test_a_cancel_ends_a_request_before_an_operator_that_would_keep_it() -
     relay = Relay(is_open=False)
     async with running(a=relay, b=Keeping()) as (executor, delivered):
         await executor.submit(request("r"))
-        executor.core.register.record_signal(Signal("cancel", "r"))  # it has passed `a` already
+        executor.core.register.record_signal(Signal("cancel", "r"))  # sent after `a`
         relay.gate.set()
     assert reasons(delivered) == {"r": "cancelled"}
 
@@ -248,7 +248,7 @@ async def test_what_a_wake_up_found_no_credit_for_comes_later(
 
 @dataclass(frozen=True)
 class Refusing:
-    """A logic operator that fails on the request `bad`, and on one that comes again."""
+    """A logic operator that fails on the request `bad`, and on a request that enters again."""
 
     initial: int = 0
 

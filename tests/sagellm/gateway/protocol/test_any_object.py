@@ -30,7 +30,7 @@ from sagellm.gateway.protocol.other_apis import MESSAGE, PART, REQUEST, TOOL_CAL
 from sagellm.gateway.protocol.request import StreamOptions
 from sagellm.gateway.protocol.sampling_params import ModelBounds, kept_ids, sampling_of
 from sagellm.gateway.settings import RequestLimits
-from sagellm.runtime.sampling_params import sampling_fault
+from sagellm.runtime.sampling import sampling_fault
 
 FACTS = ModelBounds(vocab_size=100, max_model_len=64)
 MARK = "no-one-reads-this"

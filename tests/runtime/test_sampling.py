@@ -1,11 +1,11 @@
-"""Sampling parameters of a wrong type are named, wherever they come from."""
+"""Sampling parameters of a wrong type are named in the error."""
 
 from typing import Any
 
 import pytest
 
 from sagellm.runtime.messages import Sampling
-from sagellm.runtime.sampling_params import sampling_fault
+from sagellm.runtime.sampling import sampling_fault
 
 
 @pytest.mark.parametrize(

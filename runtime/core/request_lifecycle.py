@@ -6,12 +6,13 @@ import math
 import msgspec
 
 from sagellm.runtime.core.accounting import Ledger
-from sagellm.runtime.core.credit import ChoiceKey, Gates
+from sagellm.runtime.core.credit import Gates
 from sagellm.runtime.core.effects import Deliver, Faulted, Interrupt, OperatorFault, Reaction
 from sagellm.runtime.core.journal import HeldItems
 from sagellm.runtime.core.recovery import Recovery
 from sagellm.runtime.messages import (
     Answer,
+    ChoiceKey,
     FinishReason,
     Forked,
     Item,
@@ -23,11 +24,9 @@ from sagellm.runtime.messages import (
 from sagellm.runtime.operator import Signal
 from sagellm.runtime.user_function import end_event, failure_event
 
-RegisterKey = tuple[str, int]
-
 
 class OpenChoices(msgspec.Struct):
-    """One open request: its choices that have had no last event yet."""
+    """One open request, with the choices that have had no last event yet."""
 
     choices: set[int]
     expires_s: float | None = None
@@ -37,14 +36,14 @@ class OpenChoices(msgspec.Struct):
 
 
 class Register:
-    """Opened when a request enters, closed choice by choice.
+    """The open requests: opened on entry, and closed choice by choice.
 
-    `abandoned` holds choices that ended outside their engine, until the engine lets go of them.
+    `abandoned`: choices that ended outside their engine, until the engine has released them.
     """
 
     def __init__(self) -> None:
         self.entries: dict[str, OpenChoices] = {}
-        self.abandoned: set[RegisterKey] = set()
+        self.abandoned: set[ChoiceKey] = set()
         self.expiries_changed = False  # since `next_expiry_s` was read last
         self._expiries: list[tuple[float, str]] = []
 
@@ -65,17 +64,17 @@ class Register:
             self.expiries_changed = True
             heapq.heappush(self._expiries, (expires_s, request_id))
 
-    def is_open(self, key: RegisterKey) -> bool:
+    def is_open(self, key: ChoiceKey) -> bool:
         entry = self.entries.get(key[0])
         return entry is not None and key[1] in entry.choices
 
-    def is_over(self, key: RegisterKey) -> bool:
-        """Whether a choice has ended, or is to end wherever it waits."""
+    def is_over(self, key: ChoiceKey) -> bool:
+        """Whether a choice has ended, or is about to end."""
         entry = self.entries.get(key[0])
         return entry is None or key[1] not in entry.choices or key[1] in entry.unavailable
 
-    def close(self, key: RegisterKey) -> bool:
-        """Strike a choice out; True where it was the request's last."""
+    def close(self, key: ChoiceKey) -> bool:
+        """Close a choice; True where it was the last of its request."""
         entry = self.entries[key[0]]
         entry.choices.discard(key[1])
         if entry.choices:
@@ -90,21 +89,21 @@ class Register:
         return entry.tombstone if entry else None
 
     def record_signal(self, signal: Signal) -> None:
-        """Keep a signal until the request has ended, for operators that it has overtaken."""
+        """Keep a signal until its request ends, for operators that the request reaches later."""
         entry = self.entries[signal.request_id]
         if signal.choice is None and entry.tombstone is None:
             entry.tombstone = signal
 
     @property
     def next_expiry_s(self) -> float:
-        """When the first open request expires; what has ended before its time is forgotten."""
+        """When the first open request expires. Drops requests that ended before."""
         self.expiries_changed = False
         while self._expiries and not self._is_due(*self._expiries[0]):
             heapq.heappop(self._expiries)
         return self._expiries[0][0] if self._expiries else math.inf
 
     def take_expired(self, now: float) -> list[str]:
-        """The requests whose time has come, each once."""
+        """The requests that have expired, each once."""
         due = []
         while self.next_expiry_s <= now:
             due.append(heapq.heappop(self._expiries)[1])
@@ -136,8 +135,8 @@ class RequestLifecycle:
         self.ledger = Ledger(gaps=drops_tokens)
         self.register = register
         self.recovery = Recovery(reaction.time)
-        self.forgotten: list[str] = []  # requests that ended, and that operators still know
-        self._releasing: set[str] = set()  # those that service operators still hold something of
+        self.to_forget: list[str] = []  # ended requests that operators still know
+        self._releasing: set[str] = set()  # ended requests that service operators still hold
         self._reaction = reaction
         self._gates = gates
         self._held_items = held_items
@@ -147,20 +146,20 @@ class RequestLifecycle:
         first, numbers = requests[0], {request.choice for request in requests}
         if first.request_id in self._releasing:
             self._releasing.remove(first.request_id)
-            self.forgotten.append(first.request_id)
+            self.to_forget.append(first.request_id)
         self.register.open(first.request_id, numbers, first.expires_s, now=self._reaction.now)
         for request in requests:
             self.ledger.accept(request.key, position=request.num_emitted)
 
-    def to_sink(
+    def deliver(
         self, item: Item | Forked, *, terminal: bool = False, error: Exception | None = None
     ) -> None:
-        """Deliver an item, and close the books of a choice with its last one.
+        """Deliver an item, and close a choice with its last item.
 
-        Items after the last one are dropped: a choice may end outside its engine.
+        Later items of a choice are dropped: a choice may end outside its engine.
         """
         if type(item) is TokenEvent and item.finish_reason is None:
-            self._pass_tokens(item, error)
+            self._deliver_tokens(item, error)
         elif isinstance(item, Forked):
             self._fork(item)
         elif self.register.is_open(item.key):
@@ -172,8 +171,8 @@ class RequestLifecycle:
             if ends(item):
                 self._close(item, terminal=terminal)
 
-    def _pass_tokens(self, event: TokenEvent, error: Exception | None) -> None:
-        """Deliver tokens that are not the last of their choice: nearly all that is delivered."""
+    def _deliver_tokens(self, event: TokenEvent, error: Exception | None) -> None:
+        """Deliver tokens that do not end their choice: nearly all items."""
         entry = self.register.entries.get(event.request_id)
         if entry is not None and event.choice in entry.choices:
             self.ledger.record_tokens(event)
@@ -182,25 +181,25 @@ class RequestLifecycle:
                 self.recovery.note(event)
 
     def finish(self, item: Item, reason: FinishReason | None = None) -> None:
-        """Give a choice its last event, unless it has had it. None: as it was signalled."""
+        """Send a choice its last event, unless it has ended. `reason` None: by its signal."""
         reason = reason or reason_of(self.register.tombstone(item.request_id))
-        self.to_sink(end_event(item, reason, now=self._reaction.now), terminal=True)
+        self.deliver(end_event(item, reason, now=self._reaction.now), terminal=True)
 
     def fail(self, fault: OperatorFault, item: Item, *, is_logged: bool = False) -> None:
-        """End a choice as failed by an operator, and log why, if that is not logged yet."""
+        """End a choice as failed by an operator, and log the fault unless it is logged."""
         if not is_logged:
             self._reaction.effects.append(Faulted(fault, item.request_id))
         event = failure_event(item, fault.public, now=self._reaction.now)
-        self.to_sink(event, terminal=True, error=fault.error)
+        self.deliver(event, terminal=True, error=fault.error)
 
     def end(self, event: TokenEvent, fault: OperatorFault | None) -> None:
-        """Give a choice its last event; log the fault that ended it, unless it had ended before."""
+        """Send a choice its last event; log the fault, unless the choice had ended before."""
         if fault is not None and self.register.is_open(event.key):
             self._reaction.effects.append(Faulted(fault, event.request_id))
-        self.to_sink(event, terminal=True, error=fault.error if fault is not None else None)
+        self.deliver(event, terminal=True, error=fault.error if fault is not None else None)
 
     def fail_open(self) -> None:
-        """The graph stops: end all that is open."""
+        """The graph stops: end all open choices as failed."""
         for request_id, entry in tuple(self.register.entries.items()):
             for choice in sorted(entry.choices):
                 last = TokenEvent(
@@ -210,28 +209,28 @@ class RequestLifecycle:
                 self._reaction.effects.append(Deliver(last))
         self.register.entries.clear()
 
-    def take_forgotten(self) -> list[str]:
-        """Requests that have ended, each once: operators are to forget them."""
-        taken, self.forgotten = self.forgotten, []
+    def take_to_forget(self) -> list[str]:
+        """The ended requests that operators are to forget, each once."""
+        taken, self.to_forget = self.to_forget, []
         return taken
 
     def interrupt(self, signal: Signal) -> None:
-        """Give a signal to the replicas that hold something of its request."""
+        """Give a signal to the replicas that hold a part of its request."""
         holders = self._gates.holders(signal.request_id, signal.choice)
         for node, replica in dict.fromkeys(gate for gate, _ in holders):
             self._reaction.effects.append(Interrupt(node, replica, signal))
 
     def is_held(self, request_id: str, choice: int) -> bool:
-        """Whether a service operator holds something of a choice."""
+        """Whether a service operator holds a part of a choice."""
         return bool(self._gates.holders(request_id, choice))
 
     def note_released(self, key: ChoiceKey) -> None:
-        """A service operator holds an item of a choice no more."""
+        """A service operator has released an item of a choice."""
         if key in self.register.abandoned and not self.is_held(*key):
             self.register.abandoned.discard(key)
         if key[0] in self._releasing and not self._gates.holds(key[0]):
             self._releasing.remove(key[0])
-            self.forgotten.append(key[0])
+            self.to_forget.append(key[0])
 
     def _fork(self, forked: Forked) -> None:
         entry = self.register.entries.get(forked.request_id)
@@ -241,7 +240,7 @@ class RequestLifecycle:
             self._reaction.effects.append(Deliver(forked))
 
     def _with_reason(self, item: Item) -> Item:
-        """Operators report every end from outside as `cancelled`; supply the real reason."""
+        """Operators report every outside end as `cancelled`; supply the real reason."""
         if getattr(item, "finish_reason", None) != "cancelled":
             return item
         assert isinstance(item, TokenEvent | Answer)
@@ -260,18 +259,19 @@ class RequestLifecycle:
         self._held_items.forget(key[0], None if is_last else key[1])
         self.recovery.forget(key)
         if terminal and self.is_held(*key):
-            # It ended outside its engine (a user's function failed): stop the engine too.
+            # The choice ended outside its engine (a user's function failed): stop the engine too.
             self.register.abandoned.add(key)
             self.interrupt(Signal("cancel", *key))
+        # Operators that count credit must know the request until all of it is back.
         if is_last and self._gates.holds(key[0]):
             self._releasing.add(key[0])
         elif is_last:
-            self.forgotten.append(key[0])
+            self.to_forget.append(key[0])
 
 
 def ends(item: Item | Forked) -> bool:
-    """Whether this is the last item of its choice."""
-    if isinstance(item, TokenEvent):  # nearly all are
+    """Whether an item is the last of its choice."""
+    if isinstance(item, TokenEvent):  # nearly all items are
         return item.is_last
     return not isinstance(item, Forked | Request | Prefilled)
 
@@ -286,10 +286,10 @@ def unavailable_event(request: Request, now: float) -> TokenEvent:
 
 
 def quarantined_event(request: Request, now: float) -> TokenEvent:
-    """The end of a request that engines may have died of."""
+    """The end of a request of which engines may have died."""
     return refusal(request, "failed", now=now, error=_QUARANTINED, code="request_quarantined")
 
 
 def retries_spent_event(request: Request, now: float) -> TokenEvent:
-    """The end of a request that came back too often, through no fault of its own that is known."""
+    """The end of a request that returned too often, although no fault of its own is known."""
     return refusal(request, "failed", now=now, error=_SPENT, code="engine_failed")
