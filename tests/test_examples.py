@@ -15,6 +15,7 @@ SAYS = {
     "python_graph.py": " words: ",
     "own_operator.py": "refused: the prompt holds",
     "own_engine.py": "a graph of operators",
+    "own_transport.py": "transports: memory, tcp, nixl, file",
     "own_policy.py": "[16, 4, 8, 12]",
     "embed_in_asyncio.py": "elppa",
     "batch_file.py": '"id":"batch"',

@@ -105,7 +105,7 @@ class Ejected(_Effect, frozen=True, tag="ejected"):
     for_s: float
 
 
-class QueryCache(_Effect, frozen=True, tag="sync_cache"):
+class QueryCache(_Effect, frozen=True, tag="ask_cache"):
     """Ask the engine of a replica to report all prefix blocks that it has, and then changes."""
 
     engine: str
