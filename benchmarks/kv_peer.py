@@ -37,9 +37,7 @@ def opened(kind: str) -> Transport:
     memory = SharedMemory(size) if kind == "memory" else None
     buffer = memory.view if memory else bytearray(size)
     pool = torch.frombuffer(buffer, dtype=torch.bfloat16).view(SHAPE).fill_(1.5)
-    return open_transport(
-        msgspec.convert({"kind": kind}, Sharing), PoolBytes(CpuStorage(pool)), memory
-    )
+    return open_transport(Sharing(kind), PoolBytes(CpuStorage(pool), memory))
 
 
 async def offer(kind: str) -> None:

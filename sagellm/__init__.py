@@ -24,6 +24,7 @@ _NAMES = {
     "register_operator": "sagellm.extensions",
     "register_policy": "sagellm.extensions",
     "register_strategy": "sagellm.extensions",
+    "register_transport": "sagellm.extensions",
     "GraphError": "sagellm.graphs.diagnostics",
     "serve": "sagellm.http_server",
     "serve_async": "sagellm.http_server",

@@ -19,6 +19,7 @@ from sagellm.operators.policies.order import Policy, PolicySortOptions, RankingP
 from sagellm.operators.routing import STRATEGIES
 from sagellm.operators.routing.strategy import RegisteredStrategy, check_strategy
 from sagellm.runtime.engine.kinds import KINDS, EngineKind, read_kind
+from sagellm.runtime.kv.transports import TRANSPORTS, TransportKind, read_transport
 from sagellm.runtime.operator import Build
 from sagellm.runtime.registry import FUNCTIONS, check_callable
 from sagellm.runtime.resolver import Resolver
@@ -97,6 +98,15 @@ def register_engine_kind(name: str, kind: EngineKind) -> None:
     Raises ValueError where the name is taken, TypeError for what is no kind.
     """
     KINDS.register(name, read_kind(name, kind))
+
+
+def register_transport(name: str, kind: TransportKind) -> None:
+    """Make `kv: NAME` of executor `processes` mean this transport, in this process; a package's
+    entry point of the group `sagellm.transports` makes it known in worker processes, too.
+
+    Raises ValueError where the name is taken, TypeError for what is no transport.
+    """
+    TRANSPORTS.register(name, read_transport(name, kind))
 
 
 @dataclass

@@ -13,7 +13,7 @@ import trio
 
 from sagellm.backends.cpu.kv_storage import CpuStorage
 from sagellm.runtime.kv.memory import PoolBytes, SharedMemory
-from sagellm.runtime.kv.transport import Sharing, Transport, TransportName
+from sagellm.runtime.kv.transport import Sharing, Transport
 from sagellm.runtime.kv.transports import open_transport
 from sagellm.runtime.port import StaleLease
 
@@ -21,9 +21,7 @@ SHAPE = (3, 2, 64, 2, 4, 8)  # layers, keys and values, blocks, heads, block siz
 SIZE = 4 * 3 * 2 * 64 * 2 * 4 * 8
 
 
-def opened(
-    kind: TransportName, seed: int | None, num_blocks: int = SHAPE[2]
-) -> tuple[CpuStorage, Transport]:
+def opened(kind: str, seed: int | None, num_blocks: int = SHAPE[2]) -> tuple[CpuStorage, Transport]:
     """A pool of random values, or of zeros."""
     shape = (*SHAPE[:2], num_blocks, *SHAPE[3:])
     memory = SharedMemory(SIZE * num_blocks // SHAPE[2]) if kind == "memory" else None
@@ -32,10 +30,10 @@ def opened(
     if seed is not None:
         pool.copy_(torch.rand(shape, generator=torch.Generator().manual_seed(seed)))
     storage = CpuStorage(pool)
-    return storage, open_transport(Sharing(kind), PoolBytes(storage), memory)
+    return storage, open_transport(Sharing(kind), PoolBytes(storage, memory))
 
 
-async def offer(kind: TransportName, seed: int, blocks: Sequence[int]) -> None:
+async def offer(kind: str, seed: int, blocks: Sequence[int]) -> None:
     _, transport = opened(kind, seed)
     over: list[bool] = []
     async with trio.open_nursery() as nursery:
@@ -58,5 +56,5 @@ def _check(over: list[bool]) -> Callable[[], None]:
 
 
 if __name__ == "__main__":
-    kind: TransportName = sys.argv[1]  # type: ignore[assignment]
+    kind: str = sys.argv[1]
     trio.run(offer, kind, int(sys.argv[2]), [int(block) for block in sys.argv[3:]])

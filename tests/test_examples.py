@@ -16,6 +16,7 @@ SAYS = {
     "own_operator.py": "refused: the prompt holds",
     "own_engine.py": "a graph of operators",
     "own_family.py": "68",
+    "own_transport.py": "transports: memory, tcp, nixl, file",
     "own_policy.py": "[16, 4, 8, 12]",
     "own_strategy.py": "[0, 0, 0, 1, 1, 1]",
     "own_backend.py": "(0, 1, 2, 3, 4)",

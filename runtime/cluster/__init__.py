@@ -2,12 +2,12 @@
 
 
 class WorkerUnfit(RuntimeError):
-    """A worker that cannot open its engine, or dies before it has; the message says why."""
+    """A worker that cannot open its engine, or dies before that; the message says why."""
 
 
 class NoResources(WorkerUnfit):
-    """A worker that could not be started: no memory, no file, or too many processes."""
+    """A worker that could not be started: no memory, no file descriptor, or too many processes."""
 
 
 class CannotScale(ValueError):
-    """An engine cannot have so many replicas; the message says why."""
+    """An engine that cannot have so many replicas; the message says why."""

@@ -1,4 +1,4 @@
-"""A child process: how it starts, ends with its parent, and is started again."""
+"""A child process: how it starts, ends with its parent, and when it is started again."""
 
 import contextlib
 import ctypes
@@ -18,11 +18,11 @@ import trio
 
 
 class ChildProcess:
-    """A Python process that runs `module`, with a pipe as standard input, on which at most its part
-    is written: it ends when we do, whichever way, and the process with it (see `lifeline`).
+    """A Python process that runs `module`, with a pipe as its standard input.
 
-    Its end is a readable descriptor (pidfd), so that it is noticed within milliseconds. It is given
-    the `files`, descriptors of ours, under their numbers.
+    The pipe closes when this process ends, in any way, and the child ends with it: the child calls
+    `end_with_parent`. The end of the child makes a descriptor readable (pidfd), so that it is
+    noticed within milliseconds. The child inherits the descriptors `files` under their numbers.
     """
 
     def __init__(self, module: str, env: Mapping[str, str], files: Sequence[int] = ()) -> None:
@@ -33,7 +33,7 @@ class ChildProcess:
             stdout=sys.stderr.fileno() if _has_descriptor() else None,
             env={**os.environ, **env},
             pass_fds=files,
-            start_new_session=True,  # a Ctrl-C at the terminal is ours to handle
+            start_new_session=True,  # a Ctrl-C at the terminal is for this process alone
         )
         self._end = os.pidfd_open(self._popen.pid)
 
@@ -43,7 +43,7 @@ class ChildProcess:
 
     @property
     def cpu_s(self) -> float:
-        """What it has computed so far, as far as the system tells; 0 once it has ended."""
+        """CPU time of the process so far, user and system; 0 after its end."""
         try:
             fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
         except OSError:
@@ -51,7 +51,7 @@ class ChildProcess:
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")  # user and system
 
     async def wait(self) -> int:
-        """The exit code, negative for a signal, once it has ended."""
+        """Wait for the end. Returns the exit code, negative for a signal."""
         while self._popen.poll() is None:
             await trio.lowlevel.wait_readable(self._end)
         await trio.lowlevel.checkpoint()
@@ -62,19 +62,19 @@ class ChildProcess:
         return self._popen.poll() is not None
 
     def tell(self, line: bytes) -> None:
-        """Write to its standard input: its part, where it waits for one. Raises OSError."""
+        """Write a line to its standard input, such as the start of a spare. Raises OSError."""
         assert self._popen.stdin is not None
         self._popen.stdin.write(line)
         self._popen.stdin.flush()
 
     def kill(self) -> None:
-        """End it at once, stopped or not; nothing happens where it has ended."""
+        """Kill the process, even if it is stopped. Safe to call after its end."""
         if self._popen.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._end, signal.SIGKILL)
 
     def close(self) -> None:
-        """Forget a process that has ended, and close what is open to it."""
+        """Close the descriptors of a process that has ended."""
         if self._popen.stdin is not None:
             self._popen.stdin.close()
         os.close(self._end)
@@ -92,11 +92,12 @@ _PR_SET_PDEATHSIG = 1
 
 
 def end_with_parent(folder: Path | None = None) -> None:
-    """Watch standard input, which whoever started us keeps open; at its end, end this process.
+    """End this process when its parent ends, even by a kill. Call this in the child.
 
-    `folder` holds the sockets, where there are any: nobody is left to remove it. A thread watches,
-    so that no loop that is busy, or stuck, keeps us alive. Where there is nothing to remove, the
-    kernel kills this process even if it was stopped.
+    The parent keeps standard input open; a thread waits for its end. A thread does so because an
+    event loop may be busy, or stuck. `folder`: sockets that are removed then, as the parent cannot.
+    Without a folder the kernel kills this process, too (PR_SET_PDEATHSIG): that works even if the
+    process is stopped.
     """
     if folder is None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -112,20 +113,23 @@ def end_with_parent(folder: Path | None = None) -> None:
     threading.Thread(target=watch, args=(descriptor,), name="lifeline", daemon=True).start()
 
 
-# What is to blame for a death, as far as can be known: a request that was in two workers as they
-# died; the link to the process; or whatever else ended it.
+# The cause of a death, as far as can be known: a request that was in two workers when they died,
+# the link to the process, or anything else.
 Blame: TypeAlias = Literal["machine", "request", "link"]
 BLAMES: tuple[Blame, ...] = get_args(Blame)
 
 
 @dataclass(frozen=True, slots=True)
 class RestartPolicy:
-    """The first restart comes after `first_s`, each next one after twice as long, `longest_s` at
-    most, all times by up to `jitter` longer or shorter. After more than `most` deaths within
-    `within_s` the process counts as failing; it is tried again all the same. One whose link fails
-    `most_cuts` times in a row is left alone for `ejected_s`, tried again, left alone for twice
-    that, three times, and so on, `longest_ejected_s` at most, where others can do its work. A life
-    of `healthy_s` begins anew.
+    """When a process that died is started again: for ever, after pauses that grow up to a limit.
+
+    The first restart comes after `first_s`, each next restart after twice the pause, `longest_s` at
+    most. `jitter`: the share by which pauses vary at random. After more than `most` deaths within
+    `within_s` the process counts as failing; it is still restarted.
+
+    A process whose link fails `most_cuts` times in a row is ejected for `ejected_s`, if others can
+    do its work. The next ejection lasts twice as long, then three times, `longest_ejected_s` at
+    most. A life of `healthy_s` resets all of this.
     """
 
     first_s: float = 0.5
@@ -141,12 +145,12 @@ class RestartPolicy:
 
 @dataclass(slots=True)
 class Restarts:
-    """The deaths of one process; times are of one clock, in seconds."""
+    """The deaths of one process, and its next pause. Times are of one clock, in seconds."""
 
     policy: RestartPolicy = field(default_factory=RestartPolicy)
     count: int = 0  # restarts since the graph was opened
-    is_ejected: bool = False  # by the last cut
-    is_failing: bool = False  # it has died too often of late
+    is_ejected: bool = False  # since its link failed last
+    is_failing: bool = False  # it died more than `most` times within `within_s`
     deaths: Counter[Blame] = field(default_factory=Counter)  # by blame
     _num_in_row: int = 0
     _num_cuts: int = 0  # in a row
@@ -156,9 +160,10 @@ class Restarts:
     def died(
         self, now: float, *, ready_s: float | None, draw: float, blame: Blame = "machine"
     ) -> float:
-        """The delay until the next start. A death that a request caused makes no pause longer.
+        """Record a death. Returns the pause before the next start.
 
-        `ready_s`: when this life became ready, if it did. `draw`: uniform in [0, 1).
+        A death that a request caused makes no pause longer. `ready_s`: when this life became ready,
+        if it did. `draw`: uniform in [0, 1).
         """
         self._end_life(now, ready_s)
         self._num_cuts = 0
@@ -169,12 +174,12 @@ class Restarts:
         self._recent_s.append(now)
         while self._recent_s[0] < now - self.policy.within_s:
             self._recent_s.popleft()
-        # A failing one dies less often, as its pauses are long: only a healthy life ends that.
+        # A failing process dies less often, as its pauses are long: only a healthy life resets it.
         self.is_failing = self.is_failing or len(self._recent_s) > self.policy.most
         return self._next_delay_s(draw)
 
     def cut(self, now: float, *, ready_s: float | None, draw: float, may_eject: bool) -> float:
-        """The delay until the next start of one whose link failed; see `died`."""
+        """Record that the link failed. Returns the pause before the next start; see `died`."""
         self._end_life(now, ready_s)
         self.deaths["link"] += 1
         self._num_cuts += 1
@@ -186,13 +191,13 @@ class Restarts:
         return min(self.policy.ejected_s * self._num_ejections, self.policy.longest_ejected_s)
 
     def reset_backoff(self) -> None:
-        """Earlier deaths make no pause longer any more."""
+        """Forget earlier deaths: they make no pause longer."""
         self.is_failing = False
         self._num_in_row = self._num_cuts = self._num_ejections = 0
         self._recent_s.clear()
 
     def note_uptime(self, seconds: float) -> None:
-        """A life has lasted so long since it was ready."""
+        """Record how long the current life has been ready."""
         if seconds >= self.policy.healthy_s:
             self.reset_backoff()
 

@@ -1,4 +1,8 @@
-"""The control socket of a running graph, and the folder that it lies in."""
+"""The control socket of a running graph, and the folder of its sockets.
+
+The socket serves `sagellm ps`, `restart`, `drain` and `scale`: a request and a reply are one line
+of JSON each. A process that can connect may send any request; only the user can access the folder.
+"""
 
 import fcntl
 import math
@@ -21,7 +25,11 @@ _LOCK = "graph.lock"
 
 
 class SocketFolder:
-    """Made at once, for as long as this process lives or until `remove`. Raises OSError."""
+    """A new temporary folder of this user, until `remove` or the end of this process.
+
+    If all processes of a graph are killed at once, the next graph removes the folder: this process
+    holds a lock in it, which the kernel releases at its end. Raises OSError.
+    """
 
     def __init__(self) -> None:
         remove_abandoned()
@@ -36,7 +44,7 @@ class SocketFolder:
 
 
 def remove_abandoned() -> None:
-    """Remove the folders of this user's graphs of which no process is left."""
+    """Remove the folders of this user's graphs whose processes have all ended."""
     for lock in Path(tempfile.gettempdir()).glob(f"{PREFIX}*/{_LOCK}"):
         with suppress(OSError), _held(lock):
             shutil.rmtree(lock.parent, ignore_errors=True)
@@ -44,7 +52,7 @@ def remove_abandoned() -> None:
 
 @contextmanager
 def _held(lock: Path) -> Iterator[None]:
-    """Raises OSError where the graph lives, or is another user's."""
+    """Hold the lock of a folder. Raises OSError if its graph lives, or is another user's."""
     descriptor = os.open(lock, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
         if os.fstat(descriptor).st_uid != os.getuid():
@@ -58,12 +66,12 @@ def _held(lock: Path) -> Iterator[None]:
 log = get_logger("sagellm.cluster")
 
 _NAME = "control"
-_MAX_REQUEST_BYTES = 4096  # of a question
-_REQUEST_TIMEOUT_S = 10.0  # for one
+_MAX_REQUEST_BYTES = 4096
+_REQUEST_TIMEOUT_S = 10.0  # until a request must have arrived, or a reply must be taken
 
 
 class ControlRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One question. `operator` is a name of the graph, or all where it is None."""
+    """One request. `operator`: a name of the graph; None: all operators. `replica` likewise."""
 
     command: Literal["ps", "drain", "restart", "scale"]
     operator: str | None = None
@@ -72,7 +80,7 @@ class ControlRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ReplicaStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """One replica of an operator. Operators that share an engine share its worker, and its pid."""
+    """One replica of an operator. Operators that share an engine share its worker and pid."""
 
     graph: str
     graph_pid: int  # of the process that opened it
@@ -85,61 +93,61 @@ class ReplicaStatus(msgspec.Struct, frozen=True, kw_only=True):
     num_running: int
     num_waiting: int
     kv_ratio: float  # the share of its blocks that is leased
-    why: str = ""  # its last life ended
+    why: str = ""  # the last life of its worker ended
     executor: str = "processes"
 
 
 class ControlReply(msgspec.Struct, frozen=True, kw_only=True):
-    """Rows of all that were meant, after it was done; or why it was not."""
+    """The requested replicas after the command, or the error that prevented it."""
 
     rows: tuple[ReplicaStatus, ...] = ()
     error: str = ""
 
 
 class ControlCommands(Protocol):
-    """What runs one graph."""
+    """The commands on one graph that runs."""
 
     async def execute(self, asked: ControlRequest) -> ControlReply:
-        """Answers once it is done."""
+        """Execute a request. Returns when it is done, which a restart may take long for."""
 
 
 class ControlSocket:
-    """Answers for the members of one graph; the socket lies in `folder`."""
+    """Serves the commands on one graph at a socket in `folder`."""
 
     def __init__(self, members: ControlCommands, folder: Path) -> None:
         self._members = members
         self._folder = folder
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Until cancelled. Raises OSError where no socket can be had."""
+        """Listen and serve until cancelled. Raises OSError if no socket can be bound."""
         listening = await self.listen()
         task_status.started()
         await self.serve(listening)
 
     async def listen(self) -> trio.SocketListener:
-        """Callers find the socket from now on. Raises OSError."""
+        """Bind the socket; clients can connect from now on. Raises OSError."""
         with ExitStack() as stack:
             bound = stack.enter_context(trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
             fresh = self._folder / f"{_NAME}.new"
             await bound.bind(str(fresh))
             bound.listen(8)
-            fresh.rename(self._folder / _NAME)  # any caller who finds it can connect
+            fresh.rename(self._folder / _NAME)  # a client that finds the socket can connect
             stack.pop_all()
         return trio.SocketListener(bound)
 
     async def serve(self, listener: trio.SocketListener) -> None:
-        """Until cancelled; closes the listener."""
+        """Serve until cancelled; closes the listener."""
         await trio.serve_listeners(self._serve, [listener])
 
     async def _serve(self, stream: trio.SocketStream) -> None:
         async with stream:
             with trio.move_on_after(_REQUEST_TIMEOUT_S) as asking:
                 answer = await self._answer(stream, asking)
-                with suppress(trio.BrokenResourceError):  # nobody waits for it
+                with suppress(trio.BrokenResourceError):  # the client has left
                     await stream.send_all(msgspec.json.encode(answer) + b"\n")
 
     async def _answer(self, stream: trio.SocketStream, asking: trio.CancelScope) -> ControlReply:
-        """Whatever is asked, and goes wrong: the graph goes on."""
+        """The reply to one request. No request, and no error of a command, ends the graph."""
         try:
             asked = msgspec.json.decode(await _line(stream), type=ControlRequest)
         except (ValueError, trio.BrokenResourceError) as error:
@@ -155,8 +163,9 @@ class ControlSocket:
 async def serve_control(
     members: ControlCommands, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
 ) -> None:
-    """A control in a folder of its own, for a graph without workers. Where none can be made, the
-    graph goes on without.
+    """Serve a control socket in a new folder, for a graph without workers.
+
+    If no folder or socket can be made, the graph runs without one, and the log says so.
     """
     try:
         folder = SocketFolder()
@@ -182,15 +191,16 @@ def running() -> tuple[Path, ...]:
     """The control sockets of this user's running graphs, oldest first."""
     found = []
     for path in Path(tempfile.gettempdir()).glob(f"{PREFIX}*/{_NAME}"):
-        with suppress(OSError):  # it has just ended, or is another user's
+        with suppress(OSError):  # the graph has just ended, or is another user's
             if path.parent.stat().st_uid == os.getuid():
                 found.append((path.stat().st_ctime, path))
     return tuple(path for _, path in sorted(found))
 
 
 async def ask(path: Path, asked: ControlRequest) -> ControlReply:
-    """Raises OSError where nobody listens any more; what was left of a graph without workers, which
-    was killed, is removed.
+    """Send a request to a control socket. Raises OSError if no process listens.
+
+    Removes the folder of a graph that was killed.
     """
     try:
         connected = await trio.open_unix_socket(str(path))
@@ -204,14 +214,14 @@ async def ask(path: Path, asked: ControlRequest) -> ControlReply:
 
 
 def _forget(path: Path) -> None:
-    """Remove what a graph without workers has left; of others more lies there."""
+    """Remove the folder of a graph without workers; folders of other graphs are not empty."""
     with suppress(OSError):
         path.unlink()
         path.parent.rmdir()
 
 
 async def _line(stream: trio.SocketStream, most_bytes: int = _MAX_REQUEST_BYTES) -> bytes:
-    """Raises BrokenResourceError where none comes, or one that is too long."""
+    """Receive one line. Raises BrokenResourceError if none comes, or if it is too long."""
     line = bytearray()
     async for part in stream:
         line += part

@@ -1,4 +1,4 @@
-"""What runs a graph, as its control socket tells and changes it: workers, or one process alone."""
+"""The commands of the control socket (ps, drain, restart, scale), on workers or on one process."""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +17,7 @@ NO_WORKERS = "the graph runs in one process, without workers: serve it with --ex
 
 @dataclass(frozen=True, slots=True)
 class WorkerCommands:
-    """The workers of one supervisor."""
+    """Commands on the workers of one supervisor. Implements ControlCommands."""
 
     supervisor: Supervisor
 
@@ -66,7 +66,10 @@ class WorkerCommands:
 
 @dataclass(frozen=True, slots=True)
 class OneProcessCommands:
-    """The engines of a graph that runs in this process; they can be listed, and nothing else."""
+    """Commands on a graph that runs in this process: its engines can only be listed.
+
+    Implements ControlCommands.
+    """
 
     graph: Graph
     engines: Mapping[str, Sequence[Engine]]
@@ -98,7 +101,7 @@ class OneProcessCommands:
 
 
 def _operators(graph: Graph) -> dict[str, str]:
-    """Those that have an engine, and its name."""
+    """The operators that have an engine, with its name."""
     named = {node.name: node.attrs.get("engine") for node in graph.nodes}
     return {name: engine for name, engine in named.items() if isinstance(engine, str)}
 

@@ -1,15 +1,15 @@
-"""The options of each executor, as `executor:` of a graph file gives them."""
+"""The options of each executor, as `executor:` of a graph file sets them."""
 
-import importlib.util
 import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from sagellm.graphs.ir import FrozenMap, Graph
+from sagellm.runtime.kv.transports import TRANSPORTS
 from sagellm.runtime.prefixes import MAX_PREFIX_BLOCKS
-from sagellm.runtime.registry import read_options
+from sagellm.runtime.registry import BrokenEntryPoint, read_options
 
 IPC = "ipc"  # as an address: a socket file that only this user reaches
 _TCP = re.compile(r"tcp://(\[[0-9a-fA-F:]+\]|[^:/\[\]*]+):(\d{1,5})")
@@ -17,7 +17,7 @@ _EVERYWHERE = ("0.0.0.0", "[::]")
 
 
 class OptionConflict(NamedTuple):
-    """Options that do not go together: the one to change, why, and how."""
+    """Options that conflict: the option to change, the reason, and the fix."""
 
     option: str
     message: str
@@ -26,25 +26,25 @@ class OptionConflict(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class TasksOptions:
-    """`max_prefix_blocks`: prefix blocks of engines that are known to routers, at most."""
+    """`max_prefix_blocks`: the most prefix blocks of engines that routers keep track of."""
 
     max_prefix_blocks: int = field(default=MAX_PREFIX_BLOCKS, metadata={"min": 0})
 
 
 @dataclass(frozen=True, slots=True)
 class ProcessesOptions:
-    """How the workers of executor `processes` are linked and watched; times are in seconds.
+    """How the workers of executor `processes` are linked and watched. Times are in seconds.
 
-    Each is asked every `ping_s` for a sign of life, and counts as dead `silent_s` after its last,
-    at least twice `ping_s`; or once its engine has been hung for `hang_s`. `max_hold_s`: how long a
-    request waits for an engine of which no replica is there.
+    The supervisor asks each worker every `ping_s` for a sign of life. A worker counts as dead
+    `silent_s` after its last sign, which is at least twice `ping_s`, or after its engine has hung
+    for `hang_s`. `max_hold_s`: how long a request waits for an engine without a replica.
 
-    `num_spares`: processes that have imported what a worker needs, and take the place of one that
-    dies; none where no engine computes.
+    `num_spares`: processes that have imported a worker's modules, and replace a worker that dies;
+    there are none if no engine computes.
 
-    `address` is that of the graph's end: `ipc`, or `tcp://HOST:PORT` (port 0: any that is free),
-    which takes the `keys` of a folder. `kv`: what KV blocks go through between workers.
-    `max_prefix_blocks`: prefix blocks of engines that are known to routers, at most.
+    `address`: where the graph listens: `ipc`, or `tcp://HOST:PORT` (port 0: any free port), which
+    needs `keys`, a folder. `kv`: the transport of KV blocks between workers, by its name.
+    `max_prefix_blocks`: the most prefix blocks of engines that routers keep track of.
     """
 
     ping_s: float = field(default=0.25, metadata={"min": 1e-3})
@@ -54,17 +54,19 @@ class ProcessesOptions:
     num_spares: int = field(default=1, metadata={"min": 0})
     address: str = IPC
     keys: str | None = None
-    kv: Literal["memory", "tcp", "nixl"] = "memory"
+    kv: str = field(default="memory", metadata={"names": "transports"})
     max_prefix_blocks: int = field(default=MAX_PREFIX_BLOCKS, metadata={"min": 0})
 
     @property
     def host(self) -> str:
-        """Of the address, where KV is listened for, too."""
+        """The host of `address`, on which transports listen, too."""
         found = _TCP.fullmatch(self.address)
         return found[1].strip("[]") if found else "127.0.0.1"
 
     def mistakes(self) -> Iterator[OptionConflict]:
-        """What each option by itself does not show."""
+        """Options that are wrong together, or on this machine; one option's type is checked
+        before.
+        """
         if not hasattr(os, "pidfd_open"):
             yield OptionConflict(
                 "kind",
@@ -77,8 +79,7 @@ class ProcessesOptions:
                 f"{self.silent_s:g} is less than two pings of {self.ping_s:g} s",
                 "raise silent_s, or lower ping_s: every worker would be taken for dead",
             )
-        if self.kv == "nixl" and importlib.util.find_spec("nixl_cu12") is None:
-            yield OptionConflict("kv", "NIXL is not installed", "pip install 'sagellm[nixl]'")
+        yield from self._transport_conflicts()
         if self.address == IPC:
             return
         found = _TCP.fullmatch(self.address)
@@ -95,12 +96,33 @@ class ProcessesOptions:
                 "run `sagellm keys FOLDER`, and set executor.keys to that folder",
             )
 
+    def _transport_conflicts(self) -> Iterator[OptionConflict]:
+        """Whether worker processes can open the transport."""
+        if TRANSPORTS.is_registered_here(self.kv):
+            yield OptionConflict(
+                "kv",
+                f"transport {self.kv!r} is registered in this process, and worker processes do not "
+                "know it",
+                "install it as a package with an entry point `sagellm.transports`",
+            )
+            return
+        try:
+            requirement = TRANSPORTS.find(self.kv).requires
+        except BrokenEntryPoint as error:
+            yield OptionConflict("kv", str(error), "fix or remove that package")
+        except ValueError as error:
+            yield OptionConflict("kv", str(error), f"choose one of {', '.join(TRANSPORTS)}")
+        else:
+            if requirement is not None and not requirement.is_met:
+                cause = f"{requirement.product} is not installed"
+                yield OptionConflict("kv", cause, requirement.fix)
 
-EXECUTORS = {"tasks": TasksOptions, "processes": ProcessesOptions}
+
+EXECUTORS: dict[str, type] = {"tasks": TasksOptions, "processes": ProcessesOptions}
 
 
 def processes_options(graph: Graph) -> ProcessesOptions | None:
-    """Those of executor `processes`, None where it is not asked for. Raises OptionError."""
+    """The options of executor `processes`; None: the graph has another one. Raises OptionError."""
     executor = graph.attrs.get("executor")
     options = dict(executor) if isinstance(executor, FrozenMap) else {}
     if options.pop("kind", "tasks") == "tasks":

@@ -21,7 +21,7 @@ from sagellm.runtime.comm.zeromq import Hub
 
 
 class Life(Protocol):
-    """A worker that runs; `channel` leads to it."""
+    """One life of a worker: it runs, and `channel` is the link to it."""
 
     @property
     def pid(self) -> int: ...
@@ -30,26 +30,26 @@ class Life(Protocol):
     def channel(self) -> Channel: ...
 
     async def wait(self) -> int:
-        """The exit code, negative for a signal, once it has ended."""
+        """Wait for the end. Returns the exit code, negative for a signal."""
 
     def kill(self) -> None:
-        """End it at once; nothing happens where it has ended."""
+        """End the life at once. Safe to call after its end."""
 
     def close(self) -> None:
-        """Forget one that has ended; nothing that it said is heard any more."""
+        """Release a life that has ended. Its messages are dropped from now on."""
 
 
 class Launcher(Protocol):
-    """Starts workers while `run` runs."""
+    """Starts the lives of workers, while `run` runs."""
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None: ...
 
     def launch(self, epoch: int) -> Life:
-        """Begin a life. Raises OSError."""
+        """Begin a life; `epoch` is its number. Raises OSError."""
 
 
 class ProcessLife:
-    """A process, and the link to it."""
+    """A life in a process of this machine. Implements Life."""
 
     def __init__(self, process: ChildProcess, channel: Channel) -> None:
         self._process = process
@@ -71,14 +71,13 @@ class ProcessLife:
 
 
 class ProcessLauncher:
-    """Workers as processes that run `module`, which calls `serve` (see `start.py`).
+    """Workers as processes that run `module`, which calls `worker_main.serve`. Implements Launcher.
 
-    They connect to `address`: that of a network (tcp), which takes the `keys` of a folder; else a
-    socket in `folder`, which is of this user alone. `env` is added to their environment. Raises
+    Workers connect to `address`: a tcp address, which needs the `keys` of a folder, or a socket in
+    `folder`, which is accessible to this user alone. `env` is added to their environment. Raises
     BadKeys.
 
-    `num_spares` processes are kept ready for engines on `devices`, for those that take the place of
-    others.
+    `num_spares` processes are kept ready for engines on `devices`. They replace workers that die.
     """
 
     def __init__(
@@ -113,24 +112,29 @@ class ProcessLauncher:
 
     def launch(self, epoch: int) -> ProcessLife:
         name = secrets.token_bytes(16)
-        # What trio's clock is ahead of the one that all processes of this machine read.
+        # By how much trio's clock is ahead of the clock that all processes of this machine share.
         offset_s = trio.current_time() - perf_counter()
         start = WorkerStart(
-            self._door(), name.hex(), epoch, offset_s, folder=str(self.folder), keys=self._keys
+            self._next_endpoint(),
+            name.hex(),
+            epoch,
+            offset_s,
+            folder=str(self.folder),
+            keys=self._keys,
         )
         self._spares.postpone()
-        # The first life of a worker is not what a spare is kept for.
+        # Spares are kept for replacements: the first life of a worker takes none.
         process = self._spares.take(start.line) if epoch > 1 else None
         process = process or ChildProcess(self._module, {**self._env, **start.env})
         return ProcessLife(process, self._hub.link(name, epoch))
 
-    def _door(self) -> str:
-        """What the next worker connects to."""
+    def _next_endpoint(self) -> str:
+        """The endpoint that the next worker connects to; chaos relays override it."""
         return self._endpoint
 
 
 class TaskLife:
-    """A worker as a task of this loop."""
+    """A life in a task of this loop. Implements Life."""
 
     def __init__(self, pid: int, channel: MemoryChannel) -> None:
         self.pid = pid
@@ -140,7 +144,7 @@ class TaskLife:
         self._code = 0
 
     async def live(self, channel: MemoryChannel, open_engine: OpenEngine) -> None:
-        """The worker's side: until it is told to stop, or killed."""
+        """Be the worker, until a stop or a kill."""
         try:
             with self._scope, suppress(ChannelClosed):
                 await work(channel, open_engine, ())
@@ -162,7 +166,7 @@ class TaskLife:
 
 
 class TaskLauncher:
-    """Workers as tasks, linked by memory: in virtual time, and to be killed at a whim."""
+    """Workers as tasks, linked by memory: for tests in virtual time. Implements Launcher."""
 
     def __init__(self, open_engine: OpenEngine) -> None:
         self._open_engine = open_engine
@@ -185,12 +189,16 @@ class TaskLauncher:
 
 log = get_logger("sagellm.cluster")
 
-QUIET_S = 5.0  # after the last start of a worker: a spare is not to compete with it
-_LOOK_S = 60.0  # between two looks whether one has died
+QUIET_S = 5.0  # after the last start of a worker, with which a spare must not compete for the CPU
+_LOOK_S = 60.0  # between two checks for dead spares
 
 
 class Spares:
-    """Keeps `count` of them while `run` runs; `start` begins one."""
+    """Spare worker processes: they have imported a worker's modules, and wait for a start.
+
+    A spare replaces a dead worker a second or two earlier, and takes no CPU time for imports while
+    other workers make up for the loss. Keeps `count` spares while `run` runs; `start` begins one.
+    """
 
     def __init__(self, start: Callable[[], ChildProcess], count: int) -> None:
         self._start = start
@@ -199,16 +207,16 @@ class Spares:
         self._changed = trio.Event()
 
     def postpone(self) -> None:
-        """A worker starts: wait with the next spare."""
+        """Put off the next spare: a worker starts now."""
         self._changed.set()
 
     def take(self, part: bytes) -> ChildProcess | None:
-        """One that was given its part; None where none waits."""
+        """Give a waiting spare its start line, `part`. None: no spare waits."""
         while self._waiting:
             process = self._waiting.pop()
             try:
                 process.tell(part)
-            except OSError:  # it has died
+            except OSError:  # the spare has died
                 process.kill()
                 process.close()
             else:
@@ -216,7 +224,7 @@ class Spares:
         return None
 
     async def run(self) -> None:
-        """Until cancelled; then none is left."""
+        """Keep spares until cancelled; then no spare process is left."""
         try:
             while self._count:
                 await self._quiet()
@@ -231,7 +239,7 @@ class Spares:
                     process.close()
 
     async def _quiet(self) -> None:
-        """Wait until no worker has started for a while."""
+        """Wait until no worker has started for `QUIET_S`."""
         while True:
             self._changed = trio.Event()
             with trio.move_on_after(QUIET_S) as waiting:
@@ -246,5 +254,5 @@ class Spares:
         try:
             while len(self._waiting) < self._count:
                 self._waiting.append(self._start())
-        except OSError as error:  # workers are started without
+        except OSError as error:  # a dead worker is then replaced by a new process
             log.warning("spare_not_started", error=error.strerror)

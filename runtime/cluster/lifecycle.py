@@ -1,4 +1,4 @@
-"""One worker, life after life: it is started, watched, ended, and started again."""
+"""The lifecycle of a worker: it is started, watched, ended, and started again."""
 
 import signal
 from collections.abc import Callable, Sequence
@@ -24,10 +24,10 @@ log = get_logger("sagellm.cluster")
 
 
 class WorkerLifecycle:
-    """Keeps workers of one graph.
+    """Runs the workers of one graph, each in a task of its own.
 
-    `siblings` are those of an engine's name, `set_state` gives a worker a state, and `on_ready` hears the
-    facts of one that is ready, so that it has an engine.
+    `siblings(engine)` returns all workers of an engine. `set_state` sets a worker's state.
+    `on_ready` gets the facts of a worker that became ready, and must set its engine.
     """
 
     def __init__(
@@ -55,9 +55,9 @@ class WorkerLifecycle:
     async def keep(
         self, worker: Worker, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
     ) -> None:
-        """One life after the other, for as long as it is wanted; started once it is ready.
+        """Run a worker life after life, as long as it is wanted. Started when it is ready.
 
-        Raises WorkerUnfit where it does not become ready the first time.
+        Raises WorkerUnfit if its first life does not become ready.
         """
         try:
             while worker.is_wanted:
@@ -67,7 +67,7 @@ class WorkerLifecycle:
             worker.gone.set()
 
     async def _keep_one(self, worker: Worker, task_status: trio.TaskStatus[None]) -> None:
-        """One life, and the wait for the next."""
+        """Run one life, and wait for the next."""
         ready_s = await self._live(worker, task_status)
         worker.ended = worker.why
         if not worker.is_wanted:
@@ -83,7 +83,9 @@ class WorkerLifecycle:
             await worker.wake_up.wait()
 
     def _delay(self, worker: Worker, ready_s: float | None) -> float:
-        """Until its next life; it is ejected where its link is to blame, again and again."""
+        """Record the death, and return the pause. A worker whose link fails repeatedly is
+        ejected.
+        """
         now, draw = trio.current_time(), self._draw()
         if not worker.is_cut:
             blame = self._blame(worker, was_ready=ready_s is not None)
@@ -98,8 +100,10 @@ class WorkerLifecycle:
         return delay_s
 
     def _blame(self, worker: Worker, *, was_ready: bool) -> Blame:
-        """A request is to blame for one death at a time: where no life between two such deaths has
-        given a token, whatever is asked of it, the machine is.
+        """The cause of a death: a request that was in two deaths, or the machine.
+
+        A worker that has emitted no token since a request was last to blame has another fault: then
+        the machine is to blame, and the pauses grow.
         """
         if not was_ready or worker.engine is None:
             return "machine"
@@ -110,20 +114,24 @@ class WorkerLifecycle:
         return "request"
 
     def limit_ejections(self, engine_name: str) -> None:
-        """No more may be ejected than serve, whose number has changed: the first come back."""
+        """Bring back ejected workers, the first ejected first, until no more are ejected than
+        serve.
+
+        Called when a state has changed.
+        """
         num_ready, ejected = self._count(engine_name)
         ejected.sort(key=lambda one: one.ejected_s)
         for one in ejected[: max(0, len(ejected) - num_ready)]:
             one.wake_up.set()
 
     def _count(self, engine_name: str) -> tuple[int, list[Worker]]:
-        """How many of them serve, and which are ejected."""
+        """How many workers of an engine serve, and which of them are ejected."""
         siblings = self._siblings(engine_name)
         ejected = [one for one in siblings if one.state == "ejected"]
         return sum(one.is_serving for one in siblings), ejected
 
     async def _live(self, worker: Worker, task_status: trio.TaskStatus[None]) -> float | None:
-        """One life; when it became ready, if it did."""
+        """Run one life. Returns when it became ready; None: it did not."""
         worker.epoch += 1
         began_s = trio.current_time()
         worker.why, worker.is_cut = "it ended", False
@@ -159,7 +167,7 @@ class WorkerLifecycle:
         return ready_s
 
     async def _open(self, worker: Worker, channel: Channel) -> bool:
-        """Whether it became ready."""
+        """Open the worker's engine; whether it became ready."""
         opening = Open(
             graph=to_msgpack(self._graph),
             engine=worker.engine_name,
@@ -190,20 +198,22 @@ class WorkerLifecycle:
         self._progress(event)
 
     def _num_blocks(self, worker: Worker) -> int | None:
-        """Of its pool: as in an earlier life, or as its siblings have; None: not known yet."""
+        """The size of the worker's pool, as in an earlier life or as its siblings have; None: not
+        known yet.
+        """
         engines = [one.engine for one in self._siblings(worker.engine_name)]
         return next((engine.facts.num_blocks for engine in engines if engine is not None), None)
 
     async def _await_end(self, worker: Worker, life: Life, scope: trio.CancelScope) -> None:
         code = await life.wait()
         worker.why = f"signal {-code}" if code < 0 else f"exit code {code}"
-        worker.is_cut = code == 0  # it left by itself, as its link had ended
+        worker.is_cut = code == 0  # the worker left by itself, as its link had ended
         if worker.is_cut:
             life.channel.close(worker.why)
         scope.cancel()
 
     async def _ask(self, worker: Worker, channel: Channel, scope: trio.CancelScope) -> None:
-        """Ask for signs of life; end a life that gives none, or whose engine is hung."""
+        """Ping the worker. End a life that gives no sign of life, or whose engine hangs."""
         assert worker.engine is not None
         ready_s = since_s = moved_s = trio.current_time()
         while True:
@@ -213,7 +223,7 @@ class WorkerLifecycle:
             await trio.sleep(self._watch.ping_s)
             now = trio.current_time()
             if now - asked_s > self._watch.ping_s + self._watch.silent_s / 2:
-                since_s = now  # it was us who did not listen
+                since_s = now  # this process did not run in time, and may have missed a sign
             silent_s = now - max(channel.last_received_s, since_s)
             if silent_s > self._watch.silent_s:
                 worker.why, worker.is_cut = f"no sign of life for {silent_s:.1f} s", True
@@ -226,7 +236,7 @@ class WorkerLifecycle:
                 scope.cancel()
 
     async def _end(self, worker: Worker, life: Life) -> None:
-        """End the worker, in order where nothing is wrong with it; its life is heard no more."""
+        """End a life: with a stop message if it is healthy, else by a kill. Its link is closed."""
         if worker.why == "it ended":
             with suppress(ChannelClosed):
                 life.channel.put(Stop())
@@ -234,14 +244,14 @@ class WorkerLifecycle:
                 await life.wait()
         life.kill()
         code = await life.wait()
-        if code < 0 and code != -signal.SIGKILL:  # it was dying already: to dump core takes a while
+        if code < 0 and code != -signal.SIGKILL:  # it was dying already: a core dump takes a while
             worker.why, worker.is_cut = f"signal {-code}", False
         life.close()
         worker.pid = None
 
 
 def _log_death(worker: Worker, restart_in_s: float) -> None:
-    """One line for each try that failed: louder where they are many."""
+    """Log one line for each life that failed, as an error if the worker is failing."""
     restarts = worker.restarts
     (log.error if restarts.is_failing else log.warning)(
         "worker_died",
@@ -254,7 +264,7 @@ def _log_death(worker: Worker, restart_in_s: float) -> None:
 
 
 def _log_up(worker: Worker, seconds: float) -> None:
-    """It took so long to start; a life after the first one replaces a worker."""
+    """Log how long the start took. A life after the first replaces a dead worker."""
     event = "worker_replaced" if worker.was_ready else "worker_up"
     log.info(
         event, worker=str(worker), pid=worker.pid, life=worker.epoch, seconds=round(seconds, 3)

@@ -1,4 +1,4 @@
-"""The supervisor: one worker process a replica of every engine, started, watched and restarted."""
+"""The supervisor: one worker for each replica of every engine, started, watched and restarted."""
 
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -22,23 +22,25 @@ log = get_logger("sagellm.cluster")
 
 
 class Dispatcher(Protocol):
-    """What sends requests to engines, and is told which are there."""
+    """Sends requests to engines; the supervisor says which replicas are there."""
 
     def is_routed(self, engine: str) -> bool:
-        """Whether it can choose among several replicas."""
+        """Whether an operator chooses among several replicas of the engine."""
 
     def add(self, name: str, engine: RemoteEngine) -> None:
-        """One more replica; it is marked up later."""
+        """Add a replica, which is marked up later."""
 
     def mark(self, engine: str, replica: int, *, is_up: bool) -> None:
-        """A replica is lost, or is back."""
+        """Mark a replica as serving, or as lost."""
 
     def remove(self, engine: str, replica: int) -> None:
-        """One that was lost is not to come back, until it is marked up."""
+        """Remove a replica that was marked lost. It may be marked up again later."""
 
 
 class Supervisor:
-    """Runs the workers of one graph. `on_change` hears of each that became ready, or is no more."""
+    """Runs the workers of one graph. `on_change` is called with a worker whose state has
+    changed.
+    """
 
     def __init__(
         self,
@@ -77,12 +79,12 @@ class Supervisor:
 
     @property
     def workers(self) -> tuple[Worker, ...]:
-        """Those that are wanted, engine by engine."""
+        """The workers that are wanted, engine by engine."""
         return tuple(worker for worker in self._all if worker.is_wanted)
 
     @property
     def engines(self) -> dict[str, tuple[RemoteEngine, ...]]:
-        """By name, once `run` has started."""
+        """The engines by name; available after `run` has started."""
         found: dict[str, tuple[RemoteEngine, ...]] = {}
         for worker in self.workers:
             assert worker.engine is not None
@@ -91,9 +93,9 @@ class Supervisor:
 
     @property
     def missing(self) -> dict[str, str]:
-        """The engines that have no worker that serves, each with a sentence that says what is done
-        about it. The sentence names no path, and nothing that an engine said: everybody may read
-        it.
+        """The engines without a serving worker, each with a sentence about the outlook.
+
+        The sentence is public: it holds no path, and no text of an engine.
         """
         by_engine: dict[str, list[Worker]] = {}
         for worker in self.workers:
@@ -105,7 +107,7 @@ class Supervisor:
         }
 
     def watch(self, dispatcher: Dispatcher) -> None:
-        """Tell it of every engine that is lost, back, or new."""
+        """Report every engine that is lost, back or new to `dispatcher`."""
         self._dispatcher = dispatcher
         self.on_change = lambda worker: dispatcher.mark(
             worker.engine_name, worker.replica, is_up=worker.is_serving
@@ -115,12 +117,12 @@ class Supervisor:
                 self.on_change(worker)
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Start once every worker is ready; keep them until cancelled. Then no process is left.
+        """Run all workers until cancelled; then no process is left. Started when all are ready.
 
-        Raises WorkerUnfit where one does not become ready.
+        Raises WorkerUnfit if a worker does not become ready.
         """
         async with trio.open_nursery() as launching:
-            links = trio.CancelScope(shield=True)  # workers are told to stop over them
+            links = trio.CancelScope(shield=True)  # stop messages need the links after a cancel
             await launching.start(self._launch, links)
             try:
                 async with trio.open_nursery() as self._nursery:
@@ -132,11 +134,12 @@ class Supervisor:
             finally:
                 links.cancel()
 
-    # ---- what an operator of it asks -------------------------------------------------------
+    # ---- commands --------------------------------------------------------------------------
 
     def drain(self, worker: Worker) -> None:
-        """Give it nothing new, or once it is ready where it is not yet. What runs goes on at a
-        sibling, or ends here where there is none.
+        """Send the worker no new requests; a worker that is starting is drained when it is ready.
+
+        Running requests continue at a sibling, or run to their end here if there is none.
         """
         worker.is_to_drain = not worker.is_serving
         if worker.is_serving:
@@ -147,9 +150,9 @@ class Supervisor:
                 worker.engine.evict()
 
     async def restart(self, workers: Sequence[Worker]) -> None:
-        """One after the other, each once the one before is ready: siblings take over meanwhile.
+        """Restart workers one by one, each after the one before is ready. Siblings take over.
 
-        It also goes on where a new life fails, is drained or is removed meanwhile.
+        Continues if a new life fails, or if a worker is drained or removed meanwhile.
         """
         for worker in workers:
             epoch = worker.epoch
@@ -167,10 +170,10 @@ class Supervisor:
                 await trio.sleep(self._ping_s)
 
     async def scale(self, engine: str, count: int) -> None:
-        """Have so many replicas of an engine, from one on; returns once they are ready, or gone.
+        """Change the number of replicas of an engine. Returns when they are ready, or gone.
 
-        What runs in one that goes is taken over by the others. Raises CannotScale, WorkerUnfit;
-        then there are as many as before.
+        Other replicas take over the requests of a removed replica. Raises CannotScale, WorkerUnfit;
+        then the number is as before.
         """
         async with self._scaling:
             wanted = [worker for worker in self.workers if worker.engine_name == engine]
@@ -181,7 +184,7 @@ class Supervisor:
                     f"nothing chooses among replicas of engine {engine}: "
                     "put an operator with `op: route` before its operators"
                 )
-            # Those that serve, and those with low numbers, stay.
+            # Keep workers that serve, and workers with low numbers.
             wanted.sort(key=lambda worker: (not worker.is_serving, worker.replica))
             log.info("scaling", engine=engine, replicas=len(wanted), wanted=count)
             await self._remove(wanted[count:])
@@ -194,7 +197,7 @@ class Supervisor:
         return Worker(engine, replica, Restarts(self._policy))
 
     async def _add(self, engine: str, count: int) -> None:
-        """One after the other: those that were removed before, then new ones, by their numbers."""
+        """Add workers one by one: first workers that were removed before, then new ones."""
         assert self._nursery is not None
         added: list[Worker] = []
         try:
@@ -213,7 +216,9 @@ class Supervisor:
             raise
 
     async def _remove(self, workers: Sequence[Worker]) -> None:
-        """What runs there is taken over by others; returns once their processes are gone."""
+        """Remove workers; others take over their requests. Returns when their processes are
+        gone.
+        """
         for worker in workers:
             self._set_state(worker, "removed")
             if worker.engine is not None:
@@ -234,7 +239,7 @@ class Supervisor:
             await self._launcher.run(task_status)
 
     def _on_ready(self, worker: Worker, facts: EngineFacts) -> None:
-        """It is ready, with an engine like this: perhaps for the first time."""
+        """Give a worker that became ready its engine, if it has none from an earlier life."""
         if worker.engine is not None:
             return
         worker.engine = remote_engine(
@@ -254,13 +259,13 @@ class Supervisor:
             return
         if worker.is_wanted:
             worker.state = state
-        if worker.engine is not None:  # else nobody knows of it
+        if worker.engine is not None:  # else the dispatcher does not know the replica yet
             self.on_change(worker)
         self._lifecycle.limit_ejections(worker.engine_name)
 
 
 def _outlook(worker: Worker) -> str:
-    """What becomes of one that does not serve. The words stay while it is tried again."""
+    """What happens to a worker that does not serve. The text is the same for all its restarts."""
     if worker.state == "drained":
         return f"{worker} is drained"
     if worker.state == "ejected":

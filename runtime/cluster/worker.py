@@ -1,4 +1,4 @@
-"""The state of one worker, and which requests are suspected of its deaths."""
+"""The state of one worker, and the requests that are suspected of deaths."""
 
 from collections import deque
 from collections.abc import Set
@@ -10,9 +10,9 @@ import trio
 from sagellm.runtime.cluster.child_process import Restarts
 from sagellm.runtime.engine.remote_engine import RemoteEngine
 
-# starting -> ready -> dead -> starting ...; ready -> drained, until restarted; ejected: dead for a
-# while, as its link fails; failing: dead for a while, as it has died too often of late; removed:
-# not wanted any more
+# starting -> ready -> dead -> starting ...; ready -> drained, until a restart. An ejected worker is
+# dead for a while because its link fails; a failing worker, because it has died too often. A
+# removed worker is not wanted any more.
 WorkerState: TypeAlias = Literal[
     "starting", "ready", "drained", "dead", "ejected", "failing", "removed"
 ]
@@ -22,9 +22,10 @@ WorkerState: TypeAlias = Literal[
 class Watch:
     """How a worker is watched, in seconds.
 
-    It is asked every `ping_s` for a sign of life; any message is one. Without one for `silent_s` it
-    counts as dead, and is killed: so is one whose engine has been hung for `hang_s`, for a first or
-    a long step may take a while. Loading may take `start_s`, ending `stop_s`.
+    The supervisor asks every `ping_s` for a sign of life; any message is one. A worker without a
+    sign for `silent_s` counts as dead, and is killed. So is a worker whose engine has hung for
+    `hang_s`, which is long because a first or a large step may take a while. `start_s`: the most
+    time to load. `stop_s`: the most time to stop.
     """
 
     ping_s: float = 0.25
@@ -36,7 +37,7 @@ class Watch:
 
 @dataclass(slots=True)
 class Worker:
-    """One replica of an engine, through all its lives."""
+    """One replica of an engine, over all its lives."""
 
     engine_name: str
     replica: int
@@ -45,16 +46,16 @@ class Worker:
     pid: int | None = None
     epoch: int = 0
     engine: RemoteEngine | None = None
-    why: str = ""  # this life ended, or would end if it did now
-    ended: str = ""  # why the last life did
-    is_cut: bool = False  # by its link, as far as can be known
-    ejected_s: float = 0.0  # when it was the last time
-    is_to_drain: bool = False  # as soon as it is ready
-    is_leaving: bool = False  # this life was asked to end: no death
+    why: str = ""  # this life ended, or would end if it ended now
+    ended: str = ""  # why the last life ended
+    is_cut: bool = False  # the link ended this life, as far as can be known
+    ejected_s: float = 0.0  # when the worker was last ejected
+    is_to_drain: bool = False  # when it becomes ready
+    is_leaving: bool = False  # this life was asked to end: that is no death
     was_ready: bool = False  # since it was last wanted
-    has_served: bool = False  # a token, since a request was last to blame for its death
+    has_served: bool = False  # emitted a token since a request was last to blame for a death
     life: trio.CancelScope | None = None
-    wake_up: trio.Event = field(default_factory=trio.Event)  # somebody wants it back now
+    wake_up: trio.Event = field(default_factory=trio.Event)  # ends the pause before the next life
     gone: trio.Event = field(default_factory=trio.Event)  # it was removed, and has ended
 
     def __str__(self) -> str:
@@ -69,7 +70,7 @@ class Worker:
         return self.state != "removed"
 
     def want(self) -> None:
-        """It was removed, or is new: begin again as if nothing had been."""
+        """Start over with a worker that is new or was removed: earlier deaths do not count."""
         self.state, self.was_ready = "starting", False
         self.is_leaving = self.is_to_drain = False
         self.gone = trio.Event()
@@ -78,7 +79,7 @@ class Worker:
             self.engine.is_removed = False
 
     def leave(self) -> None:
-        """End this life, in order, or the wait for the next one."""
+        """End this life with a stop message, or end the pause before the next life."""
         self.wake_up.set()
         if self.life is not None:
             self.is_leaving = True
@@ -87,21 +88,21 @@ class Worker:
 
 Key: TypeAlias = tuple[str, int]  # a request's id and a choice
 
-_MAX_DEATHS = 64  # that are remembered
+_MAX_DEATHS = 64  # remembered
 
 
 class Suspects:
-    """The requests that had no token yet from a worker as it died, death after death.
+    """The requests that had no token yet from a worker when it died, for the last deaths.
 
-    A request that was in two of them is taken for the cause of the second, as `Recovery` takes it
-    when it quarantines the request.
+    A request that was in two deaths counts as the cause of the second. `Recovery` quarantines the
+    request by the same rule.
     """
 
     def __init__(self) -> None:
         self._deaths: deque[Set[Key]] = deque(maxlen=_MAX_DEATHS)
 
     def died(self, unserved: Set[Key]) -> bool:
-        """A worker died with those requests in it; whether one of them is to blame."""
+        """Record a death with those requests in the worker; whether one of them is to blame."""
         is_known = any(not unserved.isdisjoint(earlier) for earlier in self._deaths)
         if unserved:
             self._deaths.append(unserved)

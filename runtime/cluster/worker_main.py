@@ -1,4 +1,4 @@
-"""How a worker process begins: what it is told, on which clock it runs, and what it does."""
+"""The main function of a worker process: its start, its clock, and its work."""
 
 import os
 import signal
@@ -24,17 +24,21 @@ from sagellm.runtime.engine.engine_server import EngineServer
 from sagellm.runtime.port import Engine
 from sagellm.runtime.prefixes import set_hash_secret
 
-_VARIABLE = "SAGELLM_WORKER"  # an environment is for the eyes of its user alone, arguments are not
-_SPARE = "spare:"  # instead of a start, which then comes as a line of standard input
+_VARIABLE = "SAGELLM_WORKER"  # only its user can read an environment; every user can read arguments
+_SPARE = "spare:"  # in place of a start, which comes later as a line of standard input
 
-# graph, engine, replica, blocks of its pool in an earlier life; called with events of the start
+# Takes a graph, the name of an engine, a replica, the size of its pool in an earlier life, and a
+# function that gets events of the start.
 OpenEngine: TypeAlias = Callable[[Graph, str, int, int | None, Progress], Awaitable[Engine]]
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerStart:
-    """Where to connect, under which name, in which life; what the clock is ahead; the folder that
-    goes with the graph's process; and that of the keys, where links have any.
+    """What a worker is told: the endpoint to connect to, its name there, and its life (`epoch`).
+
+    `clock_offset_s`: by how much the graph's clock is ahead of `perf_counter`. `folder`: the
+    sockets, which the worker removes if the graph's process is killed. `keys`: the folder of CURVE
+    keys.
     """
 
     endpoint: str
@@ -54,12 +58,14 @@ class WorkerStart:
 
 
 def spare_env(devices: Iterable[str]) -> Mapping[str, str]:
-    """Of a process that prepares for engines on those devices, and waits for its start."""
+    """The environment of a spare, which prepares for engines on `devices` and waits for its
+    start.
+    """
     return {_VARIABLE: _SPARE + ",".join(devices)}
 
 
 class SharedClock(trio.abc.Clock):
-    """The clock of the process that started this one."""
+    """The clock of the parent process: deadlines mean the same in both."""
 
     def __init__(self, offset_s: float) -> None:
         self._offset_s = offset_s
@@ -79,19 +85,21 @@ def serve(
     unfit: tuple[type[Exception], ...],
     prepare: Callable[[Sequence[str]], None] = lambda devices: None,
 ) -> None:
-    """Be a worker until told to stop, or until whoever started it is gone.
+    """Be a worker until a stop message, or until the parent process is gone.
 
-    `open_engine` loads one replica; what it raises of `unfit` is told, and safe to
-    show. Anything else ends the process with a traceback. `prepare` is what a spare does before it
-    waits for its start.
+    `open_engine` loads one replica. Its errors of the types `unfit` are sent to the graph, as they
+    are safe to show; any other error ends the process with a traceback. A spare calls `prepare`
+    with the devices before it waits for its start.
     """
     for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)  # whoever signals all processes means the graph's
+        signal.signal(
+            number, signal.SIG_IGN
+        )  # a signal to all processes is for the graph's process
     given = os.environ.pop(_VARIABLE)
     if given.startswith(_SPARE):
         prepare([device for device in given.removeprefix(_SPARE).split(",") if device])
         given = _line_of_input()
-        if not given:  # whoever started it is gone, or needs it no more
+        if not given:  # the parent is gone, or needs this spare no more
             return
     start = msgspec.json.decode(given, type=WorkerStart)
     end_with_parent(Path(start.folder))
@@ -99,7 +107,7 @@ def serve(
 
 
 def _line_of_input() -> str:
-    """Byte by byte, as the end of the input is watched afterwards; empty at its end."""
+    """Read a line byte by byte: `end_with_parent` watches the same input later. "": the end."""
     line = bytearray()
     while (byte := os.read(0, 1)) not in (b"", b"\n"):
         line += byte
@@ -113,7 +121,7 @@ async def _serve(
     dealer = Dealer(start.endpoint, bytes.fromhex(start.name), start.epoch, keys)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(dealer.run)
-        with suppress(ChannelClosed):  # nobody is left to serve
+        with suppress(ChannelClosed):  # the graph is gone
             await work(dealer.link, open_engine, unfit)
         nursery.cancel_scope.cancel()
 
@@ -121,7 +129,7 @@ async def _serve(
 async def work(
     channel: Channel, open_engine: OpenEngine, unfit: tuple[type[Exception], ...]
 ) -> None:
-    """What a worker does, whatever it runs in: open the engine that it is told, and serve it."""
+    """Open the engine of the first message, and serve it. Runs in a process or in a task."""
     message = await channel.receive()
     if not isinstance(message, Open):
         return
@@ -138,7 +146,7 @@ async def work(
 
 
 def _progress_over(channel: Channel) -> Progress:
-    """Sends what it hears, from whichever thread, for as long as somebody listens."""
+    """A progress function that sends events to the graph; callable from any thread."""
     token = trio.lowlevel.current_trio_token()
 
     def put(event: ProgressEvent) -> None:

@@ -2,4 +2,4 @@
 
 
 class BadKeys(ValueError):
-    """Keys that are not there, or not to be trusted; the message says which, and how to fix it."""
+    """Keys that are missing, or not to be trusted; the message names them, and how to fix it."""

@@ -10,39 +10,37 @@ import trio
 
 from sagellm.runtime.comm.protocol import Message
 
-SOCKET_CAPACITY = 1024  # messages that a socket holds, either way
-MAX_PENDING = (
-    64 * SOCKET_CAPACITY
-)  # messages that a channel holds for a peer, or a reader, that is slow
+SOCKET_CAPACITY = 1024  # messages that a socket holds in each direction
+MAX_PENDING = 64 * SOCKET_CAPACITY  # messages that a channel holds for a slow peer or reader
 
 
 class ChannelClosed(ConnectionError):
-    """The link has ended: its peer is gone, or broke the rules; the message says which."""
+    """The link has ended; the message says why: its peer is gone, or broke the protocol."""
 
 
 class Channel(Protocol):
-    """Messages in order, each once, or the link breaks: it never loses one silently.
+    """Delivers messages in order, each exactly once, or ends: a channel never loses one silently.
 
-    How much may be under way is the business of those who talk: what asks is answered, and events
-    wait for credit. `MAX_PENDING` is the last resort, where a peer does not take what it is sent.
+    The protocol bounds what is under way: calls are answered, and events wait for credit.
+    `MAX_PENDING` is the last resort against a peer that does not read.
     """
 
     def put(self, message: Message) -> None:
-        """Send without waiting. Raises ChannelClosed, also where the peer leaves no room."""
+        """Send without waiting. Raises ChannelClosed, also if the peer has stopped reading."""
 
     async def receive(self) -> Message:
-        """The next message. Raises ChannelClosed once all that came before the end was received."""
+        """Wait for the next message. Raises ChannelClosed after the last message before the end."""
 
     @property
     def last_received_s(self) -> float:
-        """When anything last came, on trio's clock; any message is a sign of life."""
+        """When the last message arrived, on trio's clock; any message is a sign of life."""
 
     def close(self, why: str = "it was closed") -> None:
-        """End this side; twice does no harm. Nobody tells the other: it hears silence."""
+        """End this side; safe to call again. The peer is not told: it sees silence."""
 
 
 class MemoryChannel:
-    """One side of a link inside a process."""
+    """One side of a link inside a process. Implements Channel."""
 
     def __init__(self) -> None:
         self._peer: MemoryChannel = self
@@ -90,7 +88,7 @@ def memory_channels() -> tuple[MemoryChannel, MemoryChannel]:
     return one, other
 
 
-MAX_FRAME_BYTES = 16 * 2**20  # a prompt of a million tokens fits; KV travels otherwise
+MAX_FRAME_BYTES = 16 * 2**20  # a prompt of a million tokens fits; KV blocks use a transport
 
 _HEADER = struct.Struct(">2sBxIQ")
 _CHECKSUM = struct.Struct(">I")
@@ -99,11 +97,18 @@ _OVERHEAD = _HEADER.size + _CHECKSUM.size
 
 
 class FrameError(ValueError):
-    """Bytes that are no frame of ours; the message says what is wrong, and shows none of them."""
+    """Bytes that are no frame; the message says what is wrong, and shows none of the bytes."""
 
 
 class Frame(NamedTuple):
-    """A frame that came whole; nobody has looked at its body yet."""
+    """The bytes of one message, with an epoch, a number and a checksum:
+
+        magic 2 | version 1 | reserved 1 | epoch 4 | number 8 | checksum 4 | body
+
+    All numbers are big-endian. The checksum is CRC-32 of all other bytes. `epoch` is the life of
+    the worker that the link leads to: frames of an earlier life are dropped. `number` rises by one
+    a frame, so that a lost or repeated frame is noticed.
+    """
 
     epoch: int
     number: int
@@ -111,7 +116,7 @@ class Frame(NamedTuple):
 
 
 def encode(frame: Frame) -> bytes:
-    """Raises FrameError where the body is too long."""
+    """The bytes of a frame. Raises FrameError if the body is too long."""
     size = _OVERHEAD + len(frame.body)
     if size > MAX_FRAME_BYTES:
         raise FrameError(f"a message of {size} bytes exceeds {MAX_FRAME_BYTES}")
@@ -120,7 +125,7 @@ def encode(frame: Frame) -> bytes:
 
 
 def decode(data: bytes) -> Frame:
-    """Raises FrameError."""
+    """The frame of these bytes; its body is not decoded. Raises FrameError."""
     if not _OVERHEAD <= len(data) <= MAX_FRAME_BYTES:
         raise FrameError(f"{len(data)} bytes are too few, or too many, for a frame")
     header, body = data[: _HEADER.size], data[_OVERHEAD:]

@@ -1,6 +1,7 @@
-"""CURVE keys: who may link to a graph over a network, made once and kept in a folder.
+"""CURVE keys: who may link to a graph over a network. They are made once, and kept in a folder.
 
-Both sides have a pair: the graph's end proves who it is, and accepts whoever has the worker's.
+Both sides have a pair. The graph's end proves its identity, and accepts any holder of the worker's
+pair.
 """
 
 from dataclasses import dataclass
@@ -18,24 +19,24 @@ SIDES: tuple[LinkSide, ...] = ("graph", "worker")
 
 @dataclass(frozen=True, slots=True)
 class CurveKeys:
-    """What one side has: its own pair, and the public key of the other. All are Z85 text."""
+    """The keys of one side: its own pair, and the public key of its peer. All are Z85 text."""
 
     public: bytes
     secret: bytes
     peer: bytes
 
     def secure_server(self, socket: "zmq.Socket[bytes]") -> None:
-        """Only who has the peer's pair may connect; see `CurveAuthenticator`."""
+        """Admit only a holder of the peer's pair; needs a `CurveAuthenticator`."""
         socket.curve_server = True
         self._show(socket)
 
     def secure_client(self, socket: "zmq.Socket[bytes]") -> None:
-        """Connect to nobody but the peer."""
+        """Connect only to the peer."""
         socket.curve_serverkey = self.peer
         self._show(socket)
 
     def callback(self, domain: str, key: bytes) -> bool:
-        """Called by the authenticator's thread: whether that public key may connect."""
+        """Whether that public key may connect. Called by the authenticator's thread."""
         return key == self.peer
 
     def _show(self, socket: "zmq.Socket[bytes]") -> None:
@@ -43,10 +44,10 @@ class CurveKeys:
 
 
 class CurveAuthenticator:
-    """A context whose servers admit the peer of those keys, and nobody else.
+    """A context whose servers admit only the peer of `keys`.
 
-    It is open before any of its sockets is bound: without one, libzmq lets in every key. Contexts
-    have one each, and graphs of one process other keys.
+    The authenticator must be running before a socket of the context is bound: without one, libzmq
+    admits every key. Each context has its own, so that graphs of one process can use other keys.
     """
 
     def __init__(self, keys: CurveKeys) -> None:
@@ -56,13 +57,13 @@ class CurveAuthenticator:
         self._authenticator.configure_curve_callback(credentials_provider=keys)
 
     def close(self) -> None:
-        """Once its sockets are closed."""
+        """End the context. Close its sockets before."""
         self._authenticator.stop()
         self.context.term()
 
 
 def create_keys(folder: Path) -> None:
-    """Make the pairs of both sides in a folder of its own. Raises FileExistsError, OSError."""
+    """Make the pairs of both sides in a new folder. Raises FileExistsError, OSError."""
     folder.mkdir(mode=0o700, parents=True)
     for side in SIDES:
         _, secret = zmq.auth.create_certificates(folder, side)
@@ -70,7 +71,7 @@ def create_keys(folder: Path) -> None:
 
 
 def load_keys(folder: Path, side: LinkSide) -> CurveKeys:
-    """Raises BadKeys."""
+    """Read the keys of one side. Raises BadKeys."""
     (peer,) = set(SIDES) - {side}
     own, secret = _load(folder / f"{side}.key_secret", is_secret=True)
     other, _ = _load(folder / f"{peer}.key", is_secret=False)

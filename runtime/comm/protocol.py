@@ -1,7 +1,7 @@
-"""What a graph and the worker of one engine replica say to each other.
+"""The messages between a graph and the worker of one engine replica.
 
-The graph asks (`Ask`, each with a `call` that the answer repeats) and tells; the worker answers,
-and tells of events and of itself. Both read one clock: a worker is told its offset when it starts.
+The graph sends calls, whose `call` number the answer repeats, and notices. The worker sends
+answers, events and its own state. Both read one clock: a worker gets its offset when it starts.
 """
 
 from typing import Literal, TypeAlias
@@ -21,17 +21,17 @@ from sagellm.runtime.port import (
 
 
 class _Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One thing said."""
+    """One message."""
 
 
-# ---- by the graph --------------------------------------------------------------------------
+# ---- sent by the graph ---------------------------------------------------------------------
 
 
 class Open(_Message, frozen=True, kw_only=True, tag="open"):
-    """Load one replica of an engine of this graph (MessagePack); answered by `Ready`.
+    """Load one replica of an engine of `graph` (MessagePack). Answered by `Ready` or `Unfit`.
 
-    `num_blocks`: of its pool in an earlier life, if it had one. `block_key`: what all engines of
-    the graph hash their prefix blocks with.
+    `num_blocks`: the size of its pool in an earlier life, if there was one. `block_key`: the key
+    with which all engines of the graph hash prefix blocks.
     """
 
     graph: bytes
@@ -42,14 +42,14 @@ class Open(_Message, frozen=True, kw_only=True, tag="open"):
 
 
 class Submit(_Message, frozen=True, kw_only=True, tag="submit"):
-    """Answered by `Done` or `Refused`."""
+    """Start a sequence. Answered by `Done` or `Refused`."""
 
     call: int
     state: SequenceState
 
 
 class Cancel(_Message, frozen=True, kw_only=True, tag="cancel"):
-    """The port's `cancel`."""
+    """Cancel a sequence, as the engine port says. Not answered."""
 
     request_id: str
     choice: int
@@ -57,15 +57,15 @@ class Cancel(_Message, frozen=True, kw_only=True, tag="cancel"):
 
 
 class Import(_Message, frozen=True, kw_only=True, tag="import"):
-    """Reserve blocks; answered, in order of arrival, by `BlocksReserved` or `Refused`."""
+    """Reserve blocks for a transfer. Answered, in order of arrival, by `BlocksReserved` or `Refused`."""
 
     call: int
     offer: LeaseOffer
 
 
 class Export(_Message, frozen=True, kw_only=True, tag="export"):
-    """Turn a held lease to `sending`; answered by `Exported`, of all but the first `num_received`
-    blocks, or `Refused`.
+    """Begin to send a held lease, without the first blocks that the receiver has already. Answered
+    by `Exported` or `Refused`.
     """
 
     call: int
@@ -74,7 +74,9 @@ class Export(_Message, frozen=True, kw_only=True, tag="export"):
 
 
 class ExportChunk(_Message, frozen=True, kw_only=True, tag="export_chunk"):
-    """A part of a prompt that is still being computed; answered by `Exported` or `Refused`."""
+    """Offer computed blocks of a prompt that is still being computed. Answered by `Exported` or
+    `Refused`.
+    """
 
     call: int
     lease: LeaseRef
@@ -82,8 +84,8 @@ class ExportChunk(_Message, frozen=True, kw_only=True, tag="export_chunk"):
 
 
 class Receive(_Message, frozen=True, kw_only=True, tag="receive"):
-    """Copy that into a reserved lease, after the first `num_received` blocks: then it is filled.
-    Answered by `Done` or `Refused`.
+    """Copy `source` into a reserved lease, after the first blocks that are there already. The lease
+    is filled then. Answered by `Done` or `Refused`.
     """
 
     call: int
@@ -93,7 +95,9 @@ class Receive(_Message, frozen=True, kw_only=True, tag="receive"):
 
 
 class ReceiveChunk(_Message, frozen=True, kw_only=True, tag="receive_chunk"):
-    """As `Receive`, of a prompt that is still being computed: more comes after this part."""
+    """Copy `source` into a reserved lease while the prompt is still being computed; more blocks
+    follow. Answered by `Done` or `Refused`.
+    """
 
     call: int
     lease: LeaseRef
@@ -102,52 +106,52 @@ class ReceiveChunk(_Message, frozen=True, kw_only=True, tag="receive_chunk"):
 
 
 class Release(_Message, frozen=True, kw_only=True, tag="release"):
-    """The receiver has acknowledged, or given up: free the blocks of an exported lease."""
+    """Free the blocks of an exported lease: the receiver has acknowledged them, or given up."""
 
     lease: LeaseRef
 
 
 class RenewLease(_Message, frozen=True, kw_only=True, tag="renew_lease"):
-    """The receiver is still at it: keep the blocks of an exported lease."""
+    """Keep the blocks of an exported lease: the receiver still copies them."""
 
     lease: LeaseRef
 
 
 class Drop(_Message, frozen=True, kw_only=True, tag="drop"):
-    """Nobody waits for that call any more; it is answered all the same."""
+    """No caller waits for that call any more. The worker still answers the call."""
 
     call: int
 
 
 class Grant(_Message, frozen=True, kw_only=True, tag="grant"):
-    """The reader of `owner` took a batch of events: one more may be sent."""
+    """Allow one more batch of events: the reader of `owner` took one."""
 
     owner: str
 
 
 class SyncCache(_Message, frozen=True, kw_only=True, tag="sync_cache"):
-    """Report all prefix blocks that there are, and then changes, by `CacheUpdate`."""
+    """Report all cached prefix blocks, and then their changes, by `CacheUpdate`."""
 
 
 class GrantCacheUpdate(_Message, frozen=True, kw_only=True, tag="grant_cache_update"):
-    """One `CacheUpdate` was read: one more may be sent."""
+    """Allow one more `CacheUpdate`: one was read."""
 
 
 class Idle(_Message, frozen=True, kw_only=True, tag="idle"):
-    """Answered by `Done` when no step computes."""
+    """Wait until no step computes. Answered by `Done`."""
 
     call: int
 
 
 class Ping(_Message, frozen=True, kw_only=True, tag="ping"):
-    """Answered by `Pong`."""
+    """Ask for a sign of life. Answered by `Pong`."""
 
 
 class Stop(_Message, frozen=True, kw_only=True, tag="stop"):
     """End the engine, and the process."""
 
 
-# ---- by the worker -------------------------------------------------------------------------
+# ---- sent by the worker --------------------------------------------------------------------
 
 
 class Ready(_Message, frozen=True, kw_only=True, tag="ready"):
@@ -157,13 +161,13 @@ class Ready(_Message, frozen=True, kw_only=True, tag="ready"):
 
 
 class Starting(_Message, frozen=True, kw_only=True, tag="starting"):
-    """How far the start of the engine is; before `Ready`."""
+    """Progress of the engine's start; sent before `Ready`."""
 
     event: ProgressEvent
 
 
 class Unfit(_Message, frozen=True, kw_only=True, tag="unfit"):
-    """The engine cannot be opened: a fault of options, model or memory, safe to show."""
+    """The engine cannot be opened. `error`: a fault of options, model or memory, safe to show."""
 
     error: str
 
@@ -175,7 +179,7 @@ class Done(_Message, frozen=True, kw_only=True, tag="done"):
 
 
 class Refused(_Message, frozen=True, kw_only=True, tag="refused"):
-    """The call raised EngineRefusal, StaleLease or DamagedBlocks."""
+    """The call raised EngineRefusal, StaleLease or DamagedBlocks, by `kind`."""
 
     call: int
     kind: Literal["refusal", "stale", "damaged"]
@@ -184,28 +188,28 @@ class Refused(_Message, frozen=True, kw_only=True, tag="refused"):
 
 
 class BlocksReserved(_Message, frozen=True, kw_only=True, tag="blocks_reserved"):
-    """Blocks are reserved under that lease."""
+    """Blocks are reserved under `lease`."""
 
     call: int
     lease: LeaseRef
 
 
 class Exported(_Message, frozen=True, kw_only=True, tag="exported"):
-    """Where the blocks are."""
+    """The location of exported blocks."""
 
     call: int
     source: BlockLocation
 
 
 class KVProgress(_Message, frozen=True, kw_only=True, tag="kv_progress"):
-    """So many blocks of a prompt that is to be exported are computed, and do not change."""
+    """`num_blocks` of a prompt that is to be exported are computed, and will not change."""
 
     lease: LeaseRef
     num_blocks: int
 
 
 class Events(_Message, frozen=True, kw_only=True, tag="events"):
-    """What one step did to the sequences of `owner`; uses up one grant."""
+    """The events of one step, of the sequences of `owner`. Uses up one grant."""
 
     owner: str
     events: tuple[TokenEvent | PrefillDone, ...]
@@ -213,7 +217,7 @@ class Events(_Message, frozen=True, kw_only=True, tag="events"):
 
 
 class CacheUpdate(_Message, frozen=True, kw_only=True, tag="cache_update"):
-    """Prefix blocks that were stored and dropped, as `CacheChanged` says; uses up one grant."""
+    """Stored and dropped prefix blocks, with the fields of `CacheChanged`. Uses up one grant."""
 
     sequence: int
     is_first: bool
@@ -222,8 +226,10 @@ class CacheUpdate(_Message, frozen=True, kw_only=True, tag="cache_update"):
 
 
 class Pong(_Message, frozen=True, kw_only=True, tag="pong"):
-    """A sign of life, and how the engine is. `step_tokens`: its steps by the tokens that they
-    computed, counted in buckets; `num_step_tokens`: of all of them.
+    """A sign of life, with the state of the engine.
+
+    `step_tokens`: a histogram of steps by their number of tokens. `num_step_tokens`: the tokens of
+    all steps.
     """
 
     load: EngineLoad

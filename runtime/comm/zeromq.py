@@ -1,9 +1,9 @@
-"""Channels over ZeroMQ: a hub where the graph is, one dealer in each worker, over ipc or tcp.
+"""Channels over ZeroMQ: a hub in the graph's process, a dealer in each worker, over ipc or tcp.
 
-The hub is a ROUTER that knows its peers by a name that only they were told; what strangers send is
-dropped and counted. Over tcp all of it is encrypted, and who has no key is not let in (CURVE, see
-`keys`). Sockets are bounded (`SOCKET_CAPACITY`, `MAX_FRAME_BYTES`), linger for nobody, and an end
-that finds its peer full, silent or garbled closes: it does not wait in the dark.
+The hub is a ROUTER. It knows each peer by a random name, which only that peer was told; frames of
+other peers are dropped and counted. Over tcp all bytes are encrypted, and a peer without the key is
+not admitted (CURVE, see `keys`). Sockets are bounded (`SOCKET_CAPACITY`, `MAX_FRAME_BYTES`) and do
+not linger. A link whose peer is full, silent or garbled closes: it does not wait without bound.
 """
 
 import math
@@ -31,8 +31,8 @@ from sagellm.runtime.comm.protocol import GraphMessage, Message, WorkerMessage
 
 log = get_logger("sagellm.comm")
 
-_BUNDLE = 256  # frames taken in one turn, so that other tasks run between two
-_RETRY_S = 0.005  # until what found no peer, or no room, is tried again
+_BUNDLE = 256  # frames taken at a time; other tasks run between two bundles
+_RETRY_S = 0.005  # until a frame that found no peer, or no room, is tried again
 _OPTIONS = {
     zmq.LINGER: 0,
     zmq.SNDHWM: SOCKET_CAPACITY,
@@ -46,9 +46,9 @@ _WORKER_DECODER = msgspec.msgpack.Decoder(WorkerMessage)
 
 
 class Link:
-    """One end of a channel over a socket that others may share; implements Channel.
+    """One end of a channel over a socket that links may share. Implements Channel.
 
-    `post` hands a frame to the socket, and says whether there was room.
+    `post` hands a frame to the socket; it returns whether there was room.
     """
 
     def __init__(
@@ -102,16 +102,16 @@ class Link:
         self._changed.unpark_all()
 
     def flush(self) -> None:
-        """Hand over what waits, as far as there is room."""
+        """Post waiting frames, as long as there is room."""
         while self._outbox:
             frame = self._outbox.popleft()
             if not self._post(frame):
-                if self._ended is None:  # what came meanwhile may have ended it
+                if self._ended is None:  # a frame that `post` received may have ended the link
                     self._outbox.appendleft(frame)
                 return
 
     def take(self, data: bytes) -> bool:
-        """A frame came from the peer; False, and it is dropped, where it is none of this life."""
+        """Take a frame from the peer. False: it was dropped, as it is broken or of another life."""
         try:
             frame = decode(data)
         except FrameError as error:
@@ -138,10 +138,10 @@ class Link:
 
 
 class _TrioSocket:
-    """A socket under trio: what is sent is sent at once, or not at all.
+    """A ZeroMQ socket under trio. A send succeeds at once, or not at all.
 
-    Its descriptor becomes readable when something has changed since the socket was last used, in
-    whichever way: so a call that sends has to take what came meanwhile, too.
+    Hazard: the descriptor becomes readable only for changes after the last use of the socket, of
+    any kind. A call that sends must therefore receive what has arrived meanwhile, too.
     """
 
     def __init__(
@@ -154,35 +154,35 @@ class _TrioSocket:
         for option, value in _OPTIONS.items():
             self.socket.setsockopt(option, value)
         self._take = take
-        self._wait = trio.CancelScope()  # that of `pump` for something to come
+        self._wait = trio.CancelScope()  # the wait of `pump`
 
     def allow(self, endpoint: str) -> None:
-        """Before the socket is bound or connected there."""
+        """Prepare the socket for an endpoint; call this before it is bound or connected."""
         if "[" in endpoint:
             self.socket.setsockopt(zmq.IPV6, 1)
 
     def send(self, parts: list[bytes]) -> bool:
-        """Whether there was a peer, and room for it; if not, `pump` tries again before long."""
+        """Send if there is a peer with room; whether it was sent. If not, `pump` retries soon."""
         try:
             self.socket.send_multipart(parts, zmq.NOBLOCK)
         except zmq.ZMQError as error:
             if error.errno not in (zmq.EAGAIN, zmq.EHOSTUNREACH):
                 raise
-            # What would show that there is room now may be what is drained below.
+            # The change that shows room may be drained below, and then never wakes `pump`.
             self._look_at(trio.current_time() + _RETRY_S)
             return False
         finally:
-            if not self._drain():  # nothing shows that there is more
+            if not self._drain():  # more frames are there, and the descriptor will not show them
                 self._look_at(trio.current_time())
         return True
 
     def _look_at(self, time_s: float) -> None:
-        """Let `pump` look then, whatever shows."""
+        """Wake `pump` at that time at the latest."""
         self._wait.deadline = min(self._wait.deadline, time_s)
 
     async def pump(self, flush: Callable[[], bool]) -> None:
-        """Take what comes until cancelled. `flush` sends what waits, and says whether all of it
-        went: room for the rest is looked for again and again, for it may not show.
+        """Receive frames until cancelled. `flush` sends waiting frames; it returns whether all were
+        sent. If not, `pump` retries at intervals: the descriptor may not show that there is room.
         """
         descriptor = self.socket.fileno()
         while True:
@@ -198,7 +198,7 @@ class _TrioSocket:
         self.socket.close(linger=0)
 
     def _drain(self) -> bool:
-        """Take what is there, up to a bundle; whether that was all."""
+        """Receive what is there, up to a bundle; whether that was all."""
         for _ in range(_BUNDLE):
             try:
                 parts = self.socket.recv_multipart(zmq.NOBLOCK)
@@ -211,8 +211,7 @@ class _TrioSocket:
 class Hub:
     """The graph's end of the links to all its workers: one bound socket, with `keys` over tcp.
 
-    `num_rejected` frames came from nobody that was announced, or were none of the life they should
-    be of.
+    `num_rejected` counts frames of unknown peers, broken frames, and frames of another life.
     """
 
     def __init__(self, keys: CurveKeys | None = None) -> None:
@@ -225,7 +224,7 @@ class Hub:
             keys.secure_server(self._port.socket)
 
     def bind(self, endpoint: str) -> str:
-        """Returns the endpoint to connect to. Raises OSError; then it is closed."""
+        """Bind, and return the endpoint to connect to. Raises OSError; then the hub is closed."""
         self._port.allow(endpoint)
         try:
             self._port.socket.bind(endpoint)
@@ -235,14 +234,14 @@ class Hub:
         return self._port.socket.getsockopt_string(zmq.LAST_ENDPOINT)
 
     def link(self, name: bytes, epoch: int) -> Link:
-        """A link to the peer that will connect under `name`; what is put waits until it does."""
+        """A link to the peer that will connect under `name`. Messages wait until it connects."""
         link = Link(lambda data: self._port.send([name, data]), _WORKER_DECODER, epoch)
         link.on_close = lambda: self._forget(name)
         self._links[name] = link
         return link
 
     async def run(self) -> None:
-        """Carry what is said until cancelled; then every link has ended."""
+        """Move frames until cancelled; then every link has ended, and the socket is closed."""
         try:
             await self._port.pump(self._flush)
         finally:
@@ -271,7 +270,7 @@ class Hub:
 
 
 class Dealer:
-    """A worker's end: one link, to the hub at `endpoint`, under the name that the hub expects."""
+    """A worker's end: one link to the hub at `endpoint`, under the name that the hub expects."""
 
     def __init__(
         self, endpoint: str, name: bytes, epoch: int, keys: CurveKeys | None = None
@@ -285,7 +284,7 @@ class Dealer:
         self._port.socket.connect(endpoint)
 
     async def run(self) -> None:
-        """Carry what is said until cancelled; then the link has ended."""
+        """Move frames until cancelled; then the link has ended, and the socket is closed."""
         try:
             await self._port.pump(self._flush)
         finally:

@@ -107,7 +107,7 @@ class Ejected(_Effect, frozen=True, tag="ejected"):
     for_s: float
 
 
-class QueryCache(_Effect, frozen=True, tag="sync_cache"):
+class QueryCache(_Effect, frozen=True, tag="ask_cache"):
     """Ask the engine of a replica to report all prefix blocks, and later changes."""
 
     engine: str

@@ -15,10 +15,10 @@ from sagellm.runtime.engine.output_text import IncrementalDetokenizer, OutputTex
 from sagellm.runtime.engine.runner import DeviceQueue, DeviceRunner, EngineResources, OpenOutputText
 from sagellm.runtime.engine.sizing import engine_dtype, kv_blocks
 from sagellm.runtime.engine.speculation import Drafter, Speculation
-from sagellm.runtime.kv.memory import DeviceStorage, PoolBytes, SharedMemory
+from sagellm.runtime.kv.memory import DeviceStorage, PoolBytes
 from sagellm.runtime.kv.pool import BlockPool
 from sagellm.runtime.kv.transport import Sharing
-from sagellm.runtime.kv.transports import open_transport
+from sagellm.runtime.kv.transports import open_transport, pool_memory
 from sagellm.runtime.messages import SequenceState
 from sagellm.runtime.models.folder import ModelFolder
 from sagellm.runtime.models.stored_weights import open_weights, weight_names
@@ -46,12 +46,10 @@ def open_resources(
     layout = _layout(options, folder, blocks)
     tokenizer = load_tokenizer(folder)
     program = _program(options, folder, blocks, device, progress)
-    memory = None
-    if sharing is not None and sharing.kind == "memory":
-        memory = SharedMemory(facts.num_blocks * facts.kv_block_bytes)
+    memory = pool_memory(sharing, facts.num_blocks * facts.kv_block_bytes)
     storage = device.allocate(layout, facts.num_blocks, memory.view if memory else None)
-    pool = PoolBytes(storage)
-    transport = open_transport(sharing, pool, memory) if sharing is not None else None
+    pool = PoolBytes(storage, memory)
+    transport = open_transport(sharing, pool) if sharing is not None else None
     runner = DeviceRunner(DeviceQueue(device, options.threads), program, storage)
     return EngineResources(
         facts,

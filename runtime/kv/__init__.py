@@ -1,0 +1,1 @@
+"""KV blocks of engines: pools, leases, prefix caching, and transfers between workers."""

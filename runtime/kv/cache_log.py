@@ -1,4 +1,4 @@
-"""The log of a pool: which prefix blocks it has stored and dropped since it was last read."""
+"""The log of a pool's prefix cache: the blocks stored and dropped since the log was last read."""
 
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -6,12 +6,13 @@ from typing import NamedTuple
 
 # Hashes in one report: 64 KiB. A step of some hundred sequences stores a tenth of that.
 MAX_REPORTED = 8192
-# Changes that wait for a slow reader: beyond that, telling all anew costs no more than they do.
+# Changes that wait for a slow reader. To send more of them costs as much as to send all blocks
+# again.
 MAX_PENDING = 4 * MAX_REPORTED
 
 
 class CacheReport(NamedTuple):
-    """As `CacheChanged` says, without the engine's name."""
+    """The fields of `CacheChanged`, without the engine's name."""
 
     sequence: int
     is_first: bool
@@ -20,15 +21,17 @@ class CacheReport(NamedTuple):
 
 
 class CacheLog:
-    """Notes changes until they are read, at most `MAX_PENDING`: where more come, it forgets them
-    and begins anew with all that is stored. `stored`: the hashes of all blocks, parents first.
+    """Keeps changes until they are read, `MAX_PENDING` at most. When more changes come, the log
+    drops them, and its next report begins again with all stored blocks.
+
+    `stored` returns the hashes of all stored blocks, parents before children.
     """
 
     def __init__(self, stored: Callable[[], Iterable[bytes]]) -> None:
         self._stored = stored
-        self._changes: dict[bytes, bool] = {}  # of each block the last: whether it is stored
-        self._rest: deque[bytes] = deque()  # reports of what was stored at the beginning
-        self._is_due = True  # to begin anew
+        self._changes: dict[bytes, bool] = {}  # by block, the last change: whether it was stored
+        self._rest: deque[bytes] = deque()  # the rest of a full report, one report an item
+        self._is_due = True  # a full report
         self._sequence = 0
 
     @property
@@ -36,21 +39,21 @@ class CacheLog:
         return self._is_due or bool(self._changes) or bool(self._rest)
 
     def resend_all(self) -> None:
-        """Tell all that is stored once more; the reader has missed something."""
+        """Begin again with a full report: the reader has missed a change."""
         self._is_due = True
         self._changes.clear()
         self._rest.clear()
 
     def note(self, block: bytes, *, is_stored: bool) -> None:
-        """A block was stored, or dropped."""
+        """Record that a block was stored, or dropped."""
         if self._is_due:
-            return
+            return  # a full report says the same
         self._changes[block] = is_stored
         if len(self._changes) > MAX_PENDING:
             self.resend_all()
 
     def take(self) -> CacheReport | None:
-        """The next report, of `MAX_REPORTED` blocks at most; None: there is nothing to report."""
+        """Take the next report, of `MAX_REPORTED` blocks at most; None: nothing has changed."""
         if not self.has_changes:
             return None
         self._sequence += 1
@@ -74,7 +77,9 @@ class CacheLog:
 
 
 def _packed(blocks: Iterable[bytes]) -> deque[bytes]:
-    """Hashes in pieces of `MAX_REPORTED`; one piece at least."""
+    """Join hashes into pieces of `MAX_REPORTED`. There is at least one piece: an empty cache is
+    reported, too.
+    """
     every = list(blocks)
     starts = range(0, max(len(every), 1), MAX_REPORTED)
     return deque(b"".join(every[start : start + MAX_REPORTED]) for start in starts)

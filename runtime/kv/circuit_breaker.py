@@ -1,4 +1,4 @@
-"""Circuit breakers of links between workers, over which KV transfers fail."""
+"""Circuit breakers of the links between workers over which KV transfers fail."""
 
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -10,15 +10,19 @@ log = get_logger("sagellm.kv")
 _End: TypeAlias = tuple[str, int]  # an engine's name and a replica
 TransferLink: TypeAlias = tuple[_End, _End]  # from sender to receiver
 
-MAX_FAILURES = 5  # in a row; then the link rests
-_SLOW_S = 1.0  # a transfer that takes so long to fail counts for all of them
-_SHARE = 4.0  # it rests for so many times as long as its last transfer took to fail,
-_LEAST_S, _LONGEST_S = 0.25, 30.0  # at least and at most
+MAX_FAILURES = 5  # in a row; then the breaker opens
+_SLOW_S = 1.0  # a failure that takes so long counts for `MAX_FAILURES`
+# An open breaker lets no transfer through for this multiple of the time that the last transfer took
+# to fail, within bounds.
+_SHARE = 4.0
+_LEAST_S, _LONGEST_S = 0.25, 30.0
 
 
 @dataclass(slots=True)
 class _Record:
-    """`num_failed`: in a row. `is_tried`: a transfer is under way, after a rest."""
+    """`num_failed`: failures in a row. `is_tried`: the one transfer that tests an open breaker is
+    under way.
+    """
 
     num_failed: int = 0
     rests_until_s: float = 0.0
@@ -26,17 +30,19 @@ class _Record:
 
 
 class CircuitBreaker:
-    """Says whether a transfer is worth trying. All times are of one clock.
+    """One breaker a link: says whether a transfer is worth trying. All times are of one clock.
 
-    A link that fails rests between two tries, so that those who wait for a place to transfer do not
-    wait for one failure after the other.
+    After `MAX_FAILURES` failures in a row the breaker opens, and lets one transfer through after
+    each pause. Requests that wait for a transfer slot do not wait for one failure after the other.
     """
 
     def __init__(self) -> None:
         self._records: dict[TransferLink, _Record] = {}
 
     def begin(self, link: TransferLink, now: float) -> bool:
-        """Whether to try. Then the caller says how it ended: `passed`, `failed` or `left`."""
+        """Whether to try a transfer. If so, the caller must report its end: `passed`, `failed` or
+        `left`.
+        """
         record = self._records.setdefault(link, _Record())
         if record.num_failed < MAX_FAILURES:
             return True
@@ -61,7 +67,7 @@ class CircuitBreaker:
             log.warning("kv_link_rests", **_named(link), took_s=round(took_s, 3))
 
     def left(self, link: TransferLink) -> None:
-        """The transfer ended for a reason that says nothing of the link."""
+        """Report a transfer that ended for a reason of its request, such as a cancel."""
         self._records[link].is_tried = False
 
 

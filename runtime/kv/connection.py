@@ -1,4 +1,4 @@
-"""A TCP connection that moves memory without copies, and the seals of its messages."""
+"""A TCP connection that moves memory without copies, and seals on its messages (AES-GMAC)."""
 
 import hashlib
 import hmac
@@ -14,27 +14,27 @@ from cryptography.hazmat.primitives.ciphers.algorithms import AES
 from cryptography.hazmat.primitives.ciphers.modes import GCM
 
 _MOST_VIEWS = 512  # in one call; the kernel takes 1,024
-_WORTHWHILE_BYTES = 2**19  # to be woken for, unless fewer are to come
-_STALL_S = 3.0  # for that much, or to make room: else the other side is gone
+_WORTHWHILE_BYTES = 2**19  # a reader wakes for so many bytes, or for the last ones
+_STALL_S = 3.0  # without progress: then the other side counts as gone
 _BUFFER_BYTES = 4 * 2**20  # asked of the kernel, which may give less
 
 
 class ConnectionBroken(ConnectionError):
-    """The connection has ended, or says what it should not."""
+    """The connection has ended, or its peer broke the protocol."""
 
 
 class ConnectionStalled(ConnectionBroken):
-    """The other side is silent, or takes nothing."""
+    """The peer sends nothing, or takes nothing."""
 
 
 def no_check() -> None:
-    """A check of memory that nobody takes away."""
+    """The `check` of memory that has no lease."""
 
 
 class Connection:
-    """One connected socket. `check` is called right before memory is touched: see Transport.
+    """One connected socket. `check` is called right before memory is touched; see Transport.
 
-    All methods raise Broken; a socket whose call was cancelled is fit for nothing but `close`.
+    All methods raise ConnectionBroken. After a cancelled call only `close` may be called.
     """
 
     def __init__(self, connected: socket.socket) -> None:
@@ -56,7 +56,7 @@ class Connection:
         await self._move(views, check, receive, is_sending=False)
 
     async def take(self, size: int) -> bytes:
-        """So many bytes, which must be few."""
+        """Receive `size` bytes; meant for headers."""
         taken = bytearray(size)
         await self.fill([memoryview(taken)])
         return bytes(taken)
@@ -98,7 +98,7 @@ class Connection:
 
 
 def _advance(rest: deque[memoryview], num_bytes: int) -> None:
-    """Drop what was moved from the front."""
+    """Drop `num_bytes` from the front of the views."""
     while num_bytes:
         first = rest.popleft()
         if len(first) > num_bytes:
@@ -108,10 +108,7 @@ def _advance(rest: deque[memoryview], num_bytes: int) -> None:
 
 
 def pieces_of(views: Sequence[memoryview], size: int) -> list[list[memoryview]]:
-    """The views, cut where they are longer, in lists of `size` bytes each; the last may be less.
-
-    There is always a last one, if an empty one.
-    """
+    """Split views into lists of `size` bytes each. The last list may be shorter, or empty."""
     pieces: list[list[memoryview]] = [[]]
     room = size
     for view in views:
@@ -133,7 +130,7 @@ _TO_SERVER = 1 << 31  # so that the sides of a connection never use one number
 
 
 class Seal:
-    """One seal in the making."""
+    """The seal of one message, computed piece by piece. Only a holder of the key can make it."""
 
     def __init__(self, encryptor: AEADEncryptionContext) -> None:
         self._encryptor = encryptor
@@ -148,10 +145,10 @@ class Seal:
 
 
 class Sealer:
-    """Seals one direction of one connection; each seal has a number of its own.
+    """Seals one direction of one connection; each seal has its own number.
 
-    The connection has a key of its own, made of both sides' salts: as each draws its salt anew, no
-    number is used twice with a key, whatever the other side, or who stands between, says.
+    Each connection has its own key, derived from both sides' salts. Each side draws a new salt, so
+    that no number is used twice with one key, whatever the peer or a man in the middle sends.
     """
 
     def __init__(self, key: bytes, salts: bytes, *, to_server: bool) -> None:
@@ -159,17 +156,17 @@ class Sealer:
         self._number = _TO_SERVER if to_server else 0
 
     def begin(self) -> "Seal":
-        """The seal of the next thing that is said, which is given to it bit by bit."""
+        """Begin the seal of the next message, which is added in pieces."""
         nonce = _NONCE.pack(self._number)
         self._number += 1
         return Seal(Cipher(self._key, GCM(nonce)).encryptor())
 
     def seal(self, parts: Iterable[bytes | memoryview]) -> bytes:
-        """The seal of the next thing that is said."""
+        """The seal of the next message."""
         seal = self.begin()
         seal.add(parts)
         return seal.end()
 
     def is_sealed(self, seal: bytes, parts: Iterable[bytes | memoryview]) -> bool:
-        """Whether the next thing that was heard came with its seal."""
+        """Whether `seal` is the seal of the next message."""
         return hmac.compare_digest(self.seal(parts), seal)

@@ -1,9 +1,11 @@
-"""A lease on KV blocks: its life cycle as a transition table, and the record that obeys it."""
+"""A lease on KV blocks: its life cycle as a transition table, its record, and its block tables."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
-from sagellm.runtime.kv.prefix_tree import PrefixNode
+from sagellm.runtime.kv.prefix_tree import GroupBlocks, PrefixNode
+from sagellm.runtime.lease_shape import LeaseShape
 from sagellm.runtime.messages import LeaseRef
 from sagellm.runtime.port import StaleLease
 
@@ -14,7 +16,7 @@ LeaseEvent: TypeAlias = Literal[
 ]  # fmt: skip
 LeaseOwner: TypeAlias = Literal["sequence", "transfer"]
 
-FREED = -1  # in a block table: behind a window, and given back
+FREED = -1  # in a block table: the block has left the window, and was freed
 
 LIVE: tuple[LeaseState, ...] = ("reserved", "receiving", "filled", "sending")
 FAULTS: tuple[LeaseEvent, ...] = ("cancel", "expire", "refuse", "crash")
@@ -29,17 +31,17 @@ TRANSITIONS: dict[tuple[LeaseState, LeaseEvent], LeaseState] = {
     ("filled", "finish"): "released",
     ("reserved", "preempt"): "released",
     ("filled", "preempt"): "released",
-    # Whatever goes wrong ends a live lease at once: copies run chunk by chunk on the same thread,
-    # and check both leases before each chunk, so that nobody still writes the blocks.
+    # Any fault ends a live lease at once. Copies run chunk by chunk on the same thread, and check
+    # both leases before each chunk: no copy still writes the blocks of a released lease.
     **{(state, fault): "released" for state in LIVE for fault in FAULTS},
-    # A second fault finds nothing left to do: cancel, time-out and crash may cross.
+    # A second fault is ignored: cancel, time-out and crash may cross.
     **{("released", fault): "released" for fault in FAULTS},
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Fence:
-    """Whose lease it is: a request that re-enters raises the epoch and voids the older ones."""
+    """The owner of a lease. A request that re-enters raises its epoch, which voids older leases."""
 
     request_id: str
     choice: int
@@ -48,15 +50,14 @@ class Fence:
 
 @dataclass(slots=True, eq=False)
 class Lease:
-    """References to blocks of one pool, with exactly one owner. Only its pool changes it.
+    """References to blocks of one pool, with exactly one owner. Only the pool changes a lease.
 
-    `tables`: the block tables of all KV groups, as LeaseShape counts them, by position; what lies
-    behind a window is `FREED`. `num_tokens` is the length it was asked for; `path` what is
-    published of its leading blocks: other sequences may refer to those, and nobody writes them any
-    more.
+    `tables`: the block tables of all KV groups in the order of LeaseShape, by position. A block
+    that has left its window is `FREED`. `num_tokens`: the length that was reserved. `path`: the
+    published prefix; other sequences may refer to its blocks, and no step writes them again.
 
-    `snapshot`: the blocks of recurrent state that steps write; `kept`: (number of tokens, blocks)
-    of states that are not to be written any more: the step that begins there reads them.
+    `snapshot`: the blocks of recurrent state that steps write. `kept`: (number of tokens, blocks)
+    of states that no step writes again; a step that begins at that number of tokens reads them.
     """
 
     lease_id: int
@@ -72,12 +73,12 @@ class Lease:
 
     @property
     def blocks(self) -> list[int]:
-        """Every block that it refers to."""
+        """Every block that the lease refers to."""
         held = [block for table in self.tables for block in table if block != FREED]
         return held + self.snapshot + [block for _, kept in self.kept for block in kept]
 
     def state_at(self, position: int) -> list[int]:
-        """Where a step that begins at `position` finds the state of the tokens before it."""
+        """The blocks of the recurrent state from which a step at `position` begins."""
         if position == 0:
             return []
         if self.kept and self.kept[-1][0] == position:
@@ -85,20 +86,20 @@ class Lease:
         return self.snapshot
 
     def next_state(self, event: LeaseEvent) -> LeaseState:
-        """The state after `event`. Raises StaleLease where the table has no such transition."""
+        """The state after `event`. Raises StaleLease if the table has no such transition."""
         try:
             return TRANSITIONS[self.state, event]
         except KeyError:
             raise StaleLease(f"lease {self.lease_id} is {self.state}: it cannot {event}") from None
 
     def require(self, *states: LeaseState) -> None:
-        """Raises StaleLease unless the lease is in one of `states`."""
+        """Raise StaleLease unless the lease is in one of `states`."""
         if self.state not in states:
             wanted = " or ".join(states)
             raise StaleLease(f"lease {self.lease_id} is {self.state}, not {wanted}")
 
     def ref(self, engine: str, replica: int) -> LeaseRef:
-        """The name by which the world outside the pool knows it."""
+        """The reference by which other components name the lease."""
         return LeaseRef(
             engine=engine,
             replica=replica,
@@ -108,3 +109,71 @@ class Lease:
             epoch=self.fence.epoch,
             num_tokens=self.num_tokens,
         )
+
+
+class TableLayout:
+    """The layout of a pool's leases over the KV groups of their shape."""
+
+    def __init__(self, shape: LeaseShape) -> None:
+        self.shape = shape
+        self.of_group = [  # the tables of each group, as a slice of `Lease.tables`
+            slice(end - group.num_tables, end)
+            for group, end in zip(shape.groups, shape.ends, strict=True)
+        ]
+
+    def num_reusable(self, path: Sequence[PrefixNode]) -> int:
+        """How many nodes of a live path a sequence can reuse.
+
+        Every group must still hold what later tokens read: full attention all blocks, a window the
+        blocks inside it, recurrent layers the state at exactly that position.
+        """
+        if not self.shape.forgets:
+            return len(path)
+        best, since = 0, [0] * len(self.shape.groups)  # a group holds all blocks from `since` on
+        for count, node in enumerate(path, 1):
+            for index in range(len(since)):
+                if node.entries[index] is None:
+                    since[index] = count
+            position = count * self.shape.block_size
+            firsts = (self.shape.first(group, position) for group in self.shape.groups)
+            has_tokens = all(have <= first for have, first in zip(since, firsts, strict=True))
+            if has_tokens and (not self.shape.num_state_blocks or node.entries[-1] is not None):
+                best = count
+        return best
+
+    def sent(self, lease: Lease, first: int = 0) -> list[int]:
+        """The blocks that another pool needs to continue after the lease's tokens.
+
+        The order is the same in all pools of one shape. Tables of full attention begin at block
+        `first`.
+        """
+        position, blocks = lease.num_tokens, []
+        spans = self.shape.spans(position, position)
+        for group, tables, (start, end) in zip(
+            self.shape.groups, self.of_group, spans, strict=True
+        ):
+            start = first if group.window is None else start
+            for table in lease.tables[tables]:
+                blocks += table[start:end]
+        return blocks + lease.state_at(position)
+
+    def full_blocks(self, lease: Lease, first: int, end: int) -> list[int]:
+        """Blocks `first` to `end` of the tables of full attention."""
+        full = self.of_group[0] if self.shape.has_full else slice(0)
+        return [block for table in lease.tables[full] for block in table[first:end]]
+
+    def shares(
+        self, num_tokens: int, prefix: Sequence[PrefixNode], start: int
+    ) -> Iterator[tuple[int, int, list[GroupBlocks]]]:
+        """For each group: its number of tables, the blocks that each table gets, and the entries of
+        `prefix` that it shares.
+        """
+        spans = self.shape.spans(num_tokens, start)
+        for index, (group, (first, end)) in enumerate(zip(self.shape.groups, spans, strict=True)):
+            entries = (node.entries[index] for node in prefix[first:])
+            yield group.num_tables, end - first, [entry for entry in entries if entry]
+
+    def states(self, path: Sequence[PrefixNode]) -> list[GroupBlocks]:
+        """The recurrent state at the end of a path, if the tree holds one."""
+        entry = path[-1].entries[-1] if path and self.shape.num_state_blocks else None
+        return [entry] if entry else []

@@ -1,9 +1,14 @@
-"""A pool's memory in chunks, and copies inside one host: in a process, or through shared memory."""
+"""A pool's memory in chunks, and copies inside one host: in one process, or by shared memory.
+
+Shared memory is a file without a name. Another process reaches the memory through the process that
+made it, if it may inspect that process. The memory is gone with the last process that has it open:
+nothing is left over, and no name can be guessed.
+"""
 
 import errno
 import mmap
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TypeAlias
@@ -17,6 +22,8 @@ from sagellm.runtime.kv.transport import (
     MAX_COPIES,
     BlockLocation,
     BlockPairs,
+    Check,
+    HostMemory,
     SharedBlocks,
     Storage,
     Transport,
@@ -24,8 +31,8 @@ from sagellm.runtime.kv.transport import (
 )
 from sagellm.runtime.port import DamagedBlocks, StaleLease
 
-# Moved between two checkpoints: about a millisecond of memory traffic, so that other tasks of the
-# thread wait no longer than that.
+# Bytes that are moved between two checkpoints: about a millisecond of memory traffic, for which
+# other tasks of the thread wait.
 _CHUNK_BYTES = 4 * 2**20
 
 RunPair: TypeAlias = tuple[slice, slice]  # blocks of the sender, and of the receiver
@@ -33,20 +40,23 @@ RunPair: TypeAlias = tuple[slice, slice]  # blocks of the sender, and of the rec
 
 @dataclass(frozen=True, slots=True)
 class PoolBytes:
-    """What transports know of a pool: its storage, and where they let others run."""
+    """What transports know of a pool: its storage, the `memory` that a transport has allocated for
+    it, and the chunks of a copy, between which other tasks run.
+    """
 
     storage: KVStorage
+    memory: HostMemory | None = None
 
     def chunks(self, num_blocks: int) -> list[range]:
-        """All layers, as many at a time as may pass between two checkpoints."""
+        """Ranges of layers of a copy of `num_blocks`, each of about `_CHUNK_BYTES`."""
         layout = self.storage.layout
         layer_bytes = layout.block_bytes // layout.num_layers
         layers = range(layout.num_layers)
         step = max(1, _CHUNK_BYTES // (num_blocks * layer_bytes))
         return [layers[start : start + step] for start in range(0, len(layers), step)]
 
-    async def sums(self, blocks: Sequence[int], check: Callable[[], None]) -> tuple[int, ...]:
-        """The checksum of each chunk; `check` and checkpoints as in Transport."""
+    async def sums(self, blocks: Sequence[int], check: Check) -> tuple[int, ...]:
+        """The checksum of each chunk. Calls `check`, and has checkpoints, as Transport says."""
         sums, runs = [], slices_of(blocks)
         for chunk in self.chunks(len(blocks)):
             check()
@@ -56,12 +66,12 @@ class PoolBytes:
 
 
 def slices_of(blocks: Sequence[int]) -> list[slice]:
-    """Blocks as slices: as long as they rise by one."""
+    """Blocks as slices; a slice lasts as long as the blocks rise by one."""
     return [run for run, _ in runs_of([(block, block) for block in blocks])]
 
 
 def runs_of(pairs: BlockPairs) -> list[RunPair]:
-    """The pairs as slices: as long as both blocks rise by one."""
+    """Pairs as slices; a slice lasts as long as both blocks rise by one."""
     if not pairs:
         return []
     blocks = np.array(pairs)
@@ -79,7 +89,9 @@ def _rising(first: int, count: int) -> slice:
 
 @dataclass(slots=True)
 class DeviceStorage:
-    """`transport`: how other processes reach the pool, if they may."""
+    """Implements Storage for a pool on a device. `transport`: how other processes reach the
+    pool.
+    """
 
     pool: PoolBytes
     transport: Transport | None = None
@@ -88,7 +100,7 @@ class DeviceStorage:
     def num_damaged(self) -> int:
         return self.transport.num_damaged if self.transport is not None else 0
 
-    async def receive(self, sender: Storage, pairs: BlockPairs, check: Callable[[], None]) -> None:
+    async def receive(self, sender: Storage, pairs: BlockPairs, check: Check) -> None:
         if not isinstance(sender, DeviceStorage):
             raise TypeError(f"devices receive from devices, not from {type(sender).__name__}")
         runs = runs_of(pairs)
@@ -97,12 +109,10 @@ class DeviceStorage:
             self.pool.storage.copy(sender.pool.storage, runs, layers)
             await trio.lowlevel.checkpoint()
 
-    async def share(self, blocks: Sequence[int], check: Callable[[], None]) -> BlockLocation:
+    async def share(self, blocks: Sequence[int], check: Check) -> BlockLocation:
         return await self._required.offer(blocks, check)
 
-    async def fetch(
-        self, source: BlockLocation, blocks: Sequence[int], check: Callable[[], None]
-    ) -> None:
+    async def fetch(self, source: BlockLocation, blocks: Sequence[int], check: Check) -> None:
         await self._required.fetch(source, blocks, check)
 
     def drop_stale(self) -> None:
@@ -123,7 +133,7 @@ _FULL = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 class SharedMemory:
-    """Memory that this process shares; `view` is all of it."""
+    """Memory of this process that other processes can map. Implements HostMemory."""
 
     def __init__(self, size: int) -> None:
         self.descriptor = os.memfd_create("sagellm-kv", os.MFD_CLOEXEC)
@@ -133,7 +143,7 @@ class SharedMemory:
 
 
 class SharedTransport:
-    """Implements Transport for a pool that lies in shared memory."""
+    """Implements Transport for a pool in shared memory: one copy, and no message."""
 
     def __init__(self, pool: PoolBytes, memory: SharedMemory) -> None:
         self.num_damaged = 0
@@ -141,7 +151,7 @@ class SharedTransport:
         self._memory = memory
         self._mapped: dict[tuple[int, int, int], memoryview] = {}
 
-    async def offer(self, blocks: Sequence[int], check: Callable[[], None]) -> SharedBlocks:
+    async def offer(self, blocks: Sequence[int], check: Check) -> SharedBlocks:
         sums = await self._pool.sums(blocks, check)
         return SharedBlocks(
             pid=os.getpid(),
@@ -151,9 +161,7 @@ class SharedTransport:
             sums=sums,
         )
 
-    async def fetch(
-        self, source: BlockLocation, blocks: Sequence[int], check: Callable[[], None]
-    ) -> None:
+    async def fetch(self, source: BlockLocation, blocks: Sequence[int], check: Check) -> None:
         if not isinstance(source, SharedBlocks):
             raise TypeError(f"memory fetches from memory, not from {type(source).__name__}")
         sender = self._map(source)
@@ -179,7 +187,7 @@ class SharedTransport:
                 del self._mapped[where]
 
     async def run(self) -> None:
-        """Others read without being served."""
+        """Receivers read the memory themselves."""
         await trio.sleep_forever()
 
     def _map(self, source: SharedBlocks) -> memoryview:
@@ -198,8 +206,8 @@ def is_there(pid: int, descriptor: int, size: int) -> bool:
 
 
 def map_shared(pid: int, descriptor: int, size: int) -> memoryview:
-    """Another process's memory, to read. Raises StaleLease where the process is gone, or what it
-    has open there is not that; DamagedBlocks where this process can map no more.
+    """Map another process's memory for reading. Raises StaleLease if the process is gone, or has
+    another file open there; DamagedBlocks if this process can map no more.
     """
     try:
         opened = os.open(f"/proc/{pid}/fd/{descriptor}", os.O_RDONLY | os.O_CLOEXEC)
@@ -211,7 +219,7 @@ def map_shared(pid: int, descriptor: int, size: int) -> memoryview:
         if os.fstat(opened).st_size != size:
             raise StaleLease(f"process {pid} shares other memory than it said")
         return memoryview(mmap.mmap(opened, size, prot=mmap.PROT_READ))
-    except OSError as error:  # to map it takes another descriptor
+    except OSError as error:  # mmap duplicates the descriptor, and there may be none left
         raise _unmapped(error) from None
     finally:
         os.close(opened)

@@ -1,13 +1,13 @@
-"""Blocks through NIXL (`sagellm[nixl]`): RDMA where the hosts have it, UCX over what there is else.
+"""The transport `nixl` (`sagellm[nixl]`): RDMA where the hosts have it, else what UCX finds.
 
-The receiver reads. It reads into memory of its own first: a transfer under way cannot be called
-back, and must not land in blocks that were given to somebody else meanwhile.
+The receiver reads into a landing buffer first. A NIXL transfer cannot be cancelled, and must not
+write blocks that have a new owner meanwhile.
 """
 
 import hashlib
 import logging
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import nixl_cu12._bindings as _bindings
@@ -19,14 +19,14 @@ from nixl_cu12 import nixl_agent, nixl_agent_config
 from sagellm.backends.interface import block_addresses
 from sagellm.graphs.log import get_logger
 from sagellm.runtime.kv.memory import PoolBytes, RunPair, runs_of, slices_of
-from sagellm.runtime.kv.transport import MAX_COPIES, BlockLocation, NixlBlocks, damaged
+from sagellm.runtime.kv.transport import MAX_COPIES, BlockLocation, Check, NixlBlocks, damaged
 from sagellm.runtime.port import DamagedBlocks
 
 log = get_logger("sagellm.kv")
 
-logging.getLogger("nixl").setLevel(logging.WARNING)  # the rest goes to standard output
-_LOOK_S = 50e-6  # between two looks at a transfer
-_STALL_S = 5.0  # for one chunk: the other side is gone
+logging.getLogger("nixl").setLevel(logging.WARNING)  # lower levels go to standard output
+_LOOK_S = 50e-6  # between two polls of a transfer
+_STALL_S = 5.0  # for one chunk: then the other side counts as gone
 _DRAM = "DRAM"
 
 
@@ -60,9 +60,9 @@ class NixlTransport:
         self._landing = np.empty(0, dtype=np.uint8)
         self._landing_registered: Any = None
         self._abandoned: list[Any] = []
-        self._lock = trio.Lock()  # of the landing
+        self._lock = trio.Lock()  # guards the landing buffer
 
-    async def offer(self, blocks: Sequence[int], check: Callable[[], None]) -> NixlBlocks:
+    async def offer(self, blocks: Sequence[int], check: Check) -> NixlBlocks:
         sums = await self._pool.sums(blocks, check)
         return NixlBlocks(
             agent=self._metadata,
@@ -72,9 +72,7 @@ class NixlTransport:
             sums=sums,
         )
 
-    async def fetch(
-        self, source: BlockLocation, blocks: Sequence[int], check: Callable[[], None]
-    ) -> None:
+    async def fetch(self, source: BlockLocation, blocks: Sequence[int], check: Check) -> None:
         if not isinstance(source, NixlBlocks):
             raise TypeError(f"NIXL fetches from NIXL, not from {type(source).__name__}")
         peer = self._peer(source.agent)
@@ -92,10 +90,10 @@ class NixlTransport:
                     raise damaged(len(blocks))
 
     def drop_stale(self) -> None:
-        """An agent that is gone costs some names until this one is; none is asked for again."""
+        """Keep the names of dead agents: they are small, and never asked for again."""
 
     async def run(self) -> None:
-        """The agent has a thread of its own."""
+        """The NIXL agent serves from its own thread."""
         await trio.sleep_forever()
 
     def _peer(self, metadata: bytes) -> str:
@@ -111,7 +109,7 @@ class NixlTransport:
     async def _read(
         self, peer: str, source: NixlBlocks, layers: range, runs: Sequence[RunPair]
     ) -> None:
-        """Fill the landing with a chunk: what `KVStorage.read` gives, one after the other."""
+        """Fill the landing buffer with a chunk, in the order of `KVStorage.read`."""
         layout, sent = self._pool.storage.layout, [sent for sent, _ in runs]
         theirs = block_addresses(source.address, layout, source.pool_blocks, sent, layers)
         self._make_room(sum(size for _, size in theirs))
@@ -119,7 +117,9 @@ class NixlTransport:
         for _, size in theirs:
             ours.append((at, size, 0))
             at += size
-        with trio.CancelScope(shield=True):  # until it has ended, the landing is not ours
+        with trio.CancelScope(
+            shield=True
+        ):  # NIXL may write the buffer until the transfer has ended
             try:
                 handle = self._agent.initialize_xfer(
                     "READ",
@@ -142,7 +142,7 @@ class NixlTransport:
             raise _gone(state)
 
     def _leave_landing(self) -> None:
-        """What comes late must not land in what is used next: that memory is never used again."""
+        """Never use this buffer again: late bytes must not reach the next chunk."""
         self._abandoned.append(self._landing)
         self._landing, self._landing_registered = np.empty(0, dtype=np.uint8), None
 
@@ -155,10 +155,8 @@ class NixlTransport:
                 [(self._landing.ctypes.data, size, 0, "")], _DRAM
             )
 
-    def _land(
-        self, layers: range, landed: Sequence[slice], wanted: int, check: Callable[[], None]
-    ) -> bool:
-        """Copy the landing into the blocks, if it came as it was sent."""
+    def _land(self, layers: range, landed: Sequence[slice], wanted: int, check: Check) -> bool:
+        """Copy the landing buffer into the blocks; whether its checksum is right."""
         staged, at = self._pool.storage.stage(landed, layers), 0
         size = sum(map(len, staged.views))
         check()

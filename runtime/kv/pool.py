@@ -4,9 +4,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Items
 
+from sagellm.runtime.kv.block_allocator import BlockAllocator
 from sagellm.runtime.kv.cache_log import CacheLog
-from sagellm.runtime.kv.lease import FREED, Fence, Lease, LeaseEvent, LeaseOwner
-from sagellm.runtime.kv.prefix_tree import BlockKey, GroupBlocks, PrefixNode, PrefixTree
+from sagellm.runtime.kv.lease import FREED, Fence, Lease, LeaseEvent, LeaseOwner, TableLayout
+from sagellm.runtime.kv.prefix_tree import BlockKey, PrefixNode, PrefixTree
 from sagellm.runtime.lease_shape import LeaseShape
 from sagellm.runtime.messages import NORMAL, LeaseRef
 from sagellm.runtime.port import StaleLease
@@ -14,18 +15,16 @@ from sagellm.runtime.port import StaleLease
 _UNBOUNDED = 1 << 62  # tokens that a lease without block tables can hold
 
 
-class PoolExhausted(RuntimeError):
-    """Fewer blocks are available than were asked for; nothing was taken."""
-
-
 class BlockPool:
-    """Counts blocks, knows no storage. `num_blocks = num_free + num_cached + num_leased`, always.
+    """Counts blocks, and knows no storage. `num_blocks = num_free + num_cached + num_leased`,
+    always.
 
-    The blocks are of all KV groups of a model: `shape` says how many of them a lease takes for its
-    tokens, and which it gives back on the way. A block is leased while at least one live lease
-    refers to it. One that was published is cached afterwards, until blocks run out; not where
-    `keeps_prefixes` is False: then only leases that live at the same time share blocks. `on_free`
-    is called after blocks became available, so that whoever waits for some can be served.
+    The blocks serve all KV groups of a model. `shape` says how many blocks a lease takes for its
+    tokens, and which blocks it frees before its end. A block is leased while at least one live
+    lease refers to it. A published block is cached afterwards, until blocks run out. If
+    `keeps_prefixes` is False nothing is cached: only leases that live at the same time share
+    blocks. `on_free` is called after blocks became available, so that waiting sequences can be
+    scheduled.
     """
 
     def __init__(
@@ -42,35 +41,35 @@ class BlockPool:
         self.on_free = on_free
         self.keeps_prefixes = keeps_prefixes
         self.shape = shape = shape or LeaseShape(block_size)
-        self.forgets = shape.forgets  # whether leases have anything to `free_unread`
-        self.num_leased = 0
+        self.forgets = shape.forgets  # whether `free_unread` ever frees a block
         self.peak_leased = 0
-        self._free = list(range(num_blocks - 1, -1, -1))  # a stack: the warmest block goes first
-        self._references = [0] * num_blocks
         self._leases: dict[int, Lease] = {}
         self._num_tables = sum(group.num_tables for group in shape.groups)
-        self._of_group = [
-            slice(end - group.num_tables, end)
-            for group, end in zip(shape.groups, shape.ends, strict=True)
-        ]
-        self._state_group = len(shape.groups)  # of entries: comes after those of tokens
+        self._layout = TableLayout(shape)
+        self._state_group = len(shape.groups)  # the index of recurrent state: after token groups
         num_groups = len(shape.groups) + (shape.num_state_blocks > 0)
         self._tree = PrefixTree(num_blocks, num_groups, is_anchored=shape.has_full)
+        self._blocks = BlockAllocator(num_blocks, self._tree, keeps_prefixes=keeps_prefixes)
         self._next_id = 1
 
     @property
     def num_free(self) -> int:
-        return len(self._free)
+        return self._blocks.num_free
 
     @property
     def num_cached(self) -> int:
-        """Blocks that no lease refers to, kept because their prefix may be met again."""
+        """Blocks that no lease refers to, kept because a later prompt may share their prefix."""
         return self._tree.num_idle
 
     @property
     def num_available(self) -> int:
-        """Blocks that can be leased: cached ones are evicted for it."""
-        return len(self._free) + self._tree.num_idle
+        """Blocks that can be leased: cached blocks are evicted for a lease."""
+        return self._blocks.num_available
+
+    @property
+    def num_leased(self) -> int:
+        """Blocks that at least one live lease refers to."""
+        return self._blocks.num_leased
 
     @property
     def num_evicted(self) -> int:
@@ -81,29 +80,29 @@ class BlockPool:
         return iter(self._leases.values())
 
     def open_log(self) -> CacheLog:
-        """A log of the prefixes that are kept, from now on. The one before gets no more.
+        """Open a log of the cached prefixes. The pool writes to the last opened log alone.
 
-        It is empty where windows or states forget: no sequence can begin with some of the blocks
-        that are kept there, and a hash does not say with which.
+        The log stays empty if windows or states forget: a sequence cannot reuse every cached block
+        of such a model, and a hash does not say which.
         """
-        if not self.keeps_prefixes or self.forgets:  # what only leases share is of no use, either
+        if not self.keeps_prefixes or self.forgets:  # routers could not use shared leases, either
             return CacheLog(lambda: ())
         log = self._tree.log = CacheLog(lambda: self._tree.hashes)
         return log
 
     def num_blocks_for(self, num_tokens: int) -> int:
-        """Of one block table without a window."""
+        """Blocks that `num_tokens` take in one block table without a window."""
         return -(-num_tokens // self.block_size)
 
     def num_blocks_needed(
         self, num_tokens: int, prefix: Items[PrefixNode] = (), *, start: int | None = None
     ) -> int:
-        """How many available blocks a reservation would take."""
+        """How many available blocks `reserve` would take."""
         start = len(prefix) * self.block_size if start is None else start
         total = self.shape.num_state_blocks
-        for group, span, shared in self._shares(num_tokens, prefix, start):
-            total += group * (span - len(shared)) + self._num_idle(shared)
-        return total + self._num_idle(self._states(prefix))
+        for group, span, shared in self._layout.shares(num_tokens, prefix, start):
+            total += group * (span - len(shared)) + self._blocks.num_idle(shared)
+        return total + self._blocks.num_idle(self._layout.states(prefix))
 
     def reserve(
         self,
@@ -115,25 +114,25 @@ class BlockPool:
         priority: int = NORMAL,
         start: int | None = None,
     ) -> Lease:
-        """Lease the blocks of `prefix` by reference and, behind them, new ones for `num_tokens`.
+        """Lease the blocks of `prefix` by reference and, after them, new blocks up to `num_tokens`.
 
-        `prefix` is a live path from the tree's root, as long as `num_reusable` says; its blocks are
-        full and never written again. Tokens are computed from its end on, or from `start`, where
-        what comes before is received. Raises PoolExhausted.
+        `prefix` is a live path from the tree's root, as long as `num_reusable` says. Its blocks are
+        full, and never written again. Steps compute the tokens after the prefix, or from `start` on
+        if a transfer fills the blocks before. Raises PoolExhausted.
         """
         start = len(prefix) * self.block_size if start is None else start
-        self._require(self.num_blocks_needed(num_tokens, prefix, start=start))
+        self._blocks.require(self.num_blocks_needed(num_tokens, prefix, start=start))
         spans = self.shape.spans(num_tokens, start)
-        shares = [shared for _, _, shared in self._shares(num_tokens, prefix, start)]
-        states = self._states(prefix)
+        shares = [shared for _, _, shared in self._layout.shares(num_tokens, prefix, start)]
+        states = self._layout.states(prefix)
         for entry in (entry for shared in (*shares, states) for entry in shared):
-            self._refer(entry, priority)
+            self._blocks.refer(entry, priority)
         lease = Lease(self._next_id, fence, owner, [], num_tokens, 0)
         for group, (first, end), shared in zip(self.shape.groups, spans, shares, strict=True):
             for table in range(group.num_tables):
                 held = [FREED] * first + [entry.blocks[table] for entry in shared]
-                lease.tables.append(held + self._take(end - len(held)))
-        lease.snapshot = self._take(self.shape.num_state_blocks)
+                lease.tables.append(held + self._blocks.take(end - len(held)))
+        lease.snapshot = self._blocks.take(self.shape.num_state_blocks)
         lease.kept = [(start, list(entry.blocks)) for entry in states]
         lease.path += prefix
         self._note_capacity(lease)
@@ -142,26 +141,12 @@ class BlockPool:
         return lease
 
     def child(self, parent: PrefixNode | None, key: BlockKey) -> PrefixNode | None:
-        """The published block of that key behind a live `parent`."""
+        """The published node of `key` after a live `parent`; None: there is none."""
         return self._tree.child(parent, key)
 
     def num_reusable(self, path: Items[PrefixNode]) -> int:
-        """How much of a live path a sequence can begin with: every group must have what is read
-        from there on, all blocks, those in the window, or the state just there.
-        """
-        if not self.forgets:
-            return len(path)
-        best, since = 0, [0] * len(self.shape.groups)  # each group has all blocks since that one
-        for count, node in enumerate(path, 1):
-            for index in range(len(since)):
-                if node.entries[index] is None:
-                    since[index] = count
-            position = count * self.block_size
-            firsts = (self.shape.first(group, position) for group in self.shape.groups)
-            has_tokens = all(have <= first for have, first in zip(since, firsts, strict=True))
-            if has_tokens and (not self.shape.num_state_blocks or node.entries[-1] is not None):
-                best = count
-        return best
+        """How many nodes of a live path a sequence can reuse."""
+        return self._layout.num_reusable(path)
 
     def publish(
         self,
@@ -171,12 +156,12 @@ class BlockPool:
         *,
         may_swap: bool = True,
     ) -> bool:
-        """Let others find the next full blocks of `lease`, whose keys and values are computed.
+        """Publish the next full blocks of `lease`, whose keys and values are computed.
 
-        Where the same was published before, the lease refers to that block from now on, and its
-        own becomes free: nothing may be reading, writing or copying them now. Where that may be
-        (not `may_swap`) it stops there; False tells so. What lies in a window is never exchanged.
-        Raises StaleLease.
+        If an equal block was published before, the lease refers to that block instead, and its own
+        block becomes free. No step or copy may use the lease's blocks meanwhile: pass `may_swap`
+        False if one may. Then publishing stops at the first equal block, and returns False. Blocks
+        in a window are never swapped. Raises StaleLease.
         """
         lease.require("reserved", "filled")
         doubles: list[int] = []
@@ -192,71 +177,60 @@ class BlockPool:
         return True
 
     def num_blocks_missing(self, lease: Lease, num_tokens: int) -> int:
-        """How many blocks more it takes to hold so many tokens."""
+        """How many more blocks the lease needs to hold `num_tokens`."""
         count = self.num_blocks_for(num_tokens)
         return sum(max(0, count - len(table)) for table in lease.tables)
 
     def grow(self, lease: Lease, num_tokens: int) -> None:
-        """Extend a lease so that it holds `num_tokens`. Raises PoolExhausted, StaleLease."""
+        """Extend a lease to hold `num_tokens`. Raises PoolExhausted, StaleLease."""
         lease.require("reserved", "filled")
-        self._require(self.num_blocks_missing(lease, num_tokens))
+        self._blocks.require(self.num_blocks_missing(lease, num_tokens))
         for table in lease.tables:
-            table += self._take(self.num_blocks_for(num_tokens) - len(table))
+            table += self._blocks.take(self.num_blocks_for(num_tokens) - len(table))
         self._note_capacity(lease)
 
     def keep_state(self, lease: Lease, position: int) -> None:
-        """Steps from `position` on write the state to other blocks: so it can be reused there.
+        """Keep the recurrent state at `position` for reuse: later steps write to new blocks.
 
         Raises PoolExhausted.
         """
-        self._require(self.shape.num_state_blocks)
+        self._blocks.require(self.shape.num_state_blocks)
         lease.kept.append((position, lease.snapshot))
-        lease.snapshot = self._take(self.shape.num_state_blocks)
+        lease.snapshot = self._blocks.take(self.shape.num_state_blocks)
         self.peak_leased = max(self.peak_leased, self.num_leased)
 
     def free_unread(self, lease: Lease, num_computed: int) -> None:
-        """Give back what no step reads any more that begins at `num_computed` or later."""
-        for group, tables in zip(self.shape.groups, self._of_group, strict=True):
+        """Free the blocks that no step reads that begins at `num_computed` or later."""
+        for group, tables in zip(self.shape.groups, self._layout.of_group, strict=True):
             if group.window is not None:
-                self._slide(lease.tables[tables], self.shape.first(group, num_computed))
+                self._give_window(lease.tables[tables], self.shape.first(group, num_computed))
         while lease.kept and lease.kept[0][0] < num_computed:
             position, blocks = lease.kept.pop(0)
             self._publish_state(lease, position, blocks)
             self._give(blocks)
 
     def sent(self, lease: Lease, first: int = 0) -> list[int]:
-        """The blocks that another pool needs to go on after the lease's tokens, in one order for
-        all pools of the shape; of the tables of full attention those from `first` on.
-        """
-        position, blocks = lease.num_tokens, []
-        spans = self.shape.spans(position, position)
-        for group, tables, (start, end) in zip(
-            self.shape.groups, self._of_group, spans, strict=True
-        ):
-            start = first if group.window is None else start
-            for table in lease.tables[tables]:
-                blocks += table[start:end]
-        return blocks + lease.state_at(position)
+        """The blocks that a transfer of the lease copies, in order; see `TableLayout.sent`."""
+        return self._layout.sent(lease, first)
 
     def full_blocks(self, lease: Lease, first: int, end: int) -> list[int]:
-        """Those of full attention alone."""
-        full = self._of_group[0] if self.shape.has_full else slice(0)
-        return [block for table in lease.tables[full] for block in table[first:end]]
+        """Blocks `first` to `end` of the lease's tables of full attention."""
+        return self._layout.full_blocks(lease, first, end)
 
     def advance(self, lease: Lease, event: LeaseEvent) -> None:
-        """Apply one transition; a lease that becomes `released` gives its references back.
+        """Apply one transition. A lease that becomes `released` drops its references.
 
-        After a crash nobody finds what it published, or built on: it may be why it crashed.
+        After a crash the prefix of the lease is dropped from the tree: its blocks may be the cause.
         """
         was_released = lease.state == "released"
         lease.state = lease.next_state(event)
         if lease.state == "released" and not was_released:
             if event == "crash" and lease.path:
-                self._free += self._tree.drop(lease.path[0])
+                self._blocks.reclaim(self._tree.drop(lease.path[0]))
             self._close(lease)
 
     def find(self, ref: LeaseRef) -> Lease:
-        """The live lease of that name. Raises StaleLease where it is gone or fenced off."""
+        """The live lease of a reference. Raises StaleLease if it is gone, or has another fence."""
         lease = self._leases.get(ref.lease_id)
         if lease is None:
             raise StaleLease(f"lease {ref.lease_id} of request {ref.request_id} is gone")
@@ -265,24 +239,24 @@ class BlockPool:
         return lease
 
     def release_all(self, event: LeaseEvent = "crash") -> None:
-        """End every live lease, and forget every prefix: the engine stops."""
+        """End every live lease and drop every prefix, as an engine does when it stops."""
         for lease in list(self._leases.values()):
             self.advance(lease, event)
-        self._free += self._tree.drop_all()
+        self._blocks.reclaim(self._tree.drop_all())
 
     def check(self) -> None:
         """Assert the ledger: every block is free, cached or leased, and references add up."""
         counted = Counter(block for lease in self.leases for block in lease.blocks)
         cached = {block for entry in self._tree.idle for block in entry.blocks}
         assert self.num_blocks == self.num_free + self.num_cached + self.num_leased
-        assert len({*self._free, *cached, *counted}) == self.num_blocks
+        assert len({*self._blocks.free, *cached, *counted}) == self.num_blocks
         assert self.num_leased == len(counted)
-        assert all(n == counted[block] for block, n in enumerate(self._references))
+        assert all(n == counted[block] for block, n in enumerate(self._blocks.references))
         if self.shape.has_full:
             for lease in self.leases:
                 live = [node for node in lease.path if node.is_live]
                 assert [node.block for node in live] == lease.tables[0][: len(live)]
-        self._tree.check(self._references, {one.path[-1] for one in self.leases if one.path})
+        self._tree.check(self._blocks.references, {one.path[-1] for one in self.leases if one.path})
 
     def _close(self, lease: Lease) -> None:
         del self._leases[lease.lease_id]
@@ -291,43 +265,22 @@ class BlockPool:
             self._tree.prune(lease.path[-1])
         lease.tables, lease.path, lease.snapshot, lease.kept = [], [], [], []
 
-    def _require(self, count: int) -> None:
-        if count > self.num_available:
-            raise PoolExhausted(
-                f"{count} blocks wanted, {self.num_available} of {self.num_blocks} available"
-            )
-
     def _note_capacity(self, lease: Lease) -> None:
         lengths = map(len, lease.tables)
         lease.capacity = min(lengths, default=_UNBOUNDED) * self.block_size
         self.peak_leased = max(self.peak_leased, self.num_leased)
 
-    def _shares(
-        self, num_tokens: int, prefix: Items[PrefixNode], start: int
-    ) -> Iterator[tuple[int, int, list[GroupBlocks]]]:
-        """Of each group: its tables, how many blocks each gets, and the entries that are shared."""
-        spans = self.shape.spans(num_tokens, start)
-        for index, (group, (first, end)) in enumerate(zip(self.shape.groups, spans, strict=True)):
-            entries = (node.entries[index] for node in prefix[first:])
-            yield group.num_tables, end - first, [entry for entry in entries if entry]
-
-    def _states(self, path: Items[PrefixNode]) -> list[GroupBlocks]:
-        """The snapshot at the end of a path, if there is one."""
-        entry = path[-1].entries[-1] if path and self.shape.num_state_blocks else None
-        return [entry] if entry else []
-
-    def _num_idle(self, entries: Items[GroupBlocks]) -> int:
-        """Blocks of those entries that no lease refers to."""
-        references = self._references
-        return sum(len(one.blocks) for one in entries if not references[one.blocks[0]])
-
     def _join(
         self, lease: Lease, node: PrefixNode, priority: int, doubles: list[int], *, may_swap: bool
     ) -> bool:
-        """Attach the lease's next blocks to `node`, or refer to those that it has."""
+        """Attach the lease's next blocks to `node`, or make the lease refer to the node's blocks.
+
+        Blocks of the lease that became superfluous are added to `doubles`. Returns False if blocks
+        would have to be swapped and must not be.
+        """
         at = len(lease.path)
-        for index, tables in enumerate(self._of_group):
-            if self._num_tables == 1:  # most models
+        for index, tables in enumerate(self._layout.of_group):
+            if self._num_tables == 1:  # most models: a hot path
                 own: tuple[int, ...] = (lease.tables[0][at],)
             else:
                 own = tuple([table[at] for table in lease.tables[tables]])
@@ -338,14 +291,14 @@ class BlockPool:
             elif entry.blocks != own and self.shape.groups[index].window is None:
                 if not may_swap:
                     return False
-                self._refer(entry, priority)
+                self._blocks.refer(entry, priority)
                 for table, block in zip(lease.tables[tables], entry.blocks, strict=True):
                     table[at] = block
                 doubles += own
         return True
 
-    def _slide(self, tables: list[list[int]], end: int) -> None:
-        """Give back the blocks before `end`, the oldest first."""
+    def _give_window(self, tables: list[list[int]], end: int) -> None:
+        """Free the blocks of a window's tables before `end`, the oldest first."""
         first = end
         while first > 0 and tables[0][first - 1] != FREED:
             first -= 1
@@ -355,41 +308,12 @@ class BlockPool:
                 table[at] = FREED
 
     def _publish_state(self, lease: Lease, position: int, blocks: list[int]) -> None:
-        """Let others begin at `position`, where that is known by its tokens."""
+        """Publish a recurrent state, if `position` is the end of a published block."""
         index, rest = divmod(position, self.block_size)
         node = lease.path[index - 1] if 0 < index <= len(lease.path) and not rest else None
         if node is not None and node.is_live and node.entries[-1] is None:
             self._tree.attach(node, self._state_group, tuple(blocks))
 
-    def _refer(self, entry: GroupBlocks, priority: int) -> None:
-        is_idle = not self._references[entry.blocks[0]]
-        self._tree.use(entry, priority, is_idle=is_idle)
-        for block in entry.blocks:
-            self._references[block] += 1
-            self.num_leased += is_idle
-
-    def _take(self, count: int) -> list[int]:
-        """So many blocks that hold nothing; there are enough."""
-        if count <= 0:
-            return []
-        while len(self._free) < count:
-            self._free += self._tree.evict()
-        taken = self._free[: -count - 1 : -1]  # in the order of memory, where they are fresh
-        del self._free[-count:]
-        for block in taken:
-            self._references[block] = 1
-        self._tree.advance_clock(count)
-        self.num_leased += count
-        return taken
-
     def _give(self, blocks: list[int]) -> None:
-        num_given = 0
-        for block in reversed(blocks):  # the deepest first: the prefix tree relies on it
-            self._references[block] -= 1
-            if not self._references[block]:
-                num_given += 1
-                if not self._tree.retire(block, keep=self.keeps_prefixes):
-                    self._free.append(block)
-        self.num_leased -= num_given
-        if num_given:
+        if self._blocks.give(blocks):
             self.on_free()

@@ -1,4 +1,4 @@
-"""Prefix caching: full blocks by a keyed hash of their tokens, for sequences that begin alike."""
+"""Prefix caching: a tree of full blocks, found by a keyed hash of all tokens up to their end."""
 
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
@@ -11,8 +11,11 @@ from sagellm.runtime.prefixes import HASH_BYTES, block_content, block_digest
 
 
 class BlockKey(NamedTuple):
-    """`content` is what was hashed behind the parent's digest: token ids and, of a first block, the
-    salt. It is compared at each hit, so that a collision would serve nobody else's block.
+    """The identity of a full block: a keyed hash of every token up to its end, within one salt.
+
+    `content`: the bytes that were hashed after the parent's digest: token ids and, in a first
+    block, the salt. Each hit compares `content`, so that a hash collision never serves another's
+    block.
     """
 
     digest: bytes
@@ -20,27 +23,27 @@ class BlockKey(NamedTuple):
 
     @property
     def short(self) -> bytes:
-        """The hash by which routers know it."""
+        """The hash by which routers know the block."""
         return self.digest[:HASH_BYTES]
 
 
 def block_key(parent: BlockKey | None, token_ids: Iterable[int], salt: str) -> BlockKey:
-    """The key of a block of `token_ids` behind `parent`; None: it is a sequence's first block."""
+    """The key of a block of `token_ids` after `parent`; None: the block is a sequence's first."""
     content = block_content(token_ids, salt if parent is None else None)
     return BlockKey(block_digest(parent.digest if parent else b"", content), content)
 
 
 _LAST = len(PRIORITIES) - 1
-_GENERATIONS = 8  # in one turnover of the pool
+_GENERATIONS = 8  # in the time in which as many blocks are handed out as the pool has
 
 
 @dataclass(slots=True, eq=False)
 class PrefixNode:
-    """A block of tokens after those of its parents, all computed. Only its tree changes it.
+    """A computed block of tokens after those of its parents. Only the tree changes a node.
 
-    `entries`: where that memory lies, by KV group; None where it was never kept, or is gone.
-    `priority`: of the most critical request that has used it. Not `is_live`: it was evicted or
-    dropped, and nobody finds it any more.
+    `entries`: the blocks in memory, by KV group; None: never kept, or evicted. `priority`: the most
+    critical request that has used the node. A node that is not `is_live` was evicted or dropped,
+    and lookups do not find it.
     """
 
     key: BlockKey
@@ -52,7 +55,7 @@ class PrefixNode:
 
     @property
     def block(self) -> int:
-        """Where a model of one block table has it."""
+        """The block in memory, for a model of one block table."""
         entry = self.entries[0]
         assert entry is not None
         return entry.blocks[0]
@@ -60,10 +63,10 @@ class PrefixNode:
 
 @dataclass(slots=True, eq=False)
 class GroupBlocks:
-    """The blocks of one node in one KV group: a block of each table, or a snapshot of state.
+    """The blocks of one node in one KV group: one block of each table, or a recurrent state.
 
-    They are leased, given back and evicted together. `priority`, `generation`: when the last lease
-    on them ended.
+    The blocks are leased, freed and evicted together. `priority` and `generation` are those of the
+    time when the last lease on them ended.
     """
 
     node: PrefixNode
@@ -74,17 +77,18 @@ class GroupBlocks:
 
 
 class PrefixTree:
-    """Knows which blocks hold which tokens behind which others; the pool counts who leases them.
+    """Maps tokens to cached blocks; the allocator counts the leases on blocks.
 
-    An entry that no lease refers to is idle: kept until blocks run out, then evicted. The least
-    recently used generation goes first, and inside one those of less critical requests, then the
-    older. A generation lasts while an eighth of the pool is handed out, so a critical request's
-    blocks outlive others of about their age, and nothing stays for its priority alone.
+    An entry that no lease refers to is idle: cached until blocks run out, then evicted. Eviction
+    takes the least recently used generation first; within a generation, entries of less critical
+    requests first, then older entries. A generation lasts while an eighth of the pool is handed
+    out. So blocks of a critical request outlive others of about their age, and no block stays for
+    its priority alone.
 
-    `is_anchored`: group 0 keeps all tokens. Who leases its entry of a node leases those of all
-    ancestors, and gives the deepest back first. So children idle before their parents do, and what
-    is evicted next never has any; the node goes with it. Entries of other groups come and go, and a
-    node without any entry goes when it has no children.
+    `is_anchored`: group 0 keeps all tokens. A lease on a node's entry in group 0 leases those of
+    all ancestors, too, and frees the deepest first. Children therefore become idle before their
+    parents, and the next evicted node never has children. Entries of other groups come and go; a
+    node without entries is removed once it has no children.
     """
 
     def __init__(self, num_blocks: int, num_groups: int = 1, *, is_anchored: bool = True) -> None:
@@ -97,7 +101,7 @@ class PrefixTree:
         self._generation_blocks = max(1, num_blocks // _GENERATIONS)
         self.num_idle = 0  # blocks
         self.num_evicted = 0  # blocks
-        self.log: CacheLog | None = None  # of what is stored and dropped, where it is asked for
+        self.log: CacheLog | None = None  # stored and dropped blocks, if a reader asked for them
 
     @property
     def hashes(self) -> Iterator[bytes]:
@@ -112,14 +116,14 @@ class PrefixTree:
         return (entry for each in self._idle for entry in each)
 
     def child(self, parent: PrefixNode | None, key: BlockKey) -> PrefixNode | None:
-        """The node of that key behind `parent`, which is live; None: behind nothing."""
+        """The node of `key` after a live `parent`, or at the root if `parent` is None."""
         found = self._children(parent).get(key.digest)
         return found if found is not None and found.key.content == key.content else None
 
     def insert(self, parent: PrefixNode | None, key: BlockKey, priority: int) -> PrefixNode | None:
-        """The node that was known for `key`, or a new one without entries; `parent` is leased.
+        """The node of `key`, found or new without entries. The caller holds a lease on `parent`.
 
-        None where there can be none: the parent is gone, or another node has this digest.
+        None: the parent was dropped, or a node of another content has this digest.
         """
         if parent is not None and not parent.is_live:
             return None
@@ -134,13 +138,13 @@ class PrefixTree:
         return node
 
     def attach(self, node: PrefixNode, group: int, blocks: tuple[int, ...]) -> None:
-        """From now on these blocks, which are leased, have the memory of a node in that group."""
+        """Store leased blocks as the memory of `node` in `group`."""
         entry = node.entries[group] = GroupBlocks(node, group, blocks)
         for block in blocks:
             self._owners[block] = entry
 
     def use(self, entry: GroupBlocks, priority: int, *, is_idle: bool) -> None:
-        """A lease refers to it from now on."""
+        """Record a new lease on `entry`; `is_idle`: it was idle until now."""
         if is_idle:
             del self._idle[entry.priority][entry]
             self.num_idle -= len(entry.blocks)
@@ -148,11 +152,11 @@ class PrefixTree:
         _raise(entry.node, _clamped(priority))
 
     def advance_clock(self, num_blocks: int) -> None:
-        """The clock: how many blocks were leased."""
+        """Count handed out blocks: the clock of generations."""
         self._num_handed_out += num_blocks
 
     def retire(self, block: int, *, keep: bool) -> bool:
-        """The block's last lease has ended: whether it is kept, idle.
+        """Record the end of a block's last lease; whether the block stays cached, idle.
 
         The last leases of all blocks of an entry end together.
         """
@@ -170,7 +174,10 @@ class PrefixTree:
         return True
 
     def evict(self) -> list[int]:
-        """Forget the idle entry that is worth least, and its node with it; their blocks."""
+        """Evict the idle entry of the least worth, and in an anchored tree its node.
+
+        Returns their blocks.
+        """
         oldest = [next(iter(each)) for each in self._idle if each]
         if len(oldest) > 1:
             oldest.sort(key=lambda entry: (entry.generation, -entry.priority))
@@ -185,7 +192,7 @@ class PrefixTree:
         return blocks
 
     def drop(self, node: PrefixNode) -> list[int]:
-        """Forget a node and all behind it; the blocks of those entries that were idle."""
+        """Remove a node and all its descendants. Returns the blocks of entries that were idle."""
         if not node.is_live:
             return []
         self._children(node.parent).pop(node.key.digest)
@@ -202,20 +209,20 @@ class PrefixTree:
         return blocks
 
     def drop_all(self) -> list[int]:
-        """Forget every node; the blocks of those entries that were idle."""
+        """Remove every node. Returns the blocks of entries that were idle."""
         return [block for node in list(self._first.values()) for block in self.drop(node)]
 
     def prune(self, node: PrefixNode | None) -> None:
-        """Forget a node that is there for nothing, and its parents that are so then."""
+        """Remove a node without entries and children, and then such parents."""
         while node is not None and node.is_live and not node.children and not any(node.entries):
             del self._children(node.parent)[node.key.digest]
             self._end(node)
             node = node.parent
 
     def check(self, references: list[int], tips: "set[PrefixNode]") -> None:
-        """Assert that the tree, what is idle and the references of all blocks agree.
+        """Assert that tree, idle entries and references agree.
 
-        `tips`: where live leases end; there may be nodes without entries.
+        `tips`: the last nodes of live leases, which may be without entries.
         """
         idle = set(self.idle)
         assert sum(len(entry.blocks) for entry in idle) == self.num_idle
@@ -242,7 +249,7 @@ class PrefixTree:
         return self._first if parent is None else parent.children
 
     def _take_idle(self, entry: GroupBlocks) -> tuple[int, ...]:
-        """Its blocks where it was idle; it is so no more."""
+        """Take an entry off the idle list. Returns its blocks, or none if it was leased."""
         idle = self._idle[entry.priority]
         if entry not in idle:
             return ()
@@ -261,7 +268,7 @@ class PrefixTree:
             self._owners[block] = None
 
     def _forget(self, entry: GroupBlocks) -> None:
-        """An entry that is not idle, and its node where nothing is left that it is there for."""
+        """Remove an entry that is not idle, and its node if nothing else needs the node."""
         node = entry.node
         if not (self._is_anchored and entry.group == 0):
             self._disown(entry)
@@ -276,7 +283,9 @@ class PrefixTree:
 
 
 def _raise(node: PrefixNode | None, priority: int) -> None:
-    """None is less critical than those behind it: else it would be evicted before them."""
+    """Raise the priority of a node and its ancestors: a parent must not be evicted before a
+    child.
+    """
     while node is not None and node.priority > priority:
         node.priority, node = priority, node.parent
 

@@ -1,16 +1,15 @@
-"""Blocks through plain tcp connections, sealed chunk by chunk.
+"""The transport `tcp`: blocks through plain TCP connections, sealed chunk by chunk.
 
     receiver -> sender    magic 4 | version 1 | export 16 | salt 16        once
     sender -> receiver    salt 16                                          once
-    receiver -> sender    chunk 4 | seal 16                                for each that it wants
+    receiver -> sender    chunk 4 | seal 16                                for each wanted chunk
     sender -> receiver    chunk 4 | size 8 | bytes | seal 16               for each, in order
 
-All numbers are big-endian. Seals are keyed (see `sealed`): each export has a key of its own, which
-its receiver is told over the links of the graph, and of which each connection makes its own. Bytes
-go from the sender's pool straight into the receiver's, and are sealed piece by piece on the way,
-each while it is in the CPU's cache; a chunk whose seal is wrong is asked for again. Nothing is
-encrypted: who can listen on the network between workers sees keys and values, but can neither ask
-for them nor change them.
+All numbers are big-endian. Seals are keyed: each export has its own key, which the receiver gets
+over the links of the graph, and from which each connection derives its key. Bytes go from the
+sender's pool straight into the receiver's pool. Each piece is sealed while it is in the CPU's
+cache. A chunk with a wrong seal is asked for again. Nothing is encrypted: a listener on the network
+between workers sees keys and values, but can neither ask for them nor change them.
 """
 
 import hmac
@@ -39,7 +38,7 @@ from sagellm.runtime.kv.connection import (
     pieces_of,
 )
 from sagellm.runtime.kv.memory import PoolBytes, slices_of
-from sagellm.runtime.kv.transport import MAX_COPIES, BlockLocation, TcpBlocks, damaged
+from sagellm.runtime.kv.transport import MAX_COPIES, BlockLocation, Check, TcpBlocks, damaged
 from sagellm.runtime.port import DamagedBlocks, StaleLease
 
 log = get_logger("sagellm.kv")
@@ -49,16 +48,16 @@ _HELLO = struct.Struct(f">4sB16s{SALT_BYTES}s")
 _ASK = struct.Struct(">I")
 _HEAD = struct.Struct(">IQ")
 _MOST_CONNECTIONS = 64  # served at a time; others wait
-_MOST_STRANGERS = 64  # that have not said yet what they want; the oldest has to go
-_PIECE_BYTES = 2**19  # a part of a second-level cache
-_GREETING_S = 2.0  # for saying it
+_MOST_STRANGERS = 64  # connections before their greeting; the oldest is closed beyond
+_PIECE_BYTES = 2**19  # fits into a second-level cache
+_GREETING_S = 2.0  # until a connection must have greeted
 
 
 @dataclass(frozen=True, slots=True)
 class _Export:
     key: bytes
     blocks: tuple[int, ...]
-    check: Callable[[], None]
+    check: Check
 
     @property
     def is_over(self) -> bool:
@@ -70,7 +69,7 @@ class _Export:
 
 
 class TcpTransport:
-    """Implements Transport: listens on a port of `host`, any that is free. Raises OSError."""
+    """Implements Transport. Listens on any free port of `host`. Raises OSError."""
 
     def __init__(self, pool: PoolBytes, host: str) -> None:
         self.num_damaged = 0
@@ -82,7 +81,7 @@ class TcpTransport:
         self._listener = socket.create_server((host, 0), family=family)
         self._host, self._port = host, self._listener.getsockname()[1]
 
-    async def offer(self, blocks: Sequence[int], check: Callable[[], None]) -> TcpBlocks:
+    async def offer(self, blocks: Sequence[int], check: Check) -> TcpBlocks:
         await trio.lowlevel.checkpoint()
         check()
         self.drop_stale()
@@ -93,9 +92,7 @@ class TcpTransport:
             host=self._host, port=self._port, export=name, key=export.key, num_blocks=len(blocks)
         )
 
-    async def fetch(
-        self, source: BlockLocation, blocks: Sequence[int], check: Callable[[], None]
-    ) -> None:
+    async def fetch(self, source: BlockLocation, blocks: Sequence[int], check: Check) -> None:
         if not isinstance(source, TcpBlocks):
             raise TypeError(f"tcp fetches from tcp, not from {type(source).__name__}")
         runs, storage = slices_of(blocks), self._pool.storage
@@ -129,7 +126,7 @@ class TcpTransport:
                 return Connection(self._listener.accept()[0])
             except BlockingIOError:
                 continue
-            except OSError as error:  # it has left already, or there is no descriptor for it
+            except OSError as error:  # the peer has left, or no descriptor is free
                 log.warning("kv_not_accepted", error=error.strerror)
                 await trio.sleep(0.1)
 
@@ -137,14 +134,14 @@ class TcpTransport:
         with (
             closing(connection),
             suppress(ConnectionBroken, StaleLease),
-        ):  # it asks again, or knows why not
+        ):  # the receiver retries, or its own lease has ended, too
             hello = await self._hear_hello(connection)
             if hello is not None:
                 async with self._places:
                     await self._send(connection, *hello)
 
     async def _hear_hello(self, connection: Connection) -> tuple[_Export, bytes] | None:
-        """What is wanted, and the receiver's salt; None of a stranger."""
+        """The wanted export and the receiver's salt; None: the peer is a stranger."""
         with trio.move_on_after(_GREETING_S) as greeting:
             self._strangers.append(greeting)
             if len(self._strangers) > _MOST_STRANGERS:
@@ -181,26 +178,28 @@ async def _send_chunk(
     seal: Seal,
     number: int,
     views: Sequence[memoryview],
-    check: Callable[[], None],
+    check: Check,
 ) -> None:
     head = memoryview(_HEAD.pack(number, sum(map(len, views))))
     *pieces, last = pieces_of([head, *views], _PIECE_BYTES)
     for piece in pieces:
         seal.add(piece)
         await connection.send(piece, check)
-        check()  # there was a checkpoint, and the next piece is read
+        check()  # `send` had a checkpoint, and the next piece is about to be read
     seal.add(last)
     await connection.send([*last, seal.end()], check)
 
 
 class _Receiver:
-    """One transfer, through as many connections as it takes. `wanted`: chunks not yet arrived."""
+    """One transfer, over as many connections as it needs. `wanted`: chunks that have not
+    arrived.
+    """
 
     def __init__(
         self,
         source: TcpBlocks,
         wanted: Sequence[tuple[int, Callable[[], StagingBuffers]]],
-        check: Callable[[], None],
+        check: Check,
     ) -> None:
         self.num_damaged = 0
         self._source = source
@@ -214,7 +213,7 @@ class _Receiver:
         return not self._wanted
 
     async def receive(self) -> None:
-        """Get what is wanted over one connection, as far as it lasts."""
+        """Receive wanted chunks over one connection, until it breaks."""
         with closing(await self._connect()) as connection:
             asks, answers = await self._greet(connection)
             try:
@@ -256,7 +255,7 @@ class _Receiver:
         await connection.send([asked + asks.seal([asked])])
 
     async def _take(self, connection: Connection, answers: Sealer) -> bool:
-        """Whether the next chunk came as it was sent; if not, it goes to the end of the queue."""
+        """Receive the next chunk; whether its seal is right. If not, the chunk is queued again."""
         number, stage = self._wanted[0]
         staged = stage()
         views = staged.views
@@ -267,7 +266,7 @@ class _Receiver:
         seal.add([expected])
         for piece in pieces_of(views, _PIECE_BYTES):
             await connection.fill(piece, self._check)
-            self._check()  # there was a checkpoint behind the last byte
+            self._check()  # `fill` had a checkpoint after the last byte
             seal.add(piece)
         said = await connection.take(SEAL_BYTES)
         self._wanted.popleft()

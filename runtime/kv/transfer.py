@@ -1,4 +1,4 @@
-"""Transfers between two block pools, and the leases that a transfer owns."""
+"""Transfers between two block pools, of one process or of two, and the leases that they own."""
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from sagellm.runtime.port import KVSource, StaleLease
 
 @dataclass(frozen=True, slots=True)
 class PoolSource:
-    """The sending side: a lease in state `sending`."""
+    """The sending side of a transfer: a lease in state `sending`."""
 
     pool: BlockPool
     storage: Storage
@@ -20,25 +20,25 @@ class PoolSource:
     lease: LeaseRef
 
     async def share(self, num_received: int = 0) -> BlockLocation:
-        """How a receiver in another process finds the blocks after those that have landed there.
-        Raises StaleLease.
+        """Offer the lease to a receiver in another process, without the first blocks that are there
+        already. Raises StaleLease.
         """
         _check_rest(self.pool.num_blocks_for(self.lease.num_tokens), num_received)
         blocks = self.pool.sent(self.held, num_received)
         return await self.storage.share(blocks, lambda: self.held.require("sending"))
 
     def release(self) -> None:
-        """Free the blocks; nothing happens where they are free already."""
+        """Free the blocks. Safe to call again."""
         if self.held.state == "sending":
             self.pool.advance(self.held, "acknowledge")
 
 
 @dataclass(slots=True, eq=False)
 class PoolTarget:
-    """The receiving side: a lease that a transfer owns until a sequence adopts it.
+    """The receiving side of a transfer, which owns a lease until a sequence adopts the lease.
 
-    `on_abort` tells the engine that nobody will adopt it. `num_received` blocks came while the rest
-    was still being computed.
+    `on_abort` is called if no sequence will adopt the lease. `num_received` counts the blocks that
+    arrived while the prompt was still being computed.
     """
 
     pool: BlockPool
@@ -49,20 +49,20 @@ class PoolTarget:
     num_received: int = 0
 
     async def receive(self, source: KVSource) -> None:
-        """Copy all blocks. Raises StaleLease; aborts its own lease where it does not succeed."""
+        """Copy all blocks inside this process. Raises StaleLease; aborts its lease on any error."""
         if not isinstance(source, PoolSource):
             raise TypeError(f"a pool receives from a pool of its process, not {type(source)}")
         await self._receive(lambda: self._copy(source))
 
     async def fetch(self, source: BlockLocation, num_received: int = 0) -> None:
-        """Copy all but what has landed from another process, which keeps it until it is told.
-        Raises StaleLease, DamagedBlocks; aborts its own lease where it does not succeed.
+        """Copy the blocks that are not here yet from another process, which keeps them until the
+        graph releases them. Raises StaleLease, DamagedBlocks; aborts its lease on any error.
         """
         await self._receive(lambda: self._fetch(source, num_received))
 
     async def fetch_chunk(self, source: BlockLocation, chunk: KVChunk) -> None:
-        """Copy a part of a prompt that is still being computed. Raises StaleLease, DamagedBlocks;
-        then it has not landed, and the lease is as it was.
+        """Copy some blocks of a prompt that is still being computed. Raises StaleLease,
+        DamagedBlocks; then the lease is unchanged, and the blocks do not count as received.
         """
         self._check_follows(chunk.first)
         blocks = self.pool.full_blocks(self.held, chunk.first, chunk.end)
@@ -72,7 +72,7 @@ class PoolTarget:
         self.num_received = max(self.num_received, chunk.end)
 
     def abort(self) -> None:
-        """Give the blocks back, unless a sequence has adopted them."""
+        """Free the blocks, unless a sequence has adopted the lease."""
         if self.held.owner == "transfer":
             self.pool.advance(self.held, "cancel")
             self.on_abort()
@@ -99,8 +99,10 @@ class PoolTarget:
     async def _copy_blocks(
         self, source: BlockLocation, blocks: list[int], state: LeaseState
     ) -> None:
-        """A sender that names other blocks than these keeps another kind of memory: one without a
-        recurrent state, say.
+        """Fetch into `blocks` while the lease is in `state`.
+
+        A sender that offers another number of blocks has other KV groups: without a recurrent
+        state, for example. Such blocks would give wrong tokens.
         """
 
         def check() -> None:
@@ -126,13 +128,17 @@ class PoolTarget:
 
 
 def _check_rest(num_blocks: int, num_received: int) -> None:
-    """That something of so many blocks has not landed: the last step's have not, always."""
+    """Raise StaleLease if no block is left to copy. The last step's blocks always are."""
     if num_received >= num_blocks:
         raise StaleLease(f"{num_received} of {num_blocks} blocks would have landed")
 
 
 class PoolTransfers:
-    """One pool's side of all transfers; a fence has at most one lease held and one target here."""
+    """One pool's side of all transfers: prompts that wait for an export, blocks reserved for
+    imports.
+
+    A fence has at most one held lease and one target here.
+    """
 
     def __init__(self, pool: BlockPool, storage: Storage, *, engine: str, replica: int) -> None:
         self._pool = pool
@@ -143,15 +149,15 @@ class PoolTransfers:
         self._targets: dict[Fence, PoolTarget] = {}
 
     def hold(self, lease: Lease, num_tokens: int) -> LeaseRef:
-        """Keep the blocks of a computed prompt until they are exported, adopted or cancelled."""
+        """Hold the blocks of a computed prompt until an export, an adoption or a cancel."""
         lease.num_tokens = num_tokens
-        if lease.state == "reserved":  # an adopted lease is filled already
+        if lease.state == "reserved":  # a lease that was adopted before is filled already
             self._pool.advance(lease, "fill")
         self._held[lease.fence] = lease
         return lease.ref(self._engine, self._replica)
 
     def export(self, ref: LeaseRef) -> PoolSource:
-        """The sending side of a held lease. Raises StaleLease."""
+        """Begin to send a held lease. Raises StaleLease."""
         lease = self._pool.find(ref)
         if self._held.get(lease.fence) is not lease:
             raise StaleLease(f"lease {ref.lease_id} is not held for an export")
@@ -160,11 +166,10 @@ class PoolTransfers:
         return PoolSource(self._pool, self._storage, lease, ref)
 
     async def share_chunk(self, ref: LeaseRef, chunk: KVChunk) -> BlockLocation:
-        """How a part of a prompt that is still being computed is found: its blocks of full
-        attention. Raises StaleLease.
+        """Offer computed blocks of full attention of a prompt that is still being computed.
 
-        They are its sequence's: what is shared ends with its lease, or where other blocks that hold
-        the same take their place.
+        The blocks stay with the sequence. The offer ends with the lease, or when publishing swaps
+        the blocks for equal ones. Raises StaleLease.
         """
         lease = self._pool.find(ref)
         blocks = self._pool.full_blocks(lease, chunk.first, chunk.end)
@@ -177,18 +182,18 @@ class PoolTransfers:
         return await self._storage.share(blocks, check)
 
     def target(self, fence: Fence) -> PoolTarget | None:
-        """The receiving side that was opened for `fence` and not yet adopted or aborted."""
+        """The receiving side that is open for `fence`: neither adopted nor aborted."""
         return self._targets.get(fence)
 
     def target_of(self, ref: LeaseRef) -> PoolTarget:
-        """The receiving side of that very lease. Raises StaleLease."""
+        """The receiving side of exactly this lease. Raises StaleLease."""
         target = self._targets.get(Fence(ref.request_id, ref.choice, ref.epoch))
         if target is None or target.lease != ref:
             raise StaleLease(f"lease {ref.lease_id} of request {ref.request_id} is gone")
         return target
 
     def open_target(self, lease: Lease) -> PoolTarget:
-        """The receiving side of reserved blocks."""
+        """Open the receiving side of a reserved lease."""
 
         def forget() -> None:
             self._targets.pop(lease.fence, None)
@@ -199,7 +204,10 @@ class PoolTransfers:
         return target
 
     def adopt(self, ref: LeaseRef, fence: Fence) -> Lease:
-        """Make a sequence the owner of a filled lease, held or received. Raises StaleLease."""
+        """Make a sequence the owner of a filled lease, which was held or received here.
+
+        Raises StaleLease.
+        """
         lease = self._pool.find(ref)
         lease.require("filled")
         if lease.fence != fence:
@@ -215,13 +223,13 @@ class PoolTransfers:
         return lease
 
     def cancel(self, fence: Fence) -> None:
-        """Free what is held or reserved for `fence`."""
+        """Free the blocks that are held or reserved for `fence`."""
         if fence in self._held:
             self._pool.advance(self._held.pop(fence), "cancel")
         if fence in self._targets:
             self._targets[fence].abort()
 
     def clear(self) -> None:
-        """Forget all; the pool ends the leases."""
+        """Drop all records; the caller ends the leases in the pool."""
         self._held.clear()
         self._targets.clear()

@@ -1,8 +1,8 @@
-"""The contract of a transport: where blocks are, and how they move between pools."""
+"""The contract of a transport: locations of blocks, and how blocks move between pools."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeAlias
+from typing import Protocol, TypeAlias
 
 import msgspec
 
@@ -10,10 +10,9 @@ from sagellm.runtime.port import DamagedBlocks
 
 
 class KVChunk(msgspec.Struct, frozen=True, kw_only=True):
-    """Blocks `first` to `end`, without that one, of a prompt, in the tables of full attention.
+    """Blocks `first` to `end`, exclusive, of a prompt, in the tables of full attention.
 
-    What layers with windows and recurrent states remember changes while the prompt is computed: it
-    moves at the end.
+    Windows and recurrent states change while the prompt is computed: they move at its end.
     """
 
     first: int
@@ -25,8 +24,9 @@ class KVChunk(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SharedBlocks(msgspec.Struct, frozen=True, kw_only=True, tag="shared_blocks"):
-    """`blocks`, in order, of the pool of `size` bytes that process `pid` of this host has open as
-    `descriptor`. `sums`: a checksum of each chunk of them as it was exported.
+    """Blocks in shared memory: `blocks`, in order, of a pool of `size` bytes, which process `pid`
+    of this host has open as `descriptor`. `sums`: the checksum of each chunk at the time of the
+    offer.
     """
 
     pid: int
@@ -41,7 +41,7 @@ class SharedBlocks(msgspec.Struct, frozen=True, kw_only=True, tag="shared_blocks
 
 
 class TcpBlocks(msgspec.Struct, frozen=True, kw_only=True, tag="tcp_blocks"):
-    """`num_blocks` that a worker sends to whoever connects and has the `key` of this `export`."""
+    """`num_blocks` that a worker sends to a receiver that has the `key` of this `export`."""
 
     host: str
     port: int
@@ -54,8 +54,9 @@ class TcpBlocks(msgspec.Struct, frozen=True, kw_only=True, tag="tcp_blocks"):
 
 
 class NixlBlocks(msgspec.Struct, frozen=True, kw_only=True, tag="nixl_blocks"):
-    """`blocks`, in order, of the pool of `pool_blocks` that the NIXL `agent` (its metadata) has
-    registered at `address`. `sums`: a checksum of each chunk of them as it was exported.
+    """Blocks that NIXL reads: `blocks`, in order, of a pool of `pool_blocks`, which the `agent`
+    (its metadata) has registered at `address`. `sums`: the checksum of each chunk at the time of
+    the offer.
     """
 
     agent: bytes
@@ -69,52 +70,78 @@ class NixlBlocks(msgspec.Struct, frozen=True, kw_only=True, tag="nixl_blocks"):
         return len(self.blocks)
 
 
-BlockLocation: TypeAlias = SharedBlocks | TcpBlocks | NixlBlocks
+class CustomBlocks(msgspec.Struct, frozen=True, kw_only=True, tag="custom_blocks"):
+    """`num_blocks` of a user's transport at an `address`, which only that transport encodes and
+    decodes.
+    """
+
+    transport: str
+    num_blocks: int
+    address: bytes
+
+    def __repr__(self) -> str:  # an address may hold a key, which is never logged
+        return f"CustomBlocks({self.transport}, {self.num_blocks} blocks)"
 
 
-TransportName: TypeAlias = Literal["memory", "tcp", "nixl"]
-MAX_COPIES = 3  # of a chunk that comes damaged
+BlockLocation: TypeAlias = SharedBlocks | TcpBlocks | NixlBlocks | CustomBlocks
+
+MAX_COPIES = 3  # of a chunk that arrives damaged
 
 
 @dataclass(frozen=True, slots=True)
 class Sharing:
-    """How a pool is shared with other workers: through what, and for tcp on which host."""
+    """How a pool is shared with other workers: the name of a transport, and a host to listen on."""
 
-    kind: TransportName = "memory"
+    kind: str = "memory"
     host: str = "127.0.0.1"
 
 
-class Transport(Protocol):
-    """One worker's end.
+class HostMemory(Protocol):
+    """Memory of the host that a pool is placed in."""
 
-    `check` is called before each chunk is touched, without a checkpoint between: it raises
-    StaleLease where a lease has gone, so that blocks of somebody else are never read or written.
-    `num_damaged` chunks have come other than they were sent, and were asked for again.
+    @property
+    def view(self) -> memoryview:
+        """All of the memory, writable."""
+        ...
+
+
+Check: TypeAlias = Callable[[], None]  # raises StaleLease where blocks have a new owner
+
+
+class Transport(Protocol):
+    """One worker's end. A transport that serves nobody can inherit `drop_stale` and `run`.
+
+    Call `check` before each chunk is read or written, without a checkpoint in between: `check`
+    raises StaleLease after a lease has ended, so that blocks of another owner are never touched.
+    `num_damaged` counts the chunks that arrived damaged, and were asked for again.
     """
 
-    num_damaged: int
+    num_damaged: int = 0
 
-    async def offer(self, blocks: Sequence[int], check: Callable[[], None]) -> BlockLocation:
-        """Where another worker finds those blocks, for as long as `check` does not raise."""
+    async def offer(self, blocks: Sequence[int], check: Check) -> BlockLocation:
+        """Offer `blocks` for as long as `check` does not raise; returns where a receiver finds
+        them.
 
-    async def fetch(
-        self, source: BlockLocation, blocks: Sequence[int], check: Callable[[], None]
-    ) -> None:
-        """Fill these blocks from where another worker has them, chunk by chunk.
+        The blocks do not change meanwhile: `check` raises before they are written again.
+        """
 
-        Raises StaleLease where the lease has ended; DamagedBlocks where a chunk came damaged
-        `MAX_COPIES` times, or the worker cannot be reached, or falls silent. Every wait has a
-        bound.
+    async def fetch(self, source: BlockLocation, blocks: Sequence[int], check: Check) -> None:
+        """Copy offered blocks into `blocks` of this pool, chunk by chunk. Every wait has a bound.
+
+        Raises StaleLease if the lease has ended; DamagedBlocks if a chunk arrived damaged
+        `MAX_COPIES` times, or the sender cannot be reached, or falls silent. After an error or a
+        cancellation the content of `blocks` is undefined.
         """
 
     def drop_stale(self) -> None:
-        """Let go of what belonged to workers, or leases, that are gone."""
+        """Release resources of workers and leases that have ended. Called every now and then."""
 
     async def run(self) -> None:
         """Serve other workers until cancelled."""
 
 
 def damaged(num_blocks: int) -> DamagedBlocks:
+    """The error of a chunk that arrived damaged `MAX_COPIES` times."""
     return DamagedBlocks(f"{num_blocks} blocks came damaged {MAX_COPIES} times")
 
 
@@ -122,27 +149,23 @@ BlockPairs: TypeAlias = list[tuple[int, int]]  # (block of the sender, block of 
 
 
 class Storage(Protocol):
-    """The memory of one block pool. `num_damaged`: see Transport."""
+    """The memory of one block pool, as transfers see it. `num_damaged`: see Transport."""
 
     @property
     def num_damaged(self) -> int: ...
 
-    async def receive(
-        self, sender: "Storage", pairs: BlockPairs, check: Callable[[], None]
-    ) -> None:
-        """Copy blocks, chunk by chunk, a checkpoint after each.
+    async def receive(self, sender: "Storage", pairs: BlockPairs, check: Check) -> None:
+        """Copy blocks inside this process, chunk by chunk, with a checkpoint after each chunk.
 
-        `check` is called before each chunk, without a checkpoint between it and the copy: it raises
-        where either lease has gone, so that nothing is copied from or to blocks of somebody else.
+        `check` is called before each chunk, without a checkpoint before the copy. It raises
+        StaleLease after either lease has ended, so that blocks of another owner are never touched.
         """
 
-    # What follows is for a pool that other processes reach; see Transport.
+    # The rest is for a pool that other processes reach; see Transport.
 
-    async def share(self, blocks: Sequence[int], check: Callable[[], None]) -> BlockLocation: ...
+    async def share(self, blocks: Sequence[int], check: Check) -> BlockLocation: ...
 
-    async def fetch(
-        self, source: BlockLocation, blocks: Sequence[int], check: Callable[[], None]
-    ) -> None: ...
+    async def fetch(self, source: BlockLocation, blocks: Sequence[int], check: Check) -> None: ...
 
     def drop_stale(self) -> None: ...
 

@@ -4,9 +4,8 @@ from dataclasses import dataclass
 
 
 class ModelError(ValueError):
-    """A model that cannot be found or loaded: `cause` names the file or tensor, `fix` the way out.
-
-    `fix` is empty where the cause says it all.
+    """A model that cannot be found or loaded. `cause` names the file or tensor; `fix` says what to
+    do, and may be empty.
     """
 
     def __init__(self, cause: str, fix: str = "") -> None:
@@ -17,7 +16,7 @@ class ModelError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class FolderWarning:
-    """What may surprise in a folder: the event of the log, the model, what it is, what to do."""
+    """A surprise in a model folder that is served all the same: log event, model, cause and fix."""
 
     event: str
     model: str
@@ -26,13 +25,13 @@ class FolderWarning:
 
 
 class TextError(ValueError):
-    """A text that the model's own template or tokenizer does not admit."""
+    """A text that the model's own template or tokenizer refuses."""
 
 
 class LimitExceeded(TextError):
-    """A template or tokenizer that took more than it may.
+    """A template or tokenizer that exceeded a limit.
 
-    `cause` names the limit; it holds nothing of the model or of the text.
+    `cause` names the limit, and is safe to show: it holds nothing of the model or the text.
     """
 
     def __init__(self, what: str, limit: str) -> None:
@@ -42,4 +41,4 @@ class LimitExceeded(TextError):
 
 
 class HelperUnavailable(RuntimeError):
-    """No helper process could be started, or it gave no answer in time: try again later."""
+    """No helper process could be started, or it did not answer in time. A later try may succeed."""

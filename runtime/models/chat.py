@@ -1,4 +1,4 @@
-"""Chat templates: the model's own Jinja text, rendered in a sandbox."""
+"""Chat templates: the model's own Jinja text, rendered in Jinja's sandbox."""
 
 import json
 import re
@@ -14,14 +14,22 @@ import jinja2.meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from sagellm.runtime.models import ModelError, TextError
+from sagellm.runtime.models.helper import (
+    EncodeWork,
+    HelperJob,
+    JobWorker,
+    RenderedText,
+    RenderWork,
+    TemplateJob,
+)
 
 TEMPLATE_FILE = "chat_template.jinja"
 
-MAX_TEMPLATE_BYTES = 128 << 10  # the longest of published models have a fifth of it
+MAX_TEMPLATE_BYTES = 128 << 10  # five times the longest template of published models
 
 Scalar: TypeAlias = bool | int | float | str
 
-# What a template is given by us: no caller may give it another value.
+# Variables that every template is given. No caller may set them.
 RESERVED_VARIABLES = frozenset(
     {
         *("messages", "tools", "documents", "add_generation_prompt", "continue_final_message"),
@@ -36,9 +44,9 @@ _ASKS_FOR_NONE = re.compile(r"content['\"]?\]?\s+is\s+(not\s+)?none\b")
 class Rendering:
     """How messages become a prompt.
 
-    `continue_final_message`: the prompt ends inside the last message, whose content is text; then
-    `add_generation_prompt` is False. `tools` are shown to the model as the template has it.
-    `variables`: further names that the template may read, none of which is in GIVEN.
+    `continue_final_message`: the prompt ends inside the last message, whose content is text;
+    `add_generation_prompt` is False then. `tools`: the template shows them to the model.
+    `variables`: further names that the template may read; none is in RESERVED_VARIABLES.
     """
 
     add_generation_prompt: bool = True
@@ -51,7 +59,7 @@ DEFAULT_RENDERING = Rendering()  # the prompt of the next message
 
 
 class ChatTemplateError(TextError):
-    """A conversation that the model's template does not admit, or a template that is broken."""
+    """A conversation that the model's template refuses, or a template that is broken."""
 
 
 def _raise_exception(message: str) -> NoReturn:
@@ -67,7 +75,7 @@ def _strftime_now(form: str) -> str:
 
 
 def _environment() -> ImmutableSandboxedEnvironment:
-    """What transformers gives a template: the same block trimming, filters and functions."""
+    """The environment that transformers gives a template: block trimming, filters and functions."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
@@ -78,7 +86,9 @@ def _environment() -> ImmutableSandboxedEnvironment:
 
 
 class ChatTemplate:
-    """One template, compiled when first rendered: a broken one spoils no plain prompts."""
+    """One template. It is compiled when first rendered: plain prompts work with a broken
+    template.
+    """
 
     def __init__(self, text: str, special_tokens: Mapping[str, str]) -> None:
         self._text = text
@@ -88,23 +98,23 @@ class ChatTemplate:
     def _template(self) -> jinja2.Template:
         try:
             return _environment().from_string(self._text)
-        except Exception as error:  # constants are computed while it is compiled
+        except Exception as error:  # Jinja computes constants while it compiles: any error may come
             raise ChatTemplateError(f"the chat template is broken: {error}") from error
 
     @cached_property
     def variables(self) -> frozenset[str]:
-        """The names that it reads, but for those that it is given in any case."""
+        """The names that the template reads, without RESERVED_VARIABLES and globals."""
         environment = _environment()
         try:
             read = jinja2.meta.find_undeclared_variables(environment.parse(self._text))
-        except Exception:  # as above
+        except Exception:  # a broken template, which `render` reports
             return frozenset()
         return frozenset(read) - RESERVED_VARIABLES - environment.globals.keys()
 
     def render(
         self, messages: Sequence[Mapping[str, Any]], how: Rendering = DEFAULT_RENDERING
     ) -> str:
-        """The prompt of a conversation. Raises ChatTemplateError."""
+        """Render the prompt of a conversation. Raises ChatTemplateError."""
         check_messages(messages)
         given = [self._given(message) for message in messages]
         if how.continue_final_message:
@@ -119,15 +129,15 @@ class ChatTemplate:
                 documents=None,
                 **self._special_tokens,
             )
-        except Exception as error:  # whatever an attribute, a filter or an operator raises
+        except Exception as error:  # attributes, filters and operators raise any type
             cause = str(error) or type(error).__name__
             raise ChatTemplateError(f"the chat template refused the messages: {cause}") from error
         _check_unicode(text)
         return _up_to_final(text, messages[-1]["content"]) if how.continue_final_message else text
 
     def _given(self, message: Mapping[str, Any]) -> dict[str, Any]:
-        """A message of tool calls may have no content: many templates take that for a text, so it
-        is one, unless the template asks for none.
+        """A message for the template. A message of tool calls may have no content; many templates
+        expect a text there, so it becomes "", unless the template tests for none.
         """
         given = dict(message)
         if given.get("content", "") is None and not _ASKS_FOR_NONE.search(self._text):
@@ -136,7 +146,7 @@ class ChatTemplate:
 
 
 def check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
-    """Raise ChatTemplateError where there are none."""
+    """Raise ChatTemplateError if there are no messages."""
     if not messages:
         raise ChatTemplateError("the conversation is empty; give at least one message")
 
@@ -149,7 +159,9 @@ def _check_unicode(text: str) -> None:
 
 
 def _up_to_final(text: str, final: str) -> str:
-    """The text up to the end of its final message; spaces that the template took off stay off."""
+    """Cut `text` at the end of its final message. Spaces that the template stripped stay
+    stripped.
+    """
     if final.strip() not in text or _CONTINUED.strip() not in text:
         raise ChatTemplateError("the chat template does not show the end of the final message")
     end = text.rindex(_CONTINUED.strip())
@@ -158,9 +170,9 @@ def _up_to_final(text: str, final: str) -> str:
 
 
 def find_template(path: Path, tokenizer_config: Mapping[str, Any]) -> str | None:
-    """The text of the default template: chat_template.jinja, or in tokenizer_config.json.
+    """The text of the default template, from chat_template.jinja or tokenizer_config.json.
 
-    Raises ModelError where it is too long, or not UTF-8.
+    Raises ModelError if the template is too long, or not UTF-8.
     """
     file = path / TEMPLATE_FILE
     if file.is_file():
@@ -191,7 +203,9 @@ def _read_text(file: Path) -> str:
 
 
 def pack_conversation(messages: Sequence[Mapping[str, Any]], how: Rendering) -> bytes:
-    """A conversation as JSON, which keeps the order of fields, large integers and surrogates."""
+    """Encode a conversation for a helper process, as JSON: it keeps the order of fields, large
+    integers and surrogates. Raises ChatTemplateError.
+    """
     options = {
         "add_generation_prompt": how.add_generation_prompt,
         "continue_final_message": how.continue_final_message,
@@ -213,3 +227,32 @@ def _as_dict(value: object) -> object:
     if isinstance(value, Mapping):
         return dict(value)
     raise TypeError(f"{type(value).__name__} has no JSON form")
+
+
+def special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    """Special tokens by role ("bos_token"), given as text or as {"content": text}."""
+    found = {}
+    for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
+        value = config.get(name)
+        value = value.get("content") if isinstance(value, Mapping) else value
+        if isinstance(value, str):
+            found[name] = value
+    return found
+
+
+class _RenderWorker:
+    """Renders one template in a helper process; implements JobWorker."""
+
+    def __init__(self, job: TemplateJob) -> None:
+        self._template = ChatTemplate(job.text, job.special_tokens)
+        self.variables = tuple(sorted(self._template.variables))
+
+    def answer(self, work: RenderWork | EncodeWork) -> RenderedText:
+        assert isinstance(work, RenderWork)
+        return RenderedText(self._template.render(*unpack_conversation(work.given)))
+
+
+def open_job(job: HelperJob) -> JobWorker:
+    """Compile the template of a job. Called in a helper process."""
+    assert isinstance(job, TemplateJob)
+    return _RenderWorker(job)

@@ -1,4 +1,4 @@
-"""The files of a model folder: recognised by their first bytes, and read without torch."""
+"""The files of a model folder: recognised by name and first bytes, and read without torch."""
 
 import json
 import re
@@ -12,7 +12,7 @@ from sagellm.runtime.models import ModelError
 
 _HEAD_BYTES = 512
 _LENGTH_BYTES = 8  # of a safetensors header's length, little-endian
-_MOST_HEADER_BYTES = 100_000_000  # what the safetensors library reads at most
+_MOST_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 _LFS_SIZE = re.compile(rb"^size (\d+)", re.MULTILINE)
 
 GGUF_FIX = (
@@ -23,8 +23,9 @@ GGUF_FIX = (
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """One tensor of a safetensors file: dtype as the format spells it (BF16), shape, and where its
-    bytes are in the file of that name.
+    """One tensor of a safetensors file.
+
+    `dtype`: as the format spells it (BF16). `begin`, `num_bytes`: the position in `file`.
     """
 
     dtype: str
@@ -60,7 +61,7 @@ def _pickle(head: bytes, path: Path) -> tuple[str, str]:
     return "a pickled PyTorch file, which can run any code when read", conversion_fix(path.parent)
 
 
-# What files turn out to be instead: how they begin -> (what that is, what helps).
+# Files of another format under a right name: first bytes -> (what the file is, the fix).
 _FOREIGN: dict[bytes, Callable[[bytes, Path], tuple[str, str]]] = {
     b"version https://git-lfs": _lfs_pointer,
     b"GGUF": _gguf,
@@ -73,7 +74,7 @@ _FOREIGN: dict[bytes, Callable[[bytes, Path], tuple[str, str]]] = {
 
 
 def refuse_foreign(name: str, path: Path) -> None:
-    """Raise ModelError for a file that is something else under a right name."""
+    """Raise ModelError for a file of another format under a right name."""
     with path.open("rb") as file:
         head = file.read(_HEAD_BYTES)
     for begins, told in _FOREIGN.items():
@@ -83,7 +84,7 @@ def refuse_foreign(name: str, path: Path) -> None:
 
 
 def read_json(path: Path, name: str) -> dict[str, object]:
-    """A JSON object. Raises ModelError where the file is missing, or is something else."""
+    """Read a JSON object. Raises ModelError if the file is missing, or of another format."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -104,9 +105,9 @@ def _unreadable(name: str, path: Path, error: OSError) -> ModelError:
 
 
 def read_header(name: str, path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a safetensors file, by its header.
+    """The tensors of a safetensors file, by its header; no tensor is read.
 
-    Raises ModelError where the file is something else, is damaged, or ends too early.
+    Raises ModelError if the file is of another format, damaged, or cut off.
     """
     try:
         length, entries = _entries(name, path)
@@ -122,7 +123,7 @@ def read_header(name: str, path: Path) -> dict[str, StoredTensor]:
 
 
 def _entries(name: str, path: Path) -> tuple[int, dict[str, _Entry]]:
-    """The length of the header, and its entries."""
+    """The length of the header in bytes, and its entries."""
     with path.open("rb") as file:
         begins = file.read(_LENGTH_BYTES + 1)
         length = int.from_bytes(begins[:_LENGTH_BYTES], "little")
@@ -140,14 +141,16 @@ def _entries(name: str, path: Path) -> tuple[int, dict[str, _Entry]]:
 
 
 def _no_header(name: str, path: Path) -> ModelError:
-    """A file that is no safetensors file. Raises ModelError where it is known what it is."""
+    """The error of a file without a safetensors header. Raises it if the format is known."""
     refuse_foreign(name, path)
     cause = f"model {name}: {path.name} cannot be read: it has no safetensors header"
     return ModelError(cause, "download it again")
 
 
 def _check_length(name: str, path: Path, data: int, entries: dict[str, _Entry]) -> None:
-    """`data`: where the tensors begin in the file."""
+    """Raise ModelError unless the file is as long as its header says. `data`: where tensors
+    begin.
+    """
     promised = data + max((entry.data_offsets[1] for entry in entries.values()), default=0)
     found = path.stat().st_size
     if found < promised:
@@ -167,7 +170,7 @@ def _cut_off(name: str, path: Path, promised: int, what: str) -> ModelError:
 
 
 def conversion_fix(folder: Path) -> str:
-    """How to make safetensors of pickled weights."""
+    """The command that converts pickled weights to safetensors."""
     quoted = repr(str(folder))
     code = (
         "from transformers import AutoModelForCausalLM as M; "
@@ -177,7 +180,7 @@ def conversion_fix(folder: Path) -> str:
 
 
 def human_bytes(num_bytes: int) -> str:
-    """A size in at most four letters and a unit."""
+    """A size with three significant digits and a unit."""
     size, unit = float(num_bytes), "B"
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if size < 1000 or unit == "TB":
@@ -194,12 +197,12 @@ _DOWNLOAD = "give the folder that holds config.json, tokenizer.json and *.safete
 
 
 def is_model_file(path: Path) -> bool:
-    """Whether a file holds weights, or a model's configuration, by its name."""
+    """Whether a file holds weights or a model's configuration, by its name."""
     return path.name == CONFIG or path.suffix.lower() in _WEIGHT_SUFFIXES
 
 
 def refuse_file(name: str, path: Path) -> ModelError:
-    """The fault of a file that is given where a folder is wanted."""
+    """The error of a file that is given in place of a folder."""
     if path.suffix.lower() == ".gguf":
         return ModelError(f"model {name}: it is a GGUF file", GGUF_FIX)
     fix = f"give the folder that it is in: {path.parent}"
@@ -207,7 +210,7 @@ def refuse_file(name: str, path: Path) -> ModelError:
 
 
 def check_config(name: str, path: Path) -> None:
-    """Raise ModelError for a folder without config.json, with what it seems to be."""
+    """Raise ModelError for a folder without config.json; the message says what it seems to be."""
     if (path / CONFIG).is_file():
         return
     if not any(path.iterdir()):
@@ -226,7 +229,7 @@ def check_config(name: str, path: Path) -> None:
 
 
 def check_weights(name: str, path: Path, shards: tuple[str, ...]) -> None:
-    """Raise ModelError where weights are pickled, missing, or named outside the folder."""
+    """Raise ModelError if weights are pickled, missing, or named outside the folder."""
     for file in shards:
         if Path(file).name != file:
             raise ModelError(f"model {name}: {SHARD_INDEX} names {file!r}, outside its folder")
@@ -251,7 +254,7 @@ def check_weights(name: str, path: Path, shards: tuple[str, ...]) -> None:
 
 
 def check_tokenizer(name: str, path: Path) -> None:
-    """Raise ModelError where tokenizer.json is missing or is something else; it is not parsed."""
+    """Raise ModelError if tokenizer.json is missing or of another format; it is not parsed."""
     if (path / TOKENIZER).is_file():
         refuse_foreign(name, path / TOKENIZER)
         return
@@ -270,7 +273,7 @@ def check_tokenizer(name: str, path: Path) -> None:
 
 
 def _first_match(path: Path, patterns: tuple[str, ...]) -> str | None:
-    """The first file that a pattern finds, by name; of patterns with a folder, the folder."""
+    """The first file that a pattern matches, by name. For patterns with a folder, the folder."""
     for pattern in patterns:
         for found in sorted(path.glob(pattern)):
             return found.relative_to(path).parts[0]

@@ -21,8 +21,8 @@ _PARTS = (_QUANTISED, ".qzeros", ".scales")
 _SETTINGS = "quantization_config"
 HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
 
-# Stored in many folders, and known not to change a logit: buffers, scales of a quantised KV cache,
-# copies of the embeddings, and whole modules that text does not go through.
+# Tensors that many folders store, and that change no logit: buffers, scales of a quantised KV
+# cache, copies of the embeddings, and modules that text does not pass through.
 _HARMLESS = re.compile(
     r"""
     (^|\.) rotary_emb \. | (^|\.) position_ids $ | \. (self_)? attn \. (masked_)? bias $
@@ -32,7 +32,7 @@ _HARMLESS = re.compile(
     """,
     re.VERBOSE,
 )
-# What changes the result where it is stored with a module of the decoder.
+# Tensors that change the result if they belong to a module of the decoder.
 _PARAMETER = re.compile(r"(\.(weight|bias)|scale|zero|absmax|quant|lora)[\w.]*$")
 _LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 
@@ -41,7 +41,7 @@ _FIX = "give the folder the config.json that these weights were saved with, or d
 
 @dataclass(frozen=True, slots=True)
 class StoredModel:
-    """What a folder says and holds."""
+    """The config.json of a folder, and the tensors that the folder holds."""
 
     name: str
     config: Mapping[str, object]
@@ -49,10 +49,10 @@ class StoredModel:
 
 
 def check_fit(stored: StoredModel) -> tuple[str, ...]:
-    """The tensors that nothing reads and that are not known to be harmless.
+    """The tensors that the model's graph does not read, and that are not known to be harmless.
 
-    Raises ModelError with the tensors that are missing, misshapen, or that would have to be read
-    for right answers.
+    Raises ModelError with the tensors that are missing, misshapen, or not read though the answers
+    depend on them.
     """
     quantisation = stored_quantisation(stored.config)
     _check_quantisation(stored, quantisation)
@@ -72,7 +72,10 @@ def check_fit(stored: StoredModel) -> tuple[str, ...]:
 
 
 def _check_layers(stored: StoredModel) -> None:
-    """Raise ModelError, before a graph of all layers is built, where there cannot be so many."""
+    """Raise ModelError if config.json has more layers than there are tensors.
+
+    A graph of a hostile number of layers must not be built.
+    """
     layers, tensors = num_layers(stored.config), len(stored.tensors)
     if layers > tensors:
         cause = f"config.json has {layers} layers (num_hidden_layers), and the folder"
@@ -80,7 +83,7 @@ def _check_layers(stored: StoredModel) -> None:
 
 
 def _check_quantisation(stored: StoredModel, said: StoredQuantisation | None) -> None:
-    """Raise ModelError where config.json and the tensors differ on whether they are quantised."""
+    """Raise ModelError if config.json and the tensors disagree on quantisation."""
     packed = next((name for name in stored.tensors if name.endswith(_QUANTISED)), None)
     if said is not None and packed is None:
         raise ModelError(
@@ -106,7 +109,9 @@ def _as_stored(
     tensors: Mapping[str, StoredTensor],
     said: StoredQuantisation | None,
 ) -> dict[str, Shape | None]:
-    """The tensors to look for; shape None where the code that unpacks them checks it."""
+    """The wanted tensors by the names under which they are stored. Shape None: the code that
+    unpacks the tensor checks its shape.
+    """
     wanted: dict[str, Shape | None] = {}
     for name, shape in shapes.items():
         stem = name.removesuffix(".weight")
@@ -119,7 +124,10 @@ def _as_stored(
 
 
 def _packed(shape: Shape, said: StoredQuantisation) -> Shape:
-    """[N, K] as words of 32 bits: GPTQ packs along K, AWQ along N; both store [K, N]."""
+    """The packed shape of a weight [N, K], in words of 32 bits.
+
+    GPTQ packs along K, AWQ along N; both store [K, N].
+    """
     size, width = shape
     if said.method == "awq":
         return width, size * said.bits // _WORD_BITS
@@ -161,7 +169,7 @@ def _unread(wanted: Mapping[str, Shape | None], stored: StoredModel) -> Iterator
 def _needed(
     unread: Iterable[str], wanted: Mapping[str, Shape | None], stored: StoredModel
 ) -> Iterator[str]:
-    """Tensors of the decoder that would be left out of the computation, and whole layers."""
+    """Unread tensors of the decoder, and unread layers: answers would be wrong without them."""
     modules = {name.rpartition(".")[0] for name in (*wanted, HEAD)}
     num_layers = len({found[0] for name in wanted if (found := _LAYER.match(name))})
     further: dict[int, str] = {}
@@ -182,7 +190,7 @@ def _is_inside(name: str, modules: Collection[str]) -> bool:
 
 
 def _belongs_to_packed(name: str, tensors: Mapping[str, StoredTensor]) -> bool:
-    """Whether it is a companion of a quantised weight: `g_idx`, or a bias of zeros as GPTQ has."""
+    """Whether a tensor accompanies a quantised weight: `g_idx`, or a bias of zeros as GPTQ has."""
     return f"{name.rpartition('.')[0]}{_QUANTISED}" in tensors
 
 
@@ -203,7 +211,11 @@ _CHUNK_BYTES = 1 << 20
 def untie_if_different(
     config: Mapping[str, object], path: Path, tensors: Mapping[str, StoredTensor]
 ) -> Mapping[str, object]:
-    """The configuration, untied where the folder holds a head that differs from the embeddings."""
+    """The configuration, with the head untied if the stored head differs from the embeddings.
+
+    transformers ties them only if the file holds one of them, or both alike
+    (`PreTrainedModel.tie_weights`): a fine-tune may have changed one, and kept the setting.
+    """
     head, embeddings = tensors.get(HEAD), tensors.get(EMBEDDINGS)
     if not config.get(TIE) or head is None or embeddings is None:
         return config

@@ -1,4 +1,7 @@
-"""A model's folder: found by name or on the Hub, and checked before anything is computed."""
+"""A model's folder: found by name or on the Hub, and checked before a weight is read.
+
+Only the needed files of a Hub model are downloaded, and never code.
+"""
 
 import errno
 import hashlib
@@ -43,7 +46,7 @@ class HubError(OSError):
 
 
 def download(name: str) -> Path:
-    """The local snapshot of a Hub model, downloaded where it is not cached. Raises HubError."""
+    """The local snapshot of a Hub model, downloaded unless it is cached. Raises HubError."""
     try:
         folder = huggingface_hub.snapshot_download(
             name, allow_patterns=_DOWNLOADED, ignore_patterns=_NEVER_DOWNLOADED
@@ -54,7 +57,7 @@ def download(name: str) -> Path:
 
 
 def _explained(error: OSError | ValueError) -> HubError:
-    """The Hub answers alike for a private model and for one that is not there."""
+    """The error with a cause and a fix. The Hub answers alike for private and missing models."""
     errors = huggingface_hub.errors
     if isinstance(error, errors.GatedRepoError):
         return HubError(
@@ -81,8 +84,8 @@ def _explained(error: OSError | ValueError) -> HubError:
 
 _SHIPPED = Path(__file__).parent
 BUILT_IN: dict[str, Path] = {"sage-tiny": _SHIPPED / "sage_tiny"}
-_NUM_SHOWN = 3  # of the tensors in a warning
-_NUM_SAMPLES, _SAMPLE_BYTES = 64, 4096  # of each file: milliseconds, whatever its size
+_NUM_SHOWN = 3  # tensors in a warning
+_NUM_SAMPLES, _SAMPLE_BYTES = 64, 4096  # hashed of each file: milliseconds for any size
 
 NULL_FACTS = ModelFacts(
     family="null",
@@ -105,9 +108,9 @@ NULL_FACTS = ModelFacts(
 class ModelFolder:
     """A checked folder. `path` is None for the null model, which has no files.
 
-    `eos_token_ids` end an answer: those of config.json and of generation_config.json. `hash`, 16
-    hex digits, tells models apart that would not continue each other's answers. `warnings`: what a
-    user should know of the folder, and what is served all the same.
+    `eos_token_ids`: the tokens that end an answer, of config.json and generation_config.json.
+    `hash`: 16 hex digits; models with different hashes cannot continue each other's answers.
+    `warnings`: surprises in a folder that is served all the same.
     """
 
     name: str
@@ -120,7 +123,7 @@ class ModelFolder:
 
     @property
     def tokenizer_hash(self) -> str:
-        """Of tokenizer.json: models with equal ones read token ids alike."""
+        """The hash of tokenizer.json: models with equal hashes read token ids alike."""
         file = self.path / "tokenizer.json" if self.path else None
         content = file.read_bytes() if file and file.is_file() else b""
         return hashlib.blake2b(content, digest_size=8).hexdigest()
@@ -133,7 +136,7 @@ class ModelFolder:
 
 
 def resolve_model(name: str) -> ModelFolder:
-    """Find a built-in model, a folder or a Hub id, and check it without reading weights.
+    """Find a built-in model, a folder or a Hub id, and check it without reading a weight.
 
     Raises ModelError, UnsupportedModel.
     """
@@ -143,7 +146,7 @@ def resolve_model(name: str) -> ModelFolder:
 
 
 def open_folder(name: str, path: Path) -> ModelFolder:
-    """Read and check one folder, weights by their headers. Raises ModelError, UnsupportedModel."""
+    """Read and check one folder; weights by their headers. Raises ModelError, UnsupportedModel."""
     check_config(name, path)
     said = read_json(path / CONFIG, name)
     try:
@@ -187,7 +190,10 @@ def _warnings(name: str, unread: tuple[str, ...], *, is_untied: bool) -> Iterato
 
 
 def shard_files(name: str, path: Path) -> dict[str, tuple[str, ...]]:
-    """Safetensors file -> the tensors that the index says it holds; () means: read its header."""
+    """Safetensors file -> the tensors that the index promises in it; (): there is no index.
+
+    Raises ModelError.
+    """
     if not (path / SHARD_INDEX).is_file():
         return {WEIGHTS: ()}
     weight_map = read_json(path / SHARD_INDEX, name).get("weight_map")
@@ -229,7 +235,7 @@ def _is_path(name: str) -> bool:
 
 
 def _stored(name: str, path: Path) -> dict[str, StoredTensor]:
-    """All tensors of the folder. Raises ModelError for files that are missing or damaged."""
+    """All tensors that the folder stores. Raises ModelError for missing or damaged files."""
     shards = shard_files(name, path)
     check_weights(name, path, tuple(shards))
     stored: dict[str, StoredTensor] = {}
@@ -253,7 +259,7 @@ def _refuse_remote_code(name: str, config: Mapping[str, object]) -> None:
 
 
 def _hash(name: str, path: Path, config: Mapping[str, object]) -> str:
-    """Of the config and of samples of every weight file: fine-tunes of one model differ."""
+    """The hash of the config and of samples of every weight file: fine-tunes of a model differ."""
     digest = hashlib.blake2b(json.dumps(config, sort_keys=True).encode(), digest_size=8)
     for file in sorted(shard_files(name, path)):
         num_bytes = (path / file).stat().st_size
@@ -270,6 +276,6 @@ def _eos(name: str, path: Path, model_facts: ModelFacts) -> tuple[int, ...]:
     if (path / "generation_config.json").is_file():
         value = read_json(path / "generation_config.json", name).get("eos_token_id")
         ids = value if isinstance(value, list) else [value]
-        whole = [token for token in ids if type(token) is int]  # true is no id
+        whole = [token for token in ids if type(token) is int]  # `true` is an int in Python
         found |= dict.fromkeys(token for token in whole if 0 <= token < model_facts.vocab_size)
     return tuple(found)

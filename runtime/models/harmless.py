@@ -1,7 +1,7 @@
-"""What of a model's folder cannot multiply texts, and may therefore work in this process.
+"""Which templates and tokenizers cannot multiply a text, and may therefore run in this process.
 
-Everything else works in a helper process, but for decoders: they work token by token in the engine,
-so a folder whose decoder could multiply texts is refused.
+All others run in a helper process. Decoders are an exception: they run token by token in the
+engine, so that a folder is refused if its decoder could multiply texts.
 """
 
 import hashlib
@@ -17,19 +17,17 @@ from tokenizers.models import BPE, WordLevel, WordPiece
 from sagellm.runtime.models import ModelError
 from sagellm.runtime.models.pipelines import SPLITS
 
-Component: TypeAlias = Mapping[
-    str, Any
-]  # a component as tokenizer.json has it: "type", and options
+Component: TypeAlias = Mapping[str, Any]  # as tokenizer.json has it: "type", and options
 
 MAX_TOKEN_CHARS = 4096  # published vocabularies have runs of some hundred spaces
-_MAX_GROWTH = 64  # characters that normalizing may make of one
-_MAX_PARTS = 16  # of a sequence
+_MAX_GROWTH = 64  # characters that a normalizer may make of one
+_MAX_PARTS = 16  # components of a sequence
 _MAX_ADDED = 64  # special tokens around a text
 _AFFIXES = ("continuing_subword_prefix", "end_of_word_suffix")
-_MAX_AFFIX_CHARS = 16  # each character of a text is looked up with them
-_MAX_WORD_CHARS = 200  # WordPiece takes time by its square; 100 is usual
+_MAX_AFFIX_CHARS = 16  # each character of a text is looked up with its affixes
+_MAX_WORD_CHARS = 200  # WordPiece is quadratic in it; 100 is usual
 
-# Templates whose shape is known: they write each message once. blake2b-128 of their text.
+# Known templates, which write each message once: blake2b-128 of their text.
 TEMPLATES = frozenset(
     {
         "c0c1fb03bc538b10300f108801259486",  # sage-tiny
@@ -43,7 +41,7 @@ def is_known_template(text: str) -> bool:
 
 
 def encodes_harmlessly(tokenizer: Tokenizer) -> bool:
-    """Whether the time and the tokens of a text are in proportion to its length."""
+    """Whether time and tokens are in proportion to the length of a text."""
     return (
         _growth(_state(tokenizer.normalizer)) <= _MAX_GROWTH
         and all(_cuts_plainly(part) for part in _components(_state(tokenizer.pre_tokenizer)))
@@ -53,7 +51,7 @@ def encodes_harmlessly(tokenizer: Tokenizer) -> bool:
 
 
 def check_decoder(name: str, tokenizer: Tokenizer) -> None:
-    """Raise ModelError where a few tokens could become a text without bound."""
+    """Raise ModelError if a few tokens could decode to a text without bound."""
     growth = 1.0
     for part in _components(_state(tokenizer.decoder)):
         growth *= _DECODERS.get(part["type"], _unbounded)(part)
@@ -71,7 +69,7 @@ class _Added(msgspec.Struct):
 
 
 class TokenizerParts(msgspec.Struct):
-    """What is looked at before the tokenizers library reads a tokenizer.json."""
+    """The parts of tokenizer.json that are checked before the tokenizers library reads it."""
 
     model: _Model
     added_tokens: list[_Added] = []
@@ -81,8 +79,8 @@ class TokenizerParts(msgspec.Struct):
 
     @property
     def loads_harmlessly(self) -> bool:
-        """Loading normalizes the added tokens, and compiles regular expressions: a short one may
-        take gigabytes.
+        """Whether this process may load the file. Loading normalizes added tokens, and compiles
+        regular expressions, of which a short one may take gigabytes.
         """
         if not SPLITS.issuperset(_regexes([self.normalizer, self.pre_tokenizer, self.decoder])):
             return False
@@ -93,7 +91,7 @@ class TokenizerParts(msgspec.Struct):
 
 
 def _regexes(part: object) -> Iterator[str]:
-    """The regular expressions anywhere in a component."""
+    """All regular expressions in a component."""
     if isinstance(part, dict):
         if isinstance(regex := part.get("Regex"), str):
             yield regex
@@ -105,8 +103,8 @@ def _regexes(part: object) -> Iterator[str]:
 
 
 def read_parts(name: str, path: Path) -> TokenizerParts:
-    """Raises ModelError where a token is so long that a few of them exhaust memory, and for what is
-    no tokenizer.json.
+    """Read the parts of a tokenizer.json. Raises ModelError for another file, and for a token so
+    long that a few of them would exhaust memory.
     """
     try:
         parts = msgspec.json.decode(path.read_bytes(), type=TokenizerParts)
@@ -122,7 +120,7 @@ def read_parts(name: str, path: Path) -> TokenizerParts:
 
 
 def _state(component: Any) -> Component | None:
-    """A component as the library writes it; {"type": ""} where it does not."""
+    """A component as the library serialises it; {"type": ""} if it cannot."""
     if component is None:
         return None
     try:
@@ -133,7 +131,7 @@ def _state(component: Any) -> Component | None:
 
 
 def _components(part: Component | None) -> Iterator[Component]:
-    """The components of a sequence, or the one that it is."""
+    """The components of a sequence, nested ones too, or the component itself."""
     if part is None:
         return
     inner = next((part[key] for key in _INNER if isinstance(part.get(key), list)), None)
@@ -163,7 +161,7 @@ def _same(part: Component) -> float:
 
 
 def _replaced(part: Component) -> float:
-    """By a text; a regular expression may match nothing, everywhere, and take its time."""
+    """The growth of a replacement of texts. A regular expression may match nothing everywhere."""
     pattern = part.get("pattern", {}).get("String")
     return max(1.0, len(part["content"]) / len(pattern)) if pattern else float("inf")
 
@@ -173,11 +171,11 @@ def _prepended(part: Component) -> float:
 
 
 def _stripped(part: Component) -> float:
-    """Cutting off more than there is would panic."""
+    """The growth of a strip. The library panics if it is to strip more than there is."""
     return 1.0 if part["stop"] == 0 else float("inf")
 
 
-# Characters that each may make of one (Unicode's worst case of a composition).
+# The characters that a normalizer may make of one, in the worst case of Unicode.
 _NORMALIZERS: dict[str, Callable[[Component], float]] = {
     **dict.fromkeys(("NFC", "NFD", "Lowercase", "BertNormalizer"), lambda part: 4.0),
     **dict.fromkeys(("NFKC", "NFKD"), lambda part: 18.0),
@@ -219,7 +217,7 @@ def _adds_little(part: Component) -> bool:
 
 
 def _is_plain_model(model: Any) -> bool:
-    """Unigram takes time by the length of its tokens, too."""
+    """Whether the model is linear in the text. Unigram also depends on the length of its tokens."""
     affixes = [getattr(model, name, None) or "" for name in _AFFIXES]
     if isinstance(model, WordPiece) and model.max_input_chars_per_word > _MAX_WORD_CHARS:
         return False

@@ -1,18 +1,17 @@
-"""A helper process: its messages, its limits, and its handle in the parent process."""
+"""A helper process: its messages (frames of MessagePack on a socket), and its handle in the
+parent.
+"""
 
 import os
-import resource
 import select
 import signal
 import socket
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Generator
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Generic, TypeAlias, TypeVar
+from typing import Any, Generic, Protocol, TypeAlias, TypeVar
 
 import msgspec
 
@@ -39,7 +38,7 @@ HelperJob: TypeAlias = TemplateJob | TokenizerJob
 
 
 class HelperSetup(msgspec.Struct, frozen=True):
-    """The first frame. Setting up the job may take `memory_bytes` beyond the bare interpreter."""
+    """The first frame. The job's setup may take `memory_bytes` beyond the bare interpreter."""
 
     job: HelperJob
     memory_bytes: int
@@ -47,7 +46,7 @@ class HelperSetup(msgspec.Struct, frozen=True):
 
 
 class RenderWork(msgspec.Struct, frozen=True, tag=True):
-    """A conversation. `given` is JSON: it carries integers of any size, and lone surrogates."""
+    """A conversation to render. `given` is JSON, which keeps large integers and lone surrogates."""
 
     given: bytes
 
@@ -58,8 +57,8 @@ class EncodeWork(msgspec.Struct, frozen=True, tag=True):
 
 
 class WorkRequest(msgspec.Struct, frozen=True):
-    """One piece of work. It may take `memory_bytes` beyond what the job took to set up. An answer
-    of more than `max_answer_bytes` is refused.
+    """One piece of work, with its limits. The work may take `memory_bytes` beyond the job's setup.
+    An answer of more than `max_answer_bytes` is refused.
     """
 
     work: RenderWork | EncodeWork
@@ -69,8 +68,8 @@ class WorkRequest(msgspec.Struct, frozen=True):
 
 
 class HelperReady(msgspec.Struct, frozen=True, tag=True):
-    """The job is set up, or `fault` says why it cannot be. `variables` are the names that a
-    template reads.
+    """The job is set up, or `fault` says why it cannot be. `variables`: the names that a template
+    reads.
     """
 
     variables: tuple[str, ...] = ()
@@ -82,7 +81,7 @@ class RenderedText(msgspec.Struct, frozen=True, tag=True):
 
 
 class EncodedTokens(msgspec.Struct, frozen=True, tag=True):
-    """Token ids of each text."""
+    """The token ids of each text."""
 
     token_ids: tuple[tuple[int, ...], ...]
 
@@ -100,21 +99,36 @@ class AnswerTooLong(msgspec.Struct, frozen=True, tag=True):
 HelperReply: TypeAlias = HelperReady | RenderedText | EncodedTokens | WorkRefused | AnswerTooLong
 
 
+class JobWorker(Protocol):
+    """Does the work of one job in a helper process. A module that can be run there has a function
+    `open_job`, which makes a JobWorker of a HelperJob.
+    """
+
+    @property
+    def variables(self) -> tuple[str, ...]:
+        """The names that a template reads; empty for a tokenizer."""
+        ...
+
+    def answer(self, work: RenderWork | EncodeWork) -> HelperReply:
+        """Any exception becomes a WorkRefused."""
+        ...
+
+
 def encode_frame(message: msgspec.Struct) -> bytes:
-    """A message as it is sent. Raises UnicodeEncodeError for a lone surrogate."""
+    """The frame of a message. Raises UnicodeEncodeError for a lone surrogate."""
     body = msgspec.msgpack.encode(message)
     return len(body).to_bytes(_LENGTH_BYTES, "little") + body
 
 
 class FrameDecoder(Generic[T]):
-    """Puts received bytes together: one message at a time, since each is answered."""
+    """Assembles received bytes. There is one message at a time, since each is answered."""
 
     def __init__(self, kind: Any) -> None:
         self._decoder: msgspec.msgpack.Decoder[T] = msgspec.msgpack.Decoder(kind)
         self._received = bytearray()
 
     def feed(self, data: bytes) -> T | None:
-        """The message that these bytes complete, if they do."""
+        """Add bytes. Returns the message that they complete; None: more bytes are needed."""
         self._received += data
         length = int.from_bytes(self._received[:_LENGTH_BYTES], "little")
         if len(self._received) < _LENGTH_BYTES + length or len(self._received) < _LENGTH_BYTES:
@@ -125,78 +139,11 @@ class FrameDecoder(Generic[T]):
 
 
 OUT_OF_MEMORY = 77  # exit code
-_IS_LINUX = sys.platform == "linux"
-_LOOK_S = 0.01
-
-
-class MemoryLimit:
-    """Bounds what this process takes in addition to a level, at first what it has now.
-
-    Linux refuses allocations beyond it (RLIMIT_AS). macOS does not know that limit: there a thread
-    ends the process when it sees too much, as soon as the interpreter lets it run.
-    """
-
-    def __init__(self) -> None:
-        self._level = _taken_bytes()
-        self._num_bytes = 0
-        if not _IS_LINUX:
-            threading.Thread(target=self.watch, name="memory", daemon=True).start()
-
-    def allow(self, num_bytes: int) -> None:
-        if num_bytes == self._num_bytes:
-            return
-        self._num_bytes = num_bytes
-        if _IS_LINUX:
-            _, hard = resource.getrlimit(resource.RLIMIT_AS)
-            most = self._level + num_bytes
-            soft = most if hard == resource.RLIM_INFINITY else min(most, hard)
-            resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-
-    def rise(self) -> None:
-        """What is taken now is the level from here on."""
-        self._level = _taken_bytes()
-        self._num_bytes = 0
-
-    def watch(self) -> None:
-        while not self._num_bytes or _taken_bytes() < self._level + self._num_bytes:
-            time.sleep(_LOOK_S)
-        os._exit(OUT_OF_MEMORY)
-
-
-def _taken_bytes() -> int:
-    """Address space; where the system does not say, the peak of what was resident."""
-    if _IS_LINUX:
-        num_pages = int(Path("/proc/self/statm").read_text().split()[0])
-        return num_pages * resource.getpagesize()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
-
-
-def limit_files() -> None:
-    """Write no file, and leave none when killed."""
-    for limit in (resource.RLIMIT_CORE, resource.RLIMIT_FSIZE):
-        resource.setrlimit(limit, (0, 0))
-
-
-@contextmanager
-def limit_cpu(seconds: float) -> Iterator[None]:
-    """Within the block, the system kills this process by SIGPROF after so much CPU time.
-
-    It does so inside any call into C, and whether or not somebody is left to watch. Waiting for a
-    core does not count.
-    """
-    signal.signal(signal.SIGPROF, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})  # a parent may have blocked it
-    signal.setitimer(signal.ITIMER_PROF, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
-
-
 _PACKAGE_ROOT = str(Path(__file__).parents[3])
+_MAIN = "sagellm.runtime.models.helper_main"
 _CHUNK_BYTES = 1 << 16
 _SEND_S = 60.0
-_ENV = {  # one thread, one heap: what the memory limit counts is then what the work takes
+_ENV = {  # one thread and one heap: the memory limit then counts what the work takes
     "TOKENIZERS_PARALLELISM": "false",
     "RAYON_NUM_THREADS": "1",
     "MALLOC_ARENA_MAX": "1",
@@ -217,15 +164,15 @@ class HelperDied(Exception):
 
     @property
     def is_out_of_memory(self) -> bool:
-        """A failed allocation outside of Python aborts."""
+        """Whether memory ran out. A failed allocation outside of Python aborts the process."""
         return self.code in (OUT_OF_MEMORY, -signal.SIGABRT)
 
 
 class Helper:
-    """A Python process that runs `module`, at the other end of a socket.
+    """A Python process that does the work of `module`, at the other end of a socket.
 
-    It ends when the socket is closed, hence with this process, whichever way that ends: an idle
-    helper at once, one at work within its limit of CPU time.
+    The process ends when the socket is closed, hence with this process, however that ends: an idle
+    helper at once, a working helper within its limit of CPU time.
     """
 
     def __init__(self, module: str, setup: HelperSetup) -> None:
@@ -235,8 +182,8 @@ class Helper:
         self.ready: HelperReady | None = None
         try:
             self._process = subprocess.Popen(
-                # -P: no module is taken from the current folder, which may be that of a model.
-                [sys.executable, "-P", "-m", module],
+                # -P: import no module from the current folder, which may be that of a model.
+                [sys.executable, "-P", "-m", _MAIN, module],
                 stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 env={**os.environ, **_ENV, "PYTHONPATH": _python_path()},
@@ -253,7 +200,7 @@ class Helper:
         return self._socket.fileno()
 
     def is_readable(self, timeout_s: float) -> bool:
-        """Wait for bytes or the end; blocks, for whole milliseconds."""
+        """Wait for bytes or the end. Blocks; the time-out has whole milliseconds."""
         poll = select.poll()
         poll.register(self._socket, select.POLLIN)
         return bool(poll.poll(timeout_s * 1000))
@@ -267,7 +214,7 @@ class Helper:
         return self._process.poll() is None
 
     def become_ready(self) -> Generator["Helper", None, HelperReady]:
-        """Wait for the job to be set up; see `exchange`."""
+        """Wait for the job's setup. A generator; see `exchange`."""
         if self.ready is None:
             reply = yield from self._reply()
             assert isinstance(reply, HelperReady)
@@ -275,20 +222,22 @@ class Helper:
         return self.ready
 
     def exchange(self, data: bytes) -> Generator["Helper", None, HelperReply]:
-        """Send a frame and wait for the answer. Yields whenever the caller should wait until this
-        is readable. Raises HelperDied, and TimeoutError where the helper does not read.
+        """Send a frame and wait for the answer. A generator, so that blocking and async callers
+        share it: it yields the helper whenever the caller must wait until the helper is readable.
+
+        Raises HelperDied, and TimeoutError if the helper does not read.
         """
         self._send(data)
         return (yield from self._reply())
 
     def end(self) -> int:
-        """Kill the process, and forget it. The exit code is its own where it had ended before."""
+        """Kill the process and reap it. Returns its exit code, its own if it had ended before."""
         self._socket.close()
         self._process.kill()
         return self._process.wait()
 
     def _send(self, data: bytes) -> None:
-        """What is not taken is noticed by the missing answer."""
+        """Send all bytes. If the process is gone, the missing answer shows it."""
         self._socket.settimeout(_SEND_S)
         with suppress(BrokenPipeError, ConnectionResetError):
             self._socket.sendall(data)
@@ -307,7 +256,7 @@ class Helper:
                 return reply
 
     def _received(self) -> bytes | None:
-        """None where nothing is there yet; empty at the end."""
+        """Received bytes; None: nothing is there yet; empty: the process has ended."""
         try:
             return self._socket.recv(_CHUNK_BYTES)
         except BlockingIOError:
@@ -317,6 +266,6 @@ class Helper:
 
 
 def _python_path() -> str:
-    """Where this package is found, also if it is not installed."""
+    """The import path of a helper, with the root of this package, which may not be installed."""
     given = os.environ.get("PYTHONPATH")
     return os.pathsep.join([given, _PACKAGE_ROOT] if given else [_PACKAGE_ROOT])

@@ -1,11 +1,21 @@
-"""The helper's side: sets up one job, and answers one piece of work after the other."""
+"""The main module of a helper process: `python -m sagellm.runtime.models.helper_main MODULE`.
 
+A helper limits itself, sets up one job, and answers one piece of work after the other.
+"""
+
+import importlib
 import os
+import resource
+import signal
 import socket
 import struct
 import sys
-from collections.abc import Callable
-from typing import Protocol, TypeVar
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 
@@ -18,32 +28,87 @@ from sagellm.runtime.models.helper import (
     HelperReady,
     HelperReply,
     HelperSetup,
-    MemoryLimit,
+    JobWorker,
     RenderWork,
     WorkRefused,
     WorkRequest,
     encode_frame,
-    limit_cpu,
-    limit_files,
 )
 
-_LOOK_S = 5  # how often an idle helper makes sure that its parent lives
+_IS_LINUX = sys.platform == "linux"
+_MEMORY_CHECK_S = 0.01
+_PARENT_CHECK_S = 5  # between two checks of an idle helper whether its parent lives
 _CHUNK_BYTES = 1 << 16
 _CAUSE_CHARS = 500
 T = TypeVar("T")
 
 
-class JobWorker(Protocol):
-    """What does the job."""
+class MemoryLimit:
+    """Bounds the memory that this process takes beyond a level, at first the present one.
 
-    @property
-    def variables(self) -> tuple[str, ...]: ...
+    Linux refuses allocations beyond the limit (RLIMIT_AS). macOS has no such limit: there a thread
+    ends the process when the process takes too much, as soon as the interpreter runs the thread.
+    """
 
-    def answer(self, work: RenderWork | EncodeWork) -> HelperReply: ...
+    def __init__(self) -> None:
+        self._level = _taken_bytes()
+        self._num_bytes = 0
+        if not _IS_LINUX:
+            threading.Thread(target=self.watch, name="memory", daemon=True).start()
+
+    def allow(self, num_bytes: int) -> None:
+        if num_bytes == self._num_bytes:
+            return
+        self._num_bytes = num_bytes
+        if _IS_LINUX:
+            _, hard = resource.getrlimit(resource.RLIMIT_AS)
+            most = self._level + num_bytes
+            soft = most if hard == resource.RLIM_INFINITY else min(most, hard)
+            resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+    def rise(self) -> None:
+        """Make the present memory the level."""
+        self._level = _taken_bytes()
+        self._num_bytes = 0
+
+    def watch(self) -> None:
+        while not self._num_bytes or _taken_bytes() < self._level + self._num_bytes:
+            time.sleep(_MEMORY_CHECK_S)
+        os._exit(OUT_OF_MEMORY)
+
+
+def _taken_bytes() -> int:
+    """The address space; on systems that do not tell it, the peak of resident memory."""
+    if _IS_LINUX:
+        num_pages = int(Path("/proc/self/statm").read_text().split()[0])
+        return num_pages * resource.getpagesize()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
+
+
+def limit_files() -> None:
+    """Forbid this process to write files, and to dump core."""
+    for limit in (resource.RLIMIT_CORE, resource.RLIMIT_FSIZE):
+        resource.setrlimit(limit, (0, 0))
+
+
+@contextmanager
+def limit_cpu(seconds: float) -> Iterator[None]:
+    """Let the system kill this process by SIGPROF after so much CPU time within the block.
+
+    The signal works inside any call into C, and without a parent that watches. Waiting for a core
+    does not count.
+    """
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})  # a parent may have blocked it
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 def serve(open_worker: Callable[[HelperJob], JobWorker]) -> None:
-    """Work for the process at the other end of standard input, until that end is closed."""
+    """Do one job for the process at the other end of standard input, until that end is closed."""
     link = _ParentSocket(socket.socket(fileno=os.dup(0)))
     setup = link.read(FrameDecoder[HelperSetup](HelperSetup))
     limit_files()
@@ -66,7 +131,8 @@ class _ParentSocket:
 
     def __init__(self, connected: socket.socket) -> None:
         self._socket = connected
-        wait = struct.pack("ll", _LOOK_S, 0)  # a timeval: cheaper than a poll before each read
+        # A timeval as a socket option is cheaper than a poll before each read.
+        wait = struct.pack("ll", _PARENT_CHECK_S, 0)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, wait)
         self._parent = os.getppid()
 
@@ -77,7 +143,7 @@ class _ParentSocket:
             except BlockingIOError:
                 if os.getppid() == self._parent:
                     continue
-                data = b""  # a child that the parent forked may hold the other end open
+                data = b""  # a forked child of the dead parent may hold the other end open
             except OSError:
                 data = b""
             if not data:
@@ -94,7 +160,7 @@ class _ParentSocket:
 
 
 class _BrokenJob:
-    """Stands for a job that could not be set up: refuses all work with the same cause."""
+    """A job that could not be set up: it refuses all work with the same cause."""
 
     variables = ()
 
@@ -111,31 +177,31 @@ def _set_up(
     try:
         worker = open_worker(job)
         return worker, HelperReady(worker.variables)
-    except BaseException as error:  # a panic of the tokenizers library is no Exception
+    except BaseException as error:  # a panic of the tokenizers library is not an Exception
         _end_without_memory(error)
         fault = _cause(error)
         return _BrokenJob(fault), HelperReady(fault=fault)
 
 
 def _answered(worker: JobWorker, ask: WorkRequest) -> bytes:
-    """The frame of the answer. Encoding it is part of the work that is limited."""
+    """The frame of the answer. Its encoding is part of the limited work."""
     with limit_cpu(ask.cpu_s):
         try:
             answer = encode_frame(worker.answer(ask.work))
-        except BaseException as error:  # as above
+        except BaseException as error:  # see `_set_up`
             _end_without_memory(error)
             answer = encode_frame(WorkRefused(_cause(error)))
         return answer if len(answer) <= ask.max_answer_bytes else encode_frame(AnswerTooLong())
 
 
 def _end_without_memory(error: BaseException) -> None:
-    """End this process if memory ran out: what it still holds would be missing later."""
+    """End this process if memory ran out: later work would lack the memory that is still held."""
     if isinstance(error, MemoryError) or isinstance(error.__cause__, MemoryError):
         os._exit(OUT_OF_MEMORY)
 
 
 def _cause(error: BaseException) -> str:
-    """What was raised; of a lone surrogate, only that there is one."""
+    """The text of an error, shortened. An error about a lone surrogate must not repeat it."""
     if isinstance(error, msgspec.MsgspecError | UnicodeEncodeError):
         return "the result is not Unicode text"
     text = str(error)[:_CAUSE_CHARS] or type(error).__name__
@@ -143,8 +209,12 @@ def _cause(error: BaseException) -> str:
 
 
 def _silence() -> None:
-    """From here on the standard error output is for nobody: the log names the cause."""
+    """Discard standard error from now on: libraries write there, and the parent logs the cause."""
     sys.stderr.flush()
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     os.close(nowhere)
+
+
+if __name__ == "__main__":
+    serve(importlib.import_module(sys.argv[1]).open_job)

@@ -1,10 +1,10 @@
-"""Chat templates and tokenizers that work in helper processes: how they are asked, and answer."""
+"""Chat templates and tokenizers that run in helper processes: their limits and their calls."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sagellm.runtime.models import TextError
+from sagellm.runtime.models import HelperUnavailable, LimitExceeded, ModelError, TextError
 from sagellm.runtime.models.chat import (
     DEFAULT_RENDERING,
     ChatTemplateError,
@@ -25,15 +25,15 @@ from sagellm.runtime.models.helper import (
 )
 from sagellm.runtime.models.sandbox import Sandbox
 
-RENDERER, ENCODER = (f"sagellm.runtime.models.{name}_helper" for name in ("render", "encode"))
+RENDERER, ENCODER = (f"sagellm.runtime.models.{name}" for name in ("chat", "pipelines"))
 
 RENDER_CPU_S, COMPILE_CPU_S = 0.25, 2.0
 RENDER_BYTES = 256 << 20  # of memory, to compile and to render
-_TEXT_BYTES, _TEXT_GROWTH = 4 << 20, 8  # a rendered text: so much, and so many times the messages
+_TEXT_BYTES, _TEXT_GROWTH = 4 << 20, 8  # of a rendered text: bytes, plus bytes a byte of messages
 
 ENCODE_CPU_S, ENCODE_BYTES = 0.25, 256 << 20
-_CPU_S_A_CHAR, _BYTES_A_CHAR = 5e-6, 256  # several times what tokenizers of models take
-_IDS_BYTES, _IDS_BYTES_A_CHAR = 1 << 20, 24  # 5 a token; a character may be several tokens
+_CPU_S_A_CHAR, _BYTES_A_CHAR = 5e-6, 256  # several times the cost of published tokenizers
+_IDS_BYTES, _IDS_BYTES_A_CHAR = 1 << 20, 24  # a token takes 5; a character may be several tokens
 _LOAD_CPU_S, _LOAD_CPU_S_A_BYTE = 2.0, 1e-6  # to read a tokenizer.json
 _LOAD_BYTES_A_BYTE = 40
 
@@ -47,14 +47,16 @@ class IsolatedTemplate:
 
     @property
     def variables(self) -> frozenset[str]:
-        """As of ChatTemplate; blocks until a helper has compiled it. Empty where none can."""
+        """The names that the template reads. Blocks until a helper has compiled it; empty if it
+        cannot be compiled within limits.
+        """
         try:
             return frozenset(self.sandbox.ready().variables)
         except TextError:
             return frozenset()
 
     async def variables_async(self) -> frozenset[str]:
-        """The same on a loop."""
+        """The same as `variables`, on trio or asyncio."""
         try:
             return frozenset((await self.sandbox.ready_async()).variables)
         except TextError:
@@ -63,7 +65,7 @@ class IsolatedTemplate:
     def render(
         self, messages: Sequence[Mapping[str, Any]], how: Rendering = DEFAULT_RENDERING
     ) -> str:
-        """The prompt of a conversation; blocks.
+        """Render the prompt of a conversation. Blocks.
 
         Raises ChatTemplateError, LimitExceeded, HelperUnavailable.
         """
@@ -72,14 +74,14 @@ class IsolatedTemplate:
     async def render_async(
         self, messages: Sequence[Mapping[str, Any]], how: Rendering = DEFAULT_RENDERING
     ) -> str:
-        """The same on a loop, for messages that are short."""
+        """The same as `render`, on trio or asyncio, for short messages."""
         return _text(await self.sandbox.ask(self.ask(messages, how)))
 
     @staticmethod
     def ask(
         messages: Sequence[Mapping[str, Any]], how: Rendering = DEFAULT_RENDERING
     ) -> WorkRequest:
-        """What a helper is asked. Raises ChatTemplateError where messages are not JSON."""
+        """The request to a helper. Raises ChatTemplateError if messages are not JSON."""
         check_messages(messages)
         given = pack_conversation(messages, how)
         growth = _TEXT_GROWTH * len(given)
@@ -100,12 +102,29 @@ class IsolatedEncoder:
         setup = HelperSetup(job, memory_bytes, _LOAD_CPU_S + _LOAD_CPU_S_A_BYTE * size)
         self.sandbox = Sandbox(ENCODER, setup, what="tokenizer", model=model)
 
+    def try_loading(self, model: str, file: Path) -> None:
+        """Load the file in a helper process, which then ends: not every process encodes texts.
+
+        Raises ModelError if the file cannot be loaded within limits.
+        """
+        fix = "see that it is the one that the model was published with"
+        try:
+            fault = self.sandbox.ready().fault
+        except LimitExceeded as error:
+            fault = f"it {error.limit}"
+        except HelperUnavailable as error:
+            fault, fix = str(error), "raise the limit of processes: ulimit -u"
+        finally:
+            self.sandbox.close()
+        if fault:
+            raise ModelError(f"model {model}: {file} cannot be read: {fault}", fix) from None
+
     def encode(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[tuple[int, ...]]:
-        """Tokens of each text; blocks. Raises TextError, HelperUnavailable."""
+        """The tokens of each text. Blocks. Raises TextError, HelperUnavailable."""
         return _token_ids(self.sandbox.call(self.ask(texts, add_special_tokens=add_special_tokens)))
 
     async def encode_async(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
-        """Tokens of a short text, on a loop."""
+        """The tokens of a short text, on trio or asyncio. Raises as `encode`."""
         reply = await self.sandbox.ask(self.ask((text,), add_special_tokens=add_special_tokens))
         return _token_ids(reply)[0]
 

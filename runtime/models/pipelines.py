@@ -1,10 +1,11 @@
-"""How a tokenizer cuts text, by its class: as transformers 5 does, whatever tokenizer.json says.
+"""Tokenizer pipelines by class, as transformers 5 sets them, even against tokenizer.json.
 
 `AutoTokenizer` of transformers chooses a class by `model_type` and `tokenizer_class`. Some classes
-replace the normalizer, the pre-tokenizer and the decoder of tokenizer.json by their own. A model
-must be given the same tokens here. Source: transformers 5.23, `Qwen2Tokenizer`, `LlamaTokenizer`.
+replace the normalizer, the pre-tokenizer and the decoder of tokenizer.json. A model must get the
+same tokens here. Source: transformers 5.23, `Qwen2Tokenizer`, `LlamaTokenizer`.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,9 +13,17 @@ from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 
 from sagellm.runtime.models import FolderWarning
+from sagellm.runtime.models.helper import (
+    EncodedTokens,
+    EncodeWork,
+    HelperJob,
+    JobWorker,
+    RenderWork,
+    TokenizerJob,
+)
 
 AS_STORED, QWEN, LLAMA = "TokenizersBackend", "Qwen2Tokenizer", "LlamaTokenizer"
-# The fields of config.json, and of tokenizer_config.json, that are read here.
+# The fields of config.json, and of tokenizer_config.json, that choose a pipeline.
 MODEL_FIELDS = ("model_type", "tokenizer_class")
 FIELDS = ("tokenizer_class", "add_prefix_space", "legacy")
 _STORED_CLASSES = ("PreTrainedTokenizer", "PythonBackend", AS_STORED)
@@ -24,15 +33,15 @@ _QWEN_SPLIT = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-# How published models cut text, by regular expressions that take time in proportion to it: Qwen2,
-# and Llama 3 with up to three digits a number.
+# Regular expressions of published models that are linear in the text: Qwen2, and Llama 3 with up to
+# three digits a number.
 SPLITS = frozenset({_QWEN_SPLIT, _QWEN_SPLIT.replace(r"|\p{N}|", r"|\p{N}{1,3}|")})
 
 
 def read_tokenizer(path: str) -> Tokenizer:
-    """A tokenizer.json as it is, but that it neither cuts nor pads texts.
+    """Read a tokenizer.json, without truncation and padding.
 
-    Raises ValueError. A panic of the library, which is no Exception, is one of them.
+    Raises ValueError, also for a panic of the library, which is not an Exception.
     """
     try:
         tokenizer = Tokenizer.from_file(path)
@@ -55,8 +64,8 @@ def set_pipeline(
 ) -> tuple[FolderWarning, ...]:
     """Give a tokenizer that was read from tokenizer.json the pipeline of its class.
 
-    `model` names it in warnings, `model_config` is that of config.json, `config` that of
-    tokenizer_config.json. A warning says where transformers may read text otherwise.
+    `model`: its name in warnings. `model_config`: fields of config.json; `config`: fields of
+    tokenizer_config.json. Returns a warning if transformers may read text otherwise.
     """
     named = config.get("tokenizer_class") or model_config.get("tokenizer_class")
     is_byte_level = any(
@@ -72,12 +81,14 @@ def set_pipeline(
         fix = "see that tokenizer.json is the one that the model was published with"
         return (_other_in_transformers(model, chosen, fix),)
     _PIPELINES[chosen](tokenizer, config)
-    tokenizer.add_tokens([])  # else tokenizers 0.21 looks for added tokens as the old one made them
+    tokenizer.add_tokens(
+        []
+    )  # else tokenizers 0.21 keeps added tokens as the old normalizer made them
     return ()
 
 
 def class_name(model_type: object, named: object, is_byte_level: bool) -> str:
-    """The class that AutoTokenizer chooses; AS_STORED reads tokenizer.json as it is."""
+    """The class that AutoTokenizer chooses; AS_STORED uses tokenizer.json unchanged."""
     given = named.removesuffix("Fast") if isinstance(named, str) else ""
     if model_type == "qwen2":
         return QWEN
@@ -116,7 +127,7 @@ def _llama(tokenizer: Tokenizer, config: Mapping[str, Any]) -> None:
 
 
 def _set_model(tokenizer: Tokenizer, *, with_bytes: bool) -> None:
-    """What the classes of transformers make of vocabulary and merges."""
+    """Set the model options that the classes of transformers set."""
     model = tokenizer.model
     model.unk_token = None
     model.fuse_unk = model.byte_fallback = with_bytes
@@ -132,3 +143,50 @@ _PIPELINES: dict[str, Callable[[Tokenizer, Mapping[str, Any]], None]] = {
 def _other_in_transformers(model: str, chosen: str, fix: str) -> FolderWarning:
     cause = f"text is read as tokenizer.json says; transformers may read it otherwise, as {chosen}"
     return FolderWarning("tokenizer_as_stored", model, cause, fix)
+
+
+_FALLBACK = re.compile("<0x([0-9A-F]{2})>")  # how SentencePiece spells a byte
+
+
+def _byte_level() -> dict[str, int]:
+    """Byte-level BPE spells each byte as one printable character (GPT-2, `bytes_to_unicode`)."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = (byte for byte in range(256) if byte not in plain)
+    return {chr(byte): byte for byte in plain} | {
+        chr(256 + number): byte for number, byte in enumerate(others)
+    }
+
+
+_BYTE_OF = _byte_level()
+
+
+def spelled_bytes(token: str, *, is_byte_level: bool) -> bytes:
+    """The bytes that a token of the vocabulary adds to a text, perhaps a part of a character."""
+    if is_byte_level and all(character in _BYTE_OF for character in token):
+        return bytes(_BYTE_OF[character] for character in token)
+    if byte := _FALLBACK.fullmatch(token):
+        return bytes.fromhex(byte[1])
+    return token.replace(_SPACE, " ").encode()
+
+
+class _EncodeWorker:
+    """Encodes with one tokenizer.json in a helper process; implements JobWorker."""
+
+    variables = ()
+
+    def __init__(self, job: TokenizerJob) -> None:
+        self._tokenizer = read_tokenizer(job.path)
+        set_pipeline(self._tokenizer, job.path, job.model_config, job.tokenizer_config)
+
+    def answer(self, work: RenderWork | EncodeWork) -> EncodedTokens:
+        assert isinstance(work, EncodeWork)
+        batch = self._tokenizer.encode_batch_fast(
+            list(work.texts), add_special_tokens=work.add_special_tokens
+        )
+        return EncodedTokens(tuple(tuple(each.ids) for each in batch))
+
+
+def open_job(job: HelperJob) -> JobWorker:
+    """Read the tokenizer of a job. Called in a helper process."""
+    assert isinstance(job, TokenizerJob)
+    return _EncodeWorker(job)

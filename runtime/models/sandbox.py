@@ -29,22 +29,22 @@ from sagellm.runtime.models.helper import (
     encode_frame,
 )
 
-ANSWER_S = 60.0  # of the clock, waiting for a core included: beyond, the machine is overloaded
-_HOLD_S = 0.001  # a loop waits so long in place: as a rule the answer is there sooner
-MAX_SETUP_BYTES = 192 << 10  # a socket takes so much before the helper has begun to read
-MAX_IDLE = 2  # as many calls as a gateway makes at once
+ANSWER_S = 60.0  # of wall time, waiting for a core included; beyond, the machine is overloaded
+_HOLD_S = 0.001  # for which a loop blocks: most answers come sooner
+MAX_SETUP_BYTES = 192 << 10  # a socket buffers so much before the helper begins to read
+MAX_IDLE = 2  # the calls that a gateway makes at once
 _LOG_AGAIN_S = _RETRY_S = 60.0
 T = TypeVar("T")
 log = get_logger("sagellm.models")
 
 
 class Sandbox:
-    """Does one job of one model in helper processes that run `module`.
+    """Does one job of one model in helper processes, by the function `open_job` of `module`.
 
-    `what` names the job in messages ("chat template"), `model` the folder in the log, where ""
-    logs nothing. Calls may come from any thread and any loop: each has a helper of its own for as
-    long as it lasts. How many there are at once is up to the callers. Raises ModelError for a
-    setup that is too long.
+    `what`: the job's name in messages ("chat template"). `model`: the folder's name in the log; "":
+    nothing is logged. Calls may come from any thread and any loop; each call has its own helper
+    while it lasts. Callers bound the number of calls at once. Raises ModelError for a setup that is
+    too long.
     """
 
     def __init__(self, module: str, setup: HelperSetup, *, what: str, model: str) -> None:
@@ -63,7 +63,9 @@ class Sandbox:
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """Have a helper ready for the `with` block: the first call need not wait for its start."""
+        """Keep a helper ready during the `with` block: the first call does not wait for its
+        start.
+        """
         with self._lock:
             self._num_users += 1
         try:
@@ -77,33 +79,34 @@ class Sandbox:
                 self.close()
 
     def close(self) -> None:
-        """End idle helpers. A later call starts one again."""
+        """End idle helpers. A later call starts a helper again."""
         with self._lock:
             idle, self._idle[:] = tuple(self._idle), ()
         _end_all(list(idle))
 
     @property
     def pids(self) -> tuple[int, ...]:
-        """Of idle helpers."""
+        """The process ids of idle helpers."""
         return tuple(helper.pid for helper in self._idle)
 
     def ready(self) -> HelperReady:
-        """What is known of the job once it was set up. Raises as `call`."""
+        """The result of the job's setup; blocks until it is known. Raises as `call`."""
         return self._ready if self._ready is not None else _run_blocking(self._set_up())
 
     async def ready_async(self) -> HelperReady:
         return self._ready if self._ready is not None else await _run_async(self._set_up())
 
     def call(self, ask: WorkRequest) -> RenderedText | EncodedTokens | WorkRefused:
-        """The answer; blocks. Raises LimitExceeded, HelperUnavailable, and TextError where a text
-        has a lone surrogate.
+        """Do one piece of work. Blocks. Raises LimitExceeded, HelperUnavailable, and TextError for
+        a text with a lone surrogate.
         """
         return self._checked(_run_blocking(self._answered(ask, _framed(ask))), ask)
 
     async def ask(self, ask: WorkRequest) -> RenderedText | EncodedTokens | WorkRefused:
-        """As `call`, on trio or asyncio, without blocking the loop if `ask` is short.
+        """The same as `call`, on trio or asyncio. It blocks the loop only briefly if `ask` is
+        short.
 
-        Not cancelled before the answer is there: the limits bound that time.
+        A cancellation waits for the answer, which the limits bound: the helper stays usable.
         """
         return self._checked(await _run_async(self._answered(ask, _framed(ask))), ask)
 
@@ -131,7 +134,7 @@ class Sandbox:
     def _guarded(
         self, helper: Helper, steps: Generator[Helper, None, T], limits: HelperSetup | WorkRequest
     ) -> Generator[Helper, None, T]:
-        """End a helper whose caller gives up; say why one has died."""
+        """Run `steps` on a helper. End the helper if the caller gives up; explain its death."""
         is_setup = helper.ready is None
         try:
             found = yield from steps
@@ -150,7 +153,7 @@ class Sandbox:
         return found
 
     def _take(self) -> Helper:
-        """An idle helper that lives, or a new one. Raises LimitExceeded where none can work."""
+        """An idle helper that lives, or a new one. Raises LimitExceeded if the setup is broken."""
         if self._is_broken:
             assert self._broken is not None
             raise LimitExceeded(self._what, self._broken.limit)
@@ -165,7 +168,9 @@ class Sandbox:
 
     @property
     def _is_broken(self) -> bool:
-        """It would be so again, unless the machine as a whole was short of memory."""
+        """Whether the setup exceeded its limits lately. It is tried again after a while, as the
+        whole machine may have been short of memory.
+        """
         return time.monotonic() - self._broken_s < _RETRY_S
 
     def _start(self) -> Helper:
@@ -183,15 +188,15 @@ class Sandbox:
         helper.end()
 
     def _replenish(self) -> None:
-        """Keep a helper ahead of the next call, while somebody keeps this open."""
+        """Start a helper for the next call, if a `kept` block is open."""
         if self._num_users and not self._idle and not self._is_broken:
             try:
                 self._give(self._start())
             except HelperUnavailable:
-                return  # the next call says so
+                return  # the next call raises the error
 
     def _fault(self, died: HelperDied, limits: HelperSetup | WorkRequest) -> LimitExceeded:
-        """Raises HelperUnavailable where the helper itself has failed."""
+        """The limit that a dead helper exceeded. Raises HelperUnavailable if the helper failed."""
         if died.is_out_of_time:
             limit = f"took more than {limits.cpu_s:.3g} s of CPU time"
         elif died.is_out_of_memory:
@@ -204,7 +209,7 @@ class Sandbox:
         return LimitExceeded(self._what, limit)
 
     def _report(self, fault: LimitExceeded) -> None:
-        """Once a minute: who calls such a model calls it often."""
+        """Log the fault, once a minute at most: such a model may be called often."""
         now_s = time.monotonic()
         if self._model and now_s - self._logged_s >= _LOG_AGAIN_S:
             self._logged_s = now_s
@@ -226,14 +231,14 @@ def _framed(ask: WorkRequest) -> bytes:
 
 
 class _Exchange(Generic[T]):
-    """Steps of an exchange, up to its result."""
+    """The steps of an exchange with a helper, and its result."""
 
     def __init__(self, steps: Generator[Helper, None, T]) -> None:
         self._steps = steps
         self.found: list[T] = []
 
     def advance(self) -> Helper | None:
-        """The helper to wait for; None once the result is found."""
+        """Run to the next wait. Returns the helper to wait for; None: the result is in `found`."""
         try:
             return next(self._steps)
         except StopIteration as end:

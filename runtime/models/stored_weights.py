@@ -1,4 +1,8 @@
-"""A model's weights in safetensors files, plain or quantised as GPTQ and AWQ store them."""
+"""A model's weights in safetensors files, plain or quantised.
+
+Quantised formats: GPTQ (arXiv:2210.17323) as AutoGPTQ and GPTQModel write it, AWQ
+(arXiv:2306.00978) as AutoAWQ writes it in the version GEMM. Codes never pass through floats.
+"""
 
 import ctypes
 import mmap
@@ -20,11 +24,10 @@ _MAPS = Path("/proc/self/maps")
 
 
 def drop_pages(files: Iterable[Path]) -> None:
-    """Take the pages of these files out of this process, wherever they are mapped.
+    """Drop the resident pages of mapped files from this process. Does nothing unless on Linux.
 
-    What lies there stays good: where it is read again, the system brings it back; where somebody
-    has written to a private copy, the writing is lost. Nothing happens where the system is not
-    Linux.
+    The memory stays valid: the system reads pages again when they are used. Writes to a private
+    mapping are lost.
     """
     advise = ctypes.CDLL(None).madvise
     advise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
@@ -33,7 +36,7 @@ def drop_pages(files: Iterable[Path]) -> None:
 
 
 def _mapped(names: set[str]) -> Iterator[tuple[int, int]]:
-    """Where this process has mapped them."""
+    """The address ranges where this process has mapped the files."""
     if not _MAPS.exists():
         return
     for line in _MAPS.read_text().splitlines():
@@ -43,7 +46,7 @@ def _mapped(names: set[str]) -> Iterator[tuple[int, int]]:
             yield int(low, 16), int(high, 16)
 
 
-_HELD_BYTES = 32 << 20  # of mapped pages in memory, before they are given back
+_HELD_BYTES = 32 << 20  # of mapped pages that are resident at most, before they are dropped
 
 
 class _Shard(Protocol):
@@ -55,13 +58,13 @@ class _Shard(Protocol):
 
 
 class SafetensorsWeights(Mapping[str, torch.Tensor]):
-    """Tensor by name, read from disk each time it is asked for; headers are read at once.
+    """Maps names to tensors. A tensor is read from disk at each access; headers are read at once.
 
-    Pages that were read are given back every now and then, so that a model which makes copies of
-    its weights does not hold them twice. The tensors stay good, but nobody may write to them.
+    Pages that were read are dropped at intervals, so that a backend that copies weights does not
+    hold them twice. The tensors stay valid, but must not be written to.
 
-    `progress` hears how many bytes have been read.
-    Raises ModelError where a file is damaged, or lacks a tensor that the index says it holds.
+    `progress` is called with the number of bytes that have been read. Raises ModelError if a file
+    is damaged, or lacks a tensor that the index promises.
     """
 
     def __init__(self, folder: ModelFolder, progress: Progress = silent) -> None:
@@ -100,16 +103,18 @@ class SafetensorsWeights(Mapping[str, torch.Tensor]):
         return len(self._files)
 
     def give_back(self) -> None:
-        """The pages of all tensors; those that are read again come again."""
+        """Drop the pages of all tensors; pages that are read again come back."""
         drop_pages(self._paths)
         self._unreturned_bytes = 0
 
     def loaded(self) -> None:
-        """Nothing more is read: what was not needed, or is read as it is asked for, counts too."""
+        """Report full progress: the rest is not needed, or is read at later accesses."""
         self._progress(Loading(self._folder, self._total_bytes, self._total_bytes))
 
     def _tell(self, num_bytes: int) -> None:
-        """Every now and then; what is read twice never makes it more than all."""
+        """Report progress at intervals. Tensors that are read twice never make it exceed
+        the total.
+        """
         self._read_bytes = min(self._read_bytes + num_bytes, self._total_bytes - 1)
         if self._read_bytes - self._told_bytes >= _HELD_BYTES:
             self._told_bytes = self._read_bytes
@@ -142,9 +147,10 @@ _BLOCK = 32
 
 
 class PackedWeights(Mapping[str, torch.Tensor | QuantisedWeight]):
-    """`NAME.weight` is what NAME.qweight and its companions stand for, where these are there.
+    """Maps names to weights, some of them quantised: `NAME.weight` is unpacked from NAME.qweight,
+    NAME.qzeros and NAME.scales if the folder stores these.
 
-    Raises ModelError where they do not fit together.
+    Raises ModelError if they do not fit together.
     """
 
     def __init__(
@@ -173,15 +179,15 @@ class PackedWeights(Mapping[str, torch.Tensor | QuantisedWeight]):
         return len(self._weights)
 
     def give_back(self) -> None:
-        """The pages of all tensors; those that are read again come again."""
+        """Drop the pages of all tensors; pages that are read again come back."""
         self._weights.give_back()
 
     def loaded(self) -> None:
-        """Nothing more is read."""
+        """Report full progress."""
         self._weights.loaded()
 
     def require(self, names: Iterable[str]) -> None:
-        """Raise ModelError for the first name that no file holds, in whatever form."""
+        """Raise ModelError for the first name that no file holds, plain or quantised."""
         held = set(self)
         self._weights.require(name for name in names if name not in held)
 
@@ -198,7 +204,7 @@ class PackedWeights(Mapping[str, torch.Tensor | QuantisedWeight]):
 def open_weights(
     folder: ModelFolder, progress: Progress = silent
 ) -> SafetensorsWeights | PackedWeights:
-    """The weights of a folder in whichever form. Raises ModelError, UnsupportedModel."""
+    """The weights of a folder, plain or quantised. Raises ModelError, UnsupportedModel."""
     stored = stored_quantisation(folder.config)
     if stored is None:
         return SafetensorsWeights(folder, progress)
@@ -206,9 +212,10 @@ def open_weights(
 
 
 def gptq(stored: StoredQuantisation, parts: Mapping[str, torch.Tensor | None]) -> QuantisedWeight:
-    """qweight [K / codes a word, N], qzeros [G, N / codes a word], scales [G, N], g_idx [K].
+    """Unpack GPTQ: qweight [K / codes a word, N], qzeros [G, N / codes a word], scales [G, N],
+    g_idx [K].
 
-    A g_idx that is not in order makes `order`. Raises ValueError.
+    A g_idx that is not sorted becomes the `order` of the weight. Raises ValueError.
     """
     codes = _spread(_whole(parts, "qweight").T, stored.bits)  # [N, K]
     zeros = _spread(_whole(parts, "qzeros"), stored.bits).T  # [N, G]
@@ -220,7 +227,7 @@ def gptq(stored: StoredQuantisation, parts: Mapping[str, torch.Tensor | None]) -
 
 
 def awq(stored: StoredQuantisation, parts: Mapping[str, torch.Tensor | None]) -> QuantisedWeight:
-    """qweight [K, N / 8], qzeros [G, N / 8], scales [G, N]. Raises ValueError."""
+    """Unpack AWQ: qweight [K, N / 8], qzeros [G, N / 8], scales [G, N]. Raises ValueError."""
     codes, zeros = (
         _in_order(_spread(_whole(parts, name), stored.bits)).T for name in ("qweight", "qzeros")
     )
@@ -234,7 +241,7 @@ def _weight(
     scales: torch.Tensor | None,
     order: torch.Tensor | None,
 ) -> QuantisedWeight:
-    """Codes and zeros as the format has them, from 0: [N, K] and [N, G]."""
+    """The weight of unsigned codes [N, K] and zeros [N, G]. Raises ValueError."""
     num_rows, size = codes.shape
     group = stored.group_size or -(-size // _BLOCK) * _BLOCK
     wanted = [num_rows, -(-size // group)]
@@ -244,7 +251,7 @@ def _weight(
             f"scales {list(scales.shape)} and zeros {list(zeros.T.shape)} where groups of "
             f"{stored.group_size} need {wanted[::-1]}"
         )
-    if stored.bits == 8:  # codes of int8: all are less by 128
+    if stored.bits == 8:  # backends take int8: shift unsigned codes by 128
         codes, zeros = (codes - 128).to(torch.int8), zeros - 128
     own = None if bool((zeros == ZERO_CODE[stored.bits]).all()) else zeros.short().contiguous()
     codes = codes if stored.bits == 8 else codes.to(torch.uint8)
@@ -276,14 +283,17 @@ def _spread(words: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def _in_order(codes: torch.Tensor) -> torch.Tensor:
-    """AWQ's columns, which lie interleaved in each word."""
+    """Columns in order; AWQ interleaves them in each word."""
     return codes.view(len(codes), -1, len(_AWQ_PLACES))[:, :, list(_AWQ_PLACES)].flatten(1)
 
 
 def _order(
     stored: StoredQuantisation, g_idx: torch.Tensor | None, size: int
 ) -> torch.Tensor | None:
-    """Which k each column of codes is to be for, so that groups lie together; None: as it is."""
+    """The k of each column of codes after columns are sorted by group; None: they are sorted.
+
+    Raises ValueError.
+    """
     group = stored.group_size or size
     if g_idx is None:
         if stored.reorders:

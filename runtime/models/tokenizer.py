@@ -1,6 +1,5 @@
 """Tokenizers: text to token ids and back, with special tokens and chat templates."""
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -10,7 +9,7 @@ from weakref import WeakValueDictionary
 import msgspec
 import tokenizers
 
-from sagellm.runtime.models import FolderWarning, HelperUnavailable, LimitExceeded
+from sagellm.runtime.models import FolderWarning
 from sagellm.runtime.models.chat import (
     DEFAULT_RENDERING,
     TEMPLATE_FILE,
@@ -18,6 +17,7 @@ from sagellm.runtime.models.chat import (
     ChatTemplateError,
     Rendering,
     find_template,
+    special_tokens,
 )
 from sagellm.runtime.models.folder import ModelError, ModelFolder
 from sagellm.runtime.models.harmless import (
@@ -27,35 +27,26 @@ from sagellm.runtime.models.harmless import (
     read_parts,
 )
 from sagellm.runtime.models.isolated import IsolatedEncoder, IsolatedTemplate
-from sagellm.runtime.models.pipelines import FIELDS, MODEL_FIELDS, read_tokenizer, set_pipeline
+from sagellm.runtime.models.pipelines import (
+    FIELDS,
+    MODEL_FIELDS,
+    read_tokenizer,
+    set_pipeline,
+    spelled_bytes,
+)
 
 Messages = Sequence[Mapping[str, Any]]
 
 _TOKENS, _CONFIG = "tokenizer.json", "tokenizer_config.json"
 _FILES = (_TOKENS, _CONFIG, TEMPLATE_FILE)
 
-_FALLBACK = re.compile("<0x([0-9A-F]{2})>")  # how SentencePiece spells a byte
-_WORD_BEGINS = "\N{LOWER ONE EIGHTH BLOCK}"  # its spelling of the space before a word
-
-
-def _byte_level() -> dict[str, int]:
-    """Byte-level BPE spells each byte as one printable character (GPT-2, `bytes_to_unicode`)."""
-    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = (byte for byte in range(256) if byte not in plain)
-    return {chr(byte): byte for byte in plain} | {
-        chr(256 + number): byte for number, byte in enumerate(others)
-    }
-
-
-_BYTE_OF = _byte_level()
-
 
 class Tokenizer(Protocol):
-    """The text side of one model: renders, encodes and decodes. A graph has one a model.
+    """Renders, encodes and decodes text for one model. A graph has one tokenizer a model.
 
-    Where `isolated_template` or `isolated_encoder` is there, that work is done in helper processes
-    with limits; the methods here then block until it is done, and raise LimitExceeded. Decoding is
-    harmless: a folder where it is not cannot be loaded.
+    If `isolated_template` or `isolated_encoder` is set, helper processes do that work within
+    limits; the methods here block meanwhile, and may raise LimitExceeded. Decoding always runs in
+    this process: folders with an unbounded decoder are refused.
     """
 
     eos_token_ids: tuple[int, ...]
@@ -65,60 +56,62 @@ class Tokenizer(Protocol):
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """Have helper processes ready for the `with` block, if this needs any."""
+        """Keep helper processes ready during the `with` block, if the tokenizer needs any."""
 
     @property
     def vocab_size(self) -> int: ...
 
     @property
     def special_tokens(self) -> Mapping[str, str]:
-        """Their text by role ("eos_token"), as far as the model names them."""
+        """The text of each special token that the model names, by role ("eos_token")."""
         ...
 
     @property
     def chat_template(self) -> str | None:
-        """Its Jinja text, if there is one."""
+        """The Jinja text of the chat template, if there is one."""
         ...
 
     def token(self, token_id: int) -> str:
-        """How the vocabulary spells it; "" where it has no such token."""
+        """The vocabulary's spelling of a token; "": there is no such token."""
         ...
 
     def token_bytes(self, token_id: int) -> bytes:
-        """What it adds to a text, which may be a part of a character."""
+        """The bytes that a token adds to a text, perhaps a part of a character."""
         ...
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
-        """Raises TextError where the tokenizer does not admit a text, HelperUnavailable."""
+        """The tokens of a text. Raises TextError if the tokenizer refuses it, HelperUnavailable."""
         ...
 
     def encode_batch(
         self, texts: Sequence[str], *, add_special_tokens: bool = True
     ) -> list[tuple[int, ...]]:
-        """As `encode`, of each text, with the limits of one call."""
+        """The tokens of each text, within the limits of one call. Raises as `encode`."""
         ...
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str: ...
 
     @property
     def chat_variables(self) -> frozenset[str]:
-        """The names that its chat template reads beside what every template is given."""
+        """The names that the chat template reads, without those that every template is given."""
         ...
 
     def apply_chat_template(self, messages: Messages, how: Rendering = DEFAULT_RENDERING) -> str:
-        """The prompt of a conversation. Raises ChatTemplateError."""
+        """Render the prompt of a conversation. Raises ChatTemplateError."""
         ...
 
     def encode_chat(self, messages: Messages) -> tuple[int, ...]:
-        """Its tokens; the template brings its own special tokens. Raises ChatTemplateError."""
+        """The tokens of a conversation's prompt; the template adds special tokens itself. Raises
+        ChatTemplateError.
+        """
         ...
 
 
-_LONG_CHARS = 4096  # `encode` of more would hold the GIL for milliseconds; a batch lets it go
+_LONG_CHARS = 4096  # beyond, `encode` would hold the GIL for milliseconds; a batch releases it
 
 
 class FolderTokenizer:
-    """The tokenizer of a model folder. Raises ModelError where its files are damaged."""
+    """The tokenizer of a model folder. Raises ModelError if its files are damaged."""
 
     def __init__(self, folder: ModelFolder) -> None:
         self.eos_token_ids = folder.eos_token_ids
@@ -128,13 +121,13 @@ class FolderTokenizer:
         pipeline = _chosen(folder.config, MODEL_FIELDS), _chosen(config, FIELDS)
         apart = IsolatedEncoder(folder.name, file, *pipeline)
         if not read_parts(folder.name, file).loads_harmlessly:
-            _try_loading(folder.name, file, apart)
+            apart.try_loading(folder.name, file)
         self._tokenizer = _read_tokenizer(folder)
         self.warnings = set_pipeline(self._tokenizer, folder.name, *pipeline)
         check_decoder(folder.name, self._tokenizer)
         self.isolated_encoder = None if encodes_harmlessly(self._tokenizer) else apart
         self.chat_template: str | None = find_template(folder.path, config)
-        self.special_tokens: Mapping[str, str] = _special_tokens(config)
+        self.special_tokens: Mapping[str, str] = special_tokens(config)
         self._template = _template(folder.name, self.chat_template, self.special_tokens)
         self.isolated_template = (
             self._template if isinstance(self._template, IsolatedTemplate) else None
@@ -161,11 +154,7 @@ class FolderTokenizer:
         token = self.token(token_id)
         if token_id in self._added:
             return token.encode()
-        if self._is_byte_level and all(character in _BYTE_OF for character in token):
-            return bytes(_BYTE_OF[character] for character in token)
-        if byte := _FALLBACK.fullmatch(token):
-            return bytes.fromhex(byte[1])
-        return token.replace(_WORD_BEGINS, " ").encode()
+        return spelled_bytes(token, is_byte_level=self._is_byte_level)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
         if self.isolated_encoder is not None:
@@ -201,7 +190,7 @@ class FolderTokenizer:
 
 
 class ByteTokenizer:
-    """One token a UTF-8 byte: for the null model, whose tokens mean nothing."""
+    """One token for each UTF-8 byte: for the null model, whose tokens mean nothing."""
 
     eos_token_ids: tuple[int, ...] = ()
     warnings: tuple[FolderWarning, ...] = ()
@@ -241,8 +230,34 @@ class ByteTokenizer:
         return self.encode(self.apply_chat_template(messages))
 
 
-# Whoever asks for the same files gets the same tokenizer as long as somebody keeps it: reading one
-# takes tenths of a second. They are never changed, and a file that was is read again.
+class RemoteTokenizer(ByteTokenizer):
+    """The tokenizer of a model whose engine encodes prompts itself: a text has no tokens here, and
+    there is no chat template.
+    """
+
+    vocab_size = 0
+
+    def token(self, token_id: int) -> str:
+        return ""
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return b""
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
+        return ()
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        return ""
+
+    def apply_chat_template(self, messages: Messages, how: Rendering = DEFAULT_RENDERING) -> str:
+        raise ChatTemplateError(
+            "the engine of this model has its own chat template, which is not known here; "
+            "give a plain prompt instead"
+        )
+
+
+# Equal files share one tokenizer as long as a caller holds it: to read one takes tenths of a
+# second. Tokenizers never change, and a changed file is read again.
 _tokenizers: "WeakValueDictionary[tuple[object, ...], FolderTokenizer]" = WeakValueDictionary()
 
 
@@ -258,7 +273,7 @@ def load_tokenizer(folder: ModelFolder) -> Tokenizer:
 
 
 def _state(file: Path) -> tuple[object, ...]:
-    """What changes whenever the file does."""
+    """A value that changes whenever the file does."""
     try:
         held = file.resolve().stat()
     except OSError:
@@ -280,24 +295,6 @@ def _chosen(config: Mapping[str, Any], fields: Sequence[str]) -> dict[str, Any]:
     return {name: config[name] for name in fields if name in config}
 
 
-def _try_loading(name: str, file: Path, encoder: IsolatedEncoder) -> None:
-    """Load a tokenizer.json in a helper process first. It ends then: not every process encodes.
-
-    Raises ModelError where it cannot be loaded within limits.
-    """
-    fix = "see that it is the one that the model was published with"
-    try:
-        fault = encoder.sandbox.ready().fault
-    except LimitExceeded as error:
-        fault = f"it {error.limit}"
-    except HelperUnavailable as error:
-        fault, fix = str(error), "raise the limit of processes: ulimit -u"
-    finally:
-        encoder.sandbox.close()
-    if fault:
-        raise ModelError(f"model {name}: {file} cannot be read: {fault}", fix) from None
-
-
 def _read_tokenizer(folder: ModelFolder) -> tokenizers.Tokenizer:
     path = folder.file(_TOKENS)
     try:
@@ -317,63 +314,11 @@ def _read_config(folder: ModelFolder) -> dict[str, Any]:
         raise ModelError(f"model {folder.name}: {path} is not valid JSON: {error}") from error
 
 
-def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    """Special tokens by role ("bos_token"), given as text or as {"content": text}."""
-    found = {}
-    for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
-        value = config.get(name)
-        value = value.get("content") if isinstance(value, Mapping) else value
-        if isinstance(value, str):
-            found[name] = value
-    return found
-
-
-class RemoteTokenizer:
-    """Implements Tokenizer: every text has no tokens, and there is no chat template."""
-
-    eos_token_ids: tuple[int, ...] = ()
-    warnings: tuple[FolderWarning, ...] = ()
-    isolated_template: IsolatedTemplate | None = None
-    isolated_encoder: IsolatedEncoder | None = None
-    vocab_size = 0
-    special_tokens: Mapping[str, str] = {}
-    chat_template: str | None = None
-    chat_variables: frozenset[str] = frozenset()
-
-    @contextmanager
-    def kept(self) -> Iterator[None]:
-        yield
-
-    def token(self, token_id: int) -> str:
-        return ""
-
-    def token_bytes(self, token_id: int) -> bytes:
-        return b""
-
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
-        return ()
-
-    def encode_batch(
-        self, texts: Sequence[str], *, add_special_tokens: bool = True
-    ) -> list[tuple[int, ...]]:
-        return [() for _ in texts]
-
-    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        return ""
-
-    def apply_chat_template(self, messages: Messages, how: Rendering = DEFAULT_RENDERING) -> str:
-        raise ChatTemplateError(
-            "the engine of this model has its own chat template, which is not known here; "
-            "give a plain prompt instead"
-        )
-
-    def encode_chat(self, messages: Messages) -> tuple[int, ...]:
-        return self.encode(self.apply_chat_template(messages))
-
-
 def bad_words_token_ids(tokenizer: Tokenizer, words: Iterable[str]) -> tuple[tuple[int, ...], ...]:
-    """The tokens of each word at the beginning of a text; and of the word after a space, where that
-    is as many tokens and another first one. As vLLM, so that equal requests ban equal tokens.
+    """The token sequences to ban for `words`: of each word at the beginning of a text, and of the
+    word after a space if these are as many tokens with another first token.
+
+    vLLM has the same rule, so that equal requests ban equal tokens.
     """
     found: list[tuple[int, ...]] = []
     bare = [word.lstrip() or word for word in words]

@@ -143,7 +143,7 @@ class RelayedProcesses(ProcessLauncher):
         self.relays[life.pid] = self._next
         return life
 
-    def _door(self) -> str:
+    def _next_endpoint(self) -> str:
         assert self._nursery is not None
         scheme, _, place = self._endpoint.partition("://")
         if scheme == "ipc":

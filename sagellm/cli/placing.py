@@ -11,13 +11,14 @@ from sagellm.graphs.rules.rule import CheckContext
 from sagellm.graphs.text.yaml import Document
 from sagellm.graphs.vocabulary import Vocabulary
 from sagellm.runtime.cluster.executor_options import EXECUTORS, processes_options
+from sagellm.runtime.kv.transports import TRANSPORTS
 
 _LINKS = ("address", "kv")  # what pictures show of the executor's options, given or not
 
 
 def check_executor(graph: Graph, document: Document) -> None:
     """Raise GraphError for an executor or an option of it that there is not."""
-    facts = Facts(executors=EXECUTORS)
+    facts = Facts(executors=EXECUTORS, names={"transports": TRANSPORTS})
     found = tuple(executor_options(CheckContext(graph, Vocabulary({}), facts)))
     if found:
         raise GraphError(locate(found, document.positions))

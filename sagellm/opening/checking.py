@@ -20,6 +20,7 @@ from sagellm.operators.routing import STRATEGIES
 from sagellm.runtime.cluster.executor_options import EXECUTORS, processes_options
 from sagellm.runtime.engine.kinds import KINDS, EngineDescription
 from sagellm.runtime.engine.options import EngineOptionError
+from sagellm.runtime.kv.transports import TRANSPORTS
 from sagellm.runtime.models import FolderWarning
 from sagellm.runtime.models.folder import ModelError
 from sagellm.runtime.operator import Setup
@@ -78,7 +79,11 @@ def checked_graph(
         functions=functions,
         engine_kinds=KindViews(),
         executors=EXECUTORS,
-        names={"policies": _RegistryNames(POLICIES, OWN), "strategies": STRATEGIES},
+        names={
+            "policies": _RegistryNames(POLICIES, OWN),
+            "strategies": STRATEGIES,
+            "transports": TRANSPORTS,
+        },
     )
     engines: dict[str, EngineDescription] = {}
     _load_operators(document, graph, resolver)

@@ -126,7 +126,9 @@ async def test_a_graph_that_does_not_read_makes_a_worker_begin_anew(
         monkeypatch.setattr(
             pair.remote.calls,
             "say",
-            lambda said: unsaid.append(said) if type(said).__name__ == "GrantCache" else say(said),
+            lambda said: (
+                unsaid.append(said) if type(said).__name__ == "GrantCacheUpdate" else say(said)
+            ),
         )
         pair.remote.report_cache(heard)
         await answer(pair, nursery, 1, 2, 3)

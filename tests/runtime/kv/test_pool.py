@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from sagellm.runtime.kv.block_allocator import PoolExhausted
 from sagellm.runtime.kv.lease import FAULTS, Fence
-from sagellm.runtime.kv.pool import BlockPool, PoolExhausted
+from sagellm.runtime.kv.pool import BlockPool
 from sagellm.runtime.kv.prefix_tree import block_key
 from sagellm.runtime.port import StaleLease
 

@@ -24,13 +24,13 @@ from sagellm.runtime.kv.transport import (
     SharedBlocks,
     TcpBlocks,
     Transport,
-    TransportName,
 )
+from sagellm.runtime.kv.transports import TRANSPORTS
 from sagellm.runtime.port import DamagedBlocks, StaleLease
 
 SENT = [3, 4, 5, 9, 8, 20, 21, 60]
 LANDED = [1, 2, 3, 4, 5, 40, 41, 42]
-KINDS: tuple[TransportName, ...] = ("memory", "tcp", "nixl")
+KINDS = tuple(TRANSPORTS.ours)
 
 
 def fine() -> None:
@@ -44,7 +44,7 @@ def gone() -> None:
 class Pair:
     """A pool that sends, and an empty one that receives."""
 
-    def __init__(self, kind: TransportName) -> None:
+    def __init__(self, kind: str) -> None:
         self.sent, self.sender = opened(kind, seed=1)
         self.landed, self.receiver = opened(kind, seed=None, num_blocks=48)
 
@@ -131,7 +131,7 @@ async def test_a_transfer_that_is_cancelled_harms_no_other(pair: Pair) -> None:
 
 
 @pytest.mark.parametrize("kind", ["memory", "nixl"])
-async def test_blocks_written_after_they_were_offered_are_an_error(kind: TransportName) -> None:
+async def test_blocks_written_after_they_were_offered_are_an_error(kind: str) -> None:
     pair = Pair(kind)  # over tcp what is there is sent, and sealed as it is sent
     source = await pair.sender.offer(SENT, fine)
     pair.sent.pool[2, 1, SENT[-1], 0, 0, 0] += 1
@@ -165,7 +165,7 @@ async def test_blocks_of_another_kind_are_refused(pair: Pair) -> None:
 
 
 @contextmanager
-def sending(kind: TransportName) -> Iterator[tuple[BlockLocation, "subprocess.Popen[str]"]]:
+def sending(kind: str) -> Iterator[tuple[BlockLocation, "subprocess.Popen[str]"]]:
     """A process that offers SENT of the pool with seed 1."""
     command = [sys.executable, "-m", "kv_sender", kind, "1", *map(str, SENT)]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -178,7 +178,7 @@ def sending(kind: TransportName) -> Iterator[tuple[BlockLocation, "subprocess.Po
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_blocks_come_from_another_process(kind: TransportName) -> None:
+async def test_blocks_come_from_another_process(kind: str) -> None:
     (sent, _), (landed, receiver) = opened("memory", seed=1), opened(kind, seed=None)
     async with running(receiver):
         with sending(kind) as (source, _), trio.fail_after(30):
@@ -187,7 +187,7 @@ async def test_blocks_come_from_another_process(kind: TransportName) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_a_process_that_is_gone_has_no_blocks(kind: TransportName) -> None:
+async def test_a_process_that_is_gone_has_no_blocks(kind: str) -> None:
     landed, receiver = opened(kind, seed=None)
     async with running(receiver):
         with sending(kind) as (source, process):

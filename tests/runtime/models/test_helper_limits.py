@@ -9,7 +9,7 @@ import pytest
 from sagellm.runtime.models import helper
 
 WATCHED = """
-from sagellm.runtime.models import helper as limits
+from sagellm.runtime.models import helper_main as limits
 limits._IS_LINUX = False
 limits._taken_bytes = lambda: len(held)
 held = bytearray(10)
@@ -33,13 +33,15 @@ def test_where_the_system_has_no_limit_of_memory_a_thread_ends_the_process() -> 
 
 @pytest.mark.parametrize("work", ["while True: pass", "len(str(9 ** 9 ** 8))"])
 def test_cpu_time_is_bounded_inside_a_call_too(work: str) -> None:
-    code = f"from sagellm.runtime.models.helper import limit_cpu\nwith limit_cpu(0.05):\n {work}"
+    code = (
+        f"from sagellm.runtime.models.helper_main import limit_cpu\nwith limit_cpu(0.05):\n {work}"
+    )
     assert subprocess.run([sys.executable, "-c", code], timeout=20).returncode == -signal.SIGPROF
 
 
 def test_a_block_that_ends_in_time_is_not_killed_later() -> None:
     code = (
-        "from sagellm.runtime.models.helper import limit_cpu\nimport time\n"
+        "from sagellm.runtime.models.helper_main import limit_cpu\nimport time\n"
         "with limit_cpu(0.05): pass\n"
         "while time.process_time() < 0.3: pass"
     )

@@ -15,7 +15,13 @@ import pytest
 from hostile_folders import HEALTHY, MESSAGES, TEMPLATES
 from logged import logged
 
-from sagellm.runtime.models import HelperUnavailable, LimitExceeded, TextError, sandbox
+from sagellm.runtime.models import (
+    HelperUnavailable,
+    LimitExceeded,
+    TextError,
+    helper_main,
+    sandbox,
+)
 from sagellm.runtime.models.helper import (
     EncodeWork,
     FrameDecoder,
@@ -24,7 +30,7 @@ from sagellm.runtime.models.helper import (
     WorkRequest,
     encode_frame,
 )
-from sagellm.runtime.models.isolated import IsolatedTemplate
+from sagellm.runtime.models.isolated import RENDERER, IsolatedTemplate
 from sagellm.runtime.models.sandbox import Sandbox
 
 SPINS = TEMPLATES["loops"]
@@ -90,7 +96,7 @@ def test_helpers_end_with_their_owner() -> None:
 
 PARENT = """
 import sys
-from sagellm.runtime.models.isolated import IsolatedTemplate
+from sagellm.runtime.models.isolated import RENDERER, IsolatedTemplate
 found = IsolatedTemplate("m", sys.argv[1], {})
 with found.sandbox.kept():
     found.sandbox.ready()
@@ -179,7 +185,7 @@ def test_a_helper_that_is_stopped_is_given_up(
 def test_a_job_that_cannot_be_set_up_is_tried_once() -> None:
     found = IsolatedTemplate("m", HEALTHY, {})
     found.sandbox = Sandbox(
-        "sagellm.runtime.models.render_helper",
+        RENDERER,
         HelperSetup(TemplateJob("{% for x in y %}{% endfor %}" * 4000, {}), 256 << 20, 0.01),
         what="chat template",
         model="m",
@@ -237,7 +243,7 @@ def test_frames_come_whole_however_they_are_cut() -> None:
 
 def test_a_helper_ends_when_nobody_is_at_the_other_end(tmp_path: Path) -> None:
     ours, theirs = socket.socketpair()
-    command = [sys.executable, "-m", "sagellm.runtime.models.render_helper"]
+    command = [sys.executable, "-m", helper_main.__name__, RENDERER]
     with subprocess.Popen(command, stdin=theirs.fileno()) as helper:
         theirs.close()
         ours.close()

@@ -142,6 +142,6 @@ async def test_without_a_helper_the_server_is_busy(
     async def refuse(*asked: Any) -> str:
         raise HelperUnavailable("none")
 
-    monkeypatch.setattr(tokenizer.isolated_template, "render_soon", refuse)
+    monkeypatch.setattr(tokenizer.isolated_template, "render_async", refuse)
     answered = await call(chat, playing(), {"messages": MESSAGES}, tokenizer=tokenizer)
     assert (answered.status, answered.json["error"]["code"]) == (503, "tokenizer_busy")
