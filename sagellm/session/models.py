@@ -1,23 +1,21 @@
-"""The models of an open graph: their tokenizers and names, and which one a request means."""
+"""The models of an open graph, with tokenizers and names; finds the model of a request."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from hashlib import blake2b
 
-from sagellm.graphs.ir import Graph
-from sagellm.graphs.sections import ServedModel, served_models
+from sagellm.graphs.sections import ServedModel
 from sagellm.graphs.vocabulary import nearest
-from sagellm.opening.graph_engines import describe_engine
 from sagellm.runtime.models import FolderWarning
-from sagellm.runtime.models.folder import ModelFolder
-from sagellm.runtime.models.tokenizer import RemoteTokenizer, Tokenizer, load_tokenizer
+from sagellm.runtime.models.tokenizer import RemoteTokenizer, Tokenizer
 from sagellm.session.requests import RequestError, encode_prompt
 
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """One model. `root` is what its first engine loads; `scope` differs where models differ."""
+    """One model. `root` is what the first engine of the model loads. `scope` identifies the folder
+    of the model: it is part of the salt, so that two models never share a cached prefix.
+    """
 
     served: ServedModel
     tokenizer: Tokenizer
@@ -26,18 +24,18 @@ class Model:
 
     @property
     def key(self) -> str:
-        """Its outlet of `route_model`; empty for the only model of a graph that names none."""
+        """The model's outlet of `route_model`; empty where the graph names no models."""
         return self.served.key
 
     @property
     def takes_text(self) -> bool:
-        """Whether its engines encode prompts themselves."""
+        """Whether the model's engines encode prompts, so that requests carry text."""
         return isinstance(self.tokenizer, RemoteTokenizer)
 
 
 @dataclass(frozen=True, slots=True)
 class Models:
-    """All models of one graph, at least one. The first serves requests that name none."""
+    """All models of one graph, at least one. The first serves requests that name no model."""
 
     all: tuple[Model, ...]
 
@@ -51,17 +49,17 @@ class Models:
 
     @property
     def warnings(self) -> tuple[FolderWarning, ...]:
-        """What may surprise in the folders of their tokenizers."""
+        """Warnings about the folders of the tokenizers."""
         return tuple(warning for model in self.all for warning in model.tokenizer.warnings)
 
     def find(self, name: str) -> Model | None:
-        """The model that a name, an alias or a key means, and the default for an empty name."""
+        """The model with this name, alias or key; the default model for an empty name."""
         if not name:
             return self.default
         return next((m for m in self.all if name == m.key or name in m.served.names), None)
 
     def named(self, name: str) -> Model:
-        """As `find`; the only model of a graph answers to any name. Raises RequestError."""
+        """As `find`, but a graph with one model accepts any name. Raises RequestError."""
         found = self.find(name) if self.is_several else self.default
         if found is None:
             known = [each for model in self.all for each in model.served.names]
@@ -71,39 +69,17 @@ class Models:
         return found
 
     def encode(self, text: str, name: str = "") -> tuple[int, ...]:
-        """The tokens of a prompt that an operator of the graph has rewritten.
+        """The token ids of a prompt that an operator of the graph has rewritten.
 
-        Where the graph knows no model of that name, `route_model` refuses the request later.
+        An unknown name means the default model here; `route_model` refuses such a request later.
         """
         model = (self.find(name) if self.is_several else None) or self.default
         return encode_prompt(model.tokenizer, text)
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """Have the helper processes of all tokenizers ready for the `with` block."""
+        """Keep the helper processes of all tokenizers alive during the `with` block."""
         with ExitStack() as stack:
             for tokenizer in {id(each.tokenizer): each.tokenizer for each in self.all}.values():
                 stack.enter_context(tokenizer.kept())
             yield
-
-
-def load_models(graph: Graph) -> Models:
-    """The models of a checked graph. Raises ModelError, EngineOptionError."""
-    return Models(tuple(_loaded(graph, served) for served in served_models(graph)))
-
-
-def _loaded(graph: Graph, served: ServedModel) -> Model:
-    """The first of its engines speaks for all: the checks let no other tokenizer beside it."""
-    engine = describe_engine(graph, served.engines[0])
-    if engine.folder is None:
-        return Model(served, RemoteTokenizer(), engine.model, _digest(engine.model))
-    return Model(served, load_tokenizer(engine.folder), engine.model, _scope(engine.folder))
-
-
-def _scope(folder: ModelFolder) -> str:
-    """Equal for equal folders alone: two of one config may hold different weights."""
-    return _digest(f"{folder.hash} {folder.path}")
-
-
-def _digest(named: str) -> str:
-    return blake2b(named.encode(errors="surrogateescape"), digest_size=8).hexdigest()
