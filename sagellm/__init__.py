@@ -5,7 +5,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-# Names are handed on when first asked for, so that `import sagellm.graphs` loads floor 0 alone.
+# Each name loads its module at first use, so that `import sagellm.graphs` loads floor 0 alone.
 _NAMES = {
     "Graph": "sagellm.builder",
     "Sampling": "sagellm.runtime.messages",

@@ -1,5 +1,5 @@
-"""The `sagellm` command, and `python -m sagellm`: Ctrl-C and SIGTERM end it quietly, also while it
-imports.
+"""The `sagellm` command and `python -m sagellm`. Ctrl-C and SIGTERM end the command without a
+traceback, even during imports.
 """
 
 import os
@@ -14,9 +14,9 @@ INTERRUPTED, TERMINATED = 130, 143
 
 
 def command() -> int:
-    """Run the command line in a process of its own; returns the exit code.
+    """Run the command line as the whole process; returns the exit code.
 
-    After an interrupt, a thread that still imports or loads is not waited for.
+    After an interrupt, threads that still import or load are abandoned.
     """
     ending = _Ending()
     signal.signal(signal.SIGTERM, ending.terminate)
@@ -25,7 +25,7 @@ def command() -> int:
     if code != INTERRUPTED:
         return code
     code = ending.code
-    signal.signal(signal.SIGINT, ending.leave)  # while threads and libraries end
+    signal.signal(signal.SIGINT, ending.leave)  # a second Ctrl-C while libraries shut down
     if threading.active_count() > 1:
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError):
@@ -35,8 +35,8 @@ def command() -> int:
 
 
 class _Ending:
-    """How the command is ended from outside: a SIGTERM is handled as Ctrl-C is, wherever that comes
-    just then, and remembered.
+    """Ends the command from outside. SIGTERM runs the handler that Ctrl-C has at that moment, and
+    changes the exit code.
     """
 
     code = INTERRUPTED
@@ -46,7 +46,7 @@ class _Ending:
         handler = signal.getsignal(signal.SIGINT)
         if callable(handler):
             handler(signal.SIGINT, frame)
-        else:  # Ctrl-C is ignored here, as in a script's background
+        else:  # a shell starts background commands with Ctrl-C ignored
             self.exit()
 
     def exit(self, *_: object) -> None:
@@ -58,9 +58,9 @@ class _Ending:
 
 
 def _load(ending: _Ending) -> None:
-    """Import what the command needs. Nothing is open yet, so that Ctrl-C may end the process here.
+    """Import the modules of the command. Ctrl-C ends the process here at once: nothing is open yet.
 
-    A KeyboardInterrupt would not do: some libraries catch it while they are imported.
+    A KeyboardInterrupt is not enough: some libraries catch it during their import.
     """
     before = signal.getsignal(signal.SIGINT)
     if before is signal.default_int_handler:
@@ -78,7 +78,7 @@ def main() -> int:
             raise
         print("error: interrupted", file=sys.stderr)
         code = INTERRUPTED
-    signal.signal(signal.SIGINT, _leave)  # while threads and libraries end
+    signal.signal(signal.SIGINT, _leave)  # a second Ctrl-C while libraries shut down
     return code
 
 
@@ -87,9 +87,9 @@ def _leave(*_: object) -> None:
 
 
 def _is_interrupt(error: BaseException) -> bool:
-    """Whether a KeyboardInterrupt led to an error: some libraries turn it into one of theirs."""
+    """Whether a KeyboardInterrupt caused an error: some libraries raise their own error for it."""
     found: list[BaseException] = [error]
-    for one in found:  # grows: causes may form a cycle, so each is looked at once
+    for one in found:  # the list grows; each error is visited once, because causes may form a cycle
         inner = one.exceptions if isinstance(one, BaseExceptionGroup) else ()
         for other in (*inner, one.__cause__ or one.__context__):
             if other is not None and not any(other is known for known in found):

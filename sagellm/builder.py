@@ -21,12 +21,12 @@ from sagellm.opening.open_graph import HOW_TO_OPEN, OpenGraph
 from sagellm.opening.sources import graph_file, suggest_graph
 from sagellm.runtime.registry import FUNCTIONS
 
-_NUMBERS = itertools.count(1)  # for functions that have no name of their own
+_NUMBERS = itertools.count(1)  # in the symbols of functions without a name
 
 
 @dataclass(eq=False)
 class Operator:
-    """One operator of a graph under construction; `>>` connects its outlet `out`."""
+    """One operator of a graph under construction. `>>` connects its outlet `out`."""
 
     spec: OpSpec
     options: dict[str, Any]
@@ -35,12 +35,15 @@ class Operator:
     graph: "Graph | None" = None
 
     def named(self, name: str) -> "Operator":
-        """The same operator under a name of your own; else it is called after its op."""
+        """Name the operator, and return it. Without a name, the operator is called after its op."""
         self.name = name
         return self
 
     def outlet(self, name: str) -> "Outlet":
-        """One of several outlets: `split.outlet("aggregated") >> ops.generate(engine="d")`."""
+        """One of several outlets: `split.outlet("aggregated") >> ops.generate(engine="d")`.
+
+        Raises ValueError for an outlet that the operator does not have.
+        """
         known = tuple(port.name for port in self._own_spec.outlets)
         if not self.has_outlet(name):
             close = nearest(name, known) or next(iter(known), "")
@@ -53,7 +56,7 @@ class Operator:
 
     @property
     def _own_spec(self) -> OpSpec:
-        """With the outlets that follow from its options."""
+        """The spec with the outlets that follow from the operator's options."""
         return self.spec.with_options(self.options)
 
     def __rshift__(self, after: "Operator") -> "Operator":
@@ -62,7 +65,7 @@ class Operator:
 
 @dataclass(frozen=True)
 class Outlet:
-    """An outlet to connect from."""
+    """An outlet of an operator: the left side of `>>`."""
 
     operator: Operator
     name: str
@@ -80,10 +83,9 @@ Chain = Union["Graph", Operator]
 
 @unopened(HOW_TO_OPEN)
 class Graph:
-    """A stream graph: built with `>>`, loaded from YAML, or wrapped around an IR graph.
+    """A stream graph, built with `>>` or loaded from YAML.
 
-    `Graph("pd") >> a >> b` starts at `source`; an operator whose outlet `out` leads nowhere
-    leads to `sink`.
+    `Graph("pd") >> a >> b` begins at `source`. An outlet `out` without an edge leads to `sink`.
     """
 
     def __init__(self, name: str) -> None:
@@ -100,11 +102,11 @@ class Graph:
     def load(
         cls, path: str | Path, functions: Mapping[str, Callable[..., Any]] | None = None
     ) -> "Graph":
-        """Read a YAML file, or a shipped graph by its name, and import what its key `imports`
-        names. `functions` go before registered ones of the same name. A text that names a shipped
-        graph (`pd`) never means a file; a `Path` always does.
+        """Read a YAML file, or a shipped graph by its name, and import the modules of its key
+        `imports`. `functions` win over registered functions of the same name. A text that names a
+        shipped graph (`pd`) never means a file; a `Path` always does.
 
-        Raises GraphError, and FileNotFoundError that says which graphs there are.
+        Raises GraphError, and FileNotFoundError with the names of the shipped graphs.
         """
         file = graph_file(path)
         if not file.exists():
@@ -123,8 +125,8 @@ class Graph:
         return self
 
     def model(self, key: str, /, **options: Any) -> "Graph":
-        """Say more of a model: `graph.model("small", aliases=["tiny"], max_model_len=512)`. `key`
-        is its outlet of `ops.route_model`.
+        """Set options of a model: `graph.model("small", aliases=["tiny"], max_model_len=512)`.
+        `key` is the outlet of `ops.route_model` for that model.
         """
         self._refuse_loaded()
         self._models[key] = options
@@ -140,7 +142,11 @@ class Graph:
         return self
 
     def connect(self, before: Operator | None, outlet: str, after: Operator) -> None:
-        """Add an edge, and `after` where it is new. `before` None is `source`."""
+        """Add an edge, and the operator `after` unless the graph has it. `before` None is `source`.
+
+        Raises ValueError for a name that is taken and for an operator of another graph, TypeError
+        for a value that is no operator.
+        """
         self._refuse_loaded()
         self._adopt(after)
         self._edges.append(Edge(before.name if before else SOURCE, after.name, outlet))
@@ -163,7 +169,7 @@ class Graph:
 
     @property
     def document(self) -> Document:
-        """The graph with the source positions that it was read with, if any."""
+        """The graph, with source positions if it was read from a file."""
         return self._document or Document(self.ir, {})
 
     def open(
@@ -177,15 +183,16 @@ class Graph:
     ) -> OpenGraph:
         """Open the graph: `async with` under trio or asyncio, `with` in a plain thread.
 
-        `set` overrides options (`{"split.min_uncached_tokens": 8}`), `model` replaces the model of
-        every engine, `executor` says how it runs: `tasks` in this process, `processes` with a
-        worker process a replica of each engine. `decisions` names a file for a log of what is
-        decided, which `sagellm replay` reads. Raises GraphError before any model is loaded.
+        `set` overrides options (`{"split.min_uncached_tokens": 8}`). `model` replaces the model of
+        every engine. `executor` is `tasks` (all in this process) or `processes` (a worker process
+        for each replica of each engine). `decisions` names the file of a decision log, which
+        `sagellm replay` reads. Entering the result raises GraphError before any model is loaded.
         """
         chosen = {} if executor is None else {"executor.kind": executor}
         opening = OpenGraph(
             self.document,
             resolver=RESOLVER,
+            # A live view: functions may still be registered before the graph is entered.
             functions=ChainMap(self.functions, FUNCTIONS),  # type: ignore[arg-type]
             overrides={**chosen, **(set or {})},
             model=model,
@@ -203,7 +210,7 @@ class Graph:
         self.open().serve(**options)
 
     async def serve_async(self, **options: Any) -> None:
-        """The same under trio: `url = await nursery.start(graph.serve_async)`."""
+        """Serve like `serve`, under trio: `url = await nursery.start(graph.serve_async)`."""
         await self.open().serve_async(**options)
 
     def _refuse_loaded(self) -> None:
@@ -245,10 +252,11 @@ class Graph:
 
 
 def operator(op: str, *args: Any, **options: Any) -> Operator:
-    """An operator of the vocabulary; the first positional value is its first option.
+    """An operator of the vocabulary. Positional values are its options in their declared order.
 
-    A function is given as it is, and registered under its qualified name; one without a name of its
-    own (a lambda, an object) gets a number, and so a graph that cannot be written to YAML.
+    An option may be a function. The graph holds a symbol for the function: its registered name, or
+    else its qualified name. A lambda or an object gets a numbered symbol, which YAML cannot hold.
+    Raises TypeError for an unknown option.
     """
     spec = RESOLVER.operator(op).spec
     names = [option.name for option in fields(spec.options)]
@@ -267,16 +275,17 @@ def operator(op: str, *args: Any, **options: Any) -> Operator:
 
 
 def _symbol(function: Callable[..., Any]) -> str:
-    """A name in the graph for a function: the one that it is registered under, if it is. Two
-    lambdas of one line get two names.
+    """The symbol of a function in a graph: its registered name if there is one.
+
+    Two lambdas of one line have the same qualified name, so such functions get a number.
     """
-    for known, registered in FUNCTIONS.at_hand.items():
+    for known, registered in FUNCTIONS.at_hand.items():  # `items()` would import entry points
         if registered is function:
             return known
     module = getattr(function, "__module__", "") or ""
     name = getattr(function, "__qualname__", type(function).__qualname__)
     is_plain = inspect.isfunction(function) and "<" not in name and not _is_wrapper(function)
-    if not is_plain:  # a lambda, a closure, a method of some object, an object
+    if not is_plain:  # a lambda, a closure, a bound method, a callable object
         name = f"{name}.{next(_NUMBERS)}"
     return f"{module}.{name}"
 
@@ -286,5 +295,5 @@ def _is_wrapper(function: Callable[..., Any]) -> bool:
 
 
 def _no_graph(path: str | Path) -> FileNotFoundError:
-    """Says what graphs there are."""
+    """The error for a graph that does not exist, with the closest or all shipped names."""
     return FileNotFoundError(errno.ENOENT, f"no such graph ({suggest_graph(str(path))})", str(path))

@@ -17,11 +17,11 @@ T = TypeVar("T")
 
 
 class UsageError(RuntimeError):
-    """A call in a place or form that cannot work: the message says which form does."""
+    """A call in a place or form that cannot work; the message gives the form that works."""
 
 
 def running_loop() -> str | None:
-    """`trio` or `asyncio`, where code of this thread runs in such a loop."""
+    """`trio` or `asyncio` if the calling code runs in such an event loop, else None."""
     try:
         return sniffio.current_async_library()
     except sniffio.AsyncLibraryNotFoundError:
@@ -29,7 +29,7 @@ def running_loop() -> str | None:
 
 
 def blocked_loop(call: str, instead: str) -> str | None:
-    """What is wrong with a blocking call in a loop; None outside of one."""
+    """The error text for a blocking call inside an event loop; None outside a loop."""
     loop = running_loop()
     if loop is None:
         return None
@@ -37,22 +37,22 @@ def blocked_loop(call: str, instead: str) -> str | None:
 
 
 def refuse_in_loop(call: str, instead: str) -> None:
-    """Raise UsageError where a blocking call would stop every task of a loop."""
+    """Raise UsageError inside an event loop: a blocking call would stop every task of the loop."""
     fault = blocked_loop(call, instead)
     if fault is not None:
         raise UsageError(fault)
 
 
 def misused(**forms: str) -> Callable[[type[T]], type[T]]:
-    """Make the named special methods of a class raise UsageError with that text.
+    """Add special methods to a class that raise UsageError: `misused(__iter__="read it with ...")`.
 
-    Type checkers do not see these methods, and so still report the mistake.
+    Type checkers do not see these methods, so they still report the mistake.
     """
 
     def decorate(kind: type[T]) -> type[T]:
         for name, text in forms.items():
             setattr(kind, name, _refusing(text))
-            if name in _EXITS:  # Python looks for both before it calls the first
+            if name in _EXITS:  # `with` looks up both methods before it calls the first
                 setattr(kind, _EXITS[name], _refusing(text))
         return kind
 
@@ -60,7 +60,10 @@ def misused(**forms: str) -> Callable[[type[T]], type[T]]:
 
 
 def unopened(how: str) -> Callable[[type[T]], type[T]]:
-    """Make a class say how to open a graph where a method of a session is looked up in it."""
+    """Make the lookup of a session's method in a class raise AttributeError that explains opening.
+
+    `how` is the form that opens a graph.
+    """
 
     def decorate(kind: type[T]) -> type[T]:
         def look_up(self: T, name: str) -> NoReturn:
@@ -83,7 +86,7 @@ def _refusing(text: str) -> Callable[..., NoReturn]:
 
 @contextmanager
 def naming_file(path: Path | str) -> Iterator[None]:
-    """While entered, an OSError that names no file gets this one."""
+    """Give an OSError without a file name this path: a full disk raises one without a name."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,9 @@
-"""A user's own code: registered under the names that graphs use, and imported."""
+"""A user's own code: registered under the names that graphs use, and imported.
+
+`--import` and the key `imports` of a graph file name modules. Only the user's own command or a
+Python call imports them. A graph that came over a wire is never a reason to import: codecs, checks,
+workers and gateways ignore `imports`.
+"""
 
 import hashlib
 import importlib
@@ -30,16 +35,17 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def register_operator(spec: OpSpec, build: Build) -> None:
-    """Make `op: NAME` and `ops.NAME(...)` mean this operator. Raises ValueError where the name is
-    taken, TypeError for what is no operator.
+    """Make `op: NAME` and `ops.NAME(...)` mean this operator.
+
+    Raises ValueError for a name that is taken, TypeError for a value that is no operator.
     """
     RESOLVER.register(spec, build)
 
 
 def register_function(function: Callable[..., Any], name: str | None = None) -> None:
-    """Make `function: NAME` of a graph mean this function; its own name unless one is given.
+    """Make `function: NAME` of a graph mean this function. The default is the function's name.
 
-    Raises ValueError where the name is taken or is none, TypeError for what cannot be called.
+    Raises ValueError for a taken or invalid name, TypeError for a value that is no callable.
     """
     known = name if name is not None else getattr(function, "__name__", "")
     FUNCTIONS.register(known, check_callable(known, function))
@@ -54,7 +60,7 @@ def function(given: str) -> Callable[[F], F]: ...
 
 
 def function(given: Any) -> Any:
-    """A decorator: `@sagellm.function`, or `@sagellm.function("another_name")`."""
+    """Register a function by a decorator: `@sagellm.function` or `@sagellm.function("a_name")`."""
     if isinstance(given, str):
         return lambda decorated: _registered(decorated, given)
     return _registered(given, None)
@@ -71,11 +77,12 @@ def register_policy(
     *,
     uses: Iterable[str] = (),
 ) -> None:
-    """Make `policy: NAME` of `policy_sort` mean this policy; a frozen dataclass has options and a
-    state: see `sagellm.operators.policies.order.RankingPolicy`.
+    """Make `policy: NAME` of `policy_sort` mean this policy.
 
-    `uses`: the options of `policy_sort` that it reads; a graph that sets another is refused.
-    Raises ValueError where the name is taken, TypeError for what is no policy.
+    A frozen dataclass may have options and a state: see
+    `sagellm.operators.policies.order.RankingPolicy`. `uses` names the options of `policy_sort` that
+    the policy reads; a graph that sets another one is refused. Raises ValueError for a name that is
+    taken, TypeError for a value that is no policy.
     """
     if name == OWN:
         raise ValueError(f"policy {OWN!r} is the order of `function`; choose another name")
@@ -83,11 +90,11 @@ def register_policy(
 
 
 def register_strategy(name: str, strategy: RegisteredStrategy) -> None:
-    """Make `strategy: NAME` of `route` mean this function, (candidates, now, draw) -> a replica or
-    several, best first; or this frozen dataclass, which has options and a state: see
-    `sagellm.operators.routing.Strategy`.
+    """Make `strategy: NAME` of `route` mean this strategy.
 
-    Raises ValueError where the name is taken, TypeError for what is no strategy.
+    A strategy is a function (candidates, now, draw) -> one replica, or several with the best first.
+    A frozen dataclass may have options and a state: see `sagellm.operators.routing.Strategy`.
+    Raises ValueError for a name that is taken, TypeError for a value that is no strategy.
     """
     STRATEGIES.register(name, check_strategy(name, strategy))
 
@@ -95,7 +102,7 @@ def register_strategy(name: str, strategy: RegisteredStrategy) -> None:
 def register_engine_kind(name: str, kind: EngineKind) -> None:
     """Make `kind: NAME` of an engine mean this kind.
 
-    Raises ValueError where the name is taken, TypeError for what is no kind.
+    Raises ValueError for a name that is taken, TypeError for a value that is no kind.
     """
     KINDS.register(name, read_kind(name, kind))
 
@@ -111,7 +118,7 @@ def register_transport(name: str, kind: TransportKind) -> None:
 
 @dataclass
 class ImportMistake(Exception):
-    """One name that could not be imported: why, and how to fix it."""
+    """A module that could not be imported: its name, the cause and the fix."""
 
     name: str
     cause: str
@@ -122,16 +129,18 @@ class ImportMistake(Exception):
 
 
 def import_named(name: str, folder: Path) -> ModuleType:
-    """The module of that dotted name, or the .py file of that path, relative to `folder`; once a
-    process. Raises ImportMistake.
+    """Import a dotted module name, or the path of a .py file relative to `folder`.
+
+    A process runs each module once. Raises ImportMistake.
     """
     is_file = name.endswith(".py") or os.sep in name
     return _import_file(name, folder / name) if is_file else _import_module(name)
 
 
 def import_all(document: Document, folder: Path) -> None:
-    """Import what a graph file names, in its order. Raises GraphError with the positions of all
-    that failed.
+    """Import the modules that a graph file names, in order.
+
+    Raises GraphError with the position of every name that failed.
     """
     names = document.graph.attrs.get("imports", ())
     found: list[Diagnostic] = []
@@ -146,13 +155,14 @@ def import_all(document: Document, folder: Path) -> None:
 
 
 def _import_module(name: str) -> ModuleType:
-    """As `python -m` does, the current folder is searched first."""
+    """Import a dotted name. The current folder is searched first, as `python -m` does."""
     if name.split(".")[0] != "sagellm" and not {"", os.getcwd()} & set(sys.path):
         sys.path.insert(0, os.getcwd())
         importlib.invalidate_caches()
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
+        # A missing import inside the user's module is a fault of that module, not a wrong name.
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
             raise _failed(name, error) from error
         fix = f"give a module that {os.getcwd()} or this Python has, or the path of a .py file"
@@ -162,25 +172,26 @@ def _import_module(name: str) -> ModuleType:
 
 
 def _import_file(name: str, path: Path) -> ModuleType:
-    """Under a name that no other module has, so that a user's `json.py` hides nothing."""
+    """Import a file under a unique name, so that a user's `json.py` hides no other module."""
     resolved = path.resolve()
     digest = hashlib.blake2b(str(resolved).encode(), digest_size=6).hexdigest()
     unique = f"sagellm_import_{digest}_{resolved.stem}"
-    if unique in sys.modules:
+    if unique in sys.modules:  # a second run would register every name twice
         return sys.modules[unique]
     if not resolved.is_file() or resolved.suffix != ".py":
         cause = f"`{name}` is no .py file" if resolved.exists() else f"there is no file `{path}`"
         raise ImportMistake(name, cause, "give the path of a .py file, or a dotted module")
     if str(resolved.parent) not in sys.path:
-        sys.path.append(str(resolved.parent))  # for its neighbours; last, so that they hide nothing
+        # The file may import its neighbours; at the end of the path they hide no other module.
+        sys.path.append(str(resolved.parent))
     spec = importlib.util.spec_from_file_location(unique, resolved)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[unique] = module
+    sys.modules[unique] = module  # before it runs: dataclasses look their module up here
     try:
         spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
+    except (Exception, SystemExit) as error:  # a script may call sys.exit() at its end
         del sys.modules[unique]
         raise _failed(name, error) from error
     return module
@@ -192,6 +203,6 @@ def _failed(name: str, error: BaseException) -> ImportMistake:
 
 
 def import_each(names: Iterable[str], folder: Path) -> None:
-    """Import several. Raises ImportMistake for the first that fails."""
+    """Import several modules. Raises ImportMistake for the first failure."""
     for name in names:
         import_named(name, folder)

@@ -1,6 +1,6 @@
-"""A graph of Python behind the OpenAI API: what `sagellm serve` does for a file.
+"""Serves a graph built in Python behind the OpenAI API, as `sagellm serve` serves a file.
 
-Options have the names of those of `sagellm serve`, with `_` for `-`: `port=8000`,
+The options of `sagellm serve` are keyword arguments here, with `_` for `-`: `port=8000`,
 `api_key="secret"`, `served_model_name=("a", "b")`, `gateways=2`.
 """
 
@@ -36,15 +36,15 @@ from sagellm.opening.open_graph import OpenGraph
 
 T = TypeVar("T")
 _KINDS = (ListenOptions, ServedModelOptions, ObservabilityOptions)
-_OF_THE_GRAPH = ("set", "executor", "model", "seed")
+_OF_THE_GRAPH = ("set", "executor", "model", "seed")  # options of `graph.open`, often tried here
 
 
 def serve(graph: Graph | OpenGraph, *, log_level: LogLevel | None = "info", **options: Any) -> None:
-    """Serve a graph until SIGTERM or Ctrl-C; the first drains, the second ends it at once.
+    """Serve a graph until SIGTERM or Ctrl-C: the first signal drains, a second ends it at once.
 
-    Says on stderr where it listens. In a thread that is not the main one no signal ends it.
-    `log_level` None leaves logs as they are set up. Raises TypeError and ValueError for options,
-    OSError for an address that cannot be had, GraphError, and RuntimeError under trio or asyncio.
+    Prints the address on stderr. Outside the main thread no signal ends the call. `log_level` None
+    leaves logging as it is. Raises TypeError and ValueError for options, OSError for an address
+    that is not available, GraphError, and RuntimeError under trio or asyncio.
     """
     try:
         library = sniffio.current_async_library()
@@ -62,9 +62,9 @@ async def serve_async(
     task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED,
     **options: Any,
 ) -> None:
-    """As `serve`, under trio: `url = await nursery.start(graph.serve_async)`.
+    """Serve a graph like `serve`, under trio: `url = await nursery.start(graph.serve_async)`.
 
-    Cancelled, it ends at once. Requests of the same program go over HTTP, too.
+    Cancellation ends the server at once. Requests of the same program also go over HTTP.
     """
     if sniffio.current_async_library() != "trio":
         raise RuntimeError("serve_async needs trio; a program of its own may call sagellm.serve")
@@ -83,7 +83,7 @@ async def serve_async(
 
 
 def _prepared(opening: OpenGraph, options: Mapping[str, Any]) -> tuple[OpenGraph, Settings]:
-    """Raises TypeError, ValueError, Failure."""
+    """The graph and the settings with options applied. Raises TypeError, ValueError, Failure."""
     known = [
         option.name for kind in _KINDS for option in fields(kind) if option.name != "log_level"
     ]
@@ -105,8 +105,9 @@ def _prepared(opening: OpenGraph, options: Mapping[str, Any]) -> tuple[OpenGraph
 
 
 def _read(kind: type[T], options: Mapping[str, Any]) -> T:
-    """Those of the options that belong to `kind`; a text is a list of one where there may be
-    several. Raises ValueError.
+    """The options that belong to `kind`. A text counts as a list of one where a list is expected.
+
+    Raises ValueError.
     """
     known, given = settings_of(kind), {}
     for name in known.keys() & options.keys():
@@ -120,8 +121,8 @@ def _read(kind: type[T], options: Mapping[str, Any]) -> T:
 def _logs(
     level: LogLevel | None, options: Mapping[str, Any], settings: Settings
 ) -> AbstractContextManager[None]:
-    """Logs as the command has them; without a level, the application's own."""
-    if level is None:
+    """The logs of the command line; without a level, the application's logging stays."""
+    if level is None:  # a library must not change the logging of its application
         return nullcontext()
     watch = ObservabilityOptions(log_level=level, log_format=options.get("log_format"))
     return server_logs(watch, settings)
@@ -129,7 +130,7 @@ def _logs(
 
 @contextmanager
 def _plain_errors() -> Iterator[None]:
-    """What the command line shows as cause, place and fix, as an exception of one sentence."""
+    """Raise OSError or ValueError for a Failure, with its place, cause and fix in one sentence."""
     try:
         yield
     except Failure as failure:

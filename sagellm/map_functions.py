@@ -1,4 +1,7 @@
-"""The functions of the shipped graph `map`, which imports this module: an example to copy."""
+"""The functions of the shipped graph `map`, an example to copy.
+
+The graph's key `imports` names this module; importing it registers the functions.
+"""
 
 from sagellm.extensions import function
 from sagellm.runtime.messages import Answer, Request
@@ -6,11 +9,11 @@ from sagellm.runtime.messages import Answer, Request
 
 @function
 def rewrite_prompt(request: Request) -> str:
-    """The prompt that the model sees: each tab becomes four spaces."""
+    """The prompt for the model: each tab becomes four spaces."""
     return request.prompt.replace("\t", "    ")
 
 
 @function
 def read_answer(answer: Answer) -> str:
-    """The answer that the caller gets: without blanks and empty lines around it."""
+    """The text for the caller, without white space at its ends."""
     return answer.text.strip()

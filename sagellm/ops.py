@@ -1,4 +1,7 @@
-"""The operators as Python calls: `ops.policy_sort("slo_aware")`, one for each op there is."""
+"""One function for each operator of the vocabulary: `ops.policy_sort("slo_aware")`.
+
+The module defines and imports little: any other name hides a registered operator of that name.
+"""
 
 from collections.abc import Callable
 from functools import partial

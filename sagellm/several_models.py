@@ -1,4 +1,4 @@
-"""The graph that serves several models side by side, each with a queue and an engine of its own."""
+"""A graph for several models: each has its own admission, queue and engine."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -9,18 +9,18 @@ from sagellm.builder import Graph
 from sagellm.graphs.ir import SINK, SOURCE
 
 NAME = "models"
-MAX_QUEUED = 4096  # of each model, as in the graphs that ship
+MAX_QUEUED = 4096  # for each model; the shipped graphs have the same limit
 _OTHER = re.compile(r"[^A-Za-z0-9_-]+")
 _TAKEN = ("choose", "metrics", SOURCE, SINK, "terminal")
 
 
 def public_model_name(model: str) -> str:
-    """What clients call a model: never a path of this machine."""
+    """The name of a model for clients. A path becomes its last part: clients learn no paths."""
     return Path(model).resolve().name if Path(model).exists() else model
 
 
 def model_keys(names: Iterable[str]) -> list[str]:
-    """A key for each model, which the graph can name outlets and engines by, each its own."""
+    """A unique key for each model; outlets and engines of the graph are named by these keys."""
     keys: list[str] = []
     for name in names:
         plain = _OTHER.sub("_", name.rpartition("/")[2]).strip("-") or "model"
@@ -33,9 +33,9 @@ def model_keys(names: Iterable[str]) -> list[str]:
 
 
 def graph_of_models(models: Sequence[str]) -> Graph:
-    """`route_model` before a branch for each model: admission, queue, engine; one metrics sink.
+    """`route_model`, then admission, queue and engine for each model, then one metrics sink.
 
-    Raises ValueError where two of them have one name.
+    Raises ValueError for two models of one name.
     """
     names = [public_model_name(model) for model in models]
     twice = next((name for name in names if names.count(name) > 1), None)

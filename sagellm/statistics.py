@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
-    """Counts since the session opened. Latencies are None until a `metrics_sink` has seen any."""
+    """Counts since the session opened. Latencies are None until a `metrics_sink` has seen one."""
 
     elapsed_s: float
-    num_requests: int  # choices, to be exact
+    num_requests: int  # each choice of a request counts
     num_open: int
     ended: Mapping[str, int]  # finish reason -> how many
     num_tokens: int
@@ -25,7 +25,7 @@ class Statistics:
     ttft_p99_s: float | None
     itl_p50_s: float | None
     itl_p99_s: float | None
-    peak_kv_ratio: float  # largest share of a pool's blocks that was leased at a time
+    peak_kv_ratio: float  # highest share of leased blocks that any pool has had
     num_preemptions: int
     engines: Mapping[str, tuple[EngineLoad, ...]]
 
@@ -65,14 +65,15 @@ def _peak(load: EngineLoad) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """`num_open`: choices without their last event. `engines`: by name, one record a replica.
+    """Whether an open graph makes progress.
 
-    `missing`: which engines that requests cannot do without have no worker that serves, in words;
-    empty where each has one.
+    `num_open` counts choices without their last event. `engines` has one record for each replica.
+    `missing` names, in words, the engines without a serving worker that requests cannot avoid; it
+    is empty when there are none.
     """
 
     num_open: int
-    is_stopped: bool  # the graph has ended, or fallen over: it takes no request any more
+    is_stopped: bool  # the graph has ended or failed, and accepts no more requests
     engines: Mapping[str, tuple[EngineHealth, ...]]
     missing: str = ""
 

@@ -19,6 +19,7 @@ from sagellm.graphs.ir import Graph as FrozenGraph
 from sagellm.opening.checking import check_graph
 from sagellm.opening.decisions import DecisionFile, recording
 from sagellm.opening.graph_engines import num_replicas, open_replica
+from sagellm.opening.tokenizers import load_models
 from sagellm.runtime.cluster import CannotScale
 from sagellm.runtime.cluster.child_process import RestartPolicy
 from sagellm.runtime.cluster.launch import TaskLauncher, TaskLife
@@ -30,7 +31,6 @@ from sagellm.runtime.executors.tasks import TasksExecutor
 from sagellm.runtime.plan import plan
 from sagellm.runtime.port import Engine
 from sagellm.session import Session
-from sagellm.session.models import load_models
 
 # Deaths end a task, and are noticed by that; only silence needs asking, and may take its time.
 # It came while nobody was there; or it was twice, without a token, in a worker as that died.

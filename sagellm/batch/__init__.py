@@ -11,7 +11,7 @@ from typing import Any, BinaryIO, TypeAlias
 import msgspec
 import trio
 
-from sagellm.batch.lines import LineError, LineId, LineRequest, parse_line
+from sagellm.batch.prompt_lines import LineError, LineId, LineRequest, parse_line
 from sagellm.errors import naming_file
 from sagellm.runtime.messages import SERVED, Answer, Sampling, Stamps, TokenLogprob
 from sagellm.session.requests import RequestFailed, RequestRefused
@@ -20,8 +20,8 @@ from sagellm.session.requests import RequestFailed, RequestRefused
 def answer_record(id: LineId, answers: Sequence[Answer]) -> dict[str, Any]:
     """The output line of one request.
 
-    With several choices, `choices` holds them all, and the top level repeats the first. A choice
-    that was not served makes the whole line an error: half an answer is not one.
+    With several choices, `choices` has all of them, and the top level repeats the first choice. One
+    unserved choice makes the whole line an error: an incomplete answer counts as none.
     """
     for answer in answers:
         if answer.finish_reason not in SERVED:
@@ -39,28 +39,28 @@ def answer_record(id: LineId, answers: Sequence[Answer]) -> dict[str, Any]:
 
 
 def error_record(id: LineId, message: str, kind: str) -> dict[str, Any]:
-    """The output line of a request without an answer; `kind` is a finish reason or "malformed"."""
+    """The output line of an unanswered request; `kind` is a finish reason or "malformed"."""
     return {"id": id, "error": {"message": message, "type": kind}}
 
 
 def encode_record(line: dict[str, Any]) -> bytes:
-    """One line of JSON, newline included; a user's value that is not JSON is written as text."""
+    """One line of JSON with its newline. A user's value that JSON cannot hold becomes text."""
     return msgspec.json.encode(line, enc_hook=str) + b"\n"
 
 
 def _choice(answer: Answer) -> dict[str, Any]:
-    said: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "text": answer.text,
         "token_ids": answer.token_ids,
         "finish_reason": answer.finish_reason,
     }
     if answer.stop_reason is not None:
-        said["stop_reason"] = answer.stop_reason
+        fields["stop_reason"] = answer.stop_reason
     if answer.logprobs:
-        said["logprobs"] = [_logprob(logprob) for logprob in answer.logprobs]
+        fields["logprobs"] = [_logprob(logprob) for logprob in answer.logprobs]
     if answer.value is not None:
-        said["value"] = answer.value
-    return said
+        fields["value"] = answer.value
+    return fields
 
 
 def _logprob(logprob: TokenLogprob) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def _logprob(logprob: TokenLogprob) -> dict[str, Any]:
 
 
 def token_usage(answers: Sequence[Answer]) -> dict[str, int]:
-    """Token counts under the OpenAI names; the prompt counts once, however many the choices."""
+    """Token counts under the OpenAI names. All choices share the prompt, which counts once."""
     num_prompt = answers[0].num_prompt_tokens
     num_completion = sum(answer.num_tokens for answer in answers)
     return {
@@ -79,8 +79,9 @@ def token_usage(answers: Sequence[Answer]) -> dict[str, int]:
 
 
 def phase_times(stamps: Stamps) -> dict[str, float | None]:
-    """Milliseconds of each phase, None for one that was not passed; they add up to the whole."""
+    """Milliseconds of each phase, None for a phase that did not happen; the sum is the total."""
     bounds = (
+        # Engines of other systems do not tell their first step: there the queue ends at dispatch.
         ("queue_ms", stamps.dispatched_s if stamps.started_s is None else stamps.started_s),
         ("prefill_ms", stamps.prefilled_s),
         ("transfer_ms", stamps.transferred_s),
@@ -95,8 +96,11 @@ def phase_times(stamps: Stamps) -> dict[str, float | None]:
 
 
 class OutputFile:
-    """Lines appended to a file, each flushed before the next. `answered` holds the ids it began
-    with, as text. Used as a context: the file is closed at the end."""
+    """A file of output lines. Each line is flushed at once, so that a kill loses no whole line.
+
+    `answered` has the ids that the file contained when it was opened, as text. Leaving the `with`
+    block closes the file.
+    """
 
     def __init__(self, file: BinaryIO, path: Path, answered: frozenset[str] = frozenset()) -> None:
         self.answered = answered
@@ -122,10 +126,10 @@ class OutputFile:
 
 
 def open_output(path: Path, *, force: bool = False, resume: bool = False) -> OutputFile:
-    """Open `path` for answers. Raises FileExistsError unless it is new, forced or resumed.
+    """Open `path` for answers. Raises FileExistsError for an existing file without an option.
 
-    Resuming keeps the whole lines that hold an answer, and drops errors and a torn last line:
-    those are asked again.
+    `force` replaces the file. `resume` keeps every whole line with an answer, and drops errors and
+    an incomplete last line, whose requests run again.
     """
     if resume and path.exists():
         answered = _keep_answers(path)
@@ -134,7 +138,10 @@ def open_output(path: Path, *, force: bool = False, resume: bool = False) -> Out
 
 
 def _keep_answers(path: Path) -> frozenset[str]:
-    """Rewrite the file with its answers only, in one step; returns their ids."""
+    """Keep only the answers of the file; returns their ids.
+
+    A new file replaces the old one in one step: a kill in between loses no answer.
+    """
     answered = set()
     kept = path.with_name(path.name + ".resuming")
     with naming_file(kept), path.open("rb") as old, kept.open("wb") as new:
@@ -142,7 +149,7 @@ def _keep_answers(path: Path) -> frozenset[str]:
             new.write(raw)
             answered.add(id)
         new.flush()
-        os.fsync(new.fileno())
+        os.fsync(new.fileno())  # the data must be on the disk before the rename is
     kept.replace(path)
     return frozenset(answered)
 
@@ -157,7 +164,7 @@ def _answers(lines: BinaryIO) -> Iterator[tuple[bytes, str]]:
             yield raw, str(line["id"])
 
 
-# Enough to keep the batches of several small engines full; more would only wait in policy_sort.
+# Enough to fill the batches of several small engines; more requests would wait in policy_sort.
 NUM_IN_FLIGHT = 64
 
 AnswerLine: TypeAlias = Callable[[LineRequest], Awaitable[Sequence[Answer]]]
@@ -165,11 +172,11 @@ AnswerLine: TypeAlias = Callable[[LineRequest], Awaitable[Sequence[Answer]]]
 
 @dataclass
 class LineCounts:
-    """What became of the lines so far; `ids` are those seen, as text, to refuse a second use."""
+    """Counts of lines. `ids` maps each id, as text, to its line, to refuse an id that repeats."""
 
     num_answered: int = 0
     num_failed: int = 0
-    num_skipped: int = 0  # answered already by the run that is resumed
+    num_skipped: int = 0  # answered by the run that this run resumes
     ids: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -179,9 +186,11 @@ class LineCounts:
 
 @dataclass(frozen=True)
 class BatchRun:
-    """One run over an input: who replies, where to, and what lines leave unsaid.
+    """One run over an input.
 
-    `report` is called with each output line after it was written, or None for a skipped one.
+    `reply` answers a line. `defaults` are the sampling parameters of a line that sets none; `given`
+    names those that the user chose (see `parse_line`). `report` is called with each output line
+    after the line was written, and with None for a skipped line.
     """
 
     reply: AnswerLine
@@ -195,9 +204,9 @@ class BatchRun:
     async def serve(
         self, lines: AsyncIterator[tuple[int, bytes]], drain: trio.CancelScope | None = None
     ) -> LineCounts:
-        """Answer every line; output lines are in order of completion.
+        """Answer every line; output lines come in order of completion.
 
-        Cancelling `drain` stops the reading and lets what is in flight finish.
+        Cancelling `drain` stops reading, and lets requests in flight finish.
         """
         slots = trio.Semaphore(self.num_in_flight)
         async with trio.open_nursery() as nursery:
@@ -209,7 +218,7 @@ class BatchRun:
         return self.counts
 
     def _start(self, nursery: trio.Nursery, slots: trio.Semaphore, number: int, raw: bytes) -> None:
-        """Begin one line; its slot is free again when it has been written."""
+        """Start one line. Its slot is free again after its output line was written."""
         try:
             ask = self._claimed(parse_line(number, raw, self.defaults, self.given))
         except LineError as error:
@@ -224,6 +233,7 @@ class BatchRun:
         nursery.start_soon(self._answer, ask, slots)
 
     def _claimed(self, ask: LineRequest) -> LineRequest:
+        # As text: the ids 1 and "1" would be equal in the output file.
         first = self.counts.ids.setdefault(str(ask.id), ask.number)
         if first != ask.number:
             raise LineError(ask.number, f"id {ask.id!r} is that of line {first}", ask.id)

@@ -1,1 +1,1 @@
-"""Faults on purpose: scenarios of what happens to a graph of processes, and what must hold then."""
+"""Injected faults: scenarios of events that hit a graph of processes, and checks that must hold."""

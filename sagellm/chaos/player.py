@@ -1,4 +1,4 @@
-"""Plays a scenario: asks for its streams, makes its events happen, and undoes what lasts."""
+"""Plays a scenario: starts its streams, causes its events, and undoes events that last."""
 
 import os
 import random
@@ -27,12 +27,12 @@ from sagellm.runtime.cluster.worker import Worker
 from sagellm.runtime.messages import Sampling
 from sagellm.session import Session
 
-_IDS = range(20, 120)  # token ids that every model has
+_IDS = range(20, 120)  # every model has these token ids
 
 
 @dataclass
 class StreamOutcomes:
-    """What came of the streams of one run."""
+    """The tokens, finish reasons and gaps of the streams of one run."""
 
     tokens: dict[tuple[int, int], list[int]] = field(default_factory=dict)  # (load, number)
     reasons: dict[tuple[int, int], str] = field(default_factory=dict)
@@ -40,7 +40,7 @@ class StreamOutcomes:
 
     @property
     def fewest(self) -> int:
-        """Tokens that every stream that still runs has had."""
+        """The smallest number of tokens that an open stream has received."""
         running = [len(found) for key, found in self.tokens.items() if key not in self.reasons]
         return min(running, default=0)
 
@@ -48,7 +48,7 @@ class StreamOutcomes:
 def begin_streams(
     session: Session, outcome: StreamOutcomes, number: int, load: StreamLoad, nursery: trio.Nursery
 ) -> None:
-    """All streams of a load; `number` tells loads of one scenario apart."""
+    """Start all streams of a load in `nursery`. `number` is the load's number in the scenario."""
     for stream in range(load.streams):
         nursery.start_soon(_stream, session, outcome, (number, stream), load)
 
@@ -65,13 +65,13 @@ async def _stream(
         ignore_eos=True,
     )
     outcome.tokens[key] = []
-    last_received_s: float | None = None
+    last_s: float | None = None
     async with session.stream(prompt, sampling=sampling) as stream:
         while outputs := await stream.take():
             now = trio.current_time()
-            if last_received_s is not None:
-                outcome.gaps_s.append(now - last_received_s)
-            last_received_s = now
+            if last_s is not None:
+                outcome.gaps_s.append(now - last_s)
+            last_s = now
             for event in outputs:
                 outcome.tokens[key] += event.token_ids
                 if event.finish_reason is not None:
@@ -79,7 +79,7 @@ async def _stream(
 
 
 class Player:
-    """`outcome` is what came of the streams so far."""
+    """Causes the events of one scenario. `outcome` grows with the streams."""
 
     def __init__(
         self, session: Session, launcher: RelayedProcesses, outcome: StreamOutcomes
@@ -92,7 +92,7 @@ class Player:
         self._jumps_s: dict[int, float] = {}
 
     async def play(self, events: tuple[ScenarioEvent, ...]) -> None:
-        """Returns once every event has happened, and every stream has ended."""
+        """Play all events; returns after the last event and the end of every stream."""
         began_s = trio.current_time()
         async with trio.open_nursery() as nursery:
             for number, event in enumerate(events):
@@ -104,7 +104,7 @@ class Player:
 
     @contextmanager
     def undoing(self) -> Iterator[None]:
-        """Whatever happens, what lasts ends."""
+        """Undo every lasting event at the end of the block, also after an error."""
         try:
             yield
         finally:
@@ -130,7 +130,7 @@ class Player:
         if undo is not None:
             undo()
 
-    # ---- events ----------------------------------------------------------------------------
+    # `_happen` calls the method with the name of the event's kind.
 
     async def _kill(self, number: int, worker: str) -> None:
         self._signal(worker, signal.SIGKILL)
@@ -157,11 +157,11 @@ class Player:
             setattr(faults, name, getattr(toxic, name))
         faults.bytes_per_s = toxic.bytes_per_s or clean.bytes_per_s
 
-        def heal() -> None:
+        def restore() -> None:
             for name in (*names, "bytes_per_s"):
                 setattr(faults, name, getattr(clean, name))
 
-        self._lasting[number] = heal
+        self._lasting[number] = restore
 
     async def _corrupt(self, number: int, worker: str) -> None:
         self._faults(worker).num_to_flip += 1
@@ -169,6 +169,7 @@ class Player:
     async def _fd_limit(self, number: int, limit: FdLimit) -> None:
         pid = os.getpid() if limit.of == "graph" else self._pid(limit.of)
         soft, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+        # Only the soft limit changes: raising a hard limit again needs a privilege.
         resource.prlimit(pid, resource.RLIMIT_NOFILE, (limit.files, hard))
 
         def restore() -> None:
@@ -178,7 +179,7 @@ class Player:
         self._lasting[number] = restore
 
     async def _fill_disk(self, number: int, what: str) -> None:
-        """The disk of the logs: whatever the graph's process writes to stderr finds no space."""
+        """Fill the disk of the logs: writes of the graph's process to stderr fail with ENOSPC."""
         descriptor = sys.stderr.fileno()
         before, full = os.dup(descriptor), os.open("/dev/full", os.O_WRONLY)
         os.dup2(full, descriptor)
@@ -191,8 +192,9 @@ class Player:
         self._lasting[number] = restore
 
     async def _clock_jump_s(self, number: int, jump_s: float) -> None:
-        """The wall clock of the graph's process, as Python code reads it."""
+        """Move the wall clock of the graph's process, as `time.time` reads it."""
         self._jumps_s[number] = jump_s
+        # Jumps may overlap: the clock shows their sum.
         time.time = lambda: self._read_clock() + sum(self._jumps_s.values())
 
         def jump_back() -> None:
@@ -214,8 +216,6 @@ class Player:
         assert self._session.supervisor is not None
         await self._session.supervisor.scale(scale.engine, scale.replicas)
 
-    # ---- whom they happen to ---------------------------------------------------------------
-
     def _worker(self, name: str) -> Worker:
         assert self._session.supervisor is not None
         workers = {str(worker): worker for worker in self._session.supervisor.workers}
@@ -235,9 +235,10 @@ class Player:
         return pid
 
     def _faults(self, name: str) -> LinkFaults:
+        # By the pid: the next life of a worker has a new relay, without faults.
         return self._launcher.relays[self._pid(name)].faults
 
 
 def _send(pid: int, number: signal.Signals) -> None:
-    with suppress(ProcessLookupError):  # it was given up meanwhile
+    with suppress(ProcessLookupError):  # the process has ended in the meantime
         os.kill(pid, number)

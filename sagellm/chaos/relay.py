@@ -1,4 +1,7 @@
-"""Faults between a graph and its workers: a relay on the link, damaged KV transfers."""
+"""Faults between a graph and its workers: a relay on the link, and damaged KV transfers.
+
+Worker processes of a scenario run this module as their main module.
+"""
 
 import importlib
 import math
@@ -21,14 +24,16 @@ from sagellm.runtime.cluster.launch import ProcessLauncher, ProcessLife
 
 log = get_logger("sagellm.chaos")
 
-_ROOM = 256  # chunks under way in one direction
-_RESET = struct.pack("ii", 1, 0)  # closing sends RST, and forgets what was not sent
+_ROOM = 256  # chunks in flight in one direction
+_RESET = struct.pack("ii", 1, 0)  # SO_LINGER of 0 s: closing sends RST and drops unsent data
 
 
 @dataclass(slots=True)
 class LinkFaults:
-    """See `scenario.Toxic`. `is_cut`: nothing passes, and nothing is lost; `num_to_flip`: of the
-    next chunks, each one bit.
+    """The current faults of one link; see `scenario.Toxic` for the other fields.
+
+    `is_cut` holds all data back, and loses none. `num_to_flip` counts the next chunks that get one
+    flipped bit each.
     """
 
     is_cut: bool = False
@@ -42,7 +47,7 @@ class LinkFaults:
 
 @dataclass(slots=True)
 class Relay:
-    """Passes on what comes to `listening`, over a connection of its own to `address`."""
+    """Accepts connections at `listening`, and relays each over a new connection to `address`."""
 
     listening: socket.socket
     family: socket.AddressFamily
@@ -54,7 +59,7 @@ class Relay:
     _num_passed: int = 0
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Relay until cancelled."""
         listener = trio.SocketListener(trio.socket.from_stdlib_socket(self.listening))
         await trio.serve_listeners(self._serve, [listener])
 
@@ -64,7 +69,7 @@ class Relay:
                 with trio.socket.socket(self.family, socket.SOCK_STREAM) as onward:
                     await onward.connect(self.address)
                     await self._relay(worker, trio.SocketStream(onward))
-            except OSError as error:  # no descriptor is left, or nobody listens: they try again
+            except OSError as error:  # no free descriptor, or no listener: the worker tries again
                 log.warning("not_relayed", error=error.strerror)
 
     async def _relay(self, worker: trio.SocketStream, graph: trio.SocketStream) -> None:
@@ -93,7 +98,7 @@ class Relay:
         async with take:
             async for due_s, data in take:
                 await trio.sleep_until(max(due_s, trio.current_time()))
-                while self.faults.is_cut:  # noqa: ASYNC110 - of no event loop's making
+                while self.faults.is_cut:  # noqa: ASYNC110 - a plain flag, set by the player
                     await trio.sleep(0.01)
                 if not math.isinf(self.faults.bytes_per_s):
                     await trio.sleep(len(data) / self.faults.bytes_per_s)
@@ -123,7 +128,7 @@ CHAOS_WORKER_MODULE = "sagellm.chaos.relay"
 
 
 class RelayedProcesses(ProcessLauncher):
-    """As `ProcessLauncher`; `relays` has that of each process, by its pid."""
+    """Starts each worker process behind its own relay. `relays` has them by the pid."""
 
     def __init__(self, options: ProcessesOptions, seed: int = 0) -> None:
         super().__init__(CHAOS_WORKER_MODULE, options.address, options.keys, logs_environment())
@@ -138,7 +143,7 @@ class RelayedProcesses(ProcessLauncher):
             await super().run(task_status)
 
     def launch(self, epoch: int) -> ProcessLife:
-        life = super().launch(epoch)
+        life = super().launch(epoch)  # calls `_door`, which makes the relay of this process
         assert self._next is not None
         self.relays[life.pid] = self._next
         return life
@@ -148,19 +153,19 @@ class RelayedProcesses(ProcessLauncher):
         scheme, _, place = self._endpoint.partition("://")
         if scheme == "ipc":
             listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            door = f"{self.folder}/relay-{next(self._numbers)}"
-            listening.bind(door)
+            relay_address = f"{self.folder}/relay-{next(self._numbers)}"
+            listening.bind(relay_address)
             address: str | tuple[str, int] = place
         else:
             host, port = place.rsplit(":", 1)
             listening = socket.create_server(("127.0.0.1", 0))
-            door = f"127.0.0.1:{listening.getsockname()[1]}"
+            relay_address = f"127.0.0.1:{listening.getsockname()[1]}"
             address = (host.strip("[]"), int(port))
         listening.listen()
         listening.setblocking(False)
         self._next = Relay(listening, socket.AddressFamily(_family(address)), address, self._draw)
         self._nursery.start_soon(self._next.run)
-        return f"{scheme}://{door}"
+        return f"{scheme}://{relay_address}"
 
 
 def _family(address: str | tuple[str, int]) -> int:
@@ -170,11 +175,13 @@ def _family(address: str | tuple[str, int]) -> int:
 
 
 KV_DAMAGE_VARIABLE = "SAGELLM_CHAOS_KV_DAMAGE"
-_STORAGE = "sagellm.backends.cpu.kv_storage"  # imports torch
+_STORAGE = (
+    "sagellm.backends.cpu.kv_storage"  # imported on demand: the graph's process needs no torch
+)
 
 
 def damage_kv_transfers(share: float) -> None:
-    """From now on, that share of the chunks that come to this process has a bit that is wrong."""
+    """Flip one bit in this share of the KV chunks that this process receives from now on."""
     storage: Any = importlib.import_module(_STORAGE).CpuStorage
     draw, receive = random.Random(os.getpid()), storage.receive
 
@@ -182,10 +189,11 @@ def damage_kv_transfers(share: float) -> None:
         found: int = receive(self, memory, pairs, layers)
         if draw.random() >= share:
             return found
-        landed = [run for _, run in pairs]
-        flipped: memoryview = draw.choice(self.read(landed, layers))
+        received = [run for _, run in pairs]
+        flipped: memoryview = draw.choice(self.read(received, layers))
         flipped[draw.randrange(len(flipped))] ^= 1 << draw.randrange(8)
-        found = self.checksum(landed, layers)
+        # The caller compares this checksum with the sender's, and so learns of the damage.
+        found = self.checksum(received, layers)
         return found
 
     storage.receive = receive_and_flip

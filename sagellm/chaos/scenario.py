@@ -1,4 +1,4 @@
-"""Scenarios: YAML files of what is asked of a graph, what happens to it, and what must hold."""
+"""Scenarios: YAML files with the load on a graph, the events that hit it, and the checks."""
 
 import operator
 import re
@@ -47,7 +47,7 @@ class Check:
 
 
 def read_check(text: str, figures: Iterable[str]) -> Check:
-    """Raises ScenarioError. `figures`: those of the report."""
+    """Parse a line of `checks`. `figures` are the names in the report. Raises ScenarioError."""
     if text == IDENTICAL:
         return Check(text, "num_different", {}, "==", 0.0)
     found = _COMPARISON.fullmatch(text)
@@ -66,7 +66,7 @@ def read_check(text: str, figures: Iterable[str]) -> Check:
 
 
 def metric_value(families: Iterable[Metric], check: Check) -> float | None:
-    """The sum of the series that a check means; None where there is none."""
+    """The sum of the series with the name and the labels of a check; None if there is none."""
     values = [
         sample.value
         for family in families
@@ -77,20 +77,20 @@ def metric_value(families: Iterable[Metric], check: Check) -> float | None:
     return sum(values) if values else None
 
 
-_MOST_BYTES = 65_536
+_MOST_BYTES = 65_536  # of a file
 _UNKNOWN = re.compile(r"unknown field `(.+?)`")
 
 
 class ScenarioError(ValueError):
-    """A scenario that cannot be run; the message says what, where and what instead."""
+    """A scenario that cannot run; the message has the cause, the place and the fix."""
 
 
 class _Part(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A mapping of the file."""
+    """A mapping in the file."""
 
 
 class StreamLoad(_Part, frozen=True, kw_only=True):
-    """Streams that begin at once, each with a prompt and a seed of its own."""
+    """Streams that begin together. Each stream has its own prompt and seed."""
 
     streams: int = 16
     prompt_tokens: int = 40
@@ -100,10 +100,10 @@ class StreamLoad(_Part, frozen=True, kw_only=True):
 
 
 class Toxic(_Part, frozen=True, kw_only=True):
-    """What the link of a worker does to all that passes, either way; times are in seconds.
+    """The faults of a worker's link, in both directions. Times are in seconds.
 
-    `chunk_bytes` pass at a time; every `reset_every` of these the connection is reset; of each, one
-    bit is flipped with probability `flip`.
+    Data passes in chunks of `chunk_bytes`. The connection is reset at every `reset_every`-th chunk.
+    One bit of a chunk is flipped with probability `flip`.
     """
 
     worker: str
@@ -115,24 +115,24 @@ class Toxic(_Part, frozen=True, kw_only=True):
 
 
 class FdLimit(_Part, frozen=True, kw_only=True):
-    """How many files the process of a worker, or of the graph, may have open."""
+    """The limit of open files for the process of a worker or of the graph."""
 
     of: str = "graph"
     files: int
 
 
 class Scale(_Part, frozen=True, kw_only=True):
-    """See `sagellm scale`."""
+    """A new number of replicas, as by `sagellm scale`."""
 
     engine: str
     replicas: int
 
 
 class ScenarioEvent(_Part, frozen=True, kw_only=True):
-    """One thing that happens, and when: `at_s` after the start, or once every stream that runs has
-    had `after_tokens`. What lasts is undone `for_s` later.
+    """One event and its time: `at_s` after the start, or when every open stream has `after_tokens`.
 
-    Workers are called as in a log: `d[0]` is replica 0 of engine d.
+    An event of a kind in LASTING is undone after `for_s`. Workers are named as in logs: `d[0]` is
+    replica 0 of engine d.
     """
 
     at_s: float | None = None
@@ -177,11 +177,11 @@ LASTING = ("stop", "partition", "toxic", "fd_limit", "fill_disk", "clock_jump_s"
 
 
 class Scenario(_Part, frozen=True, kw_only=True):
-    """`graph`: a shipped name, or else a file, by its path from the folder of the scenario. `set`:
-    options, by their names.
+    """A whole scenario.
 
-    `kv_damage`: the share of KV chunks of which one bit is flipped on the way, each time they are
-    moved. `checks`: see `checks.py`; the ledger is checked whatever they say.
+    `graph` is a shipped name, or the path of a file relative to the scenario. `set` overrides
+    options of the graph. `kv_damage` is the share of transferred KV chunks in which one bit is
+    flipped. `checks` are read by `read_check`; the ledger is always checked too.
     """
 
     sagellm_chaos: int
@@ -195,25 +195,26 @@ class Scenario(_Part, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, slots=True)
 class LoadedScenario:
-    """A scenario and where it was."""
+    """A scenario and the path of its file."""
 
     scenario: Scenario
     path: Path
 
     @property
     def graph(self) -> Path:
-        """The file of its graph: a shipped one, or one beside the scenario."""
+        """The file of the graph: a shipped graph, or a file relative to the scenario."""
         name = self.scenario.graph
         return shipped_file(name) if is_shipped_name(name) else self.path.parent / name
 
 
 def load_scenario(path: Path) -> LoadedScenario:
-    """Raises ScenarioError, OSError."""
+    """Read and check a scenario. Raises ScenarioError, OSError."""
     with path.open("rb") as file:
         content = file.read(_MOST_BYTES + 1)
     if len(content) > _MOST_BYTES:
         raise ScenarioError(f"{path}: more than {_MOST_BYTES} bytes")
     try:
+        # The reader of graph files: it builds no objects, and is bounded in size.
         tree = read(content.decode("utf-8-sig"), file=str(path))
         if tree.mistakes:
             raise ScenarioError(f"{path}: {tree.mistakes[0].message}")
@@ -224,9 +225,9 @@ def load_scenario(path: Path) -> LoadedScenario:
         raise ScenarioError(f"{path}: {error.diagnostics[0].message}") from None
     except msgspec.ValidationError as error:
         raise ScenarioError(f"{path}: {_explained(str(error))}") from None
-    if scenario.sagellm_chaos != 1:
+    if scenario.sagellm_chaos != 1:  # the version of the format
         raise ScenarioError(f"{path}: this release knows sagellm_chaos: 1")
-    is_loaded = False
+    is_loaded = False  # whether an earlier event has started streams
     for number, event in enumerate(scenario.events):
         mistake = event.mistake()
         if event.after_tokens is not None and not is_loaded:

@@ -1,4 +1,7 @@
-"""Runs a scenario: once without faults in this process, then over processes with them."""
+"""Runs a scenario twice: without faults in this process, then with faults over processes.
+
+The first run gives the tokens that the second must repeat.
+"""
 
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -28,12 +31,12 @@ from sagellm.runtime.core.accounting import LedgerError
 from sagellm.runtime.messages import SERVED
 from sagellm.session import Session
 
-_SETTLE_S = 30.0  # for what is left to end, after the last stream
+_SETTLE_S = 30.0  # for requests that end after the last stream
 
 
 @dataclass
 class ScenarioReport:
-    """What a scenario came to; `failed` checks, each with what was found."""
+    """The result of a scenario. `failed` are the failed checks, each with its value."""
 
     name: str
     num_streams: int = 0
@@ -61,13 +64,15 @@ class ScenarioReport:
 async def run_scenario(
     loaded: LoadedScenario, seed: int = 0, decisions: Path | None = None
 ) -> ScenarioReport:
-    """`decisions`: a file for a log of what the graph with the faults decided.
+    """Run a scenario. `decisions` is a file for the decision log of the run with faults.
 
-    Raises ScenarioError, GraphError, and what opening the graph raises."""
+    Raises ScenarioError, GraphError, and every error of opening a graph.
+    """
     scenario = loaded.scenario
     report = ScenarioReport(scenario.name)
     checks = [read_check(text, report.figures()) for text in scenario.checks]
     graph, options = Graph.load(loaded.graph), dict(scenario.set)
+    # The run without faults stays in this process, which knows no option of `processes`.
     plain = {name: value for name, value in options.items() if not name.startswith("executor.")}
     async with graph.open(set=plain, executor="tasks") as session:
         right = await _undisturbed(session, scenario.events)
@@ -83,6 +88,7 @@ async def run_scenario(
         opening = graph.open(set=options, executor="processes", decisions=decisions)
         opening.launch_by(launch)
         async with opening as session:
+            # Checks may name any metric that a gateway exposes.
             cards = model_cards(session, Settings(served_models=("chaos",)))
             meters = GatewayMeters(session, models=cards, endpoints=())
             player = Player(session, launchers[0], StreamOutcomes())
@@ -98,7 +104,7 @@ async def run_scenario(
 
 
 async def _undisturbed(session: Session, events: tuple[ScenarioEvent, ...]) -> StreamOutcomes:
-    """All loads at once: what else runs changes no token."""
+    """The tokens without faults. All loads run at once: concurrency changes no token."""
     outcome = StreamOutcomes()
     async with trio.open_nursery() as nursery:
         for number, event in enumerate(events):
@@ -108,8 +114,8 @@ async def _undisturbed(session: Session, events: tuple[ScenarioEvent, ...]) -> S
 
 
 async def _at_rest(session: Session) -> list[str]:
-    """What is wrong with the books once nothing runs any more: each request ended once, each token
-    once and in order, no block leased.
+    """Check the ledger at rest: each request ended once, each token came once and in order, and no
+    block is leased. Returns the violations.
     """
     with trio.move_on_after(_SETTLE_S) as waiting:
         await session.idle()
@@ -164,7 +170,7 @@ def _failures(
 
 @contextmanager
 def _environment(name: str, value: str) -> Iterator[None]:
-    """Of the processes that are started meanwhile."""
+    """Set an environment variable for processes that start during the block."""
     before = os.environ.get(name)
     os.environ[name] = value
     try:

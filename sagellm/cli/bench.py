@@ -297,7 +297,7 @@ def _write_results(folder: Path, load: LoadRun, summary: Summary, plot: Plot | N
 def _plotter() -> Plot:
     """Raises Failure where matplotlib is not installed, before anything is sent."""
     try:
-        plot: Plot = import_module("sagellm.load.report").plot_cdf
+        plot: Plot = import_module("sagellm.load.plots").plot_cdf
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] != "matplotlib":
             raise

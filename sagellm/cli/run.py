@@ -12,7 +12,7 @@ from cyclopts import Parameter
 
 from sagellm.backends import LoweringError, UnknownBackend
 from sagellm.batch import BatchRun, LineCounts, OutputFile, open_output
-from sagellm.batch.lines import LineRequest, numbered_lines
+from sagellm.batch.prompt_lines import LineRequest, numbered_lines
 from sagellm.cli.errors import ENGINE_FIX, FAILED, INTERRUPTED, Failure, drain_on_interrupt
 from sagellm.cli.graph_argument import choose_graph, choose_model
 from sagellm.cli.run_options import (

@@ -8,7 +8,7 @@ from typing import TypeVar
 import trio
 
 from sagellm.batch import answer_record, encode_record, error_record
-from sagellm.batch.lines import LinePrompt
+from sagellm.batch.prompt_lines import LinePrompt
 from sagellm.cli.errors import CONFIGURATION, FAILED, INTERRUPTED, Failure, drain_on_interrupt
 from sagellm.cli.run_options import PromptOptions, RunSamplingOptions
 from sagellm.cli.terminal import show_summary

@@ -1,1 +1,1 @@
-"""Clients of any OpenAI-compatible server, and of a graph opened in this process."""
+"""Clients of any OpenAI-compatible server, and of a graph in this process."""

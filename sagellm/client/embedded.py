@@ -1,4 +1,4 @@
-"""A graph that is open in this process, for the clients; loaded only on demand."""
+"""A graph that is open in this process, for the clients. Only `embedded=True` loads this module."""
 
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -37,7 +37,8 @@ from sagellm.graphs.ir import FrozenMap
 from sagellm.runtime.messages import SERVED, Answer, Sampling, TokenEvent
 from sagellm.session import Encoded, Output, Prompt, RequestError, RequestFailed, RequestRefused
 
-_ANY_ID = 1 << 31  # which ids the model knows, its engine checks
+GRAPH = "joint"
+_ANY_ID = 1 << 31  # the engine checks which ids its model knows
 _FIELDS = ("request_id", "priority", "slo_ttft_s", "timeout_s")
 _KNOWN_OPTIONS = frozenset(
     {*Sampling.__struct_fields__, *_FIELDS, "max_completion_tokens", "user", "stream_options"}
@@ -45,7 +46,7 @@ _KNOWN_OPTIONS = frozenset(
 
 
 class SessionEncoder(Protocol):
-    """What of an open session bounds a call."""
+    """The parts of an open session that checking a call needs."""
 
     @property
     def max_model_len(self) -> int: ...
@@ -54,7 +55,7 @@ class SessionEncoder(Protocol):
 
 
 class SessionCall(msgspec.Struct, frozen=True):
-    """One call as a session takes it."""
+    """One call, as the arguments of a session."""
 
     prompt: Prompt
     sampling: Sampling
@@ -64,26 +65,15 @@ class SessionCall(msgspec.Struct, frozen=True):
 def read_call(
     path: str, call: Mapping[str, Any], options: Mapping[str, Any], session: SessionEncoder
 ) -> SessionCall:
-    """Checked as the gateway checks the same call. Raises ClientError."""
+    """Check a call as the gateway checks the same call over HTTP. Raises ClientError."""
     try:
         return _session_call(path, encode_json({**call, **options}), options, session)
     except RequestError as error:
-        raise ClientError(str(error), status=400, type="invalid_request_error") from error
+        raise _client_error(error) from error
     except ApiError as error:
         raise ClientError(
-            error.message,
-            status=error.status,
-            code=error.code,
-            type=error.type,
-            param=error.param,
+            error.message, status=error.status, code=error.code, type=error.type, param=error.param
         ) from None
-
-
-def _check_names(options: Mapping[str, Any]) -> None:
-    for name in options:
-        if name not in _KNOWN_OPTIONS:
-            cause = f"{name}: is not served by a graph in this process; serve it over HTTP"
-            raise ClientError(cause, status=400, code=NOT_OFFERED, param=name)
 
 
 def _session_call(
@@ -99,46 +89,43 @@ def _session_call(
         if len(completion.prompts) != 1:
             raise wrong("prompt", "is a list of them; give one")
         (prompt,) = completion.prompts
-    _check_names(options)  # after what no server knows either
+    for name in options:  # after the gateway's checks: they refuse options that no server knows
+        if name not in _KNOWN_OPTIONS:
+            cause = f"{name}: is not served by a graph in this process; serve it over HTTP"
+            raise ClientError(cause, status=400, code=NOT_OFFERED, param=name)
     encoded = session.encode(prompt)
     sampling = sampling_of(request, facts, len(encoded.token_ids))
-    return SessionCall(encoded, sampling, _fields(request))
-
-
-def _fields(request: Any) -> dict[str, Any]:
-    said = {name: getattr(request, name) for name in _FIELDS}
-    return {name: value for name, value in said.items() if value is not None}
+    values = {name: getattr(request, name) for name in _FIELDS}
+    fields = {name: value for name, value in values.items() if value is not None}
+    return SessionCall(encoded, sampling, fields)
 
 
 class StreamUsage:
-    """Makes pieces of a stream's events, and the usage that its last piece has."""
+    """Makes the pieces of one stream from its events, and counts the usage for the last piece."""
 
     def __init__(self, num_choices: int) -> None:
         self._num_open = num_choices
         self._num_prompt = self._num_cached = self._num_sampled = 0
 
     def piece_of(self, event: Output) -> Piece:
-        """Raises ClientError where the event ends a choice unserved."""
+        """The piece of one event. Raises ClientError for a choice that ends unserved."""
         check_served(event)
         self._num_open -= event.is_last
         self._num_sampled += event.num_tokens
         self._num_prompt = max(self._num_prompt, event.num_prompt_tokens)
         self._num_cached = max(self._num_cached, event.num_cached_tokens)
+        counts = self._num_prompt, self._num_cached, self._num_sampled
         return make_piece(
             event.text,
             choice=event.choice,
             finish_reason=event.finish_reason,
             stop_reason=event.stop_reason,
-            usage=None if self._num_open else self._usage,
+            usage=None if self._num_open else _usage(*counts),
         )
-
-    @property
-    def _usage(self) -> Usage:
-        return _usage(self._num_prompt, self._num_cached, self._num_sampled)
 
 
 def reply_of(answers: Sequence[Answer], model: str) -> TextReply:
-    """The whole answer. Raises ClientError where a choice ended unserved."""
+    """The whole reply. Raises ClientError for a choice that ended unserved."""
     for answer in answers:
         check_served(answer)
     choices = tuple(
@@ -150,16 +137,13 @@ def reply_of(answers: Sequence[Answer], model: str) -> TextReply:
         )
         for answer in answers
     )
-    return whole_reply(ResponseBody(answers[0].request_id, model, choices, usage_of(answers)))
-
-
-def usage_of(answers: Sequence[Answer]) -> Usage:
-    """Tokens of all choices; the prompt is counted once, as the OpenAI API does."""
-    return _usage(
+    # All choices share one prompt: the OpenAI API counts its tokens once.
+    usage = _usage(
         max(answer.num_prompt_tokens for answer in answers),
         max(answer.num_cached_tokens for answer in answers),
         sum(answer.num_tokens for answer in answers),
     )
+    return whole_reply(ResponseBody(answers[0].request_id, model, choices, usage))
 
 
 def _usage(num_prompt: int, num_cached: int, num_sampled: int) -> Usage:
@@ -167,58 +151,21 @@ def _usage(num_prompt: int, num_cached: int, num_sampled: int) -> Usage:
 
 
 def check_served(end: Output) -> None:
-    """Raise ClientError for the end of a choice that is no answer."""
+    """Raise ClientError for the last event of a choice that was not served."""
     reason = end.finish_reason
-    if reason is None or reason in SERVED:
-        return
-    raise unserved_error(end, end.error or f"the graph ended the request: {reason}")
+    if reason is not None and reason not in SERVED:
+        raise unserved_error(end, end.error or f"the graph ended the request: {reason}")
 
 
 def unserved_error(end: Output, message: str) -> ClientError:
-    """The error of an end that is no answer, with the status, code and type of the gateway's."""
+    """The error of an unserved choice, with the status, code and type that the gateway gives."""
     event = end if isinstance(end, TokenEvent) else event_of(end)
-    told = error_of(event, end.request_id, lambda: True)
-    if told is None:  # filtered: over HTTP an answer with the finish reason content_filter
+    api_error = error_of(event, end.request_id, lambda: True)
+    if api_error is None:  # filtered: over HTTP an answer with finish reason content_filter
         return ClientError(message, code=str(end.finish_reason))
-    return ClientError(
-        message,
-        status=told.status,
-        code=told.code,
-        type=told.type,
-        retry_after_s=end.retry_after_s,
-    )
-
-
-GRAPH = "joint"
-
-
-def _model_of(graph: Graph, model: str | None) -> str:
-    (engine,) = graph.ir.engines.values()
-    assert isinstance(engine, FrozenMap)
-    return model or str(engine["model"])
-
-
-def _check_model(asked: str | None, served: str) -> None:
-    if asked not in (None, served):
-        cause = f"model: {asked!r} is not served here; the graph has {served!r}"
-        raise ClientError(cause, status=404, code="model_not_found", param="model")
-
-
-def _status(model: str, session: Any) -> dict[str, Any]:
-    statistics = session.statistics()
-    return {
-        "mode": "embedded",
-        "url": None,
-        "is_ready": True,
-        "models": [model],
-        "server_load": statistics.num_open,
-        "version": sagellm.__version__,
-    }
-
-
-def _without_embeddings() -> ClientError:
-    cause = "an embedded graph has no embeddings; use a server that has /v1/embeddings"
-    return ClientError(cause, code=NOT_OFFERED)
+    status, code, type = api_error.status, api_error.code, api_error.type
+    after_s = end.retry_after_s
+    return ClientError(message, status=status, code=code, type=type, retry_after_s=after_s)
 
 
 def _client_error(error: RequestError | RequestFailed) -> ClientError:
@@ -228,13 +175,46 @@ def _client_error(error: RequestError | RequestFailed) -> ClientError:
     return ClientError(str(error), status=400, type="invalid_request_error")
 
 
-class Embedded:
-    """The shipped joint graph, for plain threads."""
+def _no_embeddings() -> ClientError:
+    cause = "an embedded graph has no embeddings; use a server that has /v1/embeddings"
+    return ClientError(cause, code=NOT_OFFERED)
+
+
+class _EmbeddedGraph:
+    """The shipped graph with one model, not opened yet; shared by both kinds of client."""
 
     def __init__(self, model: str | None) -> None:
         graph = Graph.load(GRAPH)
-        self._model = _model_of(graph, model)
+        (engine,) = graph.ir.engines.values()
+        assert isinstance(engine, FrozenMap)
+        self._model = model or str(engine["model"])
         self._opened = graph.open(model=model)
+        self._session: Any = None
+
+    def _read(
+        self, path: str, call: Mapping[str, Any], options: Mapping[str, Any], model: str | None
+    ) -> SessionCall:
+        if model not in (None, self._model):
+            cause = f"model: {model!r} is not served here; the graph has {self._model!r}"
+            raise ClientError(cause, status=404, code="model_not_found", param="model")
+        return read_call(path, call, options, self._session)
+
+    def _status(self) -> dict[str, Any]:
+        return {
+            "mode": "embedded",
+            "url": None,
+            "is_ready": True,
+            "models": [self._model],
+            "server_load": self._session.statistics().num_open,
+            "version": sagellm.__version__,
+        }
+
+
+class Embedded(_EmbeddedGraph):
+    """The open graph for plain threads. Creating an instance opens the graph."""
+
+    def __init__(self, model: str | None) -> None:
+        super().__init__(model)
         self._session = self._opened.__enter__()
         self._is_open = True
 
@@ -246,12 +226,11 @@ class Embedded:
         model: str | None,
         stream: bool,
     ) -> TextReply | ReplyStream:
-        """One call for text: whole, or as it comes once the graph has accepted it."""
-        _check_model(model, self._model)
-        read = read_call(path, call, options, self._session)
+        """The whole text, or a stream once the graph has accepted the request."""
+        read = self._read(path, call, options, model)
         try:
             if stream:
-                return self._streamed(read.prompt, read.sampling, read.fields)
+                return self._streamed(read)
             answers = self._session.generate_all(read.prompt, sampling=read.sampling, **read.fields)
         except (RequestError, RequestFailed) as error:
             raise _client_error(error) from error
@@ -261,63 +240,42 @@ class Embedded:
         return [self._model]
 
     def status(self) -> dict[str, Any]:
-        return _status(self._model, self._session)
+        return self._status()
 
     def embed(self, texts: Sequence[str], model: str | None) -> list[list[float]]:
-        raise _without_embeddings()
+        raise _no_embeddings()
 
     def close(self) -> None:
-        """End what runs, and free the engine. Idempotent."""
+        """Cancel running requests, and free the engine. Idempotent."""
         if self._is_open:
             self._is_open = False
             self._opened.__exit__(None, None, None)
 
-    def _streamed(self, prompt: Any, sampling: Any, fields: dict[str, Any]) -> ReplyStream:
-        tally = StreamUsage(sampling.n)
-        events = self._session.stream(prompt, sampling=sampling, **fields)
+    def _streamed(self, read: SessionCall) -> ReplyStream:
+        usage = StreamUsage(read.sampling.n)
+        events = self._session.stream(read.prompt, sampling=read.sampling, **read.fields)
         try:
-            first = tally.piece_of(next(events))
-        except BaseException:  # nobody has the stream yet who would close it
+            # A refusal is raised here, at the call, as a server refuses before it streams.
+            first = usage.piece_of(next(events))
+        except BaseException:  # no caller has the stream yet: close it here
             events.__exit__()
             raise
 
         def pieces() -> Iterator[Piece]:
             yield first
-            yield from map(tally.piece_of, events)
+            yield from map(usage.piece_of, events)
 
         return ReplyStream(pieces(), events.__exit__)
 
 
-class _AsyncPieces:
-    """A stream's pieces behind the first, which was awaited to learn of a refusal."""
-
-    def __init__(self, first: Piece, events: AsyncIterator[Output], tally: StreamUsage) -> None:
-        self._first: Piece | None = first
-        self._events = events
-        self._tally = tally
-
-    def __aiter__(self) -> "_AsyncPieces":
-        return self
-
-    async def __anext__(self) -> Piece:
-        first, self._first = self._first, None
-        return first if first is not None else self._tally.piece_of(await anext(self._events))
-
-
-class AsyncEmbedded:
-    """The shipped joint graph, for trio and asyncio: opened and closed by one task."""
-
-    def __init__(self, model: str | None) -> None:
-        graph = Graph.load(GRAPH)
-        self._model = _model_of(graph, model)
-        self._opened = graph.open(model=model)
-        self._session: Any = None
+class AsyncEmbedded(_EmbeddedGraph):
+    """The open graph for trio and asyncio: one task opens and closes it."""
 
     async def open(self) -> None:
         self._session = await self._opened.__aenter__()
 
     async def aclose(self, *error: Any) -> None:
-        """End what runs, and free the engine. Idempotent."""
+        """Cancel running requests, and free the engine. Idempotent."""
         if self._session is not None:
             self._session = None
             await self._opened.__aexit__(*(error or (None, None, None)))
@@ -330,12 +288,11 @@ class AsyncEmbedded:
         model: str | None,
         stream: bool,
     ) -> TextReply | AsyncReplyStream:
-        """One call for text: whole, or as it comes once the graph has accepted it."""
-        _check_model(model, self._model)
-        read = read_call(path, call, options, self._session)
+        """The whole text, or a stream once the graph has accepted the request."""
+        read = self._read(path, call, options, model)
         try:
             if stream:
-                return await self._streamed(read.prompt, read.sampling, read.fields)
+                return await self._streamed(read)
             answers = await self._session.generate_all(
                 read.prompt, sampling=read.sampling, **read.fields
             )
@@ -347,19 +304,33 @@ class AsyncEmbedded:
         return [self._model]
 
     async def status(self) -> dict[str, Any]:
-        return _status(self._model, self._session)
+        return self._status()
 
     async def embed(self, texts: Sequence[str], model: str | None) -> list[list[float]]:
-        raise _without_embeddings()
+        raise _no_embeddings()
 
-    async def _streamed(
-        self, prompt: Any, sampling: Any, fields: dict[str, Any]
-    ) -> AsyncReplyStream:
-        tally = StreamUsage(sampling.n)
-        events = self._session.stream(prompt, sampling=sampling, **fields)
+    async def _streamed(self, read: SessionCall) -> AsyncReplyStream:
+        usage = StreamUsage(read.sampling.n)
+        events = self._session.stream(read.prompt, sampling=read.sampling, **read.fields)
         try:
-            first = tally.piece_of(await anext(events))
-        except BaseException:  # nobody has the stream yet who would close it
+            first = usage.piece_of(await anext(events))
+        except BaseException:  # no caller has the stream yet: close it here
             await events.aclose()
             raise
-        return AsyncReplyStream(_AsyncPieces(first, events, tally), events.aclose)
+        return AsyncReplyStream(_AsyncPieces(first, events, usage), events.aclose)
+
+
+class _AsyncPieces:
+    """The first piece of a stream, awaited before to learn of a refusal, and the later ones."""
+
+    def __init__(self, first: Piece, events: AsyncIterator[Output], usage: StreamUsage) -> None:
+        self._first: Piece | None = first
+        self._events = events
+        self._usage = usage
+
+    def __aiter__(self) -> "_AsyncPieces":
+        return self
+
+    async def __anext__(self) -> Piece:
+        first, self._first = self._first, None
+        return first if first is not None else self._usage.piece_of(await anext(self._events))

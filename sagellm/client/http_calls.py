@@ -1,4 +1,4 @@
-"""Calls over HTTP: which server, what each call sends, and how plain answers read."""
+"""HTTP calls: the address of the server, headers and bodies, and answers without text."""
 
 import os
 import ssl
@@ -19,7 +19,10 @@ _LOCKED = (401, 403)
 
 
 def read_url(url: str) -> str:
-    """The root of a server: a scheme in front, no slash and no `/v1` behind. Raises ClientError."""
+    """The root URL of a server: with a scheme, without a slash or `/v1` at its end.
+
+    Raises ClientError for a text that is no HTTP URL.
+    """
     whole = url if "://" in url else f"http://{url}"
     try:
         read = httpx2.URL(whole)
@@ -31,7 +34,7 @@ def read_url(url: str) -> str:
 
 
 def configured_url(url: str | None) -> str | None:
-    """The URL that the caller or the environment names, if one does."""
+    """The URL of the caller, or else of SAGELLM_URL, or None."""
     named = url or os.environ.get(URL_VARIABLE)
     return read_url(named) if named else None
 
@@ -41,13 +44,13 @@ def configured_key(api_key: str | None) -> str | None:
 
 
 def request_headers(api_key: str | None) -> dict[str, str]:
-    """What every call sends. A stream that is compressed comes in lumps, so none is asked for."""
+    """The headers of every call. Compression is refused: it would delay the chunks of a stream."""
     plain = {"Accept-Encoding": "identity", "User-Agent": "sagellm"}
     return {**plain, "Authorization": f"Bearer {api_key}"} if api_key else plain
 
 
 def is_local(url: str) -> bool:
-    """Whether a URL names this machine, which no proxy of the environment can reach."""
+    """Whether a URL names this machine, which a proxy cannot reach."""
     host = httpx2.URL(url).host
     try:
         return ip_address(host).is_loopback
@@ -56,19 +59,19 @@ def is_local(url: str) -> bool:
 
 
 def transport_options(url: str, api_key: str | None, timeout_s: float) -> Mapping[str, object]:
-    """How a httpx2 client for one server is set up; blocking and not, the same."""
+    """The options of a httpx2 client for one server, blocking or not."""
     return {
         "base_url": url,
         "headers": request_headers(api_key),
         "timeout": httpx2.Timeout(timeout_s, connect=min(timeout_s, 10.0)),
-        "trust_env": not is_local(url),  # no proxy stands before this machine
-        "verify": ssl.create_default_context(),  # obeys SSL_CERT_FILE wherever the server is
+        "trust_env": not is_local(url),  # ignore proxies for this machine
+        "verify": ssl.create_default_context(),  # obeys SSL_CERT_FILE even without trust_env
         "limits": httpx2.Limits(max_connections=None, max_keepalive_connections=None),
     }
 
 
 def is_server(status: int, body: bytes) -> bool:
-    """Whether `/v1/models` was answered as an OpenAI-compatible server does."""
+    """Whether the answer to `/v1/models` is that of an OpenAI-compatible server."""
     if status in _LOCKED:
         return b"error" in body
     try:
@@ -79,14 +82,14 @@ def is_server(status: int, body: bytes) -> bool:
 
 
 def no_server() -> ClientError:
-    """No server was found."""
+    """The error for no server at the local addresses."""
     tried = ", ".join(LOCAL)
     fix = f"start one with `sagellm serve`, give a URL, or set {URL_VARIABLE}"
     return ClientError(f"no server answers at {tried}; {fix}", code=UNREACHABLE)
 
 
 def check_embedded(url: str | None) -> None:
-    """Raise ClientError for a URL beside `embedded`: one of the two would be ignored."""
+    """Raise ClientError for a URL together with `embedded`: one of them would be ignored."""
     if url is not None:
         cause = "an embedded graph has no URL; leave one of the two out"
         raise ClientError(cause, code=NOT_OFFERED)
@@ -102,12 +105,12 @@ _ABSENT = (404, 405, 501)
 def encode_call(
     call: Mapping[str, Any], options: Mapping[str, Any], model: str, stream: bool
 ) -> bytes:
-    """The body of a call; options go to the server as they are given."""
+    """The body of a call. Options go to the server unchanged."""
     return encode_json({"model": model, **call, **options, "stream": stream})
 
 
 def encode_json(body: Mapping[str, Any]) -> bytes:
-    """JSON. Raises ClientError for what cannot be."""
+    """Encode a body as JSON. Raises ClientError for values that JSON cannot hold."""
     try:
         return msgspec.json.encode(body)
     except (TypeError, UnicodeEncodeError) as error:
@@ -120,7 +123,7 @@ def is_stream(headers: Mapping[str, str]) -> bool:
 
 
 def not_streamed(body: bytes) -> ClientError:
-    """What is wrong with an answer that was asked for as a stream and is none."""
+    """The error for a response that should be a stream and is none."""
     try:
         read_body(body)
     except ClientError as error:
@@ -129,7 +132,7 @@ def not_streamed(body: bytes) -> ClientError:
 
 
 def read_model_ids(body: bytes) -> list[str]:
-    """The names in `/v1/models`. Raises ClientError where it is no such list."""
+    """The model names in an answer of `/v1/models`. Raises ClientError for any other answer."""
     try:
         return [str(entry["id"]) for entry in msgspec.json.decode(body)["data"]]
     except (ValueError, TypeError, KeyError, UnicodeDecodeError) as error:
@@ -143,7 +146,7 @@ def first_model_of(models: Sequence[str]) -> str:
 
 
 def read_embeddings(body: bytes) -> list[list[float]]:
-    """Embeddings in the order of the texts."""
+    """The embeddings in the order of the texts. Raises ClientError for an answer without any."""
     try:
         entries = msgspec.json.decode(body)["data"]
         ordered = sorted(entries, key=lambda entry: entry["index"])
@@ -157,7 +160,7 @@ def texts_of(texts: str | Iterable[str]) -> list[str]:
 
 
 def without_embeddings(error: ClientError) -> ClientError:
-    """Says so where the server has no such endpoint; any other error as it is."""
+    """Explain the error of a server without `/v1/embeddings`; other errors stay unchanged."""
     if error.status not in _ABSENT:
         return error
     cause = f"this server has no embeddings: {error.message}"
@@ -167,7 +170,7 @@ def without_embeddings(error: ClientError) -> ClientError:
 def server_status(
     url: str, models: Sequence[str], is_ready: bool, load: bytes | None, version: bytes | None
 ) -> dict[str, Any]:
-    """What `get_status` says of a server; None for what it does not tell."""
+    """The value of `get_status` for a server, with None for facts that the server does not tell."""
     return {
         "mode": "http",
         "url": url,

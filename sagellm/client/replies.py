@@ -1,4 +1,4 @@
-"""The answers of the OpenAI API: whole texts, streams of pieces, and their reader."""
+"""The answers of the OpenAI API: whole replies, streams of pieces, and the reader of chunks."""
 
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -22,13 +22,13 @@ DONE = b"[DONE]"
 
 
 class PromptDetails(msgspec.Struct, frozen=True):
-    """How much of a prompt was in the cache."""
+    """The tokens of a prompt that were in the cache."""
 
     cached_tokens: int | None = None
 
 
 class Usage(msgspec.Struct, frozen=True):
-    """Tokens of one call, as the server counted them."""
+    """The token counts of one call, by the server."""
 
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
@@ -37,14 +37,14 @@ class Usage(msgspec.Struct, frozen=True):
 
 
 class ResponseMessage(msgspec.Struct, frozen=True):
-    """What a chat says: a whole message, or the next part of it."""
+    """A message of a chat, or the next part of a message."""
 
     role: str | None = None
     content: str | None = None
 
 
 class Choice(msgspec.Struct, frozen=True):
-    """One choice of a whole answer, or of a chunk; of `/v1/completions` or of a chat."""
+    """One choice of an answer or of a chunk; both of `/v1/completions` and of a chat."""
 
     index: int = 0
     text: str | None = None
@@ -56,20 +56,20 @@ class Choice(msgspec.Struct, frozen=True):
 
     @property
     def content(self) -> str | None:
-        """Its text; None where it holds none at all, as in a chunk that only ends."""
-        said = self.message or self.delta
-        return said.content if said is not None else self.text
+        """The text of the choice; None for a chunk without text, such as one that only ends."""
+        part = self.message or self.delta
+        return part.content if part is not None else self.text
 
     @property
     def is_opening(self) -> bool:
-        """Whether it is the chunk that opens a chat, before any token."""
+        """Whether this is the first chunk of a chat, which has a role but no token."""
         delta = self.delta
         is_empty = delta is not None and delta.role is not None and not delta.content
         return is_empty and self.finish_reason is None
 
 
 class ResponseBody(msgspec.Struct, frozen=True):
-    """A whole answer or one chunk of a stream. Unknown fields are left aside."""
+    """A whole answer, or one chunk of a stream. Unknown fields are ignored."""
 
     id: str | None = None
     model: str | None = None
@@ -82,7 +82,7 @@ _DECODER = msgspec.json.Decoder(ResponseBody)
 
 
 class TextReply(str):
-    """The text of a whole answer, and how it ended. `choices` are all that were asked for."""
+    """The text of a whole answer, with its facts. `choices` has the replies of all choices."""
 
     finish_reason: str | None
     stop_reason: str | int | None
@@ -94,9 +94,9 @@ class TextReply(str):
 
 
 class Piece(str):
-    """The next text of one choice of a stream; the last has a finish reason.
+    """The next text of one choice of a stream. The last piece of a choice has a finish reason.
 
-    A server that was asked for usage sends it in a piece without text behind the last.
+    A server that sends usage sends it in a further piece without text, after all others.
     """
 
     choice: int
@@ -115,37 +115,37 @@ def make_piece(
     logprobs: Any = None,
     usage: Usage | None = None,
 ) -> Piece:
-    """A piece with all that it knows."""
-    made = Piece(text)
-    made.choice, made.finish_reason, made.stop_reason = choice, finish_reason, stop_reason
-    made.logprobs, made.usage = logprobs, usage
-    return made
+    """A piece with its attributes."""
+    piece = Piece(text)
+    piece.choice, piece.finish_reason, piece.stop_reason = choice, finish_reason, stop_reason
+    piece.logprobs, piece.usage = logprobs, usage
+    return piece
 
 
 def whole_reply(body: ResponseBody) -> TextReply:
-    """The whole answer. Raises ClientError where it holds none."""
+    """The reply of the first choice. Raises ClientError for an answer without choices."""
     ordered = sorted(body.choices, key=lambda choice: choice.index)
     if not ordered:
         raise ClientError("the server's answer holds no choice", code=BAD_ANSWER)
     replies = tuple(_choice_reply(choice, body) for choice in ordered)
-    for one in replies:
-        one.choices = replies
+    for reply in replies:
+        reply.choices = replies
     return replies[0]
 
 
 def _choice_reply(choice: Choice, body: ResponseBody) -> TextReply:
-    made = TextReply(choice.content or "")
-    made.finish_reason, made.stop_reason = choice.finish_reason, choice.stop_reason
-    made.logprobs, made.usage = choice.logprobs, body.usage
-    made.model, made.id = body.model, body.id
-    return made
+    reply = TextReply(choice.content or "")
+    reply.finish_reason, reply.stop_reason = choice.finish_reason, choice.stop_reason
+    reply.logprobs, reply.usage = choice.logprobs, body.usage
+    reply.model, reply.id = body.model, body.id
+    return reply
 
 
 def read_body(data: bytes) -> ResponseBody:
-    """A body of JSON. Raises ClientError where it is none, or holds an error."""
+    """Decode a body. Raises ClientError for invalid JSON, and for a body that contains an error."""
     try:
         body = _DECODER.decode(data)
-    except ValueError as error:  # of msgspec, and of text that is no UTF-8
+    except ValueError as error:  # from msgspec, also for text that is not UTF-8
         raise ClientError(f"the server's answer makes no sense: {error}", code=BAD_ANSWER) from None
     if body.error is not None:
         raise stream_error(data)
@@ -155,8 +155,8 @@ def read_body(data: bytes) -> ResponseBody:
 class ChunkReader:
     """The chunks of one streamed answer, from the bytes of its body.
 
-    A stream is whole when `[DONE]` came, or the body ended, after every choice had its finish
-    reason; anything else is an error, never a silent end. What came before an error is still read.
+    A stream is complete if `[DONE]` or the end of the body follows the finish reasons of all
+    choices. Any other end is an error. Chunks before an error can still be read.
     """
 
     def __init__(self) -> None:
@@ -168,7 +168,7 @@ class ChunkReader:
         self.is_over = False
 
     def feed(self, data: bytes) -> None:
-        """Take what the network brought."""
+        """Take the next bytes of the body."""
         try:
             for event in self._events.feed(data):
                 if self.is_over:
@@ -180,12 +180,12 @@ class ChunkReader:
             self._fail(error)
 
     def end(self) -> None:
-        """The body has ended."""
+        """Take the end of the body."""
         if not self.is_over:
             self._finish("the connection")
 
     def next(self) -> ResponseBody | None:
-        """The next chunk, or None until more is fed. Raises ClientError behind the last."""
+        """The next chunk; None until more is fed. Raises ClientError after the last chunk."""
         if self._bodies:
             return self._bodies.popleft()
         if self._error is not None:
@@ -219,8 +219,8 @@ class ChunkReader:
 
 
 def chunk_pieces(body: ResponseBody) -> list[Piece]:
-    """What a caller is given of one chunk: its choices, and usage behind the last of them."""
-    said = [
+    """The pieces of one chunk, one for each choice. The last one has the usage, if there is any."""
+    pieces = [
         make_piece(
             choice.content or "",
             choice=choice.index,
@@ -232,22 +232,22 @@ def chunk_pieces(body: ResponseBody) -> list[Piece]:
         if not choice.is_opening
     ]
     if body.usage is not None:
-        _attach_usage(said, body.usage)
-    return said
+        _attach_usage(pieces, body.usage)
+    return pieces
 
 
-def _attach_usage(said: list[Piece], usage: Usage) -> None:
-    if said:
-        said[-1].usage = usage
+def _attach_usage(pieces: list[Piece], usage: Usage) -> None:
+    if pieces:
+        pieces[-1].usage = usage
     else:
-        said.append(make_piece(usage=usage))
+        pieces.append(make_piece(usage=usage))
 
 
 C = TypeVar("C")
 
 
 class _StreamState(Generic[C]):
-    """What both kinds of stream know once they are over: how choice 0 ended, and the usage."""
+    """The finish reason of choice 0 and the usage, for both kinds of stream."""
 
     finish_reason: str | None = None
     usage: Usage | None = None
@@ -269,9 +269,10 @@ class _StreamState(Generic[C]):
     __aenter__="a stream of UnifiedInferenceClient is entered with `with`",
 )
 class ReplyStream(_StreamState[None]):
-    """The pieces of one answer as they come. Closed before its end, the request is cancelled.
+    """The pieces of one answer. Closing the stream before its end cancels the request.
 
-    Raises ClientError where the answer breaks off. `with` closes it; so does losing it.
+    Raises ClientError for an answer that breaks off. Leaving `with` closes the stream, and so does
+    the loss of the last reference.
     """
 
     def __init__(self, pieces: Iterator[Piece], close: Callable[[], None]) -> None:
@@ -290,7 +291,7 @@ class ReplyStream(_StreamState[None]):
         return self._note(next(self._pieces))
 
     def close(self) -> None:
-        """Idempotent; afterwards the stream is at its end."""
+        """Close the stream: it has no further piece. Idempotent."""
         self._is_closed = True
         self._close()
 
@@ -309,7 +310,7 @@ class ReplyStream(_StreamState[None]):
     __enter__="a stream of AsyncUnifiedInferenceClient is entered with `async with`",
 )
 class AsyncReplyStream(_StreamState[Awaitable[None]]):
-    """As `ReplyStream`, for trio and asyncio; only `async with` and `aclose` close it in time."""
+    """The pieces of one answer, for trio and asyncio. Only `async with` and `aclose` close it."""
 
     def __init__(self, pieces: AsyncIterator[Piece], close: Callable[[], Awaitable[None]]) -> None:
         super().__init__(close)
@@ -324,7 +325,7 @@ class AsyncReplyStream(_StreamState[Awaitable[None]]):
         return self._note(await anext(self._pieces))
 
     async def aclose(self) -> None:
-        """Idempotent; afterwards the stream is at its end."""
+        """Close the stream: it has no further piece. Idempotent."""
         self._is_closed = True
         await self._close()
 

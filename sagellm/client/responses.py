@@ -10,24 +10,23 @@ import anyio
 import httpx2
 import msgspec
 
-UNREACHABLE = "unreachable"  # nobody listens there
-TIMED_OUT = "timed_out"  # no sign of the server for too long
-CUT_OFF = "cut_off"  # the answer ended before it was whole
-BAD_ANSWER = "bad_answer"  # the answer is not what the OpenAI API says
-NOT_OFFERED = "not_offered"  # the server, or this client, cannot do that
-TRANSPORT = (httpx2.RequestError, httpx2.InvalidURL)  # what httpx2 raises
+UNREACHABLE = "unreachable"  # no server listens at the address
+TIMED_OUT = "timed_out"  # the server sent nothing for too long
+CUT_OFF = "cut_off"  # the answer ended too early
+BAD_ANSWER = "bad_answer"  # the answer does not follow the OpenAI API
+NOT_OFFERED = "not_offered"  # the server, or this client, has no such function
+TRANSPORT = (httpx2.RequestError, httpx2.InvalidURL)  # the errors of httpx2
 MISUSED = "misused"  # a call in a place or form that cannot work
 CLOSED = "the client is closed; create another one"
 _QUOTED_CHARS = 200
 
 
 class ClientError(Exception):
-    """A call that was not answered.
+    """A call without an answer.
 
-    `status` is that of HTTP, or None where there was none (a server that cannot be reached, an
-    error inside a stream). `code` is the server's, or one of this module's. `retry_after_s` is
-    when the server says that another attempt makes sense, `should_retry` whether it says that one
-    does at all.
+    `status` is the HTTP status; None if there was none (an unreachable server, an error inside a
+    stream). `code` is the server's code or one of this module. `retry_after_s` is the server's wait
+    before another attempt. `should_retry` is the server's advice whether to try again, if any.
     """
 
     def __init__(
@@ -54,14 +53,14 @@ class ClientError(Exception):
 
 
 def response_error(status: int, headers: Mapping[str, str], body: bytes) -> ClientError:
-    """The error that an answer other than 2xx holds."""
-    said = _error_fields(body)
+    """The error in a response other than 2xx."""
+    fields = _error_fields(body)
     return ClientError(
-        _text(said.get("message")) or _status_message(status, body),
+        _text(fields.get("message")) or _status_message(status, body),
         status=status,
-        code=_text(said.get("code")),
-        type=_text(said.get("type")),
-        param=_text(said.get("param")),
+        code=_text(fields.get("code")),
+        type=_text(fields.get("type")),
+        param=_text(fields.get("param")),
         retry_after_s=_seconds(headers.get("retry-after")),
         should_retry={"true": True, "false": False}.get(headers.get("x-should-retry", "")),
         request_id=headers.get("x-request-id"),
@@ -69,22 +68,22 @@ def response_error(status: int, headers: Mapping[str, str], body: bytes) -> Clie
 
 
 def stream_error(data: bytes | str) -> ClientError:
-    """The error that a stream holds in place of a chunk."""
+    """The error that a stream contains in place of a chunk."""
     raw = data.encode() if isinstance(data, str) else data
-    said = _error_fields(raw)
-    code = said.get("code")
+    fields = _error_fields(raw)
+    code = fields.get("code")
     is_status = isinstance(code, int) and 400 <= code < 600
     return ClientError(
-        _text(said.get("message")) or f"the stream ended with an error: {_quoted(raw)}",
+        _text(fields.get("message")) or f"the stream ended with an error: {_quoted(raw)}",
         status=code if is_status else None,
         code=_text(code),
-        type=_text(said.get("type")),
-        param=_text(said.get("param")),
+        type=_text(fields.get("type")),
+        param=_text(fields.get("param")),
     )
 
 
 def _first_message(error: BaseException) -> str:
-    """The first text among an error and its causes: under TLS the outer ones have none."""
+    """The first message of an error and its causes: TLS errors have one in an inner cause only."""
     while not str(error) and (cause := error.__cause__ or error.__context__) is not None:
         error = cause
     text = str(error) or type(error).__name__
@@ -95,7 +94,7 @@ def _first_message(error: BaseException) -> str:
 
 @contextmanager
 def raising_client_errors(url: str) -> Iterator[None]:
-    """Raise ClientError for what the transport raises."""
+    """Raise ClientError for errors of httpx2."""
     try:
         yield
     except TRANSPORT as error:
@@ -103,7 +102,7 @@ def raising_client_errors(url: str) -> Iterator[None]:
 
 
 def transport_error(error: Exception, url: str) -> ClientError:
-    """What one of TRANSPORT means."""
+    """The ClientError for an error of httpx2, one of TRANSPORT."""
     match error:
         case httpx2.ConnectError() | httpx2.ConnectTimeout():
             text = f"no server answers at {url}: {_first_message(error)}"
@@ -117,7 +116,7 @@ def transport_error(error: Exception, url: str) -> ClientError:
 
 
 def _error_fields(body: bytes) -> dict[str, Any]:
-    """{"error": {...}} of the OpenAI API, and its likes: a text, or `detail`, or no envelope."""
+    """The fields of {"error": {...}}, and of its variants: a text, `detail`, or no envelope."""
     try:
         found = msgspec.json.decode(body)
     except ValueError:
@@ -138,7 +137,7 @@ def _status_message(status: int, body: bytes) -> str:
 
 
 def _quoted(body: bytes) -> str:
-    """The beginning of what the server sent, on one line."""
+    """The beginning of a body, on one line."""
     return " ".join(body[:_QUOTED_CHARS].decode(errors="replace").split())
 
 
@@ -147,7 +146,7 @@ def _text(value: object) -> str | None:
 
 
 def _seconds(value: str | None) -> float | None:
-    """Retry-After in seconds; its date form is not used by servers of this kind."""
+    """The seconds of a Retry-After header; None for its date form, which LLM servers avoid."""
     try:
         seconds = float(value or "")
     except ValueError:
@@ -160,28 +159,28 @@ _BOM = b"\xef\xbb\xbf"
 
 
 class EventTooLong(ValueError):
-    """An event that does not end."""
+    """An event that exceeds the size limit."""
 
 
 @dataclass(frozen=True, slots=True)
 class ServerSentEvent:
-    """One event; its data lines are joined by line feeds."""
+    """One event. `data` are its data lines, joined by line feeds."""
 
     data: bytes
     name: str = "message"
 
 
 class EventReader:
-    """Turns the bytes of a body, cut anywhere, into events.
+    """Parses the bytes of a body, cut at any place, into server-sent events (HTML standard, 9.2.6).
 
-    Lines end with LF, CR or CRLF and with nothing else: text that holds U+2028 or U+0085 stays
-    whole, which a reader built on `str.splitlines` cuts. Comments, ids and retry times are skipped.
-    httpx2.EventSource does the same for a Response alone, at three times the cost an event.
+    Only LF, CR and CRLF end a line: `str.splitlines` would also cut text at U+2028 or U+0085.
+    Comments, ids and retry times are skipped. httpx2.EventSource reads a Response only, and costs
+    three times as much for each event.
     """
 
     def __init__(self, largest: int = LARGEST_EVENT) -> None:
         self._largest = largest
-        self._rest = b""  # of a line that has not ended
+        self._rest = b""  # the beginning of an unfinished line
         self._is_first = True
         self._ended_with_cr = False
         self._data: list[bytes] = []
@@ -189,11 +188,11 @@ class EventReader:
         self._size = 0
 
     def feed(self, chunk: bytes) -> list[ServerSentEvent]:
-        """The events that are whole now. Raises EventTooLong."""
+        """Take the next bytes; returns the events that they complete. Raises EventTooLong."""
         lines = (self._rest + self._without_cr(chunk)).split(b"\n")
         if self._is_first:
             if len(lines) == 1 and _BOM.startswith(lines[0]):
-                self._rest = lines[0]  # may be a part of the mark
+                self._rest = lines[0]  # may be a part of the byte order mark
                 return []
             lines[0] = lines[0].removeprefix(_BOM)
             self._is_first = False
@@ -204,7 +203,7 @@ class EventReader:
         return events
 
     def _without_cr(self, chunk: bytes) -> bytes:
-        """The chunk with LF for CR and CRLF, also for a CRLF that two chunks share."""
+        """The chunk with LF for CR and CRLF. Two chunks may share a CRLF."""
         if self._ended_with_cr and chunk:
             chunk = chunk.removeprefix(b"\n")
             self._ended_with_cr = False
@@ -214,7 +213,7 @@ class EventReader:
         return chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
 
     def _line(self, line: bytes) -> ServerSentEvent | None:
-        """Take one line; an empty one ends the event."""
+        """Take one line. An empty line ends the event, which is returned."""
         if not line:
             return self._dispatch()
         self._size += len(line)
@@ -232,11 +231,14 @@ class EventReader:
         return ServerSentEvent(b"\n".join(data), name or "message") if data else None
 
 
-LINGER_S = 1.0  # for a server that has said all, and does not end its answer
+LINGER_S = 1.0  # for a server that sent the last chunk but does not end its response
 
 
 class BodyBytes:
-    """Read with `next` until None, then `finish`; `aclose` hangs up unless all was read."""
+    """The bytes of a response: call `next` until it returns None, then `finish`.
+
+    `aclose` closes the connection, unless the whole response was read.
+    """
 
     def __init__(self, response: httpx2.Response, url: str) -> None:
         self._response = response
@@ -244,21 +246,22 @@ class BodyBytes:
         self._url = url
 
     async def next(self) -> bytes | None:
-        """What the network brings; None at the end. Raises ClientError."""
-        try:  # no context manager: this runs for every event
+        """The next bytes; None at the end. Raises ClientError."""
+        try:  # a context manager would cost time for every event
             return await anext(self._chunks, None)
         except TRANSPORT as error:
             raise transport_error(error, self._url) from error
 
     async def finish(self) -> None:
-        """Read the little that is left, so that the connection serves another call."""
+        """Read the end of the response, so that another call may reuse the connection."""
         with anyio.move_on_after(LINGER_S), suppress(httpx2.HTTPError):
             async for _ in self._chunks:
                 pass
 
     async def aclose(self) -> None:
-        """Close the connection first; reading on then ends every generator inside httpx2, of which
-        it leaves one to the garbage collector, where trio warns of it.
+        """Close the connection, then read on, which ends every generator inside httpx2.
+
+        httpx2 leaves one generator to the garbage collector otherwise, and trio warns of it.
         """
         await self._response.aclose()
         with suppress(httpx2.HTTPError, httpx2.StreamError):

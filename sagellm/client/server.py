@@ -31,7 +31,7 @@ _JSON_HEADERS = {"Content-Type": "application/json"}
 
 
 def find_server() -> str:
-    """The first local address where an OpenAI-compatible server answers. Raises ClientError."""
+    """The first local address of an OpenAI-compatible server. Raises ClientError."""
     found = next((url for url in LOCAL if _answers(url)), None)
     if found is None:
         raise no_server()
@@ -46,7 +46,7 @@ def _answers(url: str) -> bool:
 
 
 class ServerConnection:
-    """Connections to one server; any number of threads may use them at once."""
+    """The connections to one server. Any number of threads may use them at once."""
 
     def __init__(self, url: str, api_key: str | None, timeout_s: float) -> None:
         self.url = url
@@ -62,7 +62,7 @@ class ServerConnection:
         model: str | None,
         stream: bool,
     ) -> TextReply | ReplyStream:
-        """One call for text: whole, or as it comes once the server has accepted it."""
+        """The whole text, or a stream once the server has accepted the request."""
         content = http_calls.encode_call(call, options, model or self._first_model(), stream)
         response = self._send("POST", path, content)
         if stream:
@@ -73,7 +73,7 @@ class ServerConnection:
         return http_calls.read_model_ids(self._get(http_calls.MODELS))
 
     def status(self) -> dict[str, Any]:
-        """What the server tells of itself; what it does not offer is None."""
+        """The status of the server, with None for endpoints that it does not have."""
         is_ready = self._offered(http_calls.HEALTH) is not None
         load, version = self._offered(http_calls.LOAD), self._offered(http_calls.VERSION)
         return http_calls.server_status(self.url, self.models(), is_ready, load, version)
@@ -98,7 +98,7 @@ class ServerConnection:
         return self._read(self._send("GET", path))
 
     def _offered(self, path: str) -> bytes | None:
-        """The answer of an endpoint that a server may lack, or refuse."""
+        """The answer of an optional endpoint; None if the server lacks or refuses it."""
         try:
             return self._get(path)
         except ClientError as error:
@@ -107,11 +107,14 @@ class ServerConnection:
             return None
 
     def _send(self, method: str, path: str, content: bytes | None = None) -> httpx2.Response:
-        """An answer that is accepted and not read yet. Raises ClientError."""
+        """Send a call; returns the open response, which the caller must close.
+
+        Raises ClientError for an error response.
+        """
         with raising_client_errors(self.url):
             extra = _JSON_HEADERS if content is not None else None
             request = self._http.build_request(method, path, content=content, headers=extra)
-            response = self._http.send(request, stream=True)
+            response = self._http.send(request, stream=True)  # the status decides who reads it
         if not response.is_success:
             raise response_error(response.status_code, response.headers, self._read(response))
         return response
@@ -138,7 +141,7 @@ class ServerConnection:
 
 
 async def find_server_async() -> str:
-    """The first local address where an OpenAI-compatible server answers. Raises ClientError."""
+    """The first local address of an OpenAI-compatible server. Raises ClientError."""
     for url in LOCAL:
         if await _answers_async(url):
             return url
@@ -154,7 +157,7 @@ async def _answers_async(url: str) -> bool:
 
 
 class AsyncServerConnection:
-    """Connections to one server, for the tasks of one event loop."""
+    """The connections to one server, for the tasks of one event loop."""
 
     def __init__(
         self,
@@ -176,7 +179,7 @@ class AsyncServerConnection:
         model: str | None,
         stream: bool,
     ) -> TextReply | AsyncReplyStream:
-        """One call for text: whole, or as it comes once the server has accepted it."""
+        """The whole text, or a stream once the server has accepted the request."""
         content = http_calls.encode_call(call, options, model or await self.first_model(), stream)
         response = await self.send("POST", path, content)
         if stream:
@@ -187,7 +190,7 @@ class AsyncServerConnection:
         return http_calls.read_model_ids(await self._get(http_calls.MODELS))
 
     async def status(self) -> dict[str, Any]:
-        """What the server tells of itself; what it does not offer is None."""
+        """The status of the server, with None for endpoints that it does not have."""
         is_ready = await self._offered(http_calls.HEALTH) is not None
         load, version = (
             await self._offered(http_calls.LOAD),
@@ -207,17 +210,22 @@ class AsyncServerConnection:
         await self._http.aclose()
 
     async def first_model(self) -> str:
-        """The model that the server names first; asked once."""
+        """The first model of the server. Only the first call asks the server."""
         if self._first is None:
             self._first = http_calls.first_model_of(await self.models())
         return self._first
 
     async def send(self, method: str, path: str, content: bytes | None = None) -> httpx2.Response:
-        """An answer that is accepted and not read yet: to be closed. Raises ClientError."""
+        """Send a call; returns the open response, which the caller must close.
+
+        Raises ClientError for an error response.
+        """
         with raising_client_errors(self.url):
             extra = _JSON_HEADERS if content is not None else None
             request = self._http.build_request(method, path, content=content, headers=extra)
-            response = await self._http.send(request, stream=True)
+            response = await self._http.send(
+                request, stream=True
+            )  # the status decides who reads it
         if not response.is_success:
             raise response_error(response.status_code, response.headers, await self.read(response))
         return response
@@ -226,7 +234,7 @@ class AsyncServerConnection:
         return await self.read(await self.send("GET", path))
 
     async def _offered(self, path: str) -> bytes | None:
-        """The answer of an endpoint that a server may lack, or refuse."""
+        """The answer of an optional endpoint; None if the server lacks or refuses it."""
         try:
             return await self._get(path)
         except ClientError as error:
@@ -235,7 +243,7 @@ class AsyncServerConnection:
             return None
 
     async def read(self, response: httpx2.Response) -> bytes:
-        """The whole body; the answer is closed then. Raises ClientError."""
+        """Read the whole body, and close the response. Raises ClientError."""
         with raising_client_errors(self.url):
             async with aclosing(response):
                 return await response.aread()

@@ -1,4 +1,4 @@
-"""`UnifiedInferenceClient`: chat, generate and embed, wherever the model is served."""
+"""`UnifiedInferenceClient`: chat, generate and embed, on a server or in this process."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import import_module
@@ -23,7 +23,7 @@ TIMEOUT_S = 60.0
 
 
 class InferenceService(Protocol):
-    """Whatever answers: a server over HTTP, or a graph in this process."""
+    """A server over HTTP, or a graph in this process."""
 
     def ask(
         self,
@@ -48,11 +48,11 @@ class InferenceService(Protocol):
     "for `async with`, use AsyncUnifiedInferenceClient"
 )
 class UnifiedInferenceClient:
-    """A client for plain threads; any number of them may use it at once.
+    """A client for plain threads. Any number of threads may use it at once.
 
-    Every call raises ClientError where it is not answered. Options of `chat` and `generate` have
-    the names of the OpenAI API and go to the server as they are. `timeout` is how many seconds the
-    server may be silent. Nothing is tried twice: `ClientError.retry_after_s` says when to.
+    A call without an answer raises ClientError. Options of `chat` and `generate` have the names of
+    the OpenAI API and go to the server unchanged. `timeout` is the longest silence of the server
+    in seconds. The client never retries; `ClientError.retry_after_s` is the server's wait.
     """
 
     def __init__(
@@ -78,17 +78,18 @@ class UnifiedInferenceClient:
         timeout: float = TIMEOUT_S,
         api_key: str | None = None,
     ) -> "UnifiedInferenceClient":
-        """A client of the server at a URL; else of SAGELLM_URL; else of a server on this machine.
+        """A client of the server at a URL, or at SAGELLM_URL, or of a server on this machine.
 
         `embedded` opens the shipped graph `joint` in this process instead, with
         `default_llm_model` as its model. The key is `api_key` or SAGELLM_API_KEY. A call without a
-        model takes the default, or else the first that the server names. Raises ClientError where
-        no server is found.
+        model uses the default, or else the first model of the server. Raises ClientError if no
+        server is found.
         """
         served: InferenceService
         if embedded:
             _check_place("UnifiedInferenceClient.create(embedded=True)")
             check_embedded(control_plane_url)
+            # Imported on demand: a client of a server needs neither the gateway nor an engine.
             served = import_module("sagellm.client.embedded").Embedded(default_llm_model)
         else:
             url = configured_url(control_plane_url) or find_server()
@@ -125,9 +126,9 @@ class UnifiedInferenceClient:
         stream: bool = False,
         **options: Any,
     ) -> TextReply | ReplyStream:
-        """The next message of a conversation: its text, or with `stream` its pieces as they come.
+        """The next message of a conversation: the whole text, or with `stream` its pieces.
 
-        The text is a `str` that knows `finish_reason`, `usage` and, for n > 1, `choices`.
+        The text is a `str` with attributes `finish_reason`, `usage` and, for n > 1, `choices`.
         """
         call = {"messages": list(messages)}
         return self._ready("chat").ask(CHAT, call, options, model or self._llm, stream)
@@ -148,24 +149,24 @@ class UnifiedInferenceClient:
     def generate(
         self, prompt: Prompt, model: str | None = None, *, stream: bool = False, **options: Any
     ) -> TextReply | ReplyStream:
-        """What follows a prompt (text or token ids), as `chat` gives it."""
+        """The continuation of a prompt (text or token ids), in the form that `chat` returns."""
         call = {"prompt": prompt}
         return self._ready("generate").ask(COMPLETIONS, call, options, model or self._llm, stream)
 
     def embed(self, texts: str | Iterable[str], model: str | None = None) -> list[list[float]]:
-        """A vector for each text. Raises ClientError where the server has no embeddings."""
+        """One vector for each text. Raises ClientError for a server without embeddings."""
         return self._ready("embed").embed(texts_of(texts), model or self._embedding)
 
     def models(self) -> list[str]:
-        """The names of the models that are served."""
+        """The names of the served models."""
         return self._ready("models").models()
 
     def get_status(self) -> dict[str, Any]:
-        """mode, url, is_ready, models, server_load (open requests), version; None: not told."""
+        """mode, url, is_ready, models, server_load (open requests), version; None: unknown."""
         return self._ready("get_status").status()
 
     def close(self) -> None:
-        """End what runs, and leave the server or close the graph. Idempotent."""
+        """Cancel running requests, and leave the server or close the graph. Idempotent."""
         self._is_closed = True
         self._served.close()
 
@@ -176,7 +177,7 @@ class UnifiedInferenceClient:
         self.close()
 
     def _ready(self, method: str) -> InferenceService:
-        """What answers. Raises ClientError in an async loop, and after `close`."""
+        """The service. Raises ClientError in an event loop, and after `close`."""
         _check_place(f"UnifiedInferenceClient.{method}")
         if self._is_closed:
             raise ClientError(CLOSED, code=MISUSED)
@@ -184,7 +185,7 @@ class UnifiedInferenceClient:
 
 
 def _check_place(call: str) -> None:
-    """Raise ClientError where a blocking call would stop every task of a loop."""
+    """Raise ClientError inside an event loop: a blocking call would stop all its tasks."""
     fault = blocked_loop(call, "AsyncUnifiedInferenceClient, whose methods are awaited")
     if fault is not None:
         raise ClientError(fault, code=MISUSED)

@@ -1,4 +1,4 @@
-"""`AsyncUnifiedInferenceClient`: the same client for trio and asyncio."""
+"""`AsyncUnifiedInferenceClient`: chat, generate and embed, for trio and asyncio."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import import_module
@@ -22,7 +22,7 @@ from sagellm.errors import misused
 
 
 class AsyncInferenceService(Protocol):
-    """Whatever answers: a server over HTTP, or a graph in this process."""
+    """A server over HTTP, or a graph in this process."""
 
     async def ask(
         self,
@@ -47,11 +47,11 @@ class AsyncInferenceService(Protocol):
     "for `with`, use UnifiedInferenceClient"
 )
 class AsyncUnifiedInferenceClient:
-    """As `UnifiedInferenceClient`, for the tasks of one event loop.
+    """A client like `UnifiedInferenceClient`, for the tasks of one event loop.
 
-    A server is found when it is first needed; a graph in this process is opened and closed by
-    `async with`, in one task. `await client.chat(messages, stream=True)` gives a stream, which
-    `async with` closes. A cancelled call cancels its request.
+    The first call finds the server. `async with` opens and closes a graph in this process, in one
+    task. `await client.chat(messages, stream=True)` returns a stream, which `async with` closes.
+    Cancelling a call cancels its request.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class AsyncUnifiedInferenceClient:
         timeout: float = TIMEOUT_S,
         api_key: str | None = None,
     ) -> "AsyncUnifiedInferenceClient":
-        """As `UnifiedInferenceClient.create`; does not wait, and so does not look for a server."""
+        """Create like `UnifiedInferenceClient.create`, but look for a server at the first call."""
         if embedded:
             check_embedded(control_plane_url)
         return cls(
@@ -122,9 +122,9 @@ class AsyncUnifiedInferenceClient:
         stream: bool = False,
         **options: Any,
     ) -> TextReply | AsyncReplyStream:
-        """The next message of a conversation: its text, or with `stream` its pieces as they come.
+        """The next message of a conversation: the whole text, or with `stream` its pieces.
 
-        The text is a `str` that knows `finish_reason`, `usage` and, for n > 1, `choices`.
+        The text is a `str` with attributes `finish_reason`, `usage` and, for n > 1, `choices`.
         """
         served, call = await self._served(), {"messages": list(messages)}
         return await served.ask(CHAT, call, options, model or self._llm, stream)
@@ -145,37 +145,37 @@ class AsyncUnifiedInferenceClient:
     async def generate(
         self, prompt: Prompt, model: str | None = None, *, stream: bool = False, **options: Any
     ) -> TextReply | AsyncReplyStream:
-        """What follows a prompt (text or token ids), as `chat` gives it."""
+        """The continuation of a prompt (text or token ids), in the form that `chat` returns."""
         served, call = await self._served(), {"prompt": prompt}
         return await served.ask(COMPLETIONS, call, options, model or self._llm, stream)
 
     async def embed(
         self, texts: str | Iterable[str], model: str | None = None
     ) -> list[list[float]]:
-        """A vector for each text. Raises ClientError where the server has no embeddings."""
+        """One vector for each text. Raises ClientError for a server without embeddings."""
         return await (await self._served()).embed(texts_of(texts), model or self._embedding)
 
     async def models(self) -> list[str]:
-        """The names of the models that are served."""
+        """The names of the served models."""
         return await (await self._served()).models()
 
     async def get_status(self) -> dict[str, Any]:
-        """mode, url, is_ready, models, server_load (open requests), version; None: not told."""
+        """mode, url, is_ready, models, server_load (open requests), version; None: unknown."""
         return await (await self._served()).status()
 
     @property
     def url(self) -> str | None:
-        """Where the server is; None before it is found, and for a graph in this process."""
+        """The URL of the server; None before it is found, and for a graph in this process."""
         return self._url
 
     async def aclose(self) -> None:
-        """End what runs, and leave the server or close the graph. Idempotent."""
+        """Cancel running requests, and leave the server or close the graph. Idempotent."""
         found, self._found, self._is_closed = self._found, None, True
         if found is not None:
             await found.aclose()
 
     async def __aenter__(self) -> "AsyncUnifiedInferenceClient":
-        self._is_closed = False
+        self._is_closed = False  # a closed client may be entered again
         if self._is_embedded:
             opened = import_module("sagellm.client.embedded").AsyncEmbedded(self._llm)
             await opened.open()
@@ -188,7 +188,7 @@ class AsyncUnifiedInferenceClient:
         await self.aclose()
 
     async def _served(self) -> AsyncInferenceService:
-        """What answers, found at the first call. Raises ClientError after `aclose`."""
+        """The service, found at the first call. Raises ClientError after `aclose`."""
         if self._is_closed:
             raise ClientError(CLOSED, code=MISUSED)
         if self._found is None and self._is_embedded:

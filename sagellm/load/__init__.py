@@ -23,36 +23,36 @@ REFUSALS = (429, 503)
 
 @dataclass(slots=True)
 class RequestRecord:
-    """Times in seconds since the load began; latencies are counted from when it was sent.
+    """One request and its answer. Times are seconds since the load began.
 
-    TTFT ends with the first token, of which a role or an empty last chunk is none. `itl_s` holds
-    the time between one event with tokens and the next: a server that puts several tokens into one
-    event has fewer and longer ones (`tpot_s` is not touched by that). A request that was refused
-    and tried again is counted from its first attempt.
+    Latencies count from the first attempt to send, also after refusals. TTFT ends with the first
+    token; a role or an empty last chunk is no token. `itl_s` has the times between two events with
+    tokens: a server that puts several tokens into one event has fewer and longer ones, but the same
+    `tpot_s`.
     """
 
     number: int
     planned_s: float
     sent_s: float
-    input_len: int  # as asked, in tokens or words
+    input_len: int  # as planned, in tokens or words
     output_len: int
     first_s: float | None = None
-    last_s: float | None = None  # of its last token
+    last_s: float | None = None  # the last token
     ended_s: float = 0.0
     itl_s: list[float] = field(default_factory=list)
-    num_events: int = 0  # with tokens
+    num_events: int = 0  # events with tokens
     num_attempts: int = 1
     num_refusals: int = 0
-    prompt_tokens: int | None = None  # as the server says
+    prompt_tokens: int | None = None  # the server's count
     completion_tokens: int | None = None
     finish_reason: str | None = None
     status: int | None = None
     error: str | None = None  # its class: http_429, timed_out, cut_off ...
-    message: str | None = None  # what the server says of it
-    code: str | None = None  # the server's own word for it
+    message: str | None = None  # the server's message
+    code: str | None = None  # the server's code
 
     def token(self, now_s: float) -> None:
-        """An event with tokens has come."""
+        """Note an event with tokens."""
         if self.last_s is None:
             self.first_s = now_s
         else:
@@ -61,7 +61,7 @@ class RequestRecord:
         self.num_events += 1
 
     def last(self, now_s: float) -> None:
-        """The event that only ends has come: with it its token, which has no text (an EOS)."""
+        """Note an event that only ends a choice: its token, an EOS, has no text."""
         self.first_s = now_s if self.first_s is None else self.first_s
         self.last_s = now_s
 
@@ -71,7 +71,7 @@ class RequestRecord:
 
     @property
     def lag_s(self) -> float:
-        """How late this client sent it."""
+        """The delay of this client: sent after the planned time."""
         return self.sent_s - self.planned_s
 
     @property
@@ -84,23 +84,23 @@ class RequestRecord:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the answer: as the server counted, or else one an event."""
+        """Tokens of the answer by the server's count, or else one for each event."""
         return self.num_events if self.completion_tokens is None else self.completion_tokens
 
     @property
     def tpot_s(self) -> float | None:
-        """Mean time of a token behind the first; None where there is none."""
+        """Mean time of a token after the first; None for fewer than two tokens."""
         if self.first_s is None or self.last_s is None or self.num_tokens < 2:
             return None
         return (self.last_s - self.first_s) / (self.num_tokens - 1)
 
 
-_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 8.0  # before another attempt, where the server names no time
+_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 8.0  # before a retry, unless the server sets the time
 
 
 @dataclass(frozen=True, slots=True)
 class LoadTarget:
-    """What is asked, and how long and how often."""
+    """The model and the options of every request, its timeout and its retries."""
 
     model: str
     is_chat: bool = False
@@ -111,7 +111,7 @@ class LoadTarget:
 
 
 class Sender:
-    """Sends requests of one load to one server. Begin it when the load begins."""
+    """Sends the requests of one load to one server. Creating an instance begins the load's time."""
 
     def __init__(self, server: AsyncServerConnection, target: LoadTarget, prompts: Prompts) -> None:
         self._server = server
@@ -125,7 +125,7 @@ class Sender:
         return trio.current_time() - self.started_s
 
     async def send(self, number: int, arrival: PlannedRequest, planned_s: float) -> RequestRecord:
-        """One request with its retries. Whatever goes wrong is in the record."""
+        """Send one request, with retries. Errors are in the record; none is raised."""
         content = self._content(number, arrival)
         lengths = arrival.input_len, arrival.output_len
         record = RequestRecord(number, planned_s, self.now_s, *lengths)
@@ -156,7 +156,7 @@ class Sender:
                 return await self._attempt(content, record)
             except ClientError as error:
                 if error.status not in REFUSALS or record.first_s is not None:
-                    raise  # also where it says so in the middle of an answer
+                    raise  # a refusal in the middle of an answer must not be retried
                 record.num_refusals += 1
                 if record.num_attempts > self._target.num_retries or error.should_retry is False:
                     raise
@@ -164,7 +164,7 @@ class Sender:
                 record.num_attempts += 1
 
     def _wait_s(self, error: ClientError, num_attempts: int) -> float:
-        """As the server says; else twice as long each time, drawn so that clients spread."""
+        """The server's wait, or else exponential back-off with jitter, which spreads clients."""
         if error.retry_after_s is not None:
             return error.retry_after_s
         longest_s = min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2.0 ** (num_attempts - 1))
@@ -192,7 +192,7 @@ class Sender:
 
 
 def error_class(error: ClientError) -> str:
-    """What errors are counted by: the status of HTTP, or what became of the connection."""
+    """The class that errors are counted by: the HTTP status, or the fate of the connection."""
     return f"http_{error.status}" if error.status is not None else error.code or "failed"
 
 
@@ -209,7 +209,10 @@ def _note(chunk: ResponseBody, record: RequestRecord, now_s: float) -> None:
 
 
 def _has_token(choice: Choice) -> bool:
-    """A token whose text is not whole yet has an empty text; so has the chunk that only ends."""
+    """Whether a chunk has a token.
+
+    A token with an incomplete character has an empty text, and so has a chunk that only ends.
+    """
     if choice.content is None or choice.is_opening:
         return False
     return bool(choice.content) or choice.finish_reason is None
@@ -222,13 +225,13 @@ SendRequest = Callable[
 
 @dataclass(slots=True)
 class LoadDriver:
-    """One load under way. `stop`, once cancelled, sends nothing more; what runs goes on.
+    """Drives one load. Cancelling `stop` ends the sending; open requests finish.
 
-    `records` grow as requests end. `num_open` and its highest value are of this client.
+    Each request adds a record to `records` when it ends, and `report` is called with the record.
     """
 
     send: SendRequest
-    now_s: Callable[[], float]  # since the load began
+    now_s: Callable[[], float]  # seconds since the load began
     report: Callable[[RequestRecord], None] = lambda record: None
     stop: trio.CancelScope = field(default_factory=trio.CancelScope)
     records: list[RequestRecord] = field(default_factory=list)
@@ -238,14 +241,14 @@ class LoadDriver:
     async def closed(
         self, arrivals: Iterator[PlannedRequest], concurrency: int, until_s: float = float("inf")
     ) -> None:
-        """So many at a time, each followed by the next, until time or requests are over."""
+        """A closed loop: `concurrency` requests at a time, until `until_s` or the last request."""
         numbered = enumerate(arrivals)
         async with trio.open_nursery() as nursery:
             for _ in range(concurrency):
                 nursery.start_soon(self._worker, numbered, until_s)
 
     async def open(self, arrivals: Iterator[PlannedRequest]) -> None:
-        """Each at its time, however many are under way: a slow server is spared nothing."""
+        """An open loop: each request at its time, even if a slow server has many open requests."""
         async with trio.open_nursery() as nursery:
             with self.stop:
                 for number, arrival in enumerate(arrivals):

@@ -1,4 +1,4 @@
-"""The results of a load: the summary of its records, a table, JSON, CSV and plots."""
+"""The results of a load: the summary of its records, and its output as table, JSON and CSV."""
 
 import csv
 from collections import Counter
@@ -8,21 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
 from sagellm.errors import naming_file
 from sagellm.load import RequestRecord
 
-SATURATED_CPU_RATIO = (
-    0.8  # of one core: above it the client, not the server, may be what was measured
-)
+# Of one core. Above this share the client may be measured, instead of the server.
+SATURATED_CPU_RATIO = 0.8
 
 
 class Spread(msgspec.Struct, frozen=True):
-    """How one latency is spread, in seconds."""
+    """The distribution of one latency, in seconds."""
 
     mean: float
     p50: float
@@ -33,13 +30,13 @@ class Spread(msgspec.Struct, frozen=True):
 
 
 class Objective(msgspec.Struct, frozen=True):
-    """What makes a request good: its TTFT, and its mean time a token behind the first (TPOT)."""
+    """The bounds of a good request: TTFT, and the mean time of later tokens (TPOT) as `itl_s`."""
 
     ttft_s: float | None = None
     itl_s: float | None = None
 
     def holds(self, record: RequestRecord) -> bool:
-        """An unserved request is never good; one with a single token has no second figure."""
+        """Whether a request was served within the bounds. A single token has no TPOT to exceed."""
         if not record.is_ok:
             return False
         ttft_s, tpot_s = record.ttft_s, record.tpot_s
@@ -48,7 +45,7 @@ class Objective(msgspec.Struct, frozen=True):
 
 
 class Goodput(msgspec.Struct, frozen=True):
-    """Requests that met the objective: how many, what share of all, how many a second."""
+    """The requests that met the objective: their number, share of all, and rate."""
 
     objective: Objective
     num_good: int
@@ -57,7 +54,7 @@ class Goodput(msgspec.Struct, frozen=True):
 
 
 class ClientCost(msgspec.Struct, frozen=True):
-    """What this client itself took: a client that is busy all the time measures itself."""
+    """The cost of this client. The latencies of a client without idle time are its own."""
 
     cpu_s: float
     cpu_ratio: float  # of one core
@@ -70,8 +67,10 @@ class ClientCost(msgspec.Struct, frozen=True):
 
 
 class Summary(msgspec.Struct, frozen=True):
-    """Rates in requests or tokens a second. `offered` is what was planned (None in a closed loop:
-    nothing is), `sent` what this client reached, `reached` what was answered.
+    """The figures of one load. Rates are requests or tokens a second.
+
+    `offered` is the planned rate, None in a closed loop, which plans none. `sent` is the rate of
+    this client, `reached` the rate of served requests.
     """
 
     elapsed_s: float
@@ -79,7 +78,7 @@ class Summary(msgspec.Struct, frozen=True):
     num_ok: int
     num_failed: int
     errors: dict[str, int]
-    num_refusals: int  # answers 429 and 503, those to retries included
+    num_refusals: int  # answers 429 and 503, also to retries
     num_retries: int
     offered_per_s: float | None
     sent_per_s: float
@@ -88,7 +87,7 @@ class Summary(msgspec.Struct, frozen=True):
     completion_tokens: int
     tokens_per_s: float
     tokens_per_event: float | None
-    is_token_count_known: bool  # False: a server without usage; an event was taken for a token
+    is_token_count_known: bool  # False for a server without usage: each event counted as a token
     ttft_s: Spread | None
     itl_s: Spread | None
     tpot_s: Spread | None
@@ -99,14 +98,14 @@ class Summary(msgspec.Struct, frozen=True):
 
 
 def percentile(ordered: Sequence[float], share: float) -> float:
-    """Of values in order, by linear interpolation between the two closest ranks."""
+    """A percentile of sorted values, by linear interpolation between the two closest ranks."""
     at = (len(ordered) - 1) * share
     low, high = ordered[floor(at)], ordered[ceil(at)]
     return low + (high - low) * (at - floor(at))
 
 
 def spread(values: Iterable[float | None]) -> Spread | None:
-    """None where there is no value."""
+    """The distribution of values; None for no values."""
     ordered = sorted(value for value in values if value is not None)
     if not ordered:
         return None
@@ -122,8 +121,10 @@ def summarise(
     objective: Objective | None = None,
     is_open_loop: bool = False,
 ) -> Summary:
-    """Latencies are of the requests that were served; rates are over the time from the first
-    request's plan to the last one's end.
+    """Summarise the records of a load.
+
+    Latencies count served requests only. Rates count the time from the first planned request to the
+    last end of one.
     """
     served = [record for record in records if record.is_ok]
     start_s = min((record.planned_s for record in records), default=0.0)
@@ -163,6 +164,7 @@ def _latencies(served: Sequence[RequestRecord], records: Sequence[RequestRecord]
         "itl_s": spread(itl_s for record in served for itl_s in record.itl_s),
         "tpot_s": spread(record.tpot_s for record in served),
         "e2e_s": spread(record.e2e_s for record in served),
+        # The lag is a fact of this client: failed requests count too.
         "lag_s": spread(record.lag_s for record in records),
     }
 
@@ -175,7 +177,7 @@ def _goodput(records: Sequence[RequestRecord], objective: Objective, elapsed_s: 
 
 
 def _rate(times_s: Sequence[float]) -> float:
-    """Events a second, by the gaps between the first and the last."""
+    """Events a second: the number of gaps over the time from the first to the last event."""
     return _over(len(times_s) - 1, max(times_s) - min(times_s)) if times_s else 0.0
 
 
@@ -185,35 +187,6 @@ def _over(count: float, seconds: float) -> float:
 
 def _share(count: float, of: int) -> float | None:
     return count / of if of else None
-
-
-_SIZE_INCHES, _DPI = (12.0, 4.0), 120
-
-
-def plot_cdf(path: Path, records: Sequence[RequestRecord], objective: Objective | None) -> None:
-    """The cumulative distributions of TTFT, ITL and end-to-end time of what was served."""
-    served = [record for record in records if record.is_ok]
-    wanted = objective or Objective()
-    figure = Figure(figsize=_SIZE_INCHES, layout="constrained")
-    ttft, itl, e2e = figure.subplots(1, 3, sharey=True)
-    _curve(ttft, "TTFT", (record.ttft_s for record in served), wanted.ttft_s)
-    _curve(itl, "ITL", (itl_s for record in served for itl_s in record.itl_s), wanted.itl_s)
-    _curve(e2e, "end to end", (record.e2e_s for record in served), None)
-    ttft.set_ylabel("share of all")
-    figure.suptitle(f"{len(served)} of {len(records)} requests served")
-    with naming_file(path):
-        figure.savefig(path, dpi=_DPI)
-
-
-def _curve(axes: Axes, title: str, values: Iterable[float | None], bound_s: float | None) -> None:
-    """One distribution in ms; a dashed line where the objective is."""
-    ordered_ms = sorted(value * 1e3 for value in values if value is not None)
-    shares = [rank / len(ordered_ms) for rank in range(1, len(ordered_ms) + 1)]
-    axes.step(ordered_ms, shares, where="post")
-    axes.set(title=title, xlabel="ms", ylim=(0, 1.02))
-    axes.grid(alpha=0.3)
-    if bound_s is not None:
-        axes.axvline(bound_s * 1e3, linestyle="--", color="tab:red")
 
 
 JSON_FILE, CSV_FILE = "bench.json", "requests.csv"
@@ -230,14 +203,14 @@ _COLUMNS = tuple(name for name in _RECORD_FIELDS if name != "itl_s")
 
 
 def record_row(record: RequestRecord) -> dict[str, Any]:
-    """One request as plain data, with what follows from it."""
+    """One request as plain data, with its latencies."""
     return {name: getattr(record, name) for name in _RECORD_FIELDS}
 
 
 def write_json_file(
     path: Path, settings: Mapping[str, Any], summary: Summary, records: Sequence[RequestRecord]
 ) -> None:
-    """Settings, summary and every request with its ITLs, as one JSON object."""
+    """Write settings, summary and all requests with their ITLs, as one JSON object."""
     rows = [record_row(record) for record in records]
     whole = {"settings": settings, "summary": summary, "requests": rows}
     with naming_file(path):
@@ -245,7 +218,7 @@ def write_json_file(
 
 
 def write_csv_file(path: Path, records: Sequence[RequestRecord]) -> None:
-    """One line a request; its ITLs are in the JSON alone."""
+    """Write one CSV line for each request, without its ITLs."""
     with naming_file(path), path.open("w", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, _COLUMNS, extrasaction="ignore")
         table.writeheader()
@@ -253,7 +226,7 @@ def write_csv_file(path: Path, records: Sequence[RequestRecord]) -> None:
 
 
 def show_report(console: Console, summary: Summary) -> None:
-    """Counts and rates, and a table of percentiles in milliseconds."""
+    """Print counts, rates, and a table of percentiles in milliseconds."""
     for label, value in figure_rows(summary):
         console.print(f"{label + ':':18}{value}", markup=False)
     table = Table("ms", *_SHARES)
@@ -286,7 +259,7 @@ def figure_rows(summary: Summary) -> Iterator[tuple[str, str]]:
 
 
 def summary_warnings(summary: Summary) -> Iterator[str]:
-    """What makes the figures say less than they seem to."""
+    """Reasons to doubt the figures."""
     if summary.client.is_saturated:
         yield "this client was busy all the time; the latencies may be its own"
     if not summary.is_token_count_known:
@@ -312,5 +285,5 @@ def _objective(summary: Summary) -> str:
     assert summary.goodput is not None
     wanted = summary.goodput.objective
     bounds = {"TTFT": wanted.ttft_s, "TPOT": wanted.itl_s}
-    said = [f"{name} <= {s * 1e3:g} ms" for name, s in bounds.items() if s is not None]
-    return f" ({', '.join(said)})"
+    texts = [f"{name} <= {s * 1e3:g} ms" for name, s in bounds.items() if s is not None]
+    return f" ({', '.join(texts)})"

@@ -1,4 +1,4 @@
-"""Workloads: which requests are sent when; lengths, arrival times, published traces, prompts."""
+"""Workloads: lengths, arrival times and prompts of requests, also from published traces."""
 
 import csv
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,18 +12,18 @@ from typing import Annotated, Literal, TypeAlias
 import msgspec
 from msgspec import Meta
 
-BLOCK_LEN = 512  # tokens that one hash id of a Mooncake trace stands for
+BLOCK_LEN = 512  # tokens of one hash id in a Mooncake trace
 _AZURE = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 
 
 class TraceError(ValueError):
-    """A trace that cannot be read; the message says where and why."""
+    """A trace that cannot be read; the message has the line and the cause."""
 
 
 class PlannedRequest(msgspec.Struct, frozen=True):
-    """One request: seconds since the first, and lengths in tokens.
+    """One request: its time in seconds since the first request, and its lengths in tokens.
 
-    Equal `block_ids` of two requests mean equal tokens, from the beginning on: a shared prefix.
+    Two requests whose `block_ids` begin equally share a prefix of tokens.
     """
 
     at_s: float
@@ -40,9 +40,9 @@ class _Mooncake(msgspec.Struct, frozen=True):
 
 
 def read_trace(path: Path) -> list[PlannedRequest]:
-    """A trace of Azure's (CSV) or Mooncake's (JSON lines), told apart by its first line.
+    """Read a trace of Azure (CSV) or Mooncake (JSON lines); the first line shows the format.
 
-    Raises TraceError, OSError.
+    The requests are in order of time, and the first is at 0. Raises TraceError, OSError.
     """
     with path.open(encoding="utf-8", errors="replace", newline="") as file:
         first = file.readline()
@@ -85,12 +85,12 @@ def _azure(lines: Iterable[str]) -> Iterator[PlannedRequest]:
 
 
 def _utc(at: datetime) -> datetime:
-    """A time without a zone is no time of this machine's zone, where hours come twice or never."""
+    """Read a time without a zone as UTC: in a local zone, some hours occur twice or never."""
     return at if at.tzinfo else at.replace(tzinfo=UTC)
 
 
 PromptKind: TypeAlias = Literal["ids", "words"]
-_CACHED_BLOCKS = 4096  # of 512 items: some 16 MB
+_CACHED_BLOCKS = 4096  # 512 items each, about 16 MB in all
 _TEXT = """
 a about after all also and any as at back be because but by can come could day do even first for
 from get give go good have he her him his how if in into it its just know like look make me most my
@@ -102,9 +102,9 @@ _WORDS = _TEXT.split()
 
 
 class Prompts:
-    """Makes the prompt of each request.
+    """Makes the prompt of each request, from token ids below `vocab_size` or from words.
 
-    `ids` are of 0 ... vocab_size - 1; a word is one token or little more in most vocabularies.
+    A word is one token, or slightly more, in most vocabularies.
     """
 
     def __init__(self, kind: PromptKind, *, seed: int, vocab_size: int = 256) -> None:
@@ -116,19 +116,19 @@ class Prompts:
         self._block = lru_cache(_CACHED_BLOCKS)(self._draw_block)
 
     def make(self, number: int, length: int, block_ids: Sequence[int] = ()) -> str | list[int]:
-        """The prompt of request `number`. Equal block ids begin with equal tokens."""
-        drawn: list[int | str] = []
+        """The prompt of request `number`. Equal block ids give equal tokens."""
+        items: list[int | str] = []
         for block_id in block_ids[: -(-length // BLOCK_LEN)]:
-            drawn += self._block(block_id)
-        missing = length - len(drawn)
+            items += self._block(block_id)
+        missing = length - len(items)
         if missing > 0:
-            drawn += Random(f"{self._seed}/request/{number}").choices(self._items, k=missing)
-        return self._whole(drawn[:length])
+            items += Random(f"{self._seed}/request/{number}").choices(self._items, k=missing)
+        return self._whole(items[:length])
 
-    def _whole(self, drawn: list[int | str]) -> str | list[int]:
+    def _whole(self, items: list[int | str]) -> str | list[int]:
         if self._kind == "words":
-            return " ".join(map(str, drawn))
-        return [item for item in drawn if isinstance(item, int)]
+            return " ".join(map(str, items))
+        return [item for item in items if isinstance(item, int)]
 
     def _draw_block(self, block_id: int) -> list[int] | list[str]:
         draw = Random(f"{self._seed}/block/{block_id}")
@@ -138,16 +138,16 @@ class Prompts:
 def closed_loop(
     input_len: int, output_len: int, spread: float, seed: int
 ) -> Iterator[PlannedRequest]:
-    """Requests without end; when each is sent, the answers before it decide."""
+    """Endless requests for a closed loop, which sends each one after an earlier answer."""
     draw = Random(f"{seed}/lengths")
     for _ in count():
         yield PlannedRequest(0.0, _near(draw, input_len, spread), _near(draw, output_len, spread))
 
 
 def poisson(arrivals: Iterable[PlannedRequest], rate: float, seed: int) -> Iterator[PlannedRequest]:
-    """The same requests at the times of a Poisson process of `rate` requests a second.
+    """The requests at the times of a Poisson process with `rate` requests a second.
 
-    The first comes after a gap like any other, so that the times are those of the process.
+    The first request comes after a gap too: the times are exactly those of the process.
     """
     draw, at_s = Random(f"{seed}/arrivals"), 0.0
     for arrival in arrivals:
@@ -162,7 +162,7 @@ def replay_trace(
     max_input_len: int | None = None,
     max_output_len: int | None = None,
 ) -> Iterator[PlannedRequest]:
-    """A trace, faster or slower than it was, and with lengths clipped."""
+    """The requests of a trace at `speedup` times its speed, with clipped lengths."""
     for arrival in arrivals:
         yield PlannedRequest(
             arrival.at_s / speedup,
@@ -173,12 +173,12 @@ def replay_trace(
 
 
 def within(arrivals: Iterable[PlannedRequest], duration_s: float) -> Iterator[PlannedRequest]:
-    """Those that come before the time is over."""
+    """The requests before `duration_s`."""
     return takewhile(lambda arrival: arrival.at_s < duration_s, arrivals)
 
 
 def _near(draw: Random, length: int, spread: float) -> int:
-    """Uniform in length * (1 +- spread), one at least."""
+    """A uniform draw from length * (1 +- spread), at least 1."""
     low, high = round(length * (1 - spread)), round(length * (1 + spread))
     return max(1, draw.randint(low, high))
 

@@ -1,7 +1,7 @@
-"""Where logs go: to stderr, as text for people or as JSON lines, once somebody asks for them.
+"""Logs: on stderr, as text for people or as JSON lines. By default nothing is shown.
 
-A line is one line: control characters in its values are escaped, secrets are taken out of it, and
-of a prompt it holds a length and a keyed hash. Request ids come from structlog's context variables.
+One event is one line. Control characters are escaped, secrets are removed, and a prompt is replaced
+by its length and a keyed hash. Request ids come from structlog's context variables.
 """
 
 import logging
@@ -22,7 +22,7 @@ from sagellm.logs.lines import LogWriter, Redactor, TextRenderer
 LogFormat: TypeAlias = Literal["text", "json"]
 
 _NUM_FRAMES = 12
-_VARIABLE = "SAGELLM_LOGS"  # what a process that we start is to show: level:format
+_VARIABLE = "SAGELLM_LOGS"  # tells a child process what to show: level:format
 _OFF = "off"
 LEVELS = {
     "debug": logging.DEBUG,
@@ -33,8 +33,9 @@ LEVELS = {
 
 
 class _Stderr:
-    """Looks `sys.stderr` up for each line: whoever redirects it later gets the logs. A line that
-    cannot be written (a full disk, a reader that left) is lost, and nothing else with it.
+    """Writes to the current `sys.stderr`, which may be redirected between two lines.
+
+    A write that fails (a full disk, a closed pipe) loses its line and raises nothing.
     """
 
     def write(self, text: str) -> int:
@@ -48,20 +49,21 @@ class _Stderr:
 
 
 class _LogHandler(logging.StreamHandler[Any]):
-    """Our own handler, which shows records in `form`."""
+    """The handler of sagellm; `form` is the format of its lines."""
 
     form: LogFormat
 
 
-WRITERS: list[LogWriter] = []  # of this process; there is one at a time
+WRITERS: list[LogWriter] = []  # at most one in a process
 
 
 def log(level: str = "info", *, format: str | None = None) -> None:
-    """Show what sagellm logs in this process on stderr, from a level on: "debug", "info",
-    "warning", "error", or "off" as at the start.
+    """Show sagellm's logs of this process on stderr, from this level up.
 
-    `format`: "text" or "json"; text on a terminal, JSON elsewhere, unless given. The application's
-    own logging and structlog stay as they are. Raises ValueError for another level or format.
+    `level`: "debug", "info", "warning", "error", or "off", which is the state at the start.
+    `format`: "text" or "json"; the default is text on a terminal and JSON elsewhere. The logging
+    and structlog set-up of the application stay unchanged. Raises ValueError for another level or
+    format.
     """
     _check(level, (*LEVELS, _OFF), "level")
     if format is not None:
@@ -69,7 +71,7 @@ def log(level: str = "info", *, format: str | None = None) -> None:
     ours = logging.getLogger(ROOT)
     for handler in [each for each in ours.handlers if isinstance(each, _LogHandler)]:
         ours.removeHandler(handler)
-    ours.propagate = level == _OFF  # else an application that shows all logs would show them twice
+    ours.propagate = level == _OFF  # else an application's root handler would show each line again
     ours.setLevel(logging.NOTSET if level == _OFF else LEVELS[level])
     if level != _OFF:
         form = choose_format(format)
@@ -79,7 +81,7 @@ def log(level: str = "info", *, format: str | None = None) -> None:
 
 @contextmanager
 def command_logs() -> Iterator[None]:
-    """While entered, the warnings of a command of ours go to stderr."""
+    """Show warnings on stderr during the block, for a command of sagellm."""
     log("warning")
     try:
         yield
@@ -88,22 +90,22 @@ def command_logs() -> Iterator[None]:
 
 
 def choose_format(asked: str | None) -> LogFormat:
-    """As asked; else text where stderr is a terminal."""
+    """The format that was asked for; by default text on a terminal and JSON elsewhere."""
     if asked is None:
         return "text" if is_terminal() else "json"
     return "text" if asked == "text" else "json"
 
 
 def is_terminal() -> bool:
-    """Whether a person may read stderr."""
+    """Whether stderr is a terminal."""
     try:
         return sys.stderr.isatty()
-    except (AttributeError, ValueError):  # there is none, or it is closed
+    except (AttributeError, ValueError):  # no stderr, or a closed one
         return False
 
 
 def current_logs() -> tuple[str, LogFormat] | None:
-    """The level and the format in which sagellm's logs are shown; None where they are not."""
+    """The level and the format of sagellm's logs; None if they are not shown."""
     ours = logging.getLogger(ROOT)
     for handler in (*logging.root.handlers, *ours.handlers):
         if isinstance(handler, _LogHandler):
@@ -113,22 +115,23 @@ def current_logs() -> tuple[str, LogFormat] | None:
 
 
 def logs_environment() -> Mapping[str, str]:
-    """The environment by which a process that we start shows what is shown here: see
-    `child_logs`.
+    """Environment variables that give a child process the log settings of this one.
+
+    The child applies them by `child_logs`.
     """
     return {_VARIABLE: ":".join(current_logs() or (_OFF, ""))}
 
 
 @contextmanager
 def child_logs() -> Iterator[None]:
-    """While entered, this process shows what the one that started it shows."""
+    """Show logs during the block with the settings of the parent process."""
     level, _, form = os.environ.get(_VARIABLE, "warning").partition(":")
     with process_logs(LEVELS.get(level, logging.CRITICAL), form=form or None):
         yield
 
 
 def num_dropped_lines() -> int:
-    """Log lines of this process that nobody took."""
+    """The number of log lines that this process has dropped."""
     return sum(writer.num_dropped for writer in WRITERS)
 
 
@@ -136,13 +139,15 @@ def num_dropped_lines() -> int:
 def process_logs(
     level: int, *, key: bytes = b"", known: Iterable[str] = (), form: str | None = None
 ) -> Iterator[None]:
-    """While entered, all that this process logs goes there: what libraries log too.
+    """Show all logs of this process during the block, those of libraries included.
 
-    For programs of our own: it replaces what structlog and the standard module were set up with.
-    `key` keys the hashes of prompts; `known` are secrets that no line may hold. The text of an
-    exception, which may hold anything, is logged at level debug only; `operator_failed` has that
-    of the user's own code as a field. Lines are written by a thread: logging waits for nobody.
-    `form`: "text" or "json", see `choose_format`.
+    Only for programs of sagellm: the set-up of structlog and of `logging` is replaced, and restored
+    at the end. `key` keys the hashes of prompts. `known` are secrets to remove from every line.
+    `form` is "text" or "json": see `choose_format`.
+
+    The text of an exception may contain anything, so it is logged at level debug only; the event
+    `operator_failed` has the text of an error in the user's own code as a field. A thread writes
+    the lines, so that logging never blocks.
     """
     redactor, before = Redactor(key, known), structlog.get_config()
     explain = structlog.processors.format_exc_info if level <= logging.DEBUG else without_error_text
@@ -168,7 +173,7 @@ def process_logs(
 
 
 def without_error_text(_: object, __: str, line: EventDict) -> EventDict:
-    """Of an exception its kind and where it came from, innermost last."""
+    """Replace an exception by its type and the places of its traceback, innermost last."""
     found = line.pop("exc_info", None)
     error = sys.exc_info()[1] if found is True else found[1] if isinstance(found, tuple) else found
     if isinstance(error, BaseException):
@@ -179,7 +184,7 @@ def without_error_text(_: object, __: str, line: EventDict) -> EventDict:
 
 
 def _handler(redactor: Redactor, sink: Any, explain: Processor, form: LogFormat) -> _LogHandler:
-    """What writes a record, ours or a library's, as a line."""
+    """A handler that writes records of sagellm and of libraries as lines."""
     handler = _LogHandler(sink)
     handler.form = form
     handler.setFormatter(
@@ -195,7 +200,7 @@ def _handler(redactor: Redactor, sink: Any, explain: Processor, form: LogFormat)
 
 
 def _unpacked(logger: WrappedLogger, name: str, line: EventDict) -> EventDict:
-    """The fields of a record: of an event of ours, or what a library gave as `extra`."""
+    """The fields of a record: those of an event of sagellm, or a library's `extra`."""
     record: logging.LogRecord = line["_record"]
     if isinstance(record.msg, LogEvent):
         return {**line, **record.msg.fields, "event": record.msg.name}
@@ -212,7 +217,7 @@ def _renderer(form: LogFormat) -> Processor:
 
 
 def _dropped_line(form: LogFormat) -> Callable[[int], str]:
-    """The line that says how many lines were dropped."""
+    """A function that makes the line with the number of dropped lines."""
 
     def line(num: int) -> str:
         fields: EventDict = {"event": "logs_dropped", "num": num}
@@ -223,7 +228,7 @@ def _dropped_line(form: LogFormat) -> Callable[[int], str]:
 
 
 def _stamper(form: LogFormat) -> Processor:
-    """Of the local time where people read it."""
+    """Time stamps: UTC in JSON, local time in text for people."""
     if form == "json":
         return structlog.processors.TimeStamper(fmt="iso")
     return structlog.processors.TimeStamper(fmt="%Y-%m-%dT%H:%M:%S.%f", utc=False)
@@ -231,7 +236,7 @@ def _stamper(form: LogFormat) -> Processor:
 
 @contextmanager
 def _routed(handler: logging.Handler, level: int) -> Iterator[None]:
-    """The one handler and the one level of all loggers, in place of theirs."""
+    """Replace the handlers and levels of all loggers by one handler and one level."""
     before = [
         (each, each.handlers[:], each.propagate, each.level, each.disabled) for each in _loggers()
     ]
@@ -249,7 +254,7 @@ def _routed(handler: logging.Handler, level: int) -> Iterator[None]:
 
 
 def _common(redactor: Redactor, explain: Processor, form: LogFormat) -> list[Any]:
-    """The traceback becomes text before the redactor, so that it reads that too."""
+    """The processors of all lines. `explain` comes before the redactor, which must see its text."""
     return [structlog.processors.add_log_level, _stamper(form), explain, redactor]
 
 

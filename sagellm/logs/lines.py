@@ -24,7 +24,7 @@ _SECRET_TEXTS = re.compile(
     r"|(?<![A-Za-z0-9])(?:sk|pk|hf|ghp|xoxb)[-_][A-Za-z0-9_-]{8,}"
     r"|(?i:((?:api|admin)[-_]?key|token|password)[\"']?\s*[=:]\s*[\"']?)[^\s\"'&,;]+"
 )
-# What users wrote, under whichever name: it is never logged, at any level.
+# Fields with content of users. Their values are never logged, at any level.
 _CONTENT_NAMES = frozenset(
     {"prompt", "prompts", "messages", "content", "text", "input", "inputs", "completion", "output",
      "body", "stop", "token_ids", "prompt_token_ids", "emitted_token_ids", "emitted_text"}
@@ -32,10 +32,10 @@ _CONTENT_NAMES = frozenset(
 
 
 class Redactor:
-    """A structlog processor. `known`: secrets to take out wherever they appear.
+    """A structlog processor that removes secrets and content. `known` are secrets to remove.
 
-    `key` keys the hashes of prompts: equal prompts can be told in one server's log, and nothing
-    can be learned of a prompt without the key. One is drawn where none is given.
+    `key` keys the hashes of prompts: equal prompts of one server have equal hashes, and the hash
+    tells nothing about a prompt without the key. The default is a random key.
     """
 
     def __init__(self, key: bytes = b"", known: Iterable[str] = ()) -> None:
@@ -51,14 +51,14 @@ class Redactor:
         return line
 
     def describe(self, content: object) -> dict[str, object]:
-        """What may be said of a prompt: how long it is, and a keyed hash of it."""
+        """The loggable facts of a prompt: its length and a keyed hash."""
         text = content if isinstance(content, str) else repr(content)
         digest = blake2b(text.encode(errors="surrogatepass"), key=self._key, digest_size=8)
         size = len(content) if isinstance(content, str | list | tuple | dict) else len(text)
         return {"len": size, "hash": digest.hexdigest()}
 
     def clean(self, value: Any, name: str = "", depth: int = 0) -> Any:
-        """The value as it may be logged under that name."""
+        """The value in its loggable form; `name` is the field, which decides about redaction."""
         if value is None or isinstance(value, bool | int | float):
             return REDACTED if value and _SECRET_NAMES.search(name) else value
         if _SECRET_NAMES.search(name):
@@ -72,7 +72,7 @@ class Redactor:
         return self.text(value if isinstance(value, str) else repr(value))
 
     def text(self, text: str) -> str:
-        """The text without what looks like a secret, or is known to be one."""
+        """The text without known secrets and without strings that look like secrets."""
         return _SECRET_TEXTS.sub(_redact_value, self._known.sub(REDACTED, text))
 
     def _mapping(self, value: Mapping[Any, Any], depth: int) -> Any:
@@ -98,13 +98,15 @@ _LEVELS = {
     "error": _RED,
     "critical": _RED,
 }
-_STATUSES = {400: _GREEN, 500: _YELLOW, 1000: _RED}  # the colour of those below
-_CLOCK = slice(11, 23)  # of an ISO time: hours to milliseconds
+_STATUSES = {400: _GREEN, 500: _YELLOW, 1000: _RED}  # status below the key -> colour
+_CLOCK = slice(11, 23)  # hours to milliseconds in an ISO time
 
 
 class TextRenderer:
-    """A structlog renderer. Control characters are escaped, and so is what turns text around: no
-    value can begin a line, or look like another field.
+    """A structlog renderer: time, level, event and fields, aligned, one line for each event.
+
+    Control characters and bidirectional marks are escaped: no value can begin a line, or look like
+    another field.
     """
 
     def __init__(self, *, has_colours: bool) -> None:
@@ -127,21 +129,21 @@ class TextRenderer:
             yield f"{self._painted(escaped(name), _CYAN)}={_shown(line[name])}"
 
     def _call(self, line: Mapping[str, Any]) -> Iterator[str]:
-        """The columns of a call, and whatever else is known of it."""
-        left = dict(line)
-        left.pop("route", None)  # the path says more
-        status = left.pop("status", 0)
+        """The columns of an HTTP call, and after them its other fields."""
+        rest = dict(line)
+        rest.pop("route", None)  # the column of the path contains it
+        status = rest.pop("status", 0)
         yield self._painted(f"{status}", next(_STATUSES[at] for at in _STATUSES if status < at))
         for column, width in _COLUMNS:
-            yield f"{column(left):{width}}"
-        yield from self._fields(left)
+            yield f"{column(rest):{width}}"
+        yield from self._fields(rest)
 
     def _painted(self, text: str, colour: str) -> str:
         return f"\x1b[{colour}m{text}\x1b[0m" if self._has_colours else text
 
 
 def escaped(text: str) -> str:
-    """The text on one line, with nothing that a terminal obeys."""
+    """The text on one line, without control characters for a terminal."""
     if text.isprintable():
         return text
     return "".join(
@@ -150,7 +152,7 @@ def escaped(text: str) -> str:
 
 
 def _shown(value: object) -> str:
-    """A value without blanks as it is, another in quotation marks."""
+    """The value; in quotation marks if it is empty or contains a blank or `=`."""
     text = escaped(str(value)).replace('"', r"\"")
     return f'"{text}"' if not text or " " in text or "=" in text else text
 
@@ -160,8 +162,11 @@ def _call_target(line: dict[str, Any]) -> str:
 
 
 def _tokens(line: dict[str, Any]) -> str:
-    asked, made = line.pop("num_prompt_tokens", None), line.pop("num_output_tokens", None)
-    return "" if asked is None else f"{asked}+{made} tokens"
+    num_prompt, num_output = (
+        line.pop("num_prompt_tokens", None),
+        line.pop("num_output_tokens", None),
+    )
+    return "" if num_prompt is None else f"{num_prompt}+{num_output} tokens"
 
 
 def _ttft(line: dict[str, Any]) -> str:
@@ -206,9 +211,9 @@ _COLUMNS: tuple[tuple[Callable[[dict[str, Any]], str], int], ...] = (
 )
 
 
-_MOST_BYTES = 1 << 20  # that wait
+_MOST_BYTES = 1 << 20  # of queued lines
 _ERASE = b"\r\x1b[2K"
-_CLOSE_S = 1.0  # for what waits, at the end
+_CLOSE_S = 1.0  # for writing queued lines at the end
 
 
 def _dropped(num: int) -> str:
@@ -216,14 +221,16 @@ def _dropped(num: int) -> str:
 
 
 class LogWriter:
-    """What finds no room, or cannot be written (a full disk), is dropped and counted; once there is
-    room again, a line says how much it was.
+    """Writes lines to stderr in a thread, so that logging never waits for a reader.
+
+    A line that does not fit in the queue or cannot be written (a full disk) is dropped and counted.
+    The next line that is written precedes a line with the number of dropped lines.
     """
 
     def __init__(self, dropped: Callable[[int], str] = _dropped) -> None:
-        """`dropped` makes the line that says how many lines were dropped."""
+        """`dropped` makes the line with the number of dropped lines."""
         self.num_dropped = 0
-        self.takes_line = False  # that of the terminal, which a bar may be drawn in
+        self.takes_line = False  # True: erase the terminal's line, where a progress bar may be
         self._dropped = dropped
         self._num_told = 0
         self._lines: deque[bytes] = deque()
@@ -245,10 +252,10 @@ class LogWriter:
         return len(text)
 
     def flush(self) -> None:
-        """Lines are on their way."""
+        """Do nothing: the thread writes each line as soon as it can."""
 
     def close(self) -> None:
-        """Write what waits, as far as it goes within a second."""
+        """Write queued lines for one second at most, and accept no more."""
         with self._changed:
             self._is_closed = True
             self._changed.notify()
@@ -272,8 +279,10 @@ class LogWriter:
 
 
 def write_line(line: bytes) -> bool:
-    """Whether all of it was written. To the descriptor, if there is one: what others print waits
-    for nothing that is held here.
+    """Write a line to stderr; returns whether all of it was written.
+
+    Writes to the descriptor, if there is one: a buffered stream has a lock, and a blocked write
+    would hold it while other code prints.
     """
     try:
         descriptor = sys.stderr.fileno()

@@ -1,0 +1,1 @@
+"""From a graph's name to an open session: its file, options, checks, engines and workers."""

@@ -1,4 +1,4 @@
-"""A session used from asyncio or from plain threads: trio runs in a thread of its own."""
+"""The bridge from asyncio and plain threads to a session: trio runs in a thread of its own."""
 
 import asyncio
 import atexit
@@ -24,7 +24,7 @@ _ASYNC = "`async with graph.open()`, whose session is awaited"
 
 
 class _StreamEnd:
-    """Behind the last item of a stream; with the error that ended it, if one did."""
+    """The marker after the last item of a stream, with the error that ended the stream, if any."""
 
     def __init__(self, error: BaseException | None) -> None:
         self.error = error
@@ -47,9 +47,10 @@ class _SessionThread:
                 self._open()
             )
             self.session = stack.enter_context(manager)
-            self._stack = stack.pop_all()
+            self._stack = stack.pop_all()  # an error before this line closes the portal too
         self._is_open = True
-        atexit.register(self.close)  # a program may forget to: threads of C would abort its end
+        # A program may end without closing: C threads that still run would abort the interpreter.
+        atexit.register(self.close)
 
     def close(self) -> None:
         atexit.unregister(self.close)
@@ -59,7 +60,10 @@ class _SessionThread:
     def start(
         self, put: Callable[[Any], None], prompt: Prompt, fields: dict[str, Any]
     ) -> "Future[None]":
-        """Stream one request into `put`, which is called in the trio thread and must not wait."""
+        """Stream one request into `put`. The trio thread calls `put`, which must not block.
+
+        A `_StreamEnd` follows the last item. Cancelling the future cancels the request.
+        """
 
         async def pump() -> None:
             async with self.session.stream(prompt, **fields) as stream:
@@ -79,12 +83,12 @@ class _SessionThread:
         return self.portal.start_task_soon(run)
 
     def ask(self, function: Callable[..., T], *args: Any) -> T:
-        """Call a function that does not wait."""
+        """Call a function in the trio thread that returns at once."""
         self._check_open()
         return self.portal.call(function, *args)
 
     def _check_open(self) -> None:
-        """Raise RequestError where the graph is closed, as a session inside trio does."""
+        """Raise RequestError if the graph is closed, as a session inside trio does."""
         if not self._is_open:
             raise RequestError(str(ExecutorStopped()))
 
@@ -94,7 +98,7 @@ def _error_of(done: "Future[None]") -> BaseException | None:
 
 
 class _BridgedStream(Generic[T]):
-    """What both kinds of stream share: the end, and cancelling what is unfinished."""
+    """The parts that both kinds of stream share: the end of a stream, and its cancellation."""
 
     _future: "Future[None] | None" = None
     _is_over = False
@@ -115,9 +119,13 @@ class _BridgedStream(Generic[T]):
     __aenter__="a stream of a blocking session is entered with `with`",
 )
 class BlockingStream(_BridgedStream[Output]):
-    """The tokens of one request for a plain thread: an iterator and a context manager."""
+    """The tokens of one request, for a plain thread.
+
+    An iterator and a context manager; leaving the block cancels the request.
+    """
 
     def __init__(self, thread: _SessionThread, prompt: Prompt, fields: dict[str, Any]) -> None:
+        # Unbounded: the trio thread puts items here, and must never block.
         self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._future = thread.start(self._queue.put, prompt, fields)
 
@@ -142,16 +150,16 @@ class BlockingStream(_BridgedStream[Output]):
 
 
 class BlockingSession:
-    """An open graph, for plain threads; any number of them may use it at once.
+    """An open graph for plain threads; any number of threads may use it at once.
 
-    Waiting methods raise UsageError in a thread that runs a trio or asyncio loop.
+    Methods that block raise UsageError in a thread that runs a trio or asyncio loop.
     """
 
     def __init__(self, thread: _SessionThread) -> None:
         self._thread = thread
 
     def stream(self, prompt: Prompt, **fields: Any) -> BlockingStream:
-        """As `Session.stream`; the request starts at once."""
+        """Stream like `Session.stream`, but start the request at once."""
         refuse_in_loop("session.stream of a blocking session", _ASYNC)
         return BlockingStream(self._thread, prompt, fields)
 
@@ -162,11 +170,11 @@ class BlockingSession:
         return self._wait("generate_all", self._thread.session.generate_all, prompt, **fields)
 
     def idle(self) -> None:
-        """Wait until every request has ended."""
+        """Block until every request has ended."""
         self._wait("idle", self._thread.session.idle)
 
     def cancel(self, request_id: str) -> bool:
-        """End a request; False where it is not known."""
+        """Cancel a request; False if its id is unknown."""
         return self._thread.ask(self._thread.session.cancel, request_id)
 
     @property
@@ -180,7 +188,7 @@ class BlockingSession:
         return self._thread.ask(self._thread.session.health)
 
     def encode(self, prompt: Prompt) -> Encoded:
-        """As `Session.encode`."""
+        """Encode like `Session.encode`."""
         return self._thread.session.encode(prompt)
 
     def _wait(self, name: str, call: Callable[..., Awaitable[T]], *args: Any, **kwargs: Any) -> T:
@@ -194,14 +202,14 @@ class BlockingSession:
     __await__="a stream is not awaited: read it with `async for`, or await session.generate(...)",
 )
 class AsyncioStream(_BridgedStream[Output]):
-    """The tokens of one request for an asyncio task."""
+    """The tokens of one request, for an asyncio task."""
 
     def __init__(self, thread: _SessionThread, prompt: Prompt, fields: dict[str, Any]) -> None:
         loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[Any] = asyncio.Queue()
 
         def put(item: object) -> None:
-            if not loop.is_closed():
+            if not loop.is_closed():  # the caller's loop may end before the trio thread
                 loop.call_soon_threadsafe(self._queue.put_nowait, item)
 
         self._future = thread.start(put, prompt, fields)
@@ -229,13 +237,13 @@ class AsyncioStream(_BridgedStream[Output]):
 
 
 class AsyncioSession:
-    """An open graph, for asyncio tasks of one loop."""
+    """An open graph for the asyncio tasks of one event loop."""
 
     def __init__(self, thread: _SessionThread) -> None:
         self._thread = thread
 
     def stream(self, prompt: Prompt, **fields: Any) -> AsyncioStream:
-        """As `Session.stream`; the request starts at once."""
+        """Stream like `Session.stream`, but start the request at once."""
         return AsyncioStream(self._thread, prompt, fields)
 
     async def generate(self, prompt: Prompt, **fields: Any) -> Answer:
@@ -253,6 +261,7 @@ class AsyncioSession:
         await asyncio.wrap_future(self._thread.call(self._thread.session.idle))
 
     def cancel(self, request_id: str) -> None:
+        """Cancel a request. Returns at once, and so without a result."""
         self._thread.portal.start_task_soon(self._thread.session.cancel, request_id)
 
     @property
@@ -266,12 +275,12 @@ class AsyncioSession:
         return self._thread.ask(self._thread.session.health)
 
     def encode(self, prompt: Prompt) -> Encoded:
-        """As `Session.encode`."""
+        """Encode like `Session.encode`."""
         return self._thread.session.encode(prompt)
 
 
 class Bridge:
-    """Opens a session in a trio thread, for callers outside trio."""
+    """Opens and closes a session in a trio thread, for callers outside trio."""
 
     def __init__(self, open_session: OpenSession) -> None:
         self._thread = _SessionThread(open_session)
@@ -281,7 +290,7 @@ class Bridge:
         return BlockingSession(self._thread)
 
     async def open_asyncio(self) -> AsyncioSession:
-        await to_thread.run_sync(self._thread.open)
+        await to_thread.run_sync(self._thread.open)  # loading weights takes seconds
         return AsyncioSession(self._thread)
 
     def close_blocking(self) -> None:

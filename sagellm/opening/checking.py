@@ -1,4 +1,4 @@
-"""Checks a graph against this machine and its models' configs; no weight is read."""
+"""Checks a graph against this machine and the configs of its models, without reading weights."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -29,7 +29,7 @@ from sagellm.runtime.registry import BrokenEntryPoint, OptionError
 from sagellm.runtime.resolver import Resolver
 
 LOG = get_logger("sagellm.models")
-_NAMED = (("operators",), ("engines",), ("models",))  # paths whose next part is a name
+_NAMED = (("operators",), ("engines",), ("models",))  # sections whose keys are names
 
 
 def check_graph(
@@ -39,21 +39,22 @@ def check_graph(
     overrides: Mapping[str, Any] | None = None,
     model: str | None = None,
 ) -> Graph:
-    """The graph of `checked`."""
+    """Check a graph, and return it with its overrides. Raises as `checked_graph` does."""
     return checked_graph(document, resolver, functions, overrides, model).graph
 
 
 @dataclass(frozen=True, slots=True)
 class CheckedGraph:
-    """A graph with its overrides, free of mistakes, and the sizes of its engines' pools."""
+    """A graph with its overrides and without mistakes, and the pool sizes of its engines."""
 
     graph: Graph
     sizes: Mapping[str, Mapping[str, int]]
 
     @property
     def sized(self) -> Graph:
-        """The graph with what was left to the size of the memory set: it is asked for once, so
-        that engines are opened as they were checked.
+        """The graph with the sizes set that depend on free memory.
+
+        Memory is measured once, so that engines open with the sizes that the check has seen.
         """
         graph = self.graph
         for name, options in self.sizes.items():
@@ -68,11 +69,11 @@ def checked_graph(
     overrides: Mapping[str, Any] | None = None,
     model: str | None = None,
 ) -> CheckedGraph:
-    """The graph with its overrides, free of mistakes. Raises GraphError with every one found.
+    """Check a graph with its overrides. Raises GraphError with every mistake found.
 
-    `functions` None: which functions will be registered is not known, and not checked. Nothing
-    that `imports` names is imported. Models are looked up, and fetched where they are not here,
-    only for a graph that makes sense without them. What may surprise in their folders is logged.
+    `functions` None skips the check of function names: functions may be registered later. The check
+    imports no module of `imports`. Models are looked up, and downloaded if necessary, only if the
+    graph is right without them. Warnings about model folders are logged.
     """
     graph = override(document.graph, overrides or {}, model)
     facts = Facts(
@@ -89,15 +90,16 @@ def checked_graph(
     _load_operators(document, graph, resolver)
     graph = _with_outlet_names(graph, resolver.vocabulary)
     found = check(graph, resolver.vocabulary, facts)
-    if not found:
+    if not found:  # describing an engine may download its model: only for a graph that is right
         given = _given_models(graph, overrides or {}, model)
         looked = {
             name: _describe_or_diagnose(name, graph, given.get(name, "")) for name in graph.engines
         }
         engines = {name: one for name, one in looked.items() if isinstance(one, EngineDescription)}
         mistaken = [one for one in looked.values() if isinstance(one, Diagnostic)]
-        found = tuple(dict.fromkeys(mistaken))  # engines that share a model share its mistake
+        found = tuple(dict.fromkeys(mistaken))  # engines of one model report one mistake once
         views = {name: engine.view for name, engine in engines.items()}
+        # The same check again, with the facts of the engines: sizes, roles, KV layouts.
         found += check(graph, resolver.vocabulary, replace(facts, engines=views))
         found += _mixed_tokenizers(graph, engines)
         log_warnings(warning for engine in engines.values() for warning in engine.warnings)
@@ -112,15 +114,15 @@ def checked_graph(
 
 
 def _as_given(found: Iterable[Diagnostic], overrides: Mapping[str, Any]) -> list[Diagnostic]:
-    """A mistake in what was set from outside is not one of the graph's text."""
+    """The mistakes, with the override instead of a place in the file where an override is wrong."""
     return [replace(one, path=_path_as_given(one, overrides)) for one in found]
 
 
 def _path_as_given(found: Diagnostic, overrides: Mapping[str, Any]) -> Path:
-    """The path of a mistake, or the option of a command that it is in."""
+    """The path of a mistake in the graph, or the command line option that contains the mistake."""
     kind, *names = found.path if found.path[:1] in _NAMED else (None, *found.path)
     target = ".".join(str(name) for name in names[:2])
-    if kind == "engines" and len(names) == 1:  # of options that do not fit together
+    if kind == "engines" and len(names) == 1:  # two options of the engine contradict each other
         named = (one for one in overrides if one.startswith(f"{target}."))
         target = next((one for one in named if one.partition(".")[2] in found.message), "")
     if target not in overrides:
@@ -147,7 +149,9 @@ def _with_outlet_names(graph: Graph, vocabulary: Vocabulary) -> Graph:
 
 
 class _RegistryNames(Collection[str]):
-    """The names of a registry and one more; installed packages are asked last, if at all."""
+    """The names of a registry and one more. Entry points of packages are read only for a name that
+    is not built in.
+    """
 
     def __init__(self, known: Collection[str], more: str) -> None:
         self._known, self._more = known, more
@@ -163,7 +167,7 @@ class _RegistryNames(Collection[str]):
 
 
 def _load_operators(document: Document, graph: Graph, resolver: Resolver) -> None:
-    """Raises GraphError for operators of installed packages that cannot be had."""
+    """Load the operators of a graph. Raises GraphError for each operator that fails to load."""
     found = []
     for node in graph.nodes:
         try:
@@ -177,7 +181,7 @@ def _load_operators(document: Document, graph: Graph, resolver: Resolver) -> Non
 
 
 def _mistaken_executor(graph: Graph) -> tuple[Diagnostic, ...]:
-    """Options of the executor that do not go together."""
+    """Options of the executor that contradict each other."""
     options = processes_options(graph)
     return tuple(
         Diagnostic("bad-options", ("executor", option), f"{option}: {message}", hint)
@@ -186,7 +190,7 @@ def _mistaken_executor(graph: Graph) -> tuple[Diagnostic, ...]:
 
 
 def _kinds_of_this_process(graph: Graph) -> tuple[Diagnostic, ...]:
-    """Engines that no worker process can open: workers import no code of the user."""
+    """Engines of a kind that worker processes do not know: workers import no code of the user."""
     if processes_options(graph) is None:
         return ()
     kinds = {name: engine_kind(values) for name, values in graph.engines.items()}
@@ -226,7 +230,7 @@ def _backends_of_this_process(graph: Graph) -> tuple[Diagnostic, ...]:
 
 
 class _AnyFunction(dict[str, Callable[..., Any]]):
-    """Stands for functions that will be registered later."""
+    """A stand-in for functions that will be registered later: it has every name."""
 
     def __contains__(self, name: object) -> bool:
         return True
@@ -238,7 +242,7 @@ class _AnyFunction(dict[str, Callable[..., Any]]):
 def _unbuildable(
     graph: Graph, resolver: Resolver, functions: Mapping[str, Callable[..., Any]] | None
 ) -> tuple[Diagnostic, ...]:
-    """Options that contradict each other: found by building every operator, and nothing else."""
+    """Options that contradict each other. Only building every operator finds these mistakes."""
     replicas = dict.fromkeys(graph.names, 1)
     known = _AnyFunction() if functions is None else functions
     try:
@@ -249,7 +253,7 @@ def _unbuildable(
 
 
 def log_warnings(warnings: Iterable[FolderWarning]) -> None:
-    """Log what may surprise in the folders of models, each once."""
+    """Log warnings about model folders, each one once."""
     for warning in dict.fromkeys(warnings):
         LOG.warning(warning.event, model=warning.model, cause=warning.cause, fix=warning.fix)
 
@@ -257,7 +261,7 @@ def log_warnings(warnings: Iterable[FolderWarning]) -> None:
 def _mixed_tokenizers(
     graph: Graph, engines: Mapping[str, EngineDescription]
 ) -> tuple[Diagnostic, ...]:
-    """Engines of one model that read the same token ids as different text."""
+    """Engines of one model whose tokenizers differ: token ids would mean different text."""
     found = (_mixed(served, engines) for served in served_models(graph))
     return tuple(one for one in found if one is not None)
 
@@ -279,12 +283,12 @@ def _mixed(served: ServedModel, engines: Mapping[str, EngineDescription]) -> Dia
 
 
 def _tokenizer_hash(engine: EngineDescription) -> str:
-    """Empty where the engine takes text, and encodes it itself."""
+    """The hash of an engine's tokenizer; empty for an engine that takes text."""
     return engine.folder.tokenizer_hash if engine.folder is not None else ""
 
 
 def _given_models(graph: Graph, overrides: Mapping[str, Any], model: str | None) -> dict[str, str]:
-    """Engine -> what the user wrote beside the graph to choose its model."""
+    """Engine -> the command line option that chose its model, if one did."""
     given = {} if model is None else dict.fromkeys(graph.engines, f"--model {model}")
     named = {name: f"{name}.model" for name in graph.engines}
     return given | {
@@ -295,9 +299,9 @@ def _given_models(graph: Graph, overrides: Mapping[str, Any], model: str | None)
 
 
 def _describe_or_diagnose(name: str, graph: Graph, given: str) -> EngineDescription | Diagnostic:
-    """An engine that can be opened, or why it cannot be.
+    """The description of an engine, or the diagnostic of an engine that cannot open.
 
-    `given`: how the user chose its model, where that is not in the graph's text.
+    `given` is the command line option that chose the model, or empty.
     """
     try:
         return describe_engine(graph, name)

@@ -1,4 +1,7 @@
-"""The log of a graph's decisions: written while the graph runs, and replayed later."""
+"""The log of a graph's decisions: written while the graph runs, and replayed later.
+
+A replay gives the logged events to a fresh core and compares the effects: see `docs/operations.md`.
+"""
 
 import math
 import os
@@ -14,6 +17,7 @@ from sagellm.graphs.ir import Graph
 from sagellm.graphs.log import get_logger
 from sagellm.graphs.text.codec import from_msgpack, to_msgpack
 from sagellm.opening.sources import override
+from sagellm.opening.tokenizers import load_models
 from sagellm.runtime.core.core import Core
 from sagellm.runtime.core.decision_log import (
     DecisionReader,
@@ -27,7 +31,6 @@ from sagellm.runtime.core.events import Event
 from sagellm.runtime.executors.tasks import RecordDecision
 from sagellm.runtime.operator import EncodeText
 from sagellm.runtime.plan import Plan, plan
-from sagellm.session.models import load_models
 
 log = get_logger("sagellm.decisions")
 
@@ -36,8 +39,9 @@ MAX_DECISION_BYTES = 1 << 30
 
 @dataclass(frozen=True, slots=True)
 class DecisionFile:
-    """Where a graph writes its decisions, and how much at most. The file holds prompts: only its
-    owner may read it.
+    """The file of a graph's decisions, and its largest size.
+
+    The file contains prompts, so only its owner may read it.
     """
 
     path: Path
@@ -48,9 +52,10 @@ class DecisionFile:
 def recording(
     decisions: DecisionFile | None, plan: Plan, max_hold_s: float
 ) -> Iterator[RecordDecision | None]:
-    """What an executor calls with each event; None where nothing is to be recorded.
+    """Open the log, and yield the function that an executor calls with each event.
 
-    A full disk ends the log, and nothing else. Raises OSError where the file cannot be written.
+    Yields None without a file. A full disk ends the log, but never the graph. Raises OSError for a
+    file that cannot be opened. The file is closed at the end of the block.
     """
     if decisions is None:
         yield None
@@ -61,6 +66,7 @@ def recording(
         seed=plan.seed,
         max_hold_s=None if math.isinf(max_hold_s) else max_hold_s,
         facts=dict(plan.facts),
+        # The key of prefix hashes: a replay of routers that read the cache must repeat the hashes.
         block_key=plan.block_key if any(map(plan.reads_cache, plan.engines)) else b"",
     )
     with open(decisions.path, "wb", opener=_open_private) as file:
@@ -79,6 +85,7 @@ class _Recorder:
         try:
             self._writer.record(now, event, effects)
         except OSError as error:
+            # One failure ends the log: a replay stops making sense after a missing event.
             self._writer.is_full = True
             log.warning("decisions_not_written", file=self._path, error=str(error))
         else:
@@ -87,7 +94,7 @@ class _Recorder:
 
 
 def _open_private(path: str, flags: int) -> int:
-    """Opens a file for its owner alone, also one that was there before."""
+    """Open a file that only its owner may read, even if the file existed with other rights."""
     descriptor = os.open(path, flags, 0o600)
     os.fchmod(descriptor, 0o600)
     return descriptor
@@ -95,7 +102,7 @@ def _open_private(path: str, flags: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class ReplayDifference:
-    """The first event whose effects differ; `number` counts from 1."""
+    """The first event whose effects differ. `number` counts from 1."""
 
     number: int
     now_s: float
@@ -106,7 +113,7 @@ class ReplayDifference:
 
 @dataclass(frozen=True, slots=True)
 class ReplayResult:
-    """What a replay came to. `is_cut`: the log ends before its graph did."""
+    """The result of a replay. `is_cut`: the log ends before the graph ended."""
 
     num_events: int
     num_effects: int
@@ -120,7 +127,7 @@ def replay(
     functions: Mapping[str, Callable[..., Any]],
     overrides: Mapping[str, Any] | None = None,
 ) -> ReplayResult:
-    """Replay a log, until effects differ. `overrides` change options of its graph.
+    """Replay a log up to the first difference. `overrides` change options of the logged graph.
 
     Raises OSError, LogError for a file that is no log, and GraphError for overrides that do not fit
     and for functions that are not registered.
@@ -131,7 +138,7 @@ def replay(
         graph = override(from_msgpack(header.graph), overrides or {})
         hold_s = math.inf if header.max_hold_s is None else header.max_hold_s
         encode = _encoder(graph)
-        made = plan(
+        ready = plan(
             graph,
             RESOLVER,
             header.engines,
@@ -141,7 +148,7 @@ def replay(
             facts=header.facts,
             block_key=header.block_key or None,
         )
-        core = Core(made, max_hold_s=hold_s)
+        core = Core(ready, max_hold_s=hold_s)
         num_events = num_effects = 0
         for now, event, recorded in reader:
             effects = core.on(event, now)
@@ -156,6 +163,6 @@ def replay(
 
 
 def _encoder(graph: Graph) -> EncodeText:
-    """Encodes as the graph's models do, which are loaded when a function first needs one."""
+    """The encoder of the graph's models. The first call loads them: most replays need none."""
     models = cache(lambda: load_models(graph))
     return lambda text, model: models().encode(text, model)

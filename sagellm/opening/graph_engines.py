@@ -1,4 +1,7 @@
-"""The engines of a checked graph: their kinds, what is known of them, and how they are opened."""
+"""The engines of a graph: their kinds, options and descriptions; opens them in this process.
+
+Worker processes load this module, so it imports neither sessions nor tokenizers.
+"""
 
 from collections.abc import Iterator, Mapping
 from time import monotonic
@@ -18,7 +21,7 @@ log = get_logger("sagellm.engine")
 
 
 class KindViews(Mapping[str, EngineKindView]):
-    """All kinds of engines, as the checks see them; one is imported when it is asked for."""
+    """All kinds of engines, for the checks. Looking up a kind imports its module."""
 
     def __getitem__(self, name: str) -> EngineKindView:
         kind = KINDS[name]
@@ -35,7 +38,10 @@ class KindViews(Mapping[str, EngineKindView]):
 
 
 async def open_engines(graph: Graph, progress: Progress = silent) -> dict[str, tuple[Engine, ...]]:
-    """Every replica of every engine, in this process. Raises ModelError, EngineOptionError."""
+    """Open every replica of every engine in this process. Raises ModelError, EngineOptionError.
+
+    The replicas load one after another.
+    """
     engines: dict[str, tuple[Engine, ...]] = {}
     for name in graph.engines:
         places = (
@@ -55,26 +61,28 @@ def kind_of(graph: Graph, name: str) -> EngineKind:
 
 
 def engine_options(graph: Graph, name: str) -> Any:
-    """The options of an engine, of the type that its kind declares. Raises EngineOptionError,
-    OptionError.
+    """The options of an engine, as the type that its kind declares.
+
+    Raises EngineOptionError, OptionError.
     """
     return read_options(kind_of(graph, name).options, kind_options(graph.engines[name]))
 
 
 def num_replicas(graph: Graph, name: str) -> int:
-    """How many of an engine are opened."""
+    """The number of replicas of an engine."""
     return int(getattr(engine_options(graph, name), "replicas", 1))
 
 
 def describe_engine(graph: Graph, name: str) -> EngineDescription:
-    """What is known of an engine before it is opened. Raises EngineOptionError, OptionError,
-    ModelError, UnsupportedModel.
+    """The facts of an engine that are known before it opens.
+
+    Raises EngineOptionError, OptionError, ModelError, UnsupportedModel.
     """
     return kind_of(graph, name).described(engine_options(graph, name))
 
 
 async def open_replica(graph: Graph, place: ReplicaPlace) -> Engine:
-    """One replica, ready to run. Raises EngineOptionError, ModelError, UnsupportedModel."""
+    """Open one replica. Raises EngineOptionError, ModelError, UnsupportedModel."""
     return await kind_of(graph, place.engine).open(engine_options(graph, place.engine), place)
 
 

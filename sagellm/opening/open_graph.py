@@ -1,4 +1,4 @@
-"""Opening a graph: check it, load its engines, build its operators, run its executor."""
+"""Opens a graph: checks it, loads its engines, builds its operators, runs its executor."""
 
 import importlib
 import math
@@ -25,20 +25,22 @@ from sagellm.opening.bridge import AsyncioSession, BlockingSession, Bridge
 from sagellm.opening.checking import checked_graph, log_warnings
 from sagellm.opening.decisions import DecisionFile, recording
 from sagellm.opening.graph_engines import open_engines
+from sagellm.opening.tokenizers import load_models
 from sagellm.runtime.cluster.executor_options import IPC, ProcessesOptions, processes_options
 from sagellm.runtime.executors.tasks import TasksExecutor
 from sagellm.runtime.plan import plan
 from sagellm.runtime.port import Engine
 from sagellm.runtime.resolver import Resolver
 from sagellm.session import RequestFailed, Session
-from sagellm.session.models import Models, load_models
+from sagellm.session.models import Models
 
-_SERVING = "sagellm.http_server"  # whose packages nobody needs who does not serve
+_SERVING = "sagellm.http_server"  # imported on demand: only serving needs the packages for HTTP
 HOW_TO_OPEN = (
     "`async with graph.open() as session` under trio or asyncio, "
     "`with graph.open() as session` elsewhere"
 )
-_WORKERS = "sagellm.opening.worker_processes"  # whose import takes a tenth of a second that others do without
+# Importing the supervisor takes a tenth of a second, which graphs without workers need not spend.
+_WORKERS = "sagellm.opening.worker_processes"
 
 if TYPE_CHECKING:
     from sagellm.runtime.cluster.launch import ProcessLauncher
@@ -49,7 +51,7 @@ LaunchProcesses: TypeAlias = "Callable[[ProcessesOptions], ProcessLauncher]"
 
 @dataclass(frozen=True, slots=True)
 class GraphOpening:
-    """All that it takes to open one graph."""
+    """The arguments for opening one graph."""
 
     document: Document
     resolver: Resolver
@@ -57,9 +59,9 @@ class GraphOpening:
     overrides: Mapping[str, Any]
     model: str | None
     seed: int
-    launch: "LaunchProcesses | None" = None  # how worker processes are started
-    progress: Progress = silent  # called with each event of the start
-    decisions: DecisionFile | None = None  # where they are written
+    launch: "LaunchProcesses | None" = None  # replaces the usual start of worker processes
+    progress: Progress = silent  # called with each event while engines load
+    decisions: DecisionFile | None = None
 
 
 @misused(__await__=f"a graph is not awaited: {HOW_TO_OPEN}")
@@ -67,9 +69,9 @@ class GraphOpening:
 class OpenGraph:
     """A graph about to be opened: `async with` under trio or asyncio, `with` in a plain thread.
 
-    Leaving it ends what still runs, frees every block and stops every engine. Entering raises
-    GraphError before any model is loaded, ModelError where one cannot be, and UsageError where it
-    is open already, or `with` would block a loop.
+    Leaving the block cancels running requests, frees every block and stops every engine. Entering
+    raises GraphError before any model is loaded, ModelError for a model that fails to load, and
+    UsageError if the graph is open already or `with` would block an event loop.
     """
 
     def __init__(
@@ -94,11 +96,11 @@ class OpenGraph:
 
     @property
     def model(self) -> str | None:
-        """What replaces the model of every engine, if anything does."""
+        """The model that replaces the model of every engine, or None."""
         return self._recipe.model
 
     def with_overrides(self, more: Mapping[str, Any]) -> "OpenGraph":
-        """The same graph with further options set, not opened yet."""
+        """A copy with further options set, not opened yet."""
         recipe = self._recipe
         other = copy(self)
         other._left()
@@ -106,23 +108,25 @@ class OpenGraph:
         return other
 
     def serve(self, **options: Any) -> None:
-        """Serve it over HTTP until SIGTERM or Ctrl-C; see `sagellm.serve`."""
+        """Serve the graph over HTTP until SIGTERM or Ctrl-C; see `sagellm.serve`."""
         importlib.import_module(_SERVING).serve(self, **options)
 
     async def serve_async(self, **options: Any) -> None:
-        """The same under trio; see `sagellm.http_server.serve_async`."""
+        """Serve the graph under trio; see `sagellm.http_server.serve_async`."""
         await importlib.import_module(_SERVING).serve_async(self, **options)
 
     def launch_by(self, launch: "LaunchProcesses") -> None:
-        """Start worker processes, if there are any, by that instead."""
+        """Start worker processes, if the graph has any, with this function."""
         self._recipe = replace(self._recipe, launch=launch)
 
     def record_to(self, decisions: DecisionFile) -> None:
-        """Write a log of the graph's decisions: see `docs/operations.md`."""
+        """Write the graph's decisions to a file: see `docs/operations.md`."""
         self._recipe = replace(self._recipe, decisions=decisions)
 
     def report_to(self, progress: Progress) -> None:
-        """Call it, from any thread, with how far the start is: see `backends/interface.py`."""
+        """Report the progress of loading: calls `progress` from any thread; see
+        `backends/interface.py`.
+        """
         self._recipe = replace(self._recipe, progress=progress)
 
     async def __aenter__(self) -> Any:  # Session under trio, AsyncioSession under asyncio
@@ -154,14 +158,17 @@ class OpenGraph:
             bridge.close_blocking()
 
     def _left(self) -> tuple[AbstractAsyncContextManager[Session] | None, Bridge | None]:
-        """What it was entered by. It is closed now, and may be entered again in another way."""
+        """Reset to the state before entering; returns the session's context or the bridge to close.
+
+        The graph may then be entered again, also under another event loop.
+        """
         opened, bridge = self._opened, self._bridge
         self._opened, self._bridge, self._is_entered = None, None, False
         return opened, bridge
 
     @contextmanager
     def _entering(self) -> Iterator[None]:
-        """Raises UsageError where it is open; what cannot be opened may be tried again."""
+        """Mark the graph as open. Raises UsageError if it is open; a failure resets the mark."""
         if self._is_entered:
             raise UsageError("this graph is open already; graph.open() again opens a second one")
         self._is_entered = True
@@ -174,12 +181,12 @@ class OpenGraph:
 
 @asynccontextmanager
 async def open_session(recipe: GraphOpening) -> AsyncIterator[Session]:
-    """Run the graph in a nursery of its own for as long as the session is open."""
+    """Open a session; the graph runs in its own nursery until the block ends."""
     found = checked_graph(
         recipe.document, recipe.resolver, recipe.functions, recipe.overrides, recipe.model
     )
     links = processes_options(found.graph)
-    # Workers that come over tcp may be on other machines, and look at their own memory.
+    # Workers over tcp may run on other machines: each sizes its pools by its own memory.
     graph = found.graph if links is not None and links.address != IPC else found.sized
     models = load_models(graph)
     log_warnings(models.warnings)
@@ -209,13 +216,13 @@ async def _running_session(
         make = partial(TasksExecutor, ready, engines=engines, max_hold_s=max_hold_s, record=record)
         session = Session(models, make)
         session.supervisor = supervisor
-        await nursery.start(session.executor.run)
+        await nursery.start(session.executor.run)  # returns when requests may enter
         if supervisor is not None:
             supervisor.watch(session.executor)
         try:
             yield session
         finally:
-            with trio.CancelScope(shield=True):  # brief: an engine step at the most
+            with trio.CancelScope(shield=True):  # lasts one engine step at most
                 await session.close()
             nursery.cancel_scope.cancel()
 
@@ -226,7 +233,7 @@ async def _engines(
     nursery: trio.Nursery,
     recipe: GraphOpening,
 ) -> "tuple[Mapping[str, tuple[Engine, ...]], Supervisor | None]":
-    """The engines, in this process or each in a worker of its own."""
+    """The engines and their supervisor: None for engines in this process."""
     if processes is None:
         return await open_engines(graph, recipe.progress), None
     start_workers = importlib.import_module(_WORKERS).start_workers
@@ -238,9 +245,9 @@ async def _engines(
 
 @asynccontextmanager
 async def _first_error() -> AsyncIterator[None]:
-    """Let an error of the caller's block, or of an engine, out of the nursery as it was raised.
+    """Raise an error of the caller's block or of an engine without the nursery's exception group.
 
-    Where an engine's error made the caller's request fail, the engine's is the one that is raised.
+    An engine's error often makes the caller's request fail too; then the engine's error is raised.
     """
     try:
         yield

@@ -1,4 +1,10 @@
-"""The graph that is meant: the file of a name, and options set from outside."""
+"""Finds the file of a graph by its name, and sets options of the graph from outside.
+
+- A shipped name (`pd`) means the shipped graph, whatever the current folder holds.
+- Any other name is a path, and means exactly that file.
+- `graphs/pd.yaml`, the path of a shipped graph in the repository, means the shipped graph if there
+  is no folder `graphs`: examples work from a clone and from an installed package.
+"""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -70,16 +76,16 @@ def _first(folder: Path, names: Iterable[str]) -> str | None:
 
 
 def override(graph: Graph, overrides: Mapping[str, Any], model: str | None = None) -> Graph:
-    """The graph with options replaced; `NAME.option`, where NAME is an operator, an engine or a
-    model of the table, looked for in that order. `NAME.option.key` sets one key of an operator's
-    option that is a mapping.
+    """The graph with options replaced, such as `{"split.min_uncached_tokens": 8}`.
 
-    `model` replaces the model of every engine. Raises GraphError for a name that is not there;
-    whether the option exists is for the graph's check to say.
+    A target is `NAME.option`. NAME is looked up among operators, then engines, then models.
+    `NAME.option.key` sets one key of an operator's option that is a mapping. `model` replaces the
+    model of every engine. Raises GraphError for an unknown NAME; the check of the graph reports
+    unknown options later.
     """
     for target, value in overrides.items():
         graph = _set(graph, target, value)
-    if model is not None and len(served_models(graph)) > 1:
+    if model is not None and len(served_models(graph)) > 1:  # one model would answer for all
         flag, hint = f"--model {model}", "write --set ENGINE.model=..."
         message = "the graph serves several models, and this would make one of them"
         raise GraphError((Diagnostic("bad-override", (flag,), message, hint),))
@@ -117,7 +123,7 @@ def _with_option(node: Node, option: str, value: Any) -> Node:
 
 
 def _with_executor(graph: Graph, option: str, value: Any) -> Graph:
-    """Another kind takes no option of the one that the file names."""
+    """Set an option of the executor. A new kind drops the options of the kind in the file."""
     before = graph.attrs.get("executor")
     known = dict(before) if isinstance(before, FrozenMap) and option != "kind" else {}
     changed = FrozenMap({**known, option: freeze(value)})
@@ -125,7 +131,7 @@ def _with_executor(graph: Graph, option: str, value: Any) -> Graph:
 
 
 def _with_kind(graph: Graph, name: str, kind: Any) -> Graph:
-    """Another kind takes no option of the file that it does not know."""
+    """Set the kind of an engine. Options of the file that the new kind lacks are dropped."""
     before = graph.engines[name]
     if kind not in KINDS or not isinstance(before, FrozenMap):
         return graph
@@ -150,7 +156,7 @@ def with_engine_options(graph: Graph, name: str, options: Mapping[str, Any]) -> 
 
 
 def _with_entry(graph: Graph, section: str, name: str, options: Mapping[str, Any]) -> Graph:
-    """An engine or a model with some of its options changed."""
+    """The graph with options of one engine or one model changed."""
     entries = graph.engines if section == "engines" else graph.models
     before = entries[name]
     known = dict(before) if isinstance(before, FrozenMap) else {}
@@ -166,7 +172,7 @@ def _with_model(graph: Graph, model: str) -> Graph:
 
 
 def assignment(target: str, value: Any) -> str:
-    """An override as the command line has it."""
+    """An override in the form of the command line, for error messages."""
     return f"--set {target}={value}"
 
 

@@ -1,4 +1,7 @@
-"""What a worker process of a graph runs: one replica of one engine, behind a channel."""
+"""The main module of a worker process, which serves one replica of one engine over a channel.
+
+Workers start often, so this module imports neither sessions nor the supervisor.
+"""
 
 from sagellm.backends.interface import Progress
 from sagellm.graphs.ir import Graph
@@ -19,7 +22,7 @@ from sagellm.runtime.registry import BrokenEntryPoint
 async def open_engine(
     graph: Graph, name: str, replica: int, num_blocks: int | None, progress: Progress
 ) -> Engine:
-    """The engine as the graph has it; with as many blocks as in an earlier life, if it had one."""
+    """Open the replica. `num_blocks` is the pool size of an earlier life of the worker, if any."""
     links = processes_options(graph)
     sharing = Sharing(links.kv, links.host) if links is not None else Sharing()
     return await open_replica(graph, ReplicaPlace(name, replica, sharing, num_blocks, progress))

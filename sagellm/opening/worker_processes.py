@@ -29,8 +29,10 @@ async def start_workers(
     launch: Callable[[ProcessesOptions], ProcessLauncher] | None = None,
     progress: Progress = silent,
 ) -> Supervisor:
-    """Returns once every worker is ready; they run until the nursery ends. Raises WorkerUnfit,
-    BadKeys.
+    """Start a supervisor and its workers in `nursery`; returns when every worker is ready.
+
+    Cancelling the nursery ends the workers. `launch` replaces the way that processes are started.
+    Raises WorkerUnfit, BadKeys.
     """
     cores = len(os.sched_getaffinity(0))
     computing = tuple(name for name in graph.engines if _computes(graph, name))
@@ -50,7 +52,7 @@ async def start_workers(
 
 
 def _computes(graph: Graph, name: str) -> bool:
-    """Whether an engine computes on a device, with threads of this machine."""
+    """Whether an engine computes on a device of this machine, so that it needs cores."""
     return isinstance(engine_options(graph, name), EngineOptions)
 
 

@@ -4,19 +4,15 @@ import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from hashlib import blake2b
 from typing import Any
 
 import msgspec
 
-from sagellm.graphs.ir import Graph
-from sagellm.graphs.sections import ServedModel, served_models
+from sagellm.graphs.sections import ServedModel
 from sagellm.graphs.vocabulary import nearest
-from sagellm.opening.graph_engines import describe_engine
 from sagellm.runtime.messages import Request, Sampling
 from sagellm.runtime.models import FolderWarning
-from sagellm.runtime.models.folder import ModelFolder
-from sagellm.runtime.models.tokenizer import RemoteTokenizer, Tokenizer, load_tokenizer
+from sagellm.runtime.models.tokenizer import RemoteTokenizer, Tokenizer
 from sagellm.session.requests import (
     Encoded,
     Prompt,
@@ -170,25 +166,3 @@ class Models:
             for tokenizer in {id(each.tokenizer): each.tokenizer for each in self.all}.values():
                 stack.enter_context(tokenizer.kept())
             yield
-
-
-def load_models(graph: Graph) -> Models:
-    """The models of a checked graph. Raises ModelError, EngineOptionError."""
-    return Models(tuple(_loaded(graph, served) for served in served_models(graph)))
-
-
-def _loaded(graph: Graph, served: ServedModel) -> Model:
-    """The first of its engines speaks for all: the checks let no other tokenizer beside it."""
-    engine = describe_engine(graph, served.engines[0])
-    if engine.folder is None:
-        return Model(served, RemoteTokenizer(), engine.model, _digest(engine.model))
-    return Model(served, load_tokenizer(engine.folder), engine.model, _scope(engine.folder))
-
-
-def _scope(folder: ModelFolder) -> str:
-    """Equal for equal folders alone: two of one config may hold different weights."""
-    return _digest(f"{folder.hash} {folder.path}")
-
-
-def _digest(named: str) -> str:
-    return blake2b(named.encode(errors="surrogateescape"), digest_size=8).hexdigest()

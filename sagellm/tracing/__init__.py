@@ -1,7 +1,7 @@
-"""Tracing: which requests become traces, and where those are sent.
+"""Tracing: selects the requests that become traces, and sends the traces over OTLP.
 
-Nothing is recorded while a request runs but when its first token was delivered. Spans hold counts
-and parameters, never what users wrote. The OpenTelemetry SDK is needed only where traces are sent.
+While a request runs, only the time of its first token is recorded. Spans contain counts and
+parameters, never content of users. Only sending needs the OpenTelemetry SDK.
 """
 
 import importlib
@@ -19,22 +19,23 @@ from sagellm.runtime.messages import Answer, Forked, Item, Request, TokenEvent
 from sagellm.session import Session
 from sagellm.tracing.spans import ERRORS, ChoiceTimes, OpenRequest, Trace, read_parent, trace_of
 
-_FORCED_PER_S = 10.0  # traces of errors and slow requests: an overload must not drown in its traces
+# Traces of errors and slow requests: under overload every request may be one.
+_FORCED_PER_S = 10.0
 _CLOSE_S = 5.0
 
 
 class TracingError(RuntimeError):
-    """Traces cannot be sent as was asked; the message says what to change."""
+    """Traces cannot be sent with these options; the message says what to change."""
 
 
 class Tracer:
-    """An observer of a session: makes a trace of some requests, and of all that went wrong.
+    """An observer of a session that traces a sample of the requests, and every faulty one.
 
-    `sample`: the share of the others. A caller that samples its own trace gets ours too.
-    `slow_s`: what takes longer counts as gone wrong, as does a first token after its objective.
-    `model`: what answers are said to come from. `names`: of a graph that serves several, by
-    `Request.model`.
-    `send` is called on the session's loop and must not wait.
+    `sample` is the share of requests to trace; if the caller sends a traceparent, its flag decides
+    instead. A request is faulty if it ended in an error, took longer than `slow_s`, or missed its
+    objective for the first token. `model` is the model name in spans; `names` has the names by
+    `Request.model` for a graph of several models. `send` is called in the session's loop and must
+    not block.
     """
 
     def __init__(
@@ -78,7 +79,7 @@ class Tracer:
     def _note(self, opened: OpenRequest, item: TokenEvent | Answer) -> None:
         choice = opened.choices[item.choice]
         choice.num_tokens += item.num_tokens
-        if choice.first is None and item.num_tokens:
+        if choice.first is None and item.num_tokens:  # later tokens cost no clock
             choice.first, choice.first_s = item, self._now()
         if item.finish_reason is not None and choice.last is None:
             choice.last = item
@@ -104,6 +105,7 @@ class Tracer:
         return is_late or now - arrived_s > self._slow_s
 
     def _may_force(self, now: float) -> bool:
+        # A token bucket that holds the traces of one second.
         passed_s, self._allowed_s = now - self._allowed_s, now
         self._allowance = min(self._allowance + passed_s * _FORCED_PER_S, _FORCED_PER_S)
         if self._allowance < 1.0:
@@ -119,16 +121,13 @@ def _fork(opened: OpenRequest, forked: Forked) -> None:
             opened.num_open += 1
 
 
-# ---- where traces go -----------------------------------------------------------------------------
-
-
 class Exporter(Protocol):
-    """Sends traces from a thread of its own, and drops them where it cannot keep up."""
+    """Queues traces and sends them from another thread; drops traces when its queue is full."""
 
     def send(self, trace: Trace) -> None: ...
 
     def close(self) -> None:
-        """Send what is left, for some seconds at most. Blocks."""
+        """Send the queued traces. Blocks for some seconds at most."""
 
 
 @asynccontextmanager
@@ -140,9 +139,10 @@ async def open_tracing(
     names: Mapping[str, str] = MappingProxyType({}),
     sample: float = 0.01,
 ) -> AsyncIterator[None]:
-    """Trace the session's requests to an OTLP/HTTP collector while this is entered.
+    """Trace the session's requests to an OTLP/HTTP collector during the block.
 
-    Raises TracingError where the extra is not installed, or the endpoint or sample make no sense.
+    Leaving the block sends queued traces for some seconds, even when cancelled. Raises TracingError
+    if the extra `otel` is not installed, or for an invalid endpoint or sample.
     """
     exporter = open_exporter(endpoint, sample)
     now = session.executor.now
@@ -157,13 +157,16 @@ async def open_tracing(
 
 
 def open_exporter(endpoint: str, sample: float = 0.01) -> Exporter:
-    """Raises TracingError; sends nothing yet."""
+    """The exporter for a collector; it sends nothing yet. Raises TracingError."""
     exporter: Exporter = check_tracing(endpoint, sample).open_exporter(endpoint)
     return exporter
 
 
 def check_tracing(endpoint: str, sample: float) -> Any:
-    """The module that sends traces, loaded. Raises TracingError: before any weight is read."""
+    """Check the options, and load the module that sends traces. Raises TracingError.
+
+    A command calls this before it reads weights, so that a wrong option fails at once.
+    """
     if not 0.0 <= sample <= 1.0:
         raise TracingError(f"--trace-sample: {sample} is no share; give 0 to 1")
     parts = urlsplit(endpoint)

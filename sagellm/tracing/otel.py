@@ -1,4 +1,4 @@
-"""Traces as OpenTelemetry spans, sent over OTLP/HTTP. Needs the extra `otel`."""
+"""Sends traces as OpenTelemetry spans over OTLP/HTTP. Needs the extra `otel`."""
 
 import time
 from importlib.metadata import version
@@ -24,24 +24,27 @@ from opentelemetry.trace import (
 from sagellm.tracing.spans import Parent, Span, Trace
 
 _TRACES_PATH = "/v1/traces"
-_SEND_S = 5  # for one batch, at the most
+_SEND_S = 5  # timeout of one batch
 
 
 class OtelExporter:
-    """Turns traces into spans; `processor` queues and sends them."""
+    """Converts traces to spans. `processor` queues and sends the spans."""
 
     def __init__(self, processor: SpanProcessor) -> None:
         resource = Resource.create(
             {"service.name": "sagellm", "service.version": version("sagellm")}
         )
         self._provider = TracerProvider(
-            sampler=ALWAYS_ON, resource=resource, shutdown_on_exit=False
+            # The tracer has sampled already; `close` shuts the provider down.
+            sampler=ALWAYS_ON,
+            resource=resource,
+            shutdown_on_exit=False,
         )
         self._provider.add_span_processor(processor)
         self._tracer = self._provider.get_tracer("sagellm")
 
     def send(self, trace: Trace) -> None:
-        """The clock of the stamps is related to the wall's here, once a trace."""
+        """Queue the spans of a trace. Stamps are monotonic: here they become wall clock times."""
         offset_ns = time.time_ns() - round(trace.now_s * 1e9)
         above = _context(trace.parent) if trace.parent else Context()
         here = self._start(trace.root, above, SpanKind.SERVER, offset_ns)
@@ -83,7 +86,7 @@ def _context(parent: Parent) -> Context:
 
 
 def open_exporter(endpoint: str) -> OtelExporter:
-    """`endpoint` is a collector's address, with or without the path of traces."""
+    """The exporter for a collector's URL, with or without the path `/v1/traces`."""
     bare = urlsplit(endpoint).path in ("", "/")
     url = endpoint.rstrip("/") + _TRACES_PATH if bare else endpoint
     return OtelExporter(BatchSpanProcessor(OTLPSpanExporter(url, timeout=_SEND_S)))

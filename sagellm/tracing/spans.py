@@ -1,6 +1,6 @@
-"""Spans: the tree of one request, made of its stamps once it has ended.
+"""The spans of one request, made from its time stamps after it has ended.
 
-They hold counts and parameters, never what users wrote.
+Spans contain counts and parameters, never content of users.
 """
 
 import re
@@ -11,14 +11,14 @@ from sagellm.runtime.messages import Answer, Request, Stamps, TokenEvent
 
 Attributes: TypeAlias = dict[str, str | int | float | bool | tuple[str, ...]]
 
-ERRORS = frozenset({"failed", "expired", "refused"})  # the ends that are errors
+ERRORS = frozenset({"failed", "expired", "refused"})  # finish reasons
 _OPERATIONS = frozenset({"chat", "text_completion"})
 _TRACEPARENT = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})")
 _PHASES = ("policy", "route", "prefill", "kv_transfer", "decode")
 
 
 class Parent(NamedTuple):
-    """The caller's span, as a W3C traceparent names it."""
+    """The caller's span, from a W3C traceparent."""
 
     trace_id: int
     span_id: int
@@ -26,7 +26,7 @@ class Parent(NamedTuple):
 
 
 def read_parent(traceparent: str) -> Parent | None:
-    """None for what is no traceparent (W3C Trace Context, level 1)."""
+    """Parse a traceparent (W3C Trace Context, level 1); None for an invalid one."""
     match = _TRACEPARENT.fullmatch(traceparent)
     if match is None or match[1] == "ff":
         return None
@@ -38,19 +38,19 @@ def read_parent(traceparent: str) -> Parent | None:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """One span; times are of the executor's clock."""
+    """One span. Times are on the executor's clock."""
 
     name: str
     begun_s: float
     ended_s: float
     attributes: Attributes = field(default_factory=dict)
     events: tuple[tuple[str, float], ...] = ()
-    error: str = ""  # its kind; "" where all went well
+    error: str = ""  # a finish reason; empty for success
 
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """A root span of kind SERVER, and its children. `now_s` is when it was made."""
+    """A root span of kind SERVER, and its children. `now_s` is the time of its making."""
 
     root: Span
     children: tuple[Span, ...]
@@ -60,7 +60,7 @@ class Trace:
 
 @dataclass(slots=True)
 class ChoiceTimes:
-    """What is kept of one choice: its first event with tokens, when that came, and its last."""
+    """The first event of a choice with tokens, its delivery time, and the last event."""
 
     first: TokenEvent | Answer | None = None
     first_s: float = 0.0
@@ -70,7 +70,7 @@ class ChoiceTimes:
 
 @dataclass(slots=True)
 class OpenRequest:
-    """One request under way."""
+    """One running request. `num_open` choices have not ended."""
 
     request: Request
     choices: dict[int, ChoiceTimes]
@@ -106,7 +106,7 @@ def trace_of(opened: OpenRequest, model: str, parent: Parent | None, now: float)
 
 def _asked(request: Request, model: str, num_choices: int) -> Attributes:
     sampling = request.sampling
-    asked: Attributes = {
+    attributes: Attributes = {
         "gen_ai.provider.name": "sagellm",
         "gen_ai.request.model": model,
         "gen_ai.request.id": request.request_id,
@@ -116,9 +116,13 @@ def _asked(request: Request, model: str, num_choices: int) -> Attributes:
         "gen_ai.request.top_p": sampling.top_p,
         "gen_ai.request.top_k": sampling.top_k,
         "gen_ai.request.choice.count": num_choices,
-        "gen_ai.request.n": num_choices,  # vLLM's name
+        "gen_ai.request.n": num_choices,  # the name in vLLM
     }
-    return asked if sampling.seed is None else {**asked, "gen_ai.request.seed": sampling.seed}
+    return (
+        attributes
+        if sampling.seed is None
+        else {**attributes, "gen_ai.request.seed": sampling.seed}
+    )
 
 
 def _used(opened: OpenRequest) -> Attributes:
@@ -129,7 +133,7 @@ def _used(opened: OpenRequest) -> Attributes:
     return {
         "gen_ai.usage.input_tokens": num_prompt,
         "gen_ai.usage.output_tokens": num_output,
-        "gen_ai.usage.prompt_tokens": num_prompt,  # vLLM's names
+        "gen_ai.usage.prompt_tokens": num_prompt,  # this name and the next are vLLM's
         "gen_ai.usage.completion_tokens": num_output,
         "gen_ai.usage.cache_read.input_tokens": max(
             (event.num_cached_tokens for event in (*firsts, *lasts)), default=0
@@ -138,7 +142,10 @@ def _used(opened: OpenRequest) -> Attributes:
 
 
 def _latencies(opened: OpenRequest, now: float) -> Attributes:
-    """vLLM's attributes, of the choice that came first; only the phases that it reached."""
+    """vLLM's latency attributes, for the choice whose first token came first.
+
+    A phase that the choice did not reach has no attribute.
+    """
     arrived_s = opened.request.stamps.arrived_s
     known: Attributes = {"gen_ai.latency.e2e": now - arrived_s}
     with_tokens = [choice for choice in opened.choices.values() if choice.first]
@@ -161,7 +168,9 @@ def _latencies(opened: OpenRequest, now: float) -> Attributes:
 
 
 def _stamps(choice: ChoiceTimes) -> Stamps:
-    """What its first and its last event know: either may come from outside the engine."""
+    """The stamps of the first and the last event together: either may come from outside the
+    engine, and then lacks the engine's stamps.
+    """
     last = choice.last.stamps if choice.last else Stamps()
     first = choice.first.stamps if choice.first else Stamps()
     return Stamps(
@@ -178,8 +187,9 @@ def _first(*times: float | None) -> float | None:
 
 
 def _children(request: Request, number: int, choice: ChoiceTimes, now: float) -> list[Span]:
-    """One span an operator that the stamps tell of. `route` is what lies between the queue of
-    `policy_sort` and the first step of an engine.
+    """One span for each operator that the stamps show.
+
+    `route` is the time between leaving the queue of `policy_sort` and the first engine step.
     """
     stamps, arrived_s = _stamps(choice), request.stamps.arrived_s
     finished_s = now if stamps.finished_s is None else stamps.finished_s
@@ -199,10 +209,11 @@ def _children(request: Request, number: int, choice: ChoiceTimes, now: float) ->
 
 
 def _after(phase: str) -> str:
-    """The phase in which a request ended whose last whole phase this was."""
+    """The phase that follows `phase`: the request ended during it."""
     return {"": "policy", "policy": "route", "route": "prefill"}.get(phase, "decode")
 
 
 def _child(name: str, number: int, begun_s: float, ended_s: float) -> Span:
     events = (("first_token", begun_s),) if name == "decode" else ()
+    # Stamps of two processes may be out of order by the error of their clocks.
     return Span(name, begun_s, max(begun_s, ended_s), {"sagellm.choice": number}, events)

@@ -1,4 +1,4 @@
-"""A program that embeds sagellm reads nothing of it on its streams, unless it asks."""
+"""A program that embeds sagellm sees no output of sagellm, unless it asks for logs."""
 
 import os
 import subprocess

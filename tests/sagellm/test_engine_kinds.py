@@ -1,4 +1,4 @@
-"""What kinds of engines, operators and documents say of each other."""
+"""Engine kinds, operators and documents agree with each other."""
 
 import re
 from dataclasses import fields
@@ -26,7 +26,7 @@ OPERATORS = {name: spec for name, spec in RESOLVER.vocabulary.items() if spec.en
 
 
 def needed() -> set[str]:
-    """All needs of operators and requests, "a|b" as it stands."""
+    """All needs of operators and requests, with alternatives as "a|b"."""
     return {*NEEDS, *(need for spec in OPERATORS.values() for need in spec.needs)}
 
 

@@ -1,4 +1,4 @@
-"""Mistakes in the use of sagellm from Python: each is answered at once, with what works."""
+"""Mistakes in Python calls: each raises at once, with the form that works."""
 
 import asyncio
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from sagellm import (
 from sagellm.client.responses import MISUSED
 from sagellm.client.server import AsyncServerConnection, ServerConnection
 
-URL = "http://127.0.0.1:9"  # nobody listens there, and nothing may try to
+URL = "http://127.0.0.1:9"  # no server listens there, and no call may try it
 SHORT = Sampling(max_tokens=3, ignore_eos=True)
 
 

@@ -1,4 +1,4 @@
-"""Registering a user's own things, and those that installed packages offer."""
+"""Registration of a user's own code, and entry points of installed packages."""
 
 import inspect
 import re
@@ -95,7 +95,7 @@ fake_fails = fails_package:fails
 
 @pytest.fixture(autouse=True)
 def _as_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a test registers and loads goes with it."""
+    """Remove everything that a test registers and loads."""
     for table in (FUNCTIONS, POLICIES, STRATEGIES, RESOLVER._operators):
         monkeypatch.setattr(table, "_registered", dict(table._registered))
         monkeypatch.setattr(table, "_loaded", {})
@@ -103,7 +103,7 @@ def _as_before(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An installed distribution, as far as Python can see."""
+    """A distribution that Python takes for an installed one."""
     info = tmp_path / "fake-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: fake\nVersion: 1.0\n")

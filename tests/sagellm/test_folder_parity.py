@@ -1,4 +1,4 @@
-"""Folders out of the ordinary: the same tokens as transformers gives with them."""
+"""Unusual model folders: the tokens are those of transformers."""
 
 import json
 from collections.abc import Callable
@@ -17,7 +17,7 @@ NUM_NEW = 32
 
 
 def half(folder: Path) -> None:
-    """Weights of float16, as many older folders have them."""
+    """Weights in float16, as in many older folders."""
     weights = {name: weight.half() for name, weight in load_file(folder / WEIGHTS).items()}
     save_file(weights, folder / WEIGHTS)
     config = json.loads((folder / "config.json").read_text())
@@ -26,7 +26,7 @@ def half(folder: Path) -> None:
 
 
 def untied(folder: Path) -> None:
-    """A head of its own, under a config.json that ties it."""
+    """An untied output head, under a config.json that ties it."""
     weights = load_file(folder / WEIGHTS)
     generator = torch.Generator().manual_seed(1)
     head = torch.randn(weights["model.embed_tokens.weight"].shape, generator=generator)

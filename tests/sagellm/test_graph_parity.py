@@ -1,4 +1,4 @@
-"""The same tokens through every shipped graph, as transformers gives on the same weights."""
+"""Every shipped graph gives the tokens of transformers on the same weights."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -44,7 +44,7 @@ def exam(request: Any, tmp_path_factory: Any) -> Exam:
 
 
 def exact(graph: str, **options: Any) -> dict[str, Any]:
-    """Settings of every engine of the graph under which token equality is asked for."""
+    """The engine settings under which tokens must be equal."""
     wanted = {"deterministic": True, "max_model_len": 512, **options}
     return {f"{e}.{name}": value for e in ENGINES[graph] for name, value in wanted.items()}
 
@@ -99,7 +99,7 @@ async def test_greedy_tokens_survive_preemption(exam: Exam) -> None:
 
 @pytest.fixture
 def device(request: Any) -> Iterator[str]:
-    """The name of a backend; those of tests are installed."""
+    """The name of a backend, installed if it is one of the tests."""
     with installed():
         yield request.param
 

@@ -1,4 +1,4 @@
-"""What a session says of its health while an engine works, hangs and stops."""
+"""The health of a session while an engine works, hangs and stops."""
 
 from dataclasses import dataclass
 from typing import Any, cast
@@ -34,7 +34,7 @@ class GatedLaunch:
 
 @dataclass
 class Gate:
-    """A runner whose steps end once it is opened."""
+    """A runner whose steps wait until the test releases them."""
 
     inner: Any
     opened: trio.Event

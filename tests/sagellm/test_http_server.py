@@ -1,4 +1,4 @@
-"""A graph of Python is served as the command serves a file."""
+"""A graph built in Python is served like a file by the command."""
 
 import json
 import os
@@ -37,14 +37,14 @@ async def test_a_graph_of_python_answers_over_http(capsys: pytest.CaptureFixture
 
 
 def test_the_blocking_form_ends_by_a_signal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sent as soon as it says where it listens."""
+    """The signal is sent as soon as the server prints its address."""
     lines: list[str] = []
 
     def told(line: str) -> None:
         lines.append(line)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr("sagellm.http_server.print_address", told)
+    monkeypatch.setattr("sagellm.http_server.tell", told)
     sagellm.serve(graph(), port=0, served_model_name="mine", log_level=None)
     assert lines[0].startswith("sagellm serves mine at http://127.0.0.1:")
 
@@ -99,7 +99,7 @@ async def test_options_of_open_and_of_the_model_count() -> None:
 
 
 async def test_the_shipped_map_is_served_by_processes_and_gateways() -> None:
-    """The functions stay in this process; workers and gateways have none."""
+    """Functions run in this process only; workers and gateways have none."""
     opening = Graph.load("map").open(model="null", set={"g.device": "null"}, executor="processes")
     async with trio.open_nursery() as nursery:
         url = await nursery.start(partial(opening.serve_async, port=0, gateways=2))

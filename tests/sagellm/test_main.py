@@ -1,4 +1,4 @@
-"""The command from its first import on: Ctrl-C ends it with 130 and one line."""
+"""The command from its first import: Ctrl-C ends it with code 130 and one line."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ from sagellm import __main__ as command
 
 @pytest.fixture(autouse=True)
 def handler() -> Any:
-    """The command leaves a handler of its own."""
+    """Restore the handlers: the command sets its own."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     for number, handled in before.items():
@@ -74,7 +74,7 @@ def test_a_process_is_interrupted_while_it_imports(
 
 
 def test_a_sigterm_while_a_graph_is_opened_ends_it_as_ctrl_c_does(tmp_path: Path) -> None:
-    """Its workers end, and their folder goes."""
+    """The workers end, and their folder is removed."""
     arguments = [sys.executable, "-m", "sagellm", "serve", "joint", "--port", "0"]
     arguments += ["--executor", "processes"]
     environment = {**os.environ, "TMPDIR": str(tmp_path)}

@@ -41,7 +41,7 @@ SPLIT = {  # 10 requests a second: a prompt takes the prefill engine some 0.1 s
 
 @dataclass
 class Load:
-    """What became of the requests of one spell of load."""
+    """The results of one period of load."""
 
     seconds: float
     objective_s: float = OBJECTIVE_S
@@ -81,7 +81,7 @@ async def loaded(
     *,
     num_tokens: tuple[int, int] = (8, 32),
 ) -> Load:
-    """Poisson arrivals for so long; returns once all have ended."""
+    """Send Poisson arrivals for a while; returns when all requests have ended."""
     draw = random.Random(rate)
     load = Load(seconds, session.executor.plan.logic["admission"].options.slo_ttft_s)
 
@@ -107,7 +107,7 @@ async def loaded(
 
 
 async def peak_goodput(graph: str, options: dict[str, object], capacity: float) -> float:
-    """Of a sweep over rates that can be served."""
+    """A sweep over rates below capacity."""
     peaks = []
     for part in (0.5, 0.8, 1.0):
         async with Graph.load(graph).open(set=options) as session:
@@ -137,7 +137,7 @@ async def test_ten_times_overload_keeps_goodput_and_promises(
 async def test_answers_that_begin_and_end_together_break_no_promise(
     autojump_clock: MockClock,
 ) -> None:
-    """Sixteen answers of four seconds at a time: then nothing leaves for as long."""
+    """Sixteen answers of four seconds start together: nothing leaves meanwhile."""
     options = {
         "g.device": "null",
         "g.decode_step_s": 0.05,
@@ -250,7 +250,7 @@ async def test_a_critical_request_is_refused_only_where_all_others_are(
 async def test_a_request_that_misses_its_objective_does_not_starve(
     autojump_clock: MockClock,
 ) -> None:
-    """For a minute others with more time left come all the while."""
+    """For a minute, requests with later deadlines keep coming."""
     async with Graph.load("joint").open(set=NULL) as session:
         await loaded(session, CAPACITY, 5)
         load = await loaded(session, 6 * CAPACITY, 60, (CRITICAL, BACKGROUND))
@@ -262,7 +262,7 @@ async def test_a_request_that_misses_its_objective_does_not_starve(
 async def test_requests_that_can_wait_are_not_in_the_way_of_those_that_cannot(
     policy: str, is_served: bool, autojump_clock: MockClock
 ) -> None:
-    """Seven seconds of work without an objective wait; where order allows it, others pass it."""
+    """Seven seconds of work without an objective wait; other requests may overtake."""
     options = {**NULL, "sort.policy": policy}
     del options["admission.slo_ttft_s"]
     sampling = Sampling(max_tokens=20, ignore_eos=True)

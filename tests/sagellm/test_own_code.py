@@ -1,4 +1,4 @@
-"""A user's own code: imported on the user's word alone, with the line of what is wrong in it."""
+"""A user's own code: imported only on request; errors have the line."""
 
 import sys
 from collections.abc import Iterator
@@ -46,7 +46,7 @@ def add_a_word(request):
 
 @pytest.fixture(autouse=True)
 def _as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What a test registers and imports goes with it."""
+    """Remove everything that a test registers and imports."""
     tables = (FUNCTIONS, POLICIES, STRATEGIES, RESOLVER._operators)
     for table in tables:
         monkeypatch.setattr(table, "_registered", dict(table._registered))
@@ -60,7 +60,7 @@ def _as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of a user, which is the current one."""
+    """The current folder, with a user's files."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "beside.py").write_text("SUFFIX = ' word'\n")
     (tmp_path / "my_code.py").write_text(CODE)
@@ -168,7 +168,7 @@ def test_imports_round_trip() -> None:
 
 
 async def test_a_graph_that_came_over_a_wire_imports_nothing(folder: Path) -> None:
-    """Not where it is checked, opened, or given to a worker; a gateway asks for its tokenizer."""
+    """Checks, openings, workers and gateways import nothing."""
     (folder / "my_trap.py").write_text("raise SystemExit('imported')\n")
     text = GRAPH.format(imports="my_trap.py, my_trap", function="add_a_word")
     graph = from_msgpack(to_msgpack(load(text, file="f").graph))

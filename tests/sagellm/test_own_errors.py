@@ -1,4 +1,4 @@
-"""Errors of a user's own code: what the caller gets, and what the log says."""
+"""Errors of a user's own code: the exception for the caller, and the log line."""
 
 import asyncio
 import json
@@ -28,7 +28,7 @@ FIVE = Sampling(max_tokens=5, ignore_eos=True)
 
 
 def line_of(code: str) -> str:
-    """file:line of this file, of the only line that ends with `# code`."""
+    """file:line of the one line here that ends with `# code`."""
     lines = HERE.read_text().splitlines()
     (number,) = [at for at, line in enumerate(lines, 1) if line.endswith(f"# {code}")]
     return f"{HERE}:{number}"
@@ -179,7 +179,7 @@ async def test_a_coroutine_is_no_result(op: Any, autojump_clock: MockClock) -> N
 
 @dataclass(frozen=True)
 class Own:
-    """A logic operator that answers an arrival with what `answer` makes of it."""
+    """A logic operator whose Step for an arrival is `answer(arrival)`."""
 
     answer: Callable[[Item], Any]
     initial: None = None
@@ -264,7 +264,7 @@ async def test_a_service_that_raises_or_drops_a_request(
 async def test_a_strategy_that_raises_fails_its_requests_and_blocks_no_other(
     monkeypatch: pytest.MonkeyPatch, autojump_clock: MockClock
 ) -> None:
-    """Also where the request waited: it leaves the queue."""
+    """A waiting request leaves the queue too."""
 
     def own(candidates: Candidates, *_: Any) -> int:
         return 0 if candidates.request.user_id else {}["user"]  # own strategy

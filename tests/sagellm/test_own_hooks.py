@@ -1,4 +1,4 @@
-"""Errors in what a user's service operator does beside taking items: signals, events, cleaning."""
+"""Errors in other hooks of a user's service operator: signals, events, cleaning."""
 
 import asyncio
 import sys
@@ -86,7 +86,7 @@ async def test_a_cancel_reaches_the_operators_after_one_that_raises(
 
 
 class OwnGenerate(GenerateService):
-    """Raises for the engine's events of the request `bad`, and where its engine lost it."""
+    """Raises for the engine's events of the request `bad`, and for the loss of its engine."""
 
     async def on_events(self, ctx: Context, events: Any) -> None:
         if any(event.request_id == "bad" for event in events):

@@ -1,4 +1,4 @@
-"""Errors of a user's logic operator at a wake-up: what it holds ends, and the log names it."""
+"""Errors of a logic operator at a wake-up: its requests end, and the log names it."""
 
 import math
 from collections.abc import Callable
@@ -98,7 +98,7 @@ async def test_what_was_sent_at_a_wake_up_goes_on_where_the_rest_was_dropped(
 
 @dataclass(frozen=True)
 class Keeping:
-    """Keeps bad requests, asks for `wake_at`, and raises for all that happens but an arrival."""
+    """Holds bad requests, asks for `wake_at`, and raises for all inputs but arrivals."""
 
     wake_at: Any = None
     initial: int = 0

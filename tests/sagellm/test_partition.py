@@ -1,4 +1,4 @@
-"""A worker whose network goes down while its process lives on."""
+"""A worker whose network fails while its process lives on."""
 
 import pytest
 from network_partition import seen_of
@@ -6,7 +6,7 @@ from network_partition import seen_of
 
 @pytest.mark.timeout(180)
 def test_a_worker_behind_a_network_that_is_down_is_done_without_and_comes_back() -> None:
-    """In the meantime nobody emits twice, and nobody waits long."""
+    """During the partition no token comes twice, and no stream waits long."""
     seen = seen_of(5.0)
     assert seen["is_identical"]
     assert seen["num_up_while_parted"] == 1

@@ -1,4 +1,4 @@
-"""Tokens are the same with prefix reuse and without, and as if each request were alone."""
+"""Prefix reuse changes no token, and requests do not change each other."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ GREEDY = Sampling(max_tokens=NUM_NEW, ignore_eos=True)
 
 
 class Exam:
-    """Eight prompts behind one system prompt of 200 tokens, and transformers' answers."""
+    """Eight prompts after one system prompt of 200 tokens, and transformers' answers."""
 
     def __init__(self, folder: Path) -> None:
         make_model("qwen3", folder)
@@ -53,7 +53,7 @@ async def together(
 
 
 async def num_hits(session: Session) -> int:
-    """Tokens found in all pools; no block is leased, and the ledgers balance."""
+    """The cached tokens that requests found; no block is leased, and the ledgers balance."""
     await session.idle()
     session.executor.core.ledger.check()
     loads = [load for pool in session.statistics().engines.values() for load in pool]
@@ -83,7 +83,7 @@ async def test_switched_off_the_tokens_are_the_same(graph: str, exam: Exam) -> N
 
 @pytest.mark.parametrize("is_on", [True, False])
 async def test_a_small_pool_changes_no_token(is_on: bool, exam: Exam) -> None:
-    """Evicted, and found or computed again."""
+    """Evicted blocks are found elsewhere, or computed again."""
     small = {"num_blocks": 33, "prefix_caching": is_on, "prefill_chunk": 40}
     async with opening("joint", exam, **small) as session:
         for _ in range(2):

@@ -1,4 +1,4 @@
-"""Requests go where their prefix is: whole graphs, in virtual time and over worker processes."""
+"""Requests go to the replica with their prefix, in virtual time and over processes."""
 
 from functools import partial
 from pathlib import Path
@@ -78,7 +78,7 @@ async def test_tenants_do_not_draw_each_other(autojump_clock: MockClock) -> None
 
 
 async def test_what_a_router_knows_is_what_engines_have(autojump_clock: MockClock) -> None:
-    """Also where blocks run out, so that they are evicted."""
+    """The same under eviction, when blocks run out."""
     async with routed("prefix_aware", num_blocks=40, max_model_len=512).open() as session:
         async with trio.open_nursery() as nursery:
             for turn in range(30):
@@ -134,7 +134,7 @@ async def test_a_worker_that_was_lost_is_not_taken_for_warm(
         assert known.num_blocks == 0
         await ask(session, 0, 5)
         assert known.num_blocks_of("g", 1 - warm) > 0
-        await trio.sleep(30.0)  # it is back, with nothing
+        await trio.sleep(30.0)  # it is back, with an empty cache
         for group in (1, 2):
             await ask(session, group, 6)
         assert known.num_blocks_of("g", warm) > 0
@@ -152,7 +152,7 @@ async def test_a_worker_that_was_lost_is_not_taken_for_warm(
 
 @pytest.mark.in_process
 async def test_workers_and_router_hash_alike(tmp_path: Path) -> None:
-    """Over processes: each has a secret of its own, but for that of the graph."""
+    """Workers get the secret of the graph: with their own secrets, hashes would differ."""
     graph = routed("prefix_aware", prefill_token_s=0.0, decode_step_s=0.001)
     async with graph.open(executor="processes") as session:
         cached, by_replica = await hits(session, num_turns=3)

@@ -1,4 +1,4 @@
-"""Graphs as processes: the same answers as in one process, whichever worker is killed."""
+"""Graphs over processes: the answers of one process, even if a worker is killed."""
 
 import importlib.util
 import os
@@ -83,13 +83,13 @@ IN_STEPS = {"p.max_num_batched_tokens": 48, "prefill.max_inflight": 2}
 
 
 def long_prompts(first: int) -> dict[int, list[int]]:
-    """Six that have nothing in common, of 19 blocks each."""
+    """Six prompts without a common prefix, of 19 blocks each."""
     return {n: [n, *((7 * n + k * k) % 251 for k in range(300))] for n in range(first, first + 6)}
 
 
 @pytest.fixture(params=["memory", "tcp", "nixl"])
 def any_kv(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Any]:
-    """Options of an executor, for each way that blocks may go."""
+    """Executor options for each KV transport."""
     create_keys(tmp_path / "keys")
     links: dict[str, Any] = {"executor.kv": request.param}
     if request.param != "memory":
@@ -99,7 +99,7 @@ def any_kv(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Any]:
 
 async def num_early(session: Session) -> float:
     """Blocks so far that came while the rest of their prompt was computed."""
-    await trio.sleep(0.6)  # the next sign of life says it
+    await trio.sleep(0.6)  # the next ping carries the count
     (load,) = session.statistics().engines["d"]
     assert load.num_damaged_chunks == 0
     return load.num_early_blocks
@@ -113,7 +113,7 @@ async def test_blocks_come_while_the_rest_of_their_prompt_is_computed(
         alone = await stream_all(session, SEEDED, prompts=first | second)
     async with opened("pd", **IN_STEPS, **any_kv) as session:
         found = await stream_all(session, SEEDED, prompts=first)
-        before = await num_early(session)  # the first of a link come late
+        before = await num_early(session)  # the first blocks of a new link come late
         others = await stream_all(session, SEEDED, prompts=second)
         assert await num_early(session) - before > 2 * len(second)
     assert found.tokens | others.tokens == alone.tokens
@@ -174,7 +174,7 @@ async def test_a_killed_worker_loses_and_repeats_no_token(victim: str, sampling:
 
 
 async def test_a_prefill_worker_killed_at_work_loses_nothing() -> None:
-    """Computing, sending, and with others waiting for it: each is computed again."""
+    """The worker dies while it computes, sends, and queues: all prompts are computed again."""
     async with opened("pd_many") as session:
         for first, victim, after_s in ((0, "p[0]", 0.0), (32, "p[1]", 0.02), (64, "p[0]", 0.05)):
             prompts = {n: [*range(n, 140 + n)] for n in range(first, first + 32)}  # none is cached
@@ -264,7 +264,7 @@ async def test_workers_are_replaced_one_after_the_other_under_load() -> None:
 
 @pytest.mark.parametrize("graph", ["joint", "pd_many"])
 async def test_a_drained_worker_takes_nothing_new_and_loses_nothing(graph: str) -> None:
-    """At a sibling streams go on; without one they end where they are."""
+    """Streams continue on a sibling; without one they finish on the draining worker."""
     name = {"joint": "g[0]", "pd_many": "d[0]"}[graph]
     async with opened(graph) as session:
         assert session.supervisor is not None
@@ -312,7 +312,7 @@ async def test_a_sender_that_dies_midway_leaves_no_half_written_block(
 
 
 def deaths(session: Session) -> Counter[str]:
-    """Of workers, by engine."""
+    """The workers by engine."""
     assert session.supervisor is not None
     found: Counter[str] = Counter()
     for worker in session.supervisor.workers:
@@ -348,7 +348,7 @@ async def test_replicas_come_and_go_under_load() -> None:
 
 
 async def test_what_was_placed_on_a_replica_that_goes_ends_all_the_same() -> None:
-    """Also where its first token is its last, so that nothing asks the replica any more."""
+    """Even if the first token is the last, so that no request needs the replica."""
     null = {f"{name}.{key}": "null" for name in "pd" for key in ("model", "device")}
     slow = {**null, "p.prefill_token_s": 0.02, "d.decode_step_s": 0.01}
     one = Sampling(max_tokens=1, ignore_eos=True)
@@ -425,7 +425,7 @@ async def test_cancelled_requests_leave_nothing_in_a_worker() -> None:
 
 @pytest.mark.parametrize("kv", ["memory", "tcp"])
 async def test_two_hundred_cancels_at_random_points_free_every_block(kv: str) -> None:
-    """In a queue, while a prompt is computed, while its blocks move, while it answers."""
+    """While queued, while prefilling, while blocks move, while decoding."""
     draw = random.Random(kv)
     answer = Sampling(max_tokens=30, ignore_eos=True)
     async with opened("pd_many", **{"executor.kv": kv}) as session:

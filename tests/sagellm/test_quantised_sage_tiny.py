@@ -1,4 +1,4 @@
-"""sage-tiny in every mode, through the prefill/decode graph: its answers stay right."""
+"""sage-tiny stays right in every mode, through the prefill/decode graph."""
 
 import pytest
 import trio

@@ -44,7 +44,7 @@ async def ttft_s(session: Session, prompt: Any) -> float:
 
 
 async def step_s(session: Session) -> float:
-    """Seconds of one full step: a 256-token prompt in chunks of 64 takes four."""
+    """Seconds of one full step: a 256-token prompt in chunks of 64 takes four steps."""
     asked = trio.current_time()
     await session.generate([1] * 256, sampling=Sampling(max_tokens=1, ignore_eos=True))
     return (trio.current_time() - asked) / 4
@@ -66,7 +66,7 @@ async def test_a_short_request_does_not_wait_for_a_long_one(kind: str, folder: s
         for _ in range(5):
             sampling = Sampling(max_tokens=long_answer, ignore_eos=True)
             async with session.stream(long_prompt, sampling=sampling) as long:
-                await trio.testing.wait_all_tasks_blocked()  # its first step is under way
+                await trio.testing.wait_all_tasks_blocked()  # its first step runs
                 behind.append(await ttft_s(session, short))
                 assert long._num_open  # still running
         assert min(behind) <= 2 * alone + one_step

@@ -1,4 +1,4 @@
-"""Requests that come in behind the session's own checks end as refused; the graph lives on."""
+"""Wrong requests that bypass the session's checks end as refused; the graph lives on."""
 
 from typing import Any
 
@@ -28,7 +28,7 @@ WRONG: list[dict[str, Any]] = [
 
 
 async def injected(session: Session, request: Request) -> list[TokenEvent]:
-    """What a request gives that enters the graph as it is."""
+    """The end of a request that enters the graph unchecked."""
     stream = session.stream([1], request_id=request.request_id)
     stream._requests = [request]
     return [event async for event in outputs(stream) if isinstance(event, TokenEvent)]

@@ -1,4 +1,4 @@
-"""What the shipped model can do: exercises that it never saw, through the prefill/decode graph."""
+"""The shipped model solves exercises that it never saw, through the prefill/decode graph."""
 
 from pathlib import Path
 

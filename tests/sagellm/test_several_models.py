@@ -13,9 +13,9 @@ from trio.testing import MockClock
 
 from sagellm import Graph, RequestRefused, Sampling, ops
 from sagellm.graphs.diagnostics import GraphError
+from sagellm.opening.tokenizers import load_models
 from sagellm.runtime.messages import Request
 from sagellm.session import RequestError, Session
-from sagellm.session.models import load_models
 from sagellm.several_models import graph_of_models, model_keys
 
 TWO = Path("examples/two_models.yaml")
@@ -30,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @asynccontextmanager
 async def opened(graph: Graph, **options: Any) -> AsyncIterator[Session]:
-    """The session; afterwards the books balance and no block is leased."""
+    """The session; at the end the ledger balances and no block is leased."""
     async with graph.open(set=options) as session:
         yield session
         await session.idle()
@@ -52,7 +52,7 @@ def null_pair(**admission: Any) -> Graph:
 
 
 class Notes:
-    """An observer that keeps the requests that it is told of."""
+    """An observer that records the submitted requests."""
 
     def __init__(self) -> None:
         self.requests: list[Request] = []
@@ -61,11 +61,11 @@ class Notes:
         self.requests += requests
 
     def delivered(self, item: Any) -> None:
-        """Nothing is kept of it."""
+        """Ignore items."""
 
 
 async def test_each_model_reads_and_writes_with_its_own_tokenizer(folder: Path) -> None:
-    """The mirrored one answers alike only where nobody mistakes its tokens for the other's."""
+    """The mirrored model answers alike only if its tokens are never mixed up."""
     graph = graph_of_models(["sage-tiny", str(folder)])
     async with opened(graph) as session:
         one = await session.generate(SUM, sampling=GREEDY, model="sage-tiny")
@@ -131,7 +131,7 @@ async def test_a_limit_of_the_table_holds_for_its_model_alone(autojump_clock: Mo
 
 
 async def test_salts_of_models_that_differ_never_meet(folder: Path) -> None:
-    """Of two names of one model they do: its blocks are the same."""
+    """Two names of one model share blocks."""
     graph, notes = graph_of_models(["sage-tiny", str(folder)]), Notes()
     async with opened(graph) as session:
         session.observers.append(notes)
@@ -144,7 +144,7 @@ async def test_salts_of_models_that_differ_never_meet(folder: Path) -> None:
 
 
 def test_models_of_one_config_have_scopes_of_their_own(folder: Path, tmp_path: Path) -> None:
-    """Their weights may differ."""
+    """Two folders of one config may have different weights."""
     twin = shutil.copytree(folder, tmp_path / "twin")
     one, other = load_models(graph_of_models([str(folder), str(twin)]).ir).all
     assert one.scope != other.scope
@@ -176,7 +176,7 @@ def as_dict(request: Request) -> dict[str, Any]:
 
 
 def test_engines_of_one_model_need_one_tokenizer(folder: Path) -> None:
-    """What two models may have apart."""
+    """The options that may differ between two models."""
     with pytest.raises(GraphError, match="different tokenizers"):
         Graph.load("pd").open(set={"d.model": str(folder)}).__enter__()
 

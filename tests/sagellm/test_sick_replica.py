@@ -1,4 +1,4 @@
-"""A replica whose engine fails on everything: requests go to its sibling, and it is ejected."""
+"""A replica whose engine always fails: requests move to its sibling, and it is ejected."""
 
 import dataclasses
 from typing import Any
@@ -27,7 +27,7 @@ def routed(num_replicas: int) -> Graph:
 
 @pytest.fixture
 def sicken(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Make the logits of one replica no numbers, from some token of each answer on."""
+    """Turn the logits of one replica into NaN, from some token of each answer on."""
     result = ModelledLaunch.result
 
     def sicken(session: Session, number: int, *, from_token: int = 0) -> None:
@@ -115,7 +115,7 @@ async def test_a_request_that_every_replica_fails_on_ends(
 
 
 async def test_tokens_of_the_step_that_failed_are_kept(autojump_clock: MockClock) -> None:
-    """With drafts, a step may sample tokens and then logits that are no numbers."""
+    """With drafts, a step may sample tokens before it meets NaN logits."""
     long = Sampling(max_tokens=30, ignore_eos=True, seed=5)
     async with routed(2).open() as session, trio.open_nursery() as nursery:
         right = await generate(session, [1, 2, 3], sampling=long)

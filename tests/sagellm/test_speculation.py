@@ -1,4 +1,4 @@
-"""Speculation through whole graphs: the same answers, the counts, and what a check says."""
+"""Speculation through whole graphs: equal answers, counts, and the graph's check."""
 
 from pathlib import Path
 from typing import Any

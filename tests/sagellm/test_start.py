@@ -1,4 +1,4 @@
-"""What happens until the first token: which packages are loaded, and how much memory is taken."""
+"""The cost of the first token: loaded packages, and memory."""
 
 import json
 import subprocess
@@ -26,7 +26,7 @@ PEAK = (
     FIRST_TOKEN + "print([l for l in open('/proc/self/status') if l[:5] == 'VmHWM'][0].split()[1])"
 )
 
-# Each takes from tenths of a second to seconds, and none is needed for an answer.
+# Each import takes tenths of a second to seconds, and an answer needs none of them.
 NOT_NEEDED = {
     *("transformers", "torch._dynamo", "torch._inductor", "sympy", "accelerate", "scipy"),
     *("httpx", "httpx2", "requests", "aiohttp", "openai", "huggingface_hub.errors"),
@@ -65,7 +65,7 @@ def test_whoever_collects_by_hand_is_left_to_it() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_weights_are_in_memory_once(tmp_path: Path) -> None:
-    """Neither is the table of embeddings, which the model shares with its logits, there twice."""
+    """The embedding table, which the logits share, is in memory once too."""
     shape = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 6}
     model = make_model("qwen2", tmp_path, vocab_size=98304, **shape)
     in_bfloat16(model)

@@ -1,4 +1,4 @@
-"""A graph whose engine speaks text only: nothing in it needs token ids, or KV blocks."""
+"""A graph whose engine has text only: nothing needs token ids or KV blocks."""
 
 import inspect
 import json

@@ -1,4 +1,4 @@
-"""Workers that die, fall silent, garble and are restarted for a virtual hour: nothing is lost."""
+"""Workers die, hang, garble and restart for a virtual hour: nothing is lost."""
 
 import os
 from pathlib import Path
@@ -24,7 +24,7 @@ SEEDS = range(int(os.environ.get("SAGELLM_CHAOS_SEEDS", "10")))
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.timeout(120 + 60 * HOURS)
 def test_hours_of_faults_lose_no_request_and_no_token(seed: int, tmp_path: Path) -> None:
-    """And all that was decided meanwhile is decided again from the log of events."""
+    """A replay of the event log then repeats every decision."""
     log = tmp_path / "decisions"
     run(seed, 3600 * HOURS, log)
     replayed = replay(log, functions={})
@@ -44,7 +44,7 @@ def test_another_strategy_decides_otherwise_from_some_event_on(tmp_path: Path) -
 
 
 def queueless() -> Graph:
-    """Requests wait at the door, and those whose engine was lost before the router."""
+    """New requests wait in front of the graph; those of a lost engine wait for the router."""
     graph = Graph("queueless").engine("g", replicas=2)
     return graph >> ops.route() >> ops.generate(engine="g")
 
@@ -53,7 +53,7 @@ def queueless() -> Graph:
 async def test_nobody_waits_for_ever_for_what_does_not_come_back(
     name: str, autojump_clock: MockClock
 ) -> None:
-    """Wherever it waits: in a queue, or before a door that is shut."""
+    """A request waits in a queue, or for a replica to become available."""
     graph = queueless() if name == "queueless" else Graph.load(name)
     async with chaotic(graph, 1, max_hold_s=20.0, policy=NEVER) as chaos:
         answers = []
@@ -78,7 +78,7 @@ def test_a_seed_replays_exactly() -> None:
 
 
 def run(seed: int, seconds: float, log: Path | None = None) -> object:
-    """In virtual time; the order in which trio runs tasks is drawn from the seed, too."""
+    """Run in virtual time. The seed also decides the order of trio's tasks."""
     before = core._ALLOW_DETERMINISTIC_SCHEDULING
     core._ALLOW_DETERMINISTIC_SCHEDULING = True  # type: ignore[misc]
     core._r.seed(seed)
@@ -89,7 +89,7 @@ def run(seed: int, seconds: float, log: Path | None = None) -> object:
 
 
 async def survives(seed: int, seconds: float, log: Path | None) -> object:
-    """Every answer is as long as was asked for, and what its seed says, whoever computed it."""
+    """Every answer has its full length, and the tokens of its seed, on any replica."""
     graph = Graph.load(("pd_many", "pd", "joint")[seed % 3]) if seed % 4 else queueless()
     async with chaotic(graph, seed, decisions=log) as chaos, trio.open_nursery() as nursery:
         nursery.start_soon(chaos.run, 40.0)

@@ -30,7 +30,7 @@ NULL = {
 
 
 async def at_rest(session: Session) -> bool:
-    """Every block is free again and the books balance."""
+    """Every block is free again, and the ledger balances."""
     await session.idle()
     session.executor.core.ledger.check()
     loads = [load for pool in session.statistics().engines.values() for load in pool]
@@ -45,7 +45,7 @@ NUMBERS = itertools.count()
 
 
 async def ask(session: Session, prompt_len: int, max_tokens: int, **fields: Any) -> Any:
-    """No prompt is a prefix of another: what is cached would need no prefill engine."""
+    """No prompt is a prefix of another: cached prompts would skip the prefill engine."""
     sampling = Sampling(max_tokens=max_tokens, ignore_eos=True)
     number = next(NUMBERS)
     prompt = [number % 256, number // 256 % 256, *[1] * prompt_len][:prompt_len]
@@ -138,7 +138,7 @@ async def test_equal_seeds_give_equal_runs(autojump_clock: MockClock) -> None:
 async def test_a_replica_that_gets_only_damaged_blocks_is_routed_around(
     autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And tried again after 10 s, then 20 s; every answer comes whole, from elsewhere."""
+    """It is tried again after 10 s, then 20 s; every answer comes whole from a sibling."""
     tried_s: list[float] = []
     receive = PoolTarget.receive
 
@@ -174,7 +174,7 @@ async def test_a_replica_that_gets_only_damaged_blocks_is_routed_around(
 async def test_where_no_block_arrives_answers_are_computed_where_they_are_decoded(
     takes_s: float, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A link harms no request: no answer differs, none is refused, and nobody waits for long."""
+    """A bad link changes no answer, causes no refusal, and delays no request for long."""
 
     async def bad(self: PoolTarget, source: Any) -> None:
         try:

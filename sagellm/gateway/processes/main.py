@@ -43,8 +43,9 @@ from sagellm.gateway.readiness import Readiness
 from sagellm.gateway.settings import Settings
 from sagellm.graphs.text.codec import from_msgpack
 from sagellm.logs import process_logs
+from sagellm.opening.tokenizers import load_models
 from sagellm.runtime.cluster.child_process import end_with_parent
-from sagellm.session.models import Models, load_models
+from sagellm.session.models import Models
 
 _VARIABLE = "SAGELLM_GATEWAY"
 

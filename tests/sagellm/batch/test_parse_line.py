@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sagellm.batch.lines import MAX_LINE_BYTES, LineError, LineRequest, parse_line
+from sagellm.batch.prompt_lines import MAX_LINE_BYTES, LineError, LineRequest, parse_line
 from sagellm.runtime.messages import PRIORITIES, Sampling
 
 DEFAULTS = Sampling(max_tokens=9)

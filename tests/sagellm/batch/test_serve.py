@@ -9,14 +9,14 @@ import trio
 import trio.testing
 
 from sagellm.batch import BatchRun, OutputFile
-from sagellm.batch.lines import LineRequest
+from sagellm.batch.prompt_lines import LineRequest
 from sagellm.runtime.messages import Answer
 
-PATH = Path("answers.jsonl")  # what errors name
+PATH = Path("answers.jsonl")  # the path in error messages
 
 
 class Kept(BytesIO):
-    """A file whose content can be read after it was closed."""
+    """A file whose content stays readable after its close."""
 
     def lines(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self.getvalue().splitlines()]
@@ -84,7 +84,7 @@ async def test_no_more_than_the_bound_are_in_flight() -> None:
         nonlocal running, peak
         running += 1
         peak = max(peak, running)
-        await trio.testing.wait_all_tasks_blocked()  # all that may run, do
+        await trio.testing.wait_all_tasks_blocked()  # every task that can run has run
         running -= 1
         return await echo(ask)
 

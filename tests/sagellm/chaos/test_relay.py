@@ -1,4 +1,4 @@
-"""The relay does to a link what it is told, and nothing else."""
+"""The relay causes exactly the faults that are set."""
 
 import random
 import secrets
@@ -39,7 +39,7 @@ async def echo(stream: trio.SocketStream) -> None:
 
 
 async def said(stream: trio.SocketStream, size: int = len(DATA)) -> bytes:
-    """What comes back of DATA."""
+    """The bytes of DATA that the server echoes."""
     heard = bytearray()
     with trio.fail_after(10):
         await stream.send_all(DATA)

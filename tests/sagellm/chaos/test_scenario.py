@@ -1,4 +1,4 @@
-"""What a scenario may say; what makes no sense is refused with the way out."""
+"""The format of scenarios. A wrong scenario is refused with its fix."""
 
 from pathlib import Path
 from typing import Any

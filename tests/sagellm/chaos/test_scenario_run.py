@@ -1,4 +1,4 @@
-"""Scenarios over real processes: those that hold pass, others say what they found."""
+"""Scenarios over real processes: checks pass, or fail with the value found."""
 
 import os
 import time
@@ -12,7 +12,7 @@ from sagellm.chaos.scenario import ScenarioError, load_scenario
 from sagellm.chaos.scenario_run import run_scenario
 
 EXAMPLES = Path(__file__).parents[3] / "examples" / "chaos"
-TIMED = pytest.mark.alone  # they say how long a stream may stand still
+TIMED = pytest.mark.alone  # they bound the gaps of streams in real time
 QUICK = (  # `make chaos` runs all
     pytest.param("kill", marks=TIMED),
     "damaged_kv",

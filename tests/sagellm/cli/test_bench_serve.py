@@ -266,7 +266,7 @@ def test_a_trace_that_is_none_is_said(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_without_matplotlib_a_plot_is_refused_before_anything_is_sent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.delitem(sys.modules, "sagellm.load.report", raising=False)
+    monkeypatch.delitem(sys.modules, "sagellm.load.plots", raising=False)
     for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)

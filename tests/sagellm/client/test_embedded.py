@@ -150,13 +150,13 @@ def test_an_end_that_is_no_answer_has_the_status_of_the_gateway(
 
 
 class Ends:
-    """An observer that keeps how requests ended."""
+    """An observer that records finish reasons."""
 
     def __init__(self) -> None:
         self.reasons: list[str] = []
 
     def submitted(self, requests: Any) -> None:
-        """All of them end."""
+        """Ignore the entry of requests: only ends matter here."""
 
     def delivered(self, item: Any) -> None:
         if item.is_last:

@@ -9,7 +9,7 @@ from sagellm.client.responses import BAD_ANSWER, CUT_OFF, ClientError
 
 
 def stream(*data: Any, end: bool = True) -> tuple[list[str], ClientError | None]:
-    """The texts that a stream of these events yields, and the error behind them."""
+    """The texts that a stream of these events yields, and the error after them."""
     reader, found = ChunkReader(), []
     for one in data:
         raw = one.encode() if isinstance(one, str) else msgspec.json.encode(one)

@@ -60,7 +60,7 @@ def test_the_default_model_is_asked_for() -> None:
     with talking(telling("x"), default_llm_model="mine") as (client, server):
         client.generate("a")
     assert server.asked[0]["model"] == "mine"
-    assert len(server.calls) == 1  # nobody looked the models up
+    assert len(server.calls) == 1  # no call for the list of models
 
 
 def test_many_threads_may_use_one_client(told: Any) -> None:
@@ -83,7 +83,7 @@ def test_leaving_a_stream_hangs_up() -> None:
         try:
             await call.events(text("a"), text("b"))
             await call.gone()
-        finally:  # it may leave while the server writes
+        finally:  # the client may leave while the server writes
             left.set()
 
     with talking(endless) as (client, _):
@@ -205,7 +205,7 @@ def test_a_prompt_that_is_no_text_is_an_error(told: Any) -> None:
 
 
 async def offering(call: Call) -> None:
-    """A server with all that may be told, and embeddings in disorder."""
+    """A server with every endpoint; its embeddings are out of order."""
     answers: dict[str, Any] = {
         "/health": b"",
         "/load": {"server_load": 3},

@@ -53,14 +53,14 @@ def test_leaving_or_cancelling_a_stream_hangs_up(talk: Any) -> None:
         try:
             await call.events(text("a"))
             await call.gone()
-        finally:  # it may leave while the server writes
+        finally:  # the client may leave while the server writes
             left.release()
 
     async def main(client: Client) -> None:
         async with await client.generate("a", stream=True) as stream:
             assert await anext(stream) == "a"
         async with await client.generate("a", stream=True):
-            pass  # nothing was read of it
+            pass  # no piece was read
         with anyio.CancelScope() as scope:
             async with await client.generate("a", stream=True) as stream:
                 await anext(stream)

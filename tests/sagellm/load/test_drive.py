@@ -37,7 +37,7 @@ async def test_a_closed_loop_keeps_so_many_under_way(autojump_clock: MockClock) 
 async def test_a_closed_loop_ends_with_its_time(autojump_clock: MockClock) -> None:
     load = drive()
     await load.closed(closed_loop(1, 1, 0, 0), concurrency=2, until_s=2.5)
-    assert len(load.records) == 6  # what was under way at the end is waited for
+    assert len(load.records) == 6  # open requests at the end are awaited
     assert trio.current_time() == pytest.approx(3.0)
 
 

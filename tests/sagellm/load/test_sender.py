@@ -42,7 +42,7 @@ def refusal(status: int, **headers: str) -> httpx2.Response:
 
 
 def transport(*answers: httpx2.Response) -> tuple[httpx2.MockTransport, list[Any]]:
-    """Gives one answer after the other; and the bodies that were asked for."""
+    """A transport that gives one answer after the other, and keeps the bodies of requests."""
     asked: list[Any] = []
     left = iter(answers)
 
@@ -99,7 +99,7 @@ async def test_a_chats_opening_and_ending_are_no_tokens(autojump_clock: MockCloc
         is_chat=True,
     )
     assert record.ttft_s == pytest.approx(0.5)
-    assert record.num_events == 2  # a token whose text is not whole yet is one
+    assert record.num_events == 2  # a token with an incomplete character counts
     assert record.itl_s == pytest.approx([0.1])
     assert len(asked[0]["messages"][0]["content"].split()) == 5
 

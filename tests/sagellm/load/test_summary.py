@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 
 from sagellm.load import RequestRecord
@@ -116,3 +119,8 @@ def test_no_record_is_a_summary_too() -> None:
 def test_a_client_that_is_busy_says_so() -> None:
     assert summarise([FAST], cpu_s=0.29, num_open_peak=1).client.is_saturated
     assert not summarise([FAST], cpu_s=0.1, num_open_peak=1).client.is_saturated
+
+
+def test_a_report_needs_no_matplotlib() -> None:
+    code = "import sys; sys.modules['matplotlib'] = None; import sagellm.load.report"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -76,7 +76,7 @@ def test_the_published_traces_are_read_as_they_are(name: str, num: int) -> None:
 
 
 def test_times_without_a_zone_are_of_none(tmp_path: Path, monkeypatch: Any) -> None:
-    """Between these two the clocks of Berlin are put forward by an hour."""
+    """The clocks of Berlin move forward by an hour between these two times."""
     text = f"{AZURE.splitlines()[0]}\n2024-03-31 01:59:59,1,1\n2024-03-31 03:00:01,1,1\n"
     with monkeypatch.context() as patched:
         patched.setenv("TZ", "Europe/Berlin")

@@ -19,7 +19,7 @@ def chunked(data: bytes) -> bytes:
 
 
 async def read(stream: trio.SocketStream) -> bytes | None:
-    """The head of the next request, whose body is passed over; None at the end."""
+    """The head of the next request; its body is skipped. None at the end."""
     got = b""
     while b"\r\n\r\n" not in got:
         part = await stream.receive_some(65536)

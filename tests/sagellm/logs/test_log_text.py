@@ -78,7 +78,7 @@ def test_letters_of_any_language_stay() -> None:
 
 @contextmanager
 def terminal() -> Iterator[int]:
-    """stderr is a terminal; what is shown there can be read from the descriptor."""
+    """stderr is a terminal; its output can be read from the descriptor."""
     reader, writer = pty.openpty()
     before = sys.stderr
     with os.fdopen(writer, "w") as sys.stderr:

@@ -1,4 +1,4 @@
-"""Logs hold nobody up: where stderr takes nothing, lines are dropped and counted."""
+"""Logging never blocks: if stderr accepts nothing, lines are dropped and counted."""
 
 import fcntl
 import os
@@ -19,7 +19,7 @@ NUM_REQUESTS = 60
 
 @contextmanager
 def stderr_at(descriptor: int) -> Iterator[None]:
-    """Descriptor 2 is that one meanwhile."""
+    """Descriptor 2 is this descriptor during the block."""
     before, stderr = os.dup(2), sys.stderr
     os.dup2(descriptor, 2)
     sys.stderr = sys.__stderr__ = os.fdopen(os.dup(2), "w")
@@ -56,7 +56,7 @@ def test_nobody_waits_for_a_reader_that_does_not_read() -> None:
         assert time.perf_counter() - began_s < 3
         assert 200 < writer.num_dropped < 400
         os.close(reader)
-        writer._thread.join(10)  # what waits cannot be written any more
+        writer._thread.join(10)  # queued lines cannot be written any more
 
 
 def test_a_line_says_how_many_were_dropped() -> None:

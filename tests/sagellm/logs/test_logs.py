@@ -18,7 +18,7 @@ FORGED = '\r\n{"level": "error", "event": "forged"}\x1b[31m\x1b]0;title\x07\u202
 
 
 class Stderr:
-    """All that was written to stderr so far."""
+    """The lines on stderr so far."""
 
     def __init__(self, captured: pytest.CaptureFixture[str]) -> None:
         self._captured = captured
@@ -31,7 +31,7 @@ class Stderr:
 
 @pytest.fixture
 def stderr(capsys: pytest.CaptureFixture[str]) -> Iterator[Stderr]:
-    """structlog and logging are as they were before, afterwards."""
+    """Restore the set-up of structlog and logging after each test."""
     structlog.reset_defaults()
     yield Stderr(capsys)
     structlog.contextvars.clear_contextvars()
@@ -259,5 +259,5 @@ def test_a_full_disk_ends_nobody_who_logs(monkeypatch: pytest.MonkeyPatch) -> No
         log("warning")
         LOG.warning("lost")
         monkeypatch.undo()
-        with suppress(OSError):  # what it holds cannot be written when it is closed, either
+        with suppress(OSError):  # closing flushes the same unwritable bytes
             full.close()

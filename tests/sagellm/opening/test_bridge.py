@@ -29,7 +29,7 @@ def test_asyncio_streams_tokens() -> None:
 
 
 def test_one_opening_under_trio_then_asyncio_then_blocking() -> None:
-    """Each leaves nothing open, whatever it was entered by before."""
+    """Each way of entering leaves nothing open, in any order."""
     opening = joint().open()
 
     async def ask() -> int:

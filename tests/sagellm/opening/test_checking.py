@@ -1,4 +1,4 @@
-"""Where a model that is refused is said to stand: where the user wrote it."""
+"""The place of a refused model in errors: the text that the user wrote."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -68,7 +68,7 @@ def test_a_mistake_in_what_was_set_is_not_one_of_the_file(
 
 
 async def test_the_size_of_a_pool_is_asked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory shrinks while engines are opened: they are opened as they were checked."""
+    """Memory shrinks while engines open: they keep the sizes of the check."""
     told = iter(2**30 // (1 + count) for count in range(100))
     monkeypatch.setattr(CpuDevice, "memory_bytes", property(lambda _: next(told)))
     async with Graph.load("pd_many").open() as session:

@@ -1,4 +1,4 @@
-"""Logs of decisions: written by a running graph, and decided again."""
+"""Decision logs: a running graph writes them, and a replay repeats them."""
 
 import json
 import subprocess
@@ -24,7 +24,7 @@ async def asked(graph: Graph, log: Path, num_requests: int = 6, **options: Any) 
 
 
 def run_elsewhere(*arguments: str) -> tuple[int, str]:
-    """A command in a process of its own, whose hashes of strings differ."""
+    """A command in another process, whose hashes of strings differ."""
     command = [sys.executable, "-m", "sagellm", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return done.returncode, done.stdout
@@ -88,7 +88,7 @@ async def test_a_log_keeps_its_bound_and_replays_as_far_as_it_goes(
 
 
 async def test_only_its_owner_may_read_a_log(tmp_path: Path) -> None:
-    (tmp_path / "log").touch(0o644)  # also one that was there before
+    (tmp_path / "log").touch(0o644)  # the file exists, and others may read it
     await asked(Graph.load("joint"), tmp_path / "log", 1, model="null", set={"g.device": "null"})
     assert (tmp_path / "log").stat().st_mode & 0o777 == 0o600
 

@@ -1,4 +1,4 @@
-"""Traces: which requests have one, what is in it, and how it is sent."""
+"""Traces: the selection of requests, the content of spans, and sending."""
 
 import json
 import subprocess
@@ -37,7 +37,7 @@ STAMPS = Stamps(dispatched_s=1.0, started_s=2.0, prefilled_s=3.0, transferred_s=
 
 
 class Driven:
-    """A tracer on a clock that the test holds; `traces` are what it made."""
+    """A tracer on a clock of the test; `traces` are its results."""
 
     def __init__(self, sample: float = 1.0, **options: Any) -> None:
         self.now = 0.0

@@ -1,4 +1,4 @@
-"""The lines of a file of prompts: read without holding up the event loop, and checked."""
+"""The lines of a file of prompts: read outside the event loop, and checked."""
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -16,11 +16,13 @@ CHUNK_BYTES = 1 << 20
 
 
 async def numbered_lines(file: FileIO) -> AsyncIterator[tuple[int, bytes]]:
-    """The lines that are not blank, with their numbers from 1. Of one that is longer than
-    MAX_LINE_BYTES only so much comes that it is seen to be.
+    """The lines that are not blank, with their numbers, which begin at 1.
 
-    Reads in a thread, which cancellation leaves behind: a pipe or a terminal may never answer.
-    `file` is unbuffered, so that such a thread holds no lock that the end of the process needs.
+    A line longer than MAX_LINE_BYTES is cut to MAX_LINE_BYTES + 1, which `parse_line` refuses.
+
+    Reads in a thread. Cancellation abandons the thread: a read of a pipe or a terminal may never
+    return. `file` is unbuffered: a buffered file has a lock, which an abandoned thread would hold
+    at the end of the process.
     """
     number, line = 1, bytearray()
     while chunk := await trio.to_thread.run_sync(file.read, CHUNK_BYTES, abandon_on_cancel=True):
@@ -37,12 +39,12 @@ async def numbered_lines(file: FileIO) -> AsyncIterator[tuple[int, bytes]]:
 
 
 def _extend(line: bytearray, part: bytes) -> None:
-    """In place: copying the line for each chunk would make long ones quadratic."""
+    """Extend in place: a copy for each chunk would take quadratic time for long lines."""
     line += part[: MAX_LINE_BYTES + 1 - len(line)]
 
 
 def _stripped(number: int, line: bytes) -> bytes:
-    """The line without white space around it, and without a byte order mark before the first."""
+    """The line without white space at its ends, and line 1 without a byte order mark."""
     if len(line) > MAX_LINE_BYTES:
         return line
     return line.removeprefix(b"\xef\xbb\xbf").strip() if number == 1 else line.strip()
@@ -52,11 +54,11 @@ LineId: TypeAlias = str | int
 LinePrompt: TypeAlias = str | list[int] | list[dict[str, str]]
 LinePriority: TypeAlias = int | str
 
-MAX_LINE_BYTES = 64 << 20  # far beyond any prompt that a model takes
+MAX_LINE_BYTES = 64 << 20  # far longer than any prompt that a model accepts
 
 
 class LineTextPart(msgspec.Struct, forbid_unknown_fields=True):
-    """A piece of a message; only text is served."""
+    """One part of a message. Only text is served."""
 
     type: Literal["text"]
     text: str
@@ -76,7 +78,7 @@ class LineMessage(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class LineFields(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
-    """What both kinds of line may say: the prompt, and how to draw. The session has the ranges."""
+    """The fields of both kinds of line: prompt and sampling. The session checks the ranges."""
 
     prompt: str | list[int] | UnsetType = UNSET
     messages: Annotated[list[LineMessage], Meta(min_length=1)] | UnsetType = UNSET
@@ -101,7 +103,7 @@ class LineFields(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_field
 
 
 class PlainLine(LineFields, kw_only=True, frozen=True, forbid_unknown_fields=True):
-    """A line of ours: the fields themselves."""
+    """A line of the plain form: the fields are at the top level."""
 
     id: LineId | UnsetType = UNSET
     logprobs: int | UnsetType | None = UNSET
@@ -112,7 +114,7 @@ class PlainLine(LineFields, kw_only=True, frozen=True, forbid_unknown_fields=Tru
 
 
 class BatchBody(LineFields, kw_only=True, frozen=True, forbid_unknown_fields=True):
-    """The body of an OpenAI request. `model` chooses among several that a graph serves."""
+    """The body of an OpenAI request. `model` selects one of the models of the graph."""
 
     model: str | UnsetType = UNSET
     max_completion_tokens: int | UnsetType = UNSET
@@ -123,7 +125,7 @@ class BatchBody(LineFields, kw_only=True, frozen=True, forbid_unknown_fields=Tru
 
 
 class BatchLine(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
-    """A line of an OpenAI batch file."""
+    """A line of the form of an OpenAI batch file."""
 
     custom_id: str
     body: BatchBody
@@ -132,7 +134,7 @@ class BatchLine(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields
 
 
 class LineError(ValueError):
-    """An input line that cannot be asked. `id` is its own where it could be read."""
+    """An input line that is wrong. `id` is the line's id if it was readable, else its number."""
 
     def __init__(self, number: int, message: str, id: LineId | None = None) -> None:
         self.number = number
@@ -142,28 +144,28 @@ class LineError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class LineRequest:
-    """One line, understood: whom to answer (`id`), what, and how. `fields` are the request's."""
+    """One valid line. `fields` are the further fields of a session's request."""
 
     id: LineId
     number: int
     prompt: LinePrompt
     sampling: Sampling
     fields: dict[str, Any] = field(default_factory=dict)
-    has_max_tokens: bool = field(default=False, compare=False)  # whether the line says how many
+    has_max_tokens: bool = field(default=False, compare=False)  # the line itself sets max_tokens
 
 
 def parse_line(
     number: int, raw: bytes, defaults: Sampling, given: frozenset[str] = frozenset()
 ) -> LineRequest:
-    """Read one line. What it does not say comes from `defaults`; raises LineError.
+    """Read one line. Fields that the line omits come from `defaults`. Raises LineError.
 
-    `given` names the defaults that the user chose: they also go before OpenAI's own default
-    temperature of 1, which otherwise holds for lines with a `body`.
+    `given` names the defaults that the user chose. A chosen temperature also wins over OpenAI's
+    default of 1, which otherwise holds for lines with a `body`.
     """
     if len(raw) > MAX_LINE_BYTES:
         raise LineError(number, f"longer than {MAX_LINE_BYTES >> 20} MiB")
     plain = _decode(number, raw)
-    own_id = _id_of(plain)
+    own_id = _id_of(plain)  # an error line has the id even if another field is wrong
     try:
         if "body" in plain or "custom_id" in plain:
             return _batch_request(number, plain, defaults, given)
@@ -175,7 +177,7 @@ def parse_line(
 def _decode(number: int, raw: bytes) -> dict[str, Any]:
     try:
         plain = msgspec.json.decode(raw)
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # deep nesting raises RecursionError
         raise LineError(number, str(error)) from None
     if not isinstance(plain, dict):
         raise LineError(number, "expected an object: {...}")
@@ -184,51 +186,54 @@ def _decode(number: int, raw: bytes) -> dict[str, Any]:
 
 def _id_of(plain: dict[str, Any]) -> LineId | None:
     found = plain.get("custom_id", plain.get("id"))
+    # `true` is no id, but bool is a subclass of int.
     return found if isinstance(found, str | int) and not isinstance(found, bool) else None
 
 
 def _convert(plain: Any, schema: type[Any], where: str = "") -> Any:
-    """Check `plain` against a schema. Raises ValueError; an unknown field gets its nearest name."""
+    """Convert `plain` to a struct. Raises ValueError; suggests a name for an unknown field."""
     known: tuple[str, ...] = schema.__struct_fields__
     for name in plain if isinstance(plain, dict) else ():
         if name not in known:
             close = nearest(name, known)
             hint = f"did you mean `{close}`?" if close else f"known are {', '.join(known)}"
             raise ValueError(f"unknown field `{where}{name}`; {hint}")
-    return msgspec.convert(plain, schema, str_keys=True)
+    return msgspec.convert(plain, schema, str_keys=True)  # JSON keys of logit_bias are texts
 
 
 def _plain_request(number: int, line: PlainLine, defaults: Sampling) -> LineRequest:
-    said = _sampling(line)
+    sampling_fields = _sampling(line)
     return LineRequest(
         id=number if line.id is UNSET else line.id,
         number=number,
         prompt=_prompt(line),
-        sampling=msgspec.structs.replace(defaults, **said, **_set_fields(line, ("logprobs",))),
+        sampling=msgspec.structs.replace(
+            defaults, **sampling_fields, **_set_fields(line, ("logprobs",))
+        ),
         fields=_request_fields(line, ("model", "user_id", "slo_ttft_s", "cost_budget")),
-        has_max_tokens="max_tokens" in said,
+        has_max_tokens="max_tokens" in sampling_fields,
     )
 
 
 def _batch_request(
     number: int, plain: dict[str, Any], defaults: Sampling, given: frozenset[str]
 ) -> LineRequest:
-    if "body" in plain:
+    if "body" in plain:  # converted alone first, so that an unknown field is called `body.FIELD`
         _convert(plain["body"], BatchBody, "body.")
     line: BatchLine = _convert(plain, BatchLine)
     body = line.body
     _check_url(line)
-    said = ({} if "temperature" in given else {"temperature": 1.0}) | _sampling(body)
+    sampling_fields = ({} if "temperature" in given else {"temperature": 1.0}) | _sampling(body)
     if body.max_completion_tokens is not UNSET:
-        said["max_tokens"] = body.max_completion_tokens
+        sampling_fields["max_tokens"] = body.max_completion_tokens
     user = {} if body.user is UNSET else {"user_id": body.user}
     return LineRequest(
         id=line.custom_id,
         number=number,
         prompt=_prompt(body),
-        sampling=msgspec.structs.replace(defaults, **said, logprobs=_num_logprobs(body)),
+        sampling=msgspec.structs.replace(defaults, **sampling_fields, logprobs=_num_logprobs(body)),
         fields=_request_fields(body, ("model",)) | user,
-        has_max_tokens="max_tokens" in said,
+        has_max_tokens="max_tokens" in sampling_fields,
     )
 
 
@@ -239,7 +244,7 @@ def _check_url(line: BatchLine) -> None:
 
 
 def _num_logprobs(body: BatchBody) -> int | None:
-    """Chat says `logprobs: true, top_logprobs: k`; completions say `logprobs: k`."""
+    """Chats have `logprobs: true, top_logprobs: k`; completions have `logprobs: k`."""
     top = body.top_logprobs if isinstance(body.top_logprobs, int) else None
     if body.logprobs is True:
         return top or 0
@@ -263,16 +268,18 @@ def _set_fields(line: msgspec.Struct, names: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _sampling(line: LineFields) -> dict[str, Any]:
-    """The fields of Sampling that the line says, null meaning unsaid."""
+    """The fields of Sampling that the line sets; null counts as not set."""
     shared = tuple(
         name for name in Sampling.__struct_fields__ if name in LineFields.__struct_fields__
     )
-    said = {name: value for name, value in _set_fields(line, shared).items() if value is not None}
-    if "stop" in said:
-        said["stop"] = (said["stop"],) if isinstance(said["stop"], str) else tuple(said["stop"])
-    if "stop_token_ids" in said:
-        said["stop_token_ids"] = tuple(said["stop_token_ids"])
-    return said
+    fields = {name: value for name, value in _set_fields(line, shared).items() if value is not None}
+    if "stop" in fields:
+        fields["stop"] = (
+            (fields["stop"],) if isinstance(fields["stop"], str) else tuple(fields["stop"])
+        )
+    if "stop_token_ids" in fields:
+        fields["stop_token_ids"] = tuple(fields["stop_token_ids"])
+    return fields
 
 
 def _request_fields(line: LineFields, names: tuple[str, ...]) -> dict[str, Any]:

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import trio
 
-from sagellm.batch import lines
-from sagellm.batch.lines import numbered_lines
+from sagellm.batch import prompt_lines
+from sagellm.batch.prompt_lines import numbered_lines
 
 
 async def read(path: Path) -> list[tuple[int, bytes]]:
@@ -36,7 +36,7 @@ async def test_lines_that_are_not_blank_with_their_numbers(
 async def test_chunks_do_not_show(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int
 ) -> None:
-    monkeypatch.setattr(lines, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(prompt_lines, "CHUNK_BYTES", chunk_bytes)
     path = tmp_path / "in"
     path.write_bytes(b"one\n\ntwo\nthree")
     assert await read(path) == [(1, b"one"), (3, b"two"), (4, b"three")]
@@ -54,15 +54,15 @@ async def test_a_silent_pipe_can_be_left() -> None:
 async def test_a_line_that_is_too_long_is_cut_and_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lines, "MAX_LINE_BYTES", 4)
-    monkeypatch.setattr(lines, "CHUNK_BYTES", 3)
+    monkeypatch.setattr(prompt_lines, "MAX_LINE_BYTES", 4)
+    monkeypatch.setattr(prompt_lines, "CHUNK_BYTES", 3)
     path = tmp_path / "in"
     path.write_bytes(b"      seven\nfour\n")
     assert await read(path) == [(1, b"     "), (2, b"four")]
 
 
 class Chunk(bytes):
-    """Refuses to be put behind a copy of what came before."""
+    """An extension that would copy the line fails."""
 
     def __radd__(self, rest: bytes) -> bytes:
         raise AssertionError
@@ -76,7 +76,7 @@ class Chunked(FileIO):
 async def test_a_long_line_is_not_copied_with_each_chunk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lines, "CHUNK_BYTES", 2)
+    monkeypatch.setattr(prompt_lines, "CHUNK_BYTES", 2)
     path = tmp_path / "in"
     path.write_bytes(b"a long line")
     with Chunked(str(path)) as file:
