@@ -1,4 +1,4 @@
-"""What is measured: cells of the table, and one run of one of them."""
+"""The cells of the result tables, and one run of a cell."""
 
 import random
 from dataclasses import dataclass
@@ -9,10 +9,10 @@ from benchmarks.shape import QWEN05
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """`num_sequences` requests at once, each of `prompt_len` tokens in and `num_out` out.
+    """`num_sequences` requests at once, each with `prompt_len` tokens in and `num_out` tokens out.
 
-    `kind` says what rate counts: "prefill" (prompt tokens until the first token), "decode" (tokens
-    after the first), "batch" (output tokens over the whole time, prefill included).
+    `kind` says what the rate counts: "prefill" (prompt tokens until the first token), "decode"
+    (tokens after the first), "batch" (output tokens over the whole time, prefill included).
     """
 
     name: str
@@ -22,7 +22,7 @@ class Cell:
     num_out: int
 
     def prompts(self, number: int, vocab_size: int = QWEN05.vocab_size) -> list[list[int]]:
-        """The prompts of round `number`: random, so that no prefix is met twice."""
+        """The prompts of round `number`, random so that no two rounds share a prefix."""
         draw = random.Random(f"{self.name}/{number}")
         lengths = [self.prompt_len] * self.num_sequences
         return [[draw.randrange(vocab_size) for _ in range(length)] for length in lengths]
@@ -30,10 +30,10 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """How long one run took. `first_s`: until the first token of the first sequence.
+    """The times of one run in seconds. `first_s`: until the first token of the first sequence.
 
-    `num_measured` output tokens a sequence were really made; where that is fewer than the cell
-    asks for, the rest of `total_s` is extrapolated from the last half of the steps.
+    `num_measured`: the output tokens a sequence that were generated. If the cell asks for more, the
+    rest of `total_s` is extrapolated from the last half of the steps.
     """
 
     first_s: float
@@ -42,7 +42,7 @@ class Run:
 
 
 class Engine(Protocol):
-    """Something that can run a cell."""
+    """An engine that can run a cell."""
 
     name: str
 
@@ -50,7 +50,7 @@ class Engine(Protocol):
 
 
 def cells(num_out: int) -> tuple[Cell, ...]:
-    """The table's columns; decode and batch cells have `num_out` tokens out a sequence."""
+    """The columns of the table; decode and batch cells generate `num_out` tokens a sequence."""
     return (
         Cell("prefill-512", "prefill", 1, 512, 1),
         Cell("prefill-2048", "prefill", 1, 2048, 1),
@@ -61,7 +61,7 @@ def cells(num_out: int) -> tuple[Cell, ...]:
 
 
 def rate(cell: Cell, run: Run) -> float:
-    """Tokens a second, as the cell counts them."""
+    """Tokens a second, counted as the kind of the cell says."""
     if cell.kind == "prefill":
         return cell.num_sequences * cell.prompt_len / run.first_s
     if cell.kind == "decode":
@@ -70,7 +70,7 @@ def rate(cell: Cell, run: Run) -> float:
 
 
 def whole_run(steps: list[float], num_out: int) -> Run:
-    """A run from the times of its steps: those that are missing take what the last half took."""
+    """A run from the times of its steps. Missing steps take as long as the last half did."""
     total_s, missing = steps[-1], num_out - len(steps)
     if missing > 0:
         middle = len(steps) // 2

@@ -1,9 +1,9 @@
-"""What a decision costs: `sagellm bench decide`.
+"""The cost of a decision: `sagellm bench decide`.
 
-A core runs admission, policy_sort, pd_split and route of a graph whose engines are played: each
-replica holds as many requests as it takes, and as one ends, the next is chosen of those that wait
-and a new one arrives. Measured is the CPU time of this process in the core, and nothing else: per
-request from its arrival to its end, and per token in batches of one engine step.
+A core runs admission, policy_sort, pd_split and route of a graph with simulated engines. Every
+replica is full: when a request ends, a waiting request takes its place, and a new request arrives.
+Only the CPU time of the core is measured: per request from its arrival to its end, and per token in
+batches of one engine step.
 """
 
 import sys
@@ -37,7 +37,7 @@ APP = App(name="sagellm bench decide", help=__doc__)
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """Microseconds of CPU, with so many requests waiting and replicas of each engine."""
+    """Microseconds of CPU for a number of waiting requests and of replicas of each engine."""
 
     waiting: int
     replicas: int
@@ -98,12 +98,12 @@ def _line(cell: Cell) -> str:
 
 
 def measure(num_waiting: int, num_replicas: int, num_requests: int) -> Cell:
-    """One cell: a steady state in which as many requests come as end."""
-    played = Played(num_waiting, num_replicas)
+    """Measure one cell in a steady state: a request arrives for each request that ends."""
+    simulated = SimulatedEngines(num_waiting, num_replicas)
     for _ in range(min(num_requests // 4, 100)):
-        played.turn()
-    costs = [played.turn() for _ in range(num_requests)]
-    tokens = [played.step() for _ in range(num_requests // 4)]
+        simulated.replace_request()
+    costs = [simulated.replace_request() for _ in range(num_requests)]
+    tokens = [simulated.step() for _ in range(num_requests // 4)]
     return Cell(
         num_waiting,
         num_replicas,
@@ -113,8 +113,8 @@ def measure(num_waiting: int, num_replicas: int, num_requests: int) -> Cell:
     )
 
 
-class Played:
-    """A core whose engines are played: all replicas of `generate` are full."""
+class SimulatedEngines:
+    """A core with simulated engines. All replicas of `generate` are full."""
 
     def __init__(self, num_waiting: int, num_replicas: int) -> None:
         graph = Graph.load("pd_many").ir
@@ -123,15 +123,15 @@ class Played:
         self._now = 0.0
         self._spent_s = 0.0
         self._numbers = iter(range(10**9))
-        self._running: deque[tuple[Send, int]] = deque()  # and how many tokens it has
+        self._running: deque[tuple[Send, int]] = deque()  # and its number of tokens
         for node in ready.services:
             for replica in range(ready.num_replicas(node)):
                 self._on(Opened(node, replica, Credit(requests=4, blocks=4096), 16))
         for _ in range(num_waiting + 4 * num_replicas):
             self._arrive()
 
-    def turn(self) -> float:
-        """One request ends, the next is sent and a new one arrives: CPU seconds."""
+    def replace_request(self) -> float:
+        """End one request, send the next and let a new one arrive. Returns CPU seconds."""
         self._now += STEP_S
         self._spent_s = 0.0
         send, _ = self._running.popleft()
@@ -153,7 +153,7 @@ class Played:
         return self._spent_s
 
     def step(self) -> float:
-        """One engine step of a batch: CPU seconds a token."""
+        """Run one engine step of a batch. Returns CPU seconds a token."""
         self._now += STEP_S
         self._spent_s = 0.0
         events = []

@@ -71,7 +71,7 @@ def engine(
         engines = (Ours(session), *peers)
         limits = measure_limits()
         record = _record(limits)
-        for cell in chosen:  # each is kept at once: the whole takes some twenty minutes
+        for cell in chosen:  # write after each cell: all cells together take about twenty minutes
             record["cells"].append(measure(cell, engines, limits, rounds, spend_s))
             write(record, output, name)
     if overhead:
@@ -83,7 +83,7 @@ def engine(
 def measure(
     cell: Cell, engines: Sequence[Engine], limits: Limits, rounds: int, spend_s: float
 ) -> dict[str, Any]:
-    """One cell, the engines in turn: the first does all rounds, the others while they have time."""
+    """Measure one cell, the engines in turn. The others stop early when `spend_s` is used up."""
     runs: Runs = {engine.name: [] for engine in engines}
     spent_s = dict.fromkeys(runs, 0.0)
     for number in range(rounds):
@@ -102,7 +102,7 @@ def _timed(engine: Engine, cell: Cell, number: int) -> Run:
 
 
 def _command(options: list[str]) -> str:
-    """What was typed, without the folder that the results went to."""
+    """The command line without its output folder, which may name the user."""
     kept = list(options)
     if "--output" in kept:
         at = kept.index("--output")
@@ -125,7 +125,7 @@ def _record(limits: Limits) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Measure; a user's mistake is shown as `sagellm` shows it."""
+    """Measure. Shows a user's mistake as `sagellm` does."""
     try:
         APP(result_action="return_none")
     except Failure as failure:

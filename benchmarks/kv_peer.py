@@ -1,7 +1,7 @@
-"""The sending process of `benchmarks.transports`: a line of input, an offer, a line of output.
+"""The sending process of `benchmarks.transports`: one offer on stdout for each line on stdin.
 
-`python -m benchmarks.kv_peer KIND`: a kind of transport, or `zeromq`, which sends the bytes as they
-are to whoever has connected.
+`python -m benchmarks.kv_peer KIND`: a kind of transport, or `zeromq`, which sends the plain bytes
+to the connected socket.
 """
 
 import base64
@@ -32,7 +32,7 @@ MESSAGE_BYTES = 4 * 2**20
 
 
 def opened(kind: str) -> Transport:
-    """Over a pool of the 0.5B shape, in bfloat16, for four prompts of 2,048 tokens."""
+    """A transport over a bfloat16 KV pool of the 0.5B shape, for four prompts of 2,048 tokens."""
     size = 2 * math.prod(SHAPE)
     memory = SharedMemory(size) if kind == "memory" else None
     buffer = memory.view if memory else bytearray(size)
@@ -51,12 +51,12 @@ async def offer(kind: str) -> None:
 
 
 def push() -> None:
-    said = np.full(NUM_BYTES, 7, np.uint8).data
+    payload = np.full(NUM_BYTES, 7, np.uint8).data
     with zmq.Context() as context, context.socket(zmq.PUSH) as socket:
         print(socket.bind_to_random_port("tcp://127.0.0.1"), flush=True)
         while sys.stdin.readline():
             for start in range(0, NUM_BYTES, MESSAGE_BYTES):
-                socket.send(said[start : start + MESSAGE_BYTES], copy=False)
+                socket.send(payload[start : start + MESSAGE_BYTES], copy=False)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the machine could do at best, measured in the same run; and what machine it is."""
+"""The hardware limits of this machine, measured in the same run; and the name of the machine."""
 
 import os
 import platform
@@ -20,7 +20,7 @@ SPEEDS = ("prefill", "ttft", "decode", "batch")
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Rates of this machine with the threads in use: bytes a second read, operations a second."""
+    """Rates of this machine with the threads in use: bytes read and operations, each a second."""
 
     read_bytes_per_s: float
     fp32_flops_per_s: float
@@ -29,9 +29,9 @@ class Limits:
     def of(
         self, cell: Cell, shape: Shape = QWEN05, bytes_a_weight: float = BF16_BYTES
     ) -> float | None:
-        """What no engine can pass with these weights, in the unit of the cell's kind.
+        """The bound for any engine with these weights, in the unit of the cell's kind.
 
-        None where arithmetic bounds it and the weights are not bfloat16: their speed is not known.
+        None if arithmetic bounds the cell and weights are not bfloat16: that speed is not measured.
         """
         if cell.kind not in SPEEDS:
             return None
@@ -57,9 +57,9 @@ class Limits:
         context_len: int,
         bytes_a_weight: float = BF16_BYTES,
     ) -> float:
-        """A decode step at best: reading weights, keys and values, or arithmetic if that is more.
+        """The least time of a decode step: the larger of reading and arithmetic.
 
-        Arithmetic counts for bfloat16 weights only.
+        Weights, keys and values are read. Arithmetic counts for bfloat16 weights only.
         """
         cached = num_sequences * context_len * shape.kv_bytes_a_token
         read_s = (shape.num_weights * bytes_a_weight + cached) / self.read_bytes_per_s
@@ -74,7 +74,7 @@ class Limits:
 
 
 def measure_limits() -> Limits:
-    """A few seconds of reading and multiplying; the best of several tries each."""
+    """Read and multiply for a few seconds; the best of several tries counts."""
     return Limits(
         read_bytes_per_s=Bandwidth().measure(),
         fp32_flops_per_s=_matmul_flops(torch.float32),
@@ -83,18 +83,18 @@ def measure_limits() -> Limits:
 
 
 class Bandwidth:
-    """Measures reading again and again, from a buffer that is made once."""
+    """Measures the read bandwidth of memory. All measurements share one buffer."""
 
     def __init__(self) -> None:
         self._buffer = torch.ones(READ_BYTES // 4)
 
     def measure(self) -> float:
-        """Bytes a second."""
+        """The bandwidth in bytes a second."""
         return READ_BYTES / _best(self._buffer.sum)
 
 
 def _matmul_flops(dtype: torch.dtype) -> float:
-    """512 rows through the widest linear of the model."""
+    """The rate of 512 rows through the widest linear of the model, in operations a second."""
     hidden, intermediate = QWEN05.hidden, QWEN05.intermediate
     rows, weight = torch.randn(512, hidden).to(dtype), torch.randn(intermediate, hidden).to(dtype)
     num_operations = 2 * 512 * hidden * intermediate
@@ -102,7 +102,7 @@ def _matmul_flops(dtype: torch.dtype) -> float:
 
 
 def _best(work: Callable[[], object]) -> float:
-    """Seconds of the fastest try."""
+    """The seconds of the fastest try."""
     taken = []
     for _ in range(NUM_TRIES):
         started = time.perf_counter()
@@ -112,7 +112,7 @@ def _best(work: Callable[[], object]) -> float:
 
 
 def describe() -> dict[str, object]:
-    """The machine and what computes on it; nothing that names its owner or its folders."""
+    """The machine and its software, without names of users or folders."""
     return {
         "cpu": cpu_name(),
         "cores": os.cpu_count(),

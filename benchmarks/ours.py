@@ -1,4 +1,4 @@
-"""sagellm's engine, through the smallest graph that has one."""
+"""sagellm's engine in the smallest graph that contains an engine."""
 
 import time
 from pathlib import Path
@@ -8,25 +8,25 @@ from benchmarks.shape import QWEN05
 from sagellm import Graph, Sampling, ops
 from sagellm.opening.bridge import BlockingSession
 
-# One sequence of full length: more than any cell needs, and taken only once it is written.
+# Enough for one sequence of full length. Blocks take memory only when they are written.
 NUM_BLOCKS = QWEN05.max_len // 16
 
 
 def bench_graph(model: Path, threads: int) -> Graph:
-    """source -> generate -> sink."""
+    """The graph source -> generate -> sink."""
     graph = Graph("bench")
     graph.engine(
         "g",
         model=str(model),
         threads=threads,
         num_blocks=NUM_BLOCKS,
-        prefix_caching=False,  # a cell that is run again would find its own prompts
+        prefix_caching=False,  # a repeated cell would find its own prompts in the cache
     )
     return graph >> ops.generate(engine="g")
 
 
 class Ours:
-    """Runs a cell through an open session."""
+    """Runs a cell in an open session."""
 
     name = "sagellm"
 

@@ -1,4 +1,4 @@
-"""What an engine's step costs outside its program: scheduling, sampling, emitting, waking up."""
+"""The cost of an engine step outside its program: scheduling, sampling, emitting, wake-ups."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +24,7 @@ CELL = Cell("overhead", "decode", BATCH, 32, 32)
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One run of the program, in seconds of the clock; `num_decoding` sequences of one row each."""
+    """One run of the program, in clock seconds, with `num_decoding` sequences of one row each."""
 
     start_s: float
     end_s: float
@@ -33,7 +33,7 @@ class Call:
 
 @contextmanager
 def noted_calls() -> Iterator[list[Call]]:
-    """Every run of a program in this process while the block lasts."""
+    """Record every run of a program in this process while the block lasts."""
     calls: list[Call] = []
     kinds: tuple[Any, ...] = (NativeProgram, CpuProgram)
     whole = [kind.run for kind in kinds]
@@ -59,9 +59,10 @@ def _noted(whole: Run, calls: list[Call]) -> Run:
 
 
 def share_outside(calls: Sequence[Call], num_decoding: int) -> dict[str, float]:
-    """Of the steps that decode so many sequences, from each one's start to that of the next.
+    """The share of a step outside its program, over pairs of consecutive decode steps.
 
-    Raises ValueError where there are no two in a row.
+    A step lasts from its start to the start of the next; both decode `num_decoding` sequences.
+    Raises ValueError if there is no such pair.
     """
     pairs = [
         (call, following)
@@ -81,7 +82,7 @@ def share_outside(calls: Sequence[Call], num_decoding: int) -> dict[str, float]:
 
 
 def measure_overhead(threads: int, shapes: Sequence[Shape] = (QWEN05, LLAMA15M)) -> list[Any]:
-    """A record a shape, at batch 32."""
+    """One record for each shape, at batch 32."""
     found = []
     for shape in shapes:
         with (

@@ -1,4 +1,4 @@
-"""transformers' `generate`, as its users call it: bfloat16, its default attention, greedy."""
+"""transformers' `generate` with the settings of most users: bfloat16, default attention, greedy."""
 
 import time
 from pathlib import Path
@@ -11,7 +11,7 @@ from benchmarks.cells import Cell, Run, whole_run
 
 
 class Clock(StoppingCriteria):  # type: ignore[misc]
-    """Notes the time of every step, and stops when the run has taken `cap_s`."""
+    """Records the time of every step, and stops a run after `cap_s`."""
 
     def __init__(self, cap_s: float) -> None:
         self.started = time.perf_counter()
@@ -25,7 +25,7 @@ class Clock(StoppingCriteria):  # type: ignore[misc]
 
 
 class Transformers:
-    """Runs a cell with the same weights; a run whose decoding passes `cap_s` is cut short."""
+    """Runs a cell with the same weights. Decoding that takes more than `cap_s` is cut short."""
 
     name = "transformers"
 

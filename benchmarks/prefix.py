@@ -1,6 +1,6 @@
-"""Time to the first token behind a shared prompt, with prefix reuse and without, in turn.
+"""Time to the first token after a shared prompt, with prefix reuse and without, in turns.
 
-`python -m benchmarks.prefix [--model FOLDER]`: prints the medians and their ratio.
+`python -m benchmarks.prefix [--model FOLDER]` prints the medians and their ratio.
 """
 
 import random

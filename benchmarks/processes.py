@@ -69,11 +69,11 @@ def processes(*, parts: tuple[str, ...] = PARTS, rounds: int = 3, output: Path =
     (output / name).write_text(json.dumps(record, indent=2) + "\n")
 
 
-# ---- the same answers, and how fast --------------------------------------------------------
-
-
 async def tokens(rounds: int) -> dict[str, Any]:
-    """`pd_many` over both executors: 24 prompts of 40 to 140 bytes, 100 tokens each."""
+    """Answers and seconds of `pd_many` over both executors, for 24 requests.
+
+    Prompts have 40 to 132 tokens, answers 100.
+    """
     prompts = [[*range(20, 60 + 4 * number)] for number in range(24)]
     sampling = Sampling(max_tokens=100, ignore_eos=True, temperature=1.0, seed=3)
     exact = {"p.deterministic": True, "d.deterministic": True}
@@ -106,12 +106,11 @@ async def _answers(
     return answers
 
 
-# ---- what it costs -------------------------------------------------------------------------
-
-
 async def cost(rounds: int) -> dict[str, Any]:
-    """Microseconds of CPU of the graph's process, engines taking no time: 2,000 requests of one
-    token, 16 at a time, and 100 of 401 tokens; what is more for these is the tokens'.
+    """Microseconds of CPU of the graph's process, with engines that take no time.
+
+    2,000 requests of one token give the cost of a request; 100 requests of 401 tokens give the cost
+    of a token. 16 requests run at a time.
     """
     found: dict[str, Any] = {}
     for executor in ("tasks", "processes"):
@@ -144,7 +143,7 @@ async def _cpu_s(session: Session, num_requests: int, num_tokens: int) -> float:
 
 
 async def hop(rounds: int) -> dict[str, Any]:
-    """A question to an idle worker and its answer, 5,000 times: microseconds."""
+    """Microseconds of a call to an idle worker and its answer, over 5,000 calls."""
     times = []
     async with Graph.load("joint").open(set=NULL, executor="processes") as session:
         (engine,) = session.executor.all_engines
@@ -157,12 +156,9 @@ async def hop(rounds: int) -> dict[str, Any]:
     return {"p50_us": round(times[2500], 1), "p99_us": round(times[4950], 1)}
 
 
-# ---- handing over keys and values ----------------------------------------------------------
-
-
 @asynccontextmanager
 async def qwen(graph: str, executor: str, **options: Any) -> AsyncIterator[Session]:
-    """The 0.5B shape with random weights, in bfloat16."""
+    """A session of the 0.5B shape with random weights in bfloat16."""
     loaded = Graph.load(graph)
     shape = {"num_blocks": 1024, "max_model_len": 4096, "prefix_caching": False, **options}
     engines = {f"{name}.{key}": value for name in loaded.ir.engines for key, value in shape.items()}
@@ -172,8 +168,9 @@ async def qwen(graph: str, executor: str, **options: Any) -> AsyncIterator[Sessi
 
 
 async def handover(rounds: int) -> dict[str, Any]:
-    """Of a prompt of 2,048 tokens, from its first token to its blocks in the decode pool; and what
-    of that the receiver takes, beside a plain copy of as many bytes.
+    """The time of a handover: from the first token of 2,048 to its blocks in the decode pool.
+
+    Also the receiver's part of that time, and the time of a plain copy of as many bytes.
     """
     taken_ms = []
     async with qwen("pd", "processes") as session:
@@ -203,7 +200,7 @@ async def handover(rounds: int) -> dict[str, Any]:
 
 
 async def _fetch_s(num_blocks: int) -> float:
-    """What the receiver does of it: copying from a mapped pool, and checksums."""
+    """Seconds of the receiver's part: a copy from a mapped pool, and checksums."""
     head_dim = QWEN05.hidden // QWEN05.num_heads
     shape = (QWEN05.num_layers, 2, 4 * num_blocks, QWEN05.num_kv_heads, 16, head_dim)
     pools = []
@@ -221,14 +218,14 @@ async def _fetch_s(num_blocks: int) -> float:
 
 
 def _shared(num_bytes: int) -> "np.ndarray[Any, np.dtype[np.uint8]]":
-    """Memory as pools have it: pages of 4 KiB, where the system has no larger ones to share."""
+    """Shared memory like a pool's: in pages of 4 KiB if the system shares no larger pages."""
     shared = np.frombuffer(SharedMemory(num_bytes).view, np.uint8)
     shared.fill(1)
     return shared
 
 
 def _memcpy_s(source: Any, target: Any) -> float:
-    """A plain copy, between pages that were touched before."""
+    """Seconds of a plain copy between pages that are already mapped."""
     times = []
     for _ in range(9):
         began_s = time.perf_counter()
@@ -237,12 +234,9 @@ def _memcpy_s(source: Any, target: Any) -> float:
     return median(times)
 
 
-# ---- waits between tokens while long prompts come ------------------------------------------
-
-
 @dataclass
 class Waits:
-    """Of streams that decode while prompts of 2,048 tokens come: seconds between their tokens."""
+    """Seconds between the tokens of decoding streams while prompts of 2,048 tokens arrive."""
 
     itl_s: list[float] = field(default_factory=list)
     num_prompts: int = 0
@@ -260,7 +254,7 @@ class Waits:
 
 
 async def itl(rounds: int) -> dict[str, Any]:
-    """Four streams decode for 20 s, and every 4 s a prompt of 2,048 tokens comes."""
+    """Waits of four streams that decode for 20 s; a prompt of 2,048 tokens arrives every 4 s."""
     found: dict[str, Any] = {"pd, processes": await _waits("pd", "processes", {"threads": 1})}
     for budget in (512, 256, 128, 64):
         options = {"threads": 2, "max_num_batched_tokens": budget}
@@ -273,7 +267,7 @@ async def _waits(graph: str, executor: str, options: dict[str, Any]) -> dict[str
     async with qwen(graph, executor, **options) as session, trio.open_nursery() as nursery:
         for number in range(4):
             nursery.start_soon(_decode, session, number, waits)
-        await trio.sleep(5)  # they are decoding now
+        await trio.sleep(5)  # by then all four streams decode
         waits.itl_s.clear()
         began_s = trio.current_time()
         with trio.move_on_after(20):

@@ -1,10 +1,10 @@
-"""What quantised weights cost in quality: `python -m benchmarks.quality`.
+"""The loss of quality by quantised weights: `python -m benchmarks.quality`.
 
-`python -m benchmarks.quality 5` sets int4 beside Q4_0 on five random models instead.
+`python -m benchmarks.quality 5` compares int4 with Q4_0 on five random models instead.
 
-On sage-tiny: exercises that training never saw, answered right, and the perplexity of the answers.
-On random weights of the shape of Qwen2.5-0.5B: how far logits are from those of the weights in
-floats. Beside the modes of the engine stand weights by the plain formulas of Q8_0 and Q4_0.
+On sage-tiny: the share of right answers to exercises outside the training set, and the perplexity
+of the answers. On random weights of the shape of Qwen2.5-0.5B: the distance of logits from those of
+float weights. The engine's modes are compared with the plain formulas of Q8_0 and Q4_0.
 """
 
 import importlib
@@ -29,20 +29,21 @@ from sagellm.graphs.models import build, facts
 from sagellm.runtime.models.folder import resolve_model
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
-_exercises: Any = importlib.import_module("exercises")  # a script's folder, no package
+_exercises: Any = importlib.import_module("exercises")  # a folder of scripts, no package
 
 HEAD, TABLE = "lm_head.weight", "model.embed_tokens.weight"
 _BLOCK_SIZE = 16
 _FEW_WORDS = 8192
-_USER, _END, _ASSISTANT = 259, 257, 260  # tokens of sage-tiny
+_USER, _END, _ASSISTANT = 259, 257, 260  # token ids of sage-tiny
 Make = Callable[[torch.Tensor], torch.Tensor | QuantisedWeight]
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """What is made of the weights of the layers and of the logits, and how rows meet them.
+    """How the weights of the layers and of the head are quantised, and the precision of their rows.
 
-    `mode` is an engine's; without one, 8-bit rows meet 4-bit weights, 16-bit rows others.
+    `mode` is a quantisation of the engine. Without a mode, 4-bit weights take rows of 8 bits, other
+    weights rows of 16 bits.
     """
 
     name: str
@@ -54,7 +55,7 @@ class Scheme:
 
 @dataclass(frozen=True)
 class Model:
-    """A config, and weights in which that of the logits has a name of its own."""
+    """A config, and its weights. The output layer has weights of its own name, also if tied."""
 
     config: Mapping[str, Any]
     weights: Mapping[str, torch.Tensor]
@@ -68,7 +69,7 @@ class Model:
 
     @classmethod
     def drawn(cls, seed: int) -> "Model":
-        """Random weights of the shape of Qwen2.5-0.5B, with a vocabulary that costs little."""
+        """Random weights of the shape of Qwen2.5-0.5B, with a smaller vocabulary to save time."""
         config = AutoConfig.from_pretrained(model_folder())
         config.vocab_size = _FEW_WORDS
         torch.manual_seed(seed)
@@ -78,7 +79,7 @@ class Model:
         return cls({**config.to_dict(), "tie_word_embeddings": False}, weights)
 
     def logits(self, scheme: Scheme, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
-        """[tokens of all prompts, vocab], activations and KV in float32."""
+        """Logits as [tokens of all prompts, vocabulary]; activations and KV are float32."""
         shape = facts(self.config)
         heads = shape.num_layers, shape.num_kv_heads, shape.head_dim
         layout, device = KVLayout(*heads, _BLOCK_SIZE, "float32"), CpuBackend().device()
@@ -104,7 +105,7 @@ def _made(scheme: Scheme, name: str, weight: torch.Tensor) -> torch.Tensor | Qua
 
 
 def _inputs(prompts: Sequence[Sequence[int]]) -> tuple[StepInputs, int]:
-    """One step of whole prompts, logits of every row; and the blocks that it takes."""
+    """Inputs of one step that prefills whole prompts and returns logits of every row."""
     lens = [len(prompt) for prompt in prompts]
     blocks = [-(-size // _BLOCK_SIZE) for size in lens]
     firsts = torch.tensor([0, *blocks]).cumsum(0).tolist()
@@ -129,7 +130,7 @@ def _inputs(prompts: Sequence[Sequence[int]]) -> tuple[StepInputs, int]:
 
 
 def plain(bits: int) -> Make:
-    """Q8_0: scale = largest / 127; Q4_0: the largest, with its sign, / -8. Groups of 32."""
+    """Q8_0: scale = largest / 127. Q4_0: scale = signed largest / -8. Groups of 32 values."""
     low, high, top = (-8, 7, -8.0) if bits == 4 else (-127, 127, 127.0)
 
     def make(weight: torch.Tensor) -> QuantisedWeight:
@@ -145,7 +146,7 @@ def plain(bits: int) -> Make:
 
 
 def per_channel(weight: torch.Tensor) -> torch.Tensor:
-    """8 bits with one scale a row, as floats."""
+    """8-bit weights with one scale a row, as floats."""
     scale = weight.float().abs().amax(1, keepdim=True) / 127
     return (weight / scale).round() * scale
 
@@ -174,10 +175,9 @@ def _drawn(kind: str, count: int) -> Any:
 
 
 def exercised(model: Model, scheme: Scheme, count: int) -> tuple[float, float]:
-    """Share of `count` exercises of each kind answered right, and perplexity of the answers.
+    """The share of right answers to `count` exercises of each kind, and their perplexity.
 
-    An answer is right where each of its tokens is the likeliest after those before it: that is
-    what greedy decoding gives.
+    An answer is right if each of its tokens is the most likely one: greedy decoding would give it.
     """
     asked = [one for kind in _exercises.KINDS for one in _drawn(kind, count)]
     answers = [[*one.answer.encode(), _END] for one in asked]
@@ -195,7 +195,7 @@ def exercised(model: Model, scheme: Scheme, count: int) -> tuple[float, float]:
 
 
 def distances(found: torch.Tensor, right: torch.Tensor) -> tuple[float, float, float]:
-    """Relative RMS error, mean KL divergence, and share of equal likeliest tokens."""
+    """Relative RMS error, mean KL divergence, and the share of rows with equal top tokens."""
     true, said = right.log_softmax(-1), found.log_softmax(-1)
     divergence = (true.exp() * (true - said)).sum(-1).mean()
     same = (found.argmax(-1) == right.argmax(-1)).float().mean()
@@ -203,7 +203,7 @@ def distances(found: torch.Tensor, right: torch.Tensor) -> tuple[float, float, f
 
 
 def table(count: int = 200, prompt_len: int = 64) -> str:
-    """Every scheme on both models, as Markdown."""
+    """Every scheme on both models, as a table in Markdown."""
     path = resolve_model("sage-tiny").path
     assert path is not None
     tiny, random = Model.of(path), Model.of(model_folder())
@@ -225,7 +225,7 @@ def table(count: int = 200, prompt_len: int = 64) -> str:
 
 
 def by_seed(seeds: Iterable[int], prompt_len: int = 64) -> Iterator[str]:
-    """The forms of 4 bits on random models, and their means: lines of Markdown, as found."""
+    """The 4-bit forms on random models, and their means. Yields Markdown line by line."""
     found: dict[str, list[tuple[float, float, float]]] = {INT4.name: [], Q4_0.name: []}
     yield from ("| seed | weights | logit error | KL | same token |", "|---|---|---|---|---|")
     for seed in seeds:

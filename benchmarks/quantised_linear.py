@@ -1,10 +1,11 @@
 """Milliseconds of the linears of Qwen2.5-0.5B: `python -m benchmarks.quantised_linear`.
 
-Rows may be given (`... 1 512`). Set OMP_WAIT_POLICY=PASSIVE, as the Makefile does: OpenMP's threads
-else look out for work on the cores of the way that comes next.
+Rows may be given (`... 1 512`). Set OMP_WAIT_POLICY=PASSIVE, as the Makefile does: the threads of
+OpenMP otherwise spin on cores that the next variant needs.
 
-The ways take turns in one run; the median of each is kept. Weights are as many as do not fit the
-cache, as in a model, up to 16 rows; from there on they are used often enough not to matter.
+The variants take turns in one run; the median of each counts. Up to 16 rows, there are more weights
+than fit the cache, as in a model. With more rows, a weight is reused so often that the cache does
+not matter.
 """
 
 import statistics
@@ -29,8 +30,10 @@ NUM_ROWS = (1, 4, 16, 32, 512)
 _CACHE_BYTES, _MOST_COPIES, _ROUNDS = 64 << 20, 160, 7
 
 
-def ways(kernels: NativeKernels, weight: torch.Tensor) -> dict[str, Callable[[], LinearFunction]]:
-    """Makers of a product with a copy of `weight`, by name."""
+def variants(
+    kernels: NativeKernels, weight: torch.Tensor
+) -> dict[str, Callable[[], LinearFunction]]:
+    """Functions that make a product with a copy of `weight`, by variant."""
 
     def of_mode(name: str) -> Callable[[], LinearFunction]:
         made = quantise(weight, MODES[name].weight_bits, kernels)
@@ -48,18 +51,20 @@ def ways(kernels: NativeKernels, weight: torch.Tensor) -> dict[str, Callable[[],
 
 
 def copies(kernels: NativeKernels, shape: tuple[int, int]) -> dict[str, list[LinearFunction]]:
-    """By way, as many products as have weights beyond the cache."""
+    """Products by variant, with more weights together than fit the cache."""
     weight = torch.randn(shape).bfloat16()
     count = max(1, min(_MOST_COPIES, _CACHE_BYTES // (weight.numel() // 2)))
-    return {name: [make() for _ in range(count)] for name, make in ways(kernels, weight).items()}
+    return {
+        name: [make() for _ in range(count)] for name, make in variants(kernels, weight).items()
+    }
 
 
 def measure(made: dict[str, list[LinearFunction]], rows: torch.Tensor) -> dict[str, float]:
-    """Milliseconds a product, by way."""
+    """Milliseconds of a product, by variant."""
     taken: dict[str, list[float]] = {name: [] for name in made}
     for _ in range(3 if len(rows) > 32 else _ROUNDS):
         for name, products in made.items():
-            products[-1](rows)  # the helpers awake
+            products[-1](rows)  # wake the helper threads
             start = time.perf_counter()
             used = products if len(rows) <= 16 else products[:1]
             for product in used:
@@ -78,7 +83,7 @@ def main() -> None:
         made = copies(kernels, shape)
         for num_rows in [int(rows) for rows in sys.argv[1:]] or NUM_ROWS:
             if shape[0] == QWEN05.vocab_size and num_rows > 32:
-                continue  # logits are wanted of one row a sequence
+                continue  # the output layer computes one row a sequence
             found = measure(made, torch.randn(num_rows, shape[1]))
             base = found["bf16"]
             cells = [f"{ms:.3f} ({base / ms:.2f}x)" for ms in found.values()]

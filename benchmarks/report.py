@@ -1,4 +1,4 @@
-"""The figures as JSON to keep and a table to read."""
+"""The results as JSON to keep, and as a table to read."""
 
 import json
 from pathlib import Path
@@ -8,11 +8,11 @@ from typing import Any
 from benchmarks.cells import Cell, Run, rate
 from benchmarks.machine import Limits
 
-Runs = dict[str, list[Run]]  # engine -> its runs of one cell
+Runs = dict[str, list[Run]]  # engine name -> its runs of one cell
 
 
 def measured(cell: Cell, runs: Runs, limits: Limits) -> dict[str, Any]:
-    """One cell: each engine's rates and their median, ratios to the peer and to the limit."""
+    """One cell: the rates of each engine, their median, and ratios to the peer and to the limit."""
     engines = {name: _engine(cell, of_engine) for name, of_engine in runs.items()}
     limit = limits.of(cell)
     found: dict[str, Any] = {
@@ -39,7 +39,7 @@ def _engine(cell: Cell, runs: list[Run]) -> dict[str, Any]:
 
 
 def table(record: dict[str, Any]) -> str:
-    """The record as Markdown."""
+    """The record as tables in Markdown."""
     limits, machine = record["limits"], record["machine"]
     lines = [
         f"# Engine on {machine['cpu']}",
@@ -64,7 +64,7 @@ def table(record: dict[str, Any]) -> str:
 
 
 def _overhead(found: list[dict[str, Any]]) -> list[str]:
-    """Of each shape: a step, its program, and the share of the step that is outside it."""
+    """A table of steps, their programs, and the share outside the program, a row a shape."""
     heads = "| model | sequences | step, ms | its program, ms | share outside |"
     names = ("model", "batch", "step_ms", "program_ms", "share_outside")
     rows = [f"| {' | '.join(str(one[name]) for name in names)} |" for one in found]

@@ -1,4 +1,4 @@
-"""The shapes of the models that are measured, and what their tokens cost at least."""
+"""The shapes of the measured models, and the least cost of their tokens."""
 
 from dataclasses import dataclass
 
@@ -21,22 +21,22 @@ class Shape:
 
     @property
     def kv_width(self) -> int:
-        """Of the keys of one token in one layer."""
+        """The number of key values of one token in one layer."""
         return self.num_kv_heads * self.hidden // self.num_heads
 
     @property
     def kv_bytes_a_token(self) -> int:
-        """Of keys and values in bfloat16."""
+        """The bytes of keys and values of a token in bfloat16."""
         return 2 * BF16_BYTES * self.num_layers * self.kv_width
 
     @property
     def num_weights(self) -> int:
-        """What a decode step reads: the linears of every layer and the output layer."""
+        """The weights that a decode step reads: the linears of every layer and the output layer."""
         return self.num_layers * self._layer + self._output
 
     @property
     def bytes_a_token(self) -> int:
-        """Of bfloat16 weights, read once a step."""
+        """The bytes of the bfloat16 weights that a step reads once."""
         return BF16_BYTES * self.num_weights
 
     @property
@@ -49,20 +49,20 @@ class Shape:
         return self.vocab_size * self.hidden
 
     def prefill_flops(self, prompt_len: int) -> float:
-        """Operations until the first token; logits are needed of one row only."""
+        """Operations until the first token. Logits are computed for one row only."""
         linears = 2.0 * self.num_layers * self._layer * prompt_len + 2.0 * self._output
-        # Two products, over the causal half.
+        # Two products over the causal half.
         attention = 2.0 * self.num_layers * self.hidden * prompt_len**2
         return linears + attention
 
     def decode_flops(self, context_len: int) -> float:
-        """Operations of one further token of a sequence."""
+        """Operations of one more token of a sequence."""
         return 2.0 * self.num_weights + 4.0 * self.num_layers * self.hidden * context_len
 
 
 QWEN05 = Shape("qwen05", "qwen2", 151936, 896, 4864, 24, 14, 2, 32768)
 LLAMA15M = Shape("llama15m", "llama", 32000, 288, 768, 6, 6, 6, 4096)
-# Of the first, two layers and a long context: what attention over it costs, in affordable time.
+# QWEN05 with two layers and a long context: shows the cost of attention in an affordable time.
 QWEN05_2L = Shape("qwen05-2-layers", "qwen2", 151936, 896, 4864, 2, 14, 2, 40960)
-# So small that a server costs more than its model.
+# A model so small that an HTTP server costs more than the model.
 ONE_LAYER = Shape("one-layer", "llama", 512, 64, 128, 1, 4, 4, 512)

@@ -24,8 +24,8 @@ from sagellm.cli.errors import Failure, show_failure
 
 RESULTS = Path(__file__).parent / "results"
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
-CONTEXTS = (128, 512, 2048, 8192, 32768)  # prompt and answer together
-MEMORY_SHARE = 0.5  # of what is free, for keys and values
+CONTEXTS = (128, 512, 2048, 8192, 32768)  # tokens of prompt and answer together
+MEMORY_SHARE = 0.5  # of free memory, for keys and values
 APP = App(name="sagellm bench size", help=__doc__)
 
 
@@ -99,7 +99,7 @@ def size(
 
 
 def left_out(cell: Cell, shape: Shape, limits: Limits, spend_s: float) -> str | None:
-    """Why a cell is not measured, if it is not."""
+    """The reason why a cell is not measured; None for a cell that is measured."""
     context_len = cell.prompt_len + cell.num_out
     if cell.prompt_len < 1:
         return f"a context of {context_len} has no room for {cell.num_out} tokens out"
@@ -148,7 +148,7 @@ def _kept(cell: Cell, rates: Sequence[float], limit: float | None) -> dict[str, 
 
 
 def table(record: dict[str, Any]) -> str:
-    """A row a batch, a column a context; a dash for what was left out, with the reasons below."""
+    """A row for each batch, a column for each context; a dash for a cell that is left out."""
     rates = {(cell["batch"], cell["context"]): cell["tokens_per_s"] for cell in record["cells"]}
     batches, contexts = (sorted({key[place] for key in rates}) for place in (0, 1))
     lines = [f"| batch | {' | '.join(f'{length:,}' for length in contexts)} |"]
@@ -161,7 +161,7 @@ def table(record: dict[str, Any]) -> str:
 
 
 def blank() -> Any:
-    """A figure to draw on. Raises Failure without matplotlib: before anything is measured."""
+    """An empty figure. Raises Failure without matplotlib, before anything is measured."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -171,7 +171,7 @@ def blank() -> Any:
 
 
 def draw(record: dict[str, Any], figure: Any, file: Path) -> None:
-    """A line a context over the batch."""
+    """Draw one line for each context over the batch."""
     axes = figure.subplots()
     for context in sorted({cell["context"] for cell in record["cells"]}):
         cells = [cell for cell in record["cells"] if cell["context"] == context]
@@ -187,7 +187,7 @@ def draw(record: dict[str, Any], figure: Any, file: Path) -> None:
 
 
 def main() -> int:
-    """Measure; a user's mistake is shown as `sagellm` shows it."""
+    """Measure. Shows a user's mistake as `sagellm` does."""
     try:
         APP(result_action="return_none")
     except Failure as failure:

@@ -1,4 +1,4 @@
-"""How fast blocks come from another process, by each transport and by ZeroMQ alone."""
+"""The speed of block transfers from another process, by each transport and by plain ZeroMQ."""
 
 import base64
 import subprocess
@@ -17,14 +17,14 @@ from benchmarks.kv_peer import BLOCKS, NUM_BYTES, opened
 from sagellm.runtime.kv.transport import BlockLocation, Transport
 
 KINDS = ("memory", "tcp", "nixl")
-NUM_EACH = 5  # transfers of one kind, between two of others
+NUM_EACH = 5  # consecutive transfers of one kind, before the next kind has its turn
 
 
 async def transports(rounds: int) -> dict[str, Any]:
-    """2,048 tokens of the 0.5B shape, in bfloat16: from the offer's arrival to all blocks checked.
+    """Times to fetch and check the blocks of 2,048 tokens of the 0.5B shape, after their offer.
 
-    ZeroMQ: the same bytes over loopback tcp in messages of 4 MiB, without copies, looked at by
-    nobody and put nowhere.
+    `zeromq` is the bound: the same bytes over loopback tcp in messages of 4 MiB, neither copied nor
+    checked.
     """
     seconds: dict[str, list[float]] = {kind: [] for kind in (*KINDS, "zeromq")}
     for _ in range(rounds):

@@ -1,4 +1,4 @@
-"""The models that are measured: random weights in bfloat16, made once."""
+"""The measured models: random weights in bfloat16, made once."""
 
 import os
 from pathlib import Path
@@ -14,9 +14,9 @@ from benchmarks.shape import QWEN05, Shape
 
 
 def model_folder(shape: Shape = QWEN05) -> Path:
-    """The folder of the model, in the user's cache; made where it is not there."""
+    """The folder of the model in the user's cache. A missing model is made."""
     folder = cache_folder() / f"random-{shape.name}"
-    if not (folder / "tokenizer.json").exists():  # written last
+    if not (folder / "tokenizer.json").exists():  # the last file that is written
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(_config(shape))
         model.to(torch.bfloat16).save_pretrained(folder)
@@ -25,7 +25,7 @@ def model_folder(shape: Shape = QWEN05) -> Path:
 
 
 def cache_folder() -> Path:
-    """Where models and what is made of them are kept between runs."""
+    """The folder that keeps models and their converted copies between runs."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     return cache / "sagellm"
 
@@ -48,7 +48,7 @@ def _config(shape: Shape) -> Any:
 
 
 def _tokenizer(shape: Shape) -> Tokenizer:
-    """One word a token: detokenising costs what it costs with any table."""
+    """One word a token. The size of the table does not change the cost of detokenising."""
     words = {f"w{number}": number for number in range(shape.vocab_size)}
     tokenizer = Tokenizer(WordLevel(words, unk_token="w0"))
     tokenizer.pre_tokenizer = Whitespace()

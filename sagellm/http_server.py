@@ -15,18 +15,20 @@ import trio
 
 from sagellm.builder import Graph
 from sagellm.cli.errors import RESOURCES, Failure
-from sagellm.cli.serve import print_address
+from sagellm.cli.serve import (
+    bound_socket,
+    check_server_installed,
+    engine_overrides,
+    print_address,
+    served_names,
+    server_logs,
+)
 from sagellm.cli.serve_options import (
     ListenOptions,
     LogLevel,
     ObservabilityOptions,
     ServedModelOptions,
-    bound_socket,
-    check_server_installed,
-    engine_overrides,
     read_settings,
-    served_names,
-    server_logs,
 )
 from sagellm.cli.setting import InvalidSetting, settings_of
 from sagellm.gateway.lifecycle import serve_graph

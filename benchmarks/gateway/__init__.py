@@ -1,1 +1,1 @@
-"""What the gateway costs, beside the bare server with an echo: `sagellm bench gateway`."""
+"""The cost of the gateway, compared with a bare server that echoes: `sagellm bench gateway`."""

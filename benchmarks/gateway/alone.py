@@ -1,4 +1,4 @@
-"""The graph without a gateway: the same requests from tasks of its own process.
+"""The graph without a gateway: tasks of its own process send the same requests.
 
     python -m benchmarks.gateway.alone CONNECTIONS SECONDS MAX_TOKENS
 
@@ -19,7 +19,7 @@ GRAPH = Path(__file__).parent / "null.yaml"
 
 
 async def ask(session: Session, sampling: Sampling, until: float, seen: list[int]) -> None:
-    """One caller: notes how many batches each of its requests came in."""
+    """One client. Appends the number of batches of each of its requests to `seen`."""
     while time.perf_counter() < until:
         num_batches = 0
         async with session.stream([1, 2, 3], sampling=sampling) as stream:

@@ -1,8 +1,8 @@
-"""The bare server: Starlette, one route, chunks of the same bytes; no limits, keys or engine.
+"""The bare server: Starlette with one route and constant chunks; no limits, keys or engine.
 
     python -m benchmarks.gateway.bare SERVER PORT NUM_CHUNKS PACE_S
 
-A chunk, or a whole answer, comes every PACE_S seconds; 0: as fast as it can.
+A chunk, or a whole answer, takes PACE_S seconds; 0 means without a wait.
 """
 
 import sys
@@ -24,17 +24,17 @@ ANSWER = {"id": "cmpl-0", "object": "text_completion", "choices": [{"index": 0, 
 
 
 def app(num_chunks: int, pace_s: float) -> Starlette:
-    """Answers as the gateway does: a stream where it is asked for, else one JSON object."""
+    """An application that answers like the gateway: a stream if requested, else JSON."""
 
     async def stream() -> AsyncIterator[bytes]:
         for _ in range(num_chunks):
-            await anyio.sleep(pace_s)  # each chunk is an event of its own, as in a server
+            await anyio.sleep(pace_s)  # each chunk is an event of its own, as from an engine
             yield CHUNK
         yield b"data: [DONE]\n\n"
 
     async def completions(request: Request) -> Response:
-        asked = await request.json()
-        if asked.get("stream"):
+        body = await request.json()
+        if body.get("stream"):
             return StreamingResponse(stream(), media_type="text/event-stream")
         await anyio.sleep(pace_s)
         return JSONResponse(ANSWER)

@@ -1,4 +1,4 @@
-"""A closed loop of raw connections: as cheap a client as Python has, so that servers are measured.
+"""A closed loop over raw connections: a client that costs less than the measured servers.
 
     python -m benchmarks.gateway.load PORT CONNECTIONS SECONDS BODY
 
@@ -17,7 +17,7 @@ import trio
 
 @dataclass(slots=True)
 class Tally:
-    """What all connections saw together."""
+    """The counts of all connections together."""
 
     num_events: int = 0
     num_failed: int = 0
@@ -26,11 +26,11 @@ class Tally:
 
 
 class Unanswered(ConnectionError):
-    """The connection ended before a byte of the answer: as keep-alive allows it to."""
+    """The connection ended before the first byte of an answer, which keep-alive allows."""
 
 
 async def converse(port: int, request: bytes, until: float, tally: Tally) -> None:
-    """Ask, read the whole answer, ask again; over one connection for as long as it lives."""
+    """Send request after request until `until`; reconnect when the server closes the connection."""
     while time.perf_counter() < until:
         async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
             with suppress(Unanswered):
@@ -39,7 +39,7 @@ async def converse(port: int, request: bytes, until: float, tally: Tally) -> Non
 
 
 async def ask(stream: trio.abc.Stream, request: bytes, tally: Tally) -> None:
-    """One request and its whole answer. Raises Unanswered; ConnectionError for half an answer."""
+    """Send one request and read its whole answer. Raises Unanswered, ConnectionError."""
     started = time.perf_counter()
     try:
         await stream.send_all(request)
@@ -54,9 +54,9 @@ async def ask(stream: trio.abc.Stream, request: bytes, tally: Tally) -> None:
 
 
 async def _answer(stream: trio.abc.Stream, read: bytes) -> bytes:
-    """The bytes of one answer, chunked or with a length, of which `read` are there.
+    """The bytes of one answer, chunked or with a length; `read` holds the bytes read so far.
 
-    Raises ConnectionError at an early end.
+    Raises ConnectionError if the connection ends early.
     """
     while b"\r\n\r\n" not in read:
         read += await _part(stream)
@@ -66,7 +66,7 @@ async def _answer(stream: trio.abc.Stream, read: bytes) -> bytes:
         None,
     )
     parts, total = [read], len(body)
-    tail = body[-5:]  # of the body only: a head may end with the same bytes, as "max=100" does
+    tail = body[-5:]  # without the head, which may end with the same bytes, for example "max=100"
     while (total < length) if length is not None else (tail != b"0\r\n\r\n"):
         part = await _part(stream)
         parts.append(part)

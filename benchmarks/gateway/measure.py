@@ -90,7 +90,7 @@ def gateway(
 def measure(
     server: str, load: Load, connections: int, seconds: float, rounds: int, gateways: int
 ) -> dict[str, Any]:
-    """One server and load: medians of both, and their ratio."""
+    """Measure one server with one load: the medians of all servers, and their ratios."""
     runs: dict[str, list[Figures]] = {"sagellm": [], "bare": [], "bare_flat_out": []}
     alone: list[float] = []
     for _ in range(rounds):
@@ -119,7 +119,7 @@ def measure(
 
 
 def graph_alone(load: Load, connections: int, seconds: float) -> float:
-    """Microseconds of CPU an event, or a request, without a gateway."""
+    """Microseconds of CPU for an event, or for a whole answer, without a gateway."""
     max_tokens = CHUNKS if load.stream else 1
     arguments = [str(connections), str(seconds), str(max_tokens)]
     command = [sys.executable, "-m", "benchmarks.gateway.alone", *arguments]
@@ -137,7 +137,7 @@ def _command(name: str, server: str, port: int, *, pace_s: float, gateways: int)
 
 
 def table(cells: Sequence[dict[str, Any]]) -> str:
-    """The cells as Markdown."""
+    """The cells as a table in Markdown."""
     lines = [
         "| server | unit | CPU us | of it the graph | the gateway | bare server | "
         "gateway / bare | all / bare | gateway / bare flat out | per s | bare per s | p99 ms | "

@@ -1,7 +1,7 @@
-"""The gateway beside llama.cpp's own HTTP server, with the same model of one layer behind both.
+"""The gateway and llama.cpp's own HTTP server, both with the same model of one layer.
 
-A server of llama.cpp's cannot leave its model out. So the figures of these rows include one: in the
-same run, of the same weights, computed by one thread, greedy, flat out.
+A server of llama.cpp cannot run without a model. These figures therefore include a model: with the
+same weights, in the same run, computed by one thread, greedy, without waits.
 """
 
 import sys
@@ -18,13 +18,13 @@ from benchmarks.weights import model_folder
 GRAPH = Path(__file__).parent / "one_layer.yaml"
 LLAMA = "llama-server"
 LOAD = Load("stream", stream=True, temperature=0.0)
-CONTEXT = 256  # of one slot: a request has 3 tokens in and 64 out
+CONTEXT = 256  # tokens of a slot; a request has 3 tokens in and 64 out
 
 
 def measure(
     llama_server: Path, servers: Sequence[str], connections: int, seconds: float, rounds: int
 ) -> list[dict[str, Any]]:
-    """A row a server, medians of rounds in turns; the ratios are to llama-server."""
+    """A row for each server: medians of rounds in turns, with ratios to llama-server."""
     commands = {
         LLAMA: partial(_llama_command, llama_server, gguf_file(ONE_LAYER), connections),
         **{name: partial(_our_command, name, model_folder(ONE_LAYER)) for name in servers},
@@ -39,7 +39,7 @@ def measure(
 
 
 def rows(medians: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each server's medians, and what it costs as a multiple of what llama-server does."""
+    """The medians of each server, and its cost as a multiple of llama-server's cost."""
     peer = medians[LLAMA]
     return [
         {
@@ -66,7 +66,7 @@ def _llama_command(binary: Path, model: Path, slots: int, port: int) -> Sequence
 
 
 def table(found: Sequence[dict[str, Any]]) -> str:
-    """The rows as Markdown."""
+    """The rows as a table in Markdown."""
     lines = [
         f"Streams of {CHUNKS} tokens, one-layer model included:",
         "",

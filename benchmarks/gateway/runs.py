@@ -1,4 +1,4 @@
-"""One run of one server: started, warmed up, loaded by a client, stopped; what its CPU did."""
+"""One run of one server: start, warm up, load by a client, stop; and its CPU time."""
 
 import json
 import subprocess
@@ -21,7 +21,7 @@ START_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """One kind of request: `stream` events of an answer, or one short answer as a whole."""
+    """A kind of request: a stream, or a short answer as a whole."""
 
     name: str
     stream: bool
@@ -29,14 +29,14 @@ class Load:
 
     @property
     def body(self) -> str:
-        asked: dict[str, Any] = {"model": "null", "prompt": [1, 2, 3], "ignore_eos": True}
-        asked |= {"max_tokens": CHUNKS if self.stream else 1, "stream": self.stream}
-        return json.dumps({**asked, "temperature": self.temperature})
+        fields: dict[str, Any] = {"model": "null", "prompt": [1, 2, 3], "ignore_eos": True}
+        fields |= {"max_tokens": CHUNKS if self.stream else 1, "stream": self.stream}
+        return json.dumps({**fields, "temperature": self.temperature})
 
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """One run: CPU of the server's processes over what it answered, and what its clients saw."""
+    """The figures of one run: CPU of the server's processes, and the clients' latencies."""
 
     cpu_us_per_request: float
     cpu_us_per_event: float | None
@@ -47,7 +47,7 @@ class Figures:
 
     @property
     def rate(self) -> float:
-        """Events a second, of streams; else answers."""
+        """Events a second for streams, else answers a second."""
         return self.events_per_s or self.requests_per_s
 
 
@@ -58,22 +58,22 @@ def run_once(
     seconds: float,
     ready: str = "/ready",
 ) -> Figures:
-    """Start the server that `command` names for a port, warm it up, load it, stop it."""
+    """Start a server, warm it up, load it, stop it. `command` returns the command for a port."""
     with served(command, ready) as (process, port):
         _load(port, connections, 1.0, load)
         before = _cpu_s(process)
-        seen = _load(port, connections, seconds, load)
+        counts = _load(port, connections, seconds, load)
         cpu_us = 1e6 * (_cpu_s(process) - before)
-    if seen["failed"]:
-        raise RuntimeError(f"{seen['failed']} requests failed")
-    events = seen["events"] if load.stream else 0
+    if counts["failed"]:
+        raise RuntimeError(f"{counts['failed']} requests failed")
+    events = counts["events"] if load.stream else 0
     return Figures(
-        cpu_us_per_request=cpu_us / seen["requests"],
+        cpu_us_per_request=cpu_us / counts["requests"],
         cpu_us_per_event=cpu_us / events if events else None,
-        requests_per_s=seen["requests"] / seen["seconds"],
-        events_per_s=events / seen["seconds"] if events else None,
-        p50_ms=seen["p50_ms"],
-        p99_ms=seen["p99_ms"],
+        requests_per_s=counts["requests"] / counts["seconds"],
+        events_per_s=events / counts["seconds"] if events else None,
+        p50_ms=counts["p50_ms"],
+        p99_ms=counts["p99_ms"],
     )
 
 
@@ -81,7 +81,7 @@ def run_once(
 def served(
     command: Callable[[int], Sequence[str]], ready: str = "/ready"
 ) -> Iterator[tuple[psutil.Process, int]]:
-    """A server in a process of its own, until the block ends."""
+    """Run a server in a process until the block ends."""
     port = _free_port()
     process = subprocess.Popen(command(port))
     try:
@@ -98,13 +98,13 @@ def served(
 def _load(port: int, connections: int, seconds: float, load: Load) -> dict[str, Any]:
     arguments = [str(port), str(connections), str(seconds), load.body]
     command = [sys.executable, "-m", "benchmarks.gateway.load", *arguments]
-    told = subprocess.check_output(command, timeout=seconds + START_S)
-    seen: dict[str, Any] = json.loads(told)
-    return seen
+    output = subprocess.check_output(command, timeout=seconds + START_S)
+    counts: dict[str, Any] = json.loads(output)
+    return counts
 
 
 def _cpu_s(process: psutil.Process) -> float:
-    """Of it and of its children that live."""
+    """CPU seconds of a process and its living children."""
     times = [each.cpu_times() for each in (process, *process.children(recursive=True))]
     return float(sum(one.user + one.system for one in times))
 
@@ -126,7 +126,7 @@ def _wait_until_ready(url: str, process: "subprocess.Popen[bytes]") -> None:
 
 
 def median_of(found: Sequence[Figures]) -> dict[str, Any]:
-    """Of each figure."""
+    """The median of each figure."""
     runs = [asdict(figures) for figures in found]
     return {
         name: None if runs[0][name] is None else round(median(run[name] for run in runs), 2)

@@ -1,1 +1,1 @@
-"""Other engines, each in an environment of its own: `sagellm bench peers`."""
+"""Other engines, each in its own environment: `sagellm bench peers`."""

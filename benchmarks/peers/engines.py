@@ -1,4 +1,4 @@
-"""Which engines there are, where each runs, and what it reads."""
+"""The engines, the environment of each, and the formats that each reads."""
 
 import os
 import sys
@@ -18,23 +18,23 @@ _TCMALLOC = Path("/usr/lib/x86_64-linux-gnu/libtcmalloc_minimal.so.4")
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """`rows` it has; `environment` None: the project's own."""
+    """An engine. `rows`: formats of weights; `environment`: None is the project's own."""
 
     name: str
     environment: str | None
     driver: Path
     model: Callable[[Shape, str], Path]
     rows: tuple[str, ...]
-    reads_long: bool = False  # has the cells of long context too
-    preloads: tuple[str, ...] = ()  # libraries of its environment, where they are there
+    reads_long: bool = False  # also runs the cells of long contexts
+    preloads: tuple[str, ...] = ()  # libraries in its environment to preload, if they exist
 
     def command(self) -> list[str]:
-        """Raises NotInstalled."""
+        """The command line of the driver. Raises NotInstalled."""
         python = environments.ready(self.environment) if self.environment else sys.executable
         return [str(python), str(self.driver)]
 
     def variables(self, threads: int) -> dict[str, str]:
-        """The environment of its process: as the user's, with so many threads."""
+        """The environment variables of the driver's process: the user's, and `threads` threads."""
         found = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
         found |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
         found |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}

@@ -1,4 +1,4 @@
-"""The environments of the peers: each of its own, made when it is first needed, then reused."""
+"""The environments of the peers, made when first needed, then reused."""
 
 import os
 import subprocess
@@ -12,12 +12,12 @@ READY = ".ready"
 
 
 class NotInstalled(RuntimeError):
-    """An environment that could not be made; the message says why."""
+    """An environment could not be made. The message says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class Environment:
-    """What pip is told: variables of its build, packages that must go again afterwards."""
+    """An environment; `build`: variables for pip; `unwanted`: packages to remove afterwards."""
 
     name: str
     build: dict[str, str] = field(default_factory=dict)
@@ -36,9 +36,9 @@ class Environment:
         return self.folder / "bin" / "python"
 
 
-# torchvision and torchaudio have no build for a torch without CUDA: an import of theirs fails.
+# torchvision and torchaudio have no build for a torch without CUDA: importing them fails.
 _CUDA_ONLY = ("torchvision", "torchaudio", "torchcodec")
-# Tools and servers would double the five minutes that the libraries take.
+# Building tools and servers too would double the five minutes that the libraries take.
 _LLAMA_CPP = (
     "-DGGML_NATIVE=ON -DGGML_OPENMP=ON -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_TESTS=OFF "
     "-DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF -DLLAMA_CURL=OFF"
@@ -56,31 +56,31 @@ ENVIRONMENTS = {
 
 
 def ready(name: str) -> Path:
-    """The Python of the environment `name`, which is made where it is not there, or out of date.
+    """The Python of the environment `name`. Makes an environment that is missing or out of date.
 
-    Raises NotInstalled with the last thing that pip said.
+    Raises NotInstalled with the last error of pip.
     """
-    wanted = ENVIRONMENTS[name]
-    stamp = wanted.folder / READY
-    if not stamp.is_file() or stamp.read_text() != wanted.requirements.read_text():
+    environment = ENVIRONMENTS[name]
+    stamp = environment.folder / READY
+    if not stamp.is_file() or stamp.read_text() != environment.requirements.read_text():
         print(f"making the environment {name}", file=sys.stderr)
-        _make(wanted)
-        stamp.write_text(wanted.requirements.read_text())
-    return wanted.python
+        _make(environment)
+        stamp.write_text(environment.requirements.read_text())
+    return environment.python
 
 
-def _make(wanted: Environment) -> None:
-    _run(wanted, sys.executable, "-m", "venv", str(wanted.folder))
-    pip = (str(wanted.python), "-m", "pip")
-    _run(wanted, *pip, "install", "--no-compile", "-r", str(wanted.requirements))
-    if wanted.unwanted:
-        _run(wanted, *pip, "uninstall", "--yes", *wanted.unwanted)
+def _make(environment: Environment) -> None:
+    _run(environment, sys.executable, "-m", "venv", str(environment.folder))
+    pip = (str(environment.python), "-m", "pip")
+    _run(environment, *pip, "install", "--no-compile", "-r", str(environment.requirements))
+    if environment.unwanted:
+        _run(environment, *pip, "uninstall", "--yes", *environment.unwanted)
 
 
-def _run(wanted: Environment, *command: str) -> None:
-    env = {**wanted.build, **os.environ}  # who sets CMAKE_ARGS means it
+def _run(environment: Environment, *command: str) -> None:
+    env = {**environment.build, **os.environ}  # a user's own CMAKE_ARGS take precedence
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     if done.returncode:
-        said = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
-        errors = [line for line in said if "error" in line.lower()] or said or ["nothing"]
-        raise NotInstalled(f"environment {wanted.name}: {errors[-1].strip()}")
+        output = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
+        errors = [line for line in output if "error" in line.lower()] or output or ["nothing"]
+        raise NotInstalled(f"environment {environment.name}: {errors[-1].strip()}")

@@ -1,4 +1,4 @@
-"""The engines of one model and row: alive together, asked in turns, those that fail remembered."""
+"""The engines of one model and row: alive together, run in turns, failures recorded."""
 
 import sys
 import tempfile
@@ -21,7 +21,7 @@ GB = 1e9
 
 
 class Group:
-    """Use it in a `with` block. `failed`: why an engine has no figures from then on."""
+    """A context manager. `failed`: engines without further figures, and the reason of each."""
 
     def __init__(self, peers: Iterable[Peer], subject: Subject, row: str, threads: int) -> None:
         self.row = row
@@ -48,11 +48,11 @@ class Group:
 
     @property
     def names(self) -> list[str]:
-        """Of those that have not failed."""
+        """The engines that have not failed."""
         return [name for name in self._peers if name not in self.failed]
 
     def prepare(self) -> None:
-        """Environments and files of the models, which are no part of any figure."""
+        """Make environments and model files. Their time belongs to no figure."""
         for name in self.names:
             peer = self._peers[name]
             if self.row not in peer.rows:
@@ -63,7 +63,7 @@ class Group:
                 peer.model(self.subject.shape, self.row)
 
     def start(self, name: str) -> Figure:
-        """A new process in place of the old one: seconds until its first token."""
+        """Start an engine, in place of its old process. Returns seconds until its first token."""
         peer, subject = self._peers[name], self.subject
         if name in self._living:
             self._living.pop(name).close()
@@ -86,7 +86,7 @@ class Group:
         return Figure(taken_s)
 
     def run(self, name: str, cell: Cell, number: int, cap_s: float) -> Figure:
-        """One round of a cell. Raises PeerError, or ValueError for times that mean nothing."""
+        """Run one round of a cell. Raises PeerError, and ValueError for unusable times."""
         answer = self._living[name].ask(
             "run",
             timeout_s=RUN_S,
@@ -101,13 +101,13 @@ class Group:
         return Figure(self._living[name].peak_bytes() / GB)
 
     def logprobs(self, name: str) -> list[float]:
-        """Of the tokens of one prompt, but the first."""
+        """Log probabilities of the tokens of one prompt after the first."""
         (prompt,) = ERROR.prompts(0, self.subject.shape.vocab_size)
         answer = self._living[name].ask("score", timeout_s=RUN_S, prompt=prompt)
         return [float(logprob) for logprob in answer["logprobs"]]
 
     def noting(self, name: str) -> "_Noting":
-        """A block in which what goes wrong is remembered, and ends the engine."""
+        """A block whose known errors are recorded for the engine `name`, and end the engine."""
         return _Noting(name, self._fail)
 
     def _fail(self, name: str, why: str) -> None:
@@ -118,7 +118,7 @@ class Group:
 
 
 class _Noting:
-    """See `Group.noting`."""
+    """The block of `Group.noting`."""
 
     def __init__(self, name: str, fail: Callable[[str, str], None]) -> None:
         self._name = name

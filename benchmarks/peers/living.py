@@ -1,4 +1,4 @@
-"""A peer's process: asked over its stdin, stopped while it is not asked, measured from outside."""
+"""A peer's process: called over stdin, stopped between calls, measured from outside."""
 
 import contextlib
 import json
@@ -19,11 +19,11 @@ END_S = 10.0
 
 
 class PeerError(RuntimeError):
-    """A peer that died, was too slow, or said that it cannot; the message says why."""
+    """A peer died, was too slow, or answered an error. The message says why."""
 
 
 class LivingPeer:
-    """One driver in a process group of its own. Close it, or use it in a `with` block."""
+    """One driver in its own process group. Close it, or use it in a `with` block."""
 
     def __init__(self, command: Sequence[str], env: Mapping[str, str], log: Path) -> None:
         self.started_s = time.perf_counter()
@@ -51,7 +51,7 @@ class LivingPeer:
         self.close()
 
     def ask(self, kind: str, *, timeout_s: float, **fields: Any) -> dict[str, Any]:
-        """One request and its answer; the peer runs while it is asked. Raises PeerError."""
+        """Send a request and return its answer; the peer runs only meanwhile. Raises PeerError."""
         self._signal(signal.SIGCONT)
         try:
             self._write({"do": kind, **fields})
@@ -67,7 +67,7 @@ class LivingPeer:
         return answer
 
     def idle_share(self) -> float:
-        """CPU seconds a second while nothing is asked and it is not stopped."""
+        """CPU seconds a second of a process that is neither called nor stopped."""
         self._signal(signal.SIGCONT)
         before = self._cpu_s()
         time.sleep(IDLE_S)
@@ -76,7 +76,7 @@ class LivingPeer:
         return spent_s / IDLE_S
 
     def peak_bytes(self) -> int:
-        """The largest resident set of each of its processes, summed."""
+        """The sum of the largest resident sets of its processes."""
         total = 0
         for process in self._tree():
             with contextlib.suppress(OSError):
@@ -86,7 +86,7 @@ class LivingPeer:
         return total
 
     def close(self) -> None:
-        """End it and all that it has started."""
+        """Kill the process and all its descendants."""
         for stream in (self._process.stdin, self._process.stdout):
             if stream is not None:
                 with contextlib.suppress(OSError):
@@ -94,12 +94,12 @@ class LivingPeer:
         self._signal(signal.SIGKILL)
         self._process.wait(END_S)
 
-    def _write(self, asked: dict[str, Any]) -> None:
+    def _write(self, request: dict[str, Any]) -> None:
         assert self._process.stdin is not None
         if self._process.stdin.closed:
             raise PeerError("was ended before")
         try:
-            self._process.stdin.write(json.dumps(asked).encode() + b"\n")
+            self._process.stdin.write(json.dumps(request).encode() + b"\n")
             self._process.stdin.flush()
         except OSError:
             raise PeerError(self._why()) from None
@@ -120,17 +120,19 @@ class LivingPeer:
         return line
 
     def _why(self) -> str:
-        """What ended the process, in one line."""
+        """The reason why the process ended, in one line."""
         code = self._process.wait(END_S)
-        said = [line for line in self._log.read_text(errors="replace").splitlines() if line.strip()]
+        lines = [
+            line for line in self._log.read_text(errors="replace").splitlines() if line.strip()
+        ]
         if code < 0:
             return f"died of {signal.Signals(-code).name} ({signal.strsignal(-code)})"
-        return f"ended with code {code}: {said[-1] if said else 'nothing said'}"
+        return f"ended with code {code}: {lines[-1] if lines else 'nothing said'}"
 
     def _stop(self) -> None:
-        """All of its threads stand still, or it has ended, when this returns."""
+        """Stop the process. All its threads are stopped, or have ended, on return."""
         self._signal(signal.SIGSTOP)
-        with contextlib.suppress(ChildProcessError):  # it was waited for: it has ended
+        with contextlib.suppress(ChildProcessError):  # the process was waited for: it has ended
             os.waitid(os.P_PID, self._process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
 
     def _signal(self, number: signal.Signals) -> None:

@@ -104,7 +104,7 @@ def peers(
 
 
 class Bench:
-    """Fills the record, cell by cell, and keeps it after each: the whole takes hours."""
+    """Fills the record cell by cell, and writes it after each: all cells together take hours."""
 
     def __init__(
         self,
@@ -124,7 +124,7 @@ class Bench:
         self._output = output
 
     def measure(self, subject: Subject, row: str, cells: Sequence[Cell]) -> None:
-        """The cells of one model and row, with all its engines alive."""
+        """Measure the cells of one model and row, with all its engines alive."""
         engines = [one for one in self._engines if one.reads_long or not subject.is_long]
         exact = self._exact(subject) if ERROR in cells else None
         with Group(engines, subject, row, self._threads) as group:
@@ -169,7 +169,7 @@ class Bench:
         return limits
 
     def _exact(self, subject: Subject) -> list[float] | None:
-        """What transformers computes in float32; None where it cannot."""
+        """The log probabilities of transformers in float32; None if it fails."""
         reference = PEERS["transformers"]
         group = Group([reference], subject, "fp32", self._threads)
         with group, group.noting(reference.name):
@@ -193,7 +193,10 @@ class Bench:
 
 
 def _errors(group: Group, exact: Sequence[float] | None) -> Found:
-    """Of one prompt's log probabilities; the last cell of a model, for not every engine tells."""
+    """The error of each engine's log probabilities.
+
+    Must be the last cell of a model: an engine without log probabilities fails in it, and ends.
+    """
     found = Found({})
     if exact is None:
         return found
@@ -204,7 +207,7 @@ def _errors(group: Group, exact: Sequence[float] | None) -> Found:
 
 
 def _chosen(kind: str, asked: Sequence[str], known: Iterable[str]) -> list[str]:
-    """Those asked for, or all. Raises Failure for an unknown one."""
+    """The names in `asked`, or all known ones. Raises Failure for an unknown name."""
     names = list(known)
     for name in asked:
         if name not in names:
@@ -215,7 +218,7 @@ def _chosen(kind: str, asked: Sequence[str], known: Iterable[str]) -> list[str]:
 
 
 def _command(options: Sequence[str]) -> str:
-    """What was typed, without the folder that the results went to."""
+    """The command line without its output folder, which may name the user."""
     kept = list(options)
     if "--output" in kept:
         at = kept.index("--output")
@@ -224,7 +227,7 @@ def _command(options: Sequence[str]) -> str:
 
 
 def main() -> int:
-    """Measure; a user's mistake is shown as `sagellm` shows it."""
+    """Measure. Shows a user's mistake as `sagellm` does."""
     try:
         APP(result_action="return_none")
     except Failure as failure:

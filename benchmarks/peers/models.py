@@ -1,4 +1,4 @@
-"""The models in the format of each peer: made once, by its own tools in its own environment."""
+"""The models in each peer's format, made once by its own tools in its own environment."""
 
 import subprocess
 from pathlib import Path
@@ -13,12 +13,12 @@ _OPENVINO = {"bf16": "fp16", "int8": "int8", "w8a8": "int8"}
 
 
 def folder(shape: Shape, row: str) -> Path:
-    """What transformers reads, for every row: who quantises it does so at load."""
+    """The folder for transformers, equal for all rows: these engines quantise at load."""
     return model_folder(shape)
 
 
 def gguf_file(shape: Shape, row: str = "bf16") -> Path:
-    """llama.cpp's. Raises NotInstalled."""
+    """The file for llama.cpp. Raises NotInstalled."""
     file = cache_folder() / f"random-{shape.name}.gguf"
     _make(file, "gguf", "gguf_file.py", model_folder(shape))
     if row == "bf16":
@@ -30,7 +30,7 @@ def gguf_file(shape: Shape, row: str = "bf16") -> Path:
 
 
 def openvino_folder(shape: Shape, row: str) -> Path:
-    """OpenVINO's: weights in float16 or int8. Raises NotInstalled."""
+    """The folder for OpenVINO, with weights in float16 or int8. Raises NotInstalled."""
     precision = _OPENVINO[row]
     made = cache_folder() / f"random-{shape.name}.openvino-{precision}"
     _make(made, "openvino", "openvino_model.py", model_folder(shape), precision)
@@ -38,13 +38,13 @@ def openvino_folder(shape: Shape, row: str) -> Path:
 
 
 def _make(target: Path, environment: str, script: str, source: Path, *options: str) -> None:
-    """Run SCRIPT SOURCE TARGET OPTIONS where `target` is not there; half a file is never kept."""
+    """Run SCRIPT SOURCE TARGET OPTIONS if `target` is missing. A partial file is never kept."""
     if target.exists():
         return
     part = target.with_name(f"{target.name}.part")
     command = [*map(str, (ready(environment), DRIVERS / script, source, part)), *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        said = done.stderr.strip().splitlines() or ["nothing said"]
-        raise NotInstalled(f"{script} of {environment} failed: {said[-1]}")
+        errors = done.stderr.strip().splitlines() or ["nothing said"]
+        raise NotInstalled(f"{script} of {environment} failed: {errors[-1]}")
     part.rename(target)

@@ -1,4 +1,4 @@
-"""What is measured of which model, and what is left out for its cost."""
+"""The cells of each model, and which cells are left out because of their cost."""
 
 from dataclasses import dataclass
 
@@ -6,7 +6,7 @@ from benchmarks.cells import Cell
 from benchmarks.machine import Limits
 from benchmarks.shape import LLAMA15M, QWEN05, QWEN05_2L, Shape
 
-FILL_SHARES = 2  # a long context may be filled for so many times a cell's share of time
+FILL_SHARES = 2  # prefilling a long context may take this multiple of a cell's time
 START = Cell("start-up", "start", 1, 128, 1)
 MEMORY = Cell("peak-memory", "memory", 1, 128, 1)
 ERROR = Cell("logit-error", "error", 1, 256, 1)
@@ -14,7 +14,7 @@ ERROR = Cell("logit-error", "error", 1, 256, 1)
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """A model and its cells; `is_long`: of engines only that read long contexts."""
+    """A model and its cells. `is_long`: only for engines that read long contexts."""
 
     shape: Shape
     cells: tuple[Cell, ...]
@@ -30,12 +30,12 @@ class Subject:
 
     @property
     def max_tokens(self) -> int:
-        """What the KV cache must hold at once."""
+        """The tokens that the KV cache must hold at once."""
         return max(cell.num_sequences * (cell.prompt_len + cell.num_out + 8) for cell in self.cells)
 
 
 def subjects(num_out: int) -> dict[str, Subject]:
-    """By name of the model; decode and batch cells have `num_out` tokens out a sequence."""
+    """Subjects by model name. Decode and batch cells generate `num_out` tokens a sequence."""
     decode = Cell("decode-1", "decode", 1, 128, num_out)
     batch = Cell("batch-32", "batch", 32, 128, num_out)
     whole = (
@@ -63,7 +63,7 @@ def subjects(num_out: int) -> dict[str, Subject]:
 
 
 def too_long(cell: Cell, shape: Shape, limits: Limits, spend_s: float) -> str | None:
-    """Why filling the context takes more than its share even at best, if it does."""
+    """The reason to leave a cell out because of its prefill; None for a cell to measure."""
     flops = cell.num_sequences * shape.prefill_flops(cell.prompt_len)
     fill_s = flops / max(limits.fp32_flops_per_s, limits.bf16_flops_per_s)
     if fill_s <= FILL_SHARES * spend_s:

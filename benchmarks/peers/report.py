@@ -13,7 +13,10 @@ from benchmarks.peers.timing import LOWER_IS_BETTER, UNITS, ratio
 def cell_record(
     cell: Cell, model: str, row: str, found: Found, failed: Mapping[str, str], limit: float | None
 ) -> dict[str, Any]:
-    """One cell: medians, ratios (above 1 we are better; None without a figure), what is missing."""
+    """One cell: medians, ratios, and reasons for missing figures.
+
+    A ratio above 1 means that sagellm is better; None means that a figure is missing.
+    """
     medians = {
         name: rounded(median(one.value for one in figures))
         for name, figures in found.figures.items()
@@ -43,13 +46,13 @@ def cell_record(
 
 
 def best_of(kind: str, medians: Mapping[str, float]) -> str | None:
-    """The peer with the best figure."""
+    """The name of the peer with the best figure."""
     choose = min if kind in LOWER_IS_BETTER else max
     return choose(medians, key=lambda name: medians[name], default=None)
 
 
 def rounded(value: float) -> float:
-    """Four digits: more is noise."""
+    """The value with four significant digits: more would be noise."""
     return float(f"{value:.4g}")
 
 
@@ -58,7 +61,7 @@ def _ratio(kind: str, ours: float | None, other: float | None) -> float | None:
 
 
 def _cut(found: Found) -> dict[str, int]:
-    """By engine: of the rounds that were cut short, the fewest tokens a sequence."""
+    """For each engine with rounds that were cut short, the fewest tokens a sequence."""
     cuts = {
         name: [one.extrapolated_from for one in figures if one.extrapolated_from is not None]
         for name, figures in found.figures.items()
@@ -67,7 +70,7 @@ def _cut(found: Found) -> dict[str, int]:
 
 
 def table(record: Mapping[str, Any]) -> str:
-    """The record as Markdown: a table a model, and why figures are missing."""
+    """The record as Markdown: a table for each model, and the reasons for missing figures."""
     machine, peers = record["machine"], record["peers"]
     lines = [
         f"# Peers on {machine['cpu']}",
@@ -112,7 +115,7 @@ def _number(value: float | None) -> str:
 
 
 def _notes(cells: Iterable[dict[str, Any]]) -> list[str]:
-    """What the marks mean, and each reason once."""
+    """The legend of the marks, and each reason once."""
     cells = list(cells)
     lines = []
     if any(cell["extrapolated_from_tokens"] for cell in cells):

@@ -1,4 +1,4 @@
-"""Rounds of one cell: the engines in turns, and whether the machine held still meanwhile."""
+"""Rounds of one cell with the engines in turns; a round on an unsteady machine is repeated."""
 
 import sys
 import time
@@ -11,13 +11,13 @@ from benchmarks.peers.group import Group
 from benchmarks.peers.plan import START
 from benchmarks.peers.timing import UNITS, Figure
 
-STILL = 0.1  # a round in which the bandwidth moved by more is measured again, once
+STILL = 0.1  # a round with a larger change of the memory bandwidth is repeated, once
 Figures = dict[str, list[Figure]]
 
 
 @dataclass(slots=True)
 class Found:
-    """The rounds of one cell; `moved`: the numbers of those in which the machine did not hold."""
+    """The figures of one cell. `moved`: rounds in which the bandwidth changed too much."""
 
     figures: Figures
     bandwidths: list[float] = field(default_factory=list)
@@ -25,7 +25,7 @@ class Found:
 
 
 class Rounds:
-    """`bandwidth` measures bytes a second; an engine that is not ours stops after `spend_s`."""
+    """`bandwidth` measures bytes a second. Each peer stops after `spend_s` seconds of a cell."""
 
     def __init__(self, bandwidth: Callable[[], float], num_rounds: int, spend_s: float) -> None:
         self._bandwidth = bandwidth
@@ -33,7 +33,7 @@ class Rounds:
         self._spend_s = spend_s
 
     def measure(self, group: Group, cell: Cell) -> Found:
-        """All rounds of one cell. An engine that fails has no figures in it."""
+        """Run all rounds of one cell. An engine that fails has no figures in it."""
         found = Found({name: [] for name in group.names})
         spent_s = dict.fromkeys(group.names, 0.0)
         for number in range(self._num_rounds):
@@ -52,7 +52,7 @@ class Rounds:
     def _round(
         self, group: Group, cell: Cell, number: int, spent_s: dict[str, float], found: Found
     ) -> tuple[dict[str, Figure], bool]:
-        """One turn of every engine that has time left; and whether the bandwidth moved."""
+        """One turn of each engine with time left; and whether the bandwidth changed too much."""
         before = self._bandwidth()
         figures: dict[str, Figure] = {}
         for name in group.names:

@@ -1,11 +1,11 @@
-"""From the times of tokens to a figure of a cell."""
+"""Converts the times of tokens to the figure of a cell."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from benchmarks.cells import Cell
 
-Times = Sequence[Sequence[float]]  # of each sequence: when each token was there, in seconds
+Times = Sequence[Sequence[float]]  # for each sequence, the seconds at which each token was there
 
 UNITS = {
     "prefill": "prompt tokens/s",
@@ -21,14 +21,14 @@ LOWER_IS_BETTER = frozenset({"ttft", "start", "memory", "error"})
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """A value in the unit of its cell; from fewer tokens a sequence than were asked for, or not."""
+    """A value in the unit of its cell; it may stem from fewer tokens than the cell asks for."""
 
     value: float
     extrapolated_from: int | None = None
 
 
 def figure(cell: Cell, times: Times) -> Figure:
-    """What the cell counts. Raises ValueError where the times do not hold it."""
+    """The figure of a cell from its times. Raises ValueError if times are missing."""
     if not times or not all(times):
         raise ValueError("a sequence has no token")
     first_s = min(of_one[0] for of_one in times)
@@ -45,7 +45,7 @@ def figure(cell: Cell, times: Times) -> Figure:
 
 
 def _together(times: Times) -> float:
-    """Tokens a second from the last sequence's first token to the first sequence's last."""
+    """Tokens a second from the last sequence's first token to the first sequence's last token."""
     start, end = max(of_one[0] for of_one in times), min(of_one[-1] for of_one in times)
     if end <= start:
         raise ValueError("the sequences were never decoded together")
@@ -53,7 +53,7 @@ def _together(times: Times) -> float:
 
 
 def _whole(times: Times, num_tokens: int) -> float:
-    """Seconds for all tokens: those that are missing come as fast as the last half did."""
+    """Seconds for all tokens. Missing tokens take as long as those of the last half."""
     seen = sorted(one for of_one in times for one in of_one)
     missing = num_tokens - len(seen)
     if missing <= 0:
@@ -63,9 +63,9 @@ def _whole(times: Times, num_tokens: int) -> float:
 
 
 def error(found: Sequence[float], exact: Sequence[float]) -> float:
-    """Root mean square of the differences, as a share of the deviation of the exact ones.
+    """Root mean square of the differences, divided by the standard deviation of `exact`.
 
-    Raises ValueError where the lengths differ.
+    Raises ValueError if the lengths differ.
     """
     square = sum((one - other) ** 2 for one, other in zip(found, exact, strict=True))
     mean = sum(exact) / len(exact)
@@ -74,5 +74,5 @@ def error(found: Sequence[float], exact: Sequence[float]) -> float:
 
 
 def ratio(kind: str, ours: float, other: float) -> float:
-    """How many times as good as `other`: above 1 we are better."""
+    """How many times better than `other` a value is: above 1, sagellm is better."""
     return other / ours if kind in LOWER_IS_BETTER else ours / other

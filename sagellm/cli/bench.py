@@ -47,121 +47,17 @@ from sagellm.load.report import (
     write_json_file,
 )
 
-ROOT = Path(sagellm.__file__).resolve().parent.parent
-
-
-def decide(*tokens: Annotated[str, Parameter(allow_leading_hyphen=True)]) -> int:
-    """Measure the CPU time of deciding, a request and a token.
-
-    Parameters
-    ----------
-    tokens
-        Options of the measurement; `sagellm bench decide -- --help` lists them.
-    """
-    return _plainly("benchmarks.decide", tokens)
-
-
-def engine(*tokens: Annotated[str, Parameter(allow_leading_hyphen=True)]) -> int:
-    """Measure the engine against transformers and this machine's limits.
-
-    In a process of its own: the number of threads must be set before torch is loaded.
-
-    Parameters
-    ----------
-    tokens
-        Options of the measurement; `sagellm bench engine -- --help` lists them.
-    """
-    return _with_threads("benchmarks.engine", tokens)
-
-
-def peers(*tokens: Annotated[str, Parameter(allow_leading_hyphen=True)]) -> int:
-    """Measure the engine beside llama.cpp, OpenVINO, vLLM and transformers.
-
-    Each gets an environment of its own under .venv-peers, made when it is first needed.
-
-    Parameters
-    ----------
-    tokens
-        Options of the measurement; `sagellm bench peers -- --help` lists them.
-    """
-    return _with_threads("benchmarks.peers.measure", tokens)
-
-
-def processes(*tokens: Annotated[str, Parameter(allow_leading_hyphen=True)]) -> int:
-    """Measure executor `processes` beside `tasks`.
-
-    Parameters
-    ----------
-    tokens
-        Options of the measurement; `sagellm bench processes -- --help` lists them.
-    """
-    return _plainly("benchmarks.processes", tokens)
-
-
-def size(*tokens: Annotated[str, Parameter(allow_leading_hyphen=True)]) -> int:
-    """Measure tokens a second over batch and context: JSON, and a plot.
-
-    Parameters
-    ----------
-    tokens
-        Options of the measurement; `sagellm bench size -- --help` lists them.
-    """
-    return _with_threads("benchmarks.size", tokens)
-
-
-def gateway(*tokens: Annotated[str, Parameter(allow_leading_hyphen=True)]) -> int:
-    """Measure what the gateway costs a request and an event, beside the bare server.
-
-    Parameters
-    ----------
-    tokens
-        Options of the measurement; `sagellm bench gateway -- --help` lists them.
-    """
-    return _plainly("benchmarks.gateway.measure", tokens)
-
-
-def _plainly(module: str, tokens: Sequence[str]) -> int:
-    _check_repository()
-    command = [sys.executable, "-m", module, *tokens]
-    return subprocess.run(command, cwd=ROOT, check=False).returncode
-
-
-def _with_threads(module: str, tokens: Sequence[str]) -> int:
-    """Run it in a process whose libraries know the number of threads from the start."""
-    _check_repository()
-    chosen = _chosen_threads(tokens)
-    threads = chosen or os.environ.get("OMP_NUM_THREADS") or "2"
-    options = tokens if chosen else (*tokens, "--threads", threads)
-    command = [sys.executable, "-m", module, *options]
-    env = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
-    return subprocess.run(command, cwd=ROOT, env=env, check=False).returncode
-
-
-def _check_repository() -> None:
-    if not (ROOT / "benchmarks" / "engine.py").is_file():
-        cause = "the benchmarks are in the repository, not in the installed package"
-        raise Failure(cause, "clone the repository and type `make bench` there")
-
-
-def _chosen_threads(tokens: Sequence[str]) -> str | None:
-    """What `--threads 4` or `--threads=4` says."""
-    for token, following in zip(tokens, (*tokens, "")[1:], strict=True):
-        name, equals, value = token.partition("=")
-        if name == "--threads":
-            return value if equals else following
-    return None
-
-
 PLOT = "cdf.png"
-DRAINING = "sending no more; Ctrl-C again stops at once"
+ROOT = Path(sagellm.__file__).resolve().parent.parent
+_DRAINING = "sending no more; Ctrl-C again stops at once"
 Plot = Callable[..., None]
 
 
 def serve(
     *,
     server: ServerOptions = ServerOptions(),  # noqa: B008 - frozen
-    when: ScheduleOptions = ScheduleOptions(),  # noqa: B008 - frozen
-    what: WorkloadOptions = WorkloadOptions(),  # noqa: B008 - frozen
+    schedule: ScheduleOptions = ScheduleOptions(),  # noqa: B008 - frozen
+    workload: WorkloadOptions = WorkloadOptions(),  # noqa: B008 - frozen
     results: ResultOptions = ResultOptions(),  # noqa: B008 - frozen
 ) -> int:
     """Send requests to a server, and say how it answered.
@@ -170,9 +66,9 @@ def serve(
     together; TPOT the mean time of a request's tokens behind the first, which goodput is measured
     by. Ctrl-C once sends no more and waits, twice stops. Exit code 1 if any request failed.
     """
-    check_load_options(when, what, results)
+    check_load_options(schedule, workload, results)
     plot = _plotter() if results.plot else None
-    load = LoadRun(server, when, what)
+    load = LoadRun(server, schedule, workload)
     with translate_client_errors():
         trio.run(load.run)
     if not load.records:
@@ -181,7 +77,7 @@ def serve(
     try:
         if results.output is not None:
             _write_results(results.output, load, summary, plot)
-    finally:  # neither a full disk nor a reader of stdout that has left costs both
+    finally:  # after a full disk there is still the summary on stdout
         _print_load_summary(summary, results)
     if load.is_interrupted:
         return INTERRUPTED
@@ -190,11 +86,11 @@ def serve(
 
 @dataclass(slots=True)
 class LoadRun:
-    """One load: what was asked for, and then what came of it."""
+    """One load on a server: its options, and after `run` its records."""
 
     server: ServerOptions
-    when: ScheduleOptions
-    what: WorkloadOptions
+    schedule: ScheduleOptions
+    workload: WorkloadOptions
     url: str = ""
     model: str = ""
     records: Sequence[RequestRecord] = ()
@@ -203,18 +99,18 @@ class LoadRun:
     num_open_peak: int = 0
 
     async def run(self) -> None:
-        """Warm up, then send all. Raises ClientError or Failure where the server does not serve."""
-        arrivals = arrivals_of(self.when, self.what)
+        """Warm up, then send all requests. Raises ClientError, and Failure if the warm-up fails."""
+        arrivals = arrivals_of(self.schedule, self.workload)
         self.url = configured_url(self.server.url) or await find_server_async()
         client = AsyncServerConnection(
             self.url, configured_key(self.server.api_key), self.server.timeout
         )
         async with aclosing(client):
             self.model = self.server.model or await client.first_model()
-            target, prompts = target_of(self.what, self.model), prompts_of(self.what)
+            target, prompts = target_of(self.workload, self.model), prompts_of(self.workload)
             await self._warm_up(Sender(client, target, prompts))
             sender = Sender(client, target, prompts)
-            with _progress(self.when) as advance:
+            with _progress(self.schedule) as advance:
                 drive = LoadDriver(sender.send, lambda: sender.now_s, report=advance)
                 await self._drive(drive, arrivals)
 
@@ -224,28 +120,28 @@ class LoadRun:
             cpu_s=self.cpu_s,
             num_open_peak=self.num_open_peak,
             objective=results.objective,
-            is_open_loop=is_open(self.when),
+            is_open_loop=is_open(self.schedule),
         )
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What it was, without the key."""
-        return {"url": self.url, "model": self.model, **load_settings(self.when, self.what)}
+        """The options of this load for the results file, without the API key."""
+        return {"url": self.url, "model": self.model, **load_settings(self.schedule, self.workload)}
 
     async def _warm_up(self, sender: Sender) -> None:
-        for number, arrival in enumerate(warmup_of(self.when, self.what), 1):
+        for number, arrival in enumerate(warmup_of(self.schedule, self.workload), 1):
             record = await sender.send(-number, arrival, sender.now_s)
             if not record.is_ok:
-                raise _not_serving(record, self.when)
+                raise _not_serving(record, self.schedule)
 
     async def _drive(self, drive: LoadDriver, arrivals: Iterator[Any]) -> None:
         began_s = time.process_time()
-        async with drain_on_interrupt(drive.stop, DRAINING):
-            if is_open(self.when):
+        async with drain_on_interrupt(drive.stop, _DRAINING):
+            if is_open(self.schedule):
                 await drive.open(arrivals)
             else:
-                concurrency = self.when.concurrency or CONCURRENCY
-                until_s = self.when.duration or float("inf")
+                concurrency = self.schedule.concurrency or CONCURRENCY
+                until_s = self.schedule.duration or float("inf")
                 await drive.closed(arrivals, concurrency, until_s)
         self.cpu_s = time.process_time() - began_s
         self.records = sorted(drive.records, key=lambda record: record.number)
@@ -253,25 +149,24 @@ class LoadRun:
         self.num_open_peak = drive.num_open_peak
 
 
-def _not_serving(record: RequestRecord, when: ScheduleOptions) -> Failure:
+def _not_serving(record: RequestRecord, schedule: ScheduleOptions) -> Failure:
     cause = f"a warm-up request failed: {record.error}: {record.message}"
-    return Failure(cause, _fix(record, when), code=FAILED)
+    return Failure(cause, _fix(record, schedule), code=FAILED)
 
 
-def _fix(record: RequestRecord, when: ScheduleOptions) -> str:
-    """What to change, by what the server says of a warm-up request."""
-    said = (record.message or "").lower()
+def _fix(record: RequestRecord, schedule: ScheduleOptions) -> str:
+    """What the user should change, derived from the server's answer to a warm-up request."""
+    text = (record.message or "").lower()
     if record.status in REFUSALS:
         return "wait until the server takes requests, or let --retries try again"
     if record.status == 401:
         return "give --api-key, or set SAGELLM_API_KEY"
     if record.status != 400:
         return "look at the server; a load would measure its errors"
-    if record.code == "context_length_exceeded" or "context" in said:
-        return (
-            f"lower {length_options(when)}: prompt and answer together exceed the model's context"
-        )
-    if "ignore_eos" in said:
+    if record.code == "context_length_exceeded" or "context" in text:
+        options = length_options(schedule)
+        return f"lower {options}: prompt and answer together exceed the model's context"
+    if "ignore_eos" in text:
         return "add --stop-at-eos: the server does not know ignore_eos, a field of vLLM's"
     return "change the option that the server names"
 
@@ -295,7 +190,7 @@ def _write_results(folder: Path, load: LoadRun, summary: Summary, plot: Plot | N
 
 
 def _plotter() -> Plot:
-    """Raises Failure where matplotlib is not installed, before anything is sent."""
+    """The function that draws the plot. Raises Failure if matplotlib is not installed."""
     try:
         plot: Plot = import_module("sagellm.load.plots").plot_cdf
     except ModuleNotFoundError as error:
@@ -308,11 +203,95 @@ def _plotter() -> Plot:
 
 
 @contextmanager
-def _progress(when: ScheduleOptions) -> Iterator[Callable[[RequestRecord], None]]:
-    """A bar on stderr where that is a terminal; gives what is called for each request."""
+def _progress(schedule: ScheduleOptions) -> Iterator[Callable[[RequestRecord], None]]:
+    """Show a bar on stderr, if a terminal; gives a callable that counts one request."""
     console = Console(file=sys.stderr)
     columns = (TextColumn("requests"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
     with bar:
-        task = bar.add_task("requests", total=when.num_requests)
+        task = bar.add_task("requests", total=schedule.num_requests)
         yield lambda record: bar.advance(task)
+
+
+def _measurement(name: str, module: str, does: str, *, sets_threads: bool) -> Callable[..., int]:
+    """A command that runs a module of benchmarks/ in a process; `does` is its help."""
+
+    def measure(*tokens: Annotated[str, Parameter(allow_leading_hyphen=True)]) -> int:
+        return _run(module, tokens, sets_threads)
+
+    measure.__name__ = name
+    measure.__doc__ = f"""{does}
+
+    Parameters
+    ----------
+    tokens
+        Options of the measurement; `sagellm bench {name} -- --help` lists them.
+    """
+    return measure
+
+
+decide = _measurement(
+    "decide",
+    "benchmarks.decide",
+    "Measure the CPU time of deciding, a request and a token.",
+    sets_threads=False,
+)
+engine = _measurement(
+    "engine",
+    "benchmarks.engine",
+    """Measure the engine against transformers and this machine's limits.
+
+    In a process of its own: the number of threads must be set before torch is loaded.""",
+    sets_threads=True,
+)
+gateway = _measurement(
+    "gateway",
+    "benchmarks.gateway.measure",
+    "Measure what the gateway costs a request and an event, beside the bare server.",
+    sets_threads=False,
+)
+peers = _measurement(
+    "peers",
+    "benchmarks.peers.measure",
+    """Measure the engine beside llama.cpp, OpenVINO, vLLM and transformers.
+
+    Each gets an environment of its own under .venv-peers, made when it is first needed.""",
+    sets_threads=True,
+)
+processes = _measurement(
+    "processes",
+    "benchmarks.processes",
+    "Measure executor `processes` beside `tasks`.",
+    sets_threads=False,
+)
+size = _measurement(
+    "size",
+    "benchmarks.size",
+    "Measure tokens a second over batch and context: JSON, and a plot.",
+    sets_threads=True,
+)
+
+
+def _run(module: str, tokens: Sequence[str], sets_threads: bool) -> int:
+    """Run a module in a process; returns its exit code. Raises Failure outside the repository."""
+    if not (ROOT / "benchmarks" / "engine.py").is_file():
+        cause = "the benchmarks are in the repository, not in the installed package"
+        raise Failure(cause, "clone the repository and type `make bench` there")
+    options, env = tuple(tokens), dict(os.environ)
+    if sets_threads:
+        chosen = _chosen_threads(tokens)
+        threads = chosen or os.environ.get("OMP_NUM_THREADS") or "2"
+        options = options if chosen else (*options, "--threads", threads)
+        # OpenMP and MKL read these variables once, when torch is loaded.
+        env |= {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+    command = [sys.executable, "-m", module, *options]
+    return subprocess.run(command, cwd=ROOT, env=env, check=False).returncode
+
+
+def _chosen_threads(tokens: Sequence[str]) -> str | None:
+    """The value of `--threads 4` or `--threads=4`; None if the option is missing."""
+    for token, following in zip(tokens, (*tokens, "")[1:], strict=True):
+        name, equals, value = token.partition("=")
+        if name == "--threads":
+            return value if equals else following
+    return None

@@ -1,4 +1,4 @@
-"""The options of `sagellm bench serve`, in groups, and what they mean together."""
+"""The options of `sagellm bench serve`, in groups, and the load that they describe."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -24,10 +24,10 @@ from sagellm.load.workload import (
     within,
 )
 
-CONCURRENCY, NUM_REQUESTS = 8, 100  # where nothing is said
+CONCURRENCY, NUM_REQUESTS = 8, 100  # defaults that depend on other options
 INPUT_LEN, OUTPUT_LEN, VOCAB_SIZE = 128, 64, 256
-_OF_A_TRACE = ("max_input_len", "max_output_len")
-_NOT_OF_A_TRACE = ("input_len", "output_len", "spread")
+_TRACE_ONLY = ("max_input_len", "max_output_len")
+_NOT_WITH_TRACE = ("input_len", "output_len", "spread")
 _TRACE_FIX = (
     "give a CSV with TIMESTAMP, ContextTokens and GeneratedTokens (Azure's format), "
     "or JSON lines with timestamp, input_length and output_length (Mooncake's)"
@@ -38,7 +38,7 @@ COUNT, POSITIVE = Number(gte=1), Number(gt=0)
 @Parameter(name="*", group="When")
 @dataclass(frozen=True, kw_only=True)
 class ScheduleOptions:
-    """One of: so many at a time, so many a second, or a trace."""
+    """When requests are sent: so many at a time, so many a second, or by a trace."""
 
     concurrency: Annotated[int | None, Parameter(validator=COUNT)] = None
     """Closed loop: so many requests at a time [default: 8]."""
@@ -65,7 +65,7 @@ class ScheduleOptions:
 @Parameter(name="*", group="What")
 @dataclass(frozen=True, kw_only=True)
 class WorkloadOptions:
-    """What is asked."""
+    """The requests that are sent."""
 
     endpoint: Literal["completions", "chat"] = "completions"
     """/v1/completions or /v1/chat/completions."""
@@ -114,7 +114,7 @@ class WorkloadOptions:
 @Parameter(name="*", group="Results")
 @dataclass(frozen=True, kw_only=True)
 class ResultOptions:
-    """What is said and kept."""
+    """The objective, and the results that are printed and written."""
 
     slo_ttft: Annotated[float | None, Parameter(validator=POSITIVE)] = None
     """Goodput: the first token within so many seconds."""
@@ -142,16 +142,18 @@ class ResultOptions:
 
 
 def check_load_options(
-    when: ScheduleOptions, what: WorkloadOptions, results: ResultOptions
+    schedule: ScheduleOptions, workload: WorkloadOptions, results: ResultOptions
 ) -> None:
-    """Raise Failure for options that contradict each other, or would be ignored."""
-    loops = [name for name in ("concurrency", "rate", "trace") if getattr(when, name) is not None]
+    """Raise Failure for options that contradict each other, or that would have no effect."""
+    loops = [
+        name for name in ("concurrency", "rate", "trace") if getattr(schedule, name) is not None
+    ]
     if len(loops) > 1:
         raise Failure(f"--{loops[0]} and --{loops[1]} contradict each other", "give one of them")
-    _check_trace(when, what)
-    if what.endpoint == "chat" and what.prompts == "ids":
+    _check_trace(schedule, workload)
+    if workload.endpoint == "chat" and workload.prompts == "ids":
         raise Failure("a chat takes no token ids", "leave --prompts out, or say --prompts words")
-    if what.kind == "words" and what.vocab_size is not None:
+    if workload.kind == "words" and workload.vocab_size is not None:
         raise Failure("--vocab-size is of token ids, and words are asked", "leave it out")
     if results.output is None and (results.plot or results.force):
         given = "--plot" if results.plot else "--force"
@@ -159,14 +161,14 @@ def check_load_options(
     _check_free(results)
 
 
-def _check_trace(when: ScheduleOptions, what: WorkloadOptions) -> None:
-    """A trace has lengths of its own, and nothing else can be clipped or replayed faster."""
-    if when.trace is None and when.speedup is not None:
+def _check_trace(schedule: ScheduleOptions, workload: WorkloadOptions) -> None:
+    """Raise Failure for lengths beside a trace, and for options of a trace without one."""
+    if schedule.trace is None and schedule.speedup is not None:
         raise Failure("--speedup is of a trace, and there is none", "add --trace FILE")
-    for name in _OF_A_TRACE if when.trace is None else _NOT_OF_A_TRACE:
-        if getattr(what, name) is not None:
+    for name in _TRACE_ONLY if schedule.trace is None else _NOT_WITH_TRACE:
+        if getattr(workload, name) is not None:
             option = f"--{name.replace('_', '-')}"
-            if when.trace is None:
+            if schedule.trace is None:
                 raise Failure(f"{option} clips a trace, and there is none", "add --trace FILE")
             raise Failure(f"{option} contradicts --trace, which has lengths", "leave it out")
 
@@ -180,85 +182,85 @@ def _check_free(results: ResultOptions) -> None:
             raise Failure("the folder holds results", fix, str(results.output / name))
 
 
-def target_of(what: WorkloadOptions, model: str) -> LoadTarget:
+def target_of(workload: WorkloadOptions, model: str) -> LoadTarget:
     """What every request has in common."""
-    options: dict[str, Any] = {"temperature": what.temperature}
-    if not what.stop_at_eos:
+    options: dict[str, Any] = {"temperature": workload.temperature}
+    if not workload.stop_at_eos:
         options["ignore_eos"] = True
     return LoadTarget(
         model=model,
-        is_chat=what.endpoint == "chat",
+        is_chat=workload.endpoint == "chat",
         options=options,
-        num_retries=what.retries,
-        timeout_s=what.request_timeout,
-        seed=what.seed,
+        num_retries=workload.retries,
+        timeout_s=workload.request_timeout,
+        seed=workload.seed,
     )
 
 
-def prompts_of(what: WorkloadOptions) -> Prompts:
-    return Prompts(what.kind, seed=what.seed, vocab_size=what.vocab_size or VOCAB_SIZE)
+def prompts_of(workload: WorkloadOptions) -> Prompts:
+    return Prompts(workload.kind, seed=workload.seed, vocab_size=workload.vocab_size or VOCAB_SIZE)
 
 
-def arrivals_of(when: ScheduleOptions, what: WorkloadOptions) -> Iterator[PlannedRequest]:
+def arrivals_of(schedule: ScheduleOptions, workload: WorkloadOptions) -> Iterator[PlannedRequest]:
     """The requests of the load, in order. Raises Failure for a trace that cannot be read."""
-    if when.trace is not None:
+    if schedule.trace is not None:
         arrivals = replay_trace(
-            _read(when.trace),
-            speedup=when.speedup or 1.0,
-            max_input_len=what.max_input_len,
-            max_output_len=what.max_output_len,
+            _read(schedule.trace),
+            speedup=schedule.speedup or 1.0,
+            max_input_len=workload.max_input_len,
+            max_output_len=workload.max_output_len,
         )
     else:
-        lengths = what.input_len or INPUT_LEN, what.output_len or OUTPUT_LEN
-        arrivals = closed_loop(*lengths, what.spread or 0.0, what.seed)
-        if when.rate is not None:
-            arrivals = poisson(arrivals, when.rate, what.seed)
-    if is_open(when) and when.duration is not None:
-        arrivals = within(arrivals, when.duration)
-    return islice(arrivals, _num_requests(when))
+        lengths = workload.input_len or INPUT_LEN, workload.output_len or OUTPUT_LEN
+        arrivals = closed_loop(*lengths, workload.spread or 0.0, workload.seed)
+        if schedule.rate is not None:
+            arrivals = poisson(arrivals, schedule.rate, workload.seed)
+    if is_open(schedule) and schedule.duration is not None:
+        arrivals = within(arrivals, schedule.duration)
+    return islice(arrivals, _num_requests(schedule))
 
 
-def warmup_of(when: ScheduleOptions, what: WorkloadOptions) -> Iterator[PlannedRequest]:
-    """Requests as long as the load's first, which share no prefix with any of them."""
-    for arrival in islice(arrivals_of(when, what), when.warmup):
+def warmup_of(schedule: ScheduleOptions, workload: WorkloadOptions) -> Iterator[PlannedRequest]:
+    """Requests with the lengths of the load's first ones, but without a prefix in common."""
+    for arrival in islice(arrivals_of(schedule, workload), schedule.warmup):
         yield PlannedRequest(0.0, arrival.input_len, arrival.output_len)
 
 
-def load_settings(when: ScheduleOptions, what: WorkloadOptions) -> dict[str, Any]:
-    """The options of a load as they hold: None is what this load does not have."""
-    settings = {**asdict(when), **asdict(what), "prompts": what.kind}
-    settings["num_requests"] = _num_requests(when)
-    for name, value in _defaults(when, what).items():
+def load_settings(schedule: ScheduleOptions, workload: WorkloadOptions) -> dict[str, Any]:
+    """The options of a load with its defaults filled in; None for those it does not use."""
+    settings = {**asdict(schedule), **asdict(workload), "prompts": workload.kind}
+    settings["num_requests"] = _num_requests(schedule)
+    for name, value in _defaults(schedule, workload).items():
         if settings[name] is None:
             settings[name] = value
     return {name: str(v) if isinstance(v, Path) else v for name, v in settings.items()}
 
 
-def _defaults(when: ScheduleOptions, what: WorkloadOptions) -> dict[str, Any]:
-    defaults: dict[str, Any] = {"vocab_size": VOCAB_SIZE} if what.kind == "ids" else {}
-    if when.trace is not None:
+def _defaults(schedule: ScheduleOptions, workload: WorkloadOptions) -> dict[str, Any]:
+    defaults: dict[str, Any] = {"vocab_size": VOCAB_SIZE} if workload.kind == "ids" else {}
+    if schedule.trace is not None:
         return defaults | {"speedup": 1.0}
     defaults |= {"input_len": INPUT_LEN, "output_len": OUTPUT_LEN, "spread": 0.0}
-    return defaults if is_open(when) else defaults | {"concurrency": CONCURRENCY}
+    return defaults if is_open(schedule) else defaults | {"concurrency": CONCURRENCY}
 
 
-def length_options(when: ScheduleOptions) -> str:
+def length_options(schedule: ScheduleOptions) -> str:
     """The options that make requests shorter."""
     return (
         "--input-len or --output-len"
-        if when.trace is None
+        if schedule.trace is None
         else "--max-input-len or --max-output-len"
     )
 
 
-def is_open(when: ScheduleOptions) -> bool:
-    return when.rate is not None or when.trace is not None
+def is_open(schedule: ScheduleOptions) -> bool:
+    return schedule.rate is not None or schedule.trace is not None
 
 
-def _num_requests(when: ScheduleOptions) -> int | None:
-    if when.num_requests is None and when.duration is None and when.trace is None:
+def _num_requests(schedule: ScheduleOptions) -> int | None:
+    if schedule.num_requests is None and schedule.duration is None and schedule.trace is None:
         return NUM_REQUESTS
-    return when.num_requests
+    return schedule.num_requests
 
 
 def _read(path: Path) -> list[PlannedRequest]:

@@ -1,4 +1,4 @@
-"""`sagellm chaos run`: what a graph does when things go wrong on purpose."""
+"""`sagellm chaos run`: scenarios of faults, and whether a graph keeps its promises in them."""
 
 import logging
 import sys
@@ -47,7 +47,7 @@ def _run(path: Path, seed: int, decisions: Path | None, json: bool) -> ScenarioR
     try:
         loaded = load_scenario(path)
         warn_shadowed_graph(loaded.scenario.graph, path.parent, "beside the scenario")
-        with process_logs(logging.WARNING):  # which a full disk does not end
+        with process_logs(logging.WARNING):  # logs that cannot be written do not end a scenario
             report = trio.run(run_scenario, loaded, seed, log)
     except* ScenarioError as group:
         raise Failure(_first(group), "docs/operations.md has what a scenario may say") from None
@@ -63,6 +63,6 @@ def _run(path: Path, seed: int, decisions: Path | None, json: bool) -> ScenarioR
 
 
 def _first(group: BaseExceptionGroup[ScenarioError]) -> str:
-    """What is wrong, behind however many groups."""
+    """The message of the first error in nested groups."""
     first = group.exceptions[0]
     return _first(first) if isinstance(first, BaseExceptionGroup) else str(first)

@@ -1,12 +1,12 @@
 """`sagellm chat`: a conversation on the terminal with any OpenAI-compatible server."""
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any
 
 import msgspec
 import trio
@@ -15,118 +15,30 @@ from cyclopts import Parameter
 from sagellm.cli.complete import (
     RequestSamplingOptions,
     ServerOptions,
+    StreamedAnswer,
+    print_answer,
+    print_stream,
     read_text,
+    show_stats,
     translate_client_errors,
 )
 from sagellm.cli.errors import INTERRUPTED, Failure, explain, show_failure
-from sagellm.cli.terminal import StreamedAnswer, print_answer, print_stream, show_stats
 from sagellm.client.http_calls import first_model_of
 from sagellm.graphs.vocabulary import nearest
 
-SLASH = "/"
-ESCAPE = "//"  # begins a text whose first character is a slash
-
-
-class Conversation(Protocol):
-    """What the commands need of a conversation."""
-
-    @property
-    def record(self) -> Mapping[str, object]:
-        """Model and messages, as a chat request has them."""
-        ...
-
-    def clear(self) -> None:
-        """Forget all messages but the system prompt."""
-
-
-class Leave(Exception):
-    """The user ends the conversation."""
-
-
-@dataclass(frozen=True, slots=True)
-class Command:
-    """`argument` names what follows the word; "" where nothing may follow."""
-
-    does: str
-    run: Callable[[Conversation, str], None]
-    argument: str = ""
-
-
-def text_of(line: str) -> str | None:
-    """What the model is sent for a line; None for a command."""
-    if line.startswith(ESCAPE):
-        return line.removeprefix(SLASH)
-    return None if line.startswith(SLASH) else line
-
-
-def execute(line: str, talk: Conversation) -> None:
-    """Run the command of a line. Raises Leave, Failure, OSError."""
-    word, _, argument = line.strip().partition(" ")
-    command = COMMANDS.get(word)
-    if command is None:
-        raise _unknown(word)
-    argument = argument.strip()
-    if bool(argument) != bool(command.argument):
-        cause = f"{word} needs a {command.argument}" if command.argument else f"{word} stands alone"
-        raise Failure(cause, f"type {_usage(word, command)}")
-    command.run(talk, argument)
-
-
-def _unknown(word: str) -> Failure:
-    close = nearest(word, COMMANDS)
-    fix = f"did you mean {close}?" if close else f"the commands are {', '.join(COMMANDS)}."
-    escape = f"To send a text that begins with {SLASH}, begin it with {ESCAPE}"
-    return Failure(f"there is no command {word}", f"{fix} {escape}")
-
-
-def _usage(word: str, command: Command) -> str:
-    return f"{word} {command.argument}".strip()
-
-
-def _help(talk: Conversation, argument: str) -> None:
-    shown = {_usage(word, command): command.does for word, command in COMMANDS.items()}
-    shown[f"{ESCAPE}TEXT"] = "send /TEXT to the model"
-    for usage, does in shown.items():
-        print(f"  {usage:<12}{does}", file=sys.stderr)
-
-
-def _clear(talk: Conversation, argument: str) -> None:
-    talk.clear()
-    print("a new conversation", file=sys.stderr)
-
-
-def _save(talk: Conversation, argument: str) -> None:
-    """A file that exists is not overwritten."""
-    path = Path(argument).expanduser()
-    content = msgspec.json.format(msgspec.json.encode(talk.record), indent=2)
-    with path.open("xb") as file:
-        file.write(content + b"\n")
-    print(f"saved to {path}", file=sys.stderr)
-
-
-def _exit(talk: Conversation, argument: str) -> None:
-    raise Leave
-
-
-COMMANDS: dict[str, Command] = {
-    "/help": Command("show this list", _help),
-    "/clear": Command("begin a new conversation; the system prompt stays", _clear),
-    "/save": Command("write the conversation to a new file, as JSON", _save, "FILE"),
-    "/exit": Command("leave", _exit),
-}
-
-
-with suppress(ImportError):  # it edits lines of `input` once it is loaded; not everywhere
+with suppress(ImportError):  # loading it gives `input` line editing; some systems lack it
     import_module("readline")
 
 PROMPT = "> "
 HINT = "/help lists commands, Ctrl-C stops an answer, Ctrl-D leaves"
+SLASH = "/"
+ESCAPE = "//"  # escapes a text whose first character is a slash
 
 
 def chat(
     *,
     server: ServerOptions = ServerOptions(),  # noqa: B008 - frozen
-    draw: RequestSamplingOptions = RequestSamplingOptions(),  # noqa: B008 - frozen
+    sampling: RequestSamplingOptions = RequestSamplingOptions(),  # noqa: B008 - frozen
     system: str | None = None,
     question: Annotated[
         str | None, Parameter(name=("--question", "-q"), allow_leading_hyphen=True)
@@ -149,52 +61,66 @@ def chat(
     """
     if json and question is None:
         raise Failure("--json needs a question", "add --question TEXT")
-    asked = None if question is None else read_text(question, "--question")
-    talk = _found(Talk(server, draw, has_usage=stats or json))
+    only = None if question is None else read_text(question, "--question")
+    session = ChatSession(_resolved(server), sampling, has_usage=stats or json)
     if system is not None:
-        talk.say("system", system)
-    return _converse(talk, stats) if asked is None else _once(talk, asked, stats, json)
+        session.append("system", system)
+    return _converse(session, stats) if only is None else _answer_once(session, only, stats, json)
+
+
+def _resolved(server: ServerOptions) -> ServerOptions:
+    """The server with URL and model filled in: both should stay equal for a whole conversation."""
+
+    async def find() -> ServerOptions:
+        async with server.client() as client:
+            model = server.model or first_model_of(await client.models())
+            return replace(server, url=client.url, model=model)
+
+    with translate_client_errors():
+        return trio.run(find)
 
 
 @dataclass
-class Talk:
-    """A conversation so far; an answer that was stopped is kept as far as it came."""
+class ChatSession:
+    """A conversation so far. A stopped answer stays in the history as far as it was received."""
 
     server: ServerOptions
-    draw: RequestSamplingOptions
+    sampling: RequestSamplingOptions
     has_usage: bool = False
     messages: list[dict[str, str]] = field(default_factory=list)
 
-    def say(self, role: str, content: str) -> None:
+    def append(self, role: str, content: str) -> None:
         self.messages.append({"role": role, "content": content})
 
     def clear(self) -> None:
-        self.messages = [one for one in self.messages if one["role"] == "system"]
+        """Forget all messages except the system prompt."""
+        self.messages = [message for message in self.messages if message["role"] == "system"]
 
     @property
     def record(self) -> dict[str, object]:
+        """Model and messages, in the fields of a chat request."""
         return {"model": self.server.model, "messages": self.messages}
 
     def ask(self, question: str, *, silent: bool = False) -> StreamedAnswer:
-        """The answer, printed while it comes; a question without any is forgotten.
+        """Print the answer while it streams. A question without an answer leaves the history.
 
         Raises Failure.
         """
-        self.say("user", question)
+        self.append("user", question)
         try:
             with translate_client_errors():
-                told = trio.run(self._answer, silent)
-        except BaseException:
+                answer = trio.run(self._answer, silent)
+        except BaseException:  # Ctrl-C too: a failed question must not be part of the next request
             self.messages.pop()
             raise
-        if told.text:
-            self.say("assistant", told.text)
+        if answer.text:
+            self.append("assistant", answer.text)
         else:
             self.messages.pop()
-        return told
+        return answer
 
     async def _answer(self, silent: bool) -> StreamedAnswer:
-        options: dict[str, Any] = {**self.draw.given}
+        options: dict[str, Any] = {**self.sampling.given}
         if self.has_usage:
             options["stream_options"] = {"include_usage": True}
         async with self.server.client() as client:
@@ -202,56 +128,32 @@ class Talk:
             return await print_stream(asking, silent=silent)
 
 
-def _found(talk: Talk) -> Talk:
-    """With URL and model settled, so that they stay for the whole conversation."""
-
-    async def find() -> ServerOptions:
-        async with talk.server.client() as client:
-            url, model = client.url, talk.server.model or first_model_of(await client.models())
-            return replace(talk.server, url=url, model=model)
-
-    with translate_client_errors():
-        return replace(talk, server=trio.run(find))
-
-
-def _once(talk: Talk, question: str, stats: bool, json: bool) -> int:
-    told = talk.ask(question, silent=json)
-    if json and not told.is_stopped:
-        print_answer(told, str(talk.server.model))
+def _answer_once(session: ChatSession, question: str, stats: bool, json: bool) -> int:
+    answer = session.ask(question, silent=json)
+    if json and not answer.is_stopped:
+        print_answer(answer, str(session.server.model))
     if stats:
-        show_stats(told)
-    return INTERRUPTED if told.is_stopped else 0
+        show_stats(answer)
+    return INTERRUPTED if answer.is_stopped else 0
 
 
-def _converse(talk: Talk, stats: bool) -> int:
-    """Answer each line until stdin ends or the user leaves. A line that fails shows its error."""
+def _converse(session: ChatSession, stats: bool) -> int:
+    """Answer each line until stdin ends or the user leaves. A failed line shows its error."""
     is_terminal = sys.stdin.isatty()
     if is_terminal:
-        print(f"{talk.server.model} at {talk.server.url}. {HINT}.", file=sys.stderr)
-    while (line := _line(is_terminal)) is not None:
+        print(f"{session.server.model} at {session.server.url}. {HINT}.", file=sys.stderr)
+    while (line := _next_line(is_terminal)) is not None:
         try:
-            _take(line, talk, stats)
-        except Leave:
+            _process(line, session, stats)
+        except _EndChat:
             return 0
         except (Failure, OSError) as error:
             show_failure(explain(error) or Failure(str(error), ""))
     return 0
 
 
-def _take(line: str, talk: Talk, stats: bool) -> None:
-    """Obey a command, or ask a question. Raises Leave, Failure, OSError."""
-    text = text_of(line)
-    if text is None:
-        return execute(line, talk)
-    if text.strip():
-        told = talk.ask(text)
-        if stats:
-            show_stats(told)
-    return None
-
-
-def _line(is_terminal: bool) -> str | None:
-    """The next line; None at the end."""
+def _next_line(is_terminal: bool) -> str | None:
+    """The next line of stdin; None at the end. On a terminal, Ctrl-C prints a hint."""
     while True:
         try:
             return input(PROMPT if is_terminal else "")
@@ -261,3 +163,92 @@ def _line(is_terminal: bool) -> str | None:
             if not is_terminal:
                 raise
             print(f"\n{HINT}", file=sys.stderr)
+
+
+def _process(line: str, session: ChatSession, stats: bool) -> None:
+    """Run a command or ask a question. Raises _EndChat, Failure, OSError."""
+    text = text_of(line)
+    if text is None:
+        return run_command(line, session)
+    if text.strip():
+        answer = session.ask(text)
+        if stats:
+            show_stats(answer)
+    return None
+
+
+def text_of(line: str) -> str | None:
+    """The text of a line that goes to the model; None for a command."""
+    if line.startswith(ESCAPE):
+        return line.removeprefix(SLASH)
+    return None if line.startswith(SLASH) else line
+
+
+class _EndChat(Exception):
+    """The user ends the conversation."""
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """`argument` names the argument of the command; "" for a command without one."""
+
+    does: str
+    run: Callable[[ChatSession, str], None]
+    argument: str = ""
+
+
+def run_command(line: str, session: ChatSession) -> None:
+    """Run the command of a line. Raises _EndChat, Failure, OSError."""
+    word, _, argument = line.strip().partition(" ")
+    command = COMMANDS.get(word)
+    if command is None:
+        raise _unknown(word)
+    argument = argument.strip()
+    if bool(argument) != bool(command.argument):
+        cause = f"{word} needs a {command.argument}" if command.argument else f"{word} stands alone"
+        raise Failure(cause, f"type {_usage(word, command)}")
+    command.run(session, argument)
+
+
+def _unknown(word: str) -> Failure:
+    close = nearest(word, COMMANDS)
+    fix = f"did you mean {close}?" if close else f"the commands are {', '.join(COMMANDS)}."
+    escape = f"To send a text that begins with {SLASH}, begin it with {ESCAPE}"
+    return Failure(f"there is no command {word}", f"{fix} {escape}")
+
+
+def _usage(word: str, command: Command) -> str:
+    return f"{word} {command.argument}".strip()
+
+
+def _help(session: ChatSession, argument: str) -> None:
+    lines = {_usage(word, command): command.does for word, command in COMMANDS.items()}
+    lines[f"{ESCAPE}TEXT"] = "send /TEXT to the model"
+    for usage, does in lines.items():
+        print(f"  {usage:<12}{does}", file=sys.stderr)
+
+
+def _clear(session: ChatSession, argument: str) -> None:
+    session.clear()
+    print("a new conversation", file=sys.stderr)
+
+
+def _save(session: ChatSession, argument: str) -> None:
+    """Write a new file. Raises FileExistsError rather than overwrite a file."""
+    path = Path(argument).expanduser()
+    content = msgspec.json.format(msgspec.json.encode(session.record), indent=2)
+    with path.open("xb") as file:
+        file.write(content + b"\n")
+    print(f"saved to {path}", file=sys.stderr)
+
+
+def _exit(session: ChatSession, argument: str) -> None:
+    raise _EndChat
+
+
+COMMANDS: dict[str, Command] = {
+    "/help": Command("show this list", _help),
+    "/clear": Command("begin a new conversation; the system prompt stays", _clear),
+    "/save": Command("write the conversation to a new file, as JSON", _save, "FILE"),
+    "/exit": Command("leave", _exit),
+}

@@ -1,18 +1,26 @@
-"""Commands that talk to a server: which one, what its errors mean, and `sagellm complete`."""
+"""`sagellm complete`; and what it shares with `chat`: server options, streaming, errors."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Awaitable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Annotated, Any
 
+import msgspec
 import trio
 from cyclopts import Parameter
 from cyclopts.validators import Number
 
-from sagellm.cli.errors import CONFIGURATION, FAILED, INTERRUPTED, RESOURCES, Failure
-from sagellm.cli.terminal import StreamedAnswer, print_answer, print_stream, show_stats
+from sagellm.cli.errors import (
+    CONFIGURATION,
+    FAILED,
+    INTERRUPTED,
+    RESOURCES,
+    Failure,
+    drain_on_interrupt,
+)
 from sagellm.client.http_calls import KEY_VARIABLE, first_model_of
+from sagellm.client.replies import AsyncReplyStream, Piece, Usage
 from sagellm.client.responses import NOT_OFFERED, TIMED_OUT, UNREACHABLE, ClientError
 from sagellm.client.unified_async import AsyncUnifiedInferenceClient
 from sagellm.load import REFUSALS
@@ -23,13 +31,13 @@ _FIXES = {
     TIMED_OUT: "look at the server, or raise --timeout",
     NOT_OFFERED: "change the command, or choose another server",
 }
-_MISTAKES = (400, 401, 403, 404, 405, 413, 422)
+_MISTAKES = (400, 401, 403, 404, 405, 413, 422)  # HTTP statuses that the caller can avoid
 
 
 @Parameter(name="*", group="Server")
 @dataclass(frozen=True, kw_only=True)
 class ServerOptions:
-    """Any OpenAI-compatible server."""
+    """The OpenAI-compatible server that a command talks to."""
 
     url: str | None = None
     """Its URL [default: SAGELLM_URL, or else a server on this machine at port 8000 or 8889]."""
@@ -55,7 +63,7 @@ class ServerOptions:
 @Parameter(name="*", group="How to answer")
 @dataclass(frozen=True, kw_only=True)
 class RequestSamplingOptions:
-    """What is not given, the server decides."""
+    """Sampling of an answer; the server decides about options that are not given."""
 
     max_tokens: Annotated[int | None, Parameter(validator=Number(gte=1))] = None
     """The longest answer, in tokens."""
@@ -71,14 +79,162 @@ class RequestSamplingOptions:
 
     @property
     def given(self) -> dict[str, Any]:
-        """The options that the user chose."""
+        """The options that the user gave."""
         named = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in named.items() if value is not None}
 
 
+@dataclass(slots=True)
+class StreamedAnswer:
+    """An answer so far. Times are in seconds after the call."""
+
+    text: str = ""
+    finish_reason: str | None = None
+    usage: Usage | None = None
+    num_pieces: int = 0  # pieces with text
+    ttft_s: float | None = None
+    last_s: float | None = None  # the time of the last token
+    is_stopped: bool = False
+
+    @property
+    def num_tokens(self) -> int:
+        """Completion tokens as the server counts them, or else the number of pieces."""
+        counted = self.usage.completion_tokens if self.usage else None
+        return self.num_pieces if counted is None else counted
+
+    @property
+    def tpot_s(self) -> float | None:
+        """The mean time of a token after the first."""
+        if self.ttft_s is None or self.last_s is None or self.num_tokens < 2:
+            return None
+        return (self.last_s - self.ttft_s) / (self.num_tokens - 1)
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """The rate between the call and the last token."""
+        return self.num_tokens / self.last_s if self.last_s else None
+
+    def take(self, piece: Piece, after_s: float) -> None:
+        if piece or piece.finish_reason is not None:  # an EOS token has no text
+            self.ttft_s = after_s if self.ttft_s is None else self.ttft_s
+            self.last_s = after_s
+        self.num_pieces += bool(piece)
+        self.text += piece
+        self.finish_reason = piece.finish_reason or self.finish_reason
+        self.usage = piece.usage or self.usage
+
+
+def complete(
+    text: Annotated[str, Parameter(allow_leading_hyphen=True)],
+    /,
+    *,
+    server: ServerOptions = ServerOptions(),
+    sampling: RequestSamplingOptions = RequestSamplingOptions(),
+    stats: bool = False,
+    json: bool = False,
+) -> int:
+    """Print what a model writes behind a text, while it comes; Ctrl-C stops it.
+
+    Parameters
+    ----------
+    text
+        The text; `-` reads it from stdin.
+    stats
+        Say on stderr how many tokens came, when the first, and how many a second.
+    json
+        Print one object when the answer is whole: model, text, finish_reason, usage, timing.
+    """
+    prompt = read_text(text, "TEXT")
+    with translate_client_errors():
+        model, answer = trio.run(_complete, prompt, server, sampling, stats, json)
+    if json and not answer.is_stopped:
+        print_answer(answer, model)
+    if stats:
+        show_stats(answer)
+    return INTERRUPTED if answer.is_stopped else 0
+
+
+async def _complete(
+    prompt: str, server: ServerOptions, sampling: RequestSamplingOptions, stats: bool, json: bool
+) -> tuple[str, StreamedAnswer]:
+    options = {**sampling.given}
+    if stats or json:
+        options["stream_options"] = {"include_usage": True}
+    async with server.client() as client:
+        model = server.model or first_model_of(await client.models())
+        asking = client.generate(prompt, model, stream=True, **options)
+        return model, await print_stream(asking, silent=json)
+
+
+def read_text(text: str, where: str) -> str:
+    """`text`, or stdin for `-`. `where` names the option in errors.
+
+    Raises Failure for an empty text and for text that is not UTF-8.
+    """
+    try:
+        raw = sys.stdin.buffer.read() if text == "-" else text.encode()
+        read = raw.decode()
+    except UnicodeError as error:
+        cause = f"the text is not UTF-8: {error}"
+        raise Failure(cause, "convert it to UTF-8", "stdin" if text == "-" else where) from None
+    if not read:
+        raise Failure("the text is empty", "give some, or pipe it in and give -", where)
+    return read
+
+
+async def print_stream(
+    asking: Awaitable[AsyncReplyStream], *, silent: bool = False
+) -> StreamedAnswer:
+    """Print an answer while it streams. Ctrl-C cancels the request; the answer so far is returned.
+
+    `silent` prints nothing. Raises ClientError.
+    """
+    answer, started_s = StreamedAnswer(), trio.current_time()
+    with trio.CancelScope() as scope:
+        async with drain_on_interrupt(scope, "\nstopped"), await asking as stream:
+            async for piece in stream:
+                answer.take(piece, trio.current_time() - started_s)
+                if not silent:
+                    print(piece, end="", flush=True)
+    answer.is_stopped = scope.cancelled_caught
+    if not silent:
+        print(flush=True)
+    return answer
+
+
+def show_stats(answer: StreamedAnswer) -> None:
+    """Print one line to stderr: tokens, TTFT, TPOT, tokens a second."""
+    parts = [f"{answer.num_tokens} tokens"]
+    if answer.usage is not None and answer.usage.prompt_tokens is not None:
+        parts.insert(0, f"prompt {answer.usage.prompt_tokens} tokens")
+    if answer.ttft_s is not None:
+        parts.append(f"TTFT {answer.ttft_s * 1e3:.1f} ms")
+    if answer.tpot_s is not None:
+        parts.append(f"TPOT {answer.tpot_s * 1e3:.1f} ms")
+    if answer.tokens_per_s is not None:
+        parts.append(f"{answer.tokens_per_s:.1f} tokens/s")
+    print(", ".join(parts), file=sys.stderr)
+
+
+def print_answer(answer: StreamedAnswer, model: str) -> None:
+    """Print an answer and its figures to stdout as one JSON object."""
+    timing = {name: getattr(answer, name) for name in ("ttft_s", "tpot_s", "tokens_per_s")}
+    fields_of_answer: dict[str, Any] = {
+        "model": model,
+        "text": answer.text,
+        "finish_reason": answer.finish_reason,
+        "usage": answer.usage,
+        "timing": timing,
+    }
+    print(msgspec.json.encode(fields_of_answer).decode())
+
+
 @contextmanager
 def translate_client_errors() -> Iterator[None]:
-    """Raise Failure for what a server refuses or fails, in a nursery or not."""
+    """Raise Failure for a ClientError, also for one inside an exception group.
+
+    A nursery wraps the ClientError of a task in such a group.
+    """
     try:
         yield
     except ClientError as error:
@@ -96,7 +252,7 @@ def _first(group: ExceptionGroup[ClientError]) -> ClientError:
 
 
 def failure_of(error: ClientError) -> Failure:
-    """Cause, way out and exit code: 2 for a call that is wrong, 3 for a server that is full."""
+    """The failure to show. Exit code: 2 for a wrong call, 3 for a full server, 1 otherwise."""
     if error.status in REFUSALS:
         after = error.retry_after_s
         fix = "try again later" if after is None else f"try again in {after:g} s"
@@ -106,58 +262,3 @@ def failure_of(error: ClientError) -> Failure:
     is_mistake = error.status in _MISTAKES or error.code == NOT_OFFERED
     fix = _FIXES.get(error.code or "", "change the call" if is_mistake else "look at the server")
     return Failure(error.message, fix, error.param or "", CONFIGURATION if is_mistake else FAILED)
-
-
-def complete(
-    text: Annotated[str, Parameter(allow_leading_hyphen=True)],
-    /,
-    *,
-    server: ServerOptions = ServerOptions(),
-    draw: RequestSamplingOptions = RequestSamplingOptions(),
-    stats: bool = False,
-    json: bool = False,
-) -> int:
-    """Print what a model writes behind a text, while it comes; Ctrl-C stops it.
-
-    Parameters
-    ----------
-    text
-        The text; `-` reads it from stdin.
-    stats
-        Say on stderr how many tokens came, when the first, and how many a second.
-    json
-        Print one object when the answer is whole: model, text, finish_reason, usage, timing.
-    """
-    prompt = read_text(text, "TEXT")
-    with translate_client_errors():
-        model, told = trio.run(_complete, prompt, server, draw, stats, json)
-    if json and not told.is_stopped:
-        print_answer(told, model)
-    if stats:
-        show_stats(told)
-    return INTERRUPTED if told.is_stopped else 0
-
-
-async def _complete(
-    prompt: str, server: ServerOptions, draw: RequestSamplingOptions, stats: bool, json: bool
-) -> tuple[str, StreamedAnswer]:
-    options = {**draw.given}
-    if stats or json:
-        options["stream_options"] = {"include_usage": True}
-    async with server.client() as client:
-        model = server.model or first_model_of(await client.models())
-        asking = client.generate(prompt, model, stream=True, **options)
-        return model, await print_stream(asking, silent=json)
-
-
-def read_text(text: str, where: str) -> str:
-    """The text itself, or stdin for `-`. Raises Failure where there is none, or no UTF-8."""
-    try:
-        raw = sys.stdin.buffer.read() if text == "-" else text.encode()
-        read = raw.decode()
-    except UnicodeError as error:
-        cause = f"the text is not UTF-8: {error}"
-        raise Failure(cause, "convert it to UTF-8", "stdin" if text == "-" else where) from None
-    if not read:
-        raise Failure("the text is empty", "give some, or pipe it in and give -", where)
-    return read

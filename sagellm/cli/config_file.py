@@ -1,4 +1,4 @@
-"""`--config FILE` and `--print-config`: the options of `sagellm serve` as TOML."""
+"""`--config FILE` and `--print-config`: the options of `sagellm serve` as a TOML file."""
 
 import json
 import re
@@ -8,20 +8,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sagellm.cli.errors import Failure
+from sagellm.cli.errors import Failure, suggestion
 from sagellm.cli.setting import LIMITS, GivenOptions, InvalidSetting, Setting, settings_of
 from sagellm.gateway.settings import Budget, RequestLimits, Settings, Streaming
-from sagellm.graphs.vocabulary import nearest
 
-MAX_CONFIG_BYTES = 1 << 20
+MAX_CONFIG_BYTES = 1 << 20  # a wrong path may name a file of weights; do not read all of it
 TABLES = ("limits", "keys", "set")
-_OPTIONS_ONLY = {  # not in a file, and what to write instead
+_OPTIONS_ONLY = {  # options that a file may not contain -> what to write instead
     "api_key": "write a table [keys.NAME] with key_file, key_env or key",
     "limit": "write a table [limits] with NAME = VALUE",
     "import": "give --import on the command line, or write imports: in the graph file",
     "config": "give --config on the command line",
     "print_config": "give --print-config on the command line",
 }
+_NOT_IN_A_FILE = frozenset({*_OPTIONS_ONLY, *TABLES})
+_SECRETS = ("admin_key",)
 _BUDGET = settings_of(Budget)
 _HEADER = re.compile(r"\s*\[+\s*([^\]]+?)\s*\]+")
 _KEY = re.compile(r"""\s*((?:[\w-]+|"[^"]*"|'[^']*')(?:\s*\.\s*(?:[\w-]+|"[^"]*"|'[^']*'))*)\s*=""")
@@ -33,7 +34,7 @@ KeyPath = tuple[str, ...]
 
 @dataclass(frozen=True, slots=True)
 class KeyTable:
-    """`[keys.NAME]`: where the key is, and what it may have under way."""
+    """`[keys.NAME]`: the source of an API key, and its budget. `where`: file and line."""
 
     key: str = field(default="", repr=False)
     key_file: Path | None = None
@@ -44,8 +45,10 @@ class KeyTable:
 
 @dataclass(frozen=True, slots=True)
 class ConfigFile:
-    """What a file says: `values` by the names of fields of the option structs, `limits` by those of
-    LIMITS, `set` by `op.key`.
+    """The contents of a file.
+
+    `values`: by field names of the option structs; `limits`: by names of LIMITS; `keys`: by tenant;
+    `set`: by `op.key`.
     """
 
     values: Mapping[str, Any] = field(default_factory=dict)
@@ -56,10 +59,10 @@ class ConfigFile:
 
 
 def read_config(path: Path, structs: Sequence[type]) -> ConfigFile:
-    """The settings of a file: options of these structs, `[limits]`, `[keys.NAME]`, `[set]`.
+    """Read a file with options of `structs` and the tables `[limits]`, `[keys.NAME]` and `[set]`.
 
-    Paths in the file are relative to its folder. Raises Failure with every mistake and its line;
-    OSError where the file cannot be read.
+    Paths in the file are relative to its folder. Raises Failure with the line of each mistake, and
+    OSError if the file cannot be read.
     """
     with path.open("rb") as file:
         content = file.read(MAX_CONFIG_BYTES + 1)
@@ -74,37 +77,11 @@ def read_config(path: Path, structs: Sequence[type]) -> ConfigFile:
         raise Failure("the file is not UTF-8", "save it as UTF-8", str(path)) from None
     except tomllib.TOMLDecodeError as error:
         raise _not_toml(error, text, path) from None
-    reading = _Reader(path, _lines(text), structs)
-    config = reading.config(tree)
-    if reading.mistakes:
-        raise _failure(reading.mistakes)
+    reader = _Reader(path, _lines(text), structs)
+    config = reader.config(tree)
+    if reader.mistakes:
+        raise _failure(reader.mistakes)
     return config
-
-
-def read_limits(given: Sequence[str]) -> dict[str, Any]:
-    """NAME=VALUE as the command line gives them. Raises Failure."""
-    found: dict[str, Any] = {}
-    for text in given:
-        name, equals, value = text.partition("=")
-        name, where = name.strip().replace("-", "_"), f"--limit {text}"
-        if not equals:
-            raise Failure("a limit needs a value", "for example --limit body_bytes=16MiB", where)
-        if name not in LIMITS:
-            raise Failure(f"there is no limit {name!r}", _suggestion(name, LIMITS), where)
-        try:
-            found[name] = LIMITS[name].read(_number(value.strip()))
-        except InvalidSetting as error:
-            raise Failure(f"{name} {error}", LIMITS[name].doc, where) from None
-    return found
-
-
-def _number(text: str) -> object:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +92,7 @@ class _Mistake:
 
 
 class _Reader:
-    """One file while it is read; `mistakes` are all that were met."""
+    """Converts the tables of one file; collects all `mistakes` instead of ending at the first."""
 
     def __init__(self, path: Path, lines: Mapping[KeyPath, int], structs: Sequence[type]) -> None:
         self.mistakes: list[_Mistake] = []
@@ -125,7 +102,7 @@ class _Reader:
             setting.name: (name, setting)
             for struct in structs
             for name, setting in settings_of(struct).items()
-            if setting.name not in {*_OPTIONS_ONLY, *TABLES}
+            if setting.name not in _NOT_IN_A_FILE
         }
 
     def config(self, tree: Mapping[str, Any]) -> ConfigFile:
@@ -160,7 +137,7 @@ class _Reader:
 
     def _key(self, name: str, value: object) -> KeyTable:
         place: KeyPath = ("keys", name)
-        if isinstance(value, str):  # the short form: team-a = "KEY"
+        if isinstance(value, str):  # the short form: NAME = "KEY"
             return KeyTable(key=value, where=self._where(place))
         table = self._table(place, value)
         given: dict[str, Any] = {}
@@ -197,7 +174,7 @@ class _Reader:
         return {}
 
     def _unknown(self, place: KeyPath, key: str, known: Sequence[str]) -> None:
-        fix = _OPTIONS_ONLY.get(key) or _suggestion(key, known)
+        fix = _OPTIONS_ONLY.get(key) or suggestion(key, known)
         if key in LIMITS and key not in known:
             fix = f"write {key} below [limits]"
         self._mistake(place, f"there is no setting {place[-1]!r} here", fix)
@@ -207,7 +184,7 @@ class _Reader:
 
     def _where(self, place: KeyPath) -> str:
         while place and place not in self._lines:
-            place = place[:-1]
+            place = place[:-1]  # the pattern may miss an unusual key; its table is near enough
         return f"{self._path}:{self._lines.get(place, 1)}"
 
 
@@ -218,13 +195,8 @@ _KEY_SOURCES = {
 }
 
 
-def _suggestion(name: str, known: Mapping[str, Any] | Sequence[str]) -> str:
-    close = nearest(name, list(known))
-    return f"did you mean {close}?" if close else f"there are {', '.join(known)}"
-
-
 def _flat(prefix: str, table: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
-    """`[set.admission]` and `admission.max_queued` alike as "admission.max_queued"."""
+    """Nested tables as dotted keys: `[set.admission]` gives "admission.max_queued"."""
     for key, value in table.items():
         if isinstance(value, dict):
             yield from _flat(f"{prefix}{key}.", value)
@@ -233,7 +205,7 @@ def _flat(prefix: str, table: Mapping[str, Any]) -> Iterator[tuple[str, object]]
 
 
 def _lines(text: str) -> dict[KeyPath, int]:
-    """Where each key stands; tomllib does not say."""
+    """The line of each key and table. tomllib does not keep lines, so that the text is matched."""
     found: dict[KeyPath, int] = {}
     table: KeyPath = ()
     for number, line in enumerate(text.splitlines(), 1):
@@ -267,23 +239,20 @@ def _failure(mistakes: Sequence[_Mistake]) -> Failure:
     return Failure(f"{len(mistakes)} mistakes in the settings{listed}", "nothing was started")
 
 
-SECRETS = ("admin_key",)
-_APART = ("api_key", "config", "import", "limit", "print_config", *TABLES)
-
-
 def format_config(
     options: Sequence[GivenOptions],
     settings: Settings,
     config: ConfigFile,
     changes: Mapping[str, object],
 ) -> str:
-    """A file that gives the same settings, once its keys are filled in. What is not changed is a
-    comment. `changes`: of the graph.
+    """A file that gives the same settings when its secrets are filled in; defaults are comments.
+
+    `changes`: the options of the graph that are changed, by `op.key`.
     """
     lines = ["# sagellm serve GRAPH --config THIS_FILE", ""]
     for struct in options:
         for name, setting in settings_of(type(struct)).items():
-            if setting.name not in _APART:
+            if setting.name not in _NOT_IN_A_FILE:
                 lines += _setting_lines(setting, getattr(struct, name), setting.default)
     lines += ["[limits]", *_limit_lines(settings)]
     for name in settings.api_keys:
@@ -298,7 +267,7 @@ def _setting_lines(setting: Setting, value: Any, default: Any) -> list[str]:
     lines = [f"# {setting.doc}"]
     if value is None:
         lines.append(f"# {setting.name} =")
-    elif setting.name in SECRETS or _has_password(value):
+    elif setting.name in _SECRETS or _has_password(value):
         lines.append(f"# {setting.name} is set, and not shown")
     else:
         mark = "# " if value == default else ""
@@ -307,12 +276,12 @@ def _setting_lines(setting: Setting, value: Any, default: Any) -> list[str]:
 
 
 def _has_password(value: object) -> bool:
-    """Whether it is a URL that names a user: https://user:password@host."""
+    """Whether a value is a URL with a user: https://user:password@host."""
     return isinstance(value, str) and "://" in value and "@" in value
 
 
 def as_toml(setting: Setting, value: Any) -> str:
-    """The value as a file has it: "8MiB" rather than 8388608."""
+    """The value as TOML; bytes in the largest unit that divides them: "8MiB", not 8388608."""
     if setting.is_bytes:
         for shift, unit in ((20, "MiB"), (10, "KiB")):
             if value % (1 << shift) == 0:
@@ -329,7 +298,7 @@ def _limit_lines(settings: Settings) -> Iterator[str]:
 
 
 def _key_lines(name: str, config: ConfigFile) -> list[str]:
-    """A key in the file would be one that others may read: say where it came from."""
+    """The source of an API key and its budget. A key itself is never printed."""
     table = config.keys.get(name)
     lines = [f"[keys.{_quoted(name)}]"]
     if table is not None and table.key_file is not None:
@@ -349,7 +318,7 @@ def _quoted(name: str) -> str:
 
 
 def _value(value: Any) -> str:
-    """JSON's texts, numbers and truth values are TOML's."""
+    # Strings, numbers and booleans have the same syntax in JSON and in TOML.
     if isinstance(value, tuple | list):
         return f"[{', '.join(map(_value, value))}]"
     return json.dumps(str(value) if isinstance(value, Path) else value, ensure_ascii=False)

@@ -39,11 +39,11 @@ from sagellm.runtime.models.isolated import RENDER_BYTES, RENDER_CPU_S, Isolated
 GIB = 1 << 30
 _LINE_END = "\n"
 _ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
-MIN_FREE_BYTES = 2 * GIB  # sage-tiny, torch itself, and a pool of KV blocks
+MIN_FREE_BYTES = 2 * GIB  # for torch, sage-tiny and a pool of KV blocks
 MIN_OPEN_FILES = 1024
-GOOD_OPEN_FILES = 4096  # each connection is one, and 1,000 clients at once are nothing special
+GOOD_OPEN_FILES = 4096  # a connection takes one file; 1,000 clients at once are common
 
-# Versions that are known to be wrong here: package, first good version, what the others do.
+# Packages with versions that are known to fail here: package, first good version, effect.
 TOO_OLD = (
     ("torch", (2, 11), "kernels are called that it does not have"),
     ("jinja2", (3, 1, 6), "a chat template can leave the sandbox (CVE-2025-27516)"),
@@ -52,7 +52,7 @@ TOO_OLD = (
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What one check found. `fix` is set unless it is ok; `code` is the exit code of a failure."""
+    """The result of one check. `fix` is empty if it is ok; `code`: the exit code if it failed."""
 
     status: Literal["ok", "warning", "failed"]
     detail: str
@@ -63,6 +63,54 @@ class Finding:
 Check = Callable[[], Finding]
 
 
+_STYLES = {"ok": "green", "warning": "yellow", "failed": "bold red"}
+
+
+def doctor(*, json: bool = False) -> int:
+    """Check this machine and set-up; every line that is not ok says how to fix it.
+
+    Parameters
+    ----------
+    json
+        Print {"ok": ..., "checks": [{"name", "status", "detail", "fix"}]}.
+    """
+    findings = run_checks(CHECKS)
+    if json:
+        print(msgspec.json.encode(report(findings)).decode())
+    else:
+        _print(findings)
+    return exit_code(findings)
+
+
+def run_checks(checks: Mapping[str, Check]) -> dict[str, Finding]:
+    """The finding of every check, by name."""
+    return {name: check() for name, check in checks.items()}
+
+
+def exit_code(findings: Mapping[str, Finding]) -> int:
+    """0, or the highest code of the failed checks; a warning is no failure."""
+    failed = (finding.code for finding in findings.values() if finding.status == "failed")
+    return max(failed, default=0)
+
+
+def report(findings: Mapping[str, Finding]) -> dict[str, object]:
+    """The findings as data for JSON."""
+    checks = [
+        {key: value for key, value in {"name": name, **asdict(finding)}.items() if key != "code"}
+        for name, finding in findings.items()
+    ]
+    return {"ok": exit_code(findings) == 0, "checks": checks}
+
+
+def _print(findings: Mapping[str, Finding]) -> None:
+    console = Console(highlight=False, soft_wrap=True)
+    for name, finding in findings.items():
+        console.print(f"{finding.status:8}", style=_STYLES[finding.status], end="")
+        console.print(f"{name:10}{finding.detail}", markup=False)
+        if finding.fix:
+            console.print(f"{'':18}fix: {finding.fix}", markup=False)
+
+
 def _python() -> Finding:
     found = f"{platform.python_implementation()} {platform.python_version()}"
     if sys.implementation.name != "cpython":
@@ -71,7 +119,7 @@ def _python() -> Finding:
 
 
 def _packages() -> Finding:
-    """The dependencies that the package itself declares, extras left out."""
+    """Whether all dependencies that the package declares are installed; extras do not count."""
     declared = [text for text in requires("sagellm") or () if "extra ==" not in text]
     names = [match[0] for text in declared if (match := re.match(r"[\w.-]+", text))]
     missing = [name for name in names if _version(name) is None]
@@ -152,7 +200,7 @@ def _disk() -> Finding:
 
 
 def _open_files() -> Finding:
-    """`serve` raises the soft limit to the hard one by itself."""
+    """The hard limit counts: `serve` raises the soft limit to the hard limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard < 0:  # no limit
         return Finding("ok", "as many open files as are wanted")
@@ -172,23 +220,25 @@ def _compiler() -> Finding:
         fix = "install a C compiler (gcc or clang) for the faster kernels"
         return Finding("warning", "none", fix)
     try:
-        said = subprocess.run([*found, "--version"], capture_output=True, text=True, timeout=10)
+        done = subprocess.run([*found, "--version"], capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.SubprocessError) as error:
         return Finding("warning", f"{shlex.join(found)}: {error}", "install gcc or clang")
-    return Finding("ok", f"{shlex.join(found)}: {said.stdout.partition(_LINE_END)[0]}")
+    return Finding("ok", f"{shlex.join(found)}: {done.stdout.partition(_LINE_END)[0]}")
 
 
 def _kernels() -> Finding:
-    """Where the compiled kernels are, or are going to be."""
+    """Where the compiled kernels are, or where the first start will write them."""
     compiler = c_compiler()
     if not compiler:
         return Finding("warning", "none: torch computes, slower", "install gcc or clang")
     try:
-        there = built(library_name(compiler))
+        library = built(library_name(compiler))
         folder, why_not = writable_folder()
     except (OSError, subprocess.SubprocessError) as error:
         return Finding("warning", f"none: {error}", "install gcc or clang")
-    found = f"compiled, in {there.parent}" if there else f"compiled at the first start, to {folder}"
+    found = (
+        f"compiled, in {library.parent}" if library else f"compiled at the first start, to {folder}"
+    )
     if why_not:
         fix = "see that the folder can be written to, or set XDG_CACHE_HOME"
         return Finding("warning", f"{why_not}: {found}", fix)
@@ -196,7 +246,7 @@ def _kernels() -> Finding:
 
 
 def _graphs() -> Finding:
-    """The shipped graphs, read as they are: what they import is not."""
+    """Whether the shipped graphs can be parsed. Modules that they name are not imported."""
     try:
         names = [yaml.load_file(shipped_file(name)).graph.name for name in shipped_names()]
     except GraphError as error:
@@ -207,7 +257,7 @@ def _graphs() -> Finding:
 
 
 def _model() -> Finding:
-    """The shipped model, by the hash of its files in order of their names."""
+    """The shipped model, identified by a hash of its files in order of their names."""
     folder = Path(str(files("sagellm.runtime"))) / "models" / "sage_tiny"
     if not (folder / "model.safetensors").is_file():
         return Finding("failed", "sage-tiny is missing", "reinstall sagellm: make setup")
@@ -218,7 +268,7 @@ def _model() -> Finding:
 
 
 def _templates() -> Finding:
-    """Whether a chat template that never ends is stopped."""
+    """Whether the sandbox stops a chat template that never ends."""
     template = IsolatedTemplate("", _ENDLESS, {})
     try:
         template.render([{"role": "user", "content": ""}])
@@ -253,51 +303,3 @@ CHECKS: dict[str, Check] = {
     "model": _model,
     "templates": _templates,
 }
-
-
-_STYLES = {"ok": "green", "warning": "yellow", "failed": "bold red"}
-
-
-def doctor(*, json: bool = False) -> int:
-    """Check this machine and set-up; every line that is not ok says how to fix it.
-
-    Parameters
-    ----------
-    json
-        Print {"ok": ..., "checks": [{"name", "status", "detail", "fix"}]}.
-    """
-    findings = run_checks(CHECKS)
-    if json:
-        print(msgspec.json.encode(report(findings)).decode())
-    else:
-        _print(findings)
-    return exit_code(findings)
-
-
-def run_checks(checks: Mapping[str, Check]) -> dict[str, Finding]:
-    """Run every check."""
-    return {name: check() for name, check in checks.items()}
-
-
-def exit_code(findings: Mapping[str, Finding]) -> int:
-    """0, or the highest code of what failed; a warning fails nothing."""
-    failed = (finding.code for finding in findings.values() if finding.status == "failed")
-    return max(failed, default=0)
-
-
-def report(findings: Mapping[str, Finding]) -> dict[str, object]:
-    """The findings as plain data."""
-    checks = [
-        {key: value for key, value in {"name": name, **asdict(finding)}.items() if key != "code"}
-        for name, finding in findings.items()
-    ]
-    return {"ok": exit_code(findings) == 0, "checks": checks}
-
-
-def _print(findings: Mapping[str, Finding]) -> None:
-    console = Console(highlight=False, soft_wrap=True)
-    for name, finding in findings.items():
-        console.print(f"{finding.status:8}", style=_STYLES[finding.status], end="")
-        console.print(f"{name:10}{finding.detail}", markup=False)
-        if finding.fix:
-            console.print(f"{'':18}fix: {finding.fix}", markup=False)

@@ -1,11 +1,11 @@
-"""Failures of commands: the cause, the place, the way out, the exit code; and Ctrl-C."""
+"""Errors of commands: cause, place, fix and exit code; and how Ctrl-C ends a command."""
 
 import errno
 import os
 import signal
 import stat
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -14,35 +14,14 @@ from cyclopts import CycloptsError
 from rich.console import Console
 
 from sagellm.graphs.diagnostics import GraphError, UnsupportedModel
+from sagellm.graphs.vocabulary import nearest
 from sagellm.runtime.cluster import NoResources, WorkerUnfit
 from sagellm.runtime.comm import BadKeys
 from sagellm.runtime.models.chat import ChatTemplateError
 from sagellm.runtime.models.folder import ModelError
 
-
-@asynccontextmanager
-async def drain_on_interrupt(drain: trio.CancelScope, notice: str) -> AsyncIterator[None]:
-    """Inside, the first Ctrl-C prints `notice` and cancels `drain`; the second raises
-    KeyboardInterrupt. Runs on the main thread only."""
-    with trio.open_signal_receiver(signal.SIGINT) as interrupts:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(_watch_interrupts, interrupts, drain, notice)
-            yield
-            nursery.cancel_scope.cancel()
-
-
-async def _watch_interrupts(
-    interrupts: AsyncIterator[int], drain: trio.CancelScope, notice: str
-) -> None:
-    async for _ in interrupts:
-        if drain.cancel_called:
-            raise KeyboardInterrupt
-        print(notice, file=sys.stderr)
-        drain.cancel()
-
-
 FAILED, CONFIGURATION, RESOURCES, INTERRUPTED = 1, 2, 3, 130
-BROKEN_PIPE = 128 + 13  # as a shell says that SIGPIPE ended a command
+BROKEN_PIPE = 128 + 13  # the exit code that a shell gives to a command ended by SIGPIPE
 
 ENGINE_FIX = "change the engine in the graph or by --set NAME.OPTION=VALUE, or give another --model"
 
@@ -56,7 +35,7 @@ _EXHAUSTED = {
 
 @dataclass
 class Failure(Exception):
-    """One thing that the user can fix."""
+    """An error that the user can fix. `where`: a file, an option or an address."""
 
     cause: str
     fix: str
@@ -64,11 +43,17 @@ class Failure(Exception):
     code: int = CONFIGURATION
 
 
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """The fix for an unknown name: the nearest known name, or else all of them."""
+    names = list(known)
+    close = nearest(name, names)
+    return f"did you mean {close}?" if close else f"there are {', '.join(names)}"
+
+
 def show_failure(failure: Failure) -> None:
-    """Print a failure to stderr: cause, where, fix. Where the reader of stdout has left, print
-    nothing, and point stdout nowhere, so that what it still holds can be flushed.
-    """
+    """Print a failure to stderr: cause, where, fix. For BROKEN_PIPE, print nothing."""
     if failure.code == BROKEN_PIPE:
+        # Python flushes stdout at exit: without a valid target that would raise again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return
     console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
@@ -81,14 +66,17 @@ def show_failure(failure: Failure) -> None:
 
 
 def warn(text: str) -> None:
-    """Print what goes on all the same to stderr."""
+    """Print a warning to stderr; the command continues."""
     console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
     console.print("[bold yellow]warning:[/bold yellow]", end=" ")
     console.print(text, markup=False)
 
 
 def explain(error: BaseException) -> Failure | None:
-    """The failure behind an exception, or behind one inside a group; None if it is our fault."""
+    """The failure that caused an exception or group; None for a defect of sagellm.
+
+    The caller should raise an unexplained exception again: its traceback is needed then.
+    """
     return next((found for one in _leaves(error) if (found := _explain(one))), None)
 
 
@@ -130,7 +118,7 @@ def _explain(error: BaseException) -> Failure | None:
             return Failure("interrupted", "", code=INTERRUPTED)
         case MemoryError():
             return Failure("out of memory", _EXHAUSTED[errno.ENOMEM], code=RESOURCES)
-        case RuntimeError() if "can't allocate memory" in str(error):
+        case RuntimeError() if "can't allocate memory" in str(error):  # of torch's allocator
             return Failure("out of memory", _EXHAUSTED[errno.ENOMEM], code=RESOURCES)
         case BrokenPipeError():
             return Failure("the reader of the output has left", "", code=BROKEN_PIPE)
@@ -144,7 +132,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def _graph_failure(error: GraphError) -> Failure:
-    """All diagnostics but the last as cause; where there is one only, place and hint apart."""
+    """Several diagnostics become one list in the cause; a single one gives its place and hint."""
     if len(error.diagnostics) != 1:
         num = len(error.diagnostics)
         listed = "".join(f"\n  {diagnostic}" for diagnostic in error.diagnostics)
@@ -159,7 +147,7 @@ def _graph_failure(error: GraphError) -> Failure:
 
 
 def _system_failure(error: OSError) -> Failure | None:
-    where = str(error.filename or _stdout(error))
+    where = str(error.filename or _redirected_stdout(error))
     fix = _EXHAUSTED.get(error.errno or 0)
     if fix:
         return Failure(error.strerror or str(error), fix, where, RESOURCES)
@@ -172,9 +160,10 @@ def _system_failure(error: OSError) -> Failure | None:
     return None
 
 
-def _stdout(error: OSError) -> str:
-    """Where standard output goes, if its disk may be the one that is full: every other file of ours
-    is named by its error.
+def _redirected_stdout(error: OSError) -> str:
+    """The file that stdout is redirected to, if its disk may be full; "" otherwise.
+
+    An OSError of a write to stdout has no filename; errors of all other files have one.
     """
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
         return ""
@@ -185,3 +174,27 @@ def _stdout(error: OSError) -> str:
         return f"standard output: {os.readlink(f'/proc/self/fd/{descriptor}')}" if is_file else ""
     except (OSError, ValueError, AttributeError):
         return ""
+
+
+@asynccontextmanager
+async def drain_on_interrupt(drain: trio.CancelScope, notice: str) -> AsyncIterator[None]:
+    """A context in which the first Ctrl-C drains, and the second ends the command.
+
+    The first prints `notice` to stderr and cancels `drain`, the second raises KeyboardInterrupt.
+    Works on the main thread only: Python delivers signals there.
+    """
+    with trio.open_signal_receiver(signal.SIGINT) as interrupts:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_watch_interrupts, interrupts, drain, notice)
+            yield
+            nursery.cancel_scope.cancel()
+
+
+async def _watch_interrupts(
+    interrupts: AsyncIterator[int], drain: trio.CancelScope, notice: str
+) -> None:
+    async for _ in interrupts:
+        if drain.cancel_called:
+            raise KeyboardInterrupt
+        print(notice, file=sys.stderr)
+        drain.cancel()

@@ -1,36 +1,48 @@
-"""`sagellm graph`: check a graph, and show it or the kernel graph of a model."""
+"""`sagellm graph`: check a graph; print or draw a graph or the kernel graph of a model."""
 
 from collections.abc import Sequence
-from typing import Annotated, Literal, Protocol
+from dataclasses import asdict, replace
+from typing import Literal, Protocol
 
 import msgspec
-from cyclopts import Parameter
 
 from sagellm.builder import Graph
-from sagellm.cli.errors import CONFIGURATION, Failure
-from sagellm.cli.graph_argument import choose_graph, find_graph_file, import_code
-from sagellm.cli.placing import check_executor, placed
-from sagellm.cli.run_options import parse_assignments
+from sagellm.cli.errors import CONFIGURATION, Failure, suggestion
+from sagellm.cli.graph_argument import (
+    Assignments,
+    Imports,
+    choose_graph,
+    find_graph_file,
+    import_code,
+    parse_assignments,
+)
 from sagellm.extensions import RESOLVER
 from sagellm.graphs import ir
+from sagellm.graphs.check import Facts, locate
 from sagellm.graphs.diagnostics import Diagnostic, GraphError
 from sagellm.graphs.kernels import infer
 from sagellm.graphs.models import build
 from sagellm.graphs.passes import KERNEL_PASSES, UnknownPass, run_pipeline
 from sagellm.graphs.passes.placement import AttachBodies, Place
+from sagellm.graphs.rules.option_types import executor_options
+from sagellm.graphs.rules.rule import CheckContext
 from sagellm.graphs.text.draw import as_mermaid, as_svg, as_text
-from sagellm.graphs.vocabulary import nearest
+from sagellm.graphs.text.yaml import Document
+from sagellm.graphs.vocabulary import Vocabulary
 from sagellm.opening.checking import check_graph
 from sagellm.opening.graph_engines import engine_options
 from sagellm.opening.sources import override
+from sagellm.runtime.cluster.executor_options import EXECUTORS, processes_options
 from sagellm.runtime.engine.options import PagedOptions
+from sagellm.runtime.kv.transports import TRANSPORTS
 from sagellm.runtime.models.folder import resolve_model
 from sagellm.runtime.registry import FUNCTIONS
 
 ATTACH = AttachBodies().name
 PASS_NAMES = (ATTACH, *(step.name for step in KERNEL_PASSES))
+_SHOWN_EXECUTOR_OPTIONS = ("address", "kv")  # drawn also where they have their defaults
 
-Format = Literal["text", "mermaid", "svg"]
+DrawingFormat = Literal["text", "mermaid", "svg"]
 
 
 def check(
@@ -38,8 +50,8 @@ def check(
     /,
     *,
     model: str | None = None,
-    set_: Annotated[tuple[str, ...], Parameter(name="--set")] = (),
-    import_: Annotated[tuple[str, ...], Parameter(name="--import")] = (),
+    set_: Assignments = (),
+    import_: Imports = (),
     json: bool = False,
 ) -> int:
     """Find every mistake of a graph without loading a model.
@@ -52,9 +64,6 @@ def check(
         Check a graph with this model in every engine.
     set_
         Check it with an option changed, as op.key=value; may be repeated.
-    import_
-        A dotted module or a .py file of yours, which registers what the graph uses; may be
-        repeated.
     json
         Print {"ok", "name", "hash", "mistakes": [...]}.
     """
@@ -64,7 +73,8 @@ def check(
     except GraphError as error:
         if not json:
             raise
-        print(_encode({"ok": False, "mistakes": [_plain(found) for found in error.diagnostics]}))
+        mistakes = [_as_fields(mistake) for mistake in error.diagnostics]
+        print(_encode({"ok": False, "mistakes": mistakes}))
         return CONFIGURATION
     if json:
         print(_encode({"ok": True, "name": graph.name, "hash": graph.hash, "mistakes": []}))
@@ -79,11 +89,11 @@ def show(
     *,
     node: str | None = None,
     after: str | None = None,
-    format: Format = "text",
+    format: DrawingFormat = "text",
     unfold: bool = False,
     executor: str | None = None,
-    set_: Annotated[tuple[str, ...], Parameter(name="--set")] = (),
-    import_: Annotated[tuple[str, ...], Parameter(name="--import")] = (),
+    set_: Assignments = (),
+    import_: Imports = (),
 ) -> None:
     """Print a graph, or the kernel graph that an engine runs.
 
@@ -107,13 +117,10 @@ def show(
         engine replica.
     set_
         Show the graph with an option changed, as op.key=value; may be repeated.
-    import_
-        A dotted module or a .py file of yours, which registers what the graph uses; may be
-        repeated.
     """
     import_code(import_)
-    chosen = {} if executor is None else {"executor.kind": executor}
-    graph = _shown(file, node, after, chosen | parse_assignments(set_))
+    overrides = {} if executor is None else {"executor.kind": executor}
+    graph = _shown_graph(file, node, after, overrides | parse_assignments(set_))
     print(FORMATS[format](graph, unfold=unfold), end="")
 
 
@@ -122,19 +129,19 @@ class _Drawer(Protocol):
 
 
 def _as_texts(graph: ir.Graph, *, unfold: bool) -> str:
-    """The graph, and below it each different body of its nodes."""
+    """The graph as text, followed by each distinct kernel graph of its nodes."""
     bodies = {inner.body.hash: inner.body for inner in graph.nodes if inner.body}
     return "\n".join(as_text(one, unfold=unfold) for one in (graph, *bodies.values()))
 
 
-FORMATS: dict[Format, _Drawer] = {
+FORMATS: dict[DrawingFormat, _Drawer] = {
     "text": _as_texts,
     "mermaid": as_mermaid,
     "svg": as_svg,
 }
 
 
-def _shown(
+def _shown_graph(
     file: str, node: str | None, after: str | None, overrides: dict[str, object]
 ) -> ir.Graph:
     found = find_graph_file(file)
@@ -146,16 +153,36 @@ def _shown(
     document = Graph.load(found).document
     graph = override(document.graph, overrides)
     if after == Place().name or any(name.startswith("executor.") for name in overrides):
-        check_executor(graph, document)
+        _check_executor(graph, document)
     if node is not None:
         return kernel_graph(_model_at(graph, node), after)
     if after == Place().name:
-        return placed(graph)
+        return _placed(graph)
     return graph if after is None else _with_bodies(graph, after)
 
 
+def _check_executor(graph: ir.Graph, document: Document) -> None:
+    """Raise GraphError for an unknown executor, or an unknown or wrong option of the executor."""
+    facts = Facts(executors=EXECUTORS, names={"transports": TRANSPORTS})
+    found = tuple(executor_options(CheckContext(graph, Vocabulary({}), facts)))
+    if found:
+        raise GraphError(locate(found, document.positions))
+
+
+def _placed(graph: ir.Graph) -> ir.Graph:
+    """The graph after pass `place`. Its executor must be checked already."""
+    options = processes_options(graph)
+    if options is not None:
+        links = {name: ir.freeze(asdict(options)[name]) for name in _SHOWN_EXECUTOR_OPTIONS}
+        given = graph.attrs["executor"]
+        assert isinstance(given, ir.FrozenMap)
+        executor = ir.FrozenMap({**given, **links})
+        graph = replace(graph, attrs=ir.FrozenMap({**graph.attrs, "executor": executor}))
+    return Place().apply(graph)
+
+
 def _with_bodies(graph: ir.Graph, after: str) -> ir.Graph:
-    """The stream graph whose engine operators hold their kernel graphs, as after a pass."""
+    """The stream graph, with each engine's kernel graph attached as it is after pass `after`."""
     if after not in (*PASS_NAMES, ATTACH):
         raise _unknown("pass", after, (Place().name, *PASS_NAMES))
     until = None if after == ATTACH else after
@@ -164,7 +191,7 @@ def _with_bodies(graph: ir.Graph, after: str) -> ir.Graph:
 
 
 def kernel_graph(model: str, after: str | None) -> ir.Graph:
-    """The typed kernel graph of a model: as built, or with the passes up to `after` applied."""
+    """The typed kernel graph of a model: as built, or after the passes up to `after`."""
     built = build(resolve_model(model).config)
     if after is None:
         return infer(built)
@@ -186,7 +213,7 @@ def _model_at(graph: ir.Graph, node: str) -> str:
 
 
 def _models(graph: ir.Graph) -> dict[str, str]:
-    """Engine -> its model, of those that have a kernel graph."""
+    """Engine name -> model, for engines that have a kernel graph."""
     return {
         name: options.model
         for name in graph.engines
@@ -195,23 +222,21 @@ def _models(graph: ir.Graph) -> dict[str, str]:
 
 
 def _unknown(kind: str, name: str, known: Sequence[str]) -> Failure:
-    close = nearest(name, list(known))
-    fix = f"did you mean {close}?" if close else f"there are {', '.join(known)}"
-    return Failure(f"no {kind} {name!r}", fix)
+    return Failure(f"no {kind} {name!r}", suggestion(name, known))
 
 
-def _plain(found: Diagnostic) -> dict[str, object]:
-    place = found.position
+def _as_fields(mistake: Diagnostic) -> dict[str, object]:
+    place = mistake.position
     return {
-        "code": found.code,
-        "path": list(found.path),
+        "code": mistake.code,
+        "path": list(mistake.path),
         "file": place.file if place else None,
         "line": place.line if place else None,
         "column": place.column if place else None,
-        "message": found.message,
-        "hint": found.hint,
+        "message": mistake.message,
+        "hint": mistake.hint,
     }
 
 
-def _encode(said: object) -> str:
-    return msgspec.json.encode(said).decode()
+def _encode(value: object) -> str:
+    return msgspec.json.encode(value).decode()

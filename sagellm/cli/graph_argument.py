@@ -1,10 +1,14 @@
-"""What GRAPH means on the command line: a file, the name of a shipped graph, or a model."""
+"""GRAPH, --model, --set and --import: which graph a command opens, and with which options."""
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
+
+import msgspec
+from cyclopts import Parameter
 
 from sagellm.builder import Graph
-from sagellm.cli.errors import Failure, warn
+from sagellm.cli.errors import Failure, suggestion, warn
 from sagellm.extensions import ImportMistake, import_each
 from sagellm.graphs.sections import served_models
 from sagellm.graphs.vocabulary import nearest
@@ -14,16 +18,26 @@ from sagellm.runtime.models.folder import BUILT_IN
 from sagellm.several_models import graph_of_models
 
 DEFAULT_GRAPH = "joint"
-NULL = "null"  # a model without weights, for device null
+NULL = "null"  # the model without weights, for device null
+
+Assignments = Annotated[tuple[str, ...], Parameter(name="--set")]
+Imports = Annotated[
+    tuple[str, ...],
+    Parameter(
+        name="--import",
+        help="A dotted module or a .py file of yours, which registers what the graph uses; may be "
+        "repeated.",
+    ),
+]
 
 
 def choose_graph(
     name: str, model: str | None, imports: tuple[str, ...] = ()
 ) -> tuple[Graph, str | None]:
-    """The graph that GRAPH names, or the graph `joint` for a model, and the model of its engines
-    where one is chosen. The user's own code that `--import` names is imported first.
+    """The graph that `name` means, and the model of its engines if the user chose one.
 
-    Raises Failure where GRAPH or --model is wrong, GraphError where the graph is.
+    If `name` means a model, the graph is DEFAULT_GRAPH. `imports` are imported before the graph
+    is loaded. Raises Failure for a wrong GRAPH, --model or --import, GraphError for a wrong graph.
     """
     file = find_graph_file(name, model)
     import_code(imports)
@@ -37,7 +51,7 @@ def choose_graph(
 def choose_graphs(
     names: Sequence[str], model: str | None, imports: tuple[str, ...] = ()
 ) -> tuple[Graph, str | None]:
-    """As `choose_graph`; several names are models, which one graph serves side by side."""
+    """Like `choose_graph`; several names must be models, and one graph serves all of them."""
     if len(names) == 1:
         return choose_graph(names[0], model, imports)
     for name in names:
@@ -56,25 +70,26 @@ def choose_graphs(
 
 
 def choose_model(graph: Graph, model: str | None) -> tuple[str | None, str]:
-    """What `--model` means: the model of every engine; or, of a graph that serves several, the one
-    that is asked. Raises Failure where it serves none of that name.
+    """What `--model` means for a graph: (the model of every engine, the model that is requested).
+
+    In a graph of several models, `--model` selects the requested one; in any other graph it
+    replaces the model of every engine. Raises Failure if no model has that name.
     """
     served = served_models(graph.ir)
     if len(served) == 1 or model is None:
         return model, ""
     known = [name for each in served for name in each.names]
     if model not in known and model not in [each.key for each in served]:
-        close = nearest(model, known)
-        fix = f"did you mean {close}?" if close else f"there are {', '.join(known)}"
+        fix = suggestion(model, known)
         raise Failure("the graph serves no such model", fix, f"--model {model}")
     return None, model
 
 
 def find_graph_file(name: str, model: str | None = None) -> Path | None:
-    """The file of the graph that GRAPH names, or None where GRAPH names a model.
+    """The file of the graph that `name` means, or None if `name` means a model.
 
-    A file or folder of the current folder that has the name of what ships with sagellm is shown as
-    a warning. Raises Failure for a name of nothing, and for a model beside another `model`.
+    Warns of a file or folder in the current folder that a shipped name hides. Raises Failure for an
+    unknown name, and for a model if `model` is given too.
     """
     file = graph_file(name)
     if file.is_file() and not is_model_file(file):
@@ -91,7 +106,7 @@ def find_graph_file(name: str, model: str | None = None) -> Path | None:
 
 
 def import_code(names: tuple[str, ...]) -> None:
-    """Import what `--import` names; paths are relative to the current folder. Raises Failure."""
+    """Import modules and .py files; paths are relative to the current folder. Raises Failure."""
     try:
         import_each(names, Path.cwd())
     except ImportMistake as mistake:
@@ -99,13 +114,19 @@ def import_code(names: tuple[str, ...]) -> None:
 
 
 def warn_shadowed_graph(name: str, folder: Path, where: str) -> None:
-    """Show which file of a folder the name of a shipped graph does not mean."""
+    """Warn if `folder` has a file with the name of a shipped graph: `name` means the shipped one.
+
+    `where` describes the folder in the warning.
+    """
     if other := shadowed_by(name, folder):
         warn(f"{name} means the shipped graph; write {other} for the one {where}")
 
 
 def _check_model_name(name: str) -> None:
-    """Raise Failure for a plain word that is neither built in nor a folder: a slip, as a rule."""
+    """Raise Failure for a plain word that is no built-in model, file or folder: usually a typo.
+
+    A name with a slash may be an id of the Hugging Face Hub; loading the model checks it.
+    """
     if "/" in name or name in (*BUILT_IN, NULL) or Path(name).exists():
         return
     graphs, models = shipped_names(), tuple(BUILT_IN)
@@ -116,6 +137,30 @@ def _check_model_name(name: str) -> None:
 
 
 def _warn_shadowed_model(model: str) -> None:
-    """Show which folder the name of a built-in model does not mean."""
+    """Warn if the current folder has a folder with the name of a built-in model."""
     if model in (*BUILT_IN, NULL) and Path(model).exists():
         warn(f"{model} means the shipped model; write ./{model} for the one in this folder")
+
+
+def parse_assignments(assignments: tuple[str, ...]) -> dict[str, object]:
+    """The options that `--set op.key=value` changes, as {"op.key": value}.
+
+    A value is JSON, or else text. Raises Failure for an assignment without `op.key=`.
+    """
+    found: dict[str, object] = {}
+    for assignment in assignments:
+        path, equals, text = assignment.partition("=")
+        if not equals or "." not in path.strip("."):
+            cause = f"--set {assignment} does not say op.key=value"
+            raise Failure(cause, "for example --set split.min_uncached_tokens=8")
+        found[path] = _assigned_value(text)
+    return found
+
+
+def _assigned_value(text: str) -> object:
+    # `null` stays text: it is the name of a device, and no option can be None.
+    try:
+        value: object = msgspec.json.decode(text)
+    except ValueError:
+        return text
+    return text if value is None else value

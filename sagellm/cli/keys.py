@@ -1,4 +1,4 @@
-"""Keys and certificates: from options, files and the environment; `sagellm keys` makes some."""
+"""`sagellm keys`; and the keys and certificates of `serve` from options, files, environment."""
 
 import os
 import re
@@ -9,6 +9,14 @@ from pathlib import Path
 from sagellm.cli.config_file import ConfigFile, KeyTable
 from sagellm.cli.errors import Failure
 from sagellm.runtime.comm.keys import create_keys
+
+API_KEY_VARIABLE = "SAGELLM_API_KEY"
+ADMIN_KEY_VARIABLE = "SAGELLM_ADMIN_KEY"
+SALT_KEY_VARIABLE = "SAGELLM_SALT_KEY"
+MAX_KEY_BYTES = 4096
+_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_NAME_FIX = "letters, digits, . _ - ; each name once; not admin, anonymous or probe"
+_RESERVED_NAMES = frozenset({"admin", "anonymous", "probe"})  # tenants that the gateway itself uses
 
 
 def keys(folder: Path, /) -> int:
@@ -29,19 +37,8 @@ def keys(folder: Path, /) -> int:
     return 0
 
 
-API_KEY_VARIABLE, ADMIN_KEY_VARIABLE, SALT_KEY_VARIABLE = (
-    "SAGELLM_API_KEY",
-    "SAGELLM_ADMIN_KEY",
-    "SAGELLM_SALT_KEY",
-)
-MAX_KEY_BYTES = 4096
-
-_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_OWN_NAMES = frozenset({"admin", "anonymous", "probe"})
-
-
 def user_keys(given: Sequence[str], config: ConfigFile) -> dict[str, str]:
-    """Name -> key: those of the command line; else those of the file; else the environment's.
+    """API keys by name: of the command line, or else of the file, or else of the environment.
 
     Raises Failure.
     """
@@ -53,25 +50,22 @@ def user_keys(given: Sequence[str], config: ConfigFile) -> dict[str, str]:
 
 
 def read_keys(given: Sequence[str]) -> dict[str, str]:
-    """KEY or NAME=KEY as name -> key; a key without a name gets a number. Raises Failure."""
+    """The keys of KEY or NAME=KEY, by name; a key without a name gets a number. Raises Failure."""
     keys: dict[str, str] = {}
     for number, text in enumerate(given, 1):
         name, _, key = text.partition("=")
-        if not key.strip("="):  # base64 ends in "="
+        if not key.strip("="):  # a key without a name whose base64 ends in "="
             name, key = f"key-{number}", text
         if not _is_key(key):
             raise Failure("an API key is empty or has blanks", "give --api-key KEY or NAME=KEY")
         if not _is_name(name) or name in keys:
-            raise Failure("the name of an API key cannot be taken", _NAMES, "--api-key NAME=KEY")
+            raise Failure("the name of an API key cannot be taken", _NAME_FIX, "--api-key NAME=KEY")
         keys[name] = key
     return keys
 
 
-_NAMES = "letters, digits, . _ - ; each name once; not admin, anonymous or probe"
-
-
 def _is_name(name: str) -> bool:
-    return bool(_NAME.fullmatch(name)) and name not in _OWN_NAMES
+    return bool(_NAME.fullmatch(name)) and name not in _RESERVED_NAMES
 
 
 def _is_key(key: str) -> bool:
@@ -80,7 +74,7 @@ def _is_key(key: str) -> bool:
 
 def _key_of(name: str, table: KeyTable) -> str:
     if not _is_name(name):
-        raise Failure("the name of an API key cannot be taken", _NAMES, table.where)
+        raise Failure("the name of an API key cannot be taken", _NAME_FIX, table.where)
     key = table.key
     if table.key_env:
         key = os.environ.get(table.key_env, "")
@@ -95,7 +89,7 @@ def _key_of(name: str, table: KeyTable) -> str:
 
 
 def admin_key(given: str | None, file: Path | None) -> str | None:
-    """Of the command line or the file of settings, of a file of its own, of the environment."""
+    """The admin key: `given`, or else from `file`, or else from the environment. Raises Failure."""
     if given is not None and file is not None:
         raise Failure("the admin key is given twice", "leave --admin-key or --admin-key-file out")
     key = given or (
@@ -107,7 +101,10 @@ def admin_key(given: str | None, file: Path | None) -> str | None:
 
 
 def salt_key(file: Path | None) -> bytes:
-    """Empty: the gateway draws one at each start."""
+    """The salt key of a file or of the environment; if empty, the gateway makes a random one.
+
+    Raises Failure for a key below 16 bytes.
+    """
     key = _from_file(file) if file else next(iter(_from_environment(SALT_KEY_VARIABLE)), "")
     if key and len(key.encode()) < 16:
         fix = "for example: openssl rand -hex 32"
@@ -116,14 +113,17 @@ def salt_key(file: Path | None) -> bytes:
 
 
 def check_tls(certificate: Path | None, key: Path | None) -> None:
-    """Raise Failure for half of a pair, and for files that no HTTPS can be served with."""
+    """Raise Failure for one file without the other, and for files that HTTPS cannot use.
+
+    Raises OSError for a file that cannot be read.
+    """
     if certificate is None and key is None:
         return
     if certificate is None or key is None:
         missing = "--tls-key" if key is None else "--tls-certificate"
         raise Failure("TLS needs both a certificate and its key", f"add {missing} FILE.pem")
     for file in (certificate, key):
-        with file.open("rb"):  # names the one that is missing, or that we may not read
+        with file.open("rb"):  # errors of the ssl module do not name the file
             pass
     try:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -140,7 +140,7 @@ class _Encrypted(Exception):
 
 
 def _no_passphrase() -> str:
-    """OpenSSL would ask the terminal."""
+    """Raise instead of an answer: OpenSSL would otherwise ask on the terminal, and block."""
     raise _Encrypted
 
 
@@ -153,12 +153,12 @@ def _tls_failure(error: ssl.SSLError, certificate: Path, key: Path) -> Failure:
 
 
 def readable_secrets(config: ConfigFile, files: Sequence[Path | None]) -> Iterator[str]:
-    """A warning for each file of secrets that others of this machine may read."""
-    holding = [file for file in files if file is not None]
-    holding += [each.key_file for each in config.keys.values() if each.key_file is not None]
-    if config.path is not None and (_has_keys(config)):
-        holding.append(config.path)
-    for file in dict.fromkeys(holding):
+    """A warning for each file with secrets that other users of this machine may read."""
+    paths = [file for file in files if file is not None]
+    paths += [table.key_file for table in config.keys.values() if table.key_file is not None]
+    if config.path is not None and _has_keys(config):
+        paths.append(config.path)
+    for file in dict.fromkeys(paths):
         if file.stat().st_mode & 0o077:
             yield f"{file} holds a key, and other users may read it: chmod 600 {file}"
 
@@ -168,7 +168,7 @@ def _has_keys(config: ConfigFile) -> bool:
 
 
 def _from_file(file: Path) -> str:
-    """Its first line. Raises Failure where that is no key, OSError where it cannot be read."""
+    """The key in a file. Raises Failure if the file holds no key, OSError if it cannot be read."""
     with file.open("rb") as opened:
         content = opened.read(MAX_KEY_BYTES + 1)
     key = content.decode(errors="replace").strip()

@@ -1,64 +1,40 @@
-"""`sagellm replay`: a log of decisions, given to a fresh core."""
+"""`sagellm replay`: feeds a decision log to a new core, and prints the first difference."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import msgspec
-from cyclopts import Parameter
 
 from sagellm.cli.errors import FAILED, Failure
-from sagellm.cli.graph_argument import import_code
-from sagellm.cli.run_options import parse_assignments
+from sagellm.cli.graph_argument import Assignments, Imports, import_code, parse_assignments
 from sagellm.opening.decisions import ReplayDifference, ReplayResult, replay
 from sagellm.runtime.core.decision_log import LogError
 from sagellm.runtime.core.events import Event
 from sagellm.runtime.registry import FUNCTIONS
 
-_MOST_CHARACTERS = 200
-_SHOWN = ("type", "request_id", "choice", "epoch", "position", "finish_reason", "code", "placement")
-_OF = ("request", "event")  # the parts of a message that say which request it is of
-
-
-def event_line(event: Event) -> str:
-    """One event."""
-    return _line(msgspec.to_builtins(event, enc_hook=repr))
-
-
-def effect_lines(effects: list[Any], most: int) -> Iterator[str]:
-    """The first `most` effects, each a line, and how many more there are."""
-    yield from (_line(effect) for effect in effects[:most])
-    if len(effects) > most:
-        yield f"and {len(effects) - most} more"
-
-
-def _line(message: list[Any]) -> str:
-    words = [_words(part) for part in message]
-    return " ".join(word for word in words if word)[:_MOST_CHARACTERS]
-
-
-def _words(part: Any) -> str:
-    """A message inside by its names and numbers, a plain value as it is."""
-    if isinstance(part, Mapping):
-        inner = next((part[name] for name in _OF if isinstance(part.get(name), Mapping)), None)
-        shown = {name: part[name] for name in _SHOWN if part.get(name) not in (None, "", 0, {})}
-        words = " ".join(f"{name}={value}" for name, value in shown.items())
-        return f"({words}{' ' + _words(inner) if inner is not None else ''})"
-    if isinstance(part, list | tuple):
-        return f"[{', '.join(_words(one) for one in part[:4])}{', ...' if len(part) > 4 else ''}]"
-    return "" if part is None else str(part)
-
-
-_MOST_SHOWN = 20  # effects of an event
+_MAX_EFFECTS = 20  # effects of an event that are printed
+_MAX_LINE_LEN = 200
+_FIELDS = (
+    "type",
+    "request_id",
+    "choice",
+    "epoch",
+    "position",
+    "finish_reason",
+    "code",
+    "placement",
+)
+_NESTED = ("request", "event")  # fields whose message names the request
 
 
 def run(
     log: Path,
     /,
     *,
-    set_: Annotated[tuple[str, ...], Parameter(name="--set")] = (),
-    import_: Annotated[tuple[str, ...], Parameter(name="--import")] = (),
+    set_: Assignments = (),
+    import_: Imports = (),
     json: bool = False,
 ) -> int:
     """Replay the decisions of a graph that was run or served with --decisions, and compare.
@@ -72,9 +48,6 @@ def run(
     set_
         Change an option of the graph, as sort.policy=fifo: where would that decide otherwise? May
         be repeated.
-    import_
-        A dotted module or a .py file of yours, which registers what the graph uses; may be
-        repeated.
     json
         Print one JSON object.
     """
@@ -106,5 +79,34 @@ def _show_difference(difference: ReplayDifference) -> None:
     print(f"event {difference.number}, at {difference.now_s:.6f} s: {event_line(difference.event)}")
     for title, effects in (("recorded", difference.recorded), ("replayed", difference.replayed)):
         print(f"  {title}:" if effects else f"  {title}: nothing")
-        for line in effect_lines(effects, _MOST_SHOWN):
+        for line in effect_lines(effects, _MAX_EFFECTS):
             print(f"    {line}")
+
+
+def event_line(event: Event) -> str:
+    """One event as a line."""
+    return _line(msgspec.to_builtins(event, enc_hook=repr))
+
+
+def effect_lines(effects: list[Any], most: int) -> Iterator[str]:
+    """The first `most` effects as lines, and a line with the number of the others."""
+    yield from (_line(effect) for effect in effects[:most])
+    if len(effects) > most:
+        yield f"and {len(effects) - most} more"
+
+
+def _line(message: list[Any]) -> str:
+    words = [_words(part) for part in message]
+    return " ".join(word for word in words if word)[:_MAX_LINE_LEN]
+
+
+def _words(part: Any) -> str:
+    """A value as text. Of a message only the fields that identify its request are kept."""
+    if isinstance(part, Mapping):
+        inner = next((part[name] for name in _NESTED if isinstance(part.get(name), Mapping)), None)
+        shown = {name: part[name] for name in _FIELDS if part.get(name) not in (None, "", 0, {})}
+        words = " ".join(f"{name}={value}" for name, value in shown.items())
+        return f"({words}{' ' + _words(inner) if inner is not None else ''})"
+    if isinstance(part, list | tuple):
+        return f"[{', '.join(_words(one) for one in part[:4])}{', ...' if len(part) > 4 else ''}]"
+    return "" if part is None else str(part)

@@ -1,10 +1,9 @@
-"""The options of `sagellm run`, in groups, and what they mean together."""
+"""The options of `sagellm run`, in groups, and which of them go together."""
 
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
-import msgspec
 from cyclopts import Parameter
 from cyclopts.validators import Number
 
@@ -15,7 +14,7 @@ from sagellm.runtime.messages import Sampling
 @Parameter(name="*", group="One prompt")
 @dataclass(frozen=True, kw_only=True)
 class PromptOptions:
-    """Ask once, and print the answer."""
+    """One prompt, whose answer is printed."""
 
     prompt: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None
     """The prompt; `-` reads it from stdin."""
@@ -30,7 +29,7 @@ class PromptOptions:
 @Parameter(name="*", group="A file of prompts")
 @dataclass(frozen=True, kw_only=True)
 class FileOptions:
-    """Answer JSON lines."""
+    """A file of prompts, and the file of its answers."""
 
     input: Annotated[Path | None, Parameter(allow_leading_hyphen=True)] = None
     """JSON lines with `prompt` or `messages`, or an OpenAI batch file; `-` is stdin."""
@@ -48,7 +47,7 @@ class FileOptions:
 @Parameter(name="*", group="How to answer")
 @dataclass(frozen=True, kw_only=True)
 class RunSamplingOptions:
-    """What a line of a file may still say otherwise."""
+    """Sampling of every answer; a line of an input file may override each option."""
 
     max_tokens: Annotated[int | None, Parameter(validator=Number(gte=1))] = None
     """The longest answer, in tokens [default: 128]."""
@@ -61,7 +60,7 @@ class RunSamplingOptions:
 
     @property
     def given(self) -> dict[str, Any]:
-        """The options that the user chose."""
+        """The options that the user gave."""
         named = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in named.items() if value is not None}
 
@@ -70,14 +69,14 @@ class RunSamplingOptions:
         return Sampling(**self.given)
 
 
-def check_run_options(asked: PromptOptions, files: FileOptions) -> None:
-    """Raise Failure for options that contradict each other, or would be ignored."""
-    if (asked.prompt is None) == (files.input is None):
+def check_run_options(prompt_options: PromptOptions, files: FileOptions) -> None:
+    """Raise Failure for options that contradict each other, or that would have no effect."""
+    if (prompt_options.prompt is None) == (files.input is None):
         raise Failure("give either --prompt or --input", 'for example --prompt "Hello"')
-    if asked.prompt is not None:
-        _refuse(asked.prompt, "--prompt", files, ("output", "force", "resume"))
+    if prompt_options.prompt is not None:
+        _refuse(prompt_options.prompt, "--prompt", files, ("output", "force", "resume"))
     else:
-        _refuse(files.input, "--input", asked, ("chat", "stream"))
+        _refuse(files.input, "--input", prompt_options, ("chat", "stream"))
     if files.force and files.resume:
         raise Failure("--force and --resume contradict each other", "give one of them")
     if files.output is None and (files.force or files.resume):
@@ -88,27 +87,3 @@ def _refuse(chosen: object, option: str, options: object, names: tuple[str, ...]
     for name in names:
         if getattr(options, name):
             raise Failure(f"--{name} does not go with {option}", f"leave --{name} out")
-
-
-def parse_assignments(assignments: tuple[str, ...]) -> dict[str, object]:
-    """`split.min_uncached_tokens=8` as {"split.min_uncached_tokens": 8}; values are JSON or text.
-
-    Raises Failure for one without `op.key=`.
-    """
-    found: dict[str, object] = {}
-    for assignment in assignments:
-        path, equals, text = assignment.partition("=")
-        if not equals or "." not in path.strip("."):
-            cause = f"--set {assignment} does not say op.key=value"
-            raise Failure(cause, "for example --set split.min_uncached_tokens=8")
-        found[path] = _assigned_value(text)
-    return found
-
-
-def _assigned_value(text: str) -> object:
-    """`null` stays text: it is the name of a device, and no option is none."""
-    try:
-        value: object = msgspec.json.decode(text)
-    except ValueError:
-        return text
-    return text if value is None else value

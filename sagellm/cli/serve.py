@@ -1,15 +1,19 @@
-"""`sagellm serve`: a graph, or one model, behind the OpenAI API."""
+"""`sagellm serve`: a graph, or models, as an OpenAI-compatible server."""
 
+import errno
 import gc
+import socket
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import trio
 
 from sagellm.backends import LoweringError, UnknownBackend
+from sagellm.builder import Graph
 from sagellm.cli.config_file import ConfigFile, format_config, read_config
 from sagellm.cli.errors import CONFIGURATION, ENGINE_FIX, RESOURCES, Failure, warn
-from sagellm.cli.graph_argument import choose_graphs
+from sagellm.cli.graph_argument import choose_graphs, parse_assignments
 from sagellm.cli.keys import readable_secrets
-from sagellm.cli.run_options import parse_assignments as assignments
 from sagellm.cli.serve_options import (
     CONFIG_FILE_OPTIONS,
     ConfigOptions,
@@ -17,21 +21,21 @@ from sagellm.cli.serve_options import (
     ListenOptions,
     ObservabilityOptions,
     ServedModelOptions,
-    bound_socket,
-    check_open_files,
-    check_server_installed,
-    engine_overrides,
     read_settings,
-    served_names,
-    server_logs,
 )
 from sagellm.cli.setting import merge_given
 from sagellm.cli.terminal import show_start_progress
-from sagellm.gateway.lifecycle import serve_graph
+from sagellm.gateway.lifecycle import serve_graph, server_class
 from sagellm.gateway.processes.supervision import GatewaysFailed
+from sagellm.gateway.settings import LEAST_FILES, Settings, bind, num_files, raise_open_files
+from sagellm.graphs.ir import FrozenMap
+from sagellm.graphs.sections import served_models
+from sagellm.logs import LEVELS, process_logs
 from sagellm.logs.lines import write_line
 from sagellm.opening.decisions import DecisionFile
+from sagellm.opening.open_graph import OpenGraph
 from sagellm.runtime.engine.options import EngineOptionError
+from sagellm.several_models import public_model_name
 
 
 def serve(
@@ -40,9 +44,9 @@ def serve(
     *models: str,
     listen: ListenOptions = ListenOptions(),  # noqa: B008 - frozen
     served: ServedModelOptions = ServedModelOptions(),  # noqa: B008 - frozen
-    opened: GraphOptions = GraphOptions(),  # noqa: B008 - frozen
-    watch: ObservabilityOptions = ObservabilityOptions(),  # noqa: B008 - frozen
-    config: ConfigOptions = ConfigOptions(),  # noqa: B008 - frozen
+    graph_options: GraphOptions = GraphOptions(),  # noqa: B008 - frozen
+    observability: ObservabilityOptions = ObservabilityOptions(),  # noqa: B008 - frozen
+    config_options: ConfigOptions = ConfigOptions(),  # noqa: B008 - frozen
 ) -> int:
     """Serve a graph, or models, to OpenAI clients.
 
@@ -56,33 +60,35 @@ def serve(
     models
         Further models, served beside the first; `model` in a request chooses.
     """
-    file = read_config(config.config, CONFIG_FILE_OPTIONS) if config.config else ConfigFile()
+    path = config_options.config
+    file = read_config(path, CONFIG_FILE_OPTIONS) if path else ConfigFile()
     listen, served = merge_given(listen, file.values), merge_given(served, file.values)
-    opened, watch = merge_given(opened, file.values), merge_given(watch, file.values)
-    chosen, model = choose_graphs((graph, *models), opened.model, opened.import_)
+    graph_options = merge_given(graph_options, file.values)
+    observability = merge_given(observability, file.values)
+    chosen, model = choose_graphs((graph, *models), graph_options.model, graph_options.import_)
     names = served_names(chosen, model, served)
-    settings = read_settings(listen, names, watch, file, config.limit)
+    settings = read_settings(listen, names, observability, file, config_options.limit)
     check_server_installed(settings.server)
-    for warning in readable_secrets(
-        file, (listen.tls_key, listen.admin_key_file, listen.salt_key_file)
-    ):
+    secrets = (listen.tls_key, listen.admin_key_file, listen.salt_key_file)
+    for warning in readable_secrets(file, secrets):
         warn(warning)
-    changes = {**file.set, **assignments(opened.set_)}
-    if config.print_config:
-        print(format_config((opened, listen, served, watch), settings, file, changes), end="")
+    changes = {**file.set, **parse_assignments(graph_options.set_)}
+    if config_options.print_config:
+        options = (graph_options, listen, served, observability)
+        print(format_config(options, settings, file, changes), end="")
         return 0
     check_open_files()
     opening = chosen.open(
-        set=engine_overrides(chosen, served) | changes, model=model, executor=opened.executor
+        set=engine_overrides(chosen, served) | changes, model=model, executor=graph_options.executor
     )
     with (
-        server_logs(watch, settings),
+        server_logs(observability, settings),
         bound_socket(settings) as sock,
         show_start_progress() as progress,
     ):
         opening.report_to(progress)
-        if opened.decisions is not None:
-            opening.record_to(DecisionFile(opened.decisions, opened.decisions_bytes))
+        if graph_options.decisions is not None:
+            opening.record_to(DecisionFile(graph_options.decisions, graph_options.decisions_bytes))
         try:
             trio.run(serve_graph, opening, settings, sock, _started)
         except (UnknownBackend, LoweringError, EngineOptionError) as error:
@@ -95,12 +101,99 @@ def serve(
 
 
 def _started(text: str) -> None:
-    """All is loaded: say where the gateway listens."""
+    """Freeze the loaded objects, and print the address of the gateway."""
     gc.collect()
-    gc.freeze()  # what was loaded stays: to walk it all again would stall every stream for 50 ms
+    gc.freeze()  # a later collection of all loaded objects would stall every stream for 50 ms
     print_address(text)
 
 
 def print_address(text: str) -> None:
-    """Print where the gateway listens."""
-    write_line(f"{text}\n".encode())  # served all the same, where nobody can read that
+    """Print the address of the gateway to stderr. A closed stderr does not end the server."""
+    write_line(f"{text}\n".encode())
+
+
+def served_names(
+    graph: Graph | OpenGraph, model: str | None, served: ServedModelOptions
+) -> tuple[str, ...]:
+    """The names that clients may use for the models. They never contain a path of this machine.
+
+    `model`: the model of every engine, if chosen. Raises Failure.
+    """
+    if not all(served.served_model_name):
+        raise Failure("--served-model-name is empty", "give it the name that clients use")
+    models = served_models(graph.ir)
+    if len(models) > 1 and served.served_model_name:
+        cause = "--served-model-name names one model, and several are served"
+        raise Failure(
+            cause, "name them in a graph file: models: {KEY: {name: ..., aliases: [...]}}"
+        )
+    if served.served_model_name:
+        return served.served_model_name
+    if models[0].names:
+        return tuple(name for each in models for name in each.names)
+    first = next(iter(graph.ir.engines.values()), FrozenMap())
+    known = model or str(first.get("model", "")) if isinstance(first, FrozenMap) else model
+    return (public_model_name(known or "sage-tiny"),)
+
+
+def engine_overrides(graph: Graph | OpenGraph, served: ServedModelOptions) -> dict[str, object]:
+    """The engine options that `served` changes. Raises Failure for options without an effect."""
+    if served.tensor_parallel_size != 1:
+        cause = f"--tensor-parallel-size {served.tensor_parallel_size}: an engine has one device"
+        raise Failure(cause, "leave it out; --set ENGINE.replicas=N runs N engines side by side")
+    if served.gpu_memory_utilization is not None:
+        cause = "--gpu-memory-utilization: no engine of this build has its blocks on a GPU"
+        raise Failure(cause, "--set ENGINE.kv_memory=2GiB says how much the KV blocks may take")
+    if served.max_model_len is None:
+        return {}
+    return {f"{engine}.max_model_len": served.max_model_len for engine in graph.ir.engines}
+
+
+def server_logs(
+    observability: ObservabilityOptions, settings: Settings
+) -> AbstractContextManager[None]:
+    """A context in which this process and its libraries log to stderr; keys are removed."""
+    known = (*settings.api_keys.values(), settings.admin_key or "")
+    level, form = LEVELS[observability.log_level], observability.log_format
+    return process_logs(level, key=settings.salt_key, known=known, form=form)
+
+
+def check_server_installed(server: str) -> None:
+    """Raise Failure if the extra of an HTTP server is not installed."""
+    try:
+        server_class(server)
+    except ModuleNotFoundError as error:
+        cause = f"--server {server} needs {error.name}, which is not installed"
+        raise Failure(cause, f"pip install 'sagellm[{server}]'") from None
+
+
+def check_open_files() -> None:
+    """Raise the limit of open files; raise Failure if the server still could not work."""
+    raise_open_files()
+    if num_files() < LEAST_FILES:
+        cause = f"{num_files()} open files are too few: a server needs {LEAST_FILES}, and more"
+        raise Failure(cause, "raise the limit: ulimit -n 4096", code=RESOURCES)
+
+
+@contextmanager
+def bound_socket(settings: Settings) -> Iterator[socket.socket]:
+    """A socket bound to the address; closed at the end. Raises Failure if the address is not free.
+
+    Bound before weights load, so that a taken port is reported at once.
+    """
+    try:
+        sock = bind(settings.host, settings.port)
+    except OSError as error:
+        raise _cannot_listen(error, settings) from None
+    with sock:
+        yield sock
+
+
+def _cannot_listen(error: OSError, settings: Settings) -> Failure:
+    where = f"{settings.host}:{settings.port}"
+    if error.errno == errno.EADDRINUSE:
+        fix = "stop what listens there, or choose --port"
+        return Failure("the port is in use", fix, where, RESOURCES)
+    if error.errno == errno.EACCES:
+        return Failure("the port needs privileges", "choose a --port above 1023", where)
+    return Failure("this machine has no such address", "choose another --host", where)

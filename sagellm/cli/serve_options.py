@@ -1,10 +1,7 @@
-"""The options of `sagellm serve`, and what they mean: addresses, keys, names, the graph."""
+"""The options of `sagellm serve`, and the gateway's settings that they give."""
 
-import errno
 import os
-import socket
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -12,40 +9,24 @@ from typing import Annotated, Any, Literal, TypeVar
 from cyclopts import Parameter
 from cyclopts.validators import Number
 
-from sagellm.builder import Graph
-from sagellm.cli.config_file import ConfigFile, read_limits
-from sagellm.cli.errors import RESOURCES, Failure
+from sagellm.cli.config_file import ConfigFile
+from sagellm.cli.errors import Failure, suggestion
+from sagellm.cli.graph_argument import Assignments
 from sagellm.cli.keys import admin_key, check_tls, salt_key, user_keys
-from sagellm.cli.setting import GivenOptions
-from sagellm.gateway.lifecycle import server_class
-from sagellm.gateway.settings import (
-    LEAST_FILES,
-    Budget,
-    RequestLimits,
-    Settings,
-    Streaming,
-    bind,
-    is_loopback,
-    num_files,
-    raise_open_files,
-)
-from sagellm.graphs.ir import FrozenMap
-from sagellm.graphs.sections import served_models
-from sagellm.logs import LEVELS, process_logs
+from sagellm.cli.setting import LIMITS, GivenOptions, InvalidSetting
+from sagellm.gateway.settings import Budget, RequestLimits, Settings, Streaming, is_loopback
 from sagellm.opening.decisions import MAX_DECISION_BYTES
-from sagellm.opening.open_graph import OpenGraph
-from sagellm.several_models import public_model_name
 from sagellm.tracing import TracingError, check_tracing
 
 LogLevel = Literal["debug", "info", "warning", "error"]
-S = TypeVar("S", RequestLimits, Streaming, Budget)
 LogFormat = Literal["text", "json"]
+S = TypeVar("S", RequestLimits, Streaming, Budget)
 
 
 @Parameter(name="*", group="Settings")
 @dataclass(frozen=True, kw_only=True)
 class ConfigOptions(GivenOptions):
-    """Where options come from: the command line, then the file, then the environment."""
+    """Where settings come from: first the command line, then the file, then the environment."""
 
     config: Path | None = None
     """A TOML file of options, with keys, limits and changes of the graph."""
@@ -60,7 +41,7 @@ class ConfigOptions(GivenOptions):
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class GraphOptions(GivenOptions):
-    """How the graph is opened."""
+    """The options with which the graph is opened."""
 
     model: str | None = None
     """The model of every engine of a graph."""
@@ -68,7 +49,7 @@ class GraphOptions(GivenOptions):
     executor: str | None = None
     """How the graph runs: tasks, in this process; or processes, a worker for each replica."""
 
-    set_: Annotated[tuple[str, ...], Parameter(name="--set")] = ()
+    set_: Assignments = ()
     """Change an option of the graph, as op.key=value; may be repeated."""
 
     import_: Annotated[tuple[str, ...], Parameter(name="--import")] = ()
@@ -84,7 +65,7 @@ class GraphOptions(GivenOptions):
 @Parameter(name="*", group="Who may reach it")
 @dataclass(frozen=True, kw_only=True)
 class ListenOptions(GivenOptions):
-    """Loopback, without a key, unless told otherwise."""
+    """The address, the keys and the servers. The default is loopback without a key."""
 
     host: str = "127.0.0.1"
     """The address to listen at; anything but loopback needs an API key."""
@@ -138,7 +119,7 @@ class ListenOptions(GivenOptions):
 @Parameter(name="*", group="What is served")
 @dataclass(frozen=True, kw_only=True)
 class ServedModelOptions(GivenOptions):
-    """Spelled as vLLM spells them."""
+    """The served models. The options have the names of vLLM's."""
 
     served_model_name: tuple[str, ...] = ()
     """What clients call the model; may be repeated, the first is in answers."""
@@ -156,7 +137,7 @@ class ServedModelOptions(GivenOptions):
 @Parameter(name="*", group="What can be seen of it")
 @dataclass(frozen=True, kw_only=True)
 class ObservabilityOptions(GivenOptions):
-    """Metrics are at /metrics."""
+    """Logs, metrics and traces."""
 
     log_level: LogLevel = "info"
     """What is logged to stderr; texts of exceptions only at debug, but for your own code's."""
@@ -180,64 +161,24 @@ class ObservabilityOptions(GivenOptions):
 CONFIG_FILE_OPTIONS = (GraphOptions, ListenOptions, ServedModelOptions, ObservabilityOptions)
 
 
-def server_logs(watch: ObservabilityOptions, settings: Settings) -> AbstractContextManager[None]:
-    """All that this process logs, the libraries too; no line holds a key."""
-    known = (*settings.api_keys.values(), settings.admin_key or "")
-    level, form = LEVELS[watch.log_level], watch.log_format
-    return process_logs(level, key=settings.salt_key, known=known, form=form)
-
-
-def engine_overrides(graph: Graph | OpenGraph, served: ServedModelOptions) -> dict[str, object]:
-    """What the options change in the graph. Raises Failure for those that nothing obeys."""
-    if served.tensor_parallel_size != 1:
-        cause = f"--tensor-parallel-size {served.tensor_parallel_size}: an engine has one device"
-        raise Failure(cause, "leave it out; --set ENGINE.replicas=N runs N engines side by side")
-    if served.gpu_memory_utilization is not None:
-        cause = "--gpu-memory-utilization: no engine of this build has its blocks on a GPU"
-        raise Failure(cause, "--set ENGINE.kv_memory=2GiB says how much the KV blocks may take")
-    if served.max_model_len is None:
-        return {}
-    return {f"{engine}.max_model_len": served.max_model_len for engine in graph.ir.engines}
-
-
-def served_names(
-    graph: Graph | OpenGraph, model: str | None, served: ServedModelOptions
-) -> tuple[str, ...]:
-    """What clients may call the models: never a path of this machine."""
-    if not all(served.served_model_name):
-        raise Failure("--served-model-name is empty", "give it the name that clients use")
-    models = served_models(graph.ir)
-    if len(models) > 1 and served.served_model_name:
-        cause = "--served-model-name names one model, and several are served"
-        raise Failure(
-            cause, "name them in a graph file: models: {KEY: {name: ..., aliases: [...]}}"
-        )
-    if served.served_model_name:
-        return served.served_model_name
-    if models[0].names:
-        return tuple(name for each in models for name in each.names)
-    first = next(iter(graph.ir.engines.values()), FrozenMap())
-    known = model or str(first.get("model", "")) if isinstance(first, FrozenMap) else model
-    return (public_model_name(known or "sage-tiny"),)
-
-
 def read_settings(
     listen: ListenOptions,
     names: tuple[str, ...],
-    watch: ObservabilityOptions = ObservabilityOptions(),
+    observability: ObservabilityOptions = ObservabilityOptions(),
     config: ConfigFile = ConfigFile(),  # noqa: B008 - frozen
     limits: Sequence[str] = (),
 ) -> Settings:
-    """Raises Failure for keys that are none, for an address that is open to all unasked, for TLS
-    that cannot be served, for limits that there are not, for traces that cannot be sent, and for
-    gateway processes where the system cannot watch them.
+    """The gateway's settings. `names`: the served models; `limits`: NAME=VALUE of `--limit`.
+
+    Raises Failure for invalid or repeated keys, an open address without a key, an unusable
+    certificate, an unknown limit, a wrong tracing endpoint, and gateway processes without Linux.
     """
-    _check_tracing(watch)
+    _check_tracing(observability)
     check_tls(listen.tls_certificate, listen.tls_key)
     keys = user_keys(listen.api_key, config)
     _check_listen(listen, has_keys=bool(keys))
     admin = admin_key(listen.admin_key, listen.admin_key_file)
-    if len({*keys.values(), admin}) <= len(keys):
+    if len({*keys.values(), admin}) <= len(keys):  # a user with the admin's key would be admin
         raise Failure("one API key is given twice, or is the admin key too", "give each its own")
     changed = {**config.limits, **read_limits(limits)}
     budget = _changed(Settings(api_keys=keys).common_budget, changed)
@@ -255,10 +196,12 @@ def read_settings(
         drain_s=listen.drain_s,
         linger_s=listen.linger_s,
         page=listen.page,
-        metrics_compat=() if watch.metrics_compat == "none" else (watch.metrics_compat,),
-        open_metrics=watch.open_metrics,
-        otlp_endpoint=watch.otlp_endpoint,
-        trace_sample=watch.trace_sample,
+        metrics_compat=()
+        if observability.metrics_compat == "none"
+        else (observability.metrics_compat,),
+        open_metrics=observability.open_metrics,
+        otlp_endpoint=observability.otlp_endpoint,
+        trace_sample=observability.trace_sample,
         tls_certificate=listen.tls_certificate,
         tls_key=listen.tls_key,
         limits=_changed(RequestLimits(), changed),
@@ -273,7 +216,7 @@ def read_settings(
 
 
 def _check_listen(listen: ListenOptions, *, has_keys: bool) -> None:
-    """Raises Failure for an address open to all unasked, and gateways that cannot be watched."""
+    """Raise Failure for an open address without a key, and for gateway processes without Linux."""
     if listen.gateways and not hasattr(os, "pidfd_open"):
         cause = "gateway processes need Linux: they are watched by its means"
         raise Failure(cause, "leave --gateways away: the process of the graph speaks HTTP then")
@@ -283,56 +226,44 @@ def _check_listen(listen: ListenOptions, *, has_keys: bool) -> None:
 
 
 def _changed(part: S, changed: Mapping[str, Any]) -> S:
-    """The struct with those of the changes that are its own."""
+    """`part` with the changes that are fields of `part`."""
     names = {field.name for field in fields(part)}
     return replace(part, **{name: changed[name] for name in names & changed.keys()})
 
 
-def _check_tracing(watch: ObservabilityOptions) -> None:
-    if watch.otlp_endpoint is None:
-        if watch.trace_sample != ObservabilityOptions.trace_sample:
+def _check_tracing(observability: ObservabilityOptions) -> None:
+    if observability.otlp_endpoint is None:
+        if observability.trace_sample != ObservabilityOptions.trace_sample:
             cause = "--trace-sample is given, and there is nowhere to send traces"
             raise Failure(cause, "add --otlp-endpoint URL")
         return
     try:
-        check_tracing(watch.otlp_endpoint, watch.trace_sample)
+        check_tracing(observability.otlp_endpoint, observability.trace_sample)
     except TracingError as error:
         raise Failure(str(error), "correct that option, or leave --otlp-endpoint out") from None
 
 
-def check_server_installed(server: str) -> None:
-    """Raise Failure for a server whose extra is missing."""
-    try:
-        server_class(server)
-    except ModuleNotFoundError as error:
-        cause = f"--server {server} needs {error.name}, which is not installed"
-        raise Failure(cause, f"pip install 'sagellm[{server}]'") from None
+def read_limits(given: Sequence[str]) -> dict[str, Any]:
+    """The limits that `--limit NAME=VALUE` gives. Raises Failure."""
+    found: dict[str, Any] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        name, where = name.strip().replace("-", "_"), f"--limit {text}"
+        if not equals:
+            raise Failure("a limit needs a value", "for example --limit body_bytes=16MiB", where)
+        if name not in LIMITS:
+            raise Failure(f"there is no limit {name!r}", suggestion(name, LIMITS), where)
+        try:
+            found[name] = LIMITS[name].read(_number(value.strip()))
+        except InvalidSetting as error:
+            raise Failure(f"{name} {error}", LIMITS[name].doc, where) from None
+    return found
 
 
-def check_open_files() -> None:
-    """Raise Failure where so few files may be open that the server could not start, or not work."""
-    raise_open_files()
-    if num_files() < LEAST_FILES:
-        cause = f"{num_files()} open files are too few: a server needs {LEAST_FILES}, and more"
-        raise Failure(cause, "raise the limit: ulimit -n 4096", code=RESOURCES)
-
-
-@contextmanager
-def bound_socket(settings: Settings) -> Iterator[socket.socket]:
-    """The bound socket, before any weight is loaded. Raises Failure where it cannot be had."""
-    try:
-        sock = bind(settings.host, settings.port)
-    except OSError as error:
-        raise _cannot_listen(error, settings) from None
-    with sock:
-        yield sock
-
-
-def _cannot_listen(error: OSError, settings: Settings) -> Failure:
-    where = f"{settings.host}:{settings.port}"
-    if error.errno == errno.EADDRINUSE:
-        fix = "stop what listens there, or choose --port"
-        return Failure("the port is in use", fix, where, RESOURCES)
-    if error.errno == errno.EACCES:
-        return Failure("the port needs privileges", "choose a --port above 1023", where)
-    return Failure("this machine has no such address", "choose another --host", where)
+def _number(text: str) -> object:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text

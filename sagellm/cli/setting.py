@@ -1,4 +1,4 @@
-"""One setting, as an option and as a key of a file: its name, type, default, range and sentence."""
+"""One setting as an option and as a key of a file: name, type, default, range and description."""
 
 import ast
 import inspect
@@ -28,7 +28,7 @@ from sagellm.runtime.engine.options import EngineOptionError, num_bytes
 
 
 def _whole(kind: Any, tokens: Sequence[Token]) -> int:
-    """Raises ValueError, which is shown with the name of the option."""
+    """Convert an argument. Raises ValueError, which cyclopts shows with the name of the option."""
     text = tokens[0].value
     try:
         return int(text)
@@ -38,24 +38,22 @@ def _whole(kind: Any, tokens: Sequence[Token]) -> int:
 
 WholeNumber: TypeAlias = Annotated[int, Parameter(converter=_whole, n_tokens=1)]
 
-
 _KINDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 _RANGES = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
-
-
-ALTERNATIVES = (frozenset({"admin_key", "admin_key_file"}),)  # one of them replaces the others
+ALTERNATIVES = (frozenset({"admin_key", "admin_key_file"}),)  # one option replaces the other
 
 
 class InvalidSetting(ValueError):
-    """A value that a setting does not take; the message says what it takes."""
+    """A value of a wrong type or out of range. The message says which values a setting takes."""
 
 
 class GivenOptions:
-    """Options that know which of them were given: `given` has their names."""
+    """A base of option structs; `given` holds the names of the options that the user gave."""
 
     given: frozenset[str]
 
     def __new__(cls, **given: object) -> "GivenOptions":
+        # A value that equals the default counts as given: it must win over the file's value.
         self = super().__new__(cls)
         object.__setattr__(self, "given", frozenset(given))
         return self
@@ -65,7 +63,10 @@ T = TypeVar("T", bound=GivenOptions)
 
 
 def merge_given(options: T, values: Mapping[str, Any]) -> T:
-    """The options that were given, over `values`, which may have names of other options too."""
+    """The options that the user gave, and `values` of a file for the others.
+
+    `values` may have names of other structs. An alternative of a given option is dropped.
+    """
     names = {field.name for field in fields(options)}  # type: ignore[arg-type]
     given = {name: getattr(options, name) for name in options.given}
     replaced = {name for pair in ALTERNATIVES if given.keys() & pair for name in pair}
@@ -75,7 +76,7 @@ def merge_given(options: T, values: Mapping[str, Any]) -> T:
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """`hint`: its type, with what bounds it. `unit`: "bytes" also takes a text like "16MiB"."""
+    """`hint`: the type with its bounds. With the unit "bytes", a text such as "16MiB" is valid."""
 
     name: str
     hint: Any
@@ -95,7 +96,7 @@ class Setting:
         return [each for each in _metadata(self.hint) if isinstance(each, msgspec.Meta)]
 
     def read(self, value: object) -> Any:
-        """The value as the type has it. Raises InvalidSetting."""
+        """The value converted to the type. Raises InvalidSetting."""
         kind = _plain(self.hint)
         if self.is_bytes and isinstance(value, str):
             value = _bytes(value)
@@ -104,9 +105,9 @@ class Setting:
         try:
             found = msgspec.convert(value, self.hint, dec_hook=_path)
         except msgspec.ValidationError:
-            wanted = ", ".join([_phrase(kind), *self._bounds])
-            wanted += ', or a text like "16MiB"' if self.is_bytes else ""
-            raise InvalidSetting(f"is {_shown(value)}; it takes {wanted}") from None
+            expected = ", ".join([_phrase(kind), *self._bounds])
+            expected += ', or a text like "16MiB"' if self.is_bytes else ""
+            raise InvalidSetting(f"is {_printed(value)}; it takes {expected}") from None
         if isinstance(found, float) and not isfinite(found):
             raise InvalidSetting(f"is {found}; it takes a number")
         self._check_range(kind, found)
@@ -120,7 +121,7 @@ class Setting:
                     yield f"{words} {bound:g}"
 
     def _check_range(self, kind: Any, value: object) -> None:
-        """By the validators that the command line has, too."""
+        """Apply the validators of the command line. Raises InvalidSetting."""
         for each in _metadata(self.hint):
             if isinstance(each, Parameter) and value is not None:
                 validators: Any = each.validator
@@ -129,11 +130,11 @@ class Setting:
                         validate(kind, value)
                     except ValueError as error:
                         fault = str(error).removesuffix(".").replace("Must be", "it must be")
-                        raise InvalidSetting(f"is {_shown(value)}; {fault}") from None
+                        raise InvalidSetting(f"is {_printed(value)}; {fault}") from None
 
 
 def settings_of(struct: type) -> Mapping[str, Setting]:
-    """The settings of a dataclass whose fields have docstrings, by name."""
+    """The settings of a dataclass, by field name. Each field needs a docstring."""
     hints, docs = get_type_hints(struct, include_extras=True), _docs(struct)
     return {
         field.name: Setting(
@@ -147,7 +148,7 @@ def settings_of(struct: type) -> Mapping[str, Setting]:
 
 
 def _docs(struct: type) -> dict[str, str]:
-    """The text below each field."""
+    """The docstring of each field. Python drops these at run time, hence the source is parsed."""
     body = ast.parse(inspect.getsource(struct)).body[0]
     assert isinstance(body, ast.ClassDef)
     return {
@@ -164,7 +165,7 @@ def _metadata(hint: Any) -> tuple[Any, ...]:
 
 
 def _plain(hint: Any) -> Any:
-    """The type without bounds and without None."""
+    """The type without its bounds and without None."""
     kind = get_args(hint)[0] if _metadata(hint) else hint
     if get_origin(kind) in (Union, types.UnionType):
         kind = next(each for each in get_args(kind) if each is not type(None))
@@ -179,7 +180,7 @@ def _phrase(kind: Any) -> str:
     return "a path" if kind is Path else _KINDS.get(kind, "a text")
 
 
-def _shown(value: object) -> str:
+def _printed(value: object) -> str:
     return "true" if value is True else "false" if value is False else f"{value!r:.60}"
 
 
@@ -199,4 +200,4 @@ def _path(kind: type, value: object) -> object:
 LIMIT_STRUCTS = (RequestLimits, Streaming, Budget)
 LIMITS: Mapping[str, Setting] = {
     name: setting for struct in LIMIT_STRUCTS for name, setting in settings_of(struct).items()
-}  # what `--limit` and `[limits]` take
+}  # the settings of `--limit` and `[limits]`

@@ -1,16 +1,14 @@
-"""What commands show on the terminal: progress bars, answers and their figures."""
+"""What commands show on stderr: the progress of a start and of a file, and a run's summary."""
 
 import sys
 import threading
-from collections.abc import Awaitable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import msgspec
-import trio
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -25,17 +23,15 @@ from rich.table import Table
 
 from sagellm.backends.interface import Compiling, Loading, Progress, ProgressEvent, silent
 from sagellm.batch import LineCounts
-from sagellm.cli.errors import drain_on_interrupt
-from sagellm.client.replies import AsyncReplyStream, Piece, Usage
 from sagellm.logs import WRITERS, is_terminal
 from sagellm.statistics import Statistics
 
-SHORT_BYTES = 64 << 20  # are read before anybody looks
+SHORT_BYTES = 64 << 20  # smaller models load too fast for a bar to be read
 
 
 @contextmanager
 def show_start_progress() -> Iterator[Progress]:
-    """What a start is to report to: shown on stderr where that is a terminal, and nothing else."""
+    """Give a callable that shows kernel compilation and weight loading on stderr, if a terminal."""
     if not is_terminal():
         yield silent
         return
@@ -47,7 +43,7 @@ def show_start_progress() -> Iterator[Progress]:
 
 
 class _StartProgress:
-    """One bar for each model that loads; it goes when all of it is there. Thread-safe."""
+    """One bar for each model that loads, removed when the model is loaded. Thread-safe."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -91,7 +87,7 @@ class _StartProgress:
         )
         self._bar.start()
         for writer in WRITERS:
-            writer.takes_line = True
+            writer.takes_line = True  # log lines must clear the bar's line first
         return self._bar
 
     def _end(self, model: str) -> None:
@@ -118,7 +114,7 @@ def _compiling(event: Compiling) -> str:
 
 
 def show_summary(statistics: Statistics, counts: LineCounts | None = None) -> None:
-    """A table on stderr; plain lines where that is not a terminal."""
+    """Print the figures to stderr: a table on a terminal, plain lines elsewhere."""
     console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
     rows = summary_rows(statistics, counts)
     if not console.is_terminal:
@@ -131,8 +127,8 @@ def show_summary(statistics: Statistics, counts: LineCounts | None = None) -> No
 
 
 def print_summary(statistics: Statistics, counts: LineCounts) -> None:
-    """The same as one JSON object on stdout; seconds, and None for what was not measured."""
-    said = {
+    """Print the figures to stdout as one JSON object; times in seconds, null if not measured."""
+    figures = {
         "answered": counts.num_answered,
         "failed": counts.num_failed,
         "skipped": counts.num_skipped,
@@ -145,11 +141,11 @@ def print_summary(statistics: Statistics, counts: LineCounts) -> None:
         "peak_kv_ratio": statistics.peak_kv_ratio,
         "preemptions": statistics.num_preemptions,
     }
-    print(msgspec.json.encode(said).decode())
+    print(msgspec.json.encode(figures).decode())
 
 
 def summary_rows(statistics: Statistics, counts: LineCounts | None = None) -> list[tuple[str, str]]:
-    """Label and value of each figure; without a tally it was one request."""
+    """Label and value of each figure. No tally means a single request."""
     return [
         ("requests", _requests(counts) if counts else "1"),
         ("tokens", str(statistics.num_tokens)),
@@ -173,7 +169,10 @@ def _pair(p50_s: float | None, p99_s: float | None) -> str:
 
 
 class FileProgress:
-    """Shown on stderr while inside; `input` is counted for the bar's end where it can be."""
+    """A context that shows a bar of answered lines on stderr, and each failed line.
+
+    The lines of `input` are counted for the end of the bar, except those of a pipe.
+    """
 
     def __init__(self, input: Path | None) -> None:
         self._console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
@@ -189,7 +188,7 @@ class FileProgress:
         self._task = self._bar.add_task("requests", total=total)
 
     def advance(self, line: dict[str, Any] | None) -> None:
-        """One line is done; `line` is what was written for it, None if it was skipped."""
+        """Count one line. `line`: the answer written for it, None if the line was skipped."""
         self._bar.advance(self._task)
         if line and "error" in line:
             console = self._console
@@ -209,95 +208,8 @@ class FileProgress:
 
 
 def _num_lines(path: Path | None) -> int | None:
-    """Lines of a file that are not blank; None for a pipe."""
+    """The number of lines of a file that are not blank; None for a pipe."""
     if path is None or not path.is_file():
         return None
     with path.open("rb") as file:
         return sum(1 for line in file if line.strip())
-
-
-@dataclass(slots=True)
-class StreamedAnswer:
-    """An answer, as far as it came. Times in seconds."""
-
-    text: str = ""
-    finish_reason: str | None = None
-    usage: Usage | None = None
-    num_pieces: int = 0  # with text
-    ttft_s: float | None = None
-    last_s: float | None = None  # of its last token
-    is_stopped: bool = False
-
-    @property
-    def num_tokens(self) -> int:
-        """As the server counted, or else one a piece."""
-        counted = self.usage.completion_tokens if self.usage else None
-        return self.num_pieces if counted is None else counted
-
-    @property
-    def tpot_s(self) -> float | None:
-        """Mean time of a token behind the first."""
-        if self.ttft_s is None or self.last_s is None or self.num_tokens < 2:
-            return None
-        return (self.last_s - self.ttft_s) / (self.num_tokens - 1)
-
-    @property
-    def tokens_per_s(self) -> float | None:
-        """From the call to the last token."""
-        return self.num_tokens / self.last_s if self.last_s else None
-
-    def take(self, piece: Piece, after_s: float) -> None:
-        if piece or piece.finish_reason is not None:  # an EOS has no text
-            self.ttft_s = after_s if self.ttft_s is None else self.ttft_s
-            self.last_s = after_s
-        self.num_pieces += bool(piece)
-        self.text += piece
-        self.finish_reason = piece.finish_reason or self.finish_reason
-        self.usage = piece.usage or self.usage
-
-
-async def print_stream(
-    asking: Awaitable[AsyncReplyStream], *, silent: bool = False
-) -> StreamedAnswer:
-    """Print the answer while it comes. Ctrl-C cancels it; what came is kept.
-
-    Raises ClientError.
-    """
-    told, started_s = StreamedAnswer(), trio.current_time()
-    with trio.CancelScope() as scope:
-        async with drain_on_interrupt(scope, "\nstopped"), await asking as stream:
-            async for piece in stream:
-                told.take(piece, trio.current_time() - started_s)
-                if not silent:
-                    print(piece, end="", flush=True)
-    told.is_stopped = scope.cancelled_caught
-    if not silent:
-        print(flush=True)
-    return told
-
-
-def show_stats(told: StreamedAnswer) -> None:
-    """One line on stderr: tokens, TTFT, time a token, tokens a second."""
-    parts = [f"{told.num_tokens} tokens"]
-    if told.usage is not None and told.usage.prompt_tokens is not None:
-        parts.insert(0, f"prompt {told.usage.prompt_tokens} tokens")
-    if told.ttft_s is not None:
-        parts.append(f"TTFT {told.ttft_s * 1e3:.1f} ms")
-    if told.tpot_s is not None:
-        parts.append(f"TPOT {told.tpot_s * 1e3:.1f} ms")
-    if told.tokens_per_s is not None:
-        parts.append(f"{told.tokens_per_s:.1f} tokens/s")
-    print(", ".join(parts), file=sys.stderr)
-
-
-def print_answer(told: StreamedAnswer, model: str) -> None:
-    """The answer and its figures as one object."""
-    timing = {name: getattr(told, name) for name in ("ttft_s", "tpot_s", "tokens_per_s")}
-    said: dict[str, Any] = {
-        "model": model,
-        "text": told.text,
-        "finish_reason": told.finish_reason,
-        "usage": told.usage,
-        "timing": timing,
-    }
-    print(msgspec.json.encode(said).decode())

@@ -1,4 +1,4 @@
-"""`sagellm ps`, `restart`, `drain` and `scale`: the workers of this user's running graphs."""
+"""`sagellm ps`, `restart`, `drain`, `scale`: the workers of the graphs that this user runs."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -26,8 +26,14 @@ from sagellm.runtime.cluster.control import (
 _NONE_RUNS = "sagellm serve GRAPH --executor processes runs one with workers"
 _COLUMNS = ("graph", "graph pid", "operator", "pid", "state", "restarts", "run", "wait", "kv")
 
-Replica = Annotated[WholeNumber | None, Parameter(validator=Number(gte=0))]
-Pid = WholeNumber | None
+Replica = Annotated[WholeNumber | None, Parameter(validator=Number(gte=0), help="This one alone.")]
+GraphPid = Annotated[
+    WholeNumber | None,
+    Parameter(
+        help="The process of the graph that is meant, where several run; `sagellm ps` lists them."
+    ),
+]
+AsJson = Annotated[bool, Parameter(help="Print them as `ps` does.")]
 
 
 def ps(*, json: bool = False) -> int:
@@ -47,7 +53,7 @@ def ps(*, json: bool = False) -> int:
 
 
 def restart(
-    operator: str, /, *, replica: Replica = None, graph_pid: Pid = None, json: bool = False
+    operator: str, /, *, replica: Replica = None, graph_pid: GraphPid = None, json: AsJson = False
 ) -> int:
     """Replace the workers of an operator, one after the other; returns once they are ready.
 
@@ -57,18 +63,12 @@ def restart(
     ----------
     operator
         A name of the graph that has an engine, such as decode; decode[0] is its replica 0.
-    replica
-        This one alone.
-    graph_pid
-        The process of the graph that is meant, where several run; `sagellm ps` lists them.
-    json
-        Print them as `ps` does.
     """
     return _change(_request_for("restart", operator, replica), graph_pid, json)
 
 
 def drain(
-    operator: str, /, *, replica: Replica = None, graph_pid: Pid = None, json: bool = False
+    operator: str, /, *, replica: Replica = None, graph_pid: GraphPid = None, json: AsJson = False
 ) -> int:
     """Give the workers of an operator nothing new, until they are restarted.
 
@@ -78,12 +78,6 @@ def drain(
     ----------
     operator
         A name of the graph that has an engine, such as decode; decode[0] is its replica 0.
-    replica
-        This one alone.
-    graph_pid
-        The process of the graph that is meant, where several run; `sagellm ps` lists them.
-    json
-        Print them as `ps` does.
     """
     return _change(_request_for("drain", operator, replica), graph_pid, json)
 
@@ -91,7 +85,10 @@ def drain(
 def _request_for(
     command: Literal["drain", "restart"], operator: str, replica: int | None
 ) -> ControlRequest:
-    """`decode[0]`, as `ps` shows a worker, is replica 0 of decode."""
+    """The request for `operator`; `decode[0]`, the spelling of `ps`, means replica 0 of decode.
+
+    Raises Failure if `replica` is another one.
+    """
     found = re.fullmatch(r"(.+)\[(\d+)\]", operator)
     if found is None:
         return ControlRequest(command, operator, replica)
@@ -105,8 +102,8 @@ def scale(
     count: Annotated[WholeNumber, Parameter(validator=Number(gte=1))],
     /,
     *,
-    graph_pid: Pid = None,
-    json: bool = False,
+    graph_pid: GraphPid = None,
+    json: AsJson = False,
 ) -> int:
     """Change how many replicas the engine of an operator has; returns once they are ready, or gone.
 
@@ -118,22 +115,18 @@ def scale(
         A name of the graph that has an engine, such as decode.
     count
         How many there are to be.
-    graph_pid
-        The process of the graph that is meant, where several run; `sagellm ps` lists them.
-    json
-        Print them as `ps` does.
     """
     return _change(ControlRequest("scale", operator, count=count), graph_pid, json)
 
 
-def _change(asked: ControlRequest, graph_pid: int | None, json: bool) -> int:
-    done = trio.run(_ask_one_graph, asked, graph_pid).rows
+def _change(request: ControlRequest, graph_pid: int | None, json: bool) -> int:
+    rows = trio.run(_ask_one_graph, request, graph_pid).rows
     if json:
-        print(msgspec.json.encode(done).decode())
+        print(msgspec.json.encode(rows).decode())
     else:
-        _print(done)
-    bad = ("ejected", "failing", "dead") if asked.command == "restart" else ("ejected", "failing")
-    failed = [row for row in done if row.state in bad]
+        _print(rows)
+    bad = ("ejected", "failing", "dead") if request.command == "restart" else ("ejected", "failing")
+    failed = [row for row in rows if row.state in bad]
     if failed:
         first = failed[0]
         fix = "the log of the graph says more; it is tried again by itself"
@@ -141,8 +134,11 @@ def _change(asked: ControlRequest, graph_pid: int | None, json: bool) -> int:
     return 0
 
 
-async def _ask_one_graph(asked: ControlRequest, graph_pid: int | None) -> ControlReply:
-    """The answer of the one graph that is meant. Raises Failure."""
+async def _ask_one_graph(request: ControlRequest, graph_pid: int | None) -> ControlReply:
+    """Send `request` to the graph of `graph_pid`, or to the only graph with workers.
+
+    Raises Failure for no graph, for several graphs and for an error that the graph answers.
+    """
     listed = {
         path: answer
         for path, answer in (await _answers(ControlRequest("ps"))).items()
@@ -150,16 +146,16 @@ async def _ask_one_graph(asked: ControlRequest, graph_pid: int | None) -> Contro
     }
     if not listed:
         raise Failure("no graph with workers runs here", _NONE_RUNS)
-    meant = {
+    chosen = {
         path: answer.rows[0]
         for path, answer in listed.items()
         if graph_pid in (None, answer.rows[0].graph_pid)
     }
-    if len(meant) != 1:
+    if len(chosen) != 1:
         known = ", ".join(f"{rows[0].graph} ({rows[0].graph_pid})" for rows in _rows_of(listed))
         raise Failure(f"which graph? There are {known}", "name one of them by --graph-pid")
     try:
-        answer = await ask(next(iter(meant)), asked)
+        answer = await ask(next(iter(chosen)), request)
     except (OSError, trio.BrokenResourceError):
         raise Failure("the graph ended meanwhile", "sagellm ps lists what runs") from None
     if answer.error:
@@ -171,17 +167,17 @@ def _rows_of(listed: Mapping[Path, ControlReply]) -> list[tuple[ReplicaStatus, .
     return [answer.rows for answer in listed.values() if answer.rows]
 
 
-async def _answers(asked: ControlRequest) -> dict[Path, ControlReply]:
-    """Of every graph that still runs."""
+async def _answers(request: ControlRequest) -> dict[Path, ControlReply]:
+    """The answer of each graph that this user runs, by its control socket."""
     found = {}
     for path in running():
-        with suppress(OSError, trio.BrokenResourceError):  # it has just ended, or was killed
-            found[path] = await ask(path, asked)
+        with suppress(OSError, trio.BrokenResourceError):  # the graph has just ended
+            found[path] = await ask(path, request)
     return found
 
 
 def _print(rows: Sequence[ReplicaStatus]) -> None:
-    """Within the width of the terminal: names that are too long go on in the next line."""
+    """Print a table that fits the terminal: long names of graphs and operators are folded."""
     if not rows:
         Console(stderr=True).print("no graph is served here", markup=False)
         return

@@ -19,15 +19,15 @@ MODE = sys.argv[2] if len(sys.argv) > 2 else ""
 
 
 class Fake:
-    def load(self, asked: Load) -> None:
+    def load(self, request: Load) -> None:
         if MODE == "die":
             os.kill(os.getpid(), signal.SIGILL)
         if MODE == "refuse":
-            raise ValueError(f"no row {asked.row}")
+            raise ValueError(f"no row {request.row}")
         if MODE == "spin":
             threading.Thread(target=_spin, daemon=True).start()
 
-    def run(self, asked: Ask) -> list[list[float]]:
+    def run(self, request: Ask) -> list[list[float]]:
         if MODE == "noise":
             print("I print where I should not", flush=True)
             os.system("echo so do I")
@@ -36,8 +36,8 @@ class Fake:
             sys.exit(3)
         if MODE == "mute":
             time.sleep(60)
-        one = [0.001 * (number + 1) for number in range(asked.num_out)]
-        return [one for _ in asked.prompts]
+        one = [0.001 * (number + 1) for number in range(request.num_out)]
+        return [one for _ in request.prompts]
 
     def score(self, prompt: list[int]) -> list[float]:
         return [-1.0 - 0.1 * token for token in prompt[1:]]

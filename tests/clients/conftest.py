@@ -1,7 +1,7 @@
-"""A real server in a process of its own, for clients that are not ours.
+"""A real server in a process of its own, for clients of other projects.
 
-Nothing here imports sagellm: `make clients` runs these tests in environments that hold a client and
-pytest alone. SAGELLM_BIN names the server's command there.
+Nothing here imports sagellm: `make clients` runs these tests in environments that contain only a
+client and pytest. SAGELLM_BIN names the server's command there.
 """
 
 import os
@@ -21,13 +21,13 @@ START_S = 60.0
 
 
 def command():
-    """The `sagellm` of this environment, or the one that SAGELLM_BIN names."""
+    """The `sagellm` command of this environment, or the one in SAGELLM_BIN."""
     beside = Path(sys.executable).with_name("sagellm")
     return os.environ.get("SAGELLM_BIN") or (str(beside) if beside.exists() else "sagellm")
 
 
 def url_in(log):
-    """What the server says once it answers; None before."""
+    """The URL that the server prints when it is ready; None before."""
     said = re.search(r" at (http:\S+:\d+)$", log.read_text(), re.MULTILINE)
     return said and said[1]
 
@@ -42,7 +42,7 @@ def is_ready(url):
 
 @pytest.fixture(scope="session", params=["hypercorn", "uvicorn"])
 def url(request, tmp_path_factory):
-    """Where graphs/pd.yaml is served with sage-tiny; stopped when all tests are over."""
+    """The URL of graphs/pd.yaml with sage-tiny, served until all tests have run."""
     log = tmp_path_factory.mktemp("server") / f"{request.param}.log"
     options = ["--port", "0", "--api-key", KEY, "--server", request.param]
     with log.open("wb") as errors:
@@ -61,7 +61,7 @@ def url(request, tmp_path_factory):
 
 @pytest.fixture
 def num_open(url):
-    """A function: how many requests the server has under way."""
+    """A function that returns the number of open requests of the server."""
 
     def ask():
         request = urllib.request.Request(f"{url}/load", headers={"Authorization": f"Bearer {KEY}"})

@@ -1,4 +1,4 @@
-"""aiohttp, which shows an error by the phrase of its status line."""
+"""aiohttp, which shows the reason phrase of the status line as the error."""
 
 import asyncio
 

@@ -1,4 +1,4 @@
-"""LangChain's ChatOpenAI against a served graph; runs where langchain-openai is installed."""
+"""LangChain's ChatOpenAI against a served graph; skipped without langchain-openai."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""LiteLLM: what it is told of a path that is not built."""
+"""LiteLLM, and its error for a path that the server does not have."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""openai-python, of whatever version is installed, against a served graph."""
+"""openai-python, in the installed version, against a served graph."""
 
 import time
 
@@ -88,7 +88,7 @@ def test_chat_logprobs(client, model):
     for one in content:
         assert one.logprob <= 0
         assert len(one.top_logprobs) == 3
-        assert one.token in {top.token for top in one.top_logprobs}  # greedy: the likeliest
+        assert one.token in {top.token for top in one.top_logprobs}  # greedy
 
 
 def test_completions_of_text_and_of_token_ids_agree(client, model):
@@ -149,7 +149,7 @@ def test_a_stream_that_is_closed_is_cancelled(client, model, num_open):
 
 
 def settles(num_open):
-    """Whether the server comes to rest within a second."""
+    """Whether all requests end within a second."""
     until = time.monotonic() + 1.0
     while num_open() and time.monotonic() < until:
         time.sleep(0.01)
@@ -157,7 +157,7 @@ def settles(num_open):
 
 
 def scored(client, model, **options):
-    """As lm-eval scores a continuation: the prompt alone."""
+    """Scores of a prompt, requested as lm-eval requests the score of a continuation."""
     extra = {"return_tokens_as_token_ids": True, **options.pop("extra_body", {})}
     fields = {"max_tokens": 0, "echo": True, "logprobs": 1, "extra_body": extra}
     return complete(client, model, prompt="23 + 45 = 68", **fields, **options)

@@ -1,4 +1,4 @@
-"""Prometheus itself, scraping: every query of the boards has data, and promtool finds no fault."""
+"""A real Prometheus that scrapes: every query of the dashboards has data, promtool accepts all."""
 
 import json
 import os
@@ -54,7 +54,7 @@ _GAUGES = ["num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"
 
 
 def vllm_queries():
-    """What boards for vLLM ask: quantiles and means of times and lengths, rates, and gauges."""
+    """Queries of dashboards for vLLM: quantiles and means of times and lengths, rates, gauges."""
     for family in (*(f"{name}_seconds" for name in _TIMES), *_LENGTHS):
         name = f"vllm:{family}"
         for quantile in (0.5, 0.99):
@@ -73,14 +73,14 @@ def vllm_queries():
 
 
 def own_queries():
-    """Those of our board, with the variables of Grafana filled in."""
+    """The queries of our dashboard, with Grafana's variables filled in."""
     for panel in json.loads(BOARD.read_text())["panels"]:
         for target in panel.get("targets", ()):
             text = target["expr"].replace("$__rate_interval", "1m")
             yield re.sub(r"\$\w+", ".*", text)
 
 
-# An idle server refuses nothing, so that this family has no series yet.
+# An idle server rejects nothing: this family has no series yet.
 NOTHING_YET = "sagellm_admission_rejections_total"
 
 
@@ -132,7 +132,7 @@ def prometheus(url, tmp_path):
 
 
 def test_every_query_of_the_boards_has_data(url, prometheus):
-    """Asked again until all have: a rate needs two scrapes."""
+    """Queries are repeated until all have data: a rate needs two scrapes."""
     missing = [*vllm_queries(), *own_queries()]
     assert len(missing) > 100
     until = time.monotonic() + WAIT_S
@@ -141,7 +141,7 @@ def test_every_query_of_the_boards_has_data(url, prometheus):
         time.sleep(0.2)
         try:
             missing = [query for query in missing if not has_data(prometheus, query)]
-        except OSError:  # it starts
+        except OSError:  # Prometheus still starts
             continue
         missing = [query for query in missing if NOTHING_YET not in query]
     assert not missing

@@ -1,11 +1,11 @@
-"""A person's first hour, played in a fresh folder: a wheel, own code over HTTP, ten mistakes.
+"""A user's first hour in an empty folder: install a wheel, serve own code, make ten mistakes.
 
     python tests/first_hour/hour.py [--python PYTHON ...] [--beside PREFIX ...]
 
 builds a wheel and, for each Python, installs it into a new environment with a home of its own.
-Every step is a command of the documents, or a mistake; its exit code and what it prints are
-compared. Takes a minute or two a Python, and what pip needs to download torch. `--beside` takes
-torch, and whatever else is there, from an environment that exists.
+Every step is a command of the documents, or a mistake; its exit code and output are compared. Takes
+a minute or two a Python, and the download of torch. `--beside` takes torch and other packages from
+an existing environment.
 """
 
 import argparse
@@ -30,14 +30,14 @@ ADDRESS = re.compile(r"http://127\.0\.0\.1:\d+")
 
 
 class Said(NamedTuple):
-    """What a command did."""
+    """The exit code and output of a command."""
 
     code: int
     text: str
 
 
 class Step(NamedTuple):
-    """A command, its exit code, and texts that it has to print."""
+    """A command, its exit code, and texts that it must print."""
 
     command: str
     code: int
@@ -45,7 +45,7 @@ class Step(NamedTuple):
 
 
 class Person:
-    """A folder, an environment and a home that nobody has used before."""
+    """A folder, an environment and a home that are new."""
 
     def __init__(self, folder: Path, python: Path) -> None:
         self.folder = folder
@@ -72,7 +72,7 @@ class Person:
 
     @contextmanager
     def serving(self, arguments: str) -> Iterator[str]:
-        """The address of `sagellm serve`; Ctrl-C ends it, with exit code 0."""
+        """The address of `sagellm serve`, which ends by Ctrl-C with exit code 0."""
         log = self.folder / "serve.log"
         with log.open("w") as out:
             process = subprocess.Popen(
@@ -91,7 +91,7 @@ class Person:
 
 
 def _ready(process: "subprocess.Popen[bytes]", log: Path) -> str:
-    """Wait for the address, and until a token has come through the graph."""
+    """Wait for the address, and for the first token through the graph."""
     end = time.monotonic() + START_S
     while time.monotonic() < end and process.poll() is None:
         found = ADDRESS.search(log.read_text())
@@ -102,7 +102,7 @@ def _ready(process: "subprocess.Popen[bytes]", log: Path) -> str:
 
 
 def get(url: str, body: Mapping[str, Any] | None = None) -> tuple[int, Any]:
-    """Status and JSON of a GET, or of a POST where there is a body; status 0: nobody listens."""
+    """Status and JSON of a GET, or of a POST with a body; status 0 without a server."""
     content = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, content, {"Content-Type": "application/json"})
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -174,7 +174,7 @@ FIRST = (
     Step('sagellm run own.yaml --prompt "What is 23 + 45?" --chat', 0, ("<68>",)),
 )
 
-# Ten mistakes: a cause and a fix each, exit code 2, no traceback.
+# Ten mistakes; each shows a cause and a fix, exits with 2 and has no traceback.
 MISTAKES = (
     Step("sagellm rum", 2, ("rum", "run")),
     Step("sagellm run pdd --prompt a", 2, ("pdd", "did you mean pd")),
@@ -190,7 +190,7 @@ MISTAKES = (
 
 
 def play(person: Person) -> None:
-    """Every step of the hour. Raises SystemExit at the first that goes wrong."""
+    """Run every step of the hour. Raises SystemExit at the first step that fails."""
     (person.folder / "own.py").write_text(OWN_CODE)
     (person.folder / "own.yaml").write_text(OWN_GRAPH)
     for step in (*FIRST, *MISTAKES):
@@ -235,7 +235,7 @@ def said_by(answer: Any) -> str:
 
 
 def make_environment(folder: Path, python: str, wheel: Path, beside: str | None) -> Path:
-    """A new environment with the wheel in it; returns its Python."""
+    """Make an environment with the wheel; returns its Python."""
     subprocess.run([python, "-m", "venv", str(folder)], check=True)
     own = folder / "bin" / "python"
     if beside is not None:
@@ -245,7 +245,7 @@ def make_environment(folder: Path, python: str, wheel: Path, beside: str | None)
     install = [own, "-m", "pip", "install", "--quiet", "--no-compile"]
     constraints = ["--constraint", ROOT / "constraints.txt"]
     subprocess.run([*install, *constraints, wheel], check=True)
-    if beside is not None:  # which may have a sagellm of its own
+    if beside is not None:  # that environment may contain another sagellm
         subprocess.run([*install, "--no-deps", "--ignore-installed", wheel], check=True)
     return own
 

@@ -23,7 +23,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 KEY = "sk-of-the-tests"
 START_S, WAIT_S = 60.0, 20.0
 CHROMIUM, CHROMEDRIVER = "/usr/bin/chromium", "/usr/bin/chromedriver"
-FLAGS = (  # without these it looks for hosts outside this machine
+FLAGS = (  # without these, Chromium connects to hosts outside this machine
     "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
     "--disable-dev-shm-usage", "--window-size=1200,800",
@@ -33,7 +33,7 @@ AXE = (Path(axe_core_python.__file__).parent / "axe.min.js").read_text()
 
 @contextmanager
 def serving(folder, *options):
-    """The URL of a server."""
+    """The URL of a server that runs in a process."""
     log = folder / "server.log"
     command = [os.environ["SAGELLM_BIN"], "serve", *options, "--port", "0"]
     with log.open("wb") as errors:
@@ -66,28 +66,28 @@ def _is_ready(url):
 
 @pytest.fixture(scope="session")
 def url(tmp_path_factory):
-    """sage-tiny, without a key."""
+    """The URL of sage-tiny without a key."""
     with serving(tmp_path_factory.mktemp("plain"), "sage-tiny") as url:
         yield url
 
 
 @pytest.fixture(scope="session")
 def closed_url(tmp_path_factory):
-    """A server that asks for a key."""
+    """The URL of a server that requires a key."""
     with serving(tmp_path_factory.mktemp("closed"), "sage-tiny", "--api-key", KEY) as url:
         yield url
 
 
 @pytest.fixture(scope="session")
 def slow_url(tmp_path_factory):
-    """A model without a chat template that takes its time."""
+    """The URL of a slow model without a chat template."""
     options = ("joint", "--model", "null", "--set", "g.device=null", "--set", "g.decode_step_s=0.1")
     with serving(tmp_path_factory.mktemp("slow"), *options) as url:
         yield url
 
 
 class Page:
-    """What a person does with the page, and sees of it."""
+    """Actions of a user on the page, and the contents that the user sees."""
 
     def __init__(self, browser):
         self.browser = browser
@@ -113,7 +113,7 @@ class Page:
         self.focused.send_keys(*keys)
 
     def until(self, holds):
-        """An element that the page has replaced while it was read is read again."""
+        """Wait until a condition holds. Replaced elements are read again."""
         replaced = (StaleElementReferenceException,)
         WebDriverWait(self.browser, WAIT_S, 0.05, replaced).until(lambda _: holds())
 
@@ -129,13 +129,13 @@ class Page:
         self.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
 
     def findings(self):
-        """What axe-core finds: impact and rule."""
+        """The findings of axe-core: impact and rule."""
         self.browser.execute_script(AXE)
         script = "axe.run(document).then((found) => arguments[0](found.violations))"
         return [(one["impact"], one["id"]) for one in self.browser.execute_async_script(script)]
 
     def console(self):
-        """What the console says, but for the status codes that a test has asked for."""
+        """The console's messages, except for status codes that a test provokes."""
         said = [one["message"] for one in self.browser.get_log("browser")]
         return [text for text in said if "Failed to load resource" not in text]
 
@@ -153,4 +153,4 @@ def page():
     yield page
     said = page.console()
     browser.quit()
-    assert said == []  # no violation of the policy, and no error of a script
+    assert said == []  # no violation of the content security policy, and no script error

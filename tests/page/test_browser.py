@@ -1,4 +1,4 @@
-"""The page at /, as a person with a browser meets it."""
+"""The chat page at /, used through a browser."""
 
 import json
 
@@ -26,7 +26,7 @@ def test_a_chat_is_answered_with_its_timing(page, url):
 
 
 def test_the_gaps_are_drawn_as_long_as_they_were(page, slow_url):
-    """Steps of 100 ms: no gap is of the shortest levels. The last token only ends the answer."""
+    """With steps of 100 ms no gap has a shortest level. The last token only ends the answer."""
     page.open(slow_url)
     page.one("#max-tokens").send_keys("5")
     page.one("#question").send_keys("abc", Keys.ENTER)
@@ -100,7 +100,7 @@ def test_the_theme_is_the_systems_until_one_is_chosen(page, url):
 
 
 def test_the_keyboard_reaches_everything(page, url):
-    """From the first button on: each stop shows that it has the focus."""
+    """The Tab key reaches every control after the first button; each shows its focus."""
     page.open(url)
     page.run("document.getElementById('clear').focus()")
     reached = []
@@ -144,7 +144,7 @@ def test_an_answer_is_stopped(page, slow_url, how):
 
 
 def page_text(page, path):
-    """What the server answers at a path."""
+    """The server's answer at a path."""
     script = "fetch(arguments[0]).then((found) => found.text()).then(arguments[1])"
     return page.browser.execute_async_script(script, path)
 
@@ -170,7 +170,7 @@ def test_an_error_is_shown_as_the_server_words_it(page, url):
     assert "the context limit is 2048" in message
     assert "status 400" in facts
     assert "context_length_exceeded" in facts
-    assert page.one("#question").get_attribute("value") == question  # to be made shorter
+    assert page.one("#question").get_attribute("value") == question  # to be shortened
 
 
 def test_a_parameter_out_of_range_is_not_sent(page, url):
@@ -230,7 +230,7 @@ def test_nothing_comes_from_elsewhere(page, url):
 
 
 def test_what_a_model_says_is_text(page, url):
-    """Markup in a question or an answer is shown, not obeyed."""
+    """Markup in a question or an answer is shown as text, and not interpreted."""
     page.open(url)
     page.type("<img src=x onerror=alert(1)>", Keys.ENTER)
     page.answered(1)

@@ -1,4 +1,4 @@
-"""Every route of the OpenAPI document, with every kind of key: who is let in where."""
+"""Every route of the OpenAPI document with every kind of key: which key opens which route."""
 
 import json
 from collections.abc import Iterator

@@ -1,8 +1,8 @@
-"""Byte-exact requests over sockets: each is answered as it must be, and serving goes on.
+"""Byte-exact requests over sockets: each gets its expected answer, and serving goes on.
 
-A file of `corpus/` says why it is there and which status is right; behind the first empty line
-come the bytes. ${x*N} in them stands for N times x. Files are named by the row of the security
-requirements, or by the advisory on some serving system that they are taken from.
+A file of `corpus/` says why it exists and which status is expected; the bytes follow the first
+empty line. ${x*N} in them stands for N times x. Files are named by a row of the security
+requirements, or by an advisory on another serving system.
 """
 
 import re
@@ -42,7 +42,7 @@ def _expanded(raw: bytes) -> bytes:
 
 
 def _check_shape(reply: Reply) -> None:
-    """An error is one JSON object with a fixed shape, and tells nothing of the machine."""
+    """An error is one JSON object of a fixed shape, without details of the machine."""
     assert re.fullmatch(r"[A-Za-z0-9._-]{1,128}", reply.headers["x-request-id"])
     assert not any(name.startswith("access-control-") for name in reply.headers)
     assert not _LEAKS.search(reply.body)

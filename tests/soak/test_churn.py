@@ -1,4 +1,4 @@
-"""Minutes of clients that come, stream, break off and make mistakes: nothing grows."""
+"""Minutes of clients that connect, stream, disconnect and send mistakes: no resource leaks."""
 
 import os
 import random
@@ -12,11 +12,11 @@ from gateway_process import ServedProcess, served_process
 from gateway_served import get, post
 
 CHURN_S = float(os.environ.get("SAGELLM_CHURN_S", "300"))
-WARM_UP_S, WARM_UP_CALLS = CHURN_S / 3, 25_000  # until the heap is as large as it gets
+WARM_UP_S, WARM_UP_CALLS = CHURN_S / 3, 25_000  # the heap has its final size after these
 SAMPLE_S = 1.0
 NUM_CLIENTS = 8
-NUM_WORKERS = 4  # threads that come when they are needed, and go
-GROWN_BYTES_PER_MIN = 200_000  # in which some 10,000 calls come
+NUM_WORKERS = 4  # worker threads start and end on demand
+GROWN_BYTES_PER_MIN = 200_000  # a minute has some 10,000 calls
 OPTIONS = ("--set", "g.decode_step_s=0.002", "--max-model-len", "512")
 
 pytestmark = pytest.mark.timeout(CHURN_S + 600)
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.timeout(CHURN_S + 600)
 
 @dataclass
 class Samples:
-    """One process, second by second."""
+    """Memory, files and threads of one process, a sample each second."""
 
     at_s: list[float] = field(default_factory=list)
     rss_bytes: list[float] = field(default_factory=list)
@@ -41,12 +41,12 @@ class Samples:
 
     @property
     def grown_bytes_per_min(self) -> float:
-        """The slope of a line through the memory taken."""
+        """The slope of a line fitted to the memory in use."""
         return 60 * linear_regression(self.at_s, self.rss_bytes).slope
 
     @property
     def grown_fds(self) -> float:
-        """The second half beside the first."""
+        """The growth of open files between the first and the second half."""
         half = len(self.num_fds) // 2
         return median(self.num_fds[half:]) - median(self.num_fds[:half])
 
@@ -79,7 +79,7 @@ async def test_nothing_grows(served: ServedProcess) -> None:
     assert num_available == metrics["sagellm_engine_kv_blocks"]
     assert samples.grown_bytes_per_min <= GROWN_BYTES_PER_MIN
     assert samples.grown_fds <= 2
-    # The server takes connections together that clients have left in the same turn of its loop.
+    # In one turn of its loop the server accepts the connections that clients have closed already.
     assert max(samples.num_fds) <= num_fds + 4 * NUM_CLIENTS
     assert settled_files(served) == num_fds
     assert max(samples.num_threads) - min(samples.num_threads) <= NUM_WORKERS
@@ -107,7 +107,7 @@ async def one_after_another(
 
 
 def call(draw: random.Random) -> bytes:
-    """A stream, a whole answer, a mistake, or a question about the server."""
+    """One call: a stream, a whole answer, a mistake, or a question about the server."""
     kind = draw.random()
     if kind < 0.1:
         return get(draw.choice(("/metrics", "/v1/models", "/nowhere")), "Connection: close")
@@ -122,9 +122,9 @@ def call(draw: random.Random) -> bytes:
 
 
 def settled_files(served: ServedProcess) -> int:
-    """How many are open once connections are over."""
+    """The number of open files once connections have ended."""
     for _ in range(100):
-        served.complete()  # a call and its answer: time for others to end
+        served.complete()  # one call and its answer give other connections time to end
         if not served.num_sockets:
             break
     return served.process.num_fds()

@@ -1,4 +1,4 @@
-"""A minute of bent messages, guided by which lines they reach."""
+"""A minute of mutated messages; coverage of lines guides the mutations."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""400 connections for a process that may have 256 files: it waits, and goes on."""
+"""400 connections to a process with at most 256 open files: it waits, and goes on serving."""
 
 import resource
 import socket
@@ -15,7 +15,7 @@ RELEASE_S = 1.0
 
 
 def limit_files(pid: int = 0) -> None:
-    """Of this process, or of another."""
+    """Limit the open files of this process or of another one."""
     resource.prlimit(pid, resource.RLIMIT_NOFILE, (NUM_FILES, NUM_FILES))
 
 
@@ -26,7 +26,7 @@ def server(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(params=["known", "unforeseen"])
 def served(server: str, request: pytest.FixtureRequest) -> Iterator[ServedProcess]:
-    """Limited as it starts, so that it knows how much it may take; or all of a sudden."""
+    """A server that is limited from the start, and knows it; or limited while it runs."""
     is_known = request.param == "known"
     with served_process("--server", server, preexec_fn=limit_files if is_known else None) as found:
         if not is_known:
@@ -49,7 +49,7 @@ def test_more_connections_than_files(served: ServedProcess) -> None:
 
 
 def connected(served: ServedProcess) -> socket.socket:
-    """The kernel takes a connection before the server does."""
+    """A connection that the kernel accepts before the server does."""
     return socket.create_connection(("127.0.0.1", served.port), 10.0)
 
 
@@ -59,8 +59,8 @@ def is_answered(sock: socket.socket) -> bool:
 
 
 def settled_files(served: ServedProcess, most: int) -> int:
-    """How many are open once connections are over; or after five seconds."""
+    """The number of open files once connections have ended, or after five seconds."""
     until = time.monotonic() + 5
     while (found := served.process.num_fds()) > most and time.monotonic() < until:
-        time.sleep(0.05)  # another process closes them
+        time.sleep(0.05)  # another process closes the files
     return found

@@ -1,4 +1,4 @@
-"""What the client costs: one process must read 2,000 events a second on one core."""
+"""The cost of the client: one process must read 2,000 events a second on one core."""
 
 import json
 import subprocess
@@ -16,7 +16,7 @@ TINY = Path(__file__).parents[1] / "sagellm" / "load" / "tiny_server.py"
 
 @pytest.fixture
 def tiny() -> Iterator[str]:
-    """The URL of a server, in a process of its own, that sends 64 events, 5 ms apart."""
+    """The URL of a server in a process of its own that sends 64 events, 5 ms apart."""
     command = [sys.executable, str(TINY), "64", "0.005"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None

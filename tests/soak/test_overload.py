@@ -1,4 +1,4 @@
-"""Half a minute of ten times more calls than can be served, and what is left of it afterwards."""
+"""Half a minute of ten times more calls than can be served; afterwards, all is released."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""A network that is down for a minute."""
+"""A network partition of a minute."""
 
 import pytest
 from network_partition import seen_of

@@ -1,4 +1,4 @@
-"""Eight clients of 64 read nothing: what that costs the other 56."""
+"""Eight of 64 clients read nothing: the loss of the other 56, and the memory, are bounded."""
 
 from statistics import median
 
@@ -40,7 +40,7 @@ async def test_others_lose_nothing(server: str) -> None:
 
 
 async def round_s(readers: Readers, num_readers: int, num_slow: int) -> float:
-    """The median time of one answer; slow ones are ended before it returns."""
+    """The median time of an answer; slow readers are ended before this returns."""
     readers.seconds.clear()
     await readers.run(num_readers, num_slow, NUM_TOKENS)
     with trio.fail_after(STALL_S + 10):

@@ -1,4 +1,4 @@
-"""Workers killed under many long streams, and one whose engine hangs."""
+"""Workers that are killed under many long streams, and a worker whose engine hangs."""
 
 import os
 import sys
@@ -39,7 +39,7 @@ async def test_sixty_four_streams_survive_a_killed_decode_worker(sampling: Sampl
 
 
 async def test_an_engine_that_hangs_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its process lives, and answers; what hung it is stopped the second time."""
+    """The worker process lives and answers. A request that hangs two engines is quarantined."""
     monkeypatch.setattr("sagellm.opening.worker_processes.WORKER_MODULE", "poisoned_worker")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     prompts: dict[int, Any] = {**dict(enumerate(PROMPTS[:12])), 12: [HANG, *range(20, 60)]}

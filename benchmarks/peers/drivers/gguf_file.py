@@ -1,9 +1,9 @@
-"""A model folder as a GGUF file for llama.cpp; runs where gguf is, and imports nothing of ours.
+"""Converts a model folder to a GGUF file for llama.cpp. Runs in the environment gguf.
 
     python gguf_file.py FOLDER FILE
 
-The weights stay bfloat16, norms and biases are float32 as llama.cpp wants them. Word N of the table
-is "wN", as in the tokenizer of the folder.
+Imports nothing of sagellm. Weights stay bfloat16; norms and biases become float32, which llama.cpp
+requires. Word N of the vocabulary is "wN", as in the tokenizer of the folder.
 """
 
 import json
@@ -30,7 +30,7 @@ OUTER = {
     "model.embed_tokens.weight": "token_embd.weight",
     "model.norm.weight": "output_norm.weight",
 }
-CONTROL = 3  # llama.cpp's type of a token that is no text
+CONTROL = 3  # llama.cpp's type of tokens without a text
 
 
 def main() -> None:
@@ -68,14 +68,14 @@ def _tokens(writer: Any, num_tokens: int) -> None:
     writer.add_tokenizer_pre("qwen2")
     writer.add_token_list([f"w{number}" for number in range(num_tokens)])
     writer.add_token_types([CONTROL, *[1] * (num_tokens - 1)])
-    writer.add_token_merges(["w 0"])  # it wants one; prompts are token ids
+    writer.add_token_merges(["w 0"])  # llama.cpp requires a merge; prompts are token ids
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(0)
     writer.add_add_bos_token(False)
 
 
 def _tensors(file: Path) -> Iterator[tuple[str, Any]]:
-    """Name and bits (uint16, in the tensor's shape) of every tensor of a safetensors file."""
+    """Name and bits (uint16, in the tensor's shape) of every tensor in a safetensors file."""
     content = np.memmap(file, dtype=np.uint8, mode="r")
     start = 8 + int.from_bytes(content[:8].tobytes(), "little")
     for name, entry in json.loads(content[8:start].tobytes()).items():
@@ -107,7 +107,7 @@ def _name(name: str) -> str:
 
 
 def _interleaved(bits: Any, num_heads: int) -> Any:
-    """llama.cpp rotates neighbours in a llama, transformers the halves of a head."""
+    """Reorder rows for RoPE: llama.cpp rotates neighbours, transformers the halves of a head."""
     halves = bits.reshape(num_heads, 2, bits.shape[0] // num_heads // 2, *bits.shape[1:])
     return halves.swapaxes(1, 2).reshape(bits.shape)
 

@@ -1,6 +1,6 @@
-"""llama.cpp through its C API: all sequences in each batch, each with a KV cache of its own.
+"""llama.cpp through its C API: all sequences in each batch, each with its own KV cache.
 
-Its unified cache, the default of the Python class, costs 16 to 47 % here.
+The unified cache, the default of llama.cpp's Python class, costs 16 to 47 % here.
 """
 
 import ctypes
@@ -10,8 +10,8 @@ import llama_cpp as api
 import numpy as np
 from wire import Ask, Clock, Load, serve
 
-BATCH = 2048  # tokens a call at most
-MICRO_BATCH = 512  # its default: tokens computed at once
+BATCH = 2048  # the most tokens of a call
+MICRO_BATCH = 512  # tokens computed at once; llama.cpp's default
 
 
 @api.llama_log_callback  # type: ignore[untyped-decorator]
@@ -20,30 +20,30 @@ def _quiet(level: int, text: bytes, data: Any) -> None:
 
 
 class LlamaCpp:
-    """A context is made for the shape of a run: it holds its sequences and no more."""
+    """Makes a context for each shape of a run: it has just enough room for the sequences."""
 
     _model: Any
     _context: Any = None
     _shape = (0, 0)
 
-    def load(self, asked: Load) -> None:
+    def load(self, request: Load) -> None:
         api.llama_log_set(_quiet, ctypes.c_void_p(0))
         api.llama_backend_init()
-        self._threads = asked.threads
+        self._threads = request.threads
         options = api.llama_model_default_params()
         options.n_gpu_layers = 0
-        self._model = api.llama_model_load_from_file(asked.path.encode(), options)
+        self._model = api.llama_model_load_from_file(request.path.encode(), options)
         if not self._model:
-            raise RuntimeError(f"llama.cpp cannot load {asked.path}")
+            raise RuntimeError(f"llama.cpp cannot load {request.path}")
         self._num_words = api.llama_vocab_n_tokens(api.llama_model_get_vocab(self._model))
         self._batch = api.llama_batch_init(BATCH, 0, 1)
 
-    def run(self, asked: Ask) -> list[list[float]]:
-        num_sequences, prompt_len = len(asked.prompts), len(asked.prompts[0])
-        self._open(num_sequences, prompt_len + asked.num_out)
-        clock = Clock(asked)
-        last = self._prefill(asked.prompts, clock)
-        for number in range(1, asked.num_out):
+    def run(self, request: Ask) -> list[list[float]]:
+        num_sequences, prompt_len = len(request.prompts), len(request.prompts[0])
+        self._open(num_sequences, prompt_len + request.num_out)
+        clock = Clock(request)
+        last = self._prefill(request.prompts, clock)
+        for number in range(1, request.num_out):
             if clock.is_late:
                 break
             for sequence, token in enumerate(last):
@@ -86,7 +86,7 @@ class LlamaCpp:
         return context
 
     def _prefill(self, prompts: list[list[int]], clock: Clock) -> list[int]:
-        """The first token of each sequence; as many prompts a call as it takes."""
+        """Prefill all prompts, as many a call as fit; returns the first token of each sequence."""
         first = [0] * len(prompts)
         ends: dict[int, int] = {}
         for sequence, prompt in enumerate(prompts):
@@ -101,7 +101,7 @@ class LlamaCpp:
         return first
 
     def _finish(self, ends: dict[int, int], first: list[int], clock: Clock) -> None:
-        """Compute what is in the batch; `ends`: its rows that draw a first token."""
+        """Compute the batch. `ends`: the rows from which a first token is sampled."""
         self._decode()
         for row, sequence in ends.items():
             first[sequence] = self._greedy(row)

@@ -1,4 +1,4 @@
-"""A quantised copy of a GGUF file: python llama_cpp_quantise.py FILE COPY q8_0 | q4_0."""
+"""Makes a quantised copy of a GGUF file: python llama_cpp_quantise.py FILE COPY q8_0 | q4_0."""
 
 import sys
 

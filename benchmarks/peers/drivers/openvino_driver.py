@@ -1,4 +1,4 @@
-"""OpenVINO GenAI's continuous batching, with its defaults for what is computed and cached how."""
+"""OpenVINO GenAI's continuous batching, with its default precisions."""
 
 from typing import Any
 
@@ -17,18 +17,18 @@ class OpenVino:
     _pipeline: Any
     _num_requests = 0
 
-    def load(self, asked: Load) -> None:
+    def load(self, request: Load) -> None:
         scheduling = genai.SchedulerConfig()
-        scheduling.cache_size = 0  # grows as it is needed
+        scheduling.cache_size = 0  # grows on demand
         scheduling.max_num_batched_tokens = STEP_TOKENS
-        scheduling.max_num_seqs = asked.max_seqs
+        scheduling.max_num_seqs = request.max_seqs
         scheduling.enable_prefix_caching = False
-        device = {"INFERENCE_NUM_THREADS": asked.threads, "PERFORMANCE_HINT": "LATENCY"}
-        self._pipeline = genai.ContinuousBatchingPipeline(asked.path, scheduling, "CPU", device)
+        device = {"INFERENCE_NUM_THREADS": request.threads, "PERFORMANCE_HINT": "LATENCY"}
+        self._pipeline = genai.ContinuousBatchingPipeline(request.path, scheduling, "CPU", device)
 
-    def run(self, asked: Ask) -> list[list[float]]:
-        clock = Clock(asked)
-        handles = [self._add(prompt, _greedy(asked.num_out)) for prompt in asked.prompts]
+    def run(self, request: Ask) -> list[list[float]]:
+        clock = Clock(request)
+        handles = [self._add(prompt, _greedy(request.num_out)) for prompt in request.prompts]
         while self._pipeline.has_non_finished_requests():
             self._pipeline.step()
             for sequence, handle in enumerate(handles):

@@ -1,6 +1,7 @@
-"""A model folder as OpenVINO's: python openvino_model.py FOLDER COPY fp16 | int8.
+"""Converts a model folder for OpenVINO: python openvino_model.py FOLDER COPY fp16 | int8.
 
-OpenVINO GenAI wants a tokenizer that it can convert. One of bytes does: prompts are token ids.
+OpenVINO GenAI needs a tokenizer that it can convert. A tokenizer of bytes is enough: prompts are
+token ids.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""transformers' `generate`, as its users call it: its default attention, greedy. Row "fp32" too."""
+"""transformers' `generate` with its default attention, greedy. Also takes the row "fp32"."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 class Steps(StoppingCriteria):  # type: ignore[misc]
-    """Notes every step, and stops the run when it is late."""
+    """Records every step, and stops a run that takes too long."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -21,24 +21,24 @@ class Steps(StoppingCriteria):  # type: ignore[misc]
 
 
 class Transformers:
-    """Runs padded batches of equal lengths."""
+    """Runs batches of prompts with equal lengths."""
 
     _model: Any
 
-    def load(self, asked: Load) -> None:
-        torch.set_num_threads(asked.threads)
+    def load(self, request: Load) -> None:
+        torch.set_num_threads(request.threads)
         torch.set_grad_enabled(False)
-        self._model = AutoModelForCausalLM.from_pretrained(asked.path, dtype=DTYPES[asked.row])
+        self._model = AutoModelForCausalLM.from_pretrained(request.path, dtype=DTYPES[request.row])
         self._model.eval()
 
-    def run(self, asked: Ask) -> list[list[float]]:
-        token_ids = torch.tensor(asked.prompts)
-        clock = Clock(asked)
+    def run(self, request: Ask) -> list[list[float]]:
+        token_ids = torch.tensor(request.prompts)
+        clock = Clock(request)
         self._model.generate(
             token_ids,
             attention_mask=torch.ones_like(token_ids),
-            max_new_tokens=asked.num_out,
-            min_new_tokens=asked.num_out,
+            max_new_tokens=request.num_out,
+            min_new_tokens=request.num_out,
             do_sample=False,
             pad_token_id=0,
             stopping_criteria=StoppingCriteriaList([Steps(clock)]),

@@ -1,6 +1,6 @@
-"""vLLM's CPU build, offline, compiled, its engine in this process.
+"""vLLM's CPU build, offline, compiled, with the engine in this process.
 
-Its CPU worker wants the number of gigabytes of KV and the cores by name, before it is imported.
+Its CPU worker reads the gigabytes of KV and the list of cores from the environment, at import.
 """
 
 import os
@@ -16,8 +16,8 @@ class Vllm:
 
     _num_requests = 0
 
-    def load(self, asked: Load) -> None:
-        cores = sorted(os.sched_getaffinity(0))[: asked.threads]
+    def load(self, request: Load) -> None:
+        cores = sorted(os.sched_getaffinity(0))[: request.threads]
         os.environ |= {
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
@@ -27,22 +27,22 @@ class Vllm:
             "VLLM_NO_USAGE_STATS": "1",
             "HF_HUB_OFFLINE": "1",
         }
-        from vllm import LLM, SamplingParams  # reads the environment
+        from vllm import LLM, SamplingParams  # reads the environment variables
 
         self._params = SamplingParams
         self._engine: Any = LLM(
-            model=asked.path,
+            model=request.path,
             dtype="bfloat16",
             skip_tokenizer_init=True,
-            max_model_len=asked.max_len,
-            max_num_seqs=asked.max_seqs,
+            max_model_len=request.max_len,
+            max_num_seqs=request.max_seqs,
             enable_prefix_caching=False,
             disable_log_stats=True,
         ).llm_engine
 
-    def run(self, asked: Ask) -> list[list[float]]:
-        clock = Clock(asked)
-        names = [self._add(prompt, self._greedy(asked.num_out)) for prompt in asked.prompts]
+    def run(self, request: Ask) -> list[list[float]]:
+        clock = Clock(request)
+        names = [self._add(prompt, self._greedy(request.num_out)) for prompt in request.prompts]
         while self._engine.has_unfinished_requests():
             for output in self._engine.step():
                 sequence = names.index(output.request_id)

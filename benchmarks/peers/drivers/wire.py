@@ -1,11 +1,11 @@
-"""How a driver talks: a line of JSON asked on stdin, a line answered on stdout; stdlib only.
+"""The protocol of drivers: a request as a JSON line on stdin, its answer on stdout; stdlib only.
 
     {"do": "load", "folder": ..., "threads": 2, ...}       -> {"loaded": true}
     {"do": "run", "prompts": [[...]], "num_out": 128, ...} -> {"times": [[0.1, ...], ...]}
     {"do": "score", "prompt": [...]}                       -> {"logprobs": [...]}
 
-Whatever fails is answered with {"error": "..."}; the driver lives on. Libraries print what they
-like: it goes to stderr.
+An error is answered as {"error": "..."}, and the driver goes on. What libraries print to stdout
+goes to stderr.
 """
 
 import ctypes
@@ -23,7 +23,7 @@ from typing import Any, Protocol
 class Load:
     """A model to load, for requests of at most `max_len` tokens, `max_seqs` at once.
 
-    `max_tokens`: those of all of them together, which is what the KV cache must hold.
+    `max_tokens`: the tokens of all requests together, which the KV cache must hold.
     """
 
     path: str
@@ -36,10 +36,10 @@ class Load:
 
 @dataclass(frozen=True)
 class Ask:
-    """Prompts of equal length, all at once; greedy, `num_out` tokens each, no end before.
+    """Prompts of equal length, all at once; greedy, exactly `num_out` tokens each.
 
-    `together`: go on until `num_out` tokens of the last one to begin are there, the others having
-    been kept busy. `cap_s`: stop this many seconds after the first token; 0 for never.
+    `together`: run until the sequence that starts last has `num_out` tokens; the others go on
+    decoding meanwhile. `cap_s`: stop this many seconds after the first token; 0 for never.
     """
 
     prompts: list[list[int]]
@@ -49,33 +49,33 @@ class Ask:
 
 
 class Driver(Protocol):
-    """One engine. Each may raise anything; that is answered as an error."""
+    """One engine. A method may raise anything: the error is the answer."""
 
-    def load(self, asked: Load) -> None: ...
+    def load(self, request: Load) -> None: ...
 
-    def run(self, asked: Ask) -> list[list[float]]:
-        """When each token of each sequence was there, in seconds since the start."""
+    def run(self, request: Ask) -> list[list[float]]:
+        """For each sequence, the time of each token in seconds after the start."""
         ...
 
     def score(self, prompt: list[int]) -> list[float]:
-        """The logarithms of the probabilities of the prompt's tokens but the first."""
+        """The log probabilities of the prompt's tokens after the first."""
         ...
 
 
 class Clock:
-    """Times of tokens while a run goes on, and whether it has gone on for too long."""
+    """Records the times of tokens in a run, and whether the run takes too long."""
 
-    def __init__(self, asked: Ask) -> None:
-        self.times: list[list[float]] = [[] for _ in asked.prompts]
-        self._cap_s = asked.cap_s
+    def __init__(self, request: Ask) -> None:
+        self.times: list[list[float]] = [[] for _ in request.prompts]
+        self._cap_s = request.cap_s
         self._started = time.perf_counter()
 
     def note(self, sequence: int, num_tokens: int = 1) -> None:
-        """New tokens of one sequence."""
+        """Record new tokens of one sequence."""
         self.times[sequence] += [time.perf_counter() - self._started] * num_tokens
 
     def note_all(self) -> None:
-        """One more token of every sequence."""
+        """Record one more token of every sequence."""
         now = time.perf_counter() - self._started
         for times in self.times:
             times.append(now)
@@ -89,7 +89,7 @@ class Clock:
 
 
 def warm_up(driver: Driver) -> None:
-    """What a first request pays for: before each run, for engines take turns in the caches."""
+    """Run a short request before each measurement: other engines used the caches in between."""
     driver.run(Ask([[1] * 16], 2))
 
 
@@ -97,7 +97,10 @@ PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
 def serve(driver: Driver) -> None:
-    """Answer until stdin ends, or whoever asks has died: a stopped process would not see that."""
+    """Answer requests until stdin ends.
+
+    The process dies with its parent: while stopped, it would not notice the end of stdin.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     answers = os.fdopen(os.dup(1), "w")
@@ -110,16 +113,16 @@ def serve(driver: Driver) -> None:
         print(json.dumps(answer), file=answers, flush=True)
 
 
-def _answer(driver: Driver, asked: dict[str, Any]) -> dict[str, Any]:
-    kind = asked.pop("do")
+def _answer(driver: Driver, request: dict[str, Any]) -> dict[str, Any]:
+    kind = request.pop("do")
     if kind == "load":
-        driver.load(Load(**asked))
+        driver.load(Load(**request))
         gc.collect()
         gc.freeze()
         return {"loaded": True}
     if kind == "score":
-        return {"logprobs": driver.score(asked["prompt"])}
-    cold = asked.pop("cold", False)
+        return {"logprobs": driver.score(request["prompt"])}
+    cold = request.pop("cold", False)
     if not cold:
         warm_up(driver)
-    return {"times": driver.run(Ask(**asked))}
+    return {"times": driver.run(Ask(**request))}

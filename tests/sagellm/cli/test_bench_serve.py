@@ -26,7 +26,7 @@ def test_a_closed_loop_says_what_came(capsys: pytest.CaptureFixture[str]) -> Non
     assert "100.0% of requests" in said
     assert "TTFT" in said
     assert "p99" in said
-    assert len(server.asked) == 7  # one to warm up
+    assert len(server.asked) == 7  # one of them warms up
 
 
 def test_what_is_asked_is_what_the_options_say() -> None:
@@ -274,7 +274,7 @@ def test_without_matplotlib_a_plot_is_refused_before_anything_is_sent(
     with scripted(GOOD) as server:
         assert bench(server, "--plot", "--output", str(tmp_path)) == 3
     shown = capsys.readouterr().err
-    assert f"{sys.executable} -m pip install matplotlib" in shown  # of this environment
+    assert f"{sys.executable} -m pip install matplotlib" in shown  # the pip of this environment
     assert "leave --plot out" in shown
     assert server.calls == []
 

@@ -17,7 +17,7 @@ from sagellm.cli.chat import COMMANDS, PROMPT
 
 
 def say(monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
-    """What the user types, and then Ctrl-D."""
+    """Type these lines, and then Ctrl-D."""
     monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
 
 
@@ -190,7 +190,7 @@ def test_a_question_of_the_command_line_is_no_command() -> None:
     assert asked_of(server) == [["/help"]]
 
 
-# Whoever starts the tests in a shell's background has SIGINT ignored, in all that they start.
+# A shell ignores SIGINT in background jobs and in all their children: tests may run in one.
 HEARS_CTRL_C = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -221,8 +221,11 @@ def test_on_a_terminal_ctrl_c_at_the_prompt_only_hints_and_ctrl_d_leaves() -> No
 
 
 def interrupt_until(terminal: int, pid: int, said: str) -> None:
-    """And the prompt again, as often as nothing comes of it: Python loses a signal that comes just
-    before it waits for a key, and one that comes while it still answers the last would end it."""
+    """Send Ctrl-C until the terminal shows `said` and then the prompt again.
+
+    Python loses a signal that arrives just before it waits for a key, so that one may have no
+    effect. A second signal during the answer to the first would end the process.
+    """
     shown = ""
     deadline = time.monotonic() + 60
     while PROMPT not in shown.partition(said)[2]:
@@ -233,7 +236,7 @@ def interrupt_until(terminal: int, pid: int, said: str) -> None:
 
 
 def read_until(terminal: int, end: str) -> str:
-    """What the terminal shows until it shows this at the end of all."""
+    """The output of the terminal until it ends with `end`."""
     shown = ""
     while not shown.endswith(end):
         shown += os.read(terminal, 4096).decode()

@@ -9,7 +9,7 @@ from sagellm.cli import main
 
 
 def run(script: Script, *argv: str) -> tuple[int, list[Any]]:
-    """The exit code of a command against a scripted server, and what was asked."""
+    """The exit code of a command against a scripted server, and the requests of that server."""
     with scripted(script) as server:
         return main([*argv, "--url", server.url]), server.asked
 
@@ -111,7 +111,7 @@ def test_ctrl_c_stops_and_hangs_up(capsys: pytest.CaptureFixture[str]) -> None:
 
     async def endless(call: Call) -> None:
         await call.events(text("a"))
-        signal.raise_signal(signal.SIGINT)  # as Ctrl-C does
+        signal.raise_signal(signal.SIGINT)  # equals Ctrl-C
         await call.gone()
         left.append(call)
 

@@ -1,4 +1,4 @@
-"""The completion scripts, read by the shells that are installed."""
+"""The completion scripts, read by the installed shells."""
 
 import shutil
 import subprocess
@@ -54,7 +54,7 @@ def test_bash_completes_file_names_elsewhere(bash_script: Path) -> None:
 
 @pytest.mark.parametrize("shell", ["zsh", "fish"])
 def test_the_script_of_another_shell(shell: str, tmp_path: Path) -> None:
-    """Parsed by that shell where it is installed."""
+    """The shell parses the script if it is installed."""
     path = script_of(shell, tmp_path)
     assert "sagellm" in path.read_text()
     if shutil.which(shell):

@@ -1,13 +1,13 @@
-"""A file of settings: what it says, and the line of each mistake."""
+"""A config file: its settings, and the line of each mistake."""
 
 from pathlib import Path
 
 import pytest
 
 from sagellm.cli import main
-from sagellm.cli.config_file import ConfigFile, read_config, read_limits
+from sagellm.cli.config_file import ConfigFile, read_config
 from sagellm.cli.errors import Failure
-from sagellm.cli.serve_options import CONFIG_FILE_OPTIONS
+from sagellm.cli.serve_options import CONFIG_FILE_OPTIONS, read_limits
 
 WHOLE = """\
 # A server for two teams.
@@ -46,7 +46,7 @@ def test_what_a_file_says(tmp_path: Path) -> None:
     assert config.values == {
         "host": "0.0.0.0",
         "allowed_host": ("models.example",),
-        "tls_certificate": tmp_path / "tls" / "certificate.pem",  # beside the file
+        "tls_certificate": tmp_path / "tls" / "certificate.pem",  # relative to the file
     }
     assert config.limits == {"body_bytes": 16 << 20, "num_waiting": 64}
     assert config.keys["short"].key == "a-key"
@@ -155,6 +155,6 @@ def test_the_settings_that_hold_are_printed_and_nothing_is_started(
     lines = shown.splitlines()
     assert {"port = 9", 'host = "0.0.0.0"', "num_waiting = 65", 'key_env = "TEAM_A"'} <= set(lines)
     assert '"admission.max_queued" = 12' in lines
-    assert "# gateways = 0" in lines  # as it is unless set
+    assert "# gateways = 0" in lines  # the default
     assert "hidden" not in shown
     assert "a-key" not in shown

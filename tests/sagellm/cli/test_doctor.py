@@ -107,7 +107,7 @@ def test_the_kernels_are_where_they_are_said_to_be(
 def test_the_limit_of_open_files(
     monkeypatch: pytest.MonkeyPatch, soft: int, hard: int, status: str
 ) -> None:
-    """The hard one is what counts: `serve` takes all of it."""
+    """The hard limit counts: `serve` raises the soft limit to it."""
     monkeypatch.setattr("resource.getrlimit", lambda which: (soft, hard))
     assert CHECKS["limits"]().status == status
 

@@ -1,4 +1,4 @@
-"""What GRAPH means: a shipped name, a file or a model; the same for every command."""
+"""The meaning of GRAPH in every command: a shipped name, a file or a model."""
 
 import shutil
 from pathlib import Path
@@ -30,14 +30,14 @@ COMMANDS = {
 
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder, empty."""
+    """The current folder; it is empty."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 @pytest.fixture
 def model(here: Path) -> Path:
-    """A model folder beside the user."""
+    """A model folder in the current folder."""
     return Path(shutil.copytree(BUILT_IN["sage-tiny"], here / "mine"))
 
 

@@ -1,4 +1,4 @@
-"""Where keys come from, and what is no key; certificates that can be served with."""
+"""The sources of keys, invalid keys, and usable certificates."""
 
 from pathlib import Path
 
@@ -44,7 +44,7 @@ def test_a_name_is_given_once() -> None:
 def test_the_command_line_wins_over_the_file_and_that_over_the_environment(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The environment's variable is also that of our clients: it must not replace a file's keys."""
+    """Clients read the same variable: it must not replace the keys of a file."""
     monkeypatch.setenv("SAGELLM_API_KEY", "alice=from-outside")
     assert user_keys((), ConfigFile()) == {"alice": "from-outside"}
     assert user_keys((), keyed(key="k")) == {"team": "k"}
@@ -133,7 +133,7 @@ def test_files_that_no_tls_can_be_served_with(tmp_path: Path) -> None:
     with pytest.raises(Failure, match="PEM"):
         check_tls(key, key)
     certificate, key = tls_pair(tmp_path, passphrase="secret")
-    with pytest.raises(Failure, match="passphrase"):  # and it asks nobody for it
+    with pytest.raises(Failure, match="passphrase"):  # OpenSSL must not ask on the terminal
         check_tls(certificate, key)
 
 

@@ -15,7 +15,7 @@ SLOW = ("--set", "d.decode_step_s=0.02", "--set", "admission.max_queued=1024")
 
 
 class Files:
-    """An input and an output in a folder of their own."""
+    """An input and an output file in one folder."""
 
     def __init__(self, folder: Path) -> None:
         self.input = folder / "in.jsonl"
@@ -186,17 +186,17 @@ def test_the_summary_as_json_is_on_stdout(files: Files, capsys: pytest.CaptureFi
 
 
 def whole_lines(path: Path) -> list[str]:
-    """The lines of a file that may be torn at its end, or not be there yet."""
+    """The whole lines of a file that may be torn at its end, or not exist yet."""
     text = path.read_text() if path.exists() else ""
     return text[: text.rfind("\n") + 1].splitlines()
 
 
 def start(files: Files, *options: str) -> "subprocess.Popen[str]":
-    """The same in a process of its own, once its first answer is out."""
+    """Start the command in a process; return when its first answer is written."""
     command = [sys.executable, "-m", "sagellm", *files.argv(*SLOW, *options)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     while process.poll() is None and not whole_lines(files.output):
-        time.sleep(0.005)  # a quarter of a step; nothing tells that a file has grown
+        time.sleep(0.005)  # a quarter of a step; a file does not notify of its growth
     return process
 
 

@@ -3,12 +3,12 @@ from pathlib import Path
 import pytest
 
 from sagellm.cli.errors import Failure
+from sagellm.cli.graph_argument import parse_assignments
 from sagellm.cli.run_options import (
     FileOptions,
     PromptOptions,
     RunSamplingOptions,
     check_run_options,
-    parse_assignments,
 )
 from sagellm.runtime.messages import Sampling
 

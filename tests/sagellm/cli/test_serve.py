@@ -1,4 +1,4 @@
-"""`sagellm serve` as a process: from its one line to its exit code."""
+"""`sagellm serve` as a process, from the line with its address to its exit code."""
 
 import json
 import re
@@ -23,7 +23,7 @@ ASKED = {
 
 @contextmanager
 def serve(*options: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
-    """The process and its port, once it is ready."""
+    """The process and its port, when the server is ready."""
     command = [sys.executable, "-m", "sagellm", "serve", *options, "--port", "0"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         try:
@@ -34,7 +34,7 @@ def serve(*options: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
 
 
 def _port(errors: IO[str]) -> int:
-    """What the line with the URL says, once the line that it is ready has come."""
+    """The port in the line with the URL, after the line that the server is ready."""
     port, is_ready = 0, False
     for line in errors:
         found = re.search(r" at http://127\.0\.0\.1:(\d+)$", line.strip())

@@ -1,4 +1,4 @@
-"""What the options of `sagellm serve` mean, and which are refused."""
+"""The meaning of the options of `sagellm serve`, and invalid options."""
 
 import os
 import sys
@@ -10,15 +10,17 @@ from sagellm import Graph
 from sagellm.cli import main
 from sagellm.cli.errors import Failure
 from sagellm.cli.graph_argument import choose_graph, choose_graphs, choose_model
+from sagellm.cli.serve import (
+    bound_socket,
+    check_server_installed,
+    engine_overrides,
+    served_names,
+)
 from sagellm.cli.serve_options import (
     ListenOptions,
     ObservabilityOptions,
     ServedModelOptions,
-    bound_socket,
-    check_server_installed,
-    engine_overrides,
     read_settings,
-    served_names,
 )
 from sagellm.gateway.settings import Settings
 from sagellm.graphs.sections import served_models
@@ -41,7 +43,7 @@ def test_keys_come_from_the_environment_too(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("keys", [("a=k", "b=k"), ("admin-key",)])
 def test_no_two_callers_have_one_key(keys: tuple[str, ...]) -> None:
-    """A user whose key is the admin's would be one."""
+    """A user with the admin's key would be admin."""
     with pytest.raises(Failure, match="twice"):
         read_settings(ListenOptions(api_key=keys, admin_key="admin-key"), ("m",))
 

@@ -1,4 +1,4 @@
-"""Every setting of a gateway can be set, by an option and in a file."""
+"""An option and a file can set every setting of a gateway."""
 
 import json
 from dataclasses import fields
@@ -30,7 +30,7 @@ from sagellm.gateway.settings import Settings
 
 
 def other(setting: Setting) -> Any:
-    """A value that it may have, and does not have unless it is set."""
+    """A valid value other than the default."""
     kind, default = _plain(setting.hint), setting.default
     if get_origin(kind) is Literal:
         return next(each for each in get_args(kind) if each != default)
@@ -47,7 +47,7 @@ def toml(values: dict[str, Any]) -> str:
 
 @pytest.fixture
 def written(tmp_path: Path) -> Path:
-    """A file that sets all that a file may set."""
+    """A file with every setting that a file may contain."""
     certificate, key = tls_pair(tmp_path)
     (tmp_path / "salt").write_text("a-salt-key-of-32-bytes-or-more--")
     values = {
@@ -118,7 +118,7 @@ def test_every_setting_has_a_sentence(struct: type) -> None:
 
 
 def test_no_two_settings_have_one_name() -> None:
-    """`--limit` and `[limits]` name all limits, whatever they are limits of."""
+    """`--limit` and `[limits]` accept limits of all structs."""
     assert len(LIMITS) == sum(len(fields(struct)) for struct in LIMIT_STRUCTS)
     options = [one.name for struct in CONFIG_FILE_OPTIONS for one in settings_of(struct).values()]
     assert len(options) == len(set(options))

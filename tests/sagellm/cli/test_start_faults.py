@@ -1,4 +1,4 @@
-"""What is wrong at the start is said before a worker or a gateway runs, and nothing is left."""
+"""Faults are reported before a worker or a gateway starts, and no process is left."""
 
 import shutil
 import socket
@@ -23,7 +23,7 @@ edges: [source -> generate -> sink]
 
 
 def serve(*arguments: str) -> tuple[int, str, float]:
-    """Exit code, what it said, and how long it took."""
+    """The exit code, the errors and the seconds of a command."""
     command = [sys.executable, "-m", "sagellm", "serve", *arguments, "--executor", "processes"]
     began_s = time.monotonic()
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
@@ -31,7 +31,7 @@ def serve(*arguments: str) -> tuple[int, str, float]:
 
 
 def check(said: str, *expected: str) -> None:
-    """One error, with a fix; no traceback, and no process that lives on."""
+    """One error with a fix, no traceback, and no living process."""
     for text in expected:
         assert text in said
     assert said.count("error:") == 1
@@ -78,7 +78,7 @@ def test_an_operator_that_is_not_known(tmp_path: Path) -> None:
 
 
 def test_weights_that_are_cut_off(tmp_path: Path) -> None:
-    """Workers say so, and all of them end."""
+    """A worker reports the fault, and all workers end."""
     folder = tmp_path / "model"
     shutil.copytree(BUILT_IN["sage-tiny"], folder)
     weights = folder / "model.safetensors"

@@ -1,4 +1,4 @@
-"""What `sagellm ps` prints."""
+"""The output of `sagellm ps`, and the names of workers in commands."""
 
 import msgspec
 import pytest
