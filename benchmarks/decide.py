@@ -23,10 +23,11 @@ from sagellm.runtime.core.core import Core
 from sagellm.runtime.core.effects import Send
 from sagellm.runtime.core.events import Arrived, Emitted, Event, Opened, Released, Reported
 from sagellm.runtime.feedback import LoadReported
-from sagellm.runtime.messages import Request, Sampling, Stamps, TokenEvent
+from sagellm.runtime.messages import Request, Stamps, TokenEvent
 from sagellm.runtime.operator import Credit
 from sagellm.runtime.plan import plan
 from sagellm.runtime.port import EngineLoad
+from sagellm.runtime.sampling import Sampling
 
 WAITING = (10, 1_000, 100_000)
 REPLICAS = (8, 64, 1_000)

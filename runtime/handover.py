@@ -14,13 +14,13 @@ from sagellm.runtime.messages import (
     Item,
     Prefilled,
     Request,
-    Sampling,
     Stamps,
     TokenEvent,
     refusal,
 )
 from sagellm.runtime.operator import Context, Signal
 from sagellm.runtime.port import Engine, EngineFacts, EngineRefusal
+from sagellm.runtime.sampling import Sampling
 
 
 def _asks_logprobs(request: Request) -> bool:

@@ -15,11 +15,10 @@ from sagellm.runtime.messages import (
     Item,
     Prefilled,
     Request,
-    Sampling,
     TokenEvent,
 )
 from sagellm.runtime.operator import EncodeText, Setup
-from sagellm.runtime.sampling import sampling_fault
+from sagellm.runtime.sampling import Sampling, sampling_fault
 from sagellm.runtime.user_code import (
     LEAVING,
     CodeLeft,

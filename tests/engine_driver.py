@@ -8,8 +8,9 @@ import trio
 
 from sagellm.runtime.engine.local_engine import LocalEngine
 from sagellm.runtime.engine.runner import Runner
-from sagellm.runtime.messages import LeaseRef, Sampling, SequenceState, TokenEvent
+from sagellm.runtime.messages import LeaseRef, SequenceState, TokenEvent
 from sagellm.runtime.port import LeaseOffer, PrefillDone
+from sagellm.runtime.sampling import Sampling
 
 OWNER = "test"
 

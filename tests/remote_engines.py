@@ -10,7 +10,8 @@ from sagellm.runtime.engine.engine_server import EngineServer
 from sagellm.runtime.engine.kinds.modelled import ModelledOptions, open_modelled
 from sagellm.runtime.engine.local_engine import LocalEngine
 from sagellm.runtime.engine.remote_kv import RemoteKVEngine
-from sagellm.runtime.messages import Sampling, SequenceState
+from sagellm.runtime.messages import SequenceState
+from sagellm.runtime.sampling import Sampling
 
 PROMPT = tuple(range(1, 41))
 

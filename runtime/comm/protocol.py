@@ -57,7 +57,10 @@ class Cancel(_Message, frozen=True, kw_only=True, tag="cancel"):
 
 
 class Import(_Message, frozen=True, kw_only=True, tag="import"):
-    """Reserve blocks for a transfer. Answered, in order of arrival, by `BlocksReserved` or `Refused`."""
+    """Reserve blocks for a transfer.
+
+    The answers come in order of arrival: `BlocksReserved` or `Refused`.
+    """
 
     call: int
     offer: LeaseOffer

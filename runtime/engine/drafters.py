@@ -14,8 +14,8 @@ from sagellm.runtime.engine.runner import Runner, StepLaunch
 from sagellm.runtime.engine.sequence import Sequence
 from sagellm.runtime.engine.sizing import lease_shape
 from sagellm.runtime.kv.pool import BlockPool
-from sagellm.runtime.messages import Sampling
 from sagellm.runtime.models.folder import ModelFolder, resolve_model
+from sagellm.runtime.sampling import Sampling
 
 _LONGEST = 4  # a longer match of tokens is no better
 _NUM_PLACES = 16  # earlier places of the last two tokens that are compared

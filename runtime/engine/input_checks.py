@@ -5,9 +5,9 @@ import math
 from sagellm.runtime.engine.mailbox import Mailbox
 from sagellm.runtime.engine.runner import EngineResources
 from sagellm.runtime.engine.sequence import Sequence
-from sagellm.runtime.messages import Sampling, SequenceState
+from sagellm.runtime.messages import SequenceState
 from sagellm.runtime.port import EngineFacts, EngineRefusal, LeaseOffer
-from sagellm.runtime.sampling import sampling_fault
+from sagellm.runtime.sampling import Sampling, sampling_fault
 
 VERSION = 1  # of SequenceState
 

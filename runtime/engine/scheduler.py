@@ -149,7 +149,7 @@ class Scheduler:
                 if sequence.state.hold_kv and sequence.num_pending and pool.shape.has_full:
                     self.on_kv_progress(lease, sequence.num_computed // pool.block_size)
             if pool.forgets:
-                pool.settle(lease, sequence.num_computed)
+                pool.free_unread(lease, sequence.num_computed)
 
     def _schedule(self) -> Batch:
         num_preemptions = self.num_preemptions

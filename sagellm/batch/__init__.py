@@ -13,7 +13,8 @@ import trio
 
 from sagellm.batch.prompt_lines import LineError, LineId, LineRequest, parse_line
 from sagellm.errors import naming_file
-from sagellm.runtime.messages import SERVED, Answer, Sampling, Stamps, TokenLogprob
+from sagellm.runtime.messages import SERVED, Answer, Stamps, TokenLogprob
+from sagellm.runtime.sampling import Sampling
 from sagellm.session.requests import RequestFailed, RequestRefused
 
 

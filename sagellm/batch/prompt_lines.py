@@ -10,7 +10,8 @@ import trio
 from msgspec import UNSET, Meta, UnsetType
 
 from sagellm.graphs.vocabulary import nearest
-from sagellm.runtime.messages import PRIORITIES, Sampling
+from sagellm.runtime.messages import PRIORITIES
+from sagellm.runtime.sampling import Sampling
 
 CHUNK_BYTES = 1 << 20
 

@@ -24,7 +24,7 @@ from sagellm.chaos.scenario import (
     Toxic,
 )
 from sagellm.runtime.cluster.worker import Worker
-from sagellm.runtime.messages import Sampling
+from sagellm.runtime.sampling import Sampling
 from sagellm.session import Session
 
 _IDS = range(20, 120)  # every model has these token ids

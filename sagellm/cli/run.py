@@ -43,8 +43,9 @@ from sagellm.cli.run_options import (
 )
 from sagellm.cli.terminal import FileProgress, print_summary, show_start_progress, show_summary
 from sagellm.runtime.engine.options import EngineOptionError
-from sagellm.runtime.messages import SERVED, Answer, Sampling
+from sagellm.runtime.messages import SERVED, Answer
 from sagellm.runtime.models.chat import ChatTemplateError
+from sagellm.runtime.sampling import Sampling
 from sagellm.session import Output, RequestError, RequestFailed, RequestRefused, Session
 from sagellm.session.requests import Encoded, check_room
 

@@ -8,7 +8,7 @@ from cyclopts import Parameter
 from cyclopts.validators import Number
 
 from sagellm.cli.errors import Failure
-from sagellm.runtime.messages import Sampling
+from sagellm.runtime.sampling import Sampling
 
 
 @Parameter(name="*", group="One prompt")

@@ -34,7 +34,8 @@ from sagellm.gateway.protocol.bodies import (
 from sagellm.gateway.protocol.sampling_params import ModelBounds, sampling_of
 from sagellm.gateway.settings import RequestLimits
 from sagellm.graphs.ir import FrozenMap
-from sagellm.runtime.messages import SERVED, Answer, Sampling, TokenEvent
+from sagellm.runtime.messages import SERVED, Answer, TokenEvent
+from sagellm.runtime.sampling import Sampling
 from sagellm.session import Encoded, Output, Prompt, RequestError, RequestFailed, RequestRefused
 
 GRAPH = "joint"

@@ -8,7 +8,8 @@ import anyio
 
 from sagellm.gateway.graph_bridge import GraphBridge
 from sagellm.graphs.log import get_logger
-from sagellm.runtime.messages import OPERATOR_FAILED, PRIORITIES, SERVED, Request, Sampling
+from sagellm.runtime.messages import OPERATOR_FAILED, PRIORITIES, SERVED, Request
+from sagellm.runtime.sampling import Sampling
 
 LOG = get_logger("sagellm.gateway")
 

@@ -13,9 +13,10 @@ import trio
 
 from sagellm.graphs.log import get_logger
 from sagellm.runtime.executors.tasks import ExecutorStopped, TasksExecutor
-from sagellm.runtime.messages import Answer, Forked, Item, Request, Sampling, Stamps, TokenEvent
+from sagellm.runtime.messages import Answer, Forked, Item, Request, Stamps, TokenEvent
 from sagellm.runtime.models.tokenizer import Tokenizer
 from sagellm.runtime.operator import Signal
+from sagellm.runtime.sampling import Sampling
 from sagellm.session.models import Models
 from sagellm.session.requests import (
     Encoded,

@@ -10,9 +10,10 @@ import msgspec
 
 from sagellm.graphs.sections import ServedModel
 from sagellm.graphs.vocabulary import nearest
-from sagellm.runtime.messages import Request, Sampling
+from sagellm.runtime.messages import Request
 from sagellm.runtime.models import FolderWarning
 from sagellm.runtime.models.tokenizer import RemoteTokenizer, Tokenizer
+from sagellm.runtime.sampling import Sampling
 from sagellm.session.requests import (
     Encoded,
     Prompt,

@@ -7,10 +7,10 @@ from typing import Annotated, Any, NamedTuple, TypeAlias, cast
 import msgspec
 
 from sagellm.graphs.vocabulary import nearest
-from sagellm.runtime.messages import NORMAL, PRIORITIES, Answer, Sampling, TokenEvent
+from sagellm.runtime.messages import NORMAL, PRIORITIES, Answer, TokenEvent
 from sagellm.runtime.models import HelperUnavailable, TextError
 from sagellm.runtime.models.tokenizer import Messages, Tokenizer, bad_words_token_ids
-from sagellm.runtime.sampling import sampling_fault
+from sagellm.runtime.sampling import Sampling, sampling_fault
 from sagellm.runtime.user_code import failure_text
 
 _SPAN = 1 << 31  # no model knows more tokens

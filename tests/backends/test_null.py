@@ -10,7 +10,8 @@ from sagellm.graphs.diagnostics import GraphError
 from sagellm.graphs.models import build
 from sagellm.runtime.engine.mailbox import Mailbox
 from sagellm.runtime.engine.sequence import Sequence
-from sagellm.runtime.messages import Sampling, SequenceState
+from sagellm.runtime.messages import SequenceState
+from sagellm.runtime.sampling import Sampling
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],

@@ -12,7 +12,8 @@ from sagellm.backends import LogitsRow, sampler
 from sagellm.backends.sampler import banned_tokens, sample, uniform
 from sagellm.runtime.engine.mailbox import Mailbox
 from sagellm.runtime.engine.sequence import Sequence
-from sagellm.runtime.messages import Sampling, SequenceState
+from sagellm.runtime.messages import SequenceState
+from sagellm.runtime.sampling import Sampling
 
 LOGITS = torch.tensor([0.5, 2.0, 1.0, -1.0, 1.9, 0.0])
 

@@ -5,8 +5,9 @@ from immutables import Map
 
 from sagellm.operators.admission import AdmissionOptions, AdmissionState, build
 from sagellm.runtime.feedback import Backlog, CreditChanged, FirstToken, QueueChanged
-from sagellm.runtime.messages import Request, Sampling, Stamps
+from sagellm.runtime.messages import Request, Stamps
 from sagellm.runtime.operator import Arrival, Emit, Setup, Signal, Terminate
+from sagellm.runtime.sampling import Sampling
 
 
 def waiting(number: int, sequence: int = 1) -> Any:

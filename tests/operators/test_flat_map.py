@@ -8,8 +8,9 @@ from sagellm.operators.flat_map import FlatMapOptions, build
 from sagellm.runtime.core.credit import CreditGate, Gates
 from sagellm.runtime.core.effects import Send
 from sagellm.runtime.core.logic_graph import LogicGraph
-from sagellm.runtime.messages import Answer, Forked, Request, Sampling
+from sagellm.runtime.messages import Answer, Forked, Request
 from sagellm.runtime.operator import Announce, Arrival, Credit, Emit, Setup
+from sagellm.runtime.sampling import Sampling
 
 
 def spread(running: Any, function: Any, item: Any) -> Any:

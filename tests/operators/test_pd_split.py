@@ -4,8 +4,9 @@ import pytest
 
 from sagellm.operators.pd_split import PDSplitOptions, build
 from sagellm.runtime.feedback import HealthChanged, Topology
-from sagellm.runtime.messages import Request, Sampling
+from sagellm.runtime.messages import Request
 from sagellm.runtime.operator import Arrival, Setup, Signal, Target
+from sagellm.runtime.sampling import Sampling
 
 
 def outlet(running: Any, options: Any, **fields: Any) -> Any:

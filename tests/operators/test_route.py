@@ -8,9 +8,10 @@ from sagellm.operators.route import RouteOptions, build, pools_of
 from sagellm.operators.routing import STRATEGIES
 from sagellm.operators.routing.view import tokens_of
 from sagellm.runtime.feedback import CreditChanged, HealthChanged, LoadReported, Topology
-from sagellm.runtime.messages import Request, Sampling
+from sagellm.runtime.messages import Request
 from sagellm.runtime.operator import Arrival, Setup, Signal, Target
 from sagellm.runtime.port import EngineLoad
+from sagellm.runtime.sampling import Sampling
 from sagellm.runtime.user_code import WrongResult
 
 TARGETS = (Target("prefill", 2, "p"), Target("decode", 3, "d"))

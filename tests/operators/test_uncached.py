@@ -10,11 +10,12 @@ from sagellm import Graph, ops
 from sagellm.builder import RESOLVER
 from sagellm.operators import admission, pd_split, policy_sort, route
 from sagellm.runtime.feedback import Backlog, FirstToken, PrefixesChanged, QueueChanged
-from sagellm.runtime.messages import Request, Sampling, Stamps
+from sagellm.runtime.messages import Request, Stamps
 from sagellm.runtime.operator import Arrival, Emit, Setup, Target, Terminate
 from sagellm.runtime.plan import plan
 from sagellm.runtime.port import EngineFacts
 from sagellm.runtime.prefixes import Hasher, PrefixIndex, PromptHashes, hash_secret
+from sagellm.runtime.sampling import Sampling
 
 HASHER = Hasher(hash_secret())
 SIZE = 10

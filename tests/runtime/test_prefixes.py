@@ -7,8 +7,9 @@ from immutables import Map
 from msgspec.structs import replace
 
 from sagellm.runtime.kv.prefix_tree import BlockKey, block_key
-from sagellm.runtime.messages import Request, Sampling
+from sagellm.runtime.messages import Request
 from sagellm.runtime.prefixes import Hasher, PrefixIndex, PromptHashes, hash_secret
+from sagellm.runtime.sampling import Sampling
 
 SIZE = 4
 KEY = hash_secret()

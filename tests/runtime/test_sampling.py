@@ -4,8 +4,7 @@ from typing import Any
 
 import pytest
 
-from sagellm.runtime.messages import Sampling
-from sagellm.runtime.sampling import sampling_fault
+from sagellm.runtime.sampling import Sampling, sampling_fault
 
 
 @pytest.mark.parametrize(

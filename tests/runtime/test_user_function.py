@@ -4,8 +4,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from sagellm.runtime.messages import Answer, Prefilled, Request, Sampling, TokenEvent
+from sagellm.runtime.messages import Answer, Prefilled, Request, TokenEvent
 from sagellm.runtime.operator import Setup
+from sagellm.runtime.sampling import Sampling
 from sagellm.runtime.user_code import WrongResult
 from sagellm.runtime.user_function import UserFunction, apply_result, end_event, find_function
 

@@ -30,8 +30,9 @@ from sagellm.gateway.http.call import Call
 from sagellm.gateway.http.checks import RequestBody
 from sagellm.gateway.protocol.bodies import ChatRequest, CompletionRequest
 from sagellm.gateway.protocol.sampling_params import far_too_long, fitted, num_logprobs, sampling_of
-from sagellm.runtime.messages import NORMAL, Sampling
+from sagellm.runtime.messages import NORMAL
 from sagellm.runtime.messages import Request as GraphRequest
+from sagellm.runtime.sampling import Sampling
 from sagellm.session.requests import Encoded, Timing
 
 CLIENT_LEFT = 499  # for the log and the metrics: the client is gone

@@ -11,8 +11,7 @@ from sagellm.gateway.api_errors import ApiError, wrong
 from sagellm.gateway.protocol.bodies import ChatRequest, CompletionRequest
 from sagellm.gateway.protocol.request import Generation
 from sagellm.gateway.settings import Settings
-from sagellm.runtime.messages import Sampling
-from sagellm.runtime.sampling import RANGES, sampling_fault
+from sagellm.runtime.sampling import RANGES, Sampling, sampling_fault
 from sagellm.session import Session
 
 _COMPLETION_TOKENS = 16  # the default, as in the OpenAI API; a chat may fill the context

@@ -10,9 +10,10 @@ from sagellm.operators.routing.strategies import PrefixAware
 from sagellm.operators.routing.strategy import Candidates, Hold
 from sagellm.operators.routing.view import ReplicaPool, RouterView
 from sagellm.runtime.feedback import FirstToken
-from sagellm.runtime.messages import Request, Sampling
+from sagellm.runtime.messages import Request
 from sagellm.runtime.operator import Draw
 from sagellm.runtime.prefixes import Hasher, PrefixIndex, PromptHashes, hash_secret
+from sagellm.runtime.sampling import Sampling
 
 POOL = ReplicaPool("p", 3, ("prefill",), ("prefill",))
 HASHER = Hasher(hash_secret())

@@ -5,8 +5,9 @@ from typing import Any
 from msgspec.structs import replace
 
 from sagellm.runtime.core.recovery import QUARANTINE_S, Recovery
-from sagellm.runtime.messages import Request, Sampling, TokenEvent
+from sagellm.runtime.messages import Request, TokenEvent
 from sagellm.runtime.port import LossCause
+from sagellm.runtime.sampling import Sampling
 
 
 class Clock:

@@ -21,7 +21,8 @@ from sagellm.runtime.engine.kinds.modelled import ModelledOptions, open_modelled
 from sagellm.runtime.engine.mailbox import MAX_BATCHES
 from sagellm.runtime.engine.options import EngineOptions
 from sagellm.runtime.engine.runner import DeviceQueue
-from sagellm.runtime.messages import Sampling, SequenceState
+from sagellm.runtime.messages import SequenceState
+from sagellm.runtime.sampling import Sampling
 
 STOP = 9
 

@@ -9,8 +9,9 @@ import trio
 from engine_driver import Driver, hand_over, running
 
 from sagellm.runtime.engine.kinds.modelled import ModelledLaunch, ModelledOptions, open_modelled
-from sagellm.runtime.messages import Sampling, SequenceState
+from sagellm.runtime.messages import SequenceState
 from sagellm.runtime.port import EngineRefusal, LeaseOffer, StaleLease
+from sagellm.runtime.sampling import Sampling
 
 NUM_PROMPT = 40
 PROMPT = tuple(range(1, NUM_PROMPT + 1))

@@ -10,7 +10,7 @@ from models_on_the_fly import EOS, byte_tokenizer, make_model, random_prompts, r
 
 from sagellm.runtime.engine.kinds.local import open_engine
 from sagellm.runtime.engine.options import EngineOptions
-from sagellm.runtime.messages import Sampling
+from sagellm.runtime.sampling import Sampling
 
 PROMPTS = random_prompts((3, 20, 45, 90))
 WARM = {"temperature": 5.0, "top_k": 40, "top_p": 0.95, "seed": 11, "ignore_eos": True}

@@ -8,8 +8,9 @@ import pytest
 from engine_driver import Driver, running
 
 from sagellm.runtime.engine.kinds.modelled import ModelledOptions, open_modelled
-from sagellm.runtime.messages import LeaseRef, Sampling, SequenceState
+from sagellm.runtime.messages import LeaseRef, SequenceState
 from sagellm.runtime.port import EngineRefusal, LeaseOffer, StaleLease
+from sagellm.runtime.sampling import Sampling
 
 PROMPT = (1, 2, 3, 4)
 VOCAB = 32000

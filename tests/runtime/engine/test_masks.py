@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 from sagellm import Graph
 from sagellm.runtime.engine.kinds.local import open_engine
 from sagellm.runtime.engine.options import EngineOptions
-from sagellm.runtime.messages import Sampling
 from sagellm.runtime.port import EngineRefusal
+from sagellm.runtime.sampling import Sampling
 
 PROMPTS = random_prompts((5, 17, 40))
 NUM_NEW = 24

@@ -8,8 +8,9 @@ from engine_driver import Driver, hand_over, running
 
 from sagellm.runtime.engine.kinds.modelled import ModelledLaunch, ModelledOptions, open_modelled
 from sagellm.runtime.engine.local_engine import LocalEngine
-from sagellm.runtime.messages import Sampling, SequenceState
+from sagellm.runtime.messages import SequenceState
 from sagellm.runtime.port import LeaseOffer
+from sagellm.runtime.sampling import Sampling
 
 SYSTEM = tuple(range(1, 201))  # 12 blocks of 16, and a half
 

@@ -14,8 +14,9 @@ from sagellm.backends.cpu import queue
 from sagellm.runtime.engine.batch import SCORED_ROWS
 from sagellm.runtime.engine.kinds.local import open_engine
 from sagellm.runtime.engine.options import EngineOptions
-from sagellm.runtime.messages import Sampling, SequenceState
+from sagellm.runtime.messages import SequenceState
 from sagellm.runtime.port import EngineRefusal
+from sagellm.runtime.sampling import Sampling
 
 LENGTHS = (1, 2, 17, 64, 65, 150, 180)
 PROMPTS = random_prompts(LENGTHS)

@@ -11,7 +11,7 @@ from models_on_the_fly import EOS, VOCAB_SIZE, make_model, random_prompts
 
 from sagellm.runtime.engine.kinds.local import open_engine
 from sagellm.runtime.engine.options import EngineOptions
-from sagellm.runtime.messages import Sampling
+from sagellm.runtime.sampling import Sampling
 
 PROMPTS = random_prompts((3, 20, 45, 90))
 NUM_NEW = 60

@@ -12,8 +12,9 @@ from sagellm.runtime.engine.kinds.modelled import (
     ModelledRunner,
     open_modelled,
 )
-from sagellm.runtime.messages import Sampling, SequenceState
+from sagellm.runtime.messages import SequenceState
 from sagellm.runtime.port import LeaseOffer
+from sagellm.runtime.sampling import Sampling
 
 STEP_S = 0.1
 

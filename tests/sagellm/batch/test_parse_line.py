@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sagellm.batch.prompt_lines import MAX_LINE_BYTES, LineError, LineRequest, parse_line
-from sagellm.runtime.messages import PRIORITIES, Sampling
+from sagellm.runtime.messages import PRIORITIES
+from sagellm.runtime.sampling import Sampling
 
 DEFAULTS = Sampling(max_tokens=9)
 

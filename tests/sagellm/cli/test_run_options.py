@@ -10,7 +10,7 @@ from sagellm.cli.run_options import (
     RunSamplingOptions,
     check_run_options,
 )
-from sagellm.runtime.messages import Sampling
+from sagellm.runtime.sampling import Sampling
 
 IN, OUT = Path("in.jsonl"), Path("out.jsonl")
 

@@ -17,7 +17,7 @@ from sagellm.gateway.protocol.bodies import (
 )
 from sagellm.gateway.protocol.sampling_params import ModelBounds, check_ids, kept_ids, sampling_of
 from sagellm.gateway.settings import RequestLimits
-from sagellm.runtime.messages import Sampling
+from sagellm.runtime.sampling import Sampling
 
 FACTS = ModelBounds(vocab_size=100, max_model_len=64)
 
