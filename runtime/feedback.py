@@ -97,9 +97,8 @@ class HealthChanged(_Report, frozen=True, tag="health"):
 Feedback: TypeAlias = (
     CreditChanged | LoadReported | QueueChanged | FirstToken | RoomChanged | HealthChanged
 )
-KINDS: dict[type, str] = {
-    kind: str(kind.__struct_config__.tag) for kind in Feedback.__args__
-}  # struct -> the name by which operators subscribe
+# Struct -> the name by which operators subscribe.
+KINDS: dict[type, str] = {kind: str(kind.__struct_config__.tag) for kind in Feedback.__args__}
 
 
 class Topology(msgspec.Struct, frozen=True, tag="topology"):

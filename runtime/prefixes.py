@@ -148,11 +148,8 @@ class Hasher:
         if request.emitted_token_ids:  # rare: an engine of the request was lost
             known = tokens + request.emitted_token_ids
             return PromptHashes(known, request.salt, block_size, self.key)
-        name = (
-            id(tokens),
-            request.salt,
-            block_size,
-        )  # the tuple is kept alive, so its id is not reused
+        # The hashes keep the tuple alive, so its id is not used again.
+        name = id(tokens), request.salt, block_size
         found = self._kept.get(name)
         if found is None:
             found = self._kept[name] = PromptHashes(tokens, request.salt, block_size, self.key)

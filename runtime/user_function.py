@@ -116,9 +116,8 @@ def end_event(
     emitted = item.num_emitted if isinstance(item, Request) else item.num_tokens
     start = item.position if isinstance(item, TokenEvent) else 0
     known = len(item.prompt_token_ids) if isinstance(item, Request) else item.num_prompt_tokens
-    cached = (
-        0 if isinstance(item, Request) else item.num_cached_tokens
-    )  # the number in a request is a guess
+    # In a request, the number of cached tokens is a guess.
+    cached = 0 if isinstance(item, Request) else item.num_cached_tokens
     return TokenEvent(
         request_id=item.request_id,
         choice=item.choice,

@@ -16,9 +16,8 @@ class CreditGate(NamedTuple):
     replica: int
 
 
-_Spent: TypeAlias = dict[
-    tuple[CreditGate, int], tuple[Credit, ...]
-]  # by gate and choice: the cost of each item
+# By gate and choice: the cost of each item.
+_Spent: TypeAlias = dict[tuple[CreditGate, int], tuple[Credit, ...]]
 
 _ONE = Credit(1, 0, 0)
 
@@ -125,9 +124,8 @@ class Gates:
         self.reserved = ReservedCredit(later or {})
         self.accounts: dict[tuple[str, int], Account] = {}
         self._rooms: dict[str, MutableMinTree] = {}  # by operator: minus the room of each replica
-        self._spent: dict[
-            str, _Spent
-        ] = {}  # by request id, so that a signal finds its gates without a search
+        # By request id, so that a signal finds its gates without a search.
+        self._spent: dict[str, _Spent] = {}
         self.closed: set[CreditGate] = set()
         self.blocked: frozenset[str] = frozenset()
         self.removed: set[CreditGate] = set()

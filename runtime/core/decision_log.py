@@ -58,9 +58,8 @@ class DecisionWriter:
 
     def __init__(self, file: BufferedWriter, header: Header, max_bytes: int) -> None:
         self._file = file
-        self._num_left = (
-            max_bytes - len(MAGIC) - _LENGTH_BYTES
-        )  # of the frame that marks a full log
+        # One length is reserved for the frame that marks a full log.
+        self._num_left = max_bytes - len(MAGIC) - _LENGTH_BYTES
         self.is_full = False
         file.write(MAGIC)
         self._write(_encode(header))

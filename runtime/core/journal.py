@@ -106,9 +106,7 @@ class Journal:
         """`entries`: the ids of the requests that are open."""
         self.held_items = HeldItems(cells, entries)
         self.held = self.held_items.held
-        self.accepted: deque[tuple[LogicCell, Item]] = (
-            deque()
-        )  # accepted offers that are to be answered
+        self.accepted: deque[tuple[LogicCell, Item]] = deque()  # offers to answer
         self.outcomes: list[TransactionOutcome] = []
         self._gates = gates
         self.cells: list[tuple[LogicCell, Any, int, float | None]] = []  # cells as they were before

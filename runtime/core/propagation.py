@@ -207,9 +207,8 @@ class Propagation:
         decoder, later = self._gates.reserved.later.get(node), None
         if decoder is not None:
             assert isinstance(item, Request)
-            later = CreditGate(
-                decoder, item.placement.get(decoder, replica)
-            )  # the same replica, where both operators use one engine
+            # The same replica, where both operators use one engine.
+            later = CreditGate(decoder, item.placement.get(decoder, replica))
         refusing = self._journal.take(CreditGate(node, replica), item, later)
         if refusing is not None:
             raise NoCredit(*refusing)

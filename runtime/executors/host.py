@@ -176,10 +176,8 @@ class ServiceHost:
         """The operator had an item when its engine, or the engine's data, was lost."""
         try:
             recalled = self._service.recall(self._context, item.key)
-        except (
-            Exception,
-            *LEAVING,
-        ) as fault:  # the emitted tokens are unknown: the request cannot resume
+        except (Exception, *LEAVING) as fault:
+            # The emitted tokens are unknown, so the request cannot resume.
             self._fail(item, as_error(fault))
             return
         request = recalled or _request_of(item)
