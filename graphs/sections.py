@@ -20,7 +20,7 @@ _DEVICE, _MODEL, _NULL = "device", "model", "null"
 
 
 @dataclass(frozen=True, slots=True)
-class ServedModelOptions:
+class ModelEntryOptions:
     """The options of an entry in the table of models.
 
     `name`: the model's name for clients, in answers and in metrics; the key of the entry unless

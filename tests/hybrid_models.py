@@ -15,7 +15,7 @@ from models_on_the_fly import CHAT_TEMPLATE, EOS, VOCAB_SIZE, byte_tokenizer
 from safetensors.torch import load_file, save_file
 
 from sagellm.graphs.ir import Graph
-from sagellm.graphs.kernels.memory import weight_shapes
+from sagellm.graphs.kernels.memory_layout import weight_shapes
 from sagellm.graphs.models import FAMILIES, build
 from sagellm.graphs.models.config import Config
 from sagellm.graphs.models.decoder import (

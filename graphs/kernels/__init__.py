@@ -9,7 +9,7 @@ from sagellm.graphs.kernels.dialect import (
     verify,
 )
 from sagellm.graphs.kernels.kernel import KV, Kernel, ShapeError
-from sagellm.graphs.kernels.memory import KVBlocks, KVGroup, kv_groups
+from sagellm.graphs.kernels.memory_layout import KVBlocks, KVGroup, kv_groups
 
 __all__ = [
     "KERNELS",

@@ -35,6 +35,7 @@ def centres(
     found = []
     for turned, sides in ((rows, near), (rows[::-1], near[::-1])):
         for sign in (1, -1):
+            # Each of the four corners is the upper left one of a turned or mirrored layout.
             each = [list(row)[::sign] for row in turned]
             x = _compacted(each, _blocks(each, sides, crossed), widths)
             found.append({cell: sign * value for cell, value in x.items()})
@@ -73,7 +74,9 @@ def _blocks(
         for cell in row:
             above = (one for one in near[0][cell] if cell in near[1][one])
             wish = sorted(above, key=lambda one: place[one])
+            # The median neighbour, or the two of an even number: the first that is free.
             for middle in wish[(len(wish) - 1) // 2 : len(wish) // 2 + 1]:
+                # `last`: lines to the right of a straight line must not cross it.
                 free = root[cell] == cell and last < place[middle]
                 if free and not {(middle, cell), (cell, middle)} & crossed:
                     root[cell] = root[middle]
@@ -129,6 +132,7 @@ def _balanced(
     lefts = [side(x, min, -1) for x in found]
     rights = [side(x, max, 1) for x in found]
     best = min(range(len(found)), key=lambda n: rights[n] - lefts[n])
+    # Layouts 1 and 3 were mirrored: their right sides are flush, not their left ones.
     moves = [
         rights[best] - rights[n] if n % 2 else lefts[best] - lefts[n] for n in range(len(found))
     ]
@@ -156,6 +160,7 @@ def _tightened(
     for _ in range(_NUM_SWEEPS):
         for line in lines:
             inside = set(line)
+            # A line moves as a whole, so that it stays straight.
             others = [x[end] for cell in line for end in joined[cell] if end not in inside]
             wish = (fmean(others) if others else min(x.values())) - x[line[0]]
             left = min(room.left(cell, x) for cell in line)

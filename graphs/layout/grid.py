@@ -82,6 +82,7 @@ def _edge_path(number: int, edge: LayoutEdge, row_of: Mapping[str, int]) -> Edge
 
 def _grades(rank: Mapping[str, int], edges: Sequence[LayoutEdge]) -> list[int]:
     """The order in which edges align boxes; 0 comes first: the spine, then by priority."""
+    # A shortcut comes after other edges: the longer path beside it is straight, and it bends.
     first, last = spine(rank, edges), shortcuts(rank, edges)
     return [
         0 if number in first else 1 + max(edge.priority, number in last)
@@ -144,7 +145,7 @@ def ordered(
     """
     current = [sorted(row, key=lambda cell: cell not in first) for row in rows]
     best, fewest = [list(row) for row in current], num_crossings(current, lower)
-    for sweep in range(_NUM_SWEEPS):
+    for sweep in range(_NUM_SWEEPS):  # a sweep may add crossings: the best one is kept
         near = lower if sweep % 2 else upper
         _sweep(current[::-1] if sweep % 2 else current, near, first)
         if (count := num_crossings(current, lower)) < fewest:

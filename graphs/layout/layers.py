@@ -85,6 +85,7 @@ def spread(wish: Sequence[float], centre: float, width: float) -> list[float]:
     if (len(wish) - 1) * PORT_GAP > room:
         step = width / (len(wish) + 1)
         return [centre - width / 2 + step * (n + 1) for n in range(len(wish))]
+    # Without the gaps, places that are PORT_GAP apart are values that never fall.
     apart = [wanted - PORT_GAP * n for n, wanted in enumerate(wish)]
     left, right = centre - room / 2, centre + room / 2 - PORT_GAP * (len(wish) - 1)
     held = (min(max(x, left), right) for x in _rising(apart))
@@ -125,8 +126,10 @@ def _spans(
         heights = (sizes[cell][1] for cell in row if isinstance(cell, str))
         bottom = top + (LABEL_HEIGHT if number in label_rows else max(heights, default=0.0))
         spans.append((top, bottom))
+        # Arrow heads are at boxes only: labels need no room for them.
         heads = (number not in label_rows) + (number + 1 not in label_rows)
         around = (number in closing) + (number + 1 in opening)
+        # A wide bend needs height, or its curve is nearly horizontal.
         bend = min(max(bends[number] / 7, _BENDS[0]), _BENDS[1])
         top = bottom + bend + heads * HEAD_ROOM + around * FRAME_PADDING
     return spans

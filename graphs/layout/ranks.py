@@ -46,6 +46,7 @@ def ranks(
     above its members. Boxes that feed a member are above the title; boxes that a member feeds are
     below all members.
     """
+    # Only firm pairs decide the sequence: an edge that may lead up must not turn another edge.
     firm = [*_forward(edges), *_around(edges, bands)]
     ends = [band.title + _END for band in bands]
     place = {name: n for n, name in enumerate(_sequence([*names, *ends], firm))}
@@ -109,6 +110,7 @@ def shortcuts(rank: Mapping[str, int], edges: Sequence[LayoutEdge]) -> frozenset
         if not edge.is_loop:
             upper, lower = _ends(rank, edge)
             below[upper].add(lower)
+    # Sets of boxes as bits of an integer: a graph of all layers has thousands of boxes.
     bit = {name: 1 << number for number, name in enumerate(rank)}
     reached: dict[str, int] = {}
     for name in sorted(rank, key=lambda name: -rank[name]):

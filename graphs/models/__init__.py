@@ -63,7 +63,8 @@ def _family(config: Config) -> ModelFamily:
         raise UnsupportedModel("it names no architecture", field="architectures", fix=fix)
     family = find_family(name)
     if family is None:
-        fix = f"use a model of one of {', '.join(known_architectures())}"
+        known = ", ".join(known_architectures())
+        fix = f"use a model of one of {known}, or install a package that offers the architecture"
         cause = f"architecture {name} is not built into sagellm"
         raise UnsupportedModel(cause, field="architectures", fix=fix)
     return family

@@ -129,7 +129,7 @@ def rope(config: Config) -> Rope:
 
 
 def _scaled(config: Config, table: Config, field: str, theta: float) -> Rope:
-    kind = table.get("rope_type") or table.get("type") or "default"
+    kind = table.get("rope_type") or table.get("type") or "default"  # older configs: `type`
     if kind not in _ROPE_TYPES:
         known = f"one of {', '.join(_ROPE_TYPES)} is built"
         raise UnsupportedModel(f"rope type {kind!r} is not supported", field=field, fix=known)

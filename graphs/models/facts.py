@@ -6,7 +6,7 @@ from math import prod
 from sagellm.graphs.diagnostics import UnsupportedModel
 from sagellm.graphs.ir import Graph
 from sagellm.graphs.kernels import KVGroup, kv_groups
-from sagellm.graphs.kernels.memory import weight_shapes
+from sagellm.graphs.kernels.memory_layout import weight_shapes
 from sagellm.graphs.models import config as read
 from sagellm.graphs.models.config import Config
 from sagellm.graphs.models.decoder import Decoder

@@ -43,7 +43,7 @@ def stored_quantisation(config: Mapping[str, object]) -> StoredQuantisation | No
     method = _method(table)
     form = _format(table, method)
     _refuse_variants(table)
-    offset = 1 if form == "gptq" else 0
+    offset = 1 if form == "gptq" else 0  # gptq_v2 and AWQ store zeros as they are
     group = _group_size(table)
     return StoredQuantisation(method, _bits(table, method), group, offset, _reorders(table))
 

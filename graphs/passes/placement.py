@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from sagellm.graphs.ir import FrozenMap, Graph, Node, Value
-from sagellm.graphs.kernels.memory import KVBlocks
+from sagellm.graphs.kernels.memory_layout import KVBlocks
 from sagellm.graphs.sections import executor_kind, num_replicas
 
 CONTROL = "graph"  # the process that opened the graph: it has the operators, source and sink

@@ -9,7 +9,7 @@ from sagellm.graphs.rules.rule import CheckContext, EngineFactsView, choice
 from sagellm.graphs.sections import (
     MODELS_OPTION,
     ROUTE_MODEL,
-    ServedModelOptions,
+    ModelEntryOptions,
     engine_kind,
     model_engines,
     model_outlets,
@@ -138,7 +138,7 @@ def model_options(context: CheckContext) -> Iterator[Diagnostic]:
     for key, given in context.graph.models.items():
         path: Path = ("models", key)
         if isinstance(given, FrozenMap):
-            yield from check_options(path, given, ServedModelOptions, context.facts)
+            yield from check_options(path, given, ModelEntryOptions, context.facts)
         else:
             message = f"the options of model `{key}` must be a mapping"
             yield Diagnostic("wrong-type", path, message, "write `{aliases: [...]}`, or `{}`")

@@ -152,6 +152,7 @@ def _options_of_kind(
             )
             hint = f"drop it, or write `kind: {others[0]}`"
             yield Diagnostic("unknown-option", (*path, name), message, hint)
+    # Options of another kind are reported above, and unknown options by `check_options`.
     known = {name: value for name, value in values.items() if not foreign.get(name)}
     yield from check_options(path, known, kinds[kind].options, facts)
 

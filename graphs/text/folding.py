@@ -97,6 +97,7 @@ def _repeats(graph: Graph, layers: Mapping[int, Sequence[Node]]) -> list[Repeat]
     repeats: list[Repeat] = []
     first, num_left = min(signatures, default=0), len(signatures)
     while first in signatures:
+        # Two repetitions at least, so no period is longer than half of the layers left.
         choices = (
             Repeat(first, _last_repeated(signatures, first, p), p)
             for p in range(1, num_left // 2 + 1)

@@ -140,7 +140,7 @@ class _Reader:
             self._note(event, "unknown-alias", message, "write the value itself")
             return None
         value, num_values = self._anchors[event.anchor]
-        self._count(event, num_values)
+        self._count(event, num_values)  # else a short text could stand for billions of values
         return value
 
     def _node(self, event: Any, path: Path) -> Value:
@@ -150,7 +150,7 @@ class _Reader:
         if isinstance(event, ScalarEvent):
             self.positions[*path, VALUE] = self._at(event)
             return self._scalar(event)
-        if len(path) >= MAX_DEPTH:
+        if len(path) >= MAX_DEPTH:  # this reader and later passes are recursive
             self.refuse("too-deep", self._at(event), f"nested deeper than {MAX_DEPTH} levels")
         mapping = isinstance(event, MappingStartEvent)
         return self._mapping(path) if mapping else self._sequence(path)
@@ -180,6 +180,7 @@ class _Reader:
             self._skip(event)
             return None
         key = self._node(event, ())
+        # `<<` merges mappings in YAML 1.1, which version 1.2 does not.
         if isinstance(key, str) and not (key == "<<" and event.style is None):
             return key
         hint = "repeat the entries" if key == "<<" else f'quote it: "{truncated(event.value)}"'

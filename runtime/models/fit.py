@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from sagellm.graphs.kernels.memory import Shape, linear_weights, weight_shapes
+from sagellm.graphs.kernels.memory_layout import Shape, linear_weights, weight_shapes
 from sagellm.graphs.models import build
 from sagellm.graphs.models.config import num_layers
 from sagellm.graphs.models.quantisation import StoredQuantisation, stored_quantisation
