@@ -28,9 +28,10 @@ class CountingBackend(NullBackend):
         return CountingDevice(self.devices()[index])
 
 
-register_backend(CountingBackend())
+BACKEND = CountingBackend()
 
 if __name__ == "__main__":
+    register_backend(BACKEND)
     graph = Graph("counting").engine("g", model="sage-tiny", device="counting")
     graph >> ops.generate(engine="g")
     with graph.open() as session:

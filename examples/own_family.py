@@ -7,8 +7,7 @@ from pathlib import Path
 
 import trio
 
-import sagellm
-from sagellm import Graph, ops
+from sagellm import Graph, ops, register_model_family
 from sagellm.graphs.models import Config, Decoder, ModelFamily, read_decoder
 from sagellm.graphs.models.config import num_layers
 from sagellm.runtime.models.folder import BUILT_IN
@@ -20,7 +19,7 @@ def shape(config: Config) -> Decoder:
     return read_decoder(config, "own", windows=windows, qk_norm=True)
 
 
-sagellm.register_model_family(ModelFamily("OwnForCausalLM", shape))
+FAMILY = ModelFamily("OwnForCausalLM", shape)
 
 
 async def main() -> None:
@@ -36,4 +35,5 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
+    register_model_family(FAMILY)
     trio.run(main)

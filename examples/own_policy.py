@@ -2,7 +2,8 @@
 
 import trio
 
-from sagellm import Graph, Request, Sampling, ops
+from sagellm import Graph, Request, Sampling, ops, register_policy
+from sagellm.operators.policies import Policy, PolicySortOptions, QueueOrder
 
 
 def answer_len(request: Request) -> float:
@@ -10,10 +11,13 @@ def answer_len(request: Request) -> float:
     return float(request.sampling.max_tokens)
 
 
+def shortest_first(options: PolicySortOptions) -> Policy:
+    return Policy((QueueOrder(answer_len),))
+
+
 async def main() -> None:
-    graph = Graph("short_first").engine("g", model="sage-tiny", max_num_seqs=1)
-    sort = ops.policy_sort("own", function=answer_len)
-    graph >> sort >> ops.generate(engine="g") >> ops.metrics_sink()
+    graph = Graph("short").engine("g", model="sage-tiny", max_num_seqs=1)
+    graph >> ops.policy_sort("shortest_first") >> ops.generate(engine="g")
     finished = []
     async with graph.open() as session, trio.open_nursery() as nursery:
 
@@ -29,4 +33,5 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
+    register_policy("shortest_first", shortest_first)
     trio.run(main)

@@ -19,7 +19,6 @@ class InBursts:
         return numbers[sent // self.length % len(numbers)], sent + 1
 
 
-register_strategy("in_bursts", InBursts)
 replicas = []
 
 
@@ -29,6 +28,7 @@ def note(request: Request) -> Request:
 
 
 if __name__ == "__main__":
+    register_strategy("in_bursts", InBursts)
     graph = Graph("bursts").engine("g", model="null", device="null", replicas=2)
     route = ops.route("in_bursts", strategy_options={"length": 3})
     graph >> route >> ops.map(note) >> ops.generate(engine="g")
