@@ -1,4 +1,4 @@
-"""A gateway without a server: scripted doors, and calls whose clients can leave or stop reading."""
+"""A gateway without a server: scripted bridges, and clients that can leave or stop reading."""
 
 import json
 from collections.abc import AsyncIterator, Callable, Sequence

@@ -1,4 +1,4 @@
-"""A gateway on a real socket: in this trio loop before a scripted door, or in a thread before a
+"""A gateway on a real socket: in this trio loop before a scripted bridge, or in a thread before a
 null engine; and a client that sends bytes as they are.
 """
 

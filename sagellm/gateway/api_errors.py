@@ -1,6 +1,7 @@
 """The errors of HTTP calls: one exception, its JSON, and the refusals of a busy server."""
 
 import math
+import secrets
 from collections.abc import MutableMapping
 from typing import Any
 
@@ -149,3 +150,25 @@ def shed(lag_s: float, *, should_retry: bool) -> ApiError:
         retry_after_s=max(1.0, NUM_TURNS * lag_s),
         should_retry=should_retry,
     )
+
+
+_HTTP_FAULTS = {
+    400: "the request is not valid HTTP/1.1",
+    408: "the request took too long to come",
+    431: "the headers are too large",
+    503: "there are too many connections",
+}
+
+
+def refusal(status: int) -> tuple[list[tuple[bytes, bytes]], bytes]:
+    """Return the headers and the body of an answer to bytes that are no call. The connection is
+    closed after the answer.
+    """
+    body = ApiError(status, _HTTP_FAULTS.get(status, _HTTP_FAULTS[400])).encoded
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", b"%d" % len(body)),
+        (b"x-request-id", secrets.token_hex(16).encode()),
+        (b"connection", b"close"),
+    ]
+    return headers, body

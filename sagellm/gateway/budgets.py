@@ -51,7 +51,7 @@ class SharedCounters:
     @classmethod
     def make(cls, num_rows: int, names: Sequence[str]) -> "SharedCounters":
         """Return a new table of zeros. Other processes share it by its descriptor."""
-        descriptor = os.memfd_create("sagellm-tally")
+        descriptor = os.memfd_create("sagellm-counters")
         os.ftruncate(descriptor, max(1, num_rows * len(names)) * _ITEM_BYTES)
         return cls(descriptor, num_rows, names)
 

@@ -65,12 +65,8 @@ class Gateway:
     num_calls: Counter = field(
         default_factory=LocalCounter
     )  # open calls of all gateways of the graph
-    _open_ids: dict[str, int] = field(
-        default_factory=dict
-    )  # id of a call -> number of its requests
-    _broken_ids: dict[str, None] = field(
-        default_factory=dict
-    )  # ids of calls that broke off, oldest first
+    _open_ids: dict[str, int] = field(default_factory=dict)  # id of a call -> number of requests
+    _broken_ids: dict[str, None] = field(default_factory=dict)  # calls that broke off, oldest first
     _salt_key: bytes = b""
 
     def __post_init__(self) -> None:

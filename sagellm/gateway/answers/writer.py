@@ -166,10 +166,10 @@ class AnswerWriter:
     Choice j of prompt i has index i * n + j, as in the OpenAI API.
     """
 
-    def __init__(self, asked: AnswerSpec, form: AnswerForm, tally: UsageCounter) -> None:
+    def __init__(self, asked: AnswerSpec, form: AnswerForm, counter: UsageCounter) -> None:
         self._asked = asked
         self._form = form
-        self._tally = tally
+        self._counter = counter
         self._num_unfinished = asked.num_indices
         self._is_begun = False
         self._parts: dict[int, list[TokenEvent]] = {}
@@ -187,7 +187,7 @@ class AnswerWriter:
     def chunks(self, batch: EventBatch) -> bytes:
         """Return the events of a batch, one for each of its choices."""
         joined_batch = self._joined(batch)
-        usage = self._tally.usage if self._asked.has_continuous_usage else None
+        usage = self._counter.usage if self._asked.has_continuous_usage else None
         events = [self._form.chunk(index, event, usage) for index, event in joined_batch]
         if not self._is_begun:
             self._is_begun = True
@@ -196,7 +196,7 @@ class AnswerWriter:
 
     def ending(self) -> bytes:
         """Return the events after the last chunk."""
-        return self._form.usage(self._tally.usage) if self._asked.has_usage else b""
+        return self._form.usage(self._counter.usage) if self._asked.has_usage else b""
 
     def add(self, batch: EventBatch) -> None:
         for index, event in self._joined(batch):
@@ -205,7 +205,7 @@ class AnswerWriter:
     def whole(self) -> bytes:
         """Return the whole answer of the added batches."""
         choices = ((index, joined(self._parts[index])) for index in sorted(self._parts))
-        return self._form.whole(choices, self._tally.usage)
+        return self._form.whole(choices, self._counter.usage)
 
     def _joined(self, batch: EventBatch) -> list[Indexed]:
         """Return one event for each choice, in the order of their first events."""
@@ -213,7 +213,7 @@ class AnswerWriter:
         for prompt, event in batch:
             if self._asked.is_prompt_only:
                 event = _ungenerated(event)
-            self._tally.count(prompt, event)
+            self._counter.count(prompt, event)
             self._num_unfinished -= event.is_last
             index = prompt * self._asked.num_choices + event.choice
             parts.setdefault(index, []).append(event)

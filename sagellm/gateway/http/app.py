@@ -13,7 +13,6 @@ from starlette.types import Message, Receive, Scope, Send
 
 from sagellm.gateway.api_errors import (
     NUM_TURNS,
-    ApiError,
     draining,
     failure_of,
     headers_of,
@@ -214,26 +213,6 @@ async def _lifespan(receive: Receive, send: Send) -> None:
         await send({"type": f"{message['type']}.complete"})
         if message["type"] == "lifespan.shutdown":
             return
-
-
-_MESSAGES = {
-    400: "the request is not valid HTTP/1.1",
-    408: "the request took too long to come",
-    431: "the headers are too large",
-    503: "there are too many connections",
-}
-
-
-def refusal(status: int) -> tuple[list[tuple[bytes, bytes]], bytes]:
-    """Return the headers and the body of a refusal that closes its connection."""
-    body = ApiError(status, _MESSAGES.get(status, _MESSAGES[400])).encoded
-    headers = [
-        (b"content-type", b"application/json"),
-        (b"content-length", b"%d" % len(body)),
-        (b"x-request-id", read_request_id(()).encode()),
-        (b"connection", b"close"),
-    ]
-    return headers, body
 
 
 _MOST_BYTES = 64 << 10  # the largest call that may be refused unread

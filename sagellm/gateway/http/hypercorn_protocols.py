@@ -17,7 +17,7 @@ from hypercorn.protocol.h2 import H2Protocol
 from hypercorn.protocol.h11 import H11Protocol
 from hypercorn.typing import H11SendableEvent
 
-from sagellm.gateway.http.app import refusal
+from sagellm.gateway.api_errors import refusal
 
 LINGER_S = 1.0  # how long a closed connection reads what the client still sends
 _GONE = (trio.BrokenResourceError, trio.ClosedResourceError)

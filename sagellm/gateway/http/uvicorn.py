@@ -14,7 +14,8 @@ import uvloop
 from anyio import TASK_STATUS_IGNORED
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from sagellm.gateway.http.app import App, refusal
+from sagellm.gateway.api_errors import refusal
+from sagellm.gateway.http.app import App
 from sagellm.gateway.settings import BACKLOG, Settings, max_connections
 
 LINGER_S = 1.0  # for the client to read its refusal

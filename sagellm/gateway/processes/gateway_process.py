@@ -23,9 +23,9 @@ from sagellm.gateway.processes.link import (
     RetireRequested,
     Started,
     StreamEvents,
+    StreamRefused,
     SubmitRequest,
     TokensRead,
-    stream_refused,
 )
 from sagellm.gateway.processes.main import GatewayStart
 from sagellm.gateway.settings import Streaming
@@ -151,7 +151,7 @@ class _LinkReader:
         if self.is_left:
             return
         if isinstance(end, ApiError):
-            self._put(stream_refused(self._stream, end))
+            self._put(StreamRefused.of(self._stream, end))
         else:
             events = [event_of(output) for output in outputs]
             self._put(StreamEvents(self._stream, events, end))
@@ -220,9 +220,9 @@ class GatewayProcess:
             except OSError:
                 here.close()
                 raise
-        life = cls(process, await UNIXSocketStream.from_socket(here))
-        life.link.put(setup())  # the first message of the link
-        return life
+        started = cls(process, await UNIXSocketStream.from_socket(here))
+        started.link.put(setup())  # the first message of the link
+        return started
 
     async def run(
         self,

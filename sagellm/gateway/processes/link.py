@@ -59,6 +59,10 @@ class StreamRefused(_LinkMessage, frozen=True, tag=True):
     retry_after_s: float | None = None
     should_retry: bool | None = None
 
+    @classmethod
+    def of(cls, stream: int, error: ApiError) -> "StreamRefused":
+        return cls(stream, *(getattr(error, name) for name in cls.__struct_fields__[1:]))
+
     @property
     def error(self) -> ApiError:
         return ApiError(
@@ -216,18 +220,6 @@ GatewayMessage: TypeAlias = (
     | Drained
     | RetireRequested
 )
-
-
-def stream_refused(stream: int, error: ApiError) -> StreamRefused:
-    return StreamRefused(
-        stream,
-        error.status,
-        error.message,
-        error.param,
-        error.code,
-        error.retry_after_s,
-        error.should_retry,
-    )
 
 
 def enc_hook(value: Any) -> Any:

@@ -56,9 +56,9 @@ class GatewayStart:
     of counters, and the gateway's row of that table.
     """
 
-    bridge: int
+    link: int
     listener: int
-    tally: int
+    counters: int
     num_rows: int
     row: int
 
@@ -68,7 +68,7 @@ class GatewayStart:
 
     @property
     def files(self) -> tuple[int, ...]:
-        return self.bridge, self.listener, self.tally
+        return self.link, self.listener, self.counters
 
     @classmethod
     def read(cls) -> "GatewayStart":
@@ -95,23 +95,23 @@ def main() -> None:
     start = GatewayStart.read()
     end_with_parent()
     ignore_noted()
-    bridge = socket(fileno=start.bridge)
-    setup = read_first(bridge, GatewaySetup)  # before any loop: the settings decide which one runs
+    link = socket(fileno=start.link)
+    setup = read_first(link, GatewaySetup)  # before any loop: the settings decide which one runs
     settings = setup.settings
     known = (*settings.api_keys.values(), settings.admin_key or "")  # never shown in log lines
     backend, options, module, name = _SERVERS[settings.server]
     make_server = getattr(import_module(module), name)
     form = setup.log_format
     with process_logs(setup.log_level, key=settings.salt_key, known=known, form=form):
-        run = partial(_run, setup, start, bridge, make_server)
+        run = partial(_run, setup, start, link, make_server)
         is_done = anyio.run(run, backend=backend, backend_options=options)
     sys.exit(not is_done)
 
 
 async def _run(
-    setup: GatewaySetup, start: GatewayStart, door_socket: socket, make_server: Callable[..., Any]
+    setup: GatewaySetup, start: GatewayStart, link_socket: socket, make_server: Callable[..., Any]
 ) -> bool:
-    async with await UNIXSocketStream.from_socket(door_socket) as stream:
+    async with await UNIXSocketStream.from_socket(link_socket) as stream:
         link: MessageLink[GraphMessage] = MessageLink(stream, GraphMessage)
         models = load_models(from_msgpack(setup.graph))
         gateway = _gateway(setup, start, link, models)
@@ -125,8 +125,8 @@ def _gateway(
     setup: GatewaySetup, start: GatewayStart, link: MessageLink[GraphMessage], models: Models
 ) -> Gateway:
     settings = setup.settings
-    tally = SharedCounters(start.tally, start.num_rows, counter_columns(settings))
-    count = partial(tally.count, row=start.row)
+    counters = SharedCounters(start.counters, start.num_rows, counter_columns(settings))
+    count = partial(counters.count, row=start.row)
     graph = from_msgpack(setup.graph)
     bridge = ProcessBridge(link, settings.streaming)
     return Gateway(

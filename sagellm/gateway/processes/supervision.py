@@ -76,8 +76,8 @@ class GatewaySupervisor:
         self._sock = sock
         self._num_rows = 2 * settings.num_gateways  # for serving and for retiring processes
         self._free_rows = list(range(self._num_rows))
-        self._tally = SharedCounters.make(self._num_rows, counter_columns(settings))
-        self._lives: list[GatewayProcess] = []
+        self._counters = SharedCounters.make(self._num_rows, counter_columns(settings))
+        self._processes: list[GatewayProcess] = []
         self._past = SummedMeters(PATHS)  # the counts of processes that have exited
         self._claimed: set[str] = set()  # request ids of all gateways
         self._changed = trio.lowlevel.ParkingLot()
@@ -87,7 +87,7 @@ class GatewaySupervisor:
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Raises GatewaysFailed."""
         self._sock.listen(BACKLOG)
-        with closing(self._tally):
+        with closing(self._counters):
             async with trio.open_nursery() as nursery:
                 async with trio.open_nursery() as starting:
                     for number in range(self._settings.num_gateways):
@@ -98,10 +98,10 @@ class GatewaySupervisor:
     def drain(self) -> int:
         self._is_draining = True
         self._broadcast(StartDrain())
-        return self._tally.count("calls", 0).total
+        return self._counters.count("calls", 0).total
 
     async def idle(self) -> None:
-        while any(life.is_up and not life.is_idle for life in self._lives):
+        while any(process.is_up and not process.is_idle for process in self._processes):
             await self._changed.park()
 
     def stop(self) -> None:
@@ -113,8 +113,8 @@ class GatewaySupervisor:
     # ---- processes ---------------------------------------------------------------------------
 
     def _broadcast(self, message: msgspec.Struct) -> None:
-        for life in self._lives:
-            life.link.put(message)
+        for process in self._processes:
+            process.link.put(message)
 
     def _send_readiness(self) -> None:
         self._broadcast(ReadinessChanged(self._readiness.is_ready, self._readiness.reason))
@@ -129,26 +129,26 @@ class GatewaySupervisor:
         restarts, was_up = Restarts(POLICY), False
         while not self._is_stopping:
             began_s = trio.current_time()
-            life = await self._begin(nursery)
-            if life is None:
+            process = await self._begin(nursery)
+            if process is None:
                 return
-            while not life.is_over:
-                if life.is_up and not was_up:
+            while not process.is_over:
+                if process.is_up and not was_up:
                     was_up = True
                     log.info("gateway_up", gateway=number)
                     task_status.started()
                 await self._changed.park()
-            if not life.why:
+            if not process.why:
                 log.info("gateway_leaves", gateway=number)  # it was asked to retire
                 continue
             if self._is_stopping:
                 return
             if not was_up:
-                raise GatewaysFailed(f"a gateway did not start: {life.why}")
+                raise GatewaysFailed(f"a gateway did not start: {process.why}")
             now = trio.current_time()
             delay_s = restarts.died(now, ready_s=began_s, draw=random.random())
             log.warning(
-                "gateway_died", gateway=number, why=life.why, restart_in_s=round(delay_s, 3)
+                "gateway_died", gateway=number, why=process.why, restart_in_s=round(delay_s, 3)
             )
             await trio.sleep(delay_s)
 
@@ -162,7 +162,7 @@ class GatewaySupervisor:
                 continue
             row = self._free_rows.pop(0)
             try:
-                life = await GatewayProcess.begin(partial(self._start, row), self._setup)
+                process = await GatewayProcess.begin(partial(self._start, row), self._setup)
             except OSError as error:  # no memory, no descriptor, or too many processes
                 if not self._is_started:
                     cause = f"a gateway could not be started: {error.strerror}"
@@ -171,30 +171,30 @@ class GatewaySupervisor:
                 self._free_rows.append(row)
                 await trio.sleep(POLICY.longest_s)
             else:
-                self._lives.append(life)
-                nursery.start_soon(self._live, nursery, life, row)
-                return life
+                self._processes.append(process)
+                nursery.start_soon(self._run, nursery, process, row)
+                return process
         return None
 
-    async def _live(self, nursery: trio.Nursery, life: GatewayProcess, row: int) -> None:
-        handle = partial(self._handle, nursery, life)
+    async def _run(self, nursery: trio.Nursery, process: GatewayProcess, row: int) -> None:
+        handle = partial(self._handle, nursery, process)
         streaming, claimed = self._settings.streaming, self._claimed
         try:
-            await life.run(self._session, streaming, claimed, handle)
+            await process.run(self._session, streaming, claimed, handle)
         except Exception as error:  # a fault of this program: other gateways go on
-            life.why = "its link failed"
+            process.why = "its link failed"
             log.error("gateway_link_failed", exc_info=error)
         finally:
-            self._lives.remove(life)
-            self._tally.clear(row)
+            self._processes.remove(process)
+            self._counters.clear(row)
             self._free_rows.append(row)
-            if life.counted is not None:
-                self._past.add(life.counted, is_alive=False)
+            if process.counted is not None:
+                self._past.add(process.counted, is_alive=False)
             self._changed.unpark_all()
 
-    def _start(self, row: int, bridge: int) -> GatewayStart:
+    def _start(self, row: int, link: int) -> GatewayStart:
         return GatewayStart(
-            bridge, self._sock.fileno(), self._tally.descriptor, self._num_rows, row
+            link, self._sock.fileno(), self._counters.descriptor, self._num_rows, row
         )
 
     def _setup(self) -> GatewaySetup:
@@ -211,39 +211,41 @@ class GatewaySupervisor:
 
     # ---- messages of gateways ----------------------------------------------------------------
 
-    def _handle(self, nursery: trio.Nursery, life: GatewayProcess, message: GatewayMessage) -> None:
-        put = life.link.put
+    def _handle(
+        self, nursery: trio.Nursery, process: GatewayProcess, message: GatewayMessage
+    ) -> None:
+        put = process.link.put
         match message:
             case CancelRequest(number, request_id):
-                is_known = life.endpoint is not None and life.endpoint.cancel(request_id)
+                is_known = process.endpoint is not None and process.endpoint.cancel(request_id)
                 put(QueryAnswer(number, is_known=is_known))
             case CancelCall(number, call_id):
                 put(QueryAnswer(number, is_known=self._cancel_call(call_id)))
             case Scrape():
                 nursery.start_soon(self._answer_scrape, put, message)
             case RetireRequested() if self._is_draining or not self._free_rows:
-                life.is_over = (
-                    False  # it drains with the others, or no process could take its place
-                )
+                # It drains with the others, or no process could take its place.
+                process.is_over = False
             case RetireRequested():
                 put(Retire())
         self._changed.unpark_all()
 
     def _cancel_call(self, call_id: str) -> bool:
-        desks = [life.endpoint for life in self._lives if life.endpoint is not None]
-        return any([endpoint.cancel_call(call_id) for endpoint in desks])  # noqa: C419 (all of them)
+        endpoints = [
+            process.endpoint for process in self._processes if process.endpoint is not None
+        ]
+        return any([endpoint.cancel_call(call_id) for endpoint in endpoints])  # noqa: C419 (all of them)
 
     async def _answer_scrape(self, put: Callable[[msgspec.Struct], None], asked: Scrape) -> None:
         with trio.move_on_after(FRESH_S):
             await self._counted_anew()
         summed = SummedMeters(PATHS)
         summed.add(counter_report(self._past), is_alive=False)
-        summed.add(
-            counter_report(self._meters), is_alive=False
-        )  # the log lines that this process dropped
-        for life in self._lives:
-            if life.counted is not None:
-                summed.add(life.counted, is_alive=True)
+        # The log lines that this process dropped.
+        summed.add(counter_report(self._meters), is_alive=False)
+        for process in self._processes:
+            if process.counted is not None:
+                summed.add(process.counted, is_alive=True)
         try:
             content, content_type = await self._meters.exposition(asked.accept, summed)
         except Exception as error:  # only this query fails
@@ -253,7 +255,9 @@ class GatewaySupervisor:
             put(QueryAnswer(asked.number, True, content, content_type))
 
     async def _counted_anew(self) -> None:
-        asked = [(life, life.ask()) for life in self._lives]
-        for life, number in asked:
-            while life in self._lives and (life.counted is None or life.counted.number < number):
+        asked = [(process, process.ask()) for process in self._processes]
+        for process, number in asked:
+            while process in self._processes and (
+                process.counted is None or process.counted.number < number
+            ):
                 await self._changed.park()

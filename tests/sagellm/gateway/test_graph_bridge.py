@@ -1,4 +1,4 @@
-"""All doors are one door: the same tests before a real session on the null model."""
+"""All bridges behave alike: the same tests for each, before a session on the null model."""
 
 import asyncio
 import os
@@ -39,7 +39,7 @@ NUM_AT_ONCE = WINDOW if os.environ.get("SAGELLM_TEST_EXECUTOR") == "processes" e
 
 
 class Behind(Protocol):
-    """What is behind the door, from the door's side."""
+    """The session of a bridge, from the side of the app."""
 
     async def do(self, function: Callable[[Session], Awaitable[Any]]) -> Any:
         """Run something in the session's loop."""
@@ -107,7 +107,7 @@ class Awake:
 
 
 @asynccontextmanager
-async def at_a_desk(session: Session, end: socket.socket) -> Any:
+async def at_an_endpoint(session: Session, end: socket.socket) -> Any:
     """The session's side of a link to a gateway elsewhere."""
     async with (
         await UNIXSocketStream.from_socket(end) as stream,
@@ -164,7 +164,7 @@ def over_a_link(body: Body, step_s: float = 0.001, backend: str = "trio") -> Non
 
         @asynccontextmanager
         async def whole() -> Any:
-            async with opened(step_s) as session, at_a_desk(session, here):
+            async with opened(step_s) as session, at_an_endpoint(session, here):
                 yield session
 
         async def run(session: Session) -> None:

@@ -95,7 +95,7 @@ async def test_own_code_that_goes_on_failing_is_probed_less_often(
         assert readiness.is_ready
 
 
-async def test_a_door_that_goes_on_failing_is_logged_once(autojump_clock: MockClock) -> None:
+async def test_a_graph_that_goes_on_failing_is_logged_once(autojump_clock: MockClock) -> None:
     def script(request: object) -> list[list[TokenEvent]]:
         raise RuntimeError
 
@@ -116,7 +116,7 @@ async def test_a_probe_without_end_fails(autojump_clock: MockClock) -> None:
 
 
 @pytest.mark.parametrize("raised", [ApiError(503, "x"), RuntimeError("secret")])
-async def test_a_door_that_fails_says_nothing_of_why(raised: Exception) -> None:
+async def test_a_graph_that_fails_says_nothing_of_why(raised: Exception) -> None:
     def script(request: object) -> list[list[TokenEvent]]:
         raise raised
 

@@ -1,4 +1,4 @@
-"""What only the door between two threads has to get right."""
+"""The bridge between two threads: wake-ups, threads and closing."""
 
 import asyncio
 import threading
@@ -20,7 +20,7 @@ LONG = Sampling(max_tokens=100, ignore_eos=True)
 
 
 class Portal:
-    """A session and its door in a trio thread, for a plain one."""
+    """A session and its bridge in a trio thread, for a plain thread."""
 
     def __enter__(self) -> "Portal":
         self._context = start_blocking_portal(backend="trio")
@@ -43,7 +43,7 @@ class Portal:
             session.executor.core.ledger.check()
 
     def close(self) -> None:
-        """Close the door; the graph is closed behind it."""
+        """Close the bridge, and then the graph."""
         self.portal.call(self._stop.set)
         self.portal.call(self._closed.wait)
 
@@ -90,7 +90,7 @@ def test_no_thread_is_started_for_a_request():
         assert asyncio.run(ask(portal.bridge)) == before
 
 
-def test_closing_the_door_ends_its_readers():
+def test_closing_the_bridge_ends_its_readers():
     async def ask(portal: Portal) -> None:
         sampling = Sampling(max_tokens=8000, ignore_eos=True)
         async with portal.bridge.open_stream(asked("r", sampling)) as batches:
@@ -105,7 +105,7 @@ def test_closing_the_door_ends_its_readers():
         asyncio.run(ask(portal))
 
 
-def test_a_door_whose_thread_has_ended_takes_nothing():
+def test_a_bridge_whose_thread_has_ended_takes_nothing():
     async def ask(bridge: ThreadBridge) -> None:
         with pytest.raises(ApiError) as caught:
             await read(bridge, "r")
@@ -118,7 +118,7 @@ def test_a_door_whose_thread_has_ended_takes_nothing():
     asyncio.run(ask(bridge))
 
 
-def test_a_closed_door_takes_nothing():
+def test_a_closed_bridge_takes_nothing():
     async def ask(portal: Portal) -> None:
         portal.close()
         with pytest.raises(ApiError) as caught:

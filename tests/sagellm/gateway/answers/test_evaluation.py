@@ -1,4 +1,4 @@
-"""Fields of evaluations over a scripted door: prompts' logprobs, prompts alone, tokens by id."""
+"""Fields of evaluations over a scripted bridge: prompts' logprobs, prompts alone, tokens by id."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Log probabilities in both APIs, over a scripted door."""
+"""Log probabilities in both APIs, over a scripted bridge."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The streaming contract, line by line, over a scripted door."""
+"""The streaming contract, line by line, over a scripted bridge."""
 
 from typing import Any
 

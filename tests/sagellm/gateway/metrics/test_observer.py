@@ -47,7 +47,7 @@ def observe(session: Session) -> RequestObserver:
 
 @pytest.mark.parametrize("graph", ["pd", "pd_many"])
 async def test_counters_equal_the_ledger(graph: str, autojump_clock: MockClock) -> None:
-    """Served, cancelled wherever they are, refused at the door, expired, and several choices."""
+    """Served, cancelled in every phase, refused, expired, and with several choices."""
     draw, tokens = random.Random(graph), random.Random(1)
     async with Graph.load(graph).open(set={**NULL, "admission.max_queued": 30}) as session:
         observer = observe(session)
