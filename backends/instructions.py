@@ -71,9 +71,10 @@ class _Registers:
         spec = KERNELS[node.op].spec
         wires = [self._feeds[node.name, port.name] for port in spec.inlets]
         inputs = tuple(self.held[wire] for wire in wires)
+        # Outputs are allocated before dead inputs are freed: no result overwrites an input.
         outlets = [port.name for port in spec.outlets if port.carries != KV]
         outputs = tuple(self._take((node.name, outlet)) for outlet in outlets)
-        self.held[node.name, KV] = self.step_inputs[KV]
+        self.held[node.name, KV] = self.step_inputs[KV]  # kernels change it in place
         return Instruction(node, inputs, outputs, tuple(self._drop(wires)))
 
     def _take(self, wire: Wire) -> int:

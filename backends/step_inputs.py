@@ -18,7 +18,8 @@ def step_inputs(batch: StepBatch, block_size: int) -> StepInputs:
     ends = np.array(batch.contexts, dtype=np.int64)
     query_starts = np.zeros(len(ends) + 1, dtype=np.int64)
     np.cumsum(query_lens, out=query_starts[1:])
-    owners = np.repeat(np.arange(len(ends)), query_lens)
+    owners = np.repeat(np.arange(len(ends)), query_lens)  # the sequence of each new token
+    # The new tokens of a sequence are its last ones: each ends at its context length.
     positions = np.arange(len(owners)) + (ends - query_starts[1:])[owners]
     tables = _block_tables(batch, block_size)
     slots = _blocks_at(tables, owners, positions // block_size, len(ends)).astype(np.int64)

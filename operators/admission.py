@@ -193,6 +193,7 @@ class Admission:
     def _refusal(self, forecast: Forecast, request: Request, now: float) -> tuple[str, str]:
         """Code and reason of a refusal; two empty texts where the request is accepted."""
         backlog = forecast.pace.backlog
+        # A request alone may exceed the bound in tokens: it would never fit otherwise.
         full = self._overflow(backlog, request) if backlog.num_requests else ""
         if full:
             return "queue_full", full
@@ -227,6 +228,7 @@ class Admission:
 
 
 def _share(request: Request) -> float:
+    """The share of each bound that the request may use; unknown priorities count as the nearest."""
     return SHARES[min(max(request.priority, 0), len(SHARES) - 1)]
 
 

@@ -77,7 +77,7 @@ class DecodeService:
         request, first = item.request, item.first
         await ctx.emit(msgspec.structs.replace(first, stamps=_stamps(item)))
         report_first_token(ctx, request, first)
-        if first.is_last:
+        if first.is_last:  # there is nothing left to decode
             ctx.release(request.key)
             return
         emitted = (*request.emitted_token_ids, *first.token_ids)

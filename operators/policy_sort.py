@@ -124,7 +124,7 @@ class PolicySort:
         try:
             after = self._ranked(state, request, now)
         except Exception as error:
-            if self.function is None:
+            if self.function is None:  # not the user's function: the executor names the operator
                 raise
             why = self.function.explain(error)
             end = Terminate(failure_event(request, why, now=now), error)
@@ -136,6 +136,7 @@ class PolicySort:
         context = queue.context
         if self.ranking is None:
             return queue.with_request(request, context.orders[queue.level], now)
+        # The rank is fixed at arrival: later changes of the policy's state do not move the request.
         rank, state = self.ranking.rank(context.state, request, now, context.forecast)
         return queue.with_context(state=state).with_request(
             request, QueueOrder(lambda _: rank), now
@@ -170,7 +171,7 @@ class PolicySort:
         load, report the backlog, and offer requests. `anew`: offer declined requests again.
         """
         wake_at = after.wake_at
-        if wake_at is not None and wake_at <= now:
+        if wake_at is not None and wake_at <= now:  # first, so that no expired request is offered
             after, late = after.without_expired(now)
             outputs += _ends(late, "expired", now)
             wake_at = after.wake_at

@@ -133,7 +133,7 @@ class PrefillService:
         assert request is not None
         self._held.drop(request.key)
         reservation = self._reservations.pop(request.key, None)
-        if done.lease is None and reservation is not None:
+        if done.lease is None and reservation is not None:  # the first token was the last
             reservation.abort()
             reservation = None
         first = merge_stamps(request, done.first)

@@ -99,9 +99,10 @@ class Router:
     def on(self, state: RouterView, happened: Input, now: float, draw: Draw) -> Step[RouterView]:
         match happened:
             case Arrival(item=Request() as request):
+                # Without room in the only pool that it can enter, no strategy could place it.
                 if self.entry is not None and not state.pools[self.entry.name].free:
                     return Step(state, (Wait(self.entry.entries[0]),))
-                if request.avoid:
+                if request.avoid:  # replicas that failed with the request before
                     return self._place_elsewhere(state, request)
                 return Step(state, (self._placements(state, request, now, draw),))
             case Signal(kind="forget", request_id=request_id):

@@ -67,6 +67,7 @@ class Binding:
                 f"AWQ store them; give the weights in bfloat16 or float32"
             )
         found = found.to(self.dtype).contiguous()
+        # A weight of one kernel is not kept here: it can be freed once the kernel has packed it.
         if self._num_users[name] > 1:
             self._shared[name] = found
         return found

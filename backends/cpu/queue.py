@@ -57,10 +57,10 @@ class CpuQueue:
             torch.set_num_threads(threads)
         while (launch := self._launches.get()) is not None:
             if not launch.ticket.set_running_or_notify_cancel():
-                continue
+                continue  # cancelled before it began
             try:
                 sampled = _computed(launch)
-            except BaseException as error:
+            except BaseException as error:  # the ticket raises it; the thread serves later launches
                 launch.ticket.set_exception(error)
             else:
                 launch.ticket.set_result(sampled)
@@ -71,7 +71,7 @@ def _computed(launch: _Launch) -> Sampled:
     batch, inputs = launch.batch, launch.inputs
     if batch.after is not None:
         feed(batch, inputs, _sampled_by(batch.after))
-    with launch.program.lock:
+    with launch.program.lock:  # queues of other engines may run the same program
         logits = launch.program.run(inputs, launch.storage.pool)
     num_rows = len(batch.rows)
     sampled = sample(logits[:num_rows], batch.rows)

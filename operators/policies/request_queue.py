@@ -104,12 +104,15 @@ class RequestQueue(msgspec.Struct, frozen=True):
         entry, *others = self.choices[taken.request_id]
         if others:
             entry = next(one for one in (entry, *others) if _is_same(one[3], taken))
+        # A request that passes through an empty queue shows nothing of the rate of service.
         waited = max(self.counted_until_s, now) > self.waiting_since_s
         return self._without(entry, now, (), was_sent=True, was_served=waited)
 
     def with_room(self, now: float, *, has_room: bool) -> "RequestQueue":
         """The queue after engines downstream got room for a request, or have none any more."""
         backlog = replace(self.backlog, busy_s=self.busy_s(now), num_full=not has_room)
+        # Room came back while nothing waited here: an engine finished a request, which counts as
+        # served, of the mean size of those sent.
         if has_room and not len(self.entries) and self.num_sent:
             backlog = replace(
                 backlog,

@@ -1,4 +1,4 @@
-"""Weights that lie one behind the other are joined without a copy, others by one."""
+"""Weights that are adjacent in memory are concatenated without a copy, others with a copy."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Buffers of the native step: side by side, used again once dead, as wide as the widest user."""
+"""Buffers of the native step: side by side, reused once dead, as wide as the widest user."""
 
 from sagellm.backends.cpu.translation import Buffers, BufferSlice
 

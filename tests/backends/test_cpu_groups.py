@@ -1,4 +1,4 @@
-"""Layers in several block tables, and recurrent states: the same results as without."""
+"""Layers in several block tables, and recurrent states, give the same results as one table."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ NEW = [[5, 9], [11, 3]]  # of two sequences, in two steps
 @pytest.mark.parametrize("native", [True, False], ids=["C", "torch"])
 @pytest.mark.parametrize("deterministic", [True, False], ids=["deterministic", "free"])
 def test_what_lies_behind_a_window_is_not_read(reference, native, deterministic):
-    """Tables of their own, without the blocks behind the window, beside one table of all layers."""
+    """Several tables, without the blocks before the window, against one table of all layers."""
     model = reference("qwen2_sliding")
     graph, facts = build(model.config), model.facts
     blocks = KVBlocks(kv_groups(graph), facts.num_kv_heads, facts.head_dim, SIZE, 4)

@@ -1,4 +1,4 @@
-"""Weights in large pages: the same numbers, on addresses that such pages begin at."""
+"""Weights in large pages have the same numbers, and begin where a large page begins."""
 
 import mmap
 

@@ -55,7 +55,7 @@ def test_a_machine_without_a_compiler_has_no_native_kernels(monkeypatch):
 
 @pytest.fixture
 def cache(monkeypatch, tmp_path):
-    """An empty cache, and sources that take no time to build: every kernel, and nothing in it."""
+    """An empty cache, and sources that build at once: every kernel, each empty."""
     sources = tmp_path / "sources"
     sources.mkdir()
     kernels = "".join(f"void {name}(void) {{}}\n" for name in library._SIGNATURES)
@@ -158,7 +158,7 @@ def test_a_library_is_built_once(cache):
 
 
 def test_a_cache_that_cannot_be_written_to_is_done_without_once(cache, monkeypatch):
-    """The folder beside it is found again by the next process, without a word."""
+    """The next process finds the temporary folder again, and logs nothing."""
     cache.parent.parent.joinpath("file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache.parent.parent / "file"))
     told = []

@@ -1,4 +1,4 @@
-"""Attention in C against its torch definition, and that no batch, cut or team changes a bit."""
+"""Attention in C against its torch definition: batches, chunks and threads change no bit."""
 
 import itertools
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ NONE = torch.empty(0, dtype=torch.int64)
 
 @dataclass
 class Case:
-    """A pool that three sequences share, and the queries of all their positions."""
+    """A pool of three sequences, and the queries of all their positions."""
 
     pool: torch.Tensor
     queries: list[torch.Tensor]
@@ -29,7 +29,7 @@ class Case:
     options: PagedAttention
 
     def inputs(self, rows):
-        """Steps on `rows`: (sequence, first position, position behind the last)."""
+        """Steps on `rows`: (sequence, first position, end position)."""
         starts = [0, *itertools.accumulate(last - first for _, first, last in rows)]
         longest = max(len(self.blocks[sequence]) for sequence, *_ in rows)
         tables = [self.blocks[s] + [0] * (longest - len(self.blocks[s])) for s, *_ in rows]
@@ -63,7 +63,7 @@ class Case:
 
     @property
     def is_rounded(self):
-        """Whether queries and weights of the softmax are, because the CPU multiplies such pairs."""
+        """Whether queries and softmax weights are rounded: the CPU multiplies bfloat16 pairs."""
         return self.pool.dtype == torch.bfloat16 and KERNELS.has_pairs
 
     def wanted(self, rows):
@@ -141,7 +141,7 @@ def test_no_number_of_threads_changes_a_bit(kept_threads, threads):
 
 
 def test_a_batch_that_is_too_large_to_share_contexts_has_the_same_bits():
-    """Sums of all its spans would take 67 MiB."""
+    """The sums of all spans would take 67 MiB."""
     batch = case((1200,), heads=64, kv_heads=1, head_dim=128)
     (alone,) = batch.run([(0, 1199, 1200)])
     assert all(torch.equal(found, alone) for found in batch.run([(0, 1199, 1200)] * 700))

@@ -1,4 +1,4 @@
-"""A copy that sums on the way: the same bytes, and the sum that the xxhash library gives."""
+"""A copy with a checksum: the same bytes, and the checksum of the xxhash library."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The step in one native call against its kernels one by one; when it is used, what it keeps."""
+"""The step in one native call against its kernels one by one: when it is used, what it keeps."""
 
 import ctypes
 import gc

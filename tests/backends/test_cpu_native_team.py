@@ -1,4 +1,6 @@
-"""The helpers of the C kernels: as many as asked for, one set a thread, none after it."""
+"""The helper threads of the C kernels: as many as asked for, one team a calling thread, none after
+that thread has ended.
+"""
 
 import os
 import threading
@@ -21,19 +23,19 @@ pytestmark = [
 
 
 def num_threads():
-    """Of this process, those of the kernels included."""
+    """The threads of this process, those of the kernels included."""
     return len(os.listdir(TASKS))
 
 
 def product(threads, depth=64):
-    """A product on so many threads, and whether it is right."""
+    """Whether a product on so many threads is right."""
     torch.set_num_threads(threads)
     x, weight = torch.ones(1, depth), torch.arange(7.0)[:, None].expand(7, depth).contiguous()
     return torch.equal(pack(KERNELS, weight, None)(x), depth * torch.arange(7.0)[None])
 
 
 def in_a_thread(function):
-    """What `function` returns on a thread that ends with it."""
+    """The result of `function` on a thread of its own, which ends after the call."""
     found = []
     thread = threading.Thread(target=lambda: found.append(function()))
     thread.start()
@@ -42,7 +44,7 @@ def in_a_thread(function):
 
 
 def settled(number):
-    """Whether the process comes down to `number` threads: an ended one is listed a moment more."""
+    """Whether the process comes down to `number` threads: ended ones are listed for a moment."""
     until = time.monotonic() + 10.0
     while num_threads() > number and time.monotonic() < until:
         time.sleep(0.01)

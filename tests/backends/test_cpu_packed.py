@@ -1,4 +1,4 @@
-"""Weights in panels: torch's numbers at awkward shapes, the same bits for any batch and team."""
+"""Weights in panels: torch's numbers at awkward shapes, the same bits for any batch and threads."""
 
 import ctypes
 import gc
@@ -25,7 +25,7 @@ def _seeded():
 
 @pytest.fixture
 def threads():
-    """Sets torch's number of threads; sets it back."""
+    """Set torch's number of threads, and restore it."""
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
@@ -116,7 +116,7 @@ SHARE = ctypes.CFUNCTYPE(  # `multiply` of linear.h
 
 
 def gated(linear, x, width, threads):
-    """By the gated kernel, into columns 1 .. width + 1 of a wider matrix."""
+    """The result of the gated kernel, in columns 1 to width + 1 of a wider matrix."""
     out = torch.full((len(x), width + 3), torch.nan)
     multiply = SHARE(NativeLinear.from_address(linear.address).gated)
     for number in range(threads):

@@ -1,4 +1,4 @@
-"""Programs with quantised weights: near to the floats they stand for, the same in any batch."""
+"""Programs with quantised weights: close to the float model, the same in any batch."""
 
 import dataclasses
 
@@ -25,7 +25,7 @@ def error(found, right):
 
 
 def replaced(model, make):
-    """The model with what `make` makes of every weight of a linear."""
+    """The model with every weight of a linear replaced by `make` of it."""
     made = {
         name: make(name, weight) if "proj.weight" in name or "lm_head" in name else weight
         for name, weight in model.weights.items()

@@ -26,7 +26,7 @@ def _seeded():
 
 @pytest.fixture
 def one_thread():
-    """Where threads do not matter and calls are many: beside other tests they wait for a core."""
+    """One thread, for tests of many calls: beside other tests, several would wait for cores."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -158,7 +158,7 @@ def test_torch_alone_agrees(bits, row_bits, alone):
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """built(flags) -> the kernels as the compiler makes them with these flags."""
+    """built(flags) -> the kernels compiled with these flags."""
     common = ("-O1", "-ffp-contract=off", "-pthread", "-shared", "-fPIC", "-Wno-psabi")
 
     @functools.cache
@@ -185,7 +185,7 @@ def test_other_cpus_get_the_same(flags, bits, row_bits, built):
 
 
 def test_the_code_for_vnni_compiles(tmp_path):
-    """Where the CPU has none; where it has them, it is what all tests here run."""
+    """The kernels without VNNI. Where the CPU has VNNI, all other tests here run with it."""
     command = [*compiler.c_compiler(), "-march=icelake-server", "-O1", "-Wno-psabi", "-c"]
     probe = tmp_path / "probe.c"
     probe.write_text("int sagellm;")

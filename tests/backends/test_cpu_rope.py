@@ -1,11 +1,11 @@
-"""The shared tables of angles: long enough for whoever asks, whatever others do meanwhile."""
+"""The shared tables of angles are long enough for each caller, whatever other threads do."""
 
 from sagellm.backends.cpu.attention import RopeTables
 from sagellm.graphs.kernels.token_mixers import Rope
 
 
 class Raced(RopeTables):
-    """Another thread puts the first tables back whenever longer ones are stored."""
+    """Tables whose store is undone by another thread at once."""
 
     @property
     def _tables(self):

@@ -1,5 +1,6 @@
-"""The native step: threads meet wherever one could touch what another still works on, nothing is
-written over what is still read, and what C would misread is not translated."""
+"""The native step: threads wait before they touch a buffer that another still uses, nothing that is
+still read is overwritten, and a plan that C would misread is not translated.
+"""
 
 import pytest
 
@@ -16,7 +17,7 @@ FAMILIES = ["llama", "mistral", "qwen2_sliding", "qwen3"]
 
 
 def touched(instruction):
-    """What it reads and what it writes: buffers by where they begin, and layers of the pool."""
+    """What an instruction reads and writes: buffers by their offset, and layers of the pool."""
     read = {view.first for view in instruction.inlets if view.width}
     written = {view.first for view in instruction.outlets if view.width}
     op = _OPS[instruction.op]

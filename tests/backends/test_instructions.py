@@ -1,4 +1,4 @@
-"""Plans: order, register reuse, and what is dropped when."""
+"""Plans: the order of instructions, the reuse of registers, and when registers are freed."""
 
 from sagellm.backends.instructions import plan_kernels
 from sagellm.graphs.ir import SINK, SOURCE, Edge, Graph, Node

@@ -1,4 +1,4 @@
-"""The backend that computes nothing still checks graphs, and samples what keys say."""
+"""The null backend checks graphs, and samples tokens by (seed, choice, position)."""
 
 from dataclasses import replace
 

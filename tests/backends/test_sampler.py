@@ -1,4 +1,4 @@
-"""The sampler: each option does what its name says, and rows do not see their neighbours."""
+"""The sampler: each option does what its name says, and rows do not depend on each other."""
 
 import math
 
@@ -43,7 +43,7 @@ def sample_one(one, logits=LOGITS):
 
 
 def sampled_set(logits=LOGITS, count=300, **sampling):
-    """Every token that comes up over many seeds."""
+    """The set of tokens that are sampled over many seeds."""
     rows = [row(**{"temperature": 1.0, **sampling, "seed": seed}) for seed in range(count)]
     return set(sample(logits.repeat(count, 1), rows).token_ids)
 
@@ -102,7 +102,7 @@ def test_a_word_is_not_completed_but_its_tokens_may_stand_elsewhere():
 
 
 def test_a_prompt_bans_nothing():
-    """As in vLLM: what counts is what is generated."""
+    """As in vLLM, only generated tokens count."""
     assert sample_one(row(prompt=(5,), output=(4,), bad_words_token_ids=((5, 4, 1),))) == 1
 
 

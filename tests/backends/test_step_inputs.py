@@ -1,4 +1,4 @@
-"""What a program is given is what the kernel dialect declares, whatever the batch is."""
+"""The inputs of a program are those that the kernel dialect declares, for any batch."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""An operator without an executor: inputs in, outputs out, its state kept between."""
+"""An operator without an executor: it takes inputs, gives outputs, and keeps its state between."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +9,7 @@ from sagellm.runtime.operator import Draw, Input, Logic, OperatorOutput
 
 
 class Running:
-    """Gives inputs to one logic operator, one after the other."""
+    """Gives inputs to a logic operator, one after the other."""
 
     def __init__(self, operator: Logic[Any]) -> None:
         self.operator = operator

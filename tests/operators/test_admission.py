@@ -212,7 +212,7 @@ def test_equal_inputs_give_equal_answers(running: Any) -> None:
 
 
 def test_a_silence_between_two_departures_is_not_the_end_of_all_service(running: Any) -> None:
-    """A request of 1000 tokens leaves once a minute, and others come all the time."""
+    """A request of 1000 tokens leaves once a minute, while others arrive all the time."""
     admission = running(build(AdmissionOptions(slo_ttft_s=400.0), Setup("door")))
 
     def told_at(seconds: float) -> None:
@@ -255,7 +255,7 @@ def test_answers_that_end_together_leave_a_long_silence_behind(
 
 
 def test_a_full_engine_and_an_empty_queue_refuse_what_would_come_too_late(running: Any) -> None:
-    """And a queue of which nothing is known to wait, nor an engine to be full, refuses nothing."""
+    """A queue without waiting requests or full engines refuses nothing."""
     admission = running(build(AdmissionOptions(slo_ttft_s=2.0), Setup("door")))
     give_bursts(admission)
     newcomer = asked(stamps=Stamps(arrived_s=20.1))

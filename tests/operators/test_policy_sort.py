@@ -46,7 +46,7 @@ def told(outputs: Any) -> Any:
 
 
 def drain(sort: Any, outputs: Any = (), now: float = 0.0) -> Any:
-    """Take the first of each offer until there is none."""
+    """Take the first request of each offer until no offer comes."""
     taken = []
     outputs = outputs or sort(CREDIT, now)
     while offers := [output for output in outputs if isinstance(output, Offer)]:
@@ -266,7 +266,7 @@ def test_no_request_is_lost_or_doubled(running: Any, policy: str, drawn: Any, st
 
 
 def test_one_that_expires_as_another_comes_is_told_of(sort: Any) -> None:
-    """The number that waits stays the same, and what waits does not."""
+    """The number of waiting requests stays the same, the requests change."""
     sort(Arrival(ask("a", prompt_token_ids=(1,) * 1000, expires_s=5.0)))
     outputs = sort(Arrival(ask("b", prompt_token_ids=(1,) * 10)), 5.0)
     (backlog,) = [output.feedback.backlog for output in outputs if isinstance(output, Report)]

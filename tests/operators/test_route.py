@@ -65,7 +65,7 @@ def test_without_targets_a_request_passes(route: Any) -> None:
 
 
 def test_a_strategy_may_not_choose_a_replica_that_was_removed(route: Any, monkeypatch: Any) -> None:
-    """A replica that is down may come back; until then another one is taken."""
+    """A replica that is down may come back; until then another replica is chosen."""
     monkeypatch.setitem(STRATEGIES._registered, "last", (lambda *_: 2, "in a test"))
     router = route("last", (Target("decode", 3, "d"),))
     router(HealthChanged(node="decode", replica=2, sequence=1, is_up=False))

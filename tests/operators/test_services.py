@@ -1,4 +1,4 @@
-"""The engine operators: what they ask of engines, and what they free when a request ends."""
+"""The engine operators: their calls of engines, and what they free when a request ends."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,7 +39,7 @@ def lease(engine: str) -> LeaseRef:
 
 @dataclass
 class Blocks:
-    """A reservation that notes what becomes of it."""
+    """A reservation that records how it ends."""
 
     lease: LeaseRef
     log: list[str]
@@ -63,7 +63,7 @@ class Blocks:
 
 @dataclass
 class Engine:
-    """Notes what it is asked; refuses where told to."""
+    """An engine that records its calls, and refuses requests if told to."""
 
     name: str
     log: list[str] = field(default_factory=list)
@@ -89,7 +89,7 @@ class Engine:
 
 
 class Context:
-    """Two engines, and a note of what was sent."""
+    """A context of two engines that records what was emitted."""
 
     name, replica = "op", 0
 
@@ -219,7 +219,7 @@ async def test_a_broken_transfer_frees_the_source() -> None:
 async def test_blocks_that_do_not_come_are_computed_where_they_are_decoded(
     error: Exception | None, autojump_clock: MockClock
 ) -> None:
-    """Damaged, never there, or too late: both leases are freed, and the item goes on without."""
+    """Damaged, missing or late blocks: both leases are freed; the item goes on without blocks."""
     ctx: Any = Context()
     ctx.engines["d"].error = error
     late = Request(request_id="r", prompt_token_ids=(1, 2, 3, 4), epoch=3)

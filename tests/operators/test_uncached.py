@@ -1,4 +1,4 @@
-"""Operators before a router count what of a prompt is to be computed, not its length."""
+"""Operators before a router count the tokens of a prompt that must be computed, not its length."""
 
 from typing import Any
 
@@ -35,7 +35,7 @@ def ask(name: str = "r", tokens: tuple[int, ...] = PROMPT, **fields: Any) -> Req
 
 
 def has(engine: str, num_tokens: int, mask: int = 0b10) -> PrefixesChanged:
-    """Replicas of an engine have so many tokens of the prompt."""
+    """Feedback: replicas of an engine have so many tokens of the prompt cached."""
     hashes = PromptHashes(PROMPT, "", SIZE, HASHER.key)
     blocks = {hashes[index]: mask for index in range(num_tokens // SIZE)}
     return PrefixesChanged(engine, PrefixIndex(SIZE, Map(blocks)))
@@ -96,7 +96,7 @@ def test_a_cached_prompt_is_admitted_where_another_is_one_too_many(running: Any)
 
 
 def test_a_cached_prompt_is_predicted_to_be_sooner(running: Any) -> None:
-    """Prefills of 10 and 100 tokens took 0.1 and 1 s: so do these."""
+    """Prefills of 10 and 100 tokens took 0.1 and 1 s; predictions follow."""
     door = running(admission.build(admission.AdmissionOptions(slo_ttft_s=1.0), SETUP))
     for number in range(20):
         num_tokens = 100 if number % 2 else 10
@@ -202,7 +202,7 @@ def test_first_tokens_are_listened_to_only_where_ranks_use_them(options: Any, le
 
 
 def test_a_routed_request_says_what_its_own_replica_has(running: Any) -> None:
-    """Whatever the strategy; upstream it counted with the most that any has."""
+    """For any strategy. Upstream the request counted with the most that any replica has."""
     setup = Setup("route", TARGETS[:1], hasher=HASHER)
     router = running(route.build(route.RouteOptions("round_robin"), setup))
     router(has("p", 60, mask=0b10))

@@ -1,12 +1,10 @@
-/* Attention over the blocks of a sequence, read where they lie in the pool: blocks of keys and
- * values are brought to the cache as floats, for all query heads of their KV head at once, and
- * softmax is summed up as they go by (Milakov and Gimelshein 2018, arXiv:1805.02867; Dao 2022,
- * arXiv:2205.14135).
+/* Attention over the blocks of a sequence in the pool. Keys and values of a block are loaded into
+ * the cache as floats, once for all query heads of their KV head, and softmax is computed online
+ * (Milakov and Gimelshein 2018, arXiv:1805.02867; Dao 2022, arXiv:2205.14135).
  *
  * A row's result depends on its query and its context alone: blocks and spans begin at multiples of
- * a constant, keys that a row does not see weigh exactly 0, and sums are brought together in order.
- * So it is the same bits whatever else is in the batch, however a prompt is cut, on any number of
- * threads.
+ * a constant, masked keys have a weight of exactly 0, and sums are merged in order. So a row has
+ * the same bits in any batch, for any chunks of a prompt, and on any number of threads.
  */
 #include "attention.h"
 
@@ -29,7 +27,7 @@ INLINE void scale_row(float *row, long width, float by) {
     for (long i = 0; i < width; i += LANES) store_float(row + i, load_float(row + i) * by);
 }
 
-/* total += sums, as if their keys had come one behind the other. */
+/* Merge `sums` into `total`: the result is that of the keys of both, in order. */
 static void join(Sums *total, const Sums *sums, long rows, long width) {
     for (long r = 0; r < rows; r++) {
         float largest = fmaxf(total->largest[r], sums->largest[r]);
@@ -47,7 +45,7 @@ static void join(Sums *total, const Sums *sums, long rows, long width) {
 static long least(long a, long b) { return a < b ? a : b; }
 static long greatest(long a, long b) { return a > b ? a : b; }
 
-/* The keys first .. last of the block at `start` into the tile's sums. */
+/* Add the keys first to last of the block at `start` to the tile's sums. */
 static void add_block(Work *w, long start, long first, long last) {
     const Heads *h = &w->plan->heads;
     long group = h->heads / h->kv_heads, num_keys = last - start;
@@ -66,7 +64,7 @@ static void add_block(Work *w, long start, long first, long last) {
     pairs ? weigh_pairs(w, num_keys) : weigh(w, num_keys);
 }
 
-/* Keys first .. last, all of one span. */
+/* Add the keys first to last, which are in one span, to the tile's sums. */
 static void add_span(Work *w, long first, long last) {
     clear(&w->sums, w->rows, w->width);
     long start = first / BLOCK * BLOCK, end = least(start + BLOCK, last);
@@ -99,7 +97,7 @@ static Sums partial(const Work *w, long span) {
     return (Sums){from, from + p->tile_rows, from + 2 * p->tile_rows};
 }
 
-/* One span of a tile that several threads share; who ends last brings all together. */
+/* Compute one span of a tile that several threads share. The last of them merges all spans. */
 static void add_shared(Work *w, const Piece *piece) {
     w->sums = partial(w, piece->span);
     add_span(w, piece->first, piece->last);
@@ -135,7 +133,7 @@ static float *floats(char **memory, long count) {
     return found;
 }
 
-/* The parts whose rows are whole vectors come first, so that those begin at vectors. */
+/* Parts whose rows are whole vectors are first, so that they are aligned to vectors. */
 static void place(Work *w, char *memory) {
     long rows = w->plan->tile_rows, width = w->width = w->plan->width;
     w->panels = floats(&memory, (width + PANEL) * BLOCK);
@@ -181,7 +179,7 @@ static void pieces(void *job, int number, int threads) {
     attention_share(&j->plan, &j->layer, &j->next, 0, number);
 }
 
-/* Returns 0, or 1 if memory ran out. */
+/* Return 0, or 1 if there is no memory. */
 int sage_attention(const Heads *heads, const Batch *batch, const Layer *layer, int threads) {
     Job job = {.layer = *layer};
     char *memory = malloc((size_t)attention_plan(&job.plan, heads, batch, threads));

@@ -1,7 +1,8 @@
-/* Which pieces of attention there are in a step.
+/* Cuts the attention of a step into pieces.
  *
- * The new tokens of a sequence are cut into tiles; a tile of few tokens is cut by spans of its
- * context as well, so that one long sequence keeps all threads busy. How it is cut changes no bit.
+ * The new tokens of a sequence are cut into tiles. A tile of few tokens is also cut into spans of
+ * its context, so that one long sequence keeps all threads busy. The cut changes no bit of a
+ * result.
  */
 #include <stddef.h>
 
@@ -17,7 +18,7 @@ static long first_key(const Heads *heads, long position) {
     return heads->window && position >= heads->window ? position - heads->window + 1 : 0;
 }
 
-/* Cuts the batch; writes tiles and pieces where there is memory for them, counts them always. */
+/* Cut the batch: count tiles and pieces, and write them if the plan has memory for them. */
 static void cut(Attention *p, int may_share) {
     p->num_tiles = p->num_pieces = p->num_partials = p->num_shared = 0;
     const Batch *b = &p->batch;
@@ -87,5 +88,5 @@ void attention_place(Attention *p, char *memory) {
 }
 
 long attention_tickets(const Attention *p, int threads) {
-    return p->num_pieces * p->heads.kv_heads + threads; /* each thread draws one that is not there */
+    return p->num_pieces * p->heads.kv_heads + threads; /* each thread takes one too many */
 }

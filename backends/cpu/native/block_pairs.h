@@ -1,5 +1,5 @@
-/* Blocks of keys and values as pairs of bfloat16, whose products this CPU has: queries, and the
- * weights of softmax, are rounded to bfloat16. Sums of values lie in an order of their own. */
+/* Blocks of keys and values as pairs of bfloat16, for CPUs that multiply such pairs. Queries, and
+ * the weights of softmax, are rounded to bfloat16. Sums of values have an order of their own. */
 #ifndef SAGELLM_BLOCK_PAIRS_H
 #define SAGELLM_BLOCK_PAIRS_H
 

@@ -1,4 +1,5 @@
-/* What a thread works with in attention, and how blocks of keys and values come to its cache. */
+/* The working memory of a thread in attention, and loading blocks of keys and values into its
+ * cache. */
 #ifndef SAGELLM_BLOCKS_H
 #define SAGELLM_BLOCKS_H
 

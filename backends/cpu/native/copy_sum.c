@@ -1,5 +1,5 @@
-/* Copies bytes and sums them on the way, so that they are read once: the 64-bit XXH3 of all, one run
- * behind the other, as the xxhash library has it. */
+/* Copies runs of bytes and computes their checksum, so that bytes are read once: the 64-bit XXH3 of
+ * all runs in order, equal to that of the xxhash library. */
 #include <stdint.h>
 #include <string.h>
 

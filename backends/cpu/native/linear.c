@@ -1,11 +1,11 @@
-/* Rows times a weight in panels: float or bfloat16 weights, sums in float.
+/* Products of rows with a packed weight: float or bfloat16 weights, sums in float.
  *
- * One (m, n) is summed in one order whatever the number of rows and threads: along k within a
- * chunk, chunks added in order to the bias. So results are batch-invariant. Lanes run along the
- * columns, so that no sum crosses lanes. Of PAIRS, x is rounded to bfloat16 first.
+ * Each (m, n) is summed in one order for any number of rows and threads: along k within a chunk,
+ * and chunks are added in order to the bias. So results are batch-invariant. Lanes run along the
+ * columns, so that no sum crosses lanes. For PAIRS, x is rounded to bfloat16 first.
  *
- * Gated, the columns are a gate and, behind it, as many that it opens: silu(gate) * up. Both have
- * all their sums before either is written.
+ * In the gated form, the first half of the columns is a gate, the second half is up: the result is
+ * silu(gate) * up. All sums of both are complete before a result is written.
  */
 #include "linear.h"
 

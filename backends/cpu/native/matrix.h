@@ -1,4 +1,4 @@
-/* Products of small matrices that lie in the cache, and bringing keys and values there. */
+/* Products of small matrices that are in the cache, and loading keys and values into it. */
 #ifndef SAGELLM_MATRIX_H
 #define SAGELLM_MATRIX_H
 

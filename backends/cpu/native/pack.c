@@ -1,4 +1,4 @@
-/* Weights brought into panels, once at load. */
+/* Packs weights into panels, once at load. */
 #include "pairs.h"
 #include "panel.h"
 #include "team.h"

@@ -1,4 +1,4 @@
-/* Products of pairs of bfloat16: two numbers along the sum side by side in 32 bits. */
+/* Products of pairs of bfloat16: two numbers that are adjacent along k share 32 bits. */
 #ifndef SAGELLM_PAIRS_H
 #define SAGELLM_PAIRS_H
 

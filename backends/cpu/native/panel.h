@@ -1,9 +1,9 @@
-/* How a packed weight lies in memory: panels of PANEL columns, each panel in order of k.
+/* The memory layout of a packed weight: panels of PANEL columns, each panel in order of k.
  *
- * A column is a row of the weight [num_cols, k]. Of BFLOATS, columns c and c + WIDE lie side by
- * side: one load, a shift and a mask give both halves in float. Of PAIRS, also bfloat16, k and
- * k + 1 of a column do, as the CPU's own products want them. Zeros fill up the last panel, and the
- * last pair. */
+ * A column is a row of the weight [num_cols, k]. In BFLOATS, columns c and c + WIDE are adjacent:
+ * one load, a shift and a mask give both halves in float. In PAIRS, also bfloat16, k and k + 1 of a
+ * column are adjacent, as the CPU's instructions need them. The last panel, and the last pair, are
+ * padded with zeros. */
 #ifndef SAGELLM_PANEL_H
 #define SAGELLM_PANEL_H
 

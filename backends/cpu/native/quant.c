@@ -1,10 +1,10 @@
-/* Products with weights of 4 or 8 bits: whole numbers within a block of 32, floats between blocks.
+/* Products with weights of 4 or 8 bits: in integers within a block of 32, in floats between blocks.
  *
- * weight[n][k] = (code[n][k] - zero[n][k / group]) * scale[n][k / group]. Activations become whole
- * numbers of 8 or 16 bits with a scale for each block: 16 bits lose nothing that float32 sums keep.
- * The sum of a block is exact, and blocks are added in order, so that results are batch-invariant.
+ * weight[n][k] = (code[n][k] - zero[n][k / group]) * scale[n][k / group]. Activations are quantised
+ * to 8 or 16 bits with a scale for each block: 16 bits keep the precision of float32 sums. The sum
+ * of a block is exact, and blocks are added in order, so that results are batch-invariant.
  *
- * Panels of 16 columns lie one behind the other, 4 codes along k side by side for each column:
+ * The weight is stored in panels of 16 columns, with 4 codes along k adjacent for each column:
  * codes [panel][k / 4][16][4], or in 4 bits [panel][k / 8][16][4] with the later 4 in the upper
  * half of each byte, less their zero (8) where they have no zeros of their own. Scales (float16)
  * and zeros (int16): [panel][group][16]. The number of panels is even.

@@ -1,7 +1,7 @@
-/* Whole numbers in vectors: what the kernels of quantised weights are made of.
+/* Vectors of integers, for the kernels of quantised weights.
  *
- * `ints` holds INTS numbers of 32 bits, one a column of a weight. All sums here are exact, so that
- * every machine gets the same. */
+ * `ints` holds INTS numbers of 32 bits, one for each column of a weight. All sums here are exact,
+ * so that every machine computes the same. */
 #ifndef SAGELLM_QUANT_H
 #define SAGELLM_QUANT_H
 

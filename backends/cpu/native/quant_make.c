@@ -1,7 +1,7 @@
-/* Weights to whole numbers of 4 or 8 bits: for each group of 32 the scale of least squared error.
+/* Quantises weights to 4 or 8 bits, with the scale of least squared error for each group of 32.
  *
- * Tried are the scales that bring the largest number of the group to each of some given codes, and
- * then the scale that is best for the codes found so far. */
+ * The scales that are tried map the largest number of the group to each of some given codes; the
+ * last one is the scale that is best for the codes found before. */
 #include "quant.h"
 #include "team.h"
 

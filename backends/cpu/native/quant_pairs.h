@@ -1,4 +1,4 @@
-/* Sums of one block of 32 by AVX2, or by plain C: pairs of products at a time. */
+/* Sums of one block of 32 products by AVX2, or by plain C: two products at a time. */
 #ifndef SAGELLM_QUANT_PAIRS_H
 #define SAGELLM_QUANT_PAIRS_H
 

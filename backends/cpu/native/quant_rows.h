@@ -1,4 +1,4 @@
-/* Activations as whole numbers of 8 or 16 bits: a scale for each block of 32. */
+/* Quantises activations to 8 or 16 bits, with a scale for each block of 32. */
 #ifndef SAGELLM_QUANT_ROWS_H
 #define SAGELLM_QUANT_ROWS_H
 

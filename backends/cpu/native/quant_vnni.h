@@ -1,8 +1,8 @@
-/* Sums of one block of 32 by AVX512-VNNI: one instruction for 64 products.
+/* Sums of one block of 32 products by AVX512-VNNI: one instruction for 64 products.
  *
- * It multiplies bytes without sign by bytes with sign, and only the latter may be four bytes of
- * memory for all columns. So weights become numbers without sign: 8-bit codes by 128 more, for
- * which a sum starts 128 sums of x lower. Halves of x are two bytes with sign: 256 a + b. */
+ * The instruction multiplies unsigned by signed bytes, and only the signed ones may be four bytes
+ * of memory that all columns share. So weights become unsigned: 8-bit codes get 128 added, and a
+ * sum starts at -128 times the sum of x. Halves of x are two signed bytes: 256 a + b. */
 #ifndef SAGELLM_QUANT_VNNI_H
 #define SAGELLM_QUANT_VNNI_H
 

@@ -1,11 +1,11 @@
-/* Kernels that go row by row, as shares of a team: every thread calls them with the same arguments,
- * and none reads what another writes. Rows of a matrix are ld.. floats apart. */
+/* Kernels that compute row by row, as shares of a team: every thread calls them with the same
+ * arguments, and no thread reads what another writes. Rows of a matrix are ld.. floats apart. */
 #ifndef SAGELLM_ROWS_H
 #define SAGELLM_ROWS_H
 
 #include <stdint.h>
 
-/* sum = a + b where b is given (else a is normed); every run of `size` of a row is normed. */
+/* RMSNorm of every `size` consecutive numbers of a row: of sum = a + b if b is given, else of a. */
 typedef struct {
     const float *a, *b, *weight;
     float *sum, *out;
@@ -16,7 +16,7 @@ void norm_rows(void *norm, int number, int threads);
 
 typedef enum { ADD, MUL, SILU, SILU_MUL } Pointwise;
 
-/* SILU leaves b alone; out may be a. */
+/* SILU ignores b; out may be a. */
 typedef struct {
     Pointwise kind;
     const float *a, *b;
@@ -32,8 +32,8 @@ typedef struct {
     int bfloat;
 } Cache;
 
-/* tables: [positions, 2, head_dim / 2], cosines then sines; of no use where only v is given. q is
- * rotated into out; k, rotated if there are tables, and v go to their slots. q or k may be NULL. */
+/* Rotate q into out; write k, rotated if there are tables, and v to their slots. q or k may be
+ * NULL. tables: [positions, 2, head_dim / 2], cosines then sines. */
 typedef struct {
     const float *q, *k, *v, *tables;
     float *out;
@@ -43,7 +43,7 @@ typedef struct {
 } Turn;
 void turn_rows(void *turn, int number, int threads);
 
-/* Rows `chosen` of a table of `width` numbers a row, which are bfloat16 or float. */
+/* Copy the rows `chosen` of a table, which has `width` numbers a row, bfloat16 or float. */
 typedef struct {
     const void *table;
     const int64_t *chosen;

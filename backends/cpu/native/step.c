@@ -1,5 +1,6 @@
-/* All instructions of a step in one round of the team: threads meet between instructions where one
- * reads what another wrote, and go back to their caller once, at the end. */
+/* Runs all instructions of a step in one round of the team: threads wait for each other only before
+ * an instruction that reads results of another thread, and return to the caller once, at the end.
+ */
 #include "step.h"
 
 #include <stdlib.h>

@@ -11,7 +11,7 @@ typedef enum {
     RMS_NORM,
     ADD_RMS_NORM,
     LINEAR,
-    GATED_LINEAR, /* out[1]: room for what it multiplies to where its kernel does not gate */
+    GATED_LINEAR, /* out[1]: scratch for the products, if its kernel has no gated form */
     ROPE,
     KV_WRITE,
     ROPE_KV_WRITE,
@@ -22,24 +22,24 @@ typedef enum {
     OP_SILU_MUL
 } Op;
 
-/* A matrix: its rows lie `width` floats apart, `column` floats into those of a buffer. A buffer
- * begins `first` floats a row into the arena; below 0, it is that of the logits. */
+/* A matrix in a buffer: it begins at `column` of the buffer's rows, which are `width` floats apart.
+ * The buffer begins `first` floats a row into the arena; `first` below 0 means the logits. */
 typedef struct {
     long first, column, width;
 } View;
 
 typedef struct {
     int32_t op;
-    int32_t waits;   /* for all threads to have ended what came before */
-    int32_t chosen;  /* it has a row for each row of logits, not for each new token */
-    int32_t bfloat;  /* the weight of EMBEDDING */
+    int32_t waits;   /* until all threads have finished the earlier instructions */
+    int32_t chosen;  /* its results have a row for each row of logits, not for each new token */
+    int32_t bfloat;  /* whether the weight of EMBEDDING is bfloat16 */
     View in[3], out[2];
-    const void *weight; /* of norms and EMBEDDING; Linear of linears */
+    const void *weight; /* of a norm or EMBEDDING; the Linear of a linear */
     long width;         /* of its results */
-    long size;          /* runs that are normed; rows of EMBEDDING; head_dim of ROPE and KV_WRITE */
+    long size;          /* numbers of a norm; rows of EMBEDDING; head_dim of ROPE, KV_WRITE */
     long layer;
-    long table;    /* which angles, or which kind of attention */
-    long blocks;   /* which block table of each sequence */
+    long table;    /* index into the step's tables (ROPE) or heads (PAGED_ATTENTION) */
+    long blocks;   /* index of the block table of each sequence */
     float epsilon;
 } Instruction;
 
@@ -52,13 +52,13 @@ typedef struct {
     Batch batch;
     const int64_t *token_ids, *positions, *slots, *logit_rows;
     char *pool;
-    const int32_t *block_tables; /* of all sequences for the first table, then for the next */
+    const int32_t *block_tables; /* the first tables of all sequences, then the second ones, ... */
     long layer_bytes, side_bytes, kv_heads, head_dim;
     long num_rows, num_logit_rows;
     float *arena, *logits;
     long capacity; /* rows of each buffer */
     int64_t *times; /* when each instruction ended, or NULL */
-    /* grown by the step, freed by sage_step_close */
+    /* Memory that C allocates and grows between steps; sage_step_close frees it. */
     char *memory;
     long memory_bytes;
 } Step;

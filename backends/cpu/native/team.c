@@ -1,6 +1,6 @@
-/* A kernel of a decode step lasts some 100 us, and the next one follows 20 us later: waking a
- * sleeping thread takes as long as that, so helpers look out for work a while before they sleep.
- * OpenMP's do as well, but no longer once a process has more teams than cores, as a server has.
+/* A kernel of a decode step takes some 100 us, and the next one follows 20 us later. Waking a
+ * sleeping thread takes as long as that, so helpers poll for work a while before they sleep. OpenMP
+ * polls as well, but not in a process with more teams than cores, such as a server.
  */
 #include "team.h"
 

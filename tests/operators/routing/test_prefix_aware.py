@@ -1,4 +1,4 @@
-"""prefix_aware against its definition: outstanding tokens and uncached tokens, the least."""
+"""prefix_aware against its definition: the least sum of outstanding and uncached tokens."""
 
 from typing import Any
 
@@ -28,7 +28,7 @@ def ask(name: str = "r", num_tokens: int = 101, **fields: Any) -> Request:
 
 
 def warm(**held: int) -> RouterView:
-    """A view of replicas that have so many tokens of the prompt cached: r1=40."""
+    """A view in which replicas have so many tokens of the prompt cached: r1=40."""
     hashes, blocks = PromptHashes(PROMPT, "", SIZE, HASHER.key), dict[bytes, int]()
     for name, num_tokens in held.items():
         for index in range(num_tokens // SIZE):
@@ -45,7 +45,7 @@ def order(view: RouterView, request: Request | None = None, **options: Any) -> l
 
 
 def loaded(view: RouterView, replica: int, num_requests: int, num_tokens: int = 11) -> RouterView:
-    """With so many requests at a replica, of `num_tokens` and 10 of their answers."""
+    """The view with so many requests at a replica, of `num_tokens` prompt tokens and 10 more."""
     for number in range(num_requests):
         view = view.place(ask(f"{replica}-{number}", num_tokens), (("p", replica),))
     return view

@@ -28,7 +28,7 @@ def choose(strategy: str, view: RouterView, request: Any, number: int, **options
 
 
 def choices(strategy: str, requests: Any, **options: Any) -> Any:
-    """Where each request goes; each is noted as placed."""
+    """The replica of each request, with each request placed before the next."""
     view, chosen = RouterView.of((POOL,)), []
     for number, request in enumerate(requests):
         replica = choose(strategy, view, request, number, **options)

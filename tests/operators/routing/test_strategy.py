@@ -20,7 +20,7 @@ SETUP = Setup("route", (Target("generate", 3, "g", is_next=True),))
 
 @dataclass(frozen=True)
 class InBursts:
-    """So many requests to one replica, then as many to the next."""
+    """A burst of requests to one replica, then a burst to the next."""
 
     length: int = field(default=2, metadata={"min": 1})
 
