@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sagellm.opening import worker_main
-from sagellm.runtime.kv.connection import Connection, no_check
+from sagellm.runtime.kv.connection import BlockConnection, no_check
 
 ORDER = "SAGELLM_TEST_DIE"  # the file's name
 
@@ -22,10 +22,12 @@ def give_order(path: Path, share: float) -> None:
 
 
 def main() -> None:
-    send = Connection.send
+    send = BlockConnection.send
 
     async def deadly(
-        self: Connection, views: Sequence[bytes | memoryview], check: Callable[[], None] = no_check
+        self: BlockConnection,
+        views: Sequence[bytes | memoryview],
+        check: Callable[[], None] = no_check,
     ) -> None:
         if check is not no_check and (share := _take_order()) is not None:
             head, seal, *blocks = views
@@ -34,7 +36,7 @@ def main() -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         await send(self, views, check)
 
-    Connection.send = deadly  # type: ignore[method-assign]
+    BlockConnection.send = deadly  # type: ignore[method-assign]
     worker_main.main()
 
 

@@ -1,4 +1,4 @@
-"""Model folders whose templates and tokenizers try to exhaust whoever uses them."""
+"""Model folders whose templates and tokenizers try to exhaust the process that uses them."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ HEALTHY = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
 _DOUBLED = "{% set ns = namespace(x=START) %}{% for i in range(40) %}{% set ns.x = ns.x + ns.x %}"
 _REPLACED = "{% for i in range(12) %}{% set ns.x = ns.x.replace('a', 'a' * 10) %}{% endfor %}"
 
-# What multiplies texts or lists, takes time, or raises what jinja does not.
+# Templates that multiply texts or lists, take time, or raise errors that are not Jinja's.
 TEMPLATES = {
     "mul": "{{ messages[0].content * 9999999999 }}",
     "long": "{{ 'a' * 6000000 }}",

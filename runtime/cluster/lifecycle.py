@@ -52,7 +52,7 @@ class WorkerLifecycle:
         self._progress = progress
         self._suspects = Suspects()
 
-    async def keep(
+    async def run(
         self, worker: Worker, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
     ) -> None:
         """Run a worker life after life, as long as it is wanted. Started when it is ready.
@@ -62,13 +62,13 @@ class WorkerLifecycle:
         try:
             while worker.is_wanted:
                 worker.wake_up = trio.Event()
-                await self._keep_one(worker, task_status)
+                await self._run_one_life(worker, task_status)
         finally:
             worker.gone.set()
 
-    async def _keep_one(self, worker: Worker, task_status: trio.TaskStatus[None]) -> None:
+    async def _run_one_life(self, worker: Worker, task_status: trio.TaskStatus[None]) -> None:
         """Run one life, and wait for the next."""
-        ready_s = await self._live(worker, task_status)
+        ready_s = await self._run_life(worker, task_status)
         worker.ended = worker.why
         if not worker.is_wanted:
             return
@@ -130,7 +130,7 @@ class WorkerLifecycle:
         ejected = [one for one in siblings if one.state == "ejected"]
         return sum(one.is_serving for one in siblings), ejected
 
-    async def _live(self, worker: Worker, task_status: trio.TaskStatus[None]) -> float | None:
+    async def _run_life(self, worker: Worker, task_status: trio.TaskStatus[None]) -> float | None:
         """Run one life. Returns when it became ready; None: it did not."""
         worker.epoch += 1
         began_s = trio.current_time()
@@ -149,12 +149,12 @@ class WorkerLifecycle:
         try:
             async with trio.open_nursery() as nursery:
                 worker.life = nursery.cancel_scope
-                nursery.start_soon(self._await_end, worker, life, nursery.cancel_scope)
+                nursery.start_soon(self._wait_for_end, worker, life, nursery.cancel_scope)
                 if await self._open(worker, life.channel):
                     ready_s = trio.current_time()
                     _log_up(worker, ready_s - began_s)
                     assert worker.engine is not None
-                    nursery.start_soon(self._ask, worker, life.channel, nursery.cancel_scope)
+                    nursery.start_soon(self._ping, worker, life.channel, nursery.cancel_scope)
                     if not worker.was_ready:
                         worker.was_ready = True
                         task_status.started()
@@ -163,7 +163,7 @@ class WorkerLifecycle:
         finally:
             worker.life = None
             with trio.CancelScope(shield=True):
-                await self._end(worker, life)
+                await self._end_life(worker, life)
         return ready_s
 
     async def _open(self, worker: Worker, channel: Channel) -> bool:
@@ -180,7 +180,7 @@ class WorkerLifecycle:
         with trio.move_on_after(self._watch.start_s):
             try:
                 while isinstance(answer := await channel.receive(), Starting):
-                    self._tell(worker, answer.event)
+                    self._report_start(worker, answer.event)
             except ChannelClosed as error:
                 worker.why = str(error)
                 return False
@@ -192,7 +192,7 @@ class WorkerLifecycle:
                 return True
         return False
 
-    def _tell(self, worker: Worker, event: ProgressEvent) -> None:
+    def _report_start(self, worker: Worker, event: ProgressEvent) -> None:
         if isinstance(event, Loading):
             event = replace(event, model=f"{event.model} ({worker})")
         self._progress(event)
@@ -204,7 +204,7 @@ class WorkerLifecycle:
         engines = [one.engine for one in self._siblings(worker.engine_name)]
         return next((engine.facts.num_blocks for engine in engines if engine is not None), None)
 
-    async def _await_end(self, worker: Worker, life: Life, scope: trio.CancelScope) -> None:
+    async def _wait_for_end(self, worker: Worker, life: Life, scope: trio.CancelScope) -> None:
         code = await life.wait()
         worker.why = f"signal {-code}" if code < 0 else f"exit code {code}"
         worker.is_cut = code == 0  # the worker left by itself, as its link had ended
@@ -212,7 +212,7 @@ class WorkerLifecycle:
             life.channel.close(worker.why)
         scope.cancel()
 
-    async def _ask(self, worker: Worker, channel: Channel, scope: trio.CancelScope) -> None:
+    async def _ping(self, worker: Worker, channel: Channel, scope: trio.CancelScope) -> None:
         """Ping the worker. End a life that gives no sign of life, or whose engine hangs."""
         assert worker.engine is not None
         ready_s = since_s = moved_s = trio.current_time()
@@ -235,7 +235,7 @@ class WorkerLifecycle:
                 worker.why = "its engine hung"
                 scope.cancel()
 
-    async def _end(self, worker: Worker, life: Life) -> None:
+    async def _end_life(self, worker: Worker, life: Life) -> None:
         """End a life: with a stop message if it is healthy, else by a kill. Its link is closed."""
         if worker.why == "it ended":
             with suppress(ChannelClosed):

@@ -129,7 +129,7 @@ class Supervisor:
                     self._prefetcher = Prefetcher(self._nursery)
                     async with trio.open_nursery() as starting:
                         for worker in self.workers:
-                            starting.start_soon(self._nursery.start, self._lifecycle.keep, worker)
+                            starting.start_soon(self._nursery.start, self._lifecycle.run, worker)
                     task_status.started()
             finally:
                 links.cancel()
@@ -163,7 +163,7 @@ class Supervisor:
                 self._set_state(worker, "drained")
             if worker.engine is not None:
                 worker.engine.evict()
-            worker.leave()
+            worker.end_life()
             while worker.is_wanted and (  # noqa: ASYNC110
                 worker.epoch == epoch or worker.state == "starting"
             ):
@@ -207,9 +207,9 @@ class Supervisor:
                 if worker is None:
                     worker = self._new(engine, len(known))
                     self._all.append(worker)
-                worker.want()
+                worker.reset()
                 added.append(worker)
-                await self._nursery.start(self._lifecycle.keep, worker)
+                await self._nursery.start(self._lifecycle.run, worker)
         except BaseException:
             with trio.CancelScope(shield=True):
                 await self._remove(added)
@@ -224,7 +224,7 @@ class Supervisor:
             if worker.engine is not None:
                 worker.engine.is_removed = True
                 worker.engine.evict()
-            worker.leave()
+            worker.end_life()
         for worker in workers:
             await worker.gone.wait()
             if self._dispatcher is not None and worker.engine is not None:

@@ -69,7 +69,7 @@ class Worker:
     def is_wanted(self) -> bool:
         return self.state != "removed"
 
-    def want(self) -> None:
+    def reset(self) -> None:
         """Start over with a worker that is new or was removed: earlier deaths do not count."""
         self.state, self.was_ready = "starting", False
         self.is_leaving = self.is_to_drain = False
@@ -78,7 +78,7 @@ class Worker:
         if self.engine is not None:
             self.engine.is_removed = False
 
-    def leave(self) -> None:
+    def end_life(self) -> None:
         """End this life with a stop message, or end the pause before the next life."""
         self.wake_up.set()
         if self.life is not None:

@@ -55,7 +55,7 @@ class MemoryChannel:
         if len(self._peer._inbox) >= MAX_PENDING:
             self.close("its peer takes no messages")
             raise ChannelClosed("its peer takes no messages")
-        if self._peer._ended is None:
+        if self._peer._ended is None:  # else the message is lost, as on a socket
             self._peer._take(message)
 
     async def receive(self) -> Message:

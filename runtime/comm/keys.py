@@ -89,7 +89,7 @@ def _load(path: Path, *, is_secret: bool) -> tuple[bytes, bytes]:
     if is_secret and is_open:
         raise BadKeys(f"{path} can be read by others: chmod 600 it, or make new keys")
     for key in (public, secret):
-        if key is not None and len(key) != 40:
+        if key is not None and len(key) != 40:  # Z85 of 32 bytes
             raise BadKeys(f"{path} holds no key: a key has 40 characters")
     if is_secret and not secret:
         raise BadKeys(f"{path} holds no secret key")

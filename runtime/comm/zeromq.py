@@ -34,10 +34,10 @@ log = get_logger("sagellm.comm")
 _BUNDLE = 256  # frames taken at a time; other tasks run between two bundles
 _RETRY_S = 0.005  # until a frame that found no peer, or no room, is tried again
 _OPTIONS = {
-    zmq.LINGER: 0,
+    zmq.LINGER: 0,  # unsent frames must not delay the end of the process
     zmq.SNDHWM: SOCKET_CAPACITY,
     zmq.RCVHWM: SOCKET_CAPACITY,
-    zmq.IMMEDIATE: 1,
+    zmq.IMMEDIATE: 1,  # queue nothing for a peer that has not connected: `send` returns False
     zmq.CONNECT_TIMEOUT: 1000,  # ms: the kernel waits longer and longer for a network that is down
     zmq.MAXMSGSIZE: MAX_FRAME_BYTES,
 }
@@ -120,6 +120,7 @@ class Link:
         if frame.epoch != self.epoch or self._ended is not None:
             return False
         if frame.number != self._num_received:
+            # ZeroMQ loses frames when a connection breaks. A link with a gap must not go on.
             self.close(f"frame {frame.number} came where {self._num_received} was due")
             return False
         self._num_received += 1
@@ -128,7 +129,7 @@ class Link:
         except (msgspec.DecodeError, ValueError) as error:
             self.close(f"its peer said what nobody understands: {type(error).__name__}")
             return False
-        if len(self._inbox) >= MAX_PENDING:
+        if len(self._inbox) >= MAX_PENDING:  # the protocol's grants bound what is under way
             self.close("its peer says more than was asked for")
             return False
         self._inbox.append(message)
@@ -158,7 +159,7 @@ class _TrioSocket:
 
     def allow(self, endpoint: str) -> None:
         """Prepare the socket for an endpoint; call this before it is bound or connected."""
-        if "[" in endpoint:
+        if "[" in endpoint:  # an IPv6 address
             self.socket.setsockopt(zmq.IPV6, 1)
 
     def send(self, parts: list[bytes]) -> bool:
@@ -169,14 +170,14 @@ class _TrioSocket:
             if error.errno not in (zmq.EAGAIN, zmq.EHOSTUNREACH):
                 raise
             # The change that shows room may be drained below, and then never wakes `pump`.
-            self._look_at(trio.current_time() + _RETRY_S)
+            self._wake_at(trio.current_time() + _RETRY_S)
             return False
         finally:
             if not self._drain():  # more frames are there, and the descriptor will not show them
-                self._look_at(trio.current_time())
+                self._wake_at(trio.current_time())
         return True
 
-    def _look_at(self, time_s: float) -> None:
+    def _wake_at(self, time_s: float) -> None:
         """Wake `pump` at that time at the latest."""
         self._wait.deadline = min(self._wait.deadline, time_s)
 
@@ -219,6 +220,7 @@ class Hub:
         self._links: dict[bytes, Link] = {}
         self._gate = CurveAuthenticator(keys) if keys is not None else None
         self._port = _TrioSocket(zmq.ROUTER, self._take, self._gate.context if self._gate else None)
+        # Without this option a ROUTER silently drops frames for a peer that has not connected.
         self._port.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         if keys is not None:
             keys.secure_server(self._port.socket)

@@ -31,7 +31,7 @@ def no_check() -> None:
     """The `check` of memory that has no lease."""
 
 
-class Connection:
+class BlockConnection:
     """One connected socket. `check` is called right before memory is touched; see Transport.
 
     All methods raise ConnectionBroken. After a cancelled call only `close` may be called.

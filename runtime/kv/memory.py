@@ -22,8 +22,8 @@ from sagellm.runtime.kv.transport import (
     MAX_COPIES,
     BlockLocation,
     BlockPairs,
-    Check,
     HostMemory,
+    LeaseCheck,
     SharedBlocks,
     Storage,
     Transport,
@@ -55,7 +55,7 @@ class PoolBytes:
         step = max(1, _CHUNK_BYTES // (num_blocks * layer_bytes))
         return [layers[start : start + step] for start in range(0, len(layers), step)]
 
-    async def sums(self, blocks: Sequence[int], check: Check) -> tuple[int, ...]:
+    async def sums(self, blocks: Sequence[int], check: LeaseCheck) -> tuple[int, ...]:
         """The checksum of each chunk. Calls `check`, and has checkpoints, as Transport says."""
         sums, runs = [], slices_of(blocks)
         for chunk in self.chunks(len(blocks)):
@@ -100,7 +100,7 @@ class DeviceStorage:
     def num_damaged(self) -> int:
         return self.transport.num_damaged if self.transport is not None else 0
 
-    async def receive(self, sender: Storage, pairs: BlockPairs, check: Check) -> None:
+    async def receive(self, sender: Storage, pairs: BlockPairs, check: LeaseCheck) -> None:
         if not isinstance(sender, DeviceStorage):
             raise TypeError(f"devices receive from devices, not from {type(sender).__name__}")
         runs = runs_of(pairs)
@@ -109,10 +109,10 @@ class DeviceStorage:
             self.pool.storage.copy(sender.pool.storage, runs, layers)
             await trio.lowlevel.checkpoint()
 
-    async def share(self, blocks: Sequence[int], check: Check) -> BlockLocation:
+    async def share(self, blocks: Sequence[int], check: LeaseCheck) -> BlockLocation:
         return await self._required.offer(blocks, check)
 
-    async def fetch(self, source: BlockLocation, blocks: Sequence[int], check: Check) -> None:
+    async def fetch(self, source: BlockLocation, blocks: Sequence[int], check: LeaseCheck) -> None:
         await self._required.fetch(source, blocks, check)
 
     def drop_stale(self) -> None:
@@ -151,7 +151,7 @@ class SharedTransport:
         self._memory = memory
         self._mapped: dict[tuple[int, int, int], memoryview] = {}
 
-    async def offer(self, blocks: Sequence[int], check: Check) -> SharedBlocks:
+    async def offer(self, blocks: Sequence[int], check: LeaseCheck) -> SharedBlocks:
         sums = await self._pool.sums(blocks, check)
         return SharedBlocks(
             pid=os.getpid(),
@@ -161,7 +161,7 @@ class SharedTransport:
             sums=sums,
         )
 
-    async def fetch(self, source: BlockLocation, blocks: Sequence[int], check: Check) -> None:
+    async def fetch(self, source: BlockLocation, blocks: Sequence[int], check: LeaseCheck) -> None:
         if not isinstance(source, SharedBlocks):
             raise TypeError(f"memory fetches from memory, not from {type(source).__name__}")
         sender = self._map(source)

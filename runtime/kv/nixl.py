@@ -1,6 +1,6 @@
 """The transport `nixl` (`sagellm[nixl]`): RDMA where the hosts have it, else what UCX finds.
 
-The receiver reads into a landing buffer first. A NIXL transfer cannot be cancelled, and must not
+The receiver reads into a bounce buffer first. A NIXL transfer cannot be cancelled, and must not
 write blocks that have a new owner meanwhile.
 """
 
@@ -19,7 +19,7 @@ from nixl_cu12 import nixl_agent, nixl_agent_config
 from sagellm.backends.interface import block_addresses
 from sagellm.graphs.log import get_logger
 from sagellm.runtime.kv.memory import PoolBytes, RunPair, runs_of, slices_of
-from sagellm.runtime.kv.transport import MAX_COPIES, BlockLocation, Check, NixlBlocks, damaged
+from sagellm.runtime.kv.transport import MAX_COPIES, BlockLocation, LeaseCheck, NixlBlocks, damaged
 from sagellm.runtime.port import DamagedBlocks
 
 log = get_logger("sagellm.kv")
@@ -57,12 +57,12 @@ class NixlTransport:
         self._agent.register_memory([where], region.kind)
         self._metadata: bytes = self._agent.get_agent_metadata()
         self._peers: dict[bytes, str] = {}
-        self._landing = np.empty(0, dtype=np.uint8)
-        self._landing_registered: Any = None
+        self._bounce = np.empty(0, dtype=np.uint8)
+        self._bounce_registered: Any = None
         self._abandoned: list[Any] = []
-        self._lock = trio.Lock()  # guards the landing buffer
+        self._lock = trio.Lock()  # guards the bounce buffer
 
-    async def offer(self, blocks: Sequence[int], check: Check) -> NixlBlocks:
+    async def offer(self, blocks: Sequence[int], check: LeaseCheck) -> NixlBlocks:
         sums = await self._pool.sums(blocks, check)
         return NixlBlocks(
             agent=self._metadata,
@@ -72,18 +72,18 @@ class NixlTransport:
             sums=sums,
         )
 
-    async def fetch(self, source: BlockLocation, blocks: Sequence[int], check: Check) -> None:
+    async def fetch(self, source: BlockLocation, blocks: Sequence[int], check: LeaseCheck) -> None:
         if not isinstance(source, NixlBlocks):
             raise TypeError(f"NIXL fetches from NIXL, not from {type(source).__name__}")
         peer = self._peer(source.agent)
         runs = runs_of(list(zip(source.blocks, blocks, strict=True)))
-        landed = slices_of(blocks)
+        targets = slices_of(blocks)
         chunks = self._pool.chunks(len(blocks))
         async with self._lock:
             for chunk, wanted in zip(chunks, source.sums, strict=True):
                 for _ in range(MAX_COPIES):
                     await self._read(peer, source, chunk, runs)
-                    if self._land(chunk, landed, wanted, check):
+                    if self._copy_out(chunk, targets, wanted, check):
                         break
                     self.num_damaged += 1
                 else:
@@ -109,11 +109,11 @@ class NixlTransport:
     async def _read(
         self, peer: str, source: NixlBlocks, layers: range, runs: Sequence[RunPair]
     ) -> None:
-        """Fill the landing buffer with a chunk, in the order of `KVStorage.read`."""
+        """Fill the bounce buffer with a chunk, in the order of `KVStorage.read`."""
         layout, sent = self._pool.storage.layout, [sent for sent, _ in runs]
         theirs = block_addresses(source.address, layout, source.pool_blocks, sent, layers)
         self._make_room(sum(size for _, size in theirs))
-        ours, at = [], self._landing.ctypes.data
+        ours, at = [], self._bounce.ctypes.data
         for _, size in theirs:
             ours.append((at, size, 0))
             at += size
@@ -134,36 +134,38 @@ class NixlTransport:
                         state = self._agent.check_xfer_state(handle)
                 self._agent.release_xfer_handle(handle)
             except _UNREACHABLE as error:
-                self._leave_landing()
+                self._abandon_bounce()
                 raise _gone(error) from None
         await trio.lowlevel.checkpoint()
         if state != "DONE":
-            self._leave_landing()
+            self._abandon_bounce()
             raise _gone(state)
 
-    def _leave_landing(self) -> None:
+    def _abandon_bounce(self) -> None:
         """Never use this buffer again: late bytes must not reach the next chunk."""
-        self._abandoned.append(self._landing)
-        self._landing, self._landing_registered = np.empty(0, dtype=np.uint8), None
+        self._abandoned.append(self._bounce)
+        self._bounce, self._bounce_registered = np.empty(0, dtype=np.uint8), None
 
     def _make_room(self, size: int) -> None:
-        if len(self._landing) < size:
-            if self._landing_registered is not None:
-                self._agent.deregister_memory(self._landing_registered)
-            self._landing = np.empty(size, dtype=np.uint8)
-            self._landing_registered = self._agent.register_memory(
-                [(self._landing.ctypes.data, size, 0, "")], _DRAM
+        if len(self._bounce) < size:
+            if self._bounce_registered is not None:
+                self._agent.deregister_memory(self._bounce_registered)
+            self._bounce = np.empty(size, dtype=np.uint8)
+            self._bounce_registered = self._agent.register_memory(
+                [(self._bounce.ctypes.data, size, 0, "")], _DRAM
             )
 
-    def _land(self, layers: range, landed: Sequence[slice], wanted: int, check: Check) -> bool:
-        """Copy the landing buffer into the blocks; whether its checksum is right."""
-        staged, at = self._pool.storage.stage(landed, layers), 0
+    def _copy_out(
+        self, layers: range, targets: Sequence[slice], wanted: int, check: LeaseCheck
+    ) -> bool:
+        """Copy the bounce buffer into the blocks; whether its checksum is right."""
+        staged, at = self._pool.storage.stage(targets, layers), 0
         size = sum(map(len, staged.views))
         check()
-        if xxhash.xxh3_64_intdigest(self._landing[:size].data) != wanted:
+        if xxhash.xxh3_64_intdigest(self._bounce[:size].data) != wanted:
             return False
         for view in staged.views:
-            view[:] = self._landing[at : at + len(view)].data
+            view[:] = self._bounce[at : at + len(view)].data
             at += len(view)
         staged.commit()
         return True

@@ -30,7 +30,7 @@ from sagellm.runtime.kv.connection import (
     KEY_BYTES,
     SALT_BYTES,
     SEAL_BYTES,
-    Connection,
+    BlockConnection,
     ConnectionBroken,
     ConnectionStalled,
     Seal,
@@ -38,7 +38,7 @@ from sagellm.runtime.kv.connection import (
     pieces_of,
 )
 from sagellm.runtime.kv.memory import PoolBytes, slices_of
-from sagellm.runtime.kv.transport import MAX_COPIES, BlockLocation, Check, TcpBlocks, damaged
+from sagellm.runtime.kv.transport import MAX_COPIES, BlockLocation, LeaseCheck, TcpBlocks, damaged
 from sagellm.runtime.port import DamagedBlocks, StaleLease
 
 log = get_logger("sagellm.kv")
@@ -47,8 +47,8 @@ _MAGIC, _VERSION = b"SGKV", 2
 _HELLO = struct.Struct(f">4sB16s{SALT_BYTES}s")
 _ASK = struct.Struct(">I")
 _HEAD = struct.Struct(">IQ")
-_MOST_CONNECTIONS = 64  # served at a time; others wait
-_MOST_STRANGERS = 64  # connections before their greeting; the oldest is closed beyond
+_MAX_CONNECTIONS = 64  # served at a time; others wait
+_MAX_STRANGERS = 64  # connections before their greeting; the oldest is closed beyond
 _PIECE_BYTES = 2**19  # fits into a second-level cache
 _GREETING_S = 2.0  # until a connection must have greeted
 
@@ -57,7 +57,7 @@ _GREETING_S = 2.0  # until a connection must have greeted
 class _Export:
     key: bytes
     blocks: tuple[int, ...]
-    check: Check
+    check: LeaseCheck
 
     @property
     def is_over(self) -> bool:
@@ -75,13 +75,13 @@ class TcpTransport:
         self.num_damaged = 0
         self._pool = pool
         self._exports: dict[bytes, _Export] = {}
-        self._places = trio.Semaphore(_MOST_CONNECTIONS)
+        self._places = trio.Semaphore(_MAX_CONNECTIONS)
         self._strangers: list[trio.CancelScope] = []
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._listener = socket.create_server((host, 0), family=family)
         self._host, self._port = host, self._listener.getsockname()[1]
 
-    async def offer(self, blocks: Sequence[int], check: Check) -> TcpBlocks:
+    async def offer(self, blocks: Sequence[int], check: LeaseCheck) -> TcpBlocks:
         await trio.lowlevel.checkpoint()
         check()
         self.drop_stale()
@@ -92,7 +92,7 @@ class TcpTransport:
             host=self._host, port=self._port, export=name, key=export.key, num_blocks=len(blocks)
         )
 
-    async def fetch(self, source: BlockLocation, blocks: Sequence[int], check: Check) -> None:
+    async def fetch(self, source: BlockLocation, blocks: Sequence[int], check: LeaseCheck) -> None:
         if not isinstance(source, TcpBlocks):
             raise TypeError(f"tcp fetches from tcp, not from {type(source).__name__}")
         runs, storage = slices_of(blocks), self._pool.storage
@@ -119,32 +119,32 @@ class TcpTransport:
                 while True:
                     nursery.start_soon(self._serve, await self._accept())
 
-    async def _accept(self) -> Connection:
+    async def _accept(self) -> BlockConnection:
         while True:
             await trio.lowlevel.wait_readable(self._listener)
             try:
-                return Connection(self._listener.accept()[0])
+                return BlockConnection(self._listener.accept()[0])
             except BlockingIOError:
                 continue
             except OSError as error:  # the peer has left, or no descriptor is free
                 log.warning("kv_not_accepted", error=error.strerror)
                 await trio.sleep(0.1)
 
-    async def _serve(self, connection: Connection) -> None:
+    async def _serve(self, connection: BlockConnection) -> None:
         with (
             closing(connection),
             suppress(ConnectionBroken, StaleLease),
         ):  # the receiver retries, or its own lease has ended, too
-            hello = await self._hear_hello(connection)
+            hello = await self._read_hello(connection)
             if hello is not None:
                 async with self._places:
                     await self._send(connection, *hello)
 
-    async def _hear_hello(self, connection: Connection) -> tuple[_Export, bytes] | None:
+    async def _read_hello(self, connection: BlockConnection) -> tuple[_Export, bytes] | None:
         """The wanted export and the receiver's salt; None: the peer is a stranger."""
         with trio.move_on_after(_GREETING_S) as greeting:
             self._strangers.append(greeting)
-            if len(self._strangers) > _MOST_STRANGERS:
+            if len(self._strangers) > _MAX_STRANGERS:
                 self._strangers[0].cancel()
             try:
                 magic, version, name, salt = _HELLO.unpack(await connection.take(_HELLO.size))
@@ -155,7 +155,9 @@ class TcpTransport:
                 return export, salt
         return None
 
-    async def _send(self, connection: Connection, export: _Export, receiver_salt: bytes) -> None:
+    async def _send(
+        self, connection: BlockConnection, export: _Export, receiver_salt: bytes
+    ) -> None:
         export.check()
         salt = secrets.token_bytes(SALT_BYTES)
         await connection.send([salt])
@@ -174,11 +176,11 @@ class TcpTransport:
 
 
 async def _send_chunk(
-    connection: Connection,
+    connection: BlockConnection,
     seal: Seal,
     number: int,
     views: Sequence[memoryview],
-    check: Check,
+    check: LeaseCheck,
 ) -> None:
     head = memoryview(_HEAD.pack(number, sum(map(len, views))))
     *pieces, last = pieces_of([head, *views], _PIECE_BYTES)
@@ -199,7 +201,7 @@ class _Receiver:
         self,
         source: TcpBlocks,
         wanted: Sequence[tuple[int, Callable[[], StagingBuffers]]],
-        check: Check,
+        check: LeaseCheck,
     ) -> None:
         self.num_damaged = 0
         self._source = source
@@ -215,13 +217,13 @@ class _Receiver:
     async def receive(self) -> None:
         """Receive wanted chunks over one connection, until it breaks."""
         with closing(await self._connect()) as connection:
-            asks, answers = await self._greet(connection)
+            asks, answers = await self._handshake(connection)
             try:
                 for number, _ in self._wanted:
-                    await self._ask(connection, asks, number)
+                    await self._request(connection, asks, number)
                 while self._wanted:
-                    if not await self._take(connection, answers):
-                        await self._ask(connection, asks, self._wanted[-1][0])
+                    if not await self._receive_chunk(connection, answers):
+                        await self._request(connection, asks, self._wanted[-1][0])
             except ConnectionStalled:
                 raise DamagedBlocks("the sender fell silent") from None
             except ConnectionBroken:
@@ -230,16 +232,16 @@ class _Receiver:
                     cause = "the connection to the sender broke again and again"
                     raise DamagedBlocks(cause) from None
 
-    async def _connect(self) -> Connection:
+    async def _connect(self) -> BlockConnection:
         with trio.move_on_after(_GREETING_S):
             try:
                 stream = await trio.open_tcp_stream(self._source.host, self._source.port)
             except OSError:
                 raise DamagedBlocks("the worker that holds the blocks cannot be reached") from None
-            return Connection(socket.socket(fileno=stream.socket.detach()))
+            return BlockConnection(socket.socket(fileno=stream.socket.detach()))
         raise DamagedBlocks("the worker that holds the blocks does not answer")
 
-    async def _greet(self, connection: Connection) -> tuple[Sealer, Sealer]:
+    async def _handshake(self, connection: BlockConnection) -> tuple[Sealer, Sealer]:
         ours, key = secrets.token_bytes(SALT_BYTES), self._source.key
         try:
             await connection.send([_HELLO.pack(_MAGIC, _VERSION, self._source.export, ours)])
@@ -250,11 +252,11 @@ class _Receiver:
             raise StaleLease("the lease of the blocks has ended") from None
         return Sealer(key, salts, to_server=True), Sealer(key, salts, to_server=False)
 
-    async def _ask(self, connection: Connection, asks: Sealer, number: int) -> None:
+    async def _request(self, connection: BlockConnection, asks: Sealer, number: int) -> None:
         asked = _ASK.pack(number)
         await connection.send([asked + asks.seal([asked])])
 
-    async def _take(self, connection: Connection, answers: Sealer) -> bool:
+    async def _receive_chunk(self, connection: BlockConnection, answers: Sealer) -> bool:
         """Receive the next chunk; whether its seal is right. If not, the chunk is queued again."""
         number, stage = self._wanted[0]
         staged = stage()
@@ -268,9 +270,9 @@ class _Receiver:
             await connection.fill(piece, self._check)
             self._check()  # `fill` had a checkpoint after the last byte
             seal.add(piece)
-        said = await connection.take(SEAL_BYTES)
+        seal_received = await connection.take(SEAL_BYTES)
         self._wanted.popleft()
-        if hmac.compare_digest(seal.end(), said):
+        if hmac.compare_digest(seal.end(), seal_received):
             self._check()
             staged.commit()
             return True

@@ -130,7 +130,7 @@ class PoolTarget:
 def _check_rest(num_blocks: int, num_received: int) -> None:
     """Raise StaleLease if no block is left to copy. The last step's blocks always are."""
     if num_received >= num_blocks:
-        raise StaleLease(f"{num_received} of {num_blocks} blocks would have landed")
+        raise StaleLease(f"{num_received} of {num_blocks} blocks are received already")
 
 
 class PoolTransfers:

@@ -105,7 +105,7 @@ class HostMemory(Protocol):
         ...
 
 
-Check: TypeAlias = Callable[[], None]  # raises StaleLease where blocks have a new owner
+LeaseCheck: TypeAlias = Callable[[], None]  # raises StaleLease where blocks have a new owner
 
 
 class Transport(Protocol):
@@ -118,14 +118,14 @@ class Transport(Protocol):
 
     num_damaged: int = 0
 
-    async def offer(self, blocks: Sequence[int], check: Check) -> BlockLocation:
+    async def offer(self, blocks: Sequence[int], check: LeaseCheck) -> BlockLocation:
         """Offer `blocks` for as long as `check` does not raise; returns where a receiver finds
         them.
 
         The blocks do not change meanwhile: `check` raises before they are written again.
         """
 
-    async def fetch(self, source: BlockLocation, blocks: Sequence[int], check: Check) -> None:
+    async def fetch(self, source: BlockLocation, blocks: Sequence[int], check: LeaseCheck) -> None:
         """Copy offered blocks into `blocks` of this pool, chunk by chunk. Every wait has a bound.
 
         Raises StaleLease if the lease has ended; DamagedBlocks if a chunk arrived damaged
@@ -154,7 +154,7 @@ class Storage(Protocol):
     @property
     def num_damaged(self) -> int: ...
 
-    async def receive(self, sender: "Storage", pairs: BlockPairs, check: Check) -> None:
+    async def receive(self, sender: "Storage", pairs: BlockPairs, check: LeaseCheck) -> None:
         """Copy blocks inside this process, chunk by chunk, with a checkpoint after each chunk.
 
         `check` is called before each chunk, without a checkpoint before the copy. It raises
@@ -163,9 +163,11 @@ class Storage(Protocol):
 
     # The rest is for a pool that other processes reach; see Transport.
 
-    async def share(self, blocks: Sequence[int], check: Check) -> BlockLocation: ...
+    async def share(self, blocks: Sequence[int], check: LeaseCheck) -> BlockLocation: ...
 
-    async def fetch(self, source: BlockLocation, blocks: Sequence[int], check: Check) -> None: ...
+    async def fetch(
+        self, source: BlockLocation, blocks: Sequence[int], check: LeaseCheck
+    ) -> None: ...
 
     def drop_stale(self) -> None: ...
 

@@ -165,7 +165,7 @@ def _up_to_final(text: str, final: str) -> str:
     if final.strip() not in text or _CONTINUED.strip() not in text:
         raise ChatTemplateError("the chat template does not show the end of the final message")
     end = text.rindex(_CONTINUED.strip())
-    is_whole = text.startswith(_CONTINUED, end)
+    is_whole = text.startswith(_CONTINUED, end)  # False: the template strips the end of messages
     return text[:end] if is_whole else text[:end].rstrip()
 
 
@@ -178,7 +178,7 @@ def find_template(path: Path, tokenizer_config: Mapping[str, Any]) -> str | None
     if file.is_file():
         return _read_text(file)
     given = tokenizer_config.get("chat_template")
-    if isinstance(given, list):
+    if isinstance(given, list):  # several named templates
         named = (entry for entry in given if isinstance(entry, dict))
         given = next((one.get("template") for one in named if one.get("name") == "default"), None)
     if not isinstance(given, str):

@@ -77,9 +77,9 @@ def refuse_foreign(name: str, path: Path) -> None:
     """Raise ModelError for a file of another format under a right name."""
     with path.open("rb") as file:
         head = file.read(_HEAD_BYTES)
-    for begins, told in _FOREIGN.items():
+    for begins, described in _FOREIGN.items():
         if head.lstrip().startswith(begins):
-            what, fix = told(head, path)
+            what, fix = described(head, path)
             raise ModelError(f"model {name}: {path.name} is {what}", fix)
 
 

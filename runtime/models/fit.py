@@ -82,16 +82,17 @@ def _check_layers(stored: StoredModel) -> None:
         raise ModelError(f"model {stored.name}: {cause} only {tensors} tensors", _FIX)
 
 
-def _check_quantisation(stored: StoredModel, said: StoredQuantisation | None) -> None:
+def _check_quantisation(stored: StoredModel, declared: StoredQuantisation | None) -> None:
     """Raise ModelError if config.json and the tensors disagree on quantisation."""
     packed = next((name for name in stored.tensors if name.endswith(_QUANTISED)), None)
-    if said is not None and packed is None:
+    if declared is not None and packed is None:
         raise ModelError(
-            f"model {stored.name}: config.json says that the weights are stored as {said.method} "
-            f"of {said.bits} bits ({_SETTINGS}), and no tensor is{_example(stored)}",
+            f"model {stored.name}: config.json says that the weights are stored as "
+            f"{declared.method} of {declared.bits} bits ({_SETTINGS}), and no tensor is"
+            f"{_example(stored)}",
             f"remove {_SETTINGS} from config.json, or download the quantised weights",
         )
-    if said is None and packed is not None:
+    if declared is None and packed is not None:
         raise ModelError(
             f"model {stored.name}: {packed} is quantised, and config.json has no {_SETTINGS}",
             f"add {_SETTINGS} to config.json (older folders keep it in quantize_config.json)",
@@ -107,7 +108,7 @@ def _as_stored(
     shapes: Mapping[str, Shape],
     linears: frozenset[str],
     tensors: Mapping[str, StoredTensor],
-    said: StoredQuantisation | None,
+    declared: StoredQuantisation | None,
 ) -> dict[str, Shape | None]:
     """The wanted tensors by the names under which they are stored. Shape None: the code that
     unpacks the tensor checks its shape.
@@ -115,23 +116,23 @@ def _as_stored(
     wanted: dict[str, Shape | None] = {}
     for name, shape in shapes.items():
         stem = name.removesuffix(".weight")
-        if said is None or name in tensors or name not in linears:
+        if declared is None or name in tensors or name not in linears:
             wanted[name] = shape
         else:
             wanted |= {f"{stem}{part}": None for part in _PARTS}
-            wanted[f"{stem}{_QUANTISED}"] = _packed(shape, said)
+            wanted[f"{stem}{_QUANTISED}"] = _packed(shape, declared)
     return wanted
 
 
-def _packed(shape: Shape, said: StoredQuantisation) -> Shape:
+def _packed(shape: Shape, declared: StoredQuantisation) -> Shape:
     """The packed shape of a weight [N, K], in words of 32 bits.
 
     GPTQ packs along K, AWQ along N; both store [K, N].
     """
     size, width = shape
-    if said.method == "awq":
-        return width, size * said.bits // _WORD_BITS
-    return -(-width * said.bits // _WORD_BITS), size
+    if declared.method == "awq":
+        return width, size * declared.bits // _WORD_BITS
+    return -(-width * declared.bits // _WORD_BITS), size
 
 
 def _missing(

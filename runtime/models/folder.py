@@ -148,15 +148,15 @@ def resolve_model(name: str) -> ModelFolder:
 def open_folder(name: str, path: Path) -> ModelFolder:
     """Read and check one folder; weights by their headers. Raises ModelError, UnsupportedModel."""
     check_config(name, path)
-    said = read_json(path / CONFIG, name)
+    declared = read_json(path / CONFIG, name)
     try:
-        _refuse_remote_code(name, said)
-        check(said)
+        _refuse_remote_code(name, declared)
+        check(declared)
     except UnsupportedModel as error:
         raise error.in_file(str(path / CONFIG)) from None
     check_tokenizer(name, path)
     tensors = _stored(name, path)
-    config = untie_if_different(said, path, tensors)
+    config = untie_if_different(declared, path, tensors)
     unread = check_fit(StoredModel(name, config, tensors))
     model_facts = facts(config)
     return ModelFolder(
@@ -166,7 +166,7 @@ def open_folder(name: str, path: Path) -> ModelFolder:
         config,
         _eos(name, path, model_facts),
         _hash(name, path, config),
-        tuple(_warnings(name, unread, is_untied=config is not said)),
+        tuple(_warnings(name, unread, is_untied=config is not declared)),
     )
 
 

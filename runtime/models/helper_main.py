@@ -111,6 +111,7 @@ def serve(open_worker: Callable[[HelperJob], JobWorker]) -> None:
     """Do one job for the process at the other end of standard input, until that end is closed."""
     link = _ParentSocket(socket.socket(fileno=os.dup(0)))
     setup = link.read(FrameDecoder[HelperSetup](HelperSetup))
+    # Limits come before the job: its setup already runs what the model's files define.
     limit_files()
     memory = MemoryLimit()
     memory.allow(setup.memory_bytes)

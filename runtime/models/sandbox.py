@@ -59,6 +59,8 @@ class Sandbox:
         self._broken: LimitExceeded | None = None  # the job cannot be set up within its limits
         self._broken_s = float("-inf")
         self._logged_s = float("-inf")
+        # The finalizer holds this list, not the sandbox: helpers end with an owner that forgot
+        # them.
         weakref.finalize(self, _end_all, self._idle)
 
     @contextmanager
@@ -81,7 +83,7 @@ class Sandbox:
     def close(self) -> None:
         """End idle helpers. A later call starts a helper again."""
         with self._lock:
-            idle, self._idle[:] = tuple(self._idle), ()
+            idle, self._idle[:] = tuple(self._idle), ()  # in place: the finalizer holds the list
         _end_all(list(idle))
 
     @property

@@ -120,6 +120,7 @@ class FolderTokenizer:
         config, file = _read_config(folder), folder.file(_TOKENS)
         pipeline = _chosen(folder.config, MODEL_FIELDS), _chosen(config, FIELDS)
         apart = IsolatedEncoder(folder.name, file, *pipeline)
+        # A hostile file is loaded in a helper process first: a load here could exhaust memory.
         if not read_parts(folder.name, file).loads_harmlessly:
             apart.try_loading(folder.name, file)
         self._tokenizer = _read_tokenizer(folder)

@@ -1,4 +1,4 @@
-"""The control socket: who works, restarting and draining; and what it does not understand."""
+"""The control socket: listing, restarting and draining workers; and requests that are broken."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress

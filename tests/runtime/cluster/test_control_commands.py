@@ -1,4 +1,4 @@
-"""A graph in one process: it is listed as graphs with workers are, and says that it has none."""
+"""A graph in one process is listed as graphs with workers are; other commands are refused."""
 
 import socket
 import tempfile

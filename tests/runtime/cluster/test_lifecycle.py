@@ -1,4 +1,4 @@
-"""Workers whose links fail again and again, in virtual time: left alone, and tried again."""
+"""Workers whose links fail repeatedly, in virtual time: they are ejected, and tried again."""
 
 import signal
 from collections.abc import AsyncIterator
@@ -30,7 +30,7 @@ def replicated() -> Graph:
 
 @asynccontextmanager
 async def bad_links(chaos: Chaos, *replicas: int) -> AsyncIterator[dict[int, list[float]]]:
-    """Cut each of them as soon as it is ready; when each was cut."""
+    """Cut each link as soon as its worker is ready. Yields the times of the cuts."""
     cut: dict[int, list[float]] = {replica: [] for replica in replicas}
 
     async def spoil(replica: int) -> None:
@@ -115,7 +115,7 @@ async def test_where_nobody_else_serves_it_is_not_ejected(autojump_clock: MockCl
 
 
 async def serving_life(chaos: Chaos) -> TaskLife:
-    """Of the worker that has a request of which no token has come."""
+    """The life of the worker with a request that has no token yet."""
     while True:
         for worker in chaos.supervisor.workers:
             if worker.engine is not None and worker.engine._silent:
@@ -127,7 +127,7 @@ async def serving_life(chaos: Chaos) -> TaskLife:
 async def test_a_damaged_link_is_not_the_fault_of_a_request(
     side: str, autojump_clock: MockClock
 ) -> None:
-    """Even where it was in a worker that died before."""
+    """This holds even for a request that was in a worker that died before."""
     async with chaotic(replicated(), 1) as chaos, trio.open_nursery() as nursery:
         answers = []
 
@@ -155,7 +155,7 @@ async def test_a_restart_over_a_link_that_stays_bad_comes_to_an_end(
 async def test_a_crash_that_takes_its_time_is_no_bad_link(
     autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is silent while it dumps core, say, and then ended by a signal that is not ours."""
+    """A worker is silent while it dumps core, for example, and then ends by its own signal."""
     wait = TaskLife.wait
 
     async def dumped(self: TaskLife) -> int:
@@ -231,7 +231,7 @@ async def test_a_worker_that_dies_again_and_again_is_tried_for_ever(
 async def test_deaths_of_a_request_are_told_from_those_of_the_machine(
     autojump_clock: MockClock,
 ) -> None:
-    """A prompt in two workers as they die, and nothing else of note, is what they died of."""
+    """A prompt that was in two workers when they died counts as the cause."""
     async with chaotic(Graph.load("joint"), 1, policy=RestartPolicy()) as chaos:
         (worker,) = chaos.supervisor.workers
         assert (await generate(chaos.session, [1] * 5, sampling=ONE)).finish_reason == "length"
@@ -254,7 +254,7 @@ async def test_deaths_of_a_request_are_told_from_those_of_the_machine(
         prompt = [1] * 2000
         await ask_and_kill_twice()
         assert worker.restarts.deaths == {"machine": 1, "request": 1}
-        await ask_and_kill_twice()  # nothing was served between: it may be any request
+        await ask_and_kill_twice()  # no token was emitted in between: any request may be the cause
         assert worker.restarts.deaths == {"machine": 3, "request": 1}
         assert (await generate(chaos.session, [1] * 5, sampling=ONE)).finish_reason == "length"
         kill(chaos)
@@ -263,7 +263,9 @@ async def test_deaths_of_a_request_are_told_from_those_of_the_machine(
 
 
 async def test_an_engine_that_requests_can_avoid_needs_no_worker(autojump_clock: MockClock) -> None:
-    """While prefill is gone long prompts go to the engine of decode, without which nothing goes."""
+    """Without prefill, long prompts go to the decode engine; without decode, no prompt can
+    go on.
+    """
     async with chaotic(Graph.load("pd"), 1, policy=RestartPolicy()) as chaos:
         prefill, decode = chaos.supervisor.workers
         chaos.supervisor.drain(prefill)
@@ -285,7 +287,7 @@ async def test_an_engine_that_requests_can_avoid_needs_no_worker(autojump_clock:
 async def test_a_restart_that_a_drain_overtakes_comes_to_an_end(
     after_s: float, autojump_clock: MockClock
 ) -> None:
-    """While the worker leaves, starts, or has just become ready: it is drained in the end."""
+    """The worker is drained in the end, if the drain comes while it stops, starts or is ready."""
     async with chaotic(replicated(), 1) as chaos:
         workers = chaos.supervisor.workers
 

@@ -1,4 +1,4 @@
-"""What a supervisor tells of its workers: how far they start, and each life, drain and scaling."""
+"""What a supervisor reports of its workers: progress of a start, each life, drain and scaling."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager

@@ -1,4 +1,4 @@
-"""Restarts: for ever, after delays that double, with jitter; a healthy life begins anew."""
+"""Restarts: for ever, after pauses that double, with jitter; a healthy life resets them."""
 
 from typing import Any
 

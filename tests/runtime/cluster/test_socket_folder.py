@@ -1,4 +1,4 @@
-"""Folders of sockets: those of graphs that were killed go, those of graphs that run stay."""
+"""Folders of sockets: those of killed graphs are removed, those of running graphs stay."""
 
 import os
 from pathlib import Path
@@ -15,7 +15,7 @@ def temporary(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 def abandoned() -> Path:
-    """As a graph whose processes were all killed leaves it."""
+    """A folder as it is left by a graph whose processes were all killed."""
     folder = SocketFolder()
     (folder.path / "hub").touch()
     os.close(folder._lock)  # the kernel does
@@ -40,7 +40,7 @@ def test_the_next_graph_removes_what_belongs_to_no_process(temporary: Path) -> N
 
 
 def test_a_lock_that_is_a_link_is_not_followed(temporary: Path) -> None:
-    """Somebody else may have put it there."""
+    """Another user may have put the link there."""
     precious = temporary / "precious"
     precious.touch()
     trap = temporary / "sagellm-trap"

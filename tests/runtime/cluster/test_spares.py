@@ -1,4 +1,4 @@
-"""Spare processes: one takes the place of a worker that died, and none is left in the end."""
+"""Spare processes: a spare replaces a worker that died, and no spare is left in the end."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Real worker processes, of an engine that computes nothing: their lives, and that none is left."""
+"""Real worker processes of an engine that computes nothing: their lives, and their end."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""One contract for every channel: order, once each, life signs, an end that is noticed."""
+"""One contract for every channel: messages in order, each once; signs of life; a noticed end."""
 
 import pickle
 import secrets
@@ -173,7 +173,7 @@ async def test_a_closed_side_says_and_hears_nothing(sides: tuple[Channel, Channe
         await graph.receive()
     with pytest.raises(ChannelClosed, match="enough"):
         graph.put(Ping())
-    worker.put(PONG)  # nobody has told it
+    worker.put(PONG)  # no message told the other side
     graph.close()
 
 
@@ -262,7 +262,7 @@ async def test_a_gap_ends_the_link(zeromq: Zeromq, number: int) -> None:
 
 async def test_a_gap_that_is_seen_while_sending_ends_the_link_alone(zeromq: Zeromq) -> None:
     zeromq.dealer._port.socket.send(encode(Frame(3, 5, msgspec.msgpack.encode(PONG))))
-    time.sleep(0.1)  # noqa: ASYNC251 - nobody looks at it before
+    time.sleep(0.1)  # noqa: ASYNC251 - the loop must not run meanwhile
     zeromq.link.put(Ping())
     with pytest.raises(ChannelClosed, match="was due"):
         zeromq.link.put(Ping())
@@ -320,7 +320,7 @@ async def test_what_is_said_before_the_peer_is_there_reaches_it(tmp_path: Path) 
 
 
 def stolen(folder: Path) -> dict[str, CurveKeys | None]:
-    """What somebody may have who knows the address, the name and the public keys, but no secret."""
+    """Keys of an attacker who knows the address, the name and the public keys, but no secret."""
     create_keys(folder / "others")
     graph, worker = (load_keys(folder / "keys", side) for side in ("graph", "worker"))
     others = load_keys(folder / "others", "worker")

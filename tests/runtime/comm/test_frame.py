@@ -1,4 +1,4 @@
-"""Frames: what is sent comes back whole, and nothing else comes back at all."""
+"""Frames: a frame is decoded whole, and other bytes are not decoded."""
 
 import pytest
 from hypothesis import given

@@ -1,4 +1,4 @@
-"""Keys of blocks: equal for equal tokens behind equal tokens in one salt, and for nothing else."""
+"""Keys of blocks: equal for equal tokens after equal tokens in one salt, and for nothing else."""
 
 import subprocess
 import sys

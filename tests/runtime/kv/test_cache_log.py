@@ -1,4 +1,4 @@
-"""The log of a pool: in order, bounded, and all anew where something was missed."""
+"""The log of a pool: in order and bounded; it begins again when a reader missed a change."""
 
 import random
 
@@ -37,7 +37,7 @@ def keep(pool: BlockPool, name: str, *tokens: int) -> None:
 
 
 class Reader:
-    """Knows what a log has told."""
+    """Collects the reports of a log."""
 
     def __init__(self, log: CacheLog) -> None:
         self.log = log
@@ -142,7 +142,7 @@ def test_nothing_is_noted_before_anybody_asks_nor_where_prefixes_are_not_kept() 
     ids=["windows", "states"],
 )
 def test_a_pool_that_forgets_tells_nothing(shape: LeaseShape) -> None:
-    """It may keep blocks that no sequence can begin with."""
+    """Such a pool may cache blocks that no sequence can reuse."""
     pool = BlockPool(32, SIZE, shape=shape)
     reader = Reader(pool.open_log())
     lease = pool.reserve(Fence("a", 0, 0), 4 * SIZE)

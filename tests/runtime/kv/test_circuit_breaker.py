@@ -1,4 +1,4 @@
-"""Links over which transfers fail: they rest, are tried one at a time, and come back."""
+"""Circuit breakers open after failures, let one transfer through at a time, and close again."""
 
 from sagellm.runtime.kv.circuit_breaker import MAX_FAILURES, CircuitBreaker, TransferLink
 

@@ -1,4 +1,4 @@
-"""The block pool: no block is lost, shared by accident, or freed while somebody refers to it."""
+"""The block pool: no block is lost, shared by accident, or freed while a lease refers to it."""
 
 import msgspec
 import pytest

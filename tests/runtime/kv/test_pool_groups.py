@@ -31,7 +31,10 @@ def test_a_window_holds_what_is_read_and_what_comes_next():
     shape = SHAPES["hybrid"]
     assert shape.spans(100, 0) == [(0, 25), (0, 5)]  # ceil((6 + 8) / 4) + 1
     assert shape.spans(100, 40) == [(0, 25), (8, 13)]  # position 40 sees 35 ... 40
-    assert shape.spans(42, 42) == [(0, 11), (9, 11)]  # what is received of 42 tokens
+    assert shape.spans(42, 42) == [
+        (0, 11),
+        (9, 11),
+    ]  # the blocks of 42 tokens that a transfer copies
     assert shape.num_blocks(100) == 25 + 2 * 5 + 2
     assert shape.num_needed(100) == 25 + 2 * 5 + 2 * 2
     assert shape.num_tokens(25 + 2 * 5 + 2 * 2, 1000) == 100
@@ -80,7 +83,7 @@ def test_a_prefix_ends_where_its_state_is_kept():
     kept = lease.snapshot
     pool.keep_state(lease, 20)
     assert lease.state_at(20) == kept != lease.snapshot
-    assert pool.num_reusable(lease.path) == 0  # nobody has computed from there: it may be written
+    assert pool.num_reusable(lease.path) == 0  # no step has begun there: the state may be written
     pool.grow(lease, 28)
     pool.publish(lease, key_path(4, 1, 7)[5:])
     pool.free_unread(lease, 28)

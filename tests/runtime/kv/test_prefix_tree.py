@@ -1,4 +1,4 @@
-"""What is kept for reuse, what goes first when blocks run out, and what nobody may find."""
+"""Which blocks are cached, which are evicted first, and which must not be found."""
 
 import pytest
 
@@ -11,7 +11,7 @@ SIZE = 4
 
 
 class Kept:
-    """A pool, and sequences of whole blocks that are told by the token they repeat."""
+    """A pool, and sequences of whole blocks; each sequence repeats one token."""
 
     def __init__(self, num_blocks):
         self.pool = BlockPool(num_blocks, SIZE)
@@ -34,7 +34,7 @@ class Kept:
         return nodes
 
     def lease(self, tokens, priority=2, salt=""):
-        """Compute a sequence of one block a token, taking over what is known."""
+        """Compute a sequence of one block for each token, reusing cached blocks."""
         self.number += 1
         prefix = self.find(tokens, salt)
         lease = self.pool.reserve(
@@ -151,9 +151,9 @@ def test_what_crashed_is_found_no_more_and_goes_free():
     assert kept.known([1, 2], [1, 3], [1, 9]) == [0, 0, 0]
     assert (kept.pool.num_free, kept.pool.num_cached, kept.pool.num_leased) == (6, 0, 2)
     kept.pool.grow(other, 3 * SIZE)
-    kept.pool.publish(other, kept.path([1, 2, 4])[2:])  # stands on what is gone
+    kept.pool.publish(other, kept.path([1, 2, 4])[2:])  # its parent is gone
     assert kept.known([1, 2, 4]) == [0]
-    kept.keep([1, 2])  # computed anew, it is found again
+    kept.keep([1, 2])  # computed again, it is found again
     assert kept.known([1, 2, 4]) == [2]
     kept.pool.advance(other, "finish")
     kept.pool.check()

@@ -1,4 +1,4 @@
-"""KV over tcp: what is changed, cut or replayed on the way is noticed, and never served."""
+"""KV over tcp: bytes that were changed, cut or replayed are noticed, and never served."""
 
 import pickle
 import secrets
@@ -20,7 +20,7 @@ from sagellm.runtime.port import DamagedBlocks, StaleLease
 
 SENT = [3, 4, 5, 9, 8, 20, 21, 60]
 LANDED = [1, 2, 3, 4, 5, 40, 41, 42]
-CHUNK = 4 + 8 + 16 + 2 * 8 * 256  # one layer: header, seal behind keys and values of eight blocks
+CHUNK = 4 + 8 + 16 + 2 * 8 * 256  # one layer: header, keys and values of eight blocks, seal
 SALT = 16
 ALL = SALT + 3 * CHUNK
 
@@ -82,7 +82,7 @@ async def test_one_flipped_bit_is_noticed_and_sent_again(at: int, ends: Tcp) -> 
 @pytest.mark.parametrize("at", [0, 15, 16, 28, 44, 45, CHUNK, CHUNK + 17, ALL - 1])
 async def test_a_connection_that_breaks_goes_on_where_it_was(at: int, ends: Tcp) -> None:
     ends.proxy.answers = [cutting(at)]
-    if at < SALT:  # before it is known that there is a lease at all
+    if at < SALT:  # before the receiver knows that there is a lease at all
         with pytest.raises(StaleLease):
             await ends.receiver.fetch(await ends.offer(), LANDED, fine)
         return
@@ -105,7 +105,7 @@ async def test_what_stays_damaged_is_an_error(ends: Tcp) -> None:
 async def test_a_connection_that_swallows_bytes_is_given_up_once(
     at: int, ends: Tcp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever waits can have the blocks elsewhere: no second connection is waited for."""
+    """The receiver does not wait for a second connection: the blocks can be computed elsewhere."""
     monkeypatch.setattr(connection, "_STALL_S", 0.05)
 
     def swallow(so_far: int, data: bytes) -> bytes:
@@ -118,7 +118,7 @@ async def test_a_connection_that_swallows_bytes_is_given_up_once(
 
 
 def replaying(recorded: bytes) -> Toxic:
-    """After the salt, what was said to another connection."""
+    """Send the salt, and then the bytes of another connection."""
     said = bytearray(recorded)
 
     def replay(so_far: int, data: bytes) -> bytes:
@@ -201,7 +201,7 @@ async def test_strangers_learn_nothing_and_harm_nobody(
 async def test_strangers_that_say_nothing_keep_nobody_out(ends: Tcp) -> None:
     source = await ends.offer()
     strangers = []
-    for _ in range(3 * tcp._MOST_STRANGERS):
+    for _ in range(3 * tcp._MAX_STRANGERS):
         strangers.append(await trio.open_tcp_stream("127.0.0.1", ends.proxy.port))
     with trio.fail_after(tcp._GREETING_S / 2):
         await ends.receiver.fetch(source, LANDED, fine)
@@ -221,7 +221,7 @@ def test_pieces_are_all_of_it_in_order() -> None:
 
 
 def test_a_salt_that_comes_again_gives_no_key_again() -> None:
-    """Who stands between may repeat the sender's salt: the receiver's is another."""
+    """A man in the middle may repeat the sender's salt; the receiver's salt is new."""
     key, salt = secrets.token_bytes(KEY_BYTES), secrets.token_bytes(SALT_BYTES)
     seals = {
         Sealer(key, salt + secrets.token_bytes(SALT_BYTES), to_server=False).seal([b"chunk"])

@@ -1,4 +1,4 @@
-"""Copies between pools: what arrives is what was sent, and a lost lease stops the copy."""
+"""Copies between pools: the right blocks arrive, and a lost lease stops the copy."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ SHAPE = (2, 2, 8, 1, 4, 3)  # layers, keys and values, blocks, heads, block size
 
 
 class Side:
-    """A pool of eight blocks of four tokens with its exchange."""
+    """A pool of eight blocks of four tokens, with its transfers."""
 
     def __init__(self, name, storage):
         self.pool = BlockPool(8, 4)

@@ -1,4 +1,4 @@
-"""Blocks of one pool read from another: the same bytes, or an error; never others."""
+"""Blocks that are read from another pool: the same bytes or an error, never other bytes."""
 
 import base64
 import errno
@@ -245,7 +245,7 @@ def test_memory_of_a_process_that_is_gone_is_stale() -> None:
 def test_a_process_that_may_open_no_more_files_says_so(
     call: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its blocks are computed where they are decoded, and it lives."""
+    """The process lives, and the decode engine computes the blocks."""
     memory = SharedMemory(4096)
 
     def full(*_: object, **__: object) -> None:

@@ -1,4 +1,4 @@
-"""Bad words as tokens: as vLLM makes them of texts."""
+"""Bad words become the same token sequences as in vLLM."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from sagellm.runtime.models.tokenizer import ByteTokenizer, bad_words_token_ids,
 
 
 class Spaced(ByteTokenizer):
-    """A word behind a space is one other token."""
+    """A word after a space is one other token."""
 
     def encode(self, text, *, add_special_tokens=True):
         return (7,) if text == " hey" else (5,) if text == "hey" else tuple(text.encode())

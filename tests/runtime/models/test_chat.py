@@ -1,4 +1,4 @@
-"""Chat templates with tools, variables and messages to go on with: as transformers renders them."""
+"""Chat templates with tools, variables and messages to continue, as transformers renders them."""
 
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template

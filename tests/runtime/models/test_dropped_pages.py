@@ -1,4 +1,4 @@
-"""Pages of mapped files are given back, and only those."""
+"""Pages of mapped files are dropped, and no other pages."""
 
 import psutil
 import pytest

@@ -119,7 +119,7 @@ def test_the_tokenizer_of_sage_tiny_is_harmless() -> None:
     ],
 )
 def test_what_a_helper_loads_first(tmp_path: Path, parts: dict[str, Any]) -> None:
-    """Regular expressions that are not known, and what grows the added tokens."""
+    """Unknown regular expressions, and normalizers that make added tokens grow."""
     assert not _read(tmp_path, made(**parts)).loads_harmlessly
     assert _read(tmp_path, made(pre_tokenizer=_split(min(SPLITS)))).loads_harmlessly
 

@@ -1,4 +1,4 @@
-"""What a process may take, and how it ends beyond."""
+"""The limits of a helper process, and how it ends beyond them."""
 
 import signal
 import subprocess

@@ -1,4 +1,4 @@
-"""No folder takes memory, time or the process: what it multiplies ends in a helper process."""
+"""No folder exhausts this process: hostile work ends in a helper process."""
 
 import json
 import resource
@@ -63,7 +63,7 @@ def test_a_caller_in_the_same_program_is_told_the_cause(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", ["a", 10**30, -0.5, None, True, {"a": [1]}, "\N{SNOWMAN}"])
 def test_a_helper_renders_what_this_process_would(tmp_path: Path, value: object) -> None:
-    """In a folder of its own each, for a template that is not known."""
+    """Each value has a folder of its own, with an unknown template."""
     template = (
         "{% for m in messages %}{{ m.content }}{{ m.x }}{{ m.x | tojson }}{% endfor %}{{ k }}"
     )
@@ -79,7 +79,7 @@ def test_a_helper_encodes_what_this_process_would(tmp_path: Path) -> None:
     parts = {"pre_tokenizer": {**TOKENIZERS["regex"]["pre_tokenizer"], "pattern": {"Regex": "h"}}}
     apart, plain = load(hostile_folder(tmp_path, tokenizer=parts)), load(Path("sage-tiny"))
     assert apart.isolated_encoder
-    assert not apart.isolated_encoder.sandbox.pids  # until somebody wants to encode
+    assert not apart.isolated_encoder.sandbox.pids  # until a text is encoded
     assert not plain.isolated_encoder
     with apart.kept():
         assert apart.encode("hey") == (104, 101, 121)
@@ -162,7 +162,7 @@ def test_a_tokenizer_that_no_helper_can_load_is_refused(tmp_path: Path) -> None:
 
 
 def test_options_of_any_length_are_not_taken(tmp_path: Path) -> None:
-    """A helper process is told them before it reads: no call should wait for that."""
+    """A helper process gets them before it reads: a call must not wait for that."""
     folder = hostile_folder(tmp_path, HEALTHY)
     (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "a" * 10**6}))
     with pytest.raises(ModelError, match=r"set up with 1000\d\d\d bytes"):

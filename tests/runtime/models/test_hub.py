@@ -1,4 +1,4 @@
-"""Downloads: only what is needed, and one error whatever fails."""
+"""Downloads: only the needed files, and one error type for all failures."""
 
 import errno
 

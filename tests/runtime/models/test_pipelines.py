@@ -66,7 +66,7 @@ def numbers() -> Tokenizer:
     )
     tokenizer.decoder = decoders.ByteLevel()
     stored = json.loads(trained(tokenizer).to_str())
-    del stored["model"]["merges"][-100:]  # words that no merge makes any more
+    del stored["model"]["merges"][-100:]  # words that no merge makes
     return Tokenizer.from_str(json.dumps(stored))
 
 
@@ -150,7 +150,7 @@ def test_tokens_equal_those_of_transformers(
     config = {} if named is None else {"tokenizer_class": named}
     folder = write(family, kind, **config)
     tokenizer = load_tokenizer(resolve_model(str(folder)))
-    if tokenizer.warnings:  # a class for which this vocabulary is not made
+    if tokenizer.warnings:  # a class that this vocabulary does not fit
         assert kind == "sentencepiece"
         assert type(AutoTokenizer.from_pretrained(folder)).__name__ == QWEN
     else:
@@ -185,7 +185,7 @@ def test_the_class_may_stand_in_config_json(write: Callable[..., Path]) -> None:
 
 
 def test_the_class_decides(write: Callable[..., Path]) -> None:
-    """What is compared with transformers above is no tie."""
+    """The pipelines of class and file differ in tokens: the tests above compare something."""
     text, found = "12345", []
     for named in (QWEN, AS_STORED):
         folder = write("qwen3", "numbers", tokenizer_class=named)

@@ -1,4 +1,4 @@
-"""Folders that are no model, or a damaged one: each gets its cause and its fix, before loading."""
+"""Folders without a model, or with a damaged one: each is refused before loading, with a fix."""
 
 import json
 import shutil

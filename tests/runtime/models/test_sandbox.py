@@ -1,4 +1,4 @@
-"""Helper processes start ahead, are used again, replaced when killed, and end with their owner."""
+"""Helper processes start early, are reused, replaced when killed, and end with their owner."""
 
 import os
 import signal
@@ -39,7 +39,7 @@ MAYBE = "{% if messages[0].content == 'spin' %}" + SPINS + "{% endif %}" + HEALT
 
 @pytest.fixture
 def template() -> Iterator[IsolatedTemplate]:
-    """Spins where it is asked to."""
+    """A template that spins for a certain message."""
     found = IsolatedTemplate("m", MAYBE, {})
     with found.sandbox.kept():
         yield found
@@ -119,7 +119,7 @@ def test_a_helper_does_not_outlive_a_parent_that_is_killed() -> None:
 def test_a_helper_runs_no_file_of_the_current_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It may be the folder of a model: `sagellm serve .`"""
+    """The current folder may be that of a model: `sagellm serve .`"""
     for name in ("json", "jinja2", "msgspec", "sagellm"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit(1)")
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""Tensors that a folder holds beside those of its architecture: taken, warned of, or refused."""
+"""Tensors that an architecture does not read: accepted, warned of, or refused."""
 
 import json
 from pathlib import Path
@@ -119,7 +119,7 @@ def test_all_further_layers_are_one_mistake(folder: Path) -> None:
 
 
 def test_tensors_are_compared_whole(tmp_path: Path) -> None:
-    """One byte differs, wherever it is."""
+    """One byte differs, at any place."""
     stored = [StoredTensor("U8", (5_000_001,), name, 0, 5_000_001) for name in ("a", "b")]
     (tmp_path / "a").write_bytes(bytes(5_000_001))
     for place in (0, 70_000, 1 << 20, 5_000_000):

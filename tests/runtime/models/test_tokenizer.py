@@ -1,4 +1,4 @@
-"""Tokenizers and chat templates: as transformers would, with errors that say what is wrong."""
+"""Tokenizers and chat templates work as in transformers; errors name the cause."""
 
 import json
 
