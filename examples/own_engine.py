@@ -8,8 +8,7 @@ import trio
 import sagellm
 from sagellm import Graph, ops
 from sagellm.runtime.engine.kinds import EngineKind, ReplicaPlace
-from sagellm.runtime.engine.mailbox import Mailbox
-from sagellm.runtime.engine.output_text import StopStrings
+from sagellm.runtime.engine.output import Mailbox, StopStrings
 from sagellm.runtime.messages import FinishReason, SequenceState, TokenEvent
 from sagellm.runtime.port import EngineEvent, EngineFacts, EngineHealth, EngineLoad, EngineRefusal
 

@@ -8,7 +8,7 @@ import trio
 from sagellm.graphs.log import get_logger
 from sagellm.graphs.vocabulary import PREFILLED, OpSpec, Port
 from sagellm.runtime.handover import release_leases
-from sagellm.runtime.kv.circuit_breaker import CircuitBreaker
+from sagellm.runtime.kv.transport import CircuitBreaker
 from sagellm.runtime.messages import Item, LeaseRef, Prefilled, Request
 from sagellm.runtime.operator import Context, Credit, Setup, Signal
 from sagellm.runtime.port import (

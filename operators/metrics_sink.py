@@ -10,8 +10,8 @@ from msgspec import field
 from msgspec.structs import replace
 
 from sagellm.graphs.vocabulary import NoOptions, OpSpec, Port
+from sagellm.runtime.containers import LogHistogram
 from sagellm.runtime.handover import Phases, phases_of
-from sagellm.runtime.histograms import LogHistogram
 from sagellm.runtime.messages import Answer, Item, TokenEvent
 from sagellm.runtime.operator import Arrival, Draw, Emit, EmitAll, Input, Setup, Signal, Step
 

@@ -8,7 +8,7 @@ from typing import Literal, Protocol, TypeAlias, TypeGuard, runtime_checkable
 import msgspec
 
 from sagellm.graphs.vocabulary import KV_TRANSFER
-from sagellm.runtime.histograms import Buckets
+from sagellm.runtime.containers import Buckets
 from sagellm.runtime.lease_shape import LeaseShape
 from sagellm.runtime.messages import ChoiceKey, LeaseRef, SequenceState, TokenEvent
 

@@ -2,7 +2,7 @@
 
 from itertools import pairwise
 
-from sagellm.graphs.layout.geometry import Box, Point
+from sagellm.graphs.layout.ranks import Box, Point
 
 
 def overlap(one: Box, other: Box) -> bool:

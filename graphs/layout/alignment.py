@@ -11,7 +11,7 @@ from math import inf
 from statistics import fmean
 from typing import TypeAlias
 
-from sagellm.graphs.layout.geometry import GridCell
+from sagellm.graphs.layout.ranks import GridCell
 
 Neighbours: TypeAlias = Mapping[GridCell, Sequence[GridCell]]
 Segment: TypeAlias = tuple[GridCell, GridCell]  # an upper and a lower cell

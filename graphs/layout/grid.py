@@ -7,8 +7,7 @@ from statistics import fmean
 from typing import TypeAlias
 
 from sagellm.graphs.layout.alignment import COLUMN_GAP, centres
-from sagellm.graphs.layout.geometry import GridCell, Size
-from sagellm.graphs.layout.ranks import Band, LayoutEdge, ranks, shortcuts, spine
+from sagellm.graphs.layout.ranks import Band, GridCell, LayoutEdge, Size, ranks, shortcuts, spine
 
 # The cells of one edge from top to bottom; empty for a loop.
 EdgePath: TypeAlias = tuple[GridCell, ...]

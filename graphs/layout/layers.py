@@ -10,9 +10,17 @@ from itertools import pairwise
 from typing import TypeAlias
 
 from sagellm.graphs.layout.alignment import COLUMN_GAP
-from sagellm.graphs.layout.geometry import Box, EdgeRoute, GridCell, Layout, Point, Size
 from sagellm.graphs.layout.grid import Grid, grid
-from sagellm.graphs.layout.ranks import Band, LayoutEdge
+from sagellm.graphs.layout.ranks import (
+    Band,
+    Box,
+    EdgeRoute,
+    GridCell,
+    Layout,
+    LayoutEdge,
+    Point,
+    Size,
+)
 
 # The x of each cell of its path, by edge number.
 Lines: TypeAlias = list[list[float]]

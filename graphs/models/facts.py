@@ -8,9 +8,8 @@ from sagellm.graphs.ir import Graph
 from sagellm.graphs.kernels import KVGroup, kv_groups
 from sagellm.graphs.kernels.memory_layout import weight_shapes
 from sagellm.graphs.models import config as read
-from sagellm.graphs.models.config import Config
+from sagellm.graphs.models.config import Config, stored_quantisation
 from sagellm.graphs.models.decoder import Decoder
-from sagellm.graphs.models.quantisation import stored_quantisation
 
 
 @dataclass(frozen=True, slots=True)

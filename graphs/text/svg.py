@@ -6,9 +6,17 @@ from unicodedata import east_asian_width
 from xml.sax.saxutils import escape
 
 from sagellm.graphs.ir import Graph
-from sagellm.graphs.layout.geometry import Box, EdgeRoute, Layout, Point, Size, Stroke
 from sagellm.graphs.layout.layers import lay_out
-from sagellm.graphs.layout.ranks import Band, LayoutEdge
+from sagellm.graphs.layout.ranks import (
+    Band,
+    Box,
+    EdgeRoute,
+    Layout,
+    LayoutEdge,
+    Point,
+    Size,
+    Stroke,
+)
 from sagellm.graphs.text.drawing import Arrow, ArrowKind, Drawing, DrawnNode, to_drawing
 
 FONT_SIZE = 12.0

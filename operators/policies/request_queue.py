@@ -9,11 +9,11 @@ from immutables import Map
 from msgspec.structs import replace
 
 from sagellm.operators.policies.order import QueueOrder
+from sagellm.runtime.containers import SortedChunks
 from sagellm.runtime.feedback import Backlog
 from sagellm.runtime.forecast import Forecast
 from sagellm.runtime.messages import Request
 from sagellm.runtime.operator import Signal
-from sagellm.runtime.persistent import SortedChunks
 from sagellm.runtime.prefixes import PrefixIndex
 
 # rank, arrival, number: the number is unique, so two requests are never compared.

@@ -9,9 +9,9 @@ import msgspec
 from immutables import Map
 from msgspec.structs import replace
 
+from sagellm.runtime.containers import MinTree
 from sagellm.runtime.forecast import Forecast
 from sagellm.runtime.messages import Request
-from sagellm.runtime.persistent import MinTree
 from sagellm.runtime.port import EngineLoad
 from sagellm.runtime.prefixes import PrefixIndex
 

@@ -4,9 +4,9 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple, TypeAlias
 
+from sagellm.runtime.containers import MutableMinTree
 from sagellm.runtime.messages import ChoiceKey, Item, Prefilled, Request
 from sagellm.runtime.operator import Credit
-from sagellm.runtime.persistent import MutableMinTree
 
 
 class CreditGate(NamedTuple):

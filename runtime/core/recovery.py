@@ -15,7 +15,7 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
-from sagellm.runtime.histograms import Buckets
+from sagellm.runtime.containers import Buckets
 from sagellm.runtime.messages import ChoiceKey, Item, Request, TokenEvent
 from sagellm.runtime.port import LossCause
 

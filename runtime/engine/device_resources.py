@@ -11,7 +11,7 @@ from sagellm.graphs.models import build
 from sagellm.graphs.passes import PlaceLayers
 from sagellm.runtime.engine.drafters import DraftLimits, ModelDrafter, NgramDrafter, draft_folder
 from sagellm.runtime.engine.options import EngineOptionError, EngineOptions
-from sagellm.runtime.engine.output_text import IncrementalDetokenizer, OutputText
+from sagellm.runtime.engine.output import IncrementalDetokenizer, OutputText
 from sagellm.runtime.engine.runner import DeviceQueue, DeviceRunner, EngineResources, OpenOutputText
 from sagellm.runtime.engine.sizing import engine_dtype, kv_blocks
 from sagellm.runtime.engine.speculation import Drafter, Speculation

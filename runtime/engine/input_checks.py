@@ -2,7 +2,7 @@
 
 import math
 
-from sagellm.runtime.engine.mailbox import Mailbox
+from sagellm.runtime.engine.output import Mailbox
 from sagellm.runtime.engine.runner import EngineResources
 from sagellm.runtime.engine.sequence import Sequence
 from sagellm.runtime.messages import SequenceState

@@ -4,14 +4,14 @@ from collections.abc import Callable
 
 import trio
 
+from sagellm.runtime.containers import Buckets
 from sagellm.runtime.engine.batch import Reservation
 from sagellm.runtime.engine.input_checks import check_offer, check_sequence, open_sequence
 from sagellm.runtime.engine.loop import EngineLoop
-from sagellm.runtime.engine.mailbox import Mailbox
+from sagellm.runtime.engine.output import Mailbox
 from sagellm.runtime.engine.prefix_cache import CacheReporter
 from sagellm.runtime.engine.runner import EngineResources
 from sagellm.runtime.engine.scheduler import Scheduler
-from sagellm.runtime.histograms import Buckets
 from sagellm.runtime.kv.lease import Fence, Lease
 from sagellm.runtime.kv.pool import BlockPool
 from sagellm.runtime.kv.transfer import PoolSource, PoolTarget, PoolTransfers

@@ -8,15 +8,14 @@ import trio
 
 from sagellm.backends import Sampled
 from sagellm.graphs.log import get_logger
+from sagellm.runtime.containers import Buckets
 from sagellm.runtime.engine.batch import Batch
-from sagellm.runtime.engine.mailbox import Mailbox
+from sagellm.runtime.engine.output import Mailbox
 from sagellm.runtime.engine.prefix_cache import CacheReporter
-from sagellm.runtime.engine.runner import EngineResources, StepLaunch
+from sagellm.runtime.engine.runner import EngineResources, StepLaunch, Watchdog
 from sagellm.runtime.engine.scheduler import Scheduler
 from sagellm.runtime.engine.sequence import UNSTARTED, Sequence
 from sagellm.runtime.engine.speculation import verified
-from sagellm.runtime.engine.watchdog import Watchdog
-from sagellm.runtime.histograms import Buckets
 from sagellm.runtime.kv.lease import Fence, Lease, LeaseEvent
 from sagellm.runtime.kv.transfer import PoolTransfers
 from sagellm.runtime.messages import ENGINE_FAILED, FinishReason, LeaseRef, Stamps, TokenLogprob

@@ -21,10 +21,10 @@ from sagellm.runtime.comm.protocol import (
     Submit,
     SyncCache,
 )
+from sagellm.runtime.containers import Buckets
 from sagellm.runtime.engine.loop import STEP_TOKENS
-from sagellm.runtime.engine.mailbox import Mailbox
+from sagellm.runtime.engine.output import Mailbox
 from sagellm.runtime.engine.worker_calls import WorkerCalls
-from sagellm.runtime.histograms import Buckets
 from sagellm.runtime.kv.lease import Fence
 from sagellm.runtime.messages import SequenceState, TokenEvent
 from sagellm.runtime.port import (

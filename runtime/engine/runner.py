@@ -1,6 +1,4 @@
-"""How an engine computes: the runner protocol, the runner of a device, and all that an engine is
-built from.
-"""
+"""Runners compute the batches of an engine; a watchdog measures their steps."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,13 +7,14 @@ from typing import Protocol, TypeAlias
 import trio
 
 from sagellm.backends import Device, KVStorage, Program, Queue, Sampled, Ticket
+from sagellm.runtime.containers import LogHistogram
 from sagellm.runtime.engine.batch import Batch, step_batch
 from sagellm.runtime.engine.options import Limits
-from sagellm.runtime.engine.output_text import OutputText
+from sagellm.runtime.engine.output import OutputText
 from sagellm.runtime.engine.speculation import Speculation
 from sagellm.runtime.kv.transport import Storage
 from sagellm.runtime.messages import SequenceState
-from sagellm.runtime.port import EngineFacts
+from sagellm.runtime.port import EngineFacts, EngineHealth
 
 
 class StepLaunch(Protocol):
@@ -170,3 +169,45 @@ class EngineResources:
         that the step samples, so speculation excludes it.
         """
         return self.runner.async_scheduling and self.speculation is None
+
+
+_LEAST_S = 4.5  # without progress, before an engine counts as hung: /ready says so within 5 s
+_NUM_STEPS = 20.0  # an engine may be silent for as long as this many of its slowest steps
+
+
+class Watchdog:
+    """Watches the steps of one engine. The engine passes the times, in seconds of its clock."""
+
+    def __init__(self) -> None:
+        self._step_times = LogHistogram()
+        self._started_s: float | None = None
+        self._progressed_s = 0.0
+
+    def start_step(self, now: float) -> None:
+        self._started_s = now
+
+    def finish_step(self, now: float) -> None:
+        """The step that began last has ended, or failed."""
+        assert self._started_s is not None
+        self._step_times = self._step_times.with_sample(now - self._started_s)
+        self._started_s = None
+        self._progressed_s = now
+
+    def reset(self, now: float) -> None:
+        """Restart the timeout: only now can the engine advance, as work came or a reader made room.
+
+        An engine that may not advance does not hang.
+        """
+        self._progressed_s = now
+
+    def health(self, now: float, *, has_work: bool) -> EngineHealth:
+        """The health at `now`. `has_work`: some sequence has a reader that takes its events."""
+        slowest_s = self._step_times.quantile(0.99)
+        timeout_s = max(_LEAST_S, _NUM_STEPS * (slowest_s or 0.0))
+        started_s = self._started_s
+        return EngineHealth(
+            busy_for_s=0.0 if started_s is None else now - started_s,
+            step_p99_s=slowest_s,
+            num_steps=self._step_times.num_samples,
+            is_hung=(has_work or started_s is not None) and now - self._progressed_s > timeout_s,
+        )

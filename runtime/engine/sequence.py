@@ -6,8 +6,7 @@ from collections.abc import Sequence as Items
 import msgspec
 
 from sagellm.backends import Sampled
-from sagellm.runtime.engine.mailbox import Mailbox
-from sagellm.runtime.engine.output_text import OutputText
+from sagellm.runtime.engine.output import Mailbox, OutputText
 from sagellm.runtime.kv.lease import Fence, Lease
 from sagellm.runtime.kv.prefix_tree import BlockKey, PrefixNode
 from sagellm.runtime.messages import (

@@ -7,8 +7,7 @@ from pathlib import Path
 
 from sagellm.graphs.kernels.memory_layout import Shape, linear_weights, weight_shapes
 from sagellm.graphs.models import build
-from sagellm.graphs.models.config import num_layers
-from sagellm.graphs.models.quantisation import StoredQuantisation, stored_quantisation
+from sagellm.graphs.models.config import StoredQuantisation, num_layers, stored_quantisation
 from sagellm.graphs.vocabulary import nearest
 from sagellm.runtime.models import ModelError
 from sagellm.runtime.models.files import StoredTensor

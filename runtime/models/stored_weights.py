@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from sagellm.backends.interface import Loading, Progress, silent
 from sagellm.backends.quantised_weight import ZERO_CODE, QuantisedWeight
 from sagellm.graphs.ir import Graph
-from sagellm.graphs.models.quantisation import StoredQuantisation, stored_quantisation
+from sagellm.graphs.models.config import StoredQuantisation, stored_quantisation
 from sagellm.graphs.vocabulary import nearest
 from sagellm.runtime.models.folder import ModelError, ModelFolder, shard_files
 

@@ -12,7 +12,7 @@ from sagellm.backends import LoweringError, UnknownBackend
 from sagellm.builder import Graph
 from sagellm.cli.config_file import ConfigFile, format_config, read_config
 from sagellm.cli.errors import CONFIGURATION, ENGINE_FIX, RESOURCES, Failure, warn
-from sagellm.cli.graph_argument import choose_graphs, parse_assignments
+from sagellm.cli.graph_argument import choose_graphs, parse_assignments, public_model_name
 from sagellm.cli.keys import readable_secrets
 from sagellm.cli.serve_options import (
     CONFIG_FILE_OPTIONS,
@@ -35,7 +35,6 @@ from sagellm.logs.lines import write_line
 from sagellm.opening.decisions import DecisionFile
 from sagellm.opening.open_graph import OpenGraph
 from sagellm.runtime.engine.options import EngineOptionError
-from sagellm.several_models import public_model_name
 
 
 def serve(

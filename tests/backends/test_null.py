@@ -8,7 +8,7 @@ from sagellm.backends import KVLayout, LogitsRow, StepBatch, get_backend
 from sagellm.backends.null import null_token
 from sagellm.graphs.diagnostics import GraphError
 from sagellm.graphs.models import build
-from sagellm.runtime.engine.mailbox import Mailbox
+from sagellm.runtime.engine.output import Mailbox
 from sagellm.runtime.engine.sequence import Sequence
 from sagellm.runtime.messages import SequenceState
 from sagellm.runtime.sampling import Sampling

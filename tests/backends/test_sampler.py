@@ -10,7 +10,7 @@ from transformers.generation import NoBadWordsLogitsProcessor
 
 from sagellm.backends import LogitsRow, sampler
 from sagellm.backends.sampler import banned_tokens, sample, uniform
-from sagellm.runtime.engine.mailbox import Mailbox
+from sagellm.runtime.engine.output import Mailbox
 from sagellm.runtime.engine.sequence import Sequence
 from sagellm.runtime.messages import SequenceState
 from sagellm.runtime.sampling import Sampling

@@ -13,7 +13,7 @@ from pictures import crosses, holds, overlap
 import sagellm.graphs
 from sagellm.graphs.ir import Edge, FrozenMap, Graph, Node
 from sagellm.graphs.kernels import infer
-from sagellm.graphs.layout.geometry import Box, Point
+from sagellm.graphs.layout.ranks import Box, Point
 from sagellm.graphs.models import FAMILIES, build
 from sagellm.graphs.passes import KERNEL_PASSES, run_pipeline
 from sagellm.graphs.passes.placement import Place

@@ -6,10 +6,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pictures import crosses, holds, overlap
 
-from sagellm.graphs.layout.geometry import Box, GridCell, Layout
 from sagellm.graphs.layout.grid import num_crossings
 from sagellm.graphs.layout.layers import FRAME_PADDING, PORT_GAP, lay_out, spread
-from sagellm.graphs.layout.ranks import Band, LayoutEdge, ranks, shortcuts, spine
+from sagellm.graphs.layout.ranks import (
+    Band,
+    Box,
+    GridCell,
+    Layout,
+    LayoutEdge,
+    ranks,
+    shortcuts,
+    spine,
+)
 
 SIZE = (60.0, 30.0)
 CHAIN = [LayoutEdge("a", "b"), LayoutEdge("b", "c"), LayoutEdge("a", "c")]

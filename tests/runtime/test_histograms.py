@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sagellm.runtime.histograms import Buckets, LogHistogram
+from sagellm.runtime.containers import Buckets, LogHistogram
 
 
 def test_a_bound_belongs_to_its_bucket() -> None:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sagellm.runtime.persistent import MinTree, MutableMinTree, SortedChunks
+from sagellm.runtime.containers import MinTree, MutableMinTree, SortedChunks
 
 VALUES = st.sampled_from([0.0, 1.0, 2.5, -1.0, -math.inf, math.inf])
 

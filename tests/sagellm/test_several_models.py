@@ -12,11 +12,11 @@ from mirrored_models import make_mirrored, mirrored
 from trio.testing import MockClock
 
 from sagellm import Graph, RequestRefused, Sampling, ops
+from sagellm.cli.graph_argument import graph_of_models, model_keys
 from sagellm.graphs.diagnostics import GraphError
 from sagellm.opening.tokenizers import load_models
 from sagellm.runtime.messages import Request
 from sagellm.session import RequestError, Session
-from sagellm.several_models import graph_of_models, model_keys
 
 TWO = Path("examples/two_models.yaml")
 SUM = [{"role": "user", "content": "What is 23 + 45?"}]

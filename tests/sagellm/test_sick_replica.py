@@ -12,7 +12,7 @@ from trio.testing import MockClock
 from sagellm import Graph, Sampling, ops
 from sagellm.runtime.core.outliers import FIRST_S
 from sagellm.runtime.engine.kinds.modelled import ModelledLaunch
-from sagellm.runtime.engine.mailbox import Mailbox
+from sagellm.runtime.engine.output import Mailbox
 from sagellm.runtime.messages import TokenEvent
 from sagellm.session import Session
 

@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 import anyio
 
 from sagellm.logs import num_dropped_lines
-from sagellm.runtime.histograms import Buckets
+from sagellm.runtime.containers import Buckets
 from sagellm.runtime.messages import CODES, PRIORITIES
 
 TTFT_S = (

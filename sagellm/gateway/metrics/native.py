@@ -13,8 +13,8 @@ from sagellm.gateway.metrics.snapshot import (
     gauge,
     histogram,
 )
+from sagellm.runtime.containers import Buckets
 from sagellm.runtime.executors.reading import OperatorReading, Shares
-from sagellm.runtime.histograms import Buckets
 
 _TOTALS: dict[str, tuple[str, Callable[[OperatorReading], float]]] = {
     "in": ("Items that an operator was given.", lambda one: one.num_in),

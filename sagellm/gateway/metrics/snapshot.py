@@ -14,10 +14,10 @@ from prometheus_client.core import (
 from sagellm.gateway.metrics.meters import Counts
 from sagellm.runtime.cluster.child_process import BLAMES, Restarts
 from sagellm.runtime.cluster.worker import Worker
+from sagellm.runtime.containers import Buckets
 from sagellm.runtime.core.core import Core
 from sagellm.runtime.executors.reading import Reading, Shares
 from sagellm.runtime.executors.tasks import TasksExecutor
-from sagellm.runtime.histograms import Buckets
 from sagellm.runtime.port import CountingSteps, Engine, EngineFacts, EngineHealth, EngineLoad
 
 Labels: TypeAlias = Mapping[str, str]

@@ -22,7 +22,7 @@ from sagellm.gateway.metrics.snapshot import (
     gauge,
     histogram,
 )
-from sagellm.runtime.histograms import Buckets
+from sagellm.runtime.containers import Buckets
 from sagellm.runtime.port import DraftCounts, EngineLoad
 
 _NO_HANDLER = "none"  # for unknown paths

@@ -13,7 +13,7 @@ from sagellm.gateway.api_errors import ApiError
 from sagellm.gateway.protocol.sampling_params import ModelCard
 from sagellm.gateway.settings import Settings
 from sagellm.graphs.log import get_logger
-from sagellm.runtime.histograms import Buckets
+from sagellm.runtime.containers import Buckets
 from sagellm.runtime.messages import Request, TokenEvent
 from sagellm.session.requests import Timing
 

@@ -25,7 +25,7 @@ from sagellm.gateway.processes.link import (
 )
 from sagellm.gateway.settings import Streaming
 from sagellm.gateway.thread_bridge import window_of
-from sagellm.runtime.histograms import Buckets
+from sagellm.runtime.containers import Buckets
 from sagellm.runtime.messages import Request
 from sagellm.session.requests import Timing
 

@@ -18,8 +18,8 @@ from sagellm.backends import Logprob, Sampled, StepBatch
 from sagellm.runtime.engine.batch import Batch, step_batch
 from sagellm.runtime.engine.kinds.local import open_engine
 from sagellm.runtime.engine.kinds.modelled import ModelledOptions, open_modelled
-from sagellm.runtime.engine.mailbox import MAX_BATCHES
 from sagellm.runtime.engine.options import EngineOptions
+from sagellm.runtime.engine.output import MAX_BATCHES
 from sagellm.runtime.engine.runner import DeviceQueue
 from sagellm.runtime.messages import SequenceState
 from sagellm.runtime.sampling import Sampling

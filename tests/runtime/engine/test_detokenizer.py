@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from models_on_the_fly import EOS, VOCAB_SIZE, byte_tokenizer
 from tokenizers import decoders, models
 
-from sagellm.runtime.engine.output_text import IncrementalDetokenizer
+from sagellm.runtime.engine.output import IncrementalDetokenizer
 
 FAMILY = "👩‍👩‍👧"
 

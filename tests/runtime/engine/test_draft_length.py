@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 
-from sagellm.runtime.engine.draft_length import Acceptance, DraftLength
+from sagellm.runtime.engine.speculation import Acceptance, DraftLength
 
 CHEAP, DEAR = 0.1, 1.0
 HOPE = 0.7

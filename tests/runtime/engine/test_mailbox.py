@@ -4,7 +4,7 @@ import pytest
 import trio
 import trio.testing
 
-from sagellm.runtime.engine.mailbox import MAX_BATCHES, Mailbox
+from sagellm.runtime.engine.output import MAX_BATCHES, Mailbox
 from sagellm.runtime.messages import TokenEvent
 
 

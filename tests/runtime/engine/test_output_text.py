@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sagellm.runtime.engine.output_text import OutputText
+from sagellm.runtime.engine.output import OutputText
 
 
 class Letters:

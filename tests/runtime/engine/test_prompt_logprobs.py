@@ -10,7 +10,7 @@ from models_on_the_fly import make_model, random_prompts
 from transformers import AutoModelForCausalLM
 
 from sagellm import Graph
-from sagellm.backends.cpu import queue
+from sagellm.backends.cpu import program
 from sagellm.runtime.engine.batch import SCORED_ROWS
 from sagellm.runtime.engine.kinds.local import open_engine
 from sagellm.runtime.engine.options import EngineOptions
@@ -101,13 +101,13 @@ async def test_every_choice_has_them(exam):
 def rows(monkeypatch):
     """The number of rows of logits that each step scored."""
     counts = []
-    score = queue.score
+    score = program.score
 
     def counting(logits, scoring):
         counts.append(len(logits))
         return score(logits, scoring)
 
-    monkeypatch.setattr(queue, "score", counting)
+    monkeypatch.setattr(program, "score", counting)
     return counts
 
 

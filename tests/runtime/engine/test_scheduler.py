@@ -7,8 +7,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from sagellm.runtime.engine.batch import Reservation
-from sagellm.runtime.engine.mailbox import MAX_BATCHES, Mailbox
 from sagellm.runtime.engine.options import Limits
+from sagellm.runtime.engine.output import MAX_BATCHES, Mailbox
 from sagellm.runtime.engine.scheduler import Scheduler
 from sagellm.runtime.engine.sequence import Sequence
 from sagellm.runtime.kv.lease import Fence

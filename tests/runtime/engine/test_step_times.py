@@ -2,7 +2,7 @@
 
 import pytest
 
-from sagellm.runtime.engine.draft_length import StepTimes
+from sagellm.runtime.engine.speculation import StepTimes
 
 
 def observed(step_s, rows):

@@ -4,7 +4,7 @@ import pytest
 
 from sagellm.backends import Sampled
 from sagellm.runtime.engine.batch import Batch, rows_of
-from sagellm.runtime.engine.mailbox import Mailbox
+from sagellm.runtime.engine.output import Mailbox
 from sagellm.runtime.engine.sequence import Sequence
 from sagellm.runtime.engine.speculation import verified
 from sagellm.runtime.messages import SequenceState

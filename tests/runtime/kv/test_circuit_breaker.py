@@ -1,6 +1,6 @@
 """Circuit breakers open after failures, let one transfer through at a time, and close again."""
 
-from sagellm.runtime.kv.circuit_breaker import MAX_FAILURES, CircuitBreaker, TransferLink
+from sagellm.runtime.kv.transport import MAX_FAILURES, CircuitBreaker, TransferLink
 
 LINK: TransferLink = (("p", 0), ("d", 1))
 OTHER: TransferLink = (("p", 0), ("d", 0))

@@ -10,7 +10,7 @@ from quantised_on_the_fly import Form, quantise, quantise_folder
 from safetensors.torch import load_file, save_file
 
 from sagellm.graphs.models import UnsupportedModel
-from sagellm.graphs.models.quantisation import stored_quantisation
+from sagellm.graphs.models.config import stored_quantisation
 from sagellm.runtime.engine.kinds.local import open_engine
 from sagellm.runtime.engine.options import EngineOptions
 from sagellm.runtime.engine.sizing import weight_bytes

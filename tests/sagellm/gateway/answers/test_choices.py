@@ -8,7 +8,7 @@ from gateway_calls import Client, ScriptedBridge, event, gateway_before, last, p
 
 from sagellm.gateway.answers.objects import ChatCompletion, Completion
 from sagellm.gateway.http.endpoints import chat, completions
-from sagellm.runtime.engine.output_text import IncrementalDetokenizer
+from sagellm.runtime.engine.output import IncrementalDetokenizer
 from sagellm.runtime.messages import Request as GraphRequest
 from sagellm.runtime.models.tokenizer import ByteTokenizer
 
