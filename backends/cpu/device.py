@@ -83,7 +83,7 @@ class CpuDevice:
         return program
 
     def open_queue(self, threads: int | None = None) -> Queue:
-        queue: Queue = _module("queue").CpuQueue(threads)
+        queue: Queue = _module("program").CpuQueue(threads)
         return queue
 
 
