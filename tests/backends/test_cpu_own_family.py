@@ -1,4 +1,4 @@
-"""A model family of a user's own, as docs/graphs.md shows it, against transformers."""
+"""A model family of a user's own, as docs/extending.md shows it, against transformers."""
 
 import re
 import textwrap
@@ -9,12 +9,14 @@ import torch
 import sagellm
 from sagellm.graphs.models import family
 
-GUIDE = Path(__file__).resolve().parents[2] / "docs" / "graphs.md"
+GUIDE = Path(__file__).resolve().parents[2] / "docs" / "extending.md"
 
 
 def test_the_family_of_the_guide_computes_what_transformers_does(reference, paged, monkeypatch):
     found = re.search(
-        r"\n\n(    from sagellm.graphs.models import .*?\)\n)\n\S", GUIDE.read_text(), re.S
+        r"\n\n(    from sagellm.graphs.models import ModelFamily, read_decoder\n.*?\)\n)\n\S",
+        GUIDE.read_text(),
+        re.S,
     )
     assert found
     with monkeypatch.context() as patched:

@@ -44,7 +44,7 @@ def test_the_blocking_form_ends_by_a_signal(monkeypatch: pytest.MonkeyPatch) -> 
         lines.append(line)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr("sagellm.http_server.tell", told)
+    monkeypatch.setattr("sagellm.http_server.print_address", told)
     sagellm.serve(graph(), port=0, served_model_name="mine", log_level=None)
     assert lines[0].startswith("sagellm serves mine at http://127.0.0.1:")
 

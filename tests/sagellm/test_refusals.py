@@ -30,7 +30,7 @@ WRONG: list[dict[str, Any]] = [
 async def injected(session: Session, request: Request) -> list[TokenEvent]:
     """The end of a request that enters the graph unchecked."""
     stream = session.stream([1], request_id=request.request_id)
-    stream._requests = [request]
+    stream.requests = [request]
     return [event async for event in outputs(stream) if isinstance(event, TokenEvent)]
 
 

@@ -146,7 +146,7 @@ async def test_an_answer_goes_on_from_its_text_where_its_engine_is_lost(
     monkeypatch.setattr(virtual_workers, "OPTIONS", {"word_s": 0.05})
     async with chaotic(graph(), seed=1) as chaos:
         events = await killed_while_answering(chaos.session, chaos)
-        assert chaos.session.executor.core.books.recovery.num_migrated == 1
+        assert chaos.session.executor.core.recovery.num_migrated == 1
     assert "".join(event.text for event in events) == SAID
     assert sum(event.num_tokens for event in events) == 8
     assert events[-1].finish_reason == "stop"
