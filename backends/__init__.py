@@ -8,8 +8,10 @@ from sagellm.backends.interface import (
     LoweringError,
     Program,
     Queue,
+    UnknownBackend,
+    get_backend,
+    list_available_backends,
 )
-from sagellm.backends.registry import UnknownBackend, get_backend, list_available_backends
 from sagellm.backends.step import (
     KVLayout,
     LogitsRow,

@@ -17,7 +17,7 @@ _NAMES = {
     "RequestRefused": "sagellm.session.requests",
     "RequestFailed": "sagellm.session.requests",
     "function": "sagellm.extensions",
-    "register_backend": "sagellm.backends.registry",
+    "register_backend": "sagellm.backends.interface",
     "register_engine_kind": "sagellm.extensions",
     "register_function": "sagellm.extensions",
     "register_model_family": "sagellm.graphs.models",

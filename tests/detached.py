@@ -297,5 +297,5 @@ def installed() -> Iterator[DetachedBackend]:
     backend = DetachedBackend()
     with pytest.MonkeyPatch.context() as patched:
         found = {"detached": _Entry(backend)}
-        patched.setattr("sagellm.backends.registry._installed", lambda: found)
+        patched.setattr("sagellm.backends.interface._installed", lambda: found)
         yield backend

@@ -141,6 +141,12 @@ def _repeated(named: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
     return {name: found for name, found in sorted(places.items()) if len(found) > 1}
 
 
+def has_code(module: str) -> bool:
+    """Whether a file is more than the docstring of its folder."""
+    tree = tree_of(module)
+    return len(tree.body) > (ast.get_docstring(tree) is not None)
+
+
 def function_lines() -> list[int]:
     """Lines of code of each function: docstring, comments and blank lines left out."""
     found = []
@@ -191,6 +197,7 @@ def figures() -> Iterator[tuple[str, str]]:
     rooms = {path: count for path, count in lines.items() if path.name != "__init__.py"}
     by_floor = ", ".join(f"{floor} {len(list(sources(floor)))}" for floor in FLOORS)
     yield "product files", f"{len(lines)} ({by_floor})"
+    yield "files with code", f"{sum(has_code(module) for module in MODULES)}"
     yield "lines", f"{sum(lines.values()):,}"
     yield f"files under {SMALL_FILE_LINES} lines", f"{_count(rooms, 0, SMALL_FILE_LINES - 1)}"
     yield f"files over {LONG_FILE_LINES} lines", f"{_count(rooms, LONG_FILE_LINES + 1, 10**6)}"

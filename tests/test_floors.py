@@ -9,14 +9,37 @@ from house import (
     FUNCTION,
     MODULES,
     ROOT,
+    comment_share,
     edges,
+    file_lines,
     floor_of,
+    function_lines,
+    has_code,
     imports,
     imports_of,
     in_circles,
     package_circles,
+    repeated_files,
+    repeated_types,
 )
 
+# Type names that several modules define, and why.
+REPEATED_TYPES = {
+    "Graph": "the frozen value of floor 0, and the builder of it that users import as sagellm.Graph",
+    "P": "a type variable",
+    "S": "a type variable",
+    "T": "a type variable",
+}
+# File names that several folders have: the folder gives the name its meaning.
+REPEATED_FILES = {
+    "chat.py": "chat templates of a model; the command `sagellm chat`",
+    "errors.py": "the errors of callers in Python; those of commands, with exit codes",
+    "keys.py": "CURVE keys of links; API keys of a command line",
+    "lifecycle.py": "of a worker; of a gateway",
+    "worker_main.py": "how any worker process begins; what that of an engine runs",
+}
+MOST_FILES = 290  # with more than the docstring of a folder
+MOST_LINES = 340
 TORCHLESS = ("graphs", "operators")
 MAY_IMPORT_LATE = ("backends",)  # kernels of a device are imported where it is there
 
@@ -110,3 +133,27 @@ def test_loggers_obey_logging_alone() -> None:
     """structlog's own loggers print to stdout in a program that never configured it."""
     others = [module for module, path in MODULES.items() if ".get_logger(" in path.read_text()]
     assert others == []
+
+
+def test_a_type_name_has_one_home() -> None:
+    assert repeated_types().keys() <= REPEATED_TYPES.keys()
+
+
+def test_a_file_name_is_repeated_only_where_its_folder_gives_it_a_meaning() -> None:
+    assert repeated_files().keys() <= REPEATED_FILES.keys()
+
+
+def test_files_are_few_and_none_is_long() -> None:
+    assert sum(has_code(module) for module in MODULES) <= MOST_FILES
+    assert {path: lines for path, lines in file_lines().items() if lines > MOST_LINES} == {}
+
+
+def test_functions_are_short() -> None:
+    lines = sorted(function_lines())
+    assert lines[len(lines) // 2] <= 5
+    assert lines[len(lines) * 9 // 10] <= 13
+    assert lines[-1] <= 50
+
+
+def test_reasons_stand_in_comments() -> None:
+    assert comment_share() >= 2.8

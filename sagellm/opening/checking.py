@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sagellm.backends.registry import is_registered_here
+from sagellm.backends.interface import is_registered_here
 from sagellm.graphs.check import Facts, check, locate
 from sagellm.graphs.diagnostics import VALUE, Diagnostic, GraphError, Path
 from sagellm.graphs.ir import FrozenMap, Graph

@@ -5,10 +5,10 @@ from importlib.metadata import EntryPoint
 
 import pytest
 
-from sagellm.backends import UnknownBackend, get_backend, list_available_backends, registry
+from sagellm.backends import UnknownBackend, get_backend, interface, list_available_backends
 from sagellm.backends.cpu import BACKEND
+from sagellm.backends.interface import register_backend
 from sagellm.backends.null import NullBackend
-from sagellm.backends.registry import register_backend
 
 
 def test_every_listed_backend_opens_under_its_name():
@@ -33,17 +33,17 @@ class Renamed(NullBackend):
 
 
 def test_a_registered_backend_is_found_under_its_name(monkeypatch):
-    monkeypatch.setattr(registry, "_registered", {})
+    monkeypatch.setattr(interface, "_registered", {})
     register_backend(Renamed())
     register_backend(Renamed())
     assert get_backend("renamed") == Renamed()
     assert "renamed" in list_available_backends()
-    assert registry.is_registered_here("renamed")
-    assert not registry.is_registered_here("null")
+    assert interface.is_registered_here("renamed")
+    assert not interface.is_registered_here("null")
 
 
 def test_what_is_no_backend_and_a_name_that_is_taken_are_refused(monkeypatch):
-    monkeypatch.setattr(registry, "_registered", {})
+    monkeypatch.setattr(interface, "_registered", {})
     with pytest.raises(TypeError, match="backend int has no name"):
         register_backend(3)
     with pytest.raises(ValueError, match="'null' exists already"):
@@ -54,7 +54,7 @@ def test_what_is_no_backend_and_a_name_that_is_taken_are_refused(monkeypatch):
 
 
 def test_a_backend_of_another_package_is_found_by_entry_point(monkeypatch):
-    entry = EntryPoint("tpu", "sagellm.backends.cpu:BACKEND", registry.GROUP)
-    monkeypatch.setattr(registry, "entry_points", lambda group: [entry])
+    entry = EntryPoint("tpu", "sagellm.backends.cpu:BACKEND", interface.GROUP)
+    monkeypatch.setattr(interface, "entry_points", lambda group: [entry])
     assert "tpu" in list_available_backends()
     assert get_backend("tpu") is BACKEND

@@ -109,7 +109,7 @@ class Shutdown(_LinkMessage, frozen=True, tag=True):
     """Close idle connections, and exit."""
 
 
-GraphMessage: TypeAlias = (
+ToGatewayMessage: TypeAlias = (
     GatewaySetup
     | StreamEvents
     | StreamRefused

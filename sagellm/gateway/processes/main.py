@@ -24,7 +24,6 @@ from sagellm.gateway.http.routes import PATHS
 from sagellm.gateway.processes.link import (
     Drained,
     GatewaySetup,
-    GraphMessage,
     MessageLink,
     QueryAnswer,
     ReadinessChanged,
@@ -36,6 +35,7 @@ from sagellm.gateway.processes.link import (
     Started,
     StreamEvents,
     StreamRefused,
+    ToGatewayMessage,
     read_first,
 )
 from sagellm.gateway.processes.process_bridge import ProcessBridge, RemoteMeters, counter_report
@@ -112,7 +112,7 @@ async def _run(
     setup: GatewaySetup, start: GatewayStart, link_socket: socket, make_server: Callable[..., Any]
 ) -> bool:
     async with await UNIXSocketStream.from_socket(link_socket) as stream:
-        link: MessageLink[GraphMessage] = MessageLink(stream, GraphMessage)
+        link: MessageLink[ToGatewayMessage] = MessageLink(stream, ToGatewayMessage)
         models = load_models(from_msgpack(setup.graph))
         gateway = _gateway(setup, start, link, models)
         app = build_app(gateway)
@@ -122,7 +122,7 @@ async def _run(
 
 
 def _gateway(
-    setup: GatewaySetup, start: GatewayStart, link: MessageLink[GraphMessage], models: Models
+    setup: GatewaySetup, start: GatewayStart, link: MessageLink[ToGatewayMessage], models: Models
 ) -> Gateway:
     settings = setup.settings
     counters = SharedCounters(start.counters, start.num_rows, counter_columns(settings))
@@ -148,7 +148,7 @@ def _gateway(
 class _Serving:
     """Serves until the graph's process ends it or is gone, or until a retirement is complete."""
 
-    def __init__(self, app: App, server: Any, link: MessageLink[GraphMessage]) -> None:
+    def __init__(self, app: App, server: Any, link: MessageLink[ToGatewayMessage]) -> None:
         self._app = app
         self._server = server
         self._link = link

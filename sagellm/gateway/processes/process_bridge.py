@@ -14,13 +14,13 @@ from sagellm.gateway.processes.link import (
     CancelCall,
     CancelRequest,
     CounterReport,
-    GraphMessage,
     MessageLink,
     QueryAnswer,
     Scrape,
     StreamEvents,
     StreamRefused,
     SubmitRequest,
+    ToGatewayMessage,
     TokensRead,
 )
 from sagellm.gateway.settings import Streaming
@@ -33,7 +33,7 @@ from sagellm.session.requests import Timing
 class ProcessBridge:
     """The bridge of a gateway process. It lives on the app's loop; `handle` gets its messages."""
 
-    def __init__(self, link: MessageLink[GraphMessage], streaming: Streaming) -> None:
+    def __init__(self, link: MessageLink[ToGatewayMessage], streaming: Streaming) -> None:
         self.link = link
         # Reports of half a window reach the graph before it has to stop sending.
         self.report_tokens = max(1, window_of(streaming) // 2)

@@ -20,9 +20,9 @@ from sagellm.gateway.processes.gateway_process import GatewayEndpoint
 from sagellm.gateway.processes.link import (
     CancelRequest,
     GatewayMessage,
-    GraphMessage,
     MessageLink,
     QueryAnswer,
+    ToGatewayMessage,
 )
 from sagellm.gateway.processes.process_bridge import ProcessBridge
 from sagellm.gateway.settings import Streaming
@@ -137,7 +137,7 @@ async def before_a_link(end: socket.socket) -> Any:
         await UNIXSocketStream.from_socket(end) as stream,
         anyio.create_task_group() as tasks,
     ):
-        link: MessageLink[GraphMessage] = MessageLink(stream, GraphMessage)
+        link: MessageLink[ToGatewayMessage] = MessageLink(stream, ToGatewayMessage)
         bridge = ProcessBridge(link, STREAMING)
 
         async def listen() -> None:

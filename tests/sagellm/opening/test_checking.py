@@ -8,7 +8,7 @@ import pytest
 from logged import logged
 
 from sagellm import Graph, GraphError, ops
-from sagellm.backends import registry
+from sagellm.backends import interface
 from sagellm.backends.cpu.device import CpuDevice
 from sagellm.backends.null import NullBackend
 from sagellm.builder import RESOLVER
@@ -102,7 +102,7 @@ def test_python_takes_the_outlet_joint_too() -> None:
 def test_worker_processes_do_not_have_a_backend_of_this_process(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(registry, "_registered", {"mine": NullBackend("mine")})
+    monkeypatch.setattr(interface, "_registered", {"mine": NullBackend("mine")})
     graph = Graph("g").engine("g", model="null", device="mine:0")
     graph >> ops.generate(engine="g")
     check_graph(graph.document, RESOLVER)
