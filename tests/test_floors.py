@@ -25,7 +25,7 @@ from house import (
 
 # Type names that several modules define, and why.
 REPEATED_TYPES = {
-    "Graph": "the frozen value of floor 0, and the builder of it that users import as sagellm.Graph",
+    "Graph": "the frozen value of floor 0; its builder, which users import as sagellm.Graph",
     "P": "a type variable",
     "S": "a type variable",
     "T": "a type variable",
@@ -38,7 +38,7 @@ REPEATED_FILES = {
     "lifecycle.py": "of a worker; of a gateway",
     "worker_main.py": "how any worker process begins; what that of an engine runs",
 }
-MOST_FILES = 290  # with more than the docstring of a folder
+MOST_FILES = 300  # with more than the docstring of a folder
 MOST_LINES = 340
 TORCHLESS = ("graphs", "operators")
 MAY_IMPORT_LATE = ("backends",)  # kernels of a device are imported where it is there
