@@ -1,4 +1,4 @@
-"""Sampling parameters, and one table of the values that each may have."""
+"""Sampling parameters, and the types and ranges of their values."""
 
 from collections.abc import Iterable
 from operator import attrgetter
@@ -27,7 +27,7 @@ _SAMPLING_OTHERS: tuple[tuple[str, type | tuple[type, ...], str], ...] = (
     ("skip_special_tokens", bool, "True or False"),
     ("include_stop_str_in_output", bool, "True or False"),
 )
-_KNOWN_TYPES: set[tuple[type, ...]] = set()  # the types of all values of parameters that were valid
+_KNOWN_TYPES: set[tuple[type, ...]] = set()  # the types of all fields of a Sampling that was valid
 _MAX_KNOWN_TYPES = 256
 
 
@@ -67,7 +67,7 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     def __post_init__(self) -> None:
         """Raise TypeError for a value of a wrong type; `sampling_fault` checks the ranges.
 
-        Types that were valid once are remembered: a request costs one look-up.
+        Valid combinations of types are remembered, so that most requests cost one look-up.
         """
         kinds = tuple(map(type, msgspec.structs.astuple(self)))
         if kinds not in _KNOWN_TYPES:
@@ -117,7 +117,10 @@ _BIAS = 100.0  # as in the OpenAI API
 
 
 def sampling_fault(sampling: Sampling) -> str | None:
-    """The first fault of the parameters (name, value and range), or None. Knows no model."""
+    """A message on the first invalid parameter (name, value and range), or None.
+
+    Checks nothing that depends on the model, such as the size of its vocabulary.
+    """
     for (name, low, high, kinds), value in zip(_CHECKS, _values(sampling), strict=True):
         if value is None:
             continue
@@ -139,7 +142,7 @@ def sampling_fault(sampling: Sampling) -> str | None:
 
 
 def _fault_of_parts(sampling: Sampling) -> str | None:
-    """Check the types of the elements of collections."""
+    """A message on the first collection with an element of a wrong type, or None."""
     if not all(isinstance(ids, tuple | list) for ids in sampling.bad_words_token_ids):
         return "bad_words_token_ids has something that is no sequence of token ids"
     token_ids: tuple[tuple[str, Iterable[object]], ...] = (
@@ -170,5 +173,5 @@ def _fault_of_bans(sampling: Sampling) -> str | None:
 
 
 def _shown(number: float) -> str:
-    """A whole number without a point or an exponent."""
+    """A number as text; a whole number has neither a decimal point nor an exponent."""
     return str(int(number)) if number == int(number) else f"{number:g}"

@@ -1,4 +1,4 @@
-"""Sends items into logic operators: first tries, retries of parked items, and re-entry of requests."""
+"""The flow of items: first tries, retries of parked items, and the re-entry of lost requests."""
 
 from msgspec.structs import replace
 
