@@ -31,16 +31,13 @@ _NOT_TRIED = BlockedAt("", None)
 
 @dataclass(slots=True, eq=False)
 class ParkedInput:
-    """An undone input of a logic operator: it led to an item without credit at `blocked_at`.
-
-    `watches`: the stopwatches that run while it waits. `number`: its place in the order.
-    """
+    """An undone input of a logic operator: it led to an item without credit at `blocked_at`."""
 
     node: str
     happened: Input
     blocked_at: BlockedAt
-    watches: list[Stopwatch]
-    number: int = 0
+    watches: list[Stopwatch]  # run while the input waits
+    number: int = 0  # its place in the order of all entries
 
     @property
     def request_id(self) -> str | None:
@@ -71,10 +68,7 @@ ParkedEntry: TypeAlias = ParkedInput | ParkedItems
 
 
 class Parking:
-    """All parked entries, indexed by the gate that blocks them, by request and by ticket.
-
-    Entries at one gate keep the order in which they came.
-    """
+    """All parked entries: by the gate that blocks them, in order; by request; and by ticket."""
 
     def __init__(self) -> None:
         self._numbers = count(1)

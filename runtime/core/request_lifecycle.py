@@ -26,14 +26,11 @@ from sagellm.runtime.user_function import end_event, failure_event
 
 
 class OpenChoices(msgspec.Struct):
-    """One open request, with those of its choices that have not ended.
-
-    `tombstone`: the first signal that ended the whole request.
-    """
+    """One open request, with those of its choices that have not ended."""
 
     choices: set[int]
     expires_s: float | None = None
-    tombstone: Signal | None = None
+    tombstone: Signal | None = None  # the first signal that ended the whole request
     arrived_s: float = 0.0
     unavailable: set[int] = set()  # choices that waited too long for an engine
 
@@ -41,8 +38,7 @@ class OpenChoices(msgspec.Struct):
 class Register:
     """The open requests. A request is opened when it enters, and closed choice by choice.
 
-    `abandoned`: choices that ended while their engine still computed them; each is removed after
-    its engine has released it.
+    `abandoned`: choices that have ended, but that their engine has not released yet.
     """
 
     def __init__(self) -> None:
@@ -128,7 +124,7 @@ _STOPPED = "the graph stopped before this request ended"
 class RequestLifecycle:
     """Opens requests, delivers their items to the session, and ends each choice exactly once.
 
-    `drops_tokens`: whether an operator of the graph may leave out tokens of an answer.
+    `drops_tokens`: whether an operator may leave out tokens of an answer.
     """
 
     def __init__(
@@ -165,8 +161,7 @@ class RequestLifecycle:
         """Deliver an item to the session, and close its choice if the item is the last.
 
         Items of a closed choice are dropped: a choice may end while its engine still computes.
-        `terminal`: the item did not come from an engine, which may still hold the choice. `error`:
-        the exception that ended the choice.
+        `terminal`: whether an operator or the core, not an engine, ended the choice.
         """
         if type(item) is TokenEvent and item.finish_reason is None:
             self._deliver_tokens(item, error)
@@ -191,18 +186,12 @@ class RequestLifecycle:
                 self.recovery.note(event)
 
     def finish(self, item: Item, reason: FinishReason | None = None) -> None:
-        """End the choice of an item, unless it has ended.
-
-        `reason` None: "expired" or "cancelled", by the signal of the request.
-        """
+        """End the choice of an item, unless it has ended. `reason` None: that of its signal."""
         reason = reason or reason_of(self.register.tombstone(item.request_id))
         self.deliver(end_event(item, reason, now=self._reaction.now), terminal=True)
 
     def fail(self, fault: OperatorFault, item: Item, *, is_logged: bool = False) -> None:
-        """End the choice of an item on which an operator failed, and log the fault.
-
-        `is_logged`: the fault was logged before.
-        """
+        """End the choice of an item on which an operator failed; log the fault if it is not yet."""
         if not is_logged:
             self._reaction.effects.append(Faulted(fault, item.request_id))
         event = failure_event(item, fault.public, now=self._reaction.now)
