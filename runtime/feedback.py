@@ -1,7 +1,7 @@
 """Feedback: what operators and the core report upstream, one struct for each kind.
 
-The fields `node`, `replica` and `sequence` name the reporter. Operators leave them out, and the
-core fills them in. `sequence` rises by one for each (node, replica, kind).
+`node` and `replica` name the reporter. `sequence` rises by one with each report of the same node,
+replica and kind. Operators leave the three fields out, and the core fills them in.
 """
 
 from typing import TypeAlias
@@ -83,7 +83,7 @@ class FirstToken(_Report, frozen=True, tag="first_token"):
 
 
 class RoomChanged(_Report, frozen=True, tag="room"):
-    """Whether any service operator right after the operator `node` has credit for a request.
+    """Whether any service operator that requests from `node` enter next has credit for a request.
 
     The core sends the report to `node` itself, if `node` subscribes to "room".
     """

@@ -253,11 +253,12 @@ class Forecast(msgspec.Struct, frozen=True):
         if since_s is None or objective_s is None or first.slo_ttft_s != objective_s:
             return self.correction
         changed = self.correction * (_LATE_FACTOR if since_s > objective_s else _IN_TIME_FACTOR)
-        return min(max(changed, 1.0), _MAX_CORRECTION)
+        return min(max(changed, 1.0), _MAX_CORRECTION)  # never below 1: only lengthens waits
 
     def _with_load(self, reported: LoadReported, now: float) -> "Forecast":
         load, name = reported.load, (reported.node, reported.replica)
         before = self.steps.get(name)
+        # After an idle phase the time between reports is not step time: infinity excludes it.
         steps = self.steps.set(name, (load.num_steps, now if load.num_running else math.inf))
         step_s = self.step_s
         if before is not None and load.num_steps > before[0] and now > before[1]:

@@ -160,6 +160,7 @@ def merge_stamps(request: Request, event: TokenEvent) -> TokenEvent:
     """
     before = msgspec.structs.asdict(request.stamps)
     after = msgspec.structs.asdict(event.stamps)
+    # `arrived_s` is never None, so that of the request always counts.
     known = {name: value for name, value in before.items() if value is not None}
     return msgspec.structs.replace(event, stamps=Stamps(**{**after, **known}))
 
@@ -179,6 +180,7 @@ def report_first_token(ctx: Context, request: Request, event: TokenEvent) -> Non
     if dispatched_s is None or event.position != request.num_emitted or not event.num_tokens:
         return
     now, slo_ttft_s = ctx.now(), request.slo_ttft_s
+    # A resumed request had its first token before: its TTFT must not count again.
     since_s = None if request.num_emitted else now - request.stamps.arrived_s
     first = FirstToken(seconds=now - dispatched_s, since_arrival_s=since_s, slo_ttft_s=slo_ttft_s)
     started_s, prefilled_s = event.stamps.started_s, event.stamps.prefilled_s

@@ -95,7 +95,7 @@ class LeaseShape:
 
         At most `most` tokens.
         """
-        low, high = 0, -(-most // self.block_size)
+        low, high = 0, -(-most // self.block_size)  # bisection: `num_needed` never falls
         while low < high:
             middle = (low + high + 1) // 2
             if self.num_needed(middle * self.block_size) <= num_blocks:
@@ -106,4 +106,5 @@ class LeaseShape:
 
     def _reach(self, group: TokenGroup, end: int) -> int:
         """The most blocks of one table that a sequence uses at the same time."""
+        # One block more, because a window rarely begins at the start of a block.
         return end if group.window is None else self.num_full(group.window + self.max_ahead) + 1

@@ -1,4 +1,4 @@
-"""Messages: requests travel forward, tokens travel back, and engines take sequence states."""
+"""The messages between operators (requests, tokens, answers), and the sequences for engines."""
 
 from typing import Any, Literal, NamedTuple, TypeAlias
 

@@ -16,7 +16,7 @@ from sagellm.runtime.prefixes import Hasher, new_hasher
 
 
 class Credit(msgspec.Struct, frozen=True, array_like=True):
-    """The most requests, prompt tokens and KV blocks that may be in transit to one replica."""
+    """Requests, prompt tokens and KV blocks in transit to a replica: its capacity, or a cost."""
 
     requests: float = math.inf
     tokens: float = math.inf
@@ -171,7 +171,7 @@ class Draw:
         salt = self.count.to_bytes(8, "little")
         key = f"{self._seed}/{self._node}/{self.number}".encode()
         digest = hashlib.blake2b(key, digest_size=8, salt=salt).digest()
-        return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
+        return (int.from_bytes(digest, "little") >> 11) * 2.0**-53  # 53 bits: a float has no more
 
     def below(self, bound: int) -> int:
         """Uniform in 0 ... bound - 1."""

@@ -28,6 +28,7 @@ from sagellm.runtime.messages import Request
 HASH_BYTES = 8  # a block hash: the first bytes of its digest
 _DIGEST_BYTES = 16
 _SECRET_BYTES = 32
+# Mutable, so that the default `key` of `block_digest` follows `set_hash_secret`.
 _SECRET = bytearray(secrets.token_bytes(_SECRET_BYTES))
 
 
@@ -49,6 +50,7 @@ def set_hash_secret(given: bytes) -> None:
 def block_content(token_ids: Iterable[int], salt: str | None) -> bytes:
     """The bytes to hash for a block. `salt`: None except for the first block of a sequence."""
     content = array("I", token_ids).tobytes()
+    # surrogatepass: a salt from a client's JSON may have lone surrogates.
     return content if salt is None else salt.encode(errors="surrogatepass") + content
 
 

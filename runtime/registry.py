@@ -122,7 +122,7 @@ class Registry(Mapping[str, T], Generic[T]):
             packages = " and ".join(sorted(map(_package_of, offers.values())))
             raise BrokenEntryPoint(f"{self.kind} {name!r} is offered by {packages}: remove one")
         (offer,) = offers.values()
-        count_as_own(offer.module)
+        count_as_own(offer.module)  # first, so that an error while loading names its place
         try:
             return self._read(name, offer.load())
         except Exception as error:

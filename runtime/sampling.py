@@ -32,10 +32,9 @@ _MAX_KNOWN_TYPES = 256
 
 
 class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How to sample tokens: greedily unless a temperature is given. Names are those of the OpenAI
-    API.
+    """How to sample tokens: greedily unless a temperature is given. Names as in the OpenAI API.
 
-    `seed` None: the session draws a seed where the request enters. `top_k` 0 and an empty
+    `seed` None: the session sets a random seed when the request enters. `top_k` 0 and an empty
     `allowed_token_ids` allow all tokens. No answer completes a sequence of `bad_words_token_ids`;
     the session resolves the texts `bad_words` to such sequences. An answer without any token left
     to sample ends with reason "stop".
@@ -78,6 +77,7 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     def _check_types(self) -> None:
         for name, kinds, wanted in _SAMPLING_NUMBERS:
             value = getattr(self, name)
+            # bool is a subclass of int, but True is no number of tokens.
             if not isinstance(value, kinds) or (value is True or value is False):
                 raise TypeError(f"{name} is {value!r}; it must be {wanted}")
         for name, kind, wanted in _SAMPLING_OTHERS:

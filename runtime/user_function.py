@@ -119,7 +119,7 @@ def end_event(
     emitted = item.num_emitted if isinstance(item, Request) else item.num_tokens
     start = item.position if isinstance(item, TokenEvent) else 0
     known = len(item.prompt_token_ids) if isinstance(item, Request) else item.num_prompt_tokens
-    # In a request, the number of cached tokens is only the router's estimate.
+    # The cached tokens of a request are only the router's estimate.
     cached = 0 if isinstance(item, Request) else item.num_cached_tokens
     return TokenEvent(
         request_id=item.request_id,
@@ -176,6 +176,7 @@ def _rewritten_request(
         had_ids = bool(item.prompt_token_ids) and result.model == item.model
         if encode and not ids and (had_ids or not result.prompt):
             raise function.wrong("returned an empty prompt; one with tokens was wanted")
+    # Identity, progress, deadline and tenant are not the function's to change.
     return msgspec.structs.replace(
         result,
         request_id=item.request_id,

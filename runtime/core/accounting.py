@@ -100,7 +100,7 @@ class CommittedCount:
 
 
 class Stopwatch:
-    """The total time during which at least one interval is open."""
+    """Measures the total time during which at least one of its intervals is open."""
 
     __slots__ = ("_clock", "_since_s", "_total_s", "level")
 

@@ -20,8 +20,8 @@ _CHECKS_PER_HOLD = 8  # how often waiting requests are checked again within `max
 class Availability:
     """Keeps track of which replicas are present, and closes and reopens their gates.
 
-    `max_hold_s`: how long requests wait for an engine without any replica, in seconds. Marking a
-    replica takes constant time, however many replicas there are.
+    `max_hold_s`: how long requests wait for an engine without any replica, in seconds. The time to
+    mark a replica does not depend on the number of replicas, except for an engine's last replica.
     """
 
     def __init__(self, plan: Plan, gates: Gates, max_hold_s: float) -> None:
@@ -99,7 +99,7 @@ class Availability:
         if replica not in self._lost:
             self._lost.add(replica)
             self._num_lost[engine] = self._num_lost.get(engine, 0) + 1
-        if replica not in self._removed:
+        if replica not in self._removed:  # the gates of a removed replica stay open
             for node in self.plan.nodes_of(engine):
                 self.gates.close(CreditGate(node, number))
 

@@ -133,7 +133,7 @@ class Core:
 
     @property
     def is_at_rest(self) -> bool:
-        """Whether no request is open, and no engine works for a request that has ended."""
+        """Whether no request is open, and no engine still computes a request that has ended."""
         return self.register.is_empty
 
     def _request_wake(self) -> None:
@@ -148,6 +148,7 @@ class Core:
     def _arrive(self, arrived: Arrived) -> None:
         self.lifecycle.open(arrived.requests)
         self._inputs.settle()  # first, let operators forget an earlier request with the same id
+        # Before any operator sees the request: a quarantined one must not reach an engine.
         for request in arrived.requests:
             if self.recovery.is_blocked(request):
                 self.lifecycle.end(quarantined_event(request, self._reaction.now), None)
@@ -195,6 +196,7 @@ class Core:
 
     def _emit(self, emitted: Emitted) -> None:
         node, replica, items = emitted.node, emitted.replica, emitted.items
+        # Tokens clear a suspect; nearly always there is none, and the items are not looked at.
         if self.outliers.suspects and any(getattr(item, "num_tokens", 0) for item in items):
             self.outliers.computed(EngineReplica(self.plan.engine_name(node) or "", replica))
         self._flow.emit(emitted.ticket, node, replica, items, emitted.outlet)

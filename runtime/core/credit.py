@@ -129,7 +129,8 @@ class Gates:
     def __init__(self, later: Mapping[str, str] | None = None) -> None:
         self.reserved = ReservedCredit(later or {})
         self.accounts: dict[tuple[str, int], Account] = {}
-        self._rooms: dict[str, MutableMinTree] = {}  # by operator: minus the room of each replica
+        # By operator: minus the room of each replica, as the tree keeps a minimum, not a maximum.
+        self._rooms: dict[str, MutableMinTree] = {}
         # By request id, so that a signal finds its gates without a search.
         self._spent: dict[str, _Spent] = {}
         self.closed: set[CreditGate] = set()
@@ -196,7 +197,7 @@ class Gates:
             return gate
         if later is None:
             return None
-        if self.accounts[later].block_size != block_size:
+        if self.accounts[later].block_size != block_size:  # the cost in blocks differs
             cost = cost_of(item, self.accounts[later].block_size)
         if not self._spend(later, key, cost):
             self.give(gate, key)

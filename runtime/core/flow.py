@@ -54,6 +54,7 @@ class Flow:
         """
         first = items[0]
         if len(items) > 1:
+            # The events of one engine step: one transaction is cheaper than one for each event.
             if type(first) is TokenEvent and self._send_all(source, replica, items, outlet):
                 return
         elif self._send(source, replica, first, outlet) is None:
@@ -156,7 +157,7 @@ class Flow:
         except Exception as error:  # an operator's fault must not stop the graph
             fault = error if isinstance(error, OperatorFault) else OperatorFault(source, error)
             self._lifecycle.fail(fault, item)
-            if source != SOURCE:
+            if source != SOURCE:  # only items of service operators hold resources
                 self._reaction.effects.append(Discard(source, replica, item))
             return None
         self._meter.sent(source, replica)
@@ -200,7 +201,10 @@ class Reentry:
         self._recovery = lifecycle.recovery
 
     def enter_again(self, returned: Returned) -> None:
-        """Let a request resume whose engine was lost, if `Recovery` allows it; else end it."""
+        """Handle a request whose engine was lost: let it resume if `Recovery` allows it.
+
+        `Recovery` may also keep the request for a trial. Otherwise the request ends.
+        """
         request, lifecycle = returned.request, self._lifecycle
         if lifecycle.register.tombstone(request.request_id) or not lifecycle.register.is_open(
             request.key
@@ -252,6 +256,7 @@ class Reentry:
         for request_id, entry in tuple(lifecycle.register.entries.items()):
             for choice in sorted(entry.choices):
                 since_s = self._recovery.lost_s((request_id, choice)) or entry.arrived_s
+                # A choice that a service operator holds is being served, and does not wait.
                 if now - since_s >= max_hold_s and not lifecycle.is_held(request_id, choice):
                     entry.unavailable.add(choice)
                     signal = Signal("cancel", request_id, choice)
@@ -262,6 +267,7 @@ class Reentry:
 
     def _enter(self, node: str, request: Request) -> None:
         self._recovery.num_migrated += 1
+        # The new epoch makes leases and late events of the lost engine invalid.
         again = replace(request, epoch=request.epoch + 1, placement={}, num_cached_tokens=0)
         entrance = self._plan.entrance(node)
         if isinstance(entrance, str):

@@ -42,7 +42,7 @@ class RoomReports:
 
     @property
     def may_have_changed(self) -> bool:
-        """Whether the set of full service operators differs from that at the last `changes`."""
+        """Whether other service operators are full now than at the last call of `changes`."""
         return self._gates.full != self._full_services
 
     def changes(self) -> list[RoomChanged]:
@@ -57,7 +57,7 @@ class RoomReports:
         return found
 
     def _has_no_room(self, node: str) -> bool:
-        """Whether an operator lacks room, or the decode operator where it reserves credit does."""
+        """Whether an operator has no room, or its decode operator (`Plan.decoders`) has none."""
         gates = self._gates
         return node in gates.full or gates.reserved.later.get(node) in gates.full
 
@@ -143,7 +143,7 @@ class InputQueue:
         self._inputs += ((name, changed) for name in self._cache_readers[engine])
 
     def settle(self) -> None:
-        """Give all queued inputs, including those that they lead to."""
+        """Give all queued inputs, until none is left: an input may queue further inputs."""
         lifecycle, inputs = self._lifecycle, self._inputs
         while inputs or lifecycle.to_forget:
             if lifecycle.to_forget:
@@ -233,8 +233,9 @@ class InputQueue:
     def _end_by_fault(self, node: str, happened: Input, fault: OperatorFault) -> None:
         """Log the fault of an operator, and end the requests that depend on the failed input.
 
-        After an item or a signal, only its own request ends. All requests at the operator may wait
-        for any other input: they all end, unless a wake-up will give the operator another try.
+        If the input is an item or a signal, only its own request ends. Otherwise the operator may
+        have needed the input to send any of its held requests: all of them end, unless the operator
+        will be woken and can try again.
         """
         self._reaction.effects.append(Faulted(fault, getattr(happened, "request_id", "")))
         held = self._logic_graph.held_items.of(node)

@@ -86,7 +86,7 @@ class LogicGraph:
     def lost(self, node: str) -> WrongResult | None:
         """The error of an operator that has dropped held items from its state; None if it did not.
 
-        An operator that asked for a wake-up may still send them, and is not checked.
+        An operator that asked for a wake-up is not checked: it may still send the items.
         """
         cell, items = self.cells[node], self.held_items.of(node)
         if not items or cell.wake_at is not None:
@@ -103,9 +103,9 @@ class LogicGraph:
         except BaseException as error:
             self._undo(error)
             raise
-        if not has_led_on:
+        if not has_led_on:  # most feedback: only the cells have to be committed
             self._journal.cells.clear()
-            return self._journal.outcomes  # no outcomes
+            return self._journal.outcomes  # an empty list
         return self._journal.commit()
 
     def send(self, source: str, item: Item, outlet: str, now: float) -> list[TransactionOutcome]:
@@ -135,4 +135,4 @@ class LogicGraph:
         if isinstance(error, NoCredit):
             self.undone = tuple(kept[0].name for kept in self._journal.cells)
         self._journal.roll_back(START)
-        self._propagation.wakes_changed = True
+        self._propagation.wakes_changed = True  # rolled-back cells may have other wake-up times

@@ -18,7 +18,7 @@ from sagellm.runtime.messages import EngineReplica
 
 MOST_FAULTS = 5
 FIRST_S = 10.0
-_MAX_PEERS = 4 * MOST_FAULTS
+_MAX_PEERS = 4 * MOST_FAULTS  # faults that are kept for each replica, to bound the memory
 
 
 @dataclass(slots=True)

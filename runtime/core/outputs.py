@@ -37,15 +37,15 @@ _LOST = "its request would never end: emit or terminate it"
 def must_be_answered(item: Item) -> bool:
     """Whether the request of an item would never end if an operator dropped the item.
 
-    True for all items but tokens that do not end their choice.
+    False only for tokens that do not end their choice.
     """
     return not isinstance(item, TokenEvent) or item.is_last
 
 
 def check_step(operator: Any, happened: Input, step: object, before: object) -> None:
-    """Raise WrongResult if the answer to an input is no valid Step, or drops the item.
+    """Raise WrongResult if the answer to an input is no valid Step, or loses an arrived item.
 
-    The item is dropped if the Step has no outputs, the state `before` and no wake-up.
+    The item is lost if the Step has no outputs, the same state as `before` and no wake-up.
     """
     if not isinstance(step, Step):
         raise wrong_result(operator.on, f"`on` returned {kind_of(step)}; a Step was wanted")

@@ -212,8 +212,8 @@ class _Refusal(msgspec.Struct, frozen=True, gc=False):
 class RefusalCache:
     """Remembers which service operator refused each offered request, to skip hopeless tries.
 
-    A request would go to the same service operator again until the state of an operator with
-    several outlets changes; until then the refusal is valid.
+    A refusal is valid until the state of an operator with several outlets changes: until then, the
+    request would go to the same service operator again.
     """
 
     def __init__(self, graph: Graph, cells: Mapping[str, LogicCell], gates: Gates) -> None:

@@ -100,7 +100,7 @@ class Propagation:
             raise self._outlet_error(node, outlet)
         target, inlet, cell, count = found
         journal = self._journal
-        journal.counts.append((count, 1))
+        journal.counts.append((count, 1))  # not counted now: the transaction may be undone
         # Most nodes do not hold the item: record a change only if this node held it or kept it.
         held = journal.held.get(node)
         if (held and item.request_id in held) or node in journal.keeping:

@@ -69,7 +69,7 @@ class Register:
         return entry is not None and key[1] in entry.choices
 
     def is_over(self, key: ChoiceKey) -> bool:
-        """Whether a choice has ended, or is about to end."""
+        """Whether a choice has ended, or is about to end because no engine is available."""
         entry = self.entries.get(key[0])
         return entry is None or key[1] not in entry.choices or key[1] in entry.unavailable
 
@@ -186,12 +186,12 @@ class RequestLifecycle:
                 self.recovery.note(event)
 
     def finish(self, item: Item, reason: FinishReason | None = None) -> None:
-        """End the choice of an item, unless it has ended. `reason` None: that of its signal."""
+        """End the choice of an item, unless it has ended. Without `reason`, its signal decides."""
         reason = reason or reason_of(self.register.tombstone(item.request_id))
         self.deliver(end_event(item, reason, now=self._reaction.now), terminal=True)
 
     def fail(self, fault: OperatorFault, item: Item, *, is_logged: bool = False) -> None:
-        """End the choice of an item on which an operator failed; log the fault if it is not yet."""
+        """End the choice of an item on which an operator failed. Logs an unlogged fault."""
         if not is_logged:
             self._reaction.effects.append(Faulted(fault, item.request_id))
         event = failure_event(item, fault.public, now=self._reaction.now)

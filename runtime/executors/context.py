@@ -86,7 +86,7 @@ class Emissions:
         """
         ticket = next(self._tickets)
         self._dispatch(event(ticket))
-        num_sent = self._num_sent.pop(ticket, len(items))
+        num_sent = self._num_sent.pop(ticket, len(items))  # without an entry, none was parked
         if sent is not None:
             for item in items[:num_sent]:
                 sent(item)
@@ -104,7 +104,7 @@ class Emissions:
     def advance(self, effect: Parked | Resumed) -> None:
         """Record that `effect.num_sent` items of a ticket were sent.
 
-        While the event is being dispatched, its task has no emission yet: then only count.
+        Before the task of the ticket waits, only the number is kept, and `wait` reads it.
         """
         emission = self._emissions.get(effect.ticket)
         if emission is not None:

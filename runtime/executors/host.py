@@ -246,6 +246,6 @@ def _request_of(item: Item) -> Request | None:
 def _is_ended_by(item: Item, signal: Signal) -> bool:
     """Whether a signal ends an item at once.
 
-    Tokens are not ended: their sequence goes on to its last event, which says why it ended.
+    False for tokens: they are delivered, up to the last event of their sequence.
     """
     return not isinstance(item, TokenEvent) and signal.concerns(item.key)

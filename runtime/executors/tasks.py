@@ -59,7 +59,7 @@ class Timer:
     async def run(self) -> None:
         """Run until cancelled."""
         while True:
-            self._moved = trio.Event()
+            self._moved = trio.Event()  # a new one, as a trio event cannot be cleared
             with trio.move_on_at(self._at_s):
                 await self._moved.wait()
                 continue
@@ -98,7 +98,7 @@ class TasksExecutor:
         self.engines = dict(engines or {})
         self.cause: Exception | None = None  # the exception that ended the item being delivered
         self.clock = trio.lowlevel.current_clock().current_time
-        self.now = trio.current_time
+        self.now = trio.current_time  # operators read the same clock as the core
         self.core = Core(plan, max_hold_s=max_hold_s, clock=self.clock)
         self._deliver = deliver
         self._record = record
