@@ -231,7 +231,7 @@ class SortedChunks(Generic[ItemT]):
     def inserted(self, item: ItemT) -> "SortedChunks[ItemT]":
         if not self._chunks:
             return self._with(0, 0, ((item,),), 1)
-        if item >= self._chunks[-1][-1]:  # often
+        if item >= self._chunks[-1][-1]:  # a fast path: in FIFO order, new items come last
             index = len(self._chunks) - 1
             chunk = self._chunks[index] + (item,)
         else:
@@ -245,7 +245,7 @@ class SortedChunks(Generic[ItemT]):
 
     def removed(self, item: ItemT) -> "SortedChunks[ItemT]":
         """The sequence without one occurrence of `item`. Raises KeyError without any."""
-        if self._chunks and self._chunks[0][0] is item:  # often
+        if self._chunks and self._chunks[0][0] is item:  # a fast path: queues remove the first item
             rest = self._chunks[0][1:]
             return self._with(0, 1, (rest,) if rest else (), -1)
         index = max(bisect_right(self._chunks, item, key=_first) - 1, 0)

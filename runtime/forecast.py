@@ -15,7 +15,7 @@ from msgspec.structs import astuple, replace
 from sagellm.runtime.feedback import Backlog, FirstToken, LoadReported, QueueChanged
 from sagellm.runtime.messages import Request
 
-_SPREAD = 0.1  # with a smaller standard deviation of tokens, by their mean, no slope is fitted
+_SPREAD = 0.1  # least standard deviation of tokens, relative to their mean, to fit a slope
 _MEMORY_S = 2.0  # busy time after which the weight of a served request has fallen to 1/e
 _MIN_SERVED = 8  # served requests before the first prediction, and before old ones may fade
 _FIRST_TOKEN_WEIGHT = 1 / 8  # weight of the latest first token in the moving mean

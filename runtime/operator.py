@@ -163,7 +163,7 @@ class Draw:
         self._seed = seed
         self._node = node
         self.number = number
-        self.count = 0  # numbers drawn for this input
+        self.count = 0  # how many random numbers this input has used
 
     def random(self) -> float:
         """Uniform in [0, 1)."""
@@ -202,7 +202,7 @@ class Setup:
     """
 
     name: str
-    targets: tuple[Target, ...] = ()  # downstream, up to the next router
+    targets: tuple[Target, ...] = ()  # the targets downstream, up to the next router
     functions: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     encode: EncodeText | None = None
     seed: int = 0
@@ -280,8 +280,8 @@ class Service(Protocol):
     """An operator that may wait: for an engine, a socket or a user's async function.
 
     The executor runs `on_item` in up to `concurrency` tasks. A signal "cancel" or "expire" cancels
-    the `on_item` of its request, and the executor emits the last event. Every signal is also given
-    to `on_signal`, so that the operator can clean up elsewhere, such as in its engine. `holds`:
+    the `on_item` of its request, and the executor emits the last event. The executor then also
+    calls `on_signal`, so that the operator can clean up elsewhere, such as in its engine. `holds`:
     whether the credit of an item stays spent after `on_item` returns, until `Context.release`.
     """
 
@@ -305,7 +305,7 @@ class Service(Protocol):
         """
 
     def discard(self, ctx: Context, item: Item) -> None:
-        """Free the resources of an item that this replica will not process, such as its leases."""
+        """Free the resources, such as leases, of an item that ends early or goes elsewhere."""
 
 
 Build: TypeAlias = Callable[[Any, Setup], "Logic[Any] | Service"]

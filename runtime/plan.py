@@ -42,7 +42,7 @@ class Plan:
     seed: int = 0
     removed: frozenset[EngineReplica] = frozenset()  # replicas that will not come back
     epoch: int = 0
-    facts: Mapping[str, EngineFacts] = field(default_factory=dict)  # by engine, where known
+    facts: Mapping[str, EngineFacts] = field(default_factory=dict)  # by engine, if known
     block_key: bytes = b""  # the secret of block hashes
 
     @property

@@ -32,9 +32,9 @@ class DamagedBlocks(RuntimeError):
     """Blocks arrived damaged several times, or did not arrive in time."""
 
 
-# Why a sequence or a call was lost with its engine. "death": the process died, and this request may
-# have crashed it. "link": the link to the process ended. "none": the engine was stopped on purpose,
-# or was gone before the request reached it.
+# Why an engine lost a sequence or call. "death": its process died, perhaps because of this request.
+# "link": the link to its process ended. "none": the engine was stopped on purpose, or was gone
+# before the sequence or the call reached it.
 LossCause: TypeAlias = Literal["death", "link", "none"]
 
 

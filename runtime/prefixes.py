@@ -97,7 +97,7 @@ def hashes_in(packed: bytes) -> Iterator[bytes]:
     return (packed[at : at + HASH_BYTES] for at in range(0, len(packed), HASH_BYTES))
 
 
-MAX_PREFIX_BLOCKS = 1 << 19  # 78 MB where four replicas share no blocks
+MAX_PREFIX_BLOCKS = 1 << 19  # 78 MB of memory if four replicas share no blocks
 _MAX_KEPT_TOKENS = 1 << 20  # total tokens of the prompts whose hashes a Hasher keeps
 
 

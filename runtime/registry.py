@@ -184,7 +184,7 @@ def _can_take(value: Callable[..., Any], number: int) -> bool:
         signature(value).bind(*range(number))
     except TypeError:
         return False
-    except ValueError:  # written in C
+    except ValueError:  # functions written in C may have no signature
         return True
     return True
 

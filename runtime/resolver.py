@@ -62,7 +62,7 @@ def checked_operator(module: OperatorModule) -> OperatorModule:
     if not isinstance(module.spec, OpSpec):
         raise TypeError(f"spec must be an OpSpec, not {type(module.spec).__name__}")
     check_callable("build", module.build)
-    _ = module.spec.option_types  # raises TypeError where the options are no dataclass
+    _ = module.spec.option_types  # raises TypeError if the options are no dataclass
     return module
 
 

@@ -59,8 +59,8 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     ignore_eos: bool = False
-    logprobs: int | None = None  # None: none; k: of the sampled token and of the k most likely
-    prompt_logprobs: int | None = None  # the same for prompt tokens, in the first event
+    logprobs: int | None = None  # k: of the sampled token and the k most likely tokens; None: none
+    prompt_logprobs: int | None = None  # like `logprobs`, for prompt tokens; in the first event
     n: int = 1
 
     def __post_init__(self) -> None:

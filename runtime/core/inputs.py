@@ -38,7 +38,7 @@ class RoomReports:
             if "room" in plan.spec(name).subscribes
         }
         self._full: set[str] = set()  # subscribers whose latest report has `has_room` False
-        self._full_services: set[str] = set()  # at the last call of `changes`
+        self._full_services: set[str] = set()  # `Gates.full` at the last call of `changes`
 
     @property
     def may_have_changed(self) -> bool:

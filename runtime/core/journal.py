@@ -182,7 +182,7 @@ class Journal:
             for committed, number in self.counts:
                 committed.count += number
             self.counts.clear()
-            if self._taken:  # never non-empty without counts: every edge counts its items
+            if self._taken:  # empty if `counts` is: an edge counts every item that takes credit
                 self._taken.clear()
         if self.held_changes:
             for node, item, is_in in self.held_changes:

@@ -32,7 +32,7 @@ class _Record:
     replica: EngineReplica
     peers: list[EngineReplica] = field(default_factory=list)
     because: list[EngineReplica] = field(default_factory=list)
-    num_ejections: int = 0  # in a row
+    num_ejections: int = 0  # ejections without a rehabilitation between them
     until_s: float | None = None  # end of the ejection; None while admitted
     back_s: float = 0.0  # end of the last ejection
 
@@ -58,7 +58,7 @@ class Outliers:
         clock: Callable[[], float],
         on_change: Callable[[EngineReplica, float], None],
     ) -> None:
-        self.num_ejections: dict[tuple[str, int], int] = {}  # since the start
+        self.num_ejections: dict[tuple[str, int], int] = {}  # by replica, since the start
         self.suspects: set[EngineReplica] = set()  # replicas without a token since a failure
         self._presence = presence
         self._clock = clock

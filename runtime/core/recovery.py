@@ -36,7 +36,7 @@ class Recovery:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self.num_migrated = 0
-        self.gaps_s = Buckets(_GAPS_S)  # from a loss to the next token or the end
+        self.gaps_s = Buckets(_GAPS_S)  # seconds from a loss to the next token or the end
         self._clock = clock
         self._lost_s: dict[ChoiceKey, float] = {}
         self._num_returns: dict[ChoiceKey, int] = {}

@@ -44,7 +44,7 @@ class Register:
     def __init__(self) -> None:
         self.entries: dict[str, OpenChoices] = {}
         self.abandoned: set[ChoiceKey] = set()
-        self.expiries_changed = False  # since `next_expiry_s` was read last
+        self.expiries_changed = False  # whether `next_expiry_s` may differ from its last value
         self._expiries: list[tuple[float, str]] = []  # a heap; may hold requests that have ended
 
     def __contains__(self, request_id: str) -> bool:
@@ -276,7 +276,7 @@ class RequestLifecycle:
 
 def ends(item: Item | Forked) -> bool:
     """Whether an item is the last of its choice."""
-    if isinstance(item, TokenEvent):  # nearly all items are
+    if isinstance(item, TokenEvent):  # first, as nearly all items are token events
         return item.is_last
     return not isinstance(item, Forked | Request | Prefilled)
 
