@@ -16,8 +16,8 @@ CODES: dict[str, str] = {
     "slo_unreachable": "its first token would come too late",
     "slow_reader": "its reader did not read",
     "shutting_down": "the graph is being closed",
-    "unavailable": "no engine is there that could serve it",
-    "request_quarantined": "engines died of it, or of its like",
+    "unavailable": "no engine that could serve it is up",
+    "request_quarantined": "it, or an equal request, may have crashed two engines",
     "operator_failed": "an operator, or a function that it calls, raised",
     "engine_failed": "engines, or the links between them, failed while they computed it",
 }
