@@ -230,10 +230,11 @@ def read_options(options: type[T], attrs: FrozenMap | Mapping[str, Value]) -> T:
 
 
 def with_current_names(options: type, values: Mapping[str, Value]) -> Mapping[str, Value]:
-    """Replace old names of options by the current names, with a warning for each, and return all
-    values.
+    """The option values with old option names replaced by the current names, with a warning each.
+
+    If both names of an option are given, the old name stays, and the option check refuses it.
     """
-    current = old_names(options)
+    current = {old: name for old, name in old_names(options).items() if name not in values}
     for old in current.keys() & values.keys():
         _warn_of_old_name(old, current[old])
     return {current.get(name, name): value for name, value in values.items()}
